@@ -1,0 +1,1 @@
+"""TensorRT plugin for sparse KV sending."""
