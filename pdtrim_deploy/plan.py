@@ -1,0 +1,238 @@
+"""What was decided: which blocks each stage keeps, and which prompt KV travels. Pure data: no torch.
+
+Blocks are always named by their index in the original model. A *layer* is a block's place in a stage model:
+layer `j` of the decode model is block `plan.decode_layers[j]`.
+
+Source of the rules: PDTrim (arXiv:2509.04467), removal sets nested across stages and token-aware KV sending.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+
+from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.wire import WireDtype, packed_row_bytes
+
+NativeDtype = Literal["float32", "bfloat16", "float16"]
+Stage = Literal["prefill", "decode"]
+STAGES: tuple[Stage, ...] = ("prefill", "decode")
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelShape(_Frozen):
+    """What the plan must know of the model; `kv_dtype` is the dtype of the KV pool (native on the wire)."""
+
+    architecture: str
+    fingerprint: str
+    num_blocks: PositiveInt
+    num_kv_heads: PositiveInt
+    head_dim: PositiveInt
+    kv_dtype: NativeDtype
+
+
+class Keep(_Frozen):
+    """The block runs unchanged."""
+
+    kind: Literal["keep"] = "keep"
+
+
+class Drop(_Frozen):
+    """The block does not run."""
+
+    kind: Literal["drop"] = "drop"
+
+
+class Distilled(_Frozen):
+    """Two adjacent blocks run as one student, which stands at `pair[0]`; its K and V are those of `kv_from`."""
+
+    kind: Literal["distilled"] = "distilled"
+    pair: tuple[int, int]
+    kv_from: int
+
+    @model_validator(mode="after")
+    def _adjacent(self) -> Distilled:
+        if self.pair[1] != self.pair[0] + 1:
+            raise ValueError(f"distilled pair {self.pair} is not adjacent")
+        if self.kv_from not in self.pair:
+            raise ValueError(f"distilled pair {self.pair} cannot take its KV from block {self.kv_from}")
+        return self
+
+
+Action = Annotated[Keep | Drop | Distilled, Field(discriminator="kind")]
+
+
+class KVSend(_Frozen):
+    """How one block's prompt KV travels: all rows, or the first `n_first` and last `n_last` prompt tokens."""
+
+    mode: Literal["full", "sparse"] = "full"
+    n_first: int = Field(default=0, ge=0)
+    n_last: int = Field(default=0, ge=0)
+    wire_dtype: WireDtype = "native"
+
+    @model_validator(mode="after")
+    def _sizes(self) -> KVSend:
+        if self.mode == "sparse" and self.n_first + self.n_last == 0:
+            raise ValueError("sparse KV needs n_first + n_last of at least 1")
+        if self.mode == "full" and (self.n_first or self.n_last):
+            raise ValueError("full KV takes no n_first or n_last")
+        return self
+
+    def row_ranges(self, prompt_tokens: int) -> tuple[tuple[int, int], ...]:
+        """Half-open ranges of absolute prompt positions that travel, ascending and disjoint."""
+        if self.mode == "full" or self.n_first + self.n_last >= prompt_tokens:
+            return ((0, prompt_tokens),)
+        ranges = ((0, self.n_first), (prompt_tokens - self.n_last, prompt_tokens))
+        return tuple(r for r in ranges if r[0] < r[1])
+
+    def rows(self, prompt_tokens: int) -> int:
+        """Number of prompt rows that travel."""
+        return sum(stop - start for start, stop in self.row_ranges(prompt_tokens))
+
+
+class PDPlan(_Frozen):
+    """The one contract between building and serving.
+
+    Attributes:
+        prefill, decode: one action per block of the original model.
+        kv: one entry per layer of the decode model, in its order.
+    """
+
+    version: Literal[1] = 1
+    model: ModelShape
+    prefill: tuple[Action, ...]
+    decode: tuple[Action, ...]
+    kv: tuple[KVSend, ...]
+
+    @model_validator(mode="after")
+    def _invariants(self) -> PDPlan:
+        for stage in STAGES:
+            actions = self.actions(stage)
+            if len(actions) != self.model.num_blocks:
+                raise ValueError(f"{stage} names {len(actions)} blocks, the model has {self.model.num_blocks}")
+            _check_pairs(stage, actions)
+            if not self.layers(stage):
+                raise ValueError(f"{stage} keeps no block")
+        for block, (before, after) in enumerate(zip(self.prefill, self.decode, strict=True)):
+            if before.kind == "drop" and after.kind != "drop":
+                raise ValueError(f"block {block} is dropped in prefill but not in decode")
+        for block in self.decode_layers:
+            if self._kv_source(block) is None:
+                raise ValueError(f"decode block {block} has no prefill block to take its prompt KV from")
+        if len(self.kv) != len(self.decode_layers):
+            raise ValueError(f"kv has {len(self.kv)} entries, decode keeps {len(self.decode_layers)} layers")
+        return self
+
+    def actions(self, stage: Stage) -> tuple[Action, ...]:
+        """The stage's action for every block."""
+        return self.prefill if stage == "prefill" else self.decode
+
+    def layers(self, stage: Stage) -> tuple[int, ...]:
+        """Blocks of the stage model in order; a distilled pair stands at its first block."""
+        return tuple(
+            block
+            for block, action in enumerate(self.actions(stage))
+            if action.kind == "keep" or (action.kind == "distilled" and action.pair[0] == block)
+        )
+
+    def dropped(self, stage: Stage) -> tuple[int, ...]:
+        """Blocks that the stage does not run at all."""
+        return tuple(block for block, action in enumerate(self.actions(stage)) if action.kind == "drop")
+
+    @cached_property
+    def prefill_layers(self) -> tuple[int, ...]:
+        """Blocks of the prefill model in order."""
+        return self.layers("prefill")
+
+    @cached_property
+    def decode_layers(self) -> tuple[int, ...]:
+        """Blocks of the decode model in order."""
+        return self.layers("decode")
+
+    def _kv_source(self, block: int) -> int | None:
+        action = self.decode[block]
+        parent = action.kv_from if action.kind == "distilled" else block
+        made_by = self.prefill[parent]
+        if made_by.kind == "keep":
+            return self.prefill_layers.index(parent)
+        if made_by.kind == "distilled" and made_by.kv_from == parent:
+            return self.prefill_layers.index(made_by.pair[0])
+        return None
+
+    @cached_property
+    def layer_map(self) -> tuple[int, ...]:
+        """For each layer of decode, the layer of prefill whose prompt KV it reads."""
+        return tuple(source for b in self.decode_layers if (source := self._kv_source(b)) is not None)
+
+    def payload_bytes(self, prompt_tokens: int) -> int:
+        """Exact bytes of packed KV that one request of `prompt_tokens` sends (no header, no aux row)."""
+        if prompt_tokens < 1:
+            raise ValueError("a prompt has at least one token")
+        m = self.model
+        return sum(
+            2 * send.rows(prompt_tokens) * packed_row_bytes(send.wire_dtype, m.kv_dtype, m.num_kv_heads, m.head_dim)
+            for send in self.kv
+        )
+
+    def dense_bytes(self, prompt_tokens: int) -> int:
+        """Bytes that the unpruned model would send for the same prompt, in the native dtype."""
+        m = self.model
+        return 2 * m.num_blocks * prompt_tokens * packed_row_bytes("native", m.kv_dtype, m.num_kv_heads, m.head_dim)
+
+    def reduction(self, prompt_tokens: int) -> float:
+        """Dense bytes over planned bytes."""
+        return self.dense_bytes(prompt_tokens) / self.payload_bytes(prompt_tokens)
+
+    def canonical_json(self) -> str:
+        """The one text of this plan: sorted keys, no spaces."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the canonical JSON, 64 hex digits."""
+        return hashlib.sha256(self.canonical_json().encode()).hexdigest()
+
+    @classmethod
+    def parse(cls, data: Any, where: str) -> PDPlan:
+        """A plan from parsed JSON; UserError names `where` it came from and what is wrong."""
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(str(part) for part in first["loc"])
+            raise UserError(f"{where}: not a valid plan: {place + ': ' if place else ''}{first['msg']}") from None
+
+    @classmethod
+    def load(cls, path: Path) -> PDPlan:
+        """Read plan.json; UserError when missing, not JSON, or against the invariants."""
+        try:
+            return cls.parse(json.loads(path.read_text()), str(path))
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such plan; build the bundle first") from None
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}: not JSON ({error}); build the bundle again") from None
+
+    @classmethod
+    def dense(cls, model: ModelShape) -> PDPlan:
+        """Nothing removed, everything sent: the control."""
+        keep = (Keep(),) * model.num_blocks
+        return cls(model=model, prefill=keep, decode=keep, kv=(KVSend(),) * model.num_blocks)
+
+
+def _check_pairs(stage: Stage, actions: tuple[Action, ...]) -> None:
+    for block, action in enumerate(actions):
+        if action.kind != "distilled":
+            continue
+        if block not in action.pair:
+            raise ValueError(f"{stage} block {block} is marked distilled as pair {action.pair}")
+        other = action.pair[0] + action.pair[1] - block
+        if other >= len(actions) or actions[other] != action:
+            raise ValueError(f"{stage} block {block}: pair {action.pair} is not marked on block {other} too")
