@@ -1,0 +1,1 @@
+"""Which prompt KV travels, and how its bytes lie on the wire."""

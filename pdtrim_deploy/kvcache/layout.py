@@ -1,0 +1,74 @@
+"""Where the rows of one chunk of a prompt lie in the packed bytes: `[layer][K|V][row][kv_head * head_dim]`.
+
+Rows are chosen by absolute prompt position, so chunked prefill, prefix-cache hits, page sizes and batches change
+nothing: the chunks of a prompt, however it is cut, carry exactly the rows of the whole. Pure arithmetic: no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from pdtrim_deploy.plan import PDPlan
+from pdtrim_deploy.wire import WireDtype, packed_row_bytes
+
+
+@dataclass(frozen=True)
+class LayerRows:
+    """The rows of one decode layer in a chunk.
+
+    Attributes:
+        decode_layer, prefill_layer: layer indices in the two stage models.
+        ranges: half-open ranges of rows, relative to the chunk's first token, ascending and disjoint.
+        rows: their number.
+        offset: byte at which K begins; V follows `side_bytes` later.
+        side_bytes: bytes of K (and of V).
+    """
+
+    decode_layer: int
+    prefill_layer: int
+    ranges: tuple[tuple[int, int], ...]
+    rows: int
+    offset: int
+    side_bytes: int
+    wire_dtype: WireDtype
+
+
+@dataclass(frozen=True)
+class ChunkLayout:
+    """Packed layout of prompt tokens `[start, stop)` of a prompt of `prompt_tokens`; layers without rows are absent."""
+
+    prompt_tokens: int
+    start: int
+    stop: int
+    layers: tuple[LayerRows, ...]
+    total_bytes: int
+
+
+@lru_cache(maxsize=1024)
+def chunk_layout(
+    plan: PDPlan, prompt_tokens: int, start: int = 0, stop: int | None = None, kv_heads: int | None = None
+) -> ChunkLayout:
+    """Lay out one chunk.
+
+    Args:
+        start, stop: absolute prompt positions, half-open; the whole prompt when left out.
+        kv_heads: KV heads held by this rank; all of the model's when left out.
+
+    Raises:
+        ValueError: the chunk does not lie inside the prompt.
+    """
+    stop = prompt_tokens if stop is None else stop
+    if not 0 <= start <= stop <= prompt_tokens:
+        raise ValueError(f"chunk [{start}, {stop}) does not lie in a prompt of {prompt_tokens} tokens")
+    model, offset, layers = plan.model, 0, []
+    for layer, (source, send) in enumerate(zip(plan.layer_map, plan.kv, strict=True)):
+        clipped = ((max(lo, start) - start, min(hi, stop) - start) for lo, hi in send.row_ranges(prompt_tokens))
+        ranges = tuple((lo, hi) for lo, hi in clipped if lo < hi)
+        rows = sum(hi - lo for lo, hi in ranges)
+        if not rows:
+            continue
+        row_bytes = packed_row_bytes(send.wire_dtype, model.kv_dtype, kv_heads or model.num_kv_heads, model.head_dim)
+        layers.append(LayerRows(layer, source, ranges, rows, offset, rows * row_bytes, send.wire_dtype))
+        offset += 2 * rows * row_bytes
+    return ChunkLayout(prompt_tokens, start, stop, tuple(layers), offset)
