@@ -1,0 +1,61 @@
+# Everything a fresh clone needs: every target makes the environments it uses first (a second when they stand).
+PYTHON ?= python3
+BUILD = .venv/build/bin
+SERVE = .venv/serve/bin
+RECIPE ?= recipes/smollm2-demo.yaml
+OUT ?= out/demo
+SOURCES = pdtrim_deploy builders plugins tests tools
+BENCHMARKS = $(patsubst benchmarks/%.py,%,$(filter-out benchmarks/__%,$(wildcard benchmarks/*.py)))
+# One OpenMP thread a process, waiting without spinning: test suites share few cores with the servers they start.
+TEST_ENV = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0 HF_HUB_OFFLINE=1
+PYTEST = -m pytest --durations=5
+
+.PHONY: help setup setup-build setup-serve lock lint format test test-unit test-serve demo bench clean distclean
+.DEFAULT_GOAL := help
+
+help:  ## list these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup:  ## make .venv/build and .venv/serve from constraints/*.txt, if they do not stand yet
+	@$(PYTHON) tools/environment.py build serve
+
+setup-build:
+	@$(PYTHON) tools/environment.py build
+
+setup-serve:
+	@$(PYTHON) tools/environment.py serve
+
+lock:  ## write what is now installed in both environments back to constraints/*.txt
+	$(PYTHON) tools/freeze.py build serve
+
+lint: setup-build  ## ruff, its formatter in check mode, and mypy
+	$(BUILD)/ruff check $(SOURCES)
+	$(BUILD)/ruff format --check $(SOURCES)
+	$(BUILD)/mypy
+
+format: setup-build  ## let ruff rewrite the sources
+	$(BUILD)/ruff check --fix $(SOURCES)
+	$(BUILD)/ruff format $(SOURCES)
+
+test: test-unit test-serve  ## all tests: units, then genuine SGLang workers and router on loopback
+
+test-unit: setup  ## the tests that start no SGLang server, in both environments
+	$(TEST_ENV) $(BUILD)/python $(PYTEST) tests --ignore tests/pdtrim_sglang -m "not serve"
+	$(TEST_ENV) $(SERVE)/python $(PYTEST) tests/pdtrim_sglang -m "not serve"
+
+test-serve: setup  ## the tests that start SGLang servers
+	$(TEST_ENV) $(SERVE)/python $(PYTEST) tests/pdtrim_sglang tests/serving -m serve
+
+demo: setup  ## build, serve, check and load-test the pruned SmolLM2-135M; results in out/demo
+	$(BUILD)/pdtrim-deploy demo $(RECIPE) --out $(OUT)
+
+bench: $(addprefix bench-,$(BENCHMARKS))  ## run every benchmarks/NAME.py (one: make bench-NAME)
+
+bench-%: setup
+	$(BUILD)/python benchmarks/$*.py
+
+clean:  ## remove outputs and caches, keep the environments
+	rm -rf out dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+distclean: clean  ## remove the environments too
+	rm -rf .venv
