@@ -1,0 +1,163 @@
+"""A checkpoint: a HF folder of a known family, checked once and then passed around."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from pdtrim_deploy.cache import Cache
+from pdtrim_deploy.checkpoints.families import Family, family_of
+from pdtrim_deploy.checkpoints.tensors import TensorInfo, read_tensor_index, tensor_digests
+from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.plan import ModelShape, NativeDtype
+
+DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_ESSENTIALS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "num_hidden_layers",
+    "head_dim",
+    "hidden_act",
+    "rms_norm_eps",
+    "max_position_embeddings",
+    "sliding_window",
+    "use_sliding_window",
+    "tie_word_embeddings",
+)
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """Sizes read from config.json; `dtype` is that of the weights on disk."""
+
+    architecture: str
+    num_blocks: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    hidden_size: int
+    intermediate_size: int
+    vocab_size: int
+    max_positions: int
+    dtype: NativeDtype
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole HF folder; `fingerprint` names its weights and sizes (64 hex digits), wherever they lie."""
+
+    path: Path
+    config: dict[str, Any]
+    family: Family
+    fingerprint: str
+    tensors: dict[str, TensorInfo] = field(repr=False)
+
+    @property
+    def facts(self) -> ModelFacts:
+        """The model's sizes."""
+        c = self.config
+        return ModelFacts(
+            architecture=self.family.architecture,
+            num_blocks=c["num_hidden_layers"],
+            num_heads=c["num_attention_heads"],
+            num_kv_heads=c.get("num_key_value_heads") or c["num_attention_heads"],
+            head_dim=c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"],
+            hidden_size=c["hidden_size"],
+            intermediate_size=c["intermediate_size"],
+            vocab_size=c["vocab_size"],
+            max_positions=c["max_position_embeddings"],
+            dtype=DTYPES[self.tensors["model.embed_tokens.weight"].dtype],  # type: ignore[arg-type]
+        )
+
+    def shape(self, kv_dtype: NativeDtype | None = None) -> ModelShape:
+        """What the plan must know; `kv_dtype` is that of the KV pool, by default the weights' own."""
+        f = self.facts
+        return ModelShape(
+            architecture=f.architecture,
+            fingerprint=self.fingerprint,
+            num_blocks=f.num_blocks,
+            num_kv_heads=f.num_kv_heads,
+            head_dim=f.head_dim,
+            kv_dtype=kv_dtype or f.dtype,
+        )
+
+
+def open_checkpoint(folder: Path, cache: Cache) -> Checkpoint:
+    """Check a HF folder and take its fingerprint (kept in the cache, as it reads every byte).
+
+    Raises UserError: no folder, bad config.json, architecture, quantised or missing weights, missing tokenizer.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; give a HF folder with config.json and safetensors")
+    config = read_config(folder / "config.json")
+    family = family_of(config, str(folder))
+    if config.get("quantization_config"):
+        raise UserError(f"{folder}: quantised weights cannot be cut block by block; give the unquantised model")
+    if not any((folder / name).exists() for name in TOKENIZER_FILES):
+        raise UserError(f"{folder}: no tokenizer ({', '.join(TOKENIZER_FILES)}); copy the model's tokenizer files there")
+    tensors = {n: t for n, t in read_tensor_index(folder).items() if _is_weight(n, config)}
+    missing = sorted(family.required_tensors(config) - set(tensors))
+    if missing:
+        raise UserError(f"{folder}: {len(missing)} tensors are missing, first {missing[0]}; get the model again")
+    odd = [f"{n} is {t.dtype}" for n, t in tensors.items() if t.dtype not in DTYPES]
+    if odd:
+        raise UserError(f"{folder}: {odd[0]}; weights must be one of {', '.join(DTYPES.values())}")
+    return Checkpoint(folder, config, family, _fingerprint(folder, config, family, tensors, cache), tensors)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json with the keys we need; UserError when missing, not JSON or short of a key."""
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path.parent}: no config.json; give a HF folder") from None
+    except ValueError:
+        raise UserError(f"{path}: not JSON; get the model again") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: not a JSON object; get the model again")
+    needed = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
+    missing = [key for key in needed if not isinstance(config.get(key), int)]
+    if missing and config.get("architectures"):
+        family_of(config, str(path.parent))
+    if missing:
+        raise UserError(f"{path}: key {missing[0]} is missing or not a whole number; get the model again")
+    return config
+
+
+def _is_weight(name: str, config: dict[str, Any]) -> bool:
+    """Not a buffer of old exports, not a second copy of tied embeddings: neither changes what the model is."""
+    tied = name == "lm_head.weight" and config.get("tie_word_embeddings", False)
+    return not tied and not name.endswith("rotary_emb.inv_freq")
+
+
+def _rope(config: dict[str, Any]) -> dict[str, Any]:
+    """RoPE as one dict: transformers 5 writes `rope_parameters`, earlier ones `rope_theta` and `rope_scaling`."""
+    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
+    rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type") or "default"
+    return rope
+
+
+def _fingerprint(
+    folder: Path, config: dict[str, Any], family: Family, tensors: dict[str, TensorInfo], cache: Cache
+) -> str:
+    essentials = {"architecture": family.architecture, "rope": _rope(config)}
+    essentials |= {key: config[key] for key in _ESSENTIALS if config.get(key) is not None}
+    text = json.dumps(essentials, sort_keys=True)
+    files = sorted({t.file.resolve() for t in tensors.values()})
+    stats = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+
+    def make(entry: Path) -> None:
+        digest = sha256(text.encode())
+        for name, data in tensor_digests(tensors):
+            digest.update(f"\n{name} {tensors[name].dtype} {list(tensors[name].shape)} {data}".encode())
+        (entry / "fingerprint").write_text(digest.hexdigest())
+
+    key = sha256(json.dumps([text, stats]).encode()).hexdigest()
+    return (cache.entry("fingerprints", key, make) / "fingerprint").read_text()

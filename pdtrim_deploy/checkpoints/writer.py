@@ -1,0 +1,44 @@
+"""Write safetensors shards, holding one shard in memory at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from pdtrim_deploy.checkpoints.tensors import INDEX, SINGLE
+
+MAX_SHARD_BYTES = 4_000_000_000
+
+
+def write_shards(
+    folder: Path,
+    elements: Mapping[str, int],
+    get: Callable[[str], torch.Tensor],
+    dtype: torch.dtype,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Cast `get(name)` to `dtype` and store it, for every name of `elements` (name -> number of elements)."""
+    shards: list[list[str]] = [[]]
+    used = 0
+    for name, count in elements.items():
+        size = count * dtype.itemsize
+        if shards[-1] and used + size > max_shard_bytes:
+            shards.append([])
+            used = 0
+        shards[-1].append(name)
+        used += size
+    weight_map = {}
+    for number, names in enumerate(shards, 1):
+        file = SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        tensors = {name: get(name).to(dtype).contiguous() for name in names}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        (folder / file).chmod(0o644)
+        weight_map |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        total = sum(elements.values()) * dtype.itemsize
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (folder / INDEX).write_text(json.dumps(index, indent=2))

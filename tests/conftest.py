@@ -1,0 +1,98 @@
+"""Tiny random models of every family, saved as HF folders: 6 blocks, hidden 64, 4 heads, 2 KV heads, head 16."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pdtrim_deploy.cache import Cache
+from pdtrim_deploy.checkpoints import FAMILIES
+
+TINY_BLOCKS = 6
+_CHAT = (
+    "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+
+
+def save_tiny_tokenizer(folder: Path) -> None:
+    """Byte-level BPE without merges: 256 bytes + 3 specials, so any text goes in and comes back."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    specials = ["<|pad|>", "<|start|>", "<|end|>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate([*specials, *alphabet])}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in specials])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<|pad|>", bos_token="<|start|>", eos_token="<|end|>"
+    )
+    fast.chat_template = _CHAT
+    fast.save_pretrained(folder)
+
+
+def make_tiny(folder: Path, architecture: str = "LlamaForCausalLM", seed: int = 0, **changes: object) -> Path:
+    """A random model of the family in float32 whose blocks all matter; `changes` go into its config."""
+    import torch
+
+    model_class = FAMILIES[architecture].model_class
+    settings = {
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": TINY_BLOCKS,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 1024,
+        "tie_word_embeddings": False,
+        "initializer_range": 0.15,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    config = model_class.config_class(**(settings | changes))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = model_class(config)
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias") or "norm" in name:  # random too: ones and zeros would hide a swap
+                parameter.data += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(folder)
+    save_tiny_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
+    """A cache of this test session; nothing of the user's is touched."""
+    return Cache(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """tiny_dir("Qwen2ForCausalLM"): the folder of that family's tiny model. Read it, do not write to it."""
+    made: dict[str, Path] = {}
+
+    def folder(architecture: str) -> Path:
+        if architecture not in made:
+            made[architecture] = make_tiny(tmp_path_factory.mktemp(architecture), architecture)
+        return made[architecture]
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_dir(tiny_dir: Callable[[str], Path]) -> Path:
+    """The tiny Llama's folder. Read it, do not write to it."""
+    return tiny_dir("LlamaForCausalLM")
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Callable[..., Path]:
+    """tiny_model(folder, architecture="LlamaForCausalLM", seed=0, **config): save a tiny model of your own."""
+    return make_tiny
