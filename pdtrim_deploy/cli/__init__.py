@@ -1,0 +1,81 @@
+"""The command line: a lazy group, so that --help costs no torch; one thin file a command."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+import click
+
+from pdtrim_deploy import __version__
+from pdtrim_deploy.errors import UserError
+
+# Command -> module and attribute, in the order of the way through the house.
+COMMANDS = {
+    "recipe": "recipe:recipe",
+    "build": "build:build",
+    "verify": "verify:verify",
+    "inspect": "inspect:inspect",
+    "eval": "eval:evaluate",
+    "serve": "serve:serve",
+    "fidelity": "fidelity:fidelity",
+    "loadtest": "loadtest:loadtest",
+    "demo": "demo:demo",
+}
+# What each extra brings, by the name under which it is imported.
+EXTRA_OF = {name: "build" for name in ("torch", "transformers", "safetensors", "gguf", "onnx", "modelopt")} | {
+    name: "serve" for name in ("sglang", "sglang_router")
+}
+
+
+class LazyGroup(click.Group):
+    """Imports a command's file only when it is named, or listed by --help."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names in the order of use."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        """The command, or None for an unknown name."""
+        if name not in COMMANDS:
+            return None
+        module, attribute = COMMANDS[name].split(":")
+        return getattr(importlib.import_module(f"pdtrim_deploy.cli.{module}"), attribute)
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="pdtrim-deploy")
+def cli() -> None:
+    """Prune a model for prefill-decode disaggregation and serve it in SGLang with sparse KV transfer.
+
+    \b
+    Exit codes: 0 done, 1 a check failed, 2 bad input (one sentence says what), 130 Ctrl-C.
+    """
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Entry point: turns what a user can mend into one line on stderr and an exit code."""
+    try:
+        code = cli.main(args=args, prog_name="pdtrim-deploy", standalone_mode=False)
+    except UserError as error:
+        _die(str(error), 2)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        _die("stopped by Ctrl-C; run the same command again to go on", 130)
+    except ModuleNotFoundError as error:
+        extra = EXTRA_OF.get((error.name or "").split(".")[0])
+        if extra is None:
+            raise
+        _die(f"this command needs {error.name}; install it with: pip install 'pdtrim-deploy[{extra}]'", 2)
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader (head, less) went away: nothing to say
+        sys.exit(141)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _die(message: str, code: int) -> None:
+    click.echo(f"pdtrim-deploy: {message}", err=True)
+    sys.exit(code)

