@@ -2,9 +2,9 @@
 
     python3 tools/environment.py build serve      # what `make setup` runs
 
-An environment is complete when its stamp, written last, names what it was made from; such a one is left alone.
-Anything else (never made, half made, made from other pins or by another Python) is removed and made again. Only
-a changed pyproject.toml just re-installs the project itself. Uses nothing but the standard library and pip.
+An environment is complete when its stamp, written last, names what it was made from; such a one is left
+alone. Anything else (never made, half made, made from other pins or by another Python) is removed and made
+again. A changed pyproject.toml alone just re-installs the project. Needs the standard library and pip only.
 """
 
 import argparse
@@ -26,13 +26,15 @@ RECIPE = "1"  # raise it when this file comes to make a different environment fr
 def has_cuda() -> bool:
     """Whether a GPU can be used here: nvidia-smi exists and lists one."""
     smi = shutil.which("nvidia-smi")
-    return bool(smi and "GPU" in subprocess.run([smi, "-L"], capture_output=True, text=True).stdout)
+    return bool(
+        smi and "GPU" in subprocess.run([smi, "-L"], check=False, capture_output=True, text=True).stdout
+    )
 
 
 def run(*command: str | Path) -> None:
     """Run a command, its output going to ours; its exit code ends us if it fails."""
     print("+", *command, flush=True)
-    done = subprocess.run([str(part) for part in command], cwd=ROOT)
+    done = subprocess.run([str(part) for part in command], check=False, cwd=ROOT)
     if done.returncode:
         sys.exit(f"set-up failed (exit code {done.returncode}): {' '.join(map(str, command))}")
 
@@ -87,14 +89,14 @@ class Environment:
         run(self.python, "-m", "uv", "pip", "install", "--quiet", "--python", self.python, *arguments)
 
     def install_build(self) -> None:
-        # torch through pip with its dependencies: pip honours the machine's own find-links, where a CPU build may
-        # lie (uv does not look there), and a CUDA build names its CUDA libraries exactly.
+        # torch through pip with its dependencies: pip honours the machine's own find-links, where a CPU build
+        # may lie (uv does not look there), and a CUDA build names its CUDA libraries exactly.
         torch = next(line for line in self.lock.read_text().splitlines() if line.startswith("torch=="))
         run(self.python, "-m", "pip", "install", "--quiet", torch, "-c", self.lock)
         self.uv("--no-deps", "-r", self.lock)
 
     def install_serve(self) -> None:
-        # --no-deps: the lock is complete for a CPU, and leaves out the CUDA-only half of SGLang's requirements.
+        # --no-deps: the lock is complete for a CPU, without the CUDA-only half of SGLang's requirements.
         self.uv("--no-deps", "-r", self.lock)
         if self.cuda:
             self.uv("-c", self.lock, "sglang==0.5.23")
@@ -111,9 +113,8 @@ def main() -> None:
     parser.add_argument("names", nargs="+", choices=["build", "serve"])
     names = parser.parse_args().names
     if sys.version_info < (3, 11):
-        sys.exit(
-            f"the lock files need Python 3.11 or later, this is {sys.version.split()[0]}: make PYTHON=python3.11 setup"
-        )
+        version = sys.version.split()[0]
+        sys.exit(f"the lock files need Python 3.11 or later, this is {version}: make PYTHON=python3.11 setup")
     os.environ.pop("PYTHONPATH", None)
     (ROOT / ".venv").mkdir(exist_ok=True)
     with (ROOT / ".venv" / "lock").open("w") as lock:

@@ -1,7 +1,7 @@
 """Write what is installed in `.venv/NAME` back to constraints/NAME.txt: how a lock file is renewed.
 
-Change a pin by hand with `.venv/NAME/bin/python -m uv pip install ...`, run the tests, then `make lock`. Local
-version labels (`+cpu`) are dropped: the same release from any build satisfies a pin.
+Change a pin by hand with `.venv/NAME/bin/python -m uv pip install ...`, run the tests, then `make lock`.
+Local version labels (`+cpu`) are dropped: the same release from any build satisfies a pin.
 """
 
 import re

@@ -17,7 +17,7 @@ def __getattr__(name: str) -> Any:
     def stub(*args: Any, **kwargs: Any) -> NoReturn:
         raise RuntimeError(
             f"sgl_kernel.{name} was called, but this is the project's CPU stub of sgl_kernel, which computes "
-            "nothing: serve a dense Llama-family model with --attention-backend torch_native, or use a CUDA machine"
+            "nothing: serve a dense Llama-family model with --attention-backend torch_native, or use a GPU"
         )
 
     stub.__name__ = name
