@@ -1,0 +1,134 @@
+"""Run a causal LM through its own modules, one block at a time.
+
+What transformers' `forward` hides and we need: a different KV length for each layer, a start in the middle,
+hidden states between blocks. Nothing of a block is re-implemented; the loop is that of `LlamaModel.forward`,
+which Mistral, Qwen2 and Qwen3 share (transformers 5.14). No import of transformers: the model is handed in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+CausalLM: TypeAlias = Any
+"""A transformers `*ForCausalLM` of the Llama, Mistral, Qwen2 or Qwen3 family, in eval mode."""
+
+Ranges: TypeAlias = tuple[tuple[int, int], ...]
+"""Half-open ranges of absolute positions, ascending and disjoint."""
+
+_LOGITS_AT_ONCE = 1 << 24
+
+
+@dataclass
+class LayerKV:
+    """K and V that one layer holds, and where their tokens stand. Stands in for transformers' `Cache`.
+
+    `update` makes new tensors and never writes into old ones, so a prompt's K and V may be shared.
+
+    Attributes:
+        keys, values: `[batch, kv_heads, tokens, head_dim]`, K after RoPE; None when nothing is held yet.
+        ranges: absolute positions of those tokens.
+    """
+
+    keys: Tensor | None = None
+    values: Tensor | None = None
+    ranges: Ranges = ()
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Append what the layer computed; called by the attention module."""
+        if self.keys is None or self.values is None:
+            self.keys, self.values = keys, values
+        else:
+            self.keys = torch.cat((self.keys, keys), dim=-2)
+            self.values = torch.cat((self.values, values), dim=-2)
+        return self.keys, self.values
+
+    def fork(self) -> LayerKV:
+        """The same K and V, to be extended on its own."""
+        return LayerKV(self.keys, self.values, self.ranges)
+
+
+@dataclass(frozen=True)
+class Span:
+    """Tokens `[start, stop)` of a sequence, with what every block needs to know of their positions."""
+
+    start: int
+    stop: int
+    positions: Tensor
+    angles: tuple[Tensor, Tensor]
+    masks: dict[tuple[Ranges, int | None], Tensor] = field(default_factory=dict)
+
+
+class Blockwise:
+    """The modules of one model, callable one by one. Hidden states are `[batch, tokens, hidden]`."""
+
+    def __init__(self, model: CausalLM) -> None:
+        self.model = model
+        self.layers = list(model.model.layers)
+        self._windows = [_window(layer.self_attn) for layer in self.layers]
+
+    def embed(self, ids: Tensor, start: int = 0) -> tuple[Tensor, Span]:
+        """Input of block 0 for `ids` int64 `[batch, tokens]` at positions `start, start + 1, ...`."""
+        hidden = self.model.model.embed_tokens(ids)
+        positions = torch.arange(start, start + ids.shape[1], device=ids.device)[None]
+        angles = self.model.model.rotary_emb(hidden, position_ids=positions)
+        return hidden, Span(start, start + ids.shape[1], positions, angles)
+
+    def block(self, layer: int, hidden: Tensor, span: Span, kv: LayerKV | None = None) -> Tensor:
+        """Output of one layer, whose queries see `kv` and, causally, each other; `kv` grows by them."""
+        kv = kv if kv is not None else LayerKV()
+        kv.ranges = (*kv.ranges, (span.start, span.stop))
+        return self.layers[layer](
+            hidden,
+            attention_mask=self._mask(span, kv.ranges, self._windows[layer], hidden.dtype),
+            position_ids=span.positions,
+            position_embeddings=span.angles,
+            past_key_values=kv,
+            use_cache=True,
+        )
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Next-token logits of the last block's output, in the model's dtype."""
+        return self.model.lm_head(self.model.model.norm(hidden))
+
+    def logprobs(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """float32 `[batch, tokens]`: log-probability of `targets[b, t]` after `hidden[b, t]`.
+
+        At most 64 MiB of float32 logits exist at a time (or those of one token).
+        """
+        flat, wanted = hidden.flatten(0, 1), targets.flatten()
+        step = max(1, _LOGITS_AT_ONCE // self.model.lm_head.out_features)
+        slices = zip(flat.split(step), wanted.split(step), strict=True)
+        return torch.cat([pick(self.logits(part), ids) for part, ids in slices]).view(targets.shape)
+
+    def _mask(self, span: Span, keys: Ranges, window: int | None, dtype: torch.dtype) -> Tensor | None:
+        tokens = span.stop - span.start
+        if window is not None and span.stop - keys[0][0] <= window:
+            window = None
+        if window is None and tokens == 1:
+            return None  # one query sees every key
+        if window is None and len(keys) == 1 and self.model.config._attn_implementation == "sdpa":
+            return None  # square and causal: sdpa's own fast path
+        if (keys, window) not in span.masks:
+            at = torch.cat([torch.arange(lo, hi, device=span.positions.device) for lo, hi in keys])
+            back = span.positions[0][:, None] - at
+            hidden = back < 0 if window is None else (back < 0) | (back >= window)
+            mask = torch.zeros(hidden.shape, dtype=dtype, device=at.device)
+            span.masks[keys, window] = mask.masked_fill_(hidden, torch.finfo(dtype).min)[None, None]
+        return span.masks[keys, window]
+
+
+def pick(logits: Tensor, targets: Tensor) -> Tensor:
+    """float32 `[...]`: log-softmax of `logits[..., vocabulary]` at `targets[...]`."""
+    logits = logits.float()
+    return logits.gather(-1, targets[..., None]).squeeze(-1) - logits.logsumexp(-1)
+
+
+def _window(attention: Any) -> int | None:
+    """Sliding window of an attention module: Qwen keeps it by layer, Mistral in its config."""
+    if hasattr(attention, "sliding_window"):
+        return attention.sliding_window
+    return getattr(attention.config, "sliding_window", None)

@@ -1,0 +1,1 @@
+"""Judges of a plan: the PD oracle, perplexity, and the real text they use."""

@@ -1,0 +1,55 @@
+"""Perplexity of continuations as a PD pair serves them; the dense model's is that of its dense plan."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.evaluation.oracle import PDOracle
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Over `tokens` continuation tokens: mean NLL in nats, its exponential, each sequence's mean NLL."""
+
+    nll_mean: float
+    ppl: float
+    tokens: int
+    per_sequence: tuple[float, ...]
+
+
+def pd_perplexity(
+    oracle: PDOracle,
+    sequences: Tensor,
+    prompt_tokens: int,
+    batch: int = 4,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Perplexity:
+    """Score all after the first `prompt_tokens` tokens of `sequences`, int64 `[S, N + T]`, teacher-forced.
+
+    Memory is bounded by `batch` sequences' KV and a slice of logits (`Blockwise.logprobs`).
+
+    Raises:
+        UserError: no token is left to score, or the loss is not a number.
+    """
+    if not 1 <= prompt_tokens < sequences.shape[1]:
+        raise UserError(
+            f"prompt_tokens is {prompt_tokens} but sequences have {sequences.shape[1]} tokens; "
+            f"choose from 1 to {sequences.shape[1] - 1}"
+        )
+    losses = []
+    for part in sequences.split(batch):
+        state = oracle.prefill(part[:, :prompt_tokens])
+        losses.append(-oracle.score(state, part[:, prompt_tokens:]).double().mean(1))
+        progress(f"perplexity: {sum(map(len, losses))}/{len(sequences)} sequences")
+    per_sequence = torch.cat(losses)
+    mean = float(per_sequence.mean())
+    if not math.isfinite(mean):
+        raise UserError(f"the loss is {mean}, not a number; load the model in float32 or check its weights")
+    count = len(sequences) * (sequences.shape[1] - prompt_tokens)
+    return Perplexity(mean, math.exp(mean), count, tuple(per_sequence.tolist()))

@@ -1,0 +1,48 @@
+"""Tiny random models in memory, with plans and oracles: 5 blocks, hidden 24, 4 heads, 2 KV heads, head 8."""
+
+import torch
+import transformers
+
+from pdtrim_deploy.checkpoints.surgery import keep_blocks
+from pdtrim_deploy.evaluation.oracle import PDOracle
+from pdtrim_deploy.plan import Drop, Keep, KVSend, ModelShape, PDPlan
+
+FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
+BLOCKS, HEADS, KV_HEADS, DIM, VOCABULARY = 5, 4, 2, 8, 97
+SPARSE = KVSend(mode="sparse", n_first=2, n_last=3)
+
+
+def tiny(family, attention="sdpa", **config):
+    torch.manual_seed(FAMILIES.index(family))
+    made = getattr(transformers, f"{family}Config")(
+        vocab_size=VOCABULARY, hidden_size=24, intermediate_size=40, num_hidden_layers=BLOCKS,
+        num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, head_dim=DIM, max_position_embeddings=256,
+        initializer_range=0.3, attn_implementation=attention, **config,
+    )  # fmt: skip
+    model = getattr(transformers, f"{family}ForCausalLM")(made).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    return model
+
+
+def make_plan(prefill=(), decode=(), kv=None, kv_dtype="float32"):
+    shape = ModelShape(
+        architecture="X",
+        fingerprint="f",
+        num_blocks=BLOCKS,
+        num_kv_heads=KV_HEADS,
+        head_dim=DIM,
+        kv_dtype=kv_dtype,
+    )
+    actions = [tuple(Drop() if b in gone else Keep() for b in range(BLOCKS)) for gone in (prefill, decode)]
+    kv = kv or (KVSend(),) * (BLOCKS - len(decode))
+    return PDPlan(model=shape, prefill=actions[0], decode=actions[1], kv=tuple(kv))
+
+
+def make_oracle(model, plan):
+    return PDOracle(keep_blocks(model, plan.prefill_layers), keep_blocks(model, plan.decode_layers), plan)
+
+
+def text(batch, tokens, seed=0):
+    return torch.randint(0, VOCABULARY, (batch, tokens), generator=torch.Generator().manual_seed(seed))
