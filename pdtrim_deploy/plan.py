@@ -176,11 +176,13 @@ class PDPlan(_Frozen):
         """Exact bytes of packed KV that one request of `prompt_tokens` sends (no header, no aux row)."""
         if prompt_tokens < 1:
             raise ValueError("a prompt has at least one token")
-        m = self.model
-        return sum(
-            2 * send.rows(prompt_tokens) * packed_row_bytes(send.wire_dtype, m.kv_dtype, m.num_kv_heads, m.head_dim)
-            for send in self.kv
-        )
+        return sum(self.layer_bytes(layer, prompt_tokens) for layer in range(len(self.kv)))
+
+    def layer_bytes(self, layer: int, prompt_tokens: int) -> int:
+        """Exact bytes of K and V that travel for one layer of decode."""
+        m, send = self.model, self.kv[layer]
+        row = packed_row_bytes(send.wire_dtype, m.kv_dtype, m.num_kv_heads, m.head_dim)
+        return 2 * send.rows(prompt_tokens) * row
 
     def dense_bytes(self, prompt_tokens: int) -> int:
         """Bytes that the unpruned model would send for the same prompt, in the native dtype."""
