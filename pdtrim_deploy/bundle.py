@@ -92,6 +92,7 @@ class Bundle:
 
         Raises:
             UserError: absent, incomplete, damaged seal, or the parts name different plans.
+
         """
         if not path.is_dir():
             raise UserError(f"{path}: no such bundle; make it with: pdtrim-deploy build RECIPE --out {path}")
@@ -129,6 +130,7 @@ def read_seal(path: Path) -> Manifest | None:
 
     Raises:
         UserError: the two files disagree, or the manifest is of an unknown format.
+
     """
     try:
         sealed, text = (path / COMPLETE).read_text().strip(), (path / MANIFEST).read_bytes()
@@ -153,7 +155,11 @@ def seal(path: Path, manifest: Manifest) -> None:
 def entries(path: Path) -> dict[str, Entry]:
     """Size and SHA-256 of every file of the bundle but the seal itself."""
     files = {str(file.relative_to(path)): file for file in walk(path)}
-    return {n: Entry(size=f.stat().st_size, sha256=file_sha256(f)) for n, f in files.items() if n not in (MANIFEST, COMPLETE)}
+    return {
+        n: Entry(size=f.stat().st_size, sha256=file_sha256(f))
+        for n, f in files.items()
+        if n not in (MANIFEST, COMPLETE)
+    }
 
 
 def walk(path: Path) -> Iterator[Path]:

@@ -36,6 +36,7 @@ def compose(path: Path) -> tuple[dict[str, Any], Origins]:
 
     Raises:
         UserError: a file is missing or not YAML, an include is no list of paths, or includes go in a circle.
+
     """
     merged: dict[str, Any] = {}
     origins = Origins()

@@ -24,9 +24,9 @@ COMMANDS = {
     "demo": "demo:demo",
 }
 # What each extra brings, by the name under which it is imported.
-EXTRA_OF = {name: "build" for name in ("torch", "transformers", "safetensors", "gguf", "onnx", "modelopt")} | {
-    name: "serve" for name in ("sglang", "sglang_router")
-}
+EXTRA_OF = dict.fromkeys(("torch", "transformers", "safetensors", "gguf", "onnx", "modelopt"), "build") | dict.fromkeys(
+    ("sglang", "sglang_router"), "serve"
+)
 
 
 class LazyGroup(click.Group):

@@ -20,6 +20,7 @@ class LoadSpec:
         prompt_tokens, output_tokens: inclusive ranges that lengths are drawn from, by `seed`.
         warmup: requests before the clock starts; they count nowhere.
         deadline_s: per request, from its start to its last token.
+
     """
 
     requests: int = 32
@@ -58,6 +59,7 @@ class Outcome:
         failure: kind (`refused`, `http_503`, `timeout`, `truncated`, `error`), None when it succeeded.
         ttft: to the first token; itl: between tokens; e2e: to the end.
         prompt_tokens, output_tokens: as the server counted them.
+
     """
 
     failure: str | None = None

@@ -30,7 +30,10 @@ def load(tmp_path: Path, text: str, **units: str) -> Recipe:
         ("evaluation: {sequences: 0}", "r.yaml: evaluation.sequences is 0; allowed: an integer of at least 1"),
         ("pruning: {prefill_blocks: true}", "r.yaml: pruning.prefill_blocks is True; allowed: an integer of at"),
         ("calibration: {length: 20.5}", "r.yaml: calibration.length is 20.5; allowed: an integer of at least 16"),
-        ("pruning: {prefill_blocks: 3, decode_blocks: 2}", "r.yaml: pruning.prefill_blocks is 3 but decode_blocks is 2"),
+        (
+            "pruning: {prefill_blocks: 3, decode_blocks: 2}",
+            "r.yaml: pruning.prefill_blocks is 3 but decode_blocks is 2",
+        ),
         ("kv: {sparse_layers: 2}", "r.yaml: kv.method is 'none'; allowed with it"),
         ("kv: {method: attention-mass, n_last: 4}", "allowed with it: sparse_layers of at least 1"),
         ("kv: {method: all, n_last: 4, sparse_layers: 4}", "allowed with it: sparse_layers left out"),
@@ -105,7 +108,9 @@ def test_includes_merge_in_order_and_own_keys_come_last(tmp_path: Path) -> None:
 def test_resolved_yaml_is_the_same_recipe(prefill: int, extra: int, n_last: int, source: str) -> None:
     pruning = PruningSection(prefill_blocks=prefill, decode_blocks=prefill + extra)
     try:
-        recipe = Recipe(name="a", model={"source": f"hf:{source}"}, pruning=pruning, kv=KVSection(method="all", n_last=n_last))
+        recipe = Recipe(
+            name="a", model={"source": f"hf:{source}"}, pruning=pruning, kv=KVSection(method="all", n_last=n_last)
+        )
     except ValueError:
         return  # a newline in the path
     again = Recipe.model_validate(yaml.safe_load(recipe.to_yaml()))
@@ -115,7 +120,10 @@ def test_resolved_yaml_is_the_same_recipe(prefill: int, extra: int, n_last: int,
 
 def test_the_digest_tells_recipes_apart() -> None:
     model = {"source": "pypi:x"}
-    assert Recipe(name="a", model=model).digest != Recipe(name="a", model=model, kv=KVSection(method="all", n_last=1)).digest
+    assert (
+        Recipe(name="a", model=model).digest
+        != Recipe(name="a", model=model, kv=KVSection(method="all", n_last=1)).digest
+    )
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda p: p.stem)

@@ -1,0 +1,104 @@
+"""Which steps of a build are done. Kept beside the bundle while it is built, in its manifest afterwards."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from pdtrim_deploy.bundle import COMPLETE, REPORTS, WORK, Step, read_seal, write_atomic
+from pdtrim_deploy.errors import UserError
+
+_STEPS = TypeAdapter(dict[str, Step])
+
+
+def chained_key(before: str, depends_on: Any) -> str:
+    """SHA-256 over the key of the step before and what this step itself depends on (JSON)."""
+    return hashlib.sha256(f"{before}\n{json.dumps(depends_on, sort_keys=True)}".encode()).hexdigest()
+
+
+class Journal:
+    """Finished steps of the bundle at `out`. A step counts only while its files have the sizes it left them with.
+
+    Kill -9 at any moment: files appear whole or not at all, and a step is written down after its files; before a
+    step is made again it is struck out, and so is COMPLETE.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self._file = out / WORK / "steps.json"
+        self.steps = self._read()
+
+    def _read(self) -> dict[str, Step]:
+        try:
+            return _STEPS.validate_json(self._file.read_bytes())
+        except (FileNotFoundError, ValidationError):
+            pass
+        try:
+            manifest = read_seal(self.out)
+        except UserError:  # a damaged seal vouches for nothing
+            manifest = None
+        return dict(manifest.steps) if manifest else {}
+
+    def done(self, name: str, key: str) -> bool:
+        """Whether this very step was finished and its files still stand."""
+        step = self.steps.get(name)
+        return step is not None and step.key == key and step.sizes == _sizes(self.out, list(step.sizes))
+
+    @contextmanager
+    def making(self, name: str, key: str, outputs: Sequence[str]) -> Iterator[None]:
+        """Strike the step out, let the block make its `outputs` (files or folders), write the step down."""
+        self.steps.pop(name, None)
+        self._write()
+        (self.out / COMPLETE).unlink(missing_ok=True)
+        started = time.perf_counter()
+        yield
+        files = [str(f.relative_to(self.out)) for output in outputs for f in _files(self.out / output)]
+        seconds = round(time.perf_counter() - started, 3)
+        self.steps[name] = Step(key=key, seconds=seconds, sizes=_sizes(self.out, files))
+        self._write()
+
+    def _write(self) -> None:
+        write_atomic(self._file, json.dumps({n: s.model_dump() for n, s in self.steps.items()}, indent=2))
+
+
+@contextmanager
+def claim(out: Path, force: bool) -> Iterator[None]:
+    """Hold `out` for one build: made if absent, refused when it holds something else or another build runs there."""
+    out.mkdir(parents=True, exist_ok=True)
+    handle = os.open(out, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{out}: another build is running there; wait for it or choose another --out") from None
+        if any(out.iterdir()) and not any((out / name).exists() for name in (WORK, "manifest.json", COMPLETE)):
+            raise UserError(f"{out} holds other files and is no bundle; choose another --out")
+        for stale in out.glob(".*.*-*"):  # scratch of a build that was killed: the lock is ours
+            shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+        if force:
+            (out / COMPLETE).unlink(missing_ok=True)
+            for name in (WORK, REPORTS):
+                shutil.rmtree(out / name, ignore_errors=True)
+            (out / "manifest.json").unlink(missing_ok=True)
+        (out / WORK).mkdir(exist_ok=True) if not (out / COMPLETE).exists() else None
+        yield
+    finally:
+        os.close(handle)
+
+
+def _files(path: Path) -> list[Path]:
+    return sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path]
+
+
+def _sizes(out: Path, names: list[str]) -> dict[str, int]:
+    return {name: (out / name).stat().st_size for name in names if (out / name).is_file()}

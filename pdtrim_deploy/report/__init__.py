@@ -1,0 +1,1 @@
+"""Results -> metrics.json and the table that people read."""

@@ -1,0 +1,46 @@
+"""Where a figure was measured: machine and versions."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("pdtrim-deploy", "torch", "transformers", "safetensors", "numpy", "gguf", "sglang", "sglang-router")
+
+
+def versions() -> dict[str, str]:
+    """Python's version and that of each of our packages installed in this environment."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """CPU model, cores that we may use, memory in GiB, operating system."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return {
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_gib": round(memory, 1),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def environment(command: str) -> dict[str, Any]:
+    """What stands beside every figure: the command that makes it, the machine, the versions."""
+    return {"command": command, "machine": machine(), "versions": versions()}
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

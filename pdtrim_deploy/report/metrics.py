@@ -1,0 +1,129 @@
+"""metrics.json: the figures of one run under fixed keys, from typed results."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from pdtrim_deploy.bundle import write_atomic
+from pdtrim_deploy.loadtest.base import LoadResult
+from pdtrim_deploy.plan import PDPlan
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class PlanFigures(_Frozen):
+    """The plan in numbers; `n_first`, `n_last` and `wire_dtype` are those of the sparse layers (None: no such layer)."""
+
+    digest: str
+    blocks: int
+    prefill_dropped: list[int]
+    decode_dropped: list[int]
+    sparse_layers: int
+    n_first: int | list[int] | None
+    n_last: int | list[int] | None
+    wire_dtype: str | list[str]
+
+    @classmethod
+    def of(cls, plan: PDPlan) -> PlanFigures:
+        """Figures of `plan`; a value that differs by layer becomes the sorted list of its values."""
+        sparse = [send for send in plan.kv if send.mode == "sparse"]
+        return cls(
+            digest=plan.digest,
+            blocks=plan.model.num_blocks,
+            prefill_dropped=list(plan.dropped("prefill")),
+            decode_dropped=list(plan.dropped("decode")),
+            sparse_layers=len(sparse),
+            n_first=_one([send.n_first for send in sparse]),
+            n_last=_one([send.n_last for send in sparse]),
+            wire_dtype=_one([send.wire_dtype for send in plan.kv]),
+        )
+
+
+class TransferFigures(_Frozen):
+    """KV bytes per request, averaged over `requests`; measured on prefill's counters, planned by arithmetic."""
+
+    requests: int
+    prompt_tokens: float
+    dense_bytes: float
+    planned_bytes: float
+    measured_bytes: float
+    reduction: float
+
+    @classmethod
+    def of(cls, plan: PDPlan, prompt_tokens: list[int], measured_total: float) -> TransferFigures:
+        """From the prompt lengths of all requests, and the bytes that they sent together."""
+        count = len(prompt_tokens)
+        dense = sum(map(plan.dense_bytes, prompt_tokens))
+        return cls(
+            requests=count,
+            prompt_tokens=sum(prompt_tokens) / count,
+            dense_bytes=dense / count,
+            planned_bytes=sum(map(plan.payload_bytes, prompt_tokens)) / count,
+            measured_bytes=measured_total / count,
+            reduction=round(dense / measured_total, 4),
+        )
+
+
+class QualityFigures(_Frozen):
+    """Perplexity on held-out text; `ratio` is PD over dense."""
+
+    dense_ppl: float
+    pd_ppl: float
+    ratio: float
+
+
+class FidelityFigures(_Frozen):
+    """Served logprobs against the oracle's, in nats; wrong plans that the check told apart."""
+
+    requests: int
+    max_logprob_error: float
+    controls_detected: int
+
+
+class LoadFigures(_Frozen):
+    """The head of a load; the whole result is under `detail`."""
+
+    requests: int
+    failed: int
+    ttft_ms_p50: float | None
+    itl_ms_p50: float | None
+    output_tokens_per_s: float
+    detail: LoadResult
+
+    @classmethod
+    def of(cls, result: LoadResult) -> LoadFigures:
+        """The head of `result`."""
+        return cls(
+            requests=result.requests,
+            failed=result.failed,
+            ttft_ms_p50=result.ttft_ms.p50,
+            itl_ms_p50=result.itl_ms.p50,
+            output_tokens_per_s=result.output_tokens_per_s,
+            detail=result,
+        )
+
+
+class Metrics(_Frozen):
+    """Everything that a demo run measures."""
+
+    plan: PlanFigures
+    transfer: TransferFigures
+    quality: QualityFigures
+    fidelity: FidelityFigures
+    load: dict[str, LoadFigures]
+    environment: dict[str, Any]
+
+    def write(self, path: Path) -> None:
+        """Write metrics.json whole or not at all."""
+        write_atomic(path, json.dumps(self.model_dump(mode="json"), indent=2) + "\n")
+
+
+def _one(values: list[Any]) -> Any:
+    distinct = sorted(set(values))
+    return None if not distinct else distinct[0] if len(distinct) == 1 else distinct

@@ -1,0 +1,74 @@
+"""Plans, loads and metrics as rich tables: an 80-column terminal is enough."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.table import Table
+
+from pdtrim_deploy.loadtest.base import LoadResult
+from pdtrim_deploy.plan import PDPlan
+from pdtrim_deploy.report.metrics import Metrics
+
+
+def plan_table(plan: PDPlan, prompt_tokens: int) -> Table:
+    """Block by block: what each stage does, and the KV rows and bytes that travel for one prompt."""
+    table = Table(
+        "block", "prefill", "decode", "KV", "rows", "bytes", title=f"plan {plan.digest[:12]} at {prompt_tokens} tokens"
+    )
+    for column in table.columns[-2:]:
+        column.justify = "right"
+    layer_of = {block: layer for layer, block in enumerate(plan.decode_layers)}
+    for block, (before, after) in enumerate(zip(plan.prefill, plan.decode, strict=True)):
+        cells = [str(block), before.kind, after.kind]
+        if block in layer_of:
+            send = plan.kv[layer_of[block]]
+            what = "full" if send.mode == "full" else f"first {send.n_first} + last {send.n_last}"
+            size = plan.layer_bytes(layer_of[block], prompt_tokens)
+            cells += [f"{what}, {send.wire_dtype}", str(send.rows(prompt_tokens)), f"{size:,}"]
+        table.add_row(*cells)
+    total, dense = plan.payload_bytes(prompt_tokens), plan.dense_bytes(prompt_tokens)
+    table.caption = f"{total:,} bytes a request, dense {dense:,}: {dense / total:.2f}x less"
+    return table
+
+
+def load_table(results: dict[str, LoadResult]) -> Table:
+    """One column a load."""
+    table = Table("", *results, title="load")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    rows: dict[str, Any] = {
+        "requests": lambda r: str(r.requests),
+        "failed": lambda r: str(r.failed) + "".join(f", {kind} {n}" for kind, n in r.failures.items()),
+        "output tokens/s": lambda r: f"{r.output_tokens_per_s:.1f}",
+    }
+    for name in ("ttft_ms", "itl_ms", "tpot_ms", "e2e_ms"):
+        rows[f"{name.removesuffix('_ms').upper()} ms p50/p90/p99"] = lambda r, name=name: " / ".join(
+            "-" if v is None else f"{v:.0f}" for v in (getattr(getattr(r, name), p) for p in ("p50", "p90", "p99"))
+        )
+    for label, cell in rows.items():
+        table.add_row(label, *(cell(result) for result in results.values()))
+    return table
+
+
+def metrics_table(metrics: Metrics) -> Table:
+    """The figures of a demo on one screen."""
+    plan, transfer, quality, fidelity = metrics.plan, metrics.transfer, metrics.quality, metrics.fidelity
+    table = Table("figure", "value", title=f"plan {plan.digest[:12]}", show_lines=False)
+    rows = {
+        "blocks": f"{plan.blocks}, prefill drops {plan.prefill_dropped}, decode drops {plan.decode_dropped}",
+        "KV": f"{plan.sparse_layers} layers cut to first {plan.n_first} + last {plan.n_last}, wire {plan.wire_dtype}",
+        "KV bytes a request": (
+            f"dense {transfer.dense_bytes:,.0f}, planned {transfer.planned_bytes:,.0f}, "
+            f"measured {transfer.measured_bytes:,.0f} ({transfer.requests} requests of "
+            f"{transfer.prompt_tokens:.0f} tokens): {transfer.reduction:.2f}x less"
+        ),
+        "perplexity": f"dense {quality.dense_ppl:.2f}, PD {quality.pd_ppl:.2f}, ratio {quality.ratio:.4f}",
+        "fidelity": (
+            f"{fidelity.requests} requests, largest logprob error {fidelity.max_logprob_error:.2e} nats, "
+            f"{fidelity.controls_detected} wrong plans told apart"
+        ),
+    }
+    for label, text in rows.items():
+        table.add_row(label, text)
+    return table
