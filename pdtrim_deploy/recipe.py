@@ -19,10 +19,11 @@ from pdtrim_deploy.wire import WireDtype
 # Names of the registries that need torch to import; a test holds each equal to its registry.
 PruningMethod = Literal["cosine", "greedy"]
 KVMethod = Literal["none", "all", "attention-mass"]
-Corpus = Literal["brown", "austen"]
+Corpus = Annotated[
+    str, Field(pattern=r"^(brown|austen|(dir|file):.+)$", description="brown, austen, dir:PATH or file:PATH")
+]
 PRUNING_METHODS: tuple[str, ...] = get_args(PruningMethod)
 KV_METHODS: tuple[str, ...] = get_args(KVMethod)
-CORPORA: tuple[str, ...] = get_args(Corpus)
 
 
 class _Section(BaseModel):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -24,9 +26,12 @@ COMMANDS = {
     "demo": "demo:demo",
 }
 # What each extra brings, by the name under which it is imported.
-EXTRA_OF = dict.fromkeys(("torch", "transformers", "safetensors", "gguf", "onnx", "modelopt"), "build") | dict.fromkeys(
-    ("sglang", "sglang_router"), "serve"
-)
+EXTRA_OF = {
+    **dict.fromkeys(("torch", "transformers", "safetensors", "gguf", "onnx", "modelopt"), "build"),
+    **dict.fromkeys(("sglang", "sglang_router"), "serve"),
+}
+# The machine's fault and not ours: said in one sentence.
+TO_MEND = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
 
 
 class LazyGroup(click.Group):
@@ -47,7 +52,7 @@ class LazyGroup(click.Group):
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="pdtrim-deploy")
 def cli() -> None:
-    """Prune a model for prefill-decode disaggregation and serve it in SGLang with sparse KV transfer.
+    r"""Prune a model for prefill-decode disaggregation and serve it in SGLang with sparse KV transfer.
 
     \b
     Exit codes: 0 done, 1 a check failed, 2 bad input (one sentence says what), 130 Ctrl-C.
@@ -70,9 +75,13 @@ def main(args: Sequence[str] | None = None) -> None:
         if extra is None:
             raise
         _die(f"this command needs {error.name}; install it with: pip install 'pdtrim-deploy[{extra}]'", 2)
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader (head, less) went away: nothing to say
-        sys.exit(141)
+    except OSError as error:
+        if error.errno == errno.EPIPE:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # head or less went away: nothing to say
+            sys.exit(141)
+        if error.errno not in TO_MEND:
+            raise
+        _die(f"{error.filename or 'cannot write'}: {error.strerror}; mend that and run the same command again", 2)
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -59,7 +59,7 @@ def loadtest(
     allow_remote: bool,
     as_json: bool,
 ) -> None:
-    """Load the router at URL, or serve BUNDLE (1 prefill + 1 decode) for the length of the test.
+    r"""Load the router at URL, or serve BUNDLE (1 prefill + 1 decode) for the length of the test.
 
     Exit code 1 when a request failed.
 

@@ -18,7 +18,7 @@ class _Frozen(BaseModel):
 
 
 class PlanFigures(_Frozen):
-    """The plan in numbers; `n_first`, `n_last` and `wire_dtype` are those of the sparse layers (None: no such layer)."""
+    """The plan in numbers; `n_first` and `n_last` are those of the sparse layers (None: there is none)."""
 
     digest: str
     blocks: int
