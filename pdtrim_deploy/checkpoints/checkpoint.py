@@ -100,7 +100,9 @@ def open_checkpoint(folder: Path, cache: Cache) -> Checkpoint:
     if config.get("quantization_config"):
         raise UserError(f"{folder}: quantised weights cannot be cut block by block; give the unquantised model")
     if not any((folder / name).exists() for name in TOKENIZER_FILES):
-        raise UserError(f"{folder}: no tokenizer ({', '.join(TOKENIZER_FILES)}); copy the model's tokenizer files there")
+        raise UserError(
+            f"{folder}: no tokenizer ({', '.join(TOKENIZER_FILES)}); copy the model's tokenizer files there"
+        )
     tensors = {n: t for n, t in read_tensor_index(folder).items() if _is_weight(n, config)}
     missing = sorted(family.required_tensors(config) - set(tensors))
     if missing:

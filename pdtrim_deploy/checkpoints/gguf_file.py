@@ -109,7 +109,9 @@ def _unpermute(tensor: Any, heads: int) -> Any:
 def _config(meta: dict[str, Any], tensors: dict[str, Any], path: Path) -> dict[str, Any]:
     arch = meta.get("general.architecture")
     if arch not in _ARCHITECTURES:
-        raise UserError(f"{path}: GGUF architecture {arch!r} is not supported; those that are: {', '.join(_ARCHITECTURES)}")
+        raise UserError(
+            f"{path}: GGUF architecture {arch!r} is not supported; those that are: {', '.join(_ARCHITECTURES)}"
+        )
     architecture, model_type = _ARCHITECTURES[arch]
     if meta.get(f"{arch}.rope.scaling.type", "none") != "none":
         raise UserError(f"{path}: scaled RoPE cannot be read back from GGUF exactly; give the HF folder as hf:DIR")

@@ -61,16 +61,15 @@ def write_stage(
     blocks: Sequence[int],
     dtype: str,
     pdtrim: Mapping[str, Any],
+    *,
     replacements: Replacements | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write the HF folder of a stage that runs `blocks` (original indices, ascending), one shard in memory at a time.
 
-    Args:
-        dtype: "float32", "bfloat16" or "float16"; every tensor is cast to it.
-        pdtrim: goes into config.json under "pdtrim".
-        replacements: for a block in `blocks`, all its tensors by name within the block
-            ("self_attn.q_proj.weight"), same names and shapes: the student of a distilled pair.
+    Every tensor is cast to `dtype` ("float32", "bfloat16" or "float16"); `pdtrim` goes into config.json under that
+    key. `replacements` gives, for a block in `blocks`, all its tensors by their name within the block
+    ("self_attn.q_proj.weight"), same names and shapes: the student of a distilled pair.
 
     The folder appears whole or not at all. An earlier stage in its place is replaced; anything else there is refused
     (UserError).
@@ -158,7 +157,7 @@ def _stage_config(checkpoint: Checkpoint, blocks: Sequence[int], dtype: str) -> 
     return config | {"num_hidden_layers": len(blocks), "dtype": dtype, "torch_dtype": dtype}
 
 
-def _twin(module: nn.Module) -> nn.Module:
+def _twin(module: nn.Module) -> Any:
     """A copy of the module tree over the very same parameters and buffers."""
     twin = copy.copy(module)
     for name, value in vars(module).items():

@@ -42,7 +42,7 @@ def read_tensor_index(folder: Path) -> dict[str, TensorInfo]:
     Raises UserError: pickle-only weights, no weights, a missing shard, a truncated or damaged file.
     """
     if (folder / INDEX).exists():
-        weight_map = _json(folder / INDEX)["weight_map"]
+        weight_map = _weight_map(folder / INDEX)
         shards = {name: _read_header(folder / name) for name in sorted(set(weight_map.values()))}
         absent = [name for name, shard in weight_map.items() if name not in shards[shard]]
         if absent:
@@ -103,8 +103,8 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
-def _json(path: Path) -> dict:
+def _weight_map(path: Path) -> dict[str, str]:
     try:
-        return json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        raise UserError(f"{path}: not JSON; get the model again") from None
+        return json.loads(path.read_text())["weight_map"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: no weight_map in it; get the model again") from None

@@ -31,7 +31,7 @@ def write_shards(
             used = 0
         shards[-1].append(name)
         used += size
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
         file = SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
         tensors = {name: get(name).to(dtype).contiguous() for name in names}

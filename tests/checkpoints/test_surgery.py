@@ -26,9 +26,7 @@ def by_hand(model, blocks):
     rope = model.model.rotary_emb(hidden, positions)
     mask = torch.full((20, 20), float("-inf")).triu(1)[None, None].expand(2, 1, 20, 20)
     for block in blocks:
-        out = model.model.layers[block](
-            hidden, attention_mask=mask, position_ids=positions, position_embeddings=rope
-        )
+        out = model.model.layers[block](hidden, attention_mask=mask, position_ids=positions, position_embeddings=rope)
         hidden = out[0] if isinstance(out, tuple) else out
     return model.lm_head(model.model.norm(hidden))
 

