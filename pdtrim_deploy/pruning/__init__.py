@@ -1,0 +1,1 @@
+"""Which blocks each stage can do without."""

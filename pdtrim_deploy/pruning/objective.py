@@ -1,0 +1,99 @@
+"""What a search minimises, opened up between blocks so that hidden states can be kept and reused."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from pdtrim_deploy.blockwise import Blockwise, CausalLM, LayerKV, Span
+
+
+class Objective(Protocol):
+    """A calibration loss in `batches` parts. Hidden states are `[sequences, tokens, hidden]`.
+
+    Attributes:
+        block_forwards: cost so far: blocks run, times sequences of the batch.
+    """
+
+    blocks: int
+    batches: int
+    block_forwards: int
+
+    def start(self, batch: int) -> Tensor:
+        """Input of block 0."""
+        ...
+
+    def run(self, batch: int, block: int, hidden: Tensor) -> Tensor:
+        """Output of `block` for that input, which is left unchanged."""
+        ...
+
+    def losses(self, batch: int, hidden: Tensor) -> Tensor:
+        """float32 `[sequences, scored]`: loss in nats of each scored token, from the last block's output."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Batch:
+    first: Tensor
+    span: Span
+    targets: Tensor
+    prompt_kv: dict[int, LayerKV]
+
+
+class NextTokenLoss:
+    """NLL of calibration text, int64 `[S, T]`: of the pruned model alone, or of decode behind a PD hand-over.
+
+    With `prompt_tokens` of 0 the model under search reads everything and tokens 1 .. T-1 are scored. Otherwise the
+    prompt is run once, by the prefill model, whose KV (whole) each block of decode then reads; decode reads the
+    rest and is scored on tokens `prompt_tokens + 1` .. T-1. (Token `prompt_tokens` is prefill's own.)
+
+    Args:
+        prefill_removed: blocks that prefill does not run, so no search over this loss may run them.
+    """
+
+    def __init__(
+        self,
+        model: CausalLM,
+        ids: Tensor,
+        prompt_tokens: int = 0,
+        prefill_removed: Collection[int] = (),
+        batch: int = 4,
+    ) -> None:
+        self._runner = Blockwise(model)
+        self.blocks, self.block_forwards = len(self._runner.layers), 0
+        self._batches = [self._prepare(part, prompt_tokens, prefill_removed) for part in ids.split(batch)]
+        self.batches = len(self._batches)
+
+    @torch.no_grad()
+    def _prepare(self, ids: Tensor, prompt_tokens: int, prefill_removed: Collection[int]) -> _Batch:
+        prompt_kv: dict[int, LayerKV] = {}
+        if prompt_tokens:
+            hidden, span = self._runner.embed(ids[:, :prompt_tokens])
+            for block in range(self.blocks):
+                if block not in prefill_removed:
+                    prompt_kv[block] = LayerKV()
+                    hidden = self._runner.block(block, hidden, span, prompt_kv[block])
+                    self.block_forwards += len(ids)
+        first, span = self._runner.embed(ids[:, prompt_tokens:-1], prompt_tokens)
+        return _Batch(first, span, ids[:, prompt_tokens + 1 :], prompt_kv)
+
+    def start(self, batch: int) -> Tensor:
+        """Input of block 0."""
+        return self._batches[batch].first
+
+    @torch.no_grad()
+    def run(self, batch: int, block: int, hidden: Tensor) -> Tensor:
+        """Output of `block`, whose queries see the prompt's KV, if any, and causally each other."""
+        self.block_forwards += len(hidden)
+        part = self._batches[batch]
+        kv = part.prompt_kv[block].fork() if part.prompt_kv else None
+        return self._runner.block(block, hidden, part.span, kv)
+
+    @torch.no_grad()
+    def losses(self, batch: int, hidden: Tensor) -> Tensor:
+        """float32 `[sequences, scored]`: NLL of each scored token."""
+        return -self._runner.logprobs(hidden, self._batches[batch].targets)

@@ -1,0 +1,22 @@
+"""One shot by redundancy: the blocks whose output is most like their input go (ShortGPT, arXiv:2403.03853)."""
+
+from __future__ import annotations
+
+from time import monotonic
+
+from pdtrim_deploy.pruning.redundancy import redundancy
+from pdtrim_deploy.pruning.search.base import Problem, Progress, SearchResult, Step
+
+
+class Cosine:
+    """Cheap and often wrong: high cosine does not mean harmless. It measures no loss, so its steps carry none."""
+
+    def run(self, problem: Problem, progress: Progress) -> SearchResult:
+        """Rank once on the dense model; ties go to the earlier block."""
+        began = monotonic()
+        score = redundancy(problem.model, problem.ids, progress=progress)
+        ranked = sorted(problem.candidates, key=lambda block: (-float(score[block]), block))
+        chosen = ranked[: problem.remove - len(problem.forced)]
+        cost = problem.objective.blocks * len(problem.ids)
+        steps = (Step(i, block, None, monotonic() - began, cost) for i, block in enumerate(chosen, 1))
+        return SearchResult((*problem.forced, *chosen), tuple(steps))

@@ -1,0 +1,136 @@
+import itertools
+
+import pytest
+import torch
+from tinypd import BLOCKS, make_oracle, make_plan, text, tiny
+
+from pdtrim_deploy import recipe
+from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.pruning.objective import NextTokenLoss
+from pdtrim_deploy.pruning.redundancy import redundancy
+from pdtrim_deploy.pruning.search import SEARCHES, Problem, get_search
+from pdtrim_deploy.pruning.search.greedy import Greedy
+from pdtrim_deploy.pruning.stages import choose_stages
+
+
+def quiet(_):
+    pass
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny("Llama")
+
+
+@pytest.fixture(scope="module")
+def ids(model):
+    """Text the model itself likes, so that blocks matter unequally."""
+    torch.manual_seed(1)
+    out = torch.randint(0, 97, (6, 1))
+    with torch.no_grad():
+        for _ in range(40):
+            step = torch.distributions.Categorical(logits=model(out).logits[:, -1])
+            out = torch.cat((out, step.sample()[:, None]), dim=1)
+    return out
+
+
+def problem(model, ids, remove, split=0, **more):
+    return Problem(model, ids, NextTokenLoss(model, ids, split, more.get("forced", ())), remove, **more)
+
+
+def pd_loss(model, ids, split, prefill, decode):
+    oracle = make_oracle(model, make_plan(prefill, decode))
+    return -float(oracle.score(oracle.prefill(ids[:, :split]), ids[:, split:])[:, 1:].mean())
+
+
+def test_exact_greedy_takes_the_best_of_each_round(model, ids):
+    result = Greedy(race_z=None).run(problem(model, ids, 3, split=10), quiet)
+    for step, (gone, block) in enumerate(
+        zip(((), result.removed[:1], result.removed[:2]), result.removed, strict=True)
+    ):
+        losses = {b: pd_loss(model, ids, 10, (), (*gone, b)) for b in range(BLOCKS) if b not in gone}
+        assert block == min(losses, key=losses.__getitem__)
+        row = result.trajectory[step]
+        assert (row.step, row.block, row.loss) == (step + 1, block, pytest.approx(losses[block], abs=1e-4))
+    costs = [row.block_forwards for row in result.trajectory]
+    assert costs == sorted(costs)
+    naive = 6 * sum(k * (k - 1) for k in (5, 4, 3))
+    assert costs[-1] < 0.75 * naive
+
+
+def test_racing_agrees_and_runs_less(model, ids):
+    many = ids.repeat(3, 1).roll(1, 0)
+    exact, raced = (Greedy(z).run(problem(model, many, 2), quiet) for z in (None, 3.0))
+    assert raced.removed == exact.removed
+    assert raced.trajectory[-1].loss == pytest.approx(exact.trajectory[-1].loss, abs=1e-5)
+    assert raced.trajectory[-1].block_forwards < exact.trajectory[-1].block_forwards
+
+
+def test_racing_keeps_what_noise_could_explain():
+    race, noise = Greedy(3.0), torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+    assert not race._beaten(noise)
+    assert not race._beaten(noise - 1)
+    assert race._beaten(noise + 1)
+    assert not race._beaten((noise + 1)[:3])  # 6 units of 32 tokens: too few to say
+    assert not Greedy(None)._beaten(noise + 1)
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_every_method_honours_forced_and_protected(model, ids, name):
+    search = get_search(name)
+    result = search.run(problem(model, ids, 3, forced=(4,), protected=frozenset({0, 1})), quiet)
+    assert result.removed[0] == 4
+    assert set(result.removed[1:]) == {2, 3}
+    assert [row.block for row in result.trajectory] == list(result.removed[1:])
+    assert search.run(problem(model, ids, 1, forced=(4,)), quiet).removed == (4,)
+    assert search.run(problem(model, ids, 2), quiet).removed == search.run(problem(model, ids, 2), quiet).removed
+
+
+def test_cosine_takes_the_most_redundant(model, ids):
+    order = redundancy(model, ids).argsort(descending=True).tolist()
+    assert get_search("cosine").run(problem(model, ids, 4), quiet).removed == tuple(order[:4])
+
+
+@pytest.mark.parametrize("method", SEARCHES)
+def test_stages_are_nested(model, ids, method):
+    for prefill, decode in itertools.combinations_with_replacement(range(4), 2):
+        stages = choose_stages(model, ids, prefill, decode, method=method)
+        assert len(stages.prefill.removed) == prefill
+        assert len(stages.decode.removed) == len(set(stages.decode.removed)) == decode
+        assert stages.decode.removed[:prefill] == stages.prefill.removed
+        assert len(stages.decode.trajectory) == decode - prefill
+
+
+def test_decode_is_judged_behind_the_pruned_prefill(model, ids):
+    stages = choose_stages(model, ids, 1, 2, prompt_tokens=12)
+    assert stages.decode.trajectory[-1].loss == pytest.approx(
+        pd_loss(model, ids, 12, stages.prefill.removed, stages.decode.removed), abs=1e-4
+    )
+
+
+@pytest.mark.parametrize(
+    ("counts", "message"),
+    [
+        ((2, 1), "prefill_blocks is 2 but decode_blocks is 1"),
+        ((0, BLOCKS), "cannot remove 5 of 5 blocks; remove at most 4"),
+        ((1, 99), "cannot remove 99 of 5 blocks; remove at most 4"),
+    ],
+)
+def test_impossible_counts_are_refused(model, ids, counts, message):
+    with pytest.raises(UserError, match=message):
+        choose_stages(model, ids, *counts)
+
+
+def test_other_bad_input_is_refused(model, ids):
+    with pytest.raises(UserError, match="pruning method 'anneal' is unknown; use one of cosine, greedy"):
+        choose_stages(model, ids, 0, 1, method="anneal")
+    with pytest.raises(UserError, match="cannot remove 3 of 5 blocks with 3 protected; remove at most 2"):
+        choose_stages(model, ids, 0, 3, protected=frozenset({0, 1, 4}))
+    broken = tiny("Llama")
+    broken.model.layers[0].mlp.down_proj.weight.data[0, 0] = torch.nan
+    with pytest.raises(UserError, match="loss is not a number"):
+        choose_stages(broken, text(2, 12), 0, 1)
+
+
+def test_the_recipe_knows_every_method():
+    assert set(recipe.PRUNING_METHODS) == set(SEARCHES)
