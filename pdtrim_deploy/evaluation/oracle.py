@@ -48,8 +48,8 @@ class PDOracle:
 
     def __init__(self, prefill_model: CausalLM, decode_model: CausalLM, plan: PDPlan) -> None:
         self.prefill_model, self.decode_model, self.plan = prefill_model, decode_model, plan
-        self._prefill, self._decode = Blockwise(prefill_model), Blockwise(decode_model)
-        for stage, runner in (("prefill", self._prefill), ("decode", self._decode)):
+        self._prefill, self.decode = Blockwise(prefill_model), Blockwise(decode_model)
+        for stage, runner in (("prefill", self._prefill), ("decode", self.decode)):
             wanted = len(plan.prefill_layers if stage == "prefill" else plan.decode_layers)
             if len(runner.layers) != wanted:
                 raise ValueError(f"the {stage} model has {len(runner.layers)} layers, the plan {wanted}")
@@ -95,9 +95,9 @@ class PDOracle:
     @torch.no_grad()
     def extend(self, ids: Tensor, start: int, held: list[LayerKV]) -> Tensor:
         """Decode's last hidden states `[batch, tokens, hidden]` for `ids` at `start`; `held` grows."""
-        hidden, span = self._decode.embed(ids, start)
+        hidden, span = self.decode.embed(ids, start)
         for layer, kv in enumerate(held):
-            hidden = self._decode.block(layer, hidden, span, kv)
+            hidden = self.decode.block(layer, hidden, span, kv)
         return hidden
 
     @torch.no_grad()
@@ -110,7 +110,7 @@ class PDOracle:
         if continuations.shape[1] == 1:
             return first
         hidden = self.extend(continuations[:, :-1], state.tokens, self.hand_over(state))
-        return torch.cat((first, self._decode.logprobs(hidden, continuations[:, 1:])), dim=1)
+        return torch.cat((first, self.decode.logprobs(hidden, continuations[:, 1:])), dim=1)
 
     def logprobs(self, prompt: Tensor, continuation: Tensor) -> Tensor:
         """float32 `[T]`: log-probability of each token of `continuation` `[T]` after `prompt` `[N]`."""
@@ -123,7 +123,7 @@ class PDOracle:
         logits = [state.logits]
         if len(continuation) > 1:
             hidden = self.extend(continuation[None, :-1], state.tokens, self.hand_over(state))
-            logits.append(self._decode.logits(hidden[0]))
+            logits.append(self.decode.logits(hidden[0]))
         top = torch.cat(logits).float().log_softmax(-1).topk(k)
         return top.indices, top.values
 
@@ -135,7 +135,7 @@ class PDOracle:
         for position in range(state.tokens, state.tokens + tokens):
             chosen.append(logits.argmax(-1))
             if len(chosen) < tokens:
-                logits = self._decode.logits(self.extend(chosen[-1][None], position, held)[:, -1])
+                logits = self.decode.logits(self.extend(chosen[-1][None], position, held)[:, -1])
         return torch.cat(chosen)
 
 
