@@ -45,9 +45,7 @@ def cuts(draw, tokens):
 def test_chunks_move_exactly_the_planned_rows(data, plan, tokens):
     dtype = getattr(torch, plan.model.kv_dtype)
     size = tokens + 7
-    source = [
-        [torch.randn(size, HEADS, DIM).to(dtype) for _ in plan.prefill_layers] for _ in range(2)
-    ]
+    source = [[torch.randn(size, HEADS, DIM).to(dtype) for _ in plan.prefill_layers] for _ in range(2)]
     target = [[torch.full((size, HEADS, DIM), -9.0).to(dtype) for _ in plan.decode_layers] for _ in range(2)]
     from_slots = torch.tensor(data.draw(st.permutations(range(size))))[:tokens]
     to_slots = torch.tensor(data.draw(st.permutations(range(size))))[:tokens]

@@ -1,0 +1,45 @@
+"""Index arithmetic of sparse decode attention, shared by all backends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pdtrim_deploy.plan import PDPlan
+
+
+@dataclass(frozen=True)
+class Window:
+    """First and last prompt tokens that a sparse layer sees."""
+
+    n_first: int
+    n_last: int
+
+
+def layer_windows(plan: PDPlan) -> dict[int, Window]:
+    """Decode layer -> window, for the sparse layers only."""
+    return {layer: Window(send.n_first, send.n_last) for layer, send in enumerate(plan.kv) if send.mode == "sparse"}
+
+
+def compact_table(
+    req_to_token: Tensor, rows: Tensor, seq_lens: Tensor, prompt_tokens: Tensor, window: Window
+) -> tuple[Tensor, Tensor]:
+    """Pool slots that each request of a decode batch attends to in layers of one window.
+
+    Args:
+        req_to_token: `[pool_rows, max_context]`, slot of each token.
+        rows, seq_lens: `[batch]`, row and length (prompt and generated) of each request.
+        prompt_tokens: `[batch]`; 0 for a request without prompt KV from prefill, which then sees everything.
+
+    Returns:
+        slots `[batch, longest]` in token order, padded, and lengths `[batch]`.
+
+    """
+    hidden = (prompt_tokens - window.n_first - window.n_last).clamp(min=0)
+    lengths = seq_lens - hidden.to(seq_lens.dtype)
+    column = torch.arange(int(lengths.max()), device=rows.device)[None, :]
+    position = column + hidden[:, None] * (column >= window.n_first)
+    position = torch.minimum(position, (seq_lens - 1)[:, None])
+    return req_to_token[rows[:, None].long(), position.long()], lengths

@@ -1,0 +1,129 @@
+"""The decode worker's side of a transfer: it announces rooms, receives chunks and scatters them."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from typing import TYPE_CHECKING, Any
+
+from sglang.srt.disaggregation.base.conn import KVPoll
+from torch import Tensor
+
+from pdtrim_deploy.kvcache.layout import chunk_layout
+from pdtrim_deploy.plan import PDPlan
+from pdtrim_sglang.messages import Register
+from pdtrim_sglang.messages import Room as RoomMessage
+from pdtrim_sglang.pool import PoolView
+from pdtrim_sglang.protocol import VERSION, ChunkHeader, ProtocolError, Reply
+from pdtrim_sglang.rooms import AuxRows, DecodeRoom
+from pdtrim_sglang.transports import TransportConfig, transport_named
+
+if TYPE_CHECKING:
+    from pdtrim_sglang.manager import PDTrimKVManager
+
+logger = logging.getLogger("sglang.srt.pdtrim.decode")
+
+
+class DecodeSide:
+    """Chunk handler of this worker's receive server, and the keeper of its rooms."""
+
+    def __init__(
+        self,
+        manager: PDTrimKVManager,
+        plan: PDPlan,
+        pool: PoolView,
+        aux: AuxRows,
+        transport: str,
+        config: TransportConfig,
+    ) -> None:
+        self._manager, self._plan, self._pool, self._aux, self._config = manager, plan, pool, aux, config
+        self._digest = bytes.fromhex(plan.digest)
+        self._rooms: dict[int, DecodeRoom] = {}
+        _, make_server = transport_named(transport)
+        self._server = make_server(manager.local_ip, self, config)
+        self.session = f"{self._server.host}:{self._server.port}"
+        threading.Thread(target=self._control, daemon=True).start()
+
+    def register_message(self) -> list[bytes]:
+        """Sent once to each prefill rank, before its first room."""
+        manager = self._manager
+        return Register(
+            session=self.session,
+            host=manager.local_ip,
+            control_port=manager.rank_port,
+            protocol=VERSION,
+            digest=self._plan.digest,
+            data_port=self._server.port,
+            tp_size=manager.attn_tp_size,
+            aux_item_bytes=self._aux.item_bytes,
+        ).frames()
+
+    def room_message(self, room: int, prompt_tokens: int, prefix_tokens: int, destinations: int) -> list[bytes]:
+        """Sent once a request and prefill rank."""
+        manager = self._manager
+        return RoomMessage(
+            session=self.session,
+            host=manager.local_ip,
+            control_port=manager.rank_port,
+            room=room,
+            prompt_tokens=prompt_tokens,
+            prefix_tokens=prefix_tokens,
+            destinations=destinations,
+        ).frames()
+
+    def open_room(self, room: int, prompt_tokens: int, prefix_tokens: int, pages: Any, aux_index: int) -> None:
+        """Accept chunks for a request whose destination `pages` (int32) SGLang has just allocated."""
+        slots = self._pool.slots(pages, prompt_tokens - prefix_tokens)
+        self._rooms[room] = DecodeRoom(room, prompt_tokens, prefix_tokens, slots, aux_index)
+
+    def close_room(self, room: int) -> None:
+        """Accept no more: call before SGLang may free the pages. Waits for a scatter under way."""
+        entry = self._rooms.pop(room, None)
+        if entry is not None:
+            entry.close()
+
+    def admit(self, header: ChunkHeader) -> None:
+        """The lengths must be the plan's, before a byte of the body is read."""
+        if header.digest != self._digest:
+            raise ProtocolError(f"chunk of plan {header.digest.hex()}, this worker serves {self._plan.digest}")
+        tokens = header.prompt_tokens
+        if tokens > len(self._pool.keys[0]):
+            raise ProtocolError(f"a prompt of {tokens} tokens does not fit this worker's KV pool")
+        layout = chunk_layout(self._plan, tokens, header.start, header.stop, self._pool.kv_heads)
+        aux_bytes = self._aux.total_bytes if header.last else 0
+        if (header.payload_bytes, header.aux_bytes) != (layout.total_bytes, aux_bytes):
+            raise ProtocolError(
+                f"chunk of {header.payload_bytes} + {header.aux_bytes} bytes, "
+                f"the plan says {layout.total_bytes} + {aux_bytes}"
+            )
+        if header.payload_bytes > self._config.staging_bytes:
+            raise ProtocolError(f"chunk of {header.payload_bytes} bytes is larger than the staging buffer")
+
+    def deliver(self, header: ChunkHeader, payload: Tensor, aux: memoryview) -> Reply:
+        """Scatter one chunk; after the last one the request is ready."""
+        room = self._rooms.get(header.room)
+        if room is None:
+            return Reply(header.room, "the request has ended on the decode side")
+        reason = room.take(self._plan, self._pool, self._aux, header, payload, aux)
+        if reason:
+            self._conclude(header, KVPoll.Failed, reason)
+        elif header.last:
+            self._conclude(header, KVPoll.Success)
+        return Reply(header.room, reason)
+
+    def _conclude(self, header: ChunkHeader, status: int, reason: str | None = None) -> None:
+        self._manager.apply_prefill_status(
+            bootstrap_room=header.room, status=status, prefill_rank=header.rank, failure_reason=reason
+        )
+
+    def _control(self) -> None:
+        """Prefill's word that a request failed there."""
+        while True:
+            frames = self._manager.server_socket.recv_multipart()
+            parsed = self._manager.parse_kv_status_message(frames)
+            if parsed is None:
+                continue
+            room, status, rank, reason = parsed
+            self._manager.apply_prefill_status(
+                bootstrap_room=room, status=status, prefill_rank=rank, failure_reason=reason
+            )

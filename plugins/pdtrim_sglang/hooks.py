@@ -1,0 +1,126 @@
+"""Every private interface of SGLang that this plugin touches, in one place. Read against SGLang 0.5.23.
+
+`install` registers the hooks, SGLang applies them (and only logs a failure), so `check` is called when a worker
+builds its KV manager and refuses to start when one did not take.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from pdtrim_sglang.transports import TRANSPORTS
+
+READ_AGAINST = "0.5.23"
+DISAGGREGATION = "sglang.srt.disaggregation"
+GET_KV_CLASS = f"{DISAGGREGATION}.utils.get_kv_class"
+CREATE_SENDER = f"{DISAGGREGATION}.prefill.PrefillBootstrapQueue.create_sender"
+PREFILL_MANAGER = f"{DISAGGREGATION}.prefill.PrefillBootstrapQueue._init_kv_manager"
+DECODE_MANAGER = f"{DISAGGREGATION}.decode.DecodePreallocQueue._init_kv_manager"
+PRE_ALLOC = f"{DISAGGREGATION}.decode.DecodePreallocQueue._pre_alloc"
+SEND_METADATA = f"{DISAGGREGATION}.decode.DecodePreallocQueue._send_kv_metadata"
+TORCH_NATIVE = "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend"
+
+
+def install() -> None:
+    """Register the transfer backends `pdtrim_<transport>` and all hooks."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    from pdtrim_sglang.attention.torch_native import SparseTorchNativeBackend
+
+    _add_transfer_backends()
+    HookRegistry.register(GET_KV_CLASS, _kv_class, HookType.AROUND)
+    HookRegistry.register(CREATE_SENDER, _name_prompt_of_sender, HookType.AROUND)
+    HookRegistry.register(PREFILL_MANAGER, _attach_pool, HookType.AFTER)
+    HookRegistry.register(DECODE_MANAGER, _attach_pool, HookType.AFTER)
+    HookRegistry.register(PRE_ALLOC, _note_prompt_length, HookType.AROUND)
+    HookRegistry.register(SEND_METADATA, _name_prompt_of_receiver, HookType.AROUND)
+    HookRegistry.register(TORCH_NATIVE, SparseTorchNativeBackend, HookType.REPLACE)
+
+
+def check() -> None:
+    """Raise RuntimeError, naming the targets, unless every hook was applied."""
+    from sglang.srt.plugins.hook_registry import HookRegistry
+    from sglang.version import __version__
+
+    wanted = {
+        GET_KV_CLASS, CREATE_SENDER, PREFILL_MANAGER, DECODE_MANAGER, PRE_ALLOC, SEND_METADATA, TORCH_NATIVE,
+    }  # fmt: skip
+    if missing := sorted(wanted - HookRegistry._patched):
+        raise RuntimeError(
+            f"pdtrim: SGLang {__version__} did not take the hooks {', '.join(missing)}; this plugin was written for "
+            f"SGLang {READ_AGAINST}: install that version"
+        )
+
+
+def backend_name(transport: str) -> str:
+    """Value of `--disaggregation-transfer-backend` for a transport."""
+    return f"pdtrim_{transport}"
+
+
+def _add_transfer_backends() -> None:
+    from sglang.srt.arg_groups.choices import add_disagg_transfer_backend_choices
+    from sglang.srt.disaggregation.utils import TransferBackend
+
+    names = [backend_name(name) for name in TRANSPORTS]
+    add_disagg_transfer_backend_choices(names)
+    for value in names:  # an Enum cannot be subclassed once it has members: add to its tables
+        if value not in TransferBackend._value2member_map_:
+            member: Any = object.__new__(TransferBackend)
+            member._name_, member._value_ = value.upper(), value
+            member._sort_order_ = len(TransferBackend._member_names_)
+            TransferBackend._member_names_.append(member._name_)
+            TransferBackend._member_map_[member._name_] = member
+            TransferBackend._value2member_map_[value] = member
+
+
+def _kv_class(original: Callable[..., Any], transfer_backend: Any, class_type: Any) -> Any:
+    from sglang.srt.disaggregation.utils import KVClassType
+
+    if not str(transfer_backend.value).startswith("pdtrim_") or class_type == KVClassType.KVARGS:
+        return original(transfer_backend, class_type)
+    from sglang.srt.disaggregation.common.conn import CommonKVBootstrapServer
+
+    from pdtrim_sglang.manager import PDTrimKVManager
+    from pdtrim_sglang.receiver import PDTrimKVReceiver
+    from pdtrim_sglang.sender import PDTrimKVSender
+
+    return {
+        KVClassType.MANAGER: PDTrimKVManager,
+        KVClassType.SENDER: PDTrimKVSender,
+        KVClassType.RECEIVER: PDTrimKVReceiver,
+        KVClassType.BOOTSTRAP_SERVER: CommonKVBootstrapServer,
+    }[class_type]
+
+
+def _attach_pool(manager: Any, queue: Any) -> Any:
+    attach = getattr(manager, "attach", None)
+    if attach is not None:
+        attach(queue.token_to_kv_pool, queue.draft_token_to_kv_pool)
+    return manager
+
+
+def _name_prompt_of_sender(original: Callable[..., bool], queue: Any, req: Any, *args: Any, **kwargs: Any) -> bool:
+    made = original(queue, req, *args, **kwargs)
+    if made:
+        req.disagg_kv_sender.prompt_tokens = len(req.origin_input_ids)
+    return made
+
+
+def _prompt_tokens(req: Any) -> int:
+    """Tokens whose KV prefill computes: on a re-bootstrap after retraction the tokens emitted so far belong to it."""
+    emitted = len(req.output_ids) if getattr(req, "pd_rebootstrap_in_progress", False) else 0
+    return len(req.origin_input_ids) + emitted
+
+
+def _name_prompt_of_receiver(original: Callable[..., None], queue: Any, decode_req: Any, *args: Any, **kw: Any) -> None:
+    decode_req.kv_receiver.prompt_tokens = _prompt_tokens(decode_req.req)
+    original(queue, decode_req, *args, **kw)
+
+
+def _note_prompt_length(original: Callable[..., Any], queue: Any, req: Any, *args: Any, **kwargs: Any) -> Any:
+    allocated = original(queue, req, *args, **kwargs)
+    lengths = getattr(queue.req_to_token_pool, "pdtrim_prompt_tokens", None)
+    if lengths is not None:
+        lengths[req.kv.req_pool_idx] = _prompt_tokens(req)
+    return allocated

@@ -1,0 +1,76 @@
+"""The KV manager of one worker, on CommonKVManager of SGLang 0.5.23: checks the setup, then is prefill or decode."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sglang.srt.disaggregation.common.conn import CommonKVManager
+from sglang.srt.disaggregation.utils import DisaggregationMode
+
+from pdtrim_deploy.plan import PDPlan
+from pdtrim_sglang import hooks
+from pdtrim_sglang.decode import DecodeSide
+from pdtrim_sglang.plan_source import check_fits, dense_plan, read_plan
+from pdtrim_sglang.pool import PoolView
+from pdtrim_sglang.prefill import PrefillSide
+from pdtrim_sglang.requirements import check_options
+from pdtrim_sglang.rooms import AuxRows
+from pdtrim_sglang.transports import TransportConfig
+
+
+class PDTrimKVManager(CommonKVManager):
+    """Owns the worker's side of all transfers. Complete after `attach`, which a hook calls with the KV pool."""
+
+    kv_status_msg_tag = b"PDTRIM-STATUS"
+    kv_status_msg_carries_reason = True
+    reports_transfer_latency = True
+
+    plan: PDPlan
+    prefill_side: PrefillSide
+    decode_side: DecodeSide
+
+    def __init__(self, args: Any, disaggregation_mode: Any, server_args: Any, is_mla_backend: bool = False) -> None:
+        hooks.check()
+        self._given_plan = read_plan(server_args.model_path)
+        check_options(server_args, args, self._given_plan, is_mla_backend)
+        self.transport_config = TransportConfig()
+        self.prompts_announced: dict[int, int] = {}
+        super().__init__(args, disaggregation_mode, server_args, is_mla_backend)
+
+    @property
+    def prefill_rank(self) -> int:
+        """This prefill rank, as decode counts responses."""
+        return self._prefill_unique_rank()
+
+    def attach(self, pool: Any, draft_pool: Any) -> None:
+        """Start the worker's side on SGLang's KV pool.
+
+        Raises:
+            RuntimeError: the pool is not what the plan says, or of a kind that cannot be sent.
+
+        """
+        if draft_pool is not None:
+            raise RuntimeError("pdtrim: speculative decoding is not supported: start without --speculative-algorithm")
+        view = PoolView.of(pool)
+        stage = "prefill" if self.disaggregation_mode == DisaggregationMode.PREFILL else "decode"
+        self.plan = self._given_plan or dense_plan(len(view.keys), pool)
+        check_fits(self.plan, stage, pool, self.attn_tp_size if self._given_plan else 1)
+        aux = AuxRows(tuple(self.kv_args.aux_data_ptrs), tuple(self.kv_args.aux_item_lens))
+        transport = self.server_args.disaggregation_transfer_backend.removeprefix("pdtrim_")
+        side = (self, self.plan, view, aux, transport, self.transport_config)
+        if stage == "prefill":
+            self.prefill_side = PrefillSide(*side)
+        else:
+            self.decode_side = DecodeSide(*side)
+            self._start_heartbeat_checker_thread()
+
+    def build_receiver_registration_message(self) -> list[bytes]:
+        return self.decode_side.register_message()
+
+    def build_receiver_metadata_message(
+        self, *, bootstrap_room: int, required_dst_info_num: int, decode_prefix_len: int | None, **_: Any
+    ) -> list[bytes]:
+        prompt_tokens = self.prompts_announced[bootstrap_room]
+        return self.decode_side.room_message(
+            bootstrap_room, prompt_tokens, decode_prefix_len or 0, required_dst_info_num
+        )

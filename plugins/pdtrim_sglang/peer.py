@@ -1,0 +1,144 @@
+"""One decode worker as a prefill worker sees it: a queue, a thread, a staging buffer and a channel.
+
+A peer of its own thread means that a decode worker which hangs holds up nobody else's requests.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from pdtrim_deploy.kvcache.layout import chunk_layout
+from pdtrim_deploy.kvcache.pack import pack
+from pdtrim_deploy.plan import PDPlan
+from pdtrim_sglang.pool import PoolView
+from pdtrim_sglang.protocol import ChunkHeader, Reply
+from pdtrim_sglang.rooms import AuxRows
+from pdtrim_sglang.transports import SendChannel, TransportConfig
+from pdtrim_sglang.transports.base import TransportError
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Prompt tokens `[start, stop)` of a request, on `pages` (int32) of this worker's pool.
+
+    `events` are device events after which the pages may be read.
+    """
+
+    room: int
+    pages: Any
+    prompt_tokens: int
+    start: int
+    stop: int
+    last: bool
+    aux_index: int
+    events: tuple[Any, ...] = ()
+
+
+@dataclass
+class RoomProgress:
+    """How far one request's transfer is; written by one peer thread and its channel."""
+
+    started: float
+    queued: int = 0
+    acknowledged: int = 0
+    payload_bytes: int = 0
+    wire_bytes: int = 0
+    prompt_tokens: int = 0
+    last_sent: float | None = None
+
+    @property
+    def complete(self) -> bool:
+        """Whether the last chunk, and so every chunk, was acknowledged."""
+        return self.last_sent is not None and self.acknowledged == self.queued
+
+
+class Owner(Protocol):
+    """What a peer needs of the prefill side."""
+
+    def is_live(self, room: int) -> bool: ...
+    def progress(self, room: int) -> RoomProgress | None: ...
+    def fail(self, room: int, reason: str) -> None: ...
+    def arrived(self, room: int) -> None: ...
+
+
+class Peer:
+    """Packs and sends queued chunks in order; follows the replies."""
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        make_channel: Callable[..., SendChannel],
+        config: TransportConfig,
+        owner: Owner,
+        plan: PDPlan,
+        pool: PoolView,
+        aux: AuxRows,
+        rank: int,
+    ) -> None:
+        self._owner, self._plan, self._pool, self._aux, self._rank = owner, plan, pool, aux, rank
+        self._digest = bytes.fromhex(plan.digest)
+        self._channel = make_channel(host, port, self, config)
+        self._chunks: queue.SimpleQueue[Chunk] = queue.SimpleQueue()
+        self._unanswered: set[int] = set()
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def submit(self, chunk: Chunk) -> None:
+        """Queue one chunk; chunks of a room leave in the order they came."""
+        self._chunks.put(chunk)
+
+    def on_reply(self, reply: Reply) -> None:
+        """Called by the channel for each chunk, in order."""
+        progress = self._owner.progress(reply.room)
+        if not reply.ok:
+            self._unanswered.discard(reply.room)
+            self._owner.fail(reply.room, reply.reason)
+        elif progress is not None:
+            progress.acknowledged += 1
+            if progress.complete:
+                self._unanswered.discard(reply.room)
+                self._owner.arrived(reply.room)
+
+    def on_lost(self, reason: str) -> None:
+        """Called by the channel when its connection broke."""
+        lost, self._unanswered = self._unanswered, set()
+        for room in lost:
+            self._owner.fail(room, reason)
+
+    def _run(self) -> None:
+        while True:
+            chunk = self._chunks.get()
+            try:
+                self._send(chunk)
+            except TransportError as error:
+                self._owner.fail(chunk.room, str(error))
+            except Exception as error:  # whatever it was, it ends this request and not this thread
+                self._owner.fail(chunk.room, f"packing failed: {error}")
+
+    def _send(self, chunk: Chunk) -> None:
+        for event in chunk.events:
+            event.synchronize()
+        progress = self._owner.progress(chunk.room)
+        if progress is None or not self._owner.is_live(chunk.room):
+            return
+        layout = chunk_layout(self._plan, chunk.prompt_tokens, chunk.start, chunk.stop, self._pool.kv_heads)
+        slots = self._pool.slots(chunk.pages, chunk.stop - chunk.start)
+        pack(layout, self._pool.keys, self._pool.values, slots, self._channel.staging)
+        aux = memoryview(self._aux.read(chunk.aux_index) if chunk.last else b"")
+        if not self._owner.is_live(chunk.room):  # failed while packing: the pages may have been another's
+            return
+        header = ChunkHeader(
+            self._digest, chunk.room, self._rank, chunk.prompt_tokens, chunk.start, chunk.stop,
+            len(aux), layout.total_bytes, chunk.last,
+        )  # fmt: skip
+        self._unanswered.add(chunk.room)
+        progress.prompt_tokens = chunk.prompt_tokens
+        progress.payload_bytes += layout.total_bytes
+        if chunk.last:
+            progress.last_sent = time.monotonic()
+        progress.wire_bytes += self._channel.send(header, aux)

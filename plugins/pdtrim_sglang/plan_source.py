@@ -1,0 +1,60 @@
+"""Where a worker finds its plan: under "pdtrim" in its checkpoint's config.json."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pdtrim_deploy.plan import ModelShape, PDPlan, Stage
+
+KV_DTYPES = {"torch.float32": "float32", "torch.bfloat16": "bfloat16", "torch.float16": "float16"}
+
+
+def read_plan(model_path: str) -> PDPlan | None:
+    """The plan of a stage checkpoint, None for a checkpoint that carries none.
+
+    Raises:
+        UserError: there is a plan and it is not valid.
+
+    """
+    config = Path(model_path) / "config.json"
+    if not config.is_file():
+        return None
+    data = json.loads(config.read_text()).get("pdtrim")
+    return None if data is None else PDPlan.parse(data, f"{config}, key pdtrim")
+
+
+def dense_plan(num_layers: int, pool: Any) -> PDPlan:
+    """The plan of a stock checkpoint: all layers, all rows. Two workers pair only when shapes and dtypes agree."""
+    heads, head_dim = pool.k_buffer[0].shape[1:]
+    model = ModelShape(
+        architecture="unplanned",
+        fingerprint="unplanned",
+        num_blocks=num_layers,
+        num_kv_heads=heads,
+        head_dim=head_dim,
+        kv_dtype=KV_DTYPES[str(pool.dtype)],
+    )
+    return PDPlan.dense(model)
+
+
+def check_fits(plan: PDPlan, stage: Stage, pool: Any, tp_size: int) -> None:
+    """Raise RuntimeError when the pool of this worker is not the one that the plan describes."""
+    layers, model = len(plan.layers(stage)), plan.model
+    if len(pool.k_buffer) != layers:
+        raise RuntimeError(
+            f"pdtrim: the plan gives {stage} {layers} layers, the loaded model has {len(pool.k_buffer)}: "
+            f"serve the bundle's {stage} checkpoint"
+        )
+    if KV_DTYPES.get(str(pool.dtype)) != model.kv_dtype:
+        raise RuntimeError(
+            f"pdtrim: the plan was made for a {model.kv_dtype} KV cache, this worker's is {pool.dtype}: "
+            f"start it with --dtype {model.kv_dtype} and --kv-cache-dtype auto"
+        )
+    shape = (model.num_kv_heads // tp_size, model.head_dim)
+    if tuple(pool.k_buffer[0].shape[1:]) != shape or tuple(pool.v_buffer[0].shape[1:]) != shape:
+        raise RuntimeError(
+            f"pdtrim: the plan expects KV rows of {shape} (heads, head size), the pool has "
+            f"{tuple(pool.k_buffer[0].shape[1:])}"
+        )

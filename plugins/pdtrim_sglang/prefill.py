@@ -1,0 +1,212 @@
+"""The prefill worker's side of a transfer: it learns its decode workers and rooms, and queues chunks to them."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sglang.srt.disaggregation.base.conn import KVPoll
+from sglang.srt.disaggregation.common.conn import ABORT_TAG, AbortNotification
+
+from pdtrim_deploy.plan import PDPlan
+from pdtrim_sglang.messages import Register, Room, parse
+from pdtrim_sglang.metrics import TransferMetrics
+from pdtrim_sglang.peer import Chunk, Peer, RoomProgress
+from pdtrim_sglang.pool import PoolView
+from pdtrim_sglang.protocol import VERSION
+from pdtrim_sglang.rooms import AuxRows
+from pdtrim_sglang.transports import TransportConfig, transport_named
+
+if TYPE_CHECKING:
+    from pdtrim_sglang.manager import PDTrimKVManager
+
+logger = logging.getLogger("sglang.srt.pdtrim.prefill")
+
+
+@dataclass(frozen=True)
+class RoomInfo:
+    """A request's destination, in the form that SGLang's CommonKVManager keeps in `transfer_infos`."""
+
+    session: str
+    endpoint: str
+    dst_port: int
+    prompt_tokens: int
+    prefix_tokens: int
+    required_dst_info_num: int
+    is_dummy: bool = False
+
+
+class PrefillSide:
+    """Decode workers by session, and the progress of every room whose transfer has begun."""
+
+    def __init__(
+        self,
+        manager: PDTrimKVManager,
+        plan: PDPlan,
+        pool: PoolView,
+        aux: AuxRows,
+        transport: str,
+        config: TransportConfig,
+    ) -> None:
+        self._manager, self._plan, self._pool, self._aux, self._config = manager, plan, pool, aux, config
+        self._make_channel, _ = transport_named(transport)
+        self._peers: dict[str, Peer] = {}
+        self._rejected: dict[str, str] = {}
+        self._progress: dict[int, RoomProgress] = {}
+        self._senders: set[int] = set()
+        self._tombstones: deque[tuple[float, int]] = deque()
+        self._metrics = TransferMetrics()
+        threading.Thread(target=self._control, daemon=True).start()
+
+    @property
+    def max_chunk_tokens(self) -> int:
+        """Longest page-aligned chunk whose rows fit the staging buffer whatever its place in the prompt."""
+        row = self._plan.model_copy(update={"kv": tuple(s.model_copy(update=FULL) for s in self._plan.kv)})
+        page = self._pool.page_size
+        per_token = row.payload_bytes(1) * self._pool.kv_heads // self._plan.model.num_kv_heads
+        return max(page, self._config.staging_bytes // per_token // page * page)
+
+    def sender_opened(self, room: int) -> None:
+        """The scheduler has a sender for this room."""
+        self._senders.add(room)
+
+    def sender_closed(self, room: int) -> None:
+        """The scheduler is done with this room."""
+        self._senders.discard(room)
+        self._progress.pop(room, None)
+
+    def progress(self, room: int) -> RoomProgress | None:
+        """Bytes and times of a room, None before its first chunk."""
+        return self._progress.get(room)
+
+    def submit(self, chunk: Chunk) -> None:
+        """Queue a chunk; a failed or unknown room's chunk is dropped, as SGLang's own backends do."""
+        infos = self._manager.transfer_infos.get(chunk.room)
+        if not infos or self._manager.request_status.get(chunk.room) in (None, KVPoll.Failed):
+            return
+        info = next(iter(infos.values()))
+        if info.prompt_tokens != chunk.prompt_tokens:
+            self.fail(chunk.room, f"prefill sees {chunk.prompt_tokens} prompt tokens, decode {info.prompt_tokens}")
+            return
+        self._progress.setdefault(chunk.room, RoomProgress(time.monotonic())).queued += 1
+        self._peers[info.session].submit(chunk)
+
+    def fail(self, room: int, reason: str) -> None:
+        """End a request here and on the decode side."""
+        if self._manager.request_status.get(room) in (None, KVPoll.Failed, KVPoll.Success):
+            return
+        logger.warning("pdtrim: room %s failed: %s", room, reason)
+        self._manager.conclude_failure(bootstrap_room=room, failure_reason=reason)
+        self._metrics.failed()
+
+    def arrived(self, room: int) -> None:
+        """Every chunk of the room was acknowledged."""
+        progress = self._progress[room]
+        if self._manager.request_status.get(room) in (None, KVPoll.Failed):
+            return
+        seconds = time.monotonic() - progress.started
+        tokens = progress.prompt_tokens
+        self._metrics.succeeded(
+            progress.payload_bytes, progress.wire_bytes, self._plan.dense_bytes(tokens), tokens, seconds
+        )
+        # decode knows already: it scattered the last chunk
+        self._manager.conclude_transfer(bootstrap_room=room, status=KVPoll.Success, targets=[])
+
+    def is_live(self, room: int) -> bool:
+        """Whether the room's chunks are still wanted."""
+        return self._manager.request_status.get(room) not in (None, KVPoll.Failed)
+
+    def _control(self) -> None:
+        while True:
+            frames = self._manager.server_socket.recv_multipart()
+            try:
+                self._handle(frames)
+            except Exception:  # one bad message must not end the thread that all requests need
+                logger.exception("pdtrim: control message failed")
+
+    def _handle(self, frames: list[bytes]) -> None:
+        if frames[0] == ABORT_TAG:
+            notification = AbortNotification.from_zmq(frames)
+            if notification is not None:
+                self._abort(notification.room)
+            return
+        message = parse(frames)
+        if isinstance(message, Register):
+            self._register(message)
+        elif isinstance(message, Room):
+            self._open(message)
+        else:
+            logger.warning("pdtrim: dropping a malformed control message of %d frames", len(frames))
+
+    def _register(self, message: Register) -> None:
+        reason = self._rejection(message)
+        if reason:
+            logger.error("pdtrim: refusing decode worker %s: %s", message.session, reason)
+            self._rejected[message.session] = reason
+            return
+        self._rejected.pop(message.session, None)
+        if message.session not in self._peers:
+            context = (self, self._plan, self._pool, self._aux, self._manager.prefill_rank)
+            self._peers[message.session] = Peer(
+                message.host, message.data_port, self._make_channel, self._config, *context
+            )
+
+    def _rejection(self, message: Register) -> str:
+        if message.protocol != VERSION:
+            return (
+                f"decode speaks transfer protocol {message.protocol}, prefill {VERSION}: install the same pdtrim-deploy"
+            )
+        if message.digest != self._plan.digest:
+            return (
+                f"plans differ: prefill serves plan {self._plan.digest}, decode serves plan {message.digest}; "
+                "start both workers from one bundle"
+            )
+        if message.tp_size != self._manager.attn_tp_size:
+            return f"prefill has TP {self._manager.attn_tp_size}, decode TP {message.tp_size}: use the same --tp-size"
+        if message.aux_item_bytes != self._aux.item_bytes:
+            return "metadata rows differ: start both workers with the same SGLang version and options"
+        return ""
+
+    def _open(self, message: Room) -> None:
+        manager = self._manager
+        info = RoomInfo(
+            message.session, message.host, message.control_port,
+            message.prompt_tokens, message.prefix_tokens, message.destinations,
+        )  # fmt: skip
+        manager.update_status(message.room, KVPoll.Bootstrapping)
+        manager.transfer_infos[message.room] = {message.session: info}
+        reason = self._rejected.get(message.session, "")
+        if not reason and message.session not in self._peers:
+            reason = f"decode worker {message.session} never registered"
+        if not reason and message.destinations != 1:
+            reason = f"{message.destinations} decode ranks want one prefill rank's KV: use the same --tp-size"
+        if reason:
+            self.fail(message.room, reason)
+            self._bury(message.room)
+            return
+        manager.req_to_decode_prefix_len[message.room] = message.prefix_tokens
+        manager.update_status(message.room, KVPoll.WaitingForInput)
+
+    def _abort(self, room: int) -> None:
+        if self._manager.request_status.get(room) != KVPoll.Success:
+            self._manager.update_status(room, KVPoll.Bootstrapping)
+            self._manager.update_status(room, KVPoll.Failed)
+            self._bury(room)
+
+    def _bury(self, room: int) -> None:
+        """Remember a failed room that has no sender yet, so that a late one fails at once; forget it in time."""
+        now = time.monotonic()
+        if room not in self._senders:
+            self._tombstones.append((now + self._manager.bootstrap_timeout, room))
+        while self._tombstones and self._tombstones[0][0] < now:
+            _, old = self._tombstones.popleft()
+            if old not in self._senders:
+                self._manager.request_status.pop(old, None)
+                self._manager.transfer_infos.pop(old, None)
+
+
+FULL: dict[str, Any] = {"mode": "full", "n_first": 0, "n_last": 0}

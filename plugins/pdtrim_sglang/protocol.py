@@ -1,0 +1,109 @@
+"""The frames that carry packed KV between two workers: fixed header, packed rows, aux row; and their replies.
+
+Little-endian, versioned, every length checked against the plan's arithmetic before a byte is read. Pure: no torch.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import xxhash
+
+MAGIC = b"PDTK"
+VERSION = 1
+_HEADER = struct.Struct("<4sHHI32sQIIIIQ")
+_CHECKSUM = struct.Struct("<Q")
+HEADER_BYTES = _HEADER.size + _CHECKSUM.size
+_REPLY = struct.Struct("<4sHHQH")
+REPLY_BYTES = _REPLY.size
+MAX_REASON_BYTES = 2048
+_LAST = 1
+
+
+class ProtocolError(Exception):
+    """The peer sent something that this version does not understand; the connection is of no more use."""
+
+
+@dataclass(frozen=True)
+class ChunkHeader:
+    """One chunk of one request.
+
+    Attributes:
+        digest: plan digest, 32 bytes.
+        room: SGLang's bootstrap_room, 63 bits.
+        rank: sender's rank, as SGLang counts prefill responses.
+        prompt_tokens, start, stop: the chunk is prompt tokens `[start, stop)` of a prompt of that many.
+        aux_bytes: length of the aux row (first token, its logprobs, room), 0 before the last chunk.
+        payload_bytes: length of the packed rows.
+
+    """
+
+    digest: bytes
+    room: int
+    rank: int
+    prompt_tokens: int
+    start: int
+    stop: int
+    aux_bytes: int
+    payload_bytes: int
+    last: bool
+
+    def encode(self, body: Iterable[memoryview]) -> bytes:
+        """Header bytes with the XXH3-64 checksum of header and body."""
+        fixed = _HEADER.pack(
+            MAGIC, VERSION, _LAST if self.last else 0, self.rank, self.digest, self.room,
+            self.prompt_tokens, self.start, self.stop, self.aux_bytes, self.payload_bytes,
+        )  # fmt: skip
+        return fixed + _CHECKSUM.pack(_checksum(fixed, body))
+
+    @classmethod
+    def decode(cls, data: bytes) -> ChunkHeader:
+        """Parse `HEADER_BYTES`; ProtocolError when it is not a chunk header of this version."""
+        magic, version, flags, rank, digest, room, tokens, start, stop, aux, payload = _HEADER.unpack_from(data)
+        if magic != MAGIC:
+            raise ProtocolError("not a pdtrim chunk: the peer speaks another protocol")
+        if version != VERSION:
+            raise ProtocolError(f"protocol version {version}, this worker speaks {VERSION}: upgrade both together")
+        if not start <= stop <= tokens:
+            raise ProtocolError(f"chunk [{start}, {stop}) does not lie in a prompt of {tokens} tokens")
+        return cls(digest, room, rank, tokens, start, stop, aux, payload, bool(flags & _LAST))
+
+
+def body_matches(header: bytes, body: Iterable[memoryview]) -> bool:
+    """Whether the checksum in `header` is that of header and body."""
+    return _CHECKSUM.unpack_from(header, _HEADER.size)[0] == _checksum(header[: _HEADER.size], body)
+
+
+def _checksum(fixed: bytes, body: Iterable[memoryview]) -> int:
+    digest = xxhash.xxh3_64(fixed)
+    for part in body:
+        digest.update(part)
+    return digest.intdigest()
+
+
+@dataclass(frozen=True)
+class Reply:
+    """The receiver's word on one chunk, in the order of the chunks: scattered, or why not."""
+
+    room: int
+    reason: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """Whether the chunk was scattered."""
+        return not self.reason
+
+    def encode(self) -> bytes:
+        """Reply bytes: fixed part, then the reason in UTF-8."""
+        reason = self.reason.encode()[:MAX_REASON_BYTES]
+        return _REPLY.pack(MAGIC, VERSION, 0, self.room, len(reason)) + reason
+
+    @classmethod
+    def decode_fixed(cls, data: bytes) -> tuple[int, int]:
+        """Room and length of the reason that follows."""
+        magic, version, _, room, length = _REPLY.unpack(data)
+        if magic != MAGIC or version != VERSION or length > MAX_REASON_BYTES:
+            raise ProtocolError("not a pdtrim reply")
+        return room, length

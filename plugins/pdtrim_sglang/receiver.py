@@ -1,0 +1,49 @@
+"""SGLang's per-request receiver in a decode worker, on CommonKVReceiver of SGLang 0.5.23."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sglang.srt.disaggregation.base.conn import KVPoll
+from sglang.srt.disaggregation.common.conn import CommonKVReceiver
+
+from pdtrim_sglang.manager import PDTrimKVManager
+
+
+class PDTrimKVReceiver(CommonKVReceiver):
+    """Opens the request's room before prefill hears of it, and closes it before its pages can be freed.
+
+    `prompt_tokens` is set by the hook on `_send_kv_metadata`.
+    """
+
+    kv_mgr: PDTrimKVManager
+    prompt_tokens: int = 0
+
+    def send_metadata(
+        self,
+        kv_indices: Any,
+        aux_index: int | None = None,
+        state_indices: list[Any] | None = None,
+        decode_prefix_len: int | None = None,
+        **options: Any,
+    ) -> None:
+        """Destination pages `kv_indices` (int32) and metadata row `aux_index` are allocated: ask for the KV."""
+        prefix = decode_prefix_len or 0
+        self.kv_mgr.decode_side.open_room(self.bootstrap_room, self.prompt_tokens, prefix, kv_indices, aux_index)
+        self.kv_mgr.prompts_announced[self.bootstrap_room] = self.prompt_tokens
+        super().send_metadata(kv_indices, aux_index, state_indices, decode_prefix_len, **options)
+        self.kv_mgr.prompts_announced.pop(self.bootstrap_room, None)
+
+    def poll(self) -> KVPoll:
+        status = super().poll()
+        if status in (KVPoll.Success, KVPoll.Failed):
+            self.kv_mgr.decode_side.close_room(self.bootstrap_room)
+        return status
+
+    def abort(self) -> None:
+        super().abort()
+        self.kv_mgr.decode_side.close_room(self.bootstrap_room)
+
+    def clear(self) -> None:
+        super().clear()
+        self.kv_mgr.decode_side.close_room(self.bootstrap_room)

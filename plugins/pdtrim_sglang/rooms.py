@@ -1,0 +1,87 @@
+"""Requests that a decode worker waits for: where their rows go, how far they are, and whether they still may be written.
+
+A room is closed before SGLang frees its pages, and a chunk is scattered under the room's lock only while it is open:
+so no late chunk ever writes into pages that belong to another request.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from pdtrim_deploy.kvcache.layout import chunk_layout
+from pdtrim_deploy.kvcache.pack import unpack
+from pdtrim_deploy.plan import PDPlan
+from pdtrim_sglang.pool import PoolView, row_view
+from pdtrim_sglang.protocol import ChunkHeader
+
+
+@dataclass(frozen=True)
+class AuxRows:
+    """SGLang's metadata buffers: host address and bytes per request of each."""
+
+    pointers: tuple[int, ...]
+    item_bytes: tuple[int, ...]
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of one request's row across all buffers."""
+        return sum(self.item_bytes)
+
+    def views(self, index: int) -> list[memoryview]:
+        """Writable views of one request's row."""
+        return [row_view(at + index * size, size) for at, size in zip(self.pointers, self.item_bytes, strict=True)]
+
+    def read(self, index: int) -> bytes:
+        """One request's row."""
+        return b"".join(self.views(index))
+
+    def write(self, index: int, data: memoryview) -> None:
+        """Overwrite one request's row."""
+        for view in self.views(index):
+            view[:], data = data[: len(view)], data[len(view) :]
+
+
+@dataclass
+class DecodeRoom:
+    """One request's destination: `slots` int64 `[prompt_tokens - prefix_tokens]`, and the aux row `aux_index`."""
+
+    room: int
+    prompt_tokens: int
+    prefix_tokens: int
+    slots: Tensor
+    aux_index: int
+    position: int = field(init=False)
+    open: bool = True
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        self.position = self.prefix_tokens
+
+    def take(
+        self, plan: PDPlan, pool: PoolView, aux_rows: AuxRows, header: ChunkHeader, payload: Tensor, aux: memoryview
+    ) -> str:
+        """Scatter one chunk; returns why not, or nothing."""
+        with self.lock:
+            if not self.open:
+                return "the request has ended on the decode side"
+            if header.prompt_tokens != self.prompt_tokens:
+                return f"prefill says {header.prompt_tokens} prompt tokens, decode {self.prompt_tokens}"
+            if header.start != self.position:
+                return f"chunk begins at token {header.start}, expected {self.position}"
+            if header.last != (header.stop == self.prompt_tokens):
+                return f"chunk ends at token {header.stop} of {self.prompt_tokens} and last={header.last}"
+            slots = self.slots[header.start - self.prefix_tokens : header.stop - self.prefix_tokens]
+            layout = chunk_layout(plan, header.prompt_tokens, header.start, header.stop, pool.kv_heads)
+            unpack(layout, payload, pool.keys, pool.values, slots)
+            self.position = header.stop
+            if header.last:
+                aux_rows.write(self.aux_index, aux)
+            return ""
+
+    def close(self) -> None:
+        """Forbid further writes; waits for one that is under way."""
+        with self.lock:
+            self.open = False

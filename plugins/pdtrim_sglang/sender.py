@@ -1,0 +1,90 @@
+"""SGLang's per-request sender in a prefill worker, on CommonKVSender of SGLang 0.5.23."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from sglang.srt.disaggregation.base.conn import KVPoll, KVTransferMetric
+from sglang.srt.disaggregation.common.conn import CommonKVSender
+
+from pdtrim_sglang.manager import PDTrimKVManager
+from pdtrim_sglang.peer import Chunk
+
+
+class PDTrimKVSender(CommonKVSender):
+    """Turns the scheduler's page lists into chunks with absolute prompt positions.
+
+    `prompt_tokens` is set by the hook on `create_sender`: page counts alone do not tell where the last rows are.
+    """
+
+    kv_mgr: PDTrimKVManager
+    prompt_tokens: int = 0
+
+    def __init__(self, mgr: Any, bootstrap_addr: str, bootstrap_room: int, *args: Any, **kwargs: Any) -> None:
+        mgr.prefill_side.sender_opened(bootstrap_room)
+        self._prefix_tokens = 0
+        super().__init__(mgr, bootstrap_addr, bootstrap_room, *args, **kwargs)
+
+    def pop_decode_prefix_len(self) -> int:
+        self._prefix_tokens = super().pop_decode_prefix_len()
+        return self._prefix_tokens
+
+    def get_max_transfer_tokens(self) -> int:
+        return self.kv_mgr.prefill_side.max_chunk_tokens
+
+    def send(
+        self,
+        kv_indices: Any,
+        state_indices: list[Any] | None = None,
+        num_kv_tokens: int | None = None,
+        indices_event: Any = None,
+    ) -> None:
+        """Queue one chunk: `kv_indices` are its pages, `num_kv_tokens` its tokens."""
+        if self.conclude_state in (KVPoll.Success, KVPoll.Failed):
+            return
+        pages, pages_slice, last, skip = self._prepare_send_indices(kv_indices)
+        if skip or num_kv_tokens is None:
+            return
+        start = self._prefix_tokens + pages_slice.start * self.kv_mgr.kv_args.page_size
+        events = tuple(event for event in (self._early_send_wait_event, indices_event) if event is not None)
+        self._early_send_wait_event = None
+        self.kv_mgr.prefill_side.submit(
+            Chunk(
+                room=self.bootstrap_room,
+                pages=pages,
+                prompt_tokens=self.prompt_tokens,
+                start=start,
+                stop=start + num_kv_tokens,
+                last=last,
+                aux_index=self.aux_index,
+                events=events,
+            )
+        )
+
+    def poll(self) -> KVPoll:
+        """SGLang's state of the transfer; a last chunk that nobody acknowledges fails at its deadline."""
+        progress = self.kv_mgr.prefill_side.progress(self.bootstrap_room)
+        if progress and progress.last_sent and not progress.complete and self.conclude_state is None:
+            silence = time.monotonic() - progress.last_sent
+            if silence > self.kv_mgr.transport_config.stall_seconds:
+                reason = f"decode did not acknowledge the KV within {silence:.0f} s"
+                self.kv_mgr.prefill_side.fail(self.bootstrap_room, reason)
+        return super().poll()
+
+    def abort(self) -> None:
+        """Also tells decode, which would otherwise wait for its own deadline."""
+        self.kv_mgr.prefill_side.fail(self.bootstrap_room, "aborted on the prefill side")
+        super().abort()
+
+    def clear(self) -> None:
+        super().clear()
+        self.kv_mgr.prefill_side.sender_closed(self.bootstrap_room)
+
+    def get_transfer_metric(self) -> KVTransferMetric:
+        progress = self.kv_mgr.prefill_side.progress(self.bootstrap_room)
+        if progress is not None:
+            self._transfer_metric.transfer_total_bytes = progress.payload_bytes
+            if progress.last_sent is not None:
+                self._transfer_metric.transfer_latency_s = time.monotonic() - progress.started
+        return self._transfer_metric

@@ -1,0 +1,87 @@
+"""The two ends of a transport: a channel that sends staged chunks, a server that receives them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from pdtrim_sglang.protocol import ChunkHeader, Reply
+
+
+@dataclass(frozen=True)
+class TransportConfig:
+    """Sizes and deadlines, the same on both sides.
+
+    Attributes:
+        staging_bytes: capacity of one staging buffer; longer chunks are cut by the scheduler.
+        connect_seconds: deadline to reach a decode worker.
+        stall_seconds: longest silence inside a frame, or between a request's last chunk and its reply.
+
+    """
+
+    staging_bytes: int = 64 << 20
+    connect_seconds: float = 5.0
+    stall_seconds: float = 30.0
+
+
+class TransportError(Exception):
+    """A chunk could not be handed over; the message says to whom and why."""
+
+
+class ChunkHandler(Protocol):
+    """What a server does with a chunk; called in the connection's own thread."""
+
+    def admit(self, header: ChunkHeader) -> None:
+        """Raise ProtocolError unless the lengths in `header` are those of the plan."""
+
+    def deliver(self, header: ChunkHeader, payload: Tensor, aux: memoryview) -> Reply:
+        """Scatter `payload` (uint8) and `aux`; both are only valid during the call."""
+
+
+class ChannelListener(Protocol):
+    """What a channel tells its owner; called in the channel's own thread."""
+
+    def on_reply(self, reply: Reply) -> None:
+        """The peer answered one chunk."""
+
+    def on_lost(self, reason: str) -> None:
+        """The connection broke: chunks without a reply will get none."""
+
+
+class SendChannel(ABC):
+    """Sends chunks to one decode worker, in order; owned by one thread.
+
+    `staging` is the registered uint8 buffer `[staging_bytes]` that the payload is packed into.
+    """
+
+    staging: Tensor
+
+    @abstractmethod
+    def send(self, header: ChunkHeader, aux: memoryview) -> int:
+        """Send `header.payload_bytes` of `staging` and `aux`; `staging` may be reused when this returns.
+
+        Returns:
+            bytes put on the wire, header included.
+
+        Raises:
+            TransportError: not connected, or the connection broke. The next `send` connects anew.
+
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Drop the connection."""
+
+
+class ReceiveServer(ABC):
+    """Receives chunks from prefill workers and passes them to a `ChunkHandler`."""
+
+    host: str
+    port: int
+
+    @abstractmethod
+    def close(self) -> None:
+        """Stop accepting and drop all connections."""

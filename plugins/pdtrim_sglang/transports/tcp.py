@@ -1,0 +1,170 @@
+"""Plain TCP: header, packed rows and aux row leave in one `sendmsg`, and arrive in one buffer."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+import threading
+
+import torch
+
+from pdtrim_sglang.protocol import HEADER_BYTES, REPLY_BYTES, ChunkHeader, ProtocolError, Reply, body_matches
+from pdtrim_sglang.transports.base import (
+    ChannelListener,
+    ChunkHandler,
+    ReceiveServer,
+    SendChannel,
+    TransportConfig,
+    TransportError,
+)
+
+logger = logging.getLogger("sglang.srt.pdtrim.tcp")
+
+
+class TcpSendChannel(SendChannel):
+    """One connection to one decode worker; replies are read by a thread of their own."""
+
+    def __init__(self, host: str, port: int, listener: ChannelListener, config: TransportConfig) -> None:
+        self._address, self._listener, self._config = (host, port), listener, config
+        self._socket: socket.socket | None = None
+        self.staging = torch.empty(config.staging_bytes, dtype=torch.uint8)
+        self._bytes = memoryview(self.staging.numpy())
+
+    def send(self, header: ChunkHeader, aux: memoryview) -> int:
+        payload = self._bytes[: header.payload_bytes]
+        parts = [memoryview(header.encode((payload, aux))), payload, aux]
+        total = sum(map(len, parts))
+        try:
+            connection = self._connected()
+            while parts:
+                parts = _after(parts, connection.sendmsg(parts))
+        except OSError as error:
+            self.close()
+            raise TransportError(f"cannot send to decode worker {_name(self._address)}: {error}") from error
+        return total
+
+    def close(self) -> None:
+        if self._socket is not None:
+            with contextlib.suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)
+            self._socket.close()
+            self._socket = None
+
+    def _connected(self) -> socket.socket:
+        if self._socket is None:
+            connection = socket.create_connection(self._address, timeout=self._config.connect_seconds)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            connection.settimeout(self._config.stall_seconds)
+            self._socket = connection
+            threading.Thread(target=self._read_replies, args=(connection,), daemon=True).start()
+        return self._socket
+
+    def _read_replies(self, connection: socket.socket) -> None:
+        reason = "connection closed"
+        try:
+            while fixed := _receive(connection, bytearray(REPLY_BYTES), patient=True):
+                room, length = Reply.decode_fixed(bytes(fixed))
+                text = _receive(connection, bytearray(length)) if length else b""
+                self._listener.on_reply(Reply(room, bytes(text or b"").decode(errors="replace")))
+        except (OSError, ProtocolError) as error:
+            reason = str(error)
+        with contextlib.suppress(OSError):
+            connection.shutdown(socket.SHUT_RDWR)
+        if self._socket is connection:
+            self._socket = None
+        connection.close()
+        self._listener.on_lost(f"lost decode worker {_name(self._address)}: {reason}")
+
+
+class TcpReceiveServer(ReceiveServer):
+    """Accepts prefill workers on `host`; one thread and one staging buffer a connection."""
+
+    def __init__(self, host: str, handler: ChunkHandler, config: TransportConfig) -> None:
+        self._handler, self._config = handler, config
+        self._listener = socket.create_server((host, 0))
+        self.host, self.port = host, self._listener.getsockname()[1]
+        self._connections: set[socket.socket] = set()
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self) -> None:
+        self._listener.close()
+        for connection in tuple(self._connections):
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return
+            self._connections.add(connection)
+            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.settimeout(self._config.stall_seconds)
+        room = 0
+        try:
+            staging = bytearray(0)
+            while data := _receive(connection, bytearray(HEADER_BYTES), patient=True):
+                header = ChunkHeader.decode(bytes(data))
+                room = header.room
+                self._handler.admit(header)
+                length = header.payload_bytes + header.aux_bytes
+                if length > len(staging):
+                    staging = bytearray(max(length, 2 * len(staging)))
+                connection.sendall(self._take(connection, bytes(data), header, memoryview(staging)[:length]).encode())
+        except ProtocolError as error:
+            logger.warning("pdtrim: dropping a prefill connection: %s", error)
+            with contextlib.suppress(OSError):
+                connection.sendall(Reply(room, str(error)).encode())
+        except OSError as error:
+            logger.warning("pdtrim: lost a prefill connection: %s", error)
+        finally:
+            self._connections.discard(connection)
+            connection.close()
+
+    def _take(self, connection: socket.socket, data: bytes, header: ChunkHeader, body: memoryview) -> Reply:
+        if len(body) and _receive(connection, body) is None:
+            raise ConnectionError("closed inside a chunk")
+        payload, aux = body[: header.payload_bytes], body[header.payload_bytes :]
+        if not body_matches(data, (payload, aux)):
+            return Reply(header.room, "checksum mismatch: the chunk was damaged on its way")
+        rows = torch.frombuffer(payload, dtype=torch.uint8) if len(payload) else torch.empty(0, dtype=torch.uint8)
+        return self._handler.deliver(header, rows, aux)
+
+
+def _receive(
+    connection: socket.socket, into: bytearray | memoryview, patient: bool = False
+) -> bytearray | memoryview | None:
+    """Fill `into`; None when the peer closed before the first byte. A patient read waits for that byte forever."""
+    view, done = memoryview(into), 0
+    while done < len(view):
+        try:
+            count = connection.recv_into(view[done:])
+        except TimeoutError:
+            if patient and not done:
+                continue
+            raise
+        if not count:
+            if done:
+                raise ConnectionError("closed inside a frame")
+            return None
+        done += count
+    return into
+
+
+def _after(parts: list[memoryview], sent: int) -> list[memoryview]:
+    """What of `parts` is left when `sent` bytes of them are gone."""
+    left = []
+    for part in parts:
+        if sent < len(part):
+            left.append(part[sent:])
+        sent = max(0, sent - len(part))
+    return left
+
+
+def _name(address: tuple[str, int]) -> str:
+    return f"{address[0]}:{address[1]}"
