@@ -125,9 +125,14 @@ def test_atomic_directory_keeps_the_old_on_failure(tmp_path):
     target = tmp_path / "out"
     target.mkdir()
     (target / "old").write_text("old")
-    with pytest.raises(KeyboardInterrupt), atomic_directory(target) as folder:
-        (folder / "new").write_text("new")
-        raise KeyboardInterrupt
+
+    def interrupted():
+        with atomic_directory(target) as folder:
+            (folder / "new").write_text("new")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert [p.name for p in tmp_path.rglob("*")] == ["out", "old"]
     with atomic_directory(target) as folder:
         (folder / "new").write_text("new")

@@ -157,10 +157,7 @@ def test_remote_code_is_never_run(copy, cache, tmp_path):
     raw["auto_map"] = {"AutoTokenizer": ["evil.Evil", None]}
     (copy / "tokenizer_config.json").write_text(json.dumps(raw))
     load_model(resolve(f"hf:{copy}", cache).path)
-    try:
-        load_tokenizer(copy)
-    except UserError as error:
-        assert "tokenizer" in str(error)
+    assert load_tokenizer(copy)("hi")["input_ids"]  # the local class: the named code is passed over
     assert not (tmp_path / "ran").exists()
 
 

@@ -13,7 +13,6 @@ from pdtrim_deploy.errors import UserError
 
 Split = Literal["calibration", "development", "final"]
 SPLITS: tuple[Split, ...] = get_args(Split)
-_SHARES: dict[Split, float] = {"calibration": 0.4, "development": 0.2, "final": 0.4}
 Log = Callable[[str], None]
 
 
@@ -48,10 +47,9 @@ class Corpus:
         if total < len(SPLITS):
             raise UserError(f"corpus {self.name} has {total} documents; disjoint splits need at least {len(SPLITS)}")
         ranked = sorted((d.id for d in self.documents), key=lambda id: sha256(id.encode()).digest())
-        first = max(1, round(total * _SHARES["calibration"]))
-        last = max(1, round(total * _SHARES["final"]))
+        share = max(1, total * 2 // 5)
         split: dict[str, Split] = dict.fromkeys(ranked, "development")
-        return split | dict.fromkeys(ranked[:first], "calibration") | dict.fromkeys(ranked[total - last :], "final")
+        return split | dict.fromkeys(ranked[:share], "calibration") | dict.fromkeys(ranked[-share:], "final")
 
     @cached_property
     def digest(self) -> str:
@@ -66,7 +64,10 @@ class Corpus:
 class CorpusKind(Protocol):
     """One way to get text."""
 
-    usage: str
+    @property
+    def usage(self) -> str:
+        """How a user writes it, say `dir:PATH`."""
+        ...
 
     def load(self, place: str, cache: Cache, log: Log) -> tuple[Document, ...]:
         """The documents; `place` is what stands behind the colon ("" without one). UserError when not to be had."""

@@ -31,7 +31,7 @@ def _sentence(line: str) -> str:
     words: list[str] = []
     for token in line.split():
         word, _, _ = token.rpartition("/")
-        doubled = words and (words[-1] == word in _DOUBLED or word == "." and words[-1].endswith("."))
+        doubled = words and (words[-1] == word in _DOUBLED or (word == "." and words[-1].endswith(".")))
         if not doubled:  # or an abbreviation's stop, which ends its sentence too
             words.append(word)
     text, opened = [], False
