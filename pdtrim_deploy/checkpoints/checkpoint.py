@@ -123,7 +123,14 @@ def read_config(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not JSON; get the model again") from None
     if not isinstance(config, dict):
         raise UserError(f"{path}: not a JSON object; get the model again")
-    needed = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
+    needed = (
+        "hidden_size",
+        "intermediate_size",
+        "num_attention_heads",
+        "num_hidden_layers",
+        "vocab_size",
+        "max_position_embeddings",
+    )
     missing = [key for key in needed if not isinstance(config.get(key), int)]
     if missing and config.get("architectures"):
         family_of(config, str(path.parent))
