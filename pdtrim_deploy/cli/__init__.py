@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import click
 
 from pdtrim_deploy import __version__
-from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.errors import ServingError, UserError
 
 # Command -> module and attribute, in the order of the way through the house.
 COMMANDS = {
@@ -27,7 +27,9 @@ COMMANDS = {
 }
 # What each extra brings, by the name under which it is imported.
 EXTRA_OF = {
-    **dict.fromkeys(("torch", "transformers", "safetensors", "gguf", "onnx", "modelopt"), "build"),
+    **dict.fromkeys(
+        ("torch", "transformers", "safetensors", "gguf", "onnx", "modelopt", "httpx", "prometheus_client"), "build"
+    ),
     **dict.fromkeys(("sglang", "sglang_router"), "serve"),
 }
 # The machine's fault and not ours: said in one sentence.
@@ -65,6 +67,8 @@ def main(args: Sequence[str] | None = None) -> None:
         code = cli.main(args=args, prog_name="pdtrim-deploy", standalone_mode=False)
     except UserError as error:
         _die(str(error), 2)
+    except ServingError as error:
+        _die(str(error), 1)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)

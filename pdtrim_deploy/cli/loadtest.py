@@ -79,9 +79,9 @@ def loadtest(
         runs = [drive(target, spec)]
     else:
         from pdtrim_deploy.bundle import Bundle
-        from pdtrim_deploy.serving import Cluster
+        from pdtrim_deploy.serving import cluster_of
 
-        with Cluster(Bundle.open(Path(target))) as cluster:
+        with cluster_of(Bundle.open(Path(target))) as cluster:
             runs = [drive(cluster.url, spec)]
     result = LoadResult.of(driver_name, runs)
     if as_json:

@@ -1,0 +1,139 @@
+"""`pdtrim-deploy serve`: a bundle behind one endpoint until Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from pdtrim_deploy.bundle import Bundle
+from pdtrim_deploy.serving import Cluster, ServeEnvironment, WorkerOptions, cluster_of
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--prefill", type=click.IntRange(1), default=1, show_default=True, help="Prefill workers.")
+@click.option("--decode", type=click.IntRange(1), default=1, show_default=True, help="Decode workers.")
+@click.option("--port", type=click.IntRange(1, 65535), help="The router's port (default: a free one).")
+@click.option("--page-size", type=click.IntRange(1), default=1, show_default=True, help="Tokens per KV page.")
+@click.option("--chunked-prefill-size", type=int, help="Prompt tokens per prefill chunk; -1: do not chunk.")
+@click.option("--max-total-tokens", type=click.IntRange(1), default=8192, show_default=True, help="KV pool, in tokens.")
+@click.option("--max-running-requests", type=click.IntRange(1), default=16, show_default=True)
+@click.option("--dtype", default="auto", show_default=True, help="auto: the checkpoint's; or float32, bfloat16, ...")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--transport", "backend", default="pdtrim_tcp", show_default=True, help="SGLang's KV transfer backend.")
+@click.option("--threads", type=click.IntRange(1), help="OpenMP threads a worker (default: cores / workers).")
+@click.option("--start-timeout", type=click.FloatRange(1), default=600.0, show_default=True, help="Seconds.")
+@click.option("--serve-python", type=click.Path(path_type=Path), help="Python with SGLang (default: .venv/serve).")
+@click.option("--log-dir", type=click.Path(path_type=Path), help="One log file a program (default: a new folder).")
+@click.option("--worker-args", default="", help="More arguments for sglang.launch_server, as one quoted string.")
+@click.option("--router-args", default="", help="More arguments for the router, as one quoted string.")
+@click.option("--json", "as_json", is_flag=True, help="Print the endpoints as one JSON line.")
+@click.pass_context
+def serve(
+    ctx: click.Context,
+    bundle: Path,
+    prefill: int,
+    decode: int,
+    port: int | None,
+    page_size: int,
+    chunked_prefill_size: int | None,
+    max_total_tokens: int,
+    max_running_requests: int,
+    dtype: str,
+    device: Literal["auto", "cpu", "cuda"],
+    backend: str,
+    threads: int | None,
+    start_timeout: float,
+    serve_python: Path | None,
+    log_dir: Path | None,
+    worker_args: str,
+    router_args: str,
+    as_json: bool,
+) -> None:
+    """Serve BUNDLE: SGLang prefill and decode workers behind the router, until Ctrl-C or until one dies.
+
+    \b
+    /v1/chat/completions, /v1/completions and /generate answer at the printed router address.
+    Exit codes: 130 after Ctrl-C, 1 when a worker or the router died or did not start.
+    """
+    opened = Bundle.open(bundle)
+    options = WorkerOptions(
+        transfer_backend=backend,
+        served_model_name=opened.path.resolve().name,
+        page_size=page_size,
+        chunked_prefill_size=chunked_prefill_size,
+        max_total_tokens=max_total_tokens,
+        max_running_requests=max_running_requests,
+        dtype=dtype,
+        threads=threads,
+        extra_args=tuple(shlex.split(worker_args)),
+    )
+    starting = cluster_of(
+        opened,
+        prefill=prefill,
+        decode=decode,
+        port=port,
+        options=options if device == "auto" else replace(options, device=device),
+        router_args=tuple(shlex.split(router_args)),
+        start_timeout_s=start_timeout,
+        environment=ServeEnvironment.find(serve_python),
+        log_dir=log_dir,
+        say=lambda sentence: click.echo(sentence, err=True),
+    )
+    for number in (signal.SIGTERM, signal.SIGHUP):  # as gentle as Ctrl-C; the shell's codes for these
+        signal.signal(number, lambda received, _frame: sys.exit(128 + received))
+    try:
+        with starting as cluster:
+            if as_json:
+                click.echo(json.dumps(endpoints(cluster, opened)))
+            else:
+                Console().print(table(cluster, opened))
+                click.echo("Ctrl-C stops everything.", err=True)
+            sys.stdout.flush()
+            cluster.wait()
+    except KeyboardInterrupt:
+        click.echo("stopped", err=True)
+        ctx.exit(130)
+
+
+def endpoints(cluster: Cluster, bundle: Bundle) -> dict[str, object]:
+    """What `--json` prints."""
+    router = cluster.spec.router
+    return {
+        "url": cluster.url,
+        "model": cluster.spec.workers[0].options.served_model_name,
+        "plan": bundle.plan.digest,
+        "router": {"url": router.url, "metrics": router.metrics_url, "log": str(cluster.router_log)},
+        "workers": [
+            {
+                "name": worker.spec.name,
+                "stage": worker.spec.stage,
+                "url": worker.spec.url,
+                "metrics": worker.metrics_url,
+                "bootstrap_port": worker.spec.bootstrap_port,
+                "pid": worker.pid,
+                "log": str(worker.log),
+            }
+            for worker in cluster.workers
+        ],
+    }
+
+
+def table(cluster: Cluster, bundle: Bundle) -> Table:
+    """What a person reads."""
+    shown = Table(title=f"{bundle.path} serves plan {bundle.plan.digest[:12]}", title_justify="left")
+    for column in ("program", "address", "metrics", "log"):
+        shown.add_column(column, overflow="fold")
+    shown.add_row("router", cluster.url, cluster.spec.router.metrics_url, str(cluster.router_log))
+    for worker in cluster.workers:
+        shown.add_row(worker.spec.name, worker.spec.url, worker.metrics_url, str(worker.log))
+    return shown

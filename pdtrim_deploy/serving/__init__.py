@@ -1,0 +1,11 @@
+"""Start SGLang workers and their router as programs of the serve environment, probe, supervise and stop them.
+
+Imports neither sglang nor torch: the build environment runs this, the serve environment's Python what it starts.
+"""
+
+from pdtrim_deploy.serving.cluster import Cluster
+from pdtrim_deploy.serving.environment import ServeEnvironment
+from pdtrim_deploy.serving.launch import cluster_of
+from pdtrim_deploy.serving.spec import ClusterSpec, RouterSpec, WorkerOptions, WorkerSpec
+
+__all__ = ["Cluster", "ClusterSpec", "RouterSpec", "ServeEnvironment", "WorkerOptions", "WorkerSpec", "cluster_of"]

@@ -1,0 +1,29 @@
+"""The least HTTP client for loopback servers: no proxy from the environment, a deadline on every call."""
+
+from __future__ import annotations
+
+import json
+import urllib.request
+from typing import Any
+
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+def get(url: str, timeout_s: float) -> str:
+    """The body of a 2xx answer; OSError (HTTPError for another status) otherwise."""
+    with _OPENER.open(url, timeout=timeout_s) as answer:
+        return answer.read().decode()
+
+
+def post_json(url: str, body: dict[str, Any], timeout_s: float) -> Any:
+    """The JSON of a 2xx answer; OSError (HTTPError for another status) or ValueError (no JSON) otherwise."""
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with _OPENER.open(request, timeout=timeout_s) as answer:
+        return json.load(answer)
+
+
+def explain(error: OSError) -> str:
+    """An error with the server's own words, where it sent any."""
+    if isinstance(error, urllib.request.HTTPError):
+        return f"HTTP {error.code}: {error.read(2000).decode(errors='replace').strip()}"
+    return str(getattr(error, "reason", error))

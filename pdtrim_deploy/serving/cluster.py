@@ -1,0 +1,159 @@
+"""Workers and router as one thing: started together, serving when `with` enters its block, gone when it leaves."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from pdtrim_deploy.errors import ServingError
+from pdtrim_deploy.serving import commands, probe
+from pdtrim_deploy.serving.environment import ServeEnvironment
+from pdtrim_deploy.serving.process import ServerProcess, stop_all
+from pdtrim_deploy.serving.spec import ClusterSpec, WorkerSpec
+
+POLL_S = 0.2
+GRACE_S = 1.0
+
+
+@dataclass(frozen=True)
+class RunningWorker:
+    """A worker that serves."""
+
+    spec: WorkerSpec
+    log: Path
+    pid: int
+
+    @property
+    def metrics_url(self) -> str:
+        """Its Prometheus endpoint (404 unless metrics are enabled)."""
+        return f"{self.spec.url}/metrics"
+
+
+class Cluster:
+    """Use it as a context manager, from a thread that outlives it.
+
+    Raises on entering and from `check` and `wait`:
+        ServingError: a program died (which, why, and its last log lines), or did not serve by the deadline.
+    """
+
+    def __init__(
+        self,
+        spec: ClusterSpec,
+        environment: ServeEnvironment,
+        log_dir: Path,
+        say: Callable[[str], None] = lambda sentence: None,
+    ) -> None:
+        self.spec, self.environment, self.log_dir, self._say = spec, environment, log_dir.resolve(), say
+        self._processes: dict[str, ServerProcess] = {}
+        self._temporary: Path | None = None
+
+    @property
+    def url(self) -> str:
+        """The router's, for clients."""
+        return self.spec.router.url
+
+    @property
+    def workers(self) -> tuple[RunningWorker, ...]:
+        """The workers, prefill first."""
+        running = [(spec, self._processes[spec.name]) for spec in self.spec.workers]
+        return tuple(RunningWorker(spec, process.log, process.pid) for spec, process in running)
+
+    @property
+    def router_log(self) -> Path:
+        """The router's log file."""
+        return self._processes["router"].log
+
+    def __enter__(self) -> Cluster:
+        try:
+            self._start()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.stop()
+
+    def check(self) -> None:
+        """Raise ServingError if a program has ended."""
+        for process in self._processes.values():
+            if process.exit_code() is not None:
+                raise ServingError(process.obituary())
+
+    def wait(self) -> None:
+        """Block until a program ends; always raises."""
+        while True:
+            self.check()
+            time.sleep(POLL_S)
+
+    def stop(self) -> None:
+        """End every program, the router first; does nothing the second time."""
+        processes, self._processes = self._processes, {}
+        router = processes.pop("router", None)
+        try:
+            if router is not None:
+                stop_all([router], self.spec.stop_timeout_s)
+        finally:
+            stop_all(processes.values(), self.spec.stop_timeout_s)
+            if self._temporary is not None:
+                shutil.rmtree(self._temporary, ignore_errors=True)
+
+    def _start(self) -> None:
+        self.log_dir.mkdir(parents=True, exist_ok=True)
+        # A short path: SGLang's unix sockets lie in it, and their names are limited to 107 bytes.
+        self._temporary = Path(tempfile.mkdtemp(prefix="pdtrim-"))
+        python, workers = self.environment.python, self.spec.workers
+        deadline = time.monotonic() + self.spec.start_timeout_s
+        for worker in workers:
+            env = commands.worker_environment(python, worker, len(workers), self._temporary)
+            self._launch(worker.name, commands.worker_command(python, worker, len(workers)), env)
+        for worker in workers:
+            self._until(lambda w=worker: probe.is_healthy(w.url), deadline, worker.name)  # type: ignore[misc]
+            self._say(f"{worker.name} is up at {worker.url}")
+        for prefill in self.spec.prefill:
+            for decode in self.spec.decode:
+                self._probe_pair(prefill, decode, deadline)
+        env = commands.router_environment(python, self._temporary)
+        self._launch("router", commands.router_command(python, self.spec), env)
+        self._probe_router(deadline)
+        self._say(f"the router serves at {self.url}")
+
+    def _launch(self, name: str, command: list[str], env: dict[str, str]) -> None:
+        self._processes[name] = ServerProcess(name, command, env, self.log_dir / f"{name}.log")
+        self._say(f"starting {name}, log in {self._processes[name].log}")
+
+    def _until(self, ready: Callable[[], bool], deadline: float, name: str) -> None:
+        while not ready():
+            self.check()
+            self._in_time(deadline, f"{name} was not ready", self._processes[name])
+            time.sleep(POLL_S)
+
+    def _probe_pair(self, prefill: WorkerSpec, decode: WorkerSpec, deadline: float) -> None:
+        """A real request through one pair, past the router, so that every pair is known to work."""
+        pair = probe.PairProbe(prefill, decode, max(1.0, deadline - time.monotonic()))
+        while (result := pair.result(POLL_S)) is not True:
+            self.check()
+            if result:
+                time.sleep(GRACE_S)
+                self.check()  # a worker that dies breaks its connections first, and its log says more
+                logs = f"{self._processes[prefill.name].log} and {self._processes[decode.name].log}"
+                raise ServingError(f"{pair.name} cannot serve: {result}; see {logs}")
+            self._in_time(deadline, f"{pair.name} gave no token", self._processes[decode.name])
+
+    def _probe_router(self, deadline: float) -> None:
+        """As many real requests as the longer stage has workers: round robin reaches each of them."""
+        for _ in range(max(len(self.spec.prefill), len(self.spec.decode))):
+            left = max(1.0, deadline - time.monotonic())
+            while (bad := probe.complaint(self.url, left)) is not None:  # it registers its workers meanwhile
+                self.check()
+                self._in_time(deadline, f"the router answered {bad}", self._processes["router"])
+                time.sleep(POLL_S)
+
+    def _in_time(self, deadline: float, problem: str, process: ServerProcess) -> None:
+        if time.monotonic() > deadline:
+            raise ServingError(f"{problem} within {self.spec.start_timeout_s:.0f} s; see its log {process.log}")

@@ -1,0 +1,110 @@
+"""The command lines and environments of SGLang 0.5.23 workers and sglang-router 0.3.2."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from pdtrim_deploy.serving.environment import gpu_count
+from pdtrim_deploy.serving.ports import HOST
+from pdtrim_deploy.serving.spec import ClusterSpec, WorkerSpec
+
+# Of ours, and would lead the other environment's Python to our packages.
+FOREIGN = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
+
+
+def worker_command(python: Path, worker: WorkerSpec, workers: int) -> list[str]:
+    """`python -m sglang.launch_server ...` for one of `workers` workers."""
+    options = worker.options
+    arguments: dict[str, object] = {
+        "--model-path": worker.model_path,
+        "--served-model-name": options.served_model_name,
+        "--host": HOST,
+        "--port": worker.port,
+        "--disaggregation-mode": worker.stage,
+        "--disaggregation-transfer-backend": options.transfer_backend,
+        "--page-size": options.page_size,
+        "--max-total-tokens": options.max_total_tokens,
+        "--max-running-requests": options.max_running_requests,
+        "--dtype": options.dtype,
+        "--device": options.device,
+    }
+    if options.chunked_prefill_size is not None:
+        arguments["--chunked-prefill-size"] = options.chunked_prefill_size
+    if worker.bootstrap_port is not None:
+        arguments["--disaggregation-bootstrap-port"] = worker.bootstrap_port
+    flags = ["--enable-metrics"] if options.enable_metrics else []
+    if options.device == "cpu":
+        arguments |= {"--attention-backend": "torch_native", "--mem-fraction-static": 0.3}
+        flags += ["--disable-overlap-schedule", "--sleep-on-idle"]
+        if worker.stage == "decode":  # the default backs up KV through CUDA streams
+            arguments["--disaggregation-decode-retraction-backup"] = "none"
+    else:
+        gpus = max(1, gpu_count())
+        arguments["--base-gpu-id"] = worker.slot % gpus
+        if (sharing := -(-workers // gpus)) > 1:
+            arguments["--mem-fraction-static"] = round(0.85 / sharing, 2)
+    pairs = [str(part) for pair in arguments.items() for part in pair]
+    return [str(python), "-m", "sglang.launch_server", *pairs, *flags, *options.extra_args]
+
+
+def worker_environment(python: Path, worker: WorkerSpec, workers: int, temporary: Path) -> dict[str, str]:
+    """The worker's whole environment; `temporary` receives its temporary files."""
+    # Only our plugin, only loopback, no hub: the model is on disk.
+    chosen = {"SGLANG_PLUGINS": "pdtrim", "SGLANG_HOST_IP": HOST, "HF_HUB_OFFLINE": "1"}
+    if worker.options.device == "cpu":
+        threads = worker.options.threads or max(1, len(os.sched_getaffinity(0)) // workers)
+        # Waiting threads sleep: spinning ones starve the other workers of a small machine tenfold.
+        chosen |= {
+            "SGLANG_USE_CPU_ENGINE": "1",
+            "OMP_NUM_THREADS": str(threads),
+            "OMP_WAIT_POLICY": "PASSIVE",
+            "GOMP_SPINCOUNT": "0",
+        }
+    return _base(python, os.environ, temporary) | chosen
+
+
+def router_command(python: Path, cluster: ClusterSpec) -> list[str]:
+    """`python -m sglang_router.launch_router ...` over all workers of the cluster."""
+    router = cluster.router
+    command = [str(python), "-m", "sglang_router.launch_router", "--pd-disaggregation"]
+    for worker in cluster.prefill:
+        command += ["--prefill", worker.url, str(worker.bootstrap_port)]
+    for worker in cluster.decode:
+        command += ["--decode", worker.url]
+    arguments: dict[str, object] = {
+        "--host": HOST,
+        "--port": router.port,
+        "--prometheus-host": HOST,
+        "--prometheus-port": router.metrics_port,
+        "--policy": router.policy,
+        "--request-timeout-secs": router.request_timeout_s,
+        "--worker-startup-timeout-secs": int(cluster.start_timeout_s),
+        "--worker-startup-check-interval": 1,
+        "--shutdown-grace-period-secs": 2,
+        "--health-check-timeout-secs": 30,  # SGLang's /health waits for a batch of the scheduler
+    }
+    return command + [str(part) for pair in arguments.items() for part in pair] + list(router.extra_args)
+
+
+def router_environment(python: Path, temporary: Path) -> dict[str, str]:
+    """The router's whole environment."""
+    return _base(python, os.environ, temporary)
+
+
+def _base(python: Path, ours: Mapping[str, str], temporary: Path) -> dict[str, str]:
+    inherited = {name: value for name, value in ours.items() if name not in FOREIGN}
+    path = f"{python.parent}{os.pathsep}{inherited.get('PATH', os.defpath)}"  # its ninja, not ours
+    compiled = Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}"  # torch's default: kept between runs
+    return (
+        {"TORCHINDUCTOR_CACHE_DIR": str(compiled)}
+        | inherited
+        | {
+            "PATH": path,
+            "TMPDIR": str(temporary),
+            "PYTHONUNBUFFERED": "1",
+        }
+    )

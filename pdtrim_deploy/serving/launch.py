@@ -1,0 +1,45 @@
+"""From a bundle to its cluster, with what the caller leaves open chosen."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from pdtrim_deploy.bundle import Bundle
+from pdtrim_deploy.serving.cluster import Cluster
+from pdtrim_deploy.serving.environment import ServeEnvironment
+from pdtrim_deploy.serving.spec import ClusterSpec, WorkerOptions
+
+
+def cluster_of(
+    bundle: Bundle,
+    *,
+    prefill: int = 1,
+    decode: int = 1,
+    port: int | None = None,
+    options: WorkerOptions | None = None,
+    router_args: tuple[str, ...] = (),
+    start_timeout_s: float = 600.0,
+    environment: ServeEnvironment | None = None,
+    log_dir: Path | None = None,
+    say: Callable[[str], None] = lambda sentence: None,
+) -> Cluster:
+    """The bundle's cluster, not yet started; without `log_dir` its logs go to a new temporary folder.
+
+    Raises:
+        UserError: no SGLang found, no worker of a stage, or `port` is taken.
+
+    """
+    environment = environment or ServeEnvironment.find()
+    spec = ClusterSpec.on_loopback(
+        bundle.prefill_dir,
+        bundle.decode_dir,
+        prefill=prefill,
+        decode=decode,
+        port=port,
+        options=options or WorkerOptions(served_model_name=bundle.path.resolve().name),
+        router_args=router_args,
+        start_timeout_s=start_timeout_s,
+    )
+    return Cluster(spec, environment, log_dir or Path(tempfile.mkdtemp(prefix="pdtrim-serve-")), say)

@@ -1,0 +1,119 @@
+"""One child program with everything it starts: a session of its own, one log file, a complete end."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+PR_SET_PDEATHSIG = 1
+TAIL_BYTES = 64 << 10
+REASON = re.compile(r"^[\w.]*(?:Error|Exception|Interrupt)\b.*", re.MULTILINE)
+
+
+class ServerProcess:
+    """A started program. It dies with the thread that starts it, so start it in one that lives on (the main one)."""
+
+    def __init__(self, name: str, command: Sequence[str], env: Mapping[str, str], log: Path) -> None:
+        self.name, self.command, self.log = name, list(command), log
+        with log.open("wb") as output:
+            output.write(f"$ {' '.join(self.command)}\n".encode())
+            output.flush()
+            self._popen = subprocess.Popen(
+                self.command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=dict(env),
+                cwd=log.parent,  # `python -m` puts it on sys.path: never a folder with modules of the user
+                start_new_session=True,
+                preexec_fn=_dies_with(os.getpid()),  # noqa: PLW1509 (one system call, no lock)
+            )
+        self.pid = self._popen.pid
+
+    def exit_code(self) -> int | None:
+        """None while it runs; negative for a signal."""
+        return self._popen.poll()
+
+    def terminate(self) -> None:
+        """SIGTERM to the program alone: SGLang ends its own children, and would take one ended by us for a crash."""
+        if self.exit_code() is None:
+            self._popen.terminate()
+
+    def finish(self, deadline: float) -> None:
+        """Wait until `deadline` (time.monotonic) for the end, then kill what is left of the session."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._popen.wait(max(0.0, deadline - time.monotonic()))
+        while session_members(self.pid):  # each round kills all it sees: only a fork in between makes another
+            for pid in session_members(self.pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.02)
+        self._popen.wait()
+
+    def obituary(self, lines: int = 20) -> str:
+        """Which ended, how, the last error of its log, and the log's last lines."""
+        code = self.exit_code()
+        how = (
+            f"was ended by {signal.Signals(-code).name}"
+            if code is not None and code < 0
+            else f"ended with exit code {code}"
+        )
+        text = log_tail(self.log)
+        reasons = REASON.findall(text)
+        why = f": {reasons[-1].strip()}" if reasons else ""
+        last = "\n".join(f"  | {line}" for line in text.splitlines()[-lines:])
+        return f"{self.name} {how}{why}\nlast lines of {self.log}:\n{last}"
+
+
+def stop_all(processes: Iterable[ServerProcess], timeout_s: float) -> None:
+    """End all at once: SIGTERM, up to `timeout_s` seconds, SIGKILL. Interrupted, it kills at once and then raises."""
+    processes = list(processes)
+    deadline = time.monotonic() + timeout_s
+    try:
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.finish(deadline)
+    except BaseException:
+        for process in processes:
+            process.finish(0.0)
+        raise
+
+
+def session_members(session: int) -> list[int]:
+    """Living processes of a session, from /proc (Linux); the leader's children that left its group included."""
+    members = []
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            with contextlib.suppress(OSError):
+                # pid (comm) state ppid pgrp session ...; comm may hold spaces and parentheses
+                state, _, _, sid = Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()[:4]
+                if int(sid) == session and state not in "ZX":
+                    members.append(int(entry))
+    return members
+
+
+def log_tail(log: Path) -> str:
+    """The last 64 KiB of a log as text."""
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - TAIL_BYTES))
+        return file.read().decode(errors="replace")
+
+
+def _dies_with(parent: int) -> Callable[[], None]:
+    """For the child: have the kernel kill it when the thread that started it ends, however that ends."""
+    prctl = ctypes.CDLL(None).prctl  # found before the fork: dlopen after it may deadlock
+
+    def apply() -> None:
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
+
+    return apply

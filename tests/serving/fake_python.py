@@ -1,0 +1,63 @@
+"""Stands where the serve environment's Python would: answers HTTP like a worker or the router, or misbehaves.
+
+The supervisor runs it as `PYTHON -m sglang.launch_server --port N ...`. What is wrong with it comes from the model
+path: a worker of stage S reads `S: fault` lines of `faults.txt` there; the router's come by --fault.
+"""
+
+import http.server
+import json
+import sys
+import time
+from pathlib import Path
+
+args = sys.argv[3:]
+module = sys.argv[2]
+
+
+def option(name, default=None):
+    return args[args.index(name) + 1] if name in args else default
+
+
+if module == "sglang_router.launch_router":
+    fault = option("--fault", "")
+else:
+    lines = (Path(option("--model-path")) / "faults.txt").read_text().splitlines()
+    faults = dict(line.split(": ") for line in lines)
+    fault = faults.get(option("--disaggregation-mode"), "")
+
+requests = 0
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.answer(503 if fault == "never-healthy" else 200, {})
+
+    def do_POST(self):
+        global requests  # noqa: PLW0603
+        requests += 1
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        print("asked", json.dumps(body, sort_keys=True), flush=True)
+        if fault == "hangs":
+            time.sleep(600)
+        if fault == "dies-when-asked":
+            print("RuntimeError: layer count 4 is not 6", flush=True)
+            import os
+
+            os._exit(7)
+        if fault == "refuses" or (fault == "late" and requests < 3):
+            self.answer(503, {"error": "no plan in common"})
+        else:
+            self.answer(200, {"text": "x", "meta_info": {"completion_tokens": 2}})
+
+    def answer(self, status, content):
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(json.dumps(content).encode())
+
+    def log_message(self, *args):
+        pass
+
+
+if fault == "dies":
+    raise ValueError("weights of block 3 are missing")
+http.server.ThreadingHTTPServer(("127.0.0.1", int(option("--port"))), Handler).serve_forever()

@@ -1,0 +1,141 @@
+"""Command lines, ports, finding SGLang, metrics: the parts that need no process."""
+
+import os
+import socket
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.serving import ClusterSpec, ServeEnvironment, WorkerOptions, commands, environment
+from pdtrim_deploy.serving.metrics import Sample, parse, total
+from pdtrim_deploy.serving.ports import free_ports
+
+PYTHON = Path("/serve/bin/python")
+
+
+def spec(**options):
+    model = Path("model")
+    return ClusterSpec.on_loopback(model, model, prefill=2, decode=1, options=WorkerOptions(**options))
+
+
+def value(command, option):
+    assert command.count(option) == 1
+    return command[command.index(option) + 1]
+
+
+def test_ports_are_free_and_all_different():
+    cluster = spec(device="cpu")
+    ports = [w.port for w in cluster.workers] + [w.bootstrap_port for w in cluster.prefill]
+    ports += [cluster.router.port, cluster.router.metrics_port]
+    assert len(set(ports)) == len(ports) == 7
+    for port in ports:
+        with socket.socket() as server:
+            server.bind(("127.0.0.1", port))
+
+
+def test_a_taken_port_is_refused_by_name():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with pytest.raises(UserError, match=f"--port {port}: another program"):
+            ClusterSpec.on_loopback(Path("m"), Path("m"), port=port)
+
+
+def test_free_ports_passes_over_taken_ones():
+    some = frozenset(free_ports(50))
+    assert not some & set(free_ports(200, taken=some))
+
+
+@pytest.mark.parametrize("stage", ["prefill", "decode"])
+def test_a_cpu_worker_sleeps_when_idle_and_listens_on_loopback_only(stage):
+    worker = next(w for w in spec(device="cpu").workers if w.stage == stage)
+    command = commands.worker_command(PYTHON, worker, 3)
+    assert command[:3] == [str(PYTHON), "-m", "sglang.launch_server"]
+    assert value(command, "--host") == "127.0.0.1"
+    assert value(command, "--disaggregation-mode") == stage
+    assert value(command, "--disaggregation-transfer-backend") == "pdtrim_tcp"
+    assert value(command, "--attention-backend") == "torch_native"
+    assert "--sleep-on-idle" in command
+    assert Path(value(command, "--model-path")).is_absolute()  # the worker runs in its log folder
+    assert ("--disaggregation-bootstrap-port" in command) == (stage == "prefill")
+    assert ("--disaggregation-decode-retraction-backup" in command) == (stage == "decode")
+
+
+def test_a_gpu_worker_gets_none_of_the_cpu_options_and_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr(commands, "gpu_count", lambda: 2)
+    made = [commands.worker_command(PYTHON, w, 3) for w in spec(device="cuda").workers]
+    for command in made:
+        assert not {"--attention-backend", "--sleep-on-idle", "--disable-overlap-schedule"} & set(command)
+    assert [value(command, "--base-gpu-id") for command in made] == ["0", "1", "0"]
+    assert {value(command, "--mem-fraction-static") for command in made} == {"0.42"}
+
+
+def test_extra_arguments_come_last_and_so_win():
+    worker = spec(device="cpu", extra_args=("--page-size", "32")).workers[0]
+    assert commands.worker_command(PYTHON, worker, 1)[-2:] == ["--page-size", "32"]
+
+
+def test_the_environment_is_the_workers_own(monkeypatch, tmp_path):
+    monkeypatch.setenv("PYTHONPATH", "/build/only")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    worker = spec(device="cpu").workers[0]
+    env = commands.worker_environment(PYTHON, worker, 3, tmp_path)
+    assert "PYTHONPATH" not in env
+    assert env["PATH"].split(os.pathsep)[0] == "/serve/bin"
+    assert (env["OMP_NUM_THREADS"], env["OMP_WAIT_POLICY"], env["SGLANG_PLUGINS"]) == ("2", "PASSIVE", "pdtrim")
+    assert env["TMPDIR"] == str(tmp_path)
+    fixed = replace(worker, options=replace(worker.options, threads=5))
+    assert commands.worker_environment(PYTHON, fixed, 3, tmp_path)["OMP_NUM_THREADS"] == "5"
+
+
+def test_the_router_knows_every_worker_once():
+    cluster = spec(device="cpu")
+    command = commands.router_command(PYTHON, cluster)
+    for worker in cluster.prefill:
+        assert command[command.index(worker.url) - 1] == "--prefill"
+        assert command[command.index(worker.url) + 1] == str(worker.bootstrap_port)
+    assert value(command, "--decode") == cluster.decode[0].url
+    assert value(command, "--host") == value(command, "--prometheus-host") == "127.0.0.1"
+
+
+def test_no_worker_of_a_stage_is_refused():
+    with pytest.raises(UserError, match="at least one worker"):
+        ClusterSpec.on_loopback(Path("m"), Path("m"), decode=0)
+
+
+def test_sglang_is_found_where_make_setup_puts_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(environment, "REPO", tmp_path / "elsewhere")
+    monkeypatch.setattr(environment.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"make setup.*--serve-python"):
+        ServeEnvironment.find()
+    python = tmp_path / ".venv" / "serve" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.touch()
+    assert ServeEnvironment.find() == ServeEnvironment(python)
+    assert ServeEnvironment.find(Path(sys.executable)).python == Path(sys.executable)
+    with pytest.raises(UserError, match="no such program"):
+        ServeEnvironment.find(tmp_path / "python9")
+
+
+def test_our_own_python_serves_when_it_has_sglang(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(environment, "REPO", tmp_path)
+    monkeypatch.setattr(environment.importlib.util, "find_spec", lambda name: object())
+    assert ServeEnvironment.find().python == Path(sys.executable)
+
+
+def test_metrics_become_typed_samples():
+    text = (
+        "# TYPE kv_bytes histogram\n"
+        'kv_bytes_bucket{le="10.0",stage="p"} 1.0\nkv_bytes_bucket{le="+Inf",stage="p"} 2.0\n'
+        'kv_bytes_sum{stage="p"} 20.5\nkv_bytes_count{stage="p"} 2.0\n'
+        '# TYPE asked counter\nasked_total{code="200"} 3\nasked_total{code="500"} 1\n'
+    )
+    samples = parse(text)
+    assert samples["kv_bytes_sum"] == [Sample({"stage": "p"}, 20.5)]
+    assert [s.labels["le"] for s in samples["kv_bytes_bucket"]] == ["10.0", "+Inf"]
+    assert (total(samples, "asked_total"), total(samples, "asked_total", code="500")) == (4.0, 1.0)
+    assert total(samples, "absent") == 0.0
