@@ -7,7 +7,7 @@ from typing import Any
 from sglang.srt.disaggregation.common.conn import CommonKVManager
 from sglang.srt.disaggregation.utils import DisaggregationMode
 
-from pdtrim_deploy.plan import PDPlan
+from pdtrim_deploy.plan import PDPlan, Stage
 from pdtrim_sglang import hooks
 from pdtrim_sglang.decode import DecodeSide
 from pdtrim_sglang.plan_source import check_fits, dense_plan, read_plan
@@ -39,7 +39,7 @@ class PDTrimKVManager(CommonKVManager):
 
     @property
     def prefill_rank(self) -> int:
-        """This prefill rank, as decode counts responses."""
+        """Rank of this prefill process, as decode counts responses."""
         return self._prefill_unique_rank()
 
     def attach(self, pool: Any, draft_pool: Any) -> None:
@@ -52,7 +52,7 @@ class PDTrimKVManager(CommonKVManager):
         if draft_pool is not None:
             raise RuntimeError("pdtrim: speculative decoding is not supported: start without --speculative-algorithm")
         view = PoolView.of(pool)
-        stage = "prefill" if self.disaggregation_mode == DisaggregationMode.PREFILL else "decode"
+        stage: Stage = "prefill" if self.disaggregation_mode == DisaggregationMode.PREFILL else "decode"
         self.plan = self._given_plan or dense_plan(len(view.keys), pool)
         check_fits(self.plan, stage, pool, self.attn_tp_size if self._given_plan else 1)
         aux = AuxRows(tuple(self.kv_args.aux_data_ptrs), tuple(self.kv_args.aux_item_lens))

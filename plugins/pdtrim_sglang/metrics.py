@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pdtrim_sglang.peer import RoomProgress
+
 
 class TransferMetrics:
     """Observed once a request, when it ends.
@@ -21,15 +23,15 @@ class TransferMetrics:
         self._tokens = Histogram("pdtrim_kv_prompt_tokens", "Prompt tokens of a request", buckets=sizes)
         self._requests = Counter("pdtrim_kv_requests", "Requests by how their transfer ended", ["outcome"])
 
-    def succeeded(self, payload: int, wire: int, dense: int, tokens: int, seconds: float) -> None:
-        """One request whose KV arrived."""
-        self._payload.observe(payload)
-        self._wire.observe(wire)
-        self._dense.observe(dense)
-        self._tokens.observe(tokens)
-        self._seconds.observe(seconds)
-        self._requests.labels("success").inc()
+    def succeeded(self, progress: RoomProgress, dense_bytes: int) -> None:
+        """One request whose KV arrived; `dense_bytes` is what the unpruned model would have sent for it."""
+        self._payload.observe(progress.payload_bytes)
+        self._wire.observe(progress.wire_bytes)
+        self._dense.observe(dense_bytes)
+        self._tokens.observe(progress.prompt_tokens)
+        self._seconds.observe(progress.seconds)
+        self.ended("success")
 
-    def failed(self) -> None:
-        """One request whose transfer began and did not end well."""
-        self._requests.labels("failed").inc()
+    def ended(self, outcome: str) -> None:
+        """One request is over: `success`, `failed` or `aborted`."""
+        self._requests.labels(outcome).inc()

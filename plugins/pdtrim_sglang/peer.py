@@ -41,15 +41,16 @@ class Chunk:
 
 @dataclass
 class RoomProgress:
-    """How far one request's transfer is; written by one peer thread and its channel."""
+    """How far one request's transfer is; times are of the monotonic clock, in seconds."""
 
-    started: float
+    started: float | None = None
     queued: int = 0
     acknowledged: int = 0
     payload_bytes: int = 0
     wire_bytes: int = 0
     prompt_tokens: int = 0
     last_sent: float | None = None
+    seconds: float = 0.0
 
     @property
     def complete(self) -> bool:
@@ -100,7 +101,8 @@ class Peer:
             self._owner.fail(reply.room, reply.reason)
         elif progress is not None:
             progress.acknowledged += 1
-            if progress.complete:
+            if progress.complete and progress.started is not None:
+                progress.seconds = time.monotonic() - progress.started
                 self._unanswered.discard(reply.room)
                 self._owner.arrived(reply.room)
 

@@ -7,7 +7,7 @@ import threading
 import time
 from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sglang.srt.disaggregation.base.conn import KVPoll
 from sglang.srt.disaggregation.common.conn import ABORT_TAG, AbortNotification
@@ -65,14 +65,16 @@ class PrefillSide:
     @property
     def max_chunk_tokens(self) -> int:
         """Longest page-aligned chunk whose rows fit the staging buffer whatever its place in the prompt."""
-        row = self._plan.model_copy(update={"kv": tuple(s.model_copy(update=FULL) for s in self._plan.kv)})
         page = self._pool.page_size
-        per_token = row.payload_bytes(1) * self._pool.kv_heads // self._plan.model.num_kv_heads
+        # one prompt token is sent by every layer, so a one-token prompt costs what any token can cost at most
+        per_token = self._plan.payload_bytes(1) * self._pool.kv_heads // self._plan.model.num_kv_heads
         return max(page, self._config.staging_bytes // per_token // page * page)
 
-    def sender_opened(self, room: int) -> None:
-        """The scheduler has a sender for this room."""
+    def sender_opened(self, room: int) -> RoomProgress:
+        """The scheduler has a sender for this room; returns where its progress will be written."""
         self._senders.add(room)
+        progress = self._progress[room] = RoomProgress()
+        return progress
 
     def sender_closed(self, room: int) -> None:
         """The scheduler is done with this room."""
@@ -80,7 +82,7 @@ class PrefillSide:
         self._progress.pop(room, None)
 
     def progress(self, room: int) -> RoomProgress | None:
-        """Bytes and times of a room, None before its first chunk."""
+        """Bytes and times of a room, None when it has no sender."""
         return self._progress.get(room)
 
     def submit(self, chunk: Chunk) -> None:
@@ -92,7 +94,9 @@ class PrefillSide:
         if info.prompt_tokens != chunk.prompt_tokens:
             self.fail(chunk.room, f"prefill sees {chunk.prompt_tokens} prompt tokens, decode {info.prompt_tokens}")
             return
-        self._progress.setdefault(chunk.room, RoomProgress(time.monotonic())).queued += 1
+        progress = self._progress[chunk.room]
+        progress.queued += 1
+        progress.started = progress.started or time.monotonic()
         self._peers[info.session].submit(chunk)
 
     def fail(self, room: int, reason: str) -> None:
@@ -101,18 +105,14 @@ class PrefillSide:
             return
         logger.warning("pdtrim: room %s failed: %s", room, reason)
         self._manager.conclude_failure(bootstrap_room=room, failure_reason=reason)
-        self._metrics.failed()
+        self._metrics.ended("failed")
 
     def arrived(self, room: int) -> None:
         """Every chunk of the room was acknowledged."""
-        progress = self._progress[room]
-        if self._manager.request_status.get(room) in (None, KVPoll.Failed):
+        progress = self._progress.get(room)
+        if progress is None or not self.is_live(room):
             return
-        seconds = time.monotonic() - progress.started
-        tokens = progress.prompt_tokens
-        self._metrics.succeeded(
-            progress.payload_bytes, progress.wire_bytes, self._plan.dense_bytes(tokens), tokens, seconds
-        )
+        self._metrics.succeeded(progress, self._plan.dense_bytes(progress.prompt_tokens))
         # decode knows already: it scattered the last chunk
         self._manager.conclude_transfer(bootstrap_room=room, status=KVPoll.Success, targets=[])
 
@@ -192,10 +192,13 @@ class PrefillSide:
         manager.update_status(message.room, KVPoll.WaitingForInput)
 
     def _abort(self, room: int) -> None:
-        if self._manager.request_status.get(room) != KVPoll.Success:
-            self._manager.update_status(room, KVPoll.Bootstrapping)
-            self._manager.update_status(room, KVPoll.Failed)
-            self._bury(room)
+        if self._manager.request_status.get(room) in (KVPoll.Success, KVPoll.Failed):
+            return
+        if room in self._senders:
+            self._metrics.ended("aborted")
+        self._manager.update_status(room, KVPoll.Bootstrapping)
+        self._manager.update_status(room, KVPoll.Failed)
+        self._bury(room)
 
     def _bury(self, room: int) -> None:
         """Remember a failed room that has no sender yet, so that a late one fails at once; forget it in time."""
@@ -207,6 +210,3 @@ class PrefillSide:
             if old not in self._senders:
                 self._manager.request_status.pop(old, None)
                 self._manager.transfer_infos.pop(old, None)
-
-
-FULL: dict[str, Any] = {"mode": "full", "n_first": 0, "n_last": 0}

@@ -1,4 +1,4 @@
-"""Requests that a decode worker waits for: where their rows go, how far they are, and whether they still may be written.
+"""Requests that a decode worker waits for: where their rows go, how far they are, whether they may be written.
 
 A room is closed before SGLang frees its pages, and a chunk is scattered under the room's lock only while it is open:
 so no late chunk ever writes into pages that belong to another request.

@@ -20,9 +20,10 @@ class PDTrimKVSender(CommonKVSender):
 
     kv_mgr: PDTrimKVManager
     prompt_tokens: int = 0
+    _early_send_wait_event: Any
 
     def __init__(self, mgr: Any, bootstrap_addr: str, bootstrap_room: int, *args: Any, **kwargs: Any) -> None:
-        mgr.prefill_side.sender_opened(bootstrap_room)
+        self._progress = mgr.prefill_side.sender_opened(bootstrap_room)
         self._prefix_tokens = 0
         super().__init__(mgr, bootstrap_addr, bootstrap_room, *args, **kwargs)
 
@@ -64,9 +65,9 @@ class PDTrimKVSender(CommonKVSender):
 
     def poll(self) -> KVPoll:
         """SGLang's state of the transfer; a last chunk that nobody acknowledges fails at its deadline."""
-        progress = self.kv_mgr.prefill_side.progress(self.bootstrap_room)
-        if progress and progress.last_sent and not progress.complete and self.conclude_state is None:
-            silence = time.monotonic() - progress.last_sent
+        last_sent = self._progress.last_sent
+        if last_sent is not None and not self._progress.complete and self.conclude_state is None:
+            silence = time.monotonic() - last_sent
             if silence > self.kv_mgr.transport_config.stall_seconds:
                 reason = f"decode did not acknowledge the KV within {silence:.0f} s"
                 self.kv_mgr.prefill_side.fail(self.bootstrap_room, reason)
@@ -82,9 +83,6 @@ class PDTrimKVSender(CommonKVSender):
         self.kv_mgr.prefill_side.sender_closed(self.bootstrap_room)
 
     def get_transfer_metric(self) -> KVTransferMetric:
-        progress = self.kv_mgr.prefill_side.progress(self.bootstrap_room)
-        if progress is not None:
-            self._transfer_metric.transfer_total_bytes = progress.payload_bytes
-            if progress.last_sent is not None:
-                self._transfer_metric.transfer_latency_s = time.monotonic() - progress.started
+        self._transfer_metric.transfer_total_bytes = self._progress.payload_bytes
+        self._transfer_metric.transfer_latency_s = self._progress.seconds
         return self._transfer_metric

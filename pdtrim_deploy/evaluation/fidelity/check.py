@@ -123,11 +123,11 @@ def _controls(plan: PDPlan, prompt_tokens: int) -> dict[str, tuple[KVSend, ...]]
             "first row missing": (without_first,) * len(plan.kv),
             "last row missing": (without_last,) * len(plan.kv),
         }
-    rules = {"dense plan": tuple(KVSend(wire_dtype=send.wire_dtype) for send in plan.kv)}
+    changed = {"dense plan": tuple(KVSend(wire_dtype=send.wire_dtype) for send in plan.kv)}
     for side in ("n_first", "n_last"):
         if all(getattr(send, side) > 0 and send.n_first + send.n_last > 1 for send in sparse):
-            rules[f"{side} - 1"] = tuple(_less(send, side) if send.mode == "sparse" else send for send in plan.kv)
-    return rules
+            changed[f"{side} - 1"] = tuple(_less(send, side) if send.mode == "sparse" else send for send in plan.kv)
+    return changed
 
 
 def _less(send: KVSend, side: str) -> KVSend:

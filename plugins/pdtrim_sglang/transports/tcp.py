@@ -20,6 +20,7 @@ from pdtrim_sglang.transports.base import (
 )
 
 logger = logging.getLogger("sglang.srt.pdtrim.tcp")
+REFUSAL_SECONDS = 2.0
 
 
 class TcpSendChannel(SendChannel):
@@ -28,8 +29,9 @@ class TcpSendChannel(SendChannel):
     def __init__(self, host: str, port: int, listener: ChannelListener, config: TransportConfig) -> None:
         self._address, self._listener, self._config = (host, port), listener, config
         self._socket: socket.socket | None = None
+        self._broken: socket.socket | None = None  # set by the reader of that connection
         self.staging = torch.empty(config.staging_bytes, dtype=torch.uint8)
-        self._bytes = memoryview(self.staging.numpy())
+        self._bytes = memoryview(self.staging.numpy().data)
 
     def send(self, header: ChunkHeader, aux: memoryview) -> int:
         payload = self._bytes[: header.payload_bytes]
@@ -46,13 +48,11 @@ class TcpSendChannel(SendChannel):
 
     def close(self) -> None:
         if self._socket is not None:
-            with contextlib.suppress(OSError):
-                self._socket.shutdown(socket.SHUT_RDWR)
-            self._socket.close()
+            _hang_up(self._socket)
             self._socket = None
 
     def _connected(self) -> socket.socket:
-        if self._socket is None:
+        if self._socket is None or self._socket is self._broken:
             connection = socket.create_connection(self._address, timeout=self._config.connect_seconds)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             connection.settimeout(self._config.stall_seconds)
@@ -69,11 +69,8 @@ class TcpSendChannel(SendChannel):
                 self._listener.on_reply(Reply(room, bytes(text or b"").decode(errors="replace")))
         except (OSError, ProtocolError) as error:
             reason = str(error)
-        with contextlib.suppress(OSError):
-            connection.shutdown(socket.SHUT_RDWR)
-        if self._socket is connection:
-            self._socket = None
-        connection.close()
+        self._broken = connection
+        _hang_up(connection)
         self._listener.on_lost(f"lost decode worker {_name(self._address)}: {reason}")
 
 
@@ -88,10 +85,8 @@ class TcpReceiveServer(ReceiveServer):
         threading.Thread(target=self._accept, daemon=True).start()
 
     def close(self) -> None:
-        self._listener.close()
-        for connection in tuple(self._connections):
-            with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
+        for listening in (self._listener, *self._connections):  # shutdown wakes the thread that waits on it
+            _hang_up(listening)
 
     def _accept(self) -> None:
         while True:
@@ -119,12 +114,21 @@ class TcpReceiveServer(ReceiveServer):
         except ProtocolError as error:
             logger.warning("pdtrim: dropping a prefill connection: %s", error)
             with contextlib.suppress(OSError):
-                connection.sendall(Reply(room, str(error)).encode())
+                self._refuse(connection, Reply(room, str(error)))
         except OSError as error:
             logger.warning("pdtrim: lost a prefill connection: %s", error)
         finally:
             self._connections.discard(connection)
             connection.close()
+
+    def _refuse(self, connection: socket.socket, reply: Reply) -> None:
+        """Answer, then read on a little: closing with unread bytes would reset the answer away."""
+        connection.sendall(reply.encode())
+        connection.shutdown(socket.SHUT_WR)
+        connection.settimeout(REFUSAL_SECONDS)
+        unread, waste = self._config.staging_bytes, bytearray(1 << 16)
+        while unread > 0 and (count := connection.recv_into(waste)):
+            unread -= count
 
     def _take(self, connection: socket.socket, data: bytes, header: ChunkHeader, body: memoryview) -> Reply:
         if len(body) and _receive(connection, body) is None:
@@ -134,6 +138,12 @@ class TcpReceiveServer(ReceiveServer):
             return Reply(header.room, "checksum mismatch: the chunk was damaged on its way")
         rows = torch.frombuffer(payload, dtype=torch.uint8) if len(payload) else torch.empty(0, dtype=torch.uint8)
         return self._handler.deliver(header, rows, aux)
+
+
+def _hang_up(connection: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
+    connection.close()
 
 
 def _receive(

@@ -1,0 +1,98 @@
+"""A room takes chunks in order, and nothing once it is closed."""
+
+import ctypes
+
+import pytest
+import torch
+from pdtrim_sglang.pool import PoolView
+from pdtrim_sglang.protocol import ChunkHeader
+from pdtrim_sglang.rooms import AuxRows, DecodeRoom
+
+from pdtrim_deploy.kvcache.layout import chunk_layout
+from pdtrim_deploy.kvcache.pack import pack
+from pdtrim_deploy.plan import KVSend, ModelShape, PDPlan
+
+TOKENS, PAGE = 11, 4
+
+
+@pytest.fixture
+def plan():
+    shape = ModelShape(
+        architecture="X", fingerprint="f", num_blocks=2, num_kv_heads=1, head_dim=4, kv_dtype="float32"
+    )
+    kv = (KVSend(), KVSend(mode="sparse", n_first=2, n_last=3))
+    return PDPlan.dense(shape).model_copy(update={"kv": kv})
+
+
+@pytest.fixture
+def source():
+    return PoolView([torch.randn(64, 1, 4) for _ in range(2)], [torch.randn(64, 1, 4) for _ in range(2)], PAGE)
+
+
+@pytest.fixture
+def target():
+    return PoolView([torch.zeros(64, 1, 4) for _ in range(2)], [torch.zeros(64, 1, 4) for _ in range(2)], PAGE)
+
+
+@pytest.fixture
+def aux():
+    memory = [(ctypes.c_ubyte * 24)(), (ctypes.c_ubyte * 12)()]
+    yield AuxRows(tuple(ctypes.addressof(m) for m in memory), (8, 4))
+    del memory  # lived as long as the rows that point into it
+
+
+def send(plan, source, start, stop, pages=(3, 7, 2), **changes):
+    layout = chunk_layout(plan, TOKENS, start, stop)
+    slots = source.slots(pages, TOKENS)[start:stop]
+    fields = {
+        "digest": bytes.fromhex(plan.digest), "room": 5, "rank": 0, "prompt_tokens": TOKENS, "start": start,
+        "stop": stop, "aux_bytes": 12 if stop == TOKENS else 0, "payload_bytes": layout.total_bytes,
+        "last": stop == TOKENS,
+    }  # fmt: skip
+    return ChunkHeader(**{**fields, **changes}), pack(layout, source.keys, source.values, slots)
+
+
+def test_chunks_in_order_fill_pool_and_aux_row(plan, source, target, aux):
+    room = DecodeRoom(5, TOKENS, 0, target.slots((9, 1, 4), TOKENS), 1)
+    for start, stop in ((0, 4), (4, 8), (8, TOKENS)):
+        header, payload = send(plan, source, start, stop)
+        body = memoryview(b"abcdefghIJKL") if header.last else memoryview(b"")
+        assert room.take(plan, target, aux, header, payload, body) == ""
+    assert aux.read(1) == b"abcdefghIJKL"
+    assert aux.read(0) == bytes(12)
+    here, there = source.slots((3, 7, 2), TOKENS), target.slots((9, 1, 4), TOKENS)
+    assert torch.equal(target.keys[0][there], source.keys[0][here])
+    kept = [0, 1, 8, 9, 10]
+    assert torch.equal(target.values[1][there[kept]], source.values[1][here[kept]])
+    assert not target.values[1][there[2:8]].any()
+
+
+@pytest.mark.parametrize(
+    ("chunk", "changes", "reason"),
+    [
+        ((4, 8), {}, "begins at token 4, expected 0"),
+        ((0, 4), {"prompt_tokens": 12}, "prefill says 12 prompt tokens, decode 11"),
+        ((0, 4), {"last": True}, "ends at token 4 of 11"),
+        ((0, TOKENS), {"last": False}, "ends at token 11 of 11"),
+    ],
+)
+def test_a_wrong_chunk_is_refused_and_writes_nothing(plan, source, target, aux, chunk, changes, reason):
+    room = DecodeRoom(5, TOKENS, 0, target.slots((9, 1, 4), TOKENS), 1)
+    header, payload = send(plan, source, *chunk, **changes)
+    assert reason in room.take(plan, target, aux, header, payload, memoryview(bytes(12)))
+    assert not any(pool.any() for pool in target.keys + target.values)
+
+
+def test_a_closed_room_is_never_written(plan, source, target, aux):
+    room = DecodeRoom(5, TOKENS, 0, target.slots((9, 1, 4), TOKENS), 1)
+    room.close()
+    header, payload = send(plan, source, 0, TOKENS)
+    assert "ended" in room.take(plan, target, aux, header, payload, memoryview(bytes(12)))
+    assert not any(pool.any() for pool in target.keys + target.values)
+
+
+def test_a_request_with_a_decode_prefix_starts_behind_it(plan, source, target, aux):
+    room = DecodeRoom(5, TOKENS, 4, target.slots((1, 4), TOKENS - 4), 0)
+    header, payload = send(plan, source, 4, TOKENS)
+    assert room.take(plan, target, aux, header, payload, memoryview(bytes(12))) == ""
+    assert torch.equal(target.keys[0][target.slots((1, 4), 7)], source.keys[0][source.slots((7, 2), 7)])

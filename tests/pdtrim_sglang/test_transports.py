@@ -1,0 +1,130 @@
+"""Every transport: what is sent arrives, damage and refusal come back as replies, a lost peer is told."""
+
+import queue
+import socket
+import threading
+
+import pytest
+import torch
+from pdtrim_sglang.protocol import ChunkHeader, ProtocolError, Reply
+from pdtrim_sglang.transports import TRANSPORTS, TransportConfig, transport_named
+from pdtrim_sglang.transports.base import TransportError
+
+CONFIG = TransportConfig(staging_bytes=1 << 20, connect_seconds=2, stall_seconds=2)
+
+
+class Handler:
+    def __init__(self):
+        self.got, self.refuse = [], ""
+
+    def admit(self, header):
+        if self.refuse:
+            raise ProtocolError(self.refuse)
+
+    def deliver(self, header, payload, aux):
+        self.got.append((header, payload.clone(), bytes(aux)))
+        return Reply(header.room, "no room" if header.room == 13 else "")
+
+
+class Listener:
+    def __init__(self):
+        self.events = queue.Queue()
+
+    def on_reply(self, reply):
+        self.events.put(reply)
+
+    def on_lost(self, reason):
+        self.events.put(reason)
+
+    def next(self):
+        return self.events.get(timeout=10)
+
+
+@pytest.fixture(params=sorted(TRANSPORTS))
+def pair(request):
+    make_channel, make_server = transport_named(request.param)
+    handler, listener = Handler(), Listener()
+    server = make_server("127.0.0.1", handler, CONFIG)
+    channel = make_channel(server.host, server.port, listener, CONFIG)
+    yield channel, server, handler, listener
+    channel.close()
+    server.close()
+
+
+def header(room=1, payload=0, aux=0):
+    return ChunkHeader(bytes(32), room, 0, 8, 0, 8, aux, payload, bool(aux))
+
+
+def test_chunks_arrive_whole_and_in_order(pair):
+    channel, _, handler, listener = pair
+    for room, size in enumerate((0, 1, 1000, 1 << 20)):
+        channel.staging[:size] = torch.randint(0, 255, (size,), dtype=torch.uint8)
+        sent = channel.staging[:size].clone()
+        assert channel.send(header(room, size, 3), memoryview(b"aux")) > size
+        assert listener.next() == Reply(room)
+        assert handler.got[-1][0].room == room
+        assert torch.equal(handler.got[-1][1], sent)
+        assert handler.got[-1][2] == b"aux"
+
+
+def test_a_refusal_comes_back_with_its_reason(pair):
+    channel, _, _, listener = pair
+    channel.send(header(13, 10), memoryview(b""))
+    assert listener.next() == Reply(13, "no room")
+
+
+def test_a_wrong_length_is_refused_before_the_body_and_the_channel_recovers(pair):
+    channel, _, handler, listener = pair
+    handler.refuse = "the plan says otherwise"
+    channel.send(header(2, CONFIG.staging_bytes), memoryview(b""))
+    assert listener.next() == Reply(2, "the plan says otherwise")
+    assert "lost decode worker" in listener.next()
+    handler.refuse = ""
+    channel.send(header(3, 10), memoryview(b""))
+    assert listener.next() == Reply(3)
+
+
+def test_a_lost_server_is_told_and_named(pair):
+    channel, server, _, listener = pair
+    channel.send(header(1, 10), memoryview(b""))
+    assert listener.next() == Reply(1)
+    server.close()
+    assert f"127.0.0.1:{server.port}" in listener.next()
+    with pytest.raises(TransportError, match=f"127.0.0.1:{server.port}"):
+        for _ in range(5):
+            channel.send(header(2, 10), memoryview(b""))
+
+
+def test_an_unknown_transport_lists_the_valid_names():
+    with pytest.raises(ValueError, match="tcp"):
+        transport_named("pigeon")
+
+
+def test_tcp_notices_a_damaged_chunk():
+    make_channel, make_server = TRANSPORTS["tcp"]
+    handler, listener = Handler(), Listener()
+    server = make_server("127.0.0.1", handler, CONFIG)
+    relay = socket.create_server(("127.0.0.1", 0))
+
+    def damage():
+        near, _ = relay.accept()
+        far = socket.create_connection((server.host, server.port))
+        data = bytearray()
+        while len(data) < 1000:
+            data += near.recv(65536)
+        data[-500] ^= 1
+        far.sendall(data)
+        while reply := far.recv(4096):
+            near.sendall(reply)
+
+    threading.Thread(target=damage, daemon=True).start()
+    channel = make_channel("127.0.0.1", relay.getsockname()[1], listener, CONFIG)
+    channel.staging.zero_()
+    channel.send(header(4, 2000), memoryview(b""))
+    reply = listener.next()
+    assert reply.room == 4
+    assert "checksum" in reply.reason
+    assert not handler.got
+    channel.close()
+    server.close()
+    relay.close()
