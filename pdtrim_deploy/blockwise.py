@@ -31,6 +31,7 @@ class LayerKV:
     Attributes:
         keys, values: `[batch, kv_heads, tokens, head_dim]`, K after RoPE; None when nothing is held yet.
         ranges: absolute positions of those tokens.
+
     """
 
     keys: Tensor | None = None

@@ -26,6 +26,7 @@ class PrefillState:
         keys, values: one pool per prefill layer, `[batch * tokens, kv_heads, head_dim]`, the plan's KV dtype;
             token `t` of prompt `b` lies in slot `b * tokens + t`.
         logits: `[batch, vocabulary]` after the last prompt token.
+
     """
 
     batch: int
@@ -44,6 +45,7 @@ class PDOracle:
 
     Raises:
         ValueError: a model's layers are not as many as the plan's.
+
     """
 
     def __init__(self, prefill_model: CausalLM, decode_model: CausalLM, plan: PDPlan) -> None:
@@ -76,9 +78,7 @@ class PDOracle:
     def hand_over(self, state: PrefillState) -> list[LayerKV]:
         """What each decode layer holds after the transfer: exactly the rows that were sent."""
         keys, values = (
-            [
-                torch.full_like(pools[source], torch.nan) for source in self.plan.layer_map
-            ]  # a row not sent shows
+            [torch.full_like(pools[source], torch.nan) for source in self.plan.layer_map]  # a row not sent shows
             for pools in (state.keys, state.values)
         )
         layout = chunk_layout(self.plan, state.tokens)
@@ -87,9 +87,7 @@ class PDOracle:
         dtype, held = self.decode_model.dtype, []
         for send, k, v in zip(self.plan.kv, keys, values, strict=True):
             ranges = send.row_ranges(state.tokens)
-            held.append(
-                LayerKV(_rows(k, state.batch, ranges, dtype), _rows(v, state.batch, ranges, dtype), ranges)
-            )
+            held.append(LayerKV(_rows(k, state.batch, ranges, dtype), _rows(v, state.batch, ranges, dtype), ranges))
         return held
 
     @torch.no_grad()

@@ -36,6 +36,7 @@ def pd_perplexity(
 
     Raises:
         UserError: no token is left to score, or the loss is not a number.
+
     """
     if not 1 <= prompt_tokens < sequences.shape[1]:
         raise UserError(

@@ -17,6 +17,7 @@ class Objective(Protocol):
 
     Attributes:
         block_forwards: cost so far: blocks run, times sequences of the batch.
+
     """
 
     blocks: int
@@ -53,6 +54,7 @@ class NextTokenLoss:
 
     Args:
         prefill_removed: blocks that prefill does not run, so no search over this loss may run them.
+
     """
 
     def __init__(

@@ -38,6 +38,7 @@ def choose_stages(
 
     Raises:
         UserError: unknown method, decode loses fewer than prefill, more to remove than there is, loss not a number.
+
     """
     search, blocks = get_search(method), len(model.model.layers)
     if decode_blocks < prefill_blocks:

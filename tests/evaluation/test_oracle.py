@@ -33,9 +33,7 @@ def reference(oracle, prompt, continuation):
         hooks.append(block.register_forward_pre_hook(mask, with_kwargs=True))
     for at, token in enumerate(continuation[:-1]):
         positions = torch.tensor([[n + at]])
-        out = oracle.decode_model(
-            token[None, None], past_key_values=past, position_ids=positions, use_cache=True
-        )
+        out = oracle.decode_model(token[None, None], past_key_values=past, position_ids=positions, use_cache=True)
         logits.append(out.logits[:, -1])
     for hook in hooks:
         hook.remove()
@@ -102,9 +100,7 @@ def test_a_prompt_no_longer_than_first_plus_last_is_dense():
     ids, model = text(1, 20)[0], tiny("Llama")
     dense, sparse = (make_oracle(model, make_plan(kv=(send,) * BLOCKS)) for send in (KVSend(), SPARSE))
     for prompt in (1, 2, 5):
-        assert torch.equal(
-            sparse.logprobs(ids[:prompt], ids[prompt:]), dense.logprobs(ids[:prompt], ids[prompt:])
-        )
+        assert torch.equal(sparse.logprobs(ids[:prompt], ids[prompt:]), dense.logprobs(ids[:prompt], ids[prompt:]))
     assert not torch.allclose(sparse.logprobs(ids[:6], ids[6:]), dense.logprobs(ids[:6], ids[6:]), atol=1e-3)
 
 

@@ -27,6 +27,7 @@ class Request:
 
     Raises:
         UserError: more sparse layers than decode has.
+
     """
 
     oracle: PDOracle

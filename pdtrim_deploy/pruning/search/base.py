@@ -28,6 +28,7 @@ class Problem:
 
     Raises:
         UserError: more is to go than may go.
+
     """
 
     model: CausalLM

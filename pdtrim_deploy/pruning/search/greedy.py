@@ -28,6 +28,7 @@ class Greedy:
             than `race_z` standard errors of the mean paired difference (batch means of 32 tokens, at least 8 of
             them). At 3, a block that is in truth as good as the leader leaves with probability about 0.001 at each
             look. None evaluates every candidate on everything: the exact argmin.
+
     """
 
     def __init__(self, race_z: float | None = 3.0) -> None:
