@@ -23,6 +23,7 @@ class LayerRows:
         rows: their number.
         offset: byte at which K begins; V follows `side_bytes` later.
         side_bytes: bytes of K (and of V).
+
     """
 
     decode_layer: int
@@ -57,6 +58,7 @@ def chunk_layout(
 
     Raises:
         ValueError: the chunk does not lie inside the prompt.
+
     """
     stop = prompt_tokens if stop is None else stop
     if not 0 <= start <= stop <= prompt_tokens:

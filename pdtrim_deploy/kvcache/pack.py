@@ -26,6 +26,7 @@ def pack(
 
     Returns:
         uint8 `[layout.total_bytes]`, a view of `out` when it was given.
+
     """
     if out is None:
         out = torch.empty(layout.total_bytes, dtype=torch.uint8, device=slots.device)
@@ -49,6 +50,7 @@ def unpack(
         packed: uint8, `layout.total_bytes` long, as `pack` made it.
         keys, values: one pool tensor per *decode* layer, `[pool_slots, kv_heads, head_dim]`.
         slots: int64 `[stop - start]`, the pool slot of each token of the chunk.
+
     """
     for rows, picked in _picked(layout, slots):
         for side, pool in enumerate((keys[rows.decode_layer], values[rows.decode_layer])):
