@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,7 +147,6 @@ def seal(path: Path, manifest: Manifest) -> None:
     """Write the manifest, then the marker, each whole or not at all."""
     text = json.dumps(manifest.model_dump(mode="json"), indent=2, sort_keys=True) + "\n"
     write_atomic(path / MANIFEST, text)
-    shutil.rmtree(path / WORK, ignore_errors=True)
     write_atomic(path / COMPLETE, hashlib.sha256(text.encode()).hexdigest() + "\n")
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from pdtrim_deploy.bundle import COMPLETE, REPORTS, WORK, Step, read_seal, write_atomic
+from pdtrim_deploy.bundle import COMPLETE, WORK, Step, read_seal, write_atomic
 from pdtrim_deploy.errors import UserError
 
 _STEPS = TypeAdapter(dict[str, Step])
@@ -73,7 +73,10 @@ class Journal:
 
 @contextmanager
 def claim(out: Path, force: bool) -> Iterator[None]:
-    """Hold `out` for one build: made if absent, refused when it holds something else or another build runs there."""
+    """Hold `out` for one build: made if absent, refused when it holds something else or another build runs there.
+
+    With `force` no step counts as done. The work folder goes when the block ends well.
+    """
     out.mkdir(parents=True, exist_ok=True)
     handle = os.open(out, os.O_RDONLY)
     try:
@@ -86,12 +89,10 @@ def claim(out: Path, force: bool) -> Iterator[None]:
         for stale in out.glob(".*.*-*"):  # scratch of a build that was killed: the lock is ours
             shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
         if force:
-            (out / COMPLETE).unlink(missing_ok=True)
-            for name in (WORK, REPORTS):
-                shutil.rmtree(out / name, ignore_errors=True)
-            (out / "manifest.json").unlink(missing_ok=True)
-        (out / WORK).mkdir(exist_ok=True) if not (out / COMPLETE).exists() else None
+            write_atomic(out / WORK / "steps.json", "{}")
+        (out / WORK).mkdir(exist_ok=True)
         yield
+        shutil.rmtree(out / WORK)
     finally:
         os.close(handle)
 

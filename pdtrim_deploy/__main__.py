@@ -1,0 +1,5 @@
+"""`python -m pdtrim_deploy` is the command line."""
+
+from pdtrim_deploy.cli import main
+
+main()

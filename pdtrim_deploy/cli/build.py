@@ -1,0 +1,72 @@
+"""`pdtrim-deploy build`: recipe -> bundle."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from pdtrim_deploy.cache import Cache
+from pdtrim_deploy.cli import options
+
+if TYPE_CHECKING:
+    from pdtrim_deploy.pipeline.preview import Preview
+
+
+@click.command()
+@click.argument("recipe_file", metavar="RECIPE", type=options.path)
+@click.option("--out", type=options.path, required=True, help="Folder of the bundle.")
+@options.cache_dir
+@click.option("--dry-run", is_flag=True, help="Say what would be done and how large it gets; write nothing.")
+@click.option("--force", is_flag=True, help="Make every step again.")
+@options.json_flag
+def build(recipe_file: Path, out: Path, cache: Cache, dry_run: bool, force: bool, as_json: bool) -> None:
+    r"""Prune a model, choose its KV plan, and write both stage checkpoints as a sealed bundle.
+
+    A build that was stopped, by whatever, goes on where it was when the same command is run again.
+
+    \b
+    Examples:
+      pdtrim-deploy build recipes/smollm2-demo.yaml --out out/bundle
+      pdtrim-deploy build recipes/smollm2-demo.yaml --out out/bundle --dry-run
+    """
+    from pdtrim_deploy.recipe import Recipe
+
+    recipe = Recipe.load(recipe_file)
+    if dry_run:
+        from pdtrim_deploy.pipeline.preview import preview
+
+        _print_preview(preview(recipe, out, cache), out, as_json)
+        return
+    from pdtrim_deploy.cli.progress import Progress
+    from pdtrim_deploy.pipeline import build as run
+
+    progress = Progress()
+    bundle = run(recipe, out, cache, progress.note, show=progress.show, force=force)
+    if as_json:
+        click.echo(json.dumps({"bundle": str(out), "plan_digest": bundle.plan.digest, "recipe_digest": recipe.digest}))
+    else:
+        click.echo(f"{out}: plan {bundle.plan.digest}")
+        click.echo(f"next: pdtrim-deploy inspect {out}; pdtrim-deploy eval {out}; pdtrim-deploy serve {out}")
+
+
+def _print_preview(found: Preview, out: Path, as_json: bool) -> None:
+    if as_json:
+        data = asdict(found) | {"recipe": found.recipe.model_dump(mode="json")}
+        click.echo(json.dumps(data, indent=2))
+        return
+    click.echo(f"{out}: nothing is written (--dry-run)")
+    for name, done in found.steps.items():
+        click.echo(f"  {name:<10} {'done' if done else 'to do'}")
+    if found.stage_bytes is None or found.planned_bytes is None or found.dense_bytes is None:
+        click.echo(f"  {found.recipe.model.source} is not in the cache yet: sizes are known once it is fetched")
+        return
+    for stage, size in found.stage_bytes.items():
+        click.echo(f"  {stage:<10} {size / 1e6:,.1f} MB of weights")
+    click.echo(
+        f"  KV of a request of {found.prompt_tokens} tokens: {found.planned_bytes:,} bytes, "
+        f"dense {found.dense_bytes:,}: {found.dense_bytes / found.planned_bytes:.2f}x less"
+    )

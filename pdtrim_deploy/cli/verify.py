@@ -1,0 +1,33 @@
+"""`pdtrim-deploy verify`: re-check every digest of a bundle."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from pdtrim_deploy.cli import options
+
+
+@click.command()
+@click.argument("bundle", type=options.path)
+@options.json_flag
+def verify(bundle: Path, as_json: bool) -> None:
+    """Compare every file of BUNDLE with its manifest: sizes, SHA-256, files too many or too few.
+
+    Exit code 1 when something differs, 2 when it is no complete bundle. Reports added after the build are not sealed.
+    """
+    from pdtrim_deploy.bundle import Bundle
+
+    opened = Bundle.open(bundle)
+    problems = opened.verify()
+    if as_json:
+        click.echo(
+            json.dumps({"bundle": str(bundle), "files": len(opened.manifest.files), "problems": problems}, indent=2)
+        )
+    elif problems:
+        click.echo("\n".join(f"{bundle}: {problem}" for problem in problems))
+    else:
+        click.echo(f"{bundle}: {len(opened.manifest.files)} files as sealed, plan {opened.plan.digest}")
+    raise SystemExit(1 if problems else 0)

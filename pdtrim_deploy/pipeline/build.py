@@ -1,0 +1,143 @@
+"""Run the steps that are not done yet, then seal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+from pdtrim_deploy import __version__
+from pdtrim_deploy.bundle import (
+    COMPLETE,
+    PLAN,
+    RECIPE,
+    REPORTS,
+    Bundle,
+    Manifest,
+    entries,
+    read_seal,
+    seal,
+    write_atomic,
+)
+from pdtrim_deploy.cache import Cache
+from pdtrim_deploy.checkpoints import resolve
+from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.pipeline import steps
+from pdtrim_deploy.pipeline.context import Context, Note
+from pdtrim_deploy.pipeline.journal import Journal, chained_key, claim
+from pdtrim_deploy.recipe import FIXED_KV, Recipe
+from pdtrim_deploy.report.environment import versions
+
+# Called with a step's name and whether it is done already; the step runs inside.
+Show = Callable[[str, bool], AbstractContextManager[object]]
+
+
+@dataclass(frozen=True)
+class BuildStep:
+    """One step: `key` digests everything its `outputs` (files or folders of the bundle) depend on."""
+
+    name: str
+    key: str
+    outputs: tuple[str, ...]
+    run: Callable[[Context], None]
+
+
+def steps_of(recipe: Recipe, fingerprint: str) -> tuple[BuildStep, ...]:
+    """All steps but the seal. Each key holds the one before: a change makes its step and all later ones again."""
+    dump = recipe.model_dump(mode="json")
+    said = {"pdtrim-deploy": __version__, "model": fingerprint, "dtype": recipe.model.dtype}
+    prune = chained_key(
+        "", said | ({key: dump[key] for key in ("calibration", "pruning")} if recipe.pruning.decode_blocks else {})
+    )
+    kv = chained_key(prune, [dump["kv"], None if recipe.kv.method in FIXED_KV else dump["calibration"]])
+    return (
+        BuildStep("prune", prune, (steps.PRUNING,), steps.prune),
+        BuildStep("select-kv", kv, (PLAN, steps.KV), steps.select_kv),
+        BuildStep("prefill", chained_key(kv, "prefill"), ("prefill",), lambda c: steps.write_stage(c, "prefill")),
+        BuildStep("decode", chained_key(kv, "decode"), ("decode",), lambda c: steps.write_stage(c, "decode")),
+    )
+
+
+def build(
+    recipe: Recipe,
+    out: Path,
+    cache: Cache,
+    note: Note = lambda _: None,
+    *,
+    show: Show = lambda name, done: nullcontext(),
+    force: bool = False,
+) -> Bundle:
+    """Build `recipe` into `out`, resuming what an earlier build finished.
+
+    `note` hears what is going on inside a step, `show` wraps each step, `force` makes every step again.
+
+    Raises:
+        UserError: bad source, corpus or recipe for this model; `out` is something else or in use.
+
+    """
+    with show("source", False):
+        checkpoint = resolve(recipe.model.source, cache, note)
+    check_fits(recipe, checkpoint.facts.num_blocks)
+    try:
+        with claim(out, force):
+            context = Context(recipe, checkpoint, cache, out, note)
+            journal, plan_steps = Journal(out), steps_of(recipe, checkpoint.fingerprint)
+            for step in plan_steps:
+                done = journal.done(step.name, step.key)
+                with show(step.name, done):
+                    if not done:
+                        with journal.making(step.name, step.key, step.outputs):
+                            step.run(context)
+            sealed = is_sealed(out, recipe, journal)
+            with show("seal", sealed):
+                if not sealed:
+                    _seal(context, journal)
+            return Bundle.open(out)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"{out} is not a folder; choose another --out") from None
+
+
+def check_fits(recipe: Recipe, blocks: int) -> None:
+    """Refuse a recipe that asks for more than a model of `blocks` blocks has."""
+    asked, sparse = recipe.pruning.decode_blocks, recipe.kv.sparse_layers
+    if asked >= blocks:
+        raise UserError(
+            f"recipe {recipe.name}: pruning.decode_blocks is {asked}; allowed: at most {blocks - 1}, "
+            f"the model has {blocks} blocks"
+        )
+    if sparse > blocks - asked:
+        raise UserError(
+            f"recipe {recipe.name}: kv.sparse_layers is {sparse}; allowed: at most {blocks - asked}, "
+            f"the layers that decode keeps"
+        )
+
+
+def is_sealed(out: Path, recipe: Recipe, journal: Journal) -> bool:
+    """Whether `out` is sealed for just this recipe and these steps."""
+    try:
+        manifest = read_seal(out)
+    except UserError:
+        return False
+    return manifest is not None and manifest.recipe_digest == recipe.digest and manifest.steps == journal.steps
+
+
+def _seal(context: Context, journal: Journal) -> None:
+    """Drop reports on an earlier bundle, write the resolved recipe, the manifest, the marker."""
+    recipe, out = context.recipe, context.out
+    (out / COMPLETE).unlink(missing_ok=True)
+    made = {name for step in journal.steps.values() for name in step.sizes}
+    for report in (out / REPORTS).glob("*"):
+        if f"{REPORTS}/{report.name}" not in made:
+            report.unlink()
+    write_atomic(out / RECIPE, recipe.to_yaml())
+    context.note("hashing every file")
+    manifest = Manifest(
+        recipe_digest=recipe.digest,
+        plan_digest=context.plan.digest,
+        seed=recipe.calibration.seed,
+        versions=versions(),
+        steps=journal.steps,
+        files=entries(out),
+    )
+    seal(out, manifest)

@@ -1,0 +1,55 @@
+"""What the steps of one build share; the model is loaded once, and only when a step needs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pdtrim_deploy.bundle import PLAN
+from pdtrim_deploy.cache import Cache
+from pdtrim_deploy.checkpoints.checkpoint import Checkpoint
+from pdtrim_deploy.plan import ModelShape, PDPlan
+from pdtrim_deploy.recipe import Recipe
+
+Note = Callable[[str], None]
+
+
+@dataclass
+class Context:
+    """One build: `out` is the bundle's folder, `note` hears what is going on."""
+
+    recipe: Recipe
+    checkpoint: Checkpoint
+    cache: Cache
+    out: Path
+    note: Note
+
+    @property
+    def shape(self) -> ModelShape:
+        """The KV pool has the dtype that the recipe serves in."""
+        return self.checkpoint.shape(self.recipe.model.dtype)
+
+    @property
+    def plan(self) -> PDPlan:
+        """As the KV step wrote it."""
+        return PDPlan.load(self.out / PLAN)
+
+    @cached_property
+    def model(self) -> Any:
+        """The dense model in the recipe's dtype."""
+        from pdtrim_deploy.checkpoints.loading import load_model
+
+        self.note(f"loading the model in {self.recipe.model.dtype}")
+        return load_model(self.checkpoint.path, self.recipe.model.dtype)
+
+    def calibration(self, sequences: int, length: int) -> Any:
+        """int64 `[sequences, length]` of the calibration split."""
+        from pdtrim_deploy.checkpoints.loading import load_tokenizer
+        from pdtrim_deploy.evaluation import corpora
+
+        asked = self.recipe.calibration
+        documents = corpora.load(asked.corpus, self.cache, self.note).split("calibration")
+        return corpora.sequences(documents, load_tokenizer(self.checkpoint.path), sequences, length, asked.seed)

