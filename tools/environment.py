@@ -26,9 +26,7 @@ RECIPE = "1"  # raise it when this file comes to make a different environment fr
 def has_cuda() -> bool:
     """Whether a GPU can be used here: nvidia-smi exists and lists one."""
     smi = shutil.which("nvidia-smi")
-    return bool(
-        smi and "GPU" in subprocess.run([smi, "-L"], check=False, capture_output=True, text=True).stdout
-    )
+    return bool(smi and "GPU" in subprocess.run([smi, "-L"], check=False, capture_output=True, text=True).stdout)
 
 
 def run(*command: str | Path) -> None:
@@ -86,7 +84,9 @@ class Environment:
         print(f"{self.name}: made in {time.monotonic() - started:.0f} s ({self.path.relative_to(ROOT)})")
 
     def uv(self, *arguments: str | Path) -> None:
-        run(self.python, "-m", "uv", "pip", "install", "--quiet", "--python", self.python, *arguments)
+        # Compiled now: where PYTHONDONTWRITEBYTECODE is set, every start of SGLang would compile all it imports.
+        compiled = "--compile-bytecode"
+        run(self.python, "-m", "uv", "pip", "install", "--quiet", compiled, "--python", self.python, *arguments)
 
     def install_build(self) -> None:
         # torch through pip with its dependencies: pip honours the machine's own find-links, where a CPU build
@@ -107,9 +107,7 @@ class Environment:
 
 def main() -> None:
     """Make the named environments, one process at a time."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="+", choices=["build", "serve"])
     names = parser.parse_args().names
     if sys.version_info < (3, 11):

@@ -45,6 +45,7 @@ class RoomProgress:
 
     started: float | None = None
     queued: int = 0
+    sent: int = 0
     acknowledged: int = 0
     payload_bytes: int = 0
     wire_bytes: int = 0
@@ -54,8 +55,8 @@ class RoomProgress:
 
     @property
     def complete(self) -> bool:
-        """Whether the last chunk, and so every chunk, was acknowledged."""
-        return self.last_sent is not None and self.acknowledged == self.queued
+        """Whether the last chunk, and so every chunk, was sent and acknowledged."""
+        return self.last_sent is not None and self.queued == self.sent == self.acknowledged
 
 
 class Owner(Protocol):
@@ -87,6 +88,7 @@ class Peer:
         self._channel = make_channel(host, port, self, config)
         self._chunks: queue.SimpleQueue[Chunk] = queue.SimpleQueue()
         self._unanswered: set[int] = set()
+        self._lock = threading.Lock()  # over progress: a reply may overtake the return of its own send
         threading.Thread(target=self._run, daemon=True).start()
 
     def submit(self, chunk: Chunk) -> None:
@@ -100,17 +102,23 @@ class Peer:
             self._unanswered.discard(reply.room)
             self._owner.fail(reply.room, reply.reason)
         elif progress is not None:
-            progress.acknowledged += 1
-            if progress.complete and progress.started is not None:
-                progress.seconds = time.monotonic() - progress.started
-                self._unanswered.discard(reply.room)
-                self._owner.arrived(reply.room)
+            with self._lock:
+                progress.acknowledged += 1
+                complete = progress.complete
+            if complete:
+                self._arrived(reply.room, progress)
 
     def on_lost(self, reason: str) -> None:
         """Called by the channel when its connection broke."""
         lost, self._unanswered = self._unanswered, set()
         for room in lost:
             self._owner.fail(room, reason)
+
+    def _arrived(self, room: int, progress: RoomProgress) -> None:
+        if progress.started is not None:
+            progress.seconds = time.monotonic() - progress.started
+        self._unanswered.discard(room)
+        self._owner.arrived(room)
 
     def _run(self) -> None:
         while True:
@@ -140,7 +148,13 @@ class Peer:
         )  # fmt: skip
         self._unanswered.add(chunk.room)
         progress.prompt_tokens = chunk.prompt_tokens
-        progress.payload_bytes += layout.total_bytes
         if chunk.last:
             progress.last_sent = time.monotonic()
-        progress.wire_bytes += self._channel.send(header, aux)
+        wire_bytes = self._channel.send(header, aux)
+        with self._lock:
+            progress.sent += 1
+            progress.wire_bytes += wire_bytes
+            progress.payload_bytes += layout.total_bytes
+            complete = progress.complete
+        if complete:
+            self._arrived(chunk.room, progress)

@@ -8,7 +8,11 @@ from typing import Any
 
 from pdtrim_deploy.plan import ModelShape, NativeDtype, PDPlan, Stage
 
-KV_DTYPES: dict[str, NativeDtype] = {"torch.float32": "float32", "torch.bfloat16": "bfloat16", "torch.float16": "float16"}
+KV_DTYPES: dict[str, NativeDtype] = {
+    "torch.float32": "float32",
+    "torch.bfloat16": "bfloat16",
+    "torch.float16": "float16",
+}
 
 
 def read_plan(model_path: str) -> PDPlan | None:

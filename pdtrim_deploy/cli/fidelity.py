@@ -1,0 +1,73 @@
+"""`pdtrim-deploy fidelity`: is the served pair the one that the plan describes?"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("url", required=False)
+@click.option("--new-tokens", type=click.IntRange(2), default=12, show_default=True, help="Tokens a prompt.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Chooses the text.")
+@click.option("--deadline", type=click.FloatRange(1), default=120.0, show_default=True, help="Seconds a request.")
+@click.option("--cache", "cache_dir", type=click.Path(path_type=Path), help="Where corpora are kept.")
+@click.option("--json", "as_json", is_flag=True, help="The whole result as JSON.")
+def fidelity(
+    bundle: Path, url: str | None, new_tokens: int, seed: int, deadline: float, cache_dir: Path | None, as_json: bool
+) -> None:
+    r"""Compare what the pair behind URL (its router) answers with the PD oracle of BUNDLE.
+
+    Without URL, BUNDLE is served (1 prefill + 1 decode) for the length of the check. The result is also written to
+    BUNDLE/reports/fidelity.json. Exit code 1 when a logprob is off, or a control was not told apart.
+
+    \b
+    Examples:
+      pdtrim-deploy fidelity out/bundle
+      pdtrim-deploy fidelity out/bundle http://127.0.0.1:8000 --json
+    """
+    from pdtrim_deploy.bundle import Bundle, write_atomic
+    from pdtrim_deploy.cache import Cache
+    from pdtrim_deploy.evaluation.fidelity import FidelityResult, run_fidelity
+    from pdtrim_deploy.serving import cluster_of
+
+    opened = Bundle.open(bundle)
+    cache = Cache(cache_dir) if cache_dir else Cache.default()
+
+    def say(sentence: str) -> None:
+        click.echo(sentence, err=True)
+
+    def run(at: str) -> FidelityResult:
+        return run_fidelity(opened, at, cache, new_tokens=new_tokens, seed=seed, deadline_s=deadline, progress=say)
+
+    if url:
+        result = run(url)
+    else:
+        with cluster_of(opened, say=say) as cluster:
+            result = run(cluster.url)
+    text = json.dumps(result.to_json() | {"seed": seed, "plan": opened.plan.digest}, indent=2)
+    write_atomic(opened.reports_dir / "fidelity.json", text + "\n")
+    if as_json:
+        click.echo(text)
+    else:
+        _print(result)
+    raise SystemExit(0 if result.passed else 1)
+
+
+def _print(result: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"Logprobs, served against oracle (tolerance {result.tolerance:g} nats)", title_justify="left")
+    for column in ("prompts", "number", "largest difference"):
+        table.add_column(column, justify="left" if column == "prompts" else "right")
+    for group in dict.fromkeys(row.group for row in result.rows):
+        errors = [row.error for row in result.rows if row.group == group]
+        table.add_row(group, str(len(errors)), f"{max(errors):.1e}")
+    for name, seen in result.controls_detected.items():
+        table.add_row(f"control: {name}", "", f"{result.controls[name]:.1e} {'told apart' if seen else 'NOT SEEN'}")
+    Console().print(table)

@@ -1,0 +1,97 @@
+"""Genuine SGLang workers behind the genuine router serve a pruned SmolLM2, and compute what the plan says."""
+
+import json
+import time
+
+import httpx
+import pytest
+
+from pdtrim_deploy.evaluation.fidelity import run_fidelity
+from pdtrim_deploy.serving.metrics import scrape
+
+pytestmark = [pytest.mark.serve, pytest.mark.model, pytest.mark.timeout(900)]
+
+
+@pytest.fixture(
+    scope="module",
+    params=[{}, {"page_size": 16, "chunked_prefill_size": 64}],
+    ids=["page 1", "page 16, chunks of 64"],
+)
+def pair(request, bundle, serving):
+    with serving(bundle.prefill_dir, bundle.decode_dir, **request.param) as cluster:
+        yield cluster
+
+
+def transfers(pair):
+    """Sum of each transfer histogram over the prefill workers, and successful requests."""
+    samples = scrape(pair.workers[0].metrics_url)
+    sums = {name: sum(s.value for s in samples[f"pdtrim_kv_{name}_bytes_sum"]) for name in ("payload", "wire", "dense")}
+    ended = {s.labels["outcome"]: s.value for s in samples["pdtrim_kv_requests_total"]}
+    return sums | ended
+
+
+def used_tokens(worker):
+    return sum(sample.value for sample in scrape(worker.metrics_url).get("sglang:num_used_tokens", []))
+
+
+def test_served_tokens_are_the_oracles(pair, bundle, real_cache):
+    result = run_fidelity(bundle, pair.url, real_cache, new_tokens=8)
+    assert result.requests >= 24
+    assert any(row.cached_tokens > 200 for row in result.rows), "no prefix-cache hit was tried"
+    assert result.max_logprob_error <= result.tolerance, result.rows
+    assert all(result.controls_detected.values()), result.controls
+
+
+def test_bytes_on_the_wire_equal_the_plans_arithmetic(pair, bundle):
+    lengths = [1, 40, 67, 68, 69, 200, 333]
+    before = transfers(pair)
+    for length in lengths:
+        body = {"input_ids": list(range(500, 500 + length)), "sampling_params": {"max_new_tokens": 2, "temperature": 0}}
+        assert httpx.post(f"{pair.url}/generate", json=body, timeout=120).status_code == 200
+    after = transfers(pair)
+    moved = {name: after[name] - before[name] for name in after}
+    assert moved["success"] == len(lengths)
+    assert moved["payload"] == sum(map(bundle.plan.payload_bytes, lengths))
+    assert moved["dense"] == sum(map(bundle.plan.dense_bytes, lengths))
+    assert 0 < moved["wire"] - moved["payload"] < 4096 * len(lengths) * 6
+
+
+def test_the_openai_endpoints_answer_streaming_and_not(pair):
+    chat = {"model": "pdtrim", "messages": [{"role": "user", "content": "Name three colours."}]}
+    completion = {"model": "pdtrim", "prompt": "The capital of France is"}
+    for path, body in (("chat/completions", chat), ("completions", completion)):
+        body |= {"max_tokens": 8, "temperature": 0}
+        whole = httpx.post(f"{pair.url}/v1/{path}", json=body, timeout=120).json()
+        assert whole["usage"]["completion_tokens"] > 0
+        choice = whole["choices"][0]
+        text = choice["message"]["content"] if "message" in choice else choice["text"]
+        assert streamed(f"{pair.url}/v1/{path}", body) == text
+
+
+def streamed(url, body):
+    text = ""
+    with httpx.stream("POST", url, json=body | {"stream": True}, timeout=120) as reply:
+        assert reply.status_code == 200
+        for line in reply.iter_lines():
+            if line.startswith("data: {"):
+                for choice in json.loads(line[6:])["choices"]:
+                    text += choice.get("text") or choice.get("delta", {}).get("content") or ""
+    assert line_ended(line, reply)
+    return text
+
+
+def line_ended(line, reply):
+    return reply.is_stream_consumed and line in ("", "data: [DONE]")
+
+
+def test_aborts_leave_nothing_behind(pair):
+    for _ in range(4):
+        body = {"input_ids": list(range(900, 1200)), "sampling_params": {"max_new_tokens": 400}, "stream": True}
+        with httpx.stream("POST", f"{pair.url}/generate", json=body, timeout=120) as reply:
+            next(reply.iter_lines())
+    deadline = time.monotonic() + 60
+    while (used := used_tokens(pair.workers[1])) and time.monotonic() < deadline:
+        time.sleep(1)
+    assert used == 0, f"decode still holds {used} tokens"
+    body = {"text": "Once upon a time", "sampling_params": {"max_new_tokens": 4, "temperature": 0}}
+    assert httpx.post(f"{pair.url}/generate", json=body, timeout=120).status_code == 200

@@ -1,0 +1,72 @@
+"""The hooks take on the pinned SGLang; one that did not is named."""
+
+import pytest
+
+pytest.importorskip("sglang", reason="needs the serve environment")
+
+
+@pytest.fixture(scope="module")
+def registry():
+    from sglang.srt.plugins import load_plugins
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    load_plugins()
+    return HookRegistry
+
+
+def test_every_hook_takes(registry):
+    from pdtrim_sglang import hooks
+
+    hooks.check()
+
+
+def test_a_hook_that_did_not_take_is_named(registry, monkeypatch):
+    from pdtrim_sglang import hooks
+
+    monkeypatch.setattr(registry, "_patched", registry._patched - {hooks.PRE_ALLOC})
+    with pytest.raises(RuntimeError, match=r"did not take the hooks .*_pre_alloc; this plugin was written for SGLang"):
+        hooks.check()
+
+
+def test_every_transport_is_a_transfer_backend(registry):
+    from pdtrim_sglang.manager import PDTrimKVManager
+    from pdtrim_sglang.transports import TRANSPORTS
+    from sglang.srt.disaggregation.utils import KVClassType, TransferBackend, get_kv_class
+
+    for name in TRANSPORTS:
+        backend = TransferBackend(f"pdtrim_{name}")
+        assert get_kv_class(backend, KVClassType.MANAGER) is PDTrimKVManager
+
+
+def test_the_torch_native_backend_is_the_sparse_one(registry):
+    from sglang.srt.layers.attention import torch_native_backend
+
+    assert torch_native_backend.TorchNativeAttnBackend.__name__ == "SparseTorchNativeBackend"
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"disaggregation_decode_enable_radix_cache": True}, "--disaggregation-decode-enable-radix-cache"),
+        ({"attention_backend": "flashinfer"}, "attention backend flashinfer would read prompt rows"),
+        ({"decode_attention_backend": "triton"}, "attention backend triton would read prompt rows"),
+        ({"pp_size": 2}, "--pp-size 1"),
+    ],
+)
+def test_options_that_would_give_wrong_text_are_refused(registry, options, sentence):
+    from types import SimpleNamespace
+
+    from pdtrim_sglang.requirements import check_options
+
+    from pdtrim_deploy.plan import KVSend, ModelShape, PDPlan
+
+    shape = ModelShape(architecture="X", fingerprint="f", num_blocks=1, num_kv_heads=1, head_dim=8, kv_dtype="float32")
+    plan = PDPlan.dense(shape).model_copy(update={"kv": (KVSend(mode="sparse", n_first=1),)})
+    good = {
+        "pp_size": 1, "disaggregation_mode": "decode", "disaggregation_decode_enable_radix_cache": False,
+        "attention_backend": "torch_native", "decode_attention_backend": None,
+    }  # fmt: skip
+    pool = SimpleNamespace(state_types=[])
+    check_options(SimpleNamespace(**good), pool, plan, False)
+    with pytest.raises(RuntimeError, match=sentence):
+        check_options(SimpleNamespace(**good | options), pool, plan, False)
