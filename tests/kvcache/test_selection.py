@@ -3,14 +3,13 @@ import sys
 
 import pytest
 import torch
-from tinypd import BLOCKS, make_oracle, make_plan, text, tiny
+from tinypd import BLOCKS, VOCABULARY, make_oracle, make_plan, text, tiny
 
 from pdtrim_deploy import recipe
 from pdtrim_deploy.errors import UserError
-from pdtrim_deploy.evaluation.perplexity import pd_perplexity
 from pdtrim_deploy.kvcache.attention_mass import attention_mass
 from pdtrim_deploy.kvcache.selection import SELECTIONS, Request, get_selection
-from pdtrim_deploy.kvcache.selection.by_harm import ByMeasuredHarm
+from pdtrim_deploy.kvcache.selection.by_harm import ByMeasuredHarm, interpolated
 from pdtrim_deploy.plan import KVSend
 
 CUT = KVSend(mode="sparse", n_first=1, n_last=2)
@@ -46,17 +45,38 @@ def test_attention_mass_takes_the_layers_with_most_mass():
     assert sparse_of(get_selection("attention-mass").choose(request, quiet)) == sorted(kept.topk(2).indices.tolist())
 
 
-def test_harm_is_the_rise_of_pd_loss_and_the_least_harmful_go():
+def divergence(request, sparse):
+    """Mean KL from the oracle's own whole distributions, sequence by sequence."""
+    total = 0.0
+    for ids in request.sequences:
+        rows = []
+        for which in ((), sparse):
+            oracle = request.oracle.with_kv(request.sends(which))
+            top, logprobs = oracle.top_logprobs(ids[:14], ids[14:], VOCABULARY)
+            rows.append(torch.zeros_like(logprobs).scatter(1, top, logprobs).double())
+        assert torch.equal(rows[0][0], rows[1][0])  # the first token is prefill's: no KV rule changes it
+        total += float((rows[0].exp() * (rows[0] - rows[1]))[1:].sum(1).mean())
+    return total / len(request.sequences)
+
+
+def test_harm_is_the_rise_of_divergence_and_the_least_harmful_go():
     request = make_request(2)
-    whole = pd_perplexity(request.oracle, request.sequences, 14)
-    rises = []
-    for layer in range(request.layers):
-        cut = pd_perplexity(request.oracle.with_kv(request.sends((layer,))), request.sequences, 14)
-        rises.append((cut.nll_mean - whole.nll_mean) * 10 / 9)  # decode predicts 9 of the 10 tokens
-    expected = torch.tensor(rises, dtype=torch.float64)
-    torch.testing.assert_close(ByMeasuredHarm(batch=2).harms(request, quiet), expected, atol=1e-5, rtol=0)
-    assert expected.abs().max() > 1e-3
-    assert sparse_of(get_selection("measured-harm").choose(request, quiet)) == sorted(expected.argsort()[:2].tolist())
+    layers = set(range(request.layers))
+    alone, among = ByMeasuredHarm(batch=2).harms(request, quiet)
+    for layer in layers:
+        assert float(alone[layer]) == pytest.approx(divergence(request, {layer}), abs=1e-5)
+        others = divergence(request, layers) - divergence(request, layers - {layer})
+        assert float(among[layer]) == pytest.approx(others, abs=1e-5)
+    assert alone.min() > 1e-3
+    middle = (alone + among) / 2  # 2 of 4 layers
+    assert sparse_of(get_selection("measured-harm").choose(request, quiet)) == sorted(middle.argsort()[:2].tolist())
+
+
+def test_harm_moves_from_one_end_to_the_other():
+    alone, among = torch.tensor([1.0, 2, 3, 4]), torch.tensor([8.0, 7, 6, 5])
+    assert torch.equal(interpolated(alone, among, 0), alone)
+    assert torch.equal(interpolated(alone, among, 4), among)
+    assert torch.equal(interpolated(alone, among, 1), 0.75 * alone + 0.25 * among)
 
 
 def test_bad_input_is_refused():
@@ -66,7 +86,7 @@ def test_bad_input_is_refused():
         make_request(5)
     request = make_request(1)
     request.oracle.decode_model.model.norm.weight.data[0] = torch.nan
-    with pytest.raises(UserError, match="not a number"):
+    with pytest.raises(UserError, match="logits are not numbers"):
         get_selection("measured-harm").choose(request, quiet)
 
 
