@@ -49,7 +49,7 @@ def test_stock_checkpoints_of_different_depth_are_refused(stages, serving):
         config = json.loads((folder / "config.json").read_text())
         del config["pdtrim"]
         (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ServingError, match="plans differ: prefill serves plan .* decode serves plan"):  # noqa: SIM117
+    with pytest.raises(ServingError, match=r"plans differ: prefill serves plan .* decode serves plan"):  # noqa: SIM117
         with serving(prefill, decode, dtype="float32"):
             pass
 
