@@ -6,7 +6,7 @@ import hashlib
 import json
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
@@ -124,7 +124,16 @@ class Recipe(_Section):
     @classmethod
     def load(cls, path: Path) -> Recipe:
         """Read a recipe and everything it includes; UserError names the file, the key and what is allowed."""
-        data, origins = compose(path)
+        return cls._parse(*compose(path))
+
+    def changed(self, by: str, section: str, **values: object) -> Recipe:
+        """The same recipe with other values in one section; UserError names `by`, the key and what is allowed."""
+        data = self.model_dump(mode="json")
+        data[section] |= values
+        return self._parse(data, Origins({(): Path(by)}))
+
+    @classmethod
+    def _parse(cls, data: dict[str, Any], origins: Origins) -> Recipe:
         try:
             return cls.model_validate(data)
         except ValidationError as error:

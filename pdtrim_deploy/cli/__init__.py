@@ -54,7 +54,7 @@ class LazyGroup(click.Group):
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="pdtrim-deploy")
 def cli() -> None:
-    r"""Prune a model for prefill-decode disaggregation and serve it in SGLang with sparse KV transfer.
+    """Prune a model for prefill-decode disaggregation and serve it in SGLang with sparse KV transfer.
 
     \b
     Exit codes: 0 done, 1 a check failed, 2 bad input (one sentence says what), 130 Ctrl-C.

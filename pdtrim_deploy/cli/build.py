@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @click.option("--force", is_flag=True, help="Make every step again.")
 @options.json_flag
 def build(recipe_file: Path, out: Path, cache: Cache, dry_run: bool, force: bool, as_json: bool) -> None:
-    r"""Prune a model, choose its KV plan, and write both stage checkpoints as a sealed bundle.
+    """Prune a model and write both stages as a sealed bundle.
 
     A build that was stopped, by whatever, goes on where it was when the same command is run again.
 

@@ -20,7 +20,7 @@ import click
 def fidelity(
     bundle: Path, url: str | None, new_tokens: int, seed: int, deadline: float, cache_dir: Path | None, as_json: bool
 ) -> None:
-    r"""Compare what the pair behind URL (its router) answers with the PD oracle of BUNDLE.
+    """Compare what the pair behind URL (its router) answers with the PD oracle of BUNDLE.
 
     Without URL, BUNDLE is served (1 prefill + 1 decode) for the length of the check. The result is also written to
     BUNDLE/reports/fidelity.json. Exit code 1 when a logprob is off, or a control was not told apart.

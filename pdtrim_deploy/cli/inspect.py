@@ -15,7 +15,7 @@ from pdtrim_deploy.cli import options
 @click.option("--prompt-tokens", type=click.IntRange(1), help="Prompt length.  [default: the recipe's evaluation]")
 @options.json_flag
 def inspect(bundle: Path, prompt_tokens: int | None, as_json: bool) -> None:
-    """Show what BUNDLE keeps, drops and sends, with the exact bytes for one prompt length."""
+    """Show what BUNDLE keeps, drops and sends, in bytes."""
     from pdtrim_deploy.bundle import Bundle
 
     opened = Bundle.open(bundle)

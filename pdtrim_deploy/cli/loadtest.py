@@ -3,35 +3,19 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
-from typing import Any
 
 import click
 
-
-class Lengths(click.ParamType):
-    """`320`, or `200-400` for lengths drawn evenly from 200 to 400."""
-
-    name = "N|LOW-HIGH"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
-        """(low, high), 1 <= low <= high."""
-        if isinstance(value, tuple):
-            return value
-        match = re.fullmatch(r"(\d+)(?:-(\d+))?", value)
-        low, high = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
-        if not 1 <= low <= high:
-            self.fail(f"{value!r} is neither a length such as 320 nor a range such as 200-400", param, ctx)
-        return low, high
+from pdtrim_deploy.cli import options
 
 
 @click.command()
 @click.argument("target", metavar="URL|BUNDLE")
 @click.option("--requests", type=click.IntRange(1), default=32, show_default=True)
 @click.option("--concurrency", type=click.IntRange(1), default=4, show_default=True)
-@click.option("--prompt-tokens", type=Lengths(), default="320", show_default=True)
-@click.option("--output-tokens", type=Lengths(), default="24", show_default=True)
+@click.option("--prompt-tokens", type=options.Lengths(), default="320", show_default=True)
+@click.option("--output-tokens", type=options.Lengths(), default="24", show_default=True)
 @click.option(
     "--warmup", type=click.IntRange(0), default=2, show_default=True, help="Requests before the clock starts."
 )
@@ -45,7 +29,7 @@ class Lengths(click.ParamType):
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--driver", "driver_name", default="builtin", show_default=True)
 @click.option("--allow-remote", is_flag=True, help="Allow a target that is not on this machine.")
-@click.option("--json", "as_json", is_flag=True, help="The whole result as JSON.")
+@options.json_flag
 def loadtest(
     target: str,
     requests: int,
@@ -59,9 +43,9 @@ def loadtest(
     allow_remote: bool,
     as_json: bool,
 ) -> None:
-    r"""Load the router at URL, or serve BUNDLE (1 prefill + 1 decode) for the length of the test.
+    """Put a served pair under load.
 
-    Exit code 1 when a request failed.
+    URL is that of its router; a BUNDLE is served (1 prefill + 1 decode) for the length of the test. Exit code 1 when a request failed.
 
     \b
     Examples:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -17,3 +19,19 @@ cache_dir = click.option(
     callback=lambda ctx, param, value: Cache.default() if value is None else Cache(value),
     help="Where models and text are kept.  [default: the user's cache folder]",
 )
+
+
+class Lengths(click.ParamType):
+    """`320`, or `200-400` for lengths drawn evenly from 200 to 400."""
+
+    name = "N|LOW-HIGH"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        """(low, high), 1 <= low <= high."""
+        if isinstance(value, tuple):
+            return value
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", value)
+        low, high = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+        if not 1 <= low <= high:
+            self.fail(f"{value!r} is neither a length such as 320 nor a range such as 200-400", param, ctx)
+        return low, high

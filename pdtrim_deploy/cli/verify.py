@@ -14,8 +14,9 @@ from pdtrim_deploy.cli import options
 @click.argument("bundle", type=options.path)
 @options.json_flag
 def verify(bundle: Path, as_json: bool) -> None:
-    """Compare every file of BUNDLE with its manifest: sizes, SHA-256, files too many or too few.
+    """Compare every file of BUNDLE with its manifest.
 
+    Sizes, SHA-256, files missing and files too many.
     Exit code 1 when something differs, 2 when it is no complete bundle. Reports added after the build are not sealed.
     """
     from pdtrim_deploy.bundle import Bundle

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
+import subprocess
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,20 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+def versions_of(python: Path) -> dict[str, str]:
+    """The same of another environment's Python, which need not have this package."""
+    run = subprocess.run([str(python), "-c", _ASK, *PACKAGES], check=True, capture_output=True, text=True)
+    return json.loads(run.stdout)
+
+
+_ASK = """
+import json, platform, sys
+from importlib import metadata
+found = {d.metadata["Name"].lower(): d.version for d in metadata.distributions()}
+print(json.dumps({"python": platform.python_version()} | {n: found[n] for n in sys.argv[1:] if n in found}))
+"""
 
 
 def machine() -> dict[str, Any]:

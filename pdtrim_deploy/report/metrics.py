@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
@@ -45,28 +45,49 @@ class PlanFigures(_Frozen):
         )
 
 
+class Counted(Protocol):
+    """What prefill workers counted: transfers that ended well, and the KV bytes they carried."""
+
+    @property
+    def requests(self) -> int: ...
+
+    @property
+    def payload_bytes(self) -> int: ...
+
+
 class TransferFigures(_Frozen):
-    """KV bytes per request, averaged over `requests`; measured on prefill's counters, planned by arithmetic."""
+    """KV bytes per request, averaged over `requests` of the pruned pair.
+
+    Planned and dense are the plan's arithmetic, measured are the workers' counters (of the pruned and of the dense
+    pair on the same prompts); `exact` says whether all four agree to the byte. `reduction` is dense over measured.
+    """
 
     requests: int
     prompt_tokens: float
     dense_bytes: float
     planned_bytes: float
     measured_bytes: float
+    dense_measured_bytes: float
     reduction: float
+    exact: bool
 
     @classmethod
-    def of(cls, plan: PDPlan, prompt_tokens: list[int], measured_total: float) -> TransferFigures:
-        """From the prompt lengths of all requests, and the bytes that they sent together."""
-        count = len(prompt_tokens)
-        dense = sum(map(plan.dense_bytes, prompt_tokens))
+    def of(cls, plan: PDPlan, prompt_tokens: list[int], pruned: Counted, dense: Counted) -> TransferFigures:
+        """From the prompt lengths of all requests and what was counted while they ran; 0 where nothing was sent."""
+        count, many = max(1, len(prompt_tokens)), max(1, pruned.requests)
+        wanted = sum(map(plan.dense_bytes, prompt_tokens))
+        planned = sum(map(plan.payload_bytes, prompt_tokens))
+        measured = pruned.payload_bytes / many
+        said, counted = (planned, wanted), (pruned.payload_bytes, dense.payload_bytes)
         return cls(
-            requests=count,
+            requests=pruned.requests,
             prompt_tokens=sum(prompt_tokens) / count,
-            dense_bytes=dense / count,
-            planned_bytes=sum(map(plan.payload_bytes, prompt_tokens)) / count,
-            measured_bytes=measured_total / count,
-            reduction=round(dense / measured_total, 4),
+            dense_bytes=wanted / count,
+            planned_bytes=planned / count,
+            measured_bytes=measured,
+            dense_measured_bytes=dense.payload_bytes / max(1, dense.requests),
+            reduction=round(wanted / count / measured, 4) if measured else 0.0,
+            exact=said == counted,
         )
 
 
@@ -79,11 +100,14 @@ class QualityFigures(_Frozen):
 
 
 class FidelityFigures(_Frozen):
-    """Served logprobs against the oracle's, in nats; wrong plans that the check told apart."""
+    """Served logprobs against the oracle's, in nats; how many wrong plans (controls) the check told apart."""
 
     requests: int
     max_logprob_error: float
+    tolerance: float
+    controls: int
     controls_detected: int
+    passed: bool
 
 
 class LoadFigures(_Frozen):
@@ -118,6 +142,21 @@ class Metrics(_Frozen):
     fidelity: FidelityFigures
     load: dict[str, LoadFigures]
     environment: dict[str, Any]
+
+    @property
+    def problems(self) -> list[str]:
+        """What a reader must know before believing the rest; empty when all is well."""
+        found = []
+        if not self.fidelity.passed:
+            found.append("the served pair does not match the oracle, or a control was not told apart")
+        if not self.transfer.exact:
+            found.append("the bytes counted are not those of the plan")
+        found += [
+            f"{figures.failed} requests of the {name} pair failed"
+            for name, figures in self.load.items()
+            if figures.failed
+        ]
+        return found
 
     def write(self, path: Path) -> None:
         """Write metrics.json whole or not at all."""

@@ -61,12 +61,13 @@ def metrics_table(metrics: Metrics) -> Table:
         "KV bytes a request": (
             f"dense {transfer.dense_bytes:,.0f}, planned {transfer.planned_bytes:,.0f}, "
             f"measured {transfer.measured_bytes:,.0f} ({transfer.requests} requests of "
-            f"{transfer.prompt_tokens:.0f} tokens): {transfer.reduction:.2f}x less"
+            f"{transfer.prompt_tokens:.0f} tokens, {'exact' if transfer.exact else 'NOT EXACT'}): "
+            f"{transfer.reduction:.2f}x less"
         ),
         "perplexity": f"dense {quality.dense_ppl:.2f}, PD {quality.pd_ppl:.2f}, ratio {quality.ratio:.4f}",
         "fidelity": (
             f"{fidelity.requests} requests, largest logprob error {fidelity.max_logprob_error:.2e} nats, "
-            f"{fidelity.controls_detected} wrong plans told apart"
+            f"{fidelity.controls_detected} of {fidelity.controls} wrong plans told apart"
         ),
     }
     for label, text in rows.items():

@@ -1,0 +1,61 @@
+"""`pdtrim-deploy demo`: the whole way through the house, with figures at the end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from pdtrim_deploy.cache import Cache
+from pdtrim_deploy.cli import options
+
+
+@click.command()
+@click.argument("recipe_file", metavar="RECIPE", type=options.path)
+@click.option("--out", type=options.path, required=True, help="Folder for bundles, logs and report.")
+@click.option("--requests", type=click.IntRange(1), default=32, show_default=True, help="Of each pair, in all rounds.")
+@click.option("--concurrency", type=click.IntRange(1), default=4, show_default=True)
+@click.option("--rounds", type=click.IntRange(1), default=4, show_default=True, help="Turns of each pair.")
+@click.option("--prompt-tokens", type=options.Lengths(), default="320", show_default=True)
+@click.option("--output-tokens", type=options.Lengths(), default="24", show_default=True)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@options.cache_dir
+@options.json_flag
+def demo(
+    recipe_file: Path,
+    out: Path,
+    requests: int,
+    concurrency: int,
+    rounds: int,
+    prompt_tokens: tuple[int, int],
+    output_tokens: tuple[int, int],
+    seed: int,
+    cache: Cache,
+    as_json: bool,
+) -> None:
+    """Build, judge, serve, check and load RECIPE beside dense.
+
+    The figures are written to OUT/report/metrics.json.
+    Exit code 1 when the served pair is not what the plan says, or a request failed.
+    """
+    from rich.console import Console
+
+    from pdtrim_deploy.cli.progress import Progress
+    from pdtrim_deploy.demo import Demo
+    from pdtrim_deploy.loadtest import LoadSpec
+    from pdtrim_deploy.recipe import Recipe
+    from pdtrim_deploy.report.tables import load_table, metrics_table
+
+    progress = Progress()
+    load = LoadSpec(requests, concurrency, prompt_tokens, output_tokens, seed=seed)
+    command = f"pdtrim-deploy demo {recipe_file} --out {out}"
+    metrics = Demo(Recipe.load(recipe_file), out, cache, load, command, progress.show, progress.note, rounds).run()
+    if as_json:
+        click.echo(metrics.model_dump_json(indent=2))
+    else:
+        Console().print(metrics_table(metrics))
+        Console().print(load_table({name: figures.detail for name, figures in metrics.load.items()}))
+        click.echo(f"written to {out / 'report' / 'metrics.json'} by: {command}")
+    for problem in metrics.problems:
+        click.echo(f"problem: {problem}", err=True)
+    raise SystemExit(1 if metrics.problems else 0)

@@ -1,0 +1,149 @@
+"""Build, judge, serve, check and load a pruned pair beside its dense control; every figure is measured here."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pdtrim_deploy.bundle import Bundle
+from pdtrim_deploy.cache import Cache
+from pdtrim_deploy.loadtest import LoadResult, LoadRun, LoadSpec, driver
+from pdtrim_deploy.pipeline import Note, build
+from pdtrim_deploy.recipe import KVSection, PruningSection, Recipe
+from pdtrim_deploy.report.environment import environment, versions_of
+from pdtrim_deploy.report.metrics import (
+    FidelityFigures,
+    LoadFigures,
+    Metrics,
+    PlanFigures,
+    QualityFigures,
+    TransferFigures,
+)
+from pdtrim_deploy.serving import Cluster, ServeEnvironment, cluster_of
+from pdtrim_deploy.serving.metrics import scrape, total
+
+PAIRS = ("dense", "pruned")
+SETTLE_S = 10.0
+
+
+@dataclass(frozen=True)
+class Demo:
+    """One run. `show` wraps steps and `note` says what goes on inside; `rounds` alternate between the pairs."""
+
+    recipe: Recipe
+    out: Path
+    cache: Cache
+    load: LoadSpec
+    command: str
+    show: Callable[[str], AbstractContextManager[object]]
+    note: Note
+    rounds: int = 4
+
+    def run(self) -> Metrics:
+        """All of it; the metrics are written to OUT/report/metrics.json.
+
+        Raises:
+            UserError: bad recipe, source or corpus, or no serve environment.
+            ServingError: a server died or never served.
+
+        """
+        serve = ServeEnvironment.find()
+        bundles = {name: self._build(name) for name in PAIRS}
+        quality = self._quality(bundles["pruned"])
+        with ExitStack() as stack:
+            clusters = {}
+            for name in reversed(PAIRS):  # the pruned pair first: the check has the machine to itself
+                starting = cluster_of(bundles[name], environment=serve, log_dir=self.out / "logs" / name, say=self.note)
+                with self.show(f"serve the {name} pair"):
+                    clusters[name] = stack.enter_context(starting)
+                if name == "pruned":
+                    fidelity = self._fidelity(bundles[name], clusters[name])
+            with self.show("load, in turns"):
+                runs, sent = self._load(clusters)
+        plan = bundles["pruned"].plan
+        results = {name: LoadResult.of("builtin", runs[name]) for name in PAIRS}
+        metrics = Metrics(
+            plan=PlanFigures.of(plan),
+            transfer=TransferFigures.of(plan, results["pruned"].prompt_tokens, sent["pruned"], sent["dense"]),
+            quality=quality,
+            fidelity=fidelity,
+            load={name: LoadFigures.of(result) for name, result in results.items()},
+            environment=environment(self.command) | {"serve_versions": versions_of(serve.python)},
+        )
+        metrics.write(self.out / "report" / "metrics.json")
+        return metrics
+
+    def _build(self, name: str) -> Bundle:
+        recipe = self.recipe
+        if name == "dense":
+            changes: dict[str, Any] = {"name": f"{recipe.name}-dense", "pruning": PruningSection(), "kv": KVSection()}
+            recipe = recipe.model_copy(update=changes)
+        with self.show(f"build the {name} bundle"):
+            return build(recipe, self.out / name, self.cache, self.note)
+
+    def _quality(self, bundle: Bundle) -> QualityFigures:
+        from pdtrim_deploy.evaluation.quality import judge_bundle
+
+        with self.show("perplexity, dense and PD"):
+            found = judge_bundle(bundle, self.cache, environment(self.command), note=self.note)
+        return QualityFigures(dense_ppl=found.dense.ppl, pd_ppl=found.pd.ppl, ratio=found.ratio)
+
+    def _fidelity(self, bundle: Bundle, cluster: Cluster) -> FidelityFigures:
+        from pdtrim_deploy.evaluation.fidelity import run_fidelity
+
+        with self.show("fidelity of the served pair"):
+            found = run_fidelity(bundle, cluster.url, self.cache, progress=self.note)
+        return FidelityFigures(
+            requests=found.requests,
+            max_logprob_error=found.max_logprob_error,
+            tolerance=found.tolerance,
+            controls=len(found.controls),
+            controls_detected=sum(found.controls_detected.values()),
+            passed=found.passed,
+        )
+
+    def _load(self, clusters: dict[str, Cluster]) -> tuple[dict[str, list[LoadRun]], dict[str, Sent]]:
+        """Rounds of the same prompts on both pairs, the order changing each time; and the KV bytes they sent."""
+        drive = driver("builtin")
+        warm = replace(self.load, requests=max(1, self.load.warmup), warmup=0, seed=self.load.seed + self.rounds)
+        for cluster in clusters.values():
+            drive(cluster.url, warm)
+        before = {name: Sent.read(cluster) for name, cluster in clusters.items()}
+        runs: dict[str, list[LoadRun]] = {name: [] for name in clusters}
+        shares = [len(range(n, self.load.requests, self.rounds)) for n in range(self.rounds)]
+        for number, share in enumerate(shares):
+            spec = replace(self.load, requests=share, warmup=0, seed=self.load.seed + number)
+            for name in PAIRS if number % 2 == 0 else PAIRS[::-1]:
+                self.note(f"round {number + 1} of {self.rounds}, {name}: {share} requests")
+                runs[name].append(drive(clusters[name].url, spec))
+        return runs, {name: Sent.since(before[name], clusters[name], runs[name]) for name in clusters}
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What a pair's prefill workers counted: transfers that ended well, and the KV bytes they carried."""
+
+    requests: int
+    payload_bytes: int
+
+    @classmethod
+    def read(cls, cluster: Cluster) -> Sent:
+        """The counters now, over all prefill workers."""
+        found = [scrape(worker.metrics_url) for worker in cluster.workers if worker.spec.stage == "prefill"]
+        name = "pdtrim_kv_payload_bytes"
+        return cls(*(int(sum(total(samples, f"{name}_{part}") for samples in found)) for part in ("count", "sum")))
+
+    @classmethod
+    def since(cls, before: Sent, cluster: Cluster, runs: Sequence[LoadRun]) -> Sent:
+        """What was added; waits a little for the last transfer to be counted."""
+        good = sum(outcome.failure is None for run in runs for outcome in run.outcomes)
+        deadline = time.monotonic() + SETTLE_S
+        while True:
+            now = cls.read(cluster)
+            if now.requests - before.requests >= good or time.monotonic() > deadline:
+                return cls(now.requests - before.requests, now.payload_bytes - before.payload_bytes)
+            time.sleep(0.2)

@@ -1,0 +1,102 @@
+"""What a bundle costs in quality: dense and PD perplexity of the same held-out continuations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from pdtrim_deploy.bundle import Bundle
+from pdtrim_deploy.cache import Cache
+from pdtrim_deploy.evaluation import corpora
+from pdtrim_deploy.evaluation.oracle import PDOracle
+from pdtrim_deploy.evaluation.perplexity import Perplexity, pd_perplexity
+from pdtrim_deploy.plan import PDPlan
+from pdtrim_deploy.recipe import EvaluationSection
+
+
+class Score(BaseModel):
+    """Over `tokens` tokens; `nll` in nats a token, `nll_per_sequence` in the order of the sequences."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    ppl: float
+    nll: float
+    nll_per_sequence: list[float]
+
+    @classmethod
+    def of(cls, found: Perplexity) -> Score:
+        """From the oracle's result."""
+        return cls(ppl=found.ppl, nll=found.nll_mean, nll_per_sequence=list(found.per_sequence))
+
+
+class Quality(BaseModel):
+    """`ratio` is PD over dense perplexity; the text is that of the corpus's final split, `corpus_sha256` names it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    plan_digest: str
+    text: EvaluationSection
+    corpus_sha256: str
+    tokens: int
+    dtype: str
+    dense: Score
+    pd: Score
+    ratio: float
+    environment: dict[str, Any]
+
+
+def judge_bundle(
+    bundle: Bundle,
+    cache: Cache,
+    environment: dict[str, Any],
+    asked: EvaluationSection | None = None,
+    note: Callable[[str], None] = lambda _: None,
+) -> Quality:
+    """Score the stage models as written, behind the plan, and the source model behind a dense plan.
+
+    Args:
+        asked: the text; the recipe's when left out.
+
+    Raises:
+        UserError: the source cannot be had or is not the model that was pruned, the corpus gives too little text,
+            or a loss is not a number.
+
+    """
+    from pdtrim_deploy.checkpoints import resolve
+    from pdtrim_deploy.checkpoints.loading import load_model, load_tokenizer
+    from pdtrim_deploy.errors import UserError
+
+    asked, dtype, plan = asked or bundle.recipe.evaluation, bundle.recipe.model.dtype, bundle.plan
+    source = resolve(bundle.recipe.model.source, cache, note)
+    if source.fingerprint != plan.model.fingerprint:
+        raise UserError(f"{bundle.recipe.model.source} is not the model that {bundle.path} was made of; build it again")
+    corpus = corpora.load(asked.corpus, cache, note)
+    ids = corpora.sequences(
+        corpus.split("final"),
+        load_tokenizer(source.path),
+        asked.sequences,
+        asked.prompt_tokens + asked.continuation_tokens,
+        asked.seed,
+    )
+
+    def score(name: str, oracle: PDOracle) -> Perplexity:
+        return pd_perplexity(oracle, ids, asked.prompt_tokens, progress=lambda line: note(f"{name} {line}"))
+
+    stages = [load_model(folder, dtype) for folder in (bundle.prefill_dir, bundle.decode_dir)]
+    pd = score("PD", PDOracle(stages[0], stages[1], plan))
+    del stages
+    whole = load_model(source.path, dtype)
+    dense = score("dense", PDOracle(whole, whole, PDPlan.dense(plan.model)))
+    return Quality(
+        plan_digest=plan.digest,
+        text=asked,
+        corpus_sha256=corpus.digest,
+        tokens=pd.tokens,
+        dtype=dtype,
+        dense=Score.of(dense),
+        pd=Score.of(pd),
+        ratio=pd.ppl / dense.ppl,
+        environment=environment,
+    )
