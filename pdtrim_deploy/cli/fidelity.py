@@ -8,17 +8,20 @@ from typing import Any
 
 import click
 
+from pdtrim_deploy.cache import Cache
+from pdtrim_deploy.cli import options
+
 
 @click.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle", type=options.path)
 @click.argument("url", required=False)
 @click.option("--new-tokens", type=click.IntRange(2), default=12, show_default=True, help="Tokens a prompt.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Chooses the text.")
 @click.option("--deadline", type=click.FloatRange(1), default=120.0, show_default=True, help="Seconds a request.")
-@click.option("--cache", "cache_dir", type=click.Path(path_type=Path), help="Where corpora are kept.")
-@click.option("--json", "as_json", is_flag=True, help="The whole result as JSON.")
+@options.cache_dir
+@options.json_flag
 def fidelity(
-    bundle: Path, url: str | None, new_tokens: int, seed: int, deadline: float, cache_dir: Path | None, as_json: bool
+    bundle: Path, url: str | None, new_tokens: int, seed: int, deadline: float, cache: Cache, as_json: bool
 ) -> None:
     """Compare what the pair behind URL (its router) answers with the PD oracle of BUNDLE.
 
@@ -31,12 +34,10 @@ def fidelity(
       pdtrim-deploy fidelity out/bundle http://127.0.0.1:8000 --json
     """
     from pdtrim_deploy.bundle import Bundle, write_atomic
-    from pdtrim_deploy.cache import Cache
     from pdtrim_deploy.evaluation.fidelity import FidelityResult, run_fidelity
     from pdtrim_deploy.serving import cluster_of
 
     opened = Bundle.open(bundle)
-    cache = Cache(cache_dir) if cache_dir else Cache.default()
 
     def say(sentence: str) -> None:
         click.echo(sentence, err=True)
