@@ -6,7 +6,6 @@ import logging
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sglang.srt.disaggregation.base.conn import KVPoll
@@ -15,9 +14,9 @@ from sglang.srt.disaggregation.common.conn import ABORT_TAG, AbortNotification
 from pdtrim_deploy.plan import PDPlan
 from pdtrim_sglang.messages import Register, Room, parse
 from pdtrim_sglang.metrics import TransferMetrics
+from pdtrim_sglang.pairing import RoomInfo, rejection
 from pdtrim_sglang.peer import Chunk, Peer, RoomProgress
 from pdtrim_sglang.pool import PoolView
-from pdtrim_sglang.protocol import VERSION
 from pdtrim_sglang.rooms import AuxRows
 from pdtrim_sglang.transports import TransportConfig, transport_named
 
@@ -25,19 +24,6 @@ if TYPE_CHECKING:
     from pdtrim_sglang.manager import PDTrimKVManager
 
 logger = logging.getLogger("sglang.srt.pdtrim.prefill")
-
-
-@dataclass(frozen=True)
-class RoomInfo:
-    """A request's destination, in the form that SGLang's CommonKVManager keeps in `transfer_infos`."""
-
-    session: str
-    endpoint: str
-    dst_port: int
-    prompt_tokens: int
-    prefix_tokens: int
-    required_dst_info_num: int
-    is_dummy: bool = False
 
 
 class PrefillSide:
@@ -143,7 +129,7 @@ class PrefillSide:
             logger.warning("pdtrim: dropping a malformed control message of %d frames", len(frames))
 
     def _register(self, message: Register) -> None:
-        reason = self._rejection(message)
+        reason = rejection(message, self._plan, self._manager.attn_tp_size, self._aux)
         if reason:
             logger.error("pdtrim: refusing decode worker %s: %s", message.session, reason)
             self._rejected[message.session] = reason
@@ -154,22 +140,6 @@ class PrefillSide:
             self._peers[message.session] = Peer(
                 message.host, message.data_port, self._make_channel, self._config, *context
             )
-
-    def _rejection(self, message: Register) -> str:
-        if message.protocol != VERSION:
-            return (
-                f"decode speaks transfer protocol {message.protocol}, prefill {VERSION}: install the same pdtrim-deploy"
-            )
-        if message.digest != self._plan.digest:
-            return (
-                f"plans differ: prefill serves plan {self._plan.digest}, decode serves plan {message.digest}; "
-                "start both workers from one bundle"
-            )
-        if message.tp_size != self._manager.attn_tp_size:
-            return f"prefill has TP {self._manager.attn_tp_size}, decode TP {message.tp_size}: use the same --tp-size"
-        if message.aux_item_bytes != self._aux.item_bytes:
-            return "metadata rows differ: start both workers with the same SGLang version and options"
-        return ""
 
     def _open(self, message: Room) -> None:
         manager = self._manager
