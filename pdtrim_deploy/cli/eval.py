@@ -22,7 +22,7 @@ def evaluate(
 ) -> None:
     """Perplexity on held-out text, dense and behind the plan.
 
-    Both models continue the same prompts. Written to BUNDLE/reports/eval.json too, with seed, corpus, command and machine.
+    Both continue the same prompts. Written to BUNDLE/reports/eval.json too, with seed, corpus, command and machine.
     """
     from pdtrim_deploy.bundle import Bundle, write_atomic
     from pdtrim_deploy.cli.progress import Progress

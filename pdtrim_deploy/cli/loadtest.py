@@ -45,7 +45,8 @@ def loadtest(
 ) -> None:
     """Put a served pair under load.
 
-    URL is that of its router; a BUNDLE is served (1 prefill + 1 decode) for the length of the test. Exit code 1 when a request failed.
+    URL is that of its router; a BUNDLE is served (1 prefill + 1 decode) for the length of the test.
+    Exit code 1 when a request failed.
 
     \b
     Examples:

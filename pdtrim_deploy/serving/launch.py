@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from pdtrim_deploy.bundle import Bundle
@@ -32,13 +33,16 @@ def cluster_of(
 
     """
     environment = environment or ServeEnvironment.find()
+    options = options or WorkerOptions(served_model_name=bundle.path.resolve().name)
+    if options.dtype == "auto":  # SGLang's own auto makes float16 of a float32 checkpoint
+        options = replace(options, dtype=bundle.plan.model.kv_dtype)
     spec = ClusterSpec.on_loopback(
         bundle.prefill_dir,
         bundle.decode_dir,
         prefill=prefill,
         decode=decode,
         port=port,
-        options=options or WorkerOptions(served_model_name=bundle.path.resolve().name),
+        options=options,
         router_args=router_args,
         start_timeout_s=start_timeout_s,
     )
