@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import ipaddress
 from urllib.parse import urlsplit
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.loadtest.base import Driver, LoadResult, LoadRun, LoadSpec, Outcome
-from pdtrim_deploy.loadtest.builtin import drive
 
-DRIVERS: dict[str, Driver] = {"builtin": drive}
+# Name -> module whose `drive` is the driver; imported when it is asked for.
+DRIVERS = {"builtin": "pdtrim_deploy.loadtest.builtin"}
 
 __all__ = ["DRIVERS", "Driver", "LoadResult", "LoadRun", "LoadSpec", "Outcome", "check_target", "driver"]
 
@@ -18,7 +19,7 @@ def driver(name: str) -> Driver:
     """The driver called `name`; UserError lists the names there are."""
     if name not in DRIVERS:
         raise UserError(f"load driver {name!r} is not known; allowed: {', '.join(sorted(DRIVERS))}")
-    return DRIVERS[name]
+    return importlib.import_module(DRIVERS[name]).drive
 
 
 def check_target(url: str, allow_remote: bool) -> None:

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pdtrim_deploy.errors import UserError
-from pdtrim_deploy.recipe import KVSection, PruningSection, Recipe
+from pdtrim_deploy.recipe import KV_METHODS, PRUNING_METHODS, KVSection, PruningSection, Recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 BASE = "name: a\nmodel: {source: 'pypi:x'}\n"
@@ -129,3 +129,17 @@ def test_the_digest_tells_recipes_apart() -> None:
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda p: p.stem)
 def test_shipped_recipes_are_valid(path: Path) -> None:
     assert Recipe.load(path).name == path.stem
+
+
+def test_the_names_in_recipes_are_those_of_the_registries() -> None:
+    from pdtrim_deploy.checkpoints import SOURCES
+    from pdtrim_deploy.evaluation.corpora import CORPORA
+    from pdtrim_deploy.kvcache.selection import SELECTIONS
+    from pdtrim_deploy.pruning.search import SEARCHES
+
+    assert set(PRUNING_METHODS) == set(SEARCHES)
+    assert set(KV_METHODS) == set(SELECTIONS)
+    schema = Recipe.model_json_schema()["$defs"]
+    for section, key, kinds in (("EvaluationSection", "corpus", CORPORA), ("ModelSection", "source", SOURCES)):
+        described = schema[section]["properties"][key]["description"].replace(" or ", ", ")
+        assert {usage.split(":")[0] for usage in described.split(", ")} == set(kinds)

@@ -1,0 +1,258 @@
+"""The command line as a person or a script meets it: exit codes, one sentence, JSON, no torch where none is needed."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from sse_server import Behaviour, serve
+
+from pdtrim_deploy import __version__
+from pdtrim_deploy.bundle import Bundle
+from pdtrim_deploy.cache import Cache
+from pdtrim_deploy.cli import COMMANDS, cli, main
+from pdtrim_deploy.loadtest.builtin import WORDS
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+NOT_IN_CORE = ("torch", "transformers", "safetensors", "gguf", "httpx", "prometheus_client", "sglang")
+
+
+@pytest.fixture(scope="module")
+def recipe_file(tmp_path_factory: pytest.TempPathFactory, tiny_llama_dir: Path) -> Path:
+    folder, rng = tmp_path_factory.mktemp("recipe"), random.Random(0)
+    (folder / "text").mkdir()
+    for n in range(12):
+        (folder / "text" / f"{n}.txt").write_text(" ".join(rng.choices(WORDS, k=400)))
+    corpus = f"dir:{folder / 'text'}"
+    data = {
+        "name": "tiny",
+        "model": {"source": f"hf:{tiny_llama_dir}"},
+        "calibration": {"corpus": corpus, "sequences": 2, "length": 32},
+        "pruning": {"method": "cosine", "prefill_blocks": 1, "decode_blocks": 2},
+        "kv": {"method": "all", "n_first": 2, "n_last": 8},
+        "evaluation": {"corpus": corpus, "sequences": 3, "prompt_tokens": 40, "continuation_tokens": 8},
+    }
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(data))
+    return folder / "tiny.yaml"
+
+
+@pytest.fixture(scope="module")
+def bundle_dir(recipe_file: Path, cache: Cache) -> Path:
+    out = recipe_file.parent / "bundle"
+    with pytest.raises(SystemExit) as ended:
+        main(["build", str(recipe_file), "--out", str(out), "--cache-dir", str(cache.root)])
+    assert ended.value.code == 0
+    return out
+
+
+def run(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
+    """Exit code, stdout, stderr."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main([str(arg) for arg in args])
+    captured = capsys.readouterr()
+    return int(ended.value.code or 0), captured.out, captured.err
+
+
+def without(modules: tuple[str, ...], *args: object) -> subprocess.CompletedProcess[str]:
+    """The command line in a Python where importing any of `modules` fails."""
+    program = "\n".join(
+        [
+            "import sys",
+            f"sys.modules.update(dict.fromkeys({modules!r}))",
+            "from pdtrim_deploy.cli import main",
+            f"main({[str(arg) for arg in args]!r})",
+        ]
+    )
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60)
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "--version") == (0, f"pdtrim-deploy, version {__version__}\n", "")
+
+
+def test_help_and_reading_commands_need_the_core_only(bundle_dir: Path) -> None:
+    for name in COMMANDS:
+        assert cli.get_command(cli.make_context("x", [], resilient_parsing=True), name) is not None
+    for args in (["--help"], ["demo", "--help"], ["recipe", "validate", RECIPES / "smollm2-demo.yaml"],
+                 ["verify", bundle_dir], ["inspect", bundle_dir]):  # fmt: skip
+        done = without(NOT_IN_CORE, *args)
+        assert (done.returncode, done.stderr) == (0, ""), args
+
+
+def test_every_command_is_listed_with_a_whole_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "--help")
+    assert code == 0
+    listed = out.split("Commands:\n")[1].splitlines()
+    assert [line.split()[0] for line in listed if line] == list(COMMANDS)
+
+
+def test_a_missing_extra_is_named(recipe_file: Path, tmp_path: Path) -> None:
+    done = without(("safetensors", "torch", "transformers"), "build", recipe_file, "--out", tmp_path / "b",
+                   "--cache-dir", tmp_path / "cache")  # fmt: skip
+    assert done.returncode == 2
+    assert "install it with: pip install 'pdtrim-deploy[build]'" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["recipe", "show", "gone.yaml"], "gone.yaml: no such recipe file; check the path"),
+        (["verify", "gone"], "gone: no such bundle; make it with: pdtrim-deploy build RECIPE --out gone"),
+        (["inspect", "gone"], "gone: no such bundle"),
+        (["eval", "gone"], "gone: no such bundle"),
+        (["loadtest", "gone"], "gone: no such bundle"),
+        (["loadtest", "http://10.1.2.3:80"], "10.1.2.3 is another machine; say --allow-remote"),
+        (["loadtest", "http://127.0.0.1:1", "--driver", "wrk"], "load driver 'wrk' is not known; allowed: builtin"),
+        (["build", "gone.yaml", "--out", "x"], "gone.yaml: no such recipe file"),
+        (["demo", "gone.yaml", "--out", "x"], "gone.yaml: no such recipe file"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_sentence_and_code_2(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, args: list[str], says: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(capsys, *args)
+    assert (code, out) == (2, "")
+    assert err.startswith("pdtrim-deploy: ")
+    assert says in err
+    assert err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "args", [["biuld"], ["build"], ["loadtest", "http://127.0.0.1:1", "--prompt-tokens", "9-3"], ["build", "--nope"]]
+)
+def test_wrong_usage_is_code_2(capsys: pytest.CaptureFixture[str], args: list[str]) -> None:
+    code, out, err = run(capsys, *args)
+    assert (code, out) == (2, "")
+    assert "Error: " in err
+
+
+def test_ctrl_c_is_130(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pdtrim_deploy.recipe.Recipe.load", interrupted)
+    code, out, err = run(capsys, "recipe", "show", "x.yaml")
+    assert (code, out.strip()) == (130, "")
+    assert "run the same command again to go on" in err
+
+
+def test_a_full_disk_is_one_sentence(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, recipe_file: Path, tmp_path: Path
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device", "somewhere")
+
+    monkeypatch.setattr("pdtrim_deploy.bundle.os.fsync", full)
+    code, _, err = run(capsys, "build", recipe_file, "--out", tmp_path / "b", "--cache-dir", tmp_path / "c")
+    assert code == 2
+    assert "No space left on device" in err.splitlines()[-1]
+
+
+def test_a_reader_that_goes_away_is_no_error(recipe_file: Path) -> None:
+    command = f"'{sys.executable}' -m pdtrim_deploy recipe schema | head -c 1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("{", "")
+
+
+def test_recipe_commands(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    code, out, _ = run(capsys, "recipe", "show", RECIPES / "smollm2-demo.yaml")
+    (tmp_path / "resolved.yaml").write_text(out)
+    _, first, _ = run(capsys, "recipe", "show", "--json", RECIPES / "smollm2-demo.yaml")
+    _, again, _ = run(capsys, "recipe", "show", "--json", tmp_path / "resolved.yaml")
+    assert code == 0
+    assert json.loads(first)["digest"] == json.loads(again)["digest"]
+    code, out, _ = run(capsys, "recipe", "schema")
+    assert json.loads(out)["additionalProperties"] is False
+    (tmp_path / "wrong.yaml").write_text("nane: x\n")
+    code, out, err = run(capsys, "recipe", "validate", RECIPES / "smollm2-demo.yaml", tmp_path / "wrong.yaml")
+    assert code == 2
+    assert "smollm2-demo.yaml: ok" in out
+    assert "wrong.yaml: " in err
+
+
+def test_build_verify_inspect_eval(capsys: pytest.CaptureFixture[str], bundle_dir: Path, cache: Cache) -> None:
+    digest = Bundle.open(bundle_dir).plan.digest
+    code, out, _ = run(capsys, "verify", bundle_dir)
+    assert code == 0
+    assert digest in out
+    _, out, _ = run(capsys, "inspect", bundle_dir, "--prompt-tokens", 100, "--json")
+    seen = json.loads(out)
+    assert seen["digest"] == digest
+    row = 2 * 16 * 4  # KV heads x head size x float32
+    assert seen["bytes"] == {"prompt_tokens": 100, "dense": 6 * 2 * 100 * row, "planned": 4 * 2 * 10 * row}
+    _, out, _ = run(capsys, "inspect", bundle_dir)
+    assert out.count("first 2 + last 8") == 4
+    code, out, _ = run(capsys, "eval", bundle_dir, "--seed", 3, "--cache-dir", cache.root, "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert found == json.loads((bundle_dir / "reports" / "eval.json").read_text())
+    assert found["ratio"] == pytest.approx(found["pd"]["ppl"] / found["dense"]["ppl"])
+    assert found["ratio"] != 1
+    assert found["tokens"] == 3 * 8
+    assert found["text"]["seed"] == 3
+    assert found["environment"]["command"] == f"pdtrim-deploy eval {bundle_dir} --seed 3"
+    code, _, err = run(capsys, "eval", bundle_dir, "--corpus", "news", "--cache-dir", cache.root)
+    assert code == 2
+    assert "command line: evaluation.corpus is 'news'; allowed: brown, austen, dir:PATH or file:PATH" in err
+    assert run(capsys, "verify", bundle_dir)[0] == 0  # reports are not sealed
+
+
+@pytest.mark.parametrize(
+    ("damage", "code", "says"),
+    [
+        (lambda b: (b / "plan.json").write_text((b / "plan.json").read_text() + " "), 1, "plan.json has"),
+        (lambda b: flip(b / "decode" / "model.safetensors"), 1, "decode/model.safetensors has SHA-256"),
+        (lambda b: (b / "prefill" / "tokenizer.json").unlink(), 1, "prefill/tokenizer.json is missing"),
+        (lambda b: (b / "decode" / "extra.bin").write_text("x"), 1, "decode/extra.bin is not in the manifest"),
+        (lambda b: (b / "COMPLETE").unlink(), 2, "not a complete bundle"),
+        (lambda b: (b / "COMPLETE").write_text("0" * 64), 2, "manifest.json was changed after COMPLETE"),
+        (lambda b: swap_plan(b / "decode" / "config.json"), 2, "decode/config.json was made for plan"),
+    ],
+    ids=["touched", "flipped", "missing", "extra", "incomplete", "marker", "swapped"],
+)
+def test_damage_is_found(
+    capsys: pytest.CaptureFixture[str], bundle_dir: Path, tmp_path: Path, damage, code: int, says: str
+) -> None:
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(bundle_dir, copy)
+    damage(copy)
+    got, out, err = run(capsys, "verify", copy)
+    assert got == code
+    assert says in out + err
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def swap_plan(path: Path) -> None:
+    config = json.loads(path.read_text())
+    config["pdtrim"]["kv"][0]["n_last"] += 1
+    path.write_text(json.dumps(config))
+
+
+def test_loadtest_prints_json_and_fails_loudly(capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["--requests", 3, "--concurrency", 2, "--prompt-tokens", "4-6", "--output-tokens", 3]
+    with serve(Behaviour(ttft=0.01, itl=0.001)) as url:
+        code, out, _ = run(capsys, "loadtest", url, *args, "--json")
+        table = run(capsys, "loadtest", url, *args)[1]
+    result = json.loads(out)
+    assert (code, result["requests"], result["failed"], result["output_tokens"]) == (0, 3, 0, 9)
+    assert "TTFT ms" in table
+    with serve(Behaviour(status=503)) as url:
+        code, out, _ = run(capsys, "loadtest", url, *args)
+    assert code == 1
+    assert "http_503" in out
