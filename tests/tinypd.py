@@ -7,6 +7,7 @@ from pdtrim_deploy.checkpoints.surgery import keep_blocks
 from pdtrim_deploy.evaluation.oracle import PDOracle
 from pdtrim_deploy.plan import Drop, Keep, KVSend, ModelShape, PDPlan
 
+torch.set_num_threads(1)  # for tensors this small, more threads only wait for each other
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
 BLOCKS, HEADS, KV_HEADS, DIM, VOCABULARY = 5, 4, 2, 8, 97
 SPARSE = KVSend(mode="sparse", n_first=2, n_last=3)

@@ -54,6 +54,7 @@ class NextTokenLoss:
 
     Args:
         prefill_removed: blocks that prefill does not run, so no search over this loss may run them.
+        batch: most sequences in a batch; batches grow up to it, so that a first look at a candidate is cheap.
 
     """
 
@@ -63,11 +64,13 @@ class NextTokenLoss:
         ids: Tensor,
         prompt_tokens: int = 0,
         prefill_removed: Collection[int] = (),
-        batch: int = 4,
+        batch: int = 8,
     ) -> None:
         self._runner = Blockwise(model)
         self.blocks, self.block_forwards = len(self._runner.layers), 0
-        self._batches = [self._prepare(part, prompt_tokens, prefill_removed) for part in ids.split(batch)]
+        self._batches = [
+            self._prepare(part, prompt_tokens, prefill_removed) for part in ids.split(_growing(len(ids), batch))
+        ]
         self.batches = len(self._batches)
 
     @torch.no_grad()
@@ -99,3 +102,11 @@ class NextTokenLoss:
     def losses(self, batch: int, hidden: Tensor) -> Tensor:
         """float32 `[sequences, scored]`: NLL of each scored token."""
         return -self._runner.logprobs(hidden, self._batches[batch].targets)
+
+
+def _growing(sequences: int, most: int) -> list[int]:
+    """Batch sizes: 2, and then each as large as all before it together: 2, 2, 4, 8, ..."""
+    sizes = list[int]()
+    while (done := sum(sizes)) < sequences:
+        sizes.append(min(max(2, done), most, sequences - done))
+    return sizes

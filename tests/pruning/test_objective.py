@@ -6,7 +6,7 @@ from tinypd import BLOCKS, FAMILIES, make_oracle, make_plan, text, tiny
 
 from pdtrim_deploy.checkpoints.surgery import keep_blocks
 from pdtrim_deploy.pruning.hidden_states import HiddenStates
-from pdtrim_deploy.pruning.objective import NextTokenLoss
+from pdtrim_deploy.pruning.objective import NextTokenLoss, _growing
 
 
 def evaluate(objective, removed):
@@ -52,3 +52,11 @@ def test_kept_hidden_states_give_the_same_losses_for_fewer_forwards():
             torch.testing.assert_close(got, evaluate(objective, (*removed, candidate)), atol=1e-5, rtol=0)
         after = evaluate(objective, (*removed, block)).mean()
         assert states.remove(block) == pytest.approx(float(after), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("sequences", "most", "sizes"),
+    [(1, 8, [1]), (16, 8, [2, 2, 4, 8]), (21, 8, [2, 2, 4, 8, 5]), (5, 1, [1] * 5), (3, 2, [2, 1])],
+)
+def test_batches_grow(sequences, most, sizes):
+    assert _growing(sequences, most) == sizes
