@@ -44,7 +44,7 @@ test-unit: setup  ## the tests that start no SGLang server, in both environments
 	$(TEST_ENV) $(SERVE)/python $(PYTEST) tests/pdtrim_sglang -m "not serve"
 
 test-serve: setup  ## the tests that start SGLang servers
-	$(TEST_ENV) $(SERVE)/python $(PYTEST) tests/pdtrim_sglang tests/serving -m serve
+	$(TEST_ENV) $(BUILD)/python $(PYTEST) tests/serving tests/integration -m serve
 
 demo: setup  ## build, serve, check and load-test the pruned SmolLM2-135M; results in out/demo
 	$(BUILD)/pdtrim-deploy demo $(RECIPE) --out $(OUT)
