@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -9,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pdtrim_deploy.bundle import Bundle
+from pdtrim_deploy.bundle import Bundle, write_atomic
 from pdtrim_deploy.cache import Cache
 from pdtrim_deploy.loadtest import LoadResult, LoadRun, LoadSpec, driver
 from pdtrim_deploy.pipeline import Note, build
@@ -90,6 +91,7 @@ class Demo:
 
         with self.show("perplexity, dense and PD"):
             found = judge_bundle(bundle, self.cache, environment(self.command), note=self.note)
+        write_atomic(bundle.reports_dir / "eval.json", found.model_dump_json(indent=2) + "\n")
         return QualityFigures(dense_ppl=found.dense.ppl, pd_ppl=found.pd.ppl, ratio=found.ratio)
 
     def _fidelity(self, bundle: Bundle, cluster: Cluster) -> FidelityFigures:
@@ -97,6 +99,7 @@ class Demo:
 
         with self.show("fidelity of the served pair"):
             found = run_fidelity(bundle, cluster.url, self.cache, progress=self.note)
+        write_atomic(bundle.reports_dir / "fidelity.json", json.dumps(found.to_json(), indent=2) + "\n")
         return FidelityFigures(
             requests=found.requests,
             max_logprob_error=found.max_logprob_error,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import importlib
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -16,6 +17,7 @@ from pdtrim_deploy.errors import ServingError, UserError
 # Command -> module and attribute, in the order of the way through the house.
 COMMANDS = {
     "recipe": "recipe:recipe",
+    "plan": "plan:plan",
     "build": "build:build",
     "verify": "verify:verify",
     "inspect": "inspect:inspect",
@@ -63,8 +65,10 @@ def cli() -> None:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point: turns what a user can mend into one line on stderr and an exit code."""
+    said = list(sys.argv[1:] if args is None else args)
     try:
-        code = cli.main(args=args, prog_name="pdtrim-deploy", standalone_mode=False)
+        # The command as typed is the context's object: it stands beside every figure it makes.
+        code = cli.main(said, "pdtrim-deploy", standalone_mode=False, obj=shlex.join(["pdtrim-deploy", *said]))
     except UserError as error:
         _die(str(error), 2)
     except ServingError as error:

@@ -21,7 +21,9 @@ from pdtrim_deploy.cli import options
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @options.cache_dir
 @options.json_flag
+@click.pass_obj
 def demo(
+    command: str,
     recipe_file: Path,
     out: Path,
     requests: int,
@@ -48,7 +50,6 @@ def demo(
 
     progress = Progress()
     load = LoadSpec(requests, concurrency, prompt_tokens, output_tokens, seed=seed)
-    command = f"pdtrim-deploy demo {recipe_file} --out {out}"
     metrics = Demo(Recipe.load(recipe_file), out, cache, load, command, progress.show, progress.note, rounds).run()
     if as_json:
         click.echo(metrics.model_dump_json(indent=2))

@@ -17,8 +17,9 @@ from pdtrim_deploy.cli import options
 @click.option("--seed", type=click.IntRange(0), help="Chooses the text.  [default: the recipe's]")
 @options.cache_dir
 @options.json_flag
+@click.pass_obj
 def evaluate(
-    bundle: Path, corpus: str | None, sequences: int | None, seed: int | None, cache: Cache, as_json: bool
+    command: str, bundle: Path, corpus: str | None, sequences: int | None, seed: int | None, cache: Cache, as_json: bool
 ) -> None:
     """Perplexity on held-out text, dense and behind the plan.
 
@@ -33,7 +34,6 @@ def evaluate(
     given = {"corpus": corpus, "sequences": sequences, "seed": seed}
     said = {key: value for key, value in given.items() if value is not None}
     asked = opened.recipe.changed("command line", "evaluation", **said).evaluation
-    command = " ".join(["pdtrim-deploy", "eval", str(bundle), *(f"--{key} {value}" for key, value in said.items())])
     with progress.show("eval"):
         quality = judge_bundle(opened, cache, environment(command), asked, progress.note)
     text = quality.model_dump_json(indent=2)

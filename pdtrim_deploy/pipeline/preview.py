@@ -12,7 +12,7 @@ from pdtrim_deploy.checkpoints import Checkpoint, resolve
 from pdtrim_deploy.pipeline.build import check_fits, is_sealed, steps_of
 from pdtrim_deploy.pipeline.journal import Journal
 from pdtrim_deploy.pipeline.steps import actions, kv_rules
-from pdtrim_deploy.plan import STAGES, PDPlan, Stage
+from pdtrim_deploy.plan import STAGES, ModelShape, PDPlan, Stage
 from pdtrim_deploy.recipe import Recipe
 from pdtrim_deploy.wire import ITEM_BYTES
 
@@ -54,7 +54,7 @@ def preview(recipe: Recipe, out: Path, cache: Cache) -> Preview:
     for step in steps_of(recipe, checkpoint.fingerprint):
         steps[step.name] = journal.done(step.name, step.key)
     steps["seal"] = all(steps.values()) and is_sealed(out, recipe, journal)
-    plan = _stand_in(recipe, checkpoint)
+    plan = stand_in(recipe, checkpoint.shape(recipe.model.dtype))
     sizes = {stage: _stage_bytes(checkpoint, len(plan.layers(stage)), recipe.model.dtype) for stage in STAGES}
     return Preview(
         recipe, steps, prompt_tokens, sizes, plan.payload_bytes(prompt_tokens), plan.dense_bytes(prompt_tokens)
@@ -75,9 +75,9 @@ class _Peek(Cache):
         return super().entry(kind, key, make if kind == "fingerprints" else refuse)
 
 
-def _stand_in(recipe: Recipe, checkpoint: Checkpoint) -> PDPlan:
+def stand_in(recipe: Recipe, shape: ModelShape) -> PDPlan:
     """A plan of the recipe's size, with the last blocks removed and the first layers cut."""
-    shape, pruning = checkpoint.shape(recipe.model.dtype), recipe.pruning
+    pruning = recipe.pruning
     blocks, layers = shape.num_blocks, shape.num_blocks - pruning.decode_blocks
     return PDPlan(
         model=shape,

@@ -199,7 +199,7 @@ def test_build_verify_inspect_eval(capsys: pytest.CaptureFixture[str], bundle_di
     assert found["ratio"] != 1
     assert found["tokens"] == 3 * 8
     assert found["text"]["seed"] == 3
-    assert found["environment"]["command"] == f"pdtrim-deploy eval {bundle_dir} --seed 3"
+    assert found["environment"]["command"].startswith(f"pdtrim-deploy eval {bundle_dir} --seed 3")
     code, _, err = run(capsys, "eval", bundle_dir, "--corpus", "news", "--cache-dir", cache.root)
     assert code == 2
     assert "command line: evaluation.corpus is 'news'; allowed: brown, austen, dir:PATH or file:PATH" in err
