@@ -18,6 +18,7 @@ from pdtrim_deploy.serving.spec import ClusterSpec, WorkerSpec
 
 POLL_S = 0.2
 GRACE_S = 1.0
+ROUTER_STOP_S = 2.0  # sglang-router 0.3.2 lingers at SIGTERM while a client keeps a connection open
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ class Cluster:
         router = processes.pop("router", None)
         try:
             if router is not None:
-                stop_all([router], self.spec.stop_timeout_s)
+                stop_all([router], min(ROUTER_STOP_S, self.spec.stop_timeout_s))
         finally:
             stop_all(processes.values(), self.spec.stop_timeout_s)
             if self._temporary is not None:

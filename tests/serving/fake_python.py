@@ -1,7 +1,8 @@
 """Stands where the serve environment's Python would: answers HTTP like a worker or the router, or misbehaves.
 
-The supervisor runs it as `PYTHON -m sglang.launch_server --port N ...`. What is wrong with it comes from the model
-path: a worker of stage S reads `S: fault` lines of `faults.txt` there; the router's come by --fault.
+The supervisor runs it as `PYTHON -m sglang.launch_server --port N ...`, the router as `PYTHON -c ... --port N`.
+What is wrong with a worker of stage S says the line `S: fault` of faults.txt in its model folder; with the router,
+--fault.
 """
 
 import http.server
@@ -11,14 +12,14 @@ import time
 from pathlib import Path
 
 args = sys.argv[3:]
-module = sys.argv[2]
+program = sys.argv[2]
 
 
 def option(name, default=None):
     return args[args.index(name) + 1] if name in args else default
 
 
-if module == "sglang_router.launch_router":
+if "sglang_router" in program:
     fault = option("--fault", "")
 else:
     lines = (Path(option("--model-path")) / "faults.txt").read_text().splitlines()

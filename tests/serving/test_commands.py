@@ -93,6 +93,7 @@ def test_the_environment_is_the_workers_own(monkeypatch, tmp_path):
 def test_the_router_knows_every_worker_once():
     cluster = spec(device="cpu")
     command = commands.router_command(PYTHON, cluster)
+    assert "sglang_router.launch_router" in value(command, "-c")
     for worker in cluster.prefill:
         assert command[command.index(worker.url) - 1] == "--prefill"
         assert command[command.index(worker.url) + 1] == str(worker.bootstrap_port)
