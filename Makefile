@@ -10,7 +10,7 @@ BENCHMARKS = $(patsubst benchmarks/%.py,%,$(filter-out benchmarks/__%,$(wildcard
 TEST_ENV = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0 HF_HUB_OFFLINE=1
 PYTEST = -m pytest --durations=5
 
-.PHONY: help setup setup-build setup-serve lock lint format test test-unit test-serve demo bench clean distclean
+.PHONY: help setup setup-build setup-serve lock lint format test test-unit test-serve demo plugin bench clean distclean
 .DEFAULT_GOAL := help
 
 help:  ## list these targets
@@ -48,6 +48,9 @@ test-serve: setup  ## the tests that start SGLang servers
 
 demo: setup  ## build, serve, check and load-test the pruned SmolLM2-135M; results in out/demo
 	$(BUILD)/pdtrim-deploy demo $(RECIPE) --out $(OUT)
+
+plugin: setup-build  ## compile the TensorRT plugin's kernels with nvcc (sm_80, 90, 100, 120) into out/plugin; fail on a spill
+	$(BUILD)/python -m pdtrim_tensorrt.compile_kernels out/plugin
 
 bench: $(addprefix bench-,$(BENCHMARKS))  ## run every benchmarks/NAME.py (one: make bench-NAME)
 
