@@ -6,8 +6,15 @@ import time
 import httpx
 import pytest
 
-from pdtrim_deploy.evaluation.fidelity import run_fidelity
+from pdtrim_deploy.checkpoints.loading import load_model, load_tokenizer
+from pdtrim_deploy.evaluation import corpora
+from pdtrim_deploy.evaluation.fidelity import judge, run_fidelity
+from pdtrim_deploy.evaluation.fidelity.cases import Group
+from pdtrim_deploy.evaluation.fidelity.client import ask
+from pdtrim_deploy.evaluation.oracle import PDOracle
 from pdtrim_deploy.serving.metrics import scrape
+
+STAGING_BYTES = 64 << 20  # TransportConfig's default, of the plugin's own environment
 
 pytestmark = [pytest.mark.serve, pytest.mark.model, pytest.mark.timeout(900)]
 
@@ -18,7 +25,7 @@ pytestmark = [pytest.mark.serve, pytest.mark.model, pytest.mark.timeout(900)]
     ids=["page 1", "page 16, chunks of 64"],
 )
 def pair(request, bundle, serving):
-    with serving(bundle.prefill_dir, bundle.decode_dir, **request.param) as cluster:
+    with serving(bundle.prefill_dir, bundle.decode_dir, dtype="float32", **request.param) as cluster:
         yield cluster
 
 
@@ -56,6 +63,18 @@ def test_bytes_on_the_wire_equal_the_plans_arithmetic(pair, bundle):
     assert 0 < moved["wire"] - moved["payload"] < 4096 * len(lengths) * 6
 
 
+def test_a_prompt_longer_than_the_staging_buffer_goes_in_several_chunks(pair, bundle, real_cache):
+    tokens = 1900
+    assert bundle.plan.payload_bytes(1) * tokens > STAGING_BYTES
+    tokenizer = load_tokenizer(bundle.prefill_dir)
+    text = corpora.sequences(corpora.load("brown", real_cache).split("final"), tokenizer, 1, tokens, seed=3)
+    group = Group("long", "in turn", (tuple(text[0].tolist()),))
+    served = [(group, one) for one in ask(pair.url, group, 4, 300.0)]
+    models = (load_model(folder, "float32") for folder in (bundle.prefill_dir, bundle.decode_dir))
+    result = judge(PDOracle(*models, bundle.plan), served)
+    assert result.max_logprob_error <= result.tolerance
+
+
 def test_the_openai_endpoints_answer_streaming_and_not(pair):
     chat = {"model": "pdtrim", "messages": [{"role": "user", "content": "Name three colours."}]}
     completion = {"model": "pdtrim", "prompt": "The capital of France is"}
@@ -69,19 +88,16 @@ def test_the_openai_endpoints_answer_streaming_and_not(pair):
 
 
 def streamed(url, body):
-    text = ""
+    text, ended = "", False
     with httpx.stream("POST", url, json=body | {"stream": True}, timeout=120) as reply:
         assert reply.status_code == 200
         for line in reply.iter_lines():
+            ended = ended or line == "data: [DONE]"
             if line.startswith("data: {"):
                 for choice in json.loads(line[6:])["choices"]:
                     text += choice.get("text") or choice.get("delta", {}).get("content") or ""
-    assert line_ended(line, reply)
+    assert ended
     return text
-
-
-def line_ended(line, reply):
-    return reply.is_stream_consumed and line in ("", "data: [DONE]")
 
 
 def test_aborts_leave_nothing_behind(pair):
