@@ -1,6 +1,6 @@
 """Compile the kernels: nvcc for GPUs (`make plugin`, which fails on any register spill), g++ for the host.
 
-python -m pdtrim_tensorrt.compile_kernels out/plugin
+As a command: `python -m pdtrim_tensorrt.compile_kernels out/plugin`.
 """
 
 from __future__ import annotations
@@ -65,20 +65,9 @@ def compile_for_gpus(folder: Path) -> tuple[Path, list[Usage]]:
         raise UserError("make plugin: nvcc is not on PATH; install the CUDA toolkit (13.0 is what was tried)")
     library = folder / "libpdtrim_kernels.so"
     targets = [f"-gencode=arch=compute_{sm},code=sm_{sm}" for sm in ARCHITECTURES]
-    options = [
-        "-std=c++17",
-        "-O3",
-        "-shared",
-        "-Xcompiler",
-        "-fPIC",
-        "--threads",
-        "2",
-        "-Xptxas",
-        "-v",
-        "-Werror",
-        "all-warnings",
-    ]
-    return library, parse_ptxas(_run([nvcc, *options, *targets, "-o", str(library), str(SOURCE)], folder))
+    options = ["-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC", "--threads", "2"]
+    shown = ["-Xptxas", "-v", "-Werror", "all-warnings"]
+    return library, parse_ptxas(_run([nvcc, *options, *shown, *targets, "-o", str(library), str(SOURCE)], folder))
 
 
 def compile_for_host(folder: Path) -> Path:
@@ -102,9 +91,7 @@ def _run(command: list[str], folder: Path) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise UserError(
-            f"{Path(command[0]).name} refused {SOURCE.name}:\n{(done.stdout + done.stderr).strip()[-2000:]}"
-        )
+        raise UserError(f"{Path(command[0]).name} refused {SOURCE.name}:\n{done.stderr.strip()[-2000:]}")
     return done.stdout + done.stderr
 
 

@@ -66,7 +66,7 @@ class SendKernel:
             ValueError: the tensors do not fit together, or the launch was refused (its cudaError_t is named).
 
         """
-        slots, heads, dim = keys.shape
+        _, heads, dim = keys.shape
         if values.shape != keys.shape or values.dtype != keys.dtype or rows.ndim != 1:
             raise ValueError("keys and values must be of one shape and dtype, rows a vector")
         if not all(tensor.is_contiguous() for tensor in (keys, values, rows, staging)):

@@ -1,4 +1,4 @@
-"""The CUDA kernel's source, compiled for the host, against kvcache.pack and torch; compiled by nvcc where there is one."""
+"""The CUDA kernel's source, compiled for the host, against kvcache.pack and torch; nvcc where there is one."""
 
 import shutil
 
@@ -35,11 +35,8 @@ def quantised(pool, rows, wire):
     scale = (picked.abs().amax(-1) * torch.tensor(1 / QMAX[wire])).clamp(max=65504).half()
     inverse = torch.where(scale == 0, 0.0, 1 / scale.float())
     y = picked * inverse[..., None]
-    if wire == "int8":
-        codes = y.round().clamp(-127, 127).to(torch.int8)
-    else:
-        codes = y.clamp(-448, 448).to(torch.float8_e4m3fn)
-    return codes, scale
+    int8, fp8 = y.round().clamp(-127, 127).to(torch.int8), y.clamp(-448, 448).to(torch.float8_e4m3fn)
+    return int8 if wire == "int8" else fp8, scale
 
 
 def expected_bytes(keys, values, rows, wire):
@@ -108,7 +105,7 @@ def test_quantised_is_bit_equal_to_torch(send, data, wire, dtype, heads, dim, re
     random = torch.Generator().manual_seed(seed)
     keys, values = (torch.randn(12, heads, dim, generator=random).mul(2.0**exponent).to(dtype) for _ in range(2))
     keys[3, 0], values[5, heads - 1, 0] = 0.0, 2.0**15  # a head of zeros; one that dwarfs its neighbours
-    rows = torch.tensor(data.draw(st.lists(st.integers(0, 11), min_size=1, max_size=12)) + [3, 5])
+    rows = torch.tensor([*data.draw(st.lists(st.integers(0, 11), min_size=1, max_size=12)), 3, 5])
     offset = data.draw(st.sampled_from([0, 2, 4, 16]))
     expected = expected_bytes(keys, values, rows, wire)
     staging = staging_of(offset + len(expected) + 8)
