@@ -58,8 +58,7 @@ class PDOracle:
 
     def with_kv(self, kv: tuple[KVSend, ...]) -> PDOracle:
         """The same stage models with other KV rules; any `PrefillState` of the one serves the other."""
-        plan = PDPlan(model=self.plan.model, prefill=self.plan.prefill, decode=self.plan.decode, kv=kv)
-        return PDOracle(self.prefill_model, self.decode_model, plan)
+        return PDOracle(self.prefill_model, self.decode_model, self.plan.with_kv(kv))
 
     @torch.no_grad()
     def prefill(self, prompts: Tensor) -> PrefillState:

@@ -42,7 +42,7 @@ def select_kv(context: Context) -> None:
     layers = sum(action.kind == "keep" for action in decode)
     plan = PDPlan(model=shape, prefill=prefill, decode=decode, kv=kv_rules(asked, layers))
     if asked.method not in FIXED_KV:
-        plan = plan.model_copy(update={"kv": _chosen(context, plan)})
+        plan = plan.with_kv(_chosen(context, plan))
     sparse = [block for block, send in zip(plan.decode_layers, plan.kv, strict=True) if send.mode == "sparse"]
     _write_json(context.out / KV, {"method": asked.method, "sparse_blocks": sparse})
     _write_json(context.out / PLAN, plan.model_dump(mode="json"))

@@ -61,7 +61,7 @@ def test_options_that_would_give_wrong_text_are_refused(registry, options, sente
     from pdtrim_deploy.plan import KVSend, ModelShape, PDPlan
 
     shape = ModelShape(architecture="X", fingerprint="f", num_blocks=1, num_kv_heads=1, head_dim=8, kv_dtype="float32")
-    plan = PDPlan.dense(shape).model_copy(update={"kv": (KVSend(mode="sparse", n_first=1),)})
+    plan = PDPlan.dense(shape).with_kv((KVSend(mode="sparse", n_first=1),))
     good = {
         "pp_size": 1, "disaggregation_mode": "decode", "disaggregation_decode_enable_radix_cache": False,
         "attention_backend": "torch_native", "decode_attention_backend": None,

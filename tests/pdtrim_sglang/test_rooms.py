@@ -19,7 +19,7 @@ TOKENS, PAGE = 11, 4
 def plan():
     shape = ModelShape(architecture="X", fingerprint="f", num_blocks=2, num_kv_heads=1, head_dim=4, kv_dtype="float32")
     kv = (KVSend(), KVSend(mode="sparse", n_first=2, n_last=3))
-    return PDPlan.dense(shape).model_copy(update={"kv": kv})
+    return PDPlan.dense(shape).with_kv(kv)
 
 
 @pytest.fixture

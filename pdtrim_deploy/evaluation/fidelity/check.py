@@ -91,8 +91,8 @@ def run_fidelity(
         served += [(group, row) for row in ask(base_url, group, new_tokens, deadline_s)]
     progress("fidelity: scoring the served tokens with the oracle")
     dtype = bundle.plan.model.kv_dtype
-    models = (load_model(folder, dtype) for folder in (bundle.prefill_dir, bundle.decode_dir))
-    return judge(PDOracle(*models, bundle.plan), served)
+    prefill, decode = load_model(bundle.prefill_dir, dtype), load_model(bundle.decode_dir, dtype)
+    return judge(PDOracle(prefill, decode, bundle.plan), served)
 
 
 def judge(oracle: PDOracle, served: list[tuple[Group, Served]]) -> FidelityResult:
