@@ -129,6 +129,9 @@ class PDPlan(_Frozen):
                 raise ValueError(f"decode block {block} has no prefill block to take its prompt KV from")
         if len(self.kv) != len(self.decode_layers):
             raise ValueError(f"kv has {len(self.kv)} entries, decode keeps {len(self.decode_layers)} layers")
+        for block, send in zip(self.decode_layers, self.kv, strict=True):
+            if send.wire_dtype != "native" and self.model.head_dim % 4:
+                raise ValueError(f"block {block}: wire dtype {send.wire_dtype} needs a head size that is a multiple of 4")
         return self
 
     def actions(self, stage: Stage) -> tuple[Action, ...]:
@@ -192,6 +195,10 @@ class PDPlan(_Frozen):
     def reduction(self, prompt_tokens: int) -> float:
         """Dense bytes over planned bytes."""
         return self.dense_bytes(prompt_tokens) / self.payload_bytes(prompt_tokens)
+
+    def with_kv(self, kv: tuple[KVSend, ...]) -> PDPlan:
+        """The same blocks with other KV rules, validated (a `model_copy` would keep this plan's cached digest)."""
+        return PDPlan(model=self.model, prefill=self.prefill, decode=self.decode, kv=kv)
 
     def canonical_json(self) -> str:
         """The one text of this plan: sorted keys, no spaces."""
