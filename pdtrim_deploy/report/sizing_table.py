@@ -20,16 +20,15 @@ def sizing_table(priced: list[tuple[Subject, Price]], traffic: Traffic) -> Table
         "bytes sent": lambda s: _size(s.request_bytes),
         "transfer": lambda s: _time(s.transfer_s),
         "prefill": lambda s: _time(s.prefill_s),
-        "transfer's share of TTFT": lambda s: _share(s.transfer_share_of_ttft),
+        "share of TTFT": lambda s: _share(s.transfer_share_of_ttft),
         "decode pool": lambda s: _size(s.decode_pool_bytes),
-        "... sparse layers in a second pool": lambda s: _size(s.two_pool_bytes),
-        f"most requests/s at {traffic.max_utilisation:.0%} link": lambda s: f"{s.max_rate:.4g}",
+        "... as two pools": lambda s: _size(s.two_pool_bytes),
+        "most requests/s": lambda s: f"{s.max_rate:.4g}",
     }
     if traffic.rate is not None:
-        asked = f"{traffic.rate:g} requests/s"
-        rows[f"{asked} fit"] = lambda s: "yes" if s.fits else "NO"
-        rows[f"link used by {asked}"] = lambda s: _share(s.utilisation)
-        rows[f"link needed for {asked}"] = lambda s: str(Link(s.link_bits_per_s_needed or 0))
+        rows[f"{traffic.rate:g} requests/s"] = lambda s: "fit" if s.fits else "DO NOT FIT"
+        rows["... link used"] = lambda s: _share(s.utilisation)
+        rows["... link needed"] = lambda s: str(Link(s.link_bits_per_s_needed or 0))
     first = True
     for label, cell in rows.items():
         table.add_row(label, *(cell(side) for _, side, _ in sides))
@@ -64,7 +63,7 @@ def _size(count: int) -> str:
 
 
 def _time(seconds: float | None) -> str:
-    return "n/a" if seconds is None else f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1000:.3g} ms"
+    return "n/a" if seconds is None else f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1000:.4g} ms"
 
 
 def _share(share: float | None) -> str:

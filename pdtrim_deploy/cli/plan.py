@@ -1,0 +1,90 @@
+"""`pdtrim-deploy plan`: price a plan before owning the machines."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import click
+
+from pdtrim_deploy.cli import options
+from pdtrim_deploy.errors import UserError
+
+
+def _positive(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
+    if value is not None and not (math.isfinite(value) and value > 0):
+        raise UserError(f"{param.opts[0]} is {value}; give a number above 0")
+    return value
+
+
+@click.command()
+@click.argument("targets", metavar="RECIPE|BUNDLE|CONFIG.json|MODEL...", nargs=-1, required=True)
+@click.option("--config", metavar="FILE|MODEL", help="The model of every recipe: its config.json, or a shipped model.")
+@click.option("--isl", type=click.IntRange(1), default=4096, show_default=True, help="Prompt tokens a request.")
+@click.option("--osl", type=click.IntRange(1), default=256, show_default=True, help="Answer tokens a request.")
+@click.option("--link", default="25Gbps", show_default=True, help="Between prefill and decode: 100Gb/s, 40GB/s, ...")
+@click.option("--max-utilisation", type=float, default=0.8, show_default=True, help="Share of the link to be used.")
+@click.option("--rate", type=float, callback=_positive, help="Requests/s: do they fit, and what link would they need?")
+@click.option(
+    "--prefill-tokens-per-s",
+    type=float,
+    callback=_positive,
+    help="Prefill speed of the unpruned model; needed for the share of TTFT.",
+)
+@options.json_flag
+def plan(
+    targets: tuple[str, ...],
+    config: str | None,
+    isl: int,
+    osl: int,
+    link: str,
+    max_utilisation: float,
+    rate: float | None,
+    prefill_tokens_per_s: float | None,
+    as_json: bool,
+) -> None:
+    r"""Bytes, link time, decode memory and largest rate of each target beside its unpruned model.
+
+    Takes seconds and reads no weights; a recipe is priced by how many blocks and layers it cuts. Exit code 0 also
+    when --rate does not fit.
+
+    \b
+    Examples:
+      pdtrim-deploy plan llama-3.1-8b --isl 8192 --link 100Gbps
+      pdtrim-deploy plan recipes/smollm2-demo.yaml --rate 20
+      pdtrim-deploy plan a.yaml b.yaml --config qwen2.5-7b --prefill-tokens-per-s 12000 --json
+    """
+    from pdtrim_deploy.sizing import Link, Traffic, price, subjects
+
+    if not 0 < max_utilisation <= 1:
+        raise UserError(f"--max-utilisation is {max_utilisation}; give a share above 0 and at most 1")
+    traffic = Traffic(isl, osl, Link.parse(link), max_utilisation, rate, prefill_tokens_per_s)
+    found = subjects(targets, config)
+    for subject in found:
+        subject.check_length(isl, osl)
+    priced = [(subject, price(subject.plan, traffic)) for subject in found]
+    if as_json:
+        asked = {"isl": isl, "osl": osl, "link_bits_per_s": traffic.link.bits_per_s, "rate": rate}
+        asked |= {"max_utilisation": max_utilisation, "prefill_tokens_per_s": prefill_tokens_per_s}
+        data = {
+            "traffic": asked,
+            "assumptions": traffic.assumptions(),
+            "prices": [
+                {"name": s.name, "kind": s.kind, "model": s.model, "shape": s.plan.model.model_dump(), "notes": s.notes}
+                | cost.model_dump()
+                for s, cost in priced
+            ],
+        }
+        click.echo(json.dumps(data, indent=2))
+        return
+    from rich.console import Console
+
+    from pdtrim_deploy.report.sizing_table import sizing_table
+
+    Console().print(sizing_table(priced, traffic))
+    for sentence in traffic.assumptions():
+        click.echo(f"assumed: {sentence}")
+    for subject in found:
+        for note in subject.notes:
+            click.echo(f"{subject.name}: {note}")

@@ -1,0 +1,129 @@
+"""What can be priced: a recipe, a bundle, or a model's config.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pdtrim_deploy.bundle import PLAN, Bundle
+from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.pipeline.build import check_fits
+from pdtrim_deploy.pipeline.preview import stand_in
+from pdtrim_deploy.plan import PDPlan
+from pdtrim_deploy.recipe import Recipe
+from pdtrim_deploy.sizing.shape import Sized, find_config, read_sized, shipped, shipped_for
+
+_RECIPE_SUFFIXES = (".yaml", ".yml")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A plan to price.
+
+    Attributes:
+        kind: "recipe" (its plan is a stand-in of the same size), "bundle" (decided), "config" (nothing pruned).
+        model: the model's name for a reader.
+        max_positions: prompt and answer together must not be longer.
+        notes: what was assumed to come to this plan.
+
+    """
+
+    name: str
+    kind: str
+    model: str
+    plan: PDPlan
+    max_positions: int
+    notes: tuple[str, ...] = ()
+
+    def check_length(self, isl: int, osl: int) -> None:
+        """Refuse a request that is longer than the model."""
+        if isl + osl > self.max_positions:
+            raise UserError(
+                f"{self.name}: --isl {isl} and --osl {osl} make {isl + osl} tokens, {self.model} takes at most "
+                f"{self.max_positions}; lower one of them"
+            )
+
+
+def subjects(targets: Sequence[str], config: str | None = None) -> tuple[Subject, ...]:
+    """One subject a target; `config` gives the model of every recipe. Names are made to differ.
+
+    Raises:
+        UserError: no such target, a recipe whose model is not here, or `config` without a recipe.
+
+    """
+    model = None if config is None else _sized(config)
+    found = [_subject(target, model) for target in targets]
+    if config is not None and not any(one.kind == "recipe" for one in found):
+        raise UserError(f"--config {config} gives recipes a model, but no recipe is given; leave --config out")
+    names = [one.name for one in found]
+    unique = [t if names.count(one.name) > 1 else one.name for t, one in zip(targets, found, strict=True)]
+    return tuple(
+        Subject(name, one.kind, one.model, one.plan, one.max_positions, one.notes)
+        for name, one in zip(unique, found, strict=True)
+    )
+
+
+def _subject(target: str, model: Sized | None) -> Subject:
+    path = Path(target).expanduser()
+    if path.suffix in _RECIPE_SUFFIXES and not path.is_dir():
+        return _of_recipe(Recipe.load(path), model)
+    if (path / PLAN).is_file() or (path.is_dir() and not (path / "config.json").is_file()):
+        return _of_bundle(path)
+    return _of_config(_sized(target))
+
+
+def _of_recipe(recipe: Recipe, model: Sized | None) -> Subject:
+    sized = model or _model_of(recipe)
+    check_fits(recipe, sized.num_blocks)
+    plan = stand_in(recipe, sized.shape(recipe.model.dtype))
+    sparse = sum(send.mode == "sparse" for send in plan.kv)
+    note = (
+        f"not built yet, priced by counts: prefill drops {recipe.pruning.prefill_blocks} and decode "
+        f"{recipe.pruning.decode_blocks} of {sized.num_blocks} blocks, {sparse} of {len(plan.kv)} decode layers are "
+        f"sparse; which ones changes no figure here"
+    )
+    return Subject(recipe.name, "recipe", sized.label, plan, sized.max_positions, (note, f"model: {sized.origin}"))
+
+
+def _of_bundle(path: Path) -> Subject:
+    bundle = Bundle.open(path)
+    config = json.loads((bundle.decode_dir / "config.json").read_text())
+    model = bundle.recipe.model.source.rpartition("/")[2]
+    return Subject(path.resolve().name, "bundle", model, bundle.plan, config["max_position_embeddings"])
+
+
+def _of_config(sized: Sized) -> Subject:
+    dtype = sized.kv_dtype or "bfloat16"
+    said = () if sized.kv_dtype else (f"{sized.origin} names no dtype: bfloat16",)
+    notes = ("a model without a recipe: nothing pruned", f"model: {sized.origin}", *said)
+    return Subject(sized.label, "config", sized.label, PDPlan.dense(sized.shape(dtype)), sized.max_positions, notes)
+
+
+def _sized(text: str) -> Sized:
+    path = find_config(text)
+    if path is None:
+        raise UserError(
+            f"{text}: no such recipe, bundle or config.json; give one of these or a shipped model: {_names()}"
+        )
+    return read_sized(path)
+
+
+def _model_of(recipe: Recipe) -> Sized:
+    """The recipe's own model, where its config.json is here or shipped: nothing is fetched, no weights are read."""
+    kind, _, place = recipe.model.source.partition(":")
+    local = Path(place).expanduser() / "config.json"
+    if kind == "hf" and local.is_file():
+        return read_sized(local)
+    known = shipped_for(recipe.model.source)
+    if known is None:
+        raise UserError(
+            f"recipe {recipe.name}: no config.json of {recipe.model.source} is here; say --config with the file or a "
+            f"shipped model: {_names()}"
+        )
+    return read_sized(known)
+
+
+def _names() -> str:
+    return ", ".join(shipped())

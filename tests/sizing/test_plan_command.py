@@ -1,0 +1,105 @@
+"""`pdtrim-deploy plan` as a person or a script meets it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pdtrim_deploy.bundle import Bundle, Manifest, entries, seal
+from pdtrim_deploy.cli import main
+from pdtrim_deploy.plan import STAGES, Drop, Keep, KVSend, ModelShape, PDPlan
+from pdtrim_deploy.recipe import Recipe
+
+DEMO = Path(__file__).parents[2] / "recipes" / "smollm2-demo.yaml"
+
+
+def run(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", *(str(arg) for arg in args)])
+    captured = capsys.readouterr()
+    return int(ended.value.code or 0), captured.out, captured.err
+
+
+def make_bundle(path: Path) -> Bundle:
+    """A sealed bundle without weights: what `plan` reads of one."""
+    shape = ModelShape(architecture="X", fingerprint="f", num_blocks=4, num_kv_heads=2, head_dim=8, kv_dtype="float32")
+    sparse = KVSend(mode="sparse", n_first=1, n_last=2)
+    keep = (Keep(),) * 3 + (Drop(),)
+    plan = PDPlan(model=shape, prefill=keep, decode=keep, kv=(KVSend(), sparse, sparse))
+    for stage in STAGES:
+        (path / stage).mkdir(parents=True)
+        config = {"max_position_embeddings": 64, "pdtrim": plan.model_dump(mode="json")}
+        (path / stage / "config.json").write_text(json.dumps(config))
+    (path / "plan.json").write_text(plan.canonical_json())
+    recipe = Recipe.model_validate({"name": "b", "model": {"source": "hf:some/tiny"}})
+    (path / "recipe.yaml").write_text(recipe.to_yaml())
+    files = entries(path)
+    seal(path, Manifest(recipe_digest="r", plan_digest=plan.digest, seed=0, versions={}, steps={}, files=files))
+    return Bundle.open(path)
+
+
+def test_a_bundle_is_priced_by_its_own_plan(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "tiny-bundle")
+    args = (bundle.path, "--isl", 40, "--osl", 8, "--link", "8kb/s", "--rate", 0.1, "--json")
+    code, out, _ = run(capsys, *args)
+    (one,) = json.loads(out)["prices"]
+    assert (code, one["name"], one["kind"], one["model"]) == (0, "tiny-bundle", "bundle", "tiny")
+    assert one["planned"]["request_bytes"] == bundle.plan.payload_bytes(40) == (40 + 3 + 3) * 128
+    assert one["planned"]["transfer_s"] == pytest.approx(46 * 128 / 1000)
+    assert one["planned"]["two_pool_bytes"] == (48 + 11 + 11) * 128
+    assert one["planned"]["fits"] is True
+    assert one["dense"]["fits"] is False
+    code, out, err = run(capsys, bundle.path, "--isl", 60)
+    assert (code, out) == (2, "")
+    assert "--isl 60 and --osl 256 make 316 tokens, tiny takes at most 64" in err
+
+
+def test_side_by_side_shares_the_dense_column(capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    code, out, err = run(capsys, DEMO, DEMO.with_name("smollm2-dense.yaml"), "qwen2.5-7b", "--rate", 20)
+    header = next(line for line in out.splitlines() if "one request" in line)
+    assert (code, err) == (0, "")
+    columns = [cell.strip() for cell in header.strip("┃").split("┃")]
+    assert columns[1:] == ["smollm2-135m dense float32", "smollm2-demo", "smollm2-dense", "qwen2.5-7b dense bfloat16"]
+    cells = {
+        cut[1].strip(): [c.strip() for c in cut[2:-1]] for line in out.splitlines() if len(cut := line.split("│")) > 2
+    }
+    assert cells["bytes sent"] == ["188.74 MB", "27.46 MB", "188.74 MB", "234.88 MB"]
+    assert cells["less than dense"] == ["-", "6.87x", "1.00x", "-"]
+    assert cells["share of TTFT"] == ["n/a"] * 4
+    assert cells["20 requests/s"] == ["DO NOT FIT", "fit", "DO NOT FIT", "DO NOT FIT"]
+    assert "22 of 26 decode layers are sparse" in out
+    assert "say --prefill-tokens-per-s" in out
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["--link", "25"], "'25' is no link speed"),
+        (["--rate", "nan"], "--rate is nan; give a number above 0"),
+        (["--rate", "-1"], "--rate is -1.0"),
+        (["--prefill-tokens-per-s", "inf"], "--prefill-tokens-per-s is inf"),
+        (["--max-utilisation", "80"], "--max-utilisation is 80.0; give a share"),
+        (["--max-utilisation", "nan"], "--max-utilisation is nan"),
+        (["--isl", "131072"], "takes at most 131072"),
+        (["gone"], "gone: no such recipe, bundle or config.json"),
+    ],
+    ids=str,
+)
+def test_errors_are_one_sentence_and_code_2(capsys: pytest.CaptureFixture[str], args: list[str], says: str) -> None:
+    code, out, err = run(capsys, "llama-3.1-8b", *args)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert says in err
+
+
+def test_it_needs_the_core_only() -> None:
+    missing = ("torch", "transformers", "safetensors", "gguf", "httpx", "sglang")
+    program = f"import sys; sys.modules.update(dict.fromkeys({missing})); from pdtrim_deploy.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", program, "plan", str(DEMO)], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, "")

@@ -1,0 +1,112 @@
+"""The arithmetic of a price, held against counting by hand and against laws."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pdtrim_deploy.plan import Drop, Keep, KVSend, ModelShape, PDPlan
+from pdtrim_deploy.sizing import Link, Traffic, price
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+LINK = Link(1e9)
+tokens = st.integers(1, 3000)
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> PDPlan:
+    blocks = draw(st.integers(1, 8))
+    kept = draw(st.lists(st.booleans(), min_size=blocks, max_size=blocks).filter(any))
+    early = [k or draw(st.booleans()) for k in kept]
+    shape = ModelShape(
+        architecture="X",
+        fingerprint="f",
+        num_blocks=blocks,
+        num_kv_heads=draw(st.integers(1, 8)),
+        head_dim=draw(st.sampled_from([1, 8, 64, 128])),
+        kv_dtype=draw(st.sampled_from(sorted(DTYPE_BYTES))),
+    )
+    sparse = st.tuples(st.integers(0, 70), st.integers(0, 70)).filter(any)
+    sends = [draw(st.none() | sparse) for k in kept if k]
+    kv = [KVSend() if s is None else KVSend(mode="sparse", n_first=s[0], n_last=s[1]) for s in sends]
+    prefill, decode = (tuple(Keep() if k else Drop() for k in keeps) for keeps in (early, kept))
+    return PDPlan(model=shape, prefill=prefill, decode=decode, kv=tuple(kv))
+
+
+def sent_by_hand(send: KVSend, isl: int) -> int:
+    """Positions that travel, one by one."""
+    if send.mode == "full":
+        return isl
+    return sum(p < send.n_first or p >= isl - send.n_last for p in range(isl))
+
+
+def row(plan: PDPlan) -> int:
+    """K and V of one token of one layer."""
+    m = plan.model
+    return 2 * m.num_kv_heads * m.head_dim * DTYPE_BYTES[m.kv_dtype]
+
+
+@given(plans(), tokens, tokens)
+def test_bytes_and_pools_are_those_counted_by_hand(plan: PDPlan, isl: int, osl: int) -> None:
+    cost = price(plan, Traffic(isl, osl, LINK))
+    sent = sum(sent_by_hand(send, isl) for send in plan.kv)
+    assert cost.planned.request_bytes == plan.payload_bytes(isl) == sent * row(plan)
+    assert cost.planned.decode_pool_bytes == len(plan.kv) * (isl + osl) * row(plan)
+    assert cost.planned.two_pool_bytes == (sent + len(plan.kv) * osl) * row(plan)
+    assert cost.dense.request_bytes == plan.dense_bytes(isl) == plan.model.num_blocks * isl * row(plan)
+    assert cost.dense.decode_pool_bytes == cost.dense.two_pool_bytes
+    assert cost.reduction == pytest.approx(plan.reduction(isl))
+
+
+@given(plans(), tokens, tokens, tokens)
+def test_no_plan_costs_more_than_its_model_and_longer_is_never_cheaper(
+    plan: PDPlan, isl: int, more: int, osl: int
+) -> None:
+    short, long = (price(plan, Traffic(n, osl, LINK, prefill_tokens_per_s=1e3)) for n in (isl, isl + more))
+    for name in ("request_bytes", "transfer_s", "prefill_s", "decode_pool_bytes", "two_pool_bytes"):
+        assert getattr(short.planned, name) <= getattr(short.dense, name)
+        assert getattr(short.planned, name) <= getattr(long.planned, name)
+        assert getattr(short.dense, name) < getattr(long.dense, name)
+    assert short.planned.max_rate >= max(long.planned.max_rate, short.dense.max_rate)
+    assert short.planned.two_pool_bytes <= short.planned.decode_pool_bytes
+
+
+@given(plans(), tokens, st.floats(1e3, 1e13), st.floats(0.01, 1), st.floats(1e-3, 1e6))
+def test_the_largest_rate_fits_and_the_link_needed_is_just_enough(
+    plan: PDPlan, isl: int, speed: float, cap: float, rate: float
+) -> None:
+    side = price(plan, Traffic(isl, 1, Link(speed), cap, rate)).planned
+    assert side.link_bits_per_s_needed is not None
+    assert side.utilisation == pytest.approx(rate * side.request_bytes * 8 / speed)
+    needed = side.link_bits_per_s_needed
+    for link, at, fits in [(speed, side.max_rate * 0.999, True), (speed, side.max_rate * 1.001, False),
+                           (needed * 1.001, rate, True), (needed * 0.999, rate, False)]:  # fmt: skip
+        assert price(plan, Traffic(isl, 1, Link(link), cap, at)).planned.fits is fits
+
+
+def test_figures_of_llama_8b_by_hand() -> None:
+    shape = ModelShape(
+        architecture="X", fingerprint="f", num_blocks=32, num_kv_heads=8, head_dim=128, kv_dtype="bfloat16"
+    )
+    sparse = KVSend(mode="sparse", n_first=4, n_last=64)
+    prefill, decode = (Drop(),) * 4 + (Keep(),) * 28, (Drop(),) * 8 + (Keep(),) * 24
+    plan = PDPlan(model=shape, prefill=prefill, decode=decode, kv=(sparse,) * 20 + (KVSend(),) * 4)
+    cost = price(plan, Traffic(4096, 256, Link.parse("25Gbps"), 0.8, 10, prefill_tokens_per_s=8192))
+    assert cost.dense.request_bytes == 4096 * 131072  # 128 KiB a token
+    assert cost.dense.transfer_s == pytest.approx(0.1718, abs=1e-4)
+    assert cost.dense.prefill_s == 0.5
+    assert cost.planned.prefill_s == 0.5 * 28 / 32
+    assert cost.dense.transfer_share_of_ttft == pytest.approx(0.1718 / 0.6718, abs=1e-4)
+    assert cost.planned.request_bytes == (20 * 68 + 4 * 4096) * 4096
+    assert cost.dense.max_rate == pytest.approx(2.5e9 / 536870912)  # 80 % of 25 Gb/s is 2.5 GB/s
+    assert (cost.dense.fits, cost.planned.fits) == (False, True)
+
+
+def test_without_a_prefill_speed_or_a_rate_nothing_is_made_up() -> None:
+    shape = ModelShape(architecture="X", fingerprint="f", num_blocks=1, num_kv_heads=1, head_dim=1, kv_dtype="float16")
+    traffic = Traffic(8, 8, LINK)
+    side = price(PDPlan.dense(shape), traffic).planned
+    nothing = (side.prefill_s, side.transfer_share_of_ttft, side.fits, side.utilisation, side.link_bits_per_s_needed)
+    assert nothing == (None,) * 5
+    assert any("n/a" in sentence for sentence in traffic.assumptions())

@@ -1,0 +1,144 @@
+"""What can be priced, and from which file its shape comes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.sizing import subjects
+from pdtrim_deploy.sizing.shape import read_sized, shipped
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+CONFIG: dict[str, Any] = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 6,
+    "head_dim": 32,
+    "vocab_size": 100,
+    "max_position_embeddings": 512,
+    "dtype": "float16",
+}
+
+
+def write_config(folder: Path, **changes: object) -> Path:
+    folder.mkdir(exist_ok=True)
+    data = {key: value for key, value in (CONFIG | changes).items() if value is not ...}
+    (folder / "config.json").write_text(json.dumps(data))
+    return folder / "config.json"
+
+
+def write_recipe(folder: Path, name: str = "asked", source: str = "hf:nowhere", **sections: object) -> Path:
+    data = {"name": name, "model": {"source": source, "dtype": "bfloat16"}, **sections}
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(data))
+    return folder / f"{name}.yaml"
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_shipped_sizes_make_the_published_number_of_parameters(name: str) -> None:
+    c = json.loads(shipped()[name].read_text())
+    hidden, q, kv = c["hidden_size"], *(c["head_dim"] * c[f"num_{k}_heads"] for k in ("attention", "key_value"))
+    bias = q + 2 * kv if c["architectures"] == ["Qwen2ForCausalLM"] else 0
+    block = hidden * (2 * q + 2 * kv) + bias + 3 * hidden * c["intermediate_size"] + 2 * hidden
+    embeddings = c["vocab_size"] * hidden * (1 if c["tie_word_embeddings"] else 2)
+    assert c["num_hidden_layers"] * block + embeddings + hidden == c["_facts"]["parameters"]
+    assert c["_facts"]["checked_against"]
+
+
+def test_shipped_names_and_kv_bytes_a_token() -> None:
+    found = {s.name: s.plan.dense_bytes(1) for s in subjects(["Llama-3.1-8B", "qwen2.5-7b", "qwen2.5-14b"])}
+    assert found == {"llama-3.1-8b": 131072, "qwen2.5-7b": 57344, "qwen2.5-14b": 196608}
+
+
+def test_a_users_config_as_file_or_folder(tmp_path: Path) -> None:
+    file = write_config(tmp_path / "mine")
+    for target in (file, file.parent):
+        (one,) = subjects([str(target)])
+        assert (one.kind, one.name, one.max_positions) == ("config", "mine", 512)
+        assert one.plan.dense_bytes(1) == one.plan.payload_bytes(1) == 6 * 2 * 2 * 32 * 2
+    old = read_sized(write_config(tmp_path / "old", head_dim=..., num_key_value_heads=..., dtype=...))
+    assert (old.head_dim, old.num_kv_heads, old.kv_dtype) == (16, 4, None)
+    (one,) = subjects([str(tmp_path / "old")])
+    assert one.plan.model.kv_dtype == "bfloat16"
+    assert any("names no dtype: bfloat16" in note for note in one.notes)
+
+
+def test_a_recipe_is_priced_by_its_counts(tmp_path: Path) -> None:
+    folder = write_config(tmp_path / "mine").parent
+    kv = {"method": "attention-mass", "sparse_layers": 3, "n_first": 2, "n_last": 5}
+    cut = {"method": "cosine", "prefill_blocks": 1, "decode_blocks": 2}
+    recipe = write_recipe(tmp_path, source=f"hf:{folder}", kv=kv, pruning=cut)
+    (one,) = subjects([str(recipe)])
+    assert (len(one.plan.prefill_layers), len(one.plan.decode_layers)) == (5, 4)
+    assert one.plan.payload_bytes(100) == (3 * 7 + 100) * 2 * 2 * 32 * 2
+    assert any("3 of 4 decode layers are sparse" in note for note in one.notes)
+    (other,) = subjects([str(recipe)], "llama-3.1-8b")
+    assert (other.plan.model.num_blocks, len(other.plan.kv), other.model) == (32, 30, "llama-3.1-8b")
+
+
+def test_a_recipe_finds_the_shipped_facts_of_its_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = write_recipe(tmp_path, source="hf:Qwen/Qwen2.5-7B")
+    assert subjects([str(recipe)])[0].model == "qwen2.5-7b"
+    for file in sorted(RECIPES.glob("smollm2-*.yaml")):
+        assert subjects([str(file)])[0].model == "smollm2-135m"
+
+
+def test_equal_names_are_told_apart_by_their_targets(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    files = [str(write_recipe(tmp_path / name)) for name in "ab"]
+    assert [s.name for s in subjects(files, "qwen2.5-7b")] == files
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"architectures": ["MambaForCausalLM"]}, "architecture MambaForCausalLM is not supported"),
+        ({"num_key_value_heads": 0}, "key num_key_value_heads is 0; it must be a whole number"),
+        ({"num_attention_heads": 0}, "key num_attention_heads is 0"),
+        ({"head_dim": "wide"}, "key head_dim is 'wide'"),
+        ({"num_hidden_layers": -1}, "key num_hidden_layers is -1"),
+        ({"hidden_size": ...}, "key hidden_size is missing"),
+        ({"dtype": "float8_e4m3fn"}, "dtype is 'float8_e4m3fn'; a KV pool is one of float32, bfloat16, float16"),
+        ({"pdtrim": {}}, "one stage of a bundle; give the bundle's folder"),
+        ({"dtype": ["x"]}, r"dtype is \['x'\]"),
+        ({"_facts": 1, "head_dim": 1.5}, "key head_dim is 1.5"),
+        ({"hidden_size": 3, "head_dim": ...}, "key head_dim is 0"),
+        ({"num_hidden_layers": True}, "key num_hidden_layers is True"),
+    ],
+    ids=str,
+)
+def test_bad_configs(tmp_path: Path, changes: dict[str, object], says: str) -> None:
+    with pytest.raises(UserError, match=says) as caught:
+        subjects([str(write_config(tmp_path / "mine", **changes))])
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_targets(tmp_path: Path) -> None:
+    (tmp_path / "list.json").write_text("[]")
+    (tmp_path / "broken.json").write_text("{")
+    (tmp_path / "empty").mkdir()
+    recipe, many = write_recipe(tmp_path), write_recipe(tmp_path, "many", pruning={"decode_blocks": 30})
+    shipped_models = "llama-3.1-8b, qwen2.5-14b, qwen2.5-7b, smollm2-135m"
+    for targets, config, says in [
+        (["gone"], None, f"gone: no such recipe, bundle or config.json; .* shipped model: {shipped_models}"),
+        ([tmp_path / "gone.yaml"], None, "no such recipe file"),
+        ([tmp_path / "list.json"], None, "not a JSON object"),
+        ([tmp_path / "broken.json"], None, "not JSON"),
+        ([tmp_path / "empty"], None, "not a complete bundle"),
+        ([recipe], None, f"no config.json of hf:nowhere is here; say --config .*: {shipped_models}"),
+        ([recipe], "gpt-2", "gpt-2: no such"),
+        ([many], "qwen2.5-7b", "pruning.decode_blocks is 30; allowed: at most 27"),
+        (["qwen2.5-7b"], "qwen2.5-7b", "no recipe is given; leave --config out"),
+    ]:
+        with pytest.raises(UserError, match=says) as caught:
+            subjects([str(target) for target in targets], config)
+        assert "\n" not in str(caught.value)
