@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from pdtrim_deploy.bundle import PLAN, Bundle
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.pipeline.build import check_fits
@@ -77,7 +79,11 @@ def _subject(target: str, model: Sized | None) -> Subject:
 def _of_recipe(recipe: Recipe, model: Sized | None) -> Subject:
     sized = model or _model_of(recipe)
     check_fits(recipe, sized.num_blocks)
-    plan = stand_in(recipe, sized.shape(recipe.model.dtype))
+    try:
+        plan = stand_in(recipe, sized.shape(recipe.model.dtype))
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise UserError(f"recipe {recipe.name} does not suit {sized.label}: {reason}") from None
     sparse = sum(send.mode == "sparse" for send in plan.kv)
     note = (
         f"not built yet, priced by counts: prefill drops {recipe.pruning.prefill_blocks} and decode "

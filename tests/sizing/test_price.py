@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from pdtrim_deploy.plan import Drop, Keep, KVSend, ModelShape, PDPlan
 from pdtrim_deploy.sizing import Link, Traffic, price
+from pdtrim_deploy.wire import WIRE_DTYPES
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 LINK = Link(1e9)
@@ -24,12 +25,15 @@ def plans(draw: st.DrawFn) -> PDPlan:
         fingerprint="f",
         num_blocks=blocks,
         num_kv_heads=draw(st.integers(1, 8)),
-        head_dim=draw(st.sampled_from([1, 8, 64, 128])),
+        head_dim=draw(st.sampled_from([8, 48, 64, 128])),
         kv_dtype=draw(st.sampled_from(sorted(DTYPE_BYTES))),
     )
     sparse = st.tuples(st.integers(0, 70), st.integers(0, 70)).filter(any)
-    sends = [draw(st.none() | sparse) for k in kept if k]
-    kv = [KVSend() if s is None else KVSend(mode="sparse", n_first=s[0], n_last=s[1]) for s in sends]
+    kv = []
+    for _ in filter(None, kept):
+        ends, wire = draw(st.none() | sparse), draw(st.sampled_from(WIRE_DTYPES))
+        mode = {"mode": "full"} if ends is None else {"mode": "sparse", "n_first": ends[0], "n_last": ends[1]}
+        kv.append(KVSend.model_validate(mode | {"wire_dtype": wire}))
     prefill, decode = (tuple(Keep() if k else Drop() for k in keeps) for keeps in (early, kept))
     return PDPlan(model=shape, prefill=prefill, decode=decode, kv=tuple(kv))
 
@@ -41,17 +45,24 @@ def sent_by_hand(send: KVSend, isl: int) -> int:
     return sum(p < send.n_first or p >= isl - send.n_last for p in range(isl))
 
 
-def row(plan: PDPlan) -> int:
-    """K and V of one token of one layer."""
+def row(plan: PDPlan, wire: str = "native") -> int:
+    """K and V of one token of one layer; int4 has a scale and a minimum for each group, the others one scale a head."""
     m = plan.model
-    return 2 * m.num_kv_heads * m.head_dim * DTYPE_BYTES[m.kv_dtype]
+    head = {
+        "native": m.head_dim * DTYPE_BYTES[m.kv_dtype],
+        "fp8": m.head_dim + 2,
+        "int8": m.head_dim + 2,
+        "int4": m.head_dim // 2 + 4 * (m.head_dim // {8: 8, 48: 16}.get(m.head_dim, 32)),
+    }[wire]
+    return 2 * m.num_kv_heads * head
 
 
 @given(plans(), tokens, tokens)
 def test_bytes_and_pools_are_those_counted_by_hand(plan: PDPlan, isl: int, osl: int) -> None:
     cost = price(plan, Traffic(isl, osl, LINK))
     sent = sum(sent_by_hand(send, isl) for send in plan.kv)
-    assert cost.planned.request_bytes == plan.payload_bytes(isl) == sent * row(plan)
+    packed = sum(sent_by_hand(send, isl) * row(plan, send.wire_dtype) for send in plan.kv)
+    assert cost.planned.request_bytes == plan.payload_bytes(isl) == packed
     assert cost.planned.decode_pool_bytes == len(plan.kv) * (isl + osl) * row(plan)
     assert cost.planned.two_pool_bytes == (sent + len(plan.kv) * osl) * row(plan)
     assert cost.dense.request_bytes == plan.dense_bytes(isl) == plan.model.num_blocks * isl * row(plan)

@@ -12,6 +12,7 @@ import yaml
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.sizing import subjects
 from pdtrim_deploy.sizing.shape import read_sized, shipped
+from pdtrim_deploy.wire import WIRE_DTYPES
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 CONFIG: dict[str, Any] = {
@@ -120,6 +121,14 @@ def test_bad_configs(tmp_path: Path, changes: dict[str, object], says: str) -> N
     with pytest.raises(UserError, match=says) as caught:
         subjects([str(write_config(tmp_path / "mine", **changes))])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif("int4" not in WIRE_DTYPES, reason="no wire dtype minds the head size")
+def test_a_wire_dtype_that_the_head_size_does_not_suit(tmp_path: Path) -> None:
+    folder = write_config(tmp_path / "odd", head_dim=30).parent
+    recipe = write_recipe(tmp_path, kv={"wire_dtype": "int4"})
+    with pytest.raises(UserError, match="recipe asked does not suit odd: block 0: wire dtype int4 needs a head size"):
+        subjects([str(recipe)], str(folder))
 
 
 def test_bad_targets(tmp_path: Path) -> None:
