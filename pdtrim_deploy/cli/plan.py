@@ -44,7 +44,7 @@ def plan(
     prefill_tokens_per_s: float | None,
     as_json: bool,
 ) -> None:
-    r"""Bytes, link time, decode memory and largest rate of each target beside its unpruned model.
+    """Bytes, link time, decode memory and largest rate of each target beside its unpruned model.
 
     Takes seconds and reads no weights; a recipe is priced by how many blocks and layers it cuts. Exit code 0 also
     when --rate does not fit.

