@@ -1,0 +1,91 @@
+"""What `make setup` makes again, and what it leaves alone; the commands it would run are only recorded."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+TOOL = Path(__file__).parents[2] / "tools" / "environment.py"
+
+
+@pytest.fixture
+def tool(tmp_path, monkeypatch):
+    spec = importlib.util.spec_from_file_location("environment_tool", TOOL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "ROOT", tmp_path)
+    (tmp_path / "constraints").mkdir()
+    (tmp_path / "constraints" / "build.txt").write_text("torch==2.13.0\nuv==0.13.9\n")
+    (tmp_path / "pyproject.toml").write_text("[project]\n")
+    module.commands = []
+
+    def run(*command):
+        words = [str(word) for word in command]
+        module.commands.append(words)
+        if words[1:3] == ["-m", "venv"]:
+            python = Path(words[3]) / "bin" / "python"
+            python.parent.mkdir(parents=True)
+            python.touch()
+
+    monkeypatch.setattr(module, "run", run)
+    return module
+
+
+def ensure(tool):
+    """How many environments were made, and how many commands ran, this time."""
+    tool.commands.clear()
+    tool.Environment("build", cuda=False).ensure()
+    return sum(words[1:3] == ["-m", "venv"] for words in tool.commands), len(tool.commands)
+
+
+def test_what_stands_is_left_alone(tool):
+    assert ensure(tool)[0] == 1
+    assert ensure(tool) == (0, 0)
+
+
+def test_other_pins_make_it_again_from_nothing(tool):
+    ensure(tool)
+    leftover = tool.ROOT / ".venv" / "build" / "leftover"
+    leftover.touch()
+    (tool.ROOT / "constraints" / "build.txt").write_text("torch==2.13.1\nuv==0.13.9\n")
+    assert ensure(tool)[0] == 1
+    assert not leftover.exists()
+
+
+def test_a_set_up_that_broke_off_is_made_again(tool, monkeypatch):
+    working = tool.run
+
+    def breaks(*command):
+        if "-e" in command:
+            raise SystemExit("network down")
+        working(*command)
+
+    monkeypatch.setattr(tool, "run", breaks)
+    with pytest.raises(SystemExit):
+        ensure(tool)
+    monkeypatch.setattr(tool, "run", working)
+    assert ensure(tool)[0] == 1
+
+
+def test_a_changed_pyproject_only_reinstalls_the_project(tool):
+    ensure(tool)
+    (tool.ROOT / "pyproject.toml").write_text("[project]\nname = 'x'\n")
+    made, commands = ensure(tool)
+    assert (made, commands) == (0, 1)
+    assert tool.commands[0][-2:] == ["-e", "."]
+
+
+def test_a_removed_interpreter_is_noticed(tool):
+    ensure(tool)
+    (tool.ROOT / ".venv" / "build" / "bin" / "python").unlink()
+    (tool.ROOT / ".venv" / "build" / "bin").rmdir()
+    assert ensure(tool)[0] == 1
+
+
+def test_every_package_is_pinned_and_no_host_is_named():
+    for lock in sorted((TOOL.parents[1] / "constraints").glob("*.txt")):
+        for line in lock.read_text().splitlines():
+            name, _, version = line.partition("==")
+            assert name, line
+            assert version, line
+            assert "/" not in line, line
