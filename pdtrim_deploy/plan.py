@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from pdtrim_deploy.errors import UserError
-from pdtrim_deploy.wire import WireDtype, packed_row_bytes
+from pdtrim_deploy.wire import HEAD_DIM_MULTIPLE, WireDtype, packed_row_bytes
 
 NativeDtype = Literal["float32", "bfloat16", "float16"]
 Stage = Literal["prefill", "decode"]
@@ -130,8 +130,11 @@ class PDPlan(_Frozen):
         if len(self.kv) != len(self.decode_layers):
             raise ValueError(f"kv has {len(self.kv)} entries, decode keeps {len(self.decode_layers)} layers")
         for block, send in zip(self.decode_layers, self.kv, strict=True):
-            if send.wire_dtype != "native" and self.model.head_dim % 4:
-                raise ValueError(f"block {block}: wire dtype {send.wire_dtype} needs a head size that is a multiple of 4")
+            if self.model.head_dim % (multiple := HEAD_DIM_MULTIPLE[send.wire_dtype]):
+                raise ValueError(
+                    f"block {block}: wire dtype {send.wire_dtype} needs a head size that is a multiple of {multiple}, "
+                    f"the model's is {self.model.head_dim}"
+                )
         return self
 
     def actions(self, stage: Stage) -> tuple[Action, ...]:

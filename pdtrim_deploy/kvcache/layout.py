@@ -1,4 +1,17 @@
-"""Where the rows of one chunk of a prompt lie in the packed bytes: `[layer][K|V][row][kv_head * head_dim]`.
+"""Where the rows of one chunk of a prompt lie in the packed bytes.
+
+    packed = layers in the order of decode layers, each in its own wire dtype, without gaps
+    layer  = K side, V side; equally long
+    side   = sections, one after the other (`pdtrim_deploy.wire.row_sections`):
+        native  [rows, kv_heads, head_dim]    the pool's dtype
+        int8    [rows, kv_heads, head_dim]    int8,          [rows, kv_heads] float16 scales
+        fp8     [rows, kv_heads, head_dim]    float8_e4m3fn, [rows, kv_heads] float16 scales
+        int4    [rows, kv_heads, head_dim/2]  uint8, [rows, kv_heads, groups] float16 scales, and as many minima
+
+All is little-endian and C-contiguous; codes of all rows come first, then scales of all rows, as in the CUDA kernel's
+`wire_format.h`. There is no padding, since bytes would then depend on how a prompt is cut, and none is needed: a side
+is a multiple of 2 bytes (`pdtrim_deploy.wire.HEAD_DIM_MULTIPLE`) and a layer of 4, so in a buffer aligned to 4 bytes
+every section may be viewed in its dtype, whatever the wire dtypes of the layers before it.
 
 Rows are chosen by absolute prompt position, so chunked prefill, prefix-cache hits, page sizes and batches change
 nothing: the chunks of a prompt, however it is cut, carry exactly the rows of the whole. Pure arithmetic: no torch.

@@ -1,13 +1,23 @@
-"""Move KV between a paged pool and the packed bytes of a `ChunkLayout`: one gather, one scatter, no copy between."""
+"""Move KV between a paged pool and the packed bytes of a `ChunkLayout`, through the codecs of its wire dtypes.
+
+Rows go in blocks small enough for a CPU's cache, so that a codec's steps touch memory once; a block whose slots are
+a run is read and written in place, any other by one gather or scatter. On other devices a layer's side is one block.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
+from pdtrim_deploy.kvcache.codecs import get_codec
+from pdtrim_deploy.kvcache.codecs.base import Index, put
 from pdtrim_deploy.kvcache.layout import ChunkLayout, LayerRows
+from pdtrim_deploy.wire import row_sections
+
+BLOCK_VALUES = 1 << 17  # half a megabyte in float32
 
 
 def pack(
@@ -17,12 +27,12 @@ def pack(
     slots: Tensor,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Gather a chunk's rows from the prefill pool.
+    """Gather, quantise and pack a chunk's rows from the prefill pool.
 
     Args:
         keys, values: one pool tensor per *prefill* layer, `[pool_slots, kv_heads, head_dim]`, native dtype.
         slots: int64 `[stop - start]`, the pool slot of each token of the chunk.
-        out: uint8 staging buffer of at least `layout.total_bytes`; made when left out.
+        out: uint8 staging buffer of at least `layout.total_bytes`, aligned to 4 bytes; made when left out.
 
     Returns:
         uint8 `[layout.total_bytes]`, a view of `out` when it was given.
@@ -31,9 +41,12 @@ def pack(
     if out is None:
         out = torch.empty(layout.total_bytes, dtype=torch.uint8, device=slots.device)
     out = out[: layout.total_bytes]
-    for rows, picked in _picked(layout, slots):
+    for rows, blocks in _blocks(layout, slots, keys[0]):
+        codec = get_codec(rows.wire_dtype)
         for side, pool in enumerate((keys[rows.prefill_layer], values[rows.prefill_layer])):
-            torch.index_select(pool.flatten(1), 0, picked, out=_side(out, rows, side, pool))
+            sections = side_sections(out, rows, side, pool)
+            for at, index in blocks:
+                codec.encode(pool, index, [section[at] for section in sections])
     return out
 
 
@@ -47,26 +60,47 @@ def unpack(
     """Scatter packed bytes into the decode pool; rows that were not sent are left untouched.
 
     Args:
-        packed: uint8, `layout.total_bytes` long, as `pack` made it.
+        packed: uint8, `layout.total_bytes` long, as `pack` made it, aligned to 4 bytes.
         keys, values: one pool tensor per *decode* layer, `[pool_slots, kv_heads, head_dim]`.
         slots: int64 `[stop - start]`, the pool slot of each token of the chunk.
 
     """
-    for rows, picked in _picked(layout, slots):
+    for rows, blocks in _blocks(layout, slots, keys[0]):
+        codec = get_codec(rows.wire_dtype)
         for side, pool in enumerate((keys[rows.decode_layer], values[rows.decode_layer])):
-            pool.flatten(1).index_copy_(0, picked, _side(packed, rows, side, pool))
+            sections = side_sections(packed, rows, side, pool)
+            for at, index in blocks:
+                put(pool, index, codec.decode([section[at] for section in sections]))
 
 
-def _picked(layout: ChunkLayout, slots: Tensor) -> Iterator[tuple[LayerRows, Tensor]]:
-    """Each layer's rows with their pool slots; layers that send the same rows share one index tensor."""
-    seen: dict[tuple[tuple[int, int], ...], Tensor] = {}
+def side_sections(packed: Tensor, rows: LayerRows, side: int, pool: Tensor) -> list[Tensor]:
+    """Views of K's (side 0) or V's (1) sections in `packed`, `[rows, kv_heads, per_head]` each."""
+    _, heads, head_dim = pool.shape
+    kinds = row_sections(rows.wire_dtype, str(pool.dtype).removeprefix("torch."), head_dim)
+    dtypes = [getattr(torch, kind.dtype) for kind in kinds]
+    sizes = [rows.rows * heads * kind.per_head * dtype.itemsize for kind, dtype in zip(kinds, dtypes, strict=True)]
+    ends = list(accumulate(sizes, initial=rows.offset + side * rows.side_bytes))
+    parts = [packed[lo:hi] for lo, hi in pairwise(ends)]
+    return [part.view(dtype).view(rows.rows, heads, -1) for part, dtype in zip(parts, dtypes, strict=True)]
+
+
+def _blocks(layout: ChunkLayout, slots: Tensor, pool: Tensor) -> Iterator[tuple[LayerRows, list[tuple[slice, Index]]]]:
+    """Each layer's rows as (place among the layer's rows, place in the pool); found once for layers with equal rows."""
+    seen: dict[tuple[tuple[int, int], ...], list[tuple[slice, Index]]] = {}
+    step = max(1, BLOCK_VALUES // pool[0].numel()) if slots.is_cpu else max(1, len(slots))
     for rows in layout.layers:
         if rows.ranges not in seen:
-            parts = [slots[lo:hi] for lo, hi in rows.ranges]
-            seen[rows.ranges] = parts[0] if len(parts) == 1 else torch.cat(parts)
+            picked = torch.cat([slots[lo:hi] for lo, hi in rows.ranges])
+            parts = picked.split(step)
+            starts = range(0, len(picked), step)
+            seen[rows.ranges] = [
+                (slice(at, at + len(part)), _run(part)) for at, part in zip(starts, parts, strict=True)
+            ]
         yield rows, seen[rows.ranges]
 
 
-def _side(packed: Tensor, rows: LayerRows, side: int, pool: Tensor) -> Tensor:
-    begin = rows.offset + side * rows.side_bytes
-    return packed[begin : begin + rows.side_bytes].view(pool.dtype).view(rows.rows, -1)
+def _run(part: Tensor) -> Index:
+    """The slots as a slice when they are consecutive; never asked of a device, which would have to be waited for."""
+    if part.is_cpu and bool((part.diff() == 1).all()):
+        return slice(int(part[0]), int(part[0]) + len(part))
+    return part

@@ -138,6 +138,20 @@ def test_prompt_kv_takes_the_dtype_of_the_plan():
     assert 1e-5 < error[1:].max() < 0.1
 
 
+@pytest.mark.parametrize(("wire", "least", "most"), [("int8", 1e-5, 0.03), ("fp8", 1e-3, 0.3), ("int4", 1e-2, 1.0)])
+def test_prompt_kv_travels_in_its_wire_dtype(wire, least, most):
+    """Tiny random models feel KV errors strongly: the figures only tell the dtypes from each other and from noise."""
+    ids, model = text(4, 40), tiny("Llama")
+    oracle = make_oracle(model, make_plan())
+    state = oracle.prefill(ids[:, :20])
+    sent = oracle.with_kv((KVSend(wire_dtype=wire),) * BLOCKS)
+    error = (sent.score(state, ids[:, 20:]) - oracle.score(state, ids[:, 20:])).abs()
+    assert (error[:, 0] == 0).all()  # the first token is prefill's own
+    assert least < error[:, 1:].mean() < most
+    one = oracle.with_kv((KVSend(wire_dtype=wire), *(KVSend(),) * (BLOCKS - 1)))
+    assert 0 < (one.score(state, ids[:, 20:]) - oracle.score(state, ids[:, 20:])).abs().mean() < error.mean()
+
+
 def test_models_that_do_not_fit_the_plan_are_refused():
     with pytest.raises(ValueError, match="decode model has 5 layers, the plan 4"):
         PDOracle(tiny("Llama"), tiny("Llama"), make_plan(decode=(2,)))

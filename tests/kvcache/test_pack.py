@@ -1,14 +1,23 @@
-"""Laws of the wire format: chunks carry the whole, pack then unpack is the identity, bytes equal the plan."""
+"""Laws of the wire format: chunks carry the whole, pack then unpack stays in bounds, bytes equal the plan."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.kvcache.layout import chunk_layout
-from pdtrim_deploy.kvcache.pack import pack, unpack
+from pdtrim_deploy.kvcache.pack import pack, side_sections, unpack
 from pdtrim_deploy.plan import Drop, Keep, KVSend, ModelShape, PDPlan
+from pdtrim_deploy.wire import WIRE_DTYPES
 
-HEADS, DIM = 2, 4
+UNTOUCHED = -9.0
+
+
+def shape(blocks=1, heads=2, dim=4, dtype="float32"):
+    return ModelShape(
+        architecture="X", fingerprint="f", num_blocks=blocks, num_kv_heads=heads, head_dim=dim, kv_dtype=dtype
+    )
 
 
 @st.composite
@@ -19,15 +28,13 @@ def plans(draw):
     prefill = [kept or draw(st.booleans()) for kept in decode]
     sends = []
     for _ in range(sum(decode)):
-        first, last = draw(st.integers(0, 5)), draw(st.integers(0, 5))
-        sends.append(KVSend(mode="sparse", n_first=first, n_last=last) if first + last else KVSend())
+        first, last, wire = draw(st.integers(0, 5)), draw(st.integers(0, 5)), draw(st.sampled_from(WIRE_DTYPES))
+        rule = {"mode": "sparse", "n_first": first, "n_last": last} if first + last else {}
+        sends.append(KVSend(**rule, wire_dtype=wire))
     dtype = draw(st.sampled_from(["float32", "bfloat16", "float16"]))
-    model = ModelShape(
-        architecture="X", fingerprint="f", num_blocks=blocks, num_kv_heads=HEADS, head_dim=DIM, kv_dtype=dtype
-    )
     action = {True: Keep(), False: Drop()}
     return PDPlan(
-        model=model,
+        model=shape(blocks, draw(st.integers(1, 3)), draw(st.sampled_from([4, 8, 12, 64, 96])), dtype),
         prefill=tuple(action[k] for k in prefill),
         decode=tuple(action[k] for k in decode),
         kv=tuple(sends),
@@ -40,15 +47,59 @@ def cuts(draw, tokens):
     return list(zip([0, *points], [*points, tokens], strict=True))
 
 
-@settings(max_examples=60, deadline=None)
+@st.composite
+def slots_of(draw, size, tokens):
+    """Slots of a prompt: one run, scattered, or runs with gaps."""
+    kind = draw(st.sampled_from(["run", "scattered", "mixed"]))
+    if kind == "scattered":
+        return torch.tensor(draw(st.permutations(range(size))))[:tokens]
+    slots = torch.arange(size)
+    return slots[draw(st.integers(0, size - tokens)) :][:tokens] if kind == "run" else slots.roll(tokens // 2)[:tokens]
+
+
+def pools(count, size, model, seed):
+    """Rows of very different magnitude, heads with an outlier channel, some all zero."""
+    g = torch.Generator().manual_seed(seed)
+    made = []
+    for _ in range(count):
+        x = torch.randn(size, model.num_kv_heads, model.head_dim, generator=g)
+        x *= 10.0 ** torch.randint(-6, 3, (size, model.num_kv_heads, 1), generator=g)
+        x[..., 0] *= 20
+        x[torch.rand(x.shape[:2], generator=g) < 0.1] = 0
+        made.append(x.to(getattr(torch, model.kv_dtype)))
+    return made
+
+
+def check_bound(wire, sent, got):
+    """Error of rows `[n, heads, dim]` against what the codec's docstring promises, and the pool's own rounding."""
+    eps = {torch.float32: 2.0**-22, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}[sent.dtype]
+    sent, got = sent.double(), got.double()
+    assert torch.isfinite(got).all()
+    largest, norm = sent.abs().amax(-1, keepdim=True), sent.norm(dim=-1, keepdim=True)
+    error = (sent - got).abs()
+    match wire:
+        case "native":
+            bound = torch.zeros_like(sent)
+        case "int8":
+            bound = 0.0040 * largest + 4e-6 * (largest < 0.008)
+        case "fp8":
+            bound = torch.maximum(sent.abs() * 2.0**-4, 2.2e-6 * largest) + 1.4e-5 * (largest < 0.028)
+        case "int4":  # a group's range is at most twice the norm of its head
+            error = error.norm(dim=-1, keepdim=True)
+            bound = ((0.068 + 2.0**-11) * norm + 2.0**-23) * sent.shape[-1] ** 0.5
+            sent = norm
+    if wire != "native":
+        bound = bound + eps * (sent.abs() + bound) + 2.0**-25 * got.shape[-1] ** 0.5  # float16 has subnormals
+    assert (error <= bound).all()
+
+
+@settings(max_examples=150, deadline=None)
 @given(st.data(), plans(), st.integers(1, 20))
 def test_chunks_move_exactly_the_planned_rows(data, plan, tokens):
-    dtype = getattr(torch, plan.model.kv_dtype)
-    size = tokens + 7
-    source = [[torch.randn(size, HEADS, DIM).to(dtype) for _ in plan.prefill_layers] for _ in range(2)]
-    target = [[torch.full((size, HEADS, DIM), -9.0).to(dtype) for _ in plan.decode_layers] for _ in range(2)]
-    from_slots = torch.tensor(data.draw(st.permutations(range(size))))[:tokens]
-    to_slots = torch.tensor(data.draw(st.permutations(range(size))))[:tokens]
+    model, size = plan.model, tokens + 7
+    source = [pools(len(plan.prefill_layers), size, model, seed) for seed in range(2)]
+    target = [[torch.full_like(source[0][0], UNTOUCHED) for _ in plan.decode_layers] for _ in range(2)]
+    from_slots, to_slots = data.draw(slots_of(size, tokens)), data.draw(slots_of(size, tokens))
     sent = 0
     for start, stop in data.draw(cuts(tokens)):
         layout = chunk_layout(plan, tokens, start, stop)
@@ -59,11 +110,30 @@ def test_chunks_move_exactly_the_planned_rows(data, plan, tokens):
     assert sent == plan.payload_bytes(tokens)
     for side in range(2):
         for layer, send in enumerate(plan.kv):
-            expected = torch.full((size, HEADS, DIM), -9.0).to(dtype)
-            for position in range(tokens):
-                if send.mode == "full" or position < send.n_first or position >= tokens - send.n_last:
-                    expected[to_slots[position]] = source[side][plan.layer_map[layer]][from_slots[position]]
-            assert torch.equal(target[side][layer], expected)
+            held = torch.zeros(size, dtype=torch.bool)
+            positions = torch.cat([torch.arange(*r) for r in send.row_ranges(tokens)])
+            held[to_slots[positions]] = True
+            assert (target[side][layer][~held] == UNTOUCHED).all()
+            rows = source[side][plan.layer_map[layer]][from_slots[positions]]
+            check_bound(send.wire_dtype, rows, target[side][layer][to_slots[positions]])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data(), plans(), st.integers(2, 20))
+def test_how_a_prompt_is_cut_changes_no_value(data, plan, tokens):
+    source, slots = [pools(len(plan.prefill_layers), tokens, plan.model, s) for s in range(2)], torch.arange(tokens)
+    results = []
+    for pieces in ([(0, tokens)], data.draw(cuts(tokens))):
+        target = [[torch.zeros_like(source[0][0]) for _ in plan.decode_layers] for _ in range(2)]
+        for start, stop in pieces:
+            layout = chunk_layout(plan, tokens, start, stop)
+            unpack(layout, pack(layout, *source, slots[start:stop]), *target, slots[start:stop])
+        results.append(target)
+    for send, *layers in zip(plan.kv, *results[0], *results[1], strict=True):
+        for whole, cut in zip(layers[:2], layers[2:], strict=True):
+            # the rotation is a matrix product: other row counts may sum in another order, and turn a tie
+            slack = 0.3 * whole.float().norm(dim=-1, keepdim=True) + 2e-6 if send.wire_dtype == "int4" else 0
+            assert ((whole.float() - cut.float()).abs() <= slack).all()
 
 
 @settings(max_examples=60, deadline=None)
@@ -75,13 +145,68 @@ def test_layer_map_is_injective_and_names_kept_blocks(plan, tokens):
     assert plan.payload_bytes(tokens) <= plan.dense_bytes(tokens)
 
 
+@settings(max_examples=60, deadline=None)
+@given(plans(), st.integers(1, 20))
+def test_sections_tile_the_packed_bytes(plan, tokens):
+    layout = chunk_layout(plan, tokens)
+    packed = torch.zeros(layout.total_bytes, dtype=torch.uint8)
+    pool = pools(1, 1, plan.model, 0)[0]
+    for rows in layout.layers:
+        for side in range(2):
+            for section in side_sections(packed, rows, side, pool):
+                section.view(torch.uint8).add_(1)
+    assert (packed == 1).all()
+    assert sum(2 * rows.side_bytes for rows in layout.layers) == layout.total_bytes
+    assert all(2 * rows.side_bytes == plan.layer_bytes(rows.decode_layer, tokens) for rows in layout.layers)
+
+
+@pytest.mark.parametrize(
+    ("wire", "bits"), [("native", 16), ("int8", 8 + 16 / 64), ("fp8", 8 + 16 / 64), ("int4", 4 + 32 / 32)]
+)
+def test_bits_of_a_value(wire, bits):
+    plan = PDPlan.dense(shape(30, 3, 64, "bfloat16")).model_copy(update={"kv": (KVSend(wire_dtype=wire),) * 30})
+    assert plan.payload_bytes(100) == 100 * 30 * 2 * 3 * 64 * bits / 8
+
+
+@pytest.mark.parametrize("wire", WIRE_DTYPES)
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf, -torch.inf])
+def test_a_broken_row_does_not_arrive_as_numbers(wire, broken):
+    plan = PDPlan.dense(shape(1, 2, 64)).model_copy(update={"kv": (KVSend(wire_dtype=wire),)})
+    source, target = torch.randn(3, 2, 64), torch.zeros(3, 2, 64)
+    source[1, 0, 5] = broken
+    layout, slots = chunk_layout(plan, 3), torch.arange(3)
+    unpack(layout, pack(layout, [source], [source], slots), [target], [target], slots)
+    whole = torch.isfinite(target).all(-1)
+    assert whole.tolist() == [[True, True], [False, True], [True, True]]
+    if wire != "native":
+        assert not torch.isfinite(target[1, 0]).any()
+
+
+@pytest.mark.parametrize("wire", WIRE_DTYPES)
+def test_many_blocks_equal_one(wire, monkeypatch):
+    plan = PDPlan.dense(shape(2, 3, 64, "bfloat16")).model_copy(update={"kv": (KVSend(wire_dtype=wire),) * 2})
+    source, slots = pools(2, 300, plan.model, 1), torch.cat((torch.arange(100), torch.randperm(150) + 120))
+    layout, packed = chunk_layout(plan, 250), []
+    for values in (1 << 17, 16 * 3 * 64):
+        monkeypatch.setattr("pdtrim_deploy.kvcache.pack.BLOCK_VALUES", values)
+        packed.append(pack(layout, source, source, slots))
+    assert (packed[0] != packed[1]).float().mean() < (1e-2 if wire == "int4" else 1e-9)
+
+
 def test_pack_writes_into_the_given_staging_buffer():
-    model = ModelShape(
-        architecture="X", fingerprint="f", num_blocks=1, num_kv_heads=HEADS, head_dim=DIM, kv_dtype="float32"
-    )
-    plan = PDPlan.dense(model)
+    plan = PDPlan.dense(shape())
     staging = torch.zeros(10_000, dtype=torch.uint8)
-    pool = [torch.randn(8, HEADS, DIM)]
+    pool = [torch.randn(8, 2, 4)]
     packed = pack(chunk_layout(plan, 4), pool, pool, torch.arange(4), staging)
     assert packed.data_ptr() == staging.data_ptr()
     assert packed.numel() == plan.payload_bytes(4)
+
+
+def test_an_odd_sized_head_cannot_be_quantised():
+    plan = PDPlan.dense(shape(2, 1, 5)).model_dump()
+    plan["kv"][1]["wire_dtype"] = "int8"
+    with pytest.raises(
+        UserError,
+        match=r"plan\.json: not a valid plan: .*block 1: wire dtype int8 needs a head size that is a multiple of 2",
+    ):
+        PDPlan.parse(plan, "plan.json")

@@ -26,6 +26,7 @@ def load(tmp_path: Path, text: str, **units: str) -> Recipe:
         ("nane: x", "r.yaml: nane is not a known key; allowed here: include, name, model"),
         ("pruning: {method: gredy}", "r.yaml: pruning.method is 'gredy'; allowed: cosine, greedy"),
         ("kv:", "r.yaml: kv is None; allowed: a mapping with method"),
+        ("kv: {wire_dtype: int9}", "r.yaml: kv.wire_dtype is 'int9'; allowed: native, fp8, int8, int4"),
         ("kv: {n_first: -1}", "r.yaml: kv.n_first is -1; allowed: an integer of at least 0"),
         ("evaluation: {sequences: 0}", "r.yaml: evaluation.sequences is 0; allowed: an integer of at least 1"),
         ("pruning: {prefill_blocks: true}", "r.yaml: pruning.prefill_blocks is True; allowed: an integer of at"),

@@ -1,0 +1,66 @@
+"""What a wire dtype is to the packer: rows in, sections out, and back. One pass each, no loop over rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+Index = slice | Tensor  # rows of a pool: a contiguous run, or int64 slots
+MAX_SCALE = 65504.0  # float16's largest
+
+
+class Codec(Protocol):
+    """A wire dtype.
+
+    `sections` are views of the packed bytes, `[rows, kv_heads, per_head]`, as `pdtrim_deploy.wire.row_sections` lists
+    them. A head of a row that holds NaN or infinity comes back without a single number that looks right.
+    """
+
+    def encode(self, pool: Tensor, index: Index, sections: Sequence[Tensor]) -> None:
+        """Gather rows of `pool`, `[slots, kv_heads, head_dim]`, and write them into `sections`."""
+
+    def decode(self, sections: Sequence[Tensor]) -> Tensor:
+        """The rows again, `[rows, kv_heads, head_dim]`: float32, or the pool's dtype when they travelled in it."""
+
+
+def take(pool: Tensor, index: Index, out: Tensor | None = None) -> Tensor:
+    """Rows of a pool: a view for a run, else a gather; written to `out` when given."""
+    if isinstance(index, slice):
+        return pool[index] if out is None else out.copy_(pool[index])
+    if out is None:
+        out = pool.new_empty(len(index), *pool.shape[1:])
+    source, target = _words(pool, out)
+    torch.index_select(source, 0, index, out=target)
+    return out
+
+
+def put(pool: Tensor, index: Index, rows: Tensor) -> None:
+    """Write rows into a pool, in its dtype."""
+    if isinstance(index, slice):
+        pool[index] = rows
+    else:
+        target, source = _words(pool, rows.to(pool.dtype))
+        target.index_copy_(0, index, source)
+
+
+def _words(*tensors: Tensor) -> list[Tensor]:
+    """The same bytes as `[rows, words]` of the widest integer that fits all: torch moves rows item by item."""
+    flat = [tensor.flatten(1) for tensor in tensors]
+    for word in (torch.int64, torch.int32):
+        if all(t.element_size() * n % word.itemsize == 0 for t in flat for n in (t.shape[1], t.storage_offset())):
+            return [t.view(word) for t in flat]
+    return flat
+
+
+def encode_scale(rows: Tensor, steps: float, scale: Tensor) -> Tensor:
+    """Symmetric scales of float32 `rows`, `[rows, kv_heads, head_dim]`, that bring the largest to about `steps`.
+
+    Writes `float16(min(largest * (1 / steps), 65504))` to `scale`, `[rows, kv_heads, 1]`; NaN for a head that is not
+    finite. Returns the inverse of what was written in float32, 0 for a scale of 0.
+    """
+    largest = torch.maximum(rows.amax(-1, keepdim=True), rows.amin(-1, keepdim=True).neg_())
+    scale.copy_((largest * (1 / steps)).clamp_(max=MAX_SCALE).add_(largest - largest))
+    return scale.float().reciprocal_().masked_fill_(scale == 0, 0)
