@@ -3,6 +3,7 @@
 //
 // PagedAttention(q [T, heads * head_dim], k, v [T, kv_heads * head_dim]; layer_id) -> [T, heads * head_dim]
 // SGLang's attention backend appends k and v to its paged pool and attends to what the pool holds.
+// Layers follow one another on that stream only if the engine was built with max_aux_streams = 0.
 // Never run on a GPU: the callback has only been called on the host.
 #pragma once
 

@@ -1,5 +1,7 @@
 // SparseKVSend(k, v [T, kv_heads * head_dim], rows int64 [R]) -> packed
-//   native: [2, R, kv_heads * head_dim] in the dtype of k;   int8, fp8: uint8 [bytes]   (bytes: kernels/wire_format.h)
+//   native: [2, R, kv_heads * head_dim] in the dtype of k
+//   int8, fp8: int8 [bytes], to be read as uint8: TensorRT takes no uint8 output from a plugin
+// The bytes: kernels/wire_format.h.
 // The engine's output binding *is* the staging buffer: the kernel writes where the transport reads.
 #include "sparse_kv_send.h"
 
@@ -48,7 +50,7 @@ class SparseKVSend final : public Plugin<SparseKVSend> {
   SparseKVSend(const SparseKVSend& other) : Plugin(), attributes(other.attributes) {}
 
   int32_t getOutputDataTypes(DataType* out, int32_t, const DataType* in, int32_t) const noexcept override {
-    out[0] = attributes.wire() == kNative ? in[0] : DataType::kUINT8;
+    out[0] = attributes.wire() == kNative ? in[0] : DataType::kINT8;
     return 0;
   }
 
@@ -76,7 +78,7 @@ class SparseKVSend final : public Plugin<SparseKVSend> {
     switch (position) {
       case 0: return activation(tensor.type);
       case 2: return tensor.type == DataType::kINT64 || tensor.type == DataType::kINT32;
-      case 3: if (attributes.wire() != kNative) return tensor.type == DataType::kUINT8; [[fallthrough]];
+      case 3: if (attributes.wire() != kNative) return tensor.type == DataType::kINT8; [[fallthrough]];
       default: return tensor.type == tensors[0].desc.type;
     }
   }

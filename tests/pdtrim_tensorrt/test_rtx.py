@@ -1,0 +1,81 @@
+"""TensorRT for RTX takes both ops as plugins and builds engines with them, without a GPU. Presence, not numerics."""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pdtrim_tensorrt.plugin_library import build_library
+from pdtrim_tensorrt.rtx_libraries import rtx_environment
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx is not installed (pip install tensorrt-rtx)"
+)
+SCRIPT = Path(__file__).with_name("build_engine.py")
+DTYPES = {"FLOAT": "FLOAT", "FLOAT16": "HALF", "BFLOAT16": "BF16"}
+ROOT = os.environ.get("TENSORRT_ROOT")
+
+
+@pytest.fixture
+def build(tmp_path):
+    def run(**case):
+        command = [sys.executable, str(SCRIPT), json.dumps(case)]
+        environment = rtx_environment(tmp_path / "link")
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, timeout=200)
+        return json.loads(done.stdout.splitlines()[-1]) | {"stderr": done.stderr}
+
+    return run
+
+
+def check(made, op, shape, dtype):
+    assert made["layers"] == 1
+    assert made["plugin_layers"] == ["node"]
+    assert made["output"] == [shape, dtype]
+    assert made["magic"] == "vtrt"
+    assert made["in_plan"] == [op]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention(build, dtype):
+    made = build(op="PagedAttention", dtype=dtype)
+    check(made, "PagedAttention", [-1, 32], DTYPES[dtype])
+
+
+def test_native_send(build):
+    made = build(op="SparseKVSend", dtype="FLOAT16", wire="native")
+    check(made, "SparseKVSend", [2, -1, 16], "HALF")
+    assert made["wire_in_plan"] == ["native"]
+
+
+@pytest.mark.parametrize("wire", ["int8", "fp8"])
+def test_quantised_send(build, wire):
+    made = build(op="SparseKVSend", dtype="FLOAT16", wire=wire)
+    check(made, "SparseKVSend", [-1], "INT8")
+    assert made["wire_in_plan"] == [wire]
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ({"omit": ["head_dim"], "wire": "native"}, "SparseKVSend: attribute head_dim is missing"),
+        ({"wire": "int5"}, "SparseKVSend: wire_dtype int5 is none of native, int8, fp8"),
+    ],
+)
+def test_wrong_attributes_do_not_parse(build, case, message):
+    made = build(op="SparseKVSend", dtype="FLOAT16", **case)
+    assert not made["parsed"]
+    assert message in made["stderr"]
+
+
+@pytest.mark.skipif(not ROOT or not shutil.which("nvcc"), reason="needs TENSORRT_ROOT (TensorRT's headers) and nvcc")
+def test_the_cpp_library_builds_engines_and_is_embedded(build, tmp_path):
+    library = build_library(Path(ROOT), tmp_path / "library")
+    for op, wire, shape in (("SparseKVSend", "native", [2, -1, 16]), ("PagedAttention", None, [-1, 32])):
+        made = build(op=op, dtype="FLOAT16", wire=wire, library=str(library))
+        check(made, op, shape, "HALF")
+        assert made["embedded"]
+        assert made["bytes"] > library.stat().st_size
