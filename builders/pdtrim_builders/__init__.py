@@ -1,1 +1,9 @@
-"""Stage graph and its engine targets."""
+"""Stage graph and its engine targets: `build_target(name, stage_dir, out_dir, options)`.
+
+Imports of what is dear (torch, onnx) wait until a target is built.
+"""
+
+from pdtrim_builders.base import TargetResult
+from pdtrim_builders.registry import TARGETS, build_target, get_target
+
+__all__ = ["TARGETS", "TargetResult", "build_target", "get_target"]

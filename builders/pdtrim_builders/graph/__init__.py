@@ -1,0 +1,1 @@
+"""From a stage checkpoint to one ONNX graph."""

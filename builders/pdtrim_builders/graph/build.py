@@ -1,0 +1,218 @@
+"""One stage as one ONNX graph, made node by node from the weights: small, deterministic, nothing traced.
+
+    input_ids int64 [T], positions int64 [T] (, send_rows_* int64 [R] for prefill)
+        -> hidden_states [T, hidden] after the final norm (, kv_send_{decode layer} [2, R, kv_heads * head_dim])
+
+T is the tokens of the whole batch, requests one after the other, as SGLang hands them over. `positions` are absolute.
+There is one `send_rows_*` input for each distinct rule of the plan: `send_rows_full`, `send_rows_{n_first}_{n_last}`;
+it lists rows of this call's T tokens (`chunk_layout(...).layers[i].ranges`, plus the request's first row in a batch).
+The outputs, in their order, are the bytes of `kvcache.pack`. The LM head is not in the graph: it stays with SGLang.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from onnx import ModelProto, NodeProto, helper
+
+from pdtrim_builders.graph import ops
+from pdtrim_builders.graph.rope import rope_table
+from pdtrim_builders.graph.stage import SendRule, StageModel
+from pdtrim_builders.graph.weights import ONNX_DTYPES, Weights, as_matmul, weight_bytes
+from pdtrim_deploy import __version__
+from pdtrim_deploy.errors import UserError
+
+EXTERNAL_ABOVE = 2_000_000_000  # protobuf ends at 2 GiB
+INT64 = onnx.TensorProto.INT64
+
+
+@dataclass(frozen=True)
+class GraphFile:
+    """A graph on disk; `files` are the graph and, when there is one, the file of its weights."""
+
+    path: Path
+    files: tuple[Path, ...]
+    dtype: str
+    op_counts: dict[str, int]
+
+    @property
+    def custom_nodes(self) -> int:
+        """Nodes of domain `pdtrim`: what TensorRT must show as PLUGIN layers."""
+        return sum(self.op_counts[op] for op in ops.OPS)
+
+
+def build_graph(stage: StageModel, path: Path, dtype: str, *, external_above: int = EXTERNAL_ABOVE) -> GraphFile:
+    """Write the graph of `stage` to `path` (and `{path}.data`, when its weights pass `external_above` bytes).
+
+    Raises UserError: a dtype, a tensor or a wire dtype that the graph has no place for.
+    """
+    if dtype not in ONNX_DTYPES:
+        raise UserError(f"dtype {dtype!r} has no graph; use one of {', '.join(ONNX_DTYPES)}")
+    external = weight_bytes(stage.tensors, dtype) > external_above
+    data = path.with_name(path.name + ".data") if external else None
+    with Weights(stage.tensors, dtype, data) as weights:
+        model = _Emitter(stage, weights, dtype).model()
+    left = sorted(name for name in stage.tensors if name not in weights.used and not _outside(name))
+    if left:
+        raise UserError(f"{stage.path}: tensor {left[0]} has no place in the graph of {stage.architecture}")
+    path.write_bytes(model.SerializeToString(deterministic=True))
+    ops.register_schemas()
+    onnx.checker.check_model(str(path))
+    counts: dict[str, int] = dict.fromkeys(ops.OPS, 0)
+    for node in model.graph.node:
+        counts[node.op_type] = counts.get(node.op_type, 0) + 1
+    return GraphFile(path, (path, *((data,) if data else ())), dtype, counts)
+
+
+def _outside(name: str) -> bool:
+    return name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq")
+
+
+class _Emitter:
+    """Nodes in order; every method returns the name of its output."""
+
+    def __init__(self, stage: StageModel, weights: Weights, dtype: str) -> None:
+        self.stage, self.weights, self.dtype = stage, weights, dtype
+        self.nodes: list[NodeProto] = []
+
+    def model(self) -> ModelProto:
+        s, real = self.stage, ONNX_DTYPES[self.dtype]
+        self.shape_q = self.weights.add("shape_q", torch.tensor([0, s.heads, s.head_dim]))
+        self.shape_kv = self.weights.add("shape_kv", torch.tensor([0, s.kv_heads, s.head_dim]))
+        self.flat = self.weights.add("shape_flat", torch.tensor([0, -1]))
+        self.zero = self.weights.add("axis_zero", torch.tensor([0]))
+        self._angles()
+        table = self.weights.add("embed_tokens", self.weights.read("model.embed_tokens.weight"))
+        hidden, outputs = self.op("Gather", table, "input_ids", at="embed", axis=0), {}
+        sends = {rule.prefill_layer: rule for rule in s.sends}
+        for layer in range(s.layers):
+            normed = self.norm(hidden, f"model.layers.{layer}.input_layernorm", f"l{layer}.norm1")
+            q, k, v = self.qkv(layer, normed)
+            if layer in sends:
+                outputs[layer] = self.send(sends[layer], k, v)
+            hidden = self.op("Add", hidden, self.attention(layer, q, k, v), at=f"l{layer}.residual1")
+            hidden = self.op("Add", hidden, self.mlp(layer, hidden), at=f"l{layer}.residual2")
+        self.norm(hidden, "model.norm", "hidden_states")
+        value = helper.make_tensor_value_info
+        inputs = [value("input_ids", INT64, ["T"]), value("positions", INT64, ["T"])]
+        inputs += [
+            value(name, INT64, [name.replace("send_", "")]) for name in dict.fromkeys(r.rows_input for r in s.sends)
+        ]
+        results = [value("hidden_states", real, ["T", s.hidden])]
+        for rule in s.sends:
+            row = rule.rows_input.replace("send_", "")
+            results.append(value(rule.output, real, [2, row, s.kv_heads * s.head_dim]))
+        graph = helper.make_graph(self.nodes, f"pdtrim_{s.stage}", inputs, results, self.weights.initializers)
+        model = helper.make_model(
+            graph,
+            functions=ops.functions(),
+            opset_imports=ops.opset_imports(),
+            ir_version=ops.IR_VERSION,
+            producer_name="pdtrim-deploy",
+            producer_version=__version__,
+        )
+        facts = {"stage": s.stage, "plan_digest": s.plan.digest, "architecture": s.architecture, "dtype": self.dtype}
+        helper.set_model_props(model, {f"pdtrim.{key}": value for key, value in facts.items()})
+        return model
+
+    def op(self, kind: str, *inputs: str, at: str, outputs: int = 1, **attributes: Any) -> str:
+        names = [at] if outputs == 1 else [f"{at}.{number}" for number in range(outputs)]
+        self.nodes.append(helper.make_node(kind, list(inputs), names, name=at, **attributes))
+        return names[0]
+
+    def norm(self, value: str, tensor: str, at: str) -> str:
+        scale = self.weights.add(f"{tensor}.weight", self.weights.read(f"{tensor}.weight"))
+        return self.op("RMSNormalization", value, scale, at=at, axis=-1, epsilon=self.stage.norm_epsilon)
+
+    def linear(self, value: str, names: list[str], at: str) -> str:
+        """One MatMul for linear layers that read the same input, with their biases where they have any."""
+        w = self.weights
+        out = self.op("MatMul", value, w.add(f"{at}.weight", as_matmul(*(w.read(f"{n}.weight") for n in names))), at=at)
+        biased = [n for n in names if w.has(f"{n}.bias")]
+        if not biased:
+            return out
+        if biased != names:
+            raise UserError(
+                f"{self.stage.path}: {biased[0]} has a bias and its neighbours have none; no graph for that"
+            )
+        bias = w.add(f"{at}.bias", torch.cat([w.read(f"{n}.bias") for n in names]))
+        return self.op("Add", out, bias, at=f"{at}.biased")
+
+    def qkv(self, layer: int, normed: str) -> tuple[str, str, str]:
+        s, at, where = self.stage, f"l{layer}", f"model.layers.{layer}.self_attn"
+        joint = self.linear(normed, [f"{where}.{x}_proj" for x in "qkv"], f"{at}.qkv")
+        sizes = torch.tensor([s.heads, s.kv_heads, s.kv_heads]) * s.head_dim
+        split = "split_qkv" if layer else self.weights.add("split_qkv", sizes)
+        self.op("Split", joint, split, at=f"{at}.split", outputs=3, axis=-1)
+        q, k, v = (f"{at}.split.{side}" for side in range(3))
+        q, k = self.head_norm(q, layer, "q"), self.head_norm(k, layer, "k")
+        return self.rotate(q, f"{at}.q", s.heads), self.rotate(k, f"{at}.k", s.kv_heads), v
+
+    def head_norm(self, value: str, layer: int, side: str) -> str:
+        """Qwen3: RMSNorm within each head."""
+        tensor = f"model.layers.{layer}.self_attn.{side}_norm"
+        if not self.weights.has(f"{tensor}.weight"):
+            return value
+        at = f"l{layer}.{side}"
+        heads = self.op("Reshape", value, self.shape_q if side == "q" else self.shape_kv, at=f"{at}_heads")
+        return self.op("Reshape", self.norm(heads, tensor, f"{at}_norm"), self.flat, at=f"{at}_normed")
+
+    def _angles(self) -> None:
+        table = rope_table(self.stage.rope, self.stage.head_dim, self.stage.positions)
+        half = self.stage.head_dim // 2
+        for name, part in (("cos", table[:, :half]), ("sin", table[:, half:])):
+            rows = self.op("Gather", self.weights.add(f"rope_{name}", part), "positions", at=f"{name}_rows", axis=0)
+            self.op("Unsqueeze", rows, self.zero, at=name)
+
+    def rotate(self, value: str, at: str, heads: int) -> str:
+        batch = self.op("Unsqueeze", value, self.zero, at=f"{at}_batch")
+        turned = self.op("RotaryEmbedding", batch, "cos", "sin", at=f"{at}_turned", num_heads=heads)
+        return self.op("Squeeze", turned, self.zero, at=f"{at}_rope")
+
+    def attention(self, layer: int, q: str, k: str, v: str) -> str:
+        s = self.stage
+        attended = self.op(
+            ops.PAGED_ATTENTION,
+            q,
+            k,
+            v,
+            at=f"l{layer}.attention",
+            domain=ops.DOMAIN,
+            layer_id=layer,
+            num_heads=s.heads,
+            num_kv_heads=s.kv_heads,
+            head_dim=s.head_dim,
+            scale=s.head_dim**-0.5,
+            **ops.PLUGIN,
+        )
+        return self.linear(attended, [f"model.layers.{layer}.self_attn.o_proj"], f"l{layer}.o")
+
+    def mlp(self, layer: int, hidden: str) -> str:
+        s, at, where = self.stage, f"l{layer}", f"model.layers.{layer}.mlp"
+        normed = self.norm(hidden, f"model.layers.{layer}.post_attention_layernorm", f"{at}.norm2")
+        joint = self.linear(normed, [f"{where}.gate_proj", f"{where}.up_proj"], f"{at}.gate_up")
+        split = "split_mlp" if layer else self.weights.add("split_mlp", torch.tensor([s.intermediate] * 2))
+        gate = self.op("Split", joint, split, at=f"{at}.gate", outputs=2, axis=-1)
+        open_ = self.op("Mul", gate, self.op("Sigmoid", gate, at=f"{at}.sigmoid"), at=f"{at}.silu")
+        gated = self.op("Mul", open_, f"{at}.gate.1", at=f"{at}.gated")
+        return self.linear(gated, [f"{where}.down_proj"], f"{at}.down")
+
+    def send(self, rule: SendRule, k: str, v: str) -> str:
+        s = self.stage
+        return self.op(
+            ops.SPARSE_KV_SEND,
+            k,
+            v,
+            rule.rows_input,
+            at=rule.output,
+            domain=ops.DOMAIN,
+            layer_id=rule.decode_layer,
+            wire_dtype=rule.send.wire_dtype,
+            num_kv_heads=s.kv_heads,
+            head_dim=s.head_dim,
+            **ops.PLUGIN,
+        )

@@ -1,0 +1,123 @@
+"""What the graph must know of a stage checkpoint, read and checked once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pdtrim_builders.graph.rope import rope_settings
+from pdtrim_deploy.checkpoints.checkpoint import read_config
+from pdtrim_deploy.checkpoints.families import family_of
+from pdtrim_deploy.checkpoints.tensors import TensorInfo, read_tensor_index
+from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.plan import STAGES, KVSend, PDPlan, Stage
+
+
+@dataclass(frozen=True)
+class SendRule:
+    """One layer of prefill whose prompt KV travels.
+
+    Attributes:
+        decode_layer: the layer of decode that reads it; names the graph output and the op's `layer_id`.
+        prefill_layer: the layer of prefill that makes it.
+
+    """
+
+    decode_layer: int
+    prefill_layer: int
+    send: KVSend
+
+    @property
+    def rows_input(self) -> str:
+        """Graph input with the rows to send: `send_rows_full`, or `send_rows_{n_first}_{n_last}`."""
+        return rows_input(self.send)
+
+    @property
+    def output(self) -> str:
+        """Graph output with the packed rows."""
+        return f"kv_send_{self.decode_layer}"
+
+
+@dataclass(frozen=True)
+class StageModel:
+    """A stage checkpoint: sizes, plan and tensors. Layers are those of the stage model."""
+
+    path: Path
+    stage: Stage
+    plan: PDPlan
+    config: Mapping[str, Any] = field(repr=False)
+    tensors: Mapping[str, TensorInfo] = field(repr=False)
+    architecture: str
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    hidden: int
+    intermediate: int
+    vocabulary: int
+    positions: int
+    norm_epsilon: float
+    rope: Mapping[str, Any]
+
+    @property
+    def sends(self) -> tuple[SendRule, ...]:
+        """What prefill sends, in the order of the wire (decode's layers); nothing for decode."""
+        if self.stage == "decode":
+            return ()
+        pairs = enumerate(zip(self.plan.layer_map, self.plan.kv, strict=True))
+        return tuple(SendRule(layer, source, send) for layer, (source, send) in pairs)
+
+
+def rows_input(send: KVSend) -> str:
+    """Name of the graph input that lists a rule's rows; layers with the same rule share it."""
+    return "send_rows_full" if send.mode == "full" else f"send_rows_{send.n_first}_{send.n_last}"
+
+
+def read_stage(stage_dir: Path, stage: Stage | None = None) -> StageModel:
+    """Read a stage folder of a bundle; `stage` is by default the folder's name.
+
+    Raises UserError: no plan in it, a stage that cannot be told, other layers than the plan's, an activation, RoPE
+    or architecture that the graph does not have.
+    """
+    named = stage or stage_dir.name
+    if named not in STAGES:
+        raise UserError(
+            f"{stage_dir}: cannot tell its stage by its name; give option stage, one of {', '.join(STAGES)}"
+        )
+    which: Stage = "prefill" if named == "prefill" else "decode"
+    config = read_config(stage_dir / "config.json")
+    if "pdtrim" not in config:
+        raise UserError(f"{stage_dir}: its config.json carries no plan; give a stage folder of a bundle")
+    plan = PDPlan.parse(config["pdtrim"], str(stage_dir))
+    layers = config["num_hidden_layers"]
+    if layers != len(plan.layers(which)):
+        raise UserError(
+            f"{stage_dir}: {layers} layers, the plan gives {which} {len(plan.layers(which))}; build the bundle again"
+        )
+    if config.get("hidden_act", "silu") != "silu":
+        raise UserError(f"{stage_dir}: activation {config['hidden_act']!r} has no graph; the one that has: silu")
+    try:
+        rope = rope_settings(config)
+    except UserError as error:
+        raise UserError(f"{stage_dir}: {error}") from None
+    heads = config["num_attention_heads"]
+    return StageModel(
+        path=stage_dir,
+        stage=which,
+        plan=plan,
+        config=config,
+        tensors=read_tensor_index(stage_dir),
+        architecture=family_of(config, str(stage_dir)).architecture,
+        layers=layers,
+        heads=heads,
+        kv_heads=config.get("num_key_value_heads") or heads,
+        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+        hidden=config["hidden_size"],
+        intermediate=config["intermediate_size"],
+        vocabulary=config["vocab_size"],
+        positions=config["max_position_embeddings"],
+        norm_epsilon=config.get("rms_norm_eps", 1e-6),
+        rope=rope,
+    )

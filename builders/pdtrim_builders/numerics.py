@@ -1,0 +1,115 @@
+"""The gate: a graph in onnxruntime must say what transformers says, on real prompts, or the build fails."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pdtrim_builders.base import Numerics
+from pdtrim_builders.graph.stage import StageModel
+from pdtrim_builders.runtime_onnx import OnnxStage
+from pdtrim_deploy.checkpoints.loading import load_model, load_tokenizer
+from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.kvcache.layout import chunk_layout
+from pdtrim_deploy.kvcache.pack import pack
+
+# Relative errors let pass, two to three times the worst seen on SmolLM2-135M: 2e-5, 8e-3, 0.22.
+TOLERANCES = {"float32": 5e-5, "float16": 2e-2, "int8": 0.5}
+MOST_TOKENS = 384
+
+PROMPTS = (
+    "The lighthouse keeper had not spoken to anyone for eleven days when the supply boat finally rounded the point. "
+    "He counted the crates as they came up the steps: flour, lamp oil, two boxes of tinned fruit, and a parcel "
+    "wrapped in brown paper with his name written on it in a hand that he did not know. The boatman would not stay "
+    "for tea. A storm was coming from the south-west, he said, and he meant to be home before it broke. So the keeper "
+    "carried everything inside alone, lit the stove, put the parcel on the table and sat looking at it while the wind "
+    "rose, until the first rain struck the glass and it was time to climb the stairs again.",
+    "def fibonacci(n: int) -> list[int]:\n    numbers = [0, 1]\n    while len(numbers) < n:\n"
+    "        numbers.append(numbers[-1] + numbers[-2])\n    return numbers[:n]\n\n\n# The first ten are\n"
+    "# 0, 1, 1, 2, 3, 5, 8, 13, 21, 34; print them, then their sum, which is 88, and check it against n = 10.\n",
+    "Water boils at 100 degrees",
+)
+
+
+def check_numerics(
+    stage: StageModel, graph: Path, tolerance: float, prompts: Sequence[str] | None = None, threads: int = 2
+) -> Numerics:
+    """Compare final hidden states and, for prefill, the packed KV of every layer that sends.
+
+    The reference for packed KV is `kvcache.pack` of transformers' own cache. Prompts are cut to 384 tokens.
+
+    Raises UserError: an error above `tolerance`, or a result that is not finite; a prompt without tokens.
+    """
+    tokenizer, model = load_tokenizer(stage.path), load_model(stage.path, "float32")
+    engine, measured, tokens = OnnxStage(graph, threads=threads), _Errors(), 0
+    longest = min(MOST_TOKENS, stage.positions)
+    for prompt in prompts or PROMPTS:
+        ids = torch.tensor(tokenizer(prompt)["input_ids"][:longest], dtype=torch.int64)
+        if not len(ids):
+            raise UserError("a prompt for the numerics check has no tokens")
+        tokens += len(ids)
+        _compare(stage, engine, model, ids, measured)
+    result = Numerics(
+        tolerance=tolerance,
+        prompts=len(prompts or PROMPTS),
+        tokens=tokens,
+        hidden_error=measured.relative["hidden"],
+        hidden_max_abs_error=measured.absolute["hidden"],
+        kv_error=measured.relative.get("kv"),
+        kv_max_abs_error=measured.absolute.get("kv"),
+    )
+    for name, error in measured.relative.items():
+        if not error <= tolerance:  # also when it is NaN
+            raise UserError(
+                f"{stage.stage}: {name} differs from torch by {error:.2g} relative "
+                f"({measured.absolute[name]:.2g} absolute), tolerance {tolerance:g}; do not serve this graph"
+            )
+    return result
+
+
+def send_rows(stage: StageModel, prompt_tokens: int) -> dict[str, Tensor]:
+    """The rows inputs of a whole prompt in one chunk, int64 each."""
+    rules = {rule.rows_input: rule.send for rule in stage.sends}
+    return {
+        name: torch.cat([torch.arange(lo, hi) for lo, hi in send.row_ranges(prompt_tokens)])
+        for name, send in rules.items()
+    }
+
+
+class _Errors:
+    """Worst relative and absolute error seen, by what was compared."""
+
+    def __init__(self) -> None:
+        self.relative: dict[str, float] = {}
+        self.absolute: dict[str, float] = {}
+
+    def add(self, name: str, got: Tensor, wanted: Tensor) -> None:
+        """Both `[tokens, values]`."""
+        difference = (got.float() - wanted).abs()
+        rows = difference.amax(1) / wanted.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny)
+        for seen, value in ((self.relative, rows.max().item()), (self.absolute, difference.max().item())):
+            seen[name] = value if math.isnan(value) else max(seen.get(name, 0.0), value)
+
+
+@torch.no_grad()
+def _compare(stage: StageModel, engine: OnnxStage, model: object, ids: Tensor, measured: _Errors) -> None:
+    count = len(ids)
+    wanted = model.model(ids[None], use_cache=True)  # type: ignore[attr-defined]
+    got = engine.run(ids, torch.arange(count), send_rows(stage, count))
+    measured.add("hidden", got.hidden, wanted.last_hidden_state[0])
+    if not stage.sends:
+        return
+    pools = [
+        [side[0].transpose(0, 1).contiguous() for side in (layer.keys, layer.values)]
+        for layer in wanted.past_key_values.layers
+    ]
+    plan = stage.plan.model_copy(update={"model": stage.plan.model.model_copy(update={"kv_dtype": "float32"})})
+    layout = chunk_layout(plan, count)
+    sent = pack(layout, [k for k, _ in pools], [v for _, v in pools], torch.arange(count)).view(torch.float32)
+    values = stage.kv_heads * stage.head_dim
+    packed = torch.cat([got.packed[rule.output].float().flatten(0, 1) for rule in stage.sends])
+    measured.add("kv", packed, sent.view(-1, values))

@@ -1,0 +1,83 @@
+"""Target `onnx`: the stage graph itself, for onnxruntime on the CPU."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Literal
+
+from pdtrim_builders.base import GraphOptions, Options, Target, TargetResult
+from pdtrim_builders.graph.build import EXTERNAL_ABOVE, build_graph
+from pdtrim_builders.graph.stage import StageModel, read_stage
+from pdtrim_builders.numerics import TOLERANCES, check_numerics
+from pdtrim_deploy.errors import UserError
+
+GRAPH = "model.onnx"
+
+
+class OnnxOptions(GraphOptions):
+    """`weights`: "native" keeps the graph's dtype, "int8" quantises linear weights for the CPU."""
+
+    weights: Literal["native", "int8"] = "native"
+    external_above: int = EXTERNAL_ABOVE
+
+
+def build(stage_dir: Path, out_dir: Path, options: Options) -> TargetResult:
+    """Write `model.onnx` (and `model.onnx.data`), then hold it against torch."""
+    assert isinstance(options, OnnxOptions)
+    stage = read_stage(stage_dir, options.stage)
+    dtype = options.dtype or native_dtype(stage)
+    if options.weights == "int8" and dtype != "float32":
+        raise UserError(f"int8 weights need dtype float32 around them, not {dtype}")
+    tolerance = options.tolerance or TOLERANCES[dtype]
+    if options.weights == "int8":
+        from pdtrim_builders.quantise import quantise_weights
+
+        with tempfile.TemporaryDirectory(dir=out_dir) as scratch:
+            graph = build_graph(stage, Path(scratch) / GRAPH, dtype, external_above=options.external_above)
+            check_numerics(stage, graph.path, TOLERANCES[dtype], options.prompts)  # what int8 adds is another matter
+            counts = quantise_weights(graph.path, out_dir / GRAPH)
+        tolerance = options.tolerance or TOLERANCES["int8"]
+    else:
+        counts = build_graph(stage, out_dir / GRAPH, dtype, external_above=options.external_above).op_counts
+    numerics = check_numerics(stage, out_dir / GRAPH, tolerance, options.prompts)
+    limits = [] if dtype == "float32" else ["executor onnxruntime runs float32 graphs: this one is for other engines"]
+    return TargetResult(
+        target=TARGET.name,
+        stage=stage.stage,
+        status="built",
+        dtype=dtype,
+        ops=counts,
+        numerics=numerics,
+        checked=("graph by onnx's checker", compared(stage)),
+        run="onnxruntime, CPU, in the numerics check",
+        limits=(*limits, *wire_limits(stage, dtype)),
+        details={"weights": options.weights},
+    )
+
+
+def native_dtype(stage: StageModel) -> Literal["float32", "float16"]:
+    """The stage's own dtype; UserError for bfloat16, which onnxruntime's MatMul does not have on the CPU."""
+    dtype = stage.config.get("dtype") or stage.config.get("torch_dtype")
+    if dtype == "float32":
+        return "float32"
+    if dtype == "float16":
+        return "float16"
+    raise UserError(f"dtype {dtype} has no graph; give option dtype, float32 or float16")
+
+
+def compared(stage: StageModel) -> str:
+    """What the numerics check compared."""
+    what = "hidden states and packed KV" if stage.sends else "hidden states"
+    return f"{what} of the graph in onnxruntime against transformers in float32"
+
+
+def wire_limits(stage: StageModel, dtype: str) -> tuple[str, ...]:
+    """What to say when the engine's KV is not what the plan's pool and wire hold."""
+    pool = stage.plan.model.kv_dtype
+    if dtype == pool:
+        return ()
+    return (f"its KV is {dtype}, the plan's pool and wire hold {pool}: serve it from a bundle of model.dtype {dtype}",)
+
+
+TARGET = Target("onnx", OnnxOptions, build)
