@@ -12,13 +12,6 @@ if TYPE_CHECKING:
 KERNELS = Path(__file__).parent / "kernels"
 NATIVE_DTYPES = ("float32", "float16", "bfloat16")  # places are the values of pdtrim::Dtype
 KERNEL_WIRE_DTYPES = ("native", "int8", "fp8")  # and of pdtrim::Wire
-SCALE_BYTES = 2
-
-
-def packed_bytes(wire_dtype: str, item_bytes: int, rows: int, num_kv_heads: int, head_dim: int) -> int:
-    """Bytes of K and V of one layer as packed; the arithmetic of wire_format.h."""
-    head = head_dim * item_bytes if wire_dtype == "native" else head_dim + SCALE_BYTES
-    return 2 * rows * num_kv_heads * head
 
 
 class _Send(ctypes.Structure):

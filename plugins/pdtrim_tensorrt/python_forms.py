@@ -12,7 +12,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from pdtrim_tensorrt.kernel import KERNEL_WIRE_DTYPES, packed_bytes
+from pdtrim_deploy.wire import WireDtype, packed_row_bytes
+from pdtrim_tensorrt.kernel import KERNEL_WIRE_DTYPES
 
 NAMESPACE, VERSION = "pdtrim", "1"
 
@@ -25,7 +26,7 @@ class SendAttributes:
     layer_id: int
     num_kv_heads: int
     head_dim: int
-    wire_dtype: str
+    wire_dtype: WireDtype
 
     def __post_init__(self) -> None:
         if self.wire_dtype not in KERNEL_WIRE_DTYPES:
@@ -96,7 +97,7 @@ def _creator_class(trt: Any) -> type:
             types = {
                 "int": trt.PluginFieldType.INT32,
                 "float": trt.PluginFieldType.FLOAT32,
-                "str": trt.PluginFieldType.CHAR,
+                "WireDtype": trt.PluginFieldType.CHAR,
             }
             self.field_names = trt.PluginFieldCollection(
                 [trt.PluginField(field.name, np.array([]), types[str(field.type)]) for field in fields(kind)]
@@ -143,7 +144,7 @@ def _plugin_class(trt: Any) -> type:
             rows = inputs[2][0]
             if not self._quantised():
                 return [trt.DimsExprs([build.constant(2), rows, inputs[0][1]])]
-            row = packed_bytes(given.wire_dtype, 0, 1, given.num_kv_heads, given.head_dim)
+            row = 2 * packed_row_bytes(given.wire_dtype, "", given.num_kv_heads, given.head_dim)
             return [trt.DimsExprs([build.operation(trt.DimensionOperation.PROD, rows, build.constant(row))])]
 
         def supports_format_combination(self, position: int, tensors: Any, num_inputs: int) -> bool:

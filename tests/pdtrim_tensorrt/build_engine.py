@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import tensorrt_rtx as trt
 from onnx import TensorProto, helper
@@ -34,6 +35,12 @@ def graph(op, dtype, wire, omit):
     return helper.make_model(helper.make_graph([node], "g", inputs, [output]), opset_imports=opsets, ir_version=11)
 
 
+def embedded(plan, library):
+    """Whether the plan holds the library's file, and the plan without it."""
+    code = Path(library).read_bytes() if library else b""
+    return bool(code) and code in plan, plan.replace(code, b"") if code else plan
+
+
 def build(op, dtype, wire=None, library=None, omit=()):
     logger = trt.Logger(trt.Logger.ERROR)
     builder = trt.Builder(logger)
@@ -58,19 +65,18 @@ def build(op, dtype, wire=None, library=None, omit=()):
     config.add_optimization_profile(profile)
     output = network.get_output(0)
     engine = builder.build_serialized_network(network, config)
-    plan = bytes(engine) if engine else b""
+    held, plan = embedded(bytes(engine) if engine else b"", library)
     return {
         "parsed": True,
         "layers": network.num_layers,
         "plugin_layers": python_forms.plugin_layers(trt, network),
         "output": [list(output.shape), str(output.dtype).removeprefix("DataType.")],
         "magic": plan[:4].decode(errors="replace"),
-        "bytes": len(plan),
         "in_plan": [op for op in ATTRIBUTES if op.encode() in plan],
         "wire_in_plan": [
             wire for wire in KERNEL_WIRE_DTYPES if wire.encode() in plan.rpartition(b"wire_dtype")[2][:32]
         ],
-        "embedded": bool(library) and b"pdtrim_set_attention" in plan,
+        "embedded": held,
     }
 
 

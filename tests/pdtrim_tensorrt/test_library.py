@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from pdtrim_tensorrt.kernel import KERNEL_WIRE_DTYPES, SendKernel, packed_bytes
+from pdtrim_tensorrt.kernel import KERNEL_WIRE_DTYPES, SendKernel
 from pdtrim_tensorrt.plugin_library import PluginLibrary, build_library
 
 from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.wire import packed_row_bytes
 
 ROOT = os.environ.get("TENSORRT_ROOT")
 TRT_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 7}
@@ -65,7 +66,7 @@ def drive_send(driver, wire, pool, values, rows, staging, wide=True, width=None,
 def test_enqueue_writes_what_the_kernel_writes(library, driver, wire, dtype, wide):
     keys, values = (torch.randn(20, 3, 64).to(dtype) for _ in range(2))
     rows = torch.tensor([19, 0, 7, 7, 3])
-    size = packed_bytes(wire, keys.element_size(), 5, 3, 64)
+    size = 2 * 5 * packed_row_bytes(wire, str(dtype).removeprefix("torch."), 3, 64)
     staging, expected = torch.zeros(size, dtype=torch.uint8), torch.zeros(size, dtype=torch.uint8)
     assert drive_send(driver, wire, keys, values, rows, staging, wide) == (0, True)
     SendKernel(library)(keys, values, rows, expected, wire_dtype=wire, reference=True)

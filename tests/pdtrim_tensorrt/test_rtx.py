@@ -78,4 +78,3 @@ def test_the_cpp_library_builds_engines_and_is_embedded(build, tmp_path):
         made = build(op=op, dtype="FLOAT16", wire=wire, library=str(library))
         check(made, op, shape, "HALF")
         assert made["embedded"]
-        assert made["bytes"] > library.stat().st_size

@@ -37,7 +37,7 @@ struct Warp {
   ucontext_t scheduler, lanes[kLanes];
   std::vector<char> stacks = std::vector<char>(kLanes * kStack);
   std::function<void()> body;
-  float values[kLanes][2];  // two deep: a lane may reach its next shuffle before the others have read this one's value
+  uint32_t values[kLanes][2];  // two deep: a lane may reach its next shuffle before the others have read this one's value
   uint32_t shuffles[kLanes];
   bool done[kLanes];
   uint32_t lane = 0;
@@ -89,7 +89,7 @@ inline void launch(dim3 grid, dim3 block, void* /* stream */, const std::functio
 }  // namespace pdtrim
 
 // The lane that it names must be in `mask` and take part; width is a power of two.
-inline float __shfl_xor_sync(uint32_t /* mask */, float value, int other, int /* width */) {
+inline uint32_t __shfl_xor_sync(uint32_t /* mask */, uint32_t value, int other, int /* width */) {
   using pdtrim::host::warp;
   const uint32_t lane = warp->lane, slot = warp->shuffles[lane]++ % 2;
   warp->values[lane][slot] = value;

@@ -123,18 +123,21 @@ __global__ void __launch_bounds__(kWarp * kWarpsPerBlock, kBlocksPerSM) quantise
     for (int32_t head = threadIdx.x / kLanesPerHead; head < layout.heads; head += kWarp / kLanesPerHead) {
       const uint8_t* const from = (side ? args.v : args.k) + layout.source(slot, head);
       uint8_t* const to = args.to + layout.codes(side, row, head);
-      float values[kStep], amax = 0.0f;
+      float values[kStep];
+      uint32_t largest = 0;
       for (int32_t i = lane * kStep; i < whole; i += kLanesPerHead * kStep) {
         load_step<dtype>(from, i, values);
 #pragma unroll
-        for (int32_t j = 0; j < kStep; ++j) amax = fmaxf(amax, fabsf(values[j]));
+        for (int32_t j = 0; j < kStep; ++j) largest = larger(largest, magnitude(values[j]));
       }
-      for (int32_t i = whole + lane; i < layout.dim; i += kLanesPerHead) amax = fmaxf(amax, fabsf(load<dtype>(from, i)));
+      for (int32_t i = whole + lane; i < layout.dim; i += kLanesPerHead) {
+        largest = larger(largest, magnitude(load<dtype>(from, i)));
+      }
 #pragma unroll
       for (int32_t other = kLanesPerHead / 2; other; other /= 2) {
-        amax = fmaxf(amax, __shfl_xor_sync(group, amax, other, kLanesPerHead));
+        largest = larger(largest, __shfl_xor_sync(group, largest, other, kLanesPerHead));
       }
-      const uint16_t half = scale_bits<wire>(amax);
+      const uint16_t half = scale_bits<wire>(largest);
       const float by = inverse(half);
       if (lane == 0) *reinterpret_cast<uint16_t*>(args.to + layout.scale(side, row, head)) = half;
       for (int32_t i = lane * kStep; i < whole; i += kLanesPerHead * kStep) {

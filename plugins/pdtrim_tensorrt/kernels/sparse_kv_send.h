@@ -51,9 +51,9 @@ inline bool valid(const PdtrimSend& send) {
 
 template <int32_t dtype, int32_t wire>
 void reference_head(const void* from, int32_t dim, uint8_t* codes, uint8_t* scale) {
-  float amax = 0.0f;
-  for (int32_t i = 0; i < dim; ++i) amax = fmaxf(amax, fabsf(load<dtype>(from, i)));
-  const uint16_t half = scale_bits<wire>(amax);
+  uint32_t largest = 0;
+  for (int32_t i = 0; i < dim; ++i) largest = larger(largest, magnitude(load<dtype>(from, i)));
+  const uint16_t half = scale_bits<wire>(largest);
   memcpy(scale, &half, sizeof(half));
   for (int32_t i = 0; i < dim; ++i) codes[i] = code<wire>(load<dtype>(from, i), inverse(half));
 }

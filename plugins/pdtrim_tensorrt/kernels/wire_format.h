@@ -1,5 +1,6 @@
-// The bytes of one layer's KV on the wire: layout, index arithmetic and scalar codecs. Every implementation (kernel,
-// host reference, Python codec) follows this one text. Plain C++: no CUDA, no TensorRT.
+// The bytes of one layer's KV on the wire: layout, index arithmetic and scalar codecs, those of pdtrim_deploy/wire.py and
+// pdtrim_deploy/kvcache (layout.py, codecs/), which tests hold this to bit for bit. Plain C++: no CUDA, no TensorRT.
+// There is no int4 here.
 //
 // One layer occupies [offset, offset + 2 * side_bytes) of the staging buffer: the side of K, then the side of V.
 // H = KV heads, D = head_dim, R = rows sent.
@@ -11,11 +12,12 @@
 // A scale belongs to one row and one KV head and is symmetric (no zero point). In float32, then rounded as said:
 //   amax  = max |x| over the head's D values
 //   scale = float16(min(amax * float32(1 / qmax), 65504)); qmax = 127 (int8), 448 (fp8)
+//           NaN where a value is not finite: nothing of that head then reads as a number
 //   y     = x * (1 / float32(scale)), or 0 where scale is 0
 //   code  = int8: clamp(rint(y), -127, 127); fp8: e4m3fn(clamp(y, -448, 448))
 //   value = float32(code) * float32(scale)
 // float16, rint and e4m3fn round to nearest even. Codes are made with the *rounded* scale, the one the receiver
-// multiplies by. -128 is never sent. K and V must be finite.
+// multiplies by. -128 is never sent.
 //
 // D is even for int8 and fp8 (RoPE wants that anyway): then scales are 2-byte aligned, a quantised layer takes a
 // multiple of 4 bytes, and a native layer that follows it is aligned for its dtype.
@@ -114,8 +116,15 @@ PDTRIM_BOTH float load(const void* values, int64_t index) {
   return dtype == kFloat16 ? from_half(bits) : from_bfloat(bits);
 }
 
+// |x| as an integer: in the order of magnitudes, infinity above every number, NaN above infinity.
+PDTRIM_BOTH uint32_t magnitude(float value) { return bits_as<uint32_t>(value) & 0x7fffffffu; }
+
+PDTRIM_BOTH uint32_t larger(uint32_t one, uint32_t other) { return one > other ? one : other; }
+
 template <int32_t wire>
-PDTRIM_BOTH uint16_t scale_bits(float amax) {
+PDTRIM_BOTH uint16_t scale_bits(uint32_t largest) {
+  if (largest >= 0x7f800000u) return 0x7e00u;
+  const float amax = bits_as<float>(largest);
   return to_half(fminf(amax * (wire == kInt8 ? 1.0f / 127.0f : 1.0f / 448.0f), kMaxScale));
 }
 
