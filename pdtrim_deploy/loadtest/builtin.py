@@ -63,7 +63,7 @@ async def _closed_loop(client: httpx.AsyncClient, jobs: list[tuple[str, int]], s
 async def _request(client: httpx.AsyncClient, text: str, tokens: int, deadline_s: float) -> Outcome:
     try:
         return await asyncio.wait_for(_stream(client, text, tokens), deadline_s)
-    except asyncio.TimeoutError:
+    except TimeoutError:
         return Outcome("timeout", f"no last token within {deadline_s:g} s")
     except httpx.ConnectError as error:
         return Outcome("refused", str(error))
