@@ -1,12 +1,13 @@
 """The CUDA kernel's source, compiled for the host, against kvcache.pack; by nvcc where there is one."""
 
 import shutil
+import subprocess
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pdtrim_tensorrt.compile_kernels import ARCHITECTURES, compile_for_gpus, compile_for_host, parse_ptxas
+from pdtrim_tensorrt.compile_kernels import ARCHITECTURES, SOURCE, compile_for_gpus, compile_for_host, parse_ptxas
 from pdtrim_tensorrt.kernel import KERNEL_WIRE_DTYPES, SendKernel
 
 from pdtrim_deploy.kvcache.layout import chunk_layout
@@ -15,6 +16,9 @@ from pdtrim_deploy.plan import Drop, Keep, KVSend, ModelShape, PDPlan
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 UNWRITTEN = 0xA5
+needs_nvcc = pytest.mark.skipif(
+    not shutil.which("nvcc"), reason="nvcc is not on PATH: the kernel cannot be compiled for GPUs"
+)
 
 
 @pytest.fixture(scope="session")
@@ -194,7 +198,7 @@ def test_what_it_refuses(send):
     assert (staging == UNWRITTEN).all()
 
 
-@pytest.mark.skipif(not shutil.which("nvcc"), reason="nvcc is not on PATH: the kernel cannot be compiled for GPUs")
+@needs_nvcc
 def test_nvcc_compiles_it_without_a_spill(tmp_path):
     library, usages = compile_for_gpus(tmp_path)
     assert library.stat().st_size > 0
@@ -204,6 +208,17 @@ def test_nvcc_compiles_it_without_a_spill(tmp_path):
         print(usage)
         assert usage.spill_store_bytes == usage.spill_load_bytes == usage.stack_bytes == 0
         assert 0 < usage.registers <= 64
+
+
+@needs_nvcc
+def test_every_kernel_loads_and_stores_16_bytes_at_once(tmp_path):
+    ptx = tmp_path / "kernels.ptx"
+    subprocess.run(["nvcc", "-std=c++17", "-arch=sm_90", "-ptx", "-o", str(ptx), str(SOURCE)], check=True)
+    entries = ptx.read_text().split(".entry ")[1:]
+    assert len(entries) == 8
+    for entry in entries:
+        assert "ld.global.v4" in entry or "ld.global.nc.v4" in entry
+        assert "st.global.v4" in entry
 
 
 def test_a_spill_in_the_log_is_found():

@@ -74,7 +74,9 @@ def test_wrong_attributes_do_not_parse(build, case, message):
 @pytest.mark.skipif(not ROOT or not shutil.which("nvcc"), reason="needs TENSORRT_ROOT (TensorRT's headers) and nvcc")
 def test_the_cpp_library_builds_engines_and_is_embedded(build, tmp_path):
     library = build_library(Path(ROOT), tmp_path / "library")
-    for op, wire, shape in (("SparseKVSend", "native", [2, -1, 16]), ("PagedAttention", None, [-1, 32])):
+    cases = [("native", [2, -1, 16], "HALF"), ("int8", [-1], "INT8"), (None, [-1, 32], "HALF")]
+    for wire, shape, dtype in cases:
+        op = "SparseKVSend" if wire else "PagedAttention"
         made = build(op=op, dtype="FLOAT16", wire=wire, library=str(library))
-        check(made, op, shape, "HALF")
+        check(made, op, shape, dtype)
         assert made["embedded"]
