@@ -74,6 +74,7 @@ class TargetResult(_Frozen):
     stage: Stage
     status: Status
     dtype: str
+    plan_digest: str
     files: dict[str, int] = {}
     ops: dict[str, int] = {}
     plugins: dict[str, int] = {}

@@ -16,6 +16,7 @@ from pdtrim_deploy.checkpoints.loading import load_model, load_tokenizer
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.kvcache.layout import chunk_layout
 from pdtrim_deploy.kvcache.pack import pack
+from pdtrim_deploy.plan import PDPlan
 
 # Relative errors let pass, two to three times the worst seen on SmolLM2-135M: 2e-5, 8e-3, 0.22.
 TOLERANCES = {"float32": 5e-5, "float16": 2e-2, "int8": 0.5}
@@ -107,9 +108,15 @@ def _compare(stage: StageModel, engine: OnnxStage, model: object, ids: Tensor, m
         [side[0].transpose(0, 1).contiguous() for side in (layer.keys, layer.values)]
         for layer in wanted.past_key_values.layers
     ]
-    plan = stage.plan.model_copy(update={"model": stage.plan.model.model_copy(update={"kv_dtype": "float32"})})
-    layout = chunk_layout(plan, count)
+    layout = chunk_layout(_plain(stage.plan), count)
     sent = pack(layout, [k for k, _ in pools], [v for _, v in pools], torch.arange(count)).view(torch.float32)
     values = stage.kv_heads * stage.head_dim
     packed = torch.cat([got.packed[rule.output].float().flatten(0, 1) for rule in stage.sends])
     measured.add("kv", packed, sent.view(-1, values))
+
+
+def _plain(plan: PDPlan) -> PDPlan:
+    """The same rows in float32, unquantised: the graph is judged before any codec."""
+    kv = tuple(send.model_copy(update={"wire_dtype": "native"}) for send in plan.kv)
+    shape = plan.model.model_copy(update={"kv_dtype": "float32"})
+    return PDPlan(model=shape, prefill=plan.prefill, decode=plan.decode, kv=kv)

@@ -61,6 +61,10 @@ class OnnxStage:
         try:
             self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # its exceptions have no public base class
+            if attention is not None and "tensor(float16)" in str(error):
+                raise UserError(
+                    f"{path}: a Python callback works on float32 only; build it with dtype float32"
+                ) from None
             raise UserError(f"{path}: onnxruntime cannot load this graph ({str(error).splitlines()[0]})") from error
         self._attention = attention
         self._outputs = {out.name: (out.shape, _TORCH[out.type]) for out in self._session.get_outputs()}
@@ -69,8 +73,6 @@ class OnnxStage:
         self.packed_outputs = tuple(name for name in self._outputs if name != "hidden_states")
         self.metadata: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
         self.dtype = self._outputs["hidden_states"][1]
-        if attention is not None and self.dtype != torch.float32:  # else the op's body would run, unnoticed
-            raise UserError(f"{path}: a Python callback works on float32 only; build target onnx with dtype float32")
 
     def run(
         self,
@@ -180,9 +182,8 @@ def _callback_library() -> str:
         raise UserError(f"executor onnxruntime needs onnxruntime_extensions ({error}); run: make setup") from None
     d = PyCustomOpDef
     attrs = dict.fromkeys(_ATTRIBUTES, d.dt_int64) | {"scale": d.dt_float}
-    ours = onnx_op(op_type="pdtrim::PagedAttention", inputs=[d.dt_float] * 3, outputs=[d.dt_float], attrs=attrs)(
-        _answer
-    )
+    make = onnx_op(op_type="pdtrim::PagedAttention", inputs=[d.dt_float] * 3, outputs=[d.dt_float], attrs=attrs)
+    ours = make(_answer)._id
 
     def hook(number: int, feed: Sequence[np.ndarray], attributes: Mapping[str, Any]) -> tuple:
         if number != ours:

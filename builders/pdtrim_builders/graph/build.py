@@ -6,7 +6,9 @@
 T is the tokens of the whole batch, requests one after the other, as SGLang hands them over. `positions` are absolute.
 There is one `send_rows_*` input for each distinct rule of the plan: `send_rows_full`, `send_rows_{n_first}_{n_last}`;
 it lists rows of this call's T tokens (`chunk_layout(...).layers[i].ranges`, plus the request's first row in a batch).
-The outputs, in their order, are the bytes of `kvcache.pack`. The LM head is not in the graph: it stays with SGLang.
+The outputs, in their order, are the bytes of `kvcache.pack`. Layers with a quantised wire dtype leave the graph as
+plain rows (`wire_dtype` "native") for the executor to encode, or, with `encode`, as the codec's bytes, int8 [B]: only
+a plugin can do that, the op's body cannot. The LM head is not in the graph: it stays with SGLang.
 """
 
 from __future__ import annotations
@@ -45,17 +47,19 @@ class GraphFile:
         return sum(self.op_counts[op] for op in ops.OPS)
 
 
-def build_graph(stage: StageModel, path: Path, dtype: str, *, external_above: int = EXTERNAL_ABOVE) -> GraphFile:
+def build_graph(
+    stage: StageModel, path: Path, dtype: str, *, encode: bool = False, external_above: int = EXTERNAL_ABOVE
+) -> GraphFile:
     """Write the graph of `stage` to `path` (and `{path}.data`, when its weights pass `external_above` bytes).
 
-    Raises UserError: a dtype, a tensor or a wire dtype that the graph has no place for.
+    Raises UserError: a dtype or a tensor that the graph has no place for.
     """
     if dtype not in ONNX_DTYPES:
         raise UserError(f"dtype {dtype!r} has no graph; use one of {', '.join(ONNX_DTYPES)}")
     external = weight_bytes(stage.tensors, dtype) > external_above
     data = path.with_name(path.name + ".data") if external else None
     with Weights(stage.tensors, dtype, data) as weights:
-        model = _Emitter(stage, weights, dtype).model()
+        model = _Emitter(stage, weights, dtype, encode).model()
     left = sorted(name for name in stage.tensors if name not in weights.used and not _outside(name))
     if left:
         raise UserError(f"{stage.path}: tensor {left[0]} has no place in the graph of {stage.architecture}")
@@ -75,8 +79,8 @@ def _outside(name: str) -> bool:
 class _Emitter:
     """Nodes in order; every method returns the name of its output."""
 
-    def __init__(self, stage: StageModel, weights: Weights, dtype: str) -> None:
-        self.stage, self.weights, self.dtype = stage, weights, dtype
+    def __init__(self, stage: StageModel, weights: Weights, dtype: str, encode: bool) -> None:
+        self.stage, self.weights, self.dtype, self.encode = stage, weights, dtype, encode
         self.nodes: list[NodeProto] = []
 
     def model(self) -> ModelProto:
@@ -104,12 +108,16 @@ class _Emitter:
         ]
         results = [value("hidden_states", real, ["T", s.hidden])]
         for rule in s.sends:
-            row = rule.rows_input.replace("send_", "")
-            results.append(value(rule.output, real, [2, row, s.kv_heads * s.head_dim]))
+            if self.wire(rule) == "native":
+                row = rule.rows_input.replace("send_", "")
+                results.append(value(rule.output, real, [2, row, s.kv_heads * s.head_dim]))
+            else:
+                results.append(value(rule.output, onnx.TensorProto.INT8, [f"{rule.output}_bytes"]))
+        plain = all(self.wire(rule) == "native" for rule in s.sends)
         graph = helper.make_graph(self.nodes, f"pdtrim_{s.stage}", inputs, results, self.weights.initializers)
         model = helper.make_model(
             graph,
-            functions=ops.functions(),
+            functions=ops.functions() if plain else ops.functions()[:1],
             opset_imports=ops.opset_imports(),
             ir_version=ops.IR_VERSION,
             producer_name="pdtrim-deploy",
@@ -201,6 +209,9 @@ class _Emitter:
         gated = self.op("Mul", open_, f"{at}.gate.1", at=f"{at}.gated")
         return self.linear(gated, [f"{where}.down_proj"], f"{at}.down")
 
+    def wire(self, rule: SendRule) -> str:
+        return rule.send.wire_dtype if self.encode else "native"
+
     def send(self, rule: SendRule, k: str, v: str) -> str:
         s = self.stage
         return self.op(
@@ -211,7 +222,7 @@ class _Emitter:
             at=rule.output,
             domain=ops.DOMAIN,
             layer_id=rule.decode_layer,
-            wire_dtype=rule.send.wire_dtype,
+            wire_dtype=self.wire(rule),
             num_kv_heads=s.kv_heads,
             head_dim=s.head_dim,
             **ops.PLUGIN,

@@ -5,7 +5,8 @@
         Its body is that meaning with no pool: causal attention among the T tokens of one prompt. A runtime that
         registers a kernel for the op never sees the body (onnxruntime 1.32: a kernel goes before a function).
     SparseKVSend(k, v [T, kv_heads * head_dim], rows int64 [R]) -> [2, R, kv_heads * head_dim]
-        Rows of K, then of V, as they travel; `layer_id` is the layer of *decode* that reads them.
+        Rows of K, then of V, as they travel; `layer_id` is the layer of *decode* that reads them. With another
+        `wire_dtype` than "native" the output is the codec's bytes, int8 [B], and the op has no body.
 
 TensorRT's parser looks for a plugin only where a node carries `plugin_namespace`; without one it inlines the body.
 """
@@ -21,6 +22,7 @@ DOMAIN, DOMAIN_VERSION, OPSET, IR_VERSION = "pdtrim", 1, 23, 11
 PAGED_ATTENTION, SPARSE_KV_SEND = "PagedAttention", "SparseKVSend"
 OPS = (PAGED_ATTENTION, SPARSE_KV_SEND)
 PLUGIN: dict[str, Any] = {"plugin_namespace": DOMAIN, "plugin_version": "1"}
+_FLOATS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
 _INT, _FLOAT, _STRING = AttributeProto.INT, AttributeProto.FLOAT, AttributeProto.STRING
 _PLUGIN_TYPES = {"plugin_namespace": _STRING, "plugin_version": _STRING}
 ATTRIBUTES: dict[str, dict[str, AttributeProto.AttributeType]] = {
@@ -55,8 +57,9 @@ def register_schemas() -> None:
             DOMAIN,
             DOMAIN_VERSION,
             inputs=[defs.OpSchema.FormalParameter(name, kind) for name, kind in _INPUTS[op].items()],
-            outputs=[defs.OpSchema.FormalParameter(_OUTPUT[op], "T")],
-            type_constraints=[("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "activations")],
+            outputs=[defs.OpSchema.FormalParameter(_OUTPUT[op], "T" if op == PAGED_ATTENTION else "Packed")],
+            type_constraints=[("T", _FLOATS, "activations")]
+            + ([("Packed", [*_FLOATS, "tensor(int8)"], "rows or bytes")] if op == SPARSE_KV_SEND else []),
             attributes=[
                 defs.OpSchema.Attribute(name, getattr(defs.OpSchema.AttrType, AttributeProto.AttributeType.Name(kind)))
                 for name, kind in ATTRIBUTES[op].items()

@@ -47,11 +47,12 @@ def build(stage_dir: Path, out_dir: Path, options: Options) -> TargetResult:
         stage=stage.stage,
         status="built",
         dtype=dtype,
+        plan_digest=stage.plan.digest,
         ops=counts,
         numerics=numerics,
         checked=("graph by onnx's checker", compared(stage)),
         run="onnxruntime, CPU, in the numerics check",
-        limits=(*limits, *wire_limits(stage, dtype)),
+        limits=(*limits, *wire_limits(stage, dtype), *codec_limits(stage)),
         details={"weights": options.weights},
     )
 
@@ -78,6 +79,14 @@ def wire_limits(stage: StageModel, dtype: str) -> tuple[str, ...]:
     if dtype == pool:
         return ()
     return (f"its KV is {dtype}, the plan's pool and wire hold {pool}: serve it from a bundle of model.dtype {dtype}",)
+
+
+def codec_limits(stage: StageModel) -> tuple[str, ...]:
+    """What to say when rows leave the graph unquantised though the plan quantises them."""
+    wires = sorted({rule.send.wire_dtype for rule in stage.sends} - {"native"})
+    if not wires:
+        return ()
+    return (f"layers of wire dtype {', '.join(wires)} leave this graph as plain rows: the executor encodes them",)
 
 
 TARGET = Target("onnx", OnnxOptions, build)
