@@ -13,8 +13,8 @@ What has been done, and what has not (this repository's machines have no GPU):
 
     kernel        compiled by nvcc 13.0 for sm_80, 90, 100, 120 with no spill (`make plugin`); its source, compiled for
                   the host, is bit-equal to kvcache.pack (native, int8, fp8); never run on a GPU, speed unknown
-    C++ plugins   compiled against TensorRT 11.1's headers; creators, attributes, formats and enqueue driven on the host;
-                  loaded by TensorRT for RTX 1.7.1, which builds engines with them; never run on a GPU
+    C++ plugins   compiled against TensorRT 11.1's headers; attributes, formats and enqueue driven on the host; loaded
+                  by TensorRT for RTX 1.7.1, which builds engines with them; never run on a GPU
     Python forms  TensorRT for RTX 1.7.1 parses each node to one PLUGIN layer and builds engines; enqueue raises
     PagedAttention's callback into SGLang  called on the host with made-up pointers; never run inside an engine
 """
