@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import signal
 import subprocess
 import time
@@ -35,13 +35,12 @@ def run_job(command: Sequence[str], job: Mapping[str, Any], scratch: Path, envir
     with log.open("wb") as output:
         process = subprocess.Popen([*command, str(scratch / "job.json")], stdout=output, stderr=output, env=environment)
         try:
-            _, status, usage = os.wait4(process.pid, 0)
+            memory = _wait(process)
         except BaseException:
             process.kill()
             process.wait()
             raise
-    process.returncode = code = os.waitstatus_to_exitcode(status)
-    seconds, memory = time.monotonic() - started, usage.ru_maxrss * 1024
+    code, seconds = process.returncode, time.monotonic() - started
     spent = f"after {seconds:.0f} s with {memory / 1e9:.1f} GB in use"
     if code == -signal.SIGKILL:
         raise UserError(f"the build process was killed {spent}, most likely for memory; use a machine with more memory")
@@ -53,6 +52,17 @@ def run_job(command: Sequence[str], job: Mapping[str, Any], scratch: Path, envir
     if "error" in said:
         raise UserError(said["error"])
     return Finished(said, round(seconds, 2), memory)
+
+
+def _wait(process: subprocess.Popen[bytes]) -> int:
+    """Wait; the most memory the process held. Not wait4's ru_maxrss, in which a child starts with its parent's."""
+    most = 0
+    while process.poll() is None:
+        with contextlib.suppress(OSError):  # it just ended
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            most = max([most, *(int(line.split()[1]) * 1024 for line in status.splitlines() if line[:6] == "VmHWM:")])
+        time.sleep(0.05)
+    return most
 
 
 def _last_line(log: Path) -> str:

@@ -119,8 +119,10 @@ def _described(tensor: Any) -> str:
 
 
 def _first_error(parser: Any) -> str:
+    if not parser.num_errors:
+        return "no reason given"
     error = parser.get_error(0)
-    return " ".join(f"{error.desc()} (node {error.node_name() or '?'})".split()) if parser.num_errors else "no reason"
+    return " ".join(f"op {error.node_operator()} of node {error.node_name()}: {error.desc()}".split())
 
 
 def _logger(trt: Any) -> Any:
