@@ -110,7 +110,8 @@ def test_a_build_process_that_dies(code, sentence, tmp_path):
 
 def test_peak_memory_is_that_of_the_process(tmp_path):
     ours = b"x" * 600_000_000  # of ours nothing must be counted
-    code = "import sys, json, time; x = b'x' * 300_000_000; time.sleep(0.3); open(json.load(open(sys.argv[1]))['answer'], 'w').write('{}')"
+    code = "import sys, json, time; x = b'x' * 300_000_000; time.sleep(0.3)"
+    code += "; open(json.load(open(sys.argv[1]))['answer'], 'w').write('{}')"
     assert 300e6 < process.run_job([sys.executable, "-c", code], {}, tmp_path, os.environ).peak_memory < 400e6
     del ours
 

@@ -1,0 +1,69 @@
+"""Target `tensorrt-llm`: what its users need of a stage, for the versions with engines and for those without.
+
+tp{N}/config.json, tp{N}/rank{R}.safetensors   a TensorRT-LLM 1.2.x checkpoint, split over N GPUs
+llm-api.yaml, disaggregated.yaml               1.3 and later: the HF checkpoint of the stage, served by PyTorch
+commands.txt                                   the commands for both
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from pdtrim_builders.base import Options, Target, TargetResult
+from pdtrim_builders.graph.stage import read_stage
+from pdtrim_builders.targets.tensorrt_llm.checkpoint import check_split, write_checkpoint
+from pdtrim_builders.targets.tensorrt_llm.serving import Serving, same_layers, write_serving
+
+
+class TensorRTLLMOptions(Options):
+    """What the stage is split for, and the limits its commands state; `dtype` is by default the stage's."""
+
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    tensor_parallel: Annotated[tuple[Literal[1, 2, 4, 8], ...], Field(min_length=1)] = (1,)
+    max_batch_size: Annotated[int, Field(ge=1)] = 64
+    max_input_len: Annotated[int, Field(ge=1)] = 4096
+    max_seq_len: Annotated[int, Field(ge=2)] = 8192
+    transceiver: Literal["DEFAULT", "UCX", "NIXL", "MOONCAKE"] = "NIXL"
+    prefill_port: Annotated[int, Field(ge=1, le=65535)] = 8001
+    decode_port: Annotated[int, Field(ge=1, le=65535)] = 8002
+    port: Annotated[int, Field(ge=1, le=65535)] = 8000
+    dry_run: bool = False
+
+
+def build(stage_dir: Path, out_dir: Path, options: Options) -> TargetResult:
+    """Write the checkpoints, the YAML and the commands."""
+    assert isinstance(options, TensorRTLLMOptions)
+    stage = read_stage(stage_dir, options.stage)
+    sizes = tuple(dict.fromkeys(options.tensor_parallel))
+    for size in sizes:
+        check_split(stage, size)
+    dtype = options.dtype or str(stage.config.get("dtype") or stage.config.get("torch_dtype"))
+    serving = Serving(**options.model_dump(include=set(Serving.__dataclass_fields__)))
+    if not options.dry_run:
+        for size in sizes:
+            write_checkpoint(stage, out_dir / f"tp{size}", dtype, size)
+        write_serving(stage, out_dir, dtype, sizes, serving)
+    limits = [
+        "neither TensorRT-LLM nor any command was run here; 1.2.x is the last with engines, later ones use PyTorch",
+        "TensorRT-LLM sends the whole prompt's KV in every layer: the plan's KV rules have no effect there",
+    ]
+    if not same_layers(stage):
+        limits.append(
+            "its transceiver pairs layers by number and the stages differ in layers: in disaggregated.yaml's set-up "
+            "both servers run the decode model"
+        )
+    return TargetResult(
+        target=TARGET.name,
+        stage=stage.stage,
+        status="described" if options.dry_run else "built",
+        dtype=dtype,
+        plan_digest=stage.plan.digest,
+        limits=tuple(limits),
+        details={"tensor_parallel": [str(size) for size in sizes]},
+    )
+
+
+TARGET = Target("tensorrt-llm", TensorRTLLMOptions, build)
