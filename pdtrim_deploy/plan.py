@@ -12,23 +12,23 @@ import hashlib
 import json
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import PositiveInt, ValidationError, model_validator
 
 from pdtrim_deploy.errors import UserError
-from pdtrim_deploy.wire import HEAD_DIM_MULTIPLE, WireDtype, packed_row_bytes
+from pdtrim_deploy.plan_blocks import Action, Distilled, Drop, Frozen, Keep, check_pairs
+from pdtrim_deploy.plan_kv import KVSend
+from pdtrim_deploy.wire import HEAD_DIM_MULTIPLE, packed_row_bytes
+
+__all__ = ["STAGES", "Action", "Distilled", "Drop", "KVSend", "Keep", "ModelShape", "NativeDtype", "PDPlan", "Stage"]
 
 NativeDtype = Literal["float32", "bfloat16", "float16"]
 Stage = Literal["prefill", "decode"]
 STAGES: tuple[Stage, ...] = ("prefill", "decode")
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class ModelShape(_Frozen):
+class ModelShape(Frozen):
     """What the plan must know of the model; `kv_dtype` is the dtype of the KV pool (native on the wire)."""
 
     architecture: str
@@ -39,66 +39,7 @@ class ModelShape(_Frozen):
     kv_dtype: NativeDtype
 
 
-class Keep(_Frozen):
-    """The block runs unchanged."""
-
-    kind: Literal["keep"] = "keep"
-
-
-class Drop(_Frozen):
-    """The block does not run."""
-
-    kind: Literal["drop"] = "drop"
-
-
-class Distilled(_Frozen):
-    """Two adjacent blocks run as one student, which stands at `pair[0]`; its K and V are those of `kv_from`."""
-
-    kind: Literal["distilled"] = "distilled"
-    pair: tuple[int, int]
-    kv_from: int
-
-    @model_validator(mode="after")
-    def _adjacent(self) -> Distilled:
-        if self.pair[1] != self.pair[0] + 1:
-            raise ValueError(f"distilled pair {self.pair} is not adjacent")
-        if self.kv_from not in self.pair:
-            raise ValueError(f"distilled pair {self.pair} cannot take its KV from block {self.kv_from}")
-        return self
-
-
-Action = Annotated[Keep | Drop | Distilled, Field(discriminator="kind")]
-
-
-class KVSend(_Frozen):
-    """How one block's prompt KV travels: all rows, or the first `n_first` and last `n_last` prompt tokens."""
-
-    mode: Literal["full", "sparse"] = "full"
-    n_first: int = Field(default=0, ge=0)
-    n_last: int = Field(default=0, ge=0)
-    wire_dtype: WireDtype = "native"
-
-    @model_validator(mode="after")
-    def _sizes(self) -> KVSend:
-        if self.mode == "sparse" and self.n_first + self.n_last == 0:
-            raise ValueError("sparse KV needs n_first + n_last of at least 1")
-        if self.mode == "full" and (self.n_first or self.n_last):
-            raise ValueError("full KV takes no n_first or n_last")
-        return self
-
-    def row_ranges(self, prompt_tokens: int) -> tuple[tuple[int, int], ...]:
-        """Half-open ranges of absolute prompt positions that travel, ascending and disjoint."""
-        if self.mode == "full" or self.n_first + self.n_last >= prompt_tokens:
-            return ((0, prompt_tokens),)
-        ranges = ((0, self.n_first), (prompt_tokens - self.n_last, prompt_tokens))
-        return tuple(r for r in ranges if r[0] < r[1])
-
-    def rows(self, prompt_tokens: int) -> int:
-        """Number of prompt rows that travel."""
-        return sum(stop - start for start, stop in self.row_ranges(prompt_tokens))
-
-
-class PDPlan(_Frozen):
+class PDPlan(Frozen):
     """The one contract between building and serving.
 
     Attributes:
@@ -118,7 +59,7 @@ class PDPlan(_Frozen):
             actions = self.actions(stage)
             if len(actions) != self.model.num_blocks:
                 raise ValueError(f"{stage} names {len(actions)} blocks, the model has {self.model.num_blocks}")
-            _check_pairs(stage, actions)
+            check_pairs(stage, actions)
             if not self.layers(stage):
                 raise ValueError(f"{stage} keeps no block")
         for block, (before, after) in enumerate(zip(self.prefill, self.decode, strict=True)):
@@ -237,14 +178,3 @@ class PDPlan(_Frozen):
         """Nothing removed, everything sent: the control."""
         keep = (Keep(),) * model.num_blocks
         return cls(model=model, prefill=keep, decode=keep, kv=(KVSend(),) * model.num_blocks)
-
-
-def _check_pairs(stage: Stage, actions: tuple[Action, ...]) -> None:
-    for block, action in enumerate(actions):
-        if action.kind != "distilled":
-            continue
-        if block not in action.pair:
-            raise ValueError(f"{stage} block {block} is marked distilled as pair {action.pair}")
-        other = action.pair[0] + action.pair[1] - block
-        if other >= len(actions) or actions[other] != action:
-            raise ValueError(f"{stage} block {block}: pair {action.pair} is not marked on block {other} too")

@@ -1,0 +1,56 @@
+"""What a stage does with each block of the original model."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Frozen(BaseModel):
+    """A value of the plan: cannot be changed, knows no other keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Keep(Frozen):
+    """The block runs unchanged."""
+
+    kind: Literal["keep"] = "keep"
+
+
+class Drop(Frozen):
+    """The block does not run."""
+
+    kind: Literal["drop"] = "drop"
+
+
+class Distilled(Frozen):
+    """Two adjacent blocks run as one student, which stands at `pair[0]`; its K and V are those of `kv_from`."""
+
+    kind: Literal["distilled"] = "distilled"
+    pair: tuple[int, int]
+    kv_from: int
+
+    @model_validator(mode="after")
+    def _adjacent(self) -> Distilled:
+        if self.pair[1] != self.pair[0] + 1:
+            raise ValueError(f"distilled pair {self.pair} is not adjacent")
+        if self.kv_from not in self.pair:
+            raise ValueError(f"distilled pair {self.pair} cannot take its KV from block {self.kv_from}")
+        return self
+
+
+Action = Annotated[Keep | Drop | Distilled, Field(discriminator="kind")]
+
+
+def check_pairs(stage: str, actions: tuple[Action, ...]) -> None:
+    """Raise ValueError, naming the block, unless every pair is marked on both of its blocks and on no other."""
+    for block, action in enumerate(actions):
+        if action.kind != "distilled":
+            continue
+        if block not in action.pair:
+            raise ValueError(f"{stage} block {block} is marked distilled as pair {action.pair}")
+        other = action.pair[0] + action.pair[1] - block
+        if other >= len(actions) or actions[other] != action:
+            raise ValueError(f"{stage} block {block}: pair {action.pair} is not marked on block {other} too")

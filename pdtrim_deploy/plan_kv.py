@@ -1,0 +1,38 @@
+"""How one layer's prompt KV travels: which rows, in which dtype."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from pdtrim_deploy.plan_blocks import Frozen
+from pdtrim_deploy.wire import WireDtype
+
+
+class KVSend(Frozen):
+    """How one block's prompt KV travels: all rows, or the first `n_first` and last `n_last` prompt tokens."""
+
+    mode: Literal["full", "sparse"] = "full"
+    n_first: int = Field(default=0, ge=0)
+    n_last: int = Field(default=0, ge=0)
+    wire_dtype: WireDtype = "native"
+
+    @model_validator(mode="after")
+    def _sizes(self) -> KVSend:
+        if self.mode == "sparse" and self.n_first + self.n_last == 0:
+            raise ValueError("sparse KV needs n_first + n_last of at least 1")
+        if self.mode == "full" and (self.n_first or self.n_last):
+            raise ValueError("full KV takes no n_first or n_last")
+        return self
+
+    def row_ranges(self, prompt_tokens: int) -> tuple[tuple[int, int], ...]:
+        """Half-open ranges of absolute prompt positions that travel, ascending and disjoint."""
+        if self.mode == "full" or self.n_first + self.n_last >= prompt_tokens:
+            return ((0, prompt_tokens),)
+        ranges = ((0, self.n_first), (prompt_tokens - self.n_last, prompt_tokens))
+        return tuple(r for r in ranges if r[0] < r[1])
+
+    def rows(self, prompt_tokens: int) -> int:
+        """Number of prompt rows that travel."""
+        return sum(stop - start for start, stop in self.row_ranges(prompt_tokens))
