@@ -1,7 +1,8 @@
 """Move KV between a paged pool and the packed bytes of a `ChunkLayout`, through the codecs of its wire dtypes.
 
 Rows go in blocks small enough for a CPU's cache, so that a codec's steps touch memory once; a block whose slots are
-a run is read and written in place, any other by one gather or scatter. On other devices a layer's side is one block.
+a run is read and written in place, any other by one gather or scatter of the largest pages that its slots make.
+On other devices a layer's side is one block.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ import torch
 from torch import Tensor
 
 from pdtrim_deploy.kvcache.codecs import get_codec
-from pdtrim_deploy.kvcache.codecs.base import Index, put
+from pdtrim_deploy.kvcache.codecs.base import Index, Pages, put
 from pdtrim_deploy.kvcache.layout import ChunkLayout, LayerRows
 from pdtrim_deploy.wire import row_sections
 
 BLOCK_VALUES = 1 << 17  # half a megabyte in float32
+PAGE_SIZES = (64, 16, 4)  # of slots that come in whole pages; a pool with pages of 32 has whole ones of 16
 
 
 def pack(
@@ -87,20 +89,27 @@ def side_sections(packed: Tensor, rows: LayerRows, side: int, pool: Tensor) -> l
 def _blocks(layout: ChunkLayout, slots: Tensor, pool: Tensor) -> Iterator[tuple[LayerRows, list[tuple[slice, Index]]]]:
     """Each layer's rows as (place among the layer's rows, place in the pool); found once for layers with equal rows."""
     seen: dict[tuple[tuple[int, int], ...], list[tuple[slice, Index]]] = {}
-    step = max(1, BLOCK_VALUES // pool[0].numel()) if slots.is_cpu else max(1, len(slots))
+    pages = max(1, BLOCK_VALUES // pool[0].numel() // PAGE_SIZES[0])
+    step = pages * PAGE_SIZES[0] if slots.is_cpu else max(1, len(slots))
     for rows in layout.layers:
         if rows.ranges not in seen:
             picked = torch.cat([slots[lo:hi] for lo, hi in rows.ranges])
             parts = picked.split(step)
             starts = range(0, len(picked), step)
             seen[rows.ranges] = [
-                (slice(at, at + len(part)), _run(part)) for at, part in zip(starts, parts, strict=True)
+                (slice(at, at + len(part)), _places(part)) for at, part in zip(starts, parts, strict=True)
             ]
         yield rows, seen[rows.ranges]
 
 
-def _run(part: Tensor) -> Index:
-    """The slots as a slice when they are consecutive; never asked of a device, which would have to be waited for."""
-    if part.is_cpu and bool((part.diff() == 1).all()):
-        return slice(int(part[0]), int(part[0]) + len(part))
-    return part
+def _places(slots: Tensor) -> Index:
+    """Slots as the coarsest index of them; a device is not asked, since it would have to be waited for."""
+    if not slots.is_cpu:
+        return Pages(slots, 1)
+    if bool((slots.diff() == 1).all()):
+        return slice(int(slots[0]), int(slots[0]) + len(slots))
+    for size in PAGE_SIZES:
+        pages = slots.view(-1, size) if len(slots) % size == 0 else None
+        if pages is not None and bool((pages[:, 0] % size == 0).all() and (pages.diff(dim=1) == 1).all()):
+            return Pages(pages[:, 0] // size, size)
+    return Pages(slots, 1)

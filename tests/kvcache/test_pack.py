@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.kvcache.layout import chunk_layout
-from pdtrim_deploy.kvcache.pack import pack, side_sections, unpack
+from pdtrim_deploy.kvcache.pack import _places, pack, side_sections, unpack
 from pdtrim_deploy.plan import Drop, Keep, KVSend, ModelShape, PDPlan
 from pdtrim_deploy.wire import WIRE_DTYPES
 
@@ -49,8 +49,11 @@ def cuts(draw, tokens):
 
 @st.composite
 def slots_of(draw, size, tokens):
-    """Slots of a prompt: one run, scattered, or runs with gaps."""
-    kind = draw(st.sampled_from(["run", "scattered", "mixed"]))
+    """Slots of a prompt: one run, scattered, pages of 4, or runs with gaps."""
+    kind = draw(st.sampled_from(["run", "scattered", "mixed", "pages"]))
+    if kind == "pages":
+        numbers = torch.tensor(draw(st.permutations(range(size // 4))))
+        return (numbers[:, None] * 4 + torch.arange(4)).flatten()[:tokens]
     if kind == "scattered":
         return torch.tensor(draw(st.permutations(range(size))))[:tokens]
     slots = torch.arange(size)
@@ -191,6 +194,23 @@ def test_many_blocks_equal_one(wire, monkeypatch):
         monkeypatch.setattr("pdtrim_deploy.kvcache.pack.BLOCK_VALUES", values)
         packed.append(pack(layout, source, source, slots))
     assert (packed[0] != packed[1]).float().mean() < (1e-2 if wire == "int4" else 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("slots", "found"),
+    [
+        (range(5, 11), slice(5, 11)),
+        ([7], slice(7, 8)),
+        ([*range(32, 48), *range(0, 16)], ([2, 0], 16)),
+        ([*range(64, 128), *range(0, 64)], ([1, 0], 64)),
+        ([*range(33, 49), *range(0, 16)], ([*range(33, 49), *range(0, 16)], 1)),  # not whole pages
+        ([*range(8, 12), *range(0, 4), 20], ([*range(8, 12), *range(0, 4), 20], 1)),  # the last one cut
+        ([3, 2, 1, 0], ([3, 2, 1, 0], 1)),
+    ],
+)
+def test_slots_are_moved_in_the_largest_pages_they_make(slots, found):
+    place = _places(torch.tensor(list(slots)))
+    assert (place if isinstance(place, slice) else (place.numbers.tolist(), place.size)) == found
 
 
 def test_pack_writes_into_the_given_staging_buffer():

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-Index = slice | Tensor  # rows of a pool: a contiguous run, or int64 slots
 MAX_SCALE = 65504.0  # float16's largest
+
+
+class Pages(NamedTuple):
+    """Rows of a pool as whole pages of `size` rows: `numbers` int64, page `n` is rows `[n * size, (n + 1) * size)`."""
+
+    numbers: Tensor
+    size: int
+
+
+Index = slice | Pages  # which rows of a pool: one run, or pages (of one row, at the least) in any order
 
 
 class Codec(Protocol):
@@ -31,9 +40,9 @@ def take(pool: Tensor, index: Index, out: Tensor | None = None) -> Tensor:
     if isinstance(index, slice):
         return pool[index] if out is None else out.copy_(pool[index])
     if out is None:
-        out = pool.new_empty(len(index), *pool.shape[1:])
-    source, target = _words(pool, out)
-    torch.index_select(source, 0, index, out=target)
+        out = pool.new_empty(len(index.numbers) * index.size, *pool.shape[1:])
+    source, target = _pages(index.size, pool, out)
+    torch.index_select(source, 0, index.numbers, out=target)
     return out
 
 
@@ -42,13 +51,13 @@ def put(pool: Tensor, index: Index, rows: Tensor) -> None:
     if isinstance(index, slice):
         pool[index] = rows
     else:
-        target, source = _words(pool, rows.to(pool.dtype))
-        target.index_copy_(0, index, source)
+        target, source = _pages(index.size, pool, rows.to(pool.dtype))
+        target.index_copy_(0, index.numbers, source)
 
 
-def _words(*tensors: Tensor) -> list[Tensor]:
-    """The same bytes as `[rows, words]` of the widest integer that fits all: torch moves rows item by item."""
-    flat = [tensor.flatten(1) for tensor in tensors]
+def _pages(size: int, *tensors: Tensor) -> list[Tensor]:
+    """The same bytes as `[pages, words]`, words of the widest integer that fits: torch moves them item by item."""
+    flat = [tensor[: len(tensor) // size * size].reshape(-1, size * tensor[0].numel()) for tensor in tensors]
     for word in (torch.int64, torch.int32):
         if all(t.element_size() * n % word.itemsize == 0 for t in flat for n in (t.shape[1], t.storage_offset())):
             return [t.view(word) for t in flat]
