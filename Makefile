@@ -41,7 +41,7 @@ test: test-unit test-serve  ## all tests: units, then genuine SGLang workers and
 
 test-unit: setup  ## the tests that start no SGLang server, in both environments
 	$(TEST_ENV) $(BUILD)/python $(PYTEST) tests --ignore tests/pdtrim_sglang -m "not serve"
-	$(TEST_ENV) $(SERVE)/python $(PYTEST) tests/pdtrim_sglang -m "not serve"
+	$(TEST_ENV) $(SERVE)/python $(PYTEST) tests/pdtrim_sglang tests/kvcache/test_triton_pack.py -m "not serve"
 
 test-serve: setup  ## the tests that start SGLang servers
 	$(TEST_ENV) $(BUILD)/python $(PYTEST) tests/serving tests/integration -m serve

@@ -1,0 +1,108 @@
+"""`pack` for GPUs: gather, quantise and pack in one kernel, one launch a layer. Needs triton.
+
+The bytes are those of `pdtrim_deploy.kvcache.pack`. It has been run in Triton's interpreter and compiled for sm_80,
+sm_90 and sm_100, not run on a GPU: so nothing calls it by default. int4 layers go through the torch codec.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pdtrim_deploy.kvcache.codecs import get_codec
+from pdtrim_deploy.kvcache.codecs.base import Pages
+from pdtrim_deploy.kvcache.layout import ChunkLayout
+from pdtrim_deploy.kvcache.pack import side_sections
+
+NATIVE, INT8, FP8 = (tl.constexpr(kind) for kind in range(3))
+KINDS = {"native": 0, "int8": 1, "fp8": 2}
+BLOCK_ROWS = 16
+
+
+def pack(
+    layout: ChunkLayout,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    slots: Tensor,
+    out: Tensor | None = None,
+) -> Tensor:
+    """As `pdtrim_deploy.kvcache.pack.pack`; all tensors on one device, pools contiguous."""
+    if out is None:
+        out = torch.empty(layout.total_bytes, dtype=torch.uint8, device=slots.device)
+    out = out[: layout.total_bytes]
+    for rows in layout.layers:
+        picked = torch.cat([slots[lo:hi] for lo, hi in rows.ranges])
+        pools = (keys[rows.prefill_layer], values[rows.prefill_layer])
+        sections = [side_sections(out, rows, side, pool) for side, pool in enumerate(pools)]
+        if rows.wire_dtype in KINDS:
+            launch(*pools, picked, *sections, KINDS[rows.wire_dtype])
+        else:
+            for pool, side in zip(pools, sections, strict=True):
+                get_codec(rows.wire_dtype).encode(pool, Pages(picked, 1), side)
+    return out
+
+
+def launch(keys: Tensor, values: Tensor, slots: Tensor, k: Sequence[Tensor], v: Sequence[Tensor], kind: int) -> None:
+    """Pack one layer's rows `slots` into its sections: K's and V's codes (or values) and scales."""
+    _, heads, head_dim = keys.shape
+    codes = [section.view(torch.uint8) if kind else section for section in (k[0], v[0])]
+    grid = (triton.cdiv(len(slots), BLOCK_ROWS), heads, 2)
+    send_rows[grid](
+        keys, values, slots, *codes, k[-1], v[-1], len(slots),
+        HEADS=heads, DIM=head_dim, WIDTH=triton.next_power_of_2(head_dim), ROWS=BLOCK_ROWS, KIND=kind,
+    )  # fmt: skip
+
+
+@triton.jit
+def send_rows(
+    keys, values, slots, k_codes, v_codes, k_scales, v_scales, rows,
+    HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, KIND: tl.constexpr,
+):  # fmt: skip
+    """One program: `ROWS` rows of one KV head of K (grid axis 2 = 0) or V (1)."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    head = tl.program_id(1)
+    channel = tl.arange(0, WIDTH)
+    if tl.program_id(2) == 0:
+        pool, codes, scales = keys, k_codes, k_scales
+    else:
+        pool, codes, scales = values, v_codes, v_scales
+    live = row < rows
+    whole = live[:, None] & (channel < DIM)[None, :]
+    slot = tl.load(slots + row, mask=live, other=0).to(tl.int64)
+    x = tl.load(pool + (slot[:, None] * HEADS + head) * DIM + channel[None, :], mask=whole, other=0.0)
+    to = codes + (row[:, None] * HEADS + head) * DIM + channel[None, :]
+    if KIND == NATIVE:
+        tl.store(to, x, mask=whole)
+    else:
+        x = x.to(tl.float32)
+        steps: tl.constexpr = 127.0 if KIND == INT8 else 448.0
+        largest = tl.max(tl.abs(x), axis=1)
+        broken = tl.sum(x * 0.0, axis=1)  # NaN when a value is not finite, which a maximum may hide
+        scale = (tl.minimum(largest * (1.0 / steps), 65504.0) + broken).to(tl.float16)
+        tl.store(scales + row * HEADS + head, scale, mask=live)
+        wide = scale.to(tl.float32)
+        inverse = tl.where(wide == 0.0, 0.0, tl.math.div_rn(1.0, tl.where(wide == 0.0, 1.0, wide)))
+        y = tl.minimum(tl.maximum(x * inverse[:, None], -steps), steps)
+        tl.store(to, int8_code(y) if KIND == INT8 else e4m3_code(y), mask=whole)
+
+
+@triton.jit
+def int8_code(y):
+    """Nearest integer, ties to even: added to 1.5 * 2^23 it stands in the low bits."""
+    return ((y + 12582912.0).to(tl.int32, bitcast=True) & 0xFF).to(tl.uint8)
+
+
+@triton.jit
+def e4m3_code(y):
+    """Nearest e4m3, ties to even, in integers: sm_80 has no instruction for it, and one text serves all. |y| <= 448."""
+    bits = y.to(tl.int32, bitcast=True)
+    magnitude = bits & 0x7FFFFFFF
+    normal = (magnitude + 0x7FFFF + ((magnitude >> 20) & 1) - (120 << 23)) >> 20
+    # Below 2^-6 a code counts steps of 2^-9: added to 2^14, whose last bit is that, they stand in the low bits.
+    small = (tl.abs(y) + 16384.0).to(tl.int32, bitcast=True) & 0xF
+    code = tl.where(magnitude < (121 << 23), small, normal) | ((bits >> 24) & 0x80)
+    return code.to(tl.uint8)
