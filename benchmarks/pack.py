@@ -8,21 +8,18 @@ what a quantised dtype moves of the pool in a second, not what it puts on the wi
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
+from __results import write
 
 from pdtrim_deploy.kvcache.layout import chunk_layout
 from pdtrim_deploy.kvcache.pack import pack, unpack
 from pdtrim_deploy.plan import KVSend, ModelShape, PDPlan
-from pdtrim_deploy.report.environment import environment
 from pdtrim_deploy.wire import WIRE_DTYPES
 
-RESULTS = Path(__file__).parent / "results" / "pack.json"
 SHAPES = {"SmolLM2-135M": (30, 3, 64), "Llama-3.1-8B, 6 of its 32 layers": (6, 8, 128)}  # layers, KV heads, head size
 
 
@@ -105,9 +102,7 @@ def main() -> None:
         for kind in ("one run", "pages of 16", "pages of 1")
         for row in measure(shape, kind, asked.tokens, asked.rounds, asked.seed)
     ]
-    RESULTS.parent.mkdir(exist_ok=True)
-    made = {"environment": environment("make bench-pack"), **vars(asked), "rows": rows}
-    RESULTS.write_text(json.dumps(made, indent=1) + "\n")
+    write("pack", asked, rows)
 
 
 if __name__ == "__main__":

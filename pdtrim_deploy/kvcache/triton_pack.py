@@ -36,13 +36,13 @@ def pack(
     out = out[: layout.total_bytes]
     for rows in layout.layers:
         picked = torch.cat([slots[lo:hi] for lo, hi in rows.ranges])
-        pools = (keys[rows.prefill_layer], values[rows.prefill_layer])
-        sections = [side_sections(out, rows, side, pool) for side, pool in enumerate(pools)]
+        key_pool, value_pool = keys[rows.prefill_layer], values[rows.prefill_layer]
+        k, v = side_sections(out, rows, 0, key_pool), side_sections(out, rows, 1, value_pool)
         if rows.wire_dtype in KINDS:
-            launch(*pools, picked, *sections, KINDS[rows.wire_dtype])
+            launch(key_pool, value_pool, picked, k, v, KINDS[rows.wire_dtype])
         else:
-            for pool, side in zip(pools, sections, strict=True):
-                get_codec(rows.wire_dtype).encode(pool, Pages(picked, 1), side)
+            for pool, sections in ((key_pool, k), (value_pool, v)):
+                get_codec(rows.wire_dtype).encode(pool, Pages(picked, 1), sections)
     return out
 
 

@@ -6,7 +6,8 @@ send a few rows, and a row's bytes must not depend on its neighbours. So both ar
 fixed orthonormal Hadamard rotation along the channels (as in QuaRot, arXiv:2404.00456) first spreads the outliers.
 
 Measured on SmolLM2-135M, 8 x 448 Brown tokens, 5 bits a value each, mean KL of decode's next token to native KV
-(x 1e-3): K by KIVI 2.3, K grouped along channels 5.6, the same rotated 3.3; V grouped along channels 1.1, rotated 0.7.
+(x 1e-3): K by KIVI 2.3, K grouped along channels 5.6, the same rotated 3.3; V grouped along channels 1.1, rotated 0.7;
+K and V by KIVI 3.3, as here 4.3 (`make bench-wire`; int8 0.09).
 """
 
 from __future__ import annotations
