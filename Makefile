@@ -4,7 +4,7 @@ BUILD = .venv/build/bin
 SERVE = .venv/serve/bin
 RECIPE ?= recipes/smollm2-demo.yaml
 OUT ?= out/demo
-SOURCES = pdtrim_deploy builders plugins tests tools
+SOURCES = pdtrim_deploy builders plugins tests tools benchmarks
 BENCHMARKS = $(patsubst benchmarks/%.py,%,$(filter-out benchmarks/__%,$(wildcard benchmarks/*.py)))
 # One OpenMP thread a process, waiting without spinning: test suites share few cores with the servers they start.
 TEST_ENV = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0 HF_HUB_OFFLINE=1
@@ -56,6 +56,9 @@ bench: $(addprefix bench-,$(BENCHMARKS))  ## run every benchmarks/NAME.py (one: 
 
 bench-%: setup
 	$(BUILD)/python benchmarks/$*.py
+
+readme: setup-build  ## write the README's tables from benchmarks/results and, if there is one, the last demo
+	$(BUILD)/python tools/readme_tables.py $(if $(wildcard $(OUT)/report/metrics.json),--demo $(OUT)/report/metrics.json)
 
 clean:  ## remove outputs and caches, keep the environments
 	rm -rf out dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
