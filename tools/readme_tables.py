@@ -1,0 +1,110 @@
+"""Write the README's tables from benchmarks/results/*.json: between `<!-- NAME:begin -->` and `<!-- NAME:end -->`.
+
+.venv/build/bin/python tools/readme_tables.py                                   # what `make readme` runs
+.venv/build/bin/python tools/readme_tables.py --demo out/demo/report/metrics.json   # keep a demo's figures first
+"""
+
+import argparse
+import json
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+    """A Markdown table."""
+    lines = [list(head), *(list(row) for row in rows)]
+    lines.insert(1, ["---"] * len(lines[0]))
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def where(environment: dict[str, Any], *more: str) -> str:
+    """The line under a table: command, machine, versions, and what else chose the figures."""
+    machine, versions = environment["machine"], environment["versions"]
+    said = f"{machine['cpu']}, {machine['cores']} cores, torch {versions['torch']}, no GPU"
+    return f"\n\n`{environment['command']}` on {said}{''.join(f'; {part}' for part in more)}."
+
+
+def demo(data: dict[str, Any]) -> str:
+    """The demo's figures."""
+    plan, transfer, quality, fidelity = (data[key] for key in ("plan", "transfer", "quality", "fidelity"))
+    dense, pruned = data["load"]["dense"], data["load"]["pruned"]
+    controls = f"{fidelity['controls_detected']} of {fidelity['controls']} wrong plans told apart"
+    rows = [
+        ("blocks run in prefill", plan["blocks"], plan["blocks"] - len(plan["prefill_dropped"])),
+        ("blocks run in decode", plan["blocks"], plan["blocks"] - len(plan["decode_dropped"])),
+        (
+            f"KV bytes a request ({transfer['prompt_tokens']:.0f} prompt tokens), counted on the wire",
+            f"{transfer['dense_measured_bytes']:,.0f}",
+            f"{transfer['measured_bytes']:,.0f} = {transfer['reduction']:.2f}x less",
+        ),
+        ("... by the plan's arithmetic", f"{transfer['dense_bytes']:,.0f}", f"{transfer['planned_bytes']:,.0f}"),
+        (
+            "perplexity on held-out text",
+            f"{quality['dense_ppl']:.2f}",
+            f"{quality['pd_ppl']:.2f} = {quality['ratio']:.2f}x",
+        ),
+        (
+            f"served against oracle, {fidelity['requests']} prompts",
+            "",
+            f"{fidelity['max_logprob_error']:.1e} nats at most; {controls}",
+        ),
+        ("requests failed", f"{dense['failed']} of {dense['requests']}", f"{pruned['failed']} of {pruned['requests']}"),
+        ("TTFT p50", "1", f"{pruned['ttft_ms_p50'] / dense['ttft_ms_p50']:.2f}"),
+        ("ITL p50", "1", f"{pruned['itl_ms_p50'] / dense['itl_ms_p50']:.2f}"),
+        ("output tokens/s", "1", f"{pruned['output_tokens_per_s'] / dense['output_tokens_per_s']:.2f}"),
+    ]
+    return table(("SmolLM2-135M, float32", "dense", "pruned"), rows) + where(
+        data["environment"], "times are ratios of interleaved rounds on a shared CPU"
+    )
+
+
+def wire(data: dict[str, Any]) -> str:
+    """Quality and bytes of the wire dtypes."""
+    rows = [
+        (row["wire_dtype"], f"{row['reduction']:.2f}x", f"{row['ratio']:.4f}", f"{row['kl']:.1e}")
+        for row in data["rows"]
+    ]
+    head = ("wire dtype, all rows of all layers", "bytes against bfloat16", "perplexity ratio", "KL, nats")
+    return table(head, rows) + where(data["environment"], f"seed {data['options']['seed']}")
+
+
+def pack(data: dict[str, Any]) -> str:
+    """Speed of pack and unpack beside memcpy."""
+    steps = {(r["shape"], r["slots"], r["wire_dtype"], r["step"]): r["of_memcpy"] for r in data["rows"]}
+    rows = []
+    largest = list(steps)[-1][0]  # the other shapes are in the file
+    for shape, slots, dtype in dict.fromkeys(key[:3] for key in steps if key[2] != "memcpy" and key[0] == largest):
+        shown = [steps[shape, slots, dtype, step] for step in ("pack", "unpack")]
+        rows.append((shape, slots, dtype, *(f"{s['median']:.2f} ({s['least']:.2f}-{s['most']:.2f})" for s in shown)))
+    head = ("KV pool", "slots", "wire dtype", "pack / memcpy", "unpack / memcpy")
+    return table(head, rows) + where(data["environment"], "median (least-most) over interleaved rounds")
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"demo": demo, "wire": wire, "pack": pack}
+
+
+def main() -> None:
+    """Rewrite the README in place."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--demo", type=Path, help="metrics.json to keep as benchmarks/results/demo.json")
+    asked = parser.parse_args()
+    if asked.demo:
+        shutil.copy(asked.demo, RESULTS / "demo.json")
+    readme = ROOT / "README.md"
+    text = readme.read_text()
+    for name, render in TABLES.items():
+        source = RESULTS / f"{name}.json"
+        if source.exists():
+            before, _, rest = text.partition(f"<!-- {name}:begin -->\n")
+            _, end, after = rest.partition(f"<!-- {name}:end -->")
+            text = f"{before}<!-- {name}:begin -->\n{render(json.loads(source.read_text()))}\n{end}{after}"
+    readme.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
