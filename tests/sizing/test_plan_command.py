@@ -79,11 +79,11 @@ def test_side_by_side_shares_the_dense_column(capsys: pytest.CaptureFixture[str]
     cells = {
         cut[1].strip(): [c.strip() for c in cut[2:-1]] for line in out.splitlines() if len(cut := line.split("│")) > 2
     }
-    assert cells["bytes sent"] == ["188.74 MB", "27.46 MB", "188.74 MB", "234.88 MB"]
-    assert cells["less than dense"] == ["-", "6.87x", "1.00x", "-"]
+    assert cells["bytes sent"] == ["188.74 MB", "40.05 MB", "188.74 MB", "234.88 MB"]
+    assert cells["less than dense"] == ["-", "4.71x", "1.00x", "-"]
     assert cells["share of TTFT"] == ["n/a"] * 4
     assert cells["20 requests/s"] == ["DO NOT FIT", "fit", "DO NOT FIT", "DO NOT FIT"]
-    assert "22 of 26 decode layers are sparse" in out
+    assert "22 of 28 decode layers are sparse" in out
     assert "say --prefill-tokens-per-s" in out
 
 
