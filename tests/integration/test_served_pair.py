@@ -38,7 +38,7 @@ def transfers(pair):
 
 
 def used_tokens(worker):
-    return sum(sample.value for sample in scrape(worker.metrics_url).get("sglang:num_used_tokens", []))
+    return sum(sample.value for sample in scrape(worker.metrics_url)["sglang:num_used_tokens"])
 
 
 def test_served_tokens_are_the_oracles(pair, bundle, real_cache):
@@ -101,10 +101,15 @@ def streamed(url, body):
 
 
 def test_aborts_leave_nothing_behind(pair):
-    for _ in range(4):
-        body = {"input_ids": list(range(900, 1200)), "sampling_params": {"max_new_tokens": 400}, "stream": True}
+    prompt = {"input_ids": list(range(900, 1200))}
+    body = prompt | {"sampling_params": {"max_new_tokens": 400, "ignore_eos": True}, "stream": True}
+    for events in (45, 1, 2, 1):  # SGLang sets the gauge every 40 decode steps
         with httpx.stream("POST", f"{pair.url}/generate", json=body, timeout=120) as reply:
-            next(reply.iter_lines())
+            lines = (line for line in reply.iter_lines() if line.startswith("data:"))
+            for _ in range(events):
+                next(lines)
+            if events > 40:
+                assert used_tokens(pair.workers[1]) >= 300, "the gauge does not see a running request"
     deadline = time.monotonic() + 60
     while (used := used_tokens(pair.workers[1])) and time.monotonic() < deadline:
         time.sleep(1)
