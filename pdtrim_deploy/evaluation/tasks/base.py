@@ -1,0 +1,171 @@
+"""What a task is: prompts with continuations, judged behind many plans at the cost of one prefill.
+
+Every task is teacher-forced: a prompt is prefilled once, each plan hands its KV over once, and decode reads all its
+continuations in one pass. What a task makes of that, one number per item and measure, is its `read`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.evaluation.corpora.base import Log
+from pdtrim_deploy.evaluation.oracle import PDOracle
+from pdtrim_deploy.evaluation.tasks.judge import Judgement, judge
+
+KV_TOKENS = 8192  # prompt tokens whose KV one decode pass holds, all continuations counted
+
+Values: TypeAlias = dict[str, Tensor]
+"""Float64 `[batch]` for each measure."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Items with prompts of one length.
+
+    Attributes:
+        prompts: int64 `[items, N]`.
+        continuations: int64 `[items, C, T]`, T >= 2, padded on the right with any valid token.
+        lengths: int64 `[items, C]`, 1 <= length <= T.
+        groups: what each item is counted under (its prompt length, its depth), `[items]`.
+
+    """
+
+    prompts: Tensor
+    continuations: Tensor
+    lengths: Tensor
+    groups: tuple[str, ...]
+
+    @classmethod
+    def of(cls, prompts: Tensor, continuations: Sequence[Sequence[Sequence[int]]], groups: Sequence[str]) -> Part:
+        """From ragged continuations, `[items][C][tokens]`."""
+        lengths = torch.tensor([[len(tokens) for tokens in item] for item in continuations])
+        padded = torch.zeros((*lengths.shape, max(2, int(lengths.max()))), dtype=torch.int64)
+        for row, item in zip(padded, continuations, strict=True):
+            for place, tokens in zip(row, item, strict=True):
+                place[: len(tokens)] = torch.tensor(tokens)
+        return cls(prompts, padded, lengths, tuple(groups))
+
+    @property
+    def batch(self) -> int:
+        """Items in one decode pass."""
+        return max(1, KV_TOKENS // (self.continuations.shape[1] * self.prompts.shape[1]))
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Mean over `count` items of a difference (plan minus reference), and its standard error (nan for one item)."""
+
+    mean: float
+    stderr: float
+    count: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One plan's result: `values[measure][item]`; items of two results of one task are the same, in the same order."""
+
+    task: str
+    groups: tuple[str, ...]
+    values: dict[str, tuple[float, ...]]
+
+    def items(self, measure: str, group: str | None = None) -> list[float]:
+        """One number per item, of one group or of all."""
+        pairs = zip(self.values[measure], self.groups, strict=True)
+        return [value for value, of in pairs if group in (None, of)]
+
+    def mean(self, measure: str, group: str | None = None) -> float:
+        """Mean over items."""
+        items = self.items(measure, group)
+        return math.fsum(items) / len(items)
+
+    def against(self, reference: Measured, measure: str, group: str | None = None) -> Paired:
+        """Item by item; for `nll` the exponential of the mean is the perplexity ratio."""
+        pairs = zip(self.items(measure, group), reference.items(measure, group), strict=True)
+        differences = [mine - theirs for mine, theirs in pairs]
+        count = len(differences)
+        mean = math.fsum(differences) / count
+        squares = math.fsum((d - mean) ** 2 for d in differences)
+        return Paired(mean, math.sqrt(squares / (count - 1) / count) if count > 1 else math.nan, count)
+
+    def by_group(self, measure: str) -> dict[str, float]:
+        """The mean of each group, in the order of first items."""
+        return {group: self.mean(measure, group) for group in dict.fromkeys(self.groups)}
+
+
+@dataclass(frozen=True)
+class Task:
+    """Prepared items, and how a judgement of some becomes values.
+
+    `read(continuations, lengths, judgement)` gets one batch of a part: int64 `[batch, C, T]`, `[batch, C]`.
+    """
+
+    name: str
+    parts: tuple[Part, ...]
+    read: Callable[[Tensor, Tensor, Judgement], Values]
+
+    def measure(self, oracles: Sequence[PDOracle], note: Log = lambda _: None) -> list[Measured]:
+        """Judge plans that share their prefill: one prefill per batch of prompts, then each oracle's decode.
+
+        Args:
+            oracles: made of one another by `with_kv`, or at least with one prefill model and KV dtype.
+
+        Returns:
+            One result per oracle.
+
+        Raises:
+            ValueError: the oracles do not share their prefill.
+            UserError: a value is not a number.
+
+        """
+        first = oracles[0]
+        if any(o.prefill_model is not first.prefill_model or o.plan.model != first.plan.model for o in oracles):
+            raise ValueError("these oracles do not share their prefill; measure each family by itself")
+        found: list[list[Values]] = [[] for _ in oracles]
+        done, total = 0, sum(len(part.groups) for part in self.parts)
+        for part in self.parts:
+            tensors = (part.prompts, part.continuations, part.lengths)
+            for prompts, continuations, lengths in zip(*(t.split(part.batch) for t in tensors), strict=True):
+                state = first.prefill(prompts)
+                for oracle, values in zip(oracles, found, strict=True):
+                    values.append(self.read(continuations, lengths, judge(oracle, state, continuations, lengths)))
+                done += len(prompts)
+                note(f"{self.name}: {done}/{total} items, {len(oracles)} plans")
+        groups = tuple(group for part in self.parts for group in part.groups)
+        return [Measured(self.name, groups, self._joined(values)) for values in found]
+
+    def _joined(self, batches: list[Values]) -> dict[str, tuple[float, ...]]:
+        joined = {measure: torch.cat([values[measure] for values in batches]) for measure in batches[0]}
+        for measure, values in joined.items():
+            if not bool(values.isfinite().all()):
+                raise UserError(
+                    f"task {self.name}: {measure} is not a number; load the model in float32 or check its weights"
+                )
+        return {measure: tuple(values.tolist()) for measure, values in joined.items()}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What tasks are prepared from.
+
+    Attributes:
+        dense: the unpruned model behind its dense plan; only `agreement` runs it while preparing.
+        documents: held-out text, a corpus's final split.
+        cache: where data sets are kept.
+        size: items wanted, in the task's own unit; None: its default.
+
+    """
+
+    tokenizer: Any
+    dense: PDOracle
+    documents: Sequence[Any]
+    cache: Any
+    seed: int = 0
+    size: int | None = None
+    note: Log = lambda _: None

@@ -1,0 +1,68 @@
+"""Several continuations of each prompt, judged behind one plan: log-probabilities and the likeliest tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pdtrim_deploy.blockwise import LayerKV, pick
+from pdtrim_deploy.evaluation.oracle import PDOracle, PrefillState
+
+_LOGITS_AT_ONCE = 1 << 24
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """`logprobs` float32, 0 beyond a continuation's length; `top` int64, the likeliest token, -1 beyond; `[B, C, T]`.
+
+    The first place is judged by prefill's logits, as in PD serving; the others by decode.
+    """
+
+    logprobs: Tensor
+    top: Tensor
+
+
+@torch.no_grad()
+def judge(oracle: PDOracle, state: PrefillState, continuations: Tensor, lengths: Tensor) -> Judgement:
+    """Judge `continuations`, int64 `[B, C, T >= 2]` padded on the right, of which `lengths` `[B, C]` tokens count.
+
+    The prompt's KV is handed over once, whatever C is. Attention is causal: padding changes nothing before it.
+    """
+    batch, choices, tokens = continuations.shape
+    counts = torch.arange(tokens) < lengths[..., None]
+    flat = continuations.flatten(0, 1)
+    held = [_repeated(kv, choices) for kv in oracle.hand_over(state)]
+    hidden = oracle.extend(flat[:, :-1], state.tokens, held)
+    logprobs, top = torch.zeros(continuations.shape), torch.full_like(continuations, -1)
+    logprobs[..., 0] = pick(state.logits[:, None].expand(-1, choices, -1), continuations[..., 0])
+    top[..., 0] = state.logits.argmax(-1)[:, None]
+    later = counts[..., 1:]
+    wanted, picked = hidden.unflatten(0, (batch, choices))[later], continuations[..., 1:][later]
+    step = max(1, _LOGITS_AT_ONCE // oracle.decode_model.lm_head.out_features)
+    found = [
+        (pick(logits := oracle.decode.logits(part), ids), logits.argmax(-1))
+        for part, ids in zip(wanted.split(step), picked.split(step), strict=True)
+    ]
+    logprobs[..., 1:][later] = torch.cat([lp for lp, _ in found])
+    top[..., 1:][later] = torch.cat([best for _, best in found])
+    return Judgement(logprobs, top)
+
+
+@torch.no_grad()
+def greedy(oracle: PDOracle, prompts: Tensor, tokens: int) -> Tensor:
+    """int64 `[B, tokens]`: each prompt's likeliest continuation, all prompts side by side (no stop token)."""
+    state = oracle.prefill(prompts)
+    held, logits, chosen = oracle.hand_over(state), state.logits, [state.logits.argmax(-1)]
+    for position in range(state.tokens, state.tokens + tokens - 1):
+        logits = oracle.decode.logits(oracle.extend(chosen[-1][:, None], position, held)[:, -1])
+        chosen.append(logits.argmax(-1))
+    return torch.stack(chosen, dim=1)
+
+
+def _repeated(kv: LayerKV, times: int) -> LayerKV:
+    """Each prompt's rows, once for each of its continuations."""
+    if times == 1 or kv.keys is None or kv.values is None:
+        return kv
+    return LayerKV(kv.keys.repeat_interleave(times, 0), kv.values.repeat_interleave(times, 0), kv.ranges)
