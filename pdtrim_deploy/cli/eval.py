@@ -1,46 +1,93 @@
-"""`pdtrim-deploy eval`: dense and PD perplexity of a bundle."""
+"""`pdtrim-deploy eval`: what a bundle costs in quality."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from pdtrim_deploy.cache import Cache
 from pdtrim_deploy.cli import options
+from pdtrim_deploy.errors import UserError
+
+if TYPE_CHECKING:
+    from pdtrim_deploy.evaluation.tasks.report import Figure
 
 
 @click.command("eval")
 @click.argument("bundle", type=options.path)
+@click.option("--tasks", help="Some of perplexity,choice,needle,agreement.  [default: the recipe's perplexity alone]")
+@click.option("--items", type=click.IntRange(1), help="Of each task, in its own unit (needle: per depth).")
 @click.option("--corpus", help="brown, austen, dir:PATH or file:PATH.  [default: the recipe's]")
-@click.option("--sequences", type=click.IntRange(1), help="[default: the recipe's]")
-@click.option("--seed", type=click.IntRange(0), help="Chooses the text.  [default: the recipe's]")
+@click.option("--sequences", type=click.IntRange(1), help="Without --tasks.  [default: the recipe's]")
+@click.option("--seed", type=click.IntRange(0), help="Chooses text and items.  [default: the recipe's]")
 @options.cache_dir
 @options.json_flag
 @click.pass_obj
 def evaluate(
-    command: str, bundle: Path, corpus: str | None, sequences: int | None, seed: int | None, cache: Cache, as_json: bool
+    command: str,
+    bundle: Path,
+    tasks: str | None,
+    items: int | None,
+    corpus: str | None,
+    sequences: int | None,
+    seed: int | None,
+    cache: Cache,
+    as_json: bool,
 ) -> None:
-    """Perplexity on held-out text, dense and behind the plan.
+    """Perplexity on held-out text, dense and behind the plan; or --tasks.
 
-    Both continue the same prompts. Written to BUNDLE/reports/eval.json too, with seed, corpus, command and machine.
+    Both continue the same prompts. Written to BUNDLE/reports/eval.json (tasks.json) too, with seed, corpus, command
+    and machine.
     """
     from pdtrim_deploy.bundle import Bundle, write_atomic
     from pdtrim_deploy.cli.progress import Progress
-    from pdtrim_deploy.evaluation.quality import judge_bundle
     from pdtrim_deploy.report.environment import environment
 
+    if tasks is None and items is not None:
+        raise UserError("--items is for tasks; say --tasks too, or give --sequences")
+    if tasks is not None and sequences is not None:
+        raise UserError("--sequences is for the recipe's perplexity alone; with --tasks give --items")
     opened, progress = Bundle.open(bundle), Progress()
     given = {"corpus": corpus, "sequences": sequences, "seed": seed}
     said = {key: value for key, value in given.items() if value is not None}
     asked = opened.recipe.changed("command line", "evaluation", **said).evaluation
     with progress.show("eval"):
-        quality = judge_bundle(opened, cache, environment(command), asked, progress.note)
-    text = quality.model_dump_json(indent=2)
-    write_atomic(opened.reports_dir / "eval.json", text + "\n")
+        if tasks is None:
+            from pdtrim_deploy.evaluation.quality import judge_bundle
+
+            quality = judge_bundle(opened, cache, environment(command), asked, progress.note)
+            text, path = quality.model_dump_json(indent=2), opened.reports_dir / "eval.json"
+            lines = [
+                f"perplexity of {quality.tokens} tokens behind {asked.prompt_tokens}-token prompts of {asked.corpus}:",
+                f"  dense {quality.dense.ppl:.4f}, PD {quality.pd.ppl:.4f}, ratio {quality.ratio:.4f}",
+            ]
+        else:
+            from pdtrim_deploy.evaluation.tasks.report import judge_tasks
+
+            names = list(dict.fromkeys(name.strip() for name in tasks.split(",")))
+            report = judge_tasks(opened, names, cache, environment(command), asked, items, progress.note)
+            text, path = report.model_dump_json(indent=2), opened.reports_dir / "tasks.json"
+            lines = []
+            for task in report.tasks:
+                lines += [f"{task.task}, {len(task.groups)} items:", *map(_line, task.figures)]
+    write_atomic(path, text + "\n")
     if as_json:
         click.echo(text)
         return
-    click.echo(f"perplexity of {quality.tokens} tokens behind {asked.prompt_tokens}-token prompts of {asked.corpus}:")
-    click.echo(f"  dense {quality.dense.ppl:.4f}, PD {quality.pd.ppl:.4f}, ratio {quality.ratio:.4f}")
-    click.echo(f"  seed {asked.seed}, {quality.dtype}, saved in {opened.reports_dir / 'eval.json'}")
+    click.echo("\n".join([*lines, f"  seed {asked.seed}, {opened.recipe.model.dtype}, saved in {path}"]))
+
+
+def _line(figure: Figure) -> str:
+    """One figure; a perplexity as such, with its ratio and the interval of one standard error."""
+    name = f"  {figure.measure} {figure.group or ''}".rstrip()
+    if figure.measure == "nll":
+        spread = "" if figure.stderr is None else f" (x/ {math.exp(figure.stderr):.4f})"
+        return (
+            f"{name:<18} perplexity dense {math.exp(figure.dense):.4f}, PD {math.exp(figure.pd):.4f}, "
+            f"ratio {math.exp(figure.difference):.4f}{spread}"
+        )
+    spread = "" if figure.stderr is None else f" +- {figure.stderr:.4f}"
+    return f"{name:<18} dense {figure.dense:.4f}, PD {figure.pd:.4f}, difference {figure.difference:+.4f}{spread}"

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
 
 from pdtrim_deploy.bundle import Bundle
 from pdtrim_deploy.cache import Cache
+from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.evaluation import corpora
 from pdtrim_deploy.evaluation.oracle import PDOracle
 from pdtrim_deploy.evaluation.perplexity import Perplexity, pd_perplexity
 from pdtrim_deploy.plan import PDPlan
 from pdtrim_deploy.recipe import EvaluationSection
+
+if TYPE_CHECKING:
+    from pdtrim_deploy.checkpoints import Checkpoint
 
 
 class Score(BaseModel):
@@ -47,6 +51,16 @@ class Quality(BaseModel):
     environment: dict[str, Any]
 
 
+def source_of(bundle: Bundle, cache: Cache, note: Callable[[str], None] = lambda _: None) -> Checkpoint:
+    """The model that `bundle` was made of; UserError when it cannot be had or is another now."""
+    from pdtrim_deploy.checkpoints import resolve
+
+    source = resolve(bundle.recipe.model.source, cache, note)
+    if source.fingerprint != bundle.plan.model.fingerprint:
+        raise UserError(f"{bundle.recipe.model.source} is not the model that {bundle.path} was made of; build it again")
+    return source
+
+
 def judge_bundle(
     bundle: Bundle,
     cache: Cache,
@@ -64,14 +78,10 @@ def judge_bundle(
             or a loss is not a number.
 
     """
-    from pdtrim_deploy.checkpoints import resolve
     from pdtrim_deploy.checkpoints.loading import load_model, load_tokenizer
-    from pdtrim_deploy.errors import UserError
 
     asked, dtype, plan = asked or bundle.recipe.evaluation, bundle.recipe.model.dtype, bundle.plan
-    source = resolve(bundle.recipe.model.source, cache, note)
-    if source.fingerprint != plan.model.fingerprint:
-        raise UserError(f"{bundle.recipe.model.source} is not the model that {bundle.path} was made of; build it again")
+    source = source_of(bundle, cache, note)
     corpus = corpora.load(asked.corpus, cache, note)
     ids = corpora.sequences(
         corpus.split("final"),

@@ -206,6 +206,34 @@ def test_build_verify_inspect_eval(capsys: pytest.CaptureFixture[str], bundle_di
     assert run(capsys, "verify", bundle_dir)[0] == 0  # reports are not sealed
 
 
+def test_eval_of_tasks(capsys: pytest.CaptureFixture[str], bundle_dir: Path, cache: Cache) -> None:
+    common = ("eval", bundle_dir, "--cache-dir", cache.root)
+    code, out, _ = run(capsys, *common, "--tasks", "agreement", "--items", 3, "--seed", 5, "--json")
+    report = json.loads(out)
+    assert code == 0
+    assert report == json.loads((bundle_dir / "reports" / "tasks.json").read_text())
+    (task,) = report["tasks"]
+    assert (task["task"], len(task["groups"]), report["seed"]) == ("agreement", 3, 5)
+    top1 = next(f for f in task["figures"] if f["measure"] == "top1")
+    assert top1["dense"] == 1  # the dense model agrees with itself
+    assert top1["pd"] == pytest.approx(sum(task["pd"]["top1"]) / 3)
+    assert top1["pd"] < 1
+    assert top1["difference"] == pytest.approx(top1["pd"] - 1)
+    code, out, _ = run(capsys, *common, "--tasks", "agreement", "--items", 1)
+    assert code == 0
+    assert "agreement, 1 items:\n  top1" in out
+    for args, says in (
+        (("--tasks", "agreement,speed"), "'speed' is no task; use one of perplexity, choice, needle, agreement"),
+        (("--tasks", "needle", "--items", 1), "4 documents give 4 sequences of 1024 tokens, not 10"),
+        (("--items", 3), "--items is for tasks; say --tasks too"),
+        (("--tasks", "agreement", "--sequences", 3), "with --tasks give --items"),
+    ):
+        code, out, err = run(capsys, *common, *args)
+        assert (code, out) == (2, "")
+        assert says in err.splitlines()[-1]
+    assert json.loads((bundle_dir / "reports" / "tasks.json").read_text())["tasks"][0]["groups"] == ["512"]
+
+
 @pytest.mark.parametrize(
     ("damage", "code", "says"),
     [

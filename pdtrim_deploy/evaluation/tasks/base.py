@@ -14,8 +14,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from pdtrim_deploy.cache import Cache
 from pdtrim_deploy.errors import UserError
-from pdtrim_deploy.evaluation.corpora.base import Log
+from pdtrim_deploy.evaluation.corpora.base import Document, Log
 from pdtrim_deploy.evaluation.oracle import PDOracle
 from pdtrim_deploy.evaluation.tasks.judge import Judgement, judge
 
@@ -51,6 +52,11 @@ class Part:
             for place, tokens in zip(row, item, strict=True):
                 place[: len(tokens)] = torch.tensor(tokens)
         return cls(prompts, padded, lengths, tuple(groups))
+
+    @property
+    def positions(self) -> int:
+        """Positions that prompt and continuation take."""
+        return self.prompts.shape[1] + self.continuations.shape[2]
 
     @property
     def batch(self) -> int:
@@ -164,8 +170,8 @@ class Setting:
 
     tokenizer: Any
     dense: PDOracle
-    documents: Sequence[Any]
-    cache: Any
+    documents: Sequence[Document]
+    cache: Cache
     seed: int = 0
     size: int | None = None
     note: Log = lambda _: None

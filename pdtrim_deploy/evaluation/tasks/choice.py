@@ -67,8 +67,7 @@ def prepare(
 
 def continuation(tokenizer: Any, lead: str, text: str) -> list[int]:
     """Tokens of ` text` as they stand after `lead`."""
-    encode = lambda s: tokenizer(s, add_special_tokens=False)["input_ids"]  # noqa: E731
-    return encode(f"{lead} {text}")[len(encode(lead)) :]
+    return _encoded(tokenizer, f"{lead} {text}")[len(_encoded(tokenizer, lead)) :]
 
 
 def _wrong(question: Question) -> list[str]:

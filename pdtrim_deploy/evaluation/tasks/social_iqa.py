@@ -54,8 +54,13 @@ SOCIAL_IQA = FetchedCorpus(
 
 
 def load(cache: Cache, log: Log = lambda _: None) -> tuple[list[Question], list[Question]]:
-    """Questions to give as solved examples (the calibration split) and to judge by (the final split): disjoint."""
+    """Questions to give as solved examples (the calibration split), and the others, to judge by."""
     corpus = Corpus("social-iqa", SOCIAL_IQA.load("", cache, log))
-    rows = ([json.loads(d.text) for d in corpus.split(name)] for name in ("calibration", "final"))
-    examples, judged = ([Question(text, tuple(choices), right) for text, choices, right in part] for part in rows)
-    return examples, judged
+    examples = corpus.split("calibration")
+    judged = corpus.split("development") + corpus.split("final")
+    return [_question(d) for d in examples], [_question(d) for d in judged]
+
+
+def _question(document: Document) -> Question:
+    text, choices, right = json.loads(document.text)
+    return Question(text, tuple(choices), right)

@@ -1,0 +1,127 @@
+"""What a bundle costs, task by task: the dense model and the bundle on the same items, compared in pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from pdtrim_deploy.bundle import Bundle
+from pdtrim_deploy.cache import Cache
+from pdtrim_deploy.evaluation import corpora
+from pdtrim_deploy.evaluation.oracle import PDOracle
+from pdtrim_deploy.evaluation.quality import source_of
+from pdtrim_deploy.evaluation.tasks.base import Measured, Setting
+from pdtrim_deploy.evaluation.tasks.registry import check, prepare
+from pdtrim_deploy.plan import PDPlan
+from pdtrim_deploy.recipe import EvaluationSection
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Figure(_Frozen):
+    """Means over `items` items of one group (None: all); `difference` is PD minus dense, `stderr` its standard error.
+
+    `stderr` is None for a single item.
+    """
+
+    measure: str
+    group: str | None
+    items: int
+    dense: float
+    pd: float
+    difference: float
+    stderr: float | None
+
+
+class TaskFigures(_Frozen):
+    """One task; `dense` and `pd` hold each measure's value of every item, `groups` what the item counts under."""
+
+    task: str
+    figures: tuple[Figure, ...]
+    groups: tuple[str, ...]
+    dense: dict[str, tuple[float, ...]]
+    pd: dict[str, tuple[float, ...]]
+
+    @classmethod
+    def of(cls, dense: Measured, pd: Measured) -> TaskFigures:
+        """Every measure over all items and, where there are several, by group."""
+        groups: list[str | None] = list(dict.fromkeys(dense.groups))
+        asked = [None, *groups] if len(groups) > 1 else [None]
+        figures = [_figure(dense, pd, measure, group) for measure in dense.values for group in asked]
+        return cls(task=dense.task, figures=tuple(figures), groups=dense.groups, dense=dense.values, pd=pd.values)
+
+
+class TasksReport(_Frozen):
+    """All tasks asked for; the text is that of the corpus's final split, `corpus_sha256` names it."""
+
+    plan_digest: str
+    corpus: str
+    corpus_sha256: str
+    seed: int
+    dtype: str
+    tasks: tuple[TaskFigures, ...]
+    environment: dict[str, Any]
+
+
+def judge_tasks(
+    bundle: Bundle,
+    names: Sequence[str],
+    cache: Cache,
+    environment: dict[str, Any],
+    asked: EvaluationSection | None = None,
+    size: int | None = None,
+    note: Callable[[str], None] = lambda _: None,
+) -> TasksReport:
+    """Measure the stage models as written, behind the plan, and the source model behind a dense plan.
+
+    The models of only one of the two are in memory at a time.
+
+    Args:
+        asked: corpus and seed; the recipe's when left out.
+        size: items of each task, in its own unit; each task's default when left out.
+
+    Raises:
+        UserError: an unknown task, one that does not fit the model or its data, or what `judge_bundle` raises.
+
+    """
+    from pdtrim_deploy.checkpoints.loading import load_model, load_tokenizer
+
+    for name in names:
+        check(name)
+    asked, dtype, plan = asked or bundle.recipe.evaluation, bundle.recipe.model.dtype, bundle.plan
+    source = source_of(bundle, cache, note)
+    corpus = corpora.load(asked.corpus, cache, note)
+    model = load_model(source.path, dtype)
+    whole = PDOracle(model, model, PDPlan.dense(plan.model))
+    setting = Setting(load_tokenizer(source.path), whole, corpus.split("final"), cache, asked.seed, size, note)
+    prepared = [prepare(name, setting) for name in names]
+    dense = [task.measure([whole], lambda line: note(f"dense {line}"))[0] for task in prepared]
+    del model, whole, setting
+    stages = PDOracle(load_model(bundle.prefill_dir, dtype), load_model(bundle.decode_dir, dtype), plan)
+    pd = [task.measure([stages], lambda line: note(f"PD {line}"))[0] for task in prepared]
+    return TasksReport(
+        plan_digest=plan.digest,
+        corpus=asked.corpus,
+        corpus_sha256=corpus.digest,
+        seed=asked.seed,
+        dtype=dtype,
+        tasks=tuple(TaskFigures.of(*pair) for pair in zip(dense, pd, strict=True)),
+        environment=environment,
+    )
+
+
+def _figure(dense: Measured, pd: Measured, measure: str, group: str | None) -> Figure:
+    paired = pd.against(dense, measure, group)
+    return Figure(
+        measure=measure,
+        group=group,
+        items=paired.count,
+        dense=dense.mean(measure, group),
+        pd=pd.mean(measure, group),
+        difference=paired.mean,
+        stderr=paired.stderr if paired.count > 1 else None,
+    )
