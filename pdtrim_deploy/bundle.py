@@ -1,6 +1,6 @@
-"""What was built: a folder with two stage models, one plan, a SHA-256 manifest, and a completion marker.
+"""What was built: a folder with two stage models, their engines, one plan, a SHA-256 manifest, a completion marker.
 
-    plan.json  recipe.yaml  prefill/  decode/  reports/  manifest.json  COMPLETE
+    plan.json  recipe.yaml  prefill/  decode/  engines/TARGET/STAGE/  reports/  manifest.json  COMPLETE
 
 `manifest.json` is written next to last and holds size and SHA-256 of every file before it; `COMPLETE` is written
 last and holds the manifest's SHA-256. What later commands add to `reports/` (eval.json, ...) is not sealed.
@@ -18,11 +18,13 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pdtrim_deploy.cache import file_sha256
+from pdtrim_deploy.engine import TargetResult
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.plan import STAGES, PDPlan, Stage
 from pdtrim_deploy.recipe import Recipe
 
 MANIFEST, COMPLETE, PLAN, RECIPE, REPORTS = "manifest.json", "COMPLETE", "plan.json", "recipe.yaml", "reports"
+ENGINES = "engines"
 WORK = ".build"  # only while a build is under way
 
 
@@ -46,7 +48,10 @@ class Step(_Frozen):
 
 
 class Manifest(_Frozen):
-    """The seal. `files` by path relative to the bundle, `versions` by package."""
+    """The seal. `files` by path relative to the bundle, `versions` by package, `engines` by their folder.
+
+    `failures` has a sentence for each target of the recipe that could not be built; the rest of the bundle is whole.
+    """
 
     format: int = 1
     recipe_digest: str
@@ -55,6 +60,8 @@ class Manifest(_Frozen):
     versions: dict[str, str]
     steps: dict[str, Step]
     files: dict[str, Entry]
+    engines: dict[str, TargetResult] = {}
+    failures: dict[str, str] = {}
 
 
 @dataclass(frozen=True)
@@ -84,6 +91,31 @@ class Bundle:
     def stage_dir(self, stage: Stage) -> Path:
         """HF checkpoint of `stage`."""
         return self.path / stage
+
+    def engine_dir(self, target: str, stage: Stage) -> Path:
+        """Folder of the engine of `stage` for `target`.
+
+        Raises:
+            UserError: the bundle has none, or only a description; says why and which it has.
+
+        """
+        folder = engine_folder(target, stage)
+        found = self.manifest.engines.get(folder)
+        if found is not None and found.status == "built":
+            return self.path / folder
+        reason = self.manifest.failures.get(target)
+        if reason:
+            raise UserError(f"{self.path}: its {stage} engine could not be built ({reason}); mend that and build again")
+        has = sorted({engine.target for engine in self.manifest.engines.values() if engine.status == "built"})
+        raise UserError(
+            f"{self.path}: no {stage} engine for target {target}, the targets built are {', '.join(has) or 'none'}; "
+            f"add `{target}:` under `targets:` of the recipe and build again"
+        )
+
+    def engine_files(self, folder: str) -> dict[str, Entry]:
+        """Size and SHA-256 of an engine's files, by path within its folder."""
+        start = folder + "/"
+        return {n.removeprefix(start): entry for n, entry in self.manifest.files.items() if n.startswith(start)}
 
     @classmethod
     def open(cls, path: Path) -> Bundle:
@@ -122,6 +154,11 @@ class Bundle:
         unsealed = {MANIFEST, COMPLETE}
         extra = sorted(n for n in present if n not in unsealed and not n.startswith(f"{REPORTS}/"))
         return problems + [f"{name} is not in the manifest" for name in extra]
+
+
+def engine_folder(target: str, stage: Stage) -> str:
+    """Where an engine stands in a bundle, and its name in the manifest."""
+    return f"{ENGINES}/{target}/{stage}"
 
 
 def read_seal(path: Path) -> Manifest | None:

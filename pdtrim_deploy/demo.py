@@ -15,6 +15,7 @@ from pdtrim_deploy.cache import Cache
 from pdtrim_deploy.loadtest import LoadResult, LoadRun, LoadSpec, driver
 from pdtrim_deploy.pipeline import Note, build
 from pdtrim_deploy.recipe import KVSection, PruningSection, Recipe
+from pdtrim_deploy.recipe_targets import TargetsSection
 from pdtrim_deploy.report.environment import environment, versions_of
 from pdtrim_deploy.report.metrics import (
     FidelityFigures,
@@ -82,6 +83,7 @@ class Demo:
         recipe = self.recipe
         if name == "dense":
             changes: dict[str, Any] = {"name": f"{recipe.name}-dense", "pruning": PruningSection(), "kv": KVSection()}
+            changes["targets"] = TargetsSection()
             recipe = recipe.model_copy(update=changes)
         with self.show(f"build the {name} bundle"):
             return build(recipe, self.out / name, self.cache, self.note)

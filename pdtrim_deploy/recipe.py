@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, 
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.plan import NativeDtype
+from pdtrim_deploy.recipe_targets import TargetsSection
 from pdtrim_deploy.recipe_yaml import Origins, compose
 from pdtrim_deploy.wire import WireDtype
 
@@ -120,6 +121,7 @@ class Recipe(_Section):
     pruning: PruningSection = PruningSection()
     kv: KVSection = KVSection()
     evaluation: EvaluationSection = EvaluationSection()
+    targets: TargetsSection = TargetsSection()
 
     @classmethod
     def load(cls, path: Path) -> Recipe:
@@ -173,25 +175,36 @@ def _keys_at(loc: tuple[str, ...]) -> list[str]:
     return keys if loc else ["include", *keys]
 
 
-def _allowed(loc: tuple[str, ...]) -> str:
+def _allowed(loc: tuple[str, ...]) -> str:  # noqa: PLR0911 (a line for each kind of value)
     schema = _schema_at(loc)
     if "properties" in schema:
         return f"a mapping with {', '.join(schema['properties'])}"
     if "enum" in schema:
-        return ", ".join(schema["enum"])
+        return ", ".join(map(str, schema["enum"]))
     if "const" in schema:
         return str(schema["const"])
     if "pattern" in schema:
         return schema["description"]
+    if "prefixItems" in schema:
+        return f"a list of {len(schema['prefixItems'])}, each {_allowed((*loc, '0'))}"
+    if schema["type"] == "array":
+        return f"a list of one or more of {_allowed((*loc, '0'))}"
+    if schema["type"] == "number":
+        most = f" and up to {schema['maximum']:g}" if "maximum" in schema else ""
+        return f"a number above {schema['exclusiveMinimum']:g}{most}"
     low = schema.get("minimum", schema["exclusiveMinimum"] + 1 if "exclusiveMinimum" in schema else None)
-    kind = {"integer": "an integer", "string": "text"}[schema["type"]]
+    kind = {"integer": "an integer", "string": "text", "boolean": "true or false"}[schema["type"]]
+    if "maximum" in schema:
+        return f"{kind} from {low} to {schema['maximum']}"
     return kind if low is None else f"{kind} of at least {low}"
 
 
 def _schema_at(loc: tuple[str, ...]) -> dict:
     schema = root = Recipe.model_json_schema()
     for part in loc:
-        schema = schema["properties"][part]
+        inside = schema.get("items") or schema.get("prefixItems", [None])[0]
+        schema = inside or schema["properties"][part]
+        schema = next((kind for kind in schema.get("anyOf", ()) if kind.get("type") != "null"), schema)
         if "$ref" in schema:
             schema = root["$defs"][schema["$ref"].rsplit("/", 1)[1]]
     return schema

@@ -11,9 +11,8 @@ from pydantic import ValidationError
 
 from pdtrim_builders.base import Options, Target, TargetResult
 from pdtrim_deploy.cache import atomic_directory
+from pdtrim_deploy.engine import RESULT
 from pdtrim_deploy.errors import UserError
-
-RESULT = "engine.json"
 
 
 def _onnx() -> Target:
@@ -72,10 +71,17 @@ def parse_options(target: Target, options: Mapping[str, Any]) -> Options:
         raise UserError(f"target {target.name}: option {key} is {first['input']!r}: {first['msg']}") from None
 
 
-def build_target(name: str, stage_dir: Path, out_dir: Path, options: Mapping[str, Any] | None = None) -> TargetResult:
+def build_target(
+    name: str,
+    stage_dir: Path,
+    out_dir: Path,
+    options: Mapping[str, Any] | None = None,
+    memory: Callable[[], int] = lambda: 0,
+) -> TargetResult:
     """Build the engine of one stage checkpoint into `out_dir`, which appears whole or not at all.
 
-    `out_dir/engine.json` holds the result. An earlier engine in its place is replaced.
+    `out_dir/engine.json` holds the result. An earlier engine in its place is replaced. `memory`: the most bytes that
+    this process has held, where it was started for this engine alone.
 
     Raises:
         UserError: one sentence that names the target: unknown target or option, an `out_dir` that is no engine, an
@@ -91,7 +97,9 @@ def build_target(name: str, stage_dir: Path, out_dir: Path, options: Mapping[str
         with atomic_directory(out_dir) as folder:
             result = target.build(stage_dir, folder, parsed)
             files = {str(f.relative_to(folder)): f.stat().st_size for f in sorted(folder.rglob("*")) if f.is_file()}
-            result = result.model_copy(update={"files": files, "seconds": round(time.monotonic() - started, 3)})
+            update: dict[str, Any] = {"files": files, "seconds": round(time.monotonic() - started, 3)}
+            update["peak_memory"] = max(memory(), result.peak_memory or 0) or None
+            result = result.model_copy(update=update)
             (folder / RESULT).write_text(result.model_dump_json(indent=2) + "\n")
     except UserError as error:
         raise UserError(f"target {name}: {error}") from error

@@ -24,9 +24,10 @@ if TYPE_CHECKING:
 @click.option("--force", is_flag=True, help="Make every step again.")
 @options.json_flag
 def build(recipe_file: Path, out: Path, cache: Cache, dry_run: bool, force: bool, as_json: bool) -> None:
-    """Prune a model and write both stages as a sealed bundle.
+    """Prune a model and write both stages, and their engines, as a sealed bundle.
 
     A build that was stopped, by whatever, goes on where it was when the same command is run again.
+    Exit code 1 when an engine of the recipe's targets could not be built: the bundle is whole without it.
 
     \b
     Examples:
@@ -47,10 +48,27 @@ def build(recipe_file: Path, out: Path, cache: Cache, dry_run: bool, force: bool
     progress = Progress()
     bundle = run(recipe, out, cache, progress.note, show=progress.show, force=force)
     if as_json:
-        click.echo(json.dumps({"bundle": str(out), "plan_digest": bundle.plan.digest, "recipe_digest": recipe.digest}))
+        click.echo(
+            json.dumps(
+                {
+                    "bundle": str(out),
+                    "plan_digest": bundle.plan.digest,
+                    "recipe_digest": recipe.digest,
+                    "engines": list(bundle.manifest.engines),
+                    "failures": bundle.manifest.failures,
+                }
+            )
+        )
     else:
+        from pdtrim_deploy.pipeline.engines import said
+
+        for engine in bundle.manifest.engines.values():
+            click.echo(f"{out}: {said(engine)}")
         click.echo(f"{out}: plan {bundle.plan.digest}")
         click.echo(f"next: pdtrim-deploy inspect {out}; pdtrim-deploy eval {out}; pdtrim-deploy serve {out}")
+    for failure in bundle.manifest.failures.values():
+        click.echo(f"pdtrim-deploy: {failure}", err=True)
+    raise SystemExit(1 if bundle.manifest.failures else 0)
 
 
 def _print_preview(found: Preview, out: Path, as_json: bool) -> None:
@@ -59,8 +77,9 @@ def _print_preview(found: Preview, out: Path, as_json: bool) -> None:
         click.echo(json.dumps(data, indent=2))
         return
     click.echo(f"{out}: nothing is written (--dry-run)")
+    wide = max(map(len, found.steps))
     for name, done in found.steps.items():
-        click.echo(f"  {name:<10} {'done' if done else 'to do'}")
+        click.echo(f"  {name:<{wide}} {'done' if done else 'to do'}")
     if found.stage_bytes is None or found.planned_bytes is None or found.dense_bytes is None:
         click.echo(f"  {found.recipe.model.source} is not in the cache yet: sizes are known once it is fetched")
         return

@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from pdtrim_deploy import __version__
 from pdtrim_deploy.bundle import (
     COMPLETE,
+    ENGINES,
     PLAN,
     RECIPE,
     REPORTS,
     Bundle,
     Manifest,
+    engine_folder,
     entries,
     read_seal,
     seal,
@@ -23,10 +26,12 @@ from pdtrim_deploy.bundle import (
 from pdtrim_deploy.cache import Cache
 from pdtrim_deploy.checkpoints import resolve
 from pdtrim_deploy.errors import UserError
-from pdtrim_deploy.pipeline import steps
+from pdtrim_deploy.pipeline import engines, steps
 from pdtrim_deploy.pipeline.context import Context, Note
 from pdtrim_deploy.pipeline.journal import Journal, chained_key, claim
+from pdtrim_deploy.plan import STAGES, Stage
 from pdtrim_deploy.recipe import FIXED_KV, Recipe
+from pdtrim_deploy.recipe_targets import Target
 from pdtrim_deploy.report.environment import versions
 
 # Called with a step's name and whether it is done already; the step runs inside.
@@ -35,12 +40,16 @@ Show = Callable[[str, bool], AbstractContextManager[object]]
 
 @dataclass(frozen=True)
 class BuildStep:
-    """One step: `key` digests everything its `outputs` (files or folders of the bundle) depend on."""
+    """One step: `key` digests everything its `outputs` (files or folders of the bundle) depend on.
+
+    A step of a `target` may fail without failing the build.
+    """
 
     name: str
     key: str
     outputs: tuple[str, ...]
     run: Callable[[Context], None]
+    target: str | None = None
 
 
 def steps_of(recipe: Recipe, fingerprint: str) -> tuple[BuildStep, ...]:
@@ -56,7 +65,20 @@ def steps_of(recipe: Recipe, fingerprint: str) -> tuple[BuildStep, ...]:
         BuildStep("select-kv", kv, (PLAN, steps.KV), steps.select_kv),
         BuildStep("prefill", chained_key(kv, "prefill"), ("prefill",), lambda c: steps.write_stage(c, "prefill")),
         BuildStep("decode", chained_key(kv, "decode"), ("decode",), lambda c: steps.write_stage(c, "decode")),
+        *(
+            _engine_step(target, stage, asked, chained_key(kv, stage), dump["calibration"])
+            for target, asked in recipe.targets.asked.items()
+            for stage in STAGES
+        ),
     )
+
+
+def _engine_step(target: str, stage: Stage, asked: Target, stage_key: str, calibration: object) -> BuildStep:
+    """Depends on its stage's checkpoint and its own options: another target's change nothing."""
+    name = engine_folder(target, stage)
+    key = chained_key(stage_key, [name, engines.depends_on(asked, calibration)])
+    run = partial(engines.build_engine, target=target, stage=stage, asked=asked)
+    return BuildStep(name, key, (name,), run, target)
 
 
 def build(
@@ -70,7 +92,8 @@ def build(
 ) -> Bundle:
     """Build `recipe` into `out`, resuming what an earlier build finished.
 
-    `note` hears what is going on inside a step, `show` wraps each step, `force` makes every step again.
+    `note` hears what is going on inside a step, `show` wraps each step, `force` makes every step again. A target that
+    cannot be built is a sentence in the manifest's `failures`, and is tried again the next time.
 
     Raises:
         UserError: bad source, corpus or recipe for this model; `out` is something else or in use.
@@ -83,16 +106,25 @@ def build(
         with claim(out, force):
             context = Context(recipe, checkpoint, cache, out, note)
             journal, plan_steps = Journal(out), steps_of(recipe, checkpoint.fingerprint)
+            journal.keep_only([step.name for step in plan_steps])
+            failures: dict[str, str] = {}
             for step in plan_steps:
+                if step.target in failures:  # in its prefill: half a pair serves nobody
+                    continue
                 done = journal.done(step.name, step.key)
                 with show(step.name, done):
                     if not done:
-                        with journal.making(step.name, step.key, step.outputs):
-                            step.run(context)
+                        try:
+                            with journal.making(step.name, step.key, step.outputs):
+                                step.run(context)
+                        except UserError as error:
+                            if step.target is None:
+                                raise
+                            failures[step.target] = str(error)
             sealed = is_sealed(out, recipe, journal)
             with show("seal", sealed):
                 if not sealed:
-                    _seal(context, journal)
+                    _seal(context, journal, failures)
             return Bundle.open(out)
     except (FileExistsError, NotADirectoryError):
         raise UserError(f"{out} is not a folder; choose another --out") from None
@@ -122,10 +154,12 @@ def is_sealed(out: Path, recipe: Recipe, journal: Journal) -> bool:
     return manifest is not None and manifest.recipe_digest == recipe.digest and manifest.steps == journal.steps
 
 
-def _seal(context: Context, journal: Journal) -> None:
-    """Drop reports on an earlier bundle, write the resolved recipe, the manifest, the marker."""
+def _seal(context: Context, journal: Journal, failures: dict[str, str]) -> None:
+    """Drop reports and engines of an earlier bundle, write the resolved recipe, the manifest, the marker."""
     recipe, out = context.recipe, context.out
     (out / COMPLETE).unlink(missing_ok=True)
+    built = [name for name in journal.steps if name.startswith(f"{ENGINES}/")]
+    engines.keep_only(out, built)
     made = {name for step in journal.steps.values() for name in step.sizes}
     for report in (out / REPORTS).glob("*"):
         if f"{REPORTS}/{report.name}" not in made:
@@ -139,5 +173,7 @@ def _seal(context: Context, journal: Journal) -> None:
         versions=versions(),
         steps=journal.steps,
         files=entries(out),
+        engines={name: engines.read_engine(out / name) for name in built},
+        failures=failures,
     )
     seal(out, manifest)

@@ -8,14 +8,14 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from pdtrim_deploy.bundle import COMPLETE, WORK, Step, read_seal, write_atomic
+from pdtrim_deploy.bundle import COMPLETE, ENGINES, WORK, Step, read_seal, write_atomic
 from pdtrim_deploy.errors import UserError
 
 _STEPS = TypeAdapter(dict[str, Step])
@@ -54,6 +54,12 @@ class Journal:
         step = self.steps.get(name)
         return step is not None and step.key == key and step.sizes == _sizes(self.out, list(step.sizes))
 
+    def keep_only(self, names: Collection[str]) -> None:
+        """Strike out all other steps: of an earlier recipe."""
+        if not self.steps.keys() <= set(names):
+            self.steps = {name: step for name, step in self.steps.items() if name in names}
+            self._write()
+
     @contextmanager
     def making(self, name: str, key: str, outputs: Sequence[str]) -> Iterator[None]:
         """Strike the step out, let the block make its `outputs` (files or folders), write the step down."""
@@ -86,7 +92,8 @@ def claim(out: Path, force: bool) -> Iterator[None]:
             raise UserError(f"{out}: another build is running there; wait for it or choose another --out") from None
         if any(out.iterdir()) and not any((out / name).exists() for name in (WORK, "manifest.json", COMPLETE)):
             raise UserError(f"{out} holds other files and is no bundle; choose another --out")
-        for stale in out.glob(".*.*-*"):  # scratch of a build that was killed: the lock is ours
+        killed = (".*.*-*", f"{ENGINES}/*/.*.*-*")  # scratch of a build that was killed: the lock is ours
+        for stale in (path for pattern in killed for path in out.glob(pattern)):
             shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
         if force:
             write_atomic(out / WORK / "steps.json", "{}")

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import re
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-PR_SET_PDEATHSIG = 1
+from pdtrim_deploy.job import dies_with
+
 TAIL_BYTES = 64 << 10
 REASON = re.compile(r"^[\w.]*(?:Error|Exception|Interrupt)\b.*", re.MULTILINE)
 
@@ -33,7 +33,7 @@ class ServerProcess:
                 env=dict(env),
                 cwd=log.parent,  # `python -m` puts it on sys.path: never a folder with modules of the user
                 start_new_session=True,
-                preexec_fn=_dies_with(os.getpid()),  # noqa: PLW1509 (one system call, no lock)
+                preexec_fn=dies_with(os.getpid()),  # noqa: PLW1509 (one system call, no lock)
             )
         self.pid = self._popen.pid
 
@@ -105,15 +105,3 @@ def log_tail(log: Path) -> str:
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - TAIL_BYTES))
         return file.read().decode(errors="replace")
-
-
-def _dies_with(parent: int) -> Callable[[], None]:
-    """For the child: have the kernel kill it when the thread that started it ends, however that ends."""
-    prctl = ctypes.CDLL(None).prctl  # found before the fork: dlopen after it may deadlock
-
-    def apply() -> None:
-        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(1)
-
-    return apply

@@ -26,8 +26,8 @@ from pdtrim_builders.graph.ops import PAGED_ATTENTION, SPARSE_KV_SEND
 from pdtrim_builders.graph.stage import StageModel, read_stage
 from pdtrim_builders.numerics import TOLERANCES, check_numerics
 from pdtrim_builders.targets.onnx import compared, wire_limits
-from pdtrim_builders.targets.process import run_job
 from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.job import run_job
 
 PLAN = "engine.plan"
 NOT_RUN = "the engine has never been run: loading, inspecting and executing one needs a GPU"

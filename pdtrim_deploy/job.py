@@ -1,18 +1,22 @@
-"""A build step in a fresh process: what it answers, how long it took, how much memory, and how it died."""
+"""A piece of work in a fresh process: what it answers, how long it took, how much memory, and how it died."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
+import os
 import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pdtrim_deploy.errors import UserError
+
+PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -27,13 +31,21 @@ class Finished:
 def run_job(command: Sequence[str], job: Mapping[str, Any], scratch: Path, environment: Mapping[str, str]) -> Finished:
     """Write the job to a file, run `command` + that file, read its answer (`job.answer` is set here).
 
-    Raises UserError: the process said `error`, was killed, or died without an answer.
+    The process dies with the thread that calls this. Raises UserError: it said `error`, was killed, or died without
+    an answer.
     """
     answer, log = scratch / "answer.json", scratch / "build.log"
     (scratch / "job.json").write_text(json.dumps({**job, "answer": str(answer)}))
     started = time.monotonic()
     with log.open("wb") as output:
-        process = subprocess.Popen([*command, str(scratch / "job.json")], stdout=output, stderr=output, env=environment)
+        process = subprocess.Popen(
+            [*command, str(scratch / "job.json")],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env=environment,
+            preexec_fn=dies_with(os.getpid()),  # noqa: PLW1509 (one system call, no lock)
+        )
         try:
             memory = _wait(process)
         except BaseException:
@@ -58,11 +70,29 @@ def _wait(process: subprocess.Popen[bytes]) -> int:
     """Wait; the most memory the process held. Not wait4's ru_maxrss, in which a child starts with its parent's."""
     most = 0
     while process.poll() is None:
-        with contextlib.suppress(OSError):  # it just ended
-            status = Path(f"/proc/{process.pid}/status").read_text()
-            most = max([most, *(int(line.split()[1]) * 1024 for line in status.splitlines() if line[:6] == "VmHWM:")])
+        most = max(most, most_memory(process.pid))
         time.sleep(0.05)
     return most
+
+
+def dies_with(parent: int) -> Callable[[], None]:
+    """For the child: have the kernel kill it when the thread that started it ends, however that ends."""
+    prctl = ctypes.CDLL(None).prctl  # found before the fork: dlopen after it may deadlock
+
+    def apply() -> None:
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
+
+    return apply
+
+
+def most_memory(process: int | str = "self") -> int:
+    """The most bytes that a process has held (VmHWM); 0 where the system does not say, or it has ended."""
+    with contextlib.suppress(OSError):
+        status = Path(f"/proc/{process}/status").read_text()
+        return max([0, *(int(line.split()[1]) * 1024 for line in status.splitlines() if line[:6] == "VmHWM:")])
+    return 0
 
 
 def _last_line(log: Path) -> str:
