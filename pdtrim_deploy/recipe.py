@@ -13,19 +13,16 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, 
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.plan import NativeDtype
+from pdtrim_deploy.recipe_kv import KVSection
 from pdtrim_deploy.recipe_targets import TargetsSection
 from pdtrim_deploy.recipe_yaml import Origins, compose
-from pdtrim_deploy.wire import WireDtype
 
-# Names of the registries that need torch to import; a test holds each equal to its registry.
+# Names of a registry that needs torch to import; a test holds them equal.
 PruningMethod = Literal["cosine", "greedy"]
-KVMethod = Literal["none", "all", "attention-mass", "measured-harm"]
 Corpus = Annotated[
     str, Field(pattern=r"^(brown|austen|(dir|file):.+)$", description="brown, austen, dir:PATH or file:PATH")
 ]
-FIXED_KV = ("none", "all")  # choose without looking at the model
 PRUNING_METHODS: tuple[str, ...] = get_args(PruningMethod)
-KV_METHODS: tuple[str, ...] = get_args(KVMethod)
 
 
 class _Section(BaseModel):
@@ -61,41 +58,6 @@ class PruningSection(_Section):
             raise ValueError(
                 f"prefill_blocks is {self.prefill_blocks} but decode_blocks is {self.decode_blocks}; "
                 f"allowed: prefill_blocks of at most decode_blocks, since decode drops every block that prefill drops"
-            )
-        return self
-
-
-class KVSection(_Section):
-    """Which decode layers get only the first and last prompt tokens' KV, and its dtype on the wire.
-
-    The layers are chosen on `sequences` of calibration text, each a prompt and its continuation.
-    """
-
-    method: KVMethod = "none"
-    sparse_layers: NonNegativeInt = 0
-    n_first: NonNegativeInt = 0
-    n_last: NonNegativeInt = 0
-    wire_dtype: WireDtype = "native"
-    sequences: PositiveInt = 8
-    prompt_tokens: PositiveInt = 384
-    continuation_tokens: Annotated[int, Field(ge=2)] = 64
-
-    @model_validator(mode="after")
-    def _meaningful(self) -> KVSection:
-        if self.method == "none" and (self.sparse_layers or self.n_first or self.n_last):
-            raise ValueError("method is 'none'; allowed with it: sparse_layers, n_first and n_last of 0")
-        if self.method != "none" and self.n_first + self.n_last == 0:
-            raise ValueError(f"method is {self.method!r}; allowed with it: n_first + n_last of at least 1")
-        if self.method == "all" and self.sparse_layers:
-            raise ValueError("method is 'all'; allowed with it: sparse_layers left out, since all layers are sparse")
-        if self.method in FIXED_KV:
-            return self
-        if self.sparse_layers == 0:
-            raise ValueError(f"method is {self.method!r}; allowed with it: sparse_layers of at least 1")
-        if self.n_first + self.n_last >= self.prompt_tokens:
-            raise ValueError(
-                f"prompt_tokens is {self.prompt_tokens}; allowed: more than n_first + n_last = "
-                f"{self.n_first + self.n_last}, or nothing would be cut"
             )
         return self
 

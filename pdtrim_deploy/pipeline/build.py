@@ -29,8 +29,10 @@ from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.pipeline import engines, steps
 from pdtrim_deploy.pipeline.context import Context, Note
 from pdtrim_deploy.pipeline.journal import Journal, chained_key, claim
+from pdtrim_deploy.pipeline.stand_in import stand_in
 from pdtrim_deploy.plan import STAGES, Stage
-from pdtrim_deploy.recipe import FIXED_KV, Recipe
+from pdtrim_deploy.recipe import Recipe
+from pdtrim_deploy.recipe_kv import FIXED_KV
 from pdtrim_deploy.recipe_targets import Target
 from pdtrim_deploy.report.environment import versions
 
@@ -102,6 +104,7 @@ def build(
     with show("source", False):
         checkpoint = resolve(recipe.model.source, cache, note)
     check_fits(recipe, checkpoint.facts.num_blocks)
+    stand_in(recipe, checkpoint.shape(recipe.model.dtype))  # a byte budget that nothing fits is refused at once
     try:
         with claim(out, force):
             context = Context(recipe, checkpoint, cache, out, note)

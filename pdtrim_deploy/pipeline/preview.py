@@ -11,8 +11,8 @@ from pdtrim_deploy.cache import Cache
 from pdtrim_deploy.checkpoints import Checkpoint, resolve
 from pdtrim_deploy.pipeline.build import check_fits, is_sealed, steps_of
 from pdtrim_deploy.pipeline.journal import Journal
-from pdtrim_deploy.pipeline.steps import actions, kv_rules
-from pdtrim_deploy.plan import STAGES, ModelShape, PDPlan, Stage
+from pdtrim_deploy.pipeline.stand_in import stand_in
+from pdtrim_deploy.plan import STAGES, Stage
 from pdtrim_deploy.recipe import Recipe
 from pdtrim_deploy.wire import ITEM_BYTES
 
@@ -23,7 +23,7 @@ class Preview:
 
     Attributes:
         stage_bytes: weights of each stage checkpoint.
-        planned_bytes, dense_bytes: KV of one request of `prompt_tokens`; exact, as it does not matter which blocks go.
+        planned_bytes, dense_bytes: KV of one request of `prompt_tokens`; `planned_bytes` as `stand_in` has it.
 
     """
 
@@ -73,18 +73,6 @@ class _Peek(Cache):
             raise _NotCached
 
         return super().entry(kind, key, make if kind == "fingerprints" else refuse)
-
-
-def stand_in(recipe: Recipe, shape: ModelShape) -> PDPlan:
-    """A plan of the recipe's size, with the last blocks removed and the first layers cut."""
-    pruning = recipe.pruning
-    blocks, layers = shape.num_blocks, shape.num_blocks - pruning.decode_blocks
-    return PDPlan(
-        model=shape,
-        prefill=actions(blocks, range(blocks - pruning.prefill_blocks, blocks)),
-        decode=actions(blocks, range(layers, blocks)),
-        kv=kv_rules(recipe.kv, layers),
-    )
 
 
 def _stage_bytes(checkpoint: Checkpoint, layers: int, dtype: str) -> int:

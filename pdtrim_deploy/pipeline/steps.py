@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from pdtrim_deploy.bundle import PLAN, REPORTS, write_atomic
 from pdtrim_deploy.pipeline.context import Context
-from pdtrim_deploy.plan import STAGES, Action, Drop, Keep, KVSend, PDPlan, Stage
-from pdtrim_deploy.recipe import FIXED_KV, KVSection
+from pdtrim_deploy.pipeline.stand_in import actions, stand_in_rules
+from pdtrim_deploy.plan import STAGES, KVSend, PDPlan, Stage
+from pdtrim_deploy.recipe_kv import FIXED_KV
 
 PRUNING, KV = f"{REPORTS}/pruning.json", f"{REPORTS}/kv.json"
 
@@ -36,45 +36,29 @@ def prune(context: Context) -> None:
 
 
 def select_kv(context: Context) -> None:
-    """Choose the layers whose prompt KV is cut -> plan.json, reports/kv.json."""
+    """Choose how each decode layer's prompt KV travels -> plan.json, reports/kv.json."""
     removed, asked, shape = json.loads((context.out / PRUNING).read_text()), context.recipe.kv, context.shape
     prefill, decode = (actions(shape.num_blocks, removed[stage]["removed"]) for stage in STAGES)
     layers = sum(action.kind == "keep" for action in decode)
-    plan = PDPlan(model=shape, prefill=prefill, decode=decode, kv=kv_rules(asked, layers))
+    plan = PDPlan(model=shape, prefill=prefill, decode=decode, kv=stand_in_rules(asked, shape, layers))
     if asked.method not in FIXED_KV:
         plan = plan.with_kv(_chosen(context, plan))
+    sends = {block: send.model_dump() for block, send in zip(plan.decode_layers, plan.kv, strict=True)}
     sparse = [block for block, send in zip(plan.decode_layers, plan.kv, strict=True) if send.mode == "sparse"]
-    _write_json(context.out / KV, {"method": asked.method, "sparse_blocks": sparse})
+    _write_json(context.out / KV, {"method": asked.method, "sparse_blocks": sparse, "sends": sends})
     _write_json(context.out / PLAN, plan.model_dump(mode="json"))
 
 
 def _chosen(context: Context, plan: PDPlan) -> tuple[KVSend, ...]:
     from pdtrim_deploy.checkpoints.surgery import keep_blocks
     from pdtrim_deploy.evaluation.oracle import PDOracle
-    from pdtrim_deploy.kvcache.selection import Request, get_selection
+    from pdtrim_deploy.kvcache.selection import Problem, get_selection
 
     asked = context.recipe.kv
     models = [keep_blocks(context.model, plan.layers(stage)) for stage in STAGES]
-    request = Request(
-        PDOracle(models[0], models[1], plan),
-        context.calibration(asked.sequences, asked.prompt_tokens + asked.continuation_tokens),
-        asked.prompt_tokens,
-        asked.sparse_layers,
-        asked.n_first,
-        asked.n_last,
-        asked.wire_dtype,
-    )
-    return get_selection(asked.method).choose(request, context.note)
-
-
-def kv_rules(asked: KVSection, layers: int) -> tuple[KVSend, ...]:
-    """The rules of a fixed method; for one that chooses, as many of each kind as it will give, in any order."""
-    cut = {"none": 0, "all": layers}.get(asked.method, asked.sparse_layers)
-    full = KVSend(wire_dtype=asked.wire_dtype)
-    if not cut:
-        return (full,) * layers
-    sparse = KVSend(mode="sparse", n_first=asked.n_first, n_last=asked.n_last, wire_dtype=asked.wire_dtype)
-    return (sparse,) * cut + (full,) * (layers - cut)
+    text = context.calibration(asked.sequences, asked.prompt_tokens + asked.continuation_tokens)
+    problem = Problem(PDOracle(models[0], models[1], plan), text, asked.prompt_tokens, context.recipe.calibration.seed)
+    return get_selection(asked).choose(problem, context.note)
 
 
 def write_stage(context: Context, stage: Stage) -> None:
@@ -85,11 +69,6 @@ def write_stage(context: Context, stage: Stage) -> None:
     blocks = plan.layers(stage)
     context.note(f"writing {len(blocks)} blocks")
     write(context.checkpoint, context.out / stage, blocks, context.recipe.model.dtype, plan.model_dump(mode="json"))
-
-
-def actions(blocks: int, removed: Collection[int]) -> tuple[Action, ...]:
-    """Keep all but `removed`."""
-    return tuple(Drop() if block in removed else Keep() for block in range(blocks))
 
 
 def _write_json(path: Path, data: Any) -> None:

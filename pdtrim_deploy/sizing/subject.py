@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from pdtrim_deploy.bundle import PLAN, Bundle
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.pipeline.build import check_fits
-from pdtrim_deploy.pipeline.preview import stand_in
+from pdtrim_deploy.pipeline.stand_in import said_of, stand_in
 from pdtrim_deploy.plan import PDPlan
 from pdtrim_deploy.recipe import Recipe
 from pdtrim_deploy.sizing.shape import Sized, find_config, read_sized, shipped, shipped_for
@@ -84,11 +84,9 @@ def _of_recipe(recipe: Recipe, model: Sized | None) -> Subject:
     except ValidationError as error:
         reason = error.errors()[0]["msg"].removeprefix("Value error, ")
         raise UserError(f"recipe {recipe.name} does not suit {sized.label}: {reason}") from None
-    sparse = sum(send.mode == "sparse" for send in plan.kv)
     note = (
         f"not built yet, priced by counts: prefill drops {recipe.pruning.prefill_blocks} and decode "
-        f"{recipe.pruning.decode_blocks} of {sized.num_blocks} blocks, {sparse} of {len(plan.kv)} decode layers are "
-        f"sparse; which ones changes no figure here"
+        f"{recipe.pruning.decode_blocks} of {sized.num_blocks} blocks, {said_of(recipe.kv, plan)}"
     )
     return Subject(recipe.name, "recipe", sized.label, plan, sized.max_positions, (note, f"model: {sized.origin}"))
 

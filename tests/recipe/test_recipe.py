@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pdtrim_deploy.errors import UserError
-from pdtrim_deploy.recipe import KV_METHODS, PRUNING_METHODS, KVSection, PruningSection, Recipe
+from pdtrim_deploy.recipe import PRUNING_METHODS, PruningSection, Recipe
+from pdtrim_deploy.recipe_kv import KV_METHODS, KVSection
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 BASE = "name: a\nmodel: {source: 'pypi:x'}\n"
@@ -35,9 +36,20 @@ def load(tmp_path: Path, text: str, **units: str) -> Recipe:
             "pruning: {prefill_blocks: 3, decode_blocks: 2}",
             "r.yaml: pruning.prefill_blocks is 3 but decode_blocks is 2",
         ),
-        ("kv: {sparse_layers: 2}", "r.yaml: kv.method is 'none'; allowed with it"),
+        ("kv: {sparse_layers: 2}", "r.yaml: kv.method is 'none', which takes no sparse_layers; allowed with it"),
         ("kv: {method: attention-mass, n_last: 4}", "allowed with it: sparse_layers of at least 1"),
-        ("kv: {method: all, n_last: 4, sparse_layers: 4}", "allowed with it: sparse_layers left out"),
+        ("kv: {method: all, n_last: 4, sparse_layers: 4}", "takes no sparse_layers; allowed with it: n_first, n_last"),
+        ("kv: {method: budget}", "method is 'budget'; allowed with it: either reduction or max_loss"),
+        ("kv: {method: budget, reduction: 2.0, max_loss: 0.1}", "either reduction or max_loss"),
+        ("kv: {method: budget, reduction: 1.0}", "kv.reduction is 1.0; allowed: a number above 1"),
+        ("kv: {method: budget, reduction: 2.0, sparse_choices: [[4]]}", "allowed: an integer of at least 0"),
+        ("kv: {method: budget, reduction: 2.0, sparse_choices: [4]}", "a list of 2, each an integer of at least 0"),
+        ("kv: {method: budget, reduction: 2.0, sparse_choices: [[0, 0]]}", "n_first + n_last of at least 1"),
+        ("kv: {method: budget, reduction: 2.0, wire_choices: [fp4]}", "allowed: native, fp8, int8, int4"),
+        ("kv: {method: budget, reduction: 2.0, wire_choices: []}", "allowed: a list of one or more of native, fp8"),
+        ("kv: {method: budget, reduction: 2.0, prompt_tokens: 200}", "more than n_first + n_last = 260"),
+        ("kv: {method: attention-mass, n_last: 4, threshold: 0.5, sparse_layers: 3}", "sparse_layers of at least 1 or"),
+        ("kv: {method: measured-harm, n_last: 4, threshold: 0.5}", "'measured-harm', which takes no threshold"),
         ("kv: {method: all}", "allowed with it: n_first + n_last of at least 1"),
         ("1: 2", "r.yaml: 1 is not a known key"),
         ("name: b", "r.yaml: not valid YAML at line 3, column 1: key 'name' stands twice"),

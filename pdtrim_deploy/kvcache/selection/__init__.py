@@ -4,24 +4,38 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from pdtrim_deploy.errors import UserError
-from pdtrim_deploy.kvcache.selection.base import Progress, Request, Selection
-from pdtrim_deploy.kvcache.selection.by_attention import ByAttentionMass
-from pdtrim_deploy.kvcache.selection.by_harm import ByMeasuredHarm
-from pdtrim_deploy.kvcache.selection.fixed import AllFull, AllSparse
+from pdtrim_deploy.kvcache.selection.base import Cut, Problem, Progress, Selection, Sends
+from pdtrim_deploy.kvcache.selection.by_attention import ByAttention
+from pdtrim_deploy.kvcache.selection.by_harm import ByBudget, ByMeasuredHarm
+from pdtrim_deploy.kvcache.selection.fixed import AllFull, AllSparse, AtRandom
+from pdtrim_deploy.plan import KVSend
+from pdtrim_deploy.recipe_kv import KVSection
 
-__all__ = ["SELECTIONS", "Progress", "Request", "Selection", "get_selection"]
+__all__ = ["SELECTIONS", "Cut", "Problem", "Progress", "Selection", "Sends", "get_selection"]
 
-SELECTIONS: dict[str, Callable[[], Selection]] = {
-    "none": AllFull,
-    "all": AllSparse,
-    "attention-mass": ByAttentionMass,
-    "measured-harm": ByMeasuredHarm,
+
+def _cut(asked: KVSection) -> Cut:
+    full = KVSend(wire_dtype=asked.wire_dtype)
+    if asked.n_first + asked.n_last == 0:
+        return Cut(full, full)
+    return Cut(full, KVSend(mode="sparse", n_first=asked.n_first, n_last=asked.n_last, wire_dtype=asked.wire_dtype))
+
+
+SELECTIONS: dict[str, Callable[[KVSection], Selection]] = {
+    "none": lambda asked: AllFull(_cut(asked)),
+    "all": lambda asked: AllSparse(_cut(asked)),
+    "random": lambda asked: AtRandom(_cut(asked), asked.sparse_layers),
+    "attention-mass": lambda asked: ByAttention(
+        _cut(asked), "generated", None if asked.threshold else asked.sparse_layers, asked.threshold
+    ),
+    "simlayerkv": lambda asked: ByAttention(
+        _cut(asked), "prompt", None if asked.threshold else asked.sparse_layers, asked.threshold
+    ),
+    "measured-harm": lambda asked: ByMeasuredHarm(_cut(asked), asked.sparse_layers),
+    "budget": lambda asked: ByBudget(asked.options(), asked.reduction, asked.max_loss),
 }
 
 
-def get_selection(name: str) -> Selection:
-    """The method of that name with its default settings; UserError lists those there are."""
-    if name not in SELECTIONS:
-        raise UserError(f"KV method {name!r} is unknown; use one of {', '.join(SELECTIONS)}")
-    return SELECTIONS[name]()
+def get_selection(asked: KVSection) -> Selection:
+    """The method that a recipe's section names, with its settings."""
+    return SELECTIONS[asked.method](asked)

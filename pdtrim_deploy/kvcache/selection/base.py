@@ -1,8 +1,8 @@
-"""What a KV selection is asked: which decode layers shall get only the first and last prompt tokens' KV."""
+"""What a KV selection is asked: how the prompt KV of each decode layer shall travel."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,57 +11,61 @@ from torch import Tensor
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.evaluation.oracle import PDOracle
 from pdtrim_deploy.plan import KVSend
-from pdtrim_deploy.wire import WireDtype
 
 Progress = Callable[[str], None]
+Sends = tuple[KVSend, ...]
 
 
 @dataclass(frozen=True)
-class Request:
-    """Choose `sparse_layers` of the decode layers.
+class Problem:
+    """The stage models and the text to choose on.
 
     Attributes:
         oracle: the stage models, pruned already; its plan's KV rules are ignored.
-        sequences: calibration text, int64 `[S, N + T]`, the first `prompt_tokens` = N of each are its prompt.
-        n_first, n_last: prompt tokens whose KV a sparse layer gets.
-
-    Raises:
-        UserError: more sparse layers than decode has.
+        sequences: calibration text, int64 `[S, N + T]`, the first `prompt_tokens` = N of each are its prompt, T >= 2.
+        seed: of whatever a method draws.
 
     """
 
     oracle: PDOracle
     sequences: Tensor
     prompt_tokens: int
-    sparse_layers: int
-    n_first: int
-    n_last: int
-    wire_dtype: WireDtype = "native"
-
-    def __post_init__(self) -> None:
-        if self.sparse_layers > self.layers:
-            raise UserError(
-                f"sparse_layers is {self.sparse_layers} but decode keeps {self.layers} layers; "
-                f"choose at most {self.layers}"
-            )
+    seed: int = 0
 
     @property
     def layers(self) -> int:
         """Layers of the decode model."""
         return len(self.oracle.plan.decode_layers)
 
-    def sends(self, sparse: Collection[int]) -> tuple[KVSend, ...]:
+
+@dataclass(frozen=True)
+class Cut:
+    """The two rules of a method that only chooses layers."""
+
+    full: KVSend
+    sparse: KVSend
+
+    def sends(self, layers: int, sparse: Collection[int]) -> Sends:
         """One rule per decode layer, those in `sparse` cut."""
-        full = KVSend(wire_dtype=self.wire_dtype)
-        if not sparse:
-            return (full,) * self.layers
-        cut = KVSend(mode="sparse", n_first=self.n_first, n_last=self.n_last, wire_dtype=self.wire_dtype)
-        return tuple(cut if layer in sparse else full for layer in range(self.layers))
+        return tuple(self.sparse if layer in sparse else self.full for layer in range(layers))
+
+    def best(self, scores: Sequence[float], count: int) -> Sends:
+        """The `count` layers of highest score cut; ties go to the earlier layer. UserError: there are not so many."""
+        if count > len(scores):
+            raise UserError(
+                f"sparse_layers is {count} but decode keeps {len(scores)} layers; choose at most {len(scores)}"
+            )
+        ranked = sorted(range(len(scores)), key=lambda layer: (-scores[layer], layer))
+        return self.sends(len(scores), ranked[:count])
+
+    def above(self, scores: Sequence[float], threshold: float) -> Sends:
+        """The layers whose score is at least `threshold` cut."""
+        return self.sends(len(scores), [layer for layer, score in enumerate(scores) if score >= threshold])
 
 
 class Selection(Protocol):
-    """A method; equal requests give equal answers."""
+    """A method with its settings; equal problems give equal answers."""
 
-    def choose(self, request: Request, progress: Progress) -> tuple[KVSend, ...]:
-        """One rule per decode layer, in their order."""
+    def choose(self, problem: Problem, progress: Progress) -> Sends:
+        """One rule per decode layer, in their order. UserError: the settings cannot be met."""
         ...

@@ -1,0 +1,83 @@
+"""A plan of the size that a recipe will give, before anything was measured: what previews and prices are made from."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.plan import Action, Drop, Keep, KVSend, ModelShape, PDPlan
+from pdtrim_deploy.recipe import Recipe
+from pdtrim_deploy.recipe_kv import KVSection
+from pdtrim_deploy.wire import packed_row_bytes
+
+
+def stand_in(recipe: Recipe, shape: ModelShape) -> PDPlan:
+    """With the last blocks removed and the first layers cut."""
+    pruning = recipe.pruning
+    blocks, layers = shape.num_blocks, shape.num_blocks - pruning.decode_blocks
+    return PDPlan(
+        model=shape,
+        prefill=actions(blocks, range(blocks - pruning.prefill_blocks, blocks)),
+        decode=actions(blocks, range(layers, blocks)),
+        kv=stand_in_rules(recipe.kv, shape, layers),
+    )
+
+
+def said_of(asked: KVSection, plan: PDPlan) -> str:
+    """How far the stand-in's KV rules can be trusted."""
+    if asked.reduction is not None:
+        at = asked.prompt_tokens
+        return f"the layers' KV as small as {plan.reduction(at):.2f}x at {at} prompt tokens, in a mix that may differ"
+    if asked.max_loss is not None or asked.threshold is not None:
+        return "how much KV is cut is known only once it is built: whole KV is shown, the most there can be"
+    sparse = sum(send.mode == "sparse" for send in plan.kv)
+    return f"{sparse} of {len(plan.kv)} decode layers are sparse; which ones changes no figure here"
+
+
+def actions(blocks: int, removed: Collection[int]) -> tuple[Action, ...]:
+    """Keep all but `removed`."""
+    return tuple(Drop() if block in removed else Keep() for block in range(blocks))
+
+
+def stand_in_rules(asked: KVSection, shape: ModelShape, layers: int) -> tuple[KVSend, ...]:
+    """The rules of a fixed method; for one that chooses, as many of each kind as it will give, in any order.
+
+    How many a threshold or a largest loss will cut is not known: nothing is cut, an upper bound. A byte budget is
+    filled with two neighbours of: whole in the widest dtype, whole in the narrowest, least rows in the narrowest.
+
+    Raises:
+        UserError: no choice of options fits the byte budget.
+
+    """
+    if asked.reduction is not None:
+        return _within(asked, asked.reduction, shape, layers)
+    if asked.method == "budget":
+        return (KVSend(),) * layers
+    full = KVSend(wire_dtype=asked.wire_dtype)
+    cut = {"none": 0, "all": layers}.get(asked.method, asked.sparse_layers)
+    if not cut:
+        return (full,) * layers
+    sparse = KVSend(mode="sparse", n_first=asked.n_first, n_last=asked.n_last, wire_dtype=asked.wire_dtype)
+    return (sparse,) * cut + (full,) * (layers - cut)
+
+
+def _within(asked: KVSection, reduction: float, shape: ModelShape, layers: int) -> tuple[KVSend, ...]:
+    """The largest mix that fits the byte budget; UserError when none does."""
+
+    def row(send: KVSend) -> int:
+        return packed_row_bytes(send.wire_dtype, shape.kv_dtype, shape.num_kv_heads, shape.head_dim)
+
+    def size(send: KVSend) -> int:
+        return send.rows(asked.prompt_tokens) * row(send)
+
+    options = asked.options()
+    wide, narrow = max(options, key=size), min((o for o in options if o.mode == "full"), key=row)
+    least, dense = min(options, key=size), shape.num_blocks * size(KVSend())
+    for more, less in ((wide, narrow), (narrow, least)):
+        for count in range(layers + 1):
+            if (layers - count) * size(more) + count * size(less) <= dense / reduction:
+                return (less,) * count + (more,) * (layers - count)
+    raise UserError(
+        f"kv.reduction is {reduction:g} but the smallest options give at most {dense / (layers * size(least)):.2f}x at "
+        f"{asked.prompt_tokens} prompt tokens; lower it, or add smaller sparse_choices or wire_choices"
+    )
