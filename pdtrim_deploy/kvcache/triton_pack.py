@@ -16,7 +16,7 @@ from torch import Tensor
 from pdtrim_deploy.kvcache.codecs import get_codec
 from pdtrim_deploy.kvcache.codecs.base import Pages
 from pdtrim_deploy.kvcache.layout import ChunkLayout
-from pdtrim_deploy.kvcache.pack import side_sections
+from pdtrim_deploy.kvcache.sections import side_sections
 
 NATIVE, INT8, FP8 = (tl.constexpr(kind) for kind in range(3))
 KINDS = {"native": 0, "int8": 1, "fp8": 2}
@@ -81,12 +81,14 @@ def send_rows(
         x = x.to(tl.float32)
         steps: tl.constexpr = 127.0 if KIND == INT8 else 448.0
         largest = tl.max(tl.abs(x), axis=1)
-        broken = tl.sum(x * 0.0, axis=1)  # NaN when a value is not finite, which a maximum may hide
-        scale = (tl.minimum(largest * (1.0 / steps), 65504.0) + broken).to(tl.float16)
-        tl.store(scales + row * HEADS + head, scale, mask=live)
+        finite = tl.sum((x * 0.0 != 0.0).to(tl.int32), axis=1) == 0  # a maximum may hide NaN
+        scale = tl.minimum(largest * (1.0 / steps), 65504.0).to(tl.float16)
+        bits = tl.where(finite, scale.to(tl.int16, bitcast=True), 0x7E00)  # which NaN is part of the format
+        tl.store(scales + row * HEADS + head, bits.to(tl.float16, bitcast=True), mask=live)
         wide = scale.to(tl.float32)
         inverse = tl.where(wide == 0.0, 0.0, tl.math.div_rn(1.0, tl.where(wide == 0.0, 1.0, wide)))
         y = tl.minimum(tl.maximum(x * inverse[:, None], -steps), steps)
+        y = tl.where(finite[:, None], y, 0.0)
         tl.store(to, int8_code(y) if KIND == INT8 else e4m3_code(y), mask=whole)
 
 

@@ -170,6 +170,7 @@ def test_a_head_that_is_not_finite_reads_as_nan_and_spoils_no_other(send, wire, 
         side = staging[: len(staging) // 2]
         codes, scales = side[: pool.numel()], side[pool.numel() :].view(torch.float16).view(4, 3, 1)
         read = codes.view(torch.int8 if wire == "int8" else torch.float8_e4m3fn).view(pool.shape).float() * scales
+        assert torch.equal(staging, packed_by_python(pool, pool, torch.arange(4), wire))
         assert read[2, 1].isnan().all()
         assert read.isnan().sum() == 32
 

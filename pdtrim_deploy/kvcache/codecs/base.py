@@ -25,7 +25,8 @@ class Codec(Protocol):
     """A wire dtype.
 
     `sections` are views of the packed bytes, `[rows, kv_heads, per_head]`, as `pdtrim_deploy.wire.row_sections` lists
-    them. A head of a row that holds NaN or infinity comes back without a single number that looks right.
+    them. A head of a row that holds NaN or infinity comes back without a single number that looks right: quantised, its
+    scales are float16's NaN 0x7e00 and its codes 0.
     """
 
     def encode(self, pool: Tensor, index: Index, sections: Sequence[Tensor]) -> None:
@@ -64,12 +65,15 @@ def _pages(size: int, *tensors: Tensor) -> list[Tensor]:
     return flat
 
 
-def encode_scale(rows: Tensor, steps: float, scale: Tensor) -> Tensor:
-    """Symmetric scales of float32 `rows`, `[rows, kv_heads, head_dim]`, that bring the largest to about `steps`.
+def quantise(rows: Tensor, steps: float, scale: Tensor) -> Tensor:
+    """Float32 `rows`, `[rows, kv_heads, head_dim]`, in units of a symmetric scale that brings the largest to `steps`.
 
-    Writes `float16(min(largest * (1 / steps), 65504))` to `scale`, `[rows, kv_heads, 1]`; NaN for a head that is not
-    finite. Returns the inverse of what was written in float32, 0 for a scale of 0.
+    Writes `float16(min(largest * (1 / steps), 65504))` to `scale`, `[rows, kv_heads, 1]`. Returns `rows`, changed in
+    place: times the inverse of what was written (0 for a scale of 0), clamped to +-`steps`. A head that is not finite
+    has scale NaN (0x7e00) and zeros.
     """
-    largest = torch.maximum(rows.amax(-1, keepdim=True), rows.amin(-1, keepdim=True).neg_())
-    scale.copy_((largest * (1 / steps)).clamp_(max=MAX_SCALE).add_(largest - largest))
-    return scale.float().reciprocal_().masked_fill_(scale == 0, 0)
+    largest = torch.maximum(rows.amax(-1, keepdim=True), rows.amin(-1, keepdim=True).neg_()).abs_()  # no -0
+    broken = ~torch.isfinite(largest)
+    scale.copy_((largest * (1 / steps)).clamp_(max=MAX_SCALE)).masked_fill_(broken, torch.nan)
+    inverse = scale.float().reciprocal_().masked_fill_(scale == 0, 0)
+    return rows.mul_(inverse).clamp_(-steps, steps).masked_fill_(broken, 0)

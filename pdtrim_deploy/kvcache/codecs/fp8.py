@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pdtrim_deploy.kvcache.codecs.base import Codec, Index, encode_scale, take
+from pdtrim_deploy.kvcache.codecs.base import Codec, Index, quantise, take
 
 
 class Fp8(Codec):
@@ -20,8 +20,7 @@ class Fp8(Codec):
 
     def encode(self, pool: Tensor, index: Index, sections: Sequence[Tensor]) -> None:
         codes, scale = sections
-        x = take(pool, index).to(torch.float32, copy=True)
-        codes.copy_(x.mul_(encode_scale(x, 448, scale)).clamp_(-448, 448))
+        codes.copy_(quantise(take(pool, index).to(torch.float32, copy=True), 448, scale))
 
     def decode(self, sections: Sequence[Tensor]) -> Tensor:
         codes, scale = sections

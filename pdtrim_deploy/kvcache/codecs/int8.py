@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pdtrim_deploy.kvcache.codecs.base import Codec, Index, encode_scale, take
+from pdtrim_deploy.kvcache.codecs.base import Codec, Index, quantise, take
 
 
 class Int8(Codec):
@@ -19,8 +19,7 @@ class Int8(Codec):
 
     def encode(self, pool: Tensor, index: Index, sections: Sequence[Tensor]) -> None:
         codes, scale = sections
-        x = take(pool, index).to(torch.float32, copy=True)
-        codes.copy_(x.mul_(encode_scale(x, 127, scale)).round_().clamp_(-127, 127))
+        codes.copy_(quantise(take(pool, index).to(torch.float32, copy=True), 127, scale).round_())
 
     def decode(self, sections: Sequence[Tensor]) -> Tensor:
         codes, scale = sections

@@ -12,9 +12,9 @@
 // A scale belongs to one row and one KV head and is symmetric (no zero point). In float32, then rounded as said:
 //   amax  = max |x| over the head's D values
 //   scale = float16(min(amax * float32(1 / qmax), 65504)); qmax = 127 (int8), 448 (fp8)
-//           NaN where a value is not finite: nothing of that head then reads as a number
+//           NaN (0x7e00) where a value is not finite: nothing of that head then reads as a number
 //   y     = x * (1 / float32(scale)), or 0 where scale is 0
-//   code  = int8: clamp(rint(y), -127, 127); fp8: e4m3fn(clamp(y, -448, 448))
+//   code  = int8: clamp(rint(y), -127, 127); fp8: e4m3fn(clamp(y, -448, 448)); 0 where scale is NaN
 //   value = float32(code) * float32(scale)
 // float16, rint and e4m3fn round to nearest even. Codes are made with the *rounded* scale, the one the receiver
 // multiplies by. -128 is never sent.
@@ -133,6 +133,7 @@ PDTRIM_BOTH float inverse(uint16_t scale) { return scale ? 1.0f / from_half(scal
 template <int32_t wire>
 PDTRIM_BOTH uint8_t code(float value, float inverse_scale) {
   const float scaled = value * inverse_scale;
+  if (scaled != scaled) return 0;  // the scale is NaN
   if (wire == kFp8) return to_e4m3(scaled);
   return uint8_t(int8_t(fmaxf(fminf(rintf(scaled), 127.0f), -127.0f)));
 }

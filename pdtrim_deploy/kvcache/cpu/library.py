@@ -1,0 +1,64 @@
+"""rows.cpp as a shared library: compiled for this very CPU at first use, kept in the cache, loaded with ctypes.
+
+It knows nothing of Python or torch, so that both environments, and all workers, use one file.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import platform
+import shutil
+import subprocess
+from functools import lru_cache
+from pathlib import Path
+
+from pdtrim_deploy.cache import Cache
+from pdtrim_deploy.errors import UserError
+
+SOURCE = Path(__file__).with_name("rows.cpp")
+OPTIONS = (
+    "-std=c++17", "-O3", "-march=native", "-shared", "-fPIC", "-pthread",
+    "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",
+)  # fmt: skip
+NAME = "librows.so"
+logger = logging.getLogger(__name__)
+
+
+@lru_cache(maxsize=1)
+def library() -> ctypes.CDLL | None:
+    """The library; None, and one warning that says why, where it cannot be had."""
+    try:
+        path = Cache.default().entry("kvcache-cpu", _key(), compile_into) / NAME
+        return ctypes.CDLL(str(path))
+    except (UserError, OSError) as error:
+        logger.warning("pdtrim: KV is packed by torch's own operations, the same bytes but far slower: %s", error)
+        return None
+
+
+def compile_into(folder: Path) -> None:
+    """Compile rows.cpp to `folder/librows.so`.
+
+    Raises:
+        UserError: there is no g++, or it refused the source.
+
+    """
+    compiler = shutil.which("g++")
+    if compiler is None:
+        raise UserError("g++ is not on PATH; install it (Debian: apt-get install g++) and start again")
+    command = [compiler, *OPTIONS, "-o", str(folder / NAME), str(SOURCE)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"{compiler} refused {SOURCE.name}: {done.stderr.strip()[:300]}")
+
+
+def _key() -> str:
+    """Source, options and what `-march=native` depends on."""
+    cpu = [platform.machine(), *platform.libc_ver()]
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu += [next((line for line in lines if line.startswith(key)), "") for key in ("model name", "flags")]
+    except OSError:
+        cpu.append(platform.processor())
+    return hashlib.sha256("\0".join((SOURCE.read_text(), *OPTIONS, *cpu)).encode()).hexdigest()[:32]

@@ -1,0 +1,86 @@
+"""`pack` and `unpack` in torch's own operations, on any device: what every compiled form is held to, bit for bit.
+
+Rows go in blocks small enough for a CPU's cache, so that a codec's steps touch memory once; a block whose slots are
+a run is read and written in place, any other by one gather or scatter of the largest pages that its slots make.
+On other devices a layer's side is one block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from pdtrim_deploy.kvcache.codecs import get_codec
+from pdtrim_deploy.kvcache.codecs.base import Index, Pages, put
+from pdtrim_deploy.kvcache.layout import ChunkLayout, LayerRows
+from pdtrim_deploy.kvcache.sections import side_sections
+
+BLOCK_VALUES = 1 << 17  # half a megabyte in float32
+PAGE_SIZES = (64, 16, 4)  # of slots that come in whole pages; a pool with pages of 32 has whole ones of 16
+
+
+def pack(
+    layout: ChunkLayout,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    slots: Tensor,
+    out: Tensor | None = None,
+) -> Tensor:
+    """As `pdtrim_deploy.kvcache.pack.pack`."""
+    if out is None:
+        out = torch.empty(layout.total_bytes, dtype=torch.uint8, device=slots.device)
+    out = out[: layout.total_bytes]
+    for rows, blocks in _blocks(layout, slots, keys[0]):
+        codec = get_codec(rows.wire_dtype)
+        for side, pool in enumerate((keys[rows.prefill_layer], values[rows.prefill_layer])):
+            sections = side_sections(out, rows, side, pool)
+            for at, index in blocks:
+                codec.encode(pool, index, [section[at] for section in sections])
+    return out
+
+
+def unpack(
+    layout: ChunkLayout,
+    packed: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    slots: Tensor,
+) -> None:
+    """As `pdtrim_deploy.kvcache.pack.unpack`."""
+    for rows, blocks in _blocks(layout, slots, keys[0]):
+        codec = get_codec(rows.wire_dtype)
+        for side, pool in enumerate((keys[rows.decode_layer], values[rows.decode_layer])):
+            sections = side_sections(packed, rows, side, pool)
+            for at, index in blocks:
+                put(pool, index, codec.decode([section[at] for section in sections]))
+
+
+def _blocks(layout: ChunkLayout, slots: Tensor, pool: Tensor) -> Iterator[tuple[LayerRows, list[tuple[slice, Index]]]]:
+    """Each layer's rows as (place among the layer's rows, place in the pool); found once for layers with equal rows."""
+    seen: dict[tuple[tuple[int, int], ...], list[tuple[slice, Index]]] = {}
+    pages = max(1, BLOCK_VALUES // pool[0].numel() // PAGE_SIZES[0])
+    step = pages * PAGE_SIZES[0] if slots.is_cpu else max(1, len(slots))
+    for rows in layout.layers:
+        if rows.ranges not in seen:
+            picked = torch.cat([slots[lo:hi] for lo, hi in rows.ranges])
+            parts = picked.split(step)
+            starts = range(0, len(picked), step)
+            seen[rows.ranges] = [
+                (slice(at, at + len(part)), _places(part)) for at, part in zip(starts, parts, strict=True)
+            ]
+        yield rows, seen[rows.ranges]
+
+
+def _places(slots: Tensor) -> Index:
+    """Slots as the coarsest index of them; a device is not asked, since it would have to be waited for."""
+    if not slots.is_cpu:
+        return Pages(slots, 1)
+    if bool((slots.diff() == 1).all()):
+        return slice(int(slots[0]), int(slots[0]) + len(slots))
+    for size in PAGE_SIZES:
+        pages = slots.view(-1, size) if len(slots) % size == 0 else None
+        if pages is not None and bool((pages[:, 0] % size == 0).all() and (pages.diff(dim=1) == 1).all()):
+            return Pages(pages[:, 0] // size, size)
+    return Pages(slots, 1)

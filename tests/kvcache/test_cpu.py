@@ -1,0 +1,179 @@
+"""The compiled form against torch's, bit for bit; what it refuses; and what happens where it cannot be compiled."""
+
+import logging
+import shutil
+import threading
+import time
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from packcases import cuts, plans, pools, shape, slots_of
+
+from pdtrim_deploy.kvcache import torch_pack
+from pdtrim_deploy.kvcache.cpu import library as cpu_library
+from pdtrim_deploy.kvcache.cpu.move import move
+from pdtrim_deploy.kvcache.layout import chunk_layout
+from pdtrim_deploy.kvcache.pack import pack, unpack
+from pdtrim_deploy.plan import KVSend, PDPlan
+from pdtrim_deploy.wire import WIRE_DTYPES
+
+UNTOUCHED = -9.0
+needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="g++ is not on PATH: there is no compiled form")
+
+
+def spoil(pool, generator):
+    """In place: what no cache should hold, and all orders of magnitude, by row and head."""
+    limit = torch.finfo(pool.dtype).max
+    exponent = torch.randint(-150, 128, (*pool.shape[:2], 1), generator=generator).double()
+    pool.copy_((pool.double() * torch.exp2(exponent)).clamp(-limit, limit))
+    for odd in (
+        torch.nan,
+        torch.inf,
+        -torch.inf,
+        limit,
+        -limit,
+        torch.finfo(pool.dtype).smallest_normal / 2,
+        0.0,
+        -0.0,
+    ):
+        row, head, channel = (int(torch.randint(size, (), generator=generator)) for size in pool.shape)
+        pool[row, head, channel] = odd
+    pool[int(torch.randint(len(pool), (), generator=generator))] = 0
+
+
+def equal(one, other):
+    return torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+
+
+@needs_compiler
+@settings(max_examples=200, deadline=None)
+@given(st.data(), plans(), st.integers(1, 20), st.booleans(), st.integers(0, 2**31))
+def test_both_forms_have_the_same_bytes(data, plan, tokens, odd, seed):
+    size, generator = tokens + 7, torch.Generator().manual_seed(seed)
+    source = [pools(len(plan.prefill_layers), size, plan.model, seed + side) for side in range(2)]
+    for pool in (*source[0], *source[1]) if odd else ():
+        spoil(pool, generator)
+    from_slots, to_slots = data.draw(slots_of(size, tokens)), data.draw(slots_of(size, tokens))
+    targets = [[[torch.full_like(source[0][0], UNTOUCHED) for _ in plan.kv] for _ in range(2)] for _ in range(2)]
+    for start, stop in data.draw(cuts(tokens)):
+        layout = chunk_layout(plan, tokens, start, stop)
+        buffers = [torch.full((layout.total_bytes + 8,), 0xA5, dtype=torch.uint8)[4:-4] for _ in range(2)]
+        torch_pack.pack(layout, *source, from_slots[start:stop], buffers[0])
+        assert move(layout, buffers[1], *source, from_slots[start:stop], pack=True) == bool(layout.layers)
+        assert equal(*buffers)
+        torch_pack.unpack(layout, buffers[0], *targets[0], to_slots[start:stop])
+        move(layout, buffers[1], *targets[1], to_slots[start:stop], pack=False)
+    for one, other in zip((t for s in targets[0] for t in s), (t for s in targets[1] for t in s), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("wire", WIRE_DTYPES)
+@pytest.mark.parametrize("dim", [64, 128, 16])
+def test_every_16_bit_value(wire, dtype, dim):
+    """In heads of neighbours, and each among others drawn at random; the ones that are not finite too."""
+    ordered = torch.arange(-(2**15), 2**15).to(torch.int16)
+    shuffled = ordered[torch.randperm(len(ordered), generator=torch.Generator().manual_seed(0))]
+    pool = torch.cat((ordered, shuffled)).view(dtype).view(-1, 4, dim)
+    slots = torch.arange(len(pool))
+    plan = PDPlan.dense(shape(1, 4, dim, str(dtype).removeprefix("torch."))).with_kv((KVSend(wire_dtype=wire),))
+    layout = chunk_layout(plan, len(slots))
+    packed = pack(layout, [pool], [pool], slots)
+    assert equal(packed, torch_pack.pack(layout, [pool], [pool], slots))
+    one, other = torch.zeros_like(pool), torch.zeros_like(pool)
+    unpack(layout, packed, [one], [one], slots)
+    torch_pack.unpack(layout, packed, [other], [other], slots)
+    torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+@needs_compiler
+@pytest.mark.parametrize("wire", WIRE_DTYPES)
+def test_large_batches_in_threads(wire):
+    """Past the sizes at which threads start and writes stream past the cache."""
+    plan = PDPlan.dense(shape(3, 8, 128, "bfloat16")).with_kv((KVSend(wire_dtype=wire),) * 3)
+    generator = torch.Generator().manual_seed(0)
+    pool = [torch.randn(1024, 8, 128, generator=generator).bfloat16() for _ in range(3)]
+    slots, layout = torch.randperm(1024, generator=generator)[:1000], chunk_layout(plan, 1000)
+    expected, before = torch_pack.pack(layout, pool, pool, slots), torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            packed = pack(layout, pool, pool, slots)
+            assert equal(packed, expected)
+            target = [torch.zeros_like(one) for one in pool]
+            unpack(layout, packed, target, target, slots)
+            for one, sent in zip(target, pool, strict=True):
+                torch.testing.assert_close(one[slots], sent[slots], rtol=0, atol={"int4": 1.0}.get(wire, 0.2))
+                assert not one[torch.tensor(sorted(set(range(1024)) - set(slots.tolist())))].any()
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_compiler
+def test_pools_that_are_slices_and_odd_strides():
+    plan = PDPlan.dense(shape(1, 2, 64)).with_kv((KVSend(wire_dtype="int8"),))
+    whole, layout, slots = torch.randn(9, 5, 64), chunk_layout(plan, 4), torch.tensor([8, 0, 3, 2])
+    for pool in (whole[:, 1:3], whole[:, ::2][:, :2], torch.randn(9, 64, 2).transpose(1, 2)):
+        assert equal(pack(layout, [pool], [pool], slots), torch_pack.pack(layout, [pool], [pool], slots))
+
+
+@needs_compiler
+@pytest.mark.parametrize("slot", [-1, 8, 2**40])
+def test_a_slot_outside_the_pool_is_refused_and_nothing_written(slot):
+    plan, pool = PDPlan.dense(shape(1, 2, 64)), [torch.zeros(8, 2, 64)]
+    layout, packed = chunk_layout(plan, 2), torch.ones(4 * 2 * 2 * 2 * 64, dtype=torch.uint8)
+    with pytest.raises(IndexError, match="a slot of the prompt lies outside the pool of 8 slots"):
+        unpack(layout, packed, pool, pool, torch.tensor([1, slot]))
+    assert not pool[0].any()
+    with pytest.raises(IndexError):
+        pack(layout, pool, pool, torch.tensor([1, slot]))
+
+
+@needs_compiler
+def test_the_gil_is_free_meanwhile():
+    plan = PDPlan.dense(shape(1, 8, 128)).with_kv((KVSend(wire_dtype="int4"),))
+    pool, slots, layout = [torch.randn(60_000, 8, 128)], torch.arange(60_000), chunk_layout(plan, 60_000)
+    turns, done = 0, threading.Event()
+    packing = threading.Thread(target=lambda: (pack(layout, pool, pool, slots), done.set()))
+    packing.start()
+    while not done.is_set():
+        turns += 1
+        time.sleep(1e-4)
+    packing.join()
+    assert turns > 20
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    """As in a process that has not loaded the library yet, with an empty cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cpu_library.library.cache_clear()
+    yield tmp_path
+    cpu_library.library.cache_clear()
+
+
+def test_without_a_compiler_torch_packs_and_one_line_says_so(fresh, monkeypatch, caplog):
+    monkeypatch.setattr(cpu_library.shutil, "which", lambda _: None)
+    plan, pool = PDPlan.dense(shape(1, 2, 64)), [torch.randn(8, 2, 64)]
+    layout, slots = chunk_layout(plan, 3), torch.tensor([5, 0, 7])
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            packed = pack(layout, pool, pool, slots)
+    assert equal(packed.view(torch.float32).view(2, 3, 2, 64), torch.stack([pool[0][slots]] * 2))
+    assert [record.message for record in caplog.records] == [
+        "pdtrim: KV is packed by torch's own operations, the same bytes but far slower: "
+        "g++ is not on PATH; install it (Debian: apt-get install g++) and start again"
+    ]
+
+
+@needs_compiler
+def test_what_the_compiler_says_is_passed_on(fresh, monkeypatch, caplog, tmp_path):
+    broken = tmp_path / "rows.cpp"
+    broken.write_text("int main( {")
+    monkeypatch.setattr(cpu_library, "SOURCE", broken)
+    with caplog.at_level(logging.WARNING):
+        assert cpu_library.library() is None
+    assert "refused rows.cpp" in caplog.text

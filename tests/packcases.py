@@ -1,0 +1,66 @@
+"""Random plans, cuts of prompts, slots and pools for tests of the wire format."""
+
+import torch
+from hypothesis import strategies as st
+
+from pdtrim_deploy.plan import Drop, Keep, KVSend, ModelShape, PDPlan
+from pdtrim_deploy.wire import WIRE_DTYPES
+
+
+def shape(blocks=1, heads=2, dim=4, dtype="float32"):
+    return ModelShape(
+        architecture="X", fingerprint="f", num_blocks=blocks, num_kv_heads=heads, head_dim=dim, kv_dtype=dtype
+    )
+
+
+@st.composite
+def plans(draw):
+    blocks = draw(st.integers(1, 6))
+    decode = [draw(st.booleans()) for _ in range(blocks)]
+    decode[draw(st.integers(0, blocks - 1))] = True
+    prefill = [kept or draw(st.booleans()) for kept in decode]
+    sends = []
+    for _ in range(sum(decode)):
+        first, last, wire = draw(st.integers(0, 5)), draw(st.integers(0, 5)), draw(st.sampled_from(WIRE_DTYPES))
+        rule = {"mode": "sparse", "n_first": first, "n_last": last} if first + last else {}
+        sends.append(KVSend(**rule, wire_dtype=wire))
+    dtype = draw(st.sampled_from(["float32", "bfloat16", "float16"]))
+    action = {True: Keep(), False: Drop()}
+    return PDPlan(
+        model=shape(blocks, draw(st.integers(1, 3)), draw(st.sampled_from([4, 8, 12, 64, 96])), dtype),
+        prefill=tuple(action[k] for k in prefill),
+        decode=tuple(action[k] for k in decode),
+        kv=tuple(sends),
+    )
+
+
+@st.composite
+def cuts(draw, tokens):
+    points = sorted(draw(st.sets(st.integers(1, max(1, tokens - 1)), max_size=4)) - {tokens})
+    return list(zip([0, *points], [*points, tokens], strict=True))
+
+
+@st.composite
+def slots_of(draw, size, tokens):
+    """Slots of a prompt: one run, scattered, pages of 4, or runs with gaps."""
+    kind = draw(st.sampled_from(["run", "scattered", "mixed", "pages"]))
+    if kind == "pages":
+        numbers = torch.tensor(draw(st.permutations(range(size // 4))))
+        return (numbers[:, None] * 4 + torch.arange(4)).flatten()[:tokens]
+    if kind == "scattered":
+        return torch.tensor(draw(st.permutations(range(size))))[:tokens]
+    slots = torch.arange(size)
+    return slots[draw(st.integers(0, size - tokens)) :][:tokens] if kind == "run" else slots.roll(tokens // 2)[:tokens]
+
+
+def pools(count, size, model, seed):
+    """Rows of very different magnitude, heads with an outlier channel, some all zero."""
+    g = torch.Generator().manual_seed(seed)
+    made = []
+    for _ in range(count):
+        x = torch.randn(size, model.num_kv_heads, model.head_dim, generator=g)
+        x *= 10.0 ** torch.randint(-6, 3, (size, model.num_kv_heads, 1), generator=g)
+        x[..., 0] *= 20
+        x[torch.rand(x.shape[:2], generator=g) < 0.1] = 0
+        made.append(x.to(getattr(torch, model.kv_dtype)))
+    return made
