@@ -10,6 +10,8 @@ import click
 
 from pdtrim_deploy.cache import Cache
 from pdtrim_deploy.cli import options
+from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.serving.engines import Executors
 
 
 @click.command()
@@ -18,10 +20,18 @@ from pdtrim_deploy.cli import options
 @click.option("--new-tokens", type=click.IntRange(2), default=12, show_default=True, help="Tokens a prompt.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Chooses the text.")
 @click.option("--deadline", type=click.FloatRange(1), default=120.0, show_default=True, help="Seconds a request.")
+@options.executors
 @options.cache_dir
 @options.json_flag
 def fidelity(
-    bundle: Path, url: str | None, new_tokens: int, seed: int, deadline: float, cache: Cache, as_json: bool
+    bundle: Path,
+    url: str | None,
+    new_tokens: int,
+    seed: int,
+    deadline: float,
+    executors: Executors | None,
+    cache: Cache,
+    as_json: bool,
 ) -> None:
     """Compare what the pair behind URL (its router) answers with the PD oracle of BUNDLE.
 
@@ -31,6 +41,7 @@ def fidelity(
     \b
     Examples:
       pdtrim-deploy fidelity out/bundle
+      pdtrim-deploy fidelity out/bundle --prefill-executor onnxruntime
       pdtrim-deploy fidelity out/bundle http://127.0.0.1:8000 --json
     """
     from pdtrim_deploy.bundle import Bundle, write_atomic
@@ -46,9 +57,11 @@ def fidelity(
         return run_fidelity(opened, at, cache, new_tokens=new_tokens, seed=seed, deadline_s=deadline, progress=say)
 
     if url:
+        if executors is not None:
+            raise UserError(f"--executor is for pairs that are started here, {url} runs already; leave one of them out")
         result = run(url)
     else:
-        with cluster_of(opened, say=say) as cluster:
+        with cluster_of(opened, executors=executors, say=say) as cluster:
             result = run(cluster.url)
     text = json.dumps(result.to_json() | {"seed": seed, "plan": opened.plan.digest}, indent=2)
     write_atomic(opened.reports_dir / "fidelity.json", text + "\n")

@@ -8,6 +8,8 @@ from pathlib import Path
 import click
 
 from pdtrim_deploy.cli import options
+from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.serving.engines import Executors
 
 
 @click.command()
@@ -29,6 +31,7 @@ from pdtrim_deploy.cli import options
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--driver", "driver_name", default="builtin", show_default=True)
 @click.option("--allow-remote", is_flag=True, help="Allow a target that is not on this machine.")
+@options.executors
 @options.json_flag
 def loadtest(
     target: str,
@@ -41,6 +44,7 @@ def loadtest(
     seed: int,
     driver_name: str,
     allow_remote: bool,
+    executors: Executors | None,
     as_json: bool,
 ) -> None:
     """Put a served pair under load.
@@ -60,13 +64,15 @@ def loadtest(
     spec = LoadSpec(requests, concurrency, prompt_tokens, output_tokens, warmup, deadline, seed)
     drive = driver(driver_name)
     if "://" in target:
+        if executors is not None:
+            raise UserError(f"--executor is for pairs started here, {target} runs already; leave one of them out")
         check_target(target, allow_remote)
         runs = [drive(target, spec)]
     else:
         from pdtrim_deploy.bundle import Bundle
         from pdtrim_deploy.serving import cluster_of
 
-        with cluster_of(Bundle.open(Path(target))) as cluster:
+        with cluster_of(Bundle.open(Path(target)), executors=executors) as cluster:
             runs = [drive(cluster.url, spec)]
     result = LoadResult.of(driver_name, runs)
     if as_json:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
 from pdtrim_deploy.cache import Cache
+from pdtrim_deploy.serving.engines import EXECUTORS, Executors
 
 path = click.Path(path_type=Path)
 json_flag = click.option("--json", "as_json", is_flag=True, help="JSON on stdout, for machines.")
@@ -19,6 +22,25 @@ cache_dir = click.option(
     callback=lambda ctx, param, value: Cache.default() if value is None else Cache(value),
     help="Where models and text are kept.  [default: the user's cache folder]",
 )
+
+
+def executors(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Three options, passed on as one argument `executors`; None when none was given."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **given: Any) -> Any:
+        both, prefill, decode = (given.pop(f"{stage}executor") for stage in ("", "prefill_", "decode_"))
+        chosen = Executors(prefill or both or "torch", decode or both or "torch") if both or prefill or decode else None
+        return command(*args, executors=chosen, **given)
+
+    choice = click.Choice(EXECUTORS)
+    for option, text in (
+        ("--decode-executor", "The same, of decode alone."),
+        ("--prefill-executor", "The same, of prefill alone."),
+        ("--executor", "What computes both stages: SGLang's torch model, or the bundle's engine.  [default: torch]"),
+    ):
+        wrapped = click.option(option, type=choice, help=text)(wrapped)
+    return wrapped
 
 
 class Lengths(click.ParamType):

@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from pdtrim_deploy.bundle import Bundle
-from pdtrim_deploy.serving import Cluster, ServeEnvironment, WorkerOptions, cluster_of
+from pdtrim_deploy.cli import options
+from pdtrim_deploy.serving import Cluster, Executors, ServeEnvironment, WorkerOptions, cluster_of
 
 
 @click.command()
@@ -23,6 +24,7 @@ from pdtrim_deploy.serving import Cluster, ServeEnvironment, WorkerOptions, clus
 @click.option("--prefill", type=click.IntRange(1), default=1, show_default=True, help="Prefill workers.")
 @click.option("--decode", type=click.IntRange(1), default=1, show_default=True, help="Decode workers.")
 @click.option("--port", type=click.IntRange(1, 65535), help="The router's port (default: a free one).")
+@options.executors
 @click.option("--page-size", type=click.IntRange(1), default=1, show_default=True, help="Tokens per KV page.")
 @click.option("--chunked-prefill-size", type=int, help="Prompt tokens per prefill chunk; -1: do not chunk.")
 @click.option("--max-total-tokens", type=click.IntRange(1), default=8192, show_default=True, help="KV pool, in tokens.")
@@ -44,6 +46,7 @@ def serve(
     prefill: int,
     decode: int,
     port: int | None,
+    executors: Executors | None,
     page_size: int,
     chunked_prefill_size: int | None,
     max_total_tokens: int,
@@ -66,7 +69,7 @@ def serve(
     Exit codes: 130 after Ctrl-C, 1 when a worker or the router died or did not start.
     """
     opened = Bundle.open(bundle)
-    options = WorkerOptions(
+    worker_options = WorkerOptions(
         transfer_backend=backend,
         served_model_name=opened.path.resolve().name,
         page_size=page_size,
@@ -82,7 +85,8 @@ def serve(
         prefill=prefill,
         decode=decode,
         port=port,
-        options=options if device == "auto" else replace(options, device=device),
+        options=worker_options if device == "auto" else replace(worker_options, device=device),
+        executors=executors,
         router_args=tuple(shlex.split(router_args)),
         start_timeout_s=start_timeout,
         environment=ServeEnvironment.find(serve_python),
@@ -117,6 +121,7 @@ def endpoints(cluster: Cluster, bundle: Bundle) -> dict[str, object]:
             {
                 "name": worker.spec.name,
                 "stage": worker.spec.stage,
+                "executor": worker.spec.executor,
                 "url": worker.spec.url,
                 "metrics": worker.metrics_url,
                 "bootstrap_port": worker.spec.bootstrap_port,
@@ -131,9 +136,9 @@ def endpoints(cluster: Cluster, bundle: Bundle) -> dict[str, object]:
 def table(cluster: Cluster, bundle: Bundle) -> Table:
     """What a person reads."""
     shown = Table(title=f"{bundle.path} serves plan {bundle.plan.digest[:12]}", title_justify="left")
-    for column in ("program", "address", "metrics", "log"):
+    for column in ("program", "executor", "address", "metrics", "log"):
         shown.add_column(column, overflow="fold")
-    shown.add_row("router", cluster.url, cluster.spec.router.metrics_url, str(cluster.router_log))
+    shown.add_row("router", "", cluster.url, cluster.spec.router.metrics_url, str(cluster.router_log))
     for worker in cluster.workers:
-        shown.add_row(worker.spec.name, worker.spec.url, worker.metrics_url, str(worker.log))
+        shown.add_row(worker.spec.name, worker.spec.executor, worker.spec.url, worker.metrics_url, str(worker.log))
     return shown

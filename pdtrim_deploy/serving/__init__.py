@@ -4,8 +4,20 @@ Imports neither sglang nor torch: the build environment runs this, the serve env
 """
 
 from pdtrim_deploy.serving.cluster import Cluster
+from pdtrim_deploy.serving.engines import EXECUTORS, Engine, Executors
 from pdtrim_deploy.serving.environment import ServeEnvironment
 from pdtrim_deploy.serving.launch import cluster_of
 from pdtrim_deploy.serving.spec import ClusterSpec, RouterSpec, WorkerOptions, WorkerSpec
 
-__all__ = ["Cluster", "ClusterSpec", "RouterSpec", "ServeEnvironment", "WorkerOptions", "WorkerSpec", "cluster_of"]
+__all__ = [
+    "EXECUTORS",
+    "Cluster",
+    "ClusterSpec",
+    "Engine",
+    "Executors",
+    "RouterSpec",
+    "ServeEnvironment",
+    "WorkerOptions",
+    "WorkerSpec",
+    "cluster_of",
+]

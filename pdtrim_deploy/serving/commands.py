@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import json
 import os
 import tempfile
 from collections.abc import Mapping
@@ -15,6 +16,8 @@ from pdtrim_deploy.serving.spec import ClusterSpec, WorkerSpec
 # `python -m sglang_router.launch_router`, without the tracing that it takes from sglang where it finds one: that
 # import costs 17 s of CPU and 0.9 GB (torch and transformers) and is used by no option here.
 ROUTER = "import sys; sys.modules['sglang'] = None; from sglang_router.launch_router import main; main()"
+# The model class that runs an engine, in the package where SGLang looks for model classes first.
+ENGINE_PACKAGE, ENGINE_MODEL = "pdtrim_sglang.models", "PDTrimStageForCausalLM"
 # Of ours, and would lead the other environment's Python to our packages.
 FOREIGN = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
 
@@ -37,6 +40,9 @@ def worker_command(python: Path, worker: WorkerSpec, workers: int) -> list[str]:
     }
     if options.chunked_prefill_size is not None:
         arguments["--chunked-prefill-size"] = options.chunked_prefill_size
+    if worker.engine is not None:
+        override = {"architectures": [ENGINE_MODEL], "pdtrim_engine": worker.engine.as_config()}
+        arguments["--json-model-override-args"] = json.dumps(override)
     if worker.bootstrap_port is not None:
         arguments["--disaggregation-bootstrap-port"] = worker.bootstrap_port
     flags = ["--enable-metrics"] if options.enable_metrics else []
@@ -58,6 +64,8 @@ def worker_environment(python: Path, worker: WorkerSpec, workers: int, temporary
     """The worker's whole environment; `temporary` receives its temporary files."""
     # Only our plugin, only loopback, no hub: the model is on disk.
     chosen = {"SGLANG_PLUGINS": "pdtrim", "SGLANG_HOST_IP": HOST, "HF_HUB_OFFLINE": "1"}
+    if worker.engine is not None:
+        chosen["SGLANG_EXTERNAL_MODEL_PACKAGE"] = ENGINE_PACKAGE
     if worker.options.device == "cpu":
         threads = worker.options.threads or max(1, len(os.sched_getaffinity(0)) // workers)
         # Waiting threads sleep: spinning ones starve the other workers of a small machine tenfold.

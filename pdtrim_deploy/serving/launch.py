@@ -8,7 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from pdtrim_deploy.bundle import Bundle
+from pdtrim_deploy.plan import STAGES
 from pdtrim_deploy.serving.cluster import Cluster
+from pdtrim_deploy.serving.engines import Executors, find_engine
 from pdtrim_deploy.serving.environment import ServeEnvironment
 from pdtrim_deploy.serving.spec import ClusterSpec, WorkerOptions
 
@@ -20,6 +22,7 @@ def cluster_of(
     decode: int = 1,
     port: int | None = None,
     options: WorkerOptions | None = None,
+    executors: Executors | None = None,
     router_args: tuple[str, ...] = (),
     start_timeout_s: float = 600.0,
     environment: ServeEnvironment | None = None,
@@ -29,13 +32,15 @@ def cluster_of(
     """The bundle's cluster, not yet started; without `log_dir` its logs go to a new temporary folder.
 
     Raises:
-        UserError: no SGLang found, no worker of a stage, or `port` is taken.
+        UserError: no SGLang found, no worker of a stage, `port` is taken, or the bundle lacks an executor's engine.
 
     """
     environment = environment or ServeEnvironment.find()
     options = options or WorkerOptions(served_model_name=bundle.path.resolve().name)
     if options.dtype == "auto":  # SGLang's own auto makes float16 of a float32 checkpoint
         options = replace(options, dtype=bundle.plan.model.kv_dtype)
+    chosen = executors or Executors()
+    engines = {stage: find_engine(bundle, stage, chosen.of(stage), options.device) for stage in STAGES}
     spec = ClusterSpec.on_loopback(
         bundle.prefill_dir,
         bundle.decode_dir,
@@ -43,6 +48,7 @@ def cluster_of(
         decode=decode,
         port=port,
         options=options,
+        engines=engines,
         router_args=router_args,
         start_timeout_s=start_timeout_s,
     )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.serving.engines import Engine, Executor
 from pdtrim_deploy.serving.environment import gpu_count
 from pdtrim_deploy.serving.ports import HOST, free_ports, require_free
 
@@ -37,7 +39,10 @@ class WorkerOptions:
 
 @dataclass(frozen=True)
 class WorkerSpec:
-    """One SGLang worker. `index` counts within its stage, `slot` over all workers (it chooses the GPU)."""
+    """One SGLang worker. `index` counts within its stage, `slot` over all workers (it chooses the GPU).
+
+    `engine` computes its forward pass; None: SGLang's own torch model does.
+    """
 
     stage: Stage
     index: int
@@ -46,11 +51,17 @@ class WorkerSpec:
     port: int
     bootstrap_port: int | None
     options: WorkerOptions
+    engine: Engine | None = None
 
     @property
     def name(self) -> str:
         """`prefill-0`, `decode-1`."""
         return f"{self.stage}-{self.index}"
+
+    @property
+    def executor(self) -> Executor:
+        """What computes its forward pass."""
+        return self.engine.executor if self.engine else "torch"
 
     @property
     def url(self) -> str:
@@ -108,6 +119,7 @@ class ClusterSpec:
         decode: int = 1,
         port: int | None = None,
         options: WorkerOptions | None = None,
+        engines: Mapping[Stage, Engine | None] | None = None,
         router_args: tuple[str, ...] = (),
         start_timeout_s: float = 600.0,
     ) -> ClusterSpec:
@@ -119,14 +131,17 @@ class ClusterSpec:
         """
         if prefill < 1 or decode < 1:
             raise UserError(f"--prefill {prefill} --decode {decode}: each stage needs at least one worker")
-        options = options or WorkerOptions()
+        options, engines = options or WorkerOptions(), engines or {}
         given = frozenset() if port is None else frozenset({require_free(port, "--port")})
         ports = iter(free_ports(2 * prefill + decode + 2, taken=given))
+        engine = engines.get("prefill")
         workers = [
-            WorkerSpec("prefill", i, i, prefill_model.resolve(), next(ports), next(ports), options)
+            WorkerSpec("prefill", i, i, prefill_model.resolve(), next(ports), next(ports), options, engine)
             for i in range(prefill)
-        ] + [
-            WorkerSpec("decode", i, prefill + i, decode_model.resolve(), next(ports), None, options)
+        ]
+        engine = engines.get("decode")
+        workers += [
+            WorkerSpec("decode", i, prefill + i, decode_model.resolve(), next(ports), None, options, engine)
             for i in range(decode)
         ]
         router = RouterSpec(port or next(ports), next(ports), extra_args=router_args)

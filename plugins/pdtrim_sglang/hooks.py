@@ -96,14 +96,16 @@ def _kv_class(original: Callable[..., Any], transfer_backend: Any, class_type: A
 def _attach_pool(manager: Any, queue: Any) -> Any:
     attach = getattr(manager, "attach", None)
     if attach is not None:
-        attach(queue.token_to_kv_pool, queue.draft_token_to_kv_pool)
+        model = queue.scheduler.tp_worker.model_runner.model
+        attach(queue.token_to_kv_pool, queue.draft_token_to_kv_pool, model)
     return manager
 
 
 def _name_prompt_of_sender(original: Callable[..., bool], queue: Any, req: Any, *args: Any, **kwargs: Any) -> bool:
     made = original(queue, req, *args, **kwargs)
-    if made:
-        req.disagg_kv_sender.prompt_tokens = len(req.origin_input_ids)
+    named = getattr(req.disagg_kv_sender, "named", None) if made else None  # SGLang's own warm-up has a fake sender
+    if named is not None:
+        named(req.rid, len(req.origin_input_ids))
     return made
 
 

@@ -42,8 +42,8 @@ class PDTrimKVManager(CommonKVManager):
         """Rank of this prefill process, as decode counts responses."""
         return self._prefill_unique_rank()
 
-    def attach(self, pool: Any, draft_pool: Any) -> None:
-        """Start the worker's side on SGLang's KV pool.
+    def attach(self, pool: Any, draft_pool: Any, model: Any) -> None:
+        """Start the worker's side on SGLang's KV pool; an engine as `model` packs what it computes for prefill.
 
         Raises:
             RuntimeError: the pool is not what the plan says, or of a kind that cannot be sent.
@@ -60,6 +60,8 @@ class PDTrimKVManager(CommonKVManager):
         side = (self, self.plan, view, aux, transport, self.transport_config)
         if stage == "prefill":
             self.prefill_side = PrefillSide(*side)
+            if hasattr(model, "staging"):
+                model.staging = self.prefill_side.stage_in_engine()
         else:
             self.decode_side = DecodeSide(*side)
             self._start_heartbeat_checker_thread()

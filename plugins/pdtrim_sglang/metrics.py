@@ -19,6 +19,7 @@ class TransferMetrics:
         self._payload = Histogram("pdtrim_kv_payload_bytes", "Packed KV bytes sent for a request", buckets=sizes)
         self._wire = Histogram("pdtrim_kv_wire_bytes", "All bytes sent for a request, headers and aux", buckets=sizes)
         self._dense = Histogram("pdtrim_kv_dense_bytes", "Bytes the unpruned model would have sent", buckets=sizes)
+        self._staged = Histogram("pdtrim_kv_staged_bytes", "Of the payload: packed by the engine itself", buckets=sizes)
         self._seconds = Histogram("pdtrim_kv_transfer_seconds", "First chunk queued to last chunk acknowledged")
         self._tokens = Histogram("pdtrim_kv_prompt_tokens", "Prompt tokens of a request", buckets=sizes)
         self._requests = Counter("pdtrim_kv_requests", "Requests by how their transfer ended", ["outcome"])
@@ -26,6 +27,7 @@ class TransferMetrics:
     def succeeded(self, progress: RoomProgress, dense_bytes: int) -> None:
         """One request whose KV arrived; `dense_bytes` is what the unpruned model would have sent for it."""
         self._payload.observe(progress.payload_bytes)
+        self._staged.observe(progress.staged_bytes)
         self._wire.observe(progress.wire_bytes)
         self._dense.observe(dense_bytes)
         self._tokens.observe(progress.prompt_tokens)

@@ -18,25 +18,32 @@ from pdtrim_deploy.plan import PDPlan
 from pdtrim_sglang.pool import PoolView
 from pdtrim_sglang.protocol import ChunkHeader, Reply
 from pdtrim_sglang.rooms import AuxRows
+from pdtrim_sglang.staging import Span
 from pdtrim_sglang.transports import SendChannel, TransportConfig
 from pdtrim_sglang.transports.base import TransportError
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Prompt tokens `[start, stop)` of a request, on `pages` (int32) of this worker's pool.
+    """Prompt tokens `[start, stop)` of a request.
 
-    `events` are device events after which the pages may be read.
+    Attributes:
+        pages: int32, of this worker's pool; the first one begins with token `pages_start`.
+        events: device events after which the pages may be read.
+        span: where an engine has packed the rows already.
+
     """
 
     room: int
     pages: Any
+    pages_start: int
     prompt_tokens: int
     start: int
     stop: int
     last: bool
     aux_index: int
     events: tuple[Any, ...] = ()
+    span: Span | None = None
 
 
 @dataclass
@@ -48,6 +55,7 @@ class RoomProgress:
     sent: int = 0
     acknowledged: int = 0
     payload_bytes: int = 0
+    staged_bytes: int = 0
     wire_bytes: int = 0
     prompt_tokens: int = 0
     last_sent: float | None = None
@@ -137,8 +145,12 @@ class Peer:
         if progress is None or not self._owner.is_live(chunk.room):
             return
         layout = chunk_layout(self._plan, chunk.prompt_tokens, chunk.start, chunk.stop, self._pool.kv_heads)
-        slots = self._pool.slots(chunk.pages, chunk.stop - chunk.start)
-        pack(layout, self._pool.keys, self._pool.values, slots, self._channel.staging)
+        payload = None
+        if chunk.span is not None:
+            payload = chunk.span.payload(layout, self._channel.staging)
+        else:
+            slots = self._pool.slots(chunk.pages, chunk.stop - chunk.pages_start)[chunk.start - chunk.pages_start :]
+            pack(layout, self._pool.keys, self._pool.values, slots, self._channel.staging)
         aux = memoryview(self._aux.read(chunk.aux_index) if chunk.last else b"")
         if not self._owner.is_live(chunk.room):  # failed while packing: the pages may have been another's
             return
@@ -150,11 +162,12 @@ class Peer:
         progress.prompt_tokens = chunk.prompt_tokens
         if chunk.last:
             progress.last_sent = time.monotonic()
-        wire_bytes = self._channel.send(header, aux)
+        wire_bytes = self._channel.send(header, aux, payload)
         with self._lock:
             progress.sent += 1
             progress.wire_bytes += wire_bytes
             progress.payload_bytes += layout.total_bytes
+            progress.staged_bytes += layout.total_bytes if chunk.span is not None else 0
             complete = progress.complete
         if complete:
             self._arrived(chunk.room, progress)

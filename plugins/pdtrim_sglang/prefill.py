@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections import deque
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from sglang.srt.disaggregation.base.conn import KVPoll
@@ -18,6 +19,7 @@ from pdtrim_sglang.pairing import RoomInfo, rejection
 from pdtrim_sglang.peer import Chunk, Peer, RoomProgress
 from pdtrim_sglang.pool import PoolView
 from pdtrim_sglang.rooms import AuxRows
+from pdtrim_sglang.staging import Arena, Staging
 from pdtrim_sglang.transports import TransportConfig, transport_named
 
 if TYPE_CHECKING:
@@ -27,7 +29,12 @@ logger = logging.getLogger("sglang.srt.pdtrim.prefill")
 
 
 class PrefillSide:
-    """Decode workers by session, and the progress of every room whose transfer has begun."""
+    """Decode workers by session, and the progress of every room whose transfer has begun.
+
+    `staging` is made when the worker's model is an engine that packs the rows to send (`stage_in_engine`).
+    """
+
+    staging: Staging | None = None
 
     def __init__(
         self,
@@ -56,6 +63,18 @@ class PrefillSide:
         per_token = self._plan.payload_bytes(1) * self._pool.kv_heads // self._plan.model.num_kv_heads
         return max(page, self._config.staging_bytes // per_token // page * page)
 
+    def stage_in_engine(self) -> Staging:
+        """From now on an engine packs what its forward passes compute; called before the first request."""
+        keys = self._pool.keys[0]
+        arena = Arena(self._config.staging_bytes, pinned=keys.is_cuda)
+        self.staging = Staging(self._plan, self._pool.kv_heads, keys.dtype, arena)
+        return self.staging
+
+    def expect(self, rid: str, room: int, prompt_tokens: int) -> None:
+        """SGLang's request `rid` will be computed here and sent to `room`."""
+        if self.staging is not None:
+            self.staging.expect(rid, room, prompt_tokens)
+
     def sender_opened(self, room: int) -> RoomProgress:
         """The scheduler has a sender for this room; returns where its progress will be written."""
         self._senders.add(room)
@@ -66,6 +85,8 @@ class PrefillSide:
         """The scheduler is done with this room."""
         self._senders.discard(room)
         self._progress.pop(room, None)
+        if self.staging is not None:
+            self.staging.forget(room)
 
     def progress(self, room: int) -> RoomProgress | None:
         """Bytes and times of a room, None when it has no sender."""
@@ -81,9 +102,22 @@ class PrefillSide:
             self.fail(chunk.room, f"prefill sees {chunk.prompt_tokens} prompt tokens, decode {info.prompt_tokens}")
             return
         progress = self._progress[chunk.room]
-        progress.queued += 1
+        parts = self._parts(chunk)
+        progress.queued += len(parts)
         progress.started = progress.started or time.monotonic()
-        self._peers[info.session].submit(chunk)
+        for part in parts:
+            self._peers[info.session].submit(part)
+
+    def _parts(self, chunk: Chunk) -> list[Chunk]:
+        """The chunk, cut where rows lie in the staging arena and where they must be gathered from its pages."""
+        if self.staging is None:
+            return [chunk]
+        cuts = self.staging.cut(chunk.room, chunk.start, chunk.stop)
+        ends = [chunk.last and stop == chunk.stop for _, stop, _ in cuts]
+        return [
+            replace(chunk, start=start, stop=stop, last=last, span=span)
+            for (start, stop, span), last in zip(cuts, ends, strict=True)
+        ]
 
     def fail(self, room: int, reason: str) -> None:
         """End a request here and on the decode side."""

@@ -15,7 +15,7 @@ from pdtrim_sglang.peer import Chunk
 class PDTrimKVSender(CommonKVSender):
     """Turns the scheduler's page lists into chunks with absolute prompt positions.
 
-    `prompt_tokens` is set by the hook on `create_sender`: page counts alone do not tell where the last rows are.
+    `named` is called by the hook on `create_sender`: page counts alone do not tell where the last rows are.
     """
 
     kv_mgr: PDTrimKVManager
@@ -26,6 +26,11 @@ class PDTrimKVSender(CommonKVSender):
         self._progress = mgr.prefill_side.sender_opened(bootstrap_room)
         self._prefix_tokens = 0
         super().__init__(mgr, bootstrap_addr, bootstrap_room, *args, **kwargs)
+
+    def named(self, rid: str, prompt_tokens: int) -> None:
+        """Whose KV this sends: SGLang's request id, and how long its prompt is."""
+        self.prompt_tokens = prompt_tokens
+        self.kv_mgr.prefill_side.expect(rid, self.bootstrap_room, prompt_tokens)
 
     def pop_decode_prefix_len(self) -> int:
         self._prefix_tokens = super().pop_decode_prefix_len()
@@ -54,6 +59,7 @@ class PDTrimKVSender(CommonKVSender):
             Chunk(
                 room=self.bootstrap_room,
                 pages=pages,
+                pages_start=start,
                 prompt_tokens=self.prompt_tokens,
                 start=start,
                 stop=start + num_kv_tokens,

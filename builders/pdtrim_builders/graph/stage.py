@@ -12,6 +12,7 @@ from pdtrim_deploy.checkpoints.checkpoint import read_config
 from pdtrim_deploy.checkpoints.families import family_of
 from pdtrim_deploy.checkpoints.tensors import TensorInfo, read_tensor_index
 from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.kvcache.graph_io import packed_output, rows_input
 from pdtrim_deploy.plan import STAGES, KVSend, PDPlan, Stage
 
 
@@ -37,7 +38,7 @@ class SendRule:
     @property
     def output(self) -> str:
         """Graph output with the packed rows."""
-        return f"kv_send_{self.decode_layer}"
+        return packed_output(self.decode_layer)
 
 
 @dataclass(frozen=True)
@@ -68,11 +69,6 @@ class StageModel:
             return ()
         pairs = enumerate(zip(self.plan.layer_map, self.plan.kv, strict=True))
         return tuple(SendRule(layer, source, send) for layer, (source, send) in pairs)
-
-
-def rows_input(send: KVSend) -> str:
-    """Name of the graph input that lists a rule's rows; layers with the same rule share it."""
-    return "send_rows_full" if send.mode == "full" else f"send_rows_{send.n_first}_{send.n_last}"
 
 
 def read_stage(stage_dir: Path, stage: Stage | None = None) -> StageModel:

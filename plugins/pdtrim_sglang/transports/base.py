@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -54,14 +55,17 @@ class ChannelListener(Protocol):
 class SendChannel(ABC):
     """Sends chunks to one decode worker, in order; owned by one thread.
 
-    `staging` is the registered uint8 buffer `[staging_bytes]` that the payload is packed into.
+    `staging` is the registered uint8 buffer `[staging_bytes]` that a payload from the pool is packed into.
     """
 
     staging: Tensor
 
     @abstractmethod
-    def send(self, header: ChunkHeader, aux: memoryview) -> int:
-        """Send `header.payload_bytes` of `staging` and `aux`; `staging` may be reused when this returns.
+    def send(self, header: ChunkHeader, aux: memoryview, payload: Sequence[memoryview] | None = None) -> int:
+        """Send a payload and `aux`; all memory may be reused when this returns.
+
+        Args:
+            payload: its pieces in order, `header.payload_bytes` together; by default the beginning of `staging`.
 
         Returns:
             bytes put on the wire, header included.

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import socket
 import threading
+from collections.abc import Sequence
 
 import torch
 
@@ -21,6 +22,7 @@ from pdtrim_sglang.transports.base import (
 
 logger = logging.getLogger("sglang.srt.pdtrim.tcp")
 REFUSAL_SECONDS = 2.0
+MOST_PARTS = 1024  # Linux' IOV_MAX: what one sendmsg takes
 
 
 class TcpSendChannel(SendChannel):
@@ -33,14 +35,14 @@ class TcpSendChannel(SendChannel):
         self.staging = torch.empty(config.staging_bytes, dtype=torch.uint8)
         self._bytes = memoryview(self.staging.numpy().data)
 
-    def send(self, header: ChunkHeader, aux: memoryview) -> int:
-        payload = self._bytes[: header.payload_bytes]
-        parts = [memoryview(header.encode((payload, aux))), payload, aux]
+    def send(self, header: ChunkHeader, aux: memoryview, payload: Sequence[memoryview] | None = None) -> int:
+        body = [*(payload if payload is not None else [self._bytes[: header.payload_bytes]]), aux]
+        parts = [memoryview(header.encode(body)), *body]
         total = sum(map(len, parts))
         try:
             connection = self._connected()
             while parts:
-                parts = _after(parts, connection.sendmsg(parts))
+                parts = _after(parts, connection.sendmsg(parts[:MOST_PARTS]))
         except OSError as error:
             self.close()
             raise TransportError(f"cannot send to decode worker {_name(self._address)}: {error}") from error

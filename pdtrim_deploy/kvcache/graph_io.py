@@ -1,0 +1,15 @@
+"""Names of a stage graph's inputs and outputs that carry KV, shared by who builds engines and who runs them."""
+
+from __future__ import annotations
+
+from pdtrim_deploy.plan_kv import KVSend
+
+
+def rows_input(send: KVSend) -> str:
+    """Graph input that lists a rule's rows, int64 `[R]`; layers with the same rule share it."""
+    return "send_rows_full" if send.mode == "full" else f"send_rows_{send.n_first}_{send.n_last}"
+
+
+def packed_output(decode_layer: int) -> str:
+    """Graph output with a layer's packed rows, `[2, R, kv_heads * head_dim]`; K, then V."""
+    return f"kv_send_{decode_layer}"

@@ -1,0 +1,64 @@
+"""Which executor computes a stage, and the engine in the bundle that it runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from pdtrim_deploy.bundle import Bundle, engine_folder
+from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.plan import Stage
+
+Executor = Literal["torch", "onnxruntime", "tensorrt"]
+EXECUTORS: tuple[Executor, ...] = get_args(Executor)
+TARGETS: dict[Executor, str] = {"onnxruntime": "onnx", "tensorrt": "tensorrt"}
+DEVICES: dict[Executor, str] = {"onnxruntime": "cpu", "tensorrt": "cuda"}
+
+
+@dataclass(frozen=True)
+class Executors:
+    """What computes each stage; `torch` is SGLang's own model."""
+
+    prefill: Executor = "torch"
+    decode: Executor = "torch"
+
+    def of(self, stage: Stage) -> Executor:
+        """The stage's executor."""
+        return self.prefill if stage == "prefill" else self.decode
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One built engine: the folder that a target of `pdtrim_builders` wrote."""
+
+    executor: Executor
+    stage: Stage
+    path: Path
+
+    def as_config(self) -> dict[str, str]:
+        """What the worker reads (`pdtrim_sglang.executors.EngineConfig`)."""
+        return {"executor": self.executor, "stage": self.stage, "path": str(self.path.resolve())}
+
+
+def find_engine(bundle: Bundle, stage: Stage, executor: Executor, device: str) -> Engine | None:
+    """The bundle's engine for `executor`, None for `torch`.
+
+    Raises:
+        UserError: no such executor, no such engine in the bundle, or one that this worker could not run.
+
+    """
+    if executor == "torch":
+        return None
+    if executor not in EXECUTORS:
+        raise UserError(f"executor {executor!r} is unknown; use {', '.join(EXECUTORS)}")
+    if device != DEVICES[executor]:
+        raise UserError(f"executor {executor} runs on {DEVICES[executor]}, the workers on {device}; use executor torch")
+    folder = bundle.engine_dir(TARGETS[executor], stage)
+    built = bundle.manifest.engines[engine_folder(TARGETS[executor], stage)].dtype
+    wanted = bundle.plan.model.kv_dtype
+    if executor == "onnxruntime" and wanted != "float32":  # its Python ops, and so our attention, know nothing else
+        raise UserError(f"executor onnxruntime computes in float32, the bundle in {wanted}; use model.dtype float32")
+    if built != wanted:
+        raise UserError(f"{folder}: an engine in {built}, the bundle is in {wanted}; build it in {wanted}")
+    return Engine(executor, stage, folder)

@@ -1,0 +1,56 @@
+"""One buffer of fixed size, cut into blocks; a block is free again when nobody holds it any more."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+ALIGNMENT = 64  # bytes: a cache line, and any vector load
+
+
+class Block:
+    """`bytes` is uint8 `[size]`, a view of the arena. Whoever reads it holds the block, not only the view."""
+
+    def __init__(self, data: Tensor) -> None:
+        self.bytes = data
+
+
+class Arena:
+    """First fit over one buffer that can be registered with a transport once. Thread-safe.
+
+    A block ends with its last reference, wherever that is dropped: a request that fails half way frees what it held
+    without anyone knowing of it, and no block is taken again while a sender still reads it.
+    """
+
+    def __init__(self, size: int, pinned: bool = False) -> None:
+        self.buffer = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+        self._taken: list[tuple[int, int]] = []  # half-open, ascending
+        self._lock = threading.RLock()  # a collection may free a block inside `take`
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes in blocks that somebody holds, alignment included."""
+        with self._lock:
+            return sum(stop - start for start, stop in self._taken)
+
+    def take(self, size: int) -> Block | None:
+        """A block of `size` bytes, None when no gap is large enough."""
+        length = -(-size // ALIGNMENT) * ALIGNMENT
+        with self._lock:
+            edges = [(0, 0), *self._taken, (len(self.buffer), len(self.buffer))]
+            gaps = enumerate((stop, start) for (_, stop), (start, _) in pairwise(edges))
+            place, start = next(((n, lo) for n, (lo, hi) in gaps if hi - lo >= length), (None, 0))
+            if place is None:
+                return None
+            self._taken.insert(place, (start, start + length))
+            block = Block(self.buffer[start : start + size])
+            weakref.finalize(block, self._free, start)
+            return block
+
+    def _free(self, start: int) -> None:
+        with self._lock:
+            self._taken = [taken for taken in self._taken if taken[0] != start]

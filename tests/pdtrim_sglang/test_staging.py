@@ -1,0 +1,158 @@
+"""What an engine packs is what `pack` would have gathered: any batch, any chunks, any wire dtype; nothing leaks."""
+
+import gc
+import itertools
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pdtrim_sglang.staging import Arena, Staging
+
+from pdtrim_deploy.kvcache.layout import chunk_layout
+from pdtrim_deploy.kvcache.pack import pack
+from pdtrim_deploy.plan import Drop, Keep, KVSend, ModelShape, PDPlan
+
+HEADS, DIM, BLOCKS = 2, 32, 4
+SENDS = (
+    KVSend(),
+    KVSend(mode="sparse", n_first=2, n_last=3),
+    KVSend(mode="sparse", n_last=6, wire_dtype="int8"),
+    KVSend(wire_dtype="int4"),
+    KVSend(mode="sparse", n_first=1, wire_dtype="fp8"),
+)
+
+
+def make_plan(sends):
+    shape = ModelShape(
+        architecture="X", fingerprint="f", num_blocks=BLOCKS, num_kv_heads=HEADS, head_dim=DIM, kv_dtype="float32"
+    )
+    keep = (Keep(),) * BLOCKS
+    return PDPlan(model=shape, prefill=keep, decode=(Keep(), Drop(), Keep(), Keep()), kv=tuple(sends))
+
+
+def engine(staged, batch_kv, plan):
+    """What the graph does: gather the rows asked for from the K and V of this forward pass."""
+    for layer, send in enumerate(plan.kv):
+        name = "send_rows_full" if send.mode == "full" else f"send_rows_{send.n_first}_{send.n_last}"
+        rows = staged.rows.get(name, torch.empty(0, dtype=torch.int64))
+        for side, values in enumerate(batch_kv[plan.layer_map[layer]]):
+            staged.packed[f"kv_send_{layer}"][side] = values[rows]
+
+
+def cuts(total, points):
+    edges = sorted({0, total, *(point % (total + 1) for point in points)})
+    return list(itertools.pairwise(edges))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sends=st.lists(st.sampled_from(SENDS), min_size=3, max_size=3),
+    prompts=st.lists(st.integers(1, 40), min_size=1, max_size=4),
+    forwards=st.lists(st.integers(0, 40), max_size=4),
+    chunks=st.lists(st.integers(0, 40), max_size=4),
+    cached=st.integers(0, 10),
+)
+def test_spans_and_pool_together_send_what_pack_would(sends, prompts, forwards, chunks, cached):
+    plan = make_plan(sends)
+    staging = Staging(plan, HEADS, torch.float32, Arena(1 << 20))
+    kv = [torch.randn(BLOCKS, 2, tokens, HEADS, DIM) for tokens in prompts]
+    for room, tokens in enumerate(prompts):
+        staging.expect(f"r{room}", room, tokens)
+    prefix = [min(cached, tokens - 1) for tokens in prompts]
+    passes = [[(lo, hi) for lo, hi in cuts(n, forwards) if hi > p] for n, p in zip(prompts, prefix, strict=True)]
+    for step in range(max(map(len, passes))):  # a batch of the next part of every prompt that has one
+        parts = [(room, *spans[step]) for room, spans in enumerate(passes) if step < len(spans)]
+        parts = [(room, max(lo, prefix[room]), hi) for room, lo, hi in parts]
+        staged = staging.batch(
+            [f"r{room}" for room, _, _ in parts], [lo for _, lo, _ in parts], [hi - lo for _, lo, hi in parts]
+        )
+        if staged is not None:
+            batch = torch.cat([kv[room][:, :, lo:hi] for room, lo, hi in parts], dim=2)
+            engine(staged, batch, plan)
+            staging.commit(staged)
+    del staged
+    covered = 0
+    for room, tokens in enumerate(prompts):
+        keys, values = ([kv[room][block, side] for block in range(BLOCKS)] for side in range(2))
+        for lo, hi in cuts(tokens, chunks):
+            for start, stop, span in staging.cut(room, lo, hi):
+                layout = chunk_layout(plan, tokens, start, stop)
+                wanted = pack(layout, keys, values, torch.arange(start, stop))
+                if span is None:
+                    assert not layout.total_bytes or start < prefix[room]
+                    continue
+                out = torch.full((layout.total_bytes,), 255, dtype=torch.uint8)
+                got = b"".join(span.payload(layout, out))
+                assert got == wanted.numpy().tobytes()
+                covered += layout.total_bytes
+            span = None
+        staging.forget(room)
+    assert covered or not any(
+        chunk_layout(plan, tokens, start, tokens).total_bytes for tokens, start in zip(prompts, prefix, strict=True)
+    )
+    gc.collect()
+    assert staging._arena.used_bytes == 0
+
+
+def test_one_request_in_one_pass_leaves_in_one_piece():
+    plan = make_plan(SENDS[:2] + SENDS[:1])
+    staging = Staging(plan, HEADS, torch.float32, Arena(1 << 20))
+    staging.expect("a", 7, 30)
+    staged = staging.batch(["a"], [0], [30])
+    staging.commit(staged)
+    ((start, stop, span),) = staging.cut(7, 0, 30)
+    assert (start, stop) == (0, 30)
+    (piece,) = span.payload(chunk_layout(plan, 30), torch.empty(0, dtype=torch.uint8))
+    assert len(piece) == plan.payload_bytes(30)
+
+
+def test_a_request_that_nobody_awaits_or_that_was_forgotten_is_not_staged():
+    staging = Staging(make_plan(SENDS[:3]), HEADS, torch.float32, Arena(1 << 20))
+    assert staging.batch(["stranger"], [0], [5]) is None
+    staging.expect("a", 1, 5)
+    staged = staging.batch(["a", "stranger"], [0, 0], [5, 9])
+    assert staged.packed["kv_send_0"].shape == (2, 5, HEADS, DIM)
+    staging.forget(1)
+    staging.commit(staged)
+    assert staging.cut(1, 0, 5) == [(0, 5, None)]
+
+
+def test_a_pass_that_is_computed_again_replaces_what_it_covers():
+    staging = Staging(make_plan((KVSend(),) * 3), HEADS, torch.float32, Arena(1 << 20))
+    staging.expect("a", 1, 20)
+    for start, stop in ((0, 10), (4, 20)):
+        staging.commit(staging.batch(["a"], [start], [stop - start]))
+    assert [(lo, hi, span is None) for lo, hi, span in staging.cut(1, 0, 20)] == [(0, 4, True), (4, 20, False)]
+
+
+def test_a_full_arena_means_pack():
+    plan = make_plan(SENDS[:3])
+    staging = Staging(plan, HEADS, torch.float32, Arena(4096))
+    staging.expect("a", 1, 40)
+    assert staging.batch(["a"], [0], [40]) is None
+    assert staging.batch(["a"], [0], [1]) is not None
+
+
+def test_blocks_never_overlap_and_all_come_back():
+    draw, arena, held = random.Random(0), Arena(10_000), []
+    for _ in range(2000):
+        if held and draw.random() < 0.5:
+            value, block = held.pop(draw.randrange(len(held)))
+            assert bool((block.bytes == value).all())
+            del block
+        elif (block := arena.take(draw.randrange(1, 2500))) is not None:
+            value = draw.randrange(256)
+            block.bytes.fill_(value)
+            held.append((value, block))
+    block = None
+    held.clear()
+    assert arena.used_bytes == 0
+    assert len(arena.take(10_000 // 64 * 64).bytes) >= 9984
+
+
+@pytest.mark.parametrize("size", [0, 1, 64, 65])
+def test_a_block_is_as_long_as_asked(size):
+    arena = Arena(256)
+    assert len(arena.take(size).bytes) == size
