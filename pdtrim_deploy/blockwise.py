@@ -54,10 +54,14 @@ class LayerKV:
 
 @dataclass(frozen=True)
 class Span:
-    """Tokens `[start, stop)` of a sequence, with what every block needs to know of their positions."""
+    """Tokens `[start, stop)` of a sequence, with what every block needs to know of their positions.
+
+    With several `branches` they are as many alternatives of equal length side by side, each at `start`.
+    """
 
     start: int
     stop: int
+    branches: int
     positions: Tensor
     angles: tuple[Tensor, Tensor]
     masks: dict[tuple[Ranges, int | None], Tensor] = field(default_factory=dict)
@@ -71,12 +75,16 @@ class Blockwise:
         self.layers = list(model.model.layers)
         self._windows = [_window(layer.self_attn) for layer in self.layers]
 
-    def embed(self, ids: Tensor, start: int = 0) -> tuple[Tensor, Span]:
-        """Input of block 0 for `ids` int64 `[batch, tokens]` at positions `start, start + 1, ...`."""
+    def embed(self, ids: Tensor, start: int = 0, branches: int = 1) -> tuple[Tensor, Span]:
+        """Input of block 0 for `ids` int64 `[batch, tokens]` at positions `start, start + 1, ...`.
+
+        With `branches`, `ids` is so many alternatives of equal length, one behind the other: each stands at `start`
+        and sees what came before and itself, not the others. What a layer then holds cannot be continued.
+        """
         hidden = self.model.model.embed_tokens(ids)
-        positions = torch.arange(start, start + ids.shape[1], device=ids.device)[None]
+        positions = torch.arange(start, start + ids.shape[1] // branches, device=ids.device).repeat(branches)[None]
         angles = self.model.model.rotary_emb(hidden, position_ids=positions)
-        return hidden, Span(start, start + ids.shape[1], positions, angles)
+        return hidden, Span(start, start + ids.shape[1], branches, positions, angles)
 
     def block(self, layer: int, hidden: Tensor, span: Span, kv: LayerKV | None = None) -> Tensor:
         """Output of one layer, whose queries see `kv` and, causally, each other; `kv` grows by them."""
@@ -111,11 +119,15 @@ class Blockwise:
             window = None
         if window is None and tokens == 1:
             return None  # one query sees every key
-        if window is None and len(keys) == 1 and self.model.config._attn_implementation == "sdpa":
+        if window is None and len(keys) == span.branches == 1 and self.model.config._attn_implementation == "sdpa":
             return None  # square and causal: sdpa's own fast path
         if (keys, window) not in span.masks:
-            at = torch.cat([torch.arange(lo, hi, device=span.positions.device) for lo, hi in keys])
-            back = span.positions[0][:, None] - at
+            own, device = span.positions[0], span.positions.device
+            at = torch.cat([*(torch.arange(lo, hi, device=device) for lo, hi in keys[:-1]), own])
+            back = own[:, None] - at
+            if span.branches > 1:
+                branch = torch.arange(tokens, device=device) // (tokens // span.branches)
+                back[:, -tokens:].masked_fill_(branch[:, None] != branch, -1)
             hidden = back < 0 if window is None else (back < 0) | (back >= window)
             mask = torch.zeros(hidden.shape, dtype=dtype, device=at.device)
             span.masks[keys, window] = mask.masked_fill_(hidden, torch.finfo(dtype).min)[None, None]

@@ -90,9 +90,12 @@ class PDOracle:
         return held
 
     @torch.no_grad()
-    def extend(self, ids: Tensor, start: int, held: list[LayerKV]) -> Tensor:
-        """Decode's last hidden states `[batch, tokens, hidden]` for `ids` at `start`; `held` grows."""
-        hidden, span = self.decode.embed(ids, start)
+    def extend(self, ids: Tensor, start: int, held: list[LayerKV], branches: int = 1) -> Tensor:
+        """Decode's last hidden states `[batch, tokens, hidden]` for `ids` at `start`; `held` grows.
+
+        `branches`: as in `Blockwise.embed`.
+        """
+        hidden, span = self.decode.embed(ids, start, branches)
         for layer, kv in enumerate(held):
             hidden = self.decode.block(layer, hidden, span, kv)
         return hidden

@@ -49,6 +49,14 @@ def test_behind_any_plan_choices_are_scored_as_one_by_one():
             torch.testing.assert_close(found.logprobs[item, place, : len(tokens)], expected, atol=1e-4, rtol=0)
 
 
+def test_branches_keep_to_the_sliding_window():
+    for window in (7, 15, 17):
+        oracle, part = make_oracle(tiny("Mistral", sliding_window=window), make_plan(kv=CUT)), ragged_part()
+        found = judge(oracle, oracle.prefill(part.prompts), part.continuations, part.lengths)
+        expected = oracle.logprobs(part.prompts[0], torch.tensor(RAGGED[0][0]))
+        torch.testing.assert_close(found.logprobs[0, 0], expected, atol=1e-4, rtol=0)
+
+
 def test_choice_accuracy_is_that_of_brute_force():
     part = Part.of(text(40, 14, seed=1), [RAGGED[n % 3] for n in range(40)], ["all"] * 40)
     oracle = make_oracle(tiny("Llama"), make_plan(kv=CUT))
@@ -67,7 +75,7 @@ def test_choice_accuracy_is_that_of_brute_force():
 
 def test_plans_that_share_prefill_get_the_numbers_they_get_alone(monkeypatch):
     part = Part.of(text(9, 14, seed=2), RAGGED * 3, ["x"] * 9)
-    monkeypatch.setattr("pdtrim_deploy.evaluation.tasks.base.KV_TOKENS", 14 * 3 * 2)  # two items a batch
+    monkeypatch.setattr("pdtrim_deploy.evaluation.tasks.base.KV_TOKENS", 14 * 2)  # two items a batch
     dense, ran = make_oracle(tiny("Llama"), make_plan()), []
     rules = [(KVSend(),) * BLOCKS, CUT, (KVSend(wire_dtype="int4"),) * BLOCKS]
     monkeypatch.setattr(PDOracle, "prefill", lambda *a, real=PDOracle.prefill: ran.append(1) or real(*a))

@@ -20,7 +20,7 @@ from pdtrim_deploy.evaluation.corpora.base import Document, Log
 from pdtrim_deploy.evaluation.oracle import PDOracle
 from pdtrim_deploy.evaluation.tasks.judge import Judgement, judge
 
-KV_TOKENS = 8192  # prompt tokens whose KV one decode pass holds, all continuations counted
+KV_TOKENS = 8192  # prompt tokens whose KV is in memory at a time, a prompt at least
 
 Values: TypeAlias = dict[str, Tensor]
 """Float64 `[batch]` for each measure."""
@@ -60,8 +60,8 @@ class Part:
 
     @property
     def batch(self) -> int:
-        """Items in one decode pass."""
-        return max(1, KV_TOKENS // (self.continuations.shape[1] * self.prompts.shape[1]))
+        """Items of one prefill."""
+        return max(1, KV_TOKENS // self.prompts.shape[1])
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,8 @@ class Task:
         done, total = 0, sum(len(part.groups) for part in self.parts)
         for part in self.parts:
             tensors = (part.prompts, part.continuations, part.lengths)
-            for prompts, continuations, lengths in zip(*(t.split(part.batch) for t in tensors), strict=True):
+            for prompts, padded, lengths in zip(*(t.split(part.batch) for t in tensors), strict=True):
+                continuations = padded[..., : max(2, int(lengths.max()))]
                 state = first.prefill(prompts)
                 for oracle, values in zip(oracles, found, strict=True):
                     values.append(self.read(continuations, lengths, judge(oracle, state, continuations, lengths)))

@@ -57,12 +57,14 @@ def prepare(
     if count > len(judged):
         raise UserError(f"task choice has {len(judged)} questions, not {count}; ask for fewer")
     rng = random.Random(setting.seed)
-    prompts, answers = [], []
+    items = []
     for question in rng.sample(list(judged), count):
-        prompts.append(_prompt(question, rng.sample(list(examples), len(examples)), setting.tokenizer, prompt))
         ordered = [question.choices[question.right], *_wrong(question)]
-        answers.append([continuation(setting.tokenizer, _LEAD, choice) for choice in ordered])
-    return Task("choice", (Part.of(torch.tensor(prompts), answers, ["all"] * count),), read)
+        answers = [continuation(setting.tokenizer, _LEAD, choice) for choice in ordered]
+        items.append((_prompt(question, rng.sample(list(examples), len(examples)), setting.tokenizer, prompt), answers))
+    items.sort(key=lambda item: max(map(len, item[1])))  # answers of like length share a batch: less padding
+    part = Part.of(torch.tensor([ids for ids, _ in items]), [answers for _, answers in items], ["all"] * count)
+    return Task("choice", (part,), read)
 
 
 def continuation(tokenizer: Any, lead: str, text: str) -> list[int]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pdtrim_deploy.blockwise import LayerKV, pick
+from pdtrim_deploy.blockwise import pick
 from pdtrim_deploy.evaluation.oracle import PDOracle, PrefillState
 
 _LOGITS_AT_ONCE = 1 << 24
@@ -28,18 +28,18 @@ class Judgement:
 def judge(oracle: PDOracle, state: PrefillState, continuations: Tensor, lengths: Tensor) -> Judgement:
     """Judge `continuations`, int64 `[B, C, T >= 2]` padded on the right, of which `lengths` `[B, C]` tokens count.
 
-    The prompt's KV is handed over once, whatever C is. Attention is causal: padding changes nothing before it.
+    The prompt's KV is handed over and held once, whatever C is: continuations are branches of one sequence.
+    Attention is causal: padding changes nothing before it.
     """
     batch, choices, tokens = continuations.shape
     counts = torch.arange(tokens) < lengths[..., None]
-    flat = continuations.flatten(0, 1)
-    held = [_repeated(kv, choices) for kv in oracle.hand_over(state)]
-    hidden = oracle.extend(flat[:, :-1], state.tokens, held)
+    branches = continuations[..., :-1].flatten(1)
+    hidden = oracle.extend(branches, state.tokens, oracle.hand_over(state), choices)
     logprobs, top = torch.zeros(continuations.shape), torch.full_like(continuations, -1)
     logprobs[..., 0] = pick(state.logits[:, None].expand(-1, choices, -1), continuations[..., 0])
     top[..., 0] = state.logits.argmax(-1)[:, None]
     later = counts[..., 1:]
-    wanted, picked = hidden.unflatten(0, (batch, choices))[later], continuations[..., 1:][later]
+    wanted, picked = hidden.view(batch, choices, tokens - 1, -1)[later], continuations[..., 1:][later]
     step = max(1, _LOGITS_AT_ONCE // oracle.decode_model.lm_head.out_features)
     found = [
         (pick(logits := oracle.decode.logits(part), ids), logits.argmax(-1))
@@ -59,10 +59,3 @@ def greedy(oracle: PDOracle, prompts: Tensor, tokens: int) -> Tensor:
         logits = oracle.decode.logits(oracle.extend(chosen[-1][:, None], position, held)[:, -1])
         chosen.append(logits.argmax(-1))
     return torch.stack(chosen, dim=1)
-
-
-def _repeated(kv: LayerKV, times: int) -> LayerKV:
-    """Each prompt's rows, once for each of its continuations."""
-    if times == 1 or kv.keys is None or kv.values is None:
-        return kv
-    return LayerKV(kv.keys.repeat_interleave(times, 0), kv.values.repeat_interleave(times, 0), kv.ranges)
