@@ -60,7 +60,7 @@ class PDTrimKVManager(CommonKVManager):
         side = (self, self.plan, view, aux, transport, self.transport_config)
         if stage == "prefill":
             self.prefill_side = PrefillSide(*side)
-            if hasattr(model, "staging"):
+            if getattr(model, "packs_rows", False):
                 model.staging = self.prefill_side.stage_in_engine()
         else:
             self.decode_side = DecodeSide(*side)

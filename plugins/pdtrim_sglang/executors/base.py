@@ -48,9 +48,13 @@ class EngineConfig(BaseModel):
 
 
 class StageExecutor(Protocol):
-    """One stage's engine, loaded; everything but attention, LM head and sampling."""
+    """One stage's engine, loaded; everything but attention, LM head and sampling.
+
+    `packs`: whether it packs the rows to send as plain rows, which a codec then quantises where the plan says so.
+    """
 
     dtype: torch.dtype
+    packs: bool
 
     def run(
         self,

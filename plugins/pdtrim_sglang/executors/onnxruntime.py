@@ -37,7 +37,7 @@ class OnnxRuntimeExecutor:
                     f"pdtrim: {engine.path} is an engine of {key} {facts[key]}, this worker serves {value}; "
                     "build the bundle again"
                 )
-        self.dtype = self._stage.dtype
+        self.dtype, self.packs = self._stage.dtype, bool(self._stage.packed_outputs)
 
     def run(
         self,

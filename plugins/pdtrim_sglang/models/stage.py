@@ -57,6 +57,11 @@ class PDTrimStageForCausalLM(nn.Module):
 
     staging: Staging | None
 
+    @property
+    def packs_rows(self) -> bool:
+        """Whether the engine packs the rows to send, given a `staging`."""
+        return self._engine.packs
+
     @torch.no_grad()
     def forward(self, input_ids: Tensor, positions: Tensor, forward_batch: Any, input_embeds: Any = None) -> Any:
         """Logits of the batch's last tokens; input_ids, positions int64 `[T]`."""

@@ -1,0 +1,180 @@
+"""Executor `tensorrt`: an engine on SGLang's current stream, its attention a call back into SGLang's backend.
+
+Every input and the hidden states have one buffer for life, bound once, so that a CUDA graph which SGLang captures
+around a forward pass stays true: it finds the same addresses, and nothing is allocated. Only prefill, which is never
+captured, binds other memory: the staging arena's, for the rows it sends.
+
+Written against TensorRT 10 and 11's Python interface and tested with a stand-in for it; never run on a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from pdtrim_tensorrt.plugin_library import AttentionCall
+from torch import Tensor
+
+from pdtrim_deploy.engine import RESULT, TargetResult
+from pdtrim_deploy.plan import PDPlan
+from pdtrim_sglang.executors.base import NO_SENDS, Attention, EngineConfig
+
+PLAN, LIBRARY = "engine.plan", "libpdtrim_tensorrt.so"
+HIDDEN = "hidden_states"
+View = Callable[[int, tuple[int, ...], torch.dtype], Tensor]
+
+
+class Session(Protocol):
+    """All that is asked of TensorRT: one execution context, and what its engine says of its tensors.
+
+    `inputs`: most elements by name, all int64 vectors. `outputs`: shape (-1: as an input's) and dtype by name.
+    """
+
+    inputs: Mapping[str, int]
+    outputs: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+
+    def set_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        """Of an input, for the calls that follow."""
+
+    def set_address(self, name: str, pointer: int) -> None:
+        """Of an input or output, for the calls that follow."""
+
+    def enqueue(self, stream: int) -> bool:
+        """Run on a cudaStream_t; False when it could not be enqueued."""
+
+
+class Callback(Protocol):
+    """What `pdtrim_tensorrt.plugin_library.PluginLibrary` offers: the attention of this process' engines."""
+
+    error: BaseException | None
+
+    def set_attention(self, attend: Callable[[AttentionCall], None]) -> None:
+        """Attend through `attend` from now on."""
+
+
+class TensorRTExecutor:
+    """`StageExecutor`. `view` makes a tensor of device memory, `stream` tells torch's current one."""
+
+    def __init__(
+        self,
+        session: Session,
+        library: Callback,
+        attention: Attention,
+        device: torch.device,
+        view: View,
+        stream: Callable[[], int],
+    ) -> None:
+        self._session, self._library, self._attention = session, library, attention
+        self._view, self._stream = view, stream
+        shape, self.dtype = session.outputs[HIDDEN]
+        self.most_tokens = session.inputs["input_ids"]
+        self._feeds = {
+            name: torch.zeros(most, dtype=torch.int64, device=device) for name, most in session.inputs.items()
+        }
+        self._hidden = torch.empty(self.most_tokens, shape[1], dtype=self.dtype, device=device)
+        self._nowhere = torch.empty(256, dtype=torch.uint8, device=device)  # for outputs without rows
+        self._sends = tuple(name for name in session.outputs if name != HIDDEN)
+        # An engine that encodes rows itself writes codes and scales of a whole batch: those cannot be cut by request.
+        self.packs = bool(self._sends) and all(session.outputs[name][1] == self.dtype for name in self._sends)
+        self._bound: dict[str, int] = {}
+        for name, buffer in {**self._feeds, HIDDEN: self._hidden, **dict.fromkeys(self._sends, self._nowhere)}.items():
+            self._bind(name, buffer)
+        library.set_attention(self._attend)
+
+    @classmethod
+    def load(cls, engine: EngineConfig, plan: PDPlan, attention: Attention) -> TensorRTExecutor:
+        """Load `engine.plan` and the plugin library beside it.
+
+        Raises:
+            RuntimeError: no TensorRT, no GPU, no library, or an engine of another plan or stage.
+
+        """
+        folder = Path(engine.path)
+        try:
+            import tensorrt
+        except ImportError:
+            raise RuntimeError(
+                "pdtrim: executor tensorrt needs Python package tensorrt; use --executor torch"
+            ) from None
+        if not torch.cuda.is_available():
+            raise RuntimeError("pdtrim: executor tensorrt needs a GPU and this machine has none; use --executor torch")
+        check_engine(folder, engine, plan)
+        from pdtrim_tensorrt.plugin_library import PluginLibrary
+
+        from pdtrim_sglang.executors.tensorrt_session import TensorRTSession, device_view
+
+        device = torch.device("cuda", torch.cuda.current_device())
+        library = PluginLibrary(folder / LIBRARY)
+        session = TensorRTSession.load(tensorrt, folder / PLAN, folder / LIBRARY)
+        return cls(
+            session, library, attention, device, device_view(device), lambda: torch.cuda.current_stream().cuda_stream
+        )
+
+    def run(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        rows: Mapping[str, Tensor] = NO_SENDS,
+        packed: Mapping[str, Tensor] = NO_SENDS,
+    ) -> Tensor:
+        """The result is overwritten by the next call, which comes later on the same stream."""
+        tokens = len(input_ids)
+        if tokens > self.most_tokens:
+            raise RuntimeError(
+                f"pdtrim: a batch of {tokens} tokens, the engine takes {self.most_tokens}: start with "
+                f"--chunked-prefill-size {self.most_tokens} and as many --max-running-requests at most"
+            )
+        given = {"input_ids": input_ids, "positions": positions, **rows}
+        for name, feed in self._feeds.items():
+            values = given.get(name)
+            count = 0 if values is None else len(values)
+            if values is not None:
+                feed[:count].copy_(values, non_blocking=True)
+            self._session.set_shape(name, (count,))
+        for name in self._sends:
+            self._bind(name, packed.get(name, self._nowhere))
+        self._library.error = None
+        if not self._session.enqueue(self._stream()):
+            raise self._library.error or RuntimeError(
+                "pdtrim: TensorRT could not enqueue the engine; see its log above"
+            )
+        return self._hidden[:tokens]
+
+    def _bind(self, name: str, buffer: Tensor) -> None:
+        pointer = buffer.data_ptr() or self._nowhere.data_ptr()
+        if self._bound.get(name) != pointer:
+            self._session.set_address(name, pointer)
+            self._bound[name] = pointer
+
+    def _attend(self, call: AttentionCall) -> None:
+        if call.stream != self._stream():
+            raise RuntimeError("pdtrim: the engine runs on another stream than SGLang's attention would")
+        dtype, width = getattr(torch, call.dtype), call.num_kv_heads * call.head_dim
+        shapes = {"q": call.num_heads * call.head_dim, "k": width, "v": width}
+        q, k, v = (self._view(getattr(call, name), (call.tokens, size), dtype) for name, size in shapes.items())
+        output = self._view(call.output, tuple(q.shape), dtype)
+        output.copy_(self._attention(call.layer_id, q, k, v).view(q.shape))
+
+
+def check_engine(folder: Path, engine: EngineConfig, plan: PDPlan) -> None:
+    """RuntimeError unless the folder has the stage's engine of this plan, and the library that attends through us."""
+    try:
+        built = TargetResult.model_validate_json((folder / RESULT).read_text())
+    except (OSError, ValueError) as error:
+        raise RuntimeError(f"pdtrim: {folder} holds no engine ({error}); build the bundle again") from None
+    if (built.stage, built.plan_digest) != (engine.stage, plan.digest):
+        raise RuntimeError(
+            f"pdtrim: {folder} is an engine of {built.stage} for plan {built.plan_digest}, this worker serves "
+            f"{engine.stage} of plan {plan.digest}; build the bundle again"
+        )
+    if LIBRARY in str(built.details.get("plugin_library", "")):
+        raise RuntimeError(
+            f"pdtrim: the engine in {folder} carries its own {LIBRARY}, whose attention nobody could answer; build it "
+            "without plugin_library"
+        )
+    if not (folder / LIBRARY).is_file():
+        raise RuntimeError(
+            f"pdtrim: {folder} has no {LIBRARY}; build it from plugins/pdtrim_tensorrt/library and put it there"
+        )
