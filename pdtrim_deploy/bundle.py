@@ -22,6 +22,7 @@ from pdtrim_deploy.engine import TargetResult
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.plan import STAGES, PDPlan, Stage
 from pdtrim_deploy.recipe import Recipe
+from pdtrim_deploy.recipe_targets import TARGETS
 
 MANIFEST, COMPLETE, PLAN, RECIPE, REPORTS = "manifest.json", "COMPLETE", "plan.json", "recipe.yaml", "reports"
 ENGINES = "engines"
@@ -92,6 +93,12 @@ class Bundle:
         """HF checkpoint of `stage`."""
         return self.path / stage
 
+    @property
+    def engines(self) -> dict[str, TargetResult]:
+        """Its engines by folder, targets in the recipe's order, prefill before decode."""
+        order = [engine_folder(target, stage) for target in TARGETS for stage in STAGES]
+        return {name: self.manifest.engines[name] for name in order if name in self.manifest.engines}
+
     def engine_dir(self, target: str, stage: Stage) -> Path:
         """Folder of the engine of `stage` for `target`.
 
@@ -106,7 +113,7 @@ class Bundle:
         reason = self.manifest.failures.get(target)
         if reason:
             raise UserError(f"{self.path}: its {stage} engine could not be built ({reason}); mend that and build again")
-        has = sorted({engine.target for engine in self.manifest.engines.values() if engine.status == "built"})
+        has = dict.fromkeys(engine.target for engine in self.engines.values() if engine.status == "built")
         raise UserError(
             f"{self.path}: no {stage} engine for target {target}, the targets built are {', '.join(has) or 'none'}; "
             f"add `{target}:` under `targets:` of the recipe and build again"

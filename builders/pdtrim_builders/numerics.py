@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pdtrim_builders.base import Numerics
 from pdtrim_builders.graph.stage import StageModel
+from pdtrim_builders.prompts import PROMPTS
 from pdtrim_builders.runtime_onnx import OnnxStage
 from pdtrim_deploy.checkpoints.loading import load_model, load_tokenizer
 from pdtrim_deploy.errors import UserError
@@ -21,19 +22,6 @@ from pdtrim_deploy.plan import PDPlan
 # Relative errors let pass, two to three times the worst seen on SmolLM2-135M: 2e-5, 8e-3, 0.22.
 TOLERANCES = {"float32": 5e-5, "float16": 2e-2, "int8": 0.5}
 MOST_TOKENS = 384
-
-PROMPTS = (
-    "The lighthouse keeper had not spoken to anyone for eleven days when the supply boat finally rounded the point. "
-    "He counted the crates as they came up the steps: flour, lamp oil, two boxes of tinned fruit, and a parcel "
-    "wrapped in brown paper with his name written on it in a hand that he did not know. The boatman would not stay "
-    "for tea. A storm was coming from the south-west, he said, and he meant to be home before it broke. So the keeper "
-    "carried everything inside alone, lit the stove, put the parcel on the table and sat looking at it while the wind "
-    "rose, until the first rain struck the glass and it was time to climb the stairs again.",
-    "def fibonacci(n: int) -> list[int]:\n    numbers = [0, 1]\n    while len(numbers) < n:\n"
-    "        numbers.append(numbers[-1] + numbers[-2])\n    return numbers[:n]\n\n\n# The first ten are\n"
-    "# 0, 1, 1, 2, 3, 5, 8, 13, 21, 34; print them, then their sum, which is 88, and check it against n = 10.\n",
-    "Water boils at 100 degrees",
-)
 
 
 def check_numerics(

@@ -54,7 +54,7 @@ def build(recipe_file: Path, out: Path, cache: Cache, dry_run: bool, force: bool
                     "bundle": str(out),
                     "plan_digest": bundle.plan.digest,
                     "recipe_digest": recipe.digest,
-                    "engines": list(bundle.manifest.engines),
+                    "engines": list(bundle.engines),
                     "failures": bundle.manifest.failures,
                 }
             )
@@ -62,7 +62,7 @@ def build(recipe_file: Path, out: Path, cache: Cache, dry_run: bool, force: bool
     else:
         from pdtrim_deploy.pipeline.engines import said
 
-        for engine in bundle.manifest.engines.values():
+        for engine in bundle.engines.values():
             click.echo(f"{out}: {said(engine)}")
         click.echo(f"{out}: plan {bundle.plan.digest}")
         click.echo(f"next: pdtrim-deploy inspect {out}; pdtrim-deploy eval {out}; pdtrim-deploy serve {out}")

@@ -1,4 +1,4 @@
-"""`pdtrim-deploy inspect`: the plan of a bundle, block by block."""
+"""`pdtrim-deploy inspect`: the plan of a bundle, block by block, and its engines."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from pdtrim_deploy.cli import options
 @click.option("--prompt-tokens", type=click.IntRange(1), help="Prompt length.  [default: the recipe's evaluation]")
 @options.json_flag
 def inspect(bundle: Path, prompt_tokens: int | None, as_json: bool) -> None:
-    """Show what BUNDLE keeps, drops and sends, in bytes."""
+    """Show what BUNDLE keeps, drops and sends, in bytes, and each engine in it.
+
+    An engine is built, then checked, then run; under the table stands what was checked, where it has run, and what not.
+    """
     from pdtrim_deploy.bundle import Bundle
 
     opened = Bundle.open(bundle)
@@ -23,10 +26,23 @@ def inspect(bundle: Path, prompt_tokens: int | None, as_json: bool) -> None:
     if as_json:
         sizes = {"prompt_tokens": tokens, "dense": plan.dense_bytes(tokens), "planned": plan.payload_bytes(tokens)}
         data = {"digest": plan.digest, "plan": plan.model_dump(mode="json"), "bytes": sizes}
-        click.echo(json.dumps(data | {"steps": {n: s.seconds for n, s in opened.manifest.steps.items()}}, indent=2))
+        data["steps"] = {n: s.seconds for n, s in opened.manifest.steps.items()}
+        data["engines"] = {
+            name: engine.model_dump(mode="json")
+            | {"state": engine.state, "files": {n: e.model_dump() for n, e in opened.engine_files(name).items()}}
+            for name, engine in opened.engines.items()
+        }
+        data["failures"] = opened.manifest.failures
+        click.echo(json.dumps(data, indent=2))
         return
     from rich.console import Console
 
+    from pdtrim_deploy.report.engine_table import engine_notes, engine_table
     from pdtrim_deploy.report.tables import plan_table
 
     Console().print(plan_table(plan, tokens))
+    if opened.engines:
+        Console().print(engine_table(opened.engines.values()))
+        click.echo("\n".join(engine_notes(opened.engines.values())))
+    for failure in opened.manifest.failures.values():
+        click.echo(f"not built: {failure}")

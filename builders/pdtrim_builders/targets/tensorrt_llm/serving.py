@@ -14,12 +14,14 @@ import yaml
 from pdtrim_builders.graph.stage import StageModel
 
 HOST = "127.0.0.1"
+HF_FP8 = "hf-fp8"  # the quantised HF checkpoint, in the engine's folder
 
 
 @dataclass(frozen=True)
 class Serving:
-    """Limits and ports that the commands state; `transceiver` moves the KV."""
+    """Versions to write for, limits and ports that the commands state; `transceiver` moves the KV."""
 
+    versions: tuple[str, ...]
     max_batch_size: int
     max_input_len: int
     max_seq_len: int
@@ -34,22 +36,36 @@ def same_layers(stage: StageModel) -> bool:
     return stage.plan.prefill_layers == stage.plan.decode_layers
 
 
-def write_serving(stage: StageModel, folder: Path, dtype: str, sizes: Sequence[int], serving: Serving) -> None:
-    """Write `llm-api.yaml`, `disaggregated.yaml` (the same for both stages) and `commands.txt`; paths are relative."""
-    _write(folder / "llm-api.yaml", _llm_api(stage, serving))
-    _write(folder / "disaggregated.yaml", _disaggregated(serving))
-    lines = [f"# {stage.stage} stage in TensorRT-LLM. Run these in this folder, on a GPU host.", ""]
-    lines.append("# 1.2.x, the last with engines: build one of these splits")
-    lines += [shlex.join(_build(dtype, size, serving)) for size in sizes]
-    lines += ["", "# 1.3 and later: serve the HF checkpoint, then, when both stages run, start the front"]
-    model = stage.path if same_layers(stage) else stage.path.parent / "decode"
+def write_serving(
+    stage: StageModel, folder: Path, dtype: str, sizes: Sequence[int], serving: Serving, fp8: bool = False
+) -> None:
+    """Write `commands.txt` and, for 1.3, `llm-api.yaml` and `disaggregated.yaml` (the same for both stages).
+
+    Paths are relative. With `fp8` the HF checkpoint is the quantised one, in this folder or the other stage's.
+    """
+    lines = [f"# {stage.stage} stage in TensorRT-LLM. Run these in this folder, on a GPU host."]
+    if "1.2" in serving.versions:
+        lines += ["", "# 1.2.x, the last with engines: build one of these splits"]
+        lines += [shlex.join(_build(dtype, size, serving)) for size in sizes]
+    if "1.3" in serving.versions:
+        _write(folder / "llm-api.yaml", _llm_api(stage, serving))
+        _write(folder / "disaggregated.yaml", _disaggregated(serving))
+        lines += ["", *_serve(stage, folder, sizes, serving, fp8)]
+    (folder / "commands.txt").write_text("\n".join(lines) + "\n")
+
+
+def _serve(stage: StageModel, folder: Path, sizes: Sequence[int], serving: Serving, fp8: bool) -> list[str]:
+    lines = ["# 1.3 and later: serve the HF checkpoint, then, when both stages run, start the front"]
+    if fp8:
+        model = folder / HF_FP8 if same_layers(stage) else folder.parent / "decode" / HF_FP8
+    else:
+        model = stage.path if same_layers(stage) else stage.path.parent / "decode"
     if stage.stage == "prefill" and not same_layers(stage):
         lines.append("# (the decode model here too: its transceiver pairs layers by number, and the stages differ)")
     port = serving.prefill_port if stage.stage == "prefill" else serving.decode_port
     serve = ["trtllm-serve", os.path.relpath(model, folder), "--host", HOST, "--port", str(port)]
     serve += ["--backend", "pytorch", "--tp_size", str(max(sizes)), "--config", "llm-api.yaml"]
-    lines += [shlex.join(serve), shlex.join(["trtllm-serve", "disaggregated", "-c", "disaggregated.yaml"])]
-    (folder / "commands.txt").write_text("\n".join(lines) + "\n")
+    return [*lines, shlex.join(serve), shlex.join(["trtllm-serve", "disaggregated", "-c", "disaggregated.yaml"])]
 
 
 def _build(dtype: str, size: int, serving: Serving) -> list[str]:

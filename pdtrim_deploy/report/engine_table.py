@@ -1,0 +1,54 @@
+"""Engines of a bundle as a rich table for 80 columns, and the sentences that belong under it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+from rich import box
+from rich.table import Table
+
+from pdtrim_deploy.engine import TargetResult
+
+SHORT = {"PagedAttention": "A", "SparseKVSend": "S"}
+
+
+def engine_table(engines: Iterable[TargetResult]) -> Table:
+    """A row an engine: what it is, what is in it, how its graph was judged, how far it came."""
+    table = Table("engine", "ops", "plugins", "numerics", "state", title="engines", box=box.SIMPLE_HEAD)
+    table.columns[0].no_wrap = True
+    for engine in engines:
+        table.add_row(
+            f"{engine.target} {engine.stage}\n{engine.dtype}, {engine.size / 1e6:,.1f} MB",
+            f"{sum(engine.ops.values())} nodes\n{_ours(engine.ops)}" if engine.ops else "-",
+            _ours(engine.plugins) or "-",
+            _numerics(engine) or "-",
+            engine.state,
+        )
+    table.caption = (
+        f"{', '.join(f'{letter}: {op}' for op, letter in SHORT.items())}; errors are relative, of the graph.\n"
+        "state: built, then checked, then run; each includes those before"
+    )
+    return table
+
+
+def engine_notes(engines: Iterable[TargetResult]) -> Iterator[str]:
+    """What was checked, where it has run and what a reader must know, once for each target that it holds for."""
+    found: dict[str, dict[str, None]] = {}
+    for engine in engines:
+        said = [*(f"checked: {what}" for what in engine.checked), *(f"limit: {what}" for what in engine.limits)]
+        said += [f"run: {engine.run}"] if engine.run else []
+        found.setdefault(engine.target, {}).update(dict.fromkeys(said))
+    return (f"{target}: {sentence}" for target, sentences in found.items() for sentence in sorted(sentences))
+
+
+def _ours(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{counts[op]} {letter}" for op, letter in SHORT.items() if counts.get(op))
+
+
+def _numerics(engine: TargetResult) -> str:
+    """Worst relative errors."""
+    found = engine.numerics
+    if found is None:
+        return ""
+    kv = "" if found.kv_error is None else f", KV {found.kv_error:.1e}"
+    return f"hidden {found.hidden_error:.1e}{kv}\nallowed {found.tolerance:.0e}"
