@@ -13,12 +13,16 @@ from pdtrim_deploy.report.environment import environment
 HERE = Path(__file__).parent
 
 
+def commit() -> str | None:
+    """Of the sources, `-dirty` when some are not committed."""
+    git = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--exclude=*"]
+    return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or None
+
+
 def write(name: str, asked: argparse.Namespace, rows: list[dict[str, Any]]) -> Path:
     """Rows beside machine, versions, commit and options (seed among them)."""
-    git = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--exclude=*"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or None
     path = HERE / "results" / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
-    made = {"environment": environment(f"make bench-{name}"), "commit": commit, "options": vars(asked), "rows": rows}
+    made = {"environment": environment(f"make bench-{name}"), "commit": commit(), "options": vars(asked), "rows": rows}
     path.write_text(json.dumps(made, indent=1) + "\n")
     return path

@@ -1,0 +1,146 @@
+"""Quality for each byte of KV: every rule at every reduction -> results/kv.json, kv.svg. `make bench-kv`.
+
+SmolLM2-135M in float32 behind a bfloat16 pool, no block removed. Plans are chosen on Brown's calibration split and
+judged on its final split (and Social IQa) by the tasks of `pdtrim_deploy.evaluation`, all through the PD oracle.
+Reductions are exact bytes at `--prompt` tokens against dense bfloat16 KV. An interrupted run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+from __kv_picture import draw
+from __kv_plans import Row, rows
+from __results import HERE, commit, write
+
+from pdtrim_deploy.bundle import write_atomic
+from pdtrim_deploy.cache import Cache
+from pdtrim_deploy.checkpoints import DEFAULT_SOURCE, resolve
+from pdtrim_deploy.checkpoints.loading import load_model, load_tokenizer
+from pdtrim_deploy.evaluation.corpora import registry
+from pdtrim_deploy.evaluation.corpora.sampling import sequences
+from pdtrim_deploy.evaluation.oracle import PDOracle
+from pdtrim_deploy.evaluation.tasks import Measured, Setting, agreement, choice, needle, perplexity
+from pdtrim_deploy.kvcache.selection import Problem
+from pdtrim_deploy.plan import KVSend, PDPlan
+
+CONTINUATION = 32
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--prompt", type=int, default=512)
+    parser.add_argument("--reductions", type=float, nargs="+", default=[2, 3, 4.95, 8, 12])
+    parser.add_argument("--calibration", type=int, default=16, help="sequences that choose")
+    parser.add_argument("--sequences", type=int, default=24, help="judged for perplexity")
+    parser.add_argument("--questions", type=int, default=100, help="of choice")
+    parser.add_argument("--needles", type=int, default=3, help="at each of ten depths")
+    parser.add_argument("--random-seeds", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=0)
+    asked = parser.parse_args()
+    started = time.monotonic()
+
+    def note(line: str) -> None:
+        print(f"{time.monotonic() - started:6.0f} s  {line}", flush=True)
+
+    checkpoint = resolve(DEFAULT_SOURCE, Cache.default())
+    tokenizer = load_tokenizer(checkpoint.path)
+    model, plan = load_model(checkpoint.path), PDPlan.dense(checkpoint.shape("bfloat16"))
+    dense, corpus = PDOracle(model, model, plan), registry.load("brown", Cache.default())
+    text = sequences(corpus.split("calibration"), tokenizer, asked.calibration, asked.prompt + CONTINUATION, asked.seed)
+    problem = Problem(dense, text, asked.prompt, asked.seed)
+    once = _Once(asked)
+    plans = [
+        Row(row["method"], row["asked"], tuple(map(KVSend.model_validate, row["sends"])), row["seed"])
+        for row in once(
+            "plans", lambda: [_plain(row) for row in rows(problem, asked.reductions, asked.random_seeds, note)]
+        )
+    ]
+    oracles = [dense.with_kv(row.sends) for row in plans]
+
+    def setting(size: int) -> Setting:
+        return Setting(tokenizer, dense, corpus.split("final"), Cache.default(), asked.seed, size, note)
+
+    lengths = tuple(dict.fromkeys((128, asked.prompt, 2048)))
+    tasks = (
+        perplexity.prepare(setting(asked.sequences), lengths),
+        choice.prepare(setting(asked.questions), asked.prompt),
+        needle.prepare(setting(asked.needles), asked.prompt),
+        agreement.prepare(setting(asked.sequences), asked.prompt),
+    )
+    found = {
+        task.name: [
+            Measured(task.name, tuple(one["groups"]), one["values"])
+            for one in once(task.name, lambda task=task: [asdict(one) for one in task.measure(oracles, note)])
+        ]
+        for task in tasks
+    }
+    made = [
+        _figures(row, oracle.plan, asked.prompt, {name: (results[at], results[0]) for name, results in found.items()})
+        for at, (row, oracle) in enumerate(zip(plans, oracles, strict=True))
+    ]
+    for row in made:
+        note(
+            "{method:24s} {reduction:5.2f}x  ppl {ppl_ratio:.4f}  choice {choice:.3f}  needle {needle:.2f}".format(
+                **row
+            )
+        )
+    draw(made, write("kv", asked, made).with_suffix(".svg"))
+
+
+def _figures(row: Row, plan: PDPlan, prompt: int, found: dict[str, tuple[Measured, Measured]]) -> dict[str, Any]:
+    """One row of the results; `found` has each task's result and dense's."""
+    (text, dense_text), (answers, dense_answers) = found["perplexity"], found["choice"]
+    needles, greedy = found["needle"][0], found["agreement"][0]
+    ratios = {group: text.against(dense_text, "nll", group) for group in dict.fromkeys(text.groups)}
+    at = ratios[str(prompt)]
+    return {
+        "method": row.method,
+        "asked": row.asked,
+        "seed": row.seed,
+        "bytes": plan.payload_bytes(prompt),
+        "reduction": plan.reduction(prompt),
+        "ppl_ratio": math.exp(at.mean),
+        "ppl_ratio_stderr": math.exp(at.mean) * at.stderr,
+        "ppl_ratio_by_prompt": {group: math.exp(ratio.mean) for group, ratio in ratios.items()},
+        "reduction_by_prompt": {group: plan.reduction(int(group)) for group in ratios},
+        "choice": answers.mean("accuracy_norm"),
+        "choice_loss": answers.against(dense_answers, "right_nll").mean,
+        "needle": needles.mean("choice"),
+        "needle_exact": needles.mean("exact"),
+        "needle_by_depth": needles.by_group("choice"),
+        "agreement": greedy.mean("top1"),
+        "agreement_prefix": greedy.mean("prefix"),
+        "sends": [send.model_dump() for send in row.sends],
+    }
+
+
+def _plain(row: Row) -> dict[str, Any]:
+    sends = [send.model_dump() for send in row.sends]
+    return {"method": row.method, "asked": row.asked, "seed": row.seed, "sends": sends}
+
+
+class _Once:
+    """JSON kept on disk for these options and this commit: an interrupted run goes on where it was."""
+
+    def __init__(self, asked: argparse.Namespace) -> None:
+        key = hashlib.sha256(json.dumps([commit(), vars(asked)], sort_keys=True).encode()).hexdigest()[:12]
+        self._folder = HERE.parent / "out" / "bench-kv" / key
+        self._folder.mkdir(parents=True, exist_ok=True)
+
+    def __call__(self, name: str, make: Callable[[], Any]) -> Any:
+        path = self._folder / f"{name}.json"
+        if not path.exists():
+            write_atomic(path, json.dumps(make()))
+        return json.loads(path.read_text())
+
+
+if __name__ == "__main__":
+    main()
