@@ -1,0 +1,52 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.pipeline.stand_in import said_of, stand_in
+from pdtrim_deploy.plan import KVSend, ModelShape
+from pdtrim_deploy.recipe import PruningSection, Recipe
+from pdtrim_deploy.recipe_kv import KVSection
+
+SHAPE = ModelShape(architecture="X", fingerprint="f", num_blocks=32, num_kv_heads=8, head_dim=128, kv_dtype="bfloat16")
+CUT = KVSend(mode="sparse", n_first=4, n_last=64)
+
+
+def plan_of(kv, decode_blocks=0):
+    recipe = Recipe(name="a", model={"source": "pypi:x"}, kv=kv, pruning=PruningSection(decode_blocks=decode_blocks))
+    return stand_in(recipe, SHAPE)
+
+
+@given(st.floats(1.01, 20), st.integers(0, 20))
+def test_a_byte_budget_is_kept_and_used(reduction, decode_blocks):
+    kv = KVSection(method="budget", reduction=reduction, prompt_tokens=512)
+    plan = plan_of(kv, decode_blocks)
+    assert plan.reduction(512) >= reduction
+    largest_step = plan.dense_bytes(512) / 32
+    if plan.kv != (KVSend(),) * len(plan.kv):
+        assert plan.payload_bytes(512) > plan.dense_bytes(512) / reduction - largest_step
+    assert f"{plan.reduction(512):.2f}x at 512" in said_of(kv, plan)
+
+
+def test_a_budget_that_nothing_fits_is_refused():
+    kv = KVSection(
+        method="budget", reduction=9.0, prompt_tokens=512, sparse_choices=((4, 60),), wire_choices=("native",)
+    )
+    with pytest.raises(UserError, match=r"kv.reduction is 9 but the smallest options give at most 8.00x at 512 prompt"):
+        plan_of(kv)
+
+
+@pytest.mark.parametrize(
+    ("kv", "cut", "says"),
+    [
+        (KVSection(), 0, "0 of 30 decode layers are sparse"),
+        (KVSection(method="all", n_first=4, n_last=64), 30, "30 of 30"),
+        (KVSection(method="measured-harm", sparse_layers=9, n_first=4, n_last=64), 9, "9 of 30"),
+        (KVSection(method="attention-mass", threshold=0.5, n_first=4, n_last=64), 0, "known only once it is built"),
+        (KVSection(method="budget", max_loss=0.01), 0, "known only once it is built"),
+    ],
+)
+def test_counts_that_are_known_are_shown_and_others_bounded(kv, cut, says):
+    plan = plan_of(kv, 2)
+    assert [send for send in plan.kv if send != KVSend()] == [CUT] * cut
+    assert says in said_of(kv, plan)
