@@ -14,10 +14,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt,
 Port = Annotated[int, Field(ge=1, le=65535)]
 # Not strict: YAML has lists where we keep tuples, reads 5e-5 as text, and 8.9 as a number.
 Tolerance = Annotated[float, Field(gt=0, strict=False)]
-ComputeCapability = Annotated[
-    Literal["7.5", "8.0", "8.6", "8.9", "12.0", "12.1"],
-    BeforeValidator(lambda given: str(given) if isinstance(given, float) else given),
-]
+_AS_TEXT = BeforeValidator(lambda given: str(given) if isinstance(given, float) else given)
+ComputeCapability = Annotated[Literal["7.5", "8.0", "8.6", "8.9", "12.0", "12.1"], _AS_TEXT]
+Version = Annotated[Literal["1.2", "1.3"], _AS_TEXT]
 Quantisation = Literal["none", "fp8", "int8"]
 
 
@@ -98,7 +97,7 @@ class TensorRTLLMTarget(Target):
     `tensor_parallel` lists the splits to write; `quantisation` is modelopt's, calibrated on the calibration text.
     """
 
-    versions: Annotated[tuple[Literal["1.2", "1.3"], ...], Field(min_length=1, strict=False)] = ("1.2", "1.3")
+    versions: Annotated[tuple[Version, ...], Field(min_length=1, strict=False)] = ("1.2", "1.3")
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
     quantisation: Quantisation = "none"
     tensor_parallel: Annotated[tuple[Literal[1, 2, 4, 8], ...], Field(min_length=1, strict=False)] = (1,)

@@ -116,6 +116,29 @@ def test_gate_stops_a_wrong_graph(tensor, tiny_stages, tmp_path):
         check_numerics(read_stage(folder), tmp_path / "wrong.onnx", 5e-5)
 
 
+@pytest.mark.parametrize("opset", [11, 99])
+def test_a_wrong_opset(opset, tiny_stages, tmp_path, monkeypatch):
+    """As an onnxruntime of another age would meet it: one sentence, the target named, nothing left."""
+    from pdtrim_builders.targets import onnx as target
+
+    whole = target.build_graph
+
+    def stamped(*args, **kwargs):
+        graph = whole(*args, **kwargs)
+        model = onnx.load(graph.path)
+        for functions in (model, *model.functions):
+            next(one for one in functions.opset_import if not one.domain).version = opset
+        onnx.save(model, graph.path)
+        return graph
+
+    monkeypatch.setattr(target, "build_graph", stamped)
+    with pytest.raises(UserError, match=r"^target onnx: .*onnxruntime cannot load this graph \(.*") as caught:
+        build_target("onnx", tiny_stages("LlamaForCausalLM") / "decode", tmp_path / "engine")
+    assert "\n" not in str(caught.value)
+    assert "opset" in str(caught.value).lower() or "RMSNormalization" in str(caught.value)
+    assert not (tmp_path / "engine").exists()
+
+
 def test_gate_failure_leaves_the_old_engine(tiny_stages, tmp_path):
     stage = tiny_stages("LlamaForCausalLM") / "decode"
     build_target("onnx", stage, tmp_path / "engine")
