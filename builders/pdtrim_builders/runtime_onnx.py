@@ -6,6 +6,7 @@ Inputs and outputs are bound to torch memory; the callback gets torch tensors an
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -44,16 +45,21 @@ class OnnxStage:
         attention: answers `PagedAttention`, in the thread that called `run`; without one the op's body runs, which
             is causal attention among the tokens of one prompt.
         threads: onnxruntime's intra-op threads.
+        profile: where onnxruntime writes the times of every node (a prefix); `node_times` ends and reads it.
 
     Raises:
         UserError: onnxruntime cannot load the graph.
 
     """
 
-    def __init__(self, path: Path, attention: Attention | None = None, threads: int = 1) -> None:
+    def __init__(
+        self, path: Path, attention: Attention | None = None, threads: int = 1, profile: Path | None = None
+    ) -> None:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
         options.log_severity_level = 3
+        if profile is not None:
+            options.enable_profiling, options.profile_file_prefix = True, str(profile)
         # Spinning threads would starve the torch threads of the callback on the same cores.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0" if attention else "1")
         if attention is not None:
@@ -110,6 +116,14 @@ class OnnxStage:
         if call.error:
             raise call.error
         return StageOutput(hidden, results)
+
+    def node_times(self) -> dict[str, list[float]]:
+        """Seconds of each node run so far by op type, of a session with `profile`; no more are taken."""
+        times: dict[str, list[float]] = {}
+        for event in json.loads(Path(self._session.end_profiling()).read_text()):
+            if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+                times.setdefault(event["args"]["op_name"], []).append(event["dur"] / 1e6)
+        return times
 
     def _buffer(self, name: str, given: Mapping[str, Tensor], feeds: Mapping[str, Tensor]) -> Tensor:
         shape, dtype = self._outputs[name]
