@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pdtrim_deploy.kvcache.codecs import CODECS, get_codec
-from pdtrim_deploy.kvcache.codecs.int4 import hadamard
+from pdtrim_deploy.kvcache.codecs.int4 import float16_below, hadamard
 from pdtrim_deploy.wire import ITEM_BYTES, WIRE_DTYPES, packed_row_bytes, row_sections
 
 
@@ -72,3 +72,13 @@ def test_the_rotation_is_sylvesters_matrix_on_blocks(dim, block):
         sylvester = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), sylvester)
     assert torch.equal(matrix, torch.block_diag(*[sylvester] * (dim // block)))
     assert torch.equal(hadamard(matrix), block * torch.eye(dim))
+
+
+def test_float16_below_is_the_largest_not_above():
+    halves = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16)
+    halves = halves[halves.isfinite()].float().sort().values.unique()
+    between = (halves[:-1] + halves[1:]) / 2
+    assert torch.equal(float16_below(halves).float(), halves)
+    assert torch.equal(float16_below(between).float(), halves[:-1])
+    assert float16_below(torch.tensor([1e6, -1e6, torch.inf])).tolist() == [65504, -torch.inf, torch.inf]
+    assert float16_below(torch.tensor([torch.nan])).isnan().all()

@@ -28,8 +28,9 @@ class Int4(Codec):
     """`x = code * scale + minimum`, code in 0 .. 15, x the rotated rows.
 
     A byte holds channel `c` in its low and channel `c + head_dim / 2` in its high half.
-    Error of a rotated value: at most scale / 2 = 0.034 of its group's range, plus 2^-11 of the group's minimum (which
-    is rounded to float16); rotating back keeps the ratio of the L2 norms of errors and values of a head.
+    Error of a rotated value: at most scale / 2 = 0.034 of its group's range, plus 2^-15 of the group's minimum (which
+    is rounded down to float16, so that no code is negative); rotating back keeps the ratio of the L2 norms of errors
+    and values of a head.
     Magnitudes: up to 4.6e4 in the L2 norm of a head; one whose minimum or scale float16 cannot hold counts as broken.
     """
 
@@ -38,11 +39,11 @@ class Int4(Codec):
         x = hadamard(take(pool, index).float())
         x.mul_(2.0 ** -(halvings(x.shape[-1]) // 2))
         groups = x.unflatten(-1, (minimum.shape[-1], -1))
-        minimum.copy_(groups.amin(-1).add_(0))  # no -0
+        minimum.copy_(float16_below(groups.amin(-1).add_(0)))  # no -0
         low = minimum.float()
         scale.copy_(groups.amax(-1).sub_(low).clamp_(min=0).mul_(SLACK / 15).add_(TINY))
         broken = ~(minimum.isfinite() & scale.isfinite()).all(-1, keepdim=True)  # amin and amax keep NaN
-        groups.sub_(low[..., None]).mul_(scale.float().reciprocal_()[..., None]).round_().clamp_(min=0)
+        groups.sub_(low[..., None]).mul_(scale.float().reciprocal_()[..., None]).round_()
         first, second = x.masked_fill_(broken, 0).chunk(2, -1)
         codes.copy_(first.add_(second, alpha=16))
         for section in (scale, minimum):
@@ -56,6 +57,14 @@ class Int4(Codec):
         second.copy_(codes >> 4)
         x.unflatten(-1, (scale.shape[-1], -1)).mul_(scale.float()[..., None]).add_(minimum.float()[..., None])
         return hadamard(x).mul_(2.0 ** -((halvings(x.shape[-1]) + 1) // 2))
+
+
+def float16_below(x: Tensor) -> Tensor:
+    """The largest float16 that is not above each of float32 `x`."""
+    nearest = x.half()
+    bits = nearest.view(torch.int16)
+    below = (bits + torch.where(bits < 0, 1, -1).short()).view(torch.float16)
+    return torch.where(nearest.float() > x, below, nearest)
 
 
 def halvings(head_dim: int) -> int:

@@ -29,7 +29,6 @@ constexpr int kLanes = 16;
 constexpr int kMaxDim = 1024;
 constexpr int kGroup = 32;
 constexpr float kFifteenth = float((1 + 0x1p-10) / 15);  // rounded up: no code of int4 overflows
-constexpr int kAhead = 2;  // rows
 constexpr uint16_t kHalfNaN = 0x7e00;
 constexpr float kHalfMax = 65504.0f;
 constexpr int64_t kBlockBytes = 1 << 16;    // of a pool: what a thread takes at a time
@@ -82,7 +81,7 @@ inline f32 larger(f32 a, f32 b) {
 #endif
 }
 
-// Integers between 8 and 32 bits; the compiler's own conversion goes through scalars.
+// Integers between 8, 16 and 32 bits; the compiler's own conversions go through scalars, or halves.
 inline u8 narrow(u32 x) {
 #if defined(__AVX512F__)
   return u8(_mm512_cvtepi32_epi8(__m512i(x)));
@@ -96,6 +95,14 @@ inline i32 widen(u8 x) {
   return i32(_mm512_cvtepu8_epi32(__m128i(x)));
 #else
   return i32(__builtin_convertvector(__builtin_convertvector(x, u16), u32));
+#endif
+}
+
+inline u32 widen(u16 x) {
+#if defined(__AVX512F__)
+  return u32(_mm512_cvtepu16_epi32(__m256i(x)));
+#else
+  return __builtin_convertvector(x, u32);
 #endif
 }
 
@@ -132,7 +139,7 @@ inline f32 from_half(u16 half) {
 #if defined(__AVX512F__)
   return f32(_mm512_cvtph_ps(__m256i(half)));
 #else
-  const u32 wide = __builtin_convertvector(half, u32), magnitude = (wide & 0x7fffu) << 13;
+  const u32 wide = widen(half), magnitude = (wide & 0x7fffu) << 13;
   const u32 value = bits_as<u32>(bits_as<f32>(magnitude) * 0x1p112f);
   const u32 special = magnitude | 0x70000000u;
   return bits_as<f32>((magnitude >= 0x0f800000u ? special : value) | (wide & 0x8000u) << 16);
@@ -150,6 +157,16 @@ inline u16 to_half(f32 x) {
   half = magnitude >= 0x477ff000u ? u32{} + 0x7c00u : half;  // 65520 and more
   half = magnitude > 0x7f800000u ? u32{} + uint32_t{kHalfNaN} : half;
   return __builtin_convertvector(half | sign, u16);
+#endif
+}
+
+inline u16 to_half_below(f32 x) {  // the largest that is not above x
+#if defined(__AVX512F__)
+  return u16(_mm512_cvtps_ph(__m512(x), _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC));
+#else
+  const u16 half = to_half(x);
+  const u32 bits = widen(half), next = (bits & 0x8000u) != 0 ? bits + 1u : bits - 1u;
+  return __builtin_convertvector(from_half(half) > x ? next : bits, u16);
 #endif
 }
 
@@ -187,7 +204,7 @@ inline f32 load(const uint8_t* from, int lanes) {
   }
   if constexpr (dtype == kFloat32) return get<f32>(from);
   if constexpr (dtype == kFloat16) return from_half(get<u16>(from));
-  return bits_as<f32>(__builtin_convertvector(get<u16>(from), u32) << 16);
+  return bits_as<f32>(widen(get<u16>(from)) << 16);
 }
 
 template <Dtype dtype>
@@ -232,39 +249,57 @@ inline u8 int8_codes(f32 y) {  // |y| <= 127: added to 1.5 * 2^23, the nearest i
   return narrow(bits_as<u32>(y + 12582912.0f));
 }
 
-inline u8 e4m3_codes(f32 y) {  // |y| <= 448
-  const u32 bits = bits_as<u32>(y), magnitude = bits & 0x7fffffffu;
-  const u32 normal = (magnitude + (0x7ffffu - (120u << 23)) + ((magnitude >> 20) & 1u)) >> 20;
-  const u32 small = bits_as<u32>(bits_as<f32>(magnitude) + 16384.0f);  // below 2^-6 a code counts steps of 2^-9
-  const u32 code = magnitude < (121u << 23) ? small & 0xfu : normal;
-  return narrow(code | (bits >> 24 & 0x80u));
+// |y| <= 448. Added to 1.5 * 2^20 times its own power of two, y loses all but 3 bits of mantissa (below 2^-6: all but
+// steps of 2^-9); times 2^-120 its exponent is e4m3's.
+inline u8 e4m3_codes(f32 y) {
+  const u32 power = bits_as<u32>(y) & 0x7f800000u, least = u32{} + (121u << 23);
+  const f32 magic = bits_as<f32>(larger(power, least) + ((20u << 23) + 0x400000u));
+  const u32 bits = bits_as<u32>(((y + magic) - magic) * 0x1p-120f);
+  return narrow(bits >> 20 | (bits_as<u32>(y) >> 24 & 0x80u));  // y's own sign: -0 is told from 0
 }
 
-template <Dtype dtype, Wire wire, int kDim>
-inline void encode_head(const uint8_t* from, int dim, uint8_t* codes, uint16_t* scale) {
-  constexpr int item = dtype == kFloat32 ? 4 : 2;
+// Several heads at a time, so that their chains of dependent steps overlap.
+template <Dtype dtype, Wire wire, int kDim, int kHeads>
+inline void encode_heads(const uint8_t* from, int dim, uint8_t* codes, uint16_t* scales) {
+  constexpr int item = dtype == kFloat32 ? 4 : 2, kVectors = (kDim ? kDim : kMaxDim) / kLanes;
   constexpr float steps = wire == kInt8 ? 127.0f : 448.0f;
   dim = kDim ? kDim : dim;
-  f32 x[(kDim ? kDim : kMaxDim) / kLanes];
-  u32 most{};
+  f32 x[kHeads][kVectors];
+  u32 most[kHeads] = {};
+#pragma GCC unroll 4
+  for (int h = 0; h < kHeads; ++h) {
 #pragma GCC unroll 16
-  for (int i = 0, v = 0; i < dim; i += kLanes, ++v) {
-    x[v] = load<dtype>(from + i * item, dim - i < kLanes ? dim - i : kLanes);
-    most = larger(most, bits_as<u32>(x[v]) & 0x7fffffffu);
+    for (int i = 0, v = 0; i < dim; i += kLanes, ++v) {
+      x[h][v] = load<dtype>(from + (h * dim + i) * item, dim - i < kLanes ? dim - i : kLanes);
+      most[h] = larger(most[h], bits_as<u32>(x[h][v]) & 0x7fffffffu);
+    }
   }
-  const uint32_t magnitude = largest_lane(most);
-  if (magnitude >= 0x7f800000u) {
-    *scale = kHalfNaN;
-    memset(codes, 0, dim);
-    return;
+  float by[kHeads];
+  uint32_t broken = 0;
+#pragma GCC unroll 4
+  for (int h = 0; h < kHeads; ++h) {
+    const uint32_t magnitude = largest_lane(most[h]);
+    const float wanted = bits_as<float>(magnitude) * (1.0f / steps);
+    const uint16_t scale = to_half(wanted < kHalfMax ? wanted : kHalfMax);
+    scales[h] = scale;
+    by[h] = scale ? 1.0f / from_half(scale) : 0.0f;
+    broken |= uint32_t{magnitude >= 0x7f800000u} << h;
   }
-  const float wanted = bits_as<float>(magnitude) * (1.0f / steps);
-  *scale = to_half(wanted < kHalfMax ? wanted : kHalfMax);
-  const float by = *scale ? 1.0f / from_half(*scale) : 0.0f;
+#pragma GCC unroll 4
+  for (int h = 0; h < kHeads; ++h) {
 #pragma GCC unroll 16
-  for (int i = 0, v = 0; i < dim; i += kLanes, ++v) {
-    const f32 y = larger(smaller(x[v] * by, all(steps)), all(-steps));
-    store_codes(codes + i, wire == kInt8 ? int8_codes(y) : e4m3_codes(y), dim - i < kLanes ? dim - i : kLanes);
+    for (int i = 0, v = 0; i < dim; i += kLanes, ++v) {
+      const f32 y = larger(smaller(x[h][v] * by[h], all(steps)), all(-steps));
+      const u8 code = wire == kInt8 ? int8_codes(y) : e4m3_codes(y);
+      store_codes(codes + h * dim + i, code, dim - i < kLanes ? dim - i : kLanes);
+    }
+  }
+  if (__builtin_expect(broken, 0)) {
+    for (int h = 0; h < kHeads; ++h) {
+      if (!(broken >> h & 1)) continue;
+      scales[h] = kHalfNaN;
+      memset(codes + h * dim, 0, dim);
+    }
   }
 }
 
@@ -321,23 +356,27 @@ inline int log2_of(int size) { return __builtin_ctz(size); }
 inline float half_to_the(int n) { return bits_as<float>(uint32_t(127 - n) << 23); }
 inline int int4_group(int dim) { return (dim & -dim) < kGroup ? dim & -dim : kGroup; }
 
-struct Steps {  // how the values of a group become codes
-  f32 low, by;
+struct Steps {  // how the values of a group become codes: of four groups, each in a quarter of the lanes
+  float low[kLanes], by[kLanes];
   u16 minimum, scale;
 };
 
-inline Steps steps_of(f32 low, f32 high) {
+// From the least and the largest of a group before they are multiplied by `unit`, a power of two; `low` and `by` are
+// for such values too. `broken` becomes NaN if minimum or scale is not finite.
+inline Steps steps_of(f32 low, f32 high, float unit, f32& broken) {
   Steps steps;
-  steps.minimum = to_half(low + 0.0f);  // no -0, which a minimum keeps or not
-  steps.low = from_half(steps.minimum);
-  steps.scale = to_half(larger(high - steps.low, f32{}) * kFifteenth + 0x1p-24f);
-  steps.by = 1.0f / from_half(steps.scale);
+  steps.minimum = to_half_below(low * unit + 0.0f);  // no -0, which a minimum keeps or not
+  const f32 minimum = from_half(steps.minimum);
+  steps.scale = to_half(larger(high * unit - minimum, f32{}) * kFifteenth + 0x1p-24f);
+  const f32 scale = from_half(steps.scale);
+  broken = exact_fma(minimum, f32{}, exact_fma(scale, f32{}, broken));
+  set(steps.low, minimum * (1.0f / unit));
+  set(steps.by, (1.0f / scale) * unit);
   return steps;
 }
 
-inline bool finite_half(uint16_t half) { return (half & 0x7c00) != 0x7c00; }
-
-inline u32 int4_codes(f32 x, f32 low, f32 by) { return bits_as<u32>(larger((x - low) * by, f32{}) + 12582912.0f); }
+// In the low bits, 0 to 15: x is at least `low`.
+inline u32 int4_codes(f32 x, float low, float by) { return bits_as<u32>((x - low) * by + 12582912.0f); }
 
 // Quarter g of the result: quarters of the least (largest) of the 16 lanes of m[g].
 template <f32 (*best)(f32, f32)>
@@ -352,82 +391,84 @@ inline f32 reduce_four(const f32 (&m)[4]) {
   return best(d, __builtin_shuffle(d, lane ^ 1));
 }
 
-template <int quarter>
-inline f32 spread(f32 x) {
-  return __builtin_shuffle(x, i32{0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3} + 4 * quarter);
+// Whatever the vectors of a head, `group` of theirs at a time: for head sizes that 32 does not divide.
+inline void encode_groups(const f32* x, int dim, float unit, uint8_t* codes, uint16_t* scales, uint16_t* minima, f32& broken) {
+  const int group = int4_group(dim);
+  float flat[kMaxDim];
+  memcpy(flat, x, sizeof(float) * dim);
+  for (int at = 0; at < dim; at += group, ++scales, ++minima) {
+    float low = flat[at], high = low;
+    for (int i = at + 1; i < at + group; ++i) low = flat[i] < low ? flat[i] : low, high = flat[i] > high ? flat[i] : high;
+    const Steps steps = steps_of(all(low), all(high), unit, broken);
+    *scales = steps.scale[0], *minima = steps.minimum[0];
+    for (int i = at; i < at + group; ++i) {
+      flat[i] = bits_as<float>(uint32_t(int4_codes(all(flat[i]), steps.low[0], steps.by[0])[0]));
+    }
+  }
+  for (int i = 0; i < dim / 2; ++i) {
+    codes[i] = uint8_t(bits_as<uint32_t>(flat[i]) + (bits_as<uint32_t>(flat[i + dim / 2]) << 4));
+  }
 }
 
-inline f32 spread(f32 x, int quarter) {
-  return quarter == 0 ? spread<0>(x) : quarter == 1 ? spread<1>(x) : quarter == 2 ? spread<2>(x) : spread<3>(x);
-}
-
-template <Dtype dtype, int kDim>
+template <Dtype dtype, int kDim, int kHeads>
 inline void encode_int4(const uint8_t* from, int dim, uint8_t* codes, uint16_t* scales, uint16_t* minima) {
   constexpr int item = dtype == kFloat32 ? 4 : 2, kVectors = (kDim ? kDim : kMaxDim) / kLanes;
   dim = kDim ? kDim : dim;
-  const int vectors = (dim + kLanes - 1) / kLanes, size = dim & -dim, group = int4_group(dim), groups = dim / group;
-  f32 x[kVectors], broken{};
+  const int vectors = (dim + kLanes - 1) / kLanes, size = dim & -dim, groups = dim / int4_group(dim);
+  f32 x[kHeads][kVectors], broken{};
+#pragma GCC unroll 4
+  for (int h = 0; h < kHeads; ++h) {
 #pragma GCC unroll 8
-  for (int v = 0; v < vectors; ++v) {
-    const int lanes = dim - v * kLanes;
-    x[v] = load<dtype>(from + v * kLanes * item, lanes < kLanes ? lanes : kLanes);
+    for (int v = 0; v < vectors; ++v) {
+      const int at = v * kLanes, lanes = dim - at < kLanes ? dim - at : kLanes;
+      x[h][v] = load<dtype>(from + (h * dim + at) * item, lanes);
+    }
+    rotate(x[h], vectors, size);
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; ++v) broken = exact_fma(x[h][v], f32{}, broken);  // NaN once a value is not finite
   }
-  rotate(x, vectors, size);
   const float unit = half_to_the(log2_of(size) / 2);
-#pragma GCC unroll 8
-  for (int v = 0; v < vectors; ++v) {
-    x[v] = x[v] * unit;
-    broken = exact_fma(x[v], f32{}, broken);  // NaN once a value is not finite
-  }
-  bool bad = !all_zero(broken);
-  if (group == kGroup) {  // each vector lies in one group
-    Steps steps[(kVectors + 7) / 8];
+  if (int4_group(dim) == kGroup) {  // a vector lies in one group; four groups at a time, of any heads
+    Steps steps[(kHeads * kVectors + 7) / 8];
 #pragma GCC unroll 2
-    for (int four = 0; four * 4 < groups; ++four) {
+    for (int four = 0; four * 4 < kHeads * groups; ++four) {
       f32 low[4], high[4];
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
-        const int g = four * 4 + i < groups ? four * 4 + i : groups - 1;
-        low[i] = smaller(x[2 * g], x[2 * g + 1]), high[i] = larger(x[2 * g], x[2 * g + 1]);
+        const int at = four * 4 + i, g = at < kHeads * groups ? at : kHeads * groups - 1;
+        const f32 *const pair = &x[g / groups][g % groups * 2];
+        low[i] = smaller(pair[0], pair[1]), high[i] = larger(pair[0], pair[1]);
       }
-      steps[four] = steps_of(reduce_four<smaller>(low), reduce_four<larger>(high));
-    }
-#pragma GCC unroll 4
-    for (int g = 0; g < groups; ++g) {
-      scales[g] = steps[g / 4].scale[g % 4 * 4], minima[g] = steps[g / 4].minimum[g % 4 * 4];
-      bad |= !finite_half(scales[g]) || !finite_half(minima[g]);
+      steps[four] = steps_of(reduce_four<smaller>(low), reduce_four<larger>(high), unit, broken);
     }
 #pragma GCC unroll 8
-    for (int v = 0; v < vectors / 2; ++v) {
-      const int w = v + vectors / 2;
-      const Steps &a = steps[v / 8], &b = steps[w / 8];
-      const u32 first = int4_codes(x[v], spread(a.low, v / 2 % 4), spread(a.by, v / 2 % 4));
-      const u32 second = int4_codes(x[w], spread(b.low, w / 2 % 4), spread(b.by, w / 2 % 4));
-      set(codes + v * kLanes, narrow(first + (second << 4)));
+    for (int g = 0; g < kHeads * groups; ++g) {
+      scales[g] = steps[g / 4].scale[g % 4 * 4], minima[g] = steps[g / 4].minimum[g % 4 * 4];
+    }
+#pragma GCC unroll 4
+    for (int h = 0; h < kHeads; ++h) {
+#pragma GCC unroll 8
+      for (int v = 0; v < vectors / 2; ++v) {
+        const int w = v + vectors / 2, g = h * groups + v / 2, k = h * groups + w / 2;
+        const u32 first = int4_codes(x[h][v], steps[g / 4].low[g % 4 * 4], steps[g / 4].by[g % 4 * 4]);
+        const u32 second = int4_codes(x[h][w], steps[k / 4].low[k % 4 * 4], steps[k / 4].by[k % 4 * 4]);
+        set(codes + h * dim / 2 + v * kLanes, narrow(first + (second << 4)));
+      }
     }
   } else {
-    float flat[kVectors * kLanes];
-    memcpy(flat, x, sizeof(f32) * vectors);
-    for (int g = 0; g < groups; ++g) {
-      float low = flat[g * group], high = low;
-      for (int i = 1; i < group; ++i) {
-        const float one = flat[g * group + i];
-        low = one < low ? one : low, high = one > high ? one : high;
-      }
-      const Steps steps = steps_of(all(low), all(high));
-      scales[g] = steps.scale[0], minima[g] = steps.minimum[0];
-      bad |= !finite_half(scales[g]) || !finite_half(minima[g]);
-      for (int i = g * group; i < (g + 1) * group; ++i) {
-        flat[i] = bits_as<float>(int4_codes(all(flat[i]), steps.low, steps.by)[0]);
-      }
-    }
-    for (int i = 0; i < dim / 2; ++i) {
-      codes[i] = uint8_t(bits_as<uint32_t>(flat[i]) + (bits_as<uint32_t>(flat[i + dim / 2]) << 4));
+    for (int h = 0; h < kHeads; ++h) {
+      encode_groups(x[h], dim, unit, codes + h * dim / 2, scales + h * groups, minima + h * groups, broken);
     }
   }
-  if (bad) {
-    for (int g = 0; g < groups; ++g) scales[g] = minima[g] = kHalfNaN;
-    memset(codes, 0, dim / 2);
+  if (__builtin_expect(!all_zero(broken), 0)) {
+    for (int h = 0; h < kHeads; ++h, scales += groups, minima += groups, codes += dim / 2) {
+      bool bad = false;
+      for (int v = 0; v < vectors; ++v) bad |= !all_zero(x[h][v] * 0.0f);
+      for (int g = 0; g < groups; ++g) bad |= (scales[g] & 0x7c00) == 0x7c00 || (minima[g] & 0x7c00) == 0x7c00;
+      if (!bad) continue;
+      for (int g = 0; g < groups; ++g) scales[g] = minima[g] = kHalfNaN;
+      memset(codes, 0, dim / 2);
+    }
   }
 }
 
@@ -506,9 +547,46 @@ inline void copy_row(uint8_t* to, const uint8_t* from, int64_t bytes, bool strea
   memcpy(to, from, bytes);
 }
 
-inline void expect(const uint8_t* row, int64_t bytes, bool written) {
-  for (int64_t i = 0; i < bytes; i += 64) written ? __builtin_prefetch(row + i, 1) : __builtin_prefetch(row + i, 0);
+inline void expect(const uint8_t* from, int64_t bytes, bool written) {
+  for (int64_t i = 0; i < bytes; i += 64) written ? __builtin_prefetch(from + i, 1) : __builtin_prefetch(from + i, 0);
 }
+
+// One row of one side, and where its parts stand in the sections.
+template <Dtype dtype, Wire wire, int kDim, bool kPack>
+struct Row {
+  static constexpr int item = dtype == kFloat32 ? 4 : 2;
+  uint8_t* values;
+  uint8_t* codes;
+  uint16_t* scales;
+  uint16_t* minima;
+  int dim, groups, heads;
+  int64_t next;  // bytes to the row that comes after this one, to be expected; 0 when the processor does by itself
+
+  template <int kHeads>
+  void move() {  // kHeads heads at a time while there are so many, then fewer
+    for (; heads >= kHeads; heads -= kHeads) {
+      if (next) expect(values + next, kHeads * dim * item, !kPack);
+      if constexpr (wire == kInt4 && kPack) {
+        encode_int4<dtype, kDim, kHeads>(values, dim, codes, scales, minima);
+      } else if constexpr (kPack) {
+        encode_heads<dtype, wire, kDim, kHeads>(values, dim, codes, scales);
+      } else {
+        for (int h = 0; h < kHeads; ++h) {
+          uint8_t* const to = values + h * dim * item;
+          if constexpr (wire == kInt4) {
+            const int at = h * groups;
+            decode_int4<dtype, kDim>(codes + h * dim / 2, scales + at, minima + at, dim, to);
+          } else {
+            decode_head<dtype, wire, kDim>(codes + h * dim, scales[h], dim, to);
+          }
+        }
+      }
+      values += kHeads * dim * item, codes += kHeads * dim / (wire == kInt4 ? 2 : 1);
+      scales += kHeads * groups, minima += kHeads * groups;
+    }
+    if constexpr (kHeads > 1) move<kHeads - 1>();
+  }
+};
 
 template <Dtype dtype, Wire wire, int kDim, bool kPack>
 void move_rows(const PdtrimSide& side, const PdtrimShape& shape, int64_t first, int64_t last, bool stream) {
@@ -518,33 +596,16 @@ void move_rows(const PdtrimSide& side, const PdtrimShape& shape, int64_t first, 
   const int groups = wire == kInt4 ? dim / int4_group(dim) : 1;
   for (int64_t r = first; r < last; ++r) {
     uint8_t* const row = side.pool + side.slots[r] * side.stride;
-    if (r + kAhead < last && side.slots[r + kAhead] != side.slots[r + kAhead - 1] + 1) {
-      expect(side.pool + side.slots[r + kAhead] * side.stride, row_bytes, !kPack);
-    }
+    const int64_t step = r + 1 < last ? side.slots[r + 1] - side.slots[r] : 1, next = step == 1 ? 0 : step * side.stride;
     if constexpr (wire == kNative) {
       uint8_t* const packed = side.codes + r * row_bytes;
+      if (next) expect(row + next, row_bytes, !kPack);
       kPack ? copy_row(packed, row, row_bytes, stream) : copy_row(row, packed, row_bytes, stream);
-      continue;
-    }
-    for (int h = 0; h < heads; ++h) {
-      const int64_t at = r * heads + h;
-      uint8_t* const values = row + h * dim * item;
-      uint8_t* const codes = side.codes + (wire == kInt4 ? at * dim / 2 : at * dim);
-      uint16_t* const scales = side.scales + at * groups;
-      if constexpr (wire == kInt4) {
-        uint16_t* const minima = side.minima + at * groups;
-        if constexpr (kPack) {
-          encode_int4<dtype, kDim>(values, dim, codes, scales, minima);
-        } else {
-          decode_int4<dtype, kDim>(codes, scales, minima, dim, values);
-        }
-      } else if constexpr (wire != kNative) {
-        if constexpr (kPack) {
-          encode_head<dtype, wire, kDim>(values, dim, codes, scales);
-        } else {
-          decode_head<dtype, wire, kDim>(codes, *scales, dim, values);
-        }
-      }
+    } else {
+      const int64_t at = r * heads;
+      uint8_t* const codes = side.codes + at * dim / (wire == kInt4 ? 2 : 1);
+      Row<dtype, wire, kDim, kPack>{row, codes, side.scales + at * groups, side.minima + at * groups, dim, groups, heads, next}
+          .template move<kDim == 128 ? 2 : kDim == 64 ? 4 : 1>();
     }
   }
 }
