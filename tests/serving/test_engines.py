@@ -1,0 +1,113 @@
+"""Which executor computes a stage: found in the bundle, told to the worker, refused in one sentence."""
+
+import json
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from pdtrim_deploy.bundle import Bundle, Manifest
+from pdtrim_deploy.cli import main, options
+from pdtrim_deploy.engine import TargetResult
+from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.plan import ModelShape, PDPlan
+from pdtrim_deploy.serving import ClusterSpec, Engine, Executors, WorkerOptions, commands
+from pdtrim_deploy.serving.engines import find_engine
+
+PYTHON = Path("/serve/bin/python")
+
+
+def make(folder, kv_dtype="float32", failures=None, **engines):
+    """A bundle as far as engines are concerned; `onnx_prefill="float16"` is an engine in float16."""
+    shape = {"architecture": "X", "fingerprint": "f", "num_blocks": 1, "num_kv_heads": 1, "head_dim": 8}
+    plan = PDPlan.dense(ModelShape(**shape, kv_dtype=kv_dtype))
+    built = {}
+    for name, dtype in engines.items():
+        target, stage = name.split("_")
+        facts = {"target": target, "stage": stage, "status": "built", "dtype": dtype, "plan_digest": plan.digest}
+        built[f"engines/{target}/{stage}"] = TargetResult(**facts)
+    manifest = Manifest(
+        recipe_digest="r", plan_digest=plan.digest, seed=0, versions={}, steps={}, files={}, engines=built,
+        failures=failures or {},
+    )  # fmt: skip
+    return Bundle(folder, plan, None, manifest)
+
+
+def test_the_engine_of_a_stage_is_found_and_torch_needs_none(tmp_path):
+    bundle = make(tmp_path, onnx_prefill="float32", onnx_decode="float32")
+    found = find_engine(bundle, "decode", "onnxruntime", "cpu")
+    assert found == Engine("onnxruntime", "decode", tmp_path / "engines" / "onnx" / "decode")
+    assert find_engine(bundle, "decode", "torch", "cuda") is None
+
+
+@pytest.mark.parametrize(
+    ("bundle", "executor", "device", "sentence"),
+    [
+        ({}, "onnxruntime", "cpu", "no prefill engine for target onnx, the targets built are none; add `onnx:`"),
+        ({"failures": {"onnx": "boom"}}, "onnxruntime", "cpu", r"could not be built \(boom\)"),
+        ({"onnx_prefill": "float32"}, "onnxruntime", "cuda", "executor onnxruntime runs on cpu, the workers on cuda"),
+        ({"onnx_prefill": "float32"}, "tensorrt", "cpu", "executor tensorrt runs on cuda, the workers on cpu"),
+        ({"onnx_prefill": "float32"}, "tvm", "cpu", "executor 'tvm' is unknown; use torch, onnxruntime, tensorrt"),
+        (
+            {"onnx_prefill": "float32", "kv_dtype": "bfloat16"}, "onnxruntime", "cpu",
+            "onnxruntime computes in float32, the bundle in bfloat16",
+        ),
+        ({"onnx_prefill": "float16"}, "onnxruntime", "cpu", "an engine in float16, the bundle is in float32"),
+    ],
+)  # fmt: skip
+def test_what_cannot_run_is_refused_before_anything_starts(tmp_path, bundle, executor, device, sentence):
+    with pytest.raises(UserError, match=sentence):
+        find_engine(make(tmp_path, **bundle), "prefill", executor, device)
+
+
+def test_the_worker_is_told_its_model_class_and_engine(tmp_path):
+    engine = Engine("onnxruntime", "decode", tmp_path)
+    options = WorkerOptions(device="cpu")
+    spec = ClusterSpec.on_loopback(Path("m"), Path("m"), options=options, engines={"decode": engine, "prefill": None})
+    assert [worker.executor for worker in spec.workers] == ["torch", "onnxruntime"]
+    for worker in spec.workers:
+        command = commands.worker_command(PYTHON, worker, 2)
+        env = commands.worker_environment(PYTHON, worker, 2, tmp_path)
+        assert ("--json-model-override-args" in command) == (worker.stage == "decode")
+        assert env.get("SGLANG_EXTERNAL_MODEL_PACKAGE") == (
+            "pdtrim_sglang.models" if worker.stage == "decode" else None
+        )
+    said = json.loads(command[command.index("--json-model-override-args") + 1])
+    assert said["architectures"] == ["PDTrimStageForCausalLM"]
+    assert said["pdtrim_engine"] == {"executor": "onnxruntime", "stage": "decode", "path": str(tmp_path.resolve())}
+
+
+@pytest.mark.parametrize(
+    ("given", "chosen"),
+    [
+        ([], None),
+        (["--executor", "onnxruntime"], Executors("onnxruntime", "onnxruntime")),
+        (["--prefill-executor", "tensorrt"], Executors("tensorrt", "torch")),
+        (["--executor", "onnxruntime", "--decode-executor", "torch"], Executors("onnxruntime", "torch")),
+    ],
+)
+def test_the_options_name_one_executor_or_one_a_stage(given, chosen):
+    seen = []
+
+    @click.command()
+    @options.executors
+    def command(executors):
+        seen.append(executors)
+
+    assert CliRunner().invoke(command, given).exit_code == 0
+    assert seen == [chosen]
+
+
+@pytest.mark.parametrize(
+    ("executor", "sentence"),
+    [
+        ("tvm", "'tvm' is not one of 'torch', 'onnxruntime', 'tensorrt'"),
+        ("onnxruntime", "http://127.0.0.1:1 runs already"),
+    ],
+)
+def test_an_unknown_executor_and_one_for_a_running_pair_are_code_2(executor, sentence, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["loadtest", "http://127.0.0.1:1", "--executor", executor])
+    assert stopped.value.code == 2
+    assert sentence in capsys.readouterr().err
