@@ -38,10 +38,11 @@ def demo(
     """Build, judge, serve, check and load RECIPE beside dense.
 
     The figures are written to OUT/report/metrics.json.
-    Exit code 1 when the served pair is not what the plan says, or a request failed.
+    Exit code 1 when the served pair is not what the plan says, a request failed, or an engine could not be built.
     """
     from rich.console import Console
 
+    from pdtrim_deploy.bundle import Bundle
     from pdtrim_deploy.cli.progress import Progress
     from pdtrim_deploy.demo import Demo
     from pdtrim_deploy.loadtest import LoadSpec
@@ -57,6 +58,7 @@ def demo(
         Console().print(metrics_table(metrics))
         Console().print(load_table({name: figures.detail for name, figures in metrics.load.items()}))
         click.echo(f"written to {out / 'report' / 'metrics.json'} by: {command}")
-    for problem in metrics.problems:
+    problems = [*metrics.problems, *Bundle.open(out / "pruned").manifest.failures.values()]
+    for problem in problems:
         click.echo(f"problem: {problem}", err=True)
-    raise SystemExit(1 if metrics.problems else 0)
+    raise SystemExit(1 if problems else 0)

@@ -18,7 +18,7 @@ from pdtrim_builders.graph.stage import StageModel, read_stage
 from pdtrim_builders.prompts import PROMPTS
 from pdtrim_builders.targets.tensorrt_llm.checkpoint import check_split, write_checkpoint
 from pdtrim_builders.targets.tensorrt_llm.quantised import check_quantised, write_quantised
-from pdtrim_builders.targets.tensorrt_llm.serving import Serving, same_layers, write_serving
+from pdtrim_builders.targets.tensorrt_llm.serving import HF_FP8, Serving, same_layers, write_serving
 from pdtrim_deploy.errors import UserError
 
 
@@ -75,6 +75,8 @@ def build(stage_dir: Path, out_dir: Path, options: Options) -> TargetResult:
             "its transceiver pairs layers by number and the stages differ in layers: in disaggregated.yaml's set-up "
             "both servers run the decode model"
         )
+    if options.quantisation == "fp8" and "1.3" in options.versions:
+        limits.append(f"{HF_FP8} is for serving engines: plain transformers takes its codes for weights")
     if options.quantisation == "int8" and "1.3" in options.versions:
         limits.append("int8 is written for 1.2 only: the 1.3 commands serve the stage's own checkpoint, not quantised")
     return TargetResult(
