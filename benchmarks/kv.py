@@ -38,11 +38,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--reductions", type=float, nargs="+", default=[2, 3, 4.95, 8, 12])
-    parser.add_argument("--calibration", type=int, default=16, help="sequences that choose")
-    parser.add_argument("--sequences", type=int, default=24, help="judged for perplexity")
-    parser.add_argument("--questions", type=int, default=100, help="of choice")
+    parser.add_argument("--calibration", type=int, default=8, help="sequences that choose")
+    parser.add_argument("--sequences", type=int, default=16, help="judged for perplexity")
+    parser.add_argument("--questions", type=int, default=80, help="of choice")
     parser.add_argument("--needles", type=int, default=3, help="at each of ten depths")
-    parser.add_argument("--random-seeds", type=int, default=3)
+    parser.add_argument("--random-seeds", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
     started = time.monotonic()
@@ -113,9 +113,10 @@ def _figures(row: Row, plan: PDPlan, prompt: int, found: dict[str, tuple[Measure
         "reduction_by_prompt": {group: plan.reduction(int(group)) for group in ratios},
         "choice": answers.mean("accuracy_norm"),
         "choice_loss": answers.against(dense_answers, "right_nll").mean,
-        "needle": needles.mean("choice"),
-        "needle_exact": needles.mean("exact"),
-        "needle_by_depth": needles.by_group("choice"),
+        "choice_loss_stderr": answers.against(dense_answers, "right_nll").stderr,
+        "needle": needles.mean("exact"),
+        "needle_choice": needles.mean("choice"),
+        "needle_by_depth": needles.by_group("exact"),
         "agreement": greedy.mean("top1"),
         "agreement_prefix": greedy.mean("prefix"),
         "sends": [send.model_dump() for send in row.sends],

@@ -68,8 +68,8 @@ class ByBudget:
         return search.within(int(dense / self.reduction)).sends
 
 
-def budget_search(problem: Problem, options: tuple[KVSend, ...], progress: Progress) -> BudgetSearch:
+def budget_search(problem: Problem, options: tuple[KVSend, ...], progress: Progress, rounds: int = 2) -> BudgetSearch:
     """A search whose costs are bytes at the problem's prompt length."""
     plan, tokens = problem.oracle.plan, problem.prompt_tokens
     of_option = [plan.with_kv((option,) * problem.layers).layer_bytes(0, tokens) for option in options]
-    return BudgetSearch(Measure(problem, options, progress), np.tile(of_option, (problem.layers, 1)), progress)
+    return BudgetSearch(Measure(problem, options, progress), np.tile(of_option, (problem.layers, 1)), progress, rounds)
