@@ -76,12 +76,21 @@ def _print(result: Any) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"Logprobs, served against oracle (tolerance {result.tolerance:g} nats)", title_justify="left")
-    for column in ("prompts", "number", "largest difference"):
+    table = Table(
+        title=f"Logprobs, served against oracle; allowed: {result.allowed.worst:.1e} nats on the worst prompt, "
+        f"{result.allowed.typical:.1e} on the median of the long ones",
+        title_justify="left",
+    )
+    for column in ("prompts", "number", "largest difference", "rounding alone"):
         table.add_column(column, justify="left" if column == "prompts" else "right")
     for group in dict.fromkeys(row.group for row in result.rows):
-        errors = [row.error for row in result.rows if row.group == group]
-        table.add_row(group, str(len(errors)), f"{max(errors):.1e}")
+        rows = [row for row in result.rows if row.group == group]
+        largest = (max(getattr(row, name) for row in rows) for name in ("error", "sensitivity"))
+        table.add_row(group, str(len(rows)), *(f"{value:.1e}" for value in largest))
     for name, seen in result.controls_detected.items():
-        table.add_row(f"control: {name}", "", f"{result.controls[name]:.1e} {'told apart' if seen else 'NOT SEEN'}")
-    Console().print(table)
+        size = result.control_sizes[name]
+        table.add_row(f"wrong plan: {name}", "", f"{size.worst:.1e} {'told apart' if seen else 'NOT SEEN'}")
+    console = Console()
+    console.print(table)
+    for problem in result.problems:
+        console.print(f"FAILED: {problem}", highlight=False)

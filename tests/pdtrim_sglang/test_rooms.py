@@ -65,6 +65,31 @@ def test_chunks_in_order_fill_pool_and_aux_row(plan, source, target, aux):
     assert not target.values[1][there[2:8]].any()
 
 
+def test_layers_of_other_sizes_and_wire_dtypes_arrive_each_by_its_own_rule(aux):
+    shape = ModelShape(architecture="X", fingerprint="f", num_blocks=6, num_kv_heads=2, head_dim=64, kv_dtype="float32")
+    rules = [("native", 2, 3), ("int8", 1, 6), ("fp8", 0, 4), ("int4", 5, 0), ("int4", 0, 0), ("int8", 9, 9)]
+    kv = (KVSend(mode="sparse" if n + m else "full", n_first=n, n_last=m, wire_dtype=w) for w, n, m in rules)
+    plan = PDPlan.dense(shape).with_kv(tuple(kv))
+    source, target = (
+        PoolView(*([fill(64, 2, 64) for _ in range(6)] for _ in range(2)), PAGE) for fill in (torch.randn, torch.zeros)
+    )
+    room = DecodeRoom(5, TOKENS, 0, target.slots((9, 1, 4), TOKENS), 1)
+    sent = 0
+    for start, stop in ((0, 4), (4, 8), (8, TOKENS)):
+        header, payload = send(plan, source, start, stop)
+        sent += len(payload)
+        assert room.take(plan, target, aux, header, payload, memoryview(bytes(12))) == ""
+    assert sent == plan.payload_bytes(TOKENS)
+    here, there = source.slots((3, 7, 2), TOKENS), target.slots((9, 1, 4), TOKENS)
+    for layer, (rule, bound) in enumerate(zip(plan.kv, (0, 0.02, 0.2, 0.5, 0.5, 0.02), strict=True)):
+        held = torch.zeros(64, dtype=torch.bool)
+        held[there[torch.cat([torch.arange(*span) for span in rule.row_ranges(TOKENS)])]] = True
+        for got, had in ((target.keys[layer], source.keys[layer]), (target.values[layer], source.values[layer])):
+            assert not got[~held].any()
+            error = (got[there] - had[here])[held[there]].abs().max()
+            assert error == 0 if rule.wire_dtype == "native" else 0 < error < bound
+
+
 @pytest.mark.parametrize(
     ("chunk", "changes", "reason"),
     [

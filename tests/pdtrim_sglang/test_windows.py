@@ -3,7 +3,9 @@
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from pdtrim_sglang.attention.windows import Window, compact_table
+from pdtrim_sglang.attention.windows import Window, compact_table, layer_windows
+
+from pdtrim_deploy.plan import KVSend, ModelShape, PDPlan
 
 
 @given(
@@ -26,3 +28,10 @@ def test_each_request_sees_exactly_first_last_and_generated(requests, first, las
             if p < first or p >= prompt - last or first + last >= prompt
         ]
         assert slots[i, : kept[i]].tolist() == expected
+
+
+def test_each_sparse_layer_has_its_own_window():
+    shape = ModelShape(architecture="X", fingerprint="f", num_blocks=4, num_kv_heads=1, head_dim=4, kv_dtype="float32")
+    sparse = [KVSend(mode="sparse", n_first=n, n_last=m, wire_dtype=w) for n, m, w in ((0, 9, "int4"), (3, 0, "fp8"))]
+    plan = PDPlan.dense(shape).with_kv((sparse[0], KVSend(wire_dtype="int8"), sparse[1], sparse[0]))
+    assert layer_windows(plan) == {0: Window(0, 9), 2: Window(3, 0), 3: Window(0, 9)}

@@ -1,0 +1,30 @@
+"""Wrong plans: what a server that got one thing wrong would compute."""
+
+from __future__ import annotations
+
+from pdtrim_deploy.plan import KVSend, PDPlan
+
+Sends = tuple[KVSend, ...]
+
+
+def controls(plan: PDPlan, prompt_tokens: int) -> dict[str, Sends]:
+    """KV rules by name that a right comparison tells apart from the plan's; the names depend on the plan alone."""
+    found = {}
+    if any(send.mode == "sparse" for send in plan.kv):
+        found["dense plan"] = tuple(KVSend(wire_dtype=send.wire_dtype) for send in plan.kv)
+        for side in ("n_first", "n_last"):
+            found[f"{side} - 1"] = tuple(_less(send, side) for send in plan.kv)
+    else:
+        short = max(1, prompt_tokens - 1)
+        for name, first, last in (("first row missing", 0, short), ("last row missing", short, 0)):
+            cut = KVSend(mode="sparse", n_first=first, n_last=last)
+            found[name] = tuple(cut.model_copy(update={"wire_dtype": send.wire_dtype}) for send in plan.kv)
+    found["native on the wire"] = tuple(send.model_copy(update={"wire_dtype": "native"}) for send in plan.kv)
+    found["rules one layer off"] = plan.kv[-1:] + plan.kv[:-1]
+    return {name: kv for name, kv in found.items() if kv != plan.kv}
+
+
+def _less(send: KVSend, side: str) -> KVSend:
+    """One row less at one side, where that leaves a row."""
+    size = getattr(send, side)
+    return send.model_copy(update={side: size - 1}) if size and send.n_first + send.n_last > 1 else send

@@ -1,0 +1,127 @@
+"""The judge of served logprobs: it passes right programs, whatever the wire dtype, and no wrong one."""
+
+import pytest
+import torch
+from tinypd import BLOCKS, make_oracle, make_plan, text, tiny
+
+from pdtrim_deploy.evaluation.fidelity import check, sensitivity
+from pdtrim_deploy.evaluation.fidelity.cases import Group
+from pdtrim_deploy.evaluation.fidelity.check import FidelityResult, judge
+from pdtrim_deploy.evaluation.fidelity.client import Served
+from pdtrim_deploy.evaluation.fidelity.controls import controls
+from pdtrim_deploy.evaluation.oracle import PrefillState
+from pdtrim_deploy.plan import KVSend
+from pdtrim_deploy.wire import WIRE_DTYPES
+
+GROUP = Group("g", "in turn", ())
+DROPPED = (3,)
+LENGTHS = (5, 130, 140, 150, 133)
+
+
+def sparse(wire, first=3, last=9):
+    return KVSend(mode="sparse", n_first=first, n_last=last, wire_dtype=wire)
+
+
+MIXED = (sparse("int4", 4, 12), KVSend(wire_dtype="int8"), sparse("fp8", 0, 20), sparse("native", 3, 7))
+PLANS = {wire: (sparse(wire),) * 2 + (KVSend(wire_dtype=wire), sparse(wire)) for wire in WIRE_DTYPES} | {
+    "mixed": MIXED,
+    "dense int8": (KVSend(wire_dtype="int8"),) * (BLOCKS - 1),
+}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny("Llama")
+
+
+def oracle_of(model, kv):
+    return make_oracle(model, make_plan(decode=DROPPED, kv=kv))
+
+
+def serve(oracle, kv=None, noise=3e-7):
+    """What a server answers that follows the rules `kv` and whose prompt KV is the oracle's but for rounding."""
+    by, generator = oracle.with_kv(kv) if kv else oracle, torch.Generator().manual_seed(99)
+    served = []
+    for seed, length in enumerate(LENGTHS):
+        prompt, tokens = text(1, length, seed), text(1, 8, 50 + seed)
+        state = oracle.prefill(prompt)
+        keys, values = (
+            tuple(pool * (1 + noise * torch.randn(pool.shape, generator=generator)) for pool in side)
+            for side in (state.keys, state.values)
+        )
+        logprobs = by.score(PrefillState(1, length, keys, values, state.logits), tokens)[0]
+        served.append(
+            (GROUP, Served(tuple(prompt[0].tolist()), tuple(tokens[0].tolist()), tuple(logprobs.tolist()), 0))
+        )
+    return served
+
+
+@pytest.mark.parametrize("kv", PLANS.values(), ids=PLANS)
+def test_a_right_server_passes_and_every_wrong_plan_is_told_apart(model, kv):
+    oracle = oracle_of(model, kv)
+    result = judge(oracle, serve(oracle))
+    assert result.passed, result.problems
+    assert result.requests == len(LENGTHS)
+    assert result.error.worst > 0
+    assert set(result.controls_detected) == set(controls(oracle.plan, 129))
+    assert all(result.controls_detected.values())
+
+
+@pytest.mark.parametrize("kv", PLANS.values(), ids=PLANS)
+def test_a_server_with_a_wrong_plan_fails(model, kv):
+    oracle = oracle_of(model, kv)
+    for name, wrong in controls(oracle.plan, min(LENGTHS)).items():
+        result = judge(oracle, serve(oracle, wrong))
+        assert not result.passed, name
+        assert any("prompt is off by" in problem for problem in result.problems), name
+
+
+def test_what_is_allowed_follows_what_rounding_does(model, monkeypatch):
+    oracle = oracle_of(model, PLANS["native"])
+    assert judge(oracle, serve(oracle)).allowed == check.Size(1e-3, 2.5e-4)
+    monkeypatch.setitem(sensitivity.NOISE, "float32", 1e-2)
+    result = judge(oracle, serve(oracle))
+    assert result.sensitivity.worst > result.sensitivity.typical > 1e-3
+    assert result.allowed.worst == check.FACTOR * result.sensitivity.worst
+    assert result.allowed.typical == check.FACTOR * result.sensitivity.typical
+
+
+def test_a_tolerance_so_high_that_it_proves_nothing_fails_with_a_sentence(model, monkeypatch):
+    monkeypatch.setattr(check, "FACTOR", 1e6)
+    oracle = oracle_of(model, PLANS["int4"])
+    result = judge(oracle, serve(oracle))
+    assert not result.passed
+    assert result.error.worst <= result.allowed.worst
+    assert "the check is blind to the wrong plan 'n_last - 1': it differs by 0.0 times" in "\n".join(result.problems)
+
+
+def test_an_answer_that_is_not_a_number_fails(model):
+    oracle = oracle_of(model, PLANS["native"])
+    (group, first), *others = serve(oracle)
+    broken = Served(first.prompt, first.tokens, (*first.logprobs[:-1], float("nan")), 0)
+    result = judge(oracle, [*others, (group, broken)])
+    assert not result.passed
+    assert any("the worst prompt is off by nan" in problem for problem in result.problems)
+
+
+def test_controls_of_mixed_sizes():
+    plan = make_plan(decode=DROPPED, kv=MIXED)
+    found = controls(plan, 200)
+    assert [(s.n_first, s.n_last) for s in found["n_first - 1"]] == [(3, 12), (0, 0), (0, 20), (2, 7)]
+    assert [(s.n_first, s.n_last) for s in found["n_last - 1"]] == [(4, 11), (0, 0), (0, 19), (3, 6)]
+    assert all(send.wire_dtype == "native" for send in found["native on the wire"])
+    assert found["rules one layer off"] == (MIXED[-1], *MIXED[:-1])
+    uniform = make_plan(kv=(KVSend(),) * BLOCKS)
+    assert set(controls(uniform, 200)) == {"first row missing", "last row missing"}
+
+
+def test_json_holds_the_verdict_and_what_it_rests_on(model):
+    oracle = oracle_of(model, PLANS["fp8"])
+    result = judge(oracle, serve(oracle))
+    data = result.to_json()
+    assert isinstance(result, FidelityResult)
+    assert data["passed"] is True
+    assert data["allowed"] == {"worst": result.allowed.worst, "typical": result.allowed.typical}
+    assert data["sensitivity"]["worst"] == max(row["sensitivity"] for row in data["rows"])
+    assert data["noise"] == 2.0**-20
+    assert data["control_sizes"].keys() == data["controls"].keys()

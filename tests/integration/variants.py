@@ -1,0 +1,60 @@
+"""Bundles that differ from a built one in their KV rules alone: seconds instead of a build."""
+
+import json
+import os
+import shutil
+
+from pdtrim_deploy.bundle import PLAN, RECIPE, Bundle, entries, seal
+from pdtrim_deploy.plan import STAGES, KVSend
+from pdtrim_deploy.wire import WIRE_DTYPES
+
+
+def variant(bundle, kv, folder):
+    """A sealed bundle in `folder` with the stage models of `bundle` (hard links) and the rules `kv`."""
+    plan = bundle.plan.with_kv(tuple(kv))
+    data = plan.model_dump(mode="json")
+    for stage in STAGES:
+        (folder / stage).mkdir(parents=True)
+        for file in bundle.stage_dir(stage).iterdir():
+            if file.name == "config.json":
+                config = json.loads(file.read_text()) | {"pdtrim": data}
+                (folder / stage / file.name).write_text(json.dumps(config))
+            else:
+                os.link(file, folder / stage / file.name)
+    (folder / PLAN).write_text(json.dumps(data))
+    shutil.copy(bundle.path / RECIPE, folder / RECIPE)
+    seal(folder, bundle.manifest.model_copy(update={"plan_digest": plan.digest, "files": entries(folder)}))
+    return Bundle.open(folder)
+
+
+def all_in(wire, bundle):
+    """The rules of `bundle`, all in one wire dtype."""
+    return tuple(send.model_copy(update={"wire_dtype": wire}) for send in bundle.plan.kv)
+
+
+def mixed(bundle):
+    """Sizes and wire dtypes that differ from layer to layer, full layers among them."""
+    sizes = [(4, 64), (1, 96), (8, 24), (16, 128), (0, 80)]
+    return tuple(
+        KVSend(wire_dtype=WIRE_DTYPES[layer // 6 % 4])
+        if layer % 6 == 5
+        else KVSend(
+            mode="sparse",
+            n_first=sizes[layer % 5][0],
+            n_last=sizes[layer % 5][1],
+            wire_dtype=WIRE_DTYPES[layer % 4],
+        )
+        for layer in range(len(bundle.plan.kv))
+    )
+
+
+if (
+    __name__ == "__main__"
+):  # python tests/integration/variants.py BUNDLE OUT: every one of them, for `pdtrim-deploy fidelity`
+    import sys
+    from pathlib import Path
+
+    source, out = Bundle.open(Path(sys.argv[1])), Path(sys.argv[2])
+    for name in WIRE_DTYPES:
+        variant(source, all_in(name, source), out / name)
+    variant(source, mixed(source), out / "mixed")
