@@ -18,6 +18,7 @@ help:  ## list these targets
 
 setup:  ## make .venv/build and .venv/serve from constraints/*.txt, if they do not stand yet
 	@$(PYTHON) tools/environment.py build serve
+	@$(BUILD)/python -m pdtrim_deploy.kvcache.cpu
 
 setup-build:
 	@$(PYTHON) tools/environment.py build

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pdtrim_deploy.kvcache import torch_pack
 from pdtrim_deploy.kvcache.cpu import move
+from pdtrim_deploy.kvcache.cpu.library import library
 from pdtrim_deploy.kvcache.layout import ChunkLayout
 
 
@@ -65,3 +66,8 @@ def unpack(
     """
     if not move.move(layout, packed, keys, values, slots, pack=False):
         torch_pack.unpack(layout, packed, keys, values, slots)
+
+
+def prepare() -> None:
+    """Compile and load now what the first `pack` would wait for: seconds, once a machine."""
+    library()

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pdtrim_deploy.kvcache.pack import prepare
+
 
 @dataclass(frozen=True)
 class PoolView:
@@ -32,6 +34,8 @@ class PoolView:
                 f"pdtrim: needs a plain multi-head KV pool, this worker has {type(pool).__name__}: "
                 "serve a Llama, Mistral, Qwen2 or Qwen3 bundle without KV-layout options"
             )
+        if pool.k_buffer[0].is_cpu:
+            prepare()
         return cls(pool.k_buffer, pool.v_buffer, pool.page_size)
 
     @property
