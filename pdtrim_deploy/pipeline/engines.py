@@ -34,20 +34,20 @@ def build_engine(context: Context, target: str, stage: Stage, asked: Target) -> 
     """
     folder = context.out / engine_folder(target, stage)
     options = asked.model_dump(mode="json", exclude_none=True)
-    if asked.calibrates:
-        options["prompts"] = _calibration_texts(context)
     job = {
         "target": target,
         "stage_dir": str((context.out / stage).absolute()),
         "out_dir": str(folder.absolute()),
         "options": options,
     }
-    context.note(f"building for {target}")
-    with tempfile.TemporaryDirectory(dir=context.out / WORK) as scratch:
-        try:
+    try:
+        if asked.calibrates:
+            options["prompts"] = _calibration_texts(context)
+        context.note(f"building for {target}")
+        with tempfile.TemporaryDirectory(dir=context.out / WORK) as scratch:
             refused = run_job(BUILDER, job, Path(scratch), os.environ).answer.get("refused")
-        except UserError as error:  # it died
-            raise UserError(f"target {target}: {stage}: {error}") from None
+    except UserError as error:  # there is no such text, or the process died
+        raise UserError(f"target {target}: {stage}: {error}") from None
     if refused:
         raise UserError(refused)
     context.note(said(read_engine(folder)))

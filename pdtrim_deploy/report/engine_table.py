@@ -18,7 +18,7 @@ def engine_table(engines: Iterable[TargetResult]) -> Table:
     table.columns[0].no_wrap = True
     for engine in engines:
         table.add_row(
-            f"{engine.target} {engine.stage}\n{engine.dtype}, {engine.size / 1e6:,.1f} MB",
+            f"{engine.target} {engine.stage}\n{_dtype(engine)}, {engine.size / 1e6:,.1f} MB",
             f"{sum(engine.ops.values())} nodes\n{_ours(engine.ops)}" if engine.ops else "-",
             _ours(engine.plugins) or "-",
             _numerics(engine) or "-",
@@ -32,13 +32,22 @@ def engine_table(engines: Iterable[TargetResult]) -> Table:
 
 
 def engine_notes(engines: Iterable[TargetResult]) -> Iterator[str]:
-    """What was checked, where it has run and what a reader must know, once for each target that it holds for."""
+    """What was checked, where it has run, what a dry run would do, what a reader must know; once for each target."""
     found: dict[str, dict[str, None]] = {}
     for engine in engines:
-        said = [*(f"checked: {what}" for what in engine.checked), *(f"limit: {what}" for what in engine.limits)]
+        would = engine.details.get("would")
+        said = [f"checked: {what}" for what in engine.checked]
         said += [f"run: {engine.run}"] if engine.run else []
+        said += [f"would {step}" for step in would] if isinstance(would, list) else []
+        said += [f"limit: {what}" for what in engine.limits]
         found.setdefault(engine.target, {}).update(dict.fromkeys(said))
-    return (f"{target}: {sentence}" for target, sentences in found.items() for sentence in sorted(sentences))
+    return (f"{target}: {sentence}" for target, sentences in found.items() for sentence in sentences)
+
+
+def _dtype(engine: TargetResult) -> str:
+    """With what the weights are quantised to, if they are."""
+    said = [engine.details.get(key) for key in ("weights", "quantisation")]
+    return "/".join([*(str(one) for one in said if one not in (None, "native", "none")), engine.dtype])
 
 
 def _ours(counts: Mapping[str, int]) -> str:

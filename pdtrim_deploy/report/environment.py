@@ -10,7 +10,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("pdtrim-deploy", "torch", "transformers", "safetensors", "numpy", "gguf", "sglang", "sglang-router")
+PACKAGES = (
+    *("pdtrim-deploy", "torch", "transformers", "safetensors", "numpy", "gguf", "sglang", "sglang-router"),
+    *("onnx", "onnxruntime", "onnxruntime-extensions", "tensorrt-rtx", "tensorrt", "nvidia-modelopt"),
+)
 
 
 def versions() -> dict[str, str]:

@@ -83,6 +83,7 @@ def test_int8(tiny_stages, tmp_path):
     assert result.ops["MatMulNBits"] == 4 * 4
     assert 1e-3 < result.numerics.hidden_error < 0.5
     assert result.files["model.onnx"] < native.files["model.onnx"]
+    assert any("int8 weights change logprobs" in limit for limit in result.limits)
 
 
 def test_external_data_changes_nothing(tiny_stages, tmp_path):

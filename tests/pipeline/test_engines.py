@@ -202,6 +202,8 @@ def test_calibration_text_reaches_only_those_that_quantise(
     changed = [name for name, step in first.manifest.steps.items() if keys[name] != step.key]
     assert sorted(changed) == sorted(folders("tensorrt-llm"))
     assert len(prompts(Bundle.open(tmp_path / "b"), "tensorrt-llm")) == 3
+    (tmp_path / "text").rename(tmp_path / "gone")
+    assert built(4).manifest.failures["tensorrt-llm"].startswith("target tensorrt-llm: prefill: ")
 
 
 @pytest.fixture(scope="module")

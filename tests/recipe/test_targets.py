@@ -80,6 +80,14 @@ def test_a_name_alone_asks_with_every_default_and_numbers_are_capabilities(tmp_p
     assert load(tmp_path, "{onnx: }").digest != load(tmp_path, "{onnx: {weights: int8}}").digest
 
 
+@pytest.mark.parametrize("unit", sorted((RECIPES / "units" / "targets").glob("*.yaml")), ids=lambda path: path.stem)
+def test_each_unit_is_valid(tmp_path: Path, unit: Path) -> None:
+    text = f"include: [{unit}]\nname: a\nmodel: {{source: 'pypi:x'}}\n"
+    (tmp_path / "r.yaml").write_text(text)
+    asked = Recipe.load(tmp_path / "r.yaml").targets.asked
+    assert unit.stem.removesuffix("-int8") in asked or unit.stem == "all"
+
+
 def test_the_units_ask_for_every_target() -> None:
     recipe = Recipe.load(RECIPES / "smollm2-targets.yaml")
     assert tuple(recipe.targets.asked) == NAMES

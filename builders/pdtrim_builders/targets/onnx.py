@@ -42,6 +42,8 @@ def build(stage_dir: Path, out_dir: Path, options: Options) -> TargetResult:
         counts = build_graph(stage, out_dir / GRAPH, dtype, external_above=options.external_above).op_counts
     numerics = check_numerics(stage, out_dir / GRAPH, tolerance, options.prompts)
     limits = [] if dtype == "float32" else ["executor onnxruntime runs float32 graphs: this one is for other engines"]
+    if options.weights == "int8":
+        limits.append("int8 weights change logprobs by more than the fidelity check lets pass")
     return TargetResult(
         target=TARGET.name,
         stage=stage.stage,
