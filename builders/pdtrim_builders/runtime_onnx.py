@@ -45,6 +45,7 @@ class OnnxStage:
         attention: answers `PagedAttention`, in the thread that called `run`; without one the op's body runs, which
             is causal attention among the tokens of one prompt.
         threads: onnxruntime's intra-op threads.
+        shared: weights by name that the caller holds anyway (`embed_tokens`), used in place and not loaded again.
         profile: where onnxruntime writes the times of every node (a prefix); `node_times` ends and reads it.
 
     Raises:
@@ -53,11 +54,22 @@ class OnnxStage:
     """
 
     def __init__(
-        self, path: Path, attention: Attention | None = None, threads: int = 1, profile: Path | None = None
+        self,
+        path: Path,
+        attention: Attention | None = None,
+        threads: int = 1,
+        shared: Mapping[str, Tensor] | None = None,
+        profile: Path | None = None,
     ) -> None:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
         options.log_severity_level = 3
+        self._shared = {  # kept: onnxruntime reads their memory and owns none of it
+            name: (tensor, onnxruntime.OrtValue.ortvalue_from_numpy(tensor.numpy()))
+            for name, tensor in (shared or {}).items()
+        }
+        for name, (_, value) in self._shared.items():
+            options.add_initializer(name, value)
         if profile is not None:
             options.enable_profiling, options.profile_file_prefix = True, str(profile)
         # Spinning threads would starve the torch threads of the callback on the same cores.

@@ -4,6 +4,7 @@ import itertools
 import threading
 
 import pytest
+import safetensors.torch
 import torch
 from pdtrim_builders import build_target
 from pdtrim_builders.graph.stage import read_stage
@@ -114,6 +115,25 @@ def test_sessions_do_not_mix_callbacks(engine, reference):
 def test_body_and_callback_agree(engine, reference):
     ids, hidden, _ = reference
     torch.testing.assert_close(OnnxStage(engine[1]).run(ids, torch.arange(40)).hidden, hidden, atol=2e-4, rtol=0)
+
+
+def test_a_shared_embedding_is_read_in_place(engine, reference):
+    ids, hidden, _ = reference
+    name, tensors = "model.embed_tokens.weight", safetensors.torch.load_file(engine[0] / "model.safetensors")
+    stage = OnnxStage(engine[1], Pool(5), shared={"embed_tokens": tensors[name]})
+    torch.testing.assert_close(stage.run(ids, torch.arange(40)).hidden, hidden, atol=2e-4, rtol=0)
+    tensors[name][ids[-1]] += 1
+    stage._attention.__init__(5)
+    assert (stage.run(ids, torch.arange(40)).hidden[-1] - hidden[-1]).abs().max() > 1e-2
+
+
+def test_the_profile_has_a_time_for_every_node(engine, tmp_path):
+    stage = OnnxStage(engine[1], Pool(5), profile=tmp_path / "profile")
+    for token in range(3):
+        stage.run(torch.tensor([token]), torch.tensor([token]))
+    times = stage.node_times()
+    assert len(times["PagedAttention"]) == 3 * 5
+    assert all(seconds >= 0 for found in times.values() for seconds in found)
 
 
 def test_float16_has_no_callback(tiny_stages, tmp_path):

@@ -12,13 +12,15 @@ from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.plan import PDPlan
 from pdtrim_sglang.executors.base import NO_SENDS, Attention, EngineConfig
 
-GRAPH = "model.onnx"
+GRAPH, EMBEDDING = "model.onnx", "embed_tokens"  # as pdtrim_builders.graph names them
 
 
 class OnnxRuntimeExecutor:
     """`StageExecutor` on `pdtrim_builders.runtime_onnx`; as many threads as torch has in this process."""
 
-    def __init__(self, engine: EngineConfig, plan: PDPlan, attention: Attention) -> None:
+    def __init__(
+        self, engine: EngineConfig, plan: PDPlan, attention: Attention, embedding: Tensor | None = None
+    ) -> None:
         try:
             from pdtrim_builders.runtime_onnx import OnnxStage
         except ImportError as error:
@@ -26,7 +28,8 @@ class OnnxRuntimeExecutor:
                 f"pdtrim: executor onnxruntime needs {error.name or error} in the serve environment; run: make setup"
             ) from error
         try:
-            self._stage = OnnxStage(Path(engine.path) / GRAPH, attention, torch.get_num_threads())
+            shared = None if embedding is None else {EMBEDDING: embedding}
+            self._stage = OnnxStage(Path(engine.path) / GRAPH, attention, torch.get_num_threads(), shared)
         except UserError as error:
             raise RuntimeError(f"pdtrim: {error}") from error
         facts = {key: self._stage.metadata.get(f"pdtrim.{key}") for key in ("stage", "plan_digest")}

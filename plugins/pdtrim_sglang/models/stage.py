@@ -19,7 +19,7 @@ from sglang.srt.runtime_context import get_parallel
 from torch import Tensor, nn
 
 from pdtrim_deploy.plan import PDPlan
-from pdtrim_sglang.executors import EngineConfig, load_engine
+from pdtrim_sglang.executors import EngineConfig, StageExecutor, load_engine
 from pdtrim_sglang.staging import Staging
 
 
@@ -48,14 +48,10 @@ class PDTrimStageForCausalLM(nn.Module):
         self.logits_processor = LogitsProcessor(config)
         self._layers = list(self.attention)
         self._batch: Any = None
-        self._engine = load_engine(EngineConfig.of(config), PDPlan.parse(config.pdtrim, "config.json"), self._attend)
-        if self._engine.dtype != self.lm_head.weight.dtype:
-            raise RuntimeError(
-                f"pdtrim: the engine computes in {self._engine.dtype}, this worker in {self.lm_head.weight.dtype}: "
-                "build the engine in the bundle's dtype"
-            )
+        self._asked, self._plan = EngineConfig.of(config), PDPlan.parse(config.pdtrim, "config.json")
 
     staging: Staging | None
+    _engine: StageExecutor
 
     @property
     def packs_rows(self) -> bool:
@@ -76,13 +72,20 @@ class PDTrimStageForCausalLM(nn.Module):
         return self.logits_processor(input_ids, hidden, self.lm_head, forward_batch)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """The LM head, or the embedding it is tied to."""
-        name = "model.embed_tokens.weight" if self.config.tie_word_embeddings else "lm_head.weight"
-        for given, tensor in weights:
-            if given == name:
-                getattr(self.lm_head.weight, "weight_loader", default_weight_loader)(self.lm_head.weight, tensor)
-                return
-        raise RuntimeError(f"pdtrim: the checkpoint has no {name}; build the bundle again")
+        """The LM head, or the embedding it is tied to, which the engine then shares; and the engine itself."""
+        head, tied = self.lm_head.weight, self.config.tie_word_embeddings
+        name = "model.embed_tokens.weight" if tied else "lm_head.weight"
+        found = next((tensor for given, tensor in weights if given == name), None)
+        if found is None:
+            raise RuntimeError(f"pdtrim: the checkpoint has no {name}; build the bundle again")
+        getattr(head, "weight_loader", default_weight_loader)(head, found)
+        embedding = head.data[: self.config.vocab_size] if tied else None  # SGLang pads the vocabulary
+        self._engine = load_engine(self._asked, self._plan, self._attend, embedding)
+        if self._engine.dtype != head.dtype:
+            raise RuntimeError(
+                f"pdtrim: the engine computes in {self._engine.dtype}, this worker in {head.dtype}: "
+                "build the engine in the bundle's dtype"
+            )
 
     def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return self._layers[layer](q, k, v, self._batch)
