@@ -16,6 +16,7 @@ from pdtrim_deploy.errors import ServingError, UserError
 
 # Command -> module and attribute, in the order of the way through the house.
 COMMANDS = {
+    "doctor": "doctor:doctor",
     "recipe": "recipe:recipe",
     "plan": "plan:plan",
     "build": "build:build",

@@ -43,8 +43,10 @@ def build(recipe_file: Path, out: Path, cache: Cache, dry_run: bool, force: bool
         _print_preview(preview(recipe, out, cache), out, as_json)
         return
     from pdtrim_deploy.cli.progress import Progress
+    from pdtrim_deploy.doctor import Asked, require
     from pdtrim_deploy.pipeline import build as run
 
+    require("build", Asked(recipe, out, cache))
     progress = Progress()
     bundle = run(recipe, out, cache, progress.note, show=progress.show, force=force)
     if as_json:

@@ -45,13 +45,15 @@ def demo(
     from pdtrim_deploy.bundle import Bundle
     from pdtrim_deploy.cli.progress import Progress
     from pdtrim_deploy.demo import Demo
+    from pdtrim_deploy.doctor import Asked, require
     from pdtrim_deploy.loadtest import LoadSpec
     from pdtrim_deploy.recipe import Recipe
     from pdtrim_deploy.report.tables import load_table, metrics_table
 
-    progress = Progress()
+    recipe, progress = Recipe.load(recipe_file), Progress()
+    require("demo", Asked(recipe, out, cache))
     load = LoadSpec(requests, concurrency, prompt_tokens, output_tokens, seed=seed)
-    metrics = Demo(Recipe.load(recipe_file), out, cache, load, command, progress.show, progress.note, rounds).run()
+    metrics = Demo(recipe, out, cache, load, command, progress.show, progress.note, rounds).run()
     if as_json:
         click.echo(metrics.model_dump_json(indent=2))
     else:

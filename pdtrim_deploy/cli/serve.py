@@ -16,6 +16,7 @@ from rich.table import Table
 
 from pdtrim_deploy.bundle import Bundle
 from pdtrim_deploy.cli import options
+from pdtrim_deploy.doctor import Asked, require
 from pdtrim_deploy.serving import Cluster, Executors, ServeEnvironment, WorkerOptions, cluster_of
 
 
@@ -69,6 +70,7 @@ def serve(
     Exit codes: 130 after Ctrl-C, 1 when a worker or the router died or did not start.
     """
     opened = Bundle.open(bundle)
+    require("serve", Asked(serve_python=serve_python))
     worker_options = WorkerOptions(
         transfer_backend=backend,
         served_model_name=opened.path.resolve().name,

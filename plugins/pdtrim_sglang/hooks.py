@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from pdtrim_sglang.transports import TRANSPORTS
-
 READ_AGAINST = "0.5.23"
 DISAGGREGATION = "sglang.srt.disaggregation"
 GET_KV_CLASS = f"{DISAGGREGATION}.utils.get_kv_class"
@@ -20,6 +18,7 @@ DECODE_MANAGER = f"{DISAGGREGATION}.decode.DecodePreallocQueue._init_kv_manager"
 PRE_ALLOC = f"{DISAGGREGATION}.decode.DecodePreallocQueue._pre_alloc"
 SEND_METADATA = f"{DISAGGREGATION}.decode.DecodePreallocQueue._send_kv_metadata"
 TORCH_NATIVE = "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend"
+TARGETS = (GET_KV_CLASS, CREATE_SENDER, PREFILL_MANAGER, DECODE_MANAGER, PRE_ALLOC, SEND_METADATA, TORCH_NATIVE)
 
 
 def install() -> None:
@@ -43,10 +42,7 @@ def check() -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry
     from sglang.version import __version__
 
-    wanted = {
-        GET_KV_CLASS, CREATE_SENDER, PREFILL_MANAGER, DECODE_MANAGER, PRE_ALLOC, SEND_METADATA, TORCH_NATIVE,
-    }  # fmt: skip
-    if missing := sorted(wanted - HookRegistry._patched):
+    if missing := sorted(set(TARGETS) - HookRegistry._patched):
         raise RuntimeError(
             f"pdtrim: SGLang {__version__} did not take the hooks {', '.join(missing)}; this plugin was written for "
             f"SGLang {READ_AGAINST}: install that version"
@@ -61,6 +57,8 @@ def backend_name(transport: str) -> str:
 def _add_transfer_backends() -> None:
     from sglang.srt.arg_groups.choices import add_disagg_transfer_backend_choices
     from sglang.srt.disaggregation.utils import TransferBackend
+
+    from pdtrim_sglang.transports import TRANSPORTS
 
     names = [backend_name(name) for name in TRANSPORTS]
     add_disagg_transfer_backend_choices(names)

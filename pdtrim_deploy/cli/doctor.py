@@ -1,0 +1,73 @@
+"""`pdtrim-deploy doctor`: what this machine can do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from pdtrim_deploy.cache import Cache
+from pdtrim_deploy.cli import options
+
+COLOURS = {"ok": "green", "missing": "red", "wrong version": "red"}
+
+
+@click.command()
+@click.argument("recipe_file", metavar="[RECIPE]", type=options.path, required=False)
+@click.option("--for", "job", type=click.Choice(["build", "serve", "demo"]), default="demo", show_default=True)
+@click.option("--out", type=options.path, default=Path(), help="Where the bundle would go.  [default: here]")
+@click.option("--serve-python", type=options.path, help="Python with SGLang (default: .venv/serve).")
+@click.option("--deep", is_flag=True, help="Load the plugin into SGLang too, as a worker does: half a minute.")
+@options.cache_dir
+@options.json_flag
+def doctor(
+    recipe_file: Path | None,
+    job: str,
+    out: Path,
+    serve_python: Path | None,
+    deep: bool,
+    cache: Cache,
+    as_json: bool,
+) -> None:
+    """Say what this machine has, lacks, and how to mend it.
+
+    With RECIPE also whether its memory and disk suffice. A line in brackets is optional. Exit code 0 when the job can
+    run, 1 when not.
+
+    \b
+    Examples:
+      pdtrim-deploy doctor
+      pdtrim-deploy doctor recipes/smollm2-demo.yaml --out out/demo
+      pdtrim-deploy doctor --for serve --deep --json
+    """
+    from pdtrim_deploy.cli.progress import Progress
+    from pdtrim_deploy.doctor import Asked, Finding, examine, first_failures
+    from pdtrim_deploy.doctor import as_json as dump
+    from pdtrim_deploy.recipe import Recipe
+
+    asked = Asked(Recipe.load(recipe_file) if recipe_file else None, out, cache, serve_python, deep)
+    found: list[Finding] = []
+    group = ""
+    if deep:
+        Progress().note("loading the plugin into SGLang takes half a minute")
+    for one in examine(asked, job):  # type: ignore[arg-type]
+        found.append(one)
+        if as_json:
+            continue
+        if one.group != group:
+            group = one.group
+            click.secho(group, bold=True)
+        status = one.status if one.needed_by or one.status == "ok" else f"[{one.status}]"
+        colour = COLOURS[one.status] if one.needed_by or one.status == "ok" else "yellow"
+        click.echo(f"  {click.style(f'{status:<15}', fg=colour)} {one.name:<22} {one.detail}")
+        if one.mend:
+            click.echo(f"  {'':<15} {'':<22} -> {one.mend}")
+    failures = first_failures(found, job)  # type: ignore[arg-type]
+    if as_json:
+        click.echo(json.dumps(dump(found, job), indent=2))  # type: ignore[arg-type]
+    elif failures:
+        click.echo(f"{job}: cannot run, {len(failures)} of {len(found)} lines to mend")
+    else:
+        click.echo(f"{job}: can run")
+    raise SystemExit(1 if failures else 0)

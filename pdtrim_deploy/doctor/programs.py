@@ -1,0 +1,71 @@
+"""Programs on PATH, and the GPU."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from pdtrim_deploy.doctor.base import BOTH, Asked, Finding, Job
+
+
+@dataclass(frozen=True)
+class Program:
+    """An optional program; `version` are the arguments that make it say its version, `why` what it is for."""
+
+    name: str
+    why: str
+    mend: str
+    version: tuple[str, ...] = ("--version",)
+    jobs: tuple[Job, ...] = BOTH
+
+    def look(self, asked: Asked) -> Iterable[Finding]:
+        """One line."""
+        path = shutil.which(self.name)
+        yield Finding(
+            group="tools",
+            name=self.name,
+            status="ok" if path else "missing",
+            detail=f"{_version(path, self.version) if path else 'not on PATH'} ({self.why})",
+            mend=None if path else self.mend,
+        )
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """The NVIDIA GPUs that nvidia-smi lists, with driver and memory."""
+
+    jobs: tuple[Job, ...] = BOTH
+
+    def look(self, asked: Asked) -> Iterable[Finding]:
+        """One line each, or one that says there is none."""
+        smi, listed = shutil.which("nvidia-smi"), ""
+        if smi:
+            query = [smi, "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+            listed = _output(query)
+        for number, line in enumerate(listed.splitlines()):
+            yield Finding(group="machine", name=f"gpu {number}", status="ok", detail=line.strip())
+        if not listed.strip():
+            yield Finding(
+                group="machine",
+                name="gpu",
+                status="missing",
+                detail="no NVIDIA GPU is to be seen: SGLang is served on the CPU, TensorRT engines cannot run",
+                mend="install NVIDIA's driver where there is a GPU; nvidia-smi must list it",
+            )
+
+
+def _version(path: str, arguments: tuple[str, ...]) -> str:
+    """The line with a number such as 13.1 in what the program says of itself."""
+    numbered = [line for line in _output([path, *arguments]).splitlines() if re.search(r"\d\.\d", line)]
+    return numbered[0].strip() if numbered else path
+
+
+def _output(command: list[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout if done.returncode == 0 else ""

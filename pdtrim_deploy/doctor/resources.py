@@ -1,0 +1,145 @@
+"""Disk and memory: what there is, and what a recipe takes. Estimates, from the model's config alone."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pdtrim_deploy.checkpoints.checkpoint import read_config
+from pdtrim_deploy.doctor.base import BOTH, Asked, Finding, Job, gb
+from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.recipe import Recipe
+from pdtrim_deploy.recipe_kv import FIXED_KV
+from pdtrim_deploy.serving.environment import gpu_count
+from pdtrim_deploy.sizing.shape import read_sized, shipped_for
+from pdtrim_deploy.wire import ITEM_BYTES
+
+PROGRAM = 1.5e9  # Python, torch and transformers, or an SGLang worker without weights and KV
+SHARD = 4e9  # of a stage, as `checkpoints.writer` cuts it
+POOL_TOKENS = 8192  # what `serve` gives a worker by default
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes that a recipe takes: of memory to build, of memory to serve 1 + 1 workers on a CPU, of disk."""
+
+    build: float
+    serve: float
+    disk: float
+
+
+def needs(recipe: Recipe) -> Needs | None:
+    """None where the model's config.json is neither here nor shipped.
+
+    Building holds the model once in float32 where something is measured on it, and one shard of a stage at a time;
+    both stages are written in the recipe's dtype, a converted source (gguf, pypi) once more; an engine is taken to be
+    as large as its stage in float32, built in a process of its own that holds it three times.
+    """
+    path = _config(recipe.model.source)
+    if path is None:
+        return None
+    count, item = parameters(read_config(path)), ITEM_BYTES[recipe.model.dtype]
+    shape = read_sized(path).shape(recipe.model.dtype)
+    pool = POOL_TOKENS * shape.num_blocks * 2 * shape.num_kv_heads * shape.head_dim * item
+    converted = 0 if recipe.model.source.startswith("hf:") else count * 4
+    measured = recipe.pruning.decode_blocks > 0 or recipe.kv.method not in FIXED_KV
+    engines = len(recipe.targets.asked) * 2 * count * 4
+    return Needs(
+        build=PROGRAM
+        + max(1.1 * count * 4 * measured, min(SHARD, count * item))
+        + (2 * count * 4 if recipe.targets.asked else 0),
+        serve=2 * (PROGRAM + count * item + pool),
+        disk=2 * count * item + converted + engines,
+    )
+
+
+def parameters(config: dict[str, Any]) -> int:
+    """Weights of a Llama-like model, norms and biases left out: less than one per mille."""
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    head = config.get("head_dim") or hidden // heads
+    kv_heads = config.get("num_key_value_heads") or heads
+    block = 2 * hidden * head * (heads + kv_heads) + 3 * hidden * config["intermediate_size"]
+    ends = 1 if config.get("tie_word_embeddings") else 2
+    return config["num_hidden_layers"] * block + ends * config["vocab_size"] * hidden
+
+
+@dataclass(frozen=True)
+class Memory:
+    """RAM of the machine, or of its cgroup when that is less."""
+
+    jobs: tuple[Job, ...] = BOTH
+
+    def look(self, asked: Asked) -> Iterable[Finding]:
+        """One line on what there is, and one a job of the recipe."""
+        total, free = memory()
+        yield Finding(group="machine", name="memory", status="ok", detail=f"{gb(total)}, {gb(free)} of it free")
+        wanted = needs(asked.recipe) if asked.recipe else None
+        if wanted is None or asked.recipe is None:
+            return
+        said: dict[Job, float] = {"build": wanted.build}
+        if not gpu_count():
+            said["serve"] = wanted.serve
+        for job, size in said.items():
+            fits = size <= total
+            yield Finding(
+                group="recipe",
+                name=f"memory to {job}",
+                status="ok" if fits else "missing",
+                detail=f"{asked.recipe.name} takes about {gb(size)}; this machine has {gb(total)}, {gb(free)} free",
+                mend=None if fits else f"{job} it on a machine with {gb(size)} of memory",
+                needed_by=(job, "demo"),
+            )
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Free space where the bundle goes."""
+
+    jobs: tuple[Job, ...] = ("build", "demo")
+
+    def look(self, asked: Asked) -> Iterable[Finding]:
+        """One line."""
+        place = next(folder for folder in (asked.out.absolute(), *asked.out.absolute().parents) if folder.exists())
+        free = shutil.disk_usage(place).free
+        wanted = needs(asked.recipe) if asked.recipe else None
+        fits = wanted is None or wanted.disk <= free
+        detail = f"{gb(free)} free at {place}"
+        if wanted and asked.recipe:
+            detail += f"; {asked.recipe.name} takes about {gb(wanted.disk)}"
+        yield Finding(
+            group="recipe" if wanted else "machine",
+            name="disk",
+            status="ok" if fits else "missing",
+            detail=detail,
+            mend=None if fits else "free some space, or name another folder with --out",
+            needed_by=self.jobs,
+        )
+
+
+def memory() -> tuple[int, int]:
+    """Bytes in all and available, of the machine or of the cgroup's limit."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        read = {key: int(rest.split()[0]) * 1024 for key, _, rest in (line.partition(":") for line in lines)}
+        total, free = read["MemTotal"], read["MemAvailable"]
+    except (OSError, KeyError):
+        total = free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+    except (OSError, ValueError):  # no cgroup v2, or "max"
+        return total, free
+    return min(total, limit), min(free, max(0, limit - used))
+
+
+def _config(source: str) -> Path | None:
+    kind, _, place = source.partition(":")
+    local = Path(place).expanduser() / "config.json"
+    try:
+        return local if kind == "hf" and local.is_file() else shipped_for(source)
+    except UserError:
+        return None

@@ -1,0 +1,126 @@
+"""The serve environment, asked in its own Python: SGLang, every hook target, kernels, router, transports."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pdtrim_deploy.doctor.base import Asked, Finding, Job, Status
+from pdtrim_deploy.doctor.packages import wanted_version
+from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.serving.commands import FOREIGN
+from pdtrim_deploy.serving.environment import REPO, ServeEnvironment, gpu_count
+
+DIAGNOSIS = ("-P", "-m", "pdtrim_sglang.diagnosis")  # -P: no module of the folder we were started in
+
+
+@dataclass(frozen=True)
+class SGLang:
+    """SGLang's Python, and what the plugin finds in it."""
+
+    jobs: tuple[Job, ...] = ("serve", "demo")
+
+    def look(self, asked: Asked) -> Iterable[Finding]:
+        """Ten lines or so; one when there is no such Python, or the plugin is not installed in it."""
+        try:
+            python = ServeEnvironment.find(asked.serve_python).python
+        except UserError as error:
+            yield self._line("environment", "missing", str(error), _mend(None))
+            return
+        try:
+            said = diagnosis(python, asked.deep)
+        except UserError as error:
+            yield self._line("plugin", "missing", str(error), _mend(python))
+            return
+        yield self._line("environment", "ok", f"{python}, Python {said['python']}")
+        yield from self._packages(said["packages"], python)
+        yield from self._kernels(said["kernels"])
+        yield from self._plugin(said, python)
+        for name, libraries in said["transports"].items():
+            detail = "nothing else needed" if not libraries else f"shared libraries not found: {', '.join(libraries)}"
+            yield Finding(
+                group="serve",
+                name=f"transport {name}",
+                status="missing" if libraries else "ok",
+                detail=detail,
+                mend=f"apt-get install {' '.join(f'{lib}1' for lib in libraries)}" if libraries else None,
+            )
+        yield self._line("decode attention", "ok", f"under a sparse plan: {', '.join(said['sparse_backends'])}")
+
+    def _packages(self, has: dict[str, str | None], python: Path) -> Iterator[Finding]:
+        for name in ("sglang", "sglang-router", "torch", "transformers", "onnxruntime", "tensorrt"):
+            wanted, version = wanted_version(name, "serve")[0], has[name]
+            good = version is not None and wanted in (None, version.partition("+")[0])
+            optional = {"onnxruntime": "executor onnxruntime", "tensorrt": "executor tensorrt, on a GPU"}.get(name)
+            yield Finding(
+                group="serve",
+                name=name,
+                status="ok" if good else "wrong version" if version else "missing",
+                detail=(version or "not installed")
+                + (f", wanted {wanted}" if version and not good else "")
+                + (f" ({optional})" if optional else ""),
+                mend=None if good else f"{python} -m pip install tensorrt" if name == "tensorrt" else _mend(python),
+                needed_by=() if optional else self.jobs,
+            )
+
+    def _kernels(self, kernels: str | None) -> Iterator[Finding]:
+        gpu = gpu_count() > 0
+        good = kernels == "package" or (kernels == "stub" and not gpu)
+        said = {"stub": "a stub whose functions raise, for CPUs", "package": "installed", None: "not installed"}[
+            kernels
+        ]
+        yield self._line("sgl_kernel", "ok" if good else "missing", said, None if good else "make distclean setup")
+
+    def _plugin(self, said: dict[str, Any], python: Path) -> Iterator[Finding]:
+        good = said["plugin"]
+        detail = "registered with SGLang" if good else "no entry point in sglang.srt.plugins"
+        yield self._line("plugin", "ok" if good else "missing", detail, None if good else _mend(python))
+        mend = f"{python} -m pip install sglang=={said['read_against']}"
+        for target, stands in said["targets"].items():
+            short = target.removeprefix("sglang.srt.")
+            yield self._line(
+                f"hook {short.rpartition('.')[2]}",
+                "ok" if stands else "wrong version",
+                short if stands else f"{short} is not in this SGLang; the plugin is written for {said['read_against']}",
+                None if stands else mend,
+            )
+        gone = [name for name, stands in said["imports"].items() if not stands]
+        yield self._line(
+            "imports from SGLang",
+            "wrong version" if gone else "ok",
+            f"not there: {', '.join(gone)}" if gone else f"all {len(said['imports'])} names are there",
+            mend if gone else None,
+        )
+        if "deep" in said:
+            failed = said["deep"]
+            detail = failed or "loaded into SGLang, every hook took"
+            yield self._line("plugin loaded", "wrong version" if failed else "ok", detail, mend if failed else None)
+
+    def _line(self, name: str, status: Status, detail: str, mend: str | None = None) -> Finding:
+        return Finding(group="serve", name=name, status=status, detail=detail, mend=mend, needed_by=self.jobs)
+
+
+def diagnosis(python: Path, deep: bool = False) -> dict[str, Any]:
+    """What `pdtrim_sglang.diagnosis` says in another Python; UserError when it does not run there."""
+    chosen = {"SGLANG_PLUGINS": "pdtrim", "HF_HUB_OFFLINE": "1"} | (
+        {} if gpu_count() else {"SGLANG_USE_CPU_ENGINE": "1"}
+    )
+    environment = {name: value for name, value in os.environ.items() if name not in FOREIGN} | chosen
+    command = [str(python), *DIAGNOSIS, *(["--deep"] if deep else [])]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=environment)
+        return json.loads(done.stdout.splitlines()[-1])
+    except (OSError, IndexError, ValueError, subprocess.TimeoutExpired) as error:
+        last = done.stderr.strip().splitlines()[-1:] if isinstance(error, IndexError | ValueError) else [str(error)]
+        raise UserError(f"pdtrim_sglang.diagnosis does not run in {python}: {' '.join(last)}") from None
+
+
+def _mend(python: Path | None) -> str:
+    if (REPO / "Makefile").is_file():
+        return "make setup"
+    return f"{python or 'ANOTHER_PYTHON'} -m pip install 'pdtrim-deploy[serve]'"

@@ -1,0 +1,155 @@
+"""The doctor: what it says of this machine, of one that lacks things, and that it stays light."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pdtrim_deploy.cli import main
+from pdtrim_deploy.doctor import (
+    Asked,
+    Finding,
+    examine,
+    first_failures,
+    packages,
+    programs,
+    require,
+    resources,
+    serving,
+)
+from pdtrim_deploy.doctor.packages import Package, installed, wanted_version
+from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.recipe import Recipe
+
+ROOT = Path(__file__).parents[2]
+PLUGINS = ROOT / "plugins"
+
+
+def run(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str]:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main([str(arg) for arg in args])
+    return int(ended.value.code or 0), capsys.readouterr().out
+
+
+def named(findings: list[Finding], name: str) -> Finding:
+    return next(found for found in findings if found.name == name)
+
+
+@pytest.fixture
+def serve_python(tmp_path: Path) -> Path:
+    """Our own Python with a made-up SGLang beside it whose sources hold only some of the names."""
+    site = tmp_path / "site"
+    for file, text in {
+        "sglang/__init__.py": "",
+        "sglang/version.py": "__version__ = '0.6.0'",
+        "sglang/srt/disaggregation/utils.py": "def get_kv_class(): ...\nclass TransferBackend: ...",
+        "sglang/srt/disaggregation/decode.py": "class DecodePreallocQueue:\n    def _pre_alloc(self): ...",
+    }.items():
+        (site / file).parent.mkdir(parents=True, exist_ok=True)
+        (site / file).write_text(text)
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={site}:{PLUGINS}:{ROOT} exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    return python
+
+
+def test_every_hook_target_is_looked_for(serve_python: Path) -> None:
+    found = list(serving.SGLang().look(Asked(serve_python=serve_python)))
+    said = {one.detail.split()[0]: one.status for one in found if one.name.startswith("hook ")}
+    assert said["disaggregation.utils.get_kv_class"] == "ok"
+    assert said["disaggregation.decode.DecodePreallocQueue._pre_alloc"] == "ok"
+    assert said["disaggregation.decode.DecodePreallocQueue._init_kv_manager"] == "wrong version"  # the class is there
+    assert said["disaggregation.prefill.PrefillBootstrapQueue.create_sender"] == "wrong version"
+    assert len(said) == 7
+    gone = named(found, "imports from SGLang")
+    assert gone.status == "wrong version"
+    assert "sglang.srt.disaggregation.utils.DisaggregationMode" in gone.detail
+    assert "disaggregation.utils.TransferBackend" not in gone.detail
+    assert named(found, "sglang").status == "missing"  # its sources are there, its metadata not
+    assert "pip install sglang==0.5.23" in str(gone.mend)
+
+
+def test_a_python_without_the_plugin_is_one_line(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -S -I "$@"\n')
+    python.chmod(0o755)
+    (line,) = serving.SGLang().look(Asked(serve_python=python))
+    assert (line.name, line.status) == ("plugin", "missing")
+    assert "No module named 'pdtrim_sglang'" in line.detail
+
+
+def test_versions_are_held_against_the_lock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "build.txt").write_text("torch==9.9\nrich==1.0\n")
+    assert wanted_version("torch", "build", tmp_path) == ("9.9", "make setup")
+    wanted, mend = wanted_version("sglang", "serve", tmp_path)  # no lock names it: the wheel's own pin
+    assert wanted == "0.5.23"
+    assert mend == "pip install 'pdtrim-deploy[serve]'"
+    monkeypatch.setattr(packages, "wanted_version", lambda *_: ("9.9", "make setup"))
+    (line,) = Package("rich", "build").look(Asked())
+    assert (line.status, line.detail, line.mend) == ("wrong version", f"{installed('rich')}, wanted 9.9", "make setup")
+    (line,) = Package("no-such-thing", "build", why="nothing").look(Asked())
+    assert (line.status, line.needed_by) == ("missing", ())
+
+
+def test_a_recipe_too_large_for_the_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    large, small = (Recipe.load(ROOT / "recipes" / f"{n}.yaml") for n in ("llama-3.1-8b-balanced", "smollm2-demo"))
+    wanted = resources.needs(large)
+    assert wanted is not None
+    assert wanted.disk == pytest.approx(2 * 8.03e9 * 2, rel=0.01)
+    assert wanted.build == pytest.approx(1.1 * 8.03e9 * 4, rel=0.1)
+    monkeypatch.setattr(resources, "memory", lambda: (int(25e9), int(10e9)))
+    with pytest.raises(UserError, match=r"cannot build: memory to build: llama-3.1-8b-balanced takes about 3\d\.\d GB"):
+        require("build", Asked(large, tmp_path))
+    require("build", Asked(small, tmp_path))
+    monkeypatch.setattr(resources.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10**9})())
+    with pytest.raises(UserError, match=r"disk: 1\.0 GB free at .*Mend it with: free some space"):
+        require("build", Asked(small, tmp_path / "not" / "yet"))
+
+
+def test_parameters_of_shipped_models() -> None:
+    for file in (ROOT / "recipes" / "facts").glob("*.json"):
+        config = json.loads(file.read_text())
+        assert resources.parameters(config) == pytest.approx(config["_facts"]["parameters"], rel=2e-3), file.stem
+
+
+def test_gpus_are_listed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'NVIDIA H100, 81559 MiB, 580.1'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    (line,) = programs.Gpu().look(Asked())
+    assert (line.name, line.status, line.detail) == ("gpu 0", "ok", "NVIDIA H100, 81559 MiB, 580.1")
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    (line,) = programs.Gpu().look(Asked())
+    assert (line.status, line.needed_by) == ("missing", ())
+
+
+def test_every_lack_has_a_mend_and_the_exit_code_follows(
+    capsys: pytest.CaptureFixture[str], serve_python: Path
+) -> None:
+    found = list(examine(Asked(serve_python=serve_python), "demo"))
+    assert all(one.mend for one in found if one.status != "ok")
+    assert first_failures(found, "serve")
+    code, out = run(capsys, "doctor", "--serve-python", serve_python, "--json")
+    said = json.loads(out)
+    assert (code, said["job"], said["can_run"]) == (1, "demo", False)
+    assert {line["status"] for line in said["findings"]} >= {"ok", "missing", "wrong version"}
+    code, out = run(capsys, "doctor", "--serve-python", serve_python, "--for", "build")
+    assert (code, out.splitlines()[-1]) == (0, "build: can run")
+    code, out = run(capsys, "doctor", "--serve-python", serve_python, "--for", "serve")
+    assert code == 1
+    assert out.splitlines()[-1].startswith("serve: cannot run, ")
+
+
+def test_the_main_process_imports_nothing_heavy() -> None:
+    heavy = ("torch", "transformers", "safetensors", "sglang", "httpx", "prometheus_client", "pdtrim_sglang")
+    program = f"import sys\nsys.modules.update(dict.fromkeys({heavy!r}))\nfrom pdtrim_deploy.cli import main\nmain()"
+    command = [sys.executable, "-c", program, "doctor", "--for", "build", str(ROOT / "recipes" / "smollm2-demo.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "memory to build" in done.stdout

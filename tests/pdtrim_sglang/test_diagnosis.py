@@ -1,0 +1,26 @@
+"""What the doctor reads in the serve environment agrees with what is there."""
+
+import pytest
+
+pytest.importorskip("sglang", reason="needs the serve environment")
+
+
+def test_the_pinned_sglang_has_everything_that_the_plugin_takes():
+    from pdtrim_sglang import hooks
+    from pdtrim_sglang.diagnosis import diagnose
+
+    found = diagnose()
+    assert found["packages"]["sglang"] == hooks.READ_AGAINST
+    assert found["plugin"]
+    assert len(found["targets"]) == len(hooks.TARGETS)
+    assert all(found["targets"].values())
+    assert all(found["imports"].values())
+    assert "sglang.srt.disaggregation.common.conn.CommonKVManager" in found["imports"]
+
+
+def test_transports_are_those_of_the_registry():
+    from pdtrim_sglang.diagnosis import LIBRARIES, transports
+    from pdtrim_sglang.transports import TRANSPORTS
+
+    assert transports() == list(TRANSPORTS)
+    assert set(LIBRARIES) >= set(TRANSPORTS)
