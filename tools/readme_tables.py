@@ -9,6 +9,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -85,7 +86,47 @@ def pack(data: dict[str, Any]) -> str:
     return table(head, rows) + where(data["environment"], "median (least-most) over interleaved rounds")
 
 
-TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"demo": demo, "wire": wire, "pack": pack}
+def engines(data: dict[str, Any]) -> str:
+    """Engines in SGLang's workers beside its torch model, and what the attention callback costs."""
+    rows = []
+    for row in (row for row in data["rows"] if "concurrency" in row):
+        ratios = [row[key] for key in ("ttft_ratio", "itl_ratio")]
+        rows.append((row["concurrency"], *(f"{r['median']:.2f} ({r['least']:.2f}-{r['most']:.2f})" for r in ratios)))
+    calls = [row for row in data["rows"] if "outside_us" in row]
+    said = "; ".join(f"{row['stage']}, {row['tokens']} tokens: {row['outside_us']:.0f} us" for row in calls)
+    shares = f"{min(row['share'] for row in calls):.1%} to {max(row['share'] for row in calls):.1%} of the graph's time"
+    head = ("requests at once", "TTFT, onnxruntime / torch", "ITL, onnxruntime / torch")
+    tail = f"\n\nThe attention callback costs, a layer and outside of the attention itself: {said} ({shares})."
+    rounds = (
+        f"median (least-most) of {data['options']['rounds']} interleaved rounds, {data['options']['prompt']} tokens in"
+    )
+    return table(head, rows) + tail + where(data["environment"], rounds, f"{data['options']['output']} out")
+
+
+def kv(data: dict[str, Any]) -> str:
+    """Quality of every KV rule at every reduction; methods with several seeds as their mean."""
+    groups = dict[tuple[float, str], list[dict[str, Any]]]()
+    for row in data["rows"]:
+        groups.setdefault((row["asked"] or 0.0, row["method"]), []).append(row)
+    rows = []
+    for (asked, method), found in sorted(groups.items(), key=lambda item: item[0][0]):
+        keys = ("reduction", "ppl_ratio", "ppl_ratio_stderr", "choice", "needle", "agreement")
+        reduction, ratio, stderr, *shares = (fmean(row[key] for row in found) for key in keys)
+        seeds = f" ({len(found)} seeds)" if len(found) > 1 else ""
+        name = f"**{method}**" if method.startswith("ours") else method
+        spread = f" ± {stderr:.3f}" if stderr else ""
+        cells = (f"{share:.0%}" for share in shares)
+        rows.append((f"{asked:g}x" if asked else f"{reduction:.2f}x", name + seeds, f"{ratio:.3f}{spread}", *cells))
+    asked = data["options"]
+    head = ("reduction", "rule", "perplexity ratio", "choice", "needle", "agreement")
+    return table(head, rows) + where(
+        data["environment"],
+        f"{asked['sequences']} continuations, {asked['questions']} questions of Social IQa, {10 * asked['needles']} "
+        f"needles, all behind {asked['prompt']}-token prompts; ± is the paired standard error; seed {asked['seed']}",
+    )
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"demo": demo, "wire": wire, "pack": pack, "engines": engines}
 
 
 def main() -> None:
@@ -99,7 +140,7 @@ def main() -> None:
     text = readme.read_text()
     for name, render in TABLES.items():
         source = RESULTS / f"{name}.json"
-        if source.exists():
+        if source.exists() and f"<!-- {name}:begin -->" in text:
             before, _, rest = text.partition(f"<!-- {name}:begin -->\n")
             _, end, after = rest.partition(f"<!-- {name}:end -->")
             text = f"{before}<!-- {name}:begin -->\n{render(json.loads(source.read_text()))}\n{end}{after}"
