@@ -67,6 +67,17 @@ def test_chunks_arrive_whole_and_in_order(pair):
         assert handler.got[-1][2] == b"aux"
 
 
+def test_a_payload_in_more_pieces_than_one_call_takes_arrives_in_order(pair):
+    channel, _, handler, listener = pair
+    whole = torch.randint(0, 255, (5000,), dtype=torch.uint8)
+    pieces = [part.numpy().data for part in whole.split(2)]
+    assert len(pieces) == 2500
+    channel.send(header(5, len(whole), 3), memoryview(b"aux"), pieces)
+    assert listener.next() == Reply(5)
+    assert torch.equal(handler.got[-1][1], whole)
+    assert handler.got[-1][2] == b"aux"
+
+
 def test_a_refusal_comes_back_with_its_reason(pair):
     channel, _, _, listener = pair
     channel.send(header(13, 10), memoryview(b""))

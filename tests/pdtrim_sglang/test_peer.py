@@ -1,0 +1,95 @@
+"""A peer sends the rows of its chunks, from the pool's pages or from where an engine has packed them."""
+
+import queue
+
+import pytest
+import torch
+
+pytest.importorskip("sglang", reason="needs the serve environment")
+from pdtrim_sglang.peer import Chunk, Peer, RoomProgress
+from pdtrim_sglang.pool import PoolView
+from pdtrim_sglang.rooms import AuxRows
+from pdtrim_sglang.staging import Arena, Staging
+from pdtrim_sglang.transports import TransportConfig
+
+from pdtrim_deploy.kvcache.layout import chunk_layout
+from pdtrim_deploy.kvcache.pack import pack
+from pdtrim_deploy.plan import KVSend, ModelShape, PDPlan
+
+PAGE, TOKENS, HEADS, DIM = 4, 13, 2, 8
+PAGES = (7, 2, 5, 0)
+
+
+class Channel:
+    """Keeps what was sent."""
+
+    def __init__(self, *_):
+        self.staging, self.sent = torch.zeros(1 << 16, dtype=torch.uint8), queue.Queue()
+
+    def send(self, header, aux, payload=None):
+        whole = b"".join(payload) if payload is not None else bytes(self.staging[: header.payload_bytes].numpy())
+        self.sent.put((header, whole))
+        return len(whole)
+
+
+class Owner:
+    def __init__(self):
+        self.room, self.failed = RoomProgress(), []
+
+    def is_live(self, room):
+        return True
+
+    def progress(self, room):
+        return self.room
+
+    def fail(self, room, reason):
+        self.failed.append(reason)
+
+    def arrived(self, room):
+        pass
+
+
+@pytest.fixture
+def world():
+    shape = ModelShape(
+        architecture="X", fingerprint="f", num_blocks=2, num_kv_heads=HEADS, head_dim=DIM, kv_dtype="float32"
+    )
+    plan = PDPlan.dense(shape).with_kv((KVSend(), KVSend(mode="sparse", n_first=2, n_last=4)))
+    pools = [torch.randn(40, HEADS, DIM) for _ in range(4)]
+    pool, channel, owner = PoolView(pools[:2], pools[2:], PAGE), Channel(), Owner()
+    peer = Peer("h", 1, lambda *_: channel, TransportConfig(), owner, plan, pool, AuxRows((), ()), 0)
+    return plan, pool, channel, owner, peer
+
+
+def chunk(start, stop, pages_start=0, span=None):
+    return Chunk(1, list(PAGES), pages_start, TOKENS, start, stop, stop == TOKENS, 0, span=span)
+
+
+def wanted(world, start, stop):
+    plan, pool, *_ = world
+    slots = pool.slots(list(PAGES), TOKENS)[start:stop]
+    return pack(chunk_layout(plan, TOKENS, start, stop), pool.keys, pool.values, slots).numpy().tobytes()
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 13), (5, 13), (3, 6), (8, 8)])
+def test_a_part_of_a_chunk_may_begin_inside_a_page(world, start, stop):
+    world[4].submit(chunk(start, stop))
+    header, sent = world[2].sent.get(timeout=10)
+    assert (header.start, header.stop, sent) == (start, stop, wanted(world, start, stop))
+    assert world[3].room.staged_bytes == 0
+
+
+def test_rows_of_a_span_do_not_come_from_the_pool(world):
+    plan, _, channel, owner, peer = world
+    staging = Staging(plan, HEADS, torch.float32, Arena(1 << 16))
+    staging.expect("r", 1, TOKENS)
+    staged = staging.batch(["r"], [0], [TOKENS])
+    for buffer in staged.packed.values():
+        buffer.fill_(3)
+    staging.commit(staged)
+    ((start, stop, span),) = staging.cut(1, 0, TOKENS)
+    peer.submit(chunk(start, stop, span=span))
+    header, sent = channel.sent.get(timeout=10)
+    assert torch.frombuffer(bytearray(sent), dtype=torch.float32).unique().tolist() == [3]
+    assert owner.room.staged_bytes in (0, header.payload_bytes)  # counted just after the channel returns
+    assert header.payload_bytes == plan.payload_bytes(TOKENS)
