@@ -46,7 +46,7 @@ def cuts(total, points):
     return list(itertools.pairwise(edges))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     sends=st.lists(st.sampled_from(SENDS), min_size=3, max_size=3),
     prompts=st.lists(st.integers(1, 40), min_size=1, max_size=4),
