@@ -16,6 +16,7 @@ from pdtrim_deploy.plan import NativeDtype
 from pdtrim_deploy.recipe_kv import KVSection
 from pdtrim_deploy.recipe_targets import TargetsSection
 from pdtrim_deploy.recipe_yaml import Origins, compose
+from pdtrim_deploy.yaml_errors import sentence
 
 # Names of a registry that needs torch to import; a test holds them equal.
 PruningMethod = Literal["cosine", "greedy"]
@@ -101,7 +102,7 @@ class Recipe(_Section):
         try:
             return cls.model_validate(data)
         except ValidationError as error:
-            raise UserError(_sentence(error, origins)) from None
+            raise UserError(sentence(cls, error, origins)) from None
 
     @cached_property
     def digest(self) -> str:
@@ -112,61 +113,3 @@ class Recipe(_Section):
     def to_yaml(self) -> str:
         """The resolved recipe: every key, no includes."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
-
-
-def _sentence(error: ValidationError, origins: Origins) -> str:
-    """The first thing wrong, as `file: key ...; allowed: ...`."""
-    first = error.errors()[0]
-    loc = tuple(str(part) for part in first["loc"])
-    key, where, given = ".".join(loc), origins.file_of(loc), first["input"]
-    match first["type"]:
-        case "extra_forbidden":
-            return f"{where}: {key} is not a known key; allowed here: {', '.join(_keys_at(loc[:-1]))}"
-        case "missing":
-            return f"{where}: {key} is missing; allowed: {_allowed(loc)}"
-        case "value_error":
-            return f"{where}: {key + '.' if key else ''}{first['msg'].removeprefix('Value error, ')}"
-        case "model_type":
-            return f"{where}: {key} is {given!r}; allowed: a mapping with {', '.join(_keys_at(loc))}"
-        case _:
-            return f"{where}: {key} is {given!r}; allowed: {_allowed(loc)}"
-
-
-def _keys_at(loc: tuple[str, ...]) -> list[str]:
-    keys = list(_schema_at(loc)["properties"])
-    return keys if loc else ["include", *keys]
-
-
-def _allowed(loc: tuple[str, ...]) -> str:  # noqa: PLR0911 (a line for each kind of value)
-    schema = _schema_at(loc)
-    if "properties" in schema:
-        return f"a mapping with {', '.join(schema['properties'])}"
-    if "enum" in schema:
-        return ", ".join(map(str, schema["enum"]))
-    if "const" in schema:
-        return str(schema["const"])
-    if "pattern" in schema:
-        return schema["description"]
-    if "prefixItems" in schema:
-        return f"a list of {len(schema['prefixItems'])}, each {_allowed((*loc, '0'))}"
-    if schema["type"] == "array":
-        return f"a list of one or more of {_allowed((*loc, '0'))}"
-    if schema["type"] == "number":
-        most = f" and up to {schema['maximum']:g}" if "maximum" in schema else ""
-        return f"a number above {schema['exclusiveMinimum']:g}{most}"
-    low = schema.get("minimum", schema["exclusiveMinimum"] + 1 if "exclusiveMinimum" in schema else None)
-    kind = {"integer": "an integer", "string": "text", "boolean": "true or false"}[schema["type"]]
-    if "maximum" in schema:
-        return f"{kind} from {low} to {schema['maximum']}"
-    return kind if low is None else f"{kind} of at least {low}"
-
-
-def _schema_at(loc: tuple[str, ...]) -> dict:
-    schema = root = Recipe.model_json_schema()
-    for part in loc:
-        inside = schema.get("items") or schema.get("prefixItems", [None])[0]
-        schema = inside or schema["properties"][part]
-        schema = next((kind for kind in schema.get("anyOf", ()) if kind.get("type") != "null"), schema)
-        if "$ref" in schema:
-            schema = root["$defs"][schema["$ref"].rsplit("/", 1)[1]]
-    return schema

@@ -31,8 +31,8 @@ class _Loader(yaml.SafeLoader):
         return mapping
 
 
-def compose(path: Path) -> tuple[dict[str, Any], Origins]:
-    """The file's includes in order, then its own keys, deep-merged; `include` itself is gone.
+def compose(path: Path, kind: str = "recipe") -> tuple[dict[str, Any], Origins]:
+    """The file's includes in order, then its own keys, deep-merged; `include` itself is gone. Errors call it a `kind`.
 
     Raises:
         UserError: a file is missing or not YAML, an include is no list of paths, or includes go in a circle.
@@ -40,24 +40,24 @@ def compose(path: Path) -> tuple[dict[str, Any], Origins]:
     """
     merged: dict[str, Any] = {}
     origins = Origins()
-    _merge_file(merged, origins, path, ())
+    _merge_file(merged, origins, path, (), kind)
     origins[()] = path
     return merged, origins
 
 
-def _merge_file(merged: dict[str, Any], origins: Origins, path: Path, chain: tuple[Path, ...]) -> None:
+def _merge_file(merged: dict[str, Any], origins: Origins, path: Path, chain: tuple[Path, ...], kind: str) -> None:
     here = path.resolve()
     if here in chain:
         circle = " -> ".join(p.name for p in (*chain[chain.index(here) :], here))
         raise UserError(f"{path}: include goes in a circle ({circle}); remove one of these includes")
-    data = _read(path)
+    data = _read(path, kind)
     include = data.pop("include", [])
     if not isinstance(include, list) or not all(isinstance(item, str) for item in include):
         raise UserError(f"{path}: include is {include!r}; allowed: a list of paths relative to this file")
     for item in include:
         if not (path.parent / item).is_file():
             raise UserError(f"{path}: include names {item}, which is not a file; allowed: paths relative to this file")
-        _merge_file(merged, origins, path.parent / item, (*chain, here))
+        _merge_file(merged, origins, path.parent / item, (*chain, here), kind)
     _merge(merged, data, origins, path, ())
 
 
@@ -73,18 +73,18 @@ def _merge(into: dict[str, Any], data: dict[str, Any], origins: Origins, path: P
             into[key] = value
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, kind: str) -> dict[str, Any]:
     try:
         data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (FileNotFoundError, IsADirectoryError):
-        raise UserError(f"{path}: no such recipe file; check the path") from None
+        raise UserError(f"{path}: no such {kind} file; check the path") from None
     except UnicodeDecodeError:
-        raise UserError(f"{path}: not a text file; a recipe is YAML in UTF-8") from None
+        raise UserError(f"{path}: not a text file; a {kind} is YAML in UTF-8") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise UserError(f"{path}: not valid YAML{place}: {problem}") from None
     if not isinstance(data, dict):
-        raise UserError(f"{path}: a recipe is a mapping of keys to values, such as 'name: demo'")
+        raise UserError(f"{path}: a {kind} is a mapping of keys to values, such as 'name: demo'")
     return data
