@@ -1,7 +1,8 @@
 """`pack` for GPUs: gather, quantise and pack in one kernel, one launch a layer. Needs triton.
 
 The bytes are those of `pdtrim_deploy.kvcache.pack`. It has been run in Triton's interpreter and compiled for sm_80,
-sm_90 and sm_100, not run on a GPU: so nothing calls it by default. int4 layers go through the torch codec.
+sm_90 and sm_100, not run on a GPU: so nothing calls it by default. int4 has a kernel of its own (`triton_int4`), but
+goes through the torch codec where the head size is not a power of two.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pdtrim_deploy.kvcache import triton_int4
 from pdtrim_deploy.kvcache.codecs import get_codec
 from pdtrim_deploy.kvcache.codecs.base import Pages
 from pdtrim_deploy.kvcache.layout import ChunkLayout
@@ -40,6 +42,8 @@ def pack(
         k, v = side_sections(out, rows, 0, key_pool), side_sections(out, rows, 1, value_pool)
         if rows.wire_dtype in KINDS:
             launch(key_pool, value_pool, picked, k, v, KINDS[rows.wire_dtype])
+        elif key_pool.shape[-1].bit_count() == 1:
+            triton_int4.launch(key_pool, value_pool, picked, k, v)
         else:
             for pool, sections in ((key_pool, k), (value_pool, v)):
                 get_codec(rows.wire_dtype).encode(pool, Pages(picked, 1), sections)

@@ -1,6 +1,7 @@
 """The Triton kernel: its bytes in the interpreter, its PTX for the GPUs that we do not have."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -39,3 +40,35 @@ def test_it_compiles_to_ptx(kind, capability, tmp_path, monkeypatch):
         assert f".target sm_{capability}" in ptx
         assert ".entry send_rows" in ptx
         assert ("div.rn.f32" in ptx) == (kind != "native")  # exact, as the codecs' bytes want
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_int4_compiles_to_ptx(capability, tmp_path, monkeypatch):
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from pdtrim_deploy.kvcache.triton_int4 import constants, send_int4_rows
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    made = constants(8, 128)
+    for pool in POOLS:
+        signature = dict.fromkeys(("keys", "values"), pool) | {"slots": "*i64"}
+        for side in "kv":
+            signature |= {f"{side}_codes": "*u8", f"{side}_scales": "*fp16", f"{side}_minima": "*fp16"}
+        signature |= {"rows": "i32"} | dict.fromkeys(made, "constexpr")
+        source = ASTSource(send_int4_rows, signature, made)
+        ptx = triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["ptx"]
+        assert f".target sm_{capability}" in ptx
+        assert ".entry send_int4_rows" in ptx
+        assert "div.rn.f32" in ptx
+        # nothing is rounded once where the codec rounds twice: only the exact product with the unit, 1/8, is fused
+        assert set(fused_factors(ptx)) <= {"0f3E000000"}
+
+
+def fused_factors(ptx):
+    """The second factor of every fused multiply-add: a constant's bits, or the name of a register."""
+    constants = dict(re.findall(r"mov\.b32\s+(%r\d+), (0f\w+);", ptx))
+    pairs = dict(re.findall(r"mov\.b64\s+(%rd\d+), \{(%r\d+), \2\};", ptx))
+    for operands in re.findall(r"fma\.rn\.f32(?:x2)?\s+(.*);", ptx):
+        factor = operands.split(", ")[2]
+        yield constants.get(pairs.get(factor, factor), factor)

@@ -2,7 +2,7 @@
 
 import torch
 
-from pdtrim_deploy.kvcache import torch_pack, triton_pack
+from pdtrim_deploy.kvcache import torch_pack, triton_int4, triton_pack
 from pdtrim_deploy.kvcache.codecs import get_codec
 from pdtrim_deploy.kvcache.layout import chunk_layout
 from pdtrim_deploy.plan import KVSend, ModelShape, PDPlan
@@ -51,11 +51,23 @@ def check_every_value():
             assert torch.equal(torch.isnan(scales[..., 0]), broken), wire
             for a, b in zip((codes, scales), mine, strict=True):
                 assert torch.equal(a.view(torch.uint8), b.view(torch.uint8)), (wire, dtype)
+        if dtype == torch.bfloat16:  # the interpreter reads its subnormals wrongly
+            pool = torch.where(pool.abs() < torch.finfo(dtype).smallest_normal, 0, pool)
+        sections = [
+            [torch.zeros(len(pool), 8, n, dtype=t) for n, t in ((32, torch.uint8), (2, torch.half), (2, torch.half))]
+            for _ in range(2)
+        ]
+        get_codec("int4").encode(pool, slice(0, len(pool)), sections[0])
+        triton_int4.launch(pool, pool, torch.arange(len(pool)), sections[1], sections[1])
+        for a, b in zip(*sections, strict=True):
+            assert torch.equal(a.view(torch.uint8), b.view(torch.uint8)), ("int4", dtype)
 
 
 if __name__ == "__main__":
     for seed, dtype in enumerate(("float32", "bfloat16", "float16")):
         check(dtype, 3, 64, 50, 0, 50, seed)
         check(dtype, 1, 80, 40, 7, 31, seed)
+        check(dtype, 2, 16, 40, 7, 31, seed)
+        check(dtype, 1, 128, 40, 0, 40, seed)
     check_every_value()
     print("equal")
