@@ -59,5 +59,5 @@ def _numerics(engine: TargetResult) -> str:
     found = engine.numerics
     if found is None:
         return ""
-    kv = "" if found.kv_error is None else f", KV {found.kv_error:.1e}"
+    kv = "" if found.kv_error is None else f"\nKV {found.kv_error:.1e}"
     return f"hidden {found.hidden_error:.1e}{kv}\nallowed {found.tolerance:.0e}"
