@@ -45,9 +45,9 @@ def engine_notes(engines: Iterable[TargetResult]) -> Iterator[str]:
 
 
 def _dtype(engine: TargetResult) -> str:
-    """With what the weights are quantised to, if they are."""
+    """What the weights are quantised to, or the engine's dtype."""
     said = [engine.details.get(key) for key in ("weights", "quantisation")]
-    return "/".join([*(str(one) for one in said if one not in (None, "native", "none")), engine.dtype])
+    return next((str(one) for one in said if one not in (None, "native", "none")), engine.dtype)
 
 
 def _ours(counts: Mapping[str, int]) -> str:
