@@ -4,30 +4,34 @@ from __future__ import annotations
 
 import errno
 import importlib
+import logging
 import os
 import shlex
 import sys
+import traceback
 from collections.abc import Sequence
 
 import click
 
 from pdtrim_deploy import __version__
+from pdtrim_deploy.cli.exit_codes import EXIT_CODES
+from pdtrim_deploy.cli.interrupt import install
 from pdtrim_deploy.errors import ServingError, UserError
 
-# Command -> module and attribute, in the order of the way through the house.
-COMMANDS = {
-    "doctor": "doctor:doctor",
-    "recipe": "recipe:recipe",
-    "plan": "plan:plan",
-    "build": "build:build",
-    "verify": "verify:verify",
-    "inspect": "inspect:inspect",
-    "eval": "eval:evaluate",
-    "serve": "serve:serve",
-    "fidelity": "fidelity:fidelity",
-    "loadtest": "loadtest:loadtest",
-    "demo": "demo:demo",
+# Heading -> command -> module and attribute, in the order of the way through the house.
+GROUPS = {
+    "Look before": {"doctor": "doctor:doctor", "recipe": "recipe:recipe", "plan": "plan:plan"},
+    "Build": {"build": "build:build", "verify": "verify:verify", "inspect": "inspect:inspect"},
+    "Serve": {"serve": "serve:serve"},
+    "Judge": {
+        "eval": "eval:evaluate",
+        "fidelity": "fidelity:fidelity",
+        "loadtest": "loadtest:loadtest",
+        "compare": "compare:compare",
+    },
+    "All of it, and the shell": {"demo": "demo:demo", "completion": "completion:completion"},
 }
+COMMANDS = {name: place for group in GROUPS.values() for name, place in group.items()}
 # What each extra brings, by the name under which it is imported.
 EXTRA_OF = {
     **dict.fromkeys(
@@ -53,20 +57,40 @@ class LazyGroup(click.Group):
         module, attribute = COMMANDS[name].split(":")
         return getattr(importlib.import_module(f"pdtrim_deploy.cli.{module}"), attribute)
 
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Under their headings, each with its whole first sentence."""
+        for heading, names in GROUPS.items():
+            commands = [(name, self.get_command(ctx, name)) for name in names]
+            with formatter.section(heading):
+                formatter.write_dl([(name, c.get_short_help_str(200)) for name, c in commands if c], col_spacing=4)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """What an exit code says."""
+        with formatter.section("Exit codes"):
+            formatter.write_dl([(str(code), said) for code, said in EXIT_CODES.items()], col_spacing=4)
+
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.option("-v", "--verbose", count=True, help="Log more on stderr (-vv: all), and show where errors come from.")
 @click.version_option(__version__, prog_name="pdtrim-deploy")
-def cli() -> None:
+def cli(verbose: int) -> None:
     """Prune a model for prefill-decode disaggregation and serve it in SGLang with sparse KV transfer.
 
     \b
-    Exit codes: 0 done, 1 a check failed, 2 bad input (one sentence says what), 130 Ctrl-C.
+    Examples:
+      pdtrim-deploy doctor                                              what this machine can do
+      pdtrim-deploy plan llama-3.1-8b --isl 8192 --link 100Gbps         what it would cost, in a second
+      pdtrim-deploy build recipes/smollm2-demo.yaml --out out/bundle    prune, choose KV, seal
+      pdtrim-deploy serve out/bundle --prefill 1 --decode 1             until Ctrl-C
     """
+    if verbose:
+        logging.basicConfig(level=logging.INFO if verbose == 1 else logging.DEBUG, format="%(name)s: %(message)s")
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point: turns what a user can mend into one line on stderr and an exit code."""
     said = list(sys.argv[1:] if args is None else args)
+    install()
     try:
         # The command as typed is the context's object: it stands beside every figure it makes.
         code = cli.main(said, "pdtrim-deploy", standalone_mode=False, obj=shlex.join(["pdtrim-deploy", *said]))
@@ -95,5 +119,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _die(message: str, code: int) -> None:
+    if logging.root.isEnabledFor(logging.INFO):  # -v
+        traceback.print_exc()
     click.echo(f"pdtrim-deploy: {message}", err=True)
     sys.exit(code)

@@ -40,7 +40,7 @@ def build(recipe_file: Path, out: Path, cache: Cache, dry_run: bool, force: bool
     if dry_run:
         from pdtrim_deploy.pipeline.preview import preview
 
-        _print_preview(preview(recipe, out, cache), out, as_json)
+        print_preview(preview(recipe, out, cache), out, as_json)
         return
     from pdtrim_deploy.cli.progress import Progress
     from pdtrim_deploy.doctor import Asked, require
@@ -73,7 +73,8 @@ def build(recipe_file: Path, out: Path, cache: Cache, dry_run: bool, force: bool
     raise SystemExit(1 if bundle.manifest.failures else 0)
 
 
-def _print_preview(found: Preview, out: Path, as_json: bool) -> None:
+def print_preview(found: Preview, out: Path, as_json: bool) -> None:
+    """What `--dry-run` says."""
     if as_json:
         data = asdict(found) | {"recipe": found.recipe.model_dump(mode="json")}
         click.echo(json.dumps(data, indent=2))

@@ -41,6 +41,11 @@ def evaluate(
 
     Both continue the same prompts. Written to BUNDLE/reports/eval.json (tasks.json) too, with seed, corpus, command
     and machine.
+
+    \b
+    Examples:
+      pdtrim-deploy eval out/bundle
+      pdtrim-deploy eval out/bundle --tasks perplexity,choice,needle,agreement --json
     """
     from pdtrim_deploy.bundle import Bundle, write_atomic
     from pdtrim_deploy.cli.progress import Progress

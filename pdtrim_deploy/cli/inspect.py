@@ -18,6 +18,11 @@ def inspect(bundle: Path, prompt_tokens: int | None, as_json: bool) -> None:
     """Show what BUNDLE keeps, drops and sends, in bytes, and each engine in it.
 
     An engine is built, then checked, then run; under the table stands what was checked, where it has run, and what not.
+
+    \b
+    Examples:
+      pdtrim-deploy inspect out/bundle --prompt-tokens 4096
+      pdtrim-deploy inspect out/bundle --json
     """
     from pdtrim_deploy.bundle import Bundle
 

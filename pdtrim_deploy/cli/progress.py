@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.status import Status
 
+from pdtrim_deploy.cli.interrupt import obey
+
 
 class Progress:
     """`show` wraps steps and `note` says what goes on inside one."""
@@ -24,6 +26,7 @@ class Progress:
     @contextmanager
     def show(self, name: str, done: bool = False) -> Iterator[None]:
         """One step: its name and, when it ends well, its seconds."""
+        obey()
         if done:
             self._console.print(f"{name}: done before")
             yield
@@ -40,6 +43,7 @@ class Progress:
 
     def note(self, text: str) -> None:
         """Replace the live line; where lines stay, at most one every two seconds."""
+        obey()
         if self._live is not None:
             self._live.update(f"{self._step}: {escape(text)}")
         elif time.perf_counter() - self._said > 2:

@@ -13,7 +13,14 @@ from pdtrim_deploy.recipe import Recipe
 
 @click.group()
 def recipe() -> None:
-    """Show and validate recipes, or print their JSON Schema."""
+    """Show and validate recipes, or print their JSON Schema.
+
+    \b
+    Examples:
+      pdtrim-deploy recipe show recipes/smollm2-demo.yaml
+      pdtrim-deploy recipe validate recipes/smollm2-demo.yaml recipes/llama-3.1-8b-balanced.yaml
+      pdtrim-deploy recipe schema
+    """
 
 
 @recipe.command()
@@ -30,14 +37,22 @@ def show(file: Path, as_json: bool) -> None:
 
 @recipe.command()
 @click.argument("files", type=click.Path(path_type=Path), nargs=-1, required=True)
-def validate(files: tuple[Path, ...]) -> None:
+@click.option("--json", "as_json", is_flag=True, help="JSON on stdout, for machines.")
+def validate(files: tuple[Path, ...], as_json: bool) -> None:
     """Check each of FILES; exit code 2 when any is wrong."""
-    wrong = []
+    wrong, said = [], []
     for file in files:
         try:
-            click.echo(f"{file}: ok, {Recipe.load(file).name}")
+            loaded = Recipe.load(file)
         except UserError as error:
             wrong.append(str(error))
+            said.append({"file": str(file), "ok": False, "problem": str(error)})
+            continue
+        said.append({"file": str(file), "ok": True, "name": loaded.name, "digest": loaded.digest})
+        if not as_json:
+            click.echo(f"{file}: ok, {loaded.name}")
+    if as_json:
+        click.echo(json.dumps(said, indent=2))
     if wrong:
         raise UserError("\n".join(wrong))
 

@@ -17,7 +17,7 @@ from rich.table import Table
 from pdtrim_deploy.bundle import Bundle
 from pdtrim_deploy.cli import options
 from pdtrim_deploy.doctor import Asked, require
-from pdtrim_deploy.serving import Cluster, Executors, ServeEnvironment, WorkerOptions, cluster_of
+from pdtrim_deploy.serving import Cluster, Executors, ServeEnvironment, WorkerOptions, cluster_of, commands
 
 
 @click.command()
@@ -39,6 +39,7 @@ from pdtrim_deploy.serving import Cluster, Executors, ServeEnvironment, WorkerOp
 @click.option("--log-dir", type=click.Path(path_type=Path), help="One log file a program (default: a new folder).")
 @click.option("--worker-args", default="", help="More arguments for sglang.launch_server, as one quoted string.")
 @click.option("--router-args", default="", help="More arguments for the router, as one quoted string.")
+@click.option("--dry-run", is_flag=True, help="Print the command of every program; start none.")
 @click.option("--json", "as_json", is_flag=True, help="Print the endpoints as one JSON line.")
 @click.pass_context
 def serve(
@@ -61,6 +62,7 @@ def serve(
     log_dir: Path | None,
     worker_args: str,
     router_args: str,
+    dry_run: bool,
     as_json: bool,
 ) -> None:
     """Serve BUNDLE: SGLang prefill and decode workers behind the router, until Ctrl-C or until one dies.
@@ -68,9 +70,16 @@ def serve(
     \b
     /v1/chat/completions, /v1/completions and /generate answer at the printed router address.
     Exit codes: 130 after Ctrl-C, 1 when a worker or the router died or did not start.
+
+    \b
+    Examples:
+      pdtrim-deploy serve out/bundle --port 8000
+      pdtrim-deploy serve out/bundle --prefill 2 --decode 2 --json
+      pdtrim-deploy serve out/bundle --decode-executor onnxruntime --log-dir out/logs
     """
     opened = Bundle.open(bundle)
-    require("serve", Asked(serve_python=serve_python))
+    if not dry_run:
+        require("serve", Asked(serve_python=serve_python))
     worker_options = WorkerOptions(
         transfer_backend=backend,
         served_model_name=opened.path.resolve().name,
@@ -95,6 +104,10 @@ def serve(
         log_dir=log_dir,
         say=lambda sentence: click.echo(sentence, err=True),
     )
+    if dry_run:
+        said = commands_of(starting)
+        click.echo(json.dumps(said) if as_json else "\n".join(shlex.join(command) for command in said.values()))
+        return
     for number in (signal.SIGTERM, signal.SIGHUP):  # as gentle as Ctrl-C; the shell's codes for these
         signal.signal(number, lambda received, _frame: sys.exit(128 + received))
     try:
@@ -109,6 +122,13 @@ def serve(
     except KeyboardInterrupt:
         click.echo("stopped", err=True)
         ctx.exit(130)
+
+
+def commands_of(cluster: Cluster) -> dict[str, list[str]]:
+    """The command of each program by its name, as the cluster would start it."""
+    spec, python = cluster.spec, cluster.environment.python
+    said = {worker.name: commands.worker_command(python, worker, len(spec.workers)) for worker in spec.workers}
+    return said | {"router": commands.router_command(python, spec)}
 
 
 def endpoints(cluster: Cluster, bundle: Bundle) -> dict[str, object]:

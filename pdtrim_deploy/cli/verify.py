@@ -18,6 +18,11 @@ def verify(bundle: Path, as_json: bool) -> None:
 
     Sizes, SHA-256, files missing and files too many.
     Exit code 1 when something differs, 2 when it is no complete bundle. Reports added after the build are not sealed.
+
+    \b
+    Examples:
+      pdtrim-deploy verify out/bundle
+      pdtrim-deploy verify out/bundle --json
     """
     from pdtrim_deploy.bundle import Bundle
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import random
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 import yaml
 from sse_server import Behaviour, serve
@@ -16,8 +19,9 @@ from pdtrim_deploy import __version__
 from pdtrim_deploy.bundle import Bundle
 from pdtrim_deploy.cache import Cache
 from pdtrim_deploy.cli import COMMANDS, cli, main
-from pdtrim_deploy.loadtest.builtin import WORDS
+from pdtrim_deploy.cli.exit_codes import EXIT_CODES
 
+WORDS = ("river", "stone", "garden", "window", "paper", "morning", "summer", "walked", "quietly", "toward", "village")
 RECIPES = Path(__file__).parents[2] / "recipes"
 NOT_IN_CORE = ("torch", "transformers", "safetensors", "gguf", "httpx", "prometheus_client", "sglang")
 
@@ -27,7 +31,7 @@ def recipe_file(tmp_path_factory: pytest.TempPathFactory, tiny_llama_dir: Path) 
     folder, rng = tmp_path_factory.mktemp("recipe"), random.Random(0)
     (folder / "text").mkdir()
     for n in range(12):
-        (folder / "text" / f"{n}.txt").write_text(" ".join(rng.choices(WORDS, k=400)))
+        (folder / "text" / f"{n}.txt").write_text(" ".join(rng.choices(WORDS, k=250)))
     corpus = f"dir:{folder / 'text'}"
     data = {
         "name": "tiny",
@@ -88,8 +92,65 @@ def test_help_and_reading_commands_need_the_core_only(bundle_dir: Path) -> None:
 def test_every_command_is_listed_with_a_whole_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "--help")
     assert code == 0
-    listed = out.split("Commands:\n")[1].splitlines()
-    assert [line.split()[0] for line in listed if line] == list(COMMANDS)
+    listed = [line.split()[0] for line in out.splitlines() if re.match(r"  [a-z]+ {3,}", line)]
+    assert listed == list(COMMANDS)
+    assert "..." not in out.split("Look before")[1]
+    codes = out.split("Exit codes:\n")[1].splitlines()
+    assert [int(line.split()[0]) for line in codes if line[2] != " "] == list(EXIT_CODES)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_examples_that_parse(name: str) -> None:
+    command = cli.get_command(cli.make_context("x", [], resilient_parsing=True), name)
+    assert command is not None
+    examples = re.findall(r"^ +pdtrim-deploy (.*)$|\$\(pdtrim-deploy (.*?)\)", command.help or "", re.MULTILINE)
+    assert examples
+    for found in examples:
+        parse(shlex.split(max(found).partition(" > ")[0]))
+
+
+def parse(words: list[str]) -> None:
+    """Parse without running: usage errors are raised."""
+    context = cli.make_context("pdtrim-deploy", list(words))
+    while isinstance(context.command, click.Group):
+        name, command, rest = context.command.resolve_command(context, [*context._protected_args, *context.args])
+        assert command is not None
+        context = command.make_context(name, rest, parent=context)
+
+
+def test_completion(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for shell, says in {"bash": "complete -o nosort -F", "zsh": "#compdef pdtrim-deploy", "fish": "complete"}.items():
+        code, out, _ = run(capsys, "completion", shell)
+        assert code == 0
+        assert says in out
+    monkeypatch.setenv("_PDTRIM_DEPLOY_COMPLETE", "bash_complete")
+    monkeypatch.setenv("COMP_WORDS", "pdtrim-deploy plan --li")
+    monkeypatch.setenv("COMP_CWORD", "2")
+    assert run(capsys)[1].split() == ["plain,--link"]
+
+
+def test_verbose_shows_where_an_error_comes_from(tmp_path: Path) -> None:
+    for flags, traced in (([], False), (["-v"], True)):
+        done = without((), *flags, "recipe", "show", tmp_path / "gone.yaml")
+        assert done.returncode == 2
+        assert ("Traceback" in done.stderr) is traced
+        assert done.stderr.splitlines()[-1].startswith("pdtrim-deploy: ")
+
+
+def test_dry_runs_start_and_write_nothing(
+    capsys: pytest.CaptureFixture[str], bundle_dir: Path, recipe_file: Path, tmp_path: Path, cache: Cache
+) -> None:
+    args = ("serve", bundle_dir, "--prefill", 2, "--serve-python", sys.executable, "--dry-run")
+    code, out, _ = run(capsys, *args)
+    lines = [shlex.split(line) for line in out.splitlines()]
+    assert (code, len(lines)) == (0, 4)
+    assert [line[line.index("--disaggregation-mode") + 1] for line in lines[:3]] == ["prefill", "prefill", "decode"]
+    assert lines[3].count("--prefill") == 2
+    assert list(json.loads(run(capsys, *args, "--json")[1])) == ["prefill-0", "prefill-1", "decode-0", "router"]
+    code, out, _ = run(capsys, "demo", recipe_file, "--out", tmp_path / "d", "--dry-run", "--cache-dir", cache.root)
+    assert code == 0
+    assert "nothing is written (--dry-run)" in out
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_missing_extra_is_named(recipe_file: Path, tmp_path: Path) -> None:
@@ -177,6 +238,9 @@ def test_recipe_commands(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> 
     assert code == 2
     assert "smollm2-demo.yaml: ok" in out
     assert "wrong.yaml: " in err
+    code, out, _ = run(capsys, "recipe", "validate", "--json", RECIPES / "smollm2-demo.yaml", tmp_path / "wrong.yaml")
+    assert code == 2
+    assert [one["ok"] for one in json.loads(out)] == [True, False]
 
 
 def test_build_verify_inspect_eval(capsys: pytest.CaptureFixture[str], bundle_dir: Path, cache: Cache) -> None:

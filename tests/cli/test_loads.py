@@ -1,0 +1,91 @@
+"""loadtest and compare as a user types them, against servers of known latency."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from sse_server import Behaviour, serve
+
+from pdtrim_deploy.cli import main
+
+SMALL = "name: a\narrivals: {kind: concurrency, clients: 2}\ninput: {tokens: 5}\noutput: {tokens: 3}\nrequests: 4\n"
+
+
+@pytest.fixture
+def scenario(tmp_path: Path) -> Path:
+    path = tmp_path / "s.yaml"
+    path.write_text(SMALL + "slo: {ttft_ms: 1000}\n")
+    return path
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
+    with serve(Behaviour(ttft=0.02, itl=0.01)) as found:
+        yield found
+
+
+def run(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as ended:
+        main([str(arg) for arg in args])
+    said = capsys.readouterr()
+    return int(ended.value.code or 0), said.out, said.err
+
+
+def test_a_scenario_is_run(url: str, scenario: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "loadtest", url, "--scenario", scenario, "--json")
+    result = json.loads(out)
+    assert (code, result["requests"], result["good"], result["slo"]["ttft_ms"]) == (0, 4, 4, 1000)
+    assert set(result["prompt_tokens"]) == {5}
+    assert result["client"]["cpu_share"] > 0
+    code, out, _ = run(capsys, "loadtest", url, "--scenario", scenario)
+    assert "within the SLO" in out
+
+
+def test_a_scenario_and_what_it_says_already(url: str, scenario: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = run(capsys, "loadtest", url, "--scenario", scenario, "--requests", 3, "--prompt-tokens", 4)
+    assert code == 2
+    assert "--requests, --prompt-tokens: --scenario" in err
+
+
+def test_workers_without_metrics(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = run(capsys, "loadtest", url, "--requests", 1, "--warmup", 0, "--worker", "http://127.0.0.1:9")
+    assert code == 1
+    assert "http://127.0.0.1:9/metrics does not answer" in err
+
+
+def test_compare(url: str, scenario: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with serve(Behaviour(ttft=0.02, itl=0.03)) as slow:
+        code, out, err = run(
+            capsys, "compare", url, slow, "--scenario", scenario, "--rounds", 3, "--out", tmp_path / "c.json", "--json"
+        )
+    assert code == 0, err
+    found = json.loads(out)
+    assert found == json.loads((tmp_path / "c.json").read_text())
+    ratios = {one["figure"]: one for one in found["ratios"]}
+    assert ratios["ITL p50"]["ratio"] > 1.8
+    assert len(ratios["ITL p50"]["rounds"]) == found["rounds"] == 3
+    assert found["environment"]["command"].startswith("pdtrim-deploy compare http")
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--rounds", 2], "--rounds 2 gives no confidence interval; use at least 3"),
+        (["--a-executor", "onnxruntime"], "an executor is for bundles"),
+        (["--a-executor", "onnx"], "'onnx': give one of torch, onnxruntime, tensorrt"),
+        (["--driver", "wrk"], "load driver 'wrk' is not known"),
+    ],
+)
+def test_compare_refuses(more: list[object], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = run(capsys, "compare", "http://127.0.0.1:1", "http://127.0.0.1:2", *more)
+    assert code == 2
+    assert says in err
+
+
+def test_compare_refuses_the_same_twice(capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = run(capsys, "compare", "http://127.0.0.1:1", "http://127.0.0.1:1")
+    assert code == 2
+    assert "A and B are both http://127.0.0.1:1" in err
