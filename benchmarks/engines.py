@@ -22,7 +22,7 @@ from pdtrim_builders.runtime_onnx import OnnxStage
 
 from pdtrim_deploy.bundle import Bundle
 from pdtrim_deploy.cache import Cache
-from pdtrim_deploy.loadtest import LoadResult, LoadSpec, driver
+from pdtrim_deploy.loadtest import LoadResult, Scenario, driver
 from pdtrim_deploy.pipeline import build
 from pdtrim_deploy.recipe import Recipe
 from pdtrim_deploy.serving import Cluster, Executors, cluster_of
@@ -99,10 +99,10 @@ def _callback(bundle: Bundle, asked: argparse.Namespace) -> list[dict[str, Any]]
 def _load(clusters: dict[str, Cluster], concurrency: int, asked: argparse.Namespace) -> dict[str, Any]:
     """Ratios of medians, one a round, and each pair's medians over all rounds."""
     drive, found = driver("builtin"), {name: [] for name in clusters}
-    lengths = {"prompt_tokens": (asked.prompt,) * 2, "output_tokens": (asked.output,) * 2}
+    lengths = {"input": (asked.prompt,) * 2, "output": (asked.output,) * 2}
     for number in range(-1, asked.rounds):  # the first warms up
         seed = asked.seed + 1000 * concurrency + number
-        spec = LoadSpec(max(asked.requests, concurrency), concurrency, warmup=0, seed=seed, **lengths)
+        spec = Scenario.closed(max(asked.requests, concurrency), concurrency, warmup=0, seed=seed, **lengths)
         for name in sorted(clusters, reverse=number % 2 == 0):
             result = LoadResult.of("builtin", [drive(clusters[name].url, spec)])
             if result.failed:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pdtrim_deploy.bundle import Bundle, write_atomic
 from pdtrim_deploy.cache import Cache
-from pdtrim_deploy.loadtest import LoadResult, LoadRun, LoadSpec, driver
+from pdtrim_deploy.loadtest import Scenario, Workers, driver
+from pdtrim_deploy.loadtest.rounds import Rounds, Side, check_rounds, interleave, shares
 from pdtrim_deploy.pipeline import Note, build
 from pdtrim_deploy.recipe import KVSection, PruningSection, Recipe
 from pdtrim_deploy.recipe_targets import TargetsSection
@@ -26,10 +26,8 @@ from pdtrim_deploy.report.metrics import (
     TransferFigures,
 )
 from pdtrim_deploy.serving import Cluster, ServeEnvironment, cluster_of
-from pdtrim_deploy.serving.metrics import scrape, total
 
 PAIRS = ("dense", "pruned")
-SETTLE_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,7 @@ class Demo:
     recipe: Recipe
     out: Path
     cache: Cache
-    load: LoadSpec
+    load: Scenario
     command: str
     show: Callable[[str], AbstractContextManager[object]]
     note: Note
@@ -53,6 +51,7 @@ class Demo:
             ServingError: a server died or never served.
 
         """
+        check_rounds(min(self.rounds, self.load.requests or 0))
         serve = ServeEnvironment.find()
         bundles = {name: self._build(name) for name in PAIRS}
         quality = self._quality(bundles["pruned"])
@@ -65,15 +64,17 @@ class Demo:
                 if name == "pruned":
                     fidelity = self._fidelity(bundles[name], clusters[name])
             with self.show("load, in turns"):
-                runs, sent = self._load(clusters)
+                load = self._load(clusters)
         plan = bundles["pruned"].plan
-        results = {name: LoadResult.of("builtin", runs[name]) for name in PAIRS}
+        results = load.total
+        sent = {name: result.workers for name, result in results.items() if result.workers is not None}
         metrics = Metrics(
             plan=PlanFigures.of(plan),
             transfer=TransferFigures.of(plan, results["pruned"].prompt_tokens, sent["pruned"], sent["dense"]),
             quality=quality,
             fidelity=fidelity,
             load={name: LoadFigures.of(result) for name, result in results.items()},
+            ratios=tuple(load.ratios(*PAIRS)),
             environment=environment(self.command) | {"serve_versions": versions_of(serve.python)},
         )
         metrics.write(self.out / "report" / "metrics.json")
@@ -111,44 +112,7 @@ class Demo:
             passed=found.passed,
         )
 
-    def _load(self, clusters: dict[str, Cluster]) -> tuple[dict[str, list[LoadRun]], dict[str, Sent]]:
+    def _load(self, clusters: dict[str, Cluster]) -> Rounds:
         """Rounds of the same prompts on both pairs, the order changing each time; and the KV bytes they sent."""
-        drive = driver("builtin")
-        warm = replace(self.load, requests=max(1, self.load.warmup), warmup=0, seed=self.load.seed + self.rounds)
-        for cluster in clusters.values():
-            drive(cluster.url, warm)
-        before = {name: Sent.read(cluster) for name, cluster in clusters.items()}
-        runs: dict[str, list[LoadRun]] = {name: [] for name in clusters}
-        shares = [len(range(n, self.load.requests, self.rounds)) for n in range(self.rounds)]
-        for number, share in enumerate(shares):
-            spec = replace(self.load, requests=share, warmup=0, seed=self.load.seed + number)
-            for name in PAIRS if number % 2 == 0 else PAIRS[::-1]:
-                self.note(f"round {number + 1} of {self.rounds}, {name}: {share} requests")
-                runs[name].append(drive(clusters[name].url, spec))
-        return runs, {name: Sent.since(before[name], clusters[name], runs[name]) for name in clusters}
-
-
-@dataclass(frozen=True)
-class Sent:
-    """What a pair's prefill workers counted: transfers that ended well, and the KV bytes they carried."""
-
-    requests: int
-    payload_bytes: int
-
-    @classmethod
-    def read(cls, cluster: Cluster) -> Sent:
-        """The counters now, over all prefill workers."""
-        found = [scrape(worker.metrics_url) for worker in cluster.workers if worker.spec.stage == "prefill"]
-        name = "pdtrim_kv_payload_bytes"
-        return cls(*(int(sum(total(samples, f"{name}_{part}") for samples in found)) for part in ("count", "sum")))
-
-    @classmethod
-    def since(cls, before: Sent, cluster: Cluster, runs: Sequence[LoadRun]) -> Sent:
-        """What was added; waits a little for the last transfer to be counted."""
-        good = sum(outcome.failure is None for run in runs for outcome in run.outcomes)
-        deadline = time.monotonic() + SETTLE_S
-        while True:
-            now = cls.read(cluster)
-            if now.requests - before.requests >= good or time.monotonic() > deadline:
-                return cls(now.requests - before.requests, now.payload_bytes - before.payload_bytes)
-            time.sleep(0.2)
+        sides = {name: Side(clusters[name].url, Workers.of(clusters[name])) for name in PAIRS}
+        return interleave(sides, shares(self.load, self.rounds), driver("builtin"), "builtin", self.note)

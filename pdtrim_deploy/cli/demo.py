@@ -19,6 +19,7 @@ from pdtrim_deploy.cli import options
 @click.option("--prompt-tokens", type=options.Lengths(), default="320", show_default=True)
 @click.option("--output-tokens", type=options.Lengths(), default="24", show_default=True)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--dry-run", is_flag=True, help="Say what the pruned bundle's build would do and how large it gets.")
 @options.cache_dir
 @options.json_flag
 @click.pass_obj
@@ -32,6 +33,7 @@ def demo(
     prompt_tokens: tuple[int, int],
     output_tokens: tuple[int, int],
     seed: int,
+    dry_run: bool,
     cache: Cache,
     as_json: bool,
 ) -> None:
@@ -39,6 +41,11 @@ def demo(
 
     The figures are written to OUT/report/metrics.json.
     Exit code 1 when the served pair is not what the plan says, a request failed, or an engine could not be built.
+
+    \b
+    Examples:
+      pdtrim-deploy demo recipes/smollm2-demo.yaml --out out/demo
+      pdtrim-deploy demo recipes/smollm2-quick.yaml --out out/quick --requests 8 --json
     """
     from rich.console import Console
 
@@ -46,19 +53,26 @@ def demo(
     from pdtrim_deploy.cli.progress import Progress
     from pdtrim_deploy.demo import Demo
     from pdtrim_deploy.doctor import Asked, require
-    from pdtrim_deploy.loadtest import LoadSpec
+    from pdtrim_deploy.loadtest import Scenario
     from pdtrim_deploy.recipe import Recipe
-    from pdtrim_deploy.report.tables import load_table, metrics_table
+    from pdtrim_deploy.report.tables import load_table, metrics_table, ratio_table
 
     recipe, progress = Recipe.load(recipe_file), Progress()
+    if dry_run:
+        from pdtrim_deploy.cli.build import print_preview
+        from pdtrim_deploy.pipeline.preview import preview
+
+        print_preview(preview(recipe, out / "pruned", cache), out / "pruned", as_json)
+        return
     require("demo", Asked(recipe, out, cache))
-    load = LoadSpec(requests, concurrency, prompt_tokens, output_tokens, seed=seed)
+    load = Scenario.closed(requests, concurrency, prompt_tokens, output_tokens, seed=seed)
     metrics = Demo(recipe, out, cache, load, command, progress.show, progress.note, rounds).run()
     if as_json:
         click.echo(metrics.model_dump_json(indent=2))
     else:
         Console().print(metrics_table(metrics))
         Console().print(load_table({name: figures.detail for name, figures in metrics.load.items()}))
+        Console().print(ratio_table("dense", "pruned", metrics.ratios))
         click.echo(f"written to {out / 'report' / 'metrics.json'} by: {command}")
     problems = [*metrics.problems, *Bundle.open(out / "pruned").manifest.failures.values()]
     for problem in problems:

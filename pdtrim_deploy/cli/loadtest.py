@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from pdtrim_deploy.cli import options
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.serving.engines import Executors
 
+ADHOC = ("requests", "concurrency", "prompt_tokens", "output_tokens", "warmup", "deadline", "seed")
+
 
 @click.command()
 @click.argument("target", metavar="URL|BUNDLE")
+@click.option("--scenario", "scenario_file", type=options.path, help="YAML, see scenarios/; instead of the next seven.")
 @click.option("--requests", type=click.IntRange(1), default=32, show_default=True)
 @click.option("--concurrency", type=click.IntRange(1), default=4, show_default=True)
 @click.option("--prompt-tokens", type=options.Lengths(), default="320", show_default=True)
@@ -30,11 +35,17 @@ from pdtrim_deploy.serving.engines import Executors
 )
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--driver", "driver_name", default="builtin", show_default=True)
+@click.option(
+    "--worker", "workers", multiple=True, metavar="URL", help="Of a running pair: read this worker's /metrics."
+)
 @click.option("--allow-remote", is_flag=True, help="Allow a target that is not on this machine.")
 @options.executors
 @options.json_flag
+@click.pass_context
 def loadtest(
+    ctx: click.Context,
     target: str,
+    scenario_file: Path | None,
     requests: int,
     concurrency: int,
     prompt_tokens: tuple[int, int],
@@ -43,6 +54,7 @@ def loadtest(
     deadline: float,
     seed: int,
     driver_name: str,
+    workers: tuple[str, ...],
     allow_remote: bool,
     executors: Executors | None,
     as_json: bool,
@@ -55,26 +67,37 @@ def loadtest(
     \b
     Examples:
       pdtrim-deploy loadtest http://127.0.0.1:8000 --requests 64 --concurrency 8
-      pdtrim-deploy loadtest out/bundle --prompt-tokens 200-400 --json
+      pdtrim-deploy loadtest out/bundle --scenario scenarios/chat.yaml --json
     """
     from rich.console import Console
 
-    from pdtrim_deploy.loadtest import LoadResult, LoadSpec, check_target, driver
+    from pdtrim_deploy.loadtest import LoadResult, Scenario, Workers, check_target, driver
 
-    spec = LoadSpec(requests, concurrency, prompt_tokens, output_tokens, warmup, deadline, seed)
-    drive = driver(driver_name)
-    if "://" in target:
-        if executors is not None:
-            raise UserError(f"--executor is for pairs started here, {target} runs already; leave one of them out")
-        check_target(target, allow_remote)
-        runs = [drive(target, spec)]
+    if scenario_file is not None:
+        given = [name for name in ADHOC if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+        if given:
+            said = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise UserError(f"{said}: --scenario {scenario_file} says that; change it there or leave --scenario out")
+        scenario = Scenario.load(scenario_file)
     else:
-        from pdtrim_deploy.bundle import Bundle
-        from pdtrim_deploy.serving import cluster_of
+        scenario = Scenario.closed(
+            requests, concurrency, prompt_tokens, output_tokens, warmup=warmup, deadline_s=deadline, seed=seed
+        )
+    drive = driver(driver_name)
+    with ExitStack() as stack:
+        if "://" in target:
+            if executors is not None:
+                raise UserError(f"--executor is for pairs started here, {target} runs already; leave one of them out")
+            for url in (target, *workers):
+                check_target(url, allow_remote)
+            url, counters = target, Workers(tuple(f"{one.rstrip('/')}/metrics" for one in workers)) if workers else None
+        else:
+            from pdtrim_deploy.bundle import Bundle
+            from pdtrim_deploy.serving import cluster_of
 
-        with cluster_of(Bundle.open(Path(target)), executors=executors) as cluster:
-            runs = [drive(cluster.url, spec)]
-    result = LoadResult.of(driver_name, runs)
+            cluster = stack.enter_context(cluster_of(Bundle.open(Path(target)), executors=executors))
+            url, counters = cluster.url, Workers.of(cluster)
+        result = LoadResult.measure(drive, driver_name, url, scenario, counters)
     if as_json:
         click.echo(json.dumps(result.model_dump(mode="json"), indent=2))
     else:
@@ -83,4 +106,6 @@ def loadtest(
         Console().print(load_table({target: result}))
         for kind, detail in result.failure_details.items():
             click.echo(f"{kind}: {detail}")
+        if result.client.bottleneck:
+            click.echo(result.client.bottleneck)
     raise SystemExit(1 if result.failed else 0)

@@ -7,12 +7,25 @@ import ipaddress
 from urllib.parse import urlsplit
 
 from pdtrim_deploy.errors import UserError
-from pdtrim_deploy.loadtest.base import Driver, LoadResult, LoadRun, LoadSpec, Outcome
+from pdtrim_deploy.loadtest.base import Driver, LoadResult, LoadRun, Outcome
+from pdtrim_deploy.loadtest.scenario import Scenario
+from pdtrim_deploy.loadtest.workers import WorkerFigures, Workers
 
 # Name -> module whose `drive` is the driver; imported when it is asked for.
 DRIVERS = {"builtin": "pdtrim_deploy.loadtest.builtin"}
 
-__all__ = ["DRIVERS", "Driver", "LoadResult", "LoadRun", "LoadSpec", "Outcome", "check_target", "driver"]
+__all__ = [
+    "DRIVERS",
+    "Driver",
+    "LoadResult",
+    "LoadRun",
+    "Outcome",
+    "Scenario",
+    "WorkerFigures",
+    "Workers",
+    "check_target",
+    "driver",
+]
 
 
 def driver(name: str) -> Driver:

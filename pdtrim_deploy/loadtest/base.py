@@ -3,33 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+from pdtrim_deploy.loadtest.scenario import SLO, Scenario
+from pdtrim_deploy.loadtest.workers import WorkerFigures, Workers
+
 PERCENTILES = (50, 90, 95, 99)
-
-
-@dataclass(frozen=True)
-class LoadSpec:
-    """A closed loop: `concurrency` clients, each with one request in flight, until `requests` are done.
-
-    Attributes:
-        prompt_tokens, output_tokens: inclusive ranges that lengths are drawn from, by `seed`.
-        warmup: requests before the clock starts; they count nowhere.
-        deadline_s: per request, from its start to its last token.
-
-    """
-
-    requests: int = 32
-    concurrency: int = 4
-    prompt_tokens: tuple[int, int] = (320, 320)
-    output_tokens: tuple[int, int] = (24, 24)
-    warmup: int = 2
-    deadline_s: float = 300.0
-    seed: int = 0
+# What a client may cost before its figures are called its own: of a core; of the median TTFT or ITL, and in ms.
+MOST_CPU, MOST_LATE, LEAST_LATE_MS = 0.8, 0.1, 10.0
 
 
 class Percentiles(BaseModel):
@@ -59,6 +44,7 @@ class Outcome:
         failure: kind (`refused`, `http_503`, `timeout`, `truncated`, `error`), None when it succeeded.
         ttft: to the first token; itl: between tokens; e2e: to the end.
         prompt_tokens, output_tokens: as the server counted them.
+        late: by how much it was sent after it was due (open loops).
 
     """
 
@@ -69,21 +55,80 @@ class Outcome:
     e2e: float = 0.0
     prompt_tokens: int = 0
     output_tokens: int = 0
+    late: float = 0.0
+
+    def meets(self, slo: SLO) -> bool:
+        """Whether it succeeded within the SLO: its TTFT and the mean of its ITLs."""
+        if self.failure is not None:
+            return False
+        itl = sum(self.itl) / len(self.itl) if self.itl else 0.0
+        return self.ttft * 1e3 <= (slo.ttft_ms or np.inf) and itl * 1e3 <= (slo.itl_ms or np.inf)
 
 
 @dataclass(frozen=True)
 class LoadRun:
-    """One load: every request's outcome, and the wall time from the first request to the last token."""
+    """One load: every request's outcome, and the wall time from the first request to the last token.
+
+    Attributes:
+        cpu_s: processor time of the client meanwhile, None where the driver cannot say.
+        pauses: seconds by which the client woke too late from short sleeps, all through the load.
+
+    """
 
     outcomes: tuple[Outcome, ...]
     duration_s: float
+    cpu_s: float | None = None
+    pauses: tuple[float, ...] = field(default=(), repr=False)
+
+
+class Driver(Protocol):
+    """Drives one load against the base URL of a router (`/generate` of SGLang)."""
+
+    def __call__(self, url: str, scenario: Scenario) -> LoadRun: ...
+
+
+class ClientFigures(BaseModel):
+    """Whether the client itself was the bottleneck: then latencies are partly its own, and rates what it could send.
+
+    Attributes:
+        send_late_ms: how late requests were sent (open loops).
+        wake_late_ms: how late it woke from short sleeps: what its readings of ITL may be off by.
+        cpu_share: of one core, which is all that it can use.
+        bottleneck: why it was one, one sentence; None when it was not.
+
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    send_late_ms: Percentiles
+    wake_late_ms: Percentiles
+    cpu_share: float | None
+    bottleneck: str | None
+
+    @classmethod
+    def of(cls, runs: Sequence[LoadRun], ttft_ms: float | None, itl_ms: float | None) -> ClientFigures:
+        """Judged against medians of what was measured."""
+        late = Percentiles.of([o.late for run in runs for o in run.outcomes])
+        woke = Percentiles.of([pause for run in runs for pause in run.pauses])
+        spent = [run.cpu_s for run in runs if run.cpu_s is not None]
+        wall = sum(run.duration_s for run in runs if run.cpu_s is not None)
+        share = round(sum(spent) / wall, 3) if wall else None
+        said = []
+        if share is not None and share > MOST_CPU:
+            said.append(f"it used {share:.2f} of the one core it can use")
+        if (late.p95 or 0.0) > (allowed := max(LEAST_LATE_MS, MOST_LATE * (ttft_ms or 0.0))):
+            said.append(f"p95 of requests were sent {late.p95:.0f} ms late ({allowed:.0f} ms are allowed)")
+        if (woke.p95 or 0.0) > (allowed := max(LEAST_LATE_MS, MOST_LATE * (itl_ms or 0.0))):
+            said.append(f"it woke {woke.p95:.0f} ms late at p95 ({allowed:.0f} ms are allowed)")
+        why = f"the client was a bottleneck: {'; '.join(said)}" if said else None
+        return cls(send_late_ms=late, wake_late_ms=woke, cpu_share=share, bottleneck=why)
 
 
 class LoadResult(BaseModel):
     """Totals of a load; latencies cover successful requests only, failures are counted by kind.
 
     `tpot_ms` is (E2E - TTFT) / (output tokens - 1) per request; `itl_ms` is over all gaps of all requests, a chunk
-    of k tokens counting as k equal gaps.
+    of k tokens counting as k equal gaps. `goodput` is of requests within the SLO, None without one.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -97,18 +142,33 @@ class LoadResult(BaseModel):
     prompt_tokens: list[int]
     output_tokens: int
     output_tokens_per_s: float
+    requests_per_s: float
+    slo: SLO | None
+    good: int | None
+    goodput_requests_per_s: float | None
     ttft_ms: Percentiles
     itl_ms: Percentiles
     tpot_ms: Percentiles
     e2e_ms: Percentiles
+    client: ClientFigures
+    workers: WorkerFigures | None
 
     @classmethod
-    def of(cls, driver: str, runs: Sequence[LoadRun]) -> LoadResult:
+    def of(
+        cls, driver: str, runs: Sequence[LoadRun], slo: SLO | None = None, workers: WorkerFigures | None = None
+    ) -> LoadResult:
         """Totals over `runs`: their requests together, their durations added (rounds run one after another)."""
         outcomes, duration_s = [o for run in runs for o in run.outcomes], sum(run.duration_s for run in runs)
         good = [o for o in outcomes if o.failure is None]
         bad = [(o.failure, o.detail) for o in outcomes if o.failure is not None]
         output = sum(o.output_tokens for o in good)
+        asked = slo if slo is not None and slo != SLO() else None
+        met = None if asked is None else sum(o.meets(asked) for o in outcomes)
+        ttft, itl = Percentiles.of([o.ttft for o in good]), Percentiles.of([gap for o in good for gap in o.itl])
+
+        def rate(count: int) -> float:
+            return round(count / duration_s, 3) if duration_s else 0.0
+
         return cls(
             driver=driver,
             requests=len(outcomes),
@@ -118,15 +178,29 @@ class LoadResult(BaseModel):
             duration_s=round(duration_s, 3),
             prompt_tokens=[o.prompt_tokens for o in good],
             output_tokens=output,
-            output_tokens_per_s=round(output / duration_s, 3) if duration_s else 0.0,
-            ttft_ms=Percentiles.of([o.ttft for o in good]),
-            itl_ms=Percentiles.of([gap for o in good for gap in o.itl]),
+            output_tokens_per_s=rate(output),
+            requests_per_s=rate(len(good)),
+            slo=asked,
+            good=met,
+            goodput_requests_per_s=None if met is None else rate(met),
+            ttft_ms=ttft,
+            itl_ms=itl,
             tpot_ms=Percentiles.of([(o.e2e - o.ttft) / (o.output_tokens - 1) for o in good if o.output_tokens > 1]),
             e2e_ms=Percentiles.of([o.e2e for o in good]),
+            client=ClientFigures.of(runs, ttft.p50, itl.p50),
+            workers=workers,
         )
 
-
-class Driver(Protocol):
-    """Drives one load against the base URL of a router (`/generate` of SGLang)."""
-
-    def __call__(self, url: str, spec: LoadSpec) -> LoadRun: ...
+    @classmethod
+    def measure(
+        cls, drive: Driver, driver: str, url: str, scenario: Scenario, workers: Workers | None = None
+    ) -> LoadResult:
+        """Run one load, and read the workers' counters after the warm-up and at the end."""
+        if workers and scenario.warmup:
+            drive(url, scenario.warming())
+            scenario = scenario.changed(warmup=0)
+        before = workers.read() if workers else None
+        run = drive(url, scenario)
+        well = sum(outcome.failure is None for outcome in run.outcomes)
+        counted = workers.since(before, well) if workers and before is not None else None
+        return cls.of(driver, [run], scenario.slo, counted)

@@ -1,68 +1,93 @@
-"""The small driver for smoke tests: asyncio + httpx, streaming from SGLang's `/generate`.
-
-Prompts are seeded common English words. Nearly every BPE vocabulary has one token for each, so a prompt of n words
-has about n tokens; what is reported is the server's own count.
-"""
+"""The small driver: asyncio + httpx, streaming from SGLang's `/generate`; open and closed loops."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
-import random
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
+from dataclasses import replace
 
 import httpx
 
-from pdtrim_deploy.loadtest.base import LoadRun, LoadSpec, Outcome
+from pdtrim_deploy.loadtest.base import LoadRun, Outcome
+from pdtrim_deploy.loadtest.scenario import Scenario
+from pdtrim_deploy.loadtest.schedule import Job, jobs
 
-WORDS = """
-the of and to in is was for that it with as his on be at by he this had not are but from or have an
-they which one you were her all she there would their we him been has when who will more no if out
-so said what up its about into than them can only other new some could time these two may then do
-first any my now such like our
-""".split()  # noqa: SIM905
+SLEEP_S = 0.02  # of the task that notices when the client itself is late
 
 
-def drive(url: str, spec: LoadSpec) -> LoadRun:
-    """Run the closed loop of `spec` against `url`; failures are outcomes, never exceptions."""
-    return asyncio.run(_drive(url, spec))
+def drive(url: str, scenario: Scenario) -> LoadRun:
+    """Put the load of `scenario` on `url`; failures of requests are outcomes, never exceptions."""
+    return asyncio.run(_drive(url, scenario))
 
 
-def prompt(rng: random.Random, words: int) -> str:
-    """Text of `words` words that no other draw begins with, so that the prefix cache gives nothing away."""
-    return " ".join(rng.choices(WORDS, k=words))
-
-
-async def _drive(url: str, spec: LoadSpec) -> LoadRun:
-    rng = random.Random(spec.seed)
-    jobs = [
-        (prompt(rng, rng.randint(*spec.prompt_tokens)), rng.randint(*spec.output_tokens))
-        for _ in range(spec.warmup + spec.requests)
-    ]
-    limits = httpx.Limits(max_connections=spec.concurrency)
+async def _drive(url: str, scenario: Scenario) -> LoadRun:
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
     async with httpx.AsyncClient(base_url=url, timeout=None, limits=limits, trust_env=False) as client:
-        await _closed_loop(client, jobs[: spec.warmup], spec)
-        started = time.perf_counter()
-        outcomes = await _closed_loop(client, jobs[spec.warmup :], spec)
-        return LoadRun(tuple(outcomes), time.perf_counter() - started)
+        clients, warm = scenario.arrivals.clients, scenario.warming()
+        if scenario.warmup:
+            await _closed_loop(client, jobs(warm), warm.arrivals.clients or 1, scenario.deadline_s, None)
+        pauses: list[float] = []
+        watch = asyncio.create_task(_watch(pauses))
+        started, cpu = time.perf_counter(), time.process_time()
+        if clients and scenario.trace is None:
+            until = None if scenario.duration_s is None else started + scenario.duration_s
+            outcomes = await _closed_loop(client, jobs(scenario), clients, scenario.deadline_s, until)
+        else:
+            outcomes = await _open_loop(client, jobs(scenario), scenario.deadline_s, started)
+        wall, cpu = time.perf_counter() - started, time.process_time() - cpu
+        watch.cancel()
+        return LoadRun(tuple(outcomes), wall, cpu, tuple(pauses))
 
 
-async def _closed_loop(client: httpx.AsyncClient, jobs: list[tuple[str, int]], spec: LoadSpec) -> list[Outcome]:
+async def _closed_loop(
+    client: httpx.AsyncClient, queue: Iterable[Job], clients: int, deadline_s: float, until: float | None
+) -> list[Outcome]:
     outcomes: list[Outcome] = []
-    queue = iter(jobs)
+    waiting = iter(queue)
 
     async def worker() -> None:
-        for text, tokens in queue:
-            outcomes.append(await _request(client, text, tokens, spec.deadline_s))
+        while until is None or time.perf_counter() < until:
+            job = next(waiting, None)
+            if job is None:
+                return
+            outcomes.append(await _request(client, job, deadline_s))
 
-    await asyncio.gather(*(worker() for _ in range(spec.concurrency)))
+    await asyncio.gather(*(worker() for _ in range(clients)))
     return outcomes
 
 
-async def _request(client: httpx.AsyncClient, text: str, tokens: int, deadline_s: float) -> Outcome:
+async def _open_loop(
+    client: httpx.AsyncClient, queue: Iterable[Job], deadline_s: float, started: float
+) -> list[Outcome]:
+    """Requests are sent when they are due, whatever became of those before them."""
+
+    async def send(job: Job, due: float) -> Outcome:
+        late = max(0.0, time.perf_counter() - due)
+        return replace(await _request(client, job, deadline_s), late=late)
+
+    sent = []
+    for job in queue:
+        due = started + (job.due_s or 0.0)
+        if (early := due - time.perf_counter()) > 0:
+            await asyncio.sleep(early)
+        sent.append(asyncio.create_task(send(job, due)))
+    return list(await asyncio.gather(*sent))
+
+
+async def _watch(pauses: list[float]) -> None:
+    with contextlib.suppress(asyncio.CancelledError):
+        while True:
+            asleep = time.perf_counter()
+            await asyncio.sleep(SLEEP_S)
+            pauses.append(max(0.0, time.perf_counter() - asleep - SLEEP_S))
+
+
+async def _request(client: httpx.AsyncClient, job: Job, deadline_s: float) -> Outcome:
     try:
-        return await asyncio.wait_for(_stream(client, text, tokens), deadline_s)
+        return await asyncio.wait_for(_stream(client, job.prompt, job.output_tokens), deadline_s)
     except TimeoutError:
         return Outcome("timeout", f"no last token within {deadline_s:g} s")
     except httpx.ConnectError as error:

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict
 
 from pdtrim_deploy.bundle import write_atomic
 from pdtrim_deploy.loadtest.base import LoadResult
+from pdtrim_deploy.loadtest.rounds import Ratio
 from pdtrim_deploy.plan import PDPlan
 
 
@@ -134,13 +135,14 @@ class LoadFigures(_Frozen):
 
 
 class Metrics(_Frozen):
-    """Everything that a demo run measures."""
+    """Everything that a demo run measures; `ratios` are pruned over dense, paired by round."""
 
     plan: PlanFigures
     transfer: TransferFigures
     quality: QualityFigures
     fidelity: FidelityFigures
     load: dict[str, LoadFigures]
+    ratios: tuple[Ratio, ...] = ()
     environment: dict[str, Any]
 
     @property

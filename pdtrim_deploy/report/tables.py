@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from rich.table import Table
 
 from pdtrim_deploy.loadtest.base import LoadResult
+from pdtrim_deploy.loadtest.rounds import Ratio
+from pdtrim_deploy.loadtest.workers import Histogram
 from pdtrim_deploy.plan import PDPlan
 from pdtrim_deploy.report.metrics import Metrics
 
@@ -46,9 +49,37 @@ def load_table(results: dict[str, LoadResult]) -> Table:
         rows[f"{name.removesuffix('_ms').upper()} ms p50/p90/p99"] = lambda r, name=name: " / ".join(
             "-" if v is None else f"{v:.0f}" for v in (getattr(getattr(r, name), p) for p in ("p50", "p90", "p99"))
         )
+    if any(result.good is not None for result in results.values()):
+        rows["within the SLO"] = lambda r: "-" if r.good is None else f"{r.good} of {r.requests}"
+        rows["goodput, requests/s"] = lambda r: "-" if r.good is None else f"{r.goodput_requests_per_s:.2f}"
+    if any(result.workers is not None for result in results.values()):
+        rows["KV bytes a request"] = _kv_bytes
+        rows["KV transfer ms mean/p95"] = lambda r: _times(r.workers and r.workers.transfer)
+        for name in dict.fromkeys(name for r in results.values() if r.workers for name in r.workers.queues):
+            rows[f"{name} ms mean/p95"] = lambda r, name=name: _times(r.workers and r.workers.queues.get(name))
     for label, cell in rows.items():
         table.add_row(label, *(cell(result) for result in results.values()))
     return table
+
+
+def ratio_table(first: str, second: str, ratios: Iterable[Ratio]) -> Table:
+    """Ratios with their 95% intervals, and the least and the most of a round."""
+    table = Table("", "ratio", "95% interval", "least - most", title=f"{second} over {first}, paired by round")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for one in ratios:
+        spread = f"{min(one.rounds):.3f} - {max(one.rounds):.3f}"
+        table.add_row(one.figure, f"{one.ratio:.3f}", f"{one.low:.3f} - {one.high:.3f}", spread)
+    return table
+
+
+def _kv_bytes(result: LoadResult) -> str:
+    counted = result.workers
+    return f"{counted.payload_bytes / counted.requests:,.0f}" if counted and counted.requests else "-"
+
+
+def _times(found: Histogram | None) -> str:
+    return "-" if found is None else f"{found.mean_ms:.0f} / {'-' if found.p95_ms is None else f'{found.p95_ms:.0f}'}"
 
 
 def metrics_table(metrics: Metrics) -> Table:

@@ -1,19 +1,23 @@
+import asyncio
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from pdtrim_deploy.errors import UserError
-from pdtrim_deploy.loadtest import LoadResult, LoadRun, LoadSpec, Outcome, check_target, driver
+from pdtrim_deploy.loadtest import LoadResult, LoadRun, Outcome, Scenario, check_target, driver
 from pdtrim_deploy.loadtest.base import Percentiles
+from pdtrim_deploy.loadtest.builtin import _watch
+from pdtrim_deploy.loadtest.scenario import SLO, Arrivals, Lengths
 
 sys.path.insert(0, str(Path(__file__).parent))
 from sse_server import Behaviour, serve
 
-SPEC = LoadSpec(requests=8, concurrency=2, prompt_tokens=(5, 9), output_tokens=(6, 6), warmup=1, deadline_s=10)
+SPEC = Scenario.closed(8, 2, (5, 9), (6, 6), warmup=1, deadline_s=10.0)
 
 
-def load(behaviour: Behaviour, spec: LoadSpec = SPEC) -> LoadResult:
+def load(behaviour: Behaviour, spec: Scenario = SPEC) -> LoadResult:
     with serve(behaviour) as url:
         return LoadResult.of("builtin", [driver("builtin")(url, spec)])
 
@@ -42,9 +46,9 @@ def test_a_chunk_of_several_tokens_counts_as_equal_gaps() -> None:
 
 def test_lengths_and_texts_come_from_the_seed() -> None:
     seen = [Behaviour(ttft=0, itl=0) for _ in range(3)]
-    spec = LoadSpec(requests=6, concurrency=1, prompt_tokens=(3, 40), output_tokens=(1, 9), warmup=0)
+    spec = Scenario.closed(6, 1, (3, 40), (1, 9), warmup=0)
     for behaviour, seed in zip(seen, (0, 0, 1), strict=True):
-        load(behaviour, LoadSpec(**{**vars(spec), "seed": seed}))
+        load(behaviour, spec.changed(seed=seed))
     assert seen[0].bodies == seen[1].bodies
     assert seen[0].bodies != seen[2].bodies
     lengths = [len(body["text"].split()) for body in seen[0].bodies]
@@ -65,7 +69,7 @@ def test_lengths_and_texts_come_from_the_seed() -> None:
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_failures_are_counted_by_kind_and_leave_no_latency(behaviour: Behaviour, kind: str) -> None:
-    spec = LoadSpec(requests=2, concurrency=2, output_tokens=(6, 6), warmup=0, deadline_s=0.5)
+    spec = Scenario.closed(2, 2, output=(6, 6), warmup=0, deadline_s=0.5)
     result = load(behaviour, spec)
     assert (result.failed, result.failures) == (2, {kind: 2})
     assert result.failure_details[kind]
@@ -77,6 +81,69 @@ def test_nobody_listens() -> None:
     with serve(Behaviour()) as url:
         pass
     assert LoadResult.of("builtin", [driver("builtin")(url, SPEC)]).failures == {"refused": 8}
+
+
+def test_open_loops_send_whatever_the_server_does() -> None:
+    behaviour = Behaviour(ttft=0.5, itl=0.0)
+    arrivals = Arrivals(kind="constant", rate=20.0)
+    spec = Scenario(
+        name="a", arrivals=arrivals, input=Lengths(tokens=4), output=Lengths(tokens=2), requests=10, warmup=0
+    )
+    result = load(behaviour, spec)
+    assert (result.requests, result.failed) == (10, 0)
+    assert behaviour.most_in_flight >= 8
+    assert 0.45 + 0.5 <= result.duration_s < 1.6
+
+
+def test_a_closed_loop_ends_with_its_duration() -> None:
+    arrivals = Arrivals(clients=2)
+    spec = Scenario(
+        name="a", arrivals=arrivals, input=Lengths(tokens=4), output=Lengths(tokens=2), duration_s=0.5, warmup=0
+    )
+    result = load(Behaviour(ttft=0.1, itl=0.0), spec)
+    assert 4 <= result.requests <= 10
+    assert 0.5 <= result.duration_s < 0.8
+
+
+def outcome(ttft: float, itl: float, late: float = 0.0) -> Outcome:
+    return Outcome(ttft=ttft, itl=(itl, itl), e2e=ttft + 2 * itl, prompt_tokens=4, output_tokens=3, late=late)
+
+
+def test_goodput_counts_requests_within_both_limits() -> None:
+    outcomes = (outcome(0.1, 0.02), outcome(0.3, 0.02), outcome(0.1, 0.05), Outcome("timeout", "late"))
+    for slo, good in ((SLO(ttft_ms=200), 2), (SLO(itl_ms=30), 2), (SLO(ttft_ms=200, itl_ms=30), 1)):
+        result = LoadResult.of("x", [LoadRun(outcomes, 2.0)], slo)
+        assert (result.good, result.goodput_requests_per_s) == (good, good / 2)
+    assert LoadResult.of("x", [LoadRun(outcomes, 2.0)], SLO()).good is None
+
+
+@pytest.mark.parametrize(
+    ("run", "says"),
+    [
+        (LoadRun((outcome(0.1, 0.02),), 2.0, cpu_s=1.9), "it used 0.95 of the one core"),
+        (LoadRun((outcome(0.1, 0.02, late=0.5),), 2.0), "p95 of requests were sent 500 ms late"),
+        (LoadRun((outcome(0.1, 0.02),), 2.0, pauses=(0.06,) * 10), "it woke 60 ms late at p95"),
+        (LoadRun((outcome(0.1, 0.02, late=0.005),), 2.0, cpu_s=0.5, pauses=(0.005,) * 10), None),
+    ],
+)
+def test_the_client_says_when_it_was_the_bottleneck(run: LoadRun, says: str | None) -> None:
+    found = LoadResult.of("x", [run]).client.bottleneck
+    assert found is None if says is None else says in (found or "")
+
+
+def test_a_client_without_its_processor_notices() -> None:
+    """The event loop is held up for real, as by a busy machine."""
+
+    async def busy() -> list[float]:
+        pauses: list[float] = []
+        watch = asyncio.create_task(_watch(pauses))
+        for _ in range(4):
+            await asyncio.sleep(0.03)
+            time.sleep(0.1)
+        watch.cancel()
+        return pauses
+
+    assert max(asyncio.run(busy())) > 0.05
 
 
 def test_rounds_add_up() -> None:

@@ -21,7 +21,7 @@ import yaml
 from pdtrim_deploy.bundle import Bundle
 from pdtrim_deploy.cache import Cache
 from pdtrim_deploy.errors import UserError
-from pdtrim_deploy.loadtest.builtin import WORDS
+from pdtrim_deploy.loadtest.text import WORDS
 from pdtrim_deploy.pipeline import build
 from pdtrim_deploy.pipeline.journal import Journal
 from pdtrim_deploy.pipeline.preview import preview

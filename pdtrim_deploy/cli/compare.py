@@ -1,0 +1,131 @@
+"""`pdtrim-deploy compare`: two pairs under the same load, in turns."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+
+import click
+
+from pdtrim_deploy.cli import options
+from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.serving.engines import EXECUTORS, Executors
+
+
+class Pair(click.ParamType):
+    """`torch`, or `onnxruntime,torch` for prefill and decode."""
+
+    name = "EXECUTOR[,EXECUTOR]"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> Executors:
+        """One executor of both stages, or one of each."""
+        if isinstance(value, Executors):
+            return value
+        names = str(value).split(",")
+        if len(names) > 2 or not set(names) <= set(EXECUTORS):
+            self.fail(f"{value!r}: give one of {', '.join(EXECUTORS)}, or two as PREFILL,DECODE", param, ctx)
+        return Executors(names[0], names[-1])  # type: ignore[arg-type]
+
+
+@click.command()
+@click.argument("first", metavar="A")
+@click.argument("second", metavar="B")
+@click.option("--scenario", "scenario_file", type=options.path, help="YAML, see scenarios/.  [default: 8 closed-loop]")
+@click.option(
+    "--rounds", type=click.IntRange(1), default=6, show_default=True, help="Of the whole scenario, each side."
+)
+@click.option("--a-executor", type=Pair(), help="Of A, when it is a bundle.  [default: torch]")
+@click.option("--b-executor", type=Pair(), help="Of B, when it is a bundle.  [default: torch]")
+@click.option("--driver", "driver_name", default="builtin", show_default=True)
+@click.option("--allow-remote", is_flag=True, help="Allow a URL that is not on this machine.")
+@click.option("--out", type=options.path, help="Write the result here too, as JSON; `report` reads it.")
+@options.json_flag
+@click.pass_obj
+def compare(
+    command: str,
+    first: str,
+    second: str,
+    scenario_file: Path | None,
+    rounds: int,
+    a_executor: Executors | None,
+    b_executor: Executors | None,
+    driver_name: str,
+    allow_remote: bool,
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    """Compare two pairs, B over A, by ratios.
+
+    A and B are bundles (each is served as 1 prefill + 1 decode) or URLs of routers. Both are up at once and take the
+    load in turns, so that what else the machine does falls on both; a figure is the ratio in each round, its
+    geometric mean and its 95% interval. Exit code 1 when a request failed.
+
+    \b
+    Examples:
+      pdtrim-deploy compare out/demo/dense out/demo/pruned --scenario scenarios/smoke.yaml
+      pdtrim-deploy compare out/bundle out/bundle --b-executor onnxruntime --rounds 8
+    """
+    from rich.console import Console
+
+    from pdtrim_deploy.bundle import Bundle, write_atomic
+    from pdtrim_deploy.cli.progress import Progress
+    from pdtrim_deploy.loadtest import Scenario, Workers, check_target, driver
+    from pdtrim_deploy.loadtest.rounds import Comparison, Side, check_rounds, interleave, repeats
+    from pdtrim_deploy.report.environment import environment
+    from pdtrim_deploy.report.tables import ratio_table
+    from pdtrim_deploy.serving import cluster_of
+
+    check_rounds(rounds)
+    drive = driver(driver_name)
+    scenario = Scenario.load(scenario_file) if scenario_file else Scenario.closed(8, 2, (256, 256), (24, 24))
+    names = [_name(first, a_executor), _name(second, b_executor)]
+    if names[0] == names[1]:
+        raise UserError(f"A and B are both {names[0]}; give two bundles, or other executors: --b-executor")
+    opened: dict[str, Bundle | None] = {}
+    for target, executors in zip((first, second), (a_executor, b_executor), strict=True):
+        if "://" not in target:
+            opened[target] = Bundle.open(Path(target))
+            continue
+        if executors is not None:
+            raise UserError(f"an executor is for bundles, {target} runs already; leave one of them out")
+        check_target(target, allow_remote)
+        opened[target] = None
+    progress = Progress()
+    with ExitStack() as stack:
+        sides = {}
+        for name, target, executors in zip(names, (first, second), (a_executor, b_executor), strict=True):
+            bundle = opened[target]
+            if bundle is None:
+                sides[name] = Side(target)
+                continue
+            with progress.show(f"serve {name}"):
+                cluster = stack.enter_context(cluster_of(bundle, executors=executors, say=progress.note))
+            sides[name] = Side(cluster.url, Workers.of(cluster))
+        with progress.show("load, in turns"):
+            found = interleave(sides, repeats(scenario, rounds), drive, driver_name, progress.note)
+    result = Comparison(
+        first=names[0],
+        second=names[1],
+        scenario=scenario.model_dump(mode="json", exclude_none=True),
+        rounds=rounds,
+        ratios=tuple(found.ratios(*names)),
+        load=found.total,
+        environment=environment(command),
+    )
+    text = result.model_dump_json(indent=2)
+    if out is not None:
+        write_atomic(out, text + "\n")
+    if as_json:
+        click.echo(text)
+    else:
+        Console().print(ratio_table(result.first, result.second, result.ratios))
+    for problem in result.problems:
+        click.echo(f"problem: {problem}", err=True)
+    raise SystemExit(1 if any(one.failed for one in result.load.values()) else 0)
+
+
+def _name(target: str, executors: Executors | None) -> str:
+    """As it stands in tables."""
+    if executors is None or executors == Executors():
+        return target
+    return f"{target} ({' + '.join(dict.fromkeys((executors.prefill, executors.decode)))})"

@@ -1,0 +1,180 @@
+"""Two or more served pairs under the same load, in turns: what else the machine does falls on all of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.loadtest.base import Driver, LoadResult, LoadRun
+from pdtrim_deploy.loadtest.scenario import Scenario
+from pdtrim_deploy.loadtest.workers import Workers
+
+LEAST_ROUNDS = 3
+# 97.5% quantiles of Student's t for 1, 2, ... 30 degrees of freedom.
+T_975 = (
+    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
+    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
+    *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
+)
+# Figure -> how to read it from one round's result; None where that round has none.
+FIGURES: dict[str, Callable[[LoadResult], float | None]] = {
+    "TTFT p50": lambda r: r.ttft_ms.p50,
+    "TTFT p95": lambda r: r.ttft_ms.p95,
+    "ITL p50": lambda r: r.itl_ms.p50,
+    "ITL p95": lambda r: r.itl_ms.p95,
+    "TPOT p50": lambda r: r.tpot_ms.p50,
+    "E2E p50": lambda r: r.e2e_ms.p50,
+    "output tokens/s": lambda r: r.output_tokens_per_s,
+    "requests/s": lambda r: r.requests_per_s,
+    "goodput/s": lambda r: r.goodput_requests_per_s,
+    "KV bytes a request": lambda r: r.workers.payload_bytes / max(1, r.workers.requests) if r.workers else None,
+    "KV transfer time": lambda r: r.workers.transfer.mean_ms if r.workers and r.workers.transfer else None,
+}
+
+
+@dataclass(frozen=True)
+class Side:
+    """One served pair: its router, and its workers where they are known."""
+
+    url: str
+    workers: Workers | None = None
+
+
+class Ratio(BaseModel):
+    """One figure, second pair over first: geometric mean over rounds with its 95% interval (paired t on logarithms).
+
+    `low` and `high` say what the mean would be in repetitions of this comparison on this machine, no more.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    figure: str
+    rounds: tuple[float, ...]
+    ratio: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, figure: str, ratios: Sequence[float]) -> Ratio:
+        """From each round's ratio; LEAST_ROUNDS at least, all above 0."""
+        logs = [math.log(one) for one in ratios]
+        mean, half = fmean(logs), t_975(len(logs) - 1) * stdev(logs) / math.sqrt(len(logs))
+        values = (math.exp(value) for value in (mean, mean - half, mean + half))
+        return cls(figure=figure, rounds=tuple(ratios), **dict(zip(("ratio", "low", "high"), values, strict=True)))
+
+    @property
+    def differs(self) -> bool:
+        """Whether the interval leaves 1 out."""
+        return not self.low <= 1.0 <= self.high
+
+
+def t_975(freedom: int) -> float:
+    """Two-sided 95% of Student's t; beyond 30 degrees by its first-order expansion about the normal."""
+    return T_975[freedom - 1] if freedom <= len(T_975) else 1.95996 + (1.95996**3 + 1.95996) / (4 * freedom)
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """What each pair did in each round, in the order of the rounds, and over all of them."""
+
+    by_round: dict[str, list[LoadResult]]
+    total: dict[str, LoadResult]
+
+    def ratios(self, first: str, second: str) -> list[Ratio]:
+        """Each figure that every round of both has."""
+        found = []
+        for figure, read in FIGURES.items():
+            pairs = [(read(a), read(b)) for a, b in zip(self.by_round[first], self.by_round[second], strict=True)]
+            if all(a and b for a, b in pairs):
+                found.append(Ratio.of(figure, [b / a for a, b in pairs]))  # type: ignore[operator]
+        return found
+
+
+def check_rounds(rounds: int) -> None:
+    """UserError where there are too few for an interval."""
+    if rounds < LEAST_ROUNDS:
+        raise UserError(
+            f"--rounds {rounds} gives no confidence interval; use at least {LEAST_ROUNDS}, better 6 or more"
+        )
+
+
+def interleave(
+    sides: Mapping[str, Side],
+    rounds: Sequence[Scenario],
+    drive: Driver,
+    driver_name: str,
+    note: Callable[[str], None] = lambda _: None,
+) -> Rounds:
+    """Run every scenario of `rounds` on every pair, the order changing from round to round; warm up once each.
+
+    Raises:
+        ServingError: a worker's metrics do not answer.
+
+    """
+    first = rounds[0]
+    for name, side in sides.items():
+        note(f"warming up {name}")
+        drive(side.url, first.warming())
+    runs: dict[str, list[LoadRun]] = {name: [] for name in sides}
+    figures: dict[str, list[LoadResult]] = {name: [] for name in sides}
+    start = {name: side.workers.read() if side.workers else None for name, side in sides.items()}
+    for number, scenario in enumerate(rounds):
+        for name in list(sides) if number % 2 == 0 else list(sides)[::-1]:
+            note(f"round {number + 1} of {len(rounds)}, {name}")
+            side = sides[name]
+            before = side.workers.read() if side.workers else None
+            run = drive(side.url, scenario.changed(warmup=0))
+            runs[name].append(run)
+            counted = side.workers.since(before, _ended_well([run])) if side.workers and before is not None else None
+            figures[name].append(LoadResult.of(driver_name, [run], scenario.slo, counted))
+    total = {}
+    for name, side in sides.items():
+        before, counted = start[name], None
+        if side.workers and before is not None:
+            counted = side.workers.since(before, _ended_well(runs[name]))
+        total[name] = LoadResult.of(driver_name, runs[name], first.slo, counted)
+    return Rounds(figures, total)
+
+
+def _ended_well(runs: Sequence[LoadRun]) -> int:
+    return sum(outcome.failure is None for run in runs for outcome in run.outcomes)
+
+
+def shares(scenario: Scenario, rounds: int) -> list[Scenario]:
+    """The scenario's requests dealt out to `rounds` rounds of other seeds."""
+    total = scenario.requests or 0
+    return [
+        scenario.changed(requests=len(range(n, total, rounds)), seed=scenario.seed + n)
+        for n in range(min(rounds, total))
+    ]
+
+
+def repeats(scenario: Scenario, rounds: int) -> list[Scenario]:
+    """The whole scenario `rounds` times, with another seed each time."""
+    return [scenario.changed(seed=scenario.seed + n) for n in range(rounds)]
+
+
+class Comparison(BaseModel):
+    """`second` over `first`; never one absolute time: each side's own figures stand under `load` for the record."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    first: str
+    second: str
+    scenario: dict[str, Any]
+    rounds: int
+    ratios: tuple[Ratio, ...]
+    load: dict[str, LoadResult]
+    environment: dict[str, Any]
+
+    @property
+    def problems(self) -> list[str]:
+        """What a reader must know before believing the ratios."""
+        found = [f"{n}: {r.failed} of {r.requests} requests failed" for n, r in self.load.items() if r.failed]
+        return found + [f"{n}: {r.client.bottleneck}" for n, r in self.load.items() if r.client.bottleneck]

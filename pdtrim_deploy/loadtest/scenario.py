@@ -1,0 +1,211 @@
+"""What load is asked for: a frozen scenario, read from YAML (units may be included, as in recipes)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.recipe_yaml import Origins, compose
+from pdtrim_deploy.yaml_errors import sentence
+
+WARM_CLIENTS, WARM_SEED = 4, 1 << 30
+_TAKES = {
+    "constant": {"rate"},
+    "poisson": {"rate"},
+    "ramp": {"rate", "to_rate"},
+    "concurrency": {"clients"},
+}
+_SHAPES = {
+    "fixed": {"tokens"},
+    "uniform": {"low", "high"},
+    "normal": {"tokens", "spread", "low", "high"},
+    "lognormal": {"tokens", "spread", "low", "high"},
+}
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    def _require(self, kind: str, wanted: set[str], optional: frozenset[str] = frozenset()) -> None:
+        """Exactly the keys that `kind` needs, some of them optional."""
+        given = {name for name in type(self).model_fields if name != "kind" and getattr(self, name) is not None}
+        for name in sorted(given - wanted):
+            raise ValueError(f"kind is {kind!r}, which takes no {name}; allowed with it: {', '.join(sorted(wanted))}")
+        for name in sorted(wanted - optional - given):
+            raise ValueError(f"kind is {kind!r}, which needs {name}; allowed with it: {', '.join(sorted(wanted))}")
+
+
+class Arrivals(_Section):
+    """When requests are sent.
+
+    `constant`, `poisson` (open loops): `rate` requests a second, whatever the server does. `ramp`: Poisson, the rate
+    going from `rate` to `to_rate` evenly over the scenario's duration. `concurrency` (closed loop): `clients`, each
+    with one request in flight.
+    """
+
+    kind: Literal["constant", "poisson", "ramp", "concurrency"] = "concurrency"
+    rate: PositiveFloat | None = None
+    to_rate: PositiveFloat | None = None
+    clients: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _meaningful(self) -> Arrivals:
+        self._require(self.kind, _TAKES[self.kind])
+        return self
+
+
+class Lengths(_Section):
+    """A distribution of token counts.
+
+    `fixed`: `tokens`. `uniform`: `low` to `high`, both possible. `normal`: mean `tokens`, standard deviation `spread`
+    in tokens. `lognormal`: median `tokens`, standard deviation `spread` of the natural logarithm. The last two are
+    clipped to `low` ... `high`.
+    """
+
+    kind: Literal["fixed", "uniform", "normal", "lognormal"] = "fixed"
+    tokens: PositiveInt | None = None
+    spread: PositiveFloat | None = None
+    low: PositiveInt | None = None
+    high: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _meaningful(self) -> Lengths:
+        open_ended = self.kind in ("normal", "lognormal")
+        self._require(self.kind, _SHAPES[self.kind], frozenset({"low", "high"} if open_ended else ()))
+        if self.low is not None and self.high is not None and self.low > self.high:
+            raise ValueError(f"low is {self.low} but high is {self.high}; allowed: low of at most high")
+        return self
+
+    @classmethod
+    def between(cls, low: int, high: int) -> Lengths:
+        """`low` to `high`, drawn evenly."""
+        return cls(kind="fixed", tokens=low) if low == high else cls(kind="uniform", low=low, high=high)
+
+
+class Prefixes(_Section):
+    """Text that requests share: each begins, with probability `share`, with one of `count` texts of `tokens` tokens.
+
+    The prefix comes before the request's own `input`.
+    """
+
+    count: PositiveInt = 1
+    tokens: PositiveInt
+    share: Annotated[float, Field(gt=0, le=1)] = 1.0
+
+
+class Trace(_Section):
+    """Requests of a JSON-lines file as Mooncake publishes them, instead of arrivals and lengths.
+
+    Each line has `timestamp` (ms), `input_length`, `output_length` and, optionally, `hash_ids`: one id for each block
+    of `block_tokens` prompt tokens; equal ids are equal text. `speed` 2 replays twice as fast; `scale` 0.1 makes
+    prompts, answers and blocks a tenth as long, which keeps what is shared.
+    """
+
+    path: str
+    speed: PositiveFloat = 1.0
+    scale: PositiveFloat = 1.0
+    block_tokens: PositiveInt = 512
+
+
+class SLO(_Section):
+    """A request is good when its TTFT and its mean ITL are within these (milliseconds)."""
+
+    ttft_ms: PositiveFloat | None = None
+    itl_ms: PositiveFloat | None = None
+
+
+class Scenario(_Section):
+    """One load.
+
+    Attributes:
+        requests: how many are sent; duration_s: for how long they are sent. Either ends the load; a trace ends itself.
+        warmup: requests before the clock starts; they count nowhere.
+        deadline_s: of each request, from its sending to its last token.
+
+    """
+
+    name: Annotated[
+        str, Field(pattern=r"^[a-z0-9][a-z0-9.-]*$", description="lower-case letters, digits, dots and dashes")
+    ]
+    arrivals: Arrivals = Arrivals(clients=4)
+    input: Lengths = Lengths(tokens=320)
+    output: Lengths = Lengths(tokens=24)
+    prefixes: Prefixes | None = None
+    trace: Trace | None = None
+    requests: PositiveInt | None = None
+    duration_s: PositiveFloat | None = None
+    warmup: NonNegativeInt = 2
+    deadline_s: PositiveFloat = 300.0
+    slo: SLO = SLO()
+    seed: NonNegativeInt = 0
+
+    @model_validator(mode="after")
+    def _meaningful(self) -> Scenario:
+        if self.trace is not None:
+            refused = sorted({"arrivals", "input", "output", "prefixes"} & self.model_fields_set)
+            if refused:
+                raise ValueError(f"trace says when and how long requests are; leave out {', '.join(refused)}")
+        elif self.requests is None and self.duration_s is None:
+            raise ValueError("requests is missing; allowed: requests, duration_s or both, whichever ends first")
+        elif self.arrivals.kind == "ramp" and self.duration_s is None:
+            raise ValueError("duration_s is missing; allowed with arrivals of kind 'ramp': a number above 0")
+        return self
+
+    @classmethod
+    def load(cls, path: Path) -> Scenario:
+        """Read a scenario; UserError names the file, the key and what is allowed. A trace's path is made absolute."""
+        data, origins = compose(path, "scenario")
+        scenario = cls._parse(data, origins)
+        if scenario.trace is None:
+            return scenario
+        found = origins.file_of(("trace", "path")).parent / scenario.trace.path
+        if not found.is_file():
+            raise UserError(f"{path}: trace.path names {scenario.trace.path}, which is not a file; check the path")
+        return scenario.changed(trace=scenario.trace.model_copy(update={"path": str(found.resolve())}))
+
+    @classmethod
+    def closed(
+        cls,
+        requests: int = 32,
+        clients: int = 4,
+        input: tuple[int, int] = (320, 320),
+        output: tuple[int, int] = (24, 24),
+        **more: object,
+    ) -> Scenario:
+        """A closed loop of so many requests; `more` are other keys of a scenario."""
+        given = {"name": "options", "requests": requests, "arrivals": Arrivals(clients=clients)} | more
+        return cls.model_validate(given | {"input": Lengths.between(*input), "output": Lengths.between(*output)})
+
+    def warming(self) -> Scenario:
+        """A closed loop of `warmup` requests of these lengths, and at least one, whose texts no load has."""
+        arrivals = Arrivals(clients=self.arrivals.clients or WARM_CLIENTS)
+        ends = {"requests": max(1, self.warmup), "duration_s": None, "warmup": 0, "seed": WARM_SEED}
+        return self.changed(arrivals=arrivals, trace=None, **ends)
+
+    def changed(self, **values: object) -> Scenario:
+        """The same scenario with other values of the same types."""
+        return self.model_copy(update=values)
+
+    def to_yaml(self) -> str:
+        """The resolved scenario without what was left open."""
+        return yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False)
+
+    @classmethod
+    def _parse(cls, data: dict[str, object], origins: Origins) -> Scenario:
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise UserError(sentence(cls, error, origins)) from None

@@ -1,0 +1,126 @@
+"""A scenario turned into requests: when each is due, its prompt, and how many tokens are asked for."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.loadtest.scenario import Arrivals, Lengths, Prefixes, Scenario, Trace
+from pdtrim_deploy.loadtest.text import named, text
+
+
+@dataclass(frozen=True)
+class Job:
+    """One request; `due_s` after the load's start, None where a client sends it when its last one is done."""
+
+    due_s: float | None
+    prompt: str
+    output_tokens: int
+
+
+def jobs(scenario: Scenario) -> Iterator[Job]:
+    """The requests of the load in order, drawn as they are needed; the same ones for the same scenario.
+
+    Raises:
+        UserError: the trace has a line that cannot be read.
+
+    """
+    due = _drawn(scenario) if scenario.trace is None else _replay(scenario.trace, scenario.seed)
+    if scenario.duration_s is not None:
+        due = _until(due, scenario.duration_s)
+    return islice(due, scenario.requests)
+
+
+def tokens(lengths: Lengths, rng: random.Random) -> int:
+    """One draw, at least 1."""
+    match lengths.kind:
+        case "fixed":
+            return lengths.tokens or 1
+        case "uniform":
+            return rng.randint(lengths.low or 1, lengths.high or 1)
+        case "normal":
+            value = rng.gauss(lengths.tokens or 1, lengths.spread or 0)
+        case "lognormal":
+            value = (lengths.tokens or 1) * math.exp(rng.gauss(0, lengths.spread or 0))
+    return int(min(max(round(value), lengths.low or 1), lengths.high or math.inf))
+
+
+def _drawn(scenario: Scenario) -> Iterator[Job]:
+    rng, times = random.Random(scenario.seed), _times(scenario)
+    for due in times:
+        prompt = text(rng, tokens(scenario.input, rng))
+        if scenario.prefixes is not None:
+            prompt = _prefixed(prompt, scenario.prefixes, rng)
+        yield Job(due, prompt, tokens(scenario.output, rng))
+
+
+def _prefixed(prompt: str, prefixes: Prefixes, rng: random.Random) -> str:
+    """The texts are the same for every seed: rounds share them, as users of one application do."""
+    if rng.random() >= prefixes.share:
+        return prompt
+    return f"{named(f'prefix {rng.randrange(prefixes.count)}', prefixes.tokens)} {prompt}"
+
+
+def _times(scenario: Scenario) -> Iterator[float | None]:
+    """Due times without end. Poisson arrivals are a unit-rate process through the inverse of the cumulative rate."""
+    arrivals, rng, units = scenario.arrivals, random.Random(f"arrivals {scenario.seed}"), 0.0
+    inverse = _inverse(arrivals, scenario.duration_s or math.inf)
+    while True:
+        yield None if inverse is None else inverse(units)
+        units += 1.0 if arrivals.kind == "constant" else rng.expovariate(1.0)
+
+
+def _inverse(arrivals: Arrivals, duration_s: float) -> Callable[[float], float] | None:
+    """Seconds after which `units` requests are expected; None for a closed loop."""
+    rate = arrivals.rate
+    if rate is None:
+        return None
+    slope = ((arrivals.to_rate or rate) - rate) / duration_s
+    if slope == 0:
+        return lambda units: units / rate
+    # rate t + slope t^2 / 2 = units; a falling ramp never reaches more than its peak
+    return lambda units: (math.sqrt(root) - rate) / slope if (root := rate**2 + 2 * slope * units) > 0 else math.inf
+
+
+def _until(due: Iterator[Job], duration_s: float) -> Iterator[Job]:
+    for job in due:
+        if job.due_s is not None and job.due_s > duration_s:
+            return
+        yield job
+
+
+def _replay(trace: Trace, seed: int) -> Iterator[Job]:
+    started: float | None = None
+    last = 0.0
+    for number, line in enumerate(Path(trace.path).read_text().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            at, length, output = float(row["timestamp"]), int(row["input_length"]), int(row["output_length"])
+            ids = [int(one) for one in row.get("hash_ids", ())]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(
+                f"{trace.path}: line {number} is no request; allowed: JSON with numbers timestamp (ms), input_length, "
+                f"output_length and a list hash_ids"
+            ) from None
+        started = at if started is None else started
+        if at - started < last:
+            raise UserError(f"{trace.path}: line {number} is earlier than the line before; sort the trace by timestamp")
+        last = at - started
+        prompt = _shared(trace, ids, length, f"{seed} {number}")
+        yield Job(last / 1e3 / trace.speed, prompt, max(1, round(output * trace.scale)))
+
+
+def _shared(trace: Trace, ids: list[int], length: int, own: str) -> str:
+    """Text whose blocks are those of `ids`; what they do not reach is the request's own."""
+    words, block = max(1, round(length * trace.scale)), max(1, round(trace.block_tokens * trace.scale))
+    parts = [named(f"block {one}", min(block, words - n * block)) for n, one in enumerate(ids) if words > n * block]
+    rest = words - block * len(ids)
+    return " ".join([*parts, named(f"own {own}", rest)] if rest > 0 else parts)

@@ -1,0 +1,103 @@
+"""Rounds in turns: every pair gets the same load; ratios find a known difference and none where there is none."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.loadtest import LoadRun, Outcome, Scenario, driver
+from pdtrim_deploy.loadtest.rounds import Ratio, Side, check_rounds, interleave, repeats, shares, t_975
+from pdtrim_deploy.loadtest.workers import _figures, _quantile
+
+sys.path.insert(0, str(Path(__file__).parent))
+from sse_server import Behaviour, serve
+
+SCENARIO = Scenario.closed(6, 2, (4, 12), (4, 4), warmup=1)
+
+
+def test_both_sides_get_the_same_load_in_changing_order() -> None:
+    seen: list[tuple[str, int, int]] = []
+
+    def drive(url: str, scenario: Scenario) -> LoadRun:
+        seen.append((url, scenario.seed, scenario.requests or 0))
+        return LoadRun((Outcome(ttft=0.2 if url == "b" else 0.1, itl=(0.1,), e2e=0.3, output_tokens=2),), 1.0)
+
+    found = interleave({"a": Side("a"), "b": Side("b")}, repeats(SCENARIO, 3), drive, "x")
+    assert [url for url, *_ in seen] == ["a", "b", "a", "b", "b", "a", "a", "b"]
+    assert {(seed, n) for url, seed, n in seen[2:] if url == "a"} == {(0, 6), (1, 6), (2, 6)}
+    assert [row[1:] for row in seen if row[0] == "a"] == [row[1:] for row in seen if row[0] == "b"]
+    ratios = {one.figure: one for one in found.ratios("a", "b")}
+    assert ratios["TTFT p50"].rounds == (2.0, 2.0, 2.0)
+    assert ratios["TTFT p50"].ratio == pytest.approx(2)
+    assert ratios["TTFT p50"].differs
+    assert not ratios["ITL p50"].differs
+    assert "goodput/s" not in ratios
+    assert (found.total["a"].requests, found.total["a"].duration_s) == (3, 3.0)
+
+
+def test_a_slower_server_is_found_slower() -> None:
+    with serve(Behaviour(ttft=0.03, itl=0.02)) as fast, serve(Behaviour(ttft=0.03, itl=0.04)) as slow:
+        sides = {"fast": Side(fast), "slow": Side(slow)}
+        found = interleave(sides, repeats(SCENARIO, 4), driver("builtin"), "builtin")
+    itl = next(one for one in found.ratios("fast", "slow") if one.figure == "ITL p50")
+    assert 1.5 < itl.ratio < 2.2
+    assert itl.differs
+
+
+def test_requests_are_dealt_out_without_loss() -> None:
+    dealt = shares(Scenario.closed(11), 4)
+    assert [one.requests for one in dealt] == [3, 3, 3, 2]
+    assert [one.seed for one in dealt] == [0, 1, 2, 3]
+    assert len(shares(Scenario.closed(2), 4)) == 2
+
+
+@pytest.mark.parametrize("rounds", [3, 6, 20])
+def test_the_interval_covers_the_truth_as_often_as_it_says(rounds: int) -> None:
+    rng = np.random.default_rng(rounds)
+    ratios = np.exp(np.log(0.9) + 0.2 * rng.standard_normal((2000, rounds)))
+    found = [Ratio.of("x", row) for row in ratios.tolist()]
+    assert np.mean([one.low <= 0.9 <= one.high for one in found]) == pytest.approx(0.95, abs=0.015)
+
+
+def test_quantiles_of_t() -> None:
+    stats = pytest.importorskip("scipy.stats")
+    for freedom in (*range(1, 31), 35, 60, 200):
+        assert t_975(freedom) == pytest.approx(stats.t.ppf(0.975, freedom), rel=2e-3)
+
+
+def test_too_few_rounds_are_refused() -> None:
+    with pytest.raises(UserError, match="--rounds 2 gives no confidence interval; use at least 3"):
+        check_rounds(2)
+    check_rounds(3)
+
+
+def test_what_workers_counted() -> None:
+    before = {("pdtrim_kv_payload_bytes_sum", ""): 100.0, ("pdtrim_kv_payload_bytes_count", ""): 1.0}
+    seconds, stage = "pdtrim_kv_transfer_seconds", "sglang:per_stage_req_latency_seconds"
+    now = {
+        ("pdtrim_kv_payload_bytes_sum", ""): 500.0,
+        ("pdtrim_kv_payload_bytes_count", ""): 5.0,
+        ("pdtrim_kv_requests_total", "success"): 4.0,
+        ("pdtrim_kv_requests_total", "failed"): 0.0,
+        (f"{seconds}_count", ""): 4.0,
+        (f"{seconds}_sum", ""): 2.0,
+        (f"{seconds}_bucket", "0.5"): 2.0,
+        (f"{seconds}_bucket", "1.0"): 4.0,
+        (f"{seconds}_bucket", "+Inf"): 4.0,
+        (f"{stage}_count", "decode_waiting"): 2.0,
+        (f"{stage}_sum", "decode_waiting"): 1.0,
+        (f"{stage}_bucket", "decode_waiting:0.1"): 2.0,
+    }
+    found = _figures(before, now)
+    assert (found.requests, found.payload_bytes, found.outcomes) == (4, 400, {"success": 4})
+    assert found.transfer is not None
+    assert (found.transfer.mean_ms, found.transfer.p50_ms, found.transfer.p95_ms) == (500, 500, 950)
+    assert list(found.queues) == ["decode_waiting"]
+    assert found.queues["decode_waiting"].mean_ms == 500
+
+
+def test_quantiles_without_an_upper_bound_are_not_guessed() -> None:
+    assert _quantile([(1.0, 1.0), (float("inf"), 10.0)], 0.5) is None
+    assert _quantile([], 0.5) is None
