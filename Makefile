@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BUILD = .venv/build/bin
 SERVE = .venv/serve/bin
+DOCS = .venv/docs/bin
 RECIPE ?= recipes/smollm2-demo.yaml
 OUT ?= out/demo
 SOURCES = pdtrim_deploy builders plugins tests tools benchmarks
@@ -10,7 +11,7 @@ BENCHMARKS = $(patsubst benchmarks/%.py,%,$(filter-out benchmarks/__%,$(wildcard
 TEST_ENV = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0 HF_HUB_OFFLINE=1
 PYTEST = -m pytest --durations=5
 
-.PHONY: help setup setup-build setup-serve lock lint format test test-unit test-serve demo plugin bench clean distclean
+.PHONY: help setup setup-build setup-serve setup-docs lock lint format test test-unit test-docs test-serve demo plugin docs deploy bench clean distclean
 .DEFAULT_GOAL := help
 
 help:  ## list these targets
@@ -26,8 +27,11 @@ setup-build:
 setup-serve:
 	@$(PYTHON) tools/environment.py serve
 
-lock:  ## write what is now installed in both environments back to constraints/*.txt
-	$(PYTHON) tools/freeze.py build serve
+setup-docs:
+	@$(PYTHON) tools/environment.py docs
+
+lock: setup setup-docs  ## write what is now installed in the environments back to constraints/*.txt
+	$(PYTHON) tools/freeze.py build serve docs
 
 lint: setup-build  ## ruff, its formatter in check mode, and mypy
 	$(BUILD)/ruff check $(SOURCES)
@@ -38,20 +42,30 @@ format: setup-build  ## let ruff rewrite the sources
 	$(BUILD)/ruff check --fix $(SOURCES)
 	$(BUILD)/ruff format $(SOURCES)
 
-test: test-unit test-serve  ## all tests: units, then genuine SGLang workers and router on loopback
+test: test-unit test-docs test-serve  ## all tests: units, then genuine SGLang workers and router on loopback
 
 test-unit: setup  ## the tests that start no SGLang server, in both environments
-	$(TEST_ENV) $(BUILD)/python $(PYTEST) tests --ignore tests/pdtrim_sglang -m "not serve"
+	$(TEST_ENV) $(BUILD)/python $(PYTEST) tests --ignore tests/pdtrim_sglang --ignore tests/docs -m "not serve"
 	$(TEST_ENV) $(SERVE)/python $(PYTEST) tests/pdtrim_sglang tests/kvcache/test_triton_pack.py -m "not serve"
+
+test-docs: setup-docs  ## documentation, manifests against the Kubernetes schemas, the Dockerfile
+	$(DOCS)/python $(PYTEST) tests/docs
 
 test-serve: setup  ## the tests that start SGLang servers
 	$(TEST_ENV) $(BUILD)/python $(PYTEST) tests/serving tests/integration -m serve
 
 demo: setup  ## build, serve, check and load-test the pruned SmolLM2-135M; results in out/demo
-	$(BUILD)/pdtrim-deploy demo $(RECIPE) --out $(OUT)
+	$(BUILD)/pdtrim-deploy demo $(RECIPE) --out $(OUT) $(addprefix --pareto ,$(wildcard benchmarks/results/kv.json))
 
 plugin: setup-build  ## compile the TensorRT plugin's kernels with nvcc (sm_80, 90, 100, 120) into out/plugin; fail on a spill
 	$(BUILD)/python -m pdtrim_tensorrt.compile_kernels out/plugin
+
+docs: setup-docs  ## build the documentation into out/docs, strictly: a warning is an error
+	$(DOCS)/python tools/reference.py
+	$(DOCS)/mkdocs build --quiet --strict --site-dir out/docs
+
+deploy: setup-build  ## write the examples in deploy/ from the code
+	$(BUILD)/python tools/deploy_base.py
 
 bench: $(addprefix bench-,$(BENCHMARKS))  ## run every benchmarks/NAME.py (one: make bench-NAME)
 

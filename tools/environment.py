@@ -1,4 +1,4 @@
-"""Make the project's two environments, `.venv/build` and `.venv/serve`, from constraints/*.txt.
+"""Make the project's environments, `.venv/build`, `.venv/serve` and `.venv/docs`, from constraints/*.txt.
 
     python3 tools/environment.py build serve      # what `make setup` runs
 
@@ -95,6 +95,9 @@ class Environment:
         run(self.python, "-m", "pip", "install", "--quiet", torch, "-c", self.lock)
         self.uv("--no-deps", "-r", self.lock)
 
+    def install_docs(self) -> None:
+        self.uv("--no-deps", "-r", self.lock)
+
     def install_serve(self) -> None:
         # --no-deps: the lock is complete for a CPU, without the CUDA-only half of SGLang's requirements.
         self.uv("--no-deps", "-r", self.lock)
@@ -108,7 +111,7 @@ class Environment:
 def main() -> None:
     """Make the named environments, one process at a time."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="+", choices=["build", "serve"])
+    parser.add_argument("names", nargs="+", choices=["build", "serve", "docs"])
     names = parser.parse_args().names
     if sys.version_info < (3, 11):  # noqa: UP036 - whoever runs this may have another Python
         version = sys.version.split()[0]

@@ -22,12 +22,13 @@ from pdtrim_deploy.errors import ServingError, UserError
 GROUPS = {
     "Look before": {"doctor": "doctor:doctor", "recipe": "recipe:recipe", "plan": "plan:plan"},
     "Build": {"build": "build:build", "verify": "verify:verify", "inspect": "inspect:inspect"},
-    "Serve": {"serve": "serve:serve"},
+    "Serve": {"serve": "serve:serve", "deploy": "deploy:deploy"},
     "Judge": {
         "eval": "eval:evaluate",
         "fidelity": "fidelity:fidelity",
         "loadtest": "loadtest:loadtest",
         "compare": "compare:compare",
+        "report": "report:report",
     },
     "All of it, and the shell": {"demo": "demo:demo", "completion": "completion:completion"},
 }

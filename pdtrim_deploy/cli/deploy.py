@@ -1,0 +1,106 @@
+"""`pdtrim-deploy deploy`: manifests of a bundle for Kubernetes and Compose."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from pdtrim_deploy.cli import options
+from pdtrim_deploy.errors import UserError
+
+
+@click.group()
+def deploy() -> None:
+    """Write what runs a bundle on a cluster, or on one host with GPUs.
+
+    \b
+    Examples:
+      pdtrim-deploy deploy render out/bundle --prefill 2 --decode 6 --out out/kubernetes
+      pdtrim-deploy deploy render out/bundle --to compose --bundle-from host:/srv/bundle --out out/compose
+      pdtrim-deploy deploy dashboard > kv.json
+    """
+
+
+@deploy.command()
+@click.argument("bundle", type=options.path)
+@click.option("--out", type=options.path, required=True, help="Folder for the files; files of the same names change.")
+@click.option("--to", type=click.Choice(["kubernetes", "compose"]), default="kubernetes", show_default=True)
+@click.option("--prefill", type=click.IntRange(1), default=1, show_default=True, help="Prefill workers.")
+@click.option("--decode", type=click.IntRange(1), default=1, show_default=True, help="Decode workers.")
+@click.option("--gpus", type=click.IntRange(1), default=1, show_default=True, help="Of a worker: its --tp-size.")
+@click.option("--name", default="pdtrim", show_default=True, help="Of the objects.")
+@click.option("--image", help="Built from the Dockerfile's target serve.  [default: pdtrim-serve:VERSION]")
+@click.option(
+    "--bundle-from",
+    default="pvc:pdtrim-bundle",
+    show_default=True,
+    metavar="WHERE",
+    help="pvc:CLAIM[/SUBPATH], oci:IMAGE (an image volume), or host:/FOLDER.",
+)
+@click.option("--rdma", metavar="RESOURCE", help="Request one of this extended resource a worker, such as rdma/hca.")
+@click.option("--page-size", type=click.IntRange(1), default=1, show_default=True, help="Tokens per KV page.")
+@click.option("--memory", default="64Gi", show_default=True, help="Of a worker.")
+@click.option("--monitoring", default="monitoring", show_default=True, help="Namespace that may scrape metrics.")
+@options.json_flag
+def render(
+    bundle: Path,
+    out: Path,
+    to: str,
+    prefill: int,
+    decode: int,
+    gpus: int,
+    name: str,
+    image: str | None,
+    bundle_from: str,
+    rdma: str | None,
+    page_size: int,
+    memory: str,
+    monitoring: str,
+    as_json: bool,
+) -> None:
+    """Write a Kustomize base, or a Compose file, that serves BUNDLE.
+
+    Nothing of this has run on a cluster yet: the manifests are checked against Kubernetes' schemas only.
+    """
+    import yaml
+
+    from pdtrim_deploy.bundle import Bundle, write_atomic
+    from pdtrim_deploy.manifests import BundleAt, Options, Served, compose, kubernetes
+    from pdtrim_deploy.manifests.options import IMAGE
+
+    opened = Bundle.open(bundle)
+    heads = opened.plan.model.num_kv_heads
+    if heads % gpus:
+        raise UserError(f"--gpus is {gpus}; it must divide the model's {heads} KV heads")
+    chosen = Options(
+        name=name,
+        prefill=prefill,
+        decode=decode,
+        gpus=gpus,
+        image=image or IMAGE,
+        bundle=BundleAt.parse(bundle_from),
+        rdma=rdma,
+        page_size=page_size,
+        memory=memory,
+        monitoring=monitoring,
+    )
+    served = Served.of(opened.path.resolve().name, opened.plan)
+    files = {"compose.yaml": [compose(served, chosen)]} if to == "compose" else kubernetes(served, chosen)
+    for file, documents in files.items():
+        write_atomic(out / file, yaml.safe_dump_all(documents, sort_keys=False, width=120))
+    if as_json:
+        click.echo(json.dumps({"out": str(out), "plan": opened.plan.digest, "files": list(files)}))
+        return
+    click.echo(f"{out}: {', '.join(files)} for plan {opened.plan.digest[:12]}")
+    follow = f"docker compose -f {out}/compose.yaml up" if to == "compose" else f"kubectl apply -k {out}"
+    click.echo(f"next: {follow}")
+
+
+@deploy.command()
+def dashboard() -> None:
+    """Print the Grafana dashboard of the KV transfer, as JSON."""
+    from pdtrim_deploy.manifests.dashboard import dashboard as made
+
+    click.echo(json.dumps(made(), indent=2))

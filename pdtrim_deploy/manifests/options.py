@@ -1,0 +1,131 @@
+"""What to render: the bundle's facts and the operator's choices."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.plan import PDPlan, Stage
+
+SPARSE_BACKEND = "torch_native"  # the decode attention that knows sparse layers (pdtrim_sglang.requirements)
+HTTP_PORT, BOOTSTRAP_PORT, ROUTER_PORT, ROUTER_METRICS_PORT = 30000, 8998, 8000, 29000
+BUNDLE_MOUNT = "/bundle"
+IMAGE = "pdtrim-serve:0.1.0"
+USER_ID = 10001  # as the Dockerfile makes it
+
+
+@dataclass(frozen=True)
+class BundleAt:
+    """Where pods find the bundle: `pvc:CLAIM[/SUBPATH]`, `oci:IMAGE` (Kubernetes' image volumes) or `host:FOLDER`."""
+
+    kind: Literal["pvc", "oci", "host"]
+    place: str
+    subpath: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> BundleAt:
+        """UserError when it is none of these."""
+        kind, _, place = text.partition(":")
+        if kind == "pvc" and place.split("/")[0]:
+            claim, _, subpath = place.partition("/")
+            return cls("pvc", claim, subpath)
+        if (kind == "oci" and place) or (kind == "host" and place.startswith("/")):
+            return cls(kind, place)  # type: ignore[arg-type]
+        raise UserError(f"--bundle-from is {text!r}; say pvc:CLAIM[/SUBPATH], oci:IMAGE or host:/FOLDER")
+
+    @property
+    def volume(self) -> dict[str, Any]:
+        """The pod's volume."""
+        if self.kind == "pvc":
+            return {"persistentVolumeClaim": {"claimName": self.place, "readOnly": True}}
+        if self.kind == "oci":
+            return {"image": {"reference": self.place, "pullPolicy": "IfNotPresent"}}
+        return {"hostPath": {"path": self.place, "type": "Directory"}}
+
+
+@dataclass(frozen=True)
+class Served:
+    """What the manifests must know of a bundle."""
+
+    name: str
+    plan_digest: str
+    dtype: str
+    sparse: bool
+
+    @classmethod
+    def of(cls, name: str, plan: PDPlan) -> Served:
+        """`name` is the model's name for clients."""
+        sparse = any(send.mode == "sparse" for send in plan.kv)
+        return cls(name, plan.digest, plan.model.kv_dtype, sparse)
+
+    @property
+    def plan(self) -> str:
+        """The digest as far as a Kubernetes label holds it."""
+        return self.plan_digest[:32]
+
+
+@dataclass(frozen=True)
+class Options:
+    """The operator's choices; `name` is that of the objects, `gpus` those of one worker (its tensor parallelism).
+
+    Attributes:
+        rdma: an extended resource such as `rdma/hca`, one a worker; it does nothing for the tcp transport.
+        monitoring: the namespace whose pods may scrape metrics.
+
+    """
+
+    name: str = "pdtrim"
+    prefill: int = 1
+    decode: int = 1
+    gpus: int = 1
+    image: str = IMAGE
+    bundle: BundleAt = field(default_factory=lambda: BundleAt("pvc", "pdtrim-bundle"))
+    rdma: str | None = None
+    page_size: int = 1
+    memory: str = "64Gi"
+    monitoring: str = "monitoring"
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[a-z]([a-z0-9-]{0,40}[a-z0-9])?", self.name):
+            raise UserError(f"--name is {self.name!r}; give lower-case letters, digits and dashes, at most 42 of them")
+        if self.rdma is not None and not re.fullmatch(r"[a-z0-9.-]+/[A-Za-z0-9_.-]+", self.rdma):
+            raise UserError(f"--rdma is {self.rdma!r}; give an extended resource such as rdma/hca")
+
+    def replicas(self, stage: Stage) -> int:
+        """Workers of a stage."""
+        return self.prefill if stage == "prefill" else self.decode
+
+
+def worker_arguments(served: Served, options: Options, stage: Stage) -> list[str]:
+    """`python3 -m sglang.launch_server ...` for SGLang 0.5.23 on GPUs, without what the platform chooses."""
+    given: dict[str, object] = {
+        "--model-path": f"{BUNDLE_MOUNT}/{stage}",
+        "--served-model-name": served.name,
+        "--host": "0.0.0.0",  # of the pod: its network policy says who may come in
+        "--port": HTTP_PORT,
+        "--dtype": served.dtype,
+        "--page-size": options.page_size,
+        "--tp-size": options.gpus,
+        "--disaggregation-mode": stage,
+        "--disaggregation-transfer-backend": "pdtrim_tcp",
+    }
+    flags = ["--enable-metrics"]
+    if stage == "prefill":
+        given["--disaggregation-bootstrap-port"] = BOOTSTRAP_PORT
+    elif served.sparse:
+        given["--attention-backend"] = SPARSE_BACKEND
+        flags.append("--disable-cuda-graph")
+    pairs = [str(part) for pair in given.items() for part in pair]
+    return ["python3", "-m", "sglang.launch_server", *pairs, *flags]
+
+
+WORKER_ENVIRONMENT = {"SGLANG_PLUGINS": "pdtrim", "HF_HUB_OFFLINE": "1", "HOME": "/tmp"}
+ROUTER_ARGUMENTS = [
+    "python3", "-m", "sglang_router.launch_router", "--pd-disaggregation",
+    "--host", "0.0.0.0", "--port", str(ROUTER_PORT),
+    "--prometheus-host", "0.0.0.0", "--prometheus-port", str(ROUTER_METRICS_PORT),
+    "--policy", "round_robin", "--request-timeout-secs", "600", "--health-check-timeout-secs", "30",
+    "--worker-startup-timeout-secs", "1800",
+]  # fmt: skip

@@ -1,0 +1,219 @@
+"""What `deploy render` writes: the things that would hurt in a cluster, and that deploy/ is what it gives."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.manifests import BundleAt, Options, Served, compose, kubernetes
+
+ROOT = Path(__file__).parents[2]
+SERVED = Served("m", "ab" * 32, "bfloat16", sparse=True)
+DENSE = Served("m", "cd" * 32, "bfloat16", sparse=False)
+
+
+def objects(served: Served = SERVED, **choices) -> dict[tuple[str, str], dict]:
+    files = kubernetes(served, Options(**choices))
+    return {(o["kind"], o["metadata"]["name"]): o for f, docs in files.items() if f[0] != "k" for o in docs}
+
+
+def container(workload: dict) -> dict:
+    (only,) = workload["spec"]["template"]["spec"]["containers"]
+    return only
+
+
+def option(command: list[str], name: str) -> str:
+    return command[command.index(name) + 1]
+
+
+def test_stages_are_workloads_of_their_own() -> None:
+    made = objects(prefill=2, decode=6, gpus=2)
+    for stage, count in (("prefill", 2), ("decode", 6)):
+        workload = made["Deployment", f"pdtrim-{stage}"]
+        command = container(workload)["command"]
+        assert workload["spec"]["replicas"] == count
+        assert option(command, "--disaggregation-mode") == stage
+        assert option(command, "--model-path") == f"/bundle/{stage}"
+        assert option(command, "--tp-size") == "2"
+        assert container(workload)["resources"]["limits"]["nvidia.com/gpu"] == "2"
+
+
+def test_only_sparse_plans_choose_decodes_attention() -> None:
+    sparse, dense = (container(objects(s)["Deployment", "pdtrim-decode"])["command"] for s in (SERVED, DENSE))
+    assert option(sparse, "--attention-backend") == "torch_native"
+    assert "--attention-backend" not in dense
+    assert "--attention-backend" not in container(objects()["Deployment", "pdtrim-prefill"])["command"]
+
+
+def test_the_router_finds_the_pods_of_its_plan_alone() -> None:
+    made = objects()
+    command = container(made["Deployment", "pdtrim-router"])["command"]
+    for stage in ("prefill", "decode"):
+        start = command.index(f"--{stage}-selector") + 1
+        end = next((n for n in range(start, len(command)) if command[n].startswith("--")), len(command))
+        wanted = dict(pair.split("=") for pair in command[start:end])
+        labels = made["Deployment", f"pdtrim-{stage}"]["spec"]["template"]["metadata"]["labels"]
+        assert wanted == labels
+        assert wanted["pdtrim/plan"] == ("ab" * 32)[:32]
+        other = objects(DENSE)["Deployment", f"pdtrim-{stage}"]["spec"]["template"]["metadata"]["labels"]
+        assert wanted != other
+    assert option(command, "--service-discovery-port") == "30000"
+    rule = made["Role", "pdtrim-router"]["rules"]
+    assert rule == [{"apiGroups": [""], "resources": ["pods"], "verbs": ["get", "list", "watch"]}]
+
+
+def test_selectors_match_their_pods_and_never_change_with_the_plan() -> None:
+    for served in (SERVED, DENSE):
+        for (kind, _), one in objects(served).items():
+            if kind == "Deployment":
+                selector = one["spec"]["selector"]["matchLabels"]
+                assert selector.items() <= one["spec"]["template"]["metadata"]["labels"].items()
+                assert "pdtrim/plan" not in selector  # a Deployment's selector cannot be changed
+
+
+def test_pods_are_confined_and_ports_are_named() -> None:
+    for (kind, _), one in objects(rdma="rdma/hca").items():
+        if kind != "Deployment":
+            continue
+        pod, inside = one["spec"]["template"]["spec"], container(one)
+        assert pod["securityContext"]["runAsNonRoot"]
+        assert inside["securityContext"]["readOnlyRootFilesystem"]
+        assert inside["securityContext"]["capabilities"]["drop"] == ["ALL"]
+        mounted, volumes = {v["name"] for v in inside["volumeMounts"]}, {v["name"] for v in pod["volumes"]}
+        assert mounted == volumes
+        names = {port["name"] for port in inside["ports"]}
+        for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+            if "httpGet" in inside.get(probe, {}):
+                assert inside[probe]["httpGet"]["port"] in names
+    made = objects(rdma="rdma/hca")
+    assert container(made["Deployment", "pdtrim-decode"])["resources"]["limits"]["rdma/hca"] == "1"
+    assert "rdma/hca" not in json.dumps(objects()["Deployment", "pdtrim-decode"])
+
+
+def test_the_routers_probe_wants_a_second_token() -> None:
+    import http.server
+    import subprocess
+    import threading
+
+    script = objects()["ConfigMap", "pdtrim-router-probe"]["data"]["ready.py"]
+
+    class Answer(http.server.BaseHTTPRequestHandler):
+        tokens = 2
+
+        def do_POST(self) -> None:
+            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            assert asked["sampling_params"]["max_new_tokens"] == 2
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps({"meta_info": {"completion_tokens": self.tokens}}).encode())
+
+        def log_message(self, *_: object) -> None: ...
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Answer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        command = [sys.executable, "-c", script, f"http://127.0.0.1:{server.server_port}/generate"]
+        assert subprocess.run(command, check=False).returncode == 0
+        Answer.tokens = 1
+        assert subprocess.run(command, check=False, capture_output=True).returncode == 1
+        server.shutdown()
+    assert subprocess.run(command, check=False, capture_output=True).returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "volume"),
+    [
+        ("pvc:c", {"persistentVolumeClaim": {"claimName": "c", "readOnly": True}}),
+        ("oci:reg/b:1", {"image": {"reference": "reg/b:1", "pullPolicy": "IfNotPresent"}}),
+        ("host:/srv/b", {"hostPath": {"path": "/srv/b", "type": "Directory"}}),
+    ],
+)
+def test_where_the_bundle_comes_from(text: str, volume: dict) -> None:
+    pod = objects(bundle=BundleAt.parse(text))["Deployment", "pdtrim-decode"]["spec"]["template"]["spec"]
+    assert {"name": "bundle", **volume} in pod["volumes"]
+
+
+def test_a_claims_subpath_is_mounted() -> None:
+    mounts = container(objects(bundle=BundleAt.parse("pvc:c/a/b"))["Deployment", "pdtrim-decode"])["volumeMounts"]
+    assert {"name": "bundle", "mountPath": "/bundle", "readOnly": True, "subPath": "a/b"} in mounts
+
+
+def test_bad_choices_are_refused() -> None:
+    for text in ("pvc:", "host:relative", "s3:x", "plain"):
+        with pytest.raises(UserError, match="--bundle-from is"):
+            BundleAt.parse(text)
+    with pytest.raises(UserError, match="--name is 'A'"):
+        Options(name="A")
+    with pytest.raises(UserError, match="--rdma is 'hca'"):
+        Options(rdma="hca")
+    with pytest.raises(UserError, match="say --bundle-from host"):
+        compose(SERVED, Options())
+
+
+def test_compose_gives_every_worker_gpus_of_its_own() -> None:
+    made = compose(SERVED, Options(prefill=1, decode=2, gpus=2, bundle=BundleAt("host", "/srv/b")))
+    services = made["services"]
+    assert list(services) == ["prefill-0", "decode-0", "decode-1", "router"]
+    devices = [
+        id_
+        for name, one in services.items()
+        if name != "router"
+        for id_ in one["deploy"]["resources"]["reservations"]["devices"][0]["device_ids"]
+    ]
+    assert devices == ["0", "1", "2", "3", "4", "5"]
+    router = services["router"]["command"]
+    at = router.index("--prefill")
+    assert router[at : at + 3] == ["--prefill", "http://prefill-0:30000", "8998"]
+    assert router.count("--decode") == 2
+    assert services["router"]["ports"] == ["127.0.0.1:8000:8000"]
+    assert all("ports" not in one for name, one in services.items() if name != "router")
+
+
+def test_deploy_holds_what_is_rendered() -> None:
+    import runpy
+
+    made = runpy.run_path(str(ROOT / "tools" / "deploy_base.py"))["files"]()
+    stands = {str(f.relative_to(ROOT / "deploy")): f.read_text() for f in (ROOT / "deploy").rglob("*") if f.is_file()}
+    assert {**made, "README.md": stands["README.md"]} == stands, "run: make deploy"
+
+
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from types import SimpleNamespace
+
+    from pdtrim_deploy.bundle import Bundle
+    from pdtrim_deploy.cli import main
+    from pdtrim_deploy.plan import KVSend, ModelShape, PDPlan
+
+    shape = ModelShape(architecture="X", fingerprint="f", num_blocks=2, num_kv_heads=4, head_dim=8, kv_dtype="float16")
+    plan = PDPlan.dense(shape).with_kv((KVSend(mode="sparse", n_first=1), KVSend()))
+    monkeypatch.setattr(Bundle, "open", lambda path: SimpleNamespace(path=path, plan=plan))
+
+    def run(*args: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            main(["deploy", "render", "my-bundle", *args])
+        said = capsys.readouterr()
+        return int(ended.value.code or 0), said.out, said.err
+
+    out = tmp_path / "k"
+    code, text, _ = run("--prefill", "2", "--decode", "6", "--out", str(out), "--json")
+    assert code == 0
+    assert json.loads(text)["plan"] == plan.digest
+    decode = next(yaml.safe_load_all((out / "decode.yaml").read_text()))
+    assert decode["spec"]["replicas"] == 6
+    assert decode["spec"]["template"]["metadata"]["annotations"]["pdtrim/plan-digest"] == plan.digest
+    command = container(decode)["command"]
+    assert option(command, "--dtype") == "float16"
+    assert option(command, "--attention-backend") == "torch_native"
+    assert option(command, "--served-model-name") == "my-bundle"
+    named = yaml.safe_load((out / "kustomization.yaml").read_text())["resources"]
+    assert {*named, "kustomization.yaml"} == {file.name for file in out.iterdir()}
+    code, _, err = run("--gpus", "3", "--out", str(tmp_path / "x"))
+    assert (code, err.strip()) == (2, "pdtrim-deploy: --gpus is 3; it must divide the model's 4 KV heads")
+    assert not (tmp_path / "x").exists()
+    code, text, _ = run("--to", "compose", "--bundle-from", "host:/b", "--out", str(tmp_path / "c"))
+    assert code == 0
+    assert (tmp_path / "c" / "compose.yaml").exists()
