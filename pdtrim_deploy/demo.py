@@ -44,7 +44,7 @@ class Demo:
     rounds: int = 4
 
     def run(self) -> Metrics:
-        """All of it; the metrics are written to OUT/report/metrics.json.
+        """All of it; the metrics are written to OUT/report/metrics.json and to the reports of the pruned bundle.
 
         Raises:
             UserError: bad recipe, source or corpus, or no serve environment.
@@ -77,7 +77,8 @@ class Demo:
             ratios=tuple(load.ratios(*PAIRS)),
             environment=environment(self.command) | {"serve_versions": versions_of(serve.python)},
         )
-        metrics.write(self.out / "report" / "metrics.json")
+        for folder in (self.out / "report", bundles["pruned"].reports_dir):
+            metrics.write(folder / "metrics.json")
         return metrics
 
     def _build(self, name: str) -> Bundle:

@@ -20,6 +20,7 @@ from pdtrim_deploy.cli import options
 @click.option("--output-tokens", type=options.Lengths(), default="24", show_default=True)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--dry-run", is_flag=True, help="Say what the pruned bundle's build would do and how large it gets.")
+@click.option("--pareto", type=options.path, help="benchmarks/results/kv.json, for the page.")
 @options.cache_dir
 @options.json_flag
 @click.pass_obj
@@ -34,12 +35,13 @@ def demo(
     output_tokens: tuple[int, int],
     seed: int,
     dry_run: bool,
+    pareto: Path | None,
     cache: Cache,
     as_json: bool,
 ) -> None:
     """Build, judge, serve, check and load RECIPE beside dense.
 
-    The figures are written to OUT/report/metrics.json.
+    The figures are written to OUT/report/metrics.json, and on one page to OUT/report/report.html.
     Exit code 1 when the served pair is not what the plan says, a request failed, or an engine could not be built.
 
     \b
@@ -49,12 +51,13 @@ def demo(
     """
     from rich.console import Console
 
-    from pdtrim_deploy.bundle import Bundle
+    from pdtrim_deploy.bundle import Bundle, write_atomic
     from pdtrim_deploy.cli.progress import Progress
     from pdtrim_deploy.demo import Demo
     from pdtrim_deploy.doctor import Asked, require
     from pdtrim_deploy.loadtest import Scenario
     from pdtrim_deploy.recipe import Recipe
+    from pdtrim_deploy.report.html import Findings, page, read_pareto
     from pdtrim_deploy.report.tables import load_table, metrics_table, ratio_table
 
     recipe, progress = Recipe.load(recipe_file), Progress()
@@ -64,9 +67,13 @@ def demo(
 
         print_preview(preview(recipe, out / "pruned", cache), out / "pruned", as_json)
         return
+    if pareto is not None:
+        read_pareto(pareto)  # a wrong file is said now, not after the load
     require("demo", Asked(recipe, out, cache))
     load = Scenario.closed(requests, concurrency, prompt_tokens, output_tokens, seed=seed)
     metrics = Demo(recipe, out, cache, load, command, progress.show, progress.note, rounds).run()
+    written = out / "report" / "report.html"
+    write_atomic(written, page(Findings.of(Bundle.open(out / "pruned"), pareto=pareto), command))
     if as_json:
         click.echo(metrics.model_dump_json(indent=2))
     else:
@@ -74,6 +81,7 @@ def demo(
         Console().print(load_table({name: figures.detail for name, figures in metrics.load.items()}))
         Console().print(ratio_table("dense", "pruned", metrics.ratios))
         click.echo(f"written to {out / 'report' / 'metrics.json'} by: {command}")
+        click.echo(f"page: {written}")
     problems = [*metrics.problems, *Bundle.open(out / "pruned").manifest.failures.values()]
     for problem in problems:
         click.echo(f"problem: {problem}", err=True)

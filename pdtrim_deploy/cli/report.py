@@ -1,0 +1,35 @@
+"""`pdtrim-deploy report`: what is known of a bundle on one page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from pdtrim_deploy.cli import options
+
+
+@click.command()
+@click.argument("bundle", type=options.path)
+@click.option("--out", type=options.path, help="The HTML file.  [default: BUNDLE/reports/report.html]")
+@click.option("--compare", "comparisons", type=options.path, multiple=True, help="JSON of `compare --out`; repeatable.")
+@click.option("--pareto", type=options.path, help="benchmarks/results/kv.json of `make bench-kv`.")
+@click.pass_obj
+def report(command: str, bundle: Path, out: Path | None, comparisons: tuple[Path, ...], pareto: Path | None) -> None:
+    """Write one self-contained HTML page about BUNDLE.
+
+    It shows the plan block by block, quality, load, engines and what made each figure, from BUNDLE/reports and the
+    files given; what it lacks, it names with the command that makes it.
+
+    \b
+    Examples:
+      pdtrim-deploy report out/demo/pruned
+      pdtrim-deploy report out/bundle --compare compare.json --pareto benchmarks/results/kv.json --out page.html
+    """
+    from pdtrim_deploy.bundle import Bundle, write_atomic
+    from pdtrim_deploy.report.html import Findings, page
+
+    opened = Bundle.open(bundle)
+    out = out or opened.reports_dir / "report.html"
+    write_atomic(out, page(Findings.of(opened, comparisons, pareto), command))
+    click.echo(out)

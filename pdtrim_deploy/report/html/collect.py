@@ -1,0 +1,94 @@
+"""What is known of a bundle: the JSON that its build, its evaluation and its load tests left."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pdtrim_deploy.bundle import Bundle
+from pdtrim_deploy.errors import UserError
+
+# Report of a bundle -> the command that makes it.
+REPORTS = {
+    "pruning": "pdtrim-deploy build",
+    "kv": "pdtrim-deploy build",
+    "eval": "pdtrim-deploy eval BUNDLE",
+    "tasks": "pdtrim-deploy eval BUNDLE --tasks all",
+    "fidelity": "pdtrim-deploy fidelity BUNDLE",
+    "metrics": "pdtrim-deploy demo RECIPE --out DIR",
+    "compare": "pdtrim-deploy compare A BUNDLE --out BUNDLE/reports/compare.json",
+}
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Everything a page is made of.
+
+    Attributes:
+        reports: parsed JSON by name (REPORTS); absent where the bundle has none.
+        comparisons: JSON of `compare`, by file name.
+        pareto: rows and environment of `make bench-kv`, if given.
+
+    """
+
+    bundle: Bundle
+    reports: dict[str, Any]
+    comparisons: dict[str, Any] = field(default_factory=dict)
+    pareto: dict[str, Any] | None = None
+
+    @classmethod
+    def of(cls, bundle: Bundle, comparisons: Sequence[Path] = (), pareto: Path | None = None) -> Findings:
+        """Read what there is.
+
+        Raises:
+            UserError: a file is missing or not JSON, or a report is of another plan.
+
+        """
+        reports = {name: _read(path) for name in REPORTS if (path := bundle.reports_dir / f"{name}.json").is_file()}
+        for name, said in reports.items():
+            digest = said.get("plan_digest") or said.get("plan", {}).get("digest")
+            if digest not in (None, bundle.plan.digest):
+                made = REPORTS[name].replace("BUNDLE", str(bundle.path))
+                raise UserError(
+                    f"{bundle.reports_dir / name}.json is of plan {digest[:12]}, the bundle's is "
+                    f"{bundle.plan.digest[:12]}; make it again: {made}"
+                )
+        loads = {"compare.json": reports.pop("compare")} if "compare" in reports else {}
+        loads |= {str(path): _read(path) for path in comparisons}
+        for name, said in loads.items():
+            if not {"first", "second", "ratios"} <= said.keys():
+                raise UserError(f"{name} is no comparison; make one with: pdtrim-deploy compare A B --out {name}")
+        return cls(bundle, reports, loads, read_pareto(pareto) if pareto else None)
+
+    @property
+    def missing(self) -> dict[str, str]:
+        """Reports that the page would show, and the command that makes each."""
+        lacks = {n: c for n, c in REPORTS.items() if n not in self.reports and n != "compare"}
+        if not self.comparisons and not self.reports.get("metrics"):
+            lacks["compare"] = REPORTS["compare"]
+        if self.pareto is None:
+            lacks["pareto"] = "make bench-kv, then report --pareto benchmarks/results/kv.json"
+        return {name: command.replace("BUNDLE", str(self.bundle.path)) for name, command in lacks.items()}
+
+
+def read_pareto(path: Path) -> dict[str, Any]:
+    """What `make bench-kv` wrote; UserError when it is something else."""
+    found = _read(path)
+    if not all("ppl_ratio" in row for row in found.get("rows", [{}])):
+        raise UserError(f"{path} has no rows of bench-kv; make it with: make bench-kv")
+    return found
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; check the path") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not JSON ({error}); make it again") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: not a report; make it again")
+    return data

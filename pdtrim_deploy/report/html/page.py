@@ -1,0 +1,43 @@
+"""The page itself: sections in their order, one style sheet, nothing fetched."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pdtrim_deploy.report.html import sections
+from pdtrim_deploy.report.html.collect import Findings
+from pdtrim_deploy.report.html.markup import Markup, join, tag
+
+SECTIONS = {
+    "Plan": sections.plan,
+    "Quality": sections.quality,
+    "Load": sections.load,
+    "Quality for each byte": sections.pareto,
+    "Search": sections.search,
+    "Engines": sections.engines,
+    "Where this comes from": sections.origin,
+}
+STYLE = Path(__file__).with_name("style.css")
+
+
+def page(found: Findings, command: str) -> str:
+    """The whole document; `command` is the one that wrote it."""
+    name, plan = found.bundle.recipe.name, found.bundle.plan
+    body = [
+        tag("h1", name),
+        tag("p", f"{found.bundle.recipe.model.source}, plan {plan.digest[:12]}, pdtrim-deploy report", class_="sub"),
+        sections.headline(found),
+    ]
+    for title, make in SECTIONS.items():
+        made = make(found)
+        if made:
+            body.append(tag("section", tag("h2", title), made))
+    body.append(tag("p", "This page: ", tag("code", command), class_="made"))
+    head = tag(
+        "head",
+        tag("meta", charset="utf-8"),
+        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        tag("title", f"{name}: pdtrim-deploy report"),
+        tag("style", Markup(STYLE.read_text())),
+    )
+    return "<!DOCTYPE html>\n" + join([tag("html", head, tag("body", *body), lang="en")]) + "\n"

@@ -1,0 +1,178 @@
+"""The page: well-formed, self-contained, true to the plan, and silent about nothing it lacks."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import xml.etree.ElementTree as ET
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pdtrim_deploy.bundle import Bundle, Manifest
+from pdtrim_deploy.engine import Numerics, TargetResult
+from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.loadtest import LoadResult, LoadRun, Outcome
+from pdtrim_deploy.loadtest.rounds import Comparison, Ratio
+from pdtrim_deploy.recipe import Recipe
+from pdtrim_deploy.report.html import Findings, page
+from pdtrim_deploy.report.html.markup import Markup, tag
+
+sys.path.insert(0, str(Path(__file__).parent))
+from test_metrics import PLAN, metrics
+
+SVG = "{http://www.w3.org/2000/svg}"
+ENVIRONMENT = {"command": "make <it>", "machine": {"cpu": "A & B", "cores": 2}, "versions": {"torch": "2"}}
+ENGINE = TargetResult(
+    target="onnx", stage="decode", status="built", dtype="float32", plan_digest=PLAN.digest, files={"m": 5},
+    numerics=Numerics(tolerance=1e-4, prompts=1, tokens=9, hidden_error=3e-5, hidden_max_abs_error=1, kv_error=None,
+                      kv_max_abs_error=None), checked=("graph",), limits=("never on a <GPU>",),
+)  # fmt: skip
+EVAL: dict[str, Any] = {
+    "plan_digest": PLAN.digest, "text": {"seed": 7, "corpus": "brown"}, "tokens": 512, "dense": {"ppl": 30.0},
+    "pd": {"ppl": 33.0}, "ratio": 1.1, "environment": ENVIRONMENT,
+}  # fmt: skip
+PARETO = {
+    "environment": ENVIRONMENT, "options": {"prompt": 512, "seed": 0},
+    "rows": [{"method": m, "asked": a, "reduction": a or 1.0, "ppl_ratio": 1.1} for m, a in
+             (("dense", None), ("ours", 2.0), ("ours", 4.0), ("random layers", 2.0), ("random layers", 4.0))],
+}  # fmt: skip
+RATIOS = (Ratio.of("ITL p50", [0.80, 0.81, 0.79]), Ratio.of("TTFT p50", [0.9, 1.2, 1.0]))
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Bundle:
+    (tmp_path / "r.yaml").write_text("name: my-<b>\nmodel: {source: 'pypi:x'}\n".replace("<b>", "bundle"))
+    manifest = Manifest(
+        recipe_digest="r", plan_digest=PLAN.digest, seed=3, versions={"torch": "2"}, steps={}, files={},
+        engines={"engines/onnx/decode": ENGINE}, failures={"tensorrt": "no <headers>"},
+    )  # fmt: skip
+    (tmp_path / "reports").mkdir()
+    return Bundle(tmp_path, PLAN, Recipe.load(tmp_path / "r.yaml"), manifest)
+
+
+def write(bundle: Bundle, name: str, data: object) -> None:
+    (bundle.reports_dir / f"{name}.json").write_text(json.dumps(data))
+
+
+def comparison() -> Comparison:
+    run = LoadRun((Outcome(ttft=0.1, itl=(0.1,), e2e=0.2, output_tokens=2),), 1.0, cpu_s=0.95)
+    result = LoadResult.of("x", [run])
+    return Comparison(
+        first="a", second="b", scenario={"seed": 11}, rounds=3, ratios=RATIOS, load={"a": result, "b": result},
+        environment=ENVIRONMENT,
+    )  # fmt: skip
+
+
+def full(bundle: Bundle) -> Findings:
+    found = metrics().model_copy(update={"environment": ENVIRONMENT, "ratios": RATIOS}).model_dump(mode="json")
+    write(bundle, "metrics", found)
+    write(bundle, "eval", EVAL)
+    steps = [{"step": n + 1, "block": 3 - n, "loss": 3.0 + n / 10, "seconds": 1.0} for n in range(3)]
+    write(
+        bundle,
+        "pruning",
+        {"prefill": {"removed": [], "trajectory": []}, "decode": {"removed": [1], "trajectory": steps}},
+    )
+    write(bundle, "compare", comparison().model_dump(mode="json"))
+    (bundle.path / "kv.json").write_text(json.dumps(PARETO))
+    return Findings.of(bundle, pareto=bundle.path / "kv.json")
+
+
+def parsed(found: Findings) -> ET.Element:
+    text = page(found, "pdtrim-deploy report <x>")
+    assert text.startswith("<!DOCTYPE html>\n")
+    return ET.fromstring(text.removeprefix("<!DOCTYPE html>\n"))
+
+
+def test_the_page_asks_nobody_for_anything(bundle: Bundle) -> None:
+    text = page(full(bundle), "x")
+    assert not re.search(r"<(script|link|img|iframe)|url\(|@import|src=|href=", text)
+    assert set(re.findall(r"https?://[^\"]+", text)) == {"http://www.w3.org/2000/svg"}
+    assert "prefers-color-scheme: dark" in text
+    assert 'name="viewport"' in text
+
+
+def test_every_section_is_there_and_text_is_escaped(bundle: Bundle) -> None:
+    root = parsed(full(bundle))
+    heads = [node.text for node in root.iter("h2")]
+    assert heads == ["Plan", "Quality", "Load", "Quality for each byte", "Search", "Engines", "Where this comes from"]
+    said = " ".join("".join(root.itertext()).split())
+    for text in (
+        "no <headers>",
+        "never on a <GPU>",
+        "make <it>",
+        "A & B",
+        "seed 7",
+        "seed 11",
+        "pdtrim-deploy report <x>",
+    ):
+        assert text in said
+    assert "the client was a bottleneck" in said
+
+
+def test_the_picture_has_each_block_as_the_plan_says(bundle: Bundle) -> None:
+    root = parsed(Findings.of(bundle))
+    picture = next(root.iter(f"{SVG}svg"))
+    kinds = Counter(node.get("class") for node in picture.iter(f"{SVG}rect"))
+    stages = [action.kind for stage in ("prefill", "decode") for action in PLAN.actions(stage)]
+    assert {k: n for k, n in kinds.items() if k in ("keep", "drop")} == dict(Counter(stages))
+    assert (kinds["sparse"], kinds["full"], kinds["ghost"]) == (1, 1, 2)
+    tokens, sizes = bundle.recipe.evaluation.prompt_tokens, {}
+    for group in picture.iter(f"{SVG}g"):
+        bars = [n for n in group.iter(f"{SVG}rect") if n.get("class") in ("full", "sparse")]
+        if bars:
+            sizes[bars[0].get("class")] = float(bars[0].get("height") or 0)
+            title = group.findtext(f"{SVG}title") or ""
+            layer = {"sparse": 0, "full": 1}[bars[0].get("class") or ""]
+            assert f"{PLAN.layer_bytes(layer, tokens):,} bytes" in title
+    assert sizes["sparse"] / sizes["full"] == pytest.approx(5 / tokens, abs=0.02)
+
+
+def test_intervals_stand_where_they_should(bundle: Bundle) -> None:
+    root = parsed(full(bundle))
+    chart = next(node for node in root.iter(f"{SVG}svg") if node.get("aria-label") == "b over a")
+    dots = list(chart.iter(f"{SVG}circle"))
+    assert [dot.get("class") for dot in dots] == ["sure", "unsure"]
+    axis = next(float(n.get("x1") or 0) for n in chart.iter(f"{SVG}line") if n.get("class") == "axis")
+    assert float(dots[0].get("cx") or 0) < axis - 10
+    for dot, line in zip(
+        dots, (n for n in chart.iter(f"{SVG}line") if "whisker" in (n.get("class") or "")), strict=True
+    ):
+        assert float(line.get("x1") or 0) <= float(dot.get("cx") or 0) <= float(line.get("x2") or 0)
+
+
+def test_what_is_lacking_is_named_with_its_command(bundle: Bundle) -> None:
+    bare = replace(bundle, manifest=bundle.manifest.model_copy(update={"engines": {}, "failures": {}}))
+    root = parsed(Findings.of(bare))
+    assert [node.text for node in root.iter("h2")] == ["Plan", "Where this comes from"]
+    commands = [node.text for node in root.iter("code")]
+    assert f"pdtrim-deploy eval {bundle.path}" in commands
+    assert any("bench-kv" in (command or "") for command in commands)
+    assert len(list(parsed(full(bundle)).iter("code"))) > 3
+
+
+def test_a_report_of_another_plan_is_refused(bundle: Bundle) -> None:
+    write(bundle, "eval", EVAL | {"plan_digest": "0" * 64})
+    with pytest.raises(UserError, match=r"eval.json is of plan 000000000000, the bundle's is .*; make it again"):
+        Findings.of(bundle)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"), [("{}", "is no comparison; make one with"), ("[]", "not a report"), ("{", "not JSON")]
+)
+def test_files_that_are_something_else(bundle: Bundle, text: str, says: str) -> None:
+    (bundle.path / "c.json").write_text(text)
+    with pytest.raises(UserError, match=says):
+        Findings.of(bundle, [bundle.path / "c.json"])
+    with pytest.raises(UserError, match="no such file"):
+        Findings.of(bundle, pareto=bundle.path / "gone.json")
+
+
+def test_markup_escapes_what_is_not_markup() -> None:
+    assert tag("a", "<", Markup("<b/>"), class_='"', x_y=1) == '<a class="&quot;" x-y="1">&lt;<b/></a>'
+    assert tag("rect", width=2.50) == '<rect width="2.5"/>'
