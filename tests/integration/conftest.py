@@ -10,6 +10,7 @@ import pytest
 from pdtrim_deploy.bundle import Bundle
 from pdtrim_deploy.cache import Cache
 from pdtrim_deploy.serving import Cluster, ClusterSpec, ServeEnvironment, WorkerOptions
+from pdtrim_deploy.serving.metrics import scrape
 
 ROOT = Path(__file__).parents[2]
 
@@ -48,3 +49,16 @@ def serving(tmp_path_factory):
             yield cluster
 
     return start
+
+
+@pytest.fixture(scope="session")
+def transfers():
+    """`transfers(cluster)`: bytes so far by what is counted, over the first prefill worker, and requests by outcome."""
+
+    def read(cluster):
+        samples = scrape(cluster.workers[0].metrics_url)
+        names = ("payload", "wire", "dense")
+        sums = {name: sum(s.value for s in samples.get(f"pdtrim_kv_{name}_bytes_sum", ())) for name in names}
+        return sums | {s.labels["outcome"]: s.value for s in samples.get("pdtrim_kv_requests_total", ())}
+
+    return read

@@ -29,14 +29,6 @@ def pair(request, bundle, serving):
         yield cluster
 
 
-def transfers(pair):
-    """Sum of each transfer histogram over the prefill workers, and successful requests."""
-    samples = scrape(pair.workers[0].metrics_url)
-    sums = {name: sum(s.value for s in samples[f"pdtrim_kv_{name}_bytes_sum"]) for name in ("payload", "wire", "dense")}
-    ended = {s.labels["outcome"]: s.value for s in samples["pdtrim_kv_requests_total"]}
-    return sums | ended
-
-
 def used_tokens(worker):
     return sum(sample.value for sample in scrape(worker.metrics_url)["sglang:num_used_tokens"])
 
@@ -49,7 +41,7 @@ def test_served_tokens_are_the_oracles(pair, bundle, real_cache):
     assert all(result.controls_detected.values()), result.controls
 
 
-def test_bytes_on_the_wire_equal_the_plans_arithmetic(pair, bundle):
+def test_bytes_on_the_wire_equal_the_plans_arithmetic(pair, bundle, transfers):
     lengths = [1, 40, 67, 68, 69, 200, 333]
     before = transfers(pair)
     for length in lengths:

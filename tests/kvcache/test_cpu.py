@@ -1,6 +1,8 @@
 """The compiled form against torch's, bit for bit; what it refuses; and what happens where it cannot be compiled."""
 
+import ctypes
 import logging
+import platform
 import shutil
 import threading
 import time
@@ -74,6 +76,10 @@ def test_both_forms_have_the_same_bytes(data, plan, tokens, odd, seed):
 @pytest.mark.parametrize("wire", WIRE_DTYPES)
 @pytest.mark.parametrize("dim", [64, 128, 16])
 def test_every_16_bit_value(wire, dtype, dim):
+    check_every_16_bit_value(wire, dtype, dim)
+
+
+def check_every_16_bit_value(wire, dtype, dim):
     """In heads of neighbours, and each among others drawn at random; the ones that are not finite too."""
     ordered = torch.arange(-(2**15), 2**15).to(torch.int16)
     shuffled = ordered[torch.randperm(len(ordered), generator=torch.Generator().manual_seed(0))]
@@ -110,6 +116,20 @@ def test_large_batches_in_threads(wire):
                 assert not one[torch.tensor(sorted(set(range(1024)) - set(slots.tolist())))].any()
     finally:
         torch.set_num_threads(before)
+
+
+@needs_compiler
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="for processors that have less than this one")
+def test_a_processor_without_wide_vectors(monkeypatch, tmp_path):
+    swapped = {"-march=native": "-march=x86-64", "-O3": "-O0"}  # -O0: its compiler is quicker, its bytes are the same
+    options = tuple(swapped.get(option, option) for option in cpu_library.OPTIONS)
+    monkeypatch.setattr(cpu_library, "OPTIONS", options)
+    cpu_library.compile_into(tmp_path)
+    plain = ctypes.CDLL(str(tmp_path / cpu_library.NAME))
+    monkeypatch.setattr("pdtrim_deploy.kvcache.cpu.move.library", lambda: plain)
+    for wire in WIRE_DTYPES:
+        for dtype, dim in ((torch.bfloat16, 64), (torch.float16, 16), (torch.bfloat16, 128)):
+            check_every_16_bit_value(wire, dtype, dim)
 
 
 @needs_compiler

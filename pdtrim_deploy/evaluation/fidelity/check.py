@@ -3,8 +3,8 @@
 Served tokens must have the oracle's logprobs, teacher-forced on the served tokens, to within tolerances: one for the
 worst prompt, one for the typical (median) prompt. Both are those of the plan: `FACTOR` times what rounding alone moves
 the oracle by (`sensitivity`), since a wire dtype that rounds coarsely makes more of it, and at least `TOLERANCE`.
-The controls score the same tokens under plans that differ a little (`controls`): each must miss a tolerance by
-`POWER` times, or the check proves nothing and fails.
+The controls score the tokens of some long prompts under plans that differ a little (`controls`): each must miss a
+tolerance by `POWER` times, or the check proves nothing and fails.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25, "float16": 0.05}  # nats; 16-bit
 TYPICAL = 0.25  # of that
 FACTOR, POWER = 3.0, 2.0
 CONTROL_MIN_TOKENS = 129  # shorter prompts hardly notice one row
+CONTROL_PROMPTS = 8
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ def judge(oracle: PDOracle, served: list[tuple[Group, Served]]) -> FidelityResul
         right, shaken = score_shaken(oracle, state, tokens, seed)
         off, shift = ((other - right).abs().max().item() for other in (said, shaken))
         rows.append(Row(group.name, len(one.prompt), one.cached_tokens, off, shift))
-        if len(one.prompt) >= CONTROL_MIN_TOKENS:
+        if len(one.prompt) >= CONTROL_MIN_TOKENS and all(len(found) < CONTROL_PROMPTS for found in wrong.values()):
             for name, kv in controls(oracle.plan, len(one.prompt)).items():
                 other = oracle.with_kv(kv).score(state, tokens[None])[0]
                 wrong[name].append((said - other).abs().max().item())

@@ -8,7 +8,7 @@
 #include <cstring>
 #include <thread>
 #include <vector>
-#if defined(__F16C__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 

@@ -50,7 +50,7 @@ def mixed(bundle):
 
 if (
     __name__ == "__main__"
-):  # python tests/integration/variants.py BUNDLE OUT: every one of them, for `pdtrim-deploy fidelity`
+):  # python tests/bundle_variants.py BUNDLE OUT: every one of them, for `pdtrim-deploy fidelity`
     import sys
     from pathlib import Path
 
