@@ -123,7 +123,10 @@ def load(found: Findings) -> Markup | None:
         parts.append(tag("h3", name))
         if rows:
             rounds = len(said["ratios"][0]["rounds"])
-            text = f"Ratio in each of {rounds} interleaved rounds: geometric mean and 95% interval (paired t)."
+            text = (
+                f"Ratio in each of {rounds} interleaved rounds: geometric mean and 95% interval (paired t), coloured "
+                "where it leaves 1 out."
+            )
             parts += [tag("p", text), charts.intervals(rows, name)]
         load_of = {side: one.get("detail", one) for side, one in said["load"].items()}
         parts += [tag("p", tag("strong", f"{side}: "), why) for side, why in _warnings(load_of)]
