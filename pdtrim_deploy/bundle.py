@@ -3,7 +3,8 @@
     plan.json  recipe.yaml  prefill/  decode/  engines/TARGET/STAGE/  reports/  manifest.json  COMPLETE
 
 `manifest.json` is written next to last and holds size and SHA-256 of every file before it; `COMPLETE` is written
-last and holds the manifest's SHA-256. What later commands add to `reports/` (eval.json, ...) is not sealed.
+last and holds the manifest's SHA-256. What later commands add to `reports/` (eval.json, ...) is not sealed, nor are
+the stages' model cards, into which `eval` writes the measured loss.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ from pdtrim_deploy.recipe_targets import TARGETS
 
 MANIFEST, COMPLETE, PLAN, RECIPE, REPORTS = "manifest.json", "COMPLETE", "plan.json", "recipe.yaml", "reports"
 ENGINES = "engines"
+CARD = "README.md"  # of a stage checkpoint
 WORK = ".build"  # only while a build is under way
+UNSEALED = {MANIFEST, COMPLETE, *(f"{stage}/{CARD}" for stage in STAGES)}
 
 
 class _Frozen(BaseModel):
@@ -158,8 +161,7 @@ class Bundle:
                 problems.append(f"{name} has {file.stat().st_size} bytes, the manifest says {entry.size}")
             elif (digest := file_sha256(file)) != entry.sha256:
                 problems.append(f"{name} has SHA-256 {digest}, the manifest says {entry.sha256}")
-        unsealed = {MANIFEST, COMPLETE}
-        extra = sorted(n for n in present if n not in unsealed and not n.startswith(f"{REPORTS}/"))
+        extra = sorted(n for n in present if n not in UNSEALED and not n.startswith(f"{REPORTS}/"))
         return problems + [f"{name} is not in the manifest" for name in extra]
 
 
@@ -195,12 +197,12 @@ def seal(path: Path, manifest: Manifest) -> None:
 
 
 def entries(path: Path) -> dict[str, Entry]:
-    """Size and SHA-256 of every file of the bundle but the seal itself."""
+    """Size and SHA-256 of every file of the bundle but the seal itself and the cards."""
     files = {str(file.relative_to(path)): file for file in walk(path)}
     return {
         n: Entry(size=f.stat().st_size, sha256=file_sha256(f))
         for n, f in files.items()
-        if n not in (MANIFEST, COMPLETE)
+        if n not in UNSEALED
     }
 
 

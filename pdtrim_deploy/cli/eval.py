@@ -40,7 +40,7 @@ def evaluate(
     """Perplexity on held-out text, dense and behind the plan; or --tasks.
 
     Both continue the same prompts. Written to BUNDLE/reports/eval.json (tasks.json) too, with seed, corpus, command
-    and machine.
+    and machine, and into the model cards of both stages.
 
     \b
     Examples:
@@ -49,6 +49,7 @@ def evaluate(
     """
     from pdtrim_deploy.bundle import Bundle, write_atomic
     from pdtrim_deploy.cli.progress import Progress
+    from pdtrim_deploy.model_card import refresh_cards
     from pdtrim_deploy.report.environment import environment
 
     if tasks is None and items is not None:
@@ -65,6 +66,7 @@ def evaluate(
 
             quality = judge_bundle(opened, cache, environment(command), asked, progress.note)
             text, path = quality.model_dump_json(indent=2), opened.reports_dir / "eval.json"
+            refresh_cards(bundle, quality)
             lines = [
                 f"perplexity of {quality.tokens} tokens behind {asked.prompt_tokens}-token prompts of {asked.corpus}:",
                 f"  dense {quality.dense.ppl:.4f}, PD {quality.pd.ppl:.4f}, ratio {quality.ratio:.4f}",

@@ -26,6 +26,7 @@ from pdtrim_deploy.bundle import (
 from pdtrim_deploy.cache import Cache
 from pdtrim_deploy.checkpoints import resolve
 from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.model_card import write_cards
 from pdtrim_deploy.pipeline import engines, steps
 from pdtrim_deploy.pipeline.context import Context, Note
 from pdtrim_deploy.pipeline.journal import Journal, chained_key, claim
@@ -168,6 +169,7 @@ def _seal(context: Context, journal: Journal, failures: dict[str, str]) -> None:
         if f"{REPORTS}/{report.name}" not in made:
             report.unlink()
     write_atomic(out / RECIPE, recipe.to_yaml())
+    write_cards(out, context.plan, recipe, context.checkpoint.path)
     context.note("hashing every file")
     manifest = Manifest(
         recipe_digest=recipe.digest,

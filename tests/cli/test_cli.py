@@ -267,7 +267,10 @@ def test_build_verify_inspect_eval(capsys: pytest.CaptureFixture[str], bundle_di
     code, _, err = run(capsys, "eval", bundle_dir, "--corpus", "news", "--cache-dir", cache.root)
     assert code == 2
     assert "command line: evaluation.corpus is 'news'; allowed: brown, austen, dir:PATH or file:PATH" in err
-    assert run(capsys, "verify", bundle_dir)[0] == 0  # reports are not sealed
+    card = (bundle_dir / "decode" / "README.md").read_text()
+    assert f"ratio {found['ratio']:.4f}" in card
+    assert digest in card
+    assert run(capsys, "verify", bundle_dir)[0] == 0  # reports and cards are not sealed
 
 
 def test_eval_of_tasks(capsys: pytest.CaptureFixture[str], bundle_dir: Path, cache: Cache) -> None:
