@@ -13,6 +13,7 @@ from pdtrim_deploy.bundle import Bundle, write_atomic
 from pdtrim_deploy.cache import Cache
 from pdtrim_deploy.loadtest import Scenario, Workers, driver
 from pdtrim_deploy.loadtest.rounds import Rounds, Side, check_rounds, interleave, shares
+from pdtrim_deploy.model_card import refresh_cards
 from pdtrim_deploy.pipeline import Note, build
 from pdtrim_deploy.recipe import KVSection, PruningSection, Recipe
 from pdtrim_deploy.recipe_targets import TargetsSection
@@ -96,6 +97,7 @@ class Demo:
         with self.show("perplexity, dense and PD"):
             found = judge_bundle(bundle, self.cache, environment(self.command), note=self.note)
         write_atomic(bundle.reports_dir / "eval.json", found.model_dump_json(indent=2) + "\n")
+        refresh_cards(bundle.path, found)
         return QualityFigures(dense_ppl=found.dense.ppl, pd_ppl=found.pd.ppl, ratio=found.ratio)
 
     def _fidelity(self, bundle: Bundle, cluster: Cluster) -> FidelityFigures:
