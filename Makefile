@@ -62,7 +62,7 @@ plugin: setup-build  ## compile the TensorRT plugin's kernels with nvcc (sm_80, 
 
 docs: setup-docs  ## build the documentation into out/docs, strictly: a warning is an error
 	$(DOCS)/python tools/reference.py
-	$(DOCS)/mkdocs build --quiet --strict --site-dir out/docs
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/mkdocs build --quiet --strict --site-dir out/docs
 
 deploy: setup-build  ## write the examples in deploy/ from the code
 	$(BUILD)/python tools/deploy_base.py
