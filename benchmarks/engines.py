@@ -9,6 +9,7 @@ alternate between them, the order changing each time: a round's figure is a rati
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import tempfile
 import time
@@ -34,8 +35,8 @@ PAIRS = {"torch": Executors(), "onnxruntime": Executors("onnxruntime", "onnxrunt
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bundle", help="with an onnx engine; by default recipes/smollm2-quick.yaml is built")
-    parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--requests", type=int, default=4, help="of a pair in a round")
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--requests", type=int, default=2, help="of a pair in a round")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--prompt", type=int, default=320)
     parser.add_argument("--output", type=int, default=24)
@@ -117,6 +118,7 @@ def _load(clusters: dict[str, Cluster], concurrency: int, asked: argparse.Namesp
         return {key: round(value, 3) for key, value in spread.items()}
 
     row: dict[str, Any] = {"concurrency": concurrency, "ttft_ratio": ratio("ttft_ms"), "itl_ratio": ratio("itl_ms")}
+    row["load_average"] = round(os.getloadavg()[0], 1)  # what else the machine did
     for name, results in found.items():
         for metric in ("ttft_ms", "itl_ms"):
             row[f"{name}_{metric}"] = round(statistics.median(getattr(result, metric).p50 for result in results), 1)
