@@ -31,6 +31,7 @@ constexpr int kGroup = 32;
 constexpr float kFifteenth = float((1 + 0x1p-10) / 15);  // rounded up: no code of int4 overflows
 constexpr uint16_t kHalfNaN = 0x7e00;
 constexpr float kHalfMax = 65504.0f;
+constexpr int64_t kAheadBytes = 1536;  // of scattered rows that are fetched before their turn
 constexpr int64_t kBlockBytes = 1 << 16;    // of a pool: what a thread takes at a time
 constexpr int64_t kThreadBytes = 1 << 20;   // less than this is not worth a thread
 constexpr int64_t kStreamBytes = 8 << 20;   // more than this is written past the cache, as memcpy does
@@ -560,7 +561,7 @@ struct Row {
   uint16_t* scales;
   uint16_t* minima;
   int dim, groups, heads;
-  int64_t next;  // bytes to the row that comes after this one, to be expected; 0 when the processor does by itself
+  int64_t next;  // bytes to a row that comes soon, to be fetched; 0 when the processor does by itself
 
   template <int kHeads>
   void move() {  // kHeads heads at a time while there are so many, then fewer
@@ -594,9 +595,11 @@ void move_rows(const PdtrimSide& side, const PdtrimShape& shape, int64_t first, 
   const int dim = kDim ? kDim : shape.dim, heads = shape.heads;
   const int64_t row_bytes = int64_t{heads} * dim * item;
   const int groups = wire == kInt4 ? dim / int4_group(dim) : 1;
+  const int64_t ahead = 1 + kAheadBytes / row_bytes;
   for (int64_t r = first; r < last; ++r) {
     uint8_t* const row = side.pool + side.slots[r] * side.stride;
-    const int64_t step = r + 1 < last ? side.slots[r + 1] - side.slots[r] : 1, next = step == 1 ? 0 : step * side.stride;
+    const int64_t step = r + ahead < last ? side.slots[r + ahead] - side.slots[r] : ahead;
+    const int64_t next = step == ahead ? 0 : step * side.stride;
     if constexpr (wire == kNative) {
       uint8_t* const packed = side.codes + r * row_bytes;
       if (next) expect(row + next, row_bytes, !kPack);
