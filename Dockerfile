@@ -1,29 +1,56 @@
-# Two targets. Neither has been built yet: there is no Docker engine where this was written.
-#   docker build --target serve -t pdtrim-serve .     SGLang's own image with the plugin, for GPU hosts
-#   docker build --target cpu   -t pdtrim-cpu .       both environments on a CPU: what `make demo` uses
+# syntax=docker/dockerfile:1
+# Two targets. Neither has been built yet: there is no Docker engine where this was written. The RUN lines are steps of
+# tools/container.sh, which has been tried outside a container as far as a CPU allows; hadolint finds nothing.
+#   docker build --target serve -t pdtrim-serve:0.1.0 .     SGLang's own image with the plugin, for GPU hosts
+#   docker build --target cpu   -t pdtrim-cpu:0.1.0 .       plan, build, judge and inspect bundles on a CPU
+# Give digests where you know them: --build-arg SGLANG_IMAGE=lmsysorg/sglang@sha256:...
+ARG SGLANG_IMAGE=lmsysorg/sglang:v0.5.23
+ARG TENSORRT_IMAGE=nvcr.io/nvidia/tensorrt:25.10-py3
+ARG PYTHON_IMAGE=python:3.11-slim
 
-FROM python:3.11-slim AS wheel
+FROM ${PYTHON_IMAGE} AS wheel
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
 COPY pdtrim_deploy pdtrim_deploy
+COPY recipes/facts recipes/facts
 COPY builders builders
 COPY plugins plugins
-RUN pip wheel --no-cache-dir --no-deps --wheel-dir /dist .
+COPY tools/container.sh tools/container.sh
+RUN tools/container.sh wheel /dist
 
-# The wheel registers itself under SGLang's entry-point group; start the workers as the README shows.
-FROM lmsysorg/sglang:v0.5.23 AS serve
-COPY --from=wheel /dist/*.whl /tmp/
-RUN pip install --no-cache-dir --no-deps /tmp/*.whl && rm /tmp/*.whl \
-    && useradd --create-home --uid 10001 pdtrim
-USER pdtrim
+# The TensorRT plugin, against the headers and nvcc of NVIDIA's image. Tried with TensorRT 11.1 headers and CUDA 13.0;
+# take the image whose TensorRT is that of your engines.
+FROM ${TENSORRT_IMAGE} AS plugin
+WORKDIR /src
+COPY plugins/pdtrim_tensorrt plugins/pdtrim_tensorrt
+COPY tools/container.sh tools/container.sh
+ENV TENSORRT_ROOT=/opt/tensorrt-headers
+RUN mkdir -p "$TENSORRT_ROOT" \
+    && ln -s "/usr/include/$(uname -m)-linux-gnu" "$TENSORRT_ROOT/include" \
+    && tools/container.sh plugin /dist
+
+# The wheel registers itself under SGLang's entry-point group. The command is given by whoever starts it: see deploy/.
+FROM ${SGLANG_IMAGE} AS serve
+COPY tools/container.sh /opt/pdtrim/container.sh
+COPY --from=plugin /dist/libpdtrim_tensorrt.so /opt/pdtrim/
+RUN --mount=type=bind,from=wheel,source=/dist,target=/dist \
+    /opt/pdtrim/container.sh serve /dist/*.whl && /opt/pdtrim/container.sh user
+USER 10001:10001
 WORKDIR /home/pdtrim
-ENV SGLANG_PLUGINS=pdtrim
+ENV SGLANG_PLUGINS=pdtrim HF_HUB_OFFLINE=1 HEALTH_URL=http://127.0.0.1:30000/health
+HEALTHCHECK --interval=30s --timeout=30s --start-period=30m --retries=3 \
+    CMD ["python3", "-c", "import os, urllib.request; urllib.request.urlopen(os.environ['HEALTH_URL'], timeout=25)"]
 
-FROM python:3.11-slim AS cpu
-RUN apt-get update && apt-get install --yes --no-install-recommends gcc g++ libnuma1 make && rm -rf /var/lib/apt/lists/* \
-    && useradd --create-home --uid 10001 pdtrim
-COPY --chown=pdtrim . /home/pdtrim/pdtrim-deploy
-USER pdtrim
+FROM ${PYTHON_IMAGE} AS cpu
+# g++ compiles the packing of KV for this very CPU at first use.
+# hadolint ignore=DL3008
+RUN apt-get update && apt-get install --yes --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
+COPY --chown=10001:10001 . /home/pdtrim/pdtrim-deploy
 WORKDIR /home/pdtrim/pdtrim-deploy
-RUN make setup
-CMD ["make", "demo"]
+RUN tools/container.sh user && chown 10001:10001 /home/pdtrim/pdtrim-deploy
+USER 10001:10001
+RUN tools/container.sh cpu
+ENV PATH=/home/pdtrim/pdtrim-deploy/.venv/build/bin:$PATH
+HEALTHCHECK --interval=1m --timeout=30s CMD ["pdtrim-deploy", "doctor", "--for", "build"]
+ENTRYPOINT ["pdtrim-deploy"]
+CMD ["--help"]

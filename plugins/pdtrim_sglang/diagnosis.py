@@ -2,6 +2,7 @@
 
     python -m pdtrim_sglang.diagnosis            # reads SGLang's sources: a second, nothing is imported
     python -m pdtrim_sglang.diagnosis --deep     # loads the plugin into SGLang as a worker would: up to a minute
+    python -m pdtrim_sglang.diagnosis --check    # one sentence and exit code 1 when the plugin does not fit
 
 `pdtrim-deploy doctor` starts it in the serve environment.
 """
@@ -142,5 +143,18 @@ def _load() -> str | None:
     return None
 
 
+def misfit(found: dict[str, Any]) -> str | None:
+    """What keeps the plugin from running in this SGLang, or None."""
+    gone = [name for kind in ("targets", "imports") for name, stands in found[kind].items() if not stands]
+    version, wanted = found["packages"]["sglang"], found["read_against"]
+    if version != wanted:
+        return f"SGLang is {version or 'not installed'}; this plugin was written for SGLang {wanted}"
+    if gone:
+        return f"SGLang {version} has no {', '.join(gone)}"
+    return None if found["plugin"] else "the plugin's entry point is not installed"
+
+
 if __name__ == "__main__":
+    if "--check" in sys.argv[1:]:
+        sys.exit(misfit(diagnose()))
     print(json.dumps(diagnose("--deep" in sys.argv[1:])))

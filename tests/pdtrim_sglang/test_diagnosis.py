@@ -24,3 +24,13 @@ def test_transports_are_those_of_the_registry():
 
     assert transports() == list(TRANSPORTS)
     assert set(LIBRARIES) >= set(TRANSPORTS)
+
+
+def test_a_misfit_is_one_sentence():
+    from pdtrim_sglang.diagnosis import diagnose, misfit
+
+    found = diagnose()
+    assert misfit(found) is None
+    assert "SGLang is 9.9; this plugin was written for" in str(misfit(found | {"packages": {"sglang": "9.9"}}))
+    assert misfit(found | {"targets": {"sglang.x": False}}) == "SGLang 0.5.23 has no sglang.x"
+    assert "entry point" in str(misfit(found | {"plugin": False}))
