@@ -69,6 +69,7 @@ def compare(
 
     from pdtrim_deploy.bundle import Bundle, write_atomic
     from pdtrim_deploy.cli.progress import Progress
+    from pdtrim_deploy.doctor import Asked, require
     from pdtrim_deploy.loadtest import Scenario, Workers, check_target, driver
     from pdtrim_deploy.loadtest.rounds import Comparison, Side, check_rounds, interleave, repeats
     from pdtrim_deploy.report.environment import environment
@@ -90,6 +91,8 @@ def compare(
             raise UserError(f"an executor is for bundles, {target} runs already; leave one of them out")
         check_target(target, allow_remote)
         opened[target] = None
+    if any(opened.values()):
+        require("serve", Asked())
     progress = Progress()
     with ExitStack() as stack:
         sides = {}

@@ -68,6 +68,7 @@ def render(
 
     from pdtrim_deploy.bundle import Bundle, write_atomic
     from pdtrim_deploy.manifests import BundleAt, Options, Served, compose, kubernetes
+    from pdtrim_deploy.manifests.kubernetes import secret_name
     from pdtrim_deploy.manifests.options import IMAGE
 
     opened = Bundle.open(bundle)
@@ -94,8 +95,12 @@ def render(
         click.echo(json.dumps({"out": str(out), "plan": opened.plan.digest, "files": list(files)}))
         return
     click.echo(f"{out}: {', '.join(files)} for plan {opened.plan.digest[:12]}")
-    follow = f"docker compose -f {out}/compose.yaml up" if to == "compose" else f"kubectl apply -k {out}"
-    click.echo(f"next: {follow}")
+    if to == "compose":
+        click.echo(f"next: (umask 077; openssl rand -hex 32 > {out}/kv-secret); chown 10001 {out}/kv-secret")
+        click.echo(f"      docker compose -f {out}/compose.yaml up")
+    else:
+        made = f"kubectl create secret generic {secret_name(chosen)} --from-literal=kv=$(openssl rand -hex 32)"
+        click.echo(f"next: {made}\n      kubectl apply -k {out}")
 
 
 @deploy.command()

@@ -45,6 +45,7 @@ def fidelity(
       pdtrim-deploy fidelity out/bundle http://127.0.0.1:8000 --json
     """
     from pdtrim_deploy.bundle import Bundle, write_atomic
+    from pdtrim_deploy.doctor import Asked, require
     from pdtrim_deploy.evaluation.fidelity import FidelityResult, run_fidelity
     from pdtrim_deploy.serving import cluster_of
 
@@ -61,6 +62,7 @@ def fidelity(
             raise UserError(f"--executor is for pairs that are started here, {url} runs already; leave one of them out")
         result = run(url)
     else:
+        require("serve", Asked())
         with cluster_of(opened, executors=executors, say=say) as cluster:
             result = run(cluster.url)
     text = json.dumps(result.to_json() | {"seed": seed, "plan": opened.plan.digest}, indent=2)

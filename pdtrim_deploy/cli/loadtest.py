@@ -93,9 +93,12 @@ def loadtest(
             url, counters = target, Workers(tuple(f"{one.rstrip('/')}/metrics" for one in workers)) if workers else None
         else:
             from pdtrim_deploy.bundle import Bundle
+            from pdtrim_deploy.doctor import Asked, require
             from pdtrim_deploy.serving import cluster_of
 
-            cluster = stack.enter_context(cluster_of(Bundle.open(Path(target)), executors=executors))
+            bundle = Bundle.open(Path(target))
+            require("serve", Asked())
+            cluster = stack.enter_context(cluster_of(bundle, executors=executors))
             url, counters = cluster.url, Workers.of(cluster)
         result = LoadResult.measure(drive, driver_name, url, scenario, counters)
     if as_json:

@@ -59,7 +59,8 @@ class Package:
             status="ok" if good else "wrong version" if has else "missing",
             detail=f"{detail} ({self.why})" if self.why else detail,
             mend=None if good else mend,
-            needed_by=() if self.why else self.jobs,
+            # Another version than the lock's may well do: that is said, and does not hold the job back.
+            needed_by=() if self.why or (has and not good) else self.jobs,
         )
 
 

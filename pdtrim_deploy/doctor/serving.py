@@ -65,7 +65,8 @@ class SGLang:
                 + (f", wanted {wanted}" if version and not good else "")
                 + (f" ({optional})" if optional else ""),
                 mend=None if good else f"{python} -m pip install tensorrt" if name == "tensorrt" else _mend(python),
-                needed_by=() if optional else self.jobs,
+                # torch and transformers are SGLang's own pins: its image may have another build of them.
+                needed_by=() if optional or (version and not good and "sglang" not in name) else self.jobs,
             )
 
     def _kernels(self, kernels: str | None) -> Iterator[Finding]:

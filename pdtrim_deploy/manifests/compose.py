@@ -11,6 +11,7 @@ from pdtrim_deploy.manifests.options import (
     HTTP_PORT,
     ROUTER_ARGUMENTS,
     ROUTER_PORT,
+    SECRET_KEY,
     WORKER_ENVIRONMENT,
     Options,
     Served,
@@ -46,7 +47,7 @@ def compose(served: Served, options: Options) -> dict[str, Any]:
         "depends_on": {name: {"condition": "service_healthy"} for name in services},
         "healthcheck": _check(ROUTER_PORT, "/readiness", "30s"),
     }
-    return {"name": options.name, "services": services}
+    return {"name": options.name, "services": services, "secrets": {SECRET_KEY: {"file": f"./{SECRET_KEY}-secret"}}}
 
 
 def _worker(served: Served, options: Options, stage: Stage, first_gpu: int) -> dict[str, Any]:
@@ -57,6 +58,7 @@ def _worker(served: Served, options: Options, stage: Stage, first_gpu: int) -> d
         "command": worker_arguments(served, options, stage),
         "environment": dict(WORKER_ENVIRONMENT),
         "volumes": [{"type": "bind", "source": options.bundle.place, "target": BUNDLE_MOUNT, "read_only": True}],
+        "secrets": [SECRET_KEY],
         "shm_size": "8gb",
         "deploy": {"resources": {"reservations": {"devices": [device]}}},
         "healthcheck": _check(HTTP_PORT, "/health", "30m"),

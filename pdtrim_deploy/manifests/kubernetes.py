@@ -15,6 +15,8 @@ from pdtrim_deploy.manifests.options import (
     ROUTER_ARGUMENTS,
     ROUTER_METRICS_PORT,
     ROUTER_PORT,
+    SECRET_FOLDER,
+    SECRET_KEY,
     USER_ID,
     WORKER_ENVIRONMENT,
     Options,
@@ -41,6 +43,11 @@ def kubernetes(served: Served, options: Options) -> dict[str, list[Manifest]]:
         "labels": [{"pairs": {"app.kubernetes.io/part-of": options.name}, "includeSelectors": False}],
     }
     return {"kustomization.yaml": [kustomization], **files}
+
+
+def secret_name(options: Options) -> str:
+    """Of the Secret that the operator makes, with the key `kv`."""
+    return f"{options.name}-{SECRET_KEY}"
 
 
 def _worker(served: Served, options: Options, stage: Stage) -> list[Manifest]:
@@ -71,12 +78,14 @@ def _worker(served: Served, options: Options, stage: Stage) -> list[Manifest]:
             | ({"subPath": options.bundle.subpath} if options.bundle.subpath else {}),
             {"name": "shm", "mountPath": "/dev/shm"},
             {"name": "tmp", "mountPath": "/tmp"},
+            {"name": "secret", "mountPath": SECRET_FOLDER, "readOnly": True},
         ],
     }
     volumes = [
         {"name": "bundle", **options.bundle.volume},
         {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "8Gi"}},
         {"name": "tmp", "emptyDir": {}},
+        {"name": "secret", "secret": {"secretName": secret_name(options), "defaultMode": 0o440}},
     ]
     pod = {**_pod_basics(), "terminationGracePeriodSeconds": 120, "containers": [container], "volumes": volumes}
     labels = _labels(options, stage) | {PLAN: served.plan}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -14,6 +15,9 @@ HTTP_PORT, BOOTSTRAP_PORT, ROUTER_PORT, ROUTER_METRICS_PORT = 30000, 8998, 8000,
 BUNDLE_MOUNT = "/bundle"
 IMAGE = "pdtrim-serve:0.1.0"
 USER_ID = 10001  # as the Dockerfile makes it
+SECRET_FOLDER, SECRET_KEY = "/run/secrets", "kv"  # what makes a worker a member: the operator's, in no file of ours
+# Read by pdtrim_sglang.secret: the one way to hand a worker something that SGLang does not know.
+SECRET_ARGUMENT = json.dumps({"pdtrim_secret_file": f"{SECRET_FOLDER}/{SECRET_KEY}"})
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,7 @@ def worker_arguments(served: Served, options: Options, stage: Stage) -> list[str
         "--tp-size": options.gpus,
         "--disaggregation-mode": stage,
         "--disaggregation-transfer-backend": "pdtrim_tcp",
+        "--json-model-override-args": SECRET_ARGUMENT,
     }
     flags = ["--enable-metrics"]
     if stage == "prefill":

@@ -93,6 +93,7 @@ def test_versions_are_held_against_the_lock(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setattr(packages, "wanted_version", lambda *_: ("9.9", "make setup"))
     (line,) = Package("rich", "build").look(Asked())
     assert (line.status, line.detail, line.mend) == ("wrong version", f"{installed('rich')}, wanted 9.9", "make setup")
+    assert line.needed_by == ()  # it is said, but may well do
     (line,) = Package("no-such-thing", "build", why="nothing").look(Asked())
     assert (line.status, line.needed_by) == ("missing", ())
 

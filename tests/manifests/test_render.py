@@ -14,6 +14,7 @@ from pdtrim_deploy.manifests import BundleAt, Options, Served, compose, kubernet
 
 ROOT = Path(__file__).parents[2]
 SERVED = Served("m", "ab" * 32, "bfloat16", sparse=True)
+OVERRIDE = "--json-model-override-args"
 DENSE = Served("m", "cd" * 32, "bfloat16", sparse=False)
 
 
@@ -41,6 +42,18 @@ def test_stages_are_workloads_of_their_own() -> None:
         assert option(command, "--model-path") == f"/bundle/{stage}"
         assert option(command, "--tp-size") == "2"
         assert container(workload)["resources"]["limits"]["nvidia.com/gpu"] == "2"
+
+
+def test_workers_share_a_secret_that_no_file_holds() -> None:
+    made = objects()
+    assert not any(kind == "Secret" for kind, _ in made)
+    for stage in ("prefill", "decode"):
+        override = json.loads(option(container(made["Deployment", f"pdtrim-{stage}"])["command"], OVERRIDE))
+        volumes = made["Deployment", f"pdtrim-{stage}"]["spec"]["template"]["spec"]["volumes"]
+        assert {"name": "secret", "secret": {"secretName": "pdtrim-kv", "defaultMode": 0o440}} in volumes
+        assert override == {"pdtrim_secret_file": "/run/secrets/kv"}
+    services = compose(SERVED, Options(bundle=BundleAt("host", "/srv/b")))["services"]
+    assert {name for name, one in services.items() if one.get("secrets") == ["kv"]} == {"prefill-0", "decode-0"}
 
 
 def test_only_sparse_plans_choose_decodes_attention() -> None:
