@@ -19,7 +19,7 @@ Log = Callable[[str], None]
 FIRST = 4  # attention sinks, as in StreamingLLM and SimLayerKV
 WINDOWS = (64, 16)  # last tokens of a cut layer: the larger one where it reaches the budget
 FORBIDDEN = 1 << 60
-ROUNDS = 1  # of measuring again, where effects foretold the harm badly
+ROUNDS = 0  # of measuring effects again about the answer: ten plans would take an hour of it here
 
 
 @dataclass(frozen=True)

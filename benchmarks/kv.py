@@ -31,14 +31,14 @@ from pdtrim_deploy.evaluation.tasks import Measured, Setting, agreement, choice,
 from pdtrim_deploy.kvcache.selection import Problem
 from pdtrim_deploy.plan import KVSend, PDPlan
 
-CONTINUATION = 32
+CONTINUATION = 9  # of each calibration sequence: texts differ more than places in one
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--reductions", type=float, nargs="+", default=[2, 3, 4.95, 8, 12])
-    parser.add_argument("--calibration", type=int, default=8, help="sequences that choose")
+    parser.add_argument("--calibration", type=int, default=48, help="sequences that choose")
     parser.add_argument("--sequences", type=int, default=16, help="judged for perplexity")
     parser.add_argument("--questions", type=int, default=80, help="of choice")
     parser.add_argument("--needles", type=int, default=3, help="at each of ten depths")

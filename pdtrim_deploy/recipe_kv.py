@@ -54,10 +54,10 @@ class KVSection(BaseModel):
     max_loss: Annotated[float, Field(gt=0)] | None = None
     sparse_choices: Annotated[
         tuple[Annotated[tuple[NonNegativeInt, NonNegativeInt], Field(strict=False)], ...], Field(strict=False)
-    ] = ((4, 8), (4, 32), (4, 64), (4, 128), (4, 256))
+    ] = ((4, 16), (4, 48), (4, 96), (4, 160), (4, 256), (4, 384))
     wire_choices: Annotated[tuple[WireDtype, ...], Field(strict=False, min_length=1)] = ("native", "int8", "int4")
     sequences: PositiveInt = 8
-    prompt_tokens: PositiveInt = 384
+    prompt_tokens: PositiveInt = 512
     continuation_tokens: Annotated[int, Field(ge=2)] = 64
 
     def options(self) -> tuple[KVSend, ...]:

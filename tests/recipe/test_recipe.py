@@ -47,7 +47,7 @@ def load(tmp_path: Path, text: str, **units: str) -> Recipe:
         ("kv: {method: budget, reduction: 2.0, sparse_choices: [[0, 0]]}", "n_first + n_last of at least 1"),
         ("kv: {method: budget, reduction: 2.0, wire_choices: [fp4]}", "allowed: native, fp8, int8, int4"),
         ("kv: {method: budget, reduction: 2.0, wire_choices: []}", "allowed: a list of one or more of native, fp8"),
-        ("kv: {method: budget, reduction: 2.0, prompt_tokens: 200}", "more than n_first + n_last = 260"),
+        ("kv: {method: budget, reduction: 2.0, prompt_tokens: 200}", "more than n_first + n_last = 388"),
         ("kv: {method: attention-mass, n_last: 4, threshold: 0.5, sparse_layers: 3}", "sparse_layers of at least 1 or"),
         ("kv: {method: measured-harm, n_last: 4, threshold: 0.5}", "'measured-harm', which takes no threshold"),
         ("kv: {method: all}", "allowed with it: n_first + n_last of at least 1"),

@@ -53,13 +53,14 @@ class Measure:
     """
 
     def __init__(
-        self, problem: Problem, options: Sequence[KVSend], progress: Progress, *, batch: int = 8, draws: int = 48
+        self, problem: Problem, options: Sequence[KVSend], progress: Progress, *, batch: int = 16, draws: int = 32
     ) -> None:
         self.problem, self.options, self._progress = problem, tuple(options), progress
         self._rows: list[Rows] = list(dict.fromkeys(map(_rows_of, self.options)))
         self._dtypes: list[WireDtype] = list(dict.fromkeys(o.wire_dtype for o in self.options))
         self._known: dict[tuple[KVSend, ...], Effects] = {}
-        self._batches = [self._prepare(ids, draws) for ids in problem.sequences.split(batch)]
+        parts = enumerate(problem.sequences.split(batch), problem.seed)
+        self._batches = [self._prepare(ids, draws, seed) for seed, ids in parts]
 
     @torch.no_grad()
     def divergence(self, plan: tuple[KVSend, ...]) -> float:
@@ -101,7 +102,7 @@ class Measure:
         return Effects(context, self.options, float(products[0, 0]), linear, gram)
 
     @torch.no_grad()
-    def _prepare(self, ids: Tensor, draws: int) -> _Batch:
+    def _prepare(self, ids: Tensor, draws: int, seed: int) -> _Batch:
         oracle, n = self.problem.oracle, self.problem.prompt_tokens
         state = oracle.prefill(ids[:, :n])
         held = {}
@@ -110,7 +111,7 @@ class Measure:
         hidden, span = oracle.decode.embed(ids[:, n:-1], n)
         part = _Batch(held, hidden, span, hidden, None)
         part.reference = self._forward(part, (KVSend(),) * self.problem.layers)[-1]
-        part.probe = Probe(oracle.decode, part.reference, draws, seed=self.problem.seed)
+        part.probe = Probe(oracle.decode, part.reference, draws, seed)
         self._progress(f"prefilled {len(ids)} sequences")
         return part
 
