@@ -110,9 +110,10 @@ class Cluster:
         self._temporary = Path(tempfile.mkdtemp(prefix="pdtrim-"))
         python, workers = self.environment.python, self.spec.workers
         deadline = time.monotonic() + self.spec.start_timeout_s
+        secret = commands.write_secret(self._temporary)
         for worker in workers:
             env = commands.worker_environment(python, worker, len(workers), self._temporary)
-            self._launch(worker.name, commands.worker_command(python, worker, len(workers)), env)
+            self._launch(worker.name, commands.worker_command(python, worker, len(workers), secret), env)
         for worker in workers:
             self._until(lambda w=worker: probe.is_healthy(w.url), deadline, worker.name)  # type: ignore[misc]
             self._say(f"{worker.name} is up at {worker.url}")

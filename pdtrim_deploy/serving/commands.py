@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 import json
 import os
+import secrets
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,12 +19,14 @@ from pdtrim_deploy.serving.spec import ClusterSpec, WorkerSpec
 ROUTER = "import sys; sys.modules['sglang'] = None; from sglang_router.launch_router import main; main()"
 # The model class that runs an engine, in the package where SGLang looks for model classes first.
 ENGINE_PACKAGE, ENGINE_MODEL = "pdtrim_sglang.models", "PDTrimStageForCausalLM"
+# Where the plugin finds the secret that all workers of a cluster share (pdtrim_sglang.secret).
+SECRET_FILE = "pdtrim_secret_file"
 # Of ours, and would lead the other environment's Python to our packages.
 FOREIGN = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
 
 
-def worker_command(python: Path, worker: WorkerSpec, workers: int) -> list[str]:
-    """`python -m sglang.launch_server ...` for one of `workers` workers."""
+def worker_command(python: Path, worker: WorkerSpec, workers: int, secret: Path | None = None) -> list[str]:
+    """`python -m sglang.launch_server ...` for one of `workers` workers; `secret` is the cluster's (write_secret)."""
     options = worker.options
     arguments: dict[str, object] = {
         "--model-path": worker.model_path,
@@ -40,8 +43,10 @@ def worker_command(python: Path, worker: WorkerSpec, workers: int) -> list[str]:
     }
     if options.chunked_prefill_size is not None:
         arguments["--chunked-prefill-size"] = options.chunked_prefill_size
+    override: dict[str, object] = {SECRET_FILE: str(secret)} if secret is not None else {}
     if worker.engine is not None:
-        override = {"architectures": [ENGINE_MODEL], "pdtrim_engine": worker.engine.as_config()}
+        override |= {"architectures": [ENGINE_MODEL], "pdtrim_engine": worker.engine.as_config()}
+    if override:
         arguments["--json-model-override-args"] = json.dumps(override)
     if worker.bootstrap_port is not None:
         arguments["--disaggregation-bootstrap-port"] = worker.bootstrap_port
@@ -58,6 +63,14 @@ def worker_command(python: Path, worker: WorkerSpec, workers: int) -> list[str]:
             arguments["--mem-fraction-static"] = round(0.85 / sharing, 2)
     pairs = [str(part) for pair in arguments.items() for part in pair]
     return [str(python), "-m", "sglang.launch_server", *pairs, *flags, *options.extra_args]
+
+
+def write_secret(folder: Path) -> Path:
+    """A new secret that only this user can read: 32 random bytes as hex."""
+    path = folder / "secret"
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(secrets.token_hex(32))
+    return path
 
 
 def worker_environment(python: Path, worker: WorkerSpec, workers: int, temporary: Path) -> dict[str, str]:

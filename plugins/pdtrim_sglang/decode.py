@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from pdtrim_sglang.manager import PDTrimKVManager
 
 logger = logging.getLogger("sglang.srt.pdtrim.decode")
+# What prefill may say here. Success is known from the last chunk, never from a message.
+CONTROL_STATUSES = (KVPoll.Failed, KVPoll.WaitingForInput)
 
 
 class DecodeSide:
@@ -120,10 +122,16 @@ class DecodeSide:
         """Prefill's word that a request failed there."""
         while True:
             frames = self._manager.server_socket.recv_multipart()
-            parsed = self._manager.parse_kv_status_message(frames)
-            if parsed is None:
-                continue
-            room, status, rank, reason = parsed
-            self._manager.apply_prefill_status(
-                bootstrap_room=room, status=status, prefill_rank=rank, failure_reason=reason
-            )
+            try:
+                self._handle(frames)
+            except Exception:  # one bad message must not end the thread that all requests need
+                logger.exception("pdtrim: control message failed")
+
+    def _handle(self, frames: list[bytes]) -> None:
+        parsed = self._manager.parse_kv_status_message(frames)
+        if parsed is None:
+            return
+        room, status, rank, reason = parsed
+        if status not in CONTROL_STATUSES:
+            return
+        self._manager.apply_prefill_status(bootstrap_room=room, status=status, prefill_rank=rank, failure_reason=reason)

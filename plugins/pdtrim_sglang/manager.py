@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
-from sglang.srt.disaggregation.common.conn import CommonKVManager
+from sglang.srt.disaggregation.common.conn import CommonKVManager, CommonKVReceiver
 from sglang.srt.disaggregation.utils import DisaggregationMode
 
 from pdtrim_deploy.plan import PDPlan, Stage
 from pdtrim_sglang import hooks
+from pdtrim_sglang.control import protect
 from pdtrim_sglang.decode import DecodeSide
 from pdtrim_sglang.plan_source import check_fits, dense_plan, read_plan
 from pdtrim_sglang.pool import PoolView
 from pdtrim_sglang.prefill import PrefillSide
 from pdtrim_sglang.requirements import check_options
 from pdtrim_sglang.rooms import AuxRows
+from pdtrim_sglang.secret import read_secret
 from pdtrim_sglang.transports import TransportConfig
+from pdtrim_sglang.transports.handshake import Credentials
 
 
 class PDTrimKVManager(CommonKVManager):
@@ -33,9 +36,10 @@ class PDTrimKVManager(CommonKVManager):
         hooks.check()
         self._given_plan = read_plan(server_args.model_path)
         check_options(server_args, args, self._given_plan, is_mla_backend)
-        self.transport_config = TransportConfig()
         self.prompts_announced: dict[int, int] = {}
         super().__init__(args, disaggregation_mode, server_args, is_mla_backend)
+        self._secret = read_secret(server_args.json_model_override_args, self.local_ip)
+        protect(self.server_socket, (self._zmq_ctx, CommonKVReceiver._ctx), self._secret)
 
     @property
     def prefill_rank(self) -> int:
@@ -56,6 +60,7 @@ class PDTrimKVManager(CommonKVManager):
         self.plan = self._given_plan or dense_plan(len(view.keys), pool)
         check_fits(self.plan, stage, pool, self.attn_tp_size if self._given_plan else 1)
         aux = AuxRows(tuple(self.kv_args.aux_data_ptrs), tuple(self.kv_args.aux_item_lens))
+        self.transport_config = TransportConfig(credentials=Credentials(bytes.fromhex(self.plan.digest), self._secret))
         transport = self.server_args.disaggregation_transfer_backend.removeprefix("pdtrim_")
         side = (self, self.plan, view, aux, transport, self.transport_config)
         if stage == "prefill":

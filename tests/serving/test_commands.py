@@ -1,5 +1,6 @@
 """Command lines, ports, finding SGLang, metrics: the parts that need no process."""
 
+import json
 import os
 import socket
 import sys
@@ -34,6 +35,18 @@ def test_ports_are_free_and_all_different():
     for port in ports:
         with socket.socket() as server:
             server.bind(("127.0.0.1", port))
+
+
+def test_all_workers_are_given_one_secret_that_others_cannot_read(tmp_path):
+    secret = commands.write_secret(tmp_path)
+    assert secret.stat().st_mode & 0o777 == 0o600
+    assert len(bytes.fromhex(secret.read_text())) == 32
+    with pytest.raises(FileExistsError):
+        commands.write_secret(tmp_path)
+    for worker in spec(device="cpu").workers:
+        command = commands.worker_command(PYTHON, worker, 3, secret)
+        assert json.loads(value(command, "--json-model-override-args")) == {"pdtrim_secret_file": str(secret)}
+        assert secret.read_text() not in " ".join(command)
 
 
 def test_a_taken_port_is_refused_by_name():

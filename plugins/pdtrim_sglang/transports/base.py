@@ -4,28 +4,33 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
 
 from pdtrim_sglang.protocol import ChunkHeader, Reply
+from pdtrim_sglang.transports.handshake import Credentials
 
 
 @dataclass(frozen=True)
 class TransportConfig:
-    """Sizes and deadlines, the same on both sides.
+    """Sizes, deadlines and credentials, the same on both sides.
 
     Attributes:
         staging_bytes: capacity of one staging buffer; longer chunks are cut by the scheduler.
-        connect_seconds: deadline to reach a decode worker.
+        connect_seconds: deadline to reach a decode worker, and again to know each other.
         stall_seconds: longest silence inside a frame, or between a request's last chunk and its reply.
+        connections: most that a server keeps at once, those that have not shown yet who they are among them.
+        credentials: what a connection's ends show each other before the first chunk.
 
     """
 
     staging_bytes: int = 64 << 20
     connect_seconds: float = 5.0
     stall_seconds: float = 30.0
+    connections: int = 256
+    credentials: Credentials = field(default_factory=Credentials)
 
 
 class TransportError(Exception):

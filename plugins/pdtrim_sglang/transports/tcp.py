@@ -19,6 +19,7 @@ from pdtrim_sglang.transports.base import (
     TransportConfig,
     TransportError,
 )
+from pdtrim_sglang.transports.handshake import HandshakeError, introduce, welcome
 
 logger = logging.getLogger("sglang.srt.pdtrim.tcp")
 REFUSAL_SECONDS = 2.0
@@ -43,7 +44,7 @@ class TcpSendChannel(SendChannel):
             connection = self._connected()
             while parts:
                 parts = _after(parts, connection.sendmsg(parts[:MOST_PARTS]))
-        except OSError as error:
+        except (OSError, HandshakeError) as error:
             self.close()
             raise TransportError(f"cannot send to decode worker {_name(self._address)}: {error}") from error
         return total
@@ -57,6 +58,11 @@ class TcpSendChannel(SendChannel):
         if self._socket is None or self._socket is self._broken:
             connection = socket.create_connection(self._address, timeout=self._config.connect_seconds)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            try:
+                introduce(connection, self._config.credentials, self._config.connect_seconds)
+            except BaseException:
+                connection.close()
+                raise
             connection.settimeout(self._config.stall_seconds)
             self._socket = connection
             threading.Thread(target=self._read_replies, args=(connection,), daemon=True).start()
@@ -96,14 +102,19 @@ class TcpReceiveServer(ReceiveServer):
                 connection, _ = self._listener.accept()
             except OSError:
                 return
+            if len(self._connections) >= self._config.connections:
+                logger.warning("pdtrim: dropping a connection: %d are open already", self._config.connections)
+                connection.close()
+                continue
             self._connections.add(connection)
             threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
 
     def _serve(self, connection: socket.socket) -> None:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        connection.settimeout(self._config.stall_seconds)
         room = 0
         try:
+            welcome(connection, self._config.credentials, self._config.connect_seconds)
+            connection.settimeout(self._config.stall_seconds)
             staging = bytearray(0)
             while data := _receive(connection, bytearray(HEADER_BYTES), patient=True):
                 header = ChunkHeader.decode(bytes(data))
@@ -117,6 +128,8 @@ class TcpReceiveServer(ReceiveServer):
             logger.warning("pdtrim: dropping a prefill connection: %s", error)
             with contextlib.suppress(OSError):
                 self._refuse(connection, Reply(room, str(error)))
+        except HandshakeError as error:
+            logger.warning("pdtrim: refusing a connection: %s", error)
         except OSError as error:
             logger.warning("pdtrim: lost a prefill connection: %s", error)
         finally:

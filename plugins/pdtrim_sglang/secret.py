@@ -1,0 +1,46 @@
+"""What makes a worker a member of its cluster: a secret in a file that whoever starts the workers gives to all."""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+import json
+from pathlib import Path
+
+# Key of `--json-model-override-args`: the one way to hand a worker something that SGLang does not know.
+SECRET_FILE = "pdtrim_secret_file"
+LEAST_BYTES, MOST_BYTES = 16, 4096
+
+
+def read_secret(override_args: str, local_ip: str) -> bytes:
+    """The cluster's secret, empty when the worker was given none; white space around it does not count.
+
+    Raises:
+        RuntimeError: the file cannot be read, its secret is too short or too long, or there is none though other
+            machines can reach the worker.
+
+    """
+    place = json.loads(override_args or "{}").get(SECRET_FILE)
+    if place is None:
+        if not ipaddress.ip_address(local_ip).is_loopback:
+            raise RuntimeError(
+                f"pdtrim: this worker is reached at {local_ip}, from other machines: give all workers one "
+                f'secret file: openssl rand -hex 32 > FILE, --json-model-override-args \'{{"{SECRET_FILE}": "FILE"}}\''
+            )
+        return b""
+    try:
+        with Path(place).open("rb") as file:
+            secret = file.read(MOST_BYTES + 1).strip()
+    except OSError as error:
+        raise RuntimeError(f"pdtrim: {SECRET_FILE} {place} cannot be read: {error.strerror}") from None
+    if not LEAST_BYTES <= len(secret) <= MOST_BYTES:
+        raise RuntimeError(
+            f"pdtrim: {SECRET_FILE} {place} holds {len(secret)} bytes, allowed: {LEAST_BYTES} to {MOST_BYTES}; make "
+            f"one with: openssl rand -hex 32 > {place}"
+        )
+    return secret
+
+
+def derive(secret: bytes, purpose: bytes) -> bytes:
+    """32 bytes for one purpose, which tell nothing of the secret or of other purposes' (HMAC-SHA256)."""
+    return hmac.digest(secret, b"pdtrim 1: " + purpose, "sha256")
