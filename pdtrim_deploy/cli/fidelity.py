@@ -10,6 +10,7 @@ import click
 
 from pdtrim_deploy.cache import Cache
 from pdtrim_deploy.cli import options
+from pdtrim_deploy.cli.interrupt import obey
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.serving.engines import Executors
 
@@ -52,6 +53,7 @@ def fidelity(
     opened = Bundle.open(bundle)
 
     def say(sentence: str) -> None:
+        obey()
         click.echo(sentence, err=True)
 
     def run(at: str) -> FidelityResult:
