@@ -82,6 +82,9 @@ def demo(
         Console().print(ratio_table("dense", "pruned", metrics.ratios))
         click.echo(f"written to {out / 'report' / 'metrics.json'} by: {command}")
         click.echo(f"page: {written}")
+    for name, figures in metrics.load.items():
+        if figures.detail.client.bottleneck:
+            click.echo(f"{name}: {figures.detail.client.bottleneck}", err=True)
     problems = [*metrics.problems, *Bundle.open(out / "pruned").manifest.failures.values()]
     for problem in problems:
         click.echo(f"problem: {problem}", err=True)

@@ -89,6 +89,17 @@ def test_help_and_reading_commands_need_the_core_only(bundle_dir: Path) -> None:
         assert (done.returncode, done.stderr) == (0, ""), args
 
 
+def test_report(bundle_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "page.html"
+    code, out, _ = run(capsys, "report", bundle_dir, "--out", page)
+    assert (code, out.strip()) == (0, str(page))
+    assert "<svg" in page.read_text()
+    assert f"pdtrim-deploy report {bundle_dir}" in page.read_text()
+    code, _, err = run(capsys, "report", bundle_dir, "--pareto", tmp_path / "gone.json")
+    assert code == 2
+    assert "gone.json: no such file" in err
+
+
 def test_every_command_is_listed_with_a_whole_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "--help")
     assert code == 0
