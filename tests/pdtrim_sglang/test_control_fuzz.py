@@ -1,0 +1,117 @@
+"""Whatever a control message holds: no exception, no peer, no room, and no success that was not delivered."""
+
+import pytest
+
+pytest.importorskip("sglang", reason="needs the serve environment")
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pdtrim_sglang.decode import DecodeSide
+from pdtrim_sglang.manager import PDTrimKVManager
+from pdtrim_sglang.messages import REGISTER, ROOM, Register, Room
+from pdtrim_sglang.prefill import PrefillSide
+from pdtrim_sglang.protocol import VERSION
+from pdtrim_sglang.rooms import AuxRows
+from sglang.srt.disaggregation.base.conn import KVPoll
+from sglang.srt.disaggregation.common.conn import ABORT_TAG
+
+from pdtrim_deploy.plan import ModelShape, PDPlan
+
+STATUS = PDTrimKVManager.kv_status_msg_tag
+PLAN = PDPlan.dense(
+    ModelShape(architecture="X", fingerprint="f", num_blocks=1, num_kv_heads=1, head_dim=8, kv_dtype="float32")
+)
+WHO = {"session": "127.0.0.1:5", "host": "127.0.0.1", "control_port": 5}
+FRAME = st.one_of(
+    st.binary(max_size=40),
+    st.sampled_from([REGISTER, ROOM, ABORT_TAG, STATUS, b"", b"{}", b"-1", b"\xff"]),
+    st.integers(-1, 2**64).map(lambda n: str(n).encode()),
+    st.integers(0, 9).map(lambda n: str(n).encode()),
+)
+FRAMES = st.lists(FRAME, min_size=1, max_size=6)
+
+
+class Manager:
+    """What both sides touch of theirs, kept for inspection."""
+
+    kv_status_msg_tag = STATUS
+    parse_kv_status_message = PDTrimKVManager.parse_kv_status_message
+    attn_tp_size, bootstrap_timeout = 1, 60
+
+    def __init__(self):
+        self.applied, self.request_status, self.transfer_infos, self.req_to_decode_prefix_len = [], {}, {}, {}
+
+    def apply_prefill_status(self, **said):
+        self.applied.append(said)
+
+    def update_status(self, room, status):
+        self.request_status[room] = status
+
+    def conclude_failure(self, bootstrap_room, failure_reason):
+        self.request_status[bootstrap_room] = KVPoll.Failed
+
+
+def prefill(manager):
+    side = object.__new__(PrefillSide)
+    side._manager, side._plan, side._aux = manager, PLAN, AuxRows((), ())
+    side._peers, side._rejected, side._senders = {}, {}, set()
+    from collections import deque
+
+    side._tombstones = deque()
+    side._metrics = type("Metrics", (), {"ended": lambda self, outcome: None})()
+    return side
+
+
+@settings(max_examples=200, deadline=None)
+@given(FRAMES)
+def test_decode_believes_failures_only(frames):
+    manager = Manager()
+    side = object.__new__(DecodeSide)
+    side._manager = manager
+    side._handle(frames)
+    assert all(said["status"] in (KVPoll.Failed, KVPoll.WaitingForInput) for said in manager.applied)
+
+
+def test_decode_hears_a_failure_and_no_success():
+    manager = Manager()
+    side = object.__new__(DecodeSide)
+    side._manager = manager
+    for status in (KVPoll.Success, KVPoll.Failed):
+        side._handle([STATUS, b"7", str(status).encode(), b"0", b"why"])
+    assert [(said["bootstrap_room"], said["status"], said["failure_reason"]) for said in manager.applied] == [
+        (7, KVPoll.Failed, "why")
+    ]
+
+
+@settings(max_examples=200, deadline=None)
+@given(FRAMES)
+def test_prefill_opens_nothing(frames):
+    manager = Manager()
+    side = prefill(manager)
+    side._handle(frames)
+    assert not side._peers
+    assert all(status == KVPoll.Failed for status in manager.request_status.values())
+
+
+@given(
+    st.fixed_dictionaries(
+        {
+            "room": st.integers(0, 2**64 - 1),
+            "prompt_tokens": st.integers(1, 2**40),
+            "prefix_tokens": st.integers(0, 2**40),
+            "destinations": st.integers(1, 2**40),
+        }
+    )
+)
+def test_a_room_of_an_unregistered_worker_fails_at_once(fields):
+    manager = Manager()
+    side = prefill(manager)
+    side._handle(Room(**WHO, **fields).frames())
+    assert manager.request_status == {fields["room"]: KVPoll.Failed}
+
+
+def test_another_plan_makes_no_peer():
+    side = prefill(Manager())
+    message = Register(**WHO, protocol=VERSION, digest="0" * 64, data_port=7, tp_size=1, aux_item_bytes=())
+    side._handle(message.frames())
+    assert not side._peers
+    assert "plans differ" in side._rejected[message.session]
