@@ -199,11 +199,7 @@ def seal(path: Path, manifest: Manifest) -> None:
 def entries(path: Path) -> dict[str, Entry]:
     """Size and SHA-256 of every file of the bundle but the seal itself and the cards."""
     files = {str(file.relative_to(path)): file for file in walk(path)}
-    return {
-        n: Entry(size=f.stat().st_size, sha256=file_sha256(f))
-        for n, f in files.items()
-        if n not in UNSEALED
-    }
+    return {n: Entry(size=f.stat().st_size, sha256=file_sha256(f)) for n, f in files.items() if n not in UNSEALED}
 
 
 def walk(path: Path) -> Iterator[Path]:

@@ -22,6 +22,6 @@ CHECKS: tuple[Check, ...] = (
     Package("tensorrt-rtx", "tensorrt-rtx", why="target tensorrt-rtx"),
     SGLang(),
     Program("g++", "packs KV on the CPU in one pass; torch's operations otherwise", "apt-get install g++"),
-    Program("nvcc", "make plugin: the CUDA kernel", "install the CUDA toolkit of NVIDIA, or: make setup"),
+    Program("nvcc", "make plugin: the CUDA kernel", "install NVIDIA's CUDA toolkit, 13.0 or later"),
     Program("aiperf", "a second load generator", "python3 -m venv aiperf && aiperf/bin/pip install aiperf==0.13.0"),
 )
