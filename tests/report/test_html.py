@@ -115,6 +115,16 @@ def test_every_section_is_there_and_text_is_escaped(bundle: Bundle) -> None:
     assert "the client was a bottleneck" in said
 
 
+def test_only_ratios_beyond_noise_make_headlines(bundle: Bundle) -> None:
+    def cards(ratio: Ratio) -> str:
+        write(bundle, "compare", comparison().model_copy(update={"ratios": (ratio,)}).model_dump(mode="json"))
+        found = parsed(Findings.of(bundle))
+        return " ".join(next(n for n in found.iter("div") if n.get("class") == "cards").itertext())
+
+    assert "ITL p50 (95%: 0.7" in cards(Ratio.of("ITL p50", [0.80, 0.81, 0.79]))
+    assert "ITL" not in cards(Ratio.of("ITL p50", [0.5, 1.2, 0.9]))
+
+
 def test_the_picture_has_each_block_as_the_plan_says(bundle: Bundle) -> None:
     root = parsed(Findings.of(bundle))
     picture = next(root.iter(f"{SVG}svg"))

@@ -23,11 +23,13 @@ def svg(width: float, height: float, label: str, parts: Sequence[Markup]) -> Mar
 
 def intervals(rows: Sequence[tuple[str, float, float, float]], label: str) -> Markup:
     """(name, low, value, high) on a logarithmic axis about 1."""
-    most = max(1.1, *(max(high, 1 / low) for _, low, _, high in rows if low > 0))
+    widest = max(max(high, 1 / low) for _, low, _, high in rows)
+    middles = max(max(value, 1 / value) for _, _, value, _ in rows)
+    most = max(1.1, min(widest, max(2.0, 1.3 * middles)))  # an interval may leave the picture, its middle may not
     left, right, step = 170, 130, 26
 
     def x(ratio: float) -> float:
-        at = math.log(max(ratio, 1 / most)) / math.log(most)
+        at = math.log(min(max(ratio, 1 / most), most)) / math.log(most)
         return round(left + (WIDTH - left - right) * (1 + at) / 2, 1)
 
     height = step * len(rows) + 44

@@ -25,7 +25,7 @@ def headline(found: Findings) -> Markup:
         cards.append((f"x{judged['ratio']:.3f}", f"perplexity, on {judged['tokens']:,} held-out tokens"))
     for name, said in _loads(found).items():
         itl = next((one for one in said["ratios"] if one["figure"] == "ITL p50"), None)
-        if itl:
+        if itl and not itl["low"] <= 1 <= itl["high"]:  # noise is no headline
             cards.append((f"x{itl['ratio']:.2f}", f"ITL p50 (95%: {itl['low']:.2f} - {itl['high']:.2f}), {name}"))
     return tag("div", *(tag("div", tag("b", value), tag("span", text)) for value, text in cards), class_="cards")
 
