@@ -12,12 +12,14 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from pdtrim_deploy.cache import Cache
 from pdtrim_deploy.checkpoints.base import Log
 from pdtrim_deploy.checkpoints.gguf_tokenizer import write_tokenizer
 from pdtrim_deploy.errors import UserError
 
-_CONVERTER = 1  # raise when the same file would convert differently
+_CONVERTER = 2  # raise when the same file would convert differently
 _ARCHITECTURES = {
     "llama": ("LlamaForCausalLM", "llama"),
     "qwen2": ("Qwen2ForCausalLM", "qwen2"),
@@ -56,7 +58,7 @@ class GGUFSource:
 
 
 def convert(path: Path, out: Path, log: Log) -> None:
-    """Write `path` as a HF folder into `out`: config.json, safetensors, tokenizer, generation config.
+    """Write `path` as a HF folder into `out`: config.json, safetensors, tokenizer, generation config, licence.
 
     Raises UserError: not GGUF or truncated, an architecture, tensor, RoPE or tokenizer that does not map to HF.
     """
@@ -88,6 +90,9 @@ def convert(path: Path, out: Path, log: Log) -> None:
     (out / "config.json").write_text(json.dumps(config, indent=2))
     ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
     (out / "generation_config.json").write_text(json.dumps(ids, indent=2))
+    ends = {"license": "", "license_name": ".name", "license_link": ".link"}
+    if licensed := {k: meta[n] for k, end in ends.items() if (n := f"general.license{end}") in meta}:
+        (out / "README.md").write_text(f"---\n{yaml.safe_dump(licensed, sort_keys=False)}---\n")
 
 
 def _hf_name(name: str, path: Path) -> str:

@@ -15,6 +15,7 @@ from pdtrim_deploy.checkpoints.loading import load_model, load_tokenizer  # noqa
 from pdtrim_deploy.checkpoints.pypi_wheel import unpack  # noqa: E402
 from pdtrim_deploy.checkpoints.tensors import read_tensor_index  # noqa: E402
 from pdtrim_deploy.errors import UserError  # noqa: E402
+from pdtrim_deploy.model_card import licence  # noqa: E402
 
 ARCH = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
 
@@ -96,6 +97,14 @@ def test_quantised_becomes_bfloat16(tiny_llama_dir, cache, tmp_path):
     back = load_model(checkpoint.path).state_dict()
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(back[name], tensor, rtol=0.01, atol=float(tensor.abs().max()) / 100)
+
+
+def test_the_licence_is_carried_over(tiny_llama_dir, cache, tmp_path):
+    def licensed(writer):
+        writer.add_license("apache-2.0")
+
+    path = write_gguf(tmp_path / "m.gguf", load_model(tiny_llama_dir), "llama", spoil=licensed)
+    assert licence(resolve(f"gguf:{path}", cache).path) == {"license": "apache-2.0"}
 
 
 def test_tokenizer(tiny_llama_dir, cache, tmp_path):
