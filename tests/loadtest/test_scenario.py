@@ -158,3 +158,9 @@ def test_a_trace_that_cannot_be_read(tmp_path: Path, lines: list[str], says: str
     (tmp_path / "t.jsonl").write_text("\n".join(lines))
     with pytest.raises(UserError, match=says):
         list(jobs(load(tmp_path, "name: a\ntrace: {path: t.jsonl}")))
+
+
+def test_the_documented_scenario_is_one(tmp_path: Path) -> None:
+    text = (SCENARIOS.parent / "docs" / "how-to" / "load-test.md").read_text()
+    found = load(tmp_path, text.split("```yaml\n")[1].split("```")[0])
+    assert (found.name, found.slo.ttft_ms) == ("mine", 2000)
