@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from pdtrim_deploy.plan_kv import KVSend
 from pdtrim_deploy.wire import WireDtype
@@ -64,6 +73,12 @@ class KVSection(BaseModel):
         """What method budget may give a layer: every choice of rows in every wire dtype."""
         rows = [KVSend(), *(KVSend(mode="sparse", n_first=f, n_last=n) for f, n in self.sparse_choices)]
         return tuple(row.model_copy(update={"wire_dtype": wire}) for row in rows for wire in self.wire_choices)
+
+    @model_serializer(mode="wrap")
+    def _taken(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Only what the method takes: other methods' defaults may change under a written recipe."""
+        takes = (*_TAKES[self.method], *_TEXT)
+        return {name: value for name, value in serialise(self).items() if name in takes}
 
     @model_validator(mode="after")
     def _meaningful(self) -> KVSection:

@@ -131,6 +131,13 @@ def test_resolved_yaml_is_the_same_recipe(prefill: int, extra: int, n_last: int,
     assert again.digest == recipe.digest
 
 
+def test_a_written_recipe_holds_only_what_its_method_takes() -> None:
+    written = KVSection(method="all", n_last=4).model_dump()
+    assert "n_last" in written
+    assert not {"sparse_choices", "reduction", "threshold"} & set(written)
+    assert "sparse_choices" in KVSection(method="budget", reduction=2.0).model_dump(mode="json")
+
+
 def test_the_digest_tells_recipes_apart() -> None:
     model = {"source": "pypi:x"}
     assert (
