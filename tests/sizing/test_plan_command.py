@@ -14,7 +14,7 @@ from pdtrim_deploy.cli import main
 from pdtrim_deploy.plan import STAGES, Drop, Keep, KVSend, ModelShape, PDPlan
 from pdtrim_deploy.recipe import Recipe
 
-DEMO = Path(__file__).parents[2] / "recipes" / "smollm2-demo.yaml"
+PAIR = Path(__file__).parents[2] / "recipes" / "smollm2-targets.yaml"
 
 
 def run(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
@@ -71,11 +71,11 @@ def test_help_lists_its_examples_a_line_each(capsys: pytest.CaptureFixture[str])
 
 def test_side_by_side_shares_the_dense_column(capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    code, out, err = run(capsys, DEMO, DEMO.with_name("smollm2-dense.yaml"), "qwen2.5-7b", "--rate", 20)
+    code, out, err = run(capsys, PAIR, PAIR.with_name("smollm2-dense.yaml"), "qwen2.5-7b", "--rate", 20)
     header = next(line for line in out.splitlines() if "one request" in line)
     assert (code, err) == (0, "")
     columns = [cell.strip() for cell in header.strip("┃").split("┃")]
-    assert columns[1:] == ["smollm2-135m dense float32", "smollm2-demo", "smollm2-dense", "qwen2.5-7b dense bfloat16"]
+    assert columns[1:] == ["smollm2-135m dense float32", "smollm2-targets", "smollm2-dense", "qwen2.5-7b dense bfloat16"]
     cells = {
         cut[1].strip(): [c.strip() for c in cut[2:-1]] for line in out.splitlines() if len(cut := line.split("│")) > 2
     }
@@ -111,6 +111,6 @@ def test_it_needs_the_core_only() -> None:
     missing = ("torch", "transformers", "safetensors", "gguf", "httpx", "sglang")
     program = f"import sys; sys.modules.update(dict.fromkeys({missing})); from pdtrim_deploy.cli import main; main()"
     done = subprocess.run(
-        [sys.executable, "-c", program, "plan", str(DEMO)], capture_output=True, text=True, check=False, timeout=60
+        [sys.executable, "-c", program, "plan", str(PAIR)], capture_output=True, text=True, check=False, timeout=60
     )
     assert (done.returncode, done.stderr) == (0, "")
