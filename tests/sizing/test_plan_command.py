@@ -75,7 +75,12 @@ def test_side_by_side_shares_the_dense_column(capsys: pytest.CaptureFixture[str]
     header = next(line for line in out.splitlines() if "one request" in line)
     assert (code, err) == (0, "")
     columns = [cell.strip() for cell in header.strip("┃").split("┃")]
-    assert columns[1:] == ["smollm2-135m dense float32", "smollm2-targets", "smollm2-dense", "qwen2.5-7b dense bfloat16"]
+    assert columns[1:] == [
+        "smollm2-135m dense float32",
+        "smollm2-targets",
+        "smollm2-dense",
+        "qwen2.5-7b dense bfloat16",
+    ]
     cells = {
         cut[1].strip(): [c.strip() for c in cut[2:-1]] for line in out.splitlines() if len(cut := line.split("│")) > 2
     }
