@@ -126,7 +126,13 @@ def kv(data: dict[str, Any]) -> str:
     )
 
 
-TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"demo": demo, "wire": wire, "pack": pack, "engines": engines}
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "demo": demo,
+    "kv": kv,
+    "engines": engines,
+    "wire": wire,
+    "pack": pack,
+}
 
 
 def main() -> None:
