@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pty
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -26,6 +27,7 @@ class Terminal:
         self.pid, self._fd = pty.fork()
         if self.pid == 0:
             os.environ["TERM"] = "xterm"
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored where the tests are a background job
             os.execv(sys.executable, [sys.executable, "-m", "pdtrim_deploy", *map(str, args)])
 
     def read_until(self, text: str | None, seconds: float = 60) -> None:
