@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.plan import PDPlan, Stage
+from pdtrim_deploy.serving.commands import SPARSE_BACKEND
 
-SPARSE_BACKEND = "torch_native"  # the decode attention that knows sparse layers (pdtrim_sglang.requirements)
 HTTP_PORT, BOOTSTRAP_PORT, ROUTER_PORT, ROUTER_METRICS_PORT = 30000, 8998, 8000, 29000
 BUNDLE_MOUNT = "/bundle"
 IMAGE = "pdtrim-serve:0.1.0"

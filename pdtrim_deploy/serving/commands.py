@@ -19,6 +19,8 @@ from pdtrim_deploy.serving.spec import ClusterSpec, WorkerSpec
 ROUTER = "import sys; sys.modules['sglang'] = None; from sglang_router.launch_router import main; main()"
 # The model class that runs an engine, in the package where SGLang looks for model classes first.
 ENGINE_PACKAGE, ENGINE_MODEL = "pdtrim_sglang.models", "PDTrimStageForCausalLM"
+# The decode attention that knows sparse layers (pdtrim_sglang.requirements); not run on a GPU yet.
+SPARSE_BACKEND = "torch_native"
 # Where the plugin finds the secret that all workers of a cluster share (pdtrim_sglang.secret).
 SECRET_FILE = "pdtrim_secret_file"
 # Of ours, and would lead the other environment's Python to our packages.
@@ -61,6 +63,9 @@ def worker_command(python: Path, worker: WorkerSpec, workers: int, secret: Path 
         arguments["--base-gpu-id"] = worker.slot % gpus
         if (sharing := -(-workers // gpus)) > 1:
             arguments["--mem-fraction-static"] = round(0.85 / sharing, 2)
+        if options.sparse and worker.stage == "decode":
+            arguments["--attention-backend"] = SPARSE_BACKEND
+            flags.append("--disable-cuda-graph")
     pairs = [str(part) for pair in arguments.items() for part in pair]
     return [str(python), "-m", "sglang.launch_server", *pairs, *flags, *options.extra_args]
 

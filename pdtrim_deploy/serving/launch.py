@@ -39,6 +39,7 @@ def cluster_of(
     options = options or WorkerOptions(served_model_name=bundle.path.resolve().name)
     if options.dtype == "auto":  # SGLang's own auto makes float16 of a float32 checkpoint
         options = replace(options, dtype=bundle.plan.model.kv_dtype)
+    options = replace(options, sparse=any(send.mode == "sparse" for send in bundle.plan.kv))
     chosen = executors or Executors()
     engines = {stage: find_engine(bundle, stage, chosen.of(stage), options.device) for stage in STAGES}
     spec = ClusterSpec.on_loopback(

@@ -20,8 +20,8 @@ Device = Literal["cpu", "cuda"]
 class WorkerOptions:
     """What all workers of a cluster share.
 
-    `threads` are OpenMP threads a worker (CPU only; None: the cores divided among the workers). `extra_args` go to
-    `sglang.launch_server` last, so they win over anything chosen here.
+    `threads` are OpenMP threads a worker (CPU only; None: the cores divided among the workers). `sparse` says that
+    decode has sparse layers. `extra_args` go to `sglang.launch_server` last: they win over anything chosen here.
     """
 
     device: Device = field(default_factory=lambda: "cuda" if gpu_count() else "cpu")
@@ -34,6 +34,7 @@ class WorkerOptions:
     dtype: str = "auto"
     enable_metrics: bool = True
     threads: int | None = None
+    sparse: bool = False
     extra_args: tuple[str, ...] = ()
 
 

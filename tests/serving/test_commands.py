@@ -85,6 +85,14 @@ def test_a_gpu_worker_gets_none_of_the_cpu_options_and_a_gpu_of_its_own(monkeypa
     assert {value(command, "--mem-fraction-static") for command in made} == {"0.42"}
 
 
+def test_on_a_gpu_decode_of_a_sparse_plan_gets_the_backend_that_knows_sparse_layers(monkeypatch):
+    monkeypatch.setattr(commands, "gpu_count", lambda: 2)
+    for worker in spec(device="cuda", sparse=True).workers:
+        command = commands.worker_command(PYTHON, worker, 3)
+        assert ("--disable-cuda-graph" in command) == (worker.stage == "decode")
+        assert ("--attention-backend" in command) == (worker.stage == "decode")
+
+
 def test_extra_arguments_come_last_and_so_win():
     worker = spec(device="cpu", extra_args=("--page-size", "32")).workers[0]
     assert commands.worker_command(PYTHON, worker, 1)[-2:] == ["--page-size", "32"]
