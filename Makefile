@@ -11,7 +11,7 @@ BENCHMARKS = $(patsubst benchmarks/%.py,%,$(filter-out benchmarks/__%,$(wildcard
 TEST_ENV = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0 HF_HUB_OFFLINE=1
 PYTEST = -m pytest --durations=5
 
-.PHONY: help setup setup-build setup-serve setup-docs lock lint format test test-unit test-docs test-serve demo plugin docs deploy bench clean distclean
+.PHONY: help setup setup-build setup-serve setup-docs setup-aiperf lock lint format test test-unit test-docs test-serve demo plugin docs deploy bench clean distclean
 .DEFAULT_GOAL := help
 
 help:  ## list these targets
@@ -30,8 +30,11 @@ setup-serve:
 setup-docs:
 	@$(PYTHON) tools/environment.py docs
 
-lock: setup setup-docs  ## write what is now installed in the environments back to constraints/*.txt
-	$(PYTHON) tools/freeze.py build serve docs
+setup-aiperf:
+	@$(PYTHON) tools/environment.py aiperf
+
+lock: setup setup-docs setup-aiperf  ## write what is now installed in the environments back to constraints/*.txt
+	$(PYTHON) tools/freeze.py build serve docs aiperf
 
 lint: setup-build  ## ruff, its formatter in check mode, and mypy
 	$(BUILD)/ruff check $(SOURCES)

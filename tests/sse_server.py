@@ -1,4 +1,4 @@
-"""A real HTTP server on loopback that streams like SGLang's /generate, with latencies that are known."""
+"""A real HTTP server on loopback that streams like SGLang's /generate and /v1/completions, with known latencies."""
 
 from __future__ import annotations
 
@@ -52,11 +52,15 @@ async def _answer(b: Behaviour, reader: asyncio.StreamReader, writer: asyncio.St
     try:
         while head := await reader.readuntil(b"\r\n\r\n"):
             fields = dict(line.lower().split(b": ", 1) for line in head.split(b"\r\n")[1:] if line)
+            if head.startswith(b"GET /v1/models "):
+                said = json.dumps({"object": "list", "data": [{"id": "tiny", "object": "model"}]}).encode()
+                writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(said), said))
+                continue
             body = json.loads(await reader.readexactly(int(fields[b"content-length"])))
             b.bodies.append(body)
             b.in_flight += 1
             b.most_in_flight = max(b.most_in_flight, b.in_flight)
-            await _stream(b, body, writer)
+            await _stream(b, body, writer, head.startswith(b"POST /v1/completions "))
             b.in_flight -= 1
     except (asyncio.IncompleteReadError, ConnectionError):
         pass
@@ -64,24 +68,31 @@ async def _answer(b: Behaviour, reader: asyncio.StreamReader, writer: asyncio.St
         writer.close()
 
 
-async def _stream(b: Behaviour, body: dict, writer: asyncio.StreamWriter) -> None:
+async def _stream(b: Behaviour, body: dict, writer: asyncio.StreamWriter, openai: bool) -> None:
     async def send(data: str) -> None:
         event = f"data: {data}\n\n".encode()
         writer.write(f"{len(event):x}\r\n".encode() + event + b"\r\n")
         await writer.drain()
 
-    head = f"HTTP/1.1 {b.status} {responses[b.status]}\r\nTransfer-Encoding: chunked\r\n\r\n"
+    kind = "text/event-stream" if b.status == 200 else "text/plain"
+    head = f"HTTP/1.1 {b.status} {responses[b.status]}\r\nContent-Type: {kind}\r\nTransfer-Encoding: chunked\r\n\r\n"
     if b.hang:
         await asyncio.sleep(3600)
     writer.write(head.encode())
     if b.status == 200:
-        total = body["sampling_params"]["max_new_tokens"] - b.lose
+        total = (body["max_tokens"] if openai else body["sampling_params"]["max_new_tokens"]) - b.lose
         for seen in range(b.chunk, total + b.chunk, b.chunk):
             await asyncio.sleep(b.ttft if seen == b.chunk else b.itl)
-            meta = {"completion_tokens": min(seen, total), "prompt_tokens": len(body["text"].split())}
+            prompt = body["prompt"] if openai else body["text"]
+            meta = {"completion_tokens": min(seen, total), "prompt_tokens": len(prompt.split())}
+            event = {"text": "x", "meta_info": meta}
+            if openai:
+                choices = [{"index": 0, "text": "x" * b.chunk}]
+                usage = meta | {"total_tokens": sum(meta.values())}
+                event = {"id": "0", "object": "text_completion", "choices": choices, "usage": usage}
             if b.error_event:
                 await send(json.dumps({"error": {"message": "transfer failed"}}))
-            await send("not json" if b.garbage else json.dumps({"text": "x", "meta_info": meta}))
+            await send("not json" if b.garbage else json.dumps(event))
         if not b.silent:
             await send("[DONE]")
     else:

@@ -1,10 +1,11 @@
-"""Make the project's environments, `.venv/build`, `.venv/serve` and `.venv/docs`, from constraints/*.txt.
+"""Make the project's environments, `.venv/{build,serve,docs,aiperf}`, from constraints/*.txt.
 
-    python3 tools/environment.py build serve      # what `make setup` runs
+    python3 tools/environment.py build serve      # what `make setup` runs; aiperf is made when its driver is first used
 
 An environment is complete when its stamp, written last, names what it was made from; such a one is left
 alone. Anything else (never made, half made, made from other pins or by another Python) is removed and made
-again. A changed pyproject.toml alone just re-installs the project. Needs the standard library and pip only.
+again. A changed pyproject.toml alone just re-installs the project, which all but aiperf hold. Needs the standard
+library and pip only.
 """
 
 import argparse
@@ -49,14 +50,15 @@ class Environment:
         self.path = ROOT / ".venv" / name
         self.python = self.path / "bin" / "python"
         self.lock = ROOT / "constraints" / f"{name}.txt"
+        self.holds_project = name != "aiperf"
 
     def wanted(self) -> dict[str, str]:
         """What a complete environment's stamp must say."""
         machine = "cuda" if self.cuda else "cpu"
-        return {
-            "packages": digest(self.lock.read_text(), RECIPE, sys.version, machine, str(self.path)),
-            "project": digest((ROOT / "pyproject.toml").read_text()),
-        }
+        packages = {"packages": digest(self.lock.read_text(), RECIPE, sys.version, machine, str(self.path))}
+        if not self.holds_project:
+            return packages
+        return packages | {"project": digest((ROOT / "pyproject.toml").read_text())}
 
     def stamped(self) -> dict[str, str]:
         try:
@@ -77,7 +79,8 @@ class Environment:
             run(sys.executable, "-m", "venv", self.path)
             run(self.python, "-m", "pip", "install", "--quiet", "uv", "-c", self.lock)
             getattr(self, f"install_{self.name}")()
-        self.uv("--no-deps", "--no-build-isolation", "--reinstall-package", "pdtrim-deploy", "-e", ".")
+        if self.holds_project:
+            self.uv("--no-deps", "--no-build-isolation", "--reinstall-package", "pdtrim-deploy", "-e", ".")
         partial = self.path / (STAMP + ".partial")
         partial.write_text(json.dumps(wanted))
         partial.rename(self.path / STAMP)
@@ -98,6 +101,9 @@ class Environment:
     def install_docs(self) -> None:
         self.uv("--no-deps", "-r", self.lock)
 
+    def install_aiperf(self) -> None:
+        self.uv("--no-deps", "-r", self.lock)
+
     def install_serve(self) -> None:
         # --no-deps: the lock is complete for a CPU, without the CUDA-only half of SGLang's requirements.
         self.uv("--no-deps", "-r", self.lock)
@@ -111,7 +117,7 @@ class Environment:
 def main() -> None:
     """Make the named environments, one process at a time."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="+", choices=["build", "serve", "docs"])
+    parser.add_argument("names", nargs="+", choices=["build", "serve", "docs", "aiperf"])
     names = parser.parse_args().names
     if sys.version_info < (3, 11):  # noqa: UP036 - whoever runs this may have another Python
         version = sys.version.split()[0]

@@ -36,7 +36,7 @@ class Pair(click.ParamType):
 )
 @click.option("--a-executor", type=Pair(), help="Of A, when it is a bundle.  [default: torch]")
 @click.option("--b-executor", type=Pair(), help="Of B, when it is a bundle.  [default: torch]")
-@click.option("--driver", "driver_name", default="builtin", show_default=True)
+@click.option("--driver", "driver_name", default="builtin", show_default=True, help="builtin or aiperf.")
 @click.option("--allow-remote", is_flag=True, help="Allow a URL that is not on this machine.")
 @click.option("--out", type=options.path, help="Write the result here too, as JSON; `report` reads it.")
 @options.json_flag

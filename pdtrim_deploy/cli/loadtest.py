@@ -34,7 +34,7 @@ ADHOC = ("requests", "concurrency", "prompt_tokens", "output_tokens", "warmup", 
     help="Seconds that a request may take.",
 )
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
-@click.option("--driver", "driver_name", default="builtin", show_default=True)
+@click.option("--driver", "driver_name", default="builtin", show_default=True, help="builtin or aiperf.")
 @click.option(
     "--worker", "workers", multiple=True, metavar="URL", help="Of a running pair: read this worker's /metrics."
 )

@@ -12,7 +12,7 @@ from pdtrim_deploy.loadtest.scenario import Scenario
 from pdtrim_deploy.loadtest.workers import WorkerFigures, Workers
 
 # Name -> module whose `drive` is the driver; imported when it is asked for.
-DRIVERS = {"builtin": "pdtrim_deploy.loadtest.builtin"}
+DRIVERS = {"builtin": "pdtrim_deploy.loadtest.builtin", "aiperf": "pdtrim_deploy.loadtest.aiperf"}
 
 __all__ = [
     "DRIVERS",

@@ -177,5 +177,5 @@ def test_other_machines_when_told() -> None:
 
 
 def test_an_unknown_driver_is_told_the_names() -> None:
-    with pytest.raises(UserError, match="allowed: builtin"):
+    with pytest.raises(UserError, match="allowed: aiperf, builtin"):
         driver("wrk")

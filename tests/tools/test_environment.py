@@ -75,6 +75,17 @@ def test_a_changed_pyproject_only_reinstalls_the_project(tool):
     assert tool.commands[0][-2:] == ["-e", "."]
 
 
+def test_aiperf_holds_its_pins_and_not_the_project(tool):
+    (tool.ROOT / "constraints" / "aiperf.txt").write_text("aiperf==0.13.0\nuv==0.13.9\n")
+    tool.Environment("aiperf", cuda=False).ensure()
+    assert not any("-e" in words for words in tool.commands)
+    assert any(words[-1].endswith("aiperf.txt") for words in tool.commands)
+    (tool.ROOT / "pyproject.toml").write_text("[project]\nname = 'x'\n")
+    tool.commands.clear()
+    tool.Environment("aiperf", cuda=False).ensure()
+    assert tool.commands == []
+
+
 def test_a_removed_interpreter_is_noticed(tool):
     ensure(tool)
     (tool.ROOT / ".venv" / "build" / "bin" / "python").unlink()
