@@ -1,8 +1,8 @@
 """aiperf's records (0.13.0) as outcomes.
 
 `profile_export.jsonl` has a line for every request, with `error` where aiperf calls it failed; of the others
-`profile_export_raw.jsonl` has every chunk with its time. aiperf calls any stream with some text a success, so whether an
-answer is whole is judged here, as `builtin` judges it.
+`profile_export_raw.jsonl` has every chunk with its time. aiperf calls any stream with some text a success, so whether
+an answer is whole is judged here, as `builtin` judges it.
 """
 
 from __future__ import annotations
