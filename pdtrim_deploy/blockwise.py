@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 CausalLM: TypeAlias = Any
 """A transformers `*ForCausalLM` of the Llama, Mistral, Qwen2 or Qwen3 family, in eval mode."""
@@ -82,15 +82,25 @@ class Blockwise:
         and sees what came before and itself, not the others. What a layer then holds cannot be continued.
         """
         hidden = self.model.model.embed_tokens(ids)
-        positions = torch.arange(start, start + ids.shape[1] // branches, device=ids.device).repeat(branches)[None]
-        angles = self.model.model.rotary_emb(hidden, position_ids=positions)
-        return hidden, Span(start, start + ids.shape[1], branches, positions, angles)
+        return hidden, self.span(hidden, start, branches)
 
-    def block(self, layer: int, hidden: Tensor, span: Span, kv: LayerKV | None = None) -> Tensor:
-        """Output of one layer, whose queries see `kv` and, causally, each other; `kv` grows by them."""
+    def span(self, hidden: Tensor, start: int = 0, branches: int = 1) -> Span:
+        """Where the tokens of `hidden` stand: as in `embed`."""
+        tokens = hidden.shape[1]
+        positions = torch.arange(start, start + tokens // branches, device=hidden.device).repeat(branches)[None]
+        angles = self.model.model.rotary_emb(hidden, position_ids=positions)
+        return Span(start, start + tokens, branches, positions, angles)
+
+    def block(
+        self, layer: int, hidden: Tensor, span: Span, kv: LayerKV | None = None, student: nn.Module | None = None
+    ) -> Tensor:
+        """Output of one layer, whose queries see `kv` and, causally, each other; `kv` grows by them.
+
+        A `student` stands in for the layer: a module of its class, run like it.
+        """
         kv = kv if kv is not None else LayerKV()
         kv.ranges = (*kv.ranges, (span.start, span.stop))
-        return self.layers[layer](
+        return (student or self.layers[layer])(
             hidden,
             attention_mask=self._mask(span, kv.ranges, self._windows[layer], hidden.dtype),
             position_ids=span.positions,

@@ -34,11 +34,12 @@ _COPIED = (
 Replacements = Mapping[int, Mapping[str, torch.Tensor]]
 
 
-def keep_blocks(model: Any, blocks: Sequence[int]) -> Any:
+def keep_blocks(model: Any, blocks: Sequence[int], replacements: Replacements | None = None) -> Any:
     """A new model with those blocks, in that order; parameters are shared, everything else is its own.
 
     The given model is left as it was: `layer_idx`, config and hooks differ, the weights are the same tensors (so
-    training one would train the other). Costs milliseconds.
+    training one would train the other). Costs milliseconds. `replacements` as in `write_stage`: those tensors are
+    cast to the model's dtype, and its alone.
     """
     _check_blocks(blocks, len(model.model.layers))
     cut = _twin(model)
@@ -52,6 +53,12 @@ def keep_blocks(model: Any, blocks: Sequence[int]) -> Any:
     config.num_hidden_layers = len(blocks)
     if getattr(config, "layer_types", None) is not None:
         config.layer_types = [model.config.layer_types[block] for block in blocks]
+    for block, parts in (replacements or {}).items():
+        if block not in blocks:
+            raise UserError(f"block {block} is replaced but the stage does not run it")
+        layer = cut.model.layers[list(blocks).index(block)]
+        for name, tensor in parts.items():
+            _replace(layer, f"{_LAYERS}{block}.", name, tensor)
     return cut
 
 
@@ -68,8 +75,8 @@ def write_stage(
     """Write the HF folder of a stage that runs `blocks` (original indices, ascending), one shard in memory at a time.
 
     Every tensor is cast to `dtype` ("float32", "bfloat16" or "float16"); `pdtrim` goes into config.json under that
-    key. `replacements` gives, for a block in `blocks`, all its tensors by their name within the block
-    ("self_attn.q_proj.weight"), same names and shapes: the student of a distilled pair.
+    key. `replacements` gives, for blocks in `blocks`, tensors by their name within the block
+    ("self_attn.q_proj.weight"), of the shapes they have: students of distilled pairs, healed weights.
 
     The folder appears whole or not at all. An earlier stage in its place is replaced; anything else there is refused
     (UserError).
@@ -140,12 +147,24 @@ def _replacements(checkpoint: Checkpoint, blocks: Sequence[int], given: Replacem
             raise UserError(f"block {block} is replaced but the stage does not run it")
         prefix = f"{_LAYERS}{block}."
         wanted = {name: info.shape for name, info in checkpoint.tensors.items() if name.startswith(prefix)}
-        got = {prefix + name: tuple(tensor.shape) for name, tensor in parts.items()}
-        if got != wanted:
-            odd = sorted(name for name in wanted.keys() | got.keys() if wanted.get(name) != got.get(name))[0]
-            raise UserError(f"replacement of {odd}: shape {got.get(odd)}, the block has {wanted.get(odd)}")
+        for name, tensor in parts.items():
+            _check_shape(prefix + name, tensor, wanted.get(prefix + name))
         tensors |= {prefix + name: tensor for name, tensor in parts.items()}
     return tensors
+
+
+def _replace(layer: nn.Module, prefix: str, name: str, tensor: torch.Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    old = dict(layer.named_parameters()).get(name)
+    _check_shape(prefix + name, tensor, None if old is None else tuple(old.shape))
+    assert old is not None
+    layer.get_submodule(owner)._parameters[leaf] = nn.Parameter(tensor.to(old.dtype), requires_grad=False)
+
+
+def _check_shape(name: str, tensor: torch.Tensor, wanted: tuple[int, ...] | None) -> None:
+    if tuple(tensor.shape) != wanted:
+        has = "has no such tensor" if wanted is None else f"has {wanted}"
+        raise UserError(f"replacement of {name}: shape {tuple(tensor.shape)}, the block {has}")
 
 
 def _stage_config(checkpoint: Checkpoint, blocks: Sequence[int], dtype: str) -> dict[str, Any]:

@@ -118,8 +118,12 @@ def test_replaced_block(tiny_llama_dir, cache, tmp_path):
     student = dense.model.layers[4].state_dict()
     write_stage(checkpoint, tmp_path / "s", [0, 2, 5], "float32", {}, replacements={2: student})
     assert torch.equal(logits(load_model(tmp_path / "s")), logits(keep_blocks(dense, [0, 4, 5])))
-    with pytest.raises(UserError, match="replacement of"):
-        write_stage(checkpoint, tmp_path / "t", [0, 2], "float32", {}, replacements={2: {}})
+    odd = {"mlp.up_proj.bias": torch.zeros(3)}, {"mlp.up_proj.weight": torch.zeros(3)}
+    for parts, said in zip(odd, ("has no such tensor", r"shape \(3,\), the block has \(128, 64\)"), strict=True):
+        with pytest.raises(UserError, match=f"replacement of model.layers.2.mlp.up_proj.*{said}"):
+            write_stage(checkpoint, tmp_path / "t", [0, 2], "float32", {}, replacements={2: parts})
+        with pytest.raises(UserError, match=f"replacement of model.layers.2.mlp.up_proj.*{said}"):
+            keep_blocks(dense, [0, 2], {2: parts})
     with pytest.raises(UserError, match="does not run"):
         write_stage(checkpoint, tmp_path / "t", [0, 2], "float32", {}, replacements={3: student})
     assert not (tmp_path / "t").exists()
@@ -151,3 +155,22 @@ def test_only_an_earlier_stage_is_replaced(tiny_llama_dir, cache, tmp_path, monk
     with pytest.raises(UserError, match="no stage checkpoint"):
         write_stage(checkpoint, tmp_path / "mine", [0], "float32", {})
     assert (tmp_path / "mine" / "notes.txt").read_text() == "keep me"
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_replaced_tensors_are_the_same_in_memory_and_on_disk(architecture, tiny_dir, cache, tmp_path):
+    """Some tensors of a block: the rest stays the block's own, and so does the given model."""
+    from transformers import AutoModelForCausalLM
+
+    source = tiny_dir(architecture)
+    dense = load_model(source)
+    before = logits(dense)
+    down = {"mlp.down_proj.weight": dense.model.layers[1].mlp.down_proj.weight * 0.5}
+    cut = keep_blocks(dense, BLOCKS, {3: down})
+    write_stage(resolve(f"hf:{source}", cache), tmp_path / "s", BLOCKS, "float32", {}, replacements={3: down})
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "s")
+    assert torch.equal(logits(plain), logits(cut))
+    assert (logits(cut) - logits(keep_blocks(dense, BLOCKS))).abs().max() > 0.01
+    assert torch.equal(logits(dense), before)
+    with pytest.raises(UserError, match="does not run"):
+        keep_blocks(dense, BLOCKS, {1: down})

@@ -1,0 +1,82 @@
+"""Refit the last linear map of a block in closed form, so that the block ends where it should.
+
+A block ends in `hidden + down_proj(activation)`. With everything before held fixed, the best `down_proj` is ridge
+regression towards the present one: no gradients, one pass over text. (ReplaceMe, arXiv:2505.02819, fits a matrix
+behind the MLP instead; the whole `down_proj` has ffn / hidden times as many degrees of freedom.)
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pdtrim_deploy.blockwise import Blockwise, LayerKV, Span
+
+RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+"""Penalties tried, in units of the mean squared activation times the number of tokens."""
+
+
+class Refit:
+    """Normal equations of one layer, fed batch by batch. Memory: twice ffn x ffn in float64.
+
+    Tokens weigh 1 / |target|^2: an attention sink's state is a hundred times longer than the others'.
+    """
+
+    def __init__(self, runner: Blockwise, layer: int) -> None:
+        self.runner, self.layer = runner, layer
+        self.down = runner.layers[layer].mlp.down_proj
+        ffn, hidden = self.down.in_features, self.down.out_features
+        # [fit, check]: what the penalty is chosen on is not what is fitted
+        self.gram = [torch.zeros(ffn, ffn, dtype=torch.float64) for _ in range(2)]
+        self.cross = [torch.zeros(ffn, hidden, dtype=torch.float64) for _ in range(2)]
+        self.error, self.tokens = [0.0, 0.0], [0, 0]
+
+    @torch.no_grad()
+    def add(self, hidden: Tensor, span: Span, target: Tensor, check: bool, kv: LayerKV | None = None) -> None:
+        """One batch: the layer's input and what should come out, both `[batch, tokens, hidden]`."""
+        seen: list[Tensor] = []
+        hook = self.down.register_forward_hook(lambda _module, given, _out: seen.append(given[0]))
+        try:
+            out = self.runner.block(self.layer, hidden, span, kv)
+        finally:
+            hook.remove()
+        weight = target.flatten(0, 1).double().norm(dim=-1, keepdim=True).reciprocal()
+        activation = seen[0].flatten(0, 1).double() * weight
+        missing = (target - out).flatten(0, 1).double() * weight
+        self.gram[check] += activation.T @ activation
+        self.cross[check] += activation.T @ missing
+        self.error[check] += float(missing.square().sum())
+        self.tokens[check] += len(missing)
+
+    def solve(self) -> tuple[Tensor, float, float]:
+        """The new weight `[hidden, ffn]`, and the relative squared error on the checked tokens before and after.
+
+        The weight is the present one when no penalty lowers that error, and when the errors are not numbers.
+        """
+        before = best = self.error[1] / self.tokens[1]
+        ridge = 0.0
+        if not math.isfinite(before + self.error[0]):
+            return self.down.weight.detach(), math.nan, math.nan
+        for penalty in RIDGES:
+            change = self._solve(self.gram[0], self.cross[0], penalty)
+            lowered = 2 * (change * self.cross[1]).sum() - (change * (self.gram[1] @ change)).sum()
+            if (after := (self.error[1] - float(lowered)) / self.tokens[1]) < best:
+                best, ridge = after, penalty
+        weight = self.down.weight.detach()
+        if ridge:
+            change = self._solve(self.gram[0] + self.gram[1], self.cross[0] + self.cross[1], ridge)
+            weight = weight + change.T.to(weight.dtype)
+        return weight, before, best
+
+    @staticmethod
+    def _solve(gram: Tensor, cross: Tensor, penalty: float) -> Tensor:
+        regular = gram + penalty * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+        return torch.cholesky_solve(cross, torch.linalg.cholesky(regular))
+
+
+def set_down(layer: Any, weight: Tensor) -> None:
+    """Give `layer` (alone) this `down_proj`."""
+    layer.mlp.down_proj._parameters["weight"] = torch.nn.Parameter(weight, requires_grad=False)

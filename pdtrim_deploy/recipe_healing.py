@@ -1,0 +1,63 @@
+"""The recipe's sections on what is done for the blocks that are left: student blocks, compensation, healing."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
+
+# Names of a registry that needs torch to import; a test holds them equal.
+CompensationMethod = Literal["none", "norm", "least-squares"]
+COMPENSATION_METHODS: tuple[str, ...] = get_args(CompensationMethod)
+
+_Minutes = Annotated[float, Field(gt=0)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class StudentsSection(_Section):
+    """How the student block of a distilled pair is made, on the recipe's calibration text.
+
+    Attributes:
+        steps: of gradient descent for each pair; 0 leaves what least squares gives, which is training-free.
+        minutes: at most so long for each pair; a run that time ends is not repeatable to the bit.
+        batch: sequences in a step.
+
+    """
+
+    steps: NonNegativeInt = 0
+    minutes: _Minutes | None = None
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-4
+    batch: PositiveInt = 4
+    seed: NonNegativeInt = 0
+
+
+class HealingSection(_Section):
+    """What is done to a stage's weights once its blocks are chosen; prefill first, then decode behind it.
+
+    Text is `sequences` x `length` tokens of the calibration corpus; for decode the first half is the prompt.
+
+    Attributes:
+        compensation: without gradients: `norm` rescales (Prune&Comp), `least-squares` refits MLP outputs.
+        prefill_steps, decode_steps: of logit distillation from the dense model; 0 is off.
+        minutes: at most so long for each stage; a run that time ends is not repeatable to the bit.
+        batch: sequences in a step.
+
+    """
+
+    compensation: CompensationMethod = "none"
+    prefill_steps: NonNegativeInt = 0
+    decode_steps: NonNegativeInt = 0
+    minutes: _Minutes | None = None
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    batch: PositiveInt = 4
+    sequences: PositiveInt = 64
+    length: Annotated[int, Field(ge=16)] = 256
+    seed: NonNegativeInt = 0
+
+    @property
+    def asked(self) -> bool:
+        """Whether anything is to be done."""
+        return self.compensation != "none" or bool(self.prefill_steps or self.decode_steps)
