@@ -1,51 +1,60 @@
-"""Hidden states of a model under search, kept at the input of every block that it still runs."""
+"""Hidden states between the layers of many pruned models: what two of them share is computed once."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections import OrderedDict
+from typing import TypeAlias
 
-import torch
 from torch import Tensor
 
 from pdtrim_deploy.pruning.objective import Objective
+from pdtrim_deploy.pruning.solution import Op
+
+_Key: TypeAlias = tuple[int, tuple[Op, ...]]
 
 
 class HiddenStates:
-    """What each kept block reads, so that a candidate costs only the blocks behind the one it removes.
+    """Outputs of layer sequences from the embedding on, by batch; a new model costs what lies behind its first change.
 
-    Memory: sequences x tokens x kept blocks x hidden size, in the model's dtype (289 MB for 16 x 256 tokens of
-    SmolLM2-135M in float32).
+    At most `memory` bytes are held (each state: sequences x tokens x hidden x 4 bytes in float32). Room is made by
+    dropping the least recently used of other routes than the settled one; what then does not fit is not kept, so that
+    early batches, on which most candidates lose, stay.
     """
 
-    def __init__(self, objective: Objective, removed: Collection[int] = ()) -> None:
-        self.objective = objective
-        self.kept = [block for block in range(objective.blocks) if block not in removed]
-        self._inputs: list[dict[int, Tensor]] = [{} for _ in range(objective.batches)]
-        for batch, inputs in enumerate(self._inputs):
-            hidden = objective.start(batch)
-            for block in self.kept[:-1]:
-                inputs[block] = hidden
-                hidden = objective.run(batch, block, hidden)
-            inputs[self.kept[-1]] = hidden
+    def __init__(self, objective: Objective, memory: int) -> None:
+        self._objective, self._memory, self.held = objective, memory, 0
+        self._states = OrderedDict[_Key, Tensor]()
+        self._settled: tuple[Op, ...] = ()
 
-    def without(self, block: int, batch: int) -> Tensor:
-        """float32 `[sequences, scored]`: losses of one batch with `block` removed too."""
-        hidden = self._inputs[batch][block]
-        for later in self._behind(block):
-            hidden = self.objective.run(batch, later, hidden)
-        return self.objective.losses(batch, hidden)
+    def settle(self, route: tuple[Op, ...]) -> None:
+        """The routes to come are much like this one."""
+        self._settled = route
 
-    def remove(self, block: int) -> float:
-        """Remove `block` for good; the mean loss over all batches."""
-        losses = []
-        for batch, inputs in enumerate(self._inputs):
-            hidden = inputs.pop(block)
-            for later in self._behind(block):
-                inputs[later] = hidden
-                hidden = self.objective.run(batch, later, hidden)
-            losses.append(self.objective.losses(batch, hidden))
-        self.kept.remove(block)
-        return float(torch.cat(losses).double().mean())
+    def behind(self, route: tuple[Op, ...], batch: int) -> Tensor:
+        """`[sequences, tokens, hidden]`: what the last layer of `route` puts out."""
+        known = next((n for n in range(len(route), 0, -1) if (batch, route[:n]) in self._states), 0)
+        hidden = self._states[batch, route[:known]] if known else self._objective.start(batch)
+        for n in range(1, known + 1):
+            if (batch, route[:n]) in self._states:
+                self._states.move_to_end((batch, route[:n]))
+        for n in range(known, len(route)):
+            hidden = self._objective.run(batch, route[n], hidden)
+            self._keep((batch, route[: n + 1]), hidden)
+        return hidden
 
-    def _behind(self, block: int) -> list[int]:
-        return [later for later in self.kept if later > block]
+    def _keep(self, key: _Key, hidden: Tensor) -> None:
+        size = hidden.numel() * hidden.element_size()
+        for old in [old for old in self._states if not self._is_settled(old)]:
+            if self.held + size <= self._memory:
+                break
+            self._drop(old)
+        if self.held + size <= self._memory:
+            self._states[key] = hidden
+            self.held += size
+
+    def _drop(self, key: _Key) -> None:
+        state = self._states.pop(key)
+        self.held -= state.numel() * state.element_size()
+
+    def _is_settled(self, key: _Key) -> bool:
+        return key[1] == self._settled[: len(key[1])]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pdtrim_deploy.blockwise import Blockwise, CausalLM, LayerKV, Span
+from pdtrim_deploy.pruning.solution import Op, Solution
 
 
 class Objective(Protocol):
@@ -28,12 +28,20 @@ class Objective(Protocol):
         """Input of block 0."""
         ...
 
-    def run(self, batch: int, block: int, hidden: Tensor) -> Tensor:
-        """Output of `block` for that input, which is left unchanged."""
+    def run(self, batch: int, op: Op, hidden: Tensor) -> Tensor:
+        """Output of that block or student for that input, which is left unchanged."""
         ...
 
     def losses(self, batch: int, hidden: Tensor) -> Tensor:
         """float32 `[sequences, scored]`: loss in nats of each scored token, from the last block's output."""
+        ...
+
+
+class StudentLayers(Protocol):
+    """Students by their pair, made when first asked for."""
+
+    def layer(self, pair: tuple[int, int]) -> nn.Module:
+        """A decoder layer that stands at `pair[0]` and reads that block's prompt KV."""
         ...
 
 
@@ -53,7 +61,8 @@ class NextTokenLoss:
     rest and is scored on tokens `prompt_tokens + 1` .. T-1. (Token `prompt_tokens` is prefill's own.)
 
     Args:
-        prefill_removed: blocks that prefill does not run, so no search over this loss may run them.
+        prefill: what prefill loses; no search over this loss may run a block that it removed, nor the second of a pair.
+        students: what runs in place of pairs; None where there are none.
         batch: most sequences in a batch; batches grow up to it, so that a first look at a candidate is cheap.
 
     """
@@ -63,26 +72,24 @@ class NextTokenLoss:
         model: CausalLM,
         ids: Tensor,
         prompt_tokens: int = 0,
-        prefill_removed: Collection[int] = (),
+        prefill: Solution = Solution(),  # noqa: B008 - frozen
+        students: StudentLayers | None = None,
         batch: int = 8,
     ) -> None:
-        self._runner = Blockwise(model)
+        self._runner, self._students = Blockwise(model), students
         self.blocks, self.block_forwards = len(self._runner.layers), 0
-        self._batches = [
-            self._prepare(part, prompt_tokens, prefill_removed) for part in ids.split(_growing(len(ids), batch))
-        ]
+        self._batches = [self._prepare(part, prompt_tokens, prefill) for part in ids.split(_growing(len(ids), batch))]
         self.batches = len(self._batches)
 
     @torch.no_grad()
-    def _prepare(self, ids: Tensor, prompt_tokens: int, prefill_removed: Collection[int]) -> _Batch:
+    def _prepare(self, ids: Tensor, prompt_tokens: int, prefill: Solution) -> _Batch:
         prompt_kv: dict[int, LayerKV] = {}
         if prompt_tokens:
             hidden, span = self._runner.embed(ids[:, :prompt_tokens])
-            for block in range(self.blocks):
-                if block not in prefill_removed:
-                    prompt_kv[block] = LayerKV()
-                    hidden = self._runner.block(block, hidden, span, prompt_kv[block])
-                    self.block_forwards += len(ids)
+            for op in prefill.route(self.blocks):
+                prompt_kv[op[0]] = LayerKV()
+                hidden = self._runner.block(op[0], hidden, span, prompt_kv[op[0]], self._student(op))
+                self.block_forwards += len(ids)
         first, span = self._runner.embed(ids[:, prompt_tokens:-1], prompt_tokens)
         return _Batch(first, span, ids[:, prompt_tokens + 1 :], prompt_kv)
 
@@ -91,12 +98,18 @@ class NextTokenLoss:
         return self._batches[batch].first
 
     @torch.no_grad()
-    def run(self, batch: int, block: int, hidden: Tensor) -> Tensor:
-        """Output of `block`, whose queries see the prompt's KV, if any, and causally each other."""
+    def run(self, batch: int, op: Op, hidden: Tensor) -> Tensor:
+        """Output of a layer, whose queries see the prompt's KV, if any, and causally each other."""
         self.block_forwards += len(hidden)
         part = self._batches[batch]
-        kv = part.prompt_kv[block].fork() if part.prompt_kv else None
-        return self._runner.block(block, hidden, part.span, kv)
+        kv = part.prompt_kv[op[0]].fork() if part.prompt_kv else None
+        return self._runner.block(op[0], hidden, part.span, kv, self._student(op))
+
+    def _student(self, op: Op) -> nn.Module | None:
+        if len(op) == 1:
+            return None
+        assert self._students is not None, "a pair is distilled but there are no students"
+        return self._students.layer((op[0], op[1]))
 
     @torch.no_grad()
     def losses(self, batch: int, hidden: Tensor) -> Tensor:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from torch import Tensor
 
 from pdtrim_deploy.blockwise import CausalLM
 from pdtrim_deploy.errors import UserError
-from pdtrim_deploy.pruning.objective import NextTokenLoss
-from pdtrim_deploy.pruning.search import Problem, Progress, SearchResult, get_search
+from pdtrim_deploy.plan import Stage
+from pdtrim_deploy.pruning.objective import NextTokenLoss, StudentLayers
+from pdtrim_deploy.pruning.search import Problem, Progress, Search, SearchResult, Settings, Trajectory, get_search
+from pdtrim_deploy.pruning.solution import Solution
 
 
 @dataclass(frozen=True)
 class StageRemovals:
-    """The two searches; `prefill.removed` begins `decode.removed`."""
+    """The two searches; `prefill.removed` begins `decode.removed`, and what prefill distilled decode does too."""
 
     prefill: SearchResult
     decode: SearchResult
@@ -26,21 +31,35 @@ def choose_stages(
     prefill_blocks: int,
     decode_blocks: int,
     *,
-    method: str = "greedy",
+    method: str | Search = "greedy",
+    settings: Settings = Settings(),  # noqa: B008 - frozen
     prompt_tokens: int | None = None,
     protected: frozenset[int] = frozenset(),
+    pairs: tuple[int, ...] = (),
+    students: StudentLayers | None = None,
+    folder: Path | None = None,
     progress: Progress = lambda _: None,
 ) -> StageRemovals:
-    """Remove `prefill_blocks` and `decode_blocks` of the dense model's blocks on text `ids`, int64 `[S, T]`.
+    """Save `prefill_blocks` and `decode_blocks` of the dense model's blocks on text `ids`, int64 `[S, T]`.
 
-    Prefill is judged as a whole model on all of the text. Decode is judged as it will work: on what follows the
-    first `prompt_tokens` (half of T when left out), reading KV that the pruned prefill model made.
+    Prefill is judged by what it hands over, first token and KV. Decode loses whatever prefill loses, so the whole of
+    that is one pruned model's loss: token t is the first token of a prompt of t tokens, and, of a shorter one, a token
+    that the least pruned decode there can be reads from the KV handed over. It is the mean over tokens 1 .. T-1.
+
+    Decode is judged as it will work: on tokens `prompt_tokens` + 1 .. T-1 (half of T when left out), reading KV that
+    the pruned prefill model made.
+
+    Args:
+        method: name of a search, or one of your own making.
+        pairs, students: the distillation set by first blocks, and what its pairs become.
+        folder: where each search leaves `search-STAGE.jsonl` and goes on from it; None: nowhere.
 
     Raises:
         UserError: unknown method, decode loses fewer than prefill, more to remove than there is, loss not a number.
 
     """
-    search, blocks = get_search(method), len(model.model.layers)
+    search = get_search(method, settings) if isinstance(method, str) else method
+    blocks = len(model.model.layers)
     if decode_blocks < prefill_blocks:
         raise UserError(
             f"prefill_blocks is {prefill_blocks} but decode_blocks is {decode_blocks}; "
@@ -48,15 +67,24 @@ def choose_stages(
         )
     if decode_blocks >= blocks:
         raise UserError(f"cannot remove {decode_blocks} of {blocks} blocks; remove at most {blocks - 1}")
+    split = ids.shape[1] // 2 if prompt_tokens is None else prompt_tokens
+    said = [hashlib.sha256(ids.numpy().tobytes()).hexdigest(), str(method), vars(settings), sorted(protected), pairs]
+
+    def solve(stage: Stage, remove: int, prompt: int, forced: Solution, note: Progress) -> SearchResult:
+        path = folder / f"search-{stage}.jsonl" if folder else None
+        trajectory = Trajectory(path, [*said, remove, prompt, vars(forced)])
+        objective = NextTokenLoss(model, ids, prompt, forced, students)
+        return search.run(Problem(model, ids, objective, remove, forced, protected, pairs, trajectory), note)
+
     prefill = SearchResult((), ())
     if prefill_blocks:
-        objective = NextTokenLoss(model, ids)
-        problem = Problem(model, ids, objective, prefill_blocks, protected=protected)
-        prefill = search.run(problem, lambda line: progress(f"prefill: {line}"))
-    decode = SearchResult(prefill.removed, ())
+        prefill = solve("prefill", prefill_blocks, 0, Solution(), _saying("prefill", progress))
+    decode = SearchResult(prefill.removed, (), prefill.distilled)
     if decode_blocks > prefill_blocks:
-        split = ids.shape[1] // 2 if prompt_tokens is None else prompt_tokens
-        objective = NextTokenLoss(model, ids, split, prefill.removed)
-        problem = Problem(model, ids, objective, decode_blocks, prefill.removed, protected)
-        decode = search.run(problem, lambda line: progress(f"decode: {line}"))
+        decode = solve("decode", decode_blocks, split, prefill.solution, _saying("decode", progress))
+        decode = replace(decode, removed=(*prefill.removed, *decode.removed[len(prefill.removed) :]))
     return StageRemovals(prefill, decode)
+
+
+def _saying(stage: Stage, progress: Progress) -> Callable[[str], None]:
+    return lambda line: progress(f"{stage}: {line}")

@@ -10,6 +10,8 @@ from pdtrim_deploy.pruning.objective import NextTokenLoss
 from pdtrim_deploy.pruning.redundancy import redundancy
 from pdtrim_deploy.pruning.search import SEARCHES, Problem, get_search
 from pdtrim_deploy.pruning.search.greedy import Greedy
+from pdtrim_deploy.pruning.search.racing import surely_above
+from pdtrim_deploy.pruning.solution import Solution
 from pdtrim_deploy.pruning.stages import choose_stages
 
 
@@ -35,7 +37,8 @@ def ids(model):
 
 
 def problem(model, ids, remove, split=0, **more):
-    return Problem(model, ids, NextTokenLoss(model, ids, split, more.get("forced", ())), remove, **more)
+    forced = more["forced"] = Solution.of(more.get("forced", ()))
+    return Problem(model, ids, NextTokenLoss(model, ids, split, forced), remove, **more)
 
 
 def pd_loss(model, ids, split, prefill, decode):
@@ -67,12 +70,13 @@ def test_racing_agrees_and_runs_less(model, ids):
 
 
 def test_racing_keeps_what_noise_could_explain():
-    race, noise = Greedy(3.0), torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
-    assert not race._beaten(noise)
-    assert not race._beaten(noise - 1)
-    assert race._beaten(noise + 1)
-    assert not race._beaten((noise + 1)[:3])  # 6 units of 32 tokens: too few to say
-    assert not Greedy(None)._beaten(noise + 1)
+    noise = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+    assert not surely_above(noise, 0, 3)
+    assert not surely_above(noise - 1, 0, 3)
+    assert surely_above(noise + 1, 0, 3)
+    assert not surely_above(noise + 1, 1, 3)
+    assert not surely_above((noise + 1)[:3], 0, 3)  # 6 units of 32 tokens: too few to say
+    assert not surely_above(noise + 1, 0, None)
 
 
 @pytest.mark.parametrize("name", SEARCHES)
@@ -122,8 +126,8 @@ def test_impossible_counts_are_refused(model, ids, counts, message):
 
 
 def test_other_bad_input_is_refused(model, ids):
-    with pytest.raises(UserError, match="pruning method 'anneal' is unknown; use one of cosine, greedy"):
-        choose_stages(model, ids, 0, 1, method="anneal")
+    with pytest.raises(UserError, match="pruning method 'best' is unknown; use one of cosine, greedy"):
+        choose_stages(model, ids, 0, 1, method="best")
     with pytest.raises(UserError, match="cannot remove 3 of 5 blocks with 3 protected; remove at most 2"):
         choose_stages(model, ids, 0, 3, protected=frozenset({0, 1, 4}))
     broken = tiny("Llama")

@@ -3,16 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
 from torch import Tensor
 
 from pdtrim_deploy.blockwise import CausalLM
 from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.pruning.evaluator import Evaluator, InProcess
 from pdtrim_deploy.pruning.objective import Objective
+from pdtrim_deploy.pruning.search.trajectory import Trajectory
+from pdtrim_deploy.pruning.solution import Solution
 
 Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What some methods take.
+
+    Attributes:
+        seed: of what is drawn; equal seeds give equal answers.
+        steps: proposals of an annealed search.
+        minutes: an annealed search ends earlier when so much time has passed (the answer then depends on the machine).
+
+    """
+
+    seed: int = 0
+    steps: int = 150
+    minutes: float | None = None
 
 
 @dataclass(frozen=True)
@@ -22,9 +42,12 @@ class Problem:
     Attributes:
         model, ids: the dense model and calibration text, int64 `[S, T]`.
         objective: the loss to keep low, on the same model.
-        remove: blocks gone in the end, `forced` among them.
-        forced: blocks gone from the start (those that prefill lost, when decode is searched).
+        remove: blocks saved in the end, `forced` among them.
+        forced: what is lost from the start (what prefill lost, when decode is searched).
         protected: blocks that must stay.
+        pairs: first blocks of the distillation set's pairs: may be distilled, each or one block beside it.
+        trajectory: where each step is written down, and read from when the search was stopped.
+        evaluator: answers what solutions lose; by default this process, one after another.
 
     Raises:
         UserError: more is to go than may go.
@@ -35,29 +58,42 @@ class Problem:
     ids: Tensor
     objective: Objective
     remove: int
-    forced: tuple[int, ...] = ()
+    forced: Solution = Solution()
     protected: frozenset[int] = frozenset()
+    pairs: tuple[int, ...] = ()
+    trajectory: Trajectory = field(default_factory=Trajectory)
+    evaluator: Evaluator = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
-        blocks = self.objective.blocks
+        if self.evaluator is None:
+            object.__setattr__(self, "evaluator", InProcess(self.objective))
+        blocks, gone = self.objective.blocks, self.forced.saved
         if self.remove >= blocks:
             raise UserError(f"cannot remove {self.remove} of {blocks} blocks; remove at most {blocks - 1}")
-        if self.remove < len(self.forced):
+        if self.remove < gone:
             raise UserError(
-                f"cannot remove {self.remove} blocks when {len(self.forced)} are gone already; "
+                f"cannot remove {self.remove} blocks when {gone} are gone already; "
                 f"decode loses at least as many blocks as prefill"
             )
-        if self.remove - len(self.forced) > len(self.candidates):
+        if self.remove - gone > len(self.candidates):
             raise UserError(
                 f"cannot remove {self.remove} of {blocks} blocks with {len(self.protected)} protected; "
-                f"remove at most {len(self.forced) + len(self.candidates)}"
+                f"remove at most {gone + len(self.candidates)}"
             )
 
-    @property
+    @cached_property
     def candidates(self) -> tuple[int, ...]:
         """Blocks that may still go."""
-        kept_out = self.protected | set(self.forced)
+        kept_out = self.protected | self.forced.touched
         return tuple(block for block in range(self.objective.blocks) if block not in kept_out)
+
+    def may_distil(self, first: int) -> bool:
+        """Whether blocks `first` and `first + 1` may become one."""
+        return {first, first + 1} <= set(self.candidates)
+
+    def without(self, blocks: tuple[int, ...]) -> Solution:
+        """What is forced, and those blocks removed too."""
+        return Solution.of((*self.forced.removed, *blocks), self.forced.distilled)
 
 
 @dataclass(frozen=True)
@@ -76,15 +112,26 @@ class Step:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """Blocks in order of removal, the forced ones first, and one `Step` for each block the search removed."""
+    """What goes, the forced first and then in order of removal, and one `Step` for each block that the search saved."""
 
     removed: tuple[int, ...]
     trajectory: tuple[Step, ...]
+    distilled: tuple[int, ...] = ()
+
+    @property
+    def solution(self) -> Solution:
+        """The same in order of blocks."""
+        return Solution.of(self.removed, self.distilled)
+
+    @property
+    def loss(self) -> float | None:
+        """Calibration loss of the whole solution, if the method measured it."""
+        return self.trajectory[-1].loss if self.trajectory else None
 
 
 class Search(Protocol):
-    """A method; equal problems give equal answers."""
+    """A method; equal problems give equal answers, and one that was stopped goes on by its trajectory."""
 
     def run(self, problem: Problem, progress: Progress) -> SearchResult:
-        """Choose `problem.remove` blocks."""
+        """Save `problem.remove` blocks."""
         ...

@@ -5,7 +5,8 @@ from __future__ import annotations
 from time import monotonic
 
 from pdtrim_deploy.pruning.redundancy import redundancy
-from pdtrim_deploy.pruning.search.base import Problem, Progress, SearchResult, Step
+from pdtrim_deploy.pruning.search.base import Problem, Progress, SearchResult
+from pdtrim_deploy.pruning.search.one_shot import take
 
 
 class Cosine:
@@ -16,7 +17,4 @@ class Cosine:
         began = monotonic()
         score = redundancy(problem.model, problem.ids, progress=progress)
         ranked = sorted(problem.candidates, key=lambda block: (-float(score[block]), block))
-        chosen = ranked[: problem.remove - len(problem.forced)]
-        cost = problem.objective.blocks * len(problem.ids)
-        steps = (Step(i, block, None, monotonic() - began, cost) for i, block in enumerate(chosen, 1))
-        return SearchResult((*problem.forced, *chosen), tuple(steps))
+        return take(problem, ranked, began, problem.objective.blocks * len(problem.ids))

@@ -1,23 +1,18 @@
-"""Each round removes the block whose absence costs the least calibration loss (SLEB, arXiv:2402.09025).
+"""Each round removes the block whose absence costs the least calibration loss: SLEB (arXiv:2402.09025) with caches.
 
-Three things make it cheap: hidden states are kept in front of every block, so a candidate costs only what lies
-behind it; candidates race over growing parts of the calibration text; the winner's run renews the kept states.
+Two things make it cheap: hidden states are kept in front of every block, so a candidate costs only what lies behind
+it, and candidates race over growing parts of the calibration text.
 """
 
 from __future__ import annotations
 
-import math
-from time import monotonic
-
 import torch
 from torch import Tensor
 
-from pdtrim_deploy.errors import UserError
-from pdtrim_deploy.pruning.hidden_states import HiddenStates
+from pdtrim_deploy.pruning.evaluator import Evaluator, mean_loss
 from pdtrim_deploy.pruning.search.base import Problem, Progress, SearchResult, Step
-
-_UNIT_TOKENS = 32
-_LEAST_UNITS = 8
+from pdtrim_deploy.pruning.search.racing import surely_above
+from pdtrim_deploy.pruning.solution import Solution
 
 
 class Greedy:
@@ -36,40 +31,37 @@ class Greedy:
 
     def run(self, problem: Problem, progress: Progress) -> SearchResult:
         """Remove one block a round; ties go to the earlier block. UserError when the loss is not a number."""
-        objective, began, before = problem.objective, monotonic(), problem.objective.block_forwards
-        removed, steps = list(problem.forced), list[Step]()
-        if len(removed) == problem.remove:
-            return SearchResult(problem.forced, ())
-        states, candidates = HiddenStates(objective, removed), list(problem.candidates)
-        while len(removed) < problem.remove:
-            block = self._race(states, candidates, f"greedy {len(removed) + 1}/{problem.remove}", progress)
-            loss = states.remove(block)
-            removed.append(block)
-            candidates.remove(block)
-            spent = objective.block_forwards - before
-            steps.append(Step(len(steps) + 1, block, loss, monotonic() - began, spent))
-            progress(f"greedy {len(removed)}/{problem.remove}: removed block {block}, loss {loss:.4f}")
-        return SearchResult(tuple(removed), tuple(steps))
+        evaluator, log = problem.evaluator, problem.trajectory
+        before = evaluator.block_forwards
+        removed, steps = tuple[int, ...](), list[Step]()
+        while problem.forced.saved + len(removed) < problem.remove:
+            label = f"greedy {problem.forced.saved + len(removed) + 1}/{problem.remove}"
+            row = log.replay()
+            if row is None:
+                evaluator.settle(problem.without(removed))
+                candidates = {b: problem.without((*removed, b)) for b in problem.candidates if b not in removed}
+                block = self._race(evaluator, candidates, label, progress)
+                loss = mean_loss(evaluator, candidates[block])
+                spent = log.forwards_before + evaluator.block_forwards - before
+                row = {"removed": block, "loss": loss, "block_forwards": spent}
+                log.append(**row)
+                row["seconds"] = log.seconds
+            removed = (*removed, row["removed"])
+            steps.append(Step(len(steps) + 1, row["removed"], row["loss"], row["seconds"], row["block_forwards"]))
+            progress(f"{label}: removed block {row['removed']}, loss {row['loss']:.4f}")
+        return SearchResult((*problem.forced.removed, *removed), tuple(steps), problem.forced.distilled)
 
-    def _race(self, states: HiddenStates, candidates: list[int], label: str, progress: Progress) -> int:
+    def _race(self, evaluator: Evaluator, candidates: dict[int, Solution], label: str, progress: Progress) -> int:
         losses: dict[int, Tensor] = {}
-        leader, running = -1, candidates
-        for batch in range(states.objective.batches):
-            progress(f"{label}: {len(running)} candidates, batch {batch + 1}/{states.objective.batches}")
-            fresh = {block: states.without(block, batch) for block in running}
-            losses = {b: torch.cat((losses[b], new)) if batch else new for b, new in fresh.items()}
+        leader, running = -1, list(candidates)
+        for batch in range(evaluator.batches):
+            progress(f"{label}: {len(running)} candidates, batch {batch + 1}/{evaluator.batches}")
+            fresh = evaluator.evaluate([candidates[block] for block in running], batch)
+            parts = zip(running, fresh, strict=True)
+            losses = {block: torch.cat((losses[block], new)) if batch else new for block, new in parts}
             means = {block: float(values.double().mean()) for block, values in losses.items()}
-            if not all(map(math.isfinite, means.values())):
-                raise UserError("the calibration loss is not a number; load the model in float32, check its weights")
             leader = min(running, key=lambda block: (means[block], block))
-            running = [b for b in running if not self._beaten(losses[b] - losses[leader])]
+            running = [b for b in running if not surely_above(losses[b] - losses[leader], 0, self.race_z)]
             if len(running) == 1:
                 break
         return leader
-
-    def _beaten(self, excess: Tensor) -> bool:
-        """Is the mean of paired differences `[sequences, scored]` surely above zero?"""
-        units = torch.cat([part.double().mean(1) for part in excess.split(_UNIT_TOKENS, dim=1)])
-        if self.race_z is None or len(units) < _LEAST_UNITS:
-            return False
-        return float(excess.double().mean()) > self.race_z * float(units.std()) / math.sqrt(len(units))

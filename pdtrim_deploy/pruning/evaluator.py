@@ -1,0 +1,87 @@
+"""Losses of many solutions, none computed twice."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.pruning.hidden_states import HiddenStates
+from pdtrim_deploy.pruning.objective import Objective
+from pdtrim_deploy.pruning.solution import Op, Solution
+
+MEMORY = 1 << 30
+
+
+class Evaluator(Protocol):
+    """What a search asks. Answers depend on the arguments alone: any number of workers gives the same.
+
+    Attributes:
+        blocks: of the dense model.
+        batches: parts of the calibration text, small ones first.
+        workers: how many solutions are evaluated at a time; searches hand over as many at once where they can.
+        block_forwards: cost so far: blocks run, times sequences; over all workers.
+
+    """
+
+    blocks: int
+    batches: int
+    workers: int
+
+    @property
+    def block_forwards(self) -> int:
+        """Blocks run, times sequences, so far."""
+        ...
+
+    def evaluate(self, solutions: Sequence[Solution], batch: int) -> list[Tensor]:
+        """For each solution float32 `[sequences, scored]`: losses on one batch; UserError when one is not a number."""
+        ...
+
+    def settle(self, solution: Solution) -> None:
+        """A hint: the solutions to come are its neighbours."""
+        ...
+
+
+class InProcess:
+    """One after another on this process's model, with hidden states kept and losses remembered.
+
+    Args:
+        memory: bytes of hidden states at most.
+
+    """
+
+    workers = 1
+
+    def __init__(self, objective: Objective, memory: int = MEMORY) -> None:
+        self.objective, self.blocks, self.batches = objective, objective.blocks, objective.batches
+        self._states, self._known = HiddenStates(objective, memory), dict[tuple[tuple[Op, ...], int], Tensor]()
+
+    @property
+    def block_forwards(self) -> int:
+        """Blocks run, times sequences, so far."""
+        return self.objective.block_forwards
+
+    def evaluate(self, solutions: Sequence[Solution], batch: int) -> list[Tensor]:
+        """Losses on one batch; UserError when one is not a number."""
+        return [self._losses(solution.route(self.blocks), batch) for solution in solutions]
+
+    def settle(self, solution: Solution) -> None:
+        """Keep this solution's hidden states before all others."""
+        self._states.settle(solution.route(self.blocks))
+
+    def _losses(self, route: tuple[Op, ...], batch: int) -> Tensor:
+        if (route, batch) not in self._known:
+            losses = self.objective.losses(batch, self._states.behind(route, batch))
+            if not bool(torch.isfinite(losses).all()):
+                raise UserError("the calibration loss is not a number; load the model in float32, check its weights")
+            self._known[route, batch] = losses
+        return self._known[route, batch]
+
+
+def mean_loss(evaluator: Evaluator, solution: Solution) -> float:
+    """Nats a token over all batches."""
+    parts = [evaluator.evaluate([solution], batch)[0] for batch in range(evaluator.batches)]
+    return float(torch.cat(parts).double().mean())
