@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple, get_args
 WireDtype = Literal["native", "fp8", "int8", "int4"]
 WIRE_DTYPES: tuple[str, ...] = get_args(WireDtype)
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "int8": 1, "uint8": 1}
-INT4_GROUP = 32
+INT4_GROUP = 64
 # So that float16 scales are aligned, and every layer's bytes are a multiple of 4.
 HEAD_DIM_MULTIPLE: dict[WireDtype, int] = {"native": 1, "fp8": 2, "int8": 2, "int4": 4}
 
@@ -25,7 +25,7 @@ class Section(NamedTuple):
 
 
 def int4_group(head_dim: int) -> int:
-    """Channels that share one int4 scale and minimum: 32, or the largest power of two that divides `head_dim`."""
+    """Channels that share one int4 scale: 64, or the largest power of two that divides `head_dim`."""
     return gcd(head_dim, INT4_GROUP)
 
 
@@ -34,8 +34,7 @@ def row_sections(wire_dtype: WireDtype, native: str, head_dim: int) -> tuple[Sec
     if wire_dtype == "native":
         return (Section(native, head_dim),)
     if wire_dtype == "int4":
-        groups = head_dim // int4_group(head_dim)
-        return Section("uint8", head_dim // 2), Section("float16", groups), Section("float16", groups)
+        return Section("uint8", head_dim // 2), Section("float16", head_dim // int4_group(head_dim))
     return Section("int8" if wire_dtype == "int8" else "float8_e4m3fn", head_dim), Section("float16", 1)
 
 

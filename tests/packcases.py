@@ -27,7 +27,7 @@ def plans(draw):
     dtype = draw(st.sampled_from(["float32", "bfloat16", "float16"]))
     action = {True: Keep(), False: Drop()}
     return PDPlan(
-        model=shape(blocks, draw(st.integers(1, 3)), draw(st.sampled_from([4, 8, 12, 64, 96])), dtype),
+        model=shape(blocks, draw(st.integers(1, 3)), draw(st.sampled_from([4, 8, 12, 64, 96, 128])), dtype),
         prefill=tuple(action[k] for k in prefill),
         decode=tuple(action[k] for k in decode),
         kv=tuple(sends),

@@ -6,7 +6,7 @@
         native  [rows, kv_heads, head_dim]    the pool's dtype
         int8    [rows, kv_heads, head_dim]    int8,          [rows, kv_heads] float16 scales
         fp8     [rows, kv_heads, head_dim]    float8_e4m3fn, [rows, kv_heads] float16 scales
-        int4    [rows, kv_heads, head_dim/2]  uint8, [rows, kv_heads, groups] float16 scales, and as many minima
+        int4    [rows, kv_heads, head_dim/2]  uint8,         [rows, kv_heads, groups] float16 scales
 
 All is little-endian and C-contiguous; codes of all rows come first, then scales of all rows, as in the CUDA kernel's
 `wire_format.h`. There is no padding, since bytes would then depend on how a prompt is cut, and none is needed: a side

@@ -12,14 +12,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pdtrim_deploy.kvcache.codecs.int4 import SLACK, halvings
+from pdtrim_deploy.kvcache.codecs.int4 import CURVE, EDGE, SLACK, halvings
 from pdtrim_deploy.wire import int4_group
 
 BLOCK_ROWS = 16
 
 
 def launch(keys: Tensor, values: Tensor, slots: Tensor, k: Sequence[Tensor], v: Sequence[Tensor]) -> None:
-    """Pack one layer's rows `slots` into its sections: K's and V's codes, scales and minima."""
+    """Pack one layer's rows `slots` into its sections: K's and V's codes and scales."""
     _, heads, head_dim = keys.shape
     grid = (triton.cdiv(len(slots), BLOCK_ROWS), heads, 2)
     send_int4_rows[grid](
@@ -28,29 +28,29 @@ def launch(keys: Tensor, values: Tensor, slots: Tensor, k: Sequence[Tensor], v: 
 
 
 def constants(heads: int, head_dim: int) -> dict[str, int | float]:
-    """What the kernel is compiled for; `FIFTEENTH` and `UNIT` as the codec has them."""
+    """What the kernel is compiled for; the floats as the codec has them."""
     unit = 2.0 ** -(halvings(head_dim) // 2)
-    fifteenth = torch.tensor(SLACK / 15).item()
+    curve, per_largest = torch.tensor([CURVE, SLACK / EDGE]).tolist()
     return {
         "HEADS": heads, "DIM": head_dim, "GROUP": int4_group(head_dim), "ROWS": BLOCK_ROWS,
-        "STAGES": halvings(head_dim), "UNIT": unit, "FIFTEENTH": fifteenth,
+        "STAGES": halvings(head_dim), "UNIT": unit, "CURVE": curve, "PER_LARGEST": per_largest,
     }  # fmt: skip
 
 
 @triton.jit
 def send_int4_rows(
-    keys, values, slots, k_codes, k_scales, k_minima, v_codes, v_scales, v_minima, rows,
+    keys, values, slots, k_codes, k_scales, v_codes, v_scales, rows,
     HEADS: tl.constexpr, DIM: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
-    STAGES: tl.constexpr, UNIT: tl.constexpr, FIFTEENTH: tl.constexpr,
+    STAGES: tl.constexpr, UNIT: tl.constexpr, CURVE: tl.constexpr, PER_LARGEST: tl.constexpr,
 ):  # fmt: skip
     """One program: `ROWS` rows of one KV head of K (grid axis 2 = 0) or V (1)."""
     GROUPS: tl.constexpr = DIM // GROUP
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     head = tl.program_id(1)
     if tl.program_id(2) == 0:
-        pool, codes, scales, minima = keys, k_codes, k_scales, k_minima
+        pool, codes, scales = keys, k_codes, k_scales
     else:
-        pool, codes, scales, minima = values, v_codes, v_scales, v_minima
+        pool, codes, scales = values, v_codes, v_scales
     live = row < rows
     slot = tl.load(slots + row, mask=live, other=0).to(tl.int64)
     at = (slot[:, None] * HEADS + head) * DIM + tl.arange(0, DIM)[None, :]
@@ -58,17 +58,17 @@ def send_int4_rows(
     for stage in tl.static_range(STAGES):
         x = butterfly(x, ROWS, DIM, 2**stage)
     x = tl.reshape(x * UNIT, [ROWS, GROUPS, GROUP])
-    minimum = half_below(tl.min(x, axis=2) + 0.0)
-    low = minimum.to(tl.float32)
-    span = tl.maximum(tl.max(x, axis=2) - low, 0.0)
-    scale = (tl.maximum(span * FIFTEENTH, 0.0) + 5.9604644775390625e-08).to(tl.float16)  # + 2^-24, not fused
-    odd = tl.sum((x * 0.0 != 0.0).to(tl.int32), axis=2) + not_finite(minimum) + not_finite(scale)
-    finite = (tl.sum(odd, axis=1) == 0)[:, None]
+    bits = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=2)  # NaN is the largest
+    largest = bits.to(tl.float32, bitcast=True)
+    wanted = tl.where(bits > 0x7F800000, largest, tl.maximum(largest * PER_LARGEST, 0.0))  # a product not to be fused
+    scale = (wanted + 5.9604644775390625e-08).to(tl.float16)  # + 2^-24
+    finite = (tl.sum(not_finite(scale), axis=1) == 0)[:, None]
     part = (row[:, None] * HEADS + head) * GROUPS + tl.arange(0, GROUPS)[None, :]
-    tl.store(scales + part, nan_unless(finite, scale), mask=live[:, None])
-    tl.store(minima + part, nan_unless(finite, minimum), mask=live[:, None])
-    y = tl.maximum((x - low[:, :, None]) * tl.math.div_rn(1.0, scale.to(tl.float32))[:, :, None], 0.0)
-    code = (y + 12582912.0).to(tl.int32, bitcast=True) & 0xF
+    shown = tl.where(bits == 0, 0, scale.to(tl.int16, bitcast=True))
+    shown = tl.where(finite, shown, 0x7E00).to(tl.int16)  # which NaN is part of the format
+    tl.store(scales + part, shown.to(tl.float16, bitcast=True), mask=live[:, None])
+    y = x * tl.math.div_rn(1.0, scale.to(tl.float32))[:, :, None]
+    code = (tl.minimum(y * (CURVE - tl.abs(y)), 8.0) + 8.0).to(tl.int32) & 0xF
     code = tl.where(finite, tl.reshape(code, [ROWS, DIM]), 0)
     first, second = tl.split(tl.permute(tl.reshape(code, [ROWS, 2, DIM // 2]), (0, 2, 1)))
     byte = (row[:, None] * HEADS + head) * (DIM // 2) + tl.arange(0, DIM // 2)[None, :]
@@ -83,21 +83,6 @@ def butterfly(x, ROWS: tl.constexpr, DIM: tl.constexpr, H: tl.constexpr):
 
 
 @triton.jit
-def half_below(x):
-    """The largest float16 that is not above x."""
-    nearest = x.to(tl.float16)
-    bits = nearest.to(tl.int16, bitcast=True)
-    below = tl.where(bits < 0, bits + 1, bits - 1).to(tl.int16)
-    return tl.where(nearest.to(tl.float32) > x, below, bits).to(tl.float16, bitcast=True)
-
-
-@triton.jit
 def not_finite(half):
     """1 for infinities and NaN, else 0."""
     return ((half.to(tl.int16, bitcast=True) & 0x7C00) == 0x7C00).to(tl.int32)
-
-
-@triton.jit
-def nan_unless(finite, half):
-    """`half` where `finite`, else the NaN of the format."""
-    return tl.where(finite, half.to(tl.int16, bitcast=True), 0x7E00).to(tl.int16).to(tl.float16, bitcast=True)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pdtrim_deploy.kvcache.codecs import CODECS, get_codec
-from pdtrim_deploy.kvcache.codecs.int4 import float16_below, hadamard
+from pdtrim_deploy.kvcache.codecs.int4 import CURVE, EDGE, LEVELS, hadamard
 from pdtrim_deploy.wire import ITEM_BYTES, WIRE_DTYPES, packed_row_bytes, row_sections
 
 
@@ -30,8 +30,8 @@ def test_item_bytes_are_torchs():
 
 @pytest.mark.parametrize("head_dim", [4, 8, 64, 80, 96, 112, 128, 256])
 def test_int4_bytes_of_real_head_sizes(head_dim):
-    group = {4: 4, 8: 8, 80: 16, 112: 16}.get(head_dim, 32)
-    assert packed_row_bytes("int4", "bfloat16", 3, head_dim) == 3 * (head_dim // 2 + 4 * head_dim // group)
+    group = {4: 4, 8: 8, 80: 16, 96: 32, 112: 16}.get(head_dim, 64)
+    assert packed_row_bytes("int4", "bfloat16", 3, head_dim) == 3 * (head_dim // 2 + 2 * head_dim // group)
 
 
 def test_int8_codes_and_scale():
@@ -56,12 +56,46 @@ def test_fp8_codes_are_e4m3():
     assert codes.float().tolist() == [[[448.0, -1.0, 0.0625, 16.0]]]
 
 
-def test_int4_halves_of_a_byte():
-    rotated = torch.tensor([[[0.0, 1.0, 2.0, 15.0]]])
-    codes, scale, minimum = encode("int4", hadamard(rotated) / 4 * 2)
-    assert codes.tolist() == [[[0 + 16 * 2, 1 + 16 * 15]]]
-    assert minimum.item() == 0
+def test_int4_halves_of_a_byte_and_cells():
+    """On the levels' scale: edges of cells belong to the upper one, but the slack keeps the largest in the last."""
+    rotated = torch.tensor([[[-1.6, 0.0, 1.5, 0.3]]])
+    codes, scale = encode("int4", hadamard(rotated) / 4 * 2)
     assert 1 <= scale.item() <= 1.002
+    assert codes.tolist() == [[[0 + 16 * 15, 8 + 16 * 9]]]  # 1.5 * (6.6 - 1.5) = 7.65, 0.3 * (6.6 - 0.3) = 1.89
+
+
+def test_int4_zeros_and_the_least():
+    rows = torch.zeros(3, 1, 64)
+    rows[1, 0, 0], rows[2] = 2.0**-30, -0.0
+    codes, scale = encode("int4", rows)
+    assert scale.flatten().tolist() == [0, 2.0**-24, 0]
+    assert (codes == 0x88).all()
+    back = get_codec("int4").decode([codes, scale])
+    assert (back[[0, 2]] == 0).all()
+    assert 0 < back[1].norm() < 2.0**-24
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_int4_magnitudes_at_the_end_of_float16(dim):
+    rows = torch.tensor([7.3e4, 1.1e5]).view(2, 1, 1) * torch.ones(2, 1, dim) / dim**0.5
+    codes, scale = encode("int4", rows)
+    finite = get_codec("int4").decode([codes, scale]).isfinite().all(-1).flatten().tolist()
+    assert finite == [True, False]
+    assert not codes[1].any()
+
+
+def test_int4_levels_are_the_means_of_their_cells():
+    """Of normal values in groups of 64; and the squared error is the docstring's."""
+    groups = torch.randn(40_000, 64, generator=torch.Generator().manual_seed(0))
+    scale = groups.abs().amax(-1, keepdim=True) / EDGE
+    y = groups / scale
+    codes, levels = (y * (CURVE - y.abs()) + 8).floor().clamp_(0, 15).long(), torch.tensor(LEVELS)
+    for code, level in enumerate(LEVELS):
+        weights = scale.square().expand_as(y)[codes == code]
+        mean = (y[codes == code] * weights).sum() / weights.sum()
+        assert abs(mean - level) < 0.003, code
+    error = (levels[codes] * scale - groups).square().sum() / groups.square().sum()
+    assert 0.0075 < error < 0.0081
 
 
 @pytest.mark.parametrize(("dim", "block"), [(1, 1), (2, 2), (16, 16), (128, 128), (96, 32), (80, 16)])
@@ -72,13 +106,3 @@ def test_the_rotation_is_sylvesters_matrix_on_blocks(dim, block):
         sylvester = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), sylvester)
     assert torch.equal(matrix, torch.block_diag(*[sylvester] * (dim // block)))
     assert torch.equal(hadamard(matrix), block * torch.eye(dim))
-
-
-def test_float16_below_is_the_largest_not_above():
-    halves = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16)
-    halves = halves[halves.isfinite()].float().sort().values.unique()
-    between = (halves[:-1] + halves[1:]) / 2
-    assert torch.equal(float16_below(halves).float(), halves)
-    assert torch.equal(float16_below(between).float(), halves[:-1])
-    assert float16_below(torch.tensor([1e6, -1e6, torch.inf])).tolist() == [65504, -torch.inf, torch.inf]
-    assert float16_below(torch.tensor([torch.nan])).isnan().all()

@@ -54,7 +54,7 @@ def test_int4_compiles_to_ptx(capability, tmp_path, monkeypatch):
     for pool in POOLS:
         signature = dict.fromkeys(("keys", "values"), pool) | {"slots": "*i64"}
         for side in "kv":
-            signature |= {f"{side}_codes": "*u8", f"{side}_scales": "*fp16", f"{side}_minima": "*fp16"}
+            signature |= {f"{side}_codes": "*u8", f"{side}_scales": "*fp16"}
         signature |= {"rows": "i32"} | dict.fromkeys(made, "constexpr")
         source = ASTSource(send_int4_rows, signature, made)
         ptx = triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["ptx"]

@@ -54,8 +54,7 @@ def check_every_value():
         if dtype == torch.bfloat16:  # the interpreter reads its subnormals wrongly
             pool = torch.where(pool.abs() < torch.finfo(dtype).smallest_normal, 0, pool)
         sections = [
-            [torch.zeros(len(pool), 8, n, dtype=t) for n, t in ((32, torch.uint8), (2, torch.half), (2, torch.half))]
-            for _ in range(2)
+            [torch.zeros(len(pool), 8, n, dtype=t) for n, t in ((32, torch.uint8), (1, torch.half))] for _ in range(2)
         ]
         get_codec("int4").encode(pool, slice(0, len(pool)), sections[0])
         triton_int4.launch(pool, pool, torch.arange(len(pool)), sections[1], sections[1])

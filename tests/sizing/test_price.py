@@ -46,13 +46,13 @@ def sent_by_hand(send: KVSend, isl: int) -> int:
 
 
 def row(plan: PDPlan, wire: str = "native") -> int:
-    """K and V of one token of one layer; int4 has a scale and a minimum for each group, the others one scale a head."""
+    """K and V of one token of one layer; int4 has one scale a group, the others one a head."""
     m = plan.model
     head = {
         "native": m.head_dim * DTYPE_BYTES[m.kv_dtype],
         "fp8": m.head_dim + 2,
         "int8": m.head_dim + 2,
-        "int4": m.head_dim // 2 + 4 * (m.head_dim // {8: 8, 48: 16}.get(m.head_dim, 32)),
+        "int4": m.head_dim // 2 + 2 * (m.head_dim // {8: 8, 48: 16}.get(m.head_dim, 64)),
     }[wire]
     return 2 * m.num_kv_heads * head
 

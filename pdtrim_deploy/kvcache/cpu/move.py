@@ -21,7 +21,7 @@ class _Side(ctypes.Structure):
     """struct PdtrimSide."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("pool", "slots", "codes", "scales", "minima")),
+        *((name, ctypes.c_void_p) for name in ("pool", "slots", "codes", "scales")),
         *((name, ctypes.c_int64) for name in ("stride", "pool_slots", "rows", "wire")),
     )
 
@@ -58,7 +58,7 @@ def move(
             parts = [slots[lo:hi] for lo, hi in rows.ranges]
             picked[rows.ranges] = parts[0] if len(parts) == 1 else torch.cat(parts)
         offsets = section_offsets(rows, side, native, heads, dim)[:-1]
-        sections = [base + offset for offset in offsets] + [None] * (3 - len(offsets))
+        sections = [base + offset for offset in offsets] + [None] * (2 - len(offsets))
         sides[at] = _Side(
             pool.data_ptr(), picked[rows.ranges].data_ptr(), *sections,
             pool.stride(0) * item, len(pool), rows.rows, WIRE_DTYPES.index(rows.wire_dtype),

@@ -27,8 +27,10 @@ enum Wire : int32_t { kNative, kFp8, kInt8, kInt4 };
 
 constexpr int kLanes = 16;
 constexpr int kMaxDim = 1024;
-constexpr int kGroup = 32;
-constexpr float kFifteenth = float((1 + 0x1p-10) / 15);  // rounded up: no code of int4 overflows
+constexpr int kGroup = 64;
+constexpr float kCurve = 6.6f, kPerLargest = float((1 + 0x1p-10) / 1.6);  // of int4; a scale is rounded up
+constexpr float kLevels[16] = {-1.5093f, -1.1933f, -0.9707f, -0.7669f, -0.5782f, -0.4017f, -0.2352f, -0.077f,
+                              0.077f, 0.2352f, 0.4017f, 0.5782f, 0.7669f, 0.9707f, 1.1933f, 1.5093f};
 constexpr uint16_t kHalfNaN = 0x7e00;
 constexpr float kHalfMax = 65504.0f;
 constexpr int64_t kAheadBytes = 1536;  // of scattered rows that are fetched before their turn
@@ -161,16 +163,6 @@ inline u16 to_half(f32 x) {
 #endif
 }
 
-inline u16 to_half_below(f32 x) {  // the largest that is not above x
-#if defined(__AVX512F__)
-  return u16(_mm512_cvtps_ph(__m512(x), _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC));
-#else
-  const u16 half = to_half(x);
-  const u32 bits = widen(half), next = (bits & 0x8000u) != 0 ? bits + 1u : bits - 1u;
-  return __builtin_convertvector(from_half(half) > x ? next : bits, u16);
-#endif
-}
-
 inline float from_half(uint16_t half) {
   u16 one{};
   one[0] = half;
@@ -239,6 +231,8 @@ inline u8 load_codes(const uint8_t* from, int lanes) {
 // --- int8 and fp8 ---------------------------------------------------------------------------------------------------
 
 inline u32 larger(u32 a, u32 b) { return a > b ? a : b; }
+
+inline uint32_t larger(uint32_t a, uint32_t b) { return a > b ? a : b; }
 
 inline uint32_t largest_lane(u32 x) {
   uint32_t most = 0;
@@ -332,17 +326,10 @@ inline f32 butterfly(f32 x) {  // lanes i and i ^ h become their sum and differe
   return exact_fma(x, sign, __builtin_shuffle(x, lane ^ h));
 }
 
-// Sylvester's Hadamard matrix on blocks of `size` values, a power of two, by sums and differences in this order.
-inline void rotate(f32* x, int vectors, int size) {
-#pragma GCC unroll 16
-  for (int v = 0; v < vectors; ++v) {
-    if (size > 1) x[v] = butterfly<1>(x[v]);
-    if (size > 2) x[v] = butterfly<2>(x[v]);
-    if (size > 4) x[v] = butterfly<4>(x[v]);
-    if (size > 8) x[v] = butterfly<8>(x[v]);
-  }
+// Vectors v and v + h become their sum and difference, for h = first, 2 first, .. below `size`.
+inline void rotate_vectors(f32* x, int vectors, int first, int size) {
 #pragma GCC unroll 8
-  for (int h = 1; h < size / kLanes; h *= 2) {
+  for (int h = first; h < size; h *= 2) {
 #pragma GCC unroll 16
     for (int v = 0; v < vectors; ++v) {
       if (v & h) continue;
@@ -352,157 +339,217 @@ inline void rotate(f32* x, int vectors, int size) {
   }
 }
 
+// Sylvester's Hadamard matrix on blocks of `size` values, a power of two, by sums and differences in this order.
+inline void rotate(f32* x, int vectors, int size) {
+  for (int v = 0; v < vectors; ++v) {
+    if (size > 1) x[v] = butterfly<1>(x[v]);
+    if (size > 2) x[v] = butterfly<2>(x[v]);
+    if (size > 4) x[v] = butterfly<4>(x[v]);
+    if (size > 8) x[v] = butterfly<8>(x[v]);
+  }
+  rotate_vectors(x, vectors, 1, size / kLanes);
+}
+
+// The same on one block of kDim values, vectors of the even and of the odd ones of each 32 in turn: a bfloat16 pool is
+// read and written in such pairs without a shuffle, and so are the codes.
+template <int kDim>
+inline void rotate_pairs(f32* x) {
+  constexpr int kVectors = kDim / kLanes;
+#pragma GCC unroll 16
+  for (int v = 0; v < kVectors; v += 2) {
+    const f32 a = x[v], b = x[v + 1];
+    x[v] = a + b, x[v + 1] = a - b;
+  }
+#pragma GCC unroll 16
+  for (int v = 0; v < kVectors; ++v) x[v] = butterfly<8>(butterfly<4>(butterfly<2>(butterfly<1>(x[v]))));
+  rotate_vectors(x, kVectors, 2, kVectors);
+}
+
+template <Dtype dtype>
+inline void load_pair(const uint8_t* from, f32& even, f32& odd) {
+  if constexpr (dtype == kBFloat16) {
+    const u32 both = get<u32>(from);
+    even = bits_as<f32>(both << 16), odd = bits_as<f32>(both & 0xffff0000u);
+  } else {
+    const i32 twice = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
+    const f32 a = load<dtype>(from, kLanes), b = load<dtype>(from + kLanes * (dtype == kFloat32 ? 4 : 2), kLanes);
+    even = __builtin_shuffle(a, b, twice), odd = __builtin_shuffle(a, b, twice + 1);
+  }
+}
+
+template <Dtype dtype>
+inline void store_pair(uint8_t* to, f32 even, f32 odd) {
+  if constexpr (dtype == kBFloat16) {
+    set(to, widen(to_bfloat(even)) | widen(to_bfloat(odd)) << 16);
+  } else {
+    const i32 zip = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
+    store<dtype>(to, __builtin_shuffle(even, odd, zip), kLanes);
+    store<dtype>(to + kLanes * (dtype == kFloat32 ? 4 : 2), __builtin_shuffle(even, odd, zip + 8), kLanes);
+  }
+}
 
 inline int log2_of(int size) { return __builtin_ctz(size); }
 inline float half_to_the(int n) { return bits_as<float>(uint32_t(127 - n) << 23); }
 inline int int4_group(int dim) { return (dim & -dim) < kGroup ? dim & -dim : kGroup; }
 
 struct Steps {  // how the values of a group become codes: of four groups, each in a quarter of the lanes
-  float low[kLanes], by[kLanes];
-  u16 minimum, scale;
+  float by[kLanes];
+  u16 scale;
 };
 
-// From the least and the largest of a group before they are multiplied by `unit`, a power of two; `low` and `by` are
-// for such values too. `broken` becomes NaN if minimum or scale is not finite.
-inline Steps steps_of(f32 low, f32 high, float unit, f32& broken) {
+// From the bits of the largest magnitude of a group before it is multiplied by `unit`, a power of two; `by` is for
+// such values too. `broken` becomes NaN if the scale is not finite.
+inline Steps steps_of(u32 most, float unit, f32& broken) {
   Steps steps;
-  steps.minimum = to_half_below(low * unit + 0.0f);  // no -0, which a minimum keeps or not
-  const f32 minimum = from_half(steps.minimum);
-  steps.scale = to_half(larger(high * unit - minimum, f32{}) * kFifteenth + 0x1p-24f);
-  const f32 scale = from_half(steps.scale);
-  broken = exact_fma(minimum, f32{}, exact_fma(scale, f32{}, broken));
-  set(steps.low, minimum * (1.0f / unit));
-  set(steps.by, (1.0f / scale) * unit);
+  const f32 largest = bits_as<f32>(most) * unit;
+  const u16 scale = to_half(largest * kPerLargest + 0x1p-24f);
+  const f32 wide = from_half(scale);
+  broken = exact_fma(wide, f32{}, broken);
+  set(steps.by, (1.0f / wide) * unit);
+  steps.scale = scale & __builtin_convertvector(bits_as<u32>(largest) != 0u, u16);  // 0 for zeros
   return steps;
 }
 
-// In the low bits, 0 to 15: x is at least `low`.
-inline u32 int4_codes(f32 x, float low, float by) { return bits_as<u32>((x - low) * by + 12582912.0f); }
-
-// Quarter g of the result: quarters of the least (largest) of the 16 lanes of m[g].
-template <f32 (*best)(f32, f32)>
-inline f32 reduce_four(const f32 (&m)[4]) {
-  const i32 low = {0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23}, even = {0, 1, 2, 3, 8, 9, 10, 11,
-                                                                                   16, 17, 18, 19, 24, 25, 26, 27};
-  const i32 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  const f32 a = best(__builtin_shuffle(m[0], m[1], low), __builtin_shuffle(m[0], m[1], low + 8));
-  const f32 b = best(__builtin_shuffle(m[2], m[3], low), __builtin_shuffle(m[2], m[3], low + 8));
-  const f32 c = best(__builtin_shuffle(a, b, even), __builtin_shuffle(a, b, even + 4));
-  const f32 d = best(c, __builtin_shuffle(c, lane ^ 2));
-  return best(d, __builtin_shuffle(d, lane ^ 1));
+inline f32 int4_place(f32 x, float by) {  // 0 .. 16, of which the code is the whole part
+  const f32 y = x * by;
+  return y * (kCurve - bits_as<f32>(bits_as<u32>(y) & 0x7fffffffu)) + 8.0f;
 }
 
-// Whatever the vectors of a head, `group` of theirs at a time: for head sizes that 32 does not divide.
-inline void encode_groups(const f32* x, int dim, float unit, uint8_t* codes, uint16_t* scales, uint16_t* minima, f32& broken) {
-  const int group = int4_group(dim);
-  float flat[kMaxDim];
-  memcpy(flat, x, sizeof(float) * dim);
-  for (int at = 0; at < dim; at += group, ++scales, ++minima) {
-    float low = flat[at], high = low;
-    for (int i = at + 1; i < at + group; ++i) low = flat[i] < low ? flat[i] : low, high = flat[i] > high ? flat[i] : high;
-    const Steps steps = steps_of(all(low), all(high), unit, broken);
-    *scales = steps.scale[0], *minima = steps.minimum[0];
-    for (int i = at; i < at + group; ++i) {
-      flat[i] = bits_as<float>(uint32_t(int4_codes(all(flat[i]), steps.low[0], steps.by[0])[0]));
-    }
-  }
-  for (int i = 0; i < dim / 2; ++i) {
-    codes[i] = uint8_t(bits_as<uint32_t>(flat[i]) + (bits_as<uint32_t>(flat[i + dim / 2]) << 4));
+inline u32 int4_codes(f32 x, float by) { return u32(__builtin_convertvector(int4_place(x, by), i32)); }
+
+inline f32 int4_levels(u32 codes) {  // of the low 4 bits
+#if defined(__AVX512F__)
+  return f32(_mm512_permutexvar_ps(__m512i(codes), __m512(get<f32>(kLevels))));
+#else
+  return __builtin_shuffle(get<f32>(kLevels), i32(codes & 15u));
+#endif
+}
+
+// Quarter g of the result: quarters of the largest of the 16 lanes of m[g].
+inline u32 reduce_four(const u32 (&m)[4]) {
+  const u32 low = {0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23};
+  const u32 even = {0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27};
+  const u32 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const u32 a = larger(__builtin_shuffle(m[0], m[1], low), __builtin_shuffle(m[0], m[1], low + 8));
+  const u32 b = larger(__builtin_shuffle(m[2], m[3], low), __builtin_shuffle(m[2], m[3], low + 8));
+  const u32 c = larger(__builtin_shuffle(a, b, even), __builtin_shuffle(a, b, even + 4));
+  const u32 d = larger(c, __builtin_shuffle(c, lane ^ 2));
+  return larger(d, __builtin_shuffle(d, lane ^ 1));
+}
+
+// Heads with a scale that is not finite: all their scales become NaN, their codes 0.
+inline void mark_broken(int heads, int dim, int groups, uint8_t* codes, uint16_t* scales) {
+  for (int h = 0; h < heads; ++h, scales += groups, codes += dim / 2) {
+    bool bad = false;
+    for (int g = 0; g < groups; ++g) bad |= (scales[g] & 0x7c00) == 0x7c00;
+    if (!bad) continue;
+    for (int g = 0; g < groups; ++g) scales[g] = kHalfNaN;
+    memset(codes, 0, dim / 2);
   }
 }
 
+// Several heads of 64 or 128 channels, one scale for four vectors; up to four groups.
 template <Dtype dtype, int kDim, int kHeads>
-inline void encode_int4(const uint8_t* from, int dim, uint8_t* codes, uint16_t* scales, uint16_t* minima) {
-  constexpr int item = dtype == kFloat32 ? 4 : 2, kVectors = (kDim ? kDim : kMaxDim) / kLanes;
-  dim = kDim ? kDim : dim;
-  const int vectors = (dim + kLanes - 1) / kLanes, size = dim & -dim, groups = dim / int4_group(dim);
+inline void encode_int4(const uint8_t* from, uint8_t* codes, uint16_t* scales) {
+  constexpr int item = dtype == kFloat32 ? 4 : 2, kVectors = kDim / kLanes, kGroups = kDim / kGroup * kHeads;
+  const float unit = half_to_the(log2_of(kDim) / 2);
   f32 x[kHeads][kVectors], broken{};
+  u32 most[kGroups];
 #pragma GCC unroll 4
   for (int h = 0; h < kHeads; ++h) {
 #pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v) {
-      const int at = v * kLanes, lanes = dim - at < kLanes ? dim - at : kLanes;
-      x[h][v] = load<dtype>(from + (h * dim + at) * item, lanes);
-    }
-    rotate(x[h], vectors, size);
-#pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v) broken = exact_fma(x[h][v], f32{}, broken);  // NaN once a value is not finite
+    for (int v = 0; v < kVectors; v += 2) load_pair<dtype>(from + (h * kDim + v * kLanes) * item, x[h][v], x[h][v + 1]);
+    rotate_pairs<kDim>(x[h]);
   }
-  const float unit = half_to_the(log2_of(size) / 2);
-  if (int4_group(dim) == kGroup) {  // a vector lies in one group; four groups at a time, of any heads
-    Steps steps[(kHeads * kVectors + 7) / 8];
-#pragma GCC unroll 2
-    for (int four = 0; four * 4 < kHeads * groups; ++four) {
-      f32 low[4], high[4];
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
-        const int at = four * 4 + i, g = at < kHeads * groups ? at : kHeads * groups - 1;
-        const f32 *const pair = &x[g / groups][g % groups * 2];
-        low[i] = smaller(pair[0], pair[1]), high[i] = larger(pair[0], pair[1]);
-      }
-      steps[four] = steps_of(reduce_four<smaller>(low), reduce_four<larger>(high), unit, broken);
-    }
-#pragma GCC unroll 8
-    for (int g = 0; g < kHeads * groups; ++g) {
-      scales[g] = steps[g / 4].scale[g % 4 * 4], minima[g] = steps[g / 4].minimum[g % 4 * 4];
-    }
+  for (int g = 0; g < kGroups; ++g) {
+    const f32* const group = &x[0][0] + g * 4;
+    u32 bits[4];
 #pragma GCC unroll 4
-    for (int h = 0; h < kHeads; ++h) {
+    for (int i = 0; i < 4; ++i) bits[i] = bits_as<u32>(group[i]) & 0x7fffffffu;
+    most[g] = larger(larger(bits[0], bits[1]), larger(bits[2], bits[3]));  // NaN is the largest
+  }
+  static_assert(kGroups <= 4, "one reduction");
+  constexpr int last = kGroups - 1;
+  const u32 four = reduce_four({most[0], most[last < 1 ? last : 1], most[last < 2 ? last : 2], most[last]});
+  const Steps steps = steps_of(four, unit, broken);
+#pragma GCC unroll 4
+  for (int g = 0; g < kGroups; ++g) scales[g] = steps.scale[g * 4];
+#pragma GCC unroll 4
+  for (int h = 0; h < kHeads; ++h) {
 #pragma GCC unroll 8
-      for (int v = 0; v < vectors / 2; ++v) {
-        const int w = v + vectors / 2, g = h * groups + v / 2, k = h * groups + w / 2;
-        const u32 first = int4_codes(x[h][v], steps[g / 4].low[g % 4 * 4], steps[g / 4].by[g % 4 * 4]);
-        const u32 second = int4_codes(x[h][w], steps[k / 4].low[k % 4 * 4], steps[k / 4].by[k % 4 * 4]);
-        set(codes + h * dim / 2 + v * kLanes, narrow(first + (second << 4)));
-      }
-    }
-  } else {
-    for (int h = 0; h < kHeads; ++h) {
-      encode_groups(x[h], dim, unit, codes + h * dim / 2, scales + h * groups, minima + h * groups, broken);
+    for (int v = 0; v < kVectors / 2; v += 2) {
+      const int w = v + kVectors / 2;
+      const float first = steps.by[(h * kVectors + v) / 4 * 4], second = steps.by[(h * kVectors + w) / 4 * 4];
+      const u32 even = int4_codes(x[h][v], first) | int4_codes(x[h][w], second) << 4;
+      const u32 odd = int4_codes(x[h][v + 1], first) | int4_codes(x[h][w + 1], second) << 4;
+      set(codes + h * kDim / 2 + v * kLanes, __builtin_convertvector(even | odd << 8, u16));
     }
   }
-  if (__builtin_expect(!all_zero(broken), 0)) {
-    for (int h = 0; h < kHeads; ++h, scales += groups, minima += groups, codes += dim / 2) {
-      bool bad = false;
-      for (int v = 0; v < vectors; ++v) bad |= !all_zero(x[h][v] * 0.0f);
-      for (int g = 0; g < groups; ++g) bad |= (scales[g] & 0x7c00) == 0x7c00 || (minima[g] & 0x7c00) == 0x7c00;
-      if (!bad) continue;
-      for (int g = 0; g < groups; ++g) scales[g] = minima[g] = kHalfNaN;
-      memset(codes, 0, dim / 2);
-    }
-  }
+  if (__builtin_expect(!all_zero(broken), 0)) mark_broken(kHeads, kDim, kDim / kGroup, codes, scales);
 }
 
 template <Dtype dtype, int kDim>
-inline void decode_int4(const uint8_t* codes, const uint16_t* scales, const uint16_t* minima, int dim, uint8_t* to) {
-  constexpr int item = dtype == kFloat32 ? 4 : 2, kVectors = (kDim ? kDim : kMaxDim) / kLanes;
-  dim = kDim ? kDim : dim;
-  const int vectors = (dim + kLanes - 1) / kLanes, size = dim & -dim, group = int4_group(dim), groups = dim / group;
-  const float unit = half_to_the((log2_of(size) + 1) / 2);
+inline void decode_int4(const uint8_t* codes, const uint16_t* scales, uint8_t* to) {
+  constexpr int item = dtype == kFloat32 ? 4 : 2, kVectors = kDim / kLanes;
+  const float unit = half_to_the((log2_of(kDim) + 1) / 2);
   f32 x[kVectors];
-  if (group == kGroup) {
 #pragma GCC unroll 8
-    for (int v = 0; v < vectors / 2; ++v) {
-      const i32 pair = widen(get<u8>(codes + v * kLanes));
-      x[v] = to_float(pair & 15);
-      x[v + vectors / 2] = to_float(pair >> 4);
-    }
+  for (int v = 0; v < kVectors / 2; v += 2) {
+    const int w = v + kVectors / 2;
+    const float first = from_half(scales[v / 4]), second = from_half(scales[w / 4]);
+    const u32 both = widen(get<u16>(codes + v * kLanes));
+    x[v] = int4_levels(both) * first, x[v + 1] = int4_levels(both >> 8) * first;
+    x[w] = int4_levels(both >> 4) * second, x[w + 1] = int4_levels(both >> 12) * second;
+  }
+  rotate_pairs<kDim>(x);
 #pragma GCC unroll 8
-    for (int g = 0; g < groups; ++g) {
-      const float scale = from_half(scales[g]), minimum = from_half(minima[g]);
-      x[2 * g] = x[2 * g] * scale + minimum;
-      x[2 * g + 1] = x[2 * g + 1] * scale + minimum;
-    }
-  } else {
-    float flat[kVectors * kLanes] = {};
-    for (int i = 0; i < dim; ++i) {
-      const int code = i < dim / 2 ? codes[i] & 15 : codes[i - dim / 2] >> 4;
-      flat[i] = float(code) * from_half(scales[i / group]) + from_half(minima[i / group]);
-    }
-    memcpy(x, flat, sizeof(f32) * vectors);
+  for (int v = 0; v < kVectors; v += 2) store_pair<dtype>(to + v * kLanes * item, x[v] * unit, x[v + 1] * unit);
+}
+
+// One head of any size.
+template <Dtype dtype>
+void encode_int4(const uint8_t* from, int dim, uint8_t* codes, uint16_t* scales) {
+  constexpr int item = dtype == kFloat32 ? 4 : 2;
+  const int vectors = (dim + kLanes - 1) / kLanes, size = dim & -dim, group = int4_group(dim);
+  const float unit = half_to_the(log2_of(size) / 2);
+  f32 x[kMaxDim / kLanes], broken{};
+  for (int v = 0; v < vectors; ++v) {
+    const int lanes = dim - v * kLanes;
+    x[v] = load<dtype>(from + v * kLanes * item, lanes < kLanes ? lanes : kLanes);
   }
   rotate(x, vectors, size);
-#pragma GCC unroll 8
+  uint32_t flat[kMaxDim];
+  memcpy(flat, x, sizeof(float) * dim);
+  for (int at = 0, g = 0; at < dim; at += group, ++g) {
+    uint32_t most = 0;
+    for (int i = at; i < at + group; ++i) most = larger(flat[i] & 0x7fffffffu, most);
+    const Steps steps = steps_of(u32{} + most, unit, broken);
+    scales[g] = steps.scale[0];
+    for (int i = at; i < at + group; ++i) {
+      const float y = bits_as<float>(flat[i]) * steps.by[0];
+      flat[i] = uint32_t(int32_t(y * (kCurve - std::fabs(y)) + 8.0f));
+    }
+  }
+  for (int i = 0; i < dim / 2; ++i) codes[i] = uint8_t(flat[i] | flat[i + dim / 2] << 4);
+  if (!all_zero(broken)) mark_broken(1, dim, dim / group, codes, scales);
+}
+
+template <Dtype dtype>
+void decode_int4(const uint8_t* codes, const uint16_t* scales, int dim, uint8_t* to) {
+  constexpr int item = dtype == kFloat32 ? 4 : 2;
+  const int vectors = (dim + kLanes - 1) / kLanes, size = dim & -dim, group = int4_group(dim);
+  const float unit = half_to_the((log2_of(size) + 1) / 2);
+  float flat[kMaxDim] = {};
+  for (int at = 0; at < dim; at += group) {
+    const float scale = from_half(scales[at / group]);
+    for (int i = at; i < at + group; ++i) {
+      flat[i] = kLevels[i < dim / 2 ? codes[i] & 15 : codes[i - dim / 2] >> 4] * scale;
+    }
+  }
+  f32 x[kMaxDim / kLanes];
+  memcpy(x, flat, sizeof(f32) * vectors);
+  rotate(x, vectors, size);
   for (int v = 0; v < vectors; ++v) {
     const int lanes = dim - v * kLanes;
     store<dtype>(to + v * kLanes * item, x[v] * unit, lanes < kLanes ? lanes : kLanes);
@@ -521,7 +568,6 @@ struct PdtrimSide {
   const int64_t* slots;  // [rows]
   uint8_t* codes;
   uint16_t* scales;
-  uint16_t* minima;
   int64_t stride;  // bytes
   int64_t pool_slots;
   int64_t rows;
@@ -559,7 +605,6 @@ struct Row {
   uint8_t* values;
   uint8_t* codes;
   uint16_t* scales;
-  uint16_t* minima;
   int dim, groups, heads;
   int64_t next;  // bytes to a row that comes soon, to be fetched; 0 when the processor does by itself
 
@@ -568,22 +613,24 @@ struct Row {
     for (; heads >= kHeads; heads -= kHeads) {
       if (next) expect(values + next, kHeads * dim * item, !kPack);
       if constexpr (wire == kInt4 && kPack) {
-        encode_int4<dtype, kDim, kHeads>(values, dim, codes, scales, minima);
+        kDim ? encode_int4<dtype, kDim ? kDim : 64, kHeads>(values, codes, scales)
+             : encode_int4<dtype>(values, dim, codes, scales);
       } else if constexpr (kPack) {
         encode_heads<dtype, wire, kDim, kHeads>(values, dim, codes, scales);
       } else {
         for (int h = 0; h < kHeads; ++h) {
           uint8_t* const to = values + h * dim * item;
           if constexpr (wire == kInt4) {
-            const int at = h * groups;
-            decode_int4<dtype, kDim>(codes + h * dim / 2, scales + at, minima + at, dim, to);
+            const uint8_t* const at = codes + h * dim / 2;
+            kDim ? decode_int4<dtype, kDim ? kDim : 64>(at, scales + h * groups, to)
+                 : decode_int4<dtype>(at, scales + h * groups, dim, to);
           } else {
             decode_head<dtype, wire, kDim>(codes + h * dim, scales[h], dim, to);
           }
         }
       }
       values += kHeads * dim * item, codes += kHeads * dim / (wire == kInt4 ? 2 : 1);
-      scales += kHeads * groups, minima += kHeads * groups;
+      scales += kHeads * groups;
     }
     if constexpr (kHeads > 1) move<kHeads - 1>();
   }
@@ -607,7 +654,7 @@ void move_rows(const PdtrimSide& side, const PdtrimShape& shape, int64_t first, 
     } else {
       const int64_t at = r * heads;
       uint8_t* const codes = side.codes + at * dim / (wire == kInt4 ? 2 : 1);
-      Row<dtype, wire, kDim, kPack>{row, codes, side.scales + at * groups, side.minima + at * groups, dim, groups, heads, next}
+      Row<dtype, wire, kDim, kPack>{row, codes, side.scales + at * groups, dim, groups, heads, next}
           .template move<kDim == 128 ? 2 : kDim == 64 ? 4 : 1>();
     }
   }
