@@ -28,9 +28,9 @@ class Percentiles(BaseModel):
     p99: float | None
 
     @classmethod
-    def of(cls, seconds: list[float]) -> Percentiles:
+    def of(cls, seconds: Sequence[float] | np.ndarray) -> Percentiles:
         """Percentiles (linear interpolation) of samples in seconds."""
-        if not seconds:
+        if not len(seconds):
             return cls(**dict.fromkeys(cls.model_fields))
         values = np.percentile(seconds, PERCENTILES) * 1e3
         return cls(**{name: round(float(v), 3) for name, v in zip(cls.model_fields, values, strict=True)})

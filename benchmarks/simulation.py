@@ -1,0 +1,140 @@
+"""The simulation of a PD cluster against a measured pair, then larger than this machine -> results/simulation.json.
+
+`make bench-simulation`. A bundle is served as 1 prefill + 1 decode worker. Closed loops at several lengths and
+concurrencies give the workers' rates; other loads (open loops, mixed lengths) are measured and simulated with the
+same requests, and the errors stand in `rows`. All loads take turns, in rounds, so that what else the machine does
+falls on all of them. What `clusters` says is simulated only, from rates that are assumed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from __results import write
+
+from pdtrim_deploy.bundle import Bundle
+from pdtrim_deploy.cache import Cache
+from pdtrim_deploy.loadtest import LoadResult, Scenario, Workers, driver
+from pdtrim_deploy.loadtest.scenario import Arrivals, Lengths
+from pdtrim_deploy.loadtest.schedule import jobs
+from pdtrim_deploy.pipeline import build
+from pdtrim_deploy.recipe import Recipe
+from pdtrim_deploy.serving import cluster_of
+from pdtrim_deploy.simulation import Cluster, Load, simulate
+from pdtrim_deploy.sizing import Link
+from pdtrim_deploy.sizing.rates import Rates
+
+ROOT = Path(__file__).resolve().parent.parent
+OUT = ROOT / "out" / "bench-simulation"
+LOOPBACK = Link(8e9)  # 1 GB/s; the rates' transfer_ms holds what a transfer takes here
+# Closed loops: requests, clients, prompt, answer.
+CALIBRATION = {
+    "short prompts": (3, 1, 64, 8),
+    "long prompts": (3, 1, 384, 8),
+    "1 at once": (3, 1, 192, 48),
+    "2 at once": (4, 2, 192, 48),
+    "4 at once": (8, 4, 192, 48),
+    "8 at once": (8, 8, 192, 48),
+}
+# Open loops: arrivals a second, requests.
+CHECKS = {"Poisson 0.5/s": (0.5, 20), "Poisson 0.8/s": (0.8, 32)}
+PROMPT, ANSWER = Lengths.between(96, 352), Lengths.between(12, 36)
+COMPARED = ("ttft_ms", "itl_ms", "tpot_ms", "e2e_ms")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bundle", help="by default recipes/smollm2-quick.yaml is built")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--again", action="store_true", help="simulate again what was measured last")
+    asked = parser.parse_args()
+    bundle = Bundle.open(Path(asked.bundle)) if asked.bundle else built()
+    kept = OUT / "measured.json"
+    if not asked.again:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(json.dumps(measured(bundle, asked)))
+    found = {n: [LoadResult.model_validate(r) for r in results] for n, results in json.loads(kept.read_text()).items()}
+    rates = Rates.measured([(name, result) for name in CALIBRATION for result in found[name]])
+    print(rates.model_dump_json())
+    rows = [check(name, found[name], rates, bundle, asked) for name in (*CALIBRATION, *CHECKS)]
+    for row in rows:
+        print(row["load"], {name: f"{error:+.0%}" for name, error in row["errors"].items()})
+    worst = {kind: worst_of(rows, names) for kind, names in (("calibration", CALIBRATION), ("check", CHECKS))}
+    print(worst)
+    write("simulation", asked, [{"rates": rates.model_dump(), "worst_error": worst}, *rows])
+
+
+def built() -> Bundle:
+    """The one that bench-engines uses."""
+    recipe = Recipe.load(ROOT / "recipes" / "smollm2-quick.yaml")
+    return build(recipe, ROOT / "out" / "bench-engines", Cache.default(), print)
+
+
+def scenario(name: str, number: int, seed: int) -> Scenario:
+    """Of one round."""
+    seed += 1000 * number
+    if name in CALIBRATION:
+        requests, clients, prompt, answer = CALIBRATION[name]
+        return Scenario.closed(requests, clients, (prompt,) * 2, (answer,) * 2, warmup=0, seed=seed)
+    rate, requests = CHECKS[name]
+    arrivals = Arrivals(kind="poisson", rate=rate)
+    return Scenario(
+        name="check", arrivals=arrivals, input=PROMPT, output=ANSWER, requests=requests, warmup=0, seed=seed
+    )
+
+
+def measured(bundle: Bundle, asked: argparse.Namespace) -> dict[str, list[Any]]:
+    """A result a round of every load."""
+    found: dict[str, list[Any]] = {name: [] for name in (*CALIBRATION, *CHECKS)}
+    drive = driver("builtin")
+    with cluster_of(bundle, say=print) as cluster:
+        workers = Workers.of(cluster)
+        drive(cluster.url, Scenario.closed(4, 2, (192, 192), (8, 8), warmup=0, seed=asked.seed + 99))
+        for number in range(asked.rounds):
+            for name, results in found.items():
+                result = LoadResult.measure(drive, "builtin", cluster.url, scenario(name, number, asked.seed), workers)
+                if result.failed:
+                    raise SystemExit(f"{name}: {result.failed} requests failed: {result.failure_details}")
+                print(f"{name}: TTFT {result.ttft_ms.p50} ITL {result.itl_ms.p50} {result.client.bottleneck or ''}")
+                results.append(result.model_dump(mode="json"))
+    return found
+
+
+def check(
+    name: str, found: list[LoadResult], rates: Rates, bundle: Bundle, asked: argparse.Namespace
+) -> dict[str, Any]:
+    """Mean over rounds of what was measured, and of what the simulation of the same requests says."""
+    pair = Cluster(1, 1, rates, bundle.plan.payload_bytes, LOOPBACK)
+    said: dict[str, list[tuple[float, float]]] = {}
+    for number, result in enumerate(found):
+        asked_for = scenario(name, number, asked.seed)
+        load = Load.of(tuple(jobs(asked_for)), clients=asked_for.arrivals.clients)
+        figures = simulate(pair, load).figures()
+        for metric in COMPARED:
+            for share in ("p50", "p90"):
+                both = getattr(getattr(result, metric), share), getattr(getattr(figures, metric), share)
+                said.setdefault(f"{metric} {share}", []).append(both)
+        said.setdefault("output tokens/s", []).append((result.output_tokens_per_s, figures.output_tokens_per_s))
+    means = {key: (fmean(a for a, _ in both), fmean(b for _, b in both)) for key, both in said.items()}
+    return {
+        "load": name,
+        "used": "calibration" if name in CALIBRATION else "check",
+        "measured": {key: round(a, 2) for key, (a, _) in means.items()},
+        "simulated": {key: round(b, 2) for key, (_, b) in means.items()},
+        "errors": {key: round(b / a - 1, 4) for key, (a, b) in means.items()},
+    }
+
+
+def worst_of(rows: list[dict[str, Any]], names: dict[str, Any]) -> dict[str, float]:
+    """The largest error of each figure over these loads."""
+    chosen = [row["errors"] for row in rows if row["load"] in names]
+    return {key: max((errors[key] for errors in chosen), key=abs) for key in chosen[0]}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,7 @@
+"""A PD cluster as a discrete-event simulation: nothing here is measured, all of it follows from given rates."""
+
+from pdtrim_deploy.simulation.cluster import Cluster, simulate
+from pdtrim_deploy.simulation.load import Load
+from pdtrim_deploy.simulation.result import Simulated
+
+__all__ = ["Cluster", "Load", "Simulated", "simulate"]

@@ -1,0 +1,165 @@
+"""How many workers of each stage, and what link, carry a rate within an SLO. Closed forms; a simulation can check them.
+
+Waiting is bounded by Lundberg's inequality: in a first-come queue whose service takes s and whose gaps are sums of n
+exponential ones of rate r (what is left of Poisson arrivals that n workers take in turns), P(wait > t) <= exp(-k t),
+where k > 0 solves n ln(1 + k/r) = k s. For n = 1 it is the M/D/1 queue.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from pdtrim_deploy.plan import PDPlan
+from pdtrim_deploy.sizing.link import Link
+from pdtrim_deploy.sizing.rates import Rates
+
+MISSED = 0.025  # share of requests that may wait longer than allowed for: at prefill, and again at the link
+NORMAL_95 = 1.645
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What is to be carried: requests/s of `isl` + `osl` tokens; 95% of them with TTFT and mean ITL within the SLO.
+
+    `link` is one for all requests, or one of each prefill worker when `link_each`; at most `max_utilisation` of it.
+    """
+
+    rate: float
+    isl: int
+    osl: int
+    ttft_s: float
+    itl_s: float
+    link: Link
+    link_each: bool = False
+    max_utilisation: float = 0.8
+
+
+class Sizing(BaseModel):
+    """Workers of each stage; None, and `problem` says why, where no number of them would do.
+
+    Attributes:
+        decode_batch: largest batch whose step is within the SLO's ITL, measured, and held by the pool.
+        ttft_p95_ms: upper bound with these workers and the goal's link.
+        link_bits_per_s_needed: smallest with which these prefill workers keep the SLO.
+
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    prefill_workers: int | None = None
+    decode_workers: int | None = None
+    decode_batch: int | None = None
+    ttft_p95_ms: float | None = None
+    link_bits_per_s_needed: float | None = None
+    problem: str | None = None
+
+
+def rates_of(plan: PDPlan, unpruned: Rates) -> Rates:
+    """Of a plan's stages: by their share of the blocks."""
+    blocks = plan.model.num_blocks
+    return unpruned.scaled(len(plan.prefill_layers) / blocks, len(plan.kv) / blocks)
+
+
+def size(rates: Rates, request_bytes: int, goal: Goal) -> Sizing:
+    """The fewest workers of each stage that carry `goal`."""
+    batch = _batch(rates, goal)
+    if batch < 1:
+        if rates.pool_tokens is not None and rates.pool_tokens < goal.isl + goal.osl:
+            held = f"pool_tokens {rates.pool_tokens} hold no request of {goal.isl + goal.osl} tokens"
+            return Sizing(problem=f"{held}; raise them or shorten --isl and --osl")
+        step = rates.steps_s()[1] * 1e3
+        return Sizing(problem=f"a decode step of one request takes {step:.4g} ms; raise --slo-itl above it")
+    decode = _decode_workers(rates, goal, batch)
+    wire = request_bytes / goal.link.bytes_per_s
+    prefill = _prefill_workers(rates, goal, batch, wire)
+    known: dict[str, Any] = {"decode_workers": decode, "decode_batch": batch}
+    if prefill is None:
+        prefill = _prefill_workers(rates, goal, batch, 0.0)
+        if prefill is None:
+            least = _parts_s(rates, goal, batch) * 1e3
+            said = f"TTFT is {least:.4g} ms without any load and link; raise --slo-ttft above it"
+            return Sizing(problem=said, **known)
+        needed = _link_needed(rates, goal, batch, prefill, request_bytes)
+        said = f"the {goal.link} link is too slow; {Link(needed)} would do"
+        return Sizing(link_bits_per_s_needed=needed, problem=said, **known)
+    return Sizing(
+        prefill_workers=prefill,
+        ttft_p95_ms=_ttft_s(rates, goal, batch, prefill, wire) * 1e3,
+        link_bits_per_s_needed=_link_needed(rates, goal, batch, prefill, request_bytes),
+        **known,
+    )
+
+
+def wait_s(rate: float, turns: int, service_s: float, missed: float = MISSED) -> float:
+    """Bound that a share `missed` of waits may exceed; infinite when the queue cannot follow."""
+    if rate * service_s >= turns:
+        return math.inf
+    low, high = 0.0, 1.0 / service_s if service_s else math.inf
+    if math.isinf(high):
+        return 0.0
+    while turns * math.log1p(high / rate) > high * service_s:
+        low, high = high, 2 * high
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if turns * math.log1p(middle / rate) > middle * service_s else (low, middle)
+    return math.log(1 / missed) / high if high else math.inf
+
+
+def _batch(rates: Rates, goal: Goal) -> int:
+    """No larger than was measured: beyond, step times are extrapolated."""
+    most = min(rates.max_running, max(rates.decode_step_ms))
+    if rates.pool_tokens is not None:
+        most = min(most, rates.pool_tokens // (goal.isl + goal.osl))
+    steps = rates.steps_s()
+    return max((batch for batch in range(1, most + 1) if steps[batch] <= goal.itl_s), default=0)
+
+
+def _decode_workers(rates: Rates, goal: Goal, batch: int) -> int:
+    """So many that a worker's batch, about Poisson, is at most `batch` 95% of the time, by Little's law."""
+    root = (math.sqrt(NORMAL_95**2 + 4 * batch) - NORMAL_95) / 2  # m + 1.645 sqrt(m) = batch
+    in_decode = goal.rate * (goal.osl - 1) * rates.steps_s()[batch]
+    return max(1, math.ceil(in_decode / root**2))
+
+
+def _prefill_workers(rates: Rates, goal: Goal, batch: int, wire_s: float) -> int | None:
+    service, least = rates.alone_s(goal.isl), max(1, math.floor(goal.rate * rates.alone_s(goal.isl)))
+    if _parts_s(rates, goal, batch) + wire_s > goal.ttft_s or (not goal.link_each and not _carries(goal, wire_s, 1)):
+        return None
+    # With a worker for each request in the service time nobody waits; a shared link's wait does not depend on workers.
+    for workers in range(least, least + 10_000):
+        if _carries(goal, wire_s, workers) and _ttft_s(rates, goal, batch, workers, wire_s) <= goal.ttft_s:
+            return workers
+        if goal.rate * service < workers / 100:
+            return None
+    return None
+
+
+def _carries(goal: Goal, wire_s: float, workers: int) -> bool:
+    return goal.rate * wire_s / (workers if goal.link_each else 1) <= goal.max_utilisation
+
+
+def _parts_s(rates: Rates, goal: Goal, batch: int) -> float:
+    """TTFT without waiting and link: its parts, and a whole step of decode that runs when KV arrives."""
+    return (rates.overhead_ms + rates.transfer_ms) / 1e3 + rates.alone_s(goal.isl) + rates.steps_s()[batch]
+
+
+def _ttft_s(rates: Rates, goal: Goal, batch: int, workers: int, wire_s: float) -> float:
+    """Bound of its 95th percentile."""
+    waits = wait_s(goal.rate, workers, rates.alone_s(goal.isl))
+    waits += wait_s(goal.rate / (workers if goal.link_each else 1), 1, wire_s)
+    return _parts_s(rates, goal, batch) + wire_s + waits
+
+
+def _link_needed(rates: Rates, goal: Goal, batch: int, workers: int, request_bytes: int) -> float:
+    """In bits/s, to 0.1%."""
+    low, high = 1.0, 1e18
+    while high / low > 1.001:
+        middle = math.sqrt(low * high)
+        wire = request_bytes * 8 / middle
+        enough = _carries(goal, wire, workers) and _ttft_s(rates, goal, batch, workers, wire) <= goal.ttft_s
+        low, high = (low, middle) if enough else (middle, high)
+    return high
