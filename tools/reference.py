@@ -18,6 +18,7 @@ from pdtrim_deploy.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 METRICS = ROOT / "plugins" / "pdtrim_sglang" / "metrics.py"
+ENDS: dict[str, tuple[str, ...]] = {"Histogram": ("_bucket", "_sum", "_count"), "Counter": ("_total",), "Gauge": ()}
 
 
 def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
@@ -113,18 +114,18 @@ def metrics() -> str:
     """What the plugin exports, read from the calls that make the metrics."""
     rows = []
     for node in ast.walk(ast.parse(METRICS.read_text())):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("Histogram", "Counter"):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ENDS:
             name, text, *labels = (ast.literal_eval(argument) for argument in node.args)
-            ends = ("_bucket", "_sum", "_count") if node.func.id == "Histogram" else ("_total",)
+            ends = ENDS[node.func.id]
             label = f", by {', '.join(labels[0])}" if labels else ""
-            rows.append((f"`{name}`", node.func.id.lower() + label, ", ".join(f"`{e}`" for e in ends), text))
+            rows.append((f"`{name}`", node.func.id.lower() + label, ", ".join(f"`{e}`" for e in ends) or "-", text))
     assert rows, "no metric was found"
     return "\n\n".join(
         [
             "# Metrics",
             "Each prefill worker counts what it sends, once a request, when it ends (`--enable-metrics`, `/metrics`; "
-            "`serve` and the manifests switch it on). SGLang's own metrics stand beside them. A Grafana dashboard of "
-            "both: `pdtrim-deploy deploy dashboard`.",
+            "`serve` and the manifests switch it on); the gauges are of both stages. SGLang's own metrics stand beside "
+            "them. A Grafana dashboard of both: `pdtrim-deploy deploy dashboard`.",
             table(("name", "kind", "samples end in", "what"), rows),
         ]
     )

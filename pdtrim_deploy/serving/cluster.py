@@ -6,7 +6,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 
@@ -52,6 +52,7 @@ class Cluster:
         self.spec, self.environment, self.log_dir, self._say = spec, environment, log_dir.resolve(), say
         self._processes: dict[str, ServerProcess] = {}
         self._temporary: Path | None = None
+        self.secret: Path | None = None  # the file that its workers share, while it runs
 
     @property
     def url(self) -> str:
@@ -69,6 +70,11 @@ class Cluster:
         """The router's log file."""
         return self._processes["router"].log
 
+    @property
+    def router_pid(self) -> int:
+        """The router's process."""
+        return self._processes["router"].pid
+
     def __enter__(self) -> Cluster:
         try:
             self._start()
@@ -85,6 +91,28 @@ class Cluster:
         for process in self._processes.values():
             if process.exit_code() is not None:
                 raise ServingError(process.obituary())
+
+    def restart(self, name: str, spec: WorkerSpec | None = None) -> None:
+        """End `router` or a worker, if it still runs, start it anew (as `spec` says) and wait until it serves.
+
+        Raises:
+            ServingError: as on entering; the other programs go on.
+
+        """
+        self._processes[name].finish(0.0)
+        deadline = time.monotonic() + self.spec.start_timeout_s
+        if name == "router":
+            self._start_router(deadline)
+            return
+        new = spec or next(worker for worker in self.spec.workers if worker.name == name)
+        self.spec = replace(self.spec, workers=tuple(new if w.name == name else w for w in self.spec.workers))
+        self._start_worker(new)
+        self._until(lambda: probe.is_healthy(new.url), deadline, name)
+        for prefill in self.spec.prefill:
+            for decode in self.spec.decode:
+                if new in (prefill, decode):
+                    self._probe_pair(prefill, decode, deadline)
+        self._say(f"{name} is up again at {new.url}")
 
     def wait(self) -> None:
         """Block until a program ends; always raises."""
@@ -108,18 +136,27 @@ class Cluster:
         self.log_dir.mkdir(parents=True, exist_ok=True)
         # A short path: SGLang's unix sockets lie in it, and their names are limited to 107 bytes.
         self._temporary = Path(tempfile.mkdtemp(prefix="pdtrim-"))
-        python, workers = self.environment.python, self.spec.workers
         deadline = time.monotonic() + self.spec.start_timeout_s
-        secret = commands.write_secret(self._temporary)
-        for worker in workers:
-            env = commands.worker_environment(python, worker, len(workers), self._temporary)
-            self._launch(worker.name, commands.worker_command(python, worker, len(workers), secret), env)
-        for worker in workers:
+        self.secret = commands.write_secret(self._temporary)
+        for worker in self.spec.workers:
+            self._start_worker(worker)
+        for worker in self.spec.workers:
             self._until(lambda w=worker: probe.is_healthy(w.url), deadline, worker.name)  # type: ignore[misc]
             self._say(f"{worker.name} is up at {worker.url}")
         for prefill in self.spec.prefill:
             for decode in self.spec.decode:
                 self._probe_pair(prefill, decode, deadline)
+        self._start_router(deadline)
+
+    def _start_worker(self, worker: WorkerSpec) -> None:
+        assert self._temporary is not None
+        python, workers = self.environment.python, len(self.spec.workers)
+        env = commands.worker_environment(python, worker, workers, self._temporary)
+        self._launch(worker.name, commands.worker_command(python, worker, workers, self.secret), env)
+
+    def _start_router(self, deadline: float) -> None:
+        assert self._temporary is not None
+        python = self.environment.python
         env = commands.router_environment(python, self._temporary)
         self._launch("router", commands.router_command(python, self.spec), env)
         self._probe_router(deadline)

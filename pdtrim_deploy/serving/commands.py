@@ -23,6 +23,8 @@ ENGINE_PACKAGE, ENGINE_MODEL = "pdtrim_sglang.models", "PDTrimStageForCausalLM"
 SPARSE_BACKEND = "torch_native"
 # Where the plugin finds the secret that all workers of a cluster share (pdtrim_sglang.secret).
 SECRET_FILE = "pdtrim_secret_file"
+# And what its transport is told (pdtrim_sglang.options).
+TRANSPORT = "pdtrim_transport"
 # Of ours, and would lead the other environment's Python to our packages.
 FOREIGN = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
 
@@ -48,6 +50,8 @@ def worker_command(python: Path, worker: WorkerSpec, workers: int, secret: Path 
     override: dict[str, object] = {SECRET_FILE: str(secret)} if secret is not None else {}
     if worker.engine is not None:
         override |= {"architectures": [ENGINE_MODEL], "pdtrim_engine": worker.engine.as_config()}
+    if worker.transport:
+        override[TRANSPORT] = dict(worker.transport)
     if override:
         arguments["--json-model-override-args"] = json.dumps(override)
     if worker.bootstrap_port is not None:

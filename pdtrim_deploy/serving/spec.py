@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.serving.engines import Engine, Executor
@@ -42,7 +42,8 @@ class WorkerOptions:
 class WorkerSpec:
     """One SGLang worker. `index` counts within its stage, `slot` over all workers (it chooses the GPU).
 
-    `engine` computes its forward pass; None: SGLang's own torch model does.
+    `engine` computes its forward pass; None: SGLang's own torch model does. `transport` holds what its transport is
+    told beside its name (`pdtrim_sglang.options.TransportOptions`): sizes, deadlines, addresses.
     """
 
     stage: Stage
@@ -53,6 +54,7 @@ class WorkerSpec:
     bootstrap_port: int | None
     options: WorkerOptions
     engine: Engine | None = None
+    transport: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:

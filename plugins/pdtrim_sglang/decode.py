@@ -13,6 +13,7 @@ from pdtrim_deploy.kvcache.layout import chunk_layout
 from pdtrim_deploy.plan import PDPlan
 from pdtrim_sglang.messages import Register
 from pdtrim_sglang.messages import Room as RoomMessage
+from pdtrim_sglang.metrics import HeldMetrics
 from pdtrim_sglang.pool import PoolView
 from pdtrim_sglang.protocol import VERSION, ChunkHeader, ProtocolError, Reply
 from pdtrim_sglang.rooms import AuxRows, DecodeRoom
@@ -41,21 +42,22 @@ class DecodeSide:
         self._manager, self._plan, self._pool, self._aux, self._config = manager, plan, pool, aux, config
         self._digest = bytes.fromhex(plan.digest)
         self._rooms: dict[int, DecodeRoom] = {}
+        self._metrics = HeldMetrics()
         _, make_server = transport_named(transport)
         self._server = make_server(manager.local_ip, self, config)
-        self.session = f"{self._server.host}:{self._server.port}"
+        self.session = config.announce or f"{self._server.host}:{self._server.port}"
         threading.Thread(target=self._control, daemon=True).start()
 
     def register_message(self) -> list[bytes]:
         """Sent once to each prefill rank, before its first room."""
-        manager = self._manager
+        manager, (host, _, port) = self._manager, self.session.rpartition(":")
         return Register(
             session=self.session,
-            host=manager.local_ip,
+            host=host,
             control_port=manager.rank_port,
             protocol=VERSION,
             digest=self._plan.digest,
-            data_port=self._server.port,
+            data_port=int(port),
             tp_size=manager.attn_tp_size,
             aux_item_bytes=self._aux.item_bytes,
         ).frames()
@@ -77,12 +79,18 @@ class DecodeSide:
         """Accept chunks for a request whose destination `pages` (int32) SGLang has just allocated."""
         slots = self._pool.slots(pages, prompt_tokens - prefix_tokens)
         self._rooms[room] = DecodeRoom(room, prompt_tokens, prefix_tokens, slots, aux_index)
+        self._held()
 
     def close_room(self, room: int) -> None:
         """Accept no more: call before SGLang may free the pages. Waits for a scatter under way."""
         entry = self._rooms.pop(room, None)
         if entry is not None:
             entry.close()
+            self._held()
+
+    def _held(self) -> None:
+        connections, staging_bytes = self._server.held()
+        self._metrics.held(len(self._rooms), staging_bytes, connections)
 
     def admit(self, header: ChunkHeader) -> None:
         """The lengths must be the plan's, before a byte of the body is read."""

@@ -77,8 +77,7 @@ def _kv_class(original: Callable[..., Any], transfer_backend: Any, class_type: A
 
     if not str(transfer_backend.value).startswith("pdtrim_") or class_type == KVClassType.KVARGS:
         return original(transfer_backend, class_type)
-    from sglang.srt.disaggregation.common.conn import CommonKVBootstrapServer
-
+    from pdtrim_sglang.bootstrap import PDTrimBootstrapServer
     from pdtrim_sglang.manager import PDTrimKVManager
     from pdtrim_sglang.receiver import PDTrimKVReceiver
     from pdtrim_sglang.sender import PDTrimKVSender
@@ -87,7 +86,7 @@ def _kv_class(original: Callable[..., Any], transfer_backend: Any, class_type: A
         KVClassType.MANAGER: PDTrimKVManager,
         KVClassType.SENDER: PDTrimKVSender,
         KVClassType.RECEIVER: PDTrimKVReceiver,
-        KVClassType.BOOTSTRAP_SERVER: CommonKVBootstrapServer,
+        KVClassType.BOOTSTRAP_SERVER: PDTrimBootstrapServer,
     }[class_type]
 
 

@@ -11,13 +11,13 @@ from pdtrim_deploy.plan import PDPlan, Stage
 from pdtrim_sglang import hooks
 from pdtrim_sglang.control import protect
 from pdtrim_sglang.decode import DecodeSide
+from pdtrim_sglang.options import transport_config
 from pdtrim_sglang.plan_source import check_fits, dense_plan, read_plan
 from pdtrim_sglang.pool import PoolView
 from pdtrim_sglang.prefill import PrefillSide
 from pdtrim_sglang.requirements import check_options
 from pdtrim_sglang.rooms import AuxRows
 from pdtrim_sglang.secret import read_secret
-from pdtrim_sglang.transports import TransportConfig
 from pdtrim_sglang.transports.handshake import Credentials
 
 
@@ -60,7 +60,8 @@ class PDTrimKVManager(CommonKVManager):
         self.plan = self._given_plan or dense_plan(len(view.keys), pool)
         check_fits(self.plan, stage, pool, self.attn_tp_size if self._given_plan else 1)
         aux = AuxRows(tuple(self.kv_args.aux_data_ptrs), tuple(self.kv_args.aux_item_lens))
-        self.transport_config = TransportConfig(credentials=Credentials(bytes.fromhex(self.plan.digest), self._secret))
+        credentials = Credentials(bytes.fromhex(self.plan.digest), self._secret)
+        self.transport_config = transport_config(self.server_args.json_model_override_args, credentials)
         transport = self.server_args.disaggregation_transfer_backend.removeprefix("pdtrim_")
         side = (self, self.plan, view, aux, transport, self.transport_config)
         if stage == "prefill":

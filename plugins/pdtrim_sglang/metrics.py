@@ -1,11 +1,33 @@
-"""What a prefill worker says of its transfers, as Prometheus histograms (`--enable-metrics`, `/metrics`)."""
+"""What a worker says of its transfers, for Prometheus (`--enable-metrics`, `/metrics`)."""
 
 from __future__ import annotations
+
+from typing import Literal
 
 from pdtrim_sglang.peer import RoomProgress
 
 
-class TransferMetrics:
+class HeldMetrics:
+    """What a worker holds for transfers under way: all falls back to where it was when they have ended."""
+
+    def __init__(self) -> None:
+        from prometheus_client import Gauge
+
+        mode: Literal["livesum"] = "livesum"  # ranks add up
+        self._rooms = Gauge("pdtrim_kv_open_requests", "Requests whose transfer is open", multiprocess_mode=mode)
+        self._staging = Gauge("pdtrim_kv_staging_held_bytes", "Staging memory in use", multiprocess_mode=mode)
+        self._peers = Gauge(
+            "pdtrim_kv_peers", "Workers of the other stage that it keeps a connection for", multiprocess_mode=mode
+        )
+
+    def held(self, rooms: int, staging_bytes: int, peers: int) -> None:
+        """What it is now."""
+        self._rooms.set(rooms)
+        self._staging.set(staging_bytes)
+        self._peers.set(peers)
+
+
+class TransferMetrics(HeldMetrics):
     """Observed once a request, when it ends.
 
     prometheus_client chooses between one and many processes when it is first imported, and SGLang sets that up
@@ -15,6 +37,7 @@ class TransferMetrics:
     def __init__(self) -> None:
         from prometheus_client import Counter, Histogram
 
+        super().__init__()
         sizes = [float(1 << n) for n in range(10, 37, 2)]
         self._payload = Histogram("pdtrim_kv_payload_bytes", "Packed KV bytes sent for a request", buckets=sizes)
         self._wire = Histogram("pdtrim_kv_wire_bytes", "All bytes sent for a request, headers and aux", buckets=sizes)

@@ -20,7 +20,7 @@ from pdtrim_sglang.protocol import ChunkHeader, Reply
 from pdtrim_sglang.rooms import AuxRows
 from pdtrim_sglang.staging import Span
 from pdtrim_sglang.transports import SendChannel, TransportConfig
-from pdtrim_sglang.transports.base import TransportError
+from pdtrim_sglang.transports.base import TransportError, UnreachableError
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,7 @@ class Owner(Protocol):
     def progress(self, room: int) -> RoomProgress | None: ...
     def fail(self, room: int, reason: str) -> None: ...
     def arrived(self, room: int) -> None: ...
+    def released(self) -> None: ...
 
 
 class Peer:
@@ -94,14 +95,28 @@ class Peer:
         self._owner, self._plan, self._pool, self._aux, self._rank = owner, plan, pool, aux, rank
         self._digest = bytes.fromhex(plan.digest)
         self._channel = make_channel(host, port, self, config)
-        self._chunks: queue.SimpleQueue[Chunk] = queue.SimpleQueue()
+        self._chunks: queue.SimpleQueue[tuple[float, Chunk] | None] = queue.SimpleQueue()
         self._unanswered: set[int] = set()
+        self._sending, self._lost = False, False
         self._lock = threading.Lock()  # over progress: a reply may overtake the return of its own send
         threading.Thread(target=self._run, daemon=True).start()
 
     def submit(self, chunk: Chunk) -> None:
         """Queue one chunk; chunks of a room leave in the order they came."""
-        self._chunks.put(chunk)
+        self._chunks.put((time.monotonic(), chunk))
+
+    @property
+    def gone(self) -> bool:
+        """Whether its connection was lost and nothing is on its way: it may be closed, and made anew when needed."""
+        return self._lost and not self._sending and not self._unanswered and self._chunks.empty()
+
+    def abandon(self) -> None:
+        """It has gone silent: break the connection, all that waits for a reply fails, what comes next connects anew."""
+        self._channel.abandon()
+
+    def close(self) -> None:
+        """End its thread and its connection; call it when it is `gone`."""
+        self._chunks.put(None)
 
     def on_reply(self, reply: Reply) -> None:
         """Called by the channel for each chunk, in order."""
@@ -119,6 +134,7 @@ class Peer:
     def on_lost(self, reason: str) -> None:
         """Called by the channel when its connection broke."""
         lost, self._unanswered = self._unanswered, set()
+        self._lost = True
         for room in lost:
             self._owner.fail(room, reason)
 
@@ -129,14 +145,27 @@ class Peer:
         self._owner.arrived(room)
 
     def _run(self) -> None:
-        while True:
-            chunk = self._chunks.get()
+        failed_at, why = 0.0, ""
+        while (item := self._chunks.get()) is not None:
+            self._sending = True
+            queued_at, chunk = item
             try:
-                self._send(chunk)
+                if queued_at < failed_at:  # it waited for the attempt that failed: one deadline for all, not one each
+                    self._owner.fail(chunk.room, why)
+                else:
+                    self._send(chunk)
+            except UnreachableError as error:
+                failed_at, why = time.monotonic(), str(error)
+                self._lost = True
+                self._owner.fail(chunk.room, why)
             except TransportError as error:
                 self._owner.fail(chunk.room, str(error))
             except Exception as error:  # whatever it was, it ends this request and not this thread
                 self._owner.fail(chunk.room, f"packing failed: {error}")
+            self._sending = False
+            del item, chunk  # it may hold staging memory
+            self._owner.released()
+        self._channel.close()
 
     def _send(self, chunk: Chunk) -> None:
         for event in chunk.events:
@@ -163,6 +192,7 @@ class Peer:
         if chunk.last:
             progress.last_sent = time.monotonic()
         wire_bytes = self._channel.send(header, aux, payload)
+        self._lost = False
         with self._lock:
             progress.sent += 1
             progress.wire_bytes += wire_bytes

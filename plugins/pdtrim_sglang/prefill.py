@@ -47,7 +47,9 @@ class PrefillSide:
     ) -> None:
         self._manager, self._plan, self._pool, self._aux, self._config = manager, plan, pool, aux, config
         self._make_channel, _ = transport_named(transport)
+        self._known: dict[str, Register] = {}
         self._peers: dict[str, Peer] = {}
+        self._peers_lock = threading.Lock()
         self._rejected: dict[str, str] = {}
         self._progress: dict[int, RoomProgress] = {}
         self._senders: set[int] = set()
@@ -79,6 +81,7 @@ class PrefillSide:
         """The scheduler has a sender for this room; returns where its progress will be written."""
         self._senders.add(room)
         progress = self._progress[room] = RoomProgress()
+        self.released()
         return progress
 
     def sender_closed(self, room: int) -> None:
@@ -87,6 +90,12 @@ class PrefillSide:
         self._progress.pop(room, None)
         if self.staging is not None:
             self.staging.forget(room)
+        self.released()
+
+    def released(self) -> None:
+        """Something was taken or given back: write down what is held now."""
+        used = self.staging.used_bytes if self.staging is not None else 0
+        self._metrics.held(rooms=len(self._progress), staging_bytes=used, peers=len(self._peers))
 
     def progress(self, room: int) -> RoomProgress | None:
         """Bytes and times of a room, None when it has no sender."""
@@ -105,8 +114,10 @@ class PrefillSide:
         parts = self._parts(chunk)
         progress.queued += len(parts)
         progress.started = progress.started or time.monotonic()
-        for part in parts:
-            self._peers[info.session].submit(part)
+        with self._peers_lock:
+            peer = self._peer(info.session)
+            for part in parts:
+                peer.submit(part)
 
     def _parts(self, chunk: Chunk) -> list[Chunk]:
         """The chunk, cut where rows lie in the staging arena and where they must be gathered from its pages."""
@@ -126,6 +137,14 @@ class PrefillSide:
         logger.warning("pdtrim: room %s failed: %s", room, reason)
         self._manager.conclude_failure(bootstrap_room=room, failure_reason=reason)
         self._metrics.ended("failed")
+
+    def stalled(self, room: int, reason: str) -> None:
+        """The decode worker has been silent for too long: end the request, and the connection with it."""
+        info = next(iter(self._manager.transfer_infos.get(room, {}).values()), None)
+        self.fail(room, reason)
+        peer = self._peers.get(info.session) if info is not None else None
+        if peer is not None:
+            peer.abandon()
 
     def arrived(self, room: int) -> None:
         """Every chunk of the room was acknowledged."""
@@ -169,11 +188,17 @@ class PrefillSide:
             self._rejected[message.session] = reason
             return
         self._rejected.pop(message.session, None)
-        if message.session not in self._peers:
+        self._known[message.session] = message
+        with self._peers_lock:  # a restarted decode worker is a new one: what it leaves behind ends here
+            for session in [session for session, peer in self._peers.items() if peer.gone]:
+                self._peers.pop(session).close()
+
+    def _peer(self, session: str) -> Peer:
+        if session not in self._peers:
+            known = self._known[session]
             context = (self, self._plan, self._pool, self._aux, self._manager.prefill_rank)
-            self._peers[message.session] = Peer(
-                message.host, message.data_port, self._make_channel, self._config, *context
-            )
+            self._peers[session] = Peer(known.host, known.data_port, self._make_channel, self._config, *context)
+        return self._peers[session]
 
     def _open(self, message: Room) -> None:
         manager = self._manager
@@ -184,7 +209,7 @@ class PrefillSide:
         manager.update_status(message.room, KVPoll.Bootstrapping)
         manager.transfer_infos[message.room] = {message.session: info}
         reason = self._rejected.get(message.session, "")
-        if not reason and message.session not in self._peers:
+        if not reason and message.session not in self._known:
             reason = f"decode worker {message.session} never registered"
         if not reason and message.destinations != 1:
             reason = f"{message.destinations} decode ranks want one prefill rank's KV: use the same --tp-size"

@@ -76,7 +76,7 @@ class PDTrimKVSender(CommonKVSender):
             silence = time.monotonic() - last_sent
             if silence > self.kv_mgr.transport_config.stall_seconds:
                 reason = f"decode did not acknowledge the KV within {silence:.0f} s"
-                self.kv_mgr.prefill_side.fail(self.bootstrap_room, reason)
+                self.kv_mgr.prefill_side.stalled(self.bootstrap_room, reason)
         return super().poll()
 
     def abort(self) -> None:

@@ -53,7 +53,7 @@ class Manager:
 def prefill(manager):
     side = object.__new__(PrefillSide)
     side._manager, side._plan, side._aux = manager, PLAN, AuxRows((), ())
-    side._peers, side._rejected, side._senders = {}, {}, set()
+    side._known, side._peers, side._rejected, side._senders = {}, {}, {}, set()
     from collections import deque
 
     side._tombstones = deque()
@@ -88,7 +88,7 @@ def test_prefill_opens_nothing(frames):
     manager = Manager()
     side = prefill(manager)
     side._handle(frames)
-    assert not side._peers
+    assert not side._known
     assert all(status == KVPoll.Failed for status in manager.request_status.values())
 
 
@@ -113,5 +113,5 @@ def test_another_plan_makes_no_peer():
     side = prefill(Manager())
     message = Register(**WHO, protocol=VERSION, digest="0" * 64, data_port=7, tp_size=1, aux_item_bytes=())
     side._handle(message.frames())
-    assert not side._peers
+    assert not side._known
     assert "plans differ" in side._rejected[message.session]

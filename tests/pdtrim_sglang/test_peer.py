@@ -48,6 +48,9 @@ class Owner:
     def arrived(self, room):
         pass
 
+    def released(self):
+        pass
+
 
 @pytest.fixture
 def world():

@@ -112,6 +112,11 @@ class Staging:
         self._requests: dict[int, str] = {}
         self._spans: dict[int, list[Span]] = {}
 
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of the arena that some span, or a chunk on its way, holds."""
+        return self._arena.used_bytes
+
     def expect(self, rid: str, room: int, prompt_tokens: int) -> None:
         """Request `rid` will be computed, and its KV sent to `room`."""
         self._expected[rid], self._requests[room] = _Expected(room, prompt_tokens), rid

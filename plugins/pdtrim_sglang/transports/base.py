@@ -22,6 +22,9 @@ class TransportConfig:
         connect_seconds: deadline to reach a decode worker, and again to know each other.
         stall_seconds: longest silence inside a frame, or between a request's last chunk and its reply.
         connections: most that a server keeps at once, those that have not shown yet who they are among them.
+        port: where a decode worker listens; 0: wherever the system says.
+        announce: `host:port` at which prefill workers reach it, where that is another (a forwarded port, a proxy).
+        accept_unauthenticated: the user knows that this transport lets strangers write, and wants it all the same.
         credentials: what a connection's ends show each other before the first chunk.
 
     """
@@ -30,11 +33,18 @@ class TransportConfig:
     connect_seconds: float = 5.0
     stall_seconds: float = 30.0
     connections: int = 256
+    port: int = 0
+    announce: str = ""
+    accept_unauthenticated: bool = False
     credentials: Credentials = field(default_factory=Credentials)
 
 
 class TransportError(Exception):
     """A chunk could not be handed over; the message says to whom and why."""
+
+
+class UnreachableError(TransportError):
+    """The decode worker cannot be reached now: what waits for it need not try again."""
 
 
 class ChunkHandler(Protocol):
@@ -81,6 +91,10 @@ class SendChannel(ABC):
         """
 
     @abstractmethod
+    def abandon(self) -> None:
+        """From any thread: the connection has gone silent. Break it, so that its owner hears `on_lost`."""
+
+    @abstractmethod
     def close(self) -> None:
         """Drop the connection."""
 
@@ -90,6 +104,10 @@ class ReceiveServer(ABC):
 
     host: str
     port: int
+
+    @abstractmethod
+    def held(self) -> tuple[int, int]:
+        """Connections that are open, and bytes of staging memory that they hold."""
 
     @abstractmethod
     def close(self) -> None:

@@ -18,12 +18,14 @@ from pdtrim_sglang.transports.base import (
     SendChannel,
     TransportConfig,
     TransportError,
+    UnreachableError,
 )
 from pdtrim_sglang.transports.handshake import HandshakeError, introduce, welcome
 
 logger = logging.getLogger("sglang.srt.pdtrim.tcp")
 REFUSAL_SECONDS = 2.0
 MOST_PARTS = 1024  # Linux' IOV_MAX: what one sendmsg takes
+KEEPALIVE = ((socket.TCP_KEEPIDLE, 30), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 3))  # a vanished host: 1 min
 
 
 class TcpSendChannel(SendChannel):
@@ -42,12 +44,20 @@ class TcpSendChannel(SendChannel):
         total = sum(map(len, parts))
         try:
             connection = self._connected()
+        except (OSError, HandshakeError) as error:
+            raise UnreachableError(f"cannot reach decode worker {_name(self._address)}: {error}") from error
+        try:
             while parts:
                 parts = _after(parts, connection.sendmsg(parts[:MOST_PARTS]))
-        except (OSError, HandshakeError) as error:
+        except OSError as error:
             self.close()
             raise TransportError(f"cannot send to decode worker {_name(self._address)}: {error}") from error
         return total
+
+    def abandon(self) -> None:
+        if (connection := self._socket) is not None:
+            with contextlib.suppress(OSError):  # closed meanwhile
+                connection.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         if self._socket is not None:
@@ -56,8 +66,9 @@ class TcpSendChannel(SendChannel):
 
     def _connected(self) -> socket.socket:
         if self._socket is None or self._socket is self._broken:
+            self._socket = None
             connection = socket.create_connection(self._address, timeout=self._config.connect_seconds)
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            _prepare(connection)
             try:
                 introduce(connection, self._config.credentials, self._config.connect_seconds)
             except BaseException:
@@ -87,13 +98,16 @@ class TcpReceiveServer(ReceiveServer):
 
     def __init__(self, host: str, handler: ChunkHandler, config: TransportConfig) -> None:
         self._handler, self._config = handler, config
-        self._listener = socket.create_server((host, 0))
+        self._listener = socket.create_server((host, config.port))
         self.host, self.port = host, self._listener.getsockname()[1]
-        self._connections: set[socket.socket] = set()
+        self._connections: dict[socket.socket, int] = {}  # and the bytes of its staging buffer
         threading.Thread(target=self._accept, daemon=True).start()
 
+    def held(self) -> tuple[int, int]:
+        return len(self._connections), sum(list(self._connections.values()))
+
     def close(self) -> None:
-        for listening in (self._listener, *self._connections):  # shutdown wakes the thread that waits on it
+        for listening in (self._listener, *list(self._connections)):  # shutdown wakes the thread that waits on it
             _hang_up(listening)
 
     def _accept(self) -> None:
@@ -106,11 +120,11 @@ class TcpReceiveServer(ReceiveServer):
                 logger.warning("pdtrim: dropping a connection: %d are open already", self._config.connections)
                 connection.close()
                 continue
-            self._connections.add(connection)
+            self._connections[connection] = 0
             threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
 
     def _serve(self, connection: socket.socket) -> None:
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        _prepare(connection)
         room = 0
         try:
             welcome(connection, self._config.credentials, self._config.connect_seconds)
@@ -123,6 +137,7 @@ class TcpReceiveServer(ReceiveServer):
                 length = header.payload_bytes + header.aux_bytes
                 if length > len(staging):
                     staging = bytearray(max(length, 2 * len(staging)))
+                    self._connections[connection] = len(staging)
                 connection.sendall(self._take(connection, bytes(data), header, memoryview(staging)[:length]).encode())
         except ProtocolError as error:
             logger.warning("pdtrim: dropping a prefill connection: %s", error)
@@ -133,7 +148,7 @@ class TcpReceiveServer(ReceiveServer):
         except OSError as error:
             logger.warning("pdtrim: lost a prefill connection: %s", error)
         finally:
-            self._connections.discard(connection)
+            self._connections.pop(connection, None)
             connection.close()
 
     def _refuse(self, connection: socket.socket, reply: Reply) -> None:
@@ -153,6 +168,13 @@ class TcpReceiveServer(ReceiveServer):
             return Reply(header.room, "checksum mismatch: the chunk was damaged on its way")
         rows = torch.frombuffer(payload, dtype=torch.uint8) if len(payload) else torch.empty(0, dtype=torch.uint8)
         return self._handler.deliver(header, rows, aux)
+
+
+def _prepare(connection: socket.socket) -> None:
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in KEEPALIVE:
+        connection.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 def _hang_up(connection: socket.socket) -> None:

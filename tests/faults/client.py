@@ -1,0 +1,101 @@
+"""Many requests at once, each with a deadline, and how each of them ended."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import httpx
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One request; its client hangs up after `abort_after` tokens (0: before the first one)."""
+
+    prompt: tuple[int, ...]
+    new_tokens: int
+    abort_after: int | None = None
+
+
+@dataclass
+class Ended:
+    """`how`: answered, failed (with a reason), aborted (by us) or lost (nothing by the deadline)."""
+
+    asked: Asked
+    how: str = "lost"
+    reason: str = ""
+    seconds: float = 0.0
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+
+
+def draw(count: int, tokens: tuple[int, int], new_tokens: tuple[int, int], seed: int, aborts: float = 0.0):
+    """`count` requests of random text; every one that shall be aborted is, after a few tokens."""
+    dice = random.Random(seed)
+    made = []
+    for _ in range(count):
+        prompt = tuple(dice.randrange(3, 259) for _ in range(dice.randint(*tokens)))
+        new = dice.randint(*new_tokens)
+        made.append(Asked(prompt, new, dice.randrange(0, max(1, new - 1)) if dice.random() < aborts else None))
+    return made
+
+
+def send(url: str, asked: Sequence[Asked], deadline_s: float, concurrency: int = 8) -> list[Ended]:
+    """All of them, `concurrency` at a time; returns when each has ended, or its deadline has passed."""
+    return asyncio.run(_send(url, asked, deadline_s, concurrency))
+
+
+async def _send(url: str, asked: Sequence[Asked], deadline_s: float, concurrency: int) -> list[Ended]:
+    gate = asyncio.Semaphore(concurrency)
+    # a connection each: a kept one that the router has closed meanwhile would be the client's own fault
+    limits = httpx.Limits(max_keepalive_connections=0)
+    async with httpx.AsyncClient(base_url=url, timeout=None, trust_env=False, limits=limits) as client:
+
+        async def one(request: Asked) -> Ended:
+            async with gate:
+                ended, begun = Ended(request), time.monotonic()
+                try:
+                    async with asyncio.timeout(deadline_s):
+                        ended.how, ended.reason = await _stream(client, ended)
+                except TimeoutError:
+                    ended.how, ended.reason = "lost", f"nothing within {deadline_s:.0f} s"
+                except httpx.HTTPError as error:
+                    ended.how, ended.reason = "failed", f"{type(error).__name__}: {error}"
+                ended.seconds = time.monotonic() - begun
+                return ended
+
+        return await asyncio.gather(*(one(request) for request in asked))
+
+
+async def _stream(client: httpx.AsyncClient, ended: Ended) -> tuple[str, str]:
+    asked = ended.asked
+    sampling = {"max_new_tokens": asked.new_tokens, "temperature": 0, "ignore_eos": True}
+    body = {"input_ids": asked.prompt, "sampling_params": sampling, "return_logprob": True, "stream": True}
+    done = False
+    async with client.stream("POST", "/generate", json=body) as reply:
+        if reply.status_code != 200:
+            return "failed", f"HTTP {reply.status_code}: {(await reply.aread())[:300].decode(errors='replace')}"
+        if asked.abort_after == 0:
+            return "aborted", ""
+        async for line in reply.aiter_lines():
+            if line == "data: [DONE]":
+                done = True
+            elif line.startswith("data: {"):
+                said = json.loads(line[6:])
+                if "error" in said:
+                    return "failed", str(said["error"])[:300]
+                meta = said["meta_info"]
+                if (meta.get("finish_reason") or {}).get("type") == "abort":
+                    return "failed", str(meta["finish_reason"].get("message"))[:300]
+                scored = meta["output_token_logprobs"]
+                ended.tokens = [token for _, token, *_ in scored]
+                ended.logprobs = [value for value, *_ in scored]
+                if asked.abort_after is not None and len(ended.tokens) >= asked.abort_after:
+                    return "aborted", ""
+    if len(ended.tokens) == asked.new_tokens and done:
+        return "answered", ""
+    return "failed", f"the stream ended after {len(ended.tokens)} of {asked.new_tokens} tokens, [DONE]: {done}"

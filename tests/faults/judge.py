@@ -1,0 +1,30 @@
+"""Whether text is wrong: the oracle scores the tokens that were served, and says which it would have chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from client import Ended
+
+    from pdtrim_deploy.evaluation.oracle import PDOracle
+
+TOLERANCE = 1e-3  # nats, float32
+
+
+def off(oracle: PDOracle, one: Ended) -> float:
+    """How far the served logprobs are from the oracle's, or the tokens from its likeliest ones, in nats."""
+    if not one.tokens:
+        return 0.0
+    prompt, tokens = torch.tensor(one.asked.prompt), torch.tensor(one.tokens)
+    likeliest = oracle.top_logprobs(prompt, tokens, 1)[1][:, 0]
+    right = oracle.logprobs(prompt, tokens)
+    return max((torch.tensor(one.logprobs) - right).abs().max().item(), (likeliest - right).max().item())
+
+
+def wrong(oracle: PDOracle, ended: Iterable[Ended]) -> list[Ended]:
+    """Those with a token that is not the oracle's; what came before a failure or an abort counts too."""
+    return [one for one in ended if not off(oracle, one) <= TOLERANCE]

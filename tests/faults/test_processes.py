@@ -1,0 +1,64 @@
+"""Workers and router that are killed, stopped, or come back as something else."""
+
+import signal
+import time
+from dataclasses import replace
+
+import pytest
+from client import draw, send
+from stand import DEADLINE_S
+
+from pdtrim_deploy.errors import ServingError
+
+pytestmark = [pytest.mark.serve, pytest.mark.faults, pytest.mark.timeout(420)]
+
+
+@pytest.mark.parametrize("stage", ["prefill", "decode"])
+def test_a_worker_that_stands_still(stand, stage):
+    """SIGSTOP for 20 s, longer than heartbeat and transport allow: requests may fail, but with a word."""
+    asked = draw(12, (2, 400), (2, 12), seed=4)
+    with stand.paused(stage, 20.0):
+        begun = time.monotonic()
+        assert not stand.health(stage, timeout_s=3.0), "a worker that stands still calls itself healthy"
+        ended = send(stand.url, asked, DEADLINE_S)
+        assert time.monotonic() - begun < DEADLINE_S
+    stand.verdict(f"SIGSTOP {stage} for 20 s", ended)
+
+
+def test_prefill_killed_in_the_middle_of_transfers(stand):
+    asked = draw(24, (300, 400), (8, 12), seed=5)
+    with stand.proxy.doing("delay"):  # so that chunks are on their way
+        ended = stand.while_sending(asked, 2.0, lambda: stand.signal("prefill", signal.SIGKILL))
+    assert not stand.health("prefill"), "a dead worker is healthy"
+    assert any(one.how == "failed" for one in ended), "nothing was in the middle of anything"
+    begun = time.monotonic()
+    stand.cluster.restart("prefill-0")
+    stand.recover()
+    stand.verdict("kill -9 prefill in the middle of transfers, restarted", ended, time.monotonic() - begun)
+
+
+def test_decode_killed_in_the_middle_of_streams_comes_back_with_another_plan(stand):
+    asked = draw(16, (50, 200), (60, 80), seed=6)
+    ended = stand.while_sending(asked, 2.0, lambda: stand.signal("decode", signal.SIGKILL))
+    assert not stand.health("decode"), "a dead worker is healthy"
+    assert any(one.how == "failed" and one.tokens for one in ended), "no stream was cut"
+    own = stand.worker("decode").spec
+    other = stand.stages["other"]
+    with pytest.raises(ServingError, match="plans differ"):
+        stand.cluster.restart("decode-0", replace(own, model_path=other.folder / "decode"))
+    refused = send(stand.url, draw(6, (2, 200), (2, 6), seed=7), DEADLINE_S)
+    begun = time.monotonic()
+    stand.cluster.restart("decode-0", own)
+    stand.recover()
+    stand.verdict("kill -9 decode in the middle of streams, restarted", ended, time.monotonic() - begun)
+    row = stand.verdict("decode restarted with another plan", refused)
+    assert row.failed == row.sent, "KV of one plan was taken for another's"
+
+
+def test_the_router_comes_back(stand):
+    asked = draw(16, (50, 300), (20, 30), seed=8)
+    ended = stand.while_sending(asked, 2.0, lambda: stand.signal_router(signal.SIGKILL))
+    begun = time.monotonic()
+    stand.cluster.restart("router")
+    row = stand.verdict("kill -9 the router, restarted", ended, time.monotonic() - begun)
+    assert row.failed, "the router was not in use"

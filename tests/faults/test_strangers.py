@@ -1,0 +1,71 @@
+"""Malformed messages to the live ports, from strangers and from a member gone mad: nothing else is disturbed."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import strangers
+from client import draw, send
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from stand import DEADLINE_S
+
+pytestmark = [pytest.mark.serve, pytest.mark.timeout(420)]
+MESSAGES = 200
+FUZZ = settings(
+    max_examples=MESSAGES // 4, deadline=None, database=None, suppress_health_check=list(HealthCheck), derandomize=True
+)
+
+
+def test_two_hundred_malformed_messages(stand):
+    from pdtrim_sglang.secret import derive
+
+    prefill, decode = stand.worker("prefill"), stand.worker("decode")
+    bootstrap, transport = prefill.spec.bootstrap_port, decode.spec.transport["port"]
+    control = {stage: strangers.zmq_ports(stand.worker(stage).pid) for stage in ("prefill", "decode")}
+    assert control["prefill"]
+    assert control["decode"]
+    key = derive(stand.cluster.secret.read_bytes().strip(), b"transport")
+    digest = bytes.fromhex(stand.oracle.plan.digest)
+    counted = dict.fromkeys(("bootstrap", "control", "transport", "member"), 0)
+
+    @FUZZ
+    @given(strangers.HTTP)
+    def to_bootstrap(message):
+        counted["bootstrap"] += 1
+        route, body = message
+        status = strangers.to_bootstrap(bootstrap, route, body)
+        assert status < 500, f"{route} {body!r} was not understood to be malformed"
+        assert status >= 400 or not route.startswith("PUT"), f"{route} {body!r} was believed"
+
+    @FUZZ
+    @given(st.sampled_from([*control["prefill"], *control["decode"]]), strangers.RAW)
+    def to_control(port, data):
+        counted["control"] += 1
+        strangers.to_port(port, data)
+
+    @FUZZ
+    @given(strangers.RAW)
+    def to_transport(data):
+        counted["transport"] += 1
+        strangers.to_port(transport, data)
+
+    @FUZZ
+    @given(strangers.FRAME)
+    def of_a_member(frame):
+        counted["member"] += 1
+        assert strangers.as_member(transport, key, digest, frame)
+
+    def all_of_it():
+        for fuzz in (to_bootstrap, to_control, to_transport, of_a_member):
+            fuzz()
+
+    with ThreadPoolExecutor(1) as other:  # a load goes on meanwhile
+        load = other.submit(send, stand.url, draw(24, (2, 400), (8, 20), seed=13), DEADLINE_S)
+        all_of_it()
+        ended = load.result()
+    ended += send(stand.url, draw(12, (2, 400), (2, 12), seed=14), DEADLINE_S)
+    row = stand.verdict(f"{sum(counted.values())} malformed messages to the live ports", ended)
+    assert row.answered == row.sent
+    assert sum(counted.values()) >= MESSAGES
+    assert stand.health("prefill")
+    assert stand.health("decode")
