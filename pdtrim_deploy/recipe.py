@@ -6,24 +6,23 @@ import hashlib
 import json
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.plan import NativeDtype
+from pdtrim_deploy.recipe_healing import HealingSection, StudentsSection
 from pdtrim_deploy.recipe_kv import KVSection
+from pdtrim_deploy.recipe_pruning import PruningSection
 from pdtrim_deploy.recipe_targets import TargetsSection
 from pdtrim_deploy.recipe_yaml import Origins, compose
 from pdtrim_deploy.yaml_errors import sentence
 
-# Names of a registry that needs torch to import; a test holds them equal.
-PruningMethod = Literal["cosine", "greedy"]
 Corpus = Annotated[
     str, Field(pattern=r"^(brown|austen|(dir|file):.+)$", description="brown, austen, dir:PATH or file:PATH")
 ]
-PRUNING_METHODS: tuple[str, ...] = get_args(PruningMethod)
 
 
 class _Section(BaseModel):
@@ -46,23 +45,6 @@ class CalibrationSection(_Section):
     seed: NonNegativeInt = 0
 
 
-class PruningSection(_Section):
-    """How many blocks each stage loses (prefill's are among decode's), and who chooses them."""
-
-    method: PruningMethod = "greedy"
-    prefill_blocks: NonNegativeInt = 0
-    decode_blocks: NonNegativeInt = 0
-
-    @model_validator(mode="after")
-    def _nested(self) -> PruningSection:
-        if self.prefill_blocks > self.decode_blocks:
-            raise ValueError(
-                f"prefill_blocks is {self.prefill_blocks} but decode_blocks is {self.decode_blocks}; "
-                f"allowed: prefill_blocks of at most decode_blocks, since decode drops every block that prefill drops"
-            )
-        return self
-
-
 class EvaluationSection(_Section):
     """Held-out text (the final split) that the bundle is judged on."""
 
@@ -82,6 +64,8 @@ class Recipe(_Section):
     model: ModelSection
     calibration: CalibrationSection = CalibrationSection()
     pruning: PruningSection = PruningSection()
+    students: StudentsSection = StudentsSection()
+    healing: HealingSection = HealingSection()
     kv: KVSection = KVSection()
     evaluation: EvaluationSection = EvaluationSection()
     targets: TargetsSection = TargetsSection()

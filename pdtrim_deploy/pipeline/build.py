@@ -59,12 +59,11 @@ def steps_of(recipe: Recipe, fingerprint: str) -> tuple[BuildStep, ...]:
     """All steps but the seal. Each key holds the one before: a change makes its step and all later ones again."""
     dump = recipe.model_dump(mode="json")
     said = {"pdtrim-deploy": __version__, "model": fingerprint, "dtype": recipe.model.dtype}
-    prune = chained_key(
-        "", said | ({key: dump[key] for key in ("calibration", "pruning")} if recipe.pruning.decode_blocks else {})
-    )
+    chosen = ("calibration", "pruning", *(("students",) if recipe.pruning.distil else ()))
+    prune = chained_key("", said | ({key: dump[key] for key in chosen} if recipe.pruning.decode_blocks else {}))
     kv = chained_key(prune, [dump["kv"], None if recipe.kv.method in FIXED_KV else dump["calibration"]])
     return (
-        BuildStep("prune", prune, (steps.PRUNING,), steps.prune),
+        BuildStep("prune", prune, (steps.PRUNING, *steps.SEARCHES), steps.prune),
         BuildStep("select-kv", kv, (PLAN, steps.KV), steps.select_kv),
         BuildStep("prefill", chained_key(kv, "prefill"), ("prefill",), lambda c: steps.write_stage(c, "prefill")),
         BuildStep("decode", chained_key(kv, "decode"), ("decode",), lambda c: steps.write_stage(c, "decode")),

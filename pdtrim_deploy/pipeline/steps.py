@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pdtrim_deploy.bundle import PLAN, REPORTS, write_atomic
 from pdtrim_deploy.pipeline.context import Context
@@ -13,26 +13,55 @@ from pdtrim_deploy.pipeline.stand_in import actions, stand_in_rules
 from pdtrim_deploy.plan import STAGES, KVSend, PDPlan, Stage
 from pdtrim_deploy.recipe_kv import FIXED_KV
 
+if TYPE_CHECKING:
+    from pdtrim_deploy.pruning.search import SearchResult
+
 PRUNING, KV = f"{REPORTS}/pruning.json", f"{REPORTS}/kv.json"
+SEARCHES = tuple(f"{REPORTS}/search-{stage}.jsonl" for stage in STAGES)
 
 
 def prune(context: Context) -> None:
-    """Choose what each stage loses -> reports/pruning.json."""
+    """Choose what each stage loses -> reports/pruning.json, and what the searches did -> reports/search-STAGE.jsonl."""
     asked, text = context.recipe.pruning, context.recipe.calibration
-    report: dict[str, Any] = {"prefill": {"removed": [], "trajectory": []}, "decode": {"removed": [], "trajectory": []}}
+    report: dict[Stage, Any] = {stage: {"removed": [], "pairs": [], "loss": None, "trajectory": []} for stage in STAGES}
     if asked.decode_blocks:
+        from pdtrim_deploy.pruning.search import Settings
         from pdtrim_deploy.pruning.stages import choose_stages
 
+        ids = context.calibration(text.sequences, text.length)
+        pairs, students, about = _pairs(context, ids) if asked.distil else ((), None, None)
         found = choose_stages(
             context.model,
-            context.calibration(text.sequences, text.length),
+            ids,
             asked.prefill_blocks,
             asked.decode_blocks,
             method=asked.method,
+            settings=Settings(asked.seed, asked.steps, asked.minutes),
+            pairs=pairs,
+            students=students,
+            memory=asked.memory_mb << 20,
+            folder=context.out / REPORTS,
+            about=[context.checkpoint.fingerprint, about],
             progress=context.note,
         )
-        report = {stage: asdict(getattr(found, stage)) for stage in report}
+        report = {stage: _stage_report(getattr(found, stage)) for stage in STAGES}
     _write_json(context.out / PRUNING, report)
+
+
+def _stage_report(found: SearchResult) -> dict[str, Any]:
+    steps = [asdict(step) for step in found.trajectory]
+    return {"removed": found.removed, "pairs": found.solution.pairs, "loss": found.loss, "trajectory": steps}
+
+
+def _pairs(context: Context, ids: Any) -> tuple[tuple[int, ...], Any, Any]:
+    """The distillation set, its students, and what they depend on."""
+    from pdtrim_deploy.pruning.candidates import find
+    from pdtrim_deploy.pruning.students import Students
+
+    found = find(context.model, ids, context.recipe.pruning.threshold, context.note)
+    asked, fingerprint = context.recipe.students, context.checkpoint.fingerprint
+    students = Students(context.model, ids, asked, cache=context.cache, fingerprint=fingerprint, note=context.note)
+    return found.distillation, students, asked.model_dump(mode="json")
 
 
 def select_kv(context: Context) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pdtrim_deploy.blockwise import Blockwise, CausalLM, LayerKV, Span
-from pdtrim_deploy.pruning.solution import Op, Solution
+from pdtrim_deploy.pruning.solution import NOTHING, Op, Solution
 
 
 class Objective(Protocol):
@@ -72,7 +72,7 @@ class NextTokenLoss:
         model: CausalLM,
         ids: Tensor,
         prompt_tokens: int = 0,
-        prefill: Solution = Solution(),  # noqa: B008 - frozen
+        prefill: Solution = NOTHING,
         students: StudentLayers | None = None,
         batch: int = 8,
     ) -> None:

@@ -1,8 +1,9 @@
-"""Redundancy of a block: cosine between its input and its output (PDTrim; 1 - Block Influence of ShortGPT)."""
+"""Redundancy: cosine between the hidden states in front of one block and behind another."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -10,22 +11,39 @@ from torch import Tensor
 from pdtrim_deploy.blockwise import Blockwise, CausalLM
 
 
-@torch.no_grad()
 def redundancy(
     model: CausalLM, ids: Tensor, batch: int = 4, progress: Callable[[str], None] = lambda _: None
 ) -> Tensor:
-    """float64 `[blocks]`: mean over tokens of cos(x_i, x_{i+1}), from one pass over `ids`, int64 `[S, T]`.
+    """float64 `[blocks]`: cos(x_i, x_{i+1}) of each block (PDTrim; 1 - Block Influence of ShortGPT)."""
+    return similarity(model, ids, (1,), batch, progress)[1]
 
-    Token 0 of each sequence is left out: it is the attention sink, whose state one block blows up a hundredfold
-    and others then leave as it is, so it tells nothing of the rest. Two hidden states exist at a time.
+
+@torch.no_grad()
+def similarity(
+    model: CausalLM,
+    ids: Tensor,
+    spans: Sequence[int],
+    batch: int = 4,
+    progress: Callable[[str], None] = lambda _: None,
+) -> dict[int, Tensor]:
+    """For each span n float64 `[blocks + 1 - n]`: mean over tokens of cos(x_i, x_{i+n}), from one pass over `ids`.
+
+    Token 0 of each sequence, int64 `[S, T]`, is left out: it is the attention sink, whose state one block blows up a
+    hundredfold and others then leave as it is, so it tells nothing of the rest. max(spans) + 1 hidden states of a
+    batch exist at a time.
     """
-    runner, total, done = Blockwise(model), torch.zeros(len(model.model.layers), dtype=torch.float64), 0
+    runner, blocks = Blockwise(model), len(model.model.layers)
+    total = {span: torch.zeros(blocks + 1 - span, dtype=torch.float64) for span in spans}
+    done = 0
     for part in ids.split(batch):
-        hidden, span = runner.embed(part)
-        for block in range(len(runner.layers)):
-            before, hidden = hidden, runner.block(block, hidden, span)
-            cosine = torch.cosine_similarity(before[:, 1:].float(), hidden[:, 1:].float(), dim=-1)
-            total[block] += cosine.double().sum()
+        hidden, span_ = runner.embed(part)
+        last = deque([hidden], max(spans) + 1)
+        for block in range(blocks):
+            last.append(runner.block(block, last[-1], span_))
+            for span in (span for span in spans if span <= block + 1):
+                before, after = last[-1 - span][:, 1:], last[-1][:, 1:]
+                cosine = torch.cosine_similarity(before.float(), after.float(), dim=-1)
+                total[span][block + 1 - span] += cosine.double().sum()
         done += len(part)
         progress(f"redundancy: {done}/{len(ids)} sequences")
-    return total / (ids.shape[0] * (ids.shape[1] - 1))
+    return {span: sums / (ids.shape[0] * (ids.shape[1] - 1)) for span, sums in total.items()}

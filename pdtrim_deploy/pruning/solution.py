@@ -80,3 +80,7 @@ class Solution:
     def __str__(self) -> str:
         said = [str(block) for block in self.removed] + [f"{a}+{b}" for a, b in self.pairs]
         return ", ".join(said) or "nothing"
+
+
+NOTHING = Solution()
+"""The dense model."""

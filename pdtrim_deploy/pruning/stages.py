@@ -12,9 +12,19 @@ from torch import Tensor
 from pdtrim_deploy.blockwise import CausalLM
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.plan import Stage
+from pdtrim_deploy.pruning.evaluator import MEMORY, InProcess
 from pdtrim_deploy.pruning.objective import NextTokenLoss, StudentLayers
-from pdtrim_deploy.pruning.search import Problem, Progress, Search, SearchResult, Settings, Trajectory, get_search
-from pdtrim_deploy.pruning.solution import Solution
+from pdtrim_deploy.pruning.search import (
+    DEFAULTS,
+    Problem,
+    Progress,
+    Search,
+    SearchResult,
+    Settings,
+    Trajectory,
+    get_search,
+)
+from pdtrim_deploy.pruning.solution import NOTHING, Solution
 
 
 @dataclass(frozen=True)
@@ -32,12 +42,14 @@ def choose_stages(
     decode_blocks: int,
     *,
     method: str | Search = "greedy",
-    settings: Settings = Settings(),  # noqa: B008 - frozen
+    settings: Settings = DEFAULTS,
     prompt_tokens: int | None = None,
     protected: frozenset[int] = frozenset(),
     pairs: tuple[int, ...] = (),
     students: StudentLayers | None = None,
+    memory: int = MEMORY,
     folder: Path | None = None,
+    about: object = None,
     progress: Progress = lambda _: None,
 ) -> StageRemovals:
     """Save `prefill_blocks` and `decode_blocks` of the dense model's blocks on text `ids`, int64 `[S, T]`.
@@ -52,7 +64,9 @@ def choose_stages(
     Args:
         method: name of a search, or one of your own making.
         pairs, students: the distillation set by first blocks, and what its pairs become.
+        memory: bytes of hidden states kept, at most.
         folder: where each search leaves `search-STAGE.jsonl` and goes on from it; None: nowhere.
+        about: what else the answer depends on (JSON): the model, how students are made.
 
     Raises:
         UserError: unknown method, decode loses fewer than prefill, more to remove than there is, loss not a number.
@@ -68,17 +82,20 @@ def choose_stages(
     if decode_blocks >= blocks:
         raise UserError(f"cannot remove {decode_blocks} of {blocks} blocks; remove at most {blocks - 1}")
     split = ids.shape[1] // 2 if prompt_tokens is None else prompt_tokens
-    said = [hashlib.sha256(ids.numpy().tobytes()).hexdigest(), str(method), vars(settings), sorted(protected), pairs]
+    text, name = hashlib.sha256(ids.numpy().tobytes()).hexdigest(), method if isinstance(method, str) else repr(method)
+    chain = [settings.seed, settings.steps]  # minutes only say where it ends
+    said = [about, text, name, chain, sorted(protected), pairs]
 
     def solve(stage: Stage, remove: int, prompt: int, forced: Solution, note: Progress) -> SearchResult:
         path = folder / f"search-{stage}.jsonl" if folder else None
         trajectory = Trajectory(path, [*said, remove, prompt, vars(forced)])
         objective = NextTokenLoss(model, ids, prompt, forced, students)
-        return search.run(Problem(model, ids, objective, remove, forced, protected, pairs, trajectory), note)
+        evaluator = InProcess(objective, memory)
+        return search.run(Problem(model, ids, objective, remove, forced, protected, pairs, trajectory, evaluator), note)
 
     prefill = SearchResult((), ())
     if prefill_blocks:
-        prefill = solve("prefill", prefill_blocks, 0, Solution(), _saying("prefill", progress))
+        prefill = solve("prefill", prefill_blocks, 0, NOTHING, _saying("prefill", progress))
     decode = SearchResult(prefill.removed, (), prefill.distilled)
     if decode_blocks > prefill_blocks:
         decode = solve("decode", decode_blocks, split, prefill.solution, _saying("decode", progress))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tinypd import BLOCKS, make_oracle, make_plan, text, tiny
 
-from pdtrim_deploy import recipe
+from pdtrim_deploy import recipe_pruning
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.pruning.objective import NextTokenLoss
 from pdtrim_deploy.pruning.redundancy import redundancy
@@ -126,7 +126,7 @@ def test_impossible_counts_are_refused(model, ids, counts, message):
 
 
 def test_other_bad_input_is_refused(model, ids):
-    with pytest.raises(UserError, match="pruning method 'best' is unknown; use one of cosine, greedy"):
+    with pytest.raises(UserError, match="pruning method 'best' is unknown; use one of anneal, cosine, greedy"):
         choose_stages(model, ids, 0, 1, method="best")
     with pytest.raises(UserError, match="cannot remove 3 of 5 blocks with 3 protected; remove at most 2"):
         choose_stages(model, ids, 0, 3, protected=frozenset({0, 1, 4}))
@@ -137,4 +137,4 @@ def test_other_bad_input_is_refused(model, ids):
 
 
 def test_the_recipe_knows_every_method():
-    assert set(recipe.PRUNING_METHODS) == set(SEARCHES)
+    assert set(recipe_pruning.PRUNING_METHODS) == set(SEARCHES)

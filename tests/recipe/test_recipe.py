@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pdtrim_deploy.errors import UserError
-from pdtrim_deploy.recipe import PRUNING_METHODS, PruningSection, Recipe
+from pdtrim_deploy.recipe import PruningSection, Recipe
 from pdtrim_deploy.recipe_kv import KV_METHODS, KVSection
+from pdtrim_deploy.recipe_pruning import PRUNING_METHODS
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 BASE = "name: a\nmodel: {source: 'pypi:x'}\n"
@@ -25,7 +26,10 @@ def load(tmp_path: Path, text: str, **units: str) -> Recipe:
     [
         ("kv: {nfirst: 1}", "r.yaml: kv.nfirst is not a known key; allowed here: method, sparse_layers"),
         ("nane: x", "r.yaml: nane is not a known key; allowed here: include, name, model"),
-        ("pruning: {method: gredy}", "r.yaml: pruning.method is 'gredy'; allowed: cosine, greedy"),
+        (
+            "pruning: {method: gredy}",
+            "r.yaml: pruning.method is 'gredy'; allowed: anneal, cosine, greedy, perplexity, random",
+        ),
         ("kv:", "r.yaml: kv is None; allowed: a mapping with method"),
         ("kv: {wire_dtype: int9}", "r.yaml: kv.wire_dtype is 'int9'; allowed: native, fp8, int8, int4"),
         ("kv: {n_first: -1}", "r.yaml: kv.n_first is -1; allowed: an integer of at least 0"),

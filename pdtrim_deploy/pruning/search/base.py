@@ -14,7 +14,7 @@ from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.pruning.evaluator import Evaluator, InProcess
 from pdtrim_deploy.pruning.objective import Objective
 from pdtrim_deploy.pruning.search.trajectory import Trajectory
-from pdtrim_deploy.pruning.solution import Solution
+from pdtrim_deploy.pruning.solution import NOTHING, Solution
 
 Progress = Callable[[str], None]
 
@@ -33,6 +33,9 @@ class Settings:
     seed: int = 0
     steps: int = 150
     minutes: float | None = None
+
+
+DEFAULTS = Settings()
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class Problem:
     ids: Tensor
     objective: Objective
     remove: int
-    forced: Solution = Solution()
+    forced: Solution = NOTHING
     protected: frozenset[int] = frozenset()
     pairs: tuple[int, ...] = ()
     trajectory: Trajectory = field(default_factory=Trajectory)
@@ -86,6 +89,11 @@ class Problem:
         """Blocks that may still go."""
         kept_out = self.protected | self.forced.touched
         return tuple(block for block in range(self.objective.blocks) if block not in kept_out)
+
+    @property
+    def spent(self) -> int:
+        """Block-forwards so far, those of an earlier run and of getting the objective ready among them."""
+        return self.trajectory.forwards_before + self.evaluator.block_forwards
 
     def may_distil(self, first: int) -> bool:
         """Whether blocks `first` and `first + 1` may become one."""

@@ -32,7 +32,6 @@ class Greedy:
     def run(self, problem: Problem, progress: Progress) -> SearchResult:
         """Remove one block a round; ties go to the earlier block. UserError when the loss is not a number."""
         evaluator, log = problem.evaluator, problem.trajectory
-        before = evaluator.block_forwards
         removed, steps = tuple[int, ...](), list[Step]()
         while problem.forced.saved + len(removed) < problem.remove:
             label = f"greedy {problem.forced.saved + len(removed) + 1}/{problem.remove}"
@@ -42,12 +41,14 @@ class Greedy:
                 candidates = {b: problem.without((*removed, b)) for b in problem.candidates if b not in removed}
                 block = self._race(evaluator, candidates, label, progress)
                 loss = mean_loss(evaluator, candidates[block])
-                spent = log.forwards_before + evaluator.block_forwards - before
-                row = {"removed": block, "loss": loss, "block_forwards": spent}
+                row = {"removed": block, "loss": loss, "block_forwards": problem.spent}
                 log.append(**row)
-                row["seconds"] = log.seconds
             removed = (*removed, row["removed"])
-            steps.append(Step(len(steps) + 1, row["removed"], row["loss"], row["seconds"], row["block_forwards"]))
+            steps.append(
+                Step(
+                    len(steps) + 1, row["removed"], row["loss"], row.get("seconds", log.seconds), row["block_forwards"]
+                )
+            )
             progress(f"{label}: removed block {row['removed']}, loss {row['loss']:.4f}")
         return SearchResult((*problem.forced.removed, *removed), tuple(steps), problem.forced.distilled)
 

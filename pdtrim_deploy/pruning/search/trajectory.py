@@ -1,4 +1,4 @@
-"""What a search did, one JSON object a line: written as it goes, so that a search killed at any moment goes on there."""
+"""What a search did, one JSON object a line, written as it goes: a search killed at any moment goes on there."""
 
 from __future__ import annotations
 
@@ -51,9 +51,14 @@ class Trajectory:
         return []
 
     @property
+    def seconds_here(self) -> float:
+        """Since this run of it began."""
+        return monotonic() - self._began
+
+    @property
     def seconds(self) -> float:
         """Since the search began, pauses left out."""
-        return self.seconds_before + monotonic() - self._began
+        return self.seconds_before + self.seconds_here
 
     def replay(self) -> dict[str, Any] | None:
         """The next row that an earlier run wrote; None when there is no more."""
@@ -65,8 +70,7 @@ class Trajectory:
     def append(self, **row: Any) -> None:
         """Write a row down, with the seconds; it stands on disk or UserError says why not."""
         if self._path is not None:
-            row["seconds"] = round(self.seconds, 3)
-            self._write(json.dumps(row).encode() + b"\n", "ab")
+            self._write(json.dumps(row | {"seconds": round(self.seconds, 3)}).encode() + b"\n", "ab")
 
     def _write(self, data: bytes, mode: str) -> None:
         assert self._path is not None

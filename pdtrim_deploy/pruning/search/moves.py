@@ -1,0 +1,102 @@
+"""Neighbours of a solution that lose as many blocks as it does."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Collection
+from functools import cached_property
+
+from pdtrim_deploy.pruning.search.base import Problem
+from pdtrim_deploy.pruning.solution import Solution
+
+_REDRAWS = 4
+_SPREAD = 0.2  # nats: a block that alone costs so much more than another comes up e times less often
+
+
+class Moves:
+    """What may change: neither what is forced nor what is protected.
+
+    A pair's blocks belong to the pruning set while the pair is not distilled: every block is in one set at a time.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        self._problem = problem
+        self._moves: dict[str, Callable[[random.Random, Solution], Solution | None]] = {"swap": self._swap}
+        if problem.pairs:
+            self._moves |= {"distil": self._distil, "undo": self._undo, "shift": self._shift}
+
+    def draw(self, rng: random.Random, solution: Solution, seen: Collection[Solution]) -> tuple[str, Solution]:
+        """A move's name and where it leads; one not `seen` yet, if that is found in a few draws.
+
+        Where nothing can move at all the solution itself comes back, as `stay`.
+        """
+        found = "stay", solution
+        for _ in range(_REDRAWS):
+            move = rng.choice(list(self._moves))
+            neighbour = self._moves[move](rng, solution)
+            if neighbour is not None:
+                found = move, neighbour
+                if neighbour not in seen:
+                    break
+        return found
+
+    def _swap(self, rng: random.Random, solution: Solution) -> Solution | None:
+        ours = self._removed(solution)
+        if not ours:
+            return None
+        return self._with_block(
+            rng, solution, Solution.of({*solution.removed} - {rng.choice(ours)}, solution.distilled)
+        )
+
+    def _undo(self, rng: random.Random, solution: Solution) -> Solution | None:
+        ours = self._distilled(solution)
+        if not ours:
+            return None
+        return self._with_block(
+            rng, solution, Solution.of(solution.removed, {*solution.distilled} - {rng.choice(ours)})
+        )
+
+    def _with_block(self, rng: random.Random, before: Solution, left: Solution) -> Solution | None:
+        """`left` without one block more: none that was removed `before`."""
+        gone = left.touched.union(before.removed)
+        free = [block for block in self._problem.candidates if block not in gone]
+        if not free:
+            return None
+        block = rng.choices(free, [self._weights[block] for block in free])[0]
+        return Solution.of((*left.removed, block), left.distilled)
+
+    def _distil(self, rng: random.Random, solution: Solution) -> Solution | None:
+        ours = self._removed(solution)
+        if not ours:
+            return None
+        left = Solution.of({*solution.removed} - {rng.choice(ours)}, solution.distilled)
+        free = [first for first in self._problem.pairs if self._fits(first, left)]
+        return Solution.of(left.removed, {*left.distilled, rng.choice(free)}) if free else None
+
+    def _shift(self, rng: random.Random, solution: Solution) -> Solution | None:
+        ours = self._distilled(solution)
+        if not ours:
+            return None
+        first = rng.choice(ours)
+        left = Solution.of(solution.removed, {*solution.distilled} - {first})
+        free = [to for to in (first - 1, first + 1) if self._fits(to, left)]
+        return Solution.of(left.removed, {*left.distilled, rng.choice(free)}) if free else None
+
+    def _fits(self, first: int, solution: Solution) -> bool:
+        return self._problem.may_distil(first) and not {first, first + 1} & solution.touched
+
+    def _removed(self, solution: Solution) -> list[int]:
+        return [block for block in solution.removed if block not in self._problem.forced.removed]
+
+    def _distilled(self, solution: Solution) -> list[int]:
+        return [first for first in solution.distilled if first not in self._problem.forced.distilled]
+
+    @cached_property
+    def _weights(self) -> dict[int, float]:
+        """How often a block comes up, by the loss on the first batch of removing it alone (greedy knows it already)."""
+        evaluator, candidates = self._problem.evaluator, self._problem.candidates
+        evaluator.settle(self._problem.forced)
+        found = evaluator.evaluate([self._problem.without((block,)) for block in candidates], 0)
+        alone = [float(losses.double().mean()) for losses in found]
+        return {b: math.exp(-(one - min(alone)) / _SPREAD) for b, one in zip(candidates, alone, strict=True)}

@@ -1,0 +1,48 @@
+"""The recipe's section on which blocks go."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
+
+# Names of a registry that needs torch to import; a test holds them equal.
+PruningMethod = Literal["anneal", "cosine", "greedy", "perplexity", "random", "sleb", "streamline"]
+PRUNING_METHODS: tuple[str, ...] = get_args(PruningMethod)
+
+
+class PruningSection(BaseModel):
+    """How many blocks each stage loses (prefill's are among decode's), and who chooses them.
+
+    Attributes:
+        distil: let annealing put one student block in the place of an adjacent pair, where that costs less.
+        threshold: cosine above which a pair is in the distillation set.
+        steps, minutes: of annealing, for each stage; the time is that of the stage's whole search, and a run that it
+            ends is not repeatable to the bit.
+        seed: of `anneal` and `random`.
+        memory_mb: hidden states kept while searching, at most.
+
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    method: PruningMethod = "greedy"
+    prefill_blocks: NonNegativeInt = 0
+    decode_blocks: NonNegativeInt = 0
+    distil: bool = False
+    threshold: Annotated[float, Field(gt=-1, lt=1)] = 0.95
+    steps: NonNegativeInt = 150
+    minutes: Annotated[float, Field(gt=0)] | None = None
+    seed: NonNegativeInt = 0
+    memory_mb: PositiveInt = 1024
+
+    @model_validator(mode="after")
+    def _nested(self) -> PruningSection:
+        if self.prefill_blocks > self.decode_blocks:
+            raise ValueError(
+                f"prefill_blocks is {self.prefill_blocks} but decode_blocks is {self.decode_blocks}; "
+                f"allowed: prefill_blocks of at most decode_blocks, since decode drops every block that prefill drops"
+            )
+        if self.distil and self.method != "anneal":
+            raise ValueError(f"distil is true but method is {self.method}; allowed: distil with method anneal")
+        return self
