@@ -15,6 +15,8 @@ from pdtrim_deploy.serving.engines import EXECUTORS, Executors
 
 path = click.Path(path_type=Path)
 json_flag = click.option("--json", "as_json", is_flag=True, help="JSON on stdout, for machines.")
+dry_run = click.option("--dry-run", is_flag=True, help="Check and say what would be done; start and write nothing.")
+serve_python = click.option("--serve-python", type=path, help="Python with SGLang.  [default: .venv/serve]")
 cache_dir = click.option(
     "--cache-dir",
     "cache",
@@ -57,3 +59,19 @@ class Lengths(click.ParamType):
         if not 1 <= low <= high:
             self.fail(f"{value!r} is neither a length such as 320 nor a range such as 200-400", param, ctx)
         return low, high
+
+
+class Duration(click.ParamType):
+    """`500ms` or `2s`, as seconds."""
+
+    name = "TIME"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Seconds, above 0."""
+        if isinstance(value, float):
+            return value
+        match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(ms|s)", value.strip())
+        seconds = float(match[1]) / (1000 if match[2] == "ms" else 1) if match else 0.0
+        if not seconds:
+            self.fail(f"{value!r} is no time above 0 with its unit, such as 500ms or 2s", param, ctx)
+        return seconds

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import click
 
 from pdtrim_deploy.cli import options
+from pdtrim_deploy.cli.plan_workers import Workers, workers_options
 from pdtrim_deploy.errors import UserError
 
 
@@ -32,6 +34,7 @@ def _positive(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
     callback=_positive,
     help="Prefill speed of the unpruned model; needed for the share of TTFT.",
 )
+@workers_options
 @options.json_flag
 def plan(
     targets: tuple[str, ...],
@@ -42,32 +45,39 @@ def plan(
     max_utilisation: float,
     rate: float | None,
     prefill_tokens_per_s: float | None,
+    workers: Workers,
     as_json: bool,
 ) -> None:
     """Bytes, link time, decode memory and largest rate of each target beside its unpruned model.
 
-    Takes seconds and reads no weights; a recipe is priced by how many blocks and layers it cuts. Exit code 0 also
-    when --rate does not fit.
+    Takes seconds and reads no weights; a recipe is priced by how many blocks and layers it cuts. With --rates, also how
+    many prefill and decode workers carry --rate within an SLO. Exit code 0 also when --rate does not fit.
 
     \b
     Examples:
       pdtrim-deploy plan llama-3.1-8b --isl 8192 --link 100Gbps
       pdtrim-deploy plan recipes/smollm2-demo.yaml --rate 20
       pdtrim-deploy plan a.yaml b.yaml --config qwen2.5-7b --prefill-tokens-per-s 12000 --json
+      pdtrim-deploy plan llama-3.1-8b --rates rates.yaml --rate 20 --slo-ttft 1s --slo-itl 30ms --simulate
     """
     from pdtrim_deploy.sizing import Link, Traffic, price, subjects
 
     if not 0 < max_utilisation <= 1:
         raise UserError(f"--max-utilisation is {max_utilisation}; give a share above 0 and at most 1")
     traffic = Traffic(isl, osl, Link.parse(link), max_utilisation, rate, prefill_tokens_per_s)
+    goal = workers.goal(traffic)
     found = subjects(targets, config)
+    rates = workers.unpruned(found) if goal else None
+    if rates:
+        traffic = replace(traffic, prefill_tokens_per_s=rates.prefill_tokens_per_s)
     for subject in found:
         subject.check_length(isl, osl)
     priced = [(subject, price(subject.plan, traffic)) for subject in found]
+    sides = workers.sides(found, rates, goal) if rates and goal else {}
     if as_json:
         asked = {"isl": isl, "osl": osl, "link_bits_per_s": traffic.link.bits_per_s, "rate": rate}
-        asked |= {"max_utilisation": max_utilisation, "prefill_tokens_per_s": prefill_tokens_per_s}
-        data = {
+        asked |= {"max_utilisation": max_utilisation, "prefill_tokens_per_s": traffic.prefill_tokens_per_s}
+        data: dict[str, Any] = {
             "traffic": asked,
             "assumptions": traffic.assumptions(),
             "prices": [
@@ -76,6 +86,8 @@ def plan(
                 for s, cost in priced
             ],
         }
+        if rates and goal:
+            data["workers"] = workers.as_json(sides, rates, goal)
         click.echo(json.dumps(data, indent=2))
         return
     from rich.console import Console
@@ -88,3 +100,5 @@ def plan(
     for subject in found:
         for note in subject.notes:
             click.echo(f"{subject.name}: {note}")
+    if goal:
+        workers.report(sides, goal)

@@ -2,6 +2,7 @@
 
 from pdtrim_deploy.sizing.link import Link
 from pdtrim_deploy.sizing.price import Price, Side, Traffic, price
+from pdtrim_deploy.sizing.rates import Rates
 from pdtrim_deploy.sizing.subject import Subject, subjects
 
-__all__ = ["Link", "Price", "Side", "Subject", "Traffic", "price", "subjects"]
+__all__ = ["Link", "Price", "Rates", "Side", "Subject", "Traffic", "price", "subjects"]

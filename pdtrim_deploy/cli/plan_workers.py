@@ -1,0 +1,126 @@
+"""The part of `pdtrim-deploy plan` that counts workers: its options, as one argument, and what it prints."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from pdtrim_deploy.cli import options
+from pdtrim_deploy.errors import UserError
+
+if TYPE_CHECKING:
+    from pdtrim_deploy.simulation import SizedSide
+    from pdtrim_deploy.sizing import Rates, Subject, Traffic
+    from pdtrim_deploy.sizing.workers import Goal
+
+ASSUMED = (
+    "Poisson arrivals, workers taken in turns, every request as long as said, a pruned stage faster by its share of "
+    "blocks, KV sent when the whole prompt is computed, no prefix cache"
+)
+
+
+@dataclass(frozen=True)
+class Workers:
+    """What was asked about workers; `files` is empty when nothing was."""
+
+    files: tuple[Path, ...]
+    slo_ttft: float | None
+    slo_itl: float | None
+    rates_of: str
+    link_each: bool
+    simulate: bool
+    requests: int
+    seed: int
+
+    def goal(self, traffic: Traffic) -> Goal | None:
+        """What the workers are to carry; None when they are not asked for, UserError for half of a question."""
+        from pdtrim_deploy.sizing.workers import Goal
+
+        if not self.files:
+            if self.slo_ttft or self.slo_itl or self.link_each or self.simulate:
+                raise UserError("--slo-ttft, --slo-itl, --link-each and --simulate are about workers; say --rates too")
+            return None
+        if traffic.rate is None or self.slo_ttft is None or self.slo_itl is None:
+            raise UserError("--rates gives workers for a rate within an SLO; say --rate, --slo-ttft and --slo-itl too")
+        if traffic.prefill_tokens_per_s is not None:
+            raise UserError("--prefill-tokens-per-s: --rates says that; leave one of them out")
+        within = (self.slo_ttft, self.slo_itl, traffic.link, self.link_each, traffic.max_utilisation)
+        return Goal(traffic.rate, traffic.isl, traffic.osl, *within)
+
+    def unpruned(self, found: Sequence[Subject]) -> Rates:
+        """Rates of the unpruned model, from the files."""
+        from pdtrim_deploy.sizing import Rates
+
+        rates = Rates.load(self.files)
+        if self.rates_of == "dense":
+            return rates
+        if len(found) > 1:
+            raise UserError(f"--rates-of planned: whose of {len(found)} plans? Give one target")
+        plan = found[0].plan
+        return rates.scaled(plan.model.num_blocks / len(plan.prefill_layers), plan.model.num_blocks / len(plan.kv))
+
+    def sides(self, found: Sequence[Subject], rates: Rates, goal: Goal) -> dict[str, SizedSide]:
+        """By column: each model unpruned, and each plan."""
+        from pdtrim_deploy.plan import PDPlan
+        from pdtrim_deploy.simulation import sized
+
+        sides, requests = {}, self.requests if self.simulate else 0
+        for subject in found:
+            dense = f"{subject.model} dense {subject.plan.model.kv_dtype}"
+            if dense not in sides:
+                sides[dense] = sized(PDPlan.dense(subject.plan.model), rates, goal, requests, self.seed)
+            if subject.kind != "config":
+                sides[subject.name] = sized(subject.plan, rates, goal, requests, self.seed)
+        return sides
+
+    def report(self, sides: dict[str, SizedSide], goal: Goal) -> None:
+        """To the terminal."""
+        from rich.console import Console
+
+        from pdtrim_deploy.report.workers_table import workers_table
+
+        Console().print(workers_table(sides, goal))
+        for name, side in sides.items():
+            if side.sizing.problem:
+                click.echo(f"{name}: {side.sizing.problem}")
+        click.echo(f"assumed: {ASSUMED}")
+        if self.simulate:
+            click.echo(f"simulated, not measured: {self.requests} requests on these workers, seed {self.seed}")
+
+    def as_json(self, sides: dict[str, SizedSide], rates: Rates, goal: Goal) -> dict[str, Any]:
+        """The same for machines."""
+        return {
+            "rates": rates.model_dump(mode="json"),
+            "slo": {"ttft_s": goal.ttft_s, "itl_s": goal.itl_s, "share": 0.95},
+            "link_each": goal.link_each,
+            "assumed": ASSUMED,
+            "sides": {name: side.model_dump(mode="json") for name, side in sides.items()},
+        }
+
+
+def workers_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Eight options, passed on as one argument `workers`."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **given: Any) -> Any:
+        names = ("files", "slo_ttft", "slo_itl", "rates_of", "link_each", "simulate", "requests", "seed")
+        return command(*args, workers=Workers(*(given.pop(name) for name in names)), **given)
+
+    said = "How fast one worker is: YAML, or results of loadtest --json. Counts workers; needs --rate and the next two."
+    for option in (
+        click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the simulated arrivals."),
+        click.option("--requests", type=click.IntRange(1), default=20000, show_default=True, help="To be simulated."),
+        click.option("--simulate", is_flag=True, help="Simulate the workers found, too."),
+        click.option("--link-each", is_flag=True, help="--link is of each prefill worker, not one for all."),
+        click.option("--rates-of", type=click.Choice(["dense", "planned"]), default="dense", show_default=True),
+        click.option("--slo-itl", type=options.Duration(), help="ITL of 95% of the requests."),
+        click.option("--slo-ttft", type=options.Duration(), help="TTFT of 95% of the requests: 500ms, 2s."),
+        click.option("--rates", "files", type=options.path, multiple=True, help=said),
+    ):
+        wrapped = option(wrapped)
+    return wrapped

@@ -1,0 +1,48 @@
+"""Workers side by side: a column for each model unpruned, then one for each of its plans."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from rich.table import Table
+
+from pdtrim_deploy.simulation import Figures, SizedSide
+from pdtrim_deploy.sizing import Link
+from pdtrim_deploy.sizing.workers import Goal, Sizing
+
+COMPUTED: dict[str, Callable[[Sizing], str]] = {
+    "prefill workers": lambda s: _count(s.prefill_workers),
+    "decode workers": lambda s: _count(s.decode_workers),
+    "largest decode batch": lambda s: _count(s.decode_batch),
+    "TTFT p95, at most": lambda s: _ms(s.ttft_p95_ms),
+    "link needed": lambda s: "-" if s.link_bits_per_s_needed is None else str(Link(s.link_bits_per_s_needed)),
+}
+SIMULATED: dict[str, Callable[[Figures], str]] = {
+    "TTFT p50 / p95": lambda f: f"{_ms(f.ttft_ms.p50)} / {_ms(f.ttft_ms.p95)}",
+    "ITL p50 / p95": lambda f: f"{_ms(f.itl_ms.p50)} / {_ms(f.itl_ms.p95)}",
+    "within the SLO": lambda f: f"{f.good_share:.1%}",
+    "prefill / decode / link busy": lambda f: f"{f.prefill_busy:.0%} / {f.decode_busy:.0%} / {f.link_busy:.0%}",
+}
+
+
+def workers_table(sides: Mapping[str, SizedSide], goal: Goal) -> Table:
+    """Computed rows, then simulated ones where there are any."""
+    title = f"{goal.rate:g} requests/s, 95% within TTFT {_ms(goal.ttft_s * 1e3)} and ITL {_ms(goal.itl_s * 1e3)}"
+    table = Table("workers", *sides, title=title)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for label, cell in COMPUTED.items():
+        table.add_row(label, *(cell(side.sizing) for side in sides.values()))
+    if any(side.simulated for side in sides.values()):
+        for label, said in SIMULATED.items():
+            cells = ("-" if side.simulated is None else said(side.simulated) for side in sides.values())
+            table.add_row(f"simulated: {label}", *cells)
+    return table
+
+
+def _count(value: int | None) -> str:
+    return "none would do" if value is None else f"{value:,}"
+
+
+def _ms(value: float | None) -> str:
+    return "-" if value is None else f"{value / 1e3:.3g} s" if value >= 1000 else f"{value:.4g} ms"

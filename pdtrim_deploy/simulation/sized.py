@@ -1,0 +1,34 @@
+"""A plan's workers for a goal, and what the simulation of exactly these workers says."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+from pdtrim_deploy.loadtest.scenario import SLO, Lengths
+from pdtrim_deploy.plan import PDPlan
+from pdtrim_deploy.simulation.cluster import Cluster, simulate
+from pdtrim_deploy.simulation.load import Load
+from pdtrim_deploy.simulation.result import Figures
+from pdtrim_deploy.sizing.rates import Rates
+from pdtrim_deploy.sizing.workers import Goal, Sizing, rates_of, size
+
+
+class SizedSide(BaseModel):
+    """`simulated` is None when it was not asked for, or no workers would do."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    sizing: Sizing
+    simulated: Figures | None
+
+
+def sized(plan: PDPlan, unpruned: Rates, goal: Goal, requests: int = 0, seed: int = 0) -> SizedSide:
+    """Workers for `plan`; with `requests`, so many Poisson arrivals at the goal's rate are simulated on them."""
+    rates = rates_of(plan, unpruned)
+    found = size(rates, plan.payload_bytes(goal.isl), goal)
+    if not requests or found.prefill_workers is None or found.decode_workers is None:
+        return SizedSide(sizing=found, simulated=None)
+    load = Load.poisson(goal.rate, requests, Lengths(tokens=goal.isl), Lengths(tokens=goal.osl), seed)
+    cluster = Cluster(found.prefill_workers, found.decode_workers, rates, plan.payload_bytes, goal.link, goal.link_each)
+    slo = SLO(ttft_ms=goal.ttft_s * 1e3, itl_ms=goal.itl_s * 1e3)
+    return SizedSide(sizing=found, simulated=simulate(cluster, load).figures(slo))

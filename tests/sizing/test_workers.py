@@ -1,0 +1,225 @@
+"""Worker counts: the bound on waits, the counts against simulation, rates from files, and the command."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pdtrim_deploy.cli import main
+from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.loadtest import LoadResult, LoadRun, Outcome, WorkerFigures
+from pdtrim_deploy.loadtest.scenario import Lengths
+from pdtrim_deploy.loadtest.workers import Histogram
+from pdtrim_deploy.plan import Drop, Keep, KVSend, ModelShape, PDPlan
+from pdtrim_deploy.simulation import Cluster, Load, simulate, sized
+from pdtrim_deploy.sizing import Link, Rates
+from pdtrim_deploy.sizing.workers import Goal, rates_of, size, wait_s
+
+SHAPE = ModelShape(architecture="X", fingerprint="f", num_blocks=32, num_kv_heads=8, head_dim=128, kv_dtype="bfloat16")
+DENSE = PDPlan.dense(SHAPE)
+SPARSE = PDPlan(
+    model=SHAPE,
+    prefill=(Keep(),) * 30 + (Drop(),) * 2,
+    decode=(Keep(),) * 28 + (Drop(),) * 4,
+    kv=(KVSend(mode="sparse", n_first=4, n_last=64),) * 24 + (KVSend(),) * 4,
+)
+RATES = Rates(
+    prefill_tokens_per_s=20_000.0,
+    prefill_base_ms=5.0,
+    decode_step_ms={1: 8.0, 64: 14.0, 128: 21.0},
+    overhead_ms=15.0,
+    transfer_ms=2.0,
+)
+GOAL = Goal(20.0, 2000, 100, 0.6, 0.02, Link(100e9))
+
+
+def test_step_times_between_and_beyond_what_was_measured() -> None:
+    steps = RATES.steps_s()
+    assert len(steps) == 257
+    assert (steps[1], steps[64], steps[128]) == pytest.approx((0.008, 0.014, 0.021))
+    assert steps[96] == pytest.approx(0.0175)
+    assert steps[256] == pytest.approx(0.035)
+
+
+@pytest.mark.parametrize(("rate", "turns"), [(5.0, 1), (8.0, 1), (16.0, 2), (72.0, 8)])
+def test_the_bound_on_waits_holds_and_is_no_wild_guess(rate: float, turns: int) -> None:
+    rates = RATES.model_copy(update={"chunk_tokens": 2000, "prefill_base_ms": 0.0})  # 0.1 s a prompt
+    load = Load.poisson(rate, 20_000, Lengths(tokens=2000), Lengths(tokens=1), seed=1)
+    found = simulate(Cluster(turns, 1, rates, lambda n: 0, Link(1e30)), load)
+    seen = np.quantile(found.begun - found.ready, 0.975)
+    assert 0.95 * seen <= wait_s(rate, turns, 0.1) <= 2.5 * seen + 0.1  # 5%: a sample
+
+
+@given(st.floats(0.1, 100), st.integers(1, 20), st.floats(0.001, 1))
+def test_waits_grow_with_load_and_shrink_with_workers(rate: float, turns: int, service: float) -> None:
+    assert wait_s(rate, turns, service) >= wait_s(rate / 2, turns, service)
+    assert wait_s(rate, turns, service) >= wait_s(rate, turns + 1, service)
+    assert (wait_s(rate, turns, service) == math.inf) == (rate * service >= turns)
+    assert wait_s(rate, turns, 0.0) == 0.0
+
+
+@pytest.mark.parametrize("plan", [DENSE, SPARSE], ids=["dense", "sparse"])
+@pytest.mark.parametrize(
+    "goal",
+    [
+        GOAL,
+        Goal(2.0, 2000, 100, 0.6, 0.02, Link(25e9)),
+        Goal(60.0, 500, 300, 0.3, 0.015, Link(100e9)),
+        Goal(30.0, 4000, 50, 1.0, 0.03, Link(400e9)),
+        Goal(8.0, 8000, 200, 2.0, 0.012, Link(25e9), link_each=True),
+    ],
+    ids=lambda goal: f"{goal.rate:g}",
+)
+def test_the_workers_found_keep_the_slo_in_simulation(plan: PDPlan, goal: Goal) -> None:
+    side = sized(plan, RATES, goal, requests=4000)
+    assert side.sizing.problem is None
+    assert side.simulated.good_share >= 0.95
+    assert side.simulated.ttft_ms.p95 <= side.sizing.ttft_p95_ms
+    # Half of the workers of either stage would not do, so the counts are not merely large.
+    rates = rates_of(plan, RATES)
+    for halved in ((side.sizing.prefill_workers // 2, 99), (99, side.sizing.decode_workers // 2)):
+        if min(halved) >= 1:
+            cluster = Cluster(*halved, rates, plan.payload_bytes, goal.link, goal.link_each)
+            load = Load.poisson(goal.rate, 4000, Lengths(tokens=goal.isl), Lengths(tokens=goal.osl))
+            few = simulate(cluster, load)
+            late = few.figures().ttft_ms.p95 > goal.ttft_s * 1e3 or few.figures().tpot_ms.p95 > goal.itl_s * 1e3
+            assert late, halved
+
+
+def test_pruning_needs_fewer_workers_and_a_thinner_link() -> None:
+    goal = Goal(100.0, 4000, 300, 1.0, 0.015, Link(1e12))
+    dense, sparse = (size(rates_of(plan, RATES), plan.payload_bytes(4000), goal) for plan in (DENSE, SPARSE))
+    assert sparse.decode_workers < dense.decode_workers
+    assert sparse.prefill_workers <= dense.prefill_workers
+    assert sparse.link_bits_per_s_needed < dense.link_bits_per_s_needed / 3
+
+
+def test_the_link_needed_is_enough_and_less_is_not() -> None:
+    bytes_ = DENSE.payload_bytes(2000)
+    found = size(RATES, bytes_, GOAL)
+    for factor, enough in ((1.01, True), (0.98, False)):
+        link = Link(found.link_bits_per_s_needed * factor)
+        again = size(RATES, bytes_, Goal(20.0, 2000, 100, 0.6, 0.02, link))
+        assert (again.prefill_workers == found.prefill_workers) == enough
+
+
+@pytest.mark.parametrize(
+    ("rates", "goal", "said"),
+    [
+        (RATES, {"itl_s": 0.005}, "a decode step of one request takes 8 ms; raise --slo-itl"),
+        (RATES, {"ttft_s": 0.1}, "ms without any load and link; raise --slo-ttft"),
+        (RATES, {"link": Link(1e9)}, "the 1 Gb/s link is too slow; "),
+        (RATES.model_copy(update={"pool_tokens": 100}), {}, "pool_tokens 100 hold no request of 2100 tokens"),
+    ],
+    ids=["itl", "ttft", "link", "pool"],
+)
+def test_what_no_number_of_workers_can_do_is_said(rates: Rates, goal: dict, said: str) -> None:
+    found = size(rates, DENSE.payload_bytes(2000), Goal(**{**GOAL.__dict__, **goal}))
+    assert said in found.problem
+    assert found.prefill_workers is None
+
+
+def result(tokens: int, clients: int, ttft: float, itl: float, prefill: float, gaps: int = 50) -> LoadResult:
+    """As of a closed loop whose decode is never idle, with workers that say what they measured."""
+    one = Outcome(None, "", ttft, (itl,) * gaps, ttft + gaps * itl, tokens, gaps + 1)
+    stage = Histogram(count=1, mean_ms=prefill * 1e3, p50_ms=None, p95_ms=None)
+    transfer = Histogram(count=1, mean_ms=3.0, p50_ms=None, p95_ms=None)
+    workers = WorkerFigures(
+        requests=1, outcomes={}, payload_bytes=1, wire_bytes=1, dense_bytes=1, transfer=transfer,
+        queues={"prefill_forward": stage},
+    )  # fmt: skip
+    return LoadResult.of("builtin", [LoadRun((one,) * clients, one.e2e)], None, workers)
+
+
+MEASURED = {
+    "a": result(100, 1, 0.005 + 0.1 + 0.003 + 0.02, 0.040, 0.105),
+    "b": result(300, 1, 0.005 + 0.3 + 0.003 + 0.02, 0.040, 0.305),
+    "c": result(100, 4, 0.2, 0.055, 0.2, gaps=500),
+}
+
+
+def test_rates_are_read_from_load_tests(tmp_path: Path) -> None:
+    for name, one in MEASURED.items():
+        (tmp_path / f"{name}.json").write_text(one.model_dump_json())
+    rates = Rates.load([tmp_path / f"{name}.json" for name in MEASURED])
+    assert rates.prefill_tokens_per_s == pytest.approx(1000)
+    assert rates.prefill_base_ms == pytest.approx(5)
+    assert rates.decode_step_ms == pytest.approx({1: 40.0, 4: 55.0})
+    assert (rates.overhead_ms, rates.transfer_ms) == pytest.approx((20.0, 3.0))
+    with pytest.raises(UserError, match="no result is of one request at a time; add one: loadtest --concurrency 1"):
+        Rates.load([tmp_path / "c.json"])
+    blind = MEASURED["a"].model_copy(update={"workers": None})
+    with pytest.raises(UserError, match="a has no figures of the workers"):
+        Rates.measured([("a", blind)])
+    (tmp_path / "rates.yaml").write_text("prefill_tokens_per_s: 5\ndecode_step_ms: {1: 2}\n")
+    with pytest.raises(UserError, match=r"rates.yaml is no result of loadtest --json; give one file of rates"):
+        Rates.load([tmp_path / "a.json", tmp_path / "rates.yaml"])
+    assert Rates.load([tmp_path / "rates.yaml"]).steps_s()[200] == pytest.approx(0.002)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("prefill_tokens_per_s: 5\n", "decode_step_ms is None; allowed: requests in a batch"),
+        ("prefill_tokens_per_s: 5\ndecode_step_ms: {one: 2}\n", "decode_step_ms is {'one': 2}; allowed: requests"),
+        ("prefill_tokens_per_s: 0\ndecode_step_ms: {1: 2}\n", "prefill_tokens_per_s is 0; allowed: a number above 0"),
+        ("speed: 1\ndecode_step_ms: {1: 2}\nprefill_tokens_per_s: 5\n", "speed is not a known key; allowed here: "),
+        ("- 1\n", "a rates is a mapping"),
+    ],
+)
+def test_a_file_of_rates_that_is_wrong_is_named(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"r\.yaml") as error:
+        Rates.load([tmp_path / "r.yaml"])
+    assert said in str(error.value)
+
+
+def run(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", *(str(arg) for arg in args)])
+    captured = capsys.readouterr()
+    return int(ended.value.code or 0), captured.out, captured.err
+
+
+def test_the_command_counts_and_simulates(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "rates.yaml"
+    file.write_text("prefill_tokens_per_s: 20000\ndecode_step_ms: {1: 8, 64: 14}\n")
+    asked = ["llama-3.1-8b", "--rates", file, "--rate", 5, "--slo-ttft", "1s", "--slo-itl", "20ms", "--isl", "1000"]
+    code, out, _ = run(capsys, *asked, "--simulate", "--requests", 500)
+    assert code == 0
+    assert "simulated, not measured: 500 requests" in out
+    assert "assumed: Poisson arrivals" in out
+    code, out, _ = run(capsys, *asked, "--json")
+    said = json.loads(out)["workers"]
+    (side,) = said["sides"].values()
+    assert side["sizing"]["prefill_workers"] >= 1
+    assert side["simulated"] is None
+    assert said["slo"] == {"ttft_s": 1.0, "itl_s": 0.02, "share": 0.95}
+    # Rates of a plan without a block less are the unpruned model's.
+    code, out, _ = run(capsys, *asked, "--json", "--rates-of", "planned")
+    assert json.loads(out)["workers"] == said
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--slo-ttft", "1s"], "are about workers; say --rates too"),
+        (["--rates", "FILE", "--rate", 5], "say --rate, --slo-ttft and --slo-itl too"),
+        (["--rates", "FILE", "--rate", 5, "--slo-ttft", "1"], "no time above 0 with its unit"),
+        (["--rates", "FILE", "--rate", 5, "--slo-ttft", "1s", "--slo-itl", "0ms"], "no time above 0 with its unit"),
+        (["--rates", "nowhere", "--rate", 5, "--slo-ttft", "1s", "--slo-itl", "1s"], "no such rates file"),
+    ],
+)
+def test_half_a_question_is_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, args: list[object], said: str
+) -> None:
+    (tmp_path / "r.yaml").write_text("prefill_tokens_per_s: 20000\ndecode_step_ms: {1: 8, 64: 14}\n")
+    code, out, err = run(capsys, "llama-3.1-8b", *(tmp_path / "r.yaml" if one == "FILE" else one for one in args))
+    assert (code, out) == (2, "")
+    assert said in err
