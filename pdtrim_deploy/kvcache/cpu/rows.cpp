@@ -380,6 +380,13 @@ inline void load_pair(const uint8_t* from, f32& even, f32& odd) {
 template <Dtype dtype>
 inline void store_pair(uint8_t* to, f32 even, f32 odd) {
   if constexpr (dtype == kBFloat16) {
+#if defined(__AVX512BF16__)
+    using u16x32 = uint16_t __attribute__((vector_size(64)));
+    const u16x32 zip = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13,
+                        29, 14, 30, 15, 31};
+    set(to, __builtin_shuffle(u16x32(_mm512_cvtne2ps_pbh(__m512(odd), __m512(even))), zip));  // see to_bfloat
+    return;
+#endif
     set(to, widen(to_bfloat(even)) | widen(to_bfloat(odd)) << 16);
   } else {
     const i32 zip = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
