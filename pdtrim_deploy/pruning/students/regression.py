@@ -116,7 +116,7 @@ def _descend(
     for parameter in trainable(layer).values():
         parameter.requires_grad_(True)
     optimiser = torch.optim.AdamW(trainable(layer).values(), lr=asked.learning_rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda n: _rate(n, asked.steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda n: rate(n, asked.steps))
     generator = torch.Generator().manual_seed(asked.seed + block)
     began, done = monotonic(), 0
     while done < asked.steps and (asked.minutes is None or monotonic() - began < 60 * asked.minutes):
@@ -151,7 +151,8 @@ def _error(runner: Blockwise, x: Tensor, y: Tensor) -> Tensor:
     return ((out - y).square().sum(-1) / y.square().sum(-1)).mean()
 
 
-def _rate(step: int, steps: int) -> float:
+def rate(step: int, steps: int) -> float:
+    """Share of the learning rate: a tenth of the steps to warm up, then a cosine."""
     warm = max(1, steps // 10)
     return min(1.0, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * step / steps))
 

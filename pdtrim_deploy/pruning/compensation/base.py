@@ -1,0 +1,29 @@
+"""What a compensation is asked and what it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from torch import Tensor
+
+from pdtrim_deploy.plan import Stage
+from pdtrim_deploy.pruning.pair import StagePair
+
+Progress = Callable[[str], None]
+
+
+class Compensation(Protocol):
+    """Makes up, in the weights, for blocks that were dropped. Equal text gives equal weights.
+
+    It may change what a block adds to its hidden state (o_proj, down_proj) and nothing that makes K or V. So a block's
+    map from hidden state to K and V stays the dense model's in both stages, and the KV that travels changes only as
+    prefill's own hidden states do: towards the dense model's.
+    """
+
+    def compensate(self, pair: StagePair, stage: Stage, ids: Tensor, progress: Progress) -> StagePair:
+        """`pair` with `stage` compensated on text `ids`, int64 `[S, T]`.
+
+        Decode reads the KV that `pair`'s prefill makes of the first half of each sequence: compensate prefill first.
+        """
+        ...

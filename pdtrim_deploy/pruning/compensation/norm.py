@@ -1,0 +1,54 @@
+"""Rescale by the norm that dropped blocks would have added (Prune&Comp).
+
+Where blocks between `x_a` and `x_b` are gone, later blocks read a hidden state that is too short by
+`alpha = E|x_b| / E|x_a|`, so what they add weighs too much. Prune&Comp lengthens everything before the gap, down to
+the embeddings; as norms are blind to length, dividing what later blocks add by alpha is the same function, leaves tied
+embeddings alone, and touches no K or V.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pdtrim_deploy.blockwise import Blockwise
+from pdtrim_deploy.plan import Stage
+from pdtrim_deploy.pruning.compensation.base import Progress
+from pdtrim_deploy.pruning.pair import StagePair
+
+_ADDS = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
+
+
+class Norm:
+    """Factors are of the dense model's states, token 0 (the attention sink) left out."""
+
+    def compensate(self, pair: StagePair, stage: Stage, ids: Tensor, progress: Progress) -> StagePair:
+        """Divide o_proj and down_proj of every layer behind a gap by the product of the gaps' factors."""
+        layers, spans = pair.plan.layers(stage), pair.spans(stage)
+        norms = _mean_norms(pair, ids, progress)
+        missing, factors = float(norms[layers[0]] / norms[0]), dict[int, float]()
+        for block, (stop, after) in zip(layers, spans, strict=True):
+            factors[block] = missing
+            missing *= float(norms[after] / norms[stop])
+        model = pair.stage(stage)
+        changed = {
+            block: {name: layer.get_parameter(name).detach() / factors[block] for name in _ADDS}
+            for block, layer in zip(layers, model.model.layers, strict=True)
+            if factors[block] != 1.0
+        }
+        return pair.with_changes(stage, changed)
+
+
+@torch.no_grad()
+def _mean_norms(pair: StagePair, ids: Tensor, progress: Progress) -> Tensor:
+    """float64 `[blocks + 1]`: mean norm of each `x_i` of the dense model."""
+    runner, blocks = Blockwise(pair.model), pair.plan.model.num_blocks
+    total = torch.zeros(blocks + 1, dtype=torch.float64)
+    for done, part in enumerate(ids.split(4)):
+        hidden, span = runner.embed(part)
+        for block in range(blocks + 1):
+            total[block] += hidden[:, 1:].double().norm(dim=-1).sum()
+            if block < blocks:
+                hidden = runner.block(block, hidden, span)
+        progress(f"norms: {min(4 * (done + 1), len(ids))}/{len(ids)} sequences")
+    return total / (ids.shape[0] * (ids.shape[1] - 1))

@@ -1,0 +1,163 @@
+"""Logit distillation of one stage from the dense model, by `modelopt.torch.distill` (mode `kd_loss`, 0.47).
+
+Prefill is healed as a whole model. Decode is healed as it serves: on what follows a prompt whose KV the pruned (and
+healed) prefill made. What K and V are made with is frozen in both stages, so the one's KV stays the other's; so are
+embeddings, final norm and LM head, which both share with the dense model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import monotonic
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.plan import Stage
+from pdtrim_deploy.pruning.healing.readers import Behind, HandOver, Whole
+from pdtrim_deploy.pruning.pair import StagePair
+from pdtrim_deploy.pruning.students.regression import rate, trainable
+from pdtrim_deploy.recipe_healing import HealingSection
+
+_CHECKED = 8  # one sequence in so many is not trained on
+
+
+@dataclass(frozen=True)
+class Healed:
+    """`before` and `after` are the mean KL divergence from the dense model, in nats a token, on text not trained on.
+
+    `kept` is False when that did not fall: the stage is then as it was.
+    """
+
+    pair: StagePair
+    steps: int
+    before: float
+    after: float
+    kept: bool
+
+
+def heal(
+    pair: StagePair, stage: Stage, ids: Tensor, asked: HealingSection, note: Callable[[str], None] = lambda _: None
+) -> Healed:
+    """`pair` with `stage` trained on text `ids`, int64 `[S, T]`: all steps asked for, or until time is up.
+
+    Raises:
+        UserError: modelopt is not installed; a loss that is not a number.
+
+    """
+    kd = _modelopt()
+    model = pair.stage(stage)
+    learned = _own(model)
+    with torch.random.fork_rng():
+        student: Any = kd.convert(
+            Behind(model),
+            mode=[
+                (
+                    "kd_loss",
+                    {
+                        "teacher_model": Whole(pair.model),
+                        "criterion": {("", ""): kd.LogitsDistillationLoss(reduction="none")},
+                        "loss_balancer": None,
+                    },
+                )
+            ],
+        )
+    reader = _Loss(pair, stage, student, ids.shape[1])
+    checked = max(1, len(ids) // _CHECKED)
+    check, fit = ids[-checked:], ids[: max(1, len(ids) - checked)]
+    before = reader.mean(check, asked.batch)
+    steps = _train(reader, fit, learned, stage, asked, note)
+    after = reader.mean(check, asked.batch)
+    kd.export(student)
+    kept = after < before
+    note(f"{stage}: KL from the dense model {before:.4f} -> {after:.4f} nats" + ("" if kept else ", not kept"))
+    layers = pair.plan.layers(stage)
+    got = {block: {name: p.detach() for name, p in ps.items()} for block, ps in zip(layers, learned, strict=True)}
+    return Healed(pair.with_changes(stage, got) if kept else pair, steps, before, after, kept)
+
+
+def _train(
+    reader: _Loss,
+    fit: Tensor,
+    learned: list[dict[str, nn.Parameter]],
+    stage: Stage,
+    asked: HealingSection,
+    note: Callable[[str], None],
+) -> int:
+    parameters = [p for ps in learned for p in ps.values()]
+    wanted = asked.prefill_steps if stage == "prefill" else asked.decode_steps
+    optimiser = torch.optim.AdamW(parameters, lr=asked.learning_rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: rate(step, wanted))
+    order, began = _order(len(fit), asked), monotonic()
+    for step in range(wanted):
+        if asked.minutes is not None and monotonic() - began > 60 * asked.minutes:
+            return step
+        loss = reader(fit[order[step]])
+        if not math.isfinite(value := float(loss.detach())):
+            raise UserError(
+                f"healing {stage}: the loss is {value} at step {step}; "
+                f"lower healing.learning_rate, now {asked.learning_rate:g}, or check the model's weights"
+            )
+        optimiser.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimiser.step()
+        schedule.step()
+        left = (monotonic() - began) / (step + 1) * (wanted - step - 1)
+        note(f"healing {stage}: step {step + 1}/{wanted}, KL {value:.4f}, {left:.0f} s left")
+    return wanted
+
+
+class _Loss:
+    """Mean KL divergence of a batch, through modelopt."""
+
+    def __init__(self, pair: StagePair, stage: Stage, student: Any, tokens: int) -> None:
+        self._student = student  # in eval mode: no dropout
+        self._prompt = tokens // 2 if stage == "decode" else 0
+        self._prefill = HandOver(pair.stage("prefill"), pair.plan.layer_map)
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        held = self._prefill(ids[:, : self._prompt]) if self._prompt else None
+        self._student(ids, self._prompt, held)
+        return self._student.compute_kd_loss(loss_reduction_fn=lambda values: values.mean())
+
+    @torch.no_grad()
+    def mean(self, ids: Tensor, batch: int) -> float:
+        """Over all of `ids`."""
+        losses = [(float(self(part)), len(part)) for part in ids.split(batch)]
+        return sum(loss * n for loss, n in losses) / len(ids)
+
+
+def _own(model: Any) -> list[dict[str, nn.Parameter]]:
+    """Give the stage its own copies of what is trained (it shares the rest with the teacher), by layer."""
+    learned = []
+    for layer in model.model.layers:
+        mine = {name: nn.Parameter(p.detach().clone()) for name, p in trainable(layer).items()}
+        for name, parameter in mine.items():
+            owner, _, leaf = name.rpartition(".")
+            layer.get_submodule(owner)._parameters[leaf] = parameter
+        learned.append(mine)
+    return learned
+
+
+def _order(sequences: int, asked: HealingSection) -> Tensor:
+    """int64 `[steps, batch]`: every sequence once before any comes again."""
+    generator = torch.Generator().manual_seed(asked.seed)
+    steps = max(asked.prefill_steps, asked.decode_steps)
+    rounds = -(-steps * asked.batch // sequences)
+    order = torch.cat([torch.randperm(sequences, generator=generator) for _ in range(rounds)])
+    return order[: steps * asked.batch].view(steps, asked.batch)
+
+
+def _modelopt() -> Any:
+    try:
+        import modelopt.torch.distill as kd
+    except ImportError as error:
+        raise UserError(
+            "healing needs nvidia-modelopt: install the build extra, or set healing.prefill_steps and decode_steps to 0"
+        ) from error
+    return kd

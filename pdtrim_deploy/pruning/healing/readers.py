@@ -1,0 +1,60 @@
+"""Teacher and student as modules with one signature, as `modelopt.torch.distill` wants them.
+
+Both are called with `(ids, prompt, held)`: int64 `[batch, T]`, how many of these are the prompt (0 for prefill), and
+the prompt's KV that each layer of decode reads. Both give logits `[batch * (T - prompt), vocabulary]`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pdtrim_deploy.blockwise import Blockwise, CausalLM, LayerKV
+
+
+class Whole(nn.Module):
+    """The dense model: it reads prompt and all with its own KV, whatever is held."""
+
+    def __init__(self, model: CausalLM) -> None:
+        super().__init__()
+        self.model, self._runner = model, Blockwise(model)
+
+    @torch.no_grad()
+    def forward(self, ids: Tensor, prompt: int, held: list[LayerKV] | None) -> Tensor:
+        """Logits of all but the prompt's tokens."""
+        hidden, span = self._runner.embed(ids)
+        for layer in range(len(self._runner.layers)):
+            hidden = self._runner.block(layer, hidden, span)
+        return self._runner.logits(hidden[:, prompt:].flatten(0, 1))
+
+
+class Behind(nn.Module):
+    """A stage model: as a whole model when `prompt` is 0, else what follows the prompt, on the KV that is held."""
+
+    def __init__(self, model: CausalLM) -> None:
+        super().__init__()
+        self.model, self._runner = model, Blockwise(model)
+
+    def forward(self, ids: Tensor, prompt: int, held: list[LayerKV] | None) -> Tensor:
+        """Logits of all but the prompt's tokens."""
+        hidden, span = self._runner.embed(ids[:, prompt:], prompt)
+        for layer in range(len(self._runner.layers)):
+            hidden = self._runner.block(layer, hidden, span, held[layer].fork() if held else None)
+        return self._runner.logits(hidden.flatten(0, 1))
+
+
+class HandOver(nn.Module):
+    """The prefill stage: what it makes of a prompt, by layer of decode."""
+
+    def __init__(self, model: CausalLM, layer_map: tuple[int, ...]) -> None:
+        super().__init__()
+        self._runner, self._map = Blockwise(model), layer_map
+
+    @torch.no_grad()
+    def forward(self, prompts: Tensor) -> list[LayerKV]:
+        """KV of `prompts`, int64 `[batch, tokens]`."""
+        hidden, span = self._runner.embed(prompts)
+        made = [LayerKV() for _ in self._runner.layers]
+        for layer in range(self._map[-1] + 1):
+            hidden = self._runner.block(layer, hidden, span, made[layer])
+        return [made[source] for source in self._map]

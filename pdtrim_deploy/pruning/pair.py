@@ -1,0 +1,44 @@
+"""Two stage models in memory: the dense model, which blocks each stage runs, and the tensors that differ from dense."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
+
+from pdtrim_deploy.blockwise import CausalLM
+from pdtrim_deploy.checkpoints.surgery import Replacements, keep_blocks
+from pdtrim_deploy.plan import PDPlan, Stage
+
+Tensors = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class StagePair:
+    """`changed` gives, by stage and block, tensors by their name within the block; the rest is the dense model's."""
+
+    model: CausalLM
+    plan: PDPlan
+    changed: Mapping[Stage, Replacements] = field(default_factory=dict)
+
+    def stage(self, stage: Stage) -> CausalLM:
+        """That stage's model; what it has not changed it shares with the dense one."""
+        return keep_blocks(self.model, self.plan.layers(stage), self.changed.get(stage))
+
+    def with_changes(self, stage: Stage, more: Replacements) -> StagePair:
+        """The same with more tensors of one stage changed, or changed again."""
+        merged: dict[int, Tensors] = dict(self.changed.get(stage, {}))
+        for block, tensors in more.items():
+            merged[block] = {**merged.get(block, {}), **tensors}
+        return replace(self, changed={**self.changed, stage: merged})
+
+    def spans(self, stage: Stage) -> tuple[tuple[int, int], ...]:
+        """For each layer of the stage `(stop, next)`: its output stands for `x_stop`, what reads it wants `x_next`.
+
+        They differ where blocks were dropped; `x_i` is the dense model's hidden state before block `i`.
+        """
+        layers, actions = self.plan.layers(stage), self.plan.actions(stage)
+        follows = (*layers[1:], self.plan.model.num_blocks)
+        stops = (actions[b].pair[1] if actions[b].kind == "distilled" else b for b in layers)  # type: ignore[union-attr]
+        return tuple((stop + 1, after) for stop, after in zip(stops, follows, strict=True))

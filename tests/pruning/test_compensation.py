@@ -1,0 +1,102 @@
+"""Compensation: what it may touch, what it is equal to, and that it brings a stage nearer to the dense model."""
+
+import pytest
+import torch
+from stagepairs import kl, pair_of
+from tinypd import BLOCKS, FAMILIES, make_plan, text, tiny
+
+from pdtrim_deploy.blockwise import Blockwise, LayerKV
+from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.plan import Distilled, Drop, Keep, PDPlan
+from pdtrim_deploy.pruning.compensation import COMPENSATIONS, get_compensation
+from pdtrim_deploy.pruning.pair import StagePair
+from pdtrim_deploy.recipe_healing import COMPENSATION_METHODS
+
+QUIET = lambda _: None  # noqa: E731
+
+
+def test_the_recipe_knows_the_methods():
+    assert ("none", *COMPENSATIONS) == COMPENSATION_METHODS
+    with pytest.raises(UserError, match="use one of none, norm, least-squares"):
+        get_compensation("more")
+
+
+@pytest.mark.parametrize("method", COMPENSATIONS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_only_what_a_block_adds_is_changed_and_the_dense_model_is_left_alone(family, method):
+    model = tiny(family)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    pair = get_compensation(method).compensate(pair_of(model), "prefill", text(12, 24), QUIET)
+    pair = get_compensation(method).compensate(pair, "decode", text(12, 24), QUIET)
+    for stage in ("prefill", "decode"):
+        names = {name for tensors in pair.changed[stage].values() for name in tensors}
+        assert "mlp.down_proj.weight" in names
+        assert names <= {"mlp.down_proj.weight", "self_attn.o_proj.weight"}
+        assert set(pair.changed[stage]) <= set(pair.plan.layers(stage))
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("stage", ["prefill", "decode"])
+def test_least_squares_comes_nearer_on_new_text(stage):
+    pair = pair_of(tiny("Llama"))
+    after = get_compensation("least-squares").compensate(pair, stage, text(48, 24), QUIET)
+    assert kl(after, stage, text(8, 24, seed=7)) < 0.9 * kl(pair, stage, text(8, 24, seed=7))
+
+
+def test_decode_is_fitted_behind_the_prefill_it_is_given():
+    """Another prefill makes other KV, so other weights come out."""
+    pair, ids = pair_of(tiny("Llama")), text(16, 24)
+    fit = get_compensation("least-squares")
+    one = fit.compensate(pair, "decode", ids, QUIET)
+    two = fit.compensate(fit.compensate(pair, "prefill", ids, QUIET), "decode", ids, QUIET)
+    a, b = (p.changed["decode"][4]["mlp.down_proj.weight"] for p in (one, two))
+    assert not torch.equal(a, b)
+    again = fit.compensate(pair, "decode", ids, QUIET).changed["decode"][4]["mlp.down_proj.weight"]
+    assert torch.equal(a, again)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_norm_is_the_model_that_is_lengthened_before_the_gap(family):
+    """Prune&Comp as published: embeddings, o_proj and down_proj before the gap times alpha."""
+    model, ids = tiny(family, rms_norm_eps=1e-12), text(4, 24)
+    pair = pair_of(model, (), (2,))
+    runner, norms = Blockwise(model), []
+    with torch.no_grad():
+        hidden, span = runner.embed(ids)
+        for block in range(BLOCKS):
+            norms.append(hidden[:, 1:].norm(dim=-1).mean())
+            hidden = runner.block(block, hidden, span)
+        alpha = norms[3] / norms[2]
+        longer = runner.embed(ids)[0] * alpha
+        published = pair.stage("decode")
+        for block in (0, 1):
+            layer = published.model.layers[block]
+            for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
+                linear._parameters["weight"] = torch.nn.Parameter(linear.weight * alpha, requires_grad=False)
+        wanted = Blockwise(published)
+        for layer in range(BLOCKS - 1):
+            longer = wanted.block(layer, longer, span)
+        got = Blockwise(get_compensation("norm").compensate(pair, "decode", ids, QUIET).stage("decode"))
+        hidden, kvs = runner.embed(ids)[0], [LayerKV() for _ in range(BLOCKS - 1)]
+        for layer in range(BLOCKS - 1):
+            hidden = got.block(layer, hidden, span, kvs[layer])
+    torch.testing.assert_close(got.logits(hidden), wanted.logits(longer), rtol=2e-3, atol=2e-3)
+    assert abs(float(alpha) - 1) > 0.05
+
+
+def test_a_distilled_pair_leaves_no_gap():
+    model = tiny("Llama")
+    student = Distilled(pair=(1, 2), kv_from=1)
+    base = make_plan()
+    actions = (Keep(), student, student, Keep(), Drop())
+    plan = PDPlan(model=base.model, prefill=base.prefill, decode=actions, kv=base.kv[:3])
+    pair = StagePair(model, plan)
+    assert pair.spans("decode") == ((1, 1), (3, 3), (4, 5))
+    assert get_compensation("norm").compensate(pair, "decode", text(4, 24), QUIET).changed == {"decode": {}}
+
+
+def test_an_error_that_is_not_a_number_is_one_sentence():
+    model = tiny("Llama")
+    model.model.layers[1].mlp.up_proj.weight.data[0] = float("nan")
+    with pytest.raises(UserError, match="block 1: its error is nan"):
+        get_compensation("least-squares").compensate(pair_of(model), "prefill", text(8, 16), QUIET)

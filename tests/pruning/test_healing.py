@@ -1,0 +1,72 @@
+"""Healing by modelopt: what learns, what stays, and that it nears the dense model, as PD serves it."""
+
+import sys
+
+import pytest
+import torch
+from stagepairs import kl, pair_of
+from tinypd import FAMILIES, text, tiny
+
+from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.pruning.healing import heal
+from pdtrim_deploy.pruning.students.regression import FROZEN
+from pdtrim_deploy.recipe_healing import HealingSection
+
+ASKED = HealingSection(prefill_steps=15, decode_steps=15, learning_rate=2e-3, batch=2)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_both_stages_near_the_dense_model_and_k_and_v_stay(family):
+    model, ids, fresh = tiny(family), text(40, 48), text(8, 24, seed=5)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    pair = pair_of(model)
+    for stage in ("prefill", "decode"):
+        was = kl(pair, stage, fresh)
+        done = heal(pair, stage, ids, ASKED)
+        assert done.kept
+        assert done.steps == 15
+        assert done.after < done.before
+        assert kl(done.pair, stage, fresh) < was
+        assert done.before == pytest.approx(kl(pair, stage, ids[-5:]), rel=1e-4)
+        assert done.after == pytest.approx(kl(done.pair, stage, ids[-5:]), rel=1e-4)
+        assert set(done.pair.changed[stage]) == set(pair.plan.layers(stage))
+        names = {name for tensors in done.pair.changed[stage].values() for name in tensors}
+        assert not any(name.startswith(FROZEN) for name in names)
+        assert {"mlp.up_proj.weight", "self_attn.q_proj.weight"} <= names
+        pair = done.pair
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_seeds_fix_the_result():
+    pair, ids = pair_of(tiny("Llama")), text(40, 48)
+    one, two, other = (
+        heal(pair, "decode", ids, ASKED.model_copy(update={"seed": seed})).pair.changed["decode"][4]
+        for seed in (0, 0, 1)
+    )
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert not all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_what_does_not_help_is_not_kept():
+    pair = pair_of(tiny("Llama"))
+    done = heal(pair, "prefill", text(40, 48), ASKED.model_copy(update={"learning_rate": 30.0}))
+    assert not done.kept
+    assert done.pair is pair
+
+
+def test_time_is_a_budget_too():
+    done = heal(pair_of(tiny("Llama")), "prefill", text(40, 48), ASKED.model_copy(update={"minutes": 1e-9}))
+    assert done.steps <= 1
+
+
+def test_a_loss_that_is_not_a_number_is_one_sentence():
+    model = tiny("Llama")
+    model.model.layers[1].mlp.up_proj.weight.data[0] = float("nan")
+    with pytest.raises(UserError, match=r"healing decode: the loss is nan at step 0; lower healing\.learning_rate"):
+        heal(pair_of(model), "decode", text(8, 16), ASKED)
+
+
+def test_without_modelopt_it_says_what_to_do(monkeypatch):
+    monkeypatch.setitem(sys.modules, "modelopt.torch.distill", None)
+    with pytest.raises(UserError, match="healing needs nvidia-modelopt"):
+        heal(pair_of(tiny("Llama")), "decode", text(8, 16), ASKED)
