@@ -2,14 +2,15 @@
 
 `make bench-simulation`. A bundle is served as 1 prefill + 1 decode worker. Closed loops at several lengths and
 concurrencies give the workers' rates; other loads (open loops, mixed lengths) are measured and simulated with the
-same requests, and the errors stand in `rows`. All loads take turns, in rounds, so that what else the machine does
-falls on all of them. What `clusters` says is simulated only, from rates that are assumed.
+same requests, and the errors stand beside them. All loads take turns, in rounds, so that what else the machine does
+falls on all of them. Rows with `workers` are simulated only: Llama-3.1-8B on 64 workers, from rates that are assumed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import time
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -19,14 +20,14 @@ from __results import write
 from pdtrim_deploy.bundle import Bundle
 from pdtrim_deploy.cache import Cache
 from pdtrim_deploy.loadtest import LoadResult, Scenario, Workers, driver
-from pdtrim_deploy.loadtest.scenario import Arrivals, Lengths
+from pdtrim_deploy.loadtest.scenario import SLO, Arrivals, Lengths
 from pdtrim_deploy.loadtest.schedule import jobs
 from pdtrim_deploy.pipeline import build
 from pdtrim_deploy.recipe import Recipe
 from pdtrim_deploy.serving import cluster_of
 from pdtrim_deploy.simulation import Cluster, Load, simulate
-from pdtrim_deploy.sizing import Link
-from pdtrim_deploy.sizing.rates import Rates
+from pdtrim_deploy.sizing import Link, Rates, subjects
+from pdtrim_deploy.sizing.workers import Goal, rates_of, size
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "out" / "bench-simulation"
@@ -43,6 +44,11 @@ CALIBRATION = {
 # Open loops: arrivals a second, requests.
 CHECKS = {"Poisson 0.5/s": (0.5, 20), "Poisson 0.8/s": (0.8, 32)}
 PROMPT, ANSWER = Lengths.between(96, 352), Lengths.between(12, 36)
+# Simulated only.
+ASSUMED = ROOT / "scenarios" / "rates" / "llama-3.1-8b-assumed.yaml"
+WORKERS, REQUESTS_64, PROMPT_64, ANSWER_64 = 64, 100_000, 4096, 256
+SLO_64 = SLO(ttft_ms=1500.0, itl_ms=20.0)
+LINKS = (("100Gbps", True), ("25Gbps", True), ("400Gbps", False), ("100Gbps", False))
 COMPARED = ("ttft_ms", "itl_ms", "tpot_ms", "e2e_ms")
 
 
@@ -66,7 +72,10 @@ def main() -> None:
         print(row["load"], {name: f"{error:+.0%}" for name, error in row["errors"].items()})
     worst = {kind: worst_of(rows, names) for kind, names in (("calibration", CALIBRATION), ("check", CHECKS))}
     print(worst)
-    write("simulation", asked, [{"rates": rates.model_dump(), "worst_error": worst}, *rows])
+    large = [
+        cluster(name, *wires) for wires in LINKS for name in ("llama-3.1-8b", "recipes/llama-3.1-8b-balanced.yaml")
+    ]
+    write("simulation", asked, [{"rates": rates.model_dump(), "worst_error": worst}, *rows, *large])
 
 
 def built() -> Bundle:
@@ -128,6 +137,46 @@ def check(
         "simulated": {key: round(b, 2) for key, (_, b) in means.items()},
         "errors": {key: round(b / a - 1, 4) for key, (a, b) in means.items()},
     }
+
+
+def cluster(target: str, link: str, each: bool) -> dict[str, Any]:
+    """The largest rate that WORKERS workers carry within the SLO, prefill and decode split at best; then simulated."""
+    (subject,) = subjects([str(ROOT / target) if "/" in target else target])
+    rates = rates_of(subject.plan, Rates.load([ASSUMED]))
+    size_bytes = subject.plan.payload_bytes(PROMPT_64)
+
+    def goal(rate: float) -> Goal:
+        return Goal(rate, PROMPT_64, ANSWER_64, SLO_64.ttft_ms / 1e3, SLO_64.itl_ms / 1e3, Link.parse(link), each)
+
+    low, high = 0.0, 10_000.0
+    while high - low > 0.1:
+        rate = (low + high) / 2
+        found = size(rates, size_bytes, goal(rate))
+        fits = found.problem is None and found.prefill_workers + found.decode_workers <= WORKERS
+        low, high = (rate, high) if fits else (low, rate)
+    found, started = size(rates, size_bytes, goal(low)), time.perf_counter()
+    load = Load.poisson(low, REQUESTS_64, Lengths(tokens=PROMPT_64), Lengths(tokens=ANSWER_64))
+    cluster = Cluster(
+        found.prefill_workers, found.decode_workers, rates, subject.plan.payload_bytes, Link.parse(link), each
+    )
+    figures = simulate(cluster, load).figures(SLO_64)
+    row = {
+        "workers": WORKERS,
+        "plan": subject.name if subject.kind == "recipe" else f"{subject.model} dense",
+        "link": f"{link}, {'of each prefill worker' if each else 'one for all'}",
+        "request_bytes": size_bytes,
+        "rate": round(low, 1),
+        "prefill_workers": found.prefill_workers,
+        "decode_workers": found.decode_workers,
+        "ttft_p95_bound_ms": round(found.ttft_p95_ms, 1),
+        "took_s": round(time.perf_counter() - started, 1),
+    } | figures.model_dump()
+    print(
+        "{plan}, {link}: {rate}/s on {prefill_workers}+{decode_workers}, {good_share:.1%} good, {took_s} s".format(
+            **row
+        )
+    )
+    return row
 
 
 def worst_of(rows: list[dict[str, Any]], names: dict[str, Any]) -> dict[str, float]:
