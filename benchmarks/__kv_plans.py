@@ -32,12 +32,28 @@ class Row:
     seed: int | None = None
 
 
-def rows(problem: Problem, reductions: Sequence[float], random_seeds: int, note: Log) -> Iterator[Row]:
-    """Every method at every reduction, ours last."""
+def rows(
+    problem: Problem, reductions: Sequence[float], random_seeds: int, note: Log, only_ours: bool = False
+) -> Iterator[Row]:
+    """Every method at every reduction, ours last; `only_ours` leaves out the other rules."""
     layers, plan = problem.layers, problem.oracle.plan
     yield Row("dense", None, (KVSend(),) * layers)
     for wire in ("int8", "int4"):
         yield Row(f"dense {wire}", None, (KVSend(wire_dtype=wire),) * layers)
+    if not only_ours:
+        yield from _others(problem, reductions, random_seeds, note)
+    options = KVSection(method="budget", reduction=2.0, prompt_tokens=problem.prompt_tokens).options()  # its defaults
+    free = budget_search(problem, options, note, ROUNDS)
+    native = [option.wire_dtype == "native" for option in options]
+    kept = BudgetSearch(free.measure, np.where(native, free.costs, FORBIDDEN), note, ROUNDS)
+    dense_bytes = plan.dense_bytes(problem.prompt_tokens)
+    for reduction in reductions:
+        yield Row("ours, native wire", reduction, kept.within(int(dense_bytes / reduction)).sends)
+        yield Row("ours", reduction, free.within(int(dense_bytes / reduction)).sends)
+
+
+def _others(problem: Problem, reductions: Sequence[float], random_seeds: int, note: Log) -> Iterator[Row]:
+    plan = problem.oracle.plan
     window = Cut(KVSend(), KVSend(mode="sparse", n_first=FIRST, n_last=WINDOWS[0]))
     orders = {
         "StreamingLLM": None,
@@ -50,14 +66,6 @@ def rows(problem: Problem, reductions: Sequence[float], random_seeds: int, note:
             yield Row(method, reduction, _fitted(plan, problem.prompt_tokens, reduction, order))
         for seed, order in drawn.items():
             yield Row("random layers", reduction, _fitted(plan, problem.prompt_tokens, reduction, order), seed)
-    options = KVSection(method="budget", reduction=2.0, prompt_tokens=problem.prompt_tokens).options()  # its defaults
-    free = budget_search(problem, options, note, ROUNDS)
-    native = [option.wire_dtype == "native" for option in options]
-    kept = BudgetSearch(free.measure, np.where(native, free.costs, FORBIDDEN), note, ROUNDS)
-    dense_bytes = plan.dense_bytes(problem.prompt_tokens)
-    for reduction in reductions:
-        yield Row("ours, native wire", reduction, kept.within(int(dense_bytes / reduction)).sends)
-        yield Row("ours", reduction, free.within(int(dense_bytes / reduction)).sends)
 
 
 def _ranked(scores: Sequence[float]) -> list[int]:
