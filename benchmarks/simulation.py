@@ -25,6 +25,7 @@ from pdtrim_deploy.loadtest.schedule import jobs
 from pdtrim_deploy.pipeline import build
 from pdtrim_deploy.recipe import Recipe
 from pdtrim_deploy.serving import cluster_of
+from pdtrim_deploy.serving.spec import WorkerOptions
 from pdtrim_deploy.simulation import Cluster, Load, simulate
 from pdtrim_deploy.sizing import Link, Rates, subjects
 from pdtrim_deploy.sizing.workers import Goal, rates_of, size
@@ -65,7 +66,12 @@ def main() -> None:
         kept.parent.mkdir(parents=True, exist_ok=True)
         kept.write_text(json.dumps(measured(bundle, asked)))
     found = {n: [LoadResult.model_validate(r) for r in results] for n, results in json.loads(kept.read_text()).items()}
-    rates = Rates.measured([(name, result) for name in CALIBRATION for result in found[name]])
+    limits = WorkerOptions()
+    rates = Rates.measured(
+        [(name, result) for name in CALIBRATION for result in found[name]],
+        max_running=limits.max_running_requests,
+        pool_tokens=limits.max_total_tokens,
+    )
     print(rates.model_dump_json())
     rows = [check(name, found[name], rates, bundle, asked) for name in (*CALIBRATION, *CHECKS)]
     for row in rows:

@@ -36,7 +36,9 @@ def _positive(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
 )
 @workers_options
 @options.json_flag
+@click.pass_obj
 def plan(
+    command: str,
     targets: tuple[str, ...],
     config: str | None,
     isl: int,
@@ -87,7 +89,11 @@ def plan(
             ],
         }
         if rates and goal:
-            data["workers"] = workers.as_json(sides, rates, goal)
+            from pdtrim_deploy.report.environment import environment
+
+            data |= {"workers": workers.as_json(sides, rates, goal), "environment": environment(command)}
+        if len(found) == 1:
+            data["plan_digest"] = found[0].plan.digest
         click.echo(json.dumps(data, indent=2))
         return
     from rich.console import Console

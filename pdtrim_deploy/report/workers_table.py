@@ -26,18 +26,28 @@ SIMULATED: dict[str, Callable[[Figures], str]] = {
 
 
 def workers_table(sides: Mapping[str, SizedSide], goal: Goal) -> Table:
-    """Computed rows, then simulated ones where there are any."""
-    title = f"{goal.rate:g} requests/s, 95% within TTFT {_ms(goal.ttft_s * 1e3)} and ITL {_ms(goal.itl_s * 1e3)}"
-    table = Table("workers", *sides, title=title)
+    """For a terminal."""
+    table = Table("workers", *sides, title=goal_text(goal.rate, goal.ttft_s, goal.itl_s))
     for column in table.columns[1:]:
         column.justify = "right"
-    for label, cell in COMPUTED.items():
-        table.add_row(label, *(cell(side.sizing) for side in sides.values()))
+    for row in workers_rows(sides):
+        table.add_row(*row)
+    return table
+
+
+def workers_rows(sides: Mapping[str, SizedSide]) -> list[tuple[str, ...]]:
+    """Computed rows, then simulated ones where there are any; a label, then a cell a side."""
+    rows = [(label, *(cell(side.sizing) for side in sides.values())) for label, cell in COMPUTED.items()]
     if any(side.simulated for side in sides.values()):
         for label, said in SIMULATED.items():
             cells = ("-" if side.simulated is None else said(side.simulated) for side in sides.values())
-            table.add_row(f"simulated: {label}", *cells)
-    return table
+            rows.append((f"simulated: {label}", *cells))
+    return rows
+
+
+def goal_text(rate: float, ttft_s: float, itl_s: float) -> str:
+    """What the workers are for."""
+    return f"{rate:g} requests/s, 95% within TTFT {_ms(ttft_s * 1e3)} and ITL {_ms(itl_s * 1e3)}"
 
 
 def _count(value: int | None) -> str:

@@ -21,6 +21,9 @@ from pdtrim_deploy.loadtest.rounds import Comparison, Ratio
 from pdtrim_deploy.recipe import Recipe
 from pdtrim_deploy.report.html import Findings, page
 from pdtrim_deploy.report.html.markup import Markup, tag
+from pdtrim_deploy.simulation import sized
+from pdtrim_deploy.sizing import Link, Rates
+from pdtrim_deploy.sizing.workers import Goal
 
 sys.path.insert(0, str(Path(__file__).parent))
 from test_metrics import PLAN, metrics
@@ -87,6 +90,28 @@ def parsed(found: Findings) -> ET.Element:
     text = page(found, "pdtrim-deploy report <x>")
     assert text.startswith("<!DOCTYPE html>\n")
     return ET.fromstring(text.removeprefix("<!DOCTYPE html>\n"))
+
+
+def test_workers_are_shown_as_computed_or_simulated(bundle: Bundle) -> None:
+    rates = Rates(prefill_tokens_per_s=20_000.0, decode_step_ms={1: 8.0, 64: 14.0})
+    goal = Goal(5.0, 500, 50, 1.0, 0.02, Link(1e9))
+    for requests, words in ((300, "and simulated, not measured"), (0, "Computed not measured")):
+        side = sized(PLAN, rates, goal, requests)
+        slow = sized(PLAN, rates, replace(goal, itl_s=0.001), requests)
+        sides = {"a <dense>": side.model_dump(mode="json"), "b": slow.model_dump(mode="json")}
+        workers = {"slo": {"ttft_s": 1.0, "itl_s": 0.02}, "link_each": True, "assumed": "no cache", "sides": sides}
+        asked = {"isl": 500, "osl": 50, "rate": 5.0, "link_bits_per_s": 1e9}
+        said = {"traffic": asked, "workers": workers, "plan_digest": PLAN.digest, "environment": ENVIRONMENT}
+        write(bundle, "sizing", said)
+        text = page(Findings.of(bundle), "report")
+        assert words in text
+        assert "a &lt;dense&gt;" in text
+        assert ("simulated: within the SLO" in text) == bool(requests)
+        assert "raise --slo-itl above it" in text
+        assert "1 Gb/s link of each prefill worker" in text
+    write(bundle, "sizing", said | {"plan_digest": "0" * 64})
+    with pytest.raises(UserError, match=r"sizing\.json is of plan 0000"):
+        Findings.of(bundle)
 
 
 def test_the_page_asks_nobody_for_anything(bundle: Bundle) -> None:

@@ -19,6 +19,8 @@ REPORTS = {
     "tasks": "pdtrim-deploy eval BUNDLE --tasks all",
     "fidelity": "pdtrim-deploy fidelity BUNDLE",
     "metrics": "pdtrim-deploy demo RECIPE --out DIR",
+    "sizing": "pdtrim-deploy plan BUNDLE --rates FILE --rate N --slo-ttft TIME --slo-itl TIME --simulate --json "
+    "> BUNDLE/reports/sizing.json",
     "compare": "pdtrim-deploy compare A BUNDLE --out BUNDLE/reports/compare.json",
 }
 

@@ -12,6 +12,7 @@ SECTIONS = {
     "Plan": sections.plan,
     "Quality": sections.quality,
     "Load": sections.load,
+    "Workers for a rate": sections.workers,
     "Quality for each byte": sections.pareto,
     "Search": sections.search,
     "Engines": sections.engines,

@@ -9,6 +9,9 @@ from pdtrim_deploy.report.html import charts
 from pdtrim_deploy.report.html.collect import Findings
 from pdtrim_deploy.report.html.markup import Markup, join, table, tag
 from pdtrim_deploy.report.html.plan_picture import plan_picture
+from pdtrim_deploy.report.workers_table import goal_text, workers_rows
+from pdtrim_deploy.simulation import SizedSide
+from pdtrim_deploy.sizing import Link
 
 
 def headline(found: Findings) -> Markup:
@@ -141,6 +144,26 @@ def load(found: Findings) -> Markup | None:
         parts.append(tag("details", tag("summary", "absolute figures of this machine"), table(head, figures)))
         parts.append(_made(said, _seed(said)))
     return join(parts) if parts else None
+
+
+def workers(found: Findings) -> Markup | None:
+    """How large a cluster: computed, and simulated where the report says so."""
+    said = found.reports.get("sizing")
+    if said is None or "workers" not in said:
+        return None
+    asked, counted = said["traffic"], said["workers"]
+    sides = {name: SizedSide.model_validate(side) for name, side in counted["sides"].items()}
+    link = f"{Link(asked['link_bits_per_s'])} link{' of each prefill worker' if counted['link_each'] else ''}"
+    goal = goal_text(asked["rate"], counted["slo"]["ttft_s"], counted["slo"]["itl_s"])
+    simulated = any(side.simulated for side in sides.values())
+    notes = [
+        tag("p", f"{goal}; {asked['isl']} tokens in, {asked['osl']} out, {link}."),
+        table(("", *sides), workers_rows(sides)),
+        *(tag("p", tag("strong", f"{n}: "), side.sizing.problem) for n, side in sides.items() if side.sizing.problem),
+        tag("p", f"Computed{', and simulated, ' if simulated else ' '}not measured, from rates of one worker each. "
+            f"Assumed: {counted['assumed']}."),
+    ]  # fmt: skip
+    return join([*notes, _made(said, "rates as in the command")])
 
 
 def engines(found: Findings) -> Markup | None:
