@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -27,6 +28,8 @@ class TransportOptions(BaseModel):
     port: int | None = Field(None, ge=1, le=65535)
     announce: str | None = Field(None, pattern=r"^[^\s:]+:\d{1,5}$")
     accept_unauthenticated: bool | None = None
+    protocol: Literal["tcp", "rdma"] | None = None
+    devices: str | None = Field(None, max_length=1000)
 
 
 def transport_config(override_args: str, credentials: Credentials) -> TransportConfig:

@@ -47,6 +47,7 @@ class PrefillSide:
     ) -> None:
         self._manager, self._plan, self._pool, self._aux, self._config = manager, plan, pool, aux, config
         self._make_channel, _ = transport_named(transport)
+        self._make_channel.prepare(manager.local_ip, config)
         self._known: dict[str, Register] = {}
         self._peers: dict[str, Peer] = {}
         self._peers_lock = threading.Lock()
@@ -115,7 +116,11 @@ class PrefillSide:
         progress.queued += len(parts)
         progress.started = progress.started or time.monotonic()
         with self._peers_lock:
-            peer = self._peer(info.session)
+            try:
+                peer = self._peer(info.session)
+            except Exception as error:  # memory that cannot be registered must not end the scheduler
+                self.fail(chunk.room, f"cannot prepare to send to decode worker {info.session}: {error}")
+                return
             for part in parts:
                 peer.submit(part)
 

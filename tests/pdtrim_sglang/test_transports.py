@@ -1,5 +1,6 @@
 """Every transport: what is sent arrives, damage and refusal come back as replies, a lost peer is told."""
 
+import importlib
 import queue
 import socket
 import threading
@@ -10,7 +11,8 @@ from pdtrim_sglang.protocol import ChunkHeader, ProtocolError, Reply
 from pdtrim_sglang.transports import TRANSPORTS, TransportConfig, transport_named
 from pdtrim_sglang.transports.base import TransportError
 
-CONFIG = TransportConfig(staging_bytes=1 << 20, connect_seconds=2, stall_seconds=2)
+CONFIG = TransportConfig(staging_bytes=1 << 20, connect_seconds=2, stall_seconds=2, accept_unauthenticated=True)
+LIBRARY, LOADS = {"nixl": "nixl_cu12", "mooncake": "mooncake"}, {"nixl": "_api", "mooncake": "engine"}
 
 
 class Handler:
@@ -40,7 +42,20 @@ class Listener:
         return self.events.get(timeout=10)
 
 
-@pytest.fixture(params=sorted(TRANSPORTS))
+def usable(name):
+    """Whether the transport's library is installed here, with the shared libraries that it needs."""
+    try:
+        return name not in LIBRARY or bool(importlib.import_module(f"{LIBRARY[name]}.{LOADS[name]}"))
+    except ImportError:
+        return False
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(name, marks=pytest.mark.skipif(not usable(name), reason=f"{LIBRARY.get(name)} is not installed"))
+        for name in sorted(TRANSPORTS)
+    ]
+)
 def pair(request):
     make_channel, make_server = transport_named(request.param)
     handler, listener = Handler(), Listener()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ class TransportConfig:
         port: where a decode worker listens; 0: wherever the system says.
         announce: `host:port` at which prefill workers reach it, where that is another (a forwarded port, a proxy).
         accept_unauthenticated: the user knows that this transport lets strangers write, and wants it all the same.
+        protocol, devices: what Mooncake is to use (`tcp`, `rdma`; device names, comma-separated).
         credentials: what a connection's ends show each other before the first chunk.
 
     """
@@ -36,6 +38,8 @@ class TransportConfig:
     port: int = 0
     announce: str = ""
     accept_unauthenticated: bool = False
+    protocol: str = "tcp"
+    devices: str = ""
     credentials: Credentials = field(default_factory=Credentials)
 
 
@@ -45,6 +49,32 @@ class TransportError(Exception):
 
 class UnreachableError(TransportError):
     """The decode worker cannot be reached now: what waits for it need not try again."""
+
+
+def missing(transport: str, package: str, error: ImportError) -> RuntimeError:
+    """What to raise when a transport's library is not installed."""
+    return RuntimeError(
+        f"pdtrim: transport {transport} needs a library that cannot be loaded ({error}); install it into the serve "
+        f"environment: pip install --no-deps {package}, or use --transport tcp"
+    )
+
+
+def refuse_strangers(transport: str, library: str, config: TransportConfig) -> None:
+    """RuntimeError unless the user has said that nobody else can reach the workers."""
+    if not config.accept_unauthenticated:
+        raise RuntimeError(
+            f"pdtrim: transport {transport} is refused: {library} listens on every network device without "
+            "authentication, so whoever reaches this machine can write into the worker's memory; on a network of its "
+            'own say so: --json-model-override-args \'{"pdtrim_transport": {"accept_unauthenticated": true}}\', or use '
+            "--transport tcp"
+        )
+
+
+def own_address(host: str) -> str:
+    """The address of this machine that `host` sees."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, 9))  # sends nothing
+        return str(probe.getsockname()[0])
 
 
 class ChunkHandler(Protocol):
@@ -74,6 +104,10 @@ class SendChannel(ABC):
     """
 
     staging: Tensor
+
+    @classmethod  # noqa: B027 (most need nothing)
+    def prepare(cls, local_host: str, config: TransportConfig) -> None:
+        """At a prefill worker's start: RuntimeError, one sentence, when this transport cannot be used here."""
 
     @abstractmethod
     def send(self, header: ChunkHeader, aux: memoryview, payload: Sequence[memoryview] | None = None) -> int:

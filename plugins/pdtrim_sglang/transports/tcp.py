@@ -31,22 +31,30 @@ KEEPALIVE = ((socket.TCP_KEEPIDLE, 30), (socket.TCP_KEEPINTVL, 10), (socket.TCP_
 class TcpSendChannel(SendChannel):
     """One connection to one decode worker; replies are read by a thread of their own."""
 
-    def __init__(self, host: str, port: int, listener: ChannelListener, config: TransportConfig) -> None:
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        listener: ChannelListener,
+        config: TransportConfig,
+        staging: torch.Tensor | None = None,
+    ) -> None:
         self._address, self._listener, self._config = (host, port), listener, config
         self._socket: socket.socket | None = None
         self._broken: socket.socket | None = None  # set by the reader of that connection
-        self.staging = torch.empty(config.staging_bytes, dtype=torch.uint8)
+        self.staging = torch.empty(config.staging_bytes, dtype=torch.uint8) if staging is None else staging
         self._bytes = memoryview(self.staging.numpy().data)
 
     def send(self, header: ChunkHeader, aux: memoryview, payload: Sequence[memoryview] | None = None) -> int:
-        body = [*(payload if payload is not None else [self._bytes[: header.payload_bytes]]), aux]
-        parts = [memoryview(header.encode(body)), *body]
-        total = sum(map(len, parts))
+        payload = payload if payload is not None else [self._bytes[: header.payload_bytes]]
+        fixed = memoryview(header.encode([*payload, aux]))
+        total = len(fixed) + header.payload_bytes + len(aux)
         try:
             connection = self._connected()
         except (OSError, HandshakeError) as error:
             raise UnreachableError(f"cannot reach decode worker {_name(self._address)}: {error}") from error
         try:
+            parts = [fixed, *self._transmit(connection, header, payload), aux]
             while parts:
                 parts = _after(parts, connection.sendmsg(parts[:MOST_PARTS]))
         except OSError as error:
@@ -64,6 +72,18 @@ class TcpSendChannel(SendChannel):
             _hang_up(self._socket)
             self._socket = None
 
+    def _introduced(self, connection: socket.socket) -> None:
+        """A new connection's ends know each other."""
+
+    def _transmit(
+        self, connection: socket.socket, header: ChunkHeader, payload: Sequence[memoryview]
+    ) -> Sequence[memoryview]:
+        """Move the payload; returns what of it goes between header and aux row."""
+        return payload
+
+    def _replied(self) -> None:
+        """A reply came: the peer is done with a chunk."""
+
     def _connected(self) -> socket.socket:
         if self._socket is None or self._socket is self._broken:
             self._socket = None
@@ -71,6 +91,7 @@ class TcpSendChannel(SendChannel):
             _prepare(connection)
             try:
                 introduce(connection, self._config.credentials, self._config.connect_seconds)
+                self._introduced(connection)
             except BaseException:
                 connection.close()
                 raise
@@ -82,9 +103,10 @@ class TcpSendChannel(SendChannel):
     def _read_replies(self, connection: socket.socket) -> None:
         reason = "connection closed"
         try:
-            while fixed := _receive(connection, bytearray(REPLY_BYTES), patient=True):
+            while fixed := receive(connection, bytearray(REPLY_BYTES), patient=True):
                 room, length = Reply.decode_fixed(bytes(fixed))
-                text = _receive(connection, bytearray(length)) if length else b""
+                text = receive(connection, bytearray(length)) if length else b""
+                self._replied()
                 self._listener.on_reply(Reply(room, bytes(text or b"").decode(errors="replace")))
         except (OSError, ProtocolError) as error:
             reason = str(error)
@@ -101,6 +123,7 @@ class TcpReceiveServer(ReceiveServer):
         self._listener = socket.create_server((host, config.port))
         self.host, self.port = host, self._listener.getsockname()[1]
         self._connections: dict[socket.socket, int] = {}  # and the bytes of its staging buffer
+        self._staging: dict[socket.socket, bytearray] = {}
         threading.Thread(target=self._accept, daemon=True).start()
 
     def held(self) -> tuple[int, int]:
@@ -129,16 +152,12 @@ class TcpReceiveServer(ReceiveServer):
         try:
             welcome(connection, self._config.credentials, self._config.connect_seconds)
             connection.settimeout(self._config.stall_seconds)
-            staging = bytearray(0)
-            while data := _receive(connection, bytearray(HEADER_BYTES), patient=True):
+            self._welcomed(connection)
+            while data := receive(connection, bytearray(HEADER_BYTES), patient=True):
                 header = ChunkHeader.decode(bytes(data))
                 room = header.room
                 self._handler.admit(header)
-                length = header.payload_bytes + header.aux_bytes
-                if length > len(staging):
-                    staging = bytearray(max(length, 2 * len(staging)))
-                    self._connections[connection] = len(staging)
-                connection.sendall(self._take(connection, bytes(data), header, memoryview(staging)[:length]).encode())
+                connection.sendall(self._take(connection, bytes(data), header).encode())
         except ProtocolError as error:
             logger.warning("pdtrim: dropping a prefill connection: %s", error)
             with contextlib.suppress(OSError):
@@ -149,6 +168,7 @@ class TcpReceiveServer(ReceiveServer):
             logger.warning("pdtrim: lost a prefill connection: %s", error)
         finally:
             self._connections.pop(connection, None)
+            self._left(connection)
             connection.close()
 
     def _refuse(self, connection: socket.socket, reply: Reply) -> None:
@@ -160,10 +180,26 @@ class TcpReceiveServer(ReceiveServer):
         while unread > 0 and (count := connection.recv_into(waste)):
             unread -= count
 
-    def _take(self, connection: socket.socket, data: bytes, header: ChunkHeader, body: memoryview) -> Reply:
-        if len(body) and _receive(connection, body) is None:
+    def _welcomed(self, connection: socket.socket) -> None:
+        """A new connection's ends know each other."""
+
+    def _left(self, connection: socket.socket) -> None:
+        """A connection is over."""
+        self._staging.pop(connection, None)
+
+    def _body(self, connection: socket.socket, header: ChunkHeader) -> tuple[memoryview, memoryview]:
+        """Payload and aux row of a chunk whose lengths were admitted; valid until the next one."""
+        length, staging = header.payload_bytes + header.aux_bytes, self._staging.get(connection, bytearray(0))
+        if length > len(staging):
+            staging = self._staging[connection] = bytearray(max(length, 2 * len(staging)))
+            self._connections[connection] = len(staging)
+        body = memoryview(staging)[:length]
+        if length and receive(connection, body) is None:
             raise ConnectionError("closed inside a chunk")
-        payload, aux = body[: header.payload_bytes], body[header.payload_bytes :]
+        return body[: header.payload_bytes], body[header.payload_bytes :]
+
+    def _take(self, connection: socket.socket, data: bytes, header: ChunkHeader) -> Reply:
+        payload, aux = self._body(connection, header)
         if not body_matches(data, (payload, aux)):
             return Reply(header.room, "checksum mismatch: the chunk was damaged on its way")
         rows = torch.frombuffer(payload, dtype=torch.uint8) if len(payload) else torch.empty(0, dtype=torch.uint8)
@@ -183,7 +219,7 @@ def _hang_up(connection: socket.socket) -> None:
     connection.close()
 
 
-def _receive(
+def receive(
     connection: socket.socket, into: bytearray | memoryview, patient: bool = False
 ) -> bytearray | memoryview | None:
     """Fill `into`; None when the peer closed before the first byte. A patient read waits for that byte forever."""

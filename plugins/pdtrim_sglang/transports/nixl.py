@@ -1,0 +1,117 @@
+"""NIXL over UCX (shared memory, TCP, RoCE, InfiniBand): the wheel `nixl-cu12`, extra `transport-nixl`. No CUDA needed.
+
+UCX listens on every network device, asks nobody for a name and writes where it is told to. On loopback it is kept to
+the loopback device; elsewhere it needs a network of its own, which the user says is so (`accept_unauthenticated`).
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import os
+import secrets
+import threading
+import time
+from functools import cache
+from typing import Any
+
+from torch import Tensor
+
+from pdtrim_sglang.transports.base import ChannelListener, ChunkHandler, TransportConfig, missing, refuse_strangers
+from pdtrim_sglang.transports.one_sided import OneSidedReceiveServer, OneSidedSendChannel, Writer
+
+POLL_S = 20e-6
+
+
+class NixlWriter(Writer):
+    """One NIXL agent. Its calls are not thread-safe: they take turns, and a write under way does not keep its turn."""
+
+    def __init__(self, loopback: bool) -> None:
+        try:
+            from nixl_cu12._api import nixl_agent, nixl_agent_config
+        except ImportError as error:
+            raise missing("nixl", "nixl-cu12==1.5.1", error) from None
+        if loopback:
+            os.environ.setdefault("UCX_NET_DEVICES", "lo")  # UCX reads nothing else
+        super().__init__()
+        self._agent = nixl_agent(f"pdtrim-{secrets.token_hex(8)}", nixl_agent_config(backends=["UCX"]))
+        self._lock = threading.Lock()
+
+    def register(self, buffer: Tensor) -> None:
+        with self._lock:
+            self._agent.register_memory([(buffer.data_ptr(), len(buffer), 0, "")], "DRAM")
+
+    def place(self, buffer: Tensor) -> bytes:
+        with self._lock:
+            agent = self._agent.get_agent_metadata()
+        return json.dumps({"address": buffer.data_ptr(), "size": len(buffer), "agent": agent.hex()}).encode()
+
+    def reach(self, place: bytes) -> Any:
+        said = json.loads(place)
+        with self._lock:
+            try:
+                name = self._agent.add_remote_agent(bytes.fromhex(said["agent"]))
+            except Exception as error:  # NIXL's own classes, one for each status
+                raise OSError(f"NIXL does not understand the decode worker: {error}") from None
+        return name.decode() if isinstance(name, bytes) else name, int(said["address"]), int(said["size"])
+
+    def write(self, source: Tensor, size: int, target: Any, seconds: float) -> None:
+        agent, address, room = target
+        if size > room:
+            raise OSError(
+                f"chunk of {size} bytes, the decode worker's staging buffer has {room}: use one staging_bytes"
+            )
+        deadline, handle = time.monotonic() + seconds, None
+        try:
+            with self._lock:
+                local = self._agent.get_xfer_descs([(source.data_ptr(), size, 0)], "DRAM")
+                remote = self._agent.get_xfer_descs([(address, size, 0)], "DRAM")
+                handle = self._agent.initialize_xfer("WRITE", local, remote, agent, b"")
+                state = self._agent.transfer(handle)
+            while state == "PROC":
+                if time.monotonic() > deadline:
+                    raise OSError(f"NIXL did not write within {seconds:.0f} s")
+                time.sleep(POLL_S)
+                with self._lock:
+                    state = self._agent.check_xfer_state(handle)
+        except OSError:
+            raise
+        except Exception as error:
+            raise OSError(f"NIXL: {error}") from None
+        finally:
+            if handle is not None:
+                with self._lock:
+                    self._agent.release_xfer_handle(handle)
+        if state != "DONE":
+            raise OSError(f"NIXL ended a write with {state}")
+
+
+@cache
+def _writer(role: str, loopback: bool) -> NixlWriter:
+    """One agent a process and role: UCX's resources are the process's."""
+    return NixlWriter(loopback)
+
+
+def _checked(role: str, host: str, config: TransportConfig) -> NixlWriter:
+    loopback = ipaddress.ip_address(host).is_loopback
+    if not loopback:
+        refuse_strangers("nixl", "UCX", config)
+    return _writer(role, loopback)
+
+
+class NixlSendChannel(OneSidedSendChannel):
+    """Writes with NIXL."""
+
+    def __init__(self, host: str, port: int, listener: ChannelListener, config: TransportConfig) -> None:
+        super().__init__(_checked("send", host, config), host, port, listener, config)
+
+    @classmethod
+    def prepare(cls, local_host: str, config: TransportConfig) -> None:
+        _checked("send", local_host, config)
+
+
+class NixlReceiveServer(OneSidedReceiveServer):
+    """Is written to with NIXL."""
+
+    def __init__(self, host: str, handler: ChunkHandler, config: TransportConfig) -> None:
+        super().__init__(_checked("receive", host, config), host, handler, config)
