@@ -43,6 +43,7 @@ class Demo:
     show: Callable[[str], AbstractContextManager[object]]
     note: Note
     rounds: int = 4
+    serve_python: Path | None = None
 
     def run(self) -> Metrics:
         """All of it; the metrics are written to OUT/report/metrics.json and to the reports of the pruned bundle.
@@ -53,7 +54,7 @@ class Demo:
 
         """
         check_rounds(min(self.rounds, self.load.requests or 0))
-        serve = ServeEnvironment.find()
+        serve = ServeEnvironment.find(self.serve_python)
         bundles = {name: self._build(name) for name in PAIRS}
         quality = self._quality(bundles["pruned"])
         with ExitStack() as stack:

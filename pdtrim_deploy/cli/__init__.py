@@ -15,7 +15,7 @@ import click
 
 from pdtrim_deploy import __version__
 from pdtrim_deploy.cli.exit_codes import EXIT_CODES
-from pdtrim_deploy.cli.interrupt import install
+from pdtrim_deploy.cli.interrupt import OTHERWISE, RESUME, install
 from pdtrim_deploy.errors import ServingError, UserError
 
 # Heading -> command -> module and attribute, in the order of the way through the house.
@@ -56,7 +56,7 @@ class LazyGroup(click.Group):
         if name not in COMMANDS:
             return None
         module, attribute = COMMANDS[name].split(":")
-        return getattr(importlib.import_module(f"pdtrim_deploy.cli.{module}"), attribute)
+        return _verbose(getattr(importlib.import_module(f"pdtrim_deploy.cli.{module}"), attribute))
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Under their headings, each with its whole first sentence."""
@@ -71,10 +71,36 @@ class LazyGroup(click.Group):
             formatter.write_dl([(str(code), said) for code, said in EXIT_CODES.items()], col_spacing=4)
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.option("-v", "--verbose", count=True, help="Log more on stderr (-vv: all), and show where errors come from.")
+def _log(ctx: click.Context, param: click.Parameter, count: int) -> None:
+    if count:
+        logging.basicConfig(format="%(name)s: %(message)s")
+        logging.root.setLevel(logging.INFO if count == 1 else logging.DEBUG)
+
+
+VERBOSE = click.Option(
+    ["-v", "--verbose"],
+    count=True,
+    expose_value=False,
+    callback=_log,
+    help="Log more on stderr (-vv: all), and show where errors come from.",
+)
+
+
+def _verbose(command: click.Command) -> click.Command:
+    """`-v` is understood after the command's name too."""
+    if isinstance(command, click.Group):
+        for inside in command.commands.values():
+            _verbose(inside)
+    elif VERBOSE not in command.params:
+        command.params.append(VERBOSE)
+    return command
+
+
+@click.group(
+    cls=LazyGroup, params=[VERBOSE], context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
+)
 @click.version_option(__version__, prog_name="pdtrim-deploy")
-def cli(verbose: int) -> None:
+def cli() -> None:
     """Prune a model for prefill-decode disaggregation and serve it in SGLang with sparse KV transfer.
 
     \b
@@ -84,17 +110,16 @@ def cli(verbose: int) -> None:
       pdtrim-deploy build recipes/smollm2-demo.yaml --out out/bundle    prune, choose KV, seal
       pdtrim-deploy serve out/bundle --prefill 1 --decode 1             until Ctrl-C
     """
-    if verbose:
-        logging.basicConfig(level=logging.INFO if verbose == 1 else logging.DEBUG, format="%(name)s: %(message)s")
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point: turns what a user can mend into one line on stderr and an exit code."""
     said = list(sys.argv[1:] if args is None else args)
     install()
+    typed = shlex.join(["pdtrim-deploy", *said])  # the context's object: it stands beside every figure it makes
+    colour = False if os.environ.get("NO_COLOR") else None  # None: on a terminal
     try:
-        # The command as typed is the context's object: it stands beside every figure it makes.
-        code = cli.main(said, "pdtrim-deploy", standalone_mode=False, obj=shlex.join(["pdtrim-deploy", *said]))
+        code = cli.main(said, "pdtrim-deploy", standalone_mode=False, obj=typed, color=colour)
     except UserError as error:
         _die(str(error), 2)
     except ServingError as error:
@@ -103,7 +128,8 @@ def main(args: Sequence[str] | None = None) -> None:
         error.show()
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        _die("stopped by Ctrl-C; run the same command again to go on", 130)
+        command = next((word for word in said if word in COMMANDS), "")
+        _die(f"stopped by Ctrl-C; {RESUME.get(command, OTHERWISE)}", 130)
     except ModuleNotFoundError as error:
         extra = EXTRA_OF.get((error.name or "").split(".")[0])
         if extra is None:

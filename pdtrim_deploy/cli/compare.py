@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from pdtrim_deploy.cli import dry_run as dry_runs
 from pdtrim_deploy.cli import options
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.serving.engines import EXECUTORS, Executors
@@ -39,6 +40,8 @@ class Pair(click.ParamType):
 @click.option("--driver", "driver_name", default="builtin", show_default=True, help="builtin or aiperf.")
 @click.option("--allow-remote", is_flag=True, help="Allow a URL that is not on this machine.")
 @click.option("--out", type=options.path, help="Write the result here too, as JSON; `report` reads it.")
+@options.serve_python
+@options.dry_run
 @options.json_flag
 @click.pass_obj
 def compare(
@@ -52,6 +55,8 @@ def compare(
     driver_name: str,
     allow_remote: bool,
     out: Path | None,
+    serve_python: Path | None,
+    dry_run: bool,
     as_json: bool,
 ) -> None:
     """Compare two pairs, B over A, by ratios.
@@ -67,14 +72,13 @@ def compare(
     """
     from rich.console import Console
 
-    from pdtrim_deploy.bundle import Bundle, write_atomic
+    from pdtrim_deploy.bundle import write_atomic
     from pdtrim_deploy.cli.progress import Progress
-    from pdtrim_deploy.doctor import Asked, require
-    from pdtrim_deploy.loadtest import Scenario, Workers, check_target, driver
+    from pdtrim_deploy.cli.target import Target
+    from pdtrim_deploy.loadtest import Scenario, driver
     from pdtrim_deploy.loadtest.rounds import Comparison, Side, check_rounds, interleave, repeats
     from pdtrim_deploy.report.environment import environment
     from pdtrim_deploy.report.tables import ratio_table
-    from pdtrim_deploy.serving import cluster_of
 
     check_rounds(rounds)
     drive = driver(driver_name)
@@ -82,34 +86,24 @@ def compare(
     names = [_name(first, a_executor), _name(second, b_executor)]
     if names[0] == names[1]:
         raise UserError(f"A and B are both {names[0]}; give two bundles, or other executors: --b-executor")
-    opened: dict[str, Bundle | None] = {}
-    for target, executors in zip((first, second), (a_executor, b_executor), strict=True):
-        if "://" not in target:
-            opened[target] = Bundle.open(Path(target))
-            continue
-        if executors is not None:
-            raise UserError(f"an executor is for bundles, {target} runs already; leave one of them out")
-        check_target(target, allow_remote)
-        opened[target] = None
-    if any(opened.values()):
-        require("serve", Asked())
+    chosen = (a_executor, b_executor)
+    pair = [Target.of(*one, serve_python, allow_remote) for one in zip((first, second), chosen, strict=True)]
+    asked = scenario.model_dump(mode="json", exclude_none=True)
+    if dry_run:
+        sides = {name: target.described() for name, target in zip(names, pair, strict=True)}
+        dry_runs.say({"driver": driver_name, "rounds": rounds, "scenario": asked, "sides": sides}, as_json)
+        return
+    for target in pair:
+        target.check()
     progress = Progress()
     with ExitStack() as stack:
-        sides = {}
-        for name, target, executors in zip(names, (first, second), (a_executor, b_executor), strict=True):
-            bundle = opened[target]
-            if bundle is None:
-                sides[name] = Side(target)
-                continue
-            with progress.show(f"serve {name}"):
-                cluster = stack.enter_context(cluster_of(bundle, executors=executors, say=progress.note))
-            sides[name] = Side(cluster.url, Workers.of(cluster))
+        up = {name: Side(*target.up(stack, progress, name)) for name, target in zip(names, pair, strict=True)}
         with progress.show("load, in turns"):
-            found = interleave(sides, repeats(scenario, rounds), drive, driver_name, progress.note)
+            found = interleave(up, repeats(scenario, rounds), drive, driver_name, progress.note)
     result = Comparison(
         first=names[0],
         second=names[1],
-        scenario=scenario.model_dump(mode="json", exclude_none=True),
+        scenario=asked,
         rounds=rounds,
         ratios=tuple(found.ratios(*names)),
         load=found.total,

@@ -21,6 +21,7 @@ from pdtrim_deploy.cli import options
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--dry-run", is_flag=True, help="Say what the pruned bundle's build would do and how large it gets.")
 @click.option("--pareto", type=options.path, help="benchmarks/results/kv.json, for the page.")
+@options.serve_python
 @options.cache_dir
 @options.json_flag
 @click.pass_obj
@@ -36,6 +37,7 @@ def demo(
     seed: int,
     dry_run: bool,
     pareto: Path | None,
+    serve_python: Path | None,
     cache: Cache,
     as_json: bool,
 ) -> None:
@@ -69,9 +71,9 @@ def demo(
         return
     if pareto is not None:
         read_pareto(pareto)  # a wrong file is said now, not after the load
-    require("demo", Asked(recipe, out, cache))
+    require("demo", Asked(recipe, out, cache, serve_python))
     load = Scenario.closed(requests, concurrency, prompt_tokens, output_tokens, seed=seed)
-    metrics = Demo(recipe, out, cache, load, command, progress.show, progress.note, rounds).run()
+    metrics = Demo(recipe, out, cache, load, command, progress.show, progress.note, rounds, serve_python).run()
     written = out / "report" / "report.html"
     write_atomic(written, page(Findings.of(Bundle.open(out / "pruned"), pareto=pareto), command))
     if as_json:

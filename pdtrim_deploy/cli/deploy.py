@@ -25,7 +25,8 @@ def deploy() -> None:
 
 @deploy.command()
 @click.argument("bundle", type=options.path)
-@click.option("--out", type=options.path, required=True, help="Folder for the files; files of the same names change.")
+@click.option("--out", type=options.path, help="Folder for the files; files of the same names change.")
+@click.option("--dry-run", is_flag=True, help="Print the files instead of writing them; no --out then.")
 @click.option("--to", type=click.Choice(["kubernetes", "compose"]), default="kubernetes", show_default=True)
 @click.option("--prefill", type=click.IntRange(1), default=1, show_default=True, help="Prefill workers.")
 @click.option("--decode", type=click.IntRange(1), default=1, show_default=True, help="Decode workers.")
@@ -46,7 +47,8 @@ def deploy() -> None:
 @options.json_flag
 def render(
     bundle: Path,
-    out: Path,
+    out: Path | None,
+    dry_run: bool,
     to: str,
     prefill: int,
     decode: int,
@@ -62,7 +64,8 @@ def render(
 ) -> None:
     """Write a Kustomize base, or a Compose file, that serves BUNDLE.
 
-    Nothing of this has run on a cluster yet: the manifests are checked against Kubernetes' schemas only.
+    Nothing of this has run on a cluster yet: the manifests are rendered by Kustomize and checked against Kubernetes'
+    schemas.
     """
     import yaml
 
@@ -71,6 +74,8 @@ def render(
     from pdtrim_deploy.manifests.kubernetes import secret_name
     from pdtrim_deploy.manifests.options import IMAGE
 
+    if (out is None) != dry_run:
+        raise UserError("say where the files go, --out FOLDER, or --dry-run to have them printed")
     opened = Bundle.open(bundle)
     heads = opened.plan.model.num_kv_heads
     if heads % gpus:
@@ -89,8 +94,15 @@ def render(
     )
     served = Served.of(opened.path.resolve().name, opened.plan)
     files = {"compose.yaml": [compose(served, chosen)]} if to == "compose" else kubernetes(served, chosen)
-    for file, documents in files.items():
-        write_atomic(out / file, yaml.safe_dump_all(documents, sort_keys=False, width=120))
+    texts = {file: yaml.safe_dump_all(documents, sort_keys=False, width=120) for file, documents in files.items()}
+    if out is None:
+        if as_json:
+            click.echo(json.dumps({"plan": opened.plan.digest, "files": files}))
+        else:
+            click.echo("---\n".join(f"# {file}\n{text}" for file, text in texts.items()), nl=False)
+        return
+    for file, text in texts.items():
+        write_atomic(out / file, text)
     if as_json:
         click.echo(json.dumps({"out": str(out), "plan": opened.plan.digest, "files": list(files)}))
         return

@@ -9,15 +9,16 @@ import click
 
 from pdtrim_deploy.cache import Cache
 from pdtrim_deploy.cli import options
+from pdtrim_deploy.doctor.base import ALL
 
 COLOURS = {"ok": "green", "missing": "red", "wrong version": "red"}
 
 
 @click.command()
 @click.argument("recipe_file", metavar="[RECIPE]", type=options.path, required=False)
-@click.option("--for", "job", type=click.Choice(["build", "serve", "demo"]), default="demo", show_default=True)
+@click.option("--for", "job", type=click.Choice(ALL), default="demo", show_default=True)
 @click.option("--out", type=options.path, default=Path(), help="Where the bundle would go.  [default: here]")
-@click.option("--serve-python", type=options.path, help="Python with SGLang (default: .venv/serve).")
+@options.serve_python
 @click.option("--deep", is_flag=True, help="Load the plugin into SGLang too, as a worker does: half a minute.")
 @options.cache_dir
 @options.json_flag

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 @click.option("--sequences", type=click.IntRange(1), help="Without --tasks.  [default: the recipe's]")
 @click.option("--seed", type=click.IntRange(0), help="Chooses text and items.  [default: the recipe's]")
 @options.cache_dir
+@options.dry_run
 @options.json_flag
 @click.pass_obj
 def evaluate(
@@ -35,6 +36,7 @@ def evaluate(
     sequences: int | None,
     seed: int | None,
     cache: Cache,
+    dry_run: bool,
     as_json: bool,
 ) -> None:
     """Perplexity on held-out text, dense and behind the plan; or --tasks.
@@ -48,7 +50,9 @@ def evaluate(
       pdtrim-deploy eval out/bundle --tasks perplexity,choice,needle,agreement --json
     """
     from pdtrim_deploy.bundle import Bundle, write_atomic
+    from pdtrim_deploy.cli.dry_run import say
     from pdtrim_deploy.cli.progress import Progress
+    from pdtrim_deploy.doctor import Asked, require
     from pdtrim_deploy.model_card import refresh_cards
     from pdtrim_deploy.report.environment import environment
 
@@ -60,6 +64,19 @@ def evaluate(
     given = {"corpus": corpus, "sequences": sequences, "seed": seed}
     said = {key: value for key, value in given.items() if value is not None}
     asked = opened.recipe.changed("command line", "evaluation", **said).evaluation
+    require("eval", Asked(opened.recipe, cache=cache))
+    names = [] if tasks is None else list(dict.fromkeys(name.strip() for name in tasks.split(",")))
+    if names:
+        from pdtrim_deploy.evaluation.tasks.registry import check
+
+        for name in names:
+            check(name)
+    if dry_run:
+        saved = opened.reports_dir / ("tasks.json" if names else "eval.json")
+        found: dict[str, object] = {"source": opened.recipe.model.source, "plan": opened.plan.digest}
+        found |= {"evaluation": asked.model_dump(mode="json"), "written": str(saved)}
+        say(found | ({"tasks": names, "items": items} if names else {}), as_json)
+        return
     with progress.show("eval"):
         if tasks is None:
             from pdtrim_deploy.evaluation.quality import judge_bundle
@@ -74,7 +91,6 @@ def evaluate(
         else:
             from pdtrim_deploy.evaluation.tasks.report import judge_tasks
 
-            names = list(dict.fromkeys(name.strip() for name in tasks.split(",")))
             report = judge_tasks(opened, names, cache, environment(command), asked, items, progress.note)
             text, path = report.model_dump_json(indent=2), opened.reports_dir / "tasks.json"
             lines = []

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from pdtrim_deploy.cache import Cache
+from pdtrim_deploy.cli import dry_run as dry_runs
 from pdtrim_deploy.cli import options
 from pdtrim_deploy.cli.interrupt import obey
 from pdtrim_deploy.errors import UserError
@@ -22,7 +23,9 @@ from pdtrim_deploy.serving.engines import Executors
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Chooses the text.")
 @click.option("--deadline", type=click.FloatRange(1), default=120.0, show_default=True, help="Seconds a request.")
 @options.executors
+@options.serve_python
 @options.cache_dir
+@options.dry_run
 @options.json_flag
 def fidelity(
     bundle: Path,
@@ -31,7 +34,9 @@ def fidelity(
     seed: int,
     deadline: float,
     executors: Executors | None,
+    serve_python: Path | None,
     cache: Cache,
+    dry_run: bool,
     as_json: bool,
 ) -> None:
     """Compare what the pair behind URL (its router) answers with the PD oracle of BUNDLE.
@@ -47,10 +52,19 @@ def fidelity(
     """
     from pdtrim_deploy.bundle import Bundle, write_atomic
     from pdtrim_deploy.doctor import Asked, require
-    from pdtrim_deploy.evaluation.fidelity import FidelityResult, run_fidelity
-    from pdtrim_deploy.serving import cluster_of
+    from pdtrim_deploy.serving import ServeEnvironment, cluster_of
 
     opened = Bundle.open(bundle)
+    if url and executors is not None:
+        raise UserError(f"--executor is for pairs that are started here, {url} runs already; leave one of them out")
+    written = opened.reports_dir / "fidelity.json"
+    if dry_run:
+        asked = {"plan": opened.plan.digest, "new_tokens": new_tokens, "seed": seed, "written": str(written)}
+        at = {"url": url} if url else {"programs": dry_runs.programs(opened, executors, serve_python)}
+        dry_runs.say(asked | at, as_json)
+        return
+    require("eval", Asked(opened.recipe))
+    from pdtrim_deploy.evaluation.fidelity import FidelityResult, run_fidelity
 
     def say(sentence: str) -> None:
         obey()
@@ -60,15 +74,14 @@ def fidelity(
         return run_fidelity(opened, at, cache, new_tokens=new_tokens, seed=seed, deadline_s=deadline, progress=say)
 
     if url:
-        if executors is not None:
-            raise UserError(f"--executor is for pairs that are started here, {url} runs already; leave one of them out")
         result = run(url)
     else:
-        require("serve", Asked())
-        with cluster_of(opened, executors=executors, say=say) as cluster:
+        require("serve", Asked(serve_python=serve_python))
+        environment = ServeEnvironment.find(serve_python)
+        with cluster_of(opened, executors=executors, environment=environment, say=say) as cluster:
             result = run(cluster.url)
     text = json.dumps(result.to_json() | {"seed": seed, "plan": opened.plan.digest}, indent=2)
-    write_atomic(opened.reports_dir / "fidelity.json", text + "\n")
+    write_atomic(written, text + "\n")
     if as_json:
         click.echo(text)
     else:

@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
+from pdtrim_deploy.cli import dry_run as dry_runs
 from pdtrim_deploy.cli import options
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.serving.engines import Executors
@@ -40,6 +41,8 @@ ADHOC = ("requests", "concurrency", "prompt_tokens", "output_tokens", "warmup", 
 )
 @click.option("--allow-remote", is_flag=True, help="Allow a target that is not on this machine.")
 @options.executors
+@options.serve_python
+@options.dry_run
 @options.json_flag
 @click.pass_context
 def loadtest(
@@ -57,6 +60,8 @@ def loadtest(
     workers: tuple[str, ...],
     allow_remote: bool,
     executors: Executors | None,
+    serve_python: Path | None,
+    dry_run: bool,
     as_json: bool,
 ) -> None:
     """Put a served pair under load.
@@ -71,6 +76,8 @@ def loadtest(
     """
     from rich.console import Console
 
+    from pdtrim_deploy.cli.progress import Progress
+    from pdtrim_deploy.cli.target import Target
     from pdtrim_deploy.loadtest import LoadResult, Scenario, Workers, check_target, driver
 
     if scenario_file is not None:
@@ -83,24 +90,21 @@ def loadtest(
         scenario = Scenario.closed(
             requests, concurrency, prompt_tokens, output_tokens, warmup=warmup, deadline_s=deadline, seed=seed
         )
-    drive = driver(driver_name)
+    drive, progress = driver(driver_name), Progress()
+    put = Target.of(target, executors, serve_python, allow_remote)
+    for url in workers:
+        check_target(url, allow_remote)
+    if dry_run:
+        asked = scenario.model_dump(mode="json", exclude_none=True)
+        dry_runs.say({"driver": driver_name, "scenario": asked, **put.described()}, as_json)
+        return
+    put.check()
     with ExitStack() as stack:
-        if "://" in target:
-            if executors is not None:
-                raise UserError(f"--executor is for pairs started here, {target} runs already; leave one of them out")
-            for url in (target, *workers):
-                check_target(url, allow_remote)
-            url, counters = target, Workers(tuple(f"{one.rstrip('/')}/metrics" for one in workers)) if workers else None
-        else:
-            from pdtrim_deploy.bundle import Bundle
-            from pdtrim_deploy.doctor import Asked, require
-            from pdtrim_deploy.serving import cluster_of
-
-            bundle = Bundle.open(Path(target))
-            require("serve", Asked())
-            cluster = stack.enter_context(cluster_of(bundle, executors=executors))
-            url, counters = cluster.url, Workers.of(cluster)
-        result = LoadResult.measure(drive, driver_name, url, scenario, counters)
+        url, counters = put.up(stack, progress, target)
+        if workers:
+            counters = Workers(tuple(f"{one.rstrip('/')}/metrics" for one in workers))
+        with progress.show("load"):
+            result = LoadResult.measure(drive, driver_name, url, scenario, counters)
     if as_json:
         click.echo(json.dumps(result.model_dump(mode="json"), indent=2))
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import click
@@ -14,8 +15,11 @@ from pdtrim_deploy.cli import options
 @click.option("--out", type=options.path, help="The HTML file.  [default: BUNDLE/reports/report.html]")
 @click.option("--compare", "comparisons", type=options.path, multiple=True, help="JSON of `compare --out`; repeatable.")
 @click.option("--pareto", type=options.path, help="benchmarks/results/kv.json of `make bench-kv`.")
+@options.json_flag
 @click.pass_obj
-def report(command: str, bundle: Path, out: Path | None, comparisons: tuple[Path, ...], pareto: Path | None) -> None:
+def report(
+    command: str, bundle: Path, out: Path | None, comparisons: tuple[Path, ...], pareto: Path | None, as_json: bool
+) -> None:
     """Write one self-contained HTML page about BUNDLE.
 
     It shows the plan block by block, quality, load, engines and what made each figure, from BUNDLE/reports and the
@@ -31,5 +35,7 @@ def report(command: str, bundle: Path, out: Path | None, comparisons: tuple[Path
 
     opened = Bundle.open(bundle)
     out = out or opened.reports_dir / "report.html"
-    write_atomic(out, page(Findings.of(opened, comparisons, pareto), command))
-    click.echo(out)
+    text = page(Findings.of(opened, comparisons, pareto), command)
+    write_atomic(out, text)
+    said = {"page": str(out), "plan": opened.plan.digest, "bytes": len(text.encode())}
+    click.echo(json.dumps(said) if as_json else out)

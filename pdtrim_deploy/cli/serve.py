@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +15,9 @@ from rich.table import Table
 
 from pdtrim_deploy.bundle import Bundle
 from pdtrim_deploy.cli import options
+from pdtrim_deploy.cli.dry_run import commands_of
 from pdtrim_deploy.doctor import Asked, require
-from pdtrim_deploy.serving import Cluster, Executors, ServeEnvironment, WorkerOptions, cluster_of, commands
+from pdtrim_deploy.serving import Cluster, Executors, ServeEnvironment, WorkerOptions, cluster_of
 
 
 @click.command()
@@ -35,15 +35,13 @@ from pdtrim_deploy.serving import Cluster, Executors, ServeEnvironment, WorkerOp
 @click.option("--transport", "backend", default="pdtrim_tcp", show_default=True, help="SGLang's KV transfer backend.")
 @click.option("--threads", type=click.IntRange(1), help="OpenMP threads a worker (default: cores / workers).")
 @click.option("--start-timeout", type=click.FloatRange(1), default=600.0, show_default=True, help="Seconds.")
-@click.option("--serve-python", type=click.Path(path_type=Path), help="Python with SGLang (default: .venv/serve).")
+@options.serve_python
 @click.option("--log-dir", type=click.Path(path_type=Path), help="One log file a program (default: a new folder).")
 @click.option("--worker-args", default="", help="More arguments for sglang.launch_server, as one quoted string.")
 @click.option("--router-args", default="", help="More arguments for the router, as one quoted string.")
 @click.option("--dry-run", is_flag=True, help="Print the command of every program; start none.")
 @click.option("--json", "as_json", is_flag=True, help="Print the endpoints as one JSON line.")
-@click.pass_context
 def serve(
-    ctx: click.Context,
     bundle: Path,
     prefill: int,
     decode: int,
@@ -101,34 +99,21 @@ def serve(
         router_args=tuple(shlex.split(router_args)),
         start_timeout_s=start_timeout,
         environment=ServeEnvironment.find(serve_python),
-        log_dir=log_dir,
+        log_dir=log_dir or (Path() if dry_run else None),  # None makes a folder
         say=lambda sentence: click.echo(sentence, err=True),
     )
     if dry_run:
         said = commands_of(starting)
         click.echo(json.dumps(said) if as_json else "\n".join(shlex.join(command) for command in said.values()))
         return
-    for number in (signal.SIGTERM, signal.SIGHUP):  # as gentle as Ctrl-C; the shell's codes for these
-        signal.signal(number, lambda received, _frame: sys.exit(128 + received))
-    try:
-        with starting as cluster:
-            if as_json:
-                click.echo(json.dumps(endpoints(cluster, opened)))
-            else:
-                Console().print(table(cluster, opened))
-                click.echo("Ctrl-C stops everything.", err=True)
-            sys.stdout.flush()
-            cluster.wait()
-    except KeyboardInterrupt:
-        click.echo("stopped", err=True)
-        ctx.exit(130)
-
-
-def commands_of(cluster: Cluster) -> dict[str, list[str]]:
-    """The command of each program by its name, as the cluster would start it."""
-    spec, python = cluster.spec, cluster.environment.python
-    said = {worker.name: commands.worker_command(python, worker, len(spec.workers)) for worker in spec.workers}
-    return said | {"router": commands.router_command(python, spec)}
+    with starting as cluster:
+        if as_json:
+            click.echo(json.dumps(endpoints(cluster, opened)))
+        else:
+            Console().print(table(cluster, opened))
+            click.echo("Ctrl-C stops everything.", err=True)
+        sys.stdout.flush()
+        cluster.wait()
 
 
 def endpoints(cluster: Cluster, bundle: Bundle) -> dict[str, object]:

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 from pydantic import BaseModel, ConfigDict
 
 from pdtrim_deploy.cache import Cache
 from pdtrim_deploy.recipe import Recipe
 
-Job = Literal["build", "serve", "demo"]
+Job = Literal["build", "eval", "serve", "demo"]
 Status = Literal["ok", "missing", "wrong version"]
-BOTH: tuple[Job, ...] = ("build", "serve", "demo")
+ALL: tuple[Job, ...] = get_args(Job)
 
 
 class Finding(BaseModel):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from pdtrim_deploy.doctor.base import BOTH, Asked, Finding, Job
+from pdtrim_deploy.doctor.base import ALL, Asked, Finding, Job
 from pdtrim_deploy.serving.environment import REPO
 
 OLDEST_PYTHON = (3, 11)
@@ -21,7 +21,7 @@ OLDEST_PYTHON = (3, 11)
 class PythonVersion:
     """The interpreter."""
 
-    jobs: tuple[Job, ...] = BOTH
+    jobs: tuple[Job, ...] = ALL
 
     def look(self, asked: Asked) -> Iterable[Finding]:
         """One line."""
@@ -42,7 +42,7 @@ class Package:
 
     name: str
     extra: str
-    jobs: tuple[Job, ...] = ("build", "demo")
+    jobs: tuple[Job, ...] = ("build", "eval", "demo")
     why: str = ""
 
     def look(self, asked: Asked) -> Iterable[Finding]:

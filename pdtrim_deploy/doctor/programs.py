@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from pdtrim_deploy.doctor.base import BOTH, Asked, Finding, Job
+from pdtrim_deploy.doctor.base import ALL, Asked, Finding, Job
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Program:
     why: str
     mend: str
     version: tuple[str, ...] = ("--version",)
-    jobs: tuple[Job, ...] = BOTH
+    jobs: tuple[Job, ...] = ALL
 
     def look(self, asked: Asked) -> Iterable[Finding]:
         """One line."""
@@ -37,7 +37,7 @@ class Program:
 class Gpu:
     """The NVIDIA GPUs that nvidia-smi lists, with driver and memory."""
 
-    jobs: tuple[Job, ...] = BOTH
+    jobs: tuple[Job, ...] = ALL
 
     def look(self, asked: Asked) -> Iterable[Finding]:
         """One line each, or one that says there is none."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pdtrim_deploy.checkpoints.checkpoint import read_config
-from pdtrim_deploy.doctor.base import BOTH, Asked, Finding, Job, gb
+from pdtrim_deploy.doctor.base import ALL, Asked, Finding, Job, gb
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.recipe import Recipe
 from pdtrim_deploy.recipe_kv import FIXED_KV
@@ -25,9 +25,10 @@ POOL_TOKENS = 8192  # what `serve` gives a worker by default
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes that a recipe takes: of memory to build, of memory to serve 1 + 1 workers on a CPU, of disk."""
+    """Bytes that a recipe takes: memory to build, to judge, to serve 1 + 1 workers on a CPU; disk."""
 
     build: float
+    judge: float
     serve: float
     disk: float
 
@@ -52,6 +53,7 @@ def needs(recipe: Recipe) -> Needs | None:
         build=PROGRAM
         + max(1.1 * count * 4 * measured, min(SHARD, count * item))
         + (2 * count * 4 if recipe.targets.asked else 0),
+        judge=PROGRAM + 2 * count * item,  # both stages, or the dense model
         serve=2 * (PROGRAM + count * item + pool),
         disk=2 * count * item + converted + engines,
     )
@@ -71,7 +73,7 @@ def parameters(config: dict[str, Any]) -> int:
 class Memory:
     """RAM of the machine, or of its cgroup when that is less."""
 
-    jobs: tuple[Job, ...] = BOTH
+    jobs: tuple[Job, ...] = ALL
 
     def look(self, asked: Asked) -> Iterable[Finding]:
         """One line on what there is, and one a job of the recipe."""
@@ -80,7 +82,7 @@ class Memory:
         wanted = needs(asked.recipe) if asked.recipe else None
         if wanted is None or asked.recipe is None:
             return
-        said: dict[Job, float] = {"build": wanted.build}
+        said: dict[Job, float] = {"build": wanted.build, "eval": wanted.judge}
         if not gpu_count():
             said["serve"] = wanted.serve
         for job, size in said.items():

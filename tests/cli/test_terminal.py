@@ -1,90 +1,255 @@
-"""The command line in a real terminal: Ctrl-C is a key there, colour and one live line are shown."""
+"""The command line in a real terminal: Ctrl-C at every stage of every command; colour is for terminals alone."""
 
 from __future__ import annotations
 
+import json
 import os
-import pty
-import select
+import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
+from sse_server import Behaviour, serve
+from terminal import CTRL_C, Terminal
 
 from pdtrim_deploy.bundle import Bundle
+from pdtrim_deploy.cli.interrupt import OTHERWISE, RESUME
+from pdtrim_deploy.doctor.packages import wanted_version
 
-CTRL_C = b"\x03"
-
-
-class Terminal:
-    """A command in a terminal of its own; `screen` is all that it wrote."""
-
-    def __init__(self, *args: object) -> None:
-        self.screen = ""
-        self.pid, self._fd = pty.fork()
-        if self.pid == 0:
-            os.environ["TERM"] = "xterm"
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored where the tests are a background job
-            os.execv(sys.executable, [sys.executable, "-m", "pdtrim_deploy", *map(str, args)])
-
-    def read_until(self, text: str | None, seconds: float = 60) -> None:
-        """Until `text` is on the screen, or the command has ended."""
-        end = time.monotonic() + seconds
-        while text is None or text not in self.screen:
-            assert time.monotonic() < end, self.screen
-            if select.select([self._fd], [], [], 0.1)[0]:
-                try:
-                    self.screen += os.read(self._fd, 65536).decode(errors="replace")
-                except OSError:  # the other side is closed
-                    break
-
-    def press(self, keys: bytes) -> None:
-        os.write(self._fd, keys)
-
-    def ended(self) -> int:
-        """Its exit code."""
-        self.read_until(None)
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+ROOT = Path(__file__).parents[2]
+FAKE = ROOT / "tests" / "serving" / "fake_python.py"
 
 
-@pytest.fixture
-def recipe_file(tmp_path: Path, tiny_llama_dir: Path) -> Path:
-    (tmp_path / "text").mkdir()
+@pytest.fixture(scope="module")
+def recipe_file(tmp_path_factory: pytest.TempPathFactory, tiny_llama_dir: Path) -> Path:
+    folder = tmp_path_factory.mktemp("recipe")
+    (folder / "text").mkdir()
     for n in range(12):
-        (tmp_path / "text" / f"{n}.txt").write_text("the quick brown fox jumps over the lazy dog " * 60)
+        (folder / "text" / f"{n}.txt").write_text("the quick brown fox jumps over the lazy dog " * 60)
     data = {
         "name": "tiny",
         "model": {"source": f"hf:{tiny_llama_dir}"},
-        "calibration": {"corpus": f"dir:{tmp_path / 'text'}", "sequences": 2, "length": 256},
-        "pruning": {"method": "greedy", "prefill_blocks": 2, "decode_blocks": 4},
+        "calibration": {"corpus": f"dir:{folder / 'text'}", "sequences": 2, "length": 256},
+        "evaluation": {"corpus": f"dir:{folder / 'text'}", "sequences": 2, "prompt_tokens": 64},
+        "pruning": {"method": "greedy", "prefill_blocks": 1, "decode_blocks": 2},
+        "kv": {"method": "attention-mass", "sparse_layers": 2, "n_first": 2, "n_last": 8},
     }
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(data))
-    return tmp_path / "tiny.yaml"
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(data))
+    return folder / "tiny.yaml"
 
 
-def test_ctrl_c_leaves_a_build_that_goes_on(recipe_file: Path, tmp_path: Path) -> None:
-    out = tmp_path / "bundle"
-    args = ("build", recipe_file, "--out", out, "--cache-dir", tmp_path / "cache")
-    terminal = Terminal(*args)
-    terminal.read_until("prune ...")  # torch is imported now, which swallows a KeyboardInterrupt
+@pytest.fixture(scope="module")
+def bundle(recipe_file: Path) -> Path:
+    """Built by the test of Ctrl-C in a build, or here."""
+    out = recipe_file.parent / "bundle"
+    if not (out / "COMPLETE").exists():
+        assert run("build", recipe_file, "--out", out, "--cache-dir", recipe_file.parent / "cache").returncode == 0
+    return out
+
+
+@pytest.fixture
+def serve_python(tmp_path: Path) -> Iterator[Path]:
+    """A serve environment that the doctor likes, and whose programs are fakes; none may be left."""
+    said = subprocess.run([sys.executable, "-m", "pdtrim_sglang.diagnosis"], capture_output=True, text=True, check=True)
+    found = json.loads(said.stdout) | {"plugin": True, "kernels": "stub"}
+    for kind in ("targets", "imports"):
+        found[kind] = dict.fromkeys(found[kind], True)
+    found["packages"] = {name: wanted_version(name, "serve")[0] or "1" for name in found["packages"]}
+    (tmp_path / "said.json").write_text(json.dumps(found))
+    python = tmp_path / "python"
+    program = f"{shlex.quote(sys.executable)} {shlex.quote(str(FAKE))}"
+    python.write_text(
+        f'#!/bin/sh\ncase "$*" in *diagnosis*) cat {tmp_path}/said.json;; *) exec {program} "$@";; esac\n'
+    )
+    python.chmod(0o755)
+    yield python
+    assert programs_of(tmp_path) == []
+
+
+def programs_of(folder: Path) -> list[str]:
+    """Command lines of living processes that name something in `folder`."""
+    lines = []
+    for entry in os.listdir("/proc"):
+        try:
+            lines.append(Path(f"/proc/{entry}/cmdline").read_bytes().replace(b"\0", b" ").decode())
+        except (OSError, ValueError):
+            continue
+    return [line for line in lines if str(folder) in line and "pytest" not in line]
+
+
+def run(*args: object, **more: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pdtrim_deploy", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, **more)  # type: ignore[call-overload]
+
+
+def stopped(terminal: Terminal, command: str) -> None:
+    """Press Ctrl-C: one sentence that says how to go on, no traceback, the shell's code for it."""
     terminal.press(CTRL_C)
-    assert terminal.ended() == 130, terminal.screen
-    assert "stopped by Ctrl-C; run the same command again to go on" in terminal.screen
-    assert "Traceback" not in terminal.screen
-    assert not (out / "COMPLETE").exists()
+    assert terminal.ended() == 130, terminal.text
+    assert terminal.text.rstrip().endswith(f"pdtrim-deploy: stopped by Ctrl-C; {RESUME.get(command, OTHERWISE)}")
+    assert "Traceback" not in terminal.text
+
+
+def test_a_build_is_stopped_at_its_steps_and_goes_on(recipe_file: Path) -> None:
+    out = recipe_file.parent / "bundle"
+    args = ("build", recipe_file, "--out", out, "--cache-dir", recipe_file.parent / "cache")
+    for step in ("prune", "select-kv", "prefill"):  # all that a KeyboardInterrupt falls into: imports, torch, writing
+        terminal = Terminal(*args)
+        terminal.read_until(rf"{step}( \.\.\.|: (?!done))")
+        stopped(terminal, "build")
+        assert not (out / "COMPLETE").exists()
     again = Terminal(*args)
-    assert again.ended() == 0, again.screen
+    assert again.ended() == 0, again.text
+    assert "done before" in again.text
     assert Bundle.open(out).verify() == []
     assert not (out / ".build").exists()
 
 
-def test_colour_is_for_terminals_alone() -> None:
-    terminal = Terminal("doctor", "--for", "build")
+BLOCKED = {
+    "recipe show": ["recipe", "show", "RECIPE"],
+    "recipe validate": ["recipe", "validate", "RECIPE"],
+    "plan": ["plan", "RECIPE"],
+    "build": ["build", "RECIPE", "--out", "OUT"],
+    "build --dry-run": ["build", "RECIPE", "--out", "OUT", "--dry-run"],
+    "demo": ["demo", "RECIPE", "--out", "OUT"],
+    "doctor": ["doctor", "RECIPE"],
+    "verify": ["verify", "BUNDLE"],
+    "inspect": ["inspect", "BUNDLE"],
+    "eval": ["eval", "BUNDLE"],
+    "serve": ["serve", "BUNDLE"],
+    "fidelity": ["fidelity", "BUNDLE"],
+    "loadtest": ["loadtest", "BUNDLE"],
+    "compare": ["compare", "BUNDLE", "http://127.0.0.1:1"],
+    "report": ["report", "BUNDLE", "--out", "OUT"],
+    "deploy render": ["deploy", "render", "BUNDLE", "--out", "OUT"],
+}
+
+
+@pytest.mark.parametrize("name", BLOCKED)
+def test_while_it_reads(name: str, bundle: Path, tmp_path: Path) -> None:
+    """A named pipe that nobody writes to holds every command at its first file."""
+    held = tmp_path / "held"
+    shutil.copytree(bundle, held)
+    (held / "plan.json").unlink()
+    pipe = held / "plan.json" if "BUNDLE" in BLOCKED[name] else tmp_path / "held.yaml"
+    os.mkfifo(pipe)
+    places = {"RECIPE": tmp_path / "held.yaml", "BUNDLE": held, "OUT": tmp_path / "out"}
+    terminal = Terminal(*(places.get(word, word) for word in BLOCKED[name]))
+    os.close(opened(pipe, terminal))
+    stopped(terminal, name.split(maxsplit=1)[0])
+    assert not (tmp_path / "out").exists()
+
+
+def opened(pipe: Path, terminal: Terminal) -> int:
+    """Its writing end, as soon as somebody reads."""
+    end = time.monotonic() + 30
+    while True:
+        try:
+            return os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+        except OSError:
+            terminal.read_until("", 1)
+            assert time.monotonic() < end, terminal.text
+            time.sleep(0.02)
+
+
+def test_eval_writes_all_or_nothing(bundle: Path, recipe_file: Path) -> None:
+    terminal = Terminal("eval", bundle, "--cache-dir", recipe_file.parent / "cache")
+    terminal.read_until(r"eval \.\.\.")
+    stopped(terminal, "eval")
+    assert not (bundle / "reports" / "eval.json").exists()
+
+
+def faults(bundle: Path, stage: str, fault: str) -> None:
+    for folder in ("prefill", "decode"):
+        (bundle / folder / "faults.txt").write_text(f"{stage}: {fault}\n")
+
+
+@pytest.fixture
+def served(bundle: Path, tmp_path: Path) -> Path:
+    shutil.copytree(bundle, tmp_path / "b")
+    faults(tmp_path / "b", "decode", "never-healthy")
+    return tmp_path / "b"
+
+
+@pytest.mark.parametrize("command", ["serve", "fidelity", "loadtest", "compare", "demo"])
+def test_while_servers_start(command: str, served: Path, serve_python: Path, recipe_file: Path, tmp_path: Path) -> None:
+    more: dict[str, list[object]] = {
+        "compare": [served, "http://127.0.0.1:1"],
+        "demo": [recipe_file, "--out", tmp_path / "demo", "--requests", 3, "--rounds", 3],
+    }
+    terminal = Terminal(command, *more.get(command, [served]), "--serve-python", serve_python)
+    if command == "demo":
+        terminal.read_until(r"build the dense bundle( \.\.\.|:)")
+        return stopped(terminal, command)
+    terminal.read_until("prefill-0 is up")
+    assert len(programs_of(tmp_path)) >= 2
+    stopped(terminal, command)
+    return None
+
+
+def test_serve_is_stopped_while_it_serves(served: Path, serve_python: Path, tmp_path: Path) -> None:
+    faults(served, "decode", "")
+    args = ("serve", served, "--serve-python", serve_python, "--log-dir", tmp_path / "logs")
+    terminal = Terminal(*args)
+    terminal.read_until("Ctrl-C stops everything.")
+    stopped(terminal, "serve")
+    for number, code in ((signal.SIGTERM, 143), (signal.SIGHUP, 129)):  # as gentle
+        terminal = Terminal(*args)
+        terminal.read_until("Ctrl-C stops everything.")
+        os.kill(terminal.pid, number)
+        assert terminal.ended() == code, terminal.text
+        assert "Traceback" not in terminal.text
+        assert programs_of(tmp_path) == []
+
+
+@pytest.mark.parametrize("command", ["loadtest", "compare"])
+def test_under_load(command: str) -> None:
+    behaviour = Behaviour(hang=True)
+    with serve(behaviour) as one, serve(behaviour) as other:
+        terminal = Terminal(command, one, *([other] if command == "compare" else []))
+        end = time.monotonic() + 30
+        while not behaviour.in_flight:
+            terminal.read_until("", 5)
+            assert time.monotonic() < end, terminal.text
+            time.sleep(0.05)
+        stopped(terminal, command)
+
+
+def test_the_doctor_is_stopped_while_it_asks(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\nexec sleep 600\n")
+    python.chmod(0o755)
+    terminal = Terminal("doctor", "--serve-python", python)
+    terminal.read_until("prometheus-client")
+    time.sleep(0.3)
+    stopped(terminal, "doctor")
+
+
+def test_colour_and_live_lines_are_for_terminals_alone(bundle: Path, tmp_path: Path) -> None:
+    for args, live in (
+        (("doctor", "--for", "build"), "\x1b[32mok"),
+        (("inspect", bundle), "\x1b["),
+        (("plan", "llama-3.1-8b"), "\x1b["),
+    ):
+        terminal = Terminal(*args)
+        assert terminal.ended() == 0
+        assert live in terminal.screen
+        assert not re.search(r"\x1b\[(\d;)*[39]\d", without_colour(*args))
+        assert "\x1b" not in run(*args).stdout
+    piped = run("build", bundle / "recipe.yaml", "--out", tmp_path / "b", "--cache-dir", tmp_path / "c")
+    assert piped.returncode == 0
+    assert "\x1b" not in piped.stdout + piped.stderr
+    assert not re.search(r"[⠋⠙⠹⠸]", piped.stderr)
+
+
+def without_colour(*args: object) -> str:
+    terminal = Terminal(*args, NO_COLOR="1")
     assert terminal.ended() == 0
-    assert "\x1b[32mok" in terminal.screen
-    command = [sys.executable, "-m", "pdtrim_deploy", "doctor", "--for", "build"]
-    piped = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert "\x1b" not in piped.stdout
+    return terminal.screen
