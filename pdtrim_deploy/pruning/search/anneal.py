@@ -70,10 +70,10 @@ class Anneal:
             if self.settings.minutes is not None and log.seconds > 60 * self.settings.minutes:
                 progress(f"anneal: {self.settings.minutes:g} minutes are over after {state.step} of {steps} steps")
                 break
-            ahead = range(state.step, min(steps, state.step + problem.evaluator.workers))
-            proposals = [self._propose(moves, state, step) for step in ahead]
+            proposals = self._propose(moves, state, min(problem.evaluator.workers, steps - state.step))
             problem.evaluator.settle(state.solution)
-            for proposal, judged in zip(proposals, self._judge(problem.evaluator, state, proposals), strict=True):
+            judgements = self._judge(problem.evaluator, state, proposals)
+            for proposal, judged in zip(proposals, judgements, strict=True):
                 row = _row(proposal, judged, state.loss) | {"block_forwards": problem.spent}
                 log.append(**row)
                 state.follow(row)
@@ -86,21 +86,25 @@ class Anneal:
             )
         return _result(problem, state)
 
-    def _propose(self, moves: Moves, state: _State, step: int) -> _Proposal:
-        rng = random.Random(f"{self.settings.seed}/{step}")
-        move, solution = moves.draw(rng, state.solution, state.seen)
-        heat = self.hot * (self.cold / self.hot) ** (step / max(1, self.settings.steps - 1))
-        return _Proposal(step, move, solution, -heat * math.log(1 - rng.random()))
+    def _propose(self, moves: Moves, state: _State, count: int) -> list[_Proposal]:
+        """For the next `count` steps, as they will be if all before them are turned down."""
+        proposals, seen = list[_Proposal](), set(state.seen)
+        for step in range(state.step, state.step + count):
+            rng = random.Random(f"{self.settings.seed}/{step}")
+            move, solution = moves.draw(rng, state.solution, seen)
+            heat = self.hot * (self.cold / self.hot) ** (step / max(1, self.settings.steps - 1))
+            proposals.append(_Proposal(step, move, solution, -heat * math.log(1 - rng.random())))
+            seen.add(solution)
+        return proposals
 
     def _judge(self, evaluator: Evaluator, state: _State, proposals: list[_Proposal]) -> list[_Judged]:
-        excess = [torch.empty(0)] * len(proposals)
+        excess = [torch.empty(0, 0)] * len(proposals)
         running = list(range(len(proposals)))
         for batch in range(evaluator.batches):
             now = evaluator.evaluate([state.solution], batch)[0]
-            for at, found in zip(
-                running, evaluator.evaluate([proposals[at].solution for at in running], batch), strict=True
-            ):
-                excess[at] = torch.cat((excess[at], found - now)) if batch else found - now
+            found = evaluator.evaluate([proposals[at].solution for at in running], batch)
+            for at, losses in zip(running, found, strict=True):
+                excess[at] = torch.cat((excess[at], losses - now)) if batch else losses - now
             running = [at for at in running if not surely_above(excess[at], proposals[at].bound, self.race_z)]
         return [
             _judged(values, at in running, proposal.bound)

@@ -12,6 +12,7 @@ from pdtrim_deploy.pruning.solution import Solution
 
 _REDRAWS = 4
 _SPREAD = 0.2  # nats: a block that alone costs so much more than another comes up e times less often
+_LEAST = 0.02
 
 
 class Moves:
@@ -99,4 +100,6 @@ class Moves:
         evaluator.settle(self._problem.forced)
         found = evaluator.evaluate([self._problem.without((block,)) for block in candidates], 0)
         alone = [float(losses.double().mean()) for losses in found]
-        return {b: math.exp(-(one - min(alone)) / _SPREAD) for b, one in zip(candidates, alone, strict=True)}
+        return {
+            b: max(_LEAST, math.exp(-(one - min(alone)) / _SPREAD)) for b, one in zip(candidates, alone, strict=True)
+        }

@@ -5,6 +5,8 @@ The first and the last block stay. `greedy` is the same idea with nothing comput
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from pdtrim_deploy.errors import UserError
@@ -28,7 +30,7 @@ class SLEB:
             )
         return SearchResult((*problem.forced.removed, *removed), tuple(steps), problem.forced.distilled)
 
-    def _round(self, problem: Problem, removed: tuple[int, ...], progress: Progress) -> dict[str, float]:
+    def _round(self, problem: Problem, removed: tuple[int, ...], progress: Progress) -> dict[str, Any]:
         left = [block for block in problem.candidates if block not in removed]
         inner = [block for block in left if block not in (0, problem.objective.blocks - 1)]
         losses = dict[int, float]()

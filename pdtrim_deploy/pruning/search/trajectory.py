@@ -36,7 +36,7 @@ class Trajectory:
     def _read(self, path: Path) -> list[dict[str, Any]]:
         try:
             lines = path.read_bytes().splitlines(keepends=True)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             lines = []
         whole = [line for line in lines if line.endswith(b"\n")]  # the last may be half: its writer was killed
         try:
