@@ -12,6 +12,8 @@ even cells; its level is the mean there of a normal distribution of which the la
 
 4.25 bits a value. Squared error relative to the values': normal ones 0.0078, K and V of SmolLM2-135M 0.0072 and 0.0078
 (even cells 0.0093, 0.0083, 0.0092; groups of 32 with scale and minimum, 5 bits, 0.0061, 0.0057, 0.0061).
+Mean KL of decode's next token to native KV, SmolLM2-135M, 8 x 448 Brown tokens (x 1e-3): 6.2 (`make bench-wire`; int8
+0.09); with those groups of 32 4.3 rotated, and 3.3 in KIVI's groups for K and V.
 """
 
 from __future__ import annotations
