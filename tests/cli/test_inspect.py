@@ -1,0 +1,54 @@
+"""`inspect MODEL`: the candidates as table, JSON and picture."""
+
+import json
+import random
+import xml.etree.ElementTree as ET
+
+import pytest
+
+from pdtrim_deploy.cli import main
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    rng = random.Random(0)
+    for name in "abcdef":
+        (tmp_path / f"{name}.txt").write_text("".join(rng.choice("abcdefgh ,.") for _ in range(600)))
+    return f"dir:{tmp_path}"
+
+
+def run(capsys, *args):
+    with pytest.raises(SystemExit) as stopped:
+        main([str(arg) for arg in args])
+    return (stopped.value.code or 0), *capsys.readouterr()
+
+
+def test_a_model_shows_its_candidates(capsys, tiny_llama_dir, corpus, cache, tmp_path):
+    common = ("--corpus", corpus, "--sequences", 2, "--threshold", -0.5, "--cache-dir", cache.root)
+    picture = tmp_path / "out" / "c.svg"
+    code, out, _ = run(capsys, "inspect", tiny_llama_dir, *common, "--json", "--picture", picture)
+    assert code == 0
+    found = json.loads(out)
+    assert found["model"] == f"hf:{tiny_llama_dir}"
+    assert len(found["redundancy"]) == 6
+    assert sorted([*found["pruning"], *(b for p in found["distillation"] for b in (p, p + 1))]) == list(range(6))
+    assert ET.fromstring(picture.read_text()).tag.endswith("svg")
+    code, out, _ = run(capsys, "inspect", f"hf:{tiny_llama_dir}", *common)
+    assert code == 0
+    assert f"{found['redundancy'][3]:.4f}" in out
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["gone", "--picture", "p.svg"], "--picture says nothing of a bundle"),
+        (["hf:gone"], "gone: no such folder"),
+        (["hf:gone", "--prompt-tokens", "4"], "--prompt-tokens says nothing of a model"),
+        (["gone"], "gone: no such bundle"),
+    ],
+)
+def test_bad_input_is_one_sentence(capsys, args, says, cache):
+    code, _, err = run(capsys, "inspect", *args, "--cache-dir", cache.root)
+    assert code == 2
+    assert says in err
+    assert err.count("\n") == 1
