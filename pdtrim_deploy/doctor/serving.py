@@ -15,6 +15,7 @@ from pdtrim_deploy.doctor.packages import wanted_version
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.serving.commands import FOREIGN
 from pdtrim_deploy.serving.environment import REPO, ServeEnvironment, gpu_count
+from pdtrim_deploy.serving.transports import LIBRARIES
 
 DIAGNOSIS = ("-P", "-m", "pdtrim_sglang.diagnosis")  # -P: no module of the folder we were started in
 
@@ -42,13 +43,17 @@ class SGLang:
         yield from self._kernels(said["kernels"])
         yield from self._plugin(said, python)
         for name, libraries in said["transports"].items():
-            detail = "nothing else needed" if not libraries else f"shared libraries not found: {', '.join(libraries)}"
+            detail = "all it needs is there" if not libraries else f"optional; not found: {', '.join(libraries)}"
+            shared = [f"{lib}1" for lib in libraries if lib.startswith("lib")]
+            package = LIBRARIES.get(f"pdtrim_{name}") if len(shared) < len(libraries) else None
+            mends = [f"apt-get install {' '.join(shared)}"] if shared else []
+            mends += [f"{python} -m pip install --no-deps {package.package}"] if package else []
             yield Finding(
                 group="serve",
                 name=f"transport {name}",
                 status="missing" if libraries else "ok",
                 detail=detail,
-                mend=f"apt-get install {' '.join(f'{lib}1' for lib in libraries)}" if libraries else None,
+                mend=" && ".join(mends) or None,
             )
         yield self._line("decode attention", "ok", f"under a sparse plan: {', '.join(said['sparse_backends'])}")
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from pdtrim_deploy.bundle import Bundle
 from pdtrim_deploy.plan import STAGES
@@ -13,6 +14,7 @@ from pdtrim_deploy.serving.cluster import Cluster
 from pdtrim_deploy.serving.engines import Executors, find_engine
 from pdtrim_deploy.serving.environment import ServeEnvironment
 from pdtrim_deploy.serving.spec import ClusterSpec, WorkerOptions
+from pdtrim_deploy.serving.transports import require_transport
 
 
 def cluster_of(
@@ -23,6 +25,7 @@ def cluster_of(
     port: int | None = None,
     options: WorkerOptions | None = None,
     executors: Executors | None = None,
+    transport: Mapping[str, Any] | None = None,
     router_args: tuple[str, ...] = (),
     start_timeout_s: float = 600.0,
     environment: ServeEnvironment | None = None,
@@ -32,7 +35,8 @@ def cluster_of(
     """The bundle's cluster, not yet started; without `log_dir` its logs go to a new temporary folder.
 
     Raises:
-        UserError: no SGLang found, no worker of a stage, `port` is taken, or the bundle lacks an executor's engine.
+        UserError: no SGLang found, no worker of a stage, `port` is taken, the bundle lacks an executor's engine, or
+            the transport's library is not there.
 
     """
     environment = environment or ServeEnvironment.find()
@@ -40,6 +44,7 @@ def cluster_of(
     if options.dtype == "auto":  # SGLang's own auto makes float16 of a float32 checkpoint
         options = replace(options, dtype=bundle.plan.model.kv_dtype)
     options = replace(options, sparse=any(send.mode == "sparse" for send in bundle.plan.kv))
+    require_transport(environment, options.transfer_backend, transport or {})
     chosen = executors or Executors()
     engines = {stage: find_engine(bundle, stage, chosen.of(stage), options.device) for stage in STAGES}
     spec = ClusterSpec.on_loopback(
@@ -53,4 +58,5 @@ def cluster_of(
         router_args=router_args,
         start_timeout_s=start_timeout_s,
     )
+    spec = replace(spec, workers=tuple(replace(worker, transport=transport or {}) for worker in spec.workers))
     return Cluster(spec, environment, log_dir or Path(tempfile.mkdtemp(prefix="pdtrim-serve-")), say)

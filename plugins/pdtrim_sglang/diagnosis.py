@@ -26,7 +26,8 @@ from pdtrim_sglang.requirements import SPARSE_BACKENDS
 
 PACKAGES = ("sglang", "sglang-router", "torch", "transformers", "onnxruntime", "onnxruntime-extensions", "tensorrt")
 OURS = Path(__file__).parent
-# Shared libraries that a transport needs besides its Python package.
+# Python package and shared libraries that a transport needs.
+MODULES = {"nixl": "nixl_cu12", "mooncake": "mooncake"}
 LIBRARIES = {"tcp": (), "nixl": (), "mooncake": ("ibverbs", "rdmacm", "numa")}
 
 
@@ -113,7 +114,9 @@ def transports() -> list[str]:
 
 
 def _missing_libraries(transport: str) -> list[str]:
-    return [f"lib{name}" for name in LIBRARIES.get(transport, ()) if ctypes.util.find_library(name) is None]
+    module = MODULES.get(transport)
+    package = [module] if module and importlib.util.find_spec(module) is None else []
+    return package + [f"lib{name}" for name in LIBRARIES.get(transport, ()) if ctypes.util.find_library(name) is None]
 
 
 def _kernels() -> str | None:

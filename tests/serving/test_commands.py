@@ -13,6 +13,7 @@ from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.serving import ClusterSpec, ServeEnvironment, WorkerOptions, commands, environment
 from pdtrim_deploy.serving.metrics import Sample, parse, total
 from pdtrim_deploy.serving.ports import free_ports
+from pdtrim_deploy.serving.transports import require_transport
 
 PYTHON = Path("/serve/bin/python")
 
@@ -161,3 +162,28 @@ def test_metrics_become_typed_samples():
     assert [s.labels["le"] for s in samples["kv_bytes_bucket"]] == ["10.0", "+Inf"]
     assert (total(samples, "asked_total"), total(samples, "asked_total", code="500")) == (4.0, 1.0)
     assert total(samples, "absent") == 0.0
+
+
+def test_transport_options_travel_beside_the_secret(tmp_path):
+    spec = ClusterSpec.on_loopback(tmp_path, tmp_path)
+    worker = replace(spec.workers[0], transport={"stall_seconds": 3})
+    command = commands.worker_command(Path("python"), worker, 2, tmp_path / "secret")
+    said = json.loads(command[command.index("--json-model-override-args") + 1])
+    assert said == {"pdtrim_secret_file": str(tmp_path / "secret"), "pdtrim_transport": {"stall_seconds": 3}}
+
+
+@pytest.mark.parametrize(
+    ("backend", "told", "says"),
+    [
+        ("pdtrim_mooncake", {}, "without authentication"),
+        ("pdtrim_mooncake", {"accept_unauthenticated": True}, "needs the Python package mooncake-transfer-engine"),
+        ("pdtrim_nixl", {}, r"needs the Python package nixl-cu12.* -m pip install --no-deps nixl-cu12"),
+    ],
+)
+def test_a_transport_that_cannot_be_used_is_refused_before_a_worker_starts(tmp_path, backend, told, says):
+    lacks = tmp_path / "python"
+    lacks.write_text("#!/bin/sh\nexit 1\n")
+    lacks.chmod(0o755)
+    with pytest.raises(UserError, match=says):
+        require_transport(ServeEnvironment(lacks), backend, told)
+    require_transport(ServeEnvironment(lacks), "pdtrim_tcp", {})
