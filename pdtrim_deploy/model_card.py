@@ -70,7 +70,8 @@ def card(plan: PDPlan, recipe: Recipe, stage: Stage, licensed: dict[str, Any]) -
         f"- Base model: `{recipe.model.source}` ({plan.model.architecture}, fingerprint `{plan.model.fingerprint}`)",
         f"- Dtype: {recipe.model.dtype}",
         f"- Blocks: {len(plan.layers(stage))} of {total}; without block{'' if len(dropped) == 1 else 's'} "
-        f"{', '.join(map(str, dropped)) or '- none'}",
+        f"{', '.join(map(str, dropped)) or '- none'}{_students(plan, stage)}",
+        *_changed(recipe, stage),
         f"- Prompt KV from prefill to decode: {len(sparse)} of {len(plan.kv)} decode layers get the first and last "
         f"prompt tokens alone{f' (blocks {_list(sparse)})' if sparse else ''}; "
         f"{size:,} bytes for {tokens} prompt tokens, {smaller:.2f}x less than dense",
@@ -95,6 +96,23 @@ def measured(quality: Quality) -> str:
         f"Perplexity {quality.pd.ppl:.4f} behind the plan, {quality.dense.ppl:.4f} of the base model: ratio "
         f"{quality.ratio:.4f}. Over {quality.tokens:,} tokens that continue {text.prompt_tokens}-token prompts of "
         f"`{text.corpus}` (seed {text.seed}, {quality.dtype}); made by `{quality.environment['command']}`."
+    )
+
+
+def _students(plan: PDPlan, stage: Stage) -> str:
+    pairs = sorted({action.pair for action in plan.actions(stage) if action.kind == "distilled"})
+    said = ", ".join(f"{first} and {second}" for first, second in pairs)
+    return f"; one student block in the place of each of the pairs {said}" if pairs else ""
+
+
+def _changed(recipe: Recipe, stage: Stage) -> list[str]:
+    """What was done to the weights, when something was."""
+    asked, pruned = recipe.healing, getattr(recipe.pruning, f"{stage}_blocks")
+    steps = asked.prefill_steps if stage == "prefill" else asked.decode_steps
+    done = [f"compensation {asked.compensation}"] if asked.compensation != "none" else []
+    done += [f"at most {steps} steps of logit distillation from the base model"] if steps else []
+    return [f"- Weights differ from the base model's: {', '.join(done)}; K and V are made as there"] * bool(
+        done and pruned
     )
 
 

@@ -27,7 +27,7 @@ from pdtrim_deploy.cache import Cache
 from pdtrim_deploy.checkpoints import resolve
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.model_card import write_cards
-from pdtrim_deploy.pipeline import engines, steps
+from pdtrim_deploy.pipeline import engines, heal, steps
 from pdtrim_deploy.pipeline.context import Context, Note
 from pdtrim_deploy.pipeline.journal import Journal, chained_key, claim
 from pdtrim_deploy.pipeline.stand_in import stand_in
@@ -61,9 +61,11 @@ def steps_of(recipe: Recipe, fingerprint: str) -> tuple[BuildStep, ...]:
     said = {"pdtrim-deploy": __version__, "model": fingerprint, "dtype": recipe.model.dtype}
     chosen = ("calibration", "pruning", *(("students",) if recipe.pruning.distil else ()))
     prune = chained_key("", said | ({key: dump[key] for key in chosen} if recipe.pruning.decode_blocks else {}))
-    kv = chained_key(prune, [dump["kv"], None if recipe.kv.method in FIXED_KV else dump["calibration"]])
+    healed = chained_key(prune, heal.depends_on(dump)) if heal.needed(recipe) else prune
+    kv = chained_key(healed, [dump["kv"], None if recipe.kv.method in FIXED_KV else dump["calibration"]])
     return (
         BuildStep("prune", prune, (steps.PRUNING, *steps.SEARCHES), steps.prune),
+        *([BuildStep("heal", healed, (heal.HEALING,), heal.heal)] if heal.needed(recipe) else []),
         BuildStep("select-kv", kv, (PLAN, steps.KV), steps.select_kv),
         BuildStep("prefill", chained_key(kv, "prefill"), ("prefill",), lambda c: steps.write_stage(c, "prefill")),
         BuildStep("decode", chained_key(kv, "decode"), ("decode",), lambda c: steps.write_stage(c, "decode")),

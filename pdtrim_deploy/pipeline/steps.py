@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pdtrim_deploy.bundle import PLAN, REPORTS, write_atomic
+from pdtrim_deploy.pipeline import heal
 from pdtrim_deploy.pipeline.context import Context
-from pdtrim_deploy.pipeline.stand_in import actions, stand_in_rules
+from pdtrim_deploy.pipeline.heal import PRUNING
+from pdtrim_deploy.pipeline.stand_in import stand_in_rules
 from pdtrim_deploy.plan import STAGES, KVSend, PDPlan, Stage
 from pdtrim_deploy.recipe_kv import FIXED_KV
 
 if TYPE_CHECKING:
     from pdtrim_deploy.pruning.search import SearchResult
 
-PRUNING, KV = f"{REPORTS}/pruning.json", f"{REPORTS}/kv.json"
+KV = f"{REPORTS}/kv.json"
 SEARCHES = tuple(f"{REPORTS}/search-{stage}.jsonl" for stage in STAGES)
 
 
@@ -54,22 +56,21 @@ def _stage_report(found: SearchResult) -> dict[str, Any]:
 
 
 def _pairs(context: Context, ids: Any) -> tuple[tuple[int, ...], Any, Any]:
-    """The distillation set, its students, and what they depend on."""
+    """The distillation set, its training-free students (those chosen are trained later), and what they depend on."""
     from pdtrim_deploy.pruning.candidates import find
     from pdtrim_deploy.pruning.students import Students
 
     found = find(context.model, ids, context.recipe.pruning.threshold, context.note)
-    asked, fingerprint = context.recipe.students, context.checkpoint.fingerprint
+    asked = context.recipe.students.model_copy(update={"steps": 0, "minutes": None})
+    fingerprint = context.checkpoint.fingerprint
     students = Students(context.model, ids, asked, cache=context.cache, fingerprint=fingerprint, note=context.note)
     return found.distillation, students, asked.model_dump(mode="json")
 
 
 def select_kv(context: Context) -> None:
     """Choose how each decode layer's prompt KV travels -> plan.json, reports/kv.json."""
-    removed, asked, shape = json.loads((context.out / PRUNING).read_text()), context.recipe.kv, context.shape
-    prefill, decode = (actions(shape.num_blocks, removed[stage]["removed"]) for stage in STAGES)
-    layers = sum(action.kind == "keep" for action in decode)
-    plan = PDPlan(model=shape, prefill=prefill, decode=decode, kv=stand_in_rules(asked, shape, layers))
+    asked, plan = context.recipe.kv, heal.blocks_plan(context)
+    plan = plan.with_kv(stand_in_rules(asked, plan.model, len(plan.decode_layers)))
     if asked.method not in FIXED_KV:
         plan = plan.with_kv(_chosen(context, plan))
     sends = {block: send.model_dump() for block, send in zip(plan.decode_layers, plan.kv, strict=True)}
@@ -79,25 +80,31 @@ def select_kv(context: Context) -> None:
 
 
 def _chosen(context: Context, plan: PDPlan) -> tuple[KVSend, ...]:
-    from pdtrim_deploy.checkpoints.surgery import keep_blocks
     from pdtrim_deploy.evaluation.oracle import PDOracle
     from pdtrim_deploy.kvcache.selection import Problem, get_selection
 
-    asked = context.recipe.kv
-    models = [keep_blocks(context.model, plan.layers(stage)) for stage in STAGES]
+    asked, pair = context.recipe.kv, heal.stage_pair(context)
+    models = [pair.stage(stage) for stage in STAGES]
     text = context.calibration(asked.sequences, asked.prompt_tokens + asked.continuation_tokens)
     problem = Problem(PDOracle(models[0], models[1], plan), text, asked.prompt_tokens, context.recipe.calibration.seed)
     return get_selection(asked).choose(problem, context.note)
 
 
 def write_stage(context: Context, stage: Stage) -> None:
-    """Write the stage's checkpoint with the plan in its config.json."""
+    """Write the stage's checkpoint with the plan in its config.json, and the weights that were healed."""
     from pdtrim_deploy.checkpoints.surgery import write_stage as write
 
     plan = context.plan
     blocks = plan.layers(stage)
     context.note(f"writing {len(blocks)} blocks")
-    write(context.checkpoint, context.out / stage, blocks, context.recipe.model.dtype, plan.model_dump(mode="json"))
+    write(
+        context.checkpoint,
+        context.out / stage,
+        blocks,
+        context.recipe.model.dtype,
+        plan.model_dump(mode="json"),
+        replacements=heal.changed(context).get(stage),
+    )
 
 
 def _write_json(path: Path, data: Any) -> None:

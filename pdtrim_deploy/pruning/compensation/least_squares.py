@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from pdtrim_deploy.blockwise import Blockwise, LayerKV
+from pdtrim_deploy.blockwise import Blockwise, LayerKV, Span
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.plan import Stage
 from pdtrim_deploy.pruning.compensation.base import Progress
@@ -81,7 +81,7 @@ class _Walk:
             self._prompts = [(self._prefill.block(self._made, x, span, kv), span) for (x, span), kv in given]
             self._made += 1
 
-    def asked(self, batch: int) -> tuple:
+    def asked(self, batch: int) -> tuple[Tensor, Span, Tensor]:
         """`Refit.add`'s input, span and target of one batch."""
         return (*self._mine[batch], self._wanted[batch][0][:, self._prompt :])
 

@@ -1,0 +1,143 @@
+"""The step between choosing blocks and choosing KV: students of distilled pairs, compensation, healing.
+
+What it makes is large and dear, so it lies in the cache, whole or not at all, under a digest of all it depends on;
+the bundle's report names that digest, and both stage checkpoints get the tensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pdtrim_deploy.bundle import REPORTS, write_atomic
+from pdtrim_deploy.pipeline.context import Context
+from pdtrim_deploy.plan import STAGES, KVSend, PDPlan, Stage
+from pdtrim_deploy.pruning.solution import Solution
+from pdtrim_deploy.recipe import Recipe
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pdtrim_deploy.pruning.pair import StagePair
+
+PRUNING, HEALING = f"{REPORTS}/pruning.json", f"{REPORTS}/healing.json"
+_VERSION = 1  # of how weights are made
+
+Changed = Mapping[Stage, Mapping[int, Mapping[str, "Tensor"]]]
+
+
+def needed(recipe: Recipe) -> bool:
+    """Whether the recipe asks for other weights than the model's own."""
+    return bool(recipe.pruning.decode_blocks) and (recipe.pruning.distil or recipe.healing.asked)
+
+
+def depends_on(dump: Mapping[str, Any]) -> list[Any]:
+    """What the step depends on besides the one before; `dump` is the recipe's."""
+    return [dump["students"], dump["healing"], dump["calibration"]]
+
+
+def blocks_plan(context: Context) -> PDPlan:
+    """What each stage runs, as the step before chose; all KV travels whole."""
+    report, shape = json.loads((context.out / PRUNING).read_text()), context.shape
+    prefill, decode = (Solution.parse(report[stage]) for stage in STAGES)
+    blocks = shape.num_blocks
+    kv = (KVSend(),) * len(decode.route(blocks))
+    return PDPlan(model=shape, prefill=prefill.actions(blocks), decode=decode.actions(blocks), kv=kv)
+
+
+def heal(context: Context) -> None:
+    """Make the weights that differ from the model's -> the cache, reports/healing.json."""
+    key = _key(context)
+    report = json.loads((_entry(context, key) / "report.json").read_text())
+    write_atomic(context.out / HEALING, json.dumps({"weights": key} | report, indent=2) + "\n")
+
+
+def changed(context: Context) -> Changed:
+    """The tensors of each stage that differ from the model's, by block; nothing when the recipe asks for none."""
+    if not needed(context.recipe):
+        return {}
+    folder = _entry(context, json.loads((context.out / HEALING).read_text())["weights"])
+    return {stage: _read(folder / f"{stage}.safetensors") for stage in STAGES}
+
+
+def stage_pair(context: Context) -> StagePair:
+    """Both stages in memory as they will be written."""
+    from pdtrim_deploy.pruning.pair import StagePair
+
+    return StagePair(context.model, blocks_plan(context), changed(context))
+
+
+def _key(context: Context) -> str:
+    plan, dump = blocks_plan(context), context.recipe.model_dump(mode="json")
+    texts = [hashlib.sha256(ids.numpy().tobytes()).hexdigest() for ids in _texts(context)]
+    said = [_VERSION, plan.digest, dump["students"], dump["healing"], texts]
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def _texts(context: Context) -> tuple[Any, Any]:
+    """What students learn from, what the stages are healed on: int64 `[sequences, length]`."""
+    text, asked = context.recipe.calibration, context.recipe.healing
+    return context.calibration(text.sequences, text.length), context.calibration(asked.sequences, asked.length)
+
+
+def _entry(context: Context, key: str) -> Path:
+    def make(folder: Path) -> None:
+        from safetensors.torch import save_file
+
+        pair, report = _make(context)
+        for stage in STAGES:
+            blocks = pair.changed.get(stage, {})
+            tensors = {f"{block}.{name}": t.contiguous() for block, ts in blocks.items() for name, t in ts.items()}
+            save_file(tensors, folder / f"{stage}.safetensors")
+        (folder / "report.json").write_text(json.dumps(report, indent=2))
+
+    return context.cache.entry("stage-weights", key, make)
+
+
+def _read(file: Path) -> dict[int, dict[str, Tensor]]:
+    from safetensors.torch import load_file
+
+    blocks: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in load_file(file).items():
+        block, _, inner = name.partition(".")
+        blocks.setdefault(int(block), {})[inner] = tensor
+    return blocks
+
+
+def _make(context: Context) -> tuple[StagePair, dict[str, Any]]:
+    """Students first; then compensation and healing of prefill; then those of decode, behind it."""
+    from pdtrim_deploy.pruning.compensation import get_compensation
+    from pdtrim_deploy.pruning.healing import heal as distil
+    from pdtrim_deploy.pruning.pair import StagePair
+
+    asked, plan, (_, ids) = context.recipe.healing, blocks_plan(context), _texts(context)
+    pair, report = _with_students(context, StagePair(context.model, plan))
+    for stage in STAGES:
+        if len(plan.layers(stage)) == plan.model.num_blocks:
+            continue  # nothing was lost
+        if asked.compensation != "none":
+            pair = get_compensation(asked.compensation).compensate(pair, stage, ids, context.note)
+        if asked.prefill_steps if stage == "prefill" else asked.decode_steps:
+            done = distil(pair, stage, ids, asked, context.note)
+            pair = done.pair
+            report["healing"][stage] = {name: getattr(done, name) for name in ("steps", "before", "after", "kept")}
+    return pair, report
+
+
+def _with_students(context: Context, pair: StagePair) -> tuple[StagePair, dict[str, Any]]:
+    from pdtrim_deploy.pruning.students import Students
+
+    recipe, fingerprint = context.recipe, context.checkpoint.fingerprint
+    report: dict[str, Any] = {"students": {}, "compensation": recipe.healing.compensation, "healing": {}}
+    students = Students(
+        context.model, _texts(context)[0], recipe.students,
+        cache=context.cache, fingerprint=fingerprint, note=context.note,
+    )  # fmt: skip
+    for stage in STAGES:
+        pairs = {a.pair for a in pair.plan.actions(stage) if a.kind == "distilled"}
+        pair = pair.with_changes(stage, {both[0]: students.tensors(both) for both in sorted(pairs)})
+        report["students"] |= {f"{both[0]}-{both[1]}": students.lesson(both) for both in sorted(pairs)}
+    return pair, report

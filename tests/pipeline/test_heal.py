@@ -1,0 +1,163 @@
+"""Bundles with student blocks, compensated and healed weights: what is written, what is made again, what loads."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from pdtrim_deploy.bundle import Bundle
+from pdtrim_deploy.cache import Cache
+from pdtrim_deploy.checkpoints import FAMILIES, resolve
+from pdtrim_deploy.checkpoints.loading import load_model
+from pdtrim_deploy.checkpoints.surgery import keep_blocks
+from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.evaluation.oracle import PDOracle
+from pdtrim_deploy.loadtest.text import WORDS
+from pdtrim_deploy.pipeline import build, heal
+from pdtrim_deploy.pipeline.context import Context
+from pdtrim_deploy.plan import STAGES, Distilled, Drop
+from pdtrim_deploy.pruning.students.regression import FROZEN
+from pdtrim_deploy.recipe import Recipe
+
+CHOSEN = {
+    "prefill": {"removed": [4], "pairs": []},
+    "decode": {"removed": [4], "pairs": [[1, 2]]},
+}
+HEALING = {
+    "compensation": "least-squares",
+    "prefill_steps": 2,
+    "decode_steps": 2,
+    "learning_rate": 1e-4,
+    "batch": 2,
+    "sequences": 12,
+    "length": 32,
+}
+IDS = torch.arange(3, 43)
+
+
+@pytest.fixture
+def recipe_of(
+    tmp_path: Path, tiny_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Recipe]:
+    """A recipe of which the search is known to choose `CHOSEN`."""
+    rng = random.Random(0)
+    (tmp_path / "text").mkdir()
+    for n in range(12):
+        (tmp_path / "text" / f"{n}.txt").write_text(" ".join(rng.choices(WORDS, k=400)))
+
+    def prune(context: Context) -> None:
+        (context.out / "reports").mkdir(exist_ok=True)
+        (context.out / heal.PRUNING).write_text(json.dumps(CHOSEN))
+
+    monkeypatch.setattr("pdtrim_deploy.pipeline.steps.prune", prune)
+
+    def make(architecture: str = "LlamaForCausalLM", **sections: object) -> Recipe:
+        data = {
+            "name": "healed",
+            "model": {"source": f"hf:{tiny_dir(architecture)}"},
+            "calibration": {"corpus": f"dir:{tmp_path / 'text'}", "sequences": 8, "length": 32},
+            "pruning": {"method": "anneal", "prefill_blocks": 1, "decode_blocks": 2, "distil": True},
+            "healing": HEALING,
+            "evaluation": {"corpus": f"dir:{tmp_path / 'text'}"},
+        }
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(data | sections))
+        return Recipe.load(path)
+
+    return make
+
+
+def context_of(recipe: Recipe, bundle: Bundle, cache: Cache) -> Context:
+    return Context(recipe, resolve(recipe.model.source, cache), cache, bundle.path, lambda _: None)
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_the_bundle_is_what_was_healed_in_memory(
+    architecture: str, recipe_of: Callable[..., Recipe], tmp_path: Path, cache: Cache
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    recipe = recipe_of(architecture)
+    bundle = build(recipe, tmp_path / "b", cache)
+    plan, pair = bundle.plan, Distilled(pair=(1, 2), kv_from=1)
+    assert plan.decode[1] == plan.decode[2] == pair
+    assert plan.prefill[4] == plan.decode[4] == Drop()
+    assert plan.decode_layers == (0, 1, 3, 5)
+    assert plan.layer_map == (0, 1, 3, 4)
+    dense, memory = (
+        load_model(resolve(recipe.model.source, cache).path),
+        heal.stage_pair(context_of(recipe, bundle, cache)),
+    )
+    written = [AutoModelForCausalLM.from_pretrained(bundle.stage_dir(stage)).eval() for stage in STAGES]
+    one = PDOracle(written[0], written[1], plan).logprobs(IDS[:24], IDS[24:])
+    two = PDOracle(memory.stage("prefill"), memory.stage("decode"), plan).logprobs(IDS[:24], IDS[24:])
+    assert torch.equal(one, two)
+    cut = [keep_blocks(dense, plan.layers(stage)) for stage in STAGES]
+    assert (one - PDOracle(cut[0], cut[1], plan).logprobs(IDS[:24], IDS[24:])).abs().max() > 0.01
+    for model, plain in zip(written, cut, strict=True):  # what makes K and V is the dense model's
+        for mine, theirs in zip(model.model.layers, plain.model.layers, strict=True):
+            kept = [name for name in mine.state_dict() if name.startswith(FROZEN)]
+            assert all(torch.equal(mine.state_dict()[name], theirs.state_dict()[name]) for name in kept)
+    assert (IDS[None] == written[1].generate(IDS[None], max_new_tokens=3)[:, :40]).all()  # plain transformers runs it
+    report = json.loads((bundle.path / heal.HEALING).read_text())
+    assert report["students"]["1-2"]["error"] < report["students"]["1-2"]["error_drop"]
+    assert {stage: done["steps"] for stage, done in report["healing"].items()} == {"prefill": 2, "decode": 2}
+    card = (bundle.decode_dir / "README.md").read_text()
+    assert "one student block in the place of each of the pairs 1 and 2" in card
+    assert "compensation least-squares, at most 2 steps of logit distillation" in card
+    assert bundle.verify() == []
+
+
+def test_what_was_healed_is_not_healed_again(
+    recipe_of: Callable[..., Recipe], tmp_path: Path, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = build(recipe_of(), tmp_path / "b", cache)
+    monkeypatch.setattr(heal, "_make", lambda *_: pytest.fail("made again"))
+    again = build(recipe_of(kv={"method": "all", "n_last": 8}), tmp_path / "b", cache)
+    assert again.plan.digest != first.plan.digest
+    elsewhere = build(recipe_of(), tmp_path / "c", cache)
+    one, two = (bundle.manifest.files["decode/model.safetensors"] for bundle in (first, elsewhere))
+    assert one == two
+    with pytest.raises(pytest.fail.Exception, match="made again"):
+        build(recipe_of(healing={**HEALING, "seed": 1}), tmp_path / "b", cache)
+
+
+def test_nothing_half_written(
+    recipe_of: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = Cache(tmp_path / "cache")
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            "pdtrim_deploy.pruning.healing.distillation._Loss.__call__", lambda *_: torch.tensor(float("nan"))
+        )
+        with pytest.raises(UserError, match="healing prefill: the loss is nan at step 0"):
+            build(recipe_of(), tmp_path / "b", cache)
+    assert not (tmp_path / "b" / heal.HEALING).exists()
+    assert not [p for p in (tmp_path / "cache" / "stage-weights").iterdir() if p.is_dir()]
+    assert build(recipe_of(), tmp_path / "b", cache).verify() == []
+
+
+def test_recipes_without_it_have_no_such_step(recipe_of: Callable[..., Recipe], tmp_path: Path, cache: Cache) -> None:
+    plain = recipe_of(pruning={"prefill_blocks": 1, "decode_blocks": 2}, healing={})
+    assert not heal.needed(plain)
+    assert heal.needed(recipe_of(pruning={"prefill_blocks": 1, "decode_blocks": 2}))
+
+
+@pytest.mark.parametrize(
+    ("section", "sentence"),
+    [
+        ({"compensation": "magic"}, "healing.compensation is 'magic'; allowed: none, norm, least-squares"),
+        ({"decode_steps": -1}, "healing.decode_steps is -1; allowed: an integer of at least 0"),
+        ({"minutes": 0}, "healing.minutes is 0; allowed: a number above 0"),
+        ({"epochs": 1}, "healing.epochs is not a known key"),
+    ],
+)
+def test_bad_sections_are_one_sentence(recipe_of: Callable[..., Recipe], section: dict, sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        recipe_of(healing=section)
