@@ -88,6 +88,7 @@ class Workers:
         for name, side in sides.items():
             if side.sizing.problem:
                 click.echo(f"{name}: {side.sizing.problem}")
+        click.echo(f"rates of one worker: {', '.join(map(str, self.files))}")
         click.echo(f"assumed: {ASSUMED}")
         if self.simulate:
             click.echo(f"simulated, not measured: {self.requests} requests on these workers, seed {self.seed}")

@@ -163,6 +163,14 @@ def test_rates_are_read_from_load_tests(tmp_path: Path) -> None:
     assert Rates.load([tmp_path / "rates.yaml"]).steps_s()[200] == pytest.approx(0.002)
 
 
+def test_the_rates_that_are_shipped_say_that_nobody_measured_them() -> None:
+    shipped = sorted((Path(__file__).parents[2] / "scenarios" / "rates").glob("*.yaml"))
+    assert shipped
+    for file in shipped:
+        assert Rates.load([file]).prefill_tokens_per_s > 0
+        assert "ASSUMED" in file.read_text()
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
