@@ -15,10 +15,17 @@ from pdtrim_deploy.cli import options
 @click.option("--out", type=options.path, help="The HTML file.  [default: BUNDLE/reports/report.html]")
 @click.option("--compare", "comparisons", type=options.path, multiple=True, help="JSON of `compare --out`; repeatable.")
 @click.option("--pareto", type=options.path, help="benchmarks/results/kv.json of `make bench-kv`.")
+@click.option("--faults", type=options.path, help="benchmarks/results/faults.json of `make bench-faults`.")
 @options.json_flag
 @click.pass_obj
 def report(
-    command: str, bundle: Path, out: Path | None, comparisons: tuple[Path, ...], pareto: Path | None, as_json: bool
+    command: str,
+    bundle: Path,
+    out: Path | None,
+    comparisons: tuple[Path, ...],
+    pareto: Path | None,
+    faults: Path | None,
+    as_json: bool,
 ) -> None:
     """Write one self-contained HTML page about BUNDLE.
 
@@ -35,7 +42,7 @@ def report(
 
     opened = Bundle.open(bundle)
     out = out or opened.reports_dir / "report.html"
-    text = page(Findings.of(opened, comparisons, pareto), command)
+    text = page(Findings.of(opened, comparisons, pareto, faults), command)
     write_atomic(out, text)
     said = {"page": str(out), "plan": opened.plan.digest, "bytes": len(text.encode())}
     click.echo(json.dumps(said) if as_json else out)

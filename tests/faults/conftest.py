@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 
@@ -10,11 +11,13 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from stand import Stand, record, tiny_stages
 
+from pdtrim_deploy.serving import ServeEnvironment
 from pdtrim_deploy.serving.ports import free_ports
 
 
 def pytest_addoption(parser):
     parser.addoption("--soak-requests", type=int, help="requests of the soak test (200)")
+    parser.addoption("--serve-python", type=Path, help="a Python with SGLang and the libraries of all transports")
     parser.addoption("--faults-out", type=Path, help="where the table of faults is written, as JSON")
 
 
@@ -27,17 +30,39 @@ def stages(tiny_model, tmp_path_factory, cache):
 
 
 @pytest.fixture(scope="session")
-def stand(stages, tmp_path_factory, request):
-    """The cluster, healthy; each test leaves it so."""
-    patch = pytest.MonkeyPatch()
-    # SGLang's own deadlines, five minutes otherwise: workers inherit them
-    patch.setenv("SGLANG_DISAGGREGATION_WAITING_TIMEOUT", "20")
-    patch.setenv("SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT", "20")
-    rows = []
-    try:
-        with Stand(stages, tmp_path_factory.mktemp("logs"), free_ports(2), rows) as running:
-            yield running
-    finally:
-        patch.undo()
-        if out := request.config.getoption("--faults-out", None):
-            record(out, rows)
+def rows(request):
+    """The table of faults, written at the end of the session."""
+    found = []
+    yield found
+    if (out := request.config.getoption("--faults-out")) and found:
+        record(out, found)
+
+
+@pytest.fixture(scope="session")
+def environment(request):
+    """Where SGLang is."""
+    return ServeEnvironment.find(request.config.getoption("--serve-python"))
+
+
+@pytest.fixture(scope="session")
+def start(stages, environment, tmp_path_factory, rows):
+    """`start(transport)`: a cluster, healthy when `with` enters its block."""
+
+    @contextlib.contextmanager
+    def run(transport="tcp"):
+        with pytest.MonkeyPatch.context() as patch:
+            # SGLang's own deadlines, five minutes otherwise: workers inherit them
+            patch.setenv("SGLANG_DISAGGREGATION_WAITING_TIMEOUT", "20")
+            patch.setenv("SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT", "20")
+            logs = tmp_path_factory.mktemp("logs")
+            with Stand(stages, logs, free_ports(2), rows, transport, environment) as running:
+                yield running
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def stand(start):
+    """The cluster that most faults share; each test leaves it healthy."""
+    with start() as running:
+        yield running

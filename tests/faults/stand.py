@@ -64,6 +64,7 @@ class Row:
     afterwards_sent: int
     afterwards_answered: int
     recovered_s: float
+    transport: str
 
 
 def tiny_stages(model: Path, folder: Path, cache, n_last: int) -> Stages:
@@ -84,21 +85,31 @@ def tiny_stages(model: Path, folder: Path, cache, n_last: int) -> Stages:
 class Stand:
     """A pair behind a router, with a proxy between prefill and decode."""
 
-    def __init__(self, stages: dict[str, Stages], logs: Path, ports: Sequence[int], rows: list[Row]) -> None:
-        self.stages, self.rows = stages, rows
+    def __init__(
+        self,
+        stages: dict[str, Stages],
+        logs: Path,
+        ports: Sequence[int],
+        rows: list[Row],
+        transport: str = "tcp",
+        environment: ServeEnvironment | None = None,
+    ) -> None:
+        self.stages, self.rows, self.transport = stages, rows, transport
         one = stages["one"]
         models = (load_model(one.folder / stage, "float32") for stage in STAGES)
         self.oracle = PDOracle(*models, one.plan)
         listens, announced = ports
         self.proxy = Proxy(announced, listens)
         options = WorkerOptions(
-            dtype="float32", chunked_prefill_size=64, threads=1, max_total_tokens=POOL_TOKENS, max_running_requests=16
-        )
+            dtype="float32", chunked_prefill_size=64, threads=1, max_total_tokens=POOL_TOKENS,
+            max_running_requests=16, transfer_backend=f"pdtrim_{transport}",
+        )  # fmt: skip
         spec = ClusterSpec.on_loopback(
             one.folder / "prefill", one.folder / "decode", options=options, start_timeout_s=240.0,
             router_args=("--health-check-interval-secs", "2"),
         )  # fmt: skip
         told = {"stall_seconds": STALL_S, "connect_seconds": 2.0, "staging_bytes": STAGING_BYTES}
+        told |= {"accept_unauthenticated": True} if transport == "mooncake" else {}
         place = {"port": listens, "announce": f"127.0.0.1:{announced}"}
         workers = [
             replace(w, engine=one.engine, transport=told)
@@ -108,7 +119,7 @@ class Stand:
         ]
         self.cluster = Cluster(
             replace(spec, workers=tuple(workers)),
-            ServeEnvironment.find(),
+            environment or ServeEnvironment.find(),
             logs,
             lambda said: print(f"[{stamp()}] {said}"),
         )
@@ -200,7 +211,7 @@ class Stand:
             slowest_s=round(max((one.seconds for one in ended), default=0), 2),
             reasons=dict(Counter(short(one.reason) for one in ended if one.how == "failed")), leaked=self.leaked(),
             afterwards_sent=len(after), afterwards_answered=sum(one.how == "answered" for one in after),
-            recovered_s=round(recovered, 2),
+            recovered_s=round(recovered, 2), transport=self.transport,
         )  # fmt: skip
         self.rows.append(row)
         print(f"[{stamp()}] {row}")

@@ -211,3 +211,26 @@ def test_files_that_are_something_else(bundle: Bundle, text: str, says: str) -> 
 def test_markup_escapes_what_is_not_markup() -> None:
     assert tag("a", "<", Markup("<b/>"), class_='"', x_y=1) == '<a class="&quot;" x-y="1">&lt;<b/></a>'
     assert tag("rect", width=2.50) == '<rect width="2.5"/>'
+
+
+def test_the_fault_table_adds_up_and_names_what_was_left(bundle: Bundle) -> None:
+    row = {
+        "fault": "kill -9 <prefill>", "sent": 10, "answered": 6, "aborted": 0, "failed": 3, "lost": 1, "wrong": 0,
+        "slowest_s": 9.04, "reasons": {"Lost <connection>": 3}, "leaked": {"decode pages": 4.0}, "afterwards_sent": 12,
+        "afterwards_answered": 11, "recovered_s": 3.0, "transport": "tcp",
+    }  # fmt: skip
+    rows = [row, row | {"fault": "drop", "lost": 0, "leaked": {}, "reasons": {}, "transport": "nixl"}]
+    write(bundle, "faults", {"environment": ENVIRONMENT, "options": {}, "rows": rows})
+    root = parsed(Findings.of(bundle))
+    section = next(s for s in root.iter("section") if s.findtext("h2") == "Faults")
+    said = " ".join("".join(section.itertext()).split())
+    assert "over nixl, tcp: 20 requests, 1 without an answer" in said
+    assert "1 of 2 faults left pages" in said
+    assert "22 of 24 requests of the healthy loads" in said
+    assert "3 x Lost <connection>" in said
+    lines = [["".join(cell.itertext()) for cell in line] for line in section.iter("tr")]
+    assert lines[1] == ["kill -9 <prefill>", "10", "6", "0", "3", "1", "0", "9.0", "3.0", "decode pages"]
+    assert lines[3][:7] == ["all", "20", "12", "0", "6", "1", "0"]
+    write(bundle, "faults", {"rows": [{"fault": "x"}]})
+    with pytest.raises(UserError, match="no rows of bench-faults"):
+        Findings.of(bundle)

@@ -10,6 +10,7 @@ from typing import Any
 
 from pdtrim_deploy.bundle import Bundle
 from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.report.html.fault_table import is_fault_table
 
 # Report of a bundle -> the command that makes it.
 REPORTS = {
@@ -33,6 +34,7 @@ class Findings:
         reports: parsed JSON by name (REPORTS); absent where the bundle has none.
         comparisons: JSON of `compare`, by file name.
         pareto: rows and environment of `make bench-kv`, if given.
+        faults: rows and environment of `make bench-faults`, if given or among the bundle's reports (faults.json).
 
     """
 
@@ -40,9 +42,16 @@ class Findings:
     reports: dict[str, Any]
     comparisons: dict[str, Any] = field(default_factory=dict)
     pareto: dict[str, Any] | None = None
+    faults: dict[str, Any] | None = None
 
     @classmethod
-    def of(cls, bundle: Bundle, comparisons: Sequence[Path] = (), pareto: Path | None = None) -> Findings:
+    def of(
+        cls,
+        bundle: Bundle,
+        comparisons: Sequence[Path] = (),
+        pareto: Path | None = None,
+        faults: Path | None = None,
+    ) -> Findings:
         """Read what there is.
 
         Raises:
@@ -63,7 +72,10 @@ class Findings:
         for name, said in loads.items():
             if not {"first", "second", "ratios"} <= said.keys():
                 raise UserError(f"{name} is no comparison; make one with: pdtrim-deploy compare A B --out {name}")
-        return cls(bundle, reports, loads, read_pareto(pareto) if pareto else None)
+        own = bundle.reports_dir / "faults.json"
+        faults = faults or (own if own.is_file() else None)
+        tried = read_faults(faults) if faults else None
+        return cls(bundle, reports, loads, read_pareto(pareto) if pareto else None, tried)
 
     @property
     def missing(self) -> dict[str, str]:
@@ -73,6 +85,8 @@ class Findings:
             lacks["compare"] = REPORTS["compare"]
         if self.pareto is None:
             lacks["pareto"] = "make bench-kv, then report --pareto benchmarks/results/kv.json"
+        if self.faults is None:
+            lacks["faults"] = "make bench-faults, then report --faults benchmarks/results/faults.json"
         return {name: command.replace("BUNDLE", str(self.bundle.path)) for name, command in lacks.items()}
 
 
@@ -81,6 +95,14 @@ def read_pareto(path: Path) -> dict[str, Any]:
     found = _read(path)
     if not all("ppl_ratio" in row for row in found.get("rows", [{}])):
         raise UserError(f"{path} has no rows of bench-kv; make it with: make bench-kv")
+    return found
+
+
+def read_faults(path: Path) -> dict[str, Any]:
+    """What `make bench-faults` wrote; UserError when it is something else."""
+    found = _read(path)
+    if not is_fault_table(found):
+        raise UserError(f"{path} has no rows of bench-faults; make it with: make bench-faults")
     return found
 
 

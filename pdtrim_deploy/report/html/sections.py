@@ -7,6 +7,7 @@ from typing import Any
 
 from pdtrim_deploy.report.html import charts
 from pdtrim_deploy.report.html.collect import Findings
+from pdtrim_deploy.report.html.fault_table import fault_table
 from pdtrim_deploy.report.html.markup import Markup, join, table, tag
 from pdtrim_deploy.report.html.plan_picture import plan_picture
 from pdtrim_deploy.report.workers_table import goal_text, workers_rows
@@ -164,6 +165,13 @@ def workers(found: Findings) -> Markup | None:
             f"Assumed: {counted['assumed']}."),
     ]  # fmt: skip
     return join([*notes, _made(said, "rates as in the command")])
+
+
+def faults(found: Findings) -> Markup | None:
+    """What was done to a running pair, and what it did to requests."""
+    if found.faults is None:
+        return None
+    return join([fault_table(found.faults), _made(found.faults, _seed(found.faults))])
 
 
 def engines(found: Findings) -> Markup | None:

@@ -1,0 +1,39 @@
+"""What faults do to a running pair's requests -> results/faults.json. `make bench-faults`.
+
+Runs tests/faults, which judge every fault, and keeps their table; fails when one of them does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from __results import HERE, write
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--soak-requests", type=int, default=2000)
+    parser.add_argument("--serve-python", type=Path, help="a Python with SGLang and the libraries of all transports")
+    parser.add_argument("--tables", type=Path, nargs="*", help="tables of earlier runs of the tests, instead of a run")
+    asked = parser.parse_args()
+    failed, tables = 0, asked.tables or []
+    with tempfile.TemporaryDirectory() as folder:
+        if not tables:
+            tables = [Path(folder) / "faults.json"]
+            command = [sys.executable, "-m", "pytest", HERE.parent / "tests" / "faults", "--faults-out", tables[0]]
+            command += ["--soak-requests", str(asked.soak_requests)]
+            command += ["--serve-python", asked.serve_python] if asked.serve_python else []
+            failed = subprocess.run(command, check=False).returncode
+        rows = [row for table in tables for row in json.loads(table.read_text())]
+    asked.tables = asked.serve_python = None  # places of this machine
+    print(write("faults", asked, rows))
+    raise SystemExit(failed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""What was done to a running pair, and what became of its requests (`make bench-faults`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pdtrim_deploy.report.html.markup import Markup, join, table, tag
+
+COLUMNS = ("sent", "answered", "aborted", "failed", "lost", "wrong")
+
+
+def is_fault_table(said: dict[str, Any]) -> bool:
+    """Whether it is what `make bench-faults` writes."""
+    rows = said.get("rows")
+    return isinstance(rows, list) and bool(rows) and all({"fault", "leaked", *COLUMNS} <= row.keys() for row in rows)
+
+
+def fault_table(said: dict[str, Any]) -> Markup:
+    """One line a fault, and the sum."""
+    rows = said["rows"]
+    sums = {name: sum(row[name] for row in rows) for name in COLUMNS}
+    leaks = sum(bool(row["leaked"]) for row in rows)
+    after = sum(row["afterwards_answered"] for row in rows), sum(row["afterwards_sent"] for row in rows)
+    over = ", ".join(sorted({row["transport"] for row in rows}))
+    text = (
+        f"Done to genuine workers and router on one machine, with a tiny random model (not this bundle) over {over}: "
+        f"{sums['sent']:,} requests, {sums['lost']} without an answer or an error by their deadline, {sums['wrong']} with a token that is not the oracle's; {leaks} of "
+        f"{len(rows)} faults left pages, staging memory or open transfers behind; {after[0]} of {after[1]} requests of "
+        "the healthy loads after each fault were answered. Failed: ended with an error, the reasons are below."
+    )
+    lines = [
+        (
+            row["fault"], *(row[name] for name in COLUMNS), f"{row['slowest_s']:.1f}", f"{row['recovered_s']:.1f}",
+            "none" if not row["leaked"] else ", ".join(row["leaked"]),
+        )
+        for row in rows
+    ]  # fmt: skip
+    head = ("fault", *COLUMNS, "slowest end, s", "serves again after, s", "left behind")
+    reasons = [
+        tag("li", tag("strong", f"{row['fault']}: "), "; ".join(f"{n} x {why}" for why, n in row["reasons"].items()))
+        for row in rows
+        if row["reasons"]
+    ]
+    told = tag("details", tag("summary", "what the clients were told"), tag("ul", *reasons)) if reasons else Markup("")
+    return join([tag("p", text), table(head, [*lines, ("all", *sums.values(), "", "", "")]), told])

@@ -1,0 +1,32 @@
+"""The other transports, where their libraries are installed: the oracle's tokens, and broken connections."""
+
+import subprocess
+
+import pytest
+from client import draw
+from judge import off
+
+from pdtrim_deploy.plan import KVSend
+from pdtrim_deploy.serving.transports import LIBRARIES
+
+pytestmark = [pytest.mark.serve, pytest.mark.faults, pytest.mark.timeout(420)]
+
+
+@pytest.mark.parametrize("transport", ["nixl", "mooncake"])
+def test_transport(start, environment, transport):
+    module = LIBRARIES[f"pdtrim_{transport}"].module
+    load = {"nixl": "import nixl_cu12._api", "mooncake": "import mooncake.engine"}[transport]
+    if subprocess.run([environment.python, "-c", load], check=False, capture_output=True, timeout=120).returncode:
+        pytest.skip(f"{module} is not installed in {environment.python}; give --serve-python")
+    with start(transport) as stand:
+        ended = stand.healthy(21, count=24)
+        dense = stand.oracle.with_kv((KVSend(),) * len(stand.oracle.plan.kv))
+        long = [one for one in ended if len(one.asked.prompt) > 60 and len(one.tokens) > 4]
+        assert long
+        assert any(off(dense, one) > 0.01 for one in long), "the comparison is blind to a wrong plan"
+        stand.verdict("none: a healthy load", ended, 0.0)
+        for fault in ("truncate", "corrupt", "drop"):
+            with stand.proxy.doing(fault):
+                ended = stand.while_sending(draw(8, (2, 400), (2, 12), seed=22), 0, lambda: None)
+                assert stand.proxy.hits
+            assert stand.verdict(f"bytes of header and replies: {fault}", ended).failed
