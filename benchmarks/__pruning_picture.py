@@ -1,0 +1,72 @@
+"""The picture of benchmarks/pruning.py: PD perplexity over blocks removed, one line a method, a panel a corpus."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+from xml.sax.saxutils import escape
+
+WIDTH, HEIGHT, PANEL = 1060, 440, 400
+LEFT, TOP, BOTTOM = 60, 34, 50
+COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#444444", "#8c564b", "#bcbd22")
+MOST = 4.0  # times dense; what is worse leaves the picture at its top
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Write `path`; methods with several seeds show their mean. Nothing without a dense row to compare with."""
+    dense = next((row for row in rows if row["method"] == "dense"), None)
+    if dense is None:
+        return
+    lines = dict[str, dict[int, list[dict[str, Any]]]]()
+    for row in rows:
+        if row["method"] != "dense":
+            lines.setdefault(row["method"], {}).setdefault(row["removed"], []).append(row)
+    ordered = sorted(lines.items(), key=lambda item: not item[0].startswith("ours"))
+    most = max([2, *(removed for points in lines.values() for removed in points)])
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" '
+        f'font-size="12"><rect width="100%" height="100%" fill="white"/>'
+    ]
+    for panel, (corpus, title) in enumerate((("brown", "Brown, final split"), ("austen", "Jane Austen"))):
+        left = LEFT + PANEL * panel
+        right = left + PANEL - 70
+
+        def x(removed: float, left: int = left, right: int = right) -> float:
+            return left + (right - left) * removed / most
+
+        def y(ratio: float) -> float:
+            return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * math.log(min(ratio, MOST)) / math.log(MOST)
+
+        base = dense[f"{corpus}_ppl"]
+        parts.append(_text(left, TOP - 12, f"{title}: PD perplexity / dense ({base:.1f})", "start"))
+        for ratio in (1, 1.25, 1.5, 2, 3, 4):
+            parts.append(
+                _line(left, y(ratio), right, y(ratio), "#ddd") + _text(left - 6, y(ratio) + 4, f"{ratio}", "end")
+            )
+        for removed in range(0, most + 1, 2):
+            parts.append(_text(x(removed), HEIGHT - BOTTOM + 16, f"{removed}", "middle"))
+        parts.append(_text((left + right) / 2, HEIGHT - 14, "blocks removed in decode, of 30", "middle"))
+        for number, (method, points) in enumerate(ordered):
+            colour, width = COLOURS[number % len(COLOURS)], 3 if method == "ours" else 1.5
+            at = [
+                (0, 1.0),
+                *((n, fmean(r[f"{corpus}_ppl"] for r in found) / base) for n, found in sorted(points.items())),
+            ]
+            path_ = " ".join(f"{x(n):.1f},{y(ratio):.1f}" for n, ratio in at)
+            parts.append(f'<polyline points="{path_}" fill="none" stroke="{colour}" stroke-width="{width}"/>')
+            parts += [f'<circle cx="{x(n):.1f}" cy="{y(ratio):.1f}" r="3" fill="{colour}"/>' for n, ratio in at[1:]]
+    for number, (method, _) in enumerate(ordered):
+        row = TOP + 10 + 20 * number
+        parts.append(_line(WIDTH - 205, row - 4, WIDTH - 180, row - 4, COLOURS[number % len(COLOURS)], 3))
+        parts.append(_text(WIDTH - 174, row, method, "start"))
+    path.write_text("\n".join([*parts, "</svg>"]) + "\n")
+
+
+def _line(x1: float, y1: float, x2: float, y2: float, colour: str, width: float = 1) -> str:
+    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="{colour}" stroke-width="{width}"/>'
+
+
+def _text(x: float, y: float, text: str, anchor: str) -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="#222">{escape(text)}</text>'

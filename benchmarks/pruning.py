@@ -1,0 +1,164 @@
+"""Which blocks to lose: our search beside the others at 2, 4, 6 and 8 of 30 -> results/pruning.json, pruning.svg.
+
+`make bench-pruning`. SmolLM2-135M in float32; decode loses so many blocks, prefill a third as many. Blocks are chosen
+on Brown's calibration split and judged, through the PD oracle with whole KV, on Brown's final split and on Jane
+Austen (which no method ever saw), and by Social IQa. Each row is written down when it is made and each search as it
+goes: run it in stretches, with parts of --methods, --removed and --seeds; what is there is not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from __pruning_methods import METHODS, Setup, choose, prefill_blocks, stages, unified
+from __pruning_picture import draw
+from __results import HERE, commit, write
+
+from pdtrim_deploy.cache import Cache
+from pdtrim_deploy.checkpoints import DEFAULT_SOURCE, resolve
+from pdtrim_deploy.checkpoints.loading import load_model, load_tokenizer
+from pdtrim_deploy.evaluation.corpora import registry
+from pdtrim_deploy.evaluation.corpora.sampling import sequences
+from pdtrim_deploy.evaluation.oracle import PDOracle
+from pdtrim_deploy.evaluation.perplexity import pd_perplexity
+from pdtrim_deploy.evaluation.tasks import Setting, choice
+from pdtrim_deploy.plan import PDPlan
+from pdtrim_deploy.pruning.pair import StagePair
+
+SHAPES = ("calibration", "length", "steps", "training_steps", "sequences", "prompt", "continuation", "questions")
+CORPORA = ("brown", "austen")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, metavar="METHOD")
+    parser.add_argument("--removed", type=int, nargs="+", default=[6, 2, 4, 8])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--calibration", type=int, default=16, help="sequences that choose")
+    parser.add_argument("--length", type=int, default=256, help="tokens of each")
+    parser.add_argument("--steps", type=int, default=150, help="of annealing, a stage")
+    parser.add_argument("--training-steps", type=int, default=100, help="for each layer taught, each stage healed")
+    parser.add_argument("--sequences", type=int, default=24, help="judged, of each corpus")
+    parser.add_argument("--prompt", type=int, default=128)
+    parser.add_argument("--continuation", type=int, default=128)
+    parser.add_argument("--questions", type=int, default=200, help="of Social IQa")
+    parser.add_argument("--search-only", action="store_true", help="choose blocks, judge nothing")
+    asked = parser.parse_args()
+    started = time.monotonic()
+
+    def note(line: str) -> None:
+        print(f"{time.monotonic() - started:6.0f} s  {line}", flush=True)
+
+    rows = _Rows({name: getattr(asked, name) for name in SHAPES})
+    bench: _Bench | None = None
+    for removed in asked.removed:
+        for name in asked.methods:
+            for seed in asked.seeds if METHODS[name].seeded else [0]:
+                if not rows.has(name, removed, seed):
+                    bench = bench or _Bench(asked, rows.folder, note)
+                    rows.add(bench.row(name, removed, seed, judge=not asked.search_only))
+    if not rows.has("dense", 0, 0) and not asked.search_only:
+        rows.add((bench or _Bench(asked, rows.folder, note)).dense())
+    found = rows.read()
+    if found:
+        draw(found, write("pruning", asked, found).with_suffix(".svg"))
+
+
+class _Bench:
+    """The model, the text to choose by, the text to judge by: loaded once, when a row is to be made."""
+
+    def __init__(self, asked: argparse.Namespace, folder: Path, note: Any) -> None:
+        checkpoint, cache = resolve(DEFAULT_SOURCE, Cache.default()), Cache.default()
+        tokenizer, model = load_tokenizer(checkpoint.path), load_model(checkpoint.path)
+        shape, corpora = checkpoint.shape("float32"), {name: registry.load(name, cache) for name in CORPORA}
+        ids = sequences(corpora["brown"].split("calibration"), tokenizer, asked.calibration, asked.length)
+        self.setup = Setup(model, shape, ids, asked.steps, asked.training_steps, folder, note)
+        self._prompt, self._note = asked.prompt, note
+        tokens = asked.prompt + asked.continuation
+        self._text = {
+            name: sequences(corpus.split("final"), tokenizer, asked.sequences, tokens)
+            for name, corpus in corpora.items()
+        }
+        oracle = PDOracle(model, model, PDPlan.dense(shape))
+        setting = Setting(tokenizer, oracle, corpora["brown"].split("final"), cache, 0, asked.questions, note)
+        self._choice = choice.prepare(setting, asked.prompt)
+
+    def dense(self) -> dict[str, Any]:
+        pair = StagePair(self.setup.model, PDPlan.dense(self.setup.shape))
+        return {"method": "dense", "removed": 0, "seed": 0, "trained": False} | self._judged(pair)
+
+    def row(self, name: str, removed: int, seed: int, judge: bool) -> dict[str, Any]:
+        found = choose(self.setup, name, removed, seed)
+        decode = found.decode
+        row: dict[str, Any] = {
+            "method": name,
+            "removed": removed,
+            "prefill_removed": prefill_blocks(removed),
+            "seed": seed,
+            "trained": METHODS[name].trained,
+            "prefill": str(found.prefill.solution),
+            "decode": str(decode.solution),
+            "calibration_loss": decode.loss,
+            "prefill_loss": found.prefill.loss,
+            "seconds": sum(_last(stage, "seconds") for stage in (found.prefill, decode)),
+            "block_forwards": sum(_last(stage, "block_forwards") for stage in (found.prefill, decode)),
+            "commit": commit(),
+        }
+        self._note(f"{name}, {removed} blocks, seed {seed}: {row['prefill']} | {row['decode']}")
+        if judge:
+            pair = stages(self.setup, name, found)
+            row |= self._judged(pair)
+            whole = unified(pair)
+            row["unified_ppl"] = self._ppl(whole, "brown") if name != "dense" else None
+            self._note(
+                f"{name}, {removed} blocks, seed {seed}: Brown {row['brown_ppl']:.2f}, Austen {row['austen_ppl']:.2f}"
+            )
+        return row
+
+    def _judged(self, pair: StagePair) -> dict[str, Any]:
+        judged = {f"{name}_ppl": self._ppl(pair, name) for name in CORPORA}
+        found = self._choice.measure([self._oracle(pair)], self._note)[0]
+        return judged | {"choice": found.mean("accuracy_norm"), "choice_loss": found.mean("right_nll")}
+
+    def _ppl(self, pair: StagePair, corpus: str) -> float:
+        return pd_perplexity(self._oracle(pair), self._text[corpus], self._prompt).ppl
+
+    @staticmethod
+    def _oracle(pair: StagePair) -> PDOracle:
+        return PDOracle(pair.stage("prefill"), pair.stage("decode"), pair.plan)
+
+
+def _last(result: Any, name: str) -> float:
+    return getattr(result.trajectory[-1], name) if result.trajectory else 0
+
+
+class _Rows:
+    """Rows kept on disk for one set of sizes, one JSON object a line."""
+
+    def __init__(self, sizes: dict[str, Any]) -> None:
+        key = hashlib.sha256(json.dumps(sizes, sort_keys=True).encode()).hexdigest()[:12]
+        self.folder = HERE.parent / "out" / "bench-pruning" / key
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._file = self.folder / "rows.jsonl"
+
+    def read(self) -> list[dict[str, Any]]:
+        if not self._file.exists():
+            return []
+        return [json.loads(line) for line in self._file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+    def has(self, method: str, removed: int, seed: int) -> bool:
+        return any((r["method"], r["removed"], r["seed"]) == (method, removed, seed) for r in self.read())
+
+    def add(self, row: dict[str, Any]) -> None:
+        if "brown_ppl" in row:
+            with self._file.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()
