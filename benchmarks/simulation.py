@@ -35,15 +35,15 @@ OUT = ROOT / "out" / "bench-simulation"
 LOOPBACK = Link(8e9)  # 1 GB/s; the rates' transfer_ms holds what a transfer takes here
 # Closed loops: requests, clients, prompt, answer.
 CALIBRATION = {
-    "short prompts": (3, 1, 64, 8),
-    "long prompts": (3, 1, 384, 8),
-    "1 at once": (3, 1, 192, 48),
-    "2 at once": (4, 2, 192, 48),
-    "4 at once": (8, 4, 192, 48),
-    "8 at once": (8, 8, 192, 48),
+    "short prompts": (2, 1, 64, 8),
+    "long prompts": (2, 1, 384, 8),
+    "1 at once": (2, 1, 192, 32),
+    "2 at once": (2, 2, 192, 32),
+    "4 at once": (4, 4, 192, 32),
+    "8 at once": (8, 8, 192, 32),
 }
 # Open loops: arrivals a second, requests.
-CHECKS = {"Poisson 0.5/s": (0.5, 20), "Poisson 0.8/s": (0.8, 32)}
+CHECKS = {"Poisson 0.5/s": (0.5, 12), "Poisson 0.8/s": (0.8, 20)}
 PROMPT, ANSWER = Lengths.between(96, 352), Lengths.between(12, 36)
 # Simulated only.
 ASSUMED = ROOT / "scenarios" / "rates" / "llama-3.1-8b-assumed.yaml"
@@ -64,7 +64,7 @@ def main() -> None:
     kept = OUT / "measured.json"
     if not asked.again:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_text(json.dumps(measured(bundle, asked)))
+        measure(bundle, asked, kept)
     found = {n: [LoadResult.model_validate(r) for r in results] for n, results in json.loads(kept.read_text()).items()}
     limits = WorkerOptions()
     rates = Rates.measured(
@@ -103,8 +103,8 @@ def scenario(name: str, number: int, seed: int) -> Scenario:
     )
 
 
-def measured(bundle: Bundle, asked: argparse.Namespace) -> dict[str, list[Any]]:
-    """A result a round of every load."""
+def measure(bundle: Bundle, asked: argparse.Namespace, kept: Path) -> None:
+    """A result a round of every load, written after each round."""
     found: dict[str, list[Any]] = {name: [] for name in (*CALIBRATION, *CHECKS)}
     drive = driver("builtin")
     with cluster_of(bundle, say=print) as cluster:
@@ -117,7 +117,7 @@ def measured(bundle: Bundle, asked: argparse.Namespace) -> dict[str, list[Any]]:
                     raise SystemExit(f"{name}: {result.failed} requests failed: {result.failure_details}")
                 print(f"{name}: TTFT {result.ttft_ms.p50} ITL {result.itl_ms.p50} {result.client.bottleneck or ''}")
                 results.append(result.model_dump(mode="json"))
-    return found
+            kept.write_text(json.dumps(found))
 
 
 def check(
