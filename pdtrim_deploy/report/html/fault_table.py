@@ -24,9 +24,10 @@ def fault_table(said: dict[str, Any]) -> Markup:
     over = ", ".join(sorted({row["transport"] for row in rows}))
     text = (
         f"Done to genuine workers and router on one machine, with a tiny random model (not this bundle) over {over}: "
-        f"{sums['sent']:,} requests, {sums['lost']} without an answer or an error by their deadline, {sums['wrong']} with a token that is not the oracle's; {leaks} of "
-        f"{len(rows)} faults left pages, staging memory or open transfers behind; {after[0]} of {after[1]} requests of "
-        "the healthy loads after each fault were answered. Failed: ended with an error, the reasons are below."
+        f"{sums['sent']:,} requests, {sums['lost']} without an answer or an error by their deadline, {sums['wrong']} "
+        f"with a token that is not the oracle's; {leaks} of {len(rows)} faults left pages, staging memory or open "
+        f"transfers behind; {after[0]} of {after[1]} requests of the healthy loads after each fault were answered. "
+        "Failed: ended with an error, the reasons are below."
     )
     lines = [
         (
