@@ -30,14 +30,18 @@ def where(environment: dict[str, Any], *more: str) -> str:
     return f"\n\n`{environment['command']}` on {said}{''.join(f'; {part}' for part in more)}."
 
 
+def _run(plan: dict[str, Any], stage: str) -> int:
+    return plan["blocks"] - len(plan[f"{stage}_dropped"]) - plan.get(f"{stage}_pairs", 0)
+
+
 def demo(data: dict[str, Any]) -> str:
     """The demo's figures."""
     plan, transfer, quality, fidelity = (data[key] for key in ("plan", "transfer", "quality", "fidelity"))
     dense, pruned = data["load"]["dense"], data["load"]["pruned"]
     controls = f"{fidelity['controls_detected']} of {fidelity['controls']} wrong plans told apart"
     rows = [
-        ("blocks run in prefill", plan["blocks"], plan["blocks"] - len(plan["prefill_dropped"])),
-        ("blocks run in decode", plan["blocks"], plan["blocks"] - len(plan["decode_dropped"])),
+        ("blocks run in prefill", plan["blocks"], _run(plan, "prefill")),
+        ("blocks run in decode", plan["blocks"], _run(plan, "decode")),
         (
             f"KV bytes a request ({transfer['prompt_tokens']:.0f} prompt tokens), counted on the wire",
             f"{transfer['dense_measured_bytes']:,.0f}",

@@ -43,12 +43,11 @@ class Refit:
             out = self.runner.block(self.layer, hidden, span, kv)
         finally:
             hook.remove()
-        weight = target.flatten(0, 1).double().norm(dim=-1, keepdim=True).reciprocal()
-        activation = seen[0].flatten(0, 1).double() * weight
-        missing = (target - out).flatten(0, 1).double() * weight
-        self.gram[check] += activation.T @ activation
+        weight = target.flatten(0, 1).norm(dim=-1, keepdim=True).reciprocal()
+        activation, missing = seen[0].flatten(0, 1) * weight, (target - out).flatten(0, 1) * weight
+        self.gram[check] += activation.T @ activation  # a batch in float32, their sum in float64
         self.cross[check] += activation.T @ missing
-        self.error[check] += float(missing.square().sum())
+        self.error[check] += float(missing.double().square().sum())
         self.tokens[check] += len(missing)
 
     def solve(self) -> tuple[Tensor, float, float]:

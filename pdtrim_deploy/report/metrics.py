@@ -19,12 +19,17 @@ class _Frozen(BaseModel):
 
 
 class PlanFigures(_Frozen):
-    """The plan in numbers; `n_first` and `n_last` are those of the sparse layers (None: there is none)."""
+    """The plan in numbers; `n_first` and `n_last` are those of the sparse layers (None: there is none).
+
+    `*_pairs` counts pairs of blocks of which one student is left.
+    """
 
     digest: str
     blocks: int
     prefill_dropped: list[int]
     decode_dropped: list[int]
+    prefill_pairs: int = 0
+    decode_pairs: int = 0
     sparse_layers: int
     n_first: int | list[int] | None
     n_last: int | list[int] | None
@@ -39,6 +44,8 @@ class PlanFigures(_Frozen):
             blocks=plan.model.num_blocks,
             prefill_dropped=list(plan.dropped("prefill")),
             decode_dropped=list(plan.dropped("decode")),
+            prefill_pairs=sum(action.kind == "distilled" for action in plan.prefill) // 2,
+            decode_pairs=sum(action.kind == "distilled" for action in plan.decode) // 2,
             sparse_layers=len(sparse),
             n_first=_one([send.n_first for send in sparse]),
             n_last=_one([send.n_last for send in sparse]),

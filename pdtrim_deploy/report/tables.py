@@ -87,7 +87,8 @@ def metrics_table(metrics: Metrics) -> Table:
     plan, transfer, quality, fidelity = metrics.plan, metrics.transfer, metrics.quality, metrics.fidelity
     table = Table("figure", "value", title=f"plan {plan.digest[:12]}", show_lines=False)
     rows = {
-        "blocks": f"{plan.blocks}, prefill drops {plan.prefill_dropped}, decode drops {plan.decode_dropped}",
+        "blocks": f"{plan.blocks}, prefill drops {plan.prefill_dropped}, decode drops {plan.decode_dropped}"
+        + (f", pairs distilled {plan.prefill_pairs} and {plan.decode_pairs}" if plan.decode_pairs else ""),
         "KV": f"{plan.sparse_layers} layers cut to first {plan.n_first} + last {plan.n_last}, wire {plan.wire_dtype}",
         "KV bytes a request": (
             f"dense {transfer.dense_bytes:,.0f}, planned {transfer.planned_bytes:,.0f}, "

@@ -14,7 +14,7 @@ from pdtrim_deploy.evaluation.fidelity import judge, run_fidelity
 from pdtrim_deploy.evaluation.fidelity.cases import groups, text_needed
 from pdtrim_deploy.evaluation.fidelity.client import ask
 from pdtrim_deploy.evaluation.oracle import PDOracle
-from pdtrim_deploy.plan import STAGES, Drop, Keep, KVSend, PDPlan
+from pdtrim_deploy.plan import STAGES, Distilled, Drop, Keep, KVSend, PDPlan
 from pdtrim_deploy.serving import Cluster, ClusterSpec, Engine, Executors, ServeEnvironment, WorkerOptions, cluster_of
 from pdtrim_deploy.serving.metrics import scrape
 
@@ -47,17 +47,22 @@ def test_smollm2_with_onnxruntime_in_both_stages(bundle, real_cache, tmp_path):
 
 @pytest.fixture(scope="module")
 def tiny(tiny_model, tmp_path_factory, real_cache):
-    """Stage checkpoints of a tiny Qwen3 by stage, their plan, and their engines."""
+    """Stage checkpoints of a tiny Qwen3 by stage, their plan, and their engines; decode has a student of 1 and 2."""
     folder = tmp_path_factory.mktemp("tiny")
     model = tiny_model(folder / "model", "Qwen3ForCausalLM", max_position_embeddings=2048)
     checkpoint = open_checkpoint(model, real_cache)
-    prefill, decode = (tuple(Drop() if block in gone else Keep() for block in range(6)) for gone in ((3,), (1, 3)))
+    student, kept = Distilled(pair=(1, 2), kv_from=1), Keep()
+    prefill = tuple(Drop() if block == 3 else Keep() for block in range(6))
+    decode = (kept, student, student, Drop(), kept, kept)
+    weights = load_model(model).model.layers[2].mlp.state_dict()
+    students = {"prefill": {}, "decode": {1: {f"mlp.{name}": tensor for name, tensor in weights.items()}}}
     sparse = KVSend(mode="sparse", n_first=4, n_last=24)
     kv = (KVSend(), sparse, sparse.model_copy(update={"n_last": 9}), sparse)
     plan = PDPlan(model=checkpoint.shape("float32"), prefill=prefill, decode=decode, kv=kv)
     engines = {}
     for stage in STAGES:
-        write_stage(checkpoint, folder / stage, plan.layers(stage), "float32", plan.model_dump(mode="json"))
+        data, changed = plan.model_dump(mode="json"), students[stage]
+        write_stage(checkpoint, folder / stage, plan.layers(stage), "float32", data, replacements=changed)
         build_target("onnx", folder / stage, folder / "engines" / stage)
         engines[stage] = Engine("onnxruntime", stage, folder / "engines" / stage)
     return folder, plan, engines

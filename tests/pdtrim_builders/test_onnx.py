@@ -213,6 +213,29 @@ def test_a_folder_of_others_is_left_alone(tiny_stages, tmp_path):
     assert (tmp_path / "photo.jpg").exists()
 
 
+@pytest.mark.parametrize("stage", ["prefill", "decode"])
+def test_students_and_healed_weights_are_in_the_graph(stage, tiny_dir, cache, tmp_path):
+    """The pair (1, 2) in both stages, its K and V those of block 1; one more block of decode with other weights."""
+    from pdtrim_deploy.checkpoints import open_checkpoint
+    from pdtrim_deploy.checkpoints.loading import load_model
+    from pdtrim_deploy.checkpoints.surgery import write_stage
+    from pdtrim_deploy.plan import Distilled, Drop, Keep, KVSend, PDPlan
+
+    source, pair, keep = tiny_dir("Qwen3ForCausalLM"), Distilled(pair=(1, 2), kv_from=1), Keep()
+    actions = {"prefill": (keep, pair, pair, keep, keep, keep), "decode": (keep, pair, pair, keep, Drop(), keep)}
+    checkpoint, layers = open_checkpoint(source, cache), load_model(source).model.layers
+    plan = PDPlan(model=checkpoint.shape("float32"), **actions, kv=(KVSend(),) * 4)
+    changed = {1: {f"mlp.{name}": tensor for name, tensor in layers[2].mlp.state_dict().items()}}
+    changed |= {3: {"mlp.down_proj.weight": layers[3].mlp.down_proj.weight * 0.7}} if stage == "decode" else {}
+    data = plan.model_dump(mode="json")
+    write_stage(checkpoint, tmp_path / stage, plan.layers(stage), "float32", data, replacements=changed)
+    result = build_target("onnx", tmp_path / stage, tmp_path / "engine")
+    assert result.numerics.hidden_error < 2e-5  # against transformers on the written stage
+    write_stage(checkpoint, tmp_path / "plain" / stage, plan.layers(stage), "float32", data)
+    with pytest.raises(UserError, match="hidden differs from torch"):
+        check_numerics(read_stage(tmp_path / "plain" / stage), tmp_path / "engine" / "model.onnx", 5e-5)
+
+
 @pytest.mark.model
 def test_smollm2(make_stages, tmp_path):
     from pdtrim_deploy.cache import Cache
