@@ -22,17 +22,33 @@ if TYPE_CHECKING:
 @options.cache_dir
 @click.option("--dry-run", is_flag=True, help="Say what would be done and how large it gets; write nothing.")
 @click.option("--force", is_flag=True, help="Make every step again.")
+@click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Of the pruning search, by Ray.")
+@click.option("--ray-address", metavar="HOST:PORT", help="Of a Ray cluster's head.  [default: Ray on this machine]")
+@click.option("--worker-gpus", type=click.FloatRange(0), default=0.0, show_default=True, help="Of each worker.")
 @options.json_flag
-def build(recipe_file: Path, out: Path, cache: Cache, dry_run: bool, force: bool, as_json: bool) -> None:
+def build(
+    recipe_file: Path,
+    out: Path,
+    cache: Cache,
+    dry_run: bool,
+    force: bool,
+    workers: int,
+    ray_address: str | None,
+    worker_gpus: float,
+    as_json: bool,
+) -> None:
     """Prune a model and write both stages, and their engines, as a sealed bundle.
 
     A build that was stopped, by whatever, goes on where it was when the same command is run again.
+    With --workers, --ray-address or --worker-gpus Ray's workers evaluate the candidates of the pruning search, each
+    with its own copy of the model; what they choose is what this process alone would.
     Exit code 1 when an engine of the recipe's targets could not be built: the bundle is whole without it.
 
     \b
     Examples:
       pdtrim-deploy build recipes/smollm2-demo.yaml --out out/bundle
       pdtrim-deploy build recipes/smollm2-demo.yaml --out out/bundle --dry-run
+      pdtrim-deploy build recipes/smollm2-demo.yaml --out out/bundle --workers 2
     """
     from pdtrim_deploy.recipe import Recipe
 
@@ -48,7 +64,13 @@ def build(recipe_file: Path, out: Path, cache: Cache, dry_run: bool, force: bool
 
     require("build", Asked(recipe, out, cache))
     progress = Progress()
-    bundle = run(recipe, out, cache, progress.note, show=progress.show, force=force)
+    asked = None
+    if workers > 1 or ray_address or worker_gpus:
+        from pdtrim_deploy.pruning.ray_evaluator import Workers, check_installed
+
+        check_installed()
+        asked = Workers(workers, ray_address, worker_gpus)
+    bundle = run(recipe, out, cache, progress.note, show=progress.show, force=force, workers=asked)
     if as_json:
         click.echo(
             json.dumps(
@@ -83,8 +105,20 @@ def print_preview(found: Preview, out: Path, as_json: bool) -> None:
     wide = max(map(len, found.steps))
     for name, done in found.steps.items():
         click.echo(f"  {name:<{wide}} {'done' if done else 'to do'}")
+    if found.search is not None and found.search_seconds is not None:
+        cost = found.search
+        click.echo(
+            f"  search     {cost.most:,} block-forwards at most, likely {cost.likely:,}: about "
+            f"{_duration(found.search_seconds)} at this machine's speed"
+        )
+        click.echo(
+            f"             {cost.memory / 1e9:,.2f} GB: weights {cost.weights / 1e9:,.2f}, hidden states "
+            f"{cost.states / 1e9:,.2f} (all of one model's: {cost.states_wanted / 1e9:,.2f}), prompt KV "
+            f"{cost.prompt_kv / 1e9:,.2f}"
+        )
     if found.stage_bytes is None or found.planned_bytes is None or found.dense_bytes is None:
-        click.echo(f"  {found.recipe.model.source} is not in the cache yet: sizes are known once it is fetched")
+        click.echo(f"  {found.missing}")
+        click.echo("  sizes of weights and KV are known once the model is there")
         return
     for stage, size in found.stage_bytes.items():
         click.echo(f"  {stage:<10} {size / 1e6:,.1f} MB of weights")
@@ -92,3 +126,10 @@ def print_preview(found: Preview, out: Path, as_json: bool) -> None:
         f"  KV of a request of {found.prompt_tokens} tokens: {found.planned_bytes:,} bytes, "
         f"dense {found.dense_bytes:,}: {found.dense_bytes / found.planned_bytes:.2f}x less"
     )
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -68,7 +69,7 @@ def _source(target: str) -> str | None:
     return f"hf:{target}" if (folder / "config.json").is_file() and not bundle else None
 
 
-def _refuse(given: dict[str, object], kind: str, instead: str) -> None:
+def _refuse(given: Mapping[str, object], kind: str, instead: str) -> None:
     for name, value in given.items():
         if value is not None:
             raise UserError(f"{name} says nothing of {kind}; leave it out, or {instead}")

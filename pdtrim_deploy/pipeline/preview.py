@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
 from pdtrim_deploy.cache import Cache
 from pdtrim_deploy.checkpoints import Checkpoint, resolve
+from pdtrim_deploy.checkpoints.checkpoint import read_config
+from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.pipeline.build import check_fits, is_sealed, steps_of
 from pdtrim_deploy.pipeline.journal import Journal
 from pdtrim_deploy.pipeline.stand_in import stand_in
 from pdtrim_deploy.plan import STAGES, Stage
+from pdtrim_deploy.pruning.cost import SearchCost, search_cost
 from pdtrim_deploy.recipe import Recipe
 from pdtrim_deploy.wire import ITEM_BYTES
 
@@ -24,6 +29,9 @@ class Preview:
     Attributes:
         stage_bytes: weights of each stage checkpoint.
         planned_bytes, dense_bytes: KV of one request of `prompt_tokens`; `planned_bytes` as `stand_in` has it.
+        search: what choosing the blocks costs; None when none is to be chosen, or nothing is known of the model.
+        search_seconds: of it, at the speed that this machine multiplies matrices of that size at just now.
+        missing: why the sizes are not known, a sentence.
 
     """
 
@@ -33,10 +41,15 @@ class Preview:
     stage_bytes: dict[Stage, int] | None
     planned_bytes: int | None
     dense_bytes: int | None
+    search: SearchCost | None = None
+    search_seconds: float | None = None
+    missing: str | None = None
 
 
 def preview(recipe: Recipe, out: Path, cache: Cache) -> Preview:
     """Look at the source, when it is there, and at what stands in `out`.
+
+    Of a model whose config.json alone is here, in its folder or among the facts that we ship, the search is priced.
 
     Raises:
         UserError: bad source, or the recipe asks for more blocks than the model has.
@@ -46,8 +59,12 @@ def preview(recipe: Recipe, out: Path, cache: Cache) -> Preview:
     try:
         checkpoint = resolve(recipe.model.source, _Peek(cache.root))
     except _NotCached:
-        names = ("source", *(step.name for step in steps_of(recipe, "")), "seal")
-        return Preview(recipe, dict.fromkeys(names, False), prompt_tokens, None, None, None)
+        return _unseen(recipe, None, f"{recipe.model.source} is not in the cache yet")
+    except UserError as error:
+        config = _config_alone(recipe.model.source)
+        if config is None:
+            raise
+        return _unseen(recipe, config, str(error))
     check_fits(recipe, checkpoint.facts.num_blocks)
     journal = Journal(out)
     steps = {"source": True}
@@ -56,9 +73,49 @@ def preview(recipe: Recipe, out: Path, cache: Cache) -> Preview:
     steps["seal"] = all(steps.values()) and is_sealed(out, recipe, journal)
     plan = stand_in(recipe, checkpoint.shape(recipe.model.dtype))
     sizes = {stage: _stage_bytes(checkpoint, len(plan.layers(stage)), recipe.model.dtype) for stage in STAGES}
-    return Preview(
-        recipe, steps, prompt_tokens, sizes, plan.payload_bytes(prompt_tokens), plan.dense_bytes(prompt_tokens)
-    )
+    planned, dense = plan.payload_bytes(prompt_tokens), plan.dense_bytes(prompt_tokens)
+    search, seconds = (None, None) if steps["prune"] else _search(recipe, checkpoint.config)
+    return Preview(recipe, steps, prompt_tokens, sizes, planned, dense, search, seconds)
+
+
+def _unseen(recipe: Recipe, config: dict[str, Any] | None, missing: str) -> Preview:
+    names = ("source", *(step.name for step in steps_of(recipe, "")), "seal")
+    if config is not None:
+        check_fits(recipe, config["num_hidden_layers"])
+    search, seconds = (None, None) if config is None else _search(recipe, config)
+    steps = dict.fromkeys(names, False)
+    return Preview(recipe, steps, recipe.evaluation.prompt_tokens, None, None, None, search, seconds, missing)
+
+
+def _config_alone(source: str) -> dict[str, Any] | None:
+    """The config.json of a model whose weights are not here."""
+    from pdtrim_deploy.sizing.shape import shipped_for
+
+    folder = Path(source.removeprefix("hf:"))
+    if source.startswith("hf:") and (folder / "config.json").is_file() and not any(folder.glob("*.safetensors")):
+        return read_config(folder / "config.json")
+    known = None if folder.exists() else shipped_for(source)
+    return None if known is None else read_config(known)
+
+
+def _search(recipe: Recipe, config: dict[str, Any]) -> tuple[SearchCost | None, float | None]:
+    cost = search_cost(config, recipe.pruning, recipe.calibration)
+    if cost is None:
+        return None, None
+    return cost, cost.flops / _speed(config["hidden_size"], config["intermediate_size"], recipe.calibration.length)
+
+
+def _speed(hidden: int, intermediate: int, tokens: int) -> float:
+    """Operations a second of float32 products as large as a block's, in about a fifth of a second."""
+    import torch
+
+    left, right = torch.randn(tokens, hidden), torch.randn(hidden, intermediate)
+    left @ right
+    began, times = time.perf_counter(), 0
+    while time.perf_counter() - began < 0.2:
+        left @ right
+        times += 1
+    return 2 * tokens * hidden * intermediate * times / (time.perf_counter() - began)
 
 
 class _NotCached(Exception):

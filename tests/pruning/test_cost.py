@@ -1,0 +1,73 @@
+"""Costs foretold: exact where nothing stops early, an upper bound elsewhere, and sizes of a well-known model."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tinypd import text, tiny
+
+from pdtrim_deploy.cli.build import print_preview
+from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.pipeline.preview import preview
+from pdtrim_deploy.pruning.cost import search_cost
+from pdtrim_deploy.pruning.search.greedy import Greedy
+from pdtrim_deploy.pruning.stages import choose_stages
+from pdtrim_deploy.recipe import CalibrationSection, Recipe
+from pdtrim_deploy.recipe_pruning import PRUNING_METHODS, PruningSection
+
+
+def foretold(model, method, prefill, decode, sequences, length):
+    asked = PruningSection(method=method, prefill_blocks=prefill, decode_blocks=decode)
+    return search_cost(model.config.to_dict(), asked, CalibrationSection(sequences=sequences, length=length))
+
+
+@pytest.mark.parametrize("stages", [(0, 1), (0, 3), (1, 3), (2, 2)])
+@pytest.mark.parametrize("family", ["Llama", "Qwen2"])
+def test_what_sleb_spends_is_foretold_exactly(family, stages):
+    model, ids = tiny(family), text(5, 16)
+    found = choose_stages(model, ids, *stages, method="sleb")
+    spent = sum(s.trajectory[-1].block_forwards for s in (found.prefill, found.decode) if s.trajectory)
+    cost = foretold(model, "sleb", *stages, 5, 16)
+    assert spent == cost.most == cost.likely
+    cached = choose_stages(model, ids, *stages, method=Greedy(None), protected=frozenset({0, 4}))
+    assert cached.decode.removed == found.decode.removed  # the same search, for less
+    assert sum(s.trajectory[-1].block_forwards for s in (cached.prefill, cached.decode) if s.trajectory) < spent
+
+
+@pytest.mark.parametrize("method", [m for m in PRUNING_METHODS if m != "random"])
+def test_no_search_spends_more_than_foretold(method):
+    model, ids = tiny("Llama"), text(6, 20)
+    found = choose_stages(model, ids, 1, 3, method=method)
+    spent = sum(s.trajectory[-1].block_forwards for s in (found.prefill, found.decode))
+    assert 0 < spent <= foretold(model, method, 1, 3, 6, 20).most
+
+
+def test_an_8b_model_is_priced_by_its_config_alone(tmp_path, cache, capsys):
+    (tmp_path / "r.yaml").write_text(
+        "name: r\nmodel: {source: 'hf:meta-llama/Llama-3.1-8B', dtype: bfloat16}\n"
+        "pruning: {method: anneal, prefill_blocks: 2, decode_blocks: 7, memory_mb: 512}\n"
+    )
+    found = preview(Recipe.load(tmp_path / "r.yaml"), tmp_path / "out", cache)
+    assert found.search.weights == pytest.approx(8030261248 * 4, rel=1e-4)
+    assert found.search.states == 512 << 20
+    assert found.search.states_wanted == 32 * 16 * 256 * 4096 * 4
+    assert found.search_seconds > 0
+    print_preview(found, tmp_path / "out", as_json=False)
+    out = capsys.readouterr().out
+    assert f"{found.search.most:,} block-forwards at most" in out
+    assert "no such folder" in out
+    print_preview(found, tmp_path / "out", as_json=True)
+    assert json.loads(capsys.readouterr().out)["search"]["states"] == 512 << 20
+
+
+def test_a_folder_with_config_json_alone_is_priced_and_too_many_blocks_are_refused(tmp_path, cache, tiny_llama_dir):
+    (tmp_path / "config.json").write_text((Path(tiny_llama_dir) / "config.json").read_text())
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(f"name: r\nmodel: {{source: 'hf:{tmp_path}'}}\npruning: {{decode_blocks: 2}}\n")
+    assert preview(Recipe.load(recipe), tmp_path / "out", cache).search.most > 0
+    recipe.write_text(f"name: r\nmodel: {{source: 'hf:{tmp_path}'}}\npruning: {{decode_blocks: 6}}\n")
+    with pytest.raises(UserError, match="decode_blocks is 6; allowed: at most 5"):
+        preview(Recipe.load(recipe), tmp_path / "out", cache)
+    recipe.write_text("name: r\nmodel: {source: 'hf:gone'}\npruning: {decode_blocks: 2}\n")
+    with pytest.raises(UserError, match="no such folder"):
+        preview(Recipe.load(recipe), tmp_path / "out", cache)
