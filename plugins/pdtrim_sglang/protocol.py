@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import xxhash
 
 MAGIC = b"PDTK"
-VERSION = 1
+VERSION = 2  # 2: int4 of 4.25 bits
 _HEADER = struct.Struct("<4sHHI32sQIIIIQ")
 _CHECKSUM = struct.Struct("<Q")
 HEADER_BYTES = _HEADER.size + _CHECKSUM.size
