@@ -20,6 +20,7 @@ CHECKS: tuple[Check, ...] = (
     *(Package(name, "build", why="target onnx") for name in ("onnx", "onnxruntime", "onnxruntime-extensions")),
     Package("nvidia-modelopt", "build", why="target tensorrt-llm, quantised"),
     Package("tensorrt-rtx", "tensorrt-rtx", why="target tensorrt-rtx"),
+    Package("ray", "ray", ("build",), "build --workers"),
     SGLang(),
     Program("g++", "packs KV on the CPU in one pass; torch's operations otherwise", "apt-get install g++"),
     Program("nvcc", "make plugin: the CUDA kernel", "install NVIDIA's CUDA toolkit, 13.0 or later"),

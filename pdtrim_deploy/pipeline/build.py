@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pdtrim_deploy import __version__
 from pdtrim_deploy.bundle import (
@@ -36,6 +37,9 @@ from pdtrim_deploy.recipe import Recipe
 from pdtrim_deploy.recipe_kv import FIXED_KV
 from pdtrim_deploy.recipe_targets import Target
 from pdtrim_deploy.report.environment import versions
+
+if TYPE_CHECKING:
+    from pdtrim_deploy.pruning.ray_evaluator import Workers
 
 # Called with a step's name and whether it is done already; the step runs inside.
 Show = Callable[[str, bool], AbstractContextManager[object]]
@@ -93,11 +97,13 @@ def build(
     *,
     show: Show = lambda name, done: nullcontext(),
     force: bool = False,
+    workers: Workers | None = None,
 ) -> Bundle:
     """Build `recipe` into `out`, resuming what an earlier build finished.
 
-    `note` hears what is going on inside a step, `show` wraps each step, `force` makes every step again. A target that
-    cannot be built is a sentence in the manifest's `failures`, and is tried again the next time.
+    `note` hears what is going on inside a step, `show` wraps each step, `force` makes every step again, Ray's `workers`
+    evaluate the pruning search's candidates (the answer is that of this process alone). A target that cannot be built
+    is a sentence in the manifest's `failures`, and is tried again the next time.
 
     Raises:
         UserError: bad source, corpus or recipe for this model; `out` is something else or in use.
@@ -109,7 +115,7 @@ def build(
     stand_in(recipe, checkpoint.shape(recipe.model.dtype))  # a byte budget that nothing fits is refused at once
     try:
         with claim(out, force):
-            context = Context(recipe, checkpoint, cache, out, note)
+            context = Context(recipe, checkpoint, cache, out, note, workers)
             journal, plan_steps = Journal(out), steps_of(recipe, checkpoint.fingerprint)
             journal.keep_only([step.name for step in plan_steps])
             failures: dict[str, str] = {}

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pdtrim_deploy.bundle import PLAN
 from pdtrim_deploy.cache import Cache
@@ -14,18 +14,25 @@ from pdtrim_deploy.checkpoints.checkpoint import Checkpoint
 from pdtrim_deploy.plan import ModelShape, PDPlan
 from pdtrim_deploy.recipe import Recipe
 
+if TYPE_CHECKING:
+    from pdtrim_deploy.pruning.ray_evaluator import Workers
+
 Note = Callable[[str], None]
 
 
 @dataclass
 class Context:
-    """One build: `out` is the bundle's folder, `note` hears what is going on."""
+    """One build: `out` is the bundle's folder, `note` hears what is going on.
+
+    `workers` evaluate the candidates of the pruning search; None: this process does.
+    """
 
     recipe: Recipe
     checkpoint: Checkpoint
     cache: Cache
     out: Path
     note: Note
+    workers: Workers | None = None
 
     @property
     def shape(self) -> ModelShape:

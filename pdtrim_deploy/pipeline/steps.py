@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +19,7 @@ from pdtrim_deploy.recipe_kv import FIXED_KV
 
 if TYPE_CHECKING:
     from pdtrim_deploy.pruning.search import SearchResult
+    from pdtrim_deploy.pruning.stages import Elsewhere
 
 KV = f"{REPORTS}/kv.json"
 SEARCHES = tuple(f"{REPORTS}/search-{stage}.jsonl" for stage in STAGES)
@@ -32,22 +35,37 @@ def prune(context: Context) -> None:
 
         ids = context.calibration(text.sequences, text.length)
         pairs, students, about = _pairs(context, ids) if asked.distil else ((), None, None)
-        found = choose_stages(
-            context.model,
-            ids,
-            asked.prefill_blocks,
-            asked.decode_blocks,
-            method=asked.method,
-            settings=Settings(asked.seed, asked.steps, asked.minutes),
-            pairs=pairs,
-            students=students,
-            memory=asked.memory_mb << 20,
-            folder=context.out / REPORTS,
-            about=[context.checkpoint.fingerprint, about],
-            progress=context.note,
-        )
+        with _elsewhere(context) as elsewhere:
+            found = choose_stages(
+                context.model,
+                ids,
+                asked.prefill_blocks,
+                asked.decode_blocks,
+                method=asked.method,
+                settings=Settings(asked.seed, asked.steps, asked.minutes),
+                pairs=pairs,
+                students=students,
+                memory=asked.memory_mb << 20,
+                folder=context.out / REPORTS,
+                about=[context.checkpoint.fingerprint, about],
+                elsewhere=elsewhere,
+                progress=context.note,
+            )
         report = {stage: _stage_report(getattr(found, stage)) for stage in STAGES}
     _write_json(context.out / PRUNING, report)
+
+
+@contextmanager
+def _elsewhere(context: Context) -> Iterator[Elsewhere | None]:
+    """Ray's workers for the time of the step, if any were asked for."""
+    if context.workers is None:
+        yield None
+        return
+    from pdtrim_deploy.pruning import ray_evaluator
+
+    context.note(f"starting {context.workers.count} Ray workers")
+    with ray_evaluator.cluster(context.workers):
+        yield ray_evaluator.Elsewhere(context.workers, context.checkpoint.path.resolve())
 
 
 def _stage_report(found: SearchResult) -> dict[str, Any]:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from pdtrim_deploy.blockwise import CausalLM
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.plan import Stage
-from pdtrim_deploy.pruning.evaluator import MEMORY, InProcess
+from pdtrim_deploy.pruning.evaluator import MEMORY, Evaluator, InProcess
 from pdtrim_deploy.pruning.objective import NextTokenLoss, StudentLayers
 from pdtrim_deploy.pruning.search import (
     DEFAULTS,
@@ -25,6 +27,20 @@ from pdtrim_deploy.pruning.search import (
     get_search,
 )
 from pdtrim_deploy.pruning.solution import NOTHING, Solution
+
+
+class Elsewhere(Protocol):
+    """Makes the evaluator of one search, of `NextTokenLoss(model, ids, prompt_tokens, forced, students)`."""
+
+    def __call__(
+        self,
+        objective: NextTokenLoss,
+        ids: Tensor,
+        prompt_tokens: int,
+        forced: Solution,
+        students: dict[tuple[int, int], nn.Module],
+        memory: int,
+    ) -> AbstractContextManager[Evaluator]: ...
 
 
 @dataclass(frozen=True)
@@ -50,6 +66,7 @@ def choose_stages(
     memory: int = MEMORY,
     folder: Path | None = None,
     about: object = None,
+    elsewhere: Elsewhere | None = None,
     progress: Progress = lambda _: None,
 ) -> StageRemovals:
     """Save `prefill_blocks` and `decode_blocks` of the dense model's blocks on text `ids`, int64 `[S, T]`.
@@ -66,6 +83,7 @@ def choose_stages(
         pairs, students: the distillation set by first blocks, and what its pairs become.
         memory: bytes of hidden states kept, at most.
         folder: where each search leaves `search-STAGE.jsonl` and goes on from it; None: nowhere.
+        elsewhere: where solutions are evaluated; None: in this process.
         about: what else the answer depends on (JSON): the model, how students are made.
 
     Raises:
@@ -90,8 +108,13 @@ def choose_stages(
         path = folder / f"search-{stage}.jsonl" if folder else None
         trajectory = Trajectory(path, [*said, remove, prompt, vars(forced)])
         objective = NextTokenLoss(model, ids, prompt, forced, students)
-        evaluator = InProcess(objective, memory)
-        return search.run(Problem(model, ids, objective, remove, forced, protected, pairs, trajectory, evaluator), note)
+        with ExitStack() as stack:
+            evaluator: Evaluator = InProcess(objective, memory)
+            if elsewhere is not None:
+                made = {(p, p + 1): students.layer((p, p + 1)) for p in pairs} if students else {}
+                evaluator = stack.enter_context(elsewhere(objective, ids, prompt, forced, made, memory))
+            problem = Problem(model, ids, objective, remove, forced, protected, pairs, trajectory, evaluator)
+            return search.run(problem, note)
 
     prefill = SearchResult((), ())
     if prefill_blocks:

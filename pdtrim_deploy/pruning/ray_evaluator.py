@@ -1,0 +1,202 @@
+"""Candidates evaluated by Ray: several processes of this machine, or workers of a cluster, each with its own model.
+
+A worker reads the checkpoint from its folder (safetensors) and makes the objective as this process would; what travels
+is solutions out and losses back. Answers depend on (solution, batch) alone, so any number of workers gives the same.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.pruning.evaluator import InProcess
+from pdtrim_deploy.pruning.objective import NextTokenLoss
+from pdtrim_deploy.pruning.solution import Solution
+
+# Read by Ray when it is imported: all of its servers on the loopback interface, nothing reported to anyone.
+LOCAL = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+OBJECT_STORE = 256 << 20  # bytes: losses are small
+ATTEMPTS = 3  # Ray gives a node 30 s to start, which a busy machine may not make
+
+
+def check_installed() -> None:
+    """UserError without Ray."""
+    if importlib.util.find_spec("ray") is None:
+        raise UserError("--workers needs Ray; install it with: pip install 'pdtrim-deploy[ray]'")
+
+
+@dataclass(frozen=True)
+class Workers:
+    """How many, with how many GPUs each, in the cluster at `address` (HOST:PORT of its head) or on this machine."""
+
+    count: int
+    address: str | None = None
+    gpus: float = 0.0
+
+
+@dataclass(frozen=True)
+class Work:
+    """All that a worker needs to make its objective. `checkpoint` is read where the worker runs, from the same path."""
+
+    checkpoint: Path
+    ids: Tensor
+    prompt_tokens: int
+    forced: Solution
+    students: dict[tuple[int, int], nn.Module]
+    memory: int
+
+
+class _Students:
+    def __init__(self, made: dict[tuple[int, int], nn.Module]) -> None:
+        self._made = made
+
+    def layer(self, pair: tuple[int, int]) -> nn.Module:
+        return self._made[pair]
+
+
+class Worker:
+    """One process: an `InProcess` over its own copy of the model, in float32 as the search's own."""
+
+    def __init__(self, work: Work, threads: int, device: str) -> None:
+        from pdtrim_deploy.checkpoints.loading import load_model
+
+        torch.set_num_threads(threads)
+        model = load_model(work.checkpoint, "float32").to(device)
+        students = _Students({pair: made.to(device) for pair, made in work.students.items()})
+        objective = NextTokenLoss(model, work.ids.to(device), work.prompt_tokens, work.forced, students)
+        self._inside = InProcess(objective, work.memory)
+
+    def evaluate(self, solutions: list[Solution], batch: int) -> tuple[list[Any], int] | str:
+        """(float32 arrays, block-forwards so far), or the sentence of a UserError."""
+        try:
+            return [one.cpu().numpy() for one in self._inside.evaluate(solutions, batch)], self._inside.block_forwards
+        except UserError as error:
+            return str(error)
+
+    def settle(self, solution: Solution) -> int:
+        """As `Evaluator.settle`; block-forwards so far."""
+        self._inside.settle(solution)
+        return self._inside.block_forwards
+
+
+class OnRay:
+    """An `Evaluator` whose workers take a round's solutions in turns; each solution has one worker for good.
+
+    So what a worker knows of a solution (its losses on other batches, hidden states) is never asked of another.
+    """
+
+    def __init__(self, asked: Workers, work: Work, blocks: int, batches: int) -> None:
+        import ray
+
+        self._ray, self.workers, self.blocks, self.batches = ray, asked.count, blocks, batches
+        threads = max(1, torch.get_num_threads() // asked.count) if asked.address is None else 1
+        remote: Any = ray.remote(num_cpus=1, num_gpus=asked.gpus)(Worker)
+        shared = ray.put(work)
+        device = "cuda" if asked.gpus else "cpu"
+        self._actors = [remote.remote(shared, threads, device) for _ in range(asked.count)]
+        self._cost = [0] * asked.count
+        self._place: dict[Solution, int] = {}
+
+    @property
+    def block_forwards(self) -> int:
+        """Blocks run, times sequences, so far, over all workers."""
+        return sum(self._cost)
+
+    def evaluate(self, solutions: Sequence[Solution], batch: int) -> list[Tensor]:
+        """Losses on one batch, in the order asked; UserError when one is not a number."""
+        shares: list[list[int]] = [[] for _ in self._actors]
+        for index, solution in enumerate(solutions):
+            shares[self._place.setdefault(solution, len(self._place) % self.workers)].append(index)
+        asked = {
+            number: actor.evaluate.remote([solutions[i] for i in shares[number]], batch)
+            for number, actor in enumerate(self._actors)
+            if shares[number]
+        }
+        found: dict[int, Tensor] = {}
+        for number, reference in asked.items():
+            answer = self._ray.get(reference)
+            if isinstance(answer, str):
+                raise UserError(answer)
+            losses, self._cost[number] = answer
+            found |= {i: torch.from_numpy(one.copy()) for i, one in zip(shares[number], losses, strict=True)}
+        return [found[index] for index in range(len(solutions))]
+
+    def settle(self, solution: Solution) -> None:
+        """Tell all workers."""
+        self._cost = self._ray.get([actor.settle.remote(solution) for actor in self._actors])
+
+    def close(self) -> None:
+        """End the workers: the next stage's have another objective."""
+        for actor in self._actors:
+            self._ray.kill(actor)
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """What `choose_stages` takes: the evaluator of each of its searches, in the cluster that stands."""
+
+    asked: Workers
+    checkpoint: Path
+
+    @contextmanager
+    def __call__(
+        self,
+        objective: NextTokenLoss,
+        ids: Tensor,
+        prompt_tokens: int,
+        forced: Solution,
+        students: dict[tuple[int, int], nn.Module],
+        memory: int,
+    ) -> Iterator[OnRay]:
+        """One search's; its workers end with it."""
+        work = Work(self.checkpoint, ids, prompt_tokens, forced, students, memory)
+        evaluator = OnRay(self.asked, work, objective.blocks, objective.batches)
+        try:
+            yield evaluator
+        finally:
+            evaluator.close()
+
+
+@contextmanager
+def cluster(asked: Workers) -> Iterator[None]:
+    """Ray for the time of a search: one of our own on 127.0.0.1 that ends with it, or the one at `asked.address`.
+
+    Raises:
+        UserError: nothing answers at the address, or Ray does not start.
+
+    """
+    for name, value in LOCAL.items() if asked.address is None else ():
+        os.environ.setdefault(name, value)
+    import ray
+
+    more: dict[str, Any] = {"address": asked.address}
+    if asked.address is None:
+        more = {"address": "local", "num_cpus": asked.count, "include_dashboard": False}
+        more |= {"object_store_memory": OBJECT_STORE, "_node_ip_address": "127.0.0.1"}
+    _start(ray, more)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _start(ray: Any, more: dict[str, Any]) -> None:
+    for left in reversed(range(ATTEMPTS)):
+        try:
+            ray.init(**more, log_to_driver=False, configure_logging=False)
+            return
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise UserError(f"no Ray cluster at {more['address']}: {str(error).splitlines()[0]}") from None
+        except Exception as error:  # what Ray raises when a node does not start in time
+            ray.shutdown()
+            if not left:
+                raise UserError(f"Ray does not start here: {str(error).splitlines()[0]}") from None
