@@ -25,6 +25,7 @@ from pdtrim_sglang.transports import TransportConfig, transport_named
 if TYPE_CHECKING:
     from pdtrim_sglang.manager import PDTrimKVManager
 
+MOST_REMEMBERED = 10_000
 logger = logging.getLogger("sglang.srt.pdtrim.prefill")
 
 
@@ -55,6 +56,7 @@ class PrefillSide:
         self._progress: dict[int, RoomProgress] = {}
         self._senders: set[int] = set()
         self._tombstones: deque[tuple[float, int]] = deque()
+        self._ended_unopened: dict[int, None] = {}  # in order
         self._metrics = TransferMetrics()
         threading.Thread(target=self._control, daemon=True).start()
 
@@ -81,13 +83,18 @@ class PrefillSide:
     def sender_opened(self, room: int) -> RoomProgress:
         """The scheduler has a sender for this room; returns where its progress will be written."""
         self._senders.add(room)
+        self._ended_unopened.pop(room, None)
         progress = self._progress[room] = RoomProgress()
         self.released()
         return progress
 
-    def sender_closed(self, room: int) -> None:
-        """The scheduler is done with this room."""
+    def sender_closed(self, room: int, opened: bool) -> None:
+        """The scheduler is done with this room; unless decode has `opened` it, it may still do so and wait."""
         self._senders.discard(room)
+        if not opened:
+            self._ended_unopened[room] = None
+            if len(self._ended_unopened) > MOST_REMEMBERED:
+                del self._ended_unopened[next(iter(self._ended_unopened))]
         self._progress.pop(room, None)
         if self.staging is not None:
             self.staging.forget(room)
@@ -218,6 +225,8 @@ class PrefillSide:
             reason = f"decode worker {message.session} never registered"
         if not reason and message.destinations != 1:
             reason = f"{message.destinations} decode ranks want one prefill rank's KV: use the same --tp-size"
+        if not reason and message.room in self._ended_unopened:
+            reason = "the request ended on the prefill side before decode had room for it"
         if reason:
             self.fail(message.room, reason)
             self._bury(message.room)

@@ -85,8 +85,9 @@ class PDTrimKVSender(CommonKVSender):
         super().abort()
 
     def clear(self) -> None:
+        opened = self.bootstrap_room in self.kv_mgr.transfer_infos
         super().clear()
-        self.kv_mgr.prefill_side.sender_closed(self.bootstrap_room)
+        self.kv_mgr.prefill_side.sender_closed(self.bootstrap_room, opened)
 
     def get_transfer_metric(self) -> KVTransferMetric:
         self._transfer_metric.transfer_total_bytes = self._progress.payload_bytes

@@ -30,12 +30,17 @@ def stages(tiny_model, tmp_path_factory, cache):
 
 
 @pytest.fixture(scope="session")
-def rows(request):
-    """The table of faults, written at the end of the session."""
-    found = []
-    yield found
-    if (out := request.config.getoption("--faults-out")) and found:
-        record(out, found)
+def rows():
+    """The table of faults."""
+    return []
+
+
+@pytest.fixture(autouse=True)
+def written(request, rows):
+    """After each test, so that a run which is ended leaves what it found."""
+    yield
+    if (out := request.config.getoption("--faults-out")) and rows:
+        record(out, rows)
 
 
 @pytest.fixture(scope="session")
@@ -53,7 +58,7 @@ def start(stages, environment, tmp_path_factory, rows):
         with pytest.MonkeyPatch.context() as patch:
             # SGLang's own deadlines, five minutes otherwise: workers inherit them
             patch.setenv("SGLANG_DISAGGREGATION_WAITING_TIMEOUT", "20")
-            patch.setenv("SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT", "20")
+            patch.setenv("SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT", "60")
             logs = tmp_path_factory.mktemp("logs")
             with Stand(stages, logs, free_ports(2), rows, transport, environment) as running:
                 yield running

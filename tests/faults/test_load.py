@@ -4,7 +4,7 @@ import pytest
 from client import Asked, draw, send
 from stand import DEADLINE_S, POOL_TOKENS
 
-pytestmark = [pytest.mark.serve, pytest.mark.timeout(420)]
+pytestmark = [pytest.mark.serve, pytest.mark.timeout(900)]
 
 
 def test_half_of_the_clients_hang_up(stand):

@@ -30,7 +30,7 @@ def weight(worker) -> dict[str, int]:
     return found
 
 
-def test_soak(stand, request):
+def test_soak_behind_one_router(stand, request):
     count = request.config.getoption("--soak-requests", None) or 200
     asked = draw(count, (2, 400), (2, 16), seed=15, aborts=0.2)
     ended, seen = [], []

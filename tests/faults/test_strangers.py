@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from stand import DEADLINE_S
 
-pytestmark = [pytest.mark.serve, pytest.mark.timeout(420)]
+pytestmark = [pytest.mark.serve, pytest.mark.timeout(900)]
 MESSAGES = 200
 FUZZ = settings(
     max_examples=MESSAGES // 4, deadline=None, database=None, suppress_health_check=list(HealthCheck), derandomize=True

@@ -9,7 +9,7 @@ from judge import off
 from pdtrim_deploy.plan import KVSend
 from pdtrim_deploy.serving.transports import LIBRARIES
 
-pytestmark = [pytest.mark.serve, pytest.mark.faults, pytest.mark.timeout(420)]
+pytestmark = [pytest.mark.serve, pytest.mark.faults, pytest.mark.timeout(900)]
 
 
 @pytest.mark.parametrize("transport", ["nixl", "mooncake"])

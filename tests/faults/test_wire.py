@@ -4,7 +4,7 @@ import pytest
 from client import draw
 from stand import STALL_S
 
-pytestmark = [pytest.mark.serve, pytest.mark.timeout(420)]
+pytestmark = [pytest.mark.serve, pytest.mark.timeout(900)]
 LOAD = {"tokens": (2, 400), "new_tokens": (2, 12)}
 
 

@@ -53,11 +53,12 @@ class Manager:
 def prefill(manager):
     side = object.__new__(PrefillSide)
     side._manager, side._plan, side._aux = manager, PLAN, AuxRows((), ())
+    side._ended_unopened, side.staging = {}, None
     side._known, side._peers, side._rejected, side._senders = {}, {}, {}, set()
     from collections import deque
 
     side._tombstones = deque()
-    side._metrics = type("Metrics", (), {"ended": lambda self, outcome: None})()
+    side._metrics = type("Metrics", (), {"ended": lambda self, outcome: None, "held": lambda self, **now: None})()
     return side
 
 
@@ -115,3 +116,23 @@ def test_another_plan_makes_no_peer():
     side._handle(message.frames())
     assert not side._known
     assert "plans differ" in side._rejected[message.session]
+
+
+def test_decode_does_not_wait_for_a_request_that_prefill_has_given_up():
+    """Prefill's deadline may pass while decode's pool is full: SGLang's decode then waits for its own, minutes."""
+    side = prefill(Manager())
+    side._known[WHO["session"]] = None
+    side._progress = {}
+    message = Room(**WHO, room=7, prompt_tokens=3, prefix_tokens=0, destinations=1)
+    side.sender_opened(7)
+    side.sender_closed(7, opened=False)
+    side._handle(message.frames())
+    assert side._manager.request_status[7] == KVPoll.Failed
+    side._manager.request_status.clear()
+    side.sender_opened(7)  # asked for again
+    side._handle(message.frames())
+    assert side._manager.request_status[7] == KVPoll.WaitingForInput
+    side._manager.request_status.clear()
+    side.sender_closed(7, opened=True)  # retracted: it may come back
+    side._handle(message.frames())
+    assert side._manager.request_status[7] == KVPoll.WaitingForInput

@@ -1,0 +1,210 @@
+"""Both ends of bench-transport, in the serve environment: `send ROWS ROW_BYTES ROUNDS SEED` starts `receive` itself."""
+
+from __future__ import annotations
+
+import json
+import queue
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import torch
+from pdtrim_sglang.protocol import ChunkHeader, Reply
+from pdtrim_sglang.transports import TRANSPORTS, TransportConfig, transport_named
+
+HOST, MOST_PARTS, LIBRARIES = "127.0.0.1", 1024, ("nixl", "mooncake")
+
+
+class World:
+    """A pool of twice as many rows, and the places of those that travel, other places at each end."""
+
+    def __init__(self, end: str, rows: int, row_bytes: int, rounds: int, seed: int) -> None:
+        self.rows, self.row_bytes, self.rounds = rows, row_bytes, rounds
+        dice = torch.Generator().manual_seed(seed + (end == "receive"))
+        self.pool = torch.randint(0, 255, (2 * rows, row_bytes), dtype=torch.uint8, generator=dice)
+        self.places = torch.randperm(2 * rows, generator=dice)[:rows]
+        self.total = rows * row_bytes
+        self.config = TransportConfig(staging_bytes=self.total, accept_unauthenticated=True)
+
+    def pieces(self) -> list[memoryview]:
+        """The rows where they lie."""
+        return [self.pool[place].numpy().data for place in self.places.tolist()]
+
+    def addresses(self) -> list[int]:
+        return [self.pool.data_ptr() + place * self.row_bytes for place in self.places.tolist()]
+
+    # What a transport's server asks of its owner.
+    def admit(self, header: ChunkHeader) -> None:
+        pass
+
+    def deliver(self, header: ChunkHeader, payload: torch.Tensor, aux: memoryview) -> Reply:
+        self.pool[self.places] = payload.view(self.rows, self.row_bytes)
+        return Reply(header.room)
+
+
+def usable(name: str) -> bool:
+    try:
+        transport_named(name)[0].prepare(HOST, TransportConfig(accept_unauthenticated=True))
+    except RuntimeError:
+        return False
+    return True
+
+
+def receive(world: World) -> None:
+    """Say where everything is, take plain sockets' bytes, and tell the sum of the rows when asked."""
+    servers = {name: transport_named(name)[1](HOST, world, world.config) for name in TRANSPORTS if usable(name)}
+    said: dict[str, Any] = {"ports": {name: server.port for name, server in servers.items()}}
+    listener, control = socket.create_server((HOST, 0)), socket.create_server((HOST, 0))
+    said |= {"socket": listener.getsockname()[1], "control": control.getsockname()[1], "addresses": world.addresses()}
+    kept = []
+    for name in LIBRARIES:
+        if name in servers:
+            writer = servers[name]._writer  # type: ignore[attr-defined]
+            writer.register(world.pool.view(-1))
+            said[name] = writer.place(world.pool.view(-1)).decode()
+            kept.append(writer)
+    print(json.dumps(said), flush=True)
+    data, _ = listener.accept()
+    orders, _ = control.accept()
+    lines = orders.makefile("r")
+    staging = bytearray(world.total)
+    for line in lines:
+        if line == "packed\n":
+            _fill(data, memoryview(staging))
+            world.deliver(_header(world, 0), torch.frombuffer(staging, dtype=torch.uint8), memoryview(b""))
+        elif line == "scattered\n":
+            for piece in world.pieces():
+                _fill(data, piece)
+        elif line == "clear\n":
+            world.pool.zero_()
+        if line == "sum\n":
+            orders.sendall(f"{int(world.pool[world.places].long().sum())}\n".encode())
+        else:
+            orders.sendall(b"done\n")
+
+
+def _fill(connection: socket.socket, view: memoryview) -> None:
+    while view:
+        view = view[connection.recv_into(view) :]
+
+
+def _header(world: World, room: int) -> ChunkHeader:
+    return ChunkHeader(bytes(32), room, 0, world.rows, 0, world.rows, 0, world.total, False)
+
+
+class Replies(queue.Queue):  # type: ignore[type-arg]
+    """Of one channel."""
+
+    def on_reply(self, reply: Reply) -> None:
+        self.put(reply.reason)
+
+    def on_lost(self, reason: str) -> None:
+        self.put(reason)
+
+
+def send(world: World, arguments: list[str]) -> list[dict[str, Any]]:
+    child = subprocess.Popen([sys.executable, __file__, "receive", *arguments], stdout=subprocess.PIPE, text=True)
+    assert child.stdout
+    said = next(json.loads(line) for line in child.stdout if line.startswith("{"))
+    data = socket.create_connection((HOST, said["socket"]))
+    orders = socket.create_connection((HOST, said["control"]))
+    answers = orders.makefile("r")
+
+    def order(what: str) -> str:
+        orders.sendall(f"{what}\n".encode())
+        return answers.readline().strip()
+
+    def over_socket(how: str, parts: Callable[[], list[memoryview]]) -> Callable[[], None]:
+        def move() -> None:
+            orders.sendall(f"{how}\n".encode())
+            left = parts()
+            while left:
+                now, left = left[:MOST_PARTS], left[MOST_PARTS:]
+                sent, whole = data.sendmsg(now), sum(map(len, now))
+                if sent < whole:
+                    data.sendall(b"".join(now)[sent:])
+            assert answers.readline() == "done\n"
+
+        return move
+
+    def over(name: str) -> Callable[[], None]:
+        replies = Replies()
+        channel = transport_named(name)[0](HOST, said["ports"][name], replies, world.config)  # type: ignore[call-arg]
+
+        def move() -> None:
+            channel.staging.view(world.rows, world.row_bytes).copy_(world.pool[world.places])
+            channel.send(_header(world, 1), memoryview(b""))
+            reason = replies.get(timeout=60)
+            assert not reason, reason
+
+        return move
+
+    def memcpy() -> None:
+        staging = world.pool[world.places]
+        other[world.places] = staging
+
+    other = torch.zeros_like(world.pool)
+    gathered = lambda: [world.pool[world.places].view(-1).numpy().data]  # noqa: E731
+    ways: dict[str, Callable[[], None]] = {
+        "memcpy": memcpy,
+        "socket packed": over_socket("packed", gathered),
+        "socket scattered": over_socket("scattered", world.pieces),
+    }
+    ways |= {f"{name} packed": over(name) for name in said["ports"]}
+    ways |= {f"{name} scattered": _scattered(name, world, said) for name in LIBRARIES if name in said["ports"]}
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    wanted = str(int(world.pool[world.places].long().sum()))
+    for round_ in range(world.rounds + 1):  # the first one connects
+        for way, move in ways.items():
+            order("clear")
+            begun = time.perf_counter()
+            move()
+            took = time.perf_counter() - begun
+            if round_:
+                seconds[way].append(took)
+            assert way == "memcpy" or order("sum") == wanted, f"{way} did not move the rows"
+    child.kill()
+    rates = {way: [world.total / one / 1e9 for one in found] for way, found in seconds.items()}
+    return [
+        {"way": way, "bytes": world.total, "median_gb_s": median(r), "least_gb_s": min(r), "most_gb_s": max(r)}
+        for way, r in rates.items()
+    ]
+
+
+def _scattered(name: str, world: World, said: dict[str, Any]) -> Callable[[], None]:
+    """Each row its own piece of one transfer of the library."""
+    module = sys.modules[f"pdtrim_sglang.transports.{name}"]
+    writer = module._checked("send", HOST, world.config)
+    writer.register(world.pool.view(-1))
+    target = writer.reach(said[name].encode())
+    mine, theirs, sizes = world.addresses(), said["addresses"], [world.row_bytes] * world.rows
+
+    def nixl() -> None:
+        agent = writer._agent
+        local = agent.get_xfer_descs([(at, world.row_bytes, 0) for at in mine], "DRAM")
+        remote = agent.get_xfer_descs([(at, world.row_bytes, 0) for at in theirs], "DRAM")
+        handle = agent.initialize_xfer("WRITE", local, remote, target[0], b"")
+        state = agent.transfer(handle)
+        while state == "PROC":
+            time.sleep(20e-6)
+            state = agent.check_xfer_state(handle)
+        agent.release_xfer_handle(handle)
+        assert state == "DONE"
+
+    def mooncake() -> None:
+        assert writer._engine.batch_transfer_sync_write(target[0], mine, theirs, sizes) == 0
+
+    return {"nixl": nixl, "mooncake": mooncake}[name]
+
+
+if __name__ == "__main__":
+    end, *given = sys.argv[1:]
+    made = World(end, *map(int, given))
+    if end == "receive":
+        receive(made)
+    else:
+        print(json.dumps(send(made, given)))
