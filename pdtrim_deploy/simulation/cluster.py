@@ -61,9 +61,8 @@ class _Run:
         self.load, self.isl, self.osl, self.held = load, load.isl.tolist(), load.osl.tolist(), rows.tolist()
         size = {n: cluster.request_bytes(n) for n in set(self.isl)}
         self.bytes = [size[n] for n in self.isl]
-        self.bytes_per_s, self.overhead, self.landing = (
-            cluster.link.bytes_per_s, rates.overhead_ms / 1e3, rates.transfer_ms / 1e3,
-        )  # fmt: skip
+        self.bytes_per_s = cluster.link.bytes_per_s
+        self.overhead, self.landing = rates.overhead_ms / 1e3, rates.transfer_ms / 1e3
         steps_s = rates.steps_s()
         self.prefills = [PrefillWorker(rates) for _ in range(cluster.prefill)]
         self.decodes = [DecodeWorker(steps_s, pool) for _ in range(cluster.decode)]

@@ -42,10 +42,6 @@ class Rates(BaseModel):
     max_running: PositiveInt = 256
     pool_tokens: PositiveInt | None = None
 
-    def prefill_s(self, tokens: float) -> float:
-        """Of one batch."""
-        return self.prefill_base_ms / 1e3 + tokens / self.prefill_tokens_per_s
-
     def alone_s(self, tokens: int) -> float:
         """Of one request in as many chunks as it needs."""
         return -(-tokens // self.chunk_tokens) * self.prefill_base_ms / 1e3 + tokens / self.prefill_tokens_per_s
@@ -59,7 +55,7 @@ class Rates(BaseModel):
         if len(known) > 1:
             slope = (times[-1] - times[-2]) / (batches[-1] - batches[-2])
             steps += np.maximum(0.0, wanted - batches[-1]) * max(0.0, slope)
-        return list(steps / 1e3)
+        return (steps / 1e3).tolist()
 
     def scaled(self, prefill: float, decode: float) -> Rates:
         """Of a model with these shares of the blocks: all that grows with tokens and steps, by its share."""
