@@ -1,15 +1,19 @@
 """Every transport: what is sent arrives, damage and refusal come back as replies, a lost peer is told."""
 
 import importlib
+import json
 import queue
 import socket
+import sys
 import threading
 
 import pytest
 import torch
+from pdtrim_sglang.options import transport_config
 from pdtrim_sglang.protocol import ChunkHeader, ProtocolError, Reply
 from pdtrim_sglang.transports import TRANSPORTS, TransportConfig, transport_named
-from pdtrim_sglang.transports.base import TransportError
+from pdtrim_sglang.transports.base import TransportError, UnreachableError
+from pdtrim_sglang.transports.handshake import Credentials
 
 CONFIG = TransportConfig(staging_bytes=1 << 20, connect_seconds=2, stall_seconds=2, accept_unauthenticated=True)
 LIBRARY, LOADS = {"nixl": "nixl_cu12", "mooncake": "mooncake"}, {"nixl": "_api", "mooncake": "engine"}
@@ -118,6 +122,54 @@ def test_a_lost_server_is_told_and_named(pair):
     assert f"127.0.0.1:{server.port}" in listener.next()
     with pytest.raises(TransportError, match=f"127.0.0.1:{server.port}"):
         channel.send(header(2, 10), memoryview(b""))
+
+
+def test_a_silent_connection_can_be_given_up_and_the_next_one_works(pair):
+    channel, _, handler, listener = pair
+    gate = threading.Event()
+    deliver, handler.deliver = handler.deliver, lambda *chunk: gate.wait(20) and deliver(*chunk)
+    channel.send(header(1, 10), memoryview(b""))
+    channel.abandon()
+    assert "lost decode worker" in listener.next()
+    handler.deliver = deliver
+    channel.send(header(2, 10), memoryview(b""))
+    assert listener.next() == Reply(2)
+    gate.set()
+
+
+def test_nobody_there_is_told_apart_from_a_broken_connection():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    channel = TRANSPORTS["tcp"][0]("127.0.0.1", port, Listener(), CONFIG)
+    with pytest.raises(UnreachableError, match=f"cannot reach decode worker 127.0.0.1:{port}"):
+        channel.send(header(1, 10), memoryview(b""))
+
+
+def test_transports_that_let_strangers_write_are_refused_unless_one_says_so():
+    with pytest.raises(RuntimeError, match="without authentication"):
+        TRANSPORTS["mooncake"][1]("127.0.0.1", Handler(), TransportConfig())
+    with pytest.raises(RuntimeError, match="without authentication"):
+        TRANSPORTS["nixl"][0].prepare("192.0.2.7", TransportConfig())
+
+
+@pytest.mark.parametrize("name", sorted(LIBRARY))
+def test_a_missing_library_is_one_sentence(name, monkeypatch):
+    monkeypatch.setitem(sys.modules, f"{LIBRARY[name]}.{LOADS[name]}", None)
+    module = importlib.import_module(f"pdtrim_sglang.transports.{name}")
+    monkeypatch.setattr(module, "_writer", module._writer.__wrapped__)
+    with pytest.raises(RuntimeError, match=r"cannot be loaded .*; install it into the serve environment: pip install"):
+        TRANSPORTS[name][0].prepare("127.0.0.1", CONFIG)
+
+
+def test_what_a_worker_is_told_of_its_transport():
+    credentials = Credentials(b"d" * 32, b"s" * 16)
+    assert transport_config("", credentials) == TransportConfig(credentials=credentials)
+    told = {"stall_seconds": 3, "port": 5000, "announce": "gateway:6000"}
+    made = transport_config(json.dumps({"pdtrim_secret_file": "x", "pdtrim_transport": told}), credentials)
+    assert (made.stall_seconds, made.port, made.announce, made.credentials) == (3, 5000, "gateway:6000", credentials)
+    for wrong in ({"stall": 3}, {"stall_seconds": 0}, {"announce": "no port"}, {"port": 70000}):
+        with pytest.raises(RuntimeError, match=rf"pdtrim_transport.{next(iter(wrong))} in .*valid: accept_unauth"):
+            transport_config(json.dumps({"pdtrim_transport": wrong}), credentials)
 
 
 def test_an_unknown_transport_lists_the_valid_names():
