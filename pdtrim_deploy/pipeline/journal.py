@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from pdtrim_deploy.bundle import COMPLETE, ENGINES, WORK, Step, read_seal, write_atomic
+from pdtrim_deploy.bundle import COMPLETE, ENGINES, REPORTS, WORK, Step, read_seal, write_atomic
 from pdtrim_deploy.errors import UserError
 
 _STEPS = TypeAdapter(dict[str, Step])
@@ -97,6 +97,8 @@ def claim(out: Path, force: bool) -> Iterator[None]:
             shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
         if force:
             write_atomic(out / WORK / "steps.json", "{}")
+            for search in (out / REPORTS).glob("search-*.jsonl"):  # else the search would go on from its end
+                search.unlink()
         (out / WORK).mkdir(exist_ok=True)
         yield
         shutil.rmtree(out / WORK)

@@ -1,0 +1,117 @@
+"""The annealed search as a step of a build: stopped and resumed, made anew by force, refused where it cannot be."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pdtrim_deploy.cache import Cache
+from pdtrim_deploy.checkpoints import FAMILIES
+from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.loadtest.text import WORDS
+from pdtrim_deploy.pipeline import build
+from pdtrim_deploy.recipe import Recipe
+
+
+def recipe(folder: Path, model: Path, **pruning: object) -> Recipe:
+    texts, rng = folder / "text", random.Random(0)
+    texts.mkdir(exist_ok=True)
+    for n in range(6):
+        (texts / f"{n}.txt").write_text(" ".join(rng.choices(WORDS, k=200)))
+    data = {
+        "name": "searched",
+        "model": {"source": f"hf:{model}"},
+        "calibration": {"corpus": f"dir:{texts}", "sequences": 4, "length": 40},
+        "pruning": {"method": "anneal", "prefill_blocks": 1, "decode_blocks": 3, "steps": 12} | pruning,
+        "healing": {"sequences": 4, "length": 40},
+        "evaluation": {"corpus": f"dir:{texts}", "sequences": 2, "prompt_tokens": 40, "continuation_tokens": 8},
+    }
+    (folder / "r.yaml").write_text(yaml.safe_dump(data))
+    return Recipe.load(folder / "r.yaml")
+
+
+def rows(out: Path, stage: str) -> list[dict]:
+    lines = (out / "reports" / f"search-{stage}.jsonl").read_text().splitlines()[1:]
+    return [
+        {key: value for key, value in json.loads(line).items() if key not in ("seconds", "block_forwards")}
+        for line in lines
+    ]
+
+
+def test_a_stopped_search_goes_on_and_force_begins_anew(tmp_path: Path, tiny_llama_dir: Path, cache: Cache) -> None:
+    asked, out = recipe(tmp_path, tiny_llama_dir), tmp_path / "b"
+
+    def stop(line: str) -> None:
+        if "decode: anneal 5/12" in line:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(asked, out, cache, stop)
+    assert not (out / "COMPLETE").exists()
+    kept = rows(out, "prefill"), rows(out, "decode")
+    lines: list[str] = []
+    bundle = build(asked, out, cache, lines.append)
+    assert not any("anneal 4/12" in line for line in lines)
+    assert rows(out, "prefill") == kept[0]
+    assert rows(out, "decode")[: len(kept[1])] == kept[1]
+    assert bundle.verify() == []
+    again = build(asked, tmp_path / "c", cache)
+    assert again.plan == bundle.plan
+    assert rows(out, "decode") == rows(tmp_path / "c", "decode")
+    report = json.loads((out / "reports" / "pruning.json").read_text())
+    start, *steps = rows(out, "decode")[1:]  # two removals by greedy, then the chain
+    assert report["decode"]["loss"] == min([start["loss"], *(row["loss"] for row in steps if row["accepted"])])
+    forced: list[str] = []
+    build(asked, out, cache, forced.append, force=True)
+    assert any("anneal 1/12" in line for line in forced)
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_a_whole_search_writes_checkpoints_that_plain_transformers_loads(
+    architecture: str, tmp_path: Path, tiny_dir: Callable[[str], Path], cache: Cache
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    bundle = build(recipe(tmp_path, tiny_dir(architecture), distil=True, threshold=-0.9), tmp_path / "b", cache)
+    report = json.loads((tmp_path / "b" / "reports" / "pruning.json").read_text())
+    for stage, saved in (("prefill", 1), ("decode", 3)):
+        assert len(report[stage]["removed"]) + len(report[stage]["pairs"]) == saved
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path / "b" / stage, output_loading_info=True
+        )
+        assert len(model.model.layers) == 6 - saved
+        assert not info["missing_keys"]
+        assert not info["unexpected_keys"]
+    assert len(bundle.plan.decode_layers) == 3
+
+
+@pytest.mark.parametrize(
+    ("pruning", "says"),
+    [
+        ({"decode_blocks": 6}, "pruning.decode_blocks is 6; allowed: at most 5, the model has 6 blocks"),
+        ({"method": "greedy", "distil": True}, "distil is true but method is greedy"),
+        ({"threshold": 1.5}, "pruning.threshold is 1.5"),
+        ({"minutes": 0}, "pruning.minutes is 0"),
+    ],
+)
+def test_what_cannot_be_is_one_sentence(
+    pruning: dict[str, object], says: str, tmp_path: Path, tiny_llama_dir: Path, cache: Cache
+) -> None:
+    with pytest.raises(UserError, match=says):
+        build(recipe(tmp_path, tiny_llama_dir, **pruning), tmp_path / "b", cache)
+    assert not (tmp_path / "b").exists()
+
+
+def test_no_calibration_text_leaves_nothing(tmp_path: Path, tiny_llama_dir: Path, cache: Cache) -> None:
+    asked = recipe(tmp_path, tiny_llama_dir)
+    for file in (tmp_path / "text").iterdir():
+        file.unlink()
+    with pytest.raises(UserError) as stopped:
+        build(asked, tmp_path / "b", cache)
+    assert "\n" not in str(stopped.value)
+    assert not (tmp_path / "b" / "COMPLETE").exists()
+    assert not (tmp_path / "b" / "reports").exists()
