@@ -30,11 +30,17 @@ class Terminal:
         end = time.monotonic() + seconds
         while pattern is None or not re.search(pattern, self.screen):
             assert time.monotonic() < end, self.screen
-            if select.select([self._fd], [], [], 0.1)[0]:
-                try:
-                    self.screen += os.read(self._fd, 65536).decode(errors="replace")
-                except OSError:  # the other side is closed
-                    break
+            if not self.read():
+                break
+
+    def read(self, seconds: float = 0.1) -> bool:
+        """What has come, waiting a moment for it; False when the command has ended."""
+        if select.select([self._fd], [], [], seconds)[0]:
+            try:
+                self.screen += os.read(self._fd, 65536).decode(errors="replace")
+            except OSError:  # the other side is closed
+                return False
+        return True
 
     @property
     def text(self) -> str:

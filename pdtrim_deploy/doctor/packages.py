@@ -74,7 +74,7 @@ def installed(name: str) -> str | None:
 
 def wanted_version(name: str, extra: str, lock: Path = REPO / "constraints") -> tuple[str | None, str]:
     """The pinned version, where there is one, and the command that installs it."""
-    file = lock / f"{'serve' if extra == 'serve' else 'build'}.txt"
+    file = lock / f"{extra if extra in ('serve', 'aiperf') else 'build'}.txt"
     if file.is_file():
         match = re.search(rf"^{re.escape(name)}==(\S+)$", file.read_text(), re.MULTILINE)
         if match:

@@ -7,8 +7,11 @@ import shutil
 import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from pdtrim_deploy.doctor.base import ALL, Asked, Finding, Job
+from pdtrim_deploy.doctor.packages import wanted_version
+from pdtrim_deploy.serving.environment import REPO
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,34 @@ class Program:
             status="ok" if path else "missing",
             detail=f"{_version(path, self.version) if path else 'not on PATH'} ({self.why})",
             mend=None if path else self.mend,
+        )
+
+
+@dataclass(frozen=True)
+class Aiperf:
+    """The second load generator, where its driver looks for it: `.venv/aiperf` of the clone or of here, else PATH."""
+
+    jobs: tuple[Job, ...] = ("serve", "demo")
+
+    def look(self, asked: Asked) -> Iterable[Finding]:
+        """One line; its version by its metadata, for it takes seconds to say it itself."""
+        wanted, _ = wanted_version("aiperf", "aiperf")
+        places = [folder / ".venv" / "aiperf" for folder in (REPO, Path.cwd())]
+        known = [file for place in places for file in place.glob("lib/python*/site-packages/aiperf-*.dist-info")]
+        on_path = shutil.which("aiperf")
+        version = known[0].name.split("-")[1].removesuffix(".dist") if known else None
+        if version is None and on_path:
+            version = _output([on_path, "--version"]).strip() or "of no version"
+        good = version is not None and wanted in (None, version)
+        pip = "python3 -m venv .venv/aiperf && .venv/aiperf/bin/pip install aiperf"
+        yield Finding(
+            group="tools",
+            name="aiperf",
+            status="ok" if good else "wrong version" if version else "missing",
+            detail=(version or "no environment of its own, and not on PATH")
+            + (f", wanted {wanted}" if version and not good else "")
+            + " (loadtest --driver aiperf)",
+            mend=None if good else "make setup-aiperf" if (REPO / "Makefile").is_file() else pip,
         )
 
 

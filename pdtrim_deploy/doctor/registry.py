@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pdtrim_deploy.doctor.base import Check
 from pdtrim_deploy.doctor.packages import Package, PythonVersion
-from pdtrim_deploy.doctor.programs import Gpu, Program
+from pdtrim_deploy.doctor.programs import Aiperf, Gpu, Program
 from pdtrim_deploy.doctor.resources import Disk, Memory
 from pdtrim_deploy.doctor.serving import SGLang
 
@@ -24,5 +24,5 @@ CHECKS: tuple[Check, ...] = (
     SGLang(),
     Program("g++", "packs KV on the CPU in one pass; torch's operations otherwise", "apt-get install g++"),
     Program("nvcc", "make plugin: the CUDA kernel", "install NVIDIA's CUDA toolkit, 13.0 or later"),
-    Program("aiperf", "a second load generator", "python3 -m venv aiperf && aiperf/bin/pip install aiperf==0.13.0"),
+    Aiperf(),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +67,12 @@ PANELS: tuple[Panel, ...] = (
     Panel("KV pool in use", "percentunit", {"{{pod}}": "sglang:token_usage"}),
     Panel("Router: requests", "reqps", {"requests": "sum(rate(smg_router_requests_total[$__rate_interval]))"}),
 )
+
+
+def names() -> list[str]:
+    """Every metric that a query asks for."""
+    text = " ".join(query for panel in PANELS for query in panel.queries.values())
+    return sorted(set(re.findall(r"\b(?:pdtrim_|sglang:|smg_)\w+", text)))
 
 
 def dashboard() -> dict[str, Any]:

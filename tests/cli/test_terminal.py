@@ -81,7 +81,7 @@ def programs_of(folder: Path) -> list[str]:
             lines.append(Path(f"/proc/{entry}/cmdline").read_bytes().replace(b"\0", b" ").decode())
         except (OSError, ValueError):
             continue
-    return [line for line in lines if str(folder) in line and "pytest" not in line]
+    return [line for line in lines if str(folder) in line and " -m pytest" not in line]
 
 
 def run(*args: object, **more: object) -> subprocess.CompletedProcess[str]:
@@ -90,9 +90,13 @@ def run(*args: object, **more: object) -> subprocess.CompletedProcess[str]:
 
 
 def stopped(terminal: Terminal, command: str) -> None:
-    """Press Ctrl-C: one sentence that says how to go on, no traceback, the shell's code for it."""
+    """Press Ctrl-C: one sentence that says how to go on, no traceback, the shell's code for it.
+
+    Where C code saw the KeyboardInterrupt first (torch, while it is imported), Python ends itself by SIGINT after all
+    of that: the same code in a shell.
+    """
     terminal.press(CTRL_C)
-    assert terminal.ended() == 130, terminal.text
+    assert terminal.ended() in (130, -signal.SIGINT), terminal.text
     assert terminal.text.rstrip().endswith(f"pdtrim-deploy: stopped by Ctrl-C; {RESUME.get(command, OTHERWISE)}")
     assert "Traceback" not in terminal.text
 
@@ -154,7 +158,7 @@ def opened(pipe: Path, terminal: Terminal) -> int:
         try:
             return os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
         except OSError:
-            terminal.read_until("", 1)
+            terminal.read()
             assert time.monotonic() < end, terminal.text
             time.sleep(0.02)
 
@@ -188,8 +192,11 @@ def test_while_servers_start(command: str, served: Path, serve_python: Path, rec
     if command == "demo":
         terminal.read_until(r"build the dense bundle( \.\.\.|:)")
         return stopped(terminal, command)
-    terminal.read_until("prefill-0 is up")
-    assert len(programs_of(tmp_path)) >= 2
+    end = time.monotonic() + 60
+    while len(programs_of(tmp_path)) < 3:  # the command itself and both workers
+        terminal.read()
+        assert time.monotonic() < end, terminal.text
+        time.sleep(0.1)
     stopped(terminal, command)
     return None
 
@@ -216,7 +223,7 @@ def test_under_load(command: str) -> None:
         terminal = Terminal(command, one, *([other] if command == "compare" else []))
         end = time.monotonic() + 30
         while not behaviour.in_flight:
-            terminal.read_until("", 5)
+            terminal.read()
             assert time.monotonic() < end, terminal.text
             time.sleep(0.05)
         stopped(terminal, command)
@@ -224,7 +231,7 @@ def test_under_load(command: str) -> None:
 
 def test_the_doctor_is_stopped_while_it_asks(tmp_path: Path) -> None:
     python = tmp_path / "python"
-    python.write_text(f"#!/bin/sh\nexec sleep 600\n")
+    python.write_text("#!/bin/sh\nexec sleep 600\n")
     python.chmod(0o755)
     terminal = Terminal("doctor", "--serve-python", python)
     terminal.read_until("prometheus-client")
@@ -232,7 +239,7 @@ def test_the_doctor_is_stopped_while_it_asks(tmp_path: Path) -> None:
     stopped(terminal, "doctor")
 
 
-def test_colour_and_live_lines_are_for_terminals_alone(bundle: Path, tmp_path: Path) -> None:
+def test_colour_and_live_lines_are_for_terminals_alone(bundle: Path, recipe_file: Path) -> None:
     for args, live in (
         (("doctor", "--for", "build"), "\x1b[32mok"),
         (("inspect", bundle), "\x1b["),
@@ -243,10 +250,10 @@ def test_colour_and_live_lines_are_for_terminals_alone(bundle: Path, tmp_path: P
         assert live in terminal.screen
         assert not re.search(r"\x1b\[(\d;)*[39]\d", without_colour(*args))
         assert "\x1b" not in run(*args).stdout
-    piped = run("build", bundle / "recipe.yaml", "--out", tmp_path / "b", "--cache-dir", tmp_path / "c")
-    assert piped.returncode == 0
+    piped = run("build", recipe_file, "--out", bundle, "--cache-dir", recipe_file.parent / "cache")
+    assert piped.returncode == 0, piped.stderr
+    assert "prune: done before" in piped.stderr
     assert "\x1b" not in piped.stdout + piped.stderr
-    assert not re.search(r"[⠋⠙⠹⠸]", piped.stderr)
 
 
 def without_colour(*args: object) -> str:

@@ -11,15 +11,10 @@ from pathlib import Path
 
 import click
 import pytest
+from shown import HOW, ROOT, bare, shown
 
 from pdtrim_deploy.cli import cli
 
-ROOT = Path(__file__).parents[2]
-WRITTEN = sorted(
-    path
-    for path in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "deploy" / "README.md"]
-    if "reference" not in path.parts
-)
 MAKE_TARGETS = set(re.findall(r"^([a-z%-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
 
@@ -38,19 +33,6 @@ def test_it_builds_without_a_warning(tmp_path: Path) -> None:
     assert "pdtrim_kv_wire_bytes" in (tmp_path / "site" / "reference" / "metrics" / "index.html").read_text()
     (tmp_path / "docs" / "tutorial.md").write_text("[gone](nowhere.md)\n")
     assert subprocess.run(command, cwd=tmp_path, capture_output=True, check=False).returncode == 1
-
-
-def commands(text: str) -> list[str]:
-    """Every `pdtrim-deploy ...` and `make ...`: lines of code blocks, with their continuations, and inline code."""
-    blocks = re.findall(r"^ *```[^\n]*\n(.*?)^ *```", text, re.DOTALL | re.MULTILINE)
-    lines = [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    inline = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
-    found = [re.sub(r"^(\$ |\.venv/build/bin/)", "", line) for line in [*lines, *inline]]
-    return [line for line in found if re.match(r"(pdtrim-deploy|make) [a-z-]", line)]
-
-
-def shown() -> list[tuple[str, str]]:
-    return [(str(p.relative_to(ROOT)), line) for p in WRITTEN for line in dict.fromkeys(commands(p.read_text()))]
 
 
 def check(line: str) -> None:
@@ -89,6 +71,40 @@ def test_a_command_that_is_shown_exists(file: str, line: str) -> None:
     check(line)
 
 
+@pytest.mark.parametrize(("file", "line"), shown())
+def test_a_command_that_is_shown_is_tried(file: str, line: str) -> None:
+    assert bare(line) in HOW, f"{file} shows it; say in tests/docs/commands.yaml how it is tried"
+    how = HOW[bare(line)]
+    if "gpu" in how:
+        assert "Not run yet" in (ROOT / file).read_text()
+
+
+def test_no_command_is_tried_that_is_not_shown() -> None:
+    assert set(HOW) == {bare(line) for _, line in shown()}
+
+
+@pytest.mark.parametrize("line", HOW)
+def test_what_tries_a_command_exists(line: str) -> None:
+    how = HOW[line]
+    (kind,) = set(how) - {"codes"}
+    if kind == "test":
+        file, _, name = how["test"].partition("::")
+        text = (ROOT / file).read_text()
+        assert f"def {name}(" in text if name else "def test_" in text
+    elif kind == "long":
+        assert (ROOT / how["long"]).exists()
+        assert line.removeprefix("make ") in (ROOT / how["long"]).read_text() or "pdtrim-deploy" in line
+    elif kind == "ci":
+        assert "make test\n" in (ROOT / ".ci" / "run").read_text()
+        assert re.search(r"^test: test-unit test-docs test-serve", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    elif kind == "make":  # what it would do, without doing it
+        done = subprocess.run(["make", "-n", line.split()[1]], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert how["make"] in done.stdout
+    else:
+        assert kind in {"run", "gpu", "picture"}
+
+
 @pytest.mark.parametrize(
     "line",
     [
@@ -96,7 +112,7 @@ def test_a_command_that_is_shown_exists(file: str, line: str) -> None:
         "pdtrim-deploy build recipes/smollm2-demo.yaml --ouut x",
         "pdtrim-deploy build recipes/gone.yaml --out x",
         "pdtrim-deploy serve out/bundle --device tpu",
-        "pdtrim-deploy deploy render out/bundle",
+        "pdtrim-deploy deploy render out/bundle --to swarm",
         "make coffee",
     ],
 )

@@ -130,6 +130,31 @@ def test_gpus_are_listed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     assert (line.status, line.needed_by) == ("missing", ())
 
 
+def test_aiperf_is_looked_for_where_its_driver_takes_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(programs, "REPO", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (line,) = programs.Aiperf().look(Asked())
+    assert (line.status, line.needed_by) == ("missing", ())
+    for version, status in (("0.1.0", "wrong version"), (wanted_version("aiperf", "aiperf")[0], "ok")):
+        site = tmp_path / ".venv" / "aiperf" / "lib" / "python3.11" / "site-packages"
+        for old in site.glob("*"):
+            old.rmdir()
+        (site / f"aiperf-{version}.dist-info").mkdir(parents=True)
+        (line,) = programs.Aiperf().look(Asked())
+        assert (line.status, bool(line.mend)) == (status, status != "ok")
+
+
+def test_what_judging_takes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    recipe = Recipe.load(ROOT / "recipes" / "smollm2-demo.yaml")
+    wanted = resources.needs(recipe)
+    assert wanted is not None
+    assert wanted.judge == pytest.approx(resources.PROGRAM + 2 * 134.5e6 * 4, rel=0.02)
+    monkeypatch.setattr(resources, "memory", lambda: (10**9, 10**9))
+    with pytest.raises(UserError, match="cannot eval: memory to eval: smollm2-demo takes about"):
+        require("eval", Asked(recipe))
+
+
 def test_every_lack_has_a_mend_and_the_exit_code_follows(
     capsys: pytest.CaptureFixture[str], serve_python: Path
 ) -> None:

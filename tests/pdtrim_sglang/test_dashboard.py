@@ -5,16 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from pdtrim_deploy.manifests import dashboard
+
 pytest.importorskip("sglang", reason="needs the serve environment")
 
 KINDS = {"Histogram": ("_bucket", "_sum", "_count"), "Counter": ("",), "Gauge": ("",)}
-
-
-def asked() -> set[str]:
-    from pdtrim_deploy.manifests.dashboard import PANELS
-
-    text = " ".join(query for panel in PANELS for query in panel.queries.values())
-    return set(re.findall(r"\b(?:pdtrim_|sglang:|smg_)\w+", text))
 
 
 def of_the_plugin() -> set[str]:
@@ -44,7 +39,7 @@ def test_every_name_is_exported():
 
     (library,) = Path(sglang_router.__path__[0]).glob("*.so")
     known, compiled = of_the_plugin() | of_sglang(), library.read_bytes()
-    names = asked()
+    names = set(dashboard.names())
     assert {name.partition("_")[0].partition(":")[0] for name in names} == {"pdtrim", "sglang", "smg"}
     unknown = {n for n in names if n not in known and not (n.startswith("smg_") and n.encode() in compiled)}
     assert unknown == set()

@@ -1,0 +1,73 @@
+"""Every command of README and docs that takes seconds and no GPU runs, as shown (tests/docs/commands.yaml)."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from shown import ROOT, to_run
+from sse_server import Behaviour, serve
+
+from pdtrim_deploy.cache import Cache
+from pdtrim_deploy.pipeline import build
+from pdtrim_deploy.recipe import Recipe
+
+URL = "http://127.0.0.1:8000"  # as shown
+BUILDS = sorted(command for command in to_run() if " build " in command and "dry-run" not in command)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, tiny_llama_dir: Path) -> Path:
+    """What a user of the clone has: its recipes, bundles in out/, recipes of their own, text."""
+    at = tmp_path_factory.mktemp("clone")
+    for name in ("recipes", "scenarios", "benchmarks", "Makefile", "tools", "pdtrim_deploy"):
+        (at / name).symlink_to(ROOT / name)
+    (at / "text").mkdir()
+    for n in range(12):
+        (at / "text" / f"{n}.txt").write_text("the quick brown fox jumps over the lazy dog " * 60)
+    mine = {
+        "name": "mine",
+        "model": {"source": f"hf:{tiny_llama_dir}"},
+        "calibration": {"corpus": f"dir:{at / 'text'}", "sequences": 2, "length": 64},
+        "evaluation": {"corpus": f"dir:{at / 'text'}", "sequences": 2, "prompt_tokens": 48, "continuation_tokens": 8},
+        "pruning": {"method": "greedy", "prefill_blocks": 1, "decode_blocks": 2},
+        "kv": {"method": "all", "n_first": 2, "n_last": 8},
+    }
+    (at / "mine.yaml").write_text(yaml.safe_dump(mine))
+    theirs = {
+        "include": ["recipes/llama-3.1-8b-balanced.yaml"],
+        "name": "llama-3.1-8b",
+        "model": {"source": "hf:/models/Llama-3.1-8B"},
+    }
+    (at / "llama.yaml").write_text(yaml.safe_dump(theirs))
+    build(Recipe.model_validate(mine), at / "out" / "bundle", Cache(at / "cache"))
+    for name in ("dense", "pruned"):
+        shutil.copytree(at / "out" / "bundle", at / "out" / "demo" / name)
+    return at
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    with serve(Behaviour(ttft=0.005, itl=0.0005)) as found:
+        yield found
+
+
+@pytest.mark.parametrize("command", [*BUILDS, *(one for one in to_run() if one not in BUILDS)])
+def test_it_runs_as_shown(command: str, folder: Path, url: str) -> None:
+    words = shlex.split(command.replace(URL, url))
+    if words[0] == "pdtrim-deploy":
+        words[:1] = [sys.executable, "-m", "pdtrim_deploy"]
+        if any(one in words[3:4] for one in ("eval", "fidelity", "build", "demo")):
+            words += ["--cache-dir", "cache"]
+        if "serve" in words[3:4] or ("--dry-run" in words and words[3] in ("loadtest", "compare", "fidelity")):
+            words += ["--serve-python", sys.executable]
+    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, check=False, timeout=250)
+    assert done.returncode in to_run()[command], done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout

@@ -1,0 +1,46 @@
+"""The commands that README and docs show, and how each is tried (tests/docs/commands.yaml)."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).parents[1]
+HOW: dict[str, dict[str, Any]] = yaml.safe_load((ROOT / "tests" / "docs" / "commands.yaml").read_text())
+WRITTEN = sorted(
+    path
+    for path in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "deploy" / "README.md"]
+    if "reference" not in path.parts
+)
+
+
+def commands(text: str) -> list[str]:
+    """Every `pdtrim-deploy ...` and `make ...`: lines of code blocks, with their continuations, and inline code."""
+    blocks = re.findall(r"^ *```[^\n]*\n(.*?)^ *```", text, re.DOTALL | re.MULTILINE)
+    lines = [line.strip() for block in blocks for line in re.sub(r"\\\n *", "", block).splitlines()]
+    inline = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+    found = [re.sub(r"^(\$ |\.venv/build/bin/)", "", line) for line in [*lines, *inline]]
+    return [line for line in found if re.match(r"(pdtrim-deploy|make) [a-z-]", line)]
+
+
+def bare(line: str) -> str:
+    """Less comments, redirections and pictures, single spaces: a key of HOW."""
+    return re.split(r" [>;#]|  +", line.replace("\\|", "|"))[0].strip()
+
+
+def shown() -> list[tuple[str, str]]:
+    """(file, line) of all of them."""
+    return [(str(p.relative_to(ROOT)), line) for p in WRITTEN for line in dict.fromkeys(commands(p.read_text()))]
+
+
+def to_run() -> dict[str, set[int]]:
+    """Commands that tests/cli/test_shown.py runs, and the exit codes allowed."""
+    found: dict[str, set[int]] = {}
+    for line, how in HOW.items():
+        if "run" in how:
+            command = line if how["run"] is True else how["run"]
+            found[command] = {0, *how.get("codes", ())} | found.get(command, set())
+    return found
