@@ -155,7 +155,7 @@ def pruning(data: dict[str, Any]) -> str:
     head = ("removed", "method", "Brown", "Austen", "Brown, one model", "choice", "block-forwards")
     return table(head, rows) + where(
         data["environment"],
-        f"PD perplexity of {asked['sequences']} x {asked['continuation']} tokens behind {asked['prompt']}-token prompts, "
+        f"PD perplexity of {asked['sequences']} x {asked['continuation']} tokens after {asked['prompt']} of prompt, "
         f"prefill loses a third as many, chosen on {asked['calibration']} x {asked['length']} tokens of Brown's "
         f"calibration split; {asked['questions']} questions of Social IQa; ± is half the range of the seeds",
     )
