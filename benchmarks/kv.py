@@ -37,7 +37,7 @@ CONTINUATION = 9  # of each calibration sequence: texts differ more than places 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--prompt", type=int, default=512)
-    parser.add_argument("--reductions", type=float, nargs="+", default=[2, 3, 4.95, 8, 12])
+    parser.add_argument("--reductions", type=float, nargs="+", default=[2, 3, 4.95, 8, 10, 12])
     parser.add_argument("--calibration", type=int, default=48, help="sequences that choose")
     parser.add_argument("--sequences", type=int, default=16, help="judged for perplexity")
     parser.add_argument("--questions", type=int, default=80, help="of choice")

@@ -33,14 +33,14 @@ from pdtrim_deploy.sizing.workers import Goal, rates_of, size
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "out" / "bench-simulation"
 LOOPBACK = Link(8e9)  # 1 GB/s; the rates' transfer_ms holds what a transfer takes here
-# Closed loops: requests, clients, prompt, answer.
+# Closed loops: requests, clients, prompt, answer. Short prompts and long answers keep the decode batch full.
 CALIBRATION = {
     "short prompts": (2, 1, 64, 8),
     "long prompts": (2, 1, 384, 8),
-    "1 at once": (2, 1, 192, 32),
-    "2 at once": (2, 2, 192, 32),
-    "4 at once": (4, 4, 192, 32),
-    "8 at once": (8, 8, 192, 32),
+    "1 at once": (2, 1, 64, 48),
+    "2 at once": (2, 2, 64, 48),
+    "4 at once": (4, 4, 64, 48),
+    "8 at once": (8, 8, 64, 48),
 }
 # Open loops: arrivals a second, requests.
 CHECKS = {"Poisson 0.5/s": (0.5, 12), "Poisson 0.8/s": (0.8, 20)}
