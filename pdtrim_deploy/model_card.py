@@ -102,7 +102,9 @@ def measured(quality: Quality) -> str:
 def _students(plan: PDPlan, stage: Stage) -> str:
     pairs = sorted({action.pair for action in plan.actions(stage) if action.kind == "distilled"})
     said = ", ".join(f"{first} and {second}" for first, second in pairs)
-    return f"; one student block in the place of each of the pairs {said}" if pairs else ""
+    alone = [str(block) for block, action in enumerate(plan.actions(stage)) if action.kind == "kv_only"]
+    kv_only = f"; for their K and V alone: {', '.join(alone)}" if alone else ""
+    return (f"; one student block in the place of each of the pairs {said}" if pairs else "") + kv_only
 
 
 def _changed(recipe: Recipe, stage: Stage) -> list[str]:

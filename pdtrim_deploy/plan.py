@@ -17,11 +17,23 @@ from typing import Any, Literal
 from pydantic import PositiveInt, ValidationError, model_validator
 
 from pdtrim_deploy.errors import UserError
-from pdtrim_deploy.plan_blocks import Action, Distilled, Drop, Frozen, Keep, check_pairs
+from pdtrim_deploy.plan_blocks import Action, Distilled, Drop, Frozen, Keep, KVOnly, check_pairs
 from pdtrim_deploy.plan_kv import KVSend
 from pdtrim_deploy.wire import HEAD_DIM_MULTIPLE, packed_row_bytes
 
-__all__ = ["STAGES", "Action", "Distilled", "Drop", "KVSend", "Keep", "ModelShape", "NativeDtype", "PDPlan", "Stage"]
+__all__ = [
+    "STAGES",
+    "Action",
+    "Distilled",
+    "Drop",
+    "KVOnly",
+    "KVSend",
+    "Keep",
+    "ModelShape",
+    "NativeDtype",
+    "PDPlan",
+    "Stage",
+]
 
 NativeDtype = Literal["float32", "bfloat16", "float16"]
 Stage = Literal["prefill", "decode"]
@@ -65,6 +77,10 @@ class PDPlan(Frozen):
         for block, (before, after) in enumerate(zip(self.prefill, self.decode, strict=True)):
             if before.kind == "drop" and after.kind != "drop":
                 raise ValueError(f"block {block} is dropped in prefill but not in decode")
+            if after.kind == "kv_only":
+                raise ValueError(f"block {block} is kv_only in decode; only prefill may run a block for its KV alone")
+            if before.kind == "kv_only" and not (after.kind == "keep" or getattr(after, "kv_from", None) == block):
+                raise ValueError(f"block {block} is kv_only in prefill but decode does not read its KV")
         for block in self.decode_layers:
             if self._kv_source(block) is None:
                 raise ValueError(f"decode block {block} has no prefill block to take its prompt KV from")
@@ -87,12 +103,17 @@ class PDPlan(Frozen):
         return tuple(
             block
             for block, action in enumerate(self.actions(stage))
-            if action.kind == "keep" or (action.kind == "distilled" and action.pair[0] == block)
+            if action.kind in ("keep", "kv_only") or (action.kind == "distilled" and action.pair[0] == block)
         )
 
     def dropped(self, stage: Stage) -> tuple[int, ...]:
         """Blocks that the stage does not run at all."""
         return tuple(block for block, action in enumerate(self.actions(stage)) if action.kind == "drop")
+
+    @cached_property
+    def kv_only_layers(self) -> tuple[int, ...]:
+        """Layers of the prefill model that run for their K and V alone."""
+        return tuple(j for j, block in enumerate(self.prefill_layers) if self.prefill[block].kind == "kv_only")
 
     @cached_property
     def prefill_layers(self) -> tuple[int, ...]:
@@ -108,7 +129,7 @@ class PDPlan(Frozen):
         action = self.decode[block]
         parent = action.kv_from if action.kind == "distilled" else block
         made_by = self.prefill[parent]
-        if made_by.kind == "keep":
+        if made_by.kind in ("keep", "kv_only"):
             return self.prefill_layers.index(parent)
         if made_by.kind == "distilled" and made_by.kv_from == parent:
             return self.prefill_layers.index(made_by.pair[0])

@@ -41,7 +41,17 @@ class Distilled(Frozen):
         return self
 
 
-Action = Annotated[Keep | Drop | Distilled, Field(discriminator="kind")]
+class KVOnly(Frozen):
+    """Prefill only: the block makes its K and V, by projections fitted to that, and leaves the hidden state as it is.
+
+    So decode may keep a block that prefill all but skips (POP, arXiv:2602.03295). In the checkpoint it is a layer of
+    its own whose o_proj and down_proj are zero: any engine runs it rightly, one that knows it skips the rest.
+    """
+
+    kind: Literal["kv_only"] = "kv_only"
+
+
+Action = Annotated[Keep | Drop | Distilled | KVOnly, Field(discriminator="kind")]
 
 
 def check_pairs(stage: str, actions: tuple[Action, ...]) -> None:

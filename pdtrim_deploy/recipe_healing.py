@@ -40,6 +40,7 @@ class HealingSection(_Section):
     Text is `sequences` x `length` tokens of the calibration corpus; for decode the first half is the prompt.
 
     Attributes:
+        kv_only_blocks: blocks that decode keeps and prefill runs for their K and V alone, chosen by measured loss.
         compensation: without gradients: `norm` rescales (Prune&Comp), `least-squares` refits MLP outputs.
         prefill_steps, decode_steps: of logit distillation from the dense model; 0 is off.
         minutes: at most so long for each stage; a run that time ends is not repeatable to the bit.
@@ -47,6 +48,7 @@ class HealingSection(_Section):
 
     """
 
+    kv_only_blocks: NonNegativeInt = 0
     compensation: CompensationMethod = "none"
     prefill_steps: NonNegativeInt = 0
     decode_steps: NonNegativeInt = 0
@@ -60,4 +62,4 @@ class HealingSection(_Section):
     @property
     def asked(self) -> bool:
         """Whether anything is to be done."""
-        return self.compensation != "none" or bool(self.prefill_steps or self.decode_steps)
+        return self.compensation != "none" or bool(self.kv_only_blocks or self.prefill_steps or self.decode_steps)

@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from pdtrim_deploy.errors import UserError
-from pdtrim_deploy.plan import Distilled, Drop, Keep, KVSend, ModelShape, PDPlan
+from pdtrim_deploy.plan import Distilled, Drop, Keep, KVOnly, KVSend, ModelShape, PDPlan
 
 SHAPE = ModelShape(
     architecture="LlamaForCausalLM", fingerprint="f", num_blocks=6, num_kv_heads=2, head_dim=8, kv_dtype="bfloat16"
@@ -16,7 +16,7 @@ PAIR = Distilled(pair=(2, 3), kv_from=2)
 
 
 def plan(prefill="kkkkkk", decode="kkkkkk", kv=None, **changes):
-    actions = {"k": KEEP, "-": DROP, "p": PAIR}
+    actions = {"k": KEEP, "-": DROP, "p": PAIR, "o": KVOnly()}
     stages = [tuple(actions[letter] for letter in letters) for letters in (prefill, decode)]
     layers = sum(letter == "k" for letter in decode) + ("p" in decode)
     return PDPlan(
@@ -37,9 +37,20 @@ def test_a_distilled_pair_reads_the_kv_of_its_parent():
     assert plan(prefill="kkppkk", decode="kkppkk").layer_map == (0, 1, 2, 3, 4)
 
 
+def test_a_block_may_run_in_prefill_for_its_kv_alone():
+    cut = plan(prefill="k-okok", decode="k-kkkk")
+    assert cut.prefill_layers == cut.decode_layers == (0, 2, 3, 4, 5)
+    assert cut.kv_only_layers == (1, 3)
+    assert cut.layer_map == (0, 1, 2, 3, 4)
+    assert plan(prefill="kkokkk", decode="kkppkk").layer_map == (0, 1, 2, 4, 5)
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
+        ({"decode": "kkokkk", "kv": (KVSend(),) * 6}, "block 2 is kv_only in decode; only prefill"),
+        ({"prefill": "kkokkk", "decode": "kk-kkk"}, "block 2 is kv_only in prefill but decode does not read its KV"),
+        ({"prefill": "kkkokk", "decode": "kkppkk"}, "block 3 is kv_only in prefill but decode does not read its KV"),
         ({"prefill": "k-kkkk"}, "block 1 is dropped in prefill but not in decode"),
         ({"prefill": "kkppkk", "decode": "kk-kkk"}, "decode block 3 has no prefill block"),
         ({"prefill": "kkppkk"}, "decode block 3 has no prefill block"),

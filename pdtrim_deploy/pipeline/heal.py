@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pdtrim_deploy.bundle import REPORTS, write_atomic
 from pdtrim_deploy.pipeline.context import Context
-from pdtrim_deploy.plan import STAGES, KVSend, PDPlan, Stage
+from pdtrim_deploy.plan import STAGES, KVOnly, KVSend, PDPlan, Stage
 from pdtrim_deploy.pruning.solution import Solution
 from pdtrim_deploy.recipe import Recipe
 
@@ -31,7 +31,8 @@ Changed = Mapping[Stage, Mapping[int, Mapping[str, "Tensor"]]]
 
 def needed(recipe: Recipe) -> bool:
     """Whether the recipe asks for other weights than the model's own."""
-    return bool(recipe.pruning.decode_blocks) and (recipe.pruning.distil or recipe.healing.asked)
+    pruned = bool(recipe.pruning.decode_blocks) and (recipe.pruning.distil or recipe.healing.asked)
+    return pruned or bool(recipe.healing.kv_only_blocks)
 
 
 def depends_on(dump: Mapping[str, Any]) -> list[Any]:
@@ -40,7 +41,17 @@ def depends_on(dump: Mapping[str, Any]) -> list[Any]:
 
 
 def blocks_plan(context: Context) -> PDPlan:
-    """What each stage runs, as the step before chose; all KV travels whole."""
+    """What each stage runs; all KV travels whole."""
+    plan = _chosen(context)
+    if not needed(context.recipe):
+        return plan
+    alone = json.loads((context.out / HEALING).read_text())["kv_only_blocks"]
+    prefill = tuple(KVOnly() if block in alone else action for block, action in enumerate(plan.prefill))
+    return PDPlan(model=plan.model, prefill=prefill, decode=plan.decode, kv=plan.kv)
+
+
+def _chosen(context: Context) -> PDPlan:
+    """What each stage runs as the step before chose."""
     report, shape = json.loads((context.out / PRUNING).read_text()), context.shape
     prefill, decode = (Solution.parse(report[stage]) for stage in STAGES)
     blocks = shape.num_blocks
@@ -71,7 +82,7 @@ def stage_pair(context: Context) -> StagePair:
 
 
 def _key(context: Context) -> str:
-    plan, dump = blocks_plan(context), context.recipe.model_dump(mode="json")
+    plan, dump = _chosen(context), context.recipe.model_dump(mode="json")
     texts = [hashlib.sha256(ids.numpy().tobytes()).hexdigest() for ids in _texts(context)]
     said = [_VERSION, plan.digest, dump["students"], dump["healing"], texts]
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
@@ -111,12 +122,16 @@ def _make(context: Context) -> tuple[StagePair, dict[str, Any]]:
     """Students first; then compensation and healing of prefill; then those of decode, behind it."""
     from pdtrim_deploy.pruning.compensation import get_compensation
     from pdtrim_deploy.pruning.healing import heal as distil
+    from pdtrim_deploy.pruning.kv_only import relax
     from pdtrim_deploy.pruning.pair import StagePair
 
-    asked, plan, (_, ids) = context.recipe.healing, blocks_plan(context), _texts(context)
-    pair, report = _with_students(context, StagePair(context.model, plan))
+    asked, (_, ids) = context.recipe.healing, _texts(context)
+    pair, report = _with_students(context, StagePair(context.model, _chosen(context)))
+    if asked.kv_only_blocks:
+        pair = relax(pair, asked.kv_only_blocks, ids, context.note)
+    report["kv_only_blocks"] = [pair.plan.prefill_layers[layer] for layer in pair.plan.kv_only_layers]
     for stage in STAGES:
-        if len(plan.layers(stage)) == plan.model.num_blocks:
+        if all(action.kind == "keep" for action in pair.plan.actions(stage)):
             continue  # nothing was lost
         if asked.compensation != "none":
             pair = get_compensation(asked.compensation).compensate(pair, stage, ids, context.note)

@@ -19,8 +19,49 @@ RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Penalties tried, in units of the mean squared activation times the number of tokens."""
 
 
+class Ridge:
+    """Normal equations of a change to one linear map, fed batch by batch. Memory: twice in x (in + out) in float64."""
+
+    def __init__(self, features: int, outputs: int) -> None:
+        # [fit, check]: what the penalty is chosen on is not what is fitted
+        self.gram = [torch.zeros(features, features, dtype=torch.float64) for _ in range(2)]
+        self.cross = [torch.zeros(features, outputs, dtype=torch.float64) for _ in range(2)]
+        self.error, self.tokens = [0.0, 0.0], [0, 0]
+
+    def add(self, features: Tensor, missing: Tensor, check: bool) -> None:
+        """`[tokens, in]` and what its map falls short of, `[tokens, out]`, both weighted."""
+        self.gram[check] += features.T @ features  # a batch in float32, their sum in float64
+        self.cross[check] += features.T @ missing
+        self.error[check] += float(missing.double().square().sum())
+        self.tokens[check] += len(missing)
+
+    def solve(self, weight: Tensor) -> tuple[Tensor, float, float]:
+        """The new weight `[out, in]` for `weight`, and the mean squared error on checked tokens before and after.
+
+        It is `weight` itself when no penalty lowers that error, and when the errors are not numbers.
+        """
+        before = best = self.error[1] / self.tokens[1]
+        ridge = 0.0
+        if not math.isfinite(before + self.error[0]):
+            return weight, math.nan, math.nan
+        for penalty in RIDGES:
+            change = self._solve(self.gram[0], self.cross[0], penalty)
+            lowered = 2 * (change * self.cross[1]).sum() - (change * (self.gram[1] @ change)).sum()
+            if (after := (self.error[1] - float(lowered)) / self.tokens[1]) < best:
+                best, ridge = after, penalty
+        if ridge:
+            change = self._solve(self.gram[0] + self.gram[1], self.cross[0] + self.cross[1], ridge)
+            weight = weight + change.T.to(weight.dtype)
+        return weight, before, best
+
+    @staticmethod
+    def _solve(gram: Tensor, cross: Tensor, penalty: float) -> Tensor:
+        regular = gram + penalty * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+        return torch.cholesky_solve(cross, torch.linalg.cholesky(regular))
+
+
 class Refit:
-    """Normal equations of one layer, fed batch by batch. Memory: twice ffn x ffn in float64.
+    """Of one layer's `down_proj`: its error is relative to what should come out of the layer.
 
     Tokens weigh 1 / |target|^2: an attention sink's state is a hundred times longer than the others'.
     """
@@ -28,11 +69,7 @@ class Refit:
     def __init__(self, runner: Blockwise, layer: int) -> None:
         self.runner, self.layer = runner, layer
         self.down = runner.layers[layer].mlp.down_proj
-        ffn, hidden = self.down.in_features, self.down.out_features
-        # [fit, check]: what the penalty is chosen on is not what is fitted
-        self.gram = [torch.zeros(ffn, ffn, dtype=torch.float64) for _ in range(2)]
-        self.cross = [torch.zeros(ffn, hidden, dtype=torch.float64) for _ in range(2)]
-        self.error, self.tokens = [0.0, 0.0], [0, 0]
+        self.ridge = Ridge(self.down.in_features, self.down.out_features)
 
     @torch.no_grad()
     def add(self, hidden: Tensor, span: Span, target: Tensor, check: bool, kv: LayerKV | None = None) -> None:
@@ -44,36 +81,11 @@ class Refit:
         finally:
             hook.remove()
         weight = target.flatten(0, 1).norm(dim=-1, keepdim=True).reciprocal()
-        activation, missing = seen[0].flatten(0, 1) * weight, (target - out).flatten(0, 1) * weight
-        self.gram[check] += activation.T @ activation  # a batch in float32, their sum in float64
-        self.cross[check] += activation.T @ missing
-        self.error[check] += float(missing.double().square().sum())
-        self.tokens[check] += len(missing)
+        self.ridge.add(seen[0].flatten(0, 1) * weight, (target - out).flatten(0, 1) * weight, check)
 
     def solve(self) -> tuple[Tensor, float, float]:
-        """The new weight `[hidden, ffn]`, and the relative squared error on the checked tokens before and after.
-
-        The weight is the present one when no penalty lowers that error, and when the errors are not numbers.
-        """
-        before = best = self.error[1] / self.tokens[1]
-        ridge = 0.0
-        if not math.isfinite(before + self.error[0]):
-            return self.down.weight.detach(), math.nan, math.nan
-        for penalty in RIDGES:
-            change = self._solve(self.gram[0], self.cross[0], penalty)
-            lowered = 2 * (change * self.cross[1]).sum() - (change * (self.gram[1] @ change)).sum()
-            if (after := (self.error[1] - float(lowered)) / self.tokens[1]) < best:
-                best, ridge = after, penalty
-        weight = self.down.weight.detach()
-        if ridge:
-            change = self._solve(self.gram[0] + self.gram[1], self.cross[0] + self.cross[1], ridge)
-            weight = weight + change.T.to(weight.dtype)
-        return weight, before, best
-
-    @staticmethod
-    def _solve(gram: Tensor, cross: Tensor, penalty: float) -> Tensor:
-        regular = gram + penalty * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
-        return torch.cholesky_solve(cross, torch.linalg.cholesky(regular))
+        """As `Ridge.solve`."""
+        return self.ridge.solve(self.down.weight.detach())
 
 
 def set_down(layer: Any, weight: Tensor) -> None:

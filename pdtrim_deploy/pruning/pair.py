@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pdtrim_deploy.blockwise import CausalLM
 from pdtrim_deploy.checkpoints.surgery import Replacements, keep_blocks
-from pdtrim_deploy.plan import PDPlan, Stage
+from pdtrim_deploy.plan import Action, PDPlan, Stage
 
 Tensors = Mapping[str, Tensor]
 
@@ -36,9 +36,19 @@ class StagePair:
     def spans(self, stage: Stage) -> tuple[tuple[int, int], ...]:
         """For each layer of the stage `(stop, next)`: its output stands for `x_stop`, what reads it wants `x_next`.
 
-        They differ where blocks were dropped; `x_i` is the dense model's hidden state before block `i`.
+        They differ where blocks were dropped or run for their KV alone; `x_i` is the dense model's hidden state before
+        block `i`.
         """
         layers, actions = self.plan.layers(stage), self.plan.actions(stage)
         follows = (*layers[1:], self.plan.model.num_blocks)
-        stops = (actions[b].pair[1] if actions[b].kind == "distilled" else b for b in layers)  # type: ignore[union-attr]
-        return tuple((stop + 1, after) for stop, after in zip(stops, follows, strict=True))
+        return tuple((_stop(b, actions[b]), after) for b, after in zip(layers, follows, strict=True))
+
+    def adds(self, stage: Stage, block: int) -> bool:
+        """Whether that block changes the hidden state: all do but those that run for their KV alone."""
+        return self.plan.actions(stage)[block].kind != "kv_only"
+
+
+def _stop(block: int, action: Action) -> int:
+    if action.kind == "kv_only":
+        return block
+    return (action.pair[1] if action.kind == "distilled" else block) + 1

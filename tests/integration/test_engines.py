@@ -14,7 +14,7 @@ from pdtrim_deploy.evaluation.fidelity import judge, run_fidelity
 from pdtrim_deploy.evaluation.fidelity.cases import groups, text_needed
 from pdtrim_deploy.evaluation.fidelity.client import ask
 from pdtrim_deploy.evaluation.oracle import PDOracle
-from pdtrim_deploy.plan import STAGES, Distilled, Drop, Keep, KVSend, PDPlan
+from pdtrim_deploy.plan import STAGES, Distilled, Drop, Keep, KVOnly, KVSend, PDPlan
 from pdtrim_deploy.serving import Cluster, ClusterSpec, Engine, Executors, ServeEnvironment, WorkerOptions, cluster_of
 from pdtrim_deploy.serving.metrics import scrape
 
@@ -47,15 +47,20 @@ def test_smollm2_with_onnxruntime_in_both_stages(bundle, real_cache, tmp_path):
 
 @pytest.fixture(scope="module")
 def tiny(tiny_model, tmp_path_factory, real_cache):
-    """Stage checkpoints of a tiny Qwen3 by stage, their plan, and their engines; decode has a student of 1 and 2."""
+    """Stage checkpoints of a tiny Qwen3 by stage, their plan, and their engines; decode has a student of 1 and 2.
+
+    Prefill runs block 4 for its K and V alone: in torch the plugin skips the rest, an engine computes with zeros.
+    """
     folder = tmp_path_factory.mktemp("tiny")
     model = tiny_model(folder / "model", "Qwen3ForCausalLM", max_position_embeddings=2048)
     checkpoint = open_checkpoint(model, real_cache)
     student, kept = Distilled(pair=(1, 2), kv_from=1), Keep()
-    prefill = tuple(Drop() if block == 3 else Keep() for block in range(6))
+    prefill = (kept, kept, kept, Drop(), KVOnly(), kept)
     decode = (kept, student, student, Drop(), kept, kept)
-    weights = load_model(model).model.layers[2].mlp.state_dict()
-    students = {"prefill": {}, "decode": {1: {f"mlp.{name}": tensor for name, tensor in weights.items()}}}
+    dense = load_model(model).model.layers
+    weights = dense[2].mlp.state_dict()
+    silent = {name: dense[4].get_parameter(name) * 0 for name in ("self_attn.o_proj.weight", "mlp.down_proj.weight")}
+    students = {"prefill": {4: silent}, "decode": {1: {f"mlp.{name}": tensor for name, tensor in weights.items()}}}
     sparse = KVSend(mode="sparse", n_first=4, n_last=24)
     kv = (KVSend(), sparse, sparse.model_copy(update={"n_last": 9}), sparse)
     plan = PDPlan(model=checkpoint.shape("float32"), prefill=prefill, decode=decode, kv=kv)

@@ -37,7 +37,7 @@ class LeastSquares:
         for layer, (block, (stop, after)) in enumerate(zip(pair.plan.layers(stage), pair.spans(stage), strict=True)):
             walk.enter(layer, after)
             started = started or stop != after
-            if stop != after or (started and not self.gaps_only):
+            if pair.adds(stage, block) and (stop != after or (started and not self.gaps_only)):
                 refit = Refit(walk.runner, layer)
                 for batch in range(walk.batches):
                     refit.add(*walk.asked(batch), check=walk.checks(batch), kv=walk.kv(batch))

@@ -51,7 +51,7 @@ def heal(
     """
     kd = _modelopt()
     model = pair.stage(stage)
-    learned = _own(model)
+    learned = _own(model, [pair.adds(stage, block) for block in pair.plan.layers(stage)])
     with torch.random.fork_rng():
         student: Any = kd.convert(
             Behind(model),
@@ -132,11 +132,14 @@ class _Loss:
         return sum(loss * n for loss, n in losses) / len(ids)
 
 
-def _own(model: Any) -> list[dict[str, nn.Parameter]]:
-    """Give the stage its own copies of what is trained (it shares the rest with the teacher), by layer."""
+def _own(model: Any, adds: list[bool]) -> list[dict[str, nn.Parameter]]:
+    """Give the stage its own copies of what is trained (it shares the rest with the teacher), by layer.
+
+    A layer that adds nothing to the hidden state goes on doing so.
+    """
     learned = []
-    for layer in model.model.layers:
-        mine = {name: nn.Parameter(p.detach().clone()) for name, p in trainable(layer).items()}
+    for layer, learns in zip(model.model.layers, adds, strict=True):
+        mine = {name: nn.Parameter(p.detach().clone()) for name, p in trainable(layer).items() if learns}
         for name, parameter in mine.items():
             owner, _, leaf = name.rpartition(".")
             layer.get_submodule(owner)._parameters[leaf] = parameter

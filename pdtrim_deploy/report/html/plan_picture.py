@@ -11,7 +11,7 @@ KV_TOP = 92
 
 
 def plan_picture(plan: PDPlan, tokens: int) -> Markup:
-    """Kept, dropped and distilled blocks of both stages; full and sparse KV with rows, wire dtype and bytes."""
+    """Kept, dropped, distilled and KV-only blocks of both stages; full and sparse KV with rows, wire dtype and bytes."""
     blocks = plan.model.num_blocks
     layer_of = {block: layer for layer, block in enumerate(plan.decode_layers)}
     most = plan.dense_bytes(tokens) / blocks
@@ -58,6 +58,7 @@ LEGEND = {
     "keep": "kept",
     "drop": "dropped",
     "distilled": "distilled from a pair",
+    "kv_only": "run for its K and V alone",
     "full": "all prompt rows",
     "sparse": "first and last rows only (the outline is dense); a wire dtype stands under its bar unless it is native",
 }

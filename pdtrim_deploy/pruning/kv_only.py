@@ -1,0 +1,122 @@
+"""Relax the subset rule: blocks that decode keeps and prefill runs for their K and V alone.
+
+Such a block leaves prefill's hidden state as it is: no attention, no MLP. Its K and V are those of the block's own norm
+and projections, refitted by least squares so that from the hidden state that is there they give what the dense model
+has. (POP, arXiv:2602.03295, skips deep blocks in prefill and projects their KV.) Where nothing before it was taken
+away, that state is the dense model's and the block's own projections are exact.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from pdtrim_deploy.blockwise import Blockwise, CausalLM, pick
+from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.plan import KVOnly, PDPlan
+from pdtrim_deploy.pruning.compensation.base import Progress
+from pdtrim_deploy.pruning.healing.readers import Behind, HandOver
+from pdtrim_deploy.pruning.least_squares import Ridge
+from pdtrim_deploy.pruning.pair import StagePair
+
+_ADDS = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
+_BATCH, _CHECKED = 4, 8
+
+
+def relax(pair: StagePair, blocks: int, ids: Tensor, progress: Progress = lambda _: None) -> StagePair:
+    """Give `blocks` more blocks of prefill up, but for their KV: those whose absence alone costs least, one shot.
+
+    The cost is what a PD pair loses on `ids`, int64 `[S, T]`, behind prompts of T / 2: prefill's first token, and what
+    decode makes of the KV it is handed. Then K and V are fitted on the same text.
+
+    Raises:
+        UserError: there are not so many blocks that both stages keep; a loss that is not a number.
+
+    """
+    open_to = candidates(pair.plan)
+    if blocks > len(open_to):
+        raise UserError(
+            f"healing.kv_only_blocks is {blocks} but only {len(open_to)} blocks are kept by both stages; ask for fewer"
+        )
+    costs = {}
+    for block in open_to:
+        costs[block] = _loss(_given_up(pair, {block}), ids)
+        if not math.isfinite(costs[block]):
+            raise UserError(f"the loss without block {block} in prefill is {costs[block]}; load the model in float32")
+        progress(f"prefill without block {block} but for its KV: loss {costs[block]:.4f}")
+    chosen = sorted(sorted(costs, key=lambda block: (costs[block], block))[:blocks])
+    return fit(_given_up(pair, set(chosen)), ids, progress)
+
+
+def candidates(plan: PDPlan) -> tuple[int, ...]:
+    """Blocks that prefill keeps and whose KV decode reads."""
+    read = {plan.prefill_layers[source] for source in plan.layer_map}
+    return tuple(block for block in plan.prefill_layers if plan.prefill[block].kind == "keep" and block in read)
+
+
+@torch.no_grad()
+def fit(pair: StagePair, ids: Tensor, progress: Progress = lambda _: None) -> StagePair:
+    """Refit K and V of every block that is there for them alone, in order, on prefill's own hidden states."""
+    stage, dense, changed = pair.stage("prefill"), Blockwise(pair.model), dict[int, dict[str, Tensor]]()
+    runner, depth = Blockwise(stage), 0
+    parts = ids.split(_BATCH if len(ids) > _BATCH else 1)
+    mine, wanted = ([one.embed(part) for part in parts] for one in (runner, dense))
+    for layer, block in enumerate(pair.plan.prefill_layers):
+        while depth < block:
+            wanted = [(dense.block(depth, x, span), span) for x, span in wanted]
+            depth += 1
+        if pair.adds("prefill", block):
+            mine = [(runner.block(layer, x, span), span) for x, span in mine]
+            continue
+        changed[block] = {}
+        for name in ("k_proj", "v_proj"):
+            weight, before, after = _refit(pair.model, block, name, [x for x, _ in mine], [x for x, _ in wanted])
+            changed[block][f"self_attn.{name}.weight"] = weight
+            progress(f"block {block}, {name}: relative squared error {before:.4f} -> {after:.4f}")
+    return pair.with_changes("prefill", changed)
+
+
+def _refit(
+    model: CausalLM, block: int, name: str, mine: list[Tensor], wanted: list[Tensor]
+) -> tuple[Tensor, float, float]:
+    layer = model.model.layers[block]
+    linear = getattr(layer.self_attn, name)
+    ridge = Ridge(linear.in_features, linear.out_features)
+    for batch, (x, y) in enumerate(zip(mine, wanted, strict=True)):
+        features, target = (layer.input_layernorm(state).flatten(0, 1) for state in (x, y))
+        target = linear(target)
+        weight = target.norm(dim=-1, keepdim=True).reciprocal()
+        check = (len(mine) - 1 - batch) % _CHECKED == 0
+        ridge.add(features * weight, (target - linear(features)) * weight, check)
+    return ridge.solve(linear.weight.detach())
+
+
+def _given_up(pair: StagePair, blocks: set[int]) -> StagePair:
+    """`pair` with these blocks of prefill there for their KV alone."""
+    plan = pair.plan
+    actions = tuple(KVOnly() if block in blocks else action for block, action in enumerate(plan.prefill))
+    relaxed = PDPlan(model=plan.model, prefill=actions, decode=plan.decode, kv=plan.kv)
+    zeros = {
+        block: {name: torch.zeros_like(pair.model.model.layers[block].get_parameter(name)) for name in _ADDS}
+        for block in blocks
+    }
+    return StagePair(pair.model, relaxed, pair.changed).with_changes("prefill", zeros)
+
+
+@torch.no_grad()
+def _loss(pair: StagePair, ids: Tensor) -> float:
+    """Mean NLL of tokens T/2 .. T-1 as a PD pair gives them: the first from prefill's logits, the others decode's."""
+    prompt, total = ids.shape[1] // 2, 0.0
+    prefill, decode = pair.stage("prefill"), Behind(pair.stage("decode"))
+    hand_over, runner = HandOver(prefill, pair.plan.layer_map), Blockwise(prefill)
+    for part in ids.split(_BATCH):
+        hidden, span = runner.embed(part[:, :prompt])
+        for layer in range(len(runner.layers)):
+            hidden = runner.block(layer, hidden, span)
+        first = pick(runner.logits(hidden[:, -1]), part[:, prompt])
+        logits = decode(part[:, :-1], prompt, hand_over(part[:, :prompt]))
+        rest = pick(logits, part[:, prompt + 1 :].flatten())
+        total -= float(first.double().sum() + rest.double().sum())
+    return total / (len(ids) * (ids.shape[1] - prompt))

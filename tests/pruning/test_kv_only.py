@@ -1,0 +1,76 @@
+"""Blocks that prefill runs for their K and V alone: exact where the state before is, fitted where it is not."""
+
+import pytest
+import torch
+from stagepairs import kl, pair_of
+from tinypd import FAMILIES, text, tiny
+
+from pdtrim_deploy.blockwise import Blockwise, LayerKV
+from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.pruning.compensation import get_compensation
+from pdtrim_deploy.pruning.healing import heal
+from pdtrim_deploy.pruning.kv_only import _given_up, candidates, fit, relax
+from pdtrim_deploy.recipe_healing import HealingSection
+
+QUIET = lambda _: None  # noqa: E731
+
+
+def kv_of(model, ids):
+    runner, kvs = Blockwise(model), []
+    with torch.no_grad():
+        hidden, span = runner.embed(ids)
+        for layer in range(len(runner.layers)):
+            kvs.append(LayerKV())
+            hidden = runner.block(layer, hidden, span, kvs[-1])
+    return kvs, hidden
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_first_is_exact_and_those_behind_come_nearer(family):
+    """Blocks 2 and 3 given up: block 2 still reads the dense state, block 3 reads x_2 in the place of x_3."""
+    model, fresh = tiny(family), text(4, 24, seed=3)
+    given = _given_up(pair_of(model, (), ()), {2, 3})
+    fitted = fit(given, text(64, 24), QUIET)
+    (dense, _), (before, hidden), (after, _) = (
+        kv_of(m, fresh) for m in (model, given.stage("prefill"), fitted.stage("prefill"))
+    )
+    assert torch.equal(after[2].keys, dense[2].keys)
+    assert torch.equal(after[2].values, dense[2].values)
+    for what in ("keys", "values"):
+        wanted = getattr(dense[3], what)
+        errors = [(getattr(kvs[3], what) - wanted).norm() / wanted.norm() for kvs in (before, after)]
+        assert errors[1] < 0.95 * errors[0]
+    layers = model.model.layers  # the hidden state goes by untouched
+    runner = Blockwise(model)
+    with torch.no_grad():
+        x, span = runner.embed(fresh)
+        for block in (0, 1, 4):
+            x = runner.block(block, x, span)
+    torch.testing.assert_close(hidden, x)
+    assert layers[2].mlp.down_proj.weight.abs().sum() > 0  # the dense model is as it was
+
+
+def test_it_gives_up_what_costs_least_and_all_else_stays():
+    model, ids = tiny("Llama"), text(16, 24)
+    pair = pair_of(model, (), (4,))
+    assert candidates(pair.plan) == (0, 1, 2, 3)
+    one, two = relax(pair, 1, ids), relax(pair, 2, ids)
+    assert len(two.plan.kv_only_layers) == 2
+    assert set(one.plan.kv_only_layers) < set(two.plan.kv_only_layers)
+    assert two.plan.decode == pair.plan.decode
+    worst = max(candidates(pair.plan), key=lambda block: kl(_given_up(pair, {block}), "decode", ids))
+    assert worst not in two.plan.kv_only_layers
+    with pytest.raises(UserError, match="kv_only_blocks is 5 but only 4 blocks are kept by both"):
+        relax(pair, 5, ids)
+
+
+def test_neither_compensation_nor_healing_wakes_them():
+    ids = text(16, 24)
+    pair = relax(pair_of(tiny("Qwen3"), (), (4,)), 2, ids)
+    alone = [pair.plan.prefill_layers[layer] for layer in pair.plan.kv_only_layers]
+    pair = get_compensation("least-squares").compensate(pair, "prefill", ids, QUIET)
+    pair = heal(pair, "prefill", ids, HealingSection(prefill_steps=3, batch=2, learning_rate=1e-3)).pair
+    for block in alone:
+        changed = pair.changed["prefill"][block]
+        assert set(changed) == {f"self_attn.{n}_proj.weight" for n in "okv"} | {"mlp.down_proj.weight"}
+        assert changed["self_attn.o_proj.weight"].abs().sum() == changed["mlp.down_proj.weight"].abs().sum() == 0
