@@ -99,7 +99,7 @@ class Rates(BaseModel):
         """From load tests of one prefill and one decode worker, named for errors.
 
         Prefill and what it costs besides come from loads of one request at a time, with two lengths both rate and base.
-        A decode batch's size is Little's law: output tokens/s by time per token. `more` are other fields.
+        `more` are other fields.
 
         Raises:
             UserError: a result without figures of the workers, or none of one request at a time.
@@ -120,20 +120,26 @@ class Rates(BaseModel):
             points.append((float(np.mean(result.prompt_tokens)), stage.mean_ms, transfer, result.ttft_ms.p50 or 0.0))
         tokens, prefill, transfer_ms, ttft = np.array(points).T
         per_token, base = _line(tokens, prefill)
-        batches: dict[int, list[float]] = {}
-        for _, result in results:
-            if result.itl_ms.p50:
-                batches.setdefault(max(1, round(decode_batch(result))), []).append(result.itl_ms.p50)
-        if not batches:
+        steps = [(decode_batch(result), result.tpot_ms.p50) for _, result in results if result.tpot_ms.p50]
+        if not steps:
             raise UserError(f"{results[0][0]}: no answer has two tokens, so no decode step was measured")
         fitted: dict[str, Any] = {
             "prefill_tokens_per_s": 1e3 / per_token,
             "prefill_base_ms": base,
-            "decode_step_ms": {batch: float(np.median(times)) for batch, times in sorted(batches.items())},
+            "decode_step_ms": _by_batch(steps),
             "overhead_ms": max(0.0, float(np.median(ttft - base - per_token * tokens - transfer_ms))),
             "transfer_ms": float(np.median(transfer_ms)),
         }
         return cls(**(fitted | more))
+
+
+def _by_batch(points: Sequence[tuple[float, float]]) -> dict[int, float]:
+    """Means over the points of about a batch size, then read off at whole sizes."""
+    groups: dict[int, list[tuple[float, float]]] = {}
+    for batch, ms in points:
+        groups.setdefault(round(batch), []).append((batch, ms))
+    batches, times = np.array([np.mean(groups[size], axis=0) for size in sorted(groups)]).T
+    return {size: float(np.interp(size, batches, times)) for size in sorted(groups)}
 
 
 def in_system(result: LoadResult) -> float:
@@ -142,8 +148,14 @@ def in_system(result: LoadResult) -> float:
 
 
 def decode_batch(result: LoadResult) -> float:
-    """Requests in a decode step, on average over the steps of a busy worker, by Little's law."""
-    return result.output_tokens_per_s * (result.tpot_ms.p50 or 0.0) / 1e3
+    """Requests in the steps that made the tokens, on average.
+
+    By Little's law N requests are in the system and D of them in decode. A request that decodes shares its steps with
+    those of the N - 1 others that decode too: 1 + D (N - 1) / N, exact for independent clients of a closed loop.
+    """
+    total = in_system(result)
+    decoding = result.output_tokens_per_s * (result.tpot_ms.p50 or 0.0) / 1e3
+    return 1 + decoding * max(0.0, 1 - 1 / total) if total else 1.0
 
 
 def _line(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
