@@ -62,7 +62,7 @@ def test_what_one_request_at_a_time_tells_is_exact(fitted: Rates) -> None:
 def test_step_times_are_those_of_the_batches(fitted: Rates) -> None:
     true, found = TRUE.steps_s(), fitted.steps_s()
     for batch in (2, 4, 6):
-        assert found[batch] == pytest.approx(true[batch], rel=0.15)
+        assert found[batch] == pytest.approx(true[batch], rel=0.2)  # medians of a synchronised loop
 
 
 @pytest.mark.parametrize("rate", [1.0, 2.5])
