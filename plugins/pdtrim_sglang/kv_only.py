@@ -19,8 +19,10 @@ def skip_all_but_kv(model: Any, plan: PDPlan, pool: Any) -> None:
 
     `pool` is SGLang's KV pool of this worker (token_to_kv_pool).
     """
-    layers = getattr(getattr(model, "model", None), "layers", None)
-    for index in plan.kv_only_layers if layers is not None else ():
+    if not hasattr(model, "model"):
+        return
+    layers = model.model.layers
+    for index in plan.kv_only_layers:
         attention = layers[index].self_attn
         attention.attn = WriteKV(attention.attn, pool)
         attention.o_proj = ZeroProjection(attention.o_proj.weight.shape[0])

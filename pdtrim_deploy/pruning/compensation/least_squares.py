@@ -1,4 +1,4 @@
-"""Refit down_proj of each layer from the first gap on, so that the stage follows the dense model's hidden states."""
+"""Refit down_proj around each gap, so that the stage follows the dense model's hidden states."""
 
 from __future__ import annotations
 
@@ -22,22 +22,21 @@ class LeastSquares:
     """Layer by layer, each on what the refitted layers before it really give: errors do not add up.
 
     Args:
-        gaps_only: refit only the layer in front of each gap.
+        least_gain: the layer in front of a gap is refitted, and those behind it while the error falls by this share.
 
     """
 
-    def __init__(self, gaps_only: bool = False) -> None:
-        self.gaps_only = gaps_only
+    def __init__(self, least_gain: float = 0.02) -> None:
+        self.least_gain = least_gain
 
     @torch.no_grad()
     def compensate(self, pair: StagePair, stage: Stage, ids: Tensor, progress: Progress) -> StagePair:
         """Targets are `x_next` of the dense model for the same tokens. UserError when an error is not a number."""
-        walk, started = _Walk(pair, stage, ids), pair.plan.layers(stage)[0] != 0
+        walk, going = _Walk(pair, stage, ids), pair.plan.layers(stage)[0] != 0
         changed: dict[int, dict[str, Tensor]] = {}
         for layer, (block, (stop, after)) in enumerate(zip(pair.plan.layers(stage), pair.spans(stage), strict=True)):
             walk.enter(layer, after)
-            started = started or stop != after
-            if pair.adds(stage, block) and (stop != after or (started and not self.gaps_only)):
+            if pair.adds(stage, block) and (going or stop != after):
                 refit = Refit(walk.runner, layer)
                 for batch in range(walk.batches):
                     refit.add(*walk.asked(batch), check=walk.checks(batch), kv=walk.kv(batch))
@@ -47,6 +46,8 @@ class LeastSquares:
                 progress(f"{stage} block {block}: relative squared error {before:.4f} -> {error:.4f}")
                 changed[block] = {"mlp.down_proj.weight": weight}
                 set_down(walk.runner.layers[layer], weight)
+                going = error < (1 - self.least_gain) * before
+            going = going or stop != after
             walk.leave(layer)
         return pair.with_changes(stage, changed)
 
