@@ -26,14 +26,15 @@ class World:
     def __init__(self, end: str, rows: int, row_bytes: int, rounds: int, seed: int) -> None:
         self.rows, self.row_bytes, self.rounds = rows, row_bytes, rounds
         dice = torch.Generator().manual_seed(seed + (end == "receive"))
-        self.pool = torch.randint(0, 255, (2 * rows, row_bytes), dtype=torch.uint8, generator=dice)
+        self.pool = torch.randint(-(1 << 62), 1 << 62, (2 * rows, row_bytes // 8), generator=dice)
         self.places = torch.randperm(2 * rows, generator=dice)[:rows]
         self.total = rows * row_bytes
         self.config = TransportConfig(staging_bytes=self.total, accept_unauthenticated=True)
 
     def pieces(self) -> list[memoryview]:
         """The rows where they lie."""
-        return [self.pool[place].numpy().data for place in self.places.tolist()]
+        whole = memoryview(self.pool.view(torch.uint8).numpy())
+        return [whole[place] for place in self.places.tolist()]
 
     def addresses(self) -> list[int]:
         return [self.pool.data_ptr() + place * self.row_bytes for place in self.places.tolist()]
@@ -43,8 +44,13 @@ class World:
         pass
 
     def deliver(self, header: ChunkHeader, payload: torch.Tensor, aux: memoryview) -> Reply:
-        self.pool[self.places] = payload.view(self.rows, self.row_bytes)
+        self.pool.index_copy_(0, self.places, payload.view(torch.int64).view(self.rows, -1))
         return Reply(header.room)
+
+    def gather(self, staging: torch.Tensor) -> memoryview:
+        """The rows in one buffer (uint8)."""
+        torch.index_select(self.pool, 0, self.places, out=staging.view(torch.int64).view(self.rows, -1))
+        return staging.numpy().data
 
 
 def usable(name: str) -> bool:
@@ -65,8 +71,8 @@ def receive(world: World) -> None:
     for name in LIBRARIES:
         if name in servers:
             writer = servers[name]._writer  # type: ignore[attr-defined]
-            writer.register(world.pool.view(-1))
-            said[name] = writer.place(world.pool.view(-1)).decode()
+            writer.register(world.pool.view(torch.uint8).view(-1))
+            said[name] = writer.place(world.pool.view(torch.uint8).view(-1)).decode()
             kept.append(writer)
     print(json.dumps(said), flush=True)
     data, _ = listener.accept()
@@ -83,7 +89,7 @@ def receive(world: World) -> None:
         elif line == "clear\n":
             world.pool.zero_()
         if line == "sum\n":
-            orders.sendall(f"{int(world.pool[world.places].long().sum())}\n".encode())
+            orders.sendall(f"{int(world.pool[world.places].sum())}\n".encode())
         else:
             orders.sendall(b"done\n")
 
@@ -137,7 +143,7 @@ def send(world: World, arguments: list[str]) -> list[dict[str, Any]]:
         channel = transport_named(name)[0](HOST, said["ports"][name], replies, world.config)  # type: ignore[call-arg]
 
         def move() -> None:
-            channel.staging.view(world.rows, world.row_bytes).copy_(world.pool[world.places])
+            world.gather(channel.staging)
             channel.send(_header(world, 1), memoryview(b""))
             reason = replies.get(timeout=60)
             assert not reason, reason
@@ -145,20 +151,19 @@ def send(world: World, arguments: list[str]) -> list[dict[str, Any]]:
         return move
 
     def memcpy() -> None:
-        staging = world.pool[world.places]
-        other[world.places] = staging
+        world.gather(staging)
+        other.index_copy_(0, world.places, staging.view(torch.int64).view(world.rows, -1))
 
-    other = torch.zeros_like(world.pool)
-    gathered = lambda: [world.pool[world.places].view(-1).numpy().data]  # noqa: E731
+    other, staging = torch.zeros_like(world.pool), torch.zeros(world.total, dtype=torch.uint8)
     ways: dict[str, Callable[[], None]] = {
         "memcpy": memcpy,
-        "socket packed": over_socket("packed", gathered),
+        "socket packed": over_socket("packed", lambda: [world.gather(staging)]),
         "socket scattered": over_socket("scattered", world.pieces),
     }
     ways |= {f"{name} packed": over(name) for name in said["ports"]}
     ways |= {f"{name} scattered": _scattered(name, world, said) for name in LIBRARIES if name in said["ports"]}
     seconds: dict[str, list[float]] = {way: [] for way in ways}
-    wanted = str(int(world.pool[world.places].long().sum()))
+    wanted = str(int(world.pool[world.places].sum()))
     for round_ in range(world.rounds + 1):  # the first one connects
         for way, move in ways.items():
             order("clear")
@@ -180,7 +185,7 @@ def _scattered(name: str, world: World, said: dict[str, Any]) -> Callable[[], No
     """Each row its own piece of one transfer of the library."""
     module = sys.modules[f"pdtrim_sglang.transports.{name}"]
     writer = module._checked("send", HOST, world.config)
-    writer.register(world.pool.view(-1))
+    writer.register(world.pool.view(torch.uint8).view(-1))
     target = writer.reach(said[name].encode())
     mine, theirs, sizes = world.addresses(), said["addresses"], [world.row_bytes] * world.rows
 
