@@ -1,9 +1,14 @@
 # syntax=docker/dockerfile:1
 # Two targets. Neither has been built yet: there is no Docker engine where this was written. The RUN lines are steps of
-# tools/container.sh, which has been tried outside a container as far as a CPU allows; hadolint finds nothing.
+# tools/container.sh. A test runs `wheel` in a folder that holds just what is copied, and by hand `serve`, `plugin` (with
+# CUDA 13.0 and TensorRT 11.1's headers) and `cpu` ran outside a container; `user` did not. hadolint finds nothing.
 #   docker build --target serve -t pdtrim-serve:0.1.0 .     SGLang's own image with the plugin, for GPU hosts
 #   docker build --target cpu   -t pdtrim-cpu:0.1.0 .       plan, build, judge and inspect bundles on a CPU
-# Give digests where you know them: --build-arg SGLANG_IMAGE=lmsysorg/sglang@sha256:...
+# The images are named by tag: no registry of images could be asked for their digests where this was written. Ask yours,
+# once, and build by what it says:
+#   docker buildx imagetools inspect lmsysorg/sglang:v0.5.23 --format '{{.Manifest.Digest}}'
+#   docker build --build-arg SGLANG_IMAGE=lmsysorg/sglang@sha256:DIGEST --target serve ...
+# and so for TENSORRT_IMAGE and PYTHON_IMAGE.
 ARG SGLANG_IMAGE=lmsysorg/sglang:v0.5.23
 ARG TENSORRT_IMAGE=nvcr.io/nvidia/tensorrt:25.10-py3
 ARG PYTHON_IMAGE=python:3.11-slim

@@ -8,23 +8,25 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.pruning.evaluator import InProcess
-from pdtrim_deploy.pruning.objective import NextTokenLoss
+from pdtrim_deploy.pruning.objective import NextTokenLoss, StudentLayers
 from pdtrim_deploy.pruning.solution import Solution
 
 # Read by Ray when it is imported: all of its servers on the loopback interface, nothing reported to anyone.
 LOCAL = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
 OBJECT_STORE = 256 << 20  # bytes: losses are small
+Layers: TypeAlias = dict[tuple[int, int], nn.Module]
 ATTEMPTS = 3  # Ray gives a node 30 s to start, which a busy machine may not make
 
 
@@ -45,19 +47,26 @@ class Workers:
 
 @dataclass(frozen=True)
 class Work:
-    """All that a worker needs to make its objective. `checkpoint` is read where the worker runs, from the same path."""
+    """All that a worker needs to make its objective. `checkpoint` is read where the worker runs, from the same path.
+
+    `students` are those that `forced` needs; others follow with the first solution that has them.
+    """
 
     checkpoint: Path
     ids: Tensor
     prompt_tokens: int
     forced: Solution
-    students: dict[tuple[int, int], nn.Module]
+    students: Layers
     memory: int
 
 
 class _Students:
-    def __init__(self, made: dict[tuple[int, int], nn.Module]) -> None:
-        self._made = made
+    def __init__(self, device: str) -> None:
+        self._made: Layers = {}
+        self._device = device
+
+    def add(self, more: Layers) -> None:
+        self._made |= {pair: made.to(self._device) for pair, made in more.items()}
 
     def layer(self, pair: tuple[int, int]) -> nn.Module:
         return self._made[pair]
@@ -71,12 +80,14 @@ class Worker:
 
         torch.set_num_threads(threads)
         model = load_model(work.checkpoint, "float32").to(device)
-        students = _Students({pair: made.to(device) for pair, made in work.students.items()})
-        objective = NextTokenLoss(model, work.ids.to(device), work.prompt_tokens, work.forced, students)
+        self._students = _Students(device)
+        self._students.add(work.students)
+        objective = NextTokenLoss(model, work.ids.to(device), work.prompt_tokens, work.forced, self._students)
         self._inside = InProcess(objective, work.memory)
 
-    def evaluate(self, solutions: list[Solution], batch: int) -> tuple[list[Any], int] | str:
-        """(float32 arrays, block-forwards so far), or the sentence of a UserError."""
+    def evaluate(self, solutions: list[Solution], batch: int, more: Layers) -> tuple[list[Any], int] | str:
+        """(float32 arrays, block-forwards so far), or the sentence of a UserError; `more` are students yet unknown."""
+        self._students.add(more)
         try:
             return [one.cpu().numpy() for one in self._inside.evaluate(solutions, batch)], self._inside.block_forwards
         except UserError as error:
@@ -94,7 +105,9 @@ class OnRay:
     So what a worker knows of a solution (its losses on other batches, hidden states) is never asked of another.
     """
 
-    def __init__(self, asked: Workers, work: Work, blocks: int, batches: int) -> None:
+    def __init__(
+        self, asked: Workers, work: Work, blocks: int, batches: int, students: StudentLayers | None = None
+    ) -> None:
         import ray
 
         self._ray, self.workers, self.blocks, self.batches = ray, asked.count, blocks, batches
@@ -103,7 +116,8 @@ class OnRay:
         shared = ray.put(work)
         device = "cuda" if asked.gpus else "cpu"
         self._actors = [remote.remote(shared, threads, device) for _ in range(asked.count)]
-        self._cost = [0] * asked.count
+        self._cost, self._students = [0] * asked.count, students
+        self._known = [set(work.students) for _ in range(asked.count)]
         self._place: dict[Solution, int] = {}
 
     @property
@@ -117,7 +131,9 @@ class OnRay:
         for index, solution in enumerate(solutions):
             shares[self._place.setdefault(solution, len(self._place) % self.workers)].append(index)
         asked = {
-            number: actor.evaluate.remote([solutions[i] for i in shares[number]], batch)
+            number: actor.evaluate.remote(
+                part := [solutions[i] for i in shares[number]], batch, self._new(number, part)
+            )
             for number, actor in enumerate(self._actors)
             if shares[number]
         }
@@ -130,6 +146,12 @@ class OnRay:
             found |= {i: torch.from_numpy(one.copy()) for i, one in zip(shares[number], losses, strict=True)}
         return [found[index] for index in range(len(solutions))]
 
+    def _new(self, number: int, solutions: list[Solution]) -> Layers:
+        """Students that a worker has not seen."""
+        new = {pair for one in solutions for pair in one.pairs} - self._known[number]
+        self._known[number] |= new
+        return _made(self._students, new)
+
     def settle(self, solution: Solution) -> None:
         """Tell all workers."""
         self._cost = self._ray.get([actor.settle.remote(solution) for actor in self._actors])
@@ -138,6 +160,10 @@ class OnRay:
         """End the workers: the next stage's have another objective."""
         for actor in self._actors:
             self._ray.kill(actor)
+
+
+def _made(students: StudentLayers | None, pairs: Iterable[tuple[int, int]]) -> Layers:
+    return {pair: students.layer(pair) for pair in pairs} if students is not None else {}
 
 
 @dataclass(frozen=True)
@@ -154,12 +180,13 @@ class Elsewhere:
         ids: Tensor,
         prompt_tokens: int,
         forced: Solution,
-        students: dict[tuple[int, int], nn.Module],
+        students: StudentLayers | None,
         memory: int,
     ) -> Iterator[OnRay]:
         """One search's; its workers end with it."""
-        work = Work(self.checkpoint, ids, prompt_tokens, forced, students, memory)
-        evaluator = OnRay(self.asked, work, objective.blocks, objective.batches)
+        made = _made(students, forced.pairs)
+        work = Work(self.checkpoint, ids, prompt_tokens, forced, made, memory)
+        evaluator = OnRay(self.asked, work, objective.blocks, objective.batches, students)
         try:
             yield evaluator
         finally:
@@ -174,8 +201,10 @@ def cluster(asked: Workers) -> Iterator[None]:
         UserError: nothing answers at the address, or Ray does not start.
 
     """
-    for name, value in LOCAL.items() if asked.address is None else ():
-        os.environ.setdefault(name, value)
+    if asked.address is None:
+        if "ray" in sys.modules and any(os.environ.get(name) != value for name, value in LOCAL.items()):
+            raise RuntimeError("ray was imported before: its servers would listen on all interfaces")
+        os.environ.update(LOCAL)
     import ray
 
     more: dict[str, Any] = {"address": asked.address}

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from pdtrim_deploy.blockwise import CausalLM
 from pdtrim_deploy.errors import UserError
@@ -38,7 +38,7 @@ class Elsewhere(Protocol):
         ids: Tensor,
         prompt_tokens: int,
         forced: Solution,
-        students: dict[tuple[int, int], nn.Module],
+        students: StudentLayers | None,
         memory: int,
     ) -> AbstractContextManager[Evaluator]: ...
 
@@ -111,8 +111,7 @@ def choose_stages(
         with ExitStack() as stack:
             evaluator: Evaluator = InProcess(objective, memory)
             if elsewhere is not None:
-                made = {(p, p + 1): students.layer((p, p + 1)) for p in pairs} if students else {}
-                evaluator = stack.enter_context(elsewhere(objective, ids, prompt, forced, made, memory))
+                evaluator = stack.enter_context(elsewhere(objective, ids, prompt, forced, students, memory))
             problem = Problem(model, ids, objective, remove, forced, protected, pairs, trajectory, evaluator)
             return search.run(problem, note)
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -42,6 +45,37 @@ def test_what_is_copied_exists() -> None:
         *sources, _ = (word for word in line.split() if not word.startswith("--"))
         for source in sources:
             assert (ROOT / source).exists(), source
+
+
+def copied(stage: str, folder: Path) -> Path:
+    """A folder that holds what the stage's COPY lines of this repository bring, and nothing else."""
+    for line in re.findall(r"^COPY (?!--from)(.*)$", stages()[stage], re.MULTILINE):
+        *sources, at = (word for word in line.split() if not word.startswith("--"))
+        for source in sources:
+            place = folder / at if at != "./" else folder / source
+            place.parent.mkdir(parents=True, exist_ok=True)
+            if (ROOT / source).is_dir():
+                shutil.copytree(ROOT / source, place, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(ROOT / source, place)
+    return folder
+
+
+def test_the_wheel_is_made_of_what_is_copied(tmp_path: Path) -> None:
+    source = copied("wheel", tmp_path / "src")
+    command = [source / "tools" / "container.sh", "wheel", tmp_path / "dist"]
+    environment = {**os.environ, "PYTHON": sys.executable}
+    done = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    held = zipfile.ZipFile(wheel).namelist()
+    assert {"pdtrim_sglang/hooks.py", "pdtrim_deploy/sizing/facts/llama-3.1-8b.json"} <= set(held)
+
+
+def test_it_says_how_images_are_pinned() -> None:
+    assert "docker buildx imagetools inspect lmsysorg/sglang:v" in TEXT
+    for image in re.findall(r"^ARG (\w+_IMAGE)=", TEXT, re.MULTILINE):
+        assert f"${{{image}}}" in TEXT
 
 
 def test_every_step_is_one_of_the_script() -> None:

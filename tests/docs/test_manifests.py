@@ -1,4 +1,4 @@
-"""The manifests, offline: rendered by Kustomize itself (kubectl, from a package), checked by Kubernetes' own schemas."""
+"""The manifests, offline: rendered by Kustomize itself (kubectl, of a package), checked by Kubernetes' schemas."""
 
 from __future__ import annotations
 

@@ -1,0 +1,121 @@
+"""Candidates on two workers of a Ray of our own: the same answer, and nothing listens beyond this machine."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from pdtrim_deploy.bundle import REPORTS
+from pdtrim_deploy.cache import Cache
+from pdtrim_deploy.checkpoints.loading import load_model
+from pdtrim_deploy.pipeline import build
+from pdtrim_deploy.pruning.ray_evaluator import Elsewhere, Workers, cluster
+from pdtrim_deploy.pruning.search import Settings
+from pdtrim_deploy.pruning.stages import choose_stages
+from pdtrim_deploy.recipe import Recipe
+
+# Not imported here: how Ray binds is decided when it is.
+pytestmark = [
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs the extra ray"),
+]
+
+
+class Copies:
+    """Students for a test: the pair's first layer, its weights halved."""
+
+    def __init__(self, model) -> None:
+        self.model = model
+
+    def layer(self, pair: tuple[int, int]) -> nn.Module:
+        made = copy.deepcopy(self.model.model.layers[pair[0]])
+        made.mlp.down_proj.weight.data *= 0.5
+        return made
+
+
+def test_two_workers_choose_what_one_process_chooses(tiny_llama_dir: Path) -> None:
+    model, ids = load_model(tiny_llama_dir), torch.randint(3, 250, (6, 48), generator=torch.Generator().manual_seed(0))
+
+    def choose(elsewhere=None):
+        more = {"method": "anneal", "settings": Settings(seed=3, steps=12), "pairs": (1, 3), "students": Copies(model)}
+        return choose_stages(model, ids, 1, 3, elsewhere=elsewhere, **more)
+
+    alone = choose()
+    with cluster(Workers(2)):
+        shared = choose(Elsewhere(Workers(2), tiny_llama_dir))
+    assert not up()
+    for stage in ("prefill", "decode"):
+        one, two = getattr(alone, stage), getattr(shared, stage)
+        assert (one.removed, one.distilled) == (two.removed, two.distilled)
+        assert two.loss == pytest.approx(one.loss, abs=1e-5)
+
+
+def test_a_build_with_workers(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    for n in range(8):
+        (tmp_path / "text" / f"{n}.txt").write_text(f"{n} quick brown foxes jump over the lazy dog " * 60)
+    data = {
+        "name": "tiny",
+        "model": {"source": f"hf:{tiny_llama_dir}"},
+        "calibration": {"corpus": f"dir:{tmp_path / 'text'}", "sequences": 4, "length": 64},
+        "pruning": {"method": "greedy", "prefill_blocks": 1, "decode_blocks": 3},
+    }
+    recipe, cache, open_to_others = Recipe.model_validate(data), Cache(tmp_path / "cache"), set()
+
+    def note(line: str) -> None:
+        if up():
+            open_to_others.update(beyond_loopback(descendants(os.getpid())))
+
+    alone = build(recipe, tmp_path / "alone", cache)
+    shared = build(recipe, tmp_path / "shared", cache, note, workers=Workers(2))
+    assert not up()
+    assert shared.plan.digest == alone.plan.digest
+    assert alone.plan.decode_layers != tuple(range(3))
+    assert open_to_others == set()
+    assert (shared.path / REPORTS / "pruning.json").exists()
+
+
+def up() -> bool:
+    """Whether Ray runs for this process."""
+    return "ray" in sys.modules and sys.modules["ray"].is_initialized()
+
+
+def descendants(pid: int) -> set[int]:
+    """`pid` and all processes that come from it."""
+    parents = {}
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            parents[int(entry)] = int(Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+    found, size = {pid}, 0
+    while size != len(found):
+        size = len(found)
+        found |= {child for child, parent in parents.items() if parent in found}
+    return found
+
+
+def beyond_loopback(pids: set[int]) -> set[str]:
+    """Addresses, as /proc/net/tcp has them, on which these processes listen and which are not of this machine alone."""
+    sockets = set()
+    for pid in pids:
+        try:
+            sockets |= {os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")}
+        except OSError:
+            continue
+    found = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and f"socket:[{fields[9]}]" in sockets:
+                address = fields[1].partition(":")[0]
+                if not address.endswith("0100007F") and address != "00000000000000000000000001000000":
+                    found.add(fields[1])
+    return found
