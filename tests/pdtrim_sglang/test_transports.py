@@ -137,6 +137,27 @@ def test_a_silent_connection_can_be_given_up_and_the_next_one_works(pair):
     gate.set()
 
 
+def test_a_server_that_is_out_of_files_for_a_moment_serves_on(pair):
+    channel, server, _, listener = pair
+    accept, failed = server._listener.accept, threading.Event()
+
+    def fails():
+        if not failed.is_set():
+            failed.set()
+            raise OSError(24, "Too many open files")
+        return accept()
+
+    class Listening:
+        fileno, accept = staticmethod(server._listener.fileno), staticmethod(fails)
+
+    real, server._listener = server._listener, Listening
+    socket.create_connection((server.host, server.port)).close()  # wakes the accept that is under way
+    channel.send(header(1, 10), memoryview(b""))
+    assert listener.next() == Reply(1)
+    assert failed.is_set()
+    server._listener = real
+
+
 def test_nobody_there_is_told_apart_from_a_broken_connection():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

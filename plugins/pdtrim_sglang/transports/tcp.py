@@ -6,6 +6,7 @@ import contextlib
 import logging
 import socket
 import threading
+import time
 from collections.abc import Sequence
 
 import torch
@@ -24,6 +25,7 @@ from pdtrim_sglang.transports.handshake import HandshakeError, introduce, welcom
 
 logger = logging.getLogger("sglang.srt.pdtrim.tcp")
 REFUSAL_SECONDS = 2.0
+ACCEPT_AGAIN_SECONDS = 0.1
 MOST_PARTS = 1024  # Linux' IOV_MAX: what one sendmsg takes
 KEEPALIVE = ((socket.TCP_KEEPIDLE, 30), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 3))  # a vanished host: 1 min
 
@@ -137,8 +139,12 @@ class TcpReceiveServer(ReceiveServer):
         while True:
             try:
                 connection, _ = self._listener.accept()
-            except OSError:
-                return
+            except OSError as error:
+                if self._listener.fileno() < 0:  # closed by us
+                    return
+                logger.warning("pdtrim: cannot accept a connection: %s", error)  # out of files, say: it may pass
+                time.sleep(ACCEPT_AGAIN_SECONDS)
+                continue
             if len(self._connections) >= self._config.connections:
                 logger.warning("pdtrim: dropping a connection: %d are open already", self._config.connections)
                 connection.close()
