@@ -36,6 +36,12 @@ def shown() -> list[tuple[str, str]]:
     return [(str(p.relative_to(ROOT)), line) for p in WRITTEN for line in dict.fromkeys(commands(p.read_text()))]
 
 
+def how(line: str) -> dict[str, Any] | None:
+    """How a line that is shown is tried; None when nobody has said."""
+    bench = re.fullmatch(r"make bench-([a-z]+)", bare(line))
+    return {"bench": bench[1]} if bench else HOW.get(bare(line))
+
+
 def to_run() -> dict[str, set[int]]:
     """Commands that tests/cli/test_shown.py runs, and the exit codes allowed."""
     found: dict[str, set[int]] = {}

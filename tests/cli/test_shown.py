@@ -28,6 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_llama_dir: Path) -> Pa
     at = tmp_path_factory.mktemp("clone")
     for name in ("recipes", "scenarios", "benchmarks", "Makefile", "tools", "pdtrim_deploy"):
         (at / name).symlink_to(ROOT / name)
+    (at / "tiny").symlink_to(tiny_llama_dir)
     (at / "text").mkdir()
     for n in range(12):
         (at / "text" / f"{n}.txt").write_text("the quick brown fox jumps over the lazy dog " * 60)
@@ -63,7 +64,7 @@ def test_it_runs_as_shown(command: str, folder: Path, url: str) -> None:
     words = shlex.split(command.replace(URL, url))
     if words[0] == "pdtrim-deploy":
         words[:1] = [sys.executable, "-m", "pdtrim_deploy"]
-        if any(one in words[3:4] for one in ("eval", "fidelity", "build", "demo")):
+        if words[3] in ("eval", "fidelity", "build", "demo") or words[3:5] == ["inspect", "hf:tiny"]:
             words += ["--cache-dir", "cache"]
         if "serve" in words[3:4] or ("--dry-run" in words and words[3] in ("loadtest", "compare", "fidelity")):
             words += ["--serve-python", sys.executable]
