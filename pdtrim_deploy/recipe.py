@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.plan import NativeDtype
@@ -69,6 +69,17 @@ class Recipe(_Section):
     kv: KVSection = KVSection()
     evaluation: EvaluationSection = EvaluationSection()
     targets: TargetsSection = TargetsSection()
+
+    @model_validator(mode="after")
+    def _something_to_heal(self) -> Recipe:
+        asked, pruning = self.healing, self.pruning
+        if asked.asked and not (pruning.decode_blocks or asked.kv_only_blocks):
+            raise ValueError("healing is asked for but nothing is pruned; allowed: pruning.decode_blocks of at least 1")
+        if self.students.steps and not pruning.distil:
+            raise ValueError(
+                f"students.steps is {self.students.steps} but pruning.distil is false; allowed: 0, or true"
+            )
+        return self
 
     @classmethod
     def load(cls, path: Path) -> Recipe:

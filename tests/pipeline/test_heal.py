@@ -181,3 +181,18 @@ def test_recipes_without_it_have_no_such_step(recipe_of: Callable[..., Recipe], 
 def test_bad_sections_are_one_sentence(recipe_of: Callable[..., Recipe], section: dict, sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         recipe_of(healing=section)
+
+
+@pytest.mark.parametrize(
+    ("sections", "sentence"),
+    [
+        ({"pruning": {}, "healing": {"decode_steps": 5}}, "healing is asked for but nothing is pruned"),
+        (
+            {"students": {"steps": 5}, "pruning": {"decode_blocks": 2}},
+            "students.steps is 5 but pruning.distil is false",
+        ),
+    ],
+)
+def test_what_would_do_nothing_is_refused(recipe_of: Callable[..., Recipe], sections: dict, sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        recipe_of(**sections)
