@@ -33,8 +33,8 @@ class World:
 
     def pieces(self) -> list[memoryview]:
         """The rows where they lie."""
-        whole = memoryview(self.pool.view(torch.uint8).numpy())
-        return [whole[place] for place in self.places.tolist()]
+        whole, size = memoryview(self.pool.view(torch.uint8).view(-1).numpy()), self.row_bytes
+        return [whole[place * size : (place + 1) * size] for place in self.places.tolist()]
 
     def addresses(self) -> list[int]:
         return [self.pool.data_ptr() + place * self.row_bytes for place in self.places.tolist()]
