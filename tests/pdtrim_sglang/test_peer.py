@@ -1,6 +1,8 @@
 """A peer sends the rows of its chunks, from the pool's pages or from where an engine has packed them."""
 
 import queue
+import threading
+import time
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from pdtrim_sglang.pool import PoolView
 from pdtrim_sglang.rooms import AuxRows
 from pdtrim_sglang.staging import Arena, Staging
 from pdtrim_sglang.transports import TransportConfig
+from pdtrim_sglang.transports.base import UnreachableError
 
 from pdtrim_deploy.kvcache.layout import chunk_layout
 from pdtrim_deploy.kvcache.pack import pack
@@ -96,3 +99,47 @@ def test_rows_of_a_span_do_not_come_from_the_pool(world):
     assert torch.frombuffer(bytearray(sent), dtype=torch.float32).unique().tolist() == [3]
     assert owner.room.staged_bytes in (0, header.payload_bytes)  # counted just after the channel returns
     assert header.payload_bytes == plan.payload_bytes(TOKENS)
+
+
+def test_what_waited_for_a_failed_attempt_fails_with_it(world):
+    """A decode worker that is gone costs its deadline once, not once a request."""
+    _, _, channel, owner, peer = world
+    attempts, gate = [], threading.Event()
+
+    def unreachable(*_):
+        attempts.append(time.monotonic())
+        gate.wait(10)
+        raise UnreachableError("cannot reach decode worker h:1")
+
+    channel.send, send = unreachable, channel.send
+    for _ in range(4):
+        peer.submit(chunk(0, 13))
+    while not attempts:
+        time.sleep(0.01)
+    assert not peer.gone
+    gate.set()
+    deadline = time.monotonic() + 10
+    while len(owner.failed) < 4 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert owner.failed == ["cannot reach decode worker h:1"] * 4
+    assert len(attempts) == 1
+    channel.send = send
+    peer.submit(chunk(0, 13))  # asked later: a new attempt
+    assert channel.sent.get(timeout=10)
+
+
+def test_a_peer_that_lost_its_connection_may_go_when_nothing_is_left_to_do(world):
+    _, _, channel, owner, peer = world
+    peer.submit(chunk(0, 13))
+    channel.sent.get(timeout=10)
+    assert not peer.gone
+    peer.on_lost("gone")
+    assert owner.failed == ["gone"], "what had no reply yet"
+    deadline = time.monotonic() + 10
+    while not peer.gone and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert peer.gone
+    closed = threading.Event()
+    channel.close = closed.set
+    peer.close()
+    assert closed.wait(10)
