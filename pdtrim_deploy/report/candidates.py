@@ -52,16 +52,16 @@ def candidates_picture(found: Candidates, model: str) -> Markup:
         parts.append(tag("rect", title, x=x + 3, y=y(cosine), width=CELL - 6, height=height, fill=colour))
         parts.append(tag("text", block, x=x + CELL / 2, y=floor + 16, text_anchor="middle"))
     for first in found.distillation:
-        x, cosine = LEFT + first * CELL + CELL / 2, found.pair_redundancy[first]
+        middle, cosine = LEFT + first * CELL + CELL / 2, found.pair_redundancy[first]
         title = tag("title", f"blocks {first} and {first + 1}: cos {cosine:.4f}")
-        arch = f"M{x},{floor + 22} v6 h{CELL} v-6"
+        arch = f"M{middle},{floor + 22} v6 h{CELL} v-6"
         parts.append(tag("path", title, d=arch, fill="none", stroke=DISTIL, stroke_width=2))
     for at, (colour, text) in enumerate(((PRUNE, "pruning set"), (DISTIL, "distillation set, by pairs"))):
         parts.append(tag("rect", x=LEFT + 190 * at, y=floor + 40, width=12, height=12, fill=colour))
         parts.append(tag("text", text, x=LEFT + 190 * at + 18, y=floor + 50))
     parts.append(tag("text", f"{model}: cosine between a block's input and output", x=LEFT, y=18))
-    height = floor + 62
+    tall = floor + 62
     return tag(
-        "svg", *parts, xmlns="http://www.w3.org/2000/svg", viewBox=f"0 0 {width} {height}", width=width, height=height,
+        "svg", *parts, xmlns="http://www.w3.org/2000/svg", viewBox=f"0 0 {width} {tall}", width=width, height=tall,
         font_family="sans-serif", font_size=11, role="img", aria_label=f"pruning candidates of {model}",
     )  # fmt: skip

@@ -137,10 +137,11 @@ def test_pairs_come_in_where_they_cost_less(model):
 
 def rows_of(path):
     rows = [json.loads(line) for line in path.read_text().splitlines()[1:]]
+    rows = [row for row in rows if "race" not in row]
     return [{k: v for k, v in row.items() if k not in ("seconds", "block_forwards")} for row in rows]
 
 
-@pytest.mark.parametrize("stop", [1, 3, 20])
+@pytest.mark.parametrize("stop", [3, 9, 26])
 def test_a_killed_search_gives_what_an_unbroken_one_does(model, ids, tmp_path, stop):
     def run(path, steps=40):
         trajectory = Trajectory(path, ["same", steps])
@@ -158,7 +159,8 @@ def test_a_killed_search_gives_what_an_unbroken_one_does(model, ids, tmp_path, s
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "cut")
     kept = rows_of(tmp_path / "cut")
-    assert 0 < len(kept) < 42
+    assert len(kept) < 42
+    assert stop < (tmp_path / "cut").read_text().count("\n") <= stop + 2
     with (tmp_path / "cut").open("a") as file:
         file.write('{"step": 7, "rem')  # killed while it wrote
     killed = []

@@ -6,12 +6,14 @@ it, and candidates race over growing parts of the calibration text.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from pdtrim_deploy.pruning.evaluator import Evaluator, mean_loss
+from pdtrim_deploy.pruning.evaluator import mean_loss
 from pdtrim_deploy.pruning.search.base import Problem, Progress, SearchResult, Step
-from pdtrim_deploy.pruning.search.racing import surely_above
+from pdtrim_deploy.pruning.search.racing import unit_means, units_surely_above
 from pdtrim_deploy.pruning.solution import Solution
 
 
@@ -35,34 +37,62 @@ class Greedy:
         removed, steps = tuple[int, ...](), list[Step]()
         while problem.forced.saved + len(removed) < problem.remove:
             label = f"greedy {problem.forced.saved + len(removed) + 1}/{problem.remove}"
+            evaluator.settle(problem.without(removed))
+            candidates = {b: problem.without((*removed, b)) for b in problem.candidates if b not in removed}
+            block = self._race(problem, candidates, label, progress)
             row = log.replay()
             if row is None:
-                evaluator.settle(problem.without(removed))
-                candidates = {b: problem.without((*removed, b)) for b in problem.candidates if b not in removed}
-                block = self._race(evaluator, candidates, label, progress)
                 loss = mean_loss(evaluator, candidates[block])
                 row = {"removed": block, "loss": loss, "block_forwards": problem.spent}
                 log.append(**row)
-            removed = (*removed, row["removed"])
+            removed = (*removed, block)
             steps.append(
-                Step(
-                    len(steps) + 1, row["removed"], row["loss"], row.get("seconds", log.seconds), row["block_forwards"]
-                )
+                Step(len(steps) + 1, block, row["loss"], row.get("seconds", log.seconds), row["block_forwards"])
             )
-            progress(f"{label}: removed block {row['removed']}, loss {row['loss']:.4f}")
+            progress(f"{label}: removed block {block}, loss {row['loss']:.4f}")
         return SearchResult((*problem.forced.removed, *removed), tuple(steps), problem.forced.distilled)
 
-    def _race(self, evaluator: Evaluator, candidates: dict[int, Solution], label: str, progress: Progress) -> int:
-        losses: dict[int, Tensor] = {}
+    def _race(self, problem: Problem, candidates: dict[int, Solution], label: str, progress: Progress) -> int:
+        """The winner; what each batch said is written down, so that a stopped race goes on behind it."""
+        evaluator, log = problem.evaluator, problem.trajectory
+        found: dict[int, _Losses] = {block: _Losses() for block in candidates}
         leader, running = -1, list(candidates)
         for batch in range(evaluator.batches):
-            progress(f"{label}: {len(running)} candidates, batch {batch + 1}/{evaluator.batches}")
-            fresh = evaluator.evaluate([candidates[block] for block in running], batch)
-            parts = zip(running, fresh, strict=True)
-            losses = {block: torch.cat((losses[block], new)) if batch else new for block, new in parts}
-            means = {block: float(values.double().mean()) for block, values in losses.items()}
-            leader = min(running, key=lambda block: (means[block], block))
-            running = [b for b in running if not surely_above(losses[b] - losses[leader], 0, self.race_z)]
+            row = log.replay()
+            if row is None:
+                progress(f"{label}: {len(running)} candidates, batch {batch + 1}/{evaluator.batches}")
+                fresh = evaluator.evaluate([candidates[block] for block in running], batch)
+                losses = [_Losses.of(values) for values in fresh]
+                row = {"race": [(b, *vars(one).values()) for b, one in zip(running, losses, strict=True)]}
+                log.append(**row, block_forwards=problem.spent)
+            for block, *more in row["race"]:
+                found[block] = found[block].and_(_Losses(*more))
+            leader = min(running, key=lambda block: (found[block].mean, block))
+            running = [block for block in running if not found[block].surely_above(found[leader], self.race_z)]
             if len(running) == 1:
                 break
         return leader
+
+
+@dataclass(frozen=True)
+class _Losses:
+    """Sum and number of token losses, and their unit means (`racing`)."""
+
+    total: float = 0.0
+    count: int = 0
+    units: tuple[float, ...] = ()
+
+    @classmethod
+    def of(cls, losses: Tensor) -> _Losses:
+        return cls(float(losses.double().sum()), losses.numel(), tuple(unit_means(losses).tolist()))
+
+    @property
+    def mean(self) -> float:
+        return self.total / self.count
+
+    def and_(self, more: _Losses) -> _Losses:
+        return _Losses(self.total + more.total, self.count + more.count, (*self.units, *more.units))
+
+    def surely_above(self, leader: _Losses, z: float | None) -> bool:
+        units = torch.tensor(self.units, dtype=torch.float64) - torch.tensor(leader.units, dtype=torch.float64)
+        return units_surely_above(self.mean - leader.mean, units, 0, z)
