@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pdtrim_deploy.bundle import REPORTS, write_atomic
+from pdtrim_deploy.bundle import REPORTS, WORK, write_atomic
 from pdtrim_deploy.pipeline.context import Context
 from pdtrim_deploy.plan import STAGES, KVOnly, KVSend, PDPlan, Stage
 from pdtrim_deploy.pruning.solution import Solution
@@ -149,7 +149,7 @@ def _with_students(context: Context, pair: StagePair) -> tuple[StagePair, dict[s
     report: dict[str, Any] = {"students": {}, "compensation": recipe.healing.compensation, "healing": {}}
     students = Students(
         context.model, _texts(context)[0], recipe.students,
-        cache=context.cache, fingerprint=fingerprint, note=context.note,
+        cache=context.cache, fingerprint=fingerprint, work=context.out / WORK, note=context.note,
     )  # fmt: skip
     for stage in STAGES:
         pairs = {a.pair for a in pair.plan.actions(stage) if a.kind == "distilled"}

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pdtrim_deploy.bundle import PLAN, REPORTS, write_atomic
+from pdtrim_deploy.bundle import PLAN, REPORTS, WORK, write_atomic
 from pdtrim_deploy.pipeline import heal
 from pdtrim_deploy.pipeline.context import Context
 from pdtrim_deploy.pipeline.heal import PRUNING
@@ -80,8 +80,15 @@ def _pairs(context: Context, ids: Any) -> tuple[tuple[int, ...], Any, Any]:
 
     found = find(context.model, ids, context.recipe.pruning.threshold, context.note)
     asked = context.recipe.students.model_copy(update={"steps": 0, "minutes": None})
-    fingerprint = context.checkpoint.fingerprint
-    students = Students(context.model, ids, asked, cache=context.cache, fingerprint=fingerprint, note=context.note)
+    students = Students(
+        context.model,
+        ids,
+        asked,
+        cache=context.cache,
+        fingerprint=context.checkpoint.fingerprint,
+        work=context.out / WORK,
+        note=context.note,
+    )
     return found.distillation, students, asked.model_dump(mode="json")
 
 
