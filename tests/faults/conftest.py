@@ -58,7 +58,7 @@ def start(stages, environment, tmp_path_factory, rows):
         with pytest.MonkeyPatch.context() as patch:
             # SGLang's own deadlines, five minutes otherwise: workers inherit them
             patch.setenv("SGLANG_DISAGGREGATION_WAITING_TIMEOUT", "20")
-            patch.setenv("SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT", "60")
+            patch.setenv("SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT", "40")
             logs = tmp_path_factory.mktemp("logs")
             with Stand(stages, logs, free_ports(2), rows, transport, environment) as running:
                 yield running
