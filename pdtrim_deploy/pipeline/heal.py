@@ -89,9 +89,10 @@ def _key(context: Context) -> str:
 
 
 def _texts(context: Context) -> tuple[Any, Any]:
-    """What students learn from, what the stages are healed on: int64 `[sequences, length]`."""
+    """What students learn from; what stages are healed on, or that again: int64 `[sequences, length]`."""
     text, asked = context.recipe.calibration, context.recipe.healing
-    return context.calibration(text.sequences, text.length), context.calibration(asked.sequences, asked.length)
+    ids = context.calibration(text.sequences, text.length)
+    return ids, context.calibration(asked.sequences, asked.length) if asked.asked else ids
 
 
 def _entry(context: Context, key: str) -> Path:

@@ -163,6 +163,14 @@ def test_nothing_half_written(
     assert build(recipe_of(), tmp_path / "b", cache).verify() == []
 
 
+def test_students_alone_need_no_other_text(recipe_of: Callable[..., Recipe], tmp_path: Path, cache: Cache) -> None:
+    """The healing section's own default, 64 x 256 tokens, is more than this corpus has."""
+    bundle = build(recipe_of(healing={}), tmp_path / "b", cache)
+    assert bundle.plan.decode[1] == Distilled(pair=(1, 2), kv_from=1)
+    with pytest.raises(UserError, match="tokens"):
+        build(recipe_of(healing={"compensation": "norm"}), tmp_path / "b", cache)
+
+
 def test_recipes_without_it_have_no_such_step(recipe_of: Callable[..., Recipe], tmp_path: Path, cache: Cache) -> None:
     plain = recipe_of(pruning={"prefill_blocks": 1, "decode_blocks": 2}, healing={})
     assert not heal.needed(plain)
