@@ -70,10 +70,9 @@ def compare(
       pdtrim-deploy compare out/demo/dense out/demo/pruned --scenario scenarios/smoke.yaml
       pdtrim-deploy compare out/bundle out/bundle --b-executor onnxruntime --rounds 8
     """
-    from rich.console import Console
-
     from pdtrim_deploy.bundle import write_atomic
     from pdtrim_deploy.cli.progress import Progress
+    from pdtrim_deploy.cli.screen import console
     from pdtrim_deploy.cli.target import Target
     from pdtrim_deploy.loadtest import Scenario, driver
     from pdtrim_deploy.loadtest.rounds import Comparison, Side, check_rounds, interleave, repeats
@@ -115,7 +114,7 @@ def compare(
     if as_json:
         click.echo(text)
     else:
-        Console().print(ratio_table(result.first, result.second, result.ratios))
+        console().print(ratio_table(result.first, result.second, result.ratios))
     for problem in result.problems:
         click.echo(f"problem: {problem}", err=True)
     raise SystemExit(1 if any(one.failed for one in result.load.values()) else 0)

@@ -51,10 +51,9 @@ def demo(
       pdtrim-deploy demo recipes/smollm2-demo.yaml --out out/demo
       pdtrim-deploy demo recipes/smollm2-quick.yaml --out out/quick --requests 8 --json
     """
-    from rich.console import Console
-
     from pdtrim_deploy.bundle import Bundle, write_atomic
     from pdtrim_deploy.cli.progress import Progress
+    from pdtrim_deploy.cli.screen import console
     from pdtrim_deploy.demo import Demo
     from pdtrim_deploy.doctor import Asked, require
     from pdtrim_deploy.loadtest import Scenario
@@ -79,9 +78,9 @@ def demo(
     if as_json:
         click.echo(metrics.model_dump_json(indent=2))
     else:
-        Console().print(metrics_table(metrics))
-        Console().print(load_table({name: figures.detail for name, figures in metrics.load.items()}))
-        Console().print(ratio_table("dense", "pruned", metrics.ratios))
+        console().print(metrics_table(metrics))
+        console().print(load_table({name: figures.detail for name, figures in metrics.load.items()}))
+        console().print(ratio_table("dense", "pruned", metrics.ratios))
         click.echo(f"written to {out / 'report' / 'metrics.json'} by: {command}")
         click.echo(f"page: {written}")
     for name, figures in metrics.load.items():

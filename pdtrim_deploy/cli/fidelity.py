@@ -90,8 +90,9 @@ def fidelity(
 
 
 def _print(result: Any) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from pdtrim_deploy.cli.screen import console
 
     table = Table(
         title=f"Logprobs, served against oracle; allowed: {result.allowed.worst:.1e} nats on the worst prompt, "
@@ -107,7 +108,7 @@ def _print(result: Any) -> None:
     for name, seen in result.controls_detected.items():
         size = result.control_sizes[name]
         table.add_row(f"wrong plan: {name}", "", f"{size.worst:.1e} {'told apart' if seen else 'NOT SEEN'}")
-    console = Console()
-    console.print(table)
+    out = console()
+    out.print(table)
     for problem in result.problems:
-        console.print(f"FAILED: {problem}", highlight=False)
+        out.print(f"FAILED: {problem}", highlight=False)

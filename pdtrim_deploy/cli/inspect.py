@@ -103,9 +103,9 @@ def _show_model(
     if as_json:
         click.echo(json.dumps({"model": source, "corpus": corpus, "sequences": sequences} | asdict(found), indent=2))
         return
-    from rich.console import Console
+    from pdtrim_deploy.cli.screen import console
 
-    Console().print(candidates_table(found, source))
+    console().print(candidates_table(found, source))
 
 
 def _show_bundle(bundle: Path, prompt_tokens: int | None, as_json: bool) -> None:
@@ -125,14 +125,13 @@ def _show_bundle(bundle: Path, prompt_tokens: int | None, as_json: bool) -> None
         data["failures"] = opened.manifest.failures
         click.echo(json.dumps(data, indent=2))
         return
-    from rich.console import Console
-
+    from pdtrim_deploy.cli.screen import console
     from pdtrim_deploy.report.engine_table import engine_notes, engine_table
     from pdtrim_deploy.report.tables import plan_table
 
-    Console().print(plan_table(plan, tokens))
+    console().print(plan_table(plan, tokens))
     if opened.engines:
-        Console().print(engine_table(opened.engines.values()))
+        console().print(engine_table(opened.engines.values()))
         click.echo("\n".join(engine_notes(opened.engines.values())))
     for failure in opened.manifest.failures.values():
         click.echo(f"not built: {failure}")

@@ -74,9 +74,8 @@ def loadtest(
       pdtrim-deploy loadtest http://127.0.0.1:8000 --requests 64 --concurrency 8
       pdtrim-deploy loadtest out/bundle --scenario scenarios/chat.yaml --json
     """
-    from rich.console import Console
-
     from pdtrim_deploy.cli.progress import Progress
+    from pdtrim_deploy.cli.screen import console
     from pdtrim_deploy.cli.target import Target
     from pdtrim_deploy.loadtest import LoadResult, Scenario, Workers, check_target, driver
 
@@ -110,7 +109,7 @@ def loadtest(
     else:
         from pdtrim_deploy.report.tables import load_table
 
-        Console().print(load_table({target: result}))
+        console().print(load_table({target: result}))
         for kind, detail in result.failure_details.items():
             click.echo(f"{kind}: {detail}")
         if result.client.bottleneck:

@@ -96,11 +96,10 @@ def plan(
             data["plan_digest"] = found[0].plan.digest
         click.echo(json.dumps(data, indent=2))
         return
-    from rich.console import Console
-
+    from pdtrim_deploy.cli.screen import console
     from pdtrim_deploy.report.sizing_table import sizing_table
 
-    Console().print(sizing_table(priced, traffic))
+    console().print(sizing_table(priced, traffic))
     for sentence in traffic.assumptions():
         click.echo(f"assumed: {sentence}")
     for subject in found:

@@ -80,11 +80,10 @@ class Workers:
 
     def report(self, sides: dict[str, SizedSide], goal: Goal) -> None:
         """To the terminal."""
-        from rich.console import Console
-
+        from pdtrim_deploy.cli.screen import console
         from pdtrim_deploy.report.workers_table import workers_table
 
-        Console().print(workers_table(sides, goal))
+        console().print(workers_table(sides, goal))
         for name, side in sides.items():
             if side.sizing.problem:
                 click.echo(f"{name}: {side.sizing.problem}")

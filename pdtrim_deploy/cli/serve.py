@@ -11,12 +11,12 @@ from typing import Literal
 
 import click
 import yaml
-from rich.console import Console
 from rich.table import Table
 
 from pdtrim_deploy.bundle import Bundle
 from pdtrim_deploy.cli import options
 from pdtrim_deploy.cli.dry_run import commands_of
+from pdtrim_deploy.cli.screen import console
 from pdtrim_deploy.doctor import Asked, require
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.serving import Cluster, Executors, ServeEnvironment, WorkerOptions, cluster_of
@@ -121,7 +121,7 @@ def serve(
         if as_json:
             click.echo(json.dumps(endpoints(cluster, opened)))
         else:
-            Console().print(table(cluster, opened))
+            console().print(table(cluster, opened))
             click.echo("Ctrl-C stops everything.", err=True)
         sys.stdout.flush()
         cluster.wait()

@@ -47,12 +47,8 @@ class Workers:
 
 @dataclass(frozen=True)
 class Work:
-    """All that a worker needs to make its objective. `checkpoint` is read where the worker runs, from the same path.
+    """One search's objective; `students` are those that `forced` needs, others follow with the solutions."""
 
-    `students` are those that `forced` needs; others follow with the first solution that has them.
-    """
-
-    checkpoint: Path
     ids: Tensor
     prompt_tokens: int
     forced: Solution
@@ -75,15 +71,20 @@ class _Students:
 class Worker:
     """One process: an `InProcess` over its own copy of the model, in float32 as the search's own."""
 
-    def __init__(self, work: Work, threads: int, device: str) -> None:
+    def __init__(self, checkpoint: Path, threads: int, device: str) -> None:
         from pdtrim_deploy.checkpoints.loading import load_model
 
         torch.set_num_threads(threads)
-        model = load_model(work.checkpoint, "float32").to(device)
-        self._students = _Students(device)
+        self._device, self._model = device, load_model(checkpoint, "float32").to(device)
+
+    def prepare(self, work: Work) -> int:
+        """For another search; block-forwards so far."""
+        self._students = _Students(self._device)
         self._students.add(work.students)
-        objective = NextTokenLoss(model, work.ids.to(device), work.prompt_tokens, work.forced, self._students)
+        ids = work.ids.to(self._device)
+        objective = NextTokenLoss(self._model, ids, work.prompt_tokens, work.forced, self._students)
         self._inside = InProcess(objective, work.memory)
+        return self._inside.block_forwards
 
     def evaluate(self, solutions: list[Solution], batch: int, more: Layers) -> tuple[list[Any], int] | str:
         """(float32 arrays, block-forwards so far), or the sentence of a UserError; `more` are students yet unknown."""
@@ -106,18 +107,15 @@ class OnRay:
     """
 
     def __init__(
-        self, asked: Workers, work: Work, blocks: int, batches: int, students: StudentLayers | None = None
+        self, actors: list[Any], work: Work, blocks: int, batches: int, students: StudentLayers | None
     ) -> None:
         import ray
 
-        self._ray, self.workers, self.blocks, self.batches = ray, asked.count, blocks, batches
-        threads = max(1, torch.get_num_threads() // asked.count) if asked.address is None else 1
-        remote: Any = ray.remote(num_cpus=1, num_gpus=asked.gpus)(Worker)
+        self._ray, self.workers, self.blocks, self.batches = ray, len(actors), blocks, batches
+        self._actors, self._students = actors, students
         shared = ray.put(work)
-        device = "cuda" if asked.gpus else "cpu"
-        self._actors = [remote.remote(shared, threads, device) for _ in range(asked.count)]
-        self._cost, self._students = [0] * asked.count, students
-        self._known = [set(work.students) for _ in range(asked.count)]
+        self._cost = ray.get([actor.prepare.remote(shared) for actor in actors])
+        self._known = [set(work.students) for _ in actors]
         self._place: dict[Solution, int] = {}
 
     @property
@@ -156,24 +154,25 @@ class OnRay:
         """Tell all workers."""
         self._cost = self._ray.get([actor.settle.remote(solution) for actor in self._actors])
 
-    def close(self) -> None:
-        """End the workers: the next stage's have another objective."""
-        for actor in self._actors:
-            self._ray.kill(actor)
-
 
 def _made(students: StudentLayers | None, pairs: Iterable[tuple[int, int]]) -> Layers:
     return {pair: students.layer(pair) for pair in pairs} if students is not None else {}
 
 
-@dataclass(frozen=True)
 class Elsewhere:
-    """What `choose_stages` takes: the evaluator of each of its searches, in the cluster that stands."""
+    """What `choose_stages` takes: the evaluator of each of its searches, by the same workers of the standing cluster.
 
-    asked: Workers
-    checkpoint: Path
+    `checkpoint` is read where a worker runs, from the same path.
+    """
 
-    @contextmanager
+    def __init__(self, asked: Workers, checkpoint: Path) -> None:
+        import ray
+
+        threads = max(1, torch.get_num_threads() // asked.count) if asked.address is None else 1
+        remote: Any = ray.remote(num_cpus=1, num_gpus=asked.gpus)(Worker)
+        device = "cuda" if asked.gpus else "cpu"
+        self._actors = [remote.remote(checkpoint, threads, device) for _ in range(asked.count)]
+
     def __call__(
         self,
         objective: NextTokenLoss,
@@ -182,15 +181,10 @@ class Elsewhere:
         forced: Solution,
         students: StudentLayers | None,
         memory: int,
-    ) -> Iterator[OnRay]:
-        """One search's; its workers end with it."""
-        made = _made(students, forced.pairs)
-        work = Work(self.checkpoint, ids, prompt_tokens, forced, made, memory)
-        evaluator = OnRay(self.asked, work, objective.blocks, objective.batches, students)
-        try:
-            yield evaluator
-        finally:
-            evaluator.close()
+    ) -> OnRay:
+        """One search's."""
+        work = Work(ids, prompt_tokens, forced, _made(students, forced.pairs), memory)
+        return OnRay(self._actors, work, objective.blocks, objective.batches, students)
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -40,7 +39,7 @@ class Elsewhere(Protocol):
         forced: Solution,
         students: StudentLayers | None,
         memory: int,
-    ) -> AbstractContextManager[Evaluator]: ...
+    ) -> Evaluator: ...
 
 
 @dataclass(frozen=True)
@@ -108,12 +107,10 @@ def choose_stages(
         path = folder / f"search-{stage}.jsonl" if folder else None
         trajectory = Trajectory(path, [*said, remove, prompt, vars(forced)])
         objective = NextTokenLoss(model, ids, prompt, forced, students)
-        with ExitStack() as stack:
-            evaluator: Evaluator = InProcess(objective, memory)
-            if elsewhere is not None:
-                evaluator = stack.enter_context(elsewhere(objective, ids, prompt, forced, students, memory))
-            problem = Problem(model, ids, objective, remove, forced, protected, pairs, trajectory, evaluator)
-            return search.run(problem, note)
+        evaluator: Evaluator = InProcess(objective, memory)
+        if elsewhere is not None:
+            evaluator = elsewhere(objective, ids, prompt, forced, students, memory)
+        return search.run(Problem(model, ids, objective, remove, forced, protected, pairs, trajectory, evaluator), note)
 
     prefill = SearchResult((), ())
     if prefill_blocks:

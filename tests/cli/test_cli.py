@@ -135,9 +135,9 @@ def test_completion(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monk
         assert code == 0
         assert says in out
     monkeypatch.setenv("_PDTRIM_DEPLOY_COMPLETE", "bash_complete")
-    monkeypatch.setenv("COMP_WORDS", "pdtrim-deploy plan --li")
+    monkeypatch.setenv("COMP_WORDS", "pdtrim-deploy plan --max")
     monkeypatch.setenv("COMP_CWORD", "2")
-    assert run(capsys)[1].split() == ["plain,--link"]
+    assert run(capsys)[1].split() == ["plain,--max-utilisation"]
 
 
 def test_verbose_shows_where_an_error_comes_from(tmp_path: Path) -> None:

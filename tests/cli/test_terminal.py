@@ -146,8 +146,9 @@ def test_while_it_reads(name: str, bundle: Path, tmp_path: Path) -> None:
     os.mkfifo(pipe)
     places = {"RECIPE": tmp_path / "held.yaml", "BUNDLE": held, "OUT": tmp_path / "out"}
     terminal = Terminal(*(places.get(word, word) for word in BLOCKED[name]))
-    os.close(opened(pipe, terminal))
+    held_open = opened(pipe, terminal)
     stopped(terminal, name.split(maxsplit=1)[0])
+    os.close(held_open)
     assert not (tmp_path / "out").exists()
 
 

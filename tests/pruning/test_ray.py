@@ -6,6 +6,8 @@ import copy
 import importlib.util
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from pdtrim_deploy.bundle import REPORTS
 from pdtrim_deploy.cache import Cache
 from pdtrim_deploy.checkpoints.loading import load_model
 from pdtrim_deploy.pipeline import build
+from pdtrim_deploy.pruning import ray_evaluator
 from pdtrim_deploy.pruning.ray_evaluator import Elsewhere, Workers, cluster
 from pdtrim_deploy.pruning.search import Settings
 from pdtrim_deploy.pruning.stages import choose_stages
@@ -40,7 +43,15 @@ class Copies:
         return made
 
 
-def test_two_workers_choose_what_one_process_chooses(tiny_llama_dir: Path) -> None:
+@pytest.fixture(scope="module")
+def standing() -> Iterator[None]:
+    """One Ray for all tests: it takes seconds to start."""
+    with cluster(Workers(2)):
+        yield
+    assert not up()
+
+
+def test_two_workers_choose_what_one_process_chooses(tiny_llama_dir: Path, standing: None) -> None:
     model, ids = load_model(tiny_llama_dir), torch.randint(3, 250, (6, 48), generator=torch.Generator().manual_seed(0))
 
     def choose(elsewhere=None):
@@ -48,16 +59,19 @@ def test_two_workers_choose_what_one_process_chooses(tiny_llama_dir: Path) -> No
         return choose_stages(model, ids, 1, 3, elsewhere=elsewhere, **more)
 
     alone = choose()
-    with cluster(Workers(2)):
-        shared = choose(Elsewhere(Workers(2), tiny_llama_dir))
-    assert not up()
+    elsewhere = Elsewhere(Workers(2), tiny_llama_dir)
+    shared = choose(elsewhere)
+    for actor in elsewhere._actors:  # the next test's workers want their CPUs
+        sys.modules["ray"].kill(actor)
     for stage in ("prefill", "decode"):
         one, two = getattr(alone, stage), getattr(shared, stage)
         assert (one.removed, one.distilled) == (two.removed, two.distilled)
         assert two.loss == pytest.approx(one.loss, abs=1e-5)
 
 
-def test_a_build_with_workers(tiny_llama_dir: Path, tmp_path: Path) -> None:
+def test_a_build_with_workers(
+    tiny_llama_dir: Path, tmp_path: Path, standing: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "text").mkdir()
     for n in range(8):
         (tmp_path / "text" / f"{n}.txt").write_text(f"{n} quick brown foxes jump over the lazy dog " * 60)
@@ -69,13 +83,14 @@ def test_a_build_with_workers(tiny_llama_dir: Path, tmp_path: Path) -> None:
     }
     recipe, cache, open_to_others = Recipe.model_validate(data), Cache(tmp_path / "cache"), set()
 
+    monkeypatch.setattr(ray_evaluator, "cluster", lambda asked: nullcontext())
+
     def note(line: str) -> None:
-        if up():
-            open_to_others.update(beyond_loopback(descendants(os.getpid())))
+        assert up()
+        open_to_others.update(beyond_loopback(descendants(os.getpid())))
 
     alone = build(recipe, tmp_path / "alone", cache)
     shared = build(recipe, tmp_path / "shared", cache, note, workers=Workers(2))
-    assert not up()
     assert shared.plan.digest == alone.plan.digest
     assert alone.plan.decode_layers != tuple(range(3))
     assert open_to_others == set()
