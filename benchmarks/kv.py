@@ -28,6 +28,7 @@ from pdtrim_deploy.evaluation.corpora import registry
 from pdtrim_deploy.evaluation.corpora.sampling import sequences
 from pdtrim_deploy.evaluation.oracle import PDOracle
 from pdtrim_deploy.evaluation.tasks import Measured, Setting, agreement, choice, needle, perplexity
+from pdtrim_deploy.kvcache.recall import with_recall
 from pdtrim_deploy.kvcache.selection import Problem
 from pdtrim_deploy.plan import KVSend, PDPlan
 
@@ -39,6 +40,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--reductions", type=float, nargs="+", default=[2, 3, 4.95, 8, 10, 12])
     parser.add_argument("--calibration", type=int, default=48, help="sequences that choose")
+    parser.add_argument("--recall", type=float, default=0.25, help="share of them that repeat a passage at their end")
     parser.add_argument("--sequences", type=int, default=16, help="judged for perplexity")
     parser.add_argument("--questions", type=int, default=80, help="of choice")
     parser.add_argument("--needles", type=int, default=3, help="at each of ten depths")
@@ -58,7 +60,7 @@ def main() -> None:
     model, plan = load_model(checkpoint.path), PDPlan.dense(checkpoint.shape("bfloat16"))
     dense, corpus = PDOracle(model, model, plan), registry.load("brown", Cache.default())
     text = sequences(corpus.split("calibration"), tokenizer, asked.calibration, asked.prompt + CONTINUATION, asked.seed)
-    problem = Problem(dense, text, asked.prompt, asked.seed)
+    problem = Problem(dense, with_recall(text, asked.prompt, asked.recall, asked.seed), asked.prompt, asked.seed)
     once = _Once(asked)
 
     def chosen() -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from pydantic import (
     model_validator,
 )
 
+from pdtrim_deploy.kvcache.recall import fits
 from pdtrim_deploy.plan_kv import KVSend
 from pdtrim_deploy.wire import WireDtype
 
@@ -30,8 +31,8 @@ _TAKES: dict[str, tuple[str, ...]] = {
     "random": (*_SIZES, "sparse_layers"),
     "attention-mass": (*_SIZES, "sparse_layers", "threshold"),
     "simlayerkv": (*_SIZES, "sparse_layers", "threshold"),
-    "measured-harm": (*_SIZES, "sparse_layers"),
-    "budget": ("reduction", "max_loss", "sparse_choices", "wire_choices"),
+    "measured-harm": (*_SIZES, "sparse_layers", "recall"),
+    "budget": ("reduction", "max_loss", "sparse_choices", "wire_choices", "recall"),
 }
 _TEXT = ("method", "sequences", "prompt_tokens", "continuation_tokens")
 
@@ -48,6 +49,8 @@ class KVSection(BaseModel):
         max_loss: instead of that: the relative rise of perplexity (on calibration text) to stay below, in fewest bytes.
         sparse_choices: (n_first, n_last) that a layer may be cut to by method budget.
         wire_choices: dtypes that a layer may travel in by method budget.
+        recall: share of the sequences that end in a passage of their own middle, so that harm is also what a prompt
+            that is searched for a fact loses (`kvcache/recall.py`).
 
     """
 
@@ -65,6 +68,7 @@ class KVSection(BaseModel):
         tuple[Annotated[tuple[NonNegativeInt, NonNegativeInt], Field(strict=False)], ...], Field(strict=False)
     ] = ((4, 16), (4, 48), (4, 96), (4, 160), (4, 256), (4, 384))
     wire_choices: Annotated[tuple[WireDtype, ...], Field(strict=False, min_length=1)] = ("native", "int8", "int4")
+    recall: Annotated[float, Field(ge=0, le=1)] = 0.0
     sequences: PositiveInt = 8
     prompt_tokens: PositiveInt = 512
     continuation_tokens: Annotated[int, Field(ge=2)] = 64
@@ -97,6 +101,11 @@ class KVSection(BaseModel):
                 raise ValueError("method is 'budget'; allowed with it: either reduction or max_loss")
             if any(first + last == 0 for first, last in self.sparse_choices):
                 raise ValueError("sparse_choices has a pair of zeros; allowed: n_first + n_last of at least 1")
+        if self.recall and not fits(self.prompt_tokens, self.continuation_tokens):
+            raise ValueError(
+                f"recall is {self.recall:g}, but prompts of {self.prompt_tokens} tokens have no passage long enough for "
+                f"{self.continuation_tokens} tokens of continuation; allowed with it: longer prompts, or recall: 0"
+            )
         if self.method not in FIXED_KV and self._most_kept() >= self.prompt_tokens:
             raise ValueError(
                 f"prompt_tokens is {self.prompt_tokens}; allowed: more than n_first + n_last = {self._most_kept()}, "

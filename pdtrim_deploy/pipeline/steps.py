@@ -107,11 +107,15 @@ def select_kv(context: Context) -> None:
 def _chosen(context: Context, plan: PDPlan) -> tuple[KVSend, ...]:
     from pdtrim_deploy.evaluation.oracle import PDOracle
     from pdtrim_deploy.kvcache.selection import Problem, get_selection
+    from pdtrim_deploy.kvcache.recall import with_recall
 
     asked, pair = context.recipe.kv, heal.stage_pair(context)
     models = [pair.stage(stage) for stage in STAGES]
     text = context.calibration(asked.sequences, asked.prompt_tokens + asked.continuation_tokens)
-    problem = Problem(PDOracle(models[0], models[1], plan), text, asked.prompt_tokens, context.recipe.calibration.seed)
+    seed = context.recipe.calibration.seed
+    if asked.recall:
+        text = with_recall(text, asked.prompt_tokens, asked.recall, seed)
+    problem = Problem(PDOracle(models[0], models[1], plan), text, asked.prompt_tokens, seed)
     return get_selection(asked).choose(problem, context.note)
 
 
