@@ -103,7 +103,7 @@ class KVSection(BaseModel):
                 raise ValueError("sparse_choices has a pair of zeros; allowed: n_first + n_last of at least 1")
         if self.recall and not fits(self.prompt_tokens, self.continuation_tokens):
             raise ValueError(
-                f"recall is {self.recall:g}, but prompts of {self.prompt_tokens} tokens have no passage long enough for "
+                f"recall is {self.recall:g}, but {self.prompt_tokens} prompt tokens have no passage long enough for "
                 f"{self.continuation_tokens} tokens of continuation; allowed with it: longer prompts, or recall: 0"
             )
         if self.method not in FIXED_KV and self._most_kept() >= self.prompt_tokens:

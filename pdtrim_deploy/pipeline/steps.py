@@ -106,8 +106,8 @@ def select_kv(context: Context) -> None:
 
 def _chosen(context: Context, plan: PDPlan) -> tuple[KVSend, ...]:
     from pdtrim_deploy.evaluation.oracle import PDOracle
-    from pdtrim_deploy.kvcache.selection import Problem, get_selection
     from pdtrim_deploy.kvcache.recall import with_recall
+    from pdtrim_deploy.kvcache.selection import Problem, get_selection
 
     asked, pair = context.recipe.kv, heal.stage_pair(context)
     models = [pair.stage(stage) for stage in STAGES]
