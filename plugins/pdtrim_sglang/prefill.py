@@ -56,6 +56,7 @@ class PrefillSide:
         self._progress: dict[int, RoomProgress] = {}
         self._senders: set[int] = set()
         self._tombstones: deque[tuple[float, int]] = deque()
+        self._tombstones_lock = threading.Lock()
         self._ended_unopened: dict[int, None] = {}  # in order
         self._metrics = TransferMetrics()
         threading.Thread(target=self._control, daemon=True).start()
@@ -99,6 +100,11 @@ class PrefillSide:
         if self.staging is not None:
             self.staging.forget(room)
         self.released()
+
+    def sender_aborted(self, room: int, opened: bool) -> None:
+        """As `sender_closed`; SGLang may ask for the room's state once more, or forget it."""
+        self.sender_closed(room, opened)
+        self._bury(room)
 
     def released(self) -> None:
         """Something was taken or given back: write down what is held now."""
@@ -246,10 +252,12 @@ class PrefillSide:
     def _bury(self, room: int) -> None:
         """Remember a failed room that has no sender yet, so that a late one fails at once; forget it in time."""
         now = time.monotonic()
-        if room not in self._senders:
-            self._tombstones.append((now + self._manager.bootstrap_timeout, room))
-        while self._tombstones and self._tombstones[0][0] < now:
-            _, old = self._tombstones.popleft()
-            if old not in self._senders:
-                self._manager.request_status.pop(old, None)
-                self._manager.transfer_infos.pop(old, None)
+        with self._tombstones_lock:
+            if room not in self._senders:
+                self._tombstones.append((now + self._manager.bootstrap_timeout, room))
+            while self._tombstones and self._tombstones[0][0] < now:
+                _, old = self._tombstones.popleft()
+                if old not in self._senders:
+                    self._manager.request_status.pop(old, None)
+                    self._manager.transfer_infos.pop(old, None)
+                    self._manager.failure_records.pop(old, None)

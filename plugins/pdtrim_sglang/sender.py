@@ -80,9 +80,13 @@ class PDTrimKVSender(CommonKVSender):
         return super().poll()
 
     def abort(self) -> None:
-        """Also tells decode, which would otherwise wait for its own deadline."""
+        """Also tells decode, which would otherwise wait for its own deadline.
+
+        Nothing is kept for it: of a prompt that is aborted between its chunks SGLang 0.5.23 never clears the sender.
+        """
         self.kv_mgr.prefill_side.fail(self.bootstrap_room, "aborted on the prefill side")
         super().abort()
+        self.kv_mgr.prefill_side.sender_aborted(self.bootstrap_room, self.bootstrap_room in self.kv_mgr.transfer_infos)
 
     def clear(self) -> None:
         opened = self.bootstrap_room in self.kv_mgr.transfer_infos

@@ -1,5 +1,7 @@
 """Whatever a control message holds: no exception, no peer, no room, and no success that was not delivered."""
 
+import threading
+
 import pytest
 
 pytest.importorskip("sglang", reason="needs the serve environment")
@@ -38,6 +40,7 @@ class Manager:
     attn_tp_size, bootstrap_timeout = 1, 60
 
     def __init__(self):
+        self.failure_records = {}
         self.applied, self.request_status, self.transfer_infos, self.req_to_decode_prefix_len = [], {}, {}, {}
 
     def apply_prefill_status(self, **said):
@@ -53,6 +56,7 @@ class Manager:
 def prefill(manager):
     side = object.__new__(PrefillSide)
     side._manager, side._plan, side._aux = manager, PLAN, AuxRows((), ())
+    side._tombstones_lock = threading.Lock()
     side._ended_unopened, side.staging = {}, None
     side._known, side._peers, side._rejected, side._senders = {}, {}, {}, set()
     from collections import deque
@@ -136,3 +140,16 @@ def test_decode_does_not_wait_for_a_request_that_prefill_has_given_up():
     side.sender_closed(7, opened=True)  # retracted: it may come back
     side._handle(message.frames())
     assert side._manager.request_status[7] == KVPoll.WaitingForInput
+
+
+def test_nothing_is_kept_of_a_prompt_that_is_aborted_between_its_chunks():
+    """SGLang then aborts the sender and never clears it."""
+    side = prefill(Manager())
+    side._progress, side._manager.bootstrap_timeout = {}, -1
+    side.sender_opened(7)
+    side._manager.request_status[7], side._manager.failure_records[7] = KVPoll.Failed, "Aborted"
+    side.sender_aborted(7, opened=True)
+    assert not side._progress
+    assert not side._senders
+    assert not side._manager.request_status
+    assert not side._manager.failure_records
