@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -54,6 +55,30 @@ def test_a_chunk_of_several_tokens_counts_as_equal_gaps() -> None:
         assert len(one.itl) == 5
         assert one.itl[:2] == (0.0, 0.0)  # came with the first
         assert one.itl[2] == one.itl[4] == pytest.approx(0.03, abs=0.01)
+
+
+def without_usage(rows: list[dict], total: int | None) -> Iterator[dict]:
+    """As a server or router that knows no continuous_usage_stats: counts come once, in a chunk without text."""
+    for row in rows:
+        *chunks, end = row["responses"]
+        for chunk in chunks:
+            event = json.loads(chunk["packets"][0]["value"])
+            usage = event.pop("usage")
+            chunk["packets"][0]["value"] = json.dumps(event)
+        usage = usage | ({} if total is None else {"completion_tokens": total})
+        last = {"perf_ns": end["perf_ns"], "packets": [{"value": json.dumps({"choices": [], "usage": usage})}]}
+        yield row | {"responses": [*chunks, last, end]}
+
+
+def test_counts_that_come_once_at_the_end(tmp_path: Path) -> None:
+    asked, path = tuple(jobs(POISSON)), "profile_export_raw.jsonl"
+    shutil.copytree(RECORDED / "poisson", tmp_path, dirs_exist_ok=True)
+    rows = [json.loads(line) for line in (RECORDED / "poisson" / path).read_text().splitlines()]
+    (tmp_path / path).write_text("\n".join(json.dumps(row) for row in without_usage(rows, None)))
+    assert read(tmp_path, asked) == recorded("poisson")
+    rows = [json.loads(line) for line in (RECORDED / "poisson" / path).read_text().splitlines()]
+    (tmp_path / path).write_text("\n".join(json.dumps(row) for row in without_usage(rows, 1)))
+    assert {one.failure for one in read(tmp_path, asked).outcomes} == {"truncated"}  # what was counted decides
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,11 @@ def _outcome(record: dict[str, Any], raw: dict[str, Any] | None, job: Job, late:
 
 
 def _stream(raw: dict[str, Any], tokens: int, late: float) -> Outcome:
-    """TTFT, gaps and counts of one stream; a chunk without usage is one token."""
+    """TTFT, gaps and counts of one stream.
+
+    A chunk without usage is one token, until a last one without text says how many there were: a router may drop
+    `continuous_usage_stats`.
+    """
     sent = last = raw["start_perf_ns"]
     ttft, gaps, seen, prompt_tokens, done = 0.0, [], 0, 0, False
     for now, data in ((one["perf_ns"], packet["value"]) for one in raw["responses"] for packet in one["packets"]):
@@ -90,7 +94,10 @@ def _stream(raw: dict[str, Any], tokens: int, late: float) -> Outcome:
         if any(choice.get("finish_reason") == "abort" for choice in choices):
             return Outcome("error", "the server aborted the request", late=late)
         prompt_tokens = usage.get("prompt_tokens", prompt_tokens)
-        new = usage.get("completion_tokens", seen + 1 if choices else seen) - seen
+        if not choices:
+            seen = usage.get("completion_tokens", seen)
+            continue
+        new = usage.get("completion_tokens", seen + 1) - seen
         if new <= 0:
             continue
         if seen:
