@@ -39,6 +39,7 @@ HEALING = {
     "length": 32,
 }
 IDS = torch.arange(3, 43)
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -204,3 +205,10 @@ def test_bad_sections_are_one_sentence(recipe_of: Callable[..., Recipe], section
 def test_what_would_do_nothing_is_refused(recipe_of: Callable[..., Recipe], sections: dict, sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         recipe_of(**sections)
+
+
+@pytest.mark.parametrize("unit", sorted((ROOT / "recipes/units/healing").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_units_load(unit: Path, tmp_path: Path) -> None:
+    model, pruning = (ROOT / "recipes/units" / part for part in ("model/smollm2.yaml", "pruning/greedy-1-2.yaml"))
+    (tmp_path / "r.yaml").write_text(f"name: r\ninclude: [{model}, {pruning}, {unit}]\n")
+    assert heal.needed(Recipe.load(tmp_path / "r.yaml"))
