@@ -105,7 +105,7 @@ class Stand:
             max_running_requests=16, transfer_backend=f"pdtrim_{transport}",
         )  # fmt: skip
         spec = ClusterSpec.on_loopback(
-            one.folder / "prefill", one.folder / "decode", options=options, start_timeout_s=240.0,
+            one.folder / "prefill", one.folder / "decode", options=options, start_timeout_s=600.0,
             router_args=("--health-check-interval-secs", "2"),
         )  # fmt: skip
         told = {"stall_seconds": STALL_S, "connect_seconds": 2.0, "staging_bytes": STAGING_BYTES}
