@@ -365,3 +365,34 @@ def test_loadtest_prints_json_and_fails_loudly(capsys: pytest.CaptureFixture[str
         code, out, _ = run(capsys, "loadtest", url, *args)
     assert code == 1
     assert "http_503" in out
+
+
+def test_what_a_machine_reads_and_dry_runs_of_a_bundle(
+    capsys: pytest.CaptureFixture[str], bundle_dir: Path, tmp_path: Path, cache: Cache
+) -> None:
+    plan, before = Bundle.open(bundle_dir).plan.digest, sorted(bundle_dir.rglob("*"))
+    code, out, _ = run(capsys, "report", bundle_dir, "--out", tmp_path / "page.html", "--json")
+    assert (code, json.loads(out)["page"], json.loads(out)["plan"]) == (0, str(tmp_path / "page.html"), plan)
+    for args in (
+        ("eval", bundle_dir, "--seed", 4, "--cache-dir", cache.root),
+        ("fidelity", bundle_dir, "--serve-python", sys.executable),
+        ("fidelity", bundle_dir, "http://127.0.0.1:1"),
+    ):
+        code, out, _ = run(capsys, *args, "--dry-run", "--json")
+        assert (code, json.loads(out)["plan"]) == (0, plan)
+        code, out, _ = run(capsys, *args, "--dry-run")
+        assert (code, out.splitlines()[0]) == (0, "nothing is started or written (--dry-run)")
+    code, out, _ = run(capsys, "deploy", "render", bundle_dir, "--dry-run")
+    kinds = [one["kind"] for one in yaml.safe_load_all(out)]
+    assert (code, kinds[0], kinds.count("Deployment")) == (0, "Kustomization", 3)
+    code, out, _ = run(capsys, "deploy", "render", bundle_dir, "--dry-run", "--json")
+    assert json.loads(out)["plan"] == plan
+    for args in ((), ("--dry-run", "--out", tmp_path / "k")):
+        code, _, err = run(capsys, "deploy", "render", bundle_dir, *args)
+        assert (code, "say where the files go" in err) == (2, True)
+    assert sorted(bundle_dir.rglob("*")) == before
+
+
+def test_verbose_may_stand_after_the_command(tmp_path: Path) -> None:
+    done = without((), "recipe", "show", tmp_path / "gone.yaml", "-v")
+    assert (done.returncode, "Traceback" in done.stderr) == (2, True)
