@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from pdtrim_sglang.protocol import ChunkHeader, ProtocolError
-from pdtrim_sglang.transports.base import ChannelListener, ChunkHandler, TransportConfig, TransportError
+from pdtrim_sglang.transports.base import ChannelListener, ChunkHandler, TransportConfig
 from pdtrim_sglang.transports.tcp import TcpReceiveServer, TcpSendChannel, receive
 
 _PLACE = struct.Struct("<4sHI")
@@ -99,7 +99,7 @@ class OneSidedSendChannel(TcpSendChannel):
     ) -> list[memoryview]:
         seconds = self._config.stall_seconds
         if not self._free.wait(seconds):
-            raise TransportError(f"decode worker did not answer the last chunk within {seconds:.0f} s")
+            raise OSError(f"no answer to the last chunk within {seconds:.0f} s")  # and it hangs up
         if connection is self._broken:
             raise OSError("the connection was lost")
         self._free.clear()
