@@ -55,9 +55,9 @@ test-docs: setup-docs  ## documentation, manifests against the Kubernetes schema
 	$(DOCS)/python $(PYTEST) tests/docs
 
 test-serve: setup  ## the tests that start SGLang servers
-	$(TEST_ENV) $(BUILD)/python $(PYTEST) tests/serving tests/integration tests/faults -m "serve and not faults"
+	$(TEST_ENV) $(BUILD)/python $(PYTEST) tests/serving tests/integration -m serve
 
-test-faults: setup  ## kill, stop, cut and flood a running pair (with all of tests/faults; 6 minutes on 2 quiet cores)
+test-faults: setup  ## kill, stop, cut and flood a running pair; not part of make test
 	$(TEST_ENV) $(BUILD)/python $(PYTEST) tests/faults
 
 soak: setup  ## 2,000 requests, a fifth of them aborted: memory, pages and open files stay flat
