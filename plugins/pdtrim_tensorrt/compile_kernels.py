@@ -65,7 +65,7 @@ def compile_for_gpus(folder: Path) -> tuple[Path, list[Usage]]:
         raise UserError("make plugin: nvcc is not on PATH; install the CUDA toolkit (13.0 is what was tried)")
     library = folder / "libpdtrim_kernels.so"
     targets = [f"-gencode=arch=compute_{sm},code=sm_{sm}" for sm in ARCHITECTURES]
-    options = ["-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC", "--threads", "2"]
+    options = ["-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC"]  # --threads: its device link lost a file once
     shown = ["-Xptxas", "-v", "-Werror", "all-warnings"]
     return library, parse_ptxas(_run([nvcc, *options, *shown, *targets, "-o", str(library), str(SOURCE)], folder))
 
