@@ -7,7 +7,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pdtrim_deploy.bundle import Bundle, write_atomic
 from pdtrim_deploy.cache import Cache
@@ -15,8 +14,7 @@ from pdtrim_deploy.loadtest import Scenario, Workers, driver
 from pdtrim_deploy.loadtest.rounds import Rounds, Side, check_rounds, interleave, shares
 from pdtrim_deploy.model_card import refresh_cards
 from pdtrim_deploy.pipeline import Note, build
-from pdtrim_deploy.recipe import KVSection, PruningSection, Recipe
-from pdtrim_deploy.recipe_targets import TargetsSection
+from pdtrim_deploy.recipe import Recipe
 from pdtrim_deploy.report.environment import environment, versions_of
 from pdtrim_deploy.report.metrics import (
     FidelityFigures,
@@ -86,9 +84,8 @@ class Demo:
     def _build(self, name: str) -> Bundle:
         recipe = self.recipe
         if name == "dense":
-            changes: dict[str, Any] = {"name": f"{recipe.name}-dense", "pruning": PruningSection(), "kv": KVSection()}
-            changes["targets"] = TargetsSection()
-            recipe = recipe.model_copy(update=changes)
+            kept = {section: getattr(recipe, section) for section in ("model", "calibration", "evaluation")}
+            recipe = Recipe(name=f"{recipe.name}-dense", **kept)
         with self.show(f"build the {name} bundle"):
             return build(recipe, self.out / name, self.cache, self.note)
 
