@@ -97,18 +97,20 @@ class Peer:
         self._channel = make_channel(host, port, self, config)
         self._chunks: queue.SimpleQueue[tuple[float, Chunk] | None] = queue.SimpleQueue()
         self._unanswered: set[int] = set()
-        self._sending, self._lost = False, False
-        self._lock = threading.Lock()  # over progress: a reply may overtake the return of its own send
+        self._open, self._lost = 0, False  # chunks submitted and not yet sent or failed
+        self._lock = threading.Lock()  # over progress (a reply may overtake the return of its own send) and open chunks
         threading.Thread(target=self._run, daemon=True).start()
 
     def submit(self, chunk: Chunk) -> None:
         """Queue one chunk; chunks of a room leave in the order they came."""
+        with self._lock:
+            self._open += 1
         self._chunks.put((time.monotonic(), chunk))
 
     @property
     def gone(self) -> bool:
         """Whether its connection was lost and nothing is on its way: it may be closed, and made anew when needed."""
-        return self._lost and not self._sending and not self._unanswered and self._chunks.empty()
+        return self._lost and not self._open and not self._unanswered
 
     def abandon(self) -> None:
         """It has gone silent: break the connection, all that waits for a reply fails, what comes next connects anew."""
@@ -147,7 +149,6 @@ class Peer:
     def _run(self) -> None:
         failed_at, why = 0.0, ""
         while (item := self._chunks.get()) is not None:
-            self._sending = True
             queued_at, chunk = item
             try:
                 if queued_at < failed_at:  # it waited for the attempt that failed: one deadline for all, not one each
@@ -162,7 +163,8 @@ class Peer:
                 self._owner.fail(chunk.room, str(error))
             except Exception as error:  # whatever it was, it ends this request and not this thread
                 self._owner.fail(chunk.room, f"packing failed: {error}")
-            self._sending = False
+            with self._lock:
+                self._open -= 1
             del item, chunk  # it may hold staging memory
             self._owner.released()
         self._channel.close()
