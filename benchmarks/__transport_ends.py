@@ -40,6 +40,9 @@ class World:
         return [self.pool.data_ptr() + place * self.row_bytes for place in self.places.tolist()]
 
     # What a transport's server asks of its owner.
+    def connections_changed(self) -> None:
+        pass
+
     def admit(self, header: ChunkHeader) -> None:
         pass
 

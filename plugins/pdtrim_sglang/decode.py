@@ -13,11 +13,11 @@ from pdtrim_deploy.kvcache.layout import chunk_layout
 from pdtrim_deploy.plan import PDPlan
 from pdtrim_sglang.messages import Register
 from pdtrim_sglang.messages import Room as RoomMessage
-from pdtrim_sglang.metrics import HeldMetrics
+from pdtrim_sglang.metrics import Held, HeldMetrics
 from pdtrim_sglang.pool import PoolView
 from pdtrim_sglang.protocol import VERSION, ChunkHeader, ProtocolError, Reply
 from pdtrim_sglang.rooms import AuxRows, DecodeRoom
-from pdtrim_sglang.transports import TransportConfig, transport_named
+from pdtrim_sglang.transports import ReceiveServer, TransportConfig, transport_named
 
 if TYPE_CHECKING:
     from pdtrim_sglang.manager import PDTrimKVManager
@@ -43,9 +43,10 @@ class DecodeSide:
         self._digest = bytes.fromhex(plan.digest)
         self._rooms: dict[int, DecodeRoom] = {}
         self._metrics = HeldMetrics()
+        self._server: ReceiveServer | None = None
         _, make_server = transport_named(transport)
-        self._server = make_server(manager.local_ip, self, config)
-        self.session = config.announce or f"{self._server.host}:{self._server.port}"
+        self._server = server = make_server(manager.local_ip, self, config)
+        self.session = config.announce or f"{server.host}:{server.port}"
         threading.Thread(target=self._control, daemon=True).start()
 
     def register_message(self) -> list[bytes]:
@@ -79,18 +80,22 @@ class DecodeSide:
         """Accept chunks for a request whose destination `pages` (int32) SGLang has just allocated."""
         slots = self._pool.slots(pages, prompt_tokens - prefix_tokens)
         self._rooms[room] = DecodeRoom(room, prompt_tokens, prefix_tokens, slots, aux_index)
-        self._held()
+        self.connections_changed()
 
     def close_room(self, room: int) -> None:
         """Accept no more: call before SGLang may free the pages. Waits for a scatter under way."""
         entry = self._rooms.pop(room, None)
         if entry is not None:
             entry.close()
-            self._held()
+            self.connections_changed()
 
-    def _held(self) -> None:
-        connections, staging_bytes = self._server.held()
-        self._metrics.held(len(self._rooms), staging_bytes, connections)
+    def connections_changed(self) -> None:
+        """Write down what is held now."""
+        self._metrics.held(self._held)
+
+    def _held(self) -> Held:
+        connections, staging_bytes = self._server.held() if self._server is not None else (0, 0)
+        return Held(len(self._rooms), staging_bytes, connections)
 
     def admit(self, header: ChunkHeader) -> None:
         """The lengths must be the plan's, before a byte of the body is read."""

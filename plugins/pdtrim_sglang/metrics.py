@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 from pdtrim_sglang.peer import RoomProgress
+
+
+@dataclass(frozen=True)
+class Held:
+    """Requests whose transfer is open, bytes of staging memory in use, workers of the other stage connected."""
+
+    rooms: int
+    staging_bytes: int
+    peers: int
 
 
 class HeldMetrics:
@@ -13,6 +25,8 @@ class HeldMetrics:
     def __init__(self) -> None:
         from prometheus_client import Gauge
 
+        self._lock = threading.Lock()
+
         mode: Literal["livesum"] = "livesum"  # ranks add up
         self._rooms = Gauge("pdtrim_kv_open_requests", "Requests whose transfer is open", multiprocess_mode=mode)
         self._staging = Gauge("pdtrim_kv_staging_held_bytes", "Staging memory in use", multiprocess_mode=mode)
@@ -20,11 +34,13 @@ class HeldMetrics:
             "pdtrim_kv_peers", "Workers of the other stage that it keeps a connection for", multiprocess_mode=mode
         )
 
-    def held(self, rooms: int, staging_bytes: int, peers: int) -> None:
-        """What it is now."""
-        self._rooms.set(rooms)
-        self._staging.set(staging_bytes)
-        self._peers.set(peers)
+    def held(self, count: Callable[[], Held]) -> None:
+        """Write down what it is now. Threads take turns, so that the last one writes what it is after them all."""
+        with self._lock:
+            now = count()
+            self._rooms.set(now.rooms)
+            self._staging.set(now.staging_bytes)
+            self._peers.set(now.peers)
 
 
 class TransferMetrics(HeldMetrics):

@@ -14,7 +14,7 @@ from sglang.srt.disaggregation.common.conn import ABORT_TAG, AbortNotification
 
 from pdtrim_deploy.plan import PDPlan
 from pdtrim_sglang.messages import Register, Room, parse
-from pdtrim_sglang.metrics import TransferMetrics
+from pdtrim_sglang.metrics import Held, TransferMetrics
 from pdtrim_sglang.pairing import RoomInfo, rejection
 from pdtrim_sglang.peer import Chunk, Peer, RoomProgress
 from pdtrim_sglang.pool import PoolView
@@ -108,8 +108,11 @@ class PrefillSide:
 
     def released(self) -> None:
         """Something was taken or given back: write down what is held now."""
+        self._metrics.held(self._held)
+
+    def _held(self) -> Held:
         used = self.staging.used_bytes if self.staging is not None else 0
-        self._metrics.held(rooms=len(self._progress), staging_bytes=used, peers=len(self._peers))
+        return Held(rooms=len(self._progress), staging_bytes=used, peers=len(self._peers))
 
     def progress(self, room: int) -> RoomProgress | None:
         """Bytes and times of a room, None when it has no sender."""
@@ -210,6 +213,7 @@ class PrefillSide:
         with self._peers_lock:  # a restarted decode worker is a new one: what it leaves behind ends here
             for session in [session for session, peer in self._peers.items() if peer.gone]:
                 self._peers.pop(session).close()
+        self.released()
 
     def _peer(self, session: str) -> Peer:
         if session not in self._peers:

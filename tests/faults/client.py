@@ -44,12 +44,19 @@ def draw(count: int, tokens: tuple[int, int], new_tokens: tuple[int, int], seed:
     return made
 
 
-def send(url: str, asked: Sequence[Asked], deadline_s: float, concurrency: int = 8) -> list[Ended]:
-    """All of them, `concurrency` at a time; returns when each has ended, or its deadline has passed."""
-    return asyncio.run(_send(url, asked, deadline_s, concurrency))
+def send(
+    url: str, asked: Sequence[Asked], deadline_s: float, concurrency: int = 8, begun: list[Ended] | None = None
+) -> list[Ended]:
+    """All of them, `concurrency` at a time; returns when each has ended, or its deadline has passed.
+
+    `begun` is given each request as it is sent, for who wants to look on from another thread.
+    """
+    return asyncio.run(_send(url, asked, deadline_s, concurrency, [] if begun is None else begun))
 
 
-async def _send(url: str, asked: Sequence[Asked], deadline_s: float, concurrency: int) -> list[Ended]:
+async def _send(
+    url: str, asked: Sequence[Asked], deadline_s: float, concurrency: int, sent: list[Ended]
+) -> list[Ended]:
     gate = asyncio.Semaphore(concurrency)
     # a connection each: a kept one that the router has closed meanwhile would be the client's own fault
     limits = httpx.Limits(max_keepalive_connections=0)
@@ -58,6 +65,7 @@ async def _send(url: str, asked: Sequence[Asked], deadline_s: float, concurrency
         async def one(request: Asked) -> Ended:
             async with gate:
                 ended, begun = Ended(request), time.monotonic()
+                sent.append(ended)
                 try:
                     async with asyncio.timeout(deadline_s):
                         ended.how, ended.reason = await _stream(client, ended)

@@ -171,8 +171,11 @@ class Stand:
             found |= {f"{stage} {name}": total(samples, name) for name in LEVELS}
         return found
 
-    def leaked(self, within_s: float = 30.0) -> dict[str, float]:
-        """What is held beyond the level at the start, once it has had the time to go."""
+    def leaked(self, within_s: float = 45.0) -> dict[str, float]:
+        """What is held beyond the level at the start, once it has had the time to go.
+
+        SGLang 0.5.23 writes down the pages of an idle worker every 30 s (`_maybe_log_idle_metrics`).
+        """
         deadline = time.monotonic() + within_s
         while True:
             with contextlib.suppress(OSError):
@@ -222,17 +225,35 @@ class Stand:
         assert not row.leaked, f"left behind after {fault}"
         return row
 
-    def while_sending(self, asked: Sequence[Asked], after_s: float, fault: Callable[[], None]) -> list[Ended]:
-        """Send, and let the fault happen `after_s` seconds later."""
-        timer = threading.Timer(after_s, fault)
-        timer.start()
-        ended = send(self.url, asked, DEADLINE_S)
-        timer.join()
-        return ended
+    def while_sending(
+        self, asked: Sequence[Asked], fault: Callable[[], None], when: Callable[[list[Ended]], bool]
+    ) -> list[Ended]:
+        """Send, and let the fault happen as soon as `when` says so of the requests begun: no clock knows the moment."""
+        begun: list[Ended] = []
+        over = threading.Event()
+
+        def wait() -> None:
+            while not over.is_set():
+                if when(begun):
+                    return fault()
+                time.sleep(0.002)
+
+        watching = threading.Thread(target=wait)
+        watching.start()
+        try:
+            return send(self.url, asked, DEADLINE_S, begun=begun)
+        finally:
+            over.set()
+            watching.join()
 
     def health(self, stage: str, timeout_s: float = 25.0) -> bool:
         """Whether the worker's own /health says yes."""
         return is_healthy(self.worker(stage).spec.url, timeout_s)
+
+
+def streaming(begun: Sequence[Ended]) -> bool:
+    """Whether some requests are in the middle of their text."""
+    return sum(1 < len(one.tokens) < one.asked.new_tokens for one in list(begun)) >= 4
 
 
 def short(reason: str) -> str:

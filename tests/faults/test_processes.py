@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 from client import draw, send
-from stand import DEADLINE_S
+from stand import DEADLINE_S, streaming
 
 from pdtrim_deploy.errors import ServingError
 
@@ -28,7 +28,9 @@ def test_a_worker_that_stands_still(stand, stage):
 def test_prefill_killed_in_the_middle_of_transfers(stand):
     asked = draw(24, (300, 400), (8, 12), seed=5)
     with stand.proxy.doing("delay"):  # so that chunks are on their way
-        ended = stand.while_sending(asked, 2.0, lambda: stand.signal("prefill", signal.SIGKILL))
+        ended = stand.while_sending(
+            asked, lambda: stand.signal("prefill", signal.SIGKILL), lambda begun: stand.proxy.hits > 4
+        )
     assert not stand.health("prefill"), "a dead worker is healthy"
     assert any(one.how == "failed" for one in ended), "nothing was in the middle of anything"
     begun = time.monotonic()
@@ -39,7 +41,7 @@ def test_prefill_killed_in_the_middle_of_transfers(stand):
 
 def test_decode_killed_in_the_middle_of_streams_and_back_with_another_plan_behind_one_router(stand):
     asked = draw(16, (50, 200), (60, 80), seed=6)
-    ended = stand.while_sending(asked, 2.0, lambda: stand.signal("decode", signal.SIGKILL))
+    ended = stand.while_sending(asked, lambda: stand.signal("decode", signal.SIGKILL), streaming)
     assert not stand.health("decode"), "a dead worker is healthy"
     assert any(one.how == "failed" and one.tokens for one in ended), "no stream was cut"
     own = stand.worker("decode").spec
@@ -57,7 +59,7 @@ def test_decode_killed_in_the_middle_of_streams_and_back_with_another_plan_behin
 
 def test_the_router_comes_back(stand):
     asked = draw(16, (50, 300), (20, 30), seed=8)
-    ended = stand.while_sending(asked, 2.0, lambda: stand.signal_router(signal.SIGKILL))
+    ended = stand.while_sending(asked, lambda: stand.signal_router(signal.SIGKILL), streaming)
     begun = time.monotonic()
     stand.cluster.restart("router")
     row = stand.verdict("kill -9 the router, restarted", ended, time.monotonic() - begun)

@@ -3,8 +3,9 @@
 import subprocess
 
 import pytest
-from client import draw
+from client import draw, send
 from judge import off
+from stand import DEADLINE_S
 
 from pdtrim_deploy.plan import KVSend
 from pdtrim_deploy.serving.transports import LIBRARIES
@@ -27,6 +28,6 @@ def test_transport(start, environment, transport):
         stand.verdict("none: a healthy load", ended, 0.0)
         for fault in ("truncate", "corrupt", "drop"):
             with stand.proxy.doing(fault):
-                ended = stand.while_sending(draw(8, (2, 400), (2, 12), seed=22), 0, lambda: None)
+                ended = send(stand.url, draw(8, (2, 400), (2, 12), seed=22), DEADLINE_S)
                 assert stand.proxy.hits
             assert stand.verdict(f"bytes of header and replies: {fault}", ended).failed

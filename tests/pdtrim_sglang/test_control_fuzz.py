@@ -62,7 +62,7 @@ def prefill(manager):
     from collections import deque
 
     side._tombstones = deque()
-    side._metrics = type("Metrics", (), {"ended": lambda self, outcome: None, "held": lambda self, **now: None})()
+    side._metrics = type("Metrics", (), {"ended": lambda self, outcome: None, "held": lambda self, count: count()})()
     return side
 
 

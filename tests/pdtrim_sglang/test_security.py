@@ -33,6 +33,9 @@ class Handler:
     def __init__(self):
         self.got = []
 
+    def connections_changed(self):
+        pass
+
     def admit(self, header):
         if header.payload_bytes > MOST or header.aux_bytes > 64:
             raise ProtocolError("not the plan's lengths")

@@ -21,7 +21,10 @@ LIBRARY, LOADS = {"nixl": "nixl_cu12", "mooncake": "mooncake"}, {"nixl": "_api",
 
 class Handler:
     def __init__(self):
-        self.got, self.refuse = [], ""
+        self.got, self.refuse, self.changes = [], "", queue.Queue()
+
+    def connections_changed(self):
+        self.changes.put(None)
 
     def admit(self, header):
         if self.refuse:
@@ -84,6 +87,19 @@ def test_chunks_arrive_whole_and_in_order(pair):
         assert handler.got[-1][0].room == room
         assert torch.equal(handler.got[-1][1], sent)
         assert handler.got[-1][2] == b"aux"
+
+
+def test_the_owner_hears_of_connections_that_come_and_go(pair):
+    channel, server, handler, listener = pair
+    channel.send(header(1, 100), memoryview(b""))
+    listener.next()
+    handler.changes.get(timeout=10)
+    connections, staging = server.held()
+    assert connections == 1
+    assert staging >= 100
+    channel.close()
+    handler.changes.get(timeout=10)
+    assert server.held() == (0, 0)
 
 
 def test_a_payload_in_more_pieces_than_one_call_takes_arrives_in_order(pair):

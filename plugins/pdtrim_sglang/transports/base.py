@@ -86,6 +86,9 @@ class ChunkHandler(Protocol):
     def deliver(self, header: ChunkHeader, payload: Tensor, aux: memoryview) -> Reply:
         """Scatter `payload` (uint8) and `aux`; both are only valid during the call."""
 
+    def connections_changed(self) -> None:
+        """A connection came or went: `ReceiveServer.held` says something else."""
+
 
 class ChannelListener(Protocol):
     """What a channel tells its owner; called in the channel's own thread."""

@@ -150,6 +150,7 @@ class TcpReceiveServer(ReceiveServer):
                 connection.close()
                 continue
             self._connections[connection] = 0
+            self._handler.connections_changed()
             threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
 
     def _serve(self, connection: socket.socket) -> None:
@@ -176,6 +177,7 @@ class TcpReceiveServer(ReceiveServer):
             self._connections.pop(connection, None)
             self._left(connection)
             connection.close()
+            self._handler.connections_changed()
 
     def _refuse(self, connection: socket.socket, reply: Reply) -> None:
         """Answer, then read on a little: closing with unread bytes would reset the answer away."""
