@@ -50,10 +50,13 @@ FROM ${PYTHON_IMAGE} AS cpu
 # g++ compiles the packing of KV for this very CPU at first use.
 # hadolint ignore=DL3008
 RUN apt-get update && apt-get install --yes --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
+COPY tools/container.sh /opt/pdtrim/container.sh
+RUN /opt/pdtrim/container.sh user && install --directory --owner=10001 --group=10001 /home/pdtrim/pdtrim-deploy
 COPY --chown=10001:10001 . /home/pdtrim/pdtrim-deploy
 WORKDIR /home/pdtrim/pdtrim-deploy
-RUN tools/container.sh user && chown 10001:10001 /home/pdtrim/pdtrim-deploy
 USER 10001:10001
+# PyTorch's own index of CPU builds, by --build-arg, keeps CUDA's libraries (several GB) out of the image.
+ARG PIP_EXTRA_INDEX_URL=""
 RUN tools/container.sh cpu
 ENV PATH=/home/pdtrim/pdtrim-deploy/.venv/build/bin:$PATH
 HEALTHCHECK --interval=1m --timeout=30s CMD ["pdtrim-deploy", "doctor", "--for", "build"]

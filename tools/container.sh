@@ -27,7 +27,8 @@ serve)
     "$PYTHON" -P -m pdtrim_sglang.diagnosis --check
     ;;
 cpu)
-    "$PYTHON" tools/environment.py build
+    # No caches: they would stay in the image beside what was installed from them.
+    PIP_NO_CACHE_DIR=1 UV_NO_CACHE=1 "$PYTHON" tools/environment.py build
     .venv/build/bin/pdtrim-deploy doctor --for build
     ;;
 user)
