@@ -37,6 +37,7 @@ class Pair(click.ParamType):
 )
 @click.option("--a-executor", type=Pair(), help="Of A, when it is a bundle.  [default: torch]")
 @click.option("--b-executor", type=Pair(), help="Of B, when it is a bundle.  [default: torch]")
+@click.option("--link", help="Speed of a link to put between prefill and decode, on loopback: 100Mbps. For bundles.")
 @click.option("--driver", "driver_name", default="builtin", show_default=True, help="builtin or aiperf.")
 @click.option("--allow-remote", is_flag=True, help="Allow a URL that is not on this machine.")
 @click.option("--out", type=options.path, help="Write the result here too, as JSON; `report` reads it.")
@@ -52,6 +53,7 @@ def compare(
     rounds: int,
     a_executor: Executors | None,
     b_executor: Executors | None,
+    link: str | None,
     driver_name: str,
     allow_remote: bool,
     out: Path | None,
@@ -69,6 +71,7 @@ def compare(
     Examples:
       pdtrim-deploy compare out/demo/dense out/demo/pruned --scenario scenarios/smoke.yaml
       pdtrim-deploy compare out/bundle out/bundle --b-executor onnxruntime --rounds 8
+      pdtrim-deploy compare out/demo/dense out/demo/pruned --link 100Mbps
     """
     from pdtrim_deploy.bundle import write_atomic
     from pdtrim_deploy.cli.progress import Progress
@@ -78,6 +81,7 @@ def compare(
     from pdtrim_deploy.loadtest.rounds import Comparison, Side, check_rounds, interleave, repeats
     from pdtrim_deploy.report.environment import environment
     from pdtrim_deploy.report.tables import ratio_table
+    from pdtrim_deploy.sizing.link import Link
 
     check_rounds(rounds)
     drive = driver(driver_name)
@@ -86,11 +90,13 @@ def compare(
     if names[0] == names[1]:
         raise UserError(f"A and B are both {names[0]}; give two bundles, or other executors: --b-executor")
     chosen = (a_executor, b_executor)
-    pair = [Target.of(*one, serve_python, allow_remote) for one in zip((first, second), chosen, strict=True)]
+    slow = Link.parse(link) if link is not None else None
+    pair = [Target.of(*one, serve_python, allow_remote, slow) for one in zip((first, second), chosen, strict=True)]
     asked = scenario.model_dump(mode="json", exclude_none=True)
     if dry_run:
         sides = {name: target.described() for name, target in zip(names, pair, strict=True)}
-        dry_runs.say({"driver": driver_name, "rounds": rounds, "scenario": asked, "sides": sides}, as_json)
+        planned = {"driver": driver_name, "rounds": rounds, "link": link, "scenario": asked, "sides": sides}
+        dry_runs.say(planned, as_json)
         return
     for target in pair:
         target.check()
@@ -103,6 +109,7 @@ def compare(
         first=names[0],
         second=names[1],
         scenario=asked,
+        link=str(slow) if slow else None,
         rounds=rounds,
         ratios=tuple(found.ratios(*names)),
         load=found.total,

@@ -12,27 +12,35 @@ from pdtrim_deploy.cli.progress import Progress
 from pdtrim_deploy.doctor import Asked, require
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.loadtest import Workers, check_target
-from pdtrim_deploy.serving import Executors, ServeEnvironment, cluster_of
+from pdtrim_deploy.serving import Executors, ServeEnvironment, cluster_of, throttled
+from pdtrim_deploy.sizing.link import Link
 
 
 @dataclass(frozen=True)
 class Target:
-    """`bundle` is None for a URL."""
+    """`bundle` is None for a URL; `link` is what its KV goes over, None: loopback as it is."""
 
     text: str
     bundle: Bundle | None
     executors: Executors | None
     serve_python: Path | None
+    link: Link | None = None
 
     @classmethod
     def of(
-        cls, text: str, executors: Executors | None, serve_python: Path | None = None, allow_remote: bool = False
+        cls,
+        text: str,
+        executors: Executors | None,
+        serve_python: Path | None = None,
+        allow_remote: bool = False,
+        link: Link | None = None,
     ) -> Target:
-        """UserError: no complete bundle, no URL of this machine, or an executor for a pair that runs already."""
+        """UserError: no complete bundle, no URL of this machine, or an executor or link for a pair that runs."""
         if "://" not in text:
-            return cls(text, Bundle.open(Path(text)), executors, serve_python)
-        if executors is not None:
-            raise UserError(f"an executor is for bundles, {text} runs already; leave one of them out")
+            return cls(text, Bundle.open(Path(text)), executors, serve_python, link)
+        for what, given in (("an executor", executors), ("a link", link)):
+            if given is not None:
+                raise UserError(f"{what} is for bundles, {text} runs already; leave one of them out")
         check_target(text, allow_remote)
         return cls(text, None, None, None)
 
@@ -54,5 +62,5 @@ class Target:
         environment = ServeEnvironment.find(self.serve_python)
         starting = cluster_of(self.bundle, executors=self.executors, environment=environment, say=progress.note)
         with progress.show(f"serve {name}"):
-            cluster = stack.enter_context(starting)
+            cluster = stack.enter_context(throttled(starting, self.link) if self.link else starting)
         return cluster.url, Workers.of(cluster)

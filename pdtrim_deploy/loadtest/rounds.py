@@ -161,13 +161,17 @@ def repeats(scenario: Scenario, rounds: int) -> list[Scenario]:
 
 
 class Comparison(BaseModel):
-    """`second` over `first`; never one absolute time: each side's own figures stand under `load` for the record."""
+    """`second` over `first`; never one absolute time: each side's own figures stand under `load` for the record.
+
+    `link` is the speed of a relay on loopback that KV went over; None: loopback as it is.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     first: str
     second: str
     scenario: dict[str, Any]
+    link: str | None = None
     rounds: int
     ratios: tuple[Ratio, ...]
     load: dict[str, LoadResult]

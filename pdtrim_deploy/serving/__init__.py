@@ -6,7 +6,7 @@ Imports neither sglang nor torch: the build environment runs this, the serve env
 from pdtrim_deploy.serving.cluster import Cluster
 from pdtrim_deploy.serving.engines import EXECUTORS, Engine, Executors
 from pdtrim_deploy.serving.environment import ServeEnvironment
-from pdtrim_deploy.serving.launch import cluster_of
+from pdtrim_deploy.serving.launch import cluster_of, throttled
 from pdtrim_deploy.serving.spec import ClusterSpec, RouterSpec, WorkerOptions, WorkerSpec
 
 __all__ = [
@@ -20,4 +20,5 @@ __all__ = [
     "WorkerOptions",
     "WorkerSpec",
     "cluster_of",
+    "throttled",
 ]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,11 @@ from pdtrim_deploy.plan import STAGES
 from pdtrim_deploy.serving.cluster import Cluster
 from pdtrim_deploy.serving.engines import Executors, find_engine
 from pdtrim_deploy.serving.environment import ServeEnvironment
+from pdtrim_deploy.serving.ports import HOST, free_ports
+from pdtrim_deploy.serving.relay import Throttle
 from pdtrim_deploy.serving.spec import ClusterSpec, WorkerOptions
 from pdtrim_deploy.serving.transports import require_transport
+from pdtrim_deploy.sizing.link import Link
 
 
 def cluster_of(
@@ -60,3 +64,18 @@ def cluster_of(
     )
     spec = replace(spec, workers=tuple(replace(worker, transport=transport or {}) for worker in spec.workers))
     return Cluster(spec, environment, log_dir or Path(tempfile.mkdtemp(prefix="pdtrim-serve-")), say)
+
+
+@contextlib.contextmanager
+def throttled(cluster: Cluster, link: Link) -> Iterator[Cluster]:
+    """`cluster` (1 prefill + 1 decode worker, transport tcp), served with KV going over a link of this speed.
+
+    The link is a relay on loopback: it holds bytes back as `link` would; its way back and the control channel are free.
+    """
+    (decode,), spec = cluster.spec.decode, cluster.spec
+    used = {port for worker in spec.workers for port in (worker.port, worker.bootstrap_port or 0)}
+    port, announced = free_ports(2, taken=frozenset(used | {spec.router.port, spec.router.metrics_port}))
+    told = replace(decode, transport={**decode.transport, "port": port, "announce": f"{HOST}:{announced}"})
+    cluster.spec = replace(spec, workers=(*spec.prefill, told))
+    with contextlib.closing(Throttle(announced, port, link.bytes_per_s)), cluster:
+        yield cluster

@@ -76,6 +76,8 @@ def test_compare(url: str, scenario: Path, tmp_path: Path, capsys: pytest.Captur
         (["--rounds", 2], "--rounds 2 gives no confidence interval; use at least 3"),
         (["--a-executor", "onnxruntime"], "an executor is for bundles"),
         (["--a-executor", "onnx"], "'onnx': give one of torch, onnxruntime, tensorrt"),
+        (["--link", "100Mbps"], "a link is for bundles"),
+        (["--link", "fast"], "'fast' is no link speed"),
         (["--driver", "wrk"], "load driver 'wrk' is not known"),
     ],
 )

@@ -131,6 +131,8 @@ def load(found: Findings) -> Markup | None:
                 f"Ratio in each of {rounds} interleaved rounds: geometric mean and 95% interval (paired t), coloured "
                 "where it leaves 1 out."
             )
+            if link := said.get("link"):
+                text += f" KV went over a relay on loopback that lets {link} through."
             parts += [tag("p", text), charts.intervals(rows, name)]
         load_of = {side: one.get("detail", one) for side, one in said["load"].items()}
         parts += [tag("p", tag("strong", f"{side}: "), why) for side, why in _warnings(load_of)]

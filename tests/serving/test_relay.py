@@ -1,0 +1,78 @@
+"""The relay that stands for a slower link: what it passes on, how fast, and when it ends."""
+
+import contextlib
+import socket
+import threading
+import time
+
+import pytest
+
+from pdtrim_deploy.serving.ports import free_ports
+from pdtrim_deploy.serving.relay import Relay, Throttle
+
+
+@pytest.fixture
+def end():
+    """A server that answers what it was sent, once it has read a whole message of `SIZE` bytes."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer():
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = server.accept()
+                    threading.Thread(target=echo, args=(connection,), daemon=True).start()
+
+        threading.Thread(target=answer, daemon=True).start()
+        yield server.getsockname()[1]
+
+
+def echo(connection):
+    with connection:
+        while data := connection.recv(1 << 16):
+            connection.sendall(data)
+
+
+def through(port, data):
+    """What comes back, and how long it took."""
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+        begun, got = time.monotonic(), bytearray()
+        threading.Thread(target=connection.sendall, args=(data,), daemon=True).start()
+        while len(got) < len(data) and (part := connection.recv(1 << 16)):
+            got += part
+        return bytes(got), time.monotonic() - begun
+
+
+def test_bytes_pass_both_ways_unchanged(end):
+    (port,) = free_ports(1)
+    with contextlib.closing(Relay(port, end)):
+        data = bytes(range(256)) * 4000
+        assert through(port, data)[0] == data
+
+
+def test_a_throttle_lets_its_speed_through_over_all_connections(end):
+    (port,) = free_ports(1)
+    with contextlib.closing(Throttle(port, end, 4e6)):
+        data = bytes(400_000)
+        got, alone = through(port, data)
+        assert got == data
+        took = []
+        both = [threading.Thread(target=lambda: took.append(through(port, data)[1])) for _ in range(2)]
+        for one in both:
+            one.start()
+        for one in both:
+            one.join()
+    assert alone >= 0.09  # 0.1 s less what a token bucket of 5 ms lets go at once
+    assert max(took) >= 0.19
+    assert alone < 0.2 or max(took) < 0.4, "far slower than the link"
+
+
+def test_a_closed_relay_is_gone(end):
+    (port,) = free_ports(1)
+    relay = Relay(port, end)
+    with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
+        connection.sendall(b"x")
+        assert connection.recv(1) == b"x"
+        relay.close()
+        assert connection.recv(1) == b""
+    with pytest.raises(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):  # noqa: PT011
+        pass
