@@ -6,7 +6,9 @@ builds its KV manager and refuses to start when one did not take.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 READ_AGAINST = "0.5.23"
@@ -18,6 +20,8 @@ DECODE_MANAGER = f"{DISAGGREGATION}.decode.DecodePreallocQueue._init_kv_manager"
 PRE_ALLOC = f"{DISAGGREGATION}.decode.DecodePreallocQueue._pre_alloc"
 SEND_METADATA = f"{DISAGGREGATION}.decode.DecodePreallocQueue._send_kv_metadata"
 TORCH_NATIVE = "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend"
+# SGLang's own factories by the name of `--attention-backend`, and what stands in their place once they are wanted.
+ATTENTION = {"triton": "SparseTritonBackend", "flashinfer": "SparseFlashInferBackend"}
 TARGETS = (GET_KV_CLASS, CREATE_SENDER, PREFILL_MANAGER, DECODE_MANAGER, PRE_ALLOC, SEND_METADATA, TORCH_NATIVE)
 
 
@@ -28,6 +32,7 @@ def install() -> None:
     from pdtrim_sglang.attention.torch_native import SparseTorchNativeBackend
 
     _add_transfer_backends()
+    _replace_attention_backends()
     HookRegistry.register(GET_KV_CLASS, _kv_class, HookType.AROUND)
     HookRegistry.register(CREATE_SENDER, _name_prompt_of_sender, HookType.AROUND)
     HookRegistry.register(PREFILL_MANAGER, _attach_pool, HookType.AFTER)
@@ -39,10 +44,16 @@ def install() -> None:
 
 def check() -> None:
     """Raise RuntimeError, naming the targets, unless every hook was applied."""
+    from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
     from sglang.srt.plugins.hook_registry import HookRegistry
     from sglang.version import __version__
 
-    if missing := sorted(set(TARGETS) - HookRegistry._patched):
+    untaken = {
+        f"ATTENTION_BACKENDS[{name}]"
+        for name in ATTENTION
+        if not isinstance(ATTENTION_BACKENDS.get(name), SparseFactory)
+    }
+    if missing := sorted(set(TARGETS) - HookRegistry._patched | untaken):
         raise RuntimeError(
             f"pdtrim: SGLang {__version__} did not take the hooks {', '.join(missing)}; this plugin was written for "
             f"SGLang {READ_AGAINST}: install that version"
@@ -70,6 +81,32 @@ def _add_transfer_backends() -> None:
             TransferBackend._member_names_.append(member._name_)
             TransferBackend._member_map_[member._name_] = member
             TransferBackend._value2member_map_[value] = member
+
+
+@dataclass(frozen=True)
+class SparseFactory:
+    """Makes our backend where SGLang's registry would make its own; imports neither before that."""
+
+    name: str
+    original: Callable[[Any], Any]
+
+    def __call__(self, runner: Any) -> Any:
+        """The backend of one model runner: SGLang's own where no layer of its plan is cut."""
+        from pdtrim_sglang.attention.sparse_layers import sparse_windows
+
+        if not sparse_windows(runner):
+            return self.original(runner)
+        module = importlib.import_module(f"pdtrim_sglang.attention.{self.name}")
+        options = {"init_new_workspace": runner.init_new_workspace} if self.name == "flashinfer" else {}
+        return getattr(module, ATTENTION[self.name])(runner, **options)
+
+
+def _replace_attention_backends() -> None:
+    from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
+
+    for name in ATTENTION:
+        if not isinstance(ATTENTION_BACKENDS[name], SparseFactory):
+            ATTENTION_BACKENDS[name] = SparseFactory(name, ATTENTION_BACKENDS[name])
 
 
 def _kv_class(original: Callable[..., Any], transfer_backend: Any, class_type: Any) -> Any:

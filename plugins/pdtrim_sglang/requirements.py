@@ -6,7 +6,8 @@ from typing import Any
 
 from pdtrim_deploy.plan import PDPlan
 
-SPARSE_BACKENDS = ("torch_native",)
+# Decode attention that knows sparse layers. The two for GPUs have not run on one; they plan each step anew.
+SPARSE_BACKENDS = ("torch_native", "triton", "flashinfer")
 
 
 def check_options(server_args: Any, kv_args: Any, plan: PDPlan | None, is_mla_backend: bool) -> None:
@@ -28,4 +29,13 @@ def check_options(server_args: Any, kv_args: Any, plan: PDPlan | None, is_mla_ba
         raise RuntimeError(
             f"pdtrim: attention backend {backend} would read prompt rows that were not sent; valid for a sparse plan: "
             f"{', '.join(SPARSE_BACKENDS)}: start decode with --attention-backend {SPARSE_BACKENDS[0]}"
+        )
+    if backend == SPARSE_BACKENDS[0]:
+        return
+    from sglang.srt.model_executor.cuda_graph_config import Backend, Phase, check_cuda_graph_backend
+
+    if not check_cuda_graph_backend(Phase.DECODE, Backend.DISABLED):
+        raise RuntimeError(
+            "pdtrim: a CUDA graph would replay the full layers' indices in sparse ones: start decode with "
+            "--cuda-graph-backend-decode disabled"
         )

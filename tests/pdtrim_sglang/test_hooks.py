@@ -1,5 +1,7 @@
 """The hooks take on the pinned SGLang; one that did not is named."""
 
+import importlib
+
 import pytest
 
 pytest.importorskip("sglang", reason="needs the serve environment")
@@ -44,12 +46,34 @@ def test_the_torch_native_backend_is_the_sparse_one(registry):
     assert torch_native_backend.TorchNativeAttnBackend.__name__ == "SparseTorchNativeBackend"
 
 
+def test_the_gpu_backends_are_ours_where_a_layer_is_cut_and_only_there(registry, monkeypatch):
+    from types import SimpleNamespace
+
+    from pdtrim_sglang import hooks
+    from pdtrim_sglang.attention import sparse_layers
+    from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
+
+    for name, ours in hooks.ATTENTION.items():
+        factory = ATTENTION_BACKENDS[name]
+        module = importlib.import_module(f"pdtrim_sglang.attention.{name}")
+        monkeypatch.setattr(module, ours, lambda runner, **_: "ours")
+        monkeypatch.setattr(sparse_layers, "sparse_windows", lambda runner: runner.windows)
+        runner = SimpleNamespace(windows={1: "window"}, init_new_workspace=False)
+        stock = hooks.SparseFactory(name, lambda runner: "sglang's")
+        assert factory(runner) == stock(runner) == "ours"
+        assert stock(SimpleNamespace(windows={})) == "sglang's"
+    monkeypatch.setitem(ATTENTION_BACKENDS, "triton", factory.original)
+    with pytest.raises(RuntimeError, match=r"did not take the hooks ATTENTION_BACKENDS\[triton\];"):
+        hooks.check()
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
         ({"disaggregation_decode_enable_radix_cache": True}, "--disaggregation-decode-enable-radix-cache"),
-        ({"attention_backend": "flashinfer"}, "attention backend flashinfer would read prompt rows"),
-        ({"decode_attention_backend": "triton"}, "attention backend triton would read prompt rows"),
+        ({"attention_backend": "fa3"}, "attention backend fa3 would read prompt rows"),
+        ({"decode_attention_backend": "flashinfer"}, "--cuda-graph-backend-decode disabled"),
+        ({"decode_attention_backend": "triton"}, "--cuda-graph-backend-decode disabled"),
         ({"pp_size": 2}, "--pp-size 1"),
     ],
 )

@@ -1,9 +1,11 @@
 """The decode index sets: first + last + generated tokens, for any batch."""
 
+import itertools
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from pdtrim_sglang.attention.windows import Window, compact_table, layer_windows
+from pdtrim_sglang.attention.windows import Window, compact_table, kv_indices, layer_windows
 
 from pdtrim_deploy.plan import KVSend, ModelShape, PDPlan
 
@@ -28,6 +30,10 @@ def test_each_request_sees_exactly_first_last_and_generated(requests, first, las
             if p < first or p >= prompt - last or first + last >= prompt
         ]
         assert slots[i, : kept[i]].tolist() == expected
+    ragged = kv_indices(slots, kept)
+    assert ragged.indptr.tolist() == [0, *itertools.accumulate(kept.tolist())]
+    assert ragged.indices.tolist() == [slot for row, n in zip(slots.tolist(), kept, strict=True) for slot in row[:n]]
+    assert ragged.last_page_len.tolist() == [1] * len(requests)
 
 
 def test_each_sparse_layer_has_its_own_window():

@@ -8,8 +8,8 @@ import torch
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from torch import Tensor
 
-from pdtrim_sglang.attention.windows import Window, compact_table, layer_windows
-from pdtrim_sglang.plan_source import read_plan
+from pdtrim_sglang.attention.sparse_layers import SparseLayers
+from pdtrim_sglang.attention.windows import Window
 
 
 class SparseTorchNativeBackend(TorchNativeAttnBackend):
@@ -20,32 +20,22 @@ class SparseTorchNativeBackend(TorchNativeAttnBackend):
 
     def __init__(self, model_runner: Any) -> None:
         super().__init__(model_runner)
-        args = model_runner.server_args
-        plan = read_plan(args.model_path) if args.disaggregation_mode == "decode" else None
-        self._windows: dict[int, Window] = layer_windows(plan) if plan else {}
+        self._layers = SparseLayers(model_runner)
         self._tables: dict[Window, tuple[Tensor, Tensor]] = {}
         self._rows: Tensor | None = None
         self._layer_table: tuple[Tensor, Tensor] | None = None
-        if self._windows:
-            pool = model_runner.req_to_token_pool
-            pool.pdtrim_prompt_tokens = torch.zeros(pool.req_to_token.shape[0], dtype=torch.int64, device=self.device)
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
         super().init_forward_metadata(forward_batch)
-        self._tables = {}
-        if not self._windows or not forward_batch.forward_mode.is_decode() or forward_batch.batch_size == 0:
-            return
-        rows, seq_lens = forward_batch.req_pool_indices, forward_batch.seq_lens
-        prompts = self.req_to_token_pool.pdtrim_prompt_tokens[rows]
-        self._rows = torch.arange(len(rows), device=rows.device)
-        for window in set(self._windows.values()):
-            table = self.req_to_token_pool.req_to_token
-            self._tables[window] = compact_table(table, rows, seq_lens, prompts, window)
+        self._tables = self._layers.tables(forward_batch)
+        if self._tables:
+            rows = forward_batch.req_pool_indices
+            self._rows = torch.arange(len(rows), device=rows.device)
 
     def forward_decode(
         self, q: Tensor, k: Tensor, v: Tensor, layer: Any, forward_batch: Any, save_kv_cache: bool = True
     ) -> Tensor:
-        window = self._windows.get(layer.layer_id)
+        window = self._layers.windows.get(layer.layer_id)
         self._layer_table = self._tables.get(window) if window else None
         return super().forward_decode(q, k, v, layer, forward_batch, save_kv_cache)
 

@@ -43,3 +43,37 @@ def compact_table(
     position = column + hidden[:, None] * (column >= window.n_first)
     position = torch.minimum(position, (seq_lens - 1)[:, None])
     return req_to_token[rows[:, None].long(), position.long()], lengths
+
+
+@dataclass(frozen=True)
+class KVIndices:
+    """A batch's table without padding, as SGLang's Triton and FlashInfer backends take it, in pages of one token.
+
+    Request `i` attends to `indices[indptr[i] : indptr[i + 1]]`: SGLang 0.5.23 hands both kernels slots of single
+    tokens whatever `--page-size` is, so a window may begin and end inside a page.
+
+    Attributes:
+        indptr: int32 `[batch + 1]`.
+        indices: int64 `[indptr[-1]]`; FlashInfer takes int32.
+        last_page_len: int32 `[batch]`, tokens on each request's last page: 1.
+        lengths: `[batch]`, tokens of each request, in the dtype of `seq_lens`.
+
+    """
+
+    indptr: Tensor
+    indices: Tensor
+    last_page_len: Tensor
+    lengths: Tensor
+
+
+def kv_indices(slots: Tensor, lengths: Tensor) -> KVIndices:
+    """The same as `slots` `[batch, longest]` and `lengths` `[batch]` of `compact_table`."""
+    indptr = torch.zeros(len(lengths) + 1, dtype=torch.int32, device=slots.device)
+    indptr[1:] = lengths.cumsum(0)
+    column = torch.arange(slots.shape[1], device=slots.device)
+    return KVIndices(
+        indptr=indptr,
+        indices=slots[column[None, :] < lengths[:, None]].long(),
+        last_page_len=torch.ones_like(indptr[1:]),
+        lengths=lengths,
+    )
