@@ -5,9 +5,11 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pdtrim_deploy.blockwise import CausalLM
@@ -52,34 +54,64 @@ class Method:
         return self.healed or self.layer
 
 
+_OURS = Method("anneal", seeded=True, distil=True, compensation="least-squares")
 METHODS = {
     "random": Method("random", seeded=True),
     "ShortGPT": Method("cosine"),
     "Shortened LLaMA": Method("perplexity"),
     "LLM-Streamline, no layer": Method("streamline"),
-    "SLEB": Method("sleb"),
     "SLEB, cached": Method("sleb-cached"),
-    "ours, greedy": Method("greedy"),
-    "ours, no D": Method("anneal", seeded=True),
+    "SLEB": Method("sleb"),
+    "ours": _OURS,
+    # each without one thing
+    "ours, no D": replace(_OURS, distil=False),
     "ours, no annealing": Method("greedy", compensation="least-squares"),
-    "ours, no compensation": Method("anneal", seeded=True, distil=True),
-    "ours": Method("anneal", seeded=True, distil=True, compensation="least-squares"),
+    "ours, no compensation": replace(_OURS, compensation="none"),
+    "ours, greedy": Method("greedy"),  # without any of the three
     "LLM-Streamline": Method("streamline", layer=True),
-    "ours, healed": Method("anneal", seeded=True, distil=True, compensation="least-squares", healed=True),
+    "ours, healed": replace(_OURS, healed=True),
 }
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What all methods share: `ids` is calibration text, int64 `[S, T]`."""
+    """What all methods share.
+
+    Attributes:
+        ids: what blocks are chosen on, int64 `[S, T]`; `text`: what weights are fitted to, begins with `ids`.
+        training_steps: of healing, a stage. The layer of LLM-Streamline gets as many more as its steps are cheaper.
+        folder: where searches and fitted weights are kept.
+
+    """
 
     model: CausalLM
     shape: ModelShape
     ids: Tensor
+    text: Tensor
     steps: int
     training_steps: int
     folder: Path
     note: Note
+
+    @cached_property
+    def pairs(self) -> tuple[int, ...]:
+        """The distillation set."""
+        return find(self.model, self.ids).distillation
+
+    @cached_property
+    def students(self) -> Students:
+        """Training-free, each made once."""
+        return Students(self.model, self.ids, StudentsSection())
+
+    @property
+    def distilling(self) -> int:
+        """Block-forwards of finding D and of fitting all of its students: two passes, and two starts for each."""
+        return len(self.ids) * (2 * self.shape.num_blocks + 2 * len(self.pairs))
+
+    def place(self, name: str, removed: int, seed: int) -> Path:
+        """The search's own folder; methods that share their search share it."""
+        method = METHODS[name]
+        return self.folder / f"{method.search}{'-distil' * method.distil}-{removed}-{seed}"
 
 
 def choose(setup: Setup, name: str, removed: int, seed: int) -> StageRemovals:
@@ -91,7 +123,6 @@ def choose(setup: Setup, name: str, removed: int, seed: int) -> StageRemovals:
     about, protected = setup.shape.fingerprint, frozenset[int]()
     if method.search == "sleb-cached":
         protected = frozenset({0, setup.shape.num_blocks - 1})  # as SLEB has it
-    students = _students(setup) if method.distil else None
     return choose_stages(
         setup.model,
         setup.ids,
@@ -100,9 +131,9 @@ def choose(setup: Setup, name: str, removed: int, seed: int) -> StageRemovals:
         method=search,
         settings=Settings(seed, setup.steps),
         protected=protected,
-        pairs=find(setup.model, setup.ids).distillation if method.distil else (),
-        students=students,
-        folder=setup.folder / f"{method.search}{'-distil' * method.distil}-{removed}-{seed}",
+        pairs=setup.pairs if method.distil else (),
+        students=setup.students if method.distil else None,
+        folder=setup.place(name, removed, seed),
         about=about,
         progress=setup.note,
     )
@@ -113,25 +144,47 @@ def prefill_blocks(removed: int) -> int:
     return round(removed / 3)
 
 
-def stages(setup: Setup, name: str, found: StageRemovals) -> StagePair:
-    """Both stages with all that the method does for what is left."""
+def stages(setup: Setup, name: str, found: StageRemovals, place: Path) -> StagePair:
+    """Both stages with all that the method does for what is left; weights once fitted stay in `place`."""
     method, blocks = METHODS[name], setup.shape.num_blocks
     prefill, decode = (getattr(found, stage).solution for stage in STAGES)
     kv = (KVSend(),) * len(decode.route(blocks))
     pair = StagePair(
         setup.model, PDPlan(model=setup.shape, prefill=prefill.actions(blocks), decode=decode.actions(blocks), kv=kv)
     )
+    healed = ""  # decode's weights depend on prefill's
     for stage in STAGES:
-        if method.distil:
-            students, chosen = _students(setup), getattr(found, stage).solution.pairs
-            pair = pair.with_changes(stage, {both[0]: students.tensors(both) for both in chosen})
+        for both in getattr(found, stage).solution.pairs:
+            pair = pair.with_changes(stage, {both[0]: setup.students.tensors(both)})
+        if len(pair.plan.layers(stage)) == blocks:
+            continue
         if method.layer:
-            pair = pair.with_changes(stage, _window_layers(setup, pair, stage))
-        if method.compensation != "none" and len(pair.plan.layers(stage)) < blocks:
-            pair = get_compensation(method.compensation).compensate(pair, stage, setup.ids, setup.note)
-        if method.healed and len(pair.plan.layers(stage)) < blocks:
+            pair = _kept(place / f"{stage}-layer", pair, stage, lambda p, s=stage: _with_layers(setup, p, s))
+        if method.compensation != "none":
+            mend = get_compensation(method.compensation).compensate
+            file = place / f"{stage}-{method.compensation}{healed}"
+            pair = _kept(file, pair, stage, lambda p, s=stage, mend=mend: mend(p, s, setup.text, setup.note))
+        if method.healed:
             asked = HealingSection(prefill_steps=setup.training_steps, decode_steps=setup.training_steps)
-            pair = heal(pair, stage, setup.ids, asked, setup.note).pair
+            file, healed = place / f"{stage}-healed", "-healed"
+            pair = _kept(file, pair, stage, lambda p, s=stage, asked=asked: _healed(setup, p, s, asked))
+    return pair
+
+
+def _healed(setup: Setup, pair: StagePair, stage: Stage, asked: HealingSection) -> StagePair:
+    return heal(pair, stage, setup.text, asked, setup.note).pair
+
+
+def _kept(file: Path, pair: StagePair, stage: Stage, change: Callable[[StagePair], StagePair]) -> StagePair:
+    """`change(pair)`, or what it came to in an earlier run: a stopped benchmark goes on behind it."""
+    if not file.exists():
+        changed = change(pair).changed.get(stage, {})
+        tensors = {f"{block} {name}": t.contiguous() for block, ts in changed.items() for name, t in ts.items()}
+        save_file(tensors, file.with_suffix(".part"))
+        file.with_suffix(".part").rename(file)
+    for key, tensor in load_file(file).items():
+        block, name = key.split()
+        pair = pair.with_changes(stage, {int(block): {name: tensor}})
     return pair
 
 
@@ -150,17 +203,20 @@ class _CachedSLEB(Greedy):
         return "sleb-cached"
 
 
-def _students(setup: Setup) -> Students:
-    return Students(setup.model, setup.ids, StudentsSection())
+def _with_layers(setup: Setup, pair: StagePair, stage: Stage) -> StagePair:
+    """For each block with removed ones behind it: itself, taught x_i -> x_{i + 1 + removed}; its K and V stay.
 
-
-def _window_layers(setup: Setup, pair: StagePair, stage: Stage) -> dict[int, dict[str, Tensor]]:
-    """For each block with removed ones behind it: itself, taught x_i -> x_{i + 1 + removed}; its K and V stay."""
+    A step runs one layer forwards and backwards, which counts three; one of healing all that are left, so, and the
+    teacher. So many more steps does the layer get.
+    """
+    left, blocks = len(pair.plan.layers(stage)), setup.shape.num_blocks
+    asked = StudentsSection(steps=setup.training_steps * (3 * left + blocks) // 3)
     with tempfile.TemporaryDirectory() as work:
-        states = HiddenFiles.record(setup.model, setup.ids, Path(work), note=setup.note)
-        asked, taught = StudentsSection(steps=setup.training_steps), dict[int, dict[str, Any]]()
+        states = HiddenFiles.record(setup.model, setup.text, Path(work), note=setup.note)
+        taught = dict[int, dict[str, Any]]()
         for block, (stop, after) in zip(pair.plan.layers(stage), pair.spans(stage), strict=True):
             if after > stop:
-                lesson = teach(setup.model, block, states[block], states[after], asked, setup.note)
+                lesson = teach(setup.model, block, states[block], states[after], asked)
+                setup.note(f"{stage} block {block} for {stop} to {after - 1}: {lesson.error_fit} -> {lesson.error}")
                 taught[block] = dict(lesson.layer.state_dict())
-        return taught
+        return pair.with_changes(stage, taught)

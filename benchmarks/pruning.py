@@ -3,7 +3,8 @@
 `make bench-pruning`. SmolLM2-135M in float32; decode loses so many blocks, prefill a third as many. Blocks are chosen
 on Brown's calibration split and judged, through the PD oracle with whole KV, on Brown's final split and on Jane
 Austen (which no method ever saw), and by Social IQa. Each row is written down when it is made and each search as it
-goes: run it in stretches, with parts of --methods, --removed and --seeds; what is there is not made again.
+goes: run it in stretches, with parts of --methods, --removed and --seeds; what is there is not made again. Weights are
+fitted, healed and taught on --text sequences that begin with those that choose.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ from pdtrim_deploy.evaluation.tasks import Setting, choice
 from pdtrim_deploy.plan import PDPlan
 from pdtrim_deploy.pruning.pair import StagePair
 
-SHAPES = ("calibration", "length", "steps", "training_steps", "sequences", "prompt", "continuation", "questions")
+SEARCHED = ("calibration", "length", "steps")
+FITTED = (*SEARCHED, "text", "training_steps")
+SHAPES = (*FITTED, "sequences", "prompt", "continuation", "questions")
 CORPORA = ("brown", "austen")
 
 
@@ -42,11 +45,12 @@ def main() -> None:
     parser.add_argument("--calibration", type=int, default=16, help="sequences that choose")
     parser.add_argument("--length", type=int, default=256, help="tokens of each")
     parser.add_argument("--steps", type=int, default=150, help="of annealing, a stage")
-    parser.add_argument("--training-steps", type=int, default=100, help="for each layer taught, each stage healed")
+    parser.add_argument("--text", type=int, default=32, help="sequences that weights are fitted to")
+    parser.add_argument("--training-steps", type=int, default=30, help="of healing, a stage")
     parser.add_argument("--sequences", type=int, default=24, help="judged, of each corpus")
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--continuation", type=int, default=128)
-    parser.add_argument("--questions", type=int, default=200, help="of Social IQa")
+    parser.add_argument("--questions", type=int, default=100, help="of Social IQa")
     parser.add_argument("--search-only", action="store_true", help="choose blocks, judge nothing")
     asked = parser.parse_args()
     started = time.monotonic()
@@ -54,16 +58,16 @@ def main() -> None:
     def note(line: str) -> None:
         print(f"{time.monotonic() - started:6.0f} s  {line}", flush=True)
 
-    rows = _Rows({name: getattr(asked, name) for name in SHAPES})
+    rows = _Rows(_folder(asked, SHAPES))
     bench: _Bench | None = None
     for removed in asked.removed:
         for name in asked.methods:
             for seed in asked.seeds if METHODS[name].seeded else [0]:
                 if not rows.has(name, removed, seed):
-                    bench = bench or _Bench(asked, rows.folder, note)
+                    bench = bench or _Bench(asked, note)
                     rows.add(bench.row(name, removed, seed, judge=not asked.search_only))
     if not rows.has("dense", 0, 0) and not asked.search_only:
-        rows.add((bench or _Bench(asked, rows.folder, note)).dense())
+        rows.add((bench or _Bench(asked, note)).dense())
     found = rows.read()
     if found:
         draw(found, write("pruning", asked, found).with_suffix(".svg"))
@@ -72,12 +76,16 @@ def main() -> None:
 class _Bench:
     """The model, the text to choose by, the text to judge by: loaded once, when a row is to be made."""
 
-    def __init__(self, asked: argparse.Namespace, folder: Path, note: Any) -> None:
+    def __init__(self, asked: argparse.Namespace, note: Any) -> None:
         checkpoint, cache = resolve(DEFAULT_SOURCE, Cache.default()), Cache.default()
         tokenizer, model = load_tokenizer(checkpoint.path), load_model(checkpoint.path)
         shape, corpora = checkpoint.shape("float32"), {name: registry.load(name, cache) for name in CORPORA}
-        ids = sequences(corpora["brown"].split("calibration"), tokenizer, asked.calibration, asked.length)
-        self.setup = Setup(model, shape, ids, asked.steps, asked.training_steps, folder, note)
+        count = max(asked.calibration, asked.text)
+        text = sequences(corpora["brown"].split("calibration"), tokenizer, count, asked.length)
+        folder, self._fitted = _folder(asked, SEARCHED), _folder(asked, FITTED)
+        self.setup = Setup(
+            model, shape, text[: asked.calibration], text[: asked.text], asked.steps, asked.training_steps, folder, note
+        )
         self._prompt, self._note = asked.prompt, note
         tokens = asked.prompt + asked.continuation
         self._text = {
@@ -93,28 +101,30 @@ class _Bench:
         return {"method": "dense", "removed": 0, "seed": 0, "trained": False} | self._judged(pair)
 
     def row(self, name: str, removed: int, seed: int, judge: bool) -> dict[str, Any]:
-        found = choose(self.setup, name, removed, seed)
+        found, method, began = choose(self.setup, name, removed, seed), METHODS[name], time.monotonic()
         decode = found.decode
         row: dict[str, Any] = {
             "method": name,
             "removed": removed,
             "prefill_removed": prefill_blocks(removed),
             "seed": seed,
-            "trained": METHODS[name].trained,
+            "trained": method.trained,
             "prefill": str(found.prefill.solution),
             "decode": str(decode.solution),
             "calibration_loss": decode.loss,
             "prefill_loss": found.prefill.loss,
             "seconds": sum(_last(stage, "seconds") for stage in (found.prefill, decode)),
-            "block_forwards": sum(_last(stage, "block_forwards") for stage in (found.prefill, decode)),
+            "block_forwards": sum(_last(stage, "block_forwards") for stage in (found.prefill, decode))
+            + method.distil * self.setup.distilling,
             "commit": commit(),
         }
         self._note(f"{name}, {removed} blocks, seed {seed}: {row['prefill']} | {row['decode']}")
         if judge:
-            pair = stages(self.setup, name, found)
-            row |= self._judged(pair)
-            whole = unified(pair)
-            row["unified_ppl"] = self._ppl(whole, "brown") if name != "dense" else None
+            place = self._fitted / self.setup.place(name, removed, seed).name
+            place.mkdir(parents=True, exist_ok=True)
+            pair = stages(self.setup, name, found, place)
+            row["fit_seconds"] = time.monotonic() - began
+            row |= self._judged(pair) | {"unified_ppl": self._ppl(unified(pair), "brown")}
             self._note(
                 f"{name}, {removed} blocks, seed {seed}: Brown {row['brown_ppl']:.2f}, Austen {row['austen_ppl']:.2f}"
             )
@@ -137,14 +147,20 @@ def _last(result: Any, name: str) -> float:
     return getattr(result.trajectory[-1], name) if result.trajectory else 0
 
 
+def _folder(asked: argparse.Namespace, names: tuple[str, ...]) -> Path:
+    """Where all that depends on these options alone is kept."""
+    sizes = {name: getattr(asked, name) for name in names}
+    key = hashlib.sha256(json.dumps(sizes, sort_keys=True).encode()).hexdigest()[:12]
+    folder = HERE.parent / "out" / "bench-pruning" / key
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 class _Rows:
     """Rows kept on disk for one set of sizes, one JSON object a line."""
 
-    def __init__(self, sizes: dict[str, Any]) -> None:
-        key = hashlib.sha256(json.dumps(sizes, sort_keys=True).encode()).hexdigest()[:12]
-        self.folder = HERE.parent / "out" / "bench-pruning" / key
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._file = self.folder / "rows.jsonl"
+    def __init__(self, folder: Path) -> None:
+        self._file = folder / "rows.jsonl"
 
     def read(self) -> list[dict[str, Any]]:
         if not self._file.exists():

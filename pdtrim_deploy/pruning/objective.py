@@ -78,7 +78,9 @@ class NextTokenLoss:
     ) -> None:
         self._runner, self._students = Blockwise(model), students
         self.blocks, self.block_forwards = len(self._runner.layers), 0
-        self._batches = [self._prepare(part, prompt_tokens, prefill) for part in ids.split(_growing(len(ids), batch))]
+        first = 1 if ids.shape[1] - prompt_tokens - 1 >= _ENOUGH else 2
+        sizes = _growing(len(ids), batch, first)
+        self._batches = [self._prepare(part, prompt_tokens, prefill) for part in ids.split(sizes)]
         self.batches = len(self._batches)
 
     @torch.no_grad()
@@ -117,9 +119,12 @@ class NextTokenLoss:
         return -self._runner.logprobs(hidden, self._batches[batch].targets)
 
 
-def _growing(sequences: int, most: int) -> list[int]:
-    """Batch sizes: 2, and then each as large as all before it together: 2, 2, 4, 8, ..."""
+_ENOUGH = 225  # scored tokens that make 8 units of 32, the last perhaps shorter: enough for a race (`search.racing`)
+
+
+def _growing(sequences: int, most: int, first: int) -> list[int]:
+    """Batch sizes: `first`, and then each as large as all before it together: 2, 2, 4, 8, ..."""
     sizes = list[int]()
     while (done := sum(sizes)) < sequences:
-        sizes.append(min(max(2, done), most, sequences - done))
+        sizes.append(min(max(first, done), most, sequences - done))
     return sizes

@@ -101,7 +101,7 @@ def choose_stages(
     split = ids.shape[1] // 2 if prompt_tokens is None else prompt_tokens
     text, name = hashlib.sha256(ids.numpy().tobytes()).hexdigest(), method if isinstance(method, str) else repr(method)
     chain = [settings.seed, settings.steps]  # minutes only say where it ends
-    said = [about, text, name, chain, sorted(protected), pairs]
+    said = [_VERSION, about, text, name, chain, sorted(protected), pairs]
 
     def solve(stage: Stage, remove: int, prompt: int, forced: Solution, note: Progress) -> SearchResult:
         path = folder / f"search-{stage}.jsonl" if folder else None
@@ -120,6 +120,9 @@ def choose_stages(
         decode = solve("decode", decode_blocks, split, prefill.solution, _saying("decode", progress))
         decode = replace(decode, removed=(*prefill.removed, *decode.removed[len(prefill.removed) :]))
     return StageRemovals(prefill, decode)
+
+
+_VERSION = 2  # of how searches go; rows of another are thrown away
 
 
 def _saying(stage: Stage, progress: Progress) -> Callable[[str], None]:

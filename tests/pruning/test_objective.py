@@ -40,8 +40,15 @@ def test_pd_loss_is_that_of_the_oracle(family):
 
 
 @pytest.mark.parametrize(
-    ("sequences", "most", "sizes"),
-    [(1, 8, [1]), (16, 8, [2, 2, 4, 8]), (21, 8, [2, 2, 4, 8, 5]), (5, 1, [1] * 5), (3, 2, [2, 1])],
+    ("sequences", "most", "first", "sizes"),
+    [
+        (1, 8, 2, [1]),
+        (16, 8, 2, [2, 2, 4, 8]),
+        (16, 8, 1, [1, 1, 2, 4, 8]),
+        (21, 8, 2, [2, 2, 4, 8, 5]),
+        (5, 1, 2, [1] * 5),
+        (3, 2, 2, [2, 1]),
+    ],
 )
-def test_batches_grow(sequences, most, sizes):
-    assert _growing(sequences, most) == sizes
+def test_batches_grow(sequences, most, first, sizes):
+    assert _growing(sequences, most, first) == sizes
