@@ -53,6 +53,11 @@ class Method:
         """Whether it takes gradient steps."""
         return self.healed or self.layer
 
+    @property
+    def plain(self) -> bool:
+        """Whether the blocks that are left stay as they were."""
+        return not (self.trained or self.distil) and self.compensation == "none"
+
 
 _OURS = Method("anneal", seeded=True, distil=True, compensation="least-squares")
 METHODS = {
@@ -111,7 +116,8 @@ class Setup:
     def place(self, name: str, removed: int, seed: int) -> Path:
         """The search's own folder; methods that share their search share it."""
         method = METHODS[name]
-        return self.folder / f"{method.search}{'-distil' * method.distil}-{removed}-{seed}"
+        steps = f"-{self.steps}" if method.search == "anneal" else ""
+        return self.folder / f"{method.search}{'-distil' * method.distil}{steps}-{removed}-{seed}"
 
 
 def choose(setup: Setup, name: str, removed: int, seed: int) -> StageRemovals:
@@ -129,7 +135,7 @@ def choose(setup: Setup, name: str, removed: int, seed: int) -> StageRemovals:
         prefill_blocks(removed),
         removed,
         method=search,
-        settings=Settings(seed, setup.steps),
+        settings=Settings(seed, setup.steps if method.search == "anneal" else 0),
         protected=protected,
         pairs=setup.pairs if method.distil else (),
         students=setup.students if method.distil else None,

@@ -31,10 +31,11 @@ from pdtrim_deploy.evaluation.tasks import Setting, choice
 from pdtrim_deploy.plan import PDPlan
 from pdtrim_deploy.pruning.pair import StagePair
 
-SEARCHED = ("calibration", "length", "steps")
+SEARCHED = ("calibration", "length")
 FITTED = (*SEARCHED, "text", "training_steps")
 SHAPES = (*FITTED, "sequences", "prompt", "continuation", "questions")
 CORPORA = ("brown", "austen")
+_JUDGED = ("fit_seconds", "brown_ppl", "austen_ppl", "choice", "choice_loss", "unified_ppl")
 
 
 def main() -> None:
@@ -44,7 +45,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--calibration", type=int, default=16, help="sequences that choose")
     parser.add_argument("--length", type=int, default=256, help="tokens of each")
-    parser.add_argument("--steps", type=int, default=150, help="of annealing, a stage")
+    parser.add_argument("--steps", type=int, default=100, help="of annealing, a stage")
     parser.add_argument("--text", type=int, default=32, help="sequences that weights are fitted to")
     parser.add_argument("--training-steps", type=int, default=30, help="of healing, a stage")
     parser.add_argument("--sequences", type=int, default=24, help="judged, of each corpus")
@@ -65,7 +66,7 @@ def main() -> None:
             for seed in asked.seeds if METHODS[name].seeded else [0]:
                 if not rows.has(name, removed, seed):
                     bench = bench or _Bench(asked, note)
-                    rows.add(bench.row(name, removed, seed, judge=not asked.search_only))
+                    rows.add(bench.row(rows, name, removed, seed, judge=not asked.search_only))
     if not rows.has("dense", 0, 0) and not asked.search_only:
         rows.add((bench or _Bench(asked, note)).dense())
     found = rows.read()
@@ -100,7 +101,7 @@ class _Bench:
         pair = StagePair(self.setup.model, PDPlan.dense(self.setup.shape))
         return {"method": "dense", "removed": 0, "seed": 0, "trained": False} | self._judged(pair)
 
-    def row(self, name: str, removed: int, seed: int, judge: bool) -> dict[str, Any]:
+    def row(self, rows: _Rows, name: str, removed: int, seed: int, judge: bool) -> dict[str, Any]:
         found, method, began = choose(self.setup, name, removed, seed), METHODS[name], time.monotonic()
         decode = found.decode
         row: dict[str, Any] = {
@@ -119,12 +120,15 @@ class _Bench:
             "commit": commit(),
         }
         self._note(f"{name}, {removed} blocks, seed {seed}: {row['prefill']} | {row['decode']}")
-        if judge:
+        if judge and method.plain and (same := rows.alike(row)):
+            row |= same
+        elif judge:
             place = self._fitted / self.setup.place(name, removed, seed).name
             place.mkdir(parents=True, exist_ok=True)
             pair = stages(self.setup, name, found, place)
             row["fit_seconds"] = time.monotonic() - began
             row |= self._judged(pair) | {"unified_ppl": self._ppl(unified(pair), "brown")}
+        if judge:
             self._note(
                 f"{name}, {removed} blocks, seed {seed}: Brown {row['brown_ppl']:.2f}, Austen {row['austen_ppl']:.2f}"
             )
@@ -169,6 +173,14 @@ class _Rows:
 
     def has(self, method: str, removed: int, seed: int) -> bool:
         return any((r["method"], r["removed"], r["seed"]) == (method, removed, seed) for r in self.read())
+
+    def alike(self, row: dict[str, Any]) -> dict[str, Any] | None:
+        """How another method's very same blocks were judged, if neither did anything for those left."""
+        for known in self.read():
+            same = known["removed"] and all(known[stage] == row[stage] for stage in ("prefill", "decode"))
+            if same and METHODS[known["method"]].plain:
+                return {name: known[name] for name in _JUDGED}
+        return None
 
     def add(self, row: dict[str, Any]) -> None:
         if "brown_ppl" in row:

@@ -76,7 +76,7 @@ def test_who_lost_clearly_is_not_looked_at_again_and_who_may_win_is():
     assert again - {first} == {0, 1, 2, 3, 4, 5} - {first}
     assert len(second[0]) == 1 + FEW  # as it stands, and the best few; then those near them
     # with 0 gone each of the few costs far more: now the others have to be looked at
-    evaluator = Additive(effects, {both: 3.0 for both in itertools.combinations(range(6), 2)})
+    evaluator = Additive(effects, dict.fromkeys(itertools.combinations(range(6), 2), 3.0))
     assert run(evaluator, 2).removed[1] > 5
 
 
