@@ -64,7 +64,8 @@ soak: setup  ## 2,000 requests, a fifth of them aborted: memory, pages and open 
 	$(TEST_ENV) $(BUILD)/python $(PYTEST) tests/faults/test_soak.py --soak-requests 2000
 
 demo: setup  ## build, serve, check and load-test the pruned SmolLM2-135M; results in out/demo
-	$(BUILD)/pdtrim-deploy demo $(RECIPE) --out $(OUT) $(addprefix --pareto ,$(wildcard benchmarks/results/kv.json))
+	$(BUILD)/pdtrim-deploy demo $(RECIPE) --out $(OUT) $(addprefix --pareto ,$(wildcard benchmarks/results/kv.json)) \
+	  $(addprefix --faults ,$(wildcard benchmarks/results/faults.json))
 
 plugin: setup-build  ## compile the TensorRT plugin's kernels with nvcc (sm_80, 90, 100, 120) into out/plugin; fail on a spill
 	$(BUILD)/python -m pdtrim_tensorrt.compile_kernels out/plugin

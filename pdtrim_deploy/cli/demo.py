@@ -21,6 +21,7 @@ from pdtrim_deploy.cli import options
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--dry-run", is_flag=True, help="Say what the pruned bundle's build would do and how large it gets.")
 @click.option("--pareto", type=options.path, help="benchmarks/results/kv.json, for the page.")
+@click.option("--faults", type=options.path, help="benchmarks/results/faults.json, for the page.")
 @options.serve_python
 @options.cache_dir
 @options.json_flag
@@ -37,6 +38,7 @@ def demo(
     seed: int,
     dry_run: bool,
     pareto: Path | None,
+    faults: Path | None,
     serve_python: Path | None,
     cache: Cache,
     as_json: bool,
@@ -58,7 +60,7 @@ def demo(
     from pdtrim_deploy.doctor import Asked, require
     from pdtrim_deploy.loadtest import Scenario
     from pdtrim_deploy.recipe import Recipe
-    from pdtrim_deploy.report.html import Findings, page, read_pareto
+    from pdtrim_deploy.report.html import Findings, page, read_faults, read_pareto
     from pdtrim_deploy.report.tables import load_table, metrics_table, ratio_table
 
     recipe, progress = Recipe.load(recipe_file), Progress()
@@ -68,13 +70,14 @@ def demo(
 
         print_preview(preview(recipe, out / "pruned", cache), out / "pruned", as_json)
         return
-    if pareto is not None:
-        read_pareto(pareto)  # a wrong file is said now, not after the load
+    for given, read in ((pareto, read_pareto), (faults, read_faults)):
+        if given is not None:
+            read(given)  # a wrong file is said now, not after the load
     require("demo", Asked(recipe, out, cache, serve_python))
     load = Scenario.closed(requests, concurrency, prompt_tokens, output_tokens, seed=seed)
     metrics = Demo(recipe, out, cache, load, command, progress.show, progress.note, rounds, serve_python).run()
     written = out / "report" / "report.html"
-    write_atomic(written, page(Findings.of(Bundle.open(out / "pruned"), pareto=pareto), command))
+    write_atomic(written, page(Findings.of(Bundle.open(out / "pruned"), pareto=pareto, faults=faults), command))
     if as_json:
         click.echo(metrics.model_dump_json(indent=2))
     else:

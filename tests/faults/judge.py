@@ -20,9 +20,9 @@ def off(oracle: PDOracle, one: Ended) -> float:
     if not one.tokens:
         return 0.0
     prompt, tokens = torch.tensor(one.asked.prompt), torch.tensor(one.tokens)
-    likeliest = oracle.top_logprobs(prompt, tokens, 1)[1][:, 0]
-    right = oracle.logprobs(prompt, tokens)
-    return max((torch.tensor(one.logprobs) - right).abs().max().item(), (likeliest - right).max().item())
+    ids, values = oracle.top_logprobs(prompt, tokens, oracle.decode_model.config.vocab_size)  # all, the likeliest first
+    right = values[ids == tokens[:, None]]
+    return max((torch.tensor(one.logprobs) - right).abs().max().item(), (values[:, 0] - right).max().item())
 
 
 def wrong(oracle: PDOracle, ended: Iterable[Ended]) -> list[Ended]:

@@ -11,9 +11,10 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+import httpx
 from client import Asked, Ended, draw, send
 from judge import wrong
 from proxy import Proxy
@@ -32,8 +33,10 @@ DEADLINE_S = 60.0
 STALL_S = 4.0
 POOL_TOKENS = 4096
 STAGING_BYTES = 1 << 20
-# What must be back at its level: SGLang's pages, and what our plugin holds.
-LEVELS = ("sglang:num_used_tokens", "pdtrim_kv_open_requests", "pdtrim_kv_staging_held_bytes", "pdtrim_kv_peers")
+# What must be back at its level: SGLang's requests and pages (/v1/loads, which it writes whenever it falls idle; its
+# gauge of them may be 30 s old), and what our plugin holds.
+LOADS = ("num_running_reqs", "num_waiting_reqs", "num_used_tokens")
+LEVELS = ("pdtrim_kv_open_requests", "pdtrim_kv_staging_held_bytes", "pdtrim_kv_peers")
 # A decode worker keeps a connection's receive buffer as large as its largest chunk was: bounded, not at its level.
 BOUNDS = {"decode pdtrim_kv_staging_held_bytes": STAGING_BYTES}
 
@@ -49,7 +52,7 @@ class Stages:
 
 @dataclass(frozen=True)
 class Row:
-    """One fault: what was asked under it, and how it ended."""
+    """One fault: what was asked under it, and how it ended; `grown`: what a soak's last third held over its first."""
 
     fault: str
     sent: int
@@ -65,6 +68,7 @@ class Row:
     afterwards_answered: int
     recovered_s: float
     transport: str
+    grown: dict[str, float] = field(default_factory=dict)
 
 
 def tiny_stages(model: Path, folder: Path, cache, n_last: int) -> Stages:
@@ -167,18 +171,18 @@ class Stand:
         """What each worker holds now."""
         found = {}
         for stage in STAGES:
-            samples = scrape(self.worker(stage).metrics_url)
+            worker = self.worker(stage)
+            (load,) = httpx.get(f"{worker.spec.url}/v1/loads", timeout=10, trust_env=False).json()["loads"]
+            found |= {f"{stage} {name}": load[name] for name in LOADS}
+            samples = scrape(worker.metrics_url)
             found |= {f"{stage} {name}": total(samples, name) for name in LEVELS}
         return found
 
-    def leaked(self, within_s: float = 45.0) -> dict[str, float]:
-        """What is held beyond the level at the start, once it has had the time to go.
-
-        SGLang 0.5.23 writes down the pages of an idle worker every 30 s (`_maybe_log_idle_metrics`).
-        """
+    def leaked(self, within_s: float = 30.0) -> dict[str, float]:
+        """What is held beyond the level at the start, once it has had the time to go."""
         deadline = time.monotonic() + within_s
         while True:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, httpx.HTTPError):
                 over = {name: now - self.level[name] for name, now in self.held().items() if now > self.level[name]}
                 if not over or time.monotonic() > deadline:
                     return over

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
@@ -42,11 +43,13 @@ def test_soak_behind_one_router(stand, request):
         seen.append({stage: weight(stand.worker(stage)) for stage in ("prefill", "decode")})
     row = stand.verdict(f"soak: {count} requests, a fifth of them aborted", ended)
     assert row.answered == row.sent - row.aborted
-    settled = seen[BLOCKS // 4 :]
+    settled, grown = seen[BLOCKS // 4 :], {}
     third = len(settled) // 3
     for stage in ("prefill", "decode"):
         for what, most in (("bytes", MAY_GROW), ("files", 0.0), ("threads", 0.0)):
             first, last = (median(one[stage][what] for one in part) for part in (settled[:third], settled[-third:]))
+            grown[f"{stage} {what}"] = round(last / first, 5)
             print(f"{stage} {what}: {[one[stage][what] for one in seen]}")
             # a sample may fall into a request's end: two files or threads are nobody's leak
             assert last <= first * (1 + most) + (0 if most else 2), f"{stage} {what}: {first} -> {last}"
+    stand.rows[-1] = replace(row, grown=grown)

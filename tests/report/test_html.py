@@ -219,7 +219,8 @@ def test_the_fault_table_adds_up_and_names_what_was_left(bundle: Bundle) -> None
         "slowest_s": 9.04, "reasons": {"Lost <connection>": 3}, "leaked": {"decode pages": 4.0}, "afterwards_sent": 12,
         "afterwards_answered": 11, "recovered_s": 3.0, "transport": "tcp",
     }  # fmt: skip
-    rows = [row, row | {"fault": "drop", "lost": 0, "leaked": {}, "reasons": {}, "transport": "nixl"}]
+    more = {"lost": 0, "leaked": {}, "reasons": {}, "transport": "nixl", "grown": {"decode bytes": 1.0123}}
+    rows = [row, row | {"fault": "drop"} | more]
     write(bundle, "faults", {"environment": ENVIRONMENT, "options": {}, "rows": rows})
     root = parsed(Findings.of(bundle))
     section = next(s for s in root.iter("section") if s.findtext("h2") == "Faults")
@@ -228,6 +229,7 @@ def test_the_fault_table_adds_up_and_names_what_was_left(bundle: Bundle) -> None
     assert "1 of 2 faults left pages" in said
     assert "22 of 24 requests of the healthy loads" in said
     assert "3 x Lost <connection>" in said
+    assert "drop: last third over first third: decode bytes x1.0123" in said
     lines = [["".join(cell.itertext()) for cell in line] for line in section.iter("tr")]
     assert lines[1] == ["kill -9 <prefill>", "10", "6", "0", "3", "1", "0", "9.0", "3.0", "decode pages"]
     assert lines[3][:7] == ["all", "20", "12", "0", "6", "1", "0"]

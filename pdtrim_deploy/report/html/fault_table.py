@@ -42,5 +42,11 @@ def fault_table(said: dict[str, Any]) -> Markup:
         for row in rows
         if row["reasons"]
     ]
+    grown = [
+        tag("p", tag("strong", f"{row['fault']}: "), "last third over first third: ",
+            ", ".join(f"{what} x{ratio:.4f}" for what, ratio in row["grown"].items()))
+        for row in rows
+        if row.get("grown")
+    ]  # fmt: skip
     told = tag("details", tag("summary", "what the clients were told"), tag("ul", *reasons)) if reasons else Markup("")
-    return join([tag("p", text), table(head, [*lines, ("all", *sums.values(), "", "", "")]), told])
+    return join([tag("p", text), table(head, [*lines, ("all", *sums.values(), "", "", "")]), *grown, told])
