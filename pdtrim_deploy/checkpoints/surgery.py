@@ -16,6 +16,7 @@ from torch import nn
 from pdtrim_deploy.cache import atomic_directory
 from pdtrim_deploy.checkpoints.checkpoint import Checkpoint
 from pdtrim_deploy.checkpoints.loading import TORCH_DTYPES
+from pdtrim_deploy.checkpoints.provenance import LICENCE_FILES
 from pdtrim_deploy.checkpoints.writer import MAX_SHARD_BYTES, write_shards
 from pdtrim_deploy.errors import UserError
 
@@ -28,8 +29,7 @@ _COPIED = (
     "added_tokens.json",
     "chat_template.*",
     "generation_config.json",
-    "LICENSE*",
-    "NOTICE*",
+    *LICENCE_FILES,
 )
 Replacements = Mapping[int, Mapping[str, torch.Tensor]]
 

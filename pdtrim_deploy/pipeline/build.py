@@ -26,6 +26,7 @@ from pdtrim_deploy.bundle import (
 )
 from pdtrim_deploy.cache import Cache
 from pdtrim_deploy.checkpoints import resolve
+from pdtrim_deploy.checkpoints.provenance import Provenance
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.model_card import write_cards
 from pdtrim_deploy.pipeline import engines, heal, steps
@@ -176,7 +177,8 @@ def _seal(context: Context, journal: Journal, failures: dict[str, str]) -> None:
         if f"{REPORTS}/{report.name}" not in made:
             report.unlink()
     write_atomic(out / RECIPE, recipe.to_yaml())
-    write_cards(out, context.plan, recipe, context.checkpoint.path)
+    base = Provenance.read(context.checkpoint.path, recipe.model.source)
+    write_cards(out, context.plan, recipe, base, heal.healed(context))
     context.note("hashing every file")
     manifest = Manifest(
         recipe_digest=recipe.digest,

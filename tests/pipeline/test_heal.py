@@ -111,7 +111,12 @@ def test_the_bundle_is_what_was_healed_in_memory(
     assert {stage: done["steps"] for stage, done in report["healing"].items()} == {"prefill": 2, "decode": 2}
     card = (bundle.decode_dir / "README.md").read_text()
     assert "one student block in the place of each of the pairs 1 and 2" in card
-    assert "compensation least-squares, at most 2 steps of logit distillation" in card
+    said = "students of distilled pairs, compensation least-squares"
+    said += ", 2 steps of logit distillation" * report["healing"]["decode"]["kept"]
+    assert f"Weights differ from the base model's: {said}" in card
+    assert "Weights mended on 12 x 32 tokens of" in card
+    assert "Students trained on the same text" in card
+    assert "students of" not in (bundle.prefill_dir / "README.md").read_text()
     assert bundle.verify() == []
 
 
@@ -132,7 +137,9 @@ def test_prefill_may_give_up_a_block_that_decode_keeps(
     one = PDOracle(stages[0], stages[1], plan).logprobs(IDS[:24], IDS[24:])
     two = PDOracle(memory.stage("prefill"), memory.stage("decode"), plan).logprobs(IDS[:24], IDS[24:])
     torch.testing.assert_close(one, two, rtol=0, atol=2e-5)
-    assert f"for their K and V alone: {block}" in (bundle.prefill_dir / "README.md").read_text()
+    card = (bundle.prefill_dir / "README.md").read_text()
+    assert f"for their K and V alone: {block}" in card
+    assert "refitted; what makes K and V of all other blocks are as there" in card
 
 
 def test_what_was_healed_is_not_healed_again(
