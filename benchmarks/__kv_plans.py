@@ -38,13 +38,13 @@ def rows(
     """Every method at every reduction, ours last; `only_ours` leaves out the other rules."""
     layers, plan = problem.layers, problem.oracle.plan
     yield Row("dense", None, (KVSend(),) * layers)
-    for wire in ("int8", "int4"):
+    for wire in ("int8", "int4", "k4v3", "int3"):
         yield Row(f"dense {wire}", None, (KVSend(wire_dtype=wire),) * layers)
     if not only_ours:
         yield from _others(problem, reductions, random_seeds, note)
     options = KVSection(method="budget", reduction=2.0, prompt_tokens=problem.prompt_tokens).options()  # its defaults
     free = budget_search(problem, options, note, ROUNDS)
-    native = [option.wire_dtype == "native" for option in options]
+    native = [option.wire_dtype == "native" for option in free.measure.options]
     kept = BudgetSearch(free.measure, np.where(native, free.costs, FORBIDDEN), note, ROUNDS)
     dense_bytes = plan.dense_bytes(problem.prompt_tokens)
     for reduction in reductions:

@@ -19,7 +19,7 @@ from pydantic import PositiveInt, ValidationError, model_validator
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.plan_blocks import Action, Distilled, Drop, Frozen, Keep, KVOnly, check_pairs
 from pdtrim_deploy.plan_kv import KVSend
-from pdtrim_deploy.wire import HEAD_DIM_MULTIPLE, packed_row_bytes
+from pdtrim_deploy.wire import HEAD_DIM_MULTIPLE, packed_bytes, packed_row_bytes
 
 __all__ = [
     "STAGES",
@@ -149,8 +149,9 @@ class PDPlan(Frozen):
     def layer_bytes(self, layer: int, prompt_tokens: int) -> int:
         """Exact bytes of K and V that travel for one layer of decode."""
         m, send = self.model, self.kv[layer]
-        row = packed_row_bytes(send.wire_dtype, m.kv_dtype, m.num_kv_heads, m.head_dim)
-        return 2 * send.rows(prompt_tokens) * row
+        ranges = send.row_ranges(prompt_tokens)
+        rows, first = sum(stop - start for start, stop in ranges), ranges[0][0] == 0
+        return packed_bytes(send.wire_dtype, m.kv_dtype, m.num_kv_heads, m.head_dim, rows, first)
 
     def dense_bytes(self, prompt_tokens: int) -> int:
         """Bytes that the unpruned model would send for the same prompt, in the native dtype."""

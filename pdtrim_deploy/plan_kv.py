@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from pdtrim_deploy.plan_blocks import Frozen
-from pdtrim_deploy.wire import WireDtype
+from pdtrim_deploy.wire import HEAD_DIM_MULTIPLE, WireDtype
 
 
 class KVSend(Frozen):
@@ -25,6 +25,10 @@ class KVSend(Frozen):
         if self.mode == "full" and (self.n_first or self.n_last):
             raise ValueError("full KV takes no n_first or n_last")
         return self
+
+    def suits(self, head_dim: int) -> bool:
+        """Whether heads of this size can travel in the wire dtype."""
+        return head_dim % HEAD_DIM_MULTIPLE[self.wire_dtype] == 0
 
     def row_ranges(self, prompt_tokens: int) -> tuple[tuple[int, int], ...]:
         """Half-open ranges of absolute prompt positions that travel, ascending and disjoint."""

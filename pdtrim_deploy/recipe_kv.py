@@ -48,7 +48,8 @@ class KVSection(BaseModel):
         reduction: of method budget: dense over planned bytes to reach at `prompt_tokens`.
         max_loss: instead of that: the relative rise of perplexity (on calibration text) to stay below, in fewest bytes.
         sparse_choices: (n_first, n_last) that a layer may be cut to by method budget.
-        wire_choices: dtypes that a layer may travel in by method budget.
+        wire_choices: dtypes that a layer may travel in by method budget; those that the head size does not allow are not
+            looked at.
         recall: share of the sequences that end in a passage of their own middle, so that harm is also what a prompt
             that is searched for a fact loses (`kvcache/recall.py`).
 
@@ -67,7 +68,13 @@ class KVSection(BaseModel):
     sparse_choices: Annotated[
         tuple[Annotated[tuple[NonNegativeInt, NonNegativeInt], Field(strict=False)], ...], Field(strict=False)
     ] = ((4, 16), (4, 48), (4, 96), (4, 160), (4, 256), (4, 384))
-    wire_choices: Annotated[tuple[WireDtype, ...], Field(strict=False, min_length=1)] = ("native", "int8", "int4")
+    wire_choices: Annotated[tuple[WireDtype, ...], Field(strict=False, min_length=1)] = (
+        "native",
+        "int8",
+        "int4",
+        "k4v3",
+        "int3",
+    )
     recall: Annotated[float, Field(ge=0, le=1)] = 0.0
     sequences: PositiveInt = 8
     prompt_tokens: PositiveInt = 512

@@ -1,7 +1,11 @@
-"""Dtypes of KV on the wire, and the exact bytes of one packed row. Pure arithmetic: no torch.
+"""Dtypes of KV on the wire, and the exact bytes of packed rows. Pure arithmetic: no torch.
 
-Every quantised dtype is row-local: a row's bytes hold all that it takes to read it, so the bytes of a prompt do
-not depend on how it was cut into chunks. What the values mean: `kvcache/codecs/`; where they lie: `kvcache/layout.py`.
+Every quantised row is local: its bytes hold all that it takes to read it, so the bytes of a prompt do not depend on
+how it was cut into chunks. What the values mean: `kvcache/codecs/`; where they lie: `kvcache/layout.py`.
+
+A wire dtype gives K and V each a *code*. Keys decide where attention looks and bear less error than values (measured:
+`make bench-wire`), so k4v3 sends keys in 4 bits and values in 3. Prompt position 0, the attention sink, is of another
+size than all other rows and read by every query: under int4 and int3 it travels native.
 """
 
 from __future__ import annotations
@@ -9,35 +13,57 @@ from __future__ import annotations
 from math import gcd
 from typing import Literal, NamedTuple, get_args
 
-WireDtype = Literal["native", "fp8", "int8", "int4"]
-WIRE_DTYPES: tuple[str, ...] = get_args(WireDtype)
+Code = Literal["native", "fp8", "int8", "int4", "int3"]
+CODES: tuple[Code, ...] = get_args(Code)
+WireDtype = Literal["native", "fp8", "int8", "int4", "k4v3", "int3"]
+WIRE_DTYPES: tuple[WireDtype, ...] = get_args(WireDtype)
+SIDES: dict[WireDtype, tuple[Code, Code]] = {
+    "native": ("native", "native"),
+    "fp8": ("fp8", "fp8"),
+    "int8": ("int8", "int8"),
+    "int4": ("int4", "int4"),
+    "k4v3": ("int4", "int3"),
+    "int3": ("int3", "int3"),
+}  # codes of K and of V
+SINK_ROWS: dict[Code, int] = {"native": 0, "fp8": 0, "int8": 0, "int4": 1, "int3": 1}  # first prompt rows sent native
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "int8": 1, "uint8": 1}
-INT4_GROUP = 64
+ROTATED_GROUP = 64
 # So that float16 scales are aligned, and every layer's bytes are a multiple of 4.
-HEAD_DIM_MULTIPLE: dict[WireDtype, int] = {"native": 1, "fp8": 2, "int8": 2, "int4": 4}
+HEAD_DIM_MULTIPLE: dict[WireDtype, int] = {"native": 1, "fp8": 2, "int8": 2, "int4": 4, "k4v3": 32, "int3": 32}
 
 
 class Section(NamedTuple):
-    """One kind of value in a packed row: its dtype, and how many there are for each KV head."""
+    """One kind of value in packed rows: its dtype, and how many there are for each KV head."""
 
     dtype: str
     per_head: int
 
 
-def int4_group(head_dim: int) -> int:
-    """Channels that share one int4 scale: 64, or the largest power of two that divides `head_dim`."""
-    return gcd(head_dim, INT4_GROUP)
+def rotated_group(head_dim: int) -> int:
+    """Channels that share one scale of int4 or int3: 64, or the largest power of two that divides `head_dim`."""
+    return gcd(head_dim, ROTATED_GROUP)
 
 
-def row_sections(wire_dtype: WireDtype, native: str, head_dim: int) -> tuple[Section, ...]:
-    """What one token's K (or V) of one KV head consists of, in the order of the sections of a packed side."""
-    if wire_dtype == "native":
+def row_sections(code: Code, native: str, head_dim: int) -> tuple[Section, ...]:
+    """What one token's K (or V) of one KV head consists of, in the order of the sections of packed rows."""
+    if code == "native":
         return (Section(native, head_dim),)
-    if wire_dtype == "int4":
-        return Section("uint8", head_dim // 2), Section("float16", head_dim // int4_group(head_dim))
-    return Section("int8" if wire_dtype == "int8" else "float8_e4m3fn", head_dim), Section("float16", 1)
+    if code in ("int4", "int3"):
+        codes = head_dim * int(code[-1]) // 8
+        return Section("uint8", codes), Section("float16", head_dim // rotated_group(head_dim))
+    return Section("int8" if code == "int8" else "float8_e4m3fn", head_dim), Section("float16", 1)
 
 
-def packed_row_bytes(wire_dtype: WireDtype, native: str, num_kv_heads: int, head_dim: int) -> int:
-    """Bytes of one token's K (or V) of one layer as packed, scales included."""
-    return num_kv_heads * sum(ITEM_BYTES[s.dtype] * s.per_head for s in row_sections(wire_dtype, native, head_dim))
+def packed_row_bytes(code: Code, native: str, num_kv_heads: int, head_dim: int) -> int:
+    """Bytes of one token's K (or V) of one layer as packed, scales included; not of a row that travels native."""
+    return num_kv_heads * sum(ITEM_BYTES[s.dtype] * s.per_head for s in row_sections(code, native, head_dim))
+
+
+def packed_bytes(wire_dtype: WireDtype, native: str, num_kv_heads: int, head_dim: int, rows: int, first: bool) -> int:
+    """Bytes of K and V of `rows` rows of one layer; `first`: prompt position 0 is among them."""
+    exact = packed_row_bytes("native", native, num_kv_heads, head_dim)
+    total = 0
+    for code in SIDES[wire_dtype]:
+        sinks = min(rows, SINK_ROWS[code]) if first else 0
+        total += sinks * exact + (rows - sinks) * packed_row_bytes(code, native, num_kv_heads, head_dim)
+    return total

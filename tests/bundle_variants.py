@@ -36,13 +36,13 @@ def mixed(bundle):
     """Sizes and wire dtypes that differ from layer to layer, full layers among them."""
     sizes = [(4, 64), (1, 96), (8, 24), (16, 128), (0, 80)]
     return tuple(
-        KVSend(wire_dtype=WIRE_DTYPES[layer // 6 % 4])
+        KVSend(wire_dtype=WIRE_DTYPES[(layer + layer // 6) % 6])
         if layer % 6 == 5
         else KVSend(
             mode="sparse",
             n_first=sizes[layer % 5][0],
             n_last=sizes[layer % 5][1],
-            wire_dtype=WIRE_DTYPES[layer % 4],
+            wire_dtype=WIRE_DTYPES[(layer + layer // 6) % 6],
         )
         for layer in range(len(bundle.plan.kv))
     )

@@ -4,7 +4,7 @@ import torch
 from hypothesis import strategies as st
 
 from pdtrim_deploy.plan import Drop, Keep, KVSend, ModelShape, PDPlan
-from pdtrim_deploy.wire import WIRE_DTYPES
+from pdtrim_deploy.wire import HEAD_DIM_MULTIPLE, WIRE_DTYPES
 
 
 def shape(blocks=1, heads=2, dim=4, dtype="float32"):
@@ -19,15 +19,16 @@ def plans(draw):
     decode = [draw(st.booleans()) for _ in range(blocks)]
     decode[draw(st.integers(0, blocks - 1))] = True
     prefill = [kept or draw(st.booleans()) for kept in decode]
-    sends = []
+    sends, dim = [], draw(st.sampled_from([4, 8, 12, 32, 64, 96, 128]))
+    wires = [wire for wire in WIRE_DTYPES if dim % HEAD_DIM_MULTIPLE[wire] == 0]
     for _ in range(sum(decode)):
-        first, last, wire = draw(st.integers(0, 5)), draw(st.integers(0, 5)), draw(st.sampled_from(WIRE_DTYPES))
+        first, last, wire = draw(st.integers(0, 5)), draw(st.integers(0, 5)), draw(st.sampled_from(wires))
         rule = {"mode": "sparse", "n_first": first, "n_last": last} if first + last else {}
         sends.append(KVSend(**rule, wire_dtype=wire))
     dtype = draw(st.sampled_from(["float32", "bfloat16", "float16"]))
     action = {True: Keep(), False: Drop()}
     return PDPlan(
-        model=shape(blocks, draw(st.integers(1, 3)), draw(st.sampled_from([4, 8, 12, 64, 96, 128])), dtype),
+        model=shape(blocks, draw(st.integers(1, 3)), dim, dtype),
         prefill=tuple(action[k] for k in prefill),
         decode=tuple(action[k] for k in decode),
         kv=tuple(sends),

@@ -72,7 +72,7 @@ def test_what_breaks_an_invariant_is_named(changes, sentence):
         {"mode": "sparse"},
         {"mode": "full", "n_first": 1},
         {"mode": "sparse", "n_first": -1, "n_last": 3},
-        {"mode": "sparse", "n_last": 3, "wire_dtype": "int3"},
+        {"mode": "sparse", "n_last": 3, "wire_dtype": "int2"},
     ],
 )
 def test_kv_rules_that_mean_nothing_are_refused(values):

@@ -1,15 +1,16 @@
 """Where the rows of one chunk of a prompt lie in the packed bytes.
 
     packed = layers in the order of decode layers, each in its own wire dtype, without gaps
-    layer  = K side, V side; equally long
-    side   = sections, one after the other (`pdtrim_deploy.wire.row_sections`):
-        native  [rows, kv_heads, head_dim]    the pool's dtype
-        int8    [rows, kv_heads, head_dim]    int8,          [rows, kv_heads] float16 scales
-        fp8     [rows, kv_heads, head_dim]    float8_e4m3fn, [rows, kv_heads] float16 scales
-        int4    [rows, kv_heads, head_dim/2]  uint8,         [rows, kv_heads, groups] float16 scales
+    layer  = parts: K's and V's row of prompt position 0, native, under int4 and int3; then K's other rows, and V's
+    part   = sections, one after the other (`pdtrim_deploy.wire.row_sections`):
+        native  [rows, kv_heads, head_dim]      the pool's dtype
+        int8    [rows, kv_heads, head_dim]      int8,          [rows, kv_heads] float16 scales
+        fp8     [rows, kv_heads, head_dim]      float8_e4m3fn, [rows, kv_heads] float16 scales
+        int4    [rows, kv_heads, head_dim/2]    uint8,         [rows, kv_heads, groups] float16 scales
+        int3    [rows, kv_heads, head_dim*3/8]  uint8,         [rows, kv_heads, groups] float16 scales
 
 All is little-endian and C-contiguous; codes of all rows come first, then scales of all rows, as in the CUDA kernel's
-`wire_format.h`. There is no padding, since bytes would then depend on how a prompt is cut, and none is needed: a side
+`wire_format.h`. There is no padding, since bytes would then depend on how a prompt is cut, and none is needed: a part
 is a multiple of 2 bytes (`pdtrim_deploy.wire.HEAD_DIM_MULTIPLE`) and a layer of 4, so in a buffer aligned to 4 bytes
 every section may be viewed in its dtype, whatever the wire dtypes of the layers before it.
 
@@ -19,11 +20,23 @@ nothing: the chunks of a prompt, however it is cut, carry exactly the rows of th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 from pdtrim_deploy.plan import PDPlan
-from pdtrim_deploy.wire import WireDtype, packed_row_bytes
+from pdtrim_deploy.wire import SIDES, SINK_ROWS, Code, WireDtype, packed_row_bytes
+
+
+class Part(NamedTuple):
+    """Rows `[first, first + rows)` of a layer's rows, of K or V, in one code: `bytes` from byte `offset` on."""
+
+    code: Code
+    first: int
+    rows: int
+    offset: int
+    bytes: int
 
 
 @dataclass(frozen=True)
@@ -34,8 +47,8 @@ class LayerRows:
         decode_layer, prefill_layer: layer indices in the two stage models.
         ranges: half-open ranges of rows, relative to the chunk's first token, ascending and disjoint.
         rows: their number.
-        offset: byte at which K begins; V follows `side_bytes` later.
-        side_bytes: bytes of K (and of V).
+        offset, bytes: where the layer lies.
+        keys, values: their parts, one or two each.
 
     """
 
@@ -43,9 +56,16 @@ class LayerRows:
     prefill_layer: int
     ranges: tuple[tuple[int, int], ...]
     rows: int
-    offset: int
-    side_bytes: int
     wire_dtype: WireDtype
+    offset: int
+    bytes: int
+    keys: tuple[Part, ...]
+    values: tuple[Part, ...]
+
+    @property
+    def sides(self) -> tuple[tuple[Part, ...], tuple[Part, ...]]:
+        """Parts of K, parts of V."""
+        return self.keys, self.values
 
 
 @dataclass(frozen=True)
@@ -76,14 +96,36 @@ def chunk_layout(
     stop = prompt_tokens if stop is None else stop
     if not 0 <= start <= stop <= prompt_tokens:
         raise ValueError(f"chunk [{start}, {stop}) does not lie in a prompt of {prompt_tokens} tokens")
-    model, offset, layers = plan.model, 0, []
+    model, offset, layers = plan.model, 0, list[LayerRows]()
+    heads = kv_heads or model.num_kv_heads
+
+    def row_bytes(code: Code) -> int:
+        return packed_row_bytes(code, model.kv_dtype, heads, model.head_dim)
+
     for layer, (source, send) in enumerate(zip(plan.layer_map, plan.kv, strict=True)):
         clipped = ((max(lo, start) - start, min(hi, stop) - start) for lo, hi in send.row_ranges(prompt_tokens))
         ranges = tuple((lo, hi) for lo, hi in clipped if lo < hi)
         rows = sum(hi - lo for lo, hi in ranges)
         if not rows:
             continue
-        row_bytes = packed_row_bytes(send.wire_dtype, model.kv_dtype, kv_heads or model.num_kv_heads, model.head_dim)
-        layers.append(LayerRows(layer, source, ranges, rows, offset, rows * row_bytes, send.wire_dtype))
-        offset += 2 * rows * row_bytes
+        keys, values = _parts(send.wire_dtype, rows, start + ranges[0][0] == 0, offset, row_bytes)
+        size = sum(part.bytes for part in (*keys, *values))
+        layers.append(LayerRows(layer, source, ranges, rows, send.wire_dtype, offset, size, keys, values))
+        offset += size
     return ChunkLayout(prompt_tokens, start, stop, tuple(layers), offset)
+
+
+def _parts(
+    wire_dtype: WireDtype, rows: int, first: bool, offset: int, row_bytes: Callable[[Code], int]
+) -> tuple[tuple[Part, ...], tuple[Part, ...]]:
+    """Parts of K and of V of `rows` rows; `first`: prompt position 0 is among them."""
+    sides: tuple[list[Part], list[Part]] = [], []
+    sinks = [SINK_ROWS[code] if first else 0 for code in SIDES[wire_dtype]]
+    for side, count in zip(sides, sinks, strict=True):
+        side.append(Part("native", 0, count, offset, count * row_bytes("native")))
+        offset += side[0].bytes
+    for side, count, code in zip(sides, sinks, SIDES[wire_dtype], strict=True):
+        side.append(Part(code, count, rows - count, offset, (rows - count) * row_bytes(code)))
+        offset += side[1].bytes
+    keys, values = (tuple(part for part in side if part.rows) for side in sides)
+    return keys, values

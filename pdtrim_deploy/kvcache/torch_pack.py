@@ -14,8 +14,8 @@ from torch import Tensor
 
 from pdtrim_deploy.kvcache.codecs import get_codec
 from pdtrim_deploy.kvcache.codecs.base import Index, Pages, put
-from pdtrim_deploy.kvcache.layout import ChunkLayout, LayerRows
-from pdtrim_deploy.kvcache.sections import side_sections
+from pdtrim_deploy.kvcache.layout import ChunkLayout, LayerRows, Part
+from pdtrim_deploy.kvcache.sections import part_sections
 
 BLOCK_VALUES = 1 << 17  # half a megabyte in float32
 PAGE_SIZES = (64, 16, 4)  # of slots that come in whole pages; a pool with pages of 32 has whole ones of 16
@@ -32,12 +32,11 @@ def pack(
     if out is None:
         out = torch.empty(layout.total_bytes, dtype=torch.uint8, device=slots.device)
     out = out[: layout.total_bytes]
-    for rows, blocks in _blocks(layout, slots, keys[0]):
-        codec = get_codec(rows.wire_dtype)
-        for side, pool in enumerate((keys[rows.prefill_layer], values[rows.prefill_layer])):
-            sections = side_sections(out, rows, side, pool)
-            for at, index in blocks:
-                codec.encode(pool, index, [section[at] for section in sections])
+    for rows, side, part, blocks in _blocks(layout, slots, keys[0]):
+        pool, codec = (keys, values)[side][rows.prefill_layer], get_codec(part.code)
+        sections = part_sections(out, part, pool)
+        for at, index in blocks:
+            codec.encode(pool, index, [section[at] for section in sections])
     return out
 
 
@@ -49,28 +48,31 @@ def unpack(
     slots: Tensor,
 ) -> None:
     """As `pdtrim_deploy.kvcache.pack.unpack`."""
-    for rows, blocks in _blocks(layout, slots, keys[0]):
-        codec = get_codec(rows.wire_dtype)
-        for side, pool in enumerate((keys[rows.decode_layer], values[rows.decode_layer])):
-            sections = side_sections(packed, rows, side, pool)
-            for at, index in blocks:
-                put(pool, index, codec.decode([section[at] for section in sections]))
+    for rows, side, part, blocks in _blocks(layout, slots, keys[0]):
+        pool, codec = (keys, values)[side][rows.decode_layer], get_codec(part.code)
+        sections = part_sections(packed, part, pool)
+        for at, index in blocks:
+            put(pool, index, codec.decode([section[at] for section in sections]))
 
 
-def _blocks(layout: ChunkLayout, slots: Tensor, pool: Tensor) -> Iterator[tuple[LayerRows, list[tuple[slice, Index]]]]:
-    """Each layer's rows as (place among the layer's rows, place in the pool); found once for layers with equal rows."""
-    seen: dict[tuple[tuple[int, int], ...], list[tuple[slice, Index]]] = {}
+Blocks = list[tuple[slice, Index]]  # place among a part's rows, place in the pool
+
+
+def _blocks(layout: ChunkLayout, slots: Tensor, pool: Tensor) -> Iterator[tuple[LayerRows, int, Part, Blocks]]:
+    """Each part of each side of each layer, with its blocks; found once for those with equal rows."""
+    seen: dict[tuple[tuple[tuple[int, int], ...], int, int], Blocks] = {}
     pages = max(1, BLOCK_VALUES // pool[0].numel() // PAGE_SIZES[0])
     step = pages * PAGE_SIZES[0] if slots.is_cpu else max(1, len(slots))
     for rows in layout.layers:
-        if rows.ranges not in seen:
-            picked = torch.cat([slots[lo:hi] for lo, hi in rows.ranges])
-            parts = picked.split(step)
-            starts = range(0, len(picked), step)
-            seen[rows.ranges] = [
-                (slice(at, at + len(part)), _places(part)) for at, part in zip(starts, parts, strict=True)
-            ]
-        yield rows, seen[rows.ranges]
+        for side, parts in enumerate(rows.sides):
+            for part in parts:
+                key = (rows.ranges, part.first, part.rows)
+                if key not in seen:
+                    picked = torch.cat([slots[lo:hi] for lo, hi in rows.ranges])[part.first :][: part.rows]
+                    starts = range(0, len(picked), step)
+                    pieces = zip(starts, picked.split(step), strict=True)
+                    seen[key] = [(slice(at, at + len(piece)), _places(piece)) for at, piece in pieces]
+                yield rows, side, part, seen[key]
 
 
 def _places(slots: Tensor) -> Index:

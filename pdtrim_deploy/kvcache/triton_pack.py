@@ -1,8 +1,8 @@
-"""`pack` for GPUs: gather, quantise and pack in one kernel, one launch a layer. Needs triton.
+"""`pack` for GPUs: gather, quantise and pack in one kernel, one or two launches a layer's side. Needs triton.
 
 The bytes are those of `pdtrim_deploy.kvcache.pack`. It has been run in Triton's interpreter and compiled for sm_80,
-sm_90 and sm_100, not run on a GPU: so nothing calls it by default. int4 has a kernel of its own (`triton_int4`), but
-goes through the torch codec where the head size is not a power of two.
+sm_90 and sm_100, not run on a GPU: so nothing calls it by default. int4 and int3 have a kernel of their own
+(`triton_rotated`), but go through the torch codec where the head size is not a power of two.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pdtrim_deploy.kvcache import triton_int4
+from pdtrim_deploy.kvcache import triton_rotated
 from pdtrim_deploy.kvcache.codecs import get_codec
 from pdtrim_deploy.kvcache.codecs.base import Pages
+from pdtrim_deploy.kvcache.codecs.rotated import GRIDS
 from pdtrim_deploy.kvcache.layout import ChunkLayout
-from pdtrim_deploy.kvcache.sections import side_sections
+from pdtrim_deploy.kvcache.sections import part_sections
 
 NATIVE, INT8, FP8 = (tl.constexpr(kind) for kind in range(3))
 KINDS = {"native": 0, "int8": 1, "fp8": 2}
@@ -38,42 +39,37 @@ def pack(
     out = out[: layout.total_bytes]
     for rows in layout.layers:
         picked = torch.cat([slots[lo:hi] for lo, hi in rows.ranges])
-        key_pool, value_pool = keys[rows.prefill_layer], values[rows.prefill_layer]
-        k, v = side_sections(out, rows, 0, key_pool), side_sections(out, rows, 1, value_pool)
-        if rows.wire_dtype in KINDS:
-            launch(key_pool, value_pool, picked, k, v, KINDS[rows.wire_dtype])
-        elif key_pool.shape[-1].bit_count() == 1:
-            triton_int4.launch(key_pool, value_pool, picked, k, v)
-        else:
-            for pool, sections in ((key_pool, k), (value_pool, v)):
-                get_codec(rows.wire_dtype).encode(pool, Pages(picked, 1), sections)
+        for pool, parts in zip((keys[rows.prefill_layer], values[rows.prefill_layer]), rows.sides, strict=True):
+            for part in parts:
+                chosen, sections = picked[part.first :][: part.rows], part_sections(out, part, pool)
+                if part.code in KINDS:
+                    launch(pool, chosen, sections, KINDS[part.code])
+                elif pool.shape[-1].bit_count() == 1:
+                    triton_rotated.launch(pool, chosen, sections, GRIDS[part.code])
+                else:
+                    get_codec(part.code).encode(pool, Pages(chosen, 1), sections)
     return out
 
 
-def launch(keys: Tensor, values: Tensor, slots: Tensor, k: Sequence[Tensor], v: Sequence[Tensor], kind: int) -> None:
-    """Pack one layer's rows `slots` into its sections: K's and V's codes (or values) and scales."""
-    _, heads, head_dim = keys.shape
-    codes = [section.view(torch.uint8) if kind else section for section in (k[0], v[0])]
-    grid = (triton.cdiv(len(slots), BLOCK_ROWS), heads, 2)
-    send_rows[grid](
-        keys, values, slots, *codes, k[-1], v[-1], len(slots),
+def launch(pool: Tensor, slots: Tensor, sections: Sequence[Tensor], kind: int) -> None:
+    """Pack rows `slots` of one layer's K or V into its sections: codes (or values) and scales."""
+    _, heads, head_dim = pool.shape
+    codes = sections[0].view(torch.uint8) if kind else sections[0]
+    send_rows[(triton.cdiv(len(slots), BLOCK_ROWS), heads)](
+        pool, slots, codes, sections[-1], len(slots),
         HEADS=heads, DIM=head_dim, WIDTH=triton.next_power_of_2(head_dim), ROWS=BLOCK_ROWS, KIND=kind,
     )  # fmt: skip
 
 
 @triton.jit
 def send_rows(
-    keys, values, slots, k_codes, v_codes, k_scales, v_scales, rows,
+    pool, slots, codes, scales, rows,
     HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
-    """One program: `ROWS` rows of one KV head of K (grid axis 2 = 0) or V (1)."""
+    """One program: `ROWS` rows of one KV head."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     head = tl.program_id(1)
     channel = tl.arange(0, WIDTH)
-    if tl.program_id(2) == 0:
-        pool, codes, scales = keys, k_codes, k_scales
-    else:
-        pool, codes, scales = values, v_codes, v_scales
     live = row < rows
     whole = live[:, None] & (channel < DIM)[None, :]
     slot = tl.load(slots + row, mask=live, other=0).to(tl.int64)

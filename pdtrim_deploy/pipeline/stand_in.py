@@ -8,7 +8,7 @@ from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.plan import Action, Drop, Keep, KVSend, ModelShape, PDPlan
 from pdtrim_deploy.recipe import Recipe
 from pdtrim_deploy.recipe_kv import KVSection
-from pdtrim_deploy.wire import packed_row_bytes
+from pdtrim_deploy.wire import packed_bytes
 
 
 def stand_in(recipe: Recipe, shape: ModelShape) -> PDPlan:
@@ -64,14 +64,12 @@ def stand_in_rules(asked: KVSection, shape: ModelShape, layers: int) -> tuple[KV
 def _within(asked: KVSection, reduction: float, shape: ModelShape, layers: int) -> tuple[KVSend, ...]:
     """The largest mix that fits the byte budget; UserError when none does."""
 
-    def row(send: KVSend) -> int:
-        return packed_row_bytes(send.wire_dtype, shape.kv_dtype, shape.num_kv_heads, shape.head_dim)
-
     def size(send: KVSend) -> int:
-        return send.rows(asked.prompt_tokens) * row(send)
+        rows, first = send.rows(asked.prompt_tokens), send.row_ranges(asked.prompt_tokens)[0][0] == 0
+        return packed_bytes(send.wire_dtype, shape.kv_dtype, shape.num_kv_heads, shape.head_dim, rows, first)
 
-    options = asked.options()
-    wide, narrow = max(options, key=size), min((o for o in options if o.mode == "full"), key=row)
+    options = [option for option in asked.options() if option.suits(shape.head_dim)]
+    wide, narrow = max(options, key=size), min((o for o in options if o.mode == "full"), key=size)
     least, dense = min(options, key=size), shape.num_blocks * size(KVSend())
     for more, less in ((wide, narrow), (narrow, least)):
         for count in range(layers + 1):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import xxhash
 
 MAGIC = b"PDTK"
-VERSION = 2  # 2: int4 of 4.25 bits
+VERSION = 3  # 2: int4 of 4.25 bits; 3: k4v3, int3, their first row native
 _HEADER = struct.Struct("<4sHHI32sQIIIIQ")
 _CHECKSUM = struct.Struct("<Q")
 HEADER_BYTES = _HEADER.size + _CHECKSUM.size

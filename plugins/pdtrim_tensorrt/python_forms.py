@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from pdtrim_deploy.wire import WireDtype, packed_row_bytes
+from pdtrim_deploy.wire import WireDtype, packed_bytes
 from pdtrim_tensorrt.kernel import KERNEL_WIRE_DTYPES
 
 NAMESPACE, VERSION = "pdtrim", "1"
@@ -144,7 +144,7 @@ def _plugin_class(trt: Any) -> type:
             rows = inputs[2][0]
             if not self._quantised():
                 return [trt.DimsExprs([build.constant(2), rows, inputs[0][1]])]
-            row = 2 * packed_row_bytes(given.wire_dtype, "", given.num_kv_heads, given.head_dim)
+            row = packed_bytes(given.wire_dtype, "bfloat16", given.num_kv_heads, given.head_dim, 1, first=False)
             return [trt.DimsExprs([build.operation(trt.DimensionOperation.PROD, rows, build.constant(row))])]
 
         def supports_format_combination(self, position: int, tensors: Any, num_inputs: int) -> bool:

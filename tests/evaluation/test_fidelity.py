@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tinypd import BLOCKS, make_oracle, make_plan, text, tiny
+from tinypd import BLOCKS, DIM, make_oracle, make_plan, text, tiny
 
 from pdtrim_deploy.evaluation.fidelity import check, sensitivity
 from pdtrim_deploy.evaluation.fidelity.cases import Group
@@ -23,7 +23,11 @@ def sparse(wire, first=3, last=9):
 
 
 MIXED = (sparse("int4", 4, 12), KVSend(wire_dtype="int8"), sparse("fp8", 0, 20), sparse("native", 3, 7))
-PLANS = {wire: (sparse(wire),) * 2 + (KVSend(wire_dtype=wire), sparse(wire)) for wire in WIRE_DTYPES} | {
+PLANS = {
+    wire: (sparse(wire),) * 2 + (KVSend(wire_dtype=wire), sparse(wire))
+    for wire in WIRE_DTYPES
+    if KVSend(wire_dtype=wire).suits(DIM)
+} | {
     "mixed": MIXED,
     "dense int8": (KVSend(wire_dtype="int8"),) * (BLOCKS - 1),
 }

@@ -1,6 +1,6 @@
 """Served by genuine SGLang, wire dtypes compute what the oracle says, and send the bytes of the arithmetic.
 
-One plan has all four, and sizes that differ from layer to layer, on pages and chunks that end elsewhere than its
+One plan has all of them, and sizes that differ from layer to layer, on pages and chunks that end elsewhere than its
 windows. Each by itself, by hand: `python tests/bundle_variants.py BUNDLE OUT`, then `pdtrim-deploy fidelity OUT/int4`.
 """
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from pdtrim_deploy.kvcache.codecs import CODECS, get_codec
-from pdtrim_deploy.kvcache.codecs.int4 import CURVE, EDGE, LEVELS, hadamard
-from pdtrim_deploy.wire import ITEM_BYTES, WIRE_DTYPES, packed_row_bytes, row_sections
+from pdtrim_deploy.kvcache.codecs.rotated import INT3, INT4, hadamard, halvings
+from pdtrim_deploy.wire import CODES, ITEM_BYTES, SIDES, WIRE_DTYPES, packed_row_bytes, rotated_group, row_sections
 
 
 def encode(wire, rows):
@@ -18,9 +18,10 @@ def encode(wire, rows):
     return sections
 
 
-def test_every_wire_dtype_has_a_codec():
-    assert tuple(CODECS) == WIRE_DTYPES
-    with pytest.raises(KeyError, match="unknown wire dtype 'int2'; use one of native, fp8, int8, int4"):
+def test_every_wire_dtype_has_codecs():
+    assert tuple(CODECS) == CODES
+    assert tuple(SIDES) == WIRE_DTYPES
+    with pytest.raises(KeyError, match="unknown wire code 'int2'; use one of native, fp8, int8, int4, int3"):
         get_codec("int2")
 
 
@@ -32,6 +33,8 @@ def test_item_bytes_are_torchs():
 def test_int4_bytes_of_real_head_sizes(head_dim):
     group = {4: 4, 8: 8, 80: 16, 96: 32, 112: 16}.get(head_dim, 64)
     assert packed_row_bytes("int4", "bfloat16", 3, head_dim) == 3 * (head_dim // 2 + 2 * head_dim // group)
+    if head_dim % 32 == 0:
+        assert packed_row_bytes("int3", "bfloat16", 3, head_dim) == 3 * (head_dim * 3 // 8 + 2 * head_dim // group)
 
 
 def test_int8_codes_and_scale():
@@ -84,18 +87,40 @@ def test_int4_magnitudes_at_the_end_of_float16(dim):
     assert not codes[1].any()
 
 
-def test_int4_levels_are_the_means_of_their_cells():
+@pytest.mark.parametrize(("grid", "least", "most"), [(INT4, 0.0075, 0.0081), (INT3, 0.0312, 0.0322)])
+def test_levels_are_the_means_of_their_cells(grid, least, most):
     """Of normal values in groups of 64; and the squared error is the docstring's."""
     groups = torch.randn(40_000, 64, generator=torch.Generator().manual_seed(0))
-    scale = groups.abs().amax(-1, keepdim=True) / EDGE
+    scale = groups.abs().amax(-1, keepdim=True) / grid.edge
     y = groups / scale
-    codes, levels = (y * (CURVE - y.abs()) + 8).floor().clamp_(0, 15).long(), torch.tensor(LEVELS)
-    for code, level in enumerate(LEVELS):
+    codes = (y * (grid.curve - y.abs()) + grid.half).floor_().clamp_(0, 2**grid.bits - 1).long()
+    levels = torch.tensor(grid.levels)
+    for code, level in enumerate(grid.levels):
         weights = scale.square().expand_as(y)[codes == code]
         mean = (y[codes == code] * weights).sum() / weights.sum()
         assert abs(mean - level) < 0.003, code
     error = (levels[codes] * scale - groups).square().sum() / groups.square().sum()
-    assert 0.0075 < error < 0.0081
+    assert least < error < most
+
+
+@pytest.mark.parametrize("dim", [32, 64, 96, 128])
+def test_where_int3_puts_the_bits_of_a_channel(dim):
+    """As the docstring says: one channel in the highest cell, the others in the lowest but one above the middle."""
+    for channel in range(dim):
+        y = torch.full((1, 1, dim), 0.1)
+        y[0, 0, :: rotated_group(dim)] = -INT3.edge  # every group has scale 1, but for the slack
+        y[0, 0, channel] = INT3.edge
+        unit = 2.0 ** (halvings(dim) // 2)
+        codes, _ = encode("int3", hadamard(y) * 2.0 ** -halvings(dim) * unit)
+        expected = [4] * dim
+        for start in range(0, dim, rotated_group(dim)):
+            expected[start] = 0
+        expected[channel] = 7
+        bits = [codes[0, 0, at].item() for at in range(dim * 3 // 8)]
+        for at, value in enumerate(expected):
+            i, place = at % (dim // 2) // 2, at // (dim // 2) * 2 + at % 2
+            third = bits[dim // 4 + i] >> place if i < dim // 8 else bits[dim // 8 + i] >> 4 + place
+            assert (bits[i] >> 2 * place & 3) + 4 * (third & 1) == value, at
 
 
 @pytest.mark.parametrize(("dim", "block"), [(1, 1), (2, 2), (16, 16), (128, 128), (96, 32), (80, 16)])

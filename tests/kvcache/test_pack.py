@@ -10,32 +10,34 @@ from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.kvcache import torch_pack
 from pdtrim_deploy.kvcache.layout import chunk_layout
 from pdtrim_deploy.kvcache.pack import pack, unpack
-from pdtrim_deploy.kvcache.sections import side_sections
+from pdtrim_deploy.kvcache.sections import part_sections
 from pdtrim_deploy.plan import KVSend, PDPlan
-from pdtrim_deploy.wire import WIRE_DTYPES, int4_group
+from pdtrim_deploy.wire import SIDES, SINK_ROWS, WIRE_DTYPES, rotated_group
 
 UNTOUCHED = -9.0
 
 
-def check_bound(wire, sent, got):
+def check_bound(code, sent, got):
     """Error of rows `[n, heads, dim]` against what the codec's docstring promises, and the pool's own rounding."""
     eps = {torch.float32: 2.0**-22, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}[sent.dtype]
     sent, got = sent.double(), got.double()
     assert torch.isfinite(got).all()
     largest, norm = sent.abs().amax(-1, keepdim=True), sent.norm(dim=-1, keepdim=True)
     error = (sent - got).abs()
-    match wire:
+    match code:
         case "native":
             bound = torch.zeros_like(sent)
         case "int8":
             bound = 0.0040 * largest + 4e-6 * (largest < 0.008)
         case "fp8":
             bound = torch.maximum(sent.abs() * 2.0**-4, 2.2e-6 * largest) + 1.4e-5 * (largest < 0.028)
-        case "int4":  # a group's largest is at most its norm
+        case "int4" | "int3":  # a group's largest is at most its norm
             error = error.norm(dim=-1, keepdim=True)
-            bound = (0.05 * int4_group(sent.shape[-1]) ** 0.5 + 0.08) * norm + 2.0**-27 * sent.shape[-1] ** 0.5
+            of_largest, of_own = {"int4": (0.05, 0.08), "int3": (0.1, 0.1)}[code]
+            bound = (of_largest * rotated_group(sent.shape[-1]) ** 0.5 + of_own) * norm
+            bound = bound + 2.0**-27 * sent.shape[-1] ** 0.5
             sent = norm
-    if wire != "native":
+    if code != "native":
         bound = bound + eps * (sent.abs() + bound) + 2.0**-25 * got.shape[-1] ** 0.5  # float16 has subnormals
     assert (error <= bound).all()
 
@@ -62,7 +64,10 @@ def test_chunks_move_exactly_the_planned_rows(data, plan, tokens):
             held[to_slots[positions]] = True
             assert (target[side][layer][~held] == UNTOUCHED).all()
             rows = source[side][plan.layer_map[layer]][from_slots[positions]]
-            check_bound(send.wire_dtype, rows, target[side][layer][to_slots[positions]])
+            got, code = target[side][layer][to_slots[positions]], SIDES[send.wire_dtype][side]
+            sinks = min(SINK_ROWS[code], len(rows)) if positions[0] == 0 else 0
+            assert torch.equal(got[:sinks], rows[:sinks])
+            check_bound(code, rows[sinks:], got[sinks:])
 
 
 @settings(max_examples=60, deadline=None)
@@ -97,19 +102,36 @@ def test_sections_tile_the_packed_bytes(plan, tokens):
     pool = pools(1, 1, plan.model, 0)[0]
     for rows in layout.layers:
         for side in range(2):
-            for section in side_sections(packed, rows, side, pool):
-                section.view(torch.uint8).add_(1)
+            for part in rows.sides[side]:
+                for section in part_sections(packed, part, pool):
+                    section.view(torch.uint8).add_(1)
     assert (packed == 1).all()
-    assert sum(2 * rows.side_bytes for rows in layout.layers) == layout.total_bytes
-    assert all(2 * rows.side_bytes == plan.layer_bytes(rows.decode_layer, tokens) for rows in layout.layers)
+    sizes = {rows.decode_layer: rows.bytes for rows in layout.layers}
+    assert sum(sizes.values()) == layout.total_bytes
+    assert all(size == plan.layer_bytes(layer, tokens) for layer, size in sizes.items())
 
 
 @pytest.mark.parametrize(
-    ("wire", "bits"), [("native", 16), ("int8", 8 + 16 / 64), ("fp8", 8 + 16 / 64), ("int4", 4 + 16 / 64)]
+    ("wire", "bits", "sinks"),
+    [("native", 16, 0), ("int8", 8.25, 0), ("fp8", 8.25, 0), ("int4", 4.25, 1), ("k4v3", 3.75, 1), ("int3", 3.25, 1)],
 )
-def test_bits_of_a_value(wire, bits):
+def test_bits_of_a_value(wire, bits, sinks):
     plan = PDPlan.dense(shape(30, 3, 64, "bfloat16")).model_copy(update={"kv": (KVSend(wire_dtype=wire),) * 30})
-    assert plan.payload_bytes(100) == 100 * 30 * 2 * 3 * 64 * bits / 8
+    assert plan.payload_bytes(100) == 30 * 2 * 3 * 64 * ((100 - sinks) * bits + sinks * 16) / 8
+
+
+def test_the_sink_is_the_first_prompt_token_not_the_first_of_a_chunk():
+    plan = PDPlan.dense(shape(1, 2, 64)).with_kv((KVSend(wire_dtype="k4v3"),))
+    source, slots = [torch.randn(8, 2, 64) for _ in range(2)], torch.arange(8)
+    for start, stop, exact in ((0, 1, [0]), (0, 5, [0]), (1, 8, []), (5, 8, [])):
+        target = [torch.zeros(8, 2, 64) for _ in range(2)]
+        layout = chunk_layout(plan, 8, start, stop)
+        packed = pack(layout, [source[0]], [source[1]], slots[start:stop])
+        unpack(layout, packed, [target[0]], [target[1]], slots[start:stop])
+        for one, sent in zip(target, source, strict=True):
+            assert (one == sent).all(-1).all(-1).nonzero().flatten().tolist() == exact
+    last = PDPlan.dense(shape(1, 2, 64)).with_kv((KVSend(mode="sparse", n_last=3, wire_dtype="int4"),))
+    assert [part.code for side in chunk_layout(last, 8).layers[0].sides for part in side] == ["int4", "int4"]
 
 
 @pytest.mark.parametrize("wire", WIRE_DTYPES)
@@ -117,7 +139,7 @@ def test_bits_of_a_value(wire, bits):
 def test_a_broken_row_does_not_arrive_as_numbers(wire, broken):
     plan = PDPlan.dense(shape(1, 2, 64)).model_copy(update={"kv": (KVSend(wire_dtype=wire),)})
     source, target = torch.randn(3, 2, 64), torch.zeros(3, 2, 64)
-    source[1, 0, 5] = broken
+    source[1, 0, 5] = broken  # not the sink
     layout, slots = chunk_layout(plan, 3), torch.arange(3)
     unpack(layout, pack(layout, [source], [source], slots), [target], [target], slots)
     whole = torch.isfinite(target).all(-1)

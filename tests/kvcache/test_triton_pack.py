@@ -32,8 +32,7 @@ def test_it_compiles_to_ptx(kind, capability, tmp_path, monkeypatch):
     for pool in POOLS:
         codes = pool if kind == "native" else "*u8"
         scales = pool if kind == "native" else "*fp16"
-        signature = dict.fromkeys(("keys", "values"), pool) | {"slots": "*i64", "k_codes": codes, "v_codes": codes}
-        signature |= {"k_scales": scales, "v_scales": scales, "rows": "i32"}
+        signature = {"pool": pool, "slots": "*i64", "codes": codes, "scales": scales, "rows": "i32"}
         constants = {"HEADS": 8, "DIM": 128, "WIDTH": 128, "ROWS": BLOCK_ROWS, "KIND": KINDS[kind]}
         source = ASTSource(send_rows, signature | dict.fromkeys(constants, "constexpr"), constants)
         ptx = triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["ptx"]
@@ -43,23 +42,22 @@ def test_it_compiles_to_ptx(kind, capability, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
-def test_int4_compiles_to_ptx(capability, tmp_path, monkeypatch):
+@pytest.mark.parametrize("code", ["int4", "int3"])
+def test_rotated_codes_compile_to_ptx(code, capability, tmp_path, monkeypatch):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from pdtrim_deploy.kvcache.triton_int4 import constants, send_int4_rows
+    from pdtrim_deploy.kvcache.codecs.rotated import GRIDS
+    from pdtrim_deploy.kvcache.triton_rotated import constants, send_rotated_rows
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    made = constants(8, 128)
+    made = constants(8, 128, GRIDS[code])
     for pool in POOLS:
-        signature = dict.fromkeys(("keys", "values"), pool) | {"slots": "*i64"}
-        for side in "kv":
-            signature |= {f"{side}_codes": "*u8", f"{side}_scales": "*fp16"}
-        signature |= {"rows": "i32"} | dict.fromkeys(made, "constexpr")
-        source = ASTSource(send_int4_rows, signature, made)
+        signature = {"pool": pool, "slots": "*i64", "codes": "*u8", "scales": "*fp16", "rows": "i32"}
+        source = ASTSource(send_rotated_rows, signature | dict.fromkeys(made, "constexpr"), made)
         ptx = triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["ptx"]
         assert f".target sm_{capability}" in ptx
-        assert ".entry send_int4_rows" in ptx
+        assert ".entry send_rotated_rows" in ptx
         assert "div.rn.f32" in ptx
         # nothing is rounded once where the codec rounds twice: only the exact product with the unit, 1/8, is fused
         assert set(fused_factors(ptx)) <= {"0f3E000000"}

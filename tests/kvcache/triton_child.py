@@ -2,28 +2,30 @@
 
 import torch
 
-from pdtrim_deploy.kvcache import torch_pack, triton_int4, triton_pack
+from pdtrim_deploy.kvcache import torch_pack, triton_pack, triton_rotated
 from pdtrim_deploy.kvcache.codecs import get_codec
+from pdtrim_deploy.kvcache.codecs.rotated import GRIDS
 from pdtrim_deploy.kvcache.layout import chunk_layout
 from pdtrim_deploy.plan import KVSend, ModelShape, PDPlan
-from pdtrim_deploy.wire import WIRE_DTYPES
+from pdtrim_deploy.wire import HEAD_DIM_MULTIPLE, WIRE_DTYPES
 
 
 def check(dtype, heads, head_dim, tokens, start, stop, seed):
     g = torch.Generator().manual_seed(seed)
+    wires = [wire for wire in WIRE_DTYPES if head_dim % HEAD_DIM_MULTIPLE[wire] == 0]
     model = ModelShape(
-        architecture="X", fingerprint="f", num_blocks=4, num_kv_heads=heads, head_dim=head_dim, kv_dtype=dtype
+        architecture="X", fingerprint="f", num_blocks=len(wires), num_kv_heads=heads, head_dim=head_dim, kv_dtype=dtype
     )
     sends = [
         KVSend(wire_dtype=wire, **({"mode": "sparse", "n_first": 3, "n_last": 21} if layer % 2 else {}))
-        for layer, wire in enumerate(WIRE_DTYPES)
+        for layer, wire in enumerate(wires)
     ]
-    order = torch.randperm(4, generator=g).tolist()
+    order = torch.randperm(len(wires), generator=g).tolist()
     plan = PDPlan.dense(model).model_copy(update={"kv": tuple(sends[i] for i in order)})
     pools = []
     for _ in range(2):
-        x = torch.randn(4, tokens + 9, heads, head_dim, generator=g)
-        x *= 10.0 ** torch.randint(-7, 4, (4, tokens + 9, heads, 1), generator=g)
+        x = torch.randn(len(wires), tokens + 9, heads, head_dim, generator=g)
+        x *= 10.0 ** torch.randint(-7, 4, (len(wires), tokens + 9, heads, 1), generator=g)
         x[:, 5] = 0
         x = x.clamp(-6e4, 6e4).to(getattr(torch, dtype))
         pools.append(list(x))
@@ -31,9 +33,9 @@ def check(dtype, heads, head_dim, tokens, start, stop, seed):
     layout = chunk_layout(plan, tokens, start, stop)
     expected, got = torch_pack.pack(layout, *pools, slots), triton_pack.pack(layout, *pools, slots)
     for rows in layout.layers:
-        span = slice(rows.offset, rows.offset + 2 * rows.side_bytes)
+        span = slice(rows.offset, rows.offset + rows.bytes)
         wrong = int((expected[span] != got[span]).sum())
-        assert wrong == 0, f"{rows.wire_dtype} from {dtype}: {wrong} of {2 * rows.side_bytes} bytes differ"
+        assert wrong == 0, f"{rows.wire_dtype} from {dtype}: {wrong} of {rows.bytes} bytes differ"
 
 
 def check_every_value():
@@ -43,9 +45,7 @@ def check_every_value():
         broken = ~torch.isfinite(pool).all(-1)
         for wire, code in (("int8", torch.int8), ("fp8", torch.float8_e4m3fn)):
             codes, scales = torch.zeros(*pool.shape, dtype=code), torch.zeros(*pool.shape[:2], 1, dtype=torch.half)
-            triton_pack.launch(
-                pool, pool, torch.arange(len(pool)), (codes, scales), (codes, scales), triton_pack.KINDS[wire]
-            )
+            triton_pack.launch(pool, torch.arange(len(pool)), (codes, scales), triton_pack.KINDS[wire])
             mine = [torch.zeros_like(codes), torch.zeros_like(scales)]
             get_codec(wire).encode(pool, slice(0, len(pool)), mine)
             assert torch.equal(torch.isnan(scales[..., 0]), broken), wire
@@ -53,13 +53,15 @@ def check_every_value():
                 assert torch.equal(a.view(torch.uint8), b.view(torch.uint8)), (wire, dtype)
         if dtype == torch.bfloat16:  # the interpreter reads its subnormals wrongly
             pool = torch.where(pool.abs() < torch.finfo(dtype).smallest_normal, 0, pool)
-        sections = [
-            [torch.zeros(len(pool), 8, n, dtype=t) for n, t in ((32, torch.uint8), (1, torch.half))] for _ in range(2)
-        ]
-        get_codec("int4").encode(pool, slice(0, len(pool)), sections[0])
-        triton_int4.launch(pool, pool, torch.arange(len(pool)), sections[1], sections[1])
-        for a, b in zip(*sections, strict=True):
-            assert torch.equal(a.view(torch.uint8), b.view(torch.uint8)), ("int4", dtype)
+        for code, grid in GRIDS.items():
+            sections = [
+                [torch.zeros(len(pool), 8, n, dtype=t) for n, t in ((8 * grid.bits, torch.uint8), (1, torch.half))]
+                for _ in range(2)
+            ]
+            get_codec(code).encode(pool, slice(0, len(pool)), sections[0])
+            triton_rotated.launch(pool, torch.arange(len(pool)), sections[1], grid)
+            for a, b in zip(*sections, strict=True):
+                assert torch.equal(a.view(torch.uint8), b.view(torch.uint8)), (code, dtype)
 
 
 if __name__ == "__main__":

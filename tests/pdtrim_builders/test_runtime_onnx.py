@@ -75,7 +75,7 @@ def test_packed_rows_land_in_the_staging_buffer(cuts, engine, reference):
         for part in layout.layers:
             rule = rules[part.decode_layer]
             rows[rule.rows_input] = torch.cat([torch.arange(*r) for r in part.ranges])
-            buffers[rule.output] = staging[part.offset :][: 2 * part.side_bytes].view(torch.float32)
+            buffers[rule.output] = staging[part.offset :][: part.bytes].view(torch.float32)
         stage.run(ids[lo:hi], torch.arange(lo, hi), rows, buffers)
         wanted = pack(layout, *zip(*sides, strict=True), torch.arange(lo, hi))
         torch.testing.assert_close(staging.view(torch.float32), wanted.view(torch.float32), atol=1e-4, rtol=0)

@@ -86,7 +86,7 @@ def test_it_is_bit_equal_to_pack_on_random_plans(send, data, plan, tokens, refer
         rows = torch.cat([slots[start + lo : start + hi] for lo, hi in layer.ranges]).to(index)
         keys, values = (side[layer.prefill_layer] for side in pools)
         written = send(keys, values, rows, staging, shift + layer.offset, layer.wire_dtype, reference=reference)
-        assert written == 2 * layer.side_bytes
+        assert written == layer.bytes
     packed = pack(layout, *pools, slots[start : layout.stop])
     assert torch.equal(staging[shift : shift + layout.total_bytes], packed)
     assert (staging[:shift] == UNWRITTEN).all()

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from pdtrim_deploy.plan import Drop, Keep, KVSend, ModelShape, PDPlan
 from pdtrim_deploy.sizing import Link, Traffic, price
-from pdtrim_deploy.wire import WIRE_DTYPES
+from pdtrim_deploy.wire import HEAD_DIM_MULTIPLE, WIRE_DTYPES
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 LINK = Link(1e9)
@@ -31,7 +31,8 @@ def plans(draw: st.DrawFn) -> PDPlan:
     sparse = st.tuples(st.integers(0, 70), st.integers(0, 70)).filter(any)
     kv = []
     for _ in filter(None, kept):
-        ends, wire = draw(st.none() | sparse), draw(st.sampled_from(WIRE_DTYPES))
+        fit = [wire for wire in WIRE_DTYPES if shape.head_dim % HEAD_DIM_MULTIPLE[wire] == 0]
+        ends, wire = draw(st.none() | sparse), draw(st.sampled_from(fit))
         mode = {"mode": "full"} if ends is None else {"mode": "sparse", "n_first": ends[0], "n_last": ends[1]}
         kv.append(KVSend.model_validate(mode | {"wire_dtype": wire}))
     prefill, decode = (tuple(Keep() if k else Drop() for k in keeps) for keeps in (early, kept))
@@ -46,22 +47,34 @@ def sent_by_hand(send: KVSend, isl: int) -> int:
 
 
 def row(plan: PDPlan, wire: str = "native") -> int:
-    """K and V of one token of one layer; int4 has one scale a group, the others one a head."""
+    """K and V of one token of one layer; int4 and int3 have one scale a group, the others one a head."""
     m = plan.model
-    head = {
-        "native": m.head_dim * DTYPE_BYTES[m.kv_dtype],
-        "fp8": m.head_dim + 2,
-        "int8": m.head_dim + 2,
-        "int4": m.head_dim // 2 + 2 * (m.head_dim // {8: 8, 48: 16}.get(m.head_dim, 64)),
+    groups = 2 * (m.head_dim // {8: 8, 48: 16}.get(m.head_dim, 64))
+    int4, int3 = m.head_dim // 2 + groups, m.head_dim * 3 // 8 + groups
+    both = {
+        "native": 2 * m.head_dim * DTYPE_BYTES[m.kv_dtype],
+        "fp8": 2 * (m.head_dim + 2),
+        "int8": 2 * (m.head_dim + 2),
+        "int4": 2 * int4,
+        "k4v3": int4 + int3,
+        "int3": 2 * int3,
     }[wire]
-    return 2 * m.num_kv_heads * head
+    return m.num_kv_heads * both
+
+
+def packed_by_hand(plan: PDPlan, send: KVSend, isl: int) -> int:
+    """The first prompt token is native under the narrow dtypes."""
+    rows = sent_by_hand(send, isl)
+    first = send.mode == "full" or send.n_first > 0 or send.n_last >= isl
+    exact = first and send.wire_dtype in ("int4", "k4v3", "int3")
+    return (rows - exact) * row(plan, send.wire_dtype) + exact * row(plan)
 
 
 @given(plans(), tokens, tokens)
 def test_bytes_and_pools_are_those_counted_by_hand(plan: PDPlan, isl: int, osl: int) -> None:
     cost = price(plan, Traffic(isl, osl, LINK))
     sent = sum(sent_by_hand(send, isl) for send in plan.kv)
-    packed = sum(sent_by_hand(send, isl) * row(plan, send.wire_dtype) for send in plan.kv)
+    packed = sum(packed_by_hand(plan, send, isl) for send in plan.kv)
     assert cost.planned.request_bytes == plan.payload_bytes(isl) == packed
     assert cost.planned.decode_pool_bytes == len(plan.kv) * (isl + osl) * row(plan)
     assert cost.planned.two_pool_bytes == (sent + len(plan.kv) * osl) * row(plan)

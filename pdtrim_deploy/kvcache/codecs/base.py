@@ -1,4 +1,4 @@
-"""What a wire dtype is to the packer: rows in, sections out, and back. One pass each, no loop over rows."""
+"""What a code of the wire is to the packer: rows in, sections out, and back. One pass each, no loop over rows."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Index = slice | Pages  # which rows of a pool: one run, or pages (of one row, at
 
 
 class Codec(Protocol):
-    """A wire dtype.
+    """A code.
 
     `sections` are views of the packed bytes, `[rows, kv_heads, per_head]`, as `pdtrim_deploy.wire.row_sections` lists
     them. A head of a row that holds NaN or infinity comes back without a single number that looks right: quantised, its

@@ -1,4 +1,4 @@
-"""What the compiled library is told of a chunk: for every side of every layer its pool, slots and sections."""
+"""What the compiled library is told of a chunk: for every part of every layer its pool, slots and sections."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from torch import Tensor
 from pdtrim_deploy.kvcache.cpu.library import library
 from pdtrim_deploy.kvcache.layout import ChunkLayout
 from pdtrim_deploy.kvcache.sections import native_name, section_offsets
-from pdtrim_deploy.wire import WIRE_DTYPES
+from pdtrim_deploy.wire import CODES
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # places are rows.cpp's Dtype; WIRE_DTYPES' are its Wire
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # places are rows.cpp's Dtype; CODES' are its Code
 MAX_HEAD_DIM = 1024
 
 
-class _Side(ctypes.Structure):
-    """struct PdtrimSide."""
+class _Part(ctypes.Structure):
+    """struct PdtrimPart."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("pool", "slots", "codes", "scales")),
-        *((name, ctypes.c_int64) for name in ("stride", "pool_slots", "rows", "wire")),
+        *((name, ctypes.c_int64) for name in ("stride", "pool_slots", "rows", "code")),
     )
 
 
@@ -43,29 +43,32 @@ def move(
         IndexError: a slot lies outside its pool; nothing was moved.
 
     """
-    pools = [
-        side[rows.prefill_layer if pack else rows.decode_layer] for rows in layout.layers for side in (keys, values)
+    moved = [
+        (rows.ranges, part, pools[rows.prefill_layer if pack else rows.decode_layer])
+        for rows in layout.layers
+        for side, pools in zip(rows.sides, (keys, values), strict=True)
+        for part in side
     ]
-    if not pools or not _fits(packed, pools) or (compiled := library()) is None:
+    if not moved or not _fits(packed, [pool for *_, pool in moved]) or (compiled := library()) is None:
         return False
-    _, heads, dim = pools[0].shape
-    native, item, slots = native_name(pools[0]), pools[0].element_size(), slots.long().contiguous()
+    first = moved[0][-1]
+    _, heads, dim = first.shape
+    native, item, slots = native_name(first), first.element_size(), slots.long().contiguous()
     picked: dict[tuple[tuple[int, int], ...], Tensor] = {}
-    sides, base = (_Side * len(pools))(), packed.data_ptr()
-    for at, pool in enumerate(pools):
-        rows, side = layout.layers[at // 2], at % 2
-        if rows.ranges not in picked:
-            parts = [slots[lo:hi] for lo, hi in rows.ranges]
-            picked[rows.ranges] = parts[0] if len(parts) == 1 else torch.cat(parts)
-        offsets = section_offsets(rows, side, native, heads, dim)[:-1]
+    parts, base = (_Part * len(moved))(), packed.data_ptr()
+    for at, (ranges, part, pool) in enumerate(moved):
+        if ranges not in picked:
+            runs = [slots[lo:hi] for lo, hi in ranges]
+            picked[ranges] = runs[0] if len(runs) == 1 else torch.cat(runs)
+        offsets = section_offsets(part, native, heads, dim)[:-1]
         sections = [base + offset for offset in offsets] + [None] * (2 - len(offsets))
-        sides[at] = _Side(
-            pool.data_ptr(), picked[rows.ranges].data_ptr(), *sections,
-            pool.stride(0) * item, len(pool), rows.rows, WIRE_DTYPES.index(rows.wire_dtype),
+        parts[at] = _Part(
+            pool.data_ptr(), picked[ranges][part.first :].data_ptr(), *sections,
+            pool.stride(0) * item, len(pool), part.rows, CODES.index(part.code),
         )  # fmt: skip
-    shape = _Shape(DTYPES.index(pools[0].dtype), heads, dim)
-    if compiled.pdtrim_move(sides, ctypes.c_int64(len(sides)), ctypes.byref(shape), torch.get_num_threads(), pack):
-        raise IndexError(f"a slot of the prompt lies outside the pool of {len(pools[0])} slots")
+    shape = _Shape(DTYPES.index(first.dtype), heads, dim)
+    if compiled.pdtrim_move(parts, ctypes.c_int64(len(parts)), ctypes.byref(shape), torch.get_num_threads(), pack):
+        raise IndexError(f"a slot of the prompt lies outside the pool of {len(first)} slots")
     return True
 
 

@@ -23,14 +23,29 @@ using u8 = uint8_t __attribute__((vector_size(16)));
 using i8 = int8_t __attribute__((vector_size(16)));
 
 enum Dtype : int32_t { kFloat32, kFloat16, kBFloat16 };
-enum Wire : int32_t { kNative, kFp8, kInt8, kInt4 };
+enum Code : int32_t { kNative, kFp8, kInt8, kInt4, kInt3 };
+constexpr bool is_rotated(Code code) { return code == kInt4 || code == kInt3; }
+constexpr int code_bytes(Code code, int dim) {  // of one head
+  return code == kInt4 ? dim / 2 : code == kInt3 ? dim * 3 / 8 : dim;
+}
 
 constexpr int kLanes = 16;
 constexpr int kMaxDim = 1024;
 constexpr int kGroup = 64;
-constexpr float kCurve = 6.6f, kPerLargest = float((1 + 0x1p-10) / 1.6);  // of int4; a scale is rounded up
-constexpr float kLevels[16] = {-1.5093f, -1.1933f, -0.9707f, -0.7669f, -0.5782f, -0.4017f, -0.2352f, -0.077f,
-                              0.077f, 0.2352f, 0.4017f, 0.5782f, 0.7669f, 0.9707f, 1.1933f, 1.5093f};
+template <Code code>
+struct Grid;  // of int4 and int3: half the number of cells; a scale is rounded up; levels repeat to fill a vector
+template <>
+struct Grid<kInt4> {
+  static constexpr float half = 8.0f, curve = 6.6f, per_largest = float((1 + 0x1p-10) / 1.6);
+  static constexpr float levels[16] = {-1.5093f, -1.1933f, -0.9707f, -0.7669f, -0.5782f, -0.4017f, -0.2352f, -0.077f,
+                                       0.077f, 0.2352f, 0.4017f, 0.5782f, 0.7669f, 0.9707f, 1.1933f, 1.5093f};
+};
+template <>
+struct Grid<kInt3> {
+  static constexpr float half = 4.0f, curve = 4.45f, per_largest = float((1 + 0x1p-10) / 1.25);
+  static constexpr float levels[16] = {-1.0297f, -0.6422f, -0.3613f, -0.1158f, 0.1158f, 0.3613f, 0.6422f, 1.0297f,
+                                       -1.0297f, -0.6422f, -0.3613f, -0.1158f, 0.1158f, 0.3613f, 0.6422f, 1.0297f};
+};
 constexpr uint16_t kHalfNaN = 0x7e00;
 constexpr float kHalfMax = 65504.0f;
 constexpr int64_t kAheadBytes = 1536;  // of scattered rows that are fetched before their turn
@@ -254,10 +269,10 @@ inline u8 e4m3_codes(f32 y) {
 }
 
 // Several heads at a time, so that their chains of dependent steps overlap.
-template <Dtype dtype, Wire wire, int kDim, int kHeads>
+template <Dtype dtype, Code code, int kDim, int kHeads>
 inline void encode_heads(const uint8_t* from, int dim, uint8_t* codes, uint16_t* scales) {
   constexpr int item = dtype == kFloat32 ? 4 : 2, kVectors = (kDim ? kDim : kMaxDim) / kLanes;
-  constexpr float steps = wire == kInt8 ? 127.0f : 448.0f;
+  constexpr float steps = code == kInt8 ? 127.0f : 448.0f;
   dim = kDim ? kDim : dim;
   f32 x[kHeads][kVectors];
   u32 most[kHeads] = {};
@@ -285,8 +300,8 @@ inline void encode_heads(const uint8_t* from, int dim, uint8_t* codes, uint16_t*
 #pragma GCC unroll 16
     for (int i = 0, v = 0; i < dim; i += kLanes, ++v) {
       const f32 y = larger(smaller(x[h][v] * by[h], all(steps)), all(-steps));
-      const u8 code = wire == kInt8 ? int8_codes(y) : e4m3_codes(y);
-      store_codes(codes + h * dim + i, code, dim - i < kLanes ? dim - i : kLanes);
+      const u8 bytes = code == kInt8 ? int8_codes(y) : e4m3_codes(y);
+      store_codes(codes + h * dim + i, bytes, dim - i < kLanes ? dim - i : kLanes);
     }
   }
   if (__builtin_expect(broken, 0)) {
@@ -298,26 +313,26 @@ inline void encode_heads(const uint8_t* from, int dim, uint8_t* codes, uint16_t*
   }
 }
 
-template <Dtype dtype, Wire wire, int kDim>
+template <Dtype dtype, Code code, int kDim>
 inline void decode_head(const uint8_t* codes, uint16_t scale, int dim, uint8_t* to) {
   constexpr int item = dtype == kFloat32 ? 4 : 2;
   dim = kDim ? kDim : dim;
-  const float by = from_half(scale) * (wire == kInt8 ? 1.0f : 256.0f);
+  const float by = from_half(scale) * (code == kInt8 ? 1.0f : 256.0f);
 #pragma GCC unroll 16
   for (int i = 0; i < dim; i += kLanes) {
     const int lanes = dim - i < kLanes ? dim - i : kLanes;
-    const u8 code = load_codes(codes + i, lanes);
+    const u8 bytes = load_codes(codes + i, lanes);
     f32 x;
-    if constexpr (wire == kInt8) {
-      x = to_float(widen(i8(code)));
+    if constexpr (code == kInt8) {
+      x = to_float(widen(i8(bytes)));
     } else {  // sign, exponent and mantissa where float16 has them: the value / 256
-      x = from_half(u16((widen_once(i8(code)) << 7) & int16_t(0xbfff)));
+      x = from_half(u16((widen_once(i8(bytes)) << 7) & int16_t(0xbfff)));
     }
     store<dtype>(to + i * item, x * by, lanes);
   }
 }
 
-// --- int4 -----------------------------------------------------------------------------------------------------------
+// --- int4 and int3 --------------------------------------------------------------------------------------------------
 
 template <int h>
 inline f32 butterfly(f32 x) {  // lanes i and i ^ h become their sum and difference
@@ -397,7 +412,7 @@ inline void store_pair(uint8_t* to, f32 even, f32 odd) {
 
 inline int log2_of(int size) { return __builtin_ctz(size); }
 inline float half_to_the(int n) { return bits_as<float>(uint32_t(127 - n) << 23); }
-inline int int4_group(int dim) { return (dim & -dim) < kGroup ? dim & -dim : kGroup; }
+inline int rotated_group(int dim) { return (dim & -dim) < kGroup ? dim & -dim : kGroup; }
 
 struct Steps {  // how the values of a group become codes: of four groups, each in a quarter of the lanes
   float by[kLanes];
@@ -406,10 +421,11 @@ struct Steps {  // how the values of a group become codes: of four groups, each 
 
 // From the bits of the largest magnitude of a group before it is multiplied by `unit`, a power of two; `by` is for
 // such values too. `broken` becomes NaN if the scale is not finite.
+template <Code code>
 inline Steps steps_of(u32 most, float unit, f32& broken) {
   Steps steps;
   const f32 largest = bits_as<f32>(most) * unit;
-  const u16 scale = to_half(largest * kPerLargest + 0x1p-24f);
+  const u16 scale = to_half(largest * Grid<code>::per_largest + 0x1p-24f);
   const f32 wide = from_half(scale);
   broken = exact_fma(wide, f32{}, broken);
   set(steps.by, (1.0f / wide) * unit);
@@ -417,19 +433,68 @@ inline Steps steps_of(u32 most, float unit, f32& broken) {
   return steps;
 }
 
-inline f32 int4_place(f32 x, float by) {  // 0 .. 16, of which the code is the whole part
+template <Code code>
+inline u32 codes_of(f32 x, float by) {  // the whole part of 0 .. twice the half
   const f32 y = x * by;
-  return y * (kCurve - bits_as<f32>(bits_as<u32>(y) & 0x7fffffffu)) + 8.0f;
+  const f32 place = y * (Grid<code>::curve - bits_as<f32>(bits_as<u32>(y) & 0x7fffffffu)) + Grid<code>::half;
+  return u32(__builtin_convertvector(place, i32));
 }
 
-inline u32 int4_codes(f32 x, float by) { return u32(__builtin_convertvector(int4_place(x, by), i32)); }
-
-inline f32 int4_levels(u32 codes) {  // of the low 4 bits
+template <Code code>
+inline f32 levels_of(u32 codes) {  // of the low bits
 #if defined(__AVX512F__)
-  return f32(_mm512_permutexvar_ps(__m512i(codes), __m512(get<f32>(kLevels))));
+  return f32(_mm512_permutexvar_ps(__m512i(codes), __m512(get<f32>(Grid<code>::levels))));
 #else
-  return __builtin_shuffle(get<f32>(kLevels), i32(codes & 15u));
+  return __builtin_shuffle(get<f32>(Grid<code>::levels), i32(codes & 15u));
 #endif
+}
+
+// Codes of channels 2l, 2l + 1 (of both halves of a head) of 16 lanes l, from `at` = 2 * first lane on.
+template <Code code, int kDim>
+inline void store_four(uint8_t* codes, int at, u32 even, u32 odd, u32 even_above, u32 odd_above) {
+  if constexpr (code == kInt4) {
+    set(codes + at, __builtin_convertvector((even | even_above << 4) | (odd | odd_above << 4) << 8, u16));
+  } else {
+    const u32 low = (even & 3u) | (odd & 3u) << 2 | (even_above & 3u) << 4 | (odd_above & 3u) << 6;
+    const u32 high = even >> 2 | (odd >> 2) << 1 | (even_above >> 2) << 2 | (odd_above >> 2) << 3;
+    set(codes + at / 2, narrow(low));
+    uint8_t* const thirds = codes + kDim / 4;
+    if constexpr (kDim == 64) {  // eight lanes are half of the bytes
+      const i32 upper = {8, 9, 10, 11, 12, 13, 14, 15, 8, 9, 10, 11, 12, 13, 14, 15};
+      const u8 bytes = narrow(high | __builtin_shuffle(high, upper) << 4);
+      memcpy(thirds, &bytes, 8);
+    } else if (at == 0) {
+      set(thirds, narrow(high));
+    } else {
+      set(thirds, u8(get<u8>(thirds) | narrow(high << 4)));
+    }
+  }
+}
+
+struct Four {
+  u32 even, odd, even_above, odd_above;  // codes in the low bits
+};
+
+template <Code code, int kDim>
+inline Four load_four(const uint8_t* codes, int at) {
+  if constexpr (code == kInt4) {
+    const u32 both = widen(get<u16>(codes + at));
+    return {both, both >> 8, both >> 4, both >> 12};
+  } else {
+    const u32 low = u32(widen(get<u8>(codes + at / 2)));
+    u32 high;
+    if constexpr (kDim == 64) {
+      u8 bytes{};
+      memcpy(&bytes, codes + kDim / 4, 8);
+      const i32 lane = {0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7};
+      const u32 shift = {0, 0, 0, 0, 0, 0, 0, 0, 4, 4, 4, 4, 4, 4, 4, 4};
+      high = __builtin_shuffle(u32(widen(bytes)), lane) >> shift;
+    } else {
+      high = u32(widen(get<u8>(codes + kDim / 4))) >> (at ? 4 : 0);
+    }
+    return {(low & 3u) | (high & 1u) << 2, (low >> 2 & 3u) | (high & 2u) << 1, (low >> 4 & 3u) | (high & 4u),
+            (low >> 6) | (high & 8u) >> 1};
+  }
 }
 
 // Quarter g of the result: quarters of the largest of the 16 lanes of m[g].
@@ -445,20 +510,21 @@ inline u32 reduce_four(const u32 (&m)[4]) {
 }
 
 // Heads with a scale that is not finite: all their scales become NaN, their codes 0.
-inline void mark_broken(int heads, int dim, int groups, uint8_t* codes, uint16_t* scales) {
-  for (int h = 0; h < heads; ++h, scales += groups, codes += dim / 2) {
+inline void mark_broken(int heads, int bytes, int groups, uint8_t* codes, uint16_t* scales) {
+  for (int h = 0; h < heads; ++h, scales += groups, codes += bytes) {
     bool bad = false;
     for (int g = 0; g < groups; ++g) bad |= (scales[g] & 0x7c00) == 0x7c00;
     if (!bad) continue;
     for (int g = 0; g < groups; ++g) scales[g] = kHalfNaN;
-    memset(codes, 0, dim / 2);
+    memset(codes, 0, bytes);
   }
 }
 
 // Several heads of 64 or 128 channels, one scale for four vectors; up to four groups.
-template <Dtype dtype, int kDim, int kHeads>
-inline void encode_int4(const uint8_t* from, uint8_t* codes, uint16_t* scales) {
+template <Dtype dtype, Code code, int kDim, int kHeads>
+inline void encode_rotated(const uint8_t* from, uint8_t* codes, uint16_t* scales) {
   constexpr int item = dtype == kFloat32 ? 4 : 2, kVectors = kDim / kLanes, kGroups = kDim / kGroup * kHeads;
+  constexpr int kBytes = code_bytes(code, kDim);
   const float unit = half_to_the(log2_of(kDim) / 2);
   f32 x[kHeads][kVectors], broken{};
   u32 most[kGroups];
@@ -479,7 +545,7 @@ inline void encode_int4(const uint8_t* from, uint8_t* codes, uint16_t* scales) {
   static_assert(kGroups <= 4, "one reduction");
   constexpr int last = kGroups - 1;
   const u32 four = reduce_four({most[0], most[last < 1 ? last : 1], most[last < 2 ? last : 2], most[last]});
-  const Steps steps = steps_of(four, unit, broken);
+  const Steps steps = steps_of<code>(four, unit, broken);
 #pragma GCC unroll 4
   for (int g = 0; g < kGroups; ++g) scales[g] = steps.scale[g * 4];
 #pragma GCC unroll 4
@@ -488,16 +554,16 @@ inline void encode_int4(const uint8_t* from, uint8_t* codes, uint16_t* scales) {
     for (int v = 0; v < kVectors / 2; v += 2) {
       const int w = v + kVectors / 2;
       const float first = steps.by[(h * kVectors + v) / 4 * 4], second = steps.by[(h * kVectors + w) / 4 * 4];
-      const u32 even = int4_codes(x[h][v], first) | int4_codes(x[h][w], second) << 4;
-      const u32 odd = int4_codes(x[h][v + 1], first) | int4_codes(x[h][w + 1], second) << 4;
-      set(codes + h * kDim / 2 + v * kLanes, __builtin_convertvector(even | odd << 8, u16));
+      store_four<code, kDim>(codes + h * kBytes, v * kLanes, codes_of<code>(x[h][v], first),
+                             codes_of<code>(x[h][v + 1], first), codes_of<code>(x[h][w], second),
+                             codes_of<code>(x[h][w + 1], second));
     }
   }
-  if (__builtin_expect(!all_zero(broken), 0)) mark_broken(kHeads, kDim, kDim / kGroup, codes, scales);
+  if (__builtin_expect(!all_zero(broken), 0)) mark_broken(kHeads, kBytes, kDim / kGroup, codes, scales);
 }
 
-template <Dtype dtype, int kDim>
-inline void decode_int4(const uint8_t* codes, const uint16_t* scales, uint8_t* to) {
+template <Dtype dtype, Code code, int kDim>
+inline void decode_rotated(const uint8_t* codes, const uint16_t* scales, uint8_t* to) {
   constexpr int item = dtype == kFloat32 ? 4 : 2, kVectors = kDim / kLanes;
   const float unit = half_to_the((log2_of(kDim) + 1) / 2);
   f32 x[kVectors];
@@ -505,20 +571,44 @@ inline void decode_int4(const uint8_t* codes, const uint16_t* scales, uint8_t* t
   for (int v = 0; v < kVectors / 2; v += 2) {
     const int w = v + kVectors / 2;
     const float first = from_half(scales[v / 4]), second = from_half(scales[w / 4]);
-    const u32 both = widen(get<u16>(codes + v * kLanes));
-    x[v] = int4_levels(both) * first, x[v + 1] = int4_levels(both >> 8) * first;
-    x[w] = int4_levels(both >> 4) * second, x[w + 1] = int4_levels(both >> 12) * second;
+    const Four four = load_four<code, kDim>(codes, v * kLanes);
+    x[v] = levels_of<code>(four.even) * first, x[v + 1] = levels_of<code>(four.odd) * first;
+    x[w] = levels_of<code>(four.even_above) * second, x[w + 1] = levels_of<code>(four.odd_above) * second;
   }
   rotate_pairs<kDim>(x);
 #pragma GCC unroll 8
   for (int v = 0; v < kVectors; v += 2) store_pair<dtype>(to + v * kLanes * item, x[v] * unit, x[v + 1] * unit);
 }
 
+// Where the code of channel i stands, of a head of any size.
+template <Code code>
+inline uint32_t load_code(const uint8_t* codes, int i, int dim) {
+  const bool above = i >= dim / 2;
+  if (above) i -= dim / 2;
+  if constexpr (code == kInt4) return above ? codes[i] >> 4 : codes[i] & 15;
+  const int at = i / 2, which = above * 2 + i % 2, eighth = dim / 8;
+  const uint32_t thirds = at < eighth ? codes[dim / 4 + at] : codes[eighth + at] >> 4;
+  return (codes[at] >> 2 * which & 3) | (thirds >> which & 1) << 2;
+}
+
+template <Code code>
+inline void store_code(uint8_t* codes, int i, int dim, uint32_t value) {  // into zeros
+  const bool above = i >= dim / 2;
+  if (above) i -= dim / 2;
+  if constexpr (code == kInt4) {
+    codes[i] |= uint8_t(above ? value << 4 : value);
+  } else {
+    const int at = i / 2, which = above * 2 + i % 2, eighth = dim / 8;
+    codes[at] |= uint8_t((value & 3) << 2 * which);
+    codes[at < eighth ? dim / 4 + at : eighth + at] |= uint8_t((value >> 2) << which << (at < eighth ? 0 : 4));
+  }
+}
+
 // One head of any size.
-template <Dtype dtype>
-void encode_int4(const uint8_t* from, int dim, uint8_t* codes, uint16_t* scales) {
+template <Dtype dtype, Code code>
+void encode_rotated(const uint8_t* from, int dim, uint8_t* codes, uint16_t* scales) {
   constexpr int item = dtype == kFloat32 ? 4 : 2;
-  const int vectors = (dim + kLanes - 1) / kLanes, size = dim & -dim, group = int4_group(dim);
+  const int vectors = (dim + kLanes - 1) / kLanes, size = dim & -dim, group = rotated_group(dim);
   const float unit = half_to_the(log2_of(size) / 2);
   f32 x[kMaxDim / kLanes], broken{};
   for (int v = 0; v < vectors; ++v) {
@@ -531,27 +621,28 @@ void encode_int4(const uint8_t* from, int dim, uint8_t* codes, uint16_t* scales)
   for (int at = 0, g = 0; at < dim; at += group, ++g) {
     uint32_t most = 0;
     for (int i = at; i < at + group; ++i) most = larger(flat[i] & 0x7fffffffu, most);
-    const Steps steps = steps_of(u32{} + most, unit, broken);
+    const Steps steps = steps_of<code>(u32{} + most, unit, broken);
     scales[g] = steps.scale[0];
     for (int i = at; i < at + group; ++i) {
       const float y = bits_as<float>(flat[i]) * steps.by[0];
-      flat[i] = uint32_t(int32_t(y * (kCurve - std::fabs(y)) + 8.0f));
+      flat[i] = uint32_t(int32_t(y * (Grid<code>::curve - std::fabs(y)) + Grid<code>::half));
     }
   }
-  for (int i = 0; i < dim / 2; ++i) codes[i] = uint8_t(flat[i] | flat[i + dim / 2] << 4);
-  if (!all_zero(broken)) mark_broken(1, dim, dim / group, codes, scales);
+  memset(codes, 0, code_bytes(code, dim));
+  for (int i = 0; i < dim; ++i) store_code<code>(codes, i, dim, flat[i]);
+  if (!all_zero(broken)) mark_broken(1, code_bytes(code, dim), dim / group, codes, scales);
 }
 
-template <Dtype dtype>
-void decode_int4(const uint8_t* codes, const uint16_t* scales, int dim, uint8_t* to) {
+template <Dtype dtype, Code code>
+void decode_rotated(const uint8_t* codes, const uint16_t* scales, int dim, uint8_t* to) {
   constexpr int item = dtype == kFloat32 ? 4 : 2;
-  const int vectors = (dim + kLanes - 1) / kLanes, size = dim & -dim, group = int4_group(dim);
+  const int vectors = (dim + kLanes - 1) / kLanes, size = dim & -dim, group = rotated_group(dim);
   const float unit = half_to_the((log2_of(size) + 1) / 2);
   float flat[kMaxDim] = {};
   for (int at = 0; at < dim; at += group) {
     const float scale = from_half(scales[at / group]);
     for (int i = at; i < at + group; ++i) {
-      flat[i] = kLevels[i < dim / 2 ? codes[i] & 15 : codes[i - dim / 2] >> 4] * scale;
+      flat[i] = Grid<code>::levels[load_code<code>(codes, i, dim)] * scale;
     }
   }
   f32 x[kMaxDim / kLanes];
@@ -569,8 +660,9 @@ void decode_int4(const uint8_t* codes, const uint16_t* scales, int dim, uint8_t*
 
 extern "C" {
 
-// One side (K or V) of one layer. Sections as in pdtrim_deploy/wire.py; those that a wire dtype lacks are not read.
-struct PdtrimSide {
+// Rows of one side (K or V) of one layer, in one code. Sections as in pdtrim_deploy/wire.py; those that it lacks are
+// not read.
+struct PdtrimPart {
   uint8_t* pool;         // slot s begins at pool + s * stride
   const int64_t* slots;  // [rows]
   uint8_t* codes;
@@ -578,7 +670,7 @@ struct PdtrimSide {
   int64_t stride;  // bytes
   int64_t pool_slots;
   int64_t rows;
-  int64_t wire;
+  int64_t code;
 };
 
 struct PdtrimShape {
@@ -606,7 +698,7 @@ inline void expect(const uint8_t* from, int64_t bytes, bool written) {
 }
 
 // One row of one side, and where its parts stand in the sections.
-template <Dtype dtype, Wire wire, int kDim, bool kPack>
+template <Dtype dtype, Code code, int kDim, bool kPack>
 struct Row {
   static constexpr int item = dtype == kFloat32 ? 4 : 2;
   uint8_t* values;
@@ -619,93 +711,94 @@ struct Row {
   void move() {  // kHeads heads at a time while there are so many, then fewer
     for (; heads >= kHeads; heads -= kHeads) {
       if (next) expect(values + next, kHeads * dim * item, !kPack);
-      if constexpr (wire == kInt4 && kPack) {
-        kDim ? encode_int4<dtype, kDim ? kDim : 64, kHeads>(values, codes, scales)
-             : encode_int4<dtype>(values, dim, codes, scales);
+      if constexpr (is_rotated(code) && kPack) {
+        kDim ? encode_rotated<dtype, code, kDim ? kDim : 64, kHeads>(values, codes, scales)
+             : encode_rotated<dtype, code>(values, dim, codes, scales);
       } else if constexpr (kPack) {
-        encode_heads<dtype, wire, kDim, kHeads>(values, dim, codes, scales);
+        encode_heads<dtype, code, kDim, kHeads>(values, dim, codes, scales);
       } else {
         for (int h = 0; h < kHeads; ++h) {
           uint8_t* const to = values + h * dim * item;
-          if constexpr (wire == kInt4) {
-            const uint8_t* const at = codes + h * dim / 2;
-            kDim ? decode_int4<dtype, kDim ? kDim : 64>(at, scales + h * groups, to)
-                 : decode_int4<dtype>(at, scales + h * groups, dim, to);
+          if constexpr (is_rotated(code)) {
+            const uint8_t* const at = codes + h * code_bytes(code, dim);
+            kDim ? decode_rotated<dtype, code, kDim ? kDim : 64>(at, scales + h * groups, to)
+                 : decode_rotated<dtype, code>(at, scales + h * groups, dim, to);
           } else {
-            decode_head<dtype, wire, kDim>(codes + h * dim, scales[h], dim, to);
+            decode_head<dtype, code, kDim>(codes + h * dim, scales[h], dim, to);
           }
         }
       }
-      values += kHeads * dim * item, codes += kHeads * dim / (wire == kInt4 ? 2 : 1);
+      values += kHeads * dim * item, codes += kHeads * code_bytes(code, dim);
       scales += kHeads * groups;
     }
     if constexpr (kHeads > 1) move<kHeads - 1>();
   }
 };
 
-template <Dtype dtype, Wire wire, int kDim, bool kPack>
-void move_rows(const PdtrimSide& side, const PdtrimShape& shape, int64_t first, int64_t last, bool stream) {
+template <Dtype dtype, Code code, int kDim, bool kPack>
+void move_rows(const PdtrimPart& part, const PdtrimShape& shape, int64_t first, int64_t last, bool stream) {
   constexpr int item = dtype == kFloat32 ? 4 : 2;
   const int dim = kDim ? kDim : shape.dim, heads = shape.heads;
   const int64_t row_bytes = int64_t{heads} * dim * item;
-  const int groups = wire == kInt4 ? dim / int4_group(dim) : 1;
+  const int groups = is_rotated(code) ? dim / rotated_group(dim) : 1;
   const int64_t ahead = 1 + kAheadBytes / row_bytes;
   for (int64_t r = first; r < last; ++r) {
-    uint8_t* const row = side.pool + side.slots[r] * side.stride;
-    const int64_t step = r + ahead < last ? side.slots[r + ahead] - side.slots[r] : ahead;
-    const int64_t next = step == ahead ? 0 : step * side.stride;
-    if constexpr (wire == kNative) {
-      uint8_t* const packed = side.codes + r * row_bytes;
+    uint8_t* const row = part.pool + part.slots[r] * part.stride;
+    const int64_t step = r + ahead < last ? part.slots[r + ahead] - part.slots[r] : ahead;
+    const int64_t next = step == ahead ? 0 : step * part.stride;
+    if constexpr (code == kNative) {
+      uint8_t* const packed = part.codes + r * row_bytes;
       if (next) expect(row + next, row_bytes, !kPack);
       kPack ? copy_row(packed, row, row_bytes, stream) : copy_row(row, packed, row_bytes, stream);
     } else {
       const int64_t at = r * heads;
-      uint8_t* const codes = side.codes + at * dim / (wire == kInt4 ? 2 : 1);
-      Row<dtype, wire, kDim, kPack>{row, codes, side.scales + at * groups, dim, groups, heads, next}
+      uint8_t* const codes = part.codes + at * code_bytes(code, dim);
+      Row<dtype, code, kDim, kPack>{row, codes, part.scales + at * groups, dim, groups, heads, next}
           .template move<kDim == 128 ? 2 : kDim == 64 ? 4 : 1>();
     }
   }
 }
 
-using Move = void (*)(const PdtrimSide&, const PdtrimShape&, int64_t, int64_t, bool);
+using Move = void (*)(const PdtrimPart&, const PdtrimShape&, int64_t, int64_t, bool);
 
 template <bool kPack, Dtype dtype, int kDim>
-Move move_of(int64_t wire) {
+Move move_of(int64_t code) {
   static const Move moves[] = {move_rows<dtype, kNative, kDim, kPack>, move_rows<dtype, kFp8, kDim, kPack>,
-                               move_rows<dtype, kInt8, kDim, kPack>, move_rows<dtype, kInt4, kDim, kPack>};
-  return moves[wire];
+                               move_rows<dtype, kInt8, kDim, kPack>, move_rows<dtype, kInt4, kDim, kPack>,
+                               move_rows<dtype, kInt3, kDim, kPack>};
+  return moves[code];
 }
 
 template <bool kPack, Dtype dtype>
-Move move_of(int64_t wire, int32_t dim) {
-  return dim == 128 ? move_of<kPack, dtype, 128>(wire)
-                    : dim == 64 ? move_of<kPack, dtype, 64>(wire) : move_of<kPack, dtype, 0>(wire);
+Move move_of(int64_t code, int32_t dim) {
+  return dim == 128 ? move_of<kPack, dtype, 128>(code)
+                    : dim == 64 ? move_of<kPack, dtype, 64>(code) : move_of<kPack, dtype, 0>(code);
 }
 
 template <bool kPack>
-Move move_of(int64_t wire, const PdtrimShape& shape) {
-  return shape.dtype == kFloat32   ? move_of<kPack, kFloat32>(wire, shape.dim)
-         : shape.dtype == kFloat16 ? move_of<kPack, kFloat16>(wire, shape.dim)
-                                   : move_of<kPack, kBFloat16>(wire, shape.dim);
+Move move_of(int64_t code, const PdtrimShape& shape) {
+  return shape.dtype == kFloat32   ? move_of<kPack, kFloat32>(code, shape.dim)
+         : shape.dtype == kFloat16 ? move_of<kPack, kFloat16>(code, shape.dim)
+                                   : move_of<kPack, kBFloat16>(code, shape.dim);
 }
 
 }  // namespace
 
-// Moves all rows of `count` sides. Returns 0; 1 when a slot lies outside its pool, and then nothing was moved.
-extern "C" int pdtrim_move(const PdtrimSide* sides, int64_t count, const PdtrimShape* shape, int32_t threads, int32_t pack) {
+// Moves all rows of `count` parts. Returns 0; 1 when a slot lies outside its pool, and then nothing was moved.
+extern "C" int pdtrim_move(const PdtrimPart* parts, int64_t count, const PdtrimShape* shape, int32_t threads, int32_t pack) {
   const int64_t row_bytes = int64_t{shape->heads} * shape->dim * (shape->dtype == kFloat32 ? 4 : 2);
   const int64_t step = kBlockBytes / row_bytes + 1;
-  std::vector<int64_t> starts(count + 1, 0);  // of each side's blocks among all blocks
+  std::vector<int64_t> starts(count + 1, 0);  // of each part's blocks among all blocks
   int64_t total = 0;
   for (int64_t i = 0; i < count; ++i) {
     uint64_t most = 0;
-    for (int64_t r = 0; r < sides[i].rows; ++r) {
-      const uint64_t slot = uint64_t(sides[i].slots[r]);
+    for (int64_t r = 0; r < parts[i].rows; ++r) {
+      const uint64_t slot = uint64_t(parts[i].slots[r]);
       most = most > slot ? most : slot;
     }
-    if (sides[i].rows && most >= uint64_t(sides[i].pool_slots)) return 1;
-    starts[i + 1] = starts[i] + (sides[i].rows + step - 1) / step;
-    total += sides[i].rows * row_bytes;
+    if (parts[i].rows && most >= uint64_t(parts[i].pool_slots)) return 1;
+    starts[i + 1] = starts[i] + (parts[i].rows + step - 1) / step;
+    total += parts[i].rows * row_bytes;
   }
   const bool stream = total >= kStreamBytes;
   std::atomic<int64_t> next{0};
@@ -713,9 +806,9 @@ extern "C" int pdtrim_move(const PdtrimSide* sides, int64_t count, const PdtrimS
     int64_t i = 0;
     for (int64_t block; (block = next.fetch_add(1, std::memory_order_relaxed)) < starts[count];) {
       while (block >= starts[i + 1]) ++i;
-      const PdtrimSide& side = sides[i];
-      const int64_t first = (block - starts[i]) * step, last = first + step < side.rows ? first + step : side.rows;
-      (pack ? move_of<true>(side.wire, *shape) : move_of<false>(side.wire, *shape))(side, *shape, first, last, stream);
+      const PdtrimPart& part = parts[i];
+      const int64_t first = (block - starts[i]) * step, last = first + step < part.rows ? first + step : part.rows;
+      (pack ? move_of<true>(part.code, *shape) : move_of<false>(part.code, *shape))(part, *shape, first, last, stream);
     }
 #if defined(__AVX512F__)
     _mm_sfence();

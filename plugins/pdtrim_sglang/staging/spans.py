@@ -50,11 +50,11 @@ class Span:
             staged = self.sides[place][:, first : first + rows.rows]
             if rows.wire_dtype != "native":
                 quantised.append(replace(rows, prefill_layer=place, ranges=((first, first + rows.rows),)))
-            for side in range(2):
-                if rows.wire_dtype == "native":
-                    pieces.add(0, staged[side].data_ptr() - self.block.bytes.data_ptr(), rows.side_bytes)
-                else:
-                    pieces.add(1, rows.offset + side * rows.side_bytes, rows.side_bytes)
+            if rows.wire_dtype == "native":
+                for side in staged:
+                    pieces.add(0, side.data_ptr() - self.block.bytes.data_ptr(), rows.bytes // 2)
+            else:
+                pieces.add(1, rows.offset, rows.bytes)
         if quantised:  # from here instead of from the pool: each layer's rows are a pool of their own
             pools = [[sides[side] for sides in self.sides] for side in range(2)]
             pack(replace(layout, layers=tuple(quantised)), pools[0], pools[1], self._slots, out)

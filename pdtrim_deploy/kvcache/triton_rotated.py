@@ -1,4 +1,4 @@
-"""int4's kernel for GPUs: gather, rotate, quantise and pack in one pass, for head sizes that are powers of two.
+"""int4's and int3's kernel for GPUs: gather, rotate, quantise and pack in one pass, for heads of powers of two.
 
 No product is added to right after it is made, unless it is exact: a compiler would fuse the two roundings into one.
 """
@@ -12,45 +12,41 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pdtrim_deploy.kvcache.codecs.int4 import CURVE, EDGE, SLACK, halvings
-from pdtrim_deploy.wire import int4_group
+from pdtrim_deploy.kvcache.codecs.rotated import SLACK, Grid, halvings
+from pdtrim_deploy.wire import rotated_group
 
 BLOCK_ROWS = 16
 
 
-def launch(keys: Tensor, values: Tensor, slots: Tensor, k: Sequence[Tensor], v: Sequence[Tensor]) -> None:
-    """Pack one layer's rows `slots` into its sections: K's and V's codes and scales."""
-    _, heads, head_dim = keys.shape
-    grid = (triton.cdiv(len(slots), BLOCK_ROWS), heads, 2)
-    send_int4_rows[grid](
-        keys, values, slots, *k, *v, len(slots), **constants(heads, head_dim),
+def launch(pool: Tensor, slots: Tensor, sections: Sequence[Tensor], grid: Grid) -> None:
+    """Pack rows `slots` of one layer's K or V into codes and scales."""
+    _, heads, head_dim = pool.shape
+    send_rotated_rows[(triton.cdiv(len(slots), BLOCK_ROWS), heads)](
+        pool, slots, *sections, len(slots), **constants(heads, head_dim, grid),
     )  # fmt: skip
 
 
-def constants(heads: int, head_dim: int) -> dict[str, int | float]:
+def constants(heads: int, head_dim: int, grid: Grid) -> dict[str, int | float]:
     """What the kernel is compiled for; the floats as the codec has them."""
     unit = 2.0 ** -(halvings(head_dim) // 2)
-    curve, per_largest = torch.tensor([CURVE, SLACK / EDGE]).tolist()
+    curve, per_largest = torch.tensor([grid.curve, SLACK / grid.edge]).tolist()
     return {
-        "HEADS": heads, "DIM": head_dim, "GROUP": int4_group(head_dim), "ROWS": BLOCK_ROWS,
+        "HEADS": heads, "DIM": head_dim, "GROUP": rotated_group(head_dim), "ROWS": BLOCK_ROWS, "BITS": grid.bits,
         "STAGES": halvings(head_dim), "UNIT": unit, "CURVE": curve, "PER_LARGEST": per_largest,
     }  # fmt: skip
 
 
 @triton.jit
-def send_int4_rows(
-    keys, values, slots, k_codes, k_scales, v_codes, v_scales, rows,
-    HEADS: tl.constexpr, DIM: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
+def send_rotated_rows(
+    pool, slots, codes, scales, rows,
+    HEADS: tl.constexpr, DIM: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, BITS: tl.constexpr,
     STAGES: tl.constexpr, UNIT: tl.constexpr, CURVE: tl.constexpr, PER_LARGEST: tl.constexpr,
 ):  # fmt: skip
-    """One program: `ROWS` rows of one KV head of K (grid axis 2 = 0) or V (1)."""
+    """One program: `ROWS` rows of one KV head."""
+    HALF: tl.constexpr = 2 ** (BITS - 1)
     GROUPS: tl.constexpr = DIM // GROUP
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     head = tl.program_id(1)
-    if tl.program_id(2) == 0:
-        pool, codes, scales = keys, k_codes, k_scales
-    else:
-        pool, codes, scales = values, v_codes, v_scales
     live = row < rows
     slot = tl.load(slots + row, mask=live, other=0).to(tl.int64)
     at = (slot[:, None] * HEADS + head) * DIM + tl.arange(0, DIM)[None, :]
@@ -68,11 +64,29 @@ def send_int4_rows(
     shown = tl.where(finite, shown, 0x7E00).to(tl.int16)  # which NaN is part of the format
     tl.store(scales + part, shown.to(tl.float16, bitcast=True), mask=live[:, None])
     y = x * tl.math.div_rn(1.0, scale.to(tl.float32))[:, :, None]
-    code = (tl.minimum(y * (CURVE - tl.abs(y)), 8.0) + 8.0).to(tl.int32) & 0xF
+    code = (tl.minimum(y * (CURVE - tl.abs(y)), HALF * 1.0) + HALF).to(tl.int32) & (2 * HALF - 1)
     code = tl.where(finite, tl.reshape(code, [ROWS, DIM]), 0)
-    first, second = tl.split(tl.permute(tl.reshape(code, [ROWS, 2, DIM // 2]), (0, 2, 1)))
-    byte = (row[:, None] * HEADS + head) * (DIM // 2) + tl.arange(0, DIM // 2)[None, :]
-    tl.store(codes + byte, (first | (second << 4)).to(tl.uint8), mask=live[:, None])
+    to = codes + (row[:, None] * HEADS + head) * (DIM * BITS // 8)
+    if BITS == 4:
+        first, second = halves(code, ROWS, DIM)
+        tl.store(to + tl.arange(0, DIM // 2)[None, :], (first | (second << 4)).to(tl.uint8), mask=live[:, None])
+    else:
+        QUARTER: tl.constexpr = DIM // 4
+        lower, upper = halves(code, ROWS, DIM)
+        even, odd = tl.split(tl.reshape(lower, [ROWS, QUARTER, 2]))
+        above, odd_above = tl.split(tl.reshape(upper, [ROWS, QUARTER, 2]))
+        low = (even & 3) | ((odd & 3) << 2) | ((above & 3) << 4) | ((odd_above & 3) << 6)
+        tl.store(to + tl.arange(0, QUARTER)[None, :], low.to(tl.uint8), mask=live[:, None])
+        high = (even >> 2) | ((odd >> 2) << 1) | ((above >> 2) << 2) | ((odd_above >> 2) << 3)
+        first, second = halves(high, ROWS, QUARTER)
+        place = QUARTER + tl.arange(0, DIM // 8)
+        tl.store(to + place[None, :], (first | (second << 4)).to(tl.uint8), mask=live[:, None])
+
+
+@triton.jit
+def halves(x, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """The lower and the upper half of the columns."""
+    return tl.split(tl.permute(tl.reshape(x, [ROWS, 2, WIDTH // 2]), (0, 2, 1)))
 
 
 @triton.jit
