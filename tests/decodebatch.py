@@ -24,6 +24,16 @@ def sparse(n_first, n_last):
     return KVSend(mode="sparse", n_first=n_first, n_last=n_last)
 
 
+def layer_of(index):
+    """What SGLang's RadixAttention tells a backend."""
+    return SimpleNamespace(
+        layer_id=index, tp_q_head_num=HEADS, tp_k_head_num=KV_HEADS, tp_v_head_num=KV_HEADS, qk_head_dim=DIM,
+        v_head_dim=DIM, head_dim=DIM, scaling=DIM**-0.5, is_cross_attention=False, sliding_window_size=-1,
+        logit_cap=0.0, logit_capping_method="tanh", k_scale=None, v_scale=None, k_scale_float=None,
+        v_scale_float=None, xai_temperature_len=-1,
+    )  # fmt: skip
+
+
 class Batch:
     """`requests` of (prompt, generated) tokens, all but the newest token of each in the pool, on pages of any place.
 
@@ -71,22 +81,11 @@ class Batch:
         prompts = torch.tensor([prompt for prompt, _ in self.requests])
         self.rows.pdtrim_prompt_tokens[self.forward.req_pool_indices] = prompts
 
-    def layer(self, index):
-        """What SGLang's RadixAttention tells a backend."""
-        return SimpleNamespace(
-            layer_id=index, tp_q_head_num=HEADS, tp_k_head_num=KV_HEADS, tp_v_head_num=KV_HEADS, qk_head_dim=DIM,
-            v_head_dim=DIM, head_dim=DIM, scaling=DIM**-0.5, is_cross_attention=False, sliding_window_size=-1,
-            logit_cap=0.0, logit_capping_method="tanh", k_scale=None, v_scale=None, k_scale_float=None,
-            v_scale_float=None, xai_temperature_len=-1,
-        )  # fmt: skip
-
     def decode(self, backend):
         """Every layer's attention of one step by `backend`: `[layers, requests, heads * dim]`."""
         backend.init_forward_metadata(self.forward)
         step = (self.queries, self.keys, self.values)
-        return torch.stack(
-            [backend.forward_decode(*step, self.layer(i), self.forward) for i in range(len(self.plan.kv))]
-        )
+        return torch.stack([backend.forward_decode(*step, layer_of(i), self.forward) for i in range(len(self.plan.kv))])
 
     def expected(self):
         """The same from the rule alone, one request, layer and head at a time."""

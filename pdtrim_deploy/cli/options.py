@@ -11,12 +11,21 @@ from typing import Any
 import click
 
 from pdtrim_deploy.cache import Cache
+from pdtrim_deploy.decode_pool import SplitPool
 from pdtrim_deploy.serving.engines import EXECUTORS, Executors
 
 path = click.Path(path_type=Path)
 json_flag = click.option("--json", "as_json", is_flag=True, help="JSON on stdout, for machines.")
 dry_run = click.option("--dry-run", is_flag=True, help="Check and say what would be done; start and write nothing.")
 serve_python = click.option("--serve-python", type=path, help="Python with SGLang.  [default: .venv/serve]")
+split_pool = click.option(
+    "--split-decode-pool",
+    "split_pool",
+    metavar="ISL:OSL",
+    callback=lambda ctx, param, value: None if value is None else SplitPool.parse(value),
+    help="Keep sparse layers of decode in pools of their own, sized for requests of ISL + OSL tokens: what "
+    "`pdtrim-deploy plan` calls split.  [default: one pool]",
+)
 cache_dir = click.option(
     "--cache-dir",
     "cache",

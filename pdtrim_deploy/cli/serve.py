@@ -17,6 +17,7 @@ from pdtrim_deploy.bundle import Bundle
 from pdtrim_deploy.cli import options
 from pdtrim_deploy.cli.dry_run import commands_of
 from pdtrim_deploy.cli.screen import console
+from pdtrim_deploy.decode_pool import SplitPool
 from pdtrim_deploy.doctor import Asked, require
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.serving import Cluster, Executors, ServeEnvironment, WorkerOptions, cluster_of
@@ -31,6 +32,7 @@ from pdtrim_deploy.serving import Cluster, Executors, ServeEnvironment, WorkerOp
 @click.option("--page-size", type=click.IntRange(1), default=1, show_default=True, help="Tokens per KV page.")
 @click.option("--chunked-prefill-size", type=int, help="Prompt tokens per prefill chunk; -1: do not chunk.")
 @click.option("--max-total-tokens", type=click.IntRange(1), default=8192, show_default=True, help="KV pool, in tokens.")
+@options.split_pool
 @click.option("--max-running-requests", type=click.IntRange(1), default=16, show_default=True)
 @click.option("--dtype", default="auto", show_default=True, help="auto: the checkpoint's; or float32, bfloat16, ...")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
@@ -59,6 +61,7 @@ def serve(
     page_size: int,
     chunked_prefill_size: int | None,
     max_total_tokens: int,
+    split_pool: SplitPool | None,
     max_running_requests: int,
     dtype: str,
     device: Literal["auto", "cpu", "cuda"],
@@ -94,6 +97,7 @@ def serve(
         page_size=page_size,
         chunked_prefill_size=chunked_prefill_size,
         max_total_tokens=max_total_tokens,
+        split_pool=split_pool,
         max_running_requests=max_running_requests,
         dtype=dtype,
         threads=threads,

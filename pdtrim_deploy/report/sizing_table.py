@@ -22,7 +22,7 @@ def sizing_table(priced: list[tuple[Subject, Price]], traffic: Traffic) -> Table
         "prefill": lambda s: _time(s.prefill_s),
         "share of TTFT": lambda s: _share(s.transfer_share_of_ttft),
         "decode pool": lambda s: _size(s.decode_pool_bytes),
-        "... as two pools": lambda s: _size(s.two_pool_bytes),
+        "... split": lambda s: _size(s.two_pool_bytes),
         "most requests/s": lambda s: f"{s.max_rate:.4g}",
     }
     if traffic.rate is not None:

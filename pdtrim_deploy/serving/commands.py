@@ -25,6 +25,8 @@ SPARSE_BACKEND = "torch_native"
 SECRET_FILE = "pdtrim_secret_file"
 # And what its transport is told (pdtrim_sglang.options).
 TRANSPORT = "pdtrim_transport"
+# And how a decode worker holds the KV of sparse layers (pdtrim_sglang.split_pool.build).
+DECODE_POOL = "pdtrim_decode_pool"
 # Of ours, and would lead the other environment's Python to our packages.
 FOREIGN = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
 
@@ -52,6 +54,8 @@ def worker_command(python: Path, worker: WorkerSpec, workers: int, secret: Path 
         override |= {"architectures": [ENGINE_MODEL], "pdtrim_engine": worker.engine.as_config()}
     if worker.transport:
         override[TRANSPORT] = dict(worker.transport)
+    if worker.stage == "decode" and options.split_pool is not None:
+        override[DECODE_POOL] = options.split_pool.model_dump()
     if override:
         arguments["--json-model-override-args"] = json.dumps(override)
     if worker.bootstrap_port is not None:
@@ -70,6 +74,8 @@ def worker_command(python: Path, worker: WorkerSpec, workers: int, secret: Path 
         if options.sparse and worker.stage == "decode":
             arguments["--attention-backend"] = SPARSE_BACKEND
             flags.append("--disable-cuda-graph")
+        if options.split_pool is not None and worker.stage == "decode":
+            arguments["--disaggregation-decode-retraction-backup"] = "none"
     pairs = [str(part) for pair in arguments.items() for part in pair]
     return [str(python), "-m", "sglang.launch_server", *pairs, *flags, *options.extra_args]
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pdtrim_deploy.bundle import Bundle
+from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.plan import STAGES
 from pdtrim_deploy.serving.cluster import Cluster
 from pdtrim_deploy.serving.engines import Executors, find_engine
@@ -40,7 +41,7 @@ def cluster_of(
 
     Raises:
         UserError: no SGLang found, no worker of a stage, `port` is taken, the bundle lacks an executor's engine, or
-            the transport's library is not there.
+            the transport's library is not there, or decode's pool is to be split with no sparse layer.
 
     """
     environment = environment or ServeEnvironment.find()
@@ -48,6 +49,8 @@ def cluster_of(
     if options.dtype == "auto":  # SGLang's own auto makes float16 of a float32 checkpoint
         options = replace(options, dtype=bundle.plan.model.kv_dtype)
     options = replace(options, sparse=any(send.mode == "sparse" for send in bundle.plan.kv))
+    if options.split_pool is not None and not options.sparse:
+        raise UserError("--split-decode-pool: this plan has no sparse layers to split off; leave it out")
     require_transport(environment, options.transfer_backend, transport or {})
     chosen = executors or Executors()
     engines = {stage: find_engine(bundle, stage, chosen.of(stage), options.device) for stage in STAGES}

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from pdtrim_deploy.decode_pool import SplitPool
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.serving.engines import Engine, Executor
 from pdtrim_deploy.serving.environment import gpu_count
@@ -21,7 +22,8 @@ class WorkerOptions:
     """What all workers of a cluster share.
 
     `threads` are OpenMP threads a worker (CPU only; None: the cores divided among the workers). `sparse` says that
-    decode has sparse layers. `extra_args` go to `sglang.launch_server` last: they win over anything chosen here.
+    decode has sparse layers, `split_pool` that these get pools of their own. `extra_args` go to
+    `sglang.launch_server` last: they win over anything chosen here.
     """
 
     device: Device = field(default_factory=lambda: "cuda" if gpu_count() else "cpu")
@@ -35,6 +37,7 @@ class WorkerOptions:
     enable_metrics: bool = True
     threads: int | None = None
     sparse: bool = False
+    split_pool: SplitPool | None = None
     extra_args: tuple[str, ...] = ()
 
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict
 
-from pdtrim_deploy.plan import KVSend, ModelShape, PDPlan
+from pdtrim_deploy.decode_pool import request_bytes
+from pdtrim_deploy.plan import KVSend, PDPlan
 from pdtrim_deploy.sizing.link import Link
-from pdtrim_deploy.wire import packed_row_bytes
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,8 @@ class Traffic:
             else f"the unpruned model prefills {speed:g} tokens/s, a pruned one faster by its share of blocks; TTFT is "
             f"prefill plus transfer, one after the other (sending chunks during prefill would hide some), no queue",
             f"decode holds {self.isl} + {self.osl} tokens a request in every layer it keeps, in the native dtype; "
-            f"as two pools: sparse layers hold only sent rows and answer (not how it is served today)",
+            f"split: sparse layers hold only sent rows and answer, which takes "
+            f"`serve --split-decode-pool {self.isl}:{self.osl}`",
         )
 
 
@@ -56,7 +57,7 @@ class Side(_Frozen):
         request_bytes: packed KV that travels.
         transfer_s, prefill_s: seconds; `transfer_share_of_ttft` is transfer over their sum.
         decode_pool_bytes: KV of one whole request in decode's one pool.
-        two_pool_bytes: the same, were sparse layers in a second pool of only the rows they read.
+        two_pool_bytes: the same with sparse layers in pools of only the rows they read (`decode_pool.SplitPool`).
         max_rate: requests/s that the link carries within the cap.
         utilisation: share of the link used at the rate asked for; `fits` within the cap.
         link_bits_per_s_needed: smallest link for that rate within the cap.
@@ -99,19 +100,13 @@ def _side(plan: PDPlan, traffic: Traffic) -> Side:
         transfer_s=transfer,
         prefill_s=prefill,
         transfer_share_of_ttft=None if prefill is None else transfer / (prefill + transfer),
-        decode_pool_bytes=pool_bytes(plan.model, (KVSend(),) * len(plan.kv), traffic.isl, traffic.osl),
-        two_pool_bytes=pool_bytes(plan.model, plan.kv, traffic.isl, traffic.osl),
+        decode_pool_bytes=request_bytes(plan.model, (KVSend(),) * len(plan.kv), traffic.isl, traffic.osl),
+        two_pool_bytes=request_bytes(plan.model, plan.kv, traffic.isl, traffic.osl),
         max_rate=max_rate,
         utilisation=None if rate is None else rate * transfer,
         fits=None if rate is None else rate <= max_rate,
         link_bits_per_s_needed=None if rate is None else rate * size * 8 / traffic.max_utilisation,
     )
-
-
-def pool_bytes(model: ModelShape, layers: tuple[KVSend, ...], isl: int, osl: int) -> int:
-    """Native KV of one request whose layer `j` holds the prompt rows that `layers[j]` sends, and the answer."""
-    row = packed_row_bytes("native", model.kv_dtype, model.num_kv_heads, model.head_dim)
-    return sum(2 * row * (send.rows(isl) + osl) for send in layers)
 
 
 def _prefill_s(plan: PDPlan, traffic: Traffic) -> float | None:

@@ -78,8 +78,8 @@ class DecodeSide:
 
     def open_room(self, room: int, prompt_tokens: int, prefix_tokens: int, pages: Any, aux_index: int) -> None:
         """Accept chunks for a request whose destination `pages` (int32) SGLang has just allocated."""
-        slots = self._pool.slots(pages, prompt_tokens - prefix_tokens)
-        self._rooms[room] = DecodeRoom(room, prompt_tokens, prefix_tokens, slots, aux_index)
+        places = self._pool.destinations(self._pool.slots(pages, prompt_tokens - prefix_tokens))
+        self._rooms[room] = DecodeRoom(room, prompt_tokens, prefix_tokens, places, aux_index)
         self.connections_changed()
 
     def close_room(self, room: int) -> None:
@@ -102,7 +102,7 @@ class DecodeSide:
         if header.digest != self._digest:
             raise ProtocolError(f"chunk of plan {header.digest.hex()}, this worker serves {self._plan.digest}")
         tokens = header.prompt_tokens
-        if tokens > len(self._pool.keys[0]):
+        if tokens > self._pool.tokens:
             raise ProtocolError(f"a prompt of {tokens} tokens does not fit this worker's KV pool")
         layout = chunk_layout(self._plan, tokens, header.start, header.stop, self._pool.kv_heads)
         aux_bytes = self._aux.total_bytes if header.last else 0

@@ -6,6 +6,7 @@ builds its KV manager and refuses to start when one did not take.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,11 +19,18 @@ CREATE_SENDER = f"{DISAGGREGATION}.prefill.PrefillBootstrapQueue.create_sender"
 PREFILL_MANAGER = f"{DISAGGREGATION}.prefill.PrefillBootstrapQueue._init_kv_manager"
 DECODE_MANAGER = f"{DISAGGREGATION}.decode.DecodePreallocQueue._init_kv_manager"
 PRE_ALLOC = f"{DISAGGREGATION}.decode.DecodePreallocQueue._pre_alloc"
+ADMISSION = f"{DISAGGREGATION}.decode.DecodePreallocQueue._required_admission_tokens"
 SEND_METADATA = f"{DISAGGREGATION}.decode.DecodePreallocQueue._send_kv_metadata"
 TORCH_NATIVE = "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend"
+CONFIGURATOR = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator"
+KV_POOL, ALLOCATOR = f"{CONFIGURATOR}._build_mha_kv_pool", f"{CONFIGURATOR}._build_token_to_kv_pool_allocator"
+CELL_SIZE = "sglang.srt.model_executor.pool_configurator.DefaultPoolConfigurator._compute_cell_size"
 # SGLang's own factories by the name of `--attention-backend`, and what stands in their place once they are wanted.
 ATTENTION = {"triton": "SparseTritonBackend", "flashinfer": "SparseFlashInferBackend"}
-TARGETS = (GET_KV_CLASS, CREATE_SENDER, PREFILL_MANAGER, DECODE_MANAGER, PRE_ALLOC, SEND_METADATA, TORCH_NATIVE)
+TARGETS = (
+    GET_KV_CLASS, CREATE_SENDER, PREFILL_MANAGER, DECODE_MANAGER, PRE_ALLOC, ADMISSION, SEND_METADATA, TORCH_NATIVE,
+    KV_POOL, ALLOCATOR, CELL_SIZE,
+)  # fmt: skip
 
 
 def install() -> None:
@@ -38,6 +46,10 @@ def install() -> None:
     HookRegistry.register(PREFILL_MANAGER, _attach_pool, HookType.AFTER)
     HookRegistry.register(DECODE_MANAGER, _attach_pool, HookType.AFTER)
     HookRegistry.register(PRE_ALLOC, _note_prompt_length, HookType.AROUND)
+    HookRegistry.register(ADMISSION, _ask_sparse_layers, HookType.AROUND)
+    HookRegistry.register(KV_POOL, _split_pool, HookType.AROUND)
+    HookRegistry.register(ALLOCATOR, _split_allocator, HookType.AROUND)
+    HookRegistry.register(CELL_SIZE, _split_cell_size, HookType.AROUND)
     HookRegistry.register(SEND_METADATA, _name_prompt_of_receiver, HookType.AROUND)
     HookRegistry.register(TORCH_NATIVE, SparseTorchNativeBackend, HookType.REPLACE)
 
@@ -155,8 +167,41 @@ def _name_prompt_of_receiver(original: Callable[..., None], queue: Any, decode_r
 
 
 def _note_prompt_length(original: Callable[..., Any], queue: Any, req: Any, *args: Any, **kwargs: Any) -> Any:
-    allocated = original(queue, req, *args, **kwargs)
+    prompt, allocator = _prompt_tokens(req), queue.token_to_kv_pool_allocator
+    with getattr(allocator, "prompt", contextlib.nullcontext)(prompt):
+        allocated = original(queue, req, *args, **kwargs)
     lengths = getattr(queue.req_to_token_pool, "pdtrim_prompt_tokens", None)
     if lengths is not None:
-        lengths[req.kv.req_pool_idx] = _prompt_tokens(req)
+        lengths[req.kv.req_pool_idx] = prompt
     return allocated
+
+
+def _ask_sparse_layers(original: Callable[..., int], queue: Any, req: Any, *args: Any, **kwargs: Any) -> int:
+    """What admission must find free in the full layers: more than there is while the sparse ones have no room."""
+    tokens, allocator = original(queue, req, *args, **kwargs), queue.token_to_kv_pool_allocator
+    if not hasattr(allocator, "prompt"):
+        return tokens
+    from pdtrim_sglang.split_pool.admission import has_room
+
+    room = has_room(queue, req, _prompt_tokens(req))
+    return tokens if room else allocator.size + allocator.page_size + 1
+
+
+def _split_pool(original: Callable[..., Any], configurator: Any, *, mha_pool_class: Any, **given: Any) -> Any:
+    from pdtrim_sglang.split_pool.build import pool_class
+
+    return original(configurator, mha_pool_class=pool_class(configurator, mha_pool_class, **given), **given)
+
+
+def _split_allocator(original: Callable[..., Any], configurator: Any, *, token_to_kv_pool: Any, **given: Any) -> Any:
+    from pdtrim_sglang.split_pool.allocator import split_allocator
+    from pdtrim_sglang.split_pool.pool import SplitKVPool
+
+    made = original(configurator, token_to_kv_pool=token_to_kv_pool, **given)
+    return split_allocator(made) if isinstance(token_to_kv_pool, SplitKVPool) else made
+
+
+def _split_cell_size(original: Callable[..., int], sizer: Any, configurator: Any, *args: Any, **kwargs: Any) -> int:
+    from pdtrim_sglang.split_pool.build import token_bytes
+
+    return token_bytes(configurator, original(sizer, configurator, *args, **kwargs))

@@ -2,22 +2,49 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from pdtrim_deploy.kvcache.layout import ChunkLayout
 from pdtrim_deploy.kvcache.pack import prepare
+
+if TYPE_CHECKING:
+    from pdtrim_sglang.split_pool.kept_slots import KeptSlots
+    from pdtrim_sglang.split_pool.pool import SplitKVPool
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where rows of some layers, or of all, go: `slots` int64, one a token."""
+
+    layers: frozenset[int] | None
+    slots: Tensor
+
+    def part(self, layout: ChunkLayout) -> ChunkLayout:
+        """What `layout` holds of these layers."""
+        return layout if self.layers is None else _part(layout, self.layers)
+
+
+@lru_cache(maxsize=1024)
+def _part(layout: ChunkLayout, layers: frozenset[int]) -> ChunkLayout:
+    return replace(layout, layers=tuple(rows for rows in layout.layers if rows.decode_layer in layers))
 
 
 @dataclass(frozen=True)
 class PoolView:
-    """Tensors `[slots, kv_heads, head_dim]` of every local layer, and the page size in tokens."""
+    """Tensors `[slots, kv_heads, head_dim]` of every local layer, and the page size in tokens.
+
+    `split` is SGLang's pool when its sparse layers have slots of their own.
+    """
 
     keys: list[Tensor]
     values: list[Tensor]
     page_size: int
+    split: SplitKVPool | None = None
 
     @classmethod
     def of(cls, pool: Any) -> PoolView:
@@ -29,14 +56,21 @@ class PoolView:
         """
         from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
-        if type(pool) is not MHATokenToKVPool or pool.use_hnd or pool.k_buffer[0].dim() != 3:
+        from pdtrim_sglang.split_pool.pool import SplitKVPool
+
+        if type(pool) not in (MHATokenToKVPool, SplitKVPool) or pool.use_hnd or pool.k_buffer[0].dim() != 3:
             raise RuntimeError(
                 f"pdtrim: needs a plain multi-head KV pool, this worker has {type(pool).__name__}: "
                 "serve a Llama, Mistral, Qwen2 or Qwen3 bundle without KV-layout options"
             )
         if pool.k_buffer[0].is_cpu:
             prepare()
-        return cls(pool.k_buffer, pool.v_buffer, pool.page_size)
+        return cls(pool.k_buffer, pool.v_buffer, pool.page_size, pool if isinstance(pool, SplitKVPool) else None)
+
+    @property
+    def tokens(self) -> int:
+        """SGLang's slots, those for padding among them."""
+        return len(self.keys[0]) if self.split is None else self.split.size + self.page_size
 
     @property
     def kv_heads(self) -> int:
@@ -48,6 +82,20 @@ class PoolView:
         first = torch.as_tensor(pages, dtype=torch.int64, device=self.keys[0].device) * self.page_size
         offsets = torch.arange(self.page_size, device=first.device)
         return (first[:, None] + offsets).flatten()[:tokens]
+
+    def destinations(self, slots: Tensor) -> tuple[Destination, ...]:
+        """Where SGLang's `slots` lie in each layer's tensors, as long as their request holds them.
+
+        A token that a layer does not keep has slot 0 there.
+        """
+        if self.split is None:
+            return (Destination(None, slots),)
+        groups: dict[KeptSlots | None, set[int]] = {}
+        for layer in range(len(self.keys)):
+            groups.setdefault(self.split.of_layer(layer), set()).add(layer)
+        return tuple(
+            Destination(frozenset(group), slots if own is None else own.map[slots]) for own, group in groups.items()
+        )
 
 
 def row_view(pointer: int, length: int) -> memoryview:

@@ -14,7 +14,7 @@ from torch import Tensor
 from pdtrim_deploy.kvcache.layout import chunk_layout
 from pdtrim_deploy.kvcache.pack import unpack
 from pdtrim_deploy.plan import PDPlan
-from pdtrim_sglang.pool import PoolView, row_view
+from pdtrim_sglang.pool import Destination, PoolView, row_view
 from pdtrim_sglang.protocol import ChunkHeader
 
 
@@ -46,12 +46,12 @@ class AuxRows:
 
 @dataclass
 class DecodeRoom:
-    """One request's destination: `slots` int64 `[prompt_tokens - prefix_tokens]`, and the aux row `aux_index`."""
+    """One request's destination: slots `[prompt_tokens - prefix_tokens]` of all layers, and aux row `aux_index`."""
 
     room: int
     prompt_tokens: int
     prefix_tokens: int
-    slots: Tensor
+    places: tuple[Destination, ...]
     aux_index: int
     position: int = field(init=False)
     open: bool = True
@@ -73,9 +73,10 @@ class DecodeRoom:
                 return f"chunk begins at token {header.start}, expected {self.position}"
             if header.last != (header.stop == self.prompt_tokens):
                 return f"chunk ends at token {header.stop} of {self.prompt_tokens} and last={header.last}"
-            slots = self.slots[header.start - self.prefix_tokens : header.stop - self.prefix_tokens]
+            span = slice(header.start - self.prefix_tokens, header.stop - self.prefix_tokens)
             layout = chunk_layout(plan, header.prompt_tokens, header.start, header.stop, pool.kv_heads)
-            unpack(layout, payload, pool.keys, pool.values, slots)
+            for place in self.places:
+                unpack(place.part(layout), payload, pool.keys, pool.values, place.slots[span])
             self.position = header.stop
             if header.last:
                 aux_rows.write(self.aux_index, aux)

@@ -51,7 +51,7 @@ def send(plan, source, start, stop, pages=(3, 7, 2), **changes):
 
 
 def test_chunks_in_order_fill_pool_and_aux_row(plan, source, target, aux):
-    room = DecodeRoom(5, TOKENS, 0, target.slots((9, 1, 4), TOKENS), 1)
+    room = DecodeRoom(5, TOKENS, 0, target.destinations(target.slots((9, 1, 4), TOKENS)), 1)
     for start, stop in ((0, 4), (4, 8), (8, TOKENS)):
         header, payload = send(plan, source, start, stop)
         body = memoryview(b"abcdefghIJKL") if header.last else memoryview(b"")
@@ -73,7 +73,7 @@ def test_layers_of_other_sizes_and_wire_dtypes_arrive_each_by_its_own_rule(aux):
     source, target = (
         PoolView(*([fill(64, 2, 64) for _ in range(6)] for _ in range(2)), PAGE) for fill in (torch.randn, torch.zeros)
     )
-    room = DecodeRoom(5, TOKENS, 0, target.slots((9, 1, 4), TOKENS), 1)
+    room = DecodeRoom(5, TOKENS, 0, target.destinations(target.slots((9, 1, 4), TOKENS)), 1)
     sent = 0
     for start, stop in ((0, 4), (4, 8), (8, TOKENS)):
         header, payload = send(plan, source, start, stop)
@@ -100,14 +100,14 @@ def test_layers_of_other_sizes_and_wire_dtypes_arrive_each_by_its_own_rule(aux):
     ],
 )
 def test_a_wrong_chunk_is_refused_and_writes_nothing(plan, source, target, aux, chunk, changes, reason):
-    room = DecodeRoom(5, TOKENS, 0, target.slots((9, 1, 4), TOKENS), 1)
+    room = DecodeRoom(5, TOKENS, 0, target.destinations(target.slots((9, 1, 4), TOKENS)), 1)
     header, payload = send(plan, source, *chunk, **changes)
     assert reason in room.take(plan, target, aux, header, payload, memoryview(bytes(12)))
     assert not any(pool.any() for pool in target.keys + target.values)
 
 
 def test_a_closed_room_is_never_written(plan, source, target, aux):
-    room = DecodeRoom(5, TOKENS, 0, target.slots((9, 1, 4), TOKENS), 1)
+    room = DecodeRoom(5, TOKENS, 0, target.destinations(target.slots((9, 1, 4), TOKENS)), 1)
     room.close()
     header, payload = send(plan, source, 0, TOKENS)
     assert "ended" in room.take(plan, target, aux, header, payload, memoryview(bytes(12)))
@@ -115,7 +115,7 @@ def test_a_closed_room_is_never_written(plan, source, target, aux):
 
 
 def test_a_request_with_a_decode_prefix_starts_behind_it(plan, source, target, aux):
-    room = DecodeRoom(5, TOKENS, 4, target.slots((1, 4), TOKENS - 4), 0)
+    room = DecodeRoom(5, TOKENS, 4, target.destinations(target.slots((1, 4), TOKENS - 4)), 0)
     header, payload = send(plan, source, 4, TOKENS)
     assert room.take(plan, target, aux, header, payload, memoryview(bytes(12))) == ""
     assert torch.equal(target.keys[0][target.slots((1, 4), 7)], source.keys[0][source.slots((7, 2), 7)])

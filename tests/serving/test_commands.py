@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from pdtrim_deploy.decode_pool import SplitPool
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.serving import ClusterSpec, ServeEnvironment, WorkerOptions, commands, environment
 from pdtrim_deploy.serving.metrics import Sample, parse, total
@@ -92,6 +93,19 @@ def test_on_a_gpu_decode_of_a_sparse_plan_gets_the_backend_that_knows_sparse_lay
         command = commands.worker_command(PYTHON, worker, 3)
         assert ("--disable-cuda-graph" in command) == (worker.stage == "decode")
         assert ("--attention-backend" in command) == (worker.stage == "decode")
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_split_pool_is_decodes_alone_and_is_not_backed_up(device):
+    for worker in spec(device=device, sparse=True, split_pool=SplitPool(isl=40, osl=8)).workers:
+        command = commands.worker_command(PYTHON, worker, 3)
+        if worker.stage == "decode":
+            assert json.loads(value(command, "--json-model-override-args")) == {
+                "pdtrim_decode_pool": {"isl": 40, "osl": 8}
+            }
+            assert value(command, "--disaggregation-decode-retraction-backup") == "none"
+        else:
+            assert "--json-model-override-args" not in command
 
 
 def test_extra_arguments_come_last_and_so_win():

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pdtrim_sglang.attention.windows import Window, compact_table, layer_windows
 from pdtrim_sglang.plan_source import read_plan
+from pdtrim_sglang.split_pool.pool import SplitKVPool
 
 
 def sparse_windows(model_runner: Any) -> dict[int, Window]:
@@ -26,15 +27,21 @@ class SparseLayers:
 
     def __init__(self, model_runner: Any) -> None:
         self.windows = sparse_windows(model_runner)
-        self._pool = model_runner.req_to_token_pool
+        self._pool, kv_pool = model_runner.req_to_token_pool, model_runner.token_to_kv_pool
+        self._kept = kv_pool.kept if isinstance(kv_pool, SplitKVPool) else {}
         if self.windows:
             rows = self._pool.req_to_token
             self._pool.pdtrim_prompt_tokens = torch.zeros(rows.shape[0], dtype=torch.int64, device=rows.device)
 
     def tables(self, forward_batch: Any) -> dict[Window, tuple[Tensor, Tensor]]:
-        """`compact_table` of every window for a decode batch; nothing for any other batch."""
+        """`compact_table` of every window for a decode batch, in slots of its layers; nothing for any other batch."""
         if not self.windows or not forward_batch.forward_mode.is_decode() or forward_batch.batch_size == 0:
             return {}
         rows, seq_lens = forward_batch.req_pool_indices, forward_batch.seq_lens
         prompts, table = self._pool.pdtrim_prompt_tokens[rows], self._pool.req_to_token
-        return {window: compact_table(table, rows, seq_lens, prompts, window) for window in set(self.windows.values())}
+        found = {}
+        for window in set(self.windows.values()):
+            slots, lengths = compact_table(table, rows, seq_lens, prompts, window)
+            own = self._kept.get(window)
+            found[window] = (slots if own is None else own.map[slots], lengths)
+        return found

@@ -1,0 +1,32 @@
+"""Whether the sparse layers' pools have room for one more request on a decode worker.
+
+As SGLang's own admission (`DecodePreallocQueue`, disaggregation/decode.py, 0.5.23): what the prompt takes at once, and
+for it and each request under way `--num-reserved-decode-tokens` of its answer, or what is left of that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+
+def has_room(queue: Any, req: Any, prompt_tokens: int) -> bool:
+    """Whether `req`, which waits in `queue`, can be given slots; asked again later when not."""
+    growth = _growth(queue, req) + sum(_growth(queue, other) for other in _under_way(queue))
+    kept = queue.token_to_kv_pool_allocator.kept
+    return all(one.available >= one.rows(prompt_tokens) + growth for one in kept)
+
+
+def _growth(queue: Any, req: Any) -> int:
+    left: int = req.sampling_params.max_new_tokens - len(req.output_ids)
+    return max(0, min(queue.num_reserved_decode_tokens, left))
+
+
+def _under_way(queue: Any) -> Iterator[Any]:
+    """Requests that hold slots, each once."""
+    scheduler, last = queue.scheduler, queue.scheduler.last_batch
+    yield from scheduler.running_batch.reqs
+    yield from (waiting.req for waiting in queue.transfer_queue.queue)
+    yield from scheduler.waiting_queue
+    if last and last.forward_mode.is_prebuilt():  # of no queue until it is merged into the running batch
+        yield from last.reqs
