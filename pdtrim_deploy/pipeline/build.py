@@ -69,9 +69,9 @@ def steps_of(recipe: Recipe, fingerprint: str) -> tuple[BuildStep, ...]:
     healed = chained_key(prune, heal.depends_on(dump)) if heal.needed(recipe) else prune
     kv = chained_key(healed, [dump["kv"], None if recipe.kv.method in FIXED_KV else dump["calibration"]])
     return (
-        BuildStep("prune", prune, (steps.PRUNING, *steps.SEARCHES), steps.prune),
+        BuildStep("prune", prune, (steps.PRUNING, steps.CANDIDATES, *steps.SEARCHES), steps.prune),
         *([BuildStep("heal", healed, (heal.HEALING,), heal.heal)] if heal.needed(recipe) else []),
-        BuildStep("select-kv", kv, (PLAN, steps.KV), steps.select_kv),
+        BuildStep("select-kv", kv, (PLAN, steps.KV, steps.ATTENTION), steps.select_kv),
         BuildStep("prefill", chained_key(kv, "prefill"), ("prefill",), lambda c: steps.write_stage(c, "prefill")),
         BuildStep("decode", chained_key(kv, "decode"), ("decode",), lambda c: steps.write_stage(c, "decode")),
         *(

@@ -106,6 +106,12 @@ def test_a_bundle_holds_what_the_recipe_asks(recipe_file: RecipeFile, tmp_path: 
     )
     report = json.loads((bundle.reports_dir / "pruning.json").read_text())
     assert sorted(report["decode"]["removed"]) == list(plan.dropped("decode"))
+    could = json.loads((bundle.reports_dir / "candidates.json").read_text())
+    assert len(could["redundancy"]) == plan.model.num_blocks
+    mass = json.loads((bundle.reports_dir / "attention.json").read_text())
+    assert mass["blocks"] == list(plan.decode_layers)
+    for shares in zip(*(mass[part] for part in ("first", "last", "middle", "generated")), strict=True):
+        assert sum(shares) == pytest.approx(1, abs=1e-5)
 
 
 def test_a_dense_bundle_needs_no_text(recipe_file: RecipeFile, tmp_path: Path, cache: Cache) -> None:

@@ -168,6 +168,30 @@ def test_the_picture_has_each_block_as_the_plan_says(bundle: Bundle) -> None:
     assert sizes["sparse"] / sizes["full"] == pytest.approx(5 / tokens, abs=0.02)
 
 
+def test_redundancy_and_attention_are_drawn_as_measured(bundle: Bundle) -> None:
+    blocks, kept = PLAN.model.num_blocks, list(PLAN.decode_layers)
+    cosine = [0.9 + block / 100 for block in range(blocks)]
+    write(bundle, "candidates", {"redundancy": cosine, "pair_redundancy": cosine[1:], "threshold": 0.95})
+    shares = {part: [share] * len(kept) for part, share in (("first", 0.5), ("last", 0.25), ("middle", 0.25))}
+    mass = {"n_first": 4, "n_last": 64, "prompt_tokens": 512, "sequences": 4, "blocks": kept}
+    write(bundle, "attention", mass | shares | {"generated": [0.0] * len(kept)})
+    write(bundle, "pruning", {})
+    root = parsed(Findings.of(bundle))
+    pictures = {node.get("aria-label"): node for node in root.iter(f"{SVG}svg")}
+    bars = list(pictures["redundancy of each block"].iter(f"{SVG}rect"))
+    tall = [float(bar.get("height") or 0) for bar in bars]
+    assert tall == sorted(tall)
+    assert len(set(tall)) == len(bars) == blocks
+    gone = {bar.get("class") for block, bar in enumerate(bars) if block not in kept}
+    assert "keep" not in gone
+    assert len(list(pictures["redundancy of each block"].iter(f"{SVG}circle"))) == blocks - 1
+    for group in pictures["attention of each decode layer"].iter(f"{SVG}g"):
+        first, last, middle, generated = (float(bar.get("height") or 0) for bar in group.iter(f"{SVG}rect"))
+        assert (last, middle, generated) == (pytest.approx(first / 2), pytest.approx(first / 2), 0)
+    said = " ".join("".join(root.itertext()).split())
+    assert "4 calibration texts with 512 prompt tokens" in said
+
+
 def test_intervals_stand_where_they_should(bundle: Bundle) -> None:
     root = parsed(full(bundle))
     chart = next(node for node in root.iter(f"{SVG}svg") if node.get("aria-label") == "b over a")

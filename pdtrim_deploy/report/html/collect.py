@@ -10,12 +10,15 @@ from typing import Any
 
 from pdtrim_deploy.bundle import Bundle
 from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.recipe_kv import FIXED_KV
 from pdtrim_deploy.report.html.fault_table import is_fault_table
 
 # Report of a bundle -> the command that makes it.
 REPORTS = {
     "pruning": "pdtrim-deploy build",
     "kv": "pdtrim-deploy build",
+    "candidates": "pdtrim-deploy build",
+    "attention": "pdtrim-deploy build",
     "eval": "pdtrim-deploy eval BUNDLE",
     "tasks": "pdtrim-deploy eval BUNDLE --tasks all",
     "fidelity": "pdtrim-deploy fidelity BUNDLE",
@@ -80,7 +83,13 @@ class Findings:
     @property
     def missing(self) -> dict[str, str]:
         """Reports that the page would show, and the command that makes each."""
-        lacks = {n: c for n, c in REPORTS.items() if n not in self.reports and n != "compare"}
+        recipe = self.bundle.recipe
+        idle = {
+            "compare",
+            *(() if recipe.pruning.decode_blocks else ("candidates",)),
+            *(("attention",) if recipe.kv.method in FIXED_KV else ()),
+        }
+        lacks = {n: c for n, c in REPORTS.items() if n not in self.reports and n not in idle}
         if not self.comparisons and not self.reports.get("metrics"):
             lacks["compare"] = REPORTS["compare"]
         if self.pareto is None:

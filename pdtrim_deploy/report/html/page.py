@@ -15,6 +15,7 @@ SECTIONS = {
     "Workers for a rate": sections.workers,
     "Quality for each byte": sections.pareto,
     "Search": sections.search,
+    "Where decode looks": sections.attention,
     "Faults": sections.faults,
     "Engines": sections.engines,
     "Where this comes from": sections.origin,

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from pdtrim_deploy.plan import STAGES
 from pdtrim_deploy.report.html import charts
 from pdtrim_deploy.report.html.collect import Findings
 from pdtrim_deploy.report.html.fault_table import fault_table
 from pdtrim_deploy.report.html.markup import Markup, join, table, tag
+from pdtrim_deploy.report.html.model_pictures import attention_picture, redundancy_picture
 from pdtrim_deploy.report.html.plan_picture import plan_picture
 from pdtrim_deploy.report.workers_table import goal_text, workers_rows
 from pdtrim_deploy.simulation import SizedSide
@@ -48,6 +50,13 @@ def plan(found: Findings) -> Markup:
 def search(found: Findings) -> Markup | None:
     """How the blocks were chosen."""
     parts = []
+    if could := found.reports.get("candidates"):
+        gone: dict[str, tuple[int, ...]] = {stage: found.bundle.plan.dropped(stage) for stage in STAGES}
+        said = (
+            "Cosine between what goes into a block and what comes out, on calibration text: near 1 a block changes "
+            "little. It is where a search begins, not what it goes by: that is the loss."
+        )
+        parts += [tag("p", said), redundancy_picture(could["redundancy"], could["pair_redundancy"], gone)]
     for stage, said in found.reports.get("pruning", {}).items():
         steps = said.get("trajectory", ())
         if not steps:
@@ -63,6 +72,20 @@ def search(found: Findings) -> Markup | None:
             )
         )
     return join(parts) if parts else None
+
+
+def attention(found: Findings) -> Markup | None:
+    """Where decode looks in the prompt."""
+    mass = found.reports.get("attention")
+    if mass is None:
+        return None
+    said = (
+        f"Of generated tokens, on {mass['sequences']} calibration texts with {mass['prompt_tokens']} prompt tokens: "
+        f"the share of attention on a prompt's first {mass['n_first']} and last {mass['n_last']} tokens, on those in "
+        "the middle, and on what was generated. A layer that looks at the middle need not be harmed by its loss: what "
+        "a layer's KV is worth was measured."
+    )
+    return join([tag("p", said), attention_picture(mass)])
 
 
 def quality(found: Findings) -> Markup | None:
