@@ -48,8 +48,8 @@ class KVSection(BaseModel):
         reduction: of method budget: dense over planned bytes to reach at `prompt_tokens`.
         max_loss: instead of that: the relative rise of perplexity (on calibration text) to stay below, in fewest bytes.
         sparse_choices: (n_first, n_last) that a layer may be cut to by method budget.
-        wire_choices: dtypes that a layer may travel in by method budget; those that the head size does not allow are not
-            looked at.
+        wire_choices: dtypes that a layer may travel in by method budget; those that the head size does not allow are
+            not looked at.
         recall: share of the sequences that end in a passage of their own middle, so that harm is also what a prompt
             that is searched for a fact loses (`kvcache/recall.py`).
 

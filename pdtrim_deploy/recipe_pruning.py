@@ -20,7 +20,9 @@ class PruningSection(BaseModel):
         steps, minutes: of annealing, for each stage; the time is that of the stage's whole search, and a run that it
             ends is not repeatable to the bit.
         seed: of `anneal` and `random`.
-        memory_mb: hidden states kept while searching, at most.
+        memory_mb: hidden states kept while searching, at most; disk_mb: as many more in mapped files in the bundle.
+        blocks_in_memory: blocks whose weights are in memory at a time while searching; the others are read from the
+            checkpoint when they run. All of them when left out. The answer is the same.
 
     """
 
@@ -35,6 +37,8 @@ class PruningSection(BaseModel):
     minutes: Annotated[float, Field(gt=0)] | None = None
     seed: NonNegativeInt = 0
     memory_mb: PositiveInt = 1024
+    disk_mb: NonNegativeInt = 0
+    blocks_in_memory: PositiveInt | None = None
 
     @model_validator(mode="after")
     def _nested(self) -> PruningSection:
@@ -45,4 +49,9 @@ class PruningSection(BaseModel):
             )
         if self.distil and self.method != "anneal":
             raise ValueError(f"distil is true but method is {self.method}; allowed: distil with method anneal")
+        if self.distil and self.blocks_in_memory is not None:
+            raise ValueError(
+                f"distil is true but blocks_in_memory is {self.blocks_in_memory}; allowed: distil with all blocks in "
+                f"memory, since students are fitted to whole blocks"
+            )
         return self

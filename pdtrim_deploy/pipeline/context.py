@@ -52,6 +52,17 @@ class Context:
         self.note("loading the model")
         return load_model(self.checkpoint.path, "float32")
 
+    @property
+    def searched_model(self) -> Any:
+        """The same, or, when the recipe bounds the blocks in memory, one whose weights come from the checkpoint."""
+        asked = self.recipe.pruning.blocks_in_memory
+        if asked is None or asked >= self.shape.num_blocks:
+            return self.model
+        from pdtrim_deploy.checkpoints.streaming import stream_model
+
+        self.note(f"reading blocks from the checkpoint, {asked} in memory at a time")
+        return stream_model(self.checkpoint, asked, "float32")[0]
+
     def calibration(self, sequences: int, length: int) -> Any:
         """int64 `[sequences, length]` of the calibration split."""
         from pdtrim_deploy.checkpoints.loading import load_tokenizer

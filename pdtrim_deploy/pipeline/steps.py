@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pdtrim_deploy.bundle import PLAN, REPORTS, WORK, write_atomic
+from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.pipeline import heal
 from pdtrim_deploy.pipeline.context import Context
 from pdtrim_deploy.pipeline.heal import PRUNING
@@ -18,26 +19,37 @@ from pdtrim_deploy.plan import STAGES, KVSend, PDPlan, Stage
 from pdtrim_deploy.recipe_kv import FIXED_KV
 
 if TYPE_CHECKING:
+    from pdtrim_deploy.kvcache.selection import Problem
+    from pdtrim_deploy.pruning.candidates import Candidates
     from pdtrim_deploy.pruning.search import SearchResult
     from pdtrim_deploy.pruning.stages import Elsewhere
 
-KV = f"{REPORTS}/kv.json"
+KV, CANDIDATES, ATTENTION = (f"{REPORTS}/{name}.json" for name in ("kv", "candidates", "attention"))
+SHOWN, SHOWN_SEQUENCES = (4, 64), 4  # first and last tokens whose attention is shown where the recipe names none
 SEARCHES = tuple(f"{REPORTS}/search-{stage}.jsonl" for stage in STAGES)
 
 
 def prune(context: Context) -> None:
-    """Choose what each stage loses -> reports/pruning.json, and what the searches did -> reports/search-STAGE.jsonl."""
+    """Choose what each stage loses -> reports/pruning.json, and what the searches did -> reports/search-STAGE.jsonl.
+
+    What every block could lose, by redundancy, stands in reports/candidates.json.
+    """
     asked, text = context.recipe.pruning, context.recipe.calibration
+    (context.out / CANDIDATES).unlink(missing_ok=True)
     report: dict[Stage, Any] = {stage: {"removed": [], "pairs": [], "loss": None, "trajectory": []} for stage in STAGES}
     if asked.decode_blocks:
+        from pdtrim_deploy.pruning.candidates import find
         from pdtrim_deploy.pruning.search import Settings
         from pdtrim_deploy.pruning.stages import choose_stages
 
         ids = context.calibration(text.sequences, text.length)
-        pairs, students, about = _pairs(context, ids) if asked.distil else ((), None, None)
+        model = context.searched_model
+        candidates = find(model, ids, asked.threshold, context.note)
+        _write_json(context.out / CANDIDATES, asdict(candidates))
+        pairs, students, about = _pairs(context, ids, candidates) if asked.distil else ((), None, None)
         with _elsewhere(context) as elsewhere:
             found = choose_stages(
-                context.model,
+                model,
                 ids,
                 asked.prefill_blocks,
                 asked.decode_blocks,
@@ -46,6 +58,7 @@ def prune(context: Context) -> None:
                 pairs=pairs,
                 students=students,
                 memory=asked.memory_mb << 20,
+                disk=asked.disk_mb << 20,
                 folder=context.out / REPORTS,
                 about=[context.checkpoint.fingerprint, about],
                 elsewhere=elsewhere,
@@ -63,6 +76,11 @@ def _elsewhere(context: Context) -> Iterator[Elsewhere | None]:
         return
     from pdtrim_deploy.pruning import ray_evaluator
 
+    if context.recipe.pruning.blocks_in_memory is not None:
+        raise UserError(
+            "pruning.blocks_in_memory bounds the memory of one process, but each Ray worker has the whole model; "
+            "build without --workers or leave blocks_in_memory out"
+        )
     context.note(f"starting {context.workers.count} Ray workers")
     with ray_evaluator.cluster(context.workers):
         yield ray_evaluator.Elsewhere(context.workers, context.checkpoint.path.resolve())
@@ -73,12 +91,10 @@ def _stage_report(found: SearchResult) -> dict[str, Any]:
     return {"removed": found.removed, "pairs": found.solution.pairs, "loss": found.loss, "trajectory": steps}
 
 
-def _pairs(context: Context, ids: Any) -> tuple[tuple[int, ...], Any, Any]:
+def _pairs(context: Context, ids: Any, found: Candidates) -> tuple[tuple[int, ...], Any, Any]:
     """The distillation set, its training-free students (those chosen are trained later), and what they depend on."""
-    from pdtrim_deploy.pruning.candidates import find
     from pdtrim_deploy.pruning.students import Students
 
-    found = find(context.model, ids, context.recipe.pruning.threshold, context.note)
     asked = context.recipe.students.model_copy(update={"steps": 0, "minutes": None})
     students = Students(
         context.model,
@@ -93,7 +109,11 @@ def _pairs(context: Context, ids: Any) -> tuple[tuple[int, ...], Any, Any]:
 
 
 def select_kv(context: Context) -> None:
-    """Choose how each decode layer's prompt KV travels -> plan.json, reports/kv.json."""
+    """Choose how each decode layer's prompt KV travels -> plan.json, reports/kv.json.
+
+    Where decode looks stands in reports/attention.json, if the choice looked at the model.
+    """
+    (context.out / ATTENTION).unlink(missing_ok=True)
     asked, plan = context.recipe.kv, heal.blocks_plan(context)
     plan = plan.with_kv(stand_in_rules(asked, plan.model, len(plan.decode_layers)))
     if asked.method not in FIXED_KV:
@@ -116,7 +136,22 @@ def _chosen(context: Context, plan: PDPlan) -> tuple[KVSend, ...]:
     if asked.recall:
         text = with_recall(text, asked.prompt_tokens, asked.recall, seed)
     problem = Problem(PDOracle(models[0], models[1], plan), text, asked.prompt_tokens, seed)
+    _write_json(context.out / ATTENTION, _attention(context, problem))
     return get_selection(asked).choose(problem, context.note)
+
+
+def _attention(context: Context, problem: Problem) -> dict[str, Any]:
+    """Of each decode layer, mean over KV heads: the share of attention on each part of the prompt."""
+    from pdtrim_deploy.kvcache.attention_mass import attention_mass
+
+    asked, n = context.recipe.kv, problem.prompt_tokens
+    first, last = (asked.n_first, asked.n_last) if asked.n_first + asked.n_last else SHOWN
+    text = problem.sequences[:SHOWN_SEQUENCES]
+    mass = attention_mass(problem.oracle, text, n, first, last, progress=context.note)
+    parts = ("first", "last", "middle", "generated")
+    shares = {part: getattr(mass, part).mean(1).round(decimals=6).tolist() for part in parts}
+    blocks = list(problem.oracle.plan.decode_layers)
+    return {"n_first": first, "n_last": last, "prompt_tokens": n, "sequences": len(text), "blocks": blocks} | shares
 
 
 def write_stage(context: Context, stage: Stage) -> None:

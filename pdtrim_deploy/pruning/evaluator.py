@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from pdtrim_deploy.errors import UserError
-from pdtrim_deploy.pruning.hidden_states import HiddenStates
+from pdtrim_deploy.pruning.hidden_states import HiddenStates, Route
 from pdtrim_deploy.pruning.objective import Objective
-from pdtrim_deploy.pruning.solution import Op, Solution
+from pdtrim_deploy.pruning.solution import Solution
 
 MEMORY = 1 << 30
 
@@ -49,15 +50,17 @@ class InProcess:
     """One after another on this process's model, with hidden states kept and losses remembered.
 
     Args:
-        memory: bytes of hidden states at most.
+        memory: bytes of hidden states in memory at most, not counting those that run at the moment.
+        disk: bytes of others in mapped files in `folder` (by default the system's temporary one), at most.
 
     """
 
     workers = 1
 
-    def __init__(self, objective: Objective, memory: int = MEMORY) -> None:
+    def __init__(self, objective: Objective, memory: int = MEMORY, disk: int = 0, folder: Path | None = None) -> None:
         self.objective, self.blocks, self.batches = objective, objective.blocks, objective.batches
-        self._states, self._known = HiddenStates(objective, memory), dict[tuple[tuple[Op, ...], int], Tensor]()
+        self._states = HiddenStates(objective, memory, disk, folder)
+        self._known = dict[tuple[Route, int], Tensor]()
 
     @property
     def block_forwards(self) -> int:
@@ -66,19 +69,18 @@ class InProcess:
 
     def evaluate(self, solutions: Sequence[Solution], batch: int) -> list[Tensor]:
         """Losses on one batch; UserError when one is not a number."""
-        return [self._losses(solution.route(self.blocks), batch) for solution in solutions]
+        routes = [solution.route(self.blocks) for solution in solutions]
+        fresh = list(dict.fromkeys(route for route in routes if (route, batch) not in self._known))
+        for route, hidden in zip(fresh, self._states.behind(fresh, batch), strict=True):
+            losses = self.objective.losses(batch, hidden)
+            if not bool(torch.isfinite(losses).all()):
+                raise UserError("the calibration loss is not a number; load the model in float32, check its weights")
+            self._known[route, batch] = losses
+        return [self._known[route, batch] for route in routes]
 
     def settle(self, solution: Solution) -> None:
         """Keep this solution's hidden states before all others."""
         self._states.settle(solution.route(self.blocks))
-
-    def _losses(self, route: tuple[Op, ...], batch: int) -> Tensor:
-        if (route, batch) not in self._known:
-            losses = self.objective.losses(batch, self._states.behind(route, batch))
-            if not bool(torch.isfinite(losses).all()):
-                raise UserError("the calibration loss is not a number; load the model in float32, check its weights")
-            self._known[route, batch] = losses
-        return self._known[route, batch]
 
 
 def mean_loss(evaluator: Evaluator, solution: Solution) -> float:

@@ -2,59 +2,132 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TypeAlias
 
+import numpy as np
+import torch
 from torch import Tensor
 
+from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.pruning.objective import Objective
 from pdtrim_deploy.pruning.solution import Op
 
-_Key: TypeAlias = tuple[int, tuple[Op, ...]]
+Route: TypeAlias = tuple[Op, ...]
+_Key: TypeAlias = tuple[int, Route]
 
 
 class HiddenStates:
     """Outputs of layer sequences from the embedding on, by batch; a new model costs what lies behind its first change.
 
     At most `memory` bytes are held (each state: sequences x tokens x hidden x 4 bytes in float32). Room is made by
-    dropping the least recently used of other routes than the settled one; what then does not fit is not kept, so that
+    dropping the least recently used of other routes than the settled one; what then does not fit is kept in mapped
+    files of at most `disk` bytes in `folder` by the same rule, and what does not fit there either is not kept, so that
     early batches, on which most candidates lose, stay.
     """
 
-    def __init__(self, objective: Objective, memory: int) -> None:
-        self._objective, self._memory, self.held = objective, memory, 0
-        self._states = OrderedDict[_Key, Tensor]()
-        self._settled: tuple[Op, ...] = ()
+    def __init__(self, objective: Objective, memory: int, disk: int = 0, folder: Path | None = None) -> None:
+        self._objective = objective
+        self._shelves = [_Shelf(memory), _Files(disk, folder)]
+        self._settled: Route = ()
 
-    def settle(self, route: tuple[Op, ...]) -> None:
+    @property
+    def held(self) -> int:
+        """Bytes in memory."""
+        return self._shelves[0].held
+
+    @property
+    def on_disk(self) -> int:
+        """Bytes in files."""
+        return self._shelves[1].held
+
+    def settle(self, route: Route) -> None:
         """The routes to come are much like this one."""
         self._settled = route
 
-    def behind(self, route: tuple[Op, ...], batch: int) -> Tensor:
-        """`[sequences, tokens, hidden]`: what the last layer of `route` puts out."""
-        known = next((n for n in range(len(route), 0, -1) if (batch, route[:n]) in self._states), 0)
-        hidden = self._states[batch, route[:known]] if known else self._objective.start(batch)
-        for n in range(1, known + 1):
-            if (batch, route[:n]) in self._states:
-                self._states.move_to_end((batch, route[:n]))
-        for n in range(known, len(route)):
-            hidden = self._objective.run(batch, route[n], hidden)
-            self._keep((batch, route[: n + 1]), hidden)
-        return hidden
+    def behind(self, routes: Sequence[Route], batch: int) -> list[Tensor]:
+        """What the last layer of each route puts out: `[sequences, tokens, hidden]`.
+
+        All go on together, block by block: of a model whose weights come from disk each block comes once.
+        """
+        states, done = [], []
+        for route in routes:
+            known = next((n for n in range(len(route), 0, -1) if self._find((batch, route[:n])) is not None), 0)
+            found = self._find((batch, route[:known])) if known else None
+            states.append(self._objective.start(batch) if found is None else found)
+            done.append(known)
+            for n in range(1, known + 1):
+                self._touch((batch, route[:n]))
+        for block in range(self._objective.blocks):
+            made = dict[Route, Tensor]()
+            for at, route in enumerate(routes):
+                if done[at] == len(route) or route[done[at]][0] != block:
+                    continue
+                done[at] += 1
+                way = route[: done[at]]
+                if way not in made:
+                    made[way] = self._objective.run(batch, way[-1], states[at])
+                    self._keep((batch, way), made[way])
+                states[at] = made[way]
+        return states
+
+    def _find(self, key: _Key) -> Tensor | None:
+        return next((shelf.states[key] for shelf in self._shelves if key in shelf.states), None)
+
+    def _touch(self, key: _Key) -> None:
+        for shelf in self._shelves:
+            if key in shelf.states:
+                shelf.states.move_to_end(key)
 
     def _keep(self, key: _Key, hidden: Tensor) -> None:
+        for shelf in self._shelves:
+            spare = [old for old in shelf.states if old[1] != self._settled[: len(old[1])]]
+            if shelf.keep(key, hidden, spare):
+                return
+
+
+class _Shelf:
+    """States in memory, the least recently used first."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.held, self.states = limit, 0, OrderedDict[_Key, Tensor]()
+
+    def keep(self, key: _Key, hidden: Tensor, spare: Sequence[_Key]) -> bool:
+        """Whether it fits when some of `spare` go."""
         size = hidden.numel() * hidden.element_size()
-        for old in [old for old in self._states if not self._is_settled(old)]:
-            if self.held + size <= self._memory:
+        for old in spare:
+            if self.held + size <= self.limit:
                 break
-            self._drop(old)
-        if self.held + size <= self._memory:
-            self._states[key] = hidden
-            self.held += size
+            state = self.states.pop(old)
+            self.held -= state.numel() * state.element_size()
+        if self.held + size > self.limit:
+            return False
+        self.states[key] = self.store(hidden)
+        self.held += size
+        return True
 
-    def _drop(self, key: _Key) -> None:
-        state = self._states.pop(key)
-        self.held -= state.numel() * state.element_size()
+    def store(self, hidden: Tensor) -> Tensor:
+        return hidden
 
-    def _is_settled(self, key: _Key) -> bool:
-        return key[1] == self._settled[: len(key[1])]
+
+class _Files(_Shelf):
+    """States in files without a name, mapped: they go with the process, and their pages when memory is short."""
+
+    def __init__(self, limit: int, folder: Path | None) -> None:
+        super().__init__(limit)
+        self._folder = folder
+
+    def store(self, hidden: Tensor) -> Tensor:
+        try:
+            with tempfile.TemporaryFile(dir=self._folder) as file:
+                file.write(hidden.contiguous().numpy().data)  # a full disk shows here, and not when a page is touched
+                file.flush()
+                return torch.from_numpy(np.memmap(file, np.float32, "c", shape=tuple(hidden.shape)))
+        except OSError as error:
+            raise UserError(
+                f"no room for hidden states in {self._folder or tempfile.gettempdir()} ({error.strerror}); free some "
+                "space or lower pruning.disk_mb, and run the same command again: the search goes on where it was"
+            ) from error

@@ -63,6 +63,7 @@ def choose_stages(
     pairs: tuple[int, ...] = (),
     students: StudentLayers | None = None,
     memory: int = MEMORY,
+    disk: int = 0,
     folder: Path | None = None,
     about: object = None,
     elsewhere: Elsewhere | None = None,
@@ -80,8 +81,9 @@ def choose_stages(
     Args:
         method: name of a search, or one of your own making.
         pairs, students: the distillation set by first blocks, and what its pairs become.
-        memory: bytes of hidden states kept, at most.
-        folder: where each search leaves `search-STAGE.jsonl` and goes on from it; None: nowhere.
+        memory, disk: bytes of hidden states kept in memory and in mapped files, at most.
+        folder: where each search leaves `search-STAGE.jsonl` and goes on from it, and where those files are; None:
+            nowhere, and in the system's temporary folder.
         elsewhere: where solutions are evaluated; None: in this process.
         about: what else the answer depends on (JSON): the model, how students are made.
 
@@ -107,7 +109,7 @@ def choose_stages(
         path = folder / f"search-{stage}.jsonl" if folder else None
         trajectory = Trajectory(path, [*said, remove, prompt, vars(forced)])
         objective = NextTokenLoss(model, ids, prompt, forced, students)
-        evaluator: Evaluator = InProcess(objective, memory)
+        evaluator: Evaluator = InProcess(objective, memory, disk, folder)
         if elsewhere is not None:
             evaluator = elsewhere(objective, ids, prompt, forced, students, memory)
         return search.run(Problem(model, ids, objective, remove, forced, protected, pairs, trajectory, evaluator), note)

@@ -153,11 +153,13 @@ def test_while_it_reads(name: str, bundle: Path, tmp_path: Path) -> None:
 
 
 def opened(pipe: Path, terminal: Terminal) -> int:
-    """Its writing end, as soon as somebody reads."""
+    """Its writing end, when somebody reads: a signal on the way from open to read would find Python deaf."""
     end = time.monotonic() + 30
     while True:
         try:
-            return os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+            held_open = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+            time.sleep(0.3)
+            return held_open
         except OSError:
             terminal.read()
             assert time.monotonic() < end, terminal.text

@@ -25,6 +25,7 @@ from pdtrim_deploy.doctor import (
 from pdtrim_deploy.doctor.packages import Package, installed, wanted_version
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.recipe import Recipe
+from pdtrim_sglang.hooks import TARGETS
 
 ROOT = Path(__file__).parents[2]
 PLUGINS = ROOT / "plugins"
@@ -66,7 +67,7 @@ def test_every_hook_target_is_looked_for(serve_python: Path) -> None:
     assert said["disaggregation.decode.DecodePreallocQueue._pre_alloc"] == "ok"
     assert said["disaggregation.decode.DecodePreallocQueue._init_kv_manager"] == "wrong version"  # the class is there
     assert said["disaggregation.prefill.PrefillBootstrapQueue.create_sender"] == "wrong version"
-    assert len(said) == 7
+    assert set(said) == {target.removeprefix("sglang.srt.") for target in TARGETS}
     gone = named(found, "imports from SGLang")
     assert gone.status == "wrong version"
     assert "sglang.srt.disaggregation.utils.DisaggregationMode" in gone.detail
