@@ -52,7 +52,7 @@ def read_tensors(checkpoint: Checkpoint, names: Iterable[str], dtype: torch.dtyp
     by_file: dict[Any, list[str]] = {}
     for name in names:
         by_file.setdefault(checkpoint.tensors[name].file, []).append(name)
-    found = {}
+    found: dict[str, Tensor] = {}
     for file, inside in by_file.items():
         with safe_open(file, framework="pt") as shard:
             found |= {name: shard.get_tensor(name).to(dtype, copy=True) for name in inside}

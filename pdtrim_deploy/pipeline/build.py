@@ -110,6 +110,11 @@ def build(
         UserError: bad source, corpus or recipe for this model; `out` is something else or in use.
 
     """
+    if workers is not None and recipe.pruning.blocks_in_memory is not None:
+        raise UserError(
+            f"recipe {recipe.name}: pruning.blocks_in_memory bounds the memory of one process, but each worker holds "
+            "the whole model; build without --workers or leave blocks_in_memory out"
+        )
     with show("source", False):
         checkpoint = resolve(recipe.model.source, cache, note)
     check_fits(recipe, checkpoint.facts.num_blocks)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pdtrim_deploy.bundle import PLAN, REPORTS, WORK, write_atomic
-from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.pipeline import heal
 from pdtrim_deploy.pipeline.context import Context
 from pdtrim_deploy.pipeline.heal import PRUNING
@@ -76,11 +75,6 @@ def _elsewhere(context: Context) -> Iterator[Elsewhere | None]:
         return
     from pdtrim_deploy.pruning import ray_evaluator
 
-    if context.recipe.pruning.blocks_in_memory is not None:
-        raise UserError(
-            "pruning.blocks_in_memory bounds the memory of one process, but each Ray worker has the whole model; "
-            "build without --workers or leave blocks_in_memory out"
-        )
     context.note(f"starting {context.workers.count} Ray workers")
     with ray_evaluator.cluster(context.workers):
         yield ray_evaluator.Elsewhere(context.workers, context.checkpoint.path.resolve())

@@ -20,8 +20,9 @@ class SearchCost:
     """Of both stages' searches.
 
     Attributes:
-        weights: bytes of the dense model in float32.
-        states: bytes of hidden states kept, at most; `states_wanted` is what one whole model's would take.
+        weights: bytes of the dense model in float32 that are in memory at a time.
+        states: bytes of hidden states kept in memory, at most; `states_wanted` is what one whole model's would take.
+        disk: bytes of hidden states kept in files, at most.
         prompt_kv: bytes of the calibration prompts' K and V that decode's search reads.
         most: block-forwards at most (blocks run, times sequences): no candidate stopped early.
         likely: with candidates stopped early about as often as on SmolLM2-135M.
@@ -33,6 +34,7 @@ class SearchCost:
     weights: int
     states: int
     states_wanted: int
+    disk: int
     prompt_kv: int
     most: int
     likely: int
@@ -69,12 +71,13 @@ def search_cost(config: Mapping[str, Any], pruning: PruningSection, text: Calibr
         flops += count * tokens * 2 * (work.likely * block_size + work.losses * vocabulary * hidden)
         flops += count * (length - tokens) * 2 * prompt * block_size
     wanted = count * length * hidden * _FLOAT * blocks
+    kept = min(pruning.memory_mb << 20, wanted)
+    keeps = pruning.method in _KEEP_STATES
     return SearchCost(
-        weights=(blocks * block_size + embeddings) * _FLOAT,
-        states=min(pruning.memory_mb << 20, wanted)
-        if pruning.method in _KEEP_STATES
-        else count * length * hidden * _FLOAT,
+        weights=(min(blocks, pruning.blocks_in_memory or blocks) * block_size + embeddings) * _FLOAT,
+        states=kept if keeps else count * length * hidden * _FLOAT,
         states_wanted=wanted,
+        disk=min(pruning.disk_mb << 20, wanted - kept) if keeps else 0,
         prompt_kv=2 * blocks * count * (length // 2) * kv_width * _FLOAT,
         most=round(most),
         likely=round(likely),

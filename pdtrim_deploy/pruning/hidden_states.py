@@ -23,10 +23,10 @@ _Key: TypeAlias = tuple[int, Route]
 class HiddenStates:
     """Outputs of layer sequences from the embedding on, by batch; a new model costs what lies behind its first change.
 
-    At most `memory` bytes are held (each state: sequences x tokens x hidden x 4 bytes in float32). Room is made by
-    dropping the least recently used of other routes than the settled one; what then does not fit is kept in mapped
-    files of at most `disk` bytes in `folder` by the same rule, and what does not fit there either is not kept, so that
-    early batches, on which most candidates lose, stay.
+    At most `memory` bytes are held (each state: sequences x tokens x hidden x 4 bytes in float32). The least recently
+    used of other routes than the settled one make room; where they do not make enough, the new one is not kept, so
+    that early batches, on which most candidates lose, stay. What has no place in memory goes by the same rule to mapped
+    files of at most `disk` bytes in `folder`.
     """
 
     def __init__(self, objective: Objective, memory: int, disk: int = 0, folder: Path | None = None) -> None:
@@ -83,10 +83,10 @@ class HiddenStates:
                 shelf.states.move_to_end(key)
 
     def _keep(self, key: _Key, hidden: Tensor) -> None:
+        left = [(key, hidden)]
         for shelf in self._shelves:
             spare = [old for old in shelf.states if old[1] != self._settled[: len(old[1])]]
-            if shelf.keep(key, hidden, spare):
-                return
+            left = [gone for state in left for gone in shelf.keep(*state, spare)]
 
 
 class _Shelf:
@@ -95,19 +95,18 @@ class _Shelf:
     def __init__(self, limit: int) -> None:
         self.limit, self.held, self.states = limit, 0, OrderedDict[_Key, Tensor]()
 
-    def keep(self, key: _Key, hidden: Tensor, spare: Sequence[_Key]) -> bool:
-        """Whether it fits when some of `spare` go."""
-        size = hidden.numel() * hidden.element_size()
-        for old in spare:
-            if self.held + size <= self.limit:
-                break
-            state = self.states.pop(old)
-            self.held -= state.numel() * state.element_size()
+    def keep(self, key: _Key, hidden: Tensor, spare: list[_Key]) -> list[tuple[_Key, Tensor]]:
+        """What there is no room for: some of `spare`, which lose their place to this one, or else this one."""
+        size, gone = hidden.numel() * hidden.element_size(), list[tuple[_Key, Tensor]]()
+        while self.held + size > self.limit and spare:
+            old = spare.pop(0)
+            gone.append((old, self.states.pop(old)))
+            self.held -= gone[-1][1].numel() * gone[-1][1].element_size()
         if self.held + size > self.limit:
-            return False
+            return [*gone, (key, hidden)]
         self.states[key] = self.store(hidden)
         self.held += size
-        return True
+        return gone
 
     def store(self, hidden: Tensor) -> Tensor:
         return hidden

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from pdtrim_sglang.hooks import TARGETS
 
 from pdtrim_deploy.cli import main
 from pdtrim_deploy.doctor import (
@@ -25,7 +26,6 @@ from pdtrim_deploy.doctor import (
 from pdtrim_deploy.doctor.packages import Package, installed, wanted_version
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.recipe import Recipe
-from pdtrim_sglang.hooks import TARGETS
 
 ROOT = Path(__file__).parents[2]
 PLUGINS = ROOT / "plugins"

@@ -15,6 +15,7 @@ from pdtrim_deploy.checkpoints import FAMILIES
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.loadtest.text import WORDS
 from pdtrim_deploy.pipeline import build
+from pdtrim_deploy.pruning.ray_evaluator import Workers
 from pdtrim_deploy.recipe import Recipe
 
 
@@ -69,6 +70,18 @@ def test_a_stopped_search_goes_on_and_force_begins_anew(tmp_path: Path, tiny_lla
     assert any("anneal 1/12" in line for line in forced)
 
 
+def test_blocks_from_the_checkpoint_give_the_same_bundle(tmp_path: Path, tiny_llama_dir: Path, cache: Cache) -> None:
+    lines: list[str] = []
+    bounded = recipe(tmp_path, tiny_llama_dir, blocks_in_memory=1, memory_mb=1, disk_mb=1)
+    found = build(bounded, tmp_path / "b", cache, lines.append)
+    assert any("1 in memory at a time" in line for line in lines)
+    assert found.plan == build(recipe(tmp_path, tiny_llama_dir), tmp_path / "c", cache).plan
+    assert rows(tmp_path / "b", "decode") == rows(tmp_path / "c", "decode")
+    with pytest.raises(UserError, match="each worker holds the whole model"):
+        build(bounded, tmp_path / "d", cache, workers=Workers(2))
+    assert not (tmp_path / "d").exists()
+
+
 @pytest.mark.parametrize("architecture", FAMILIES)
 def test_a_whole_search_writes_checkpoints_that_plain_transformers_loads(
     architecture: str, tmp_path: Path, tiny_dir: Callable[[str], Path], cache: Cache
@@ -92,6 +105,7 @@ def test_a_whole_search_writes_checkpoints_that_plain_transformers_loads(
     [
         ({"decode_blocks": 6}, "pruning.decode_blocks is 6; allowed: at most 5, the model has 6 blocks"),
         ({"method": "greedy", "distil": True}, "distil is true but method is greedy"),
+        ({"distil": True, "blocks_in_memory": 2}, "distil is true but blocks_in_memory is 2"),
         ({"threshold": 1.5}, "pruning.threshold is 1.5"),
         ({"minutes": 0}, "pruning.minutes is 0"),
     ],

@@ -233,6 +233,29 @@ def test_hidden_states_stay_within_memory_and_save_work(model, ids):
     assert spend(1 << 30) == 6 * (4 + 0 + 1 + 2) < spend(2 * one) < spend(0) == 6 * (4 + 3 + 3 + 3)
 
 
+def test_what_memory_has_no_room_for_is_kept_in_files(model, ids, tmp_path):
+    one = 6 * (30 - SPLIT - 1) * 24 * 4
+
+    def spend(memory, disk):
+        objective = NextTokenLoss(model, ids, SPLIT)
+        evaluator, losses = InProcess(objective, memory, disk, tmp_path), []
+        for block in (3, 4, 2, 1):
+            for batch in range(evaluator.batches):
+                losses += evaluator.evaluate([Solution.of({0, block})], batch)
+                assert evaluator._states.held <= memory
+                assert evaluator._states.on_disk <= disk
+        return objective.block_forwards, torch.cat(losses)
+
+    (most, plain), (least, kept), (with_files, mapped) = spend(0, 0), spend(1 << 30, 0), spend(2 * one, 1 << 30)
+    assert with_files == least < most
+    assert torch.equal(mapped, kept)
+    assert torch.equal(mapped, plain)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"no room for hidden states in .*lower pruning.disk_mb"):
+        InProcess(NextTokenLoss(model, ids, SPLIT), 0, 1 << 30, tmp_path / "file").evaluate([NOTHING], 0)
+
+
 def test_what_goes_wrong_is_one_sentence(model, ids, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot write .*the search goes on where it was"):

@@ -60,6 +60,20 @@ def test_an_8b_model_is_priced_by_its_config_alone(tmp_path, cache, capsys):
     assert json.loads(capsys.readouterr().out)["search"]["states"] == 512 << 20
 
 
+def test_bounds_of_memory_bound_what_is_foretold(cache):
+    sizes = tiny("Llama").config.to_dict()
+    text = CalibrationSection(sequences=64, length=2048)
+
+    def priced(**bounds):
+        return search_cost(sizes, PruningSection(decode_blocks=2, memory_mb=1, **bounds), text)
+
+    whole, bounded = priced(), priced(blocks_in_memory=2, disk_mb=10)
+    assert whole.disk == 0
+    assert (bounded.states, bounded.disk) == (1 << 20, 10 << 20)
+    assert bounded.weights < whole.weights
+    assert priced(blocks_in_memory=99).weights == whole.weights
+
+
 def test_a_folder_with_config_json_alone_is_priced_and_too_many_blocks_are_refused(tmp_path, cache, tiny_llama_dir):
     (tmp_path / "config.json").write_text((Path(tiny_llama_dir) / "config.json").read_text())
     recipe = tmp_path / "r.yaml"
