@@ -29,7 +29,10 @@ from pdtrim_deploy.evaluation.oracle import PDOracle
 from pdtrim_deploy.evaluation.perplexity import pd_perplexity
 from pdtrim_deploy.evaluation.tasks import Setting, choice
 from pdtrim_deploy.plan import PDPlan
+from pdtrim_deploy.pruning.cost import search_cost
 from pdtrim_deploy.pruning.pair import StagePair
+from pdtrim_deploy.recipe import CalibrationSection
+from pdtrim_deploy.recipe_pruning import PruningSection
 
 SEARCHED = ("calibration", "length")
 FITTED = (*SEARCHED, "text", "training_steps")
@@ -115,7 +118,9 @@ class _Bench:
             "calibration_loss": decode.loss,
             "prefill_loss": found.prefill.loss,
             "seconds": sum(_last(stage, "seconds") for stage in (found.prefill, decode)),
-            "block_forwards": sum(_last(stage, "block_forwards") for stage in (found.prefill, decode))
+            "block_forwards": self._published(removed)
+            if method.published
+            else sum(_last(stage, "block_forwards") for stage in (found.prefill, decode))
             + method.distil * self.setup.distilling,
             "commit": commit(),
         }
@@ -133,6 +138,14 @@ class _Bench:
                 f"{name}, {removed} blocks, seed {seed}: Brown {row['brown_ppl']:.2f}, Austen {row['austen_ppl']:.2f}"
             )
         return row
+
+    def _published(self, removed: int) -> int:
+        """Block-forwards of SLEB that keeps nothing."""
+        config, (count, length) = self.setup.model.config.to_dict(), self.setup.ids.shape
+        asked = PruningSection(method="sleb", prefill_blocks=prefill_blocks(removed), decode_blocks=removed)
+        cost = search_cost(config, asked, CalibrationSection(sequences=count, length=length))
+        assert cost is not None
+        return cost.most
 
     def _judged(self, pair: StagePair) -> dict[str, Any]:
         judged = {f"{name}_ppl": self._ppl(pair, name) for name in CORPORA}
