@@ -53,6 +53,11 @@ def build(
     from pdtrim_deploy.recipe import Recipe
 
     recipe = Recipe.load(recipe_file)
+    shared = workers > 1 or bool(ray_address or worker_gpus)
+    if shared:
+        from pdtrim_deploy.pipeline.build import check_shared
+
+        check_shared(recipe)
     if dry_run:
         from pdtrim_deploy.pipeline.preview import preview
 
@@ -65,7 +70,7 @@ def build(
     require("build", Asked(recipe, out, cache))
     progress = Progress()
     asked = None
-    if workers > 1 or ray_address or worker_gpus:
+    if shared:
         from pdtrim_deploy.pruning.ray_evaluator import Workers, check_installed
 
         check_installed()

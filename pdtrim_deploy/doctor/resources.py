@@ -12,6 +12,7 @@ from typing import Any
 from pdtrim_deploy.checkpoints.checkpoint import read_config
 from pdtrim_deploy.doctor.base import ALL, Asked, Finding, Job, gb
 from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.pipeline.heal import needed
 from pdtrim_deploy.recipe import Recipe
 from pdtrim_deploy.recipe_kv import FIXED_KV
 from pdtrim_deploy.serving.environment import gpu_count
@@ -36,22 +37,23 @@ class Needs:
 def needs(recipe: Recipe) -> Needs | None:
     """None where the model's config.json is neither here nor shipped.
 
-    Building holds the model once in float32 where something is measured on it, and one shard of a stage at a time;
-    both stages are written in the recipe's dtype, a converted source (gguf, pypi) once more; an engine is taken to be
-    as large as its stage in float32, built in a process of its own that holds it three times.
+    Building holds the model once in float32 where something is measured on it (where nothing but the search does, and
+    `pruning.blocks_in_memory` bounds that, so much of it), and one shard of a stage at a time; both stages are written
+    in the recipe's dtype, a converted source (gguf, pypi) once more; an engine is taken to be as large as its stage in
+    float32, built in a process of its own that holds it three times.
     """
     path = _config(recipe.model.source)
     if path is None:
         return None
-    count, item = parameters(read_config(path)), ITEM_BYTES[recipe.model.dtype]
+    config = read_config(path)
+    count, item = parameters(config), ITEM_BYTES[recipe.model.dtype]
     shape = read_sized(path).shape(recipe.model.dtype)
     pool = POOL_TOKENS * shape.num_blocks * 2 * shape.num_kv_heads * shape.head_dim * item
     converted = 0 if recipe.model.source.startswith("hf:") else count * 4
-    measured = recipe.pruning.decode_blocks > 0 or recipe.kv.method not in FIXED_KV
     engines = len(recipe.targets.asked) * 2 * count * 4
     return Needs(
         build=PROGRAM
-        + max(1.1 * count * 4 * measured, min(SHARD, count * item))
+        + max(1.1 * _measured_on(recipe, config) * 4, min(SHARD, count * item))
         + (2 * count * 4 if recipe.targets.asked else 0),
         judge=PROGRAM + 2 * count * item,  # both stages, or the dense model
         serve=2 * (PROGRAM + count * item + pool),
@@ -59,14 +61,29 @@ def needs(recipe: Recipe) -> Needs | None:
     )
 
 
+def _measured_on(recipe: Recipe, config: dict[str, Any]) -> int:
+    """Weights in memory at a time while something is measured on them, hidden states of a bounded search included."""
+    asked, (blocks, block, ends) = recipe.pruning, _sizes(config)
+    whole = recipe.kv.method not in FIXED_KV or needed(recipe)
+    if asked.blocks_in_memory is None or whole:
+        return blocks * block + ends if whole or asked.decode_blocks else 0
+    return ends + min(blocks, asked.blocks_in_memory) * block + (asked.memory_mb << 20) // 4
+
+
 def parameters(config: dict[str, Any]) -> int:
     """Weights of a Llama-like model, norms and biases left out: less than one per mille."""
+    blocks, block, ends = _sizes(config)
+    return blocks * block + ends
+
+
+def _sizes(config: dict[str, Any]) -> tuple[int, int, int]:
+    """Blocks, weights of each, and of embedding and LM head."""
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     head = config.get("head_dim") or hidden // heads
     kv_heads = config.get("num_key_value_heads") or heads
     block = 2 * hidden * head * (heads + kv_heads) + 3 * hidden * config["intermediate_size"]
     ends = 1 if config.get("tie_word_embeddings") else 2
-    return config["num_hidden_layers"] * block + ends * config["vocab_size"] * hidden
+    return config["num_hidden_layers"], block, ends * config["vocab_size"] * hidden
 
 
 @dataclass(frozen=True)

@@ -110,11 +110,8 @@ def build(
         UserError: bad source, corpus or recipe for this model; `out` is something else or in use.
 
     """
-    if workers is not None and recipe.pruning.blocks_in_memory is not None:
-        raise UserError(
-            f"recipe {recipe.name}: pruning.blocks_in_memory bounds the memory of one process, but each worker holds "
-            "the whole model; build without --workers or leave blocks_in_memory out"
-        )
+    if workers is not None:
+        check_shared(recipe)
     with show("source", False):
         checkpoint = resolve(recipe.model.source, cache, note)
     check_fits(recipe, checkpoint.facts.num_blocks)
@@ -160,6 +157,19 @@ def check_fits(recipe: Recipe, blocks: int) -> None:
             f"recipe {recipe.name}: kv.sparse_layers is {sparse}; allowed: at most {blocks - asked}, "
             f"the layers that decode keeps"
         )
+
+
+def check_shared(recipe: Recipe) -> None:
+    """Refuse for Ray's workers what bounds the memory of one process."""
+    for name, what in (
+        ("blocks_in_memory", "holds the whole model"),
+        ("disk_mb", "keeps hidden states in memory alone"),
+    ):
+        if getattr(recipe.pruning, name):
+            raise UserError(
+                f"recipe {recipe.name}: pruning.{name} is for a search in one process, but each worker {what}; "
+                f"build without --workers or leave {name} out"
+            )
 
 
 def is_sealed(out: Path, recipe: Recipe, journal: Journal) -> bool:

@@ -114,6 +114,24 @@ def test_a_recipe_too_large_for_the_machine(monkeypatch: pytest.MonkeyPatch, tmp
         require("build", Asked(small, tmp_path / "not" / "yet"))
 
 
+def test_a_search_bounded_in_memory_needs_no_more(tmp_path: Path) -> None:
+    def build_gb(pruning: str, more: str = "") -> float:
+        (tmp_path / "r.yaml").write_text(
+            "name: r\nmodel: {source: 'hf:meta-llama/Llama-3.1-8B', dtype: bfloat16}\n"
+            f"pruning: {{method: greedy, decode_blocks: 4, memory_mb: 512{pruning}}}\n{more}"
+        )
+        wanted = resources.needs(Recipe.load(tmp_path / "r.yaml"))
+        assert wanted is not None
+        return (wanted.build - resources.PROGRAM) / 1e9
+
+    whole = 1.1 * 8.03 * 4
+    block, ends = 0.218, 2 * 128256 * 4096 / 1e9
+    assert build_gb("") == pytest.approx(whole, rel=0.01)
+    assert build_gb(", blocks_in_memory: 2") == pytest.approx(1.1 * (4 * (ends + 2 * block) + 0.537), rel=0.01)
+    for more in ("healing: {compensation: norm}\n", "kv: {method: budget, reduction: 4.95}\n"):
+        assert build_gb(", blocks_in_memory: 2", more) == pytest.approx(whole, rel=0.01)
+
+
 def test_parameters_of_shipped_models() -> None:
     for file in (ROOT / "recipes" / "facts").glob("*.json"):
         config = json.loads(file.read_text())

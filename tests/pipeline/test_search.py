@@ -12,6 +12,7 @@ import yaml
 
 from pdtrim_deploy.cache import Cache
 from pdtrim_deploy.checkpoints import FAMILIES
+from pdtrim_deploy.cli import main
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.loadtest.text import WORDS
 from pdtrim_deploy.pipeline import build
@@ -70,7 +71,9 @@ def test_a_stopped_search_goes_on_and_force_begins_anew(tmp_path: Path, tiny_lla
     assert any("anneal 1/12" in line for line in forced)
 
 
-def test_blocks_from_the_checkpoint_give_the_same_bundle(tmp_path: Path, tiny_llama_dir: Path, cache: Cache) -> None:
+def test_blocks_from_the_checkpoint_give_the_same_bundle(
+    tmp_path: Path, tiny_llama_dir: Path, cache: Cache, capsys: pytest.CaptureFixture[str]
+) -> None:
     lines: list[str] = []
     bounded = recipe(tmp_path, tiny_llama_dir, blocks_in_memory=1, memory_mb=1, disk_mb=1)
     found = build(bounded, tmp_path / "b", cache, lines.append)
@@ -79,7 +82,15 @@ def test_blocks_from_the_checkpoint_give_the_same_bundle(tmp_path: Path, tiny_ll
     assert rows(tmp_path / "b", "decode") == rows(tmp_path / "c", "decode")
     with pytest.raises(UserError, match="each worker holds the whole model"):
         build(bounded, tmp_path / "d", cache, workers=Workers(2))
+    with pytest.raises(UserError, match="keeps hidden states in memory alone"):
+        build(recipe(tmp_path, tiny_llama_dir, disk_mb=1), tmp_path / "d", cache, workers=Workers(2))
     assert not (tmp_path / "d").exists()
+    command = ["build", str(tmp_path / "r.yaml"), "--out", str(tmp_path / "d"), "--dry-run"]
+    for more, code in (([], 0), (["--workers", "2"], 2)):
+        with pytest.raises(SystemExit) as ended:
+            main([*command, *more])
+        assert (ended.value.code or 0) == code
+    assert "leave disk_mb out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("architecture", FAMILIES)

@@ -1,4 +1,4 @@
-"""How decode's step time falls with blocks removed -> results/decode_step.json. `make bench-decode_step`.
+"""How decode's step time falls with blocks removed -> results/steptime.json. `make bench-steptime`.
 
 One step of SmolLM2-135M in float32, a token for each sequence behind its prompt: whole, and all blocks without the LM
 head, which no pruning takes away (of this small model with its large vocabulary it costs as much as eight blocks).
@@ -38,7 +38,7 @@ def main() -> None:
             "batch {batch}, {removed} removed: step {step[median]:.3f} ({step[low]:.3f} - {step[high]:.3f}), "
             "blocks alone {blocks[median]:.3f} ({blocks[low]:.3f} - {blocks[high]:.3f})".format(**row)
         )
-    write("decode_step", asked, rows)
+    write("steptime", asked, rows)
 
 
 @torch.no_grad()

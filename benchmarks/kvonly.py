@@ -1,6 +1,6 @@
-"""The subset rule relaxed: blocks that decode keeps and prefill runs for K and V alone -> results/kv_only.json.
+"""The subset rule relaxed: blocks that decode keeps and prefill runs for K and V alone -> results/kvonly.json.
 
-`make bench-kv_only`. SmolLM2-135M in float32, decode whole, KV whole. Of n blocks prefill computes K and V only, from
+`make bench-kvonly`. SmolLM2-135M in float32, decode whole, KV whole. Of n blocks prefill computes K and V only, from
 the hidden state in front of the gap: with the block's own projections, with projections refitted by least squares, and
 with the layers around the gaps refitted too. Beside them the same number of blocks dropped in both stages, which is
 what the subset rule would ask for. Chosen and fitted on Brown's calibration split, judged through the PD oracle on
@@ -74,7 +74,7 @@ def main() -> None:
         for stage in ("prefill", "decode"):
             dropped = get_compensation("least-squares").compensate(dropped, stage, ids, lambda _: None)
         judge(blocks, "dropped in both stages, gaps refitted", dropped)
-    write("kv_only", asked, rows)
+    write("kvonly", asked, rows)
 
 
 def unfitted(pair: StagePair) -> StagePair:

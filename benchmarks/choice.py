@@ -1,0 +1,70 @@
+"""Choice accuracy on all questions of Social IQa, for some of bench-kv's plans -> results/choice.json.
+
+`make bench-choice`. `make bench-kv` asks 80 questions, whose accuracy is known to five points only; here some of the
+plans that it left in results/kv.json are asked all of them. Differences are paired, question by question, with dense
+and with StreamingLLM at 4.95x.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from typing import Any
+
+from __results import HERE, write
+
+from pdtrim_deploy.cache import Cache
+from pdtrim_deploy.checkpoints import DEFAULT_SOURCE, resolve
+from pdtrim_deploy.checkpoints.loading import load_model, load_tokenizer
+from pdtrim_deploy.evaluation.oracle import PDOracle
+from pdtrim_deploy.evaluation.tasks import Measured, Setting, choice
+from pdtrim_deploy.evaluation.tasks.social_iqa import load
+from pdtrim_deploy.plan import KVSend, PDPlan
+
+BESIDE = ("StreamingLLM", 4.95)
+PLANS = (("dense", None), BESIDE, ("ours", 4.95), ("ours", 10.0))
+MEASURES = ("accuracy_norm", "accuracy", "right_nll")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--questions", type=int, help="by default all")
+    parser.add_argument("--prompt", type=int, default=512)
+    parser.add_argument("--seed", type=int, default=0)
+    asked = parser.parse_args()
+    started = time.monotonic()
+
+    def note(line: str) -> None:
+        print(f"{time.monotonic() - started:6.0f} s  {line}", flush=True)
+
+    known = json.loads((HERE / "results" / "kv.json").read_text())["rows"]
+    plans = [next(row for row in known if (row["method"], row["asked"]) == plan) for plan in PLANS]
+    checkpoint, cache = resolve(DEFAULT_SOURCE, Cache.default()), Cache.default()
+    model = load_model(checkpoint.path)
+    dense = PDOracle(model, model, PDPlan.dense(checkpoint.shape("bfloat16")))
+    oracles = [dense.with_kv(tuple(map(KVSend.model_validate, row["sends"]))) for row in plans]
+    questions = load(cache, note)
+    setting = Setting(
+        load_tokenizer(checkpoint.path), dense, (), cache, asked.seed, asked.questions or len(questions[1]), note
+    )
+    found = choice.prepare(setting, asked.prompt, questions).measure(oracles, note)
+    beside = found[PLANS.index(BESIDE)]
+    rows = [_row(row, one, found[0], beside) for row, one in zip(plans, found, strict=True)]
+    for row in rows:
+        print(row)
+    write("choice", asked, rows)
+
+
+def _row(plan: dict[str, Any], found: Measured, dense: Measured, beside: Measured) -> dict[str, Any]:
+    row: dict[str, Any] = {key: plan[key] for key in ("method", "asked", "reduction", "ppl_ratio", "needle")}
+    row |= {"questions": len(found.groups)} | {measure: found.mean(measure) for measure in MEASURES}
+    for name, other in (("dense", dense), ("StreamingLLM at 4.95x", beside)):
+        for measure in MEASURES:
+            difference = found.against(other, measure)
+            row[f"{measure} against {name}"] = {"mean": difference.mean, "stderr": difference.stderr}
+    return row
+
+
+if __name__ == "__main__":
+    main()
