@@ -1,0 +1,23 @@
+"""The README's tables by name: each is made of benchmarks/results/NAME.json."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from tables import demo, kv, pruning, serving
+
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "demo": demo.demo,
+    "kv": kv.kv,
+    "wire": kv.wire,
+    "pack": kv.pack,
+    "choice": kv.choice,
+    "pruning": pruning.pruning,
+    "steptime": pruning.steptime,
+    "kvonly": pruning.kvonly,
+    "engines": serving.engines,
+    "compare": serving.compare,
+    "faults": serving.faults,
+    "simulation": serving.simulation,
+}
