@@ -92,6 +92,19 @@ def test_the_workers_found_keep_the_slo_in_simulation(plan: PDPlan, goal: Goal) 
             assert late, halved
 
 
+@pytest.mark.parametrize("pool", [30_000, 90_000])
+def test_a_pool_is_held_from_admission_through_prefill(pool: int) -> None:
+    rates = Rates(prefill_tokens_per_s=5000.0, decode_step_ms={1: 8.0, 64: 14.0}, pool_tokens=pool)
+    goal = Goal(40.0, 4096, 32, 2.0, 0.02, Link(1e12))
+    found = size(rates, 1000, goal)
+    assert found.decode_batch == pool // 4128
+    cluster = Cluster(found.prefill_workers, found.decode_workers, rates, lambda n: 1000, goal.link)
+    load = Load.poisson(goal.rate, 4000, Lengths(tokens=goal.isl), Lengths(tokens=goal.osl))
+    assert simulate(cluster, load).figures().ttft_ms.p95 <= found.ttft_p95_ms
+    few = simulate(Cluster(found.prefill_workers, found.decode_workers // 3, rates, lambda n: 1000, goal.link), load)
+    assert few.figures().ttft_ms.p95 > goal.ttft_s * 1e3
+
+
 def test_pruning_needs_fewer_workers_and_a_thinner_link() -> None:
     goal = Goal(100.0, 4000, 300, 1.0, 0.015, Link(1e12))
     dense, sparse = (size(rates_of(plan, RATES), plan.payload_bytes(4000), goal) for plan in (DENSE, SPARSE))
