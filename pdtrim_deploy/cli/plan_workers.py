@@ -78,7 +78,7 @@ class Workers:
                 sides[subject.name] = sized(subject.plan, rates, goal, requests, self.seed)
         return sides
 
-    def report(self, sides: dict[str, SizedSide], goal: Goal) -> None:
+    def report(self, sides: dict[str, SizedSide], rates: Rates, goal: Goal) -> None:
         """To the terminal."""
         from pdtrim_deploy.cli.screen import console
         from pdtrim_deploy.report.workers_table import workers_table
@@ -88,6 +88,11 @@ class Workers:
             if side.sizing.problem:
                 click.echo(f"{name}: {side.sizing.problem}")
         click.echo(f"rates of one worker: {', '.join(map(str, self.files))}")
+        pool = "without limit" if rates.pool_tokens is None else f"of {rates.pool_tokens} tokens"
+        click.echo(
+            f"limits of one worker: {rates.chunk_tokens} prompt tokens a batch, {rates.max_running} requests a decode "
+            f"batch, a decode pool {pool}"
+        )
         click.echo(f"assumed: {ASSUMED}")
         if self.simulate:
             click.echo(f"simulated, not measured: {self.requests} requests on these workers, seed {self.seed}")
@@ -111,7 +116,7 @@ def workers_options(command: Callable[..., Any]) -> Callable[..., Any]:
         names = ("files", "slo_ttft", "slo_itl", "rates_of", "link_each", "simulate", "requests", "seed")
         return command(*args, workers=Workers(*(given.pop(name) for name in names)), **given)
 
-    said = "How fast one worker is: YAML, or results of loadtest --json. Counts workers; needs --rate and the next two."
+    said = "How fast one worker is: YAML, or results of loadtest --json and YAML of limits. Counts workers; needs --rate and the next two."
     for option in (
         click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the simulated arrivals."),
         click.option("--requests", type=click.IntRange(1), default=20000, show_default=True, help="To be simulated."),

@@ -176,6 +176,16 @@ def test_rates_are_read_from_load_tests(tmp_path: Path) -> None:
     assert Rates.load([tmp_path / "rates.yaml"]).steps_s()[200] == pytest.approx(0.002)
 
 
+def test_results_take_limits_from_a_file_of_their_own(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(MEASURED["a"].model_dump_json())
+    (tmp_path / "limits.yaml").write_text("pool_tokens: 400000\nchunk_tokens: 2048\n")
+    rates = Rates.load([tmp_path / "a.json", tmp_path / "limits.yaml"])
+    assert (rates.pool_tokens, rates.chunk_tokens, rates.max_running) == (400000, 2048, 256)
+    (tmp_path / "limits.yaml").write_text("pool_tokens: 0\n")
+    with pytest.raises(UserError, match=r"limits.yaml: pool_tokens is 0; allowed: "):
+        Rates.load([tmp_path / "a.json", tmp_path / "limits.yaml"])
+
+
 def test_the_rates_that_are_shipped_say_that_nobody_measured_them() -> None:
     shipped = sorted((Path(__file__).parents[2] / "scenarios" / "rates").glob("*.yaml"))
     assert shipped
@@ -216,6 +226,7 @@ def test_the_command_counts_and_simulates(capsys: pytest.CaptureFixture[str], tm
     assert code == 0
     assert "simulated, not measured: 500 requests" in out
     assert "assumed: Poisson arrivals" in out
+    assert "8192 prompt tokens a batch, 256 requests a decode batch, a decode pool without limit" in out
     code, out, _ = run(capsys, *asked, "--json")
     said = json.loads(out)["workers"]
     (side,) = said["sides"].values()
