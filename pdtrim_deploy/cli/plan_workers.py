@@ -88,6 +88,8 @@ class Workers:
             if side.sizing.problem:
                 click.echo(f"{name}: {side.sizing.problem}")
         click.echo(f"rates of one worker: {', '.join(map(str, self.files))}")
+        for doubt in rates.doubts:
+            click.echo(f"doubtful: {doubt}")
         pool = "without limit" if rates.pool_tokens is None else f"of {rates.pool_tokens} tokens"
         click.echo(
             f"limits of one worker: {rates.chunk_tokens} prompt tokens a batch, {rates.max_running} requests a decode "
@@ -116,7 +118,10 @@ def workers_options(command: Callable[..., Any]) -> Callable[..., Any]:
         names = ("files", "slo_ttft", "slo_itl", "rates_of", "link_each", "simulate", "requests", "seed")
         return command(*args, workers=Workers(*(given.pop(name) for name in names)), **given)
 
-    said = "How fast one worker is: YAML, or results of loadtest --json and YAML of limits. Counts workers; needs --rate and the next two."
+    said = (
+        "How fast one worker is: YAML, or results of loadtest --json and YAML of limits. Counts workers; needs --rate "
+        "and the next two."
+    )
     for option in (
         click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the simulated arrivals."),
         click.option("--requests", type=click.IntRange(1), default=20000, show_default=True, help="To be simulated."),

@@ -49,6 +49,7 @@ class Rates(Limits):
         chunk_tokens: prompt tokens that one prefill batch may hold (SGLang's --chunked-prefill-size).
         max_running: requests that a decode batch may hold (--max-running-requests).
         pool_tokens: KV rows of a decode worker's pool (--max-total-tokens); no limit without it.
+        doubts: why these may not be the workers' own, a sentence each.
 
     """
 
@@ -57,6 +58,7 @@ class Rates(Limits):
     decode_step_ms: Annotated[dict[PositiveInt, PositiveFloat], Field(min_length=1)]
     overhead_ms: NonNegativeFloat = 0.0
     transfer_ms: NonNegativeFloat = 0.0
+    doubts: tuple[str, ...] = ()
 
     def alone_s(self, tokens: int) -> float:
         """Of one request in as many chunks as it needs."""
@@ -113,9 +115,13 @@ class Rates(Limits):
         `more` are other fields.
 
         Raises:
-            UserError: a result without figures of the workers, or none of one request at a time.
+            UserError: a result with failures or without figures of the workers, or none of one request at a time.
 
         """
+        for name, result in results:
+            if result.failed:
+                said = f"{result.failed} of {result.requests} requests failed"
+                raise UserError(f"{name}: {said}, which tells no rates; measure it again")
         alone = [(name, result) for name, result in results if in_system(result) <= ALONE]
         if not alone:
             raise UserError(
@@ -140,6 +146,7 @@ class Rates(Limits):
             "decode_step_ms": _by_batch(steps),
             "overhead_ms": max(0.0, float(np.median(ttft - base - per_token * tokens - transfer_ms))),
             "transfer_ms": float(np.median(transfer_ms)),
+            "doubts": tuple(f"{name}: {r.client.bottleneck}" for name, r in results if r.client.bottleneck),
         }
         return cls(**(fitted | more))
 

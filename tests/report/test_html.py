@@ -100,6 +100,7 @@ def test_workers_are_shown_as_computed_or_simulated(bundle: Bundle) -> None:
         slow = sized(PLAN, rates, replace(goal, itl_s=0.001), requests)
         sides = {"a <dense>": side.model_dump(mode="json"), "b": slow.model_dump(mode="json")}
         workers = {"slo": {"ttft_s": 1.0, "itl_s": 0.02}, "link_each": True, "assumed": "no cache", "sides": sides}
+        workers["rates"] = rates.model_copy(update={"doubts": ("a.json: late",)}).model_dump(mode="json")
         asked = {"isl": 500, "osl": 50, "rate": 5.0, "link_bits_per_s": 1e9}
         said = {"traffic": asked, "workers": workers, "plan_digest": PLAN.digest, "environment": ENVIRONMENT}
         write(bundle, "sizing", said)
@@ -109,6 +110,7 @@ def test_workers_are_shown_as_computed_or_simulated(bundle: Bundle) -> None:
         assert ("simulated: within the SLO" in text) == bool(requests)
         assert "raise --slo-itl above it" in text
         assert "1 Gb/s link of each prefill worker" in text
+        assert "doubtful rates: </strong>a.json: late" in text
     write(bundle, "sizing", said | {"plan_digest": "0" * 64})
     with pytest.raises(UserError, match=r"sizing\.json is of plan 0000"):
         Findings.of(bundle)

@@ -176,6 +176,22 @@ def test_rates_are_read_from_load_tests(tmp_path: Path) -> None:
     assert Rates.load([tmp_path / "rates.yaml"]).steps_s()[200] == pytest.approx(0.002)
 
 
+def test_results_that_failed_are_refused_and_a_busy_client_is_told(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="a: 2 of 9 requests failed, which tells no rates; measure it again"):
+        Rates.measured([("a", MEASURED["a"].model_copy(update={"requests": 9, "failed": 2}))])
+    client = MEASURED["a"].client.model_copy(update={"bottleneck": "the client was a bottleneck: slow"})
+    (tmp_path / "a.json").write_text(MEASURED["a"].model_copy(update={"client": client}).model_dump_json())
+    asked = ["llama-3.1-8b", "--rates", tmp_path / "a.json", "--rate", 1, "--slo-ttft", "9s", "--slo-itl", "1s"]
+    _, out, _ = run(capsys, *asked)
+    assert f"doubtful: {tmp_path / 'a.json'}: the client was a bottleneck: slow" in out
+    _, out, _ = run(capsys, *asked, "--json")
+    assert json.loads(out)["workers"]["rates"]["doubts"] == [
+        f"{tmp_path / 'a.json'}: the client was a bottleneck: slow"
+    ]
+
+
 def test_results_take_limits_from_a_file_of_their_own(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(MEASURED["a"].model_dump_json())
     (tmp_path / "limits.yaml").write_text("pool_tokens: 400000\nchunk_tokens: 2048\n")

@@ -186,6 +186,7 @@ def workers(found: Findings) -> Markup | None:
         tag("p", f"{goal}; {asked['isl']} tokens in, {asked['osl']} out, {link}."),
         table(("", *sides), workers_rows(sides)),
         *(tag("p", tag("strong", f"{n}: "), side.sizing.problem) for n, side in sides.items() if side.sizing.problem),
+        *(tag("p", tag("strong", "doubtful rates: "), doubt) for doubt in counted.get("rates", {}).get("doubts", ())),
         tag("p", f"Computed{', and simulated, ' if simulated else ' '}not measured, from rates of one worker each. "
             f"Assumed: {counted['assumed']}."),
     ]  # fmt: skip
