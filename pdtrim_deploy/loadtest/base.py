@@ -202,5 +202,5 @@ class LoadResult(BaseModel):
         before = workers.read() if workers else None
         run = drive(url, scenario)
         well = sum(outcome.failure is None for outcome in run.outcomes)
-        counted = workers.since(before, well) if workers and before is not None else None
+        counted = WorkerFigures.of(workers.since(before, well)) if workers and before is not None else None
         return cls.of(driver, [run], scenario.slo, counted)

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.loadtest.base import Driver, LoadResult, LoadRun
 from pdtrim_deploy.loadtest.scenario import Scenario
-from pdtrim_deploy.loadtest.workers import Workers
+from pdtrim_deploy.loadtest.workers import Key, WorkerFigures, Workers, summed
 
 LEAST_ROUNDS = 3
 # 97.5% quantiles of Student's t for 1, 2, ... 30 degrees of freedom.
@@ -122,8 +122,8 @@ def interleave(
         note(f"warming up {name}")
         drive(side.url, first.warming())
     runs: dict[str, list[LoadRun]] = {name: [] for name in sides}
+    added: dict[str, list[dict[Key, float]]] = {name: [] for name in sides}
     figures: dict[str, list[LoadResult]] = {name: [] for name in sides}
-    start = {name: side.workers.read() if side.workers else None for name, side in sides.items()}
     for number, scenario in enumerate(rounds):
         for name in list(sides) if number % 2 == 0 else list(sides)[::-1]:
             note(f"round {number + 1} of {len(rounds)}, {name}")
@@ -131,19 +131,17 @@ def interleave(
             before = side.workers.read() if side.workers else None
             run = drive(side.url, scenario.changed(warmup=0))
             runs[name].append(run)
-            counted = side.workers.since(before, _ended_well([run])) if side.workers and before is not None else None
-            figures[name].append(LoadResult.of(driver_name, [run], scenario.slo, counted))
-    total = {}
-    for name, side in sides.items():
-        before, counted = start[name], None
-        if side.workers and before is not None:
-            counted = side.workers.since(before, _ended_well(runs[name]))
-        total[name] = LoadResult.of(driver_name, runs[name], first.slo, counted)
+            if side.workers and before is not None:
+                well = sum(outcome.failure is None for outcome in run.outcomes)
+                added[name].append(side.workers.since(before, well))
+            figures[name].append(LoadResult.of(driver_name, [run], scenario.slo, _counted(added[name][-1:])))
+    # What a pair counts between its rounds are health checks; no part of the load.
+    total = {name: LoadResult.of(driver_name, runs[name], first.slo, _counted(added[name])) for name in sides}
     return Rounds(figures, total)
 
 
-def _ended_well(runs: Sequence[LoadRun]) -> int:
-    return sum(outcome.failure is None for run in runs for outcome in run.outcomes)
+def _counted(added: Sequence[dict[Key, float]]) -> WorkerFigures | None:
+    return WorkerFigures.of(summed(added)) if added else None
 
 
 def shares(scenario: Scenario, rounds: int) -> list[Scenario]:

@@ -16,7 +16,7 @@ import pytest
 from pdtrim_deploy.bundle import Bundle, Manifest
 from pdtrim_deploy.engine import Numerics, TargetResult
 from pdtrim_deploy.errors import UserError
-from pdtrim_deploy.loadtest import LoadResult, LoadRun, Outcome
+from pdtrim_deploy.loadtest import LoadResult, LoadRun, Outcome, WorkerFigures
 from pdtrim_deploy.loadtest.rounds import Comparison, Ratio
 from pdtrim_deploy.recipe import Recipe
 from pdtrim_deploy.report.html import Findings, page
@@ -64,7 +64,8 @@ def write(bundle: Bundle, name: str, data: object) -> None:
 
 def comparison() -> Comparison:
     run = LoadRun((Outcome(ttft=0.1, itl=(0.1,), e2e=0.2, output_tokens=2),), 1.0, cpu_s=0.95)
-    result = LoadResult.of("x", [run])
+    seen = {("sglang:queue_time_seconds_count", "decode"): 2.0, ("sglang:queue_time_seconds_sum", "decode"): 0.5}
+    result = LoadResult.of("x", [run], workers=WorkerFigures.of(seen))
     return Comparison(
         first="a", second="b", scenario={"seed": 11}, rounds=3, ratios=RATIOS, load={"a": result, "b": result},
         environment=ENVIRONMENT,
@@ -140,6 +141,7 @@ def test_every_section_is_there_and_text_is_escaped(bundle: Bundle) -> None:
     ):
         assert text in said
     assert "the client was a bottleneck" in said
+    assert "decode queue ms mean/p95250 / -250 / -" in said
 
 
 def test_only_ratios_beyond_noise_make_headlines(bundle: Bundle) -> None:

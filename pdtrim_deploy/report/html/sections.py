@@ -166,6 +166,11 @@ def load(found: Findings) -> Markup | None:
         for key in ("ttft_ms", "itl_ms", "tpot_ms", "e2e_ms"):
             cells = (" / ".join(_number(r[key][p], 0) for p in ("p50", "p90", "p95", "p99")) for r in load_of.values())
             figures.append([f"{key.removesuffix('_ms').upper()} ms p50/p90/p95/p99", *cells])
+        for queue in ("prefill_queue", "decode_queue"):
+            waits = [((r.get("workers") or {}).get("queues") or {}).get(queue) for r in load_of.values()]
+            if any(waits):
+                cells = (f"{_number(w['mean_ms'], 0)} / {_number(w['p95_ms'], 0)}" if w else "-" for w in waits)
+                figures.append([f"{queue.replace('_', ' ')} ms mean/p95", *cells])
         figures.append(["output tokens/s", *(_number(r["output_tokens_per_s"], 2) for r in load_of.values())])
         parts.append(tag("details", tag("summary", "absolute figures of this machine"), table(head, figures)))
         parts.append(_made(said, _seed(said)))
