@@ -37,11 +37,20 @@ def driver(name: str) -> Driver:
 
 def check_target(url: str, allow_remote: bool) -> None:
     """Refuse what is no http(s) URL, and hosts other than this one unless `allow_remote`."""
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    host = _host(url)
+    if host is None:
         raise UserError(f"{url} is not a URL such as http://127.0.0.1:8000")
-    if not allow_remote and not _loopback(parts.hostname):
-        raise UserError(f"{parts.hostname} is another machine; say --allow-remote if it may be put under load")
+    if not allow_remote and not _loopback(host):
+        raise UserError(f"{host} is another machine; say --allow-remote if it may be put under load")
+
+
+def _host(url: str) -> str | None:
+    try:
+        parts = urlsplit(url)
+        _ = parts.port  # ValueError: no number of a port
+    except ValueError:
+        return None
+    return parts.hostname if parts.scheme in ("http", "https") else None
 
 
 def _loopback(host: str) -> bool:

@@ -6,6 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from http.client import HTTPException
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -102,8 +103,10 @@ class Workers:
         for url in self.urls:
             try:
                 said = scrape(url)
-            except OSError as error:
+            except (OSError, HTTPException) as error:
                 raise ServingError(f"{url} does not answer ({error}); start the worker with --enable-metrics") from None
+            except ValueError as error:
+                raise ServingError(f"{url} says no Prometheus metrics ({error}); give a worker's URL") from None
             for name, samples in said.items():
                 if name.startswith((*KV.values(), OUTCOMES, QUEUE, STAGES)):
                     told = ("engine_type", "le") if name.startswith(QUEUE) else ("stage", "outcome", "le")

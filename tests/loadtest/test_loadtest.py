@@ -64,6 +64,7 @@ def test_lengths_and_texts_come_from_the_seed() -> None:
         (Behaviour(silent=True), "truncated"),
         (Behaviour(error_event=True), "error"),
         (Behaviour(garbage=True), "error"),
+        (Behaviour(finish_reason="length"), "error"),
         (Behaviour(hang=True), "timeout"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -166,7 +167,13 @@ def test_this_machine_may_be_loaded(url: str) -> None:
     check_target(url, allow_remote=False)
 
 
-@pytest.mark.parametrize("url", ["http://10.0.0.1:80", "https://example.org", "ftp://127.0.0.1", "127.0.0.1:80"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("http://10.0.0.1:80", "https://example.org", "ftp://127.0.0.1", "127.0.0.1:80"),
+        *("http://[", "http://127.0.0.1:99999999", "http://127.0.0.1:x"),
+    ],
+)
 def test_other_targets_are_refused(url: str) -> None:
     with pytest.raises(UserError):
         check_target(url, allow_remote=False)

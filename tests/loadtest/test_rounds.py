@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.errors import ServingError, UserError
 from pdtrim_deploy.loadtest import LoadRun, Outcome, Scenario, driver
 from pdtrim_deploy.loadtest.rounds import Ratio, Side, check_rounds, interleave, repeats, shares, t_975
 from pdtrim_deploy.loadtest.workers import Key, WorkerFigures, Workers, _quantile
@@ -114,6 +114,12 @@ def test_the_queues_of_prefill_and_decode_are_told_apart(monkeypatch: pytest.Mon
         "prefill_queue": (4, 1000),
         "decode_queue": (4, 100),
     }
+
+
+def test_a_worker_that_says_no_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "get", lambda url, timeout_s: "<html>hello</html>")
+    with pytest.raises(ServingError, match=r"u/metrics says no Prometheus metrics .*; give a worker's URL"):
+        Workers(("u/metrics",)).read()
 
 
 def test_totals_leave_out_what_was_counted_between_rounds() -> None:

@@ -234,6 +234,17 @@ def test_files_that_are_something_else(bundle: Bundle, text: str, says: str) -> 
         Findings.of(bundle, [bundle.path / "c.json"])
     with pytest.raises(UserError, match="no such file"):
         Findings.of(bundle, pareto=bundle.path / "gone.json")
+    with pytest.raises(UserError, match="reports: a folder; name the JSON file in it"):
+        Findings.of(bundle, [bundle.reports_dir])
+
+
+@pytest.mark.parametrize("rows", [[], [1], {}, [{"fault": "x", "leaked": {}}], [{"ppl_ratio": 1.0}]], ids=str)
+def test_tables_that_are_something_else(bundle: Bundle, rows: object) -> None:
+    (bundle.path / "t.json").write_text(json.dumps({"rows": rows}))
+    with pytest.raises(UserError, match="has no rows of bench-kv; make it with: make bench-kv"):
+        Findings.of(bundle, pareto=bundle.path / "t.json")
+    with pytest.raises(UserError, match="has no rows of bench-faults; make it with: make bench-faults"):
+        Findings.of(bundle, faults=bundle.path / "t.json")
 
 
 def test_markup_escapes_what_is_not_markup() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from pdtrim_deploy.bundle import Bundle
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.recipe_kv import FIXED_KV
-from pdtrim_deploy.report.html.fault_table import is_fault_table
+from pdtrim_deploy.report.html.fault_table import KEYS as FAULT_KEYS
 
 # Report of a bundle -> the command that makes it.
 REPORTS = {
@@ -73,7 +73,7 @@ class Findings:
         loads = {"compare.json": reports.pop("compare")} if "compare" in reports else {}
         loads |= {str(path): _read(path) for path in comparisons}
         for name, said in loads.items():
-            if not {"first", "second", "ratios"} <= said.keys():
+            if not {"first", "second", "ratios", "load"} <= said.keys():
                 raise UserError(f"{name} is no comparison; make one with: pdtrim-deploy compare A B --out {name}")
         own = bundle.reports_dir / "faults.json"
         faults = faults or (own if own.is_file() else None)
@@ -102,7 +102,7 @@ class Findings:
 def read_pareto(path: Path) -> dict[str, Any]:
     """What `make bench-kv` wrote; UserError when it is something else."""
     found = _read(path)
-    if not all("ppl_ratio" in row for row in found.get("rows", [{}])):
+    if not _has_rows(found, {"method", "asked", "reduction", "ppl_ratio"}):
         raise UserError(f"{path} has no rows of bench-kv; make it with: make bench-kv")
     return found
 
@@ -110,9 +110,14 @@ def read_pareto(path: Path) -> dict[str, Any]:
 def read_faults(path: Path) -> dict[str, Any]:
     """What `make bench-faults` wrote; UserError when it is something else."""
     found = _read(path)
-    if not is_fault_table(found):
+    if not _has_rows(found, FAULT_KEYS):
         raise UserError(f"{path} has no rows of bench-faults; make it with: make bench-faults")
     return found
+
+
+def _has_rows(found: dict[str, Any], keys: set[str]) -> bool:
+    rows = found.get("rows")
+    return isinstance(rows, list) and bool(rows) and all(isinstance(row, dict) and keys <= row.keys() for row in rows)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -120,6 +125,8 @@ def _read(path: Path) -> dict[str, Any]:
         data = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; check the path") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: a folder; name the JSON file in it") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not JSON ({error}); make it again") from None
     if not isinstance(data, dict):
