@@ -77,7 +77,7 @@ def compare(
     from pdtrim_deploy.cli.progress import Progress
     from pdtrim_deploy.cli.screen import console
     from pdtrim_deploy.cli.target import Target
-    from pdtrim_deploy.loadtest import Scenario, driver
+    from pdtrim_deploy.loadtest import Scenario, check_scenario, driver
     from pdtrim_deploy.loadtest.rounds import Comparison, Side, check_rounds, interleave, repeats
     from pdtrim_deploy.report.environment import environment
     from pdtrim_deploy.report.tables import ratio_table
@@ -86,6 +86,7 @@ def compare(
     check_rounds(rounds)
     drive = driver(driver_name)
     scenario = Scenario.load(scenario_file) if scenario_file else Scenario.closed(8, 2, (256, 256), (24, 24))
+    check_scenario(driver_name, scenario)
     names = [_name(first, a_executor), _name(second, b_executor)]
     if names[0] == names[1]:
         raise UserError(f"A and B are both {names[0]}; give two bundles, or other executors: --b-executor")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import ipaddress
+from types import ModuleType
 from urllib.parse import urlsplit
 
 from pdtrim_deploy.errors import UserError
@@ -11,7 +12,7 @@ from pdtrim_deploy.loadtest.base import Driver, LoadResult, LoadRun, Outcome
 from pdtrim_deploy.loadtest.scenario import Scenario
 from pdtrim_deploy.loadtest.workers import WorkerFigures, Workers
 
-# Name -> module whose `drive` is the driver; imported when it is asked for.
+# Name -> module whose `drive` is the driver, and whose `check` refuses what it cannot do; imported when asked for.
 DRIVERS = {"builtin": "pdtrim_deploy.loadtest.builtin", "aiperf": "pdtrim_deploy.loadtest.aiperf"}
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "Scenario",
     "WorkerFigures",
     "Workers",
+    "check_scenario",
     "check_target",
     "driver",
 ]
@@ -30,9 +32,12 @@ __all__ = [
 
 def driver(name: str) -> Driver:
     """The driver called `name`; UserError lists the names there are."""
-    if name not in DRIVERS:
-        raise UserError(f"load driver {name!r} is not known; allowed: {', '.join(sorted(DRIVERS))}")
-    return importlib.import_module(DRIVERS[name]).drive
+    return _module(name).drive
+
+
+def check_scenario(name: str, scenario: Scenario) -> None:
+    """UserError where the driver called `name` cannot put that load."""
+    _module(name).check(scenario)
 
 
 def check_target(url: str, allow_remote: bool) -> None:
@@ -42,6 +47,12 @@ def check_target(url: str, allow_remote: bool) -> None:
         raise UserError(f"{url} is not a URL such as http://127.0.0.1:8000")
     if not allow_remote and not _loopback(host):
         raise UserError(f"{host} is another machine; say --allow-remote if it may be put under load")
+
+
+def _module(name: str) -> ModuleType:
+    if name not in DRIVERS:
+        raise UserError(f"load driver {name!r} is not known; allowed: {', '.join(sorted(DRIVERS))}")
+    return importlib.import_module(DRIVERS[name])
 
 
 def _host(url: str) -> str | None:

@@ -70,6 +70,18 @@ def test_compare(url: str, scenario: Path, tmp_path: Path, capsys: pytest.Captur
     assert found["environment"]["command"].startswith("pdtrim-deploy compare http")
 
 
+@pytest.mark.parametrize("targets", [["loadtest", "http://127.0.0.1:1"], ["compare", "http://[::1]:1", "http://a:1"]])
+def test_a_scenario_that_the_driver_cannot_do_is_refused_before_anything_runs(
+    targets: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "s.yaml").write_text("name: endless\nduration_s: 5\n")
+    asked = [*targets, "--allow-remote", "--scenario", tmp_path / "s.yaml", "--dry-run"]
+    code, out, err = run(capsys, *asked, "--driver", "aiperf")
+    assert (code, out) == (2, "")
+    assert "scenario endless: driver aiperf sends a list of requests" in err
+    assert run(capsys, *asked)[0] == 0
+
+
 @pytest.mark.parametrize(
     ("more", "says"),
     [
