@@ -122,6 +122,7 @@ def test_goodput_counts_requests_within_both_limits() -> None:
     ("run", "says"),
     [
         (LoadRun((outcome(0.1, 0.02),), 2.0, cpu_s=1.9), "it used 0.95 of the one core"),
+        (LoadRun((Outcome("refused", "x"),), 0.01, cpu_s=0.01), None),  # over before it says anything
         (LoadRun((outcome(0.1, 0.02, late=0.5),), 2.0), "p95 of requests were sent 500 ms late"),
         (LoadRun((outcome(0.1, 0.02),), 2.0, pauses=(0.06,) * 10), "it woke 60 ms late at p95"),
         (LoadRun((outcome(0.1, 0.02, late=0.005),), 2.0, cpu_s=0.5, pauses=(0.005,) * 10), None),

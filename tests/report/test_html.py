@@ -63,7 +63,7 @@ def write(bundle: Bundle, name: str, data: object) -> None:
 
 
 def comparison() -> Comparison:
-    run = LoadRun((Outcome(ttft=0.1, itl=(0.1,), e2e=0.2, output_tokens=2),), 1.0, cpu_s=0.95)
+    run = LoadRun((Outcome(ttft=0.1, itl=(0.1,), e2e=0.2, output_tokens=2),), 2.0, cpu_s=1.9)
     seen = {("sglang:queue_time_seconds_count", "decode"): 2.0, ("sglang:queue_time_seconds_sum", "decode"): 0.5}
     result = LoadResult.of("x", [run], workers=WorkerFigures.of(seen))
     return Comparison(
