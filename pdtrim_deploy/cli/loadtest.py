@@ -92,6 +92,8 @@ def loadtest(
     drive, progress = driver(driver_name), Progress()
     check_scenario(driver_name, scenario)
     put = Target.of(target, executors, serve_python, allow_remote)
+    if workers and put.bundle is not None:
+        raise UserError(f"--worker is of a running pair, the workers of {target} are started and read; leave it out")
     for url in workers:
         check_target(url, allow_remote)
     if dry_run:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from bare_bundle import make_bundle
 from sse_server import Behaviour, serve
 
 from pdtrim_deploy.cli import main
@@ -54,6 +55,13 @@ def test_workers_without_metrics(url: str, capsys: pytest.CaptureFixture[str]) -
     code, _, err = run(capsys, "loadtest", url, "--requests", 1, "--warmup", 0, "--worker", "http://127.0.0.1:9")
     assert code == 1
     assert "http://127.0.0.1:9/metrics does not answer" in err
+
+
+def test_counters_of_a_bundle_are_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bundle = make_bundle(tmp_path / "b").path
+    code, out, err = run(capsys, "loadtest", bundle, "--worker", "http://127.0.0.1:9", "--dry-run")
+    assert (code, out) == (2, "")
+    assert f"--worker is of a running pair, the workers of {bundle} are started and read; leave it out" in err
 
 
 def test_compare(url: str, scenario: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -258,6 +258,11 @@ def test_the_command_counts_and_simulates(capsys: pytest.CaptureFixture[str], tm
     ("args", "said"),
     [
         (["--slo-ttft", "1s"], "are about workers; say --rates too"),
+        (["--requests", 20000], "are about workers; say --rates too"),
+        (["--seed", 0], "are about workers; say --rates too"),
+        (["--rates-of", "dense"], "are about workers; say --rates too"),
+        (["--rates", "FILE", "--seed", 0], "--requests and --seed are about a simulation; say --simulate too"),
+        (["--rates", "FILE", "--requests", 9], "--requests and --seed are about a simulation; say --simulate too"),
         (["--rates", "FILE", "--rate", 5], "say --rate, --slo-ttft and --slo-itl too"),
         (["--rates", "FILE", "--rate", 5, "--slo-ttft", "1"], "no time above 0 with its unit"),
         (["--rates", "FILE", "--rate", 5, "--slo-ttft", "1s", "--slo-itl", "0ms"], "no time above 0 with its unit"),
