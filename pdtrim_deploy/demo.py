@@ -75,6 +75,7 @@ class Demo:
             fidelity=fidelity,
             load={name: LoadFigures.of(result) for name, result in results.items()},
             ratios=tuple(load.ratios(*PAIRS)),
+            dropped=tuple(load.dropped(*PAIRS)),
             environment=environment(self.command) | {"serve_versions": versions_of(serve.python)},
         )
         for folder in (self.out / "report", bundles["pruned"].reports_dir):

@@ -113,6 +113,7 @@ def compare(
         link=str(slow) if slow else None,
         rounds=rounds,
         ratios=tuple(found.ratios(*names)),
+        dropped=tuple(found.dropped(*names)),
         load=found.total,
         environment=environment(command),
     )

@@ -89,11 +89,23 @@ class Rounds:
     def ratios(self, first: str, second: str) -> list[Ratio]:
         """Each figure that every round of both has."""
         found = []
-        for figure, read in FIGURES.items():
-            pairs = [(read(a), read(b)) for a, b in zip(self.by_round[first], self.by_round[second], strict=True)]
+        for figure, pairs in self._pairs(first, second).items():
             if all(a and b for a, b in pairs):
                 found.append(Ratio.of(figure, [b / a for a, b in pairs]))  # type: ignore[operator]
         return found
+
+    def dropped(self, first: str, second: str) -> list[str]:
+        """Figures without a ratio, a sentence each; those that no round was asked for are left out."""
+        found = []
+        for figure, pairs in self._pairs(first, second).items():
+            lacking = sum(not (a and b) for a, b in pairs)
+            if lacking and any(one is not None for pair in pairs for one in pair):
+                found.append(f"{figure} has no ratio: it is 0 or missing in {lacking} of {len(pairs)} rounds")
+        return found
+
+    def _pairs(self, first: str, second: str) -> dict[str, list[tuple[float | None, float | None]]]:
+        rounds = list(zip(self.by_round[first], self.by_round[second], strict=True))
+        return {figure: [(read(a), read(b)) for a, b in rounds] for figure, read in FIGURES.items()}
 
 
 def check_rounds(rounds: int) -> None:
@@ -161,7 +173,8 @@ def repeats(scenario: Scenario, rounds: int) -> list[Scenario]:
 class Comparison(BaseModel):
     """`second` over `first`; never one absolute time: each side's own figures stand under `load` for the record.
 
-    `link` is the speed of a relay on loopback that KV went over; None: loopback as it is.
+    `link` is the speed of a relay on loopback that KV went over; None: loopback as it is. `dropped` says which figures
+    have no ratio, and why.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -172,6 +185,7 @@ class Comparison(BaseModel):
     link: str | None = None
     rounds: int
     ratios: tuple[Ratio, ...]
+    dropped: tuple[str, ...] = ()
     load: dict[str, LoadResult]
     environment: dict[str, Any]
 
@@ -179,4 +193,5 @@ class Comparison(BaseModel):
     def problems(self) -> list[str]:
         """What a reader must know before believing the ratios."""
         found = [f"{n}: {r.failed} of {r.requests} requests failed" for n, r in self.load.items() if r.failed]
-        return found + [f"{n}: {r.client.bottleneck}" for n, r in self.load.items() if r.client.bottleneck]
+        found += [f"{n}: {r.client.bottleneck}" for n, r in self.load.items() if r.client.bottleneck]
+        return [*found, *self.dropped]

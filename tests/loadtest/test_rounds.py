@@ -8,7 +8,8 @@ import pytest
 
 from pdtrim_deploy.errors import ServingError, UserError
 from pdtrim_deploy.loadtest import LoadRun, Outcome, Scenario, driver
-from pdtrim_deploy.loadtest.rounds import Ratio, Side, check_rounds, interleave, repeats, shares, t_975
+from pdtrim_deploy.loadtest.rounds import Comparison, Ratio, Side, check_rounds, interleave, repeats, shares, t_975
+from pdtrim_deploy.loadtest.scenario import SLO
 from pdtrim_deploy.loadtest.workers import Key, WorkerFigures, Workers, _quantile
 from pdtrim_deploy.serving import metrics
 
@@ -36,6 +37,22 @@ def test_both_sides_get_the_same_load_in_changing_order() -> None:
     assert not ratios["ITL p50"].differs
     assert "goodput/s" not in ratios
     assert (found.total["a"].requests, found.total["a"].duration_s) == (3, 3.0)
+
+
+def test_a_figure_that_a_round_lacks_is_named() -> None:
+    def drive(url: str, scenario: Scenario) -> LoadRun:
+        ttft = 0.5 if (url, scenario.seed) == ("b", 1) else 0.1
+        return LoadRun((Outcome(ttft=ttft, itl=(0.1,), e2e=1.0, output_tokens=2),), 1.0)
+
+    rounds = repeats(SCENARIO.changed(slo=SLO(ttft_ms=200)), 3)
+    found = interleave({"a": Side("a"), "b": Side("b")}, rounds, drive, "x")
+    assert "goodput/s" not in {one.figure for one in found.ratios("a", "b")}
+    assert found.dropped("a", "b") == ["goodput/s has no ratio: it is 0 or missing in 1 of 3 rounds"]
+    compared = Comparison(
+        first="a", second="b", scenario={}, rounds=3, ratios=(), dropped=tuple(found.dropped("a", "b")),
+        load=found.total, environment={},
+    )  # fmt: skip
+    assert compared.problems == found.dropped("a", "b")
 
 
 def test_a_slower_server_is_found_slower() -> None:

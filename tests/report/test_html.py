@@ -68,7 +68,7 @@ def comparison() -> Comparison:
     result = LoadResult.of("x", [run], workers=WorkerFigures.of(seen))
     return Comparison(
         first="a", second="b", scenario={"seed": 11}, rounds=3, ratios=RATIOS, load={"a": result, "b": result},
-        environment=ENVIRONMENT,
+        dropped=("goodput/s has no ratio",), environment=ENVIRONMENT,
     )  # fmt: skip
 
 
@@ -141,6 +141,7 @@ def test_every_section_is_there_and_text_is_escaped(bundle: Bundle) -> None:
     ):
         assert text in said
     assert "the client was a bottleneck" in said
+    assert "goodput/s has no ratio" in said
     assert "decode queue ms mean/p95250 / -250 / -" in said
 
 

@@ -157,6 +157,7 @@ def load(found: Findings) -> Markup | None:
             if link := said.get("link"):
                 text += f" KV went over a relay on loopback that lets {link} through."
             parts += [tag("p", text), charts.intervals(rows, name)]
+        parts += [tag("p", sentence) for sentence in said.get("dropped", ())]
         load_of = {side: one.get("detail", one) for side, one in said["load"].items()}
         parts += [tag("p", tag("strong", f"{side}: "), why) for side, why in _warnings(load_of)]
         head = ("absolute, for the record", *load_of)
