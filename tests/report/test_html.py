@@ -210,6 +210,18 @@ def test_intervals_stand_where_they_should(bundle: Bundle) -> None:
         assert float(line.get("x1") or 0) <= float(dot.get("cx") or 0) <= float(line.get("x2") or 0)
 
 
+def test_no_two_methods_of_the_front_look_alike(bundle: Bundle) -> None:
+    rows = [{"method": f"m{n}", "asked": 2.0, "reduction": 2.0, "ppl_ratio": 1.1} for n in range(13)]
+    (bundle.path / "kv.json").write_text(json.dumps(PARETO | {"rows": rows}))
+    root = parsed(Findings.of(bundle, pareto=bundle.path / "kv.json"))
+    looks = Counter(line.get("class") for line in root.iter(f"{SVG}polyline"))
+    assert set(looks.values()) == {2}  # the curve and its entry in the legend
+    assert len(looks) == 13
+    style = root.findtext("head/style") or ""
+    for name in {word for look in looks for word in (look or "").split()}:
+        assert f".{name} {{" in style
+
+
 def test_what_is_lacking_is_named_with_its_command(bundle: Bundle) -> None:
     bare = replace(bundle, manifest=bundle.manifest.model_copy(update={"engines": {}, "failures": {}}))
     root = parsed(Findings.of(bare))
