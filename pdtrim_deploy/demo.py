@@ -104,7 +104,8 @@ class Demo:
 
         with self.show("fidelity of the served pair"):
             found = run_fidelity(bundle, cluster.url, self.cache, progress=self.note)
-        write_atomic(bundle.reports_dir / "fidelity.json", json.dumps(found.to_json(), indent=2) + "\n")
+        made = {"seed": 0, "plan": bundle.plan.digest, "environment": environment(self.command)}
+        write_atomic(bundle.reports_dir / "fidelity.json", json.dumps(found.to_json() | made, indent=2) + "\n")
         return FidelityFigures(
             requests=found.requests,
             max_logprob_error=found.max_logprob_error,

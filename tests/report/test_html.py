@@ -52,6 +52,7 @@ def bundle(tmp_path: Path) -> Bundle:
     (tmp_path / "r.yaml").write_text("name: my-<b>\nmodel: {source: 'pypi:x'}\n".replace("<b>", "bundle"))
     manifest = Manifest(
         recipe_digest="r", plan_digest=PLAN.digest, seed=3, versions={"torch": "2"}, steps={}, files={},
+        machine={"cpu": "C <D>", "cores": 7},
         engines={"engines/onnx/decode": ENGINE}, failures={"tensorrt": "no <headers>"},
     )  # fmt: skip
     (tmp_path / "reports").mkdir()
@@ -208,6 +209,27 @@ def test_intervals_stand_where_they_should(bundle: Bundle) -> None:
         dots, (n for n in chart.iter(f"{SVG}line") if "whisker" in (n.get("class") or "")), strict=True
     ):
         assert float(line.get("x1") or 0) <= float(dot.get("cx") or 0) <= float(line.get("x2") or 0)
+
+
+def test_what_the_build_left_names_command_seed_and_machine(bundle: Bundle) -> None:
+    full(bundle)
+    mass = {"n_first": 4, "n_last": 64, "prompt_tokens": 512, "sequences": 4, "blocks": list(PLAN.decode_layers)}
+    write(bundle, "attention", mass | {part: [0.25, 0.25] for part in ("first", "last", "middle", "generated")})
+    check = {"requests": 4, "max_logprob_error": 1e-5, "tolerance": 1e-3, "passed": True, "controls": {"all": 1.0}}
+    more = {"controls_detected": {"all": True}, "seed": 5, "plan": PLAN.digest}  # as `fidelity` writes it
+    write(bundle, "fidelity", check | more | {"environment": ENVIRONMENT | {"command": "check it"}})
+    sections = {
+        s.findtext("h2"): " ".join("".join(s.itertext()).split()) for s in parsed(Findings.of(bundle)).iter("section")
+    }
+    made = f"pdtrim-deploy build {bundle.path}/recipe.yaml --out {bundle.path}"
+    for title in ("Plan", "Search", "Where decode looks", "Engines"):
+        assert f"{made}; C <D>, 7 cores; torch 2; seed 3" in sections[title], title
+    assert "check it; A & B, 2 cores; torch 2; seed 5" in sections["Quality"]
+    assert f"by{made}" in sections["Where this comes from"]
+    assert "oncpu C <D>, cores 7" in sections["Where this comes from"]
+    write(bundle, "fidelity", check | more | {"plan": "0" * 64})
+    with pytest.raises(UserError, match=r"fidelity\.json is of plan 0000"):
+        Findings.of(bundle)
 
 
 def test_no_two_methods_of_the_front_look_alike(bundle: Bundle) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,7 +64,8 @@ class Findings:
         """
         reports = {name: _read(path) for name in REPORTS if (path := bundle.reports_dir / f"{name}.json").is_file()}
         for name, said in reports.items():
-            digest = said.get("plan_digest") or said.get("plan", {}).get("digest")
+            plan = said.get("plan_digest") or said.get("plan")
+            digest = plan.get("digest") if isinstance(plan, dict) else plan
             if digest not in (None, bundle.plan.digest):
                 made = REPORTS[name].replace("BUNDLE", str(bundle.path))
                 raise UserError(
@@ -79,6 +81,13 @@ class Findings:
         faults = faults or (own if own.is_file() else None)
         tried = read_faults(faults) if faults else None
         return cls(bundle, reports, loads, read_pareto(pareto) if pareto else None, tried)
+
+    @property
+    def built(self) -> dict[str, Any]:
+        """Where the bundle was made, as an environment of `report.environment`; its recipe makes the same again."""
+        at, manifest = shlex.quote(str(self.bundle.path)), self.bundle.manifest
+        command = f"pdtrim-deploy build {at}/recipe.yaml --out {at}"
+        return {"environment": {"command": command, "machine": manifest.machine, "versions": manifest.versions}}
 
     @property
     def missing(self) -> dict[str, str]:

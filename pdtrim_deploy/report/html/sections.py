@@ -44,7 +44,7 @@ def plan(found: Findings) -> Markup:
         f"{chosen.dense_bytes(tokens):,}. Chosen by {found.bundle.recipe.pruning.method} (blocks) and "
         f"{found.bundle.recipe.kv.method} (KV)."
     )
-    return join([tag("p", said), plan_picture(chosen, tokens)])
+    return join([tag("p", said), plan_picture(chosen, tokens), _built(found)])
 
 
 def search(found: Findings) -> Markup | None:
@@ -71,7 +71,7 @@ def search(found: Findings) -> Markup | None:
                 [(s["step"], s["block"], _number(s.get("loss"), 4), _number(s.get("seconds"), 2)) for s in steps],
             )
         )
-    return join(parts) if parts else None
+    return join([*parts, _built(found, f"seed of the search {found.bundle.recipe.pruning.seed}")]) if parts else None
 
 
 def attention(found: Findings) -> Markup | None:
@@ -85,7 +85,7 @@ def attention(found: Findings) -> Markup | None:
         "the middle, and on what was generated. A layer that looks at the middle need not be harmed by its loss: what "
         "a layer's KV is worth was measured."
     )
-    return join([tag("p", said), attention_picture(mass)])
+    return join([tag("p", said), attention_picture(mass), _built(found)])
 
 
 def quality(found: Findings) -> Markup | None:
@@ -127,6 +127,7 @@ def quality(found: Findings) -> Markup | None:
                 f"told apart: {'passed' if check['passed'] else 'FAILED'}.",
             )
         )
+        parts.append(_made(check, _seed(check)))
     return join(parts) if parts else None
 
 
@@ -224,7 +225,7 @@ def engines(found: Findings) -> Markup | None:
     parts += [
         tag("p", tag("strong", f"not built, {name}: "), why) for name, why in found.bundle.manifest.failures.items()
     ]
-    return join(parts)
+    return join([*parts, _built(found)])
 
 
 def origin(found: Findings) -> Markup:
@@ -236,6 +237,8 @@ def origin(found: Findings) -> Markup:
         ("plan", manifest.plan_digest),
         ("recipe", manifest.recipe_digest),
         ("seed of the build", manifest.seed),
+        ("by", tag("code", found.built["environment"]["command"])),
+        ("on", ", ".join(f"{what} {value}" for what, value in manifest.machine.items()) or "a machine not recorded"),
         *((f"step {name}", f"{step.seconds:.1f} s") for name, step in manifest.steps.items()),
         *manifest.versions.items(),
     ]
@@ -260,8 +263,13 @@ def _warnings(loads: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _seed(said: dict[str, Any]) -> str:
-    seed = said.get("scenario", said.get("options", {})).get("seed")
+    seed = said.get("scenario", said.get("options", said)).get("seed")
     return f"seed {seed}" if seed is not None else "seeds as in the command"
+
+
+def _built(found: Findings, *more: str) -> Markup:
+    """The line under what the build left."""
+    return _made(found.built, f"seed {found.bundle.manifest.seed}", *more)
 
 
 def _made(said: dict[str, Any], *more: str) -> Markup:
