@@ -8,9 +8,10 @@ from statistics import fmean
 from typing import Any
 from xml.sax.saxutils import escape
 
+from __strokes import colour, stroke
+
 WIDTH, HEIGHT, PANEL = 1060, 440, 400
 LEFT, TOP, BOTTOM = 60, 34, 50
-COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#444444", "#8c564b", "#bcbd22")
 MOST = 4.0  # times dense; what is worse leaves the picture at its top
 
 
@@ -43,29 +44,32 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         parts.append(_text(left, TOP - 12, f"{title}: PD perplexity / dense ({base:.1f})", "start"))
         for ratio in (1, 1.25, 1.5, 2, 3, 4):
             parts.append(
-                _line(left, y(ratio), right, y(ratio), "#ddd") + _text(left - 6, y(ratio) + 4, f"{ratio}", "end")
+                _line(left, y(ratio), right, y(ratio), 'stroke="#ddd"')
+                + _text(left - 6, y(ratio) + 4, f"{ratio}", "end")
             )
         for removed in range(0, most + 1, 2):
             parts.append(_text(x(removed), HEIGHT - BOTTOM + 16, f"{removed}", "middle"))
         parts.append(_text((left + right) / 2, HEIGHT - 14, "blocks removed in decode, of 30", "middle"))
         for number, (method, points) in enumerate(ordered):
-            colour, width = COLOURS[number % len(COLOURS)], 3 if method == "ours" else 1.5
+            width = 3 if method == "ours" else 1.5
             at = [
                 (0, 1.0),
                 *((n, fmean(r[f"{corpus}_ppl"] for r in found) / base) for n, found in sorted(points.items())),
             ]
             path_ = " ".join(f"{x(n):.1f},{y(ratio):.1f}" for n, ratio in at)
-            parts.append(f'<polyline points="{path_}" fill="none" stroke="{colour}" stroke-width="{width}"/>')
-            parts += [f'<circle cx="{x(n):.1f}" cy="{y(ratio):.1f}" r="3" fill="{colour}"/>' for n, ratio in at[1:]]
+            parts.append(f'<polyline points="{path_}" fill="none" {stroke(number)} stroke-width="{width}"/>')
+            parts += [
+                f'<circle cx="{x(n):.1f}" cy="{y(ratio):.1f}" r="3" fill="{colour(number)}"/>' for n, ratio in at[1:]
+            ]
     for number, (method, _) in enumerate(ordered):
         row = TOP + 10 + 20 * number
-        parts.append(_line(WIDTH - 205, row - 4, WIDTH - 180, row - 4, COLOURS[number % len(COLOURS)], 3))
+        parts.append(_line(WIDTH - 205, row - 4, WIDTH - 180, row - 4, stroke(number), 3))
         parts.append(_text(WIDTH - 174, row, method, "start"))
     path.write_text("\n".join([*parts, "</svg>"]) + "\n")
 
 
-def _line(x1: float, y1: float, x2: float, y2: float, colour: str, width: float = 1) -> str:
-    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="{colour}" stroke-width="{width}"/>'
+def _line(x1: float, y1: float, x2: float, y2: float, stroke: str, width: float = 1) -> str:
+    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" {stroke} stroke-width="{width}"/>'
 
 
 def _text(x: float, y: float, text: str, anchor: str) -> str:

@@ -15,6 +15,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -54,6 +55,7 @@ class Step(_Frozen):
 class Manifest(_Frozen):
     """The seal. `files` by path relative to the bundle, `versions` by package, `engines` by their folder.
 
+    `machine` is that of the build (`report.environment.machine`), empty in bundles from before it was kept.
     `failures` has a sentence for each target of the recipe that could not be built; the rest of the bundle is whole.
     """
 
@@ -62,6 +64,7 @@ class Manifest(_Frozen):
     plan_digest: str
     seed: int
     versions: dict[str, str]
+    machine: dict[str, Any] = {}
     steps: dict[str, Step]
     files: dict[str, Entry]
     engines: dict[str, TargetResult] = {}

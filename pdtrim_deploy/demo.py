@@ -75,6 +75,7 @@ class Demo:
             fidelity=fidelity,
             load={name: LoadFigures.of(result) for name, result in results.items()},
             ratios=tuple(load.ratios(*PAIRS)),
+            dropped=tuple(load.dropped(*PAIRS)),
             environment=environment(self.command) | {"serve_versions": versions_of(serve.python)},
         )
         for folder in (self.out / "report", bundles["pruned"].reports_dir):
@@ -103,7 +104,8 @@ class Demo:
 
         with self.show("fidelity of the served pair"):
             found = run_fidelity(bundle, cluster.url, self.cache, progress=self.note)
-        write_atomic(bundle.reports_dir / "fidelity.json", json.dumps(found.to_json(), indent=2) + "\n")
+        made = {"seed": 0, "plan": bundle.plan.digest, "environment": environment(self.command)}
+        write_atomic(bundle.reports_dir / "fidelity.json", json.dumps(found.to_json() | made, indent=2) + "\n")
         return FidelityFigures(
             requests=found.requests,
             max_logprob_error=found.max_logprob_error,

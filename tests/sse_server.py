@@ -24,6 +24,7 @@ class Behaviour:
     hang: bool = False
     error_event: bool = False
     garbage: bool = False
+    finish_reason: str | None = None
     in_flight: int = 0
     most_in_flight: int = 0
     bodies: list[dict] = field(default_factory=list)
@@ -85,7 +86,7 @@ async def _stream(b: Behaviour, body: dict, writer: asyncio.StreamWriter, openai
             await asyncio.sleep(b.ttft if seen == b.chunk else b.itl)
             prompt = body["prompt"] if openai else body["text"]
             meta = {"completion_tokens": min(seen, total), "prompt_tokens": len(prompt.split())}
-            event = {"text": "x", "meta_info": meta}
+            event = {"text": "x", "meta_info": meta | {"finish_reason": b.finish_reason}}
             if openai:
                 choices = [{"index": 0, "text": "x" * b.chunk}]
                 usage = meta | {"total_tokens": sum(meta.values())}

@@ -11,6 +11,7 @@ from pdtrim_deploy.cli import dry_run as dry_runs
 from pdtrim_deploy.cli import options
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.serving.engines import EXECUTORS, Executors
+from pdtrim_deploy.serving.transports import Transport
 
 
 class Pair(click.ParamType):
@@ -37,6 +38,10 @@ class Pair(click.ParamType):
 )
 @click.option("--a-executor", type=Pair(), help="Of A, when it is a bundle.  [default: torch]")
 @click.option("--b-executor", type=Pair(), help="Of B, when it is a bundle.  [default: torch]")
+@click.option("--a-transport", help="Of A, when it is a bundle: SGLang's KV transfer backend.  [default: pdtrim_tcp]")
+@click.option("--b-transport", help="The same, of B.")
+@click.option("--a-transport-option", multiple=True, metavar="KEY=VALUE", help="As serve's --transport-option, of A.")
+@click.option("--b-transport-option", multiple=True, metavar="KEY=VALUE", help="The same, of B.")
 @click.option("--link", help="Speed of a link to put between prefill and decode, on loopback: 100Mbps. For bundles.")
 @click.option("--driver", "driver_name", default="builtin", show_default=True, help="builtin or aiperf.")
 @click.option("--allow-remote", is_flag=True, help="Allow a URL that is not on this machine.")
@@ -53,6 +58,10 @@ def compare(
     rounds: int,
     a_executor: Executors | None,
     b_executor: Executors | None,
+    a_transport: str | None,
+    b_transport: str | None,
+    a_transport_option: tuple[str, ...],
+    b_transport_option: tuple[str, ...],
     link: str | None,
     driver_name: str,
     allow_remote: bool,
@@ -71,13 +80,14 @@ def compare(
     Examples:
       pdtrim-deploy compare out/demo/dense out/demo/pruned --scenario scenarios/smoke.yaml
       pdtrim-deploy compare out/bundle out/bundle --b-executor onnxruntime --rounds 8
+      pdtrim-deploy compare out/bundle out/bundle --b-transport pdtrim_nixl
       pdtrim-deploy compare out/demo/dense out/demo/pruned --link 100Mbps
     """
     from pdtrim_deploy.bundle import write_atomic
     from pdtrim_deploy.cli.progress import Progress
     from pdtrim_deploy.cli.screen import console
     from pdtrim_deploy.cli.target import Target
-    from pdtrim_deploy.loadtest import Scenario, driver
+    from pdtrim_deploy.loadtest import Scenario, check_scenario, driver
     from pdtrim_deploy.loadtest.rounds import Comparison, Side, check_rounds, interleave, repeats
     from pdtrim_deploy.report.environment import environment
     from pdtrim_deploy.report.tables import ratio_table
@@ -86,12 +96,20 @@ def compare(
     check_rounds(rounds)
     drive = driver(driver_name)
     scenario = Scenario.load(scenario_file) if scenario_file else Scenario.closed(8, 2, (256, 256), (24, 24))
-    names = [_name(first, a_executor), _name(second, b_executor)]
+    check_scenario(driver_name, scenario)
+    sides_asked = (
+        (first, a_executor, a_transport, a_transport_option),
+        (second, b_executor, b_transport, b_transport_option),
+    )
+    names = [_name(*one) for one in sides_asked]
     if names[0] == names[1]:
-        raise UserError(f"A and B are both {names[0]}; give two bundles, or other executors: --b-executor")
-    chosen = (a_executor, b_executor)
+        said = "give two bundles, or another executor or transport: --b-executor, --b-transport"
+        raise UserError(f"A and B are both {names[0]}; {said}")
     slow = Link.parse(link) if link is not None else None
-    pair = [Target.of(*one, serve_python, allow_remote, slow) for one in zip((first, second), chosen, strict=True)]
+    pair = [
+        Target.of(target, executors, serve_python, allow_remote, slow, _transport(backend, told))
+        for target, executors, backend, told in sides_asked
+    ]
     asked = scenario.model_dump(mode="json", exclude_none=True)
     if dry_run:
         sides = {name: target.described() for name, target in zip(names, pair, strict=True)}
@@ -112,6 +130,7 @@ def compare(
         link=str(slow) if slow else None,
         rounds=rounds,
         ratios=tuple(found.ratios(*names)),
+        dropped=tuple(found.dropped(*names)),
         load=found.total,
         environment=environment(command),
     )
@@ -127,8 +146,17 @@ def compare(
     raise SystemExit(1 if any(one.failed for one in result.load.values()) else 0)
 
 
-def _name(target: str, executors: Executors | None) -> str:
+def _transport(backend: str | None, told: tuple[str, ...]) -> Transport | None:
+    """None when nothing was said of it."""
+    if backend is None and not told:
+        return None
+    return Transport(backend or Transport().backend, options.key_values(told))
+
+
+def _name(target: str, executors: Executors | None, backend: str | None, told: tuple[str, ...]) -> str:
     """As it stands in tables."""
-    if executors is None or executors == Executors():
-        return target
-    return f"{target} ({' + '.join(dict.fromkeys((executors.prefill, executors.decode)))})"
+    chosen = executors or Executors()
+    parts = [] if chosen == Executors() else [" + ".join(dict.fromkeys((chosen.prefill, chosen.decode)))]
+    parts += [backend] if backend not in (None, Transport().backend) else []
+    parts += told
+    return f"{target} ({', '.join(parts)})" if parts else target

@@ -86,6 +86,8 @@ def demo(
         console().print(ratio_table("dense", "pruned", metrics.ratios))
         click.echo(f"written to {out / 'report' / 'metrics.json'} by: {command}")
         click.echo(f"page: {written}")
+    for sentence in metrics.dropped:
+        click.echo(sentence, err=True)
     for name, figures in metrics.load.items():
         if figures.detail.client.bottleneck:
             click.echo(f"{name}: {figures.detail.client.bottleneck}", err=True)

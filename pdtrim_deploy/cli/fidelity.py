@@ -27,7 +27,9 @@ from pdtrim_deploy.serving.engines import Executors
 @options.cache_dir
 @options.dry_run
 @options.json_flag
+@click.pass_obj
 def fidelity(
+    command: str,
     bundle: Path,
     url: str | None,
     new_tokens: int,
@@ -52,6 +54,7 @@ def fidelity(
     """
     from pdtrim_deploy.bundle import Bundle, write_atomic
     from pdtrim_deploy.doctor import Asked, require
+    from pdtrim_deploy.report.environment import environment
     from pdtrim_deploy.serving import ServeEnvironment, cluster_of
 
     opened = Bundle.open(bundle)
@@ -77,10 +80,11 @@ def fidelity(
         result = run(url)
     else:
         require("serve", Asked(serve_python=serve_python))
-        environment = ServeEnvironment.find(serve_python)
-        with cluster_of(opened, executors=executors, environment=environment, say=say) as cluster:
+        found = ServeEnvironment.find(serve_python)
+        with cluster_of(opened, executors=executors, environment=found, say=say) as cluster:
             result = run(cluster.url)
-    text = json.dumps(result.to_json() | {"seed": seed, "plan": opened.plan.digest}, indent=2)
+    made = {"seed": seed, "plan": opened.plan.digest, "environment": environment(command)}
+    text = json.dumps(result.to_json() | made, indent=2)
     write_atomic(written, text + "\n")
     if as_json:
         click.echo(text)

@@ -77,7 +77,7 @@ def loadtest(
     from pdtrim_deploy.cli.progress import Progress
     from pdtrim_deploy.cli.screen import console
     from pdtrim_deploy.cli.target import Target
-    from pdtrim_deploy.loadtest import LoadResult, Scenario, Workers, check_target, driver
+    from pdtrim_deploy.loadtest import LoadResult, Scenario, Workers, check_scenario, check_target, driver
 
     if scenario_file is not None:
         given = [name for name in ADHOC if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE]
@@ -90,7 +90,10 @@ def loadtest(
             requests, concurrency, prompt_tokens, output_tokens, warmup=warmup, deadline_s=deadline, seed=seed
         )
     drive, progress = driver(driver_name), Progress()
+    check_scenario(driver_name, scenario)
     put = Target.of(target, executors, serve_python, allow_remote)
+    if workers and put.bundle is not None:
+        raise UserError(f"--worker is of a running pair, the workers of {target} are started and read; leave it out")
     for url in workers:
         check_target(url, allow_remote)
     if dry_run:

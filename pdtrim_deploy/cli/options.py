@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import click
+import yaml
 
 from pdtrim_deploy.cache import Cache
 from pdtrim_deploy.decode_pool import SplitPool
+from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.serving.engines import EXECUTORS, Executors
 
 path = click.Path(path_type=Path)
@@ -33,6 +35,17 @@ cache_dir = click.option(
     callback=lambda ctx, param, value: Cache.default() if value is None else Cache(value),
     help="Where models and text are kept.  [default: the user's cache folder]",
 )
+
+
+def key_values(texts: Iterable[str]) -> dict[str, object]:
+    """KEY=VALUE, the value as YAML reads it; the workers check keys and ranges when they start."""
+    found: dict[str, object] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not key or not equals:
+            raise UserError(f"--transport-option {text!r}: give KEY=VALUE, such as stall_seconds=10")
+        found[key] = yaml.safe_load(value)
+    return found
 
 
 def executors(command: Callable[..., Any]) -> Callable[..., Any]:

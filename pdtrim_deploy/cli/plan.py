@@ -105,5 +105,5 @@ def plan(
     for subject in found:
         for note in subject.notes:
             click.echo(f"{subject.name}: {note}")
-    if goal:
-        workers.report(sides, goal)
+    if rates and goal:
+        workers.report(sides, rates, goal)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from pdtrim_deploy.cli import options
 from pdtrim_deploy.errors import UserError
@@ -26,7 +27,7 @@ ASSUMED = (
 
 @dataclass(frozen=True)
 class Workers:
-    """What was asked about workers; `files` is empty when nothing was."""
+    """What was asked about workers; `typed` are the options that were, `files` is empty when there were none."""
 
     files: tuple[Path, ...]
     slo_ttft: float | None
@@ -36,15 +37,21 @@ class Workers:
     simulate: bool
     requests: int
     seed: int
+    typed: frozenset[str]
 
     def goal(self, traffic: Traffic) -> Goal | None:
         """What the workers are to carry; None when they are not asked for, UserError for half of a question."""
         from pdtrim_deploy.sizing.workers import Goal
 
         if not self.files:
-            if self.slo_ttft or self.slo_itl or self.link_each or self.simulate:
-                raise UserError("--slo-ttft, --slo-itl, --link-each and --simulate are about workers; say --rates too")
+            if self.typed:
+                raise UserError(
+                    "--slo-ttft, --slo-itl, --rates-of, --link-each, --simulate, --requests and --seed are about "
+                    "workers; say --rates too"
+                )
             return None
+        if not self.simulate and self.typed & {"requests", "seed"}:
+            raise UserError("--requests and --seed are about a simulation; say --simulate too, or leave them out")
         if traffic.rate is None or self.slo_ttft is None or self.slo_itl is None:
             raise UserError("--rates gives workers for a rate within an SLO; say --rate, --slo-ttft and --slo-itl too")
         if traffic.prefill_tokens_per_s is not None:
@@ -78,7 +85,7 @@ class Workers:
                 sides[subject.name] = sized(subject.plan, rates, goal, requests, self.seed)
         return sides
 
-    def report(self, sides: dict[str, SizedSide], goal: Goal) -> None:
+    def report(self, sides: dict[str, SizedSide], rates: Rates, goal: Goal) -> None:
         """To the terminal."""
         from pdtrim_deploy.cli.screen import console
         from pdtrim_deploy.report.workers_table import workers_table
@@ -88,6 +95,13 @@ class Workers:
             if side.sizing.problem:
                 click.echo(f"{name}: {side.sizing.problem}")
         click.echo(f"rates of one worker: {', '.join(map(str, self.files))}")
+        for doubt in rates.doubts:
+            click.echo(f"doubtful: {doubt}")
+        pool = "without limit" if rates.pool_tokens is None else f"of {rates.pool_tokens} tokens"
+        click.echo(
+            f"limits of one worker: {rates.chunk_tokens} prompt tokens a batch, {rates.max_running} requests a decode "
+            f"batch, a decode pool {pool}"
+        )
         click.echo(f"assumed: {ASSUMED}")
         if self.simulate:
             click.echo(f"simulated, not measured: {self.requests} requests on these workers, seed {self.seed}")
@@ -109,9 +123,15 @@ def workers_options(command: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(command)
     def wrapped(*args: Any, **given: Any) -> Any:
         names = ("files", "slo_ttft", "slo_itl", "rates_of", "link_each", "simulate", "requests", "seed")
-        return command(*args, workers=Workers(*(given.pop(name) for name in names)), **given)
+        source = click.get_current_context().get_parameter_source
+        typed = frozenset(name for name in names if source(name) is ParameterSource.COMMANDLINE)
+        asked = {name: given.pop(name) for name in names} | {"typed": typed}
+        return command(*args, workers=Workers(**asked), **given)
 
-    said = "How fast one worker is: YAML, or results of loadtest --json. Counts workers; needs --rate and the next two."
+    said = (
+        "How fast one worker is: YAML, or results of loadtest --json and YAML of limits. Counts workers; needs --rate "
+        "and the next two."
+    )
     for option in (
         click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the simulated arrivals."),
         click.option("--requests", type=click.IntRange(1), default=20000, show_default=True, help="To be simulated."),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import ipaddress
+from types import ModuleType
 from urllib.parse import urlsplit
 
 from pdtrim_deploy.errors import UserError
@@ -11,7 +12,7 @@ from pdtrim_deploy.loadtest.base import Driver, LoadResult, LoadRun, Outcome
 from pdtrim_deploy.loadtest.scenario import Scenario
 from pdtrim_deploy.loadtest.workers import WorkerFigures, Workers
 
-# Name -> module whose `drive` is the driver; imported when it is asked for.
+# Name -> module whose `drive` is the driver, and whose `check` refuses what it cannot do; imported when asked for.
 DRIVERS = {"builtin": "pdtrim_deploy.loadtest.builtin", "aiperf": "pdtrim_deploy.loadtest.aiperf"}
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "Scenario",
     "WorkerFigures",
     "Workers",
+    "check_scenario",
     "check_target",
     "driver",
 ]
@@ -30,18 +32,36 @@ __all__ = [
 
 def driver(name: str) -> Driver:
     """The driver called `name`; UserError lists the names there are."""
-    if name not in DRIVERS:
-        raise UserError(f"load driver {name!r} is not known; allowed: {', '.join(sorted(DRIVERS))}")
-    return importlib.import_module(DRIVERS[name]).drive
+    return _module(name).drive
+
+
+def check_scenario(name: str, scenario: Scenario) -> None:
+    """UserError where the driver called `name` cannot put that load."""
+    _module(name).check(scenario)
 
 
 def check_target(url: str, allow_remote: bool) -> None:
     """Refuse what is no http(s) URL, and hosts other than this one unless `allow_remote`."""
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    host = _host(url)
+    if host is None:
         raise UserError(f"{url} is not a URL such as http://127.0.0.1:8000")
-    if not allow_remote and not _loopback(parts.hostname):
-        raise UserError(f"{parts.hostname} is another machine; say --allow-remote if it may be put under load")
+    if not allow_remote and not _loopback(host):
+        raise UserError(f"{host} is another machine; say --allow-remote if it may be put under load")
+
+
+def _module(name: str) -> ModuleType:
+    if name not in DRIVERS:
+        raise UserError(f"load driver {name!r} is not known; allowed: {', '.join(sorted(DRIVERS))}")
+    return importlib.import_module(DRIVERS[name])
+
+
+def _host(url: str) -> str | None:
+    try:
+        parts = urlsplit(url)
+        _ = parts.port  # ValueError: no number of a port
+    except ValueError:
+        return None
+    return parts.hostname if parts.scheme in ("http", "https") else None
 
 
 def _loopback(host: str) -> bool:

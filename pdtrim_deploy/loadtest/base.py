@@ -13,8 +13,9 @@ from pdtrim_deploy.loadtest.scenario import SLO, Scenario
 from pdtrim_deploy.loadtest.workers import WorkerFigures, Workers
 
 PERCENTILES = (50, 90, 95, 99)
-# What a client may cost before its figures are called its own: of a core; of the median TTFT or ITL, and in ms.
-MOST_CPU, MOST_LATE, LEAST_LATE_MS = 0.8, 0.1, 10.0
+# What a client may cost before its figures are called its own: of a core, in loads of so many seconds; of the median
+# TTFT or ITL, and in ms.
+MOST_CPU, LEAST_WALL_S, MOST_LATE, LEAST_LATE_MS = 0.8, 1.0, 0.1, 10.0
 
 
 class Percentiles(BaseModel):
@@ -114,7 +115,7 @@ class ClientFigures(BaseModel):
         wall = sum(run.duration_s for run in runs if run.cpu_s is not None)
         share = round(sum(spent) / wall, 3) if wall else None
         said = []
-        if share is not None and share > MOST_CPU:
+        if share is not None and share > MOST_CPU and wall > LEAST_WALL_S:
             said.append(f"it used {share:.2f} of the one core it can use")
         if (late.p95 or 0.0) > (allowed := max(LEAST_LATE_MS, MOST_LATE * (ttft_ms or 0.0))):
             said.append(f"p95 of requests were sent {late.p95:.0f} ms late ({allowed:.0f} ms are allowed)")
@@ -202,5 +203,5 @@ class LoadResult(BaseModel):
         before = workers.read() if workers else None
         run = drive(url, scenario)
         well = sum(outcome.failure is None for outcome in run.outcomes)
-        counted = workers.since(before, well) if workers and before is not None else None
+        counted = WorkerFigures.of(workers.since(before, well)) if workers and before is not None else None
         return cls.of(driver, [run], scenario.slo, counted)

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.loadtest.base import Driver, LoadResult, LoadRun
 from pdtrim_deploy.loadtest.scenario import Scenario
-from pdtrim_deploy.loadtest.workers import Workers
+from pdtrim_deploy.loadtest.workers import Key, WorkerFigures, Workers, summed
 
 LEAST_ROUNDS = 3
 # 97.5% quantiles of Student's t for 1, 2, ... 30 degrees of freedom.
@@ -89,11 +89,23 @@ class Rounds:
     def ratios(self, first: str, second: str) -> list[Ratio]:
         """Each figure that every round of both has."""
         found = []
-        for figure, read in FIGURES.items():
-            pairs = [(read(a), read(b)) for a, b in zip(self.by_round[first], self.by_round[second], strict=True)]
+        for figure, pairs in self._pairs(first, second).items():
             if all(a and b for a, b in pairs):
                 found.append(Ratio.of(figure, [b / a for a, b in pairs]))  # type: ignore[operator]
         return found
+
+    def dropped(self, first: str, second: str) -> list[str]:
+        """Figures without a ratio, a sentence each; those that no round was asked for are left out."""
+        found = []
+        for figure, pairs in self._pairs(first, second).items():
+            lacking = sum(not (a and b) for a, b in pairs)
+            if lacking and any(one is not None for pair in pairs for one in pair):
+                found.append(f"{figure} has no ratio: it is 0 or missing in {lacking} of {len(pairs)} rounds")
+        return found
+
+    def _pairs(self, first: str, second: str) -> dict[str, list[tuple[float | None, float | None]]]:
+        rounds = list(zip(self.by_round[first], self.by_round[second], strict=True))
+        return {figure: [(read(a), read(b)) for a, b in rounds] for figure, read in FIGURES.items()}
 
 
 def check_rounds(rounds: int) -> None:
@@ -122,8 +134,8 @@ def interleave(
         note(f"warming up {name}")
         drive(side.url, first.warming())
     runs: dict[str, list[LoadRun]] = {name: [] for name in sides}
+    added: dict[str, list[dict[Key, float]]] = {name: [] for name in sides}
     figures: dict[str, list[LoadResult]] = {name: [] for name in sides}
-    start = {name: side.workers.read() if side.workers else None for name, side in sides.items()}
     for number, scenario in enumerate(rounds):
         for name in list(sides) if number % 2 == 0 else list(sides)[::-1]:
             note(f"round {number + 1} of {len(rounds)}, {name}")
@@ -131,19 +143,17 @@ def interleave(
             before = side.workers.read() if side.workers else None
             run = drive(side.url, scenario.changed(warmup=0))
             runs[name].append(run)
-            counted = side.workers.since(before, _ended_well([run])) if side.workers and before is not None else None
-            figures[name].append(LoadResult.of(driver_name, [run], scenario.slo, counted))
-    total = {}
-    for name, side in sides.items():
-        before, counted = start[name], None
-        if side.workers and before is not None:
-            counted = side.workers.since(before, _ended_well(runs[name]))
-        total[name] = LoadResult.of(driver_name, runs[name], first.slo, counted)
+            if side.workers and before is not None:
+                well = sum(outcome.failure is None for outcome in run.outcomes)
+                added[name].append(side.workers.since(before, well))
+            figures[name].append(LoadResult.of(driver_name, [run], scenario.slo, _counted(added[name][-1:])))
+    # What a pair counts between its rounds are health checks; no part of the load.
+    total = {name: LoadResult.of(driver_name, runs[name], first.slo, _counted(added[name])) for name in sides}
     return Rounds(figures, total)
 
 
-def _ended_well(runs: Sequence[LoadRun]) -> int:
-    return sum(outcome.failure is None for run in runs for outcome in run.outcomes)
+def _counted(added: Sequence[dict[Key, float]]) -> WorkerFigures | None:
+    return WorkerFigures.of(summed(added)) if added else None
 
 
 def shares(scenario: Scenario, rounds: int) -> list[Scenario]:
@@ -163,7 +173,8 @@ def repeats(scenario: Scenario, rounds: int) -> list[Scenario]:
 class Comparison(BaseModel):
     """`second` over `first`; never one absolute time: each side's own figures stand under `load` for the record.
 
-    `link` is the speed of a relay on loopback that KV went over; None: loopback as it is.
+    `link` is the speed of a relay on loopback that KV went over; None: loopback as it is. `dropped` says which figures
+    have no ratio, and why.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -174,6 +185,7 @@ class Comparison(BaseModel):
     link: str | None = None
     rounds: int
     ratios: tuple[Ratio, ...]
+    dropped: tuple[str, ...] = ()
     load: dict[str, LoadResult]
     environment: dict[str, Any]
 
@@ -181,4 +193,5 @@ class Comparison(BaseModel):
     def problems(self) -> list[str]:
         """What a reader must know before believing the ratios."""
         found = [f"{n}: {r.failed} of {r.requests} requests failed" for n, r in self.load.items() if r.failed]
-        return found + [f"{n}: {r.client.bottleneck}" for n, r in self.load.items() if r.client.bottleneck]
+        found += [f"{n}: {r.client.bottleneck}" for n, r in self.load.items() if r.client.bottleneck]
+        return [*found, *self.dropped]

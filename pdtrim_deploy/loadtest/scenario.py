@@ -18,6 +18,7 @@ from pydantic import (
 )
 
 from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.loadtest.trace import rows
 from pdtrim_deploy.recipe_yaml import Origins, compose
 from pdtrim_deploy.yaml_errors import sentence
 
@@ -166,7 +167,7 @@ class Scenario(_Section):
 
     @classmethod
     def load(cls, path: Path) -> Scenario:
-        """Read a scenario; UserError names the file, the key and what is allowed. A trace's path is made absolute."""
+        """Read a scenario and its trace, whose path is made absolute; UserError names file, key and what is allowed."""
         data, origins = compose(path, "scenario")
         scenario = cls._parse(data, origins)
         if scenario.trace is None:
@@ -174,6 +175,8 @@ class Scenario(_Section):
         found = origins.file_of(("trace", "path")).parent / scenario.trace.path
         if not found.is_file():
             raise UserError(f"{path}: trace.path names {scenario.trace.path}, which is not a file; check the path")
+        for _ in rows(found):
+            pass  # a line that is no request is said now, not amid the load
         return scenario.changed(trace=scenario.trace.model_copy(update={"path": str(found.resolve())}))
 
     @classmethod

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.loadtest.scenario import Arrivals, Lengths, Prefixes, Scenario, Trace
 from pdtrim_deploy.loadtest.text import named, text
+from pdtrim_deploy.loadtest.trace import rows
 
 
 @dataclass(frozen=True)
@@ -25,12 +24,7 @@ class Job:
 
 
 def jobs(scenario: Scenario) -> Iterator[Job]:
-    """The requests of the load in order, drawn as they are needed; the same ones for the same scenario.
-
-    Raises:
-        UserError: the trace has a line that cannot be read.
-
-    """
+    """The requests of the load in order, drawn as they are needed; the same ones for the same scenario."""
     due = _drawn(scenario) if scenario.trace is None else _replay(scenario.trace, scenario.seed)
     if scenario.duration_s is not None:
         due = _until(due, scenario.duration_s)
@@ -96,29 +90,12 @@ def _until(due: Iterator[Job], duration_s: float) -> Iterator[Job]:
 
 
 def _replay(trace: Trace, seed: int) -> Iterator[Job]:
-    started: float | None = None
-    last = 0.0
-    for number, line in enumerate(Path(trace.path).read_text().splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            at, length, output = float(row["timestamp"]), int(row["input_length"]), int(row["output_length"])
-            ids = [int(one) for one in row.get("hash_ids", ())]
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(
-                f"{trace.path}: line {number} is no request; allowed: JSON with numbers timestamp (ms), input_length, "
-                f"output_length and a list hash_ids"
-            ) from None
-        started = at if started is None else started
-        if at - started < last:
-            raise UserError(f"{trace.path}: line {number} is earlier than the line before; sort the trace by timestamp")
-        last = at - started
-        prompt = _shared(trace, ids, length, f"{seed} {number}")
-        yield Job(last / 1e3 / trace.speed, prompt, max(1, round(output * trace.scale)))
+    for row in rows(Path(trace.path)):
+        prompt = _shared(trace, row.ids, row.input_tokens, f"{seed} {row.number}")
+        yield Job(row.at_ms / 1e3 / trace.speed, prompt, max(1, round(row.output_tokens * trace.scale)))
 
 
-def _shared(trace: Trace, ids: list[int], length: int, own: str) -> str:
+def _shared(trace: Trace, ids: Sequence[int], length: int, own: str) -> str:
     """Text whose blocks are those of `ids`; what they do not reach is the request's own."""
     words, block = max(1, round(length * trace.scale)), max(1, round(trace.block_tokens * trace.scale))
     parts = [named(f"block {one}", min(block, words - n * block)) for n, one in enumerate(ids) if words > n * block]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from http.client import HTTPException
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -17,9 +18,11 @@ if TYPE_CHECKING:
     from pdtrim_deploy.serving import Cluster
 
 SETTLE_S = 10.0
-KV = {name: f"pdtrim_kv_{name}" for name in ("payload_bytes", "wire_bytes", "dense_bytes", "transfer_seconds")}
+SIZES = ("payload_bytes", "wire_bytes", "dense_bytes")
+KV = {name: f"pdtrim_kv_{name}" for name in (*SIZES, "transfer_seconds")}
 OUTCOMES = "pdtrim_kv_requests_total"
-# SGLang 0.5.23, srt/observability/metrics_collector.py: every worker's queue, and the parts of a request's way.
+# SGLang 0.5.23, srt/observability/metrics_collector.py: a worker's queue before its first forward pass, told apart by
+# engine_type (prefill, decode), and the parts of a request's way.
 QUEUE, STAGES = "sglang:queue_time_seconds", "sglang:per_stage_req_latency_seconds"
 
 Key = tuple[str, str]  # full name of a sample, and the label that tells it from others of its name
@@ -43,7 +46,8 @@ class WorkerFigures(BaseModel):
         requests: transfers that ended well; outcomes: all, by how they ended.
         payload_bytes, wire_bytes, dense_bytes: of those; packed KV, all that was sent, what no pruning would have sent.
         transfer: from the first chunk's queueing to the last one's acknowledgement.
-        queues: time that requests waited for prefill, and SGLang's other stages of a request, by name.
+        queues: how long requests waited for prefill (`prefill_queue`) and, once their KV was there, for decode
+            (`decode_queue`), and SGLang's stages of a request, by name. Health checks of the router count too.
 
     """
 
@@ -56,6 +60,23 @@ class WorkerFigures(BaseModel):
     dense_bytes: int
     transfer: Histogram | None
     queues: dict[str, Histogram]
+
+    @classmethod
+    def of(cls, added: Mapping[Key, float]) -> WorkerFigures:
+        """From what was added to the counters meanwhile."""
+        queues = {f"{kind}_queue": _histogram(QUEUE, kind, added) for kind in _kinds(QUEUE, added)}
+        queues |= {stage: _histogram(STAGES, stage, added) for stage in _kinds(STAGES, added)}
+        outcomes = {at: int(count) for (name, at), count in sorted(added.items()) if name == OUTCOMES}
+        payload, wire, dense = (int(added.get((f"{KV[name]}_sum", ""), 0)) for name in SIZES)
+        return cls(
+            requests=_transfers(added),
+            outcomes={at: count for at, count in outcomes.items() if count},
+            payload_bytes=payload,
+            wire_bytes=wire,
+            dense_bytes=dense,
+            transfer=_histogram(KV["transfer_seconds"], "", added),
+            queues={at: one for at, one in queues.items() if one is not None},
+        )
 
 
 @dataclass(frozen=True)
@@ -82,58 +103,55 @@ class Workers:
         for url in self.urls:
             try:
                 said = scrape(url)
-            except OSError as error:
+            except (OSError, HTTPException) as error:
                 raise ServingError(f"{url} does not answer ({error}); start the worker with --enable-metrics") from None
+            except ValueError as error:
+                raise ServingError(f"{url} says no Prometheus metrics ({error}); give a worker's URL") from None
             for name, samples in said.items():
                 if name.startswith((*KV.values(), OUTCOMES, QUEUE, STAGES)):
+                    told = ("engine_type", "le") if name.startswith(QUEUE) else ("stage", "outcome", "le")
                     for sample in samples:
-                        labels = sample.labels
-                        at = ":".join(labels[label] for label in ("stage", "outcome", "le") if label in labels)
+                        at = ":".join(sample.labels[label] for label in told if label in sample.labels)
                         found[name, at] += sample.value
         return found
 
-    def since(self, before: Mapping[Key, float], ended_well: int) -> WorkerFigures:
+    def since(self, before: Mapping[Key, float], ended_well: int) -> dict[Key, float]:
         """What was added since `before`; waits a little until `ended_well` transfers are counted."""
         deadline = time.monotonic() + SETTLE_S
         while True:
-            now = self.read()
-            figures = _figures(before, now)
-            if figures.requests >= ended_well or time.monotonic() > deadline:
-                return figures
+            added = {key: value - before.get(key, 0.0) for key, value in self.read().items()}
+            if _transfers(added) >= ended_well or time.monotonic() > deadline:
+                return added
             time.sleep(0.2)
 
 
-def _figures(before: Mapping[Key, float], now: Mapping[Key, float]) -> WorkerFigures:
-    def added(key: Key) -> float:
-        return now.get(key, 0.0) - before.get(key, 0.0)
-
-    def size(name: str) -> int:
-        return int(added((f"{KV[name]}_sum", "")))
-
-    stages = sorted({at for name, at in now if name == f"{STAGES}_count"})
-    queues = {"queue": _histogram(QUEUE, "", added, now)} | {at: _histogram(STAGES, at, added, now) for at in stages}
-    outcomes = {at: int(added((name, at))) for name, at in sorted(now) if name == OUTCOMES}
-    return WorkerFigures(
-        requests=int(added((f"{KV['payload_bytes']}_count", ""))),
-        outcomes={at: count for at, count in outcomes.items() if count},
-        payload_bytes=size("payload_bytes"),
-        wire_bytes=size("wire_bytes"),
-        dense_bytes=size("dense_bytes"),
-        transfer=_histogram(KV["transfer_seconds"], "", added, now),
-        queues={at: one for at, one in queues.items() if one is not None},
-    )
+def summed(parts: Iterable[Mapping[Key, float]]) -> dict[Key, float]:
+    """What was added in all parts together."""
+    total: defaultdict[Key, float] = defaultdict(float)
+    for part in parts:
+        for key, value in part.items():
+            total[key] += value
+    return dict(total)
 
 
-def _histogram(name: str, at: str, added: Callable[[Key], float], now: Mapping[Key, float]) -> Histogram | None:
-    count = added((f"{name}_count", at))
+def _transfers(added: Mapping[Key, float]) -> int:
+    return int(added.get((f"{KV['payload_bytes']}_count", ""), 0))
+
+
+def _kinds(name: str, added: Mapping[Key, float]) -> list[str]:
+    return sorted(at for full, at in added if full == f"{name}_count")
+
+
+def _histogram(name: str, at: str, added: Mapping[Key, float]) -> Histogram | None:
+    count = added.get((f"{name}_count", at))
     if not count:
         return None
     start = f"{at}:" if at else ""
-    keys = [key for key in now if key[0] == f"{name}_bucket" and key[1].startswith(start)]
-    bounds = sorted((float(key[1].removeprefix(start)), added(key)) for key in keys)
+    keys = [key for key in added if key[0] == f"{name}_bucket" and key[1].startswith(start)]
+    bounds = sorted((float(key[1].removeprefix(start)), added[key]) for key in keys)
     return Histogram(
         count=int(count),
-        mean_ms=round(added((f"{name}_sum", at)) / count * 1e3, 3),
+        mean_ms=round(added[f"{name}_sum", at] / count * 1e3, 3),
         p50_ms=_quantile(bounds, 0.5),
         p95_ms=_quantile(bounds, 0.95),
     )

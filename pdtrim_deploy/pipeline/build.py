@@ -37,7 +37,7 @@ from pdtrim_deploy.plan import STAGES, Stage
 from pdtrim_deploy.recipe import Recipe
 from pdtrim_deploy.recipe_kv import FIXED_KV
 from pdtrim_deploy.recipe_targets import Target
-from pdtrim_deploy.report.environment import versions
+from pdtrim_deploy.report.environment import machine, versions
 
 if TYPE_CHECKING:
     from pdtrim_deploy.pruning.ray_evaluator import Workers
@@ -200,6 +200,7 @@ def _seal(context: Context, journal: Journal, failures: dict[str, str]) -> None:
         plan_digest=context.plan.digest,
         seed=recipe.calibration.seed,
         versions=versions(),
+        machine=machine(),
         steps=journal.steps,
         files=entries(out),
         engines={name: engines.read_engine(out / name) for name in built},

@@ -142,7 +142,7 @@ class LoadFigures(_Frozen):
 
 
 class Metrics(_Frozen):
-    """Everything that a demo run measures; `ratios` are pruned over dense, paired by round."""
+    """Everything that a demo run measures; `ratios` are pruned over dense, by round, `dropped` says what has none."""
 
     plan: PlanFigures
     transfer: TransferFigures
@@ -150,6 +150,7 @@ class Metrics(_Frozen):
     fidelity: FidelityFigures
     load: dict[str, LoadFigures]
     ratios: tuple[Ratio, ...] = ()
+    dropped: tuple[str, ...] = ()
     environment: dict[str, Any]
 
     @property

@@ -56,7 +56,9 @@ def load_table(results: dict[str, LoadResult]) -> Table:
         rows["KV bytes a request"] = _kv_bytes
         rows["KV transfer ms mean/p95"] = lambda r: _times(r.workers and r.workers.transfer)
         for name in dict.fromkeys(name for r in results.values() if r.workers for name in r.workers.queues):
-            rows[f"{name} ms mean/p95"] = lambda r, name=name: _times(r.workers and r.workers.queues.get(name))
+            rows[f"{name.replace('_', ' ')} ms mean/p95"] = lambda r, name=name: _times(
+                r.workers and r.workers.queues.get(name)
+            )
     for label, cell in rows.items():
         table.add_row(label, *(cell(result) for result in results.values()))
     return table

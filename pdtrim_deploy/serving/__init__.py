@@ -8,6 +8,7 @@ from pdtrim_deploy.serving.engines import EXECUTORS, Engine, Executors
 from pdtrim_deploy.serving.environment import ServeEnvironment
 from pdtrim_deploy.serving.launch import cluster_of, throttled
 from pdtrim_deploy.serving.spec import ClusterSpec, RouterSpec, WorkerOptions, WorkerSpec
+from pdtrim_deploy.serving.transports import Transport
 
 __all__ = [
     "EXECUTORS",
@@ -17,6 +18,7 @@ __all__ = [
     "Executors",
     "RouterSpec",
     "ServeEnvironment",
+    "Transport",
     "WorkerOptions",
     "WorkerSpec",
     "cluster_of",

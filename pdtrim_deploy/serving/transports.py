@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from pdtrim_deploy.errors import UserError
@@ -18,6 +18,14 @@ class Library:
     module: str
     package: str
     open: bool = False
+
+
+@dataclass(frozen=True)
+class Transport:
+    """SGLang's name of a KV transfer backend, and what it is told."""
+
+    backend: str = "pdtrim_tcp"
+    told: Mapping[str, Any] = field(default_factory=dict)
 
 
 LIBRARIES = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError
@@ -17,7 +17,28 @@ from pdtrim_deploy.yaml_errors import sentence
 ALONE = 1.2  # requests in the system, by Little's law, up to which a load counts as one request at a time
 
 
-class Rates(BaseModel):
+class Limits(BaseModel):
+    """What a pair was told and no load test shows; see Rates."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    chunk_tokens: PositiveInt = 8192
+    max_running: PositiveInt = 256
+    pool_tokens: PositiveInt | None = None
+
+    @classmethod
+    def _parse(cls, data: dict[str, Any], origins: Origins) -> Self:
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            if error.errors()[0]["loc"][0] == "decode_step_ms":
+                where = origins.file_of(("decode_step_ms",))
+                said = "requests in a batch and the milliseconds of a step, such as {1: 9.5, 16: 11}"
+                raise UserError(f"{where}: decode_step_ms is {data.get('decode_step_ms')!r}; allowed: {said}") from None
+            raise UserError(sentence(cls, error, origins)) from None
+
+
+class Rates(Limits):
     """One prefill and one decode worker.
 
     Attributes:
@@ -28,19 +49,16 @@ class Rates(BaseModel):
         chunk_tokens: prompt tokens that one prefill batch may hold (SGLang's --chunked-prefill-size).
         max_running: requests that a decode batch may hold (--max-running-requests).
         pool_tokens: KV rows of a decode worker's pool (--max-total-tokens); no limit without it.
+        doubts: why these may not be the workers' own, a sentence each.
 
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     prefill_tokens_per_s: PositiveFloat
     prefill_base_ms: NonNegativeFloat = 0.0
     decode_step_ms: Annotated[dict[PositiveInt, PositiveFloat], Field(min_length=1)]
     overhead_ms: NonNegativeFloat = 0.0
     transfer_ms: NonNegativeFloat = 0.0
-    chunk_tokens: PositiveInt = 8192
-    max_running: PositiveInt = 256
-    pool_tokens: PositiveInt | None = None
+    doubts: tuple[str, ...] = ()
 
     def alone_s(self, tokens: int) -> float:
         """Of one request in as many chunks as it needs."""
@@ -70,29 +88,24 @@ class Rates(BaseModel):
     def load(cls, paths: Sequence[Path]) -> Rates:
         """One file of rates (YAML or JSON), or results of `loadtest --json`, one of them of a request at a time.
 
+        With results may come one file of limits (chunk_tokens, max_running, pool_tokens).
+
         Raises:
             UserError: a file that is neither, both kinds together, or results that do not tell every rate.
 
         """
-        read = [compose(path, "rates") for path in paths]
-        results = [(str(path), data) for path, (data, _) in zip(paths, read, strict=True) if "ttft_ms" in data]
-        if not results and len(read) == 1:
-            return cls._parse(*read[0])
-        if len(results) < len(read):
-            other = next(path for path, (data, _) in zip(paths, read, strict=True) if "ttft_ms" not in data)
-            raise UserError(f"{other} is no result of loadtest --json; give one file of rates, or only such results")
-        return cls.measured([(name, _result(name, data)) for name, data in results])
-
-    @classmethod
-    def _parse(cls, data: dict[str, Any], origins: Origins) -> Rates:
-        try:
-            return cls.model_validate(data)
-        except ValidationError as error:
-            if error.errors()[0]["loc"][0] == "decode_step_ms":
-                where = origins.file_of(("decode_step_ms",))
-                said = "requests in a batch and the milliseconds of a step, such as {1: 9.5, 16: 11}"
-                raise UserError(f"{where}: decode_step_ms is {data.get('decode_step_ms')!r}; allowed: {said}") from None
-            raise UserError(sentence(cls, error, origins)) from None
+        read = {str(path): compose(path, "rates") for path in paths}
+        results = [(name, _result(name, data)) for name, (data, _) in read.items() if "ttft_ms" in data]
+        other = [(name, data, origins) for name, (data, origins) in read.items() if "ttft_ms" not in data]
+        if not results and len(other) == 1:
+            return cls._parse(*other[0][1:])
+        if len(other) > 1 or any(not data.keys() <= Limits.model_fields.keys() for _, data, _ in other):
+            raise UserError(
+                f"{other[0][0]} is no result of loadtest --json; give one file of rates, or only such results and at "
+                f"most one file of {', '.join(Limits.model_fields)}"
+            )
+        more = Limits._parse(*other[0][1:]).model_dump() if other else {}
+        return cls.measured(results, **more)
 
     @classmethod
     def measured(cls, results: Sequence[tuple[str, LoadResult]], **more: Any) -> Rates:
@@ -102,9 +115,13 @@ class Rates(BaseModel):
         `more` are other fields.
 
         Raises:
-            UserError: a result without figures of the workers, or none of one request at a time.
+            UserError: a result with failures or without figures of the workers, or none of one request at a time.
 
         """
+        for name, result in results:
+            if result.failed:
+                said = f"{result.failed} of {result.requests} requests failed"
+                raise UserError(f"{name}: {said}, which tells no rates; measure it again")
         alone = [(name, result) for name, result in results if in_system(result) <= ALONE]
         if not alone:
             raise UserError(
@@ -129,6 +146,7 @@ class Rates(BaseModel):
             "decode_step_ms": _by_batch(steps),
             "overhead_ms": max(0.0, float(np.median(ttft - base - per_token * tokens - transfer_ms))),
             "transfer_ms": float(np.median(transfer_ms)),
+            "doubts": tuple(f"{name}: {r.client.bottleneck}" for name, r in results if r.client.bottleneck),
         }
         return cls(**(fitted | more))
 

@@ -73,10 +73,10 @@ def size(rates: Rates, request_bytes: int, goal: Goal) -> Sizing:
             return Sizing(problem=f"{held}; raise them or shorten --isl and --osl")
         step = rates.steps_s()[1] * 1e3
         return Sizing(problem=f"a decode step of one request takes {step:.4g} ms; raise --slo-itl above it")
-    decode = _decode_workers(rates, goal, batch)
     wire = request_bytes / goal.link.bytes_per_s
     prefill = _prefill_workers(rates, goal, batch, wire)
-    known: dict[str, Any] = {"decode_workers": decode, "decode_batch": batch}
+    ttft = goal.ttft_s if prefill is None else _ttft_s(rates, goal, batch, prefill, wire)
+    known: dict[str, Any] = {"decode_workers": _decode_workers(rates, goal, batch, ttft), "decode_batch": batch}
     if prefill is None:
         prefill = _prefill_workers(rates, goal, batch, 0.0)
         if prefill is None:
@@ -88,7 +88,7 @@ def size(rates: Rates, request_bytes: int, goal: Goal) -> Sizing:
         return Sizing(link_bits_per_s_needed=needed, problem=said, **known)
     return Sizing(
         prefill_workers=prefill,
-        ttft_p95_ms=_ttft_s(rates, goal, batch, prefill, wire) * 1e3,
+        ttft_p95_ms=ttft * 1e3,
         link_bits_per_s_needed=_link_needed(rates, goal, batch, prefill, request_bytes),
         **known,
     )
@@ -113,16 +113,32 @@ def _batch(rates: Rates, goal: Goal) -> int:
     """No larger than was measured: beyond, step times are extrapolated."""
     most = min(rates.max_running, max(rates.decode_step_ms))
     if rates.pool_tokens is not None:
-        most = min(most, rates.pool_tokens // (goal.isl + goal.osl))
+        most = min(most, _held(rates.pool_tokens, goal))
     steps = rates.steps_s()
     return max((batch for batch in range(1, most + 1) if steps[batch] <= goal.itl_s), default=0)
 
 
-def _decode_workers(rates: Rates, goal: Goal, batch: int) -> int:
-    """So many that a worker's batch, about Poisson, is at most `batch` 95% of the time, by Little's law."""
-    root = (math.sqrt(NORMAL_95**2 + 4 * batch) - NORMAL_95) / 2  # m + 1.645 sqrt(m) = batch
-    in_decode = goal.rate * (goal.osl - 1) * rates.steps_s()[batch]
-    return max(1, math.ceil(in_decode / root**2))
+def _held(pool_tokens: int, goal: Goal) -> int:
+    """Requests that a pool holds at once."""
+    return pool_tokens // (goal.isl + goal.osl)
+
+
+def _decode_workers(rates: Rates, goal: Goal, batch: int, ttft_s: float) -> int:
+    """So many that a worker decodes at most `batch` requests, and its pool holds all that want rows of it.
+
+    Rows are held from admission, which comes before prefill, to the last token.
+    """
+    decoding = (goal.osl - 1) * rates.steps_s()[batch]
+    workers = _share(goal.rate * decoding, batch)
+    if rates.pool_tokens is None:
+        return workers
+    return max(workers, _share(goal.rate * (ttft_s + decoding), _held(rates.pool_tokens, goal)))
+
+
+def _share(requests: float, most: int) -> int:
+    """Workers whose share of `requests` at once (Little's law), about Poisson, is at most `most` 95% of the time."""
+    root = (math.sqrt(NORMAL_95**2 + 4 * most) - NORMAL_95) / 2  # m + 1.645 sqrt(m) = most
+    return max(1, math.ceil(requests / root**2))
 
 
 def _prefill_workers(rates: Rates, goal: Goal, batch: int, wire_s: float) -> int | None:

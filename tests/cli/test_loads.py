@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from bare_bundle import make_bundle
 from sse_server import Behaviour, serve
 
 from pdtrim_deploy.cli import main
@@ -56,6 +58,13 @@ def test_workers_without_metrics(url: str, capsys: pytest.CaptureFixture[str]) -
     assert "http://127.0.0.1:9/metrics does not answer" in err
 
 
+def test_counters_of_a_bundle_are_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bundle = make_bundle(tmp_path / "b").path
+    code, out, err = run(capsys, "loadtest", bundle, "--worker", "http://127.0.0.1:9", "--dry-run")
+    assert (code, out) == (2, "")
+    assert f"--worker is of a running pair, the workers of {bundle} are started and read; leave it out" in err
+
+
 def test_compare(url: str, scenario: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with serve(Behaviour(ttft=0.02, itl=0.03)) as slow:
         code, out, err = run(
@@ -70,12 +79,26 @@ def test_compare(url: str, scenario: Path, tmp_path: Path, capsys: pytest.Captur
     assert found["environment"]["command"].startswith("pdtrim-deploy compare http")
 
 
+@pytest.mark.parametrize("targets", [["loadtest", "http://127.0.0.1:1"], ["compare", "http://[::1]:1", "http://a:1"]])
+def test_a_scenario_that_the_driver_cannot_do_is_refused_before_anything_runs(
+    targets: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "s.yaml").write_text("name: endless\nduration_s: 5\n")
+    asked = [*targets, "--allow-remote", "--scenario", tmp_path / "s.yaml", "--dry-run"]
+    code, out, err = run(capsys, *asked, "--driver", "aiperf")
+    assert (code, out) == (2, "")
+    assert "scenario endless: driver aiperf sends a list of requests" in err
+    assert run(capsys, *asked)[0] == 0
+
+
 @pytest.mark.parametrize(
     ("more", "says"),
     [
         (["--rounds", 2], "--rounds 2 gives no confidence interval; use at least 3"),
         (["--a-executor", "onnxruntime"], "an executor is for bundles"),
         (["--a-executor", "onnx"], "'onnx': give one of torch, onnxruntime, tensorrt"),
+        (["--b-transport", "pdtrim_nixl"], "a transport is for bundles"),
+        (["--b-transport-option", "stall_seconds"], "give KEY=VALUE, such as stall_seconds=10"),
         (["--link", "100Mbps"], "a link is for bundles"),
         (["--link", "fast"], "'fast' is no link speed"),
         (["--driver", "wrk"], "load driver 'wrk' is not known"),
@@ -91,3 +114,31 @@ def test_compare_refuses_the_same_twice(capsys: pytest.CaptureFixture[str]) -> N
     code, _, err = run(capsys, "compare", "http://127.0.0.1:1", "http://127.0.0.1:1")
     assert code == 2
     assert "A and B are both http://127.0.0.1:1" in err
+
+
+def test_one_bundle_on_two_transports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bundle = make_bundle(tmp_path / "b").path
+    asked = ["compare", bundle, bundle, "--serve-python", sys.executable, "--dry-run", "--json"]
+    more = ["--b-transport", "mooncake", "--b-transport-option", "stall_seconds=3"]
+    code, out, err = run(capsys, *asked, *more)
+    assert code == 0, err
+    sides = json.loads(out)["sides"]
+    assert list(sides) == [str(bundle), f"{bundle} (mooncake, stall_seconds=3)"]
+    backends = [
+        {
+            words[words.index("--disaggregation-transfer-backend") + 1]
+            for name, words in programs.items()
+            if name != "router"
+        }
+        for programs in (side["programs"] for side in sides.values())
+    ]
+    assert backends == [{"pdtrim_tcp"}, {"mooncake"}]
+    assert '"stall_seconds": 3' in " ".join(sides[f"{bundle} (mooncake, stall_seconds=3)"]["programs"]["decode-0"])
+    for wrong, says in (
+        (["--a-transport", "pdtrim_tcp"], f"A and B are both {bundle}; give two bundles, or another executor"),
+        (["--b-transport", "pdtrim_mooncake"], "--transport-option accept_unauthenticated=true"),
+        ([*more, "--link", "1Mbps"], "a link holds back pdtrim_tcp, not mooncake; leave one of them out"),
+    ):
+        code, out, err = run(capsys, *asked, *wrong)
+        assert (code, out) == (2, "")
+        assert says in err

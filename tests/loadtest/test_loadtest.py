@@ -64,6 +64,7 @@ def test_lengths_and_texts_come_from_the_seed() -> None:
         (Behaviour(silent=True), "truncated"),
         (Behaviour(error_event=True), "error"),
         (Behaviour(garbage=True), "error"),
+        (Behaviour(finish_reason="length"), "error"),
         (Behaviour(hang=True), "timeout"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -121,6 +122,7 @@ def test_goodput_counts_requests_within_both_limits() -> None:
     ("run", "says"),
     [
         (LoadRun((outcome(0.1, 0.02),), 2.0, cpu_s=1.9), "it used 0.95 of the one core"),
+        (LoadRun((Outcome("refused", "x"),), 0.01, cpu_s=0.01), None),  # over before it says anything
         (LoadRun((outcome(0.1, 0.02, late=0.5),), 2.0), "p95 of requests were sent 500 ms late"),
         (LoadRun((outcome(0.1, 0.02),), 2.0, pauses=(0.06,) * 10), "it woke 60 ms late at p95"),
         (LoadRun((outcome(0.1, 0.02, late=0.005),), 2.0, cpu_s=0.5, pauses=(0.005,) * 10), None),
@@ -166,7 +168,13 @@ def test_this_machine_may_be_loaded(url: str) -> None:
     check_target(url, allow_remote=False)
 
 
-@pytest.mark.parametrize("url", ["http://10.0.0.1:80", "https://example.org", "ftp://127.0.0.1", "127.0.0.1:80"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("http://10.0.0.1:80", "https://example.org", "ftp://127.0.0.1", "127.0.0.1:80"),
+        *("http://[", "http://127.0.0.1:99999999", "http://127.0.0.1:x"),
+    ],
+)
 def test_other_targets_are_refused(url: str) -> None:
     with pytest.raises(UserError):
         check_target(url, allow_remote=False)

@@ -6,10 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.errors import ServingError, UserError
 from pdtrim_deploy.loadtest import LoadRun, Outcome, Scenario, driver
-from pdtrim_deploy.loadtest.rounds import Ratio, Side, check_rounds, interleave, repeats, shares, t_975
-from pdtrim_deploy.loadtest.workers import _figures, _quantile
+from pdtrim_deploy.loadtest.rounds import Comparison, Ratio, Side, check_rounds, interleave, repeats, shares, t_975
+from pdtrim_deploy.loadtest.scenario import SLO
+from pdtrim_deploy.loadtest.workers import Key, WorkerFigures, Workers, _quantile
+from pdtrim_deploy.serving import metrics
 
 sys.path.insert(0, str(Path(__file__).parent))
 from sse_server import Behaviour, serve
@@ -35,6 +37,22 @@ def test_both_sides_get_the_same_load_in_changing_order() -> None:
     assert not ratios["ITL p50"].differs
     assert "goodput/s" not in ratios
     assert (found.total["a"].requests, found.total["a"].duration_s) == (3, 3.0)
+
+
+def test_a_figure_that_a_round_lacks_is_named() -> None:
+    def drive(url: str, scenario: Scenario) -> LoadRun:
+        ttft = 0.5 if (url, scenario.seed) == ("b", 1) else 0.1
+        return LoadRun((Outcome(ttft=ttft, itl=(0.1,), e2e=1.0, output_tokens=2),), 1.0)
+
+    rounds = repeats(SCENARIO.changed(slo=SLO(ttft_ms=200)), 3)
+    found = interleave({"a": Side("a"), "b": Side("b")}, rounds, drive, "x")
+    assert "goodput/s" not in {one.figure for one in found.ratios("a", "b")}
+    assert found.dropped("a", "b") == ["goodput/s has no ratio: it is 0 or missing in 1 of 3 rounds"]
+    compared = Comparison(
+        first="a", second="b", scenario={}, rounds=3, ratios=(), dropped=tuple(found.dropped("a", "b")),
+        load=found.total, environment={},
+    )  # fmt: skip
+    assert compared.problems == found.dropped("a", "b")
 
 
 def test_a_slower_server_is_found_slower() -> None:
@@ -74,11 +92,10 @@ def test_too_few_rounds_are_refused() -> None:
 
 
 def test_what_workers_counted() -> None:
-    before = {("pdtrim_kv_payload_bytes_sum", ""): 100.0, ("pdtrim_kv_payload_bytes_count", ""): 1.0}
     seconds, stage = "pdtrim_kv_transfer_seconds", "sglang:per_stage_req_latency_seconds"
-    now = {
-        ("pdtrim_kv_payload_bytes_sum", ""): 500.0,
-        ("pdtrim_kv_payload_bytes_count", ""): 5.0,
+    added = {
+        ("pdtrim_kv_payload_bytes_sum", ""): 400.0,
+        ("pdtrim_kv_payload_bytes_count", ""): 4.0,
         ("pdtrim_kv_requests_total", "success"): 4.0,
         ("pdtrim_kv_requests_total", "failed"): 0.0,
         (f"{seconds}_count", ""): 4.0,
@@ -90,12 +107,65 @@ def test_what_workers_counted() -> None:
         (f"{stage}_sum", "decode_waiting"): 1.0,
         (f"{stage}_bucket", "decode_waiting:0.1"): 2.0,
     }
-    found = _figures(before, now)
+    found = WorkerFigures.of(added)
     assert (found.requests, found.payload_bytes, found.outcomes) == (4, 400, {"success": 4})
     assert found.transfer is not None
     assert (found.transfer.mean_ms, found.transfer.p50_ms, found.transfer.p95_ms) == (500, 500, 950)
     assert list(found.queues) == ["decode_waiting"]
     assert found.queues["decode_waiting"].mean_ms == 500
+
+
+def exposition(kind: str, count: int, seconds: float) -> str:
+    """A worker's queue as SGLang says it."""
+    name, labels = "sglang:queue_time_seconds", f'engine_type="{kind}",model_name="m",pp_rank="0",tp_rank="0"'
+    buckets = "".join(f'{name}_bucket{{{labels},le="{le}"}} {count}\n' for le in ("10.0", "+Inf"))
+    ends = f"{name}_sum{{{labels}}} {seconds}\n{name}_count{{{labels}}} {count}\n"
+    return f"# TYPE {name} histogram\n{buckets}{ends}"
+
+
+def test_the_queues_of_prefill_and_decode_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = {"p": exposition("prefill", 2, 4.0), "q": exposition("prefill", 2, 0.0), "d": exposition("decode", 4, 0.4)}
+    monkeypatch.setattr(metrics, "scrape", lambda url: metrics.parse(said[url]))
+    queues = WorkerFigures.of(Workers(tuple(said)).since({}, 0)).queues
+    assert {name: (one.count, one.mean_ms) for name, one in queues.items()} == {
+        "prefill_queue": (4, 1000),
+        "decode_queue": (4, 100),
+    }
+
+
+def test_a_worker_that_says_no_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "get", lambda url, timeout_s: "<html>hello</html>")
+    with pytest.raises(ServingError, match=r"u/metrics says no Prometheus metrics .*; give a worker's URL"):
+        Workers(("u/metrics",)).read()
+
+
+def test_totals_leave_out_what_was_counted_between_rounds() -> None:
+    served = {"a": 0, "b": 0}
+
+    class Counting(Workers):
+        def read(self) -> dict[Key, float]:
+            name = self.urls[0]
+            count = float(served[name])
+            kv = "pdtrim_kv_payload_bytes"
+            queue = "sglang:queue_time_seconds"
+            return {
+                (f"{kv}_count", ""): count,
+                (f"{kv}_sum", ""): count,
+                (f"{queue}_count", "prefill"): count,
+                (f"{queue}_sum", "prefill"): count,
+            }
+
+    def drive(url: str, scenario: Scenario) -> LoadRun:
+        served[url] += 1
+        served["b" if url == "a" else "a"] += 5  # health checks of the pair that is not under load
+        return LoadRun((Outcome(ttft=0.1, e2e=0.1, output_tokens=1),), 1.0)
+
+    sides = {name: Side(name, Counting((name,))) for name in served}
+    found = interleave(sides, repeats(SCENARIO, 3), drive, "x")
+    for name in served:
+        counted = found.total[name].workers
+        assert counted is not None
+        assert (counted.requests, counted.payload_bytes, counted.queues["prefill_queue"].count) == (3, 3, 3)
 
 
 def test_quantiles_without_an_upper_bound_are_not_guessed() -> None:

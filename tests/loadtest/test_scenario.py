@@ -152,12 +152,13 @@ def test_a_trace_keeps_times_lengths_and_what_is_shared(tmp_path: Path) -> None:
         (["{}"], "line 1 is no request; allowed: JSON with numbers timestamp"),
         ([json.dumps(TRACE[0]), "[1]"], "line 2 is no request"),
         ([json.dumps(TRACE[1]), json.dumps(TRACE[0])], "line 2 is earlier than the line before"),
+        (["", " "], "no line is a request; give a trace with at least one"),
     ],
 )
 def test_a_trace_that_cannot_be_read(tmp_path: Path, lines: list[str], says: str) -> None:
     (tmp_path / "t.jsonl").write_text("\n".join(lines))
     with pytest.raises(UserError, match=says):
-        list(jobs(load(tmp_path, "name: a\ntrace: {path: t.jsonl}")))
+        load(tmp_path, "name: a\ntrace: {path: t.jsonl}")
 
 
 def test_the_documented_scenario_is_one(tmp_path: Path) -> None:

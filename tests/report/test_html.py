@@ -16,7 +16,7 @@ import pytest
 from pdtrim_deploy.bundle import Bundle, Manifest
 from pdtrim_deploy.engine import Numerics, TargetResult
 from pdtrim_deploy.errors import UserError
-from pdtrim_deploy.loadtest import LoadResult, LoadRun, Outcome
+from pdtrim_deploy.loadtest import LoadResult, LoadRun, Outcome, WorkerFigures
 from pdtrim_deploy.loadtest.rounds import Comparison, Ratio
 from pdtrim_deploy.recipe import Recipe
 from pdtrim_deploy.report.html import Findings, page
@@ -52,6 +52,7 @@ def bundle(tmp_path: Path) -> Bundle:
     (tmp_path / "r.yaml").write_text("name: my-<b>\nmodel: {source: 'pypi:x'}\n".replace("<b>", "bundle"))
     manifest = Manifest(
         recipe_digest="r", plan_digest=PLAN.digest, seed=3, versions={"torch": "2"}, steps={}, files={},
+        machine={"cpu": "C <D>", "cores": 7},
         engines={"engines/onnx/decode": ENGINE}, failures={"tensorrt": "no <headers>"},
     )  # fmt: skip
     (tmp_path / "reports").mkdir()
@@ -63,11 +64,12 @@ def write(bundle: Bundle, name: str, data: object) -> None:
 
 
 def comparison() -> Comparison:
-    run = LoadRun((Outcome(ttft=0.1, itl=(0.1,), e2e=0.2, output_tokens=2),), 1.0, cpu_s=0.95)
-    result = LoadResult.of("x", [run])
+    run = LoadRun((Outcome(ttft=0.1, itl=(0.1,), e2e=0.2, output_tokens=2),), 2.0, cpu_s=1.9)
+    seen = {("sglang:queue_time_seconds_count", "decode"): 2.0, ("sglang:queue_time_seconds_sum", "decode"): 0.5}
+    result = LoadResult.of("x", [run], workers=WorkerFigures.of(seen))
     return Comparison(
         first="a", second="b", scenario={"seed": 11}, rounds=3, ratios=RATIOS, load={"a": result, "b": result},
-        environment=ENVIRONMENT,
+        dropped=("goodput/s has no ratio",), environment=ENVIRONMENT,
     )  # fmt: skip
 
 
@@ -100,6 +102,7 @@ def test_workers_are_shown_as_computed_or_simulated(bundle: Bundle) -> None:
         slow = sized(PLAN, rates, replace(goal, itl_s=0.001), requests)
         sides = {"a <dense>": side.model_dump(mode="json"), "b": slow.model_dump(mode="json")}
         workers = {"slo": {"ttft_s": 1.0, "itl_s": 0.02}, "link_each": True, "assumed": "no cache", "sides": sides}
+        workers["rates"] = rates.model_copy(update={"doubts": ("a.json: late",)}).model_dump(mode="json")
         asked = {"isl": 500, "osl": 50, "rate": 5.0, "link_bits_per_s": 1e9}
         said = {"traffic": asked, "workers": workers, "plan_digest": PLAN.digest, "environment": ENVIRONMENT}
         write(bundle, "sizing", said)
@@ -109,6 +112,7 @@ def test_workers_are_shown_as_computed_or_simulated(bundle: Bundle) -> None:
         assert ("simulated: within the SLO" in text) == bool(requests)
         assert "raise --slo-itl above it" in text
         assert "1 Gb/s link of each prefill worker" in text
+        assert "doubtful rates: </strong>a.json: late" in text
     write(bundle, "sizing", said | {"plan_digest": "0" * 64})
     with pytest.raises(UserError, match=r"sizing\.json is of plan 0000"):
         Findings.of(bundle)
@@ -138,6 +142,8 @@ def test_every_section_is_there_and_text_is_escaped(bundle: Bundle) -> None:
     ):
         assert text in said
     assert "the client was a bottleneck" in said
+    assert "goodput/s has no ratio" in said
+    assert "decode queue ms mean/p95250 / -250 / -" in said
 
 
 def test_only_ratios_beyond_noise_make_headlines(bundle: Bundle) -> None:
@@ -205,6 +211,39 @@ def test_intervals_stand_where_they_should(bundle: Bundle) -> None:
         assert float(line.get("x1") or 0) <= float(dot.get("cx") or 0) <= float(line.get("x2") or 0)
 
 
+def test_what_the_build_left_names_command_seed_and_machine(bundle: Bundle) -> None:
+    full(bundle)
+    mass = {"n_first": 4, "n_last": 64, "prompt_tokens": 512, "sequences": 4, "blocks": list(PLAN.decode_layers)}
+    write(bundle, "attention", mass | {part: [0.25, 0.25] for part in ("first", "last", "middle", "generated")})
+    check = {"requests": 4, "max_logprob_error": 1e-5, "tolerance": 1e-3, "passed": True, "controls": {"all": 1.0}}
+    more = {"controls_detected": {"all": True}, "seed": 5, "plan": PLAN.digest}  # as `fidelity` writes it
+    write(bundle, "fidelity", check | more | {"environment": ENVIRONMENT | {"command": "check it"}})
+    sections = {
+        s.findtext("h2"): " ".join("".join(s.itertext()).split()) for s in parsed(Findings.of(bundle)).iter("section")
+    }
+    made = f"pdtrim-deploy build {bundle.path}/recipe.yaml --out {bundle.path}"
+    for title in ("Plan", "Search", "Where decode looks", "Engines"):
+        assert f"{made}; C <D>, 7 cores; torch 2; seed 3" in sections[title], title
+    assert "check it; A & B, 2 cores; torch 2; seed 5" in sections["Quality"]
+    assert f"by{made}" in sections["Where this comes from"]
+    assert "oncpu C <D>, cores 7" in sections["Where this comes from"]
+    write(bundle, "fidelity", check | more | {"plan": "0" * 64})
+    with pytest.raises(UserError, match=r"fidelity\.json is of plan 0000"):
+        Findings.of(bundle)
+
+
+def test_no_two_methods_of_the_front_look_alike(bundle: Bundle) -> None:
+    rows = [{"method": f"m{n}", "asked": 2.0, "reduction": 2.0, "ppl_ratio": 1.1} for n in range(13)]
+    (bundle.path / "kv.json").write_text(json.dumps(PARETO | {"rows": rows}))
+    root = parsed(Findings.of(bundle, pareto=bundle.path / "kv.json"))
+    looks = Counter(line.get("class") for line in root.iter(f"{SVG}polyline"))
+    assert set(looks.values()) == {2}  # the curve and its entry in the legend
+    assert len(looks) == 13
+    style = root.findtext("head/style") or ""
+    for name in {word for look in looks for word in (look or "").split()}:
+        assert f".{name} {{" in style
+
+
 def test_what_is_lacking_is_named_with_its_command(bundle: Bundle) -> None:
     bare = replace(bundle, manifest=bundle.manifest.model_copy(update={"engines": {}, "failures": {}}))
     root = parsed(Findings.of(bare))
@@ -230,6 +269,17 @@ def test_files_that_are_something_else(bundle: Bundle, text: str, says: str) -> 
         Findings.of(bundle, [bundle.path / "c.json"])
     with pytest.raises(UserError, match="no such file"):
         Findings.of(bundle, pareto=bundle.path / "gone.json")
+    with pytest.raises(UserError, match="reports: a folder; name the JSON file in it"):
+        Findings.of(bundle, [bundle.reports_dir])
+
+
+@pytest.mark.parametrize("rows", [[], [1], {}, [{"fault": "x", "leaked": {}}], [{"ppl_ratio": 1.0}]], ids=str)
+def test_tables_that_are_something_else(bundle: Bundle, rows: object) -> None:
+    (bundle.path / "t.json").write_text(json.dumps({"rows": rows}))
+    with pytest.raises(UserError, match="has no rows of bench-kv; make it with: make bench-kv"):
+        Findings.of(bundle, pareto=bundle.path / "t.json")
+    with pytest.raises(UserError, match="has no rows of bench-faults; make it with: make bench-faults"):
+        Findings.of(bundle, faults=bundle.path / "t.json")
 
 
 def test_markup_escapes_what_is_not_markup() -> None:

@@ -8,11 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from bare_bundle import make_bundle
 
-from pdtrim_deploy.bundle import Bundle, Manifest, entries, seal
 from pdtrim_deploy.cli import main
-from pdtrim_deploy.plan import STAGES, Drop, Keep, KVSend, ModelShape, PDPlan
-from pdtrim_deploy.recipe import Recipe
 
 PAIR = Path(__file__).parents[2] / "recipes" / "smollm2-targets.yaml"
 
@@ -22,24 +20,6 @@ def run(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, st
         main(["plan", *(str(arg) for arg in args)])
     captured = capsys.readouterr()
     return int(ended.value.code or 0), captured.out, captured.err
-
-
-def make_bundle(path: Path, source: str = "hf:some/tiny") -> Bundle:
-    """A sealed bundle without weights: what `plan` reads of one."""
-    shape = ModelShape(architecture="X", fingerprint="f", num_blocks=4, num_kv_heads=2, head_dim=8, kv_dtype="float32")
-    sparse = KVSend(mode="sparse", n_first=1, n_last=2)
-    keep = (Keep(),) * 3 + (Drop(),)
-    plan = PDPlan(model=shape, prefill=keep, decode=keep, kv=(KVSend(), sparse, sparse))
-    for stage in STAGES:
-        (path / stage).mkdir(parents=True)
-        config = {"max_position_embeddings": 64, "pdtrim": plan.model_dump(mode="json")}
-        (path / stage / "config.json").write_text(json.dumps(config))
-    (path / "plan.json").write_text(plan.canonical_json())
-    recipe = Recipe.model_validate({"name": "b", "model": {"source": source}})
-    (path / "recipe.yaml").write_text(recipe.to_yaml())
-    files = entries(path)
-    seal(path, Manifest(recipe_digest="r", plan_digest=plan.digest, seed=0, versions={}, steps={}, files=files))
-    return Bundle.open(path)
 
 
 def test_a_bundle_is_priced_by_its_own_plan(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -92,6 +92,19 @@ def test_the_workers_found_keep_the_slo_in_simulation(plan: PDPlan, goal: Goal) 
             assert late, halved
 
 
+@pytest.mark.parametrize("pool", [30_000, 90_000])
+def test_a_pool_is_held_from_admission_through_prefill(pool: int) -> None:
+    rates = Rates(prefill_tokens_per_s=5000.0, decode_step_ms={1: 8.0, 64: 14.0}, pool_tokens=pool)
+    goal = Goal(40.0, 4096, 32, 2.0, 0.02, Link(1e12))
+    found = size(rates, 1000, goal)
+    assert found.decode_batch == pool // 4128
+    cluster = Cluster(found.prefill_workers, found.decode_workers, rates, lambda n: 1000, goal.link)
+    load = Load.poisson(goal.rate, 4000, Lengths(tokens=goal.isl), Lengths(tokens=goal.osl))
+    assert simulate(cluster, load).figures().ttft_ms.p95 <= found.ttft_p95_ms
+    few = simulate(Cluster(found.prefill_workers, found.decode_workers // 3, rates, lambda n: 1000, goal.link), load)
+    assert few.figures().ttft_ms.p95 > goal.ttft_s * 1e3
+
+
 def test_pruning_needs_fewer_workers_and_a_thinner_link() -> None:
     goal = Goal(100.0, 4000, 300, 1.0, 0.015, Link(1e12))
     dense, sparse = (size(rates_of(plan, RATES), plan.payload_bytes(4000), goal) for plan in (DENSE, SPARSE))
@@ -163,6 +176,32 @@ def test_rates_are_read_from_load_tests(tmp_path: Path) -> None:
     assert Rates.load([tmp_path / "rates.yaml"]).steps_s()[200] == pytest.approx(0.002)
 
 
+def test_results_that_failed_are_refused_and_a_busy_client_is_told(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="a: 2 of 9 requests failed, which tells no rates; measure it again"):
+        Rates.measured([("a", MEASURED["a"].model_copy(update={"requests": 9, "failed": 2}))])
+    client = MEASURED["a"].client.model_copy(update={"bottleneck": "the client was a bottleneck: slow"})
+    (tmp_path / "a.json").write_text(MEASURED["a"].model_copy(update={"client": client}).model_dump_json())
+    asked = ["llama-3.1-8b", "--rates", tmp_path / "a.json", "--rate", 1, "--slo-ttft", "9s", "--slo-itl", "1s"]
+    _, out, _ = run(capsys, *asked)
+    assert f"doubtful: {tmp_path / 'a.json'}: the client was a bottleneck: slow" in out
+    _, out, _ = run(capsys, *asked, "--json")
+    assert json.loads(out)["workers"]["rates"]["doubts"] == [
+        f"{tmp_path / 'a.json'}: the client was a bottleneck: slow"
+    ]
+
+
+def test_results_take_limits_from_a_file_of_their_own(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(MEASURED["a"].model_dump_json())
+    (tmp_path / "limits.yaml").write_text("pool_tokens: 400000\nchunk_tokens: 2048\n")
+    rates = Rates.load([tmp_path / "a.json", tmp_path / "limits.yaml"])
+    assert (rates.pool_tokens, rates.chunk_tokens, rates.max_running) == (400000, 2048, 256)
+    (tmp_path / "limits.yaml").write_text("pool_tokens: 0\n")
+    with pytest.raises(UserError, match=r"limits.yaml: pool_tokens is 0; allowed: "):
+        Rates.load([tmp_path / "a.json", tmp_path / "limits.yaml"])
+
+
 def test_the_rates_that_are_shipped_say_that_nobody_measured_them() -> None:
     shipped = sorted((Path(__file__).parents[2] / "scenarios" / "rates").glob("*.yaml"))
     assert shipped
@@ -203,6 +242,7 @@ def test_the_command_counts_and_simulates(capsys: pytest.CaptureFixture[str], tm
     assert code == 0
     assert "simulated, not measured: 500 requests" in out
     assert "assumed: Poisson arrivals" in out
+    assert "8192 prompt tokens a batch, 256 requests a decode batch, a decode pool without limit" in out
     code, out, _ = run(capsys, *asked, "--json")
     said = json.loads(out)["workers"]
     (side,) = said["sides"].values()
@@ -218,6 +258,11 @@ def test_the_command_counts_and_simulates(capsys: pytest.CaptureFixture[str], tm
     ("args", "said"),
     [
         (["--slo-ttft", "1s"], "are about workers; say --rates too"),
+        (["--requests", 20000], "are about workers; say --rates too"),
+        (["--seed", 0], "are about workers; say --rates too"),
+        (["--rates-of", "dense"], "are about workers; say --rates too"),
+        (["--rates", "FILE", "--seed", 0], "--requests and --seed are about a simulation; say --simulate too"),
+        (["--rates", "FILE", "--requests", 9], "--requests and --seed are about a simulation; say --simulate too"),
         (["--rates", "FILE", "--rate", 5], "say --rate, --slo-ttft and --slo-itl too"),
         (["--rates", "FILE", "--rate", 5, "--slo-ttft", "1"], "no time above 0 with its unit"),
         (["--rates", "FILE", "--rate", 5, "--slo-ttft", "1s", "--slo-itl", "0ms"], "no time above 0 with its unit"),

@@ -10,6 +10,7 @@ from typing import Any
 from pdtrim_deploy.report.html.markup import Markup, tag
 
 WIDTH = 760
+COLOURS = 10  # classes c0, c1, ... of style.css
 
 
 def svg(width: float, height: float, label: str, parts: Sequence[Markup]) -> Markup:
@@ -79,7 +80,7 @@ def trajectory(steps: Sequence[tuple[int, float]], label: str) -> Markup:
 
 
 def pareto(rows: Sequence[dict[str, Any]], here: tuple[float, float] | None, most_ratio: float = 1.5) -> Markup:
-    """Perplexity ratio over KV reduction (logarithmic), a line a method; `here` is this bundle."""
+    """Perplexity ratio over KV reduction (logarithmic), a line a method; dashed: its colour is another's too."""
     left, right, top, bottom, height = 56, 210, 16, 46, 380
     lines: dict[str, dict[float, list[tuple[float, float]]]] = {}
     for row in rows:
@@ -106,15 +107,16 @@ def pareto(rows: Sequence[dict[str, Any]], here: tuple[float, float] | None, mos
     parts.append(tag("text", "fewer KV bytes than dense, log scale", x=left, y=height - 6, class_="small"))
     for number, (method, budgets) in enumerate(sorted(lines.items(), key=lambda item: not item[0].startswith("ours"))):
         points = [(fmean(r for r, _ in found), fmean(p for _, p in found)) for _, found in sorted(budgets.items())]
-        placed, colour = [place(*point) for point in points], f"c{number % 8}"
-        bold = " bold" if method.startswith("ours") else ""
+        placed, colour = [place(*point) for point in points], f"c{number % COLOURS}"
+        curve = f"curve {colour}" + " dashed" * (number >= COLOURS) + " bold" * method.startswith("ours")
         path = " ".join(f"{x},{y}" for x, y in placed)
-        parts.append(tag("polyline", points=path, class_=f"curve {colour}{bold}"))
+        parts.append(tag("polyline", points=path, class_=curve))
         for (x, y), (reduction, ratio) in zip(placed, points, strict=True):
             title = tag("title", f"{method}: {reduction:.2f}x, perplexity x{ratio:.4f}")
             parts.append(tag("circle", title, cx=x, cy=y, r=4, class_=colour))
         line = top + 10 + 22 * number
-        parts.append(tag("circle", cx=WIDTH - right + 22, cy=line - 4, r=5, class_=colour))
+        left_end, right_end = (f"{WIDTH - right + at},{line - 4}" for at in (8, 30))
+        parts.append(tag("polyline", points=f"{left_end} {right_end}", class_=curve))
         parts.append(tag("text", method, x=WIDTH - right + 34, y=line, class_="small"))
     if here:
         x, y = place(*here)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 from pdtrim_deploy.bundle import Bundle
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.recipe_kv import FIXED_KV
-from pdtrim_deploy.report.html.fault_table import is_fault_table
+from pdtrim_deploy.report.html.fault_table import KEYS as FAULT_KEYS
 
 # Report of a bundle -> the command that makes it.
 REPORTS = {
@@ -63,7 +64,8 @@ class Findings:
         """
         reports = {name: _read(path) for name in REPORTS if (path := bundle.reports_dir / f"{name}.json").is_file()}
         for name, said in reports.items():
-            digest = said.get("plan_digest") or said.get("plan", {}).get("digest")
+            plan = said.get("plan_digest") or said.get("plan")
+            digest = plan.get("digest") if isinstance(plan, dict) else plan
             if digest not in (None, bundle.plan.digest):
                 made = REPORTS[name].replace("BUNDLE", str(bundle.path))
                 raise UserError(
@@ -73,12 +75,19 @@ class Findings:
         loads = {"compare.json": reports.pop("compare")} if "compare" in reports else {}
         loads |= {str(path): _read(path) for path in comparisons}
         for name, said in loads.items():
-            if not {"first", "second", "ratios"} <= said.keys():
+            if not {"first", "second", "ratios", "load"} <= said.keys():
                 raise UserError(f"{name} is no comparison; make one with: pdtrim-deploy compare A B --out {name}")
         own = bundle.reports_dir / "faults.json"
         faults = faults or (own if own.is_file() else None)
         tried = read_faults(faults) if faults else None
         return cls(bundle, reports, loads, read_pareto(pareto) if pareto else None, tried)
+
+    @property
+    def built(self) -> dict[str, Any]:
+        """Where the bundle was made, as an environment of `report.environment`; its recipe makes the same again."""
+        at, manifest = shlex.quote(str(self.bundle.path)), self.bundle.manifest
+        command = f"pdtrim-deploy build {at}/recipe.yaml --out {at}"
+        return {"environment": {"command": command, "machine": manifest.machine, "versions": manifest.versions}}
 
     @property
     def missing(self) -> dict[str, str]:
@@ -102,7 +111,7 @@ class Findings:
 def read_pareto(path: Path) -> dict[str, Any]:
     """What `make bench-kv` wrote; UserError when it is something else."""
     found = _read(path)
-    if not all("ppl_ratio" in row for row in found.get("rows", [{}])):
+    if not _has_rows(found, {"method", "asked", "reduction", "ppl_ratio"}):
         raise UserError(f"{path} has no rows of bench-kv; make it with: make bench-kv")
     return found
 
@@ -110,9 +119,14 @@ def read_pareto(path: Path) -> dict[str, Any]:
 def read_faults(path: Path) -> dict[str, Any]:
     """What `make bench-faults` wrote; UserError when it is something else."""
     found = _read(path)
-    if not is_fault_table(found):
+    if not _has_rows(found, FAULT_KEYS):
         raise UserError(f"{path} has no rows of bench-faults; make it with: make bench-faults")
     return found
+
+
+def _has_rows(found: dict[str, Any], keys: set[str]) -> bool:
+    rows = found.get("rows")
+    return isinstance(rows, list) and bool(rows) and all(isinstance(row, dict) and keys <= row.keys() for row in rows)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -120,6 +134,8 @@ def _read(path: Path) -> dict[str, Any]:
         data = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; check the path") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: a folder; name the JSON file in it") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not JSON ({error}); make it again") from None
     if not isinstance(data, dict):

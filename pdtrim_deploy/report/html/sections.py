@@ -44,7 +44,7 @@ def plan(found: Findings) -> Markup:
         f"{chosen.dense_bytes(tokens):,}. Chosen by {found.bundle.recipe.pruning.method} (blocks) and "
         f"{found.bundle.recipe.kv.method} (KV)."
     )
-    return join([tag("p", said), plan_picture(chosen, tokens)])
+    return join([tag("p", said), plan_picture(chosen, tokens), _built(found)])
 
 
 def search(found: Findings) -> Markup | None:
@@ -71,7 +71,7 @@ def search(found: Findings) -> Markup | None:
                 [(s["step"], s["block"], _number(s.get("loss"), 4), _number(s.get("seconds"), 2)) for s in steps],
             )
         )
-    return join(parts) if parts else None
+    return join([*parts, _built(found, f"seed of the search {found.bundle.recipe.pruning.seed}")]) if parts else None
 
 
 def attention(found: Findings) -> Markup | None:
@@ -85,7 +85,7 @@ def attention(found: Findings) -> Markup | None:
         "the middle, and on what was generated. A layer that looks at the middle need not be harmed by its loss: what "
         "a layer's KV is worth was measured."
     )
-    return join([tag("p", said), attention_picture(mass)])
+    return join([tag("p", said), attention_picture(mass), _built(found)])
 
 
 def quality(found: Findings) -> Markup | None:
@@ -127,6 +127,7 @@ def quality(found: Findings) -> Markup | None:
                 f"told apart: {'passed' if check['passed'] else 'FAILED'}.",
             )
         )
+        parts.append(_made(check, _seed(check)))
     return join(parts) if parts else None
 
 
@@ -157,6 +158,7 @@ def load(found: Findings) -> Markup | None:
             if link := said.get("link"):
                 text += f" KV went over a relay on loopback that lets {link} through."
             parts += [tag("p", text), charts.intervals(rows, name)]
+        parts += [tag("p", sentence) for sentence in said.get("dropped", ())]
         load_of = {side: one.get("detail", one) for side, one in said["load"].items()}
         parts += [tag("p", tag("strong", f"{side}: "), why) for side, why in _warnings(load_of)]
         head = ("absolute, for the record", *load_of)
@@ -166,6 +168,11 @@ def load(found: Findings) -> Markup | None:
         for key in ("ttft_ms", "itl_ms", "tpot_ms", "e2e_ms"):
             cells = (" / ".join(_number(r[key][p], 0) for p in ("p50", "p90", "p95", "p99")) for r in load_of.values())
             figures.append([f"{key.removesuffix('_ms').upper()} ms p50/p90/p95/p99", *cells])
+        for queue in ("prefill_queue", "decode_queue"):
+            waits = [((r.get("workers") or {}).get("queues") or {}).get(queue) for r in load_of.values()]
+            if any(waits):
+                cells = (f"{_number(w['mean_ms'], 0)} / {_number(w['p95_ms'], 0)}" if w else "-" for w in waits)
+                figures.append([f"{queue.replace('_', ' ')} ms mean/p95", *cells])
         figures.append(["output tokens/s", *(_number(r["output_tokens_per_s"], 2) for r in load_of.values())])
         parts.append(tag("details", tag("summary", "absolute figures of this machine"), table(head, figures)))
         parts.append(_made(said, _seed(said)))
@@ -186,6 +193,7 @@ def workers(found: Findings) -> Markup | None:
         tag("p", f"{goal}; {asked['isl']} tokens in, {asked['osl']} out, {link}."),
         table(("", *sides), workers_rows(sides)),
         *(tag("p", tag("strong", f"{n}: "), side.sizing.problem) for n, side in sides.items() if side.sizing.problem),
+        *(tag("p", tag("strong", "doubtful rates: "), doubt) for doubt in counted.get("rates", {}).get("doubts", ())),
         tag("p", f"Computed{', and simulated, ' if simulated else ' '}not measured, from rates of one worker each. "
             f"Assumed: {counted['assumed']}."),
     ]  # fmt: skip
@@ -217,7 +225,7 @@ def engines(found: Findings) -> Markup | None:
     parts += [
         tag("p", tag("strong", f"not built, {name}: "), why) for name, why in found.bundle.manifest.failures.items()
     ]
-    return join(parts)
+    return join([*parts, _built(found)])
 
 
 def origin(found: Findings) -> Markup:
@@ -229,6 +237,8 @@ def origin(found: Findings) -> Markup:
         ("plan", manifest.plan_digest),
         ("recipe", manifest.recipe_digest),
         ("seed of the build", manifest.seed),
+        ("by", tag("code", found.built["environment"]["command"])),
+        ("on", ", ".join(f"{what} {value}" for what, value in manifest.machine.items()) or "a machine not recorded"),
         *((f"step {name}", f"{step.seconds:.1f} s") for name, step in manifest.steps.items()),
         *manifest.versions.items(),
     ]
@@ -253,8 +263,13 @@ def _warnings(loads: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _seed(said: dict[str, Any]) -> str:
-    seed = said.get("scenario", said.get("options", {})).get("seed")
+    seed = said.get("scenario", said.get("options", said)).get("seed")
     return f"seed {seed}" if seed is not None else "seeds as in the command"
+
+
+def _built(found: Findings, *more: str) -> Markup:
+    """The line under what the build left."""
+    return _made(found.built, f"seed {found.bundle.manifest.seed}", *more)
 
 
 def _made(said: dict[str, Any], *more: str) -> Markup:
