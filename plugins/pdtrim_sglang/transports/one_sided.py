@@ -81,7 +81,7 @@ class OneSidedSendChannel(TcpSendChannel):
     ) -> None:
         super().__init__(host, port, listener, config, writer.take(config.staging_bytes))
         self._writer, self._target = writer, None
-        self._free = threading.Event()
+        self._place: tuple[socket.socket | None, threading.Event] = (None, threading.Event())  # set: nothing lies in it
         weakref.finalize(self, writer.give, self.staging)
 
     def _introduced(self, connection: socket.socket) -> None:
@@ -92,17 +92,18 @@ class OneSidedSendChannel(TcpSendChannel):
             self._target = self._writer.reach(bytes(receive(connection, bytearray(length)) or b""))
         except ValueError as error:
             raise OSError(str(error)) from None
-        self._free.set()
+        self._place = connection, threading.Event()
+        self._answered(connection)
 
     def _transmit(
         self, connection: socket.socket, header: ChunkHeader, payload: Sequence[memoryview]
     ) -> list[memoryview]:
-        seconds = self._config.stall_seconds
-        if not self._free.wait(seconds):
+        seconds, (_, free) = self._config.stall_seconds, self._place
+        if not free.wait(seconds):
             raise OSError(f"no answer to the last chunk within {seconds:.0f} s")  # and it hangs up
         if connection is self._broken:
             raise OSError("the connection was lost")
-        self._free.clear()
+        free.clear()
         at = 0
         for piece in payload:  # the staging buffer itself, or what an engine has packed elsewhere
             if piece.obj is not self._bytes.obj:
@@ -112,8 +113,10 @@ class OneSidedSendChannel(TcpSendChannel):
             self._writer.write(self.staging, at, self._target, seconds)
         return []
 
-    def _replied(self) -> None:
-        self._free.set()
+    def _answered(self, connection: socket.socket) -> None:
+        of, free = self._place
+        if of is connection:  # not an old one, whose reader comes late
+            free.set()
 
 
 class OneSidedReceiveServer(TcpReceiveServer):

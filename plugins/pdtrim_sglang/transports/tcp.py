@@ -83,8 +83,8 @@ class TcpSendChannel(SendChannel):
         """Move the payload; returns what of it goes between header and aux row."""
         return payload
 
-    def _replied(self) -> None:
-        """A reply came: the peer is done with a chunk."""
+    def _answered(self, connection: socket.socket) -> None:
+        """The peer is done with a chunk, or the connection is lost (then it is `_broken`)."""
 
     def _connected(self) -> socket.socket:
         if self._socket is None or self._socket is self._broken:
@@ -108,11 +108,12 @@ class TcpSendChannel(SendChannel):
             while fixed := receive(connection, bytearray(REPLY_BYTES), patient=True):
                 room, length = Reply.decode_fixed(bytes(fixed))
                 text = receive(connection, bytearray(length)) if length else b""
-                self._replied()
+                self._answered(connection)
                 self._listener.on_reply(Reply(room, bytes(text or b"").decode(errors="replace")))
         except (OSError, ProtocolError) as error:
             reason = str(error)
         self._broken = connection
+        self._answered(connection)
         _hang_up(connection)
         self._listener.on_lost(f"lost decode worker {_name(self._address)}: {reason}")
 
