@@ -196,13 +196,19 @@ class TcpReceiveServer(ReceiveServer):
         """A connection is over."""
         self._staging.pop(connection, None)
 
+    def _buffer(self, connection: socket.socket, length: int) -> memoryview:
+        """The connection's own memory; it grows with the chunks, by doubling up to `staging_bytes`."""
+        staging = self._staging.get(connection, bytearray(0))
+        if length > len(staging):
+            grown = max(length, min(2 * len(staging), self._config.staging_bytes))
+            self._connections[connection] += grown - len(staging)
+            staging = self._staging[connection] = bytearray(grown)
+        return memoryview(staging)[:length]
+
     def _body(self, connection: socket.socket, header: ChunkHeader) -> tuple[memoryview, memoryview]:
         """Payload and aux row of a chunk whose lengths were admitted; valid until the next one."""
-        length, staging = header.payload_bytes + header.aux_bytes, self._staging.get(connection, bytearray(0))
-        if length > len(staging):
-            staging = self._staging[connection] = bytearray(max(length, 2 * len(staging)))
-            self._connections[connection] = len(staging)
-        body = memoryview(staging)[:length]
+        length = header.payload_bytes + header.aux_bytes
+        body = self._buffer(connection, length)
         if length and receive(connection, body) is None:
             raise ConnectionError("closed inside a chunk")
         return body[: header.payload_bytes], body[header.payload_bytes :]
