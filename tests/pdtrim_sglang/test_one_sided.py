@@ -3,8 +3,10 @@
 import queue
 import threading
 import time
+from dataclasses import replace
 
 import pytest
+import torch
 from pdtrim_sglang.protocol import ChunkHeader, Reply
 from pdtrim_sglang.transports.base import TransportConfig, TransportError
 from pdtrim_sglang.transports.one_sided import OneSidedReceiveServer, OneSidedSendChannel, Writer
@@ -35,7 +37,7 @@ class Memory(Writer):
 
 class Handler:
     def __init__(self):
-        self.gate, self.got = threading.Event(), []
+        self.gate, self.delivering, self.got = threading.Event(), threading.Event(), []
 
     def connections_changed(self):
         pass
@@ -44,8 +46,9 @@ class Handler:
         pass
 
     def deliver(self, header, payload, aux):
+        self.delivering.set()
         self.gate.wait(20)
-        self.got.append(payload.tolist())
+        self.got.append((payload.tolist(), bytes(aux)))
         return Reply(header.room)
 
 
@@ -76,3 +79,31 @@ def test_a_sender_that_waits_for_its_turn_hears_that_the_connection_is_gone(pair
         channel.send(HEADER, memoryview(b""))
     assert time.monotonic() - started < 10
     assert "lost decode worker" in listener.events.get(timeout=5)
+
+
+def test_what_is_written_after_the_check_is_not_scattered(pair):
+    """A write that was given up may land whenever it likes: here after the checksum, before the scatter."""
+    channel, server, handler, listener = pair
+    channel.staging[:100] = torch.arange(100, dtype=torch.uint8)
+    channel.send(replace(HEADER, aux_bytes=3), memoryview(b"aux"))
+    assert handler.delivering.wait(5)
+    (place,) = server._places.values()
+    place.fill_(255)
+    handler.gate.set()
+    assert listener.events.get(timeout=5) == Reply(1)
+    assert handler.got == [(list(range(100)), b"aux")]
+
+
+def test_what_is_written_before_the_check_is_found(pair):
+    channel, _, handler, listener = pair
+    handler.gate.set()
+    write = channel._writer.write
+
+    def damaged(source, size, target, seconds):
+        write(source, size, target, seconds)
+        target[50] += 1
+
+    channel._writer.write = damaged
+    channel.send(HEADER, memoryview(b""))
+    assert "checksum mismatch" in listener.events.get(timeout=5).reason
+    assert not handler.got

@@ -134,6 +134,7 @@ class OneSidedReceiveServer(TcpReceiveServer):
         connection.sendall(_PLACE.pack(MAGIC, VERSION, len(place)) + place)
 
     def _left(self, connection: socket.socket) -> None:
+        super()._left(connection)
         buffer = self._places.pop(connection, None)
         if buffer is not None:
             self._writer.give(buffer)
@@ -141,7 +142,9 @@ class OneSidedReceiveServer(TcpReceiveServer):
     def _body(self, connection: socket.socket, header: ChunkHeader) -> tuple[memoryview, memoryview]:
         if header.payload_bytes > self._config.staging_bytes:
             raise ProtocolError(f"chunk of {header.payload_bytes} bytes is larger than the staging buffer")
-        aux = memoryview(bytearray(header.aux_bytes))
+        own = self._buffer(connection, header.payload_bytes + header.aux_bytes)
+        payload, aux = own[: header.payload_bytes], own[header.payload_bytes :]
         if aux and receive(connection, aux) is None:
             raise ConnectionError("closed inside a chunk")
-        return self._places[connection].numpy().data[: header.payload_bytes], aux
+        payload[:] = self._places[connection].numpy().data[: header.payload_bytes]
+        return payload, aux
