@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -73,6 +75,11 @@ def check() -> None:
             f"pdtrim: SGLang {__version__} did not take the hooks {', '.join(missing)}; this plugin was written for "
             f"SGLang {READ_AGAINST}: install that version"
         )
+
+
+def end_worker() -> None:
+    """Called in a scheduler's process: as SGLang ends a worker whose scheduler has failed, all processes of it."""
+    os.kill(os.getppid(), signal.SIGQUIT)
 
 
 def server_arguments() -> Any:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
+from pdtrim_sglang import vital
 from pdtrim_sglang.protocol import HEADER_BYTES, REPLY_BYTES, ChunkHeader, ProtocolError, Reply, body_matches
 from pdtrim_sglang.transports.base import (
     ChannelListener,
@@ -127,7 +128,7 @@ class TcpReceiveServer(ReceiveServer):
         self.host, self.port = host, self._listener.getsockname()[1]
         self._connections: dict[socket.socket, int] = {}  # and the bytes of its staging buffer
         self._staging: dict[socket.socket, bytearray] = {}
-        threading.Thread(target=self._accept, daemon=True).start()
+        vital.start("transport server", self._accept)
 
     def held(self) -> tuple[int, int]:
         return len(self._connections), sum(list(self._connections.values()))
