@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import click
+import yaml
 
 from pdtrim_deploy.cache import Cache
 from pdtrim_deploy.decode_pool import SplitPool
+from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.serving.engines import EXECUTORS, Executors
 
 path = click.Path(path_type=Path)
@@ -33,6 +35,26 @@ cache_dir = click.option(
     callback=lambda ctx, param, value: Cache.default() if value is None else Cache(value),
     help="Where models and text are kept.  [default: the user's cache folder]",
 )
+
+
+transport_options = click.option(
+    "--transport-option",
+    "transport_options",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="stall_seconds=10, staging_bytes=..., accept_unauthenticated=true, ...; repeatable.",
+)
+
+
+def key_values(texts: tuple[str, ...]) -> dict[str, object]:
+    """KEY=VALUE of `--transport-option`, the value as YAML reads it; workers check keys and ranges when they start."""
+    found: dict[str, object] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not key or not equals:
+            raise UserError(f"--transport-option {text!r}: give KEY=VALUE, such as stall_seconds=10")
+        found[key] = yaml.safe_load(value)
+    return found
 
 
 def executors(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Literal
 
 import click
-import yaml
 from rich.table import Table
 
 from pdtrim_deploy.bundle import Bundle
@@ -19,7 +18,6 @@ from pdtrim_deploy.cli.dry_run import commands_of
 from pdtrim_deploy.cli.screen import console
 from pdtrim_deploy.decode_pool import SplitPool
 from pdtrim_deploy.doctor import Asked, require
-from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.serving import Cluster, Executors, ServeEnvironment, WorkerOptions, cluster_of
 
 
@@ -37,13 +35,7 @@ from pdtrim_deploy.serving import Cluster, Executors, ServeEnvironment, WorkerOp
 @click.option("--dtype", default="auto", show_default=True, help="auto: the checkpoint's; or float32, bfloat16, ...")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--transport", "backend", default="pdtrim_tcp", show_default=True, help="SGLang's KV transfer backend.")
-@click.option(
-    "--transport-option",
-    "transport_options",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="stall_seconds=10, staging_bytes=..., accept_unauthenticated=true, ...; repeatable.",
-)
+@options.transport_options
 @click.option("--threads", type=click.IntRange(1), help="OpenMP threads a worker (default: cores / workers).")
 @click.option("--start-timeout", type=click.FloatRange(1), default=600.0, show_default=True, help="Seconds.")
 @options.serve_python
@@ -110,7 +102,7 @@ def serve(
         port=port,
         options=worker_options if device == "auto" else replace(worker_options, device=device),
         executors=executors,
-        transport=key_values(transport_options),
+        transport=options.key_values(transport_options),
         router_args=tuple(shlex.split(router_args)),
         start_timeout_s=start_timeout,
         environment=ServeEnvironment.find(serve_python),
@@ -129,17 +121,6 @@ def serve(
             click.echo("Ctrl-C stops everything.", err=True)
         sys.stdout.flush()
         cluster.wait()
-
-
-def key_values(texts: tuple[str, ...]) -> dict[str, object]:
-    """KEY=VALUE, the value as YAML reads it; the workers check keys and ranges when they start."""
-    found: dict[str, object] = {}
-    for text in texts:
-        key, equals, value = text.partition("=")
-        if not key or not equals:
-            raise UserError(f"--transport-option {text!r}: give KEY=VALUE, such as stall_seconds=10")
-        found[key] = yaml.safe_load(value)
-    return found
 
 
 def endpoints(cluster: Cluster, bundle: Bundle) -> dict[str, object]:
