@@ -150,3 +150,23 @@ def test_what_sglang_itself_asks_is_signed(monkeypatch, tmp_path):
     conn.CommonKVSender._register_prefill_dp_rank(ours)
     assert conn.CommonKVReceiver.query_prefill_dp_ranks(place, [5, 6]) == {"5": 3}
     server.close()
+
+
+def test_a_worker_signs_before_it_registers(monkeypatch):
+    """SGLang registers a prefill rank while its manager is being made."""
+    from pdtrim_sglang import manager
+
+    class Registered(Exception):
+        pass
+
+    def registers(*_):
+        assert conn.requests._signature is OURS
+        raise Registered
+
+    monkeypatch.setattr(conn, "requests", conn.requests)
+    monkeypatch.setattr(hooks, "check", lambda: None)
+    monkeypatch.setattr(hooks, "signature_of", lambda _: OURS)
+    monkeypatch.setattr(manager, "check_options", lambda *_: None)
+    monkeypatch.setattr(conn.CommonKVManager, "__init__", registers)
+    with pytest.raises(Registered):
+        manager.PDTrimKVManager(None, None, SimpleNamespace(model_path="/nowhere"))
