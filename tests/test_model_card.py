@@ -14,7 +14,7 @@ import yaml
 from pdtrim_deploy import model_card
 from pdtrim_deploy.bundle import UNSEALED
 from pdtrim_deploy.checkpoints.provenance import Provenance
-from pdtrim_deploy.manifests.options import SECRET_ARGUMENT, Options, Served, worker_arguments
+from pdtrim_deploy.manifests.options import Options, Served, worker_arguments
 from pdtrim_deploy.plan import Drop, Keep, KVOnly, KVSend, ModelShape, PDPlan, Stage
 from pdtrim_deploy.recipe import EvaluationSection, Recipe
 
@@ -115,7 +115,7 @@ def test_a_worker_is_started_as_our_own_are(stage: Stage, written: Path) -> None
         assert (name in said) == (name in ours), name
         assert name not in ours or said[said.index(name) + 1] == ours[ours.index(name) + 1]
     assert ("--disable-cuda-graph" in said) == ("--disable-cuda-graph" in ours)
-    assert list(json.loads(said[said.index("--json-model-override-args") + 1])) == list(json.loads(SECRET_ARGUMENT))
+    assert list(json.loads(said[said.index("--json-model-override-args") + 1])) == ["pdtrim_secret_file"]
 
 
 def test_the_measured_loss_takes_the_place_of_its_absence(written: Path) -> None:

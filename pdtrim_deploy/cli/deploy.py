@@ -9,6 +9,7 @@ import click
 
 from pdtrim_deploy.cli import options
 from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.serving.transports import LIBRARIES
 
 
 @click.group()
@@ -40,6 +41,15 @@ def deploy() -> None:
     metavar="WHERE",
     help="pvc:CLAIM[/SUBPATH], oci:IMAGE (an image volume), or host:/FOLDER.",
 )
+@click.option(
+    "--transport",
+    "backend",
+    type=click.Choice(["pdtrim_tcp", *LIBRARIES]),
+    default="pdtrim_tcp",
+    show_default=True,
+    help="SGLang's KV transfer backend; the image holds its library.",
+)
+@options.transport_options
 @click.option("--rdma", metavar="RESOURCE", help="Request one of this extended resource a worker, such as rdma/hca.")
 @click.option("--page-size", type=click.IntRange(1), default=1, show_default=True, help="Tokens per KV page.")
 @click.option("--memory", default="64Gi", show_default=True, help="Of a worker.")
@@ -56,6 +66,8 @@ def render(
     name: str,
     image: str | None,
     bundle_from: str,
+    backend: str,
+    transport_options: tuple[str, ...],
     rdma: str | None,
     page_size: int,
     memory: str,
@@ -88,6 +100,8 @@ def render(
         image=image or IMAGE,
         bundle=BundleAt.parse(bundle_from),
         rdma=rdma,
+        transport=backend,
+        transport_options=options.key_values(transport_options),
         page_size=page_size,
         memory=memory,
         monitoring=monitoring,

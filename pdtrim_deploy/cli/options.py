@@ -37,6 +37,15 @@ cache_dir = click.option(
 )
 
 
+transport_options = click.option(
+    "--transport-option",
+    "transport_options",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="stall_seconds=10, staging_bytes=..., accept_unauthenticated=true, ...; repeatable.",
+)
+
+
 def key_values(texts: Iterable[str]) -> dict[str, object]:
     """KEY=VALUE, the value as YAML reads it; the workers check keys and ranges when they start."""
     found: dict[str, object] = {}

@@ -35,13 +35,7 @@ from pdtrim_deploy.serving import Cluster, Executors, ServeEnvironment, WorkerOp
 @click.option("--dtype", default="auto", show_default=True, help="auto: the checkpoint's; or float32, bfloat16, ...")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--transport", "backend", default="pdtrim_tcp", show_default=True, help="SGLang's KV transfer backend.")
-@click.option(
-    "--transport-option",
-    "transport_options",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="stall_seconds=10, staging_bytes=..., accept_unauthenticated=true, ...; repeatable.",
-)
+@options.transport_options
 @click.option("--threads", type=click.IntRange(1), help="OpenMP threads a worker (default: cores / workers).")
 @click.option("--start-timeout", type=click.FloatRange(1), default=600.0, show_default=True, help="Seconds.")
 @options.serve_python

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.plan import PDPlan, Stage
-from pdtrim_deploy.serving.commands import SPARSE_BACKEND
+from pdtrim_deploy.serving.commands import SECRET_FILE, SPARSE_BACKEND, TRANSPORT
+from pdtrim_deploy.serving.transports import LIBRARIES
 
 HTTP_PORT, BOOTSTRAP_PORT, ROUTER_PORT, ROUTER_METRICS_PORT = 30000, 8998, 8000, 29000
 BUNDLE_MOUNT = "/bundle"
 IMAGE = "pdtrim-serve:0.1.0"
 USER_ID = 10001  # as the Dockerfile makes it
 SECRET_FOLDER, SECRET_KEY = "/run/secrets", "kv"  # what makes a worker a member: the operator's, in no file of ours
-# Read by pdtrim_sglang.secret: the one way to hand a worker something that SGLang does not know.
-SECRET_ARGUMENT = json.dumps({"pdtrim_secret_file": f"{SECRET_FOLDER}/{SECRET_KEY}"})
+TCP = "pdtrim_tcp"
+QUANTITY = re.compile(r"[1-9]\d{0,14}(\.\d{1,3})?([kMGTPE]|[KMGTPE]i)?")
+NAMESPACE = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,8 @@ class Options:
     """The operator's choices; `name` is that of the objects, `gpus` those of one worker (its tensor parallelism).
 
     Attributes:
-        rdma: an extended resource such as `rdma/hca`, one a worker; it does nothing for the tcp transport.
+        rdma: an extended resource such as `rdma/hca`, one a worker; of use to transports other than tcp.
+        transport, transport_options: SGLang's transfer backend, and what it is told (`pdtrim_sglang.options`).
         monitoring: the namespace whose pods may scrape metrics.
 
     """
@@ -87,6 +91,8 @@ class Options:
     image: str = IMAGE
     bundle: BundleAt = field(default_factory=lambda: BundleAt("pvc", "pdtrim-bundle"))
     rdma: str | None = None
+    transport: str = TCP
+    transport_options: Mapping[str, object] = field(default_factory=dict)
     page_size: int = 1
     memory: str = "64Gi"
     monitoring: str = "monitoring"
@@ -96,6 +102,17 @@ class Options:
             raise UserError(f"--name is {self.name!r}; give lower-case letters, digits and dashes, at most 42 of them")
         if self.rdma is not None and not re.fullmatch(r"[a-z0-9.-]+/[A-Za-z0-9_.-]+", self.rdma):
             raise UserError(f"--rdma is {self.rdma!r}; give an extended resource such as rdma/hca")
+        if self.rdma is not None and self.transport == TCP:
+            raise UserError(f"--rdma is of no use to --transport {TCP}; valid with it: {', '.join(LIBRARIES)}")
+        if self.transport != TCP and not self.transport_options.get("accept_unauthenticated"):
+            raise UserError(
+                f"--transport {self.transport} lets whoever reaches a pod write into its staging memory; on a network "
+                f"of its own say so: --transport-option accept_unauthenticated=true, or use --transport {TCP}"
+            )
+        if not QUANTITY.fullmatch(self.memory):
+            raise UserError(f"--memory is {self.memory!r}; give a Kubernetes quantity such as 64Gi")
+        if not NAMESPACE.fullmatch(self.monitoring):
+            raise UserError(f"--monitoring is {self.monitoring!r}; give a namespace such as monitoring")
 
     def replicas(self, stage: Stage) -> int:
         """Workers of a stage."""
@@ -104,6 +121,10 @@ class Options:
 
 def worker_arguments(served: Served, options: Options, stage: Stage) -> list[str]:
     """`python3 -m sglang.launch_server ...` for SGLang 0.5.23 on GPUs, without what the platform chooses."""
+    override: dict[str, object] = {SECRET_FILE: f"{SECRET_FOLDER}/{SECRET_KEY}"}
+    told: dict[str, object] = {"protocol": "rdma"} if options.rdma and options.transport == "pdtrim_mooncake" else {}
+    if told := told | dict(options.transport_options):
+        override[TRANSPORT] = told
     given: dict[str, object] = {
         "--model-path": f"{BUNDLE_MOUNT}/{stage}",
         "--served-model-name": served.name,
@@ -113,8 +134,8 @@ def worker_arguments(served: Served, options: Options, stage: Stage) -> list[str
         "--page-size": options.page_size,
         "--tp-size": options.gpus,
         "--disaggregation-mode": stage,
-        "--disaggregation-transfer-backend": "pdtrim_tcp",
-        "--json-model-override-args": SECRET_ARGUMENT,
+        "--disaggregation-transfer-backend": options.transport,
+        "--json-model-override-args": json.dumps(override),
     }
     flags = ["--enable-metrics"]
     if stage == "prefill":

@@ -1,4 +1,4 @@
-"""SGLang's bootstrap server, which takes what anybody sends: here a rank registers once, and with sense.
+"""SGLang's bootstrap server, which takes what anybody sends: here it hears members, and a rank registers once.
 
 SGLang 0.5.23 (disaggregation/common/conn.py) lets any later PUT /route replace a rank's address, after which every new
 decode worker talks to nobody. A prefill worker's ranks live as long as its bootstrap server: none registers twice.
@@ -6,16 +6,22 @@ decode worker talks to nobody. A prefill worker's ranks live as long as its boot
 
 from __future__ import annotations
 
-import json
-from collections.abc import Awaitable, Callable
 from typing import Annotated
 
 from aiohttp import web
-from pydantic import BaseModel, Field, IPvAnyAddress, ValidationError
+from aiohttp.typedefs import Handler
+from pydantic import BaseModel, Field, IPvAnyAddress, model_validator
 from sglang.srt.disaggregation.common.conn import CommonKVBootstrapServer
 
+from pdtrim_sglang import hooks
+from pdtrim_sglang.signature import HEADER
+
+MOST_BODY_BYTES = 256 << 10  # a query of some ten thousand rooms; aiohttp answers 413 to more
+MALFORMED = (ValueError, LookupError, TypeError, OverflowError, RecursionError)  # what parsing such a body raises
+KINDS = ("attn_tp", "attn_cp", "attn_dp", "pp", "system_dp")
 Rank = Annotated[int, Field(ge=0, lt=1 << 16, strict=True)]
 Size = Annotated[int, Field(ge=1, lt=1 << 16, strict=True)]
+Port = Annotated[int, Field(ge=1, le=65535)]
 
 
 class Registration(BaseModel):
@@ -32,39 +38,53 @@ class Registration(BaseModel):
     system_dp_size: Size
     system_dp_rank: Rank
     rank_ip: IPvAnyAddress
-    rank_port: Annotated[int, Field(ge=1, le=65535)]
+    rank_port: Port
     page_size: Size
+    kv_cache_dtype: Annotated[str, Field(max_length=64)] | None
+    prefill_http_port: Port | None = None
+
+    @model_validator(mode="after")
+    def _ranks_lie_below_sizes(self) -> Registration:
+        if any(getattr(self, f"{kind}_rank") >= getattr(self, f"{kind}_size") for kind in KINDS):
+            raise ValueError("a rank is not one of its group")
+        return self
+
+    @property
+    def data_parallel(self) -> tuple[int, int]:
+        """Rank and size, as SGLang counts prefill groups."""
+        if self.system_dp_size == 1:
+            return self.attn_dp_rank, self.attn_dp_size
+        return self.system_dp_rank, self.system_dp_size
 
 
 class PDTrimBootstrapServer(CommonKVBootstrapServer):
-    """Answers 400 to what is malformed, 409 to who would replace a rank."""
+    """Answers 403 to strangers, 400 to what is malformed, 409 to who would replace a rank; /health to everybody."""
+
+    def _setup_routes(self) -> None:
+        """Called before the server's thread starts."""
+        self._signature = hooks.signature_of(hooks.server_arguments())
+        self.app = web.Application(middlewares=[self._guard], client_max_size=MOST_BODY_BYTES)
+        super()._setup_routes()
+
+    @web.middleware
+    async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        if request.path == "/health":
+            return await handler(request)
+        given = request.headers.get(HEADER)
+        if not given or not self._signature.matches(given, request.method, request.raw_path, await request.read()):
+            return web.Response(text="not signed with this cluster's secret, for this worker's plan", status=403)
+        try:
+            return await handler(request)
+        except MALFORMED:
+            return web.Response(text="malformed", status=400)
 
     async def _handle_route_put(self, request: web.Request) -> web.Response:
-        try:
-            asked = Registration.model_validate(await request.json())
-        except (ValidationError, json.JSONDecodeError, UnicodeDecodeError):
-            return web.Response(text="not a registration of a prefill rank", status=400)
-        group = asked.attn_dp_rank if asked.system_dp_size == 1 else asked.system_dp_rank
+        asked = Registration.model_validate(await request.json())
+        group, groups = asked.data_parallel
+        sizes = (groups, asked.attn_cp_size, asked.attn_tp_size, asked.pp_size)
+        if self.dp_size is not None and sizes != (self.dp_size, self.attn_cp_size, self.attn_tp_size, self.pp_size):
+            return web.Response(text="the sizes are not those of the ranks that are registered", status=400)
         ranks = self.prefill_port_table.get(group, {}).get(asked.attn_cp_rank, {}).get(asked.attn_tp_rank, {})
         if asked.pp_rank in ranks:
             return web.Response(text="this rank is registered already", status=409)
         return await super()._handle_route_put(request)
-
-    async def _handle_route_get(self, request: web.Request) -> web.Response:
-        try:
-            return await super()._handle_route_get(request)
-        except ValueError:
-            return web.Response(text="ranks are numbers", status=400)
-
-    async def _handle_register_dp_rank(self, request: web.Request) -> web.Response:
-        return await _sensible(super()._handle_register_dp_rank, request)
-
-    async def _handle_query_dp_ranks(self, request: web.Request) -> web.Response:
-        return await _sensible(super()._handle_query_dp_ranks, request)
-
-
-async def _sensible(handle: Callable[[web.Request], Awaitable[web.Response]], request: web.Request) -> web.Response:
-    try:
-        return await handle(request)
-    except (ValueError, KeyError, TypeError):
-        return web.Response(text="malformed", status=400)

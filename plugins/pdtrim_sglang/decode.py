@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 from typing import TYPE_CHECKING, Any
 
 from sglang.srt.disaggregation.base.conn import KVPoll
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from pdtrim_deploy.kvcache.layout import chunk_layout
 from pdtrim_deploy.plan import PDPlan
+from pdtrim_sglang import vital
 from pdtrim_sglang.messages import Register
 from pdtrim_sglang.messages import Room as RoomMessage
 from pdtrim_sglang.metrics import Held, HeldMetrics
@@ -47,7 +47,7 @@ class DecodeSide:
         _, make_server = transport_named(transport)
         self._server = server = make_server(manager.local_ip, self, config)
         self.session = config.announce or f"{server.host}:{server.port}"
-        threading.Thread(target=self._control, daemon=True).start()
+        vital.start("control channel", self._control)
 
     def register_message(self) -> list[bytes]:
         """Sent once to each prefill rank, before its first room."""

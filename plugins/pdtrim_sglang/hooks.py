@@ -8,9 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pdtrim_sglang.signature import Signature
 
 READ_AGAINST = "0.5.23"
 DISAGGREGATION = "sglang.srt.disaggregation"
@@ -70,6 +75,41 @@ def check() -> None:
             f"pdtrim: SGLang {__version__} did not take the hooks {', '.join(missing)}; this plugin was written for "
             f"SGLang {READ_AGAINST}: install that version"
         )
+
+
+def end_worker() -> None:
+    """Called in a scheduler's process: as SGLang ends a worker whose scheduler has failed, all processes of it."""
+    os.kill(os.getppid(), signal.SIGQUIT)
+
+
+def server_arguments() -> Any:
+    """What this process of a worker was started with."""
+    from sglang.srt.runtime_context import get_server_args
+
+    return get_server_args()
+
+
+def signature_of(server_args: Any) -> Signature:
+    """What a worker signs with: its secret, and the digest of its checkpoint's plan (zeros where there is none)."""
+    from sglang.srt.utils.network import get_local_ip_auto
+
+    from pdtrim_sglang.plan_source import read_plan
+    from pdtrim_sglang.secret import read_secret
+    from pdtrim_sglang.signature import Signature
+    from pdtrim_sglang.transports.handshake import Credentials
+
+    plan = read_plan(server_args.model_path)
+    secret = read_secret(server_args.json_model_override_args, get_local_ip_auto())
+    return Signature(Credentials(bytes.fromhex(plan.digest) if plan else bytes(32), secret))
+
+
+def sign_requests(signature: Signature) -> None:
+    """From now on whatever SGLang's KV managers, senders and receivers ask over HTTP is signed."""
+    from sglang.srt.disaggregation.common import conn
+
+    from pdtrim_sglang.signature import SignedRequests
+
+    conn.requests = SignedRequests(signature)
 
 
 def backend_name(transport: str) -> str:

@@ -18,7 +18,6 @@ from pdtrim_sglang.pool import PoolView
 from pdtrim_sglang.prefill import PrefillSide
 from pdtrim_sglang.requirements import check_options
 from pdtrim_sglang.rooms import AuxRows
-from pdtrim_sglang.secret import read_secret
 from pdtrim_sglang.transports.handshake import Credentials
 
 
@@ -38,8 +37,10 @@ class PDTrimKVManager(CommonKVManager):
         self._given_plan = read_plan(server_args.model_path)
         check_options(server_args, args, self._given_plan, is_mla_backend)
         self.prompts_announced: dict[int, int] = {}
+        signature = hooks.signature_of(server_args)
+        hooks.sign_requests(signature)  # prefill registers in the next line
         super().__init__(args, disaggregation_mode, server_args, is_mla_backend)
-        self._secret = read_secret(server_args.json_model_override_args, self.local_ip)
+        self._secret = signature.credentials.secret
         protect(self.server_socket, (self._zmq_ctx, CommonKVReceiver._ctx), self._secret)
 
     @property

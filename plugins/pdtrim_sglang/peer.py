@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from pdtrim_deploy.kvcache.layout import chunk_layout
 from pdtrim_deploy.kvcache.pack import pack
 from pdtrim_deploy.plan import PDPlan
+from pdtrim_sglang import vital
 from pdtrim_sglang.pool import PoolView
 from pdtrim_sglang.protocol import ChunkHeader, Reply
 from pdtrim_sglang.rooms import AuxRows
@@ -99,7 +100,7 @@ class Peer:
         self._unanswered: set[int] = set()
         self._open, self._lost = 0, False  # chunks submitted and not yet sent or failed
         self._lock = threading.Lock()  # over progress (a reply may overtake the return of its own send) and open chunks
-        threading.Thread(target=self._run, daemon=True).start()
+        vital.start(f"sender to {host}:{port}", self._run)
 
     def submit(self, chunk: Chunk) -> None:
         """Queue one chunk; chunks of a room leave in the order they came."""

@@ -13,6 +13,7 @@ from sglang.srt.disaggregation.base.conn import KVPoll
 from sglang.srt.disaggregation.common.conn import ABORT_TAG, AbortNotification
 
 from pdtrim_deploy.plan import PDPlan
+from pdtrim_sglang import vital
 from pdtrim_sglang.messages import Register, Room, parse
 from pdtrim_sglang.metrics import Held, TransferMetrics
 from pdtrim_sglang.pairing import RoomInfo, rejection
@@ -59,7 +60,7 @@ class PrefillSide:
         self._tombstones_lock = threading.Lock()
         self._ended_unopened: dict[int, None] = {}  # in order
         self._metrics = TransferMetrics()
-        threading.Thread(target=self._control, daemon=True).start()
+        vital.start("control channel", self._control)
 
     @property
     def max_chunk_tokens(self) -> int:

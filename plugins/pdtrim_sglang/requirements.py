@@ -16,6 +16,10 @@ def check_options(server_args: Any, kv_args: Any, plan: PDPlan | None, is_mla_ba
         raise RuntimeError("pdtrim: only plain multi-head attention models can be served (no MLA, SWA or SSM state)")
     if server_args.pp_size > 1:
         raise RuntimeError("pdtrim: pipeline parallelism is not supported: start with --pp-size 1")
+    from sglang.srt.environ import envs
+
+    if envs.SGLANG_RUST_SERVER.get():
+        raise RuntimeError("pdtrim: SGLang's Rust server takes registrations from anybody: unset SGLANG_RUST_SERVER")
     sparse = plan is not None and any(send.mode == "sparse" for send in plan.kv)
     if not sparse or server_args.disaggregation_mode != "decode":
         return

@@ -46,7 +46,8 @@ def named(objects: list[dict], kind: str, name: str) -> dict:
 
 @pytest.mark.parametrize("bundle", ["pvc:claim/path", "oci:registry.example/bundle:1", "host:/srv/bundle"])
 def test_kustomize_renders_objects_that_the_schemas_allow(tmp_path: Path, bundle: str) -> None:
-    options = Options(prefill=2, decode=6, gpus=2, bundle=BundleAt.parse(bundle), rdma="rdma/hca")
+    rdma = {"rdma": "rdma/hca", "transport": "pdtrim_nixl", "transport_options": {"accept_unauthenticated": True}}
+    options = Options(prefill=2, decode=6, gpus=2, bundle=BundleAt.parse(bundle), **rdma)
     files = kubernetes(SERVED, options)
     validate([one for documents in files.values() for one in documents])
     objects = kustomize(write(tmp_path / "base", files))

@@ -38,7 +38,7 @@ STAGING_BYTES = 1 << 20
 LOADS = ("num_running_reqs", "num_waiting_reqs", "num_used_tokens")
 LEVELS = ("pdtrim_kv_open_requests", "pdtrim_kv_staging_held_bytes", "pdtrim_kv_peers")
 # A decode worker keeps a connection's receive buffer as large as its largest chunk was: bounded, not at its level.
-BOUNDS = {"decode pdtrim_kv_staging_held_bytes": STAGING_BYTES}
+BOUNDED, BUFFERS = "decode pdtrim_kv_staging_held_bytes", {"tcp": 1}  # one-sided: what is written into, and its copy
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class Stand:
     def __enter__(self) -> Stand:
         self.cluster.__enter__()
         self.healthy(1)
-        self.level = self.held() | BOUNDS
+        self.level = self.held() | {BOUNDED: STAGING_BYTES * BUFFERS.get(self.transport, 2)}
         return self
 
     def __exit__(self, *error) -> None:

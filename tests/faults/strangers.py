@@ -6,19 +6,32 @@ import contextlib
 import hmac
 import json
 import os
+import re
 import socket
 import struct
+import subprocess
 import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from hypothesis import strategies as st
 
+from pdtrim_deploy.kvcache.layout import chunk_layout
+from pdtrim_deploy.plan import PDPlan
 from pdtrim_deploy.serving.process import session_members
 
 HOST = "127.0.0.1"
-# pdtrim_sglang.transports.handshake and .protocol, whose modules need the serve environment.
+# pdtrim_sglang.transports.handshake, .signature and .protocol, whose modules need the serve environment.
 HELLO, PROOF, VERDICT = "<4sH32s", "<4sH32s32s32s", "<4sH32s"
-HEADER = "<4sHHI32sQIIIIQQ"
+HEADER = "<4sHHI32sQIIIIQ"
+SIGNATURE = "X-PDTrim-Signature"
+(PLUGIN,) = find_spec("pdtrim_sglang").submodule_search_locations
+VERSION = int(re.search(r"^VERSION = (\d+)", Path(PLUGIN, "protocol.py").read_text(), re.MULTILINE)[1])
+CHECKSUM = (
+    "import sys, xxhash\nfor line in sys.stdin: print(xxhash.xxh3_64(bytes.fromhex(line)).intdigest(), flush=True)"
+)
 
 KEYS = (
     "attn_tp_size", "attn_tp_rank", "attn_cp_size", "attn_cp_rank", "attn_dp_size", "attn_dp_rank", "pp_size",
@@ -37,17 +50,78 @@ HTTP = st.tuples(
 RAW = st.one_of(st.binary(max_size=300), st.binary(max_size=60).map(lambda tail: b"PDTA\x01\x00" + tail),
                 st.binary(max_size=60).map(lambda tail: b"\xff\0\0\0\0\0\0\0\x01\x7f\x03" + tail))  # fmt: skip
 U32, U64 = st.integers(0, 2**32 - 1), st.integers(0, 2**64 - 1)
-FRAME = st.one_of(
-    st.binary(min_size=1, max_size=200),
-    st.tuples(st.just(b"PDTK"), st.sampled_from([1, 1, 2]), st.integers(0, 3), U32, st.just(None), U64, U32, U32, U32,
-              st.one_of(U32, st.integers(0, 300)), st.one_of(U64, st.integers(0, 5000)), U64),
-)  # fmt: skip
 
 
-def to_bootstrap(port: int, route: str, body: str) -> int:
+@dataclass(frozen=True)
+class Chunk:
+    """A header that is mostly right; `payload` None: the plan's length, and a body; `sound`: its checksum is right."""
+
+    version: int
+    flags: int
+    rank: int
+    room: int
+    extent: list[int]
+    aux: int
+    payload: int | None
+    sound: bool
+
+    def encode(self, plan: PDPlan, checksum: Callable[[bytes], int]) -> bytes:
+        """Header, and the body that it announces if that is the plan's."""
+        start, stop, tokens = self.extent
+        payload = chunk_layout(plan, tokens, start, stop).total_bytes if self.payload is None else self.payload
+        fixed = struct.pack(
+            HEADER, b"PDTK", self.version, self.flags, self.rank, bytes.fromhex(plan.digest), self.room,
+            tokens, start, stop, self.aux, payload,
+        )  # fmt: skip
+        body = os.urandom(payload + min(self.aux, 4096)) if self.payload is None else b""
+        return fixed + struct.pack("<Q", checksum(fixed + body) if self.sound else 1) + body
+
+
+CHUNK = st.builds(
+    Chunk,
+    version=st.sampled_from([*[VERSION] * 7, VERSION - 1]),
+    flags=st.sampled_from([0, 0, 2, 1]),
+    rank=U32,
+    room=st.integers(0, 300),
+    extent=st.lists(st.one_of(st.integers(0, 300), st.integers(0, 4096)), min_size=3, max_size=3).map(sorted),
+    aux=st.one_of(st.just(0), st.just(0), st.integers(0, 300), U32),
+    payload=st.one_of(st.none(), st.none(), st.integers(0, 5000), U64),
+    sound=st.booleans(),
+)
+FRAME = st.one_of(CHUNK, CHUNK, CHUNK, st.binary(min_size=1, max_size=200))
+
+
+@contextlib.contextmanager
+def checksums(python: Path | str) -> Iterator[Callable[[bytes], int]]:
+    """The protocol's checksum, by a Python that has it."""
+    with subprocess.Popen(
+        [python, "-c", CHECKSUM], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+
+        def checksum(data: bytes) -> int:
+            process.stdin.write(data.hex() + "\n")
+            process.stdin.flush()
+            return int(process.stdout.readline())
+
+        yield checksum
+
+
+def signature(key: bytes, digest: bytes) -> Callable[[str, str, bytes], str]:
+    """What a member signs a request to the bootstrap server with."""
+
+    def of(method: str, target: str, body: bytes) -> str:
+        shown = bytes(32) if method == "GET" or target == "/query_dp_ranks" else digest
+        return hmac.digest(key, b"\0".join((method.encode(), target.encode(), shown + body)), "sha256").hex()
+
+    return of
+
+
+def to_bootstrap(port: int, route: str, body: str, sign: Callable[[str, str, bytes], str] | None = None) -> int:
     """An HTTP request; its status, 0 when the server hung up."""
-    method, path = route.split()
-    request = urllib.request.Request(f"http://{HOST}:{port}{path}?prefill_dp_rank=x", body.encode(), method=method)
+    method, target = route.split()
+    target += "?prefill_dp_rank=x" if method == "GET" else ""
+    headers = {SIGNATURE: sign(method, target, body.encode())} if sign else {}
+    request = urllib.request.Request(f"http://{HOST}:{port}{target}", body.encode(), headers, method=method)
     try:
         with urllib.request.urlopen(request, timeout=10) as reply:
             return reply.status
@@ -65,20 +139,20 @@ def to_port(port: int, data: bytes) -> None:
         connection.recv(1000)
 
 
-def as_member(port: int, key: bytes, digest: bytes, frame: bytes | tuple) -> bool:
-    """Introduce oneself rightly, then talk nonsense; whether one was let in."""
+def as_member(port: int, key: bytes, digest: bytes, data: bytes) -> tuple[bool, bytes]:
+    """Introduce oneself rightly, then talk nonsense; whether one was let in, and what one was answered."""
     with socket.create_connection((HOST, port), timeout=5) as connection:
         _, _, theirs = struct.unpack(HELLO, connection.recv(struct.calcsize(HELLO), socket.MSG_WAITALL))
         mine = os.urandom(32)
         proof = hmac.digest(key, b"prefill" + theirs + mine + digest, "sha256")
         connection.sendall(struct.pack(PROOF, b"PDTA", 1, mine, digest, proof))
         _, verdict, _ = struct.unpack(VERDICT, connection.recv(struct.calcsize(VERDICT), socket.MSG_WAITALL))
-        data = frame if isinstance(frame, bytes) else struct.pack(HEADER, *frame[:4], digest, *frame[5:])
+        answer = b""
         with contextlib.suppress(OSError):
             connection.sendall(data)
-            connection.settimeout(0.02)
-            connection.recv(4000)
-        return verdict == 0
+            connection.settimeout(1 if len(data) > struct.calcsize(HEADER) else 0.02)
+            answer = connection.recv(4000)
+        return verdict == 0, answer
 
 
 def zmq_ports(session: int) -> list[int]:

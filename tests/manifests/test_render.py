@@ -11,10 +11,12 @@ import yaml
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.manifests import BundleAt, Options, Served, compose, kubernetes
+from pdtrim_deploy.plan import STAGES
 
 ROOT = Path(__file__).parents[2]
 SERVED = Served("m", "ab" * 32, "bfloat16", sparse=True)
 OVERRIDE = "--json-model-override-args"
+NIXL = {"transport": "pdtrim_nixl", "transport_options": {"accept_unauthenticated": True}}
 DENSE = Served("m", "cd" * 32, "bfloat16", sparse=False)
 
 
@@ -90,7 +92,7 @@ def test_selectors_match_their_pods_and_never_change_with_the_plan() -> None:
 
 
 def test_pods_are_confined_and_ports_are_named() -> None:
-    for (kind, _), one in objects(rdma="rdma/hca").items():
+    for (kind, _), one in objects(rdma="rdma/hca", **NIXL).items():
         if kind != "Deployment":
             continue
         pod, inside = one["spec"]["template"]["spec"], container(one)
@@ -103,7 +105,7 @@ def test_pods_are_confined_and_ports_are_named() -> None:
         for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
             if "httpGet" in inside.get(probe, {}):
                 assert inside[probe]["httpGet"]["port"] in names
-    made = objects(rdma="rdma/hca")
+    made = objects(rdma="rdma/hca", **NIXL)
     assert container(made["Deployment", "pdtrim-decode"])["resources"]["limits"]["rdma/hca"] == "1"
     assert "rdma/hca" not in json.dumps(objects()["Deployment", "pdtrim-decode"])
 
@@ -165,6 +167,31 @@ def test_bad_choices_are_refused() -> None:
         Options(rdma="hca")
     with pytest.raises(UserError, match="say --bundle-from host"):
         compose(SERVED, Options())
+    with pytest.raises(UserError, match=r"--rdma is of no use to --transport pdtrim_tcp; valid with it: pdtrim_nixl, "):
+        Options(rdma="rdma/hca")
+    with pytest.raises(UserError, match="say so: --transport-option accept_unauthenticated=true"):
+        Options(transport="pdtrim_nixl")
+    for wrong in ("lots", "64 Gi", "64GB", "0", "-1Gi", "64Gi\n"):
+        with pytest.raises(UserError, match="--memory is"):
+            Options(memory=wrong)
+    for wrong in ("Monitoring", "a.b", "-a", "a" * 64, ""):
+        with pytest.raises(UserError, match="--monitoring is"):
+            Options(monitoring=wrong)
+    for right in ("64Gi", "1.5Ti", "500M", "68719476736"):
+        assert Options(memory=right).memory == right
+
+
+def test_workers_are_told_their_transport() -> None:
+    def told(**choices) -> list[tuple[str, dict]]:
+        commands = [container(objects(**choices)["Deployment", f"pdtrim-{stage}"])["command"] for stage in STAGES]
+        return [(option(c, "--disaggregation-transfer-backend"), json.loads(option(c, OVERRIDE))) for c in commands]
+
+    secret = {"pdtrim_secret_file": "/run/secrets/kv"}
+    assert told() == [("pdtrim_tcp", secret)] * 2
+    assert told(**NIXL) == [("pdtrim_nixl", secret | {"pdtrim_transport": {"accept_unauthenticated": True}})] * 2
+    mooncake = NIXL | {"transport": "pdtrim_mooncake", "rdma": "rdma/hca"}
+    rdma = {"protocol": "rdma", "accept_unauthenticated": True}
+    assert told(**mooncake) == [("pdtrim_mooncake", secret | {"pdtrim_transport": rdma})] * 2
 
 
 def test_compose_gives_every_worker_gpus_of_its_own() -> None:
@@ -227,6 +254,10 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     code, _, err = run("--gpus", "3", "--out", str(tmp_path / "x"))
     assert (code, err.strip()) == (2, "pdtrim-deploy: --gpus is 3; it must divide the model's 4 KV heads")
     assert not (tmp_path / "x").exists()
+    nixl = ("--transport", "pdtrim_nixl", "--transport-option", "accept_unauthenticated=true", "--rdma", "rdma/hca")
+    code, text, _ = run(*nixl, "--dry-run")
+    assert code == 0
+    assert text.count("- pdtrim_nixl") == 2
     code, text, _ = run("--to", "compose", "--bundle-from", "host:/b", "--out", str(tmp_path / "c"))
     assert code == 0
     assert (tmp_path / "c" / "compose.yaml").exists()

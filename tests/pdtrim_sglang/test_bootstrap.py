@@ -1,38 +1,172 @@
-"""The bootstrap server believes a rank once, and nothing malformed."""
+"""The bootstrap server hears members only; it believes a rank once, and nothing malformed."""
 
 import asyncio
+import json
+import socket
+from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("sglang", reason="needs the serve environment")
 from aiohttp.test_utils import TestClient, TestServer
+from pdtrim_sglang import bootstrap, hooks
 from pdtrim_sglang.bootstrap import PDTrimBootstrapServer
+from pdtrim_sglang.signature import HEADER, Signature
+from pdtrim_sglang.transports.handshake import Credentials
+from sglang.srt.disaggregation.common import conn
 
 RANK = {
     "attn_tp_size": 1, "attn_tp_rank": 0, "attn_cp_size": 1, "attn_cp_rank": 0, "attn_dp_size": 1, "attn_dp_rank": 0,
     "pp_size": 1, "pp_rank": 0, "system_dp_size": 1, "system_dp_rank": 0, "rank_ip": "127.0.0.1", "rank_port": 5000,
     "page_size": 1, "kv_cache_dtype": "float32",
 }  # fmt: skip
-WHERE = {"prefill_dp_rank": "0", "prefill_cp_rank": "0", "target_tp_rank": "0", "target_pp_rank": "0"}
+WHERE = "/route?prefill_dp_rank=0&prefill_cp_rank=0&target_tp_rank=0&target_pp_rank=0"
+READY = "/route?prefill_dp_rank=-1&prefill_cp_rank=-1&target_tp_rank=-1&target_pp_rank=-1"
+OURS = Signature(Credentials(b"p" * 32, b"a secret of this cluster"))
+OF_ANOTHER_PLAN = Signature(Credentials(b"q" * 32, OURS.credentials.secret))
+STRANGERS = (None, Signature(Credentials(b"p" * 32)), Signature(Credentials(b"p" * 32, b"another secret, not ours")))
+
+
+def talk(monkeypatch, conversation):
+    """`conversation(ask)`, where `ask(method, target, body, signature)` gives a status and a text."""
+    monkeypatch.setattr(PDTrimBootstrapServer, "run", lambda self: None)  # no thread, no port
+    monkeypatch.setattr(hooks, "server_arguments", lambda: None)
+    monkeypatch.setattr(hooks, "signature_of", lambda _: OURS)
+
+    async def all_of_it():
+        async with TestClient(TestServer(PDTrimBootstrapServer("127.0.0.1", 0).app)) as client:
+
+            async def ask(method, target, body="", by=OURS):
+                data = (body if isinstance(body, str) else json.dumps(body)).encode()
+                headers = {HEADER: by.of(method, target, data)} if by else {}
+                reply = await client.request(method, target, data=data, headers=headers)
+                return reply.status, await reply.text()
+
+            await conversation(ask)
+
+    asyncio.run(all_of_it())
 
 
 def test_only_the_first_registration_of_a_rank_counts(monkeypatch):
-    monkeypatch.setattr(PDTrimBootstrapServer, "run", lambda self: None)  # no thread, no port
+    async def conversation(ask):
+        assert (await ask("GET", WHERE))[0] == 503
+        assert (await ask("PUT", "/route", RANK))[0] == 200
+        assert (await ask("PUT", "/route", RANK | {"rank_port": 6666}))[0] == 409
+        assert json.loads((await ask("GET", WHERE))[1])["rank_port"] == 5000
 
-    async def talk():
-        async with TestClient(TestServer(PDTrimBootstrapServer("127.0.0.1", 0).app)) as client:
-            for wrong in ({"rank_port": 70000}, {"attn_tp_rank": "0"}, {"rank_ip": "nowhere"}, {"page_size": None}):
-                assert (await client.put("/route", json=RANK | wrong)).status == 400
-            for wrong in ("", "[]", "{", '"x"'):
-                assert (await client.put("/route", data=wrong)).status == 400
-            assert (await client.get("/route", params=WHERE)).status == 503
-            assert (await client.put("/route", json=RANK)).status == 200
-            assert (await client.put("/route", json=RANK | {"rank_port": 6666})).status == 409
-            reply = await client.get("/route", params=WHERE)
-            assert (await reply.json())["rank_port"] == 5000
-            assert (await client.get("/route", params=WHERE | {"prefill_dp_rank": "x"})).status == 400
-            for path in ("/register_dp_rank", "/query_dp_ranks"):
-                for body in ("{", "{}", "[]", '{"bootstrap_rooms": ["x"], "bootstrap_room": "x", "dp_rank": 0}'):
-                    assert (await client.post(path, data=body)).status == 400
+    talk(monkeypatch, conversation)
 
-    asyncio.run(talk())
+
+def test_a_rank_outside_of_its_group_or_of_another_group_is_not_counted(monkeypatch):
+    two = RANK | {"attn_tp_size": 2}
+
+    async def conversation(ask):
+        assert (await ask("PUT", "/route", two))[0] == 200
+        for wrong in ({"attn_tp_rank": 7, "attn_tp_size": 1}, {"attn_tp_rank": 2}, {"pp_rank": 1}, {"attn_dp_rank": 1},
+                      {"attn_tp_rank": 7, "attn_tp_size": 8}, {"attn_dp_rank": 1, "attn_dp_size": 2}):  # fmt: skip
+            assert (await ask("PUT", "/route", two | wrong))[0] == 400
+        assert (await ask("GET", READY))[0] == 503
+        assert (await ask("PUT", "/route", two | {"attn_tp_rank": 1}))[0] == 200
+        assert (await ask("GET", READY))[0] == 200
+
+    talk(monkeypatch, conversation)
+
+
+def test_the_malformed_is_told_so(monkeypatch):
+    async def conversation(ask):
+        for wrong in ({"rank_port": 70000}, {"attn_tp_rank": "0"}, {"rank_ip": "nowhere"}, {"page_size": None},
+                      {"prefill_http_port": "x"}, {"kv_cache_dtype": 7}):  # fmt: skip
+            assert (await ask("PUT", "/route", RANK | wrong))[0] == 400
+        lacking = {key: value for key, value in RANK.items() if key != "kv_cache_dtype"}
+        for wrong in (lacking, "", "[]", "{", '"x"', "[" * 100_000):
+            assert (await ask("PUT", "/route", wrong))[0] == 400
+        assert (await ask("PUT", "/route", RANK))[0] == 200
+        assert (await ask("GET", WHERE.replace("=0", "=x", 1)))[0] == 400
+        for path in ("/register_dp_rank", "/query_dp_ranks"):
+            for body in ("{", "{}", "[]", "[" * 100_000, '{"bootstrap_rooms": ["x"], "bootstrap_room": "x"}',
+                         '{"bootstrap_rooms": [Infinity], "bootstrap_room": Infinity, "dp_rank": 0}'):  # fmt: skip
+                assert (await ask("POST", path, body))[0] == 400
+            assert (await ask("POST", path, "x" * (bootstrap.MOST_BODY_BYTES + 1)))[0] == 413
+
+    talk(monkeypatch, conversation)
+
+
+@pytest.mark.parametrize("stranger", STRANGERS, ids=["unsigned", "without a secret", "with another secret"])
+def test_strangers_are_not_heard(monkeypatch, stranger):
+    room = {"bootstrap_room": 1, "dp_rank": 3}
+
+    async def conversation(ask):
+        assert (await ask("PUT", "/route", RANK, stranger))[0] == 403
+        assert (await ask("PUT", "/route", RANK))[0] == 200
+        for asked in (("GET", WHERE), ("POST", "/register_dp_rank", room), ("POST", "/query_dp_ranks", {})):
+            assert (await ask(*asked, by=stranger))[0] == 403
+        assert await ask("POST", "/query_dp_ranks", {"bootstrap_rooms": [1]}) == (200, "{}")
+        assert (await ask("GET", "/health", by=stranger))[0] == 200
+
+    talk(monkeypatch, conversation)
+
+
+def test_a_worker_of_another_plan_may_read_and_no_more(monkeypatch):
+    async def conversation(ask):
+        assert (await ask("PUT", "/route", RANK, OF_ANOTHER_PLAN))[0] == 403
+        assert (await ask("POST", "/register_dp_rank", {"bootstrap_room": 1, "dp_rank": 3}, OF_ANOTHER_PLAN))[0] == 403
+        assert (await ask("PUT", "/route", RANK))[0] == 200
+        assert (await ask("GET", WHERE, by=OF_ANOTHER_PLAN))[0] == 200
+        assert (await ask("POST", "/query_dp_ranks", {"bootstrap_rooms": []}, OF_ANOTHER_PLAN))[0] == 200
+
+    talk(monkeypatch, conversation)
+
+
+def test_a_signature_is_for_one_request(monkeypatch):
+    class Recorded:
+        def of(self, *_):
+            return OURS.of("PUT", "/route", json.dumps(RANK).encode())
+
+    async def conversation(ask):
+        assert (await ask("PUT", "/route", RANK | {"rank_port": 6666}, Recorded()))[0] == 403
+        assert (await ask("GET", WHERE, by=Recorded()))[0] == 403
+
+    talk(monkeypatch, conversation)
+
+
+def test_what_sglang_itself_asks_is_signed(monkeypatch, tmp_path):
+    """SGLang's own code registers a rank and a room, and finds them, at a server that listens."""
+    secret = tmp_path / "secret"
+    secret.write_text("a secret of this cluster")
+    started = SimpleNamespace(
+        model_path=str(tmp_path), json_model_override_args=json.dumps({"pdtrim_secret_file": str(secret)})
+    )
+    monkeypatch.setattr(hooks, "server_arguments", lambda: started)
+    monkeypatch.setattr(conn, "requests", conn.requests)  # put back afterwards
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    server = PDTrimBootstrapServer("127.0.0.1", port)
+    place = f"127.0.0.1:{port}"
+    hooks.sign_requests(hooks.signature_of(started))
+    conn.CommonKVManager._register_topology_row(None, f"http://{place}/route", RANK)
+    ours = SimpleNamespace(bootstrap_addr=place, bootstrap_server_url=place, bootstrap_room=5)
+    ours.kv_mgr = SimpleNamespace(attn_dp_rank=3)
+    assert conn.CommonKVReceiver._get_bootstrap_info_from_server(ours, 0, 0, 0, 0)["rank_port"] == 5000
+    conn.CommonKVSender._register_prefill_dp_rank(ours)
+    assert conn.CommonKVReceiver.query_prefill_dp_ranks(place, [5, 6]) == {"5": 3}
+    server.close()
+
+
+def test_a_worker_signs_before_it_registers(monkeypatch):
+    """SGLang registers a prefill rank while its manager is being made."""
+    from pdtrim_sglang import manager
+
+    class Registered(Exception):
+        pass
+
+    def registers(*_):
+        assert conn.requests._signature is OURS
+        raise Registered
+
+    monkeypatch.setattr(conn, "requests", conn.requests)
+    monkeypatch.setattr(hooks, "check", lambda: None)
+    monkeypatch.setattr(hooks, "signature_of", lambda _: OURS)
+    monkeypatch.setattr(manager, "check_options", lambda *_: None)
+    monkeypatch.setattr(conn.CommonKVManager, "__init__", registers)
+    with pytest.raises(Registered):
+        manager.PDTrimKVManager(None, None, SimpleNamespace(model_path="/nowhere"))

@@ -94,3 +94,13 @@ def test_options_that_would_give_wrong_text_are_refused(registry, options, sente
     check_options(SimpleNamespace(**good), pool, plan, False)
     with pytest.raises(RuntimeError, match=sentence):
         check_options(SimpleNamespace(**good | options), pool, plan, False)
+
+
+def test_a_registry_that_asks_for_no_signature_is_refused(monkeypatch):
+    from types import SimpleNamespace
+
+    from pdtrim_sglang.requirements import check_options
+
+    monkeypatch.setenv("SGLANG_RUST_SERVER", "1")
+    with pytest.raises(RuntimeError, match="unset SGLANG_RUST_SERVER"):
+        check_options(SimpleNamespace(pp_size=1), SimpleNamespace(state_types=[]), None, False)

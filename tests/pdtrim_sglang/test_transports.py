@@ -244,3 +244,16 @@ def test_tcp_notices_a_damaged_chunk():
     channel.close()
     server.close()
     relay.close()
+
+
+def test_a_receive_buffer_grows_no_further_than_staging_bytes():
+    make_channel, make_server = TRANSPORTS["tcp"]
+    listener = Listener()
+    server = make_server("127.0.0.1", Handler(), CONFIG)
+    channel = make_channel(server.host, server.port, listener, CONFIG)
+    for size, held in ((1000, 1000), (1001, 2000), (700_000, 700_000), (700_001, 1 << 20), (1 << 20, 1 << 20)):
+        channel.send(header(1, size), memoryview(b""))
+        assert listener.next() == Reply(1)
+        assert server.held() == (1, held)
+    channel.close()
+    server.close()

@@ -81,7 +81,7 @@ class OneSidedSendChannel(TcpSendChannel):
     ) -> None:
         super().__init__(host, port, listener, config, writer.take(config.staging_bytes))
         self._writer, self._target = writer, None
-        self._free = threading.Event()
+        self._place: tuple[socket.socket | None, threading.Event] = (None, threading.Event())  # set: nothing lies in it
         weakref.finalize(self, writer.give, self.staging)
 
     def _introduced(self, connection: socket.socket) -> None:
@@ -92,17 +92,18 @@ class OneSidedSendChannel(TcpSendChannel):
             self._target = self._writer.reach(bytes(receive(connection, bytearray(length)) or b""))
         except ValueError as error:
             raise OSError(str(error)) from None
-        self._free.set()
+        self._place = connection, threading.Event()
+        self._answered(connection)
 
     def _transmit(
         self, connection: socket.socket, header: ChunkHeader, payload: Sequence[memoryview]
     ) -> list[memoryview]:
-        seconds = self._config.stall_seconds
-        if not self._free.wait(seconds):
+        seconds, (_, free) = self._config.stall_seconds, self._place
+        if not free.wait(seconds):
             raise OSError(f"no answer to the last chunk within {seconds:.0f} s")  # and it hangs up
         if connection is self._broken:
             raise OSError("the connection was lost")
-        self._free.clear()
+        free.clear()
         at = 0
         for piece in payload:  # the staging buffer itself, or what an engine has packed elsewhere
             if piece.obj is not self._bytes.obj:
@@ -112,8 +113,10 @@ class OneSidedSendChannel(TcpSendChannel):
             self._writer.write(self.staging, at, self._target, seconds)
         return []
 
-    def _replied(self) -> None:
-        self._free.set()
+    def _answered(self, connection: socket.socket) -> None:
+        of, free = self._place
+        if of is connection:  # not an old one, whose reader comes late
+            free.set()
 
 
 class OneSidedReceiveServer(TcpReceiveServer):
@@ -131,6 +134,7 @@ class OneSidedReceiveServer(TcpReceiveServer):
         connection.sendall(_PLACE.pack(MAGIC, VERSION, len(place)) + place)
 
     def _left(self, connection: socket.socket) -> None:
+        super()._left(connection)
         buffer = self._places.pop(connection, None)
         if buffer is not None:
             self._writer.give(buffer)
@@ -138,7 +142,9 @@ class OneSidedReceiveServer(TcpReceiveServer):
     def _body(self, connection: socket.socket, header: ChunkHeader) -> tuple[memoryview, memoryview]:
         if header.payload_bytes > self._config.staging_bytes:
             raise ProtocolError(f"chunk of {header.payload_bytes} bytes is larger than the staging buffer")
-        aux = memoryview(bytearray(header.aux_bytes))
+        own = self._buffer(connection, header.payload_bytes + header.aux_bytes)
+        payload, aux = own[: header.payload_bytes], own[header.payload_bytes :]
         if aux and receive(connection, aux) is None:
             raise ConnectionError("closed inside a chunk")
-        return self._places[connection].numpy().data[: header.payload_bytes], aux
+        payload[:] = self._places[connection].numpy().data[: header.payload_bytes]
+        return payload, aux

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
+from pdtrim_sglang import vital
 from pdtrim_sglang.protocol import HEADER_BYTES, REPLY_BYTES, ChunkHeader, ProtocolError, Reply, body_matches
 from pdtrim_sglang.transports.base import (
     ChannelListener,
@@ -83,8 +84,8 @@ class TcpSendChannel(SendChannel):
         """Move the payload; returns what of it goes between header and aux row."""
         return payload
 
-    def _replied(self) -> None:
-        """A reply came: the peer is done with a chunk."""
+    def _answered(self, connection: socket.socket) -> None:
+        """The peer is done with a chunk, or the connection is lost (then it is `_broken`)."""
 
     def _connected(self) -> socket.socket:
         if self._socket is None or self._socket is self._broken:
@@ -108,11 +109,12 @@ class TcpSendChannel(SendChannel):
             while fixed := receive(connection, bytearray(REPLY_BYTES), patient=True):
                 room, length = Reply.decode_fixed(bytes(fixed))
                 text = receive(connection, bytearray(length)) if length else b""
-                self._replied()
+                self._answered(connection)
                 self._listener.on_reply(Reply(room, bytes(text or b"").decode(errors="replace")))
         except (OSError, ProtocolError) as error:
             reason = str(error)
         self._broken = connection
+        self._answered(connection)
         _hang_up(connection)
         self._listener.on_lost(f"lost decode worker {_name(self._address)}: {reason}")
 
@@ -126,7 +128,7 @@ class TcpReceiveServer(ReceiveServer):
         self.host, self.port = host, self._listener.getsockname()[1]
         self._connections: dict[socket.socket, int] = {}  # and the bytes of its staging buffer
         self._staging: dict[socket.socket, bytearray] = {}
-        threading.Thread(target=self._accept, daemon=True).start()
+        vital.start("transport server", self._accept)
 
     def held(self) -> tuple[int, int]:
         return len(self._connections), sum(list(self._connections.values()))
@@ -195,13 +197,19 @@ class TcpReceiveServer(ReceiveServer):
         """A connection is over."""
         self._staging.pop(connection, None)
 
+    def _buffer(self, connection: socket.socket, length: int) -> memoryview:
+        """The connection's own memory; it grows with the chunks, by doubling up to `staging_bytes`."""
+        staging = self._staging.get(connection, bytearray(0))
+        if length > len(staging):
+            grown = max(length, min(2 * len(staging), self._config.staging_bytes))
+            self._connections[connection] += grown - len(staging)
+            staging = self._staging[connection] = bytearray(grown)
+        return memoryview(staging)[:length]
+
     def _body(self, connection: socket.socket, header: ChunkHeader) -> tuple[memoryview, memoryview]:
         """Payload and aux row of a chunk whose lengths were admitted; valid until the next one."""
-        length, staging = header.payload_bytes + header.aux_bytes, self._staging.get(connection, bytearray(0))
-        if length > len(staging):
-            staging = self._staging[connection] = bytearray(max(length, 2 * len(staging)))
-            self._connections[connection] = len(staging)
-        body = memoryview(staging)[:length]
+        length = header.payload_bytes + header.aux_bytes
+        body = self._buffer(connection, length)
         if length and receive(connection, body) is None:
             raise ConnectionError("closed inside a chunk")
         return body[: header.payload_bytes], body[header.payload_bytes :]

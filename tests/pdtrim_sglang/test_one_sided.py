@@ -1,0 +1,109 @@
+"""What is true of every transport whose payload is written into the peer's memory, with a writer of this process."""
+
+import queue
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from pdtrim_sglang.protocol import ChunkHeader, Reply
+from pdtrim_sglang.transports.base import TransportConfig, TransportError
+from pdtrim_sglang.transports.one_sided import OneSidedReceiveServer, OneSidedSendChannel, Writer
+
+CONFIG = TransportConfig(staging_bytes=1 << 12, connect_seconds=2, stall_seconds=30)
+HEADER = ChunkHeader(bytes(32), 1, 0, 8, 0, 8, 0, 100, False)
+
+
+class Memory(Writer):
+    """Registered buffers by number."""
+
+    def __init__(self):
+        super().__init__()
+        self.buffers = []
+
+    def register(self, buffer):
+        self.buffers.append(buffer)
+
+    def place(self, buffer):
+        return bytes([next(n for n, one in enumerate(self.buffers) if one is buffer)])
+
+    def reach(self, place):
+        return self.buffers[place[0]]
+
+    def write(self, source, size, target, seconds):
+        target[:size] = source[:size]
+
+
+class Handler:
+    def __init__(self):
+        self.gate, self.delivering, self.got = threading.Event(), threading.Event(), []
+
+    def connections_changed(self):
+        pass
+
+    def admit(self, header):
+        pass
+
+    def deliver(self, header, payload, aux):
+        self.delivering.set()
+        self.gate.wait(20)
+        self.got.append((payload.tolist(), bytes(aux)))
+        return Reply(header.room)
+
+
+class Listener:
+    def __init__(self):
+        self.events = queue.Queue()
+        self.on_reply = self.on_lost = self.events.put
+
+
+@pytest.fixture
+def pair():
+    writer, handler, listener = Memory(), Handler(), Listener()
+    server = OneSidedReceiveServer(writer, "127.0.0.1", handler, CONFIG)
+    channel = OneSidedSendChannel(writer, server.host, server.port, listener, CONFIG)
+    yield channel, server, handler, listener
+    handler.gate.set()
+    channel.close()
+    server.close()
+
+
+@pytest.mark.parametrize("how", ["abandoned", "lost"])
+def test_a_sender_that_waits_for_its_turn_hears_that_the_connection_is_gone(pair, how):
+    channel, server, _, listener = pair
+    channel.send(HEADER, memoryview(b""))
+    threading.Timer(0.3, channel.abandon if how == "abandoned" else server.close).start()
+    started = time.monotonic()
+    with pytest.raises(TransportError, match="the connection was lost"):
+        channel.send(HEADER, memoryview(b""))
+    assert time.monotonic() - started < 10
+    assert "lost decode worker" in listener.events.get(timeout=5)
+
+
+def test_what_is_written_after_the_check_is_not_scattered(pair):
+    """A write that was given up may land whenever it likes: here after the checksum, before the scatter."""
+    channel, server, handler, listener = pair
+    channel.staging[:100] = torch.arange(100, dtype=torch.uint8)
+    channel.send(replace(HEADER, aux_bytes=3), memoryview(b"aux"))
+    assert handler.delivering.wait(5)
+    (place,) = server._places.values()
+    place.fill_(255)
+    handler.gate.set()
+    assert listener.events.get(timeout=5) == Reply(1)
+    assert handler.got == [(list(range(100)), b"aux")]
+
+
+def test_what_is_written_before_the_check_is_found(pair):
+    channel, _, handler, listener = pair
+    handler.gate.set()
+    write = channel._writer.write
+
+    def damaged(source, size, target, seconds):
+        write(source, size, target, seconds)
+        target[50] += 1
+
+    channel._writer.write = damaged
+    channel.send(HEADER, memoryview(b""))
+    assert "checksum mismatch" in listener.events.get(timeout=5).reason
+    assert not handler.got
