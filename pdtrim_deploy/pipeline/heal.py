@@ -102,13 +102,13 @@ def _texts(context: Context) -> tuple[Any, Any]:
 
 def _entry(context: Context, key: str) -> Path:
     def make(folder: Path) -> None:
-        from safetensors.torch import save_file
+        from pdtrim_deploy.checkpoints.writer import save
 
         pair, report = _make(context)
         for stage in STAGES:
             blocks = pair.changed.get(stage, {})
-            tensors = {f"{block}.{name}": t.contiguous() for block, ts in blocks.items() for name, t in ts.items()}
-            save_file(tensors, folder / f"{stage}.safetensors")
+            tensors = {f"{block}.{name}": t for block, ts in blocks.items() for name, t in ts.items()}
+            save(tensors, folder / f"{stage}.safetensors")
         (folder / "report.json").write_text(json.dumps(report, indent=2))
 
     return context.cache.entry("stage-weights", key, make)
