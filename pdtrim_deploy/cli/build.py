@@ -67,7 +67,7 @@ def build(
     from pdtrim_deploy.doctor import Asked, require
     from pdtrim_deploy.pipeline import build as run
 
-    require("build", Asked(recipe, out, cache))
+    require("build", Asked(recipe, out, cache, workers=workers if shared and not ray_address else 0))
     progress = Progress()
     asked = None
     if shared:
