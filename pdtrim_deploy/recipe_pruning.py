@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, 
 # Names of a registry that needs torch to import; a test holds them equal.
 PruningMethod = Literal["anneal", "cosine", "greedy", "perplexity", "random", "sleb", "streamline"]
 PRUNING_METHODS: tuple[str, ...] = get_args(PruningMethod)
+EVALUATED = ("anneal", "greedy", "perplexity")  # ask an `Evaluator`, which keeps hidden states and may be Ray's workers
 
 
 class PruningSection(BaseModel):

@@ -84,6 +84,10 @@ def test_blocks_from_the_checkpoint_give_the_same_bundle(
         build(bounded, tmp_path / "d", cache, workers=Workers(2))
     with pytest.raises(UserError, match="keeps hidden states in memory alone"):
         build(recipe(tmp_path, tiny_llama_dir, disk_mb=1), tmp_path / "d", cache, workers=Workers(2))
+    for method in ("cosine", "random", "sleb", "streamline"):
+        with pytest.raises(UserError, match=f"pruning.method is {method}, which one process searches alone"):
+            build(recipe(tmp_path, tiny_llama_dir, method=method), tmp_path / "d", cache, workers=Workers(2))
+    recipe(tmp_path, tiny_llama_dir, disk_mb=1)
     assert not (tmp_path / "d").exists()
     command = ["build", str(tmp_path / "r.yaml"), "--out", str(tmp_path / "d"), "--dry-run"]
     for more, code in (([], 0), (["--workers", "2"], 2)):
