@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 
 # Names of a registry that needs torch to import; a test holds them equal.
 CompensationMethod = Literal["none", "norm", "least-squares"]
@@ -58,6 +58,13 @@ class HealingSection(_Section):
     sequences: PositiveInt = 64
     length: Annotated[int, Field(ge=16)] = 256
     seed: NonNegativeInt = 0
+
+    @model_validator(mode="after")
+    def _meaningful(self) -> HealingSection:
+        chooses = self.compensation == "least-squares" or self.kv_only_blocks or self.prefill_steps or self.decode_steps
+        if chooses and self.sequences < 2:
+            raise ValueError("sequences is 1; allowed: at least 2, since some are kept from fitting, to choose on")
+        return self
 
     @property
     def asked(self) -> bool:

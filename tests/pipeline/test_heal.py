@@ -207,9 +207,15 @@ def test_bad_sections_are_one_sentence(recipe_of: Callable[..., Recipe], section
             {"students": {"steps": 5}, "pruning": {"decode_blocks": 2}},
             "students.steps is 5 but pruning.distil is false",
         ),
+        ({"healing": {"compensation": "least-squares", "sequences": 1}}, "healing.sequences is 1; allowed: at least 2"),
+        ({"healing": {"kv_only_blocks": 1, "sequences": 1}}, "healing.sequences is 1; allowed: at least 2"),
+        ({"healing": {"decode_steps": 5, "sequences": 1}}, "healing.sequences is 1; allowed: at least 2"),
+        ({"calibration": {"sequences": 1}}, "calibration.sequences is 1 but pruning.distil is true"),
     ],
 )
-def test_what_would_do_nothing_is_refused(recipe_of: Callable[..., Recipe], sections: dict, sentence: str) -> None:
+def test_what_cannot_be_done_or_would_do_nothing_is_refused(
+    recipe_of: Callable[..., Recipe], sections: dict, sentence: str
+) -> None:
     with pytest.raises(UserError, match=sentence):
         recipe_of(**sections)
 
