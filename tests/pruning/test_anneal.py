@@ -176,6 +176,16 @@ def test_a_killed_search_gives_what_an_unbroken_one_does(model, ids, tmp_path, s
     assert len(rows_of(tmp_path / "cut")) == 43
 
 
+def test_half_a_row_is_cut_off_without_writing_the_others_anew(tmp_path, monkeypatch):
+    Trajectory(tmp_path / "t").append(step=0, block_forwards=1)
+    whole = (tmp_path / "t").read_bytes()
+    (tmp_path / "t").write_bytes(whole + b'{"step": 1, "blo')
+    with monkeypatch.context() as patched:
+        patched.setattr(Trajectory, "_write", lambda *_: pytest.fail("a kill here would lose the search"))
+        assert Trajectory(tmp_path / "t").replay()["step"] == 0
+    assert (tmp_path / "t").read_bytes() == whole
+
+
 def test_a_seed_fixes_the_chain_whatever_the_workers_and_the_memory(model, ids, tmp_path):
     found, chains = [], []
     for name, more in {"one": {}, "three": {"workers": 3}, "little": {"memory": 60_000}, "none": {"memory": 0}}.items():
