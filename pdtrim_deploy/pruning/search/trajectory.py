@@ -55,14 +55,9 @@ class Trajectory:
         return []
 
     @property
-    def seconds_here(self) -> float:
-        """Since this run of it began."""
-        return monotonic() - self._began
-
-    @property
     def seconds(self) -> float:
         """Since the search began, pauses left out."""
-        return self.seconds_before + self.seconds_here
+        return self.seconds_before + monotonic() - self._began
 
     def replay(self) -> dict[str, Any] | None:
         """The next row that an earlier run wrote; None when there is no more."""
