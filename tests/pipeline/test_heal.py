@@ -207,6 +207,8 @@ def test_bad_sections_are_one_sentence(recipe_of: Callable[..., Recipe], section
             {"students": {"steps": 5}, "pruning": {"decode_blocks": 2}},
             "students.steps is 5 but pruning.distil is false",
         ),
+        ({"healing": {"compensation": "norm", "minutes": 5}}, "healing.minutes is 5 but no steps are asked for"),
+        ({"students": {"minutes": 5}}, "students.minutes is 5 but steps is 0"),
         ({"healing": {"compensation": "least-squares", "sequences": 1}}, "healing.sequences is 1; allowed: at least 2"),
         ({"healing": {"kv_only_blocks": 1, "sequences": 1}}, "healing.sequences is 1; allowed: at least 2"),
         ({"healing": {"decode_steps": 5, "sequences": 1}}, "healing.sequences is 1; allowed: at least 2"),
