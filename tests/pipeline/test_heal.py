@@ -22,6 +22,7 @@ from pdtrim_deploy.loadtest.text import WORDS
 from pdtrim_deploy.pipeline import build, heal
 from pdtrim_deploy.pipeline.context import Context
 from pdtrim_deploy.plan import STAGES, Distilled, Drop, KVOnly
+from pdtrim_deploy.pruning.kv_only import fit
 from pdtrim_deploy.pruning.students.regression import FROZEN
 from pdtrim_deploy.recipe import Recipe
 
@@ -140,6 +141,22 @@ def test_prefill_may_give_up_a_block_that_decode_keeps(
     card = (bundle.prefill_dir / "README.md").read_text()
     assert f"for their K and V alone: {block}" in card
     assert "refitted; what makes K and V of all other blocks are as there" in card
+
+
+def test_keys_and_values_are_fitted_to_what_prefill_became(
+    recipe_of: Callable[..., Recipe], tmp_path: Path, cache: Cache
+) -> None:
+    """Two blocks given up and block 4 dropped; what compensation makes of prefill changes the states they read."""
+    healing = {"kv_only_blocks": 2, "compensation": "least-squares", "sequences": 12, "length": 32}
+    recipe = recipe_of(healing=healing, kv={"method": "all", "n_last": 8})
+    context = context_of(recipe, build(recipe, tmp_path / "b", cache), cache)
+    pair = heal.stage_pair(context)
+    again = fit(pair, context.calibration(12, 32))
+    for layer in pair.plan.kv_only_layers:
+        block = pair.plan.prefill_layers[layer]
+        one, two = (made.changed["prefill"][block] for made in (pair, again))
+        for name in ("self_attn.k_proj.weight", "self_attn.v_proj.weight"):
+            torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-5)
 
 
 def test_what_was_healed_is_not_healed_again(
