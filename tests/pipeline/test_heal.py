@@ -144,19 +144,20 @@ def test_prefill_may_give_up_a_block_that_decode_keeps(
 
 
 def test_keys_and_values_are_fitted_to_what_prefill_became(
-    recipe_of: Callable[..., Recipe], tmp_path: Path, cache: Cache
+    recipe_of: Callable[..., Recipe], tmp_path: Path, cache: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two blocks given up and block 4 dropped; what compensation makes of prefill changes the states they read."""
-    healing = {"kv_only_blocks": 2, "compensation": "least-squares", "sequences": 12, "length": 32}
+    """Block 1 is dropped: what compensation makes of block 0 changes the state that block 3, given up, reads."""
+    monkeypatch.setattr("pdtrim_deploy.pruning.kv_only.candidates", lambda _: (3,))
+    for stage in STAGES:
+        monkeypatch.setitem(CHOSEN, stage, {"removed": [1], "pairs": []})
+    healing = {"kv_only_blocks": 1, "compensation": "least-squares", "sequences": 12, "length": 32}
     recipe = recipe_of(healing=healing, kv={"method": "all", "n_last": 8})
     context = context_of(recipe, build(recipe, tmp_path / "b", cache), cache)
     pair = heal.stage_pair(context)
     again = fit(pair, context.calibration(12, 32))
-    for layer in pair.plan.kv_only_layers:
-        block = pair.plan.prefill_layers[layer]
-        one, two = (made.changed["prefill"][block] for made in (pair, again))
-        for name in ("self_attn.k_proj.weight", "self_attn.v_proj.weight"):
-            torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-5)
+    one, two = (made.changed["prefill"][3] for made in (pair, again))
+    for name in ("self_attn.k_proj.weight", "self_attn.v_proj.weight"):
+        torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-5)
 
 
 def test_what_was_healed_is_not_healed_again(
