@@ -154,13 +154,15 @@ def prefill_blocks(removed: int) -> int:
 
 
 def stages(setup: Setup, name: str, found: StageRemovals, place: Path) -> StagePair:
-    """Both stages with all that the method does for what is left; weights once fitted stay in `place`."""
+    """Both stages with all that the method does for what is left; weights once fitted stay in `place`, by plan."""
     method, blocks = METHODS[name], setup.shape.num_blocks
     prefill, decode = (getattr(found, stage).solution for stage in STAGES)
     kv = (KVSend(),) * len(decode.route(blocks))
     pair = StagePair(
         setup.model, PDPlan(model=setup.shape, prefill=prefill.actions(blocks), decode=decode.actions(blocks), kv=kv)
     )
+    place = place / pair.plan.digest[:12]
+    place.mkdir(parents=True, exist_ok=True)
     healed = ""  # decode's weights depend on prefill's
     for stage in STAGES:
         for both in getattr(found, stage).solution.pairs:

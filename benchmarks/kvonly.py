@@ -25,7 +25,7 @@ from pdtrim_deploy.evaluation.oracle import PDOracle
 from pdtrim_deploy.evaluation.perplexity import pd_perplexity
 from pdtrim_deploy.plan import Drop, Keep, KVSend, PDPlan
 from pdtrim_deploy.pruning.compensation import get_compensation
-from pdtrim_deploy.pruning.kv_only import relax
+from pdtrim_deploy.pruning.kv_only import fit, relax
 from pdtrim_deploy.pruning.pair import StagePair
 
 CORPORA = ("brown", "austen")
@@ -65,7 +65,7 @@ def main() -> None:
         judge(blocks, "K and V alone, own projections", unfitted(fitted))
         judge(blocks, "K and V alone, refitted", fitted)
         mended = get_compensation("least-squares").compensate(fitted, "prefill", ids, lambda _: None)
-        judge(blocks, "K and V alone, refitted, gaps too", mended)
+        judge(blocks, "K and V alone, refitted, gaps too", fit(mended, ids))
         gone = {b for b, action in enumerate(fitted.plan.prefill) if action.kind != "keep"}
         actions = tuple(Drop() if b in gone else Keep() for b in range(len(model.model.layers)))
         kv = (KVSend(),) * (len(actions) - blocks)

@@ -79,6 +79,11 @@ class Recipe(_Section):
             raise ValueError(
                 f"students.steps is {self.students.steps} but pruning.distil is false; allowed: 0, or true"
             )
+        if pruning.distil and self.calibration.sequences < 2:
+            raise ValueError(
+                "calibration.sequences is 1 but pruning.distil is true; allowed with it: at least 2, since students "
+                "are chosen on sequences that were not fitted"
+            )
         return self
 
     @classmethod

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 
 # Names of a registry that needs torch to import; a test holds them equal.
 CompensationMethod = Literal["none", "norm", "least-squares"]
@@ -33,6 +33,12 @@ class StudentsSection(_Section):
     batch: PositiveInt = 4
     seed: NonNegativeInt = 0
 
+    @model_validator(mode="after")
+    def _meaningful(self) -> StudentsSection:
+        if self.minutes is not None and not self.steps:
+            raise ValueError(f"minutes is {self.minutes:g} but steps is 0; allowed with minutes: steps of at least 1")
+        return self
+
 
 class HealingSection(_Section):
     """What is done to a stage's weights once its blocks are chosen; prefill first, then decode behind it.
@@ -58,6 +64,18 @@ class HealingSection(_Section):
     sequences: PositiveInt = 64
     length: Annotated[int, Field(ge=16)] = 256
     seed: NonNegativeInt = 0
+
+    @model_validator(mode="after")
+    def _meaningful(self) -> HealingSection:
+        if self.minutes is not None and not (self.prefill_steps or self.decode_steps):
+            raise ValueError(
+                f"minutes is {self.minutes:g} but no steps are asked for; "
+                "allowed with minutes: prefill_steps or decode_steps of at least 1"
+            )
+        chooses = self.compensation == "least-squares" or self.kv_only_blocks or self.prefill_steps or self.decode_steps
+        if chooses and self.sequences < 2:
+            raise ValueError("sequences is 1; allowed: at least 2, since some are kept from fitting, to choose on")
+        return self
 
     @property
     def asked(self) -> bool:

@@ -9,6 +9,16 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, 
 # Names of a registry that needs torch to import; a test holds them equal.
 PruningMethod = Literal["anneal", "cosine", "greedy", "perplexity", "random", "sleb", "streamline"]
 PRUNING_METHODS: tuple[str, ...] = get_args(PruningMethod)
+EVALUATED = ("anneal", "greedy", "perplexity")  # ask an `Evaluator`, which keeps hidden states and may be Ray's workers
+
+_ANY = ("method", "prefill_blocks", "decode_blocks", "distil", "threshold", "blocks_in_memory")
+_STATES = ("memory_mb", "disk_mb")
+_TAKES: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(PRUNING_METHODS, ()),
+    "random": ("seed",),
+    **dict.fromkeys(EVALUATED, _STATES),
+    "anneal": ("steps", "minutes", "seed", *_STATES),
+}
 
 
 class PruningSection(BaseModel):
@@ -20,7 +30,8 @@ class PruningSection(BaseModel):
         steps, minutes: of annealing, for each stage; the time is that of the stage's whole search, and a run that it
             ends is not repeatable to the bit.
         seed: of `anneal` and `random`.
-        memory_mb: hidden states kept while searching, at most; disk_mb: as many more in mapped files in the bundle.
+        memory_mb: hidden states kept while `anneal`, `greedy` or `perplexity` searches, at most; disk_mb: as many more
+            in mapped files in the bundle.
         blocks_in_memory: blocks whose weights are in memory at a time while searching; the others are read from the
             checkpoint when they run. All of them when left out. The answer is the same.
 
@@ -54,4 +65,8 @@ class PruningSection(BaseModel):
                 f"distil is true but blocks_in_memory is {self.blocks_in_memory}; allowed: distil with all blocks in "
                 f"memory, since students are fitted to whole blocks"
             )
+        for name, field in type(self).model_fields.items():
+            if name not in (*_ANY, *_TAKES[self.method]) and getattr(self, name) != field.default:
+                known = ", ".join((*_ANY[1:], *_TAKES[self.method]))
+                raise ValueError(f"method is {self.method}, which takes no {name}; allowed with it: {known}")
         return self

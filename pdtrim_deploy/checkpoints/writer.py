@@ -7,11 +7,27 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from pdtrim_deploy.checkpoints.tensors import INDEX, SINGLE
+from pdtrim_deploy.errors import UserError
 
 MAX_SHARD_BYTES = 4_000_000_000
+
+
+def save(tensors: Mapping[str, torch.Tensor], file: Path) -> None:
+    """Store `tensors` in `file`.
+
+    Raises:
+        UserError: it cannot be written, say since the disk is full (safetensors' own error is no OSError).
+
+    """
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
+    except SafetensorError as error:
+        reason = str(error).rpartition("I/O error: ")[2]
+        raise UserError(f"cannot write {file} ({reason}); free some space and run the same command again") from error
 
 
 def write_shards(
@@ -34,8 +50,7 @@ def write_shards(
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
         file = SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        tensors = {name: get(name).to(dtype).contiguous() for name in names}
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+        save({name: get(name).to(dtype) for name in names}, folder / file)
         (folder / file).chmod(0o644)
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @click.option("--out", type=options.path, required=True, help="Folder of the bundle.")
 @options.cache_dir
 @click.option("--dry-run", is_flag=True, help="Say what would be done and how large it gets; write nothing.")
-@click.option("--force", is_flag=True, help="Make every step again.")
+@click.option("--force", is_flag=True, help="Make every step again, but for what stands in the cache.")
 @click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Of the pruning search, by Ray.")
 @click.option("--ray-address", metavar="HOST:PORT", help="Of a Ray cluster's head.  [default: Ray on this machine]")
 @click.option("--worker-gpus", type=click.FloatRange(0), default=0.0, show_default=True, help="Of each worker.")
@@ -40,6 +40,8 @@ def build(
     """Prune a model and write both stages, and their engines, as a sealed bundle.
 
     A build that was stopped, by whatever, goes on where it was when the same command is run again.
+    Students and healed weights are kept in the cache by all that they depend on, and --force takes them from there:
+    another --cache-dir has them made again.
     With --workers, --ray-address or --worker-gpus Ray's workers evaluate the candidates of the pruning search, each
     with its own copy of the model; what they choose is what this process alone would.
     Exit code 1 when an engine of the recipe's targets could not be built: the bundle is whole without it.
@@ -67,7 +69,7 @@ def build(
     from pdtrim_deploy.doctor import Asked, require
     from pdtrim_deploy.pipeline import build as run
 
-    require("build", Asked(recipe, out, cache))
+    require("build", Asked(recipe, out, cache, workers=workers if shared and not ray_address else 0))
     progress = Progress()
     asked = None
     if shared:

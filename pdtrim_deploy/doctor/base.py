@@ -39,6 +39,7 @@ class Asked:
         out: where the bundle goes.
         serve_python: as `ServeEnvironment.find` takes it.
         deep: load the plugin into SGLang for real.
+        workers: Ray's on this machine that search, each with its own copy of the model; 0: this process does.
 
     """
 
@@ -47,6 +48,7 @@ class Asked:
     cache: Cache = field(default_factory=Cache.default)
     serve_python: Path | None = None
     deep: bool = False
+    workers: int = 0
 
 
 class Check(Protocol):

@@ -6,15 +6,17 @@ import importlib.util
 import platform
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 from pdtrim_deploy.doctor.base import ALL, Asked, Finding, Job
+from pdtrim_deploy.recipe import Recipe
 from pdtrim_deploy.serving.environment import REPO
 
 OLDEST_PYTHON = (3, 11)
+BUILDS: tuple[Job, ...] = ("build", "demo")
 
 
 @dataclass(frozen=True)
@@ -38,12 +40,15 @@ class PythonVersion:
 
 @dataclass(frozen=True)
 class Package:
-    """One package of an extra; `why` tells what an optional one is for."""
+    """One package of an extra; `why` tells what an optional one is for, and `wanted_by` which recipes' builds stop
+    without it. (One that a target alone wants is no such: the bundle is whole without its engine.)
+    """
 
     name: str
     extra: str
     jobs: tuple[Job, ...] = ("build", "eval", "demo")
     why: str = ""
+    wanted_by: Callable[[Recipe], bool] = lambda _: False
 
     def look(self, asked: Asked) -> Iterable[Finding]:
         """One line: its version against the clone's lock, else against the wheel's own pins."""
@@ -60,8 +65,13 @@ class Package:
             detail=f"{detail} ({self.why})" if self.why else detail,
             mend=None if good else mend,
             # Another version than the lock's may well do: that is said, and does not hold the job back.
-            needed_by=() if self.why or (has and not good) else self.jobs,
+            needed_by=() if has and not good else self._needed_by(asked.recipe),
         )
+
+    def _needed_by(self, recipe: Recipe | None) -> tuple[Job, ...]:
+        if not self.why:
+            return self.jobs
+        return BUILDS if recipe and self.wanted_by(recipe) else ()
 
 
 def installed(name: str) -> str | None:

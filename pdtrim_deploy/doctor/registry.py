@@ -7,6 +7,16 @@ from pdtrim_deploy.doctor.packages import Package, PythonVersion
 from pdtrim_deploy.doctor.programs import Aiperf, Gpu, Program
 from pdtrim_deploy.doctor.resources import Disk, Memory
 from pdtrim_deploy.doctor.serving import SGLang
+from pdtrim_deploy.recipe import Recipe
+
+
+def _converts(recipe: Recipe) -> bool:
+    return recipe.model.source.startswith(("gguf:", "pypi:"))
+
+
+def _distils(recipe: Recipe) -> bool:
+    return bool(recipe.healing.prefill_steps or recipe.healing.decode_steps)
+
 
 CHECKS: tuple[Check, ...] = (
     PythonVersion(),
@@ -16,9 +26,9 @@ CHECKS: tuple[Check, ...] = (
     *(Package(name, "build") for name in ("torch", "transformers", "safetensors")),
     Package("httpx", "build", ("build", "demo")),
     Package("prometheus-client", "build", ("demo",)),
-    Package("gguf", "build", why="sources gguf: and pypi:"),
+    Package("gguf", "build", why="sources gguf: and pypi:", wanted_by=_converts),
     *(Package(name, "build", why="target onnx") for name in ("onnx", "onnxruntime", "onnxruntime-extensions")),
-    Package("nvidia-modelopt", "build", why="target tensorrt-llm, quantised"),
+    Package("nvidia-modelopt", "build", why="healing steps; target tensorrt-llm, quantised", wanted_by=_distils),
     Package("tensorrt-rtx", "tensorrt-rtx", why="target tensorrt-rtx"),
     Package("ray", "ray", ("build",), "build --workers"),
     SGLang(),

@@ -13,6 +13,7 @@ from pdtrim_deploy.checkpoints.checkpoint import read_config
 from pdtrim_deploy.doctor.base import ALL, Asked, Finding, Job, gb
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.pipeline.heal import needed
+from pdtrim_deploy.pruning.cost import search_cost
 from pdtrim_deploy.recipe import Recipe
 from pdtrim_deploy.recipe_kv import FIXED_KV
 from pdtrim_deploy.serving.environment import gpu_count
@@ -34,13 +35,14 @@ class Needs:
     disk: float
 
 
-def needs(recipe: Recipe) -> Needs | None:
+def needs(recipe: Recipe, workers: int = 0) -> Needs | None:
     """None where the model's config.json is neither here nor shipped.
 
     Building holds the model once in float32 where something is measured on it (where nothing but the search does, and
-    `pruning.blocks_in_memory` bounds that, so much of it), and one shard of a stage at a time; both stages are written
-    in the recipe's dtype, a converted source (gguf, pypi) once more; an engine is taken to be as large as its stage in
-    float32, built in a process of its own that holds it three times.
+    `pruning.blocks_in_memory` bounds that, so much of it), in each of Ray's `workers` once more while it searches, what
+    is trained four times more (a copy, its gradients, Adam's two means), and one shard of a stage at a time; both
+    stages are written in the recipe's dtype, a converted source (gguf, pypi) once more; an engine is taken to be as
+    large as its stage in float32, built in a process of its own that holds it three times.
     """
     path = _config(recipe.model.source)
     if path is None:
@@ -51,13 +53,21 @@ def needs(recipe: Recipe) -> Needs | None:
     pool = POOL_TOKENS * shape.num_blocks * 2 * shape.num_kv_heads * shape.head_dim * item
     converted = 0 if recipe.model.source.startswith("hf:") else count * 4
     engines = len(recipe.targets.asked) * 2 * count * 4
+    cost = search_cost(config, recipe.pruning, recipe.calibration)
+    searching, states = (cost.memory, cost.disk) if cost else (0, 0)
+    if recipe.pruning.distil:
+        states += _hidden_files(recipe, config)
     return Needs(
         build=PROGRAM
-        + max(1.1 * _measured_on(recipe, config) * 4, min(SHARD, count * item))
+        + max(
+            1.1 * _measured_on(recipe, config) * 4 + 4 * _trained(recipe, config) * 4,
+            searching + workers * (PROGRAM + searching),
+            min(SHARD, count * item),
+        )
         + (2 * count * 4 if recipe.targets.asked else 0),
         judge=PROGRAM + 2 * count * item,  # both stages, or the dense model
         serve=2 * (PROGRAM + count * item + pool),
-        disk=2 * count * item + converted + engines,
+        disk=2 * count * item + converted + engines + states,
     )
 
 
@@ -68,6 +78,19 @@ def _measured_on(recipe: Recipe, config: dict[str, Any]) -> int:
     if asked.blocks_in_memory is None or whole:
         return blocks * block + ends if whole or asked.decode_blocks else 0
     return ends + min(blocks, asked.blocks_in_memory) * block + (asked.memory_mb << 20) // 4
+
+
+def _trained(recipe: Recipe, config: dict[str, Any]) -> int:
+    """Weights that take gradient steps at a time: a stage's blocks, or one student's."""
+    pruning, healing, (blocks, block, _) = recipe.pruning, recipe.healing, _sizes(config)
+    steps = ((healing.prefill_steps, pruning.prefill_blocks), (healing.decode_steps, pruning.decode_blocks))
+    return block * max([blocks - gone for wanted, gone in steps if wanted] + [1 if recipe.students.steps else 0])
+
+
+def _hidden_files(recipe: Recipe, config: dict[str, Any]) -> int:
+    """Bytes of what students are fitted to (`pruning.students.states`)."""
+    text = recipe.calibration
+    return (config["num_hidden_layers"] + 1) * text.sequences * text.length * config["hidden_size"] * 4
 
 
 def parameters(config: dict[str, Any]) -> int:
@@ -96,7 +119,7 @@ class Memory:
         """One line on what there is, and one a job of the recipe."""
         total, free = memory()
         yield Finding(group="machine", name="memory", status="ok", detail=f"{gb(total)}, {gb(free)} of it free")
-        wanted = needs(asked.recipe) if asked.recipe else None
+        wanted = needs(asked.recipe, asked.workers) if asked.recipe else None
         if wanted is None or asked.recipe is None:
             return
         said: dict[Job, float] = {"build": wanted.build, "eval": wanted.judge}

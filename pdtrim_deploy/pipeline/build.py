@@ -36,6 +36,7 @@ from pdtrim_deploy.pipeline.stand_in import stand_in
 from pdtrim_deploy.plan import STAGES, Stage
 from pdtrim_deploy.recipe import Recipe
 from pdtrim_deploy.recipe_kv import FIXED_KV
+from pdtrim_deploy.recipe_pruning import EVALUATED
 from pdtrim_deploy.recipe_targets import Target
 from pdtrim_deploy.report.environment import machine, versions
 
@@ -160,7 +161,12 @@ def check_fits(recipe: Recipe, blocks: int) -> None:
 
 
 def check_shared(recipe: Recipe) -> None:
-    """Refuse for Ray's workers what bounds the memory of one process."""
+    """Refuse for Ray's workers what bounds the memory of one process, and methods that ask nobody else."""
+    if recipe.pruning.decode_blocks and recipe.pruning.method not in EVALUATED:
+        raise UserError(
+            f"recipe {recipe.name}: pruning.method is {recipe.pruning.method}, which one process searches alone; "
+            f"build without --workers or choose one of {', '.join(EVALUATED)}"
+        )
     for name, what in (
         ("blocks_in_memory", "holds the whole model"),
         ("disk_mb", "keeps hidden states in memory alone"),

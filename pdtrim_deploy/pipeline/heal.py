@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 PRUNING, HEALING = f"{REPORTS}/pruning.json", f"{REPORTS}/healing.json"
 _VERSION = 1  # of how weights are made
+_KV_ONLY_VERSION = 2  # the same where some blocks run for their K and V alone
 
 Changed = Mapping[Stage, Mapping[int, Mapping[str, "Tensor"]]]
 
@@ -89,7 +90,8 @@ def stage_pair(context: Context) -> StagePair:
 def _key(context: Context) -> str:
     plan, dump = _chosen(context), context.recipe.model_dump(mode="json")
     texts = [hashlib.sha256(ids.numpy().tobytes()).hexdigest() for ids in _texts(context)]
-    said = [_VERSION, plan.digest, dump["students"], dump["healing"], texts]
+    version = _KV_ONLY_VERSION if context.recipe.healing.kv_only_blocks else _VERSION
+    said = [version, plan.digest, dump["students"], dump["healing"], texts]
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
@@ -102,13 +104,13 @@ def _texts(context: Context) -> tuple[Any, Any]:
 
 def _entry(context: Context, key: str) -> Path:
     def make(folder: Path) -> None:
-        from safetensors.torch import save_file
+        from pdtrim_deploy.checkpoints.writer import save
 
         pair, report = _make(context)
         for stage in STAGES:
             blocks = pair.changed.get(stage, {})
-            tensors = {f"{block}.{name}": t.contiguous() for block, ts in blocks.items() for name, t in ts.items()}
-            save_file(tensors, folder / f"{stage}.safetensors")
+            tensors = {f"{block}.{name}": t for block, ts in blocks.items() for name, t in ts.items()}
+            save(tensors, folder / f"{stage}.safetensors")
         (folder / "report.json").write_text(json.dumps(report, indent=2))
 
     return context.cache.entry("stage-weights", key, make)
@@ -125,10 +127,13 @@ def _read(file: Path) -> dict[int, dict[str, Tensor]]:
 
 
 def _make(context: Context) -> tuple[StagePair, dict[str, Any]]:
-    """Students first; then compensation and healing of prefill; then those of decode, behind it."""
+    """Students first; then compensation and healing of prefill; then those of decode, behind it.
+
+    K and V of blocks that are there for them alone are fitted again once prefill's hidden states are what they will be.
+    """
     from pdtrim_deploy.pruning.compensation import get_compensation
     from pdtrim_deploy.pruning.healing import heal as distil
-    from pdtrim_deploy.pruning.kv_only import relax
+    from pdtrim_deploy.pruning.kv_only import fit, relax
     from pdtrim_deploy.pruning.pair import StagePair
 
     asked, (_, ids) = context.recipe.healing, _texts(context)
@@ -145,6 +150,8 @@ def _make(context: Context) -> tuple[StagePair, dict[str, Any]]:
             done = distil(pair, stage, ids, asked, context.note)
             pair = done.pair
             report["healing"][stage] = {name: getattr(done, name) for name in ("steps", "before", "after", "kept")}
+        if stage == "prefill" and asked.kv_only_blocks and (asked.compensation != "none" or asked.prefill_steps):
+            pair = fit(pair, ids, context.note)
     return pair, report
 
 

@@ -35,6 +35,10 @@ def prune(context: Context) -> None:
     """
     asked, text = context.recipe.pruning, context.recipe.calibration
     (context.out / CANDIDATES).unlink(missing_ok=True)
+    going = (asked.prefill_blocks, asked.decode_blocks - asked.prefill_blocks)
+    for search, blocks in zip(SEARCHES, going, strict=True):
+        if not blocks:  # what an earlier recipe's search left is none of this bundle's
+            (context.out / search).unlink(missing_ok=True)
     report: dict[Stage, Any] = {stage: {"removed": [], "pairs": [], "loss": None, "trajectory": []} for stage in STAGES}
     if asked.decode_blocks:
         from pdtrim_deploy.pruning.candidates import find

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pdtrim_deploy.recipe import CalibrationSection
-from pdtrim_deploy.recipe_pruning import PruningSection
+from pdtrim_deploy.recipe_pruning import EVALUATED, PruningSection
 
 # Share of the work that early stopping leaves; not a promise. RACED was measured on SmolLM2-135M with 16 x 256 tokens
 # (prefill 0.16 for 2 rounds, decode 0.26 for 4), ANNEALED is assumed.
@@ -72,7 +72,7 @@ def search_cost(config: Mapping[str, Any], pruning: PruningSection, text: Calibr
         flops += count * (length - tokens) * 2 * prompt * block_size
     wanted = count * length * hidden * _FLOAT * blocks
     kept = min(pruning.memory_mb << 20, wanted)
-    keeps = pruning.method in _KEEP_STATES
+    keeps = pruning.method in EVALUATED
     return SearchCost(
         weights=(min(blocks, pruning.blocks_in_memory or blocks) * block_size + embeddings) * _FLOAT,
         states=kept if keeps else count * length * hidden * _FLOAT,
@@ -140,4 +140,3 @@ _WORK: dict[str, Callable[[int, int, int, int], _Work]] = {
     "sleb": _sleb,
     "streamline": _one_pass,
 }
-_KEEP_STATES = ("anneal", "greedy", "perplexity")

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -113,7 +112,11 @@ class _Shelf:
 
 
 class _Files(_Shelf):
-    """States in files without a name, mapped: they go with the process, and their pages when memory is short."""
+    """States in files, mapped: their pages go when memory is short.
+
+    A file loses its name as soon as it is mapped, so it goes with the process; and nothing holds it open, for there may
+    be more states than a process may have open files.
+    """
 
     def __init__(self, limit: int, folder: Path | None) -> None:
         super().__init__(limit)
@@ -121,10 +124,11 @@ class _Files(_Shelf):
 
     def store(self, hidden: Tensor) -> Tensor:
         try:
-            with tempfile.TemporaryFile(dir=self._folder) as file:
+            with tempfile.NamedTemporaryFile(dir=self._folder) as file:
                 file.write(hidden.contiguous().numpy().data)  # a full disk shows here, and not when a page is touched
                 file.flush()
-                return torch.from_numpy(np.memmap(file, np.float32, "c", shape=tuple(hidden.shape)))
+                flat = torch.from_file(file.name, shared=False, size=hidden.numel(), dtype=torch.float32)
+                return flat.view(hidden.shape)
         except OSError as error:
             raise UserError(
                 f"no room for hidden states in {self._folder or tempfile.gettempdir()} ({error.strerror}); free some "

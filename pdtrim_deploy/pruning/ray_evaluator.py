@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -72,10 +73,14 @@ class Worker:
     """One process: an `InProcess` over its own copy of the model, in float32 as the search's own."""
 
     def __init__(self, checkpoint: Path, threads: int, device: str) -> None:
+        torch.set_num_threads(threads)
+        self._device, self._checkpoint = device, checkpoint
+
+    @cached_property
+    def _model(self) -> Any:
         from pdtrim_deploy.checkpoints.loading import load_model
 
-        torch.set_num_threads(threads)
-        self._device, self._model = device, load_model(checkpoint, "float32").to(device)
+        return load_model(self._checkpoint, "float32").to(self._device)
 
     def prepare(self, work: Work) -> int:
         """For another search; block-forwards so far."""
@@ -86,13 +91,10 @@ class Worker:
         self._inside = InProcess(objective, work.memory)
         return self._inside.block_forwards
 
-    def evaluate(self, solutions: list[Solution], batch: int, more: Layers) -> tuple[list[Any], int] | str:
-        """(float32 arrays, block-forwards so far), or the sentence of a UserError; `more` are students yet unknown."""
+    def evaluate(self, solutions: list[Solution], batch: int, more: Layers) -> tuple[list[Any], int]:
+        """(float32 arrays, block-forwards so far); `more` are students yet unknown."""
         self._students.add(more)
-        try:
-            return [one.cpu().numpy() for one in self._inside.evaluate(solutions, batch)], self._inside.block_forwards
-        except UserError as error:
-            return str(error)
+        return [one.cpu().numpy() for one in self._inside.evaluate(solutions, batch)], self._inside.block_forwards
 
     def settle(self, solution: Solution) -> int:
         """As `Evaluator.settle`; block-forwards so far."""
@@ -111,10 +113,10 @@ class OnRay:
     ) -> None:
         import ray
 
-        self._ray, self.workers, self.blocks, self.batches = ray, len(actors), blocks, batches
+        self.workers, self.blocks, self.batches = len(actors), blocks, batches
         self._actors, self._students = actors, students
         shared = ray.put(work)
-        self._cost = ray.get([actor.prepare.remote(shared) for actor in actors])
+        self._cost = _answers([actor.prepare.remote(shared) for actor in actors])
         self._known = [set(work.students) for _ in actors]
         self._place: dict[Solution, int] = {}
 
@@ -136,11 +138,7 @@ class OnRay:
             if shares[number]
         }
         found: dict[int, Tensor] = {}
-        for number, reference in asked.items():
-            answer = self._ray.get(reference)
-            if isinstance(answer, str):
-                raise UserError(answer)
-            losses, self._cost[number] = answer
+        for number, (losses, self._cost[number]) in zip(asked, _answers([*asked.values()]), strict=True):
             found |= {i: torch.from_numpy(one.copy()) for i, one in zip(shares[number], losses, strict=True)}
         return [found[index] for index in range(len(solutions))]
 
@@ -152,7 +150,25 @@ class OnRay:
 
     def settle(self, solution: Solution) -> None:
         """Tell all workers."""
-        self._cost = self._ray.get([actor.settle.remote(solution) for actor in self._actors])
+        self._cost = _answers([actor.settle.remote(solution) for actor in self._actors])
+
+
+def _answers(asked: list[Any]) -> list[Any]:
+    """What workers say; UserError when one says so or died."""
+    import ray
+    from ray.exceptions import RayError, RayTaskError
+
+    try:
+        return ray.get(asked)
+    except RayTaskError as error:
+        if isinstance(error.cause, UserError):
+            raise UserError(str(error.cause)) from None
+        raise
+    except RayError as error:
+        raise UserError(
+            f"a Ray worker died, perhaps for want of memory ({type(error).__name__}); take fewer --workers and run the "
+            "same command again: the search goes on where it was"
+        ) from error
 
 
 def _made(students: StudentLayers | None, pairs: Iterable[tuple[int, int]]) -> Layers:
@@ -163,11 +179,22 @@ class Elsewhere:
     """What `choose_stages` takes: the evaluator of each of its searches, by the same workers of the standing cluster.
 
     `checkpoint` is read where a worker runs, from the same path.
+
+    Raises:
+        UserError: the cluster has not so many CPUs or GPUs.
+
     """
 
     def __init__(self, asked: Workers, checkpoint: Path) -> None:
         import ray
 
+        has = ray.cluster_resources()
+        for what, each in (("CPU", 1), ("GPU", asked.gpus)):
+            if asked.count * each > has.get(what, 0):
+                raise UserError(
+                    f"{asked.count} workers with {each:g} {what} each are asked for, but the Ray cluster has "
+                    f"{has.get(what, 0):g}; lower --workers or --worker-gpus"
+                )
         threads = max(1, torch.get_num_threads() // asked.count) if asked.address is None else 1
         remote: Any = ray.remote(num_cpus=1, num_gpus=asked.gpus)(Worker)
         device = "cuda" if asked.gpus else "cpu"

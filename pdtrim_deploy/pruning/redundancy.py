@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pdtrim_deploy.blockwise import Blockwise, CausalLM
+from pdtrim_deploy.errors import UserError
 
 
 def redundancy(
@@ -31,6 +32,10 @@ def similarity(
     Token 0 of each sequence, int64 `[S, T]`, is left out: it is the attention sink, whose state one block blows up a
     hundredfold and others then leave as it is, so it tells nothing of the rest. max(spans) + 1 hidden states of a
     batch exist at a time.
+
+    Raises:
+        UserError: a hidden state is not a number.
+
     """
     runner, blocks = Blockwise(model), len(model.model.layers)
     total = {span: torch.zeros(blocks + 1 - span, dtype=torch.float64) for span in spans}
@@ -46,4 +51,6 @@ def similarity(
                 total[span][block + 1 - span] += cosine.double().sum()
         done += len(part)
         progress(f"redundancy: {done}/{len(ids)} sequences")
+    if not all(bool(torch.isfinite(sums).all()) for sums in total.values()):
+        raise UserError("hidden states are not numbers; load the model in float32, check its weights")
     return {span: sums / (ids.shape[0] * (ids.shape[1] - 1)) for span, sums in total.items()}

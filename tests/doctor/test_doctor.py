@@ -132,6 +132,48 @@ def test_a_search_bounded_in_memory_needs_no_more(tmp_path: Path) -> None:
         assert build_gb(", blocks_in_memory: 2", more) == pytest.approx(whole, rel=0.01)
 
 
+def test_states_training_and_workers_are_counted(tmp_path: Path) -> None:
+    def needs(pruning: str = "", more: str = "", workers: int = 0) -> resources.Needs:
+        (tmp_path / "r.yaml").write_text(
+            "name: r\nmodel: {source: 'hf:meta-llama/Llama-3.1-8B', dtype: bfloat16}\n"
+            f"calibration: {{sequences: 64, length: 2048}}\npruning: {{decode_blocks: 4{pruning}}}\n{more}"
+        )
+        wanted = resources.needs(Recipe.load(tmp_path / "r.yaml"), workers)
+        assert wanted is not None
+        return wanted
+
+    weights, block, prompt = 8.03e9 * 4, 0.218e9 * 4, 2 * 32 * 64 * 1024 * 1024 * 4
+    large = needs(", memory_mb: 20000, disk_mb: 10000")
+    assert large.build == pytest.approx(resources.PROGRAM + weights + (20000 << 20) + prompt, rel=0.01)
+    assert large.disk - needs(", memory_mb: 20000").disk == 10000 << 20
+    healed = needs(more="healing: {decode_steps: 5}\n")
+    assert healed.build == pytest.approx(resources.PROGRAM + 1.1 * weights + 4 * 28 * block, rel=0.01)
+    alone, shared = needs(), needs(workers=2)
+    assert shared.build - resources.PROGRAM > 3 * weights > alone.build
+    distil = ", method: anneal, distil: true"
+    assert needs(distil).disk - alone.disk == 33 * 64 * 2048 * 4096 * 4
+
+
+@pytest.mark.parametrize(
+    ("package", "recipe"),
+    [
+        ("gguf", "model: {source: 'pypi:x'}\n"),
+        ("nvidia-modelopt", "pruning: {decode_blocks: 1}\nhealing: {decode_steps: 5}\n"),
+    ],
+)
+def test_a_package_that_the_recipe_wants_is_needed(
+    package: str, recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packages, "installed", lambda name: None if name == package else installed(name))
+    plain, wants = tmp_path / "plain.yaml", tmp_path / "wants.yaml"
+    plain.write_text(f"name: r\nmodel: {{source: 'hf:{tmp_path}'}}\ntargets: {{tensorrt-llm: {{quantisation: fp8}}}}\n")
+    wants.write_text("name: r\n" + ("" if "model" in recipe else f"model: {{source: 'hf:{tmp_path}'}}\n") + recipe)
+    require("build", Asked(Recipe.load(plain), tmp_path))
+    require("eval", Asked(Recipe.load(wants)))
+    with pytest.raises(UserError, match=rf"cannot build: {package}: not installed \(.*Mend it with: (make|pip)"):
+        require("build", Asked(Recipe.load(wants), tmp_path))
+
+
 def test_parameters_of_shipped_models() -> None:
     for file in (ROOT / "recipes" / "facts").glob("*.json"):
         config = json.loads(file.read_text())

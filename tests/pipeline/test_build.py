@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -18,7 +19,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pdtrim_deploy.bundle import Bundle
+from pdtrim_deploy.bundle import Bundle, write_atomic
 from pdtrim_deploy.cache import Cache
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.loadtest.text import WORDS
@@ -166,6 +167,40 @@ def test_force_makes_every_step_again(recipe_file: RecipeFile, tmp_path: Path, c
     bundle, ran = make(recipe_file(), tmp_path / "b", cache, force=True)
     assert ran == ALL
     assert bundle.verify() == []
+
+
+def test_a_search_of_an_earlier_recipe_is_not_sealed(recipe_file: RecipeFile, tmp_path: Path, cache: Cache) -> None:
+    for prefill, decode, stages in ((1, 2, ["decode", "prefill"]), (2, 2, ["prefill"]), (0, 2, ["decode"]), (0, 0, [])):
+        asked = recipe_file(pruning={"prefill_blocks": prefill, "decode_blocks": decode})
+        bundle, _ = make(asked, tmp_path / "b", cache)
+        assert sorted(n for n in bundle.manifest.files if "search-" in n) == [
+            f"reports/search-{s}.jsonl" for s in stages
+        ]
+
+
+def test_folders_that_a_kill_left_go_when_the_next_build_begins(
+    recipe_file: RecipeFile, tmp_path: Path, cache: Cache
+) -> None:
+    left = tmp_path / "b" / ".build" / "hidden-abc" / "x0.f32"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"large")
+    there: list[bool] = []
+    build(Recipe.load(recipe_file()), tmp_path / "b", cache, lambda _: there.append(left.parent.exists()))
+    assert there
+    assert not any(there)
+
+
+def test_a_file_that_could_not_be_written_leaves_none_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    write_atomic(tmp_path / "x", "old")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="full"):
+        write_atomic(tmp_path / "x", "new")
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("x", "old")]
 
 
 def test_a_step_whose_files_went_missing_is_made_again(recipe_file: RecipeFile, tmp_path: Path, cache: Cache) -> None:

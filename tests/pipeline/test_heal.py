@@ -22,6 +22,7 @@ from pdtrim_deploy.loadtest.text import WORDS
 from pdtrim_deploy.pipeline import build, heal
 from pdtrim_deploy.pipeline.context import Context
 from pdtrim_deploy.plan import STAGES, Distilled, Drop, KVOnly
+from pdtrim_deploy.pruning.kv_only import fit
 from pdtrim_deploy.pruning.students.regression import FROZEN
 from pdtrim_deploy.recipe import Recipe
 
@@ -142,6 +143,23 @@ def test_prefill_may_give_up_a_block_that_decode_keeps(
     assert "refitted; what makes K and V of all other blocks are as there" in card
 
 
+def test_keys_and_values_are_fitted_to_what_prefill_became(
+    recipe_of: Callable[..., Recipe], tmp_path: Path, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Block 1 is dropped: what compensation makes of block 0 changes the state that block 3, given up, reads."""
+    monkeypatch.setattr("pdtrim_deploy.pruning.kv_only.candidates", lambda _: (3,))
+    for stage in STAGES:
+        monkeypatch.setitem(CHOSEN, stage, {"removed": [1], "pairs": []})
+    healing = {"kv_only_blocks": 1, "compensation": "least-squares", "sequences": 12, "length": 32}
+    recipe = recipe_of(healing=healing, kv={"method": "all", "n_last": 8})
+    context = context_of(recipe, build(recipe, tmp_path / "b", cache), cache)
+    pair = heal.stage_pair(context)
+    again = fit(pair, context.calibration(12, 32))
+    one, two = (made.changed["prefill"][3] for made in (pair, again))
+    for name in ("self_attn.k_proj.weight", "self_attn.v_proj.weight"):
+        torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-5)
+
+
 def test_what_was_healed_is_not_healed_again(
     recipe_of: Callable[..., Recipe], tmp_path: Path, cache: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -207,9 +225,17 @@ def test_bad_sections_are_one_sentence(recipe_of: Callable[..., Recipe], section
             {"students": {"steps": 5}, "pruning": {"decode_blocks": 2}},
             "students.steps is 5 but pruning.distil is false",
         ),
+        ({"healing": {"compensation": "norm", "minutes": 5}}, "healing.minutes is 5 but no steps are asked for"),
+        ({"students": {"minutes": 5}}, "students.minutes is 5 but steps is 0"),
+        ({"healing": {"compensation": "least-squares", "sequences": 1}}, "healing.sequences is 1; allowed: at least 2"),
+        ({"healing": {"kv_only_blocks": 1, "sequences": 1}}, "healing.sequences is 1; allowed: at least 2"),
+        ({"healing": {"decode_steps": 5, "sequences": 1}}, "healing.sequences is 1; allowed: at least 2"),
+        ({"calibration": {"sequences": 1}}, "calibration.sequences is 1 but pruning.distil is true"),
     ],
 )
-def test_what_would_do_nothing_is_refused(recipe_of: Callable[..., Recipe], sections: dict, sentence: str) -> None:
+def test_what_cannot_be_done_or_would_do_nothing_is_refused(
+    recipe_of: Callable[..., Recipe], sections: dict, sentence: str
+) -> None:
     with pytest.raises(UserError, match=sentence):
         recipe_of(**sections)
 

@@ -84,6 +84,10 @@ def test_blocks_from_the_checkpoint_give_the_same_bundle(
         build(bounded, tmp_path / "d", cache, workers=Workers(2))
     with pytest.raises(UserError, match="keeps hidden states in memory alone"):
         build(recipe(tmp_path, tiny_llama_dir, disk_mb=1), tmp_path / "d", cache, workers=Workers(2))
+    for method in ("cosine", "random", "sleb", "streamline"):
+        with pytest.raises(UserError, match=f"pruning.method is {method}, which one process searches alone"):
+            build(recipe(tmp_path, tiny_llama_dir, method=method, steps=150), tmp_path / "d", cache, workers=Workers(2))
+    recipe(tmp_path, tiny_llama_dir, disk_mb=1)
     assert not (tmp_path / "d").exists()
     command = ["build", str(tmp_path / "r.yaml"), "--out", str(tmp_path / "d"), "--dry-run"]
     for more, code in (([], 0), (["--workers", "2"], 2)):
@@ -119,6 +123,14 @@ def test_a_whole_search_writes_checkpoints_that_plain_transformers_loads(
         ({"distil": True, "blocks_in_memory": 2}, "distil is true but blocks_in_memory is 2"),
         ({"threshold": 1.5}, "pruning.threshold is 1.5"),
         ({"minutes": 0}, "pruning.minutes is 0"),
+        (
+            {"method": "greedy", "steps": 12},
+            "method is greedy, which takes no steps; allowed with it: prefill_blocks, ",
+        ),
+        ({"method": "greedy", "steps": 150, "minutes": 5}, "method is greedy, which takes no minutes"),
+        ({"method": "perplexity", "steps": 150, "seed": 1}, "method is perplexity, which takes no seed"),
+        ({"method": "sleb", "steps": 150, "memory_mb": 2}, "method is sleb, which takes no memory_mb"),
+        ({"method": "random", "steps": 150, "disk_mb": 2}, "method is random, which takes no disk_mb"),
     ],
 )
 def test_what_cannot_be_is_one_sentence(

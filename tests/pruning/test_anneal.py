@@ -3,6 +3,8 @@
 import copy
 import itertools
 import json
+import os
+import re
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.evaluation.oracle import PDOracle
 from pdtrim_deploy.plan import KVSend, PDPlan
 from pdtrim_deploy.pruning.evaluator import InProcess, mean_loss
+from pdtrim_deploy.pruning.hidden_states import _Files
 from pdtrim_deploy.pruning.objective import NextTokenLoss
 from pdtrim_deploy.pruning.search import Problem, Settings, Trajectory
 from pdtrim_deploy.pruning.search.anneal import Anneal
@@ -176,6 +179,16 @@ def test_a_killed_search_gives_what_an_unbroken_one_does(model, ids, tmp_path, s
     assert len(rows_of(tmp_path / "cut")) == 43
 
 
+def test_half_a_row_is_cut_off_without_writing_the_others_anew(tmp_path, monkeypatch):
+    Trajectory(tmp_path / "t").append(step=0, block_forwards=1)
+    whole = (tmp_path / "t").read_bytes()
+    (tmp_path / "t").write_bytes(whole + b'{"step": 1, "blo')
+    with monkeypatch.context() as patched:
+        patched.setattr(Trajectory, "_write", lambda *_: pytest.fail("a kill here would lose the search"))
+        assert Trajectory(tmp_path / "t").replay()["step"] == 0
+    assert (tmp_path / "t").read_bytes() == whole
+
+
 def test_a_seed_fixes_the_chain_whatever_the_workers_and_the_memory(model, ids, tmp_path):
     found, chains = [], []
     for name, more in {"one": {}, "three": {"workers": 3}, "little": {"memory": 60_000}, "none": {"memory": 0}}.items():
@@ -201,6 +214,36 @@ def test_time_ends_it_and_the_best_so_far_is_the_answer(model, ids, tmp_path):
     assert short.loss == min(
         row["loss"] for row in rows if row.get("accepted", row.get("removed") == rows[1]["removed"])
     )
+
+
+def minutes_left(line):
+    return float(re.search(r"([0-9.]+) min left$", line)[1])
+
+
+def test_the_time_left_counts_steps_alone_and_not_beyond_the_minutes(model, ids, monkeypatch):
+    """A step takes a minute, the greedy start an hour."""
+    now, lines = [0.0], []
+    for module in ("anneal", "trajectory", "base", "greedy"):
+        monkeypatch.setattr(f"pdtrim_deploy.pruning.search.{module}.monotonic", lambda: now[0])
+
+    def note(line):
+        lines.append(line)
+        now[0] += 3600 if "removed block" in line else 0
+
+    real = Anneal._judge
+    monkeypatch.setattr(Anneal, "_judge", lambda *a: (now.__setitem__(0, now[0] + 60), real(*a))[1])
+    Anneal(Settings(steps=5)).run(problem(model, ids, 1), note)
+    assert [minutes_left(line) for line in lines if line.startswith("anneal")] == [4, 3, 2, 1, 0]
+    lines.clear()
+    Anneal(Settings(steps=5, minutes=63)).run(problem(model, ids, 1), note)
+    assert [minutes_left(line) for line in lines if line.startswith("anneal ")] == [2, 1, 0, 0]
+
+
+def test_other_searches_say_the_time_left_too(model, ids):
+    for method in ("greedy", "sleb", "perplexity"):
+        lines = []
+        choose_stages(model, ids, 0, 2, method=method, progress=lines.append)
+        assert minutes_left(lines[-1]) == 0
 
 
 def test_both_stages_leave_their_trajectory_and_nest(model, ids, tmp_path):
@@ -254,6 +297,16 @@ def test_what_memory_has_no_room_for_is_kept_in_files(model, ids, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"no room for hidden states in .*lower pruning.disk_mb"):
         InProcess(NextTokenLoss(model, ids, SPLIT), 0, 1 << 30, tmp_path / "file").evaluate([NOTHING], 0)
+
+
+def test_states_in_files_hold_no_descriptors(tmp_path):
+    states, before = _Files(1 << 20, tmp_path), len(os.listdir("/proc/self/fd"))
+    kept = [torch.full((2, 3, 4), float(n)) for n in range(40)]
+    for n, state in enumerate(kept):
+        states.keep((n, ()), state, [])
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert not list(tmp_path.iterdir())
+    assert all(torch.equal(states.states[n, ()], state) for n, state in enumerate(kept))
 
 
 def test_what_goes_wrong_is_one_sentence(model, ids, tmp_path):

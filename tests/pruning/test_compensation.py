@@ -98,5 +98,7 @@ def test_a_distilled_pair_leaves_no_gap():
 def test_an_error_that_is_not_a_number_is_one_sentence():
     model = tiny("Llama")
     model.model.layers[1].mlp.up_proj.weight.data[0] = float("nan")
+    with pytest.raises(UserError, match="hidden states are not numbers"):
+        get_compensation("norm").compensate(pair_of(model), "prefill", text(2, 24), QUIET)
     with pytest.raises(UserError, match="block 1: its error is nan"):
         get_compensation("least-squares").compensate(pair_of(model), "prefill", text(8, 16), QUIET)

@@ -17,6 +17,7 @@ from torch import nn
 from pdtrim_deploy.bundle import REPORTS
 from pdtrim_deploy.cache import Cache
 from pdtrim_deploy.checkpoints.loading import load_model
+from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.pipeline import build
 from pdtrim_deploy.pruning import ray_evaluator
 from pdtrim_deploy.pruning.ray_evaluator import Elsewhere, Workers, cluster
@@ -95,6 +96,25 @@ def test_a_build_with_workers(
     assert alone.plan.decode_layers != tuple(range(3))
     assert open_to_others == set()
     assert (shared.path / REPORTS / "pruning.json").exists()
+
+
+def test_what_goes_wrong_on_a_worker_is_one_sentence(tiny_llama_dir: Path, tmp_path: Path, standing: None) -> None:
+    model, ids = load_model(tiny_llama_dir), torch.randint(3, 250, (4, 24))
+
+    def choose(elsewhere, note=lambda _: None):
+        try:
+            return choose_stages(model, ids, 0, 2, elsewhere=elsewhere, progress=note)
+        finally:
+            for actor in elsewhere._actors:
+                sys.modules["ray"].kill(actor)
+
+    with pytest.raises(UserError, match=r"^2 workers with 1 GPU each .*has 0; lower --workers or --worker-gpus$"):
+        Elsewhere(Workers(2, gpus=1), tiny_llama_dir)
+    with pytest.raises(UserError, match=f"^[^\n]*{tmp_path / 'gone'}[^\n]*$"):
+        choose(Elsewhere(Workers(1), tmp_path / "gone"))
+    dying = Elsewhere(Workers(2), tiny_llama_dir)
+    with pytest.raises(UserError, match=r"^a Ray worker died.*the search goes on where it was$"):
+        choose(dying, lambda _: sys.modules["ray"].kill(dying._actors[1]))
 
 
 def up() -> bool:

@@ -2,7 +2,10 @@ import pytest
 import torch
 from tinypd import BLOCKS, FAMILIES, text, tiny
 
+from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.pruning.candidates import find
 from pdtrim_deploy.pruning.redundancy import redundancy
+from pdtrim_deploy.pruning.stages import choose_stages
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -32,3 +35,13 @@ def test_a_block_that_does_nothing_is_wholly_redundant():
     score = redundancy(model, text(2, 12))
     assert float(score[3]) == pytest.approx(1, abs=1e-6)
     assert score.argmax() == 3
+
+
+def test_weights_that_are_no_numbers_rank_nothing():
+    broken = tiny("Llama")
+    broken.model.layers[2].mlp.down_proj.weight.data[0, 0] = torch.nan
+    with pytest.raises(UserError, match="hidden states are not numbers"):
+        find(broken, text(2, 12))
+    for method in ("cosine", "streamline"):
+        with pytest.raises(UserError, match="hidden states are not numbers"):
+            choose_stages(broken, text(2, 12), 0, 1, method=method)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pdtrim_deploy.blockwise import Blockwise
+from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.plan import Stage
 from pdtrim_deploy.pruning.compensation.base import Progress
 from pdtrim_deploy.pruning.pair import StagePair
@@ -23,9 +24,16 @@ class Norm:
     """Factors are of the dense model's states, token 0 (the attention sink) left out."""
 
     def compensate(self, pair: StagePair, stage: Stage, ids: Tensor, progress: Progress) -> StagePair:
-        """Divide o_proj and down_proj of every layer behind a gap by the product of the gaps' factors."""
+        """Divide o_proj and down_proj of every layer behind a gap by the product of the gaps' factors.
+
+        Raises:
+            UserError: a hidden state is not a number.
+
+        """
         layers, spans = pair.plan.layers(stage), pair.spans(stage)
         norms = _mean_norms(pair, ids, progress)
+        if not bool(torch.isfinite(norms).all()):
+            raise UserError("hidden states are not numbers; load the model in float32, check its weights")
         missing, factors = float(norms[layers[0]] / norms[0]), dict[int, float]()
         for block, (stop, after) in zip(layers, spans, strict=True):
             factors[block] = missing

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import dataclass
+from time import monotonic
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ class Anneal:
         if start.loss is None:
             return start
         moves = Moves(problem)
-        state = _State(start.solution, start.loss)
+        state, began = _State(start.solution, start.loss), monotonic()
         while state.step < steps:
             row = log.replay()
             if row is not None:
@@ -80,7 +81,9 @@ class Anneal:
                 state.follow(row)
                 if judged.accepted:
                     break
-            left = log.seconds_here / max(1, state.here) * (steps - state.step)
+            left = (monotonic() - began) / state.here * (steps - state.step)
+            if self.settings.minutes is not None:
+                left = max(0, min(left, 60 * self.settings.minutes - log.seconds))
             progress(
                 f"anneal {state.step}/{steps}: loss {state.loss:.4f}, best {state.best_loss:.4f}, "
                 f"{left / 60:.1f} min left"

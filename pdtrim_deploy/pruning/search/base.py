@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from time import monotonic
 from typing import Protocol
 
 from torch import Tensor
@@ -135,6 +136,11 @@ class SearchResult:
     def loss(self) -> float | None:
         """Calibration loss of the whole solution, if the method measured it."""
         return self.trajectory[-1].loss if self.trajectory else None
+
+
+def time_left(began: float, done: int, left: int) -> str:
+    """At the pace since `began` (monotonic), in which `done` parts of the work were done."""
+    return f"{(monotonic() - began) / max(1, done) * left / 60:.1f} min left"
 
 
 class Search(Protocol):

@@ -6,8 +6,10 @@ looked at on a small part of the calibration text, or not at all (`race`).
 
 from __future__ import annotations
 
+from time import monotonic
+
 from pdtrim_deploy.pruning.evaluator import mean_loss
-from pdtrim_deploy.pruning.search.base import Problem, Progress, SearchResult, Step
+from pdtrim_deploy.pruning.search.base import Problem, Progress, SearchResult, Step, time_left
 from pdtrim_deploy.pruning.search.race import Losses, Race
 
 
@@ -29,6 +31,7 @@ class Greedy:
         """Remove one block a round; ties go to the earlier block. UserError when the loss is not a number."""
         evaluator, log = problem.evaluator, problem.trajectory
         removed, steps, known = tuple[int, ...](), list[Step](), dict[int, Losses]()
+        began, here = monotonic(), 0  # rounds made in this run: those read take no time
         while problem.forced.saved + len(removed) < problem.remove:
             label = f"greedy {problem.forced.saved + len(removed) + 1}/{problem.remove}"
             evaluator.settle(problem.without(removed))
@@ -39,8 +42,10 @@ class Greedy:
                 row = {"removed": block, "loss": mean_loss(evaluator, problem.without(removed))}
                 row["block_forwards"] = problem.spent
                 log.append(**row)
+                here += 1
             steps.append(
                 Step(len(steps) + 1, block, row["loss"], row.get("seconds", log.seconds), row["block_forwards"])
             )
-            progress(f"{label}: removed block {block}, loss {row['loss']:.4f}")
+            left = time_left(began, here, problem.remove - problem.forced.saved - len(removed))
+            progress(f"{label}: removed block {block}, loss {row['loss']:.4f}, {left}")
         return SearchResult((*problem.forced.removed, *removed), tuple(steps), problem.forced.distilled)

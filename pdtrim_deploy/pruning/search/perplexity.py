@@ -8,7 +8,7 @@ from __future__ import annotations
 from time import monotonic
 
 from pdtrim_deploy.pruning.evaluator import mean_loss
-from pdtrim_deploy.pruning.search.base import Problem, Progress, SearchResult
+from pdtrim_deploy.pruning.search.base import Problem, Progress, SearchResult, time_left
 from pdtrim_deploy.pruning.search.one_shot import take
 
 
@@ -22,5 +22,6 @@ class OneShotPerplexity:
         alone = dict[int, float]()
         for block in problem.candidates:
             alone[block] = mean_loss(evaluator, problem.without((block,)))
-            progress(f"perplexity: {len(alone)}/{len(problem.candidates)} blocks")
+            done, of = len(alone), len(problem.candidates)
+            progress(f"perplexity: {done}/{of} blocks, {time_left(began, done, of - done)}")
         return take(problem, sorted(alone, key=lambda block: (alone[block], block)), began, problem.spent)

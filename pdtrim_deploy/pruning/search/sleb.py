@@ -5,12 +5,13 @@ The first and the last block stay. `greedy` is the same idea with nothing comput
 
 from __future__ import annotations
 
+from time import monotonic
 from typing import Any
 
 import torch
 
 from pdtrim_deploy.errors import UserError
-from pdtrim_deploy.pruning.search.base import Problem, Progress, SearchResult, Step
+from pdtrim_deploy.pruning.search.base import Problem, Progress, SearchResult, Step, time_left
 
 
 class SLEB:
@@ -33,10 +34,13 @@ class SLEB:
     def _round(self, problem: Problem, removed: tuple[int, ...], progress: Progress) -> dict[str, Any]:
         left = [block for block in problem.candidates if block not in removed]
         inner = [block for block in left if block not in (0, problem.objective.blocks - 1)]
-        losses = dict[int, float]()
+        losses, began = dict[int, float](), monotonic()
+        rounds = problem.remove - problem.forced.saved - len(removed)
         for block in inner or left:
             losses[block] = self._loss(problem, (*removed, block))
-            progress(f"sleb {len(removed) + 1}: {len(losses)}/{len(inner or left)} candidates")
+            done, of = len(losses), len(inner or left)
+            left_over = rounds * of - rounds * (rounds - 1) // 2 - done  # each round has one candidate fewer
+            progress(f"sleb {len(removed) + 1}: {done}/{of} candidates, {time_left(began, done, left_over)}")
         best = min(losses, key=lambda block: (losses[block], block))
         return {"removed": best, "loss": losses[best], "block_forwards": problem.spent}
 

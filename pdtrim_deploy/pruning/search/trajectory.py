@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -43,7 +46,8 @@ class Trajectory:
             head, *rows = [json.loads(line) for line in whole]
             if head == {"search": self._head}:
                 if len(whole) < len(lines):
-                    self._write(b"".join(whole), "wb")
+                    with self._mendable():
+                        os.truncate(path, sum(map(len, whole)))  # and not written anew: a kill would lose the search
                 return rows
         except ValueError:
             pass
@@ -51,14 +55,9 @@ class Trajectory:
         return []
 
     @property
-    def seconds_here(self) -> float:
-        """Since this run of it began."""
-        return monotonic() - self._began
-
-    @property
     def seconds(self) -> float:
         """Since the search began, pauses left out."""
-        return self.seconds_before + self.seconds_here
+        return self.seconds_before + monotonic() - self._began
 
     def replay(self) -> dict[str, Any] | None:
         """The next row that an earlier run wrote; None when there is no more."""
@@ -74,10 +73,15 @@ class Trajectory:
 
     def _write(self, data: bytes, mode: str) -> None:
         assert self._path is not None
-        try:
+        with self._mendable():
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open(mode) as file:
                 file.write(data)
+
+    @contextmanager
+    def _mendable(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise UserError(
                 f"cannot write {self._path} ({error.strerror}); mend that, say free some space, "

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pdtrim_deploy.blockwise import CausalLM
 from pdtrim_deploy.cache import Cache
 from pdtrim_deploy.checkpoints.surgery import keep_blocks
+from pdtrim_deploy.checkpoints.writer import save
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.pruning.students.regression import Lesson, teach
 from pdtrim_deploy.pruning.students.states import HiddenFiles
@@ -83,7 +84,7 @@ class Students:
     def _kept(self, pair: Pair, cache: Cache) -> tuple[nn.Module, dict[str, Any]]:
         def make(folder: Path) -> None:
             layer, lesson = _parts(self._teach(pair))
-            save_file({name: t.contiguous() for name, t in layer.state_dict().items()}, folder / WEIGHTS)
+            save(layer.state_dict(), folder / WEIGHTS)
             (folder / LESSON).write_text(json.dumps(lesson))
 
         folder = cache.entry("students", f"{self._digest}-{pair[0]}", make)

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from pdtrim_builders.graph.stage import StageModel
 from pdtrim_deploy.checkpoints.loading import TORCH_DTYPES
+from pdtrim_deploy.checkpoints.writer import save
 from pdtrim_deploy.errors import UserError
 
 _NORMS = {
@@ -45,7 +45,7 @@ def write_checkpoint(stage: StageModel, folder: Path, dtype: str, ranks: int) ->
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(checkpoint_config(stage, dtype, ranks), indent=2) + "\n")
     for rank in range(ranks):
-        save_file(dict(_rank_tensors(stage, dtype, rank, ranks)), folder / f"rank{rank}.safetensors")
+        save(dict(_rank_tensors(stage, dtype, rank, ranks)), folder / f"rank{rank}.safetensors")
 
 
 def checkpoint_config(stage: StageModel, dtype: str, ranks: int) -> dict[str, Any]:
