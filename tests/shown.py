@@ -10,6 +10,7 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 HOW: dict[str, dict[str, Any]] = yaml.safe_load((ROOT / "tests" / "docs" / "commands.yaml").read_text())
+OTHERS = ("curl", "kubectl", "python")  # programs that are not ours
 WRITTEN = sorted(
     path
     for path in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "deploy" / "README.md"]
@@ -18,12 +19,12 @@ WRITTEN = sorted(
 
 
 def commands(text: str) -> list[str]:
-    """Every `pdtrim-deploy ...` and `make ...`: lines of code blocks, with their continuations, and inline code."""
+    """Commands, ours and of OTHERS: lines of code blocks, with their continuations, and inline code."""
     blocks = re.findall(r"^ *```[^\n]*\n(.*?)^ *```", text, re.DOTALL | re.MULTILINE)
     lines = [line.strip() for block in blocks for line in re.sub(r"\\\n *", "", block).splitlines()]
     inline = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
     found = [re.sub(r"^(\$ |\.venv/build/bin/)", "", line) for line in [*lines, *inline]]
-    return [line for line in found if re.match(r"(pdtrim-deploy|make) [a-z-]", line)]
+    return [line for line in found if re.match(rf"({'|'.join(['pdtrim-deploy', 'make', *OTHERS])}) [a-z-]", line)]
 
 
 def bare(line: str) -> str:
