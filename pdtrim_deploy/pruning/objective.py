@@ -123,7 +123,7 @@ _ENOUGH = 225  # scored tokens that make 8 units of 32, the last perhaps shorter
 
 
 def _growing(sequences: int, most: int, first: int) -> list[int]:
-    """Batch sizes: `first`, and then each as large as all before it together: 2, 2, 4, 8, ..."""
+    """Batch sizes: `first`, and then each as large as all before it together: 1, 1, 2, 4, ..."""
     sizes = list[int]()
     while (done := sum(sizes)) < sequences:
         sizes.append(min(max(first, done), most, sequences - done))
