@@ -18,6 +18,7 @@ from pdtrim_deploy.pruning.candidates import find
 from pdtrim_deploy.pruning.compensation import get_compensation
 from pdtrim_deploy.pruning.healing import heal
 from pdtrim_deploy.pruning.pair import StagePair
+from pdtrim_deploy.pruning.refitted import Refitted
 from pdtrim_deploy.pruning.search import Search, Settings
 from pdtrim_deploy.pruning.search.greedy import Greedy
 from pdtrim_deploy.pruning.stages import StageRemovals, choose_stages
@@ -27,6 +28,7 @@ from pdtrim_deploy.pruning.students.states import HiddenFiles
 from pdtrim_deploy.recipe_healing import HealingSection, StudentsSection
 
 Note = Callable[[str], None]
+JUDGED = 32  # sequences that finalists are refitted to and judged on
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Method:
         published: count the block-forwards of a search that keeps nothing: by the formula of `pruning/cost.py`, which a
             test holds exact; its answer is the cached one's.
         seeded: whether seeds change it.
+        finalists: judged again with that compensation, which decides.
         trained: whether gradients are taken; the others are compared among themselves.
         layer: LLM-Streamline's: the block in front of each removed window is taught to stand for both.
 
@@ -47,6 +50,7 @@ class Method:
     seeded: bool = False
     distil: bool = False
     compensation: str = "none"
+    finalists: int = 0
     healed: bool = False
     layer: bool = False
     published: bool = False
@@ -62,7 +66,7 @@ class Method:
         return not (self.trained or self.distil) and self.compensation == "none"
 
 
-_OURS = Method("anneal", seeded=True, distil=True, compensation="least-squares")
+_OURS = Method("anneal", seeded=True, distil=True, compensation="least-squares", finalists=4)
 METHODS = {
     "random": Method("random", seeded=True),
     "ShortGPT": Method("cosine"),
@@ -73,8 +77,9 @@ METHODS = {
     "ours": _OURS,
     # each without one thing
     "ours, no D": replace(_OURS, distil=False),
-    "ours, no annealing": Method("greedy", compensation="least-squares"),
-    "ours, no compensation": replace(_OURS, compensation="none"),
+    "ours, no annealing": Method("greedy", compensation="least-squares", finalists=2),
+    "ours, no finalists": replace(_OURS, finalists=0),
+    "ours, no compensation": replace(_OURS, compensation="none", finalists=0),
     "ours, greedy": Method("greedy"),  # without any of the three
     "LLM-Streamline": Method("streamline", layer=True),
     "ours, healed": replace(_OURS, healed=True),
@@ -116,6 +121,20 @@ class Setup:
         """Block-forwards of finding D and of fitting all of its students: two passes, and two starts for each."""
         return len(self.ids) * (2 * self.shape.num_blocks + 2 * len(self.pairs))
 
+    def judging(self, found: StageRemovals) -> int:
+        """Block-forwards of having the last word on finalists, at most.
+
+        Each sequence is fitted on once: dense, prefill and, where a layer is refitted, twice the stage; and judged on
+        once: prefill twice and decode.
+        """
+        blocks, counts = self.shape.num_blocks, {stage: len(found.finalists.get(stage, ())) for stage in STAGES}
+        prefill, decode = (blocks - getattr(found, stage).solution.saved for stage in STAGES)
+        text = len(self.text[:JUDGED])
+        mended = text * (blocks + 2 * prefill)
+        return text * (
+            counts["prefill"] * (blocks + 3 * prefill) + counts["decode"] * (blocks + 3 * prefill + 3 * decode)
+        ) + mended * bool(counts["decode"])
+
     def place(self, name: str, removed: int, seed: int) -> Path:
         """The search's own folder; methods that share their search share it."""
         method = METHODS[name]
@@ -144,8 +163,16 @@ def choose(setup: Setup, name: str, removed: int, seed: int) -> StageRemovals:
         students=setup.students if method.distil else None,
         folder=setup.place(name, removed, seed),
         about=about,
+        judge=_judge(setup, method) if method.finalists else None,
+        finalists=method.finalists,
         progress=setup.note,
     )
+
+
+def _judge(setup: Setup, method: Method) -> Refitted:
+    students = setup.students if method.distil else None
+    text = setup.text[:JUDGED]
+    return Refitted(setup.model, setup.shape, text, method.compensation, students, setup.note)
 
 
 def prefill_blocks(removed: int) -> int:
@@ -154,7 +181,7 @@ def prefill_blocks(removed: int) -> int:
 
 
 def stages(setup: Setup, name: str, found: StageRemovals, place: Path) -> StagePair:
-    """Both stages with all that the method does for what is left; weights once fitted stay in `place`, by plan."""
+    """Both stages with all that the method does for what is left; weights once made stay in `place`, by plan."""
     method, blocks = METHODS[name], setup.shape.num_blocks
     prefill, decode = (getattr(found, stage).solution for stage in STAGES)
     kv = (KVSend(),) * len(decode.route(blocks))

@@ -3,6 +3,9 @@
 SmolLM2-135M in float32 behind a bfloat16 pool, no block removed. Plans are chosen on Brown's calibration split and
 judged on its final split (and Social IQa) by the tasks of `pdtrim_deploy.evaluation`, all through the PD oracle.
 Reductions are exact bytes at `--prompt` tokens against dense bfloat16 KV. An interrupted run goes on where it was.
+
+`--healed` adds what healing makes of two of our plans: decode, distilled behind the KV that they send, on text of the
+calibration split. The plans are those of results/kv.json.
 """
 
 from __future__ import annotations
@@ -13,12 +16,14 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
+from __kv_healed import HEALED, MORE, healed
 from __kv_picture import draw
 from __kv_plans import Row, rows
 from __results import HERE, commit, write
+from torch import Tensor
 
 from pdtrim_deploy.bundle import write_atomic
 from pdtrim_deploy.cache import Cache
@@ -46,6 +51,10 @@ def main() -> None:
     parser.add_argument("--needles", type=int, default=3, help="at each of ten depths")
     parser.add_argument("--random-seeds", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=64, help="of healing")
+    parser.add_argument("--text", type=int, default=256, help="sequences that heal")
+    parser.add_argument("--learning-rate", type=float, default=3e-4)
+    parser.add_argument("--healed", action="store_true", help="judge dense and what is healed; other rows stay")
     parser.add_argument(
         "--ours", action="store_true", help="judge dense and ours again; other rules' rows stay, with their commit"
     )
@@ -59,18 +68,28 @@ def main() -> None:
     tokenizer = load_tokenizer(checkpoint.path)
     model, plan = load_model(checkpoint.path), PDPlan.dense(checkpoint.shape("bfloat16"))
     dense, corpus = PDOracle(model, model, plan), registry.load("brown", Cache.default())
-    text = sequences(corpus.split("calibration"), tokenizer, asked.calibration, asked.prompt + CONTINUATION, asked.seed)
-    problem = Problem(dense, with_recall(text, asked.prompt, asked.recall, asked.seed), asked.prompt, asked.seed)
     once = _Once(asked)
 
+    def text(count: int, tokens: int, seed: int) -> Tensor:
+        ids = sequences(corpus.split("calibration"), tokenizer, count, tokens, seed)
+        return with_recall(ids, asked.prompt, asked.recall, asked.seed)
+
     def chosen() -> list[dict[str, Any]]:
+        ids = text(asked.calibration, asked.prompt + CONTINUATION, asked.seed)
+        problem = Problem(dense, ids, asked.prompt, asked.seed)
         return [_plain(row) for row in rows(problem, asked.reductions, asked.random_seeds, note, asked.ours)]
 
-    plans = [
-        Row(row["method"], row["asked"], tuple(map(KVSend.model_validate, row["sends"])), row["seed"])
-        for row in once("plans", chosen)
-    ]
-    oracles = [dense.with_kv(row.sends) for row in plans]
+    def known() -> list[dict[str, Any]]:
+        return json.loads((HERE / "results" / "kv.json").read_text())["rows"]
+
+    if asked.healed:
+        plans = [_row(row) for row in known() if (row["method"], row["asked"]) in (("dense", None), *HEALED)]
+        ids = text(asked.text, asked.prompt + MORE, asked.seed + 1)
+        oracles = [dense, *(healed(dense.with_kv(row.sends), ids, asked, once.folder, note) for row in plans[1:])]
+        plans[1:] = [replace(row, method=f"{row.method}, healed") for row in plans[1:]]
+    else:
+        plans = [_row(row) for row in once("plans", chosen)]
+        oracles = [dense.with_kv(row.sends) for row in plans]
 
     def setting(size: int) -> Setting:
         return Setting(tokenizer, dense, corpus.split("final"), Cache.default(), asked.seed, size, note)
@@ -99,8 +118,8 @@ def main() -> None:
                 **row
             )
         )
-    if asked.ours:
-        again, old = {row["method"] for row in made}, json.loads((HERE / "results" / "kv.json").read_text())["rows"]
+    if asked.ours or asked.healed:
+        again, old = {row["method"] for row in made}, known()
         made = (
             [row for row in made if row["asked"] is None]
             + [row for row in old if row["method"] not in again]
@@ -138,6 +157,10 @@ def _figures(row: Row, plan: PDPlan, prompt: int, found: dict[str, tuple[Measure
     }
 
 
+def _row(row: dict[str, Any]) -> Row:
+    return Row(row["method"], row["asked"], tuple(map(KVSend.model_validate, row["sends"])), row["seed"])
+
+
 def _plain(row: Row) -> dict[str, Any]:
     sends = [send.model_dump() for send in row.sends]
     return {"method": row.method, "asked": row.asked, "seed": row.seed, "sends": sends}
@@ -148,11 +171,11 @@ class _Once:
 
     def __init__(self, asked: argparse.Namespace) -> None:
         key = hashlib.sha256(json.dumps([commit(), vars(asked)], sort_keys=True).encode()).hexdigest()[:12]
-        self._folder = HERE.parent / "out" / "bench-kv" / key
-        self._folder.mkdir(parents=True, exist_ok=True)
+        self.folder = HERE.parent / "out" / "bench-kv" / key
+        self.folder.mkdir(parents=True, exist_ok=True)
 
     def __call__(self, name: str, make: Callable[[], Any]) -> Any:
-        path = self._folder / f"{name}.json"
+        path = self.folder / f"{name}.json"
         if not path.exists():
             write_atomic(path, json.dumps(make()))
         return json.loads(path.read_text())

@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--calibration", type=int, default=16, help="sequences that choose")
     parser.add_argument("--length", type=int, default=256, help="tokens of each")
     parser.add_argument("--steps", type=int, default=STEPS, help="of annealing, a stage")
-    parser.add_argument("--text", type=int, default=32, help="sequences that weights are fitted to")
+    parser.add_argument("--text", type=int, default=96, help="sequences that weights are fitted to")
     parser.add_argument("--training-steps", type=int, default=30, help="of healing, a stage")
     parser.add_argument("--sequences", type=int, default=24, help="judged, of each corpus")
     parser.add_argument("--prompt", type=int, default=128)
@@ -124,15 +124,15 @@ class _Bench:
             "block_forwards": self._published(removed)
             if method.published
             else sum(_last(stage, "block_forwards") for stage in (found.prefill, decode))
-            + method.distil * self.setup.distilling,
+            + method.distil * self.setup.distilling
+            + self.setup.judging(found),
             "commit": commit(),
         }
         self._note(f"{name}, {removed} blocks, seed {seed}: {row['prefill']} | {row['decode']}")
         if judge and method.plain and (same := rows.alike(row)):
             row |= same
         elif judge:
-            place = self._fitted / self.setup.place(name, removed, seed).name
-            pair = stages(self.setup, name, found, place)
+            pair = stages(self.setup, name, found, self._fitted / "weights")
             row["fit_seconds"] = time.monotonic() - began
             row |= self._judged(pair) | {"unified_ppl": self._ppl(unified(pair), "brown")}
         if judge:

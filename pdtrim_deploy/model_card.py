@@ -28,7 +28,7 @@ pdtrim-deploy verify BUNDLE"""
 
 
 def write_cards(out: Path, plan: PDPlan, recipe: Recipe, base: Provenance, healed: parts.Healed) -> None:
-    """A card for each stage checkpoint of the bundle at `out`; `healed` is what `pipeline.heal.healed` says."""
+    """A card for each stage checkpoint of the bundle at `out`; `healed` is what `pipeline.heal_kv.healed` says."""
     for stage in STAGES:
         write_atomic(out / stage / CARD, card(plan, recipe, stage, base, healed))
 

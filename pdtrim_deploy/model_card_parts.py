@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pdtrim_deploy.checkpoints.provenance import Provenance
@@ -11,7 +11,7 @@ from pdtrim_deploy.plan import PDPlan, Stage
 from pdtrim_deploy.recipe import Recipe
 from pdtrim_deploy.recipe_kv import FIXED_KV
 
-Healed = Mapping[Stage, Mapping[str, Any]]
+Healed = Mapping[Stage, Sequence[Mapping[str, Any]]]
 
 
 def blocks(plan: PDPlan, stage: Stage) -> str:
@@ -43,14 +43,12 @@ def kv(plan: PDPlan, recipe: Recipe) -> str:
 def changed(plan: PDPlan, recipe: Recipe, stage: Stage, healed: Healed) -> list[str]:
     """What was done to the weights, when something was."""
     actions = plan.actions(stage)
-    if all(action.kind == "keep" for action in actions):
-        return []
     done = ["students of distilled pairs"] * any(action.kind == "distilled" for action in actions)
-    if recipe.healing.compensation != "none":
+    if recipe.healing.compensation != "none" and any(action.kind != "keep" for action in actions):
         done.append(f"compensation {recipe.healing.compensation}")
-    if stage in healed and healed[stage]["kept"]:
-        one = healed[stage]
+    for one in (one for one in healed.get(stage, ()) if one["kept"]):
         steps = f"{one['steps']} steps of logit distillation from the base model"
+        steps += " behind prompt KV as it arrives" * one["kv"]
         done.append(f"{steps} (KL {one['before']:.4f} to {one['after']:.4f} nats a token on text not trained on)")
     alone = any(action.kind == "kv_only" for action in actions)
     done += ["K and V of the blocks that run for these alone, refitted"] * alone
@@ -79,6 +77,9 @@ def made(recipe: Recipe) -> list[str]:
         said.append(
             f"- Weights mended on {healing.sequences} x {healing.length} tokens of {corpus} (seed {healing.seed})"
         )
+    if healing.kv_steps:
+        length = kv.prompt_tokens + healing.length // 2
+        said.append(f"- Decode healed behind its KV on {healing.sequences} x {length} tokens of {corpus}")
     if kv.method in FIXED_KV:
         return [*said, f"- KV chosen by rule `{kv.method}`, on no text"]
     length = kv.prompt_tokens + kv.continuation_tokens

@@ -75,6 +75,21 @@ class Recipe(_Section):
         asked, pruning = self.healing, self.pruning
         if asked.asked and not (pruning.decode_blocks or asked.kv_only_blocks):
             raise ValueError("healing is asked for but nothing is pruned; allowed: pruning.decode_blocks of at least 1")
+        if asked.kv_steps and self.kv.method == "none" and self.kv.wire_dtype == "native":
+            raise ValueError(
+                f"healing.kv_steps is {asked.kv_steps} but kv.method is none and all KV travels as it is; "
+                f"allowed with it: a method that cuts KV, or a wire_dtype"
+            )
+        if pruning.finalists and asked.compensation == "none":
+            raise ValueError(
+                f"pruning.finalists is {pruning.finalists} but healing.compensation is none; "
+                f"allowed with finalists: norm or least-squares, which they are judged by"
+            )
+        if pruning.finalists and asked.sequences < 2:
+            raise ValueError(
+                f"healing.sequences is 1 but pruning.finalists is {pruning.finalists}; allowed with it: at least 2, "
+                f"since finalists are judged on sequences that were not fitted"
+            )
         if self.students.steps and not pruning.distil:
             raise ValueError(
                 f"students.steps is {self.students.steps} but pruning.distil is false; allowed: 0, or true"

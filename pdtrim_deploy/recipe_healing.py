@@ -43,13 +43,15 @@ class StudentsSection(_Section):
 class HealingSection(_Section):
     """What is done to a stage's weights once its blocks are chosen; prefill first, then decode behind it.
 
-    Text is `sequences` x `length` tokens of the calibration corpus; for decode the first half is the prompt.
+    Text is `sequences` x `length` tokens of the calibration corpus; for decode the first half is the prompt. (For
+    `kv_steps` prompts are as long as those that KV is chosen on.)
 
     Attributes:
         kv_only_blocks: blocks that decode keeps and prefill runs for their K and V alone, chosen by measured loss.
         compensation: without gradients: `norm` rescales (Prune&Comp), `least-squares` refits MLP outputs.
         prefill_steps, decode_steps: of logit distillation from the dense model; 0 is off.
-        minutes: at most so long for each stage; a run that time ends is not repeatable to the bit.
+        kv_steps: of the same for decode once more, when KV is chosen: behind prompt KV as it will arrive.
+        minutes: at most so long for each of these three; a run that time ends is not repeatable to the bit.
         batch: sequences in a step.
 
     """
@@ -58,6 +60,7 @@ class HealingSection(_Section):
     compensation: CompensationMethod = "none"
     prefill_steps: NonNegativeInt = 0
     decode_steps: NonNegativeInt = 0
+    kv_steps: NonNegativeInt = 0
     minutes: _Minutes | None = None
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     batch: PositiveInt = 4
@@ -67,17 +70,18 @@ class HealingSection(_Section):
 
     @model_validator(mode="after")
     def _meaningful(self) -> HealingSection:
-        if self.minutes is not None and not (self.prefill_steps or self.decode_steps):
+        trains = self.prefill_steps or self.decode_steps or self.kv_steps
+        if self.minutes is not None and not trains:
             raise ValueError(
                 f"minutes is {self.minutes:g} but no steps are asked for; "
-                "allowed with minutes: prefill_steps or decode_steps of at least 1"
+                "allowed with minutes: prefill_steps, decode_steps or kv_steps of at least 1"
             )
-        chooses = self.compensation == "least-squares" or self.kv_only_blocks or self.prefill_steps or self.decode_steps
+        chooses = self.compensation == "least-squares" or self.kv_only_blocks or trains
         if chooses and self.sequences < 2:
             raise ValueError("sequences is 1; allowed: at least 2, since some are kept from fitting, to choose on")
         return self
 
     @property
     def asked(self) -> bool:
-        """Whether anything is to be done."""
+        """Whether anything is to be done before KV is chosen."""
         return self.compensation != "none" or bool(self.kv_only_blocks or self.prefill_steps or self.decode_steps)

@@ -16,8 +16,8 @@ _STATES = ("memory_mb", "disk_mb")
 _TAKES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(PRUNING_METHODS, ()),
     "random": ("seed",),
-    **dict.fromkeys(EVALUATED, _STATES),
-    "anneal": ("steps", "minutes", "seed", *_STATES),
+    **dict.fromkeys(EVALUATED, ("finalists", *_STATES)),
+    "anneal": ("steps", "minutes", "seed", "finalists", *_STATES),
 }
 
 
@@ -30,6 +30,8 @@ class PruningSection(BaseModel):
         steps, minutes: of annealing, for each stage; the time is that of the stage's whole search, and a run that it
             ends is not repeatable to the bit.
         seed: of `anneal` and `random`.
+        finalists: so many of the solutions that annealing took, of the greedy one and of runs of adjacent blocks are
+            judged again with `healing.compensation`, which decides; 0 leaves the search's own answer.
         memory_mb: hidden states kept while `anneal`, `greedy` or `perplexity` searches, at most; disk_mb: as many more
             in mapped files in the bundle.
         blocks_in_memory: blocks whose weights are in memory at a time while searching; the others are read from the
@@ -47,6 +49,7 @@ class PruningSection(BaseModel):
     steps: NonNegativeInt = 150
     minutes: Annotated[float, Field(gt=0)] | None = None
     seed: NonNegativeInt = 0
+    finalists: NonNegativeInt = 0
     memory_mb: PositiveInt = 1024
     disk_mb: NonNegativeInt = 0
     blocks_in_memory: PositiveInt | None = None
@@ -60,6 +63,11 @@ class PruningSection(BaseModel):
             )
         if self.distil and self.method != "anneal":
             raise ValueError(f"distil is true but method is {self.method}; allowed: distil with method anneal")
+        if self.finalists and self.blocks_in_memory is not None:
+            raise ValueError(
+                f"finalists is {self.finalists} but blocks_in_memory is {self.blocks_in_memory}; allowed: finalists "
+                f"with all blocks in memory, since what is left of them is refitted"
+            )
         if self.distil and self.blocks_in_memory is not None:
             raise ValueError(
                 f"distil is true but blocks_in_memory is {self.blocks_in_memory}; allowed: distil with all blocks in "

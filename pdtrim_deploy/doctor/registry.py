@@ -15,7 +15,7 @@ def _converts(recipe: Recipe) -> bool:
 
 
 def _distils(recipe: Recipe) -> bool:
-    return bool(recipe.healing.prefill_steps or recipe.healing.decode_steps)
+    return bool(recipe.healing.prefill_steps or recipe.healing.decode_steps or recipe.healing.kv_steps)
 
 
 CHECKS: tuple[Check, ...] = (

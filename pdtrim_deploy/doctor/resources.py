@@ -74,7 +74,7 @@ def needs(recipe: Recipe, workers: int = 0) -> Needs | None:
 def _measured_on(recipe: Recipe, config: dict[str, Any]) -> int:
     """Weights in memory at a time while something is measured on them, hidden states of a bounded search included."""
     asked, (blocks, block, ends) = recipe.pruning, _sizes(config)
-    whole = recipe.kv.method not in FIXED_KV or needed(recipe)
+    whole = recipe.kv.method not in FIXED_KV or needed(recipe) or recipe.healing.kv_steps > 0
     if asked.blocks_in_memory is None or whole:
         return blocks * block + ends if whole or asked.decode_blocks else 0
     return ends + min(blocks, asked.blocks_in_memory) * block + (asked.memory_mb << 20) // 4
@@ -83,7 +83,8 @@ def _measured_on(recipe: Recipe, config: dict[str, Any]) -> int:
 def _trained(recipe: Recipe, config: dict[str, Any]) -> int:
     """Weights that take gradient steps at a time: a stage's blocks, or one student's."""
     pruning, healing, (blocks, block, _) = recipe.pruning, recipe.healing, _sizes(config)
-    steps = ((healing.prefill_steps, pruning.prefill_blocks), (healing.decode_steps, pruning.decode_blocks))
+    decode_steps = healing.decode_steps or healing.kv_steps
+    steps = ((healing.prefill_steps, pruning.prefill_blocks), (decode_steps, pruning.decode_blocks))
     return block * max([blocks - gone for wanted, gone in steps if wanted] + [1 if recipe.students.steps else 0])
 
 

@@ -29,7 +29,7 @@ from pdtrim_deploy.checkpoints import resolve
 from pdtrim_deploy.checkpoints.provenance import Provenance
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.model_card import write_cards
-from pdtrim_deploy.pipeline import engines, heal, steps
+from pdtrim_deploy.pipeline import engines, heal, heal_kv, steps
 from pdtrim_deploy.pipeline.context import Context, Note
 from pdtrim_deploy.pipeline.journal import Journal, chained_key, claim
 from pdtrim_deploy.pipeline.stand_in import stand_in
@@ -65,18 +65,23 @@ def steps_of(recipe: Recipe, fingerprint: str) -> tuple[BuildStep, ...]:
     """All steps but the seal. Each key holds the one before: a change makes its step and all later ones again."""
     dump = recipe.model_dump(mode="json")
     said = {"pdtrim-deploy": __version__, "model": fingerprint, "dtype": recipe.model.dtype}
-    chosen = ("calibration", "pruning", *(("students",) if recipe.pruning.distil else ()))
+    more = {"students": recipe.pruning.distil, "healing": recipe.pruning.finalists}
+    chosen = ("calibration", "pruning", *(section for section, asked in more.items() if asked))
     prune = chained_key("", said | ({key: dump[key] for key in chosen} if recipe.pruning.decode_blocks else {}))
     healed = chained_key(prune, heal.depends_on(dump)) if heal.needed(recipe) else prune
     kv = chained_key(healed, [dump["kv"], None if recipe.kv.method in FIXED_KV else dump["calibration"]])
+    decode = chained_key(kv, [dump["healing"], dump["kv"], dump["calibration"]]) if recipe.healing.kv_steps else kv
     return (
         BuildStep("prune", prune, (steps.PRUNING, steps.CANDIDATES, *steps.SEARCHES), steps.prune),
         *([BuildStep("heal", healed, (heal.HEALING,), heal.heal)] if heal.needed(recipe) else []),
         BuildStep("select-kv", kv, (PLAN, steps.KV, steps.ATTENTION), steps.select_kv),
+        *([BuildStep("heal-kv", decode, (heal_kv.HEALING_KV,), heal_kv.heal_kv)] if recipe.healing.kv_steps else []),
         BuildStep("prefill", chained_key(kv, "prefill"), ("prefill",), lambda c: steps.write_stage(c, "prefill")),
-        BuildStep("decode", chained_key(kv, "decode"), ("decode",), lambda c: steps.write_stage(c, "decode")),
+        BuildStep("decode", chained_key(decode, "decode"), ("decode",), lambda c: steps.write_stage(c, "decode")),
         *(
-            _engine_step(target, stage, asked, chained_key(kv, stage), dump["calibration"])
+            _engine_step(
+                target, stage, asked, chained_key(decode if stage == "decode" else kv, stage), dump["calibration"]
+            )
             for target, asked in recipe.targets.asked.items()
             for stage in STAGES
         ),
@@ -199,7 +204,7 @@ def _seal(context: Context, journal: Journal, failures: dict[str, str]) -> None:
             report.unlink()
     write_atomic(out / RECIPE, recipe.to_yaml())
     base = Provenance.read(context.checkpoint.path, recipe.model.source)
-    write_cards(out, context.plan, recipe, base, heal.healed(context))
+    write_cards(out, context.plan, recipe, base, heal_kv.healed(context))
     context.note("hashing every file")
     manifest = Manifest(
         recipe_digest=recipe.digest,

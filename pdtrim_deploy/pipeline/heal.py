@@ -72,7 +72,7 @@ def changed(context: Context) -> Changed:
     if not needed(context.recipe):
         return {}
     folder = _entry(context, json.loads((context.out / HEALING).read_text())["weights"])
-    return {stage: _read(folder / f"{stage}.safetensors") for stage in STAGES}
+    return {stage: read(folder / f"{stage}.safetensors") for stage in STAGES}
 
 
 def healed(context: Context) -> dict[Stage, dict[str, Any]]:
@@ -80,11 +80,11 @@ def healed(context: Context) -> dict[Stage, dict[str, Any]]:
     return json.loads((context.out / HEALING).read_text())["healing"] if needed(context.recipe) else {}
 
 
-def stage_pair(context: Context) -> StagePair:
-    """Both stages in memory as they will be written."""
+def stage_pair(context: Context, plan: PDPlan | None = None) -> StagePair:
+    """Both stages in memory as this step leaves them, with the plan's KV rules, or all KV whole."""
     from pdtrim_deploy.pruning.pair import StagePair
 
-    return StagePair(context.model, blocks_plan(context), changed(context))
+    return StagePair(context.model, plan or blocks_plan(context), changed(context))
 
 
 def _key(context: Context) -> str:
@@ -116,7 +116,8 @@ def _entry(context: Context, key: str) -> Path:
     return context.cache.entry("stage-weights", key, make)
 
 
-def _read(file: Path) -> dict[int, dict[str, Tensor]]:
+def read(file: Path) -> dict[int, dict[str, Tensor]]:
+    """Tensors by block, from a file of the cache."""
     from safetensors.torch import load_file
 
     blocks: dict[int, dict[str, Tensor]] = {}

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pdtrim_deploy.bundle import PLAN, REPORTS, WORK, write_atomic
-from pdtrim_deploy.pipeline import heal
+from pdtrim_deploy.pipeline import heal, heal_kv
 from pdtrim_deploy.pipeline.context import Context
 from pdtrim_deploy.pipeline.heal import PRUNING
 from pdtrim_deploy.pipeline.stand_in import stand_in_rules
@@ -20,6 +20,7 @@ from pdtrim_deploy.recipe_kv import FIXED_KV
 if TYPE_CHECKING:
     from pdtrim_deploy.kvcache.selection import Problem
     from pdtrim_deploy.pruning.candidates import Candidates
+    from pdtrim_deploy.pruning.finalists import Finalist, Judge
     from pdtrim_deploy.pruning.search import SearchResult
     from pdtrim_deploy.pruning.stages import Elsewhere
 
@@ -65,9 +66,11 @@ def prune(context: Context) -> None:
                 folder=context.out / REPORTS,
                 about=[context.checkpoint.fingerprint, about],
                 elsewhere=elsewhere,
+                judge=_judge(context, students) if asked.finalists else None,
+                finalists=asked.finalists,
                 progress=context.note,
             )
-        report = {stage: _stage_report(getattr(found, stage)) for stage in STAGES}
+        report = {stage: _stage_report(getattr(found, stage), found.finalists.get(stage)) for stage in STAGES}
     _write_json(context.out / PRUNING, report)
 
 
@@ -84,9 +87,24 @@ def _elsewhere(context: Context) -> Iterator[Elsewhere | None]:
         yield ray_evaluator.Elsewhere(context.workers, context.checkpoint.path.resolve())
 
 
-def _stage_report(found: SearchResult) -> dict[str, Any]:
+def _stage_report(found: SearchResult, finalists: Sequence[Finalist] | None) -> dict[str, Any]:
     steps = [asdict(step) for step in found.trajectory]
-    return {"removed": found.removed, "pairs": found.solution.pairs, "loss": found.loss, "trajectory": steps}
+    report = {"removed": found.removed, "pairs": found.solution.pairs, "loss": found.loss, "trajectory": steps}
+    if finalists:
+        report["finalists"] = [
+            {"removed": one.solution.removed, "pairs": one.solution.pairs, "loss": one.loss, "compensated": one.judged}
+            for one in finalists
+        ]
+    return report
+
+
+def _judge(context: Context, students: Any) -> Judge:
+    """Has the last word on a search's finalists: on the text that weights are fitted to, as they will be."""
+    from pdtrim_deploy.pruning.refitted import Refitted
+
+    asked = context.recipe.healing
+    ids = context.calibration(asked.sequences, asked.length)
+    return Refitted(context.model, context.shape, ids, asked.compensation, students, context.note)
 
 
 def _pairs(context: Context, ids: Any, found: Candidates) -> tuple[tuple[int, ...], Any, Any]:
@@ -165,7 +183,7 @@ def write_stage(context: Context, stage: Stage) -> None:
         blocks,
         context.recipe.model.dtype,
         plan.model_dump(mode="json"),
-        replacements=heal.changed(context).get(stage),
+        replacements=heal_kv.changed(context).get(stage),
     )
 
 

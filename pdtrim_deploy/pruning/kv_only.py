@@ -13,13 +13,13 @@ import math
 import torch
 from torch import Tensor
 
-from pdtrim_deploy.blockwise import Blockwise, CausalLM, pick
+from pdtrim_deploy.blockwise import Blockwise, CausalLM
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.plan import KVOnly, PDPlan
 from pdtrim_deploy.pruning.compensation.base import Progress
-from pdtrim_deploy.pruning.healing.readers import Behind, HandOver
 from pdtrim_deploy.pruning.least_squares import Ridge
 from pdtrim_deploy.pruning.pair import StagePair
+from pdtrim_deploy.pruning.pd_loss import pd_loss
 
 _ADDS = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
 _BATCH, _CHECKED = 4, 8
@@ -42,7 +42,7 @@ def relax(pair: StagePair, blocks: int, ids: Tensor, progress: Progress = lambda
         )
     costs = {}
     for block in open_to:
-        costs[block] = _loss(_given_up(pair, {block}), ids)
+        costs[block] = pd_loss(_given_up(pair, {block}), ids)
         if not math.isfinite(costs[block]):
             raise UserError(f"the loss without block {block} in prefill is {costs[block]}; load the model in float32")
         progress(f"prefill without block {block} but for its KV: loss {costs[block]:.4f}")
@@ -103,20 +103,3 @@ def _given_up(pair: StagePair, blocks: set[int]) -> StagePair:
         for block in blocks
     }
     return StagePair(pair.model, relaxed, pair.changed).with_changes("prefill", zeros)
-
-
-@torch.no_grad()
-def _loss(pair: StagePair, ids: Tensor) -> float:
-    """Mean NLL of tokens T/2 .. T-1 as a PD pair gives them: the first from prefill's logits, the others decode's."""
-    prompt, total = ids.shape[1] // 2, 0.0
-    prefill, decode = pair.stage("prefill"), Behind(pair.stage("decode"))
-    hand_over, runner = HandOver(prefill, pair.plan.layer_map), Blockwise(prefill)
-    for part in ids.split(_BATCH):
-        hidden, span = runner.embed(part[:, :prompt])
-        for layer in range(len(runner.layers)):
-            hidden = runner.block(layer, hidden, span)
-        first = pick(runner.logits(hidden[:, -1]), part[:, prompt])
-        logits = decode(part[:, :-1], prompt, hand_over(part[:, :prompt]))
-        rest = pick(logits, part[:, prompt + 1 :].flatten())
-        total -= float(first.double().sum() + rest.double().sum())
-    return total / (len(ids) * (ids.shape[1] - prompt))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -14,6 +14,7 @@ from pdtrim_deploy.blockwise import CausalLM
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.plan import Stage
 from pdtrim_deploy.pruning.evaluator import MEMORY, Evaluator, InProcess
+from pdtrim_deploy.pruning.finalists import Finalist, Judge, last_word
 from pdtrim_deploy.pruning.objective import NextTokenLoss, StudentLayers
 from pdtrim_deploy.pruning.search import (
     DEFAULTS,
@@ -44,10 +45,14 @@ class Elsewhere(Protocol):
 
 @dataclass(frozen=True)
 class StageRemovals:
-    """The two searches; `prefill.removed` begins `decode.removed`, and what prefill distilled decode does too."""
+    """The two searches; `prefill.removed` begins `decode.removed`, and what prefill distilled decode does too.
+
+    `finalists` are those of each stage that had some, best first.
+    """
 
     prefill: SearchResult
     decode: SearchResult
+    finalists: Mapping[Stage, tuple[Finalist, ...]] = field(default_factory=dict)
 
 
 def choose_stages(
@@ -67,6 +72,8 @@ def choose_stages(
     folder: Path | None = None,
     about: object = None,
     elsewhere: Elsewhere | None = None,
+    judge: Judge | None = None,
+    finalists: int = 0,
     progress: Progress = lambda _: None,
 ) -> StageRemovals:
     """Save `prefill_blocks` and `decode_blocks` of the dense model's blocks on text `ids`, int64 `[S, T]`.
@@ -85,6 +92,7 @@ def choose_stages(
         folder: where each search leaves `search-STAGE.jsonl` and goes on from it, and where those files are; None:
             nowhere, and in the system's temporary folder.
         elsewhere: where solutions are evaluated; None: in this process.
+        judge, finalists: has the last word on so many solutions of each search; without it the search's answer stands.
         about: what else the answer depends on (JSON): the model, how students are made.
 
     Raises:
@@ -105,6 +113,8 @@ def choose_stages(
     chain = [settings.seed, settings.steps]  # minutes only say where it ends
     said = [_VERSION, about, text, name, chain, sorted(protected), pairs]
 
+    judged = dict[Stage, tuple[Finalist, ...]]()
+
     def solve(stage: Stage, remove: int, prompt: int, forced: Solution, note: Progress) -> SearchResult:
         path = folder / f"search-{stage}.jsonl" if folder else None
         trajectory = Trajectory(path, [*said, remove, prompt, vars(forced)])
@@ -112,7 +122,11 @@ def choose_stages(
         evaluator: Evaluator = InProcess(objective, memory, disk, folder)
         if elsewhere is not None:
             evaluator = elsewhere(objective, ids, prompt, forced, students, memory)
-        return search.run(Problem(model, ids, objective, remove, forced, protected, pairs, trajectory, evaluator), note)
+        problem = Problem(model, ids, objective, remove, forced, protected, pairs, trajectory, evaluator)
+        found = search.run(problem, note)
+        if judge is not None and finalists:
+            found, judged[stage] = last_word(stage, problem, found, judge, finalists, note)
+        return found
 
     prefill = SearchResult((), ())
     if prefill_blocks:
@@ -121,7 +135,7 @@ def choose_stages(
     if decode_blocks > prefill_blocks:
         decode = solve("decode", decode_blocks, split, prefill.solution, _saying("decode", progress))
         decode = replace(decode, removed=(*prefill.removed, *decode.removed[len(prefill.removed) :]))
-    return StageRemovals(prefill, decode)
+    return StageRemovals(prefill, decode, judged)
 
 
 _VERSION = 2  # of how searches go; rows of another are thrown away

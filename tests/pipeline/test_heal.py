@@ -19,7 +19,7 @@ from pdtrim_deploy.checkpoints.surgery import keep_blocks
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.evaluation.oracle import PDOracle
 from pdtrim_deploy.loadtest.text import WORDS
-from pdtrim_deploy.pipeline import build, heal
+from pdtrim_deploy.pipeline import build, heal, heal_kv
 from pdtrim_deploy.pipeline.context import Context
 from pdtrim_deploy.plan import STAGES, Distilled, Drop, KVOnly
 from pdtrim_deploy.pruning.kv_only import fit
@@ -143,6 +143,46 @@ def test_prefill_may_give_up_a_block_that_decode_keeps(
     assert "refitted; what makes K and V of all other blocks are as there" in card
 
 
+@pytest.mark.parametrize("pruned", [True, False])
+def test_decode_is_healed_behind_the_kv_that_is_sent(
+    pruned: bool, recipe_of: Callable[..., Recipe], tmp_path: Path, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not pruned:
+        for stage in STAGES:
+            monkeypatch.setitem(CHOSEN, stage, {"removed": [], "pairs": []})
+    kv = {"method": "all", "n_first": 2, "n_last": 4, "prompt_tokens": 24, "continuation_tokens": 8}
+    base = HEALING if pruned else {key: HEALING[key] for key in ("batch", "sequences", "length")}
+    sections = {"kv": kv} if pruned else {"kv": kv, "pruning": {}}
+    without = build(recipe_of(healing=base, **sections), tmp_path / "a", cache)
+    recipe = recipe_of(healing=base | {"kv_steps": 6, "learning_rate": 2e-4}, **sections)
+    bundle = build(recipe, tmp_path / "b", cache)
+    assert bundle.plan == without.plan
+    report = json.loads((bundle.path / heal_kv.HEALING_KV).read_text())
+    assert report["kept"]
+    assert report["after"] < report["before"]
+    context = context_of(recipe, bundle, cache)
+    models = [load_model(bundle.stage_dir(stage)) for stage in STAGES]
+    before = load_model(without.decode_dir)
+    ids = context.calibration(12, 24 + 16)[-1:]
+    losses = []
+    for decode in (before, models[1]):
+        oracle = PDOracle(models[0], decode, bundle.plan)
+        losses.append(-float(oracle.score(oracle.prefill(ids[:, :24]), ids[:, 24:]).mean()))
+    assert losses[0] != losses[1]
+    changed = heal_kv.changed(context)
+    state = models[1].model.layers[0].state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in changed["decode"][0].items())
+    same = [(b.path / "prefill" / "model.safetensors").read_bytes() for b in (without, bundle)]
+    assert same[0] == same[1]
+    assert (
+        "6 steps of logit distillation from the base model behind prompt KV as it arrives"
+        in (bundle.decode_dir / "README.md").read_text()
+    )
+    assert bundle.verify() == []
+    monkeypatch.setattr("pdtrim_deploy.pruning.healing.heal", lambda *_: pytest.fail("made again"))
+    assert build(recipe, tmp_path / "c", cache).plan == bundle.plan
+
+
 def test_keys_and_values_are_fitted_to_what_prefill_became(
     recipe_of: Callable[..., Recipe], tmp_path: Path, cache: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -230,6 +270,27 @@ def test_bad_sections_are_one_sentence(recipe_of: Callable[..., Recipe], section
         ({"healing": {"compensation": "least-squares", "sequences": 1}}, "healing.sequences is 1; allowed: at least 2"),
         ({"healing": {"kv_only_blocks": 1, "sequences": 1}}, "healing.sequences is 1; allowed: at least 2"),
         ({"healing": {"decode_steps": 5, "sequences": 1}}, "healing.sequences is 1; allowed: at least 2"),
+        ({"healing": {"kv_steps": 5}}, "healing.kv_steps is 5 but kv.method is none and all KV travels as it is"),
+        ({"healing": {"kv_steps": 5, "sequences": 1}}, "healing.sequences is 1; allowed: at least 2"),
+        (
+            {"pruning": {"method": "anneal", "decode_blocks": 2, "finalists": 3}, "healing": {}},
+            "pruning.finalists is 3 but healing.compensation is none; allowed with finalists: norm or least-squares",
+        ),
+        (
+            {
+                "pruning": {"method": "anneal", "decode_blocks": 2, "finalists": 3},
+                "healing": {"compensation": "norm", "sequences": 1},
+            },
+            "healing.sequences is 1 but pruning.finalists is 3; allowed with it: at least 2",
+        ),
+        (
+            {"pruning": {"method": "greedy", "decode_blocks": 2, "finalists": 3, "blocks_in_memory": 1}},
+            "finalists is 3 but blocks_in_memory is 1",
+        ),
+        (
+            {"pruning": {"method": "sleb", "decode_blocks": 2, "finalists": 3}},
+            "method is sleb, which takes no finalists",
+        ),
         ({"calibration": {"sequences": 1}}, "calibration.sequences is 1 but pruning.distil is true"),
     ],
 )

@@ -71,6 +71,21 @@ def test_a_stopped_search_goes_on_and_force_begins_anew(tmp_path: Path, tiny_lla
     assert any("anneal 1/12" in line for line in forced)
 
 
+def test_finalists_are_in_the_report_and_the_best_of_them_is_built(
+    tmp_path: Path, tiny_llama_dir: Path, cache: Cache
+) -> None:
+    asked = recipe(tmp_path, tiny_llama_dir).changed("test", "healing", compensation="norm")
+    asked = asked.changed("test", "pruning", finalists=4)
+    bundle = build(asked, tmp_path / "b", cache)
+    report = json.loads((tmp_path / "b" / "reports" / "pruning.json").read_text())
+    for stage in ("prefill", "decode"):
+        said = report[stage]
+        assert (1 if stage == "prefill" else 2) <= len(said["finalists"]) <= 4
+        assert said["finalists"] == sorted(said["finalists"], key=lambda one: one["compensated"])
+        assert sorted(said["removed"]) == said["finalists"][0]["removed"] == list(bundle.plan.dropped(stage))
+        assert said["loss"] == said["finalists"][0]["loss"]
+
+
 def test_blocks_from_the_checkpoint_give_the_same_bundle(
     tmp_path: Path, tiny_llama_dir: Path, cache: Cache, capsys: pytest.CaptureFixture[str]
 ) -> None:

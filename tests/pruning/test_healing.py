@@ -5,10 +5,13 @@ import sys
 import pytest
 import torch
 from stagepairs import kl, pair_of
-from tinypd import FAMILIES, text, tiny
+from tinypd import BLOCKS, FAMILIES, SPARSE, make_oracle, make_plan, text, tiny
 
 from pdtrim_deploy.errors import UserError
-from pdtrim_deploy.pruning.healing import heal
+from pdtrim_deploy.evaluation.oracle import PDOracle
+from pdtrim_deploy.plan import KVSend
+from pdtrim_deploy.pruning.healing import Arrival, heal
+from pdtrim_deploy.pruning.pair import StagePair
 from pdtrim_deploy.pruning.students.regression import FROZEN
 from pdtrim_deploy.recipe_healing import HealingSection
 
@@ -35,6 +38,32 @@ def test_both_stages_near_the_dense_model_and_k_and_v_stay(family):
         assert {"mlp.up_proj.weight", "self_attn.q_proj.weight"} <= names
         pair = done.pair
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("gone", [(), (1,)])
+def test_decode_learns_to_read_what_a_plan_sends(gone):
+    """The prompt's middle is missing in most layers, whether or not blocks are."""
+    model, ids, fresh = tiny("Llama"), text(48, 48), text(8, 48, seed=5)
+    plan = make_plan((), gone, kv=[KVSend(), *[SPARSE] * (BLOCKS - 1 - len(gone))])
+    pair = StagePair(model, plan)
+    oracle = make_oracle(model, plan)
+    arrival = Arrival(30, lambda prompts: oracle.hand_over(oracle.prefill(prompts)))
+    done = heal(pair, "decode", ids, ASKED.model_copy(update={"kv_steps": 20, "decode_steps": 0}), arrival=arrival)
+    assert (done.kept, done.steps) == (True, 20)
+    healed = PDOracle(oracle.prefill_model, done.pair.stage("decode"), plan)
+    assert done.before == pytest.approx(divergence(model, oracle, ids[-6:], 30), rel=1e-4)
+    assert done.after == pytest.approx(divergence(model, healed, ids[-6:], 30), rel=1e-4)
+    if gone:  # what a random model makes of random text that is missing, no other text tells
+        assert divergence(model, healed, fresh, 30) < 0.95 * divergence(model, oracle, fresh, 30)
+
+
+@torch.no_grad()
+def divergence(model, oracle, ids, prompt):
+    """KL of what the oracle's decode says behind `prompt` tokens, from the dense model; nats a token."""
+    held = oracle.hand_over(oracle.prefill(ids[:, :prompt]))
+    said = oracle.decode.logits(oracle.extend(ids[:, prompt:], prompt, held)).log_softmax(-1)
+    meant = model(ids).logits[:, prompt:].log_softmax(-1)
+    return float((meant.exp() * (meant - said)).sum(-1).mean())
 
 
 def test_seeds_fix_the_result():

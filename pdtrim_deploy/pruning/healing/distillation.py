@@ -1,8 +1,9 @@
 """Logit distillation of one stage from the dense model, by `modelopt.torch.distill` (mode `kd_loss`, 0.47).
 
 Prefill is healed as a whole model. Decode is healed as it serves: on what follows a prompt whose KV the pruned (and
-healed) prefill made. What K and V are made with is frozen in both stages, so the one's KV stays the other's; so are
-embeddings, final norm and LM head, which both share with the dense model.
+healed) prefill made; whole KV, or as a plan sends it, once there is one. What K and V are made with is frozen in both
+stages, so the one's KV stays the other's; so are embeddings, final norm and LM head, which both share with the dense
+model.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pdtrim_deploy.blockwise import LayerKV
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.plan import Stage
 from pdtrim_deploy.pruning.healing.readers import Behind, HandOver, Whole
@@ -40,10 +42,25 @@ class Healed:
     kept: bool
 
 
+@dataclass(frozen=True)
+class Arrival:
+    """Prompts of so many tokens, whose KV reaches decode's layers as `held` gives it: int64 `[batch, tokens]` ->."""
+
+    prompt_tokens: int
+    held: Callable[[Tensor], list[LayerKV]]
+
+
 def heal(
-    pair: StagePair, stage: Stage, ids: Tensor, asked: HealingSection, note: Callable[[str], None] = lambda _: None
+    pair: StagePair,
+    stage: Stage,
+    ids: Tensor,
+    asked: HealingSection,
+    note: Callable[[str], None] = lambda _: None,
+    arrival: Arrival | None = None,
 ) -> Healed:
     """`pair` with `stage` trained on text `ids`, int64 `[S, T]`: all steps asked for, or until time is up.
+
+    With an `arrival` these are `kv_steps` of decode; without, decode's prompts are T / 2 long and their KV is whole.
 
     Raises:
         UserError: modelopt is not installed; a loss that is not a number.
@@ -66,11 +83,16 @@ def heal(
                 )
             ],
         )
-    reader = _Loss(pair, stage, student, ids.shape[1])
+    if stage == "decode" and arrival is None:
+        arrival = Arrival(ids.shape[1] // 2, HandOver(pair.stage("prefill"), pair.plan.layer_map))
+        wanted = asked.decode_steps
+    else:
+        wanted = asked.kv_steps if arrival else asked.prefill_steps
+    reader = _Loss(student, arrival)
     checked = max(1, len(ids) // _CHECKED)
     check, fit = ids[-checked:], ids[: max(1, len(ids) - checked)]
     before = reader.mean(check, asked.batch)
-    steps = _train(reader, fit, learned, stage, asked, note)
+    steps = _train(reader, fit, learned, stage, wanted, asked, note)
     after = reader.mean(check, asked.batch)
     kd.export(student)
     kept = after < before
@@ -85,14 +107,14 @@ def _train(
     fit: Tensor,
     learned: list[dict[str, nn.Parameter]],
     stage: Stage,
+    wanted: int,
     asked: HealingSection,
     note: Callable[[str], None],
 ) -> int:
     parameters = [p for ps in learned for p in ps.values()]
-    wanted = asked.prefill_steps if stage == "prefill" else asked.decode_steps
     optimiser = torch.optim.AdamW(parameters, lr=asked.learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: rate(step, wanted))
-    order, began = _order(len(fit), asked), monotonic()
+    order, began = _order(len(fit), wanted, asked), monotonic()
     for step in range(wanted):
         if asked.minutes is not None and monotonic() - began > 60 * asked.minutes:
             return step
@@ -115,14 +137,13 @@ def _train(
 class _Loss:
     """Mean KL divergence of a batch, through modelopt."""
 
-    def __init__(self, pair: StagePair, stage: Stage, student: Any, tokens: int) -> None:
-        self._student = student  # in eval mode: no dropout
-        self._prompt = tokens // 2 if stage == "decode" else 0
-        self._prefill = HandOver(pair.stage("prefill"), pair.plan.layer_map)
+    def __init__(self, student: Any, arrival: Arrival | None) -> None:
+        self._student, self._arrival = student, arrival  # in eval mode: no dropout
 
     def __call__(self, ids: Tensor) -> Tensor:
-        held = self._prefill(ids[:, : self._prompt]) if self._prompt else None
-        self._student(ids, self._prompt, held)
+        prompt = self._arrival.prompt_tokens if self._arrival else 0
+        held = self._arrival.held(ids[:, :prompt]) if self._arrival else None
+        self._student(ids, prompt, held)
         return self._student.compute_kd_loss(loss_reduction_fn=lambda values: values.mean())
 
     @torch.no_grad()
@@ -147,10 +168,9 @@ def _own(model: Any, adds: list[bool]) -> list[dict[str, nn.Parameter]]:
     return learned
 
 
-def _order(sequences: int, asked: HealingSection) -> Tensor:
+def _order(sequences: int, steps: int, asked: HealingSection) -> Tensor:
     """int64 `[steps, batch]`: every sequence once before any comes again."""
     generator = torch.Generator().manual_seed(asked.seed)
-    steps = max(asked.prefill_steps, asked.decode_steps)
     rounds = -(-steps * asked.batch // sequences)
     order = torch.cat([torch.randperm(sequences, generator=generator) for _ in range(rounds)])
     return order[: steps * asked.batch].view(steps, asked.batch)
@@ -161,6 +181,7 @@ def _modelopt() -> Any:
         import modelopt.torch.distill as kd
     except ImportError as error:
         raise UserError(
-            "healing needs nvidia-modelopt: install the build extra, or set healing.prefill_steps and decode_steps to 0"
+            "healing needs nvidia-modelopt: install the build extra, or set healing.prefill_steps, decode_steps and "
+            "kv_steps to 0"
         ) from error
     return kd

@@ -122,7 +122,7 @@ class _State:
     def __init__(self, solution: Solution, loss: float) -> None:
         self.solution, self.loss, self.step, self.here = solution, loss, 0, 0
         self.best, self.best_loss, self.last = solution, loss, dict[str, Any]()
-        self.seen = {solution}
+        self.seen, self.taken = {solution}, {solution: loss}
 
     def follow(self, row: dict[str, Any]) -> None:
         self.step, self.last = row["step"] + 1, row
@@ -131,6 +131,7 @@ class _State:
         self.seen.add(solution)
         if row["accepted"]:
             self.solution, self.loss = solution, row["loss"]
+            self.taken.setdefault(solution, self.loss)
             if self.loss < self.best_loss:
                 self.best, self.best_loss = self.solution, self.loss
 
@@ -160,4 +161,6 @@ def _result(problem: Problem, state: _State) -> SearchResult:
     seconds, spent = problem.trajectory.seconds, problem.spent
     steps = [Step(n, block, None, seconds, spent) for n, block in enumerate((*removed, *pairs), 1)]
     steps[-1] = Step(len(steps), steps[-1].block, state.best_loss, seconds, spent)
-    return SearchResult((*forced.removed, *removed), tuple(steps), state.best.distilled)
+    start, *rest = state.taken
+    others = (start, *sorted(rest, key=state.taken.__getitem__))
+    return SearchResult((*forced.removed, *removed), tuple(steps), state.best.distilled, others)

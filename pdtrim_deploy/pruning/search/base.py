@@ -121,11 +121,15 @@ class Step:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What goes, the forced first and then in order of removal, and one `Step` for each block that the search saved."""
+    """What goes, the forced first and then in order of removal, and one `Step` for each block that the search saved.
+
+    `others` are whole solutions that it took on its way: where it began, then the best of the rest, best first.
+    """
 
     removed: tuple[int, ...]
     trajectory: tuple[Step, ...]
     distilled: tuple[int, ...] = ()
+    others: tuple[Solution, ...] = ()
 
     @property
     def solution(self) -> Solution:

@@ -1,0 +1,40 @@
+"""Decode distilled behind the KV that a plan sends, for benchmarks/kv.py."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pdtrim_deploy.evaluation.oracle import PDOracle
+from pdtrim_deploy.pruning.healing import Arrival, heal
+from pdtrim_deploy.pruning.pair import StagePair
+from pdtrim_deploy.recipe_healing import HealingSection
+
+HEALED = (("ours, native wire", 4.95), ("ours", 10.0))
+MORE = 128  # tokens behind each prompt
+
+
+def healed(
+    oracle: PDOracle, ids: Tensor, asked: argparse.Namespace, folder: Path, note: Callable[[str], None]
+) -> PDOracle:
+    """`oracle` with a decode model that learnt on `ids`; its weights once made stay in `folder`."""
+    sends = [send.model_dump() for send in oracle.plan.kv]
+    file = folder / f"healed-{hashlib.sha256(json.dumps(sends).encode()).hexdigest()[:12]}.safetensors"
+    pair = StagePair(oracle.prefill_model, oracle.plan)
+    if not file.exists():
+        arrival = Arrival(asked.prompt, lambda prompts: oracle.hand_over(oracle.prefill(prompts)))
+        section = HealingSection(kv_steps=asked.steps, learning_rate=asked.learning_rate, seed=asked.seed)
+        changed = heal(pair, "decode", ids, section, note, arrival).pair.changed.get("decode", {})
+        tensors = {f"{block} {name}": t.contiguous() for block, ts in changed.items() for name, t in ts.items()}
+        save_file(tensors, file.with_suffix(".part"))
+        file.with_suffix(".part").rename(file)
+    for key, tensor in load_file(file).items():
+        block, name = key.split()
+        pair = pair.with_changes("decode", {int(block): {name: tensor}})
+    return PDOracle(oracle.prefill_model, pair.stage("decode"), oracle.plan)

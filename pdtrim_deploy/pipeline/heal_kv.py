@@ -1,0 +1,94 @@
+"""The step behind the choice of KV: decode, healed to read prompt KV as it will arrive.
+
+As the weights of `pipeline.heal`, what it makes lies in the cache; reports/healing-kv.json names it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pdtrim_deploy.bundle import REPORTS, write_atomic
+from pdtrim_deploy.pipeline import heal
+from pdtrim_deploy.pipeline.context import Context
+from pdtrim_deploy.plan import STAGES, Stage
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+HEALING_KV = f"{REPORTS}/healing-kv.json"
+_VERSION = 1  # of how weights are made
+
+
+def heal_kv(context: Context) -> None:
+    """Make the weights of decode that differ from those before -> the cache, reports/healing-kv.json."""
+    key = _key(context)
+    report = json.loads((_entry(context, key) / "report.json").read_text())
+    write_atomic(context.out / HEALING_KV, json.dumps({"weights": key} | report, indent=2) + "\n")
+
+
+def changed(context: Context) -> heal.Changed:
+    """The tensors of each stage that differ from the model's in the end, by block."""
+    before = heal.changed(context)
+    if not context.recipe.healing.kv_steps:
+        return before
+    key = json.loads((context.out / HEALING_KV).read_text())["weights"]
+    merged = {block: dict(tensors) for block, tensors in before.get("decode", {}).items()}
+    for block, tensors in heal.read(_entry(context, key) / "decode.safetensors").items():
+        merged.setdefault(block, {}).update(tensors)
+    return {**before, "decode": merged}
+
+
+def healed(context: Context) -> dict[Stage, list[dict[str, Any]]]:
+    """What gradients did to each stage, one after the other: `steps`, `before`, `after`, `kept`, `kv`."""
+    done: dict[Stage, list[dict[str, Any]]] = {
+        stage: [{**one, "kv": False}] for stage, one in heal.healed(context).items()
+    }
+    if context.recipe.healing.kv_steps:
+        report = json.loads((context.out / HEALING_KV).read_text())
+        done.setdefault("decode", []).append({**report, "kv": True})
+    return done
+
+
+def _key(context: Context) -> str:
+    weights = json.loads((context.out / heal.HEALING).read_text())["weights"] if heal.needed(context.recipe) else None
+    asked, text = context.recipe.healing.model_dump(mode="json"), _text(context)
+    said = [_VERSION, context.plan.digest, weights, asked, hashlib.sha256(text.numpy().tobytes()).hexdigest()]
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def _text(context: Context) -> Tensor:
+    """Prompts as KV is chosen on, each with half of `healing.length` behind it; int64."""
+    from pdtrim_deploy.kvcache.recall import fits, with_recall
+
+    recipe = context.recipe
+    prompt, more = recipe.kv.prompt_tokens, recipe.healing.length // 2
+    ids = context.calibration(recipe.healing.sequences, prompt + more)
+    if recipe.kv.recall and fits(prompt, more):
+        return with_recall(ids, prompt, recipe.kv.recall, recipe.calibration.seed)
+    return ids
+
+
+def _entry(context: Context, key: str) -> Path:
+    def make(folder: Path) -> None:
+        from pdtrim_deploy.checkpoints.writer import save
+        from pdtrim_deploy.evaluation.oracle import PDOracle
+        from pdtrim_deploy.pruning.healing import Arrival
+        from pdtrim_deploy.pruning.healing import heal as distil
+
+        pair = heal.stage_pair(context, context.plan)
+        prefill, decode = (pair.stage(stage) for stage in STAGES)
+        oracle = PDOracle(prefill, decode, context.plan)
+        arrival = Arrival(context.recipe.kv.prompt_tokens, lambda prompts: oracle.hand_over(oracle.prefill(prompts)))
+        done = distil(pair, "decode", _text(context), context.recipe.healing, context.note, arrival)
+        blocks = done.pair.changed.get("decode", {}) if done.kept else {}
+        save(
+            {f"{block}.{name}": t for block, ts in blocks.items() for name, t in ts.items()},
+            folder / "decode.safetensors",
+        )
+        report = {name: getattr(done, name) for name in ("steps", "before", "after", "kept")}
+        (folder / "report.json").write_text(json.dumps(report, indent=2))
+
+    return context.cache.entry("stage-weights", key, make)

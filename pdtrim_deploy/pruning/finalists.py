@@ -1,0 +1,93 @@
+"""The last few solutions of a search, judged again as they will be used.
+
+A search weighs blocks as they are. Once what is left is compensated, another solution may be the better one: one gap
+is closed more easily than three. So the search's answer, where it began, the best run of adjacent blocks and the next
+best that it took are judged by a `Judge`, and the best of them is the answer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+
+from pdtrim_deploy.plan import Stage
+from pdtrim_deploy.pruning.evaluator import mean_loss
+from pdtrim_deploy.pruning.search import Problem, SearchResult, Step
+from pdtrim_deploy.pruning.solution import Solution
+
+
+class Judge(Protocol):
+    """What solutions lose in the end; `prefill` is what prefill lost, when `stage` is decode."""
+
+    def __call__(self, stage: Stage, prefill: Solution, solutions: Sequence[Solution]) -> list[float]: ...
+
+
+@dataclass(frozen=True)
+class Finalist:
+    """A solution, its calibration loss as the search has it, and as the judge has it; nats a token."""
+
+    solution: Solution
+    loss: float
+    judged: float
+
+
+def last_word(
+    stage: Stage,
+    problem: Problem,
+    found: SearchResult,
+    judge: Judge,
+    count: int,
+    progress: Callable[[str], None],
+) -> tuple[SearchResult, tuple[Finalist, ...]]:
+    """The best of `count` finalists in the judge's eyes, as the search's result, and all of them, best first.
+
+    Ties go to the search's own order. UserError when a loss is not a number.
+    """
+    solutions = list(dict.fromkeys(_field(problem, found)))[:count]
+    losses = [mean_loss(problem.evaluator, solution) for solution in solutions]
+    judged = judge(stage, problem.forced, solutions)
+    finalists = [Finalist(*row) for row in zip(solutions, losses, judged, strict=True)]
+    for one in finalists:
+        progress(f"finalist {one.solution}: loss {one.loss:.4f}, compensated {one.judged:.4f}")
+    ranked = sorted(finalists, key=lambda one: one.judged)
+    return _with(found, problem, ranked[0]), tuple(ranked)
+
+
+def _field(problem: Problem, found: SearchResult) -> Iterator[Solution]:
+    yield found.solution
+    yield from found.others[:1]
+    yield _window(problem)
+    yield from found.others[1:]
+
+
+def _window(problem: Problem) -> Solution:
+    """The run of adjacent candidates that costs least; half of those in play leave after each part of the text."""
+    free, evaluator = problem.candidates, problem.evaluator
+    size = problem.remove - problem.forced.saved
+    running = [problem.without(free[at : at + size]) for at in range(len(free) - size + 1)]
+    losses = {solution: torch.empty(0) for solution in running}
+    for batch in range(evaluator.batches):
+        found = evaluator.evaluate(running, batch)
+        for solution, more in zip(running, found, strict=True):
+            losses[solution] = torch.cat((losses[solution], more.double().mean(1)))
+        running.sort(key=lambda solution: float(losses[solution].mean()))
+        running = running[: math.ceil(len(running) / 2)]
+    return running[0]
+
+
+def _with(found: SearchResult, problem: Problem, best: Finalist) -> SearchResult:
+    """`found`, had it found `best`, and at the cost of all so far."""
+    forced, steps = problem.forced, list(found.trajectory)
+    if best.solution != found.solution:
+        removed = tuple(block for block in best.solution.removed if block not in forced.removed)
+        pairs = tuple(first for first in best.solution.distilled if first not in forced.distilled)
+        steps = [Step(n, block, None, 0, 0) for n, block in enumerate((*removed, *pairs), 1)]
+        found = replace(found, removed=(*forced.removed, *removed), distilled=best.solution.distilled)
+    seconds, spent = problem.trajectory.seconds, problem.spent
+    steps = [replace(step, seconds=seconds, block_forwards=spent) for step in steps]
+    steps[-1] = replace(steps[-1], loss=best.loss)
+    return replace(found, trajectory=tuple(steps))

@@ -1,0 +1,117 @@
+"""Finalists: who they are, and that the judge has the last word."""
+
+import pytest
+import torch
+from tinypd import BLOCKS, make_plan, text, tiny
+
+from pdtrim_deploy.pruning.compensation import get_compensation
+from pdtrim_deploy.pruning.finalists import last_word
+from pdtrim_deploy.pruning.objective import NextTokenLoss
+from pdtrim_deploy.pruning.pair import StagePair
+from pdtrim_deploy.pruning.pd_loss import pd_loss, prefill_loss
+from pdtrim_deploy.pruning.refitted import Refitted
+from pdtrim_deploy.pruning.search import Problem, Settings
+from pdtrim_deploy.pruning.search.anneal import Anneal
+from pdtrim_deploy.pruning.search.greedy import Greedy
+from pdtrim_deploy.pruning.solution import Solution
+from pdtrim_deploy.pruning.stages import choose_stages
+
+
+def quiet(_):
+    pass
+
+
+class Students:
+    """Block i with its MLP output made so many times as large."""
+
+    def __init__(self, model, times):
+        self.model, self.times = model, times
+
+    def tensors(self, pair):
+        name = "mlp.down_proj.weight"
+        return {name: self.times * self.model.model.layers[pair[0]].get_parameter(name).detach()}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny("Llama")
+
+
+def whole_loss(model, ids, removed):
+    return prefill_loss(StagePair(model, make_plan(removed, removed)), ids)
+
+
+def test_annealing_names_where_it_began_and_what_it_took(model):
+    ids = text(6, 30)
+    problem = Problem(model, ids, NextTokenLoss(model, ids), 2)
+    found = Anneal(Settings(seed=3, steps=30)).run(problem, quiet)
+    assert found.others[0] == Greedy(2.0).run(problem, quiet).solution
+    assert found.solution in found.others
+    losses = [whole_loss(model, ids, one.removed) for one in found.others[1:]]
+    assert losses == pytest.approx(sorted(losses), abs=1e-5)
+
+
+@pytest.mark.parametrize("wanted", range(3))
+def test_the_judge_has_the_last_word(model, wanted):
+    ids, asked = text(6, 30), []
+
+    def judge(stage, prefill, solutions):
+        asked.append((stage, prefill, solutions))
+        return [float(at != min(wanted, len(solutions) - 1)) for at in range(len(solutions))]
+
+    problem = Problem(model, ids, NextTokenLoss(model, ids), 2)
+    before = Anneal(Settings(seed=3, steps=30)).run(problem, quiet)
+    found, ranked = last_word("prefill", problem, before, judge, 3, quiet)
+    ((_, _, solutions),) = asked
+    assert len(solutions) == len(set(solutions)) <= 3
+    assert solutions[0] == before.solution
+    best = solutions[min(wanted, len(solutions) - 1)]
+    assert found.solution == ranked[0].solution == best
+    assert found.loss == pytest.approx(whole_loss(model, ids, best.removed), abs=1e-5)
+    assert found.trajectory[-1].block_forwards >= before.trajectory[-1].block_forwards
+    assert len(found.trajectory) == 2
+
+
+def test_the_best_run_of_adjacent_blocks_is_among_them(model):
+    ids = text(1, 60)  # one part of text: every run is measured on all of it
+    problem = Problem(model, ids, NextTokenLoss(model, ids, 0, Solution.of((2,))), 3, Solution.of((2,)))
+    runs = [(0, 1, 2), (1, 2, 3), (2, 3, 4)]
+    best = min(runs, key=lambda run: whole_loss(model, ids, run))
+    found = Greedy().run(problem, quiet)
+    _, ranked = last_word("prefill", problem, found, lambda *a: [0.0] * len(a[2]), 9, quiet)
+    assert {one.solution for one in ranked} == {found.solution, Solution.of(best)}
+
+
+@pytest.mark.parametrize("stage", ["prefill", "decode"])
+def test_each_half_is_judged_by_what_the_other_fitted(model, stage):
+    ids, gone = text(6, 30), Solution.of((1, 3))
+    shape = make_plan().model
+    prefill = Solution.of((1,))
+    (judged,) = Refitted(model, shape, ids, "norm")(stage, prefill, [gone])
+    mend, total = get_compensation("norm").compensate, 0.0
+    for fitted, checked in ((ids[0::2], ids[1::2]), (ids[1::2], ids[0::2])):
+        pair = StagePair(model, make_plan(gone.removed if stage == "prefill" else prefill.removed, gone.removed))
+        pair = mend(pair, "prefill", fitted, quiet)
+        if stage == "decode":
+            pair = mend(pair, "decode", fitted, quiet)
+        total += (prefill_loss if stage == "prefill" else pd_loss)(pair, checked) / 2
+    assert judged == pytest.approx(total, abs=1e-5)
+
+
+def test_students_stand_for_pairs(model):
+    ids, shape, pair = text(4, 30), make_plan().model, Solution.of((), (2,))
+    losses = [Refitted(model, shape, ids, "norm", Students(model, n))("decode", pair, [pair]) for n in (2, 4)]
+    assert losses[0] != losses[1]
+
+
+def test_stages_stay_nested_whatever_the_judge_likes(model):
+    torch.manual_seed(0)
+    ids = text(4, 30)
+    found = choose_stages(
+        model, ids, 1, 3, method="anneal", settings=Settings(0, 20), finalists=5,
+        judge=lambda stage, prefill, solutions: [-float(at) for at in range(len(solutions))],
+    )  # fmt: skip
+    assert found.prefill.solution.within(found.decode.solution)
+    assert set(found.finalists) == {"prefill", "decode"}
+    assert found.decode.removed[:1] == found.prefill.removed
+    assert len(found.decode.removed) == 3 < BLOCKS
