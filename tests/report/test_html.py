@@ -126,6 +126,23 @@ def test_the_page_asks_nobody_for_anything(bundle: Bundle) -> None:
     assert 'name="viewport"' in text
 
 
+def test_finalists_and_what_was_mended(bundle: Bundle) -> None:
+    finalists = [{"removed": [1], "pairs": [[2, 3]], "loss": 3.25, "compensated": 3.125}]
+    write(bundle, "pruning", {"decode": {"removed": [1], "trajectory": [{"step": 1, "block": 1, "loss": 3.25,
+        "seconds": 1.0}], "finalists": finalists}})  # fmt: skip
+    one = {"steps": 12, "before": 0.5, "after": 0.25, "kept": True}
+    students = {"2-3": {"error_drop": 0.75, "error": 0.125}}
+    write(bundle, "healing", {"students": students, "healing": {"prefill": {**one, "after": 0.625, "kept": False}}})
+    write(bundle, "healing-kv", one)
+    said = " ".join("".join(parsed(Findings.of(bundle)).itertext()).split())
+    assert "1, 2+33.25003.1250" in said
+    assert "prefill, distilled, 12 steps" in said
+    assert "0.50000.6250no: not better" in said
+    assert "decode, distilled behind the KV it is sent, 12 steps" in said
+    assert "student of blocks 2-3" in said
+    assert "calibration loss while decode" not in said  # one step is no curve
+
+
 def test_every_section_is_there_and_text_is_escaped(bundle: Bundle) -> None:
     root = parsed(full(bundle))
     heads = [node.text for node in root.iter("h2")]

@@ -20,6 +20,8 @@ REPORTS = {
     "kv": "pdtrim-deploy build",
     "candidates": "pdtrim-deploy build",
     "attention": "pdtrim-deploy build",
+    "healing": "pdtrim-deploy build",
+    "healing-kv": "pdtrim-deploy build",
     "eval": "pdtrim-deploy eval BUNDLE",
     "tasks": "pdtrim-deploy eval BUNDLE --tasks all",
     "fidelity": "pdtrim-deploy fidelity BUNDLE",
@@ -97,6 +99,7 @@ class Findings:
             "compare",
             *(() if recipe.pruning.decode_blocks else ("candidates",)),
             *(("attention",) if recipe.kv.method in FIXED_KV else ()),
+            *("healing", "healing-kv"),  # where they were asked for the build left them
         }
         lacks = {n: c for n, c in REPORTS.items() if n not in self.reports and n not in idle}
         if not self.comparisons and not self.reports.get("metrics"):

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pdtrim_deploy.report.html import sections
+from pdtrim_deploy.report.html import build_sections, load_sections, quality_sections, sections
 from pdtrim_deploy.report.html.collect import Findings
 from pdtrim_deploy.report.html.markup import Markup, join, tag
 
 SECTIONS = {
     "Plan": sections.plan,
-    "Quality": sections.quality,
-    "Load": sections.load,
-    "Workers for a rate": sections.workers,
-    "Quality for each byte": sections.pareto,
-    "Search": sections.search,
-    "Where decode looks": sections.attention,
+    "Quality": quality_sections.quality,
+    "Load": load_sections.load,
+    "Workers for a rate": load_sections.workers,
+    "Quality for each byte": quality_sections.pareto,
+    "Search": build_sections.search,
+    "What was mended": build_sections.mended,
+    "Where decode looks": build_sections.attention,
     "Faults": sections.faults,
     "Engines": sections.engines,
     "Where this comes from": sections.origin,

@@ -1,0 +1,81 @@
+"""What the build looked at and did: the search, what was mended, where decode looks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pdtrim_deploy.plan import STAGES
+from pdtrim_deploy.report.html import charts
+from pdtrim_deploy.report.html.collect import Findings
+from pdtrim_deploy.report.html.footing import built, number
+from pdtrim_deploy.report.html.markup import Markup, join, table, tag
+from pdtrim_deploy.report.html.model_pictures import attention_picture, redundancy_picture
+
+
+def search(found: Findings) -> Markup | None:
+    """How the blocks were chosen."""
+    parts = []
+    if could := found.reports.get("candidates"):
+        gone: dict[str, tuple[int, ...]] = {stage: found.bundle.plan.dropped(stage) for stage in STAGES}
+        said = (
+            "Cosine between what goes into a block and what comes out, on calibration text: near 1 a block changes "
+            "little. It is where a search begins, not what it goes by: that is the loss."
+        )
+        parts += [tag("p", said), redundancy_picture(could["redundancy"], could["pair_redundancy"], gone)]
+    for stage, said in found.reports.get("pruning", {}).items():
+        steps = said.get("trajectory", ())
+        if not steps:
+            continue
+        known = [(step["block"], step["loss"]) for step in steps if step.get("loss") is not None]
+        parts.append(tag("h3", f"{stage}: removes {', '.join(map(str, said['removed']))}"))
+        if len(known) > 1:
+            parts.append(charts.trajectory(known, f"calibration loss while {stage} loses blocks"))
+        parts.append(
+            table(
+                ("step", "block removed", "calibration loss, nats", "seconds"),
+                [(s["step"], s["block"], number(s.get("loss"), 4), number(s.get("seconds"), 2)) for s in steps],
+            )
+        )
+        if ranked := said.get("finalists"):
+            rows = [(_lost(one), number(one["loss"], 4), number(one["compensated"], 4)) for one in ranked]
+            parts.append(tag("p", "Judged again once compensated, which decides; nats a token:"))
+            parts.append(table(("loses", "as the search saw it", "compensated"), rows))
+    return join([*parts, built(found, f"seed of the search {found.bundle.recipe.pruning.seed}")]) if parts else None
+
+
+def mended(found: Findings) -> Markup | None:
+    """What was done to the weights that are left."""
+    reports, rows = found.reports, list[tuple[str, ...]]()
+    for pair, lesson in reports.get("healing", {}).get("students", {}).items():
+        errors = (number(lesson["error_drop"], 4), number(lesson["error"], 4))
+        rows.append((f"student of blocks {pair}", "relative squared error, against leaving it out", *errors, "yes"))
+    known = "KL from the dense model, nats a token, on text not trained on"
+    healed = {f"{stage}, distilled": one for stage, one in reports.get("healing", {}).get("healing", {}).items()}
+    if "healing-kv" in reports:
+        healed["decode, distilled behind the KV it is sent"] = reports["healing-kv"]
+    for what, one in healed.items():
+        kept = "yes" if one["kept"] else "no: not better"
+        rows.append((f"{what}, {one['steps']} steps", known, number(one["before"], 4), number(one["after"], 4), kept))
+    said = f"Compensation: {found.bundle.recipe.healing.compensation}."
+    if not rows:
+        return join([tag("p", said), built(found)]) if "healing" in reports else None
+    return join([tag("p", said), table(("what", "measure", "before", "after", "kept"), rows), built(found)])
+
+
+def attention(found: Findings) -> Markup | None:
+    """Where decode looks in the prompt."""
+    mass = found.reports.get("attention")
+    if mass is None:
+        return None
+    said = (
+        f"Of generated tokens, on {mass['sequences']} calibration texts with {mass['prompt_tokens']} prompt tokens: "
+        f"the share of attention on a prompt's first {mass['n_first']} and last {mass['n_last']} tokens, on those in "
+        "the middle, and on what was generated. A layer that looks at the middle need not be harmed by its loss: what "
+        "a layer's KV is worth was measured."
+    )
+    return join([tag("p", said), attention_picture(mass), built(found)])
+
+
+def _lost(one: dict[str, Any]) -> str:
+    """A finalist, as `Solution` says it."""
+    return ", ".join([*map(str, one["removed"]), *(f"{a}+{b}" for a, b in one["pairs"])])
