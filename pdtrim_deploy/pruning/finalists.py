@@ -45,9 +45,12 @@ def last_word(
 ) -> tuple[SearchResult, tuple[Finalist, ...]]:
     """The best of `count` finalists in the judge's eyes, as the search's result, and all of them, best first.
 
-    Ties go to the search's own order. UserError when a loss is not a number.
+    Where all candidates are one solution there is nothing to judge, and none is named. Ties go to the search's own
+    order. UserError when a loss is not a number.
     """
     solutions = list(dict.fromkeys(_field(problem, found)))[:count]
+    if len(solutions) == 1:
+        return found, ()
     losses = [mean_loss(problem.evaluator, solution) for solution in solutions]
     judged = judge(stage, problem.forced, solutions)
     finalists = [Finalist(*row) for row in zip(solutions, losses, judged, strict=True)]

@@ -125,7 +125,8 @@ def choose_stages(
         problem = Problem(model, ids, objective, remove, forced, protected, pairs, trajectory, evaluator)
         found = search.run(problem, note)
         if judge is not None and finalists:
-            found, judged[stage] = last_word(stage, problem, found, judge, finalists, note)
+            found, ranked = last_word(stage, problem, found, judge, finalists, note)
+            judged.update({stage: ranked} if ranked else {})
         return found
 
     prefill = SearchResult((), ())

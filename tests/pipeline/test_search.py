@@ -78,9 +78,11 @@ def test_finalists_are_in_the_report_and_the_best_of_them_is_built(
     asked = asked.changed("test", "pruning", finalists=4)
     bundle = build(asked, tmp_path / "b", cache)
     report = json.loads((tmp_path / "b" / "reports" / "pruning.json").read_text())
-    for stage in ("prefill", "decode"):
-        said = report[stage]
-        assert (1 if stage == "prefill" else 2) <= len(said["finalists"]) <= 4
+    assert any("finalists" in said for said in report.values())
+    for stage, said in report.items():
+        if "finalists" not in said:  # all that was found is one solution
+            continue
+        assert 2 <= len(said["finalists"]) <= 4
         assert said["finalists"] == sorted(said["finalists"], key=lambda one: one["compensated"])
         assert sorted(said["removed"]) == said["finalists"][0]["removed"] == list(bundle.plan.dropped(stage))
         assert said["loss"] == said["finalists"][0]["loss"]

@@ -1,5 +1,7 @@
 """Finalists: who they are, and that the judge has the last word."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tinypd import BLOCKS, make_plan, text, tiny
@@ -77,9 +79,17 @@ def test_the_best_run_of_adjacent_blocks_is_among_them(model):
     problem = Problem(model, ids, NextTokenLoss(model, ids, 0, Solution.of((2,))), 3, Solution.of((2,)))
     runs = [(0, 1, 2), (1, 2, 3), (2, 3, 4)]
     best = min(runs, key=lambda run: whole_loss(model, ids, run))
-    found = Greedy().run(problem, quiet)
+    found = replace(Greedy().run(problem, quiet), removed=(2, 0, 4))
     _, ranked = last_word("prefill", problem, found, lambda *a: [0.0] * len(a[2]), 9, quiet)
     assert {one.solution for one in ranked} == {found.solution, Solution.of(best)}
+
+
+def test_one_alone_is_not_judged(model):
+    ids = text(6, 30)
+    problem = Problem(model, ids, NextTokenLoss(model, ids), 1)
+    before = Greedy(None).run(problem, quiet)
+    found, ranked = last_word("prefill", problem, before, lambda *_: pytest.fail("judged"), 3, quiet)
+    assert (found, ranked) == (before, ())
 
 
 @pytest.mark.parametrize("stage", ["prefill", "decode"])
@@ -106,12 +116,13 @@ def test_students_stand_for_pairs(model):
 
 def test_stages_stay_nested_whatever_the_judge_likes(model):
     torch.manual_seed(0)
-    ids = text(4, 30)
+    ids = text(4, 30, seed=1)
     found = choose_stages(
         model, ids, 1, 3, method="anneal", settings=Settings(0, 20), finalists=5,
         judge=lambda stage, prefill, solutions: [-float(at) for at in range(len(solutions))],
     )  # fmt: skip
     assert found.prefill.solution.within(found.decode.solution)
-    assert set(found.finalists) == {"prefill", "decode"}
+    assert set(found.finalists) <= {"prefill", "decode"}
+    assert found.finalists["decode"]
     assert found.decode.removed[:1] == found.prefill.removed
     assert len(found.decode.removed) == 3 < BLOCKS
