@@ -25,7 +25,7 @@ from pdtrim_deploy.evaluation.oracle import PDOracle
 from pdtrim_deploy.evaluation.perplexity import pd_perplexity
 from pdtrim_deploy.plan import Drop, Keep, KVSend, PDPlan
 from pdtrim_deploy.pruning.compensation import get_compensation
-from pdtrim_deploy.pruning.kv_only import fit, relax
+from pdtrim_deploy.pruning.kv_only import fit, give_up, rank
 from pdtrim_deploy.pruning.pair import StagePair
 
 CORPORA = ("brown", "austen")
@@ -60,8 +60,9 @@ def main() -> None:
         print(f"{time.monotonic() - started:6.0f} s  {rows[-1]}", flush=True)
 
     judge(0, "dense", dense)
+    order = rank(dense, ids, print)
     for blocks in asked.blocks:
-        fitted = relax(dense, blocks, ids)
+        fitted = give_up(dense, order[:blocks], ids)
         judge(blocks, "K and V alone, own projections", unfitted(fitted))
         judge(blocks, "K and V alone, refitted", fitted)
         mended = get_compensation("least-squares").compensate(fitted, "prefill", ids, lambda _: None)

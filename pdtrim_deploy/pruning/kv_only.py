@@ -9,6 +9,7 @@ away, that state is the dense model's and the block's own projections are exact.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -26,10 +27,7 @@ _BATCH, _CHECKED = 4, 8
 
 
 def relax(pair: StagePair, blocks: int, ids: Tensor, progress: Progress = lambda _: None) -> StagePair:
-    """Give `blocks` more blocks of prefill up, but for their KV: those whose absence alone costs least, one shot.
-
-    The cost is what a PD pair loses on `ids`, int64 `[S, T]`, behind prompts of T / 2: prefill's first token, and what
-    decode makes of the KV it is handed. Then K and V are fitted on the same text.
+    """Give `blocks` more blocks of prefill up, but for their KV: the first of `rank`; then fit K and V on `ids`.
 
     Raises:
         UserError: there are not so many blocks that both stages keep; a loss that is not a number.
@@ -40,14 +38,27 @@ def relax(pair: StagePair, blocks: int, ids: Tensor, progress: Progress = lambda
         raise UserError(
             f"healing.kv_only_blocks is {blocks} but only {len(open_to)} blocks are kept by both stages; ask for fewer"
         )
+    return give_up(pair, rank(pair, ids, progress)[:blocks], ids, progress)
+
+
+def rank(pair: StagePair, ids: Tensor, progress: Progress = lambda _: None) -> tuple[int, ...]:
+    """`candidates`, that whose absence alone costs least first.
+
+    The cost is what a PD pair loses on `ids`, int64 `[S, T]`, behind prompts of T / 2: prefill's first token, and what
+    decode makes of the KV it is handed. UserError when a loss is not a number.
+    """
     costs = {}
-    for block in open_to:
+    for block in candidates(pair.plan):
         costs[block] = pd_loss(_given_up(pair, {block}), ids)
         if not math.isfinite(costs[block]):
             raise UserError(f"the loss without block {block} in prefill is {costs[block]}; load the model in float32")
         progress(f"prefill without block {block} but for its KV: loss {costs[block]:.4f}")
-    chosen = sorted(sorted(costs, key=lambda block: (costs[block], block))[:blocks])
-    return fit(_given_up(pair, set(chosen)), ids, progress)
+    return tuple(sorted(costs, key=lambda block: (costs[block], block)))
+
+
+def give_up(pair: StagePair, blocks: Iterable[int], ids: Tensor, progress: Progress = lambda _: None) -> StagePair:
+    """`pair` whose prefill has these blocks for their KV alone, K and V fitted on `ids`."""
+    return fit(_given_up(pair, set(blocks)), ids, progress)
 
 
 def candidates(plan: PDPlan) -> tuple[int, ...]:
