@@ -26,11 +26,16 @@ def compose(served: Served, options: Options) -> dict[str, Any]:
     """`docker compose` file: each worker gets the next `gpus` GPUs of the host, only the router is published.
 
     Raises:
-        UserError: the bundle is not in a folder of the host.
+        UserError: the bundle is not in a folder of the host, or an extended resource is asked for.
 
     """
     if options.bundle.kind != "host":
         raise UserError("a Compose file mounts the bundle from a folder: say --bundle-from host:/FOLDER")
+    if options.rdma:
+        raise UserError(
+            f"--rdma {options.rdma} is a resource of Kubernetes; leave it out with --to compose, whose file you give "
+            "the host's devices in by `devices:`"
+        )
     services: dict[str, Any] = {}
     router = list(ROUTER_ARGUMENTS)
     for stage in STAGES:
