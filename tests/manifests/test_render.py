@@ -167,7 +167,7 @@ def test_bad_choices_are_refused() -> None:
         Options(rdma="hca")
     with pytest.raises(UserError, match="say --bundle-from host"):
         compose(SERVED, Options())
-    options = Options(bundle=BundleAt("host", "/b"), transport="pdtrim_nixl", rdma="rdma/hca")
+    options = Options(bundle=BundleAt("host", "/b"), rdma="rdma/hca", **NIXL)
     with pytest.raises(UserError, match="leave it out with --to compose"):
         compose(SERVED, options)
     with pytest.raises(UserError, match=r"--rdma is of no use to --transport pdtrim_tcp; valid with it: pdtrim_nixl, "):
