@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +22,7 @@ from pdtrim_deploy.pruning.pair import StagePair
 from pdtrim_deploy.pruning.refitted import Refitted
 from pdtrim_deploy.pruning.search import Search, Settings
 from pdtrim_deploy.pruning.search.greedy import Greedy
+from pdtrim_deploy.pruning.solution import Solution
 from pdtrim_deploy.pruning.stages import StageRemovals, choose_stages
 from pdtrim_deploy.pruning.students import Students
 from pdtrim_deploy.pruning.students.regression import teach
@@ -83,6 +85,7 @@ METHODS = {
     "ours, greedy": Method("greedy"),  # without any of the three
     "LLM-Streamline": Method("streamline", layer=True),
     "ours, healed": replace(_OURS, healed=True),
+    "ours, no annealing, healed": Method("greedy", compensation="least-squares", finalists=2, healed=True),
 }
 
 
@@ -163,16 +166,30 @@ def choose(setup: Setup, name: str, removed: int, seed: int) -> StageRemovals:
         students=setup.students if method.distil else None,
         folder=setup.place(name, removed, seed),
         about=about,
-        judge=_judge(setup, method) if method.finalists else None,
+        judge=_Judge(setup, method) if method.finalists else None,
         finalists=method.finalists,
         progress=setup.note,
     )
 
 
-def _judge(setup: Setup, method: Method) -> Refitted:
-    students = setup.students if method.distil else None
-    text = setup.text[:JUDGED]
-    return Refitted(setup.model, setup.shape, text, method.compensation, students, setup.note)
+@dataclass(frozen=True)
+class _Judge:
+    """`Refitted` that writes down what it said: seeds and methods meet the same finalists."""
+
+    setup: Setup
+    method: Method
+
+    def __call__(self, stage: Stage, prefill: Solution, solutions: Sequence[Solution]) -> list[float]:
+        setup, students = self.setup, self.setup.students if self.method.distil else None
+        text, file = setup.text[:JUDGED], setup.folder / "judged.json"
+        judge = Refitted(setup.model, setup.shape, text, self.method.compensation, students, setup.note)
+        known = json.loads(file.read_text()) if file.exists() else {}
+        keys = [f"{self.method.compensation} {len(text)} {stage} {prefill} | {solution}" for solution in solutions]
+        fresh = [solution for key, solution in zip(keys, solutions, strict=True) if key not in known]
+        said = iter(judge(stage, prefill, fresh) if fresh else ())
+        known |= {key: next(said) for key in keys if key not in known}
+        file.write_text(json.dumps(known, indent=1))
+        return [known[key] for key in keys]
 
 
 def prefill_blocks(removed: int) -> int:
