@@ -90,11 +90,13 @@ def test_the_text_and_seeds_it_was_made_with_are_named(recipe: Recipe) -> None:
 
 def test_only_what_healing_kept_is_claimed(recipe: Recipe) -> None:
     asked = recipe.changed("t", "pruning", prefill_blocks=1, decode_blocks=2).changed("t", "healing", decode_steps=9)
-    done = {"steps": 8, "before": 0.5, "after": 0.25, "kept": True}
-    text = model_card.card(PLAN, asked, "decode", Provenance(), {"decode": done})
+    done = {"steps": 8, "before": 0.5, "after": 0.25, "kept": True, "kv": False}
+    again = {"steps": 6, "before": 0.25, "after": 0.125, "kept": True, "kv": True}
+    text = model_card.card(PLAN, asked, "decode", Provenance(), {"decode": [done, again]})
     assert "8 steps of logit distillation from the base model (KL 0.5000 to 0.2500 nats" in text
+    assert "6 steps of logit distillation from the base model behind prompt KV as it arrives (KL 0.2500 to" in text
     assert "what makes K and V are as there" in text
-    for healed in ({}, {"decode": done | {"kept": False}}):
+    for healed in ({}, {"decode": [done | {"kept": False}]}):
         assert "Weights differ" not in model_card.card(PLAN, asked, "decode", Provenance(), healed)
     alone = PDPlan(model=SHAPE, prefill=(Keep(), KVOnly(), Keep(), Keep()), decode=(Keep(),) * 4, kv=(KVSend(),) * 4)
     text = model_card.card(alone, recipe, "prefill", Provenance(), {})
