@@ -17,6 +17,7 @@ from pdtrim_deploy.blockwise import CausalLM
 from pdtrim_deploy.plan import STAGES, KVSend, ModelShape, PDPlan, Stage
 from pdtrim_deploy.pruning.candidates import find
 from pdtrim_deploy.pruning.compensation import get_compensation
+from pdtrim_deploy.pruning.cost import judged_forwards
 from pdtrim_deploy.pruning.healing import heal
 from pdtrim_deploy.pruning.pair import StagePair
 from pdtrim_deploy.pruning.refitted import Refitted
@@ -125,18 +126,10 @@ class Setup:
         return len(self.ids) * (2 * self.shape.num_blocks + 2 * len(self.pairs))
 
     def judging(self, found: StageRemovals) -> int:
-        """Block-forwards of having the last word on finalists, at most.
-
-        Each sequence is fitted on once: dense, prefill and, where a layer is refitted, twice the stage; and judged on
-        once: prefill twice and decode.
-        """
-        blocks, counts = self.shape.num_blocks, {stage: len(found.finalists.get(stage, ())) for stage in STAGES}
-        prefill, decode = (blocks - getattr(found, stage).solution.saved for stage in STAGES)
-        text = len(self.text[:JUDGED])
-        mended = text * (blocks + 2 * prefill)
-        return text * (
-            counts["prefill"] * (blocks + 3 * prefill) + counts["decode"] * (blocks + 3 * prefill + 3 * decode)
-        ) + mended * bool(counts["decode"])
+        """Block-forwards of having the last word on finalists, at most."""
+        lost = [getattr(found, stage).solution.saved for stage in STAGES]
+        counts = [len(found.finalists.get(stage, ())) for stage in STAGES]
+        return judged_forwards(self.shape.num_blocks, *lost, len(self.text[:JUDGED]), *counts)
 
     def place(self, name: str, removed: int, seed: int) -> Path:
         """The search's own folder; methods that share their search share it."""

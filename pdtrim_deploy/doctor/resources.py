@@ -53,7 +53,7 @@ def needs(recipe: Recipe, workers: int = 0) -> Needs | None:
     pool = POOL_TOKENS * shape.num_blocks * 2 * shape.num_kv_heads * shape.head_dim * item
     converted = 0 if recipe.model.source.startswith("hf:") else count * 4
     engines = len(recipe.targets.asked) * 2 * count * 4
-    cost = search_cost(config, recipe.pruning, recipe.calibration)
+    cost = search_cost(config, recipe.pruning, recipe.calibration, recipe.healing)
     searching, states = (cost.memory, cost.disk) if cost else (0, 0)
     if recipe.pruning.distil:
         states += _hidden_files(recipe, config)

@@ -99,7 +99,7 @@ def _config_alone(source: str) -> dict[str, Any] | None:
 
 
 def _search(recipe: Recipe, config: dict[str, Any]) -> tuple[SearchCost | None, float | None]:
-    cost = search_cost(config, recipe.pruning, recipe.calibration)
+    cost = search_cost(config, recipe.pruning, recipe.calibration, recipe.healing)
     if cost is None:
         return None, None
     return cost, cost.flops / _speed(config["hidden_size"], config["intermediate_size"], recipe.calibration.length)

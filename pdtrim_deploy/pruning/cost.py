@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from pdtrim_deploy.recipe import CalibrationSection
+from pdtrim_deploy.recipe_healing import HealingSection
 from pdtrim_deploy.recipe_pruning import EVALUATED, PruningSection
 
 # Share of the work that early stopping leaves; not a promise. RACED was measured on SmolLM2-135M with 16 x 256 tokens
@@ -47,8 +49,10 @@ class SearchCost:
         return self.weights + self.states + self.prompt_kv
 
 
-def search_cost(config: Mapping[str, Any], pruning: PruningSection, text: CalibrationSection) -> SearchCost | None:
-    """`config` is config.json's; None when no block is to go."""
+def search_cost(
+    config: Mapping[str, Any], pruning: PruningSection, text: CalibrationSection, healing: HealingSection | None = None
+) -> SearchCost | None:
+    """`config` is config.json's; None when no block is to go. Finalists are judged on the text of `healing`."""
     if not pruning.decode_blocks:
         return None
     blocks, hidden, vocabulary = config["num_hidden_layers"], config["hidden_size"], config["vocab_size"]
@@ -70,6 +74,13 @@ def search_cost(config: Mapping[str, Any], pruning: PruningSection, text: Calibr
         losses += work.losses * count
         flops += count * tokens * 2 * (work.likely * block_size + work.losses * vocabulary * hidden)
         flops += count * (length - tokens) * 2 * prompt * block_size
+    if healing is not None and pruning.finalists:
+        judging = judged_forwards(
+            blocks, pruning.prefill_blocks, pruning.decode_blocks, healing.sequences, *[pruning.finalists] * 2
+        )
+        windows = _windows(blocks, pruning.prefill_blocks, pruning.decode_blocks, count)
+        most, likely = most + judging + windows, likely + judging + windows
+        flops += 2 * block_size * (judging * healing.length + windows * length)
     wanted = count * length * hidden * _FLOAT * blocks
     kept = min(pruning.memory_mb << 20, wanted)
     keeps = pruning.method in EVALUATED
@@ -84,6 +95,29 @@ def search_cost(config: Mapping[str, Any], pruning: PruningSection, text: Calibr
         heads=round(losses),
         flops=flops,
     )
+
+
+def judged_forwards(
+    blocks: int, prefill_lost: int, decode_lost: int, sequences: int, prefill_judged: int, decode_judged: int
+) -> int:
+    """Block-forwards of compensating and judging so many finalists of each stage (`refitted`), at most.
+
+    Each sequence is fitted on once: dense, prefill and, where a layer is refitted, twice the stage; and judged on once:
+    prefill twice, and decode. Prefill is compensated once for all of decode's.
+    """
+    prefill, decode = blocks - prefill_lost, blocks - decode_lost
+    first = prefill_judged * bool(prefill_lost) * (blocks + 3 * prefill)
+    second = decode_judged * bool(decode_lost - prefill_lost) * (blocks + 3 * prefill + 3 * decode)
+    return sequences * (first + second + (blocks + 2 * prefill) * bool(second))
+
+
+def _windows(blocks: int, prefill_lost: int, decode_lost: int, sequences: int) -> int:
+    """Block-forwards of looking for the best run of adjacent blocks in each stage, at most; half leave at each look."""
+    looks, total = 2 + math.log2(sequences), 0.0
+    for lost, before in ((prefill_lost, 0), (decode_lost, prefill_lost)):
+        if lost > before:
+            total += (blocks * looks + sequences) * (blocks - lost + 1)
+    return round(total)
 
 
 @dataclass(frozen=True)

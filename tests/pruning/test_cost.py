@@ -4,15 +4,19 @@ import json
 from pathlib import Path
 
 import pytest
-from tinypd import text, tiny
+from tinypd import make_plan, text, tiny
 
+from pdtrim_deploy.blockwise import Blockwise
 from pdtrim_deploy.cli.build import print_preview
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.pipeline.preview import preview
 from pdtrim_deploy.pruning.cost import search_cost
+from pdtrim_deploy.pruning.refitted import Refitted
+from pdtrim_deploy.pruning.search import Settings
 from pdtrim_deploy.pruning.search.greedy import Greedy
 from pdtrim_deploy.pruning.stages import choose_stages
 from pdtrim_deploy.recipe import CalibrationSection, Recipe
+from pdtrim_deploy.recipe_healing import HealingSection
 from pdtrim_deploy.recipe_pruning import PRUNING_METHODS, PruningSection
 
 
@@ -40,6 +44,24 @@ def test_no_search_spends_more_than_foretold(method):
     found = choose_stages(model, ids, 1, 3, method=method)
     spent = sum(s.trajectory[-1].block_forwards for s in (found.prefill, found.decode))
     assert 0 < spent <= foretold(model, method, 1, 3, 6, 20).most
+
+
+@pytest.mark.parametrize("stages", [(0, 2), (1, 3), (2, 2)])
+@pytest.mark.parametrize("method", ["greedy", "anneal"])
+def test_finalists_are_priced(method, stages, monkeypatch):
+    """Windows by the search's own count, the judge's by counting blocks that run."""
+    model, ids, ran = tiny("Llama"), text(6, 20), []
+    block = Blockwise.block
+    monkeypatch.setattr(Blockwise, "block", lambda self, *a, **k: ran.append(len(a[1])) or block(self, *a, **k))
+    judge = Refitted(model, make_plan().model, ids, "least-squares")
+    choose_stages(model, ids, *stages, method=method, settings=Settings(0, 20), judge=judge, finalists=4)
+    more = {"steps": 20} if method == "anneal" else {}
+    asked = PruningSection(method=method, prefill_blocks=stages[0], decode_blocks=stages[1], finalists=4, **more)
+    healing = HealingSection(compensation="least-squares", sequences=6, length=20)
+    calibration = CalibrationSection(sequences=6, length=20)
+    with_them, without = (search_cost(model.config.to_dict(), asked, calibration, h) for h in (healing, None))
+    assert without.most < with_them.most
+    assert sum(ran) <= with_them.most
 
 
 def test_an_8b_model_is_priced_by_its_config_alone(tmp_path, cache, capsys):
