@@ -29,7 +29,7 @@ from pdtrim_deploy.checkpoints import resolve
 from pdtrim_deploy.checkpoints.provenance import Provenance
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.model_card import write_cards
-from pdtrim_deploy.pipeline import engines, heal, heal_kv, steps
+from pdtrim_deploy.pipeline import engines, heal, heal_kv, select_kv, steps
 from pdtrim_deploy.pipeline.context import Context, Note
 from pdtrim_deploy.pipeline.journal import Journal, chained_key, claim
 from pdtrim_deploy.pipeline.stand_in import stand_in
@@ -74,7 +74,7 @@ def steps_of(recipe: Recipe, fingerprint: str) -> tuple[BuildStep, ...]:
     return (
         BuildStep("prune", prune, (steps.PRUNING, steps.CANDIDATES, *steps.SEARCHES), steps.prune),
         *([BuildStep("heal", healed, (heal.HEALING,), heal.heal)] if heal.needed(recipe) else []),
-        BuildStep("select-kv", kv, (PLAN, steps.KV, steps.ATTENTION), steps.select_kv),
+        BuildStep("select-kv", kv, (PLAN, select_kv.KV, select_kv.ATTENTION), select_kv.select_kv),
         *([BuildStep("heal-kv", decode, (heal_kv.HEALING_KV,), heal_kv.heal_kv)] if recipe.healing.kv_steps else []),
         BuildStep("prefill", chained_key(kv, "prefill"), ("prefill",), lambda c: steps.write_stage(c, "prefill")),
         BuildStep("decode", chained_key(decode, "decode"), ("decode",), lambda c: steps.write_stage(c, "decode")),

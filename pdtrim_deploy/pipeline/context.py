@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pdtrim_deploy.bundle import PLAN
+from pdtrim_deploy.bundle import PLAN, write_atomic
 from pdtrim_deploy.cache import Cache
 from pdtrim_deploy.checkpoints.checkpoint import Checkpoint
 from pdtrim_deploy.plan import ModelShape, PDPlan
@@ -71,3 +72,8 @@ class Context:
         asked = self.recipe.calibration
         documents = corpora.load(asked.corpus, self.cache, self.note).split("calibration")
         return corpora.sequences(documents, load_tokenizer(self.checkpoint.path), sequences, length, asked.seed)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """A report: whole or not at all."""
+    write_atomic(path, json.dumps(data, indent=2) + "\n")

@@ -75,6 +75,11 @@ def changed(context: Context) -> Changed:
     return {stage: read(folder / f"{stage}.safetensors") for stage in STAGES}
 
 
+def weights(context: Context) -> str | None:
+    """Digest of what this step made; None when the recipe asks for nothing."""
+    return json.loads((context.out / HEALING).read_text())["weights"] if needed(context.recipe) else None
+
+
 def healed(context: Context) -> dict[Stage, dict[str, Any]]:
     """What healing by gradients did to each stage that had some: `steps`, `before`, `after`, `kept`."""
     return json.loads((context.out / HEALING).read_text())["healing"] if needed(context.recipe) else {}

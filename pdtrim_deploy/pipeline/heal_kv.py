@@ -53,9 +53,14 @@ def healed(context: Context) -> dict[Stage, list[dict[str, Any]]]:
 
 
 def _key(context: Context) -> str:
-    weights = json.loads((context.out / heal.HEALING).read_text())["weights"] if heal.needed(context.recipe) else None
     asked, text = context.recipe.healing.model_dump(mode="json"), _text(context)
-    said = [_VERSION, context.plan.digest, weights, asked, hashlib.sha256(text.numpy().tobytes()).hexdigest()]
+    said = [
+        _VERSION,
+        context.plan.digest,
+        heal.weights(context),
+        asked,
+        hashlib.sha256(text.numpy().tobytes()).hexdigest(),
+    ]
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 

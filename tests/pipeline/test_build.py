@@ -162,6 +162,28 @@ def test_a_changed_recipe_makes_just_what_depends_on_it(
     assert (second.reports_dir / "eval.json").exists() == (not ran)
 
 
+def test_another_budget_is_chosen_from_what_was_measured(recipe_file: RecipeFile, tmp_path: Path, cache: Cache) -> None:
+    text = {"sequences": 2, "prompt_tokens": 24, "continuation_tokens": 8}
+    kv = {"method": "budget", "sparse_choices": [[2, 4]], "wire_choices": ["native", "int8"]} | text
+    lines: list[str] = []
+
+    def built(out: str, reduction: float, kept_in: Cache, **sections: object) -> tuple[Bundle, int]:
+        """And how often all effects were measured about a plan."""
+        lines.clear()
+        path = recipe_file("r", kv=kv | {"reduction": reduction}, **sections)
+        bundle = build(Recipe.load(path), tmp_path / out, kept_in, lines.append)
+        return bundle, sum(line.startswith("effects, batch 1/") and "layer 1/" in line for line in lines)
+
+    one, measured = built("one", 2.0, cache)
+    assert measured >= 1
+    two, more = built("two", 3.0, cache)
+    alone, afresh = built("alone", 3.0, Cache(tmp_path / "other"))
+    assert two.plan == alone.plan != one.plan
+    assert more == afresh - 1  # those about whole KV were known
+    _, others = built("three", 2.0, cache, pruning={"method": "greedy", "prefill_blocks": 0, "decode_blocks": 1})
+    assert others >= 1
+
+
 def test_force_makes_every_step_again(recipe_file: RecipeFile, tmp_path: Path, cache: Cache) -> None:
     make(recipe_file(), tmp_path / "b", cache)
     bundle, ran = make(recipe_file(), tmp_path / "b", cache, force=True)

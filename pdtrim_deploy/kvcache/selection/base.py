@@ -14,6 +14,8 @@ from pdtrim_deploy.plan import KVSend
 
 Progress = Callable[[str], None]
 Sends = tuple[KVSend, ...]
+Kept = Callable[[str, Callable[[], Tensor]], Tensor]
+"""`kept(name, make)`: what `make()` gives, or gave when it was first asked for under that name on the same problem."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class Problem:
         oracle: the stage models, pruned already; its plan's KV rules are ignored.
         sequences: calibration text, int64 `[S, N + T]`, the first `prompt_tokens` = N of each are its prompt, T >= 2.
         seed: of whatever a method draws.
+        kept: where what is dear to measure outlives the choice; None: nowhere.
 
     """
 
@@ -31,6 +34,7 @@ class Problem:
     sequences: Tensor
     prompt_tokens: int
     seed: int = 0
+    kept: Kept | None = None
 
     @property
     def layers(self) -> int:

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -58,6 +59,29 @@ def test_divergence_is_that_of_the_oracle(family):
     mixed = (OPTIONS[4], OPTIONS[0], OPTIONS[11], OPTIONS[7])
     assert measure.divergence(mixed) == pytest.approx(exact(problem, mixed), abs=1e-5)
     assert measure.divergence(DENSE) == pytest.approx(0, abs=1e-7)
+
+
+def test_what_was_measured_may_be_kept():
+    """Another budget of the same problem asks for nothing that was measured; other options are other effects."""
+    known, made = {}, []
+
+    def kept(name, make):
+        if name not in known:
+            known[name] = make()
+            made.append(name)
+        return known[name]
+
+    plain, problem = make_problem(), replace(make_problem(), kept=kept)
+    tight, loose = ByBudget(OPTIONS, reduction=4.0), ByBudget(OPTIONS, reduction=2.0)
+    found = tight.choose(problem, quiet)
+    assert found == tight.choose(plain, quiet)
+    assert made
+    before = len(made)
+    assert tight.choose(problem, quiet) == found
+    assert len(made) == before
+    assert loose.choose(problem, quiet) == loose.choose(plain, quiet)
+    ByBudget(OPTIONS[:6], reduction=2.0).choose(problem, quiet)
+    assert len(set(made)) == len(made) > before
 
 
 def test_effects_foretell_the_divergence_of_small_changes_and_add_up_about_any_context():

@@ -11,6 +11,8 @@ context's rows): rows and dtypes are measured one by one, not every pair of them
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -58,6 +60,7 @@ class Measure:
         self.problem, self.options, self._progress = problem, tuple(options), progress
         self._rows: list[Rows] = list(dict.fromkeys(map(_rows_of, self.options)))
         self._dtypes: list[WireDtype] = list(dict.fromkeys(o.wire_dtype for o in self.options))
+        self._sizes = [batch, draws]
         self._known: dict[tuple[KVSend, ...], Effects] = {}
         parts = enumerate(problem.sequences.split(batch), problem.seed)
         self._batches = [self._prepare(ids, draws, seed) for seed, ids in parts]
@@ -81,16 +84,9 @@ class Measure:
             self._known[context] = self._measured(context)
         return self._known[context]
 
-    @torch.no_grad()
     def _measured(self, context: tuple[KVSend, ...]) -> Effects:
         layers, kinds = len(context), len(self._rows) + len(self._dtypes)
-        products = torch.zeros(1 + layers * kinds, 1 + layers * kinds, dtype=torch.float64)
-        tokens = 0
-        for number, part in enumerate(self._batches, 1):
-            changes = self._changes(part, context, f"effects, batch {number}/{len(self._batches)}")
-            products += (changes @ changes.T).double()
-            tokens += part.reference.shape[0] * part.reference.shape[1]
-        products /= tokens
+        products = self._products(context)
         # option = its rows + its dtype, the context's own of each being no change
         parts = torch.zeros(len(self.options), kinds, dtype=torch.float64)
         for at, option in enumerate(self.options):
@@ -100,6 +96,25 @@ class Measure:
         gram = (effects @ products[1:, 1:] @ effects.T).view(layers, len(self.options), layers, len(self.options))
         linear = (effects @ products[1:, 0]).view(layers, len(self.options))
         return Effects(context, self.options, float(products[0, 0]), linear, gram)
+
+    def _products(self, context: tuple[KVSend, ...]) -> Tensor:
+        """float64, square: of the context's error and of each layer's rows and dtypes; kept, if the problem keeps."""
+        if self.problem.kept is None:
+            return self._multiplied(context)
+        said = [self._rows, self._dtypes, [send.model_dump() for send in context], self._sizes]
+        name = hashlib.sha256(json.dumps(said).encode()).hexdigest()
+        return self.problem.kept(name, lambda: self._multiplied(context))
+
+    @torch.no_grad()
+    def _multiplied(self, context: tuple[KVSend, ...]) -> Tensor:
+        layers, kinds = len(context), len(self._rows) + len(self._dtypes)
+        products = torch.zeros(1 + layers * kinds, 1 + layers * kinds, dtype=torch.float64)
+        tokens = 0
+        for number, part in enumerate(self._batches, 1):
+            changes = self._changes(part, context, f"effects, batch {number}/{len(self._batches)}")
+            products += (changes @ changes.T).double()
+            tokens += part.reference.shape[0] * part.reference.shape[1]
+        return products / tokens
 
     @torch.no_grad()
     def _prepare(self, ids: Tensor, draws: int, seed: int) -> _Batch:
