@@ -91,6 +91,7 @@ def heal(
     reader = _Loss(student, arrival)
     checked = max(1, len(ids) // _CHECKED)
     check, fit = ids[-checked:], ids[: max(1, len(ids) - checked)]
+    note(f"{stage}: how far from the dense model on {checked} sequences that are not trained on")
     before = reader.mean(check, asked.batch)
     steps = _train(reader, fit, learned, stage, wanted, asked, note)
     after = reader.mean(check, asked.batch)
