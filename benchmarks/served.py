@@ -8,13 +8,14 @@ with the plan's arithmetic; then the fidelity check runs on the same pair.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import httpx
-from __results import HERE, write
+from __results import HERE, commit, write
 
 from pdtrim_deploy.bundle import Bundle
 from pdtrim_deploy.cache import Cache
@@ -35,15 +36,20 @@ LENGTHS = (1, 3, 64, 97, 144, 200, 333)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bundle", help="by default recipes/smollm2-quick.yaml is built")
+    parser.add_argument("--wires", nargs="+", help="only these are served; rows of the others stay")
     parser.add_argument("--tokens", type=int, default=8, help="generated for each prompt of the fidelity check")
     asked = parser.parse_args()
     bundle = Bundle.open(Path(asked.bundle)) if asked.bundle else _built()
     rules = {wire: all_in(wire, bundle) for wire in WIRE_DTYPES} | {"all four": mixed(bundle)}
-    rows = []
+    if unknown := set(asked.wires or ()) - set(rules):
+        parser.error(f"--wires {', '.join(sorted(unknown))}: choose from {', '.join(rules)}")
+    stay = json.loads((HERE / "results" / "served.json").read_text())["rows"] if asked.wires else []
+    made = {row["wire"]: row for row in stay}
     with tempfile.TemporaryDirectory() as folder:
-        for name, kv in rules.items():
-            rows.append(_serve(name, variant(bundle, kv, Path(folder) / name), asked.tokens))
-            print("{wire}: {counted} of {planned} bytes, {error:.1e} nats of {allowed:.1e}".format(**rows[-1]))
+        for name in asked.wires or rules:
+            made[name] = _serve(name, variant(bundle, rules[name], Path(folder) / name), asked.tokens)
+            print("{wire}: {counted} of {planned} bytes, {error:.1e} nats of {allowed:.1e}".format(**made[name]))
+    rows = [made[name] for name in rules if name in made]
     write("served", asked, rows)
     if wrong := [row["wire"] for row in rows if row["counted"] != row["planned"] or not row["passed"]]:
         raise SystemExit(f"not as planned: {', '.join(wrong)}")
@@ -77,6 +83,7 @@ def _serve(name: str, bundle: Bundle, tokens: int) -> dict[str, Any]:
         "controls_detected": sum(result.controls_detected.values()),
         "passed": result.passed,
         "problems": result.problems,
+        "commit": commit(),
     }
 
 

@@ -108,6 +108,35 @@ def test_an_answer_that_is_not_a_number_fails(model):
     assert any("the worst prompt is off by nan" in problem for problem in result.problems)
 
 
+def off_by(served, prompts, nats):
+    """The same answers, those to the first `prompts` prompts a little off."""
+    wrong = [
+        (group, Served(one.prompt, one.tokens, tuple(x + nats for x in one.logprobs), 0))
+        for group, one in served[:prompts]
+    ]
+    return [*wrong, *served[prompts:]]
+
+
+@pytest.mark.parametrize(("prompts", "tips", "passes"), [(1, True, True), (1, False, False), (2, True, False)])
+def test_what_rounding_does_seldom_is_looked_for_where_one_prompt_is_off(model, monkeypatch, prompts, tips, passes):
+    """A code that tips over in one of many draws; what no draw explains, and what befalls many prompts, is wrong."""
+    oracle, plain, seeds = oracle_of(model, PLANS["native"]), check.score_shaken, []
+    served = off_by(serve(oracle), prompts, 4e-3)
+
+    def shaken(oracle, state, tokens, seed):
+        right, others = plain(oracle, state, tokens, seed)
+        seeds.append(seed)
+        rare = tips and seed == len(served) + 5
+        return right, others + 2e-3 * rare
+
+    monkeypatch.setattr(check, "score_shaken", shaken)
+    result = judge(oracle, served)
+    problems = [problem for problem in result.problems if "worst prompt is off" in problem]
+    assert (not problems) == passes
+    assert len(seeds) == len(served) + check.AGAIN * (prompts == 1)
+    assert result.sensitivity.worst == pytest.approx(2e-3 if passes else 0, abs=4e-4)
+
+
 def test_controls_of_mixed_sizes():
     plan = make_plan(decode=DROPPED, kv=MIXED)
     found = controls(plan, 200)
