@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8, help="generated for each prompt of the fidelity check")
     asked = parser.parse_args()
     bundle = Bundle.open(Path(asked.bundle)) if asked.bundle else _built()
-    rules = {wire: all_in(wire, bundle) for wire in WIRE_DTYPES} | {"all four": mixed(bundle)}
+    rules = {wire: all_in(wire, bundle) for wire in WIRE_DTYPES} | {"all": mixed(bundle)}
     if unknown := set(asked.wires or ()) - set(rules):
         parser.error(f"--wires {', '.join(sorted(unknown))}: choose from {', '.join(rules)}")
     stay = json.loads((HERE / "results" / "served.json").read_text())["rows"] if asked.wires else []

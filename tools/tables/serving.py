@@ -66,3 +66,26 @@ def simulation(data: dict[str, Any]) -> str:
     body = [(r["load"], r["used"], *(f"{r['errors'][name]:+.0%}" for name in figures)) for r in rows]
     head = ("load", "used as", "TTFT p50", "ITL p50", "E2E p50", "E2E p90", "output tokens/s")
     return table(head, body) + where(data["environment"], f"{data['options']['rounds']} rounds")
+
+
+def served(data: dict[str, Any]) -> str:
+    """Each wire dtype alone, served: bytes counted and planned, error and what is allowed."""
+    rows = [
+        (
+            row["wire"], f"{row['counted']:,}", f"{row['planned']:,}", f"{row['error']:.1e}", f"{row['allowed']:.1e}",
+            f"{row['controls_detected']} of {row['controls']}", "yes" if row["passed"] else "**no**",
+        )
+        for row in data["rows"]
+    ]  # fmt: skip
+    head = (
+        "wire dtype",
+        "bytes counted",
+        "planned",
+        "worst error, nats",
+        "allowed",
+        "wrong plans told apart",
+        "passed",
+    )
+    prompts = data["rows"][0]["prompts"]
+    said = f"{prompts} prompts of the fidelity check; pages of 16 tokens, chunks of 64"
+    return table(head, rows) + where(data["environment"], said)
