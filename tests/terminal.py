@@ -25,7 +25,7 @@ class Terminal:
                 signal.signal(number, signal.SIG_DFL)  # ignored where the tests are a background job
             os.execv(sys.executable, [sys.executable, "-m", "pdtrim_deploy", *map(str, args)])
 
-    def read_until(self, pattern: str | None, seconds: float = 200) -> None:
+    def read_until(self, pattern: str | None, seconds: float = 120) -> None:
         """Until `pattern` (a regular expression) is on the screen, or the command has ended."""
         end = time.monotonic() + seconds
         while pattern is None or not re.search(pattern, self.screen):

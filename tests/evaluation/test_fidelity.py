@@ -137,6 +137,20 @@ def test_what_rounding_does_seldom_is_looked_for_where_one_prompt_is_off(model, 
     assert result.sensitivity.worst == pytest.approx(2e-3 if passes else 0, abs=4e-4)
 
 
+def test_no_prompt_is_excused_by_what_rounding_does_to_another(model, monkeypatch):
+    oracle, plain = oracle_of(model, PLANS["native"]), check.score_shaken
+    served = off_by(serve(oracle), 2, 4e-3)
+    first = served[0][1].prompt
+
+    def shaken(oracle, state, tokens, seed):
+        right, others = plain(oracle, state, tokens, seed)
+        return right, others + 2e-3 * (seed >= len(served) and state.tokens == len(first))
+
+    monkeypatch.setattr(check, "FEW", 1)
+    monkeypatch.setattr(check, "score_shaken", shaken)
+    assert any("worst prompt is off" in problem for problem in judge(oracle, served).problems)
+
+
 def test_controls_of_mixed_sizes():
     plan = make_plan(decode=DROPPED, kv=MIXED)
     found = controls(plan, 200)

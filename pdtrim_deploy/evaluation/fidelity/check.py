@@ -168,9 +168,10 @@ def judge(oracle: PDOracle, served: list[tuple[Group, Served]]) -> FidelityResul
     found, moved, allowed = _sizes(rows, dtype)
     off = [at for at, row in enumerate(rows) if row.error > allowed.worst]
     if 0 < len(off) <= max(1, len(rows) // FEW):
-        for at in off:
-            rows[at] = _shaken_again(oracle, served[at][1], rows[at], seed=len(served) + AGAIN * at)
-        found, moved, allowed = _sizes(rows, dtype)
+        again = {at: _shaken_again(oracle, served[at][1], rows[at], seed=len(served) + AGAIN * at) for at in off}
+        if all(row.error <= FACTOR * row.sensitivity for row in again.values()):  # each by its own draws
+            rows = [again.get(at, row) for at, row in enumerate(rows)]
+            found, moved, allowed = _sizes(rows, dtype)
     sizes = {name: Size(_most(off_by), median(off_by)) for name, off_by in wrong.items() if off_by}
     return FidelityResult(found, allowed, moved, NOISE[dtype], sizes, tuple(rows))
 
