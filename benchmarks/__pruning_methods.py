@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pdtrim_deploy.blockwise import CausalLM
+from pdtrim_deploy.bundle import write_atomic
 from pdtrim_deploy.plan import STAGES, KVSend, ModelShape, PDPlan, Stage
 from pdtrim_deploy.pruning.candidates import find
 from pdtrim_deploy.pruning.compensation import get_compensation
@@ -181,7 +182,7 @@ class _Judge:
         fresh = [solution for key, solution in zip(keys, solutions, strict=True) if key not in known]
         said = iter(judge(stage, prefill, fresh) if fresh else ())
         known |= {key: next(said) for key in keys if key not in known}
-        file.write_text(json.dumps(known, indent=1))
+        write_atomic(file, json.dumps(known, indent=1))
         return [known[key] for key in keys]
 
 
