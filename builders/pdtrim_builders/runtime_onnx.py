@@ -22,9 +22,12 @@ from torch import Tensor
 from pdtrim_deploy.errors import UserError
 
 Attention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""(layer, q `[T, heads * head_dim]`, k, v `[T, kv_heads * head_dim]`) -> `[T, heads * head_dim]`, contiguous or not."""
+"""(layer, q `[T, heads * head_dim]`, k, v `[T, kv_heads * head_dim]`) -> `[T, heads * head_dim]`, contiguous or not.
 
-_ATTRIBUTES = ("layer_id", "num_heads", "num_kv_heads", "head_dim")
+Of a layer that is there for its K and V alone: hidden states in place of q, which come back as they are.
+"""
+
+_ATTRIBUTES = ("layer_id", "num_kv_heads", "head_dim")
 _TORCH = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16}
 _NUMPY = {torch.float32: np.float32, torch.float16: np.float16, torch.int64: np.int64}
 
@@ -42,8 +45,8 @@ class OnnxStage:
 
     Args:
         path: the graph that target `onnx` wrote.
-        attention: answers `PagedAttention`, in the thread that called `run`; without one the op's body runs, which
-            is causal attention among the tokens of one prompt.
+        attention: answers `PagedAttention` and `KVWrite`, in the thread that called `run`; without one their bodies
+            run: causal attention among the tokens of one prompt.
         threads: onnxruntime's intra-op threads.
         shared: weights by name that the caller holds anyway (`embed_tokens`), used in place and not loaded again.
         profile: where onnxruntime writes the times of every node (a prefix); `node_times` ends and reads it.
@@ -166,7 +169,7 @@ _CALL = _Call()
 
 
 class _Answering:
-    """Answer this thread's `PagedAttention` nodes with `attention` until the block ends."""
+    """Answer this thread's nodes with `attention` until the block ends."""
 
     def __init__(self, attention: Attention | None) -> None:
         self.attention = attention
@@ -183,11 +186,11 @@ class _Answering:
 
 
 def _answer(feed: Sequence[np.ndarray], attributes: Mapping[str, Any]) -> np.ndarray:
-    """The op's kernel; an exception cannot cross onnxruntime, so it waits in `_CALL` and the rest runs on zeros."""
+    """Both ops' kernel; an exception cannot cross onnxruntime, so it waits in `_CALL` and the rest runs on zeros."""
     q = feed[0]
     if _CALL.error is None:
         try:
-            assert _CALL.attention is not None, "PagedAttention ran outside OnnxStage.run"
+            assert _CALL.attention is not None, "an op of ours ran outside OnnxStage.run"
             out = _CALL.attention(int(attributes["layer_id"]), *(torch.from_numpy(part) for part in feed))
             return out.reshape(q.shape).numpy()
         except BaseException as error:
@@ -197,7 +200,7 @@ def _answer(feed: Sequence[np.ndarray], attributes: Mapping[str, Any]) -> np.nda
 
 @cache
 def _callback_library() -> str:
-    """Register `pdtrim::PagedAttention` as a Python op, once a process; the library that sessions must load.
+    """Register `pdtrim::PagedAttention` and `KVWrite` as Python ops, once a process; the library sessions must load.
 
     onnxruntime_extensions' own hook turns every result into a Python list (75 ms for 256 x 576 values); its C++ side
     takes a numpy array as well (0.1 ms), so our ops are answered by a hook of ours and all others by theirs.
@@ -207,12 +210,15 @@ def _callback_library() -> str:
     except ImportError as error:
         raise UserError(f"executor onnxruntime needs onnxruntime_extensions ({error}); run: make setup") from None
     d = PyCustomOpDef
-    attrs = dict.fromkeys(_ATTRIBUTES, d.dt_int64) | {"scale": d.dt_float}
-    make = onnx_op(op_type="pdtrim::PagedAttention", inputs=[d.dt_float] * 3, outputs=[d.dt_float], attrs=attrs)
-    ours = make(_answer)._id
+    attrs, more = dict.fromkeys(_ATTRIBUTES, d.dt_int64), {"num_heads": d.dt_int64, "scale": d.dt_float}
+    tensors: dict[str, Any] = {"inputs": [d.dt_float] * 3, "outputs": [d.dt_float]}
+    ours = {
+        onnx_op(op_type=f"pdtrim::{op}", attrs=given, **tensors)(_answer)._id
+        for op, given in (("PagedAttention", attrs | more), ("KVWrite", attrs))
+    }
 
     def hook(number: int, feed: Sequence[np.ndarray], attributes: Mapping[str, Any]) -> tuple:
-        if number != ours:
+        if number not in ours:
             return _ocos._on_pyop_invocation(number, feed, attributes)
         out = _answer(feed, attributes)
         return number, out.shape, out.ravel()

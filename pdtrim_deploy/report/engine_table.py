@@ -9,7 +9,7 @@ from rich.table import Table
 
 from pdtrim_deploy.engine import TargetResult
 
-SHORT = {"PagedAttention": "A", "SparseKVSend": "S"}
+SHORT = {"PagedAttention": "A", "KVWrite": "W", "SparseKVSend": "S"}
 
 
 def engine_table(engines: Iterable[TargetResult]) -> Table:

@@ -2,7 +2,7 @@
 
 In the checkpoint o_proj and down_proj of such a layer are zero, so this changes no result, only the time. Written
 against the decoder layers of SGLang 0.5.23 (models/llama.py, qwen2.py, qwen3.py): `self_attn.attn`,
-`self_attn.o_proj`, `mlp`. An engine as the model has no such layers and computes the zeros.
+`self_attn.o_proj`, `mlp`. An engine's graph leaves those out and asks only that K and V are written.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ from pdtrim_deploy.plan import PDPlan
 
 
 def skip_all_but_kv(model: Any, plan: PDPlan, pool: Any) -> None:
-    """Make `model`, SGLang's own of the prefill stage, skip what the plan's KV-only layers need not compute.
+    """Make `model` of the prefill stage, SGLang's own or ours, skip what the plan's KV-only layers need not compute.
 
     `pool` is SGLang's KV pool of this worker (token_to_kv_pool).
     """
-    if not hasattr(model, "model"):
-        return
-    layers = model.model.layers
     for index in plan.kv_only_layers:
+        if hasattr(model, "write_only"):  # an engine
+            model.write_only(index, pool)
+            continue
+        layers = model.model.layers
         attention = layers[index].self_attn
         attention.attn = WriteKV(attention.attn, pool)
         attention.o_proj = ZeroProjection(attention.o_proj.weight.shape[0])
@@ -37,7 +38,7 @@ class WriteKV(nn.Module):
         self.attention, self._pool = attention, pool
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, forward_batch: Any, **_: Any) -> Tensor:
-        """`q`, which the zero projection does not look at; k, v `[tokens, kv_heads * head_dim]`."""
+        """`q` as it is; k, v `[tokens, kv_heads * head_dim]`."""
         heads = self.attention.tp_k_head_num
         rows = (x.view(-1, heads, self.attention.head_dim) for x in (k, v))
         self._pool.set_kv_buffer(self.attention, forward_batch.out_cache_loc, *rows)

@@ -1,7 +1,7 @@
-"""TensorRT plugins of domain `pdtrim`: `SparseKVSend` and `PagedAttention`.
+"""TensorRT plugins of domain `pdtrim`: `SparseKVSend`, `PagedAttention` and `KVWrite`.
 
     kernels/    the CUDA kernel behind SparseKVSend, free of TensorRT; kernels/wire_format.h is the packed bytes' text
-    library/    IPluginV3 forms of both ops in C++, built by CMake where TENSORRT_ROOT has the headers
+    library/    IPluginV3 forms of the ops in C++, built by CMake where TENSORRT_ROOT has the headers
     python_forms.py   the same in Python, for building engines where no C++ library was built
     compile_kernels.py  `make plugin`
     kernel.py, plugin_library.py  the kernel's and the plugins' library from Python (ctypes)

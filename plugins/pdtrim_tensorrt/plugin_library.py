@@ -47,7 +47,7 @@ class _Call(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("q", "k", "v", "output", "stream")),
         ("tokens", ctypes.c_int64),
-        *((name, ctypes.c_int32) for name in ("layer_id", "num_heads", "num_kv_heads", "head_dim", "dtype")),
+        *((name, ctypes.c_int32) for name in ("layer_id", "width", "num_heads", "num_kv_heads", "head_dim", "dtype")),
         ("scale", ctypes.c_float),
     )
 
@@ -60,8 +60,11 @@ _Callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.POINTER(_Call
 class AttentionCall:
     """One layer's attention, asked for by an engine: device pointers as numbers, contiguous tensors.
 
+    Without heads it is a layer that is there for its K and V alone: they are to be kept, and q, here hidden states, to
+    be copied to output.
+
     Attributes:
-        q, output: `[tokens, num_heads * head_dim]`.
+        q, output: `[tokens, width]`, width being num_heads * head_dim where there are heads.
         k, v: `[tokens, num_kv_heads * head_dim]`.
         stream: cudaStream_t; everything must be enqueued on it.
         dtype: of all four: float32, float16 or bfloat16.
@@ -75,6 +78,7 @@ class AttentionCall:
     stream: int
     tokens: int
     layer_id: int
+    width: int
     num_heads: int
     num_kv_heads: int
     head_dim: int

@@ -1,4 +1,4 @@
-"""IPluginV3 forms of both ops in Python, enough to parse and build engines: shapes, dtypes, formats and attributes.
+"""IPluginV3 forms of the ops in Python, enough to parse and build engines: shapes, dtypes, formats and attributes.
 
 They take the TensorRT module as an argument (`tensorrt_rtx` or `tensorrt`: one interface) and import neither. They do
 not run: an engine built with them runs with the C++ library (library/), whose plugins have the same names, version,
@@ -47,18 +47,28 @@ class AttentionAttributes:
     scale: float
 
 
-Attributes = SendAttributes | AttentionAttributes
+@dataclass(frozen=True)
+class WriteAttributes:
+    """Attributes of KVWrite."""
+
+    op: ClassVar[str] = "KVWrite"
+    layer_id: int
+    num_kv_heads: int
+    head_dim: int
+
+
+Attributes = SendAttributes | AttentionAttributes | WriteAttributes
 
 
 def register(trt: Any) -> list[Any]:
-    """Register both creators with the module's plugin registry; keep what is returned while engines are built.
+    """Register the creators with the module's plugin registry; keep what is returned while engines are built.
 
     Raises:
         RuntimeError: the registry has plugins of these names already (say, from the C++ library).
 
     """
     registry, creators = trt.get_plugin_registry(), []
-    for kind in (SendAttributes, AttentionAttributes):
+    for kind in (SendAttributes, AttentionAttributes, WriteAttributes):
         creator = _creator_class(trt)(kind)
         if not registry.register_creator(creator, NAMESPACE):
             raise RuntimeError(f"{NAMESPACE}::{kind.op} is registered already")
@@ -139,7 +149,7 @@ def _plugin_class(trt: Any) -> type:
 
         def get_output_shapes(self, inputs: Any, shape_inputs: Any, build: Any) -> list[Any]:
             given = self.attributes
-            if isinstance(given, AttentionAttributes):
+            if not isinstance(given, SendAttributes):
                 return [trt.DimsExprs(inputs[0])]
             rows = inputs[2][0]
             if not self._quantised():

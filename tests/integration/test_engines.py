@@ -49,7 +49,7 @@ def test_smollm2_with_onnxruntime_in_both_stages(bundle, real_cache, tmp_path):
 def tiny(tiny_model, tmp_path_factory, real_cache):
     """Stage checkpoints of a tiny Qwen3 by stage, their plan, and their engines; decode has a student of 1 and 2.
 
-    Prefill runs block 4 for its K and V alone: in torch the plugin skips the rest, an engine computes with zeros.
+    Prefill runs block 4 for its K and V alone: in torch the plugin skips the rest, an engine's graph has op KVWrite.
     """
     folder = tmp_path_factory.mktemp("tiny")
     model = tiny_model(folder / "model", "Qwen3ForCausalLM", max_position_embeddings=2048)

@@ -3,28 +3,40 @@
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
 from pdtrim_deploy.checkpoints import open_checkpoint
+from pdtrim_deploy.checkpoints.loading import load_model
 from pdtrim_deploy.checkpoints.surgery import write_stage
-from pdtrim_deploy.plan import STAGES, Drop, Keep, KVSend, PDPlan
+from pdtrim_deploy.plan import STAGES, Drop, Keep, KVOnly, KVSend, PDPlan
 
 SPARSE = KVSend(mode="sparse", n_first=2, n_last=5)
 
 
 @pytest.fixture(scope="session")
 def make_stages(cache):
-    """make_stages(source, out, dtype): write out/prefill and out/decode."""
+    """make_stages(source, out, dtype, alone): write both stages; prefill has block `alone` for K and V only."""
 
-    def make(source: Path, out: Path, dtype: str = "float32") -> Path:
+    def make(source: Path, out: Path, dtype: str = "float32", alone: int | None = None) -> Path:
         checkpoint = open_checkpoint(source, cache)
         prefill, decode = (tuple(Drop() if b in gone else Keep() for b in range(6)) for gone in ((3,), (1, 3)))
+        prefill = tuple(KVOnly() if b == alone else action for b, action in enumerate(prefill))
         kv = (KVSend(), SPARSE, SPARSE, KVSend(mode="sparse", n_first=0, n_last=3))
         plan = PDPlan(model=checkpoint.shape(dtype), prefill=prefill, decode=decode, kv=kv)
+        changed = {} if alone is None else {alone: _silent(source, alone)}
         for stage in STAGES:
-            write_stage(checkpoint, out / stage, plan.layers(stage), dtype, plan.model_dump(mode="json"))
+            data, new = plan.model_dump(mode="json"), changed if stage == "prefill" else {}
+            write_stage(checkpoint, out / stage, plan.layers(stage), dtype, data, replacements=new)
         return out
 
     return make
+
+
+def _silent(source: Path, block: int) -> dict[str, Tensor]:
+    layer = load_model(source).model.layers[block]
+    return {
+        name: layer.get_parameter(name).detach() * 0 for name in ("self_attn.o_proj.weight", "mlp.down_proj.weight")
+    }
 
 
 @pytest.fixture(scope="session")

@@ -28,6 +28,19 @@ def test_family(architecture, stage, tiny_stages, tmp_path):
     assert json.loads((tmp_path / "engine" / "engine.json").read_text())["numerics"]["tokens"] > 600
 
 
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_a_layer_for_its_kv_alone(architecture, tiny_dir, make_stages, tmp_path):
+    """The checkpoint has zeros where the graph has nothing; both say the same."""
+    make_stages(tiny_dir(architecture), tmp_path, alone=4)
+    result = build_target("onnx", tmp_path / "prefill", tmp_path / "engine")
+    assert [result.ops[op] for op in ops.OPS] == [4, 1, 4]
+    assert result.ops["MatMul"] == 4 * 4 + 1  # one more, of K and V
+    assert max(result.numerics.hidden_error, result.numerics.kv_error) < 2e-5
+    weights = {weight.name for weight in onnx.load(tmp_path / "engine" / "model.onnx").graph.initializer}
+    assert {name for name in weights if name.startswith("l3.")} <= {"l3.kv.weight", "l3.kv.bias"}
+    assert not any("layers.3.post" in name or "layers.3.self_attn.q" in name for name in weights)
+
+
 def test_interface(tiny_stages, tmp_path):
     build_target("onnx", tiny_stages("LlamaForCausalLM") / "prefill", tmp_path / "engine")
     model = onnx.load(tmp_path / "engine" / "model.onnx")

@@ -136,6 +136,28 @@ def test_the_profile_has_a_time_for_every_node(engine, tmp_path):
     assert all(seconds >= 0 for found in times.values() for seconds in found)
 
 
+@pytest.mark.parametrize("cuts", [(0, 40), (0, 17, 40)])
+def test_a_layer_for_its_kv_alone_asks_to_write(cuts, tiny_dir, make_stages, tmp_path):
+    make_stages(tiny_dir("Qwen3ForCausalLM"), tmp_path, alone=4)
+    build_target("onnx", tmp_path / "prefill", tmp_path / "engine")
+    pool, written = Pool(5), []
+
+    def runtime(layer, q, k, v):
+        if layer != 3:
+            return pool(layer, q, k, v)
+        written.append((k, v))
+        return q
+
+    stage, ids = OnnxStage(tmp_path / "engine" / "model.onnx", runtime), torch.arange(20, 60)
+    got = [stage.run(ids[lo:hi], torch.arange(lo, hi)).hidden for lo, hi in itertools.pairwise(cuts)]
+    with torch.no_grad():
+        out = load_model(tmp_path / "prefill").model(ids[None], use_cache=True)
+    torch.testing.assert_close(torch.cat(got), out.last_hidden_state[0], atol=2e-4, rtol=0)
+    wanted = out.past_key_values.layers[3]
+    for made, side in zip(zip(*written, strict=True), (wanted.keys, wanted.values), strict=True):
+        torch.testing.assert_close(torch.cat(made).view(-1, KV_HEADS, DIM), side[0].transpose(0, 1), atol=1e-4, rtol=0)
+
+
 def test_float16_has_no_callback(tiny_stages, tmp_path):
     build_target("onnx", tiny_stages("LlamaForCausalLM") / "decode", tmp_path / "e", {"dtype": "float16"})
     with pytest.raises(UserError, match="a Python callback works on float32 only"):

@@ -42,6 +42,15 @@ def test_engine(architecture, stage, tiny_stages, tmp_path):
 
 
 @rtx
+def test_a_layer_for_its_kv_alone(tiny_dir, make_stages, tmp_path):
+    make_stages(tiny_dir("LlamaForCausalLM"), tmp_path, alone=4)
+    options = {"compute_capabilities": ("8.0",), "most_tokens": 64, "usual_tokens": 16}
+    result = build_target("tensorrt-rtx", tmp_path / "prefill", tmp_path / "engine", options)
+    assert result.plugins == {"PagedAttention": 4, "KVWrite": 1, "SparseKVSend": 4}
+    assert b"KVWrite" in (tmp_path / "engine" / "engine.plan").read_bytes()
+
+
+@rtx
 def test_quantised_wire(tiny_llama_dir, cache, tmp_path):
     """Layers on the wire as int8 and fp8 leave the engine as bytes; as int4 they are refused."""
     checkpoint = open_checkpoint(tiny_llama_dir, cache)

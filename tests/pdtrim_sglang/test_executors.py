@@ -58,7 +58,16 @@ class Session:
         k, v = q[:, :DIM].contiguous(), q[:, DIM:].contiguous()
         out = torch.empty_like(q)
         call = AttentionCall(
-            *(x.data_ptr() for x in (q, k, v, out)), self.stream, tokens, 0, HEADS, KV_HEADS, DIM, "float32", 0.5
+            *(x.data_ptr() for x in (q, k, v, out)),
+            self.stream,
+            tokens,
+            0,
+            HIDDEN,
+            HEADS,
+            KV_HEADS,
+            DIM,
+            "float32",
+            0.5,
         )
         try:
             self.library.attend(call)

@@ -48,7 +48,9 @@ def test_only_the_planned_layers_are_skipped():
     assert torch.equal(values, v.view(5, 2, 4))
 
 
-def test_an_engine_has_no_such_layers():
+def test_an_engine_is_told_to_write_only():
     shape = ModelShape(architecture="X", fingerprint="f", num_blocks=2, num_kv_heads=2, head_dim=4, kv_dtype="float32")
     plan = PDPlan(model=shape, prefill=(Keep(), KVOnly()), decode=(Keep(), Keep()), kv=(KVSend(),) * 2)
-    skip_all_but_kv(SimpleNamespace(), plan, Pool())
+    told, pool = [], Pool()
+    skip_all_but_kv(SimpleNamespace(write_only=lambda *given: told.append(given)), plan, pool)
+    assert told == [(1, pool)]

@@ -12,9 +12,10 @@ from pdtrim_tensorrt.kernel import KERNEL_WIRE_DTYPES
 T = TensorProto
 ATTRIBUTES = {
     "PagedAttention": {"layer_id": 3, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "scale": 0.35},
+    "KVWrite": {"layer_id": 3, "num_kv_heads": 2, "head_dim": 8},
     "SparseKVSend": {"layer_id": 3, "num_kv_heads": 2, "head_dim": 8},
 }
-PROFILE = {"q": 32, "k": 16, "v": 16}
+PROFILE = {"q": 32, "hidden": 24, "k": 16, "v": 16}
 
 
 def graph(op, dtype, wire, omit):
@@ -24,8 +25,9 @@ def graph(op, dtype, wire, omit):
     for name in omit:
         del attributes[name]
     kind, value = getattr(T, dtype), helper.make_tensor_value_info
-    if op == "PagedAttention":
-        names, output = ["q", "k", "v"], value("output", kind, ["T", 32])
+    if op != "SparseKVSend":
+        first = "q" if op == "PagedAttention" else "hidden"
+        names, output = [first, "k", "v"], value("output", kind, ["T", PROFILE[first]])
     else:
         native = value("output", kind, [2, "R", 16])
         names, output = ["k", "v", "rows"], native if wire == "native" else value("output", T.INT8, ["B"])

@@ -88,6 +88,16 @@ extern "C" int drive_send(const char* wire, int32_t wide_attributes, int64_t hea
              staging, nullptr, output_type, formats);
 }
 
+extern "C" int drive_write(int32_t layer, int32_t kv_heads, int32_t dim, int64_t width, int32_t type, int64_t tokens,
+                           const void* hidden, const void* k, const void* v, void* output, void* stream, bool* formats) {
+  const std::vector<PluginField> fields = {{"layer_id", &layer, PluginFieldType::kINT32, 1},
+                                           {"num_kv_heads", &kv_heads, PluginFieldType::kINT32, 1},
+                                           {"head_dim", &dim, PluginFieldType::kINT32, 1}};
+  const PluginTensorDesc kv = matrix(type, tokens, int64_t{kv_heads} * dim);
+  return run(through_a_plan("KVWrite", fields), {matrix(type, tokens, width), kv, kv}, {hidden, k, v}, output, stream, type,
+             formats);
+}
+
 extern "C" int drive_attention(int32_t layer, int32_t heads, int32_t kv_heads, int32_t dim, float scale, int32_t type,
                                int64_t tokens, const void* q, const void* k, const void* v, void* output, void* stream,
                                bool* formats) {

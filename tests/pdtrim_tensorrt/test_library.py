@@ -121,8 +121,27 @@ def test_attention_reaches_the_registered_callback(library, driver, dtype):
     (call,) = calls
     assert (call.q, call.k, call.v, call.output, call.stream) == (0x100, 0x200, 0x300, 0x400, 0x51)
     assert (call.layer_id, call.tokens, call.scale) == (9, 11, 0.25)
-    assert (call.num_heads, call.num_kv_heads, call.head_dim) == (6, 2, 16)
+    assert (call.width, call.num_heads, call.num_kv_heads, call.head_dim) == (96, 6, 2, 16)
     assert call.dtype == str(dtype).removeprefix("torch.")
+
+
+@needs_headers
+def test_a_write_of_kv_reaches_the_same_callback(library, driver):
+    plugins, calls, formats = PluginLibrary(library), [], ctypes.c_bool()
+    plugins.set_attention(calls.append)
+    try:
+        status = driver.drive_write(
+            *(7, 2, 16, ctypes.c_int64(72), TRT_DTYPES[torch.float16], ctypes.c_int64(11)),
+            *(ctypes.c_void_p(address) for address in (0x100, 0x200, 0x300, 0x400, 0x51)),
+            ctypes.byref(formats),
+        )
+    finally:
+        plugins.clear_attention()
+    assert (status, formats.value) == (0, True)
+    (call,) = calls
+    assert (call.q, call.k, call.v, call.output, call.stream) == (0x100, 0x200, 0x300, 0x400, 0x51)
+    assert (call.layer_id, call.tokens, call.width) == (7, 11, 72)
+    assert (call.num_heads, call.num_kv_heads, call.head_dim) == (0, 2, 16)
 
 
 @needs_headers

@@ -12,6 +12,7 @@ from pdtrim_deploy.errors import UserError
 
 SEND = {"layer_id": 3, "num_kv_heads": 2, "head_dim": 8, "wire_dtype": "native"}
 ATTENTION = {"layer_id": 3, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8, "scale": 0.5}
+WRITE = {"layer_id": 3, "num_kv_heads": 2, "head_dim": 8}
 BASES = ("IPluginV3", "IPluginV3OneCore", "IPluginV3OneBuild", "IPluginV3OneRuntime", "IPluginCreatorV3One")
 
 
@@ -59,7 +60,9 @@ def plugin(trt, op, attributes, integers="INT64"):
 
 
 @pytest.mark.parametrize("integers", ["INT32", "INT64"])
-@pytest.mark.parametrize(("op", "attributes"), [("SparseKVSend", SEND), ("PagedAttention", ATTENTION)])
+@pytest.mark.parametrize(
+    ("op", "attributes"), [("SparseKVSend", SEND), ("PagedAttention", ATTENTION), ("KVWrite", WRITE)]
+)
 def test_attributes_survive_a_plan(trt, op, attributes, integers):
     made = plugin(trt, op, attributes, integers)
     again = trt.registry["pdtrim", op].create_plugin("node", made.get_fields_to_serialize(), "RUNTIME")
@@ -82,6 +85,15 @@ def test_what_send_gives_back(trt, wire, shape, dtype):
         wrong = [*good[:place], Record(desc=Record(type=kind, format="LINEAR")), *good[place + 1 :]]
         assert not made.supports_format_combination(place, wrong, 3)
     assert not made.supports_format_combination(0, [Record(desc=Record(type="HALF", format="CHW32"))], 3)
+
+
+@pytest.mark.parametrize(("op", "attributes"), [("PagedAttention", ATTENTION), ("KVWrite", WRITE)])
+def test_the_other_two_give_back_the_first_inputs_shape(trt, op, attributes):
+    made = plugin(trt, op, attributes)
+    assert made.get_output_shapes([["T", 24], ["T", 16], ["T", 16]], [], None) == [["T", 24]]
+    assert made.get_output_data_types(["HALF", "HALF", "HALF"]) == ["HALF"]
+    same = [Record(desc=Record(type="HALF", format="LINEAR"))] * 4
+    assert all(made.supports_format_combination(place, same, 3) for place in range(4))
 
 
 def test_it_says_why_it_does_not_run(trt):

@@ -1,4 +1,4 @@
-"""TensorRT for RTX takes both ops as plugins and builds engines with them, without a GPU. Presence, not numerics."""
+"""TensorRT for RTX takes all ops as plugins and builds engines with them, without a GPU. Presence, not numerics."""
 
 import importlib.util
 import json
@@ -45,6 +45,10 @@ def test_attention(build, dtype):
     check(made, "PagedAttention", [-1, 32], DTYPES[dtype])
 
 
+def test_a_write_of_kv_is_not_optimised_away(build):
+    check(build(op="KVWrite", dtype="FLOAT16"), "KVWrite", [-1, 24], "HALF")
+
+
 def test_native_send(build):
     made = build(op="SparseKVSend", dtype="FLOAT16", wire="native")
     check(made, "SparseKVSend", [2, -1, 16], "HALF")
@@ -74,9 +78,13 @@ def test_wrong_attributes_do_not_parse(build, case, message):
 @pytest.mark.skipif(not ROOT or not shutil.which("nvcc"), reason="needs TENSORRT_ROOT (TensorRT's headers) and nvcc")
 def test_the_cpp_library_builds_engines_and_is_embedded(build, tmp_path):
     library = build_library(Path(ROOT), tmp_path / "library")
-    cases = [("native", [2, -1, 16], "HALF"), ("int8", [-1], "INT8"), (None, [-1, 32], "HALF")]
-    for wire, shape, dtype in cases:
-        op = "SparseKVSend" if wire else "PagedAttention"
+    send, attention, write = "SparseKVSend", "PagedAttention", "KVWrite"
+    for op, wire, shape, dtype in (
+        (send, "native", [2, -1, 16], "HALF"),
+        (send, "int8", [-1], "INT8"),
+        (attention, None, [-1, 32], "HALF"),
+        (write, None, [-1, 24], "HALF"),
+    ):
         made = build(op=op, dtype="FLOAT16", wire=wire, library=str(library))
         check(made, op, shape, dtype)
         assert made["embedded"]

@@ -30,6 +30,7 @@ from pdtrim_deploy.errors import UserError
 
 EXTERNAL_ABOVE = 2_000_000_000  # protobuf ends at 2 GiB
 INT64 = onnx.TensorProto.INT64
+_BEHIND_KV = ("mlp", "post_attention_layernorm", "q_proj", "q_norm", "o_proj")
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def build_graph(
     data = path.with_name(path.name + ".data") if external else None
     with Weights(stage.tensors, dtype, data) as weights:
         model = _Emitter(stage, weights, dtype, encode).model()
-    left = sorted(name for name in stage.tensors if name not in weights.used and not _outside(name))
+    left = sorted(name for name in stage.tensors if name not in weights.used and not _outside(name, stage.kv_only))
     if left:
         raise UserError(f"{stage.path}: tensor {left[0]} has no place in the graph of {stage.architecture}")
     path.write_bytes(model.SerializeToString(deterministic=True))
@@ -72,8 +73,11 @@ def build_graph(
     return GraphFile(path, (path, *((data,) if data else ())), dtype, counts)
 
 
-def _outside(name: str) -> bool:
-    return name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq")
+def _outside(name: str, kv_only: tuple[int, ...]) -> bool:
+    """Whether the graph does without that tensor: of layers that are there for K and V, all that is behind those."""
+    rest = name.partition("model.layers.")[2].split(".")
+    unused = len(rest) > 2 and int(rest[0]) in kv_only and (rest[1] in _BEHIND_KV or rest[2] in _BEHIND_KV)
+    return name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq") or unused
 
 
 class _Emitter:
@@ -82,6 +86,7 @@ class _Emitter:
     def __init__(self, stage: StageModel, weights: Weights, dtype: str, encode: bool) -> None:
         self.stage, self.weights, self.dtype, self.encode = stage, weights, dtype, encode
         self.nodes: list[NodeProto] = []
+        self.constants: set[str] = set()
 
     def model(self) -> ModelProto:
         s, real = self.stage, ONNX_DTYPES[self.dtype]
@@ -98,6 +103,9 @@ class _Emitter:
             q, k, v = self.qkv(layer, normed)
             if layer in sends:
                 outputs[layer] = self.send(sends[layer], k, v)
+            if layer in s.kv_only:
+                hidden = self.kv_write(layer, hidden, k, v)
+                continue
             hidden = self.op("Add", hidden, self.attention(layer, q, k, v), at=f"l{layer}.residual1")
             hidden = self.op("Add", hidden, self.mlp(layer, hidden), at=f"l{layer}.residual2")
         self.norm(hidden, "model.norm", "hidden_states")
@@ -117,7 +125,7 @@ class _Emitter:
         graph = helper.make_graph(self.nodes, f"pdtrim_{s.stage}", inputs, results, self.weights.initializers)
         model = helper.make_model(
             graph,
-            functions=ops.functions() if plain else ops.functions()[:1],
+            functions=ops.functions(op for op in s.custom_nodes if plain or op != ops.SPARSE_KV_SEND),
             opset_imports=ops.opset_imports(),
             ir_version=ops.IR_VERSION,
             producer_name="pdtrim-deploy",
@@ -126,6 +134,12 @@ class _Emitter:
         facts = {"stage": s.stage, "plan_digest": s.plan.digest, "architecture": s.architecture, "dtype": self.dtype}
         helper.set_model_props(model, {f"pdtrim.{key}": value for key, value in facts.items()})
         return model
+
+    def constant(self, name: str, values: list[int]) -> str:
+        """An initialiser that several nodes may read."""
+        if name not in self.constants:
+            self.constants.add(self.weights.add(name, torch.tensor(values)))
+        return name
 
     def op(self, kind: str, *inputs: str, at: str, outputs: int = 1, **attributes: Any) -> str:
         names = [at] if outputs == 1 else [f"{at}.{number}" for number in range(outputs)]
@@ -151,14 +165,17 @@ class _Emitter:
         return self.op("Add", out, bias, at=f"{at}.biased")
 
     def qkv(self, layer: int, normed: str) -> tuple[str, str, str]:
+        """After RoPE; no q ("") where the layer is there for K and V alone."""
         s, at, where = self.stage, f"l{layer}", f"model.layers.{layer}.self_attn"
-        joint = self.linear(normed, [f"{where}.{x}_proj" for x in "qkv"], f"{at}.qkv")
-        sizes = torch.tensor([s.heads, s.kv_heads, s.kv_heads]) * s.head_dim
-        split = "split_qkv" if layer else self.weights.add("split_qkv", sizes)
-        self.op("Split", joint, split, at=f"{at}.split", outputs=3, axis=-1)
-        q, k, v = (f"{at}.split.{side}" for side in range(3))
-        q, k = self.head_norm(q, layer, "q"), self.head_norm(k, layer, "k")
-        return self.rotate(q, f"{at}.q", s.heads), self.rotate(k, f"{at}.k", s.kv_heads), v
+        sides = "kv" if layer in s.kv_only else "qkv"
+        heads = {"q": s.heads, "k": s.kv_heads, "v": s.kv_heads}
+        joint = self.linear(normed, [f"{where}.{x}_proj" for x in sides], f"{at}.{sides}")
+        split = self.constant(f"split_{sides}", [heads[x] * s.head_dim for x in sides])
+        self.op("Split", joint, split, at=f"{at}.split", outputs=len(sides), axis=-1)
+        made = {side: f"{at}.split.{number}" for number, side in enumerate(sides)}
+        for side in sides[:-1]:
+            made[side] = self.rotate(self.head_norm(made[side], layer, side), f"{at}.{side}", heads[side])
+        return made.get("q", ""), made["k"], made["v"]
 
     def head_norm(self, value: str, layer: int, side: str) -> str:
         """Qwen3: RMSNorm within each head."""
@@ -199,11 +216,16 @@ class _Emitter:
         )
         return self.linear(attended, [f"model.layers.{layer}.self_attn.o_proj"], f"l{layer}.o")
 
+    def kv_write(self, layer: int, hidden: str, k: str, v: str) -> str:
+        s = self.stage
+        attributes = {"layer_id": layer, "num_kv_heads": s.kv_heads, "head_dim": s.head_dim, **ops.PLUGIN}
+        return self.op(ops.KV_WRITE, hidden, k, v, at=f"l{layer}.kv_write", domain=ops.DOMAIN, **attributes)
+
     def mlp(self, layer: int, hidden: str) -> str:
         s, at, where = self.stage, f"l{layer}", f"model.layers.{layer}.mlp"
         normed = self.norm(hidden, f"model.layers.{layer}.post_attention_layernorm", f"{at}.norm2")
         joint = self.linear(normed, [f"{where}.gate_proj", f"{where}.up_proj"], f"{at}.gate_up")
-        split = "split_mlp" if layer else self.weights.add("split_mlp", torch.tensor([s.intermediate] * 2))
+        split = self.constant("split_mlp", [s.intermediate] * 2)
         gate = self.op("Split", joint, split, at=f"{at}.gate", outputs=2, axis=-1)
         open_ = self.op("Mul", gate, self.op("Sigmoid", gate, at=f"{at}.sigmoid"), at=f"{at}.silu")
         gated = self.op("Mul", open_, f"{at}.gate.1", at=f"{at}.gated")

@@ -1,9 +1,12 @@
-"""The two ops of domain `pdtrim`: schemas for onnx's checker, function bodies for runtimes without a kernel.
+"""The three ops of domain `pdtrim`: schemas for onnx's checker, function bodies for runtimes without a kernel.
 
     PagedAttention(q [T, heads * head_dim], k, v [T, kv_heads * head_dim]) -> [T, heads * head_dim]
         The runtime's attention: q, k after RoPE; the runtime appends k, v to its pool and attends to what is there.
         Its body is that meaning with no pool: causal attention among the T tokens of one prompt. A runtime that
         registers a kernel for the op never sees the body (onnxruntime 1.32: a kernel goes before a function).
+    KVWrite(hidden [T, width], k, v [T, kv_heads * head_dim]) -> hidden
+        A layer that is there for its K and V alone: the runtime appends k, v to its pool and hands the first input
+        back. Its body is that with no pool: nothing is done.
     SparseKVSend(k, v [T, kv_heads * head_dim], rows int64 [R]) -> [2, R, kv_heads * head_dim]
         Rows of K, then of V, as they travel; `layer_id` is the layer of *decode* that reads them. With another
         `wire_dtype` than "native" the output is the codec's bytes, int8 [B], and the op has no body.
@@ -13,14 +16,15 @@ TensorRT's parser looks for a plugin only where a node carries `plugin_namespace
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import onnx
 from onnx import AttributeProto, FunctionProto, NodeProto, defs, helper
 
 DOMAIN, DOMAIN_VERSION, OPSET, IR_VERSION = "pdtrim", 1, 23, 11
-PAGED_ATTENTION, SPARSE_KV_SEND = "PagedAttention", "SparseKVSend"
-OPS = (PAGED_ATTENTION, SPARSE_KV_SEND)
+PAGED_ATTENTION, KV_WRITE, SPARSE_KV_SEND = "PagedAttention", "KVWrite", "SparseKVSend"
+OPS = (PAGED_ATTENTION, KV_WRITE, SPARSE_KV_SEND)
 PLUGIN: dict[str, Any] = {"plugin_namespace": DOMAIN, "plugin_version": "1"}
 _FLOATS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
 _INT, _FLOAT, _STRING = AttributeProto.INT, AttributeProto.FLOAT, AttributeProto.STRING
@@ -28,18 +32,21 @@ _PLUGIN_TYPES = {"plugin_namespace": _STRING, "plugin_version": _STRING}
 ATTRIBUTES: dict[str, dict[str, AttributeProto.AttributeType]] = {
     PAGED_ATTENTION: {"layer_id": _INT, "num_heads": _INT, "num_kv_heads": _INT, "head_dim": _INT, "scale": _FLOAT}
     | _PLUGIN_TYPES,
+    KV_WRITE: {"layer_id": _INT, "num_kv_heads": _INT, "head_dim": _INT} | _PLUGIN_TYPES,
     SPARSE_KV_SEND: {"layer_id": _INT, "wire_dtype": _STRING, "num_kv_heads": _INT, "head_dim": _INT} | _PLUGIN_TYPES,
 }
 _INPUTS = {
     PAGED_ATTENTION: {"q": "T", "k": "T", "v": "T"},
+    KV_WRITE: {"hidden": "T", "k": "T", "v": "T"},
     SPARSE_KV_SEND: {"k": "T", "v": "T", "rows": "tensor(int64)"},
 }
-_OUTPUT = {PAGED_ATTENTION: "output", SPARSE_KV_SEND: "packed"}
+_OUTPUT = {PAGED_ATTENTION: "output", KV_WRITE: "output", SPARSE_KV_SEND: "packed"}
 
 
-def functions() -> list[FunctionProto]:
-    """Bodies of both ops."""
-    return [_function(PAGED_ATTENTION, _attention_body()), _function(SPARSE_KV_SEND, _send_body())]
+def functions(ops: Iterable[str]) -> list[FunctionProto]:
+    """Bodies of those ops."""
+    bodies = {PAGED_ATTENTION: _attention_body, KV_WRITE: _write_body, SPARSE_KV_SEND: _send_body}
+    return [_function(op, bodies[op]()) for op in ops]
 
 
 def opset_imports() -> list[onnx.OperatorSetIdProto]:
@@ -48,7 +55,7 @@ def opset_imports() -> list[onnx.OperatorSetIdProto]:
 
 
 def register_schemas() -> None:
-    """Make both ops known to onnx's checker in this process."""
+    """Make the ops known to onnx's checker in this process."""
     for op in OPS:
         if defs.has(op, DOMAIN):
             continue
@@ -57,7 +64,7 @@ def register_schemas() -> None:
             DOMAIN,
             DOMAIN_VERSION,
             inputs=[defs.OpSchema.FormalParameter(name, kind) for name, kind in _INPUTS[op].items()],
-            outputs=[defs.OpSchema.FormalParameter(_OUTPUT[op], "T" if op == PAGED_ATTENTION else "Packed")],
+            outputs=[defs.OpSchema.FormalParameter(_OUTPUT[op], "Packed" if op == SPARSE_KV_SEND else "T")],
             type_constraints=[("T", _FLOATS, "activations")]
             + ([("Packed", [*_FLOATS, "tensor(int8)"], "rows or bytes")] if op == SPARSE_KV_SEND else []),
             attributes=[
@@ -85,6 +92,10 @@ def _attention_body() -> list[NodeProto]:
         attention,
         helper.make_node("Squeeze", ["o1", "zero"], ["output"]),
     ]
+
+
+def _write_body() -> list[NodeProto]:
+    return [helper.make_node("Identity", ["hidden"], ["output"])]
 
 
 def _send_body() -> list[NodeProto]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pdtrim_builders.graph.ops import KV_WRITE, PAGED_ATTENTION, SPARSE_KV_SEND
 from pdtrim_builders.graph.rope import rope_settings
 from pdtrim_deploy.checkpoints.checkpoint import read_config
 from pdtrim_deploy.checkpoints.families import family_of
@@ -61,6 +62,18 @@ class StageModel:
     positions: int
     norm_epsilon: float
     rope: Mapping[str, Any]
+
+    @property
+    def kv_only(self) -> tuple[int, ...]:
+        """Layers that are there for their K and V alone; none of decode's are."""
+        return self.plan.kv_only_layers if self.stage == "prefill" else ()
+
+    @property
+    def custom_nodes(self) -> dict[str, int]:
+        """Nodes of domain `pdtrim` that its graph has, by op; all of them."""
+        alone = len(self.kv_only)
+        counts = {PAGED_ATTENTION: self.layers - alone, KV_WRITE: alone, SPARSE_KV_SEND: len(self.sends)}
+        return {op: count for op, count in counts.items() if count}
 
     @property
     def sends(self) -> tuple[SendRule, ...]:

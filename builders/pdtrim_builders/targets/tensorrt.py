@@ -22,7 +22,6 @@ from pydantic import Field
 
 from pdtrim_builders.base import GraphOptions, Options, Target, TargetResult
 from pdtrim_builders.graph.build import build_graph
-from pdtrim_builders.graph.ops import PAGED_ATTENTION, SPARSE_KV_SEND
 from pdtrim_builders.graph.stage import StageModel, read_stage
 from pdtrim_builders.numerics import TOLERANCES, check_numerics
 from pdtrim_builders.targets.onnx import compared, wire_limits
@@ -73,7 +72,7 @@ def build(flavour: Flavour, stage_dir: Path, out_dir: Path, options: TensorRTOpt
     dtype = options.dtype or "float16"
     capabilities = _capabilities(flavour, options)
     _check(stage, options)
-    plugins = {PAGED_ATTENTION: stage.layers} | ({SPARSE_KV_SEND: len(stage.sends)} if stage.sends else {})
+    plugins = stage.custom_nodes
     described = TargetResult(
         target=flavour.name,
         stage=stage.stage,

@@ -62,11 +62,12 @@ def build(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def count_plugins(trt: Any, network: Any) -> dict[str, int]:
-    """PLUGIN layers by op. A layer is named as its node: `kv_send_{layer}` or `l{layer}.attention`."""
+    """PLUGIN layers by op. Named as its node: `kv_send_{layer}`, `l{layer}.attention`, `l{layer}.kv_write`."""
     from pdtrim_tensorrt.python_forms import plugin_layers
 
     names = plugin_layers(trt, network)
-    return dict(Counter("SparseKVSend" if name.startswith("kv_send_") else "PagedAttention" for name in names))
+    ends = {"attention": "PagedAttention", "kv_write": "KVWrite"}
+    return dict(Counter(ends.get(name.rpartition(".")[2], "SparseKVSend") for name in names))
 
 
 def _register_plugins(trt: Any, library: str | None) -> Any:

@@ -12,7 +12,10 @@ from torch import Tensor
 from pdtrim_deploy.plan import Stage
 
 Attention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""(layer, q `[T, heads * head_dim]`, k, v `[T, kv_heads * head_dim]`) -> `[T, heads * head_dim]`: SGLang's backend."""
+"""(layer, q `[T, heads * head_dim]`, k, v `[T, kv_heads * head_dim]`) -> `[T, heads * head_dim]`: SGLang's backend.
+
+Of a layer that is there for its K and V alone: hidden states in place of q, which come back as they are.
+"""
 
 CONFIG_KEY = "pdtrim_engine"
 NO_SENDS: Mapping[str, Tensor] = {}

@@ -152,7 +152,7 @@ class TensorRTExecutor:
         if call.stream != self._stream():
             raise RuntimeError("pdtrim: the engine runs on another stream than SGLang's attention would")
         dtype, width = getattr(torch, call.dtype), call.num_kv_heads * call.head_dim
-        shapes = {"q": call.num_heads * call.head_dim, "k": width, "v": width}
+        shapes = {"q": call.width, "k": width, "v": width}
         q, k, v = (self._view(getattr(call, name), (call.tokens, size), dtype) for name, size in shapes.items())
         output = self._view(call.output, tuple(q.shape), dtype)
         output.copy_(self._attention(call.layer_id, q, k, v).view(q.shape))

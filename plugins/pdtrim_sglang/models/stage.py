@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from pdtrim_deploy.plan import PDPlan
 from pdtrim_sglang.executors import EngineConfig, StageExecutor, load_engine
+from pdtrim_sglang.kv_only import WriteKV
 from pdtrim_sglang.staging import Staging
 
 
@@ -46,7 +47,7 @@ class PDTrimStageForCausalLM(nn.Module):
         )
         self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size)
         self.logits_processor = LogitsProcessor(config)
-        self._layers = list(self.attention)
+        self._layers: list[Any] = list(self.attention)
         self._batch: Any = None
         self._asked, self._plan = EngineConfig.of(config), PDPlan.parse(config.pdtrim, "config.json")
 
@@ -86,6 +87,10 @@ class PDTrimStageForCausalLM(nn.Module):
                 f"pdtrim: the engine computes in {self._engine.dtype}, this worker in {head.dtype}: "
                 "build the engine in the bundle's dtype"
             )
+
+    def write_only(self, layer: int, pool: Any) -> None:
+        """Let `layer` put K and V into SGLang's KV pool and attend to nothing."""
+        self._layers[layer] = WriteKV(self.attention[layer], pool)
 
     def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return self._layers[layer](q, k, v, self._batch)

@@ -65,8 +65,9 @@ void setLoggerFinder(nvinfer1::ILoggerFinder* finder) { pdtrim::logger_finder = 
 
 nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& count) {
   static nvinfer1::IPluginCreatorInterface* const creators[] = {pdtrim::sparse_kv_send_creator(),
-                                                                pdtrim::paged_attention_creator()};
-  count = 2;
+                                                                pdtrim::paged_attention_creator(),
+                                                                pdtrim::kv_write_creator()};
+  count = 3;
   return creators;
 }
 }

@@ -39,14 +39,31 @@ struct AttentionAttributes {
   }
 };
 
-class PagedAttention final : public Plugin<PagedAttention> {
+struct WriteAttributes {
+  int32_t layer_id = 0, kv_heads = 0, head_dim = 0;
+
+  WriteAttributes() = default;
+  explicit WriteAttributes(Fields& from)
+      : layer_id(from.integer("layer_id")), kv_heads(from.integer("num_kv_heads")), head_dim(from.integer("head_dim")) {}
+
+  std::string wrong() const { return kv_heads < 1 || head_dim < 1 ? "num_kv_heads and head_dim must be positive" : ""; }
+  std::vector<nvinfer1::PluginField> fields() const {
+    using Type = nvinfer1::PluginFieldType;
+    return {{"layer_id", &layer_id, Type::kINT32, 1},
+            {"num_kv_heads", &kv_heads, Type::kINT32, 1},
+            {"head_dim", &head_dim, Type::kINT32, 1}};
+  }
+};
+
+// Both ops: the first input's shape comes out, and the runtime is called with all three.
+template <typename Self, typename Given>
+class ToTheRuntime : public Plugin<Self> {
  public:
-  using Attributes = AttentionAttributes;
-  static constexpr const char* kName = "PagedAttention";
+  using Attributes = Given;
   const Attributes attributes;
 
-  explicit PagedAttention(const Attributes& given) : attributes(given) {}
-  PagedAttention(const PagedAttention& other) : Plugin(), attributes(other.attributes) {}
+  explicit ToTheRuntime(const Attributes& given) : attributes(given) {}
+  ToTheRuntime(const ToTheRuntime& other) : Plugin<Self>(), attributes(other.attributes) {}
 
   int32_t getOutputDataTypes(DataType* out, int32_t, const DataType* in, int32_t) const noexcept override {
     out[0] = in[0];
@@ -63,7 +80,7 @@ class PagedAttention final : public Plugin<PagedAttention> {
   bool supportsFormatCombination(int32_t position, const nvinfer1::DynamicPluginTensorDesc* tensors, int32_t,
                                  int32_t) noexcept override {
     const nvinfer1::PluginTensorDesc& tensor = tensors[position].desc;
-    return tensor.format == nvinfer1::TensorFormat::kLINEAR && activation(tensor.type) &&
+    return tensor.format == nvinfer1::TensorFormat::kLINEAR && this->activation(tensor.type) &&
            tensor.type == tensors[0].desc.type;
   }
 
@@ -71,16 +88,19 @@ class PagedAttention final : public Plugin<PagedAttention> {
                   void* const* outputs, void*, cudaStream_t stream) noexcept override {
     const PdtrimAttention attend = runtime_attention;
     if (!attend) {
-      refuse("PagedAttention: no runtime has registered its attention; call pdtrim_set_attention before the engine runs");
+      refuse(std::string(Self::kName) +
+             ": no runtime has registered its attention; call pdtrim_set_attention before the engine runs");
       return -1;
     }
-    const auto width = [&](int32_t heads) { return int64_t{heads} * attributes.head_dim; };
-    if (in[0].dims.d[1] != width(attributes.heads) || in[1].dims.d[1] != width(attributes.kv_heads) ||
-        in[2].dims.d[1] != width(attributes.kv_heads)) {
-      refuse("PagedAttention: q, k or v is not heads * head_dim wide");
-      return -1;
-    }
+    const int64_t kv_width = int64_t{attributes.kv_heads} * attributes.head_dim;
     PdtrimAttentionCall call{};
+    static_cast<const Self*>(this)->describe(call);
+    call.width = int32_t(in[0].dims.d[1]);
+    if ((call.num_heads && call.width != int64_t{call.num_heads} * attributes.head_dim) || in[1].dims.d[1] != kv_width ||
+        in[2].dims.d[1] != kv_width) {
+      refuse(std::string(Self::kName) + ": an input is not heads * head_dim wide");
+      return -1;
+    }
     call.q = inputs[0];
     call.k = inputs[1];
     call.v = inputs[2];
@@ -88,19 +108,41 @@ class PagedAttention final : public Plugin<PagedAttention> {
     call.stream = stream;
     call.tokens = in[0].dims.d[0];
     call.layer_id = attributes.layer_id;
-    call.num_heads = attributes.heads;
     call.num_kv_heads = attributes.kv_heads;
     call.head_dim = attributes.head_dim;
     call.dtype = in[0].type == DataType::kFLOAT ? kFloat32 : in[0].type == DataType::kHALF ? kFloat16 : kBFloat16;
-    call.scale = attributes.scale;
     return attend(runtime_user, &call);
   }
+};
+
+class PagedAttention final : public ToTheRuntime<PagedAttention, AttentionAttributes> {
+ public:
+  using ToTheRuntime::ToTheRuntime;
+  static constexpr const char* kName = "PagedAttention";
+
+  void describe(PdtrimAttentionCall& call) const {
+    call.num_heads = attributes.heads;
+    call.scale = attributes.scale;
+  }
+};
+
+class KVWrite final : public ToTheRuntime<KVWrite, WriteAttributes> {
+ public:
+  using ToTheRuntime::ToTheRuntime;
+  static constexpr const char* kName = "KVWrite";
+
+  void describe(PdtrimAttentionCall&) const {}
 };
 
 }  // namespace
 
 nvinfer1::IPluginCreatorInterface* paged_attention_creator() {
   static Creator<PagedAttention> creator;
+  return &creator;
+}
+
+nvinfer1::IPluginCreatorInterface* kv_write_creator() {
+  static Creator<KVWrite> creator;
   return &creator;
 }
 

@@ -3,6 +3,8 @@
 //
 // PagedAttention(q [T, heads * head_dim], k, v [T, kv_heads * head_dim]; layer_id) -> [T, heads * head_dim]
 // SGLang's attention backend appends k and v to its paged pool and attends to what the pool holds.
+// KVWrite(hidden [T, width], k, v; layer_id) -> hidden: a layer that is there for its K and V alone. They are appended,
+// and the runtime copies its first input, here q, to the output; num_heads is 0.
 // Layers follow one another on that stream only if the engine was built with max_aux_streams = 0.
 // Never run on a GPU: the callback has only been called on the host.
 #pragma once
@@ -19,6 +21,7 @@ struct PdtrimAttentionCall {
   void* stream;     // cudaStream_t: everything must be enqueued on it, nothing may synchronise or allocate while captured
   int64_t tokens;   // T
   int32_t layer_id;
+  int32_t width;    // elements of a row of q and of output
   int32_t num_heads;
   int32_t num_kv_heads;
   int32_t head_dim;

@@ -1,4 +1,4 @@
-// What both plugins and both creators have in common.
+// What the plugins and their creators have in common.
 #pragma once
 
 #include <NvInfer.h>
@@ -84,5 +84,6 @@ class Creator : public nvinfer1::IPluginCreatorV3One {
 
 nvinfer1::IPluginCreatorInterface* sparse_kv_send_creator();
 nvinfer1::IPluginCreatorInterface* paged_attention_creator();
+nvinfer1::IPluginCreatorInterface* kv_write_creator();
 
 }  // namespace pdtrim
