@@ -8,9 +8,9 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from pdtrim_deploy.checkpoints.block_tensors import read_blocks, save_blocks
 from pdtrim_deploy.evaluation.oracle import PDOracle
 from pdtrim_deploy.pruning.healing import Arrival, heal
 from pdtrim_deploy.pruning.pair import StagePair
@@ -31,10 +31,7 @@ def healed(
         arrival = Arrival(asked.prompt, lambda prompts: oracle.hand_over(oracle.prefill(prompts)))
         section = HealingSection(kv_steps=asked.steps, learning_rate=asked.learning_rate, seed=asked.seed)
         changed = heal(pair, "decode", ids, section, note, arrival).pair.changed.get("decode", {})
-        tensors = {f"{block} {name}": t.contiguous() for block, ts in changed.items() for name, t in ts.items()}
-        save_file(tensors, file.with_suffix(".part"))
+        save_blocks(changed, file.with_suffix(".part"))
         file.with_suffix(".part").rename(file)
-    for key, tensor in load_file(file).items():
-        block, name = key.split()
-        pair = pair.with_changes("decode", {int(block): {name: tensor}})
+    pair = pair.with_changes("decode", read_blocks(file))
     return PDOracle(oracle.prefill_model, pair.stage("decode"), oracle.plan)

@@ -10,11 +10,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pdtrim_deploy.blockwise import CausalLM
 from pdtrim_deploy.bundle import write_atomic
+from pdtrim_deploy.checkpoints.block_tensors import read_blocks, save_blocks
 from pdtrim_deploy.plan import STAGES, KVSend, ModelShape, PDPlan, Stage
 from pdtrim_deploy.pruning.candidates import find
 from pdtrim_deploy.pruning.compensation import get_compensation
@@ -227,14 +227,9 @@ def _healed(setup: Setup, pair: StagePair, stage: Stage, asked: HealingSection) 
 def _kept(file: Path, pair: StagePair, stage: Stage, change: Callable[[StagePair], StagePair]) -> StagePair:
     """`change(pair)`, or what it came to in an earlier run: a stopped benchmark goes on behind it."""
     if not file.exists():
-        changed = change(pair).changed.get(stage, {})
-        tensors = {f"{block} {name}": t.contiguous() for block, ts in changed.items() for name, t in ts.items()}
-        save_file(tensors, file.with_suffix(".part"))
+        save_blocks(change(pair).changed.get(stage, {}), file.with_suffix(".part"))
         file.with_suffix(".part").rename(file)
-    for key, tensor in load_file(file).items():
-        block, name = key.split()
-        pair = pair.with_changes(stage, {int(block): {name: tensor}})
-    return pair
+    return pair.with_changes(stage, read_blocks(file))
 
 
 def unified(pair: StagePair) -> StagePair:

@@ -69,7 +69,7 @@ class Workers:
         if len(found) > 1:
             raise UserError(f"--rates-of planned: whose of {len(found)} plans? Give one target")
         plan = found[0].plan
-        return rates.scaled(plan.model.num_blocks / len(plan.prefill_layers), plan.model.num_blocks / len(plan.kv))
+        return rates.scaled(1 / plan.prefill_share, plan.model.num_blocks / len(plan.kv))
 
     def sides(self, found: Sequence[Subject], rates: Rates, goal: Goal) -> dict[str, SizedSide]:
         """By column: each model unpruned, and each plan."""

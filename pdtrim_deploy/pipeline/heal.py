@@ -19,15 +19,14 @@ from pdtrim_deploy.pruning.solution import Solution
 from pdtrim_deploy.recipe import Recipe
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
+    from pdtrim_deploy.checkpoints.block_tensors import BlockTensors
     from pdtrim_deploy.pruning.pair import StagePair
 
 PRUNING, HEALING = f"{REPORTS}/pruning.json", f"{REPORTS}/healing.json"
 _VERSION = 1  # of how weights are made
 _KV_ONLY_VERSION = 2  # the same where some blocks run for their K and V alone
 
-Changed = Mapping[Stage, Mapping[int, Mapping[str, "Tensor"]]]
+Changed = Mapping[Stage, "BlockTensors"]
 
 
 def needed(recipe: Recipe) -> bool:
@@ -71,8 +70,10 @@ def changed(context: Context) -> Changed:
     """The tensors of each stage that differ from the model's, by block; nothing when the recipe asks for none."""
     if not needed(context.recipe):
         return {}
+    from pdtrim_deploy.checkpoints.block_tensors import read_blocks
+
     folder = _entry(context, json.loads((context.out / HEALING).read_text())["weights"])
-    return {stage: read(folder / f"{stage}.safetensors") for stage in STAGES}
+    return {stage: read_blocks(folder / f"{stage}.safetensors") for stage in STAGES}
 
 
 def weights(context: Context) -> str | None:
@@ -109,27 +110,14 @@ def _texts(context: Context) -> tuple[Any, Any]:
 
 def _entry(context: Context, key: str) -> Path:
     def make(folder: Path) -> None:
-        from pdtrim_deploy.checkpoints.writer import save
+        from pdtrim_deploy.checkpoints.block_tensors import save_blocks
 
         pair, report = _make(context)
         for stage in STAGES:
-            blocks = pair.changed.get(stage, {})
-            tensors = {f"{block}.{name}": t for block, ts in blocks.items() for name, t in ts.items()}
-            save(tensors, folder / f"{stage}.safetensors")
+            save_blocks(pair.changed.get(stage, {}), folder / f"{stage}.safetensors")
         (folder / "report.json").write_text(json.dumps(report, indent=2))
 
     return context.cache.entry("stage-weights", key, make)
-
-
-def read(file: Path) -> dict[int, dict[str, Tensor]]:
-    """Tensors by block, from a file of the cache."""
-    from safetensors.torch import load_file
-
-    blocks: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in load_file(file).items():
-        block, _, inner = name.partition(".")
-        blocks.setdefault(int(block), {})[inner] = tensor
-    return blocks
 
 
 def _make(context: Context) -> tuple[StagePair, dict[str, Any]]:

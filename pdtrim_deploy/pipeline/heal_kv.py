@@ -31,12 +31,14 @@ def heal_kv(context: Context) -> None:
 
 def changed(context: Context) -> heal.Changed:
     """The tensors of each stage that differ from the model's in the end, by block."""
+    from pdtrim_deploy.checkpoints.block_tensors import read_blocks
+
     before = heal.changed(context)
     if not context.recipe.healing.kv_steps:
         return before
     key = json.loads((context.out / HEALING_KV).read_text())["weights"]
     merged = {block: dict(tensors) for block, tensors in before.get("decode", {}).items()}
-    for block, tensors in heal.read(_entry(context, key) / "decode.safetensors").items():
+    for block, tensors in read_blocks(_entry(context, key) / "decode.safetensors").items():
         merged.setdefault(block, {}).update(tensors)
     return {**before, "decode": merged}
 
@@ -78,7 +80,7 @@ def _text(context: Context) -> Tensor:
 
 def _entry(context: Context, key: str) -> Path:
     def make(folder: Path) -> None:
-        from pdtrim_deploy.checkpoints.writer import save
+        from pdtrim_deploy.checkpoints.block_tensors import save_blocks
         from pdtrim_deploy.evaluation.oracle import PDOracle
         from pdtrim_deploy.pruning.healing import Arrival
         from pdtrim_deploy.pruning.healing import heal as distil
@@ -88,11 +90,7 @@ def _entry(context: Context, key: str) -> Path:
         oracle = PDOracle(prefill, decode, context.plan)
         arrival = Arrival(context.recipe.kv.prompt_tokens, lambda prompts: oracle.hand_over(oracle.prefill(prompts)))
         done = distil(pair, "decode", _text(context), context.recipe.healing, context.note, arrival)
-        blocks = done.pair.changed.get("decode", {}) if done.kept else {}
-        save(
-            {f"{block}.{name}": t for block, ts in blocks.items() for name, t in ts.items()},
-            folder / "decode.safetensors",
-        )
+        save_blocks(done.pair.changed.get("decode", {}) if done.kept else {}, folder / "decode.safetensors")
         report = {name: getattr(done, name) for name in ("steps", "before", "after", "kept")}
         (folder / "report.json").write_text(json.dumps(report, indent=2))
 

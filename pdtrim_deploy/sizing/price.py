@@ -112,4 +112,4 @@ def _side(plan: PDPlan, traffic: Traffic) -> Side:
 def _prefill_s(plan: PDPlan, traffic: Traffic) -> float | None:
     if traffic.prefill_tokens_per_s is None:
         return None
-    return traffic.isl / traffic.prefill_tokens_per_s * len(plan.prefill_layers) / plan.model.num_blocks
+    return traffic.isl / traffic.prefill_tokens_per_s * plan.prefill_share

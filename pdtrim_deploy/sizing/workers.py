@@ -60,8 +60,7 @@ class Sizing(BaseModel):
 
 def rates_of(plan: PDPlan, unpruned: Rates) -> Rates:
     """Of a plan's stages: by their share of the blocks."""
-    blocks = plan.model.num_blocks
-    return unpruned.scaled(len(plan.prefill_layers) / blocks, len(plan.kv) / blocks)
+    return unpruned.scaled(plan.prefill_share, len(plan.kv) / plan.model.num_blocks)
 
 
 def size(rates: Rates, request_bytes: int, goal: Goal) -> Sizing:
