@@ -102,12 +102,12 @@ def judged_forwards(
 ) -> int:
     """Block-forwards of compensating and judging so many finalists of each stage (`refitted`), at most.
 
-    Each sequence is fitted on once: dense, prefill and, where a layer is refitted, twice the stage; and judged on once:
-    prefill twice, and decode. Prefill is compensated once for all of decode's.
+    Each sequence is fitted on once: dense, prefill and, where a layer is refitted, twice the stage; and judged on once,
+    by prefill and decode. Prefill is compensated once for all of decode's.
     """
     prefill, decode = blocks - prefill_lost, blocks - decode_lost
     first = prefill_judged * bool(prefill_lost) * (blocks + 3 * prefill)
-    second = decode_judged * bool(decode_lost - prefill_lost) * (blocks + 3 * prefill + 3 * decode)
+    second = decode_judged * bool(decode_lost - prefill_lost) * (blocks + 2 * prefill + 3 * decode)
     return sequences * (first + second + (blocks + 2 * prefill) * bool(second))
 
 

@@ -20,7 +20,7 @@ from pdtrim_deploy.plan import KVOnly, PDPlan
 from pdtrim_deploy.pruning.compensation.base import Progress
 from pdtrim_deploy.pruning.least_squares import Ridge
 from pdtrim_deploy.pruning.pair import StagePair
-from pdtrim_deploy.pruning.pd_loss import pd_loss
+from pdtrim_deploy.pruning.pd_loss import PDWalk
 
 _ADDS = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
 _BATCH, _CHECKED = 4, 8
@@ -41,19 +41,34 @@ def relax(pair: StagePair, blocks: int, ids: Tensor, progress: Progress = lambda
     return give_up(pair, rank(pair, ids, progress)[:blocks], ids, progress)
 
 
+@torch.no_grad()
 def rank(pair: StagePair, ids: Tensor, progress: Progress = lambda _: None) -> tuple[int, ...]:
     """`candidates`, that whose absence alone costs least first.
 
     The cost is what a PD pair loses on `ids`, int64 `[S, T]`, behind prompts of T / 2: prefill's first token, and what
-    decode makes of the KV it is handed. UserError when a loss is not a number.
+    decode makes of the KV it is handed. What comes before a block is run once for all candidates behind it. UserError
+    when a loss is not a number.
     """
-    costs = {}
-    for block in candidates(pair.plan):
-        costs[block] = pd_loss(_given_up(pair, {block}), ids)
-        if not math.isfinite(costs[block]):
-            raise UserError(f"the loss without block {block} in prefill is {costs[block]}; load the model in float32")
-        progress(f"prefill without block {block} but for its KV: loss {costs[block]:.4f}")
-    return tuple(sorted(costs, key=lambda block: (costs[block], block)))
+    open_to = candidates(pair.plan)
+    costs, done = dict.fromkeys(open_to, 0.0), 0
+    for part in ids.split(_BATCH):
+        walk = PDWalk(pair, part)
+        for block in pair.plan.prefill_layers:
+            if block in costs:
+                without = walk.fork()
+                without.advance(kv_only=True)
+                costs[block] += without.nll()
+                if not math.isfinite(costs[block]):
+                    raise UserError(
+                        f"the loss without block {block} in prefill is {costs[block]}; load the model in float32"
+                    )
+            walk.advance()
+        done += len(part)
+        progress(f"prefill without one of {len(costs)} blocks but for its KV: {done} of {len(ids)} sequences")
+    tokens = len(ids) * (ids.shape[1] - ids.shape[1] // 2)
+    order = sorted(costs, key=lambda block: (costs[block], block))
+    progress("; ".join(f"without block {block}: loss {costs[block] / tokens:.4f}" for block in order[:4]))
+    return tuple(order)
 
 
 def give_up(pair: StagePair, blocks: Iterable[int], ids: Tensor, progress: Progress = lambda _: None) -> StagePair:

@@ -9,7 +9,8 @@ from pdtrim_deploy.blockwise import Blockwise, LayerKV
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.pruning.compensation import get_compensation
 from pdtrim_deploy.pruning.healing import heal
-from pdtrim_deploy.pruning.kv_only import _given_up, candidates, fit, relax
+from pdtrim_deploy.pruning.kv_only import _given_up, candidates, fit, rank, relax
+from pdtrim_deploy.pruning.pd_loss import pd_loss
 from pdtrim_deploy.recipe_healing import HealingSection
 
 QUIET = lambda _: None  # noqa: E731
@@ -62,6 +63,25 @@ def test_it_gives_up_what_costs_least_and_all_else_stays():
     assert worst not in two.plan.kv_only_layers
     with pytest.raises(UserError, match="kv_only_blocks is 5 but only 4 blocks are kept by both"):
         relax(pair, 5, ids)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_block_s_cost_is_the_loss_of_the_pair_without_it(family):
+    """`rank` runs what is before a block once for all; whole runs of each pair say the same."""
+    pair, ids, said = pair_of(tiny(family), (2,), (2, 4)), text(10, 24), []
+    order = rank(pair, ids, said.append)
+    losses = {block: pd_loss(_given_up(pair, {block}), ids) for block in candidates(pair.plan)}
+    assert list(order) == sorted(losses, key=losses.get)
+    told = dict(part.removeprefix("without block ").split(": loss ") for part in said[-1].split("; "))
+    assert told == {str(block): f"{losses[block]:.4f}" for block in order[:4]}
+
+
+def test_a_loss_that_is_not_a_number():
+    model = tiny("Llama")
+    with torch.no_grad():
+        model.model.layers[3].mlp.down_proj.weight[0, 0] = float("nan")
+    with pytest.raises(UserError, match=r"the loss without block 0 in prefill is nan; load the model in float32"):
+        rank(pair_of(model, (), (4,)), text(4, 24))
 
 
 def test_neither_compensation_nor_healing_wakes_them():
