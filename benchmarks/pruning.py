@@ -3,8 +3,9 @@
 `make bench-pruning`. SmolLM2-135M in float32; decode loses so many blocks, prefill a third as many. Blocks are chosen
 on Brown's calibration split and judged, through the PD oracle with whole KV, on Brown's final split and on Jane
 Austen (which no method ever saw), and by Social IQa. Each row is written down when it is made and each search as it
-goes: run it in stretches, with parts of --methods, --removed and --seeds; what is there is not made again. Weights are
-fitted, healed and taught on --text sequences that begin with those that choose.
+goes: run it in stretches, with parts of --methods, --removed and --seeds; what is there, or among the committed results
+of the same sizes, is not made again. Weights are fitted, healed and taught on --text sequences that begin with those
+that choose.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def main() -> None:
     def note(line: str) -> None:
         print(f"{time.monotonic() - started:6.0f} s  {line}", flush=True)
 
-    rows = _Rows(_folder(asked, SHAPES))
+    rows = _Rows(_folder(asked, SHAPES) / "rows.jsonl", _committed(asked))
     bench: _Bench | None = None
     for removed in asked.removed:
         for name in asked.methods:
@@ -175,15 +176,23 @@ def _folder(asked: argparse.Namespace, names: tuple[str, ...]) -> Path:
     return folder
 
 
-class _Rows:
-    """Rows kept on disk for one set of sizes, one JSON object a line."""
+def _committed(asked: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of results/pruning.json, if they are of the same sizes."""
+    path = HERE / "results" / "pruning.json"
+    known = json.loads(path.read_text()) if path.exists() else {"options": {}}
+    same = all(known["options"].get(name) == getattr(asked, name) for name in SHAPES)
+    return known["rows"] if same else []
 
-    def __init__(self, folder: Path) -> None:
-        self._file = folder / "rows.jsonl"
+
+class _Rows:
+    """Rows kept on disk for one set of sizes, one JSON object a line; a new file begins with `known`."""
+
+    def __init__(self, file: Path, known: list[dict[str, Any]]) -> None:
+        self._file = file
+        if not file.exists():
+            file.write_text("".join(json.dumps(row) + "\n" for row in known))
 
     def read(self) -> list[dict[str, Any]]:
-        if not self._file.exists():
-            return []
         return [json.loads(line) for line in self._file.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
     def has(self, method: str, removed: int, seed: int) -> bool:
