@@ -1,0 +1,42 @@
+"""The README's table of searches: every row of the results is in it, seeds as mean and spread."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def table(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    from tables.pruning import pruning
+
+    yield pruning
+    for name in [name for name in sys.modules if name == "tables" or name.startswith("tables.")]:
+        del sys.modules[name]
+
+
+def row(method, removed, seed=0, ppl=40.0, **more):
+    return {"method": method, "removed": removed, "seed": seed, "trained": False, "brown_ppl": ppl, "austen_ppl": ppl,
+            "unified_ppl": ppl, "choice": 0.4, "choice_loss": 5.0} | more  # fmt: skip
+
+
+def test_every_method_at_every_number_of_blocks(table):
+    rows = [
+        row("dense", 0, ppl=33.14),
+        *(row("ours", 6, seed, 45 + seed, seconds=100.0, block_forwards=9000) for seed in range(3)),
+        row("ours", 2, ppl=36.0),
+        *(row("random", 6, seed, ppl) for seed, ppl in enumerate((50.0, 4_000_000.0))),
+        row("ours, healed", 6, trained=True, ppl=42.0),
+    ]
+    machine = {"machine": {"cpu": "A", "cores": 2}, "versions": {"torch": "2"}, "command": "make bench-pruning"}
+    options = dict.fromkeys(("sequences", "continuation", "prompt", "calibration", "length", "questions"), 7)
+    said = table({"rows": rows, "environment": machine, "options": options})
+    assert "| method | 2 of 30 removed | 6 of 30 removed |" in said
+    assert "| **ours** | 36.0 / 36.0 | 46.0 ± 1.0 / 46.0 ± 1.0 |" in said
+    assert "| random |  | 50.0 to > 10,000 / 50.0 to > 10,000 |" in said
+    assert said.index("| random |") < said.index("| **ours, healed**, trained |")
+    assert "dense 33.1 / 33.1;" in said
+    assert "| 6 | **ours** | 46.0 ± 1.0 | 40% | 5.00 | 100 + 0 | 9,000 |" in said
