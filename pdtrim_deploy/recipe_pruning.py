@@ -68,11 +68,6 @@ class PruningSection(BaseModel):
                 f"finalists is {self.finalists} but blocks_in_memory is {self.blocks_in_memory}; allowed: finalists "
                 f"with all blocks in memory, since what is left of them is refitted"
             )
-        if self.distil and self.blocks_in_memory is not None:
-            raise ValueError(
-                f"distil is true but blocks_in_memory is {self.blocks_in_memory}; allowed: distil with all blocks in "
-                f"memory, since students are fitted to whole blocks"
-            )
         for name, field in type(self).model_fields.items():
             if name not in (*_ANY, *_TAKES[self.method]) and getattr(self, name) != field.default:
                 known = ", ".join((*_ANY[1:], *_TAKES[self.method]))

@@ -4,11 +4,12 @@ The modules are transformers' own, made without weights. When one of a block's m
 are read from their safetensors shards and cast; the module has them for the time of the call; they go, the least
 recently used first, when another block needs the room. So whatever only calls modules (`Blockwise`, the PD oracle,
 stages of `keep_blocks`) runs as on the whole model, to the bit; whatever reads a block's weights by name finds a meta
-tensor and fails.
+tensor and fails, unless it asks `whole_block` for a copy.
 """
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any
@@ -80,26 +81,55 @@ def stream_model(checkpoint: Checkpoint, blocks_in_memory: int, dtype: str = "fl
         for inside, module in layer.named_modules():
             names = [name for name, _ in module.named_parameters(recurse=False)]
             if names:
-                _fetch(module, blocks, number, {name: f"{inside}.{name}" for name in names})
+                fetch = _Fetch(blocks, number, {name: f"{inside}.{name}" for name in names})
+                module.register_forward_pre_hook(fetch.come)
+                module.register_forward_hook(fetch.go, always_call=True)
     return model.eval().requires_grad_(False), blocks
 
 
-def _fetch(module: nn.Module, blocks: Blocks, block: int, names: dict[str, str]) -> None:
-    """Let `module`, and copies of it that share its hooks, have its weights while it is called."""
+def whole_block(model: Any, block: int) -> nn.Module:
+    """A copy of one block with weights of its own, in memory: of a streamed model, or of any other."""
+    layer = copy.deepcopy(model.model.layers[block])
+    for module in layer.modules():
+        for handle, hook in list(module._forward_pre_hooks.items()):
+            if isinstance(fetch := getattr(hook, "__self__", None), _Fetch):
+                fetch.keep(module)
+                del module._forward_pre_hooks[handle]
+        for handle, hook in list(module._forward_hooks.items()):
+            if isinstance(getattr(hook, "__self__", None), _Fetch):
+                del module._forward_hooks[handle], module._forward_hooks_always_called[handle]
+    return layer
 
-    def come(called: nn.Module, _: Any) -> None:
-        for leaf, name in names.items():
-            weight = called._parameters[leaf]
-            assert weight is not None
-            if weight.is_meta:  # else it was replaced: a student's, a healed one
-                called._parameters[leaf] = nn.Parameter(blocks[block][name], requires_grad=False)
-                setattr(called, _EMPTY, {**getattr(called, _EMPTY, {}), leaf: weight})
 
-    def go(called: nn.Module, *_: Any) -> None:
+class _Fetch:
+    """Lets a module, and copies of it that share its hooks, have its weights while it is called."""
+
+    def __init__(self, blocks: Blocks, block: int, names: dict[str, str]) -> None:
+        self._blocks, self._block, self._names = blocks, block, names
+
+    def __deepcopy__(self, _: Any) -> _Fetch:
+        return self  # copies read from the same place
+
+    def come(self, called: nn.Module, _: Any) -> None:
+        for leaf, weight in self._empty(called).items():
+            called._parameters[leaf] = nn.Parameter(self._tensor(leaf), requires_grad=False)
+            setattr(called, _EMPTY, {**getattr(called, _EMPTY, {}), leaf: weight})
+
+    def go(self, called: nn.Module, *_: Any) -> None:
         called._parameters.update(vars(called).pop(_EMPTY, {}))
 
-    module.register_forward_pre_hook(come)
-    module.register_forward_hook(go, always_call=True)
+    def keep(self, module: nn.Module) -> None:
+        """Give `module` its weights for good."""
+        for leaf in self._empty(module):
+            module._parameters[leaf] = nn.Parameter(self._tensor(leaf).clone(), requires_grad=False)
+
+    def _tensor(self, leaf: str) -> Tensor:
+        return self._blocks[self._block][self._names[leaf]]
+
+    def _empty(self, module: nn.Module) -> dict[str, nn.Parameter]:
+        """Its weights that are not there; others were replaced: a student's, a healed one."""
+        found = {leaf: module._parameters[leaf] for leaf in self._names}
+        return {leaf: weight for leaf, weight in found.items() if weight is not None and weight.is_meta}
 
 
 _EMPTY = "_pdtrim_empty"

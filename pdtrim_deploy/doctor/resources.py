@@ -40,9 +40,10 @@ def needs(recipe: Recipe, workers: int = 0) -> Needs | None:
 
     Building holds the model once in float32 where something is measured on it (where nothing but the search does, and
     `pruning.blocks_in_memory` bounds that, so much of it), in each of Ray's `workers` once more while it searches, what
-    is trained four times more (a copy, its gradients, Adam's two means), and one shard of a stage at a time; both
-    stages are written in the recipe's dtype, a converted source (gguf, pypi) once more; an engine is taken to be as
-    large as its stage in float32, built in a process of its own that holds it three times.
+    is trained four times more (a copy, its gradients, Adam's two means), what a least-squares fit sums up, and one
+    shard of a stage at a time; both stages are written in the recipe's dtype, a converted source (gguf, pypi) once
+    more; an engine is taken to be as large as its stage in float32, built in a process of its own that holds it three
+    times.
     """
     path = _config(recipe.model.source)
     if path is None:
@@ -60,7 +61,7 @@ def needs(recipe: Recipe, workers: int = 0) -> Needs | None:
     return Needs(
         build=PROGRAM
         + max(
-            1.1 * _measured_on(recipe, config) * 4 + 4 * _trained(recipe, config) * 4,
+            1.1 * _measured_on(recipe, config) * 4 + 4 * _trained(recipe, config) * 4 + _fitted(recipe, config),
             searching + workers * (PROGRAM + searching),
             min(SHARD, count * item),
         )
@@ -74,10 +75,12 @@ def needs(recipe: Recipe, workers: int = 0) -> Needs | None:
 def _measured_on(recipe: Recipe, config: dict[str, Any]) -> int:
     """Weights in memory at a time while something is measured on them, hidden states of a bounded search included."""
     asked, (blocks, block, ends) = recipe.pruning, _sizes(config)
-    whole = recipe.kv.method not in FIXED_KV or needed(recipe) or recipe.healing.kv_steps > 0
+    healed = needed(recipe) and recipe.healing.asked
+    whole = recipe.kv.method not in FIXED_KV or healed or recipe.healing.kv_steps > 0
     if asked.blocks_in_memory is None or whole:
         return blocks * block + ends if whole or asked.decode_blocks else 0
-    return ends + min(blocks, asked.blocks_in_memory) * block + (asked.memory_mb << 20) // 4
+    taught = 4 if asked.distil else 0  # both parents, and both blocks that a student may begin as
+    return ends + (min(blocks, asked.blocks_in_memory) + taught) * block + (asked.memory_mb << 20) // 4
 
 
 def _trained(recipe: Recipe, config: dict[str, Any]) -> int:
@@ -86,6 +89,17 @@ def _trained(recipe: Recipe, config: dict[str, Any]) -> int:
     decode_steps = healing.decode_steps or healing.kv_steps
     steps = ((healing.prefill_steps, pruning.prefill_blocks), (decode_steps, pruning.decode_blocks))
     return block * max([blocks - gone for wanted, gone in steps if wanted] + [1 if recipe.students.steps else 0])
+
+
+def _fitted(recipe: Recipe, config: dict[str, Any]) -> int:
+    """Bytes of one block's normal equations, where blocks are fitted (`pruning.least_squares.Ridge`).
+
+    In float64, for fitting and for choosing the penalty, and two more squares while it is solved.
+    """
+    if not recipe.pruning.distil and not (needed(recipe) and recipe.healing.compensation == "least-squares"):
+        return 0
+    inner, hidden = config["intermediate_size"], config["hidden_size"]
+    return 8 * (4 * inner * inner + 3 * inner * hidden)
 
 
 def _hidden_files(recipe: Recipe, config: dict[str, Any]) -> int:

@@ -131,7 +131,8 @@ def _make(context: Context) -> tuple[StagePair, dict[str, Any]]:
     from pdtrim_deploy.pruning.pair import StagePair
 
     asked, (_, ids) = context.recipe.healing, _texts(context)
-    pair, report = _with_students(context, StagePair(context.model, _chosen(context)))
+    model = context.model if asked.asked else context.searched_model  # students alone need no whole model
+    pair, report = _with_students(context, StagePair(model, _chosen(context)))
     if asked.kv_only_blocks:
         pair = relax(pair, asked.kv_only_blocks, ids, context.note)
     report["kv_only_blocks"] = [pair.plan.prefill_layers[layer] for layer in pair.plan.kv_only_layers]
@@ -155,7 +156,7 @@ def _with_students(context: Context, pair: StagePair) -> tuple[StagePair, dict[s
     recipe, fingerprint = context.recipe, context.checkpoint.fingerprint
     report: dict[str, Any] = {"students": {}, "compensation": recipe.healing.compensation, "healing": {}}
     students = Students(
-        context.model, _texts(context)[0], recipe.students,
+        pair.model, _texts(context)[0], recipe.students,
         cache=context.cache, fingerprint=fingerprint, work=context.out / WORK, note=context.note,
     )  # fmt: skip
     for stage in STAGES:

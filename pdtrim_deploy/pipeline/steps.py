@@ -44,7 +44,7 @@ def prune(context: Context) -> None:
         model = context.searched_model
         candidates = find(model, ids, asked.threshold, context.note)
         write_json(context.out / CANDIDATES, asdict(candidates))
-        pairs, students, about = _pairs(context, ids, candidates) if asked.distil else ((), None, None)
+        pairs, students, about = _pairs(context, model, ids, candidates) if asked.distil else ((), None, None)
         with _elsewhere(context) as elsewhere:
             found = choose_stages(
                 model,
@@ -101,13 +101,13 @@ def _judge(context: Context, students: Any) -> Judge:
     return Refitted(context.model, context.shape, ids, asked.compensation, students, context.note)
 
 
-def _pairs(context: Context, ids: Any, found: Candidates) -> tuple[tuple[int, ...], Any, Any]:
+def _pairs(context: Context, model: Any, ids: Any, found: Candidates) -> tuple[tuple[int, ...], Any, Any]:
     """The distillation set, its training-free students (those chosen are trained later), and what they depend on."""
     from pdtrim_deploy.pruning.students import Students
 
     asked = context.recipe.students.model_copy(update={"steps": 0, "minutes": None})
     students = Students(
-        context.model,
+        model,
         ids,
         asked,
         cache=context.cache,

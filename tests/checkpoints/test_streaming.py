@@ -5,15 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 
+from pdtrim_deploy.blockwise import Blockwise
+from pdtrim_deploy.cache import Cache
 from pdtrim_deploy.checkpoints import FAMILIES, resolve
 from pdtrim_deploy.checkpoints.loading import load_model
-from pdtrim_deploy.checkpoints.streaming import stream_model
+from pdtrim_deploy.checkpoints.streaming import stream_model, whole_block
 from pdtrim_deploy.checkpoints.surgery import keep_blocks
 from pdtrim_deploy.pruning.candidates import find
 from pdtrim_deploy.pruning.evaluator import InProcess
 from pdtrim_deploy.pruning.objective import NextTokenLoss
 from pdtrim_deploy.pruning.solution import Solution
 from pdtrim_deploy.pruning.stages import choose_stages
+from pdtrim_deploy.pruning.students import Students
+from pdtrim_deploy.recipe_healing import StudentsSection
 
 
 @pytest.fixture(params=FAMILIES)
@@ -42,6 +46,27 @@ def test_it_computes_what_the_whole_model_does_and_holds_no_more(checkpoint):
     left = (0, 2, 5)
     assert torch.equal(keep_blocks(model, left)(ids).logits, keep_blocks(whole, left)(ids).logits)
     assert len(blocks.alive) == 2
+
+
+def test_a_students_parents_are_read_and_it_is_the_same(checkpoint, tmp_path):
+    whole, ids = load_model(checkpoint.path), text(6, 40)
+    model, blocks = stream_model(checkpoint, 1)
+    asked = StudentsSection(steps=3, batch=2)
+    known = Students(whole, ids, asked).tensors((2, 3))
+    students = Students(model, ids, asked, cache=Cache(tmp_path))
+    found, student = students.tensors((2, 3)), students.layer((2, 3))
+    assert found.keys() == known.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in known.items())
+    assert held(model) == set()  # neither teaching nor the student gave the model weights
+    assert len(blocks.alive) == 1
+    x = torch.randn(2, 7, 64)
+    runner, dense = Blockwise(model), Blockwise(whole)
+    with torch.no_grad():
+        block = whole_block(model, 4)
+        assert torch.equal(runner.block(4, x, runner.span(x), student=block), dense.block(4, x, dense.span(x)))
+        assert not torch.equal(runner.block(2, x, runner.span(x), student=student), dense.block(2, x, dense.span(x)))
+        block.mlp.down_proj.weight.zero_()  # its own: the model's stays
+        assert torch.equal(runner.block(4, x, runner.span(x)), dense.block(4, x, dense.span(x)))
 
 
 def test_a_search_finds_the_same_and_reads_each_block_once_for_all_candidates(checkpoint, tmp_path):

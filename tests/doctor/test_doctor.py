@@ -118,7 +118,7 @@ def test_a_search_bounded_in_memory_needs_no_more(tmp_path: Path) -> None:
     def build_gb(pruning: str, more: str = "") -> float:
         (tmp_path / "r.yaml").write_text(
             "name: r\nmodel: {source: 'hf:meta-llama/Llama-3.1-8B', dtype: bfloat16}\n"
-            f"pruning: {{method: greedy, decode_blocks: 4, memory_mb: 512{pruning}}}\n{more}"
+            f"pruning: {{decode_blocks: 4, memory_mb: 512{pruning}}}\n{more}"
         )
         wanted = resources.needs(Recipe.load(tmp_path / "r.yaml"))
         assert wanted is not None
@@ -128,6 +128,9 @@ def test_a_search_bounded_in_memory_needs_no_more(tmp_path: Path) -> None:
     block, ends = 0.218, 2 * 128256 * 4096 / 1e9
     assert build_gb("") == pytest.approx(whole, rel=0.01)
     assert build_gb(", blocks_in_memory: 2") == pytest.approx(1.1 * (4 * (ends + 2 * block) + 0.537), rel=0.01)
+    fitted = 8 * (4 * 14336**2 + 3 * 14336 * 4096) / 1e9
+    students = ", blocks_in_memory: 2, method: anneal, distil: true"
+    assert build_gb(students) == pytest.approx(1.1 * (4 * (ends + 6 * block) + 0.537) + fitted, rel=0.01)
     for more in ("healing: {compensation: norm}\n", "kv: {method: budget, reduction: 4.95}\n"):
         assert build_gb(", blocks_in_memory: 2", more) == pytest.approx(whole, rel=0.01)
 

@@ -115,6 +115,26 @@ def test_blocks_from_the_checkpoint_give_the_same_bundle(
 
 
 @pytest.mark.parametrize("architecture", FAMILIES)
+def test_students_of_blocks_from_the_checkpoint_are_the_same(
+    architecture: str, tmp_path: Path, tiny_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Searched, trained and written without the whole model, which nothing may load."""
+    made = {}
+    for name, more in (("whole", {}), ("bounded", {"blocks_in_memory": 1, "memory_mb": 1, "disk_mb": 1})):
+        asked = recipe(tmp_path, tiny_dir(architecture), distil=True, threshold=-0.9, **more)
+        asked = asked.changed("test", "students", steps=4).changed("test", "kv", method="all", n_first=2, n_last=4)
+        if more:
+            monkeypatch.setattr("pdtrim_deploy.checkpoints.loading.load_model", None)
+        found = build(asked, tmp_path / name, Cache(tmp_path / f"{name}-cache"))
+        reports = tmp_path / name / "reports"
+        lessons = json.loads((reports / "healing.json").read_text())["students"]
+        weights = [(tmp_path / name / stage / "model.safetensors").read_bytes() for stage in ("prefill", "decode")]
+        made[name] = (found.plan, rows(tmp_path / name, "decode"), lessons, weights)
+        assert list((tmp_path / f"{name}-cache").rglob("student.safetensors"))
+    assert made["bounded"] == made["whole"]
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
 def test_a_whole_search_writes_checkpoints_that_plain_transformers_loads(
     architecture: str, tmp_path: Path, tiny_dir: Callable[[str], Path], cache: Cache
 ) -> None:
@@ -137,7 +157,6 @@ def test_a_whole_search_writes_checkpoints_that_plain_transformers_loads(
     [
         ({"decode_blocks": 6}, "pruning.decode_blocks is 6; allowed: at most 5, the model has 6 blocks"),
         ({"method": "greedy", "distil": True}, "distil is true but method is greedy"),
-        ({"distil": True, "blocks_in_memory": 2}, "distil is true but blocks_in_memory is 2"),
         ({"threshold": 1.5}, "pruning.threshold is 1.5"),
         ({"minutes": 0}, "pruning.minutes is 0"),
         (

@@ -6,7 +6,6 @@ projections (with their biases) and K norm. So the prompt KV that prefill's bloc
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pdtrim_deploy.blockwise import Blockwise, CausalLM
+from pdtrim_deploy.checkpoints.streaming import whole_block
 from pdtrim_deploy.checkpoints.surgery import keep_blocks
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.pruning.least_squares import Refit, set_down
@@ -51,12 +51,12 @@ def trainable(layer: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in layer.named_parameters() if not name.startswith(FROZEN)}
 
 
-def starts(first: nn.Module, second: nn.Module) -> dict[str, nn.Module]:
+def starts(model: CausalLM, block: int) -> dict[str, nn.Module]:
     """Blocks to begin as: the first parent, or its attention before the second's MLP."""
-    crossed = copy.deepcopy(first)
+    first, crossed, second = (whole_block(model, one) for one in (block, block, block + 1))
     for name in ("mlp", "post_attention_layernorm"):
-        setattr(crossed, name, copy.deepcopy(getattr(second, name)))
-    return {"first": copy.deepcopy(first), "second-mlp": crossed}
+        setattr(crossed, name, getattr(second, name))
+    return {"first": first, "second-mlp": crossed}
 
 
 def teach(
@@ -79,7 +79,7 @@ def teach(
     fit, check = slice(0, max(1, len(inputs) - checked)), slice(len(inputs) - checked, len(inputs))
     best: tuple[float, str, Any] | None = None
     drop = math.nan
-    for name, layer in starts(model.model.layers[block], model.model.layers[block + 1]).items():
+    for name, layer in starts(model, block).items():
         runner = _alone(model, block, layer)
         refit = Refit(runner, 0)
         for part, isolated in ((fit, False), (check, True)):

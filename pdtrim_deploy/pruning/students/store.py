@@ -31,9 +31,9 @@ class Students:
     """Makes and keeps the student of every pair that is asked for.
 
     Args:
-        model: the dense model, float32. It is run once over `ids`, when the first student is made.
+        model: the dense model, float32, whole or streamed. It is run once over `ids`, when the first student is made.
         ids: calibration text, int64 `[S, T]`.
-        cache: where students are kept beyond this process; None keeps them in memory alone.
+        cache: where students are kept beyond this process, and mapped from; None keeps them in memory alone.
         fingerprint: names the model in the cache.
         work: folder for hidden states while this object lives; by default the system's temporary one.
 
