@@ -82,6 +82,11 @@ class HealingSection(_Section):
         return self
 
     @property
+    def trains(self) -> bool:
+        """Whether gradients are taken, or K and V fitted, before KV is chosen: with the whole model in memory."""
+        return bool(self.kv_only_blocks or self.prefill_steps or self.decode_steps)
+
+    @property
     def asked(self) -> bool:
         """Whether anything is to be done before KV is chosen."""
-        return self.compensation != "none" or bool(self.kv_only_blocks or self.prefill_steps or self.decode_steps)
+        return self.compensation != "none" or self.trains

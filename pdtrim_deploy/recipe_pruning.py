@@ -63,11 +63,6 @@ class PruningSection(BaseModel):
             )
         if self.distil and self.method != "anneal":
             raise ValueError(f"distil is true but method is {self.method}; allowed: distil with method anneal")
-        if self.finalists and self.blocks_in_memory is not None:
-            raise ValueError(
-                f"finalists is {self.finalists} but blocks_in_memory is {self.blocks_in_memory}; allowed: finalists "
-                f"with all blocks in memory, since what is left of them is refitted"
-            )
         for name, field in type(self).model_fields.items():
             if name not in (*_ANY, *_TAKES[self.method]) and getattr(self, name) != field.default:
                 known = ", ".join((*_ANY[1:], *_TAKES[self.method]))

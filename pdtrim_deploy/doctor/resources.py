@@ -75,7 +75,7 @@ def needs(recipe: Recipe, workers: int = 0) -> Needs | None:
 def _measured_on(recipe: Recipe, config: dict[str, Any]) -> int:
     """Weights in memory at a time while something is measured on them, hidden states of a bounded search included."""
     asked, (blocks, block, ends) = recipe.pruning, _sizes(config)
-    healed = needed(recipe) and recipe.healing.asked
+    healed = needed(recipe) and recipe.healing.trains
     whole = recipe.kv.method not in FIXED_KV or healed or recipe.healing.kv_steps > 0
     if asked.blocks_in_memory is None or whole:
         return blocks * block + ends if whole or asked.decode_blocks else 0

@@ -131,7 +131,7 @@ def _make(context: Context) -> tuple[StagePair, dict[str, Any]]:
     from pdtrim_deploy.pruning.pair import StagePair
 
     asked, (_, ids) = context.recipe.healing, _texts(context)
-    model = context.model if asked.asked else context.searched_model  # students alone need no whole model
+    model = context.model if asked.trains else context.searched_model
     pair, report = _with_students(context, StagePair(model, _chosen(context)))
     if asked.kv_only_blocks:
         pair = relax(pair, asked.kv_only_blocks, ids, context.note)

@@ -60,7 +60,7 @@ def prune(context: Context) -> None:
                 folder=context.out / REPORTS,
                 about=[context.checkpoint.fingerprint, about],
                 elsewhere=elsewhere,
-                judge=_judge(context, students) if asked.finalists else None,
+                judge=_judge(context, model, students) if asked.finalists else None,
                 finalists=asked.finalists,
                 progress=context.note,
             )
@@ -92,13 +92,13 @@ def _stage_report(found: SearchResult, finalists: Sequence[Finalist] | None) -> 
     return report
 
 
-def _judge(context: Context, students: Any) -> Judge:
+def _judge(context: Context, model: Any, students: Any) -> Judge:
     """Has the last word on a search's finalists: on the text that weights are fitted to, as they will be."""
     from pdtrim_deploy.pruning.refitted import Refitted
 
     asked = context.recipe.healing
     ids = context.calibration(asked.sequences, asked.length)
-    return Refitted(context.model, context.shape, ids, asked.compensation, students, context.note)
+    return Refitted(model, context.shape, ids, asked.compensation, students, context.note)
 
 
 def _pairs(context: Context, model: Any, ids: Any, found: Candidates) -> tuple[tuple[int, ...], Any, Any]:

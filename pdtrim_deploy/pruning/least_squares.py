@@ -66,6 +66,8 @@ class Refit:
     Tokens weigh 1 / |target|^2: an attention sink's state is a hundred times longer than the others'.
     """
 
+    _weight: Tensor
+
     def __init__(self, runner: Blockwise, layer: int) -> None:
         self.runner, self.layer = runner, layer
         self.down = runner.layers[layer].mlp.down_proj
@@ -75,7 +77,12 @@ class Refit:
     def add(self, hidden: Tensor, span: Span, target: Tensor, check: bool, kv: LayerKV | None = None) -> None:
         """One batch: the layer's input and what should come out, both `[batch, tokens, hidden]`."""
         seen: list[Tensor] = []
-        hook = self.down.register_forward_hook(lambda _module, given, _out: seen.append(given[0]))
+
+        def look(down: Any, given: tuple[Tensor]) -> None:
+            seen.append(given[0])
+            self._weight = down.weight.detach()  # a streamed model has it only now
+
+        hook = self.down.register_forward_pre_hook(look)
         try:
             out = self.runner.block(self.layer, hidden, span, kv)
         finally:
@@ -85,7 +92,7 @@ class Refit:
 
     def solve(self) -> tuple[Tensor, float, float]:
         """As `Ridge.solve`."""
-        return self.ridge.solve(self.down.weight.detach())
+        return self.ridge.solve(self._weight)
 
 
 def set_down(layer: Any, weight: Tensor) -> None:

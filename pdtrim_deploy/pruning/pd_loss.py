@@ -27,6 +27,11 @@ class PDWalk:
         self._rest, self._behind = self._decode.embed(ids[:, prompt:-1], prompt)
         self._layer, self._reads = 0, 0
 
+    @property
+    def going(self) -> bool:
+        """Whether there are layers left."""
+        return self._layer < len(self._prefill.layers)
+
     def fork(self) -> PDWalk:
         """The same, to go on by itself."""
         return copy(self)
@@ -43,7 +48,7 @@ class PDWalk:
 
     def nll(self) -> float:
         """Go to the end: summed NLL of what follows the prompt, the first token by prefill's logits."""
-        while self._layer < len(self._prefill.layers):
+        while self.going:
             self.advance()
         start = self._at.stop
         first = pick(self._prefill.logits(self._prompt[:, -1]), self._ids[:, start])
@@ -53,18 +58,24 @@ class PDWalk:
 
 @torch.no_grad()
 def pd_loss(pair: StagePair, ids: Tensor) -> float:
-    """Mean NLL of tokens T/2 .. T-1 of `ids`, int64 `[S, T]`, as a PD pair gives them behind whole KV."""
-    total = sum(PDWalk(pair, part).nll() for part in ids.split(_BATCH))
+    """Mean NLL of tokens T/2 .. T-1 of `ids`, int64 `[S, T]`, as a PD pair gives them behind whole KV.
+
+    All go through a block before any goes through the next: a streamed model reads each once.
+    """
+    walks = [PDWalk(pair, part) for part in ids.split(_BATCH)]
+    while walks[0].going:
+        for walk in walks:
+            walk.advance()
+    total = sum(walk.nll() for walk in walks)
     return total / (len(ids) * (ids.shape[1] - ids.shape[1] // 2))
 
 
 @torch.no_grad()
 def prefill_loss(pair: StagePair, ids: Tensor) -> float:
     """Mean NLL of tokens 1 .. T-1 of `ids`, int64 `[S, T]`, by the prefill stage alone."""
-    runner, total = Blockwise(pair.stage("prefill")), 0.0
-    for part in ids.split(_BATCH):
-        hidden, span = runner.embed(part[:, :-1])
-        for layer in range(len(runner.layers)):
-            hidden = runner.block(layer, hidden, span)
-        total -= float(runner.logprobs(hidden, part[:, 1:]).double().sum())
-    return total / ids[:, 1:].numel()
+    runner, parts = Blockwise(pair.stage("prefill")), ids.split(_BATCH)
+    states = [runner.embed(part[:, :-1]) for part in parts]
+    for layer in range(len(runner.layers)):
+        states = [(runner.block(layer, hidden, span), span) for hidden, span in states]
+    said = (runner.logprobs(hidden, part[:, 1:]) for (hidden, _), part in zip(states, parts, strict=True))
+    return -sum(float(logprobs.double().sum()) for logprobs in said) / ids[:, 1:].numel()

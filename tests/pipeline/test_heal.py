@@ -284,10 +284,6 @@ def test_bad_sections_are_one_sentence(recipe_of: Callable[..., Recipe], section
             "healing.sequences is 1 but pruning.finalists is 3; allowed with it: at least 2",
         ),
         (
-            {"pruning": {"method": "greedy", "decode_blocks": 2, "finalists": 3, "blocks_in_memory": 1}},
-            "finalists is 3 but blocks_in_memory is 1",
-        ),
-        (
             {"pruning": {"method": "sleb", "decode_blocks": 2, "finalists": 3}},
             "method is sleb, which takes no finalists",
         ),

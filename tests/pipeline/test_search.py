@@ -114,22 +114,31 @@ def test_blocks_from_the_checkpoint_give_the_same_bundle(
     assert "leave disk_mb out" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("compensation", ["none", "norm", "least-squares"])
 @pytest.mark.parametrize("architecture", FAMILIES)
-def test_students_of_blocks_from_the_checkpoint_are_the_same(
-    architecture: str, tmp_path: Path, tiny_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+def test_all_without_gradients_is_the_same_on_blocks_from_the_checkpoint(
+    architecture: str,
+    compensation: str,
+    tmp_path: Path,
+    tiny_dir: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Searched, trained and written without the whole model, which nothing may load."""
+    """Students, finalists and compensation without the whole model, which nothing may load."""
     made = {}
     for name, more in (("whole", {}), ("bounded", {"blocks_in_memory": 1, "memory_mb": 1, "disk_mb": 1})):
         asked = recipe(tmp_path, tiny_dir(architecture), distil=True, threshold=-0.9, **more)
         asked = asked.changed("test", "students", steps=4).changed("test", "kv", method="all", n_first=2, n_last=4)
+        if compensation != "none":
+            asked = asked.changed("test", "healing", compensation=compensation).changed("test", "pruning", finalists=3)
         if more:
             monkeypatch.setattr("pdtrim_deploy.checkpoints.loading.load_model", None)
         found = build(asked, tmp_path / name, Cache(tmp_path / f"{name}-cache"))
         reports = tmp_path / name / "reports"
         lessons = json.loads((reports / "healing.json").read_text())["students"]
+        judged = json.loads((reports / "pruning.json").read_text())["decode"].get("finalists")
+        assert bool(judged) == (compensation != "none")
         weights = [(tmp_path / name / stage / "model.safetensors").read_bytes() for stage in ("prefill", "decode")]
-        made[name] = (found.plan, rows(tmp_path / name, "decode"), lessons, weights)
+        made[name] = (found.plan, rows(tmp_path / name, "decode"), lessons, judged, weights)
         assert list((tmp_path / f"{name}-cache").rglob("student.safetensors"))
     assert made["bounded"] == made["whole"]
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pdtrim_deploy.blockwise import Blockwise
+from pdtrim_deploy.checkpoints.streaming import whole_block
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.plan import Stage
 from pdtrim_deploy.pruning.compensation.base import Progress
@@ -38,12 +39,11 @@ class Norm:
         for block, (stop, after) in zip(layers, spans, strict=True):
             factors[block] = missing
             missing *= float(norms[after] / norms[stop])
-        model = pair.stage(stage)
-        changed = {
-            block: {name: layer.get_parameter(name).detach() / factors[block] for name in _ADDS}
-            for block, layer in zip(layers, model.model.layers, strict=True)
-            if factors[block] != 1.0
-        }
+        model, changed = pair.stage(stage), dict[int, dict[str, Tensor]]()
+        for layer, block in enumerate(layers):
+            if factors[block] != 1.0:
+                whole = whole_block(model, layer)
+                changed[block] = {name: whole.get_parameter(name).detach() / factors[block] for name in _ADDS}
         return pair.with_changes(stage, changed)
 
 
@@ -52,11 +52,10 @@ def _mean_norms(pair: StagePair, ids: Tensor, progress: Progress) -> Tensor:
     """float64 `[blocks + 1]`: mean norm of each `x_i` of the dense model."""
     runner, blocks = Blockwise(pair.model), pair.plan.model.num_blocks
     total = torch.zeros(blocks + 1, dtype=torch.float64)
-    for done, part in enumerate(ids.split(4)):
-        hidden, span = runner.embed(part)
-        for block in range(blocks + 1):
-            total[block] += hidden[:, 1:].double().norm(dim=-1).sum()
-            if block < blocks:
-                hidden = runner.block(block, hidden, span)
-        progress(f"norms: {min(4 * (done + 1), len(ids))}/{len(ids)} sequences")
+    states = [runner.embed(part) for part in ids.split(4)]
+    for block in range(blocks + 1):
+        total[block] = sum(hidden[:, 1:].double().norm(dim=-1).sum() for hidden, _ in states)
+        if block < blocks:
+            states = [(runner.block(block, hidden, span), span) for hidden, span in states]
+            progress(f"norms: {block + 1}/{blocks} blocks")
     return total / (ids.shape[0] * (ids.shape[1] - 1))
