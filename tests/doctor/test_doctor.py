@@ -131,7 +131,11 @@ def test_a_search_bounded_in_memory_needs_no_more(tmp_path: Path) -> None:
     fitted = 8 * (4 * 14336**2 + 3 * 14336 * 4096) / 1e9
     students = ", blocks_in_memory: 2, method: anneal, distil: true"
     assert build_gb(students) == pytest.approx(1.1 * (4 * (ends + 6 * block) + 0.537) + fitted, rel=0.01)
-    for more in ("healing: {compensation: norm}\n", "kv: {method: budget, reduction: 4.95}\n"):
+    bounded = build_gb(", blocks_in_memory: 2")
+    assert build_gb(", blocks_in_memory: 2", "healing: {compensation: norm}\n") == bounded
+    refitted = build_gb(", blocks_in_memory: 2", "healing: {compensation: least-squares}\n")
+    assert refitted == pytest.approx(bounded + fitted)
+    for more in ("healing: {kv_only_blocks: 1}\n", "kv: {method: budget, reduction: 4.95}\n"):
         assert build_gb(", blocks_in_memory: 2", more) == pytest.approx(whole, rel=0.01)
 
 
