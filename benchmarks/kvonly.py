@@ -34,10 +34,10 @@ OWN = ("self_attn.k_proj.weight", "self_attn.v_proj.weight")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--blocks", type=int, nargs="+", default=[2, 4, 6, 8])
-    parser.add_argument("--calibration", type=int, default=32, help="sequences that choose and fit")
+    parser.add_argument("--blocks", type=int, nargs="+", default=[2, 4, 8])
+    parser.add_argument("--calibration", type=int, default=16, help="sequences that choose and fit")
     parser.add_argument("--length", type=int, default=256, help="tokens of each")
-    parser.add_argument("--sequences", type=int, default=24, help="judged, of each corpus")
+    parser.add_argument("--sequences", type=int, default=16, help="judged, of each corpus")
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--continuation", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)

@@ -94,9 +94,16 @@ def steptime(data: dict[str, Any]) -> str:
 
 
 def kvonly(data: dict[str, Any]) -> str:
-    """Prefill blocks run for K and V alone, beside blocks dropped in both stages."""
-    rows = [(r["blocks"] or "", r["what"], f"{r['brown_ppl']:.1f}", f"{r['austen_ppl']:.1f}") for r in data["rows"]]
-    head = ("blocks", "prefill runs them for", "Brown", "Austen")
+    """Prefill blocks run for K and V alone, beside the same blocks dropped in both stages."""
+    found = dict[int, dict[str, dict[str, Any]]]()
+    for row in data["rows"]:
+        found.setdefault(row["blocks"], {})[row["what"]] = row
+    (dense,) = found.pop(0).values()
+    names = list(next(iter(found.values())))
+    rows = [(n, *(_both([by_name[name]]) for name in names)) for n, by_name in found.items()]
     asked = data["options"]
-    said = f"PD perplexity of {asked['sequences']} x {asked['continuation']} tokens after {asked['prompt']} of prompt"
-    return table(head, rows) + where(data["environment"], said, f"seed {asked['seed']}")
+    said = (
+        f"PD perplexity of {asked['sequences']} x {asked['continuation']} tokens of Brown / Austen after "
+        f"{asked['prompt']} of prompt, dense {_both([dense])}"
+    )
+    return table(("prefill blocks of 30", *names), rows) + where(data["environment"], said, f"seed {asked['seed']}")
