@@ -16,6 +16,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "pruning": pruning.pruning,
     "steptime": pruning.steptime,
     "kvonly": pruning.kvonly,
+    "prefilltime": pruning.prefilltime,
     "served": serving.served,
     "engines": serving.engines,
     "compare": serving.compare,

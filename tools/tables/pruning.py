@@ -107,3 +107,13 @@ def kvonly(data: dict[str, Any]) -> str:
         f"{asked['prompt']} of prompt, dense {_both([dense])}"
     )
     return table(("prefill blocks of 30", *names), rows) + where(data["environment"], said, f"seed {asked['seed']}")
+
+
+def prefilltime(data: dict[str, Any]) -> str:
+    """How prefill's time follows the blocks run for K and V alone."""
+    keys = ("median", "low", "high")
+    rows = [(r["alone"], *(ratio(r[name], *keys) for name in ("faster", "of_blocks"))) for r in data["rows"]]
+    head = ("blocks of 30 for K and V alone", "prefill faster by", "of 30 / (30 - n)")
+    asked = data["options"]
+    said = f"engine onnxruntime, {asked['prompt']} tokens; median (5% - 95%) of {asked['rounds']} interleaved rounds"
+    return table(head, rows) + where(data["environment"], said)
