@@ -94,12 +94,15 @@ def _trained(recipe: Recipe, config: dict[str, Any]) -> int:
 def _fitted(recipe: Recipe, config: dict[str, Any]) -> int:
     """Bytes of one block's normal equations, where blocks are fitted (`pruning.least_squares.Ridge`).
 
-    In float64, for fitting and for choosing the penalty, and two more squares while it is solved.
+    In float64, for fitting and for choosing the penalty, and two more squares while it is solved. Beside them the maps
+    that compensation gives, at most one a block, of each of the finalists that are compensated side by side.
     """
     if not recipe.pruning.distil and not (needed(recipe) and recipe.healing.compensation == "least-squares"):
         return 0
-    inner, hidden = config["intermediate_size"], config["hidden_size"]
-    return 8 * (4 * inner * inner + 3 * inner * hidden)
+    inner, hidden, pruning = config["intermediate_size"], config["hidden_size"], recipe.pruning
+    refitted = config["num_hidden_layers"] if recipe.healing.compensation == "least-squares" else 0
+    held = max(1, pruning.finalists) if pruning.blocks_in_memory is None else 1
+    return 8 * (4 * inner * inner + 3 * inner * hidden) + 4 * held * refitted * inner * hidden
 
 
 def _hidden_files(recipe: Recipe, config: dict[str, Any]) -> int:

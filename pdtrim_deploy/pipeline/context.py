@@ -54,13 +54,20 @@ class Context:
         return load_model(self.checkpoint.path, "float32")
 
     @property
+    def bounded(self) -> bool:
+        """Whether the recipe has fewer blocks in memory than there are."""
+        asked = self.recipe.pruning.blocks_in_memory
+        return asked is not None and asked < self.shape.num_blocks
+
+    @property
     def searched_model(self) -> Any:
         """The same, or, when the recipe bounds the blocks in memory, one whose weights come from the checkpoint."""
-        asked = self.recipe.pruning.blocks_in_memory
-        if asked is None or asked >= self.shape.num_blocks:
+        if not self.bounded:
             return self.model
         from pdtrim_deploy.checkpoints.streaming import stream_model
 
+        asked = self.recipe.pruning.blocks_in_memory
+        assert asked is not None
         self.note(f"reading blocks from the checkpoint, {asked} in memory at a time")
         return stream_model(self.checkpoint, asked, "float32")[0]
 

@@ -98,7 +98,8 @@ def _judge(context: Context, model: Any, students: Any) -> Judge:
 
     asked = context.recipe.healing
     ids = context.calibration(asked.sequences, asked.length)
-    return Refitted(model, context.shape, ids, asked.compensation, students, context.note)
+    together = 1 if context.bounded else None
+    return Refitted(model, context.shape, ids, asked.compensation, students, context.note, together)
 
 
 def _pairs(context: Context, model: Any, ids: Any, found: Candidates) -> tuple[tuple[int, ...], Any, Any]:

@@ -76,7 +76,13 @@ def search_cost(
         flops += count * (length - tokens) * 2 * prompt * block_size
     if healing is not None and pruning.finalists:
         judging = judged_forwards(
-            blocks, pruning.prefill_blocks, pruning.decode_blocks, healing.sequences, *[pruning.finalists] * 2
+            blocks,
+            pruning.prefill_blocks,
+            pruning.decode_blocks,
+            healing.sequences,
+            pruning.finalists,
+            pruning.finalists,
+            together=(pruning.blocks_in_memory or blocks) >= blocks,
         )
         windows = _windows(blocks, pruning.prefill_blocks, pruning.decode_blocks, count)
         most, likely = most + judging + windows, likely + judging + windows
@@ -98,17 +104,27 @@ def search_cost(
 
 
 def judged_forwards(
-    blocks: int, prefill_lost: int, decode_lost: int, sequences: int, prefill_judged: int, decode_judged: int
+    blocks: int,
+    prefill_lost: int,
+    decode_lost: int,
+    sequences: int,
+    prefill_judged: int,
+    decode_judged: int,
+    together: bool = True,
 ) -> int:
     """Block-forwards of compensating and judging so many finalists of each stage (`refitted`), at most.
 
-    Each sequence is fitted on once: dense, prefill and, where a layer is refitted, twice the stage; and judged on once,
-    by prefill and decode. Prefill is compensated once for all of decode's.
+    Each sequence is fitted on once and judged on once. Fitting runs, where a layer is refitted, twice the stage; around
+    it the dense model and, for decode, prefill, once for all finalists or, if they are not compensated `together`, for
+    each. Judging runs both stages. Prefill is compensated once for all of decode's.
     """
-    prefill, decode = blocks - prefill_lost, blocks - decode_lost
-    first = prefill_judged * bool(prefill_lost) * (blocks + 3 * prefill)
-    second = decode_judged * bool(decode_lost - prefill_lost) * (blocks + 2 * prefill + 3 * decode)
-    return sequences * (first + second + (blocks + 2 * prefill) * bool(second))
+    prefill, decode, total = blocks - prefill_lost, blocks - decode_lost, 0
+    if prefill_lost and prefill_judged:
+        total += blocks * (1 if together else prefill_judged) + prefill_judged * 3 * prefill
+    if decode_lost > prefill_lost and decode_judged:
+        around = (blocks + prefill) * (1 if together else decode_judged)
+        total += blocks + 2 * prefill + around + decode_judged * (prefill + 3 * decode)
+    return sequences * total
 
 
 def _windows(blocks: int, prefill_lost: int, decode_lost: int, sequences: int) -> int:

@@ -30,6 +30,8 @@ class Refitted:
         model, shape: the dense model, float32.
         ids: text, int64 `[S >= 2, T]`; decode is judged behind prompts of T / 2.
         students: what stands for distilled pairs; None where there are none.
+        together: solutions compensated side by side, which runs what is around them once for all, and holds what each
+            changes; None: all.
 
     """
 
@@ -39,25 +41,31 @@ class Refitted:
     method: str
     students: StudentTensors | None = None
     note: Callable[[str], None] = lambda _: None
+    together: int | None = None
 
     def __call__(self, stage: Stage, prefill: Solution, solutions: Sequence[Solution]) -> list[float]:
         """Mean loss of each, nats a token: of all tokens for prefill, of those behind the prompt for decode."""
         halves = self.ids[0::2], self.ids[1::2]
         sums = [0.0] * len(solutions)
         for fitted, checked in (halves, halves[::-1]):
-            before = {} if stage == "prefill" else self._mended(self._pair(prefill, prefill), "prefill", fitted).changed
-            for at, solution in enumerate(solutions):
-                pair = self._pair(solution if stage == "prefill" else prefill, solution)
-                pair = pair.with_changes("prefill", before.get("prefill", {}))
-                loss = prefill_loss if stage == "prefill" else pd_loss
-                sums[at] += loss(self._mended(pair, stage, fitted), checked) * len(checked)
-                self.note(f"{stage}: {solution} compensated on {len(fitted)} sequences")
+            before: Mapping[int, Mapping[str, Tensor]] = {}
+            if stage == "decode":
+                before = self._mended([self._pair(prefill, prefill)], "prefill", fitted)[0].changed.get("prefill", {})
+            loss, step = prefill_loss if stage == "prefill" else pd_loss, self.together or len(solutions)
+            for first in range(0, len(solutions), step):
+                some = solutions[first : first + step]
+                pairs = [self._pair(one if stage == "prefill" else prefill, one) for one in some]
+                pairs = self._mended([pair.with_changes("prefill", before) for pair in pairs], stage, fitted)
+                self.note(f"{stage}: {len(pairs)} solutions compensated on {len(fitted)} sequences")
+                for at, pair in enumerate(pairs, first):
+                    sums[at] += loss(pair, checked) * len(checked)
         return [total / len(self.ids) for total in sums]
 
-    def _mended(self, pair: StagePair, stage: Stage, ids: Tensor) -> StagePair:
-        if len(pair.plan.layers(stage)) == self.shape.num_blocks:
-            return pair
-        return get_compensation(self.method).compensate(pair, stage, ids, lambda _: None)
+    def _mended(self, pairs: list[StagePair], stage: Stage, ids: Tensor) -> list[StagePair]:
+        """All lose as many blocks."""
+        if len(pairs[0].plan.layers(stage)) == self.shape.num_blocks:
+            return pairs
+        return get_compensation(self.method).compensate_all(pairs, stage, ids, lambda _: None)
 
     def _pair(self, prefill: Solution, decode: Solution) -> StagePair:
         """Both stages, with students and no more."""

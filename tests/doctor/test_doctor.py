@@ -134,7 +134,10 @@ def test_a_search_bounded_in_memory_needs_no_more(tmp_path: Path) -> None:
     bounded = build_gb(", blocks_in_memory: 2")
     assert build_gb(", blocks_in_memory: 2", "healing: {compensation: norm}\n") == bounded
     refitted = build_gb(", blocks_in_memory: 2", "healing: {compensation: least-squares}\n")
-    assert refitted == pytest.approx(bounded + fitted)
+    maps = 4 * 32 * 14336 * 4096 / 1e9
+    assert refitted == pytest.approx(bounded + fitted + maps)
+    judged = build_gb(", finalists: 3, method: anneal", "healing: {compensation: least-squares}\n")
+    assert judged == pytest.approx(whole + fitted + 3 * maps, rel=0.01)
     for more in ("healing: {kv_only_blocks: 1}\n", "kv: {method: budget, reduction: 4.95}\n"):
         assert build_gb(", blocks_in_memory: 2", more) == pytest.approx(whole, rel=0.01)
 

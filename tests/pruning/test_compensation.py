@@ -43,6 +43,27 @@ def test_least_squares_comes_nearer_on_new_text(stage):
     assert kl(after, stage, text(8, 24, seed=7)) < 0.9 * kl(pair, stage, text(8, 24, seed=7))
 
 
+@pytest.mark.parametrize("method", COMPENSATIONS)
+@pytest.mark.parametrize("stage", ["prefill", "decode"])
+def test_side_by_side_is_one_after_the_other_with_less_work(stage, method, monkeypatch):
+    """Of decode three pairs behind one prefill: the very same weights, and what is around them run once."""
+    model, ids, ran = tiny("Qwen3"), text(12, 24), []
+    gone = ((2,), (2, 3), (1, 2)) if stage == "decode" else ((2,), (3,), (0,))
+    plans = [make_plan((2,), lost) if stage == "decode" else make_plan(lost, lost) for lost in gone]
+    pairs, mend = [StagePair(model, plan) for plan in plans], get_compensation(method)
+    block = Blockwise.block
+    monkeypatch.setattr(Blockwise, "block", lambda self, *given: (ran.append(self.model), block(self, *given))[1])
+    alone = [mend.compensate(pair, stage, ids, QUIET) for pair in pairs]
+    apart, _ = len(ran), ran.clear()
+    together = mend.compensate_all(pairs, stage, ids, QUIET)
+    around = BLOCKS if stage == "prefill" or method == "norm" else BLOCKS + BLOCKS - 1
+    assert apart - len(ran) == 2 * 3 * around  # once instead of three times, three batches
+    for one, other in zip(alone, together, strict=True):
+        assert one.changed[stage].keys() == other.changed[stage].keys()
+        for number, tensors in one.changed[stage].items():
+            assert all(torch.equal(tensor, other.changed[stage][number][name]) for name, tensor in tensors.items())
+
+
 def test_decode_is_fitted_behind_the_prefill_it_is_given():
     """Another prefill makes other KV, so other weights come out."""
     pair, ids = pair_of(tiny("Llama")), text(16, 24)

@@ -6,7 +6,9 @@ import pytest
 import torch
 from tinypd import BLOCKS, make_plan, text, tiny
 
+from pdtrim_deploy.blockwise import Blockwise
 from pdtrim_deploy.pruning.compensation import get_compensation
+from pdtrim_deploy.pruning.cost import judged_forwards
 from pdtrim_deploy.pruning.finalists import last_word
 from pdtrim_deploy.pruning.objective import NextTokenLoss
 from pdtrim_deploy.pruning.pair import StagePair
@@ -106,6 +108,20 @@ def test_each_half_is_judged_by_what_the_other_fitted(model, stage):
             pair = mend(pair, "decode", fitted, quiet)
         total += (prefill_loss if stage == "prefill" else pd_loss)(pair, checked) / 2
     assert judged == pytest.approx(total, abs=1e-5)
+
+
+@pytest.mark.parametrize("together", [None, 1])
+@pytest.mark.parametrize("stage", ["prefill", "decode"])
+def test_block_forwards_are_no_more_than_is_said(model, stage, together, monkeypatch):
+    ids, ran, block = text(8, 30), [], Blockwise.block
+    prefill, solutions = Solution.of((1,)), [Solution.of((1, 3)), Solution.of((0, 1)), Solution.of((1, 2))]
+    if stage == "prefill":
+        solutions = [Solution.of((b,)) for b in (1, 2, 3)]
+    monkeypatch.setattr(Blockwise, "block", lambda self, *a: (ran.append(len(a[1])), block(self, *a))[1])
+    Refitted(model, make_plan().model, ids, "least-squares", together=together)(stage, prefill, solutions)
+    judged = (3, 0) if stage == "prefill" else (0, 3)
+    most = judged_forwards(BLOCKS, 1, 2, len(ids), *judged, together=together is None)
+    assert 0.7 * most < sum(ran) <= most
 
 
 def test_students_stand_for_pairs(model):

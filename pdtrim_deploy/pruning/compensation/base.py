@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -26,4 +26,10 @@ class Compensation(Protocol):
 
         Decode reads the KV that `pair`'s prefill makes of the first half of each sequence: compensate prefill first.
         """
+        ...
+
+    def compensate_all(
+        self, pairs: Sequence[StagePair], stage: Stage, ids: Tensor, progress: Progress
+    ) -> list[StagePair]:
+        """Each of `pairs`, as by `compensate`; what they have in common is run once. For decode that is prefill too."""
         ...

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from pdtrim_deploy.blockwise import Blockwise, LayerKV, Span
+from pdtrim_deploy.blockwise import Blockwise, LayerKV
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.plan import Stage
+from pdtrim_deploy.pruning.compensation.around import Around
 from pdtrim_deploy.pruning.compensation.base import Progress
 from pdtrim_deploy.pruning.least_squares import Refit, set_down
 from pdtrim_deploy.pruning.pair import StagePair
 
-_BATCH = 4
 _CHECKED = 8  # one batch in so many chooses the penalty
 
 
@@ -29,69 +30,65 @@ class LeastSquares:
     def __init__(self, least_gain: float = 0.02) -> None:
         self.least_gain = least_gain
 
-    @torch.no_grad()
     def compensate(self, pair: StagePair, stage: Stage, ids: Tensor, progress: Progress) -> StagePair:
         """Targets are `x_next` of the dense model for the same tokens. UserError when an error is not a number."""
-        walk, going = _Walk(pair, stage, ids), pair.plan.layers(stage)[0] != 0
-        changed: dict[int, dict[str, Tensor]] = {}
-        for layer, (block, (stop, after)) in enumerate(zip(pair.plan.layers(stage), pair.spans(stage), strict=True)):
-            walk.enter(layer, after)
-            if pair.adds(stage, block) and (going or stop != after):
-                refit = Refit(walk.runner, layer)
-                for batch in range(walk.batches):
-                    refit.add(*walk.asked(batch), check=walk.checks(batch), kv=walk.kv(batch))
-                weight, before, error = refit.solve()
-                if not math.isfinite(error):
-                    raise UserError(f"{stage} block {block}: its error is {error}; load the model in float32")
-                progress(f"{stage} block {block}: relative squared error {before:.4f} -> {error:.4f}")
-                changed[block] = {"mlp.down_proj.weight": weight}
-                set_down(walk.runner.layers[layer], weight)
-                going = error < (1 - self.least_gain) * before
-            going = going or stop != after
-            walk.leave(layer)
-        return pair.with_changes(stage, changed)
+        return self.compensate_all((pair,), stage, ids, progress)[0]
+
+    @torch.no_grad()
+    def compensate_all(
+        self, pairs: Sequence[StagePair], stage: Stage, ids: Tensor, progress: Progress
+    ) -> list[StagePair]:
+        """The same for pairs of one prefill stage, or, for `stage` prefill, any: what surrounds them is run once."""
+        around = Around(pairs[0], stage, ids)
+        fits = [_Fit(pair, stage, around, self.least_gain, progress) for pair in pairs]
+        while around.depth < around.blocks:
+            around.advance()
+            for fit in fits:
+                fit.advance()
+            around.forget(min(fit.reads for fit in fits))
+        return [pair.with_changes(stage, fit.changed) for pair, fit in zip(pairs, fits, strict=True)]
 
 
-class _Walk:
-    """The stage, the dense model and, for decode, the prefill stage, all at the same depth."""
+class _Fit:
+    """One stage on its way through the depths of the dense model."""
 
-    def __init__(self, pair: StagePair, stage: Stage, ids: Tensor) -> None:
-        self.runner, self._dense = Blockwise(pair.stage(stage)), Blockwise(pair.model)
-        self._prompt = ids.shape[1] // 2 if stage == "decode" else 0
-        self._prefill = Blockwise(pair.stage("prefill"))
-        self._map, self._depth, self._made = pair.plan.layer_map, 0, 0
-        parts = ids.split(_BATCH if len(ids) > _BATCH else 1)
-        self.batches = len(parts)
-        self._wanted = [self._dense.embed(part) for part in parts]
-        self._mine = [self.runner.embed(part[:, self._prompt :], self._prompt) for part in parts]
-        self._prompts = [self._prefill.embed(part[:, : self._prompt]) for part in parts] if self._prompt else []
-        self._held: list[LayerKV] = []
+    def __init__(self, pair: StagePair, stage: Stage, around: Around, least_gain: float, progress: Progress) -> None:
+        self._pair, self._stage, self._around, self._progress = pair, stage, around, progress
+        self._runner, self._map, self._least_gain = Blockwise(pair.stage(stage)), pair.plan.layer_map, least_gain
+        self._layers, self._spans = pair.plan.layers(stage), pair.spans(stage)
+        self._states = [self._runner.embed(part, around.prompt) for part in around.parts]
+        self._going, self._layer = self._layers[0] != 0, 0
+        self.changed: dict[int, dict[str, Tensor]] = {}
 
-    def checks(self, batch: int) -> bool:
-        """Whether that batch chooses the penalty: every eighth, from the last backwards."""
-        return (self.batches - 1 - batch) % _CHECKED == 0 and self.batches > 1
+    @property
+    def reads(self) -> int:
+        """The layer of prefill whose KV is read next."""
+        return self._map[min(self._layer, len(self._map) - 1)]
 
-    def enter(self, layer: int, after: int) -> None:
-        """Bring the dense model to the input of block `after`, and prefill through what sends to `layer`."""
-        while self._depth < after:
-            self._wanted = [(self._dense.block(self._depth, x, span), span) for x, span in self._wanted]
-            self._depth += 1
-        while self._prompt and self._made <= self._map[layer]:
-            self._held = [LayerKV() for _ in self._prompts]
-            given = zip(self._prompts, self._held, strict=True)
-            self._prompts = [(self._prefill.block(self._made, x, span, kv), span) for (x, span), kv in given]
-            self._made += 1
+    def advance(self) -> None:
+        """Through the layer whose reader is the block at the dense model's depth, if the stage has one, refitted."""
+        if self._layer == len(self._layers) or self._spans[self._layer][1] != self._around.depth:
+            return
+        block, (stop, after) = self._layers[self._layer], self._spans[self._layer]
+        if self._pair.adds(self._stage, block) and (self._going or stop != after):
+            self._refit(block)
+        self._going = self._going or stop != after
+        runner, layer = self._runner, self._layer
+        self._states = [(runner.block(layer, x, span, self._kv(n)), span) for n, (x, span) in enumerate(self._states)]
+        self._layer += 1
 
-    def asked(self, batch: int) -> tuple[Tensor, Span, Tensor]:
-        """`Refit.add`'s input, span and target of one batch."""
-        return (*self._mine[batch], self._wanted[batch][0][:, self._prompt :])
+    def _refit(self, block: int) -> None:
+        refit, batches = Refit(self._runner, self._layer), len(self._states)
+        for batch, (x, span) in enumerate(self._states):
+            check = (batches - 1 - batch) % _CHECKED == 0 and batches > 1
+            refit.add(x, span, self._around.wanted(batch), check=check, kv=self._kv(batch))
+        weight, before, error = refit.solve()
+        if not math.isfinite(error):
+            raise UserError(f"{self._stage} block {block}: its error is {error}; load the model in float32")
+        self._progress(f"{self._stage} block {block}: relative squared error {before:.4f} -> {error:.4f}")
+        self.changed[block] = {"mlp.down_proj.weight": weight}
+        set_down(self._runner.layers[self._layer], weight)
+        self._going = error < (1 - self._least_gain) * before
 
-    def kv(self, batch: int) -> LayerKV | None:
-        """The prompt's KV that this layer of decode reads."""
-        return self._held[batch].fork() if self._prompt else None
-
-    def leave(self, layer: int) -> None:
-        """Run the stage through `layer`."""
-        self._mine = [
-            (self.runner.block(layer, x, span, self.kv(batch)), span) for batch, (x, span) in enumerate(self._mine)
-        ]
+    def _kv(self, batch: int) -> LayerKV | None:
+        return self._around.kv(self._map[self._layer], batch) if self._stage == "decode" else None

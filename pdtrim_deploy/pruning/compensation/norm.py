@@ -8,6 +8,8 @@ embeddings alone, and touches no K or V.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -31,20 +33,30 @@ class Norm:
             UserError: a hidden state is not a number.
 
         """
-        layers, spans = pair.plan.layers(stage), pair.spans(stage)
-        norms = _mean_norms(pair, ids, progress)
+        return self.compensate_all((pair,), stage, ids, progress)[0]
+
+    def compensate_all(
+        self, pairs: Sequence[StagePair], stage: Stage, ids: Tensor, progress: Progress
+    ) -> list[StagePair]:
+        """The same for several pairs of one dense model."""
+        norms = _mean_norms(pairs[0], ids, progress)
         if not bool(torch.isfinite(norms).all()):
             raise UserError("hidden states are not numbers; load the model in float32, check its weights")
-        missing, factors = float(norms[layers[0]] / norms[0]), dict[int, float]()
-        for block, (stop, after) in zip(layers, spans, strict=True):
-            factors[block] = missing
-            missing *= float(norms[after] / norms[stop])
-        model, changed = pair.stage(stage), dict[int, dict[str, Tensor]]()
-        for layer, block in enumerate(layers):
-            if factors[block] != 1.0:
-                whole = whole_block(model, layer)
-                changed[block] = {name: whole.get_parameter(name).detach() / factors[block] for name in _ADDS}
-        return pair.with_changes(stage, changed)
+        return [pair.with_changes(stage, _shortened(pair, stage, norms)) for pair in pairs]
+
+
+def _shortened(pair: StagePair, stage: Stage, norms: Tensor) -> dict[int, dict[str, Tensor]]:
+    layers, spans = pair.plan.layers(stage), pair.spans(stage)
+    missing, factors = float(norms[layers[0]] / norms[0]), dict[int, float]()
+    for block, (stop, after) in zip(layers, spans, strict=True):
+        factors[block] = missing
+        missing *= float(norms[after] / norms[stop])
+    model, changed = pair.stage(stage), dict[int, dict[str, Tensor]]()
+    for layer, block in enumerate(layers):
+        if factors[block] != 1.0:
+            whole = whole_block(model, layer)
+            changed[block] = {name: whole.get_parameter(name).detach() / factors[block] for name in _ADDS}
+    return changed
 
 
 @torch.no_grad()
