@@ -14,9 +14,13 @@ HERE = Path(__file__).parent
 
 
 def commit() -> str | None:
-    """Of the sources, `-dirty` when some are not committed."""
-    git = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--exclude=*"]
-    return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or None
+    """Of the sources, `-dirty` when some are not committed; what benchmarks wrote is none of them."""
+    git = ["git", "-C", str(HERE.parent)]
+    found = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    if found.returncode:
+        return None
+    sources = [*git, "diff", "--quiet", "HEAD", "--", ".", ":(exclude)benchmarks/results"]
+    return found.stdout.strip() + "-dirty" * bool(subprocess.run(sources, check=False).returncode)
 
 
 def write(name: str, asked: argparse.Namespace, rows: list[dict[str, Any]]) -> Path:
