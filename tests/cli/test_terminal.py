@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -70,18 +71,27 @@ def serve_python(tmp_path: Path) -> Iterator[Path]:
     )
     python.chmod(0o755)
     yield python
-    assert programs_of(tmp_path) == []
+    left = processes_of(tmp_path)
+    for pid in left:  # of a test that failed
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    assert list(left.values()) == []
 
 
 def programs_of(folder: Path) -> list[str]:
     """Command lines of living processes that name something in `folder`."""
-    lines = []
-    for entry in os.listdir("/proc"):
+    return list(processes_of(folder).values())
+
+
+def processes_of(folder: Path) -> dict[int, str]:
+    """The same by process id."""
+    lines = {}
+    for entry in filter(str.isdigit, os.listdir("/proc")):
         try:
-            lines.append(Path(f"/proc/{entry}/cmdline").read_bytes().replace(b"\0", b" ").decode())
+            lines[int(entry)] = Path(f"/proc/{entry}/cmdline").read_bytes().replace(b"\0", b" ").decode()
         except (OSError, ValueError):
             continue
-    return [line for line in lines if str(folder) in line and " -m pytest" not in line]
+    return {pid: line for pid, line in lines.items() if str(folder) in line and " -m pytest" not in line}
 
 
 def run(*args: object, **more: object) -> subprocess.CompletedProcess[str]:

@@ -50,6 +50,9 @@ class PDTrimStageForCausalLM(nn.Module):
         self._layers: list[Any] = list(self.attention)
         self._batch: Any = None
         self._asked, self._plan = EngineConfig.of(config), PDPlan.parse(config.pdtrim, "config.json")
+        if self._asked.stage == "prefill":
+            for layer in self._plan.kv_only_layers:  # till `write_only`: SGLang may warm its kernels up before
+                self._layers[layer] = _hand_back
 
     staging: Staging | None
     _engine: StageExecutor
@@ -101,6 +104,10 @@ class PDTrimStageForCausalLM(nn.Module):
         if sum(batch.extend_seq_lens_cpu) != tokens:  # padded: its rows are not those of the requests
             return None
         return self.staging.batch(batch.rids, batch.extend_prefix_lens_cpu, batch.extend_seq_lens_cpu)
+
+
+def _hand_back(q: Tensor, *_: Any) -> Tensor:
+    return q
 
 
 def _event(tensor: Tensor) -> Any:
