@@ -35,8 +35,8 @@ class PruningSection(BaseModel):
         memory_mb: hidden states kept while `anneal`, `greedy` or `perplexity` searches, at most; disk_mb: as many more
             in mapped files in the bundle.
         blocks_in_memory: blocks whose weights are in memory at a time while searching, making students, judging
-            finalists and compensating; the others are read from the checkpoint when they run. All of them when left out.
-            The answer is the same.
+            finalists and compensating; the others are read from the checkpoint when they run. All of them when left
+            out. The answer is the same.
 
     """
 
