@@ -152,7 +152,7 @@ def build(
 
 def check_fits(recipe: Recipe, blocks: int) -> None:
     """Refuse a recipe that asks for more than a model of `blocks` blocks has."""
-    asked, sparse = recipe.pruning.decode_blocks, recipe.kv.sparse_layers
+    asked, sparse, alone = recipe.pruning.decode_blocks, recipe.kv.sparse_layers, recipe.healing.kv_only_blocks
     if asked >= blocks:
         raise UserError(
             f"recipe {recipe.name}: pruning.decode_blocks is {asked}; allowed: at most {blocks - 1}, "
@@ -162,6 +162,11 @@ def check_fits(recipe: Recipe, blocks: int) -> None:
         raise UserError(
             f"recipe {recipe.name}: kv.sparse_layers is {sparse}; allowed: at most {blocks - asked}, "
             f"the layers that decode keeps"
+        )
+    if alone > blocks - asked:
+        raise UserError(
+            f"recipe {recipe.name}: healing.kv_only_blocks is {alone}; allowed: at most {blocks - asked}, "
+            f"the blocks whose KV decode reads"
         )
 
 

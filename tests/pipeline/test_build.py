@@ -317,6 +317,7 @@ def test_finished_steps_are_not_made_again_after_a_crash(
     ("sections", "says"),
     [
         ({"pruning": {"decode_blocks": 6}}, "pruning.decode_blocks is 6; allowed: at most 5, the model has 6 blocks"),
+        ({"healing": {"kv_only_blocks": 5}}, "healing.kv_only_blocks is 5; allowed: at most 4, the blocks whose KV"),
         (
             {"kv": {"method": "attention-mass", "sparse_layers": 5, "n_last": 4}},
             "kv.sparse_layers is 5; allowed: at most 4, the layers that decode keeps",
