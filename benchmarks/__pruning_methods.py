@@ -130,7 +130,9 @@ class Setup:
         """Block-forwards of having the last word on finalists, at most."""
         lost = [getattr(found, stage).solution.saved for stage in STAGES]
         counts = [len(found.finalists.get(stage, ())) for stage in STAGES]
-        return judged_forwards(self.shape.num_blocks, *lost, len(self.text[:JUDGED]), *counts)
+        size, texts = (self.shape.num_blocks, *lost), len(self.text[:JUDGED])
+        again = judged_forwards(*size, texts, 0, len(found.passed_over))
+        return judged_forwards(*size, texts, *counts) + again
 
     def place(self, name: str, removed: int, seed: int) -> Path:
         """The search's own folder; methods that share their search share it."""

@@ -72,7 +72,9 @@ def steps_of(recipe: Recipe, fingerprint: str) -> tuple[BuildStep, ...]:
     kv = chained_key(healed, [dump["kv"], None if recipe.kv.method in FIXED_KV else dump["calibration"]])
     decode = chained_key(kv, [dump["healing"], dump["kv"], dump["calibration"]]) if recipe.healing.kv_steps else kv
     return (
-        BuildStep("prune", prune, (steps.PRUNING, steps.CANDIDATES, *steps.SEARCHES), steps.prune),
+        BuildStep(
+            "prune", prune, (steps.PRUNING, steps.CANDIDATES, *steps.SEARCHES, steps.SEARCHED_AGAIN), steps.prune
+        ),
         *([BuildStep("heal", healed, (heal.HEALING,), heal.heal)] if heal.needed(recipe) else []),
         BuildStep("select-kv", kv, (PLAN, select_kv.KV, select_kv.ATTENTION), select_kv.select_kv),
         *([BuildStep("heal-kv", decode, (heal_kv.HEALING_KV,), heal_kv.heal_kv)] if recipe.healing.kv_steps else []),

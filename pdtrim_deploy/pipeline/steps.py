@@ -17,10 +17,11 @@ if TYPE_CHECKING:
     from pdtrim_deploy.pruning.candidates import Candidates
     from pdtrim_deploy.pruning.finalists import Finalist, Judge
     from pdtrim_deploy.pruning.search import SearchResult
-    from pdtrim_deploy.pruning.stages import Elsewhere
+    from pdtrim_deploy.pruning.stage_search import Elsewhere
 
 CANDIDATES = f"{REPORTS}/candidates.json"
 SEARCHES = tuple(f"{REPORTS}/search-{stage}.jsonl" for stage in STAGES)
+SEARCHED_AGAIN = f"{REPORTS}/search-decode-again.jsonl"
 
 
 def prune(context: Context) -> None:
@@ -35,6 +36,7 @@ def prune(context: Context) -> None:
         if not blocks:  # what an earlier recipe's search left is none of this bundle's
             (context.out / search).unlink(missing_ok=True)
     report: dict[Stage, Any] = {stage: {"removed": [], "pairs": [], "loss": None, "trajectory": []} for stage in STAGES}
+    again = False
     if asked.decode_blocks:
         from pdtrim_deploy.pruning.candidates import find
         from pdtrim_deploy.pruning.search import Settings
@@ -65,6 +67,9 @@ def prune(context: Context) -> None:
                 progress=context.note,
             )
         report = {stage: _stage_report(getattr(found, stage), found.finalists.get(stage)) for stage in STAGES}
+        again = any(one.behind is not None for one in found.finalists.get("prefill", ()))
+    if not again:
+        (context.out / SEARCHED_AGAIN).unlink(missing_ok=True)
     write_json(context.out / PRUNING, report)
 
 
@@ -85,11 +90,13 @@ def _stage_report(found: SearchResult, finalists: Sequence[Finalist] | None) -> 
     steps = [asdict(step) for step in found.trajectory]
     report = {"removed": found.removed, "pairs": found.solution.pairs, "loss": found.loss, "trajectory": steps}
     if finalists:
-        report["finalists"] = [
-            {"removed": one.solution.removed, "pairs": one.solution.pairs, "loss": one.loss, "compensated": one.judged}
-            for one in finalists
-        ]
+        report["finalists"] = [_finalist_report(one) for one in finalists]
     return report
+
+
+def _finalist_report(one: Finalist) -> dict[str, Any]:
+    said = {"removed": one.solution.removed, "pairs": one.solution.pairs, "loss": one.loss, "compensated": one.judged}
+    return said if one.behind is None else said | {"decode_behind": one.behind}
 
 
 def _judge(context: Context, model: Any, students: Any) -> Judge:

@@ -87,6 +87,7 @@ def search_cost(
         windows = _windows(blocks, pruning.prefill_blocks, pruning.decode_blocks, count)
         most, likely = most + judging + windows, likely + judging + windows
         flops += 2 * block_size * (judging * healing.length + windows * length)
+        most += _again(blocks, pruning, count, healing.sequences)
     wanted = count * length * hidden * _FLOAT * blocks
     kept = min(pruning.memory_mb << 20, wanted)
     keeps = pruning.method in EVALUATED
@@ -134,6 +135,19 @@ def _windows(blocks: int, prefill_lost: int, decode_lost: int, sequences: int) -
         if lost > before:
             total += (blocks * looks + sequences) * (blocks - lost + 1)
     return round(total)
+
+
+def _again(blocks: int, pruning: PruningSection, sequences: int, healing_sequences: int) -> int:
+    """Block-forwards at most of searching decode, without annealing, behind where prefill's search began.
+
+    It is done where finalists gave prefill another answer: most often not, so nobody should wait for it.
+    """
+    first, last = pruning.prefill_blocks, pruning.decode_blocks
+    if not 0 < first < last or pruning.finalists < 2:
+        return 0
+    work = _WORK[pruning.method](blocks, first, last, 0).most + blocks - first
+    judged = judged_forwards(blocks, first, last, healing_sequences, 0, 2, together=False)
+    return round(work * sequences) + _windows(blocks, first, last, sequences) + judged
 
 
 @dataclass(frozen=True)

@@ -28,11 +28,18 @@ class Judge(Protocol):
 
 @dataclass(frozen=True)
 class Finalist:
-    """A solution, its calibration loss as the search has it, and as the judge has it; nats a token."""
+    """A solution and what it loses, nats a token of calibration text.
+
+    Attributes:
+        loss, judged: as the search has it, and as the judge has it.
+        behind: prefill's only: the judge's loss of the decode found behind it, where that was asked for.
+
+    """
 
     solution: Solution
     loss: float
     judged: float
+    behind: float | None = None
 
 
 def last_word(
@@ -57,7 +64,7 @@ def last_word(
     for one in finalists:
         progress(f"finalist {one.solution}: loss {one.loss:.4f}, compensated {one.judged:.4f}")
     ranked = sorted(finalists, key=lambda one: one.judged)
-    return _with(found, problem, ranked[0]), tuple(ranked)
+    return answering(_so_far(found, problem), problem.forced, ranked[0]), tuple(ranked)
 
 
 def _field(problem: Problem, found: SearchResult) -> Iterator[Solution]:
@@ -82,15 +89,21 @@ def _window(problem: Problem) -> Solution:
     return running[0]
 
 
-def _with(found: SearchResult, problem: Problem, best: Finalist) -> SearchResult:
-    """`found`, had it found `best`, and at the cost of all so far."""
-    forced, steps = problem.forced, list(found.trajectory)
+def answering(found: SearchResult, forced: Solution, best: Finalist) -> SearchResult:
+    """`found`, had it found `best`, at the same cost."""
+    steps, cost = list(found.trajectory), found.trajectory[-1]
     if best.solution != found.solution:
         removed = tuple(block for block in best.solution.removed if block not in forced.removed)
         pairs = tuple(first for first in best.solution.distilled if first not in forced.distilled)
         steps = [Step(n, block, None, 0, 0) for n, block in enumerate((*removed, *pairs), 1)]
         found = replace(found, removed=(*forced.removed, *removed), distilled=best.solution.distilled)
-    seconds, spent = problem.trajectory.seconds, problem.spent
-    steps = [replace(step, seconds=seconds, block_forwards=spent) for step in steps]
+    steps = [replace(step, seconds=cost.seconds, block_forwards=cost.block_forwards) for step in steps]
     steps[-1] = replace(steps[-1], loss=best.loss)
     return replace(found, trajectory=tuple(steps))
+
+
+def _so_far(found: SearchResult, problem: Problem) -> SearchResult:
+    """`found` at the cost of all so far."""
+    seconds, spent = problem.trajectory.seconds, problem.spent
+    last = replace(found.trajectory[-1], seconds=seconds, block_forwards=spent)
+    return replace(found, trajectory=(*found.trajectory[:-1], last))

@@ -2,57 +2,40 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
 
 from torch import Tensor
 
 from pdtrim_deploy.blockwise import CausalLM
 from pdtrim_deploy.errors import UserError
-from pdtrim_deploy.plan import Stage
-from pdtrim_deploy.pruning.evaluator import MEMORY, Evaluator, InProcess
-from pdtrim_deploy.pruning.finalists import Finalist, Judge, last_word
-from pdtrim_deploy.pruning.objective import NextTokenLoss, StudentLayers
-from pdtrim_deploy.pruning.search import (
-    DEFAULTS,
-    Problem,
-    Progress,
-    Search,
-    SearchResult,
-    Settings,
-    Trajectory,
-    get_search,
-)
+from pdtrim_deploy.plan import STAGES, Stage
+from pdtrim_deploy.pruning.evaluator import MEMORY
+from pdtrim_deploy.pruning.finalists import Finalist, Judge, answering
+from pdtrim_deploy.pruning.objective import StudentLayers
+from pdtrim_deploy.pruning.search import DEFAULTS, Progress, Search, SearchResult, Settings
 from pdtrim_deploy.pruning.solution import NOTHING, Solution
+from pdtrim_deploy.pruning.stage_search import Elsewhere, Found, StageSearch
 
-
-class Elsewhere(Protocol):
-    """Makes the evaluator of one search, of `NextTokenLoss(model, ids, prompt_tokens, forced, students)`."""
-
-    def __call__(
-        self,
-        objective: NextTokenLoss,
-        ids: Tensor,
-        prompt_tokens: int,
-        forced: Solution,
-        students: StudentLayers | None,
-        memory: int,
-    ) -> Evaluator: ...
+AGAIN = "decode-again"  # decode's search behind where prefill's began
 
 
 @dataclass(frozen=True)
 class StageRemovals:
     """The two searches; `prefill.removed` begins `decode.removed`, and what prefill distilled decode does too.
 
-    `finalists` are those of each stage that had some, best first.
+    Attributes:
+        finalists: of each stage that had some, best first in the judge's eyes. Where two of prefill's had decode
+            searched behind them, theirs have `behind`, and the smaller one is the answer.
+        passed_over: decode's finalists behind the other one.
+
     """
 
     prefill: SearchResult
     decode: SearchResult
     finalists: Mapping[Stage, tuple[Finalist, ...]] = field(default_factory=dict)
+    passed_over: tuple[Finalist, ...] = ()
 
 
 def choose_stages(
@@ -85,12 +68,15 @@ def choose_stages(
     Decode is judged as it will work: on tokens `prompt_tokens` + 1 .. T-1 (half of T when left out), reading KV that
     the pruned prefill model made.
 
+    What is best for prefill need not be for decode. So where the judge likes another prefill better than the one that
+    its search began with, decode is searched behind both, behind the latter without annealing, and the judge chooses.
+
     Args:
         method: name of a search, or one of your own making.
         pairs, students: the distillation set by first blocks, and what its pairs become.
         memory, disk: bytes of hidden states kept in memory and in mapped files, at most.
-        folder: where each search leaves `search-STAGE.jsonl` and goes on from it, and where those files are; None:
-            nowhere, and in the system's temporary folder.
+        folder: where each search leaves `search-STAGE.jsonl` (the second of decode `search-decode-again.jsonl`) and
+            goes on from it, and where those files are; None: nowhere, and in the system's temporary folder.
         elsewhere: where solutions are evaluated; None: in this process.
         judge, finalists: has the last word on so many solutions of each search; without it the search's answer stands.
         about: what else the answer depends on (JSON): the model, how students are made.
@@ -99,7 +85,8 @@ def choose_stages(
         UserError: unknown method, decode loses fewer than prefill, more to remove than there is, loss not a number.
 
     """
-    search = get_search(method, settings) if isinstance(method, str) else method
+    shared = model, ids, method, settings, protected, pairs, students, memory, disk, folder, about, elsewhere
+    searches = StageSearch(*shared, judge, finalists)
     blocks = len(model.model.layers)
     if decode_blocks < prefill_blocks:
         raise UserError(
@@ -109,38 +96,54 @@ def choose_stages(
     if decode_blocks >= blocks:
         raise UserError(f"cannot remove {decode_blocks} of {blocks} blocks; remove at most {blocks - 1}")
     split = ids.shape[1] // 2 if prompt_tokens is None else prompt_tokens
-    text, name = hashlib.sha256(ids.numpy().tobytes()).hexdigest(), method if isinstance(method, str) else repr(method)
-    chain = [settings.seed, settings.steps]  # minutes only say where it ends
-    said = [_VERSION, about, text, name, chain, sorted(protected), pairs]
 
-    judged = dict[Stage, tuple[Finalist, ...]]()
-
-    def solve(stage: Stage, remove: int, prompt: int, forced: Solution, note: Progress) -> SearchResult:
-        path = folder / f"search-{stage}.jsonl" if folder else None
-        trajectory = Trajectory(path, [*said, remove, prompt, vars(forced)])
-        objective = NextTokenLoss(model, ids, prompt, forced, students)
-        evaluator: Evaluator = InProcess(objective, memory, disk, folder)
-        if elsewhere is not None:
-            evaluator = elsewhere(objective, ids, prompt, forced, students, memory)
-        problem = Problem(model, ids, objective, remove, forced, protected, pairs, trajectory, evaluator)
-        found = search.run(problem, note)
-        if judge is not None and finalists:
-            found, ranked = last_word(stage, problem, found, judge, finalists, note)
-            judged.update({stage: ranked} if ranked else {})
-        return found
-
-    prefill = SearchResult((), ())
+    prefill = Found(SearchResult((), ()), NOTHING)
     if prefill_blocks:
-        prefill = solve("prefill", prefill_blocks, 0, NOTHING, _saying("prefill", progress))
-    decode = SearchResult(prefill.removed, (), prefill.distilled)
-    if decode_blocks > prefill_blocks:
-        decode = solve("decode", decode_blocks, split, prefill.solution, _saying("decode", progress))
-        decode = replace(decode, removed=(*prefill.removed, *decode.removed[len(prefill.removed) :]))
-    return StageRemovals(prefill, decode, judged)
+        prefill = searches.run("prefill", "prefill", prefill_blocks, 0, NOTHING, _saying("prefill", progress))
+    lost = prefill.result.solution
+    if decode_blocks == prefill_blocks:
+        decode = SearchResult(prefill.result.removed, (), lost.distilled)
+        return StageRemovals(prefill.result, decode, _named(prefill=prefill))
+
+    def behind(lost: Solution, name: str, by: StageSearch) -> Found:
+        return by.run("decode", name, decode_blocks, split, lost, _saying(name, progress))
+
+    decode_found = behind(lost, "decode", searches)
+    if judge is None or not prefill.finalists or prefill.start == lost:
+        decode = _nested(prefill.result, decode_found.result)
+        return StageRemovals(prefill.result, decode, _named(prefill=prefill, decode=decode_found))
+    again = behind(prefill.start, AGAIN, searches.without_annealing())
+    judged = {lost: decode_found.judged(judge, lost), prefill.start: again.judged(judge, prefill.start)}
+    progress("; ".join(f"decode behind prefill without {one}: {loss:.4f}" for one, loss in judged.items()))
+    return _better(prefill, decode_found, again, judged)
 
 
-_VERSION = 2  # of how searches go; rows of another are thrown away
+def _better(prefill: Found, decode: Found, again: Found, judged: Mapping[Solution, float]) -> StageRemovals:
+    """Of `decode` behind prefill's answer and `again` behind its start; ties go to the former."""
+    prefill = replace(prefill, finalists=tuple(replace(o, behind=judged.get(o.solution)) for o in prefill.finalists))
+    first, best, other = prefill.result, decode, again
+    if judged[prefill.start] < judged[first.solution]:
+        start = next(one for one in prefill.finalists if one.solution == prefill.start)
+        first, best, other = answering(first, NOTHING, start), again, decode
+    result = _dearer(_nested(first, best.result), other.result)
+    return StageRemovals(first, result, _named(prefill=prefill, decode=best), other.finalists)
 
 
-def _saying(stage: Stage, progress: Progress) -> Callable[[str], None]:
-    return lambda line: progress(f"{stage}: {line}")
+def _named(**found: Found) -> dict[Stage, tuple[Finalist, ...]]:
+    return {stage: found[stage].finalists for stage in STAGES if stage in found and found[stage].finalists}
+
+
+def _nested(prefill: SearchResult, decode: SearchResult) -> SearchResult:
+    """Decode's result with what prefill removed in front, in its order."""
+    return replace(decode, removed=(*prefill.removed, *decode.removed[len(prefill.removed) :]))
+
+
+def _dearer(found: SearchResult, other: SearchResult) -> SearchResult:
+    """`found` at the cost of both."""
+    last, more = found.trajectory[-1], other.trajectory[-1]
+    cost = replace(last, seconds=last.seconds + more.seconds, block_forwards=last.block_forwards + more.block_forwards)
+    return replace(found, trajectory=(*found.trajectory[:-1], cost))
+
+
+def _saying(name: str, progress: Progress) -> Callable[[str], None]:
+    return lambda line: progress(f"{name}: {line}")

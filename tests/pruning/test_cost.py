@@ -64,6 +64,25 @@ def test_finalists_are_priced(method, stages, monkeypatch):
     assert sum(ran) <= with_them.most
 
 
+def test_a_second_search_of_decode_is_priced(monkeypatch):
+    model, ids, ran = tiny("Llama"), text(6, 20), []
+    block, really = Blockwise.block, Refitted(model, make_plan().model, ids, "least-squares")
+    monkeypatch.setattr(Blockwise, "block", lambda self, *a, **k: ran.append(len(a[1])) or block(self, *a, **k))
+
+    def judge(stage, prefill, solutions):
+        """Likes any prefill but that of greedy."""
+        losses = really(stage, prefill, solutions)
+        return losses if stage == "decode" else [-float(at) for at in range(len(losses))]
+
+    found = choose_stages(model, ids, 2, 4, judge=judge, finalists=2)
+    assert [one.behind is not None for one in found.finalists["prefill"]] == [True, True]
+    assert found.passed_over
+    asked = PruningSection(prefill_blocks=2, decode_blocks=4, finalists=2)
+    healing = HealingSection(compensation="least-squares", sequences=6, length=20)
+    cost = search_cost(model.config.to_dict(), asked, CalibrationSection(sequences=6, length=20), healing)
+    assert sum(ran) <= cost.most
+
+
 def test_an_8b_model_is_priced_by_its_config_alone(tmp_path, cache, capsys):
     (tmp_path / "r.yaml").write_text(
         "name: r\nmodel: {source: 'hf:meta-llama/Llama-3.1-8B', dtype: bfloat16}\n"

@@ -142,3 +142,59 @@ def test_stages_stay_nested_whatever_the_judge_likes(model):
     assert found.finalists["decode"]
     assert found.decode.removed[:1] == found.prefill.removed
     assert len(found.decode.removed) == 3 < BLOCKS
+
+
+def prefers_another(decode):
+    """A judge that likes what greedy found for prefill least, and of decode what `decode` says."""
+
+    def judge(stage, prefill, solutions):
+        return [-float(at) if stage == "prefill" else decode(prefill, one) for at, one in enumerate(solutions)]
+
+    return judge
+
+
+@pytest.mark.parametrize("method", ["greedy", "anneal"])
+@pytest.mark.parametrize("begun", [False, True])
+def test_decode_has_a_say_in_what_prefill_loses(model, method, begun, tmp_path):
+    ids, settings = text(6, 30), Settings(3, 20)
+    start = choose_stages(model, ids, 2, 4).prefill.solution
+
+    def judge(prefill, _):
+        return float((prefill == start) != begun)
+
+    lines = []
+
+    def chosen(likes, folder=None):
+        more = {"folder": folder, "progress": lines.append}
+        return choose_stages(model, ids, 2, 4, method=method, settings=settings, judge=likes, finalists=4, **more)
+
+    found = chosen(prefers_another(judge), tmp_path)
+    assert (found.prefill.solution == start) == begun
+    assert found.prefill.solution.within(found.decode.solution)
+    assert found.decode.removed[: len(found.prefill.removed)] == found.prefill.removed
+    behind = {one.solution: one.behind for one in found.finalists["prefill"] if one.behind is not None}
+    assert len(behind) == 2
+    assert min(behind, key=behind.get) == found.prefill.solution
+    assert found.prefill.loss == pytest.approx(whole_loss(model, ids, found.prefill.removed), abs=1e-5)
+    spent = found.decode.trajectory[-1].block_forwards
+    files = ("search-decode.jsonl", "search-decode-again.jsonl")
+    rows = [(tmp_path / name).read_text() for name in files]
+    assert {p.name for p in tmp_path.iterdir()} == {"search-prefill.jsonl", *files}
+    first = choose_stages(model, ids, 2, 4, method=method, settings=settings, judge=prefers_another(lambda *_: 0.0),
+                          finalists=4)  # fmt: skip
+    assert first.prefill.solution != start, "ties go to what prefill likes better"
+    assert spent == first.decode.trajectory[-1].block_forwards, "both searches are paid for, whichever is taken"
+    again = chosen(prefers_another(judge), tmp_path)
+    assert again.decode.solution == found.decode.solution
+    assert [(tmp_path / name).read_text() for name in files] == rows, "made once"
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_answer_is_no_worse_than_greedy_in_the_judges_eyes(model, seed):
+    ids = text(8, 30, seed=seed)
+    judge = Refitted(model, make_plan().model, ids, "least-squares")
+    greedy = Greedy(2.0)  # where annealing begins
+    plain = choose_stages(model, ids, 2, 4, method=greedy)
+    found = choose_stages(model, ids, 2, 4, method="anneal", settings=Settings(seed, 15), judge=judge, finalists=4)
+    best, bound = (judge("decode", one.prefill.solution, [one.decode.solution])[0] for one in (found, plain))
+    assert best <= bound + 1e-6

@@ -37,9 +37,7 @@ def search(found: Findings) -> Markup | None:
             )
         )
         if ranked := said.get("finalists"):
-            rows = [(_lost(one), number(one["loss"], 4), number(one["compensated"], 4)) for one in ranked]
-            parts.append(tag("p", "Judged again once compensated, which decides; nats a token:"))
-            parts.append(table(("loses", "as the search saw it", "compensated"), rows))
+            parts += _ranking(ranked)
     return join([*parts, built(found, f"seed of the search {found.bundle.recipe.pruning.seed}")]) if parts else None
 
 
@@ -74,6 +72,19 @@ def attention(found: Findings) -> Markup | None:
         "a layer's KV is worth was measured."
     )
     return join([tag("p", said), attention_picture(mass), built(found)])
+
+
+def _ranking(finalists: list[dict[str, Any]]) -> list[Markup]:
+    """What the judge said of a stage's finalists."""
+    shown, decides = {"as the search saw it": "loss", "compensated": "compensated"}, "which decides"
+    if any("decode_behind" in one for one in finalists):
+        shown, decides = (
+            shown | {"decode behind it": "decode_behind"},
+            "and the smaller loss of decode behind it decides",
+        )
+    rows = [(_lost(one), *(number(one.get(key), 4) for key in shown.values())) for one in finalists]
+    said = tag("p", f"Judged again once compensated, {decides}; nats a token:")
+    return [said, table(("loses", *shown), rows)]
 
 
 def _lost(one: dict[str, Any]) -> str:
