@@ -16,7 +16,11 @@ from pdtrim_deploy.cli import main
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.loadtest.text import WORDS
 from pdtrim_deploy.pipeline import build
+from pdtrim_deploy.pruning import finalists
 from pdtrim_deploy.pruning.ray_evaluator import Workers
+from pdtrim_deploy.pruning.refitted import Refitted
+from pdtrim_deploy.pruning.search import Problem
+from pdtrim_deploy.pruning.solution import Solution
 from pdtrim_deploy.recipe import Recipe
 
 
@@ -84,8 +88,43 @@ def test_finalists_are_in_the_report_and_the_best_of_them_is_built(
             continue
         assert 2 <= len(said["finalists"]) <= 4
         assert said["finalists"] == sorted(said["finalists"], key=lambda one: one["compensated"])
-        assert sorted(said["removed"]) == said["finalists"][0]["removed"] == list(bundle.plan.dropped(stage))
-        assert said["loss"] == said["finalists"][0]["loss"]
+        best = min(said["finalists"], key=lambda one: one.get("decode_behind", one["compensated"]))
+        assert sorted(said["removed"]) == best["removed"] == list(bundle.plan.dropped(stage))
+        assert said["loss"] == best["loss"]
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_decode_searched_again_is_in_the_report_and_leaves_its_trajectory(
+    begun: bool, tmp_path: Path, tiny_llama_dir: Path, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The judge likes any other prefill better; decode behind it or behind the first one."""
+    started: list[Solution] = []
+
+    def judge(self: Refitted, stage: str, prefill: Solution, solutions: list[Solution]) -> list[float]:
+        if stage == "prefill":
+            started.append(solutions[0])
+            return [-float(at) for at in range(len(solutions))]
+        return [float((prefill == started[0]) != begun)] * len(solutions)
+
+    def last(problem: Problem) -> Solution:
+        return problem.without(problem.candidates[problem.forced.saved - problem.remove :])
+
+    monkeypatch.setattr(Refitted, "__call__", judge)
+    monkeypatch.setattr(finalists, "_window", last)  # the best one is greedy's here
+    asked = recipe(tmp_path, tiny_llama_dir, method="greedy", steps=150, prefill_blocks=2, decode_blocks=4)
+    asked = asked.changed("test", "healing", compensation="norm").changed("test", "pruning", finalists=2)
+    again, reports = "search-decode-again.jsonl", tmp_path / "b" / "reports"
+    bundle = build(asked, tmp_path / "b", cache)
+    said = json.loads((reports / "pruning.json").read_text())["prefill"]
+    behind = {tuple(one["removed"]): one["decode_behind"] for one in said["finalists"]}
+    assert sorted(behind.values()) == [0, 1]
+    assert behind[tuple(sorted(said["removed"]))] == 0
+    assert list(bundle.plan.dropped("prefill")) == sorted(said["removed"])
+    assert (tuple(sorted(said["removed"])) == started[0].removed) == begun
+    assert (reports / again).exists()
+    assert bundle.verify() == []
+    build(asked.changed("test", "pruning", finalists=0), tmp_path / "b", cache, force=True)
+    assert not (reports / again).exists()
 
 
 def test_blocks_from_the_checkpoint_give_the_same_bundle(

@@ -130,6 +130,14 @@ def test_finalists_and_what_was_mended(bundle: Bundle) -> None:
     finalists = [{"removed": [1], "pairs": [[2, 3]], "loss": 3.25, "compensated": 3.125}]
     write(bundle, "pruning", {"decode": {"removed": [1], "trajectory": [{"step": 1, "block": 1, "loss": 3.25,
         "seconds": 1.0}], "finalists": finalists}})  # fmt: skip
+    said = " ".join("".join(parsed(Findings.of(bundle)).itertext()).split())
+    assert "decode behind it" not in said
+    finalists.append({"removed": [4], "pairs": [], "loss": 3.5, "compensated": 3.375, "decode_behind": 4.125})
+    steps = {"removed": [1], "trajectory": [{"step": 1, "block": 1, "loss": 3.25, "seconds": 1.0}]}
+    write(bundle, "pruning", {"prefill": steps | {"finalists": finalists}})
+    said = " ".join("".join(parsed(Findings.of(bundle)).itertext()).split())
+    assert "43.50003.37504.1250" in said
+    assert "the smaller loss of decode behind it decides" in said
     one = {"steps": 12, "before": 0.5, "after": 0.25, "kept": True}
     students = {"2-3": {"error_drop": 0.75, "error": 0.125}}
     write(bundle, "healing", {"students": students, "healing": {"prefill": {**one, "after": 0.625, "kept": False}}})
