@@ -7,9 +7,10 @@ RECIPE ?= recipes/smollm2-demo.yaml
 OUT ?= out/demo
 SOURCES = pdtrim_deploy builders plugins tests tools benchmarks
 BENCHMARKS = $(patsubst benchmarks/%.py,%,$(filter-out benchmarks/__%,$(wildcard benchmarks/*.py)))
-# One OpenMP thread a process, waiting without spinning: test suites share few cores with the servers they start.
+# Two OpenMP threads a process, waiting without spinning: test suites share few cores with the servers they start.
 TEST_ENV = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0 HF_HUB_OFFLINE=1
 PYTEST = -m pytest --durations=5
+TEST_WORKERS ?= 2
 
 .PHONY: help setup setup-build setup-serve setup-docs setup-aiperf lock lint format test test-unit test-docs test-serve test-faults soak demo plugin docs deploy bench clean distclean
 .DEFAULT_GOAL := help
@@ -48,7 +49,8 @@ format: setup-build  ## let ruff rewrite the sources
 test: test-unit test-docs test-serve  ## all tests: units, then genuine SGLang workers and router on loopback
 
 test-unit: setup  ## the tests that start no SGLang server, in both environments
-	$(TEST_ENV) $(BUILD)/python $(PYTEST) tests --ignore tests/pdtrim_sglang --ignore tests/docs -m "not serve"
+	$(TEST_ENV) OMP_NUM_THREADS=1 $(BUILD)/python $(PYTEST) tests --ignore tests/pdtrim_sglang --ignore tests/docs \
+	  -m "not serve" -n $(TEST_WORKERS) --dist loadfile
 	$(TEST_ENV) $(SERVE)/python $(PYTEST) tests/pdtrim_sglang tests/kvcache/test_triton_pack.py -m "not serve"
 
 test-docs: setup-docs  ## documentation, manifests against the Kubernetes schemas, the Dockerfile
