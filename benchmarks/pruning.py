@@ -11,14 +11,12 @@ that choose.
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import time
-from pathlib import Path
 from typing import Any
 
 from __pruning_methods import METHODS, Setup, choose, prefill_blocks, stages, unified
 from __pruning_picture import draw
+from __pruning_rows import FITTED, SEARCHED, SHAPES, STEPS, Rows, committed, folder
 from __results import HERE, commit, write
 
 from pdtrim_deploy.cache import Cache
@@ -35,12 +33,7 @@ from pdtrim_deploy.pruning.pair import StagePair
 from pdtrim_deploy.recipe import CalibrationSection
 from pdtrim_deploy.recipe_pruning import PruningSection
 
-SEARCHED = ("calibration", "length")
-FITTED = (*SEARCHED, "text", "training_steps")
-SHAPES = (*FITTED, "sequences", "prompt", "continuation", "questions", "steps")
-STEPS = 100  # rows of this many stand where they stood before other numbers were told apart
 CORPORA = ("brown", "austen")
-_JUDGED = ("fit_seconds", "brown_ppl", "austen_ppl", "choice", "choice_loss", "unified_ppl")
 
 
 def main() -> None:
@@ -64,7 +57,8 @@ def main() -> None:
     def note(line: str) -> None:
         print(f"{time.monotonic() - started:6.0f} s  {line}", flush=True)
 
-    rows = _Rows(_folder(asked, SHAPES) / "rows.jsonl", _committed(asked))
+    results = HERE / "results" / "pruning.json"
+    rows = Rows(folder(asked, SHAPES) / "rows.jsonl", committed(results, asked))
     bench: _Bench | None = None
     for removed in asked.removed:
         for name in asked.methods:
@@ -88,9 +82,16 @@ class _Bench:
         shape, corpora = checkpoint.shape("float32"), {name: registry.load(name, cache) for name in CORPORA}
         count = max(asked.calibration, asked.text)
         text = sequences(corpora["brown"].split("calibration"), tokenizer, count, asked.length)
-        folder, self._fitted = _folder(asked, SEARCHED), _folder(asked, FITTED)
+        self._fitted = folder(asked, FITTED)
         self.setup = Setup(
-            model, shape, text[: asked.calibration], text[: asked.text], asked.steps, asked.training_steps, folder, note
+            model,
+            shape,
+            text[: asked.calibration],
+            text[: asked.text],
+            asked.steps,
+            asked.training_steps,
+            folder(asked, SEARCHED),
+            note,
         )
         self._prompt, self._note = asked.prompt, note
         tokens = asked.prompt + asked.continuation
@@ -106,7 +107,7 @@ class _Bench:
         pair = StagePair(self.setup.model, PDPlan.dense(self.setup.shape))
         return {"method": "dense", "removed": 0, "seed": 0, "trained": False} | self._judged(pair)
 
-    def row(self, rows: _Rows, name: str, removed: int, seed: int, judge: bool) -> dict[str, Any]:
+    def row(self, rows: Rows, name: str, removed: int, seed: int, judge: bool) -> dict[str, Any]:
         found, method, began = choose(self.setup, name, removed, seed), METHODS[name], time.monotonic()
         decode = found.decode
         row: dict[str, Any] = {
@@ -165,51 +166,6 @@ class _Bench:
 
 def _last(result: Any, name: str) -> float:
     return getattr(result.trajectory[-1], name) if result.trajectory else 0
-
-
-def _folder(asked: argparse.Namespace, names: tuple[str, ...]) -> Path:
-    """Where all that depends on these options alone is kept."""
-    sizes = {name: getattr(asked, name) for name in names if name != "steps" or asked.steps != STEPS}
-    key = hashlib.sha256(json.dumps(sizes, sort_keys=True).encode()).hexdigest()[:12]
-    folder = HERE.parent / "out" / "bench-pruning" / key
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def _committed(asked: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows of results/pruning.json, if they are of the same sizes."""
-    path = HERE / "results" / "pruning.json"
-    known = json.loads(path.read_text()) if path.exists() else {"options": {}}
-    same = all(known["options"].get(name) == getattr(asked, name) for name in SHAPES)
-    return known["rows"] if same else []
-
-
-class _Rows:
-    """Rows kept on disk for one set of sizes, one JSON object a line; a new file begins with `known`."""
-
-    def __init__(self, file: Path, known: list[dict[str, Any]]) -> None:
-        self._file = file
-        if not file.exists():
-            file.write_text("".join(json.dumps(row) + "\n" for row in known))
-
-    def read(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self._file.read_text().splitlines(keepends=True) if line.endswith("\n")]
-
-    def has(self, method: str, removed: int, seed: int) -> bool:
-        return any((r["method"], r["removed"], r["seed"]) == (method, removed, seed) for r in self.read())
-
-    def alike(self, row: dict[str, Any]) -> dict[str, Any] | None:
-        """How another method's very same blocks were judged, if neither did anything for those left."""
-        for known in self.read():
-            same = known["removed"] and all(known[stage] == row[stage] for stage in ("prefill", "decode"))
-            if same and METHODS[known["method"]].plain:
-                return {name: known[name] for name in _JUDGED}
-        return None
-
-    def add(self, row: dict[str, Any]) -> None:
-        if "brown_ppl" in row:
-            with self._file.open("a") as file:
-                file.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":

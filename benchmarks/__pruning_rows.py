@@ -1,0 +1,68 @@
+"""Rows of benchmarks/pruning.py: where they stand, and when they are of the same sizes."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from __pruning_methods import METHODS
+from __results import HERE
+
+SEARCHED = ("calibration", "length")
+FITTED = (*SEARCHED, "text", "training_steps")
+SHAPES = (*FITTED, "sequences", "prompt", "continuation", "questions", "steps")
+STEPS = 100  # rows of this many stand where they stood before other numbers were told apart
+_JUDGED = ("fit_seconds", "brown_ppl", "austen_ppl", "choice", "choice_loss", "unified_ppl")
+
+
+def folder(asked: argparse.Namespace, names: tuple[str, ...]) -> Path:
+    """Where all that depends on these options alone is kept."""
+    sizes = {name: getattr(asked, name) for name in names if name != "steps" or asked.steps != STEPS}
+    key = hashlib.sha256(json.dumps(sizes, sort_keys=True).encode()).hexdigest()[:12]
+    place = HERE.parent / "out" / "bench-pruning" / key
+    place.mkdir(parents=True, exist_ok=True)
+    return place
+
+
+def committed(path: Path, asked: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of results/pruning.json, if they are of the same sizes."""
+    known = json.loads(path.read_text()) if path.exists() else {"options": {}}
+    same = all(known["options"].get(name) == getattr(asked, name) for name in SHAPES)
+    return known["rows"] if same else []
+
+
+class Rows:
+    """Rows kept on disk for one set of sizes, one JSON object a line; a new file begins with `known`."""
+
+    def __init__(self, file: Path, known: list[dict[str, Any]]) -> None:
+        self._file = file
+        if not file.exists():
+            file.write_text("".join(json.dumps(row) + "\n" for row in known))
+        whole = file.read_bytes().rpartition(b"\n")[0]
+        os.truncate(file, len(whole) + bool(whole))  # a row half written, its writer killed, is made again
+
+    def read(self) -> list[dict[str, Any]]:
+        """All of them."""
+        return [json.loads(line) for line in self._file.read_text().splitlines()]
+
+    def has(self, method: str, removed: int, seed: int) -> bool:
+        """Whether there is such a row."""
+        return any((r["method"], r["removed"], r["seed"]) == (method, removed, seed) for r in self.read())
+
+    def alike(self, row: dict[str, Any]) -> dict[str, Any] | None:
+        """How another method's very same blocks were judged, if neither did anything for those left."""
+        for known in self.read():
+            same = known["removed"] and all(known[stage] == row[stage] for stage in ("prefill", "decode"))
+            if same and METHODS[known["method"]].plain:
+                return {name: known[name] for name in _JUDGED}
+        return None
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Write it down, if it was judged."""
+        if "brown_ppl" in row:
+            with self._file.open("a") as file:
+                file.write(json.dumps(row) + "\n")

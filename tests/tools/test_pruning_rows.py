@@ -1,0 +1,55 @@
+"""Rows of benchmarks/pruning.py: taken up again where sizes are the same, and then alone."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def kept(monkeypatch):
+    """The module, and the options of the committed results."""
+    for folder in ("benchmarks", "builders", "plugins"):
+        monkeypatch.syspath_prepend(str(ROOT / folder))
+    import __pruning_rows
+
+    yield __pruning_rows
+    for name in ("__pruning_rows", "__pruning_methods", "__results"):
+        sys.modules.pop(name, None)
+
+
+def test_committed_rows_of_the_same_sizes_alone_are_gone_on_from(kept):
+    path = ROOT / "benchmarks" / "results" / "pruning.json"
+    known = json.loads(path.read_text())
+    assert kept.committed(path, argparse.Namespace(**known["options"])) == known["rows"] != []
+    for name in kept.SHAPES:
+        other = known["options"] | {name: known["options"][name] + 1}
+        assert kept.committed(path, argparse.Namespace(**other)) == [], name
+    assert kept.committed(path.with_name("none.json"), argparse.Namespace(**known["options"])) == []
+
+
+def test_a_row_half_written_is_made_again(kept, tmp_path):
+    row = {"method": "ours", "removed": 6, "seed": 1, "brown_ppl": 45.0}
+    rows = kept.Rows(tmp_path / "rows.jsonl", [row])
+    rows.add(row | {"seed": 2})
+    rows.add({"method": "ours", "removed": 6, "seed": 3})  # not judged
+    with (tmp_path / "rows.jsonl").open("a") as file:
+        file.write(json.dumps(row | {"seed": 0})[:-4])
+    again = kept.Rows(tmp_path / "rows.jsonl", [])
+    assert [again.has("ours", 6, seed) for seed in range(4)] == [False, True, True, False]
+    again.add(row | {"seed": 0})
+    assert [one["seed"] for one in again.read()] == [1, 2, 0]
+
+
+def test_only_blocks_left_as_they_were_share_what_was_judged(kept, tmp_path):
+    judged = dict.fromkeys(("fit_seconds", "brown_ppl", "austen_ppl", "choice", "choice_loss", "unified_ppl"), 1.0)
+    row = {"removed": 2, "seed": 0, "prefill": "3", "decode": "3, 4"} | judged
+    rows = kept.Rows(tmp_path / "rows.jsonl", [row | {"method": "ours, no annealing", "brown_ppl": 0.5}])
+    assert rows.alike(row) is None, "its gaps were refitted"
+    rows.add(row | {"method": "ShortGPT"})
+    assert rows.alike(row) == judged
+    assert rows.alike(row | {"decode": "3, 5"}) is None
