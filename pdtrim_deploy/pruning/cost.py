@@ -138,15 +138,15 @@ def _windows(blocks: int, prefill_lost: int, decode_lost: int, sequences: int) -
 
 
 def _again(blocks: int, pruning: PruningSection, sequences: int, healing_sequences: int) -> int:
-    """Block-forwards at most of searching decode, without annealing, behind where prefill's search began.
+    """Block-forwards at most of searching decode once more, behind where prefill's search began.
 
     It is done where finalists gave prefill another answer: most often not, so nobody should wait for it.
     """
     first, last = pruning.prefill_blocks, pruning.decode_blocks
     if not 0 < first < last or pruning.finalists < 2:
         return 0
-    work = _WORK[pruning.method](blocks, first, last, 0).most + blocks - first
-    judged = judged_forwards(blocks, first, last, healing_sequences, 0, 2, together=False)
+    work = _WORK[pruning.method](blocks, first, last, pruning.steps).most + blocks - first
+    judged = judged_forwards(blocks, first, last, healing_sequences, 0, pruning.finalists, together=False)
     return round(work * sequences) + _windows(blocks, first, last, sequences) + judged
 
 

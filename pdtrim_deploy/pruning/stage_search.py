@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
@@ -92,10 +92,6 @@ class StageSearch:
     @cached_property
     def _search(self) -> Search:
         return get_search(self.method, self.settings) if isinstance(self.method, str) else self.method
-
-    def without_annealing(self) -> StageSearch:
-        """As far as where annealing begins."""
-        return replace(self, settings=replace(self.settings, steps=0))
 
     def run(
         self, stage: Stage, name: str, remove: int, prompt_tokens: int, forced: Solution, progress: Progress

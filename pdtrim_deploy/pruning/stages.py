@@ -69,7 +69,7 @@ def choose_stages(
     the pruned prefill model made.
 
     What is best for prefill need not be for decode. So where the judge likes another prefill better than the one that
-    its search began with, decode is searched behind both, behind the latter without annealing, and the judge chooses.
+    its search began with, decode is searched behind both, and the judge chooses.
 
     Args:
         method: name of a search, or one of your own making.
@@ -105,14 +105,14 @@ def choose_stages(
         decode = SearchResult(prefill.result.removed, (), lost.distilled)
         return StageRemovals(prefill.result, decode, _named(prefill=prefill))
 
-    def behind(lost: Solution, name: str, by: StageSearch) -> Found:
-        return by.run("decode", name, decode_blocks, split, lost, _saying(name, progress))
+    def behind(lost: Solution, name: str) -> Found:
+        return searches.run("decode", name, decode_blocks, split, lost, _saying(name, progress))
 
-    decode_found = behind(lost, "decode", searches)
+    decode_found = behind(lost, "decode")
     if judge is None or not prefill.finalists or prefill.start == lost:
         decode = _nested(prefill.result, decode_found.result)
         return StageRemovals(prefill.result, decode, _named(prefill=prefill, decode=decode_found))
-    again = behind(prefill.start, AGAIN, searches.without_annealing())
+    again = behind(prefill.start, AGAIN)
     judged = {lost: decode_found.judged(judge, lost), prefill.start: again.judged(judge, prefill.start)}
     progress("; ".join(f"decode behind prefill without {one}: {loss:.4f}" for one, loss in judged.items()))
     return _better(prefill, decode_found, again, judged)
