@@ -85,10 +85,16 @@ class Recipe(_Section):
                 f"pruning.finalists is {pruning.finalists} but healing.compensation is none; "
                 f"allowed with finalists: norm or least-squares, which they are judged by"
             )
-        if pruning.finalists and asked.sequences < 2:
+        least = 4 if asked.compensation == "least-squares" else 2
+        if pruning.finalists and asked.sequences < least:
             raise ValueError(
-                f"healing.sequences is 1 but pruning.finalists is {pruning.finalists}; allowed with it: at least 2, "
-                f"since finalists are judged on sequences that were not fitted"
+                f"healing.sequences is {asked.sequences} but pruning.finalists is {pruning.finalists}; allowed with "
+                f"{asked.compensation}: at least {least}, since finalists are judged on sequences that were not fitted"
+            )
+        if asked.decode_steps and not pruning.decode_blocks:
+            raise ValueError(
+                f"healing.decode_steps is {asked.decode_steps} but decode loses no block; allowed: 0, or "
+                f"pruning.decode_blocks of at least 1"
             )
         if self.students.steps and not pruning.distil:
             raise ValueError(

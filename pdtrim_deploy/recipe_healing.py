@@ -48,7 +48,8 @@ class HealingSection(_Section):
 
     Attributes:
         kv_only_blocks: blocks that decode keeps and prefill runs for their K and V alone, chosen by measured loss.
-        compensation: without gradients: `norm` rescales (Prune&Comp), `least-squares` refits MLP outputs.
+        compensation: without gradients: `norm` rescales (Prune&Comp) each stage that it helps on text not fitted,
+            `least-squares` refits MLP outputs.
         prefill_steps, decode_steps: of logit distillation from the dense model; 0 is off.
         kv_steps: of the same for decode once more, when KV is chosen: behind prompt KV as it will arrive.
         minutes: at most so long for each of these three; a run that time ends is not repeatable to the bit.
@@ -76,7 +77,7 @@ class HealingSection(_Section):
                 f"minutes is {self.minutes:g} but no steps are asked for; "
                 "allowed with minutes: prefill_steps, decode_steps or kv_steps of at least 1"
             )
-        chooses = self.compensation == "least-squares" or self.kv_only_blocks or trains
+        chooses = self.compensation != "none" or self.kv_only_blocks or trains
         if chooses and self.sequences < 2:
             raise ValueError("sequences is 1; allowed: at least 2, since some are kept from fitting, to choose on")
         return self

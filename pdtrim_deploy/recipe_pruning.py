@@ -26,9 +26,10 @@ class PruningSection(BaseModel):
 
     Attributes:
         distil: let annealing put one student block in the place of an adjacent pair, where that costs less.
-        threshold: cosine above which a pair is in the distillation set.
-        steps, minutes: of annealing, for each stage; the time is that of the stage's whole search, and a run that it
-            ends is not repeatable to the bit.
+        threshold: cosine above which a pair is in the distillation set; annealing may move such a pair by one block.
+        steps, minutes: of annealing, for each search; the clock runs from the search's first step, but the greedy
+            start before annealing and the judging of finalists behind it are never cut short. A run that time ends
+            is not repeatable to the bit.
         seed: of `anneal` and `random`.
         finalists: so many of the solutions that annealing took, of the greedy one and of runs of adjacent blocks are
             judged again with `healing.compensation`, which decides; 0 leaves the search's own answer.

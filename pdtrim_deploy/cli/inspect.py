@@ -42,7 +42,7 @@ def inspect(
     An engine is built, then checked, then run; under the table stands what was checked, where it has run, and what not.
     A model is a source (hf:DIR, gguf:FILE, pypi:NAME) or a HF folder. It is run once over calibration text: how alike
     are the hidden states before and after each block, and each adjacent pair? Blocks of pairs above the threshold are
-    the distillation set, all others the pruning set, which `method: anneal` in a recipe starts from.
+    the distillation set, which `distil: true` in a recipe takes its pairs from, all others the pruning set.
 
     \b
     Examples:

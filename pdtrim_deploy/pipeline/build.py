@@ -65,16 +65,15 @@ def steps_of(recipe: Recipe, fingerprint: str) -> tuple[BuildStep, ...]:
     """All steps but the seal. Each key holds the one before: a change makes its step and all later ones again."""
     dump = recipe.model_dump(mode="json")
     said = {"pdtrim-deploy": __version__, "model": fingerprint, "dtype": recipe.model.dtype}
-    more = {"students": recipe.pruning.distil, "healing": recipe.pruning.finalists}
-    chosen = ("calibration", "pruning", *(section for section, asked in more.items() if asked))
-    prune = chained_key("", said | ({key: dump[key] for key in chosen} if recipe.pruning.decode_blocks else {}))
+    chosen = {key: dump[key] for key in ("calibration", "pruning", *(["students"] if recipe.pruning.distil else []))}
+    if recipe.pruning.finalists:
+        chosen["judged"] = [dump["healing"][name] for name in ("compensation", "sequences", "length")]
+    prune = chained_key("", said | (chosen if recipe.pruning.decode_blocks else {}))
     healed = chained_key(prune, heal.depends_on(dump)) if heal.needed(recipe) else prune
     kv = chained_key(healed, [dump["kv"], None if recipe.kv.method in FIXED_KV else dump["calibration"]])
     decode = chained_key(kv, [dump["healing"], dump["kv"], dump["calibration"]]) if recipe.healing.kv_steps else kv
     return (
-        BuildStep(
-            "prune", prune, (steps.PRUNING, steps.CANDIDATES, *steps.SEARCHES, steps.SEARCHED_AGAIN), steps.prune
-        ),
+        BuildStep("prune", prune, steps.PRUNED, steps.prune),
         *([BuildStep("heal", healed, (heal.HEALING,), heal.heal)] if heal.needed(recipe) else []),
         BuildStep("select-kv", kv, (PLAN, select_kv.KV, select_kv.ATTENTION), select_kv.select_kv),
         *([BuildStep("heal-kv", decode, (heal_kv.HEALING_KV,), heal_kv.heal_kv)] if recipe.healing.kv_steps else []),

@@ -19,12 +19,14 @@ from pdtrim_deploy.pruning.solution import Solution
 from pdtrim_deploy.recipe import Recipe
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from pdtrim_deploy.checkpoints.block_tensors import BlockTensors
     from pdtrim_deploy.pruning.pair import StagePair
 
 PRUNING, HEALING = f"{REPORTS}/pruning.json", f"{REPORTS}/healing.json"
-_VERSION = 1  # of how weights are made
-_KV_ONLY_VERSION = 2  # the same where some blocks run for their K and V alone
+_VERSION = 3  # of how weights are made
+_KV_ONLY_VERSION = 4  # the same where some blocks run for their K and V alone
 
 Changed = Mapping[Stage, "BlockTensors"]
 
@@ -37,7 +39,12 @@ def needed(recipe: Recipe) -> bool:
 
 def depends_on(dump: Mapping[str, Any]) -> list[Any]:
     """What the step depends on besides the one before; `dump` is the recipe's."""
-    return [dump["students"], dump["healing"], dump["calibration"]]
+    return [dump["students"], _asked(dump), dump["calibration"]]
+
+
+def _asked(dump: Mapping[str, Any]) -> dict[str, Any]:
+    """The section on healing without what is done once KV is chosen."""
+    return {name: value for name, value in dump["healing"].items() if name != "kv_steps"}
 
 
 def blocks_plan(context: Context) -> PDPlan:
@@ -97,7 +104,7 @@ def _key(context: Context) -> str:
     plan, dump = _chosen(context), context.recipe.model_dump(mode="json")
     texts = [hashlib.sha256(ids.numpy().tobytes()).hexdigest() for ids in _texts(context)]
     version = _KV_ONLY_VERSION if context.recipe.healing.kv_only_blocks else _VERSION
-    said = [version, plan.digest, dump["students"], dump["healing"], texts]
+    said = [version, plan.digest, dump["students"], _asked(dump), texts]
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
@@ -139,7 +146,7 @@ def _make(context: Context) -> tuple[StagePair, dict[str, Any]]:
     for stage in STAGES:
         if all(action.kind == "keep" for action in pair.plan.actions(stage)):
             continue  # nothing was lost
-        if asked.compensation != "none":
+        if asked.compensation != "none" and _helps(context, pair, stage, ids, report):
             pair = get_compensation(asked.compensation).compensate(pair, stage, ids, context.note)
         if asked.prefill_steps if stage == "prefill" else asked.decode_steps:
             done = distil(pair, stage, ids, asked, context.note)
@@ -150,11 +157,30 @@ def _make(context: Context) -> tuple[StagePair, dict[str, Any]]:
     return pair, report
 
 
+def _helps(context: Context, pair: StagePair, stage: Stage, ids: Tensor, report: dict[str, Any]) -> bool:
+    """Whether rescaling is kept: where it helps on text not fitted. Least squares asks that itself, layer by layer."""
+    if context.recipe.healing.compensation != "norm":
+        return True
+    from pdtrim_deploy.pruning.compensation import get_compensation
+    from pdtrim_deploy.pruning.compensation.held_out import held_out
+
+    found = held_out(get_compensation("norm"), pair, stage, ids)
+    said = "kept" if found.kept else "left out: it does not help"
+    context.note(f"{stage}: rescaled, {found.before:.4f} -> {found.after:.4f} nats on text not fitted; {said}")
+    report["rescaled"][stage] = {"before": found.before, "after": found.after, "kept": found.kept}
+    return found.kept
+
+
 def _with_students(context: Context, pair: StagePair) -> tuple[StagePair, dict[str, Any]]:
     from pdtrim_deploy.pruning.students import Students
 
     recipe, fingerprint = context.recipe, context.checkpoint.fingerprint
-    report: dict[str, Any] = {"students": {}, "compensation": recipe.healing.compensation, "healing": {}}
+    report: dict[str, Any] = {
+        "students": {},
+        "compensation": recipe.healing.compensation,
+        "rescaled": {},
+        "healing": {},
+    }
     students = Students(
         pair.model, _texts(context)[0], recipe.students,
         cache=context.cache, fingerprint=fingerprint, work=context.out / WORK, note=context.note,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 
 CANDIDATES = f"{REPORTS}/candidates.json"
 SEARCHES = tuple(f"{REPORTS}/search-{stage}.jsonl" for stage in STAGES)
-SEARCHED_AGAIN = f"{REPORTS}/search-decode-again.jsonl"
+SEARCHED_AGAIN, JUDGED = f"{REPORTS}/search-decode-again.jsonl", f"{REPORTS}/judged.jsonl"
+PRUNED = (PRUNING, CANDIDATES, *SEARCHES, SEARCHED_AGAIN, JUDGED)
 
 
 def prune(context: Context) -> None:
@@ -62,14 +64,15 @@ def prune(context: Context) -> None:
                 folder=context.out / REPORTS,
                 about=[context.checkpoint.fingerprint, about],
                 elsewhere=elsewhere,
-                judge=_judge(context, model, students) if asked.finalists else None,
+                judge=_judge(context, model, students, about) if asked.finalists else None,
                 finalists=asked.finalists,
                 progress=context.note,
             )
         report = {stage: _stage_report(getattr(found, stage), found.finalists.get(stage)) for stage in STAGES}
         again = any(one.behind is not None for one in found.finalists.get("prefill", ()))
-    if not again:
-        (context.out / SEARCHED_AGAIN).unlink(missing_ok=True)
+    for kept, file in ((again, SEARCHED_AGAIN), (asked.finalists, JUDGED)):
+        if not kept:
+            (context.out / file).unlink(missing_ok=True)
     write_json(context.out / PRUNING, report)
 
 
@@ -99,14 +102,21 @@ def _finalist_report(one: Finalist) -> dict[str, Any]:
     return said if one.behind is None else said | {"decode_behind": one.behind}
 
 
-def _judge(context: Context, model: Any, students: Any) -> Judge:
-    """Has the last word on a search's finalists: on the text that weights are fitted to, as they will be."""
+def _judge(context: Context, model: Any, students: Any, about: Any) -> Judge:
+    """Has the last word on a search's finalists: on the text that weights are fitted to, as they will be.
+
+    What it says stands in reports/judged.jsonl.
+    """
     from pdtrim_deploy.pruning.refitted import Refitted
+    from pdtrim_deploy.pruning.verdicts import WrittenDown
 
     asked = context.recipe.healing
     ids = context.calibration(asked.sequences, asked.length)
     together = 1 if context.bounded else None
-    return Refitted(model, context.shape, ids, asked.compensation, students, context.note, together)
+    judge = Refitted(model, context.shape, ids, asked.compensation, students, context.note, together)
+    text = hashlib.sha256(ids.numpy().tobytes()).hexdigest()
+    said = [context.checkpoint.fingerprint, asked.compensation, text, about]
+    return WrittenDown(judge, context.out / JUDGED, said)
 
 
 def _pairs(context: Context, model: Any, ids: Any, found: Candidates) -> tuple[tuple[int, ...], Any, Any]:

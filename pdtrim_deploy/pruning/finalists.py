@@ -14,6 +14,7 @@ from typing import Protocol
 
 import torch
 
+from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.plan import Stage
 from pdtrim_deploy.pruning.evaluator import mean_loss
 from pdtrim_deploy.pruning.search import Problem, SearchResult, Step
@@ -60,6 +61,8 @@ def last_word(
         return found, ()
     losses = [mean_loss(problem.evaluator, solution) for solution in solutions]
     judged = judge(stage, problem.forced, solutions)
+    if not all(map(math.isfinite, judged)):
+        raise UserError("a finalist's loss is not a number; load the model in float32, check its weights")
     finalists = [Finalist(*row) for row in zip(solutions, losses, judged, strict=True)]
     for one in finalists:
         progress(f"finalist {one.solution}: loss {one.loss:.4f}, compensated {one.judged:.4f}")

@@ -20,9 +20,13 @@ from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.evaluation.oracle import PDOracle
 from pdtrim_deploy.loadtest.text import WORDS
 from pdtrim_deploy.pipeline import build, heal, heal_kv
+from pdtrim_deploy.pipeline.build import steps_of
 from pdtrim_deploy.pipeline.context import Context
-from pdtrim_deploy.plan import STAGES, Distilled, Drop, KVOnly
+from pdtrim_deploy.plan import STAGES, Distilled, Drop, KVOnly, Stage
+from pdtrim_deploy.pruning.compensation.held_out import HeldOut
+from pdtrim_deploy.pruning.compensation.norm import Norm
 from pdtrim_deploy.pruning.kv_only import fit
+from pdtrim_deploy.pruning.pair import StagePair
 from pdtrim_deploy.pruning.students.regression import FROZEN
 from pdtrim_deploy.recipe import Recipe
 
@@ -237,6 +241,35 @@ def test_students_alone_need_no_other_text(recipe_of: Callable[..., Recipe], tmp
         build(recipe_of(healing={"compensation": "norm"}), tmp_path / "b", cache)
 
 
+@pytest.mark.parametrize("helped", ["prefill", "decode"])
+def test_rescaling_is_kept_where_it_helps_on_text_not_fitted(
+    helped: Stage, recipe_of: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(method: Norm, pair: StagePair, stage: Stage, ids: torch.Tensor) -> HeldOut:
+        return HeldOut(5.0, 4.9 if stage == helped else 5.1)
+
+    monkeypatch.setattr("pdtrim_deploy.pruning.compensation.held_out.held_out", measured)
+    cache = Cache(tmp_path / "cache")  # its own: the other stage's answer has the same key
+    recipe = recipe_of(healing={"compensation": "norm", "sequences": 6, "length": 32})
+    bundle = build(recipe, tmp_path / "b", cache)
+    report = json.loads((bundle.path / heal.HEALING).read_text())["rescaled"]
+    assert {stage: one["kept"] for stage, one in report.items()} == {stage: stage == helped for stage in STAGES}
+    changed = heal.changed(context_of(recipe, bundle, cache))
+    for stage in STAGES:
+        last = bundle.plan.layers(stage)[-1]  # behind every gap
+        assert (last in changed[stage]) == (stage == helped)
+
+
+def test_what_follows_the_choice_of_kv_makes_nothing_before_it_again(recipe_of: Callable[..., Recipe]) -> None:
+    def keys(**healing: object) -> dict[str, str]:
+        kv = {"method": "all", "n_last": 8}
+        return {step.name: step.key for step in steps_of(recipe_of(healing=HEALING | healing, kv=kv), "model")}
+
+    without, with_it, other = keys(), keys(kv_steps=2), keys(learning_rate=1e-3)
+    assert {name for name in without if without[name] != with_it[name]} == {"decode"}
+    assert {name for name in without if without[name] != other[name]} == {"heal", "select-kv", "prefill", "decode"}
+
+
 def test_recipes_without_it_have_no_such_step(recipe_of: Callable[..., Recipe], tmp_path: Path, cache: Cache) -> None:
     plain = recipe_of(pruning={"prefill_blocks": 1, "decode_blocks": 2}, healing={})
     assert not heal.needed(plain)
@@ -279,13 +312,18 @@ def test_bad_sections_are_one_sentence(recipe_of: Callable[..., Recipe], section
         (
             {
                 "pruning": {"method": "anneal", "decode_blocks": 2, "finalists": 3},
-                "healing": {"compensation": "norm", "sequences": 1},
+                "healing": {"compensation": "least-squares", "sequences": 3},
             },
-            "healing.sequences is 1 but pruning.finalists is 3; allowed with it: at least 2",
+            "healing.sequences is 3 but pruning.finalists is 3; allowed with least-squares: at least 4",
         ),
         (
             {"pruning": {"method": "sleb", "decode_blocks": 2, "finalists": 3}},
             "method is sleb, which takes no finalists",
+        ),
+        ({"healing": {"compensation": "norm", "sequences": 1}}, "healing.sequences is 1; allowed: at least 2"),
+        (
+            {"pruning": {}, "healing": {"kv_only_blocks": 1, "decode_steps": 5}},
+            "healing.decode_steps is 5 but decode loses no block",
         ),
         ({"calibration": {"sequences": 1}}, "calibration.sequences is 1 but pruning.distil is true"),
     ],

@@ -16,6 +16,7 @@ from pdtrim_deploy.cli import main
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.loadtest.text import WORDS
 from pdtrim_deploy.pipeline import build
+from pdtrim_deploy.plan import Stage
 from pdtrim_deploy.pruning import finalists
 from pdtrim_deploy.pruning.ray_evaluator import Workers
 from pdtrim_deploy.pruning.refitted import Refitted
@@ -93,6 +94,34 @@ def test_finalists_are_in_the_report_and_the_best_of_them_is_built(
         assert said["loss"] == best["loss"]
 
 
+def test_a_search_stopped_behind_its_finalists_asks_the_judge_nothing_again(
+    tmp_path: Path, tiny_llama_dir: Path, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = recipe(tmp_path, tiny_llama_dir, prefill_blocks=2, decode_blocks=4)
+    asked = asked.changed("test", "healing", compensation="least-squares")
+    asked, out = asked.changed("test", "pruning", finalists=4), tmp_path / "b"
+    judged: list[list[Solution]] = []
+    really = Refitted.__call__
+
+    def judge(self: Refitted, stage: Stage, prefill: Solution, solutions: list[Solution]) -> list[float]:
+        judged.append(solutions)
+        if stage == "decode":
+            raise KeyboardInterrupt
+        return really(self, stage, prefill, solutions)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Refitted, "__call__", judge)
+        with pytest.raises(KeyboardInterrupt):
+            build(asked, out, cache)
+    assert len(judged) == 2
+    lines: list[str] = []
+    found = build(asked, out, cache, lines.append)
+    assert not any("prefill: " in line and "solutions compensated" in line for line in lines)
+    whole: list[str] = []
+    assert found.plan == build(asked, tmp_path / "c", Cache(tmp_path / "other"), whole.append).plan
+    assert any("prefill: " in line and "solutions compensated" in line for line in whole)
+
+
 @pytest.mark.parametrize("begun", [False, True])
 def test_decode_searched_again_is_in_the_report_and_leaves_its_trajectory(
     begun: bool, tmp_path: Path, tiny_llama_dir: Path, cache: Cache, monkeypatch: pytest.MonkeyPatch
@@ -122,9 +151,11 @@ def test_decode_searched_again_is_in_the_report_and_leaves_its_trajectory(
     assert list(bundle.plan.dropped("prefill")) == sorted(said["removed"])
     assert (tuple(sorted(said["removed"])) == started[0].removed) == begun
     assert (reports / again).exists()
+    assert (reports / "judged.jsonl").exists()
     assert bundle.verify() == []
     build(asked.changed("test", "pruning", finalists=0), tmp_path / "b", cache, force=True)
     assert not (reports / again).exists()
+    assert not (reports / "judged.jsonl").exists()
 
 
 def test_blocks_from_the_checkpoint_give_the_same_bundle(

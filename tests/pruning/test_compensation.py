@@ -9,7 +9,9 @@ from pdtrim_deploy.blockwise import Blockwise, LayerKV
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.plan import Distilled, Drop, Keep, PDPlan
 from pdtrim_deploy.pruning.compensation import COMPENSATIONS, get_compensation
+from pdtrim_deploy.pruning.compensation.held_out import held_out
 from pdtrim_deploy.pruning.pair import StagePair
+from pdtrim_deploy.pruning.pd_loss import pd_loss, prefill_loss
 from pdtrim_deploy.recipe_healing import COMPENSATION_METHODS
 
 QUIET = lambda _: None  # noqa: E731
@@ -123,3 +125,17 @@ def test_an_error_that_is_not_a_number_is_one_sentence():
         get_compensation("norm").compensate(pair_of(model), "prefill", text(2, 24), QUIET)
     with pytest.raises(UserError, match="block 1: its error is nan"):
         get_compensation("least-squares").compensate(pair_of(model), "prefill", text(8, 16), QUIET)
+
+
+@pytest.mark.parametrize("stage", ["prefill", "decode"])
+@pytest.mark.parametrize("method", COMPENSATIONS)
+def test_each_half_is_judged_by_what_the_other_fitted(method, stage):
+    model, ids, mend = tiny("Llama"), text(9, 24), get_compensation(method)
+    pair, loss = pair_of(model), prefill_loss if stage == "prefill" else pd_loss
+    found = held_out(mend, pair, stage, ids)
+    one, two = ids[0::2], ids[1::2]
+    sums = 5 * loss(mend.compensate(pair, stage, two, QUIET), one)
+    sums += 4 * loss(mend.compensate(pair, stage, one, QUIET), two)
+    assert found.after == pytest.approx(sums / 9, abs=1e-5)
+    assert found.before == pytest.approx((5 * loss(pair, one) + 4 * loss(pair, two)) / 9, abs=1e-5)
+    assert found.kept == (found.after < found.before)

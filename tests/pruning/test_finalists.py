@@ -7,6 +7,7 @@ import torch
 from tinypd import BLOCKS, make_plan, text, tiny
 
 from pdtrim_deploy.blockwise import Blockwise
+from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.pruning.compensation import get_compensation
 from pdtrim_deploy.pruning.cost import judged_forwards
 from pdtrim_deploy.pruning.finalists import last_word
@@ -84,6 +85,14 @@ def test_the_best_run_of_adjacent_blocks_is_among_them(model):
     found = replace(Greedy().run(problem, quiet), removed=(2, 0, 4))
     _, ranked = last_word("prefill", problem, found, lambda *a: [0.0] * len(a[2]), 9, quiet)
     assert {one.solution for one in ranked} == {found.solution, Solution.of(best)}
+
+
+def test_a_verdict_that_is_no_number_is_refused(model):
+    ids = text(6, 30)
+    problem = Problem(model, ids, NextTokenLoss(model, ids), 2)
+    found = replace(Greedy().run(problem, quiet), others=(Solution.of((0, 3)),))
+    with pytest.raises(UserError, match="finalist's loss is not a number"):
+        last_word("prefill", problem, found, lambda *a: [float("nan")] * len(a[2]), 3, quiet)
 
 
 def test_one_alone_is_not_judged(model):

@@ -11,6 +11,7 @@ from pdtrim_deploy.pruning.redundancy import redundancy
 from pdtrim_deploy.pruning.search import SEARCHES, Problem, get_search
 from pdtrim_deploy.pruning.search.greedy import Greedy
 from pdtrim_deploy.pruning.search.racing import surely_above
+from pdtrim_deploy.pruning.search.trajectory import Trajectory
 from pdtrim_deploy.pruning.solution import Solution
 from pdtrim_deploy.pruning.stages import choose_stages
 
@@ -138,3 +139,20 @@ def test_other_bad_input_is_refused(model, ids):
 
 def test_the_recipe_knows_every_method():
     assert set(recipe_pruning.PRUNING_METHODS) == set(SEARCHES)
+
+
+def test_perplexity_takes_those_that_cost_least_alone_and_goes_on_where_it_stopped(model, ids, tmp_path):
+    def run(log):
+        asked = problem(model, ids, 2, split=10, trajectory=log)
+        return get_search("perplexity").run(asked, quiet), asked.evaluator.batches
+
+    file = tmp_path / "search.jsonl"
+    found, batches = run(Trajectory(file, 1))
+    alone = {b: pd_loss(model, ids, 10, (), (b,)) for b in range(BLOCKS)}
+    assert list(found.removed) == sorted(alone, key=alone.get)[:2]
+    rows = file.read_text().splitlines()
+    assert len(rows) == 1 + batches >= 3
+    file.write_text("\n".join(rows[:-1]) + "\n")
+    stopped = Trajectory(file, 1)
+    assert run(stopped)[0].removed == found.removed
+    assert file.read_text().splitlines()[:-1] == rows[:-1]

@@ -17,4 +17,4 @@ class Cosine:
         began = monotonic()
         score = redundancy(problem.model, problem.ids, progress=progress)
         ranked = sorted(problem.candidates, key=lambda block: (-float(score[block]), block))
-        return take(problem, ranked, began, problem.objective.blocks * len(problem.ids))
+        return take(problem, ranked, monotonic() - began, problem.objective.blocks * len(problem.ids))

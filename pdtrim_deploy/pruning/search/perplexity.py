@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from time import monotonic
 
-from pdtrim_deploy.pruning.evaluator import mean_loss
 from pdtrim_deploy.pruning.search.base import Problem, Progress, SearchResult, time_left
 from pdtrim_deploy.pruning.search.one_shot import take
 
@@ -16,12 +15,26 @@ class OneShotPerplexity:
     """The losses are those of one block gone; that of the whole choice is not measured."""
 
     def run(self, problem: Problem, progress: Progress) -> SearchResult:
-        """Rank once, on all of the text; ties go to the earlier block. UserError when the loss is not a number."""
-        began, evaluator = monotonic(), problem.evaluator
+        """Rank once, on all of the text; ties go to the earlier block. UserError when the loss is not a number.
+
+        All candidates go through one part of the text, then the next; a stopped search goes on at the next part.
+        """
+        evaluator, log, blocks = problem.evaluator, problem.trajectory, problem.candidates
         evaluator.settle(problem.forced)
-        alone = dict[int, float]()
-        for block in problem.candidates:
-            alone[block] = mean_loss(evaluator, problem.without((block,)))
-            done, of = len(alone), len(problem.candidates)
-            progress(f"perplexity: {done}/{of} blocks, {time_left(began, done, of - done)}")
-        return take(problem, sorted(alone, key=lambda block: (alone[block], block)), began, problem.spent)
+        alone, tokens = dict.fromkeys(blocks, 0.0), 0
+        began, here = monotonic(), 0
+        for batch in range(evaluator.batches):
+            row = log.replay()
+            if row is None:
+                losses = evaluator.evaluate([problem.without((block,)) for block in blocks], batch)
+                sums = [float(loss.double().sum()) for loss in losses]
+                row = {"batch": batch, "sums": sums, "tokens": losses[0].numel(), "block_forwards": problem.spent}
+                log.append(**row)
+                here += 1
+            alone = {block: alone[block] + more for block, more in zip(blocks, row["sums"], strict=True)}
+            tokens += row["tokens"]
+            left = time_left(began, here, evaluator.batches - batch - 1)
+            best = min(alone.values()) / tokens
+            progress(f"perplexity: part {batch + 1} of {evaluator.batches}, best {best:.4f}, {left}")
+        ranked = sorted(blocks, key=lambda block: (alone[block], block))
+        return take(problem, ranked, log.seconds, problem.spent)

@@ -27,7 +27,7 @@ class Streamline:
         cosine = similarity(problem.model, problem.ids, lengths, progress=progress) if count else {}
         best = max(windows, key=lambda w: (float(cosine[len(w)][w[0]]), -w[0])) if count else range(0)
         chosen = [block for block in best if block in problem.candidates]
-        return take(problem, chosen, began, blocks * len(problem.ids))
+        return take(problem, chosen, monotonic() - began, blocks * len(problem.ids))
 
 
 def _windows(problem: Problem, count: int) -> list[range]:

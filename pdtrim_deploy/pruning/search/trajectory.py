@@ -34,7 +34,7 @@ class Trajectory:
         if path is not None:
             self._before = self._read(path)
         self.seconds_before = self._before[-1]["seconds"] if self._before else 0.0
-        self.forwards_before = self._before[-1]["block_forwards"] if self._before else 0
+        self.forwards_before = self._before[-1].get("block_forwards", 0) if self._before else 0
 
     def _read(self, path: Path) -> list[dict[str, Any]]:
         try:

@@ -47,6 +47,10 @@ def mended(found: Findings) -> Markup | None:
     for pair, lesson in reports.get("healing", {}).get("students", {}).items():
         errors = (number(lesson["error_drop"], 4), number(lesson["error"], 4))
         rows.append((f"student of blocks {pair}", "relative squared error, against leaving it out", *errors, "yes"))
+    for stage, one in reports.get("healing", {}).get("rescaled", {}).items():
+        kept = "yes" if one["kept"] else "no: not better"
+        losses = (number(one["before"], 4), number(one["after"], 4))
+        rows.append((f"{stage}, rescaled", "loss, nats a token, on text not fitted", *losses, kept))
     known = "KL from the dense model, nats a token, on text not trained on"
     healed = {f"{stage}, distilled": one for stage, one in reports.get("healing", {}).get("healing", {}).items()}
     if "healing-kv" in reports:
