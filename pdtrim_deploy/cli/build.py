@@ -121,7 +121,9 @@ def print_preview(found: Preview, out: Path, as_json: bool) -> None:
         click.echo(
             f"             {cost.memory / 1e9:,.2f} GB: weights {cost.weights / 1e9:,.2f}, hidden states "
             f"{cost.states / 1e9:,.2f} (all of one model's: {cost.states_wanted / 1e9:,.2f}), prompt KV "
-            f"{cost.prompt_kv / 1e9:,.2f}" + (f"; {cost.disk / 1e9:,.2f} GB of files" if cost.disk else "")
+            f"{cost.prompt_kv / 1e9:,.2f}"
+            + (f", fitting {cost.fitted / 1e9:,.2f}" if cost.fitted else "")
+            + (f"; {cost.disk / 1e9:,.2f} GB of files" if cost.disk else "")
         )
     if found.stage_bytes is None or found.planned_bytes is None or found.dense_bytes is None:
         click.echo(f"  {found.missing}")

@@ -13,7 +13,7 @@ from pdtrim_deploy.checkpoints.checkpoint import read_config
 from pdtrim_deploy.doctor.base import ALL, Asked, Finding, Job, gb
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.pipeline.heal import needed
-from pdtrim_deploy.pruning.cost import search_cost
+from pdtrim_deploy.pruning.cost import fitted_bytes, search_cost
 from pdtrim_deploy.recipe import Recipe
 from pdtrim_deploy.recipe_kv import FIXED_KV
 from pdtrim_deploy.serving.environment import gpu_count
@@ -56,8 +56,6 @@ def needs(recipe: Recipe, workers: int = 0) -> Needs | None:
     engines = len(recipe.targets.asked) * 2 * count * 4
     cost = search_cost(config, recipe.pruning, recipe.calibration, recipe.healing)
     searching, states = (cost.memory, cost.disk) if cost else (0, 0)
-    if recipe.pruning.distil:
-        states += _hidden_files(recipe, config)
     return Needs(
         build=PROGRAM
         + max(
@@ -92,23 +90,9 @@ def _trained(recipe: Recipe, config: dict[str, Any]) -> int:
 
 
 def _fitted(recipe: Recipe, config: dict[str, Any]) -> int:
-    """Bytes of one block's normal equations, where blocks are fitted (`pruning.least_squares.Ridge`).
-
-    In float64, for fitting and for choosing the penalty, and two more squares while it is solved. Beside them the maps
-    that compensation gives, at most one a block, of each of the finalists that are compensated side by side.
-    """
-    if not recipe.pruning.distil and not (needed(recipe) and recipe.healing.compensation == "least-squares"):
-        return 0
-    inner, hidden, pruning = config["intermediate_size"], config["hidden_size"], recipe.pruning
-    refitted = config["num_hidden_layers"] if recipe.healing.compensation == "least-squares" else 0
-    held = max(1, pruning.finalists) if pruning.blocks_in_memory is None else 1
-    return 8 * (4 * inner * inner + 3 * inner * hidden) + 4 * held * refitted * inner * hidden
-
-
-def _hidden_files(recipe: Recipe, config: dict[str, Any]) -> int:
-    """Bytes of what students are fitted to (`pruning.students.states`)."""
-    text = recipe.calibration
-    return (config["num_hidden_layers"] + 1) * text.sequences * text.length * config["hidden_size"] * 4
+    """Bytes of one block's normal equations and of new maps, where blocks are fitted."""
+    refits = needed(recipe) and recipe.healing.compensation == "least-squares"
+    return fitted_bytes(config, recipe.pruning, refits) if refits or recipe.pruning.distil else 0
 
 
 def parameters(config: dict[str, Any]) -> int:

@@ -24,8 +24,9 @@ class SearchCost:
     Attributes:
         weights: bytes of the dense model in float32 that are in memory at a time.
         states: bytes of hidden states kept in memory, at most; `states_wanted` is what one whole model's would take.
-        disk: bytes of hidden states kept in files, at most.
+        disk: bytes of hidden states kept in files, at most, those that students are fitted to among them.
         prompt_kv: bytes of the calibration prompts' K and V that decode's search reads.
+        fitted: bytes of normal equations and new maps, where students are made or finalists refitted.
         most: block-forwards at most (blocks run, times sequences): no candidate stopped early.
         likely: with candidates stopped early about as often as on SmolLM2-135M.
         heads: sequences whose loss is taken, likely; each runs the LM head.
@@ -38,6 +39,7 @@ class SearchCost:
     states_wanted: int
     disk: int
     prompt_kv: int
+    fitted: int
     most: int
     likely: int
     heads: int
@@ -46,7 +48,7 @@ class SearchCost:
     @property
     def memory(self) -> int:
         """Bytes at most, besides the program and what runs at the moment."""
-        return self.weights + self.states + self.prompt_kv
+        return self.weights + self.states + self.prompt_kv + self.fitted
 
 
 def search_cost(
@@ -64,6 +66,7 @@ def search_cost(
     count, length = text.sequences, text.length
     stages = [(0, pruning.prefill_blocks, length), (pruning.prefill_blocks, pruning.decode_blocks, length // 2)]
     most = likely = losses = flops = 0.0
+    refits = healing is not None and pruning.finalists > 0 and healing.compensation == "least-squares"
     for first, last, tokens in stages:
         if last == first:
             continue
@@ -87,7 +90,12 @@ def search_cost(
         windows = _windows(blocks, pruning.prefill_blocks, pruning.decode_blocks, count)
         most, likely = most + judging + windows, likely + judging + windows
         flops += 2 * block_size * (judging * healing.length + windows * length)
+        flops += refits * _gram(config) * healing.sequences * _refitted(blocks, pruning, healing.length)
         most += _again(blocks, pruning, count, healing.sequences)
+    if pruning.distil:  # redundancy and states by one pass each; each pair's student begins as the better of two
+        making, pairs = 3 * blocks * count, blocks // 2
+        most, likely = most + making, likely + making
+        flops += count * length * (2 * block_size * 3 * blocks + 2 * pairs * _gram(config))
     wanted = count * length * hidden * _FLOAT * blocks
     kept = min(pruning.memory_mb << 20, wanted)
     keeps = pruning.method in EVALUATED
@@ -95,13 +103,32 @@ def search_cost(
         weights=(min(blocks, pruning.blocks_in_memory or blocks) * block_size + embeddings) * _FLOAT,
         states=kept if keeps else count * length * hidden * _FLOAT,
         states_wanted=wanted,
-        disk=min(pruning.disk_mb << 20, wanted - kept) if keeps else 0,
+        disk=(min(pruning.disk_mb << 20, wanted - kept) if keeps else 0)
+        + (hidden_files(config, text) if pruning.distil else 0),
         prompt_kv=2 * blocks * count * (length // 2) * kv_width * _FLOAT,
+        fitted=fitted_bytes(config, pruning, refits) if refits or pruning.distil else 0,
         most=round(most),
         likely=round(likely),
         heads=round(losses),
         flops=flops,
     )
+
+
+def fitted_bytes(config: Mapping[str, Any], pruning: PruningSection, refits: bool) -> int:
+    """Bytes of one block's normal equations (`least_squares.Ridge`), and of the maps that a stage's refit gives.
+
+    The former in float64, for fitting and for choosing the penalty, and two more squares while it is solved; of the
+    latter at most one a block, of each of the finalists that are compensated side by side.
+    """
+    inner, hidden = config["intermediate_size"], config["hidden_size"]
+    held = max(1, pruning.finalists) if pruning.blocks_in_memory is None else 1
+    maps = held * config["num_hidden_layers"] * inner * hidden if refits else 0
+    return 8 * (4 * inner * inner + 3 * inner * hidden) + _FLOAT * maps
+
+
+def hidden_files(config: Mapping[str, Any], text: CalibrationSection) -> int:
+    """Bytes of what students are fitted to (`students.states`)."""
+    return (config["num_hidden_layers"] + 1) * text.sequences * text.length * config["hidden_size"] * _FLOAT
 
 
 def judged_forwards(
@@ -135,6 +162,22 @@ def _windows(blocks: int, prefill_lost: int, decode_lost: int, sequences: int) -
         if lost > before:
             total += (blocks * looks + sequences) * (blocks - lost + 1)
     return round(total)
+
+
+def _gram(config: Mapping[str, Any]) -> int:
+    """Operations a token of summing up one block's normal equations."""
+    inner, hidden = config["intermediate_size"], config["hidden_size"]
+    return 2 * inner * (inner + hidden)
+
+
+def _refitted(blocks: int, pruning: PruningSection, length: int) -> int:
+    """Layers refitted to judge finalists, times tokens of a sequence that each is refitted on, at most."""
+    first, last, total = pruning.prefill_blocks, pruning.decode_blocks, 0
+    if first:
+        total += pruning.finalists * (blocks - first) * length
+    if last > first:
+        total += bool(first) * (blocks - first) * length + pruning.finalists * (blocks - last) * (length // 2)
+    return total
 
 
 def _again(blocks: int, pruning: PruningSection, sequences: int, healing_sequences: int) -> int:

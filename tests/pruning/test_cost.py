@@ -4,19 +4,21 @@ import json
 from pathlib import Path
 
 import pytest
-from tinypd import make_plan, text, tiny
+from tinypd import BLOCKS, make_plan, text, tiny
 
 from pdtrim_deploy.blockwise import Blockwise
 from pdtrim_deploy.cli.build import print_preview
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.pipeline.preview import preview
+from pdtrim_deploy.pruning.candidates import find
 from pdtrim_deploy.pruning.cost import search_cost
 from pdtrim_deploy.pruning.refitted import Refitted
 from pdtrim_deploy.pruning.search import Settings
 from pdtrim_deploy.pruning.search.greedy import Greedy
 from pdtrim_deploy.pruning.stages import choose_stages
+from pdtrim_deploy.pruning.students import Students
 from pdtrim_deploy.recipe import CalibrationSection, Recipe
-from pdtrim_deploy.recipe_healing import HealingSection
+from pdtrim_deploy.recipe_healing import HealingSection, StudentsSection
 from pdtrim_deploy.recipe_pruning import PRUNING_METHODS, PruningSection
 
 
@@ -81,6 +83,39 @@ def test_a_second_search_of_decode_is_priced(monkeypatch):
     healing = HealingSection(compensation="least-squares", sequences=6, length=20)
     cost = search_cost(model.config.to_dict(), asked, CalibrationSection(sequences=6, length=20), healing)
     assert sum(ran) <= cost.most
+
+
+def test_students_are_priced(monkeypatch, tmp_path):
+    model, ids, ran = tiny("Llama"), text(6, 20), []
+    block = Blockwise.block
+    monkeypatch.setattr(Blockwise, "block", lambda self, *a, **k: ran.append(len(a[1])) or block(self, *a, **k))
+    sizes, calibration = model.config.to_dict(), CalibrationSection(sequences=6, length=20)
+    section = PruningSection(method="anneal", decode_blocks=1, steps=0, distil=True)
+    with_them, without = (search_cost(sizes, section.model_copy(update={"distil": on}), calibration) for on in (1, 0))
+    made = Students(model, ids, StudentsSection(), work=tmp_path)
+    find(model, ids, -0.9)
+    for first in (0, 2):
+        made.tensors((first, first + 1))
+    assert 0 < sum(ran) <= with_them.most - without.most
+    files = (BLOCKS + 1) * 6 * 20 * model.config.hidden_size * 4
+    assert with_them.disk - without.disk == files
+    inner, hidden = sizes["intermediate_size"], sizes["hidden_size"]
+    assert with_them.memory - without.memory == 8 * (4 * inner * inner + 3 * inner * hidden)
+    assert with_them.flops > without.flops
+
+
+def test_refitting_finalists_is_priced():
+    sizes, calibration = tiny("Llama").config.to_dict(), CalibrationSection(sequences=6, length=20)
+    section = PruningSection(prefill_blocks=1, decode_blocks=2, finalists=3)
+    squares, norm = (
+        search_cost(sizes, section, calibration, HealingSection(compensation=name, sequences=6, length=20))
+        for name in ("least-squares", "norm")
+    )
+    inner, hidden = sizes["intermediate_size"], sizes["hidden_size"]
+    equations = 8 * (4 * inner * inner + 3 * inner * hidden)
+    assert squares.memory - norm.memory == equations + 4 * 3 * BLOCKS * inner * hidden
+    layers = 20 * (3 + 1) * (BLOCKS - 1) + 10 * 3 * (BLOCKS - 2)
+    assert squares.flops - norm.flops == 6 * layers * 2 * inner * (inner + hidden)
 
 
 def test_an_8b_model_is_priced_by_its_config_alone(tmp_path, cache, capsys):
