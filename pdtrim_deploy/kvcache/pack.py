@@ -1,7 +1,8 @@
 """Move KV between a paged pool and the packed bytes of a `ChunkLayout`, through the codecs of its wire dtypes.
 
 One meaning, several forms with the same bytes: on a CPU a compiled one (`cpu/`), one pass over memory; torch's own
-operations (`torch_pack`) elsewhere, and where there is no compiler. `triton_pack` is not used by default.
+operations (`torch_pack`) elsewhere, and where there is no compiler. `triton_pack` is not used by default. Bytes that
+travel are host memory: rows of a pool on a GPU are packed there, and cross as one copy.
 """
 
 from __future__ import annotations
@@ -29,10 +30,11 @@ def pack(
     Args:
         keys, values: one pool tensor per *prefill* layer, `[pool_slots, kv_heads, head_dim]`, native dtype.
         slots: int64 `[stop - start]`, the pool slot of each token of the chunk.
-        out: uint8 staging buffer of at least `layout.total_bytes`, aligned to 4 bytes; made when left out.
+        out: uint8 staging buffer of at least `layout.total_bytes`, aligned to 4 bytes, on the pool's device or the
+            host; made on the pool's device when left out.
 
     Returns:
-        uint8 `[layout.total_bytes]`, a view of `out` when it was given.
+        uint8 `[layout.total_bytes]`, a view of `out` when it was given. In host memory the bytes are there.
 
     Raises:
         IndexError: a slot lies outside its pool.
@@ -41,6 +43,8 @@ def pack(
     if out is None:
         out = torch.empty(layout.total_bytes, dtype=torch.uint8, device=slots.device)
     out = out[: layout.total_bytes]
+    if out.device != slots.device:
+        return out.copy_(pack(layout, keys, values, slots))
     if not move.move(layout, out, keys, values, slots, pack=True):
         torch_pack.pack(layout, keys, values, slots, out)
     return out
@@ -56,7 +60,8 @@ def unpack(
     """Scatter packed bytes into the decode pool; rows that were not sent are left untouched.
 
     Args:
-        packed: uint8, `layout.total_bytes` long, as `pack` made it, aligned to 4 bytes.
+        packed: uint8, `layout.total_bytes` long, as `pack` made it, aligned to 4 bytes; in host memory or on the
+            pool's device, whose current stream then writes the rows.
         keys, values: one pool tensor per *decode* layer, `[pool_slots, kv_heads, head_dim]`.
         slots: int64 `[stop - start]`, the pool slot of each token of the chunk.
 
@@ -64,6 +69,7 @@ def unpack(
         IndexError: a slot lies outside its pool.
 
     """
+    packed = packed.to(slots.device)
     if not move.move(layout, packed, keys, values, slots, pack=False):
         torch_pack.unpack(layout, packed, keys, values, slots)
 

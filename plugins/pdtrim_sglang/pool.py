@@ -83,6 +83,12 @@ class PoolView:
         offsets = torch.arange(self.page_size, device=first.device)
         return (first[:, None] + offsets).flatten()[:tokens]
 
+    def wait(self) -> None:
+        """Until this thread's writes are done: SGLang reads the rows on a stream of its own."""
+        device = self.keys[0].device
+        if device.type != "cpu":
+            torch.get_device_module(device).current_stream(device).synchronize()
+
     def destinations(self, slots: Tensor) -> tuple[Destination, ...]:
         """Where SGLang's `slots` lie in each layer's tensors, as long as their request holds them.
 

@@ -77,6 +77,7 @@ class DecodeRoom:
             layout = chunk_layout(plan, header.prompt_tokens, header.start, header.stop, pool.kv_heads)
             for place in self.places:
                 unpack(place.part(layout), payload, pool.keys, pool.values, place.slots[span])
+            pool.wait()
             self.position = header.stop
             if header.last:
                 aux_rows.write(self.aux_index, aux)

@@ -1,12 +1,14 @@
 """A room takes chunks in order, and nothing once it is closed."""
 
 import ctypes
+from types import SimpleNamespace
 
 import pytest
 import torch
 from pdtrim_sglang.pool import PoolView
 from pdtrim_sglang.protocol import ChunkHeader
 from pdtrim_sglang.rooms import AuxRows, DecodeRoom
+from pretended_gpu import PretendedGPU, gpu, host
 
 from pdtrim_deploy.kvcache.layout import chunk_layout
 from pdtrim_deploy.kvcache.pack import pack
@@ -119,3 +121,42 @@ def test_a_request_with_a_decode_prefix_starts_behind_it(plan, source, target, a
     header, payload = send(plan, source, 4, TOKENS)
     assert room.take(plan, target, aux, header, payload, memoryview(bytes(12))) == ""
     assert torch.equal(target.keys[0][target.slots((1, 4), 7)], source.keys[0][source.slots((7, 2), 7)])
+
+
+def test_pools_on_gpus_and_staging_memory_on_the_host(plan, source, target, aux, monkeypatch):
+    """As `peer.Peer` and the receiving channel do it; the room is done when the rows are in the pool."""
+    waited = []
+    with PretendedGPU():
+        here, there = (
+            PoolView([gpu(k) for k in pool.keys], [gpu(v) for v in pool.values], PAGE) for pool in (source, target)
+        )
+        monkeypatch.setattr(PoolView, "wait", lambda pool: waited.append(pool.keys[0].clone()))
+        room = DecodeRoom(5, TOKENS, 0, there.destinations(there.slots((9, 1, 4), TOKENS)), 1)
+        for start, stop in ((0, 4), (4, TOKENS)):
+            header, _ = send(plan, source, start, stop)
+            staging = torch.zeros(header.payload_bytes + 8, dtype=torch.uint8)
+            slots = here.slots((3, 7, 2), TOKENS)[start:stop]
+            payload = pack(chunk_layout(plan, TOKENS, start, stop), here.keys, here.values, slots, staging)
+            body = memoryview(b"abcdefghIJKL") if header.last else memoryview(b"")
+            assert room.take(plan, there, aux, header, payload, body) == ""
+        assert [torch.equal(host(seen), host(there.keys[0])) for seen in waited] == [False, True]
+    mine, theirs = source.slots((3, 7, 2), TOKENS), target.slots((9, 1, 4), TOKENS)
+    assert torch.equal(host(there.keys[0])[theirs], source.keys[0][mine])
+    kept = [0, 1, 8, 9, 10]
+    assert torch.equal(host(there.values[1])[theirs[kept]], source.values[1][mine[kept]])
+
+
+def test_a_gpu_is_waited_for_and_a_cpu_is_not(source, monkeypatch):
+    streams = []
+
+    class Module:
+        @staticmethod
+        def current_stream(device):
+            streams.append(device.type)
+            return SimpleNamespace(synchronize=lambda: streams.append("waited"))
+
+    monkeypatch.setattr(torch, "get_device_module", lambda device: Module)
+    source.wait()
+    assert streams == []
+    PoolView([gpu(source.keys[0])], [gpu(source.values[0])], PAGE).wait()
+    assert streams == ["cuda", "waited"]

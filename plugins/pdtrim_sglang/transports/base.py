@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from pdtrim_sglang.protocol import ChunkHeader, Reply
@@ -68,6 +69,11 @@ def refuse_strangers(transport: str, library: str, config: TransportConfig) -> N
             'own say so: --json-model-override-args \'{"pdtrim_transport": {"accept_unauthenticated": true}}\', or use '
             "--transport tcp"
         )
+
+
+def staging_buffer(size: int) -> Tensor:
+    """Host memory, uint8 `[size]`; pinned where there is a GPU, whose copies are then direct."""
+    return torch.empty(size, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
 
 
 def own_address(host: str) -> str:

@@ -20,11 +20,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pdtrim_sglang.protocol import ChunkHeader, ProtocolError
-from pdtrim_sglang.transports.base import ChannelListener, ChunkHandler, TransportConfig
+from pdtrim_sglang.transports.base import ChannelListener, ChunkHandler, TransportConfig, staging_buffer
 from pdtrim_sglang.transports.tcp import TcpReceiveServer, TcpSendChannel, receive
 
 _PLACE = struct.Struct("<4sHI")
@@ -47,7 +46,7 @@ class Writer(ABC):
         with self._spare_lock:
             if self._spare.get(size):
                 return self._spare[size].pop()
-        buffer = torch.empty(size, dtype=torch.uint8)
+        buffer = staging_buffer(size)
         self.register(buffer)
         return buffer
 

@@ -21,6 +21,7 @@ from pdtrim_sglang.transports.base import (
     TransportConfig,
     TransportError,
     UnreachableError,
+    staging_buffer,
 )
 from pdtrim_sglang.transports.handshake import HandshakeError, introduce, welcome
 
@@ -45,7 +46,7 @@ class TcpSendChannel(SendChannel):
         self._address, self._listener, self._config = (host, port), listener, config
         self._socket: socket.socket | None = None
         self._broken: socket.socket | None = None  # set by the reader of that connection
-        self.staging = torch.empty(config.staging_bytes, dtype=torch.uint8) if staging is None else staging
+        self.staging = staging_buffer(config.staging_bytes) if staging is None else staging
         self._bytes = memoryview(self.staging.numpy().data)
 
     def send(self, header: ChunkHeader, aux: memoryview, payload: Sequence[memoryview] | None = None) -> int:

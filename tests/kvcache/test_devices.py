@@ -1,0 +1,59 @@
+"""A pool on a GPU and staging memory on the host: the same bytes, and no operation across both."""
+
+import pytest
+import torch
+from packcases import pools, shape
+from pretended_gpu import PretendedGPU, gpu, host
+
+from pdtrim_deploy.kvcache.layout import chunk_layout
+from pdtrim_deploy.kvcache.pack import pack, unpack
+from pdtrim_deploy.plan import Drop, Keep, KVSend, PDPlan
+from pdtrim_deploy.wire import WIRE_DTYPES
+
+TOKENS, SIZE = 40, 64
+
+
+@pytest.fixture(autouse=True)
+def pretended():
+    with PretendedGPU():
+        yield
+
+
+def test_the_pretended_gpu_refuses_two_devices():
+    there, here = torch.zeros(4, 3, device="cuda"), torch.ones(2, 3)
+    assert there.device.type == "cuda"
+    for across in (
+        lambda: there.index_copy_(0, torch.arange(2, device="cuda"), here),
+        lambda: torch.index_select(there, 0, torch.arange(2, device="cuda"), out=here),
+        lambda: here + there[:2],
+        lambda: torch.cat([here, there]),
+        lambda: there.__setitem__(slice(0, 2), here),
+    ):
+        with pytest.raises(RuntimeError, match="two devices"):
+            across()
+    there[:2].copy_(here)
+    assert torch.equal(host(there), torch.tensor([[1.0] * 3] * 2 + [[0.0] * 3] * 2))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("wire", WIRE_DTYPES)
+def test_rows_of_a_pool_on_a_gpu_travel_through_host_memory(wire, dtype):
+    model, whole = shape(3, 2, 32, dtype), KVSend(wire_dtype=wire)
+    kv = (whole, whole.model_copy(update={"mode": "sparse", "n_first": 4, "n_last": 8}))
+    plan = PDPlan(model=model, prefill=(Keep(),) * 3, decode=(Keep(), Drop(), Keep()), kv=kv)
+    layout, slots = chunk_layout(plan, TOKENS, 0, TOKENS), torch.randperm(SIZE)[:TOKENS]
+    keys, values = pools(3, SIZE, model, 0), pools(3, SIZE, model, 1)
+    known = pack(layout, keys, values, slots)
+    staging = torch.zeros(layout.total_bytes + 64, dtype=torch.uint8)
+    packed = pack(layout, [gpu(k) for k in keys], [gpu(v) for v in values], gpu(slots), staging)
+    assert packed.device.type == "cpu"
+    assert packed.data_ptr() == staging.data_ptr()
+    assert torch.equal(packed, known)
+    there = pack(layout, [gpu(k) for k in keys], [gpu(v) for v in values], gpu(slots))
+    assert there.device.type == "cuda", "without a buffer the bytes stay on the pool's device"
+    for sent in (packed, there):
+        mine, theirs = ([torch.zeros_like(keys[0]) for _ in range(4)] for _ in range(2))
+        unpack(layout, known, theirs[:2], theirs[2:], slots)
+        moved = [gpu(pool) for pool in mine]
+        unpack(layout, sent, moved[:2], moved[2:], gpu(slots))
+        assert all(torch.equal(host(a), b) for a, b in zip(moved, theirs, strict=True))

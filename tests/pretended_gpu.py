@@ -1,0 +1,62 @@
+"""Tensors that say they are on a GPU and refuse what a GPU refuses, computed on the CPU: for code that moves between.
+
+No GPU is needed, and none is simulated: an operation on tensors of both kinds fails, but for copies and `to`.
+"""
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
+_plainly = torch._C.DisableTorchFunctionSubclass
+_SAYS = {Tensor.device.__get__: GPU, Tensor.is_cpu.__get__: False, Tensor.is_cuda.__get__: True}
+
+
+class OnGPU(Tensor):
+    """A tensor on the pretended GPU; what comes of it is there too."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in _SAYS:
+            return _SAYS[func]
+        if func is Tensor.to and any(torch.device(to).type == "cpu" for to in args[1:] if isinstance(to, torch.device)):
+            return host(args[0]).clone()
+        if func is Tensor.copy_:
+            with _plainly():
+                args[0].copy_(args[1])
+            return args[0]
+        _one_device(func, [*args, *kwargs.values()])
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+class PretendedGPU(TorchFunctionMode):
+    """Within it (and this thread), what is made for `cuda`, or sent there, is pretended to be there."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if func is Tensor.to and len(args) == 2 and args[1] == GPU:
+            return gpu(args[0])
+        device = kwargs.get("device")
+        if device is not None and torch.device(device).type == "cuda":
+            return gpu(func(*args, **kwargs | {"device": CPU}))
+        return func(*args, **kwargs)
+
+
+def gpu(tensor):
+    """The same numbers, there."""
+    return tensor if isinstance(tensor, OnGPU) else tensor.clone().as_subclass(OnGPU)
+
+
+def host(tensor):
+    """The same numbers, here."""
+    with _plainly():
+        return tensor.as_subclass(Tensor)
+
+
+def _one_device(func, values):
+    flat = [one for value in values for one in (value if isinstance(value, list | tuple) else [value])]
+    with _plainly():
+        tensors = [one for one in flat if isinstance(one, Tensor) and one.dim()]
+    if len({isinstance(one, OnGPU) for one in tensors}) > 1:
+        raise RuntimeError(f"{func.__name__}: tensors on two devices")
