@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +12,6 @@ from typing import Any
 from torch import Tensor
 
 from pdtrim_deploy.blockwise import CausalLM
-from pdtrim_deploy.bundle import write_atomic
 from pdtrim_deploy.checkpoints.block_tensors import read_blocks, save_blocks
 from pdtrim_deploy.plan import STAGES, KVSend, ModelShape, PDPlan, Stage
 from pdtrim_deploy.pruning.candidates import find
@@ -24,11 +22,11 @@ from pdtrim_deploy.pruning.pair import StagePair
 from pdtrim_deploy.pruning.refitted import Refitted
 from pdtrim_deploy.pruning.search import Search, Settings
 from pdtrim_deploy.pruning.search.greedy import Greedy
-from pdtrim_deploy.pruning.solution import Solution
 from pdtrim_deploy.pruning.stages import StageRemovals, choose_stages
 from pdtrim_deploy.pruning.students import Students
 from pdtrim_deploy.pruning.students.regression import teach
 from pdtrim_deploy.pruning.students.states import HiddenFiles
+from pdtrim_deploy.pruning.verdicts import WrittenDown
 from pdtrim_deploy.recipe_healing import HealingSection, StudentsSection
 
 Note = Callable[[str], None]
@@ -76,6 +74,8 @@ METHODS = {
     "ShortGPT": Method("cosine"),
     "Shortened LLaMA": Method("perplexity"),
     "LLM-Streamline, no layer": Method("streamline"),
+    "ShortGPT, refitted": Method("cosine", compensation="least-squares"),
+    "LLM-Streamline, no layer, refitted": Method("streamline", compensation="least-squares"),
     "SLEB, cached": Method("sleb-cached"),
     "SLEB": Method("sleb-cached", published=True),
     "ours": _OURS,
@@ -85,6 +85,7 @@ METHODS = {
     "ours, no finalists": replace(_OURS, finalists=0),
     "ours, no compensation": replace(_OURS, compensation="none", finalists=0),
     "ours, greedy": Method("greedy"),  # without any of the three
+    "ours, greedy, rescaled": Method("greedy", compensation="norm"),  # Prune&Comp in the place of the refit
     "LLM-Streamline": Method("streamline", layer=True),
     "ours, healed": replace(_OURS, healed=True),
     "ours, no annealing, healed": Method("greedy", compensation="least-squares", finalists=2, healed=True),
@@ -162,30 +163,18 @@ def choose(setup: Setup, name: str, removed: int, seed: int) -> StageRemovals:
         students=setup.students if method.distil else None,
         folder=setup.place(name, removed, seed),
         about=about,
-        judge=_Judge(setup, method) if method.finalists else None,
+        judge=_judge(setup, method) if method.finalists else None,
         finalists=method.finalists,
         progress=setup.note,
     )
 
 
-@dataclass(frozen=True)
-class _Judge:
-    """`Refitted` that writes down what it said: seeds and methods meet the same finalists."""
-
-    setup: Setup
-    method: Method
-
-    def __call__(self, stage: Stage, prefill: Solution, solutions: Sequence[Solution]) -> list[float]:
-        setup, students = self.setup, self.setup.students if self.method.distil else None
-        text, file = setup.text[:JUDGED], setup.folder / "judged.json"
-        judge = Refitted(setup.model, setup.shape, text, self.method.compensation, students, setup.note)
-        known = json.loads(file.read_text()) if file.exists() else {}
-        keys = [f"{self.method.compensation} {len(text)} {stage} {prefill} | {solution}" for solution in solutions]
-        fresh = [solution for key, solution in zip(keys, solutions, strict=True) if key not in known]
-        said = iter(judge(stage, prefill, fresh) if fresh else ())
-        known |= {key: next(said) for key in keys if key not in known}
-        write_atomic(file, json.dumps(known, indent=1))
-        return [known[key] for key in keys]
+def _judge(setup: Setup, method: Method) -> WrittenDown:
+    """Says the same of finalists that another seed or method has asked for."""
+    students, text = setup.students if method.distil else None, setup.text[:JUDGED]
+    judge = Refitted(setup.model, setup.shape, text, method.compensation, students, setup.note)
+    about = [setup.shape.fingerprint, method.compensation, len(text)]
+    return WrittenDown(judge, setup.folder / f"judged-{method.compensation}-{len(text)}.jsonl", about)
 
 
 def prefill_blocks(removed: int) -> int:
