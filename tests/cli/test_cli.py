@@ -179,6 +179,7 @@ def test_a_missing_extra_is_named(recipe_file: Path, tmp_path: Path) -> None:
         (["inspect", "gone"], "gone: no such bundle"),
         (["eval", "gone"], "gone: no such bundle"),
         (["loadtest", "gone"], "gone: no such bundle"),
+        (["fidelity", "gone", "127.0.0.1:8000"], "127.0.0.1:8000 is not a URL such as http://127.0.0.1:8000"),
         (["loadtest", "http://10.1.2.3:80"], "10.1.2.3 is another machine; say --allow-remote"),
         (
             ["loadtest", "http://127.0.0.1:1", "--driver", "wrk"],
