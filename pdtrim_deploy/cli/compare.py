@@ -45,7 +45,7 @@ class Pair(click.ParamType):
 @click.option("--link", help="Speed of a link to put between prefill and decode, on loopback: 100Mbps. For bundles.")
 @click.option("--driver", "driver_name", default="builtin", show_default=True, help="builtin or aiperf.")
 @click.option("--allow-remote", is_flag=True, help="Allow a URL that is not on this machine.")
-@click.option("--out", type=options.path, help="Write the result here too, as JSON; `report` reads it.")
+@click.option("--out", type=options.new_file, help="Write the result here too, as JSON; `report` reads it.")
 @options.serve_python
 @options.dry_run
 @options.json_flag

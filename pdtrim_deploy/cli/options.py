@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -16,7 +17,26 @@ from pdtrim_deploy.decode_pool import SplitPool
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.serving.engines import EXECUTORS, Executors
 
+
+class NewFile(click.Path):
+    """A file that a command writes at its end: what cannot be written is refused before the work."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """The path; UserError for a folder, or a file that could not be made."""
+        found, name = Path(value), param.opts[-1] if param else "the file"
+        if found.is_dir():
+            raise UserError(f"{name} {found} is a folder; name a file in it")
+        folder = next(place for place in found.absolute().parents if place.exists())
+        if not folder.is_dir() or not os.access(folder, os.W_OK):
+            raise UserError(f"{name} {found} cannot be written: {folder} is no folder of yours; name another file")
+        return found
+
+
 path = click.Path(path_type=Path)
+new_file = NewFile()
 json_flag = click.option("--json", "as_json", is_flag=True, help="JSON on stdout, for machines.")
 dry_run = click.option("--dry-run", is_flag=True, help="Check and say what would be done; start and write nothing.")
 serve_python = click.option("--serve-python", type=path, help="Python with SGLang.  [default: .venv/serve]")
