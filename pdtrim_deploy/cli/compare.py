@@ -12,6 +12,7 @@ from pdtrim_deploy.cli import options
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.serving.engines import EXECUTORS, Executors
 from pdtrim_deploy.serving.transports import Transport
+from pdtrim_deploy.transport_options import TransportOptions
 
 
 class Pair(click.ParamType):
@@ -150,7 +151,7 @@ def _transport(backend: str | None, told: tuple[str, ...]) -> Transport | None:
     """None when nothing was said of it."""
     if backend is None and not told:
         return None
-    return Transport(backend or Transport().backend, options.key_values(told))
+    return Transport(backend or Transport().backend, TransportOptions.parse(told))
 
 
 def _name(target: str, executors: Executors | None, backend: str | None, told: tuple[str, ...]) -> str:
