@@ -41,7 +41,10 @@ EXTRA_OF = {
     **dict.fromkeys(("sglang", "sglang_router"), "serve"),
 }
 # The machine's fault and not ours: said in one sentence.
-TO_MEND = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
+TO_MEND = {
+    errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
+    errno.ENOENT, errno.ENAMETOOLONG,
+}  # fmt: skip
 
 
 class LazyGroup(click.Group):
@@ -141,7 +144,8 @@ def main(args: Sequence[str] | None = None) -> None:
             sys.exit(141)
         if error.errno not in TO_MEND:
             raise
-        _die(f"{error.filename or 'cannot write'}: {error.strerror}; mend that and run the same command again", 2)
+        place = error.filename2 or error.filename or "cannot write"  # the second: what a file was to replace
+        _die(f"{place}: {error.strerror}; mend that and run the same command again", 2)
     sys.exit(code if isinstance(code, int) else 0)
 
 

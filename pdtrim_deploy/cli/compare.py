@@ -12,6 +12,7 @@ from pdtrim_deploy.cli import options
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.serving.engines import EXECUTORS, Executors
 from pdtrim_deploy.serving.transports import Transport
+from pdtrim_deploy.transport_options import TransportOptions
 
 
 class Pair(click.ParamType):
@@ -45,7 +46,7 @@ class Pair(click.ParamType):
 @click.option("--link", help="Speed of a link to put between prefill and decode, on loopback: 100Mbps. For bundles.")
 @click.option("--driver", "driver_name", default="builtin", show_default=True, help="builtin or aiperf.")
 @click.option("--allow-remote", is_flag=True, help="Allow a URL that is not on this machine.")
-@click.option("--out", type=options.path, help="Write the result here too, as JSON; `report` reads it.")
+@click.option("--out", type=options.new_file, help="Write the result here too, as JSON; `report` reads it.")
 @options.serve_python
 @options.dry_run
 @options.json_flag
@@ -150,7 +151,7 @@ def _transport(backend: str | None, told: tuple[str, ...]) -> Transport | None:
     """None when nothing was said of it."""
     if backend is None and not told:
         return None
-    return Transport(backend or Transport().backend, options.key_values(told))
+    return Transport(backend or Transport().backend, TransportOptions.parse(told))
 
 
 def _name(target: str, executors: Executors | None, backend: str | None, told: tuple[str, ...]) -> str:

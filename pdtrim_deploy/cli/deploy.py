@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -67,7 +68,7 @@ def render(
     image: str | None,
     bundle_from: str,
     backend: str,
-    transport_options: tuple[str, ...],
+    transport_options: dict[str, Any],
     rdma: str | None,
     page_size: int,
     memory: str,
@@ -101,7 +102,7 @@ def render(
         bundle=BundleAt.parse(bundle_from),
         rdma=rdma,
         transport=backend,
-        transport_options=options.key_values(transport_options),
+        transport_options=transport_options,
         page_size=page_size,
         memory=memory,
         monitoring=monitoring,

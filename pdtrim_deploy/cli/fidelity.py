@@ -54,9 +54,12 @@ def fidelity(
     """
     from pdtrim_deploy.bundle import Bundle, write_atomic
     from pdtrim_deploy.doctor import Asked, require
+    from pdtrim_deploy.loadtest import check_target
     from pdtrim_deploy.report.environment import environment
     from pdtrim_deploy.serving import ServeEnvironment, cluster_of
 
+    if url:
+        check_target(url, allow_remote=True)  # a few prompts are no load
     opened = Bundle.open(bundle)
     if url and executors is not None:
         raise UserError(f"--executor is for pairs that are started here, {url} runs already; leave one of them out")

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @click.option("--corpus", help="Text that a model is run on: brown, austen, dir:PATH or file:PATH.  [default: brown]")
 @click.option("--sequences", type=click.IntRange(1), help="Of 256 tokens each, for a model.  [default: 16]")
 @click.option("--threshold", type=click.FloatRange(-1, 1), help="Cosine above which a pair may be distilled.  [0.95]")
-@click.option("--picture", type=options.path, help="Draw a model's candidates into this SVG file.")
+@click.option("--picture", type=options.new_file, help="Draw a model's candidates into this SVG file.")
 @options.cache_dir
 @options.json_flag
 def inspect(

@@ -3,20 +3,41 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
-from collections.abc import Callable, Iterable
+import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
-import yaml
 
 from pdtrim_deploy.cache import Cache
 from pdtrim_deploy.decode_pool import SplitPool
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.serving.engines import EXECUTORS, Executors
+from pdtrim_deploy.transport_options import TransportOptions
+
+
+class NewFile(click.Path):
+    """A file that a command writes at its end: what cannot be written is refused before the work."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """The path; UserError for a folder, or a file that could not be made."""
+        found, name = Path(value), param.opts[-1] if param else "the file"
+        if found.is_dir():
+            raise UserError(f"{name} {found} is a folder; name a file in it")
+        folder = next(place for place in found.absolute().parents if place.exists())
+        if not folder.is_dir() or not os.access(folder, os.W_OK):
+            raise UserError(f"{name} {found} cannot be written: {folder} is no folder of yours; name another file")
+        return found
+
 
 path = click.Path(path_type=Path)
+new_file = NewFile()
 json_flag = click.option("--json", "as_json", is_flag=True, help="JSON on stdout, for machines.")
 dry_run = click.option("--dry-run", is_flag=True, help="Check and say what would be done; start and write nothing.")
 serve_python = click.option("--serve-python", type=path, help="Python with SGLang.  [default: .venv/serve]")
@@ -42,19 +63,17 @@ transport_options = click.option(
     "transport_options",
     multiple=True,
     metavar="KEY=VALUE",
+    callback=lambda ctx, param, value: TransportOptions.parse(value),
     help="stall_seconds=10, staging_bytes=..., accept_unauthenticated=true, ...; repeatable.",
 )
 
 
-def key_values(texts: Iterable[str]) -> dict[str, object]:
-    """KEY=VALUE, the value as YAML reads it; the workers check keys and ranges when they start."""
-    found: dict[str, object] = {}
-    for text in texts:
-        key, equals, value = text.partition("=")
-        if not key or not equals:
-            raise UserError(f"--transport-option {text!r}: give KEY=VALUE, such as stall_seconds=10")
-        found[key] = yaml.safe_load(value)
-    return found
+def words(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str, ...]:
+    """The callback of an option that holds several words, as a shell splits them."""
+    try:
+        return tuple(shlex.split(value))
+    except ValueError as error:
+        raise UserError(f"{param.opts[0]} {value!r}: {str(error).lower()}; quote its words as in a shell") from None
 
 
 def executors(command: Callable[..., Any]) -> Callable[..., Any]:

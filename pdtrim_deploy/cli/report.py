@@ -12,7 +12,7 @@ from pdtrim_deploy.cli import options
 
 @click.command()
 @click.argument("bundle", type=options.path)
-@click.option("--out", type=options.path, help="The HTML file.  [default: BUNDLE/reports/report.html]")
+@click.option("--out", type=options.new_file, help="The HTML file.  [default: BUNDLE/reports/report.html]")
 @click.option("--compare", "comparisons", type=options.path, multiple=True, help="JSON of `compare --out`; repeatable.")
 @click.option("--pareto", type=options.path, help="benchmarks/results/kv.json of `make bench-kv`.")
 @click.option("--faults", type=options.path, help="benchmarks/results/faults.json of `make bench-faults`.")

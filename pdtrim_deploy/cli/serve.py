@@ -7,7 +7,7 @@ import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import click
 from rich.table import Table
@@ -40,8 +40,15 @@ from pdtrim_deploy.serving import Cluster, Executors, ServeEnvironment, WorkerOp
 @click.option("--start-timeout", type=click.FloatRange(1), default=600.0, show_default=True, help="Seconds.")
 @options.serve_python
 @click.option("--log-dir", type=click.Path(path_type=Path), help="One log file a program (default: a new folder).")
-@click.option("--worker-args", default="", help="More arguments for sglang.launch_server, as one quoted string.")
-@click.option("--router-args", default="", help="More arguments for the router, as one quoted string.")
+@click.option(
+    "--worker-args",
+    default="",
+    callback=options.words,
+    help="More arguments for sglang.launch_server, as one quoted string.",
+)
+@click.option(
+    "--router-args", default="", callback=options.words, help="More arguments for the router, as one quoted string."
+)
 @click.option("--dry-run", is_flag=True, help="Print the command of every program; start none.")
 @click.option("--json", "as_json", is_flag=True, help="Print the endpoints as one JSON line.")
 def serve(
@@ -58,13 +65,13 @@ def serve(
     dtype: str,
     device: Literal["auto", "cpu", "cuda"],
     backend: str,
-    transport_options: tuple[str, ...],
+    transport_options: dict[str, Any],
     threads: int | None,
     start_timeout: float,
     serve_python: Path | None,
     log_dir: Path | None,
-    worker_args: str,
-    router_args: str,
+    worker_args: tuple[str, ...],
+    router_args: tuple[str, ...],
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -93,7 +100,7 @@ def serve(
         max_running_requests=max_running_requests,
         dtype=dtype,
         threads=threads,
-        extra_args=tuple(shlex.split(worker_args)),
+        extra_args=worker_args,
     )
     starting = cluster_of(
         opened,
@@ -102,8 +109,8 @@ def serve(
         port=port,
         options=worker_options if device == "auto" else replace(worker_options, device=device),
         executors=executors,
-        transport=options.key_values(transport_options),
-        router_args=tuple(shlex.split(router_args)),
+        transport=transport_options,
+        router_args=router_args,
         start_timeout_s=start_timeout,
         environment=ServeEnvironment.find(serve_python),
         log_dir=log_dir or (Path() if dry_run else None),  # None makes a folder

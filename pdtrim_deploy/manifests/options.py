@@ -79,7 +79,7 @@ class Options:
 
     Attributes:
         rdma: an extended resource such as `rdma/hca`, one a worker; of use to transports other than tcp.
-        transport, transport_options: SGLang's transfer backend, and what it is told (`pdtrim_sglang.options`).
+        transport, transport_options: SGLang's transfer backend, and what it is told (`TransportOptions`).
         monitoring: the namespace whose pods may scrape metrics.
 
     """

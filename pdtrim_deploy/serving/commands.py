@@ -23,7 +23,7 @@ ENGINE_PACKAGE, ENGINE_MODEL = "pdtrim_sglang.models", "PDTrimStageForCausalLM"
 SPARSE_BACKEND = "torch_native"
 # Where the plugin finds the secret that all workers of a cluster share (pdtrim_sglang.secret).
 SECRET_FILE = "pdtrim_secret_file"
-# And what its transport is told (pdtrim_sglang.options).
+# And what its transport is told (pdtrim_deploy.transport_options).
 TRANSPORT = "pdtrim_transport"
 # And how a decode worker holds the KV of sparse layers (pdtrim_sglang.split_pool.build).
 DECODE_POOL = "pdtrim_decode_pool"

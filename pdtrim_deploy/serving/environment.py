@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import re
 import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 from pdtrim_deploy.errors import UserError
@@ -45,9 +48,18 @@ class ServeEnvironment:
 
 
 def gpu_count() -> int:
-    """GPUs that nvidia-smi lists; 0 without it."""
+    """GPUs that nvidia-smi lists, as far as CUDA_VISIBLE_DEVICES leaves them to us and our workers; 0 without it."""
     smi = shutil.which("nvidia-smi")
     if smi is None:
         return 0
-    listed = subprocess.run([smi, "-L"], check=False, capture_output=True, text=True)
-    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
+    listed = subprocess.run([smi, "-L"], check=False, capture_output=True, text=True).stdout
+    count, ids = len(re.findall("^GPU ", listed, re.MULTILINE)), re.findall(r"UUID: ([^\s)]+)", listed)
+    left = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if left is None:
+        return count
+
+    def there(device: str) -> bool:
+        named = device.startswith(("GPU-", "MIG-")) and any(one.startswith(device) for one in ids)
+        return int(device) < count if re.fullmatch(r"\d+", device) else named
+
+    return len(list(takewhile(there, map(str.strip, left.split(",")))))  # CUDA stops at the first that is not there

@@ -46,7 +46,7 @@ class WorkerSpec:
     """One SGLang worker. `index` counts within its stage, `slot` over all workers (it chooses the GPU).
 
     `engine` computes its forward pass; None: SGLang's own torch model does. `transport` holds what its transport is
-    told beside its name (`pdtrim_sglang.options.TransportOptions`): sizes, deadlines, addresses.
+    told beside its name (`pdtrim_deploy.transport_options`): sizes, deadlines, addresses.
     """
 
     stage: Stage

@@ -99,7 +99,8 @@ def signature_of(server_args: Any) -> Signature:
     from pdtrim_sglang.transports.handshake import Credentials
 
     plan = read_plan(server_args.model_path)
-    secret = read_secret(server_args.json_model_override_args, get_local_ip_auto())
+    # KV comes in at the one, SGLang's bootstrap server listens at the other
+    secret = read_secret(server_args.json_model_override_args, get_local_ip_auto(), server_args.host)
     return Signature(Credentials(bytes.fromhex(plan.digest) if plan else bytes(32), secret))
 
 

@@ -6,30 +6,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
+from pdtrim_deploy.transport_options import TransportOptions
 from pdtrim_sglang.transports import TransportConfig
 from pdtrim_sglang.transports.handshake import Credentials
 
 TRANSPORT = "pdtrim_transport"
-
-
-class TransportOptions(BaseModel):
-    """Sizes, deadlines and addresses; what is left out is `TransportConfig`'s default."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    staging_bytes: int | None = Field(None, ge=1 << 16, le=1 << 34)
-    connect_seconds: float | None = Field(None, gt=0)
-    stall_seconds: float | None = Field(None, gt=0)
-    connections: int | None = Field(None, ge=1)
-    port: int | None = Field(None, ge=1, le=65535)
-    announce: str | None = Field(None, pattern=r"^[^\s:]+:\d{1,5}$")
-    accept_unauthenticated: bool | None = None
-    protocol: Literal["tcp", "rdma"] | None = None
-    devices: str | None = Field(None, max_length=1000)
 
 
 def transport_config(override_args: str, credentials: Credentials) -> TransportConfig:

@@ -113,6 +113,10 @@ class Peer:
         """Whether its connection was lost and nothing is on its way: it may be closed, and made anew when needed."""
         return self._lost and not self._open and not self._unanswered
 
+    def forget(self, room: int) -> None:
+        """The scheduler is done with this room: nobody waits for its replies."""
+        self._unanswered.discard(room)
+
     def abandon(self) -> None:
         """It has gone silent: break the connection, all that waits for a reply fails, what comes next connects anew."""
         self._channel.abandon()
@@ -127,7 +131,9 @@ class Peer:
         if not reply.ok:
             self._unanswered.discard(reply.room)
             self._owner.fail(reply.room, reply.reason)
-        elif progress is not None:
+        elif progress is None:  # it ended while this chunk was on its way
+            self._unanswered.discard(reply.room)
+        else:
             with self._lock:
                 progress.acknowledged += 1
                 complete = progress.complete

@@ -98,6 +98,8 @@ class PrefillSide:
             if len(self._ended_unopened) > MOST_REMEMBERED:
                 del self._ended_unopened[next(iter(self._ended_unopened))]
         self._progress.pop(room, None)
+        for peer in list(self._peers.values()):  # of a prompt aborted between its chunks no reply is outstanding
+            peer.forget(room)
         if self.staging is not None:
             self.staging.forget(room)
         self.released()
@@ -266,3 +268,4 @@ class PrefillSide:
                     self._manager.request_status.pop(old, None)
                     self._manager.transfer_infos.pop(old, None)
                     self._manager.failure_records.pop(old, None)
+                    self._manager.req_to_decode_prefix_len.pop(old, None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hmac
 import ipaddress
 import json
+import socket
 from pathlib import Path
 
 # Key of `--json-model-override-args`: the one way to hand a worker something that SGLang does not know.
@@ -12,8 +13,12 @@ SECRET_FILE = "pdtrim_secret_file"
 LEAST_BYTES, MOST_BYTES = 16, 4096
 
 
-def read_secret(override_args: str, local_ip: str) -> bytes:
+def read_secret(override_args: str, *hosts: str) -> bytes:
     """The cluster's secret, empty when the worker was given none; white space around it does not count.
+
+    Args:
+        override_args: of `--json-model-override-args`.
+        hosts: names or addresses at which the worker listens.
 
     Raises:
         RuntimeError: the file cannot be read, its secret is too short or too long, or there is none though other
@@ -22,11 +27,12 @@ def read_secret(override_args: str, local_ip: str) -> bytes:
     """
     place = json.loads(override_args or "{}").get(SECRET_FILE)
     if place is None:
-        if not ipaddress.ip_address(local_ip).is_loopback:
-            raise RuntimeError(
-                f"pdtrim: this worker is reached at {local_ip}, from other machines: give all workers one "
-                f'secret file: openssl rand -hex 32 > FILE, --json-model-override-args \'{{"{SECRET_FILE}": "FILE"}}\''
-            )
+        for host in hosts:
+            if _reached_from_elsewhere(host):
+                raise RuntimeError(
+                    f"pdtrim: this worker is reached at {host}, from other machines: give all workers one secret "
+                    f'file: openssl rand -hex 32 > FILE, --json-model-override-args \'{{"{SECRET_FILE}": "FILE"}}\''
+                )
         return b""
     try:
         with Path(place).open("rb") as file:
@@ -39,6 +45,17 @@ def read_secret(override_args: str, local_ip: str) -> bytes:
             f"one with: openssl rand -hex 32 > {place}"
         )
     return secret
+
+
+def _reached_from_elsewhere(host: str) -> bool:
+    try:
+        found = socket.getaddrinfo(host.strip("[]") or "0.0.0.0", None)
+    except (OSError, UnicodeError):
+        raise RuntimeError(
+            f"pdtrim: {host} is neither an address nor a host name known here: give --host and SGLANG_HOST_IP an IP "
+            "address of this machine"
+        ) from None
+    return not all(ipaddress.ip_address(address[0]).is_loopback for *_, address in found)
 
 
 def derive(secret: bytes, purpose: bytes) -> bytes:

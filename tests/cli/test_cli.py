@@ -6,6 +6,7 @@ import json
 import random
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -179,6 +180,7 @@ def test_a_missing_extra_is_named(recipe_file: Path, tmp_path: Path) -> None:
         (["inspect", "gone"], "gone: no such bundle"),
         (["eval", "gone"], "gone: no such bundle"),
         (["loadtest", "gone"], "gone: no such bundle"),
+        (["fidelity", "gone", "127.0.0.1:8000"], "127.0.0.1:8000 is not a URL such as http://127.0.0.1:8000"),
         (["loadtest", "http://10.1.2.3:80"], "10.1.2.3 is another machine; say --allow-remote"),
         (
             ["loadtest", "http://127.0.0.1:1", "--driver", "wrk"],
@@ -230,6 +232,35 @@ def test_a_full_disk_is_one_sentence(
     code, _, err = run(capsys, "build", recipe_file, "--out", tmp_path / "b", "--cache-dir", tmp_path / "c")
     assert code == 2
     assert "No space left on device" in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [("report", "gone", "--out"), ("compare", "gone", "gone", "--out"), ("inspect", "hf:gone", "--picture")],
+    ids=lambda asked: asked[0],
+)
+def test_where_nothing_can_be_written_is_said_before_the_work(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, asked: tuple[str, ...]
+) -> None:
+    (tmp_path / "file").write_text("")
+    for place, says in (
+        (tmp_path, f"{asked[-1]} {tmp_path} is a folder; name a file in it"),
+        (tmp_path / "file" / "x" / "y", f"{tmp_path / 'file'} is no folder of yours; name another file"),
+        (tmp_path / ("x" * 300), "File name too long; mend that"),
+    ):
+        code, out, err = run(capsys, *asked, place)
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert says in err
+
+
+def test_a_folder_where_a_file_goes_is_one_sentence(
+    capsys: pytest.CaptureFixture[str], bundle_dir: Path, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(bundle_dir, tmp_path / "copy")
+    (copy / "reports" / "report.html").mkdir(parents=True)
+    code, _, err = run(capsys, "report", copy)
+    assert code == 2
+    assert err.startswith(f"pdtrim-deploy: {copy / 'reports' / 'report.html'}: Is a directory; mend that")
 
 
 def test_a_reader_that_goes_away_is_no_error(recipe_file: Path) -> None:
@@ -331,8 +362,6 @@ def test_eval_of_tasks(capsys: pytest.CaptureFixture[str], bundle_dir: Path, cac
 def test_damage_is_found(
     capsys: pytest.CaptureFixture[str], bundle_dir: Path, tmp_path: Path, damage, code: int, says: str
 ) -> None:
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(bundle_dir, copy)
     damage(copy)

@@ -99,6 +99,7 @@ def test_a_scenario_that_the_driver_cannot_do_is_refused_before_anything_runs(
         (["--a-executor", "onnx"], "'onnx': give one of torch, onnxruntime, tensorrt"),
         (["--b-transport", "pdtrim_nixl"], "a transport is for bundles"),
         (["--b-transport-option", "stall_seconds"], "give KEY=VALUE, such as stall_seconds=10"),
+        (["--b-transport-option", "devices=[a"], "'devices=[a': the value is no YAML; put text in quotes"),
         (["--link", "100Mbps"], "a link is for bundles"),
         (["--link", "fast"], "'fast' is no link speed"),
         (["--driver", "wrk"], "load driver 'wrk' is not known"),

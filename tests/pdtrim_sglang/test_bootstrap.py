@@ -134,7 +134,9 @@ def test_what_sglang_itself_asks_is_signed(monkeypatch, tmp_path):
     secret = tmp_path / "secret"
     secret.write_text("a secret of this cluster")
     started = SimpleNamespace(
-        model_path=str(tmp_path), json_model_override_args=json.dumps({"pdtrim_secret_file": str(secret)})
+        host="127.0.0.1",
+        model_path=str(tmp_path),
+        json_model_override_args=json.dumps({"pdtrim_secret_file": str(secret)}),
     )
     monkeypatch.setattr(hooks, "server_arguments", lambda: started)
     monkeypatch.setattr(conn, "requests", conn.requests)  # put back afterwards
@@ -150,6 +152,15 @@ def test_what_sglang_itself_asks_is_signed(monkeypatch, tmp_path):
     conn.CommonKVSender._register_prefill_dp_rank(ours)
     assert conn.CommonKVReceiver.query_prefill_dp_ranks(place, [5, 6]) == {"5": 3}
     server.close()
+
+
+def test_a_bootstrap_server_that_listens_everywhere_wants_a_secret(monkeypatch, tmp_path):
+    started = SimpleNamespace(host="0.0.0.0", model_path=str(tmp_path), json_model_override_args="{}")
+    monkeypatch.setenv("SGLANG_HOST_IP", "127.0.0.1")
+    with pytest.raises(RuntimeError, match=r"reached at 0\.0\.0\.0, from other machines: give all workers one secret"):
+        hooks.signature_of(started)
+    started.host = "127.0.0.1"
+    assert hooks.signature_of(started).credentials.secret == b""
 
 
 def test_a_worker_signs_before_it_registers(monkeypatch):

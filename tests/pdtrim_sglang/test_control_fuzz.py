@@ -1,6 +1,7 @@
 """Whatever a control message holds: no exception, no peer, no room, and no success that was not delivered."""
 
 import threading
+from types import SimpleNamespace
 
 import pytest
 
@@ -146,10 +147,15 @@ def test_nothing_is_kept_of_a_prompt_that_is_aborted_between_its_chunks():
     """SGLang then aborts the sender and never clears it."""
     side = prefill(Manager())
     side._progress, side._manager.bootstrap_timeout = {}, -1
+    forgotten = []
+    side._peers["s"] = SimpleNamespace(forget=forgotten.append)
     side.sender_opened(7)
+    side._manager.req_to_decode_prefix_len[7] = 0
     side._manager.request_status[7], side._manager.failure_records[7] = KVPoll.Failed, "Aborted"
     side.sender_aborted(7, opened=True)
     assert not side._progress
     assert not side._senders
     assert not side._manager.request_status
     assert not side._manager.failure_records
+    assert not side._manager.req_to_decode_prefix_len
+    assert forgotten == [7]

@@ -10,6 +10,7 @@ import torch
 pytest.importorskip("sglang", reason="needs the serve environment")
 from pdtrim_sglang.peer import Chunk, Peer, RoomProgress
 from pdtrim_sglang.pool import PoolView
+from pdtrim_sglang.protocol import Reply
 from pdtrim_sglang.rooms import AuxRows
 from pdtrim_sglang.staging import Arena, Staging
 from pdtrim_sglang.transports import TransportConfig
@@ -143,3 +144,19 @@ def test_a_peer_that_lost_its_connection_may_go_when_nothing_is_left_to_do(world
     channel.close = closed.set
     peer.close()
     assert closed.wait(10)
+
+
+@pytest.mark.parametrize("ends", ["between chunks", "before the reply"])
+def test_a_request_that_ended_keeps_no_peer(world, ends):
+    _, _, channel, owner, peer = world
+    peer.submit(chunk(0, 5))
+    channel.sent.get(timeout=10)
+    if ends == "between chunks":
+        peer.on_reply(Reply(1))
+        peer.forget(1)
+    else:
+        owner.room = None
+        peer.on_reply(Reply(1))
+    assert not peer._unanswered
+    peer.on_lost("gone")
+    assert owner.failed == []

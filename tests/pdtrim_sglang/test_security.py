@@ -273,6 +273,16 @@ def test_the_secret_is_read_from_its_file(tmp_path):
     assert repr(OURS.secret) not in repr(OURS)
 
 
+def test_where_a_worker_listens_may_be_a_name(monkeypatch):
+    for host in ("localhost", "::1", "[::1]", "127.0.0.2"):
+        assert secret.read_secret("", host, "127.0.0.1") == b""
+    for host in ("0.0.0.0", "::", "", "10.0.0.1"):
+        with pytest.raises(RuntimeError, match=f"reached at {host}, from other machines"):
+            secret.read_secret("", "127.0.0.1", host)
+    with pytest.raises(RuntimeError, match=r"no-such-host\.invalid is neither an address nor a host name known here"):
+        secret.read_secret("", "no-such-host.invalid")
+
+
 def test_keys_differ_by_purpose_and_secret():
     made = {secret.derive(key, purpose) for key in (b"a" * 16, b"b" * 16) for purpose in (b"x", b"y")}
     assert len(made) == 4

@@ -229,20 +229,24 @@ def test_a_pool_that_is_short_gives_nothing_and_says_so_before(tmp_path, page_si
     assert split.allocator.verify_byte_accounting() == []
 
 
-def queue_of(allocator, running=(), transfer=(), waiting=(), last=None):
+def queue_of(allocator, running=(), transfer=(), waiting=(), last=None, queue=()):
     scheduler = SimpleNamespace(
         running_batch=SimpleNamespace(reqs=list(running)), waiting_queue=list(waiting), last_batch=last
     )
     return SimpleNamespace(
         scheduler=scheduler, transfer_queue=SimpleNamespace(queue=[SimpleNamespace(req=r) for r in transfer]),
         num_reserved_decode_tokens=6, token_to_kv_pool_allocator=allocator,
+        queue=[SimpleNamespace(req=r) for r in queue],
     )  # fmt: skip
 
 
 def request(new, said=0):
+    from sglang.srt.managers.schedule_batch import ReqKvInfo
+
     return SimpleNamespace(
-        sampling_params=SimpleNamespace(max_new_tokens=new), output_ids=[0] * said, origin_input_ids=[0] * 20
-    )
+        sampling_params=SimpleNamespace(max_new_tokens=new), output_ids=[0] * said, origin_input_ids=[0] * 20,
+        kv=ReqKvInfo(),
+    )  # fmt: skip
 
 
 def test_a_request_waits_until_sparse_layers_have_room_for_it_and_for_the_others_growth():
@@ -265,6 +269,26 @@ def test_a_request_waits_until_sparse_layers_have_room_for_it_and_for_the_others
     assert asks(request(5), **others) == 26
     stock = make_pool(PLANS[1], 1, None)
     assert hooks._ask_sparse_layers(lambda *_: 26, queue_of(stock, **others), request(999), 20, 0, 0) == 26
+
+
+def test_a_burst_is_admitted_as_far_as_its_answers_fit():
+    """As `pop_preallocated` goes through its queue: who was given slots stays in it until the pass has ended."""
+    from pdtrim_sglang import hooks
+
+    allocator = make_pool(PLANS[1], 1, SplitPool(isl=40, osl=8))  # 32 slots, 4 a prompt and 6 an answer
+    queue = queue_of(allocator, queue=[request(6) for _ in range(6)])
+
+    def alloc(queue, req):
+        req.kv.req_pool_idx = 0
+        return queue.token_to_kv_pool_allocator.alloc(20)
+
+    queue.req_to_token_pool, admitted = SimpleNamespace(), 0
+    for waiting in queue.queue:
+        if hooks._ask_sparse_layers(lambda *_: 26, queue, waiting.req, 20, 0, 0) > TOKENS:
+            break
+        assert hooks._note_prompt_length(alloc, queue, waiting.req) is not None
+        admitted += 1
+    assert admitted == 3
 
 
 def configurator(tmp_path, plan, told, **args):

@@ -131,7 +131,8 @@ def run_fidelity(
     """Drive the pair behind `base_url` (its router) and judge it by the oracle of `bundle`.
 
     Raises:
-        UserError: the server refused or failed a request, or the corpus is too short.
+        UserError: the server refused or failed a request, or is no pair's, or the corpus is too short.
+        ServingError: it does not answer, or not in time.
 
     """
     from pdtrim_deploy.checkpoints.loading import load_model, load_tokenizer

@@ -9,10 +9,11 @@ from typing import Any
 
 import httpx
 
-from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.errors import ServingError, UserError
 from pdtrim_deploy.evaluation.fidelity.cases import Group
 
 ABORT_AFTER_TOKENS = 2
+OTHER = (ValueError, LookupError, TypeError, AttributeError)  # what reading another server's answer raises
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,25 @@ class Served:
 
 
 def ask(base_url: str, group: Group, new_tokens: int, deadline_s: float) -> list[Served]:
-    """Send one group; UserError when a request fails, with the server's own words."""
-    return asyncio.run(_ask(base_url, group, new_tokens, deadline_s))
+    """Send one group.
+
+    Raises:
+        UserError: a request failed, with the server's own words, or the answer is not that of a served pair.
+        ServingError: nothing answers there, or not in time.
+
+    """
+    try:
+        return asyncio.run(_ask(base_url, group, new_tokens, deadline_s))
+    except httpx.TimeoutException:
+        raise ServingError(
+            f"{base_url} did not answer a fidelity request within {deadline_s:g} s; look into the logs of its workers, "
+            "or give it longer: --deadline"
+        ) from None
+    except httpx.InvalidURL as error:
+        raise UserError(f"{base_url} is not a URL such as http://127.0.0.1:8000 ({error})") from None
+    except httpx.HTTPError as error:
+        why = str(error) or type(error).__name__
+        raise ServingError(f"{base_url} does not answer ({why}); give the URL of a router that runs") from None
 
 
 async def _ask(base_url: str, group: Group, new_tokens: int, deadline_s: float) -> list[Served]:
@@ -49,8 +67,14 @@ async def _generate(
     reply = await client.post("/generate", json=_body([list(p) for p in prompts] if batch else prompts[0], new_tokens))
     if reply.status_code != 200:
         raise UserError(f"{client.base_url}: a fidelity request failed with {reply.status_code}: {reply.text[:500]}")
-    data: Any = reply.json()
-    return [_served(prompt, one) for prompt, one in zip(prompts, data if batch else [data], strict=True)]
+    try:
+        data: Any = reply.json()
+        return [_served(prompt, one) for prompt, one in zip(prompts, data if batch else [data], strict=True)]
+    except OTHER:
+        raise UserError(
+            f"{client.base_url}: the answer to a fidelity request holds no token logprobs as SGLang gives them; give "
+            "the URL of a pair's router"
+        ) from None
 
 
 async def _abort(client: httpx.AsyncClient, prompt: tuple[int, ...]) -> None:
@@ -71,5 +95,5 @@ def _body(input_ids: Any, new_tokens: int) -> dict[str, Any]:
 
 def _served(prompt: tuple[int, ...], one: Any) -> Served:
     scored = one["meta_info"]["output_token_logprobs"]
-    tokens, logprobs = tuple(token for _, token, *_ in scored), tuple(value for value, *_ in scored)
+    logprobs, tokens = zip(*((float(value), int(token)) for value, token, *_ in scored), strict=True)
     return Served(prompt, tokens, logprobs, one["meta_info"].get("cached_tokens") or 0)
