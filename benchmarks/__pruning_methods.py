@@ -30,7 +30,7 @@ from pdtrim_deploy.pruning.verdicts import WrittenDown
 from pdtrim_deploy.recipe_healing import HealingSection, StudentsSection
 
 Note = Callable[[str], None]
-JUDGED = 32  # sequences that finalists are refitted to and judged on
+JUDGED = 32  # sequences, the last of the text, that finalists are judged on; students learn from those before
 
 
 @dataclass(frozen=True)
@@ -120,18 +120,19 @@ class Setup:
     @cached_property
     def students(self) -> Students:
         """Training-free, each made once."""
-        return Students(self.model, self.ids, StudentsSection())
+        return Students(self.model, self.text[:-JUDGED], StudentsSection())
 
     @property
     def distilling(self) -> int:
-        """Block-forwards of finding D and of fitting all of its students: two passes, and two starts for each."""
-        return len(self.ids) * (2 * self.shape.num_blocks + 2 * len(self.pairs))
+        """Block-forwards of finding D and of fitting all of its students: a pass each, and two starts for each."""
+        taught = len(self.text[:-JUDGED])
+        return self.shape.num_blocks * (len(self.ids) + taught) + 2 * taught * len(self.pairs)
 
     def judging(self, found: StageRemovals) -> int:
         """Block-forwards of having the last word on finalists, at most."""
         lost = [getattr(found, stage).solution.saved for stage in STAGES]
         counts = [len(found.finalists.get(stage, ())) for stage in STAGES]
-        size, texts = (self.shape.num_blocks, *lost), len(self.text[:JUDGED])
+        size, texts = (self.shape.num_blocks, *lost), len(self.text[-JUDGED:])
         again = judged_forwards(*size, texts, 0, len(found.passed_over))
         return judged_forwards(*size, texts, *counts) + again
 
@@ -148,7 +149,10 @@ def choose(setup: Setup, name: str, removed: int, seed: int) -> StageRemovals:
     search: str | Search = method.search
     if search == "sleb-cached":
         search = _CachedSLEB()
-    about, protected = setup.shape.fingerprint, frozenset[int]()
+    about: object = setup.shape.fingerprint
+    if method.distil:
+        about = [about, len(setup.text[:-JUDGED])]  # what students learned from
+    protected = frozenset[int]()
     if method.search == "sleb-cached":
         protected = frozenset({0, setup.shape.num_blocks - 1})  # as SLEB has it
     return choose_stages(
@@ -171,10 +175,10 @@ def choose(setup: Setup, name: str, removed: int, seed: int) -> StageRemovals:
 
 def _judge(setup: Setup, method: Method) -> WrittenDown:
     """Says the same of finalists that another seed or method has asked for."""
-    students, text = setup.students if method.distil else None, setup.text[:JUDGED]
+    students, text = setup.students if method.distil else None, setup.text[-JUDGED:]
     judge = Refitted(setup.model, setup.shape, text, method.compensation, students, setup.note)
-    about = [setup.shape.fingerprint, method.compensation, len(text)]
-    return WrittenDown(judge, setup.folder / f"judged-{method.compensation}-{len(text)}.jsonl", about)
+    about = [setup.shape.fingerprint, method.compensation, len(setup.text), len(text)]
+    return WrittenDown(judge, setup.folder / f"judged-{method.compensation}-{len(setup.text)}.jsonl", about)
 
 
 def prefill_blocks(removed: int) -> int:
@@ -190,7 +194,8 @@ def stages(setup: Setup, name: str, found: StageRemovals, place: Path) -> StageP
     pair = StagePair(
         setup.model, PDPlan(model=setup.shape, prefill=prefill.actions(blocks), decode=decode.actions(blocks), kv=kv)
     )
-    place = place / pair.plan.digest[:12]
+    taught = f"-{len(setup.text[:-JUDGED])}" if prefill.pairs or decode.pairs else ""
+    place = place / f"{pair.plan.digest[:12]}{taught}"
     place.mkdir(parents=True, exist_ok=True)
     healed = ""  # decode's weights depend on prefill's
     for stage in STAGES:

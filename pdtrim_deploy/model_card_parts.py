@@ -58,6 +58,15 @@ def changed(plan: PDPlan, recipe: Recipe, stage: Stage, healed: Healed) -> list[
     return [f"- Weights differ from the base model's: {', '.join(done)}; what makes K and V {same} as there"]
 
 
+def _taught(recipe: Recipe) -> str:
+    """Text of students (`pipeline.texts.taught`)."""
+    text, healing = recipe.calibration, recipe.healing
+    if not healing.asked:
+        return f"{text.sequences} x {text.length}"
+    kept = healing.judged if recipe.pruning.finalists else 0
+    return f"{healing.sequences - kept} x {healing.length}"
+
+
 def made(recipe: Recipe) -> list[str]:
     """Text and seeds of each choice; all text is that of the calibration split of its corpus."""
     text, pruning, healing, kv = recipe.calibration, recipe.pruning, recipe.healing, recipe.kv
@@ -70,8 +79,8 @@ def made(recipe: Recipe) -> list[str]:
         )
     if pruning.distil:
         said.append(
-            f"- Students trained on the same text: least squares, then {recipe.students.steps} steps each "
-            f"(seed {recipe.students.seed})"
+            f"- Students trained on {_taught(recipe)} tokens of {corpus}: least squares, then "
+            f"{recipe.students.steps} steps each (seed {recipe.students.seed})"
         )
     if healing.asked:
         said.append(

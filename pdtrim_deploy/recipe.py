@@ -85,11 +85,12 @@ class Recipe(_Section):
                 f"pruning.finalists is {pruning.finalists} but healing.compensation is none; "
                 f"allowed with finalists: norm or least-squares, which they are judged by"
             )
-        least = 4 if asked.compensation == "least-squares" else 2
+        least = 7 if asked.compensation == "least-squares" else 3  # half of them, and of those again half
         if pruning.finalists and asked.sequences < least:
             raise ValueError(
                 f"healing.sequences is {asked.sequences} but pruning.finalists is {pruning.finalists}; allowed with "
-                f"{asked.compensation}: at least {least}, since finalists are judged on sequences that were not fitted"
+                f"{asked.compensation}: at least {least}, since finalists are judged on sequences that nothing was "
+                f"fitted to"
             )
         if asked.decode_steps and not pruning.decode_blocks:
             raise ValueError(
@@ -100,10 +101,12 @@ class Recipe(_Section):
             raise ValueError(
                 f"students.steps is {self.students.steps} but pruning.distil is false; allowed: 0, or true"
             )
-        if pruning.distil and self.calibration.sequences < 2:
+        taught = asked.sequences - (asked.judged if pruning.finalists else 0) if asked.asked else None
+        if pruning.distil and (self.calibration.sequences if taught is None else taught) < 2:
+            section, least = ("calibration", 2) if taught is None else ("healing", 4 if pruning.finalists else 2)
             raise ValueError(
-                "calibration.sequences is 1 but pruning.distil is true; allowed with it: at least 2, since students "
-                "are chosen on sequences that were not fitted"
+                f"{section}.sequences is {getattr(self, section).sequences} but pruning.distil is true; allowed with "
+                f"it: at least {least}, since students are chosen on sequences that were not fitted"
             )
         return self
 

@@ -18,7 +18,10 @@ class _Section(BaseModel):
 
 
 class StudentsSection(_Section):
-    """How the student block of a distilled pair is made, on the recipe's calibration text.
+    """How the student block of a distilled pair is made.
+
+    Its text is that of `healing`, where that section asks for anything, but what finalists are judged on; else that of
+    `calibration`.
 
     Attributes:
         steps: of gradient descent for each pair; 0 leaves what least squares gives, which is training-free.
@@ -81,6 +84,11 @@ class HealingSection(_Section):
         if chooses and self.sequences < 2:
             raise ValueError("sequences is 1; allowed: at least 2, since some are kept from fitting, to choose on")
         return self
+
+    @property
+    def judged(self) -> int:
+        """Sequences of the text, its last ones, that finalists are judged on; students learn from those before."""
+        return self.sequences - self.sequences // 2
 
     @property
     def trains(self) -> bool:

@@ -66,8 +66,9 @@ def steps_of(recipe: Recipe, fingerprint: str) -> tuple[BuildStep, ...]:
     dump = recipe.model_dump(mode="json")
     said = {"pdtrim-deploy": __version__, "model": fingerprint, "dtype": recipe.model.dtype}
     chosen = {key: dump[key] for key in ("calibration", "pruning", *(["students"] if recipe.pruning.distil else []))}
-    if recipe.pruning.finalists:
-        chosen["judged"] = [dump["healing"][name] for name in ("compensation", "sequences", "length")]
+    if recipe.pruning.finalists or recipe.pruning.distil:  # students learn from part of this text
+        text = [dump["healing"][name] for name in ("compensation", "sequences", "length")]
+        chosen["judged"] = [*text, recipe.healing.asked]
     prune = chained_key("", said | (chosen if recipe.pruning.decode_blocks else {}))
     healed = chained_key(prune, heal.depends_on(dump)) if heal.needed(recipe) else prune
     kv = chained_key(healed, [dump["kv"], None if recipe.kv.method in FIXED_KV else dump["calibration"]])

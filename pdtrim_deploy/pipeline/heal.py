@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pdtrim_deploy.bundle import REPORTS, WORK, write_atomic
+from pdtrim_deploy.pipeline import texts
 from pdtrim_deploy.pipeline.context import Context
 from pdtrim_deploy.plan import STAGES, KVOnly, KVSend, PDPlan, Stage
 from pdtrim_deploy.pruning.solution import Solution
@@ -102,17 +103,10 @@ def stage_pair(context: Context, plan: PDPlan | None = None) -> StagePair:
 
 def _key(context: Context) -> str:
     plan, dump = _chosen(context), context.recipe.model_dump(mode="json")
-    texts = [hashlib.sha256(ids.numpy().tobytes()).hexdigest() for ids in _texts(context)]
+    read = [texts.digest(text(context)) for text in (texts.taught, texts.fitted)]
     version = _KV_ONLY_VERSION if context.recipe.healing.kv_only_blocks else _VERSION
-    said = [version, plan.digest, dump["students"], _asked(dump), texts]
+    said = [version, plan.digest, dump["students"], _asked(dump), read]
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
-
-
-def _texts(context: Context) -> tuple[Any, Any]:
-    """What students learn from; what stages are healed on, or that again: int64 `[sequences, length]`."""
-    text, asked = context.recipe.calibration, context.recipe.healing
-    ids = context.calibration(text.sequences, text.length)
-    return ids, context.calibration(asked.sequences, asked.length) if asked.asked else ids
 
 
 def _entry(context: Context, key: str) -> Path:
@@ -137,7 +131,7 @@ def _make(context: Context) -> tuple[StagePair, dict[str, Any]]:
     from pdtrim_deploy.pruning.kv_only import fit, relax
     from pdtrim_deploy.pruning.pair import StagePair
 
-    asked, (_, ids) = context.recipe.healing, _texts(context)
+    asked, ids = context.recipe.healing, texts.fitted(context)
     model = context.model if asked.trains else context.searched_model
     pair, report = _with_students(context, StagePair(model, _chosen(context)))
     if asked.kv_only_blocks:
@@ -182,7 +176,7 @@ def _with_students(context: Context, pair: StagePair) -> tuple[StagePair, dict[s
         "healing": {},
     }
     students = Students(
-        pair.model, _texts(context)[0], recipe.students,
+        pair.model, texts.taught(context), recipe.students,
         cache=context.cache, fingerprint=fingerprint, work=context.out / WORK, note=context.note,
     )  # fmt: skip
     for stage in STAGES:

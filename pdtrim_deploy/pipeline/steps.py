@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from pdtrim_deploy.bundle import REPORTS, WORK
-from pdtrim_deploy.pipeline import heal_kv
+from pdtrim_deploy.pipeline import heal_kv, texts
 from pdtrim_deploy.pipeline.context import Context, write_json
 from pdtrim_deploy.pipeline.heal import PRUNING
 from pdtrim_deploy.plan import STAGES, Stage
@@ -31,7 +30,7 @@ def prune(context: Context) -> None:
 
     What every block could lose, by redundancy, stands in reports/candidates.json.
     """
-    asked, text = context.recipe.pruning, context.recipe.calibration
+    asked = context.recipe.pruning
     (context.out / CANDIDATES).unlink(missing_ok=True)
     going = (asked.prefill_blocks, asked.decode_blocks - asked.prefill_blocks)
     for search, blocks in zip(SEARCHES, going, strict=True):
@@ -44,11 +43,11 @@ def prune(context: Context) -> None:
         from pdtrim_deploy.pruning.search import Settings
         from pdtrim_deploy.pruning.stages import choose_stages
 
-        ids = context.calibration(text.sequences, text.length)
+        ids = texts.searched(context)
         model = context.searched_model
         candidates = find(model, ids, asked.threshold, context.note)
         write_json(context.out / CANDIDATES, asdict(candidates))
-        pairs, students, about = _pairs(context, model, ids, candidates) if asked.distil else ((), None, None)
+        pairs, students, about = _pairs(context, model, candidates) if asked.distil else ((), None, None)
         with _elsewhere(context) as elsewhere:
             found = choose_stages(
                 model,
@@ -103,27 +102,26 @@ def _finalist_report(one: Finalist) -> dict[str, Any]:
 
 
 def _judge(context: Context, model: Any, students: Any, about: Any) -> Judge:
-    """Has the last word on a search's finalists: on the text that weights are fitted to, as they will be.
+    """Has the last word on a search's finalists, compensated as they will be.
 
     What it says stands in reports/judged.jsonl.
     """
     from pdtrim_deploy.pruning.refitted import Refitted
     from pdtrim_deploy.pruning.verdicts import WrittenDown
 
-    asked = context.recipe.healing
-    ids = context.calibration(asked.sequences, asked.length)
+    asked, ids = context.recipe.healing, texts.judged(context)
     together = 1 if context.bounded else None
     judge = Refitted(model, context.shape, ids, asked.compensation, students, context.note, together)
-    text = hashlib.sha256(ids.numpy().tobytes()).hexdigest()
-    said = [context.checkpoint.fingerprint, asked.compensation, text, about]
+    said = [context.checkpoint.fingerprint, asked.compensation, texts.digest(ids), about]
     return WrittenDown(judge, context.out / JUDGED, said)
 
 
-def _pairs(context: Context, model: Any, ids: Any, found: Candidates) -> tuple[tuple[int, ...], Any, Any]:
+def _pairs(context: Context, model: Any, found: Candidates) -> tuple[tuple[int, ...], Any, Any]:
     """The distillation set, its training-free students (those chosen are trained later), and what they depend on."""
     from pdtrim_deploy.pruning.students import Students
 
     asked = context.recipe.students.model_copy(update={"steps": 0, "minutes": None})
+    ids = texts.taught(context)
     students = Students(
         model,
         ids,
@@ -133,7 +131,7 @@ def _pairs(context: Context, model: Any, ids: Any, found: Candidates) -> tuple[t
         work=context.out / WORK,
         note=context.note,
     )
-    return found.distillation, students, asked.model_dump(mode="json")
+    return found.distillation, students, [asked.model_dump(mode="json"), texts.digest(ids)]
 
 
 def write_stage(context: Context, stage: Stage) -> None:

@@ -82,7 +82,7 @@ def search_cost(
             blocks,
             pruning.prefill_blocks,
             pruning.decode_blocks,
-            healing.sequences,
+            healing.judged,
             pruning.finalists,
             pruning.finalists,
             together=(pruning.blocks_in_memory or blocks) >= blocks,
@@ -90,12 +90,14 @@ def search_cost(
         windows = _windows(blocks, pruning.prefill_blocks, pruning.decode_blocks, count)
         most, likely = most + judging + windows, likely + judging + windows
         flops += 2 * block_size * (judging * healing.length + windows * length)
-        flops += refits * _gram(config) * healing.sequences * _refitted(blocks, pruning, healing.length)
-        most += _again(blocks, pruning, count, healing.sequences)
+        flops += refits * _gram(config) * healing.judged * _refitted(blocks, pruning, healing.length)
+        most += _again(blocks, pruning, count, healing.judged)
     if pruning.distil:  # redundancy and states by one pass each; each pair's student begins as the better of two
-        making, pairs = 3 * blocks * count, blocks // 2
+        taught, tokens = _taught(pruning, text, healing)
+        making, pairs = (count + 2 * taught) * blocks, blocks // 2
         most, likely = most + making, likely + making
-        flops += count * length * (2 * block_size * 3 * blocks + 2 * pairs * _gram(config))
+        flops += 2 * block_size * blocks * (count * length + 2 * taught * tokens)
+        flops += 2 * pairs * _gram(config) * taught * tokens
     wanted = count * length * hidden * _FLOAT * blocks
     kept = min(pruning.memory_mb << 20, wanted)
     keeps = pruning.method in EVALUATED
@@ -104,7 +106,7 @@ def search_cost(
         states=kept if keeps else count * length * hidden * _FLOAT,
         states_wanted=wanted,
         disk=(min(pruning.disk_mb << 20, wanted - kept) if keeps else 0)
-        + (hidden_files(config, text) if pruning.distil else 0),
+        + (_hidden_files(config, *_taught(pruning, text, healing)) if pruning.distil else 0),
         prompt_kv=2 * blocks * count * (length // 2) * kv_width * _FLOAT,
         fitted=fitted_bytes(config, pruning, refits) if refits or pruning.distil else 0,
         most=round(most),
@@ -126,9 +128,16 @@ def fitted_bytes(config: Mapping[str, Any], pruning: PruningSection, refits: boo
     return 8 * (4 * inner * inner + 3 * inner * hidden) + _FLOAT * maps
 
 
-def hidden_files(config: Mapping[str, Any], text: CalibrationSection) -> int:
+def _taught(pruning: PruningSection, text: CalibrationSection, healing: HealingSection | None) -> tuple[int, int]:
+    """Sequences that students learn from, and their length (`pipeline.texts.taught`)."""
+    if healing is None or not healing.asked:
+        return text.sequences, text.length
+    return healing.sequences - (healing.judged if pruning.finalists else 0), healing.length
+
+
+def _hidden_files(config: Mapping[str, Any], sequences: int, length: int) -> int:
     """Bytes of what students are fitted to (`students.states`)."""
-    return (config["num_hidden_layers"] + 1) * text.sequences * text.length * config["hidden_size"] * _FLOAT
+    return (config["num_hidden_layers"] + 1) * sequences * length * config["hidden_size"] * _FLOAT
 
 
 def judged_forwards(

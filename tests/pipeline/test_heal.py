@@ -19,7 +19,7 @@ from pdtrim_deploy.checkpoints.surgery import keep_blocks
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.evaluation.oracle import PDOracle
 from pdtrim_deploy.loadtest.text import WORDS
-from pdtrim_deploy.pipeline import build, heal, heal_kv
+from pdtrim_deploy.pipeline import build, heal, heal_kv, texts
 from pdtrim_deploy.pipeline.build import steps_of
 from pdtrim_deploy.pipeline.context import Context
 from pdtrim_deploy.plan import STAGES, Distilled, Drop, KVOnly, Stage
@@ -120,7 +120,7 @@ def test_the_bundle_is_what_was_healed_in_memory(
     said += ", 2 steps of logit distillation" * report["healing"]["decode"]["kept"]
     assert f"Weights differ from the base model's: {said}" in card
     assert "Weights mended on 12 x 32 tokens of" in card
-    assert "Students trained on the same text" in card
+    assert "Students trained on 12 x 32 tokens of" in card
     assert "students of" not in (bundle.prefill_dir / "README.md").read_text()
     assert bundle.verify() == []
 
@@ -312,9 +312,9 @@ def test_bad_sections_are_one_sentence(recipe_of: Callable[..., Recipe], section
         (
             {
                 "pruning": {"method": "anneal", "decode_blocks": 2, "finalists": 3},
-                "healing": {"compensation": "least-squares", "sequences": 3},
+                "healing": {"compensation": "least-squares", "sequences": 6},
             },
-            "healing.sequences is 3 but pruning.finalists is 3; allowed with least-squares: at least 4",
+            "healing.sequences is 6 but pruning.finalists is 3; allowed with least-squares: at least 7",
         ),
         (
             {"pruning": {"method": "sleb", "decode_blocks": 2, "finalists": 3}},
@@ -325,7 +325,14 @@ def test_bad_sections_are_one_sentence(recipe_of: Callable[..., Recipe], section
             {"pruning": {}, "healing": {"kv_only_blocks": 1, "decode_steps": 5}},
             "healing.decode_steps is 5 but decode loses no block",
         ),
-        ({"calibration": {"sequences": 1}}, "calibration.sequences is 1 but pruning.distil is true"),
+        ({"calibration": {"sequences": 1}, "healing": {}}, "calibration.sequences is 1 but pruning.distil is true"),
+        (
+            {
+                "pruning": {"method": "anneal", "decode_blocks": 2, "distil": True, "finalists": 2},
+                "healing": {"compensation": "norm", "sequences": 3},
+            },
+            "healing.sequences is 3 but pruning.distil is true; allowed with it: at least 4",
+        ),
     ],
 )
 def test_what_cannot_be_done_or_would_do_nothing_is_refused(
@@ -342,3 +349,19 @@ def test_the_units_load(unit: Path, tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(f"name: r\ninclude: [{include}, {unit}]\n")
     recipe = Recipe.load(tmp_path / "r.yaml")
     assert heal.needed(recipe) or recipe.healing.kv_steps
+
+
+@pytest.mark.parametrize("finalists", [0, 2])
+def test_finalists_are_judged_on_text_that_students_have_not_seen(
+    finalists: int, recipe_of: Callable[..., Recipe], tmp_path: Path, cache: Cache
+) -> None:
+    pruning = {"method": "anneal", "decode_blocks": 2, "distil": True, "finalists": finalists}
+    recipe = recipe_of(pruning=pruning, healing={"compensation": "norm", "sequences": 7, "length": 32})
+    context = Context(recipe, resolve(recipe.model.source, cache), cache, tmp_path, lambda _: None)
+    fitted, taught, judged = (text(context) for text in (texts.fitted, texts.taught, texts.judged))
+    assert len(fitted) == 7
+    assert torch.equal(fitted, torch.cat((taught, judged)) if finalists else taught)
+    assert len(judged) == 4
+    alone = recipe_of(pruning=pruning | {"finalists": 0}, healing={})
+    context = Context(alone, resolve(alone.model.source, cache), cache, tmp_path, lambda _: None)
+    assert torch.equal(texts.taught(context), texts.searched(context))

@@ -35,7 +35,7 @@ def recipe(folder: Path, model: Path, **pruning: object) -> Recipe:
         "model": {"source": f"hf:{model}"},
         "calibration": {"corpus": f"dir:{texts}", "sequences": 4, "length": 40},
         "pruning": {"method": "anneal", "prefill_blocks": 1, "decode_blocks": 3, "steps": 12} | pruning,
-        "healing": {"sequences": 4, "length": 40},
+        "healing": {"sequences": 8, "length": 40},
         "evaluation": {"corpus": f"dir:{texts}", "sequences": 2, "prompt_tokens": 40, "continuation_tokens": 8},
     }
     (folder / "r.yaml").write_text(yaml.safe_dump(data))

@@ -59,7 +59,7 @@ def test_finalists_are_priced(method, stages, monkeypatch):
     choose_stages(model, ids, *stages, method=method, settings=Settings(0, 20), judge=judge, finalists=4)
     more = {"steps": 20} if method == "anneal" else {}
     asked = PruningSection(method=method, prefill_blocks=stages[0], decode_blocks=stages[1], finalists=4, **more)
-    healing = HealingSection(compensation="least-squares", sequences=6, length=20)
+    healing = HealingSection(compensation="least-squares", sequences=12, length=20)  # 6 to judge on
     calibration = CalibrationSection(sequences=6, length=20)
     with_them, without = (search_cost(model.config.to_dict(), asked, calibration, h) for h in (healing, None))
     assert without.most < with_them.most
@@ -80,7 +80,7 @@ def test_a_second_search_of_decode_is_priced(monkeypatch):
     assert [one.behind is not None for one in found.finalists["prefill"]] == [True, True]
     assert found.passed_over
     asked = PruningSection(prefill_blocks=2, decode_blocks=4, finalists=2)
-    healing = HealingSection(compensation="least-squares", sequences=6, length=20)
+    healing = HealingSection(compensation="least-squares", sequences=12, length=20)  # 6 to judge on
     cost = search_cost(model.config.to_dict(), asked, CalibrationSection(sequences=6, length=20), healing)
     assert sum(ran) <= cost.most
 
@@ -108,7 +108,7 @@ def test_refitting_finalists_is_priced():
     sizes, calibration = tiny("Llama").config.to_dict(), CalibrationSection(sequences=6, length=20)
     section = PruningSection(prefill_blocks=1, decode_blocks=2, finalists=3)
     squares, norm = (
-        search_cost(sizes, section, calibration, HealingSection(compensation=name, sequences=6, length=20))
+        search_cost(sizes, section, calibration, HealingSection(compensation=name, sequences=12, length=20))
         for name in ("least-squares", "norm")
     )
     inner, hidden = sizes["intermediate_size"], sizes["hidden_size"]

@@ -1,0 +1,43 @@
+"""Which calibration text each part of a build learns from, or is judged on. All are int64 `[sequences, length]`."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING
+
+from pdtrim_deploy.pipeline.context import Context
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def searched(context: Context) -> Tensor:
+    """What blocks are chosen on."""
+    text = context.recipe.calibration
+    ids: Tensor = context.calibration(text.sequences, text.length)
+    return ids
+
+
+def fitted(context: Context) -> Tensor:
+    """What stages are compensated and healed on; that again where they are not."""
+    asked = context.recipe.healing
+    if not asked.asked:
+        return searched(context)
+    ids: Tensor = context.calibration(asked.sequences, asked.length)
+    return ids
+
+
+def taught(context: Context) -> Tensor:
+    """What students learn from: all that is fitted, or what comes before `judged`."""
+    ids = fitted(context)
+    return ids[: -context.recipe.healing.judged] if context.recipe.pruning.finalists else ids
+
+
+def judged(context: Context) -> Tensor:
+    """What finalists are judged on: students have not seen it, nor, with as much text as by default, has the search."""
+    return fitted(context)[-context.recipe.healing.judged :]
+
+
+def digest(ids: Tensor) -> str:
+    """SHA-256 of text."""
+    return hashlib.sha256(ids.numpy().tobytes()).hexdigest()
