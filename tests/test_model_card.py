@@ -82,7 +82,7 @@ def test_the_text_and_seeds_it_was_made_with_are_named(recipe: Recipe) -> None:
     )
     text = model_card.card(PLAN, more.changed("t", "healing", decode_steps=9, seed=4), "decode", Provenance(), {})
     assert "Blocks chosen by `anneal` (seed 7) on 5 x 33 tokens of `brown`, seed 3" in text
-    assert "Students trained on the same text: least squares, then 0 steps each (seed 0)" in text
+    assert "Students trained on 64 x 256 tokens of `brown`, seed 3: least squares, then 0 steps each (seed 0)" in text
     assert "Weights mended on 64 x 256 tokens of `brown`, seed 3 (seed 4)" in text
     assert "KV chosen by `budget` on 8 x 576 tokens of `brown`, seed 3" in text
     assert "KV chosen by rule `none`, on no text" in model_card.card(PLAN, recipe, "decode", Provenance(), {})

@@ -158,7 +158,7 @@ def test_decode_is_healed_behind_the_kv_that_is_sent(
     base = HEALING if pruned else {key: HEALING[key] for key in ("batch", "sequences", "length")}
     sections = {"kv": kv} if pruned else {"kv": kv, "pruning": {}}
     without = build(recipe_of(healing=base, **sections), tmp_path / "a", cache)
-    recipe = recipe_of(healing=base | {"kv_steps": 6, "learning_rate": 2e-4}, **sections)
+    recipe = recipe_of(healing=base | {"kv_steps": 24, "learning_rate": 1e-3}, **sections)
     bundle = build(recipe, tmp_path / "b", cache)
     assert bundle.plan == without.plan
     report = json.loads((bundle.path / heal_kv.HEALING_KV).read_text())
@@ -179,7 +179,7 @@ def test_decode_is_healed_behind_the_kv_that_is_sent(
     same = [(b.path / "prefill" / "model.safetensors").read_bytes() for b in (without, bundle)]
     assert same[0] == same[1]
     assert (
-        "6 steps of logit distillation from the base model behind prompt KV as it arrives"
+        "24 steps of logit distillation from the base model behind prompt KV as it arrives"
         in (bundle.decode_dir / "README.md").read_text()
     )
     assert bundle.verify() == []
