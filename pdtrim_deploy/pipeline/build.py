@@ -127,12 +127,13 @@ def build(
         with claim(out, force):
             context = Context(recipe, checkpoint, cache, out, note, workers)
             journal, plan_steps = Journal(out), steps_of(recipe, checkpoint.fingerprint)
-            journal.keep_only([step.name for step in plan_steps])
+            finished = {step.name for step in plan_steps if journal.done(step.name, step.key)}
+            journal.keep_only(finished)
             failures: dict[str, str] = {}
             for step in plan_steps:
                 if step.target in failures:  # in its prefill: half a pair serves nobody
                     continue
-                done = journal.done(step.name, step.key)
+                done = step.name in finished
                 with show(step.name, done):
                     if not done:
                         try:

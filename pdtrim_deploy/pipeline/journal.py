@@ -55,7 +55,7 @@ class Journal:
         return step is not None and step.key == key and step.sizes == _sizes(self.out, list(step.sizes))
 
     def keep_only(self, names: Collection[str]) -> None:
-        """Strike out all other steps: of an earlier recipe."""
+        """Strike out all other steps: of an earlier recipe, or to be made again."""
         if not self.steps.keys() <= set(names):
             self.steps = {name: step for name, step in self.steps.items() if name in names}
             self._write()

@@ -159,6 +159,16 @@ def test_a_failure_leaves_no_engine_of_another_plan_behind(make: Make, behave: C
     assert not (bundle.path / "engines/onnx/decode").exists()
 
 
+def test_a_stage_that_was_not_tried_is_not_sealed_with_other_options(make: Make, behave: Callable[..., None]) -> None:
+    make({"onnx": {}})
+    behave(onnx="die")
+    bundle, ran = make({"onnx": {"weights": "int8"}})
+    assert ran == ["engines/onnx/prefill", "seal"]
+    assert list(bundle.engines) == []
+    assert not (bundle.path / "engines").exists()
+    assert not any(name.startswith("engines/") for name in bundle.manifest.steps)
+
+
 def test_scratch_of_a_killed_build_is_swept(make: Make, behave: Callable[..., None]) -> None:
     bundle, _ = make({"onnx": {}})
     (bundle.path / "engines/onnx/.prefill.new-abc").mkdir()
