@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -51,13 +51,14 @@ Show = Callable[[str, bool], AbstractContextManager[object]]
 class BuildStep:
     """One step: `key` digests everything its `outputs` (files or folders of the bundle) depend on.
 
-    A step of a `target` may fail without failing the build.
+    `after` names the step whose key is in this one's. A step of a `target` may fail without failing the build.
     """
 
     name: str
     key: str
     outputs: tuple[str, ...]
     run: Callable[[Context], None]
+    after: str | None = None
     target: str | None = None
 
 
@@ -72,13 +73,19 @@ def steps_of(recipe: Recipe, fingerprint: str) -> tuple[BuildStep, ...]:
     healed = chained_key(prune, heal.depends_on(dump)) if heal.needed(recipe) else prune
     kv = chained_key(healed, [dump["kv"], None if recipe.kv.method in FIXED_KV else dump["calibration"]])
     decode = chained_key(kv, [dump["healing"], dump["kv"], dump["calibration"]]) if recipe.healing.kv_steps else kv
+    before_kv = "heal" if heal.needed(recipe) else "prune"
+    before_decode = "heal-kv" if recipe.healing.kv_steps else "select-kv"
     return (
         BuildStep("prune", prune, steps.PRUNED, steps.prune),
-        *([BuildStep("heal", healed, (heal.HEALING,), heal.heal)] if heal.needed(recipe) else []),
-        BuildStep("select-kv", kv, (PLAN, select_kv.KV, select_kv.ATTENTION), select_kv.select_kv),
-        *([BuildStep("heal-kv", decode, (heal_kv.HEALING_KV,), heal_kv.heal_kv)] if recipe.healing.kv_steps else []),
-        BuildStep("prefill", chained_key(kv, "prefill"), ("prefill",), lambda c: steps.write_stage(c, "prefill")),
-        BuildStep("decode", chained_key(decode, "decode"), ("decode",), lambda c: steps.write_stage(c, "decode")),
+        *([BuildStep("heal", healed, (heal.HEALING,), heal.heal, "prune")] if heal.needed(recipe) else []),
+        BuildStep("select-kv", kv, (PLAN, select_kv.KV, select_kv.ATTENTION), select_kv.select_kv, before_kv),
+        *(
+            [BuildStep("heal-kv", decode, (heal_kv.HEALING_KV,), heal_kv.heal_kv, "select-kv")]
+            if recipe.healing.kv_steps
+            else []
+        ),
+        _stage_step("prefill", kv, "select-kv"),
+        _stage_step("decode", decode, before_decode),
         *(
             _engine_step(
                 target, stage, asked, chained_key(decode if stage == "decode" else kv, stage), dump["calibration"]
@@ -89,12 +96,25 @@ def steps_of(recipe: Recipe, fingerprint: str) -> tuple[BuildStep, ...]:
     )
 
 
+def _stage_step(stage: Stage, before: str, after: str) -> BuildStep:
+    return BuildStep(stage, chained_key(before, stage), (stage,), lambda c: steps.write_stage(c, stage), after)
+
+
 def _engine_step(target: str, stage: Stage, asked: Target, stage_key: str, calibration: object) -> BuildStep:
     """Depends on its stage's checkpoint and its own options: another target's change nothing."""
     name = engine_folder(target, stage)
     key = chained_key(stage_key, [name, engines.depends_on(asked, calibration)])
     run = partial(engines.build_engine, target=target, stage=stage, asked=asked)
-    return BuildStep(name, key, (name,), run, target)
+    return BuildStep(name, key, (name,), run, stage, target)
+
+
+def done_steps(steps: Sequence[BuildStep], journal: Journal) -> set[str]:
+    """Names of those that need not be made again: they are done, and so is all that they depend on."""
+    done: set[str] = set()
+    for step in steps:
+        if (step.after is None or step.after in done) and journal.done(step.name, step.key):
+            done.add(step.name)
+    return done
 
 
 def build(
@@ -127,7 +147,7 @@ def build(
         with claim(out, force):
             context = Context(recipe, checkpoint, cache, out, note, workers)
             journal, plan_steps = Journal(out), steps_of(recipe, checkpoint.fingerprint)
-            finished = {step.name for step in plan_steps if journal.done(step.name, step.key)}
+            finished = done_steps(plan_steps, journal)
             journal.keep_only(finished)
             failures: dict[str, str] = {}
             for step in plan_steps:

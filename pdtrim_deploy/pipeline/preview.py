@@ -13,7 +13,7 @@ from pdtrim_deploy.cache import Cache
 from pdtrim_deploy.checkpoints import Checkpoint, resolve
 from pdtrim_deploy.checkpoints.checkpoint import read_config
 from pdtrim_deploy.errors import UserError
-from pdtrim_deploy.pipeline.build import check_fits, is_sealed, steps_of
+from pdtrim_deploy.pipeline.build import check_fits, done_steps, is_sealed, steps_of
 from pdtrim_deploy.pipeline.journal import Journal
 from pdtrim_deploy.pipeline.stand_in import stand_in
 from pdtrim_deploy.plan import STAGES, Stage
@@ -67,9 +67,9 @@ def preview(recipe: Recipe, out: Path, cache: Cache) -> Preview:
         return _unseen(recipe, config, str(error))
     check_fits(recipe, checkpoint.facts.num_blocks)
     journal = Journal(out)
-    steps = {"source": True}
-    for step in steps_of(recipe, checkpoint.fingerprint):
-        steps[step.name] = journal.done(step.name, step.key)
+    asked = steps_of(recipe, checkpoint.fingerprint)
+    done = done_steps(asked, journal)
+    steps = {"source": True} | {step.name: step.name in done for step in asked}
     steps["seal"] = all(steps.values()) and is_sealed(out, recipe, journal)
     plan = stand_in(recipe, checkpoint.shape(recipe.model.dtype))
     sizes = {stage: _stage_bytes(checkpoint, len(plan.layers(stage)), recipe.model.dtype) for stage in STAGES}

@@ -233,6 +233,38 @@ def test_a_step_whose_files_went_missing_is_made_again(recipe_file: RecipeFile, 
     assert again.verify() == []
 
 
+def test_what_depends_on_a_step_is_made_again_with_it(recipe_file: RecipeFile, tmp_path: Path, cache: Cache) -> None:
+    bundle, _ = make(recipe_file(), tmp_path / "b", cache)
+
+    def lose(name: str) -> list[str]:
+        (bundle.path / name).unlink()
+        steps = preview(Recipe.load(recipe_file()), bundle.path, cache).steps
+        again, ran = make(recipe_file(), bundle.path, cache)
+        assert again.verify() == []
+        assert ran == [step for step, done in steps.items() if not done]
+        return ran
+
+    assert lose("reports/search-decode.jsonl") == ALL
+    assert lose("plan.json") == ALL[1:]
+    assert lose("prefill/model.safetensors") == ["prefill", "seal"]
+
+
+def test_what_depends_on_a_step_is_struck_out_before_it_is_made_again(
+    recipe_file: RecipeFile, tmp_path: Path, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle, _ = make(recipe_file(), tmp_path / "b", cache)
+    (bundle.reports_dir / "search-decode.jsonl").unlink()
+
+    def full_disk(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("pdtrim_deploy.pipeline.select_kv.select_kv", full_disk)
+        with pytest.raises(OSError, match="No space"):
+            make(recipe_file(), bundle.path, cache)
+    assert make(recipe_file(), bundle.path, cache)[1] == ALL[1:]  # plan.json and checkpoints stand, of another search
+
+
 class Snapshots:
     """Copies `out` before each change that a build makes below it: just what kill -9 at that moment would leave."""
 

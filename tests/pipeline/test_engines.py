@@ -110,6 +110,12 @@ def test_only_what_changed_is_built_again(make: Make, behave: Callable[..., None
     ]  # fmt: skip
 
 
+def test_an_engine_is_built_again_with_the_checkpoint_it_is_of(make: Make, behave: Callable[..., None]) -> None:
+    bundle, _ = make({"onnx": {}})
+    (bundle.path / "decode/model.safetensors").unlink()
+    assert make({"onnx": {}})[1] == ["engines/onnx/decode", "seal"]
+
+
 def test_a_target_taken_out_of_the_recipe_leaves_the_bundle(make: Make, behave: Callable[..., None]) -> None:
     make({"onnx": {}, "tensorrt-llm": {}})
     bundle, ran = make({"tensorrt-llm": {}})
