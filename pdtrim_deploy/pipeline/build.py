@@ -10,26 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pdtrim_deploy import __version__
-from pdtrim_deploy.bundle import (
-    COMPLETE,
-    ENGINES,
-    PLAN,
-    RECIPE,
-    REPORTS,
-    Bundle,
-    Manifest,
-    engine_folder,
-    entries,
-    read_seal,
-    seal,
-    write_atomic,
-)
+from pdtrim_deploy.bundle import PLAN, Bundle, engine_folder
 from pdtrim_deploy.cache import Cache
 from pdtrim_deploy.checkpoints import resolve
-from pdtrim_deploy.checkpoints.provenance import Provenance
 from pdtrim_deploy.errors import UserError
-from pdtrim_deploy.model_card import write_cards
-from pdtrim_deploy.pipeline import engines, heal, heal_kv, select_kv, steps
+from pdtrim_deploy.pipeline import engines, heal, heal_kv, sealing, select_kv, steps
 from pdtrim_deploy.pipeline.context import Context, Note
 from pdtrim_deploy.pipeline.journal import Journal, chained_key, claim
 from pdtrim_deploy.pipeline.stand_in import stand_in
@@ -38,7 +23,6 @@ from pdtrim_deploy.recipe import Recipe
 from pdtrim_deploy.recipe_kv import FIXED_KV
 from pdtrim_deploy.recipe_pruning import EVALUATED
 from pdtrim_deploy.recipe_targets import Target
-from pdtrim_deploy.report.environment import machine, versions
 
 if TYPE_CHECKING:
     from pdtrim_deploy.pruning.ray_evaluator import Workers
@@ -163,10 +147,10 @@ def build(
                             if step.target is None:
                                 raise
                             failures[step.target] = str(error)
-            sealed = is_sealed(out, recipe, journal)
+            sealed = sealing.is_sealed(out, recipe, journal.steps)
             with show("seal", sealed):
                 if not sealed:
-                    _seal(context, journal, failures)
+                    sealing.seal_bundle(context, journal.steps, failures)
             return Bundle.open(out)
     except (FileExistsError, NotADirectoryError):
         raise UserError(f"{out} is not a folder; choose another --out") from None
@@ -208,40 +192,3 @@ def check_shared(recipe: Recipe) -> None:
                 f"recipe {recipe.name}: pruning.{name} is for a search in one process, but each worker {what}; "
                 f"build without --workers or leave {name} out"
             )
-
-
-def is_sealed(out: Path, recipe: Recipe, journal: Journal) -> bool:
-    """Whether `out` is sealed for just this recipe and these steps."""
-    try:
-        manifest = read_seal(out)
-    except UserError:
-        return False
-    return manifest is not None and manifest.recipe_digest == recipe.digest and manifest.steps == journal.steps
-
-
-def _seal(context: Context, journal: Journal, failures: dict[str, str]) -> None:
-    """Drop reports and engines of an earlier bundle, write the resolved recipe, the manifest, the marker."""
-    recipe, out = context.recipe, context.out
-    (out / COMPLETE).unlink(missing_ok=True)
-    built = [name for name in journal.steps if name.startswith(f"{ENGINES}/")]
-    engines.keep_only(out, built)
-    made = {name for step in journal.steps.values() for name in step.sizes}
-    for report in (out / REPORTS).glob("*"):
-        if f"{REPORTS}/{report.name}" not in made:
-            report.unlink()
-    write_atomic(out / RECIPE, recipe.to_yaml())
-    base = Provenance.read(context.checkpoint.path, recipe.model.source)
-    write_cards(out, context.plan, recipe, base, heal_kv.healed(context))
-    context.note("hashing every file")
-    manifest = Manifest(
-        recipe_digest=recipe.digest,
-        plan_digest=context.plan.digest,
-        seed=recipe.calibration.seed,
-        versions=versions(),
-        machine=machine(),
-        steps=journal.steps,
-        files=entries(out),
-        engines={name: engines.read_engine(out / name) for name in built},
-        failures=failures,
-    )
-    seal(out, manifest)

@@ -93,7 +93,7 @@ def claim(out: Path, force: bool) -> Iterator[None]:
         if any(out.iterdir()) and not any((out / name).exists() for name in (WORK, "manifest.json", COMPLETE)):
             raise UserError(f"{out} holds other files and is no bundle; choose another --out")
         # Scratch of a build that was killed: the lock is ours.
-        killed = (".*.*-*", f"{ENGINES}/*/.*.*-*", f"{WORK}/.*.*-*", f"{WORK}/*/")
+        killed = (".*.*-*", "*/.*.*-*", f"{ENGINES}/*/.*.*-*", f"{WORK}/*/")
         for stale in (path for pattern in killed for path in out.glob(pattern)):
             shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
         if force:
