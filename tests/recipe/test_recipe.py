@@ -46,6 +46,8 @@ def load(tmp_path: Path, text: str, **units: str) -> Recipe:
         ("kv: {method: budget}", "method is 'budget'; allowed with it: either reduction or max_loss"),
         ("kv: {method: budget, reduction: 2.0, max_loss: 0.1}", "either reduction or max_loss"),
         ("kv: {method: budget, reduction: 1.0}", "kv.reduction is 1.0; allowed: a number above 1"),
+        ("kv: {recall: 25}", "r.yaml: kv.recall is 25; allowed: a number of at least 0 and up to 1"),
+        ("pruning: {threshold: 2.0}", "r.yaml: pruning.threshold is 2.0; allowed: a number above -1 and below 1"),
         ("kv: {method: budget, reduction: 2.0, sparse_choices: [[4]]}", "allowed: an integer of at least 0"),
         ("kv: {method: budget, reduction: 2.0, sparse_choices: [4]}", "a list of 2, each an integer of at least 0"),
         ("kv: {method: budget, reduction: 2.0, sparse_choices: [[0, 0]]}", "n_first + n_last of at least 1"),
