@@ -87,6 +87,7 @@ def make(path: Path, out: Path, cache: Cache, **kwargs: bool) -> tuple[Bundle, l
     return build(Recipe.load(path), out, cache, show=shown, **kwargs), shown.ran
 
 
+BUDGET = {"method": "budget", "sparse_choices": [[2, 4]], "wire_choices": ["k4v3", "int3"], "prompt_tokens": 24}
 ALL = ["prune", "select-kv", "prefill", "decode", "seal"]
 
 
@@ -362,6 +363,12 @@ def test_finished_steps_are_not_made_again_after_a_crash(
             {"kv": {"method": "attention-mass", "sparse_layers": 5, "n_last": 4}},
             "kv.sparse_layers is 5; allowed: at most 4, the layers that decode keeps",
         ),
+        (
+            {"kv": {"wire_dtype": "k4v3"}},
+            "recipe tiny: kv.wire_dtype is k4v3 but the model's head size is 16; allowed with it: native, fp8, int8",
+        ),
+        ({"kv": BUDGET | {"reduction": 4.0}}, "kv.wire_choices is k4v3, int3 but the model's head size is 16"),
+        ({"kv": BUDGET | {"max_loss": 0.1}}, "kv.wire_choices is k4v3, int3 but the model's head size is 16"),
         ({"model": {"source": "hf:/nowhere"}}, "no such folder"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
