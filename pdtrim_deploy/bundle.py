@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -199,10 +199,15 @@ def seal(path: Path, manifest: Manifest) -> None:
     write_atomic(path / COMPLETE, hashlib.sha256(text.encode()).hexdigest() + "\n")
 
 
-def entries(path: Path) -> dict[str, Entry]:
-    """Size and SHA-256 of every file of the bundle but the seal itself and the cards."""
+def entries(path: Path, reports: Collection[str] | None = None) -> dict[str, Entry]:
+    """Size and SHA-256 of every file of the bundle but the seal itself, the cards and reports not among `reports`."""
     files = {str(file.relative_to(path)): file for file in walk(path)}
-    return {n: Entry(size=f.stat().st_size, sha256=file_sha256(f)) for n, f in files.items() if n not in UNSEALED}
+    sealed = {
+        name: file
+        for name, file in files.items()
+        if name not in UNSEALED and (reports is None or name in reports or not name.startswith(f"{REPORTS}/"))
+    }
+    return {n: Entry(size=f.stat().st_size, sha256=file_sha256(f)) for n, f in sealed.items()}
 
 
 def walk(path: Path) -> Iterator[Path]:

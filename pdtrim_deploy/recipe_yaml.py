@@ -19,16 +19,31 @@ class Origins(dict[tuple[str, ...], Path]):
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe loader that refuses a key said twice: YAML would keep the last one silently."""
+    """Safe loader that refuses a key said twice: YAML would keep the last one silently. Beside `<<` it may be said."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        mapping = super().construct_mapping(node, deep)
-        keys = [self.construct_object(key, deep) for key, _ in node.value]
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._merged: set[yaml.Node] = set()
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Resolve `<<`, once: afterwards what was merged stands among the node's own keys."""
+        if node in self._merged:
+            return
+        self._merged.add(node)
+        own = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        super().flatten_mapping(node)
+        keys = [self.construct_object(key, deep=True) for key in own]
         for n, key in enumerate(keys):
             if key in keys[:n]:
-                mark = node.value[n][0].start_mark
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", mark)
-        return mapping
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", own[n].start_mark)
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """What looks like a date or number but is none is named as YAML's other errors are."""
+        try:
+            return super().construct_object(node, deep)
+        except ValueError as error:
+            said = f"{node.value} is no date or number ({error}); put it in quotes"
+            raise yaml.constructor.ConstructorError(None, None, said, node.start_mark) from None
 
 
 def compose(path: Path, kind: str = "recipe") -> tuple[dict[str, Any], Origins]:

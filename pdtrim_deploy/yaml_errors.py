@@ -45,13 +45,18 @@ def _allowed(model: type[BaseModel], loc: tuple[str, ...]) -> str:  # noqa: PLR0
     if schema["type"] == "array":
         return f"a list of one or more of {_allowed(model, (*loc, '0'))}"
     if schema["type"] == "number":
-        most = f" and up to {schema['maximum']:g}" if "maximum" in schema else ""
-        return f"a number above {schema['exclusiveMinimum']:g}{most}"
+        return _number(schema)
     low = schema.get("minimum", schema["exclusiveMinimum"] + 1 if "exclusiveMinimum" in schema else None)
     kind = {"integer": "an integer", "string": "text", "boolean": "true or false"}[schema["type"]]
     if "maximum" in schema:
         return f"{kind} from {low} to {schema['maximum']}"
     return kind if low is None else f"{kind} of at least {low}"
+
+
+def _number(schema: dict) -> str:
+    said = {"exclusiveMinimum": "above", "minimum": "of at least", "exclusiveMaximum": "below", "maximum": "up to"}
+    bounds = [f"{word} {schema[key]:g}" for key, word in said.items() if key in schema]
+    return " ".join(["a number", " and ".join(bounds)]).rstrip()
 
 
 def _schema_at(model: type[BaseModel], loc: tuple[str, ...]) -> dict:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -10,26 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pdtrim_deploy import __version__
-from pdtrim_deploy.bundle import (
-    COMPLETE,
-    ENGINES,
-    PLAN,
-    RECIPE,
-    REPORTS,
-    Bundle,
-    Manifest,
-    engine_folder,
-    entries,
-    read_seal,
-    seal,
-    write_atomic,
-)
+from pdtrim_deploy.bundle import PLAN, Bundle, engine_folder
 from pdtrim_deploy.cache import Cache
 from pdtrim_deploy.checkpoints import resolve
-from pdtrim_deploy.checkpoints.provenance import Provenance
 from pdtrim_deploy.errors import UserError
-from pdtrim_deploy.model_card import write_cards
-from pdtrim_deploy.pipeline import engines, heal, heal_kv, select_kv, steps
+from pdtrim_deploy.pipeline import engines, heal, heal_kv, sealing, select_kv, steps
 from pdtrim_deploy.pipeline.context import Context, Note
 from pdtrim_deploy.pipeline.journal import Journal, chained_key, claim
 from pdtrim_deploy.pipeline.stand_in import stand_in
@@ -38,7 +23,6 @@ from pdtrim_deploy.recipe import Recipe
 from pdtrim_deploy.recipe_kv import FIXED_KV
 from pdtrim_deploy.recipe_pruning import EVALUATED
 from pdtrim_deploy.recipe_targets import Target
-from pdtrim_deploy.report.environment import machine, versions
 
 if TYPE_CHECKING:
     from pdtrim_deploy.pruning.ray_evaluator import Workers
@@ -51,13 +35,14 @@ Show = Callable[[str, bool], AbstractContextManager[object]]
 class BuildStep:
     """One step: `key` digests everything its `outputs` (files or folders of the bundle) depend on.
 
-    A step of a `target` may fail without failing the build.
+    `after` names the step whose key is in this one's. A step of a `target` may fail without failing the build.
     """
 
     name: str
     key: str
     outputs: tuple[str, ...]
     run: Callable[[Context], None]
+    after: str | None = None
     target: str | None = None
 
 
@@ -73,13 +58,19 @@ def steps_of(recipe: Recipe, fingerprint: str) -> tuple[BuildStep, ...]:
     healed = chained_key(prune, heal.depends_on(dump)) if heal.needed(recipe) else prune
     kv = chained_key(healed, [dump["kv"], None if recipe.kv.method in FIXED_KV else dump["calibration"]])
     decode = chained_key(kv, [dump["healing"], dump["kv"], dump["calibration"]]) if recipe.healing.kv_steps else kv
+    before_kv = "heal" if heal.needed(recipe) else "prune"
+    before_decode = "heal-kv" if recipe.healing.kv_steps else "select-kv"
     return (
         BuildStep("prune", prune, steps.PRUNED, steps.prune),
-        *([BuildStep("heal", healed, (heal.HEALING,), heal.heal)] if heal.needed(recipe) else []),
-        BuildStep("select-kv", kv, (PLAN, select_kv.KV, select_kv.ATTENTION), select_kv.select_kv),
-        *([BuildStep("heal-kv", decode, (heal_kv.HEALING_KV,), heal_kv.heal_kv)] if recipe.healing.kv_steps else []),
-        BuildStep("prefill", chained_key(kv, "prefill"), ("prefill",), lambda c: steps.write_stage(c, "prefill")),
-        BuildStep("decode", chained_key(decode, "decode"), ("decode",), lambda c: steps.write_stage(c, "decode")),
+        *([BuildStep("heal", healed, (heal.HEALING,), heal.heal, "prune")] if heal.needed(recipe) else []),
+        BuildStep("select-kv", kv, (PLAN, select_kv.KV, select_kv.ATTENTION), select_kv.select_kv, before_kv),
+        *(
+            [BuildStep("heal-kv", decode, (heal_kv.HEALING_KV,), heal_kv.heal_kv, "select-kv")]
+            if recipe.healing.kv_steps
+            else []
+        ),
+        _stage_step("prefill", kv, "select-kv"),
+        _stage_step("decode", decode, before_decode),
         *(
             _engine_step(
                 target, stage, asked, chained_key(decode if stage == "decode" else kv, stage), dump["calibration"]
@@ -90,12 +81,25 @@ def steps_of(recipe: Recipe, fingerprint: str) -> tuple[BuildStep, ...]:
     )
 
 
+def _stage_step(stage: Stage, before: str, after: str) -> BuildStep:
+    return BuildStep(stage, chained_key(before, stage), (stage,), lambda c: steps.write_stage(c, stage), after)
+
+
 def _engine_step(target: str, stage: Stage, asked: Target, stage_key: str, calibration: object) -> BuildStep:
     """Depends on its stage's checkpoint and its own options: another target's change nothing."""
     name = engine_folder(target, stage)
     key = chained_key(stage_key, [name, engines.depends_on(asked, calibration)])
     run = partial(engines.build_engine, target=target, stage=stage, asked=asked)
-    return BuildStep(name, key, (name,), run, target)
+    return BuildStep(name, key, (name,), run, stage, target)
+
+
+def done_steps(steps: Sequence[BuildStep], journal: Journal) -> set[str]:
+    """Names of those that need not be made again: they are done, and so is all that they depend on."""
+    done: set[str] = set()
+    for step in steps:
+        if (step.after is None or step.after in done) and journal.done(step.name, step.key):
+            done.add(step.name)
+    return done
 
 
 def build(
@@ -128,12 +132,13 @@ def build(
         with claim(out, force):
             context = Context(recipe, checkpoint, cache, out, note, workers)
             journal, plan_steps = Journal(out), steps_of(recipe, checkpoint.fingerprint)
-            journal.keep_only([step.name for step in plan_steps])
+            finished = done_steps(plan_steps, journal)
+            journal.keep_only(finished)
             failures: dict[str, str] = {}
             for step in plan_steps:
                 if step.target in failures:  # in its prefill: half a pair serves nobody
                     continue
-                done = journal.done(step.name, step.key)
+                done = step.name in finished
                 with show(step.name, done):
                     if not done:
                         try:
@@ -143,10 +148,10 @@ def build(
                             if step.target is None:
                                 raise
                             failures[step.target] = str(error)
-            sealed = is_sealed(out, recipe, journal)
+            sealed = sealing.is_sealed(out, recipe, journal.steps)
             with show("seal", sealed):
                 if not sealed:
-                    _seal(context, journal, failures)
+                    sealing.seal_bundle(context, journal.steps, failures)
             return Bundle.open(out)
     except (FileExistsError, NotADirectoryError):
         raise UserError(f"{out} is not a folder; choose another --out") from None
@@ -188,40 +193,3 @@ def check_shared(recipe: Recipe) -> None:
                 f"recipe {recipe.name}: pruning.{name} is for a search in one process, but each worker {what}; "
                 f"build without --workers or leave {name} out"
             )
-
-
-def is_sealed(out: Path, recipe: Recipe, journal: Journal) -> bool:
-    """Whether `out` is sealed for just this recipe and these steps."""
-    try:
-        manifest = read_seal(out)
-    except UserError:
-        return False
-    return manifest is not None and manifest.recipe_digest == recipe.digest and manifest.steps == journal.steps
-
-
-def _seal(context: Context, journal: Journal, failures: dict[str, str]) -> None:
-    """Drop reports and engines of an earlier bundle, write the resolved recipe, the manifest, the marker."""
-    recipe, out = context.recipe, context.out
-    (out / COMPLETE).unlink(missing_ok=True)
-    built = [name for name in journal.steps if name.startswith(f"{ENGINES}/")]
-    engines.keep_only(out, built)
-    made = {name for step in journal.steps.values() for name in step.sizes}
-    for report in (out / REPORTS).glob("*"):
-        if f"{REPORTS}/{report.name}" not in made:
-            report.unlink()
-    write_atomic(out / RECIPE, recipe.to_yaml())
-    base = Provenance.read(context.checkpoint.path, recipe.model.source)
-    write_cards(out, context.plan, recipe, base, heal_kv.healed(context))
-    context.note("hashing every file")
-    manifest = Manifest(
-        recipe_digest=recipe.digest,
-        plan_digest=context.plan.digest,
-        seed=recipe.calibration.seed,
-        versions=versions(),
-        machine=machine(),
-        steps=journal.steps,
-        files=entries(out),
-        engines={name: engines.read_engine(out / name) for name in built},
-        failures=failures,
-    )
-    seal(out, manifest)

@@ -55,7 +55,7 @@ class Journal:
         return step is not None and step.key == key and step.sizes == _sizes(self.out, list(step.sizes))
 
     def keep_only(self, names: Collection[str]) -> None:
-        """Strike out all other steps: of an earlier recipe."""
+        """Strike out all other steps: of an earlier recipe, or to be made again."""
         if not self.steps.keys() <= set(names):
             self.steps = {name: step for name, step in self.steps.items() if name in names}
             self._write()
@@ -93,7 +93,7 @@ def claim(out: Path, force: bool) -> Iterator[None]:
         if any(out.iterdir()) and not any((out / name).exists() for name in (WORK, "manifest.json", COMPLETE)):
             raise UserError(f"{out} holds other files and is no bundle; choose another --out")
         # Scratch of a build that was killed: the lock is ours.
-        killed = (".*.*-*", f"{ENGINES}/*/.*.*-*", f"{WORK}/.*.*-*", f"{WORK}/*/")
+        killed = (".*.*-*", "*/.*.*-*", f"{ENGINES}/*/.*.*-*", f"{WORK}/*/")
         for stale in (path for pattern in killed for path in out.glob(pattern)):
             shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
         if force:

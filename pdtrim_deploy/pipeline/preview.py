@@ -13,8 +13,9 @@ from pdtrim_deploy.cache import Cache
 from pdtrim_deploy.checkpoints import Checkpoint, resolve
 from pdtrim_deploy.checkpoints.checkpoint import read_config
 from pdtrim_deploy.errors import UserError
-from pdtrim_deploy.pipeline.build import check_fits, is_sealed, steps_of
+from pdtrim_deploy.pipeline.build import check_fits, done_steps, steps_of
 from pdtrim_deploy.pipeline.journal import Journal
+from pdtrim_deploy.pipeline.sealing import is_sealed
 from pdtrim_deploy.pipeline.stand_in import stand_in
 from pdtrim_deploy.plan import STAGES, Stage
 from pdtrim_deploy.pruning.cost import SearchCost, search_cost
@@ -67,10 +68,10 @@ def preview(recipe: Recipe, out: Path, cache: Cache) -> Preview:
         return _unseen(recipe, config, str(error))
     check_fits(recipe, checkpoint.facts.num_blocks)
     journal = Journal(out)
-    steps = {"source": True}
-    for step in steps_of(recipe, checkpoint.fingerprint):
-        steps[step.name] = journal.done(step.name, step.key)
-    steps["seal"] = all(steps.values()) and is_sealed(out, recipe, journal)
+    asked = steps_of(recipe, checkpoint.fingerprint)
+    done = done_steps(asked, journal)
+    steps = {"source": True} | {step.name: step.name in done for step in asked}
+    steps["seal"] = all(steps.values()) and is_sealed(out, recipe, journal.steps)
     plan = stand_in(recipe, checkpoint.shape(recipe.model.dtype))
     sizes = {stage: _stage_bytes(checkpoint, len(plan.layers(stage)), recipe.model.dtype) for stage in STAGES}
     planned, dense = plan.payload_bytes(prompt_tokens), plan.dense_bytes(prompt_tokens)

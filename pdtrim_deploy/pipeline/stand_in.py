@@ -8,11 +8,17 @@ from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.plan import Action, Drop, Keep, KVSend, ModelShape, PDPlan
 from pdtrim_deploy.recipe import Recipe
 from pdtrim_deploy.recipe_kv import KVSection
-from pdtrim_deploy.wire import packed_bytes
+from pdtrim_deploy.wire import WIRE_DTYPES, packed_bytes
 
 
 def stand_in(recipe: Recipe, shape: ModelShape) -> PDPlan:
-    """With the last blocks removed and the first layers cut."""
+    """With the last blocks removed and the first layers cut.
+
+    Raises:
+        UserError: the head size allows no wire dtype that is asked for, or no choice of options fits the byte budget.
+
+    """
+    _check_wire(recipe, shape.head_dim)
     pruning = recipe.pruning
     blocks, layers = shape.num_blocks, shape.num_blocks - pruning.decode_blocks
     return PDPlan(
@@ -21,6 +27,17 @@ def stand_in(recipe: Recipe, shape: ModelShape) -> PDPlan:
         decode=actions(blocks, range(layers, blocks)),
         kv=stand_in_rules(recipe.kv, shape, layers),
     )
+
+
+def _check_wire(recipe: Recipe, head_dim: int) -> None:
+    kv = recipe.kv
+    key, asked = ("wire_choices", kv.wire_choices) if kv.method == "budget" else ("wire_dtype", (kv.wire_dtype,))
+    fit = [wire for wire in WIRE_DTYPES if KVSend(wire_dtype=wire).suits(head_dim)]
+    if not set(asked) & set(fit):
+        raise UserError(
+            f"recipe {recipe.name}: kv.{key} is {', '.join(asked)} but the model's head size is {head_dim}; "
+            f"allowed with it: {', '.join(fit)}"
+        )
 
 
 def said_of(asked: KVSection, plan: PDPlan) -> str:

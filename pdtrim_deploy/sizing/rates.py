@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, ValidationError
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.loadtest.base import LoadResult
@@ -16,15 +16,17 @@ from pdtrim_deploy.yaml_errors import sentence
 
 ALONE = 1.2  # requests in the system, by Little's law, up to which a load counts as one request at a time
 
+_Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
+
 
 class Limits(BaseModel):
     """What a pair was told and no load test shows; see Rates."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    chunk_tokens: PositiveInt = 8192
-    max_running: PositiveInt = 256
-    pool_tokens: PositiveInt | None = None
+    chunk_tokens: _Count = 8192
+    max_running: Annotated[int, Field(ge=1, le=65_536)] = 256
+    pool_tokens: _Count | None = None
 
     @classmethod
     def _parse(cls, data: dict[str, Any], origins: Origins) -> Self:
@@ -55,7 +57,7 @@ class Rates(Limits):
 
     prefill_tokens_per_s: PositiveFloat
     prefill_base_ms: NonNegativeFloat = 0.0
-    decode_step_ms: Annotated[dict[PositiveInt, PositiveFloat], Field(min_length=1)]
+    decode_step_ms: Annotated[dict[_Count, PositiveFloat], Field(min_length=1)]
     overhead_ms: NonNegativeFloat = 0.0
     transfer_ms: NonNegativeFloat = 0.0
     doubts: tuple[str, ...] = ()

@@ -87,6 +87,7 @@ def make(path: Path, out: Path, cache: Cache, **kwargs: bool) -> tuple[Bundle, l
     return build(Recipe.load(path), out, cache, show=shown, **kwargs), shown.ran
 
 
+BUDGET = {"method": "budget", "sparse_choices": [[2, 4]], "wire_choices": ["k4v3", "int3"], "prompt_tokens": 24}
 ALL = ["prune", "select-kv", "prefill", "decode", "seal"]
 
 
@@ -159,7 +160,10 @@ def test_a_changed_recipe_makes_just_what_depends_on_it(
     assert did == ran == expected
     assert second.verify() == []
     assert second.recipe == Recipe.load(path)
-    assert (second.reports_dir / "eval.json").exists() == (not ran)
+    first_files, files = ({n: e for n, e in b.manifest.files.items() if "reports/" not in n} for b in (first, second))
+    measured = first_files.items() - {("recipe.yaml", first_files["recipe.yaml"])} <= files.items()
+    assert (second.reports_dir / "eval.json").exists() == measured
+    assert measured or "prefill" in ran
 
 
 def test_another_budget_is_chosen_from_what_was_measured(recipe_file: RecipeFile, tmp_path: Path, cache: Cache) -> None:
@@ -200,16 +204,21 @@ def test_a_search_of_an_earlier_recipe_is_not_sealed(recipe_file: RecipeFile, tm
         ]
 
 
-def test_folders_that_a_kill_left_go_when_the_next_build_begins(
+def test_what_a_kill_left_goes_when_the_next_build_begins(
     recipe_file: RecipeFile, tmp_path: Path, cache: Cache
 ) -> None:
     left = tmp_path / "b" / ".build" / "hidden-abc" / "x0.f32"
     left.parent.mkdir(parents=True)
     left.write_bytes(b"large")
+    half = [tmp_path / "b" / folder / ".README.md.new-1" for folder in ("prefill", "reports")]
+    for file in half:
+        file.parent.mkdir()
+        file.write_text("ha")
     there: list[bool] = []
     build(Recipe.load(recipe_file()), tmp_path / "b", cache, lambda _: there.append(left.parent.exists()))
     assert there
     assert not any(there)
+    assert not any(file.exists() for file in half)
 
 
 def test_a_file_that_could_not_be_written_leaves_none_beside_it(
@@ -231,6 +240,38 @@ def test_a_step_whose_files_went_missing_is_made_again(recipe_file: RecipeFile, 
     again, ran = make(recipe_file(), tmp_path / "b", cache)
     assert ran == ["decode", "seal"]
     assert again.verify() == []
+
+
+def test_what_depends_on_a_step_is_made_again_with_it(recipe_file: RecipeFile, tmp_path: Path, cache: Cache) -> None:
+    bundle, _ = make(recipe_file(), tmp_path / "b", cache)
+
+    def lose(name: str) -> list[str]:
+        (bundle.path / name).unlink()
+        steps = preview(Recipe.load(recipe_file()), bundle.path, cache).steps
+        again, ran = make(recipe_file(), bundle.path, cache)
+        assert again.verify() == []
+        assert ran == [step for step, done in steps.items() if not done]
+        return ran
+
+    assert lose("reports/search-decode.jsonl") == ALL
+    assert lose("plan.json") == ALL[1:]
+    assert lose("prefill/model.safetensors") == ["prefill", "seal"]
+
+
+def test_what_depends_on_a_step_is_struck_out_before_it_is_made_again(
+    recipe_file: RecipeFile, tmp_path: Path, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle, _ = make(recipe_file(), tmp_path / "b", cache)
+    (bundle.reports_dir / "search-decode.jsonl").unlink()
+
+    def full_disk(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("pdtrim_deploy.pipeline.select_kv.select_kv", full_disk)
+        with pytest.raises(OSError, match="No space"):
+            make(recipe_file(), bundle.path, cache)
+    assert make(recipe_file(), bundle.path, cache)[1] == ALL[1:]  # plan.json and checkpoints stand, of another search
 
 
 class Snapshots:
@@ -322,6 +363,12 @@ def test_finished_steps_are_not_made_again_after_a_crash(
             {"kv": {"method": "attention-mass", "sparse_layers": 5, "n_last": 4}},
             "kv.sparse_layers is 5; allowed: at most 4, the layers that decode keeps",
         ),
+        (
+            {"kv": {"wire_dtype": "k4v3"}},
+            "recipe tiny: kv.wire_dtype is k4v3 but the model's head size is 16; allowed with it: native, fp8, int8",
+        ),
+        ({"kv": BUDGET | {"reduction": 4.0}}, "kv.wire_choices is k4v3, int3 but the model's head size is 16"),
+        ({"kv": BUDGET | {"max_loss": 0.1}}, "kv.wire_choices is k4v3, int3 but the model's head size is 16"),
         ({"model": {"source": "hf:/nowhere"}}, "no such folder"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

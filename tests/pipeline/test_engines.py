@@ -15,9 +15,12 @@ from pdtrim_deploy.bundle import Bundle, seal
 from pdtrim_deploy.cache import Cache
 from pdtrim_deploy.cli import main
 from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.evaluation.quality import Quality, Score
+from pdtrim_deploy.model_card import NOT_MEASURED, refresh_cards
 from pdtrim_deploy.pipeline import build, engines
 from pdtrim_deploy.pipeline.journal import Journal
 from pdtrim_deploy.pipeline.preview import preview
+from pdtrim_deploy.plan import STAGES
 from pdtrim_deploy.recipe import Recipe
 
 # Stands for pdtrim_builders where only what becomes of engines matters: `behaviour.json` says what each target does.
@@ -110,6 +113,12 @@ def test_only_what_changed_is_built_again(make: Make, behave: Callable[..., None
     ]  # fmt: skip
 
 
+def test_an_engine_is_built_again_with_the_checkpoint_it_is_of(make: Make, behave: Callable[..., None]) -> None:
+    bundle, _ = make({"onnx": {}})
+    (bundle.path / "decode/model.safetensors").unlink()
+    assert make({"onnx": {}})[1] == ["engines/onnx/decode", "seal"]
+
+
 def test_a_target_taken_out_of_the_recipe_leaves_the_bundle(make: Make, behave: Callable[..., None]) -> None:
     make({"onnx": {}, "tensorrt-llm": {}})
     bundle, ran = make({"tensorrt-llm": {}})
@@ -157,6 +166,63 @@ def test_a_failure_leaves_no_engine_of_another_plan_behind(make: Make, behave: C
     assert bundle.manifest.failures == {"onnx": "target onnx: op Gather is missing there"}
     assert list(bundle.engines) == ["engines/onnx/prefill"]
     assert not (bundle.path / "engines/onnx/decode").exists()
+
+
+def test_a_stage_that_was_not_tried_is_not_sealed_with_other_options(make: Make, behave: Callable[..., None]) -> None:
+    make({"onnx": {}})
+    behave(onnx="die")
+    bundle, ran = make({"onnx": {"weights": "int8"}})
+    assert ran == ["engines/onnx/prefill", "seal"]
+    assert list(bundle.engines) == []
+    assert not (bundle.path / "engines").exists()
+    assert not any(name.startswith("engines/") for name in bundle.manifest.steps)
+
+
+def measure(bundle: Bundle) -> None:
+    """As `eval` leaves it."""
+    score = Score(ppl=9.0, nll=2.2, nll_per_sequence=[2.2])
+    quality = Quality(
+        plan_digest=bundle.plan.digest, text=bundle.recipe.evaluation, corpus_sha256="0", tokens=9, dtype="float32",
+        dense=score, pd=score, ratio=1.0, environment={"command": "pdtrim-deploy eval b"},
+    )  # fmt: skip
+    (bundle.reports_dir / "eval.json").write_text(quality.model_dump_json())
+    refresh_cards(bundle.path, quality)
+    for name in ("tasks", "fidelity", "compare"):
+        (bundle.reports_dir / f"{name}.json").write_text("{}")
+
+
+def test_what_was_measured_is_kept_while_it_holds(
+    make: Make, behave: Callable[..., None], write: Callable[[dict], Path], tmp_path: Path, cache: Cache
+) -> None:
+    behave(tensorrt_llm="die")
+    bundle, _ = make({"onnx": {}, "tensorrt-llm": {}})
+    measure(bundle)
+    (bundle.reports_dir / "mine").mkdir()
+    (bundle.reports_dir / "mine" / "notes.txt").write_text("years of work")
+    built = {f"reports/{name}.json" for name in ("pruning", "kv")}
+
+    def left() -> set[str]:
+        """And none of it is sealed: it may be measured again."""
+        assert {n for n in Bundle.open(bundle.path).manifest.files if n.startswith("reports/")} == built
+        names = {p.name for p in bundle.reports_dir.iterdir()} - {name.rpartition("/")[2] for name in built}
+        loss = "Perplexity 9.0000" if "eval.json" in names else NOT_MEASURED
+        assert all(loss in (bundle.stage_dir(stage) / "README.md").read_text() for stage in STAGES)
+        return names
+
+    everything = {"eval.json", "tasks.json", "fidelity.json", "compare.json", "mine"}
+    make({"onnx": {}, "tensorrt-llm": {}})  # tried again in vain
+    assert left() == everything
+    behave()
+    make({"onnx": {}, "tensorrt-llm": {}, "tensorrt": None})
+    assert left() == everything
+    (bundle.decode_dir / "model.safetensors").unlink()
+    make({"onnx": {}, "tensorrt-llm": {}})  # the same decode again; an engine that may have been measured is gone
+    assert left() == {"eval.json", "tasks.json", "mine"}
+    data = yaml.safe_load(write({"onnx": {}}).read_text())
+    data["model"]["dtype"] = "bfloat16"
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(data))
+    build(Recipe.load(tmp_path / "r.yaml"), bundle.path, cache)
+    assert left() == {"mine"}
 
 
 def test_scratch_of_a_killed_build_is_swept(make: Make, behave: Callable[..., None]) -> None:

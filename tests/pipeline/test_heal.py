@@ -218,6 +218,18 @@ def test_what_was_healed_is_not_healed_again(
         build(recipe_of(healing={**HEALING, "seed": 1}), tmp_path / "b", cache)
 
 
+def test_other_weights_of_the_same_plan_are_not_what_was_measured(
+    recipe_of: Callable[..., Recipe], tmp_path: Path, cache: Cache
+) -> None:
+    first = build(recipe_of(), tmp_path / "b", cache)
+    (first.reports_dir / "eval.json").write_text("{}")
+    build(recipe_of(evaluation={"sequences": 3}), tmp_path / "b", cache)
+    assert (first.reports_dir / "eval.json").exists()
+    second = build(recipe_of(healing={**HEALING, "compensation": "none"}), tmp_path / "b", cache)
+    assert second.plan.digest == first.plan.digest
+    assert not (first.reports_dir / "eval.json").exists()
+
+
 def test_nothing_half_written(
     recipe_of: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,6 +9,7 @@ from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.recipe import PruningSection, Recipe
 from pdtrim_deploy.recipe_kv import KV_METHODS, KVSection
 from pdtrim_deploy.recipe_pruning import PRUNING_METHODS
+from pdtrim_deploy.recipe_yaml import compose
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 BASE = "name: a\nmodel: {source: 'pypi:x'}\n"
@@ -46,6 +47,8 @@ def load(tmp_path: Path, text: str, **units: str) -> Recipe:
         ("kv: {method: budget}", "method is 'budget'; allowed with it: either reduction or max_loss"),
         ("kv: {method: budget, reduction: 2.0, max_loss: 0.1}", "either reduction or max_loss"),
         ("kv: {method: budget, reduction: 1.0}", "kv.reduction is 1.0; allowed: a number above 1"),
+        ("kv: {recall: 25}", "r.yaml: kv.recall is 25; allowed: a number of at least 0 and up to 1"),
+        ("pruning: {threshold: 2.0}", "r.yaml: pruning.threshold is 2.0; allowed: a number above -1 and below 1"),
         ("kv: {method: budget, reduction: 2.0, sparse_choices: [[4]]}", "allowed: an integer of at least 0"),
         ("kv: {method: budget, reduction: 2.0, sparse_choices: [4]}", "a list of 2, each an integer of at least 0"),
         ("kv: {method: budget, reduction: 2.0, sparse_choices: [[0, 0]]}", "n_first + n_last of at least 1"),
@@ -57,7 +60,11 @@ def load(tmp_path: Path, text: str, **units: str) -> Recipe:
         ("kv: {method: all}", "allowed with it: n_first + n_last of at least 1"),
         ("1: 2", "r.yaml: 1 is not a known key"),
         ("name: b", "r.yaml: not valid YAML at line 3, column 1: key 'name' stands twice"),
+        ("kv: {<<: {n_last: 1}, n_first: 1, n_first: 2}", "at line 3, column 35: key 'n_first' stands twice"),
         ("kv: [", "r.yaml: not valid YAML at line 3"),
+        ("kv: {method: 2024-13-01}", "at line 3, column 14: 2024-13-01 is no date or number (month must be in 1..12);"),
+        ("kv: {n_first: 0x_}", "r.yaml: not valid YAML at line 3, column 15: 0x_ is no date or number"),
+        ("kv: {[1]: 2}", "r.yaml: not valid YAML at line 3, column 6: found unhashable key"),
         ("include: 3", "r.yaml: include is 3; allowed: a list of paths"),
         ("include: [gone.yaml]", "r.yaml: include names gone.yaml, which is not a file"),
         ("include: [r.yaml]", "r.yaml: include goes in a circle (r.yaml -> r.yaml)"),
@@ -92,6 +99,17 @@ def test_missing_file_and_binary_file(tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="not a text file"):
         Recipe.load(tmp_path / "x.yaml")
+
+
+def test_a_merge_may_be_overridden(tmp_path: Path) -> None:
+    unit = "{kv: &cut {<<: &least {method: all, n_first: 1, n_last: 1}, n_last: 2}}"
+    (tmp_path / "r.yaml").write_text(f"a: [{unit}]\nb: {{<<: *cut, n_first: 3}}\nc: {{<<: [*least, *cut]}}\nd: *cut\n")
+    assert compose(tmp_path / "r.yaml")[0] == {
+        "a": [{"kv": {"method": "all", "n_first": 1, "n_last": 2}}],
+        "b": {"method": "all", "n_first": 3, "n_last": 2},
+        "c": {"method": "all", "n_first": 1, "n_last": 1},
+        "d": {"method": "all", "n_first": 1, "n_last": 2},
+    }
 
 
 def test_an_error_in_a_unit_names_the_unit(tmp_path: Path) -> None:

@@ -126,9 +126,11 @@ def test_bad_configs(tmp_path: Path, changes: dict[str, object], says: str) -> N
 @pytest.mark.skipif("int4" not in WIRE_DTYPES, reason="no wire dtype minds the head size")
 def test_a_wire_dtype_that_the_head_size_does_not_suit(tmp_path: Path) -> None:
     folder = write_config(tmp_path / "odd", head_dim=30).parent
-    recipe = write_recipe(tmp_path, kv={"wire_dtype": "int4"})
-    with pytest.raises(UserError, match="recipe asked does not suit odd: block 0: wire dtype int4 needs a head size"):
-        subjects([str(recipe)], str(folder))
+    budget = {"method": "budget", "reduction": 4.0, "wire_choices": ["int4"]}
+    for kv, key in (({"wire_dtype": "int4"}, "wire_dtype"), (budget, "wire_choices")):
+        recipe = write_recipe(tmp_path, kv=kv)
+        with pytest.raises(UserError, match=f"recipe asked: kv.{key} is int4 but the model's head size is 30; allowed"):
+            subjects([str(recipe)], str(folder))
 
 
 def test_bad_targets(tmp_path: Path) -> None:
