@@ -98,8 +98,9 @@ def claim(out: Path, force: bool) -> Iterator[None]:
             shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
         if force:
             write_atomic(out / WORK / "steps.json", "{}")
-            for search in (out / REPORTS).glob("search-*.jsonl"):  # else the search would go on from its end
-                search.unlink()
+            for name in ("search-*.jsonl", "judged.jsonl"):  # else the search would go on from its end
+                for file in (out / REPORTS).glob(name):
+                    file.unlink()
         (out / WORK).mkdir(exist_ok=True)
         yield
         shutil.rmtree(out / WORK)

@@ -120,6 +120,9 @@ def test_a_search_stopped_behind_its_finalists_asks_the_judge_nothing_again(
     whole: list[str] = []
     assert found.plan == build(asked, tmp_path / "c", Cache(tmp_path / "other"), whole.append).plan
     assert any("prefill: " in line and "solutions compensated" in line for line in whole)
+    forced: list[str] = []
+    build(asked, tmp_path / "c", Cache(tmp_path / "other"), forced.append, force=True)
+    assert any("prefill: " in line and "solutions compensated" in line for line in forced)
 
 
 @pytest.mark.parametrize("begun", [False, True])
