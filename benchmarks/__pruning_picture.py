@@ -10,7 +10,7 @@ from xml.sax.saxutils import escape
 
 from __strokes import colour, stroke
 
-WIDTH, HEIGHT, PANEL = 1060, 440, 400
+WIDTH, HEIGHT, PANEL, LEGEND = 1110, 440, 400, 250
 LEFT, TOP, BOTTOM = 60, 34, 50
 MOST = 4.0  # times dense; what is worse leaves the picture at its top
 
@@ -63,8 +63,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
             ]
     for number, (method, _) in enumerate(ordered):
         row = TOP + 10 + 20 * number
-        parts.append(_line(WIDTH - 205, row - 4, WIDTH - 180, row - 4, stroke(number), 3))
-        parts.append(_text(WIDTH - 174, row, method, "start"))
+        parts.append(_line(WIDTH - LEGEND, row - 4, WIDTH - LEGEND + 25, row - 4, stroke(number), 3))
+        parts.append(_text(WIDTH - LEGEND + 31, row, method, "start"))
     path.write_text("\n".join([*parts, "</svg>"]) + "\n")
 
 
