@@ -55,7 +55,9 @@ def test_bytes_on_the_wire_equal_the_plans_arithmetic(pair, bundle, transfers):
     assert 0 < moved["wire"] - moved["payload"] < 4096 * len(lengths) * 6
 
 
-def test_a_prompt_longer_than_the_staging_buffer_goes_in_several_chunks(pair, bundle, real_cache):
+def test_a_prompt_longer_than_the_staging_buffer_goes_in_several_chunks(pair, bundle, real_cache, request):
+    if "chunks of 64" in request.node.name:
+        pytest.skip("SGLang's own chunks of 64 tokens never fill the buffer, and take minutes")
     tokens = 1900
     assert bundle.plan.payload_bytes(1) * tokens > STAGING_BYTES
     tokenizer = load_tokenizer(bundle.prefill_dir)
