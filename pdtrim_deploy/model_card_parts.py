@@ -63,8 +63,7 @@ def _taught(recipe: Recipe) -> str:
     text, healing = recipe.calibration, recipe.healing
     if not healing.asked:
         return f"{text.sequences} x {text.length}"
-    kept = healing.judged if recipe.pruning.finalists else 0
-    return f"{healing.sequences - kept} x {healing.length}"
+    return f"{healing.taught(recipe.pruning.finalists)} x {healing.length}"
 
 
 def made(recipe: Recipe) -> list[str]:

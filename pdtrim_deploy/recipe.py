@@ -101,7 +101,7 @@ class Recipe(_Section):
             raise ValueError(
                 f"students.steps is {self.students.steps} but pruning.distil is false; allowed: 0, or true"
             )
-        taught = asked.sequences - (asked.judged if pruning.finalists else 0) if asked.asked else None
+        taught = asked.taught(pruning.finalists) if asked.asked else None
         if pruning.distil and (self.calibration.sequences if taught is None else taught) < 2:
             section, least = ("calibration", 2) if taught is None else ("healing", 4 if pruning.finalists else 2)
             raise ValueError(

@@ -90,6 +90,10 @@ class HealingSection(_Section):
         """Sequences of the text, its last ones, that finalists are judged on; students learn from those before."""
         return self.sequences - self.sequences // 2
 
+    def taught(self, finalists: int) -> int:
+        """Sequences of the text that students learn from, where so many finalists are judged."""
+        return self.sequences - (self.judged if finalists else 0)
+
     @property
     def trains(self) -> bool:
         """Whether gradients are taken, or K and V fitted, before KV is chosen: with the whole model in memory."""

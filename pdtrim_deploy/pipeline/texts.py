@@ -29,8 +29,8 @@ def fitted(context: Context) -> Tensor:
 
 def taught(context: Context) -> Tensor:
     """What students learn from: all that is fitted, or what comes before `judged`."""
-    ids = fitted(context)
-    return ids[: -context.recipe.healing.judged] if context.recipe.pruning.finalists else ids
+    asked, ids = context.recipe.healing, fitted(context)
+    return ids[: asked.taught(context.recipe.pruning.finalists)] if asked.asked else ids
 
 
 def judged(context: Context) -> Tensor:

@@ -132,7 +132,7 @@ def _taught(pruning: PruningSection, text: CalibrationSection, healing: HealingS
     """Sequences that students learn from, and their length (`pipeline.texts.taught`)."""
     if healing is None or not healing.asked:
         return text.sequences, text.length
-    return healing.sequences - (healing.judged if pruning.finalists else 0), healing.length
+    return healing.taught(pruning.finalists), healing.length
 
 
 def _hidden_files(config: Mapping[str, Any], sequences: int, length: int) -> int:
