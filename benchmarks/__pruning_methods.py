@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -12,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from pdtrim_deploy.blockwise import CausalLM
+from pdtrim_deploy.cache import Cache
 from pdtrim_deploy.checkpoints.block_tensors import read_blocks, save_blocks
 from pdtrim_deploy.plan import STAGES, KVSend, ModelShape, PDPlan, Stage
 from pdtrim_deploy.pruning.candidates import find
@@ -63,9 +65,9 @@ class Method:
         return self.healed or self.layer
 
     @property
-    def plain(self) -> bool:
-        """Whether the blocks that are left stay as they were."""
-        return not (self.trained or self.distil) and self.compensation == "none"
+    def treatment(self) -> tuple[str, bool, bool]:
+        """What is done for the blocks that are left: with the plan, all that a row's quality depends on."""
+        return self.compensation, self.healed, self.layer
 
 
 _OURS = Method("anneal", seeded=True, distil=True, compensation="least-squares", finalists=4)
@@ -119,8 +121,9 @@ class Setup:
 
     @cached_property
     def students(self) -> Students:
-        """Training-free, each made once."""
-        return Students(self.model, self.text[:-JUDGED], StudentsSection())
+        """Training-free, each made once: for a second run too."""
+        kept, of = Cache(self.folder), self.shape.fingerprint
+        return Students(self.model, self.text[:-JUDGED], StudentsSection(), cache=kept, fingerprint=of, note=self.note)
 
     @property
     def distilling(self) -> int:
@@ -186,8 +189,11 @@ def prefill_blocks(removed: int) -> int:
     return round(removed / 3)
 
 
-def stages(setup: Setup, name: str, found: StageRemovals, place: Path) -> StagePair:
-    """Both stages with all that the method does for what is left; weights once made stay in `place`, by plan."""
+def stages(setup: Setup, name: str, found: StageRemovals, place: Path) -> tuple[StagePair, float]:
+    """Both stages with all that the method does for what is left, and the seconds of it.
+
+    Weights once made stay in `place`, by plan, with the seconds they took: no row looks cheaper for coming second.
+    """
     method, blocks = METHODS[name], setup.shape.num_blocks
     prefill, decode = (getattr(found, stage).solution for stage in STAGES)
     kv = (KVSend(),) * len(decode.route(blocks))
@@ -197,35 +203,42 @@ def stages(setup: Setup, name: str, found: StageRemovals, place: Path) -> StageP
     taught = f"-{len(setup.text[:-JUDGED])}" if prefill.pairs or decode.pairs else ""
     place = place / f"{pair.plan.digest[:12]}{taught}"
     place.mkdir(parents=True, exist_ok=True)
-    healed = ""  # decode's weights depend on prefill's
+    healed, seconds = "", 0.0  # decode's weights depend on prefill's
     for stage in STAGES:
         for both in getattr(found, stage).solution.pairs:
             pair = pair.with_changes(stage, {both[0]: setup.students.tensors(both)})
         if len(pair.plan.layers(stage)) == blocks:
             continue
         if method.layer:
-            pair = _kept(place / f"{stage}-layer", pair, stage, lambda p, s=stage: _with_layers(setup, p, s))
+            pair, took = _kept(place / f"{stage}-layer", pair, stage, lambda p, s=stage: _with_layers(setup, p, s))
+            seconds += took
         if method.compensation != "none":
             mend = get_compensation(method.compensation).compensate
             file = place / f"{stage}-{method.compensation}{healed}"
-            pair = _kept(file, pair, stage, lambda p, s=stage, mend=mend: mend(p, s, setup.text, setup.note))
+            pair, took = _kept(file, pair, stage, lambda p, s=stage, mend=mend: mend(p, s, setup.text, setup.note))
+            seconds += took
         if method.healed:
             asked = HealingSection(prefill_steps=setup.training_steps, decode_steps=setup.training_steps)
             file, healed = place / f"{stage}-healed", "-healed"
-            pair = _kept(file, pair, stage, lambda p, s=stage, asked=asked: _healed(setup, p, s, asked))
-    return pair
+            pair, took = _kept(file, pair, stage, lambda p, s=stage, asked=asked: _healed(setup, p, s, asked))
+            seconds += took
+    return pair, seconds
 
 
 def _healed(setup: Setup, pair: StagePair, stage: Stage, asked: HealingSection) -> StagePair:
     return heal(pair, stage, setup.text, asked, setup.note).pair
 
 
-def _kept(file: Path, pair: StagePair, stage: Stage, change: Callable[[StagePair], StagePair]) -> StagePair:
-    """`change(pair)`, or what it came to in an earlier run: a stopped benchmark goes on behind it."""
+def _kept(
+    file: Path, pair: StagePair, stage: Stage, change: Callable[[StagePair], StagePair]
+) -> tuple[StagePair, float]:
+    """`change(pair)` and its seconds, or what they came to in an earlier run: a stopped benchmark goes on behind it."""
     if not file.exists():
+        began = time.monotonic()
         save_blocks(change(pair).changed.get(stage, {}), file.with_suffix(".part"))
+        file.with_suffix(".seconds").write_text(str(time.monotonic() - began))
         file.with_suffix(".part").rename(file)
-    return pair.with_changes(stage, read_blocks(file))
+    return pair.with_changes(stage, read_blocks(file)), float(file.with_suffix(".seconds").read_text())
 
 
 def unified(pair: StagePair) -> StagePair:

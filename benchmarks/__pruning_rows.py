@@ -54,10 +54,11 @@ class Rows:
         return any((r["method"], r["removed"], r["seed"]) == (method, removed, seed) for r in self.read())
 
     def alike(self, row: dict[str, Any]) -> dict[str, Any] | None:
-        """How another method's very same blocks were judged, if neither did anything for those left."""
+        """How the very same plan was judged, if the same was done for the blocks that are left."""
+        treatment = METHODS[row["method"]].treatment
         for known in self.read():
             same = known["removed"] and all(known[stage] == row[stage] for stage in ("prefill", "decode"))
-            if same and METHODS[known["method"]].plain:
+            if same and METHODS[known["method"]].treatment == treatment:
                 return {name: known[name] for name in _JUDGED}
         return None
 

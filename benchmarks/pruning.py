@@ -108,7 +108,7 @@ class _Bench:
         return {"method": "dense", "removed": 0, "seed": 0, "trained": False} | self._judged(pair)
 
     def row(self, rows: Rows, name: str, removed: int, seed: int, judge: bool) -> dict[str, Any]:
-        found, method, began = choose(self.setup, name, removed, seed), METHODS[name], time.monotonic()
+        found, method = choose(self.setup, name, removed, seed), METHODS[name]
         decode = found.decode
         row: dict[str, Any] = {
             "method": name,
@@ -131,11 +131,10 @@ class _Bench:
             "commit": commit(),
         }
         self._note(f"{name}, {removed} blocks, seed {seed}: {row['prefill']} | {row['decode']}")
-        if judge and method.plain and (same := rows.alike(row)):
+        if judge and (same := rows.alike(row)):
             row |= same
         elif judge:
-            pair = stages(self.setup, name, found, self._fitted / "weights")
-            row["fit_seconds"] = time.monotonic() - began
+            pair, row["fit_seconds"] = stages(self.setup, name, found, self._fitted / "weights")
             row |= self._judged(pair) | {"unified_ppl": self._ppl(unified(pair), "brown")}
         if judge:
             self._note(

@@ -45,11 +45,14 @@ def test_a_row_half_written_is_made_again(kept, tmp_path):
     assert [one["seed"] for one in again.read()] == [1, 2, 0]
 
 
-def test_only_blocks_left_as_they_were_share_what_was_judged(kept, tmp_path):
+def test_the_same_plan_treated_the_same_shares_what_was_judged(kept, tmp_path):
     judged = dict.fromkeys(("fit_seconds", "brown_ppl", "austen_ppl", "choice", "choice_loss", "unified_ppl"), 1.0)
-    row = {"removed": 2, "seed": 0, "prefill": "3", "decode": "3, 4"} | judged
-    rows = kept.Rows(tmp_path / "rows.jsonl", [row | {"method": "ours, no annealing", "brown_ppl": 0.5}])
+    row = {"method": "SLEB", "removed": 2, "seed": 0, "prefill": "3", "decode": "3, 4"}
+    rows = kept.Rows(tmp_path / "rows.jsonl", [row | judged | {"method": "ours, no annealing", "brown_ppl": 0.5}])
     assert rows.alike(row) is None, "its gaps were refitted"
-    rows.add(row | {"method": "ShortGPT"})
+    assert rows.alike(row | {"method": "ours, healed"}) is None, "then healed"
+    assert rows.alike(row | {"method": "ours"}) == judged | {"brown_ppl": 0.5}
+    rows.add(row | judged | {"method": "ShortGPT"})
     assert rows.alike(row) == judged
+    assert rows.alike(row | {"method": "LLM-Streamline"}) is None, "a layer is taught"
     assert rows.alike(row | {"decode": "3, 5"}) is None
