@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -25,7 +26,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         if row["method"] != "dense":
             lines.setdefault(row["method"], {}).setdefault(row["removed"], []).append(row)
     ordered = sorted(lines.items(), key=lambda item: not item[0].startswith("ours"))
-    most = max([2, *(removed for points in lines.values() for removed in points)])
+    sizes = sorted({0, *(removed for points in lines.values() for removed in points)})
+    most = max(2, *sizes)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" '
         f'font-size="12"><rect width="100%" height="100%" fill="white"/>'
@@ -52,14 +54,15 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         parts.append(_text((left + right) / 2, HEIGHT - 14, "blocks removed in decode, of 30", "middle"))
         for number, (method, points) in enumerate(ordered):
             width = 3 if method == "ours" else 1.5
-            at = [
-                (0, 1.0),
-                *((n, fmean(r[f"{corpus}_ppl"] for r in found) / base) for n, found in sorted(points.items())),
-            ]
-            path_ = " ".join(f"{x(n):.1f},{y(ratio):.1f}" for n, ratio in at)
-            parts.append(f'<polyline points="{path_}" fill="none" {stroke(number)} stroke-width="{width}"/>')
+            ratios = {n: fmean(row[f"{corpus}_ppl"] for row in found) / base for n, found in points.items()}
+            at = {0: 1.0, **ratios}
+            for first, last in pairwise(sizes):  # no line across a size that was not run
+                if first in at and last in at:
+                    ends = " ".join(f"{x(n):.1f},{y(at[n]):.1f}" for n in (first, last))
+                    parts.append(f'<polyline points="{ends}" {stroke(number)} stroke-width="{width}"/>')
             parts += [
-                f'<circle cx="{x(n):.1f}" cy="{y(ratio):.1f}" r="3" fill="{colour(number)}"/>' for n, ratio in at[1:]
+                f'<circle cx="{x(n):.1f}" cy="{y(ratio):.1f}" r="3" fill="{colour(number)}"/>'
+                for n, ratio in ratios.items()
             ]
     for number, (method, _) in enumerate(ordered):
         row = TOP + 10 + 20 * number

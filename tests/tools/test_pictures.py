@@ -24,3 +24,12 @@ def test_no_two_methods_look_alike(
     looks = [(line.get("stroke"), line.get("stroke-dasharray")) for line in lines]
     assert len(looks) == panels * len(METHODS)
     assert len(set(looks)) == len(METHODS)
+
+
+def test_no_line_crosses_a_size_that_was_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    ours = [PRUNING[1] | {"removed": removed} for removed in (2, 4, 6)]
+    other = [PRUNING[2] | {"removed": removed} for removed in (2, 6)]
+    importlib.import_module("__pruning_picture").draw([PRUNING[0], *ours, *other], tmp_path / "p.svg")
+    lines = list(ET.parse(tmp_path / "p.svg").iter("{http://www.w3.org/2000/svg}polyline"))
+    assert len(lines) == 2 * (3 + 1)
