@@ -38,12 +38,14 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", own[n].start_mark)
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        """What looks like a date or number but is none is named as YAML's other errors are."""
+        """What is not the date or number it looks like, or not what its tag says, is named as YAML's other errors."""
         try:
             return super().construct_object(node, deep)
         except ValueError as error:
             said = f"{node.value} is no date or number ({error}); put it in quotes"
-            raise yaml.constructor.ConstructorError(None, None, said, node.start_mark) from None
+        except (LookupError, AttributeError):  # of a tag such as !!bool
+            said = f"{node.value!r} is no {node.tag.rpartition(':')[2]}; take its tag away"
+        raise yaml.constructor.ConstructorError(None, None, said, node.start_mark)
 
 
 def compose(path: Path, kind: str = "recipe") -> tuple[dict[str, Any], Origins]:

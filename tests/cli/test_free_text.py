@@ -32,6 +32,7 @@ def bundle(tmp_path: Path) -> Path:
         ("stall_seconds", "give KEY=VALUE"),
         ("devices=[a", "the value is no YAML; put text in quotes"),
         ("devices=2024-01-01", "input should be a valid string; mend the value"),
+        ("devices=!!bool x", "the value is no YAML; put text in quotes"),
         ("devices=2024-13-01", "the value is no YAML; put text in quotes"),
         ("devices=[a, b]", "input should be a valid string"),
         ("stall_seconds=0", "input should be greater than 0"),
