@@ -76,10 +76,16 @@ class DecodeSide:
             destinations=destinations,
         ).frames()
 
-    def open_room(self, room: int, prompt_tokens: int, prefix_tokens: int, pages: Any, aux_index: int) -> None:
-        """Accept chunks for a request whose destination `pages` (int32) SGLang has just allocated."""
+    def open_room(
+        self, room: int, prompt_tokens: int, prefix_tokens: int, pages: Any, aux_index: int, free: Any = None
+    ) -> None:
+        """Accept chunks for a request whose destination `pages` (int32) SGLang has just allocated.
+
+        They are scattered once the device event `free` has come, when there is one.
+        """
         places = self._pool.destinations(self._pool.slots(pages, prompt_tokens - prefix_tokens))
-        self._rooms[room] = DecodeRoom(room, prompt_tokens, prefix_tokens, places, aux_index)
+        ready = free, self._pool.made()
+        self._rooms[room] = DecodeRoom(room, prompt_tokens, prefix_tokens, places, aux_index, ready)
         self.connections_changed()
 
     def close_room(self, room: int) -> None:

@@ -203,7 +203,11 @@ def _prompt_tokens(req: Any) -> int:
 
 
 def _name_prompt_of_receiver(original: Callable[..., None], queue: Any, decode_req: Any, *args: Any, **kw: Any) -> None:
-    decode_req.kv_receiver.prompt_tokens = _prompt_tokens(decode_req.req)
+    receiver, scheduler = decode_req.kv_receiver, queue.scheduler
+    receiver.prompt_tokens = _prompt_tokens(decode_req.req)
+    # Overlapped, a request that has ended has one more forward pass under way, which writes into slots given out again.
+    overlapped = scheduler.enable_overlap and scheduler.device != "cpu"
+    receiver.forward_done = scheduler.forward_stream.record_event() if overlapped else None
     original(queue, decode_req, *args, **kw)
 
 

@@ -89,6 +89,21 @@ class PoolView:
         if device.type != "cpu":
             torch.get_device_module(device).current_stream(device).synchronize()
 
+    def made(self) -> Any:
+        """What comes when all that this thread has asked of the GPU so far is done; None on the CPU, where it is.
+
+        SGLang's scheduler has a stream of its own, on which our work queues behind a forward pass that is under way.
+        """
+        device = self.keys[0].device
+        return None if device.type == "cpu" else torch.get_device_module(device).current_stream(device).record_event()
+
+    def after(self, *events: Any) -> None:
+        """What this thread asks of the GPU from now on waits for `events`, of other streams; for None there is none."""
+        device = self.keys[0].device
+        for event in events:
+            if event is not None:
+                torch.get_device_module(device).current_stream(device).wait_event(event)
+
     def destinations(self, slots: Tensor) -> tuple[Destination, ...]:
         """Where SGLang's `slots` lie in each layer's tensors, as long as their request holds them.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -46,13 +47,17 @@ class AuxRows:
 
 @dataclass
 class DecodeRoom:
-    """One request's destination: slots `[prompt_tokens - prefix_tokens]` of all layers, and aux row `aux_index`."""
+    """One request's destination: slots `[prompt_tokens - prefix_tokens]` of all layers, and aux row `aux_index`.
+
+    `places` are there, and may be written, when the device events in `ready` have come.
+    """
 
     room: int
     prompt_tokens: int
     prefix_tokens: int
     places: tuple[Destination, ...]
     aux_index: int
+    ready: tuple[Any, ...] = ()
     position: int = field(init=False)
     open: bool = True
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -75,6 +80,7 @@ class DecodeRoom:
                 return f"chunk ends at token {header.stop} of {self.prompt_tokens} and last={header.last}"
             span = slice(header.start - self.prefix_tokens, header.stop - self.prefix_tokens)
             layout = chunk_layout(plan, header.prompt_tokens, header.start, header.stop, pool.kv_heads)
+            pool.after(*self.ready)
             for place in self.places:
                 unpack(place.part(layout), payload, pool.keys, pool.values, place.slots[span])
             pool.wait()

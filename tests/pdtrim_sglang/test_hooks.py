@@ -104,3 +104,21 @@ def test_a_registry_that_asks_for_no_signature_is_refused(monkeypatch):
     monkeypatch.setenv("SGLANG_RUST_SERVER", "1")
     with pytest.raises(RuntimeError, match="unset SGLANG_RUST_SERVER"):
         check_options(SimpleNamespace(pp_size=1), SimpleNamespace(state_types=[]), None, False)
+
+
+@pytest.mark.parametrize(
+    ("overlap", "device", "waits"), [(True, "cuda", True), (True, "cpu", False), (False, "cuda", False)]
+)
+def test_a_forward_pass_that_may_still_write_is_noted(registry, overlap, device, waits):
+    from types import SimpleNamespace
+
+    from pdtrim_sglang import hooks
+
+    stream = SimpleNamespace(record_event=lambda: "event")
+    queue = SimpleNamespace(scheduler=SimpleNamespace(enable_overlap=overlap, device=device, forward_stream=stream))
+    asked = SimpleNamespace(
+        kv_receiver=SimpleNamespace(), req=SimpleNamespace(output_ids=[], origin_input_ids=[1, 2, 3])
+    )
+    seen = []
+    hooks._name_prompt_of_receiver(lambda _, one: seen.append(vars(one.kv_receiver).copy()), queue, asked)
+    assert seen == [{"prompt_tokens": 3, "forward_done": "event" if waits else None}]

@@ -1,10 +1,13 @@
 """A room takes chunks in order, and nothing once it is closed."""
 
 import ctypes
+import threading
 from types import SimpleNamespace
 
 import pytest
 import torch
+from pdtrim_sglang import rooms
+from pdtrim_sglang.decode import DecodeSide
 from pdtrim_sglang.pool import PoolView
 from pdtrim_sglang.protocol import ChunkHeader
 from pdtrim_sglang.rooms import AuxRows, DecodeRoom
@@ -146,17 +149,50 @@ def test_pools_on_gpus_and_staging_memory_on_the_host(plan, source, target, aux,
     assert torch.equal(host(there.values[1])[theirs[kept]], source.values[1][mine[kept]])
 
 
+class Streams:
+    """A device module whose streams, one a thread, only write down what is asked of them."""
+
+    def __init__(self):
+        self.said = []
+
+    def current_stream(self, device):
+        on = threading.current_thread().name
+        return SimpleNamespace(
+            synchronize=lambda: self.said.append((on, "waited")),
+            record_event=lambda: self.said.append((on, "recorded")) or (on, "event"),
+            wait_event=lambda event: self.said.append((on, event)),
+        )
+
+
 def test_a_gpu_is_waited_for_and_a_cpu_is_not(source, monkeypatch):
-    streams = []
-
-    class Module:
-        @staticmethod
-        def current_stream(device):
-            streams.append(device.type)
-            return SimpleNamespace(synchronize=lambda: streams.append("waited"))
-
-    monkeypatch.setattr(torch, "get_device_module", lambda device: Module)
+    streams = Streams()
+    monkeypatch.setattr(torch, "get_device_module", lambda device: streams)
     source.wait()
-    assert streams == []
+    source.after(source.made())
+    assert streams.said == []
     PoolView([gpu(source.keys[0])], [gpu(source.values[0])], PAGE).wait()
-    assert streams == ["cuda", "waited"]
+    assert [what for _, what in streams.said] == ["waited"]
+
+
+def test_rows_are_scattered_when_the_scheduler_has_made_their_slots(plan, source, target, aux, monkeypatch):
+    """Its stream is not that of the thread that scatters: slots may be still to come, and still be written to."""
+    streams = Streams()
+    monkeypatch.setattr(torch, "get_device_module", lambda device: streams)
+    monkeypatch.setattr(rooms, "unpack", lambda *_: streams.said.append("scattered"))
+    with PretendedGPU():
+        there = PoolView([gpu(k) for k in target.keys], [gpu(v) for v in target.values], PAGE)
+        side = SimpleNamespace(_pool=there, _rooms={}, connections_changed=lambda: None)
+        DecodeSide.open_room(side, 5, TOKENS, 0, (9, 1, 4), 1, "forward done")
+        header, payload = send(plan, source, 0, TOKENS)
+        scatter = (plan, there, aux, header, payload, memoryview(bytes(12)))
+        thread = threading.Thread(target=lambda: side._rooms[5].take(*scatter), name="receiver")
+        thread.start()
+        thread.join()
+    here = threading.current_thread().name
+    assert streams.said == [
+        (here, "recorded"),
+        ("receiver", "forward done"),
+        ("receiver", (here, "event")),
+        "scattered",
+        ("receiver", "waited"),
+    ]
