@@ -1,5 +1,6 @@
 """A decode batch over SGLang's own KV pool, and attention written down plainly, for the tests of decode backends."""
 
+import copy
 import json
 import random
 from types import SimpleNamespace
@@ -75,6 +76,14 @@ class Batch:
         )  # fmt: skip
         self.queries = torch.randn(len(requests), HEADS * DIM)
         self.keys, self.values = (torch.randn(len(requests), KV_HEADS, DIM) for _ in range(2))
+
+    def part(self, requests):
+        """The forward batch of the last `requests` alone."""
+        part = copy.copy(self.forward)
+        part.batch_size, part.req_pool_indices = requests, self.forward.req_pool_indices[-requests:]
+        part.seq_lens, part.out_cache_loc = self.forward.seq_lens[-requests:], self.forward.out_cache_loc[-requests:]
+        part.seq_lens_sum = int(part.seq_lens.sum())
+        return part
 
     def note_prompts(self):
         """What the hook on `_pre_alloc` does; after the backend has been made."""

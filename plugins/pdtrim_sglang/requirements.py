@@ -6,8 +6,10 @@ from typing import Any
 
 from pdtrim_deploy.plan import PDPlan
 
-# Decode attention that knows sparse layers. The two for GPUs have not run on one; they plan each step anew.
+# Decode attention that knows sparse layers. The two for GPUs have not run on one.
 SPARSE_BACKENDS = ("torch_native", "triton", "flashinfer")
+# The CUDA graphs of decode that each can serve under, as SGLang's Backend names them.
+GRAPHS = {"triton": ("full", "disabled"), "flashinfer": ("disabled",)}
 
 
 def check_options(server_args: Any, kv_args: Any, plan: PDPlan | None, is_mla_backend: bool) -> None:
@@ -16,6 +18,10 @@ def check_options(server_args: Any, kv_args: Any, plan: PDPlan | None, is_mla_ba
         raise RuntimeError("pdtrim: only plain multi-head attention models can be served (no MLA, SWA or SSM state)")
     if server_args.pp_size > 1:
         raise RuntimeError("pdtrim: pipeline parallelism is not supported: start with --pp-size 1")
+    for option in ("dcp_size", "attn_cp_size"):  # a rank would hold some tokens' KV only
+        if getattr(server_args, option) > 1:
+            name = "--" + option.replace("_", "-")
+            raise RuntimeError(f"pdtrim: context parallelism is not supported: start with {name} 1")
     from sglang.srt.environ import envs
 
     if envs.SGLANG_RUST_SERVER.get():
@@ -34,12 +40,15 @@ def check_options(server_args: Any, kv_args: Any, plan: PDPlan | None, is_mla_ba
             f"pdtrim: attention backend {backend} would read prompt rows that were not sent; valid for a sparse plan: "
             f"{', '.join(SPARSE_BACKENDS)}: start decode with --attention-backend {SPARSE_BACKENDS[0]}"
         )
-    if backend == SPARSE_BACKENDS[0]:
-        return
-    from sglang.srt.model_executor.cuda_graph_config import Backend, Phase, check_cuda_graph_backend
+    if backend in GRAPHS:
+        _check_graphs(backend, GRAPHS[backend])
 
-    if not check_cuda_graph_backend(Phase.DECODE, Backend.DISABLED):
+
+def _check_graphs(backend: str, valid: tuple[str, ...]) -> None:
+    from sglang.srt.model_executor.cuda_graph_config import Phase, check_cuda_graph_backend
+
+    if not any(check_cuda_graph_backend(Phase.DECODE, kind) for kind in valid):
         raise RuntimeError(
-            "pdtrim: a CUDA graph would replay the full layers' indices in sparse ones: start decode with "
-            "--cuda-graph-backend-decode disabled"
+            f"pdtrim: with attention backend {backend} a CUDA graph of another kind would replay an earlier batch's "
+            f"indices in sparse layers: start decode with --cuda-graph-backend-decode {' or '.join(valid)}"
         )

@@ -1,10 +1,22 @@
 """The hooks take on the pinned SGLang; one that did not is named."""
 
 import importlib
+from types import SimpleNamespace
 
 import pytest
 
+from pdtrim_deploy.plan import KVSend, ModelShape, PDPlan
+
 pytest.importorskip("sglang", reason="needs the serve environment")
+
+SHAPE = ModelShape(architecture="X", fingerprint="f", num_blocks=1, num_kv_heads=1, head_dim=8, kv_dtype="float32")
+SPARSE = PDPlan.dense(SHAPE).with_kv((KVSend(mode="sparse", n_first=1),))
+POOL = SimpleNamespace(state_types=[])
+PARALLEL = {"pp_size": 1, "dcp_size": 1, "attn_cp_size": 1}
+DECODE = PARALLEL | {
+    "disaggregation_mode": "decode", "disaggregation_decode_enable_radix_cache": False,
+    "attention_backend": "torch_native", "decode_attention_backend": None,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +59,6 @@ def test_the_torch_native_backend_is_the_sparse_one(registry):
 
 
 def test_the_gpu_backends_are_ours_where_a_layer_is_cut_and_only_there(registry, monkeypatch):
-    from types import SimpleNamespace
-
     from pdtrim_sglang import hooks
     from pdtrim_sglang.attention import sparse_layers
     from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
@@ -73,45 +83,51 @@ def test_the_gpu_backends_are_ours_where_a_layer_is_cut_and_only_there(registry,
         ({"disaggregation_decode_enable_radix_cache": True}, "--disaggregation-decode-enable-radix-cache"),
         ({"attention_backend": "fa3"}, "attention backend fa3 would read prompt rows"),
         ({"decode_attention_backend": "flashinfer"}, "--cuda-graph-backend-decode disabled"),
-        ({"decode_attention_backend": "triton"}, "--cuda-graph-backend-decode disabled"),
         ({"pp_size": 2}, "--pp-size 1"),
+        ({"dcp_size": 2}, "--dcp-size 1"),
+        ({"attn_cp_size": 2}, "--attn-cp-size 1"),
     ],
 )
 def test_options_that_would_give_wrong_text_are_refused(registry, options, sentence):
-    from types import SimpleNamespace
-
     from pdtrim_sglang.requirements import check_options
 
-    from pdtrim_deploy.plan import KVSend, ModelShape, PDPlan
-
-    shape = ModelShape(architecture="X", fingerprint="f", num_blocks=1, num_kv_heads=1, head_dim=8, kv_dtype="float32")
-    plan = PDPlan.dense(shape).with_kv((KVSend(mode="sparse", n_first=1),))
-    good = {
-        "pp_size": 1, "disaggregation_mode": "decode", "disaggregation_decode_enable_radix_cache": False,
-        "attention_backend": "torch_native", "decode_attention_backend": None,
-    }  # fmt: skip
-    pool = SimpleNamespace(state_types=[])
-    check_options(SimpleNamespace(**good), pool, plan, False)
+    check_options(SimpleNamespace(**DECODE), POOL, SPARSE, False)
     with pytest.raises(RuntimeError, match=sentence):
-        check_options(SimpleNamespace(**good | options), pool, plan, False)
+        check_options(SimpleNamespace(**DECODE | options), POOL, SPARSE, False)
+
+
+@pytest.mark.parametrize(
+    ("backend", "graph", "valid"),
+    [
+        ("triton", "full", None),
+        ("triton", "breakable", "--cuda-graph-backend-decode full or disabled"),
+        ("flashinfer", "full", "--cuda-graph-backend-decode disabled"),
+        ("torch_native", "breakable", None),
+    ],
+)
+def test_graphs_that_would_replay_old_indices_are_refused(registry, monkeypatch, backend, graph, valid):
+    import contextlib
+
+    from pdtrim_sglang.requirements import check_options
+    from sglang.srt.model_executor import cuda_graph_config
+
+    monkeypatch.setattr(cuda_graph_config, "check_cuda_graph_backend", lambda phase, kind: kind == graph)
+    with pytest.raises(RuntimeError, match=valid) if valid else contextlib.nullcontext():
+        check_options(SimpleNamespace(**DECODE | {"attention_backend": backend}), POOL, SPARSE, False)
 
 
 def test_a_registry_that_asks_for_no_signature_is_refused(monkeypatch):
-    from types import SimpleNamespace
-
     from pdtrim_sglang.requirements import check_options
 
     monkeypatch.setenv("SGLANG_RUST_SERVER", "1")
     with pytest.raises(RuntimeError, match="unset SGLANG_RUST_SERVER"):
-        check_options(SimpleNamespace(pp_size=1), SimpleNamespace(state_types=[]), None, False)
+        check_options(SimpleNamespace(**PARALLEL), POOL, None, False)
 
 
 @pytest.mark.parametrize(
     ("overlap", "device", "waits"), [(True, "cuda", True), (True, "cpu", False), (False, "cuda", False)]
 )
 def test_a_forward_pass_that_may_still_write_is_noted(registry, overlap, device, waits):
-    from types import SimpleNamespace
-
     from pdtrim_sglang import hooks
 
     stream = SimpleNamespace(record_event=lambda: "event")

@@ -2,10 +2,11 @@
 
 import itertools
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from pdtrim_sglang.attention.windows import Window, compact_table, kv_indices, layer_windows
+from pdtrim_sglang.attention.windows import Window, compact_table, hidden_tokens, kv_indices, layer_windows
 
 from pdtrim_deploy.plan import KVSend, ModelShape, PDPlan
 
@@ -34,6 +35,33 @@ def test_each_request_sees_exactly_first_last_and_generated(requests, first, las
     assert ragged.indptr.tolist() == [0, *itertools.accumulate(kept.tolist())]
     assert ragged.indices.tolist() == [slot for row, n in zip(slots.tolist(), kept, strict=True) for slot in row[:n]]
     assert ragged.last_page_len.tolist() == [1] * len(requests)
+
+
+@given(st.integers(1, 30), st.integers(0, 60), st.integers(0, 6), st.integers(1, 6))
+def test_a_row_that_says_more_of_a_prompt_than_there_is_hides_no_more_than_that(length, prompt, first, last):
+    hidden = int(hidden_tokens(torch.tensor([length]), torch.tensor([prompt]), Window(first, last)))
+    assert 0 <= hidden == max(0, min(prompt, length - 1) - first - last) < length
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("mapped", [True, False])
+def test_the_lists_kernel_compiles_to_ptx(mapped, capability, tmp_path, monkeypatch):
+    triton = pytest.importorskip("triton")
+    from pdtrim_sglang.attention.triton_indices import BLOCK_TOKENS, list_slots_of_requests
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    constants = {"MAPPED": mapped, "BLOCK": BLOCK_TOKENS}
+    pointers = dict.fromkeys(("rows", "hidden", "indices", "slot_map"), "*i64")
+    signature = pointers | dict.fromkeys(("req_to_token", "indptr"), "*i32")
+    signature |= dict.fromkeys(("row_stride", "n_first", "room"), "i32")
+    named = {
+        name: (signature | dict.fromkeys(constants, "constexpr"))[name] for name in list_slots_of_requests.arg_names
+    }
+    ptx = triton.compile(ASTSource(list_slots_of_requests, named, constants), target=GPUTarget("cuda", capability, 32))
+    assert f".target sm_{capability}" in ptx.asm["ptx"]
+    assert ".entry list_slots_of_requests" in ptx.asm["ptx"]
 
 
 def test_each_sparse_layer_has_its_own_window():

@@ -24,7 +24,7 @@ class SparseFlashInferBackend(FlashInferAttnBackend):
     def __init__(self, model_runner: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(model_runner, *args, **kwargs)
         self._layers = SparseLayers(model_runner)
-        self._wrappers = {window: self._wrapper() for window in dict.fromkeys(self._layers.windows.values())}
+        self._wrappers = {window: self._wrapper() for window in self._layers.distinct}
         self._planned: dict[Window, int] = {}
 
     def _wrapper(self) -> Any:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pdtrim_sglang.attention.windows import Window, compact_table, layer_windows
+from pdtrim_sglang.attention.windows import Window, compact_table, hidden_tokens, layer_windows
 from pdtrim_sglang.plan_source import read_plan
 from pdtrim_sglang.split_pool.pool import SplitKVPool
 
@@ -33,15 +35,48 @@ class SparseLayers:
             rows = self._pool.req_to_token
             self._pool.pdtrim_prompt_tokens = torch.zeros(rows.shape[0], dtype=torch.int64, device=rows.device)
 
-    def tables(self, forward_batch: Any) -> dict[Window, tuple[Tensor, Tensor]]:
-        """`compact_table` of every window for a decode batch, in slots of its layers; nothing for any other batch."""
+    @property
+    def distinct(self) -> tuple[Window, ...]:
+        """The windows, each once."""
+        return tuple(dict.fromkeys(self.windows.values()))
+
+    def batch(self, forward_batch: Any) -> SparseBatch | None:
+        """What its sparse layers see of a decode batch; None of any other batch, and where no layer is cut."""
         if not self.windows or not forward_batch.forward_mode.is_decode() or forward_batch.batch_size == 0:
-            return {}
-        rows, seq_lens = forward_batch.req_pool_indices, forward_batch.seq_lens
-        prompts, table = self._pool.pdtrim_prompt_tokens[rows], self._pool.req_to_token
-        found = {}
-        for window in set(self.windows.values()):
-            slots, lengths = compact_table(table, rows, seq_lens, prompts, window)
-            own = self._kept.get(window)
-            found[window] = (slots if own is None else own.map[slots], lengths)
-        return found
+            return None
+        rows, prompts = forward_batch.req_pool_indices, self._pool.pdtrim_prompt_tokens
+        maps = {window: own.map for window, own in self._kept.items()}
+        return SparseBatch(self._pool.req_to_token, rows, forward_batch.seq_lens, prompts[rows], maps)
+
+    def tables(self, forward_batch: Any) -> dict[Window, tuple[Tensor, Tensor]]:
+        """`SparseBatch.table` of every window for a decode batch; nothing for any other batch."""
+        batch = self.batch(forward_batch)
+        return {} if batch is None else {window: batch.table(window) for window in self.distinct}
+
+
+@dataclass(frozen=True)
+class SparseBatch:
+    """A decode batch.
+
+    Attributes:
+        req_to_token: `[pool_rows, max_context]`, slot of each token.
+        rows, seq_lens, prompt_tokens: `[batch]`.
+        maps: SGLang's slot -> one of the layers' own, of windows whose layers have some.
+
+    """
+
+    req_to_token: Tensor
+    rows: Tensor
+    seq_lens: Tensor
+    prompt_tokens: Tensor
+    maps: Mapping[Window, Tensor]
+
+    def hidden(self, window: Window) -> Tensor:
+        """`windows.hidden_tokens`."""
+        return hidden_tokens(self.seq_lens, self.prompt_tokens, window)
+
+    def table(self, window: Window) -> tuple[Tensor, Tensor]:
+        """`windows.compact_table`, in slots of the window's layers."""
+        slots, lengths = compact_table(self.req_to_token, self.rows, self.seq_lens, self.prompt_tokens, window)
+        own = self.maps.get(window)
+        return slots if own is None else own[slots], lengths

@@ -23,6 +23,16 @@ def layer_windows(plan: PDPlan) -> dict[int, Window]:
     return {layer: Window(send.n_first, send.n_last) for layer, send in enumerate(plan.kv) if send.mode == "sparse"}
 
 
+def hidden_tokens(seq_lens: Tensor, prompt_tokens: Tensor, window: Window) -> Tensor:
+    """Tokens `[batch]` between the first and the last ones of each request's prompt.
+
+    A row of the pool may say more of a prompt than there is: SGLang pads batches for CUDA graphs with requests of one
+    token, and a request that has ended runs once more, when its row may be another's. Such a one sees a token or more.
+    """
+    prompts = torch.minimum(prompt_tokens, seq_lens - 1)
+    return (prompts - window.n_first - window.n_last).clamp(min=0)
+
+
 def compact_table(
     req_to_token: Tensor, rows: Tensor, seq_lens: Tensor, prompt_tokens: Tensor, window: Window
 ) -> tuple[Tensor, Tensor]:
@@ -37,8 +47,8 @@ def compact_table(
         slots `[batch, longest]` in token order, padded, and lengths `[batch]`.
 
     """
-    hidden = (prompt_tokens - window.n_first - window.n_last).clamp(min=0)
-    lengths = seq_lens - hidden.to(seq_lens.dtype)
+    hidden = hidden_tokens(seq_lens, prompt_tokens, window)
+    lengths = seq_lens - hidden
     column = torch.arange(int(lengths.max()), device=rows.device)[None, :]
     position = column + hidden[:, None] * (column >= window.n_first)
     position = torch.minimum(position, (seq_lens - 1)[:, None])
@@ -47,23 +57,21 @@ def compact_table(
 
 @dataclass(frozen=True)
 class KVIndices:
-    """A batch's table without padding, as SGLang's Triton and FlashInfer backends take it, in pages of one token.
+    """A batch's table without padding, as SGLang's FlashInfer backend takes it, in pages of one token.
 
-    Request `i` attends to `indices[indptr[i] : indptr[i + 1]]`: SGLang 0.5.23 hands both kernels slots of single
-    tokens whatever `--page-size` is, so a window may begin and end inside a page.
+    Request `i` attends to `indices[indptr[i] : indptr[i + 1]]`: SGLang 0.5.23 hands the kernel slots of single tokens
+    whatever `--page-size` is, so a window may begin and end inside a page.
 
     Attributes:
         indptr: int32 `[batch + 1]`.
         indices: int64 `[indptr[-1]]`; FlashInfer takes int32.
         last_page_len: int32 `[batch]`, tokens on each request's last page: 1.
-        lengths: `[batch]`, tokens of each request, in the dtype of `seq_lens`.
 
     """
 
     indptr: Tensor
     indices: Tensor
     last_page_len: Tensor
-    lengths: Tensor
 
 
 def kv_indices(slots: Tensor, lengths: Tensor) -> KVIndices:
@@ -75,5 +83,4 @@ def kv_indices(slots: Tensor, lengths: Tensor) -> KVIndices:
         indptr=indptr,
         indices=slots[column[None, :] < lengths[:, None]].long(),
         last_page_len=torch.ones_like(indptr[1:]),
-        lengths=lengths,
     )
