@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 from xml.sax.saxutils import escape
 
-from __strokes import colour, stroke
+from __strokes import COLOURS, colour, stroke
 
 WIDTH, HEIGHT, PANEL, LEGEND = 1110, 440, 400, 250
 LEFT, TOP, BOTTOM = 60, 34, 50
@@ -60,8 +60,9 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
                 if first in at and last in at:
                     ends = " ".join(f"{x(n):.1f},{y(at[n]):.1f}" for n in (first, last))
                     parts.append(f'<polyline points="{ends}" {stroke(number)} stroke-width="{width}"/>')
+            filled = colour(number) if number < len(COLOURS) else "white"  # as its line is dashed
             parts += [
-                f'<circle cx="{x(n):.1f}" cy="{y(ratio):.1f}" r="3" fill="{colour(number)}"/>'
+                f'<circle cx="{x(n):.1f}" cy="{y(ratio):.1f}" r="3" fill="{filled}" stroke="{colour(number)}"/>'
                 for n, ratio in ratios.items()
             ]
     for number, (method, _) in enumerate(ordered):
