@@ -233,12 +233,13 @@ def _kept(
     file: Path, pair: StagePair, stage: Stage, change: Callable[[StagePair], StagePair]
 ) -> tuple[StagePair, float]:
     """`change(pair)` and its seconds, or what they came to in an earlier run: a stopped benchmark goes on behind it."""
-    if not file.exists():
+    seconds = file.with_suffix(".seconds")  # written last: weights without it are made again
+    if not seconds.exists():
         began = time.monotonic()
         save_blocks(change(pair).changed.get(stage, {}), file.with_suffix(".part"))
-        file.with_suffix(".seconds").write_text(str(time.monotonic() - began))
         file.with_suffix(".part").rename(file)
-    return pair.with_changes(stage, read_blocks(file)), float(file.with_suffix(".seconds").read_text())
+        seconds.write_text(str(time.monotonic() - began))
+    return pair.with_changes(stage, read_blocks(file)), float(seconds.read_text())
 
 
 def unified(pair: StagePair) -> StagePair:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 from decodebatch import DIM, HEADS, KV_HEADS, Batch, layer_of, make_plan, sparse
+from pdtrim_sglang.attention.triton_indices import BLOCK_TOKENS, list_slots
+from pdtrim_sglang.attention.windows import Window, compact_table, hidden_tokens
 
 from pdtrim_deploy.plan import KVSend
 
@@ -114,7 +116,23 @@ def own_slots(batch):
         assert [row[-1] for row in rows] == newest
 
 
+def long_requests():
+    """Lists of several of the kernel's blocks, and lists that find no room: what is behind them stays as it was."""
+    table, rows = torch.randperm(4 * 1500, dtype=torch.int32).view(4, 1500), torch.tensor([3, 1, 2])
+    lengths, prompts, window = torch.tensor([1400, 2 * BLOCK_TOKENS, 3]), torch.tensor([900, 0, 2]), Window(5, 300)
+    slots, kept = compact_table(table, rows, lengths, prompts, window)
+    assert kept.tolist() == [805, 2 * BLOCK_TOKENS, 3]
+    expected = torch.cat([row[:n] for row, n in zip(slots, kept, strict=True)]).long()
+    indptr = torch.tensor([0, *kept.cumsum(0)], dtype=torch.int32)
+    for room in (len(expected), 900):
+        buffer = torch.full((len(expected) + 10,), -1)
+        list_slots(table, rows, hidden_tokens(lengths, prompts, window), indptr, buffer[:room], window)
+        assert torch.equal(buffer[:room], expected[:room])
+        assert bool((buffer[room:] == -1).all())
+
+
 def main():
+    long_requests()
     plan = make_plan([KVSend(), sparse(3, 5), sparse(0, 9), sparse(3, 5), sparse(4, 0)])
     for page_size, requests in ((1, [(20, 3), (6, 1), (25, 9)]), (4, [(19, 2), (33, 1)])):
         batch = Batch(Path(tempfile.mkdtemp()), plan, requests, page_size, seed=page_size)

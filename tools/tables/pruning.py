@@ -58,8 +58,9 @@ def _details(rows: list[dict[str, Any]], dense: dict[str, Any], questions: int) 
         "<details><summary>One model for both stages, choices, seconds and block-forwards of each</summary>\n\n"
         + table(head, lines)
         + f"\n\n{questions} questions of Social IQa. Seconds of the search, and of fitting and training what is left "
-        "(another row's, where that has the same plan); one core, others at work beside it. Block-forwards of the "
-        "search and of judging its finalists.\n\n</details>"
+        "(one plan, treated one way, is fitted and judged once, for all rows that have it; a student that another "
+        "search has made takes no time); one core, others at work beside it. Block-forwards of the search and of "
+        "judging its finalists.\n\n</details>"
     )
 
 
