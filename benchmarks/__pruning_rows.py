@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from __pruning_choice import Choice
 from __pruning_methods import METHODS
 from __results import HERE
 
@@ -52,6 +53,15 @@ class Rows:
     def has(self, method: str, removed: int, seed: int) -> bool:
         """Whether there is such a row."""
         return any((r["method"], r["removed"], r["seed"]) == (method, removed, seed) for r in self.read())
+
+    def chosen(self, method: str, removed: int, seed: int) -> Choice | None:
+        """What a method that chooses alike has chosen."""
+        for known in self.read():
+            if (known["removed"], known["seed"]) == (removed, seed):
+                other = METHODS[known["method"]]
+                if other.choosing == METHODS[method].choosing and not other.published:
+                    return Choice.read(known)
+        return None
 
     def alike(self, row: dict[str, Any]) -> dict[str, Any] | None:
         """How the very same plan was judged, if the same was done for the blocks that are left."""

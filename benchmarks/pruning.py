@@ -1,11 +1,11 @@
 """Which blocks to lose: our search beside the others at 2, 4, 6 and 8 of 30 -> results/pruning.json, pruning.svg.
 
 `make bench-pruning`. SmolLM2-135M in float32; decode loses so many blocks, prefill a third as many. Blocks are chosen
-on Brown's calibration split and judged, through the PD oracle with whole KV, on Brown's final split and on Jane
-Austen (which no method ever saw), and by Social IQa. Each row is written down when it is made and each search as it
-goes: run it in stretches, with parts of --methods, --removed and --seeds; what is there, or among the committed results
-of the same sizes, is not made again. Weights are fitted, healed and taught on --text sequences that begin with those
-that choose.
+on Brown's calibration split and judged, through the PD oracle with whole KV, on Brown's final split and on Jane Austen
+(which no method ever saw), and by Social IQa. Each row is written down when it is made and each search as it goes: run
+it in stretches, with parts of --methods, --removed and --seeds; what is there, or among the committed results of the
+same sizes, is not made again, and a method takes the blocks of another that chooses alike. Weights are fitted, healed
+and taught on --text sequences that begin with those that choose.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ import argparse
 import time
 from typing import Any
 
-from __pruning_methods import METHODS, Setup, choose, prefill_blocks, stages, unified
+from __pruning_choice import Setup, choose
+from __pruning_methods import METHODS, prefill_blocks
 from __pruning_picture import draw
 from __pruning_rows import FITTED, SEARCHED, SHAPES, STEPS, Rows, committed, folder
+from __pruning_weights import stages, unified
 from __results import HERE, commit, write
 
 from pdtrim_deploy.cache import Cache
@@ -28,10 +30,7 @@ from pdtrim_deploy.evaluation.oracle import PDOracle
 from pdtrim_deploy.evaluation.perplexity import pd_perplexity
 from pdtrim_deploy.evaluation.tasks import Setting, choice
 from pdtrim_deploy.plan import PDPlan
-from pdtrim_deploy.pruning.cost import search_cost
 from pdtrim_deploy.pruning.pair import StagePair
-from pdtrim_deploy.recipe import CalibrationSection
-from pdtrim_deploy.recipe_pruning import PruningSection
 
 CORPORA = ("brown", "austen")
 
@@ -108,47 +107,20 @@ class _Bench:
         return {"method": "dense", "removed": 0, "seed": 0, "trained": False} | self._judged(pair)
 
     def row(self, rows: Rows, name: str, removed: int, seed: int, judge: bool) -> dict[str, Any]:
-        found, method = choose(self.setup, name, removed, seed), METHODS[name]
-        decode = found.decode
-        row: dict[str, Any] = {
-            "method": name,
-            "removed": removed,
-            "prefill_removed": prefill_blocks(removed),
-            "seed": seed,
-            "trained": method.trained,
-            "prefill": str(found.prefill.solution),
-            "decode": str(decode.solution),
-            "calibration_loss": decode.loss,
-            "prefill_loss": found.prefill.loss,
-            "seconds": None  # such a search is counted, not run
-            if method.published
-            else sum(_last(stage, "seconds") for stage in (found.prefill, decode)),
-            "block_forwards": self._published(removed)
-            if method.published
-            else sum(_last(stage, "block_forwards") for stage in (found.prefill, decode))
-            + method.distil * self.setup.distilling
-            + self.setup.judging(found),
-            "commit": commit(),
-        }
+        found, method = choose(self.setup, name, removed, seed, rows.chosen(name, removed, seed)), METHODS[name]
+        about = {"method": name, "removed": removed, "prefill_removed": prefill_blocks(removed), "seed": seed}
+        row: dict[str, Any] = about | {"trained": method.trained} | found.said | {"commit": commit()}
         self._note(f"{name}, {removed} blocks, seed {seed}: {row['prefill']} | {row['decode']}")
         if judge and (same := rows.alike(row)):
             row |= same
         elif judge:
-            pair, row["fit_seconds"] = stages(self.setup, name, found, self._fitted / "weights")
+            pair, row["fit_seconds"] = stages(self.setup, method, found, self._fitted / "weights")
             row |= self._judged(pair) | {"unified_ppl": self._ppl(unified(pair), "brown")}
         if judge:
             self._note(
                 f"{name}, {removed} blocks, seed {seed}: Brown {row['brown_ppl']:.2f}, Austen {row['austen_ppl']:.2f}"
             )
         return row
-
-    def _published(self, removed: int) -> int:
-        """Block-forwards of SLEB that keeps nothing."""
-        config, (count, length) = self.setup.model.config.to_dict(), self.setup.ids.shape
-        asked = PruningSection(method="sleb", prefill_blocks=prefill_blocks(removed), decode_blocks=removed)
-        cost = search_cost(config, asked, CalibrationSection(sequences=count, length=length))
-        assert cost is not None
-        return cost.most
 
     def _judged(self, pair: StagePair) -> dict[str, Any]:
         judged = {f"{name}_ppl": self._ppl(pair, name) for name in CORPORA}
@@ -161,10 +133,6 @@ class _Bench:
     @staticmethod
     def _oracle(pair: StagePair) -> PDOracle:
         return PDOracle(pair.stage("prefill"), pair.stage("decode"), pair.plan)
-
-
-def _last(result: Any, name: str) -> float:
-    return getattr(result.trajectory[-1], name) if result.trajectory else 0
 
 
 if __name__ == "__main__":

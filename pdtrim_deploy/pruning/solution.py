@@ -42,6 +42,12 @@ class Solution:
         """From a stage's entry in reports/pruning.json."""
         return cls.of(data["removed"], (first for first, _ in data.get("pairs", ())))
 
+    @classmethod
+    def read(cls, text: str) -> Solution:
+        """The inverse of `str`: `"4, 5, 12+13"`, or `"nothing"`."""
+        said = [] if text == str(NOTHING) else [[int(block) for block in one.split("+")] for one in text.split(", ")]
+        return cls.of((one[0] for one in said if len(one) == 1), (one[0] for one in said if len(one) == 2))
+
     @property
     def saved(self) -> int:
         """Blocks fewer than the dense model runs."""

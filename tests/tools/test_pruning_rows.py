@@ -18,7 +18,7 @@ def kept(monkeypatch):
     import __pruning_rows
 
     yield __pruning_rows
-    for name in ("__pruning_rows", "__pruning_methods", "__results"):
+    for name in ("__pruning_rows", "__pruning_choice", "__pruning_methods", "__results"):
         sys.modules.pop(name, None)
 
 
@@ -56,3 +56,24 @@ def test_the_same_plan_treated_the_same_shares_what_was_judged(kept, tmp_path):
     assert rows.alike(row) == judged
     assert rows.alike(row | {"method": "LLM-Streamline"}) is None, "a layer is taught"
     assert rows.alike(row | {"decode": "3, 5"}) is None
+
+
+def test_a_method_takes_the_blocks_of_another_that_chooses_alike(kept, tmp_path):
+    found = {"prefill": "nothing", "decode": "4, 7, 12+13", "prefill_loss": 3.5, "calibration_loss": 3.75}
+    found |= {"seconds": 60.0, "block_forwards": 900}
+    rows = kept.Rows(tmp_path / "rows.jsonl", [found | {"method": "ours", "removed": 4, "seed": 1, "brown_ppl": 40.0}])
+    chosen = rows.chosen("ours, healed", 4, 1)
+    assert chosen.said == found, "healing comes after the choice"
+    assert (chosen.decode.removed, chosen.decode.distilled) == ((4, 7), (12,))
+    assert rows.chosen("ours, healed", 4, 2) is None, "another seed"
+    assert rows.chosen("ours, healed", 6, 1) is None, "another number of blocks"
+    for other in ("ours, no finalists", "ours, no D", "ours, no annealing", "ours, no compensation"):
+        assert rows.chosen(other, 4, 1) is None, other
+
+
+def test_a_search_that_was_counted_and_not_run_lends_nothing(kept, tmp_path):
+    found = {"prefill": "3", "decode": "3, 4", "prefill_loss": 3.5, "calibration_loss": 3.75, "removed": 2, "seed": 0}
+    counted = found | {"method": "SLEB", "seconds": None, "block_forwards": 25552}
+    run = found | {"method": "SLEB, cached", "seconds": 60.0, "block_forwards": 13894}
+    assert kept.Rows(tmp_path / "counted.jsonl", [counted]).chosen("SLEB, cached", 2, 0) is None
+    assert kept.Rows(tmp_path / "run.jsonl", [counted, run]).chosen("SLEB", 2, 0).block_forwards == 13894

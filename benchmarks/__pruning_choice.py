@@ -1,0 +1,181 @@
+"""Which blocks a method of benchmarks/pruning.py loses: its search is run, or an earlier row has its answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from __pruning_methods import METHODS, Method, prefill_blocks
+from torch import Tensor
+
+from pdtrim_deploy.blockwise import CausalLM
+from pdtrim_deploy.cache import Cache
+from pdtrim_deploy.plan import STAGES, ModelShape
+from pdtrim_deploy.pruning.candidates import find
+from pdtrim_deploy.pruning.cost import judged_forwards, search_cost
+from pdtrim_deploy.pruning.refitted import Refitted
+from pdtrim_deploy.pruning.search import Search, Settings
+from pdtrim_deploy.pruning.search.greedy import Greedy
+from pdtrim_deploy.pruning.solution import Solution
+from pdtrim_deploy.pruning.stages import StageRemovals, choose_stages
+from pdtrim_deploy.pruning.students import Students
+from pdtrim_deploy.pruning.verdicts import WrittenDown
+from pdtrim_deploy.recipe import CalibrationSection
+from pdtrim_deploy.recipe_healing import StudentsSection
+from pdtrim_deploy.recipe_pruning import PruningSection
+
+Note = Callable[[str], None]
+JUDGED = 32  # sequences, the last of the text, that finalists are judged on; students learn from those before
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all methods share.
+
+    Attributes:
+        ids: what blocks are chosen on, int64 `[S, T]`; `text`: what weights are fitted to, begins with `ids`.
+        training_steps: of healing, a stage. The layer of LLM-Streamline gets as many more as its steps are cheaper.
+        folder: where searches and fitted weights are kept.
+
+    """
+
+    model: CausalLM
+    shape: ModelShape
+    ids: Tensor
+    text: Tensor
+    steps: int
+    training_steps: int
+    folder: Path
+    note: Note
+
+    @cached_property
+    def pairs(self) -> tuple[int, ...]:
+        """The distillation set."""
+        return find(self.model, self.ids).distillation
+
+    @cached_property
+    def students(self) -> Students:
+        """Training-free, each made once: for a second run too."""
+        kept, of = Cache(self.folder), self.shape.fingerprint
+        return Students(self.model, self.text[:-JUDGED], StudentsSection(), cache=kept, fingerprint=of, note=self.note)
+
+    @property
+    def distilling(self) -> int:
+        """Block-forwards of finding D and of fitting all of its students: a pass each, and two starts for each."""
+        taught = len(self.text[:-JUDGED])
+        return self.shape.num_blocks * (len(self.ids) + taught) + 2 * taught * len(self.pairs)
+
+    def place(self, name: str, removed: int, seed: int) -> Path:
+        """The search's own folder; methods that share their search share it."""
+        method = METHODS[name]
+        steps = f"-{self.steps}" if method.search == "anneal" else ""
+        return self.folder / f"{method.search}{'-distil' * method.distil}{steps}-{removed}-{seed}"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a method loses, what that loses on the text that chose, and the cost of finding it."""
+
+    prefill: Solution
+    decode: Solution
+    prefill_loss: float
+    calibration_loss: float
+    seconds: float | None
+    block_forwards: int
+
+    @property
+    def said(self) -> dict[str, Any]:
+        """As a row has it."""
+        return vars(self) | {"prefill": str(self.prefill), "decode": str(self.decode)}
+
+    @classmethod
+    def read(cls, row: dict[str, Any]) -> Choice:
+        """The inverse of `said`."""
+        told = {field.name: row[field.name] for field in fields(cls)}
+        return cls(**told | {stage: Solution.read(row[stage]) for stage in STAGES})
+
+
+def choose(setup: Setup, name: str, removed: int, seed: int, known: Choice | None = None) -> Choice:
+    """What a method loses, prefill a third as many; `known` is how one that chooses alike has answered before."""
+    method = METHODS[name]
+    found = known or _searched(setup, method, removed, seed)
+    if method.published:  # such a search is counted, not run
+        return replace(found, seconds=None, block_forwards=_published(setup, removed))
+    return found
+
+
+def _searched(setup: Setup, method: Method, removed: int, seed: int) -> Choice:
+    """What a search wrote down stays in its folder, which those that search alike share: a stopped one goes on."""
+    search: str | Search = method.search
+    if search == "sleb-cached":
+        search = _CachedSLEB()
+    about: object = setup.shape.fingerprint
+    if method.distil:
+        about = [about, len(setup.text[:-JUDGED])]  # what students learned from
+    protected = frozenset[int]()
+    if method.search == "sleb-cached":
+        protected = frozenset({0, setup.shape.num_blocks - 1})  # as SLEB has it
+    steps = f"-{setup.steps}" if method.search == "anneal" else ""
+    found = choose_stages(
+        setup.model,
+        setup.ids,
+        prefill_blocks(removed),
+        removed,
+        method=search,
+        settings=Settings(seed, setup.steps if method.search == "anneal" else 0),
+        protected=protected,
+        pairs=setup.pairs if method.distil else (),
+        students=setup.students if method.distil else None,
+        folder=setup.folder / f"{method.search}{'-distil' * method.distil}{steps}-{removed}-{seed}",
+        about=about,
+        judge=_judge(setup, method) if method.finalists else None,
+        finalists=method.finalists,
+        progress=setup.note,
+    )
+    ends = [stage.trajectory[-1] for stage in (found.prefill, found.decode) if stage.trajectory]
+    more = method.distil * setup.distilling + _judging(setup, found)
+    return Choice(
+        found.prefill.solution,
+        found.decode.solution,
+        found.prefill.loss,
+        found.decode.loss,
+        sum(end.seconds for end in ends),
+        sum(end.block_forwards for end in ends) + more,
+    )
+
+
+def _judge(setup: Setup, method: Method) -> WrittenDown:
+    """Says the same of finalists that another seed or method has asked for."""
+    students, text = setup.students if method.distil else None, setup.text[-JUDGED:]
+    judge = Refitted(setup.model, setup.shape, text, method.compensation, students, setup.note)
+    about = [setup.shape.fingerprint, method.compensation, len(setup.text), len(text)]
+    return WrittenDown(judge, setup.folder / f"judged-{method.compensation}-{len(setup.text)}.jsonl", about)
+
+
+def _judging(setup: Setup, found: StageRemovals) -> int:
+    """Block-forwards of having the last word on finalists, at most."""
+    lost = [getattr(found, stage).solution.saved for stage in STAGES]
+    counts = [len(found.finalists.get(stage, ())) for stage in STAGES]
+    size, texts = (setup.shape.num_blocks, *lost), len(setup.text[-JUDGED:])
+    again = judged_forwards(*size, texts, 0, len(found.passed_over))
+    return judged_forwards(*size, texts, *counts) + again
+
+
+def _published(setup: Setup, removed: int) -> int:
+    """Block-forwards of SLEB that keeps nothing."""
+    config, (count, length) = setup.model.config.to_dict(), setup.ids.shape
+    asked = PruningSection(method="sleb", prefill_blocks=prefill_blocks(removed), decode_blocks=removed)
+    cost = search_cost(config, asked, CalibrationSection(sequences=count, length=length))
+    assert cost is not None
+    return cost.most
+
+
+class _CachedSLEB(Greedy):
+    def __init__(self) -> None:
+        super().__init__(race_z=None)
+
+    def __repr__(self) -> str:
+        return "sleb-cached"
