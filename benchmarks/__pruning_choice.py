@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from __pruning_methods import METHODS, Method, prefill_blocks
+from __results import commit
 from torch import Tensor
 
 from pdtrim_deploy.blockwise import CausalLM
@@ -77,7 +78,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Choice:
-    """What a method loses, what that loses on the text that chose, and the cost of finding it."""
+    """What a method loses, what that loses on the text that chose, the cost of finding it and the commit that did."""
 
     prefill: Solution
     decode: Solution
@@ -85,6 +86,7 @@ class Choice:
     calibration_loss: float
     seconds: float | None
     block_forwards: int
+    chosen_at: str
 
     @property
     def said(self) -> dict[str, Any]:
@@ -94,6 +96,7 @@ class Choice:
     @classmethod
     def read(cls, row: dict[str, Any]) -> Choice:
         """The inverse of `said`."""
+        row = {"chosen_at": row["commit"]} | row  # by older rows not said apart
         told = {field.name: row[field.name] for field in fields(cls)}
         return cls(**told | {stage: Solution.read(row[stage]) for stage in STAGES})
 
@@ -144,6 +147,7 @@ def _searched(setup: Setup, method: Method, removed: int, seed: int) -> Choice:
         found.decode.loss,
         sum(end.seconds for end in ends),
         sum(end.block_forwards for end in ends) + more,
+        commit(),
     )
 
 

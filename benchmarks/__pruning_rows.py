@@ -64,12 +64,12 @@ class Rows:
         return None
 
     def alike(self, row: dict[str, Any]) -> dict[str, Any] | None:
-        """How the very same plan was judged, if the same was done for the blocks that are left."""
+        """How the very same plan was judged, and at which commit, if the same was done for what is left."""
         treatment = METHODS[row["method"]].treatment
         for known in self.read():
             same = known["removed"] and all(known[stage] == row[stage] for stage in ("prefill", "decode"))
             if same and METHODS[known["method"]].treatment == treatment:
-                return {name: known[name] for name in _JUDGED}
+                return {name: known[name] for name in _JUDGED} | {"judged_at": known.get("judged_at", known["commit"])}
         return None
 
     def add(self, row: dict[str, Any]) -> None:

@@ -115,7 +115,7 @@ class _Bench:
             row |= same
         elif judge:
             pair, row["fit_seconds"] = stages(self.setup, method, found, self._fitted / "weights")
-            row |= self._judged(pair) | {"unified_ppl": self._ppl(unified(pair), "brown")}
+            row |= self._judged(pair) | {"unified_ppl": self._ppl(unified(pair), "brown"), "judged_at": commit()}
         if judge:
             self._note(
                 f"{name}, {removed} blocks, seed {seed}: Brown {row['brown_ppl']:.2f}, Austen {row['austen_ppl']:.2f}"

@@ -47,21 +47,22 @@ def test_a_row_half_written_is_made_again(kept, tmp_path):
 
 def test_the_same_plan_treated_the_same_shares_what_was_judged(kept, tmp_path):
     judged = dict.fromkeys(("fit_seconds", "brown_ppl", "austen_ppl", "choice", "choice_loss", "unified_ppl"), 1.0)
-    row = {"method": "SLEB", "removed": 2, "seed": 0, "prefill": "3", "decode": "3, 4"}
+    row = {"method": "SLEB", "removed": 2, "seed": 0, "prefill": "3", "decode": "3, 4", "commit": "a"}
     rows = kept.Rows(tmp_path / "rows.jsonl", [row | judged | {"method": "ours, no annealing", "brown_ppl": 0.5}])
     assert rows.alike(row) is None, "its gaps were refitted"
     assert rows.alike(row | {"method": "ours, healed"}) is None, "then healed"
-    assert rows.alike(row | {"method": "ours"}) == judged | {"brown_ppl": 0.5}
-    rows.add(row | judged | {"method": "ShortGPT"})
-    assert rows.alike(row) == judged
+    assert rows.alike(row | {"method": "ours"}) == judged | {"brown_ppl": 0.5, "judged_at": "a"}
+    rows.add(row | judged | {"method": "ShortGPT", "commit": "c", "judged_at": "b"})
+    assert rows.alike(row) == judged | {"judged_at": "b"}
     assert rows.alike(row | {"method": "LLM-Streamline"}) is None, "a layer is taught"
     assert rows.alike(row | {"decode": "3, 5"}) is None
 
 
 def test_a_method_takes_the_blocks_of_another_that_chooses_alike(kept, tmp_path):
     found = {"prefill": "nothing", "decode": "4, 7, 12+13", "prefill_loss": 3.5, "calibration_loss": 3.75}
-    found |= {"seconds": 60.0, "block_forwards": 900}
-    rows = kept.Rows(tmp_path / "rows.jsonl", [found | {"method": "ours", "removed": 4, "seed": 1, "brown_ppl": 40.0}])
+    found |= {"seconds": 60.0, "block_forwards": 900, "chosen_at": "a"}
+    row = found | {"method": "ours", "removed": 4, "seed": 1, "brown_ppl": 40.0, "commit": "b"}
+    rows = kept.Rows(tmp_path / "rows.jsonl", [row])
     chosen = rows.chosen("ours, healed", 4, 1)
     assert chosen.said == found, "healing comes after the choice"
     assert (chosen.decode.removed, chosen.decode.distilled) == ((4, 7), (12,))
@@ -72,8 +73,17 @@ def test_a_method_takes_the_blocks_of_another_that_chooses_alike(kept, tmp_path)
 
 
 def test_a_search_that_was_counted_and_not_run_lends_nothing(kept, tmp_path):
-    found = {"prefill": "3", "decode": "3, 4", "prefill_loss": 3.5, "calibration_loss": 3.75, "removed": 2, "seed": 0}
+    found = {
+        "prefill": "3",
+        "decode": "3, 4",
+        "prefill_loss": 3.5,
+        "calibration_loss": 3.75,
+        "removed": 2,
+        "seed": 0,
+        "commit": "a",
+    }
     counted = found | {"method": "SLEB", "seconds": None, "block_forwards": 25552}
     run = found | {"method": "SLEB, cached", "seconds": 60.0, "block_forwards": 13894}
     assert kept.Rows(tmp_path / "counted.jsonl", [counted]).chosen("SLEB, cached", 2, 0) is None
-    assert kept.Rows(tmp_path / "run.jsonl", [counted, run]).chosen("SLEB", 2, 0).block_forwards == 13894
+    chosen = kept.Rows(tmp_path / "run.jsonl", [counted, run]).chosen("SLEB", 2, 0)
+    assert (chosen.block_forwards, chosen.chosen_at) == (13894, "a")
