@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.plan import NativeDtype
@@ -18,6 +18,7 @@ from pdtrim_deploy.recipe_kv import KVSection
 from pdtrim_deploy.recipe_pruning import PruningSection
 from pdtrim_deploy.recipe_targets import TargetsSection
 from pdtrim_deploy.recipe_yaml import Origins, compose
+from pdtrim_deploy.seed import Seed
 from pdtrim_deploy.yaml_errors import sentence
 
 Corpus = Annotated[
@@ -42,7 +43,7 @@ class CalibrationSection(_Section):
     corpus: Corpus = "brown"
     sequences: PositiveInt = 16
     length: Annotated[int, Field(ge=16)] = 256
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
 
 
 class EvaluationSection(_Section):
@@ -52,7 +53,7 @@ class EvaluationSection(_Section):
     sequences: PositiveInt = 8
     prompt_tokens: PositiveInt = 448
     continuation_tokens: Annotated[int, Field(ge=2)] = 64
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
 
 
 class Recipe(_Section):
@@ -91,6 +92,11 @@ class Recipe(_Section):
                 f"healing.sequences is {asked.sequences} but pruning.finalists is {pruning.finalists}; allowed with "
                 f"{asked.compensation}: at least {least}, since finalists are judged on sequences that nothing was "
                 f"fitted to"
+            )
+        if asked.prefill_steps and not (pruning.prefill_blocks or asked.kv_only_blocks):
+            raise ValueError(
+                f"healing.prefill_steps is {asked.prefill_steps} but prefill loses no block; allowed: 0, or "
+                f"pruning.prefill_blocks or healing.kv_only_blocks of at least 1"
             )
         if asked.decode_steps and not pruning.decode_blocks:
             raise ValueError(

@@ -6,6 +6,8 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 
+from pdtrim_deploy.seed import Seed
+
 # Names of a registry that needs torch to import; a test holds them equal.
 CompensationMethod = Literal["none", "norm", "least-squares"]
 COMPENSATION_METHODS: tuple[str, ...] = get_args(CompensationMethod)
@@ -34,7 +36,7 @@ class StudentsSection(_Section):
     minutes: _Minutes | None = None
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4
     batch: PositiveInt = 4
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
 
     @model_validator(mode="after")
     def _meaningful(self) -> StudentsSection:
@@ -70,7 +72,7 @@ class HealingSection(_Section):
     batch: PositiveInt = 4
     sequences: PositiveInt = 64
     length: Annotated[int, Field(ge=16)] = 256
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
 
     @model_validator(mode="after")
     def _meaningful(self) -> HealingSection:

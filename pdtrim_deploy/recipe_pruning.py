@@ -6,6 +6,8 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 
+from pdtrim_deploy.seed import Seed
+
 # Names of a registry that needs torch to import; a test holds them equal.
 PruningMethod = Literal["anneal", "cosine", "greedy", "perplexity", "random", "sleb", "streamline"]
 PRUNING_METHODS: tuple[str, ...] = get_args(PruningMethod)
@@ -50,7 +52,7 @@ class PruningSection(BaseModel):
     threshold: Annotated[float, Field(gt=-1, lt=1)] = 0.95
     steps: NonNegativeInt = 150
     minutes: Annotated[float, Field(gt=0)] | None = None
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     finalists: NonNegativeInt = 0
     memory_mb: PositiveInt = 1024
     disk_mb: NonNegativeInt = 0

@@ -8,6 +8,7 @@ import click
 
 from pdtrim_deploy.cache import Cache
 from pdtrim_deploy.cli import options
+from pdtrim_deploy.seed import MOST
 
 
 @click.command()
@@ -18,7 +19,7 @@ from pdtrim_deploy.cli import options
 @click.option("--rounds", type=click.IntRange(1), default=4, show_default=True, help="Turns of each pair.")
 @click.option("--prompt-tokens", type=options.Lengths(), default="320", show_default=True)
 @click.option("--output-tokens", type=options.Lengths(), default="24", show_default=True)
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0, MOST), default=0, show_default=True)
 @click.option("--dry-run", is_flag=True, help="Say what the pruned bundle's build would do and how large it gets.")
 @click.option("--pareto", type=options.path, help="benchmarks/results/kv.json, for the page.")
 @click.option("--faults", type=options.path, help="benchmarks/results/faults.json, for the page.")

@@ -13,6 +13,7 @@ from click.core import ParameterSource
 
 from pdtrim_deploy.cli import options
 from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.seed import MOST
 
 if TYPE_CHECKING:
     from pdtrim_deploy.simulation import SizedSide
@@ -133,7 +134,9 @@ def workers_options(command: Callable[..., Any]) -> Callable[..., Any]:
         "and the next two."
     )
     for option in (
-        click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the simulated arrivals."),
+        click.option(
+            "--seed", type=click.IntRange(0, MOST), default=0, show_default=True, help="Of the simulated arrivals."
+        ),
         click.option("--requests", type=click.IntRange(1), default=20000, show_default=True, help="To be simulated."),
         click.option("--simulate", is_flag=True, help="Simulate the workers found, too."),
         click.option("--link-each", is_flag=True, help="--link is of each prefill worker, not one for all."),

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 CANDIDATES = f"{REPORTS}/candidates.json"
 SEARCHES = tuple(f"{REPORTS}/search-{stage}.jsonl" for stage in STAGES)
 SEARCHED_AGAIN, JUDGED = f"{REPORTS}/search-decode-again.jsonl", f"{REPORTS}/judged.jsonl"
-PRUNED = (PRUNING, CANDIDATES, *SEARCHES, SEARCHED_AGAIN, JUDGED)
+FINALISTS = tuple(name.replace(".jsonl", "-finalists.jsonl") for name in (*SEARCHES, SEARCHED_AGAIN))
+_JUDGE = 2  # version of how finalists are judged
+PRUNED = (PRUNING, CANDIDATES, *SEARCHES, SEARCHED_AGAIN, *FINALISTS, JUDGED)
 
 
 def prune(context: Context) -> None:
@@ -33,9 +35,8 @@ def prune(context: Context) -> None:
     asked = context.recipe.pruning
     (context.out / CANDIDATES).unlink(missing_ok=True)
     going = (asked.prefill_blocks, asked.decode_blocks - asked.prefill_blocks)
-    for search, blocks in zip(SEARCHES, going, strict=True):
-        if not blocks:  # what an earlier recipe's search left is none of this bundle's
-            (context.out / search).unlink(missing_ok=True)
+    for blocks, *left in zip(going, SEARCHES, FINALISTS[:2], strict=True):
+        _unlink(context, bool(blocks), left)  # what an earlier recipe's search left is none of this bundle's
     report: dict[Stage, Any] = {stage: {"removed": [], "pairs": [], "loss": None, "trajectory": []} for stage in STAGES}
     again = False
     if asked.decode_blocks:
@@ -69,10 +70,15 @@ def prune(context: Context) -> None:
             )
         report = {stage: _stage_report(getattr(found, stage), found.finalists.get(stage)) for stage in STAGES}
         again = any(one.behind is not None for one in found.finalists.get("prefill", ()))
-    for kept, file in ((again, SEARCHED_AGAIN), (asked.finalists, JUDGED)):
-        if not kept:
-            (context.out / file).unlink(missing_ok=True)
+    _unlink(context, again, (SEARCHED_AGAIN, FINALISTS[2]))
+    _unlink(context, bool(asked.finalists), (*FINALISTS, JUDGED))
     write_json(context.out / PRUNING, report)
+
+
+def _unlink(context: Context, kept: bool, files: Sequence[str]) -> None:
+    """Those that are not kept."""
+    for file in files if not kept else ():
+        (context.out / file).unlink(missing_ok=True)
 
 
 @contextmanager
@@ -112,7 +118,7 @@ def _judge(context: Context, model: Any, students: Any, about: Any) -> Judge:
     asked, ids = context.recipe.healing, texts.judged(context)
     together = 1 if context.bounded else None
     judge = Refitted(model, context.shape, ids, asked.compensation, students, context.note, together)
-    said = [context.checkpoint.fingerprint, asked.compensation, texts.digest(ids), about]
+    said = [_JUDGE, context.checkpoint.fingerprint, asked.compensation, texts.digest(ids), about]
     return WrittenDown(judge, context.out / JUDGED, said)
 
 

@@ -39,5 +39,5 @@ def judged(context: Context) -> Tensor:
 
 
 def digest(ids: Tensor) -> str:
-    """SHA-256 of text."""
-    return hashlib.sha256(ids.numpy().tobytes()).hexdigest()
+    """SHA-256 of text, and of how long its sequences are."""
+    return hashlib.sha256(f"{tuple(ids.shape)}".encode() + ids.numpy().tobytes()).hexdigest()

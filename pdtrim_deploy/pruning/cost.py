@@ -86,27 +86,30 @@ def search_cost(
             pruning.finalists,
             pruning.finalists,
             together=(pruning.blocks_in_memory or blocks) >= blocks,
+            twice=healing.compensation == "norm",
         )
         windows = _windows(blocks, pruning.prefill_blocks, pruning.decode_blocks, count)
         most, likely = most + judging + windows, likely + judging + windows
         flops += 2 * block_size * (judging * healing.length + windows * length)
         flops += refits * _gram(config) * healing.judged * _refitted(blocks, pruning, healing.length)
-        most += _again(blocks, pruning, count, healing.judged)
+        most += _again(blocks, pruning, count, healing)
     if pruning.distil:  # redundancy and states by one pass each; each pair's student begins as the better of two
         taught, tokens = _taught(pruning, text, healing)
         making, pairs = (count + 2 * taught) * blocks, blocks // 2
         most, likely = most + making, likely + making
         flops += 2 * block_size * blocks * (count * length + 2 * taught * tokens)
         flops += 2 * pairs * _gram(config) * taught * tokens
-    wanted = count * length * hidden * _FLOAT * blocks
-    kept = min(pruning.memory_mb << 20, wanted)
-    keeps = pruning.method in EVALUATED
+    state = count * length * hidden * _FLOAT  # between two layers
+    if pruning.method in EVALUATED:  # every state that is made is kept, as long as there is room
+        states = min(pruning.memory_mb << 20, round(most / count) * state)
+        disk = min(pruning.disk_mb << 20, round(most / count) * state - states)
+    else:
+        states, disk = (pruning.decode_blocks + 1 if pruning.method == "streamline" else 2) * state, 0
     return SearchCost(
         weights=(min(blocks, pruning.blocks_in_memory or blocks) * block_size + embeddings) * _FLOAT,
-        states=kept if keeps else count * length * hidden * _FLOAT,
-        states_wanted=wanted,
-        disk=(min(pruning.disk_mb << 20, wanted - kept) if keeps else 0)
-        + (_hidden_files(config, *_taught(pruning, text, healing)) if pruning.distil else 0),
+        states=states,
+        states_wanted=blocks * state,
+        disk=disk + (_hidden_files(config, *_taught(pruning, text, healing)) if pruning.distil else 0),
         prompt_kv=2 * blocks * count * (length // 2) * kv_width * _FLOAT,
         fitted=fitted_bytes(config, pruning, refits) if refits or pruning.distil else 0,
         most=round(most),
@@ -148,19 +151,25 @@ def judged_forwards(
     prefill_judged: int,
     decode_judged: int,
     together: bool = True,
+    twice: bool = False,
 ) -> int:
     """Block-forwards of compensating and judging so many finalists of each stage (`refitted`), at most.
 
     Each sequence is fitted on once and judged on once. Fitting runs, where a layer is refitted, twice the stage; around
     it the dense model and, for decode, prefill, once for all finalists or, if they are not compensated `together`, for
-    each. Judging runs both stages. Prefill is compensated once for all of decode's.
+    each. Judging runs both stages. Prefill is compensated once for all of decode's. What may be left out where it does
+    not help (`norm`) is judged `twice`, with it and without; fitting it runs the dense model alone.
     """
     prefill, decode, total = blocks - prefill_lost, blocks - decode_lost, 0
     if prefill_lost and prefill_judged:
-        total += blocks * (1 if together else prefill_judged) + prefill_judged * 3 * prefill
+        total += blocks * (1 if together else prefill_judged) + prefill_judged * (2 if twice else 3) * prefill
     if decode_lost > prefill_lost and decode_judged:
-        around = (blocks + prefill) * (1 if together else decode_judged)
-        total += blocks + 2 * prefill + around + decode_judged * (prefill + 3 * decode)
+        count = 1 if together else decode_judged
+        if twice:
+            total += (3 * blocks + 2 * prefill if prefill_lost else 0) + blocks * count
+            total += 2 * decode_judged * (prefill + decode)
+        else:
+            total += blocks + 2 * prefill + (blocks + prefill) * count + decode_judged * (prefill + 3 * decode)
     return sequences * total
 
 
@@ -189,7 +198,7 @@ def _refitted(blocks: int, pruning: PruningSection, length: int) -> int:
     return total
 
 
-def _again(blocks: int, pruning: PruningSection, sequences: int, healing_sequences: int) -> int:
+def _again(blocks: int, pruning: PruningSection, sequences: int, healing: HealingSection) -> int:
     """Block-forwards at most of searching decode once more, behind where prefill's search began.
 
     It is done where finalists gave prefill another answer: most often not, so nobody should wait for it.
@@ -198,7 +207,8 @@ def _again(blocks: int, pruning: PruningSection, sequences: int, healing_sequenc
     if not 0 < first < last or pruning.finalists < 2:
         return 0
     work = _WORK[pruning.method](blocks, first, last, pruning.steps).most + blocks - first
-    judged = judged_forwards(blocks, first, last, healing_sequences, 0, pruning.finalists, together=False)
+    twice = healing.compensation == "norm"
+    judged = judged_forwards(blocks, first, last, healing.judged, 0, pruning.finalists, together=False, twice=twice)
     return round(work * sequences) + _windows(blocks, first, last, sequences) + judged
 
 

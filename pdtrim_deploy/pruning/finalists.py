@@ -10,14 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
-
-import torch
+from statistics import fmean
+from typing import Any, Protocol
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.plan import Stage
 from pdtrim_deploy.pruning.evaluator import mean_loss
-from pdtrim_deploy.pruning.search import Problem, SearchResult, Step
+from pdtrim_deploy.pruning.search import Problem, SearchResult, Step, Trajectory
 from pdtrim_deploy.pruning.solution import Solution
 
 
@@ -49,46 +48,78 @@ def last_word(
     found: SearchResult,
     judge: Judge,
     count: int,
+    log: Trajectory,
     progress: Callable[[str], None],
 ) -> tuple[SearchResult, tuple[Finalist, ...]]:
     """The best of `count` finalists in the judge's eyes, as the search's result, and all of them, best first.
 
     Where all candidates are one solution there is nothing to judge, and none is named. Ties go to the search's own
-    order. UserError when a loss is not a number.
+    order. What is evaluated for this stands in `log`. UserError when a loss is not a number.
     """
-    solutions = list(dict.fromkeys(_field(problem, found)))[:count]
+    looks = _Looks(problem, log)
+    solutions = list(dict.fromkeys(_field(problem, found, looks)))[:count]
     if len(solutions) == 1:
         return found, ()
-    losses = [mean_loss(problem.evaluator, solution) for solution in solutions]
+    losses = looks.at("finalists", lambda: [mean_loss(problem.evaluator, solution) for solution in solutions])
     judged = judge(stage, problem.forced, solutions)
     if not all(map(math.isfinite, judged)):
         raise UserError("a finalist's loss is not a number; load the model in float32, check its weights")
+    looks.at("judged", lambda: judged)  # and with it the seconds that this took
     finalists = [Finalist(*row) for row in zip(solutions, losses, judged, strict=True)]
     for one in finalists:
         progress(f"finalist {one.solution}: loss {one.loss:.4f}, compensated {one.judged:.4f}")
     ranked = sorted(finalists, key=lambda one: one.judged)
-    return answering(_so_far(found, problem), problem.forced, ranked[0]), tuple(ranked)
+    return answering(_so_far(found, looks), problem.forced, ranked[0]), tuple(ranked)
 
 
-def _field(problem: Problem, found: SearchResult) -> Iterator[Solution]:
+class _Looks:
+    """What was evaluated for the last word, written down: a build that was stopped does not evaluate it again."""
+
+    def __init__(self, problem: Problem, log: Trajectory) -> None:
+        self._problem, self._log, self._before = problem, log, problem.evaluator.block_forwards
+
+    def at(self, name: str, found: Callable[[], list[Any]]) -> list[Any]:
+        """What an earlier run found there, or else `found()`, as JSON has it."""
+        row = self._log.replay()
+        if row is None:
+            row = {name: found()}
+            self._log.append(**row, block_forwards=self._here)
+        return list(row[name])
+
+    @property
+    def _here(self) -> int:
+        return self._log.forwards_before + self._problem.evaluator.block_forwards - self._before
+
+    @property
+    def cost(self) -> tuple[float, int]:
+        """Seconds and block-forwards of the search and of all this."""
+        return (
+            self._problem.trajectory.seconds + self._log.seconds_before,
+            self._problem.spent + self._log.forwards_before,
+        )
+
+
+def _field(problem: Problem, found: SearchResult, looks: _Looks) -> Iterator[Solution]:
     yield found.solution
     yield from found.others[:1]
-    yield _window(problem)
+    yield _window(problem, looks)
     yield from found.others[1:]
 
 
-def _window(problem: Problem) -> Solution:
+def _window(problem: Problem, looks: _Looks) -> Solution:
     """The run of adjacent candidates that costs least; half of those in play leave after each part of the text."""
     free, evaluator = problem.candidates, problem.evaluator
     size = problem.remove - problem.forced.saved
     running = [problem.without(free[at : at + size]) for at in range(len(free) - size + 1)]
-    losses = {solution: torch.empty(0) for solution in running}
+    losses: dict[Solution, list[float]] = {solution: [] for solution in running}
     for batch in range(evaluator.batches):
-        found = evaluator.evaluate(running, batch)
-        for solution, more in zip(running, found, strict=True):
-            losses[solution] = torch.cat((losses[solution], more.double().mean(1)))
-        running.sort(key=lambda solution: float(losses[solution].mean()))
-        running = running[: math.ceil(len(running) / 2)]
+
+        def look(running: list[Solution] = running, batch: int = batch) -> list[list[float]]:
+            return [found.double().mean(1).tolist() for found in evaluator.evaluate(running, batch)]
+
+        for solution, more in zip(running, looks.at("windows", look), strict=True):
+            losses[solution] += more
+        running = sorted(running, key=lambda solution: fmean(losses[solution]))[: math.ceil(len(running) / 2)]
     return running[0]
 
 
@@ -105,8 +136,8 @@ def answering(found: SearchResult, forced: Solution, best: Finalist) -> SearchRe
     return replace(found, trajectory=tuple(steps))
 
 
-def _so_far(found: SearchResult, problem: Problem) -> SearchResult:
+def _so_far(found: SearchResult, looks: _Looks) -> SearchResult:
     """`found` at the cost of all so far."""
-    seconds, spent = problem.trajectory.seconds, problem.spent
+    seconds, spent = looks.cost
     last = replace(found.trajectory[-1], seconds=seconds, block_forwards=spent)
     return replace(found, trajectory=(*found.trajectory[:-1], last))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
@@ -84,8 +84,11 @@ class HiddenStates:
     def _keep(self, key: _Key, hidden: Tensor) -> None:
         left = [(key, hidden)]
         for shelf in self._shelves:
-            spare = [old for old in shelf.states if old[1] != self._settled[: len(old[1])]]
-            left = [gone for state in left for gone in shelf.keep(*state, spare)]
+            left = [gone for state in left for gone in shelf.keep(*state, self._stays)]
+
+    def _stays(self, key: _Key) -> bool:
+        """Whether it is of the settled route."""
+        return key[1] == self._settled[: len(key[1])]
 
 
 class _Shelf:
@@ -94,18 +97,27 @@ class _Shelf:
     def __init__(self, limit: int) -> None:
         self.limit, self.held, self.states = limit, 0, OrderedDict[_Key, Tensor]()
 
-    def keep(self, key: _Key, hidden: Tensor, spare: list[_Key]) -> list[tuple[_Key, Tensor]]:
-        """What there is no room for: some of `spare`, which lose their place to this one, or else this one."""
+    def keep(self, key: _Key, hidden: Tensor, stays: Callable[[_Key], bool]) -> list[tuple[_Key, Tensor]]:
+        """What there is no room for: old ones that do not stay lose their place to this one, or else this one."""
         size, gone = hidden.numel() * hidden.element_size(), list[tuple[_Key, Tensor]]()
-        while self.held + size > self.limit and spare:
-            old = spare.pop(0)
+        while self.held + size > self.limit:
+            old = self._oldest(stays)
+            if old is None:
+                return [*gone, (key, hidden)]
             gone.append((old, self.states.pop(old)))
             self.held -= gone[-1][1].numel() * gone[-1][1].element_size()
-        if self.held + size > self.limit:
-            return [*gone, (key, hidden)]
         self.states[key] = self.store(hidden)
         self.held += size
         return gone
+
+    def _oldest(self, stays: Callable[[_Key], bool]) -> _Key | None:
+        """The least recently used that does not stay. Those that do go to the end, out of the next one's way."""
+        for _ in range(len(self.states)):
+            key = next(iter(self.states))
+            if not stays(key):
+                return key
+            self.states.move_to_end(key)
+        return None
 
     def store(self, hidden: Tensor) -> Tensor:
         return hidden

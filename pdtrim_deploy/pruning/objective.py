@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -79,21 +80,31 @@ class NextTokenLoss:
         self._runner, self._students = Blockwise(model), students
         self.blocks, self.block_forwards = len(self._runner.layers), 0
         first = 1 if ids.shape[1] - prompt_tokens - 1 >= _ENOUGH else 2
-        sizes = _growing(len(ids), batch, first)
-        self._batches = [self._prepare(part, prompt_tokens, prefill) for part in ids.split(sizes)]
-        self.batches = len(self._batches)
+        self._parts = ids.split(_growing(len(ids), batch, first))
+        self._prompt_tokens, self._prefill, self.batches = prompt_tokens, prefill, len(self._parts)
 
-    @torch.no_grad()
-    def _prepare(self, ids: Tensor, prompt_tokens: int, prefill: Solution) -> _Batch:
-        prompt_kv: dict[int, LayerKV] = {}
-        if prompt_tokens:
-            hidden, span = self._runner.embed(ids[:, :prompt_tokens])
-            for op in prefill.route(self.blocks):
-                prompt_kv[op[0]] = LayerKV()
-                hidden = self._runner.block(op[0], hidden, span, prompt_kv[op[0]], self._student(op))
-                self.block_forwards += len(ids)
-        first, span = self._runner.embed(ids[:, prompt_tokens:-1], prompt_tokens)
-        return _Batch(first, span, ids[:, prompt_tokens + 1 :], prompt_kv)
+    @cached_property
+    def _batches(self) -> list[_Batch]:
+        """Made when first asked for: where others evaluate, or an earlier run has, prompts need not be read."""
+        at = self._prompt_tokens
+        with torch.no_grad():
+            return [
+                _Batch(*self._runner.embed(ids[:, at:-1], at), ids[:, at + 1 :], kv)
+                for ids, kv in zip(self._parts, self._prompt_kv(), strict=True)
+            ]
+
+    def _prompt_kv(self) -> list[dict[int, LayerKV]]:
+        """Prefill's, of each batch; all go through together: a block that is read from disk comes once."""
+        found: list[dict[int, LayerKV]] = [{} for _ in self._parts]
+        if not self._prompt_tokens:
+            return found
+        states = [self._runner.embed(ids[:, : self._prompt_tokens]) for ids in self._parts]
+        for op in self._prefill.route(self.blocks):
+            for batch, (hidden, span) in enumerate(states):
+                kv = found[batch][op[0]] = LayerKV()
+                states[batch] = self._runner.block(op[0], hidden, span, kv, self._student(op)), span
+                self.block_forwards += len(hidden)
+        return found
 
     def start(self, batch: int) -> Tensor:
         """Input of block 0."""

@@ -30,8 +30,8 @@ def similarity(
     """For each span n float64 `[blocks + 1 - n]`: mean over tokens of cos(x_i, x_{i+n}), from one pass over `ids`.
 
     Token 0 of each sequence, int64 `[S, T]`, is left out: it is the attention sink, whose state one block blows up a
-    hundredfold and others then leave as it is, so it tells nothing of the rest. max(spans) + 1 hidden states of a
-    batch exist at a time.
+    hundredfold and others then leave as it is, so it tells nothing of the rest. Each block runs on all of the text, for
+    it may come from disk; max(spans) + 1 hidden states of the text exist at a time.
 
     Raises:
         UserError: a hidden state is not a number.
@@ -39,18 +39,16 @@ def similarity(
     """
     runner, blocks = Blockwise(model), len(model.model.layers)
     total = {span: torch.zeros(blocks + 1 - span, dtype=torch.float64) for span in spans}
-    done = 0
-    for part in ids.split(batch):
-        hidden, span_ = runner.embed(part)
-        last = deque([hidden], max(spans) + 1)
-        for block in range(blocks):
-            last.append(runner.block(block, last[-1], span_))
+    starts = [runner.embed(part) for part in ids.split(batch)]
+    states = [deque([hidden], max(spans) + 1) for hidden, _ in starts]
+    for block in range(blocks):
+        for last, (_, at) in zip(states, starts, strict=True):
+            last.append(runner.block(block, last[-1], at))
             for span in (span for span in spans if span <= block + 1):
                 before, after = last[-1 - span][:, 1:], last[-1][:, 1:]
                 cosine = torch.cosine_similarity(before.float(), after.float(), dim=-1)
                 total[span][block + 1 - span] += cosine.double().sum()
-        done += len(part)
-        progress(f"redundancy: {done}/{len(ids)} sequences")
+        progress(f"redundancy: {block + 1}/{blocks} blocks")
     if not all(bool(torch.isfinite(sums).all()) for sums in total.values()):
         raise UserError("hidden states are not numbers; load the model in float32, check its weights")
     return {span: sums / (ids.shape[0] * (ids.shape[1] - 1)) for span, sums in total.items()}

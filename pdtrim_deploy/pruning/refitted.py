@@ -11,6 +11,7 @@ from torch import Tensor
 from pdtrim_deploy.blockwise import CausalLM
 from pdtrim_deploy.plan import KVSend, ModelShape, PDPlan, Stage
 from pdtrim_deploy.pruning.compensation import get_compensation
+from pdtrim_deploy.pruning.compensation.held_out import held_out
 from pdtrim_deploy.pruning.pair import StagePair
 from pdtrim_deploy.pruning.pd_loss import pd_loss, prefill_loss
 from pdtrim_deploy.pruning.solution import Solution
@@ -25,6 +26,8 @@ class StudentTensors(Protocol):
 @dataclass(frozen=True)
 class Refitted:
     """Compensates by `method` on one half of `ids`, judges on the other, and the other way round.
+
+    As a build does, it leaves rescaling (`norm`) out where that does not help; least squares ask that themselves.
 
     Attributes:
         model, shape: the dense model, float32.
@@ -45,27 +48,45 @@ class Refitted:
 
     def __call__(self, stage: Stage, prefill: Solution, solutions: Sequence[Solution]) -> list[float]:
         """Mean loss of each, nats a token: of all tokens for prefill, of those behind the prompt for decode."""
+        before = self._before(prefill) if stage == "decode" else "none"
+        losses = self._losses(stage, prefill, solutions, before, self.method)
+        if self.method != "norm":
+            return losses
+        return list(map(min, losses, self._losses(stage, prefill, solutions, before, "none")))
+
+    def _before(self, prefill: Solution) -> str:
+        """What prefill is compensated by when decode is judged behind it."""
+        if self.method != "norm" or not prefill.saved:
+            return self.method
+        pair = self._pair(prefill, prefill)
+        return "norm" if held_out(get_compensation("norm"), pair, "prefill", self.ids).kept else "none"
+
+    def _losses(
+        self, stage: Stage, prefill: Solution, solutions: Sequence[Solution], compensated: str, method: str
+    ) -> list[float]:
+        """Of each, prefill `compensated` by that where decode is judged, the stage itself by `method`."""
         halves = self.ids[0::2], self.ids[1::2]
         sums = [0.0] * len(solutions)
         for fitted, checked in (halves, halves[::-1]):
             before: Mapping[int, Mapping[str, Tensor]] = {}
             if stage == "decode":
-                before = self._mended([self._pair(prefill, prefill)], "prefill", fitted)[0].changed.get("prefill", {})
+                pairs = self._mended([self._pair(prefill, prefill)], "prefill", fitted, compensated)
+                before = pairs[0].changed.get("prefill", {})
             loss, step = prefill_loss if stage == "prefill" else pd_loss, self.together or len(solutions)
             for first in range(0, len(solutions), step):
                 some = solutions[first : first + step]
                 pairs = [self._pair(one if stage == "prefill" else prefill, one) for one in some]
-                pairs = self._mended([pair.with_changes("prefill", before) for pair in pairs], stage, fitted)
+                pairs = self._mended([pair.with_changes("prefill", before) for pair in pairs], stage, fitted, method)
                 self.note(f"{stage}: {len(pairs)} solutions compensated on {len(fitted)} sequences")
                 for at, pair in enumerate(pairs, first):
                     sums[at] += loss(pair, checked) * len(checked)
         return [total / len(self.ids) for total in sums]
 
-    def _mended(self, pairs: list[StagePair], stage: Stage, ids: Tensor) -> list[StagePair]:
+    def _mended(self, pairs: list[StagePair], stage: Stage, ids: Tensor, method: str) -> list[StagePair]:
         """All lose as many blocks."""
-        if len(pairs[0].plan.layers(stage)) == self.shape.num_blocks:
+        if method == "none" or len(pairs[0].plan.layers(stage)) == self.shape.num_blocks:
             return pairs
-        return get_compensation(self.method).compensate_all(pairs, stage, ids, lambda _: None)
+        return get_compensation(method).compensate_all(pairs, stage, ids, lambda _: None)
 
     def _pair(self, prefill: Solution, decode: Solution) -> StagePair:
         """Both stages, with students and no more."""

@@ -96,14 +96,16 @@ class StageSearch:
     def run(
         self, stage: Stage, name: str, remove: int, prompt_tokens: int, forced: Solution, progress: Progress
     ) -> Found:
-        """Save `remove` blocks, `forced` among them; written down as it goes in `search-NAME.jsonl`.
+        """Save `remove` blocks, `forced` among them.
+
+        Written down as it goes in `search-NAME.jsonl`, and what finalists lose in `search-NAME-finalists.jsonl`.
 
         Raises:
             UserError: more to remove than there is, loss not a number.
 
         """
-        path = self.folder / f"search-{name}.jsonl" if self.folder else None
-        trajectory = Trajectory(path, [*self._said, remove, prompt_tokens, vars(forced)])
+        asked = [*self._said, remove, prompt_tokens, vars(forced)]
+        trajectory = Trajectory(self._path(f"search-{name}"), asked)
         objective = NextTokenLoss(self.model, self.ids, prompt_tokens, forced, self.students)
         evaluator: Evaluator = InProcess(objective, self.memory, self.disk, self.folder)
         if self.elsewhere is not None:
@@ -114,13 +116,18 @@ class StageSearch:
         found = self._search.run(problem, progress)
         start, finalists = found.others[0] if found.others else found.solution, tuple[Finalist, ...]()
         if self.judge is not None and self.finalists:
-            found, finalists = last_word(stage, problem, found, self.judge, self.finalists, progress)
+            seen = [vars(one) for one in (found.solution, *found.others)]
+            log = Trajectory(self._path(f"search-{name}-finalists"), [*asked, self.finalists, seen])
+            found, finalists = last_word(stage, problem, found, self.judge, self.finalists, log, progress)
         return Found(found, start, finalists)
+
+    def _path(self, name: str) -> Path | None:
+        return self.folder / f"{name}.jsonl" if self.folder else None
 
     @property
     def _said(self) -> list[object]:
         """All that a search's answer depends on, as JSON."""
-        text = hashlib.sha256(self.ids.numpy().tobytes()).hexdigest()
+        text = hashlib.sha256(f"{tuple(self.ids.shape)}".encode() + self.ids.numpy().tobytes()).hexdigest()
         name = self.method if isinstance(self.method, str) else repr(self.method)
         chain = [self.settings.seed, self.settings.steps]  # minutes only say where it ends
         return [_VERSION, self.about, text, name, chain, sorted(self.protected), self.pairs]

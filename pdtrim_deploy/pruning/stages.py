@@ -75,8 +75,9 @@ def choose_stages(
         method: name of a search, or one of your own making.
         pairs, students: the distillation set by first blocks, and what its pairs become.
         memory, disk: bytes of hidden states kept in memory and in mapped files, at most.
-        folder: where each search leaves `search-STAGE.jsonl` (the second of decode `search-decode-again.jsonl`) and
-            goes on from it, and where those files are; None: nowhere, and in the system's temporary folder.
+        folder: where each search leaves `search-STAGE.jsonl` (the second of decode `search-decode-again.jsonl`), and
+            its finalists `search-STAGE-finalists.jsonl`, and goes on from them, and where those files are; None:
+            nowhere, and in the system's temporary folder.
         elsewhere: where solutions are evaluated; None: in this process.
         judge, finalists: has the last word on so many solutions of each search; without it the search's answer stands.
         about: what else the answer depends on (JSON): the model, how students are made.

@@ -17,6 +17,7 @@ from pdtrim_deploy.pruning.objective import NextTokenLoss
 from pdtrim_deploy.pruning.solution import Solution
 from pdtrim_deploy.pruning.stages import choose_stages
 from pdtrim_deploy.pruning.students import Students
+from pdtrim_deploy.pruning.students.states import HiddenFiles
 from pdtrim_deploy.recipe_healing import StudentsSection
 
 
@@ -82,6 +83,25 @@ def test_a_search_finds_the_same_and_reads_each_block_once_for_all_candidates(ch
     evaluator.evaluate([Solution.of({block}) for block in range(6)], 0)
     assert blocks.reads - before == 6
     assert sorted(tmp_path.glob("*")) == sorted(tmp_path.glob("search-*.jsonl"))  # files of states have no name
+
+
+def test_all_of_the_text_goes_through_a_block_before_the_next_one_is_read(checkpoint, tmp_path):
+    """Of an 8B model each pass over the text is sixteen gigabytes of reading."""
+    ids, count = text(9, 12), len(load_model(checkpoint.path).model.layers)
+    model, blocks = stream_model(checkpoint, 1)
+
+    def reads(run):
+        before = blocks.reads
+        run()
+        return blocks.reads - before
+
+    assert reads(lambda: find(model, ids)) == count
+    assert reads(lambda: HiddenFiles.record(model, ids, tmp_path)) == count
+    objective = NextTokenLoss(model, ids, 6, Solution.of((2,)))
+    assert objective.batches > 1
+    assert reads(lambda: objective.start(0)) == count - 1, "prompts of all batches"
+    assert reads(lambda: objective.start(1)) == 0
+    assert reads(lambda: NextTokenLoss(model, ids, 6)) == 0, "of prompts that nobody asks for"
 
 
 def test_a_module_replaced_by_hand_keeps_its_weights(checkpoint):

@@ -295,6 +295,7 @@ def test_recipes_without_it_have_no_such_step(recipe_of: Callable[..., Recipe], 
         ({"decode_steps": -1}, "healing.decode_steps is -1; allowed: an integer of at least 0"),
         ({"minutes": 0}, "healing.minutes is 0; allowed: a number above 0"),
         ({"epochs": 1}, "healing.epochs is not a known key"),
+        ({"seed": 2**64}, "healing.seed is 18446744073709551616; allowed: an integer from 0 to 4611686018427387904"),
     ],
 )
 def test_bad_sections_are_one_sentence(recipe_of: Callable[..., Recipe], section: dict, sentence: str) -> None:
@@ -307,7 +308,7 @@ def test_bad_sections_are_one_sentence(recipe_of: Callable[..., Recipe], section
     [
         ({"pruning": {}, "healing": {"decode_steps": 5}}, "healing is asked for but nothing is pruned"),
         (
-            {"students": {"steps": 5}, "pruning": {"decode_blocks": 2}},
+            {"students": {"steps": 5}, "pruning": {"decode_blocks": 2}, "healing": {}},
             "students.steps is 5 but pruning.distil is false",
         ),
         ({"healing": {"compensation": "norm", "minutes": 5}}, "healing.minutes is 5 but no steps are asked for"),
@@ -336,6 +337,10 @@ def test_bad_sections_are_one_sentence(recipe_of: Callable[..., Recipe], section
         (
             {"pruning": {}, "healing": {"kv_only_blocks": 1, "decode_steps": 5}},
             "healing.decode_steps is 5 but decode loses no block",
+        ),
+        (
+            {"pruning": {"decode_blocks": 2}, "healing": {"prefill_steps": 5}},
+            "healing.prefill_steps is 5 but prefill loses no block; allowed: 0, or pruning.prefill_blocks",
         ),
         ({"calibration": {"sequences": 1}, "healing": {}}, "calibration.sequences is 1 but pruning.distil is true"),
         (

@@ -138,7 +138,7 @@ def test_decode_searched_again_is_in_the_report_and_leaves_its_trajectory(
             return [-float(at) for at in range(len(solutions))]
         return [float((prefill == started[0]) != begun)] * len(solutions)
 
-    def last(problem: Problem) -> Solution:
+    def last(problem: Problem, _: object) -> Solution:
         return problem.without(problem.candidates[problem.forced.saved - problem.remove :])
 
     monkeypatch.setattr(Refitted, "__call__", judge)

@@ -264,6 +264,7 @@ def test_both_stages_leave_their_trajectory_and_nest(model, ids, tmp_path):
 def test_hidden_states_stay_within_memory_and_save_work(model, ids):
     def spend(memory):
         objective = NextTokenLoss(model, ids, SPLIT)
+        objective.start(0)  # prompts are read
         evaluator, before = InProcess(objective, memory), objective.block_forwards
         evaluator.settle(Solution((3,)))
         for block in (3, 4, 2, 1):

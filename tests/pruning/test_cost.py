@@ -12,6 +12,7 @@ from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.pipeline.preview import preview
 from pdtrim_deploy.pruning.candidates import find
 from pdtrim_deploy.pruning.cost import search_cost
+from pdtrim_deploy.pruning.hidden_states import HiddenStates
 from pdtrim_deploy.pruning.refitted import Refitted
 from pdtrim_deploy.pruning.search import Settings
 from pdtrim_deploy.pruning.search.greedy import Greedy
@@ -100,7 +101,7 @@ def test_students_are_priced(monkeypatch, tmp_path):
     files = (BLOCKS + 1) * 6 * 20 * model.config.hidden_size * 4
     assert with_them.disk - without.disk == files
     inner, hidden = sizes["intermediate_size"], sizes["hidden_size"]
-    assert with_them.memory - without.memory == 8 * (4 * inner * inner + 3 * inner * hidden)
+    assert with_them.fitted - without.fitted == 8 * (4 * inner * inner + 3 * inner * hidden)
     assert with_them.flops > without.flops
 
 
@@ -113,9 +114,11 @@ def test_refitting_finalists_is_priced():
     )
     inner, hidden = sizes["intermediate_size"], sizes["hidden_size"]
     equations = 8 * (4 * inner * inner + 3 * inner * hidden)
-    assert squares.memory - norm.memory == equations + 4 * 3 * BLOCKS * inner * hidden
+    assert squares.fitted - norm.fitted == equations + 4 * 3 * BLOCKS * inner * hidden
     layers = 20 * (3 + 1) * (BLOCKS - 1) + 10 * 3 * (BLOCKS - 2)
-    assert squares.flops - norm.flops == 6 * layers * 2 * inner * (inner + hidden)
+    block = (squares.weights // 4 - 97 * hidden * 2) // BLOCKS
+    runs = 2 * block * 20 * (squares.likely - norm.likely)
+    assert squares.flops - norm.flops - runs == pytest.approx(6 * layers * 2 * inner * (inner + hidden))
 
 
 def test_an_8b_model_is_priced_by_its_config_alone(tmp_path, cache, capsys):
@@ -148,6 +151,20 @@ def test_bounds_of_memory_bound_what_is_foretold(cache):
     assert (bounded.states, bounded.disk) == (1 << 20, 10 << 20)
     assert bounded.weights < whole.weights
     assert priced(blocks_in_memory=99).weights == whole.weights
+
+
+@pytest.mark.parametrize("method", ["greedy", "anneal", "perplexity"])
+@pytest.mark.parametrize("memory_mb", [1, 64])
+def test_no_more_hidden_states_are_held_than_foretold(method, memory_mb, monkeypatch):
+    model, ids, held = tiny("Llama"), text(32, 128), []
+    keep = HiddenStates._keep
+    monkeypatch.setattr(HiddenStates, "_keep", lambda self, *a: (keep(self, *a), held.append(self.held))[0])
+    choose_stages(model, ids, 1, 3, method=method, settings=Settings(0, 20), memory=memory_mb << 20)
+    steps = {"steps": 20} if method == "anneal" else {}
+    asked = PruningSection(method=method, prefill_blocks=1, decode_blocks=3, memory_mb=memory_mb, **steps)
+    cost = search_cost(model.config.to_dict(), asked, CalibrationSection(sequences=32, length=128))
+    assert cost.states_wanted / 8 < max(held) <= cost.states
+    assert (max(held) > cost.states_wanted) == (memory_mb > 1), "more is kept than one model's states"
 
 
 def test_a_folder_with_config_json_alone_is_priced_and_too_many_blocks_are_refused(tmp_path, cache, tiny_llama_dir):

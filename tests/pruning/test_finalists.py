@@ -9,16 +9,17 @@ from tinypd import BLOCKS, make_plan, text, tiny
 from pdtrim_deploy.blockwise import Blockwise
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.pruning.compensation import get_compensation
+from pdtrim_deploy.pruning.compensation.held_out import held_out
 from pdtrim_deploy.pruning.cost import judged_forwards
 from pdtrim_deploy.pruning.finalists import last_word
 from pdtrim_deploy.pruning.objective import NextTokenLoss
 from pdtrim_deploy.pruning.pair import StagePair
 from pdtrim_deploy.pruning.pd_loss import pd_loss, prefill_loss
 from pdtrim_deploy.pruning.refitted import Refitted
-from pdtrim_deploy.pruning.search import Problem, Settings
+from pdtrim_deploy.pruning.search import Problem, Settings, Trajectory
 from pdtrim_deploy.pruning.search.anneal import Anneal
 from pdtrim_deploy.pruning.search.greedy import Greedy
-from pdtrim_deploy.pruning.solution import Solution
+from pdtrim_deploy.pruning.solution import NOTHING, Solution
 from pdtrim_deploy.pruning.stages import choose_stages
 
 
@@ -66,7 +67,7 @@ def test_the_judge_has_the_last_word(model, wanted):
 
     problem = Problem(model, ids, NextTokenLoss(model, ids), 2)
     before = Anneal(Settings(seed=3, steps=30)).run(problem, quiet)
-    found, ranked = last_word("prefill", problem, before, judge, 3, quiet)
+    found, ranked = last_word("prefill", problem, before, judge, 3, Trajectory(), quiet)
     ((_, _, solutions),) = asked
     assert len(solutions) == len(set(solutions)) <= 3
     assert solutions[0] == before.solution
@@ -83,7 +84,7 @@ def test_the_best_run_of_adjacent_blocks_is_among_them(model):
     runs = [(0, 1, 2), (1, 2, 3), (2, 3, 4)]
     best = min(runs, key=lambda run: whole_loss(model, ids, run))
     found = replace(Greedy().run(problem, quiet), removed=(2, 0, 4))
-    _, ranked = last_word("prefill", problem, found, lambda *a: [0.0] * len(a[2]), 9, quiet)
+    _, ranked = last_word("prefill", problem, found, lambda *a: [0.0] * len(a[2]), 9, Trajectory(), quiet)
     assert {one.solution for one in ranked} == {found.solution, Solution.of(best)}
 
 
@@ -92,14 +93,14 @@ def test_a_verdict_that_is_no_number_is_refused(model):
     problem = Problem(model, ids, NextTokenLoss(model, ids), 2)
     found = replace(Greedy().run(problem, quiet), others=(Solution.of((0, 3)),))
     with pytest.raises(UserError, match="finalist's loss is not a number"):
-        last_word("prefill", problem, found, lambda *a: [float("nan")] * len(a[2]), 3, quiet)
+        last_word("prefill", problem, found, lambda *a: [float("nan")] * len(a[2]), 3, Trajectory(), quiet)
 
 
 def test_one_alone_is_not_judged(model):
     ids = text(6, 30)
     problem = Problem(model, ids, NextTokenLoss(model, ids), 1)
     before = Greedy(None).run(problem, quiet)
-    found, ranked = last_word("prefill", problem, before, lambda *_: pytest.fail("judged"), 3, quiet)
+    found, ranked = last_word("prefill", problem, before, lambda *_: pytest.fail("judged"), 3, Trajectory(), quiet)
     assert (found, ranked) == (before, ())
 
 
@@ -108,8 +109,8 @@ def test_each_half_is_judged_by_what_the_other_fitted(model, stage):
     ids, gone = text(6, 30), Solution.of((1, 3))
     shape = make_plan().model
     prefill = Solution.of((1,))
-    (judged,) = Refitted(model, shape, ids, "norm")(stage, prefill, [gone])
-    mend, total = get_compensation("norm").compensate, 0.0
+    (judged,) = Refitted(model, shape, ids, "least-squares")(stage, prefill, [gone])
+    mend, total = get_compensation("least-squares").compensate, 0.0
     for fitted, checked in ((ids[0::2], ids[1::2]), (ids[1::2], ids[0::2])):
         pair = StagePair(model, make_plan(gone.removed if stage == "prefill" else prefill.removed, gone.removed))
         pair = mend(pair, "prefill", fitted, quiet)
@@ -119,18 +120,62 @@ def test_each_half_is_judged_by_what_the_other_fitted(model, stage):
     assert judged == pytest.approx(total, abs=1e-5)
 
 
+@pytest.mark.parametrize("gone", [(0, 1), (0, 2), (0, 3), (0, 4), (1, 2), (1, 3), (2, 4), (3, 4)])
+def test_rescaling_that_does_not_help_is_judged_as_left_out(model, gone):
+    """As a build leaves it out: of each stage apart, prefill first."""
+    ids, norm, blocks = text(6, 30), get_compensation("norm"), Solution.of(gone)
+    shape, prefill = make_plan().model, Solution.of(gone[:1])
+    judge = Refitted(model, shape, ids, "norm")
+    found = held_out(norm, StagePair(model, make_plan(gone, gone)), "prefill", ids)
+    assert judge("prefill", NOTHING, [blocks]) == pytest.approx([min(found.before, found.after)], abs=1e-5)
+    first = held_out(norm, StagePair(model, make_plan(gone[:1], gone[:1])), "prefill", ids).kept
+    total = {True: 0.0, False: 0.0}
+    for fitted, checked in ((ids[0::2], ids[1::2]), (ids[1::2], ids[0::2])):
+        pair = StagePair(model, make_plan(gone[:1], gone))
+        pair = norm.compensate(pair, "prefill", fitted, quiet) if first else pair
+        for kept in total:
+            total[kept] += pd_loss(norm.compensate(pair, "decode", fitted, quiet) if kept else pair, checked) / 2
+    assert judge("decode", prefill, [blocks]) == pytest.approx([min(total.values())], abs=1e-5)
+
+
+@pytest.mark.parametrize("method", ["least-squares", "norm"])
 @pytest.mark.parametrize("together", [None, 1])
 @pytest.mark.parametrize("stage", ["prefill", "decode"])
-def test_block_forwards_are_no_more_than_is_said(model, stage, together, monkeypatch):
+def test_block_forwards_are_no_more_than_is_said(model, stage, together, method, monkeypatch):
     ids, ran, block = text(8, 30), [], Blockwise.block
     prefill, solutions = Solution.of((1,)), [Solution.of((1, 3)), Solution.of((0, 1)), Solution.of((1, 2))]
     if stage == "prefill":
         solutions = [Solution.of((b,)) for b in (1, 2, 3)]
     monkeypatch.setattr(Blockwise, "block", lambda self, *a: (ran.append(len(a[1])), block(self, *a))[1])
-    Refitted(model, make_plan().model, ids, "least-squares", together=together)(stage, prefill, solutions)
+    Refitted(model, make_plan().model, ids, method, together=together)(stage, prefill, solutions)
     judged = (3, 0) if stage == "prefill" else (0, 3)
-    most = judged_forwards(BLOCKS, 1, 2, len(ids), *judged, together=together is None)
+    most = judged_forwards(BLOCKS, 1, 2, len(ids), *judged, together=together is None, twice=method == "norm")
     assert 0.7 * most < sum(ran) <= most
+
+
+def test_a_search_that_was_finished_is_not_evaluated_again(model, tmp_path, monkeypatch):
+    ids, ran, block, asked = text(4, 30, seed=1), [], Blockwise.block, []
+
+    def judge(stage, prefill, solutions):
+        asked.append(stage)
+        return [float(at) for at in range(len(solutions))]
+
+    def chosen(finalists=4):
+        more = {"settings": Settings(0, 20), "judge": judge, "finalists": finalists, "folder": tmp_path}
+        return choose_stages(model, ids, 1, 3, method="anneal", **more)
+
+    first = chosen()
+    monkeypatch.setattr(Blockwise, "block", lambda self, *a: (ran.append(len(a[1])), block(self, *a))[1])
+    again = chosen()
+    assert not ran, "all is read"
+    assert (again.prefill.removed, again.decode.removed) == (first.prefill.removed, first.decode.removed)
+    assert again.finalists == first.finalists
+    spent = [found.decode.trajectory[-1].block_forwards for found in (first, again)]
+    assert spent[0] == spent[1]
+    once = asked[: len(asked) // 2]
+    assert once == asked[len(once) :] != [], "a judge keeps its own word (`verdicts`)"
+    chosen(3)
+    assert ran, "so many finalists are another question"
 
 
 def test_students_stand_for_pairs(model):
@@ -186,9 +231,10 @@ def test_decode_has_a_say_in_what_prefill_loses(model, method, begun, tmp_path):
     assert min(behind, key=behind.get) == found.prefill.solution
     assert found.prefill.loss == pytest.approx(whole_loss(model, ids, found.prefill.removed), abs=1e-5)
     spent = found.decode.trajectory[-1].block_forwards
-    files = ("search-decode.jsonl", "search-decode-again.jsonl")
+    searches = ("search-prefill", "search-decode", "search-decode-again")
+    files = [f"{name}{which}.jsonl" for name in searches for which in ("", "-finalists")]
     rows = [(tmp_path / name).read_text() for name in files]
-    assert {p.name for p in tmp_path.iterdir()} == {"search-prefill.jsonl", *files}
+    assert {p.name for p in tmp_path.iterdir()} == set(files)
     first = choose_stages(model, ids, 2, 4, method=method, settings=settings, judge=prefers_another(lambda *_: 0.0),
                           finalists=4)  # fmt: skip
     assert first.prefill.solution != start, "ties go to what prefill likes better"

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pdtrim_deploy.blockwise import Blockwise, CausalLM
+from pdtrim_deploy.blockwise import Blockwise, CausalLM, Span
 
 
 class HiddenFiles:
@@ -26,22 +26,20 @@ class HiddenFiles:
     def record(
         cls, model: CausalLM, ids: Tensor, folder: Path, batch: int = 4, note: Callable[[str], None] = lambda _: None
     ) -> HiddenFiles:
-        """Run `ids`, int64 `[S, T]`, once. OSError when the disk is full."""
-        runner, done = Blockwise(model), 0
-        files = [(folder / f"x{block}.f32").open("wb") for block in range(len(runner.layers) + 1)]
-        try:
+        """Run `ids`, int64 `[S, T]`, each block on all of it, for it may come from disk. OSError when that is full."""
+        runner, spans = Blockwise(model), list[Span]()
+        with (folder / "x0.f32").open("wb") as file:
             for part in ids.split(batch):
                 hidden, span = runner.embed(part)
-                _append(files[0], hidden)
-                for block in range(len(runner.layers)):
-                    hidden = runner.block(block, hidden, span)
-                    _append(files[block + 1], hidden)
-                done += len(part)
-                note(f"hidden states: {done}/{len(ids)} sequences")
-        finally:
-            for file in files:
-                file.close()
-        return cls(folder, (*ids.shape, hidden.shape[-1]))
+                spans.append(span)
+                _append(file, hidden)
+        files = cls(folder, (*ids.shape, hidden.shape[-1]))
+        for block in range(len(runner.layers)):
+            with (folder / f"x{block + 1}.f32").open("wb") as file:
+                for read, span in zip(files[block].split(batch), spans, strict=True):
+                    _append(file, runner.block(block, read.to(hidden.dtype), span))
+            note(f"hidden states: {block + 1}/{len(runner.layers)} blocks")
+        return files
 
     def __getitem__(self, block: int) -> Tensor:
         """`x_block`, float32 `[S, T, hidden]`; not to be written to."""
