@@ -103,13 +103,15 @@ def open_checkpoint(folder: Path, cache: Cache) -> Checkpoint:
         raise UserError(
             f"{folder}: no tokenizer ({', '.join(TOKENIZER_FILES)}); copy the model's tokenizer files there"
         )
-    tensors = {n: t for n, t in read_tensor_index(folder).items() if _is_weight(n, config)}
+    index = read_tensor_index(folder)
+    tensors = {n: t for n, t in index.items() if _is_weight(n, config)}
     missing = sorted(family.required_tensors(config) - set(tensors))
     if missing:
         raise UserError(f"{folder}: {len(missing)} tensors are missing, first {missing[0]}; get the model again")
     odd = [f"{n} is {t.dtype}" for n, t in tensors.items() if t.dtype not in DTYPES]
     if odd:
         raise UserError(f"{folder}: {odd[0]}; weights must be one of {', '.join(DTYPES.values())}")
+    _check_tied(folder, config, index)
     return Checkpoint(folder, config, family, _fingerprint(folder, config, family, tensors, cache), tensors)
 
 
@@ -143,6 +145,17 @@ def _is_weight(name: str, config: dict[str, Any]) -> bool:
     """Not a buffer of old exports, not a second copy of tied embeddings: neither changes what the model is."""
     tied = name == "lm_head.weight" and config.get("tie_word_embeddings", False)
     return not tied and not name.endswith("rotary_emb.inv_freq")
+
+
+def _check_tied(folder: Path, config: dict[str, Any], index: dict[str, TensorInfo]) -> None:
+    """Transformers runs an LM head that differs from the embeddings, whatever config.json says; we drop it."""
+    names = "lm_head.weight", "model.embed_tokens.weight"
+    both: dict[str, TensorInfo] = {name: index[name] for name in names if name in index}
+    if config.get("tie_word_embeddings", False) and len({digest for _, digest in tensor_digests(both)}) > 1:
+        raise UserError(
+            f"{folder}: config.json ties embeddings, but lm_head.weight is another than model.embed_tokens.weight; "
+            "set tie_word_embeddings to false"
+        )
 
 
 def _rope(config: dict[str, Any]) -> dict[str, Any]:

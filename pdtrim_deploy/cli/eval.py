@@ -14,6 +14,7 @@ from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.seed import MOST
 
 if TYPE_CHECKING:
+    from pdtrim_deploy.evaluation.quality import Quality
     from pdtrim_deploy.evaluation.tasks.report import Figure
 
 
@@ -50,11 +51,12 @@ def evaluate(
       pdtrim-deploy eval out/bundle
       pdtrim-deploy eval out/bundle --tasks perplexity,choice,needle,agreement --json
     """
-    from pdtrim_deploy.bundle import Bundle, write_atomic
+    from pdtrim_deploy.bundle import CARD, Bundle, write_atomic
     from pdtrim_deploy.cli.dry_run import say
     from pdtrim_deploy.cli.progress import Progress
     from pdtrim_deploy.doctor import Asked, require
     from pdtrim_deploy.model_card import refresh_cards
+    from pdtrim_deploy.plan import STAGES
     from pdtrim_deploy.report.environment import environment
 
     if tasks is None and items is not None:
@@ -72,19 +74,21 @@ def evaluate(
 
         for name in names:
             check(name)
+    path = options.writable(opened.reports_dir / ("tasks.json" if names else "eval.json"))
+    for stage in () if names else STAGES:
+        options.writable(opened.stage_dir(stage) / CARD)
     if dry_run:
-        saved = opened.reports_dir / ("tasks.json" if names else "eval.json")
         found: dict[str, object] = {"source": opened.recipe.model.source, "plan": opened.plan.digest}
-        found |= {"evaluation": asked.model_dump(mode="json"), "written": str(saved)}
+        found |= {"evaluation": asked.model_dump(mode="json"), "written": str(path)}
         say(found | ({"tasks": names, "items": items} if names else {}), as_json)
         return
+    quality: Quality | None = None
     with progress.show("eval"):
         if tasks is None:
             from pdtrim_deploy.evaluation.quality import judge_bundle
 
             quality = judge_bundle(opened, cache, environment(command), asked, progress.note)
-            text, path = quality.model_dump_json(indent=2), opened.reports_dir / "eval.json"
-            refresh_cards(bundle, quality)
+            text = quality.model_dump_json(indent=2)
             lines = [
                 f"perplexity of {quality.tokens} tokens behind {asked.prompt_tokens}-token prompts of {asked.corpus}:",
                 f"  dense {quality.dense.ppl:.4f}, PD {quality.pd.ppl:.4f}, ratio {quality.ratio:.4f}",
@@ -93,11 +97,13 @@ def evaluate(
             from pdtrim_deploy.evaluation.tasks.report import judge_tasks
 
             report = judge_tasks(opened, names, cache, environment(command), asked, items, progress.note)
-            text, path = report.model_dump_json(indent=2), opened.reports_dir / "tasks.json"
+            text = report.model_dump_json(indent=2)
             lines = []
             for task in report.tasks:
                 lines += [f"{task.task}, {len(task.groups)} items:", *map(_line, task.figures)]
     write_atomic(path, text + "\n")
+    if quality is not None:
+        refresh_cards(bundle, quality)
     if as_json:
         click.echo(text)
         return

@@ -64,7 +64,7 @@ def fidelity(
     opened = Bundle.open(bundle)
     if url and executors is not None:
         raise UserError(f"--executor is for pairs that are started here, {url} runs already; leave one of them out")
-    written = opened.reports_dir / "fidelity.json"
+    written = options.writable(opened.reports_dir / "fidelity.json")
     if dry_run:
         asked = {"plan": opened.plan.digest, "new_tokens": new_tokens, "seed": seed, "written": str(written)}
         at = {"url": url} if url else {"programs": dry_runs.programs(opened, executors, serve_python)}

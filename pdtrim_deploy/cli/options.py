@@ -26,14 +26,20 @@ class NewFile(click.Path):
         super().__init__(path_type=Path)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        """The path; UserError for a folder, or a file that could not be made."""
-        found, name = Path(value), param.opts[-1] if param else "the file"
-        if found.is_dir():
-            raise UserError(f"{name} {found} is a folder; name a file in it")
-        folder = next(place for place in found.absolute().parents if place.exists())
-        if not folder.is_dir() or not os.access(folder, os.W_OK):
-            raise UserError(f"{name} {found} cannot be written: {folder} is no folder of yours; name another file")
-        return found
+        """The path, if it is `writable`."""
+        return writable(Path(value), param.opts[-1] if param else "the file")
+
+
+def writable(found: Path, name: str = "the report") -> Path:
+    """`found`, or UserError: a folder, a device, or a file that could not be made or replaced."""
+    if found.is_dir():
+        raise UserError(f"{name} {found} is a folder; name a file in it")
+    if found.exists() and not found.is_file():
+        raise UserError(f"{name} {found} is a device or a pipe, which a file would replace; name another file")
+    folder = next(place for place in found.absolute().parents if place.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UserError(f"{name} {found} cannot be written: {folder} is no folder of yours; name another file")
+    return found
 
 
 path = click.Path(path_type=Path)

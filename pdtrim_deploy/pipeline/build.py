@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -126,7 +126,7 @@ def build(
         check_shared(recipe)
     with show("source", False):
         checkpoint = resolve(recipe.model.source, cache, note)
-    check_fits(recipe, checkpoint.facts.num_blocks)
+    check_fits(recipe, checkpoint.facts.num_blocks, checkpoint.facts.max_positions)
     stand_in(recipe, checkpoint.shape(recipe.model.dtype))  # a byte budget that nothing fits is refused at once
     try:
         with claim(out, force):
@@ -157,8 +157,8 @@ def build(
         raise UserError(f"{out} is not a folder; choose another --out") from None
 
 
-def check_fits(recipe: Recipe, blocks: int) -> None:
-    """Refuse a recipe that asks for more than a model of `blocks` blocks has."""
+def check_fits(recipe: Recipe, blocks: int, positions: int) -> None:
+    """Refuse a recipe that asks for more than a model of `blocks` blocks has, or longer text than it takes."""
     asked, sparse, alone = recipe.pruning.decode_blocks, recipe.kv.sparse_layers, recipe.healing.kv_only_blocks
     if asked >= blocks:
         raise UserError(
@@ -175,6 +175,26 @@ def check_fits(recipe: Recipe, blocks: int) -> None:
             f"recipe {recipe.name}: healing.kv_only_blocks is {alone}; allowed: at most {blocks - asked}, "
             f"the blocks whose KV decode reads"
         )
+    for said, tokens in _lengths(recipe):
+        if tokens > positions:
+            raise UserError(
+                f"recipe {recipe.name}: {said} is {tokens} tokens; allowed: at most {positions}, "
+                f"the model's max_position_embeddings"
+            )
+
+
+def _lengths(recipe: Recipe) -> Iterator[tuple[str, int]]:
+    """What each part of a build lets the model read at a time."""
+    text, kv, healing = recipe.evaluation, recipe.kv, recipe.healing
+    if recipe.pruning.decode_blocks:
+        yield "calibration.length", recipe.calibration.length
+    if healing.asked:
+        yield "healing.length", healing.length
+    if kv.method not in FIXED_KV:
+        yield "kv.prompt_tokens + kv.continuation_tokens", kv.prompt_tokens + kv.continuation_tokens
+    if healing.kv_steps:
+        yield "kv.prompt_tokens + half of healing.length", kv.prompt_tokens + healing.length // 2
+    yield "evaluation.prompt_tokens + evaluation.continuation_tokens", text.prompt_tokens + text.continuation_tokens
 
 
 def check_shared(recipe: Recipe) -> None:

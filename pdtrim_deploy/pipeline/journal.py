@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Collection, Iterator, Sequence
@@ -15,9 +16,10 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from pdtrim_deploy.bundle import COMPLETE, ENGINES, REPORTS, WORK, Step, read_seal, write_atomic
+from pdtrim_deploy.bundle import COMPLETE, ENGINES, MANIFEST, REPORTS, WORK, Step, read_seal, write_atomic
 from pdtrim_deploy.errors import UserError
 
+STEPS = "steps.json"
 _STEPS = TypeAdapter(dict[str, Step])
 
 
@@ -35,7 +37,7 @@ class Journal:
 
     def __init__(self, out: Path) -> None:
         self.out = out
-        self._file = out / WORK / "steps.json"
+        self._file = out / WORK / STEPS
         self.steps = self._read()
 
     def _read(self) -> dict[str, Step]:
@@ -77,6 +79,34 @@ class Journal:
         write_atomic(self._file, json.dumps({n: s.model_dump() for n, s in self.steps.items()}, indent=2))
 
 
+def refuse_strangers(out: Path) -> None:
+    """UserError where `out` is there and is neither empty nor a bundle, whole, begun or damaged.
+
+    Others have a `.build` or a manifest.json too: what stands in them tells.
+    """
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is not a folder; choose another --out")
+    work = out / WORK
+    held = out.exists() and any(out.iterdir())
+    begun = work.is_dir() and ((work / STEPS).is_file() or all(STEPS in path.name for path in work.iterdir()))
+    if held and not (begun or _was_sealed(out)):
+        raise UserError(f"{out} holds other files and is no bundle; choose another --out")
+
+
+def _was_sealed(out: Path) -> bool:
+    """Whether one of the two files that seal a bundle is ours."""
+    try:
+        if re.fullmatch(rb"[0-9a-f]{64}\n", (out / COMPLETE).read_bytes()):
+            return True
+    except OSError:
+        pass
+    try:
+        manifest = json.loads((out / MANIFEST).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(manifest, dict) and "plan_digest" in manifest
+
+
 @contextmanager
 def claim(out: Path, force: bool) -> Iterator[None]:
     """Hold `out` for one build: made if absent, refused when it holds something else or another build runs there.
@@ -90,14 +120,13 @@ def claim(out: Path, force: bool) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{out}: another build is running there; wait for it or choose another --out") from None
-        if any(out.iterdir()) and not any((out / name).exists() for name in (WORK, "manifest.json", COMPLETE)):
-            raise UserError(f"{out} holds other files and is no bundle; choose another --out")
+        refuse_strangers(out)
         # Scratch of a build that was killed: the lock is ours.
         killed = (".*.*-*", "*/.*.*-*", f"{ENGINES}/*/.*.*-*", f"{WORK}/*/")
         for stale in (path for pattern in killed for path in out.glob(pattern)):
             shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
         if force:
-            write_atomic(out / WORK / "steps.json", "{}")
+            write_atomic(out / WORK / STEPS, "{}")
             for name in ("search-*.jsonl", "judged.jsonl"):  # else the search would go on from its end
                 for file in (out / REPORTS).glob(name):
                     file.unlink()

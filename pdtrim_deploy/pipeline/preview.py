@@ -14,7 +14,7 @@ from pdtrim_deploy.checkpoints import Checkpoint, resolve
 from pdtrim_deploy.checkpoints.checkpoint import read_config
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.pipeline.build import check_fits, done_steps, steps_of
-from pdtrim_deploy.pipeline.journal import Journal
+from pdtrim_deploy.pipeline.journal import Journal, refuse_strangers
 from pdtrim_deploy.pipeline.sealing import is_sealed
 from pdtrim_deploy.pipeline.stand_in import stand_in
 from pdtrim_deploy.plan import STAGES, Stage
@@ -53,9 +53,10 @@ def preview(recipe: Recipe, out: Path, cache: Cache) -> Preview:
     Of a model whose config.json alone is here, in its folder or among the facts that we ship, the search is priced.
 
     Raises:
-        UserError: bad source, or the recipe asks for more blocks than the model has.
+        UserError: bad source, `out` holds something else, or the recipe asks for more than the model has.
 
     """
+    refuse_strangers(out)
     prompt_tokens = recipe.evaluation.prompt_tokens
     try:
         checkpoint = resolve(recipe.model.source, _Peek(cache.root))
@@ -66,7 +67,7 @@ def preview(recipe: Recipe, out: Path, cache: Cache) -> Preview:
         if config is None:
             raise
         return _unseen(recipe, config, str(error))
-    check_fits(recipe, checkpoint.facts.num_blocks)
+    check_fits(recipe, checkpoint.facts.num_blocks, checkpoint.facts.max_positions)
     journal = Journal(out)
     asked = steps_of(recipe, checkpoint.fingerprint)
     done = done_steps(asked, journal)
@@ -82,7 +83,7 @@ def preview(recipe: Recipe, out: Path, cache: Cache) -> Preview:
 def _unseen(recipe: Recipe, config: dict[str, Any] | None, missing: str) -> Preview:
     names = ("source", *(step.name for step in steps_of(recipe, "")), "seal")
     if config is not None:
-        check_fits(recipe, config["num_hidden_layers"])
+        check_fits(recipe, config["num_hidden_layers"], config["max_position_embeddings"])
     search, seconds = (None, None) if config is None else _search(recipe, config)
     steps = dict.fromkeys(names, False)
     return Preview(recipe, steps, recipe.evaluation.prompt_tokens, None, None, None, search, seconds, missing)

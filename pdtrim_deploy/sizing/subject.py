@@ -76,7 +76,7 @@ def _subject(target: str, model: Sized | None) -> Subject:
 
 def _of_recipe(recipe: Recipe, model: Sized | None) -> Subject:
     sized = model or _model_of(recipe)
-    check_fits(recipe, sized.num_blocks)
+    check_fits(recipe, sized.num_blocks, sized.max_positions)
     plan = stand_in(recipe, sized.shape(recipe.model.dtype))
     note = (
         f"not built yet, priced by counts: prefill drops {recipe.pruning.prefill_blocks} and decode "

@@ -149,6 +149,20 @@ def test_missing_places(tmp_path, cache):
         resolve(f"gguf:{tmp_path / 'nothing.gguf'}", cache)
 
 
+@pytest.mark.parametrize("same", [True, False])
+def test_an_lm_head_beside_tied_embeddings_must_be_their_copy(tiny_model, cache, tmp_path, same):
+    """Transformers would run it, and what we write from it would not have it."""
+    folder = tiny_model(tmp_path / "tied", tie_word_embeddings=True)
+    tensors = load_file(folder / "model.safetensors")
+    head = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors | {"lm_head.weight": head if same else head + 1}, folder / "model.safetensors", {"format": "pt"})
+    if same:
+        assert "lm_head.weight" not in resolve(f"hf:{folder}", cache).tensors
+        return
+    with pytest.raises(UserError, match=r"lm_head.weight is another than .*; set tie_word_embeddings to false"):
+        resolve(f"hf:{folder}", cache)
+
+
 def test_remote_code_is_never_run(copy, cache, tmp_path):
     code = f"open({str(tmp_path / 'ran')!r}, 'w')\n"
     (copy / "evil.py").write_text(code + "class Evil: pass\n")

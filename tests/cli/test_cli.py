@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import shlex
@@ -243,8 +244,10 @@ def test_where_nothing_can_be_written_is_said_before_the_work(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, asked: tuple[str, ...]
 ) -> None:
     (tmp_path / "file").write_text("")
+    os.mkfifo(tmp_path / "pipe")
     for place, says in (
         (tmp_path, f"{asked[-1]} {tmp_path} is a folder; name a file in it"),
+        (tmp_path / "pipe", "is a device or a pipe, which a file would replace; name another file"),
         (tmp_path / "file" / "x" / "y", f"{tmp_path / 'file'} is no folder of yours; name another file"),
         (tmp_path / ("x" * 300), "File name too long; mend that"),
     ):
@@ -261,6 +264,20 @@ def test_a_folder_where_a_file_goes_is_one_sentence(
     code, _, err = run(capsys, "report", copy)
     assert code == 2
     assert err.startswith(f"pdtrim-deploy: {copy / 'reports' / 'report.html'}: Is a directory; mend that")
+
+
+@pytest.mark.parametrize("command", [("eval",), ("eval", "--tasks", "perplexity"), ("fidelity",)], ids=" ".join)
+def test_reports_that_cannot_be_written_are_refused_before_anything_is_measured(
+    capsys: pytest.CaptureFixture[str], bundle_dir: Path, tmp_path: Path, cache: Cache, command: tuple[str, ...]
+) -> None:
+    copy = shutil.copytree(bundle_dir, tmp_path / "copy")
+    shutil.rmtree(copy / "reports")
+    (copy / "reports").write_text("")
+    cards = [(copy / stage / "README.md").read_text() for stage in ("prefill", "decode")]
+    code, out, err = run(capsys, command[0], copy, *command[1:], "--cache-dir", cache.root)
+    assert (code, out) == (2, "")
+    assert f"cannot be written: {copy / 'reports'} is no folder of yours" in err
+    assert cards == [(copy / stage / "README.md").read_text() for stage in ("prefill", "decode")]
 
 
 def test_a_reader_that_goes_away_is_no_error(recipe_file: Path) -> None:

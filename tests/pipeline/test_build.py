@@ -210,6 +210,7 @@ def test_what_a_kill_left_goes_when_the_next_build_begins(
     left = tmp_path / "b" / ".build" / "hidden-abc" / "x0.f32"
     left.parent.mkdir(parents=True)
     left.write_bytes(b"large")
+    (tmp_path / "b" / ".build" / "steps.json").write_text("{}")
     half = [tmp_path / "b" / folder / ".README.md.new-1" for folder in ("prefill", "reports")]
     for file in half:
         file.parent.mkdir()
@@ -370,6 +371,27 @@ def test_finished_steps_are_not_made_again_after_a_crash(
         ({"kv": BUDGET | {"reduction": 4.0}}, "kv.wire_choices is k4v3, int3 but the model's head size is 16"),
         ({"kv": BUDGET | {"max_loss": 0.1}}, "kv.wire_choices is k4v3, int3 but the model's head size is 16"),
         ({"model": {"source": "hf:/nowhere"}}, "no such folder"),
+        (
+            {"calibration": {"corpus": "brown", "length": 1025}},
+            "calibration.length is 1025 tokens; allowed: at most 1024, the model's max_position_embeddings",
+        ),
+        ({"healing": {"compensation": "norm", "length": 1025}}, "healing.length is 1025 tokens; allowed: at most 1024"),
+        (
+            {
+                "kv": {
+                    "method": "attention-mass",
+                    "n_last": 4,
+                    "sparse_layers": 1,
+                    "prompt_tokens": 1000,
+                    "continuation_tokens": 25,
+                }
+            },
+            "kv.prompt_tokens + kv.continuation_tokens is 1025 tokens; allowed: at most 1024",
+        ),
+        (
+            {"evaluation": {"corpus": "brown", "prompt_tokens": 10**30}},
+            "evaluation.prompt_tokens + evaluation.continuation_tokens is 10000000000",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -383,6 +405,43 @@ def test_what_does_not_fit_the_model_is_refused(
     assert not (tmp_path / "b").exists()
 
 
+@pytest.mark.parametrize(
+    "files",
+    [
+        {".build/checkouts/dep/main.swift": "import dep"},
+        {".build/index": "", "Sources/main.swift": "print(1)"},
+        {"manifest.json": '{"manifest_version": 3}', "popup.js": ""},
+        {"manifest.json": "no JSON"},
+        {"manifest.json": "[1]", "COMPLETE": "2026-11-27"},
+    ],
+    ids=lambda files: next(iter(files)),
+)
+def test_folders_of_other_tools_with_files_named_like_ours_are_left_alone(
+    recipe_file: RecipeFile, tmp_path: Path, cache: Cache, files: dict[str, str]
+) -> None:
+    for name, text in files.items():
+        (tmp_path / "theirs" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "theirs" / name).write_text(text)
+    for force in (False, True):
+        with pytest.raises(UserError, match="holds other files and is no bundle"):
+            make(recipe_file(), tmp_path / "theirs", cache, force=force)
+    found = (file for file in (tmp_path / "theirs").rglob("*") if file.is_file())
+    assert {str(file.relative_to(tmp_path / "theirs")): file.read_text() for file in found} == files
+
+
+@pytest.mark.parametrize("gone", ["COMPLETE", "manifest.json", "plan.json", None])
+def test_what_is_left_of_a_bundle_is_built_again(
+    recipe_file: RecipeFile, tmp_path: Path, cache: Cache, gone: str | None
+) -> None:
+    path, out = recipe_file(kv={}), tmp_path / "b"
+    first, _ = make(path, out, cache)
+    if gone is not None:
+        (out / gone).unlink()
+    (out / ".build").mkdir()  # of a build that was killed at once
+    assert make(path, out, cache)[0].plan == first.plan
+    assert Bundle.open(out).verify() == []
+
+
 def test_other_folders_and_running_builds_are_left_alone(recipe_file: RecipeFile, tmp_path: Path, cache: Cache) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
@@ -391,6 +450,10 @@ def test_other_folders_and_running_builds_are_left_alone(recipe_file: RecipeFile
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
     with pytest.raises(UserError, match="not a folder"):
         make(recipe_file(), tmp_path / "mine" / "thesis.txt", cache)
+    with pytest.raises(UserError, match="holds other files"):
+        preview(Recipe.load(recipe_file()), tmp_path / "mine", cache)
+    with pytest.raises(UserError, match="not a folder"):
+        preview(Recipe.load(recipe_file()), tmp_path / "mine" / "thesis.txt", cache)
     (tmp_path / "busy").mkdir()
     handle = os.open(tmp_path / "busy", os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)

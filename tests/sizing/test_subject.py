@@ -24,7 +24,7 @@ CONFIG: dict[str, Any] = {
     "num_hidden_layers": 6,
     "head_dim": 32,
     "vocab_size": 100,
-    "max_position_embeddings": 512,
+    "max_position_embeddings": 640,
     "dtype": "float16",
 }
 
@@ -62,7 +62,7 @@ def test_a_users_config_as_file_or_folder(tmp_path: Path) -> None:
     file = write_config(tmp_path / "mine")
     for target in (file, file.parent):
         (one,) = subjects([str(target)])
-        assert (one.kind, one.name, one.max_positions) == ("config", "mine", 512)
+        assert (one.kind, one.name, one.max_positions) == ("config", "mine", 640)
         assert one.plan.dense_bytes(1) == one.plan.payload_bytes(1) == 6 * 2 * 2 * 32 * 2
     old = read_sized(write_config(tmp_path / "old", head_dim=..., num_key_value_heads=..., dtype=...))
     assert (old.head_dim, old.num_kv_heads, old.kv_dtype) == (16, 4, None)
