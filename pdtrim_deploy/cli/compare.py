@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from pdtrim_deploy.bounds import MOST_ROUNDS
 from pdtrim_deploy.cli import dry_run as dry_runs
 from pdtrim_deploy.cli import options
 from pdtrim_deploy.errors import UserError
@@ -35,7 +36,11 @@ class Pair(click.ParamType):
 @click.argument("second", metavar="B")
 @click.option("--scenario", "scenario_file", type=options.path, help="YAML, see scenarios/.  [default: 8 closed-loop]")
 @click.option(
-    "--rounds", type=click.IntRange(1), default=6, show_default=True, help="Of the whole scenario, each side."
+    "--rounds",
+    type=click.IntRange(1, MOST_ROUNDS),
+    default=6,
+    show_default=True,
+    help="Of the whole scenario, each side.",
 )
 @click.option("--a-executor", type=Pair(), help="Of A, when it is a bundle.  [default: torch]")
 @click.option("--b-executor", type=Pair(), help="Of B, when it is a bundle.  [default: torch]")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from pdtrim_deploy.bounds import MOST_ROUNDS
 from pdtrim_deploy.cache import Cache
 from pdtrim_deploy.cli import options
 from pdtrim_deploy.seed import MOST
@@ -14,9 +15,11 @@ from pdtrim_deploy.seed import MOST
 @click.command()
 @click.argument("recipe_file", metavar="RECIPE", type=options.path)
 @click.option("--out", type=options.path, required=True, help="Folder for bundles, logs and report.")
-@click.option("--requests", type=click.IntRange(1), default=32, show_default=True, help="Of each pair, in all rounds.")
-@click.option("--concurrency", type=click.IntRange(1), default=4, show_default=True)
-@click.option("--rounds", type=click.IntRange(1), default=4, show_default=True, help="Turns of each pair.")
+@click.option(
+    "--requests", type=options.some_requests, default=32, show_default=True, help="Of each pair, in all rounds."
+)
+@click.option("--concurrency", type=options.some_clients, default=4, show_default=True)
+@click.option("--rounds", type=click.IntRange(1, MOST_ROUNDS), default=4, show_default=True, help="Turns of each pair.")
 @click.option("--prompt-tokens", type=options.Lengths(), default="320", show_default=True)
 @click.option("--output-tokens", type=options.Lengths(), default="24", show_default=True)
 @click.option("--seed", type=click.IntRange(0, MOST), default=0, show_default=True)
