@@ -21,7 +21,11 @@ if TYPE_CHECKING:
 @click.argument("recipe_file", metavar="RECIPE", type=options.path)
 @click.option("--out", type=options.path, required=True, help="Folder of the bundle.")
 @options.cache_dir
-@click.option("--dry-run", is_flag=True, help="Say what would be done and how large it gets; write nothing.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Say what would be done and how large it gets; write nothing but the digest of the weights, to the cache.",
+)
 @click.option("--force", is_flag=True, help="Make every step again, but for what stands in the cache.")
 @click.option(
     "--workers", type=options.some_workers, default=1, show_default=True, help="Of the pruning search, by Ray."

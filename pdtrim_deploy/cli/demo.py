@@ -63,10 +63,12 @@ def demo(
     from pdtrim_deploy.demo import Demo
     from pdtrim_deploy.doctor import Asked, require
     from pdtrim_deploy.loadtest import Scenario
+    from pdtrim_deploy.loadtest.rounds import check_dealt
     from pdtrim_deploy.recipe import Recipe
     from pdtrim_deploy.report.html import Findings, page, read_faults, read_pareto
     from pdtrim_deploy.report.tables import load_table, metrics_table, ratio_table
 
+    check_dealt(requests, rounds)
     recipe, progress = Recipe.load(recipe_file), Progress()
     if dry_run:
         from pdtrim_deploy.cli.build import print_preview

@@ -70,7 +70,7 @@ def fidelity(
         at = {"url": url} if url else {"programs": dry_runs.programs(opened, executors, serve_python)}
         dry_runs.say(asked | at, as_json)
         return
-    require("eval", Asked(opened.recipe))
+    require("eval", Asked(opened.recipe, cache=cache))
     from pdtrim_deploy.evaluation.fidelity import FidelityResult, run_fidelity
 
     def say(sentence: str) -> None:

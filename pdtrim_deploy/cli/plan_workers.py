@@ -105,7 +105,7 @@ class Workers:
             f"batch, a decode pool {pool}"
         )
         click.echo(f"assumed: {ASSUMED}")
-        if self.simulate:
+        if any(side.simulated for side in sides.values()):
             click.echo(f"simulated, not measured: {self.requests} requests on these workers, seed {self.seed}")
 
     def as_json(self, sides: dict[str, SizedSide], rates: Rates, goal: Goal) -> dict[str, Any]:

@@ -250,6 +250,8 @@ def test_the_command_counts_and_simulates(capsys: pytest.CaptureFixture[str], tm
     code, out, _ = run(capsys, *asked, "--simulate", "--requests", 500)
     assert code == 0
     assert "simulated, not measured: 500 requests" in out
+    code, out, _ = run(capsys, *asked, "--rate", 1e300, "--simulate", "--requests", 500)  # no workers carry that
+    assert (code, out.count("simulated, not measured")) == (0, 0)
     assert "assumed: Poisson arrivals" in out
     assert "8192 prompt tokens a batch, 256 requests a decode batch, a decode pool without limit" in out
     code, out, _ = run(capsys, *asked, "--json")
