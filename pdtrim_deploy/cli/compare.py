@@ -109,7 +109,7 @@ def compare(
         (second, b_executor, b_transport, b_transport_option),
     )
     names = [_name(*one) for one in sides_asked]
-    if len({_name(_place(target), *how) for target, *how in sides_asked}) == 1:
+    if len({_name(_place(one[0]), one[1], one[2], one[3]) for one in sides_asked}) == 1:
         said = "give two bundles, or another executor or transport: --b-executor, --b-transport"
         raise UserError(f"A and B are both {names[0]}; {said}")
     slow = Link.parse(link) if link is not None else None
