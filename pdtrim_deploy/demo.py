@@ -11,7 +11,7 @@ from pathlib import Path
 from pdtrim_deploy.bundle import Bundle, write_atomic
 from pdtrim_deploy.cache import Cache
 from pdtrim_deploy.loadtest import Scenario, Workers, driver
-from pdtrim_deploy.loadtest.rounds import Rounds, Side, check_rounds, interleave, shares
+from pdtrim_deploy.loadtest.rounds import Rounds, Side, interleave, shares
 from pdtrim_deploy.model_card import refresh_cards
 from pdtrim_deploy.pipeline import Note, build
 from pdtrim_deploy.recipe import Recipe
@@ -51,7 +51,6 @@ class Demo:
             ServingError: a server died or never served.
 
         """
-        check_rounds(min(self.rounds, self.load.requests or 0))
         serve = ServeEnvironment.find(self.serve_python)
         bundles = {name: self._build(name) for name in PAIRS}
         quality = self._quality(bundles["pruned"])

@@ -55,7 +55,7 @@ class KVSection(BaseModel):
 
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     method: KVMethod = "none"
     sparse_layers: NonNegativeInt = 0

@@ -43,7 +43,7 @@ class PruningSection(BaseModel):
 
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     method: PruningMethod = "greedy"
     prefill_blocks: NonNegativeInt = 0

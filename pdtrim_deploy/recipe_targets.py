@@ -23,7 +23,7 @@ Quantisation = Literal["none", "fp8", "int8"]
 class Section(BaseModel):
     """A mapping of the recipe: frozen, strict, no unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Target(Section):

@@ -21,6 +21,9 @@ def sentence(model: type[BaseModel], error: ValidationError, origins: Origins) -
             return f"{where}: {key + '.' if key else ''}{first['msg'].removeprefix('Value error, ')}"
         case "model_type":
             return f"{where}: {key} is {given!r}; allowed: a mapping with {', '.join(_keys_at(model, loc))}"
+        case "finite_number":
+            finite = _allowed(model, loc).replace("a number", "a finite number", 1)
+            return f"{where}: {key} is {given}; allowed: {finite}"
         case _:
             return f"{where}: {key} is {given!r}; allowed: {_allowed(model, loc)}"
 

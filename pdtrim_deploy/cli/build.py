@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from pdtrim_deploy.bounds import MOST_WORKERS
 from pdtrim_deploy.cache import Cache
 from pdtrim_deploy.cli import options
 
@@ -20,11 +21,19 @@ if TYPE_CHECKING:
 @click.argument("recipe_file", metavar="RECIPE", type=options.path)
 @click.option("--out", type=options.path, required=True, help="Folder of the bundle.")
 @options.cache_dir
-@click.option("--dry-run", is_flag=True, help="Say what would be done and how large it gets; write nothing.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Say what would be done and how large it gets; write nothing but the digest of the weights, to the cache.",
+)
 @click.option("--force", is_flag=True, help="Make every step again, but for what stands in the cache.")
-@click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Of the pruning search, by Ray.")
+@click.option(
+    "--workers", type=options.some_workers, default=1, show_default=True, help="Of the pruning search, by Ray."
+)
 @click.option("--ray-address", metavar="HOST:PORT", help="Of a Ray cluster's head.  [default: Ray on this machine]")
-@click.option("--worker-gpus", type=click.FloatRange(0), default=0.0, show_default=True, help="Of each worker.")
+@click.option(
+    "--worker-gpus", type=options.FiniteRange(0, MOST_WORKERS), default=0.0, show_default=True, help="Of each worker."
+)
 @options.json_flag
 def build(
     recipe_file: Path,

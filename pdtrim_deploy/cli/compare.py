@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from pdtrim_deploy.bounds import MOST_ROUNDS
 from pdtrim_deploy.cli import dry_run as dry_runs
 from pdtrim_deploy.cli import options
 from pdtrim_deploy.errors import UserError
@@ -35,7 +36,11 @@ class Pair(click.ParamType):
 @click.argument("second", metavar="B")
 @click.option("--scenario", "scenario_file", type=options.path, help="YAML, see scenarios/.  [default: 8 closed-loop]")
 @click.option(
-    "--rounds", type=click.IntRange(1), default=6, show_default=True, help="Of the whole scenario, each side."
+    "--rounds",
+    type=click.IntRange(1, MOST_ROUNDS),
+    default=6,
+    show_default=True,
+    help="Of the whole scenario, each side.",
 )
 @click.option("--a-executor", type=Pair(), help="Of A, when it is a bundle.  [default: torch]")
 @click.option("--b-executor", type=Pair(), help="Of B, when it is a bundle.  [default: torch]")
@@ -92,6 +97,7 @@ def compare(
     from pdtrim_deploy.loadtest.rounds import Comparison, Side, check_rounds, interleave, repeats
     from pdtrim_deploy.report.environment import environment
     from pdtrim_deploy.report.tables import ratio_table
+    from pdtrim_deploy.serving.relay import MOST_BITS_PER_S
     from pdtrim_deploy.sizing.link import Link
 
     check_rounds(rounds)
@@ -103,10 +109,15 @@ def compare(
         (second, b_executor, b_transport, b_transport_option),
     )
     names = [_name(*one) for one in sides_asked]
-    if names[0] == names[1]:
+    if len({_name(_place(one[0]), one[1], one[2], one[3]) for one in sides_asked}) == 1:
         said = "give two bundles, or another executor or transport: --b-executor, --b-transport"
         raise UserError(f"A and B are both {names[0]}; {said}")
     slow = Link.parse(link) if link is not None else None
+    if slow is not None and slow.bits_per_s > MOST_BITS_PER_S:
+        raise UserError(
+            f"--link {link}: links faster than 1 Gb/s cannot be had this way, the relay itself ends there; "
+            f"give a slower one, or leave it out"
+        )
     pair = [
         Target.of(target, executors, serve_python, allow_remote, slow, _transport(backend, told))
         for target, executors, backend, told in sides_asked
@@ -152,6 +163,11 @@ def _transport(backend: str | None, told: tuple[str, ...]) -> Transport | None:
     if backend is None and not told:
         return None
     return Transport(backend or Transport().backend, TransportOptions.parse(told))
+
+
+def _place(target: str) -> str:
+    """The same for `b` and `b/`."""
+    return target.rstrip("/") if "://" in target else str(Path(target).resolve())
 
 
 def _name(target: str, executors: Executors | None, backend: str | None, told: tuple[str, ...]) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from pdtrim_deploy.bounds import MOST_ROUNDS
 from pdtrim_deploy.cache import Cache
 from pdtrim_deploy.cli import options
 from pdtrim_deploy.seed import MOST
@@ -14,9 +15,11 @@ from pdtrim_deploy.seed import MOST
 @click.command()
 @click.argument("recipe_file", metavar="RECIPE", type=options.path)
 @click.option("--out", type=options.path, required=True, help="Folder for bundles, logs and report.")
-@click.option("--requests", type=click.IntRange(1), default=32, show_default=True, help="Of each pair, in all rounds.")
-@click.option("--concurrency", type=click.IntRange(1), default=4, show_default=True)
-@click.option("--rounds", type=click.IntRange(1), default=4, show_default=True, help="Turns of each pair.")
+@click.option(
+    "--requests", type=options.some_requests, default=32, show_default=True, help="Of each pair, in all rounds."
+)
+@click.option("--concurrency", type=options.some_clients, default=4, show_default=True)
+@click.option("--rounds", type=click.IntRange(1, MOST_ROUNDS), default=4, show_default=True, help="Turns of each pair.")
 @click.option("--prompt-tokens", type=options.Lengths(), default="320", show_default=True)
 @click.option("--output-tokens", type=options.Lengths(), default="24", show_default=True)
 @click.option("--seed", type=click.IntRange(0, MOST), default=0, show_default=True)
@@ -60,10 +63,12 @@ def demo(
     from pdtrim_deploy.demo import Demo
     from pdtrim_deploy.doctor import Asked, require
     from pdtrim_deploy.loadtest import Scenario
+    from pdtrim_deploy.loadtest.rounds import check_dealt
     from pdtrim_deploy.recipe import Recipe
     from pdtrim_deploy.report.html import Findings, page, read_faults, read_pareto
     from pdtrim_deploy.report.tables import load_table, metrics_table, ratio_table
 
+    check_dealt(requests, rounds)
     recipe, progress = Recipe.load(recipe_file), Progress()
     if dry_run:
         from pdtrim_deploy.cli.build import print_preview

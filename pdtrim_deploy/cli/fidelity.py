@@ -22,7 +22,7 @@ from pdtrim_deploy.serving.engines import Executors
 @click.argument("url", required=False)
 @click.option("--new-tokens", type=click.IntRange(2), default=12, show_default=True, help="Tokens a prompt.")
 @click.option("--seed", type=click.IntRange(0, MOST), default=0, show_default=True, help="Chooses the text.")
-@click.option("--deadline", type=click.FloatRange(1), default=120.0, show_default=True, help="Seconds a request.")
+@click.option("--deadline", type=options.seconds, default=120.0, show_default=True, help="Seconds a request.")
 @options.executors
 @options.serve_python
 @options.cache_dir
@@ -70,7 +70,7 @@ def fidelity(
         at = {"url": url} if url else {"programs": dry_runs.programs(opened, executors, serve_python)}
         dry_runs.say(asked | at, as_json)
         return
-    require("eval", Asked(opened.recipe))
+    require("eval", Asked(opened.recipe, cache=cache))
     from pdtrim_deploy.evaluation.fidelity import FidelityResult, run_fidelity
 
     def say(sentence: str) -> None:

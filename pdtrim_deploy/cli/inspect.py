@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 @click.option("--prompt-tokens", type=click.IntRange(1), help="Prompt length.  [default: the recipe's evaluation]")
 @click.option("--corpus", help="Text that a model is run on: brown, austen, dir:PATH or file:PATH.  [default: brown]")
 @click.option("--sequences", type=click.IntRange(1), help="Of 256 tokens each, for a model.  [default: 16]")
-@click.option("--threshold", type=click.FloatRange(-1, 1), help="Cosine above which a pair may be distilled.  [0.95]")
+@click.option(
+    "--threshold", type=options.FiniteRange(-1, 1), help="Cosine above which a pair may be distilled.  [0.95]"
+)
 @click.option("--picture", type=options.new_file, help="Draw a model's candidates into this SVG file.")
 @options.cache_dir
 @options.json_flag

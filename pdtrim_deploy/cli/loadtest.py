@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
+from pdtrim_deploy.bounds import MOST_REQUESTS, MOST_SECONDS
 from pdtrim_deploy.cli import dry_run as dry_runs
 from pdtrim_deploy.cli import options
 from pdtrim_deploy.errors import UserError
@@ -21,16 +22,20 @@ ADHOC = ("requests", "concurrency", "prompt_tokens", "output_tokens", "warmup", 
 @click.command()
 @click.argument("target", metavar="URL|BUNDLE")
 @click.option("--scenario", "scenario_file", type=options.path, help="YAML, see scenarios/; instead of the next seven.")
-@click.option("--requests", type=click.IntRange(1), default=32, show_default=True)
-@click.option("--concurrency", type=click.IntRange(1), default=4, show_default=True)
+@click.option("--requests", type=options.some_requests, default=32, show_default=True)
+@click.option("--concurrency", type=options.some_clients, default=4, show_default=True)
 @click.option("--prompt-tokens", type=options.Lengths(), default="320", show_default=True)
 @click.option("--output-tokens", type=options.Lengths(), default="24", show_default=True)
 @click.option(
-    "--warmup", type=click.IntRange(0), default=2, show_default=True, help="Requests before the clock starts."
+    "--warmup",
+    type=click.IntRange(0, MOST_REQUESTS),
+    default=2,
+    show_default=True,
+    help="Requests before the clock starts.",
 )
 @click.option(
     "--deadline",
-    type=click.FloatRange(min=0, min_open=True),
+    type=options.FiniteRange(0, MOST_SECONDS, min_open=True),
     default=300.0,
     show_default=True,
     help="Seconds that a request may take.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import re
 import shlex
@@ -12,6 +13,7 @@ from typing import Any
 
 import click
 
+from pdtrim_deploy.bounds import MOST_CLIENTS, MOST_REQUESTS, MOST_SECONDS, MOST_TOKENS, MOST_WORKERS
 from pdtrim_deploy.cache import Cache
 from pdtrim_deploy.decode_pool import SplitPool
 from pdtrim_deploy.errors import UserError
@@ -42,8 +44,23 @@ def writable(found: Path, name: str = "the report") -> Path:
     return found
 
 
+class FiniteRange(click.FloatRange):
+    """A range that also holds nan back, which is never below or above an end, and infinity, where an end is open."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The number."""
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value} is no finite number.", param, ctx)
+        return number
+
+
 path = click.Path(path_type=Path)
 new_file = NewFile()
+seconds = FiniteRange(1, MOST_SECONDS)
+some_workers = click.IntRange(1, MOST_WORKERS)
+some_clients = click.IntRange(1, MOST_CLIENTS)
+some_requests = click.IntRange(1, MOST_REQUESTS)
 json_flag = click.option("--json", "as_json", is_flag=True, help="JSON on stdout, for machines.")
 dry_run = click.option("--dry-run", is_flag=True, help="Check and say what would be done; start and write nothing.")
 serve_python = click.option("--serve-python", type=path, help="Python with SGLang.  [default: .venv/serve]")
@@ -107,13 +124,17 @@ class Lengths(click.ParamType):
     name = "N|LOW-HIGH"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
-        """(low, high), 1 <= low <= high."""
+        """(low, high), 1 <= low <= high <= MOST_TOKENS."""
         if isinstance(value, tuple):
             return value
-        match = re.fullmatch(r"(\d+)(?:-(\d+))?", value)
+        match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", value)
         low, high = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
-        if not 1 <= low <= high:
-            self.fail(f"{value!r} is neither a length such as 320 nor a range such as 200-400", param, ctx)
+        if not 1 <= low <= high <= MOST_TOKENS:
+            self.fail(
+                f"{value!r} is neither a length such as 320 nor a range such as 200-400, of at most {MOST_TOKENS}",
+                param,
+                ctx,
+            )
         return low, high
 
 
@@ -126,8 +147,10 @@ class Duration(click.ParamType):
         """Seconds, above 0."""
         if isinstance(value, float):
             return value
-        match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(ms|s)", value.strip())
+        match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?) ?(ms|s)", value.strip())
         seconds = float(match[1]) / (1000 if match[2] == "ms" else 1) if match else 0.0
         if not seconds:
-            self.fail(f"{value!r} is no time above 0 with its unit, such as 500ms or 2s", param, ctx)
+            self.fail(
+                f"{value!r} is no time above 0 with its unit, such as 500ms or 2s, in at most 9 digits", param, ctx
+            )
         return seconds

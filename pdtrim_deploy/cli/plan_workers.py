@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
+from pdtrim_deploy.bounds import MOST_SIMULATED
 from pdtrim_deploy.cli import options
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.seed import MOST
@@ -104,7 +105,7 @@ class Workers:
             f"batch, a decode pool {pool}"
         )
         click.echo(f"assumed: {ASSUMED}")
-        if self.simulate:
+        if any(side.simulated for side in sides.values()):
             click.echo(f"simulated, not measured: {self.requests} requests on these workers, seed {self.seed}")
 
     def as_json(self, sides: dict[str, SizedSide], rates: Rates, goal: Goal) -> dict[str, Any]:
@@ -137,7 +138,13 @@ def workers_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--seed", type=click.IntRange(0, MOST), default=0, show_default=True, help="Of the simulated arrivals."
         ),
-        click.option("--requests", type=click.IntRange(1), default=20000, show_default=True, help="To be simulated."),
+        click.option(
+            "--requests",
+            type=click.IntRange(1, MOST_SIMULATED),
+            default=20000,
+            show_default=True,
+            help="To be simulated.",
+        ),
         click.option("--simulate", is_flag=True, help="Simulate the workers found, too."),
         click.option("--link-each", is_flag=True, help="--link is of each prefill worker, not one for all."),
         click.option("--rates-of", type=click.Choice(["dense", "planned"]), default="dense", show_default=True),

@@ -23,8 +23,8 @@ from pdtrim_deploy.serving import Cluster, Executors, ServeEnvironment, WorkerOp
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--prefill", type=click.IntRange(1), default=1, show_default=True, help="Prefill workers.")
-@click.option("--decode", type=click.IntRange(1), default=1, show_default=True, help="Decode workers.")
+@click.option("--prefill", type=options.some_workers, default=1, show_default=True, help="Prefill workers.")
+@click.option("--decode", type=options.some_workers, default=1, show_default=True, help="Decode workers.")
 @click.option("--port", type=click.IntRange(1, 65535), help="The router's port (default: a free one).")
 @options.executors
 @click.option("--page-size", type=click.IntRange(1), default=1, show_default=True, help="Tokens per KV page.")
@@ -37,7 +37,7 @@ from pdtrim_deploy.serving import Cluster, Executors, ServeEnvironment, WorkerOp
 @click.option("--transport", "backend", default="pdtrim_tcp", show_default=True, help="SGLang's KV transfer backend.")
 @options.transport_options
 @click.option("--threads", type=click.IntRange(1), help="OpenMP threads a worker (default: cores / workers).")
-@click.option("--start-timeout", type=click.FloatRange(1), default=600.0, show_default=True, help="Seconds.")
+@click.option("--start-timeout", type=options.seconds, default=600.0, show_default=True, help="Seconds.")
 @options.serve_python
 @click.option("--log-dir", type=click.Path(path_type=Path), help="One log file a program (default: a new folder).")
 @click.option(

@@ -17,7 +17,8 @@ def verify(bundle: Path, as_json: bool) -> None:
     """Compare every file of BUNDLE with its manifest.
 
     Sizes, SHA-256, files missing and files too many.
-    Exit code 1 when something differs, 2 when it is no complete bundle. Reports added after the build are not sealed.
+    Exit code 1 when something differs, 2 when it is no complete bundle. Not sealed are the stages' model cards
+    (README.md), which eval fills in, and reports added after the build.
 
     \b
     Examples:

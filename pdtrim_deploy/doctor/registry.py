@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pdtrim_deploy.doctor.base import Check
 from pdtrim_deploy.doctor.packages import Package, PythonVersion
+from pdtrim_deploy.doctor.places import Writable
 from pdtrim_deploy.doctor.programs import Aiperf, Gpu, Program
 from pdtrim_deploy.doctor.resources import Disk, Memory
 from pdtrim_deploy.doctor.serving import SGLang
@@ -23,6 +24,8 @@ CHECKS: tuple[Check, ...] = (
     Gpu(),
     Memory(),
     Disk(),
+    Writable("--out", lambda asked: asked.out, ("build", "demo")),
+    Writable("--cache-dir", lambda asked: asked.cache.root, ("build", "eval", "demo")),
     *(Package(name, "build") for name in ("torch", "transformers", "safetensors")),
     Package("httpx", "build", ("build", "demo")),
     Package("prometheus-client", "build", ("demo",)),

@@ -116,6 +116,16 @@ def check_rounds(rounds: int) -> None:
         )
 
 
+def check_dealt(requests: int, rounds: int) -> None:
+    """The same where `requests` are dealt out to the rounds, one each at least."""
+    check_rounds(rounds)
+    if requests < LEAST_ROUNDS:
+        raise UserError(
+            f"--requests {requests} are too few to be dealt out to rounds, and fewer than {LEAST_ROUNDS} rounds give "
+            f"no confidence interval; use at least {LEAST_ROUNDS}"
+        )
+
+
 def interleave(
     sides: Mapping[str, Side],
     rounds: Sequence[Scenario],

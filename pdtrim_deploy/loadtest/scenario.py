@@ -17,12 +17,14 @@ from pydantic import (
     model_validator,
 )
 
+from pdtrim_deploy.bounds import MOST_CLIENTS, MOST_REQUESTS, MOST_SECONDS, MOST_TOKENS
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.loadtest.trace import rows
 from pdtrim_deploy.recipe_yaml import Origins, compose
 from pdtrim_deploy.yaml_errors import sentence
 
 WARM_CLIENTS, WARM_SEED = 4, 1 << 30
+MOST_SPREAD = 3.0  # of a logarithm: e^3 is a factor of 20
 _TAKES = {
     "constant": {"rate"},
     "poisson": {"rate"},
@@ -36,9 +38,13 @@ _SHAPES = {
     "lognormal": {"tokens", "spread", "low", "high"},
 }
 
+_Rate = Annotated[float, Field(gt=0, le=100_000)]
+_Tokens = Annotated[int, Field(ge=1, le=MOST_TOKENS)]
+_Seconds = Annotated[float, Field(gt=0, le=MOST_SECONDS)]
+
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     def _require(self, kind: str, wanted: set[str], optional: frozenset[str] = frozenset()) -> None:
         """Exactly the keys that `kind` needs, some of them optional."""
@@ -58,9 +64,9 @@ class Arrivals(_Section):
     """
 
     kind: Literal["constant", "poisson", "ramp", "concurrency"] = "concurrency"
-    rate: PositiveFloat | None = None
-    to_rate: PositiveFloat | None = None
-    clients: PositiveInt | None = None
+    rate: _Rate | None = None
+    to_rate: _Rate | None = None
+    clients: Annotated[int, Field(ge=1, le=MOST_CLIENTS)] | None = None
 
     @model_validator(mode="after")
     def _meaningful(self) -> Arrivals:
@@ -77,10 +83,10 @@ class Lengths(_Section):
     """
 
     kind: Literal["fixed", "uniform", "normal", "lognormal"] = "fixed"
-    tokens: PositiveInt | None = None
-    spread: PositiveFloat | None = None
-    low: PositiveInt | None = None
-    high: PositiveInt | None = None
+    tokens: _Tokens | None = None
+    spread: Annotated[float, Field(gt=0, le=MOST_TOKENS)] | None = None
+    low: _Tokens | None = None
+    high: _Tokens | None = None
 
     @model_validator(mode="after")
     def _meaningful(self) -> Lengths:
@@ -88,6 +94,8 @@ class Lengths(_Section):
         self._require(self.kind, _SHAPES[self.kind], frozenset({"low", "high"} if open_ended else ()))
         if self.low is not None and self.high is not None and self.low > self.high:
             raise ValueError(f"low is {self.low} but high is {self.high}; allowed: low of at most high")
+        if self.kind == "lognormal" and self.spread is not None and self.spread > MOST_SPREAD:
+            raise ValueError(f"spread is {self.spread:g}, of the natural logarithm; allowed: up to {MOST_SPREAD:g}")
         return self
 
     @classmethod
@@ -103,7 +111,7 @@ class Prefixes(_Section):
     """
 
     count: PositiveInt = 1
-    tokens: PositiveInt
+    tokens: _Tokens
     share: Annotated[float, Field(gt=0, le=1)] = 1.0
 
 
@@ -116,9 +124,9 @@ class Trace(_Section):
     """
 
     path: str
-    speed: PositiveFloat = 1.0
-    scale: PositiveFloat = 1.0
-    block_tokens: PositiveInt = 512
+    speed: Annotated[float, Field(ge=1e-6, le=1e6)] = 1.0
+    scale: Annotated[float, Field(gt=0, le=1000)] = 1.0
+    block_tokens: _Tokens = 512
 
 
 class SLO(_Section):
@@ -146,10 +154,10 @@ class Scenario(_Section):
     output: Lengths = Lengths(tokens=24)
     prefixes: Prefixes | None = None
     trace: Trace | None = None
-    requests: PositiveInt | None = None
-    duration_s: PositiveFloat | None = None
-    warmup: NonNegativeInt = 2
-    deadline_s: PositiveFloat = 300.0
+    requests: Annotated[int, Field(ge=1, le=MOST_REQUESTS)] | None = None
+    duration_s: _Seconds | None = None
+    warmup: Annotated[int, Field(ge=0, le=MOST_REQUESTS)] = 2
+    deadline_s: _Seconds = 300.0
     slo: SLO = SLO()
     seed: NonNegativeInt = 0
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from pdtrim_deploy.bounds import MOST_TOKENS
 from pdtrim_deploy.errors import UserError
 
 
@@ -37,10 +39,12 @@ def rows(path: Path) -> Iterator[Row]:
                 row = json.loads(line)
                 at, length, output = float(row["timestamp"]), int(row["input_length"]), int(row["output_length"])
                 ids = tuple(int(one) for one in row.get("hash_ids", ()))
-            except (ValueError, KeyError, TypeError, AttributeError):
+                if not (math.isfinite(at) and 1 <= length <= MOST_TOKENS and 1 <= output <= MOST_TOKENS):
+                    raise ValueError
+            except (ValueError, OverflowError, KeyError, TypeError, AttributeError):
                 raise UserError(
-                    f"{path}: line {number} is no request; allowed: JSON with numbers timestamp (ms), input_length, "
-                    f"output_length and a list hash_ids"
+                    f"{path}: line {number} is no request; allowed: JSON with a finite timestamp (ms), input_length "
+                    f"and output_length from 1 to {MOST_TOKENS}, and a list hash_ids of numbers"
                 ) from None
             started = at if started is None else started
             if at - started < last:

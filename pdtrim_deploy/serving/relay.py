@@ -9,6 +9,7 @@ import time
 
 from pdtrim_deploy.serving.ports import HOST
 
+MOST_BITS_PER_S = 1e9  # beyond, Python itself is what holds bytes back
 READ_BYTES = 1 << 16
 SLACK_S = 0.005  # what a sleep that took too long may be made up for: the depth of the token bucket, in time
 

@@ -166,6 +166,24 @@ def test_dry_runs_start_and_write_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_dry_run_of_a_build_writes_what_its_help_says(
+    capsys: pytest.CaptureFixture[str], recipe_file: Path, tmp_path: Path
+) -> None:
+    assert (
+        run(capsys, "build", recipe_file, "--out", tmp_path / "b", "--dry-run", "--cache-dir", tmp_path / "c")[0] == 0
+    )
+    assert [path.name for path in tmp_path.glob("*/*")] == ["fingerprints"]
+    assert "write nothing but the digest of the weights" in " ".join(run(capsys, "build", "--help")[1].split())
+
+
+def test_what_is_not_sealed_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    for said in (run(capsys, "verify", "--help")[1], (RECIPES.parent / "SECURITY.md").read_text()):
+        words = " ".join(said.split())
+        assert "model cards (" in words
+        assert "README.md" in words
+        assert "reports added after the build" in words
+
+
 def test_a_missing_extra_is_named(recipe_file: Path, tmp_path: Path) -> None:
     done = without(("safetensors", "torch", "transformers"), "build", recipe_file, "--out", tmp_path / "b",
                    "--cache-dir", tmp_path / "cache")  # fmt: skip
@@ -188,6 +206,8 @@ def test_a_missing_extra_is_named(recipe_file: Path, tmp_path: Path) -> None:
             "load driver 'wrk' is not known; allowed: aiperf",
         ),
         (["build", "gone.yaml", "--out", "x"], "gone.yaml: no such recipe file"),
+        (["demo", "gone.yaml", "--out", "x", "--requests", "2"], "--requests 2 are too few to be dealt out to rounds"),
+        (["demo", "gone.yaml", "--out", "x", "--rounds", "2"], "--rounds 2 gives no confidence interval"),
         (["demo", "gone.yaml", "--out", "x"], "gone.yaml: no such recipe file"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

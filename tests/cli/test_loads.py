@@ -102,6 +102,7 @@ def test_a_scenario_that_the_driver_cannot_do_is_refused_before_anything_runs(
         (["--b-transport-option", "devices=[a"], "'devices=[a': the value is no YAML; put text in quotes"),
         (["--link", "100Mbps"], "a link is for bundles"),
         (["--link", "fast"], "'fast' is no link speed"),
+        (["--link", "10Gbps"], "--link 10Gbps: links faster than 1 Gb/s cannot be had this way, the relay itself"),
         (["--driver", "wrk"], "load driver 'wrk' is not known"),
     ],
 )
@@ -115,6 +116,19 @@ def test_compare_refuses_the_same_twice(capsys: pytest.CaptureFixture[str]) -> N
     code, _, err = run(capsys, "compare", "http://127.0.0.1:1", "http://127.0.0.1:1")
     assert code == 2
     assert "A and B are both http://127.0.0.1:1" in err
+
+
+@pytest.mark.parametrize("again", ["b/", "./b", "../{folder}/b", "{whole}"])
+def test_compare_sees_the_same_through_other_words(
+    again: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = make_bundle(tmp_path / "b").path
+    monkeypatch.chdir(tmp_path)
+    second = again.format(folder=tmp_path.name, whole=bundle)
+    code, out, err = run(capsys, "compare", "b", second, "--serve-python", sys.executable, "--dry-run")
+    assert (code, out) == (2, "")
+    assert "A and B are both b; give two bundles" in err
+    assert run(capsys, "compare", "http://127.0.0.1:1", "http://127.0.0.1:1/", "--dry-run")[0] == 2
 
 
 def test_one_bundle_on_two_transports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

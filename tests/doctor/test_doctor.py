@@ -190,6 +190,27 @@ def test_parameters_of_shipped_models() -> None:
         assert resources.parameters(config) == pytest.approx(config["_facts"]["parameters"], rel=2e-3), file.stem
 
 
+def test_where_nothing_can_be_written(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file, job = tmp_path / "tiny.yaml", ("doctor", "--for", "build")
+    file.write_text("")
+    for option in ("--out", "--cache-dir"):
+        for place in (file, file / "in" / "it"):
+            code, out = run(capsys, *job, option, place)
+            assert code == 1
+            assert out.splitlines()[-1].startswith("build: cannot run, 1 of ")
+            assert f"{file} is no folder" in out
+            assert f"name another folder with {option}" in out
+    fresh = ("--out", tmp_path / "new" / "b", "--cache-dir", tmp_path / "cache")
+    assert run(capsys, *job, *fresh)[0] == 0
+    assert [*tmp_path.iterdir()] == [file]
+    monkeypatch.setattr("pdtrim_deploy.doctor.places.os.access", lambda place, _: place != tmp_path)
+    code, out = run(capsys, *job, *fresh)
+    assert (code, out.count(f"{tmp_path} cannot be written to")) == (1, 2)
+    assert run(capsys, "doctor", "--for", "serve", *fresh)[1].count("cannot be written") == 0
+
+
 def test_gpus_are_listed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'NVIDIA H100, 81559 MiB, 580.1'\n")
     (tmp_path / "nvidia-smi").chmod(0o755)

@@ -9,7 +9,7 @@ from tinypd import BLOCKS, make_plan, text, tiny
 from pdtrim_deploy.blockwise import Blockwise
 from pdtrim_deploy.cli.build import print_preview
 from pdtrim_deploy.errors import UserError
-from pdtrim_deploy.pipeline.preview import preview
+from pdtrim_deploy.pipeline.preview import _speed, preview
 from pdtrim_deploy.pruning.candidates import find
 from pdtrim_deploy.pruning.cost import search_cost
 from pdtrim_deploy.pruning.hidden_states import HiddenStates
@@ -131,6 +131,7 @@ def test_an_8b_model_is_priced_by_its_config_alone(tmp_path, cache, capsys):
     assert found.search.states == 512 << 20
     assert found.search.states_wanted == 32 * 16 * 256 * 4096 * 4
     assert found.search_seconds > 0
+    assert _speed(64, 128, 10**30) > 0  # no more rows than tell the speed
     print_preview(found, tmp_path / "out", as_json=False)
     out = capsys.readouterr().out
     assert f"{found.search.most:,} block-forwards at most" in out

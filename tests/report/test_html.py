@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import sys
 import xml.etree.ElementTree as ET
 from collections import Counter
@@ -14,12 +15,15 @@ from typing import Any
 import pytest
 
 from pdtrim_deploy.bundle import Bundle, Manifest
+from pdtrim_deploy.cli import cli
 from pdtrim_deploy.engine import Numerics, TargetResult
 from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.evaluation.tasks import registry
 from pdtrim_deploy.loadtest import LoadResult, LoadRun, Outcome, WorkerFigures
 from pdtrim_deploy.loadtest.rounds import Comparison, Ratio
 from pdtrim_deploy.recipe import Recipe
 from pdtrim_deploy.report.html import Findings, page
+from pdtrim_deploy.report.html.collect import REPORTS
 from pdtrim_deploy.report.html.markup import Markup, tag
 from pdtrim_deploy.simulation import sized
 from pdtrim_deploy.sizing import Link, Rates
@@ -28,6 +32,7 @@ from pdtrim_deploy.sizing.workers import Goal
 sys.path.insert(0, str(Path(__file__).parent))
 from test_metrics import PLAN, metrics
 
+ROOT = Path(__file__).parents[2]
 SVG = "{http://www.w3.org/2000/svg}"
 ENVIRONMENT = {"command": "make <it>", "machine": {"cpu": "A & B", "cores": 2}, "versions": {"torch": "2"}}
 ENGINE = TargetResult(
@@ -92,6 +97,28 @@ def parsed(found: Findings) -> ET.Element:
     text = page(found, "pdtrim-deploy report <x>")
     assert text.startswith("<!DOCTYPE html>\n")
     return ET.fromstring(text.removeprefix("<!DOCTYPE html>\n"))
+
+
+def parse(command: str) -> dict[str, Any]:
+    """What a suggested command says, parsed and not run; what a user is to put in stands for itself."""
+    typed = command.partition(" > ")[0].replace(" N ", " 5 ").replace("TIME", "500ms")  # `>` is the shell's
+    context = cli.make_context("pdtrim-deploy", shlex.split(typed)[1:])
+    name, found, rest = cli.resolve_command(context, [*context._protected_args, *context.args])
+    assert found is not None
+    return found.make_context(name, rest, parent=context).params
+
+
+def test_every_command_that_a_page_suggests_is_one(bundle: Bundle) -> None:
+    spaced = Findings(replace(bundle, path=bundle.path.parent / "my bundle"), {})
+    for name, command in (REPORTS | spaced.missing | {"built": spaced.built["environment"]["command"]}).items():
+        benchmark = re.fullmatch(r"make bench-([a-z]+), then (report --.*)", command)
+        if benchmark:
+            assert (ROOT / "benchmarks" / f"{benchmark[1]}.py").is_file()
+            parse(f"pdtrim-deploy {benchmark[2].replace('report', 'report BUNDLE')}")
+        else:
+            assert ("my bundle" in repr(parse(command))) == (name != "metrics" and command not in REPORTS.values())
+    for name in parse(REPORTS["tasks"])["tasks"].split(","):
+        registry.check(name)
 
 
 def test_workers_are_shown_as_computed_or_simulated(bundle: Bundle) -> None:

@@ -222,7 +222,7 @@ FAST = "prefill_tokens_per_s: 5\ndecode_step_ms: {1: 2}\n"
         ("speed: 1\ndecode_step_ms: {1: 2}\nprefill_tokens_per_s: 5\n", "speed is not a known key; allowed here: "),
         ("prefill_base_ms: -1\n" + FAST, "prefill_base_ms is -1; allowed: a number of at least 0"),
         ("overhead_ms: none\n" + FAST, "overhead_ms is 'none'; allowed: a number of at least 0"),
-        ("transfer_ms: .inf\n" + FAST, "transfer_ms is inf; allowed: a number of at least 0"),
+        ("transfer_ms: .inf\n" + FAST, "transfer_ms is inf; allowed: a finite number of at least 0"),
         (f"max_running: {10**30}\n" + FAST, f"max_running is {10**30}; allowed: an integer from 1 to 65536"),
         (f"pool_tokens: {10**400}\n" + FAST, "allowed: an integer from 1 to 1000000000"),
         (f"prefill_tokens_per_s: 5\ndecode_step_ms: {{{10**400}: 2}}\n", "allowed: requests in a batch"),
@@ -250,6 +250,8 @@ def test_the_command_counts_and_simulates(capsys: pytest.CaptureFixture[str], tm
     code, out, _ = run(capsys, *asked, "--simulate", "--requests", 500)
     assert code == 0
     assert "simulated, not measured: 500 requests" in out
+    code, out, _ = run(capsys, *asked, "--rate", 1e300, "--simulate", "--requests", 500)  # no workers carry that
+    assert (code, out.count("simulated, not measured")) == (0, 0)
     assert "assumed: Poisson arrivals" in out
     assert "8192 prompt tokens a batch, 256 requests a decode batch, a decode pool without limit" in out
     code, out, _ = run(capsys, *asked, "--json")

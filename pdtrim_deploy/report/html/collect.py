@@ -16,14 +16,12 @@ from pdtrim_deploy.report.html.fault_table import KEYS as FAULT_KEYS
 
 # Report of a bundle -> the command that makes it.
 REPORTS = {
-    "pruning": "pdtrim-deploy build",
-    "kv": "pdtrim-deploy build",
-    "candidates": "pdtrim-deploy build",
-    "attention": "pdtrim-deploy build",
-    "healing": "pdtrim-deploy build",
-    "healing-kv": "pdtrim-deploy build",
+    **dict.fromkeys(
+        ("pruning", "kv", "candidates", "attention", "healing", "healing-kv"),
+        "pdtrim-deploy build BUNDLE/recipe.yaml --out BUNDLE",
+    ),
     "eval": "pdtrim-deploy eval BUNDLE",
-    "tasks": "pdtrim-deploy eval BUNDLE --tasks all",
+    "tasks": "pdtrim-deploy eval BUNDLE --tasks perplexity,choice,needle,agreement",
     "fidelity": "pdtrim-deploy fidelity BUNDLE",
     "metrics": "pdtrim-deploy demo RECIPE --out DIR",
     "sizing": "pdtrim-deploy plan BUNDLE --rates FILE --rate N --slo-ttft TIME --slo-itl TIME --simulate --json "
@@ -69,7 +67,7 @@ class Findings:
             plan = said.get("plan_digest") or said.get("plan")
             digest = plan.get("digest") if isinstance(plan, dict) else plan
             if digest not in (None, bundle.plan.digest):
-                made = REPORTS[name].replace("BUNDLE", str(bundle.path))
+                made = _about(bundle, REPORTS[name])
                 raise UserError(
                     f"{bundle.reports_dir / name}.json is of plan {digest[:12]}, the bundle's is "
                     f"{bundle.plan.digest[:12]}; make it again: {made}"
@@ -87,8 +85,7 @@ class Findings:
     @property
     def built(self) -> dict[str, Any]:
         """Where the bundle was made, as an environment of `report.environment`; its recipe makes the same again."""
-        at, manifest = shlex.quote(str(self.bundle.path)), self.bundle.manifest
-        command = f"pdtrim-deploy build {at}/recipe.yaml --out {at}"
+        command, manifest = _about(self.bundle, REPORTS["pruning"]), self.bundle.manifest
         return {"environment": {"command": command, "machine": manifest.machine, "versions": manifest.versions}}
 
     @property
@@ -108,7 +105,11 @@ class Findings:
             lacks["pareto"] = "make bench-kv, then report --pareto benchmarks/results/kv.json"
         if self.faults is None:
             lacks["faults"] = "make bench-faults, then report --faults benchmarks/results/faults.json"
-        return {name: command.replace("BUNDLE", str(self.bundle.path)) for name, command in lacks.items()}
+        return {name: _about(self.bundle, command) for name, command in lacks.items()}
+
+
+def _about(bundle: Bundle, command: str) -> str:
+    return command.replace("BUNDLE", shlex.quote(str(bundle.path)))
 
 
 def read_pareto(path: Path) -> dict[str, Any]:

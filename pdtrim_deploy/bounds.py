@@ -1,0 +1,11 @@
+"""How much may be asked for: far above what makes sense, and below what clocks, sockets and memory cannot take."""
+
+from __future__ import annotations
+
+MOST_SECONDS = 604_800  # a week
+MOST_TOKENS = 10_000_000  # of one text
+MOST_REQUESTS = 10_000_000
+MOST_SIMULATED = 1_000_000  # each is an object in memory
+MOST_CLIENTS = 10_000
+MOST_WORKERS = 64  # on one machine: each has ports and memory of its own
+MOST_ROUNDS = 1000
