@@ -16,6 +16,7 @@ class Method:
         seeded: whether seeds change it.
         finalists: judged again with that compensation, which decides.
         trained: whether gradients are taken; the others are compared among themselves.
+        sizes: numbers of blocks that it is asked for, of those that decode loses, by default.
         layer: LLM-Streamline's: the block in front of each removed window is taught to stand for both.
 
     """
@@ -28,6 +29,7 @@ class Method:
     healed: bool = False
     layer: bool = False
     published: bool = False
+    sizes: tuple[int, ...] = (6, 2, 4, 8)
 
     @property
     def trained(self) -> bool:
@@ -45,26 +47,27 @@ class Method:
         return self.compensation, self.healed, self.layer
 
 
+_PARTS = (6, 4)  # where a gain comes from is asked at these
 _OURS = Method("anneal", seeded=True, distil=True, compensation="least-squares", finalists=4)
 METHODS = {
     "random": Method("random", seeded=True),
     "ShortGPT": Method("cosine"),
     "Shortened LLaMA": Method("perplexity"),
     "LLM-Streamline, no layer": Method("streamline"),
-    "ShortGPT, refitted": Method("cosine", compensation="least-squares"),
-    "LLM-Streamline, no layer, refitted": Method("streamline", compensation="least-squares"),
+    "ShortGPT, refitted": Method("cosine", compensation="least-squares", sizes=_PARTS),
+    "LLM-Streamline, no layer, refitted": Method("streamline", compensation="least-squares", sizes=_PARTS),
     "SLEB, cached": Method("sleb-cached"),
     "SLEB": Method("sleb-cached", published=True),
     "ours": _OURS,
     # each without one thing
-    "ours, no D": replace(_OURS, distil=False),
+    "ours, no D": replace(_OURS, distil=False, sizes=_PARTS),
     "ours, no annealing": Method("greedy", compensation="least-squares", finalists=2),
-    "ours, no finalists": replace(_OURS, finalists=0),
-    "ours, no compensation": replace(_OURS, compensation="none", finalists=0),
+    "ours, no finalists": replace(_OURS, finalists=0, sizes=_PARTS),
+    "ours, no compensation": replace(_OURS, compensation="none", finalists=0, sizes=_PARTS),
     "ours, greedy": Method("greedy"),  # without any of the three
-    "ours, greedy, rescaled": Method("greedy", compensation="norm"),  # Prune&Comp in the place of the refit
+    "ours, greedy, rescaled": Method("greedy", compensation="norm", sizes=_PARTS),  # Prune&Comp instead of the refit
     "LLM-Streamline": Method("streamline", layer=True),
-    "ours, healed": replace(_OURS, healed=True),
+    "ours, healed": replace(_OURS, healed=True, sizes=_PARTS),
     "ours, no annealing, healed": Method("greedy", compensation="least-squares", finalists=2, healed=True),
 }
 

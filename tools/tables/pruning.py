@@ -24,7 +24,7 @@ def pruning(data: dict[str, Any]) -> str:
         f"PD perplexity of {asked['sequences']} x {asked['continuation']} tokens of Brown / Austen after "
         f"{asked['prompt']} of prompt; dense {_both([dense])}; prefill loses a third as many, chosen on "
         f"{asked['calibration']} x {asked['length']} tokens of Brown's calibration split; ± is half the range of seeds "
-        f"0, 1, 2, where a method has them",
+        f"0, 1, 2, where a method has them; what only says where a gain comes from is asked at 4 and 6",
     )
     head = ("method", *(f"{n} of 30 removed" for n in removed))
     return table(head, lines) + said + "\n\n" + _details(rows, dense, asked["questions"])
