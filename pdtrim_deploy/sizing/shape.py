@@ -10,6 +10,7 @@ from typing import Any, get_args
 from pdtrim_deploy.checkpoints.checkpoint import read_config
 from pdtrim_deploy.checkpoints.families import family_of
 from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.paths import expanded
 from pdtrim_deploy.plan import ModelShape, NativeDtype
 
 FACTS = Path(__file__).parent / "facts"  # a link to recipes/facts
@@ -54,7 +55,7 @@ def shipped() -> dict[str, Path]:
 
 def find_config(text: str) -> Path | None:
     """The file that `text` means: a config.json, a folder with one, or a shipped name in any case; else None."""
-    path = Path(text).expanduser()
+    path = expanded(text)
     if path.is_file():
         return path
     if (path / "config.json").is_file():
@@ -65,6 +66,14 @@ def find_config(text: str) -> Path | None:
 def shipped_for(source: str) -> Path | None:
     """The facts of the model that a recipe's `model.source` names."""
     return next((f for f in shipped().values() if source in json.loads(f.read_text())["_facts"]["sources"]), None)
+
+
+def config_of(source: str) -> Path | None:
+    """The config.json of the model that a recipe names, where it is here or shipped: nothing is fetched."""
+    kind, _, place = source.partition(":")
+    if kind == "hf" and (local := expanded(place) / "config.json").is_file():
+        return local
+    return shipped_for(source)
 
 
 def read_sized(path: Path) -> Sized:
