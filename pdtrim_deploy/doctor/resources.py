@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pdtrim_deploy.checkpoints.checkpoint import read_config
+from pdtrim_deploy.checkpoints.config import read_config
 from pdtrim_deploy.doctor.base import ALL, Asked, Finding, Job, gb
 from pdtrim_deploy.pipeline.heal import needed
 from pdtrim_deploy.pruning.cost import fitted_bytes, search_cost

@@ -11,7 +11,7 @@ from typing import Any
 
 from pdtrim_deploy.cache import Cache
 from pdtrim_deploy.checkpoints import Checkpoint, resolve
-from pdtrim_deploy.checkpoints.checkpoint import read_config
+from pdtrim_deploy.checkpoints.config import read_config
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.paths import expanded
 from pdtrim_deploy.pipeline.build import check_fits, done_steps, steps_of
