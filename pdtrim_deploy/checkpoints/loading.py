@@ -78,7 +78,5 @@ def _one_sentence(path: Path, what: str) -> Iterator[None]:
     except Exception as error:
         reason = error.__cause__ or error  # of a value that its config does not take, the first says where alone
         said = next((line.strip() for line in str(reason).splitlines() if line.strip()), "")
-        said = shorten(f"{type(reason).__name__}: {said}", 200, placeholder=" ...")
-        raise UserError(
-            f"{path}: transformers cannot load this {what} ({said}); mend that or get the model again"
-        ) from error
+        said = f"{path}: transformers cannot load this {what} ({type(reason).__name__}: {shorten(said, 200)})"
+        raise UserError(f"{said}; mend that or get the model again") from error
