@@ -181,10 +181,10 @@ def read_seal(path: Path) -> Manifest | None:
 
     """
     try:
-        sealed, text = (path / COMPLETE).read_text().strip(), (path / MANIFEST).read_bytes()
+        sealed, text = (path / COMPLETE).read_bytes().strip(), (path / MANIFEST).read_bytes()
     except FileNotFoundError:
         return None
-    if hashlib.sha256(text).hexdigest() != sealed:
+    if hashlib.sha256(text).hexdigest().encode() != sealed:
         raise UserError(f"{path}: {MANIFEST} was changed after {COMPLETE} was written; build the bundle again")
     try:
         return Manifest.model_validate_json(text)
@@ -235,5 +235,5 @@ def _plan_digest_in(stage_dir: Path) -> str:
     """Digest of the plan that a stage checkpoint carries in its config.json."""
     try:
         return PDPlan.parse(json.loads((stage_dir / "config.json").read_text())["pdtrim"], str(stage_dir)).digest
-    except (FileNotFoundError, json.JSONDecodeError, KeyError, TypeError):
+    except (FileNotFoundError, ValueError, RecursionError, KeyError, TypeError):
         raise UserError(f"{stage_dir}: its config.json carries no plan; build the bundle again") from None

@@ -21,7 +21,9 @@ from pathlib import Path
 from pdtrim_deploy.errors import UserError
 
 MARKER = ".complete.json"
-_USERS_TO_MEND = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST}
+_USERS_TO_MEND = {
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST, errno.ELOOP,
+}  # fmt: skip
 
 
 def file_sha256(path: Path) -> str:

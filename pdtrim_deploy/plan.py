@@ -200,7 +200,7 @@ class PDPlan(Frozen):
             return cls.parse(json.loads(path.read_text()), str(path))
         except FileNotFoundError:
             raise UserError(f"{path}: no such plan; build the bundle first") from None
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # of JSON, or of its bytes; nested without end
             raise UserError(f"{path}: not JSON ({error}); build the bundle again") from None
 
     @classmethod

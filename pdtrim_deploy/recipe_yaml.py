@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.paths import resolved
 
 
 class Origins(dict[tuple[str, ...], Path]):
@@ -38,9 +39,14 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", own[n].start_mark)
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        """What is not the date or number it looks like, or not what its tag says, is named as YAML's other errors."""
+        """What is not the date or number it looks like, or not what its tag says, is named as YAML's other errors.
+
+        So is what holds itself: YAML would build it, `deep` or not, but no recipe could be read from it.
+        """
+        if node in self.recursive_objects:
+            raise yaml.constructor.ConstructorError(None, None, "this anchor holds itself", node.start_mark)
         try:
-            return super().construct_object(node, deep)
+            return super().construct_object(node, deep=True)
         except ValueError as error:
             said = f"{node.value} is no date or number ({error}); put it in quotes"
         except (LookupError, AttributeError):  # of a tag such as !!bool
@@ -63,7 +69,7 @@ def compose(path: Path, kind: str = "recipe") -> tuple[dict[str, Any], Origins]:
 
 
 def _merge_file(merged: dict[str, Any], origins: Origins, path: Path, chain: tuple[Path, ...], kind: str) -> None:
-    here = path.resolve()
+    here = resolved(path)
     if here in chain:
         circle = " -> ".join(p.name for p in (*chain[chain.index(here) :], here))
         raise UserError(f"{path}: include goes in a circle ({circle}); remove one of these includes")
@@ -97,6 +103,8 @@ def _read(path: Path, kind: str) -> dict[str, Any]:
         raise UserError(f"{path}: no such {kind} file; check the path") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: not a text file; a {kind} is YAML in UTF-8") from None
+    except RecursionError:
+        raise UserError(f"{path}: nested too deeply; a {kind} is a few keys deep") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""

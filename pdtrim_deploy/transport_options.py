@@ -40,7 +40,7 @@ class TransportOptions(Frozen):
             except ValidationError as error:
                 why = error.errors()[0]["msg"]
                 raise UserError(f"--transport-option {text!r}: {why[0].lower()}{why[1:]}; mend the value") from None
-            except (yaml.YAMLError, ValueError, LookupError, AttributeError):  # a date that is none, a tag on nonsense
+            except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError):  # a bad date, tag, depth
                 raise UserError(f"--transport-option {text!r}: the value is no YAML; put text in quotes") from None
             found |= read.model_dump(include={key})
         return found

@@ -137,7 +137,9 @@ def test_the_measured_loss_takes_the_place_of_its_absence(written: Path) -> None
     assert text.split(model_card.END)[1] == before.split(model_card.END)[1]
 
 
-@pytest.mark.parametrize("front", [": {bad", "date: 2024-13-01", "gated: !!bool x"])
+@pytest.mark.parametrize(
+    "front", [": {bad", "date: 2024-13-01", "gated: !!bool x", "[" * 1500], ids=["half", "date", "tag", "brackets"]
+)
 def test_without_a_licence_it_says_so(front: str, tmp_path: Path, recipe: Recipe) -> None:
     (tmp_path / "README.md").write_text(f"---\n{front}\n---\n")
     (tmp_path / "config.json").write_text("{}")

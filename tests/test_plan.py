@@ -118,13 +118,16 @@ def test_json_and_back(tmp_path):
     [
         (None, "no such plan"),
         ("{", "not JSON"),
+        (b"\xff", "not JSON .*; build the bundle again"),
+        ("[" * 100_000, "not JSON .*; build the bundle again"),
         ("{}", "not a valid plan: model: Field required"),
         (json.dumps({**json.loads(plan().canonical_json()), "more": 1}), "not a valid plan: more"),
     ],
+    ids=["gone", "half", "no-text", "no-end", "empty", "more"],
 )
 def test_a_bad_file_is_one_sentence(tmp_path, text, sentence):
     file = tmp_path / "plan.json"
     if text is not None:
-        file.write_text(text)
+        file.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError, match=sentence):
         PDPlan.load(file)

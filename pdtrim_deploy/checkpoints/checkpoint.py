@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from pdtrim_deploy.cache import Cache
-from pdtrim_deploy.checkpoints.families import Family, family_of
+from pdtrim_deploy.checkpoints.config import read_config
+from pdtrim_deploy.checkpoints.families import Family, attention_sizes, family_of
 from pdtrim_deploy.checkpoints.tensors import TensorInfo, read_tensor_index, tensor_digests
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.plan import ModelShape, NativeDtype
@@ -62,12 +63,13 @@ class Checkpoint:
     def facts(self) -> ModelFacts:
         """The model's sizes."""
         c = self.config
+        heads, kv_heads, head_dim = attention_sizes(c)
         return ModelFacts(
             architecture=self.family.architecture,
             num_blocks=c["num_hidden_layers"],
-            num_heads=c["num_attention_heads"],
-            num_kv_heads=c.get("num_key_value_heads") or c["num_attention_heads"],
-            head_dim=c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"],
+            num_heads=heads,
+            num_kv_heads=kv_heads,
+            head_dim=head_dim,
             hidden_size=c["hidden_size"],
             intermediate_size=c["intermediate_size"],
             vocab_size=c["vocab_size"],
@@ -91,7 +93,7 @@ class Checkpoint:
 def open_checkpoint(folder: Path, cache: Cache) -> Checkpoint:
     """Check a HF folder and take its fingerprint (kept in the cache, as it reads every byte).
 
-    Raises UserError: no folder, bad config.json, architecture, quantised or missing weights, missing tokenizer.
+    Raises UserError: no folder, bad config.json, architecture, quantised, missing or other weights, no tokenizer.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give a HF folder with config.json and safetensors")
@@ -105,40 +107,19 @@ def open_checkpoint(folder: Path, cache: Cache) -> Checkpoint:
         )
     index = read_tensor_index(folder)
     tensors = {n: t for n, t in index.items() if _is_weight(n, config)}
-    missing = sorted(family.required_tensors(config) - set(tensors))
+    shapes = family.required_tensors(config)
+    missing = sorted(shapes.keys() - tensors.keys())
     if missing:
         raise UserError(f"{folder}: {len(missing)} tensors are missing, first {missing[0]}; get the model again")
     odd = [f"{n} is {t.dtype}" for n, t in tensors.items() if t.dtype not in DTYPES]
     if odd:
         raise UserError(f"{folder}: {odd[0]}; weights must be one of {', '.join(DTYPES.values())}")
+    for name, shape in shapes.items():
+        if tensors[name].shape != shape:
+            has = list(tensors[name].shape)
+            raise UserError(f"{folder}: {name} is {has} but by config.json {list(shape)}; get the model again")
     _check_tied(folder, config, index)
     return Checkpoint(folder, config, family, _fingerprint(folder, config, family, tensors, cache), tensors)
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """config.json with the keys we need; UserError when missing, not JSON or short of a key."""
-    try:
-        config = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path.parent}: no config.json; give a HF folder") from None
-    except ValueError:
-        raise UserError(f"{path}: not JSON; get the model again") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: not a JSON object; get the model again")
-    needed = (
-        "hidden_size",
-        "intermediate_size",
-        "num_attention_heads",
-        "num_hidden_layers",
-        "vocab_size",
-        "max_position_embeddings",
-    )
-    missing = [key for key in needed if not isinstance(config.get(key), int)]
-    if missing and config.get("architectures"):
-        family_of(config, str(path.parent))
-    if missing:
-        raise UserError(f"{path}: key {missing[0]} is missing or not a whole number; get the model again")
-    return config
 
 
 def _is_weight(name: str, config: dict[str, Any]) -> bool:

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from pdtrim_deploy.errors import UserError
 
-_BLOCK = (
-    "input_layernorm.weight",
-    "self_attn.q_proj.weight",
-    "self_attn.k_proj.weight",
-    "self_attn.v_proj.weight",
-    "self_attn.o_proj.weight",
-    "post_attention_layernorm.weight",
-    "mlp.gate_proj.weight",
-    "mlp.up_proj.weight",
-    "mlp.down_proj.weight",
-)
+Shapes = dict[str, tuple[str, ...]]
+"""Tensors of a block, and which sizes their axes have: those of `_sizes`."""
+
+_BLOCK: Shapes = {
+    "input_layernorm.weight": ("hidden",),
+    "self_attn.q_proj.weight": ("q", "hidden"),
+    "self_attn.k_proj.weight": ("kv", "hidden"),
+    "self_attn.v_proj.weight": ("kv", "hidden"),
+    "self_attn.o_proj.weight": ("hidden", "q"),
+    "post_attention_layernorm.weight": ("hidden",),
+    "mlp.gate_proj.weight": ("intermediate", "hidden"),
+    "mlp.up_proj.weight": ("intermediate", "hidden"),
+    "mlp.down_proj.weight": ("hidden", "intermediate"),
+}
 
 
 @dataclass(frozen=True)
@@ -27,15 +30,18 @@ class Family:
 
     architecture: str
     model_type: str
-    extra: tuple[str, ...] = ()
+    extra: Shapes = field(default_factory=dict)
 
-    def required_tensors(self, config: Mapping[str, Any]) -> set[str]:
-        """Names that a whole checkpoint of this family and config must hold."""
-        names = {"model.embed_tokens.weight", "model.norm.weight"}
+    def required_tensors(self, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        """Names and shapes that a whole checkpoint of this family and config must hold."""
+        size = _sizes(config)
+        rows = (size["vocab"], size["hidden"])
+        ends = {"model.embed_tokens.weight": rows, "model.norm.weight": rows[1:]}
         if not config.get("tie_word_embeddings", False):
-            names.add("lm_head.weight")
+            ends["lm_head.weight"] = rows
+        block = {name: tuple(size[axis] for axis in axes) for name, axes in (_BLOCK | self.extra).items()}
         blocks = range(config["num_hidden_layers"])
-        return names | {f"model.layers.{i}.{name}" for i in blocks for name in _BLOCK + self.extra}
+        return ends | {f"model.layers.{i}.{name}": shape for i in blocks for name, shape in block.items()}
 
     @property
     def model_class(self) -> Any:
@@ -45,8 +51,20 @@ class Family:
         return getattr(transformers, self.architecture)
 
 
-_QKV_BIAS = ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias")
-_QK_NORM = ("self_attn.q_norm.weight", "self_attn.k_norm.weight")
+def attention_sizes(config: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Heads, KV heads and the size of a head; config.json may leave the latter two out."""
+    heads = config["num_attention_heads"]
+    return heads, config.get("num_key_value_heads") or heads, config.get("head_dim") or config["hidden_size"] // heads
+
+
+def _sizes(config: Mapping[str, Any]) -> dict[str, int]:
+    heads, kv_heads, head = attention_sizes(config)
+    widths = {"q": heads * head, "kv": kv_heads * head, "head": head}
+    return widths | {key: config[f"{key}_size"] for key in ("hidden", "intermediate", "vocab")}
+
+
+_QKV_BIAS: Shapes = {f"self_attn.{name}_proj.bias": (axis,) for name, axis in (("q", "q"), ("k", "kv"), ("v", "kv"))}
+_QK_NORM: Shapes = {f"self_attn.{name}_norm.weight": ("head",) for name in "qk"}
 
 FAMILIES: dict[str, Family] = {
     family.architecture: family

@@ -18,6 +18,7 @@ from pdtrim_deploy.cache import Cache
 from pdtrim_deploy.checkpoints.base import Log
 from pdtrim_deploy.checkpoints.gguf_tokenizer import write_tokenizer
 from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.paths import expanded, resolved
 
 _CONVERTER = 2  # raise when the same file would convert differently
 _ARCHITECTURES = {
@@ -49,7 +50,7 @@ class GGUFSource:
 
     def folder(self, place: str, cache: Cache, log: Log) -> Path:
         """Convert once."""
-        path = Path(place).expanduser().resolve()
+        path = resolved(expanded(place))
         if not path.is_file():
             raise UserError(f"{path}: no such file; give a .gguf model")
         stat = path.stat()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pdtrim_deploy.cache import Cache
 from pdtrim_deploy.checkpoints.base import Log
+from pdtrim_deploy.paths import expanded, resolved
 
 
 class HFSource:
@@ -16,4 +17,4 @@ class HFSource:
 
     def folder(self, place: str, cache: Cache, log: Log) -> Path:
         """The folder itself; `open_checkpoint` judges it."""
-        return Path(place).expanduser().resolve()
+        return resolved(expanded(place))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
 
-from pdtrim_deploy.checkpoints.checkpoint import TOKENIZER_FILES, read_config
+from pdtrim_deploy.checkpoints.checkpoint import TOKENIZER_FILES, Checkpoint
+from pdtrim_deploy.checkpoints.config import read_config
 from pdtrim_deploy.checkpoints.families import family_of
 from pdtrim_deploy.errors import UserError
 
@@ -25,7 +29,7 @@ def load_model(path: Path, dtype: str = "float32", attn_implementation: str = "s
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # "Loading weights" would break our own lines
-    try:
+    with _one_sentence(path, "model"):
         model, info = family.model_class.from_pretrained(
             path,
             dtype=TORCH_DTYPES[dtype],
@@ -34,8 +38,6 @@ def load_model(path: Path, dtype: str = "float32", attn_implementation: str = "s
             local_files_only=True,
             output_loading_info=True,
         )
-    except (OSError, RuntimeError, ValueError) as error:
-        raise UserError(f"{path}: transformers cannot load this model ({_first_line(error)})") from error
     if info["missing_keys"]:  # transformers would fill them with random numbers and only warn
         raise UserError(f"{path}: tensor {sorted(info['missing_keys'])[0]} is missing; get the model again")
     return model.eval().requires_grad_(False)
@@ -47,11 +49,34 @@ def load_tokenizer(path: Path) -> Any:
 
     if not any((path / name).exists() for name in TOKENIZER_FILES):
         raise UserError(f"{path}: no tokenizer ({', '.join(TOKENIZER_FILES)}); copy the model's tokenizer files there")
-    try:
+    with _one_sentence(path, "tokenizer"):
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise UserError(f"{path}: transformers cannot load this tokenizer ({_first_line(error)})") from error
 
 
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+def check_loads(checkpoint: Checkpoint) -> None:
+    """Refuse, with UserError, what transformers would not load: seconds, as no weights are read.
+
+    Not every step of a build loads the model; but what is wrong with it is to be said before the first one.
+    """
+    from transformers import GenerationConfig
+
+    made, path = checkpoint.family.model_class, checkpoint.path
+    with _one_sentence(path, "model"):
+        config = made.config_class.from_dict(checkpoint.config)
+        with torch.device("meta"):
+            made._from_config(config)
+        if (path / "generation_config.json").exists():
+            GenerationConfig.from_pretrained(path, local_files_only=True)
+    load_tokenizer(path)
+
+
+@contextmanager
+def _one_sentence(path: Path, what: str) -> Iterator[None]:
+    """For reading a folder, and nothing else: whatever transformers raises then, the folder's files are its reason."""
+    try:
+        yield
+    except Exception as error:
+        reason = error.__cause__ or error  # of a value that its config does not take, the first says where alone
+        said = next((line.strip() for line in str(reason).splitlines() if line.strip()), "")
+        said = f"{path}: transformers cannot load this {what} ({type(reason).__name__}: {shorten(said, 200)})"
+        raise UserError(f"{said}; mend that or get the model again") from error

@@ -49,7 +49,7 @@ def _front_matter(readme: Path) -> dict[str, Any]:
     front = re.match(r"---\r?\n(.*?)\n---\s*\n", readme.read_text(errors="replace"), re.DOTALL)
     try:
         said = yaml.safe_load(front[1]) if front else None
-    except (yaml.YAMLError, ValueError, LookupError, AttributeError):  # a date that is none, a tag on nonsense
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError):  # a bad date, tag, depth
         said = None
     return said if isinstance(said, dict) else {}
 

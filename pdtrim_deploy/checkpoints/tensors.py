@@ -13,11 +13,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 from pdtrim_deploy.errors import UserError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_BITS = {
+    **dict.fromkeys(("F4",), 4),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E5M2FNUZ", "F8_E4M3FNUZ", "F8_E8M0"), 8),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
+    **dict.fromkeys(("U32", "I32", "F32"), 32),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
+}
 
 
 @dataclass(frozen=True)
@@ -84,27 +93,38 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
         if 8 + length > size:
             raise damaged
         try:
-            header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            tensors = {
-                name: TensorInfo(
-                    path,
-                    entry["dtype"],
-                    tuple(entry["shape"]),
-                    8 + length + entry["data_offsets"][0],
-                    8 + length + entry["data_offsets"][1],
-                )
-                for name, entry in header.items()
-            }
-        except (ValueError, AttributeError, TypeError, KeyError, IndexError):
+            header = json.loads(file.read(length).decode())
+            said = header.pop("__metadata__", None) or {}
+            tensors = {name: _info(path, entry, 8 + length) for name, entry in header.items()}
+        except (ValueError, RecursionError, AttributeError, TypeError, KeyError):
             raise damaged from None
-    if max((info.stop for info in tensors.values()), default=8 + length) != size:
+    ordered = sorted(tensors.values(), key=lambda info: (info.start, info.stop))
+    ends = [8 + length, *(info.stop for info in ordered)]
+    gapless = [info.start for info in ordered] == ends[:-1] and ends[-1] == size  # as safetensors has them
+    if not gapless or not _all_text(said):
         raise damaged
     return tensors
 
 
+def _info(path: Path, entry: dict[str, Any], data: int) -> TensorInfo:
+    """What a header says of one tensor; ValueError or TypeError where its numbers do not go together."""
+    (start, stop), shape = entry["data_offsets"], entry["shape"]
+    if any(type(number) is not int or number < 0 for number in (start, stop, *shape)):
+        raise ValueError("no size")
+    if 8 * (stop - start) != math.prod(shape) * _BITS[entry["dtype"]]:
+        raise ValueError("another size")
+    return TensorInfo(path, entry["dtype"], tuple(shape), data + start, data + stop)
+
+
+def _all_text(said: object) -> bool:
+    return isinstance(said, dict) and all(isinstance(word, str) for word in said.values())
+
+
 def _weight_map(path: Path) -> dict[str, str]:
     try:
-        return json.loads(path.read_text())["weight_map"]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path}: no weight_map in it; get the model again") from None
+        found = json.loads(path.read_text())["weight_map"]
+    except (ValueError, RecursionError, KeyError, TypeError):
+        found = None
+    if not _all_text(found):
+        raise UserError(f"{path}: no weight_map from tensors to files in it; get the model again")
+    return found

@@ -43,7 +43,7 @@ EXTRA_OF = {
 # The machine's fault and not ours: said in one sentence.
 TO_MEND = {
     errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
-    errno.ENOENT, errno.ENAMETOOLONG,
+    errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP,
 }  # fmt: skip
 
 

@@ -9,15 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pdtrim_deploy.checkpoints.checkpoint import read_config
+from pdtrim_deploy.checkpoints.config import read_config
 from pdtrim_deploy.doctor.base import ALL, Asked, Finding, Job, gb
-from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.pipeline.heal import needed
 from pdtrim_deploy.pruning.cost import fitted_bytes, search_cost
 from pdtrim_deploy.recipe import Recipe
 from pdtrim_deploy.recipe_kv import FIXED_KV
 from pdtrim_deploy.serving.environment import gpu_count
-from pdtrim_deploy.sizing.shape import read_sized, shipped_for
+from pdtrim_deploy.sizing.shape import config_of, read_sized
 from pdtrim_deploy.wire import ITEM_BYTES
 
 PROGRAM = 1.5e9  # Python, torch and transformers, or an SGLang worker without weights and KV
@@ -45,7 +44,7 @@ def needs(recipe: Recipe, workers: int = 0) -> Needs | None:
     more; an engine is taken to be as large as its stage in float32, built in a process of its own that holds it three
     times.
     """
-    path = _config(recipe.model.source)
+    path = config_of(recipe.model.source)
     if path is None:
         return None
     config = read_config(path)
@@ -178,12 +177,3 @@ def memory() -> tuple[int, int]:
     except (OSError, ValueError):  # no cgroup v2, or "max"
         return total, free
     return min(total, limit), min(free, max(0, limit - used))
-
-
-def _config(source: str) -> Path | None:
-    kind, _, place = source.partition(":")
-    local = Path(place).expanduser() / "config.json"
-    try:
-        return local if kind == "hf" and local.is_file() else shipped_for(source)
-    except UserError:
-        return None

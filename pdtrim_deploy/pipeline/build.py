@@ -122,10 +122,13 @@ def build(
         UserError: bad source, corpus or recipe for this model; `out` is something else or in use.
 
     """
+    from pdtrim_deploy.checkpoints.loading import check_loads
+
     if workers is not None:
         check_shared(recipe)
     with show("source", False):
         checkpoint = resolve(recipe.model.source, cache, note)
+        check_loads(checkpoint)
     check_fits(recipe, checkpoint.facts.num_blocks, checkpoint.facts.max_positions)
     stand_in(recipe, checkpoint.shape(recipe.model.dtype))  # a byte budget that nothing fits is refused at once
     try:

@@ -11,8 +11,9 @@ from typing import Any
 
 from pdtrim_deploy.cache import Cache
 from pdtrim_deploy.checkpoints import Checkpoint, resolve
-from pdtrim_deploy.checkpoints.checkpoint import read_config
+from pdtrim_deploy.checkpoints.config import read_config
 from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.paths import expanded
 from pdtrim_deploy.pipeline.build import check_fits, done_steps, steps_of
 from pdtrim_deploy.pipeline.journal import Journal, refuse_strangers
 from pdtrim_deploy.pipeline.sealing import is_sealed
@@ -95,10 +96,11 @@ def _config_alone(source: str) -> dict[str, Any] | None:
     """The config.json of a model whose weights are not here."""
     from pdtrim_deploy.sizing.shape import shipped_for
 
-    folder = Path(source.removeprefix("hf:"))
-    if source.startswith("hf:") and (folder / "config.json").is_file() and not any(folder.glob("*.safetensors")):
-        return read_config(folder / "config.json")
-    known = None if folder.exists() else shipped_for(source)
+    kind, _, place = source.partition(":")
+    if kind == "hf" and (folder := expanded(place)).exists():
+        alone = (folder / "config.json").is_file() and not any(folder.glob("*.safetensors"))
+        return read_config(folder / "config.json") if alone else None
+    known = shipped_for(source)
     return None if known is None else read_config(known)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 
 from pdtrim_deploy.errors import ServingError
+from pdtrim_deploy.paths import resolved
 from pdtrim_deploy.serving import commands, probe
 from pdtrim_deploy.serving.environment import ServeEnvironment
 from pdtrim_deploy.serving.process import ServerProcess, stop_all
@@ -49,7 +50,7 @@ class Cluster:
         log_dir: Path,
         say: Callable[[str], None] = lambda sentence: None,
     ) -> None:
-        self.spec, self.environment, self.log_dir, self._say = spec, environment, log_dir.resolve(), say
+        self.spec, self.environment, self.log_dir, self._say = spec, environment, resolved(log_dir), say
         self._processes: dict[str, ServerProcess] = {}
         self._temporary: Path | None = None
         self.secret: Path | None = None  # the file that its workers share, while it runs

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from pdtrim_deploy.checkpoints.checkpoint import read_config
-from pdtrim_deploy.checkpoints.families import family_of
+from pdtrim_deploy.checkpoints.config import read_config
+from pdtrim_deploy.checkpoints.families import attention_sizes, family_of
 from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.paths import expanded
 from pdtrim_deploy.plan import ModelShape, NativeDtype
 
 FACTS = Path(__file__).parent / "facts"  # a link to recipes/facts
@@ -54,7 +55,7 @@ def shipped() -> dict[str, Path]:
 
 def find_config(text: str) -> Path | None:
     """The file that `text` means: a config.json, a folder with one, or a shipped name in any case; else None."""
-    path = Path(text).expanduser()
+    path = expanded(text)
     if path.is_file():
         return path
     if (path / "config.json").is_file():
@@ -65,6 +66,14 @@ def find_config(text: str) -> Path | None:
 def shipped_for(source: str) -> Path | None:
     """The facts of the model that a recipe's `model.source` names."""
     return next((f for f in shipped().values() if source in json.loads(f.read_text())["_facts"]["sources"]), None)
+
+
+def config_of(source: str) -> Path | None:
+    """The config.json of the model that a recipe names, where it is here or shipped: nothing is fetched."""
+    kind, _, place = source.partition(":")
+    if kind == "hf" and (local := expanded(place) / "config.json").is_file():
+        return local
+    return shipped_for(source)
 
 
 def read_sized(path: Path) -> Sized:
@@ -79,26 +88,17 @@ def read_sized(path: Path) -> Sized:
     if "pdtrim" in config:
         raise UserError(f"{path}: one stage of a bundle; give the bundle's folder {path.parent.parent}")
     ours = path in shipped().values()
-    heads = _positive(config, "num_attention_heads", path)
-    derived = {"num_key_value_heads": heads, "head_dim": config["hidden_size"] // heads}
-    config = derived | {key: value for key, value in config.items() if value is not None}
+    _, kv_heads, head_dim = attention_sizes(config)
     return Sized(
         label=path.resolve().parent.name if path.name == "config.json" else path.stem,
         origin=f"shipped facts of {config['_facts']['model']}" if ours else str(path),
         architecture=family.architecture,
-        num_blocks=_positive(config, "num_hidden_layers", path),
-        num_kv_heads=_positive(config, "num_key_value_heads", path),
-        head_dim=_positive(config, "head_dim", path),
-        max_positions=_positive(config, "max_position_embeddings", path),
+        num_blocks=config["num_hidden_layers"],
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        max_positions=config["max_position_embeddings"],
         kv_dtype=_dtype(config, path),
     )
-
-
-def _positive(config: dict[str, Any], key: str, path: Path) -> int:
-    value = config[key]
-    if type(value) is not int or value < 1:
-        raise UserError(f"{path}: key {key} is {value!r}; it must be a whole number of at least 1")
-    return value
 
 
 def _dtype(config: dict[str, Any], path: Path) -> NativeDtype | None:

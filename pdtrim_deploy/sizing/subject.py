@@ -9,11 +9,12 @@ from pathlib import Path
 
 from pdtrim_deploy.bundle import PLAN, Bundle
 from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.paths import expanded
 from pdtrim_deploy.pipeline.build import check_fits
 from pdtrim_deploy.pipeline.stand_in import said_of, stand_in
 from pdtrim_deploy.plan import PDPlan
 from pdtrim_deploy.recipe import Recipe
-from pdtrim_deploy.sizing.shape import Sized, find_config, read_sized, shipped, shipped_for
+from pdtrim_deploy.sizing.shape import Sized, config_of, find_config, read_sized, shipped, shipped_for
 
 _RECIPE_SUFFIXES = (".yaml", ".yml")
 
@@ -66,7 +67,7 @@ def subjects(targets: Sequence[str], config: str | None = None) -> tuple[Subject
 
 
 def _subject(target: str, model: Sized | None) -> Subject:
-    path = Path(target).expanduser()
+    path = expanded(target)
     if path.suffix in _RECIPE_SUFFIXES and not path.is_dir():
         return _of_recipe(Recipe.load(path), model)
     if (path / PLAN).is_file() or (path.is_dir() and not (path / "config.json").is_file()):
@@ -111,12 +112,8 @@ def _sized(text: str) -> Sized:
 
 
 def _model_of(recipe: Recipe) -> Sized:
-    """The recipe's own model, where its config.json is here or shipped: nothing is fetched, no weights are read."""
-    kind, _, place = recipe.model.source.partition(":")
-    local = Path(place).expanduser() / "config.json"
-    if kind == "hf" and local.is_file():
-        return read_sized(local)
-    known = shipped_for(recipe.model.source)
+    """The recipe's own model, of which no weights are read."""
+    known = config_of(recipe.model.source)
     if known is None:
         raise UserError(
             f"recipe {recipe.name}: no config.json of {recipe.model.source} is here; say --config with the file or a "

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from pdtrim_deploy.cache import Cache
 from pdtrim_deploy.checkpoints import FAMILIES, resolve
-from pdtrim_deploy.checkpoints.loading import load_model, load_tokenizer
+from pdtrim_deploy.checkpoints.loading import check_loads, load_model, load_tokenizer
 from pdtrim_deploy.errors import UserError
 
 
@@ -92,6 +92,18 @@ def cut(size):
     return truncate
 
 
+def header(tensor="model.norm.weight", **changes):
+    def edit(folder):
+        data = (folder / "model.safetensors").read_bytes()
+        length = int.from_bytes(data[:8], "little")
+        said = json.loads(data[8 : 8 + length])
+        said[tensor] |= changes
+        text = json.dumps(said).encode()
+        (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+
+    return edit
+
+
 def missing_shard(folder):
     load_model(folder).save_pretrained(folder, max_shard_size="300KB")
     next(folder.glob("model-00002-*")).unlink()
@@ -105,6 +117,15 @@ def odd_dtype(folder):
     edit_weights(folder, lambda t: t.update({"model.norm.weight": torch.ones(64, dtype=torch.int8)}))
 
 
+def check(folder, cache):
+    check_loads(resolve(f"hf:{folder}", cache))
+
+
+def load_whole(folder, _):
+    load_model(folder)
+    load_tokenizer(folder)
+
+
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
@@ -112,6 +133,22 @@ def odd_dtype(folder):
         (write("config.json", "{"), "not JSON"),
         (write("config.json", "[]"), "not a JSON object"),
         (config(hidden_size=None), "key hidden_size is missing"),
+        (config(hidden_size=66), r"model.embed_tokens.weight is \[512, 64\] but by config.json \[512, 66\]"),
+        (config(vocab_size=0), "key vocab_size is 0; it must be a whole number of at least 1"),
+        (config(head_dim="16"), "key head_dim is '16'; it must be"),
+        (config(head_dim=-16), "key head_dim is -16; it must be"),
+        (config(head_dim=None, num_attention_heads=65), "key head_dim is 0; it must be"),
+        (config(num_key_value_heads="2"), "key num_key_value_heads is '2'; it must be"),
+        (
+            config(num_key_value_heads=4),
+            r"layers.0.self_attn.k_proj.weight is \[32, 64\] but by config.json \[64, 64\]",
+        ),
+        (config(rope_scaling="x"), "key rope_scaling is 'x'; it must be an object"),
+        (config(rope_parameters=["x"]), r"key rope_parameters is \['x'\]; it must be an object"),
+        (config(architectures=3), "key architectures is 3; it must be a list such as"),
+        (config(architectures="LlamaForCausalLM"), "key architectures is 'LlamaForCausalLM'; it must be a list"),
+        (config(architectures=[["x"]]), r"key architectures is \[\['x'\]\]; it must be a list"),
+        (write("config.json", "[" * 100_000), "not JSON"),
         (config(architectures=["BloomForCausalLM"]), "BloomForCausalLM is not supported; .*LlamaForCausalLM, Mistral"),
         (config(architectures=None), "architecture none .*not supported"),
         (config(quantization_config={"quant_method": "fp8"}), "quantised"),
@@ -124,6 +161,24 @@ def odd_dtype(folder):
         (cut(0), "truncated or damaged"),
         (missing_shard, "model-00002-of-0000.*missing shard"),
         (write("model.safetensors.index.json", "{}"), "no weight_map"),
+        (write("model.safetensors.index.json", '{"weight_map": []}'), "no weight_map from tensors to files"),
+        (write("model.safetensors.index.json", '{"weight_map": null}'), "no weight_map from tensors to files"),
+        (write("model.safetensors.index.json", '{"weight_map": {"a": 3}}'), "no weight_map from tensors to files"),
+        (write("model.safetensors.index.json", "[" * 100_000), "no weight_map from tensors to files"),
+        (header(shape=[65]), "truncated or damaged"),
+        (header(shape=[-64]), "truncated or damaged"),
+        (header(shape=[64.0]), "truncated or damaged"),
+        (header(shape=64), "truncated or damaged"),
+        (header(dtype="F16"), "truncated or damaged"),
+        (header(dtype="F31"), "truncated or damaged"),
+        (header(dtype=["F32"]), "truncated or damaged"),
+        (header(data_offsets=[0, 256]), "truncated or damaged"),  # where another is
+        (header(data_offsets=[-256, 0]), "truncated or damaged"),
+        (header(data_offsets=[256, 0]), "truncated or damaged"),
+        (header(data_offsets=[0]), "truncated or damaged"),
+        (header(data_offsets="ab"), "truncated or damaged"),
+        (header(data_offsets=[0.0, 256.0]), "truncated or damaged"),
+        (header("__metadata__", format=3), "truncated or damaged"),
         (missing_tensor, "1 tensors are missing, first model.layers.3.mlp.up_proj.weight"),
         (config(num_hidden_layers=7), "9 tensors are missing, first model.layers.6"),
         (odd_dtype, "model.norm.weight is I8"),
@@ -134,6 +189,34 @@ def test_broken_folders_are_refused(spoil, words, copy, cache):
     with pytest.raises(UserError, match=words) as error:
         resolve(f"hf:{copy}", cache)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (config(hidden_act="geglu"), "this model .KeyError: 'geglu'"),
+        (config(rope_parameters={"rope_type": "xyz", "rope_theta": 1e4}), "this model .KeyError: 'xyz'"),
+        (config(rope_parameters={"rope_type": "linear", "rope_theta": 1e4}), "this model .KeyError: .*'factor'"),
+        (config(rope_parameters=None, rope_theta="x"), "this model .TypeError"),
+        (config(rms_norm_eps="x"), "this model .TypeError: Field 'rms_norm_eps' expected float"),
+        (config(eos_token_id="x"), "this model .TypeError: Field 'eos_token_id' with value 'x'"),
+        (config(layer_types=["x"] * 6), "this model .ValueError: The `layer_types` entries must be"),
+        (config(layer_types=3), "this model .TypeError"),
+        (write("tokenizer.json", "[]"), "this tokenizer .TypeError"),
+        (write("tokenizer.json", "3"), "this tokenizer .AttributeError"),
+        (write("tokenizer_config.json", "[]"), "this tokenizer .TypeError"),
+        (write("tokenizer_config.json", "3"), "this tokenizer .TypeError"),
+        (write("generation_config.json", "[]"), "this model .TypeError"),
+        (write("generation_config.json", "3"), "this model .TypeError"),
+    ],
+)
+@pytest.mark.parametrize("load", [load_whole, check])
+def test_what_transformers_would_not_load_is_refused(load, spoil, words, copy, cache):
+    spoil(copy)
+    with pytest.raises(UserError, match=words) as error:
+        load(copy, cache)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 400
 
 
 @pytest.mark.parametrize("source", ["", "llama", "hub:meta/llama", "hf:", "/some/dir", "pypi:--index-url", "pypi:a b"])

@@ -34,6 +34,7 @@ def bundle(tmp_path: Path) -> Path:
         ("devices=2024-01-01", "input should be a valid string; mend the value"),
         ("devices=!!bool x", "the value is no YAML; put text in quotes"),
         ("devices=2024-13-01", "the value is no YAML; put text in quotes"),
+        pytest.param("devices=" + "[" * 1500, "the value is no YAML; put text in quotes", id="brackets"),
         ("devices=[a, b]", "input should be a valid string"),
         ("stall_seconds=0", "input should be greater than 0"),
         ("stall_seconds=.inf", "input should be a finite number"),

@@ -442,6 +442,33 @@ def test_what_is_left_of_a_bundle_is_built_again(
     assert Bundle.open(out).verify() == []
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("config.json", None, "KeyError: 'geglu'"),
+        ("tokenizer.json", "[]", "cannot load this tokenizer"),
+        ("generation_config.json", "3", "cannot load this model"),
+    ],
+)
+@pytest.mark.parametrize("sections", [{}, {"pruning": {}, "kv": {}}], ids=["pruned", "dense"])
+def test_what_cannot_be_loaded_is_said_before_the_first_step(
+    recipe_file: RecipeFile,
+    tmp_path: Path,
+    cache: Cache,
+    tiny_llama_dir: Path,
+    sections: dict[str, object],
+    name: str,
+    text: str | None,
+    says: str,
+) -> None:
+    model = shutil.copytree(tiny_llama_dir, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text()) | {"hidden_act": "geglu"}
+    (model / name).write_text(json.dumps(config) if text is None else text)
+    with pytest.raises(UserError, match=says):
+        make(recipe_file(model={"source": f"hf:{model}"}, **sections), tmp_path / "b", cache)
+    assert not (tmp_path / "b").exists()
+
+
 def test_other_folders_and_running_builds_are_left_alone(recipe_file: RecipeFile, tmp_path: Path, cache: Cache) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")

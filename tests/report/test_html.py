@@ -313,7 +313,14 @@ def test_a_report_of_another_plan_is_refused(bundle: Bundle) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "says"), [("{}", "is no comparison; make one with"), ("[]", "not a report"), ("{", "not JSON")]
+    ("text", "says"),
+    [
+        ("{}", "is no comparison; make one with"),
+        ("[]", "not a report"),
+        ("{", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+    ],
+    ids=["another", "list", "half", "no-end"],
 )
 def test_files_that_are_something_else(bundle: Bundle, text: str, says: str) -> None:
     (bundle.path / "c.json").write_text(text)

@@ -7,6 +7,7 @@ from pathlib import Path
 from pdtrim_deploy.cache import Cache
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.evaluation.corpora.base import Document, Log
+from pdtrim_deploy.paths import expanded
 
 _PART = 8000  # characters: about four Brown samples' worth of windows, and many parts in a book
 
@@ -18,7 +19,7 @@ class TextDirectory:
 
     def load(self, place: str, cache: Cache, log: Log) -> tuple[Document, ...]:
         """Documents sorted by name."""
-        root = Path(place).expanduser()
+        root = expanded(place)
         if not root.is_dir():
             raise UserError(f"{root}: no such folder; give dir: a folder of .txt files")
         files = sorted(root.rglob("*.txt"))
@@ -35,7 +36,7 @@ class TextFile:
 
     def load(self, place: str, cache: Cache, log: Log) -> tuple[Document, ...]:
         """Parts in order."""
-        path = Path(place).expanduser()
+        path = expanded(place)
         if not path.is_file():
             raise UserError(f"{path}: no such file; give file: a UTF-8 text")
         parts: list[str] = [""]

@@ -140,7 +140,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: no such file; check the path") from None
     except IsADirectoryError:
         raise UserError(f"{path}: a folder; name the JSON file in it") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error}); make it again") from None
     if not isinstance(data, dict):
         raise UserError(f"{path}: not a report; make it again")
