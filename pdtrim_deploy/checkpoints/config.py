@@ -17,6 +17,7 @@ _NEEDED = (
     "vocab_size",
     "max_position_embeddings",
 )
+_MOST_BLOCKS = 10_000  # each has names and entries of its own in all that follows
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -55,3 +56,5 @@ def read_config(path: Path) -> dict[str, Any]:
 def _check_positive(key: str, value: object, path: Path) -> None:
     if type(value) is not int or value < 1:
         raise UserError(f"{path}: key {key} is {value!r}; it must be a whole number of at least 1")
+    if key == "num_hidden_layers" and value > _MOST_BLOCKS:
+        raise UserError(f"{path}: key {key} is {value}, more than any model has; get the model again")

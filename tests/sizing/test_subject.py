@@ -107,6 +107,7 @@ def test_equal_names_are_told_apart_by_their_targets(tmp_path: Path) -> None:
         ({"num_attention_heads": 0}, "key num_attention_heads is 0"),
         ({"head_dim": "wide"}, "key head_dim is 'wide'"),
         ({"num_hidden_layers": -1}, "key num_hidden_layers is -1"),
+        ({"num_hidden_layers": 10**9}, "key num_hidden_layers is 1000000000, more than any model has"),
         ({"hidden_size": ...}, "key hidden_size is missing"),
         ({"dtype": "float8_e4m3fn"}, "dtype is 'float8_e4m3fn'; a KV pool is one of float32, bfloat16, float16"),
         ({"pdtrim": {}}, "one stage of a bundle; give the bundle's folder"),
