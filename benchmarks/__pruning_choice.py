@@ -69,12 +69,6 @@ class Setup:
         taught = len(self.text[:-JUDGED])
         return self.shape.num_blocks * (len(self.ids) + taught) + 2 * taught * len(self.pairs)
 
-    def place(self, name: str, removed: int, seed: int) -> Path:
-        """The search's own folder; methods that share their search share it."""
-        method = METHODS[name]
-        steps = f"-{self.steps}" if method.search == "anneal" else ""
-        return self.folder / f"{method.search}{'-distil' * method.distil}{steps}-{removed}-{seed}"
-
 
 @dataclass(frozen=True)
 class Choice:

@@ -130,9 +130,10 @@ def _is_weight(name: str, config: dict[str, Any]) -> bool:
 
 def _check_tied(folder: Path, config: dict[str, Any], index: dict[str, TensorInfo]) -> None:
     """Transformers runs an LM head that differs from the embeddings, whatever config.json says; we drop it."""
-    names = "lm_head.weight", "model.embed_tokens.weight"
-    both: dict[str, TensorInfo] = {name: index[name] for name in names if name in index}
-    if config.get("tie_word_embeddings", False) and len({digest for _, digest in tensor_digests(both)}) > 1:
+    if not config.get("tie_word_embeddings", False) or "lm_head.weight" not in index:
+        return
+    both = {name: index[name] for name in ("lm_head.weight", "model.embed_tokens.weight")}
+    if len({digest for _, digest in tensor_digests(dict(both))}) > 1:
         raise UserError(
             f"{folder}: config.json ties embeddings, but lm_head.weight is another than model.embed_tokens.weight; "
             "set tie_word_embeddings to false"

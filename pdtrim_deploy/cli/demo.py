@@ -9,7 +9,7 @@ import click
 from pdtrim_deploy.bounds import MOST_ROUNDS
 from pdtrim_deploy.cache import Cache
 from pdtrim_deploy.cli import options
-from pdtrim_deploy.seed import MOST
+from pdtrim_deploy.seed import MOST_SEED
 
 
 @click.command()
@@ -22,7 +22,7 @@ from pdtrim_deploy.seed import MOST
 @click.option("--rounds", type=click.IntRange(1, MOST_ROUNDS), default=4, show_default=True, help="Turns of each pair.")
 @click.option("--prompt-tokens", type=options.Lengths(), default="320", show_default=True)
 @click.option("--output-tokens", type=options.Lengths(), default="24", show_default=True)
-@click.option("--seed", type=click.IntRange(0, MOST), default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0, MOST_SEED), default=0, show_default=True)
 @click.option("--dry-run", is_flag=True, help="Say what the pruned bundle's build would do and how large it gets.")
 @click.option("--pareto", type=options.path, help="benchmarks/results/kv.json, for the page.")
 @click.option("--faults", type=options.path, help="benchmarks/results/faults.json, for the page.")

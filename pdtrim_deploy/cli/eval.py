@@ -11,7 +11,7 @@ import click
 from pdtrim_deploy.cache import Cache
 from pdtrim_deploy.cli import options
 from pdtrim_deploy.errors import UserError
-from pdtrim_deploy.seed import MOST
+from pdtrim_deploy.seed import MOST_SEED
 
 if TYPE_CHECKING:
     from pdtrim_deploy.evaluation.quality import Quality
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @click.option("--items", type=click.IntRange(1), help="Of each task, in its own unit (needle: per depth).")
 @click.option("--corpus", help="brown, austen, dir:PATH or file:PATH.  [default: the recipe's]")
 @click.option("--sequences", type=click.IntRange(1), help="Without --tasks.  [default: the recipe's]")
-@click.option("--seed", type=click.IntRange(0, MOST), help="Chooses text and items.  [default: the recipe's]")
+@click.option("--seed", type=click.IntRange(0, MOST_SEED), help="Chooses text and items.  [default: the recipe's]")
 @options.cache_dir
 @options.dry_run
 @options.json_flag

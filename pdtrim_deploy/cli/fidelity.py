@@ -13,7 +13,7 @@ from pdtrim_deploy.cli import dry_run as dry_runs
 from pdtrim_deploy.cli import options
 from pdtrim_deploy.cli.interrupt import obey
 from pdtrim_deploy.errors import UserError
-from pdtrim_deploy.seed import MOST
+from pdtrim_deploy.seed import MOST_SEED
 from pdtrim_deploy.serving.engines import Executors
 
 
@@ -21,7 +21,7 @@ from pdtrim_deploy.serving.engines import Executors
 @click.argument("bundle", type=options.path)
 @click.argument("url", required=False)
 @click.option("--new-tokens", type=click.IntRange(2), default=12, show_default=True, help="Tokens a prompt.")
-@click.option("--seed", type=click.IntRange(0, MOST), default=0, show_default=True, help="Chooses the text.")
+@click.option("--seed", type=click.IntRange(0, MOST_SEED), default=0, show_default=True, help="Chooses the text.")
 @click.option("--deadline", type=options.seconds, default=120.0, show_default=True, help="Seconds a request.")
 @options.executors
 @options.serve_python

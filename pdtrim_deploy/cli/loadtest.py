@@ -13,7 +13,7 @@ from pdtrim_deploy.bounds import MOST_REQUESTS, MOST_SECONDS
 from pdtrim_deploy.cli import dry_run as dry_runs
 from pdtrim_deploy.cli import options
 from pdtrim_deploy.errors import UserError
-from pdtrim_deploy.seed import MOST
+from pdtrim_deploy.seed import MOST_SEED
 from pdtrim_deploy.serving.engines import Executors
 
 ADHOC = ("requests", "concurrency", "prompt_tokens", "output_tokens", "warmup", "deadline", "seed")
@@ -40,7 +40,7 @@ ADHOC = ("requests", "concurrency", "prompt_tokens", "output_tokens", "warmup", 
     show_default=True,
     help="Seconds that a request may take.",
 )
-@click.option("--seed", type=click.IntRange(0, MOST), default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0, MOST_SEED), default=0, show_default=True)
 @click.option("--driver", "driver_name", default="builtin", show_default=True, help="builtin or aiperf.")
 @click.option(
     "--worker", "workers", multiple=True, metavar="URL", help="Of a running pair: read this worker's /metrics."

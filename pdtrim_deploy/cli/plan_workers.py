@@ -14,7 +14,7 @@ from click.core import ParameterSource
 from pdtrim_deploy.bounds import MOST_SIMULATED
 from pdtrim_deploy.cli import options
 from pdtrim_deploy.errors import UserError
-from pdtrim_deploy.seed import MOST
+from pdtrim_deploy.seed import MOST_SEED
 
 if TYPE_CHECKING:
     from pdtrim_deploy.simulation import SizedSide
@@ -136,7 +136,7 @@ def workers_options(command: Callable[..., Any]) -> Callable[..., Any]:
     )
     for option in (
         click.option(
-            "--seed", type=click.IntRange(0, MOST), default=0, show_default=True, help="Of the simulated arrivals."
+            "--seed", type=click.IntRange(0, MOST_SEED), default=0, show_default=True, help="Of the simulated arrivals."
         ),
         click.option(
             "--requests",

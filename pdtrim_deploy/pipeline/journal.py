@@ -87,8 +87,11 @@ def refuse_strangers(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is not a folder; choose another --out")
     work = out / WORK
-    held = out.exists() and any(out.iterdir())
-    begun = work.is_dir() and ((work / STEPS).is_file() or all(STEPS in path.name for path in work.iterdir()))
+    held = {path.name for path in out.iterdir()} if out.exists() else set()
+    # Killed before it wrote a step down, a build leaves nothing but its work folder.
+    begun = (work / STEPS).is_file() or (
+        held == {WORK} and work.is_dir() and all(STEPS in path.name for path in work.iterdir())
+    )
     if held and not (begun or _was_sealed(out)):
         raise UserError(f"{out} holds other files and is no bundle; choose another --out")
 
@@ -102,7 +105,7 @@ def _was_sealed(out: Path) -> bool:
         pass
     try:
         manifest = json.loads((out / MANIFEST).read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(manifest, dict) and "plan_digest" in manifest
 

@@ -280,8 +280,9 @@ def test_load_refuses_other_shapes(copy):
         load_model(copy)
 
 
-def test_resolve_is_cheap_the_second_time(copy, tmp_path, monkeypatch):
-    own = Cache(tmp_path / "cache")
-    first = resolve(f"hf:{copy}", own)
+@pytest.mark.parametrize("tied", [False, True])
+def test_resolve_is_cheap_the_second_time(tiny_model, tmp_path, monkeypatch, tied):
+    own, folder = Cache(tmp_path / "cache"), tiny_model(tmp_path / "model", tie_word_embeddings=tied)
+    first = resolve(f"hf:{folder}", own)
     monkeypatch.setattr("pdtrim_deploy.checkpoints.checkpoint.tensor_digests", None)
-    assert resolve(f"hf:{copy}", own) == first
+    assert resolve(f"hf:{folder}", own) == first

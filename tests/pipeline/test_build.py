@@ -410,6 +410,8 @@ def test_what_does_not_fit_the_model_is_refused(
     [
         {".build/checkouts/dep/main.swift": "import dep"},
         {".build/index": "", "Sources/main.swift": "print(1)"},
+        {"Sources/main.swift": "print(1)"},  # and an empty .build
+        {"manifest.json": "[" * 100_000},
         {"manifest.json": '{"manifest_version": 3}', "popup.js": ""},
         {"manifest.json": "no JSON"},
         {"manifest.json": "[1]", "COMPLETE": "2026-11-27"},
@@ -422,9 +424,11 @@ def test_folders_of_other_tools_with_files_named_like_ours_are_left_alone(
     for name, text in files.items():
         (tmp_path / "theirs" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "theirs" / name).write_text(text)
+    (tmp_path / "theirs" / ".build").mkdir(exist_ok=True)
     for force in (False, True):
         with pytest.raises(UserError, match="holds other files and is no bundle"):
             make(recipe_file(), tmp_path / "theirs", cache, force=force)
+    assert (tmp_path / "theirs" / ".build").is_dir()
     found = (file for file in (tmp_path / "theirs").rglob("*") if file.is_file())
     assert {str(file.relative_to(tmp_path / "theirs")): file.read_text() for file in found} == files
 
