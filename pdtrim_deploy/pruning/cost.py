@@ -123,10 +123,13 @@ def fitted_bytes(config: Mapping[str, Any], pruning: PruningSection, refits: boo
     """Bytes of one block's normal equations (`least_squares.Ridge`), and of the maps that a stage's refit gives.
 
     The former in float64, for fitting and for choosing the penalty, and two more squares while it is solved; of the
-    latter at most one a block, of each of the finalists that are compensated side by side.
+    latter at most one a block, of each of the finalists that are compensated side by side; in front of decode's
+    finalists, prefill's from either half of the text too.
     """
     inner, hidden = config["intermediate_size"], config["hidden_size"]
     held = max(1, pruning.finalists) if pruning.blocks_in_memory is None else 1
+    if pruning.finalists and 0 < pruning.prefill_blocks < pruning.decode_blocks:
+        held += 2
     maps = held * config["num_hidden_layers"] * inner * hidden if refits else 0
     return 8 * (4 * inner * inner + 3 * inner * hidden) + _FLOAT * maps
 

@@ -8,7 +8,7 @@ best that it took are judged by a `Judge`, and the best of them is the answer.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any, Protocol
@@ -21,9 +21,9 @@ from pdtrim_deploy.pruning.solution import Solution
 
 
 class Judge(Protocol):
-    """What solutions lose in the end; `prefill` is what prefill lost, when `stage` is decode."""
+    """What solutions lose in the end, as it is found; `prefill` is what prefill lost, when `stage` is decode."""
 
-    def __call__(self, stage: Stage, prefill: Solution, solutions: Sequence[Solution]) -> list[float]: ...
+    def __call__(self, stage: Stage, prefill: Solution, solutions: Sequence[Solution]) -> Iterable[float]: ...
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def last_word(
     if len(solutions) == 1:
         return found, ()
     losses = looks.at("finalists", lambda: [mean_loss(problem.evaluator, solution) for solution in solutions])
-    judged = judge(stage, problem.forced, solutions)
+    judged = list(judge(stage, problem.forced, solutions))
     if not all(map(math.isfinite, judged)):
         raise UserError("a finalist's loss is not a number; load the model in float32, check its weights")
     looks.at("judged", lambda: judged)  # and with it the seconds that this took

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -27,6 +27,7 @@ class StudentTensors(Protocol):
 class Refitted:
     """Compensates by `method` on one half of `ids`, judges on the other, and the other way round.
 
+    What those solutions lose that are compensated side by side is said before others are looked at.
     As a build does, it leaves rescaling (`norm`) out where that does not help; least squares ask that themselves.
 
     Attributes:
@@ -46,13 +47,13 @@ class Refitted:
     note: Callable[[str], None] = lambda _: None
     together: int | None = None
 
-    def __call__(self, stage: Stage, prefill: Solution, solutions: Sequence[Solution]) -> list[float]:
+    def __call__(self, stage: Stage, prefill: Solution, solutions: Sequence[Solution]) -> Iterator[float]:
         """Mean loss of each, nats a token: of all tokens for prefill, of those behind the prompt for decode."""
         before = self._before(prefill) if stage == "decode" else "none"
         losses = self._losses(stage, prefill, solutions, before, self.method)
         if self.method != "norm":
             return losses
-        return list(map(min, losses, self._losses(stage, prefill, solutions, before, "none")))
+        return map(min, losses, self._losses(stage, prefill, solutions, before, "none"))
 
     def _before(self, prefill: Solution) -> str:
         """What prefill is compensated by when decode is judged behind it."""
@@ -63,24 +64,32 @@ class Refitted:
 
     def _losses(
         self, stage: Stage, prefill: Solution, solutions: Sequence[Solution], compensated: str, method: str
-    ) -> list[float]:
+    ) -> Iterator[float]:
         """Of each, prefill `compensated` by that where decode is judged, the stage itself by `method`."""
-        halves = self.ids[0::2], self.ids[1::2]
-        sums = [0.0] * len(solutions)
-        for fitted, checked in (halves, halves[::-1]):
-            before: Mapping[int, Mapping[str, Tensor]] = {}
-            if stage == "decode":
-                pairs = self._mended([self._pair(prefill, prefill)], "prefill", fitted, compensated)
-                before = pairs[0].changed.get("prefill", {})
-            loss, step = prefill_loss if stage == "prefill" else pd_loss, self.together or len(solutions)
-            for first in range(0, len(solutions), step):
-                some = solutions[first : first + step]
+        first, second = self.ids[0::2], self.ids[1::2]
+        halves = [
+            (fitted, checked, self._handing_over(stage, prefill, fitted, compensated))
+            for fitted, checked in ((first, second), (second, first))
+        ]
+        loss, step = prefill_loss if stage == "prefill" else pd_loss, self.together or len(solutions)
+        for at in range(0, len(solutions), step):
+            some = solutions[at : at + step]
+            sums = [0.0] * len(some)
+            for fitted, checked, before in halves:
                 pairs = [self._pair(one if stage == "prefill" else prefill, one) for one in some]
                 pairs = self._mended([pair.with_changes("prefill", before) for pair in pairs], stage, fitted, method)
                 self.note(f"{stage}: {len(pairs)} solutions compensated on {len(fitted)} sequences")
-                for at, pair in enumerate(pairs, first):
-                    sums[at] += loss(pair, checked) * len(checked)
-        return [total / len(self.ids) for total in sums]
+                sums = [total + loss(pair, checked) * len(checked) for total, pair in zip(sums, pairs, strict=True)]
+            yield from (total / len(self.ids) for total in sums)
+
+    def _handing_over(
+        self, stage: Stage, prefill: Solution, fitted: Tensor, compensated: str
+    ) -> Mapping[int, Mapping[str, Tensor]]:
+        """What prefill changes, in front of decode, fitted to half of the text."""
+        if stage == "prefill":
+            return {}
+        (pair,) = self._mended([self._pair(prefill, prefill)], "prefill", fitted, compensated)
+        return pair.changed.get("prefill", {})
 
     def _mended(self, pairs: list[StagePair], stage: Stage, ids: Tensor, method: str) -> list[StagePair]:
         """All lose as many blocks."""

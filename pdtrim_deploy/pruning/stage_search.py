@@ -61,7 +61,10 @@ class Found:
 
     def judged(self, judge: Judge, prefill: Solution) -> float:
         """The judge's loss of decode's answer behind `prefill`, nats a token."""
-        return self.finalists[0].judged if self.finalists else judge("decode", prefill, [self.result.solution])[0]
+        if self.finalists:
+            return self.finalists[0].judged
+        (loss,) = judge("decode", prefill, [self.result.solution])
+        return loss
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from pdtrim_deploy.pruning.solution import Solution
 
 
 class WrittenDown:
-    """A judge whose verdicts stand in a file; those of another judge or text there are thrown away.
+    """A judge whose verdicts stand in a file, each as soon as it is given; those of another judge or text are dropped.
 
     Args:
         about: everything (JSON) that verdicts depend on, besides what is judged.

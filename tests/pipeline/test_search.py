@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -103,7 +103,7 @@ def test_a_search_stopped_behind_its_finalists_asks_the_judge_nothing_again(
     judged: list[list[Solution]] = []
     really = Refitted.__call__
 
-    def judge(self: Refitted, stage: Stage, prefill: Solution, solutions: list[Solution]) -> list[float]:
+    def judge(self: Refitted, stage: Stage, prefill: Solution, solutions: list[Solution]) -> Iterator[float]:
         judged.append(solutions)
         if stage == "decode":
             raise KeyboardInterrupt

@@ -74,7 +74,7 @@ def test_a_second_search_of_decode_is_priced(monkeypatch):
 
     def judge(stage, prefill, solutions):
         """Likes any prefill but that of greedy."""
-        losses = really(stage, prefill, solutions)
+        losses = list(really(stage, prefill, solutions))
         return losses if stage == "decode" else [-float(at) for at in range(len(losses))]
 
     found = choose_stages(model, ids, 2, 4, judge=judge, finalists=2)
@@ -114,7 +114,7 @@ def test_refitting_finalists_is_priced():
     )
     inner, hidden = sizes["intermediate_size"], sizes["hidden_size"]
     equations = 8 * (4 * inner * inner + 3 * inner * hidden)
-    assert squares.fitted - norm.fitted == equations + 4 * 3 * BLOCKS * inner * hidden
+    assert squares.fitted - norm.fitted == equations + 4 * (3 + 2) * BLOCKS * inner * hidden
     layers = 20 * (3 + 1) * (BLOCKS - 1) + 10 * 3 * (BLOCKS - 2)
     block = (squares.weights // 4 - 97 * hidden * 2) // BLOCKS
     runs = 2 * block * 20 * (squares.likely - norm.likely)

@@ -127,7 +127,7 @@ def test_rescaling_that_does_not_help_is_judged_as_left_out(model, gone):
     shape, prefill = make_plan().model, Solution.of(gone[:1])
     judge = Refitted(model, shape, ids, "norm")
     found = held_out(norm, StagePair(model, make_plan(gone, gone)), "prefill", ids)
-    assert judge("prefill", NOTHING, [blocks]) == pytest.approx([min(found.before, found.after)], abs=1e-5)
+    assert list(judge("prefill", NOTHING, [blocks])) == pytest.approx([min(found.before, found.after)], abs=1e-5)
     first = held_out(norm, StagePair(model, make_plan(gone[:1], gone[:1])), "prefill", ids).kept
     total = {True: 0.0, False: 0.0}
     for fitted, checked in ((ids[0::2], ids[1::2]), (ids[1::2], ids[0::2])):
@@ -135,7 +135,7 @@ def test_rescaling_that_does_not_help_is_judged_as_left_out(model, gone):
         pair = norm.compensate(pair, "prefill", fitted, quiet) if first else pair
         for kept in total:
             total[kept] += pd_loss(norm.compensate(pair, "decode", fitted, quiet) if kept else pair, checked) / 2
-    assert judge("decode", prefill, [blocks]) == pytest.approx([min(total.values())], abs=1e-5)
+    assert list(judge("decode", prefill, [blocks])) == pytest.approx([min(total.values())], abs=1e-5)
 
 
 @pytest.mark.parametrize("method", ["least-squares", "norm"])
@@ -147,10 +147,22 @@ def test_block_forwards_are_no_more_than_is_said(model, stage, together, method,
     if stage == "prefill":
         solutions = [Solution.of((b,)) for b in (1, 2, 3)]
     monkeypatch.setattr(Blockwise, "block", lambda self, *a: (ran.append(len(a[1])), block(self, *a))[1])
-    Refitted(model, make_plan().model, ids, method, together=together)(stage, prefill, solutions)
+    list(Refitted(model, make_plan().model, ids, method, together=together)(stage, prefill, solutions))
     judged = (3, 0) if stage == "prefill" else (0, 3)
     most = judged_forwards(BLOCKS, 1, 2, len(ids), *judged, together=together is None, twice=method == "norm")
     assert 0.7 * most < sum(ran) <= most
+
+
+@pytest.mark.parametrize("method", ["least-squares", "norm"])
+@pytest.mark.parametrize("stage", ["prefill", "decode"])
+def test_one_by_one_is_the_same_and_each_is_said_before_the_next(model, stage, method):
+    ids, shape, solutions = text(6, 30), make_plan().model, [Solution.of((b, 3)) for b in (1, 2)]
+    prefill, notes = Solution.of((3,)), []
+    both = list(Refitted(model, shape, ids, method)(stage, prefill, solutions))
+    alone = Refitted(model, shape, ids, method, note=notes.append, together=1)(stage, prefill, solutions)
+    first, looked_at = next(alone), len(notes)
+    assert [first, *alone] == pytest.approx(both, abs=1e-5)
+    assert len(notes) == 2 * looked_at
 
 
 def test_a_search_that_was_finished_is_not_evaluated_again(model, tmp_path, monkeypatch):
@@ -180,7 +192,7 @@ def test_a_search_that_was_finished_is_not_evaluated_again(model, tmp_path, monk
 
 def test_students_stand_for_pairs(model):
     ids, shape, pair = text(4, 30), make_plan().model, Solution.of((), (2,))
-    losses = [Refitted(model, shape, ids, "norm", Students(model, n))("decode", pair, [pair]) for n in (2, 4)]
+    losses = [list(Refitted(model, shape, ids, "norm", Students(model, n))("decode", pair, [pair])) for n in (2, 4)]
     assert losses[0] != losses[1]
 
 
@@ -251,5 +263,5 @@ def test_the_answer_is_no_worse_than_greedy_in_the_judges_eyes(model, seed):
     greedy = Greedy(2.0)  # where annealing begins
     plain = choose_stages(model, ids, 2, 4, method=greedy)
     found = choose_stages(model, ids, 2, 4, method="anneal", settings=Settings(seed, 15), judge=judge, finalists=4)
-    best, bound = (judge("decode", one.prefill.solution, [one.decode.solution])[0] for one in (found, plain))
+    best, bound = (next(judge("decode", one.prefill.solution, [one.decode.solution])) for one in (found, plain))
     assert best <= bound + 1e-6

@@ -1,5 +1,7 @@
 """Verdicts of a judge: asked for once, kept for the same judge and text alone."""
 
+import pytest
+
 from pdtrim_deploy.pruning.solution import NOTHING, Solution
 from pdtrim_deploy.pruning.verdicts import WrittenDown
 
@@ -43,6 +45,18 @@ def test_verdicts_of_another_text_are_thrown_away(tmp_path):
     WrittenDown(Counting(), file, "text")("prefill", NOTHING, [ONE])
     WrittenDown(judge, file, "other text")("prefill", NOTHING, [ONE])
     assert len(judge.asked) == 1
+
+
+def test_what_was_said_before_a_kill_is_kept(tmp_path):
+    def killed(stage, prefill, solutions):
+        yield 1.5
+        raise KeyboardInterrupt
+
+    file, judge = tmp_path / "judged.jsonl", Counting()
+    with pytest.raises(KeyboardInterrupt):
+        WrittenDown(killed, file, 1)("prefill", NOTHING, [ONE, TWO])
+    assert WrittenDown(judge, file, 1)("prefill", NOTHING, [ONE, TWO]) == [1.5, 1.2]
+    assert judge.asked == [("prefill", NOTHING, [TWO])]
 
 
 def silent(*_):
