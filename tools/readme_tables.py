@@ -18,10 +18,11 @@ RESULTS = ROOT / "benchmarks" / "results"
 def main() -> None:
     """Rewrite the README in place."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--demo", type=Path, help="metrics.json to keep as benchmarks/results/demo.json")
-    asked = parser.parse_args()
-    if asked.demo:
-        shutil.copy(asked.demo, RESULTS / "demo.json")
+    for name in ("demo", "headline"):
+        parser.add_argument(f"--{name}", type=Path, help=f"metrics.json to keep as benchmarks/results/{name}.json")
+    for name, made in vars(parser.parse_args()).items():
+        if made:
+            shutil.copy(made, RESULTS / f"{name}.json")
     readme = ROOT / "README.md"
     text = readme.read_text()
     for name, render in TABLES.items():

@@ -9,6 +9,7 @@ from tables import demo, kv, pruning, serving
 
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "demo": demo.demo,
+    "headline": demo.demo,
     "kv": kv.kv,
     "wire": kv.wire,
     "pack": kv.pack,

@@ -57,7 +57,8 @@ def _details(rows: list[dict[str, Any]], dense: dict[str, Any], questions: int) 
     return (
         "<details><summary>One model for both stages, choices, seconds and block-forwards of each</summary>\n\n"
         + table(head, lines)
-        + f"\n\n{questions} questions of Social IQa. Seconds of the search, and of fitting and training what is left "
+        + f"\n\n{questions} questions of Social IQa. One model is decode's stage reading the prompt too; refitted, it "
+        "was fitted to tokens behind prompts alone. Seconds of the search, and of fitting and training what is left "
         "(one plan, treated one way, is fitted and judged once, for all rows that have it; a student that another "
         "search has made takes no time); one core, others at work beside it. Block-forwards of the search and of "
         "judging its finalists.\n\n</details>"
