@@ -62,7 +62,6 @@ METHODS = {
     # each without one thing
     "ours, no D": replace(_OURS, distil=False, sizes=_PARTS),
     "ours, no annealing": Method("greedy", compensation="least-squares", finalists=2),
-    "ours, no finalists": replace(_OURS, finalists=0, sizes=_PARTS),
     "ours, no compensation": replace(_OURS, compensation="none", finalists=0, sizes=_PARTS),
     "ours, greedy": Method("greedy"),  # without any of the three
     "ours, greedy, rescaled": Method("greedy", compensation="norm", sizes=_PARTS),  # Prune&Comp instead of the refit
