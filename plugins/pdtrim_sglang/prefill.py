@@ -238,10 +238,14 @@ class PrefillSide:
             reason = f"decode worker {message.session} never registered"
         if not reason and message.destinations != 1:
             reason = f"{message.destinations} decode ranks want one prefill rank's KV: use the same --tp-size"
-        if not reason and message.room in self._ended_unopened:
+        failed = manager.request_status.get(message.room) == KVPoll.Failed  # by an abort or a deadline
+        if not reason and (failed or message.room in self._ended_unopened):
             reason = "the request ended on the prefill side before decode had room for it"
         if reason:
-            self.fail(message.room, reason)
+            if failed:  # when there was nobody to tell; `fail` takes it for told
+                manager.conclude_failure(bootstrap_room=message.room, failure_reason=reason)
+            else:
+                self.fail(message.room, reason)
             self._bury(message.room)
             return
         manager.req_to_decode_prefix_len[message.room] = message.prefix_tokens
