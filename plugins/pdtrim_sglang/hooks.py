@@ -184,7 +184,7 @@ def _attach_pool(manager: Any, queue: Any) -> Any:
     attach = getattr(manager, "attach", None)
     if attach is not None:
         model = queue.scheduler.tp_worker.model_runner.model
-        attach(queue.token_to_kv_pool, queue.draft_token_to_kv_pool, model)
+        attach(queue.token_to_kv_pool, model)
     return manager
 
 

@@ -48,15 +48,13 @@ class PDTrimKVManager(CommonKVManager):
         """Rank of this prefill process, as decode counts responses."""
         return self._prefill_unique_rank()
 
-    def attach(self, pool: Any, draft_pool: Any, model: Any) -> None:
+    def attach(self, pool: Any, model: Any) -> None:
         """Start the worker's side on SGLang's KV pool; an engine as `model` packs what it computes for prefill.
 
         Raises:
             RuntimeError: the pool is not what the plan says, or of a kind that cannot be sent.
 
         """
-        if draft_pool is not None:
-            raise RuntimeError("pdtrim: speculative decoding is not supported: start without --speculative-algorithm")
         view = PoolView.of(pool)
         stage: Stage = "prefill" if self.disaggregation_mode == DisaggregationMode.PREFILL else "decode"
         self.plan = self._given_plan or dense_plan(len(view.keys), pool)

@@ -18,6 +18,8 @@ def check_options(server_args: Any, kv_args: Any, plan: PDPlan | None, is_mla_ba
         raise RuntimeError("pdtrim: only plain multi-head attention models can be served (no MLA, SWA or SSM state)")
     if server_args.pp_size > 1:
         raise RuntimeError("pdtrim: pipeline parallelism is not supported: start with --pp-size 1")
+    if server_args.speculative_algorithm is not None:  # its steps are no decode steps: sparse layers would see all rows
+        raise RuntimeError("pdtrim: speculative decoding is not supported: start without --speculative-algorithm")
     for option in ("dcp_size", "attn_cp_size"):  # a rank would hold some tokens' KV only
         if getattr(server_args, option) > 1:
             name = "--" + option.replace("_", "-")

@@ -12,8 +12,8 @@ pytest.importorskip("sglang", reason="needs the serve environment")
 SHAPE = ModelShape(architecture="X", fingerprint="f", num_blocks=1, num_kv_heads=1, head_dim=8, kv_dtype="float32")
 SPARSE = PDPlan.dense(SHAPE).with_kv((KVSend(mode="sparse", n_first=1),))
 POOL = SimpleNamespace(state_types=[])
-PARALLEL = {"pp_size": 1, "dcp_size": 1, "attn_cp_size": 1}
-DECODE = PARALLEL | {
+PLAIN = {"pp_size": 1, "dcp_size": 1, "attn_cp_size": 1, "speculative_algorithm": None}
+DECODE = PLAIN | {
     "disaggregation_mode": "decode", "disaggregation_decode_enable_radix_cache": False,
     "attention_backend": "torch_native", "decode_attention_backend": None,
 }  # fmt: skip
@@ -86,6 +86,7 @@ def test_the_gpu_backends_are_ours_where_a_layer_is_cut_and_only_there(registry,
         ({"pp_size": 2}, "--pp-size 1"),
         ({"dcp_size": 2}, "--dcp-size 1"),
         ({"attn_cp_size": 2}, "--attn-cp-size 1"),
+        ({"speculative_algorithm": "NGRAM"}, "--speculative-algorithm"),  # has no draft model, and no pool for one
     ],
 )
 def test_options_that_would_give_wrong_text_are_refused(registry, options, sentence):
@@ -121,7 +122,7 @@ def test_a_registry_that_asks_for_no_signature_is_refused(monkeypatch):
 
     monkeypatch.setenv("SGLANG_RUST_SERVER", "1")
     with pytest.raises(RuntimeError, match="unset SGLANG_RUST_SERVER"):
-        check_options(SimpleNamespace(**PARALLEL), POOL, None, False)
+        check_options(SimpleNamespace(**PLAIN), POOL, None, False)
 
 
 @pytest.mark.parametrize(
