@@ -28,8 +28,14 @@ def check_options(server_args: Any, kv_args: Any, plan: PDPlan | None, is_mla_ba
 
     if envs.SGLANG_RUST_SERVER.get():
         raise RuntimeError("pdtrim: SGLang's Rust server takes registrations from anybody: unset SGLANG_RUST_SERVER")
-    sparse = plan is not None and any(send.mode == "sparse" for send in plan.kv)
-    if not sparse or server_args.disaggregation_mode != "decode":
+    if plan is None or server_args.disaggregation_mode != "decode":
+        return
+    if server_args.disaggregation_decode_enable_offload_kvcache:
+        raise RuntimeError(
+            "pdtrim: decode is another model than prefill, which must not be given decode's KV for its prompts: start "
+            "without --disaggregation-decode-enable-offload-kvcache"
+        )
+    if not any(send.mode == "sparse" for send in plan.kv):
         return
     if server_args.disaggregation_decode_enable_radix_cache:
         raise RuntimeError(

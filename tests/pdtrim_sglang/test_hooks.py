@@ -15,6 +15,7 @@ POOL = SimpleNamespace(state_types=[])
 PLAIN = {"pp_size": 1, "dcp_size": 1, "attn_cp_size": 1, "speculative_algorithm": None}
 DECODE = PLAIN | {
     "disaggregation_mode": "decode", "disaggregation_decode_enable_radix_cache": False,
+    "disaggregation_decode_enable_offload_kvcache": False,
     "attention_backend": "torch_native", "decode_attention_backend": None,
 }  # fmt: skip
 
@@ -81,6 +82,7 @@ def test_the_gpu_backends_are_ours_where_a_layer_is_cut_and_only_there(registry,
     ("options", "sentence"),
     [
         ({"disaggregation_decode_enable_radix_cache": True}, "--disaggregation-decode-enable-radix-cache"),
+        ({"disaggregation_decode_enable_offload_kvcache": True}, "--disaggregation-decode-enable-offload-kvcache"),
         ({"attention_backend": "fa3"}, "attention backend fa3 would read prompt rows"),
         ({"decode_attention_backend": "flashinfer"}, "--cuda-graph-backend-decode disabled"),
         ({"pp_size": 2}, "--pp-size 1"),
