@@ -66,9 +66,7 @@ class PrefillSide:
     def max_chunk_tokens(self) -> int:
         """Longest page-aligned chunk whose rows fit the staging buffer whatever its place in the prompt."""
         page = self._pool.page_size
-        # one prompt token is sent by every layer, so a one-token prompt costs what any token can cost at most
-        per_token = self._plan.payload_bytes(1) * self._pool.kv_heads // self._plan.model.num_kv_heads
-        return max(page, self._config.staging_bytes // per_token // page * page)
+        return self._config.staging_bytes // self._pool.token_bytes(self._plan) // page * page
 
     def stage_in_engine(self) -> Staging:
         """From now on an engine packs what its forward passes compute; called before the first request."""

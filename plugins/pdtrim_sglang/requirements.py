@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pdtrim_deploy.plan import PDPlan
+
+if TYPE_CHECKING:
+    from pdtrim_sglang.pool import PoolView
 
 # Decode attention that knows sparse layers. The two for GPUs have not run on one.
 SPARSE_BACKENDS = ("torch_native", "triton", "flashinfer")
@@ -50,6 +53,16 @@ def check_options(server_args: Any, kv_args: Any, plan: PDPlan | None, is_mla_ba
         )
     if backend in GRAPHS:
         _check_graphs(backend, GRAPHS[backend])
+
+
+def check_staging(plan: PDPlan, pool: PoolView, staging_bytes: int) -> None:
+    """Raise RuntimeError when a page, the least that is sent of a prompt, does not fit the staging buffer."""
+    page = pool.page_size * pool.token_bytes(plan)
+    if page > staging_bytes:
+        raise RuntimeError(
+            f"pdtrim: staging_bytes {staging_bytes} hold no page of {pool.page_size} tokens of this model: give "
+            f"{page} at least, to all workers, or start them with a smaller --page-size"
+        )
 
 
 def _check_graphs(backend: str, valid: tuple[str, ...]) -> None:

@@ -127,6 +127,35 @@ def test_a_registry_that_asks_for_no_signature_is_refused(monkeypatch):
         check_options(SimpleNamespace(**PLAIN), POOL, None, False)
 
 
+@pytest.mark.parametrize("stage", ["prefill", "decode"])
+def test_a_staging_buffer_without_room_for_a_page_is_refused(registry, monkeypatch, stage):
+    """Chunks are whole pages; packing one there would write behind the buffer."""
+    import torch
+    from pdtrim_sglang import manager
+    from pdtrim_sglang.pool import PoolView
+    from sglang.srt.disaggregation.utils import DisaggregationMode
+
+    shape = SHAPE.model_copy(update={"num_kv_heads": 4, "head_dim": 128})
+    view = PoolView([torch.zeros(1, 2, 128)], [torch.zeros(1, 2, 128)], 64)  # of one rank of two
+    monkeypatch.setattr(manager, "check_fits", lambda *_: None)
+    monkeypatch.setattr(manager.PoolView, "of", lambda pool: view)
+    monkeypatch.setattr(manager.PDTrimKVManager, "_start_heartbeat_checker_thread", lambda self: None)
+    for side in ("PrefillSide", "DecodeSide"):
+        monkeypatch.setattr(manager, side, lambda *_: "made")
+    worker = object.__new__(manager.PDTrimKVManager)
+    worker._given_plan, worker._secret, worker.attn_tp_size = PDPlan.dense(shape), b"", 2
+    worker.disaggregation_mode = DisaggregationMode(stage)
+    worker.kv_args = SimpleNamespace(aux_data_ptrs=(), aux_item_lens=())
+    worker.server_args = SimpleNamespace(disaggregation_transfer_backend="pdtrim_tcp")
+    page = 64 * 2 * 2 * 128 * 4  # tokens, K and V, heads, values, bytes
+    told = '{"pdtrim_transport": {"staging_bytes": %d}}'
+    worker.server_args.json_model_override_args = told % page
+    worker.attach(None, None)
+    worker.server_args.json_model_override_args = told % (page - 1)
+    with pytest.raises(RuntimeError, match=f"staging_bytes {page - 1} hold no page of 64 tokens .*{page}"):
+        worker.attach(None, None)
+
+
 @pytest.mark.parametrize(
     ("overlap", "device", "waits"), [(True, "cuda", True), (True, "cpu", False), (False, "cuda", False)]
 )
