@@ -173,7 +173,8 @@ class PrefillSide:
         progress = self._progress.get(room)
         if progress is None or not self.is_live(room):
             return
-        self._metrics.succeeded(progress, self._plan.dense_bytes(progress.prompt_tokens))
+        whole = self._plan.dense_bytes(progress.prompt_tokens)  # of all ranks; the payload is this one's
+        self._metrics.succeeded(progress, whole * self._pool.kv_heads // self._plan.model.num_kv_heads)
         # decode knows already: it scattered the last chunk
         self._manager.conclude_transfer(bootstrap_room=room, status=KVPoll.Success, targets=[])
 

@@ -192,3 +192,15 @@ def test_decode_hears_of_a_failure_that_came_before_its_room():
         }
         for room in (7, 8)
     ]  # fmt: skip
+
+
+def test_a_rank_counts_what_its_own_heads_would_have_sent():
+    """The ranks' counters add up, as their payloads do."""
+    side, counted = prefill(Manager()), []
+    side._plan = PDPlan.dense(PLAN.model.model_copy(update={"num_kv_heads": 4}))
+    side._pool, side._progress = SimpleNamespace(kv_heads=1), {7: SimpleNamespace(prompt_tokens=3)}
+    side._metrics.succeeded = lambda progress, dense_bytes: counted.append(dense_bytes)
+    side._manager.conclude_transfer = lambda **_: None
+    side._manager.request_status[7] = KVPoll.WaitingForInput
+    side.arrived(7)
+    assert counted == [side._plan.payload_bytes(3) // 4]
