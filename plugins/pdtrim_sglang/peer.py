@@ -49,7 +49,10 @@ class Chunk:
 
 @dataclass
 class RoomProgress:
-    """How far one request's transfer is; times are of the monotonic clock, in seconds."""
+    """How far one request's transfer is; times are of the monotonic clock, in seconds.
+
+    `last_sent` is when the last chunk had left: from then on its reply is waited for.
+    """
 
     started: float | None = None
     queued: int = 0
@@ -198,11 +201,11 @@ class Peer:
         )  # fmt: skip
         self._unanswered.add(chunk.room)
         progress.prompt_tokens = chunk.prompt_tokens
-        if chunk.last:
-            progress.last_sent = time.monotonic()
         wire_bytes = self._channel.send(header, aux, payload)
         self._lost = False
         with self._lock:
+            if chunk.last:
+                progress.last_sent = time.monotonic()
             progress.sent += 1
             progress.wire_bytes += wire_bytes
             progress.payload_bytes += layout.total_bytes
