@@ -152,13 +152,13 @@ class PrefillSide:
             for (start, stop, span), last in zip(cuts, ends, strict=True)
         ]
 
-    def fail(self, room: int, reason: str) -> None:
-        """End a request here and on the decode side."""
+    def fail(self, room: int, reason: str, outcome: str = "failed") -> None:
+        """End a request here and on the decode side; counted as `outcome`."""
         if self._manager.request_status.get(room) in (None, KVPoll.Failed, KVPoll.Success):
             return
         logger.warning("pdtrim: room %s failed: %s", room, reason)
         self._manager.conclude_failure(bootstrap_room=room, failure_reason=reason)
-        self._metrics.ended("failed")
+        self._metrics.ended(outcome)
 
     def stalled(self, room: int, reason: str) -> None:
         """The decode worker has been silent for too long: end the request, and the connection with it."""

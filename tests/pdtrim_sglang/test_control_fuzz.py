@@ -204,3 +204,22 @@ def test_a_rank_counts_what_its_own_heads_would_have_sent():
     side._manager.request_status[7] = KVPoll.WaitingForInput
     side.arrived(7)
     assert counted == [side._plan.payload_bytes(3) // 4]
+
+
+@pytest.mark.parametrize("first", ["prefill", "decode"])
+def test_a_request_that_its_client_gives_up_is_aborted_whoever_hears_of_it_first(first):
+    from pdtrim_sglang.sender import PDTrimKVSender
+    from sglang.srt.observability.trace import TraceNullContext
+
+    manager, ended = Manager(), []
+    manager.prefill_side = side = prefill(manager)
+    manager.deferred_bootstrap, manager.record_failure, side._progress = None, lambda *_: None, {}
+    side._metrics.ended = ended.append
+    side.sender_opened(7)
+    manager.request_status[7] = KVPoll.WaitingForInput
+    if first == "decode":
+        side._handle([ABORT_TAG, b"7"])
+    sender = object.__new__(PDTrimKVSender)
+    sender.kv_mgr, sender.bootstrap_room, sender.trace_ctx = manager, 7, TraceNullContext()
+    sender.abort()
+    assert ended == ["aborted"]
