@@ -257,3 +257,15 @@ def test_a_receive_buffer_grows_no_further_than_staging_bytes():
         assert server.held() == (1, held)
     channel.close()
     server.close()
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="no IPv6 here")
+def test_a_worker_may_be_reached_by_ipv6():
+    make_channel, make_server = TRANSPORTS["tcp"]
+    listener = Listener()
+    server = make_server("::1", Handler(), CONFIG)
+    channel = make_channel(server.host, server.port, listener, CONFIG)
+    channel.send(header(1, 10), memoryview(b""))
+    assert listener.next() == Reply(1)
+    channel.close()
+    server.close()
