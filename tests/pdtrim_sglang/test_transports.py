@@ -204,7 +204,8 @@ def test_what_a_worker_is_told_of_its_transport():
     told = {"stall_seconds": 3, "port": 5000, "announce": "gateway:6000"}
     made = transport_config(json.dumps({"pdtrim_secret_file": "x", "pdtrim_transport": told}), credentials)
     assert (made.stall_seconds, made.port, made.announce, made.credentials) == (3, 5000, "gateway:6000", credentials)
-    for wrong in ({"stall": 3}, {"stall_seconds": 0}, {"announce": "no port"}, {"port": 70000}):
+    far = [{"announce": place} for place in ("no port", "gateway:70000", "gateway:0", f"{'g' * 128}:6000")]
+    for wrong in ({"stall": 3}, {"stall_seconds": 0}, *far, {"port": 70000}):
         with pytest.raises(RuntimeError, match=rf"pdtrim_transport.{next(iter(wrong))} in .*valid: accept_unauth"):
             transport_config(json.dumps({"pdtrim_transport": wrong}), credentials)
 
