@@ -170,3 +170,12 @@ def test_a_forward_pass_that_may_still_write_is_noted(registry, overlap, device,
     seen = []
     hooks._name_prompt_of_receiver(lambda _, one: seen.append(vars(one.kv_receiver).copy()), queue, asked)
     assert seen == [{"prompt_tokens": 3, "forward_done": "event" if waits else None}]
+
+
+def test_a_stock_checkpoint_with_another_kv_dtype_is_refused():
+    import torch
+    from pdtrim_sglang.plan_source import dense_plan
+
+    pool = SimpleNamespace(k_buffer=[torch.zeros(2, 1, 8)], dtype=torch.float8_e5m2)
+    with pytest.raises(RuntimeError, match=r"cannot send a KV cache of torch.float8_e5m2: .*--kv-cache-dtype auto"):
+        dense_plan(1, pool)
