@@ -179,3 +179,18 @@ def test_a_stock_checkpoint_with_another_kv_dtype_is_refused():
     pool = SimpleNamespace(k_buffer=[torch.zeros(2, 1, 8)], dtype=torch.float8_e5m2)
     with pytest.raises(RuntimeError, match=r"cannot send a KV cache of torch.float8_e5m2: .*--kv-cache-dtype auto"):
         dense_plan(1, pool)
+
+
+def test_what_prefill_computed_anew_stays_prompt_when_the_request_is_retracted_again():
+    """Of the tokens emitted before, sparse layers were sent the last rows only."""
+    from pdtrim_sglang import hooks
+
+    req = SimpleNamespace(origin_input_ids=[1] * 5, output_ids=[2] * 7, kv=SimpleNamespace(req_pool_idx=1))
+    req.pd_rebootstrap_in_progress = True
+    rows = SimpleNamespace(pdtrim_prompt_tokens=[0, 0])
+    queue = SimpleNamespace(req_to_token_pool=rows, token_to_kv_pool_allocator=None)
+    hooks._note_prompt_length(lambda *_: None, queue, req)
+    assert rows.pdtrim_prompt_tokens == [0, 12]
+    req.pd_rebootstrap_in_progress, req.output_ids = False, [2] * 20  # and back from its backup
+    hooks._note_prompt_length(lambda *_: None, queue, req)
+    assert rows.pdtrim_prompt_tokens == [0, 12]
