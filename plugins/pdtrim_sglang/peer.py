@@ -147,7 +147,7 @@ class Peer:
         """Called by the channel when its connection broke."""
         lost, self._unanswered = self._unanswered, set()
         self._lost = True
-        for room in lost:
+        for room in tuple(lost):  # another thread may have got hold of the set
             self._owner.fail(room, reason)
 
     def _arrived(self, room: int, progress: RoomProgress) -> None:

@@ -182,3 +182,12 @@ def test_the_time_that_a_chunk_takes_to_leave_is_no_silence_of_the_peer(world):
     while owner.room.last_sent is None and time.monotonic() < deadline:
         time.sleep(0.01)
     assert owner.room.last_sent >= gone
+
+
+def test_a_request_that_ends_while_the_loss_is_told_disturbs_nobody(world):
+    *_, owner, peer = world
+    peer._unanswered = held = {1, 2, 3}  # what `forget`, in the scheduler's thread, may have got hold of just before
+    told = []
+    owner.fail = lambda room, reason: (told.append(room), held.discard(3))
+    peer.on_lost("gone")
+    assert {1, 2} <= set(told)
