@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.plan_blocks import Frozen
@@ -20,10 +20,17 @@ class TransportOptions(Frozen):
     stall_seconds: float | None = Field(None, gt=0, allow_inf_nan=False)
     connections: int | None = Field(None, ge=1)
     port: int | None = Field(None, ge=1, le=65535)
-    announce: str | None = Field(None, pattern=r"^[^\s:]+:\d{1,5}$")
+    announce: str | None = Field(None, pattern=r"^[^\s:]+:\d{1,5}$", max_length=128)
     accept_unauthenticated: bool | None = None
     protocol: Literal["tcp", "rdma"] | None = None
     devices: str | None = Field(None, max_length=1000)
+
+    @field_validator("announce")
+    @classmethod
+    def _has_a_port(cls, place: str | None) -> str | None:
+        if place is not None and not 1 <= int(place.rpartition(":")[2]) <= 65535:
+            raise ValueError("a port is one of 1 to 65535")
+        return place
 
     @classmethod
     def parse(cls, texts: Iterable[str]) -> dict[str, Any]:

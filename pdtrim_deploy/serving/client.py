@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import urllib.request
+from http.client import HTTPException
 from typing import Any
 
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -11,15 +12,22 @@ _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 def get(url: str, timeout_s: float) -> str:
     """The body of a 2xx answer; OSError (HTTPError for another status) otherwise."""
-    with _OPENER.open(url, timeout=timeout_s) as answer:
-        return answer.read().decode()
+    return _ask(url, timeout_s).decode()
 
 
 def post_json(url: str, body: dict[str, Any], timeout_s: float) -> Any:
     """The JSON of a 2xx answer; OSError (HTTPError for another status) or ValueError (no JSON) otherwise."""
     request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    with _OPENER.open(request, timeout=timeout_s) as answer:
-        return json.load(answer)
+    return json.loads(_ask(request, timeout_s))
+
+
+def _ask(request: str | urllib.request.Request, timeout_s: float) -> bytes:
+    try:
+        with _OPENER.open(request, timeout=timeout_s) as answer:
+            body: bytes = answer.read()
+            return body
+    except HTTPException as error:  # not of OSError's family, but for one
+        raise OSError(f"no whole HTTP answer ({type(error).__name__}: {error})") from error
 
 
 def explain(error: OSError) -> str:

@@ -184,7 +184,7 @@ def _attach_pool(manager: Any, queue: Any) -> Any:
     attach = getattr(manager, "attach", None)
     if attach is not None:
         model = queue.scheduler.tp_worker.model_runner.model
-        attach(queue.token_to_kv_pool, queue.draft_token_to_kv_pool, model)
+        attach(queue.token_to_kv_pool, model)
     return manager
 
 
@@ -197,9 +197,13 @@ def _name_prompt_of_sender(original: Callable[..., bool], queue: Any, req: Any, 
 
 
 def _prompt_tokens(req: Any) -> int:
-    """Tokens whose KV prefill computes: on a re-bootstrap after retraction the tokens emitted so far belong to it."""
-    emitted = len(req.output_ids) if getattr(req, "pd_rebootstrap_in_progress", False) else 0
-    return len(req.origin_input_ids) + emitted
+    """Tokens whose KV prefill computes: on a re-bootstrap after retraction the tokens emitted so far belong to it.
+
+    They still do when the request is retracted once more and comes back from its backup.
+    """
+    if getattr(req, "pd_rebootstrap_in_progress", False):
+        req.pdtrim_prompt_tokens = len(req.origin_input_ids) + len(req.output_ids)
+    return int(getattr(req, "pdtrim_prompt_tokens", len(req.origin_input_ids)))
 
 
 def _name_prompt_of_receiver(original: Callable[..., None], queue: Any, decode_req: Any, *args: Any, **kw: Any) -> None:

@@ -16,7 +16,7 @@ from pdtrim_sglang.options import transport_config
 from pdtrim_sglang.plan_source import check_fits, dense_plan, read_plan
 from pdtrim_sglang.pool import PoolView
 from pdtrim_sglang.prefill import PrefillSide
-from pdtrim_sglang.requirements import check_options
+from pdtrim_sglang.requirements import check_options, check_staging
 from pdtrim_sglang.rooms import AuxRows
 from pdtrim_sglang.transports.handshake import Credentials
 
@@ -48,15 +48,14 @@ class PDTrimKVManager(CommonKVManager):
         """Rank of this prefill process, as decode counts responses."""
         return self._prefill_unique_rank()
 
-    def attach(self, pool: Any, draft_pool: Any, model: Any) -> None:
+    def attach(self, pool: Any, model: Any) -> None:
         """Start the worker's side on SGLang's KV pool; an engine as `model` packs what it computes for prefill.
 
         Raises:
-            RuntimeError: the pool is not what the plan says, or of a kind that cannot be sent.
+            RuntimeError: the pool is not what the plan says, or of a kind that cannot be sent, or the staging buffer is
+                too small for it.
 
         """
-        if draft_pool is not None:
-            raise RuntimeError("pdtrim: speculative decoding is not supported: start without --speculative-algorithm")
         view = PoolView.of(pool)
         stage: Stage = "prefill" if self.disaggregation_mode == DisaggregationMode.PREFILL else "decode"
         self.plan = self._given_plan or dense_plan(len(view.keys), pool)
@@ -64,6 +63,7 @@ class PDTrimKVManager(CommonKVManager):
         aux = AuxRows(tuple(self.kv_args.aux_data_ptrs), tuple(self.kv_args.aux_item_lens))
         credentials = Credentials(bytes.fromhex(self.plan.digest), self._secret)
         self.transport_config = transport_config(self.server_args.json_model_override_args, credentials)
+        check_staging(self.plan, view, self.transport_config.staging_bytes)
         transport = self.server_args.disaggregation_transfer_backend.removeprefix("pdtrim_")
         side = (self, self.plan, view, aux, transport, self.transport_config)
         if stage == "prefill":

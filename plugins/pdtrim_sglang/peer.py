@@ -49,7 +49,10 @@ class Chunk:
 
 @dataclass
 class RoomProgress:
-    """How far one request's transfer is; times are of the monotonic clock, in seconds."""
+    """How far one request's transfer is; times are of the monotonic clock, in seconds.
+
+    `last_sent` is when the last chunk had left: from then on its reply is waited for.
+    """
 
     started: float | None = None
     queued: int = 0
@@ -144,7 +147,7 @@ class Peer:
         """Called by the channel when its connection broke."""
         lost, self._unanswered = self._unanswered, set()
         self._lost = True
-        for room in lost:
+        for room in tuple(lost):  # another thread may have got hold of the set
             self._owner.fail(room, reason)
 
     def _arrived(self, room: int, progress: RoomProgress) -> None:
@@ -198,11 +201,11 @@ class Peer:
         )  # fmt: skip
         self._unanswered.add(chunk.room)
         progress.prompt_tokens = chunk.prompt_tokens
-        if chunk.last:
-            progress.last_sent = time.monotonic()
         wire_bytes = self._channel.send(header, aux, payload)
         self._lost = False
         with self._lock:
+            if chunk.last:
+                progress.last_sent = time.monotonic()
             progress.sent += 1
             progress.wire_bytes += wire_bytes
             progress.payload_bytes += layout.total_bytes

@@ -30,7 +30,14 @@ def read_plan(model_path: str) -> PDPlan | None:
 
 
 def dense_plan(num_layers: int, pool: Any) -> PDPlan:
-    """The plan of a stock checkpoint: all layers, all rows. Two workers pair only when shapes and dtypes agree."""
+    """The plan of a stock checkpoint: all layers, all rows. Two workers pair only when shapes and dtypes agree.
+
+    Raises:
+        RuntimeError: the pool's dtype is none that the wire knows.
+
+    """
+    if str(pool.dtype) not in KV_DTYPES:
+        raise RuntimeError(f"pdtrim: cannot send a KV cache of {pool.dtype}: start with --kv-cache-dtype auto")
     heads, head_dim = pool.k_buffer[0].shape[1:]
     model = ModelShape(
         architecture="unplanned",

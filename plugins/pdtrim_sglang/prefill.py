@@ -66,9 +66,7 @@ class PrefillSide:
     def max_chunk_tokens(self) -> int:
         """Longest page-aligned chunk whose rows fit the staging buffer whatever its place in the prompt."""
         page = self._pool.page_size
-        # one prompt token is sent by every layer, so a one-token prompt costs what any token can cost at most
-        per_token = self._plan.payload_bytes(1) * self._pool.kv_heads // self._plan.model.num_kv_heads
-        return max(page, self._config.staging_bytes // per_token // page * page)
+        return self._config.staging_bytes // self._pool.token_bytes(self._plan) // page * page
 
     def stage_in_engine(self) -> Staging:
         """From now on an engine packs what its forward passes compute; called before the first request."""
@@ -154,13 +152,13 @@ class PrefillSide:
             for (start, stop, span), last in zip(cuts, ends, strict=True)
         ]
 
-    def fail(self, room: int, reason: str) -> None:
-        """End a request here and on the decode side."""
+    def fail(self, room: int, reason: str, outcome: str = "failed") -> None:
+        """End a request here and on the decode side; counted as `outcome`."""
         if self._manager.request_status.get(room) in (None, KVPoll.Failed, KVPoll.Success):
             return
         logger.warning("pdtrim: room %s failed: %s", room, reason)
         self._manager.conclude_failure(bootstrap_room=room, failure_reason=reason)
-        self._metrics.ended("failed")
+        self._metrics.ended(outcome)
 
     def stalled(self, room: int, reason: str) -> None:
         """The decode worker has been silent for too long: end the request, and the connection with it."""
@@ -175,7 +173,8 @@ class PrefillSide:
         progress = self._progress.get(room)
         if progress is None or not self.is_live(room):
             return
-        self._metrics.succeeded(progress, self._plan.dense_bytes(progress.prompt_tokens))
+        whole = self._plan.dense_bytes(progress.prompt_tokens)  # of all ranks; the payload is this one's
+        self._metrics.succeeded(progress, whole * self._pool.kv_heads // self._plan.model.num_kv_heads)
         # decode knows already: it scattered the last chunk
         self._manager.conclude_transfer(bootstrap_room=room, status=KVPoll.Success, targets=[])
 
@@ -238,10 +237,14 @@ class PrefillSide:
             reason = f"decode worker {message.session} never registered"
         if not reason and message.destinations != 1:
             reason = f"{message.destinations} decode ranks want one prefill rank's KV: use the same --tp-size"
-        if not reason and message.room in self._ended_unopened:
+        failed = manager.request_status.get(message.room) == KVPoll.Failed  # by an abort or a deadline
+        if not reason and (failed or message.room in self._ended_unopened):
             reason = "the request ended on the prefill side before decode had room for it"
         if reason:
-            self.fail(message.room, reason)
+            if failed:  # when there was nobody to tell; `fail` takes it for told
+                manager.conclude_failure(bootstrap_room=message.room, failure_reason=reason)
+            else:
+                self.fail(message.room, reason)
             self._bury(message.room)
             return
         manager.req_to_decode_prefix_len[message.room] = message.prefix_tokens

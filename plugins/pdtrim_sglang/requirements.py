@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pdtrim_deploy.plan import PDPlan
+
+if TYPE_CHECKING:
+    from pdtrim_sglang.pool import PoolView
 
 # Decode attention that knows sparse layers. The two for GPUs have not run on one.
 SPARSE_BACKENDS = ("torch_native", "triton", "flashinfer")
@@ -18,6 +21,8 @@ def check_options(server_args: Any, kv_args: Any, plan: PDPlan | None, is_mla_ba
         raise RuntimeError("pdtrim: only plain multi-head attention models can be served (no MLA, SWA or SSM state)")
     if server_args.pp_size > 1:
         raise RuntimeError("pdtrim: pipeline parallelism is not supported: start with --pp-size 1")
+    if server_args.speculative_algorithm is not None:  # its steps are no decode steps: sparse layers would see all rows
+        raise RuntimeError("pdtrim: speculative decoding is not supported: start without --speculative-algorithm")
     for option in ("dcp_size", "attn_cp_size"):  # a rank would hold some tokens' KV only
         if getattr(server_args, option) > 1:
             name = "--" + option.replace("_", "-")
@@ -26,8 +31,14 @@ def check_options(server_args: Any, kv_args: Any, plan: PDPlan | None, is_mla_ba
 
     if envs.SGLANG_RUST_SERVER.get():
         raise RuntimeError("pdtrim: SGLang's Rust server takes registrations from anybody: unset SGLANG_RUST_SERVER")
-    sparse = plan is not None and any(send.mode == "sparse" for send in plan.kv)
-    if not sparse or server_args.disaggregation_mode != "decode":
+    if plan is None or server_args.disaggregation_mode != "decode":
+        return
+    if server_args.disaggregation_decode_enable_offload_kvcache:
+        raise RuntimeError(
+            "pdtrim: decode is another model than prefill, which must not be given decode's KV for its prompts: start "
+            "without --disaggregation-decode-enable-offload-kvcache"
+        )
+    if not any(send.mode == "sparse" for send in plan.kv):
         return
     if server_args.disaggregation_decode_enable_radix_cache:
         raise RuntimeError(
@@ -42,6 +53,16 @@ def check_options(server_args: Any, kv_args: Any, plan: PDPlan | None, is_mla_ba
         )
     if backend in GRAPHS:
         _check_graphs(backend, GRAPHS[backend])
+
+
+def check_staging(plan: PDPlan, pool: PoolView, staging_bytes: int) -> None:
+    """Raise RuntimeError when a page, the least that is sent of a prompt, does not fit the staging buffer."""
+    page = pool.page_size * pool.token_bytes(plan)
+    if page > staging_bytes:
+        raise RuntimeError(
+            f"pdtrim: staging_bytes {staging_bytes} hold no page of {pool.page_size} tokens of this model: give "
+            f"{page} at least, to all workers, or start them with a smaller --page-size"
+        )
 
 
 def _check_graphs(backend: str, valid: tuple[str, ...]) -> None:

@@ -84,7 +84,7 @@ class PDTrimKVSender(CommonKVSender):
 
         Nothing is kept for it: of a prompt that is aborted between its chunks SGLang 0.5.23 never clears the sender.
         """
-        self.kv_mgr.prefill_side.fail(self.bootstrap_room, "aborted on the prefill side")
+        self.kv_mgr.prefill_side.fail(self.bootstrap_room, "aborted on the prefill side", "aborted")
         super().abort()
         self.kv_mgr.prefill_side.sender_aborted(self.bootstrap_room, self.bootstrap_room in self.kv_mgr.transfer_infos)
 

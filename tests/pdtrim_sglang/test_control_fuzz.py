@@ -159,3 +159,67 @@ def test_nothing_is_kept_of_a_prompt_that_is_aborted_between_its_chunks():
     assert not side._manager.failure_records
     assert not side._manager.req_to_decode_prefix_len
     assert forgotten == [7]
+
+
+def test_decode_hears_of_a_failure_that_came_before_its_room():
+    """By an abort or a deadline; SGLang's own bookkeeping then keeps what comes after it quiet."""
+
+    class Bookkeeping(PDTrimKVManager):
+        def __init__(self):
+            self.request_status, self.transfer_infos, self.req_to_decode_prefix_len = {}, {}, {}
+            self.failure_records, self.failure_lock = {}, threading.Lock()
+            self._deferred_ack_targets, self._deferred_ack_poisoned_rooms, self._staging_outstanding = {}, set(), {}
+            self.bootstrap_timeout, self.said = 60, []
+
+        def send_kv_status_message(self, **said):
+            self.said.append(said)
+
+    manager = Bookkeeping()
+    side = prefill(manager)
+    side._known[WHO["session"]], side._progress = None, {}
+    for room in (7, 8):
+        side.sender_opened(room)
+        manager.update_status(room, KVPoll.Bootstrapping)
+        manager.record_failure(room, "Aborted by AbortReq.")
+        manager.update_status(room, KVPoll.Failed)
+    side.sender_aborted(7, opened=False)  # 8: its scheduler has not come to it yet
+    for room in (7, 8):
+        side._handle(Room(**WHO, room=room, prompt_tokens=3, prefix_tokens=0, destinations=1).frames())
+    assert manager.said == [
+        {
+            "targets": [("127.0.0.1", 5)], "bootstrap_room": room, "status": KVPoll.Failed,
+            "failure_reason": "Aborted by AbortReq.",
+        }
+        for room in (7, 8)
+    ]  # fmt: skip
+
+
+def test_a_rank_counts_what_its_own_heads_would_have_sent():
+    """The ranks' counters add up, as their payloads do."""
+    side, counted = prefill(Manager()), []
+    side._plan = PDPlan.dense(PLAN.model.model_copy(update={"num_kv_heads": 4}))
+    side._pool, side._progress = SimpleNamespace(kv_heads=1), {7: SimpleNamespace(prompt_tokens=3)}
+    side._metrics.succeeded = lambda progress, dense_bytes: counted.append(dense_bytes)
+    side._manager.conclude_transfer = lambda **_: None
+    side._manager.request_status[7] = KVPoll.WaitingForInput
+    side.arrived(7)
+    assert counted == [side._plan.payload_bytes(3) // 4]
+
+
+@pytest.mark.parametrize("first", ["prefill", "decode"])
+def test_a_request_that_its_client_gives_up_is_aborted_whoever_hears_of_it_first(first):
+    from pdtrim_sglang.sender import PDTrimKVSender
+    from sglang.srt.observability.trace import TraceNullContext
+
+    manager, ended = Manager(), []
+    manager.prefill_side = side = prefill(manager)
+    manager.deferred_bootstrap, manager.record_failure, side._progress = None, lambda *_: None, {}
+    side._metrics.ended = ended.append
+    side.sender_opened(7)
+    manager.request_status[7] = KVPoll.WaitingForInput
+    if first == "decode":
+        side._handle([ABORT_TAG, b"7"])
+    sender = object.__new__(PDTrimKVSender)
+    sender.kv_mgr, sender.bootstrap_room, sender.trace_ctx = manager, 7, TraceNullContext()
+    sender.abort()
+    assert ended == ["aborted"]

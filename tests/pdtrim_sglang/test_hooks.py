@@ -12,9 +12,10 @@ pytest.importorskip("sglang", reason="needs the serve environment")
 SHAPE = ModelShape(architecture="X", fingerprint="f", num_blocks=1, num_kv_heads=1, head_dim=8, kv_dtype="float32")
 SPARSE = PDPlan.dense(SHAPE).with_kv((KVSend(mode="sparse", n_first=1),))
 POOL = SimpleNamespace(state_types=[])
-PARALLEL = {"pp_size": 1, "dcp_size": 1, "attn_cp_size": 1}
-DECODE = PARALLEL | {
+PLAIN = {"pp_size": 1, "dcp_size": 1, "attn_cp_size": 1, "speculative_algorithm": None}
+DECODE = PLAIN | {
     "disaggregation_mode": "decode", "disaggregation_decode_enable_radix_cache": False,
+    "disaggregation_decode_enable_offload_kvcache": False,
     "attention_backend": "torch_native", "decode_attention_backend": None,
 }  # fmt: skip
 
@@ -81,11 +82,13 @@ def test_the_gpu_backends_are_ours_where_a_layer_is_cut_and_only_there(registry,
     ("options", "sentence"),
     [
         ({"disaggregation_decode_enable_radix_cache": True}, "--disaggregation-decode-enable-radix-cache"),
+        ({"disaggregation_decode_enable_offload_kvcache": True}, "--disaggregation-decode-enable-offload-kvcache"),
         ({"attention_backend": "fa3"}, "attention backend fa3 would read prompt rows"),
         ({"decode_attention_backend": "flashinfer"}, "--cuda-graph-backend-decode disabled"),
         ({"pp_size": 2}, "--pp-size 1"),
         ({"dcp_size": 2}, "--dcp-size 1"),
         ({"attn_cp_size": 2}, "--attn-cp-size 1"),
+        ({"speculative_algorithm": "NGRAM"}, "--speculative-algorithm"),  # has no draft model, and no pool for one
     ],
 )
 def test_options_that_would_give_wrong_text_are_refused(registry, options, sentence):
@@ -121,7 +124,36 @@ def test_a_registry_that_asks_for_no_signature_is_refused(monkeypatch):
 
     monkeypatch.setenv("SGLANG_RUST_SERVER", "1")
     with pytest.raises(RuntimeError, match="unset SGLANG_RUST_SERVER"):
-        check_options(SimpleNamespace(**PARALLEL), POOL, None, False)
+        check_options(SimpleNamespace(**PLAIN), POOL, None, False)
+
+
+@pytest.mark.parametrize("stage", ["prefill", "decode"])
+def test_a_staging_buffer_without_room_for_a_page_is_refused(registry, monkeypatch, stage):
+    """Chunks are whole pages; packing one there would write behind the buffer."""
+    import torch
+    from pdtrim_sglang import manager
+    from pdtrim_sglang.pool import PoolView
+    from sglang.srt.disaggregation.utils import DisaggregationMode
+
+    shape = SHAPE.model_copy(update={"num_kv_heads": 4, "head_dim": 128})
+    view = PoolView([torch.zeros(1, 2, 128)], [torch.zeros(1, 2, 128)], 64)  # of one rank of two
+    monkeypatch.setattr(manager, "check_fits", lambda *_: None)
+    monkeypatch.setattr(manager.PoolView, "of", lambda pool: view)
+    monkeypatch.setattr(manager.PDTrimKVManager, "_start_heartbeat_checker_thread", lambda self: None)
+    for side in ("PrefillSide", "DecodeSide"):
+        monkeypatch.setattr(manager, side, lambda *_: "made")
+    worker = object.__new__(manager.PDTrimKVManager)
+    worker._given_plan, worker._secret, worker.attn_tp_size = PDPlan.dense(shape), b"", 2
+    worker.disaggregation_mode = DisaggregationMode(stage)
+    worker.kv_args = SimpleNamespace(aux_data_ptrs=(), aux_item_lens=())
+    worker.server_args = SimpleNamespace(disaggregation_transfer_backend="pdtrim_tcp")
+    page = 64 * 2 * 2 * 128 * 4  # tokens, K and V, heads, values, bytes
+    told = '{"pdtrim_transport": {"staging_bytes": %d}}'
+    worker.server_args.json_model_override_args = told % page
+    worker.attach(None, None)
+    worker.server_args.json_model_override_args = told % (page - 1)
+    with pytest.raises(RuntimeError, match=f"staging_bytes {page - 1} hold no page of 64 tokens .*{page}"):
+        worker.attach(None, None)
 
 
 @pytest.mark.parametrize(
@@ -138,3 +170,27 @@ def test_a_forward_pass_that_may_still_write_is_noted(registry, overlap, device,
     seen = []
     hooks._name_prompt_of_receiver(lambda _, one: seen.append(vars(one.kv_receiver).copy()), queue, asked)
     assert seen == [{"prompt_tokens": 3, "forward_done": "event" if waits else None}]
+
+
+def test_a_stock_checkpoint_with_another_kv_dtype_is_refused():
+    import torch
+    from pdtrim_sglang.plan_source import dense_plan
+
+    pool = SimpleNamespace(k_buffer=[torch.zeros(2, 1, 8)], dtype=torch.float8_e5m2)
+    with pytest.raises(RuntimeError, match=r"cannot send a KV cache of torch.float8_e5m2: .*--kv-cache-dtype auto"):
+        dense_plan(1, pool)
+
+
+def test_what_prefill_computed_anew_stays_prompt_when_the_request_is_retracted_again():
+    """Of the tokens emitted before, sparse layers were sent the last rows only."""
+    from pdtrim_sglang import hooks
+
+    req = SimpleNamespace(origin_input_ids=[1] * 5, output_ids=[2] * 7, kv=SimpleNamespace(req_pool_idx=1))
+    req.pd_rebootstrap_in_progress = True
+    rows = SimpleNamespace(pdtrim_prompt_tokens=[0, 0])
+    queue = SimpleNamespace(req_to_token_pool=rows, token_to_kv_pool_allocator=None)
+    hooks._note_prompt_length(lambda *_: None, queue, req)
+    assert rows.pdtrim_prompt_tokens == [0, 12]
+    req.pd_rebootstrap_in_progress, req.output_ids = False, [2] * 20  # and back from its backup
+    hooks._note_prompt_length(lambda *_: None, queue, req)
+    assert rows.pdtrim_prompt_tokens == [0, 12]

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from pdtrim_sglang.protocol import ChunkHeader, Reply
-from pdtrim_sglang.transports.base import TransportConfig, TransportError
+from pdtrim_sglang.transports.base import TransportConfig, TransportError, UnreachableError
 from pdtrim_sglang.transports.one_sided import OneSidedReceiveServer, OneSidedSendChannel, Writer
 
 CONFIG = TransportConfig(staging_bytes=1 << 12, connect_seconds=2, stall_seconds=30)
@@ -107,3 +107,15 @@ def test_what_is_written_before_the_check_is_found(pair):
     channel.send(HEADER, memoryview(b""))
     assert "checksum mismatch" in listener.events.get(timeout=5).reason
     assert not handler.got
+
+
+@pytest.mark.parametrize("error", [KeyError("agent"), TypeError("no place"), ValueError("no JSON")])
+def test_a_place_of_another_transport_is_one_sentence(pair, error):
+    channel, *_ = pair
+
+    def reach(place):
+        raise error
+
+    channel._writer.reach = reach
+    with pytest.raises(UnreachableError, match="another transport; start both workers with one --disaggregation-tran"):
+        channel.send(HEADER, memoryview(b""))

@@ -160,3 +160,34 @@ def test_a_request_that_ended_keeps_no_peer(world, ends):
     assert not peer._unanswered
     peer.on_lost("gone")
     assert owner.failed == []
+
+
+def test_the_time_that_a_chunk_takes_to_leave_is_no_silence_of_the_peer(world):
+    """A slow link is waited for: each of its bytes has a deadline, all of them together have none."""
+    _, _, channel, owner, peer = world
+    leaving, gate, send = threading.Event(), threading.Event(), channel.send
+
+    def slowly(*chunk):
+        leaving.set()
+        gate.wait(10)
+        return send(*chunk)
+
+    channel.send = slowly
+    peer.submit(chunk(0, 13))
+    assert leaving.wait(10)
+    assert owner.room.last_sent is None
+    gone = time.monotonic()
+    gate.set()
+    deadline = time.monotonic() + 10
+    while owner.room.last_sent is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert owner.room.last_sent >= gone
+
+
+def test_a_request_that_ends_while_the_loss_is_told_disturbs_nobody(world):
+    *_, owner, peer = world
+    peer._unanswered = held = {1, 2, 3}  # what `forget`, in the scheduler's thread, may have got hold of just before
+    told = []
+    owner.fail = lambda room, reason: (told.append(room), held.discard(3))
+    peer.on_lost("gone")
+    assert {1, 2} <= set(told)

@@ -204,7 +204,8 @@ def test_what_a_worker_is_told_of_its_transport():
     told = {"stall_seconds": 3, "port": 5000, "announce": "gateway:6000"}
     made = transport_config(json.dumps({"pdtrim_secret_file": "x", "pdtrim_transport": told}), credentials)
     assert (made.stall_seconds, made.port, made.announce, made.credentials) == (3, 5000, "gateway:6000", credentials)
-    for wrong in ({"stall": 3}, {"stall_seconds": 0}, {"announce": "no port"}, {"port": 70000}):
+    far = [{"announce": place} for place in ("no port", "gateway:70000", "gateway:0", f"{'g' * 128}:6000")]
+    for wrong in ({"stall": 3}, {"stall_seconds": 0}, *far, {"port": 70000}):
         with pytest.raises(RuntimeError, match=rf"pdtrim_transport.{next(iter(wrong))} in .*valid: accept_unauth"):
             transport_config(json.dumps({"pdtrim_transport": wrong}), credentials)
 
@@ -255,5 +256,17 @@ def test_a_receive_buffer_grows_no_further_than_staging_bytes():
         channel.send(header(1, size), memoryview(b""))
         assert listener.next() == Reply(1)
         assert server.held() == (1, held)
+    channel.close()
+    server.close()
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="no IPv6 here")
+def test_a_worker_may_be_reached_by_ipv6():
+    make_channel, make_server = TRANSPORTS["tcp"]
+    listener = Listener()
+    server = make_server("::1", Handler(), CONFIG)
+    channel = make_channel(server.host, server.port, listener, CONFIG)
+    channel.send(header(1, 10), memoryview(b""))
+    assert listener.next() == Reply(1)
     channel.close()
     server.close()

@@ -28,6 +28,7 @@ from pdtrim_sglang.transports.tcp import TcpReceiveServer, TcpSendChannel, recei
 
 _PLACE = struct.Struct("<4sHI")
 MAGIC, VERSION, MOST_PLACE_BYTES = b"PDTP", 1, 1 << 16
+ANOTHER = "it speaks another transport; start both workers with one --disaggregation-transfer-backend"
 
 
 class Writer(ABC):
@@ -65,7 +66,10 @@ class Writer(ABC):
 
     @abstractmethod
     def reach(self, place: bytes) -> Any:
-        """Prefill side: the buffer that `place` describes. OSError or ValueError when it describes none."""
+        """Prefill side: the buffer that `place` describes.
+
+        OSError when it cannot be reached; ValueError, LookupError or TypeError when `place` describes none.
+        """
 
     @abstractmethod
     def write(self, source: Tensor, size: int, target: Any, seconds: float) -> None:
@@ -86,11 +90,11 @@ class OneSidedSendChannel(TcpSendChannel):
     def _introduced(self, connection: socket.socket) -> None:
         magic, version, length = _PLACE.unpack(receive(connection, bytearray(_PLACE.size)) or bytes(_PLACE.size))
         if magic != MAGIC or version != VERSION or length > MOST_PLACE_BYTES:
-            raise OSError("it speaks another transport; start both workers with one --disaggregation-transfer-backend")
+            raise OSError(ANOTHER)
         try:
             self._target = self._writer.reach(bytes(receive(connection, bytearray(length)) or b""))
-        except ValueError as error:
-            raise OSError(str(error)) from None
+        except (ValueError, LookupError, TypeError):  # the words of another writer
+            raise OSError(ANOTHER) from None
         self._place = connection, threading.Event()
         self._answered(connection)
 

@@ -125,7 +125,8 @@ class TcpReceiveServer(ReceiveServer):
 
     def __init__(self, host: str, handler: ChunkHandler, config: TransportConfig) -> None:
         self._handler, self._config = handler, config
-        self._listener = socket.create_server((host, config.port))
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._listener = socket.create_server((host, config.port), family=family)
         self.host, self.port = host, self._listener.getsockname()[1]
         self._connections: dict[socket.socket, int] = {}  # and the bytes of its staging buffer
         self._staging: dict[socket.socket, bytearray] = {}

@@ -1,0 +1,36 @@
+"""Whatever a server does with a request, it is an answer or an OSError."""
+
+import socket
+import threading
+
+import pytest
+
+from pdtrim_deploy.serving import probe
+from pdtrim_deploy.serving.client import get
+
+
+@pytest.fixture
+def server():
+    """server(bytes): the URL of a server that answers one request with them and hangs up."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve(said):
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(65536)
+                connection.sendall(said)
+
+        def start(said):
+            threading.Thread(target=serve, args=(said,), daemon=True).start()
+            return f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+        yield start
+
+
+@pytest.mark.parametrize("said", [b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{}", b"SSH-2.0-x\r\n", b""])
+def test_an_answer_that_breaks_off_is_an_os_error(server, said):
+    """As of a worker that dies while it answers."""
+    with pytest.raises(OSError, match=r"no whole HTTP answer|closed connection"):
+        get(server(said), 5)
+    assert not probe.is_healthy(server(said))
+    assert probe.complaint(server(said), 5)
