@@ -216,6 +216,13 @@ def test_compose_gives_every_worker_gpus_of_its_own() -> None:
     assert all("ports" not in one for name, one in services.items() if name != "router")
 
 
+def test_compose_workers_may_load_the_code_they_compile() -> None:
+    """Triton and FlashInfer build libraries under HOME; Docker mounts a tmpfs noexec unless told otherwise."""
+    made = compose(SERVED, Options(bundle=BundleAt("host", "/srv/b")))
+    for one in made["services"].values():
+        assert (one["read_only"], one["environment"]["HOME"], one["tmpfs"]) == (True, "/tmp", ["/tmp:exec"])
+
+
 def test_deploy_holds_what_is_rendered() -> None:
     import runpy
 
