@@ -11,6 +11,7 @@ from typing import Any
 from pdtrim_deploy.manifests.options import (
     BOOTSTRAP_PORT,
     BUNDLE_MOUNT,
+    GRACE_S,
     HTTP_PORT,
     ROUTER_ARGUMENTS,
     ROUTER_METRICS_PORT,
@@ -87,7 +88,7 @@ def _worker(served: Served, options: Options, stage: Stage) -> list[Manifest]:
         {"name": "tmp", "emptyDir": {}},
         {"name": "secret", "secret": {"secretName": secret_name(options), "defaultMode": 0o440}},
     ]
-    pod = {**_pod_basics(), "terminationGracePeriodSeconds": 120, "containers": [container], "volumes": volumes}
+    pod = {**_pod_basics(), "containers": [container], "volumes": volumes}
     labels = _labels(options, stage) | {PLAN: served.plan}
     return [
         _deployment(options, stage, options.replicas(stage), labels, annotations, pod),
@@ -219,7 +220,11 @@ def _labels(options: Options, role: str) -> dict[str, str]:
 def _pod_basics() -> Manifest:
     ids = {"runAsUser": USER_ID, "runAsGroup": USER_ID, "fsGroup": USER_ID}
     secure = {"runAsNonRoot": True, **ids, "seccompProfile": {"type": "RuntimeDefault"}}
-    return {"automountServiceAccountToken": False, "securityContext": secure}
+    return {
+        "automountServiceAccountToken": False,
+        "securityContext": secure,
+        "terminationGracePeriodSeconds": GRACE_S,
+    }
 
 
 def _confined(capabilities: list[str] | None = None) -> Manifest:

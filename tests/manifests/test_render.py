@@ -91,6 +91,15 @@ def test_selectors_match_their_pods_and_never_change_with_the_plan() -> None:
                 assert "pdtrim/plan" not in selector  # a Deployment's selector cannot be changed
 
 
+def test_the_router_may_finish_requests_before_kubernetes_kills_it() -> None:
+    """It waits for requests under way, 180 s unless told otherwise; Kubernetes, unless told otherwise, 30 s."""
+    made = objects()
+    router = made["Deployment", "pdtrim-router"]
+    waits = int(option(container(router)["command"], "--shutdown-grace-period-secs"))
+    pods = {kind: made["Deployment", f"pdtrim-{kind}"]["spec"]["template"]["spec"] for kind in ("router", *STAGES)}
+    assert all(waits < pod["terminationGracePeriodSeconds"] for pod in pods.values())
+
+
 def test_pods_are_confined_and_ports_are_named() -> None:
     for (kind, _), one in objects(rdma="rdma/hca", **NIXL).items():
         if kind != "Deployment":
