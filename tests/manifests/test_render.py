@@ -11,6 +11,7 @@ import yaml
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.manifests import BundleAt, Options, Served, compose, kubernetes
+from pdtrim_deploy.manifests.dashboard import PANELS
 from pdtrim_deploy.plan import STAGES
 
 ROOT = Path(__file__).parents[2]
@@ -230,6 +231,12 @@ def test_compose_workers_may_load_the_code_they_compile() -> None:
     made = compose(SERVED, Options(bundle=BundleAt("host", "/srv/b")))
     for one in made["services"].values():
         assert (one["read_only"], one["environment"]["HOME"], one["tmpfs"]) == (True, "/tmp", ["/tmp:exec"])
+
+
+def test_generated_tokens_are_counted_once() -> None:
+    """A prefill worker counts the first token of each request as its own, and decode counts it again."""
+    (panel,) = (one for one in PANELS if one.title == "Tokens generated")
+    assert 'sglang:generation_tokens_total{engine_type="decode"}' in panel.queries["tokens/s"]
 
 
 def test_deploy_holds_what_is_rendered() -> None:
