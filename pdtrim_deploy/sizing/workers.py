@@ -20,7 +20,7 @@ from pdtrim_deploy.sizing.link import Link
 from pdtrim_deploy.sizing.rates import Rates
 
 MISSED = 0.025  # share of requests that may wait longer than allowed for: at prefill, and again at the link
-NORMAL_95 = 1.645
+NORMAL_95, NORMAL_975 = 1.645, 1.96
 MOST_WORKERS = 1e15  # of a stage, that are looked at
 
 
@@ -168,9 +168,20 @@ def _parts_s(rates: Rates, goal: Goal, batch: int) -> float:
 
 def _ttft_s(rates: Rates, goal: Goal, batch: int, workers: int, wire_s: float) -> float:
     """Bound of its 95th percentile."""
-    waits = wait_s(goal.rate, workers, rates.alone_s(goal.isl))
+    waits = wait_s(goal.rate, workers, rates.alone_s(goal.isl)) + _mates_s(rates, goal, workers)
     waits += wait_s(goal.rate / (workers if goal.link_each else 1), 1, wire_s)
     return _parts_s(rates, goal, batch) + wire_s + waits
+
+
+def _mates_s(rates: Rates, goal: Goal, workers: int) -> float:
+    """What a prompt of several chunks waits for those that share its last one: they came while it was computed."""
+    last = (goal.isl - 1) % rates.chunk_tokens + 1
+    came = goal.rate * (rates.alone_s(goal.isl) - last / rates.prefill_tokens_per_s)  # at all workers
+    if last == goal.isl or came <= MISSED * workers:
+        return 0.0
+    taken = (came + NORMAL_975 * math.sqrt(came) + 1) / workers  # each takes every `workers`th
+    mates = math.floor(min(taken, rates.chunk_tokens))
+    return min(rates.chunk_tokens - last, mates * goal.isl) / rates.prefill_tokens_per_s
 
 
 def _link_needed(rates: Rates, goal: Goal, batch: int, workers: int, request_bytes: int) -> float:

@@ -92,6 +92,15 @@ def test_the_workers_found_keep_the_slo_in_simulation(plan: PDPlan, goal: Goal) 
             assert late, halved
 
 
+@pytest.mark.parametrize(("isl", "rate", "ttft_s"), [(8700, 66.0, 0.75), (8766, 2.05, 0.83)])
+def test_prompts_whose_last_chunk_others_share_keep_the_slo(isl: int, rate: float, ttft_s: float) -> None:
+    """A prompt of a chunk and a bit waits for the whole second chunk, which later prompts fill."""
+    rates = Rates(prefill_tokens_per_s=20_000.0, decode_step_ms={1: 8.0, 64: 14.0}, overhead_ms=15.0, transfer_ms=2.0)
+    side = sized(DENSE, rates, Goal(rate, isl, 2, ttft_s, 0.03, Link(1e15)), requests=3000)
+    assert side.simulated.good_share >= 0.95
+    assert side.simulated.ttft_ms.p95 <= side.sizing.ttft_p95_ms
+
+
 def test_none_would_do_is_said_only_where_more_workers_do_not_help() -> None:
     # Hardly anybody waits; each worker's link is ten times as busy as the worker.
     goal = Goal(0.01, 2000, 100, 0.15, 0.02, Link(1e15))
