@@ -24,6 +24,7 @@ class Behaviour:
     hang: bool = False
     error_event: bool = False
     garbage: bool = False
+    encoding: str | None = None
     finish_reason: str | None = None
     in_flight: int = 0
     most_in_flight: int = 0
@@ -76,7 +77,8 @@ async def _stream(b: Behaviour, body: dict, writer: asyncio.StreamWriter, openai
         await writer.drain()
 
     kind = "text/event-stream" if b.status == 200 else "text/plain"
-    head = f"HTTP/1.1 {b.status} {responses[b.status]}\r\nContent-Type: {kind}\r\nTransfer-Encoding: chunked\r\n\r\n"
+    head = f"HTTP/1.1 {b.status} {responses[b.status]}\r\nContent-Type: {kind}\r\nTransfer-Encoding: chunked\r\n"
+    head += f"Content-Encoding: {b.encoding}\r\n\r\n" if b.encoding else "\r\n"
     if b.hang:
         await asyncio.sleep(3600)
     writer.write(head.encode())

@@ -98,7 +98,7 @@ async def _request(client: httpx.AsyncClient, job: Job, deadline_s: float) -> Ou
         return Outcome("refused", str(error))
     except httpx.TransportError as error:
         return Outcome("disconnected", f"{type(error).__name__}: {error}")
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, httpx.DecodingError) as error:
         return Outcome("error", f"unreadable reply: {error!r}")
 
 

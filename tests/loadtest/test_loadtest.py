@@ -64,6 +64,7 @@ def test_lengths_and_texts_come_from_the_seed() -> None:
         (Behaviour(silent=True), "truncated"),
         (Behaviour(error_event=True), "error"),
         (Behaviour(garbage=True), "error"),
+        (Behaviour(encoding="gzip"), "error"),  # which it is not
         (Behaviour(finish_reason="length"), "error"),
         (Behaviour(hang=True), "timeout"),
     ],
