@@ -101,6 +101,15 @@ def test_the_router_may_finish_requests_before_kubernetes_kills_it() -> None:
     assert all(waits < pod["terminationGracePeriodSeconds"] for pod in pods.values())
 
 
+def test_a_rollout_is_given_as_long_as_its_workers_may_take_to_start() -> None:
+    """Kubernetes calls one failed after 600 s; the router's pod is ready only when workers are."""
+    made = objects()
+    startup = container(made["Deployment", "pdtrim-decode"])["startupProbe"]
+    takes = startup["periodSeconds"] * startup["failureThreshold"]
+    for role in ("router", *STAGES):
+        assert made["Deployment", f"pdtrim-{role}"]["spec"]["progressDeadlineSeconds"] > takes
+
+
 def test_pods_are_confined_and_ports_are_named() -> None:
     for (kind, _), one in objects(rdma="rdma/hca", **NIXL).items():
         if kind != "Deployment":
