@@ -24,6 +24,8 @@ class Behaviour:
     hang: bool = False
     error_event: bool = False
     garbage: bool = False
+    encoding: str | None = None
+    said: str = "x"
     finish_reason: str | None = None
     in_flight: int = 0
     most_in_flight: int = 0
@@ -76,7 +78,8 @@ async def _stream(b: Behaviour, body: dict, writer: asyncio.StreamWriter, openai
         await writer.drain()
 
     kind = "text/event-stream" if b.status == 200 else "text/plain"
-    head = f"HTTP/1.1 {b.status} {responses[b.status]}\r\nContent-Type: {kind}\r\nTransfer-Encoding: chunked\r\n\r\n"
+    head = f"HTTP/1.1 {b.status} {responses[b.status]}\r\nContent-Type: {kind}\r\nTransfer-Encoding: chunked\r\n"
+    head += f"Content-Encoding: {b.encoding}\r\n\r\n" if b.encoding else "\r\n"
     if b.hang:
         await asyncio.sleep(3600)
     writer.write(head.encode())
@@ -86,14 +89,14 @@ async def _stream(b: Behaviour, body: dict, writer: asyncio.StreamWriter, openai
             await asyncio.sleep(b.ttft if seen == b.chunk else b.itl)
             prompt = body["prompt"] if openai else body["text"]
             meta = {"completion_tokens": min(seen, total), "prompt_tokens": len(prompt.split())}
-            event = {"text": "x", "meta_info": meta | {"finish_reason": b.finish_reason}}
+            event = {"text": b.said, "meta_info": meta | {"finish_reason": b.finish_reason}}
             if openai:
                 choices = [{"index": 0, "text": "x" * b.chunk}]
                 usage = meta | {"total_tokens": sum(meta.values())}
                 event = {"id": "0", "object": "text_completion", "choices": choices, "usage": usage}
             if b.error_event:
                 await send(json.dumps({"error": {"message": "transfer failed"}}))
-            await send("not json" if b.garbage else json.dumps(event))
+            await send("not json" if b.garbage else json.dumps(event, ensure_ascii=False))  # as SGLang's orjson
         if not b.silent:
             await send("[DONE]")
     else:

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pdtrim_deploy.doctor.base import ALL, Asked, Finding, Job
-from pdtrim_deploy.doctor.packages import wanted_version
 from pdtrim_deploy.serving.environment import REPO
+
+AIPERF = "0.13.0"  # the one that its driver takes (loadtest.aiperf.environment, which imports more than a check may)
 
 
 @dataclass(frozen=True)
@@ -44,21 +45,20 @@ class Aiperf:
 
     def look(self, asked: Asked) -> Iterable[Finding]:
         """One line; its version by its metadata, for it takes seconds to say it itself."""
-        wanted, _ = wanted_version("aiperf", "aiperf")
         places = [folder / ".venv" / "aiperf" for folder in (REPO, Path.cwd())]
         known = [file for place in places for file in place.glob("lib/python*/site-packages/aiperf-*.dist-info")]
         on_path = shutil.which("aiperf")
         version = known[0].name.split("-")[1].removesuffix(".dist") if known else None
         if version is None and on_path:
             version = _output([on_path, "--version"]).strip() or "of no version"
-        good = version is not None and wanted in (None, version)
-        pip = "python3 -m venv .venv/aiperf && .venv/aiperf/bin/pip install aiperf"
+        good = version == AIPERF
+        pip = f"python3 -m venv .venv/aiperf && .venv/aiperf/bin/pip install aiperf=={AIPERF}"
         yield Finding(
             group="tools",
             name="aiperf",
             status="ok" if good else "wrong version" if version else "missing",
             detail=(version or "no environment of its own, and not on PATH")
-            + (f", wanted {wanted}" if version and not good else "")
+            + (f", wanted {AIPERF}" if version and not good else "")
             + " (loadtest --driver aiperf)",
             mend=None if good else "make setup-aiperf" if (REPO / "Makefile").is_file() else pip,
         )

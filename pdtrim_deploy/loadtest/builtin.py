@@ -98,7 +98,7 @@ async def _request(client: httpx.AsyncClient, job: Job, deadline_s: float) -> Ou
         return Outcome("refused", str(error))
     except httpx.TransportError as error:
         return Outcome("disconnected", f"{type(error).__name__}: {error}")
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, httpx.DecodingError) as error:
         return Outcome("error", f"unreadable reply: {error!r}")
 
 
@@ -112,7 +112,7 @@ async def _stream(client: httpx.AsyncClient, text: str, tokens: int) -> Outcome:
             return Outcome(f"http_{reply.status_code}", (await reply.aread()).decode(errors="replace")[:300])
         async for data in _events(reply):
             now = time.perf_counter()
-            if data == "[DONE]":
+            if data == b"[DONE]":
                 done = True
                 break
             event = json.loads(data)
@@ -135,7 +135,11 @@ async def _stream(client: httpx.AsyncClient, text: str, tokens: int) -> Outcome:
     return Outcome(None, "", ttft, tuple(gaps), last - sent, prompt_tokens, seen)
 
 
-async def _events(reply: httpx.Response) -> AsyncIterator[str]:
-    async for line in reply.aiter_lines():
-        if line.startswith("data:"):
-            yield line[5:].strip()
+async def _events(reply: httpx.Response) -> AsyncIterator[bytes]:
+    """What stands after `data:`. httpx's own lines also end at U+2028 and the like, which SGLang's JSON may hold."""
+    rest = b""
+    async for chunk in reply.aiter_bytes():
+        *lines, rest = (rest + chunk).split(b"\n")
+        for line in lines:
+            if line.startswith(b"data:"):
+                yield line[5:].strip()

@@ -76,7 +76,7 @@ def _basics(options: Options) -> dict[str, Any]:
         "image": options.image,
         "restart": "unless-stopped",
         "read_only": True,
-        "tmpfs": ["/tmp"],
+        "tmpfs": ["/tmp:exec"],  # Docker mounts it noexec, and what Triton compiles under HOME is loaded from there
         "cap_drop": ["ALL"],
         "security_opt": ["no-new-privileges:true"],
     }

@@ -54,7 +54,12 @@ PANELS: tuple[Panel, ...] = (
     Panel("Prompt tokens a request", "none", _quantiles("pdtrim_kv_prompt_tokens")),
     Panel("Time to first token", "s", _quantiles("sglang:time_to_first_token_seconds")),
     Panel("Inter-token latency", "s", _quantiles("sglang:inter_token_latency_seconds")),
-    Panel("Tokens generated", "none", {"tokens/s": "sum(rate(sglang:generation_tokens_total[$__rate_interval]))"}),
+    Panel(
+        "Tokens generated",
+        "none",
+        {"tokens/s": 'sum(rate(sglang:generation_tokens_total{engine_type="decode"}[$__rate_interval]))'},
+        "By decode alone: a prefill worker counts the first token of each request once more.",
+    ),
     Panel(
         "Requests in the workers",
         "none",

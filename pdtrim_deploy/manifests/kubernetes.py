@@ -11,6 +11,7 @@ from typing import Any
 from pdtrim_deploy.manifests.options import (
     BOOTSTRAP_PORT,
     BUNDLE_MOUNT,
+    GRACE_S,
     HTTP_PORT,
     ROUTER_ARGUMENTS,
     ROUTER_METRICS_PORT,
@@ -27,6 +28,7 @@ from pdtrim_deploy.plan import STAGES, Stage
 
 Manifest = dict[str, Any]
 APP, ROLE, PLAN = "app.kubernetes.io/name", "pdtrim/role", "pdtrim/plan"
+START_S = 1800  # a worker may take so long to start, and the router's pod is ready only after
 READY = Path(__file__).with_name("ready.py")
 
 
@@ -69,7 +71,7 @@ def _worker(served: Served, options: Options, stage: Stage) -> list[Manifest]:
         "ports": ports,
         "resources": {"requests": {**resources, "cpu": "4"}, "limits": resources},
         # SGLang's /health makes the worker generate a token, unless other answers are coming out of it anyway.
-        "startupProbe": _health(period=10, failures=180),
+        "startupProbe": _health(period=10, failures=START_S // 10),
         "readinessProbe": _health(period=30, failures=2),
         "livenessProbe": _health(period=60, failures=5),
         "securityContext": _confined(["IPC_LOCK"] if options.rdma else []),
@@ -87,7 +89,7 @@ def _worker(served: Served, options: Options, stage: Stage) -> list[Manifest]:
         {"name": "tmp", "emptyDir": {}},
         {"name": "secret", "secret": {"secretName": secret_name(options), "defaultMode": 0o440}},
     ]
-    pod = {**_pod_basics(), "terminationGracePeriodSeconds": 120, "containers": [container], "volumes": volumes}
+    pod = {**_pod_basics(), "containers": [container], "volumes": volumes}
     labels = _labels(options, stage) | {PLAN: served.plan}
     return [
         _deployment(options, stage, options.replicas(stage), labels, annotations, pod),
@@ -195,6 +197,7 @@ def _deployment(
         "spec": {
             "replicas": replicas,
             "selector": {"matchLabels": _labels(options, role)},
+            "progressDeadlineSeconds": START_S + 600,
             # A GPU that an old pod holds is not there for a new one: one at a time, old first.
             "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 0, "maxUnavailable": 1}},
             "template": {"metadata": {"labels": labels, "annotations": annotations}, "spec": pod},
@@ -219,7 +222,11 @@ def _labels(options: Options, role: str) -> dict[str, str]:
 def _pod_basics() -> Manifest:
     ids = {"runAsUser": USER_ID, "runAsGroup": USER_ID, "fsGroup": USER_ID}
     secure = {"runAsNonRoot": True, **ids, "seccompProfile": {"type": "RuntimeDefault"}}
-    return {"automountServiceAccountToken": False, "securityContext": secure}
+    return {
+        "automountServiceAccountToken": False,
+        "securityContext": secure,
+        "terminationGracePeriodSeconds": GRACE_S,
+    }
 
 
 def _confined(capabilities: list[str] | None = None) -> Manifest:

@@ -17,6 +17,7 @@ HTTP_PORT, BOOTSTRAP_PORT, ROUTER_PORT, ROUTER_METRICS_PORT = 30000, 8998, 8000,
 BUNDLE_MOUNT = "/bundle"
 IMAGE = "pdtrim-serve:0.1.0"
 USER_ID = 10001  # as the Dockerfile makes it
+GRACE_S = 120  # from a pod's SIGTERM to its SIGKILL: for requests under way
 SECRET_FOLDER, SECRET_KEY = "/run/secrets", "kv"  # what makes a worker a member: the operator's, in no file of ours
 TCP = "pdtrim_tcp"
 QUANTITY = re.compile(r"[1-9]\d{0,14}(\.\d{1,3})?([kMGTPE]|[KMGTPE]i)?")
@@ -153,5 +154,5 @@ ROUTER_ARGUMENTS = [
     "--host", "0.0.0.0", "--port", str(ROUTER_PORT),
     "--prometheus-host", "0.0.0.0", "--prometheus-port", str(ROUTER_METRICS_PORT),
     "--policy", "round_robin", "--request-timeout-secs", "600", "--health-check-timeout-secs", "30",
-    "--worker-startup-timeout-secs", "1800",
+    "--worker-startup-timeout-secs", "1800", "--shutdown-grace-period-secs", str(GRACE_S - 10),
 ]  # fmt: skip

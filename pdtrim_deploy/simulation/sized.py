@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict
 
+from pdtrim_deploy.bounds import MOST_SIMULATED_WORKERS
+from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.loadtest.scenario import SLO, Lengths
 from pdtrim_deploy.plan import PDPlan
 from pdtrim_deploy.simulation.cluster import Cluster, simulate
@@ -23,11 +25,18 @@ class SizedSide(BaseModel):
 
 
 def sized(plan: PDPlan, unpruned: Rates, goal: Goal, requests: int = 0, seed: int = 0) -> SizedSide:
-    """Workers for `plan`; with `requests`, so many Poisson arrivals at the goal's rate are simulated on them."""
+    """Workers for `plan`; with `requests`, so many Poisson arrivals at the goal's rate are simulated on them.
+
+    Raises:
+        UserError: more workers than can be simulated.
+
+    """
     rates = rates_of(plan, unpruned)
     found = size(rates, plan.payload_bytes(goal.isl), goal)
     if not requests or found.prefill_workers is None or found.decode_workers is None:
         return SizedSide(sizing=found, simulated=None)
+    if (count := found.prefill_workers + found.decode_workers) > MOST_SIMULATED_WORKERS:
+        raise UserError(f"{count:,} workers are too many to simulate; leave --simulate out, or lower --rate")
     load = Load.poisson(goal.rate, requests, Lengths(tokens=goal.isl), Lengths(tokens=goal.osl), seed)
     cluster = Cluster(found.prefill_workers, found.decode_workers, rates, plan.payload_bytes, goal.link, goal.link_each)
     slo = SLO(ttft_ms=goal.ttft_s * 1e3, itl_ms=goal.itl_s * 1e3)

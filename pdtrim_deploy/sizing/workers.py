@@ -8,6 +8,8 @@ where k > 0 solves n ln(1 + k/r) = k s. For n = 1 it is the M/D/1 queue.
 from __future__ import annotations
 
 import math
+import sys
+from bisect import bisect_left
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +20,8 @@ from pdtrim_deploy.sizing.link import Link
 from pdtrim_deploy.sizing.rates import Rates
 
 MISSED = 0.025  # share of requests that may wait longer than allowed for: at prefill, and again at the link
-NORMAL_95 = 1.645
+NORMAL_95, NORMAL_975 = 1.645, 1.96
+MOST_WORKERS = 1e15  # of a stage, that are looked at
 
 
 @dataclass(frozen=True)
@@ -97,9 +100,9 @@ def wait_s(rate: float, turns: int, service_s: float, missed: float = MISSED) ->
     """Bound that a share `missed` of waits may exceed; infinite when the queue cannot follow."""
     if rate * service_s >= turns:
         return math.inf
-    low, high = 0.0, 1.0 / service_s if service_s else math.inf
-    if math.isinf(high):
+    if rate * service_s <= missed * turns:  # no larger a share waits at all
         return 0.0
+    low, high = 0.0, 1.0 / service_s
     while turns * math.log1p(high / rate) > high * service_s:
         low, high = high, 2 * high
     for _ in range(60):
@@ -137,20 +140,21 @@ def _decode_workers(rates: Rates, goal: Goal, batch: int, ttft_s: float) -> int:
 def _share(requests: float, most: int) -> int:
     """Workers whose share of `requests` at once (Little's law), about Poisson, is at most `most` 95% of the time."""
     root = (math.sqrt(NORMAL_95**2 + 4 * most) - NORMAL_95) / 2  # m + 1.645 sqrt(m) = most
-    return max(1, math.ceil(requests / root**2))
+    return max(1, math.ceil(min(requests, sys.float_info.max) / root**2))
 
 
 def _prefill_workers(rates: Rates, goal: Goal, batch: int, wire_s: float) -> int | None:
-    service, least = rates.alone_s(goal.isl), max(1, math.floor(goal.rate * rates.alone_s(goal.isl)))
-    if _parts_s(rates, goal, batch) + wire_s > goal.ttft_s or (not goal.link_each and not _carries(goal, wire_s, 1)):
-        return None
-    # With a worker for each request in the service time nobody waits; a shared link's wait does not depend on workers.
-    for workers in range(least, least + 10_000):
-        if _carries(goal, wire_s, workers) and _ttft_s(rates, goal, batch, workers, wire_s) <= goal.ttft_s:
-            return workers
-        if goal.rate * service < workers / 100:
+    def enough(workers: int) -> bool:
+        return _carries(goal, wire_s, workers) and _ttft_s(rates, goal, batch, workers, wire_s) <= goal.ttft_s
+
+    # With so many that hardly anybody waits more do not help; a shared link's wait does not depend on workers.
+    workers, most = 1, goal.rate * (rates.alone_s(goal.isl) + wire_s) / MISSED
+    while not enough(workers):
+        if workers > min(most, MOST_WORKERS):
             return None
-    return None
+        workers *= 2
+    fewer = range(workers // 2 + 1, workers)
+    return workers // 2 + 1 + bisect_left(fewer, True, key=enough) if fewer else workers
 
 
 def _carries(goal: Goal, wire_s: float, workers: int) -> bool:
@@ -164,9 +168,20 @@ def _parts_s(rates: Rates, goal: Goal, batch: int) -> float:
 
 def _ttft_s(rates: Rates, goal: Goal, batch: int, workers: int, wire_s: float) -> float:
     """Bound of its 95th percentile."""
-    waits = wait_s(goal.rate, workers, rates.alone_s(goal.isl))
+    waits = wait_s(goal.rate, workers, rates.alone_s(goal.isl)) + _mates_s(rates, goal, workers)
     waits += wait_s(goal.rate / (workers if goal.link_each else 1), 1, wire_s)
     return _parts_s(rates, goal, batch) + wire_s + waits
+
+
+def _mates_s(rates: Rates, goal: Goal, workers: int) -> float:
+    """What a prompt of several chunks waits for those that share its last one: they came while it was computed."""
+    last = (goal.isl - 1) % rates.chunk_tokens + 1
+    came = goal.rate * (rates.alone_s(goal.isl) - last / rates.prefill_tokens_per_s)  # at all workers
+    if last == goal.isl or came <= MISSED * workers:
+        return 0.0
+    taken = (came + NORMAL_975 * math.sqrt(came) + 1) / workers  # each takes every `workers`th
+    mates = math.floor(min(taken, rates.chunk_tokens))
+    return min(rates.chunk_tokens - last, mates * goal.isl) / rates.prefill_tokens_per_s
 
 
 def _link_needed(rates: Rates, goal: Goal, batch: int, workers: int, request_bytes: int) -> float:

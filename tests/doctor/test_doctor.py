@@ -237,6 +237,24 @@ def test_aiperf_is_looked_for_where_its_driver_takes_it(monkeypatch: pytest.Monk
         assert (line.status, bool(line.mend)) == (status, status != "ok")
 
 
+def test_without_a_clone_aiperf_is_wanted_as_its_driver_reads_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """An installed wheel has no lock file; the driver refuses every version but one."""
+    from pdtrim_deploy.loadtest.aiperf.environment import VERSION
+
+    monkeypatch.setattr(programs, "REPO", tmp_path)
+    assert programs.AIPERF == VERSION
+    monkeypatch.setenv("PATH", str(tmp_path))
+    site = tmp_path / ".venv" / "aiperf" / "lib" / "python3.11" / "site-packages"
+    (site / "aiperf-0.14.0.dist-info").mkdir(parents=True)
+    (line,) = programs.Aiperf().look(Asked())
+    assert (line.status, line.mend) == (
+        "wrong version",
+        f"python3 -m venv .venv/aiperf && .venv/aiperf/bin/pip install aiperf=={VERSION}",
+    )
+
+
 def test_what_judging_takes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     recipe = Recipe.load(ROOT / "recipes" / "smollm2-demo.yaml")
     wanted = resources.needs(recipe)

@@ -44,6 +44,11 @@ def test_a_chunk_of_several_tokens_counts_as_equal_gaps() -> None:
     assert result.itl_ms.p50 < 45
 
 
+def test_an_answer_may_hold_what_ends_a_line_elsewhere() -> None:
+    """In JSON as SGLang writes it these stand as they are; only a line feed ends a line of an event stream."""
+    assert load(Behaviour(ttft=0, itl=0, said="a\u2028b\u0085c\u2029")).failures == {}
+
+
 def test_lengths_and_texts_come_from_the_seed() -> None:
     seen = [Behaviour(ttft=0, itl=0) for _ in range(3)]
     spec = Scenario.closed(6, 1, (3, 40), (1, 9), warmup=0)
@@ -64,6 +69,7 @@ def test_lengths_and_texts_come_from_the_seed() -> None:
         (Behaviour(silent=True), "truncated"),
         (Behaviour(error_event=True), "error"),
         (Behaviour(garbage=True), "error"),
+        (Behaviour(encoding="gzip"), "error"),  # which it is not
         (Behaviour(finish_reason="length"), "error"),
         (Behaviour(hang=True), "timeout"),
     ],

@@ -11,6 +11,7 @@ import yaml
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.manifests import BundleAt, Options, Served, compose, kubernetes
+from pdtrim_deploy.manifests.dashboard import PANELS
 from pdtrim_deploy.plan import STAGES
 
 ROOT = Path(__file__).parents[2]
@@ -89,6 +90,24 @@ def test_selectors_match_their_pods_and_never_change_with_the_plan() -> None:
                 selector = one["spec"]["selector"]["matchLabels"]
                 assert selector.items() <= one["spec"]["template"]["metadata"]["labels"].items()
                 assert "pdtrim/plan" not in selector  # a Deployment's selector cannot be changed
+
+
+def test_the_router_may_finish_requests_before_kubernetes_kills_it() -> None:
+    """It waits for requests under way, 180 s unless told otherwise; Kubernetes, unless told otherwise, 30 s."""
+    made = objects()
+    router = made["Deployment", "pdtrim-router"]
+    waits = int(option(container(router)["command"], "--shutdown-grace-period-secs"))
+    pods = {kind: made["Deployment", f"pdtrim-{kind}"]["spec"]["template"]["spec"] for kind in ("router", *STAGES)}
+    assert all(waits < pod["terminationGracePeriodSeconds"] for pod in pods.values())
+
+
+def test_a_rollout_is_given_as_long_as_its_workers_may_take_to_start() -> None:
+    """Kubernetes calls one failed after 600 s; the router's pod is ready only when workers are."""
+    made = objects()
+    startup = container(made["Deployment", "pdtrim-decode"])["startupProbe"]
+    takes = startup["periodSeconds"] * startup["failureThreshold"]
+    for role in ("router", *STAGES):
+        assert made["Deployment", f"pdtrim-{role}"]["spec"]["progressDeadlineSeconds"] > takes
 
 
 def test_pods_are_confined_and_ports_are_named() -> None:
@@ -214,6 +233,19 @@ def test_compose_gives_every_worker_gpus_of_its_own() -> None:
     assert router.count("--decode") == 2
     assert services["router"]["ports"] == ["127.0.0.1:8000:8000"]
     assert all("ports" not in one for name, one in services.items() if name != "router")
+
+
+def test_compose_workers_may_load_the_code_they_compile() -> None:
+    """Triton and FlashInfer build libraries under HOME; Docker mounts a tmpfs noexec unless told otherwise."""
+    made = compose(SERVED, Options(bundle=BundleAt("host", "/srv/b")))
+    for one in made["services"].values():
+        assert (one["read_only"], one["environment"]["HOME"], one["tmpfs"]) == (True, "/tmp", ["/tmp:exec"])
+
+
+def test_generated_tokens_are_counted_once() -> None:
+    """A prefill worker counts the first token of each request as its own, and decode counts it again."""
+    (panel,) = (one for one in PANELS if one.title == "Tokens generated")
+    assert 'sglang:generation_tokens_total{engine_type="decode"}' in panel.queries["tokens/s"]
 
 
 def test_deploy_holds_what_is_rendered() -> None:

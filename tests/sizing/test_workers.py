@@ -92,6 +92,25 @@ def test_the_workers_found_keep_the_slo_in_simulation(plan: PDPlan, goal: Goal) 
             assert late, halved
 
 
+@pytest.mark.parametrize(("isl", "rate", "ttft_s"), [(8700, 66.0, 0.75), (8766, 2.05, 0.83)])
+def test_prompts_whose_last_chunk_others_share_keep_the_slo(isl: int, rate: float, ttft_s: float) -> None:
+    """A prompt of a chunk and a bit waits for the whole second chunk, which later prompts fill."""
+    rates = Rates(prefill_tokens_per_s=20_000.0, decode_step_ms={1: 8.0, 64: 14.0}, overhead_ms=15.0, transfer_ms=2.0)
+    side = sized(DENSE, rates, Goal(rate, isl, 2, ttft_s, 0.03, Link(1e15)), requests=3000)
+    assert side.simulated.good_share >= 0.95
+    assert side.simulated.ttft_ms.p95 <= side.sizing.ttft_p95_ms
+
+
+def test_none_would_do_is_said_only_where_more_workers_do_not_help() -> None:
+    # Hardly anybody waits; each worker's link is ten times as busy as the worker.
+    goal = Goal(0.01, 2000, 100, 0.15, 0.02, Link(1e15))
+    assert size(RATES, 1, goal).prefill_workers == 1
+    goal = Goal(1.0, 2000, 100, 150.0, 0.02, Link(8e6), link_each=True)
+    found = size(RATES, 60_000_000, goal)
+    assert found.problem is None
+    assert found.prefill_workers > 60 / 0.8
+
+
 @pytest.mark.parametrize("pool", [30_000, 90_000])
 def test_a_pool_is_held_from_admission_through_prefill(pool: int) -> None:
     rates = Rates(prefill_tokens_per_s=5000.0, decode_step_ms={1: 8.0, 64: 14.0}, pool_tokens=pool)
@@ -260,6 +279,10 @@ def test_the_command_counts_and_simulates(capsys: pytest.CaptureFixture[str], tm
     assert side["sizing"]["prefill_workers"] >= 1
     assert side["simulated"] is None
     assert said["slo"] == {"ttft_s": 1.0, "itl_s": 0.02, "share": 0.95}
+    assert run(capsys, *asked, "--isl", 40_000, "--rate", 1e308, "--link-each")[0] == 0
+    code, out, err = run(capsys, *asked, "--rate", 1e7, "--link-each", "--simulate")
+    assert (code, out) == (2, "")
+    assert "workers are too many to simulate; leave --simulate out" in err
     # Rates of a plan without a block less are the unpruned model's.
     code, out, _ = run(capsys, *asked, "--json", "--rates-of", "planned")
     assert json.loads(out)["workers"] == said
