@@ -8,6 +8,7 @@ from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.manifests.options import (
     BOOTSTRAP_PORT,
     BUNDLE_MOUNT,
+    GRACE_S,
     HTTP_PORT,
     ROUTER_ARGUMENTS,
     ROUTER_PORT,
@@ -75,6 +76,7 @@ def _basics(options: Options) -> dict[str, Any]:
     return {
         "image": options.image,
         "restart": "unless-stopped",
+        "stop_grace_period": f"{GRACE_S}s",
         "read_only": True,
         "tmpfs": ["/tmp:exec"],  # Docker mounts it noexec, and what Triton compiles under HOME is loaded from there
         "cap_drop": ["ALL"],

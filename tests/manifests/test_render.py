@@ -235,6 +235,14 @@ def test_compose_gives_every_worker_gpus_of_its_own() -> None:
     assert all("ports" not in one for name, one in services.items() if name != "router")
 
 
+def test_compose_leaves_requests_under_way_the_time_that_the_router_takes() -> None:
+    """Compose kills after 10 s unless told otherwise."""
+    made = compose(SERVED, Options(bundle=BundleAt("host", "/srv/b")))
+    router = made["services"]["router"]["command"]
+    least = int(router[router.index("--shutdown-grace-period-secs") + 1])
+    assert all(int(one["stop_grace_period"].removesuffix("s")) > least for one in made["services"].values())
+
+
 def test_compose_workers_may_load_the_code_they_compile() -> None:
     """Triton and FlashInfer build libraries under HOME; Docker mounts a tmpfs noexec unless told otherwise."""
     made = compose(SERVED, Options(bundle=BundleAt("host", "/srv/b")))
