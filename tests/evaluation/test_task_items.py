@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from tokenizers import processors
 
 from pdtrim_deploy.checkpoints.loading import load_model, load_tokenizer
 from pdtrim_deploy.errors import UserError
@@ -117,6 +118,29 @@ def test_seeds_decide(setting):
         assert torch.equal(first.prompts, again.prompts)
         assert torch.equal(first.continuations, again.continuations)
         assert not torch.equal(first.prompts, other.prompts)
+
+
+def test_prompts_begin_with_bos_where_the_tokenizer_has_it(setting, tiny_llama_dir: Path):
+    """Once, and first, as in serving: the model was trained so, and its attention sink is there."""
+    tokenizer = load_tokenizer(tiny_llama_dir)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|start|> $A", special_tokens=[("<|start|>", 1)]
+    )
+    begun = changed(setting, tokenizer=tokenizer)
+    made = {
+        "needle": needle.prepare(begun, prompt=600),
+        "choice": choice.prepare(begun, prompt=200, questions=(questions(60), questions(9))),
+        "perplexity": perplexity.prepare(begun, (16, 32), 8),
+        "agreement": agreement.prepare(begun, 24, 6),
+    }
+    for name, task in made.items():
+        for part in task.parts:
+            bos = part.prompts == tokenizer.bos_token_id
+            assert bos[:, 0].all(), name
+            assert bos.sum() == len(bos), name
+    short, long = made["perplexity"].parts
+    assert torch.equal(short.prompts[:, 1:], long.prompts[:, 17:])
+    assert [part.prompts.shape[1] for part in (*made["needle"].parts, *made["choice"].parts)] == [600, 200]
 
 
 def test_all_prompt_lengths_judge_the_same_tokens(setting):
