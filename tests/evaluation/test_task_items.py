@@ -17,7 +17,8 @@ from pdtrim_deploy.evaluation.corpora import Document
 from pdtrim_deploy.evaluation.oracle import PDOracle
 from pdtrim_deploy.evaluation.tasks import agreement, choice, needle, perplexity, social_iqa
 from pdtrim_deploy.evaluation.tasks.judge import Judgement
-from pdtrim_deploy.plan import ModelShape, PDPlan
+from pdtrim_deploy.evaluation.tasks.report import TaskFigures
+from pdtrim_deploy.plan import KVSend, ModelShape, PDPlan
 
 WORDS = ("river", "stone", "garden", "window", "paper", "morning", "summer", "walked", "quietly", "toward", "village")
 
@@ -148,6 +149,19 @@ def test_all_prompt_lengths_judge_the_same_tokens(setting):
     assert torch.equal(short.continuations, long.continuations)
     assert torch.equal(short.prompts, long.prompts[:, 16:])
     assert (short.groups, long.groups) == (("16", "16"), ("32", "32"))
+
+
+def test_over_all_prompt_lengths_the_standard_error_is_that_of_texts(setting):
+    task, cut = perplexity.prepare(changed(setting, size=5), (16, 32), 8), KVSend(mode="sparse", n_first=1, n_last=2)
+    dense, pd = task.measure([setting.dense, setting.dense.with_kv((cut,) * 6)])
+    differences = torch.tensor(pd.values["nll"]) - torch.tensor(dense.values["nll"])
+    of_texts = differences.view(2, 5).mean(0)
+    (whole, *_) = TaskFigures.of(dense, pd).figures
+    assert (whole.group, whole.items) == (None, 10)
+    assert whole.difference == pytest.approx(float(of_texts.mean()), rel=1e-4)
+    assert whole.stderr == pytest.approx(float(of_texts.std()) / 5**0.5, rel=1e-4)
+    one = perplexity.prepare(changed(setting, size=1), (16, 32), 8).measure([setting.dense])[0]
+    assert TaskFigures.of(one, one).figures[0].stderr is None
 
 
 def test_agreement_follows_the_dense_model(setting):

@@ -33,4 +33,4 @@ def prepare(setting: Setting, lengths: tuple[int, ...] = LENGTHS, tokens: int = 
         Part.of(prompt, [[row] for row in ends.tolist()], [str(length)] * count)
         for prompt, length in zip(prompts, lengths, strict=True)
     ]
-    return Task("perplexity", tuple(parts), read)
+    return Task("perplexity", tuple(parts), read, repeated=True)
