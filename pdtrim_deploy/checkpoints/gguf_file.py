@@ -20,7 +20,7 @@ from pdtrim_deploy.checkpoints.gguf_tokenizer import write_tokenizer
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.paths import expanded, resolved
 
-_CONVERTER = 2  # raise when the same file would convert differently
+_CONVERTER = 3  # raise when the same file would convert differently
 _ARCHITECTURES = {
     "llama": ("LlamaForCausalLM", "llama"),
     "qwen2": ("Qwen2ForCausalLM", "qwen2"),

@@ -123,6 +123,20 @@ def test_tokenizer(tiny_llama_dir, cache, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("pre", "said", "starts"),
+    [("llama-bpe", None, True), ("llama-bpe", False, False), ("gpt-2", None, False), ("gpt-2", True, True)],
+)
+def test_texts_begin_with_bos_as_in_llama_cpp(pre, said, starts, tiny_llama_dir, cache, tmp_path):
+    def spoil(writer):
+        if said is not None:
+            writer.add_add_bos_token(said)
+
+    path = write_gguf(tmp_path / "m.gguf", load_model(tiny_llama_dir), "llama", spoil=spoil, pre=pre)
+    tokenizer = load_tokenizer(resolve(f"gguf:{path}", cache).path)
+    assert (tokenizer("to")["input_ids"][0] == tokenizer.bos_token_id) == starts
+
+
+@pytest.mark.parametrize(
     ("arch", "spoil", "pre", "words"),
     [
         ("bert", lambda w: None, "smollm", "'bert' is not supported; .*llama, qwen2, qwen3"),
