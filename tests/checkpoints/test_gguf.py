@@ -153,6 +153,36 @@ def test_what_does_not_map_is_refused(arch, spoil, pre, words, tiny_llama_dir, t
     assert not [p for p in (cache.root / "gguf").iterdir() if p.is_dir()]
 
 
+def without(key):
+    return lambda writer: writer.kv_data[0].pop(key)
+
+
+def instead(key, value, kind):
+    return lambda writer: writer.kv_data[0].update({key: gguf.gguf_writer.GGUFValue(value, kind)})
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        without("llama.block_count"),
+        without("tokenizer.ggml.tokens"),
+        without("tokenizer.ggml.token_type"),
+        without("tokenizer.ggml.merges"),
+        instead("tokenizer.ggml.merges", ["no such"], gguf.GGUFValueType.ARRAY),
+        instead("tokenizer.ggml.token_type", [1, 1], gguf.GGUFValueType.ARRAY),
+        instead("tokenizer.ggml.bos_token_id", 1 << 20, gguf.GGUFValueType.UINT32),
+        instead("llama.attention.head_count", "four", gguf.GGUFValueType.STRING),
+        instead("llama.attention.head_count", 0, gguf.GGUFValueType.UINT32),
+        instead("llama.attention.layer_norm_rms_epsilon", "small", gguf.GGUFValueType.STRING),
+    ],
+)
+def test_metadata_that_do_not_fit_are_one_sentence(spoil, tiny_llama_dir, cache, tmp_path):
+    path = write_gguf(tmp_path / "m.gguf", load_model(tiny_llama_dir), "llama", spoil=spoil)
+    with pytest.raises(UserError, match=r"m\.gguf: .*get (it|the file) again") as error:
+        resolve(f"gguf:{path}", cache)
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("keep", [0, 3, 100, 5000, -1000])
 def test_truncated_files_are_refused(keep, tiny_llama_dir, cache, tmp_path):
     path = write_gguf(tmp_path / "m.gguf", load_model(tiny_llama_dir), "llama")
