@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import yaml
@@ -20,7 +23,7 @@ from pdtrim_deploy.checkpoints.gguf_tokenizer import write_tokenizer
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.paths import expanded, resolved
 
-_CONVERTER = 2  # raise when the same file would convert differently
+_CONVERTER = 3  # raise when the same file would convert differently
 _ARCHITECTURES = {
     "llama": ("LlamaForCausalLM", "llama"),
     "qwen2": ("Qwen2ForCausalLM", "qwen2"),
@@ -61,7 +64,8 @@ class GGUFSource:
 def convert(path: Path, out: Path, log: Log) -> None:
     """Write `path` as a HF folder into `out`: config.json, safetensors, tokenizer, generation config, licence.
 
-    Raises UserError: not GGUF or truncated, an architecture, tensor, RoPE or tokenizer that does not map to HF.
+    Raises UserError: not GGUF or truncated, an architecture, tensor, RoPE or tokenizer that does not map to HF, or
+    metadata that do not fit together.
     """
     import torch
     from gguf import GGUFReader, dequantize
@@ -74,7 +78,8 @@ def convert(path: Path, out: Path, log: Log) -> None:
     except (ValueError, IndexError, KeyError, OverflowError) as error:
         raise UserError(f"{path}: truncated or not a GGUF file ({error}); get it again") from error
     tensors = {_hf_name(t.name, path): t for t in reader.tensors}
-    config = _config(meta, tensors, path)
+    with _one_sentence(path):
+        config = _config(meta, tensors, path)
     log(f"converting {path.name} to {config['dtype']} safetensors")
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
 
@@ -87,13 +92,26 @@ def convert(path: Path, out: Path, log: Log) -> None:
 
     elements = {name: int(t.n_elements) for name, t in tensors.items()}
     write_shards(out, elements, get, getattr(torch, config["dtype"]))
-    write_tokenizer(meta, out, path)
+    with _one_sentence(path):
+        write_tokenizer(meta, out, path)
     (out / "config.json").write_text(json.dumps(config, indent=2))
     ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
     (out / "generation_config.json").write_text(json.dumps(ids, indent=2))
     ends = {"license": "", "license_name": ".name", "license_link": ".link"}
     if licensed := {k: meta[n] for k, end in ends.items() if (n := f"general.license{end}") in meta}:
         (out / "README.md").write_text(f"---\n{yaml.safe_dump(licensed, sort_keys=False)}---\n")
+
+
+@contextmanager
+def _one_sentence(path: Path) -> Iterator[None]:
+    """For reading metadata, and nothing else: whatever fails then but the disk, the file is its reason."""
+    try:
+        yield
+    except (UserError, OSError):
+        raise
+    except Exception as error:  # of tokenizers, which have no other
+        said = shorten(f"{type(error).__name__}: {error}", 200)
+        raise UserError(f"{path}: its metadata do not fit together ({said}); get it again") from error
 
 
 def _hf_name(name: str, path: Path) -> str:

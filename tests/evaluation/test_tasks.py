@@ -144,6 +144,17 @@ def test_pairs_are_compared_item_by_item():
     assert mine.by_group("nll") == {"a": 2.5, "b": 5.0}
 
 
+def test_a_text_judged_several_times_is_evidence_once():
+    none = Measured("t", ("a", "a", "b", "b"), {"nll": (0.0,) * 4}, (0, 1, 0, 1))
+    mine = Measured("t", ("a", "a", "b", "b"), {"nll": (1.0, 2.0, 3.0, 8.0)}, (0, 1, 0, 1))
+    both = mine.against(none, "nll")
+    assert (both.mean, both.count) == (3.5, 4)
+    assert both.stderr == pytest.approx(torch.tensor([2.0, 5.0]).std().item() / math.sqrt(2))
+    assert mine.against(none, "nll", "a").stderr == pytest.approx(0.5)
+    lone = Measured("t", ("a", "b"), {"nll": (1.0, 2.0)}, (0, 0))
+    assert math.isnan(lone.against(lone, "nll").stderr)
+
+
 def test_an_unknown_task_is_refused_with_the_known_ones():
     with pytest.raises(UserError, match="'needles' is no task; use one of perplexity, choice, needle, agreement"):
         tasks.check("needles")

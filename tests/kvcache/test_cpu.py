@@ -191,6 +191,23 @@ def test_without_a_compiler_torch_packs_and_one_line_says_so(fresh, monkeypatch,
     ]
 
 
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("model name\t: A\nflags\t: avx2 avx512f\n", "model name\t: A\nflags\t: avx2\n"),
+        ("Features\t: asimd sve\nCPU part\t: 0xd40\n", "Features\t: asimd\nCPU part\t: 0xd40\n"),
+        ("Features\t: asimd\nCPU part\t: 0xd40\n", "Features\t: asimd\nCPU part\t: 0xd0c\n"),
+    ],
+)
+def test_processors_that_differ_share_no_library(one, other, monkeypatch, tmp_path):
+    keys = []
+    for said in (one, other, one):
+        (tmp_path / "cpuinfo").write_text(said)
+        monkeypatch.setattr(cpu_library, "CPUINFO", tmp_path / "cpuinfo")
+        keys.append(cpu_library._key())
+    assert keys[0] == keys[2] != keys[1]
+
+
 @needs_compiler
 def test_what_the_compiler_says_is_passed_on(fresh, monkeypatch, caplog, tmp_path):
     broken = tmp_path / "rows.cpp"

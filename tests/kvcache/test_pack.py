@@ -176,6 +176,18 @@ def test_slots_are_moved_in_the_largest_pages_they_make(slots, found):
     assert (place if isinstance(place, slice) else (place.numbers.tolist(), place.size)) == found
 
 
+@pytest.mark.parametrize("wire", ["native", "int8"])
+@pytest.mark.parametrize("slots", [[8], [-1], [6, 7, 8], [-2, -1], [1, 8], [0, -1]])
+def test_torch_too_refuses_a_slot_outside_the_pool(slots, wire):
+    """One row past the end was a run without rows, which takes any value."""
+    plan, pool = PDPlan.dense(shape(1, 2, 64)).with_kv((KVSend(wire_dtype=wire),)), [torch.ones(8, 2, 64)]
+    layout, at = chunk_layout(plan, len(slots)), torch.tensor(slots)
+    with pytest.raises(IndexError):
+        torch_pack.unpack(layout, torch.zeros(layout.total_bytes, dtype=torch.uint8), pool, pool, at)
+    with pytest.raises(IndexError):
+        torch_pack.pack(layout, pool, pool, at)
+
+
 def test_pack_writes_into_the_given_staging_buffer():
     plan = PDPlan.dense(shape())
     staging = torch.zeros(10_000, dtype=torch.uint8)

@@ -83,6 +83,28 @@ def test_rope_frequencies_are_those_of_transformers(kind):
     torch.testing.assert_close(table, torch.cat((cos[0, :, :64], sin[0, :, :64]), dim=1), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize(
+    ("architecture", "changes", "window"),
+    [
+        ("MistralForCausalLM", {"sliding_window": 512}, 512),
+        ("MistralForCausalLM", {"sliding_window": 1024}, None),  # all positions that there are
+        ("MistralForCausalLM", {"sliding_window": None}, None),
+        ("Qwen2ForCausalLM", {"use_sliding_window": True, "sliding_window": 400, "max_window_layers": 3}, 400),
+        ("Qwen2ForCausalLM", {"use_sliding_window": False, "sliding_window": 400}, None),
+        ("Qwen2ForCausalLM", {"use_sliding_window": True, "sliding_window": 400, "max_window_layers": 6}, None),
+    ],
+)
+def test_a_sliding_window_is_not_in_the_graph_and_said(
+    architecture, changes, window, tiny_model, make_stages, tmp_path
+):
+    make_stages(tiny_model(tmp_path / "source", architecture, **changes), tmp_path)
+    said = [f"its attention has no sliding window: it is the model's up to {window} tokens"] if window else []
+    result = build_target("onnx", tmp_path / "prefill", tmp_path / "engine")
+    assert [limit for limit in result.limits if "window" in limit] == said
+    dry = build_target("tensorrt", tmp_path / "prefill", tmp_path / "described", {"dry_run": True})
+    assert [limit for limit in dry.limits if "window" in limit] == said
+
+
 def test_float16(tiny_stages, tmp_path):
     result = build_target("onnx", tiny_stages("Qwen3ForCausalLM") / "prefill", tmp_path / "e", {"dtype": "float16"})
     assert 1e-5 < result.numerics.hidden_error < 2e-2

@@ -54,7 +54,7 @@ def build(stage_dir: Path, out_dir: Path, options: Options) -> TargetResult:
         numerics=numerics,
         checked=("graph by onnx's checker", compared(stage)),
         run="onnxruntime, CPU, in the numerics check",
-        limits=(*limits, *wire_limits(stage, dtype), *codec_limits(stage)),
+        limits=(*limits, *window_limits(stage), *wire_limits(stage, dtype), *codec_limits(stage)),
         details={"weights": options.weights},
     )
 
@@ -81,6 +81,12 @@ def wire_limits(stage: StageModel, dtype: str) -> tuple[str, ...]:
     if dtype == pool:
         return ()
     return (f"its KV is {dtype}, the plan's pool and wire hold {pool}: serve it from a bundle of model.dtype {dtype}",)
+
+
+def window_limits(stage: StageModel) -> tuple[str, ...]:
+    """What to say when the model has sliding windows: neither the graph's attention nor SGLang's for it does."""
+    window = stage.window
+    return () if window is None else (f"its attention has no sliding window: it is the model's up to {window} tokens",)
 
 
 def codec_limits(stage: StageModel) -> tuple[str, ...]:

@@ -24,7 +24,7 @@ from pdtrim_builders.base import GraphOptions, Options, Target, TargetResult
 from pdtrim_builders.graph.build import build_graph
 from pdtrim_builders.graph.stage import StageModel, read_stage
 from pdtrim_builders.numerics import TOLERANCES, check_numerics
-from pdtrim_builders.targets.onnx import compared, wire_limits
+from pdtrim_builders.targets.onnx import compared, window_limits, wire_limits
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.job import run_job
 
@@ -80,7 +80,13 @@ def build(flavour: Flavour, stage_dir: Path, out_dir: Path, options: TensorRTOpt
         dtype=dtype,
         plan_digest=stage.plan.digest,
         plugins=plugins,
-        limits=(NOT_RUN, *flavour.limits, *_plugin_limits(options), *wire_limits(stage, dtype)),
+        limits=(
+            NOT_RUN,
+            *flavour.limits,
+            *_plugin_limits(options),
+            *window_limits(stage),
+            *wire_limits(stage, dtype),
+        ),
         details={
             "compute_capabilities": list(getattr(options, "compute_capabilities", ("the GPU at hand",))),
             "tokens": f"1 to {options.most_tokens}, tuned for {options.usual_tokens}",

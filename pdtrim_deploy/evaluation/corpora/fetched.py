@@ -35,7 +35,8 @@ class FetchedCorpus:
             raise UserError(f"corpus {self.usage} takes no place, not {place!r}")
 
         def make(entry: Path) -> None:
-            with tempfile.TemporaryDirectory(dir=entry.parent, prefix=f".{entry.name}.new-fetch-") as scratch:
+            # named as the entry is while it is made: the cache sweeps what a killed process leaves
+            with tempfile.TemporaryDirectory(dir=entry.parent, prefix=f"{entry.name}-fetch-") as scratch:
                 log(f"fetching corpus {self.usage}")
                 documents = self.parse(self._fetch(Path(scratch)))
                 with (entry / "documents.jsonl").open("w", encoding="utf-8") as out:

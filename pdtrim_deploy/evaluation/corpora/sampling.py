@@ -20,8 +20,7 @@ def sequences(documents: Sequence[Document], tokenizer: Any, count: int, length:
     """
     if count < 1 or length < 2:
         raise UserError(f"{count} sequences of {length} tokens: at least 1 of at least 2 is needed")
-    start = tokenizer("")["input_ids"][:1]
-    bos = start if start and start[0] == tokenizer.bos_token_id else []
+    bos = beginning(tokenizer)
     rng = random.Random(seed)
     order = list(documents)
     rng.shuffle(order)
@@ -41,6 +40,12 @@ def sequences(documents: Sequence[Document], tokenizer: Any, count: int, length:
             "ask for fewer or shorter ones or give more text"
         )
     return torch.tensor(rows, dtype=torch.int64)
+
+
+def beginning(tokenizer: Any) -> list[int]:
+    """The BOS token, where the tokenizer starts a text with it; else nothing."""
+    start = tokenizer("")["input_ids"][:1]
+    return start if start and start[0] == tokenizer.bos_token_id else []
 
 
 def _windows(document: Document, tokenizer: Any, length: int, shift: float) -> Iterator[list[int]]:

@@ -7,6 +7,7 @@ continuations in one pass. What a task makes of that, one number per item and me
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -66,7 +67,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Paired:
-    """Mean over `count` items of a difference (plan minus reference), and its standard error (nan for one item)."""
+    """Mean over `count` items of a difference (plan minus reference), and its standard error (nan for one subject)."""
 
     mean: float
     stderr: float
@@ -75,11 +76,15 @@ class Paired:
 
 @dataclass(frozen=True)
 class Measured:
-    """One plan's result: `values[measure][item]`; items of two results of one task are the same, in the same order."""
+    """One plan's result: `values[measure][item]`; items of two results of one task are the same, in the same order.
+
+    Items with the same number in `subjects` are one text judged several times; left out, every item is its own.
+    """
 
     task: str
     groups: tuple[str, ...]
     values: dict[str, tuple[float, ...]]
+    subjects: tuple[int, ...] = ()
 
     def items(self, measure: str, group: str | None = None) -> list[float]:
         """One number per item, of one group or of all."""
@@ -92,13 +97,21 @@ class Measured:
         return math.fsum(items) / len(items)
 
     def against(self, reference: Measured, measure: str, group: str | None = None) -> Paired:
-        """Item by item; for `nll` the exponential of the mean is the perplexity ratio."""
+        """Item by item; for `nll` the exponential of the mean is the perplexity ratio.
+
+        Subjects are independent of each other, items of one subject are not: it counts as a whole.
+        """
         pairs = zip(self.items(measure, group), reference.items(measure, group), strict=True)
         differences = [mine - theirs for mine, theirs in pairs]
         count = len(differences)
         mean = math.fsum(differences) / count
-        squares = math.fsum((d - mean) ** 2 for d in differences)
-        return Paired(mean, math.sqrt(squares / (count - 1) / count) if count > 1 else math.nan, count)
+        numbered = zip(self.subjects or range(len(self.groups)), self.groups, strict=True)
+        strayed: dict[int, float] = defaultdict(float)  # each subject's sum of deviations from the mean
+        for subject, d in zip((s for s, of in numbered if group in (None, of)), differences, strict=True):
+            strayed[subject] += d - mean
+        free = len(strayed) - 1
+        squares = math.fsum(d**2 for d in strayed.values())
+        return Paired(mean, math.sqrt(squares * len(strayed) / free) / count if free else math.nan, count)
 
     def by_group(self, measure: str) -> dict[str, float]:
         """The mean of each group, in the order of first items."""
@@ -110,11 +123,13 @@ class Task:
     """Prepared items, and how a judgement of some becomes values.
 
     `read(continuations, lengths, judgement)` gets one batch of a part: int64 `[batch, C, T]`, `[batch, C]`.
+    `repeated`: every part judges the first one's texts again, in the same order.
     """
 
     name: str
     parts: tuple[Part, ...]
     read: Callable[[Tensor, Tensor, Judgement], Values]
+    repeated: bool = False
 
     def measure(self, oracles: Sequence[PDOracle], note: Log = lambda _: None) -> list[Measured]:
         """Judge plans that share their prefill: one prefill per batch of prompts, then each oracle's decode.
@@ -145,7 +160,8 @@ class Task:
                 done += len(prompts)
                 note(f"{self.name}: {done}/{total} items, {len(oracles)} plans")
         groups = tuple(group for part in self.parts for group in part.groups)
-        return [Measured(self.name, groups, self._joined(values)) for values in found]
+        subjects = tuple(n for part in self.parts for n in range(len(part.groups))) if self.repeated else ()
+        return [Measured(self.name, groups, self._joined(values), subjects) for values in found]
 
     def _joined(self, batches: list[Values]) -> dict[str, tuple[float, ...]]:
         joined = {measure: torch.cat([values[measure] for values in batches]) for measure in batches[0]}

@@ -1,7 +1,8 @@
 """`choice`: a question's several answers of several tokens each, scored as continuations (Social IQa).
 
-The prompt is solved examples and then the question, cut on the left to exactly `prompt` tokens, so that cutting KV
-has something to cut and prompts batch. An answer's first token is judged by prefill, its others by decode.
+The prompt is solved examples and then the question, cut on the left to exactly `prompt` tokens (BOS, where the
+tokenizer has one, stays their first), so that cutting KV has something to cut and prompts batch. An answer's first
+token is judged by prefill, its others by decode.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.evaluation.corpora.sampling import beginning
 from pdtrim_deploy.evaluation.tasks.base import Part, Setting, Task, Values
 from pdtrim_deploy.evaluation.tasks.judge import Judgement
 from pdtrim_deploy.evaluation.tasks.social_iqa import Question, load
@@ -77,14 +79,15 @@ def _wrong(question: Question) -> list[str]:
 
 
 def _prompt(question: Question, examples: list[Question], tokenizer: Any, length: int) -> list[int]:
-    """The last `length` tokens of as many solved examples as that takes, and the question."""
-    ids = _encoded(tokenizer, f"{question.text}\n{_LEAD}")
+    """The last `length` tokens of as many solved examples as that takes, and the question; BOS is one of them."""
+    bos, ids = beginning(tokenizer), _encoded(tokenizer, f"{question.text}\n{_LEAD}")
+    room = length - len(bos)
     for example in examples:
-        if len(ids) >= length:
-            return ids[-length:]
+        if len(ids) >= room:
+            return bos + ids[-room:]
         ids = _encoded(tokenizer, f"{example.text}\n{_LEAD} {example.choices[example.right]}\n\n") + ids
-    if len(ids) >= length:
-        return ids[-length:]
+    if len(ids) >= room:
+        return bos + ids[-room:]
     raise UserError(f"task choice: {len(examples)} examples do not fill a prompt of {length} tokens; ask for a shorter")
 
 

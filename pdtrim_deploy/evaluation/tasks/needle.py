@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pdtrim_deploy.errors import UserError
-from pdtrim_deploy.evaluation.corpora.sampling import sequences
+from pdtrim_deploy.evaluation.corpora.sampling import beginning, sequences
 from pdtrim_deploy.evaluation.tasks.base import Part, Setting, Task, Values
 from pdtrim_deploy.evaluation.tasks.choice import continuation
 from pdtrim_deploy.evaluation.tasks.judge import Judgement
@@ -41,13 +41,14 @@ def prepare(setting: Setting, prompt: int = PROMPT, depths: int = DEPTHS, codes:
     count = repeats * depths
     texts = sequences(setting.documents, tokenizer, count, prompt, setting.seed).tolist()
     prompts, answers, groups = [], [], []
-    skip = len(continuation(tokenizer, "vault", "is"))
+    skip, bos = len(continuation(tokenizer, "vault", "is")), beginning(tokenizer)
     for number, text in enumerate(texts):
         depth = (number % depths) / max(1, depths - 1)
         city = rng.choice(CITIES)
         numbers = [f"{n:0{DIGITS}}" for n in rng.sample(range(10 ** (DIGITS - 1), 10**DIGITS), codes)]
         about = f"The secret code of the {city} vault"
-        prompts.append(_hidden(tokenizer, text, f" {about} is {numbers[0]}.", about, city, depth))
+        body = _hidden(tokenizer, text[len(bos) :], f" {about} is {numbers[0]}.", about, city, depth)
+        prompts.append(bos + body)
         answers.append([continuation(tokenizer, "vault", f"is {code}") for code in numbers])
         groups.append(f"{depth:.0%}")
     part = Part.of(torch.tensor(prompts), answers, groups)

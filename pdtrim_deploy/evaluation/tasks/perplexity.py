@@ -1,14 +1,16 @@
 """`perplexity`: continuations of real text behind prompts of several lengths.
 
-All lengths judge the same continuations: the longest prompt's last tokens are the shorter ones. Groups are prompt
-lengths; `nll` is a sequence's mean in nats a token, so the exponential of a paired mean is the perplexity ratio.
+All lengths judge the same continuations: the longest prompt's last tokens are the shorter ones, behind BOS where the
+tokenizer has one. Groups are prompt lengths; `nll` is a sequence's mean in nats a token, so the exponential of a paired
+mean is the perplexity ratio.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from pdtrim_deploy.evaluation.corpora.sampling import sequences
+from pdtrim_deploy.evaluation.corpora.sampling import beginning, sequences
 from pdtrim_deploy.evaluation.tasks.base import Part, Setting, Task, Values
 from pdtrim_deploy.evaluation.tasks.judge import Judgement
 
@@ -25,9 +27,10 @@ def prepare(setting: Setting, lengths: tuple[int, ...] = LENGTHS, tokens: int = 
     """`setting.size` sequences (16) at each of `lengths`."""
     count, longest = setting.size or 16, max(lengths)
     rows = sequences(setting.documents, setting.tokenizer, count, longest + tokens, setting.seed)
-    ends = rows[:, longest:]
+    ends, bos = rows[:, longest:], len(beginning(setting.tokenizer))
+    prompts = [torch.cat((rows[:, :bos], rows[:, longest - length + bos : longest]), 1) for length in lengths]
     parts = [
-        Part.of(rows[:, longest - length : longest], [[row] for row in ends.tolist()], [str(length)] * count)
-        for length in lengths
+        Part.of(prompt, [[row] for row in ends.tolist()], [str(length)] * count)
+        for prompt, length in zip(prompts, lengths, strict=True)
     ]
-    return Task("perplexity", tuple(parts), read)
+    return Task("perplexity", tuple(parts), read, repeated=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,7 +26,7 @@ class _Frozen(BaseModel):
 class Figure(_Frozen):
     """Means over `items` items of one group (None: all); `difference` is PD minus dense, `stderr` its standard error.
 
-    `stderr` is None for a single item.
+    `stderr` is None for a single text.
     """
 
     measure: str
@@ -123,5 +124,5 @@ def _figure(dense: Measured, pd: Measured, measure: str, group: str | None) -> F
         dense=dense.mean(measure, group),
         pd=pd.mean(measure, group),
         difference=paired.mean,
-        stderr=paired.stderr if paired.count > 1 else None,
+        stderr=None if math.isnan(paired.stderr) else paired.stderr,
     )

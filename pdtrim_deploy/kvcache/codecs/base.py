@@ -39,7 +39,8 @@ class Codec(Protocol):
 def take(pool: Tensor, index: Index, out: Tensor | None = None) -> Tensor:
     """Rows of a pool: a view for a run, else a gather; written to `out` when given."""
     if isinstance(index, slice):
-        return pool[index] if out is None else out.copy_(pool[index])
+        run = _run(pool, index)
+        return run if out is None else out.copy_(run)
     if out is None:
         out = pool.new_empty(len(index.numbers) * index.size, *pool.shape[1:])
     source, target = _pages(index.size, pool, out)
@@ -50,10 +51,17 @@ def take(pool: Tensor, index: Index, out: Tensor | None = None) -> Tensor:
 def put(pool: Tensor, index: Index, rows: Tensor) -> None:
     """Write rows into a pool, in its dtype."""
     if isinstance(index, slice):
-        pool[index] = rows
+        _run(pool, index).copy_(rows)
     else:
         target, source = _pages(index.size, pool, rows.to(pool.dtype))
         target.index_copy_(0, index.numbers, source)
+
+
+def _run(pool: Tensor, index: slice) -> Tensor:
+    """A view of a run of slots; IndexError where a slice would leave out those outside the pool."""
+    if not 0 <= index.start < index.stop <= len(pool):
+        raise IndexError(f"a slot of the prompt lies outside the pool of {len(pool)} slots")
+    return pool[index]
 
 
 def _pages(size: int, *tensors: Tensor) -> list[Tensor]:

@@ -23,6 +23,8 @@ OPTIONS = (
     "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",
 )  # fmt: skip
 NAME = "librows.so"
+CPUINFO = Path("/proc/cpuinfo")
+_KINDS = ("model name", "flags", "CPU implementer", "CPU part", "Features")  # the first two of x86, the others of ARM
 logger = logging.getLogger(__name__)
 
 
@@ -57,8 +59,8 @@ def _key() -> str:
     """Source, options and what `-march=native` depends on."""
     cpu = [platform.machine(), *platform.libc_ver()]
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu += [next((line for line in lines if line.startswith(key)), "") for key in ("model name", "flags")]
+        lines = CPUINFO.read_text().splitlines()
+        cpu += [next((line for line in lines if line.startswith(key)), "") for key in _KINDS]
     except OSError:
         cpu.append(platform.processor())
     return hashlib.sha256("\0".join((SOURCE.read_text(), *OPTIONS, *cpu)).encode()).hexdigest()[:32]

@@ -133,6 +133,14 @@ def test_a_loss_is_kept_in_fewer_bytes_the_larger_it_may_be():
     assert sizes[1] < sizes[0] < problem.oracle.plan.dense_bytes(PROMPT)
 
 
+def test_a_loss_that_only_the_dearest_options_keep_is_kept():
+    problem = make_problem()
+    cut = tuple(row.model_copy(update={"wire_dtype": "int4"}) for row in ROWS[1:])
+    assert ByBudget((KVSend(), *cut), max_loss=1e-9).choose(problem, quiet) == DENSE
+    alone = KVSend(wire_dtype="int8")  # one option has one price: there is nothing to bisect
+    assert ByBudget((alone,), max_loss=0.5).choose(problem, quiet) == (alone,) * 4
+
+
 def test_what_cannot_be_met_is_said():
     problem = make_problem()
     with pytest.raises(UserError, match=r"the smallest options cost \d+; allow more"):

@@ -59,7 +59,10 @@ class BudgetSearch:
         Bisects the budget, since less of it never helps, to within `tolerance` of the price of the dearest options.
         """
         low, high = int(self.costs.min(1).sum()), int(self.costs.max(1).sum())
-        best = None
+        best = self.within(high)  # first of all: halving never reaches it
+        if best.harm > harm:
+            return None
+        high = best.cost
         while high - low > tolerance * high:
             middle = (low + high) // 2
             found = self.within(middle)
