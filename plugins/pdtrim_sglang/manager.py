@@ -16,7 +16,7 @@ from pdtrim_sglang.options import transport_config
 from pdtrim_sglang.plan_source import check_fits, dense_plan, read_plan
 from pdtrim_sglang.pool import PoolView
 from pdtrim_sglang.prefill import PrefillSide
-from pdtrim_sglang.requirements import check_options, check_staging
+from pdtrim_sglang.requirements import check_options, check_staging, check_window
 from pdtrim_sglang.rooms import AuxRows
 from pdtrim_sglang.transports.handshake import Credentials
 
@@ -53,13 +53,15 @@ class PDTrimKVManager(CommonKVManager):
 
         Raises:
             RuntimeError: the pool is not what the plan says, or of a kind that cannot be sent, or the staging buffer is
-                too small for it.
+                too small for it, or texts may be longer than the model's sliding window.
 
         """
         view = PoolView.of(pool)
         stage: Stage = "prefill" if self.disaggregation_mode == DisaggregationMode.PREFILL else "decode"
         self.plan = self._given_plan or dense_plan(len(view.keys), pool)
         check_fits(self.plan, stage, pool, self.attn_tp_size if self._given_plan else 1)
+        if self._given_plan:
+            check_window(model.config, self.server_args.context_length)
         aux = AuxRows(tuple(self.kv_args.aux_data_ptrs), tuple(self.kv_args.aux_item_lens))
         credentials = Credentials(bytes.fromhex(self.plan.digest), self._secret)
         self.transport_config = transport_config(self.server_args.json_model_override_args, credentials)

@@ -55,6 +55,21 @@ def check_options(server_args: Any, kv_args: Any, plan: PDPlan | None, is_mla_ba
         _check_graphs(backend, GRAPHS[backend])
 
 
+def check_window(config: Any, context_length: int | None) -> None:
+    """Raise RuntimeError when texts may be longer than what a model with sliding windows attends to.
+
+    SGLang 0.5.23's llama.py, mistral.py, qwen2.py and qwen3.py attend to all tokens, so such a model is itself up to
+    its window only. `config` is its Hugging Face one; `context_length` the worker's option.
+    """
+    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    slides = window is not None and (kinds is None or "sliding_attention" in kinds)
+    if slides and (context_length or config.max_position_embeddings) > window:
+        raise RuntimeError(
+            f"pdtrim: layers of this model attend to the last {window} tokens, in SGLang to all: start with "
+            f"--context-length {window}"
+        )
+
+
 def check_staging(plan: PDPlan, pool: PoolView, staging_bytes: int) -> None:
     """Raise RuntimeError when a page, the least that is sent of a prompt, does not fit the staging buffer."""
     page = pool.page_size * pool.token_bytes(plan)

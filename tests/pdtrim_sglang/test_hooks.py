@@ -1,9 +1,11 @@
 """The hooks take on the pinned SGLang; one that did not is named."""
 
 import importlib
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
+import transformers
 
 from pdtrim_deploy.plan import KVSend, ModelShape, PDPlan
 
@@ -146,14 +148,34 @@ def test_a_staging_buffer_without_room_for_a_page_is_refused(registry, monkeypat
     worker._given_plan, worker._secret, worker.attn_tp_size = PDPlan.dense(shape), b"", 2
     worker.disaggregation_mode = DisaggregationMode(stage)
     worker.kv_args = SimpleNamespace(aux_data_ptrs=(), aux_item_lens=())
-    worker.server_args = SimpleNamespace(disaggregation_transfer_backend="pdtrim_tcp")
+    worker.server_args = SimpleNamespace(disaggregation_transfer_backend="pdtrim_tcp", context_length=None)
+    model = SimpleNamespace(config=transformers.LlamaConfig())
     page = 64 * 2 * 2 * 128 * 4  # tokens, K and V, heads, values, bytes
     told = '{"pdtrim_transport": {"staging_bytes": %d}}'
     worker.server_args.json_model_override_args = told % page
-    worker.attach(None, None)
+    worker.attach(None, model)
     worker.server_args.json_model_override_args = told % (page - 1)
     with pytest.raises(RuntimeError, match=f"staging_bytes {page - 1} hold no page of 64 tokens .*{page}"):
-        worker.attach(None, None)
+        worker.attach(None, model)
+
+
+@pytest.mark.parametrize(
+    ("config", "length", "refused"),
+    [
+        (transformers.MistralConfig(sliding_window=4096, max_position_embeddings=32768), None, True),
+        (transformers.MistralConfig(sliding_window=4096, max_position_embeddings=32768), 4097, True),
+        (transformers.MistralConfig(sliding_window=4096, max_position_embeddings=32768), 4096, False),
+        (transformers.MistralConfig(sliding_window=None, max_position_embeddings=32768), None, False),
+        (transformers.Qwen2Config(use_sliding_window=False, sliding_window=4096), None, False),
+        (transformers.Qwen2Config(use_sliding_window=True, sliding_window=4096, max_window_layers=0), None, True),
+        (transformers.LlamaConfig(), None, False),
+    ],
+)
+def test_texts_longer_than_a_sliding_window_are_refused(config, length, refused):
+    from pdtrim_sglang.requirements import check_window
+
+    with pytest.raises(RuntimeError, match="--context-length 4096") if refused else nullcontext():
+        check_window(config, length)
 
 
 @pytest.mark.parametrize(
