@@ -21,8 +21,8 @@ class Terminal:
         self.pid, self._fd = pty.fork()
         if self.pid == 0:
             os.environ.update(environment, TERM="xterm")
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, signal.SIG_DFL)  # ignored where the tests are a background job
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                signal.signal(number, signal.SIG_DFL)  # ignored in a background job or by nohup
             os.execv(sys.executable, [sys.executable, "-m", "pdtrim_deploy", *map(str, args)])
 
     def read_until(self, pattern: str | None, seconds: float = 120) -> None:
