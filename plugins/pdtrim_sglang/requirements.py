@@ -61,9 +61,11 @@ def check_window(config: Any, context_length: int | None) -> None:
     SGLang 0.5.23's llama.py, mistral.py, qwen2.py and qwen3.py attend to all tokens, so such a model is itself up to
     its window only. `config` is its Hugging Face one; `context_length` the worker's option.
     """
-    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
-    slides = window is not None and (kinds is None or "sliding_attention" in kinds)
-    if slides and (context_length or config.max_position_embeddings) > window:
+    window: int | None = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if window is None or (kinds is not None and "sliding_attention" not in kinds):
+        return
+    if (context_length or config.max_position_embeddings) > window:
         raise RuntimeError(
             f"pdtrim: layers of this model attend to the last {window} tokens, in SGLang to all: start with "
             f"--context-length {window}"
