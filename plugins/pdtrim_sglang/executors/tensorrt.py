@@ -19,7 +19,8 @@ from torch import Tensor
 
 from pdtrim_deploy.engine import RESULT, TargetResult
 from pdtrim_deploy.plan import PDPlan
-from pdtrim_sglang.executors.base import NO_SENDS, Attention, EngineConfig
+from pdtrim_deploy.worker.config import EngineConfig
+from pdtrim_sglang.executors.base import NO_SENDS, Attention
 
 PLAN, LIBRARY = "engine.plan", "libpdtrim_tensorrt.so"
 HIDDEN = "hidden_states"
