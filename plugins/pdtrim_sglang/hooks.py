@@ -93,6 +93,7 @@ def signature_of(server_args: Any) -> Signature:
     """What a worker signs with: its secret, and the digest of its checkpoint's plan (zeros where there is none)."""
     from sglang.srt.utils.network import get_local_ip_auto
 
+    from pdtrim_deploy.worker.config import WorkerConfig
     from pdtrim_sglang.plan_source import read_plan
     from pdtrim_sglang.secret import read_secret
     from pdtrim_sglang.signature import Signature
@@ -100,7 +101,8 @@ def signature_of(server_args: Any) -> Signature:
 
     plan = read_plan(server_args.model_path)
     # KV comes in at the one, SGLang's bootstrap server listens at the other
-    secret = read_secret(server_args.json_model_override_args, get_local_ip_auto(), server_args.host)
+    told = WorkerConfig.parse(server_args.json_model_override_args)
+    secret = read_secret(told.secret_file, get_local_ip_auto(), server_args.host)
     return Signature(Credentials(bytes.fromhex(plan.digest) if plan else bytes(32), secret))
 
 

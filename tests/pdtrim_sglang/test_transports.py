@@ -9,11 +9,12 @@ import threading
 
 import pytest
 import torch
-from pdtrim_sglang.options import transport_config
 from pdtrim_sglang.protocol import ChunkHeader, ProtocolError, Reply
 from pdtrim_sglang.transports import TRANSPORTS, TransportConfig, transport_named
 from pdtrim_sglang.transports.base import TransportError, UnreachableError
 from pdtrim_sglang.transports.handshake import Credentials
+
+from pdtrim_deploy.worker.config import WorkerConfig
 
 CONFIG = TransportConfig(staging_bytes=1 << 20, connect_seconds=2, stall_seconds=2, accept_unauthenticated=True)
 LIBRARY, LOADS = {"nixl": "nixl_cu12", "mooncake": "mooncake"}, {"nixl": "_api", "mooncake": "engine"}
@@ -200,14 +201,18 @@ def test_a_missing_library_is_one_sentence(name, monkeypatch):
 
 def test_what_a_worker_is_told_of_its_transport():
     credentials = Credentials(b"d" * 32, b"s" * 16)
-    assert transport_config("", credentials) == TransportConfig(credentials=credentials)
+
+    def transport_config(override_args):
+        return TransportConfig.of(WorkerConfig.parse(override_args).transport, credentials)
+
+    assert transport_config("") == TransportConfig(credentials=credentials)
     told = {"stall_seconds": 3, "port": 5000, "announce": "gateway:6000"}
-    made = transport_config(json.dumps({"pdtrim_secret_file": "x", "pdtrim_transport": told}), credentials)
+    made = transport_config(json.dumps({"pdtrim_secret_file": "x", "pdtrim_transport": told}))
     assert (made.stall_seconds, made.port, made.announce, made.credentials) == (3, 5000, "gateway:6000", credentials)
     far = [{"announce": place} for place in ("no port", "gateway:70000", "gateway:0", f"{'g' * 128}:6000")]
     for wrong in ({"stall": 3}, {"stall_seconds": 0}, *far, {"port": 70000}):
         with pytest.raises(RuntimeError, match=rf"pdtrim_transport.{next(iter(wrong))} in .*valid: accept_unauth"):
-            transport_config(json.dumps({"pdtrim_transport": wrong}), credentials)
+            transport_config(json.dumps({"pdtrim_transport": wrong}))
 
 
 def test_an_unknown_transport_lists_the_valid_names():

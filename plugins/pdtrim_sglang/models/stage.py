@@ -19,7 +19,8 @@ from sglang.srt.runtime_context import get_parallel
 from torch import Tensor, nn
 
 from pdtrim_deploy.plan import PDPlan
-from pdtrim_sglang.executors import EngineConfig, StageExecutor, load_engine
+from pdtrim_deploy.worker.config import ARGUMENT, WorkerConfig, key
+from pdtrim_sglang.executors import StageExecutor, load_engine
 from pdtrim_sglang.kv_only import WriteKV
 from pdtrim_sglang.staging import Staging
 
@@ -49,7 +50,10 @@ class PDTrimStageForCausalLM(nn.Module):
         self.logits_processor = LogitsProcessor(config)
         self._layers: list[Any] = list(self.attention)
         self._batch: Any = None
-        self._asked, self._plan = EngineConfig.of(config), PDPlan.parse(config.pdtrim, "config.json")
+        engine = WorkerConfig.of_model(config).engine
+        if engine is None:
+            raise RuntimeError(f"pdtrim: {ARGUMENT} names no {key('engine')}: start workers with pdtrim-deploy serve")
+        self._asked, self._plan = engine, PDPlan.parse(config.pdtrim, "config.json")
         if self._asked.stage == "prefill":
             for layer in self._plan.kv_only_layers:  # till `write_only`: SGLang may warm its kernels up before
                 self._layers[layer] = _hand_back

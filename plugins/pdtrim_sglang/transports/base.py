@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from pdtrim_deploy.transport_options import TransportOptions
 from pdtrim_sglang.protocol import ChunkHeader, Reply
 from pdtrim_sglang.transports.handshake import Credentials
 
@@ -42,6 +43,11 @@ class TransportConfig:
     protocol: str = "tcp"
     devices: str = ""
     credentials: Credentials = field(default_factory=Credentials)
+
+    @classmethod
+    def of(cls, options: TransportOptions, credentials: Credentials) -> TransportConfig:
+        """What the worker was told, and the defaults for the rest."""
+        return cls(**options.model_dump(exclude_none=True), credentials=credentials)
 
 
 class TransportError(Exception):
