@@ -31,8 +31,6 @@ def check_options(server_args: Any, kv_args: Any, plan: PDPlan | None, is_mla_ba
 
     if envs.SGLANG_RUST_SERVER.get():
         raise RuntimeError("pdtrim: SGLang's Rust server takes registrations from anybody: unset SGLANG_RUST_SERVER")
-    if plan is not None and plan.kv_only_layers and server_args.disaggregation_mode == "prefill":
-        _check_prefill_graphs()
     if plan is None or server_args.disaggregation_mode != "decode":
         return
     if server_args.disaggregation_decode_enable_offload_kvcache:
@@ -91,14 +89,4 @@ def _check_graphs(backend: str, valid: tuple[str, ...]) -> None:
         raise RuntimeError(
             f"pdtrim: with attention backend {backend} a CUDA graph of another kind would replay an earlier batch's "
             f"indices in sparse layers: start decode with --cuda-graph-backend-decode {' or '.join(valid)}"
-        )
-
-
-def _check_prefill_graphs() -> None:
-    from sglang.srt.model_executor.cuda_graph_config import Phase, check_cuda_graph_backend
-
-    if not check_cuda_graph_backend(Phase.PREFILL, "disabled"):
-        raise RuntimeError(
-            "pdtrim: a CUDA graph of prefill is captured before KV-only layers are cut out, and would read weights that "
-            "are gone: start prefill with --cuda-graph-backend-prefill disabled"
         )

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import transformers
 
-from pdtrim_deploy.plan import Keep, KVOnly, KVSend, ModelShape, PDPlan
+from pdtrim_deploy.plan import KVSend, ModelShape, PDPlan
 
 pytest.importorskip("sglang", reason="needs the serve environment")
 
@@ -119,19 +119,6 @@ def test_graphs_that_would_replay_old_indices_are_refused(registry, monkeypatch,
     monkeypatch.setattr(cuda_graph_config, "check_cuda_graph_backend", lambda phase, kind: kind == graph)
     with pytest.raises(RuntimeError, match=valid) if valid else contextlib.nullcontext():
         check_options(SimpleNamespace(**DECODE | {"attention_backend": backend}), POOL, SPARSE, False)
-
-
-@pytest.mark.parametrize(("graph", "refused"), [("breakable", True), ("full", True), ("disabled", False)])
-def test_prefill_graphs_are_refused_with_kv_only_layers(registry, monkeypatch, graph, refused):
-    from pdtrim_sglang.requirements import check_options
-    from sglang.srt.model_executor import cuda_graph_config
-
-    monkeypatch.setattr(cuda_graph_config, "check_cuda_graph_backend", lambda phase, kind: kind == graph)
-    alone = PDPlan(model=SHAPE, prefill=(KVOnly(),), decode=(Keep(),), kv=(KVSend(),))
-    prefill = SimpleNamespace(**PLAIN | {"disaggregation_mode": "prefill"})
-    check_options(prefill, POOL, SPARSE, False)
-    with pytest.raises(RuntimeError, match="--cuda-graph-backend-prefill disabled") if refused else nullcontext():
-        check_options(prefill, POOL, alone, False)
 
 
 def test_a_registry_that_asks_for_no_signature_is_refused(monkeypatch):
