@@ -185,7 +185,7 @@ def test_a_block_that_is_collected_inside_take_leaves_the_others_where_they_are(
         freed_inside += arena.used_bytes == 192
         gc.enable()
         gc.collect(1)
-        held = [kept, last, taken, *iter(lambda: arena.take(64), None)]
+        held = [kept, last, taken, *(arena.take(64) for _ in range(5))]
         places = sorted(block.bytes.data_ptr() for block in held)
         assert [high - low for low, high in itertools.pairwise(places)] == [64] * 7, opcode
         assert arena.used_bytes == 512

@@ -7,7 +7,7 @@ import threading
 from types import SimpleNamespace
 
 import pytest
-from pdtrim_sglang import hooks, vital
+from pdtrim_sglang import hooks, threads, vital
 from pdtrim_sglang.transports import TRANSPORTS, TransportConfig
 
 
@@ -23,7 +23,8 @@ def fails(*_):
 
 
 def test_the_transport_server(ended, monkeypatch, caplog):
-    server = TRANSPORTS["tcp"][1]("127.0.0.1", SimpleNamespace(connections_changed=fails), TransportConfig())
+    server = TRANSPORTS["tcp"][1]("127.0.0.1", SimpleNamespace(connections_changed=list), TransportConfig())
+    monkeypatch.setattr(threads, "start", fails)
     socket.create_connection((server.host, server.port)).close()
     assert ended.wait(5)
     assert "this worker ends, since it cannot serve without its transport server" in caplog.text
