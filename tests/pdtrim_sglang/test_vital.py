@@ -42,7 +42,7 @@ def test_the_control_channel(ended, monkeypatch, stage):
         monkeypatch.setattr(f"pdtrim_sglang.{module}.transport_named", lambda _: (channel, lambda *_: server))
     monkeypatch.setattr("pdtrim_sglang.prefill.TransferMetrics", lambda: None)  # its registry takes a name once
     monkeypatch.setattr("pdtrim_sglang.decode.HeldMetrics", lambda: None)
-    manager = SimpleNamespace(local_ip="127.0.0.1", server_socket=SimpleNamespace(recv_multipart=fails))
+    manager = SimpleNamespace(local_ip="127.0.0.1", server_socket=SimpleNamespace(poll=fails, recv_multipart=fails))
     plan = SimpleNamespace(digest="00" * 32)
     side = PrefillSide if stage == "prefill" else DecodeSide
     side(manager, plan, None, None, "tcp", TransportConfig())
