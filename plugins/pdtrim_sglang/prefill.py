@@ -69,6 +69,11 @@ class PrefillSide:
         page = self._pool.page_size
         return self._config.staging_bytes // self._pool.token_bytes(self._plan) // page * page
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the KV pool is on one."""
+        return self._pool.keys[0].is_cuda
+
     def stage_in_engine(self) -> Staging:
         """From now on an engine packs what its forward passes compute; called before the first request."""
         keys = self._pool.keys[0]
