@@ -29,9 +29,12 @@ def cut_kv_only_layers(runner: Any) -> None:
         RuntimeError: the weights come later, and would find their places gone.
 
     """
-    plan = read_plan(runner.model_config.model_path) if runner.server_args.disaggregation_mode == "prefill" else None
+    args = runner.server_args
+    plan = read_plan(runner.model_config.model_path) if args.disaggregation_mode == "prefill" else None
     layers = getattr(getattr(runner.model, "model", None), "layers", ())  # an engine has none
-    if plan is None or not plan.kv_only_layers or len(layers) != len(plan.prefill_layers):  # `check_fits` refuses it
+    if plan is None or not plan.kv_only_layers:
+        return
+    if len(layers) != len(plan.prefill_layers) or args.pp_size > 1:  # refused later, by name
         return
     if runner.startup_weight_load is not None:
         raise RuntimeError(

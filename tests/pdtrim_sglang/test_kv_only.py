@@ -92,7 +92,7 @@ def runner(tmp_path):
 
     class Runner:
         startup_weight_load = None
-        server_args = SimpleNamespace(disaggregation_mode="prefill")
+        server_args = SimpleNamespace(disaggregation_mode="prefill", pp_size=1)
         model_config = SimpleNamespace(model_path=str(tmp_path))
 
         def load_model(self):
@@ -117,16 +117,20 @@ def test_the_planned_layers_are_cut_when_the_model_is_loaded(runner):
     assert cut(runner) == [False, True, False]
 
 
-@pytest.mark.parametrize("other", ["decode", "null"])
+@pytest.mark.parametrize("other", ["decode", "null"])  # "null": no disaggregation
 def test_no_other_worker_is_cut(runner, other):
     runner.server_args.disaggregation_mode = other
     runner.load_model()
     assert not any(cut(runner))
 
 
-def test_a_model_of_another_length_is_left_to_be_refused_by_name(runner):
-    runner.load_model()
+def test_what_will_be_refused_by_name_is_left_alone(runner):
+    """A model of another length, and a part of one."""
     runner.model = model()
+    runner.server_args.pp_size = 2
+    hooks._cut_kv_only_layers(None, runner)
+    assert not any(cut(runner))
+    runner.server_args.pp_size = 1
     del runner.model.model.layers[2]
     hooks._cut_kv_only_layers(None, runner)
     assert not any(cut(runner))
