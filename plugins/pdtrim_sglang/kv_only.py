@@ -9,6 +9,7 @@ layers of SGLang 0.5.23 (models/llama.py, qwen2.py, qwen3.py): `self_attn.attn`,
 from __future__ import annotations
 
 import itertools
+import logging
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from sglang.srt.model_executor.runner_utils.prefill_graph import is_in_prefill_g
 from torch import Tensor, nn
 
 from pdtrim_sglang.plan_source import read_plan
+
+logger = logging.getLogger("sglang.srt.pdtrim.kv_only")
 
 
 def cut_kv_only_layers(runner: Any) -> None:
@@ -41,19 +44,21 @@ def cut_kv_only_layers(runner: Any) -> None:
             "pdtrim: KV-only layers are cut out of a model whose weights are there: start prefill without "
             "--startup-weight-load-mode overlap"
         )
-    for index in plan.kv_only_layers:
-        keep_only_kv(layers[index], runner.model.config.hidden_size)
+    freed = sum(keep_only_kv(layers[index], runner.model.config.hidden_size) for index in plan.kv_only_layers)
+    logger.info("pdtrim: layers %s make K and V alone; %.1f MB of zeros freed", plan.kv_only_layers, freed / 1e6)
 
 
-def keep_only_kv(layer: Any, hidden: int) -> None:
-    """Cut one decoder layer of SGLang's, in a model of `hidden` values a token, and free the weights."""
-    attention = layer.self_attn
+def keep_only_kv(layer: Any, hidden: int) -> int:
+    """Cut one decoder layer of SGLang's, in a model of `hidden` values a token; returns the bytes of weights freed."""
+    attention, freed = layer.self_attn, 0
     for module in (attention.o_proj, layer.mlp):
         # at once: a parameter's `weight_loader` holds its module, so that they would wait for a cyclic collection
         for tensor in itertools.chain(module.parameters(), module.buffers()):
+            freed += tensor.nbytes
             tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
     attention.attn, attention.o_proj, layer.mlp = WriteKV(attention.attn), ZeroProjection(hidden), ZeroMLP()
     vars(layer.post_attention_layernorm).pop("_quant_linear", None)  # it would quantise for the MLP's projection
+    return freed
 
 
 class WriteKV(nn.Module):

@@ -219,8 +219,9 @@ def test_a_cut_layer_writes_its_rows_and_adds_nothing():
 def test_the_weights_of_a_cut_layer_are_freed_at_once():
     layer = Layer(1)
     held = list(layer.self_attn.o_proj.parameters()) + list(layer.mlp.parameters())
-    assert sum(one.numel() for one in held) > 2000
-    keep_only_kv(layer, HIDDEN)
+    nbytes = sum(one.nbytes for one in held)
+    assert nbytes > 8000
+    assert keep_only_kv(layer, HIDDEN) == nbytes
     assert sum(one.untyped_storage().nbytes() for one in held) == 0
     assert layer.post_attention_layernorm._quant_linear is None
 
