@@ -12,7 +12,6 @@ from pdtrim_deploy.worker.config import WorkerConfig
 from pdtrim_sglang import hooks
 from pdtrim_sglang.control import protect
 from pdtrim_sglang.decode import DecodeSide
-from pdtrim_sglang.kv_only import skip_all_but_kv
 from pdtrim_sglang.plan_source import check_fits, dense_plan, read_plan
 from pdtrim_sglang.pool import PoolView
 from pdtrim_sglang.prefill import PrefillSide
@@ -71,7 +70,6 @@ class PDTrimKVManager(CommonKVManager):
         transport = self.server_args.disaggregation_transfer_backend.removeprefix("pdtrim_")
         side = (self, self.plan, view, aux, transport, self.transport_config)
         if stage == "prefill":
-            skip_all_but_kv(model, self.plan, pool)
             self.prefill_side = PrefillSide(*side)
             if getattr(model, "packs_rows", False):
                 model.staging = self.prefill_side.stage_in_engine()

@@ -5,6 +5,7 @@ import queue
 import socket
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -149,14 +150,37 @@ def test_who_says_nothing_is_hung_up_on(server):
         assert time.monotonic() - started < 3
 
 
-def test_connections_are_bounded():
+def test_members_are_bounded():
     made = TRANSPORTS["tcp"][1]("127.0.0.1", Handler(), config(connections=3))
-    held = [socket.create_connection((made.host, made.port), timeout=5) for _ in range(3)]
-    assert all(len(one.recv(38)) == 38 for one in held)
-    with socket.create_connection((made.host, made.port), timeout=5) as fourth:
-        assert fourth.recv(38) == b""
-    for one in held:
-        one.close()
+    held = [socket.create_connection((made.host, made.port), timeout=5) for _ in range(4)]
+    for member in held:
+        introduce(member, OURS, 2)
+        member.settimeout(0.5)
+    for member in held[:3]:
+        with pytest.raises(TimeoutError):
+            member.recv(1)
+    assert held[3].recv(1) == b""
+    for member in held:
+        member.close()
+    made.close()
+
+
+def test_silent_strangers_keep_no_member_out():
+    """As many as a server keeps, in its full time to show who they are."""
+    made = TRANSPORTS["tcp"][1]("127.0.0.1", Handler(), replace(config(), connect_seconds=60))
+    silent = [socket.create_connection((made.host, made.port), timeout=5) for _ in range(256)]
+    assert len(silent[-1].recv(38)) == 38
+    started = time.monotonic()
+    assert send(made, OURS, room=3) == Reply(3)
+    assert time.monotonic() - started < 30
+    assert len(silent[0].recv(38)) == 38
+    assert silent[0].recv(1) == b"", "the oldest made room"
+    silent[1].settimeout(0.2)
+    assert len(silent[1].recv(38)) == 38
+    with pytest.raises(TimeoutError):
+        silent[1].recv(1)
+    for stranger in silent:
+        stranger.close()
     made.close()
 
 

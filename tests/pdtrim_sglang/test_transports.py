@@ -131,6 +131,35 @@ def test_a_wrong_length_is_refused_before_the_body_and_the_channel_recovers(pair
     assert listener.next() == Reply(3)
 
 
+def test_a_chunk_that_cannot_be_taken_in_ends_its_request_and_no_other(pair, caplog):
+    channel, server, handler, listener = pair
+    deliver = handler.deliver
+
+    def out_of_memory(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    for room in range(1, 4):
+        handler.deliver = out_of_memory if room == 2 else deliver
+        channel.send(header(room, 10), memoryview(b""))
+        assert listener.next() == Reply(room, "decode failed: CUDA out of memory" if room == 2 else "")
+        assert server.held()[0] == 1
+    assert handler.changes.qsize() == 1, "one connection from beginning to end"
+    assert "a chunk was not taken in" in caplog.text
+
+
+def test_what_fails_before_a_chunk_is_read_is_told_and_logged(pair, caplog):
+    channel, _, handler, listener = pair
+    admit = handler.admit
+    handler.admit = lambda _: {}["unforeseen"]
+    channel.send(header(1, 10), memoryview(b""))
+    assert listener.next() == Reply(1, "decode failed: 'unforeseen'")
+    assert "lost decode worker" in listener.next()
+    assert "dropping a prefill connection" in caplog.text
+    handler.admit = admit
+    channel.send(header(2, 10), memoryview(b""))
+    assert listener.next() == Reply(2)
+
+
 def test_a_lost_server_is_told_and_named(pair):
     channel, server, _, listener = pair
     channel.send(header(1, 10), memoryview(b""))

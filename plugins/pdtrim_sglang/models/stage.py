@@ -55,8 +55,8 @@ class PDTrimStageForCausalLM(nn.Module):
             raise RuntimeError(f"pdtrim: {ARGUMENT} names no {key('engine')}: start workers with pdtrim-deploy serve")
         self._asked, self._plan = engine, PDPlan.parse(config.pdtrim, "config.json")
         if self._asked.stage == "prefill":
-            for layer in self._plan.kv_only_layers:  # till `write_only`: SGLang may warm its kernels up before
-                self._layers[layer] = _hand_back
+            for layer in self._plan.kv_only_layers:
+                self._layers[layer] = WriteKV(self.attention[layer])
 
     staging: Staging | None
     _engine: StageExecutor
@@ -95,10 +95,6 @@ class PDTrimStageForCausalLM(nn.Module):
                 "build the engine in the bundle's dtype"
             )
 
-    def write_only(self, layer: int, pool: Any) -> None:
-        """Let `layer` put K and V into SGLang's KV pool and attend to nothing."""
-        self._layers[layer] = WriteKV(self.attention[layer], pool)
-
     def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return self._layers[layer](q, k, v, self._batch)
 
@@ -108,10 +104,6 @@ class PDTrimStageForCausalLM(nn.Module):
         if sum(batch.extend_seq_lens_cpu) != tokens:  # padded: its rows are not those of the requests
             return None
         return self.staging.batch(batch.rids, batch.extend_prefix_lens_cpu, batch.extend_seq_lens_cpu)
-
-
-def _hand_back(q: Tensor, *_: Any) -> Tensor:
-    return q
 
 
 def _event(tensor: Tensor) -> Any:
