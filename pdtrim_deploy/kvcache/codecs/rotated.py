@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pdtrim_deploy.kvcache.codecs.base import Codec, Index, take
+from pdtrim_deploy.kvcache.codecs.base import Codec, Index, values
 
 TINY = 2.0**-24  # float16's least: no scale is zero, but of zeros
 SLACK = 1 + 2.0**-10  # a scale is rounded up: no code overflows
@@ -68,9 +68,9 @@ class Rotated(Codec):
     def __init__(self, grid: Grid) -> None:
         self.grid = grid
 
-    def encode(self, pool: Tensor, index: Index, sections: Sequence[Tensor]) -> None:
+    def encode(self, pool: Tensor, index: Index, sections: Sequence[Tensor], less: Tensor | None = None) -> None:
         codes, scale = sections
-        x = hadamard(take(pool, index).float())
+        x = hadamard(values(pool, index, less))
         x.mul_(2.0 ** -(halvings(x.shape[-1]) // 2))
         groups = x.unflatten(-1, (scale.shape[-1], -1))
         largest = torch.maximum(groups.amax(-1), groups.amin(-1).neg_())  # keeps NaN
