@@ -106,13 +106,16 @@ class PDPlan(Frozen):
                     f"block {block}: wire dtype {send.wire_dtype} needs a head size that is a multiple of {multiple}, "
                     f"the model's is {self.model.head_dim}"
                 )
-        if self.key_offsets is not None:
-            if self.key_offsets.layers[-1] >= len(self.kv):
-                raise ValueError(
-                    f"key_offsets names layer {self.key_offsets.layers[-1]}, decode has layers 0 to {len(self.kv) - 1}"
-                )
-            if self.model.head_dim % 2:
-                raise ValueError(f"key_offsets needs an even head size, the model's is {self.model.head_dim}")
+        return self
+
+    @model_validator(mode="after")
+    def _offsets_of_layers(self) -> PDPlan:
+        if self.key_offsets is None:
+            return self
+        if (last := self.key_offsets.layers[-1]) >= len(self.kv):
+            raise ValueError(f"key_offsets names layer {last}, decode has layers 0 to {len(self.kv) - 1}")
+        if self.model.head_dim % 2:
+            raise ValueError(f"key_offsets needs an even head size, the model's is {self.model.head_dim}")
         return self
 
     def actions(self, stage: Stage) -> tuple[Action, ...]:

@@ -47,7 +47,7 @@ def select_kv(context: Context) -> None:
 
 
 def _looked_at(context: Context, plan: PDPlan) -> PDPlan:
-    """The plan with what measuring the stages as they are now adds: key offsets first, so that rules are chosen by them."""
+    """The plan with what is measured on the stages as they are now: key offsets, and rules chosen with those."""
     from pdtrim_deploy.evaluation.oracle import PDOracle
 
     pair = heal.stage_pair(context)

@@ -1,4 +1,4 @@
-"""Where a worker finds its plan: under "pdtrim" in its checkpoint's config.json; and the plan's key offsets beside it."""
+"""Where a worker finds its plan: under "pdtrim" in its checkpoint's config.json; key offsets in a file beside it."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from pdtrim_deploy.evaluation.oracle import PDOracle, PrefillState
 from pdtrim_deploy.kvcache.codecs import get_codec
 from pdtrim_deploy.kvcache.key_offsets import KeyOffsets, rotary_table, rotate
 from pdtrim_deploy.kvcache.selection.base import Progress
-from pdtrim_deploy.wire import HEAD_DIM_MULTIPLE, row_sections
+from pdtrim_deploy.wire import HEAD_DIM_MULTIPLE, Code, row_sections
 
 STATIC = ("default", "linear", "llama3", "yarn")  # kinds of RoPE whose angles depend on the position alone
 KEPT_BACK = 4  # one sequence in so many says whether a mean helps
@@ -49,7 +49,7 @@ def rotary_of(model: Any, head_dim: int) -> Rotary | None:
 
     That is a RoPE whose angles depend on the length or the layer, one of a part of a head, or of neighbours.
     """
-    module = getattr(model.model, "rotary_emb", None)
+    module: Any = getattr(model.model, "rotary_emb", None)
     frequencies = getattr(module, "inv_freq", None)
     if getattr(module, "rope_type", None) not in STATIC or frequencies is None or 2 * len(frequencies) != head_dim:
         return None
@@ -108,7 +108,7 @@ def _keys(oracle: PDOracle, state: PrefillState) -> Iterator[Tensor]:
 def _squares(keys: Tensor, less: Tensor | None) -> Tensor:
     """float64 `[kv_heads]`: squared error of keys in int4, or int8 where the head size does not allow that."""
     rows, heads, dim = keys.shape
-    code = "int4" if dim % HEAD_DIM_MULTIPLE["int4"] == 0 else "int8"
+    code: Code = "int4" if dim % HEAD_DIM_MULTIPLE["int4"] == 0 else "int8"
     sections = [
         torch.empty(rows, heads, kind.per_head, dtype=getattr(torch, kind.dtype))
         for kind in row_sections(code, "float32", dim)
