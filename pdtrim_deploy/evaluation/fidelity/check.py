@@ -21,7 +21,7 @@ from pdtrim_deploy.bundle import Bundle
 from pdtrim_deploy.cache import Cache
 from pdtrim_deploy.evaluation.fidelity.cases import Group, groups, text_needed
 from pdtrim_deploy.evaluation.fidelity.client import Served, ask
-from pdtrim_deploy.evaluation.fidelity.controls import controls
+from pdtrim_deploy.evaluation.fidelity.controls import wrong_oracles
 from pdtrim_deploy.evaluation.fidelity.sensitivity import NOISE, score_shaken
 from pdtrim_deploy.evaluation.oracle import PDOracle
 from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
@@ -155,7 +155,7 @@ def run_fidelity(
 def judge(oracle: PDOracle, served: list[tuple[Group, Served]]) -> FidelityResult:
     """Score served tokens under the plan, under the plan with rounding noise, and under its controls."""
     rows: list[Row] = []
-    wrong: dict[str, list[float]] = {name: [] for name in controls(oracle, CONTROL_MIN_TOKENS)}
+    wrong: dict[str, list[float]] = {name: [] for name in wrong_oracles(oracle, CONTROL_MIN_TOKENS)}
     for seed, (group, one) in enumerate(served):
         state, tokens = oracle.prefill(torch.tensor([one.prompt])), torch.tensor(one.tokens)
         said = torch.tensor(one.logprobs)
@@ -163,7 +163,7 @@ def judge(oracle: PDOracle, served: list[tuple[Group, Served]]) -> FidelityResul
         error, shift = ((other - right).abs().max().item() for other in (said, shaken))
         rows.append(Row(group.name, len(one.prompt), one.cached_tokens, error, shift))
         if len(one.prompt) >= CONTROL_MIN_TOKENS and all(len(found) < CONTROL_PROMPTS for found in wrong.values()):
-            for name, control in controls(oracle, len(one.prompt)).items():
+            for name, control in wrong_oracles(oracle, len(one.prompt)).items():
                 other = control.score(state, tokens[None])[0]
                 wrong[name].append((said - other).abs().max().item())
     dtype = oracle.plan.model.kv_dtype

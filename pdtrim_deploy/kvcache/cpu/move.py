@@ -39,7 +39,8 @@ def move(
     keys: Sequence[Tensor],
     values: Sequence[Tensor],
     slots: Tensor,
-    offsets: KeyOffsets | None,
+    offsets: KeyOffsets | None = None,
+    *,
     pack: bool,
 ) -> bool:
     """Pack (or unpack) a chunk as `pdtrim_deploy.kvcache.pack` says; False when it must be done by torch instead.

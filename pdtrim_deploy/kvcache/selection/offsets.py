@@ -1,7 +1,7 @@
 """Measure key offsets (`kvcache/key_offsets.py`): the mean of keys before RoPE, where it helps to leave it out.
 
-Keys are turned back from what prefill hands over, so nothing of a model family is known here but its RoPE. A head whose
-keys of text kept back come nearer to the truth with its mean on the wire gets zeros; so does one of broken numbers.
+Keys are turned back from what prefill hands over, so nothing of a model family is known here but its RoPE. A head
+whose mean does not bring the keys of text kept back nearer to the truth gets zeros; so does one of broken numbers.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pdtrim_deploy.kvcache.selection.base import Progress
 from pdtrim_deploy.wire import HEAD_DIM_MULTIPLE, Code, row_sections
 
 STATIC = ("default", "linear", "llama3", "yarn")  # kinds of RoPE whose angles depend on the position alone
+WORTH = 0.98  # of squared error: a mean that takes less off it is not worth its arithmetic
 KEPT_BACK = 4  # one sequence in so many says whether a mean helps
 FIRST = 1  # rows of a prompt that no mean is of: the attention sink is of another size
 FAR = 4096  # positions up to which our rotation is compared with the model's
@@ -85,7 +86,7 @@ def measure(oracle: PDOracle, sequences: Tensor, progress: Progress) -> Measured
         for layer, keys in enumerate(_keys(oracle, state)):
             squares[layer, :, 0] += _squares(keys, None)
             squares[layer, :, 1] += _squares(keys, rotate(means[layer], cos, sin))
-    helps = squares[..., 1] < squares[..., 0]
+    helps = squares[..., 1] < WORTH * squares[..., 0]
     chosen = {layer: means[layer] * helps[layer, :, None] for layer in range(layers) if helps[layer].any()}
     rms = (squares / (back * len(table) * model.head_dim)).sqrt()
     errors = tuple(tuple((whole, less) for whole, less in heads) for heads in rms.tolist())
