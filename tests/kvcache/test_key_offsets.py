@@ -40,8 +40,8 @@ def test_a_constant_of_100_costs_nothing(wire):
     without, plan, offsets = case(wire)
     rest = torch.randn(TOKENS, 2, 64, generator=torch.Generator().manual_seed(1))
     keys = rest + plain_offset(offsets, 0, torch.arange(START, START + TOKENS)).float()
-    of_rest = (sent(without, rest) - rest).square().mean()
-    whole, less = ((sent(p, keys, o) - keys).square().mean() for p, o in ((without, None), (plan, offsets)))
+    of_rest = (sent(without, rest) - rest).square().mean().item()
+    whole, less = ((sent(p, keys, o) - keys).square().mean().item() for p, o in ((without, None), (plan, offsets)))
     assert less == pytest.approx(of_rest, rel=0.02)
     assert whole > 100 * less
 

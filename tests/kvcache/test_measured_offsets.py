@@ -14,6 +14,7 @@ from pdtrim_deploy.kvcache.selection.budget.effects import Measure
 from pdtrim_deploy.kvcache.selection.offsets import measure
 from pdtrim_deploy.plan import KVSend
 
+LONG = 800  # so many tokens that chance helps nobody
 INT4 = (KVSend(wire_dtype="int4"),) * BLOCKS
 
 
@@ -59,7 +60,7 @@ def test_decode_reads_nearly_the_native_keys(model, measured):
     expected = native.score(state, ids[:, 64:])
     whole = native.with_kv(INT4).score(state, ids[:, 64:])
     less = native.with_offsets(measured.offsets).with_kv(INT4).score(state, ids[:, 64:])
-    assert (less - expected).square().mean() < (whole - expected).square().mean() / 10
+    assert (less - expected).square().mean() < (whole - expected).square().mean() / 4  # values are rounded too
 
 
 def test_a_budget_is_judged_on_keys_less_their_offset(model, measured):
@@ -68,7 +69,7 @@ def test_a_budget_is_judged_on_keys_less_their_offset(model, measured):
         Measure(Problem(oracle, text(4, 40, seed=9), 32), (KVSend(), INT4[0]), silent).divergence(INT4)
         for oracle in (plain, plain.with_offsets(measured.offsets))
     ]
-    assert harm[1] < harm[0] / 10
+    assert harm[1] < harm[0] / 4
 
 
 def test_an_oracle_has_the_offsets_of_its_plan_and_no_others(model, measured):
@@ -93,20 +94,20 @@ class Given:
 
 
 def test_heads_without_a_constant_have_none_and_layers_of_such_heads_are_left_out():
-    keys = torch.randn(8, BLOCKS, 40, KV_HEADS, DIM, generator=torch.Generator().manual_seed(0))
+    keys = torch.randn(20, BLOCKS, LONG, KV_HEADS, DIM, generator=torch.Generator().manual_seed(0))
     model = tiny("Llama")
     constant, rotary = torch.full((DIM,), 9.0), KeyOffsets.make({0: torch.zeros(1, DIM)}, torch.ones(1), 1.0)
     rotary.frequencies = model.model.rotary_emb.inv_freq
     rotary._tables = [torch.empty(0, DIM)]
-    turned = rotate(constant, *rotary.table(40)[:40].chunk(2, -1))
+    turned = rotate(constant, *rotary.table(LONG)[:LONG].chunk(2, -1))
     keys[:, 2, :, 1] += turned
     keys[:, 4, :, 0, 3] = torch.nan
-    found = measure(Given(model, keys), text(8, 40), silent).offsets
+    found = measure(Given(model, keys), text(20, LONG), silent).offsets
     assert found.file.layers == (2,)
     assert not found.means[2][0].any()
     torch.testing.assert_close(found.means[2][1], constant, rtol=0, atol=0.3)
 
 
 def test_a_model_whose_keys_hold_no_constant_has_no_offsets():
-    keys = torch.randn(8, BLOCKS, 40, KV_HEADS, DIM, generator=torch.Generator().manual_seed(0))
-    assert measure(Given(tiny("Llama"), keys), text(8, 40), silent).offsets is None
+    keys = torch.randn(20, BLOCKS, LONG, KV_HEADS, DIM, generator=torch.Generator().manual_seed(0))
+    assert measure(Given(tiny("Llama"), keys), text(20, LONG), silent).offsets is None
