@@ -74,7 +74,8 @@ def tiny(tiny_model, tmp_path_factory, real_cache):
     engines = {}
     for stage in STAGES:
         data, changed = plan.model_dump(mode="json"), students[stage]
-        write_stage(checkpoint, folder / stage, plan.layers(stage), "float32", data, replacements=changed, files=[folder / KEY_OFFSETS])
+        more = {"replacements": changed, "files": [folder / KEY_OFFSETS]}
+        write_stage(checkpoint, folder / stage, plan.layers(stage), "float32", data, **more)
         build_target("onnx", folder / stage, folder / "engines" / stage)
         engines[stage] = Engine("onnxruntime", stage, folder / "engines" / stage)
     return folder, plan, engines
