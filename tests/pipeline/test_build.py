@@ -147,6 +147,10 @@ def test_offsets_of_quantised_keys_lie_in_bundle_and_stages(
     assert all(less < whole for heads in errors.values() for whole, less in heads)
     assert make(path, tmp_path / "b", cache)[1] == []
 
+    pruning = {"method": "greedy", "prefill_blocks": 1, "decode_blocks": 2, "blocks_in_memory": 1}
+    bounded = recipe_file("bounded", model={"source": f"hf:{source}"}, kv=kv, pruning=pruning)
+    assert make(bounded, tmp_path / "bounded", cache)[0].plan == plan
+
     (bundle.decode_dir / KEY_OFFSETS).write_bytes(b"")
     assert any(f"decode/{KEY_OFFSETS} has 0 bytes" in problem for problem in bundle.verify())
 
