@@ -8,7 +8,7 @@ Means and what RoPE needs lie in one file beside both stage checkpoints; the pla
 add and subtract the same numbers whatever they are: a wrong mean costs precision, different ones would be wrong text.
 So every form works in float32 in one order, without fused multiply-adds:
 
-    offset[i]     = mean[i] * cos[i] - mean[half + i] * sin[i]
+    offset[i]        = mean[i] * cos[i] - mean[half + i] * sin[i]
     offset[half + i] = mean[half + i] * cos[i] + mean[i] * sin[i]        i < half = head_dim / 2
 """
 
@@ -53,8 +53,9 @@ class KeyOffsets:
     def make(cls, means: Mapping[int, Tensor], frequencies: Tensor, scaling: float) -> KeyOffsets:
         """From what was measured; `means` of one layer at least."""
         frequencies, stacked = frequencies.float().contiguous(), torch.stack([means[k] for k in sorted(means)]).float()
-        data = save({"means": stacked, "frequencies": frequencies, "scaling": torch.tensor([scaling])})
-        return cls(dict(zip(sorted(means), stacked, strict=True)), frequencies, scaling, data)
+        factor = torch.tensor([scaling], dtype=torch.float32)
+        data = save({"means": stacked, "frequencies": frequencies, "scaling": factor})
+        return cls(dict(zip(sorted(means), stacked, strict=True)), frequencies, float(factor), data)
 
     @classmethod
     def read(cls, folder: Path, plan: PDPlan) -> KeyOffsets | None:

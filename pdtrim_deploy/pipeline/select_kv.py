@@ -87,7 +87,7 @@ def _chosen(context: Context, oracle: PDOracle) -> tuple[KVSend, ...]:
     return get_selection(asked).choose(problem, context.note)
 
 
-_EFFECTS = 2  # version of what is kept
+_EFFECTS = 1  # version of what is kept
 
 
 def _kept(context: Context, text: Tensor, offsets: KeyOffsets | None) -> Kept:
@@ -99,7 +99,7 @@ def _kept(context: Context, text: Tensor, offsets: KeyOffsets | None) -> Kept:
     asked, plan = context.recipe.kv, heal.blocks_plan(context)
     about = [_EFFECTS, context.checkpoint.fingerprint, plan.digest, heal.weights(context), asked.prompt_tokens]
     about += [context.recipe.calibration.seed, hashlib.sha256(text.numpy().tobytes()).hexdigest()]
-    about += [None if offsets is None else offsets.file.sha256]
+    about += [] if offsets is None else [offsets.file.sha256]
 
     def kept(name: str, make: Callable[[], Tensor]) -> Tensor:
         key = hashlib.sha256(json.dumps([*about, name]).encode()).hexdigest()

@@ -106,7 +106,9 @@ def test_broken_keys_come_back_broken():
 
 
 def test_the_file_is_read_where_it_is_the_plans_and_refused_elsewhere(tmp_path):
-    without, plan, offsets = case("int4")
+    without, plan, _ = case("int4")
+    offsets = random_offsets(plan.model, [0], scaling=1.1386294)
+    plan = plan.with_key_offsets(offsets.file)
     assert KeyOffsets.read(tmp_path, without) is None
     with pytest.raises(UserError, match=r"cannot be read \(No such file or directory\); copy it from the bundle"):
         KeyOffsets.read(tmp_path, plan)

@@ -6,7 +6,8 @@ send a few rows, and a row's bytes must not depend on its neighbours. So both ar
 fixed Hadamard rotation along the channels (as in QuaRot, arXiv:2404.00456) first spreads the outliers. It is done by
 sums and differences in a fixed order, and normalised by powers of two, so that every form has the same bytes.
 
-Rotated values are nearly normal with mean zero. So no minimum travels, and cells are narrower where most values are:
+Rotated values are nearly normal with mean zero (the constant that keys of some models hold is taken out before:
+`kvcache/key_offsets.py`). So no minimum travels, and cells are narrower where most values are:
 code `c` stands for the `y` with `floor(y * (curve - |y|) + 2^(bits - 1)) = c`, y within +-edge, which costs two
 operations more than even cells; its level is the mean there of a normal distribution of which the largest of 64
 values is `edge`.
