@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from __results import write
+from __results import read, write
 from torch import Tensor
 
 from pdtrim_deploy.cache import Cache
@@ -40,17 +40,20 @@ BATCH = 2
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--split", choices=("development", "final"), default="final")
-    parser.add_argument("--sequences", type=int, default=24)
+    parser.add_argument("--sequences", type=int, default=12)
     parser.add_argument("--prompt", type=int, default=448)
     parser.add_argument("--continuation", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--source", action="append", default=[], metavar="MODEL=SOURCE", help="the same model elsewhere"
     )
+    parser.add_argument("--model", action="append", choices=MODELS, help="measure it alone, others' rows stay")
     asked = parser.parse_args()
-    sources = MODELS | dict(given.split("=", 1) for given in asked.source)
-    del asked.source  # a place on this machine
-    write("wire", asked, [row for name in MODELS for row in rows_of(name, sources[name], asked)])
+    sources, chosen = MODELS | dict(given.split("=", 1) for given in asked.source), asked.model or list(MODELS)
+    del asked.source, asked.model  # of this machine, of this run
+    before = [row for row in read("wire", asked) if row["model"] not in chosen]
+    rows = before + [row for name in chosen for row in rows_of(name, sources[name], asked)]
+    write("wire", asked, sorted(rows, key=lambda row: list(MODELS).index(row["model"])))
 
 
 def rows_of(name: str, source: str, asked: argparse.Namespace) -> Iterator[dict[str, Any]]:
