@@ -51,8 +51,8 @@ def main() -> None:
     asked = parser.parse_args()
     sources, chosen = MODELS | dict(given.split("=", 1) for given in asked.source), asked.model or list(MODELS)
     del asked.source, asked.model  # of this machine, of this run
-    before = [row for row in read("wire", asked) if row["model"] not in chosen]
-    rows = before + [row for name in chosen for row in rows_of(name, sources[name], asked)]
+    rows = [row for name in chosen for row in rows_of(name, sources[name], asked)]
+    rows += [row for row in read("wire", asked) if row["model"] not in chosen]
     write("wire", asked, sorted(rows, key=lambda row: list(MODELS).index(row["model"])))
 
 
