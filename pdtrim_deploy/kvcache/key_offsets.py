@@ -37,7 +37,7 @@ class KeyOffsets:
 
     Attributes:
         means: by layer of decode, float32 `[kv_heads, head_dim]`, before RoPE.
-        frequencies: float32 `[head_dim / 2]`, RoPE's angle a position.
+        frequencies: float32 `[head_dim / 2]`, RoPE's angle a position; on the CPU.
         scaling: factor of cosines and sines (yarn's attention factor; else 1).
         data: bytes of the file; the same whatever heads and device.
 
@@ -90,6 +90,11 @@ class KeyOffsets:
         """How a plan names it."""
         return KeyOffsetsFile(sha256=hashlib.sha256(self.data).hexdigest(), layers=tuple(sorted(self.means)))
 
+    @property
+    def device(self) -> torch.device:
+        """Where the means are."""
+        return next(iter(self.means.values())).device
+
     def heads(self, rank: int, count: int) -> KeyOffsets:
         """Those of the `count` KV heads that tensor-parallel `rank` holds."""
         means = {layer: mean[rank * count : (rank + 1) * count].contiguous() for layer, mean in self.means.items()}
@@ -97,12 +102,12 @@ class KeyOffsets:
 
     def to(self, device: torch.device) -> KeyOffsets:
         """The same on a device; made once."""
-        if device == self.frequencies.device:
+        if device == self.device:
             return self
         with self._lock:
             if device not in self._elsewhere:
                 means = {layer: mean.to(device) for layer, mean in self.means.items()}
-                self._elsewhere[device] = KeyOffsets(means, self.frequencies.to(device), self.scaling, self.data)
+                self._elsewhere[device] = KeyOffsets(means, self.frequencies, self.scaling, self.data)
             return self._elsewhere[device]
 
     def table(self, positions: int) -> Tensor:
@@ -114,8 +119,8 @@ class KeyOffsets:
             with self._lock:
                 if len(self._tables[-1]) < positions:
                     size = max(LEAST_POSITIONS, 1 << (positions - 1).bit_length())
-                    made = rotary_table(torch.arange(size), self.frequencies.cpu(), self.scaling)
-                    self._tables.append(made.to(self.frequencies.device))
+                    made = rotary_table(torch.arange(size), self.frequencies, self.scaling)
+                    self._tables.append(made.to(self.device))
         return self._tables[-1]
 
 
