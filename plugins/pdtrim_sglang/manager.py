@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from sglang.srt.disaggregation.common.conn import CommonKVManager, CommonKVReceiver
@@ -12,7 +13,7 @@ from pdtrim_deploy.worker.config import WorkerConfig
 from pdtrim_sglang import hooks
 from pdtrim_sglang.control import protect
 from pdtrim_sglang.decode import DecodeSide
-from pdtrim_sglang.plan_source import check_fits, dense_plan, read_plan
+from pdtrim_sglang.plan_source import check_fits, dense_plan, read_offsets, read_plan
 from pdtrim_sglang.pool import PoolView
 from pdtrim_sglang.prefill import PrefillSide
 from pdtrim_sglang.requirements import check_options, check_staging, check_window
@@ -35,6 +36,7 @@ class PDTrimKVManager(CommonKVManager):
     def __init__(self, args: Any, disaggregation_mode: Any, server_args: Any, is_mla_backend: bool = False) -> None:
         hooks.check()
         self._given_plan = read_plan(server_args.model_path)
+        self._offsets = read_offsets(server_args.model_path, self._given_plan)
         check_options(server_args, args, self._given_plan, is_mla_backend)
         self.prompts_announced: dict[int, int] = {}
         signature = hooks.signature_of(server_args)
@@ -60,6 +62,8 @@ class PDTrimKVManager(CommonKVManager):
         stage: Stage = "prefill" if self.disaggregation_mode == DisaggregationMode.PREFILL else "decode"
         self.plan = self._given_plan or dense_plan(len(view.keys), pool)
         check_fits(self.plan, stage, pool, self.attn_tp_size if self._given_plan else 1)
+        if self._offsets is not None:
+            view = replace(view, offsets=self._offsets.heads(self.attn_tp_rank, view.kv_heads))
         if self._given_plan:
             check_window(model.config, self.server_args.context_length)
         aux = AuxRows(tuple(self.kv_args.aux_data_ptrs), tuple(self.kv_args.aux_item_lens))

@@ -188,10 +188,10 @@ class Peer:
         layout = chunk_layout(self._plan, chunk.prompt_tokens, chunk.start, chunk.stop, self._pool.kv_heads)
         payload = None
         if chunk.span is not None:
-            payload = chunk.span.payload(layout, self._channel.staging)
+            payload = chunk.span.payload(layout, self._channel.staging, self._pool.offsets)
         else:
             slots = self._pool.slots(chunk.pages, chunk.stop - chunk.pages_start)[chunk.start - chunk.pages_start :]
-            pack(layout, self._pool.keys, self._pool.values, slots, self._channel.staging)
+            pack(layout, self._pool.keys, self._pool.values, slots, self._channel.staging, self._pool.offsets)
         aux = memoryview(self._aux.read(chunk.aux_index) if chunk.last else b"")
         if not self._owner.is_live(chunk.room):  # failed while packing: the pages may have been another's
             return

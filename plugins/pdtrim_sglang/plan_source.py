@@ -1,4 +1,4 @@
-"""Where a worker finds its plan: under "pdtrim" in its checkpoint's config.json."""
+"""Where a worker finds its plan: under "pdtrim" in its checkpoint's config.json; key offsets in a file beside it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
 from pdtrim_deploy.plan import ModelShape, NativeDtype, PDPlan, Stage
 
 KV_DTYPES: dict[str, NativeDtype] = {
@@ -27,6 +28,16 @@ def read_plan(model_path: str) -> PDPlan | None:
         return None
     data = json.loads(config.read_text()).get("pdtrim")
     return None if data is None else PDPlan.parse(data, f"{config}, key pdtrim")
+
+
+def read_offsets(model_path: str, plan: PDPlan | None) -> KeyOffsets | None:
+    """The plan's key offsets, of all KV heads; None when it has none.
+
+    Raises:
+        UserError: the file is missing or not the plan's.
+
+    """
+    return None if plan is None else KeyOffsets.read(Path(model_path), plan)
 
 
 def dense_plan(num_layers: int, pool: Any) -> PDPlan:

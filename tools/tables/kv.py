@@ -32,13 +32,25 @@ def kv(data: dict[str, Any]) -> str:
 
 
 def wire(data: dict[str, Any]) -> str:
-    """Quality and bytes of the wire dtypes."""
-    rows = [
-        (row["wire_dtype"], f"{row['reduction']:.2f}x", f"{row['ratio']:.4f}", f"{row['kl']:.1e}")
-        for row in data["rows"]
-    ]
-    head = ("wire dtype, all rows of all layers", "bytes against bfloat16", "perplexity ratio", "KL, nats")
-    return table(head, rows) + where(data["environment"], f"seed {data['options']['seed']}")
+    """Quality and bytes of the wire dtypes, keys whole and less their offsets."""
+    found = {(row["model"], row["wire"], row["key_offsets"]): row for row in data["rows"]}
+    rows = []
+    for model, wire in dict.fromkeys(key[:2] for key in found):
+        whole = found[model, wire, False]
+        shown = [
+            text
+            for row in (whole, found.get((model, wire, True), whole))
+            for text in (f"{row['ratio']:.4f} ± {row['error']:.4f}", f"{row['kl']:.1e}")
+        ]
+        rows.append((model, wire, f"{whole['reduction']:.2f}x", *shown))
+    head = (
+        "model", "wire dtype, all rows of all layers", "bytes against bfloat16", "perplexity ratio, keys whole",
+        "KL, nats", "perplexity ratio, keys less their offsets", "KL, nats",
+    )  # fmt: skip
+    said = "{sequences} x {continuation} tokens of Brown's {split} split after {prompt} of prompt; ± is the paired "
+    return table(head, rows) + where(
+        data["environment"], (said + "standard error; seed {seed}").format(**data["options"])
+    )
 
 
 def pack(data: dict[str, Any]) -> str:
