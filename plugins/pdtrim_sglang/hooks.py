@@ -1,7 +1,7 @@
 """Every private interface of SGLang that this plugin touches, in one place. Read against SGLang 0.5.23.
 
 `install` registers the hooks, SGLang applies them (and only logs a failure), so `check` is called when a worker
-builds its KV manager and refuses to start when one did not take.
+builds its KV manager, and in the process of its front end, and refuses to start when one did not take.
 """
 
 from __future__ import annotations
@@ -30,12 +30,14 @@ LOAD_MODEL = "sglang.srt.model_executor.model_runner.ModelRunner.load_model"
 TORCH_NATIVE = "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend"
 CONFIGURATOR = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator"
 KV_POOL, ALLOCATOR = f"{CONFIGURATOR}._build_mha_kv_pool", f"{CONFIGURATOR}._build_token_to_kv_pool_allocator"
+NORMALISE = "sglang.srt.managers.io_struct.GenerateReqInput.normalize_batch_and_arguments"
+FRONT_END = "sglang.srt.managers.tokenizer_manager.TokenizerManager.init_disaggregation"
 CELL_SIZE = "sglang.srt.model_executor.pool_configurator.DefaultPoolConfigurator._compute_cell_size"
 # SGLang's own factories by the name of `--attention-backend`, and what stands in their place once they are wanted.
 ATTENTION = {"triton": "SparseTritonBackend", "flashinfer": "SparseFlashInferBackend"}
 TARGETS = (
     GET_KV_CLASS, CREATE_SENDER, PREFILL_MANAGER, DECODE_MANAGER, PRE_ALLOC, ADMISSION, SEND_METADATA, TORCH_NATIVE,
-    KV_POOL, ALLOCATOR, CELL_SIZE, LOAD_MODEL,
+    KV_POOL, ALLOCATOR, CELL_SIZE, LOAD_MODEL, NORMALISE, FRONT_END,
 )  # fmt: skip
 
 
@@ -56,6 +58,8 @@ def install() -> None:
     HookRegistry.register(KV_POOL, _split_pool, HookType.AROUND)
     HookRegistry.register(ALLOCATOR, _split_allocator, HookType.AROUND)
     HookRegistry.register(CELL_SIZE, _split_cell_size, HookType.AROUND)
+    HookRegistry.register(NORMALISE, _spread_samples, HookType.AFTER)
+    HookRegistry.register(FRONT_END, _check_front_end, HookType.AFTER)
     HookRegistry.register(SEND_METADATA, _name_prompt_of_receiver, HookType.AROUND)
     HookRegistry.register(LOAD_MODEL, _cut_kv_only_layers, HookType.AFTER)
     HookRegistry.register(TORCH_NATIVE, SparseTorchNativeBackend, HookType.REPLACE)
@@ -182,6 +186,22 @@ def _kv_class(original: Callable[..., Any], transfer_backend: Any, class_type: A
         KVClassType.RECEIVER: PDTrimKVReceiver,
         KVClassType.BOOTSTRAP_SERVER: PDTrimBootstrapServer,
     }[class_type]
+
+
+def _is_ours() -> bool:
+    return str(server_arguments().disaggregation_transfer_backend).startswith("pdtrim_")
+
+
+def _spread_samples(_: None, request: Any) -> None:
+    if _is_ours():
+        from pdtrim_sglang.samples import spread_samples
+
+        spread_samples(request)
+
+
+def _check_front_end(_: None, tokenizer_manager: Any, **__: Any) -> None:
+    if _is_ours():
+        check()
 
 
 def _attach_pool(manager: Any, queue: Any) -> Any:

@@ -13,6 +13,7 @@ from pdtrim_deploy.worker.config import WorkerConfig
 from pdtrim_sglang import hooks
 from pdtrim_sglang.control import protect
 from pdtrim_sglang.decode import DecodeSide
+from pdtrim_sglang.pairing import unlike_ranks
 from pdtrim_sglang.plan_source import check_fits, dense_plan, read_offsets, read_plan
 from pdtrim_sglang.pool import PoolView
 from pdtrim_sglang.prefill import PrefillSide
@@ -80,6 +81,21 @@ class PDTrimKVManager(CommonKVManager):
         else:
             self.decode_side = DecodeSide(*side)
             self._start_heartbeat_checker_thread()
+
+    def try_ensure_parallel_info(self, bootstrap_addr: str) -> bool:
+        """Called in decode until its first pairing with a prefill worker succeeds.
+
+        Raises:
+            RuntimeError: they cannot be paired, whatever the request. It ends this worker, as SGLang's own comparison
+                of page sizes and dtypes does: every later request would fail alike.
+
+        """
+        answered: bool = super().try_ensure_parallel_info(bootstrap_addr)
+        if answered:
+            prefill_tp = self.prefill_info_table[bootstrap_addr].attn_tp_size
+            if reason := unlike_ranks(prefill_tp, self.attn_tp_size):
+                raise RuntimeError(f"pdtrim: cannot decode for the prefill worker at {bootstrap_addr}: {reason}")
+        return answered
 
     def build_receiver_registration_message(self) -> list[bytes]:
         return self.decode_side.register_message()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,12 @@ def check_fits(plan: PDPlan, stage: Stage, pool: Any, tp_size: int) -> None:
         raise RuntimeError(
             f"pdtrim: the plan was made for a {model.kv_dtype} KV cache, this worker's is {pool.dtype}: "
             f"start it with --dtype {model.kv_dtype} and --kv-cache-dtype auto"
+        )
+    if model.num_kv_heads % tp_size:
+        raise RuntimeError(
+            f"pdtrim: the model's {model.num_kv_heads} KV heads cannot be divided among {tp_size} ranks; SGLang would "
+            "give several ranks a copy of one head, which the plan counts once: start both workers with --tp-size "
+            f"{math.gcd(model.num_kv_heads, tp_size)}"
         )
     shape = (model.num_kv_heads // tp_size, model.head_dim)
     if tuple(pool.k_buffer[0].shape[1:]) != shape or tuple(pool.v_buffer[0].shape[1:]) != shape:

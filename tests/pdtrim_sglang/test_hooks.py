@@ -7,14 +7,18 @@ from types import SimpleNamespace
 import pytest
 import transformers
 
-from pdtrim_deploy.plan import KVSend, ModelShape, PDPlan
+from pdtrim_deploy.plan import Drop, Keep, KVOnly, KVSend, ModelShape, PDPlan
 
 pytest.importorskip("sglang", reason="needs the serve environment")
 
 SHAPE = ModelShape(architecture="X", fingerprint="f", num_blocks=1, num_kv_heads=1, head_dim=8, kv_dtype="float32")
 SPARSE = PDPlan.dense(SHAPE).with_kv((KVSend(mode="sparse", n_first=1),))
-POOL = SimpleNamespace(state_types=[])
-PLAIN = {"pp_size": 1, "dcp_size": 1, "attn_cp_size": 1, "speculative_algorithm": None}
+POOL = SimpleNamespace(state_types=[], page_size=1)
+PLAIN = {
+    "pp_size": 1, "dcp_size": 1, "attn_cp_size": 1, "speculative_algorithm": None, "tokenizer_worker_num": 1,
+    "enable_lora": None, "lora_paths": None, "json_model_override_args": "{}",
+    "disaggregation_enable_kv_checksum": False,
+}  # fmt: skip
 DECODE = PLAIN | {
     "disaggregation_mode": "decode", "disaggregation_decode_enable_radix_cache": False,
     "disaggregation_decode_enable_offload_kvcache": False,
@@ -90,6 +94,7 @@ def test_the_gpu_backends_are_ours_where_a_layer_is_cut_and_only_there(registry,
         ({"pp_size": 2}, "--pp-size 1"),
         ({"dcp_size": 2}, "--dcp-size 1"),
         ({"attn_cp_size": 2}, "--attn-cp-size 1"),
+        ({"tokenizer_worker_num": 2}, "--tokenizer-worker-num 1"),
         ({"speculative_algorithm": "NGRAM"}, "--speculative-algorithm"),  # has no draft model, and no pool for one
     ],
 )
@@ -99,6 +104,85 @@ def test_options_that_would_give_wrong_text_are_refused(registry, options, sente
     check_options(SimpleNamespace(**DECODE), POOL, SPARSE, False)
     with pytest.raises(RuntimeError, match=sentence):
         check_options(SimpleNamespace(**DECODE | options), POOL, SPARSE, False)
+
+
+THREE = SHAPE.model_copy(update={"num_blocks": 3})
+DENSE = PDPlan.dense(THREE)
+ENGINE = {"json_model_override_args": '{"pdtrim_engine": {"executor": "onnxruntime"}}'}
+
+
+def cut(prefill, decode=None):
+    """`prefill` and `decode` name what each block's action is."""
+    actions = {"keep": Keep(), "drop": Drop(), "kv_only": KVOnly()}
+    stages = [tuple(actions[kind] for kind in stage.split()) for stage in (prefill, decode or prefill)]
+    kept = sum(action.kind != "drop" for action in stages[1])
+    return PDPlan(model=THREE, prefill=stages[0], decode=stages[1], kv=(KVSend(),) * kept)
+
+
+@pytest.mark.parametrize("given", [{"enable_lora": True}, {"lora_paths": ["a=b"]}])
+@pytest.mark.parametrize("stage", ["prefill", "decode"])
+@pytest.mark.parametrize(
+    ("plan", "sentence"),
+    [
+        (None, None),
+        (DENSE, None),
+        (DENSE.with_kv((KVSend(mode="sparse", n_first=1), KVSend(), KVSend(wire_dtype="int8"))), None),
+        (
+            cut("keep keep keep", "keep drop keep"),
+            r"blocks of decode \(1\), so an adapter .*--enable-lora and --lora-paths",
+        ),
+        (cut("keep drop drop"), r"blocks of prefill \(1, 2\), so an adapter"),
+        (cut("keep keep kv_only", "keep keep keep"), r"blocks of prefill \(2\), so an adapter"),
+    ],
+)
+def test_adapters_of_the_unpruned_model_are_refused_where_layers_are_numbered_anew(given, stage, plan, sentence):
+    from pdtrim_sglang.requirements import check_options
+
+    options = SimpleNamespace(**DECODE | given | {"disaggregation_mode": stage})
+    with pytest.raises(RuntimeError, match=sentence) if sentence else nullcontext():
+        check_options(options, POOL, plan, False)
+    vars(options).update(ENGINE)
+    with pytest.raises(RuntimeError, match=sentence or "an engine's weights are its own"):
+        check_options(options, POOL, plan, False)
+
+
+@pytest.mark.parametrize("stage", ["prefill", "decode"])
+@pytest.mark.parametrize(
+    ("plan", "page_size", "refused"),
+    [
+        (None, 1, False),
+        (None, 16, True),  # SGLang compares the rest of a last page, which is not sent
+        (DENSE, 1, False),
+        (DENSE, 16, True),
+        (cut("keep drop keep"), 1, False),
+        (cut("keep keep keep", "keep drop keep"), 1, True),
+        (DENSE.with_kv((KVSend(), KVSend(mode="sparse", n_first=1), KVSend())), 1, True),
+        (DENSE.with_kv((KVSend(), KVSend(), KVSend(wire_dtype="int8"))), 1, True),
+    ],
+)
+def test_sglangs_own_digest_is_refused_where_both_pools_do_not_hold_the_same(stage, plan, page_size, refused):
+    from pdtrim_sglang.requirements import check_options
+
+    options = DECODE | {"disaggregation_mode": stage, "disaggregation_enable_kv_checksum": True}
+    pool = SimpleNamespace(state_types=[], page_size=page_size)
+    sentence = "start without --disaggregation-enable-kv-checksum"
+    with pytest.raises(RuntimeError, match=sentence) if refused else nullcontext():
+        check_options(SimpleNamespace(**options), pool, plan, False)
+
+
+@pytest.mark.parametrize(
+    ("heads", "ranks", "most"), [(4, 8, 4), (4, 3, 1), (2, 4, 2), (6, 4, 2), (4, 4, None), (8, 2, None)]
+)
+def test_more_ranks_than_kv_heads_are_refused_by_name(heads, ranks, most):
+    import torch
+    from pdtrim_sglang.plan_source import check_fits
+
+    plan = PDPlan.dense(SHAPE.model_copy(update={"num_kv_heads": heads}))
+    rows = [torch.zeros(2, max(1, heads // ranks), 8)]  # SGLang copies heads where there are too few
+    pool = SimpleNamespace(k_buffer=rows, v_buffer=rows, dtype=torch.float32)
+    sentence = f"{heads} KV heads cannot be divided among {ranks} ranks.*--tp-size {most}$"
+    with pytest.raises(RuntimeError, match=sentence) if most else nullcontext():
+        check_fits(plan, "decode", pool, ranks)
 
 
 @pytest.mark.parametrize(
