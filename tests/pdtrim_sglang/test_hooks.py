@@ -108,7 +108,7 @@ def test_options_that_would_give_wrong_text_are_refused(registry, options, sente
 
 THREE = SHAPE.model_copy(update={"num_blocks": 3})
 DENSE = PDPlan.dense(THREE)
-ENGINE = {"json_model_override_args": '{"pdtrim_engine": {"executor": "onnxruntime"}}'}
+ENGINE = {"json_model_override_args": '{"pdtrim_engine": {"executor": "onnxruntime", "path": "p", "stage": "decode"}}'}
 
 
 def cut(prefill, decode=None):
