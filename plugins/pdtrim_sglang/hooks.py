@@ -32,9 +32,11 @@ KV_POOL, ALLOCATOR = f"{CONFIGURATOR}._build_mha_kv_pool", f"{CONFIGURATOR}._bui
 CELL_SIZE = "sglang.srt.model_executor.pool_configurator.DefaultPoolConfigurator._compute_cell_size"
 # SGLang's own factories by the name of `--attention-backend`, and what stands in their place once they are wanted.
 ATTENTION = {"triton": "SparseTritonBackend", "flashinfer": "SparseFlashInferBackend"}
+VALIDATE = "sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request"
+VALIDATE_COMPLETION = "sglang.srt.entrypoints.openai.serving_completions.OpenAIServingCompletion._validate_request"
 TARGETS = (
     GET_KV_CLASS, CREATE_SENDER, PREFILL_MANAGER, DECODE_MANAGER, PRE_ALLOC, ADMISSION, SEND_METADATA, TORCH_NATIVE,
-    KV_POOL, ALLOCATOR, CELL_SIZE,
+    KV_POOL, ALLOCATOR, CELL_SIZE, VALIDATE, VALIDATE_COMPLETION,
 )  # fmt: skip
 
 
@@ -57,6 +59,8 @@ def install() -> None:
     HookRegistry.register(CELL_SIZE, _split_cell_size, HookType.AROUND)
     HookRegistry.register(SEND_METADATA, _name_prompt_of_receiver, HookType.AROUND)
     HookRegistry.register(TORCH_NATIVE, SparseTorchNativeBackend, HookType.REPLACE)
+    HookRegistry.register(VALIDATE, _refuse_request, HookType.AROUND)
+    HookRegistry.register(VALIDATE_COMPLETION, _refuse_completion, HookType.AROUND)
 
 
 def check() -> None:
@@ -254,3 +258,26 @@ def _split_cell_size(original: Callable[..., int], sizer: Any, configurator: Any
     from pdtrim_sglang.split_pool.build import token_bytes
 
     return token_bytes(configurator, original(sizer, configurator, *args, **kwargs))
+
+
+def _refuse_request(original: Callable[..., None], manager: Any, request: Any, input_ids: Any) -> None:
+    from sglang.srt.managers.io_struct import GenerateReqInput
+
+    from pdtrim_sglang.clients import bad_logprobs, bad_prompt
+
+    original(manager, request, input_ids)
+    vocabulary = manager.model_config.vocab_size
+    problem = bad_prompt(input_ids, vocabulary) if input_ids is not None else None
+    if isinstance(request, GenerateReqInput):
+        problem = problem or bad_logprobs(request.logprob_start_len, request.top_logprobs_num, vocabulary)
+    if problem:
+        raise ValueError(problem)  # SGLang answers 400
+
+
+def _refuse_completion(original: Callable[..., str | None], serving: Any, request: Any) -> str | None:
+    from pdtrim_sglang.clients import scored_echo
+
+    problem = original(serving, request)
+    if problem or server_arguments().disaggregation_mode == "null":
+        return problem
+    return scored_echo(request.echo, request.logprobs)
