@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 MOST_TOP_LOGPROBS = 128  # sglang.srt.disaggregation.utils.MetadataBuffers of SGLang 0.5.23
@@ -23,6 +24,16 @@ def bad_logprobs(start: int, alternatives: int, vocabulary: int) -> str | None:
         return f"logprob_start_len is {start}; valid are -1 (the answer's alone) and positions in the prompt"
     most = min(MOST_TOP_LOGPROBS, vocabulary)
     return None if 0 <= alternatives <= most else f"{alternatives} top logprobs were asked for; valid are 0 to {most}"
+
+
+def bad_stop_regex(patterns: str | Sequence[str] | None) -> str | None:
+    """What is wrong with `stop_regex`, or nothing; SGLang itself answers 500, as if the worker were at fault."""
+    for pattern in [patterns] if isinstance(patterns, str) else patterns or ():
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            return f"stop_regex {pattern!r} is no regular expression: {error}"
+    return None
 
 
 def scored_echo(echo: bool, logprobs: int | None) -> str | None:

@@ -263,13 +263,16 @@ def _split_cell_size(original: Callable[..., int], sizer: Any, configurator: Any
 def _refuse_request(original: Callable[..., None], manager: Any, request: Any, input_ids: Any) -> None:
     from sglang.srt.managers.io_struct import GenerateReqInput
 
-    from pdtrim_sglang.clients import bad_logprobs, bad_prompt
+    from pdtrim_sglang.clients import bad_logprobs, bad_prompt, bad_stop_regex
 
     original(manager, request, input_ids)
     vocabulary = manager.model_config.vocab_size
-    problem = bad_prompt(input_ids, vocabulary) if input_ids is not None else None
+    if input_ids is None:  # the two stages would not agree on the prompt, and wait for each other
+        raise ValueError("prompts of embeddings are not supported here; give text or token ids")
+    problem = bad_prompt(input_ids, vocabulary)
     if isinstance(request, GenerateReqInput):
         problem = problem or bad_logprobs(request.logprob_start_len, request.top_logprobs_num, vocabulary)
+        problem = problem or bad_stop_regex(request.sampling_params.get("stop_regex"))
     if problem:
         raise ValueError(problem)  # SGLang answers 400
 

@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("sglang", reason="needs the serve environment")
 
-from pdtrim_sglang.clients import MOST_TOP_LOGPROBS, bad_logprobs, bad_prompt, scored_echo
+from pdtrim_sglang.clients import MOST_TOP_LOGPROBS, bad_logprobs, bad_prompt, bad_stop_regex, scored_echo
 
 
 @pytest.mark.parametrize(
@@ -21,6 +21,7 @@ def test_prompts_without_an_embedding(ids, says):
 def test_ordinary_requests_pass():
     assert bad_prompt([0, 511], 512) is None
     assert bad_logprobs(-1, 0, 512) is bad_logprobs(7, 128, 512) is None
+    assert bad_stop_regex(None) is bad_stop_regex("a+") is bad_stop_regex(["a", "b?"]) is None
     assert scored_echo(True, None) is scored_echo(False, 0) is None
 
 
@@ -41,13 +42,17 @@ def test_sglang_refuses_what_we_say_is_wrong(monkeypatch):
     from sglang.srt.managers.io_struct import GenerateReqInput
 
     manager = SimpleNamespace(model_config=SimpleNamespace(vocab_size=512))
-    request = GenerateReqInput(input_ids=[5], top_logprobs_num=0, logprob_start_len=-1)
+    request = GenerateReqInput(input_ids=[5], sampling_params={}, top_logprobs_num=0, logprob_start_len=-1)
     hooks._refuse_request(lambda *given: None, manager, request, [5])
-    hooks._refuse_request(lambda *given: None, manager, request, None)  # embeddings in the place of ids
+    with pytest.raises(ValueError, match="embeddings are not supported"):
+        hooks._refuse_request(lambda *given: None, manager, request, None)
     with pytest.raises(ValueError, match="valid ids are"):
         hooks._refuse_request(lambda *given: None, manager, request, [512])
     request.top_logprobs_num = 129
     with pytest.raises(ValueError, match="129 top logprobs"):
+        hooks._refuse_request(lambda *given: None, manager, request, [5])
+    request.top_logprobs_num, request.sampling_params = 0, {"stop_regex": ["a+", "((("]}
+    with pytest.raises(ValueError, match=r"'\(\(\(' is no regular expression"):
         hooks._refuse_request(lambda *given: None, manager, request, [5])
     body = SimpleNamespace(echo=True, logprobs=1)
     for mode, says in (("prefill", "echo with logprobs"), ("decode", "echo with logprobs"), ("null", "")):
