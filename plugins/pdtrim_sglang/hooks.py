@@ -266,6 +266,8 @@ def _refuse_request(original: Callable[..., None], manager: Any, request: Any, i
     from pdtrim_sglang.clients import bad_logprobs, bad_prompt, bad_stop_regex
 
     original(manager, request, input_ids)
+    if server_arguments().disaggregation_mode == "null":
+        return
     vocabulary = manager.model_config.vocab_size
     if input_ids is None:  # the two stages would not agree on the prompt, and wait for each other
         raise ValueError("prompts of embeddings are not supported here; give text or token ids")

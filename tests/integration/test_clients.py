@@ -5,7 +5,7 @@ from dataclasses import replace
 import httpx
 import pytest
 import torch
-from client_pair import ClientPair, client_oracle, client_stages, exactly
+from clientpair import ClientPair, client_oracle, client_stages, exactly
 
 from pdtrim_deploy.checkpoints.loading import load_tokenizer
 from pdtrim_deploy.serving import ServeEnvironment, commands

@@ -41,6 +41,7 @@ def test_sglang_refuses_what_we_say_is_wrong(monkeypatch):
     from pdtrim_sglang import hooks
     from sglang.srt.managers.io_struct import GenerateReqInput
 
+    monkeypatch.setattr(hooks, "server_arguments", lambda: SimpleNamespace(disaggregation_mode="decode"))
     manager = SimpleNamespace(model_config=SimpleNamespace(vocab_size=512))
     request = GenerateReqInput(input_ids=[5], sampling_params={}, top_logprobs_num=0, logprob_start_len=-1)
     hooks._refuse_request(lambda *given: None, manager, request, [5])
