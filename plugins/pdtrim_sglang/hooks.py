@@ -35,9 +35,11 @@ FRONT_END = "sglang.srt.managers.tokenizer_manager.TokenizerManager.init_disaggr
 CELL_SIZE = "sglang.srt.model_executor.pool_configurator.DefaultPoolConfigurator._compute_cell_size"
 # SGLang's own factories by the name of `--attention-backend`, and what stands in their place once they are wanted.
 ATTENTION = {"triton": "SparseTritonBackend", "flashinfer": "SparseFlashInferBackend"}
+VALIDATE = "sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request"
+VALIDATE_COMPLETION = "sglang.srt.entrypoints.openai.serving_completions.OpenAIServingCompletion._validate_request"
 TARGETS = (
     GET_KV_CLASS, CREATE_SENDER, PREFILL_MANAGER, DECODE_MANAGER, PRE_ALLOC, ADMISSION, SEND_METADATA, TORCH_NATIVE,
-    KV_POOL, ALLOCATOR, CELL_SIZE, LOAD_MODEL, NORMALISE, FRONT_END,
+    KV_POOL, ALLOCATOR, CELL_SIZE, LOAD_MODEL, NORMALISE, FRONT_END, VALIDATE, VALIDATE_COMPLETION,
 )  # fmt: skip
 
 
@@ -63,6 +65,8 @@ def install() -> None:
     HookRegistry.register(SEND_METADATA, _name_prompt_of_receiver, HookType.AROUND)
     HookRegistry.register(LOAD_MODEL, _cut_kv_only_layers, HookType.AFTER)
     HookRegistry.register(TORCH_NATIVE, SparseTorchNativeBackend, HookType.REPLACE)
+    HookRegistry.register(VALIDATE, _refuse_request, HookType.AROUND)
+    HookRegistry.register(VALIDATE_COMPLETION, _refuse_completion, HookType.AROUND)
 
 
 def check() -> None:
@@ -284,3 +288,31 @@ def _split_cell_size(original: Callable[..., int], sizer: Any, configurator: Any
     from pdtrim_sglang.split_pool.build import token_bytes
 
     return token_bytes(configurator, original(sizer, configurator, *args, **kwargs))
+
+
+def _refuse_request(original: Callable[..., None], manager: Any, request: Any, input_ids: Any) -> None:
+    from sglang.srt.managers.io_struct import GenerateReqInput
+
+    from pdtrim_sglang.clients import bad_logprobs, bad_prompt, bad_stop_regex
+
+    original(manager, request, input_ids)
+    if server_arguments().disaggregation_mode == "null":
+        return
+    vocabulary = manager.model_config.vocab_size
+    if input_ids is None:  # the two stages would not agree on the prompt, and wait for each other
+        raise ValueError("prompts of embeddings are not supported here; give text or token ids")
+    problem = bad_prompt(input_ids, vocabulary)
+    if isinstance(request, GenerateReqInput):
+        problem = problem or bad_logprobs(request.logprob_start_len, request.top_logprobs_num, vocabulary)
+        problem = problem or bad_stop_regex(request.sampling_params.get("stop_regex"))
+    if problem:
+        raise ValueError(problem)  # SGLang answers 400
+
+
+def _refuse_completion(original: Callable[..., str | None], serving: Any, request: Any) -> str | None:
+    from pdtrim_sglang.clients import scored_echo
+
+    problem = original(serving, request)
+    if problem or server_arguments().disaggregation_mode == "null":
+        return problem
+    return scored_echo(request.echo, request.logprobs)
