@@ -10,7 +10,7 @@ from sglang.srt.disaggregation.utils import DisaggregationMode
 
 from pdtrim_deploy.plan import PDPlan, Stage
 from pdtrim_deploy.worker.config import WorkerConfig
-from pdtrim_sglang import hooks
+from pdtrim_sglang import hook_targets, identity
 from pdtrim_sglang.control import protect
 from pdtrim_sglang.decode import DecodeSide
 from pdtrim_sglang.pairing import unlike_ranks
@@ -35,13 +35,13 @@ class PDTrimKVManager(CommonKVManager):
     decode_side: DecodeSide
 
     def __init__(self, args: Any, disaggregation_mode: Any, server_args: Any, is_mla_backend: bool = False) -> None:
-        hooks.check()
+        hook_targets.check()
         self._given_plan = read_plan(server_args.model_path)
         self._offsets = read_offsets(server_args.model_path, self._given_plan)
         check_options(server_args, args, self._given_plan, is_mla_backend)
         self.prompts_announced: dict[int, int] = {}
-        signature = hooks.signature_of(server_args)
-        hooks.sign_requests(signature)  # prefill registers in the next line
+        signature = identity.signature_of(server_args)
+        identity.sign_requests(signature)  # prefill registers in the next line
         super().__init__(args, disaggregation_mode, server_args, is_mla_backend)
         self._secret = signature.credentials.secret
         protect(self.server_socket, (self._zmq_ctx, CommonKVReceiver._ctx), self._secret)

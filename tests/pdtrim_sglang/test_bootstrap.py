@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("sglang", reason="needs the serve environment")
 from aiohttp.test_utils import TestClient, TestServer
-from pdtrim_sglang import bootstrap, hooks
+from pdtrim_sglang import bootstrap, hook_targets, identity, sglang_host
 from pdtrim_sglang.bootstrap import PDTrimBootstrapServer
 from pdtrim_sglang.signature import HEADER, Signature
 from pdtrim_sglang.transports.handshake import Credentials
@@ -32,8 +32,8 @@ STRANGERS = (None, Signature(Credentials(b"p" * 32)), Signature(Credentials(b"p"
 def talk(monkeypatch, conversation):
     """`conversation(ask)`, where `ask(method, target, body, signature)` gives a status and a text."""
     monkeypatch.setattr(PDTrimBootstrapServer, "run", lambda self: None)  # no thread, no port
-    monkeypatch.setattr(hooks, "server_arguments", lambda: None)
-    monkeypatch.setattr(hooks, "signature_of", lambda _: OURS)
+    monkeypatch.setattr(sglang_host, "server_arguments", lambda: None)
+    monkeypatch.setattr(identity, "signature_of", lambda _: OURS)
 
     async def all_of_it():
         async with TestClient(TestServer(PDTrimBootstrapServer("127.0.0.1", 0).app)) as client:
@@ -169,12 +169,12 @@ def listening(monkeypatch, tmp_path):
         model_path=str(tmp_path),
         json_model_override_args=json.dumps({"pdtrim_secret_file": str(secret)}),
     )
-    monkeypatch.setattr(hooks, "server_arguments", lambda: started)
+    monkeypatch.setattr(sglang_host, "server_arguments", lambda: started)
     monkeypatch.setattr(conn, "requests", conn.requests)  # put back afterwards
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
     server = PDTrimBootstrapServer("127.0.0.1", port)
-    hooks.sign_requests(hooks.signature_of(started))
+    identity.sign_requests(identity.signature_of(started))
     return server, f"127.0.0.1:{port}"
 
 
@@ -229,9 +229,9 @@ def test_a_bootstrap_server_that_listens_everywhere_wants_a_secret(monkeypatch, 
     started = SimpleNamespace(host="0.0.0.0", model_path=str(tmp_path), json_model_override_args="{}")
     monkeypatch.setenv("SGLANG_HOST_IP", "127.0.0.1")
     with pytest.raises(RuntimeError, match=r"reached at 0\.0\.0\.0, from other machines: give all workers one secret"):
-        hooks.signature_of(started)
+        identity.signature_of(started)
     started.host = "127.0.0.1"
-    assert hooks.signature_of(started).credentials.secret == b""
+    assert identity.signature_of(started).credentials.secret == b""
 
 
 def test_a_worker_signs_before_it_registers(monkeypatch):
@@ -246,8 +246,8 @@ def test_a_worker_signs_before_it_registers(monkeypatch):
         raise Registered
 
     monkeypatch.setattr(conn, "requests", conn.requests)
-    monkeypatch.setattr(hooks, "check", lambda: None)
-    monkeypatch.setattr(hooks, "signature_of", lambda _: OURS)
+    monkeypatch.setattr(hook_targets, "check", lambda: None)
+    monkeypatch.setattr(identity, "signature_of", lambda _: OURS)
     monkeypatch.setattr(manager, "check_options", lambda *_: None)
     monkeypatch.setattr(conn.CommonKVManager, "__init__", registers)
     with pytest.raises(Registered):

@@ -38,25 +38,28 @@ def test_as_many_alternatives_as_sglangs_metadata_row_holds():
 
 def test_sglang_refuses_what_we_say_is_wrong(monkeypatch):
     """The hooks raise ValueError, or return the sentence: SGLang answers 400 to both."""
-    from pdtrim_sglang import hooks
+    from pdtrim_sglang import sglang_host
+    from pdtrim_sglang.patches import front_end
     from sglang.srt.managers.io_struct import GenerateReqInput
 
-    monkeypatch.setattr(hooks, "server_arguments", lambda: SimpleNamespace(disaggregation_mode="decode"))
+    monkeypatch.setattr(sglang_host, "server_arguments", lambda: SimpleNamespace(disaggregation_mode="decode"))
     manager = SimpleNamespace(model_config=SimpleNamespace(vocab_size=512))
     request = GenerateReqInput(input_ids=[5], sampling_params={}, top_logprobs_num=0, logprob_start_len=-1)
-    hooks._refuse_request(lambda *given: None, manager, request, [5])
+    front_end.refuse_request(lambda *given: None, manager, request, [5])
     with pytest.raises(ValueError, match="embeddings are not supported"):
-        hooks._refuse_request(lambda *given: None, manager, request, None)
+        front_end.refuse_request(lambda *given: None, manager, request, None)
     with pytest.raises(ValueError, match="valid ids are"):
-        hooks._refuse_request(lambda *given: None, manager, request, [512])
+        front_end.refuse_request(lambda *given: None, manager, request, [512])
     request.top_logprobs_num = 129
     with pytest.raises(ValueError, match="129 top logprobs"):
-        hooks._refuse_request(lambda *given: None, manager, request, [5])
+        front_end.refuse_request(lambda *given: None, manager, request, [5])
     request.top_logprobs_num, request.sampling_params = 0, {"stop_regex": ["a+", "((("]}
     with pytest.raises(ValueError, match=r"'\(\(\(' is no regular expression"):
-        hooks._refuse_request(lambda *given: None, manager, request, [5])
+        front_end.refuse_request(lambda *given: None, manager, request, [5])
     body = SimpleNamespace(echo=True, logprobs=1)
     for mode, says in (("prefill", "echo with logprobs"), ("decode", "echo with logprobs"), ("null", "")):
-        monkeypatch.setattr(hooks, "server_arguments", lambda mode=mode: SimpleNamespace(disaggregation_mode=mode))
-        assert says in (hooks._refuse_completion(lambda *given: None, None, body) or "")
-        assert hooks._refuse_completion(lambda *given: "its own", None, body) == "its own"
+        monkeypatch.setattr(
+            sglang_host, "server_arguments", lambda mode=mode: SimpleNamespace(disaggregation_mode=mode)
+        )
+        assert says in (front_end.refuse_completion(lambda *given: None, None, body) or "")
+        assert front_end.refuse_completion(lambda *given: "its own", None, body) == "its own"

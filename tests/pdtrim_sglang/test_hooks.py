@@ -36,17 +36,17 @@ def registry():
 
 
 def test_every_hook_takes(registry):
-    from pdtrim_sglang import hooks
+    from pdtrim_sglang import hook_targets
 
-    hooks.check()
+    hook_targets.check()
 
 
 def test_a_hook_that_did_not_take_is_named(registry, monkeypatch):
-    from pdtrim_sglang import hooks
+    from pdtrim_sglang import hook_targets
 
-    monkeypatch.setattr(registry, "_patched", registry._patched - {hooks.PRE_ALLOC})
+    monkeypatch.setattr(registry, "_patched", registry._patched - {hook_targets.PRE_ALLOC})
     with pytest.raises(RuntimeError, match=r"did not take the hooks .*_pre_alloc; this plugin was written for SGLang"):
-        hooks.check()
+        hook_targets.check()
 
 
 def test_every_transport_is_a_transfer_backend(registry):
@@ -66,22 +66,22 @@ def test_the_torch_native_backend_is_the_sparse_one(registry):
 
 
 def test_the_gpu_backends_are_ours_where_a_layer_is_cut_and_only_there(registry, monkeypatch):
-    from pdtrim_sglang import hooks
-    from pdtrim_sglang.attention import sparse_layers
+    from pdtrim_sglang import hook_targets
+    from pdtrim_sglang.attention import factory, sparse_layers
     from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 
-    for name, ours in hooks.ATTENTION.items():
+    for name, ours in factory.ATTENTION.items():
         factory = ATTENTION_BACKENDS[name]
         module = importlib.import_module(f"pdtrim_sglang.attention.{name}")
         monkeypatch.setattr(module, ours, lambda runner, **_: "ours")
         monkeypatch.setattr(sparse_layers, "sparse_windows", lambda runner: runner.windows)
         runner = SimpleNamespace(windows={1: "window"}, init_new_workspace=False)
-        stock = hooks.SparseFactory(name, lambda runner: "sglang's")
+        stock = factory.SparseFactory(name, lambda runner: "sglang's")
         assert factory(runner) == stock(runner) == "ours"
         assert stock(SimpleNamespace(windows={})) == "sglang's"
     monkeypatch.setitem(ATTENTION_BACKENDS, "triton", factory.original)
     with pytest.raises(RuntimeError, match=r"did not take the hooks ATTENTION_BACKENDS\[triton\];"):
-        hooks.check()
+        hook_targets.check()
 
 
 @pytest.mark.parametrize(
@@ -266,7 +266,7 @@ def test_texts_longer_than_a_sliding_window_are_refused(config, length, refused)
     ("overlap", "device", "waits"), [(True, "cuda", True), (True, "cpu", False), (False, "cuda", False)]
 )
 def test_a_forward_pass_that_may_still_write_is_noted(registry, overlap, device, waits):
-    from pdtrim_sglang import hooks
+    from pdtrim_sglang.patches import transfer
 
     stream = SimpleNamespace(record_event=lambda: "event")
     queue = SimpleNamespace(scheduler=SimpleNamespace(enable_overlap=overlap, device=device, forward_stream=stream))
@@ -274,7 +274,7 @@ def test_a_forward_pass_that_may_still_write_is_noted(registry, overlap, device,
         kv_receiver=SimpleNamespace(), req=SimpleNamespace(output_ids=[], origin_input_ids=[1, 2, 3])
     )
     seen = []
-    hooks._name_prompt_of_receiver(lambda _, one: seen.append(vars(one.kv_receiver).copy()), queue, asked)
+    transfer.name_prompt_of_receiver(lambda _, one: seen.append(vars(one.kv_receiver).copy()), queue, asked)
     assert seen == [{"prompt_tokens": 3, "forward_done": "event" if waits else None}]
 
 
@@ -289,14 +289,14 @@ def test_a_stock_checkpoint_with_another_kv_dtype_is_refused():
 
 def test_what_prefill_computed_anew_stays_prompt_when_the_request_is_retracted_again():
     """Of the tokens emitted before, sparse layers were sent the last rows only."""
-    from pdtrim_sglang import hooks
+    from pdtrim_sglang.patches import memory
 
     req = SimpleNamespace(origin_input_ids=[1] * 5, output_ids=[2] * 7, kv=SimpleNamespace(req_pool_idx=1))
     req.pd_rebootstrap_in_progress = True
     rows = SimpleNamespace(pdtrim_prompt_tokens=[0, 0])
     queue = SimpleNamespace(req_to_token_pool=rows, token_to_kv_pool_allocator=None)
-    hooks._note_prompt_length(lambda *_: None, queue, req)
+    memory.note_prompt_length(lambda *_: None, queue, req)
     assert rows.pdtrim_prompt_tokens == [0, 12]
     req.pd_rebootstrap_in_progress, req.output_ids = False, [2] * 20  # and back from its backup
-    hooks._note_prompt_length(lambda *_: None, queue, req)
+    memory.note_prompt_length(lambda *_: None, queue, req)
     assert rows.pdtrim_prompt_tokens == [0, 12]

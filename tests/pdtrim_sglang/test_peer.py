@@ -10,9 +10,10 @@ import torch
 
 pytest.importorskip("sglang", reason="needs the serve environment")
 from packcases import random_offsets
-from pdtrim_sglang.peer import Chunk, Peer, RoomProgress
+from pdtrim_sglang.peer import Chunk, Peer
 from pdtrim_sglang.pool import PoolView
 from pdtrim_sglang.prefill import PrefillSide
+from pdtrim_sglang.progress import RoomProgress
 from pdtrim_sglang.protocol import Reply
 from pdtrim_sglang.rooms import AuxRows
 from pdtrim_sglang.sender import PDTrimKVSender

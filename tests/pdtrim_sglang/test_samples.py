@@ -8,7 +8,8 @@ import pytest
 pytest.importorskip("sglang", reason="needs the serve environment")
 from hypothesis import given
 from hypothesis import strategies as st
-from pdtrim_sglang import hooks
+from pdtrim_sglang import hook_targets, sglang_host
+from pdtrim_sglang.patches import front_end
 from pdtrim_sglang.samples import ROOMS, sample_room
 from sglang.srt.managers.io_struct import GenerateReqInput
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
@@ -23,7 +24,7 @@ N3 = {"n": 3, "temperature": 1.0}
 @pytest.fixture(autouse=True)
 def backend(monkeypatch):
     arguments = SimpleNamespace(disaggregation_transfer_backend="pdtrim_tcp")
-    monkeypatch.setattr(hooks, "server_arguments", lambda: arguments)
+    monkeypatch.setattr(sglang_host, "server_arguments", lambda: arguments)
     return arguments
 
 
@@ -127,9 +128,9 @@ def test_sglang_sends_one_request_a_sample_and_none_before_them(samples):
 
 def test_the_front_end_does_not_start_without_its_hook(backend, monkeypatch):
     """It runs in another process than the scheduler: hooks are applied, or not, in each."""
-    monkeypatch.setattr(HookRegistry, "_patched", HookRegistry._patched - {hooks.NORMALISE})
+    monkeypatch.setattr(HookRegistry, "_patched", HookRegistry._patched - {hook_targets.NORMALISE})
     backend.disaggregation_transfer_backend = "mooncake"
-    hooks._check_front_end(None, None)
+    front_end.check_front_end(None, None)
     backend.disaggregation_transfer_backend = "pdtrim_tcp"
     with pytest.raises(RuntimeError, match=r"did not take the hooks .*normalize_batch_and_arguments"):
-        hooks._check_front_end(None, None)
+        front_end.check_front_end(None, None)
