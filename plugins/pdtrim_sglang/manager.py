@@ -8,6 +8,7 @@ from typing import Any
 from sglang.srt.disaggregation.common.conn import CommonKVManager, CommonKVReceiver
 from sglang.srt.disaggregation.utils import DisaggregationMode
 
+from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
 from pdtrim_deploy.plan import PDPlan, Stage
 from pdtrim_deploy.worker.config import WorkerConfig
 from pdtrim_sglang import hook_targets, identity
@@ -31,6 +32,7 @@ class PDTrimKVManager(CommonKVManager):
     reports_transfer_latency = True
 
     plan: PDPlan
+    _offsets: KeyOffsets | None = None
     prefill_side: PrefillSide
     decode_side: DecodeSide
 

@@ -70,13 +70,13 @@ def test_the_gpu_backends_are_ours_where_a_layer_is_cut_and_only_there(registry,
     from pdtrim_sglang.attention import factory, sparse_layers
     from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 
-    for name, ours in factory.ATTENTION.items():
+    for name, ours in ATTENTION.items():
         factory = ATTENTION_BACKENDS[name]
         module = importlib.import_module(f"pdtrim_sglang.attention.{name}")
         monkeypatch.setattr(module, ours, lambda runner, **_: "ours")
         monkeypatch.setattr(sparse_layers, "sparse_windows", lambda runner: runner.windows)
         runner = SimpleNamespace(windows={1: "window"}, init_new_workspace=False)
-        stock = factory.SparseFactory(name, lambda runner: "sglang's")
+        stock = SparseFactory(name, lambda runner: "sglang's")
         assert factory(runner) == stock(runner) == "ours"
         assert stock(SimpleNamespace(windows={})) == "sglang's"
     monkeypatch.setitem(ATTENTION_BACKENDS, "triton", factory.original)

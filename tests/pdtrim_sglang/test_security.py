@@ -152,9 +152,10 @@ def test_who_says_nothing_is_hung_up_on(server):
 
 def test_members_are_bounded():
     made = TRANSPORTS["tcp"][1]("127.0.0.1", Handler(), config(connections=3))
-    held = [socket.create_connection((made.host, made.port), timeout=5) for _ in range(4)]
-    for member in held:
-        introduce(member, OURS, 2)
+    held = []
+    for _ in range(4):
+        held.append(member := socket.create_connection((made.host, made.port), timeout=5))
+        introduce(member, OURS, 2)  # before the next one comes: strangers are bounded too
         member.settimeout(0.5)
     for member in held[:3]:
         with pytest.raises(TimeoutError):
