@@ -67,7 +67,8 @@ def test_the_torch_native_backend_is_the_sparse_one(registry):
 
 def test_the_gpu_backends_are_ours_where_a_layer_is_cut_and_only_there(registry, monkeypatch):
     from pdtrim_sglang import hook_targets
-    from pdtrim_sglang.attention import factory, sparse_layers
+    from pdtrim_sglang.attention import sparse_layers
+    from pdtrim_sglang.attention.factory import ATTENTION, SparseFactory
     from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 
     for name, ours in ATTENTION.items():
