@@ -31,13 +31,13 @@ def switches(kv: Data, wire: Data, kvonly: Data, prefilltime: Data, pruning: Dat
     healed, refitted = (losses[name] for name in ("ours, no annealing, healed", "ours, no annealing"))
     body = [
         (
-            "quantised wire: `kv: {method: none, wire_dtype: k4v3}`",
+            "quantised wire, all rows, keys int4 and values int3: `kv: {method: none, wire_dtype: k4v3}`",
             f"{quantised['reduction']:.1f}x KV bytes",
             f"{_loss(quantised)}{_others(wire)}",
             "[kv](docs/benchmarks/kv.md)",
         ),
         (
-            "budget plan, here 8x: `kv: {method: budget, reduction: 8}`",
+            "budget plan, here 8x; a solver picks rows and dtype of each layer: `kv: {method: budget, reduction: 8}`",
             f"{lengths['512']:.1f}x KV bytes at 512 prompt tokens "
             f"({lengths['128']:.1f}x at 128, {lengths['2048']:.0f}x at 2,048)",
             f"{_loss(planned)} ({_by_prompt(planned, '2048')} behind 2,048); "
@@ -45,13 +45,13 @@ def switches(kv: Data, wire: Data, kvonly: Data, prefilltime: Data, pruning: Dat
             "[kv](docs/benchmarks/kv.md)",
         ),
         (
-            f"KV-only prefill, {alone} of 30 blocks: `healing: {{kv_only_blocks: {alone}}}`",
+            f"KV-only prefill: {alone} of 30 blocks compute K and V alone: `healing: {{kv_only_blocks: {alone}}}`",
             f"prefill {faster['median']:.2f}x faster (5% - 95% of rounds: {faster['low']:.2f}-{faster['high']:.2f})",
             f"{costs[0]:.1%} on Brown, {costs[1]:.1%} on Austen; no error recorded",
             "[blocks](docs/benchmarks/blocks.md)",
         ),
         (
-            f"fewer decode blocks, {removed} of 30 (experimental): `pruning: {{method: greedy, ...}}`",
+            f"fewer decode blocks: {removed} of 30 removed (experimental): `pruning: {{method: greedy, ...}}`",
             f"{interval(headline['ratios'], 'output tokens/s')} times the output tokens/s, "
             "in one run with KV cut as well",
             f"{healed:.0%} healed, {refitted:.0%} without; no error recorded",
