@@ -70,19 +70,38 @@ def test_a_table_of_a_models_figures_says_what_its_weights_are(tool, name):
     assert "SmolLM2-135M-Instruct, weights dequantised from a Q4_1 file" in text
 
 
-def test_wire_dtypes_of_several_models(tool):
-    rows = [{"model": model, "wire": wire, "ratio": ratio} for model, wire, ratio in (
-        ("SmolLM2-135M-Instruct", "k4v3", 1.007), ("SmolLM2-135M-Instruct", "int4", 1.006),
-        ("Qwen2.5-Coder-0.5B-Instruct", "k4v3", 1.02))]  # fmt: skip
-    text = tool.TABLES["wire"].render({"environment": ENVIRONMENT, "options": {"seed": 0}, "rows": rows})
-    assert "| k4v3 |  | 1.0070 | 1.0200 |" in text
-    assert "| int4 |  | 1.0060 |  |" in text
-    assert "Qwen2.5-Coder-0.5B-Instruct, weights dequantised from a Q4_K_M file" in text
+def rows_of(*shapes):
+    names = ("model", "wire", "key_offsets", "ratio")
+    return [dict(zip(names, shape, strict=True)) | {"reduction": 4.24, "error": 0.001, "kl": 0.01} for shape in shapes]
+
+
+def test_wire_dtypes_of_several_models_with_key_offsets_and_without(tool):
+    rows = rows_of(
+        ("SmolLM2-135M", "k4v3", False, 1.007), ("SmolLM2-135M", "k4v3", True, 1.006),
+        ("Qwen2.5-Coder-0.5B", "k4v3", False, 1.326), ("Qwen2.5-Coder-0.5B", "k4v3", True, 1.015),
+        ("Qwen2.5-Coder-0.5B", "native", False, 1.0),
+    )  # fmt: skip
+    options = {"seed": 0, "sequences": 24, "continuation": 64, "prompt": 448, "split": "final"}
+    text = tool.TABLES["wire"].render({"environment": ENVIRONMENT, "options": options, "rows": rows})
+    assert "perplexity ratio, keys whole | KL, nats | perplexity ratio, keys less their offsets | KL, nats |" in text
+    assert "| Qwen2.5-Coder-0.5B | k4v3 | 4.24x | 1.3260 ± 0.0010 | 1.0e-02 | 1.0150 ± 0.0010 | 1.0e-02 |" in text
+    assert "| Qwen2.5-Coder-0.5B | native | 4.24x | 1.0000 ± 0.0010 | 1.0e-02 | 1.0000" in text
+    assert "Qwen2.5-Coder-0.5B, weights dequantised from a Q4_K_M file" in text
+    assert "24 x 64 tokens of Brown's final split behind 448-token prompts" in text
     sources = {
-        source: json.loads((tool.RESULTS / f"{source}.json").read_text()) for source in tool.TABLES["switches"].sources
+        name: json.loads((tool.RESULTS / f"{name}.json").read_text()) for name in tool.TABLES["switches"].sources
     }
     sources["wire"] = {"rows": rows}
-    assert "; 2.0% on Qwen2.5-Coder-0.5B-Instruct (Q4_K_M)" in tool.TABLES["switches"].render(*sources.values())
+    text = tool.TABLES["switches"].render(*sources.values())
+    assert "| 0.6% ± 0.1% on SmolLM2-135M, 1.5% ± 0.1% on Qwen2.5-Coder-0.5B |" in text
+    assert "Qwen2.5-Coder-0.5B, weights dequantised from a Q4_K_M file" in text
+
+
+def test_wire_dtypes_of_a_file_that_names_no_model(tool):
+    rows = [{"wire_dtype": "k4v3", "reduction": 4.24, "ratio": 1.0012, "kl": 6.8e-3}]
+    text = tool.TABLES["wire"].render({"environment": ENVIRONMENT, "options": {"seed": 0}, "rows": rows})
+    assert "| SmolLM2-135M-Instruct | k4v3 | 4.24x | 1.0012 | 6.8e-03 |" in text
+    assert "offsets" not in text
 
 
 def test_the_front_page_is_short():

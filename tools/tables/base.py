@@ -10,12 +10,14 @@ WEIGHTS = {SMOLLM2: "Q4_1", "Qwen2.5-Coder-0.5B-Instruct": "Q4_K_M"}
 """The file's precision that each model's weights were dequantised from."""
 
 
+def precision(model: str) -> str:
+    """The file's precision that the weights of a model of that name, or of its beginning, were dequantised from."""
+    return next((kind for name, kind in WEIGHTS.items() if name.startswith(model)), "precision unknown")
+
+
 def weights(model: str = SMOLLM2) -> str:
     """Model and precision of its weights, as every table says it."""
-    for name, kind in WEIGHTS.items():
-        if name.startswith(model) or model.startswith(name):
-            return f"{model}, weights dequantised from a {kind} file"
-    return model
+    return f"{model}, weights dequantised from a {precision(model)} file"
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tables.base import WEIGHTS, interval, table, weights
+from tables.base import interval, table, weights
 from tables.kv import uniform
 
 HELD_OUT = 64  # tokens of each continuation of bench-kv
@@ -33,7 +33,7 @@ def switches(kv: Data, wire: Data, kvonly: Data, prefilltime: Data, pruning: Dat
         (
             "quantised wire, all rows, keys int4 and values int3: `kv: {method: none, wire_dtype: k4v3}`",
             f"{quantised['reduction']:.1f}x KV bytes",
-            f"{_loss(quantised)}{_others(wire)}",
+            _quantised(quantised, wire),
             "[kv](docs/benchmarks/kv.md)",
         ),
         (
@@ -61,10 +61,16 @@ def switches(kv: Data, wire: Data, kvonly: Data, prefilltime: Data, pruning: Dat
     options = kv["options"]
     said = (
         f"\n\nCosts are rises of perplexity on held-out text, ± one paired standard error "
-        f"({options['sequences']} x {HELD_OUT} tokens). Bytes are exact, against a bfloat16 pool; times are a CPU's. "
-        f"Model: {weights()}, computed in float32."
+        f"of {options['sequences'] * HELD_OUT:,} tokens or more. Bytes are exact, against a bfloat16 pool; times are a CPU's. "
+        f"Model: {weights()}, computed in float32{_more(wire)}."
     )
     return table(("switch", "saves", "costs", "measured"), body) + said
+
+
+def _more(wire: Data) -> str:
+    """The other models of bench-wire."""
+    names = list(uniform(wire["rows"], "k4v3"))[1:]
+    return "".join(f"; {weights(name)}" for name in names)
 
 
 def _loss(row: Data) -> str:
@@ -75,12 +81,12 @@ def _by_prompt(row: Data, tokens: str) -> str:
     return f"{row['ppl_ratio_by_prompt'][tokens] - 1:.0%}"
 
 
-def _others(wire: Data) -> str:
-    """The same of the other models of bench-wire."""
+def _quantised(kv: Data, wire: Data) -> str:
+    """The loss of a uniform wire dtype on each model of bench-wire; of bench-kv, where that has no errors."""
     rows = uniform(wire["rows"], "k4v3")
-    return "".join(
-        f"; {row['ratio'] - 1:.1%} on {name} ({WEIGHTS.get(name, '?')})" for name, row in list(rows.items())[1:]
-    )
+    if not all("error" in row for row in rows.values()):
+        return _loss(kv)
+    return ", ".join(f"{row['ratio'] - 1:.1%} ± {row['error']:.1%} on {name}" for name, row in rows.items())
 
 
 def proof(served: Data, faults: Data) -> str:

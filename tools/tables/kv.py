@@ -68,32 +68,46 @@ def _at(rows: list[dict[str, Any]], tokens: str) -> str:
 
 
 def uniform(rows: list[dict[str, Any]], dtype: str) -> dict[str, dict[str, Any]]:
-    """bench-wire's row of a wire dtype by model; files of one model name none."""
-    return {row.get("model", SMOLLM2): row for row in rows if row.get("wire_dtype", row.get("wire")) == dtype}
+    """bench-wire's row of a wire dtype by model, with key offsets where there are both forms."""
+    found = [row for row in rows if _wire(row) == dtype]
+    return {_model(row): row for row in sorted(found, key=lambda row: row.get("key_offsets", False))}
 
 
 def wire(data: dict[str, Any]) -> str:
-    """Quality and bytes of the wire dtypes, by model where there are several."""
+    """Quality and bytes of the wire dtypes by model, keys whole and, where that was measured, less their offsets."""
     rows, options = data["rows"], data["options"]
-    models = list(dict.fromkeys(row.get("model", SMOLLM2) for row in rows))
+    found = {(_model(row), _wire(row), row.get("key_offsets", False)): row for row in rows}
+    forms = sorted({offsets for *_, offsets in found})
     lines = []
-    for dtype in dict.fromkeys(row.get("wire_dtype", row.get("wire")) for row in rows):
-        found = uniform(rows, dtype)
-        saved = dict.fromkeys(f"{row['reduction']:.2f}x" for row in found.values() if "reduction" in row)
-        lines.append((dtype, " / ".join(saved), *(_loss(found[model]) if model in found else "" for model in models)))
-    head = ("wire dtype, all rows", "bytes against bfloat16", *(f"perplexity ratio, {model}" for model in models))
+    for model, dtype in dict.fromkeys(key[:2] for key in found):
+        whole = found[model, dtype, False]
+        shown = [found.get((model, dtype, offsets), whole) for offsets in forms]
+        saved = f"{whole['reduction']:.2f}x" if "reduction" in whole else ""
+        lines.append((model, dtype, saved, *(cell for row in shown for cell in _losses(row))))
+    names = {False: "keys whole", True: "keys less their offsets"}
+    columns = (column for offsets in forms for column in (f"perplexity ratio, {names[offsets]}", "KL, nats"))
     sizes = [options[name] for name in ("sequences", "continuation", "prompt") if name in options]
-    said = [weights(model) for model in models]
+    said = [weights(model) for model in dict.fromkeys(key[0] for key in found)]
     if len(sizes) == 3:
-        said.append("{} x {} tokens of Brown's development split behind {}-token prompts".format(*sizes))
+        split = options.get("split", "development")
+        said.append(f"{sizes[0]} x {sizes[1]} tokens of Brown's {split} split behind {sizes[2]}-token prompts")
+    if any("error" in row for row in rows):
+        said.append("± is the paired standard error")
+    head = ("model", "wire dtype, all rows", "bytes against bfloat16", *columns)
     return table(head, lines) + where(data["environment"], *said, f"seed {options.get('seed', 0)}", model="")
 
 
-def _loss(row: dict[str, Any]) -> str:
-    error = row.get("ratio_stderr", row.get("stderr"))
-    return f"{row['ratio']:.4f}{f' ± {error:.4f}' if error else ''}" + (
-        f", KL {row['kl']:.1e} nats" if row.get("kl") is not None else ""
-    )
+def _model(row: dict[str, Any]) -> str:
+    return str(row.get("model", SMOLLM2))
+
+
+def _wire(row: dict[str, Any]) -> str:
+    return str(row["wire_dtype"] if "wire_dtype" in row else row["wire"])
+
+
+def _losses(row: dict[str, Any]) -> tuple[str, str]:
+    error = f" ± {row['error']:.4f}" if row.get("error") else ""
+    return f"{row['ratio']:.4f}{error}", f"{row['kl']:.1e}" if "kl" in row else ""
 
 
 def pack(data: dict[str, Any]) -> str:
