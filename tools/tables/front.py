@@ -61,7 +61,8 @@ def switches(kv: Data, wire: Data, kvonly: Data, prefilltime: Data, pruning: Dat
     options = kv["options"]
     said = (
         f"\n\nCosts are rises of perplexity on held-out text, ± one paired standard error "
-        f"of {options['sequences'] * HELD_OUT:,} tokens or more. Bytes are exact, against a bfloat16 pool; times are a CPU's. "
+        f"of {options['sequences'] * HELD_OUT:,} tokens or more. Bytes are exact, against a bfloat16 pool; times are a "
+        "CPU's. "
         f"Model: {weights()}, computed in float32{_more(wire)}."
     )
     return table(("switch", "saves", "costs", "measured"), body) + said
