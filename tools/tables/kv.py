@@ -69,25 +69,25 @@ def _at(rows: list[dict[str, Any]], tokens: str) -> str:
 
 def uniform(rows: list[dict[str, Any]], dtype: str) -> dict[str, dict[str, Any]]:
     """bench-wire's row of a wire dtype by model, with key offsets where there are both forms."""
-    found = [row for row in rows if _wire(row) == dtype]
-    return {_model(row): row for row in sorted(found, key=lambda row: row.get("key_offsets", False))}
+    of_dtype = [row for row in rows if _wire(row) == dtype]
+    return {_model(row): row for row in sorted(of_dtype, key=lambda row: row.get("key_offsets", False))}
 
 
 def wire(data: dict[str, Any]) -> str:
     """Quality and bytes of the wire dtypes by model, keys whole and, where that was measured, less their offsets."""
     rows, options = data["rows"], data["options"]
-    found = {(_model(row), _wire(row), row.get("key_offsets", False)): row for row in rows}
-    forms = sorted({offsets for *_, offsets in found})
+    by_form = {(_model(row), _wire(row), row.get("key_offsets", False)): row for row in rows}
+    forms = sorted({offsets for *_, offsets in by_form})
     lines = []
-    for model, dtype in dict.fromkeys(key[:2] for key in found):
-        whole = found[model, dtype, False]
-        shown = [found.get((model, dtype, offsets), whole) for offsets in forms]
+    for model, dtype in dict.fromkeys(key[:2] for key in by_form):
+        whole = by_form[model, dtype, False]
+        shown = [by_form.get((model, dtype, offsets), whole) for offsets in forms]
         saved = f"{whole['reduction']:.2f}x" if "reduction" in whole else ""
         lines.append((model, dtype, saved, *(cell for row in shown for cell in _losses(row))))
     names = {False: "keys whole", True: "keys less their offsets"}
     columns = (column for offsets in forms for column in (f"perplexity ratio, {names[offsets]}", "KL, nats"))
     sizes = [options[name] for name in ("sequences", "continuation", "prompt") if name in options]
-    said = [weights(model) for model in dict.fromkeys(key[0] for key in found)]
+    said = [weights(model) for model in dict.fromkeys(key[0] for key in by_form)]
     if len(sizes) == 3:
         split = options.get("split", "development")
         said.append(f"{sizes[0]} x {sizes[1]} tokens of Brown's {split} split behind {sizes[2]}-token prompts")

@@ -140,12 +140,12 @@ def _rounds(data: dict[str, Any]) -> str:
 
 def kvonly(data: dict[str, Any]) -> str:
     """Prefill blocks run for K and V alone, beside the same blocks dropped in both stages."""
-    found = dict[int, dict[str, dict[str, Any]]]()
+    by_blocks = dict[int, dict[str, dict[str, Any]]]()
     for row in data["rows"]:
-        found.setdefault(row["blocks"], {})[row["what"]] = row
-    (dense,) = found.pop(0).values()
-    names = list(next(iter(found.values())))
-    rows = [(n, *(_both([by_name[name]]) for name in names)) for n, by_name in found.items()]
+        by_blocks.setdefault(row["blocks"], {})[row["what"]] = row
+    (dense,) = by_blocks.pop(0).values()
+    names = list(next(iter(by_blocks.values())))
+    rows = [(n, *(_both([by_name[name]]) for name in names)) for n, by_name in by_blocks.items()]
     options = data["options"]
     said = (
         f"PD perplexity of {options['sequences']} x {options['continuation']} tokens of Brown / Austen after "
