@@ -3,6 +3,9 @@
 No GPU is needed, and none is simulated: an operation on tensors of both kinds fails, but for copies and `to`.
 """
 
+import threading
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -41,6 +44,14 @@ class PretendedGPU(TorchFunctionMode):
         if device is not None and torch.device(device).type == "cuda":
             return gpu(func(*args, **kwargs | {"device": CPU}))
         return func(*args, **kwargs)
+
+
+def with_current_devices(monkeypatch):
+    """torch.cuda's current device as it is where there are GPUs: each thread's own, 0 at first."""
+    own = threading.local()
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: getattr(own, "device", 0))
+    monkeypatch.setattr(torch.cuda, "set_device", partial(setattr, own, "device"))
 
 
 def gpu(tensor):

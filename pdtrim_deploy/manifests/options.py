@@ -10,8 +10,10 @@ from typing import Any, Literal
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.plan import PDPlan, Stage
-from pdtrim_deploy.serving.commands import SECRET_FILE, SPARSE_BACKEND, TRANSPORT
+from pdtrim_deploy.serving.commands import SPARSE_BACKEND
 from pdtrim_deploy.serving.transports import LIBRARIES
+from pdtrim_deploy.transport_options import TransportOptions
+from pdtrim_deploy.worker.config import ARGUMENT, WorkerConfig
 
 HTTP_PORT, BOOTSTRAP_PORT, ROUTER_PORT, ROUTER_METRICS_PORT = 30000, 8998, 8000, 29000
 BUNDLE_MOUNT = "/bundle"
@@ -122,10 +124,9 @@ class Options:
 
 def worker_arguments(served: Served, options: Options, stage: Stage) -> list[str]:
     """`python3 -m sglang.launch_server ...` for SGLang 0.5.23 on GPUs, without what the platform chooses."""
-    override: dict[str, object] = {SECRET_FILE: f"{SECRET_FOLDER}/{SECRET_KEY}"}
-    told: dict[str, object] = {"protocol": "rdma"} if options.rdma and options.transport == "pdtrim_mooncake" else {}
-    if told := told | dict(options.transport_options):
-        override[TRANSPORT] = told
+    rdma: dict[str, object] = {"protocol": "rdma"} if options.rdma and options.transport == "pdtrim_mooncake" else {}
+    transport = TransportOptions.model_validate(rdma | dict(options.transport_options))
+    told = WorkerConfig(secret_file=f"{SECRET_FOLDER}/{SECRET_KEY}", transport=transport)
     given: dict[str, object] = {
         "--model-path": f"{BUNDLE_MOUNT}/{stage}",
         "--served-model-name": served.name,
@@ -136,7 +137,7 @@ def worker_arguments(served: Served, options: Options, stage: Stage) -> list[str
         "--tp-size": options.gpus,
         "--disaggregation-mode": stage,
         "--disaggregation-transfer-backend": options.transport,
-        "--json-model-override-args": json.dumps(override),
+        ARGUMENT: json.dumps(told.override()),
     }
     flags = ["--enable-metrics"]
     if stage == "prefill":

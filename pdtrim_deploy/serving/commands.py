@@ -13,6 +13,8 @@ from pathlib import Path
 from pdtrim_deploy.serving.environment import gpu_count
 from pdtrim_deploy.serving.ports import HOST
 from pdtrim_deploy.serving.spec import ClusterSpec, WorkerSpec
+from pdtrim_deploy.transport_options import TransportOptions
+from pdtrim_deploy.worker.config import ARGUMENT, WorkerConfig
 
 # `python -m sglang_router.launch_router`, without the tracing that it takes from sglang where it finds one: that
 # import costs 17 s of CPU and 0.9 GB (torch and transformers) and is used by no option here.
@@ -21,12 +23,6 @@ ROUTER = "import sys; sys.modules['sglang'] = None; from sglang_router.launch_ro
 ENGINE_PACKAGE, ENGINE_MODEL = "pdtrim_sglang.models", "PDTrimStageForCausalLM"
 # The decode attention that knows sparse layers (pdtrim_sglang.requirements); not run on a GPU yet.
 SPARSE_BACKEND = "torch_native"
-# Where the plugin finds the secret that all workers of a cluster share (pdtrim_sglang.secret).
-SECRET_FILE = "pdtrim_secret_file"
-# And what its transport is told (pdtrim_deploy.transport_options).
-TRANSPORT = "pdtrim_transport"
-# And how a decode worker holds the KV of sparse layers (pdtrim_sglang.split_pool.build).
-DECODE_POOL = "pdtrim_decode_pool"
 # Of ours, and would lead the other environment's Python to our packages.
 FOREIGN = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
 
@@ -49,15 +45,15 @@ def worker_command(python: Path, worker: WorkerSpec, workers: int, secret: Path 
     }
     if options.chunked_prefill_size is not None:
         arguments["--chunked-prefill-size"] = options.chunked_prefill_size
-    override: dict[str, object] = {SECRET_FILE: str(secret)} if secret is not None else {}
-    if worker.engine is not None:
-        override |= {"architectures": [ENGINE_MODEL], "pdtrim_engine": worker.engine.as_config()}
-    if worker.transport:
-        override[TRANSPORT] = dict(worker.transport)
-    if worker.stage == "decode" and options.split_pool is not None:
-        override[DECODE_POOL] = options.split_pool.model_dump()
+    told = WorkerConfig(
+        secret_file=None if secret is None else str(secret),
+        transport=TransportOptions.model_validate(worker.transport),
+        decode_pool=options.split_pool if worker.stage == "decode" else None,
+        engine=worker.engine.as_config() if worker.engine is not None else None,
+    )
+    override = told.override() | ({"architectures": [ENGINE_MODEL]} if worker.engine is not None else {})
     if override:
-        arguments["--json-model-override-args"] = json.dumps(override)
+        arguments[ARGUMENT] = json.dumps(override)
     if worker.bootstrap_port is not None:
         arguments["--disaggregation-bootstrap-port"] = worker.bootstrap_port
     flags = ["--enable-metrics"] if options.enable_metrics else []

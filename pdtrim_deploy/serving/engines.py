@@ -9,6 +9,7 @@ from typing import Literal, get_args
 from pdtrim_deploy.bundle import Bundle, engine_folder
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.plan import Stage
+from pdtrim_deploy.worker.config import EngineConfig
 
 Executor = Literal["torch", "onnxruntime", "tensorrt"]
 EXECUTORS: tuple[Executor, ...] = get_args(Executor)
@@ -36,9 +37,9 @@ class Engine:
     stage: Stage
     path: Path
 
-    def as_config(self) -> dict[str, str]:
-        """What the worker reads (`pdtrim_sglang.executors.EngineConfig`)."""
-        return {"executor": self.executor, "stage": self.stage, "path": str(self.path.resolve())}
+    def as_config(self) -> EngineConfig:
+        """What the worker is told of it."""
+        return EngineConfig(executor=self.executor, stage=self.stage, path=str(self.path.resolve()))
 
 
 def find_engine(bundle: Bundle, stage: Stage, executor: Executor, device: str) -> Engine | None:

@@ -6,7 +6,7 @@ decode worker talks to nobody. A prefill worker's ranks live as long as its boot
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
@@ -18,6 +18,7 @@ from pdtrim_sglang.signature import HEADER
 
 MOST_BODY_BYTES = 256 << 10  # a query of some ten thousand rooms; aiohttp answers 413 to more
 MALFORMED = (ValueError, LookupError, TypeError, OverflowError, RecursionError)  # what parsing such a body raises
+ANOTHER_RANK = "this rank is registered already, and not with these values"
 KINDS = ("attn_tp", "attn_cp", "attn_dp", "pp", "system_dp")
 Rank = Annotated[int, Field(ge=0, lt=1 << 16, strict=True)]
 Size = Annotated[int, Field(ge=1, lt=1 << 16, strict=True)]
@@ -58,11 +59,15 @@ class Registration(BaseModel):
 
 
 class PDTrimBootstrapServer(CommonKVBootstrapServer):
-    """Answers 403 to strangers, 400 to what is malformed, 409 to who would replace a rank; /health to everybody."""
+    """Answers 403 to strangers, 400 to what is malformed, 409 to who would replace a rank; /health to everybody.
+
+    Who registers a rank again with the same values is answered as the first time.
+    """
 
     def _setup_routes(self) -> None:
         """Called before the server's thread starts."""
         self._signature = hooks.signature_of(hooks.server_arguments())
+        self._registered: dict[tuple[int, ...], Any] = {}  # what each rank has said of itself
         self.app = web.Application(middlewares=[self._guard], client_max_size=MOST_BODY_BYTES)
         super()._setup_routes()
 
@@ -79,12 +84,17 @@ class PDTrimBootstrapServer(CommonKVBootstrapServer):
             return web.Response(text="malformed", status=400)
 
     async def _handle_route_put(self, request: web.Request) -> web.Response:
-        asked = Registration.model_validate(await request.json())
+        data = await request.json()
+        asked = Registration.model_validate(data)
         group, groups = asked.data_parallel
         sizes = (groups, asked.attn_cp_size, asked.attn_tp_size, asked.pp_size)
         if self.dp_size is not None and sizes != (self.dp_size, self.attn_cp_size, self.attn_tp_size, self.pp_size):
             return web.Response(text="the sizes are not those of the ranks that are registered", status=400)
-        ranks = self.prefill_port_table.get(group, {}).get(asked.attn_cp_rank, {}).get(asked.attn_tp_rank, {})
-        if asked.pp_rank in ranks:
-            return web.Response(text="this rank is registered already", status=409)
-        return await super()._handle_route_put(request)
+        rank = (group, asked.attn_cp_rank, asked.attn_tp_rank, asked.pp_rank)
+        before = self._registered.setdefault(rank, data)
+        if before is not data:  # SGLang asks once more when the answer was late
+            return web.Response(text="OK") if before == data else web.Response(text=ANOTHER_RANK, status=409)
+        answer = await super()._handle_route_put(request)
+        if answer.status != 200:
+            del self._registered[rank]
+        return answer

@@ -125,7 +125,11 @@ class DecodeSide:
         room = self._rooms.get(header.room)
         if room is None:
             return Reply(header.room, "the request has ended on the decode side")
-        reason = room.take(self._plan, self._pool, self._aux, header, payload, aux)
+        try:
+            reason = room.take(self._plan, self._pool, self._aux, header, payload, aux)
+        except Exception as error:  # out of GPU memory, say
+            logger.exception("pdtrim: a chunk was not taken in")
+            reason = f"decode cannot take the KV in: {error}"
         if reason:
             self._conclude(header, KVPoll.Failed, reason)
         elif header.last:

@@ -26,6 +26,7 @@ DECODE_MANAGER = f"{DISAGGREGATION}.decode.DecodePreallocQueue._init_kv_manager"
 PRE_ALLOC = f"{DISAGGREGATION}.decode.DecodePreallocQueue._pre_alloc"
 ADMISSION = f"{DISAGGREGATION}.decode.DecodePreallocQueue._required_admission_tokens"
 SEND_METADATA = f"{DISAGGREGATION}.decode.DecodePreallocQueue._send_kv_metadata"
+LOAD_MODEL = "sglang.srt.model_executor.model_runner.ModelRunner.load_model"
 TORCH_NATIVE = "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend"
 CONFIGURATOR = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator"
 KV_POOL, ALLOCATOR = f"{CONFIGURATOR}._build_mha_kv_pool", f"{CONFIGURATOR}._build_token_to_kv_pool_allocator"
@@ -34,7 +35,7 @@ CELL_SIZE = "sglang.srt.model_executor.pool_configurator.DefaultPoolConfigurator
 ATTENTION = {"triton": "SparseTritonBackend", "flashinfer": "SparseFlashInferBackend"}
 TARGETS = (
     GET_KV_CLASS, CREATE_SENDER, PREFILL_MANAGER, DECODE_MANAGER, PRE_ALLOC, ADMISSION, SEND_METADATA, TORCH_NATIVE,
-    KV_POOL, ALLOCATOR, CELL_SIZE,
+    KV_POOL, ALLOCATOR, CELL_SIZE, LOAD_MODEL,
 )  # fmt: skip
 
 
@@ -56,6 +57,7 @@ def install() -> None:
     HookRegistry.register(ALLOCATOR, _split_allocator, HookType.AROUND)
     HookRegistry.register(CELL_SIZE, _split_cell_size, HookType.AROUND)
     HookRegistry.register(SEND_METADATA, _name_prompt_of_receiver, HookType.AROUND)
+    HookRegistry.register(LOAD_MODEL, _cut_kv_only_layers, HookType.AFTER)
     HookRegistry.register(TORCH_NATIVE, SparseTorchNativeBackend, HookType.REPLACE)
 
 
@@ -93,6 +95,7 @@ def signature_of(server_args: Any) -> Signature:
     """What a worker signs with: its secret, and the digest of its checkpoint's plan (zeros where there is none)."""
     from sglang.srt.utils.network import get_local_ip_auto
 
+    from pdtrim_deploy.worker.config import WorkerConfig
     from pdtrim_sglang.plan_source import read_plan
     from pdtrim_sglang.secret import read_secret
     from pdtrim_sglang.signature import Signature
@@ -100,7 +103,8 @@ def signature_of(server_args: Any) -> Signature:
 
     plan = read_plan(server_args.model_path)
     # KV comes in at the one, SGLang's bootstrap server listens at the other
-    secret = read_secret(server_args.json_model_override_args, get_local_ip_auto(), server_args.host)
+    told = WorkerConfig.parse(server_args.json_model_override_args)
+    secret = read_secret(told.secret_file, get_local_ip_auto(), server_args.host)
     return Signature(Credentials(bytes.fromhex(plan.digest) if plan else bytes(32), secret))
 
 
@@ -186,6 +190,12 @@ def _attach_pool(manager: Any, queue: Any) -> Any:
         model = queue.scheduler.tp_worker.model_runner.model
         attach(queue.token_to_kv_pool, model)
     return manager
+
+
+def _cut_kv_only_layers(loaded: Any, runner: Any) -> None:
+    from pdtrim_sglang.kv_only import cut_kv_only_layers
+
+    cut_kv_only_layers(runner)
 
 
 def _name_prompt_of_sender(original: Callable[..., bool], queue: Any, req: Any, *args: Any, **kwargs: Any) -> bool:

@@ -1,48 +1,98 @@
-"""Prefill layers that are there for their K and V alone: skip their attention, o_proj and MLP.
+"""Prefill layers that are there for their K and V alone: their attention, o_proj and MLP are cut out of a loaded model.
 
-In the checkpoint o_proj and down_proj of such a layer are zero, so this changes no result, only the time. Written
-against the decoder layers of SGLang 0.5.23 (models/llama.py, qwen2.py, qwen3.py): `self_attn.attn`,
-`self_attn.o_proj`, `mlp`. An engine's graph leaves those out and asks only that K and V are written.
+In the checkpoint o_proj and down_proj of such a layer are zero, so this changes no result, only time and memory. It is
+done before SGLang captures CUDA graphs, which read the weights of their capture for ever. Written against the decoder
+layers of SGLang 0.5.23 (models/llama.py, qwen2.py, qwen3.py): `self_attn.attn`, `self_attn.o_proj`, `mlp`,
+`post_attention_layernorm`. An engine's graph leaves those out, and only writes K and V (models/stage.py).
 """
 
 from __future__ import annotations
 
+import itertools
+import logging
 from typing import Any
 
+import torch
+from sglang.srt.layers.attention.graph_utils import padded_extend_real_tokens
+from sglang.srt.model_executor.forward_context import get_token_to_kv_pool
+from sglang.srt.model_executor.runner_backend_utils.breakable_cuda_graph import eager_on_graph
+from sglang.srt.model_executor.runner_utils.forward_batch import get_forward_batch
+from sglang.srt.model_executor.runner_utils.prefill_graph import is_in_prefill_graph_scope
 from torch import Tensor, nn
 
-from pdtrim_deploy.plan import PDPlan
+from pdtrim_sglang.plan_source import read_plan
+
+logger = logging.getLogger("sglang.srt.pdtrim.kv_only")
 
 
-def skip_all_but_kv(model: Any, plan: PDPlan, pool: Any) -> None:
-    """Make `model` of the prefill stage, SGLang's own or ours, skip what the plan's KV-only layers need not compute.
+def cut_kv_only_layers(runner: Any) -> None:
+    """Cut the model that SGLang's ModelRunner has just loaded, when it is a prefill stage with KV-only layers.
 
-    `pool` is SGLang's KV pool of this worker (token_to_kv_pool).
+    Raises:
+        RuntimeError: the weights come later, and would find their places gone.
+
     """
-    for index in plan.kv_only_layers:
-        if hasattr(model, "write_only"):  # an engine
-            model.write_only(index, pool)
-            continue
-        layers = model.model.layers
-        attention = layers[index].self_attn
-        attention.attn = WriteKV(attention.attn, pool)
-        attention.o_proj = ZeroProjection(attention.o_proj.weight.shape[0])
-        layers[index].mlp = ZeroMLP()
+    args = runner.server_args
+    plan = read_plan(runner.model_config.model_path) if args.disaggregation_mode == "prefill" else None
+    layers = getattr(getattr(runner.model, "model", None), "layers", ())  # an engine has none
+    if plan is None or not plan.kv_only_layers:
+        return
+    if len(layers) != len(plan.prefill_layers) or args.pp_size > 1:  # refused later, by name
+        return
+    if runner.startup_weight_load is not None:
+        raise RuntimeError(
+            "pdtrim: KV-only layers are cut out of a model whose weights are there: start prefill without "
+            "--startup-weight-load-mode overlap"
+        )
+    freed = sum(keep_only_kv(layers[index], runner.model.config.hidden_size) for index in plan.kv_only_layers)
+    logger.info("pdtrim: layers %s make K and V alone; %.1f MB of zeros freed", plan.kv_only_layers, freed / 1e6)
+
+
+def keep_only_kv(layer: Any, hidden: int) -> int:
+    """Cut one decoder layer of SGLang's, in a model of `hidden` values a token; returns the bytes of weights freed."""
+    attention, freed = layer.self_attn, 0
+    for module in (attention.o_proj, layer.mlp):
+        # at once: a parameter's `weight_loader` holds its module, so that they would wait for a cyclic collection
+        for tensor in itertools.chain(module.parameters(), module.buffers()):
+            freed += tensor.nbytes
+            tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    attention.attn, attention.o_proj, layer.mlp = WriteKV(attention.attn), ZeroProjection(hidden), ZeroMLP()
+    vars(layer.post_attention_layernorm).pop("_quant_linear", None)  # it would quantise for the MLP's projection
+    return freed
 
 
 class WriteKV(nn.Module):
-    """Puts K and V into SGLang's pool, as its attention backend would, and attends to nothing."""
+    """Puts K and V into SGLang's pool, as RadixAttention would have its backend do, and attends to nothing."""
 
-    def __init__(self, attention: Any, pool: Any) -> None:
+    def __init__(self, attention: Any) -> None:
         super().__init__()
-        self.attention, self._pool = attention, pool
+        self.attention, self.layer_id = attention, attention.layer_id  # SGLang's graphs know attentions by `layer_id`
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, forward_batch: Any, **_: Any) -> Tensor:
-        """`q` as it is; k, v `[tokens, kv_heads * head_dim]`."""
-        heads = self.attention.tp_k_head_num
-        rows = (x.view(-1, heads, self.attention.head_dim) for x in (k, v))
-        self._pool.set_kv_buffer(self.attention, forward_batch.out_cache_loc, *rows)
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, forward_batch: Any, save_kv_cache: bool = True, **_: Any
+    ) -> Tensor:
+        """`q` as it is; k, v `[tokens, kv_heads * head_dim]`, rows of padding behind the batch's own included."""
+        if not save_kv_cache:
+            return q
+        if is_in_prefill_graph_scope() and forward_batch.forward_mode.is_extend():
+            self._write_between_graphs(k, v)
+        else:
+            self._write(k, v, forward_batch, padded_extend_real_tokens(q, forward_batch))
         return q
+
+    @eager_on_graph
+    def _write_between_graphs(self, k: Tensor, v: Tensor) -> None:
+        """Called again at each replay, with the tensors of the capture: pool and batch are the replay's."""
+        batch = get_forward_batch()
+        self._write(k, v, batch, batch.global_num_token_non_padded_cpu)
+
+    def _write(self, k: Tensor, v: Tensor, batch: Any, tokens: int | None) -> None:
+        """Write the first `tokens` rows; None: all."""
+        if tokens == 0:
+            return
+        shape = (-1, self.attention.tp_k_head_num, self.attention.head_dim)
+        rows = (x[:tokens].view(shape) for x in (k, v))
+        get_token_to_kv_pool().set_kv_buffer(self.attention, batch.out_cache_loc[:tokens], *rows)
 
 
 class ZeroProjection(nn.Module):

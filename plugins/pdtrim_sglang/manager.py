@@ -8,16 +8,16 @@ from sglang.srt.disaggregation.common.conn import CommonKVManager, CommonKVRecei
 from sglang.srt.disaggregation.utils import DisaggregationMode
 
 from pdtrim_deploy.plan import PDPlan, Stage
+from pdtrim_deploy.worker.config import WorkerConfig
 from pdtrim_sglang import hooks
 from pdtrim_sglang.control import protect
 from pdtrim_sglang.decode import DecodeSide
-from pdtrim_sglang.kv_only import skip_all_but_kv
-from pdtrim_sglang.options import transport_config
 from pdtrim_sglang.plan_source import check_fits, dense_plan, read_plan
 from pdtrim_sglang.pool import PoolView
 from pdtrim_sglang.prefill import PrefillSide
 from pdtrim_sglang.requirements import check_options, check_staging, check_window
 from pdtrim_sglang.rooms import AuxRows
+from pdtrim_sglang.transports import TransportConfig
 from pdtrim_sglang.transports.handshake import Credentials
 
 
@@ -64,12 +64,12 @@ class PDTrimKVManager(CommonKVManager):
             check_window(model.config, self.server_args.context_length)
         aux = AuxRows(tuple(self.kv_args.aux_data_ptrs), tuple(self.kv_args.aux_item_lens))
         credentials = Credentials(bytes.fromhex(self.plan.digest), self._secret)
-        self.transport_config = transport_config(self.server_args.json_model_override_args, credentials)
+        told = WorkerConfig.parse(self.server_args.json_model_override_args)
+        self.transport_config = TransportConfig.of(told.transport, credentials)
         check_staging(self.plan, view, self.transport_config.staging_bytes)
         transport = self.server_args.disaggregation_transfer_backend.removeprefix("pdtrim_")
         side = (self, self.plan, view, aux, transport, self.transport_config)
         if stage == "prefill":
-            skip_all_but_kv(model, self.plan, pool)
             self.prefill_side = PrefillSide(*side)
             if getattr(model, "packs_rows", False):
                 model.staging = self.prefill_side.stage_in_engine()

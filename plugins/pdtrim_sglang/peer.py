@@ -30,7 +30,7 @@ class Chunk:
 
     Attributes:
         pages: int32, of this worker's pool; the first one begins with token `pages_start`.
-        events: device events after which the pages may be read.
+        events: device events after which `pages`, and the pages, may be read.
         span: where an engine has packed the rows already.
 
     """

@@ -7,7 +7,7 @@ import threading
 import time
 from collections import deque
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sglang.srt.disaggregation.base.conn import KVPoll
 from sglang.srt.disaggregation.common.conn import ABORT_TAG, AbortNotification
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from pdtrim_sglang.manager import PDTrimKVManager
 
 MOST_REMEMBERED = 10_000
+SWEEP_SECONDS = 10.0
 logger = logging.getLogger("sglang.srt.pdtrim.prefill")
 
 
@@ -67,6 +68,11 @@ class PrefillSide:
         """Longest page-aligned chunk whose rows fit the staging buffer whatever its place in the prompt."""
         page = self._pool.page_size
         return self._config.staging_bytes // self._pool.token_bytes(self._plan) // page * page
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the KV pool is on one."""
+        return self._pool.keys[0].is_cuda
 
     def stage_in_engine(self) -> Staging:
         """From now on an engine packs what its forward passes compute; called before the first request."""
@@ -183,12 +189,25 @@ class PrefillSide:
         return self._manager.request_status.get(room) not in (None, KVPoll.Failed)
 
     def _control(self) -> None:
+        swept = time.monotonic()
         while True:
-            frames = self._manager.server_socket.recv_multipart()
-            try:
-                self._handle(frames)
-            except Exception:  # one bad message must not end the thread that all requests need
-                logger.exception("pdtrim: control message failed")
+            left = swept + SWEEP_SECONDS - time.monotonic()
+            if left <= 0:
+                self._sweep()
+                swept = time.monotonic()
+            elif self._manager.server_socket.poll(1000 * left):
+                frames = self._manager.server_socket.recv_multipart()
+                try:
+                    self._handle(frames)
+                except Exception:  # one bad message must not end the thread that all requests need
+                    logger.exception("pdtrim: control message failed")
+
+    def _sweep(self) -> None:
+        """End what is kept for decode workers whose connections are lost; who comes again gets it anew."""
+        with self._peers_lock:
+            for session in [session for session, peer in self._peers.items() if peer.gone]:
+                self._peers.pop(session).close()
+        self.released()
 
     def _handle(self, frames: list[bytes]) -> None:
         if frames[0] == ABORT_TAG:
@@ -208,14 +227,11 @@ class PrefillSide:
         reason = rejection(message, self._plan, self._manager.attn_tp_size, self._aux)
         if reason:
             logger.error("pdtrim: refusing decode worker %s: %s", message.session, reason)
-            self._rejected[message.session] = reason
+            _remember(self._rejected, message.session, reason)
             return
         self._rejected.pop(message.session, None)
-        self._known[message.session] = message
-        with self._peers_lock:  # a restarted decode worker is a new one: what it leaves behind ends here
-            for session in [session for session, peer in self._peers.items() if peer.gone]:
-                self._peers.pop(session).close()
-        self.released()
+        with self._peers_lock:
+            _remember(self._known, message.session, message)
 
     def _peer(self, session: str) -> Peer:
         if session not in self._peers:
@@ -233,7 +249,11 @@ class PrefillSide:
         manager.update_status(message.room, KVPoll.Bootstrapping)
         manager.transfer_infos[message.room] = {message.session: info}
         reason = self._rejected.get(message.session, "")
-        if not reason and message.session not in self._known:
+        with self._peers_lock:
+            known = message.session in self._known
+            if known:
+                _remember(self._known, message.session, self._known[message.session])
+        if not reason and not known:
             reason = f"decode worker {message.session} never registered"
         if not reason and message.destinations != 1:
             reason = f"{message.destinations} decode ranks want one prefill rank's KV: use the same --tp-size"
@@ -272,3 +292,11 @@ class PrefillSide:
                     self._manager.transfer_infos.pop(old, None)
                     self._manager.failure_records.pop(old, None)
                     self._manager.req_to_decode_prefix_len.pop(old, None)
+
+
+def _remember(sessions: dict[str, Any], session: str, word: Any) -> None:
+    """Its last word; a restarted decode worker is another session, and of too many the longest silent is forgotten."""
+    sessions.pop(session, None)
+    sessions[session] = word
+    if len(sessions) > MOST_REMEMBERED:
+        del sessions[next(iter(sessions))]

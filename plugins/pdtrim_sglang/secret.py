@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
-import json
 import socket
 from pathlib import Path
 
-# Key of `--json-model-override-args`: the one way to hand a worker something that SGLang does not know.
-SECRET_FILE = "pdtrim_secret_file"
+from pdtrim_deploy.worker.config import ARGUMENT, key
+
+SECRET_FILE = key("secret_file")
 LEAST_BYTES, MOST_BYTES = 16, 4096
 
 
-def read_secret(override_args: str, *hosts: str) -> bytes:
+def read_secret(place: str | None, *hosts: str) -> bytes:
     """The cluster's secret, empty when the worker was given none; white space around it does not count.
 
     Args:
-        override_args: of `--json-model-override-args`.
+        place: the file that the worker was told of (`WorkerConfig.secret_file`); None: it was told of none.
         hosts: names or addresses at which the worker listens.
 
     Raises:
@@ -25,13 +25,12 @@ def read_secret(override_args: str, *hosts: str) -> bytes:
             machines can reach the worker.
 
     """
-    place = json.loads(override_args or "{}").get(SECRET_FILE)
     if place is None:
         for host in hosts:
             if _reached_from_elsewhere(host):
                 raise RuntimeError(
                     f"pdtrim: this worker is reached at {host}, from other machines: give all workers one secret "
-                    f'file: openssl rand -hex 32 > FILE, --json-model-override-args \'{{"{SECRET_FILE}": "FILE"}}\''
+                    f'file: openssl rand -hex 32 > FILE, {ARGUMENT} \'{{"{SECRET_FILE}": "FILE"}}\''
                 )
         return b""
     try:

@@ -27,6 +27,14 @@ class PDTrimKVSender(CommonKVSender):
         self._prefix_tokens = 0
         super().__init__(mgr, bootstrap_addr, bootstrap_room, *args, **kwargs)
 
+    @property
+    def supports_host_tensor_indices(self) -> bool:
+        """Whether SGLang may hand `send` pages that are there after `indices_event` only, and wait for no forward pass.
+
+        It makes both with CUDA calls.
+        """
+        return self.kv_mgr.prefill_side.on_gpu
+
     def named(self, rid: str, prompt_tokens: int) -> None:
         """Whose KV this sends: SGLang's request id, and how long its prompt is."""
         self.prompt_tokens = prompt_tokens
@@ -46,7 +54,7 @@ class PDTrimKVSender(CommonKVSender):
         num_kv_tokens: int | None = None,
         indices_event: Any = None,
     ) -> None:
-        """Queue one chunk: `kv_indices` are its pages, `num_kv_tokens` its tokens."""
+        """Queue one chunk: `kv_indices` are its pages, once `indices_event` has come, `num_kv_tokens` its tokens."""
         if self.conclude_state in (KVPoll.Success, KVPoll.Failed):
             return
         pages, pages_slice, last, skip = self._prepare_send_indices(kv_indices)

@@ -6,10 +6,9 @@ SGLang's /health passes a token through the scheduler and tries no transfer: it 
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable
 
-from pdtrim_sglang import hooks
+from pdtrim_sglang import hooks, threads
 
 logger = logging.getLogger("sglang.srt.pdtrim.vital")
 
@@ -24,4 +23,4 @@ def start(name: str, run: Callable[[], None]) -> None:
             logger.critical("pdtrim: this worker ends, since it cannot serve without its %s", name, exc_info=True)
             hooks.end_worker()
 
-    threading.Thread(target=watched, name=f"pdtrim {name}", daemon=True).start()
+    threads.start(name, watched)

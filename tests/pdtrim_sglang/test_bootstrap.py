@@ -57,6 +57,35 @@ def test_only_the_first_registration_of_a_rank_counts(monkeypatch):
     talk(monkeypatch, conversation)
 
 
+def test_a_registration_that_is_repeated_is_answered_as_the_first_time(monkeypatch):
+    """SGLang repeats it when the answer was late; counted twice, a server of two ranks would be ready with one."""
+    two = RANK | {"attn_tp_size": 2, "load_balance_method": "round_robin"}
+
+    async def conversation(ask):
+        for _ in range(3):
+            assert (await ask("PUT", "/route", two))[0] == 200
+        assert (await ask("GET", READY))[0] == 503
+        for changed in ({"rank_ip": "127.0.0.2"}, {"page_size": 16}, {"load_balance_method": "other"}):
+            assert (await ask("PUT", "/route", two | changed))[0] == 409
+        assert (await ask("PUT", "/route", two | {"attn_tp_rank": 1}))[0] == 200
+        assert (await ask("GET", READY))[0] == 200
+        assert (await ask("PUT", "/route", two))[0] == 200
+
+    talk(monkeypatch, conversation)
+
+
+def test_a_registration_that_sglang_refuses_may_come_again_corrected(monkeypatch):
+    two = RANK | {"attn_tp_size": 2}
+
+    async def conversation(ask):
+        assert (await ask("PUT", "/route", two))[0] == 200
+        other = two | {"attn_tp_rank": 1}
+        assert (await ask("PUT", "/route", other | {"decode_allocation_policy": "late"}))[0] == 400
+        assert (await ask("PUT", "/route", other))[0] == 200
+
+    talk(monkeypatch, conversation)
+
+
 def test_a_rank_outside_of_its_group_or_of_another_group_is_not_counted(monkeypatch):
     two = RANK | {"attn_tp_size": 2}
 

@@ -57,7 +57,7 @@ class Manager:
 def prefill(manager):
     side = object.__new__(PrefillSide)
     side._manager, side._plan, side._aux = manager, PLAN, AuxRows((), ())
-    side._tombstones_lock = threading.Lock()
+    side._tombstones_lock, side._peers_lock = threading.Lock(), threading.Lock()
     side._ended_unopened, side.staging = {}, None
     side._known, side._peers, side._rejected, side._senders = {}, {}, {}, set()
     from collections import deque

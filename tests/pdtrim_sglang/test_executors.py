@@ -6,12 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from pdtrim_sglang.executors import EngineConfig, load_engine
+from pdtrim_sglang.executors import load_engine
 from pdtrim_sglang.executors.tensorrt import LIBRARY, TensorRTExecutor, check_engine
 from pdtrim_tensorrt.plugin_library import AttentionCall
 
 from pdtrim_deploy.engine import TargetResult
 from pdtrim_deploy.plan import ModelShape, PDPlan
+from pdtrim_deploy.worker.config import EngineConfig, WorkerConfig
 
 HEADS, KV_HEADS, DIM, HIDDEN, MOST, STREAM = 2, 1, 4, 8, 16, 99
 PLAN = PDPlan.dense(
@@ -209,15 +210,29 @@ def test_executors_are_found_by_name_and_refused_in_one_sentence(tmp_path):
             load("tensorrt")
 
 
-@pytest.mark.parametrize("given", [None, {"executor": "onnxruntime"}, {"executor": "x", "path": "p", "stage": "both"}])
-def test_a_worker_started_without_its_engine_says_how_to_start_it(given):
-    config = SimpleNamespace() if given is None else SimpleNamespace(pdtrim_engine=given)
-    with pytest.raises(RuntimeError, match=r"--json-model-override-args.*start workers with pdtrim-deploy serve"):
-        EngineConfig.of(config)
+@pytest.mark.parametrize("given", [{"executor": "onnxruntime"}, {"executor": "x", "path": "p", "stage": "both"}])
+def test_a_worker_told_of_no_valid_engine_says_how_to_start_it(given):
+    config = SimpleNamespace(pdtrim_engine=given)
+    with pytest.raises(RuntimeError, match=r"pdtrim_engine.* in --json-model-override-args.*with pdtrim-deploy serve"):
+        WorkerConfig.of_model(config)
+
+
+def test_a_worker_started_without_its_engine_says_how_to_start_it(monkeypatch):
+    from pdtrim_sglang.models import stage
+
+    monkeypatch.setattr(stage, "get_parallel", lambda: SimpleNamespace(tp_size=1))
+    for name in ("RadixAttention", "ParallelLMHead", "LogitsProcessor"):
+        monkeypatch.setattr(stage, name, lambda *_, **__: torch.nn.Identity())
+    sizes = SimpleNamespace(num_attention_heads=4, hidden_size=64, num_hidden_layers=2, vocab_size=8)
+    with pytest.raises(RuntimeError, match=r"names no pdtrim_engine: start workers with pdtrim-deploy serve"):
+        stage.PDTrimStageForCausalLM(sizes)
 
 
 def test_the_command_line_says_what_the_worker_reads(tmp_path):
     from pdtrim_deploy.serving import Engine
 
-    config = json.loads(json.dumps(Engine("onnxruntime", "decode", tmp_path).as_config()))
-    assert EngineConfig.of(SimpleNamespace(pdtrim_engine=config)).path == str(tmp_path)
+    told = WorkerConfig(engine=Engine("onnxruntime", "decode", tmp_path).as_config())
+    override = json.loads(json.dumps(told.override()))
+    assert WorkerConfig.parse(json.dumps(override)) == told
+    assert WorkerConfig.of_model(SimpleNamespace(**override)) == told
+    assert told.engine.path == str(tmp_path)

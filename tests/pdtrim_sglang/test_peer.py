@@ -3,6 +3,7 @@
 import queue
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,11 +11,14 @@ import torch
 pytest.importorskip("sglang", reason="needs the serve environment")
 from pdtrim_sglang.peer import Chunk, Peer, RoomProgress
 from pdtrim_sglang.pool import PoolView
+from pdtrim_sglang.prefill import PrefillSide
 from pdtrim_sglang.protocol import Reply
 from pdtrim_sglang.rooms import AuxRows
+from pdtrim_sglang.sender import PDTrimKVSender
 from pdtrim_sglang.staging import Arena, Staging
 from pdtrim_sglang.transports import TransportConfig
 from pdtrim_sglang.transports.base import UnreachableError
+from pretended_gpu import gpu, host
 
 from pdtrim_deploy.kvcache.layout import chunk_layout
 from pdtrim_deploy.kvcache.pack import pack
@@ -84,6 +88,41 @@ def test_a_part_of_a_chunk_may_begin_inside_a_page(world, start, stop):
     header, sent = world[2].sent.get(timeout=10)
     assert (header.start, header.stop, sent) == (start, stop, wanted(world, start, stop))
     assert world[3].room.staged_bytes == 0
+
+
+class Copying:
+    """A device event after which the pages are there: they come by a copy that the scheduler does not wait for."""
+
+    def __init__(self, into):
+        self.into = into
+
+    def synchronize(self):
+        self.into.copy_(torch.tensor(PAGES, dtype=torch.int32))
+
+
+def test_pages_that_come_later_are_waited_for(world):
+    _, _, channel, _, peer = world
+    pages = torch.full((len(PAGES),), 9, dtype=torch.int32)
+    sender = object.__new__(PDTrimKVSender)
+    sender.bootstrap_room, sender.prompt_tokens, sender.aux_index = 1, TOKENS, 0
+    sender.conclude_state = sender._early_send_wait_event = None
+    sender.curr_idx, sender.num_kv_indices, sender._prefix_tokens = 0, len(PAGES), 0
+    sender.kv_mgr = SimpleNamespace(
+        kv_shard_size=1, enable_all_cp_ranks_for_transfer=False, is_dummy_cp_rank=False,
+        kv_args=SimpleNamespace(page_size=PAGE), prefill_side=SimpleNamespace(submit=peer.submit),
+    )  # fmt: skip
+    sender.send(pages, num_kv_tokens=TOKENS, indices_event=Copying(pages))
+    header, sent = channel.sent.get(timeout=10)
+    assert (header.start, header.stop, header.last) == (0, TOKENS, True)
+    assert sent == wanted(world, 0, TOKENS)
+
+
+@pytest.mark.parametrize("made", [gpu, host])
+def test_pages_may_come_later_where_there_is_a_gpu(made):
+    """SGLang makes such pages with CUDA calls, which fail on a CPU."""
+    side, sender = object.__new__(PrefillSide), object.__new__(PDTrimKVSender)
+    side._pool, sender.kv_mgr = PoolView([made(torch.zeros(4, 1, 8))], [], 4), SimpleNamespace(prefill_side=side)
+    assert getattr(sender, "supports_host_tensor_indices", False) is (made is gpu)
 
 
 def test_rows_of_a_span_do_not_come_from_the_pool(world):

@@ -2,6 +2,7 @@
 
 import ctypes
 import threading
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -9,9 +10,10 @@ import torch
 from pdtrim_sglang import rooms
 from pdtrim_sglang.decode import DecodeSide
 from pdtrim_sglang.pool import PoolView
-from pdtrim_sglang.protocol import ChunkHeader
+from pdtrim_sglang.protocol import ChunkHeader, Reply
 from pdtrim_sglang.rooms import AuxRows, DecodeRoom
 from pretended_gpu import PretendedGPU, gpu, host
+from sglang.srt.disaggregation.base.conn import KVPoll
 
 from pdtrim_deploy.kvcache.layout import chunk_layout
 from pdtrim_deploy.kvcache.pack import pack
@@ -68,6 +70,22 @@ def test_chunks_in_order_fill_pool_and_aux_row(plan, source, target, aux):
     kept = [0, 1, 8, 9, 10]
     assert torch.equal(target.values[1][there[kept]], source.values[1][here[kept]])
     assert not target.values[1][there[2:8]].any()
+
+
+def test_a_chunk_that_cannot_be_written_fails_its_request(plan, source, target, aux, monkeypatch):
+    def out_of_memory(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    told = []
+    manager = SimpleNamespace(apply_prefill_status=lambda **status: told.append(status))
+    room = DecodeRoom(5, TOKENS, 0, target.destinations(target.slots((9, 1, 4), TOKENS)), 1)
+    side = SimpleNamespace(_rooms={5: room}, _plan=plan, _pool=target, _aux=aux, _manager=manager)
+    side._conclude = partial(DecodeSide._conclude, side)
+    monkeypatch.setattr(rooms, "unpack", out_of_memory)
+    reply = DecodeSide.deliver(side, *send(plan, source, 0, 4), memoryview(b""))
+    assert reply == Reply(5, "decode cannot take the KV in: CUDA out of memory")
+    ((status, reason),) = [(one["status"], one["failure_reason"]) for one in told]
+    assert (status, reason) == (KVPoll.Failed, reply.reason)
 
 
 def test_layers_of_other_sizes_and_wire_dtypes_arrive_each_by_its_own_rule(aux):

@@ -1,11 +1,11 @@
 """Who has no secret, or another plan, is kept out; malformed bytes end a connection and nothing else."""
 
 import ast
-import json
 import queue
 import socket
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -150,14 +150,37 @@ def test_who_says_nothing_is_hung_up_on(server):
         assert time.monotonic() - started < 3
 
 
-def test_connections_are_bounded():
+def test_members_are_bounded():
     made = TRANSPORTS["tcp"][1]("127.0.0.1", Handler(), config(connections=3))
-    held = [socket.create_connection((made.host, made.port), timeout=5) for _ in range(3)]
-    assert all(len(one.recv(38)) == 38 for one in held)
-    with socket.create_connection((made.host, made.port), timeout=5) as fourth:
-        assert fourth.recv(38) == b""
-    for one in held:
-        one.close()
+    held = [socket.create_connection((made.host, made.port), timeout=5) for _ in range(4)]
+    for member in held:
+        introduce(member, OURS, 2)
+        member.settimeout(0.5)
+    for member in held[:3]:
+        with pytest.raises(TimeoutError):
+            member.recv(1)
+    assert held[3].recv(1) == b""
+    for member in held:
+        member.close()
+    made.close()
+
+
+def test_silent_strangers_keep_no_member_out():
+    """As many as a server keeps, in its full time to show who they are."""
+    made = TRANSPORTS["tcp"][1]("127.0.0.1", Handler(), replace(config(), connect_seconds=60))
+    silent = [socket.create_connection((made.host, made.port), timeout=5) for _ in range(256)]
+    assert len(silent[-1].recv(38)) == 38
+    started = time.monotonic()
+    assert send(made, OURS, room=3) == Reply(3)
+    assert time.monotonic() - started < 30
+    assert len(silent[0].recv(38)) == 38
+    assert silent[0].recv(1) == b"", "the oldest made room"
+    silent[1].settimeout(0.2)
+    assert len(silent[1].recv(38)) == 38
+    with pytest.raises(TimeoutError):
+        silent[1].recv(1)
+    for stranger in silent:
+        stranger.close()
     made.close()
 
 
@@ -259,28 +282,27 @@ def test_a_long_message_is_never_taken_in(channel, key):
 
 def test_the_secret_is_read_from_its_file(tmp_path):
     path = tmp_path / "s"
-    override = json.dumps({secret.SECRET_FILE: str(path)})
     with pytest.raises(RuntimeError, match="cannot be read: No such file"):
-        secret.read_secret(override, "127.0.0.1")
+        secret.read_secret(str(path), "127.0.0.1")
     path.write_text("short\n")
     with pytest.raises(RuntimeError, match="holds 5 bytes, allowed: 16 to 4096; make one with: openssl"):
-        secret.read_secret(override, "127.0.0.1")
+        secret.read_secret(str(path), "127.0.0.1")
     path.write_text("0123456789abcdef\n")
-    assert secret.read_secret(override, "127.0.0.1") == b"0123456789abcdef"
-    assert secret.read_secret("{}", "127.0.0.1") == b""
+    assert secret.read_secret(str(path), "127.0.0.1") == b"0123456789abcdef"
+    assert secret.read_secret(None, "127.0.0.1") == b""
     with pytest.raises(RuntimeError, match=r"reached at 10.0.0.1, from other machines: give all .* one secret file"):
-        secret.read_secret("", "10.0.0.1")
+        secret.read_secret(None, "10.0.0.1")
     assert repr(OURS.secret) not in repr(OURS)
 
 
 def test_where_a_worker_listens_may_be_a_name(monkeypatch):
     for host in ("localhost", "::1", "[::1]", "127.0.0.2"):
-        assert secret.read_secret("", host, "127.0.0.1") == b""
+        assert secret.read_secret(None, host, "127.0.0.1") == b""
     for host in ("0.0.0.0", "::", "", "10.0.0.1"):
         with pytest.raises(RuntimeError, match=f"reached at {host}, from other machines"):
-            secret.read_secret("", "127.0.0.1", host)
+            secret.read_secret(None, "127.0.0.1", host)
     with pytest.raises(RuntimeError, match=r"no-such-host\.invalid is neither an address nor a host name known here"):
-        secret.read_secret("", "no-such-host.invalid")
+        secret.read_secret(None, "no-such-host.invalid")
 
 
 def test_keys_differ_by_purpose_and_secret():

@@ -294,10 +294,12 @@ def test_a_burst_is_admitted_as_far_as_its_answers_fit():
 def configurator(tmp_path, plan, told, **args):
     (tmp_path / "config.json").write_text(json.dumps({"pdtrim": plan.model_dump(mode="json")}))
     good = {"disaggregation_mode": "decode", "disaggregation_decode_retraction_backup": "none"}
-    config = SimpleNamespace(**({"pdtrim_decode_pool": told} if told else {}))
     return SimpleNamespace(
-        model_config=SimpleNamespace(hf_config=config),
-        server_args=SimpleNamespace(model_path=str(tmp_path), **good | args),
+        server_args=SimpleNamespace(
+            model_path=str(tmp_path),
+            json_model_override_args=json.dumps({"pdtrim_decode_pool": told} if told else {}),
+            **good | args,
+        ),
     )
 
 

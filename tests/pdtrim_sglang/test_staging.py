@@ -1,7 +1,9 @@
 """What an engine packs is what `pack` would have gathered: any batch, any chunks, any wire dtype; nothing leaks."""
 
+import gc
 import itertools
 import random
+import sys
 
 import pytest
 import torch
@@ -148,6 +150,54 @@ def test_blocks_never_overlap_and_all_come_back():
     held.clear()
     assert arena.used_bytes == 0
     assert len(arena.take(10_000 // 64 * 64).bytes) >= 9984
+
+
+def collect_at(opcode):
+    """A trace function that has Python collect cycles before the bytecode of that number in `Arena.take`."""
+    left = itertools.count(opcode, -1)
+
+    def inside(frame, event, _):
+        if event == "opcode" and next(left) == 0:
+            gc.collect(1)
+        return inside
+
+    def begin(frame, *_):
+        if frame.f_code is not Arena.take.__code__:
+            return None
+        frame.f_trace_opcodes = True
+        return inside
+
+    return begin
+
+
+def test_a_block_that_is_collected_inside_take_leaves_the_others_where_they_are():
+    """A request that failed half way may hold its block in a cycle, which Python collects when it likes."""
+    freed_inside = 0
+    for opcode in range(150):
+        arena = Arena(512)
+        lost, kept, gap, last = (arena.take(64) for _ in range(4))
+        gc.disable()
+        lost.cycle = lost
+        del lost, gap
+        sys.settrace(collect_at(opcode))
+        taken = arena.take(64)
+        sys.settrace(None)
+        freed_inside += arena.used_bytes == 192
+        gc.enable()
+        gc.collect(1)
+        held = [kept, last, taken, *(arena.take(64) for _ in range(5))]
+        places = sorted(block.bytes.data_ptr() for block in held)
+        assert [high - low for low, high in itertools.pairwise(places)] == [64] * 7, opcode
+        assert arena.used_bytes == 512
+    assert freed_inside > 50, "no collection came inside take"
+
+
+def test_an_empty_block_is_freed_alone():
+    arena = Arena(256)
+    empty, held = arena.take(0), arena.take(64)
+    del empty
+    other = arena.take(64)
+    assert held.bytes.data_ptr() != other.bytes.data_ptr()
 
 
 @pytest.mark.parametrize("size", [0, 1, 64, 65])

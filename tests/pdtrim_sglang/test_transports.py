@@ -9,11 +9,12 @@ import threading
 
 import pytest
 import torch
-from pdtrim_sglang.options import transport_config
 from pdtrim_sglang.protocol import ChunkHeader, ProtocolError, Reply
 from pdtrim_sglang.transports import TRANSPORTS, TransportConfig, transport_named
 from pdtrim_sglang.transports.base import TransportError, UnreachableError
 from pdtrim_sglang.transports.handshake import Credentials
+
+from pdtrim_deploy.worker.config import WorkerConfig
 
 CONFIG = TransportConfig(staging_bytes=1 << 20, connect_seconds=2, stall_seconds=2, accept_unauthenticated=True)
 LIBRARY, LOADS = {"nixl": "nixl_cu12", "mooncake": "mooncake"}, {"nixl": "_api", "mooncake": "engine"}
@@ -130,6 +131,35 @@ def test_a_wrong_length_is_refused_before_the_body_and_the_channel_recovers(pair
     assert listener.next() == Reply(3)
 
 
+def test_a_chunk_that_cannot_be_taken_in_ends_its_request_and_no_other(pair, caplog):
+    channel, server, handler, listener = pair
+    deliver = handler.deliver
+
+    def out_of_memory(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    for room in range(1, 4):
+        handler.deliver = out_of_memory if room == 2 else deliver
+        channel.send(header(room, 10), memoryview(b""))
+        assert listener.next() == Reply(room, "decode failed: CUDA out of memory" if room == 2 else "")
+        assert server.held()[0] == 1
+    assert handler.changes.qsize() == 1, "one connection from beginning to end"
+    assert "a chunk was not taken in" in caplog.text
+
+
+def test_what_fails_before_a_chunk_is_read_is_told_and_logged(pair, caplog):
+    channel, _, handler, listener = pair
+    admit = handler.admit
+    handler.admit = lambda _: {}["unforeseen"]
+    channel.send(header(1, 10), memoryview(b""))
+    assert listener.next() == Reply(1, "decode failed: 'unforeseen'")
+    assert "lost decode worker" in listener.next()
+    assert "dropping a prefill connection" in caplog.text
+    handler.admit = admit
+    channel.send(header(2, 10), memoryview(b""))
+    assert listener.next() == Reply(2)
+
+
 def test_a_lost_server_is_told_and_named(pair):
     channel, server, _, listener = pair
     channel.send(header(1, 10), memoryview(b""))
@@ -200,14 +230,18 @@ def test_a_missing_library_is_one_sentence(name, monkeypatch):
 
 def test_what_a_worker_is_told_of_its_transport():
     credentials = Credentials(b"d" * 32, b"s" * 16)
-    assert transport_config("", credentials) == TransportConfig(credentials=credentials)
+
+    def transport_config(override_args):
+        return TransportConfig.of(WorkerConfig.parse(override_args).transport, credentials)
+
+    assert transport_config("") == TransportConfig(credentials=credentials)
     told = {"stall_seconds": 3, "port": 5000, "announce": "gateway:6000"}
-    made = transport_config(json.dumps({"pdtrim_secret_file": "x", "pdtrim_transport": told}), credentials)
+    made = transport_config(json.dumps({"pdtrim_secret_file": "x", "pdtrim_transport": told}))
     assert (made.stall_seconds, made.port, made.announce, made.credentials) == (3, 5000, "gateway:6000", credentials)
     far = [{"announce": place} for place in ("no port", "gateway:70000", "gateway:0", f"{'g' * 128}:6000")]
     for wrong in ({"stall": 3}, {"stall_seconds": 0}, *far, {"port": 70000}):
         with pytest.raises(RuntimeError, match=rf"pdtrim_transport.{next(iter(wrong))} in .*valid: accept_unauth"):
-            transport_config(json.dumps({"pdtrim_transport": wrong}), credentials)
+            transport_config(json.dumps({"pdtrim_transport": wrong}))
 
 
 def test_an_unknown_transport_lists_the_valid_names():

@@ -7,7 +7,7 @@ import threading
 from types import SimpleNamespace
 
 import pytest
-from pdtrim_sglang import hooks, vital
+from pdtrim_sglang import hooks, threads, vital
 from pdtrim_sglang.transports import TRANSPORTS, TransportConfig
 
 
@@ -23,7 +23,8 @@ def fails(*_):
 
 
 def test_the_transport_server(ended, monkeypatch, caplog):
-    server = TRANSPORTS["tcp"][1]("127.0.0.1", SimpleNamespace(connections_changed=fails), TransportConfig())
+    server = TRANSPORTS["tcp"][1]("127.0.0.1", SimpleNamespace(connections_changed=list), TransportConfig())
+    monkeypatch.setattr(threads, "start", fails)
     socket.create_connection((server.host, server.port)).close()
     assert ended.wait(5)
     assert "this worker ends, since it cannot serve without its transport server" in caplog.text
@@ -41,7 +42,7 @@ def test_the_control_channel(ended, monkeypatch, stage):
         monkeypatch.setattr(f"pdtrim_sglang.{module}.transport_named", lambda _: (channel, lambda *_: server))
     monkeypatch.setattr("pdtrim_sglang.prefill.TransferMetrics", lambda: None)  # its registry takes a name once
     monkeypatch.setattr("pdtrim_sglang.decode.HeldMetrics", lambda: None)
-    manager = SimpleNamespace(local_ip="127.0.0.1", server_socket=SimpleNamespace(recv_multipart=fails))
+    manager = SimpleNamespace(local_ip="127.0.0.1", server_socket=SimpleNamespace(poll=fails, recv_multipart=fails))
     plan = SimpleNamespace(digest="00" * 32)
     side = PrefillSide if stage == "prefill" else DecodeSide
     side(manager, plan, None, None, "tcp", TransportConfig())

@@ -7,9 +7,10 @@ from collections.abc import Callable
 from torch import Tensor
 
 from pdtrim_deploy.plan import PDPlan
-from pdtrim_sglang.executors.base import Attention, EngineConfig, StageExecutor
+from pdtrim_deploy.worker.config import EngineConfig
+from pdtrim_sglang.executors.base import Attention, StageExecutor
 
-__all__ = ["EXECUTORS", "Attention", "EngineConfig", "StageExecutor", "load_engine"]
+__all__ = ["EXECUTORS", "Attention", "StageExecutor", "load_engine"]
 
 
 def _onnxruntime(engine: EngineConfig, plan: PDPlan, attention: Attention, embedding: Tensor | None) -> StageExecutor:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.plan import PDPlan
-from pdtrim_sglang.executors.base import NO_SENDS, Attention, EngineConfig
+from pdtrim_deploy.worker.config import EngineConfig
+from pdtrim_sglang.executors.base import NO_SENDS, Attention
 
 GRAPH, EMBEDDING = "model.onnx", "embed_tokens"  # as pdtrim_builders.graph names them
 

@@ -19,30 +19,12 @@ from torch import Tensor
 
 from pdtrim_deploy.engine import RESULT, TargetResult
 from pdtrim_deploy.plan import PDPlan
-from pdtrim_sglang.executors.base import NO_SENDS, Attention, EngineConfig
+from pdtrim_deploy.worker.config import EngineConfig
+from pdtrim_sglang.executors.base import NO_SENDS, Attention
+from pdtrim_sglang.executors.session import Session, View
 
 PLAN, LIBRARY = "engine.plan", "libpdtrim_tensorrt.so"
 HIDDEN = "hidden_states"
-View = Callable[[int, tuple[int, ...], torch.dtype], Tensor]
-
-
-class Session(Protocol):
-    """All that is asked of TensorRT: one execution context, and what its engine says of its tensors.
-
-    `inputs`: most elements by name, all int64 vectors. `outputs`: shape (-1: as an input's) and dtype by name.
-    """
-
-    inputs: Mapping[str, int]
-    outputs: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
-
-    def set_shape(self, name: str, shape: tuple[int, ...]) -> None:
-        """Of an input, for the calls that follow."""
-
-    def set_address(self, name: str, pointer: int) -> None:
-        """Of an input or output, for the calls that follow."""
-
-    def enqueue(self, stream: int) -> bool:
-        """Run on a cudaStream_t; False when it could not be enqueued."""
 
 
 class Callback(Protocol):

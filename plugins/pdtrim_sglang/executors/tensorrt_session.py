@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pdtrim_sglang.executors.tensorrt import View
+from pdtrim_sglang.executors.session import View
 
 _NAMES = {
     "FLOAT": torch.float32,

@@ -19,7 +19,8 @@ from sglang.srt.runtime_context import get_parallel
 from torch import Tensor, nn
 
 from pdtrim_deploy.plan import PDPlan
-from pdtrim_sglang.executors import EngineConfig, StageExecutor, load_engine
+from pdtrim_deploy.worker.config import ARGUMENT, WorkerConfig, key
+from pdtrim_sglang.executors import StageExecutor, load_engine
 from pdtrim_sglang.kv_only import WriteKV
 from pdtrim_sglang.staging import Staging
 
@@ -49,10 +50,13 @@ class PDTrimStageForCausalLM(nn.Module):
         self.logits_processor = LogitsProcessor(config)
         self._layers: list[Any] = list(self.attention)
         self._batch: Any = None
-        self._asked, self._plan = EngineConfig.of(config), PDPlan.parse(config.pdtrim, "config.json")
+        engine = WorkerConfig.of_model(config).engine
+        if engine is None:
+            raise RuntimeError(f"pdtrim: {ARGUMENT} names no {key('engine')}: start workers with pdtrim-deploy serve")
+        self._asked, self._plan = engine, PDPlan.parse(config.pdtrim, "config.json")
         if self._asked.stage == "prefill":
-            for layer in self._plan.kv_only_layers:  # till `write_only`: SGLang may warm its kernels up before
-                self._layers[layer] = _hand_back
+            for layer in self._plan.kv_only_layers:
+                self._layers[layer] = WriteKV(self.attention[layer])
 
     staging: Staging | None
     _engine: StageExecutor
@@ -91,10 +95,6 @@ class PDTrimStageForCausalLM(nn.Module):
                 "build the engine in the bundle's dtype"
             )
 
-    def write_only(self, layer: int, pool: Any) -> None:
-        """Let `layer` put K and V into SGLang's KV pool and attend to nothing."""
-        self._layers[layer] = WriteKV(self.attention[layer], pool)
-
     def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return self._layers[layer](q, k, v, self._batch)
 
@@ -104,10 +104,6 @@ class PDTrimStageForCausalLM(nn.Module):
         if sum(batch.extend_seq_lens_cpu) != tokens:  # padded: its rows are not those of the requests
             return None
         return self.staging.batch(batch.rids, batch.extend_prefix_lens_cpu, batch.extend_seq_lens_cpu)
-
-
-def _hand_back(q: Tensor, *_: Any) -> Tensor:
-    return q
 
 
 def _event(tensor: Tensor) -> Any:

@@ -5,17 +5,16 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from pydantic import ValidationError
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
 from pdtrim_deploy.decode_pool import SplitPool
 from pdtrim_deploy.plan import PDPlan
+from pdtrim_deploy.worker.config import WorkerConfig, key
 from pdtrim_sglang.attention.windows import layer_windows
 from pdtrim_sglang.plan_source import read_plan
 from pdtrim_sglang.split_pool.pool import SplitKVPool
 
-# Key of `--json-model-override-args`: the one way to hand a worker something that SGLang does not know.
-DECODE_POOL = "pdtrim_decode_pool"
+DECODE_POOL = key("decode_pool")
 
 
 def wanted(configurator: Any) -> tuple[PDPlan, SplitPool] | None:
@@ -25,19 +24,12 @@ def wanted(configurator: Any) -> tuple[PDPlan, SplitPool] | None:
         RuntimeError: what the worker was told cannot be done, in one sentence.
 
     """
-    told = getattr(configurator.model_config.hf_config, DECODE_POOL, None)
-    if told is None:
-        return None
     args = configurator.server_args
+    split = WorkerConfig.parse(args.json_model_override_args).decode_pool
+    if split is None:
+        return None
     if args.disaggregation_mode != "decode":
         raise RuntimeError(f"pdtrim: {DECODE_POOL} is for decode workers: start prefill without it")
-    try:
-        split = SplitPool.model_validate(told)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, (DECODE_POOL, *first["loc"])))
-        valid = ", ".join(sorted(SplitPool.model_fields))
-        raise RuntimeError(f"pdtrim: {place} in --json-model-override-args: {first['msg']}; valid: {valid}") from None
     plan = read_plan(args.model_path)
     if plan is None or not layer_windows(plan):
         raise RuntimeError(f"pdtrim: {DECODE_POOL} splits sparse layers off, this plan has none: start without it")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import threading
 import weakref
 from itertools import pairwise
@@ -28,29 +29,29 @@ class Arena:
 
     def __init__(self, size: int, pinned: bool = False) -> None:
         self.buffer = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
-        self._taken: list[tuple[int, int]] = []  # half-open, ascending
-        self._lock = threading.RLock()  # a collection may free a block inside `take`
+        self._taken: list[tuple[int, int]] = []  # half-open, ascending; changed in place, by single bytecodes:
+        self._lock = threading.RLock()  # a collection may free a block anywhere inside `take`
 
     @property
     def used_bytes(self) -> int:
         """Bytes in blocks that somebody holds, alignment included."""
         with self._lock:
-            return sum(stop - start for start, stop in self._taken)
+            return sum(stop - start for start, stop in [*self._taken])
 
     def take(self, size: int) -> Block | None:
         """A block of `size` bytes, None when no gap is large enough."""
-        length = -(-size // ALIGNMENT) * ALIGNMENT
+        length = -(-max(size, 1) // ALIGNMENT) * ALIGNMENT  # an empty one, too, has a start of its own
         with self._lock:
             edges = [(0, 0), *self._taken, (len(self.buffer), len(self.buffer))]
-            gaps = enumerate((stop, start) for (_, stop), (start, _) in pairwise(edges))
-            place, start = next(((n, lo) for n, (lo, hi) in gaps if hi - lo >= length), (None, 0))
-            if place is None:
+            start = next((lo for (_, lo), (hi, _) in pairwise(edges) if hi - lo >= length), None)
+            if start is None:
                 return None
-            self._taken.insert(place, (start, start + length))
+            taken = (start, start + length)
+            bisect.insort(self._taken, taken)  # where it belongs now: what stood before it may be gone
             block = Block(self.buffer[start : start + size])
-            weakref.finalize(block, self._free, start)
+            weakref.finalize(block, self._free, taken)
             return block
 
-    def _free(self, start: int) -> None:
+    def _free(self, taken: tuple[int, int]) -> None:
         with self._lock:
-            self._taken = [taken for taken in self._taken if taken[0] != start]
+            self._taken.remove(taken)

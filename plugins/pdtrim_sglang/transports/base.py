@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from pdtrim_deploy.transport_options import TransportOptions
 from pdtrim_sglang.protocol import ChunkHeader, Reply
 from pdtrim_sglang.transports.handshake import Credentials
 
@@ -23,7 +24,8 @@ class TransportConfig:
         staging_bytes: capacity of one staging buffer; longer chunks are cut by the scheduler.
         connect_seconds: deadline to reach a decode worker, and again to know each other.
         stall_seconds: longest silence inside a frame, or between a request's last chunk and its reply.
-        connections: most that a server keeps at once, those that have not shown yet who they are among them.
+        connections: most prefill workers that a server keeps at once, and most that have not shown yet who they are:
+            of more such the oldest is dropped.
         port: where a decode worker listens; 0: wherever the system says.
         announce: `host:port` at which prefill workers reach it, where that is another (a forwarded port, a proxy).
         accept_unauthenticated: the user knows that this transport lets strangers write, and wants it all the same.
@@ -42,6 +44,11 @@ class TransportConfig:
     protocol: str = "tcp"
     devices: str = ""
     credentials: Credentials = field(default_factory=Credentials)
+
+    @classmethod
+    def of(cls, options: TransportOptions, credentials: Credentials) -> TransportConfig:
+        """What the worker was told, and the defaults for the rest."""
+        return cls(**options.model_dump(exclude_none=True), credentials=credentials)
 
 
 class TransportError(Exception):

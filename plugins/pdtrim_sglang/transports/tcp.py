@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import socket
-import threading
 import time
 from collections.abc import Sequence
 
 import torch
 
-from pdtrim_sglang import vital
+from pdtrim_sglang import threads, vital
 from pdtrim_sglang.protocol import HEADER_BYTES, REPLY_BYTES, ChunkHeader, ProtocolError, Reply, body_matches
 from pdtrim_sglang.transports.base import (
     ChannelListener,
@@ -68,8 +67,7 @@ class TcpSendChannel(SendChannel):
 
     def abandon(self) -> None:
         if (connection := self._socket) is not None:
-            with contextlib.suppress(OSError):  # closed meanwhile
-                connection.shutdown(socket.SHUT_RDWR)
+            _wake(connection)
 
     def close(self) -> None:
         if self._socket is not None:
@@ -101,7 +99,7 @@ class TcpSendChannel(SendChannel):
                 raise
             connection.settimeout(self._config.stall_seconds)
             self._socket = connection
-            threading.Thread(target=self._read_replies, args=(connection,), daemon=True).start()
+            threads.start("reader of replies", self._read_replies, connection)
         return self._socket
 
     def _read_replies(self, connection: socket.socket) -> None:
@@ -128,7 +126,8 @@ class TcpReceiveServer(ReceiveServer):
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._listener = socket.create_server((host, config.port), family=family)
         self.host, self.port = host, self._listener.getsockname()[1]
-        self._connections: dict[socket.socket, int] = {}  # and the bytes of its staging buffer
+        self._unknown: dict[socket.socket, None] = {}  # have not shown yet who they are, in the order they came
+        self._connections: dict[socket.socket, int] = {}  # members', and the bytes of each one's staging buffer
         self._staging: dict[socket.socket, bytearray] = {}
         vital.start("transport server", self._accept)
 
@@ -136,8 +135,8 @@ class TcpReceiveServer(ReceiveServer):
         return len(self._connections), sum(list(self._connections.values()))
 
     def close(self) -> None:
-        for listening in (self._listener, *list(self._connections)):  # shutdown wakes the thread that waits on it
-            _hang_up(listening)
+        for waited_on in (self._listener, *list(self._unknown), *list(self._connections)):
+            _hang_up(waited_on)
 
     def _accept(self) -> None:
         while True:
@@ -149,19 +148,22 @@ class TcpReceiveServer(ReceiveServer):
                 logger.warning("pdtrim: cannot accept a connection: %s", error)  # out of files, say: it may pass
                 time.sleep(ACCEPT_AGAIN_SECONDS)
                 continue
-            if len(self._connections) >= self._config.connections:
-                logger.warning("pdtrim: dropping a connection: %d are open already", self._config.connections)
-                connection.close()
-                continue
-            self._connections[connection] = 0
-            self._handler.connections_changed()
-            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+            self._unknown[connection] = None
+            for oldest in list(self._unknown)[: -self._config.connections]:
+                logger.warning("pdtrim: dropping a connection: %d came since, and it is silent", len(self._unknown) - 1)
+                _wake(oldest)
+            threads.start("connection", self._serve, connection)
 
     def _serve(self, connection: socket.socket) -> None:
-        _prepare(connection)
         room = 0
         try:
+            _prepare(connection)
             welcome(connection, self._config.credentials, self._config.connect_seconds)
+            if len(self._connections) >= self._config.connections:
+                raise HandshakeError(f"{self._config.connections} prefill workers are connected already")
+            self._connections[connection] = 0
+            self._unknown.pop(connection)
+            self._handler.connections_changed()
             connection.settimeout(self._config.stall_seconds)
             self._welcomed(connection)
             while data := receive(connection, bytearray(HEADER_BYTES), patient=True):
@@ -177,7 +179,12 @@ class TcpReceiveServer(ReceiveServer):
             logger.warning("pdtrim: refusing a connection: %s", error)
         except OSError as error:
             logger.warning("pdtrim: lost a prefill connection: %s", error)
+        except Exception as error:  # out of memory while a chunk was read, say: where the next begins is not known
+            logger.exception("pdtrim: dropping a prefill connection")
+            with contextlib.suppress(OSError):
+                self._refuse(connection, Reply(room, f"decode failed: {error}"))
         finally:
+            self._unknown.pop(connection, None)
             self._connections.pop(connection, None)
             self._left(connection)
             connection.close()
@@ -221,7 +228,11 @@ class TcpReceiveServer(ReceiveServer):
         if not body_matches(data, (payload, aux)):
             return Reply(header.room, "checksum mismatch: the chunk was damaged on its way")
         rows = torch.frombuffer(payload, dtype=torch.uint8) if len(payload) else torch.empty(0, dtype=torch.uint8)
-        return self._handler.deliver(header, rows, aux)
+        try:
+            return self._handler.deliver(header, rows, aux)
+        except Exception as error:  # it ends this request: others' chunks come on the same connection
+            logger.exception("pdtrim: a chunk was not taken in")
+            return Reply(header.room, f"decode failed: {error}")
 
 
 def _prepare(connection: socket.socket) -> None:
@@ -231,9 +242,14 @@ def _prepare(connection: socket.socket) -> None:
         connection.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
-def _hang_up(connection: socket.socket) -> None:
-    with contextlib.suppress(OSError):
+def _wake(connection: socket.socket) -> None:
+    """The thread that waits on it finds it over."""
+    with contextlib.suppress(OSError):  # closed meanwhile
         connection.shutdown(socket.SHUT_RDWR)
+
+
+def _hang_up(connection: socket.socket) -> None:
+    _wake(connection)
     connection.close()
 
 
