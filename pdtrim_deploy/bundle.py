@@ -2,6 +2,8 @@
 
     plan.json  recipe.yaml  prefill/  decode/  engines/TARGET/STAGE/  reports/  manifest.json  COMPLETE
 
+and, where keys travel less an offset, the file of those, which both stages have too.
+
 `manifest.json` is written next to last and holds size and SHA-256 of every file before it; `COMPLETE` is written
 last and holds the manifest's SHA-256. What later commands add to `reports/` (eval.json, ...) is not sealed, nor are
 the stages' model cards, into which `eval` writes the measured loss.
@@ -217,13 +219,13 @@ def walk(path: Path) -> Iterator[Path]:
             yield file
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Replace `path` by `text`: readers see the old or the new file, never half of one."""
+def write_atomic(path: Path, data: str | bytes) -> None:
+    """Replace `path` by text or bytes: readers see the old or the new file, never half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.new-{os.getpid()}")
     try:
-        with temporary.open("w") as file:
-            file.write(text)
+        with temporary.open("wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -88,6 +88,8 @@ def made(recipe: Recipe) -> list[str]:
     if healing.kv_steps:
         length = kv.prompt_tokens + healing.length // 2
         said.append(f"- Decode healed behind its KV on {healing.sequences} x {length} tokens of {corpus}")
+    if kv.measures_offsets:
+        said.append(f"- Means of keys before RoPE measured on {kv.sequences} x {kv.prompt_tokens} tokens of {corpus}")
     if kv.method in FIXED_KV:
         return [*said, f"- KV chosen by rule `{kv.method}`, on no text"]
     length = kv.prompt_tokens + kv.continuation_tokens

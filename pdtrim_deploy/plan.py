@@ -15,12 +15,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import PositiveInt, ValidationError, model_validator
+from pydantic import (
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.plan_blocks import Action, Distilled, Drop, Frozen, Keep, KVOnly, check_pairs
-from pdtrim_deploy.plan_kv import KVSend
-from pdtrim_deploy.wire import HEAD_DIM_MULTIPLE, packed_bytes, packed_row_bytes
+from pdtrim_deploy.plan_kv import KeyOffsetsFile, KVSend
+from pdtrim_deploy.wire import HEAD_DIM_MULTIPLE, SIDES, packed_bytes, packed_row_bytes
 
 __all__ = [
     "STAGES",
@@ -30,6 +36,7 @@ __all__ = [
     "KVOnly",
     "KVSend",
     "Keep",
+    "KeyOffsetsFile",
     "ModelShape",
     "NativeDtype",
     "PDPlan",
@@ -58,6 +65,7 @@ class PDPlan(Frozen):
     Attributes:
         prefill, decode: one action per block of the original model.
         kv: one entry per layer of the decode model, in its order.
+        key_offsets: constants that quantised keys travel without; absent from JSON, and so from the digest, when none.
     """
 
     version: Literal[1] = 1
@@ -65,6 +73,12 @@ class PDPlan(Frozen):
     prefill: tuple[Action, ...]
     decode: tuple[Action, ...]
     kv: tuple[KVSend, ...]
+    key_offsets: KeyOffsetsFile | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_none(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Plans without key offsets read as they did before there were any."""
+        return {key: value for key, value in serialise(self).items() if key != "key_offsets" or value is not None}
 
     @model_validator(mode="after")
     def _invariants(self) -> PDPlan:
@@ -93,6 +107,16 @@ class PDPlan(Frozen):
                     f"block {block}: wire dtype {send.wire_dtype} needs a head size that is a multiple of {multiple}, "
                     f"the model's is {self.model.head_dim}"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _offsets_of_layers(self) -> PDPlan:
+        if self.key_offsets is None:
+            return self
+        if (last := self.key_offsets.layers[-1]) >= len(self.kv):
+            raise ValueError(f"key_offsets names layer {last}, decode has layers 0 to {len(self.kv) - 1}")
+        if self.model.head_dim % 2:
+            raise ValueError(f"key_offsets needs an even head size, the model's is {self.model.head_dim}")
         return self
 
     def actions(self, stage: Stage) -> tuple[Action, ...]:
@@ -173,7 +197,19 @@ class PDPlan(Frozen):
 
     def with_kv(self, kv: tuple[KVSend, ...]) -> PDPlan:
         """The same blocks with other KV rules, validated (a `model_copy` would keep this plan's cached digest)."""
-        return PDPlan(model=self.model, prefill=self.prefill, decode=self.decode, kv=kv)
+        return self._with(kv, self.key_offsets)
+
+    def with_key_offsets(self, key_offsets: KeyOffsetsFile | None) -> PDPlan:
+        """The same blocks and KV rules with other key offsets, or none; validated."""
+        return self._with(self.kv, key_offsets)
+
+    def _with(self, kv: tuple[KVSend, ...], key_offsets: KeyOffsetsFile | None) -> PDPlan:
+        return PDPlan(model=self.model, prefill=self.prefill, decode=self.decode, kv=kv, key_offsets=key_offsets)
+
+    def has_key_offset(self, layer: int) -> bool:
+        """Whether keys of this layer of decode travel less a constant: it has one, and its keys are quantised."""
+        known = self.key_offsets is not None and layer in self.key_offsets.layers
+        return known and SIDES[self.kv[layer].wire_dtype][0] != "native"
 
     def canonical_json(self) -> str:
         """The one text of this plan: sorted keys, no spaces."""

@@ -1,13 +1,17 @@
-"""How one layer's prompt KV travels: which rows, in which dtype."""
+"""How one layer's prompt KV travels: which rows, in which dtype, and which layers' keys less a constant."""
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, NonNegativeInt, model_validator
 
 from pdtrim_deploy.plan_blocks import Frozen
 from pdtrim_deploy.wire import HEAD_DIM_MULTIPLE, WireDtype
+
+# Lies beside each stage checkpoint. Safetensors, but servers take a checkpoint's *.safetensors for weights.
+KEY_OFFSETS = "pdtrim_key_offsets.tensors"
 
 
 class KVSend(Frozen):
@@ -40,3 +44,22 @@ class KVSend(Frozen):
     def rows(self, prompt_tokens: int) -> int:
         """Number of prompt rows that travel."""
         return sum(stop - start for start, stop in self.row_ranges(prompt_tokens))
+
+
+class KeyOffsetsFile(Frozen):
+    """Layers of decode whose quantised keys travel less a constant, and the file that both ends have it from.
+
+    Attributes:
+        sha256: of the file's bytes, 64 hex digits (`kvcache/key_offsets.py`).
+        layers: of decode, ascending.
+
+    """
+
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    layers: tuple[NonNegativeInt, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _ascending(self) -> KeyOffsetsFile:
+        if any(before >= after for before, after in pairwise(self.layers)):
+            raise ValueError(f"layers with key offsets must ascend, not {list(self.layers)}")
+        return self

@@ -17,7 +17,7 @@ from pydantic import (
 
 from pdtrim_deploy.kvcache.recall import fits
 from pdtrim_deploy.plan_kv import KVSend
-from pdtrim_deploy.wire import WireDtype
+from pdtrim_deploy.wire import SIDES, WireDtype
 
 # Names of a registry that needs torch to import; a test holds them equal.
 KVMethod = Literal["none", "all", "random", "attention-mass", "simlayerkv", "measured-harm", "budget"]
@@ -34,7 +34,7 @@ _TAKES: dict[str, tuple[str, ...]] = {
     "measured-harm": (*_SIZES, "sparse_layers", "recall"),
     "budget": ("reduction", "max_loss", "sparse_choices", "wire_choices", "recall"),
 }
-_TEXT = ("method", "sequences", "prompt_tokens", "continuation_tokens")
+_ALL_TAKE = ("method", "sequences", "prompt_tokens", "continuation_tokens", "key_offsets")
 
 
 class KVSection(BaseModel):
@@ -52,6 +52,8 @@ class KVSection(BaseModel):
             not looked at.
         recall: share of the sequences that end in a passage of their own middle, so that harm is also what a prompt
             that is searched for a fact loses (`kvcache/recall.py`).
+        key_offsets: whether quantised keys travel less a mean measured on the prompts of the text, in the KV heads
+            where that helps (`kvcache/key_offsets.py`).
 
     """
 
@@ -79,6 +81,13 @@ class KVSection(BaseModel):
     sequences: PositiveInt = 8
     prompt_tokens: PositiveInt = 512
     continuation_tokens: Annotated[int, Field(ge=2)] = 64
+    key_offsets: bool = True
+
+    @property
+    def measures_offsets(self) -> bool:
+        """Whether some layer's keys may be quantised, and shall have their offset taken out then."""
+        wires = self.wire_choices if self.method == "budget" else (self.wire_dtype,)
+        return self.key_offsets and any(SIDES[wire][0] != "native" for wire in wires)
 
     def options(self) -> tuple[KVSend, ...]:
         """What method budget may give a layer: every choice of rows in every wire dtype."""
@@ -88,14 +97,14 @@ class KVSection(BaseModel):
     @model_serializer(mode="wrap")
     def _taken(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Only what the method takes: other methods' defaults may change under a written recipe."""
-        takes = (*_TAKES[self.method], *_TEXT)
+        takes = (*_TAKES[self.method], *_ALL_TAKE)
         return {name: value for name, value in serialise(self).items() if name in takes}
 
     @model_validator(mode="after")
     def _meaningful(self) -> KVSection:
         takes = _TAKES[self.method]
         for name, field in type(self).model_fields.items():
-            if name not in (*takes, *_TEXT) and getattr(self, name) != field.default:
+            if name not in (*takes, *_ALL_TAKE) and getattr(self, name) != field.default:
                 known = ", ".join(takes)
                 raise ValueError(f"method is {self.method!r}, which takes no {name}; allowed with it: {known}")
         if "n_first" in takes and self.n_first + self.n_last == 0:

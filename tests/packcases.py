@@ -3,6 +3,7 @@
 import torch
 from hypothesis import strategies as st
 
+from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
 from pdtrim_deploy.plan import Drop, Keep, KVSend, ModelShape, PDPlan
 from pdtrim_deploy.wire import HEAD_DIM_MULTIPLE, WIRE_DTYPES
 
@@ -33,6 +34,34 @@ def plans(draw):
         decode=tuple(action[k] for k in decode),
         kv=tuple(sends),
     )
+
+
+@st.composite
+def cases(draw):
+    """A plan, and offsets for the keys of some of its layers, or None."""
+    plan = draw(plans())
+    layers = [layer for layer in range(len(plan.kv)) if draw(st.booleans())]
+    if not layers:
+        return plan, None
+    offsets = random_offsets(plan.model, layers, draw(st.integers(0, 9)))
+    return plan.with_key_offsets(offsets.file), offsets
+
+
+def random_offsets(model, layers, seed=0, size=30.0, scaling=1.0):
+    g = torch.Generator().manual_seed(seed)
+    means = {layer: size * torch.randn(model.num_kv_heads, model.head_dim, generator=g) for layer in layers}
+    return KeyOffsets.make(means, 100.0 ** -(torch.arange(0, model.head_dim, 2) / model.head_dim), scaling)
+
+
+def plain_offset(offsets, layer, positions):
+    """float64 `[positions, kv_heads, head_dim]`: by complex numbers, of which the format knows nothing."""
+    low, high = offsets.means[layer].double().chunk(2, -1)
+    turn = torch.polar(
+        torch.full((len(positions), len(offsets.frequencies)), offsets.scaling, dtype=torch.float64),
+        positions.double()[:, None] * offsets.frequencies.double(),
+    )
+    turned = torch.complex(low, high) * turn[:, None]
+    return torch.cat((turned.real, turned.imag), -1)
 
 
 @st.composite

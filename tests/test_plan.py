@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from pdtrim_deploy.errors import UserError
-from pdtrim_deploy.plan import Distilled, Drop, Keep, KVOnly, KVSend, ModelShape, PDPlan
+from pdtrim_deploy.plan import Distilled, Drop, Keep, KeyOffsetsFile, KVOnly, KVSend, ModelShape, PDPlan
 
 SHAPE = ModelShape(
     architecture="LlamaForCausalLM", fingerprint="f", num_blocks=6, num_kv_heads=2, head_dim=8, kv_dtype="bfloat16"
@@ -131,3 +131,43 @@ def test_a_bad_file_is_one_sentence(tmp_path, text, sentence):
         file.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError, match=sentence):
         PDPlan.load(file)
+
+
+OLD = plan(
+    prefill="kk-kkk",
+    decode="-k-kk-",
+    kv=(KVSend(), KVSend(mode="sparse", n_first=2, n_last=8, wire_dtype="int4"), KVSend(wire_dtype="int8")),
+)
+OFFSETS = KeyOffsetsFile(sha256="0123456789abcdef" * 4, layers=(0, 2))
+
+
+def test_a_plan_without_key_offsets_reads_as_before_there_were_any():
+    assert OLD.digest == "2a756f2e7aa34728c552466bed84e66b6622e2eeb181f69bb856fb34a191ee7c"
+    assert "key_offsets" not in OLD.model_dump(mode="json")
+    assert PDPlan.parse(OLD.model_dump(mode="json"), "x") == OLD
+
+
+def test_key_offsets_are_part_of_the_plan():
+    found = OLD.with_key_offsets(OFFSETS)
+    assert PDPlan.parse(json.loads(found.canonical_json()), "x") == found
+    other = OFFSETS.model_copy(update={"sha256": "f" * 64})
+    assert len({p.digest for p in (OLD, found, OLD.with_key_offsets(other))}) == 3
+    assert [found.has_key_offset(layer) for layer in range(3)] == [False, False, True]  # layer 0 travels native
+    assert found.with_kv((KVSend(wire_dtype="fp8"),) * 3).key_offsets == OFFSETS
+    assert found.with_key_offsets(None) == OLD
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"layers": (0, 3)}, "key_offsets names layer 3, decode has layers 0 to 2"),
+        ({"layers": (2, 1)}, "must ascend"),
+        ({"layers": (1, 1)}, "must ascend"),
+        ({"layers": ()}, "at least 1 item"),
+        ({"sha256": "0" * 63}, "match pattern"),
+    ],
+)
+def test_key_offsets_that_cannot_be_are_refused(given, sentence):
+    data = OLD.model_dump(mode="json") | {"key_offsets": OFFSETS.model_dump() | given}
+    with pytest.raises(UserError, match=sentence):
+        PDPlan.parse(data, "x")

@@ -27,6 +27,14 @@ def tiny(family, attention="sdpa", **config):
     return model
 
 
+def biased(size=100.0, **config):
+    """A tiny Qwen2 whose keys hold a large constant: the bias of its K projections."""
+    model = tiny("Qwen2", **config)
+    for layer in model.model.layers:
+        torch.nn.init.normal_(layer.self_attn.k_proj.bias, std=size, generator=torch.Generator().manual_seed(7))
+    return model
+
+
 def make_plan(prefill=(), decode=(), kv=None, kv_dtype="float32"):
     shape = ModelShape(
         architecture="X",

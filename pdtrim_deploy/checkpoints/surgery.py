@@ -70,13 +70,15 @@ def write_stage(
     pdtrim: Mapping[str, Any],
     *,
     replacements: Replacements | None = None,
+    files: Sequence[Path] = (),
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write the HF folder of a stage that runs `blocks` (original indices, ascending), one shard in memory at a time.
 
     Every tensor is cast to `dtype` ("float32", "bfloat16" or "float16"); `pdtrim` goes into config.json under that
     key. `replacements` gives, for blocks in `blocks`, tensors by their name within the block
-    ("self_attn.q_proj.weight"), of the shapes they have: students of distilled pairs, healed weights.
+    ("self_attn.q_proj.weight"), of the shapes they have: students of distilled pairs, healed weights. `files` are
+    copied into the folder.
 
     The folder appears whole or not at all. An earlier stage in its place is replaced; anything else there is refused
     (UserError).
@@ -100,7 +102,8 @@ def write_stage(
     elements = {name: checkpoint.tensors[source].elements for name, source in names.items()}
     with atomic_directory(out_dir) as folder:
         write_shards(folder, elements, get, TORCH_DTYPES[dtype], max_shard_bytes)
-        for path in sorted({p for pattern in _COPIED for p in checkpoint.path.glob(pattern) if p.is_file()}):
+        found = {p for pattern in _COPIED for p in checkpoint.path.glob(pattern) if p.is_file()}
+        for path in (*sorted(found), *files):
             shutil.copyfile(path, folder / path.name)
         config = _stage_config(checkpoint, blocks, dtype) | {"pdtrim": dict(pdtrim)}
         (folder / "config.json").write_text(json.dumps(config, indent=2))

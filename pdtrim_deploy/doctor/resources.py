@@ -75,7 +75,7 @@ def _measured_on(recipe: Recipe, config: dict[str, Any]) -> int:
     healed = needed(recipe) and recipe.healing.trains
     whole = recipe.kv.method not in FIXED_KV or healed or recipe.healing.kv_steps > 0
     if asked.blocks_in_memory is None or whole:
-        return blocks * block + ends if whole or asked.decode_blocks else 0
+        return blocks * block + ends if whole or asked.decode_blocks or recipe.kv.measures_offsets else 0
     taught = 4 if asked.distil else 0  # both parents, and both blocks that a student may begin as
     return ends + (min(blocks, asked.blocks_in_memory) + taught) * block + (asked.memory_mb << 20) // 4
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pdtrim_deploy.blockwise import Blockwise, CausalLM, LayerKV, pick
+from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
 from pdtrim_deploy.kvcache.layout import chunk_layout
 from pdtrim_deploy.kvcache.pack import pack, unpack
 from pdtrim_deploy.plan import KVSend, PDPlan
@@ -42,14 +43,19 @@ class PDOracle:
     Args:
         prefill_model, decode_model: stage models with the plan's layers; they may share weights.
         plan: its `kv_dtype` is that of prompt KV in the pool and on the wire, whatever the models compute in.
+        offsets: the plan's key offsets, of all KV heads; None when it has none.
 
     Raises:
-        ValueError: a model's layers are not as many as the plan's.
+        ValueError: a model's layers are not as many as the plan's, or the offsets are not the plan's.
 
     """
 
-    def __init__(self, prefill_model: CausalLM, decode_model: CausalLM, plan: PDPlan) -> None:
-        self.prefill_model, self.decode_model, self.plan = prefill_model, decode_model, plan
+    def __init__(
+        self, prefill_model: CausalLM, decode_model: CausalLM, plan: PDPlan, offsets: KeyOffsets | None = None
+    ) -> None:
+        self.prefill_model, self.decode_model, self.plan, self.offsets = prefill_model, decode_model, plan, offsets
+        if (None if offsets is None else offsets.file) != plan.key_offsets:
+            raise ValueError("the key offsets are not the plan's")
         self._prefill, self.decode = Blockwise(prefill_model), Blockwise(decode_model)
         for stage, runner in (("prefill", self._prefill), ("decode", self.decode)):
             wanted = len(plan.prefill_layers if stage == "prefill" else plan.decode_layers)
@@ -58,7 +64,12 @@ class PDOracle:
 
     def with_kv(self, kv: tuple[KVSend, ...]) -> PDOracle:
         """The same stage models with other KV rules; any `PrefillState` of the one serves the other."""
-        return PDOracle(self.prefill_model, self.decode_model, self.plan.with_kv(kv))
+        return PDOracle(self.prefill_model, self.decode_model, self.plan.with_kv(kv), self.offsets)
+
+    def with_offsets(self, offsets: KeyOffsets | None) -> PDOracle:
+        """The same stage models and KV rules with other key offsets, or none."""
+        plan = self.plan.with_key_offsets(None if offsets is None else offsets.file)
+        return PDOracle(self.prefill_model, self.decode_model, plan, offsets)
 
     @torch.no_grad()
     def prefill(self, prompts: Tensor) -> PrefillState:
@@ -82,7 +93,8 @@ class PDOracle:
         )
         layout = chunk_layout(self.plan, state.tokens)
         for slots in torch.arange(state.batch * state.tokens).view(state.batch, state.tokens):
-            unpack(layout, pack(layout, state.keys, state.values, slots), keys, values, slots)
+            packed = pack(layout, state.keys, state.values, slots, offsets=self.offsets)
+            unpack(layout, packed, keys, values, slots, self.offsets)
         dtype, held = self.decode_model.dtype, []
         for send, k, v in zip(self.plan.kv, keys, values, strict=True):
             ranges = send.row_ranges(state.tokens)

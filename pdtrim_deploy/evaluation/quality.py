@@ -13,6 +13,7 @@ from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.evaluation import corpora
 from pdtrim_deploy.evaluation.oracle import PDOracle
 from pdtrim_deploy.evaluation.perplexity import Perplexity, pd_perplexity
+from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
 from pdtrim_deploy.plan import PDPlan
 from pdtrim_deploy.recipe import EvaluationSection
 
@@ -95,7 +96,7 @@ def judge_bundle(
         return pd_perplexity(oracle, ids, asked.prompt_tokens, progress=lambda line: note(f"{name} {line}"))
 
     stages = [load_model(folder, dtype) for folder in (bundle.prefill_dir, bundle.decode_dir)]
-    pd = score("PD", PDOracle(stages[0], stages[1], plan))
+    pd = score("PD", PDOracle(stages[0], stages[1], plan, KeyOffsets.read(bundle.prefill_dir, plan)))
     del stages
     whole = load_model(source.path, dtype)
     dense = score("dense", PDOracle(whole, whole, PDPlan.dense(plan.model)))

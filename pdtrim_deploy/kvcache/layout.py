@@ -46,21 +46,25 @@ class LayerRows:
     Attributes:
         decode_layer, prefill_layer: layer indices in the two stage models.
         ranges: half-open ranges of rows, relative to the chunk's first token, ascending and disjoint.
+        positions: the same ranges as absolute prompt positions.
         rows: their number.
         offset, bytes: where the layer lies.
         keys, values: their parts, one or two each.
+        key_offset: whether quantised keys travel less a constant (`kvcache/key_offsets.py`).
 
     """
 
     decode_layer: int
     prefill_layer: int
     ranges: tuple[tuple[int, int], ...]
+    positions: tuple[tuple[int, int], ...]
     rows: int
     wire_dtype: WireDtype
     offset: int
     bytes: int
     keys: tuple[Part, ...]
     values: tuple[Part, ...]
+    key_offset: bool
 
     @property
     def sides(self) -> tuple[tuple[Part, ...], tuple[Part, ...]]:
@@ -110,7 +114,13 @@ def chunk_layout(
             continue
         keys, values = _parts(send.wire_dtype, rows, start + ranges[0][0] == 0, offset, row_bytes)
         size = sum(part.bytes for part in (*keys, *values))
-        layers.append(LayerRows(layer, source, ranges, rows, send.wire_dtype, offset, size, keys, values))
+        positions = tuple((start + lo, start + hi) for lo, hi in ranges)
+        layers.append(
+            LayerRows(
+                layer, source, ranges, positions, rows, send.wire_dtype, offset, size, keys, values,
+                plan.has_key_offset(layer),
+            )
+        )  # fmt: skip
         offset += size
     return ChunkLayout(prompt_tokens, start, stop, tuple(layers), offset)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from pdtrim_deploy.kvcache import torch_pack
 from pdtrim_deploy.kvcache.cpu import move
 from pdtrim_deploy.kvcache.cpu.library import library
+from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
 from pdtrim_deploy.kvcache.layout import ChunkLayout
 
 
@@ -24,6 +25,7 @@ def pack(
     values: Sequence[Tensor],
     slots: Tensor,
     out: Tensor | None = None,
+    offsets: KeyOffsets | None = None,
 ) -> Tensor:
     """Gather, quantise and pack a chunk's rows from the prefill pool.
 
@@ -32,21 +34,24 @@ def pack(
         slots: int64 `[stop - start]`, the pool slot of each token of the chunk.
         out: uint8 staging buffer of at least `layout.total_bytes`, aligned to 4 bytes, on the pool's device or the
             host; made on the pool's device when left out.
+        offsets: the plan's key offsets, of the pool's KV heads; None when the plan has none.
 
     Returns:
         uint8 `[layout.total_bytes]`, a view of `out` when it was given. In host memory the bytes are there.
 
     Raises:
         IndexError: a slot lies outside its pool.
+        ValueError: a layer's keys travel less an offset, and `offsets` has none.
 
     """
+    offsets = None if offsets is None else offsets.to(slots.device)
     if out is None:
         out = torch.empty(layout.total_bytes, dtype=torch.uint8, device=slots.device)
     out = out[: layout.total_bytes]
     if out.device != slots.device:
-        return out.copy_(pack(layout, keys, values, slots))
-    if not move.move(layout, out, keys, values, slots, pack=True):
-        torch_pack.pack(layout, keys, values, slots, out)
+        return out.copy_(pack(layout, keys, values, slots, offsets=offsets))
+    if not move.move(layout, out, keys, values, slots, offsets, pack=True):
+        torch_pack.pack(layout, keys, values, slots, out, offsets)
     return out
 
 
@@ -56,6 +61,7 @@ def unpack(
     keys: Sequence[Tensor],
     values: Sequence[Tensor],
     slots: Tensor,
+    offsets: KeyOffsets | None = None,
 ) -> None:
     """Scatter packed bytes into the decode pool; rows that were not sent are left untouched.
 
@@ -64,14 +70,17 @@ def unpack(
             pool's device, whose current stream then writes the rows.
         keys, values: one pool tensor per *decode* layer, `[pool_slots, kv_heads, head_dim]`.
         slots: int64 `[stop - start]`, the pool slot of each token of the chunk.
+        offsets: as of `pack`.
 
     Raises:
         IndexError: a slot lies outside its pool.
+        ValueError: a layer's keys travel less an offset, and `offsets` has none.
 
     """
+    offsets = None if offsets is None else offsets.to(slots.device)
     packed = packed.to(slots.device)
-    if not move.move(layout, packed, keys, values, slots, pack=False):
-        torch_pack.unpack(layout, packed, keys, values, slots)
+    if not move.move(layout, packed, keys, values, slots, offsets, pack=False):
+        torch_pack.unpack(layout, packed, keys, values, slots, offsets)
 
 
 def prepare() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pdtrim_deploy.kvcache.codecs import get_codec
 from pdtrim_deploy.kvcache.codecs.base import Index, Pages, put
+from pdtrim_deploy.kvcache.key_offsets import KeyOffsets, part_offset
 from pdtrim_deploy.kvcache.layout import ChunkLayout, LayerRows, Part
 from pdtrim_deploy.kvcache.sections import part_sections
 
@@ -27,6 +28,7 @@ def pack(
     values: Sequence[Tensor],
     slots: Tensor,
     out: Tensor | None = None,
+    offsets: KeyOffsets | None = None,
 ) -> Tensor:
     """As `pdtrim_deploy.kvcache.pack.pack`."""
     if out is None:
@@ -35,8 +37,9 @@ def pack(
     for rows, side, part, blocks in _blocks(layout, slots, keys[0]):
         pool, codec = (keys, values)[side][rows.prefill_layer], get_codec(part.code)
         sections = part_sections(out, part, pool)
+        less = part_offset(rows, side, part, pool, offsets)
         for at, index in blocks:
-            codec.encode(pool, index, [section[at] for section in sections])
+            codec.encode(pool, index, [section[at] for section in sections], less.rows(at) if less else None)
     return out
 
 
@@ -46,13 +49,16 @@ def unpack(
     keys: Sequence[Tensor],
     values: Sequence[Tensor],
     slots: Tensor,
+    offsets: KeyOffsets | None = None,
 ) -> None:
     """As `pdtrim_deploy.kvcache.pack.unpack`."""
     for rows, side, part, blocks in _blocks(layout, slots, keys[0]):
         pool, codec = (keys, values)[side][rows.decode_layer], get_codec(part.code)
         sections = part_sections(packed, part, pool)
+        less = part_offset(rows, side, part, pool, offsets)
         for at, index in blocks:
-            put(pool, index, codec.decode([section[at] for section in sections]))
+            decoded = codec.decode([section[at] for section in sections])
+            put(pool, index, decoded.add_(less.rows(at)) if less else decoded)
 
 
 Blocks = list[tuple[slice, Index]]  # place among a part's rows, place in the pool

@@ -18,8 +18,10 @@ from pdtrim_deploy.kvcache import triton_rotated
 from pdtrim_deploy.kvcache.codecs import get_codec
 from pdtrim_deploy.kvcache.codecs.base import Pages
 from pdtrim_deploy.kvcache.codecs.rotated import GRIDS
+from pdtrim_deploy.kvcache.key_offsets import KeyOffsets, PartOffset, part_offset
 from pdtrim_deploy.kvcache.layout import ChunkLayout
 from pdtrim_deploy.kvcache.sections import part_sections
+from pdtrim_deploy.kvcache.triton_offset import UNFUSED, offset_of
 
 NATIVE, INT8, FP8 = (tl.constexpr(kind) for kind in range(3))
 KINDS = {"native": 0, "int8": 1, "fp8": 2}
@@ -32,6 +34,7 @@ def pack(
     values: Sequence[Tensor],
     slots: Tensor,
     out: Tensor | None = None,
+    offsets: KeyOffsets | None = None,
 ) -> Tensor:
     """As `pdtrim_deploy.kvcache.pack.pack`; all tensors on one device, pools contiguous."""
     if out is None:
@@ -39,32 +42,37 @@ def pack(
     out = out[: layout.total_bytes]
     for rows in layout.layers:
         picked = torch.cat([slots[lo:hi] for lo, hi in rows.ranges])
-        for pool, parts in zip((keys[rows.prefill_layer], values[rows.prefill_layer]), rows.sides, strict=True):
-            for part in parts:
+        for side, pools in enumerate((keys, values)):
+            pool = pools[rows.prefill_layer]
+            for part in rows.sides[side]:
                 chosen, sections = picked[part.first :][: part.rows], part_sections(out, part, pool)
+                less = part_offset(rows, side, part, pool, offsets)
                 if part.code in KINDS:
-                    launch(pool, chosen, sections, KINDS[part.code])
+                    launch(pool, chosen, sections, KINDS[part.code], less)
                 elif pool.shape[-1].bit_count() == 1:
-                    triton_rotated.launch(pool, chosen, sections, GRIDS[part.code])
+                    triton_rotated.launch(pool, chosen, sections, GRIDS[part.code], less)
                 else:
-                    get_codec(part.code).encode(pool, Pages(chosen, 1), sections)
+                    every = less.rows(slice(None)) if less else None
+                    get_codec(part.code).encode(pool, Pages(chosen, 1), sections, every)
     return out
 
 
-def launch(pool: Tensor, slots: Tensor, sections: Sequence[Tensor], kind: int) -> None:
-    """Pack rows `slots` of one layer's K or V into its sections: codes (or values) and scales."""
+def launch(pool: Tensor, slots: Tensor, sections: Sequence[Tensor], kind: int, less: PartOffset | None = None) -> None:
+    """Pack rows `slots` of one layer's K or V, less an offset, into its sections: codes (or values) and scales."""
     _, heads, head_dim = pool.shape
     codes = sections[0].view(torch.uint8) if kind else sections[0]
     send_rows[(triton.cdiv(len(slots), BLOCK_ROWS), heads)](
-        pool, slots, codes, sections[-1], len(slots),
+        pool, slots, codes, sections[-1], *(less or PartOffset(pool, pool, slots)), len(slots),
         HEADS=heads, DIM=head_dim, WIDTH=triton.next_power_of_2(head_dim), ROWS=BLOCK_ROWS, KIND=kind,
+        OFFSET=less is not None, **UNFUSED,
     )  # fmt: skip
 
 
 @triton.jit
 def send_rows(
-    pool, slots, codes, scales, rows,
+    pool, slots, codes, scales, mean, table, positions, rows,
     HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, KIND: tl.constexpr,
+    OFFSET: tl.constexpr,
 ):  # fmt: skip
     """One program: `ROWS` rows of one KV head."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -79,6 +87,8 @@ def send_rows(
         tl.store(to, x, mask=whole)
     else:
         x = x.to(tl.float32)
+        if OFFSET:
+            x -= offset_of(mean + head * DIM, table, positions + row, live, channel, DIM)
         steps: tl.constexpr = 127.0 if KIND == INT8 else 448.0
         largest = tl.max(tl.abs(x), axis=1)
         finite = tl.sum((x * 0.0 != 0.0).to(tl.int32), axis=1) == 0  # a maximum may hide NaN

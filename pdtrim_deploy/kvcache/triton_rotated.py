@@ -1,6 +1,7 @@
 """int4's and int3's kernel for GPUs: gather, rotate, quantise and pack in one pass, for heads of powers of two.
 
 No product is added to right after it is made, unless it is exact: a compiler would fuse the two roundings into one.
+(That of an offset is, and so the kernel is compiled without fusing.)
 """
 
 from __future__ import annotations
@@ -13,16 +14,19 @@ import triton.language as tl
 from torch import Tensor
 
 from pdtrim_deploy.kvcache.codecs.rotated import SLACK, Grid, halvings
+from pdtrim_deploy.kvcache.key_offsets import PartOffset
+from pdtrim_deploy.kvcache.triton_offset import UNFUSED, offset_of
 from pdtrim_deploy.wire import rotated_group
 
 BLOCK_ROWS = 16
 
 
-def launch(pool: Tensor, slots: Tensor, sections: Sequence[Tensor], grid: Grid) -> None:
-    """Pack rows `slots` of one layer's K or V into codes and scales."""
+def launch(pool: Tensor, slots: Tensor, sections: Sequence[Tensor], grid: Grid, less: PartOffset | None = None) -> None:
+    """Pack rows `slots` of one layer's K or V, less an offset, into codes and scales."""
     _, heads, head_dim = pool.shape
     send_rotated_rows[(triton.cdiv(len(slots), BLOCK_ROWS), heads)](
-        pool, slots, *sections, len(slots), **constants(heads, head_dim, grid),
+        pool, slots, *sections, *(less or PartOffset(pool, pool, slots)), len(slots),
+        **constants(heads, head_dim, grid), OFFSET=less is not None, **UNFUSED,
     )  # fmt: skip
 
 
@@ -38,9 +42,9 @@ def constants(heads: int, head_dim: int, grid: Grid) -> dict[str, int | float]:
 
 @triton.jit
 def send_rotated_rows(
-    pool, slots, codes, scales, rows,
+    pool, slots, codes, scales, mean, table, positions, rows,
     HEADS: tl.constexpr, DIM: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, BITS: tl.constexpr,
-    STAGES: tl.constexpr, UNIT: tl.constexpr, CURVE: tl.constexpr, PER_LARGEST: tl.constexpr,
+    STAGES: tl.constexpr, UNIT: tl.constexpr, CURVE: tl.constexpr, PER_LARGEST: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
     """One program: `ROWS` rows of one KV head."""
     HALF: tl.constexpr = 2 ** (BITS - 1)
@@ -49,8 +53,11 @@ def send_rotated_rows(
     head = tl.program_id(1)
     live = row < rows
     slot = tl.load(slots + row, mask=live, other=0).to(tl.int64)
-    at = (slot[:, None] * HEADS + head) * DIM + tl.arange(0, DIM)[None, :]
+    channel = tl.arange(0, DIM)
+    at = (slot[:, None] * HEADS + head) * DIM + channel[None, :]
     x = tl.load(pool + at, mask=live[:, None], other=0.0).to(tl.float32)
+    if OFFSET:
+        x -= offset_of(mean + head * DIM, table, positions + row, live, channel, DIM)
     for stage in tl.static_range(STAGES):
         x = butterfly(x, ROWS, DIM, 2**stage)
     x = tl.reshape(x * UNIT, [ROWS, GROUPS, GROUP])

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.plan import PDPlan, Stage
-from pdtrim_deploy.serving.commands import SPARSE_BACKEND
+from pdtrim_deploy.serving.commands import ROUTER_HEALTH, SPARSE_BACKEND
 from pdtrim_deploy.serving.transports import LIBRARIES
 from pdtrim_deploy.transport_options import TransportOptions
 from pdtrim_deploy.worker.config import ARGUMENT, WorkerConfig
@@ -154,6 +154,6 @@ ROUTER_ARGUMENTS = [
     "python3", "-m", "sglang_router.launch_router", "--pd-disaggregation",
     "--host", "0.0.0.0", "--port", str(ROUTER_PORT),
     "--prometheus-host", "0.0.0.0", "--prometheus-port", str(ROUTER_METRICS_PORT),
-    "--policy", "round_robin", "--request-timeout-secs", "600", "--health-check-timeout-secs", "30",
+    "--policy", "round_robin", "--request-timeout-secs", "600", *ROUTER_HEALTH,
     "--worker-startup-timeout-secs", "1800", "--shutdown-grace-period-secs", str(GRACE_S - 10),
 ]  # fmt: skip

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pdtrim_deploy import __version__
-from pdtrim_deploy.bundle import PLAN, Bundle, engine_folder
+from pdtrim_deploy.bundle import Bundle, engine_folder
 from pdtrim_deploy.cache import Cache
 from pdtrim_deploy.checkpoints import resolve
 from pdtrim_deploy.errors import UserError
@@ -56,14 +56,15 @@ def steps_of(recipe: Recipe, fingerprint: str) -> tuple[BuildStep, ...]:
         chosen["judged"] = [*text, recipe.healing.asked]
     prune = chained_key("", said | (chosen if recipe.pruning.decode_blocks else {}))
     healed = chained_key(prune, heal.depends_on(dump)) if heal.needed(recipe) else prune
-    kv = chained_key(healed, [dump["kv"], None if recipe.kv.method in FIXED_KV else dump["calibration"]])
+    reads = recipe.kv.method not in FIXED_KV or recipe.kv.measures_offsets
+    kv = chained_key(healed, [dump["kv"], dump["calibration"] if reads else None])
     decode = chained_key(kv, [dump["healing"], dump["kv"], dump["calibration"]]) if recipe.healing.kv_steps else kv
     before_kv = "heal" if heal.needed(recipe) else "prune"
     before_decode = "heal-kv" if recipe.healing.kv_steps else "select-kv"
     return (
         BuildStep("prune", prune, steps.PRUNED, steps.prune),
         *([BuildStep("heal", healed, (heal.HEALING,), heal.heal, "prune")] if heal.needed(recipe) else []),
-        BuildStep("select-kv", kv, (PLAN, select_kv.KV, select_kv.ATTENTION), select_kv.select_kv, before_kv),
+        BuildStep("select-kv", kv, select_kv.SELECTED, select_kv.select_kv, before_kv),
         *(
             [BuildStep("heal-kv", decode, (heal_kv.HEALING_KV,), heal_kv.heal_kv, "select-kv")]
             if recipe.healing.kv_steps

@@ -94,11 +94,15 @@ def healed(context: Context) -> dict[Stage, dict[str, Any]]:
     return json.loads((context.out / HEALING).read_text())["healing"] if needed(context.recipe) else {}
 
 
-def stage_pair(context: Context, plan: PDPlan | None = None) -> StagePair:
-    """Both stages in memory as this step leaves them, with the plan's KV rules, or all KV whole."""
+def stage_pair(context: Context, plan: PDPlan | None = None, bounded: bool = False) -> StagePair:
+    """Both stages as this step leaves them, with the plan's KV rules, or all KV whole.
+
+    In memory; `bounded`: with as many blocks in memory as the recipe allows.
+    """
     from pdtrim_deploy.pruning.pair import StagePair
 
-    return StagePair(context.model, plan or blocks_plan(context), changed(context))
+    model = context.searched_model if bounded else context.model
+    return StagePair(model, plan or blocks_plan(context), changed(context))
 
 
 def _key(context: Context) -> str:

@@ -82,12 +82,13 @@ def _entry(context: Context, key: str) -> Path:
     def make(folder: Path) -> None:
         from pdtrim_deploy.checkpoints.block_tensors import save_blocks
         from pdtrim_deploy.evaluation.oracle import PDOracle
+        from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
         from pdtrim_deploy.pruning.healing import Arrival
         from pdtrim_deploy.pruning.healing import heal as distil
 
         pair = heal.stage_pair(context, context.plan)
         prefill, decode = (pair.stage(stage) for stage in STAGES)
-        oracle = PDOracle(prefill, decode, context.plan)
+        oracle = PDOracle(prefill, decode, context.plan, KeyOffsets.read(context.out, context.plan))
         arrival = Arrival(context.recipe.kv.prompt_tokens, lambda prompts: oracle.hand_over(oracle.prefill(prompts)))
         done = distil(pair, "decode", _text(context), context.recipe.healing, context.note, arrival)
         save_blocks(done.pair.changed.get("decode", {}) if done.kept else {}, folder / "decode.safetensors")

@@ -1,4 +1,4 @@
-"""The step that chooses how each decode layer's prompt KV travels."""
+"""The step that chooses how each decode layer's prompt KV travels, and what its keys travel less."""
 
 from __future__ import annotations
 
@@ -7,51 +7,82 @@ import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from pdtrim_deploy.bundle import PLAN, REPORTS
+from pdtrim_deploy.bundle import PLAN, REPORTS, write_atomic
 from pdtrim_deploy.pipeline import heal
 from pdtrim_deploy.pipeline.context import Context, write_json
 from pdtrim_deploy.pipeline.stand_in import stand_in_rules
-from pdtrim_deploy.plan import STAGES, KVSend, PDPlan
+from pdtrim_deploy.plan import KVSend, PDPlan
+from pdtrim_deploy.plan_kv import KEY_OFFSETS
 from pdtrim_deploy.recipe_kv import FIXED_KV
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from pdtrim_deploy.evaluation.oracle import PDOracle
+    from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
     from pdtrim_deploy.kvcache.selection import Problem
     from pdtrim_deploy.kvcache.selection.base import Kept
 
-KV, ATTENTION = (f"{REPORTS}/{name}.json" for name in ("kv", "attention"))
+KV, ATTENTION, OFFSETS = (f"{REPORTS}/{name}.json" for name in ("kv", "attention", "key-offsets"))
+SELECTED = (PLAN, KV, ATTENTION, OFFSETS, KEY_OFFSETS)
 SHOWN, SHOWN_SEQUENCES = (4, 64), 4  # first and last tokens whose attention is shown where the recipe names none
 
 
 def select_kv(context: Context) -> None:
     """Choose how each decode layer's prompt KV travels -> plan.json, reports/kv.json.
 
-    Where decode looks stands in reports/attention.json, if the choice looked at the model.
+    Where decode looks stands in reports/attention.json, if the choice looked at the model; what quantised keys travel
+    less in the file of key offsets, and what that does to them in reports/key-offsets.json, if any can be quantised.
     """
-    (context.out / ATTENTION).unlink(missing_ok=True)
+    for name in (ATTENTION, OFFSETS, KEY_OFFSETS):
+        (context.out / name).unlink(missing_ok=True)
     asked, plan = context.recipe.kv, heal.blocks_plan(context)
     plan = plan.with_kv(stand_in_rules(asked, plan.model, len(plan.decode_layers)))
-    if asked.method not in FIXED_KV:
-        plan = plan.with_kv(_chosen(context, plan))
+    if asked.method not in FIXED_KV or asked.measures_offsets:
+        plan = _looked_at(context, plan)
     sends = {block: send.model_dump() for block, send in zip(plan.decode_layers, plan.kv, strict=True)}
     sparse = [block for block, send in zip(plan.decode_layers, plan.kv, strict=True) if send.mode == "sparse"]
     write_json(context.out / KV, {"method": asked.method, "sparse_blocks": sparse, "sends": sends})
     write_json(context.out / PLAN, plan.model_dump(mode="json"))
 
 
-def _chosen(context: Context, plan: PDPlan) -> tuple[KVSend, ...]:
+def _looked_at(context: Context, plan: PDPlan) -> PDPlan:
+    """The plan with what is measured on the stages as they are now: key offsets, and rules chosen with those."""
     from pdtrim_deploy.evaluation.oracle import PDOracle
+
+    pair = heal.stage_pair(context, bounded=context.recipe.kv.method in FIXED_KV)
+    oracle = PDOracle(pair.stage("prefill"), pair.stage("decode"), plan)
+    if context.recipe.kv.measures_offsets:
+        oracle = oracle.with_offsets(_offsets(context, oracle))
+    if context.recipe.kv.method not in FIXED_KV:
+        oracle = oracle.with_kv(_chosen(context, oracle))
+    if oracle.offsets is None or not any(map(oracle.plan.has_key_offset, range(len(plan.kv)))):
+        return oracle.plan.with_key_offsets(None)
+    write_atomic(context.out / KEY_OFFSETS, oracle.offsets.data)
+    return oracle.plan
+
+
+def _offsets(context: Context, oracle: PDOracle) -> KeyOffsets | None:
+    from pdtrim_deploy.kvcache.selection.offsets import measure
+
+    asked = context.recipe.kv
+    length = min(asked.prompt_tokens, context.checkpoint.facts.max_positions)
+    measured = measure(oracle, context.calibration(asked.sequences, length), context.note)
+    errors = dict(zip(oracle.plan.decode_layers, measured.errors, strict=False))
+    write_json(context.out / OFFSETS, {"rms_error_of_int4_keys": errors, "of_each_kv_head": ["whole", "less the mean"]})
+    return measured.offsets
+
+
+def _chosen(context: Context, oracle: PDOracle) -> tuple[KVSend, ...]:
     from pdtrim_deploy.kvcache.recall import with_recall
     from pdtrim_deploy.kvcache.selection import Problem, get_selection
 
-    asked, pair = context.recipe.kv, heal.stage_pair(context)
-    models = [pair.stage(stage) for stage in STAGES]
+    asked = context.recipe.kv
     text = context.calibration(asked.sequences, asked.prompt_tokens + asked.continuation_tokens)
     seed = context.recipe.calibration.seed
     if asked.recall:
         text = with_recall(text, asked.prompt_tokens, asked.recall, seed)
-    problem = Problem(PDOracle(models[0], models[1], plan), text, asked.prompt_tokens, seed, _kept(context, text))
+    problem = Problem(oracle, text, asked.prompt_tokens, seed, _kept(context, text, oracle.offsets))
     write_json(context.out / ATTENTION, _attention(context, problem))
     return get_selection(asked).choose(problem, context.note)
 
@@ -59,7 +90,7 @@ def _chosen(context: Context, plan: PDPlan) -> tuple[KVSend, ...]:
 _EFFECTS = 1  # version of what is kept
 
 
-def _kept(context: Context, text: Tensor) -> Kept:
+def _kept(context: Context, text: Tensor, offsets: KeyOffsets | None) -> Kept:
     """Keeps measured effects in the cache: the same blocks and text with another budget need no measuring."""
     from safetensors.torch import load_file
 
@@ -68,6 +99,7 @@ def _kept(context: Context, text: Tensor) -> Kept:
     asked, plan = context.recipe.kv, heal.blocks_plan(context)
     about = [_EFFECTS, context.checkpoint.fingerprint, plan.digest, heal.weights(context), asked.prompt_tokens]
     about += [context.recipe.calibration.seed, hashlib.sha256(text.numpy().tobytes()).hexdigest()]
+    about += [] if offsets is None else [offsets.file.sha256]
 
     def kept(name: str, make: Callable[[], Tensor]) -> Tensor:
         key = hashlib.sha256(json.dumps([*about, name]).encode()).hexdigest()

@@ -12,6 +12,7 @@ from pdtrim_deploy.pipeline import heal_kv, texts
 from pdtrim_deploy.pipeline.context import Context, write_json
 from pdtrim_deploy.pipeline.heal import PRUNING
 from pdtrim_deploy.plan import STAGES, Stage
+from pdtrim_deploy.plan_kv import KEY_OFFSETS
 
 if TYPE_CHECKING:
     from pdtrim_deploy.pruning.candidates import Candidates
@@ -154,4 +155,5 @@ def write_stage(context: Context, stage: Stage) -> None:
         context.recipe.model.dtype,
         plan.model_dump(mode="json"),
         replacements=heal_kv.changed(context).get(stage),
+        files=[context.out / KEY_OFFSETS] if plan.key_offsets else [],
     )

@@ -28,7 +28,8 @@ def plan_table(plan: PDPlan, prompt_tokens: int) -> Table:
             send = plan.kv[layer_of[block]]
             what = "full" if send.mode == "full" else f"first {send.n_first} + last {send.n_last}"
             size = plan.layer_bytes(layer_of[block], prompt_tokens)
-            cells += [f"{what}, {send.wire_dtype}", str(send.rows(prompt_tokens)), f"{size:,}"]
+            less = ", keys less their mean" if plan.has_key_offset(layer_of[block]) else ""
+            cells += [f"{what}, {send.wire_dtype}{less}", str(send.rows(prompt_tokens)), f"{size:,}"]
         table.add_row(*cells)
     total, dense = plan.payload_bytes(prompt_tokens), plan.dense_bytes(prompt_tokens)
     table.caption = f"{total:,} bytes a request, dense {dense:,}: {dense / total:.2f}x less"

@@ -23,6 +23,13 @@ ROUTER = "import sys; sys.modules['sglang'] = None; from sglang_router.launch_ro
 ENGINE_PACKAGE, ENGINE_MODEL = "pdtrim_sglang.models", "PDTrimStageForCausalLM"
 # The decode attention that knows sparse layers (pdtrim_sglang.requirements); not run on a GPU yet.
 SPARSE_BACKEND = "torch_native"
+# How the router takes a worker out that is dead or stuck. Its circuit breaker would take out others: ten requests that
+# fail by themselves shut two workers out for a minute, for all clients. Until the health checks have noticed, retries
+# reach another worker. SGLang's /health waits for a batch of the scheduler, and says no after 20 s.
+ROUTER_HEALTH = (
+    "--disable-circuit-breaker",
+    *("--health-check-interval-secs", "10", "--health-failure-threshold", "2", "--health-check-timeout-secs", "30"),
+)
 # Of ours, and would lead the other environment's Python to our packages.
 FOREIGN = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
 
@@ -120,9 +127,8 @@ def router_command(python: Path, cluster: ClusterSpec) -> list[str]:
         "--worker-startup-timeout-secs": int(cluster.start_timeout_s),
         "--worker-startup-check-interval": 1,
         "--shutdown-grace-period-secs": 2,
-        "--health-check-timeout-secs": 30,  # SGLang's /health waits for a batch of the scheduler
     }
-    return command + [str(part) for pair in arguments.items() for part in pair] + list(router.extra_args)
+    return [*command, *(str(part) for pair in arguments.items() for part in pair), *ROUTER_HEALTH, *router.extra_args]
 
 
 def router_environment(python: Path, temporary: Path) -> dict[str, str]:

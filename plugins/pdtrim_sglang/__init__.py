@@ -7,6 +7,6 @@ scheduler process before it reads its arguments.
 
 def register() -> None:
     """Add the transfer backends and the hooks. Nothing else of SGLang is touched."""
-    from pdtrim_sglang.hooks import install
+    from pdtrim_sglang.patches import install
 
     install()

@@ -13,7 +13,7 @@ from aiohttp.typedefs import Handler
 from pydantic import BaseModel, Field, IPvAnyAddress, model_validator
 from sglang.srt.disaggregation.common.conn import CommonKVBootstrapServer
 
-from pdtrim_sglang import hooks
+from pdtrim_sglang import identity, sglang_host
 from pdtrim_sglang.signature import HEADER
 
 MOST_BODY_BYTES = 256 << 10  # a query of some ten thousand rooms; aiohttp answers 413 to more
@@ -66,7 +66,7 @@ class PDTrimBootstrapServer(CommonKVBootstrapServer):
 
     def _setup_routes(self) -> None:
         """Called before the server's thread starts."""
-        self._signature = hooks.signature_of(hooks.server_arguments())
+        self._signature = identity.signature_of(sglang_host.server_arguments())
         self._registered: dict[tuple[int, ...], Any] = {}  # what each rank has said of itself
         self.app = web.Application(middlewares=[self._guard], client_max_size=MOST_BODY_BYTES)
         super()._setup_routes()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sglang.srt.disaggregation.base.conn import KVPoll
 from torch import Tensor
@@ -18,9 +18,7 @@ from pdtrim_sglang.pool import PoolView
 from pdtrim_sglang.protocol import VERSION, ChunkHeader, ProtocolError, Reply
 from pdtrim_sglang.rooms import AuxRows, DecodeRoom
 from pdtrim_sglang.transports import ReceiveServer, TransportConfig, transport_named
-
-if TYPE_CHECKING:
-    from pdtrim_sglang.manager import PDTrimKVManager
+from pdtrim_sglang.worker import Worker
 
 logger = logging.getLogger("sglang.srt.pdtrim.decode")
 # What prefill may say here. Success is known from the last chunk, never from a message.
@@ -32,7 +30,7 @@ class DecodeSide:
 
     def __init__(
         self,
-        manager: PDTrimKVManager,
+        manager: Worker,
         plan: PDPlan,
         pool: PoolView,
         aux: AuxRows,

@@ -21,7 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from pdtrim_sglang import hooks
+from pdtrim_sglang import hook_targets
 from pdtrim_sglang.requirements import SPARSE_BACKENDS
 
 PACKAGES = ("sglang", "sglang-router", "torch", "transformers", "onnxruntime", "onnxruntime-extensions", "tensorrt")
@@ -43,8 +43,8 @@ def diagnose(deep: bool = False) -> dict[str, Any]:
         "packages": {name: _version(name) for name in PACKAGES},
         "kernels": _kernels(),
         "plugin": any(point.value == "pdtrim_sglang:register" for point in entry_points),
-        "read_against": hooks.READ_AGAINST,
-        "targets": {target: bool(root and stands(root, target)) for target in hooks.TARGETS},
+        "read_against": hook_targets.READ_AGAINST,
+        "targets": {target: bool(root and stands(root, target)) for target in hook_targets.TARGETS},
         "imports": {name: bool(root and stands(root, name)) for name in sorted(imported())},
         "sparse_backends": list(SPARSE_BACKENDS),
         "transports": {name: _missing_libraries(name) for name in transports()},
@@ -140,7 +140,7 @@ def _load() -> str | None:
         from sglang.srt.plugins import load_plugins
 
         load_plugins()
-        hooks.check()
+        hook_targets.check()
     except Exception as error:  # whatever it is, it is the answer
         return f"{type(error).__name__}: {error}"
     return None

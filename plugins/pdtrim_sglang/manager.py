@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from sglang.srt.disaggregation.common.conn import CommonKVManager, CommonKVReceiver
@@ -9,10 +10,11 @@ from sglang.srt.disaggregation.utils import DisaggregationMode
 
 from pdtrim_deploy.plan import PDPlan, Stage
 from pdtrim_deploy.worker.config import WorkerConfig
-from pdtrim_sglang import hooks
+from pdtrim_sglang import hook_targets, identity
 from pdtrim_sglang.control import protect
 from pdtrim_sglang.decode import DecodeSide
-from pdtrim_sglang.plan_source import check_fits, dense_plan, read_plan
+from pdtrim_sglang.pairing import unlike_ranks
+from pdtrim_sglang.plan_source import check_fits, dense_plan, read_offsets, read_plan
 from pdtrim_sglang.pool import PoolView
 from pdtrim_sglang.prefill import PrefillSide
 from pdtrim_sglang.requirements import check_options, check_staging, check_window
@@ -33,12 +35,13 @@ class PDTrimKVManager(CommonKVManager):
     decode_side: DecodeSide
 
     def __init__(self, args: Any, disaggregation_mode: Any, server_args: Any, is_mla_backend: bool = False) -> None:
-        hooks.check()
+        hook_targets.check()
         self._given_plan = read_plan(server_args.model_path)
+        self._offsets = read_offsets(server_args.model_path, self._given_plan)
         check_options(server_args, args, self._given_plan, is_mla_backend)
         self.prompts_announced: dict[int, int] = {}
-        signature = hooks.signature_of(server_args)
-        hooks.sign_requests(signature)  # prefill registers in the next line
+        signature = identity.signature_of(server_args)
+        identity.sign_requests(signature)  # prefill registers in the next line
         super().__init__(args, disaggregation_mode, server_args, is_mla_backend)
         self._secret = signature.credentials.secret
         protect(self.server_socket, (self._zmq_ctx, CommonKVReceiver._ctx), self._secret)
@@ -60,6 +63,8 @@ class PDTrimKVManager(CommonKVManager):
         stage: Stage = "prefill" if self.disaggregation_mode == DisaggregationMode.PREFILL else "decode"
         self.plan = self._given_plan or dense_plan(len(view.keys), pool)
         check_fits(self.plan, stage, pool, self.attn_tp_size if self._given_plan else 1)
+        if self._offsets is not None:
+            view = replace(view, offsets=self._offsets.heads(self.attn_tp_rank, view.kv_heads))
         if self._given_plan:
             check_window(model.config, self.server_args.context_length)
         aux = AuxRows(tuple(self.kv_args.aux_data_ptrs), tuple(self.kv_args.aux_item_lens))
@@ -76,6 +81,21 @@ class PDTrimKVManager(CommonKVManager):
         else:
             self.decode_side = DecodeSide(*side)
             self._start_heartbeat_checker_thread()
+
+    def try_ensure_parallel_info(self, bootstrap_addr: str) -> bool:
+        """Called in decode until its first pairing with a prefill worker succeeds.
+
+        Raises:
+            RuntimeError: they cannot be paired, whatever the request. It ends this worker, as SGLang's own comparison
+                of page sizes and dtypes does: every later request would fail alike.
+
+        """
+        answered: bool = super().try_ensure_parallel_info(bootstrap_addr)
+        if answered:
+            prefill_tp = self.prefill_info_table[bootstrap_addr].attn_tp_size
+            if reason := unlike_ranks(prefill_tp, self.attn_tp_size):
+                raise RuntimeError(f"pdtrim: cannot decode for the prefill worker at {bootstrap_addr}: {reason}")
+        return answered
 
     def build_receiver_registration_message(self) -> list[bytes]:
         return self.decode_side.register_message()

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from pdtrim_sglang.peer import RoomProgress
+from pdtrim_sglang.progress import RoomProgress
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,16 @@ class RoomInfo:
     is_dummy: bool = False
 
 
+def unlike_ranks(prefill_tp: int, decode_tp: int) -> str:
+    """Why ranks of these attention TP sizes cannot be paired, in one sentence; empty when they can."""
+    if prefill_tp == decode_tp:
+        return ""
+    return (
+        f"attention is divided among {prefill_tp} ranks in prefill, among {decode_tp} in decode: start both workers "
+        "with the same --tp-size, and both with --enable-dp-attention and the same --dp-size or both without"
+    )
+
+
 def rejection(message: Register, plan: PDPlan, tp_size: int, aux: AuxRows) -> str:
     """Why the decode worker that sent `message` cannot be served from here, in one sentence; empty when it can."""
     if message.protocol != VERSION:
@@ -32,8 +42,8 @@ def rejection(message: Register, plan: PDPlan, tp_size: int, aux: AuxRows) -> st
             f"plans differ: prefill serves plan {plan.digest}, decode serves plan {message.digest}; "
             "start both workers from one bundle"
         )
-    if message.tp_size != tp_size:
-        return f"prefill has TP {tp_size}, decode TP {message.tp_size}: use the same --tp-size"
+    if unlike := unlike_ranks(tp_size, message.tp_size):
+        return unlike
     if message.aux_item_bytes != aux.item_bytes:
         return "metadata rows differ: start both workers with the same SGLang version and options"
     return ""

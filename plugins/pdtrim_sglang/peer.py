@@ -17,6 +17,7 @@ from pdtrim_deploy.kvcache.pack import pack
 from pdtrim_deploy.plan import PDPlan
 from pdtrim_sglang import vital
 from pdtrim_sglang.pool import PoolView
+from pdtrim_sglang.progress import RoomProgress
 from pdtrim_sglang.protocol import ChunkHeader, Reply
 from pdtrim_sglang.rooms import AuxRows
 from pdtrim_sglang.staging import Span
@@ -45,30 +46,6 @@ class Chunk:
     aux_index: int
     events: tuple[Any, ...] = ()
     span: Span | None = None
-
-
-@dataclass
-class RoomProgress:
-    """How far one request's transfer is; times are of the monotonic clock, in seconds.
-
-    `last_sent` is when the last chunk had left: from then on its reply is waited for.
-    """
-
-    started: float | None = None
-    queued: int = 0
-    sent: int = 0
-    acknowledged: int = 0
-    payload_bytes: int = 0
-    staged_bytes: int = 0
-    wire_bytes: int = 0
-    prompt_tokens: int = 0
-    last_sent: float | None = None
-    seconds: float = 0.0
-
-    @property
-    def complete(self) -> bool:
-        """Whether the last chunk, and so every chunk, was sent and acknowledged."""
-        return self.last_sent is not None and self.queued == self.sent == self.acknowledged
 
 
 class Owner(Protocol):
@@ -188,10 +165,10 @@ class Peer:
         layout = chunk_layout(self._plan, chunk.prompt_tokens, chunk.start, chunk.stop, self._pool.kv_heads)
         payload = None
         if chunk.span is not None:
-            payload = chunk.span.payload(layout, self._channel.staging)
+            payload = chunk.span.payload(layout, self._channel.staging, self._pool.offsets)
         else:
             slots = self._pool.slots(chunk.pages, chunk.stop - chunk.pages_start)[chunk.start - chunk.pages_start :]
-            pack(layout, self._pool.keys, self._pool.values, slots, self._channel.staging)
+            pack(layout, self._pool.keys, self._pool.values, slots, self._channel.staging, self._pool.offsets)
         aux = memoryview(self._aux.read(chunk.aux_index) if chunk.last else b"")
         if not self._owner.is_live(chunk.room):  # failed while packing: the pages may have been another's
             return

@@ -1,11 +1,13 @@
-"""Where a worker finds its plan: under "pdtrim" in its checkpoint's config.json."""
+"""Where a worker finds its plan: under "pdtrim" in its checkpoint's config.json; key offsets in a file beside it."""
 
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
+from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
 from pdtrim_deploy.plan import ModelShape, NativeDtype, PDPlan, Stage
 
 KV_DTYPES: dict[str, NativeDtype] = {
@@ -27,6 +29,16 @@ def read_plan(model_path: str) -> PDPlan | None:
         return None
     data = json.loads(config.read_text()).get("pdtrim")
     return None if data is None else PDPlan.parse(data, f"{config}, key pdtrim")
+
+
+def read_offsets(model_path: str, plan: PDPlan | None) -> KeyOffsets | None:
+    """The plan's key offsets, of all KV heads; None when it has none.
+
+    Raises:
+        UserError: the file is missing or not the plan's.
+
+    """
+    return None if plan is None else KeyOffsets.read(Path(model_path), plan)
 
 
 def dense_plan(num_layers: int, pool: Any) -> PDPlan:
@@ -62,6 +74,12 @@ def check_fits(plan: PDPlan, stage: Stage, pool: Any, tp_size: int) -> None:
         raise RuntimeError(
             f"pdtrim: the plan was made for a {model.kv_dtype} KV cache, this worker's is {pool.dtype}: "
             f"start it with --dtype {model.kv_dtype} and --kv-cache-dtype auto"
+        )
+    if model.num_kv_heads % tp_size:
+        raise RuntimeError(
+            f"pdtrim: the model's {model.num_kv_heads} KV heads cannot be divided among {tp_size} ranks; SGLang would "
+            "give several ranks a copy of one head, which the plan counts once: start both workers with --tp-size "
+            f"{math.gcd(model.num_kv_heads, tp_size)}"
         )
     shape = (model.num_kv_heads // tp_size, model.head_dim)
     if tuple(pool.k_buffer[0].shape[1:]) != shape or tuple(pool.v_buffer[0].shape[1:]) != shape:

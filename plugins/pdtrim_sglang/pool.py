@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
 from pdtrim_deploy.kvcache.layout import ChunkLayout
 from pdtrim_deploy.kvcache.pack import prepare
 from pdtrim_deploy.plan import PDPlan
@@ -39,13 +40,14 @@ def _part(layout: ChunkLayout, layers: frozenset[int]) -> ChunkLayout:
 class PoolView:
     """Tensors `[slots, kv_heads, head_dim]` of every local layer, and the page size in tokens.
 
-    `split` is SGLang's pool when its sparse layers have slots of their own.
+    `split` is SGLang's pool when its sparse layers have slots of their own, `offsets` the plan's of these KV heads.
     """
 
     keys: list[Tensor]
     values: list[Tensor]
     page_size: int
     split: SplitKVPool | None = None
+    offsets: KeyOffsets | None = None
 
     @classmethod
     def of(cls, pool: Any) -> PoolView:

@@ -7,7 +7,7 @@ import threading
 import time
 from collections import deque
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sglang.srt.disaggregation.base.conn import KVPoll
 from sglang.srt.disaggregation.common.conn import ABORT_TAG, AbortNotification
@@ -17,14 +17,13 @@ from pdtrim_sglang import vital
 from pdtrim_sglang.messages import Register, Room, parse
 from pdtrim_sglang.metrics import Held, TransferMetrics
 from pdtrim_sglang.pairing import RoomInfo, rejection
-from pdtrim_sglang.peer import Chunk, Peer, RoomProgress
+from pdtrim_sglang.peer import Chunk, Peer
 from pdtrim_sglang.pool import PoolView
+from pdtrim_sglang.progress import RoomProgress
 from pdtrim_sglang.rooms import AuxRows
 from pdtrim_sglang.staging import Arena, Staging
 from pdtrim_sglang.transports import TransportConfig, transport_named
-
-if TYPE_CHECKING:
-    from pdtrim_sglang.manager import PDTrimKVManager
+from pdtrim_sglang.worker import Worker
 
 MOST_REMEMBERED = 10_000
 SWEEP_SECONDS = 10.0
@@ -41,7 +40,7 @@ class PrefillSide:
 
     def __init__(
         self,
-        manager: PDTrimKVManager,
+        manager: Worker,
         plan: PDPlan,
         pool: PoolView,
         aux: AuxRows,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from pdtrim_deploy.plan import PDPlan
+from pdtrim_deploy.plan import STAGES, KVSend, PDPlan
+from pdtrim_deploy.worker.config import WorkerConfig
 
 if TYPE_CHECKING:
     from pdtrim_sglang.pool import PoolView
@@ -27,10 +28,9 @@ def check_options(server_args: Any, kv_args: Any, plan: PDPlan | None, is_mla_ba
         if getattr(server_args, option) > 1:
             name = "--" + option.replace("_", "-")
             raise RuntimeError(f"pdtrim: context parallelism is not supported: start with {name} 1")
-    from sglang.srt.environ import envs
-
-    if envs.SGLANG_RUST_SERVER.get():
-        raise RuntimeError("pdtrim: SGLang's Rust server takes registrations from anybody: unset SGLANG_RUST_SERVER")
+    _check_front_end(server_args)
+    _check_lora(server_args, plan)
+    _check_digest(server_args, plan, kv_args.page_size)
     if plan is None or server_args.disaggregation_mode != "decode":
         return
     if server_args.disaggregation_decode_enable_offload_kvcache:
@@ -53,6 +53,47 @@ def check_options(server_args: Any, kv_args: Any, plan: PDPlan | None, is_mla_ba
         )
     if backend in GRAPHS:
         _check_graphs(backend, GRAPHS[backend])
+
+
+def _check_front_end(server_args: Any) -> None:
+    from sglang.srt.environ import envs
+
+    if envs.SGLANG_RUST_SERVER.get():
+        raise RuntimeError("pdtrim: SGLang's Rust server takes registrations from anybody: unset SGLANG_RUST_SERVER")
+    if server_args.tokenizer_worker_num > 1:
+        raise RuntimeError("pdtrim: SGLang's tokenizer workers load no plugins: start with --tokenizer-worker-num 1")
+
+
+def _check_lora(server_args: Any, plan: PDPlan | None) -> None:
+    """An adapter names a layer by its number, and a stage's layers are numbered anew."""
+    if not (server_args.enable_lora or server_args.lora_paths):
+        return
+    for stage in STAGES:
+        actions = plan.actions(stage) if plan is not None else ()
+        if changed := [block for block, action in enumerate(actions) if action.kind != "keep"]:
+            raise RuntimeError(
+                f"pdtrim: the plan drops or replaces blocks of {stage} ({', '.join(map(str, changed))}), so an adapter "
+                "of the unpruned model would be applied to other layers: start without --enable-lora and --lora-paths"
+            )
+    if WorkerConfig.parse(server_args.json_model_override_args).engine is not None:
+        raise RuntimeError(
+            "pdtrim: an engine's weights are its own, and no adapter would be applied: start without --enable-lora and "
+            "--lora-paths, or without the engine"
+        )
+
+
+def _check_digest(server_args: Any, plan: PDPlan | None, page_size: int) -> None:
+    """SGLang's digest is over whole pages of all layers, so both workers must hold the same bytes in them."""
+    if not server_args.disaggregation_enable_kv_checksum:
+        return
+    same_layers = plan is None or plan.layer_map == tuple(range(len(plan.prefill_layers)))
+    same_rows = plan is None or all(send == KVSend() for send in plan.kv)
+    if not (same_layers and same_rows and page_size == 1):
+        raise RuntimeError(
+            "pdtrim: SGLang compares whole pages of prefill's and decode's KV, which differ where rows are cut or "
+            "quantised, layers dropped, or pages larger than a token, so that it would abort every request, or compare "
+            "none. Every chunk has a checksum of its own: start without --disaggregation-enable-kv-checksum"
+        )
 
 
 def check_window(config: Any, context_length: int | None) -> None:

@@ -82,7 +82,7 @@ class DecodeRoom:
             layout = chunk_layout(plan, header.prompt_tokens, header.start, header.stop, pool.kv_heads)
             pool.after(*self.ready)
             for place in self.places:
-                unpack(place.part(layout), payload, pool.keys, pool.values, place.slots[span])
+                unpack(place.part(layout), payload, pool.keys, pool.values, place.slots[span], pool.offsets)
             pool.wait()
             self.position = header.stop
             if header.last:

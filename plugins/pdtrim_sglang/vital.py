@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from pdtrim_sglang import hooks, threads
+from pdtrim_sglang import sglang_host, threads
 
 logger = logging.getLogger("sglang.srt.pdtrim.vital")
 
@@ -21,6 +21,6 @@ def start(name: str, run: Callable[[], None]) -> None:
             run()
         except Exception:
             logger.critical("pdtrim: this worker ends, since it cannot serve without its %s", name, exc_info=True)
-            hooks.end_worker()
+            sglang_host.end_worker()
 
     threads.start(name, watched)

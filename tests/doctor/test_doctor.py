@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from pdtrim_sglang.hooks import TARGETS
+from pdtrim_sglang.hook_targets import TARGETS
 
 from pdtrim_deploy.cli import main
 from pdtrim_deploy.doctor import (

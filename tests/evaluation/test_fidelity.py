@@ -4,14 +4,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from tinypd import BLOCKS, DIM, make_oracle, make_plan, text, tiny
+from tinypd import BLOCKS, DIM, biased, make_oracle, make_plan, text, tiny
 
 from pdtrim_deploy.evaluation.fidelity import check, sensitivity
 from pdtrim_deploy.evaluation.fidelity.cases import Group
 from pdtrim_deploy.evaluation.fidelity.check import FidelityResult, judge
 from pdtrim_deploy.evaluation.fidelity.client import Served
-from pdtrim_deploy.evaluation.fidelity.controls import controls
+from pdtrim_deploy.evaluation.fidelity.controls import controls, wrong_oracles
 from pdtrim_deploy.evaluation.oracle import PrefillState
+from pdtrim_deploy.kvcache.selection.offsets import measure
 from pdtrim_deploy.plan import KVSend
 from pdtrim_deploy.wire import WIRE_DTYPES
 
@@ -80,6 +81,19 @@ def test_a_server_with_a_wrong_plan_fails(model, kv):
         result = judge(oracle, serve(oracle, wrong))
         assert not result.passed, name
         assert any("prompt is off by" in problem for problem in result.problems), name
+
+
+def test_a_server_without_key_offsets_is_told_apart():
+    model = biased()
+    oracle = make_oracle(model, make_plan())
+    oracle = oracle.with_offsets(measure(oracle, text(8, 48), lambda _: None).offsets)
+    oracle = oracle.with_kv((KVSend(wire_dtype="int4"),) * BLOCKS)
+    right = judge(oracle, serve(oracle))
+    assert right.passed, right.problems
+    assert "no key offsets" in right.controls_detected
+    assert right.controls_detected.keys() == wrong_oracles(oracle, 129).keys()
+    wrong = judge(oracle, serve(oracle.with_offsets(None)))
+    assert any("prompt is off by" in problem for problem in wrong.problems)
 
 
 def test_what_is_allowed_follows_what_rounding_does(model, monkeypatch):
@@ -160,9 +174,9 @@ def test_controls_of_mixed_sizes():
     assert [(s.n_first, s.n_last) for s in found["n_last - 1"]] == [(4, 11), (0, 0), (0, 19), (3, 6)]
     assert all(send.wire_dtype == "native" for send in found["native on the wire"])
     assert found["rules one layer off"] == (MIXED[-1], *MIXED[:-1])
-    assert len(found) == 5
+    assert len(found) == 5  # and, where there are any, the plan without its key offsets
     for page in ("tutorial.md", "explanation/oracle.md"):
-        assert "up to five" in (Path(__file__).parents[2] / "docs" / page).read_text()
+        assert "up to six" in (Path(__file__).parents[2] / "docs" / page).read_text()
     uniform = make_plan(kv=(KVSend(),) * BLOCKS)
     assert set(controls(uniform, 200)) == {"first row missing", "last row missing"}
 

@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import random
+import struct
 import time
 from collections.abc import Iterator
+
+from strangers import HEADER, VERSION
 
 from pdtrim_deploy.serving.relay import Relay
 
 INTRODUCTION = 102  # bytes from prefill until it is let in (pdtrim_sglang.transports.handshake)
 DELAY_S = 0.3
+CHUNK = struct.pack("<4sH", b"PDTK", VERSION)  # what each begins with
+PROMPT_TOKENS, HEADER_BYTES = struct.calcsize("<4sHHI32sQ"), struct.calcsize(HEADER) + 8  # with the checksum
 
 
 class Proxy(Relay):
     """`fault` concerns bytes from prefill to decode:
 
     `drop`: none arrives; `hole`: 100 of them are missing; `delay`: each read waits; `corrupt`: a bit flips in each
-    chunk; `truncate`: the connection ends inside a chunk; `cut`: connections end at once; `none`.
+    chunk; `truncate`: the connection ends inside a chunk; `cut`: connections end at once; `marked`: the checksum of
+    each chunk of a prompt of `marked_tokens` tokens is wrong, and no other byte; `none`.
     """
+
+    marked_tokens = 0
 
     def __init__(self, port: int, target: int, seed: int = 0) -> None:
         self.fault, self.hits, self._dice = "none", 0, random.Random(seed)
@@ -38,6 +46,8 @@ class Proxy(Relay):
         fault, middle = self.fault, len(data) // 2
         if fault == "none" or carried < INTRODUCTION:
             return data, False
+        if fault == "marked":
+            return self._mark(data), False
         self.hits += 1
         if fault == "corrupt":
             at = self._dice.randrange(len(data))
@@ -51,3 +61,14 @@ class Proxy(Relay):
             "truncate": (data[:middle], True),
             "cut": (b"", True),
         }[fault]
+
+    def _mark(self, data: bytes) -> bytes:
+        """`data`, with a bit of each marked chunk's checksum flipped; a header that two reads share is let through."""
+        spoiled, at = bytearray(data), data.find(CHUNK)
+        while 0 <= at <= len(data) - HEADER_BYTES:
+            (tokens,) = struct.unpack_from("<I", data, at + PROMPT_TOKENS)
+            if tokens == self.marked_tokens:
+                spoiled[at + HEADER_BYTES - 1] ^= 1
+                self.hits += 1
+            at = data.find(CHUNK, at + 1)
+        return bytes(spoiled)

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import httpx
 import pytest
+from packcases import random_offsets
 from pdtrim_builders import build_target
 
 from pdtrim_deploy.checkpoints import open_checkpoint
@@ -14,7 +15,9 @@ from pdtrim_deploy.evaluation.fidelity import judge, run_fidelity
 from pdtrim_deploy.evaluation.fidelity.cases import groups, text_needed
 from pdtrim_deploy.evaluation.fidelity.client import ask
 from pdtrim_deploy.evaluation.oracle import PDOracle
+from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
 from pdtrim_deploy.plan import STAGES, Distilled, Drop, Keep, KVOnly, KVSend, PDPlan
+from pdtrim_deploy.plan_kv import KEY_OFFSETS
 from pdtrim_deploy.serving import Cluster, ClusterSpec, Engine, Executors, ServeEnvironment, WorkerOptions, cluster_of
 from pdtrim_deploy.serving.metrics import scrape
 
@@ -62,12 +65,17 @@ def tiny(tiny_model, tmp_path_factory, real_cache):
     silent = {name: dense[4].get_parameter(name) * 0 for name in ("self_attn.o_proj.weight", "mlp.down_proj.weight")}
     students = {"prefill": {4: silent}, "decode": {1: {f"mlp.{name}": tensor for name, tensor in weights.items()}}}
     sparse = KVSend(mode="sparse", n_first=4, n_last=24)
-    kv = (KVSend(), sparse, sparse.model_copy(update={"n_last": 9}), sparse)
+    quantised = sparse.model_copy(update={"wire_dtype": "int4"})
+    kv = (KVSend(wire_dtype="int8"), sparse, sparse.model_copy(update={"n_last": 9}), quantised)
     plan = PDPlan(model=checkpoint.shape("float32"), prefill=prefill, decode=decode, kv=kv)
+    offsets = random_offsets(plan.model, [0, 3], size=0.5)  # whatever they are, both ends have them
+    plan = plan.with_key_offsets(offsets.file)
+    (folder / KEY_OFFSETS).write_bytes(offsets.data)
     engines = {}
     for stage in STAGES:
         data, changed = plan.model_dump(mode="json"), students[stage]
-        write_stage(checkpoint, folder / stage, plan.layers(stage), "float32", data, replacements=changed)
+        more = {"replacements": changed, "files": [folder / KEY_OFFSETS]}
+        write_stage(checkpoint, folder / stage, plan.layers(stage), "float32", data, **more)
         build_target("onnx", folder / stage, folder / "engines" / stage)
         engines[stage] = Engine("onnxruntime", stage, folder / "engines" / stage)
     return folder, plan, engines
@@ -86,7 +94,7 @@ def test_onnxruntime_in_one_stage_only(tiny, stage, tmp_path):
         served = [(group, one) for group in groups(plan, texts) for one in ask(cluster.url, group, 6, 120)]
         (staged,) = sums(cluster.workers[0], "pdtrim_kv_staged_bytes_sum")
     models = (load_model(folder / name, "float32") for name in STAGES)
-    result = judge(PDOracle(*models, plan), served)
+    result = judge(PDOracle(*models, plan, KeyOffsets.read(folder, plan)), served)
     assert result.max_logprob_error <= result.tolerance, result.rows
     assert result.controls_detected["dense plan"], result.controls
     assert sum(row.cached_tokens > 190 for row in result.rows) >= 2, "prefix-cache hits were not tried"

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from packcases import cuts, plans, pools, shape, slots_of
+from packcases import cases, cuts, pools, random_offsets, shape, slots_of
 
 from pdtrim_deploy.kvcache import torch_pack
 from pdtrim_deploy.kvcache.cpu import library as cpu_library
@@ -51,8 +51,9 @@ def equal(one, other):
 
 @needs_compiler
 @settings(max_examples=200, deadline=None)
-@given(st.data(), plans(), st.integers(1, 20), st.booleans(), st.integers(0, 2**31))
-def test_both_forms_have_the_same_bytes(data, plan, tokens, odd, seed):
+@given(st.data(), cases(), st.integers(1, 20), st.booleans(), st.integers(0, 2**31))
+def test_both_forms_have_the_same_bytes(data, case, tokens, odd, seed):
+    plan, offsets = case
     size, generator = tokens + 7, torch.Generator().manual_seed(seed)
     source = [pools(len(plan.prefill_layers), size, plan.model, seed + side) for side in range(2)]
     for pool in (*source[0], *source[1]) if odd else ():
@@ -62,11 +63,11 @@ def test_both_forms_have_the_same_bytes(data, plan, tokens, odd, seed):
     for start, stop in data.draw(cuts(tokens)):
         layout = chunk_layout(plan, tokens, start, stop)
         buffers = [torch.full((layout.total_bytes + 8,), 0xA5, dtype=torch.uint8)[4:-4] for _ in range(2)]
-        torch_pack.pack(layout, *source, from_slots[start:stop], buffers[0])
-        assert move(layout, buffers[1], *source, from_slots[start:stop], pack=True) == bool(layout.layers)
+        torch_pack.pack(layout, *source, from_slots[start:stop], buffers[0], offsets)
+        assert move(layout, buffers[1], *source, from_slots[start:stop], offsets, pack=True) == bool(layout.layers)
         assert equal(*buffers)
-        torch_pack.unpack(layout, buffers[0], *targets[0], to_slots[start:stop])
-        move(layout, buffers[1], *targets[1], to_slots[start:stop], pack=False)
+        torch_pack.unpack(layout, buffers[0], *targets[0], to_slots[start:stop], offsets)
+        move(layout, buffers[1], *targets[1], to_slots[start:stop], offsets, pack=False)
     for one, other in zip((t for s in targets[0] for t in s), (t for s in targets[1] for t in s), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
 
@@ -85,14 +86,16 @@ def check_every_16_bit_value(wire, dtype, dim):
     shuffled = ordered[torch.randperm(len(ordered), generator=torch.Generator().manual_seed(0))]
     pool = torch.cat((ordered, shuffled)).view(dtype).view(-1, 4, dim)
     slots = torch.arange(len(pool))
-    plan = PDPlan.dense(shape(1, 4, dim, str(dtype).removeprefix("torch."))).with_kv((KVSend(wire_dtype=wire),))
-    layout = chunk_layout(plan, len(slots))
-    packed = pack(layout, [pool], [pool], slots)
-    assert equal(packed, torch_pack.pack(layout, [pool], [pool], slots))
-    one, other = torch.zeros_like(pool), torch.zeros_like(pool)
-    unpack(layout, packed, [one], [one], slots)
-    torch_pack.unpack(layout, packed, [other], [other], slots)
-    torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+    whole = PDPlan.dense(shape(1, 4, dim, str(dtype).removeprefix("torch."))).with_kv((KVSend(wire_dtype=wire),))
+    known = random_offsets(whole.model, [0])
+    for plan, offsets in ((whole, None), (whole.with_key_offsets(known.file), known)):
+        layout = chunk_layout(plan, len(slots))
+        packed = pack(layout, [pool], [pool], slots, offsets=offsets)
+        assert equal(packed, torch_pack.pack(layout, [pool], [pool], slots, offsets=offsets))
+        one, other = ([torch.zeros_like(pool) for _ in range(2)] for _ in range(2))
+        unpack(layout, packed, [one[0]], [one[1]], slots, offsets)
+        torch_pack.unpack(layout, packed, [other[0]], [other[1]], slots, offsets)
+        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
 
 
 @needs_compiler

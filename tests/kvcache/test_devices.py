@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from packcases import pools, shape
+from packcases import pools, random_offsets, shape
 from pretended_gpu import PretendedGPU, gpu, host
 
 from pdtrim_deploy.kvcache.layout import chunk_layout
@@ -41,19 +41,21 @@ def test_rows_of_a_pool_on_a_gpu_travel_through_host_memory(wire, dtype):
     model, whole = shape(3, 2, 32, dtype), KVSend(wire_dtype=wire)
     kv = (whole, whole.model_copy(update={"mode": "sparse", "n_first": 4, "n_last": 8}))
     plan = PDPlan(model=model, prefill=(Keep(),) * 3, decode=(Keep(), Drop(), Keep()), kv=kv)
+    offsets = random_offsets(model, [0, 1])
+    plan = plan.with_key_offsets(offsets.file)
     layout, slots = chunk_layout(plan, TOKENS, 0, TOKENS), torch.randperm(SIZE)[:TOKENS]
     keys, values = pools(3, SIZE, model, 0), pools(3, SIZE, model, 1)
-    known = pack(layout, keys, values, slots)
+    known = pack(layout, keys, values, slots, offsets=offsets)
     staging = torch.zeros(layout.total_bytes + 64, dtype=torch.uint8)
-    packed = pack(layout, [gpu(k) for k in keys], [gpu(v) for v in values], gpu(slots), staging)
+    packed = pack(layout, [gpu(k) for k in keys], [gpu(v) for v in values], gpu(slots), staging, offsets)
     assert packed.device.type == "cpu"
     assert packed.data_ptr() == staging.data_ptr()
     assert torch.equal(packed, known)
-    there = pack(layout, [gpu(k) for k in keys], [gpu(v) for v in values], gpu(slots))
+    there = pack(layout, [gpu(k) for k in keys], [gpu(v) for v in values], gpu(slots), offsets=offsets)
     assert there.device.type == "cuda", "without a buffer the bytes stay on the pool's device"
     for sent in (packed, there):
         mine, theirs = ([torch.zeros_like(keys[0]) for _ in range(4)] for _ in range(2))
-        unpack(layout, known, theirs[:2], theirs[2:], slots)
+        unpack(layout, known, theirs[:2], theirs[2:], slots, offsets)
         moved = [gpu(pool) for pool in mine]
-        unpack(layout, sent, moved[:2], moved[2:], gpu(slots))
+        unpack(layout, sent, moved[:2], moved[2:], gpu(slots), offsets)
         assert all(torch.equal(host(a), b) for a, b in zip(moved, theirs, strict=True))

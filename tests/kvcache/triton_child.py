@@ -5,12 +5,14 @@ import torch
 from pdtrim_deploy.kvcache import torch_pack, triton_pack, triton_rotated
 from pdtrim_deploy.kvcache.codecs import get_codec
 from pdtrim_deploy.kvcache.codecs.rotated import GRIDS
+from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
 from pdtrim_deploy.kvcache.layout import chunk_layout
 from pdtrim_deploy.plan import KVSend, ModelShape, PDPlan
 from pdtrim_deploy.wire import HEAD_DIM_MULTIPLE, WIRE_DTYPES
 
 
-def check(dtype, heads, head_dim, tokens, start, stop, seed):
+def check(dtype, heads, head_dim, tokens, start, stop, seed, offsets=2):
+    """Layers of all wire dtypes in random order, each `offsets`-th with a key offset."""
     g = torch.Generator().manual_seed(seed)
     wires = [wire for wire in WIRE_DTYPES if head_dim % HEAD_DIM_MULTIPLE[wire] == 0]
     model = ModelShape(
@@ -21,7 +23,10 @@ def check(dtype, heads, head_dim, tokens, start, stop, seed):
         for layer, wire in enumerate(wires)
     ]
     order = torch.randperm(len(wires), generator=g).tolist()
-    plan = PDPlan.dense(model).model_copy(update={"kv": tuple(sends[i] for i in order)})
+    plan = PDPlan.dense(model).with_kv(tuple(sends[i] for i in order))
+    means = {layer: 30 * torch.randn(heads, head_dim, generator=g) for layer in range(0, len(wires), offsets)}
+    known = KeyOffsets.make(means, 100.0 ** -(torch.arange(0, head_dim, 2) / head_dim), 1.2)
+    plan = plan.with_key_offsets(known.file)
     pools = []
     for _ in range(2):
         x = torch.randn(len(wires), tokens + 9, heads, head_dim, generator=g)
@@ -31,7 +36,7 @@ def check(dtype, heads, head_dim, tokens, start, stop, seed):
         pools.append(list(x))
     slots = torch.randperm(tokens + 9, generator=g)[start:stop]
     layout = chunk_layout(plan, tokens, start, stop)
-    expected, got = torch_pack.pack(layout, *pools, slots), triton_pack.pack(layout, *pools, slots)
+    expected, got = (form.pack(layout, *pools, slots, offsets=known) for form in (torch_pack, triton_pack))
     for rows in layout.layers:
         span = slice(rows.offset, rows.offset + rows.bytes)
         wrong = int((expected[span] != got[span]).sum())
@@ -67,6 +72,7 @@ def check_every_value():
 if __name__ == "__main__":
     for seed, dtype in enumerate(("float32", "bfloat16", "float16")):
         check(dtype, 3, 64, 50, 0, 50, seed)
+        check(dtype, 3, 64, 50, 0, 50, seed, offsets=1)
         check(dtype, 1, 80, 40, 7, 31, seed)
         check(dtype, 2, 16, 40, 7, 31, seed)
         check(dtype, 1, 128, 40, 0, 40, seed)

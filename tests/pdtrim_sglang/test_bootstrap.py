@@ -1,15 +1,17 @@
 """The bootstrap server hears members only; it believes a rank once, and nothing malformed."""
 
 import asyncio
+import itertools
 import json
 import socket
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("sglang", reason="needs the serve environment")
 from aiohttp.test_utils import TestClient, TestServer
-from pdtrim_sglang import bootstrap, hooks
+from pdtrim_sglang import bootstrap, hook_targets, identity, sglang_host
 from pdtrim_sglang.bootstrap import PDTrimBootstrapServer
 from pdtrim_sglang.signature import HEADER, Signature
 from pdtrim_sglang.transports.handshake import Credentials
@@ -30,8 +32,8 @@ STRANGERS = (None, Signature(Credentials(b"p" * 32)), Signature(Credentials(b"p"
 def talk(monkeypatch, conversation):
     """`conversation(ask)`, where `ask(method, target, body, signature)` gives a status and a text."""
     monkeypatch.setattr(PDTrimBootstrapServer, "run", lambda self: None)  # no thread, no port
-    monkeypatch.setattr(hooks, "server_arguments", lambda: None)
-    monkeypatch.setattr(hooks, "signature_of", lambda _: OURS)
+    monkeypatch.setattr(sglang_host, "server_arguments", lambda: None)
+    monkeypatch.setattr(identity, "signature_of", lambda _: OURS)
 
     async def all_of_it():
         async with TestClient(TestServer(PDTrimBootstrapServer("127.0.0.1", 0).app)) as client:
@@ -158,8 +160,8 @@ def test_a_signature_is_for_one_request(monkeypatch):
     talk(monkeypatch, conversation)
 
 
-def test_what_sglang_itself_asks_is_signed(monkeypatch, tmp_path):
-    """SGLang's own code registers a rank and a room, and finds them, at a server that listens."""
+def listening(monkeypatch, tmp_path):
+    """A server and its address; what SGLang asks from now on is signed with its secret."""
     secret = tmp_path / "secret"
     secret.write_text("a secret of this cluster")
     started = SimpleNamespace(
@@ -167,13 +169,18 @@ def test_what_sglang_itself_asks_is_signed(monkeypatch, tmp_path):
         model_path=str(tmp_path),
         json_model_override_args=json.dumps({"pdtrim_secret_file": str(secret)}),
     )
-    monkeypatch.setattr(hooks, "server_arguments", lambda: started)
+    monkeypatch.setattr(sglang_host, "server_arguments", lambda: started)
     monkeypatch.setattr(conn, "requests", conn.requests)  # put back afterwards
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
     server = PDTrimBootstrapServer("127.0.0.1", port)
-    place = f"127.0.0.1:{port}"
-    hooks.sign_requests(hooks.signature_of(started))
+    identity.sign_requests(identity.signature_of(started))
+    return server, f"127.0.0.1:{port}"
+
+
+def test_what_sglang_itself_asks_is_signed(monkeypatch, tmp_path):
+    """SGLang's own code registers a rank and a room, and finds them, at a server that listens."""
+    server, place = listening(monkeypatch, tmp_path)
     conn.CommonKVManager._register_topology_row(None, f"http://{place}/route", RANK)
     ours = SimpleNamespace(bootstrap_addr=place, bootstrap_server_url=place, bootstrap_room=5)
     ours.kv_mgr = SimpleNamespace(attn_dp_rank=3)
@@ -183,13 +190,48 @@ def test_what_sglang_itself_asks_is_signed(monkeypatch, tmp_path):
     server.close()
 
 
+@pytest.mark.parametrize(
+    ("prefill", "decode_tp", "pairs"),
+    [
+        ({}, 1, True),
+        ({}, 2, False),
+        ({"attn_tp_size": 2}, 2, True),
+        ({"attn_tp_size": 2}, 1, False),
+        ({"attn_dp_size": 2}, 1, True),  # --tp-size 2 --dp-size 2 --enable-dp-attention: whole heads in each rank
+        ({"attn_dp_size": 2}, 2, False),
+    ],
+)
+def test_decode_ends_at_its_first_sight_of_a_prefill_worker_of_other_ranks(
+    monkeypatch, tmp_path, prefill, decode_tp, pairs
+):
+    """SGLang's own code registers the ranks of prefill and asks for them in decode; no request has a part in it."""
+    from pdtrim_sglang.manager import PDTrimKVManager
+
+    server, place = listening(monkeypatch, tmp_path)
+    sizes = {"attn_tp_size": 1, "attn_dp_size": 1} | prefill
+    for tp, dp in itertools.product(range(sizes["attn_tp_size"]), range(sizes["attn_dp_size"])):
+        row = RANK | sizes | {"attn_tp_rank": tp, "attn_dp_rank": dp, "rank_port": 5000 + 8 * dp + tp}
+        conn.CommonKVManager._register_topology_row(None, f"http://{place}/route", row)
+    decode = object.__new__(PDTrimKVManager)
+    vars(decode).update(
+        prefill_info_table={}, kv_args=SimpleNamespace(page_size=1, engine_rank=0, state_types=[]), kv_layout=None,
+        kv_cache_dtype_str="float32", dsv41_spec_layout=None, attn_tp_size=decode_tp, attn_cp_size=1, dcp_size=1,
+        pp_size=1, pp_rank=0, attn_cp_rank=0, is_mla_backend=False, is_hybrid_mla_backend=False,
+    )  # fmt: skip
+    ranks = f"{sizes['attn_tp_size']} ranks in prefill, among {decode_tp} in decode"
+    sentence = f"prefill worker at {place}: attention is divided among {ranks}: .*--tp-size"
+    with nullcontext() if pairs else pytest.raises(RuntimeError, match=sentence):
+        assert decode.try_ensure_parallel_info(place)
+    server.close()
+
+
 def test_a_bootstrap_server_that_listens_everywhere_wants_a_secret(monkeypatch, tmp_path):
     started = SimpleNamespace(host="0.0.0.0", model_path=str(tmp_path), json_model_override_args="{}")
     monkeypatch.setenv("SGLANG_HOST_IP", "127.0.0.1")
     with pytest.raises(RuntimeError, match=r"reached at 0\.0\.0\.0, from other machines: give all workers one secret"):
-        hooks.signature_of(started)
+        identity.signature_of(started)
     started.host = "127.0.0.1"
-    assert hooks.signature_of(started).credentials.secret == b""
+    assert identity.signature_of(started).credentials.secret == b""
 
 
 def test_a_worker_signs_before_it_registers(monkeypatch):
@@ -204,8 +246,8 @@ def test_a_worker_signs_before_it_registers(monkeypatch):
         raise Registered
 
     monkeypatch.setattr(conn, "requests", conn.requests)
-    monkeypatch.setattr(hooks, "check", lambda: None)
-    monkeypatch.setattr(hooks, "signature_of", lambda _: OURS)
+    monkeypatch.setattr(hook_targets, "check", lambda: None)
+    monkeypatch.setattr(identity, "signature_of", lambda _: OURS)
     monkeypatch.setattr(manager, "check_options", lambda *_: None)
     monkeypatch.setattr(conn.CommonKVManager, "__init__", registers)
     with pytest.raises(Registered):

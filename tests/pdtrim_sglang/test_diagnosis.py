@@ -6,13 +6,13 @@ pytest.importorskip("sglang", reason="needs the serve environment")
 
 
 def test_the_pinned_sglang_has_everything_that_the_plugin_takes():
-    from pdtrim_sglang import hooks
+    from pdtrim_sglang import hook_targets
     from pdtrim_sglang.diagnosis import diagnose
 
     found = diagnose()
-    assert found["packages"]["sglang"] == hooks.READ_AGAINST
+    assert found["packages"]["sglang"] == hook_targets.READ_AGAINST
     assert found["plugin"]
-    assert len(found["targets"]) == len(hooks.TARGETS)
+    assert len(found["targets"]) == len(hook_targets.TARGETS)
     assert all(found["targets"].values())
     assert all(found["imports"].values())
     assert "sglang.srt.disaggregation.common.conn.CommonKVManager" in found["imports"]

@@ -7,14 +7,18 @@ from types import SimpleNamespace
 import pytest
 import transformers
 
-from pdtrim_deploy.plan import KVSend, ModelShape, PDPlan
+from pdtrim_deploy.plan import Drop, Keep, KVOnly, KVSend, ModelShape, PDPlan
 
 pytest.importorskip("sglang", reason="needs the serve environment")
 
 SHAPE = ModelShape(architecture="X", fingerprint="f", num_blocks=1, num_kv_heads=1, head_dim=8, kv_dtype="float32")
 SPARSE = PDPlan.dense(SHAPE).with_kv((KVSend(mode="sparse", n_first=1),))
-POOL = SimpleNamespace(state_types=[])
-PLAIN = {"pp_size": 1, "dcp_size": 1, "attn_cp_size": 1, "speculative_algorithm": None}
+POOL = SimpleNamespace(state_types=[], page_size=1)
+PLAIN = {
+    "pp_size": 1, "dcp_size": 1, "attn_cp_size": 1, "speculative_algorithm": None, "tokenizer_worker_num": 1,
+    "enable_lora": None, "lora_paths": None, "json_model_override_args": "{}",
+    "disaggregation_enable_kv_checksum": False,
+}  # fmt: skip
 DECODE = PLAIN | {
     "disaggregation_mode": "decode", "disaggregation_decode_enable_radix_cache": False,
     "disaggregation_decode_enable_offload_kvcache": False,
@@ -32,17 +36,17 @@ def registry():
 
 
 def test_every_hook_takes(registry):
-    from pdtrim_sglang import hooks
+    from pdtrim_sglang import hook_targets
 
-    hooks.check()
+    hook_targets.check()
 
 
 def test_a_hook_that_did_not_take_is_named(registry, monkeypatch):
-    from pdtrim_sglang import hooks
+    from pdtrim_sglang import hook_targets
 
-    monkeypatch.setattr(registry, "_patched", registry._patched - {hooks.PRE_ALLOC})
+    monkeypatch.setattr(registry, "_patched", registry._patched - {hook_targets.PRE_ALLOC})
     with pytest.raises(RuntimeError, match=r"did not take the hooks .*_pre_alloc; this plugin was written for SGLang"):
-        hooks.check()
+        hook_targets.check()
 
 
 def test_every_transport_is_a_transfer_backend(registry):
@@ -62,22 +66,22 @@ def test_the_torch_native_backend_is_the_sparse_one(registry):
 
 
 def test_the_gpu_backends_are_ours_where_a_layer_is_cut_and_only_there(registry, monkeypatch):
-    from pdtrim_sglang import hooks
-    from pdtrim_sglang.attention import sparse_layers
+    from pdtrim_sglang import hook_targets
+    from pdtrim_sglang.attention import factory, sparse_layers
     from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 
-    for name, ours in hooks.ATTENTION.items():
+    for name, ours in factory.ATTENTION.items():
         factory = ATTENTION_BACKENDS[name]
         module = importlib.import_module(f"pdtrim_sglang.attention.{name}")
         monkeypatch.setattr(module, ours, lambda runner, **_: "ours")
         monkeypatch.setattr(sparse_layers, "sparse_windows", lambda runner: runner.windows)
         runner = SimpleNamespace(windows={1: "window"}, init_new_workspace=False)
-        stock = hooks.SparseFactory(name, lambda runner: "sglang's")
+        stock = factory.SparseFactory(name, lambda runner: "sglang's")
         assert factory(runner) == stock(runner) == "ours"
         assert stock(SimpleNamespace(windows={})) == "sglang's"
     monkeypatch.setitem(ATTENTION_BACKENDS, "triton", factory.original)
     with pytest.raises(RuntimeError, match=r"did not take the hooks ATTENTION_BACKENDS\[triton\];"):
-        hooks.check()
+        hook_targets.check()
 
 
 @pytest.mark.parametrize(
@@ -90,6 +94,7 @@ def test_the_gpu_backends_are_ours_where_a_layer_is_cut_and_only_there(registry,
         ({"pp_size": 2}, "--pp-size 1"),
         ({"dcp_size": 2}, "--dcp-size 1"),
         ({"attn_cp_size": 2}, "--attn-cp-size 1"),
+        ({"tokenizer_worker_num": 2}, "--tokenizer-worker-num 1"),
         ({"speculative_algorithm": "NGRAM"}, "--speculative-algorithm"),  # has no draft model, and no pool for one
     ],
 )
@@ -99,6 +104,85 @@ def test_options_that_would_give_wrong_text_are_refused(registry, options, sente
     check_options(SimpleNamespace(**DECODE), POOL, SPARSE, False)
     with pytest.raises(RuntimeError, match=sentence):
         check_options(SimpleNamespace(**DECODE | options), POOL, SPARSE, False)
+
+
+THREE = SHAPE.model_copy(update={"num_blocks": 3})
+DENSE = PDPlan.dense(THREE)
+ENGINE = {"json_model_override_args": '{"pdtrim_engine": {"executor": "onnxruntime", "path": "p", "stage": "decode"}}'}
+
+
+def cut(prefill, decode=None):
+    """`prefill` and `decode` name what each block's action is."""
+    actions = {"keep": Keep(), "drop": Drop(), "kv_only": KVOnly()}
+    stages = [tuple(actions[kind] for kind in stage.split()) for stage in (prefill, decode or prefill)]
+    kept = sum(action.kind != "drop" for action in stages[1])
+    return PDPlan(model=THREE, prefill=stages[0], decode=stages[1], kv=(KVSend(),) * kept)
+
+
+@pytest.mark.parametrize("given", [{"enable_lora": True}, {"lora_paths": ["a=b"]}])
+@pytest.mark.parametrize("stage", ["prefill", "decode"])
+@pytest.mark.parametrize(
+    ("plan", "sentence"),
+    [
+        (None, None),
+        (DENSE, None),
+        (DENSE.with_kv((KVSend(mode="sparse", n_first=1), KVSend(), KVSend(wire_dtype="int8"))), None),
+        (
+            cut("keep keep keep", "keep drop keep"),
+            r"blocks of decode \(1\), so an adapter .*--enable-lora and --lora-paths",
+        ),
+        (cut("keep drop drop"), r"blocks of prefill \(1, 2\), so an adapter"),
+        (cut("keep keep kv_only", "keep keep keep"), r"blocks of prefill \(2\), so an adapter"),
+    ],
+)
+def test_adapters_of_the_unpruned_model_are_refused_where_layers_are_numbered_anew(given, stage, plan, sentence):
+    from pdtrim_sglang.requirements import check_options
+
+    options = SimpleNamespace(**DECODE | given | {"disaggregation_mode": stage})
+    with pytest.raises(RuntimeError, match=sentence) if sentence else nullcontext():
+        check_options(options, POOL, plan, False)
+    vars(options).update(ENGINE)
+    with pytest.raises(RuntimeError, match=sentence or "an engine's weights are its own"):
+        check_options(options, POOL, plan, False)
+
+
+@pytest.mark.parametrize("stage", ["prefill", "decode"])
+@pytest.mark.parametrize(
+    ("plan", "page_size", "refused"),
+    [
+        (None, 1, False),
+        (None, 16, True),  # SGLang compares the rest of a last page, which is not sent
+        (DENSE, 1, False),
+        (DENSE, 16, True),
+        (cut("keep drop keep"), 1, False),
+        (cut("keep keep keep", "keep drop keep"), 1, True),
+        (DENSE.with_kv((KVSend(), KVSend(mode="sparse", n_first=1), KVSend())), 1, True),
+        (DENSE.with_kv((KVSend(), KVSend(), KVSend(wire_dtype="int8"))), 1, True),
+    ],
+)
+def test_sglangs_own_digest_is_refused_where_both_pools_do_not_hold_the_same(stage, plan, page_size, refused):
+    from pdtrim_sglang.requirements import check_options
+
+    options = DECODE | {"disaggregation_mode": stage, "disaggregation_enable_kv_checksum": True}
+    pool = SimpleNamespace(state_types=[], page_size=page_size)
+    sentence = "start without --disaggregation-enable-kv-checksum"
+    with pytest.raises(RuntimeError, match=sentence) if refused else nullcontext():
+        check_options(SimpleNamespace(**options), pool, plan, False)
+
+
+@pytest.mark.parametrize(
+    ("heads", "ranks", "most"), [(4, 8, 4), (4, 3, 1), (2, 4, 2), (6, 4, 2), (4, 4, None), (8, 2, None)]
+)
+def test_more_ranks_than_kv_heads_are_refused_by_name(heads, ranks, most):
+    import torch
+    from pdtrim_sglang.plan_source import check_fits
+
+    plan = PDPlan.dense(SHAPE.model_copy(update={"num_kv_heads": heads}))
+    rows = [torch.zeros(2, max(1, heads // ranks), 8)]  # SGLang copies heads where there are too few
+    pool = SimpleNamespace(k_buffer=rows, v_buffer=rows, dtype=torch.float32)
+    sentence = f"{heads} KV heads cannot be divided among {ranks} ranks.*--tp-size {most}$"
+    with pytest.raises(RuntimeError, match=sentence) if most else nullcontext():
+        check_fits(plan, "decode", pool, ranks)
 
 
 @pytest.mark.parametrize(
@@ -182,7 +266,7 @@ def test_texts_longer_than_a_sliding_window_are_refused(config, length, refused)
     ("overlap", "device", "waits"), [(True, "cuda", True), (True, "cpu", False), (False, "cuda", False)]
 )
 def test_a_forward_pass_that_may_still_write_is_noted(registry, overlap, device, waits):
-    from pdtrim_sglang import hooks
+    from pdtrim_sglang.patches import transfer
 
     stream = SimpleNamespace(record_event=lambda: "event")
     queue = SimpleNamespace(scheduler=SimpleNamespace(enable_overlap=overlap, device=device, forward_stream=stream))
@@ -190,7 +274,7 @@ def test_a_forward_pass_that_may_still_write_is_noted(registry, overlap, device,
         kv_receiver=SimpleNamespace(), req=SimpleNamespace(output_ids=[], origin_input_ids=[1, 2, 3])
     )
     seen = []
-    hooks._name_prompt_of_receiver(lambda _, one: seen.append(vars(one.kv_receiver).copy()), queue, asked)
+    transfer.name_prompt_of_receiver(lambda _, one: seen.append(vars(one.kv_receiver).copy()), queue, asked)
     assert seen == [{"prompt_tokens": 3, "forward_done": "event" if waits else None}]
 
 
@@ -205,14 +289,14 @@ def test_a_stock_checkpoint_with_another_kv_dtype_is_refused():
 
 def test_what_prefill_computed_anew_stays_prompt_when_the_request_is_retracted_again():
     """Of the tokens emitted before, sparse layers were sent the last rows only."""
-    from pdtrim_sglang import hooks
+    from pdtrim_sglang.patches import memory
 
     req = SimpleNamespace(origin_input_ids=[1] * 5, output_ids=[2] * 7, kv=SimpleNamespace(req_pool_idx=1))
     req.pd_rebootstrap_in_progress = True
     rows = SimpleNamespace(pdtrim_prompt_tokens=[0, 0])
     queue = SimpleNamespace(req_to_token_pool=rows, token_to_kv_pool_allocator=None)
-    hooks._note_prompt_length(lambda *_: None, queue, req)
+    memory.note_prompt_length(lambda *_: None, queue, req)
     assert rows.pdtrim_prompt_tokens == [0, 12]
     req.pd_rebootstrap_in_progress, req.output_ids = False, [2] * 20  # and back from its backup
-    hooks._note_prompt_length(lambda *_: None, queue, req)
+    memory.note_prompt_length(lambda *_: None, queue, req)
     assert rows.pdtrim_prompt_tokens == [0, 12]

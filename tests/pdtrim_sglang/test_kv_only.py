@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 pytest.importorskip("sglang", reason="needs the serve environment")
-from pdtrim_sglang import hooks
+from pdtrim_sglang import hook_targets
 from pdtrim_sglang.kv_only import WriteKV, keep_only_kv
+from pdtrim_sglang.patches import loading
 from sglang.srt.layers.layernorm import RMSNorm
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.model_executor import forward_context
@@ -101,7 +102,7 @@ def runner(tmp_path):
     from sglang.srt.plugins import load_plugins
 
     load_plugins()
-    taken = [(kind, hook) for kind, hook, _ in HookRegistry._hooks[hooks.LOAD_MODEL]]
+    taken = [(kind, hook) for kind, hook, _ in HookRegistry._hooks[hook_targets.LOAD_MODEL]]
     assert [kind for kind, _ in taken] == [HookType.AFTER]
     load, (_, hook) = Runner.load_model, taken[0]
     Runner.load_model = lambda self: hook(load(self), self)
@@ -128,11 +129,11 @@ def test_what_will_be_refused_by_name_is_left_alone(runner):
     """A model of another length, and a part of one."""
     runner.model = model()
     runner.server_args.pp_size = 2
-    hooks._cut_kv_only_layers(None, runner)
+    loading.cut_kv_only_layers(None, runner)
     assert not any(cut(runner))
     runner.server_args.pp_size = 1
     del runner.model.model.layers[2]
-    hooks._cut_kv_only_layers(None, runner)
+    loading.cut_kv_only_layers(None, runner)
     assert not any(cut(runner))
 
 

@@ -50,6 +50,8 @@ def test_of_the_router(name):
     args = parse_router_args(command[3:])
     assert args.pd_disaggregation
     assert args.port == 8000
+    assert args.disable_circuit_breaker
+    assert args.health_check_timeout_secs > 20  # SGLang's /health takes as long to say no
     if name == "router":
         assert args.prefill_urls == [("http://prefill-0:30000", 8998), ("http://prefill-1:30000", 8998)]
         assert args.decode_urls == ["http://decode-0:30000"]

@@ -9,9 +9,11 @@ import pytest
 import torch
 
 pytest.importorskip("sglang", reason="needs the serve environment")
-from pdtrim_sglang.peer import Chunk, Peer, RoomProgress
+from packcases import random_offsets
+from pdtrim_sglang.peer import Chunk, Peer
 from pdtrim_sglang.pool import PoolView
 from pdtrim_sglang.prefill import PrefillSide
+from pdtrim_sglang.progress import RoomProgress
 from pdtrim_sglang.protocol import Reply
 from pdtrim_sglang.rooms import AuxRows
 from pdtrim_sglang.sender import PDTrimKVSender
@@ -66,8 +68,12 @@ def world():
         architecture="X", fingerprint="f", num_blocks=2, num_kv_heads=HEADS, head_dim=DIM, kv_dtype="float32"
     )
     plan = PDPlan.dense(shape).with_kv((KVSend(), KVSend(mode="sparse", n_first=2, n_last=4)))
+    return served(plan)
+
+
+def served(plan, offsets=None):
     pools = [torch.randn(40, HEADS, DIM) for _ in range(4)]
-    pool, channel, owner = PoolView(pools[:2], pools[2:], PAGE), Channel(), Owner()
+    pool, channel, owner = PoolView(pools[:2], pools[2:], PAGE, offsets=offsets), Channel(), Owner()
     peer = Peer("h", 1, lambda *_: channel, TransportConfig(), owner, plan, pool, AuxRows((), ()), 0)
     return plan, pool, channel, owner, peer
 
@@ -79,7 +85,8 @@ def chunk(start, stop, pages_start=0, span=None):
 def wanted(world, start, stop):
     plan, pool, *_ = world
     slots = pool.slots(list(PAGES), TOKENS)[start:stop]
-    return pack(chunk_layout(plan, TOKENS, start, stop), pool.keys, pool.values, slots).numpy().tobytes()
+    layout = chunk_layout(plan, TOKENS, start, stop)
+    return pack(layout, pool.keys, pool.values, slots, offsets=pool.offsets).numpy().tobytes()
 
 
 @pytest.mark.parametrize(("start", "stop"), [(0, 13), (5, 13), (3, 6), (8, 8)])
@@ -123,6 +130,30 @@ def test_pages_may_come_later_where_there_is_a_gpu(made):
     side, sender = object.__new__(PrefillSide), object.__new__(PDTrimKVSender)
     side._pool, sender.kv_mgr = PoolView([made(torch.zeros(4, 1, 8))], [], 4), SimpleNamespace(prefill_side=side)
     assert getattr(sender, "supports_host_tensor_indices", False) is (made is gpu)
+
+
+def test_keys_leave_less_their_offset_from_pool_and_span_alike():
+    shape = ModelShape(
+        architecture="X", fingerprint="f", num_blocks=2, num_kv_heads=HEADS, head_dim=DIM, kv_dtype="float32"
+    )
+    offsets = random_offsets(shape, [1])
+    kv = (KVSend(), KVSend(mode="sparse", n_first=2, n_last=4, wire_dtype="int8"))
+    world = plan, pool, channel, _, peer = served(
+        PDPlan.dense(shape).with_kv(kv).with_key_offsets(offsets.file), offsets
+    )
+    assert wanted(world, 5, 13) != wanted((plan.with_key_offsets(None), *world[1:]), 5, 13)
+    staging = Staging(plan, HEADS, torch.float32, Arena(1 << 16))
+    staging.expect("r", 1, TOKENS)
+    staged = staging.batch(["r"], [0], [TOKENS])
+    slots = pool.slots(list(PAGES), TOKENS)
+    for layer, send in enumerate(kv):
+        rows = torch.cat([slots[lo:hi] for lo, hi in send.row_ranges(TOKENS)])
+        staged.packed[f"kv_send_{layer}"][:] = torch.stack((pool.keys[layer][rows], pool.values[layer][rows]))
+    staging.commit(staged)
+    ((_, _, span),) = staging.cut(1, 0, TOKENS)
+    for of in (None, span):
+        peer.submit(chunk(5, 13, span=of))
+        assert channel.sent.get(timeout=10)[1] == wanted(world, 5, 13)
 
 
 def test_rows_of_a_span_do_not_come_from_the_pool(world):

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from packcases import plain_offset, random_offsets
 from pdtrim_sglang import rooms
 from pdtrim_sglang.decode import DecodeSide
 from pdtrim_sglang.pool import PoolView
@@ -54,7 +55,7 @@ def send(plan, source, start, stop, pages=(3, 7, 2), **changes):
         "stop": stop, "aux_bytes": 12 if stop == TOKENS else 0, "payload_bytes": layout.total_bytes,
         "last": stop == TOKENS,
     }  # fmt: skip
-    return ChunkHeader(**{**fields, **changes}), pack(layout, source.keys, source.values, slots)
+    return ChunkHeader(**{**fields, **changes}), pack(layout, source.keys, source.values, slots, offsets=source.offsets)
 
 
 def test_chunks_in_order_fill_pool_and_aux_row(plan, source, target, aux):
@@ -92,10 +93,15 @@ def test_layers_of_other_sizes_and_wire_dtypes_arrive_each_by_its_own_rule(aux):
     shape = ModelShape(architecture="X", fingerprint="f", num_blocks=6, num_kv_heads=2, head_dim=64, kv_dtype="float32")
     rules = [("native", 2, 3), ("int8", 1, 6), ("fp8", 0, 4), ("int4", 5, 0), ("int4", 0, 0), ("int8", 9, 9)]
     kv = (KVSend(mode="sparse" if n + m else "full", n_first=n, n_last=m, wire_dtype=w) for w, n, m in rules)
-    plan = PDPlan.dense(shape).with_kv(tuple(kv))
+    offsets = random_offsets(shape, [1, 3, 4], size=1e4)  # only who adds what was subtracted is within the bounds
+    plan = PDPlan.dense(shape).with_kv(tuple(kv)).with_key_offsets(offsets.file)
     source, target = (
-        PoolView(*([fill(64, 2, 64) for _ in range(6)] for _ in range(2)), PAGE) for fill in (torch.randn, torch.zeros)
+        PoolView(*([fill(64, 2, 64) for _ in range(6)] for _ in range(2)), PAGE, offsets=offsets)
+        for fill in (torch.randn, torch.zeros)
     )
+    for layer in (1, 3, 4):
+        rows = source.slots((3, 7, 2), TOKENS)
+        source.keys[layer][rows] += plain_offset(offsets, layer, torch.arange(TOKENS)).float()
     room = DecodeRoom(5, TOKENS, 0, target.destinations(target.slots((9, 1, 4), TOKENS)), 1)
     sent = 0
     for start, stop in ((0, 4), (4, 8), (8, TOKENS)):

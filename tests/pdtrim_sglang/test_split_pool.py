@@ -250,13 +250,13 @@ def request(new, said=0):
 
 
 def test_a_request_waits_until_sparse_layers_have_room_for_it_and_for_the_others_growth():
-    from pdtrim_sglang import hooks
+    from pdtrim_sglang.patches import memory
 
     allocator = make_pool(PLANS[1], 1, SplitPool(isl=40, osl=8))  # 32 slots, 4 a prompt
     prebuilt = SimpleNamespace(reqs=[request(5)], forward_mode=SimpleNamespace(is_prebuilt=lambda: True))
 
     def asks(req, **others):
-        return hooks._ask_sparse_layers(lambda *_: 26, queue_of(allocator, **others), req, 20, 0, 0)
+        return memory.ask_sparse_layers(lambda *_: 26, queue_of(allocator, **others), req, 20, 0, 0)
 
     assert asks(request(6)) == 26
     # 4 + 6 for it; 6, 3, 6 and 5 for the others: 30
@@ -268,12 +268,12 @@ def test_a_request_waits_until_sparse_layers_have_room_for_it_and_for_the_others
     assert asks(request(6), **others) > TOKENS
     assert asks(request(5), **others) == 26
     stock = make_pool(PLANS[1], 1, None)
-    assert hooks._ask_sparse_layers(lambda *_: 26, queue_of(stock, **others), request(999), 20, 0, 0) == 26
+    assert memory.ask_sparse_layers(lambda *_: 26, queue_of(stock, **others), request(999), 20, 0, 0) == 26
 
 
 def test_a_burst_is_admitted_as_far_as_its_answers_fit():
     """As `pop_preallocated` goes through its queue: who was given slots stays in it until the pass has ended."""
-    from pdtrim_sglang import hooks
+    from pdtrim_sglang.patches import memory
 
     allocator = make_pool(PLANS[1], 1, SplitPool(isl=40, osl=8))  # 32 slots, 4 a prompt and 6 an answer
     queue = queue_of(allocator, queue=[request(6) for _ in range(6)])
@@ -284,9 +284,9 @@ def test_a_burst_is_admitted_as_far_as_its_answers_fit():
 
     queue.req_to_token_pool, admitted = SimpleNamespace(), 0
     for waiting in queue.queue:
-        if hooks._ask_sparse_layers(lambda *_: 26, queue, waiting.req, 20, 0, 0) > TOKENS:
+        if memory.ask_sparse_layers(lambda *_: 26, queue, waiting.req, 20, 0, 0) > TOKENS:
             break
-        assert hooks._note_prompt_length(alloc, queue, waiting.req) is not None
+        assert memory.note_prompt_length(alloc, queue, waiting.req) is not None
         admitted += 1
     assert admitted == 3
 
@@ -304,20 +304,20 @@ def configurator(tmp_path, plan, told, **args):
 
 
 def test_sglang_is_told_what_a_token_costs_and_which_pool_to_make(tmp_path):
-    from pdtrim_sglang import hooks
+    from pdtrim_sglang.patches import memory
     from pdtrim_sglang.split_pool.pool import SplitKVPool
     from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
     made = configurator(tmp_path, PLANS[1], {"isl": 40, "osl": 8})
     single = 3 * ROW_BYTES
-    cell = hooks._split_cell_size(lambda *_: single, None, made, 3)
+    cell = memory.split_cell_size(lambda *_: single, None, made, 3)
     assert cell == ROW_BYTES * 2 + ROW_BYTES * 12 // 48
-    given = hooks._split_pool(lambda _, **given: given, made, mha_pool_class=MHATokenToKVPool, max_total_num_tokens=5)
+    given = memory.split_pool(lambda _, **given: given, made, mha_pool_class=MHATokenToKVPool, max_total_num_tokens=5)
     assert given["mha_pool_class"].func is SplitKVPool
     assert given["max_total_num_tokens"] == 5
     plain = configurator(tmp_path, PLANS[1], None)
-    assert hooks._split_cell_size(lambda *_: single, None, plain, 3) == single
-    given = hooks._split_pool(lambda _, **given: given, plain, mha_pool_class=MHATokenToKVPool)
+    assert memory.split_cell_size(lambda *_: single, None, plain, 3) == single
+    given = memory.split_pool(lambda _, **given: given, plain, mha_pool_class=MHATokenToKVPool)
     assert given == {"mha_pool_class": MHATokenToKVPool}
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packcases import random_offsets
 from pdtrim_sglang.staging import Arena, Staging
 
 from pdtrim_deploy.kvcache.layout import chunk_layout
@@ -57,6 +58,8 @@ def cuts(total, points):
 )
 def test_spans_and_pool_together_send_what_pack_would(sends, prompts, forwards, chunks, cached):
     plan = make_plan(sends)
+    offsets = random_offsets(plan.model, [0, 2])
+    plan = plan.with_key_offsets(offsets.file)
     staging = Staging(plan, HEADS, torch.float32, Arena(1 << 20))
     kv = [torch.randn(BLOCKS, 2, tokens, HEADS, DIM) for tokens in prompts]
     for room, tokens in enumerate(prompts):
@@ -80,12 +83,12 @@ def test_spans_and_pool_together_send_what_pack_would(sends, prompts, forwards, 
         for lo, hi in cuts(tokens, chunks):
             for start, stop, span in staging.cut(room, lo, hi):
                 layout = chunk_layout(plan, tokens, start, stop)
-                wanted = pack(layout, keys, values, torch.arange(start, stop))
+                wanted = pack(layout, keys, values, torch.arange(start, stop), offsets=offsets)
                 if span is None:
                     assert not layout.total_bytes or start < prefix[room]
                     continue
                 out = torch.full((layout.total_bytes,), 255, dtype=torch.uint8)
-                got = b"".join(span.payload(layout, out))
+                got = b"".join(span.payload(layout, out, offsets))
                 assert got == wanted.numpy().tobytes()
                 covered += layout.total_bytes
             span = None

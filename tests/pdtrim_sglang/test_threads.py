@@ -8,8 +8,9 @@ import torch
 pytest.importorskip("sglang", reason="needs the serve environment")
 from pdtrim_sglang import peer as peer_module
 from pdtrim_sglang import threads
-from pdtrim_sglang.peer import Chunk, Peer, RoomProgress
+from pdtrim_sglang.peer import Chunk, Peer
 from pdtrim_sglang.pool import PoolView
+from pdtrim_sglang.progress import RoomProgress
 from pdtrim_sglang.protocol import Reply
 from pdtrim_sglang.rooms import AuxRows
 from pdtrim_sglang.transports import TransportConfig, transport_named

@@ -7,14 +7,14 @@ import threading
 from types import SimpleNamespace
 
 import pytest
-from pdtrim_sglang import hooks, threads, vital
+from pdtrim_sglang import sglang_host, threads, vital
 from pdtrim_sglang.transports import TRANSPORTS, TransportConfig
 
 
 @pytest.fixture
 def ended(monkeypatch):
     event = threading.Event()
-    monkeypatch.setattr(hooks, "end_worker", event.set)
+    monkeypatch.setattr(sglang_host, "end_worker", event.set)
     return event
 
 
@@ -62,7 +62,7 @@ def test_the_end_is_told_to_the_parent_as_sglang_does():
     try:
         child = os.fork()
         if not child:
-            hooks.end_worker()
+            sglang_host.end_worker()
             os._exit(0)
         os.waitpid(child, 0)
         assert heard.wait(5)

@@ -116,6 +116,53 @@ def test_a_bundle_holds_what_the_recipe_asks(recipe_file: RecipeFile, tmp_path: 
         assert sum(shares) == pytest.approx(1, abs=1e-5)
 
 
+def test_offsets_of_quantised_keys_lie_in_bundle_and_stages(
+    recipe_file: RecipeFile, tmp_path: Path, cache: Cache, tiny_model: Callable[..., Path]
+) -> None:
+    import torch
+
+    from pdtrim_deploy.checkpoints.loading import load_model
+    from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
+    from pdtrim_deploy.plan_kv import KEY_OFFSETS
+
+    source = tiny_model(tmp_path / "model", "Qwen2ForCausalLM")
+    model = load_model(source)
+    for layer in model.model.layers:
+        torch.nn.init.normal_(layer.self_attn.k_proj.bias, std=20)
+    model.save_pretrained(source)
+    kv = {"method": "none", "wire_dtype": "int4", "sequences": 4, "prompt_tokens": 40}
+    path = recipe_file(model={"source": f"hf:{source}"}, kv=kv)
+    bundle, ran = make(path, tmp_path / "b", cache)
+    assert ran == ALL
+    assert bundle.verify() == []
+    plan = bundle.plan
+    assert plan.key_offsets is not None
+    assert plan.key_offsets.layers == (0, 1, 2, 3)
+    for folder in (bundle.path, bundle.prefill_dir, bundle.decode_dir):
+        found = KeyOffsets.read(folder, plan)
+        assert found is not None
+        assert found.means[0].shape == (2, 16)
+    errors = json.loads((bundle.reports_dir / "key-offsets.json").read_text())["rms_error_of_int4_keys"]
+    assert list(errors) == [str(block) for block in plan.decode_layers]
+    assert all(less < whole for heads in errors.values() for whole, less in heads)
+    assert make(path, tmp_path / "b", cache)[1] == []
+
+    pruning = {"method": "greedy", "prefill_blocks": 1, "decode_blocks": 2, "blocks_in_memory": 1}
+    bounded = recipe_file("bounded", model={"source": f"hf:{source}"}, kv=kv, pruning=pruning)
+    assert make(bounded, tmp_path / "bounded", cache)[0].plan == plan
+
+    (bundle.decode_dir / KEY_OFFSETS).write_bytes(b"")
+    assert any(f"decode/{KEY_OFFSETS} has 0 bytes" in problem for problem in bundle.verify())
+
+    off = recipe_file(model={"source": f"hf:{source}"}, kv=kv | {"key_offsets": False})
+    bundle, ran = make(off, tmp_path / "b", cache)
+    assert ran == ["select-kv", "prefill", "decode", "seal"]
+    assert bundle.plan == plan.with_key_offsets(None)
+    assert not list(bundle.path.rglob(f"*{KEY_OFFSETS}*"))
+    assert not list(bundle.path.rglob("key-offsets.json"))
+    assert bundle.verify() == []
+
+
 def test_a_dense_bundle_needs_no_text(recipe_file: RecipeFile, tmp_path: Path, cache: Cache) -> None:
     gone = {"corpus": f"dir:{tmp_path / 'gone'}"}
     path = recipe_file(pruning={}, kv={}, calibration=gone)

@@ -134,6 +134,7 @@ def test_the_router_knows_every_worker_once():
         assert command[command.index(worker.url) + 1] == str(worker.bootstrap_port)
     assert value(command, "--decode") == cluster.decode[0].url
     assert value(command, "--host") == value(command, "--prometheus-host") == "127.0.0.1"
+    assert "--disable-circuit-breaker" in command
 
 
 def test_no_worker_of_a_stage_is_refused():

@@ -232,7 +232,9 @@ class _Emitter:
         return self.linear(gated, [f"{where}.down_proj"], f"{at}.down")
 
     def wire(self, rule: SendRule) -> str:
-        return rule.send.wire_dtype if self.encode else "native"
+        """Keys that travel less an offset leave plain: no engine has the offsets."""
+        plain = not self.encode or self.stage.plan.has_key_offset(rule.decode_layer)
+        return "native" if plain else rule.send.wire_dtype
 
     def send(self, rule: SendRule, k: str, v: str) -> str:
         s = self.stage

@@ -21,9 +21,10 @@ from pdtrim_deploy.bundle import Bundle
 from pdtrim_deploy.cache import Cache
 from pdtrim_deploy.evaluation.fidelity.cases import Group, groups, text_needed
 from pdtrim_deploy.evaluation.fidelity.client import Served, ask
-from pdtrim_deploy.evaluation.fidelity.controls import controls
+from pdtrim_deploy.evaluation.fidelity.controls import wrong_oracles
 from pdtrim_deploy.evaluation.fidelity.sensitivity import NOISE, score_shaken
 from pdtrim_deploy.evaluation.oracle import PDOracle
+from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25, "float16": 0.05}  # nats; 16-bit sums differ by their order
 TYPICAL = 0.25  # of that
@@ -148,13 +149,13 @@ def run_fidelity(
     progress("fidelity: scoring the served tokens with the oracle")
     dtype = bundle.plan.model.kv_dtype
     prefill, decode = load_model(bundle.prefill_dir, dtype), load_model(bundle.decode_dir, dtype)
-    return judge(PDOracle(prefill, decode, bundle.plan), served)
+    return judge(PDOracle(prefill, decode, bundle.plan, KeyOffsets.read(bundle.prefill_dir, bundle.plan)), served)
 
 
 def judge(oracle: PDOracle, served: list[tuple[Group, Served]]) -> FidelityResult:
     """Score served tokens under the plan, under the plan with rounding noise, and under its controls."""
     rows: list[Row] = []
-    wrong: dict[str, list[float]] = {name: [] for name in controls(oracle.plan, CONTROL_MIN_TOKENS)}
+    wrong: dict[str, list[float]] = {name: [] for name in wrong_oracles(oracle, CONTROL_MIN_TOKENS)}
     for seed, (group, one) in enumerate(served):
         state, tokens = oracle.prefill(torch.tensor([one.prompt])), torch.tensor(one.tokens)
         said = torch.tensor(one.logprobs)
@@ -162,8 +163,8 @@ def judge(oracle: PDOracle, served: list[tuple[Group, Served]]) -> FidelityResul
         error, shift = ((other - right).abs().max().item() for other in (said, shaken))
         rows.append(Row(group.name, len(one.prompt), one.cached_tokens, error, shift))
         if len(one.prompt) >= CONTROL_MIN_TOKENS and all(len(found) < CONTROL_PROMPTS for found in wrong.values()):
-            for name, kv in controls(oracle.plan, len(one.prompt)).items():
-                other = oracle.with_kv(kv).score(state, tokens[None])[0]
+            for name, control in wrong_oracles(oracle, len(one.prompt)).items():
+                other = control.score(state, tokens[None])[0]
                 wrong[name].append((said - other).abs().max().item())
     dtype = oracle.plan.model.kv_dtype
     found, moved, allowed = _sizes(rows, dtype)

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from pdtrim_deploy.evaluation.oracle import PDOracle
 from pdtrim_deploy.plan import KVSend, PDPlan
 
 Sends = tuple[KVSend, ...]
 
 
+def wrong_oracles(oracle: PDOracle, prompt_tokens: int) -> dict[str, PDOracle]:
+    """Oracles by name that a right comparison tells apart from the plan's; the names depend on the plan alone."""
+    plan = oracle.plan
+    found = {name: oracle.with_kv(kv) for name, kv in controls(plan, prompt_tokens).items()}
+    if any(map(plan.has_key_offset, range(len(plan.kv)))):
+        found["no key offsets"] = oracle.with_offsets(None)
+    return found
+
+
 def controls(plan: PDPlan, prompt_tokens: int) -> dict[str, Sends]:
-    """KV rules by name that a right comparison tells apart from the plan's; the names depend on the plan alone."""
+    """The wrong KV rules among them."""
     found = {}
     if any(send.mode == "sparse" for send in plan.kv):
         found["dense plan"] = tuple(KVSend(wire_dtype=send.wire_dtype) for send in plan.kv)

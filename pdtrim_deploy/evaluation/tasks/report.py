@@ -15,6 +15,7 @@ from pdtrim_deploy.evaluation.oracle import PDOracle
 from pdtrim_deploy.evaluation.quality import source_of
 from pdtrim_deploy.evaluation.tasks.base import Measured, Setting
 from pdtrim_deploy.evaluation.tasks.registry import check, prepare
+from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
 from pdtrim_deploy.plan import PDPlan
 from pdtrim_deploy.recipe import EvaluationSection
 
@@ -102,7 +103,8 @@ def judge_tasks(
     prepared = [prepare(name, setting) for name in names]
     dense = [task.measure([whole], lambda line: note(f"dense {line}"))[0] for task in prepared]
     del model, whole, setting
-    stages = PDOracle(load_model(bundle.prefill_dir, dtype), load_model(bundle.decode_dir, dtype), plan)
+    offsets = KeyOffsets.read(bundle.prefill_dir, plan)
+    stages = PDOracle(load_model(bundle.prefill_dir, dtype), load_model(bundle.decode_dir, dtype), plan, offsets)
     pd = [task.measure([stages], lambda line: note(f"PD {line}"))[0] for task in prepared]
     return TasksReport(
         plan_digest=plan.digest,

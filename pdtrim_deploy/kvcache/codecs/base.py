@@ -29,8 +29,13 @@ class Codec(Protocol):
     scales are float16's NaN 0x7e00 and its codes 0.
     """
 
-    def encode(self, pool: Tensor, index: Index, sections: Sequence[Tensor]) -> None:
-        """Gather rows of `pool`, `[slots, kv_heads, head_dim]`, and write them into `sections`."""
+    def encode(self, pool: Tensor, index: Index, sections: Sequence[Tensor], less: Tensor | None = None) -> None:
+        """Gather rows of `pool`, `[slots, kv_heads, head_dim]`, and write them into `sections`.
+
+        Args:
+            less: float32, of the rows' shape, subtracted first; never given for rows that travel native.
+
+        """
 
     def decode(self, sections: Sequence[Tensor]) -> Tensor:
         """The rows again, `[rows, kv_heads, head_dim]`: float32, or the pool's dtype when they travelled in it."""
@@ -46,6 +51,12 @@ def take(pool: Tensor, index: Index, out: Tensor | None = None) -> Tensor:
     source, target = _pages(index.size, pool, out)
     torch.index_select(source, 0, index.numbers, out=target)
     return out
+
+
+def values(pool: Tensor, index: Index, less: Tensor | None) -> Tensor:
+    """Rows of a pool as float32 of their own, less `less` when given."""
+    rows = take(pool, index).to(torch.float32, copy=True)
+    return rows if less is None else rows.sub_(less)
 
 
 def put(pool: Tensor, index: Index, rows: Tensor) -> None:

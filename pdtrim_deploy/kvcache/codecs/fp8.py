@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pdtrim_deploy.kvcache.codecs.base import Codec, Index, quantise, take
+from pdtrim_deploy.kvcache.codecs.base import Codec, Index, quantise, values
 
 
 class Fp8(Codec):
@@ -18,9 +18,9 @@ class Fp8(Codec):
     subnormal. Larger magnitudes than 2.9e7 saturate.
     """
 
-    def encode(self, pool: Tensor, index: Index, sections: Sequence[Tensor]) -> None:
+    def encode(self, pool: Tensor, index: Index, sections: Sequence[Tensor], less: Tensor | None = None) -> None:
         codes, scale = sections
-        codes.copy_(quantise(take(pool, index).to(torch.float32, copy=True), 448, scale))
+        codes.copy_(quantise(values(pool, index, less), 448, scale))
 
     def decode(self, sections: Sequence[Tensor]) -> Tensor:
         codes, scale = sections

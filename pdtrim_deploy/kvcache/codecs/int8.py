@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pdtrim_deploy.kvcache.codecs.base import Codec, Index, quantise, take
+from pdtrim_deploy.kvcache.codecs.base import Codec, Index, quantise, values
 
 
 class Int8(Codec):
@@ -17,9 +17,9 @@ class Int8(Codec):
     where that largest is below 0.008 and the scale is subnormal. Larger magnitudes than 8.3e6 saturate.
     """
 
-    def encode(self, pool: Tensor, index: Index, sections: Sequence[Tensor]) -> None:
+    def encode(self, pool: Tensor, index: Index, sections: Sequence[Tensor], less: Tensor | None = None) -> None:
         codes, scale = sections
-        codes.copy_(quantise(take(pool, index).to(torch.float32, copy=True), 127, scale).round_())
+        codes.copy_(quantise(values(pool, index, less), 127, scale).round_())
 
     def decode(self, sections: Sequence[Tensor]) -> Tensor:
         codes, scale = sections

@@ -12,7 +12,7 @@ from pdtrim_deploy.kvcache.codecs.base import Codec, Index, take
 class Native(Codec):
     """Exact."""
 
-    def encode(self, pool: Tensor, index: Index, sections: Sequence[Tensor]) -> None:
+    def encode(self, pool: Tensor, index: Index, sections: Sequence[Tensor], less: Tensor | None = None) -> None:
         take(pool, index, out=sections[0])
 
     def decode(self, sections: Sequence[Tensor]) -> Tensor:

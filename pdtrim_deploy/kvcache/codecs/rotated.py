@@ -6,7 +6,8 @@ send a few rows, and a row's bytes must not depend on its neighbours. So both ar
 fixed Hadamard rotation along the channels (as in QuaRot, arXiv:2404.00456) first spreads the outliers. It is done by
 sums and differences in a fixed order, and normalised by powers of two, so that every form has the same bytes.
 
-Rotated values are nearly normal with mean zero. So no minimum travels, and cells are narrower where most values are:
+Rotated values are nearly normal with mean zero (the constant that keys of some models hold is taken out before:
+`kvcache/key_offsets.py`). So no minimum travels, and cells are narrower where most values are:
 code `c` stands for the `y` with `floor(y * (curve - |y|) + 2^(bits - 1)) = c`, y within +-edge, which costs two
 operations more than even cells; its level is the mean there of a normal distribution of which the largest of 64
 values is `edge`.
@@ -24,7 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pdtrim_deploy.kvcache.codecs.base import Codec, Index, take
+from pdtrim_deploy.kvcache.codecs.base import Codec, Index, values
 
 TINY = 2.0**-24  # float16's least: no scale is zero, but of zeros
 SLACK = 1 + 2.0**-10  # a scale is rounded up: no code overflows
@@ -68,9 +69,9 @@ class Rotated(Codec):
     def __init__(self, grid: Grid) -> None:
         self.grid = grid
 
-    def encode(self, pool: Tensor, index: Index, sections: Sequence[Tensor]) -> None:
+    def encode(self, pool: Tensor, index: Index, sections: Sequence[Tensor], less: Tensor | None = None) -> None:
         codes, scale = sections
-        x = hadamard(take(pool, index).float())
+        x = hadamard(values(pool, index, less))
         x.mul_(2.0 ** -(halvings(x.shape[-1]) // 2))
         groups = x.unflatten(-1, (scale.shape[-1], -1))
         largest = torch.maximum(groups.amax(-1), groups.amin(-1).neg_())  # keeps NaN

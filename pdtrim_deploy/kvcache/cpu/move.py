@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pdtrim_deploy.kvcache.cpu.library import library
+from pdtrim_deploy.kvcache.key_offsets import KeyOffsets, PartOffset, part_offset
 from pdtrim_deploy.kvcache.layout import ChunkLayout
 from pdtrim_deploy.kvcache.sections import native_name, section_offsets
 from pdtrim_deploy.wire import CODES
@@ -21,7 +22,7 @@ class _Part(ctypes.Structure):
     """struct PdtrimPart."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("pool", "slots", "codes", "scales")),
+        *((name, ctypes.c_void_p) for name in ("pool", "slots", "codes", "scales", "mean", "table", "positions")),
         *((name, ctypes.c_int64) for name in ("stride", "pool_slots", "rows", "code")),
     )
 
@@ -33,7 +34,14 @@ class _Shape(ctypes.Structure):
 
 
 def move(
-    layout: ChunkLayout, packed: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], slots: Tensor, pack: bool
+    layout: ChunkLayout,
+    packed: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    slots: Tensor,
+    offsets: KeyOffsets | None = None,
+    *,
+    pack: bool,
 ) -> bool:
     """Pack (or unpack) a chunk as `pdtrim_deploy.kvcache.pack` says; False when it must be done by torch instead.
 
@@ -41,13 +49,14 @@ def move(
 
     Raises:
         IndexError: a slot lies outside its pool; nothing was moved.
+        ValueError: as `pack`.
 
     """
     moved = [
-        (rows.ranges, part, pools[rows.prefill_layer if pack else rows.decode_layer])
+        (rows, side, part, (keys, values)[side][rows.prefill_layer if pack else rows.decode_layer])
         for rows in layout.layers
-        for side, pools in zip(rows.sides, (keys, values), strict=True)
-        for part in side
+        for side, parts in enumerate(rows.sides)
+        for part in parts
     ]
     if not moved or not _fits(packed, [pool for *_, pool in moved]) or (compiled := library()) is None:
         return False
@@ -55,15 +64,18 @@ def move(
     _, heads, dim = first.shape
     native, item, slots = native_name(first), first.element_size(), slots.long().contiguous()
     picked: dict[tuple[tuple[int, int], ...], Tensor] = {}
+    offset: list[PartOffset | None] = []  # keeps what `parts` points to
     parts, base = (_Part * len(moved))(), packed.data_ptr()
-    for at, (ranges, part, pool) in enumerate(moved):
-        if ranges not in picked:
+    for at, (rows, side, part, pool) in enumerate(moved):
+        if (ranges := rows.ranges) not in picked:
             runs = [slots[lo:hi] for lo, hi in ranges]
             picked[ranges] = runs[0] if len(runs) == 1 else torch.cat(runs)
-        offsets = section_offsets(part, native, heads, dim)[:-1]
-        sections = [base + offset for offset in offsets] + [None] * (2 - len(offsets))
+        starts = section_offsets(part, native, heads, dim)[:-1]
+        sections = [base + start for start in starts] + [None] * (2 - len(starts))
+        offset.append(part_offset(rows, side, part, pool, offsets))
+        less = [None] * 3 if offset[-1] is None else [tensor.data_ptr() for tensor in offset[-1]]
         parts[at] = _Part(
-            pool.data_ptr(), picked[ranges][part.first :].data_ptr(), *sections,
+            pool.data_ptr(), picked[ranges][part.first :].data_ptr(), *sections, *less,
             pool.stride(0) * item, len(pool), part.rows, CODES.index(part.code),
         )  # fmt: skip
     shape = _Shape(DTYPES.index(first.dtype), heads, dim)

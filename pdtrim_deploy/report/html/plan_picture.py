@@ -26,7 +26,8 @@ def plan_picture(plan: PDPlan, tokens: int) -> Markup:
         send, size = plan.kv[layer], plan.layer_bytes(layer, tokens)
         x, height = LEFT + block * CELL + 2, max(1.5, BARS * size / most)
         rows = "all" if send.mode == "full" else f"first {send.n_first} + last {send.n_last}"
-        what = f"block {block}: {rows} of {tokens} rows, {send.wire_dtype}, {size:,} bytes of {most:,.0f}"
+        less = ", keys less their mean" if plan.has_key_offset(layer) else ""
+        what = f"block {block}: {rows} of {tokens} rows, {send.wire_dtype}{less}, {size:,} bytes of {most:,.0f}"
         outline = tag("rect", x=x, y=KV_TOP, width=CELL - 4, height=BARS, class_="ghost")
         bar = tag(
             "rect", x=x, y=round(KV_TOP + BARS - height, 1), width=CELL - 4, height=round(height, 1), class_=send.mode

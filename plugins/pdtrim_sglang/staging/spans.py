@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pdtrim_deploy.kvcache.graph_io import packed_output, rows_input
+from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
 from pdtrim_deploy.kvcache.layout import ChunkLayout, LayerRows, chunk_layout
 from pdtrim_deploy.kvcache.pack import pack
 from pdtrim_deploy.plan import PDPlan
@@ -38,7 +39,7 @@ class Span:
     block: Block
     event: Any = None
 
-    def payload(self, layout: ChunkLayout, out: Tensor) -> list[memoryview]:
+    def payload(self, layout: ChunkLayout, out: Tensor, offsets: KeyOffsets | None = None) -> list[memoryview]:
         """The packed bytes of a chunk inside the span, in pieces: of the block, and of `out` where a codec wrote."""
         if self.event is not None:
             self.event.synchronize()
@@ -57,7 +58,7 @@ class Span:
                 pieces.add(1, rows.offset, rows.bytes)
         if quantised:  # from here instead of from the pool: each layer's rows are a pool of their own
             pools = [[sides[side] for sides in self.sides] for side in range(2)]
-            pack(replace(layout, layers=tuple(quantised)), pools[0], pools[1], self._slots, out)
+            pack(replace(layout, layers=tuple(quantised)), pools[0], pools[1], self._slots, out, offsets)
         return pieces.views()
 
     @cached_property

@@ -1,0 +1,50 @@
+"""Every private interface of SGLang that this plugin hooks, in one place. Read against SGLang 0.5.23.
+
+`patches.install` registers the hooks, SGLang applies them (and only logs a failure), so `check` is called when a worker
+builds its KV manager, and in the process of its front end, and refuses to start when one did not take.
+"""
+
+from __future__ import annotations
+
+from pdtrim_sglang.attention.factory import ATTENTION, SparseFactory
+from pdtrim_sglang.sglang_host import READ_AGAINST
+
+DISAGGREGATION = "sglang.srt.disaggregation"
+GET_KV_CLASS = f"{DISAGGREGATION}.utils.get_kv_class"
+CREATE_SENDER = f"{DISAGGREGATION}.prefill.PrefillBootstrapQueue.create_sender"
+PREFILL_MANAGER = f"{DISAGGREGATION}.prefill.PrefillBootstrapQueue._init_kv_manager"
+DECODE_MANAGER = f"{DISAGGREGATION}.decode.DecodePreallocQueue._init_kv_manager"
+PRE_ALLOC = f"{DISAGGREGATION}.decode.DecodePreallocQueue._pre_alloc"
+ADMISSION = f"{DISAGGREGATION}.decode.DecodePreallocQueue._required_admission_tokens"
+SEND_METADATA = f"{DISAGGREGATION}.decode.DecodePreallocQueue._send_kv_metadata"
+LOAD_MODEL = "sglang.srt.model_executor.model_runner.ModelRunner.load_model"
+TORCH_NATIVE = "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend"
+CONFIGURATOR = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator"
+KV_POOL, ALLOCATOR = f"{CONFIGURATOR}._build_mha_kv_pool", f"{CONFIGURATOR}._build_token_to_kv_pool_allocator"
+NORMALISE = "sglang.srt.managers.io_struct.GenerateReqInput.normalize_batch_and_arguments"
+FRONT_END = "sglang.srt.managers.tokenizer_manager.TokenizerManager.init_disaggregation"
+CELL_SIZE = "sglang.srt.model_executor.pool_configurator.DefaultPoolConfigurator._compute_cell_size"
+VALIDATE = "sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request"
+VALIDATE_COMPLETION = "sglang.srt.entrypoints.openai.serving_completions.OpenAIServingCompletion._validate_request"
+TARGETS = (
+    GET_KV_CLASS, CREATE_SENDER, PREFILL_MANAGER, DECODE_MANAGER, PRE_ALLOC, ADMISSION, SEND_METADATA, TORCH_NATIVE,
+    KV_POOL, ALLOCATOR, CELL_SIZE, LOAD_MODEL, NORMALISE, FRONT_END, VALIDATE, VALIDATE_COMPLETION,
+)  # fmt: skip
+
+
+def check() -> None:
+    """Raise RuntimeError, naming the targets, unless every hook was applied."""
+    from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
+    from sglang.srt.plugins.hook_registry import HookRegistry
+    from sglang.version import __version__
+
+    untaken = {
+        f"ATTENTION_BACKENDS[{name}]"
+        for name in ATTENTION
+        if not isinstance(ATTENTION_BACKENDS.get(name), SparseFactory)
+    }
+    if missing := sorted(set(TARGETS) - HookRegistry._patched | untaken):
+        raise RuntimeError(
+            f"pdtrim: SGLang {__version__} did not take the hooks {', '.join(missing)}; this plugin was written for "
+            f"SGLang {READ_AGAINST}: install that version"
+        )

@@ -1,0 +1,33 @@
+"""What the plugin changes of SGLang. Nobody but `pdtrim_sglang.register` imports this."""
+
+from __future__ import annotations
+
+from pdtrim_sglang import hook_targets
+from pdtrim_sglang.attention.factory import replace_attention_backends
+from pdtrim_sglang.patches import front_end, loading, memory, transfer
+
+
+def install() -> None:
+    """Register the transfer backends `pdtrim_<transport>` and all hooks."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    from pdtrim_sglang.attention.torch_native import SparseTorchNativeBackend
+
+    transfer.add_transfer_backends()
+    replace_attention_backends()
+    HookRegistry.register(hook_targets.GET_KV_CLASS, transfer.kv_class, HookType.AROUND)
+    HookRegistry.register(hook_targets.CREATE_SENDER, transfer.name_prompt_of_sender, HookType.AROUND)
+    HookRegistry.register(hook_targets.PREFILL_MANAGER, transfer.attach_pool, HookType.AFTER)
+    HookRegistry.register(hook_targets.DECODE_MANAGER, transfer.attach_pool, HookType.AFTER)
+    HookRegistry.register(hook_targets.PRE_ALLOC, memory.note_prompt_length, HookType.AROUND)
+    HookRegistry.register(hook_targets.ADMISSION, memory.ask_sparse_layers, HookType.AROUND)
+    HookRegistry.register(hook_targets.KV_POOL, memory.split_pool, HookType.AROUND)
+    HookRegistry.register(hook_targets.ALLOCATOR, memory.split_allocator, HookType.AROUND)
+    HookRegistry.register(hook_targets.CELL_SIZE, memory.split_cell_size, HookType.AROUND)
+    HookRegistry.register(hook_targets.NORMALISE, front_end.spread_samples, HookType.AFTER)
+    HookRegistry.register(hook_targets.FRONT_END, front_end.check_front_end, HookType.AFTER)
+    HookRegistry.register(hook_targets.SEND_METADATA, transfer.name_prompt_of_receiver, HookType.AROUND)
+    HookRegistry.register(hook_targets.LOAD_MODEL, loading.cut_kv_only_layers, HookType.AFTER)
+    HookRegistry.register(hook_targets.TORCH_NATIVE, SparseTorchNativeBackend, HookType.REPLACE)
+    HookRegistry.register(hook_targets.VALIDATE, front_end.refuse_request, HookType.AROUND)
+    HookRegistry.register(hook_targets.VALIDATE_COMPLETION, front_end.refuse_completion, HookType.AROUND)

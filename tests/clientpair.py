@@ -1,0 +1,76 @@
+"""A tiny served pair of a sparse plan, its oracle, and what clients ask it."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import torch
+
+from pdtrim_deploy.checkpoints import open_checkpoint
+from pdtrim_deploy.checkpoints.loading import load_model
+from pdtrim_deploy.checkpoints.surgery import write_stage
+from pdtrim_deploy.evaluation.oracle import PDOracle
+from pdtrim_deploy.plan import STAGES, Drop, Keep, KVSend, PDPlan
+
+TOLERANCE = 1e-3  # nats, float32
+TIMEOUT_S = 60.0
+SPARSE = KVSend(mode="sparse", n_first=4, n_last=24)
+
+
+@dataclass(frozen=True)
+class ClientPair:
+    """`url` is the router's."""
+
+    url: str
+    oracle: PDOracle
+    tokenizer: Any
+
+    def post(self, path, body):
+        """One request; a pair that hangs raises httpx.TimeoutException."""
+        return httpx.post(f"{self.url}/{path}", json=body, timeout=TIMEOUT_S, trust_env=False)
+
+    def streamed(self, path, body):
+        """The joined deltas, and the last reason to finish."""
+        text, reason, done = "", None, False
+        url, streaming = f"{self.url}/{path}", body | {"stream": True}
+        with httpx.stream("POST", url, json=streaming, timeout=TIMEOUT_S, trust_env=False) as reply:
+            assert reply.status_code == 200, reply.read()
+            for line in reply.iter_lines():
+                done = done or line == "data: [DONE]"
+                if line.startswith("data: {"):
+                    for choice in json.loads(line[6:])["choices"]:
+                        text += choice.get("text") or choice.get("delta", {}).get("content") or ""
+                        reason = choice["finish_reason"] or reason
+        assert done
+        return text, reason
+
+    def off(self, prompt, scored):
+        """How far served (logprob, token) pairs are from the oracle's, or from its likeliest tokens, in nats."""
+        values, tokens = (torch.tensor(part) for part in zip(*((pair[0], pair[1]) for pair in scored), strict=True))
+        ids, ranked = self.oracle.top_logprobs(torch.tensor(prompt), tokens, self.oracle.decode_model.config.vocab_size)
+        right = ranked[ids == tokens[:, None]]
+        return max((values - right).abs().max().item(), (ranked[:, 0] - right).max().item())
+
+
+def client_stages(model, folder, cache):
+    """Prefill without block 3, decode without 1 and 3, one full layer; returns the plan."""
+    checkpoint = open_checkpoint(model, cache)
+    prefill, decode = (tuple(Drop() if block in gone else Keep() for block in range(6)) for gone in ((3,), (1, 3)))
+    plan = PDPlan(model=checkpoint.shape("float32"), prefill=prefill, decode=decode, kv=(KVSend(), *[SPARSE] * 3))
+    for stage in STAGES:
+        write_stage(checkpoint, folder / stage, plan.layers(stage), "float32", plan.model_dump(mode="json"))
+    return plan
+
+
+def client_oracle(folder, plan):
+    """The oracle of `client_stages`."""
+    return PDOracle(*(load_model(folder / stage, "float32") for stage in STAGES), plan)
+
+
+def exactly(text):
+    """What makes any model answer with `text`: guided decoding leaves it no other."""
+    return {"regex": re.sub(r"([.^$*+?()\[\]{}|\\])", r"\\\1", text)}

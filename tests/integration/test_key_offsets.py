@@ -1,0 +1,81 @@
+"""A tiny Qwen2 whose keys hold a large constant, built from a recipe and served by genuine SGLang in int4."""
+
+import random
+import shutil
+
+import httpx
+import pytest
+import torch
+
+from pdtrim_deploy.cache import Cache
+from pdtrim_deploy.checkpoints.loading import load_model
+from pdtrim_deploy.errors import ServingError
+from pdtrim_deploy.evaluation.fidelity import run_fidelity
+from pdtrim_deploy.loadtest.text import WORDS
+from pdtrim_deploy.pipeline import build
+from pdtrim_deploy.plan_kv import KEY_OFFSETS
+from pdtrim_deploy.recipe import Recipe
+
+pytestmark = [pytest.mark.serve, pytest.mark.timeout(900)]
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_model, tmp_path_factory):
+    """Some layers cut, some whole; prefill and decode keep other blocks."""
+    folder, rng = tmp_path_factory.mktemp("offsets"), random.Random(0)
+    source = tiny_model(folder / "model", "Qwen2ForCausalLM", max_position_embeddings=2048)
+    model = load_model(source)
+    for layer in model.model.layers:
+        torch.nn.init.normal_(layer.self_attn.k_proj.bias, std=8, generator=torch.Generator().manual_seed(3))
+    model.save_pretrained(source)
+    (folder / "text").mkdir()
+    for number in range(40):
+        (folder / "text" / f"{number}.txt").write_text(" ".join(rng.choices(WORDS, k=1000)))
+    text = {"corpus": f"dir:{folder / 'text'}"}
+    kv = {
+        "method": "random", "sparse_layers": 2, "n_first": 4, "n_last": 64, "wire_dtype": "int4", "sequences": 4,
+        "prompt_tokens": 128, "continuation_tokens": 8,
+    }  # fmt: skip
+    recipe = Recipe.model_validate(
+        {
+            "name": "offsets",
+            "model": {"source": f"hf:{source}", "dtype": "float32"},
+            "calibration": text | {"sequences": 2, "length": 64},
+            "pruning": {"method": "cosine", "prefill_blocks": 1, "decode_blocks": 2},
+            "kv": kv,
+            "evaluation": text | {"sequences": 2, "prompt_tokens": 64, "continuation_tokens": 8},
+        }
+    )
+    made = build(recipe, folder / "bundle", Cache(folder / "cache"))
+    assert made.plan.key_offsets.layers == (0, 1, 2, 3)
+    return made
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"page_size": 16, "chunked_prefill_size": 64}],
+    ids=["page 1", "page 16, chunks of 64"],
+)
+def test_served_tokens_are_the_oracles_and_wrong_offsets_are_told_apart(bundle, serving, transfers, tmp_path, options):
+    with serving(bundle.prefill_dir, bundle.decode_dir, dtype="float32", **options) as pair:
+        before = transfers(pair)["payload"]
+        body = {"input_ids": list(range(5, 205)), "sampling_params": {"max_new_tokens": 2, "temperature": 0}}
+        assert httpx.post(f"{pair.url}/generate", json=body, timeout=120).status_code == 200
+        assert transfers(pair)["payload"] - before == bundle.plan.payload_bytes(200)
+        result = run_fidelity(bundle, pair.url, Cache(tmp_path), new_tokens=8)
+    assert result.passed, result.problems
+    assert any(row.cached_tokens > 200 for row in result.rows), "no prefix-cache hit was tried"
+    assert "no key offsets" in result.controls_detected
+
+
+@pytest.mark.parametrize("stage", ["prefill", "decode"])
+def test_a_worker_whose_offsets_are_not_the_plans_says_so_and_dies(bundle, serving, tmp_path, stage):
+    folders = {name: bundle.stage_dir(name) for name in ("prefill", "decode")}
+    folders[stage] = shutil.copytree(folders[stage], tmp_path / stage)
+    file = folders[stage] / KEY_OFFSETS
+    changed = bytearray(file.read_bytes())
+    changed[-1] ^= 1
+    file.write_bytes(changed)
+    said = f"{KEY_OFFSETS}: has SHA-256 .*, the plan's is {bundle.plan.key_offsets.sha256}"
+    with pytest.raises(ServingError, match=said), serving(*folders.values(), dtype="float32"):
+        pass

@@ -1,0 +1,65 @@
+"""Requests that would end a worker, or be answered by half, are refused in SGLang's own validation."""
+
+from inspect import signature
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("sglang", reason="needs the serve environment")
+
+from pdtrim_sglang.clients import MOST_TOP_LOGPROBS, bad_logprobs, bad_prompt, bad_stop_regex, scored_echo
+
+
+@pytest.mark.parametrize(
+    ("ids", "says"),
+    [([], "no tokens"), ([5, 512, 7], "prompt token 1 is 512; valid ids are 0 to 511"), ([-1], "prompt token 0 is -1")],
+)
+def test_prompts_without_an_embedding(ids, says):
+    assert says in bad_prompt(ids, 512)
+
+
+def test_ordinary_requests_pass():
+    assert bad_prompt([0, 511], 512) is None
+    assert bad_logprobs(-1, 0, 512) is bad_logprobs(7, 128, 512) is None
+    assert bad_stop_regex(None) is bad_stop_regex("a+") is bad_stop_regex(["a", "b?"]) is None
+    assert scored_echo(True, None) is scored_echo(False, 0) is None
+
+
+@pytest.mark.parametrize(("start", "alternatives"), [(-2, 0), (0, 129), (0, -1)])
+def test_logprobs_out_of_range(start, alternatives):
+    assert bad_logprobs(start, alternatives, 512)
+
+
+def test_as_many_alternatives_as_sglangs_metadata_row_holds():
+    from sglang.srt.disaggregation.utils import MetadataBuffers
+
+    assert signature(MetadataBuffers).parameters["max_top_logprobs_num"].default == MOST_TOP_LOGPROBS
+
+
+def test_sglang_refuses_what_we_say_is_wrong(monkeypatch):
+    """The hooks raise ValueError, or return the sentence: SGLang answers 400 to both."""
+    from pdtrim_sglang import sglang_host
+    from pdtrim_sglang.patches import front_end
+    from sglang.srt.managers.io_struct import GenerateReqInput
+
+    monkeypatch.setattr(sglang_host, "server_arguments", lambda: SimpleNamespace(disaggregation_mode="decode"))
+    manager = SimpleNamespace(model_config=SimpleNamespace(vocab_size=512))
+    request = GenerateReqInput(input_ids=[5], sampling_params={}, top_logprobs_num=0, logprob_start_len=-1)
+    front_end.refuse_request(lambda *given: None, manager, request, [5])
+    with pytest.raises(ValueError, match="embeddings are not supported"):
+        front_end.refuse_request(lambda *given: None, manager, request, None)
+    with pytest.raises(ValueError, match="valid ids are"):
+        front_end.refuse_request(lambda *given: None, manager, request, [512])
+    request.top_logprobs_num = 129
+    with pytest.raises(ValueError, match="129 top logprobs"):
+        front_end.refuse_request(lambda *given: None, manager, request, [5])
+    request.top_logprobs_num, request.sampling_params = 0, {"stop_regex": ["a+", "((("]}
+    with pytest.raises(ValueError, match=r"'\(\(\(' is no regular expression"):
+        front_end.refuse_request(lambda *given: None, manager, request, [5])
+    body = SimpleNamespace(echo=True, logprobs=1)
+    for mode, says in (("prefill", "echo with logprobs"), ("decode", "echo with logprobs"), ("null", "")):
+        monkeypatch.setattr(
+            sglang_host, "server_arguments", lambda mode=mode: SimpleNamespace(disaggregation_mode=mode)
+        )
+        assert says in (front_end.refuse_completion(lambda *given: None, None, body) or "")
+        assert front_end.refuse_completion(lambda *given: "its own", None, body) == "its own"
