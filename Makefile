@@ -89,7 +89,7 @@ bench: $(addprefix bench-,$(BENCHMARKS))  ## run every benchmarks/NAME.py (one: 
 bench-%: setup
 	$(BUILD)/python benchmarks/$*.py
 
-readme: setup-build  ## write the README's tables from benchmarks/results and, if there is one, the last demo
+readme: setup-build  ## write the tables of README and docs from benchmarks/results and, if there is one, the last demo
 	$(BUILD)/python tools/readme_tables.py $(addprefix --demo ,$(wildcard $(OUT)/report/metrics.json)) $(addprefix --headline ,$(wildcard out/headline/report/metrics.json))
 
 clean:  ## remove outputs and caches, keep the environments

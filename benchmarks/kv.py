@@ -1,8 +1,9 @@
 """Quality for each byte of KV: every rule at every reduction -> results/kv.json, kv.svg. `make bench-kv`.
 
-SmolLM2-135M in float32 behind a bfloat16 pool, no block removed. Plans are chosen on Brown's calibration split and
-judged on its final split (and Social IQa) by the tasks of `pdtrim_deploy.evaluation`, all through the PD oracle.
-Reductions are exact bytes at `--prompt` tokens against dense bfloat16 KV. An interrupted run goes on where it was.
+SmolLM2-135M, dequantised from Q4_1, in float32 behind a bfloat16 pool, no block removed. Plans are chosen on Brown's
+calibration split and judged on its final split (and Social IQa) by the tasks of `pdtrim_deploy.evaluation`, all through
+the PD oracle. Reductions are exact bytes at `--prompt` tokens against dense bfloat16 KV. An interrupted run goes on
+where it was.
 
 `--healed` adds what healing makes of two of our plans: decode, distilled behind the KV that they send, on text of the
 calibration split. The plans are those of results/kv.json.

@@ -1,10 +1,10 @@
 """The subset rule relaxed: blocks that decode keeps and prefill runs for K and V alone -> results/kvonly.json.
 
-`make bench-kvonly`. SmolLM2-135M in float32, decode whole, KV whole. Of n blocks prefill computes K and V only, from
-the hidden state in front of the gap: with the block's own projections, with projections refitted by least squares, and
-with the layers around the gaps refitted too. Beside them the same number of blocks dropped in both stages, which is
-what the subset rule would ask for. Chosen and fitted on Brown's calibration split, judged through the PD oracle on
-Brown's final split and on Jane Austen.
+`make bench-kvonly`. SmolLM2-135M, dequantised from Q4_1, in float32, decode whole, KV whole. Of n blocks prefill
+computes K and V only, from the hidden state in front of the gap: with the block's own projections, with projections
+refitted by least squares, and with the layers around the gaps refitted too. Beside them the same number of blocks
+dropped in both stages, which is what the subset rule would ask for. Chosen and fitted on Brown's calibration split,
+judged through the PD oracle on Brown's final split and on Jane Austen.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """How prefill's time falls with blocks that run for their K and V alone -> results/prefilltime.json.
 
-`make bench-prefilltime`. The stage graph of SmolLM2-135M in onnxruntime, float32, one prompt in one pass, attention the
-op's own body; no LM head. Engines of the dense stage and of those with n such blocks take turns, round by round. Which
-blocks makes no difference: every third is one. `of_blocks` is dense over pruned, divided by 30 / (30 - n): 1 is in
-proportion, and what is left to compute (a norm, K and V) keeps it below.
+`make bench-prefilltime`. The stage graph of SmolLM2-135M, dequantised from Q4_1, in onnxruntime, float32, one prompt in
+one pass, attention the op's own body; no LM head. Engines of the dense stage and of those with n such blocks take
+turns, round by round. Which blocks makes no difference: every third is one. `of_blocks` is dense over pruned, divided
+by 30 / (30 - n): 1 is in proportion, and what is left to compute (a norm, K and V) keeps it below.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """Which blocks to lose: our search beside the others at 2, 4, 6 and 8 of 30 -> results/pruning.json, pruning.svg.
 
-`make bench-pruning`. SmolLM2-135M in float32; decode loses so many blocks, prefill a third as many; what only says
-where a gain comes from is asked at 4 and 6. Blocks are chosen on Brown's calibration split and judged, through the PD
-oracle with whole KV, on Brown's final split and on Jane Austen (which no method ever saw), and by Social IQa. Each row
-is written down when it is made and each search as it goes: run it in stretches, with parts of --methods, --removed and
---seeds; what is there, or among the committed results of the same sizes, is not made again, and a method takes the
-blocks of another that chooses alike. Weights are fitted, healed and taught on --text sequences that begin with those
-that choose.
+`make bench-pruning`. SmolLM2-135M, dequantised from Q4_1, in float32; decode loses so many blocks, prefill a third as
+many; what only says where a gain comes from is asked at 4 and 6. Blocks are chosen on Brown's calibration split and
+judged, through the PD oracle with whole KV, on Brown's final split and on Jane Austen (which no method ever saw), and
+by Social IQa. Each row is written down when it is made and each search as it goes: run it in stretches, with parts of
+--methods, --removed and --seeds; what is there, or among the committed results of the same sizes, is not made again,
+and a method takes the blocks of another that chooses alike. Weights are fitted, healed and taught on --text sequences
+that begin with those that choose.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """How decode's step time falls with blocks removed -> results/steptime.json. `make bench-steptime`.
 
-One step of SmolLM2-135M in float32, a token for each sequence behind its prompt: whole, and all blocks without the LM
-head, which no pruning takes away (of this small model with its large vocabulary it costs as much as eight blocks).
-The dense and all pruned models take turns, round by round. Which blocks go makes no difference: every fourth does.
-`of_blocks` is dense over pruned, divided by 30 / (30 - n): 1 when time falls as the blocks do.
+One step of SmolLM2-135M, dequantised from Q4_1, in float32, a token for each sequence behind its prompt: whole, and all
+blocks without the LM head, which no pruning takes away (of this small model with its large vocabulary it costs as much
+as eight blocks). The dense and all pruned models take turns, round by round. Which blocks go makes no difference: every
+fourth does. `of_blocks` is dense over pruned, divided by 30 / (30 - n): 1 when time falls as the blocks do.
 """
 
 from __future__ import annotations

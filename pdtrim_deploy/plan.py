@@ -3,7 +3,8 @@
 Blocks are always named by their index in the original model. A *layer* is a block's place in a stage model:
 layer `j` of the decode model is block `plan.decode_layers[j]`.
 
-Source of the rules: PDTrim (arXiv:2509.04467), removal sets nested across stages and token-aware KV sending.
+Source of the rules: PDTrim (arXiv:2509.04467v1 to v3), removal sets nested across stages and token-aware KV sending.
+Its v4 has no KV pruning.
 """
 
 from __future__ import annotations

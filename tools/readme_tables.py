@@ -1,11 +1,16 @@
-"""Write the README's tables from benchmarks/results/*.json: between `<!-- NAME:begin -->` and `<!-- NAME:end -->`.
+"""Write the tables of README and docs from benchmarks/results/*.json.
+
+They stand between `<!-- NAME:begin -->` and `<!-- NAME:end -->`.
 
 .venv/build/bin/python tools/readme_tables.py                                   # what `make readme` runs
 .venv/build/bin/python tools/readme_tables.py --demo out/demo/report/metrics.json   # keep a demo's figures first
+
+Pictures of benchmarks are copied to docs/benchmarks, since mkdocs takes files from below docs/ alone.
 """
 
 import argparse
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -13,25 +18,58 @@ from tables import TABLES
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+PICTURES = ("kv.svg", "pruning.svg")
+
+
+def pages(root: Path = ROOT) -> list[Path]:
+    """README and the pages of docs/ that are written by hand."""
+    return [
+        root / "README.md",
+        *(page for page in sorted((root / "docs").rglob("*.md")) if "reference" not in page.parts),
+    ]
+
+
+def names(text: str) -> list[str]:
+    """The tables that a page asks for."""
+    return re.findall(r"<!-- ([a-z]+):begin -->", text)
+
+
+def written(text: str, results: Path = RESULTS) -> str:
+    """The page with every table made anew.
+
+    Raises:
+        SystemExit: a marker without an end, a name that is no table, or results that are not there.
+
+    """
+    for name in names(text):
+        if name not in TABLES:
+            raise SystemExit(f"{name} is no table; choose from {', '.join(TABLES)}")
+        before, _, rest = text.partition(f"<!-- {name}:begin -->\n")
+        _, end, after = rest.partition(f"<!-- {name}:end -->")
+        if not end:
+            raise SystemExit(f"<!-- {name}:begin --> has no <!-- {name}:end -->")
+        sources = [results / f"{source}.json" for source in TABLES[name].sources]
+        if missing := [path for path in sources if not path.exists()]:
+            raise SystemExit(f"{missing[0]} is not there; run: make bench-{missing[0].stem}")
+        body = TABLES[name].render(*(json.loads(path.read_text()) for path in sources))
+        text = f"{before}<!-- {name}:begin -->\n{body}\n{end}{after}"
+    return text
 
 
 def main() -> None:
-    """Rewrite the README in place."""
+    """Rewrite README and docs in place."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("demo", "headline"):
         parser.add_argument(f"--{name}", type=Path, help=f"metrics.json to keep as benchmarks/results/{name}.json")
-    for name, made in vars(parser.parse_args()).items():
-        if made:
-            shutil.copy(made, RESULTS / f"{name}.json")
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    for name, render in TABLES.items():
-        source = RESULTS / f"{name}.json"
-        if source.exists() and f"<!-- {name}:begin -->" in text:
-            before, _, rest = text.partition(f"<!-- {name}:begin -->\n")
-            _, end, after = rest.partition(f"<!-- {name}:end -->")
-            text = f"{before}<!-- {name}:begin -->\n{render(json.loads(source.read_text()))}\n{end}{after}"
-    readme.write_text(text)
+    for name, metrics in vars(parser.parse_args()).items():
+        if metrics:
+            shutil.copy(metrics, RESULTS / f"{name}.json")
+    for page in pages():
+        text = page.read_text()
+        if names(text):
+            page.write_text(written(text))
+    for picture in PICTURES:
+        shutil.copy(RESULTS / picture, ROOT / "docs" / "benchmarks" / picture)
 
 
 if __name__ == "__main__":

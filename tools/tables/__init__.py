@@ -1,26 +1,41 @@
-"""The README's tables by name: each is made of benchmarks/results/NAME.json."""
+"""The tables of README and docs by name: of which benchmarks/results/*.json each is made, and how."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
 
-from tables import demo, kv, pruning, serving
+from tables import demo, front, kv, pruning, serving
 
-TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
-    "demo": demo.demo,
-    "headline": demo.demo,
-    "kv": kv.kv,
-    "wire": kv.wire,
-    "pack": kv.pack,
-    "choice": kv.choice,
-    "pruning": pruning.pruning,
-    "steptime": pruning.steptime,
-    "kvonly": pruning.kvonly,
-    "prefilltime": pruning.prefilltime,
-    "served": serving.served,
-    "engines": serving.engines,
-    "compare": serving.compare,
-    "faults": serving.faults,
-    "simulation": serving.simulation,
+
+@dataclass(frozen=True)
+class Table:
+    """`render` takes the content of each of `sources`, in their order; a source is a file's stem."""
+
+    sources: tuple[str, ...]
+    render: Callable[..., str]
+
+
+TABLES = {
+    "switches": Table(("kv", "wire", "kvonly", "prefilltime", "pruning", "headline"), front.switches),
+    "proof": Table(("served", "faults"), front.proof),
+    "demo": Table(("demo",), demo.demo),
+    "headline": Table(("headline",), demo.demo),
+    "kv": Table(("kv",), kv.kv),
+    "kvlengths": Table(("kv",), kv.kvlengths),
+    "wire": Table(("wire",), kv.wire),
+    "pack": Table(("pack",), kv.pack),
+    "choice": Table(("choice",), kv.choice),
+    "pruning": Table(("pruning",), pruning.pruning),
+    "downstream": Table(("pruning",), pruning.downstream),
+    "searchcost": Table(("pruning",), pruning.searchcost),
+    "steptime": Table(("steptime",), pruning.steptime),
+    "kvonly": Table(("kvonly",), pruning.kvonly),
+    "prefilltime": Table(("prefilltime",), pruning.prefilltime),
+    "served": Table(("served",), serving.served),
+    "engines": Table(("engines",), serving.engines),
+    "compare": Table(("compare",), serving.compare),
+    "transport": Table(("transport",), serving.transport),
+    "faults": Table(("faults",), serving.faults),
+    "simulation": Table(("simulation",), serving.simulation),
 }

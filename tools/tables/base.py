@@ -5,6 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+SMOLLM2 = "SmolLM2-135M-Instruct"
+WEIGHTS = {SMOLLM2: "Q4_1", "Qwen2.5-Coder-0.5B-Instruct": "Q4_K_M"}
+"""The file's precision that each model's weights were dequantised from."""
+
+
+def precision(model: str) -> str:
+    """The file's precision that the weights of a model of that name, or of its beginning, were dequantised from."""
+    return next((kind for name, kind in WEIGHTS.items() if name.startswith(model)), "precision unknown")
+
+
+def weights(model: str = SMOLLM2) -> str:
+    """Model and precision of its weights, as every table says it."""
+    return f"{model}, weights dequantised from a {precision(model)} file"
+
 
 def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
     """A Markdown table."""
@@ -13,13 +27,20 @@ def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
-def where(environment: dict[str, Any], *more: str) -> str:
-    """The line under a table: command, machine, versions, and what else chose the figures."""
+def where(environment: dict[str, Any], *more: str, model: str = SMOLLM2) -> str:
+    """The line under a table: command, machine, versions, model, and what else chose the figures."""
     machine, versions = environment["machine"], environment["versions"]
-    said = f"{machine['cpu']}, {machine['cores']} cores, torch {versions['torch']}, no GPU"
-    return f"\n\n`{environment['command']}` on {said}{''.join(f'; {part}' for part in more)}."
+    parts = [f"{machine['cpu']}, {machine['cores']} cores, torch {versions['torch']}, no GPU"]
+    parts += [weights(model)] if model else []
+    return f"\n\n`{environment['command']}` on {'; '.join([*parts, *more])}."
 
 
-def ratio(found: dict[str, float], middle: str = "median", low: str = "least", high: str = "most") -> str:
+def ratio(figure: dict[str, float], middle: str = "median", low: str = "least", high: str = "most") -> str:
     """`0.83 (0.73-0.95)`."""
-    return f"{found[middle]:.2f} ({found[low]:.2f}-{found[high]:.2f})"
+    return f"{figure[middle]:.2f} ({figure[low]:.2f}-{figure[high]:.2f})"
+
+
+def interval(ratios: Iterable[dict[str, Any]], name: str) -> str:
+    """The figure of that name in a list of ratios: `0.83 (0.73-0.95)`; empty where it was not measured."""
+    figures = [row for row in ratios if row["figure"] == name]
+    return ratio(figures[0], "ratio", "low", "high") if figures else ""

@@ -1,56 +1,113 @@
-"""KV: rules, wire dtypes, packing, choice."""
+"""KV: rules, prompt lengths, wire dtypes, packing, choice."""
 
 from __future__ import annotations
 
 from statistics import fmean
 from typing import Any
 
-from tables.base import ratio, table, where
+from tables.base import SMOLLM2, ratio, table, weights, where
+
+LENGTHS = ("128", "512", "2048")
+
+
+def named(method: str) -> str:
+    """A rule as the tables call it: `dense k4v3` is a rule too, of one dtype for all rows."""
+    name = method.replace("dense ", "uniform ") + (", all rows" if method.startswith("dense ") else "")
+    return f"**{name.replace('ours', 'budget plan')}**" if method.startswith("ours") else name
+
+
+def _groups(data: dict[str, Any]) -> list[tuple[str, str, list[dict[str, Any]]]]:
+    """(reduction, rule, its rows: one for each seed), by reduction."""
+    groups = dict[tuple[float, str], list[dict[str, Any]]]()
+    for row in data["rows"]:
+        groups.setdefault((row["asked"] or row["reduction"], row["method"]), []).append(row)
+    return [
+        (f"{size:g}x" if rows[0]["asked"] else f"{size:.2f}x", named(method), rows)
+        for (size, method), rows in sorted(groups.items(), key=lambda item: item[0][0])
+    ]
 
 
 def kv(data: dict[str, Any]) -> str:
-    """Quality of every KV rule at every reduction; methods with several seeds as their mean."""
-    groups = dict[tuple[float, str], list[dict[str, Any]]]()
-    for row in data["rows"]:
-        groups.setdefault((row["asked"] or 0.0, row["method"]), []).append(row)
-    rows = []
-    for (asked, method), found in sorted(groups.items(), key=lambda item: item[0][0]):
-        keys = ("reduction", "ppl_ratio", "ppl_ratio_stderr", "choice", "needle", "agreement")
-        reduction, ratio, stderr, *shares = (fmean(row[key] for row in found) for key in keys)
-        seeds = f" ({len(found)} seeds)" if len(found) > 1 else ""
-        name = f"**{method}**" if method.startswith("ours") else method
+    """Quality of every KV rule at every reduction; rules with several seeds as their mean."""
+    lines = []
+    for size, name, rows in _groups(data):
+        keys = ("ppl_ratio", "ppl_ratio_stderr", "needle", "agreement", "agreement_prefix")
+        loss, stderr, *shares = (fmean(row[key] for row in rows) for key in keys)
+        seeds = f" ({len(rows)} seeds)" if len(rows) > 1 else ""
         spread = f" ± {stderr:.3f}" if stderr else ""
-        cells = (f"{share:.0%}" for share in shares)
-        rows.append((f"{asked:g}x" if asked else f"{reduction:.2f}x", name + seeds, f"{ratio:.3f}{spread}", *cells))
-    asked = data["options"]
-    head = ("reduction", "rule", "perplexity ratio", "choice", "needle", "agreement")
-    return table(head, rows) + where(
+        lines.append((size, name + seeds, f"{loss:.3f}{spread}", *(f"{share:.0%}" for share in shares)))
+    options = data["options"]
+    head = ("reduction", "rule", "perplexity ratio", "needle", "agreement", "same greedy text")
+    return table(head, lines) + where(
         data["environment"],
-        f"{asked['sequences']} continuations, {asked['questions']} questions of Social IQa, {10 * asked['needles']} "
-        f"needles, all behind {asked['prompt']}-token prompts; ± is the paired standard error; seed {asked['seed']}",
+        "computed in float32, bytes against a bfloat16 pool",
+        f"{options['sequences']} continuations of 64 tokens and {10 * options['needles']} needles behind "
+        f"{options['prompt']}-token prompts",
+        f"± is the standard error of the paired ratio to dense; seed {options['seed']}",
     )
+
+
+def kvlengths(data: dict[str, Any]) -> str:
+    """What the plans made for one prompt length do at others: reduction and perplexity ratio."""
+    lines = [
+        (size, name, *(_at(rows, tokens) for tokens in LENGTHS))
+        for size, name, rows in _groups(data)
+        if rows[0]["method"] != "dense"
+    ]
+    head = ("planned reduction", "rule", *(f"{int(tokens):,} tokens" for tokens in LENGTHS))
+    return table(head, lines) + where(
+        data["environment"],
+        "in each cell bytes saved and perplexity ratio, both against dense",
+        f"plans were made for {data['options']['prompt']} tokens",
+    )
+
+
+def _at(rows: list[dict[str, Any]], tokens: str) -> str:
+    saved, loss = (fmean(row[f"{key}_by_prompt"][tokens] for row in rows) for key in ("reduction", "ppl_ratio"))
+    return f"{saved:.1f}x, {loss:.3f}"
+
+
+def uniform(rows: list[dict[str, Any]], dtype: str) -> dict[str, dict[str, Any]]:
+    """bench-wire's row of a wire dtype by model, with key offsets where there are both forms."""
+    of_dtype = [row for row in rows if _wire(row) == dtype]
+    return {_model(row): row for row in sorted(of_dtype, key=lambda row: row.get("key_offsets", False))}
 
 
 def wire(data: dict[str, Any]) -> str:
-    """Quality and bytes of the wire dtypes, keys whole and less their offsets."""
-    found = {(row["model"], row["wire"], row["key_offsets"]): row for row in data["rows"]}
-    rows = []
-    for model, wire in dict.fromkeys(key[:2] for key in found):
-        whole = found[model, wire, False]
-        shown = [
-            text
-            for row in (whole, found.get((model, wire, True), whole))
-            for text in (f"{row['ratio']:.4f} ± {row['error']:.4f}", f"{row['kl']:.1e}")
-        ]
-        rows.append((model, wire, f"{whole['reduction']:.2f}x", *shown))
-    head = (
-        "model", "wire dtype, all rows of all layers", "bytes against bfloat16", "perplexity ratio, keys whole",
-        "KL, nats", "perplexity ratio, keys less their offsets", "KL, nats",
-    )  # fmt: skip
-    said = "{sequences} x {continuation} tokens of Brown's {split} split after {prompt} of prompt; ± is the paired "
-    return table(head, rows) + where(
-        data["environment"], (said + "standard error; seed {seed}").format(**data["options"])
-    )
+    """Quality and bytes of the wire dtypes by model, keys whole and, where that was measured, less their offsets."""
+    rows, options = data["rows"], data["options"]
+    by_form = {(_model(row), _wire(row), row.get("key_offsets", False)): row for row in rows}
+    forms = sorted({offsets for *_, offsets in by_form})
+    lines = []
+    for model, dtype in dict.fromkeys(key[:2] for key in by_form):
+        whole = by_form[model, dtype, False]
+        shown = [by_form.get((model, dtype, offsets), whole) for offsets in forms]
+        saved = f"{whole['reduction']:.2f}x" if "reduction" in whole else ""
+        lines.append((model, dtype, saved, *(cell for row in shown for cell in _losses(row))))
+    names = {False: "keys whole", True: "keys less their offsets"}
+    columns = (column for offsets in forms for column in (f"perplexity ratio, {names[offsets]}", "KL, nats"))
+    sizes = [options[name] for name in ("sequences", "continuation", "prompt") if name in options]
+    said = [weights(model) for model in dict.fromkeys(key[0] for key in by_form)]
+    if len(sizes) == 3:
+        split = options.get("split", "development")
+        said.append(f"{sizes[0]} x {sizes[1]} tokens of Brown's {split} split behind {sizes[2]}-token prompts")
+    if any("error" in row for row in rows):
+        said.append("± is the paired standard error")
+    head = ("model", "wire dtype, all rows", "bytes against bfloat16", *columns)
+    return table(head, lines) + where(data["environment"], *said, f"seed {options.get('seed', 0)}", model="")
+
+
+def _model(row: dict[str, Any]) -> str:
+    return str(row.get("model", SMOLLM2))
+
+
+def _wire(row: dict[str, Any]) -> str:
+    return str(row["wire_dtype"] if "wire_dtype" in row else row["wire"])
+
+
+def _losses(row: dict[str, Any]) -> tuple[str, str]:
+    error = f" ± {row['error']:.4f}" if row.get("error") else ""
+    return f"{row['ratio']:.4f}{error}", f"{row['kl']:.1e}" if "kl" in row else ""
 
 
 def pack(data: dict[str, Any]) -> str:
@@ -62,18 +119,30 @@ def pack(data: dict[str, Any]) -> str:
         shown = [steps[shape, slots, dtype, step] for step in ("pack", "unpack")]
         rows.append((shape, slots, dtype, *map(ratio, shown)))
     head = ("KV pool", "slots", "wire dtype", "pack / memcpy", "unpack / memcpy")
-    return table(head, rows) + where(data["environment"], "median (least-most) over interleaved rounds")
+    return table(head, rows) + where(data["environment"], "median (least-most) over interleaved rounds", model="")
 
 
 def choice(data: dict[str, Any]) -> str:
-    """Accuracy on all questions, beside StreamingLLM's."""
-    rows = []
-    for row in data["rows"]:
-        beside = row["accuracy_norm against StreamingLLM at 4.95x"]
-        against = "" if row["method"] == "StreamingLLM" else f"{beside['mean']:+.1%} ± {beside['stderr']:.1%}"
-        cells = (f"{row['reduction']:.2f}x", row["method"], f"{row['accuracy_norm']:.1%}", against)
-        rows.append((*cells, f"{row['right_nll']:.3f}"))
-    head = ("reduction", "rule", "choice", "against StreamingLLM at 4.95x", "nats a token of the right answer")
-    questions, asked = data["rows"][0]["questions"], data["options"]
-    said = f"all {questions:,} questions behind {asked['prompt']}-token prompts; ± is the paired standard error"
-    return table(head, rows) + where(data["environment"], said, f"seed {asked['seed']}")
+    """Both accuracies and the loss of the right answer on all questions, paired with dense."""
+    rows = [
+        (
+            f"{row['reduction']:.2f}x",
+            named(row["method"]) if row["method"] != "dense" else "dense",
+            f"{row['accuracy_norm']:.1%}",
+            *(_paired(row, name, form) for name, form in (("accuracy_norm", "+.1%"), ("accuracy", "+.1%"))),
+            f"{row['right_nll']:.3f}",
+            _paired(row, "right_nll", "+.3f"),
+        )
+        for row in data["rows"]
+    ]
+    head = ("reduction", "rule", "choice", "... against dense", "not normalised, against dense",
+            "nats a token of the right answer", "... against dense")  # fmt: skip
+    questions, options = data["rows"][0]["questions"], data["options"]
+    said = f"all {questions:,} questions behind {options['prompt']}-token prompts, 3 answers each: chance is 33%"
+    paired = f"± is the standard error of the paired difference; seed {options['seed']}"
+    return table(head, rows) + where(data["environment"], said, paired)
+
+
+def _paired(row: dict[str, Any], name: str, form: str) -> str:
+    beside = row[f"{name} against dense"]
+    return "" if row["method"] == "dense" else f"{beside['mean']:{form}} ± {beside['stderr']:{form[1:]}}"

@@ -1,4 +1,4 @@
-"""Blocks: searches, decode steps, the subset rule."""
+"""Blocks: which choice of blocks loses least, treated alike; decode's steps; the subset rule."""
 
 from __future__ import annotations
 
@@ -7,66 +7,107 @@ from typing import Any
 
 from tables.base import ratio, table, where
 
+NOTHING, REFIT, TRAINED = (
+    "blocks removed, nothing else",
+    "removed, then refitted",
+    "removed, refitted or not, then trained",
+)
+NAMES = {
+    "ours, greedy": (NOTHING, "**greedy**"),
+    "SLEB": (NOTHING, "SLEB"),
+    "SLEB, cached": (NOTHING, "SLEB, hidden states kept"),
+    "ShortGPT": (NOTHING, "cosine (ShortGPT)"),
+    "Shortened LLaMA": (NOTHING, "perplexity (Shortened LLaMA)"),
+    "LLM-Streamline, no layer": (NOTHING, "window (LLM-Streamline without its layer)"),
+    "random": (NOTHING, "random"),
+    "ours, no compensation": (NOTHING, "**annealing + pairs**"),
+    "ours, greedy, rescaled": (REFIT, "greedy + Prune&Comp's factors"),
+    "LLM-Streamline, no layer, refitted": (REFIT, "window + refit"),
+    "ShortGPT, refitted": (REFIT, "cosine + refit"),
+    "ours, no annealing": (REFIT, "**greedy + refit**"),
+    "ours, no D": (REFIT, "**annealing + refit**"),
+    "ours": (REFIT, "**annealing + pairs + refit**"),
+    "LLM-Streamline": (TRAINED, "window + one trained layer (LLM-Streamline)"),
+    "ours, no annealing, healed": (TRAINED, "**greedy + refit + 30 steps**"),
+    "ours, healed": (TRAINED, "**annealing + pairs + refit + 30 steps**"),
+}
+"""How a row was treated, and its name by what was done; bold where the product's own search chose."""
+
 
 def pruning(data: dict[str, Any]) -> str:
-    """Perplexity of each method by blocks removed, and all other figures folded away. Trained ones stand last."""
-    rows = [row for row in data["rows"] if row["removed"]]
-    dense = next(row for row in data["rows"] if not row["removed"])
-    methods = dict.fromkeys((row["trained"], row["method"]) for row in rows)
-    removed = sorted({row["removed"] for row in rows})
-    lines = []
-    for trained, method in sorted(methods, key=lambda item: item[0]):
-        found = [[r for r in rows if (r["method"], r["removed"]) == (method, n)] for n in removed]
-        lines.append((_named(method, trained), *(_both(group) for group in found)))
-    asked = data["options"]
+    """Perplexity of each method by blocks removed, in three groups that were treated alike."""
+    dense, options = _dense(data), data["options"]
     said = where(
         data["environment"],
-        f"PD perplexity of {asked['sequences']} x {asked['continuation']} tokens of Brown / Austen after "
-        f"{asked['prompt']} of prompt; dense {_both([dense])}; prefill loses a third as many, chosen on "
-        f"{asked['calibration']} x {asked['length']} tokens of Brown's calibration split; ± is half the range of seeds "
-        f"0, 1, 2, where a method has them; what only says where a gain comes from is asked at 4 and 6",
+        f"PD perplexity of {options['sequences']} x {options['continuation']} tokens of Brown / Austen after "
+        f"{options['prompt']} of prompt; dense {_both([dense])}; prefill loses a third as many blocks; chosen on "
+        f"{options['calibration']} x {options['length']} tokens of Brown's calibration split",
+        "a to b: least and most over three seeds of the search, which says nothing of the error of so little text",
     )
-    head = ("method", *(f"{n} of 30 removed" for n in removed))
-    return table(head, lines) + said + "\n\n" + _details(rows, dense, asked["questions"])
+    head = ("treatment", "blocks chosen by", *(f"{n} of 30 removed" for n in _sizes(data)))
+    return table(head, _by_size(data, _both)) + said
 
 
-def _details(rows: list[dict[str, Any]], dense: dict[str, Any], questions: int) -> str:
-    groups = dict[tuple[int, bool, str], list[dict[str, Any]]]()
-    for row in rows:
-        groups.setdefault((row["removed"], row["trained"], row["method"]), []).append(row)
-    lines: list[tuple[object, ...]] = [
-        ("", "dense", "", f"{dense['choice']:.0%}", f"{dense['choice_loss']:.2f}", "", "")
-    ]
-    for (removed, trained, method), found in sorted(groups.items(), key=lambda item: item[0][:2]):
-        means = {
-            name: fmean(values) if (values := [row[name] for row in found if row.get(name)]) else None
-            for name in ("choice", "choice_loss", "seconds", "fit_seconds", "block_forwards")
-        }
-        lines.append(
-            (
-                removed,
-                _named(method, trained),
-                _spread([row["unified_ppl"] for row in found]),
-                f"{means['choice']:.0%}",
-                f"{means['choice_loss']:.2f}",
-                "" if means["seconds"] is None else f"{means['seconds']:,.0f} + {means['fit_seconds'] or 0:,.0f}",
-                "" if means["block_forwards"] is None else f"{means['block_forwards']:,.0f}",
-            )
-        )
-    head = ("removed", "method", "Brown, one model", "choice", "right answer's loss", "seconds", "block-forwards")
-    return (
-        "<details><summary>One model for both stages, choices, seconds and block-forwards of each</summary>\n\n"
-        + table(head, lines)
-        + f"\n\n{questions} questions of Social IQa. One model is decode's stage reading the prompt too; refitted, it "
-        "was fitted to tokens behind prompts alone. Seconds of the search, and of fitting and training what is left "
-        "(one plan, treated one way, is fitted and judged once, for all rows that have it; a student that another "
-        "search has made takes no time); one core, others at work beside it. Block-forwards of the search and of "
-        "judging its finalists.\n\n</details>"
+def downstream(data: dict[str, Any]) -> str:
+    """How much dearer Social IQa's right answers become, in the same groups."""
+    dense, questions = _dense(data)["choice_loss"], data["options"]["questions"]
+
+    def rise(rows: list[dict[str, Any]]) -> str:
+        values = [row["choice_loss"] - dense for row in rows]
+        return f"{fmean(values):+.2f}" if rows else ""
+
+    said = where(
+        data["environment"],
+        f"rise of the right answer's loss over dense ({dense:.2f}), nats an answer, of {questions} questions; mean "
+        "over seeds; no standard error was recorded",
     )
+    head = ("treatment", "blocks chosen by", *(f"{n} of 30 removed" for n in _sizes(data)))
+    return table(head, _by_size(data, rise)) + said
 
 
-def _named(method: str, trained: bool) -> str:
-    return (f"**{method}**" if method.startswith("ours") else method) + (", trained" if trained else "")
+def searchcost(data: dict[str, Any]) -> str:
+    """Block-forwards of each search, its finalists included, and one model's perplexity."""
+    groups = dict[tuple[int, str], list[dict[str, Any]]]()
+    for row in data["rows"]:
+        if row["removed"]:
+            groups.setdefault((row["removed"], row["method"]), []).append(row)
+    lines: list[tuple[object, ...]] = []
+    for (removed, method), rows in sorted(groups.items(), key=lambda item: (item[0][0], _order(item[0][1]))):
+        counts = [row["block_forwards"] for row in rows if row.get("block_forwards")]
+        one = _spread([row["unified_ppl"] for row in rows])
+        lines.append((removed, _named(method)[1], f"{fmean(counts):,.0f}" if counts else "", one))
+    head = ("removed", "blocks chosen by", "block-forwards", "Brown, decode's stage as one model")
+    return table(head, lines) + where(data["environment"], "mean over seeds; random needs none")
+
+
+def _dense(data: dict[str, Any]) -> dict[str, Any]:
+    return next(row for row in data["rows"] if not row["removed"])
+
+
+def _sizes(data: dict[str, Any]) -> list[int]:
+    return sorted({row["removed"] for row in data["rows"] if row["removed"]})
+
+
+def _by_size(data: dict[str, Any], cell: Any) -> list[tuple[str, ...]]:
+    """A line for each method: its treatment, its name, a cell for each number of blocks."""
+    lines, last = [], ""
+    for method in sorted({row["method"] for row in data["rows"] if row["removed"]}, key=_order):
+        rows = [row for row in data["rows"] if row["method"] == method]
+        treatment, name = _named(method)
+        cells = [cell([row for row in rows if row["removed"] == size]) for size in _sizes(data)]
+        lines.append(("" if treatment == last else treatment, name, *(text or "not run" for text in cells)))
+        last = treatment
+    return lines
+
+
+def _named(method: str) -> tuple[str, str]:
+    return NAMES.get(method, (NOTHING, method))
+
+
+def _order(method: str) -> tuple[int, int]:
+    known = list(NAMES)
+    treatments = (NOTHING, REFIT, TRAINED)
+    return treatments.index(_named(method)[0]), known.index(method) if method in known else len(known)
 
 
 def _both(rows: list[dict[str, Any]]) -> str:
@@ -75,11 +116,9 @@ def _both(rows: list[dict[str, Any]]) -> str:
 
 
 def _spread(values: list[float]) -> str:
-    """Mean, and half the range where there are several; least and most where those are far apart."""
-    least, most = min(values), max(values)
-    if most > 2 * least:
-        return f"{_short(least)} to {_short(most)}"
-    return _short(fmean(values)) + (f" ± {(most - least) / 2:.1f}" if len(values) > 1 else "")
+    """Least and most where they differ as shown."""
+    least, most = _short(min(values)), _short(max(values))
+    return least if least == most else f"{least} to {most}"
 
 
 def _short(value: float) -> str:
@@ -91,24 +130,28 @@ def steptime(data: dict[str, Any]) -> str:
     keys = ("median", "low", "high")
     rows = [(r["batch"], r["removed"], *(ratio(r[name], *keys) for name in ("blocks", "step"))) for r in data["rows"]]
     head = ("sequences", "removed of 30", "blocks alone", "whole step, LM head included")
-    said = f"median (5% - 95%) of {data['options']['rounds']} interleaved rounds; 1 is in proportion"
-    return table(head, rows) + where(data["environment"], said)
+    rounds = _rounds(data)
+    return table(head, rows) + where(data["environment"], "computed in float32", rounds, "1 is in proportion")
+
+
+def _rounds(data: dict[str, Any]) -> str:
+    return f"median (5% - 95% of {data['options']['rounds']} interleaved rounds: not an interval of the median)"
 
 
 def kvonly(data: dict[str, Any]) -> str:
     """Prefill blocks run for K and V alone, beside the same blocks dropped in both stages."""
-    found = dict[int, dict[str, dict[str, Any]]]()
+    by_blocks = dict[int, dict[str, dict[str, Any]]]()
     for row in data["rows"]:
-        found.setdefault(row["blocks"], {})[row["what"]] = row
-    (dense,) = found.pop(0).values()
-    names = list(next(iter(found.values())))
-    rows = [(n, *(_both([by_name[name]]) for name in names)) for n, by_name in found.items()]
-    asked = data["options"]
+        by_blocks.setdefault(row["blocks"], {})[row["what"]] = row
+    (dense,) = by_blocks.pop(0).values()
+    names = list(next(iter(by_blocks.values())))
+    rows = [(n, *(_both([by_name[name]]) for name in names)) for n, by_name in by_blocks.items()]
+    options = data["options"]
     said = (
-        f"PD perplexity of {asked['sequences']} x {asked['continuation']} tokens of Brown / Austen after "
-        f"{asked['prompt']} of prompt, dense {_both([dense])}"
+        f"PD perplexity of {options['sequences']} x {options['continuation']} tokens of Brown / Austen after "
+        f"{options['prompt']} of prompt, dense {_both([dense])}; no standard error was recorded"
     )
-    return table(("prefill blocks of 30", *names), rows) + where(data["environment"], said, f"seed {asked['seed']}")
+    return table(("prefill blocks of 30", *names), rows) + where(data["environment"], said, f"seed {options['seed']}")
 
 
 def prefilltime(data: dict[str, Any]) -> str:
@@ -116,6 +159,7 @@ def prefilltime(data: dict[str, Any]) -> str:
     keys = ("median", "low", "high")
     rows = [(r["alone"], *(ratio(r[name], *keys) for name in ("faster", "of_blocks"))) for r in data["rows"]]
     head = ("blocks of 30 for K and V alone", "prefill faster by", "of 30 / (30 - n)")
-    asked = data["options"]
-    said = f"engine onnxruntime, {asked['prompt']} tokens; median (5% - 95%) of {asked['rounds']} interleaved rounds"
-    return table(head, rows) + where(data["environment"], said)
+    options = data["options"]
+    said = f"engine onnxruntime, float32, {options['prompt']} tokens"
+    rounds = _rounds(data)
+    return table(head, rows) + where(data["environment"], said, rounds)

@@ -1,7 +1,8 @@
-"""Served pairs: engines, pruned beside dense, faults, the simulation's error."""
+"""Served pairs: fidelity by wire dtype, engines, pruned beside dense, transports, faults, the simulation's error."""
 
 from __future__ import annotations
 
+from statistics import median
 from typing import Any
 
 from tables.base import ratio, table, where
@@ -18,53 +19,60 @@ def engines(data: dict[str, Any]) -> str:
     shares = f"{min(row['share'] for row in calls):.1%} to {max(row['share'] for row in calls):.1%} of the graph's time"
     head = ("requests at once", "TTFT, onnxruntime / torch", "ITL, onnxruntime / torch")
     tail = f"\n\nThe attention callback costs, a layer and outside of the attention itself: {said} ({shares})."
+    options = data["options"]
     rounds = (
-        f"median (least-most) of {data['options']['rounds']} interleaved rounds, {data['options']['prompt']} tokens in"
+        f"median (least-most) of {options['rounds']} interleaved rounds of {options['requests']} requests, "
+        f"{options['prompt']} tokens in, {options['output']} out"
     )
-    return table(head, rows) + tail + where(data["environment"], rounds, f"{data['options']['output']} out")
+    return table(head, rows) + tail + where(data["environment"], "computed in float32", rounds)
 
 
 def compare(data: dict[str, Any]) -> str:
     """Pruned over dense beside what the plan predicts."""
-    rows = []
-    for row in data["rows"]:
-        share = row["of_saving"] if row["part"] == "decode" else row["of_factor"]
-        what = "saving" if row["part"] == "decode" else "factor"
-        goal = f"{share:.0%} of the {what} (goal {row['goal']:.0%})"
-        rows.append((row["figure"], f"{row['predicted']:.3f}", ratio(row, "ratio", "low", "high"), goal))
-    asked = data["options"]
+    rows = [
+        (
+            row["figure"],
+            f"{row['predicted']:.3f}",
+            f"{median(row['rounds']):.3f} ({min(row['rounds']):.3f}-{max(row['rounds']):.3f})",
+            ratio(row, "ratio", "low", "high"),
+            row["load_average"],
+        )
+        for row in data["rows"]
+    ]
+    options = data["options"]
     said = (
-        f"{asked['prefill_blocks']} and {asked['decode_blocks']} of 30 blocks removed; transfer over a relay of "
-        f"{asked['link']} on loopback"
+        f"{options['prefill_blocks']} and {options['decode_blocks']} of 30 blocks removed; transfer over a relay of "
+        f"{options['link']} on loopback"
     )
-    head = ("pruned / dense", "predicted", "measured (95% interval)", "reached")
-    return table(head, rows) + where(data["environment"], f"{asked['rounds']} interleaved rounds", said)
+    head = ("pruned / dense", "predicted by blocks or bytes", "median round (least-most)",
+            "geometric mean (95% interval)", "load average")  # fmt: skip
+    return table(head, rows) + where(data["environment"], f"{options['rounds']} interleaved rounds", said)
+
+
+def transport(data: dict[str, Any]) -> str:
+    """Bytes a second between two processes on loopback, packed into one buffer and in scattered pieces."""
+    rows = [(row["way"], ratio(row, "median_gb_s", "least_gb_s", "most_gb_s")) for row in data["rows"]]
+    options = data["options"]
+    pieces = f"{options['rows']} pieces of {options['row_bytes']} bytes"
+    rounds = f"median (least-most) of {options['rounds']} rounds"
+    return table(("way", "GB/s"), rows) + where(data["environment"], pieces, rounds, model="")
 
 
 def faults(data: dict[str, Any]) -> str:
     """What every fault did to the requests under way."""
     keys = ("sent", "answered", "aborted", "failed", "lost", "wrong", "slowest_s", "recovered_s")
     rows = [(f"{row['fault']} ({row['transport']})", *(row[key] for key in keys)) for row in data["rows"]]
-    head = (
-        "fault",
-        "sent",
-        "answered",
-        "hung up",
-        "failed, with a word",
-        "hung",
-        "wrong text",
-        "slowest, s",
-        "back after, s",
-    )
-    return table(head, rows) + where(data["environment"])
+    head = ("fault", "sent", "answered", "hung up", "failed with a reason", "hung", "wrong text", "slowest, s",
+            "serves again after, s")  # fmt: skip
+    return table(head, rows) + where(data["environment"], "tiny random models", model="")
 
 
 def simulation(data: dict[str, Any]) -> str:
     """Error of the simulation against the measured pair, by load."""
     rows = [r for r in data["rows"] if r.get("used")]
-    figures = ("ttft_ms p50", "itl_ms p50", "e2e_ms p50", "e2e_ms p90", "output tokens/s")
+    figures = ("ttft_ms p50", "itl_ms p50", "itl_ms p90", "tpot_ms p90", "e2e_ms p50", "e2e_ms p90", "output tokens/s")
     body = [(r["load"], r["used"], *(f"{r['errors'][name]:+.0%}" for name in figures)) for r in rows]
-    head = ("load", "used as", "TTFT p50", "ITL p50", "E2E p50", "E2E p90", "output tokens/s")
+    head = ("load", "used as", "TTFT p50", "ITL p50", "ITL p90", "TPOT p90", "E2E p50", "E2E p90", "output tokens/s")
     return table(head, body) + where(data["environment"], f"{data['options']['rounds']} rounds")
 
 
@@ -73,19 +81,11 @@ def served(data: dict[str, Any]) -> str:
     rows = [
         (
             row["wire"], f"{row['counted']:,}", f"{row['planned']:,}", f"{row['error']:.1e}", f"{row['allowed']:.1e}",
-            f"{row['controls_detected']} of {row['controls']}", "yes" if row["passed"] else "**no**",
+            f"{row['controls_detected']} of {row['controls']}", "yes" if row["passed"] else "**no**", row["commit"],
         )
         for row in data["rows"]
     ]  # fmt: skip
-    head = (
-        "wire dtype",
-        "bytes counted",
-        "planned",
-        "worst error, nats",
-        "allowed",
-        "wrong plans told apart",
-        "passed",
-    )
-    prompts = data["rows"][0]["prompts"]
-    said = f"{prompts} prompts of the fidelity check; pages of 16 tokens, chunks of 64"
-    return table(head, rows) + where(data["environment"], said)
+    head = ("wire dtype", "bytes counted", "planned", "worst error, nats", "allowed", "wrong plans told apart",
+            "passed", "commit")  # fmt: skip
+    said = f"{data['rows'][0]['prompts']} prompts of the fidelity check; pages of 16 tokens, chunks of 64"
+    return table(head, rows) + where(data["environment"], "computed in float32", said)

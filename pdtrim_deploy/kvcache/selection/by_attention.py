@@ -1,8 +1,8 @@
 """Rules that read attention: cut the layers that rest on the first and last prompt tokens. Baselines: mass is not harm.
 
-The paper's rule (PDTrim, arXiv:2509.04467) asks where decode looks; SimLayerKV's (arXiv:2410.13846) where the prompt's
-own last tokens look, which prefill sees by itself. Either takes the layers above a threshold, or so many of the
-highest.
+Our reading of PDTrim's rule (arXiv:2509.04467v1 to v3, of which only the abstracts were read) asks where decode looks;
+SimLayerKV's (arXiv:2410.13846) where the prompt's own last tokens look, which prefill sees by itself. Either takes the
+layers above a threshold, or so many of the highest.
 """
 
 from __future__ import annotations

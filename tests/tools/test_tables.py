@@ -1,0 +1,108 @@
+"""The tables of README and docs: as the results make them, each on a page, with model and precision of its weights."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {"machine": {"cpu": "A", "cores": 2}, "versions": {"torch": "2"}, "command": "make bench-wire"}
+
+
+@pytest.fixture
+def tool(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    yield importlib.import_module("readme_tables")
+    for name in [name for name in sys.modules if name.split(".")[0] in ("tables", "readme_tables")]:
+        del sys.modules[name]
+
+
+def test_every_table_is_what_the_results_make_it(tool):
+    stale = [str(page.relative_to(ROOT)) for page in tool.pages() if tool.written(page.read_text()) != page.read_text()]
+    assert stale == [], "run: make readme"
+    old = [name for name in tool.PICTURES
+           if (tool.RESULTS / name).read_bytes() != (ROOT / "docs" / "benchmarks" / name).read_bytes()]  # fmt: skip
+    assert old == [], "run: make readme"
+
+
+def test_every_table_stands_on_a_page_and_every_result_in_a_table(tool):
+    assert {name for page in tool.pages() for name in tool.names(page.read_text())} == set(tool.TABLES)
+    sources = {source for entry in tool.TABLES.values() for source in entry.sources}
+    assert {path.stem for path in tool.RESULTS.glob("*.json")} <= sources
+
+
+def test_a_figure_that_changes_changes_its_page(tool, tmp_path):
+    for path in tool.RESULTS.glob("*.json"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    changed = json.loads((tmp_path / "kv.json").read_text())
+    next(row for row in changed["rows"] if row["method"] == "dense k4v3")["ppl_ratio"] = 1.5
+    (tmp_path / "kv.json").write_text(json.dumps(changed))
+    readme = (ROOT / "README.md").read_text()
+    assert "| 50.0% ± 0.4%" in tool.written(readme, tmp_path)
+    assert "| 50.0% ± 0.4%" not in tool.written(readme)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("<!-- coffee:begin -->\n<!-- coffee:end -->", "coffee is no table"),
+        ("<!-- kv:begin -->\n", "has no <!-- kv:end -->"),
+        ("<!-- kv:begin -->\n<!-- kv:end -->", "make bench-kv"),
+    ],
+)
+def test_a_page_that_cannot_be_written_is_one_sentence(tool, tmp_path, text, said):
+    with pytest.raises(SystemExit, match=said):
+        tool.written(text, tmp_path)
+
+
+OF_A_MODEL = (
+    "switches", "demo", "headline", "kv", "kvlengths", "wire", "choice", "pruning", "downstream", "searchcost",
+    "kvonly", "prefilltime", "steptime", "served", "engines", "compare", "simulation",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OF_A_MODEL)
+def test_a_table_of_a_models_figures_says_what_its_weights_are(tool, name):
+    entry = tool.TABLES[name]
+    text = entry.render(*(json.loads((tool.RESULTS / f"{source}.json").read_text()) for source in entry.sources))
+    assert "SmolLM2-135M-Instruct, weights dequantised from a Q4_1 file" in text
+
+
+def rows_of(*shapes):
+    names = ("model", "wire", "key_offsets", "ratio")
+    return [dict(zip(names, shape, strict=True)) | {"reduction": 4.24, "error": 0.001, "kl": 0.01} for shape in shapes]
+
+
+def test_wire_dtypes_of_several_models_with_key_offsets_and_without(tool):
+    rows = rows_of(
+        ("SmolLM2-135M", "k4v3", False, 1.007), ("SmolLM2-135M", "k4v3", True, 1.006),
+        ("Qwen2.5-Coder-0.5B", "k4v3", False, 1.326), ("Qwen2.5-Coder-0.5B", "k4v3", True, 1.015),
+        ("Qwen2.5-Coder-0.5B", "native", False, 1.0),
+    )  # fmt: skip
+    options = {"seed": 0, "sequences": 24, "continuation": 64, "prompt": 448, "split": "final"}
+    text = tool.TABLES["wire"].render({"environment": ENVIRONMENT, "options": options, "rows": rows})
+    assert "perplexity ratio, keys whole | KL, nats | perplexity ratio, keys less their offsets | KL, nats |" in text
+    assert "| Qwen2.5-Coder-0.5B | k4v3 | 4.24x | 1.3260 ± 0.0010 | 1.0e-02 | 1.0150 ± 0.0010 | 1.0e-02 |" in text
+    assert "| Qwen2.5-Coder-0.5B | native | 4.24x | 1.0000 ± 0.0010 | 1.0e-02 | 1.0000" in text
+    assert "Qwen2.5-Coder-0.5B, weights dequantised from a Q4_K_M file" in text
+    assert "24 x 64 tokens of Brown's final split behind 448-token prompts" in text
+    sources = {
+        name: json.loads((tool.RESULTS / f"{name}.json").read_text()) for name in tool.TABLES["switches"].sources
+    }
+    sources["wire"] = {"rows": rows}
+    text = tool.TABLES["switches"].render(*sources.values())
+    assert "| 0.6% ± 0.1% on SmolLM2-135M, 1.5% ± 0.1% on Qwen2.5-Coder-0.5B |" in text
+    assert "Qwen2.5-Coder-0.5B, weights dequantised from a Q4_K_M file" in text
+
+
+def test_wire_dtypes_of_a_file_that_names_no_model(tool):
+    rows = [{"wire_dtype": "k4v3", "reduction": 4.24, "ratio": 1.0012, "kl": 6.8e-3}]
+    text = tool.TABLES["wire"].render({"environment": ENVIRONMENT, "options": {"seed": 0}, "rows": rows})
+    assert "| SmolLM2-135M-Instruct | k4v3 | 4.24x | 1.0012 | 6.8e-03 |" in text
+    assert "offsets" not in text
+
+
+def test_the_front_page_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150

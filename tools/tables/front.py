@@ -1,0 +1,119 @@
+"""The README's two tables: what each switch saves and costs, and what proves a served pair."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tables.base import interval, table, weights
+from tables.kv import uniform
+
+HELD_OUT = 64  # tokens of each continuation of bench-kv
+Data = dict[str, Any]
+
+
+def switches(kv: Data, wire: Data, kvonly: Data, prefilltime: Data, pruning: Data, headline: Data) -> str:
+    """What each switch saves and costs on the model measured here."""
+    rows = {(row["method"], row["asked"]): row for row in kv["rows"]}
+    quantised, planned = rows["dense k4v3", None], rows["ours", 8]
+    lengths = planned["reduction_by_prompt"]
+    alone = max(row["alone"] for row in prefilltime["rows"])
+    (faster,) = (row["faster"] for row in prefilltime["rows"] if row["alone"] == alone)
+    (dense,) = (row for row in kvonly["rows"] if row["what"] == "dense")
+    (skipped,) = (
+        row for row in kvonly["rows"] if (row["blocks"], row["what"]) == (alone, "K and V alone, refitted, gaps too")
+    )
+    costs = [skipped[name] / dense[name] - 1 for name in ("brown_ppl", "austen_ppl")]
+    removed = len(headline["plan"]["decode_dropped"])
+    (whole,) = (row for row in pruning["rows"] if not row["removed"])
+    losses = {
+        row["method"]: row["brown_ppl"] / whole["brown_ppl"] - 1 for row in pruning["rows"] if row["removed"] == removed
+    }
+    healed, refitted = (losses[name] for name in ("ours, no annealing, healed", "ours, no annealing"))
+    body = [
+        (
+            "quantised wire, all rows, keys int4 and values int3: `kv: {method: none, wire_dtype: k4v3}`",
+            f"{quantised['reduction']:.1f}x KV bytes",
+            _quantised(quantised, wire),
+            "[kv](docs/benchmarks/kv.md)",
+        ),
+        (
+            "budget plan, here 8x; a solver picks rows and dtype of each layer: `kv: {method: budget, reduction: 8}`",
+            f"{lengths['512']:.1f}x KV bytes at 512 prompt tokens "
+            f"({lengths['128']:.1f}x at 128, {lengths['2048']:.0f}x at 2,048)",
+            f"{_loss(planned)} ({_by_prompt(planned, '2048')} behind 2,048); "
+            f"facts inside the prompt: {planned['needle']:.0%} found",
+            "[kv](docs/benchmarks/kv.md)",
+        ),
+        (
+            f"KV-only prefill: {alone} of 30 blocks compute K and V alone: `healing: {{kv_only_blocks: {alone}}}`",
+            f"prefill {faster['median']:.2f}x faster (5% - 95% of rounds: {faster['low']:.2f}-{faster['high']:.2f})",
+            f"{costs[0]:.1%} on Brown, {costs[1]:.1%} on Austen; no error recorded",
+            "[blocks](docs/benchmarks/blocks.md)",
+        ),
+        (
+            f"fewer decode blocks: {removed} of 30 removed (experimental): `pruning: {{method: greedy, ...}}`",
+            f"{interval(headline['ratios'], 'output tokens/s')} times the output tokens/s, "
+            "in one run with KV cut as well",
+            f"{healed:.0%} healed, {refitted:.0%} without; no error recorded",
+            "[blocks](docs/benchmarks/blocks.md)",
+        ),
+    ]
+    options = kv["options"]
+    said = (
+        f"\n\nCosts are rises of perplexity on held-out text, ± one paired standard error "
+        f"of {options['sequences'] * HELD_OUT:,} tokens or more. Bytes are exact, against a bfloat16 pool; times are a "
+        "CPU's. "
+        f"Model: {weights()}, computed in float32{_more(wire)}."
+    )
+    return table(("switch", "saves", "costs", "measured"), body) + said
+
+
+def _more(wire: Data) -> str:
+    """The other models of bench-wire."""
+    names = list(uniform(wire["rows"], "k4v3"))[1:]
+    return "".join(f"; {weights(name)}" for name in names)
+
+
+def _loss(row: Data) -> str:
+    return f"{row['ppl_ratio'] - 1:.1%} ± {row['ppl_ratio_stderr']:.1%}"
+
+
+def _by_prompt(row: Data, tokens: str) -> str:
+    return f"{row['ppl_ratio_by_prompt'][tokens] - 1:.0%}"
+
+
+def _quantised(kv: Data, wire: Data) -> str:
+    """The loss of a uniform wire dtype on each model of bench-wire; of bench-kv, where that has no errors."""
+    rows = uniform(wire["rows"], "k4v3")
+    if not all("error" in row for row in rows.values()):
+        return _loss(kv)
+    return ", ".join(f"{row['ratio'] - 1:.1%} ± {row['error']:.1%} on {name}" for name, row in rows.items())
+
+
+def proof(served: Data, faults: Data) -> str:
+    """Fidelity by wire dtype and what faults did, one line each."""
+    rows, ends = served["rows"], faults["rows"]
+    detected, controls = (sum(row[key] for row in rows) for key in ("controls_detected", "controls"))
+    worst = max(rows, key=lambda row: row["error"])
+    least = min(rows, key=lambda row: row["error"])
+    total = {key: sum(row[key] for row in ends) for key in ("sent", "answered", "aborted", "failed", "lost", "wrong")}
+    after = {key: sum(row[f"afterwards_{key}"] for row in ends) for key in ("sent", "answered")}
+    exact = sum(row["counted"] == row["planned"] for row in rows)
+    body = [
+        ("served pairs, one for each wire dtype and one of all", len(rows)),
+        (
+            f"served logprobs against the oracle's, {rows[0]['prompts']} prompts each",
+            f"worst error {least['error']:.1e} ({least['wire']}) to {worst['error']:.1e} nats ({worst['wire']}); "
+            f"{sum(row['passed'] for row in rows)} of {len(rows)} within what rounding alone does",
+        ),
+        ("slightly wrong plans that the check must tell apart", f"{detected} of {controls} told apart"),
+        ("KV bytes counted on the wire as planned, to the byte", f"{exact} of {len(rows)}"),
+        (
+            f"{len(ends)} faults: kills, stops, cuts, corruption, overload, hang-ups, a soak",
+            f"{total['sent']:,} requests: {total['answered']:,} answered, {total['aborted']:,} hung up by the client, "
+            f"{total['failed']:,} failed with a reason, **{total['lost']} hung, {total['wrong']} wrong text**",
+        ),
+        ("healthy requests after each fault", f"{after['answered']} of {after['sent']} answered"),
+    ]
+    said = f"\n\n`{served['environment']['command']}`, `{faults['environment']['command']}`: each on two cores, no GPU."
+    return table(("what was checked", "result"), body) + said
