@@ -79,7 +79,8 @@ def test_onnxruntime_in_one_stage_only(tiny, stage, tmp_path):
     draw = random.Random(0)
     count, length = text_needed(plan)
     texts = [[draw.randrange(3, 259) for _ in range(length)] for _ in range(count)]
-    options = WorkerOptions(dtype="float32", chunked_prefill_size=64, threads=1)
+    page = 16 if stage == "prefill" else 1  # decode in torch on pages larger than a token, in one pool
+    options = WorkerOptions(dtype="float32", page_size=page, chunked_prefill_size=64, threads=1)
     spec = ClusterSpec.on_loopback(folder / "prefill", folder / "decode", prefill=1, decode=1, options=options)
     workers = tuple(replace(w, engine=engines[stage] if w.stage == stage else None) for w in spec.workers)
     with Cluster(replace(spec, workers=workers), ServeEnvironment.find(), tmp_path) as cluster:
