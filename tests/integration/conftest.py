@@ -23,6 +23,14 @@ ROOT = Path(__file__).parents[2]
 SPLIT = SplitPool(isl=400, osl=16)  # of `mixed_pair`
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
+def pytest_collection_modifyitems(items):
+    """Under `-n 2 --dist loadgroup`, tests of a module run in one process, unless they say with which they share."""
+    for item in items:
+        if not any(item.iter_markers("xdist_group")):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
 @pytest.fixture(scope="session")
 def real_cache():
     return Cache.default()

@@ -27,6 +27,7 @@ def sums(worker, *names):
 
 
 @pytest.mark.model
+@pytest.mark.xdist_group("smollm2")
 def test_smollm2_with_onnxruntime_in_both_stages(bundle, real_cache, tmp_path):
     """Chunks of 64 tokens on pages of 16, so that spans, pages and chunks end in different places."""
     options = WorkerOptions(page_size=16, chunked_prefill_size=64)

@@ -25,7 +25,13 @@ STAGING_BYTES = 64 << 20  # TransportConfig's default, of the plugin's own envir
 pytestmark = [pytest.mark.serve, pytest.mark.model, pytest.mark.timeout(900)]
 
 
-@pytest.fixture(scope="module", params=["smollm2, page 1", "mixed, page 16, chunks of 64"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param("smollm2, page 1", marks=pytest.mark.xdist_group("smollm2")),
+        pytest.param("mixed, page 16, chunks of 64", marks=pytest.mark.xdist_group("tiny bundle")),
+    ],
+)
 def setting(request):
     return request.param
 

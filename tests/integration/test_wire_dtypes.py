@@ -11,7 +11,7 @@ from pdtrim_deploy.decode_pool import SplitPool, request_bytes
 from pdtrim_deploy.plan import KVSend
 from pdtrim_deploy.wire import WIRE_DTYPES
 
-pytestmark = [pytest.mark.serve, pytest.mark.model, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.serve, pytest.mark.model, pytest.mark.timeout(900), pytest.mark.xdist_group("tiny bundle")]
 
 
 def test_all_wire_dtypes_in_one_plan(mixed_bundle):
