@@ -65,7 +65,7 @@ test-unit-serve:
 test-docs: setup-docs  ## documentation, manifests against the Kubernetes schemas, the Dockerfile
 	$(DOCS)/python $(PYTEST) tests/docs
 
-# Two pairs at a time (9 GB of memory; TEST_WORKERS=1 for half of it): one's start and the other's requests fill two cores.
+# Two pairs at a time (12 GB of memory; TEST_WORKERS=1: half of it): one's start and the other's requests fill two cores.
 test-serve: setup  ## the tests that start SGLang servers
 	$(TEST_ENV) OMP_NUM_THREADS=1 $(BUILD)/python $(PYTEST) tests/serving tests/integration -m serve -n $(TEST_WORKERS) --dist loadgroup
 

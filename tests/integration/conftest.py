@@ -25,7 +25,11 @@ SPLIT = SplitPool(isl=400, osl=16)  # of `mixed_pair`
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items):
-    """Under `-n 2 --dist loadgroup`, tests of a module run in one process, unless they say with which they share."""
+    """Tests on shared pairs first, so that these end before others start their own.
+
+    Under `-n 2 --dist loadgroup` a module's tests run in one process, unless they say with which they share.
+    """
+    items.sort(key=lambda item: "shared_pair" not in item.fixturenames)
     for item in items:
         if not any(item.iter_markers("xdist_group")):
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
@@ -82,8 +86,8 @@ def mixed_bundle(tiny_bundle, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def serving(tmp_path_factory):
-    """`serving(prefill_dir, decode_dir, **options)`: a context manager that yields the running cluster."""
+def shared_pairs(tmp_path_factory):
+    """All shared pairs of this process (shared_pairs.py)."""
 
     @contextlib.contextmanager
     def start(prefill, decode, start_timeout_s=420.0, **options):
@@ -93,17 +97,29 @@ def serving(tmp_path_factory):
         with Cluster(spec, ServeEnvironment.find(), tmp_path_factory.mktemp("logs")) as cluster:
             yield cluster
 
-    return start
+    with contextlib.closing(SharedPairs(start)) as pairs:
+        yield pairs
 
 
 @pytest.fixture(scope="session")
-def shared_pair(serving):
-    """`shared_pair(prefill_dir, decode_dir, **options)`: a running cluster that other tests use too (shared_pairs)."""
-    with contextlib.closing(SharedPairs(serving)) as pairs:
-        yield pairs.get
+def shared_pair(shared_pairs):
+    """`shared_pair(prefill_dir, decode_dir, **options)`: a running cluster that other tests use too."""
+    return shared_pairs.get
 
 
 @pytest.fixture(scope="session")
+def serving(shared_pairs):
+    """`serving(prefill_dir, decode_dir, **options)`: a context manager that yields a cluster of one's own."""
+    return shared_pairs.own
+
+
+@pytest.fixture
+def no_shared_pairs(shared_pairs):
+    """For tests that start servers by themselves: shared pairs end, to leave them the memory."""
+    shared_pairs.close()
+
+
+@pytest.fixture
 def mixed_pair(shared_pair, mixed_bundle):
     """A shared pair of `mixed_bundle`: pages of 16, chunks of 64, decode's pool split (for SPLIT)."""
     options = {"page_size": 16, "chunked_prefill_size": 64, "split_pool": SPLIT}

@@ -18,7 +18,7 @@ from pdtrim_deploy.plan import STAGES, Distilled, Drop, Keep, KVOnly, KVSend, PD
 from pdtrim_deploy.serving import Cluster, ClusterSpec, Engine, Executors, ServeEnvironment, WorkerOptions, cluster_of
 from pdtrim_deploy.serving.metrics import scrape
 
-pytestmark = [pytest.mark.serve, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.serve, pytest.mark.timeout(900), pytest.mark.usefixtures("no_shared_pairs")]
 
 
 def sums(worker, *names):

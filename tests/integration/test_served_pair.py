@@ -42,7 +42,7 @@ def bundle(setting, request):
     return request.getfixturevalue("smollm2_bundle" if setting.startswith("smollm2") else "mixed_bundle")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def pair(setting, bundle, shared_pair, request):
     if setting.startswith("mixed"):
         return request.getfixturevalue("mixed_pair")

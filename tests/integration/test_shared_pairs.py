@@ -31,7 +31,7 @@ def pairs(log):
         yield Pair()
         log.append(f"stop {prefill} {options.get('page_size', 1)}")
 
-    with contextlib.closing(SharedPairs(start)) as pairs:
+    with contextlib.closing(SharedPairs(start, most=2)) as pairs:
         yield pairs
 
 
@@ -56,3 +56,12 @@ def test_a_pair_that_another_test_broke_is_not_handed_out(pairs):
     pairs.get(Path("a"), Path("a")).dead = True
     with pytest.raises(ServingError, match="decode-0 ended"):
         pairs.get(Path("a"), Path("a"))
+
+
+def test_a_pair_of_ones_own_is_never_handed_out_and_has_the_memory(pairs, log):
+    a = Path("a")
+    shared = pairs.get(a, a)
+    with pairs.own(a, a) as own:
+        assert own is not shared
+        assert log == ["start a 1", "stop a 1", "start a 1"]
+        assert pairs.get(a, a) not in (own, shared)

@@ -15,7 +15,13 @@ from pdtrim_deploy.manifests.dashboard import names
 from pdtrim_deploy.serving.ports import free_ports
 from pdtrim_deploy.serving.process import session_members
 
-pytestmark = [pytest.mark.serve, pytest.mark.model, pytest.mark.timeout(900), pytest.mark.xdist_group("tiny bundle")]
+pytestmark = [
+    pytest.mark.serve,
+    pytest.mark.model,
+    pytest.mark.timeout(900),
+    pytest.mark.xdist_group("tiny bundle"),
+    pytest.mark.usefixtures("no_shared_pairs"),
+]
 
 
 def run(capsys, *args):
