@@ -24,6 +24,27 @@ ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "tests" / "mutations" / "mutations.yaml"
 SOURCES = ("pdtrim_deploy", "plugins", "builders")
 SERVE_TESTS = "pdtrim_sglang/"  # under tests/: those that run in .venv/serve
+PRELOADED = {
+    "build": ("pytest", "hypothesis", "torch", "transformers.modeling_utils"),
+    "serve": ("pytest", "torch", "sglang.srt.managers.scheduler"),
+}
+# Reads a file for the output and pytest's arguments from each line of stdin; writes the exit code.
+PROGRAM = """
+import importlib, json, os, sys
+report = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+for line in sys.stdin:
+    output, arguments = json.loads(line)
+    if (pid := os.fork()) == 0:
+        file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(file, 1)
+        code = int(sys.modules["pytest"].main(arguments))
+        sys.stdout.flush()
+        os._exit(code)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), file=report, flush=True)
+"""
 FAILED = re.compile(r"^(?:FAILED|ERROR) tests/(\S+)", re.MULTILINE)
 
 
@@ -76,20 +97,53 @@ def copy_tree(to: Path) -> None:
     (to / ".venv").symlink_to(ROOT / ".venv")
 
 
-def failures(tree: Path, tests: tuple[str, ...]) -> list[str]:
-    """Tests that fail in `tree`; a file that cannot even be collected counts as one."""
-    # The copy's packages before the installed ones; no compiled files, whose times are too coarse for quick changes.
-    paths = os.pathsep.join(str(tree / folder) for folder in (".", "builders", "plugins"))
-    environment = os.environ | {"PYTHONPATH": paths, "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1"}
+class Runner:
+    """Runs tests of a tree in forks of one process of an environment, which has imported what takes long: not ours."""
+
+    def __init__(self, name: str, tree: Path) -> None:
+        # The copy's packages before the installed ones; nothing compiled is kept: its times are too coarse for this.
+        paths = os.pathsep.join(str(tree / folder) for folder in (".", "builders", "plugins"))
+        environment = os.environ | {
+            "PYTHONPATH": paths, "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
+        }  # fmt: skip
+        command = [str(ROOT / ".venv" / name / "bin" / "python"), "-c", PROGRAM, *PRELOADED[name]]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        self._process = subprocess.Popen(command, cwd=tree, env=environment, text=True, **pipes)
+        self._output = tree / f"{name}.out"
+
+    def failures(self, tests: list[str]) -> list[str]:
+        """Tests that fail; a file that cannot even be collected counts as one."""
+        arguments = [
+            *(f"tests/{test}" for test in tests),
+            "-m",
+            "not serve",
+            "-p",
+            "no:cacheprovider",
+            "-rfE",
+            "--tb=no",
+        ]
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps([str(self._output), arguments]) + "\n")
+        self._process.stdin.flush()
+        code = int(self._process.stdout.readline())
+        names = FAILED.findall(self._output.read_text())
+        return names or ([f"{tests[0]} (pytest ended with {code})"] if code else [])
+
+    def close(self) -> None:
+        """End it."""
+        self._process.communicate()
+
+
+def failures(runners: dict[str, Runner], tree: Path, tests: tuple[str, ...]) -> list[str]:
+    """Tests of both environments that fail; an environment's runner is started when first needed."""
+    serve = [test for test in tests if test.startswith(SERVE_TESTS)]
     failed = []
-    for name in ("build", "serve"):
-        chosen = [f"tests/{test}" for test in tests if test.startswith(SERVE_TESTS) == (name == "serve")]
-        if chosen:
-            command = [str(ROOT / ".venv" / name / "bin" / "python"), "-m", "pytest", "-m", "not serve", *chosen]
-            command += ["-p", "no:cacheprovider", "--tb=no", "-rfE"]
-            done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)
-            names = FAILED.findall(done.stdout)
-            failed += names or ([f"{chosen[0]} (pytest ended with {done.returncode})"] if done.returncode else [])
+    for name, mine in (("serve", serve), ("build", [test for test in tests if test not in serve])):
+        if mine:
+            if name not in runners:
+                runners[name] = Runner(name, tree)
+            failed += runners[name].failures(mine)
     return failed
 
 
@@ -104,19 +158,22 @@ def main() -> None:
         copy_tree(tree)
         mutations = [m for m in read(tree) if options.only in "\0".join((m.old, m.new, str(m.file), *m.tests))]
         tests = tuple(sorted({test for mutation in mutations for test in mutation.tests}))
-        if failed := failures(tree, tests):
+        runners: dict[str, Runner] = {}
+        if failed := failures(runners, tree, tests):
             print("without a mutation these fail already:", *failed, sep="\n  ", file=sys.stderr)
             sys.exit(2)
         rows = []
         for mutation in mutations:
             whole = (tree / mutation.file).read_text()
             (tree / mutation.file).write_text(mutation.applied(tree))
-            caught = failures(tree, mutation.tests)
+            caught = failures(runners, tree, mutation.tests)
             (tree / mutation.file).write_text(whole)
             rows.append({"file": str(mutation.file), "old": mutation.old, "new": mutation.new, "caught_by": caught})
             print(f"{'caught' if caught else 'MISSED'}  {mutation.file}: {mutation.new}", flush=True)
             for name in caught[:1]:
                 print(f"          {name}" + (f" and {len(caught) - 1} more" if caught[1:] else ""), flush=True)
+        for runner in runners.values():
+            runner.close()
     missed = sum(not row["caught_by"] for row in rows)
     print(f"{len(rows) - missed} of {len(rows)} mutations caught")
     if options.out:
