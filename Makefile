@@ -15,7 +15,7 @@ TEST_ENV = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} OMP_WAIT_POLICY=PASSIVE GOMP_S
 PYTEST = -m pytest --durations=5
 TEST_WORKERS ?= 2
 
-.PHONY: help setup setup-build setup-serve setup-docs setup-aiperf lock lint format test test-unit test-docs test-serve test-faults soak demo headline plugin docs deploy bench clean distclean
+.PHONY: help setup setup-build setup-serve setup-docs setup-aiperf lock lint format test test-unit test-unit-build test-unit-serve test-docs test-serve test-faults mutations soak demo headline plugin docs deploy bench clean distclean
 .DEFAULT_GOAL := help
 
 help:  ## list these targets
@@ -51,16 +51,26 @@ format: setup-build  ## let ruff rewrite the sources
 
 test: test-unit test-docs test-serve  ## all tests: units, then genuine SGLang workers and router on loopback
 
+# Both environments at once: the plugin's tests import SGLang for a long time on one core. -O: each with its own output.
 test-unit: setup  ## the tests that start no SGLang server, in both environments
+	@$(MAKE) --no-print-directory -O -j 2 test-unit-build test-unit-serve
+
+test-unit-build:
 	$(TEST_ENV) OMP_NUM_THREADS=1 $(BUILD)/python $(PYTEST) tests --ignore tests/pdtrim_sglang --ignore tests/docs \
 	  -m "not serve" -n $(TEST_WORKERS) --dist loadfile
-	$(TEST_ENV) $(SERVE)/python $(PYTEST) tests/pdtrim_sglang tests/kvcache/test_triton_pack.py -m "not serve"
+
+test-unit-serve:
+	$(TEST_ENV) OMP_NUM_THREADS=1 $(SERVE)/python $(PYTEST) tests/pdtrim_sglang tests/kvcache/test_triton_pack.py -m "not serve"
 
 test-docs: setup-docs  ## documentation, manifests against the Kubernetes schemas, the Dockerfile
 	$(DOCS)/python $(PYTEST) tests/docs
 
+# Two pairs at a time (12 GB of memory; TEST_WORKERS=1: half of it): one's start and the other's requests fill two cores.
 test-serve: setup  ## the tests that start SGLang servers
-	$(TEST_ENV) $(BUILD)/python $(PYTEST) tests/serving tests/integration -m serve
+	$(TEST_ENV) OMP_NUM_THREADS=1 $(BUILD)/python $(PYTEST) tests/serving tests/integration -m serve -n $(TEST_WORKERS) --dist loadgroup
+
+mutations: setup  ## 39 one-line mutations of plugin, wire format and oracle: which test catches each; not part of make test
+	$(BUILD)/python tools/mutations.py
 
 test-faults: setup  ## kill, stop, cut and flood a running pair; not part of make test
 	$(TEST_ENV) $(BUILD)/python $(PYTEST) tests/faults

@@ -38,6 +38,8 @@ def install() -> None:
     """Take SIGINT, SIGTERM and SIGHUP, unless they are ignored (`nohup`, a shell's background job)."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, Interrupt())
+    if sys.unraisablehook is sys.__unraisablehook__:
+        sys.unraisablehook = _swallowed
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, _ended)
@@ -48,6 +50,12 @@ def obey() -> None:
     handler = signal.getsignal(signal.SIGINT)
     if isinstance(handler, Interrupt) and handler.asked:
         raise KeyboardInterrupt
+
+
+def _swallowed(unraisable: sys.UnraisableHookArgs) -> None:
+    """Ctrl-C that fell into a callback from which nothing can be raised is obeyed later: no traceback for it."""
+    if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+        sys.__unraisablehook__(unraisable)
 
 
 def _ended(number: int, frame: FrameType | None) -> None:

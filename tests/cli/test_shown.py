@@ -1,4 +1,9 @@
-"""Every command of README and docs that takes seconds and no GPU runs, as shown (tests/docs/commands.yaml)."""
+"""Every command of README and docs that takes seconds and no GPU runs, as shown (tests/docs/commands.yaml).
+
+Ours run in this process, through the command line's own entry point: importing torch and transformers anew for each
+would take longer than all of them together. That the commands run as programs is tested elsewhere: test_cli.py,
+test_terminal.py.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +20,7 @@ from shown import ROOT, to_run
 from sse_server import Behaviour, serve
 
 from pdtrim_deploy.cache import Cache
+from pdtrim_deploy.cli import main
 from pdtrim_deploy.pipeline import build
 from pdtrim_deploy.recipe import Recipe
 
@@ -60,15 +66,22 @@ def url() -> Iterator[str]:
 
 
 @pytest.mark.parametrize("command", [*BUILDS, *(one for one in to_run() if one not in BUILDS)])
-def test_it_runs_as_shown(command: str, folder: Path, url: str) -> None:
-    words = shlex.split(command.replace(URL, url))
-    if words[0] == "pdtrim-deploy":
-        words[:1] = [sys.executable, "-m", "pdtrim_deploy"]
-        if words[3] in ("eval", "fidelity", "build", "demo") or words[3:5] == ["inspect", "hf:tiny"]:
+def test_it_runs_as_shown(
+    command: str, folder: Path, url: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    program, *words = shlex.split(command.replace(URL, url))
+    if program == "pdtrim-deploy":
+        if words[0] in ("eval", "fidelity", "build", "demo") or words[:2] == ["inspect", "hf:tiny"]:
             words += ["--cache-dir", "cache"]
-        if "serve" in words[3:4] or ("--dry-run" in words and words[3] in ("loadtest", "compare", "fidelity")):
+        if "serve" in words[:1] or ("--dry-run" in words and words[0] in ("loadtest", "compare", "fidelity")):
             words += ["--serve-python", sys.executable]
-    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, check=False, timeout=250)
-    assert done.returncode in to_run()[command], done.stderr
-    assert "Traceback" not in done.stderr
-    assert done.stdout
+        with pytest.raises(SystemExit) as ended:
+            main(words)
+        code = ended.value.code or 0
+    else:
+        code = subprocess.run([program, *words], check=False, timeout=250).returncode
+    out, err = capfd.readouterr()
+    assert code in to_run()[command], err
+    assert "Traceback" not in err
+    assert out

@@ -21,6 +21,7 @@ from sse_server import Behaviour, serve
 from terminal import CTRL_C, Terminal
 
 from pdtrim_deploy.bundle import Bundle
+from pdtrim_deploy.cli import main
 from pdtrim_deploy.cli.interrupt import OTHERWISE, RESUME
 from pdtrim_deploy.doctor.packages import wanted_version
 
@@ -51,7 +52,9 @@ def bundle(recipe_file: Path) -> Path:
     """Built by the test of Ctrl-C in a build, or here."""
     out = recipe_file.parent / "bundle"
     if not (out / "COMPLETE").exists():
-        assert run("build", recipe_file, "--out", out, "--cache-dir", recipe_file.parent / "cache").returncode == 0
+        with pytest.raises(SystemExit) as ended:
+            main(["build", str(recipe_file), "--out", str(out), "--cache-dir", str(recipe_file.parent / "cache")])
+        assert not ended.value.code
     return out
 
 
@@ -124,6 +127,21 @@ def test_a_build_is_stopped_at_its_steps_and_goes_on(recipe_file: Path) -> None:
     assert "done before" in again.text
     assert Bundle.open(out).verify() == []
     assert not (out / ".build").exists()
+
+
+@pytest.mark.parametrize(("error", "shown"), [("KeyboardInterrupt", False), ("ValueError", True)])
+def test_ctrl_c_that_falls_where_nothing_can_be_raised_shows_no_traceback(error: str, shown: bool) -> None:
+    """Python calls weak references' callbacks so, its import system's own among them."""
+    program = f"""
+from pdtrim_deploy.cli.interrupt import install
+class Last:
+    def __del__(self):
+        raise {error}
+install()
+Last()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert ("Traceback" in done.stderr) is shown
 
 
 BLOCKED = {

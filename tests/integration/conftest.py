@@ -1,4 +1,4 @@
-"""A real bundle, built once a session with the command line, and clusters that serve it."""
+"""Bundles, built once a session, and clusters that serve them."""
 
 import contextlib
 import subprocess
@@ -6,13 +6,33 @@ import sys
 from pathlib import Path
 
 import pytest
+from bundle_variants import mixed, variant
 
 from pdtrim_deploy.bundle import Bundle
 from pdtrim_deploy.cache import Cache
+from pdtrim_deploy.decode_pool import SplitPool
+from pdtrim_deploy.pipeline import build
+from pdtrim_deploy.recipe import Recipe
 from pdtrim_deploy.serving import Cluster, ClusterSpec, ServeEnvironment, WorkerOptions
 from pdtrim_deploy.serving.metrics import scrape
 
+sys.path.insert(0, str(Path(__file__).parent))
+from shared_pairs import SharedPairs
+
 ROOT = Path(__file__).parents[2]
+SPLIT = SplitPool(isl=400, osl=16)  # of `mixed_pair`
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
+def pytest_collection_modifyitems(items):
+    """Tests on shared pairs first, so that these end before others start their own.
+
+    Under `-n 2 --dist loadgroup` a module's tests run in one process, unless they say with which they share.
+    """
+    items.sort(key=lambda item: "shared_pair" not in item.fixturenames)
+    for item in items:
+        if not any(item.iter_markers("xdist_group")):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 @pytest.fixture(scope="session")
@@ -21,9 +41,10 @@ def real_cache():
 
 
 @pytest.fixture(scope="session")
-def bundle(tmp_path_factory):
+def smollm2_bundle(tmp_path_factory):
+    """Of SmolLM2-135M, built with the command line: both prunings, native wire, onnx engines."""
     out = tmp_path_factory.mktemp("bundle") / "quick"
-    build = [
+    command = [
         sys.executable,
         "-m",
         "pdtrim_deploy",
@@ -32,13 +53,41 @@ def bundle(tmp_path_factory):
         "--out",
         str(out),
     ]
-    subprocess.run(build, check=True, timeout=600)
+    subprocess.run(command, check=True, timeout=600)
     return Bundle.open(out)
 
 
 @pytest.fixture(scope="session")
-def serving(tmp_path_factory):
-    """`serving(prefill_dir, decode_dir, **options)`: a context manager that yields the running cluster."""
+def bundle(smollm2_bundle):
+    return smollm2_bundle
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_model, real_cache, tmp_path_factory):
+    """Of a random Llama of 14 blocks, with a vocabulary that holds the token numbers which tests send."""
+    folder = tmp_path_factory.mktemp("tiny")
+    sizes = {"num_hidden_layers": 14, "head_dim": 32, "vocab_size": 2048, "max_position_embeddings": 4096}
+    recipe = {
+        "name": "tiny",
+        "model": {"source": f"hf:{tiny_model(folder / 'model', **sizes)}"},
+        "calibration": {"corpus": "brown", "sequences": 2, "length": 64},
+        "evaluation": {"corpus": "brown", "sequences": 2, "prompt_tokens": 64, "continuation_tokens": 16},
+        "pruning": {"method": "cosine", "prefill_blocks": 1, "decode_blocks": 2},
+        "kv": {"method": "all", "n_first": 4, "n_last": 24},
+    }
+    build(Recipe.model_validate(recipe), folder / "bundle", real_cache)
+    return Bundle.open(folder / "bundle")
+
+
+@pytest.fixture(scope="session")
+def mixed_bundle(tiny_bundle, tmp_path_factory):
+    """`tiny_bundle` with all wire dtypes, and rows that differ from layer to layer."""
+    return variant(tiny_bundle, mixed(tiny_bundle), tmp_path_factory.mktemp("mixed") / "bundle")
+
+
+@pytest.fixture(scope="session")
+def shared_pairs(tmp_path_factory):
+    """All shared pairs of this process (shared_pairs.py)."""
 
     @contextlib.contextmanager
     def start(prefill, decode, start_timeout_s=420.0, **options):
@@ -48,7 +97,33 @@ def serving(tmp_path_factory):
         with Cluster(spec, ServeEnvironment.find(), tmp_path_factory.mktemp("logs")) as cluster:
             yield cluster
 
-    return start
+    with contextlib.closing(SharedPairs(start)) as pairs:
+        yield pairs
+
+
+@pytest.fixture(scope="session")
+def shared_pair(shared_pairs):
+    """`shared_pair(prefill_dir, decode_dir, **options)`: a running cluster that other tests use too."""
+    return shared_pairs.get
+
+
+@pytest.fixture(scope="session")
+def serving(shared_pairs):
+    """`serving(prefill_dir, decode_dir, **options)`: a context manager that yields a cluster of one's own."""
+    return shared_pairs.own
+
+
+@pytest.fixture
+def no_shared_pairs(shared_pairs):
+    """For tests that start servers by themselves: shared pairs end, to leave them the memory."""
+    shared_pairs.close()
+
+
+@pytest.fixture
+def mixed_pair(shared_pair, mixed_bundle):
+    """A shared pair of `mixed_bundle`: pages of 16, chunks of 64, decode's pool split (for SPLIT)."""
+    options = {"page_size": 16, "chunked_prefill_size": 64, "split_pool": SPLIT}
+    return shared_pair(mixed_bundle.prefill_dir, mixed_bundle.decode_dir, dtype="float32", **options)
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ import sys
 import pytest
 import yaml
 
-pytestmark = [pytest.mark.serve, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.serve, pytest.mark.timeout(900), pytest.mark.usefixtures("no_shared_pairs")]
 
 
 def test_the_demo_ends_with_its_table_and_its_page(tiny_llama_dir, real_cache, tmp_path):

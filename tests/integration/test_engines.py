@@ -21,7 +21,7 @@ from pdtrim_deploy.plan_kv import KEY_OFFSETS
 from pdtrim_deploy.serving import Cluster, ClusterSpec, Engine, Executors, ServeEnvironment, WorkerOptions, cluster_of
 from pdtrim_deploy.serving.metrics import scrape
 
-pytestmark = [pytest.mark.serve, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.serve, pytest.mark.timeout(900), pytest.mark.usefixtures("no_shared_pairs")]
 
 
 def sums(worker, *names):
@@ -30,6 +30,7 @@ def sums(worker, *names):
 
 
 @pytest.mark.model
+@pytest.mark.xdist_group("smollm2")
 def test_smollm2_with_onnxruntime_in_both_stages(bundle, real_cache, tmp_path):
     """Chunks of 64 tokens on pages of 16, so that spans, pages and chunks end in different places."""
     options = WorkerOptions(page_size=16, chunked_prefill_size=64)
@@ -87,7 +88,8 @@ def test_onnxruntime_in_one_stage_only(tiny, stage, tmp_path):
     draw = random.Random(0)
     count, length = text_needed(plan)
     texts = [[draw.randrange(3, 259) for _ in range(length)] for _ in range(count)]
-    options = WorkerOptions(dtype="float32", chunked_prefill_size=64, threads=1)
+    page = 16 if stage == "prefill" else 1  # decode in torch on pages larger than a token, in one pool
+    options = WorkerOptions(dtype="float32", page_size=page, chunked_prefill_size=64, threads=1)
     spec = ClusterSpec.on_loopback(folder / "prefill", folder / "decode", prefill=1, decode=1, options=options)
     workers = tuple(replace(w, engine=engines[stage] if w.stage == stage else None) for w in spec.workers)
     with Cluster(replace(spec, workers=workers), ServeEnvironment.find(), tmp_path) as cluster:

@@ -1,41 +1,50 @@
-"""The tutorial's servers as a person runs them: genuine SGLang from a terminal, asked, checked, loaded, Ctrl-C."""
+"""The tutorial's servers as a person runs them: genuine SGLang from a terminal, asked, checked, loaded, Ctrl-C.
+
+The model is a tiny one; SmolLM2 is served in test_served_pair.py.
+"""
 
 import json
-import subprocess
-import sys
 
 import httpx
 import pytest
 from terminal import CTRL_C, Terminal
 
+from pdtrim_deploy.cli import main
 from pdtrim_deploy.cli.interrupt import RESUME
 from pdtrim_deploy.manifests.dashboard import names
 from pdtrim_deploy.serving.ports import free_ports
 from pdtrim_deploy.serving.process import session_members
 
-pytestmark = [pytest.mark.serve, pytest.mark.model, pytest.mark.timeout(900)]
+pytestmark = [
+    pytest.mark.serve,
+    pytest.mark.model,
+    pytest.mark.timeout(900),
+    pytest.mark.xdist_group("tiny bundle"),
+    pytest.mark.usefixtures("no_shared_pairs"),
+]
 
 
-def run(*args):
-    command = [sys.executable, "-m", "pdtrim_deploy", *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+def run(capsys, *args):
+    """The command's JSON."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main([str(arg) for arg in args])
+    out, err = capsys.readouterr()
+    assert not ended.value.code, err
+    return json.loads(out)
 
 
-def test_the_tutorials_servers(bundle, tmp_path):
+def test_the_tutorials_servers(tiny_bundle, tmp_path, capsys):
     (port,) = free_ports(1)
-    terminal = Terminal("serve", bundle.path, "--port", port, "--json", "--log-dir", tmp_path)
+    terminal = Terminal("serve", tiny_bundle.path, "--port", port, "--json", "--log-dir", tmp_path)
     terminal.read_until(r'"workers": .*\n', 600)
     said = json.loads(next(line for line in terminal.text.splitlines() if line.startswith("{")))
     url, pids = said["url"], [worker["pid"] for worker in said["workers"]]
     assert url.endswith(f":{port}")
     body = {"model": said["model"], "prompt": "The river", "max_tokens": 16}
     assert httpx.post(f"{url}/v1/completions", json=body, timeout=120).json()["choices"][0]["text"]
-    checked = run("fidelity", bundle.path, url, "--json")
-    assert checked.returncode == 0, checked.stderr
-    assert json.loads(checked.stdout)["passed"]
-    loaded = run("loadtest", url, "--requests", 4, "--concurrency", 2, "--json")
-    assert loaded.returncode == 0, loaded.stderr
-    assert json.loads(loaded.stdout)["failed"] == 0
+    assert run(capsys, "fidelity", tiny_bundle.path, url, "--json")["passed"]
+    assert run(capsys, "loadtest", url, "--requests", 4, "--concurrency", 2, "--json")["failed"] == 0
     exported = "".join(
         httpx.get(at, timeout=60).text
         for at in (said["router"]["metrics"], *(worker["metrics"] for worker in said["workers"]))

@@ -182,6 +182,7 @@ def test_many_blocks_equal_one(wire, monkeypatch):
         ([*range(33, 49), *range(0, 16)], ([*range(33, 49), *range(0, 16)], 1)),  # not whole pages
         ([*range(8, 12), *range(0, 4), 20], ([*range(8, 12), *range(0, 4), 20], 1)),  # the last one cut
         ([3, 2, 1, 0], ([3, 2, 1, 0], 1)),
+        ([4, 6, 5, 7], ([4, 6, 5, 7], 1)),  # its ends are a run's
     ],
 )
 def test_slots_are_moved_in_the_largest_pages_they_make(slots, found):
@@ -218,3 +219,16 @@ def test_an_odd_sized_head_cannot_be_quantised():
         match=r"plan\.json: not a valid plan: .*block 1: wire dtype int8 needs a head size that is a multiple of 2",
     ):
         PDPlan.parse(plan, "plan.json")
+
+
+@pytest.mark.parametrize("wire", WIRE_DTYPES)
+def test_a_rank_with_one_of_two_heads_sends_its_half_of_the_bytes(wire):
+    plan = PDPlan.dense(shape(1, 2, 64)).with_kv((KVSend(wire_dtype=wire),))
+    pool, slots = [torch.randn(8, 2, 64, generator=torch.Generator().manual_seed(0))], torch.arange(5)
+    whole, own = chunk_layout(plan, 5), chunk_layout(plan, 5, kv_heads=1)
+    assert 2 * own.total_bytes == whole.total_bytes == plan.payload_bytes(5)
+    wanted, got = [torch.zeros(8, 2, 64)], [torch.zeros(8, 1, 64)]
+    unpack(whole, pack(whole, pool, pool, slots), wanted, wanted, slots)
+    second = [pool[0][:, 1:]]
+    unpack(own, pack(own, second, second, slots), got, got, slots)
+    assert torch.equal(got[0], wanted[0][:, 1:])

@@ -88,7 +88,8 @@ def _fit(model: Quadratic, costs: Ints, budget: int, choice: Ints) -> Ints:
 
 
 def _descend(model: Quadratic, costs: Ints, budget: int, choice: Ints) -> Ints:
-    at, choice = np.arange(model.layers), choice.copy()
+    """Make the best change of one layer or of two as long as the harm falls: rounding may foretell that it does."""
+    at, choice, harm = np.arange(model.layers), choice.copy(), model.harm(choice)
     same = np.eye(model.layers, dtype=bool)[:, None, :, None]
     while True:
         spare = budget - costs[at, choice].sum()
@@ -99,9 +100,13 @@ def _descend(model: Quadratic, costs: Ints, budget: int, choice: Ints) -> Ints:
         pair = np.where((more[:, :, None, None] + more[None, None] <= spare) & ~same, pair, 0.0)
         if min(alone.min(), pair.min()) > -1e-12:
             return choice
+        changed = choice.copy()
         if alone.min() <= pair.min():
             layer, option = np.unravel_index(alone.argmin(), alone.shape)
-            choice[layer] = option
+            changed[layer] = option
         else:
             one, a, other, b = np.unravel_index(pair.argmin(), pair.shape)
-            choice[one], choice[other] = a, b
+            changed[one], changed[other] = a, b
+        if (less := model.harm(changed)) > harm - 1e-12:
+            return choice
+        choice, harm = changed, less
