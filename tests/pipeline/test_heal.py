@@ -18,6 +18,7 @@ from pdtrim_deploy.checkpoints.loading import load_model
 from pdtrim_deploy.checkpoints.surgery import keep_blocks
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.evaluation.oracle import PDOracle
+from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
 from pdtrim_deploy.loadtest.text import WORDS
 from pdtrim_deploy.pipeline import build, heal, heal_kv, texts
 from pdtrim_deploy.pipeline.build import steps_of
@@ -154,13 +155,15 @@ def test_decode_is_healed_behind_the_kv_that_is_sent(
     if not pruned:
         for stage in STAGES:
             monkeypatch.setitem(CHOSEN, stage, {"removed": [], "pairs": []})
-    kv = {"method": "all", "n_first": 2, "n_last": 4, "prompt_tokens": 24, "continuation_tokens": 8}
+    kv = {"method": "all", "n_first": 2, "n_last": 4, "wire_dtype": "int8"}
+    kv |= {"prompt_tokens": 24, "continuation_tokens": 8}
     base = HEALING if pruned else {key: HEALING[key] for key in ("batch", "sequences", "length")}
     sections = {"kv": kv} if pruned else {"kv": kv, "pruning": {}}
     without = build(recipe_of(healing=base, **sections), tmp_path / "a", cache)
     recipe = recipe_of(healing=base | {"kv_steps": 24, "learning_rate": 1e-3}, **sections)
     bundle = build(recipe, tmp_path / "b", cache)
     assert bundle.plan == without.plan
+    assert bundle.plan.key_offsets is not None
     report = json.loads((bundle.path / heal_kv.HEALING_KV).read_text())
     assert report["kept"]
     assert report["after"] < report["before"]
@@ -170,7 +173,7 @@ def test_decode_is_healed_behind_the_kv_that_is_sent(
     ids = context.calibration(12, 24 + 16)[-1:]
     losses = []
     for decode in (before, models[1]):
-        oracle = PDOracle(models[0], decode, bundle.plan)
+        oracle = PDOracle(models[0], decode, bundle.plan, KeyOffsets.read(bundle.decode_dir, bundle.plan))
         losses.append(-float(oracle.score(oracle.prefill(ids[:, :24]), ids[:, 24:]).mean()))
     assert losses[0] != losses[1]
     changed = heal_kv.changed(context)
