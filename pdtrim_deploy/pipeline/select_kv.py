@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from pdtrim_deploy.bundle import PLAN, REPORTS
+from pdtrim_deploy.bundle import PLAN, REPORTS, WORK
 from pdtrim_deploy.pipeline import heal
 from pdtrim_deploy.pipeline.context import Context, write_json
 from pdtrim_deploy.pipeline.stand_in import stand_in_rules
@@ -51,7 +51,8 @@ def _chosen(context: Context, plan: PDPlan) -> tuple[KVSend, ...]:
     seed = context.recipe.calibration.seed
     if asked.recall:
         text = with_recall(text, asked.prompt_tokens, asked.recall, seed)
-    problem = Problem(PDOracle(models[0], models[1], plan), text, asked.prompt_tokens, seed, _kept(context, text))
+    oracle, work = PDOracle(models[0], models[1], plan), context.out / WORK
+    problem = Problem(oracle, text, asked.prompt_tokens, seed, _kept(context, text), work)
     write_json(context.out / ATTENTION, _attention(context, problem))
     return get_selection(asked).choose(problem, context.note)
 
