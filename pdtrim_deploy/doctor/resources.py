@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from pdtrim_deploy.checkpoints.config import read_config
@@ -16,7 +14,11 @@ from pdtrim_deploy.pruning.cost import fitted_bytes, search_cost
 from pdtrim_deploy.recipe import Recipe
 from pdtrim_deploy.recipe_kv import FIXED_KV
 from pdtrim_deploy.serving.environment import gpu_count
-from pdtrim_deploy.sizing.shape import config_of, read_sized
+from pdtrim_deploy.sizing.machine import memory
+from pdtrim_deploy.sizing.processor import compute_dtype
+from pdtrim_deploy.sizing.shape import config_of
+from pdtrim_deploy.sizing.weights import block_sizes, parameters
+from pdtrim_deploy.sizing.worker import worker_memory
 from pdtrim_deploy.wire import ITEM_BYTES
 
 PROGRAM = 1.5e9  # Python, torch and transformers, or an SGLang worker without weights and KV
@@ -49,8 +51,7 @@ def needs(recipe: Recipe, workers: int = 0) -> Needs | None:
         return None
     config = read_config(path)
     count, item = parameters(config), ITEM_BYTES[recipe.model.dtype]
-    shape = read_sized(path).shape(recipe.model.dtype)
-    pool = POOL_TOKENS * shape.num_blocks * 2 * shape.num_kv_heads * shape.head_dim * item
+    computed = compute_dtype(recipe.model.dtype)
     converted = 0 if recipe.model.source.startswith("hf:") else count * 4
     engines = len(recipe.targets.asked) * 2 * count * 4
     cost = search_cost(config, recipe.pruning, recipe.calibration, recipe.healing)
@@ -63,15 +64,15 @@ def needs(recipe: Recipe, workers: int = 0) -> Needs | None:
             min(SHARD, count * item),
         )
         + (2 * count * 4 if recipe.targets.asked else 0),
-        judge=PROGRAM + 2 * count * item,  # both stages, or the dense model
-        serve=2 * (PROGRAM + count * item + pool),
+        judge=PROGRAM + 2 * count * ITEM_BYTES[computed],  # both stages, or the dense model
+        serve=2 * worker_memory(config, recipe.model.dtype, POOL_TOKENS).total(),
         disk=2 * count * item + converted + engines + states,
     )
 
 
 def _measured_on(recipe: Recipe, config: dict[str, Any]) -> int:
     """Weights in memory at a time while something is measured on them, hidden states of a bounded search included."""
-    asked, (blocks, block, ends) = recipe.pruning, _sizes(config)
+    asked, (blocks, block, ends) = recipe.pruning, block_sizes(config)
     healed = needed(recipe) and recipe.healing.trains
     whole = recipe.kv.method not in FIXED_KV or healed or recipe.healing.kv_steps > 0
     if asked.blocks_in_memory is None or whole:
@@ -82,7 +83,7 @@ def _measured_on(recipe: Recipe, config: dict[str, Any]) -> int:
 
 def _trained(recipe: Recipe, config: dict[str, Any]) -> int:
     """Weights that take gradient steps at a time: a stage's blocks, or one student's."""
-    pruning, healing, (blocks, block, _) = recipe.pruning, recipe.healing, _sizes(config)
+    pruning, healing, (blocks, block, _) = recipe.pruning, recipe.healing, block_sizes(config)
     decode_steps = healing.decode_steps or healing.kv_steps
     steps = ((healing.prefill_steps, pruning.prefill_blocks), (decode_steps, pruning.decode_blocks))
     return block * max([blocks - gone for wanted, gone in steps if wanted] + [1 if recipe.students.steps else 0])
@@ -92,22 +93,6 @@ def _fitted(recipe: Recipe, config: dict[str, Any]) -> int:
     """Bytes of one block's normal equations and of new maps, where blocks are fitted."""
     refits = needed(recipe) and recipe.healing.compensation == "least-squares"
     return fitted_bytes(config, recipe.pruning, refits) if refits or recipe.pruning.distil else 0
-
-
-def parameters(config: dict[str, Any]) -> int:
-    """Weights of a Llama-like model, norms and biases left out: less than one per mille."""
-    blocks, block, ends = _sizes(config)
-    return blocks * block + ends
-
-
-def _sizes(config: dict[str, Any]) -> tuple[int, int, int]:
-    """Blocks, weights of each, and of embedding and LM head."""
-    hidden, heads = config["hidden_size"], config["num_attention_heads"]
-    head = config.get("head_dim") or hidden // heads
-    kv_heads = config.get("num_key_value_heads") or heads
-    block = 2 * hidden * head * (heads + kv_heads) + 3 * hidden * config["intermediate_size"]
-    ends = 1 if config.get("tie_word_embeddings") else 2
-    return config["num_hidden_layers"], block, ends * config["vocab_size"] * hidden
 
 
 @dataclass(frozen=True)
@@ -161,19 +146,3 @@ class Disk:
             mend=None if fits else "free some space, or name another folder with --out",
             needed_by=self.jobs,
         )
-
-
-def memory() -> tuple[int, int]:
-    """Bytes in all and available, of the machine or of the cgroup's limit."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        read = {key: int(rest.split()[0]) * 1024 for key, _, rest in (line.partition(":") for line in lines)}
-        total, free = read["MemTotal"], read["MemAvailable"]
-    except (OSError, KeyError):
-        total = free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-    except (OSError, ValueError):  # no cgroup v2, or "max"
-        return total, free
-    return min(total, limit), min(free, max(0, limit - used))
