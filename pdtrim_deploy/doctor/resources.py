@@ -16,12 +16,13 @@ from pdtrim_deploy.recipe_kv import FIXED_KV
 from pdtrim_deploy.serving.environment import gpu_count
 from pdtrim_deploy.sizing.machine import memory
 from pdtrim_deploy.sizing.processor import compute_dtype
+from pdtrim_deploy.sizing.selection import selection_cost
 from pdtrim_deploy.sizing.shape import config_of
 from pdtrim_deploy.sizing.weights import block_sizes, parameters
 from pdtrim_deploy.sizing.worker import worker_memory
 from pdtrim_deploy.wire import ITEM_BYTES
 
-PROGRAM = 1.5e9  # Python, torch and transformers, or an SGLang worker without weights and KV
+PROGRAM = 0.65e9  # Python, torch and transformers: measured with a tokenizer and a tiny model
 SHARD = 4e9  # of a stage, as `checkpoints.writer` cuts it
 POOL_TOKENS = 8192  # what `serve` gives a worker by default
 
@@ -41,10 +42,10 @@ def needs(recipe: Recipe, workers: int = 0) -> Needs | None:
 
     Building holds the model once in float32 where something is measured on it (where nothing but the search does, and
     `pruning.blocks_in_memory` bounds that, so much of it), in each of Ray's `workers` once more while it searches, what
-    is trained four times more (a copy, its gradients, Adam's two means), what a least-squares fit sums up, and one
-    shard of a stage at a time; both stages are written in the recipe's dtype, a converted source (gguf, pypi) once
-    more; an engine is taken to be as large as its stage in float32, built in a process of its own that holds it three
-    times.
+    is trained four times more (a copy, its gradients, Adam's two means) and what a least-squares fit sums up, or later
+    what choosing KV measures on one batch of sequences, and one shard of a stage at a time; both stages are written in
+    the recipe's dtype, a converted source (gguf, pypi) once more; an engine is taken to be as large as its stage in
+    float32, built in a process of its own that holds it three times.
     """
     path = config_of(recipe.model.source)
     if path is None:
@@ -55,18 +56,20 @@ def needs(recipe: Recipe, workers: int = 0) -> Needs | None:
     converted = 0 if recipe.model.source.startswith("hf:") else count * 4
     engines = len(recipe.targets.asked) * 2 * count * 4
     cost = search_cost(config, recipe.pruning, recipe.calibration, recipe.healing)
+    selection = selection_cost(config, recipe.kv, recipe.model.dtype)
     searching, states = (cost.memory, cost.disk) if cost else (0, 0)
     return Needs(
         build=PROGRAM
         + max(
-            1.1 * _measured_on(recipe, config) * 4 + 4 * _trained(recipe, config) * 4 + _fitted(recipe, config),
+            1.1 * _measured_on(recipe, config) * 4
+            + max(4 * _trained(recipe, config) * 4 + _fitted(recipe, config), selection.memory),
             searching + workers * (PROGRAM + searching),
             min(SHARD, count * item),
         )
         + (2 * count * 4 if recipe.targets.asked else 0),
         judge=PROGRAM + 2 * count * ITEM_BYTES[computed],  # both stages, or the dense model
         serve=2 * worker_memory(config, recipe.model.dtype, POOL_TOKENS).total(),
-        disk=2 * count * item + converted + engines + states,
+        disk=converted + states + max(2 * count * item + engines, selection.disk),
     )
 
 

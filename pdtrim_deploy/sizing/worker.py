@@ -10,8 +10,8 @@ from pdtrim_deploy.plan import NativeDtype
 from pdtrim_deploy.sizing.weights import parameters
 from pdtrim_deploy.wire import ITEM_BYTES
 
-# SGLang 0.5.23's three processes without weights and KV: measured (private memory) 0.7 + 1.5 + 0.7 GB.
-WORKER_PROGRAM = 2.9e9
+# SGLang 0.5.23's three processes when they begin to load: measured (private memory) 0.61 + 0.51 + 0.51 GB.
+WORKER_PROGRAM = 1.7e9
 CHUNK_TOKENS = 8192  # the most that SGLang takes for --chunked-prefill-size by itself
 
 

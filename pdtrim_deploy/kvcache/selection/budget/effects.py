@@ -24,6 +24,7 @@ from pdtrim_deploy.kvcache.selection.base import Problem, Progress
 from pdtrim_deploy.kvcache.selection.budget.probe import Probe
 from pdtrim_deploy.kvcache.selection.budget.prompt_kv import PromptKV
 from pdtrim_deploy.plan import KVSend
+from pdtrim_deploy.sizing.selection import BATCH, DRAWS
 from pdtrim_deploy.wire import WireDtype
 
 Rows = tuple[str, int, int]
@@ -57,7 +58,7 @@ class Measure:
     """
 
     def __init__(
-        self, problem: Problem, options: Sequence[KVSend], progress: Progress, *, batch: int = 16, draws: int = 32
+        self, problem: Problem, options: Sequence[KVSend], progress: Progress, *, batch: int = BATCH, draws: int = DRAWS
     ) -> None:
         self.problem, self.options, self._progress = problem, tuple(options), progress
         self._rows: list[Rows] = list(dict.fromkeys(map(_rows_of, self.options)))

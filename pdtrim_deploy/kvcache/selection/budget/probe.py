@@ -13,8 +13,7 @@ from torch import Tensor
 
 from pdtrim_deploy.blockwise import Blockwise
 from pdtrim_deploy.errors import UserError
-
-_LOGITS_AT_ONCE = 1 << 24
+from pdtrim_deploy.sizing.selection import LOGITS_AT_ONCE
 
 
 class Probe:
@@ -37,7 +36,7 @@ class Probe:
         self._at = self._norm(flat)
         random = torch.Generator(reference.device).manual_seed(seed)
         self._rows = torch.empty(len(flat), draws, weight.shape[1])  # the largest thing here: exists once
-        step = max(1, _LOGITS_AT_ONCE // len(weight))
+        step = max(1, LOGITS_AT_ONCE // len(weight))
         for part, rows in zip(self._at.split(step), self._rows.split(step), strict=True):
             chance = runner.model.lm_head(part).float().softmax(-1)
             if not chance.isfinite().all():
