@@ -24,10 +24,11 @@ _BOUNDS = (0.1, 0.99)  # SGLang refuses 0 and 1
 
 def memory_of(worker: WorkerSpec) -> WorkerMemory | None:
     """None where no config.json tells the model's size; SGLang will say what is wrong with it."""
-    path, options = worker.model_path / "config.json", worker.options
-    if not path.is_file():
+    options, chunk = worker.options, worker.options.chunked_prefill_size
+    try:
+        config = read_config(worker.model_path / "config.json")
+    except UserError:
         return None
-    config, chunk = read_config(path), options.chunked_prefill_size
     dtype: NativeDtype = next((known for known in get_args(NativeDtype) if known == options.dtype), "float32")
     tokens = options.max_total_tokens
     if worker.stage == "decode":

@@ -11,6 +11,7 @@ from pdtrim_deploy.serving import Cluster, ClusterSpec, ServeEnvironment, Worker
 CONFIG = {
     "num_hidden_layers": 24, "hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14,
     "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True,
+    "max_position_embeddings": 32768,
 }  # fmt: skip
 GIB = 1 << 30
 
