@@ -81,9 +81,10 @@ def card(plan: PDPlan, recipe: Recipe, stage: Stage, base: Provenance, healed: p
 
 def measured(quality: Quality) -> str:
     """The loss in one sentence, with what it was measured on and the command that does it again."""
-    text = quality.text
+    text, computed = quality.text, quality.computed_in or quality.dtype
+    dtype = quality.dtype if computed == quality.dtype else f"{quality.dtype}, computed in {computed}"
     return (
         f"Perplexity {quality.pd.ppl:.4f} behind the plan, {quality.dense.ppl:.4f} of the base model: ratio "
         f"{quality.ratio:.4f}. Over {quality.tokens:,} tokens that continue {text.prompt_tokens}-token prompts of "
-        f"`{text.corpus}` (seed {text.seed}, {quality.dtype}); made by `{quality.environment['command']}`."
+        f"`{text.corpus}` (seed {text.seed}, {dtype}); made by `{quality.environment['command']}`."
     )

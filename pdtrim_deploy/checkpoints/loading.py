@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from textwrap import shorten
@@ -14,6 +14,7 @@ from pdtrim_deploy.checkpoints.checkpoint import TOKENIZER_FILES, Checkpoint
 from pdtrim_deploy.checkpoints.config import read_config
 from pdtrim_deploy.checkpoints.families import family_of
 from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.sizing.processor import compute_dtype
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -41,6 +42,17 @@ def load_model(path: Path, dtype: str = "float32", attn_implementation: str = "s
     if info["missing_keys"]:  # transformers would fill them with random numbers and only warn
         raise UserError(f"{path}: tensor {sorted(info['missing_keys'])[0]} is missing; get the model again")
     return model.eval().requires_grad_(False)
+
+
+def load_to_compute(name: str, path: Path, dtype: str, note: Callable[[str], None] = lambda _: None) -> Any:
+    """`load_model` for whoever only computes: weights rounded to `dtype`, arithmetic in what this CPU is fast at.
+
+    `note` hears that the `name` model is being loaded.
+    """
+    computed = compute_dtype(dtype)
+    why = "" if computed == dtype else f": this CPU has no {dtype} instructions, it computes in {computed}"
+    note(f"loading the {name} model{why}")
+    return load_model(path, dtype).to(TORCH_DTYPES[computed])
 
 
 def load_tokenizer(path: Path) -> Any:

@@ -58,6 +58,7 @@ def evaluate(
     from pdtrim_deploy.model_card import refresh_cards
     from pdtrim_deploy.plan import STAGES
     from pdtrim_deploy.report.environment import environment
+    from pdtrim_deploy.sizing.processor import compute_dtype
 
     if tasks is None and items is not None:
         raise UserError("--items is for tasks; say --tasks too, or give --sequences")
@@ -107,7 +108,10 @@ def evaluate(
     if as_json:
         click.echo(text)
         return
-    click.echo("\n".join([*lines, f"  seed {asked.seed}, {opened.recipe.model.dtype}, saved in {path}"]))
+    dtype = precision = str(opened.recipe.model.dtype)
+    if (computed := compute_dtype(dtype)) != dtype:
+        precision += f" (this CPU has no instructions for it: computed in {computed})"
+    click.echo("\n".join([*lines, f"  seed {asked.seed}, {precision}, saved in {path}"]))
 
 
 def _line(figure: Figure) -> str:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from pdtrim_deploy.checkpoints.config import read_config
@@ -16,10 +14,15 @@ from pdtrim_deploy.pruning.cost import fitted_bytes, search_cost
 from pdtrim_deploy.recipe import Recipe
 from pdtrim_deploy.recipe_kv import FIXED_KV
 from pdtrim_deploy.serving.environment import gpu_count
-from pdtrim_deploy.sizing.shape import config_of, read_sized
+from pdtrim_deploy.sizing.machine import memory
+from pdtrim_deploy.sizing.processor import compute_dtype
+from pdtrim_deploy.sizing.selection import selection_cost
+from pdtrim_deploy.sizing.shape import config_of
+from pdtrim_deploy.sizing.weights import block_sizes, parameters
+from pdtrim_deploy.sizing.worker import worker_memory
 from pdtrim_deploy.wire import ITEM_BYTES
 
-PROGRAM = 1.5e9  # Python, torch and transformers, or an SGLang worker without weights and KV
+PROGRAM = 0.65e9  # Python, torch and transformers with a tokenizer
 SHARD = 4e9  # of a stage, as `checkpoints.writer` cuts it
 POOL_TOKENS = 8192  # what `serve` gives a worker by default
 
@@ -39,39 +42,40 @@ def needs(recipe: Recipe, workers: int = 0) -> Needs | None:
 
     Building holds the model once in float32 where something is measured on it (where nothing but the search does, and
     `pruning.blocks_in_memory` bounds that, so much of it), in each of Ray's `workers` once more while it searches, what
-    is trained four times more (a copy, its gradients, Adam's two means), what a least-squares fit sums up, and one
-    shard of a stage at a time; both stages are written in the recipe's dtype, a converted source (gguf, pypi) once
-    more; an engine is taken to be as large as its stage in float32, built in a process of its own that holds it three
-    times.
+    is trained four times more (a copy, its gradients, Adam's two means) and what a least-squares fit sums up, or later
+    what choosing KV measures on one batch of sequences, and one shard of a stage at a time; both stages are written in
+    the recipe's dtype, a converted source (gguf, pypi) once more; an engine is taken to be as large as its stage in
+    float32, built in a process of its own that holds it three times.
     """
     path = config_of(recipe.model.source)
     if path is None:
         return None
     config = read_config(path)
     count, item = parameters(config), ITEM_BYTES[recipe.model.dtype]
-    shape = read_sized(path).shape(recipe.model.dtype)
-    pool = POOL_TOKENS * shape.num_blocks * 2 * shape.num_kv_heads * shape.head_dim * item
+    computed = compute_dtype(recipe.model.dtype)
     converted = 0 if recipe.model.source.startswith("hf:") else count * 4
     engines = len(recipe.targets.asked) * 2 * count * 4
     cost = search_cost(config, recipe.pruning, recipe.calibration, recipe.healing)
+    selection = selection_cost(config, recipe.kv, recipe.model.dtype)
     searching, states = (cost.memory, cost.disk) if cost else (0, 0)
     return Needs(
         build=PROGRAM
         + max(
-            1.1 * _measured_on(recipe, config) * 4 + 4 * _trained(recipe, config) * 4 + _fitted(recipe, config),
+            1.1 * _measured_on(recipe, config) * 4
+            + max(4 * _trained(recipe, config) * 4 + _fitted(recipe, config), selection.memory),
             searching + workers * (PROGRAM + searching),
             min(SHARD, count * item),
         )
         + (2 * count * 4 if recipe.targets.asked else 0),
-        judge=PROGRAM + 2 * count * item,  # both stages, or the dense model
-        serve=2 * (PROGRAM + count * item + pool),
-        disk=2 * count * item + converted + engines + states,
+        judge=PROGRAM + 2 * count * ITEM_BYTES[computed],  # both stages, or the dense model
+        serve=2 * worker_memory(config, recipe.model.dtype, POOL_TOKENS).total(),
+        disk=converted + states + max(2 * count * item + engines, selection.disk),
     )
 
 
 def _measured_on(recipe: Recipe, config: dict[str, Any]) -> int:
     """Weights in memory at a time while something is measured on them, hidden states of a bounded search included."""
-    asked, (blocks, block, ends) = recipe.pruning, _sizes(config)
+    asked, (blocks, block, ends) = recipe.pruning, block_sizes(config)
     healed = needed(recipe) and recipe.healing.trains
     whole = recipe.kv.method not in FIXED_KV or healed or recipe.healing.kv_steps > 0
     if asked.blocks_in_memory is None or whole:
@@ -82,7 +86,7 @@ def _measured_on(recipe: Recipe, config: dict[str, Any]) -> int:
 
 def _trained(recipe: Recipe, config: dict[str, Any]) -> int:
     """Weights that take gradient steps at a time: a stage's blocks, or one student's."""
-    pruning, healing, (blocks, block, _) = recipe.pruning, recipe.healing, _sizes(config)
+    pruning, healing, (blocks, block, _) = recipe.pruning, recipe.healing, block_sizes(config)
     decode_steps = healing.decode_steps or healing.kv_steps
     steps = ((healing.prefill_steps, pruning.prefill_blocks), (decode_steps, pruning.decode_blocks))
     return block * max([blocks - gone for wanted, gone in steps if wanted] + [1 if recipe.students.steps else 0])
@@ -92,22 +96,6 @@ def _fitted(recipe: Recipe, config: dict[str, Any]) -> int:
     """Bytes of one block's normal equations and of new maps, where blocks are fitted."""
     refits = needed(recipe) and recipe.healing.compensation == "least-squares"
     return fitted_bytes(config, recipe.pruning, refits) if refits or recipe.pruning.distil else 0
-
-
-def parameters(config: dict[str, Any]) -> int:
-    """Weights of a Llama-like model, norms and biases left out: less than one per mille."""
-    blocks, block, ends = _sizes(config)
-    return blocks * block + ends
-
-
-def _sizes(config: dict[str, Any]) -> tuple[int, int, int]:
-    """Blocks, weights of each, and of embedding and LM head."""
-    hidden, heads = config["hidden_size"], config["num_attention_heads"]
-    head = config.get("head_dim") or hidden // heads
-    kv_heads = config.get("num_key_value_heads") or heads
-    block = 2 * hidden * head * (heads + kv_heads) + 3 * hidden * config["intermediate_size"]
-    ends = 1 if config.get("tie_word_embeddings") else 2
-    return config["num_hidden_layers"], block, ends * config["vocab_size"] * hidden
 
 
 @dataclass(frozen=True)
@@ -161,19 +149,3 @@ class Disk:
             mend=None if fits else "free some space, or name another folder with --out",
             needed_by=self.jobs,
         )
-
-
-def memory() -> tuple[int, int]:
-    """Bytes in all and available, of the machine or of the cgroup's limit."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        read = {key: int(rest.split()[0]) * 1024 for key, _, rest in (line.partition(":") for line in lines)}
-        total, free = read["MemTotal"], read["MemAvailable"]
-    except (OSError, KeyError):
-        total = free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-    except (OSError, ValueError):  # no cgroup v2, or "max"
-        return total, free
-    return min(total, limit), min(free, max(0, limit - used))

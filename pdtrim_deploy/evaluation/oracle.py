@@ -36,6 +36,12 @@ class PrefillState:
     values: tuple[Tensor, ...]
     logits: Tensor
 
+    def sequence(self, at: int) -> PrefillState:
+        """That of prompt `at` alone; shares memory."""
+        slots = slice(at * self.tokens, (at + 1) * self.tokens)
+        keys, values = (tuple(pool[slots] for pool in pools) for pools in (self.keys, self.values))
+        return PrefillState(1, self.tokens, keys, values, self.logits[at : at + 1])
+
 
 class PDOracle:
     """Two stage models joined by a plan. Cheap to make: for another plan of the same blocks use `with_kv`.

@@ -44,6 +44,7 @@ def pd_perplexity(
             f"choose from 1 to {sequences.shape[1] - 1}"
         )
     losses = []
+    progress(f"perplexity: 0/{len(sequences)} sequences")
     for part in sequences.split(batch):
         state = oracle.prefill(part[:, :prompt_tokens])
         losses.append(-oracle.score(state, part[:, prompt_tokens:]).double().mean(1))

@@ -16,6 +16,7 @@ from pdtrim_deploy.evaluation.perplexity import Perplexity, pd_perplexity
 from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
 from pdtrim_deploy.plan import PDPlan
 from pdtrim_deploy.recipe import EvaluationSection
+from pdtrim_deploy.sizing.processor import compute_dtype
 
 if TYPE_CHECKING:
     from pdtrim_deploy.checkpoints import Checkpoint
@@ -37,7 +38,11 @@ class Score(BaseModel):
 
 
 class Quality(BaseModel):
-    """`ratio` is PD over dense perplexity; the text is that of the corpus's final split, `corpus_sha256` names it."""
+    """`ratio` is PD over dense perplexity; the text is that of the corpus's final split, `corpus_sha256` names it.
+
+    Weights and KV pool have `dtype`; `computed_in` may be wider, where the CPU has no instructions for it (None: not
+    recorded).
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -46,6 +51,7 @@ class Quality(BaseModel):
     corpus_sha256: str
     tokens: int
     dtype: str
+    computed_in: str | None = None
     dense: Score
     pd: Score
     ratio: float
@@ -79,7 +85,7 @@ def judge_bundle(
             or a loss is not a number.
 
     """
-    from pdtrim_deploy.checkpoints.loading import load_model, load_tokenizer
+    from pdtrim_deploy.checkpoints.loading import load_to_compute, load_tokenizer
 
     asked, dtype, plan = asked or bundle.recipe.evaluation, bundle.recipe.model.dtype, bundle.plan
     source = source_of(bundle, cache, note)
@@ -95,10 +101,10 @@ def judge_bundle(
     def score(name: str, oracle: PDOracle) -> Perplexity:
         return pd_perplexity(oracle, ids, asked.prompt_tokens, progress=lambda line: note(f"{name} {line}"))
 
-    stages = [load_model(folder, dtype) for folder in (bundle.prefill_dir, bundle.decode_dir)]
+    stages = [load_to_compute(folder.name, folder, dtype, note) for folder in (bundle.prefill_dir, bundle.decode_dir)]
     pd = score("PD", PDOracle(stages[0], stages[1], plan, KeyOffsets.read(bundle.prefill_dir, plan)))
     del stages
-    whole = load_model(source.path, dtype)
+    whole = load_to_compute("dense", source.path, dtype, note)
     dense = score("dense", PDOracle(whole, whole, PDPlan.dense(plan.model)))
     return Quality(
         plan_digest=plan.digest,
@@ -106,6 +112,7 @@ def judge_bundle(
         corpus_sha256=corpus.digest,
         tokens=pd.tokens,
         dtype=dtype,
+        computed_in=compute_dtype(dtype),
         dense=Score.of(dense),
         pd=Score.of(pd),
         ratio=pd.ppl / dense.ppl,

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from pdtrim_deploy.bundle import PLAN, REPORTS, write_atomic
+from pdtrim_deploy.bundle import PLAN, REPORTS, WORK, write_atomic
 from pdtrim_deploy.pipeline import heal
 from pdtrim_deploy.pipeline.context import Context, write_json
 from pdtrim_deploy.pipeline.stand_in import stand_in_rules
@@ -82,7 +82,8 @@ def _chosen(context: Context, oracle: PDOracle) -> tuple[KVSend, ...]:
     seed = context.recipe.calibration.seed
     if asked.recall:
         text = with_recall(text, asked.prompt_tokens, asked.recall, seed)
-    problem = Problem(oracle, text, asked.prompt_tokens, seed, _kept(context, text, oracle.offsets))
+    kept = _kept(context, text, oracle.offsets)
+    problem = Problem(oracle, text, asked.prompt_tokens, seed, kept, context.out / WORK)
     write_json(context.out / ATTENTION, _attention(context, problem))
     return get_selection(asked).choose(problem, context.note)
 

@@ -14,6 +14,7 @@ from pdtrim_deploy.errors import ServingError
 from pdtrim_deploy.paths import resolved
 from pdtrim_deploy.serving import commands, probe
 from pdtrim_deploy.serving.environment import ServeEnvironment
+from pdtrim_deploy.serving.memory import require_memory
 from pdtrim_deploy.serving.process import ServerProcess, stop_all
 from pdtrim_deploy.serving.spec import ClusterSpec, WorkerSpec
 
@@ -38,6 +39,9 @@ class RunningWorker:
 
 class Cluster:
     """Use it as a context manager, from a thread that outlives it.
+
+    Raises on entering:
+        UserError: the workers do not fit this machine's memory.
 
     Raises on entering and from `check` and `wait`:
         ServingError: a program died (which, why, and its last log lines), or did not serve by the deadline.
@@ -134,6 +138,7 @@ class Cluster:
                 shutil.rmtree(self._temporary, ignore_errors=True)
 
     def _start(self) -> None:
+        require_memory(self.spec.workers)
         self.log_dir.mkdir(parents=True, exist_ok=True)
         # A short path: SGLang's unix sockets lie in it, and their names are limited to 107 bytes.
         self._temporary = Path(tempfile.mkdtemp(prefix="pdtrim-"))

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pdtrim_deploy.serving.environment import gpu_count
+from pdtrim_deploy.serving.memory import FRACTION, static_fraction
 from pdtrim_deploy.serving.ports import HOST
 from pdtrim_deploy.serving.spec import ClusterSpec, WorkerSpec
 from pdtrim_deploy.transport_options import TransportOptions
@@ -65,7 +66,7 @@ def worker_command(python: Path, worker: WorkerSpec, workers: int, secret: Path 
         arguments["--disaggregation-bootstrap-port"] = worker.bootstrap_port
     flags = ["--enable-metrics"] if options.enable_metrics else []
     if options.device == "cpu":
-        arguments |= {"--attention-backend": "torch_native", "--mem-fraction-static": 0.3}
+        arguments |= {"--attention-backend": "torch_native", FRACTION: static_fraction(worker)}
         flags += ["--disable-overlap-schedule", "--sleep-on-idle"]
         if worker.stage == "decode":  # the default backs up KV through CUDA streams
             arguments["--disaggregation-decode-retraction-backup"] = "none"

@@ -20,6 +20,7 @@ from pdtrim_deploy.serving.relay import Throttle
 from pdtrim_deploy.serving.spec import ClusterSpec, WorkerOptions
 from pdtrim_deploy.serving.transports import require_transport
 from pdtrim_deploy.sizing.link import Link
+from pdtrim_deploy.sizing.processor import compute_dtype
 
 
 def cluster_of(
@@ -48,6 +49,11 @@ def cluster_of(
     options = options or WorkerOptions(served_model_name=bundle.path.resolve().name)
     if options.dtype == "auto":  # SGLang's own auto makes float16 of a float32 checkpoint
         options = replace(options, dtype=bundle.plan.model.kv_dtype)
+    if options.device == "cpu" and (fast := compute_dtype(options.dtype)) != options.dtype:
+        say(
+            f"this CPU has no {options.dtype} instructions: SGLang imitates them, and every token takes several times "
+            f"as long as in {fast} (a bundle built with model.dtype {fast} takes twice the memory)"
+        )
     options = replace(options, sparse=any(send.mode == "sparse" for send in bundle.plan.kv))
     if options.split_pool is not None and not options.sparse:
         raise UserError("--split-decode-pool: this plan has no sparse layers to split off; leave it out")

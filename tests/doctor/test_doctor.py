@@ -104,7 +104,10 @@ def test_a_recipe_too_large_for_the_machine(monkeypatch: pytest.MonkeyPatch, tmp
     wanted = resources.needs(large)
     assert wanted is not None
     assert wanted.disk == pytest.approx(2 * 8.03e9 * 2, rel=0.01)
-    assert wanted.build == pytest.approx(1.1 * 8.03e9 * 4, rel=0.1)
+    prefilled = (
+        16 * 512 * (32 * 2048 * 2 + 4 * (6 * 4096 + 3 * 14336 + 3 * 4096 + 2048))
+    )  # 16 sequences, KV in bfloat16
+    assert wanted.build == pytest.approx(resources.PROGRAM + 1.1 * 8.03e9 * 4 + prefilled, rel=0.01)
     monkeypatch.setattr(resources, "memory", lambda: (int(25e9), int(10e9)))
     with pytest.raises(UserError, match=r"cannot build: memory to build: llama-3.1-8b-balanced takes about 3\d\.\d GB"):
         require("build", Asked(large, tmp_path))
@@ -138,8 +141,12 @@ def test_a_search_bounded_in_memory_needs_no_more(tmp_path: Path) -> None:
     assert refitted == pytest.approx(bounded + fitted + maps)
     judged = build_gb(", finalists: 3, method: anneal", "healing: {compensation: least-squares}\n")
     assert judged == pytest.approx(whole + fitted + 3 * maps, rel=0.01)
-    for more in ("healing: {kv_only_blocks: 1}\n", "kv: {method: budget, reduction: 4.95}\n"):
-        assert build_gb(", blocks_in_memory: 2", more) == pytest.approx(whole, rel=0.01)
+    assert build_gb(", blocks_in_memory: 2", "healing: {kv_only_blocks: 1}\n") == pytest.approx(whole, rel=0.01)
+    few, many = (
+        build_gb(", blocks_in_memory: 2", f"kv: {{method: budget, reduction: 4.95, sequences: {count}}}\n")
+        for count in (16, 4800)
+    )
+    assert few == many == pytest.approx(whole + 3.76, rel=0.01)  # of 16 sequences, however many there are
 
 
 def test_states_training_and_workers_are_counted(tmp_path: Path) -> None:

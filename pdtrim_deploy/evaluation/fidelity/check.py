@@ -25,6 +25,7 @@ from pdtrim_deploy.evaluation.fidelity.controls import wrong_oracles
 from pdtrim_deploy.evaluation.fidelity.sensitivity import NOISE, score_shaken
 from pdtrim_deploy.evaluation.oracle import PDOracle
 from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
+from pdtrim_deploy.plan import STAGES
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25, "float16": 0.05}  # nats; 16-bit sums differ by their order
 TYPICAL = 0.25  # of that
@@ -136,7 +137,7 @@ def run_fidelity(
         ServingError: it does not answer, or not in time.
 
     """
-    from pdtrim_deploy.checkpoints.loading import load_model, load_tokenizer
+    from pdtrim_deploy.checkpoints.loading import load_to_compute, load_tokenizer
     from pdtrim_deploy.evaluation import corpora
 
     count, length = text_needed(bundle.plan)
@@ -148,15 +149,20 @@ def run_fidelity(
         served += [(group, row) for row in ask(base_url, group, new_tokens, deadline_s)]
     progress("fidelity: scoring the served tokens with the oracle")
     dtype = bundle.plan.model.kv_dtype
-    prefill, decode = load_model(bundle.prefill_dir, dtype), load_model(bundle.decode_dir, dtype)
-    return judge(PDOracle(prefill, decode, bundle.plan, KeyOffsets.read(bundle.prefill_dir, bundle.plan)), served)
+    prefill, decode = (load_to_compute(stage, bundle.stage_dir(stage), dtype, progress) for stage in STAGES)
+    oracle = PDOracle(prefill, decode, bundle.plan, KeyOffsets.read(bundle.prefill_dir, bundle.plan))
+    return judge(oracle, served, progress)
 
 
-def judge(oracle: PDOracle, served: list[tuple[Group, Served]]) -> FidelityResult:
+def judge(
+    oracle: PDOracle, served: list[tuple[Group, Served]], progress: Callable[[str], None] = lambda _: None
+) -> FidelityResult:
     """Score served tokens under the plan, under the plan with rounding noise, and under its controls."""
     rows: list[Row] = []
     wrong: dict[str, list[float]] = {name: [] for name in wrong_oracles(oracle, CONTROL_MIN_TOKENS)}
     for seed, (group, one) in enumerate(served):
+        if seed % 8 == 0:
+            progress(f"fidelity: scored {seed}/{len(served)} prompts")
         state, tokens = oracle.prefill(torch.tensor([one.prompt])), torch.tensor(one.tokens)
         said = torch.tensor(one.logprobs)
         right, shaken = score_shaken(oracle, state, tokens, seed)

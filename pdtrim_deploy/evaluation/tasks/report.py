@@ -16,8 +16,9 @@ from pdtrim_deploy.evaluation.quality import source_of
 from pdtrim_deploy.evaluation.tasks.base import Measured, Setting
 from pdtrim_deploy.evaluation.tasks.registry import check, prepare
 from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
-from pdtrim_deploy.plan import PDPlan
+from pdtrim_deploy.plan import STAGES, PDPlan
 from pdtrim_deploy.recipe import EvaluationSection
+from pdtrim_deploy.sizing.processor import compute_dtype
 
 
 class _Frozen(BaseModel):
@@ -58,13 +59,17 @@ class TaskFigures(_Frozen):
 
 
 class TasksReport(_Frozen):
-    """All tasks asked for; the text is that of the corpus's final split, `corpus_sha256` names it."""
+    """All tasks asked for; the text is that of the corpus's final split, `corpus_sha256` names it.
+
+    `dtype` and `computed_in` are as in `Quality`.
+    """
 
     plan_digest: str
     corpus: str
     corpus_sha256: str
     seed: int
     dtype: str
+    computed_in: str | None = None
     tasks: tuple[TaskFigures, ...]
     environment: dict[str, Any]
 
@@ -90,21 +95,21 @@ def judge_tasks(
         UserError: an unknown task, one that does not fit the model or its data, or what `judge_bundle` raises.
 
     """
-    from pdtrim_deploy.checkpoints.loading import load_model, load_tokenizer
+    from pdtrim_deploy.checkpoints.loading import load_to_compute, load_tokenizer
 
     for name in names:
         check(name)
     asked, dtype, plan = asked or bundle.recipe.evaluation, bundle.recipe.model.dtype, bundle.plan
     source = source_of(bundle, cache, note)
     corpus = corpora.load(asked.corpus, cache, note)
-    model = load_model(source.path, dtype)
+    model = load_to_compute("dense", source.path, dtype, note)
     whole = PDOracle(model, model, PDPlan.dense(plan.model))
     setting = Setting(load_tokenizer(source.path), whole, corpus.split("final"), cache, asked.seed, size, note)
     prepared = [prepare(name, setting) for name in names]
     dense = [task.measure([whole], lambda line: note(f"dense {line}"))[0] for task in prepared]
     del model, whole, setting
-    offsets = KeyOffsets.read(bundle.prefill_dir, plan)
-    stages = PDOracle(load_model(bundle.prefill_dir, dtype), load_model(bundle.decode_dir, dtype), plan, offsets)
+    prefill, decode = (load_to_compute(stage, bundle.stage_dir(stage), dtype, note) for stage in STAGES)
+    stages = PDOracle(prefill, decode, plan, KeyOffsets.read(bundle.prefill_dir, plan))
     pd = [task.measure([stages], lambda line: note(f"PD {line}"))[0] for task in prepared]
     return TasksReport(
         plan_digest=plan.digest,
@@ -112,6 +117,7 @@ def judge_tasks(
         corpus_sha256=corpus.digest,
         seed=asked.seed,
         dtype=dtype,
+        computed_in=compute_dtype(dtype),
         tasks=tuple(TaskFigures.of(*pair) for pair in zip(dense, pd, strict=True)),
         environment=environment,
     )

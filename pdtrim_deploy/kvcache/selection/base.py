@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
@@ -27,6 +28,7 @@ class Problem:
         sequences: calibration text, int64 `[S, N + T]`, the first `prompt_tokens` = N of each are its prompt, T >= 2.
         seed: of whatever a method draws.
         kept: where what is dear to measure outlives the choice; None: nowhere.
+        work: folder of what is too large for memory; None: where the machine keeps temporary files.
 
     """
 
@@ -35,6 +37,7 @@ class Problem:
     prompt_tokens: int
     seed: int = 0
     kept: Kept | None = None
+    work: Path | None = None
 
     @property
     def layers(self) -> int:

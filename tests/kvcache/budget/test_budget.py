@@ -10,6 +10,7 @@ from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.kvcache.selection import Problem
 from pdtrim_deploy.kvcache.selection.budget.effects import Measure
 from pdtrim_deploy.kvcache.selection.budget.probe import Probe
+from pdtrim_deploy.kvcache.selection.budget.prompt_kv import PromptKV
 from pdtrim_deploy.kvcache.selection.budget.search import BudgetSearch
 from pdtrim_deploy.kvcache.selection.by_harm import ByBudget, budget_search
 from pdtrim_deploy.plan import KVSend
@@ -157,3 +158,60 @@ def test_every_layer_may_have_its_own_price():
     found = BudgetSearch(measure, costs, quiet).within(6)
     assert found.cost <= 6
     assert sum(send == KVSend() for send in found.sends) == 2
+
+
+def held_bytes(thing):
+    """Of all tensors that `thing` keeps, each storage once."""
+    seen, todo, storages = set(), [thing], {}
+    while todo:
+        each = todo.pop()
+        if id(each) in seen or isinstance(each, torch.nn.Module | Problem):
+            continue
+        seen.add(id(each))
+        if isinstance(each, torch.Tensor):
+            storages[each.untyped_storage().data_ptr()] = each.untyped_storage().nbytes()
+        elif isinstance(each, dict):
+            todo += each.values()
+        elif isinstance(each, list | tuple):
+            todo += each
+        else:
+            todo += vars(each).values() if hasattr(each, "__dict__") else ()
+    return sum(storages.values())
+
+
+def test_memory_hardly_grows_with_the_number_of_sequences():
+    def measured(count):
+        oracle = make_oracle(tiny("Llama"), make_plan(decode=(2,)))
+        measure = Measure(Problem(oracle, text(count, PROMPT + 6), PROMPT), OPTIONS, quiet, batch=4)
+        measure.about(DENSE)
+        return held_bytes(measure._batches)
+
+    kv = 4 * 2 * 2 * 8 * PROMPT * 4  # of one sequence, layers x sides x heads x width x tokens x bytes
+    more = (measured(12) - measured(4)) / 8
+    assert 0 < more < kv / 3  # what decode reads and what it should give: hidden states of 5 tokens
+
+
+@pytest.mark.parametrize("kv_dtype", ["float32", "bfloat16"])
+def test_prompt_kv_in_a_file_is_what_the_oracle_hands_over(kv_dtype, tmp_path):
+    oracle = make_oracle(tiny("Qwen3"), make_plan(decode=(2,), kv_dtype=kv_dtype))
+    state, wires = oracle.prefill(text(3, PROMPT)), ("native", "int8", "int4")
+    prompt_kv = PromptKV(oracle, state, wires, tmp_path)
+    assert list(tmp_path.iterdir()) == []  # it has no name to be left behind
+    for rows in ROWS:
+        for wire in wires:
+            send = rows.model_copy(update={"wire_dtype": wire})
+            for layer, kv in enumerate(oracle.with_kv((send,) * 4).hand_over(state)):
+                read = prompt_kv.read(wire, layer, kv.ranges)
+                assert read.ranges == kv.ranges
+                assert torch.equal(read.keys, kv.keys)
+                assert torch.equal(read.values, kv.values)
+
+
+def test_a_full_disk_is_said_in_one_sentence(monkeypatch, tmp_path):
+    def full(self, *_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(PromptKV, "_write", full)
+    oracle = make_oracle(tiny("Llama"), make_plan())
+    with pytest.raises(UserError, match=r"no room for the prompts' KV in .* \(No space left on device\); free some"):
+        PromptKV(oracle, oracle.prefill(text(1, 8)), ("native",), tmp_path)

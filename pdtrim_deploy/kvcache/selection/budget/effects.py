@@ -22,7 +22,9 @@ from torch import Tensor
 from pdtrim_deploy.blockwise import LayerKV, Span
 from pdtrim_deploy.kvcache.selection.base import Problem, Progress
 from pdtrim_deploy.kvcache.selection.budget.probe import Probe
+from pdtrim_deploy.kvcache.selection.budget.prompt_kv import PromptKV
 from pdtrim_deploy.plan import KVSend
+from pdtrim_deploy.sizing.selection import BATCH, DRAWS
 from pdtrim_deploy.wire import WireDtype
 
 Rows = tuple[str, int, int]
@@ -51,11 +53,12 @@ class Effects:
 class Measure:
     """Effects of `options` on one problem; what all contexts share is computed once and kept.
 
-    Memory: for each batch of sequences the KV of all layers in each dtype, and a probe.
+    Memory: one batch's KV of all layers while it is prefilled, then one layer's of it and a probe; what grows with the
+    number of sequences is in files of `problem.work`.
     """
 
     def __init__(
-        self, problem: Problem, options: Sequence[KVSend], progress: Progress, *, batch: int = 16, draws: int = 32
+        self, problem: Problem, options: Sequence[KVSend], progress: Progress, *, batch: int = BATCH, draws: int = DRAWS
     ) -> None:
         self.problem, self.options, self._progress = problem, tuple(options), progress
         self._rows: list[Rows] = list(dict.fromkeys(map(_rows_of, self.options)))
@@ -63,7 +66,7 @@ class Measure:
         self._sizes = [batch, draws]
         self._known: dict[tuple[KVSend, ...], Effects] = {}
         parts = enumerate(problem.sequences.split(batch), problem.seed)
-        self._batches = [self._prepare(ids, draws, seed) for seed, ids in parts]
+        self._batches = [self._prepare(ids, seed) for seed, ids in parts]
 
     @torch.no_grad()
     def divergence(self, plan: tuple[KVSend, ...]) -> float:
@@ -117,16 +120,13 @@ class Measure:
         return products / tokens
 
     @torch.no_grad()
-    def _prepare(self, ids: Tensor, draws: int, seed: int) -> _Batch:
+    def _prepare(self, ids: Tensor, seed: int) -> _Batch:
         oracle, n = self.problem.oracle, self.problem.prompt_tokens
-        state = oracle.prefill(ids[:, :n])
-        held = {}
-        for dtype in dict.fromkeys(("native", *self._dtypes)):
-            held[dtype] = oracle.with_kv((KVSend(wire_dtype=dtype),) * self.problem.layers).hand_over(state)
+        dtypes = tuple(dict.fromkeys(("native", *self._dtypes)))
+        prompt_kv = PromptKV(oracle, oracle.prefill(ids[:, :n]), dtypes, self.problem.work)
         hidden, span = oracle.decode.embed(ids[:, n:-1], n)
-        part = _Batch(held, hidden, span, hidden, None)
+        part = _Batch(prompt_kv, hidden, span, hidden, seed)
         part.reference = self._forward(part, (KVSend(),) * self.problem.layers)[-1]
-        part.probe = Probe(oracle.decode, part.reference, draws, seed)
         self._progress(f"prefilled {len(ids)} sequences")
         return part
 
@@ -138,19 +138,13 @@ class Measure:
         return outputs
 
     def _kv(self, part: _Batch, layer: int, send: KVSend) -> LayerKV:
-        whole, ranges = part.held[send.wire_dtype][layer], send.row_ranges(self.problem.prompt_tokens)
-        assert whole.keys is not None
-        assert whole.values is not None
-        if len(ranges) == 1 and ranges[0] == whole.ranges[0]:
-            return whole.fork()
-        keys, values = (torch.cat([side[:, :, lo:hi] for lo, hi in ranges], 2) for side in (whole.keys, whole.values))
-        return LayerKV(keys, values, ranges)
+        return part.prompt_kv.read(send.wire_dtype, layer, send.row_ranges(self.problem.prompt_tokens))
 
     def _changes(self, part: _Batch, context: tuple[KVSend, ...], name: str) -> Tensor:
         """float32 `[1 + layers * (rows + dtypes), coordinates]`: the context's error, then each one's effect."""
-        assert part.probe is not None
+        probe = Probe(self.problem.oracle.decode, part.reference, self._sizes[1], part.seed)
         inputs = self._forward(part, context)
-        error = part.probe.change(inputs[-1])
+        error = probe.change(inputs[-1])
         kinds = len(self._rows) + len(self._dtypes)
         changes = torch.zeros(1 + len(context) * kinds, len(error))
         changes[0] = error
@@ -165,18 +159,18 @@ class Measure:
                     for behind in range(layer, len(context)):
                         kv = self._kv(part, behind, option if behind == layer else context[behind])
                         hidden = self.problem.oracle.decode.block(behind, hidden, part.span, kv)
-                    changes[1 + layer * kinds + at] = part.probe.change(hidden) - error
+                    changes[1 + layer * kinds + at] = probe.change(hidden) - error
             self._progress(f"{name}, layer {layer + 1}/{len(context)}")
         return changes
 
 
 @dataclass
 class _Batch:
-    held: dict[WireDtype, list[LayerKV]]
+    prompt_kv: PromptKV
     hidden: Tensor
     span: Span
     reference: Tensor
-    probe: Probe | None
+    seed: int
 
 
 def _rows_of(send: KVSend) -> Rows:

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from pdtrim_deploy.blockwise import Blockwise
 from pdtrim_deploy.errors import UserError
-
-_LOGITS_AT_ONCE = 1 << 24
+from pdtrim_deploy.sizing.selection import LOGITS_AT_ONCE
 
 
 class Probe:
@@ -36,14 +35,15 @@ class Probe:
         weight, flat = runner.model.lm_head.weight, reference.flatten(0, 1)
         self._at = self._norm(flat)
         random = torch.Generator(reference.device).manual_seed(seed)
-        rows = list[Tensor]()
-        for part in self._at.split(max(1, _LOGITS_AT_ONCE // len(weight))):
+        self._rows = torch.empty(len(flat), draws, weight.shape[1])  # the largest thing here: exists once
+        step = max(1, LOGITS_AT_ONCE // len(weight))
+        for part, rows in zip(self._at.split(step), self._rows.split(step), strict=True):
             chance = runner.model.lm_head(part).float().softmax(-1)
             if not chance.isfinite().all():
                 raise UserError("the model's logits are not numbers; load it in float32 or check its weights")
             drawn = weight[torch.multinomial(chance, draws, replacement=True, generator=random)].float()
-            rows.append(drawn - (chance.to(weight.dtype) @ weight).float()[:, None])
-        self._rows = torch.cat(rows) / draws**0.5
+            torch.sub(drawn, (chance.to(weight.dtype) @ weight).float()[:, None], out=rows)
+        self._rows /= draws**0.5
 
     def change(self, hidden: Tensor) -> Tensor:
         """float32 `[batch * tokens * draws]`: `hidden`'s change against the reference; 2 KL is its squared length."""

