@@ -20,14 +20,14 @@ TEXTS = ["안녕하세요, 반갑습니다.", "👩‍👩‍👧‍👦 👍�
 COMPLETION = {"model": "pdtrim", "temperature": 0, "max_tokens": 96}
 
 
-@pytest.fixture(scope="module", params=[(128, 1024), (512, 128)], ids=["context of 128", "pool of 128"])
+@pytest.fixture(scope="module", params=[(128, 1024), (1024, 640)], ids=["context of 128", "pool of 640"])
 def bounded(request, tiny_model, tmp_path_factory, real_cache, serving):
     """A pair whose prompts are bounded by the model's context, then one by the KV pool; its cluster beside it."""
     context, pool = request.param
     folder = tmp_path_factory.mktemp("clients")
     model = tiny_model(folder / "model", "Qwen3ForCausalLM", max_position_embeddings=context)
     plan = client_stages(model, folder, real_cache)
-    options = {"page_size": PAGE, "chunked_prefill_size": 32, "max_total_tokens": pool, "threads": 1}
+    options = {"page_size": PAGE, "chunked_prefill_size": 64, "max_total_tokens": pool, "threads": 1}
     with serving(folder / "prefill", folder / "decode", dtype="float32", **options) as cluster:
         yield ClientPair(cluster.url, client_oracle(folder, plan), load_tokenizer(folder / "prefill")), cluster
 
@@ -35,6 +35,12 @@ def bounded(request, tiny_model, tmp_path_factory, real_cache, serving):
 @pytest.fixture
 def pair(bounded):
     return bounded[0]
+
+
+@pytest.fixture
+def bound(request):
+    """The tokens that prompt and answer may have at most."""
+    return min(request.node.callspec.params["bounded"])
 
 
 @pytest.fixture(scope="module")
@@ -55,12 +61,12 @@ def whole_bodies(bounded, tmp_path_factory):
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
-def test_prompts_about_the_bound_get_the_oracles_text_or_a_4xx(pair, stream):
+def test_prompts_about_the_bound_get_the_oracles_text_or_a_4xx(pair, bound, stream):
     """Bound - 8 to bound + 1 tokens: SGLang keeps some tokens of a pool for itself."""
     statuses = {}
-    for length in range(120, 130):
+    for length in range(bound - 8, bound + 2):
         prompt = torch.randint(3, 259, (length,), generator=torch.Generator().manual_seed(length)).tolist()
-        sampling = {"max_new_tokens": max(1, min(3, 128 - length)), "temperature": 0, "ignore_eos": True}
+        sampling = {"max_new_tokens": max(1, min(3, bound - length)), "temperature": 0, "ignore_eos": True}
         body = {"input_ids": prompt, "sampling_params": sampling, "return_logprob": True}
         statuses[length], scored = generate(pair, body, stream)
         if statuses[length] == 200:
@@ -68,8 +74,8 @@ def test_prompts_about_the_bound_get_the_oracles_text_or_a_4xx(pair, stream):
             assert pair.off(prompt, scored) <= 1e-3
         else:
             assert 400 <= statuses[length] < 500, (length, statuses[length])
-    assert statuses[120] == 200
-    assert statuses[129] != 200
+    assert statuses[bound - 8] == 200
+    assert statuses[bound + 1] != 200
     short = {"input_ids": [40, 41], "sampling_params": {"max_new_tokens": 2}}
     assert pair.post("generate", short).status_code == 200
 
@@ -90,14 +96,14 @@ def generate(pair, body, stream):
     return (reason.get("status_code") or 200), last["meta_info"]["output_token_logprobs"]
 
 
-def test_more_new_tokens_than_there_is_room_for_are_cut_or_refused(pair):
+def test_more_new_tokens_than_there_is_room_for_are_cut_or_refused(pair, bound):
     """The end of the text is the bound's, never another text's."""
-    prompt = list(range(40, 140))
+    prompt = [40 + at % 200 for at in range(bound - 28)]
     sampling = {"max_new_tokens": 60, "temperature": 0, "ignore_eos": True}
     reply = pair.post("generate", {"input_ids": prompt, "sampling_params": sampling, "return_logprob": True})
     if reply.status_code == 200:
         scored = reply.json()["meta_info"]["output_token_logprobs"]
-        assert len(prompt) + len(scored) <= 128
+        assert len(prompt) + len(scored) <= bound
         assert pair.off(prompt, scored) <= 1e-3
     else:
         assert 400 <= reply.status_code < 500, reply.text

@@ -269,6 +269,8 @@ def test_a_request_waits_until_sparse_layers_have_room_for_it_and_for_the_others
     assert asks(request(5), **others) == 26
     stock = make_pool(PLANS[1], 1, None)
     assert memory.ask_sparse_layers(lambda *_: 26, queue_of(stock, **others), request(999), 20, 0, 0) == 26
+    # SGLang's 512 tokens beside a prompt are more than a small pool has: it would wait for ever
+    assert memory.ask_sparse_layers(lambda *_: 20 + 512, queue_of(stock), request(9), 20, 0, 0) == stock.size
 
 
 def test_a_burst_is_admitted_as_far_as_its_answers_fit():

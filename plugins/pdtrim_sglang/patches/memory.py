@@ -20,8 +20,12 @@ def note_prompt_length(original: Callable[..., Any], queue: Any, req: Any, *args
 
 
 def ask_sparse_layers(original: Callable[..., int], queue: Any, req: Any, *args: Any, **kwargs: Any) -> int:
-    """What admission must find free in the full layers: more than there is while the sparse ones have no room."""
-    tokens, allocator = original(queue, req, *args, **kwargs), queue.token_to_kv_pool_allocator
+    """What admission must find free in the full layers: more than there is while the sparse ones have no room.
+
+    No more than the pool has: SGLang wants 512 tokens beside the prompt, and a longer prompt would wait for ever.
+    """
+    allocator = queue.token_to_kv_pool_allocator
+    tokens = min(original(queue, req, *args, **kwargs), allocator.size)
     if not hasattr(allocator, "prompt"):
         return tokens
     from pdtrim_sglang.split_pool.admission import has_room
