@@ -153,10 +153,13 @@ def test_who_says_nothing_is_hung_up_on(server):
 def test_members_are_bounded():
     made = TRANSPORTS["tcp"][1]("127.0.0.1", Handler(), config(connections=3))
     held = []
-    for _ in range(4):
-        held.append(member := socket.create_connection((made.host, made.port), timeout=5))
-        introduce(member, OURS, 2)  # before the next one comes: strangers are bounded too
-        member.settimeout(0.5)
+    for before in range(4):
+        deadline = time.monotonic() + 5
+        while made.held()[0] < before and time.monotonic() < deadline:
+            time.sleep(0.01)
+        held.append(socket.create_connection((made.host, made.port), timeout=5))
+        introduce(held[-1], OURS, 2)
+        held[-1].settimeout(0.5)
     for member in held[:3]:
         with pytest.raises(TimeoutError):
             member.recv(1)
