@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import sha256
+from importlib.metadata import version
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -158,6 +159,8 @@ def _config(meta: dict[str, Any], tensors: dict[str, Any], factors: list[float] 
             "vocab_size": int(tensors["model.embed_tokens.weight"].shape[-1]),
             "tie_word_embeddings": "lm_head.weight" not in tensors,
             "dtype": _dtype(tensors),
+            # without it transformers 5 takes the folder for one of Mistral's with a wrong pre-tokenizer, and warns
+            "transformers_version": version("transformers"),
         }
     except KeyError as error:
         raise UserError(f"{path}: GGUF key {error} is missing; get the file again") from None

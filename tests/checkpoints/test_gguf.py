@@ -1,6 +1,11 @@
 """GGUF in: a file written with gguf-py from a tiny model must come back as that model."""
 
+import json
 import math
+import random
+import subprocess
+import sys
+import unicodedata
 import zipfile
 
 import numpy as np
@@ -121,6 +126,63 @@ def test_tokenizer(tiny_llama_dir, cache, tmp_path):
     assert "<|im_end|>" in tokens
     assert tokenizer.decode(ids) == text
     assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi"
+
+
+def unicode_texts(count):
+    """Texts of assigned characters of the first two planes, and of those that pre-tokenizers treat apart."""
+    draw = random.Random(0)
+    assigned = [chr(i) for i in range(0x20000) if unicodedata.category(chr(i)) not in ("Cn", "Cs", "Co")]
+    apart = " \n\t\r\u00a0\u3000 's't're'LL 1234567890²①٣abcXYZ!?-—.,한국어日本éé́ß"
+    for _ in range(count):
+        yield "".join(draw.choice(draw.choice((assigned, apart))) for _ in range(60))
+
+
+def test_qwen2_s_tokenizer_is_that_of_transformers(tiny_dir, cache, tmp_path, capfd):
+    """The reference is transformers' own Qwen2Tokenizer, which knows the published pattern, over the same merges."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import Qwen2Tokenizer
+
+    trained = Tokenizer(models.BPE())  # of whole texts: its merges cross every border that a pre-tokenizer draws
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    trainer = trainers.BpeTrainer(vocab_size=1200, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    texts = list(unicode_texts(400))
+    trained.train_from_iterator([*texts, *("it's 123 they'LL  do\n\n it!?\r\n" * 9 for _ in range(50))], trainer)
+    learned = json.loads(trained.to_str())["model"]
+    vocab, merges = learned["vocab"], [tuple(merge) for merge in learned["merges"]]
+
+    def spoil(writer):
+        tokens = sorted(vocab, key=vocab.get)
+        for key, value in (
+            ("tokens", tokens),
+            ("token_type", [1] * len(tokens)),
+            ("merges", list(map(" ".join, merges))),
+        ):
+            instead(f"tokenizer.ggml.{key}", value, gguf.GGUFValueType.ARRAY)(writer)
+
+    model = load_model(tiny_dir("Qwen2ForCausalLM"))
+    folder = resolve(f"gguf:{write_gguf(tmp_path / 'm.gguf', model, 'qwen2', spoil=spoil, pre='qwen2')}", cache).path
+    ours, theirs = Tokenizer.from_file(str(folder / "tokenizer.json")), Qwen2Tokenizer(vocab=vocab, merges=merges)
+    ids = [ours.encode(text, add_special_tokens=False).ids for text in texts]
+    assert ids == [theirs(text, add_special_tokens=False)["input_ids"] for text in texts]
+    undivided = [trained.encode(unicodedata.normalize("NFC", text)).ids for text in texts]
+    assert sum(map(list.__ne__, ids, undivided)) > len(texts) // 2  # the pattern decides
+
+
+def test_transformers_does_not_warn_of_our_pre_tokenizer(tiny_dir, tmp_path, cache):
+    tokens = [f"t{i}" for i in range(100_100)]  # it looks at large vocabularies only
+
+    def spoil(writer):
+        have = writer.kv_data[0]["tokenizer.ggml.tokens"].value
+        for key, value in (("tokens", [*have, *tokens]), ("token_type", [3] * 3 + [1] * (len(have) - 3 + len(tokens)))):
+            instead(f"tokenizer.ggml.{key}", value, gguf.GGUFValueType.ARRAY)(writer)
+
+    model = load_model(tiny_dir("Qwen2ForCausalLM"))
+    folder = resolve(f"gguf:{write_gguf(tmp_path / 'm.gguf', model, 'qwen2', spoil=spoil, pre='qwen2')}", cache).path
+    program = "import sys, pathlib; from pdtrim_deploy.checkpoints.loading import load_tokenizer as load; "
+    program += "print(len(load(pathlib.Path(sys.argv[1]))))"
+    done = subprocess.run([sys.executable, "-c", program, folder], capture_output=True, text=True, check=True)
+    assert int(done.stdout) > 100_000
+    assert "regex" not in done.stderr
 
 
 @pytest.mark.parametrize(
