@@ -25,7 +25,7 @@ from pdtrim_deploy.checkpoints.gguf_tokenizer import write_tokenizer
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.paths import expanded, resolved
 
-_CONVERTER = 4  # raise when the same file would convert differently
+CONVERTER = 4  # raise when the same file would convert differently
 _ARCHITECTURES = {
     "llama": ("LlamaForCausalLM", "llama"),
     "qwen2": ("Qwen2ForCausalLM", "qwen2"),
@@ -59,7 +59,7 @@ class GGUFSource:
         if not path.is_file():
             raise UserError(f"{path}: no such file; give a .gguf model")
         stat = path.stat()
-        key = sha256(repr((_CONVERTER, str(path), stat.st_size, stat.st_mtime_ns)).encode()).hexdigest()
+        key = sha256(repr((CONVERTER, str(path), stat.st_size, stat.st_mtime_ns)).encode()).hexdigest()
         return cache.entry("gguf", key, lambda entry: convert(path, entry, log))
 
 

