@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import sha256
+from importlib.metadata import version
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -19,11 +20,12 @@ import yaml
 
 from pdtrim_deploy.cache import Cache
 from pdtrim_deploy.checkpoints.base import Log
+from pdtrim_deploy.checkpoints.gguf_rope import FREQUENCIES, rope_scaling
 from pdtrim_deploy.checkpoints.gguf_tokenizer import write_tokenizer
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.paths import expanded, resolved
 
-_CONVERTER = 3  # raise when the same file would convert differently
+CONVERTER = 4  # raise when the same file would convert differently
 _ARCHITECTURES = {
     "llama": ("LlamaForCausalLM", "llama"),
     "qwen2": ("Qwen2ForCausalLM", "qwen2"),
@@ -57,7 +59,7 @@ class GGUFSource:
         if not path.is_file():
             raise UserError(f"{path}: no such file; give a .gguf model")
         stat = path.stat()
-        key = sha256(repr((_CONVERTER, str(path), stat.st_size, stat.st_mtime_ns)).encode()).hexdigest()
+        key = sha256(repr((CONVERTER, str(path), stat.st_size, stat.st_mtime_ns)).encode()).hexdigest()
         return cache.entry("gguf", key, lambda entry: convert(path, entry, log))
 
 
@@ -77,9 +79,10 @@ def convert(path: Path, out: Path, log: Log) -> None:
         meta = {name: field.contents() for name, field in reader.fields.items()}
     except (ValueError, IndexError, KeyError, OverflowError) as error:
         raise UserError(f"{path}: truncated or not a GGUF file ({error}); get it again") from error
-    tensors = {_hf_name(t.name, path): t for t in reader.tensors}
+    factors = next((t.data.tolist() for t in reader.tensors if t.name == FREQUENCIES), None)
+    tensors = {_hf_name(t.name, path): t for t in reader.tensors if t.name != FREQUENCIES}
     with _one_sentence(path):
-        config = _config(meta, tensors, path)
+        config = _config(meta, tensors, factors, path)
     log(f"converting {path.name} to {config['dtype']} safetensors")
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
 
@@ -130,15 +133,13 @@ def _unpermute(tensor: Any, heads: int) -> Any:
     return tensor.reshape(heads, rows // 2, 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
 
 
-def _config(meta: dict[str, Any], tensors: dict[str, Any], path: Path) -> dict[str, Any]:
+def _config(meta: dict[str, Any], tensors: dict[str, Any], factors: list[float] | None, path: Path) -> dict[str, Any]:
     arch = meta.get("general.architecture")
     if arch not in _ARCHITECTURES:
         raise UserError(
             f"{path}: GGUF architecture {arch!r} is not supported; those that are: {', '.join(_ARCHITECTURES)}"
         )
     architecture, model_type = _ARCHITECTURES[arch]
-    if meta.get(f"{arch}.rope.scaling.type", "none") != "none":
-        raise UserError(f"{path}: scaled RoPE cannot be read back from GGUF exactly; give the HF folder as hf:DIR")
     try:
         hidden, heads = meta[f"{arch}.embedding_length"], meta[f"{arch}.attention.head_count"]
         config = {
@@ -158,10 +159,14 @@ def _config(meta: dict[str, Any], tensors: dict[str, Any], path: Path) -> dict[s
             "vocab_size": int(tensors["model.embed_tokens.weight"].shape[-1]),
             "tie_word_embeddings": "lm_head.weight" not in tensors,
             "dtype": _dtype(tensors),
+            # without it transformers 5 takes the folder for one of Mistral's with a wrong pre-tokenizer, and warns
+            "transformers_version": version("transformers"),
         }
     except KeyError as error:
         raise UserError(f"{path}: GGUF key {error} is missing; get the file again") from None
     config["torch_dtype"] = config["dtype"]
+    if scaling := rope_scaling(meta, arch, factors, config["rope_theta"], path):
+        config["rope_scaling"] = scaling
     if any(name.endswith("self_attn.o_proj.bias") for name in tensors):
         config["attention_bias"] = True
     for token, key in (("bos", "bos_token_id"), ("eos", "eos_token_id"), ("padding", "pad_token_id")):

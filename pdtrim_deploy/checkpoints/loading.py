@@ -9,10 +9,12 @@ from textwrap import shorten
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from pdtrim_deploy.checkpoints.checkpoint import TOKENIZER_FILES, Checkpoint
 from pdtrim_deploy.checkpoints.config import read_config
 from pdtrim_deploy.checkpoints.families import family_of
+from pdtrim_deploy.checkpoints.tensors import read_header, read_tensor_index
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.sizing.processor import compute_dtype
 
@@ -30,20 +32,24 @@ def load_model(path: Path, dtype: str = "float32", attn_implementation: str = "s
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # "Loading weights" would break our own lines
+    weights = _by_index(path)
     with _one_sentence(path, "model"):
         model, info = family.model_class.from_pretrained(
-            path,
+            path if weights is None else None,
+            config=family.model_class.config_class.from_pretrained(path, local_files_only=True),
             dtype=TORCH_DTYPES[dtype],
             attn_implementation=attn_implementation,
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
+            state_dict=weights,
         )
     if info["missing_keys"]:  # transformers would fill them with random numbers and only warn
         raise UserError(f"{path}: tensor {sorted(info['missing_keys'])[0]} is missing; get the model again")
     return model.eval().requires_grad_(False)
 
 
+<<<<<<< HEAD
 def load_to_compute(name: str, path: Path, dtype: str, note: Callable[[str], None] = lambda _: None) -> Any:
     """`load_model` for whoever only computes: weights rounded to `dtype`, arithmetic in what this CPU is fast at.
 
@@ -53,6 +59,22 @@ def load_to_compute(name: str, path: Path, dtype: str, note: Callable[[str], Non
     why = "" if computed == dtype else f": this CPU has no {dtype} instructions, it computes in {computed}"
     note(f"loading the {name} model{why}")
     return load_model(path, dtype).to(TORCH_DTYPES[computed])
+=======
+def _by_index(path: Path) -> dict[str, torch.Tensor] | None:
+    """The tensors that the index names, where its shards hold others too (stale copies); else None.
+
+    Transformers looks at the index for the files alone, and of a tensor in two of them takes the last it meets.
+    """
+    index = read_tensor_index(path)
+    files = sorted({info.file for info in index.values()})
+    if sum(len(read_header(file)) for file in files) == len(index):
+        return None
+    weights: dict[str, torch.Tensor] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as shard:
+            weights |= {name: shard.get_tensor(name) for name, info in index.items() if info.file == file}
+    return weights
+>>>>>>> checkpoints
 
 
 def load_tokenizer(path: Path) -> Any:

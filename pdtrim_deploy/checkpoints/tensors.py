@@ -51,10 +51,10 @@ def read_tensor_index(folder: Path) -> dict[str, TensorInfo]:
     Raises UserError: pickle-only weights, no weights, a missing shard, a truncated or damaged file.
     """
     if (folder / SINGLE).exists():  # before an index: where both are there, transformers loads this one
-        return _read_header(folder / SINGLE)
+        return read_header(folder / SINGLE)
     if (folder / INDEX).exists():
         weight_map = _weight_map(folder / INDEX)
-        shards = {name: _read_header(folder / name) for name in sorted(set(weight_map.values()))}
+        shards = {name: read_header(folder / name) for name in sorted(set(weight_map.values()))}
         absent = [name for name, shard in weight_map.items() if name not in shards[shard]]
         if absent:
             raise UserError(f"{folder}: {INDEX} promises {absent[0]}, which is not in its shard; get the model again")
@@ -82,7 +82,8 @@ def tensor_digests(tensors: dict[str, TensorInfo]) -> Iterator[tuple[str, str]]:
         mapped.close()
 
 
-def _read_header(path: Path) -> dict[str, TensorInfo]:
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """All tensors of one safetensors file by name; UserError: it is missing, truncated or damaged."""
     if not path.exists():
         raise UserError(f"{path}: missing shard; get the model again")
     damaged = UserError(f"{path}: truncated or damaged safetensors file; get the model again")

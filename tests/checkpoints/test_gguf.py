@@ -1,5 +1,11 @@
 """GGUF in: a file written with gguf-py from a tiny model must come back as that model."""
 
+import json
+import math
+import random
+import subprocess
+import sys
+import unicodedata
 import zipfile
 
 import numpy as np
@@ -122,6 +128,63 @@ def test_tokenizer(tiny_llama_dir, cache, tmp_path):
     assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi"
 
 
+def unicode_texts(count):
+    """Texts of assigned characters of the first two planes, and of those that pre-tokenizers treat apart."""
+    draw = random.Random(0)
+    assigned = [chr(i) for i in range(0x20000) if unicodedata.category(chr(i)) not in ("Cn", "Cs", "Co")]
+    apart = " \n\t\r\u00a0\u3000 's't're'LL 1234567890²①٣abcXYZ!?-—.,한국어日本éé́ß"
+    for _ in range(count):
+        yield "".join(draw.choice(draw.choice((assigned, apart))) for _ in range(60))
+
+
+def test_qwen2_s_tokenizer_is_that_of_transformers(tiny_dir, cache, tmp_path, capfd):
+    """The reference is transformers' own Qwen2Tokenizer, which knows the published pattern, over the same merges."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import Qwen2Tokenizer
+
+    trained = Tokenizer(models.BPE())  # of whole texts: its merges cross every border that a pre-tokenizer draws
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    trainer = trainers.BpeTrainer(vocab_size=1200, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    texts = list(unicode_texts(400))
+    trained.train_from_iterator([*texts, *("it's 123 they'LL  do\n\n it!?\r\n" * 9 for _ in range(50))], trainer)
+    learned = json.loads(trained.to_str())["model"]
+    vocab, merges = learned["vocab"], [tuple(merge) for merge in learned["merges"]]
+
+    def spoil(writer):
+        tokens = sorted(vocab, key=vocab.get)
+        for key, value in (
+            ("tokens", tokens),
+            ("token_type", [1] * len(tokens)),
+            ("merges", list(map(" ".join, merges))),
+        ):
+            instead(f"tokenizer.ggml.{key}", value, gguf.GGUFValueType.ARRAY)(writer)
+
+    model = load_model(tiny_dir("Qwen2ForCausalLM"))
+    folder = resolve(f"gguf:{write_gguf(tmp_path / 'm.gguf', model, 'qwen2', spoil=spoil, pre='qwen2')}", cache).path
+    ours, theirs = Tokenizer.from_file(str(folder / "tokenizer.json")), Qwen2Tokenizer(vocab=vocab, merges=merges)
+    ids = [ours.encode(text, add_special_tokens=False).ids for text in texts]
+    assert ids == [theirs(text, add_special_tokens=False)["input_ids"] for text in texts]
+    undivided = [trained.encode(unicodedata.normalize("NFC", text)).ids for text in texts]
+    assert sum(map(list.__ne__, ids, undivided)) > len(texts) // 2  # the pattern decides
+
+
+def test_transformers_does_not_warn_of_our_pre_tokenizer(tiny_dir, tmp_path, cache):
+    tokens = [f"t{i}" for i in range(100_100)]  # it looks at large vocabularies only
+
+    def spoil(writer):
+        have = writer.kv_data[0]["tokenizer.ggml.tokens"].value
+        for key, value in (("tokens", [*have, *tokens]), ("token_type", [3] * 3 + [1] * (len(have) - 3 + len(tokens)))):
+            instead(f"tokenizer.ggml.{key}", value, gguf.GGUFValueType.ARRAY)(writer)
+
+    model = load_model(tiny_dir("Qwen2ForCausalLM"))
+    folder = resolve(f"gguf:{write_gguf(tmp_path / 'm.gguf', model, 'qwen2', spoil=spoil, pre='qwen2')}", cache).path
+    program = "import sys, pathlib; from pdtrim_deploy.checkpoints.loading import load_tokenizer as load; "
+    program += "print(len(load(pathlib.Path(sys.argv[1]))))"
+    done = subprocess.run([sys.executable, "-c", program, folder], capture_output=True, text=True, check=True)
+    assert int(done.stdout) > 100_000
+    assert "regex" not in done.stderr
+
+
 @pytest.mark.parametrize(
     ("pre", "said", "starts"),
     [("llama-bpe", None, True), ("llama-bpe", False, False), ("gpt-2", None, False), ("gpt-2", True, True)],
@@ -141,8 +204,25 @@ def test_texts_begin_with_bos_as_in_llama_cpp(pre, said, starts, tiny_llama_dir,
     [
         ("bert", lambda w: None, "smollm", "'bert' is not supported; .*llama, qwen2, qwen3"),
         ("llama", lambda w: None, "strange", "pre-tokenizer 'strange'"),
-        ("llama", lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.YARN), "smollm", "scaled RoPE"),
-        ("llama", lambda w: w.add_tensor("rope_freqs.weight", np.ones(8, np.float32)), "smollm", "rope_freqs.weight"),
+        (
+            "llama",
+            lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE),
+            "smollm",
+            "RoPE scaling 'longrope'",
+        ),
+        (
+            "llama",
+            lambda w: (scaled(w, "yarn", 4.0), w.add_rope_scaling_yarn_beta_fast(8.0)),
+            "smollm",
+            "'yarn' with y",
+        ),
+        ("llama", lambda w: add_factors(w, [1, 1, 1, 9, 2, 8, 8, 8]), "smollm", "not the scaling of Llama 3"),
+        (
+            "llama",
+            lambda w: (scaled(w, "yarn", 4.0), add_factors(w, [1.0] * 8)),
+            "smollm",
+            "beside RoPE scaling 'yarn'",
+        ),
     ],
 )
 def test_what_does_not_map_is_refused(arch, spoil, pre, words, tiny_llama_dir, tmp_path):
@@ -151,6 +231,63 @@ def test_what_does_not_map_is_refused(arch, spoil, pre, words, tiny_llama_dir, t
     with pytest.raises(UserError, match=words):
         resolve(f"gguf:{path}", cache)
     assert not [p for p in (cache.root / "gguf").iterdir() if p.is_dir()]
+
+
+def scaled(writer, kind, factor):
+    """As llama.cpp's converter writes `rope_scaling` of config.json."""
+    writer.add_rope_scaling_type(gguf.RopeScalingType(kind))
+    writer.add_rope_scaling_factor(factor)
+    if kind == "yarn":
+        writer.add_rope_scaling_orig_ctx_len(64)
+
+
+def add_factors(writer, factors):
+    writer.add_tensor("rope_freqs.weight", np.array(factors, np.float32))
+
+
+def written_by_llama_cpp(model):
+    """`rope_freqs.weight` by convert_hf_to_gguf.py's own arithmetic, LlamaModel.generate_extra_tensors."""
+    rope = model.config.rope_parameters
+    low, high, context = (rope[k] for k in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"))
+    for freq in 1.0 / (rope["rope_theta"] ** (torch.arange(0, 16, 2, dtype=torch.float32) / 16)):
+        wavelength = 2 * math.pi / freq
+        if wavelength < context / high:
+            yield 1.0
+        elif wavelength > context / low:
+            yield rope["factor"]
+        else:
+            smooth = (context / wavelength - low) / (high - low)
+            yield float(1 / ((1 - smooth) / rope["factor"] + smooth))
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        LLAMA3 | {"original_max_position_embeddings": 8192, "rope_theta": 500000.0},  # Llama 3.1
+        LLAMA3 | {"original_max_position_embeddings": 8192, "rope_theta": 500000.0, "factor": 32.0},  # Llama 3.2
+        LLAMA3 | {"original_max_position_embeddings": 64, "rope_theta": 100.0},  # three frequencies lie between
+        LLAMA3 | {"original_max_position_embeddings": 64, "rope_theta": 100.0, "high_freq_factor": 3.0},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 10000.0},
+        {"rope_type": "linear", "factor": 2.5, "rope_theta": 10000.0},
+    ],
+    ids=lambda rope: f"{rope['rope_type']}-{rope.get('factor')}-{rope.get('high_freq_factor')}-{rope['rope_theta']}",
+)
+def test_scaled_rope_comes_back(rope, tiny_model, cache, tmp_path):
+    model = load_model(tiny_model(tmp_path / "hf", rope_parameters=rope))
+
+    def spoil(writer):
+        if rope["rope_type"] == "llama3":
+            add_factors(writer, list(written_by_llama_cpp(model)))
+        else:
+            scaled(writer, rope["rope_type"], rope["factor"])
+
+    checkpoint = resolve(f"gguf:{write_gguf(tmp_path / 'm.gguf', model, 'llama', spoil=spoil)}", cache)
+    back, ids = load_model(checkpoint.path), torch.randint(512, (1, 700))
+    assert {key: back.config.rope_parameters[key] for key in rope} == rope
+    assert torch.equal(back(ids).logits, model(ids).logits)
 
 
 def without(key):

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from pdtrim_deploy.cache import Cache
 from pdtrim_deploy.checkpoints import FAMILIES, resolve
 from pdtrim_deploy.checkpoints.loading import check_loads, load_model, load_tokenizer
+from pdtrim_deploy.checkpoints.surgery import write_stage
 from pdtrim_deploy.errors import UserError
 
 
@@ -69,6 +70,29 @@ def test_of_two_sets_of_weights_the_one_that_transformers_loads_counts(copy, cac
     loaded, other = (model.model.norm.weight for model in (load_model(both), load_model(copy)))
     assert torch.equal(loaded, other)
     assert resolve(f"hf:{both}", cache).fingerprint == fingerprint
+
+
+@pytest.mark.parametrize("stale_first", [False, True])
+def test_of_a_tensor_in_two_shards_that_of_the_index_counts(stale_first, copy, cache, tmp_path):
+    """A shard that was not cleaned up holds older tensors, which the index gives to another."""
+    other = shutil.copytree(copy, tmp_path / "other")
+    model = load_model(copy)
+    model.save_pretrained(other, max_shard_size="300KB")
+    (other / "model.safetensors").unlink()
+    fingerprint = resolve(f"hf:{other}", cache).fingerprint
+    index = json.loads((other / "model.safetensors.index.json").read_text())["weight_map"]
+    names = ["model.norm.weight", "model.layers.2.mlp.up_proj.weight"]
+    shards = sorted(set(index.values()), reverse=not stale_first)
+    for name in names:
+        shard = next(shard for shard in shards if shard != index[name])
+        tensors = load_file(other / shard)
+        save_file(tensors | {name: model.state_dict()[name] + 1}, other / shard, metadata={"format": "pt"})
+    checkpoint = resolve(f"hf:{other}", cache)
+    assert checkpoint.fingerprint == fingerprint == resolve(f"hf:{copy}", cache).fingerprint
+    write_stage(checkpoint, tmp_path / "stage", range(6), "float32", {})
+    for folder in (other, tmp_path / "stage"):
+        loaded = load_model(folder).state_dict()
+        assert all(torch.equal(loaded[name], model.state_dict()[name]) for name in names), folder
 
 
 def test_swapped_names_change_the_fingerprint(copy, cache):
@@ -202,6 +226,7 @@ def load_whole(folder, _):
         (header(data_offsets=[0.0, 256.0]), "truncated or damaged"),
         (header("__metadata__", format=3), "truncated or damaged"),
         (missing_tensor, "1 tensors are missing, first model.layers.3.mlp.up_proj.weight"),
+        (lambda folder: edit_weights(folder, lambda t: t.pop("lm_head.weight")), "1 tensors .*first lm_head.weight"),
         (config(num_hidden_layers=7), "9 tensors are missing, first model.layers.6"),
         (odd_dtype, "model.norm.weight is I8"),
     ],

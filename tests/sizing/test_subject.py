@@ -139,7 +139,7 @@ def test_bad_targets(tmp_path: Path) -> None:
     (tmp_path / "broken.json").write_text("{")
     (tmp_path / "empty").mkdir()
     recipe, many = write_recipe(tmp_path), write_recipe(tmp_path, "many", pruning={"decode_blocks": 30})
-    shipped_models = "llama-3.1-8b, qwen2.5-14b, qwen2.5-7b, smollm2-135m"
+    shipped_models = "llama-3.1-8b, qwen2.5-14b, qwen2.5-7b, qwen2.5-coder-0.5b, smollm2-135m"
     for targets, config, says in [
         (["gone"], None, f"gone: no such recipe, bundle or config.json; .* shipped model: {shipped_models}"),
         ([tmp_path / "gone.yaml"], None, "no such recipe file"),
