@@ -49,7 +49,6 @@ def load_model(path: Path, dtype: str = "float32", attn_implementation: str = "s
     return model.eval().requires_grad_(False)
 
 
-<<<<<<< HEAD
 def load_to_compute(name: str, path: Path, dtype: str, note: Callable[[str], None] = lambda _: None) -> Any:
     """`load_model` for whoever only computes: weights rounded to `dtype`, arithmetic in what this CPU is fast at.
 
@@ -59,7 +58,8 @@ def load_to_compute(name: str, path: Path, dtype: str, note: Callable[[str], Non
     why = "" if computed == dtype else f": this CPU has no {dtype} instructions, it computes in {computed}"
     note(f"loading the {name} model{why}")
     return load_model(path, dtype).to(TORCH_DTYPES[computed])
-=======
+
+
 def _by_index(path: Path) -> dict[str, torch.Tensor] | None:
     """The tensors that the index names, where its shards hold others too (stale copies); else None.
 
@@ -74,7 +74,6 @@ def _by_index(path: Path) -> dict[str, torch.Tensor] | None:
         with safe_open(file, framework="pt") as shard:
             weights |= {name: shard.get_tensor(name) for name, info in index.items() if info.file == file}
     return weights
->>>>>>> checkpoints
 
 
 def load_tokenizer(path: Path) -> Any:
