@@ -10,11 +10,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from pdtrim_deploy.checkpoints.block_tensors import read_blocks, save_blocks
-from pdtrim_deploy.evaluation.oracle import PDOracle
-from pdtrim_deploy.pruning.healing import Arrival, heal
+from pdtrim_deploy.models.block_tensors import read_blocks, save_blocks
+from pdtrim_deploy.models.oracle import PDOracle
+from pdtrim_deploy.pruning.healing import PromptKV, heal
 from pdtrim_deploy.pruning.pair import StagePair
-from pdtrim_deploy.recipe_healing import HealingSection
+from pdtrim_deploy.recipe.healing import HealingSection
 
 HEALED = (("ours, native wire", 4.95), ("ours", 10.0))
 MORE = 128  # tokens behind each prompt
@@ -28,9 +28,9 @@ def healed(
     file = folder / f"healed-{hashlib.sha256(json.dumps(sends).encode()).hexdigest()[:12]}.safetensors"
     pair = StagePair(oracle.prefill_model, oracle.plan)
     if not file.exists():
-        arrival = Arrival(asked.prompt, lambda prompts: oracle.hand_over(oracle.prefill(prompts)))
+        prompt_kv = PromptKV(asked.prompt, lambda prompts: oracle.hand_over(oracle.prefill(prompts)))
         section = HealingSection(kv_steps=asked.steps, learning_rate=asked.learning_rate, seed=asked.seed)
-        changed = heal(pair, "decode", ids, section, note, arrival).pair.changed.get("decode", {})
+        changed = heal(pair, "decode", ids, section, note, prompt_kv).pair.changed.get("decode", {})
         save_blocks(changed, file.with_suffix(".part"))
         file.with_suffix(".part").rename(file)
     pair = pair.with_changes("decode", read_blocks(file))

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pdtrim_deploy.kvcache.selection import Cut, Problem, Sends
-from pdtrim_deploy.kvcache.selection.budget.search import BudgetSearch
-from pdtrim_deploy.kvcache.selection.by_attention import ByAttention
-from pdtrim_deploy.kvcache.selection.by_harm import budget_search
-from pdtrim_deploy.kvcache.selection.fixed import AtRandom
+from pdtrim_deploy.kvchoice import Cut, Problem, Sends
+from pdtrim_deploy.kvchoice.budget.search import BudgetSearch
+from pdtrim_deploy.kvchoice.by_attention import ByAttention
+from pdtrim_deploy.kvchoice.by_harm import budget_search
+from pdtrim_deploy.kvchoice.fixed import AtRandom
 from pdtrim_deploy.plan import KVSend, PDPlan
-from pdtrim_deploy.recipe_kv import KVSection
+from pdtrim_deploy.recipe.kv import KVSection
 
 Log = Callable[[str], None]
 FIRST = 4  # attention sinks, as in StreamingLLM and SimLayerKV

@@ -12,21 +12,21 @@ from __pruning_methods import METHODS, Method, prefill_blocks
 from __results import commit
 from torch import Tensor
 
-from pdtrim_deploy.blockwise import CausalLM
-from pdtrim_deploy.cache import Cache
+from pdtrim_deploy.local.cache import Cache
+from pdtrim_deploy.models.blockwise import CausalLM
 from pdtrim_deploy.plan import STAGES, ModelShape
+from pdtrim_deploy.pruning.cached_judge import CachedJudge
 from pdtrim_deploy.pruning.candidates import find
 from pdtrim_deploy.pruning.cost import judged_forwards, search_cost
-from pdtrim_deploy.pruning.refitted import Refitted
+from pdtrim_deploy.pruning.refit_judge import RefitJudge
 from pdtrim_deploy.pruning.search import Search, Settings
 from pdtrim_deploy.pruning.search.greedy import Greedy
 from pdtrim_deploy.pruning.solution import Solution
 from pdtrim_deploy.pruning.stages import StageRemovals, choose_stages
 from pdtrim_deploy.pruning.students import Students
-from pdtrim_deploy.pruning.verdicts import WrittenDown
 from pdtrim_deploy.recipe import CalibrationSection
-from pdtrim_deploy.recipe_healing import StudentsSection
-from pdtrim_deploy.recipe_pruning import PruningSection
+from pdtrim_deploy.recipe.healing import StudentsSection
+from pdtrim_deploy.recipe.pruning import PruningSection
 
 Note = Callable[[str], None]
 JUDGED = 32  # sequences, the last of the text, that finalists are judged on; students learn from those before
@@ -145,12 +145,12 @@ def _searched(setup: Setup, method: Method, removed: int, seed: int) -> Choice:
     )
 
 
-def _judge(setup: Setup, method: Method) -> WrittenDown:
+def _judge(setup: Setup, method: Method) -> CachedJudge:
     """Says the same of finalists that another seed or method has asked for."""
     students, text = setup.students if method.distil else None, setup.text[-JUDGED:]
-    judge = Refitted(setup.model, setup.shape, text, method.compensation, students, setup.note)
+    judge = RefitJudge(setup.model, setup.shape, text, method.compensation, students, setup.note)
     about = [setup.shape.fingerprint, method.compensation, len(setup.text), len(text)]
-    return WrittenDown(judge, setup.folder / f"judged-{method.compensation}-{len(setup.text)}.jsonl", about)
+    return CachedJudge(judge, setup.folder / f"judged-{method.compensation}-{len(setup.text)}.jsonl", about)
 
 
 def _judging(setup: Setup, found: StageRemovals) -> int:

@@ -12,14 +12,14 @@ from typing import Any
 from __pruning_choice import JUDGED, Choice, Setup
 from __pruning_methods import Method
 
-from pdtrim_deploy.checkpoints.block_tensors import read_blocks, save_blocks
+from pdtrim_deploy.models.block_tensors import read_blocks, save_blocks
 from pdtrim_deploy.plan import STAGES, KVSend, PDPlan, Stage
 from pdtrim_deploy.pruning.compensation import get_compensation
 from pdtrim_deploy.pruning.healing import heal
 from pdtrim_deploy.pruning.pair import StagePair
 from pdtrim_deploy.pruning.students.regression import teach
 from pdtrim_deploy.pruning.students.states import HiddenFiles
-from pdtrim_deploy.recipe_healing import HealingSection, StudentsSection
+from pdtrim_deploy.recipe.healing import HealingSection, StudentsSection
 
 
 def stages(setup: Setup, method: Method, found: Choice, place: Path) -> tuple[StagePair, float]:

@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from pdtrim_deploy.report.environment import environment
+from pdtrim_deploy.bundle.environment import environment
 
 HERE = Path(__file__).parent
 

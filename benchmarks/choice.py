@@ -14,12 +14,12 @@ from typing import Any
 
 from __results import HERE, write
 
-from pdtrim_deploy.cache import Cache
-from pdtrim_deploy.checkpoints import DEFAULT_SOURCE, resolve
-from pdtrim_deploy.checkpoints.loading import load_model, load_tokenizer
-from pdtrim_deploy.evaluation.oracle import PDOracle
 from pdtrim_deploy.evaluation.tasks import Measured, Setting, choice
 from pdtrim_deploy.evaluation.tasks.social_iqa import load
+from pdtrim_deploy.local.cache import Cache
+from pdtrim_deploy.models import DEFAULT_SOURCE, resolve
+from pdtrim_deploy.models.loading import load_model, load_tokenizer
+from pdtrim_deploy.models.oracle import PDOracle
 from pdtrim_deploy.plan import KVSend, PDPlan
 
 BESIDE = ("StreamingLLM", 4.95)

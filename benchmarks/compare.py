@@ -25,13 +25,13 @@ from __results import write
 from safetensors import safe_open
 
 from pdtrim_deploy.bundle import Bundle
-from pdtrim_deploy.cache import Cache
 from pdtrim_deploy.loadtest import Scenario, Workers, driver
 from pdtrim_deploy.loadtest.rounds import FIGURES, LEAST_ROUNDS, Ratio, Rounds, Side, interleave, repeats
+from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.pipeline import build
+from pdtrim_deploy.plan.link import Link
 from pdtrim_deploy.recipe import Recipe
 from pdtrim_deploy.serving import cluster_of, throttled
-from pdtrim_deploy.sizing.link import Link
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "out" / "bench-compare"

@@ -22,8 +22,8 @@ from __results import write
 from pdtrim_builders.runtime_onnx import OnnxStage
 
 from pdtrim_deploy.bundle import Bundle
-from pdtrim_deploy.cache import Cache
 from pdtrim_deploy.loadtest import LoadResult, Scenario, driver
+from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.pipeline import build
 from pdtrim_deploy.recipe import Recipe
 from pdtrim_deploy.serving import Cluster, Executors, cluster_of

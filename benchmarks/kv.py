@@ -27,15 +27,15 @@ from __results import HERE, commit, write
 from torch import Tensor
 
 from pdtrim_deploy.bundle import write_atomic
-from pdtrim_deploy.cache import Cache
-from pdtrim_deploy.checkpoints import DEFAULT_SOURCE, resolve
-from pdtrim_deploy.checkpoints.loading import load_model, load_tokenizer
 from pdtrim_deploy.evaluation.corpora import registry
 from pdtrim_deploy.evaluation.corpora.sampling import sequences
-from pdtrim_deploy.evaluation.oracle import PDOracle
 from pdtrim_deploy.evaluation.tasks import Measured, Setting, agreement, choice, needle, perplexity
-from pdtrim_deploy.kvcache.recall import with_recall
-from pdtrim_deploy.kvcache.selection import Problem
+from pdtrim_deploy.kvchoice import Problem
+from pdtrim_deploy.kvchoice.recall import with_recall
+from pdtrim_deploy.local.cache import Cache
+from pdtrim_deploy.models import DEFAULT_SOURCE, resolve
+from pdtrim_deploy.models.loading import load_model, load_tokenizer
+from pdtrim_deploy.models.oracle import PDOracle
 from pdtrim_deploy.plan import KVSend, PDPlan
 
 CONTINUATION = 9  # of each calibration sequence: texts differ more than places in one

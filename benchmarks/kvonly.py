@@ -16,16 +16,16 @@ from typing import Any
 
 from __results import write
 
-from pdtrim_deploy.cache import Cache
-from pdtrim_deploy.checkpoints import DEFAULT_SOURCE, resolve
-from pdtrim_deploy.checkpoints.loading import load_model, load_tokenizer
 from pdtrim_deploy.evaluation.corpora import registry
 from pdtrim_deploy.evaluation.corpora.sampling import sequences
-from pdtrim_deploy.evaluation.oracle import PDOracle
 from pdtrim_deploy.evaluation.perplexity import pd_perplexity
+from pdtrim_deploy.local.cache import Cache
+from pdtrim_deploy.models import DEFAULT_SOURCE, resolve
+from pdtrim_deploy.models.loading import load_model, load_tokenizer
+from pdtrim_deploy.models.oracle import PDOracle
 from pdtrim_deploy.plan import Drop, Keep, KVSend, PDPlan
 from pdtrim_deploy.pruning.compensation import get_compensation
-from pdtrim_deploy.pruning.kv_only import fit, give_up, rank
+from pdtrim_deploy.pruning.kv_only import fit, fit_kv_only, rank
 from pdtrim_deploy.pruning.pair import StagePair
 
 CORPORA = ("brown", "austen")
@@ -62,7 +62,7 @@ def main() -> None:
     judge(0, "dense", dense)
     order = rank(dense, ids, print)
     for blocks in asked.blocks:
-        fitted = give_up(dense, order[:blocks], ids)
+        fitted = fit_kv_only(dense, order[:blocks], ids)
         judge(blocks, "K and V alone, own projections", unfitted(fitted))
         judge(blocks, "K and V alone, refitted", fitted)
         mended = get_compensation("least-squares").compensate(fitted, "prefill", ids, lambda _: None)

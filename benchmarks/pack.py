@@ -19,7 +19,7 @@ from __results import write
 from pdtrim_deploy.kvcache.layout import chunk_layout
 from pdtrim_deploy.kvcache.pack import pack, unpack
 from pdtrim_deploy.plan import KVSend, ModelShape, PDPlan
-from pdtrim_deploy.wire import WIRE_DTYPES
+from pdtrim_deploy.plan.wire import WIRE_DTYPES
 
 SHAPES = {"SmolLM2-135M": (30, 3, 64), "Llama-3.1-8B, 6 of its 32 layers": (6, 8, 128)}  # layers, KV heads, head size
 

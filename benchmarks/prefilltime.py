@@ -20,10 +20,10 @@ from pdtrim_builders.graph.build import build_graph
 from pdtrim_builders.graph.stage import read_stage
 from pdtrim_builders.runtime_onnx import OnnxStage
 
-from pdtrim_deploy.cache import Cache
-from pdtrim_deploy.checkpoints import DEFAULT_SOURCE, resolve
-from pdtrim_deploy.checkpoints.checkpoint import Checkpoint
-from pdtrim_deploy.checkpoints.surgery import write_stage
+from pdtrim_deploy.local.cache import Cache
+from pdtrim_deploy.models import DEFAULT_SOURCE, resolve
+from pdtrim_deploy.models.checkpoint import Checkpoint
+from pdtrim_deploy.models.surgery import write_stage
 from pdtrim_deploy.plan import Keep, KVOnly, KVSend, PDPlan
 
 

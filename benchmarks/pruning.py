@@ -22,14 +22,14 @@ from __pruning_rows import FITTED, SEARCHED, SHAPES, STEPS, Rows, committed, fol
 from __pruning_weights import stages, unified
 from __results import HERE, commit, write
 
-from pdtrim_deploy.cache import Cache
-from pdtrim_deploy.checkpoints import DEFAULT_SOURCE, resolve
-from pdtrim_deploy.checkpoints.loading import load_model, load_tokenizer
 from pdtrim_deploy.evaluation.corpora import registry
 from pdtrim_deploy.evaluation.corpora.sampling import sequences
-from pdtrim_deploy.evaluation.oracle import PDOracle
 from pdtrim_deploy.evaluation.perplexity import pd_perplexity
 from pdtrim_deploy.evaluation.tasks import Setting, choice
+from pdtrim_deploy.local.cache import Cache
+from pdtrim_deploy.models import DEFAULT_SOURCE, resolve
+from pdtrim_deploy.models.loading import load_model, load_tokenizer
+from pdtrim_deploy.models.oracle import PDOracle
 from pdtrim_deploy.plan import PDPlan
 from pdtrim_deploy.pruning.pair import StagePair
 

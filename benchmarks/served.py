@@ -18,13 +18,13 @@ import httpx
 from __results import HERE, commit, write
 
 from pdtrim_deploy.bundle import Bundle
-from pdtrim_deploy.cache import Cache
 from pdtrim_deploy.evaluation.fidelity import run_fidelity
+from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.pipeline import build
+from pdtrim_deploy.plan.wire import WIRE_DTYPES
 from pdtrim_deploy.recipe import Recipe
 from pdtrim_deploy.serving import Cluster, WorkerOptions, cluster_of
 from pdtrim_deploy.serving.metrics import scrape
-from pdtrim_deploy.wire import WIRE_DTYPES
 
 ROOT = HERE.parent
 sys.path.insert(0, str(ROOT / "tests"))

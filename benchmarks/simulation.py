@@ -18,10 +18,10 @@ from typing import Any
 from __results import write
 
 from pdtrim_deploy.bundle import Bundle
-from pdtrim_deploy.cache import Cache
 from pdtrim_deploy.loadtest import LoadResult, Scenario, Workers, driver
 from pdtrim_deploy.loadtest.scenario import SLO, Arrivals, Lengths
 from pdtrim_deploy.loadtest.schedule import jobs
+from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.pipeline import build
 from pdtrim_deploy.recipe import Recipe
 from pdtrim_deploy.serving import cluster_of

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from __results import write
 
-from pdtrim_deploy.blockwise import Blockwise, LayerKV
-from pdtrim_deploy.cache import Cache
-from pdtrim_deploy.checkpoints import DEFAULT_SOURCE, resolve
-from pdtrim_deploy.checkpoints.loading import load_model
-from pdtrim_deploy.checkpoints.surgery import keep_blocks
+from pdtrim_deploy.local.cache import Cache
+from pdtrim_deploy.models import DEFAULT_SOURCE, resolve
+from pdtrim_deploy.models.blockwise import Blockwise, LayerKV
+from pdtrim_deploy.models.loading import load_model
+from pdtrim_deploy.models.surgery import keep_blocks
 
 
 def main() -> None:

@@ -18,15 +18,15 @@ import torch
 from __results import read, write
 from torch import Tensor
 
-from pdtrim_deploy.cache import Cache
-from pdtrim_deploy.checkpoints import DEFAULT_SOURCE, resolve
-from pdtrim_deploy.checkpoints.loading import load_model, load_tokenizer
 from pdtrim_deploy.evaluation.corpora import registry
 from pdtrim_deploy.evaluation.corpora.sampling import sequences
-from pdtrim_deploy.evaluation.oracle import PDOracle
-from pdtrim_deploy.kvcache.selection.offsets import measure
+from pdtrim_deploy.kvchoice.offsets import measure
+from pdtrim_deploy.local.cache import Cache
+from pdtrim_deploy.models import DEFAULT_SOURCE, resolve
+from pdtrim_deploy.models.loading import load_model, load_tokenizer
+from pdtrim_deploy.models.oracle import PDOracle
 from pdtrim_deploy.plan import KVSend, PDPlan
-from pdtrim_deploy.wire import WIRE_DTYPES
+from pdtrim_deploy.plan.wire import WIRE_DTYPES
 
 MODELS = {
     "SmolLM2-135M": DEFAULT_SOURCE,

@@ -6,7 +6,7 @@ import shutil
 
 from pdtrim_deploy.bundle import PLAN, RECIPE, Bundle, entries, seal
 from pdtrim_deploy.plan import STAGES, KVSend
-from pdtrim_deploy.wire import WIRE_DTYPES
+from pdtrim_deploy.plan.wire import WIRE_DTYPES
 
 
 def variant(bundle, kv, folder):

@@ -10,10 +10,10 @@ from typing import Any
 import httpx
 import torch
 
-from pdtrim_deploy.checkpoints import open_checkpoint
-from pdtrim_deploy.checkpoints.loading import load_model
-from pdtrim_deploy.checkpoints.surgery import write_stage
-from pdtrim_deploy.evaluation.oracle import PDOracle
+from pdtrim_deploy.models import open_checkpoint
+from pdtrim_deploy.models.loading import load_model
+from pdtrim_deploy.models.oracle import PDOracle
+from pdtrim_deploy.models.surgery import write_stage
 from pdtrim_deploy.plan import STAGES, Drop, Keep, KVSend, PDPlan
 
 TOLERANCE = 1e-3  # nats, float32

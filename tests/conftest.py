@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pdtrim_deploy.cache import Cache
-from pdtrim_deploy.checkpoints import FAMILIES
+from pdtrim_deploy.local.cache import Cache
+from pdtrim_deploy.models import FAMILIES
 
 TINY_BLOCKS = 6
 _CHAT = (

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
 from pdtrim_deploy.plan import Drop, Keep, KVSend, ModelShape, PDPlan
-from pdtrim_deploy.wire import HEAD_DIM_MULTIPLE, WIRE_DTYPES
+from pdtrim_deploy.plan.wire import HEAD_DIM_MULTIPLE, WIRE_DTYPES
 
 
 def shape(blocks=1, heads=2, dim=4, dtype="float32"):

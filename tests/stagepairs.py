@@ -3,7 +3,7 @@
 import torch
 from tinypd import make_plan
 
-from pdtrim_deploy.pruning.healing.readers import Behind, HandOver, Whole
+from pdtrim_deploy.pruning.healing.readers import PrefillKV, StageLogits, TeacherLogits
 from pdtrim_deploy.pruning.pair import StagePair
 
 
@@ -14,8 +14,8 @@ def pair_of(model, prefill=(2,), decode=(2, 3)):
 def kl(pair, stage, ids):
     """From the dense model, nats a token."""
     prompt = ids.shape[1] // 2 if stage == "decode" else 0
-    held = HandOver(pair.stage("prefill"), pair.plan.layer_map)(ids[:, :prompt]) if prompt else None
+    held = PrefillKV(pair.stage("prefill"), pair.plan.layer_map)(ids[:, :prompt]) if prompt else None
     with torch.no_grad():
-        wanted = Whole(pair.model)(ids, prompt, None).log_softmax(-1)
-        got = Behind(pair.stage(stage))(ids, prompt, held).log_softmax(-1)
+        wanted = TeacherLogits(pair.model)(ids, prompt, None).log_softmax(-1)
+        got = StageLogits(pair.stage(stage))(ids, prompt, held).log_softmax(-1)
     return float((wanted.exp() * (wanted - got)).sum(-1).mean())

@@ -3,8 +3,8 @@
 import torch
 import transformers
 
-from pdtrim_deploy.checkpoints.surgery import keep_blocks
-from pdtrim_deploy.evaluation.oracle import PDOracle
+from pdtrim_deploy.models.oracle import PDOracle
+from pdtrim_deploy.models.surgery import keep_blocks
 from pdtrim_deploy.plan import Drop, Keep, KVSend, ModelShape, PDPlan
 
 torch.set_num_threads(1)  # for tensors this small, more threads only wait for each other

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pdtrim_builders.registry import build_target
 from pdtrim_deploy.errors import UserError
-from pdtrim_deploy.job import most_memory
+from pdtrim_deploy.local.job import most_memory
 
 
 def main() -> None:

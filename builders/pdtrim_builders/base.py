@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from pdtrim_deploy.engine import Numerics, TargetResult
+from pdtrim_deploy.bundle.engine import Numerics, TargetResult
 from pdtrim_deploy.plan import Stage
 
 __all__ = ["GraphOptions", "Numerics", "Options", "Target", "TargetResult"]

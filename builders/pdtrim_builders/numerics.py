@@ -13,10 +13,10 @@ from pdtrim_builders.base import Numerics
 from pdtrim_builders.graph.stage import StageModel
 from pdtrim_builders.prompts import PROMPTS
 from pdtrim_builders.runtime_onnx import OnnxStage
-from pdtrim_deploy.checkpoints.loading import load_model, load_tokenizer
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.kvcache.layout import chunk_layout
 from pdtrim_deploy.kvcache.pack import pack
+from pdtrim_deploy.models.loading import load_model, load_tokenizer
 from pdtrim_deploy.plan import PDPlan
 
 # Relative errors let pass, two to three times the worst seen on SmolLM2-135M: 2e-5, 8e-3, 0.22.

@@ -10,9 +10,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from pdtrim_builders.base import Options, Target, TargetResult
-from pdtrim_deploy.cache import atomic_directory
-from pdtrim_deploy.engine import RESULT
+from pdtrim_deploy.bundle.engine import RESULT
 from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.local.cache import atomic_directory
 
 
 def _onnx() -> Target:

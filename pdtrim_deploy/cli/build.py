@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pdtrim_deploy.bounds import MOST_WORKERS
-from pdtrim_deploy.cache import Cache
 from pdtrim_deploy.cli import options
+from pdtrim_deploy.local.cache import Cache
+from pdtrim_deploy.recipe.bounds import MOST_WORKERS
 
 if TYPE_CHECKING:
     from pdtrim_deploy.pipeline.preview import Preview

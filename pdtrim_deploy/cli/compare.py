@@ -7,13 +7,13 @@ from pathlib import Path
 
 import click
 
-from pdtrim_deploy.bounds import MOST_ROUNDS
 from pdtrim_deploy.cli import dry_run as dry_runs
 from pdtrim_deploy.cli import options
 from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.recipe.bounds import MOST_ROUNDS
 from pdtrim_deploy.serving.engines import EXECUTORS, Executors
 from pdtrim_deploy.serving.transports import Transport
-from pdtrim_deploy.transport_options import TransportOptions
+from pdtrim_deploy.worker.transport import TransportOptions
 
 
 class Pair(click.ParamType):
@@ -90,15 +90,15 @@ def compare(
       pdtrim-deploy compare out/demo/dense out/demo/pruned --link 100Mbps
     """
     from pdtrim_deploy.bundle import write_atomic
+    from pdtrim_deploy.bundle.environment import environment
     from pdtrim_deploy.cli.progress import Progress
     from pdtrim_deploy.cli.screen import console
     from pdtrim_deploy.cli.target import Target
     from pdtrim_deploy.loadtest import Scenario, check_scenario, driver
     from pdtrim_deploy.loadtest.rounds import Comparison, Side, check_rounds, interleave, repeats
-    from pdtrim_deploy.report.environment import environment
+    from pdtrim_deploy.plan.link import Link
     from pdtrim_deploy.report.tables import ratio_table
     from pdtrim_deploy.serving.relay import MOST_BITS_PER_S
-    from pdtrim_deploy.sizing.link import Link
 
     check_rounds(rounds)
     drive = driver(driver_name)

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import click
 
-from pdtrim_deploy.bounds import MOST_ROUNDS
-from pdtrim_deploy.cache import Cache
 from pdtrim_deploy.cli import options
-from pdtrim_deploy.seed import MOST_SEED
+from pdtrim_deploy.local.cache import Cache
+from pdtrim_deploy.recipe.bounds import MOST_ROUNDS
+from pdtrim_deploy.recipe.seed import MOST_SEED
 
 
 @click.command()
@@ -58,9 +58,9 @@ def demo(
       pdtrim-deploy demo recipes/smollm2-quick.yaml --out out/quick --requests 8 --json
     """
     from pdtrim_deploy.bundle import Bundle, write_atomic
+    from pdtrim_deploy.cli.demo_run import Demo
     from pdtrim_deploy.cli.progress import Progress
     from pdtrim_deploy.cli.screen import console
-    from pdtrim_deploy.demo import Demo
     from pdtrim_deploy.doctor import Asked, require
     from pdtrim_deploy.loadtest import Scenario
     from pdtrim_deploy.loadtest.rounds import check_dealt

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import click
 
-from pdtrim_deploy.cache import Cache
 from pdtrim_deploy.cli import options
 from pdtrim_deploy.doctor.base import ALL
+from pdtrim_deploy.local.cache import Cache
 
 COLOURS = {"ok": "green", "missing": "red", "wrong version": "red"}
 

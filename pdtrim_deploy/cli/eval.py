@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pdtrim_deploy.cache import Cache
 from pdtrim_deploy.cli import options
 from pdtrim_deploy.errors import UserError
-from pdtrim_deploy.seed import MOST_SEED
+from pdtrim_deploy.local.cache import Cache
+from pdtrim_deploy.recipe.seed import MOST_SEED
 
 if TYPE_CHECKING:
     from pdtrim_deploy.evaluation.quality import Quality
@@ -52,13 +52,13 @@ def evaluate(
       pdtrim-deploy eval out/bundle --tasks perplexity,choice,needle,agreement --json
     """
     from pdtrim_deploy.bundle import CARD, Bundle, write_atomic
+    from pdtrim_deploy.bundle.environment import environment
     from pdtrim_deploy.cli.dry_run import say
     from pdtrim_deploy.cli.progress import Progress
     from pdtrim_deploy.doctor import Asked, require
-    from pdtrim_deploy.model_card import refresh_cards
+    from pdtrim_deploy.local.processor import compute_dtype
+    from pdtrim_deploy.pipeline.model_card import refresh_cards
     from pdtrim_deploy.plan import STAGES
-    from pdtrim_deploy.report.environment import environment
-    from pdtrim_deploy.sizing.processor import compute_dtype
 
     if tasks is None and items is not None:
         raise UserError("--items is for tasks; say --tasks too, or give --sequences")

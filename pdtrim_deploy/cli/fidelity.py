@@ -8,12 +8,12 @@ from typing import Any
 
 import click
 
-from pdtrim_deploy.cache import Cache
 from pdtrim_deploy.cli import dry_run as dry_runs
 from pdtrim_deploy.cli import options
 from pdtrim_deploy.cli.interrupt import obey
 from pdtrim_deploy.errors import UserError
-from pdtrim_deploy.seed import MOST_SEED
+from pdtrim_deploy.local.cache import Cache
+from pdtrim_deploy.recipe.seed import MOST_SEED
 from pdtrim_deploy.serving.engines import Executors
 
 
@@ -54,9 +54,9 @@ def fidelity(
       pdtrim-deploy fidelity out/bundle http://127.0.0.1:8000 --json
     """
     from pdtrim_deploy.bundle import Bundle, write_atomic
+    from pdtrim_deploy.bundle.environment import environment
     from pdtrim_deploy.doctor import Asked, require
     from pdtrim_deploy.loadtest import check_target
-    from pdtrim_deploy.report.environment import environment
     from pdtrim_deploy.serving import ServeEnvironment, cluster_of
 
     if url:

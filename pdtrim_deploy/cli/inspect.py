@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pdtrim_deploy.cache import Cache
 from pdtrim_deploy.cli import options
 from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.local.cache import Cache
 
 if TYPE_CHECKING:
     from pdtrim_deploy.pruning.candidates import Candidates
@@ -86,10 +86,10 @@ def _show_model(
     cache: Cache,
     as_json: bool,
 ) -> None:
-    from pdtrim_deploy.checkpoints import resolve
-    from pdtrim_deploy.checkpoints.loading import load_model, load_tokenizer
     from pdtrim_deploy.cli.progress import Progress
     from pdtrim_deploy.evaluation import corpora
+    from pdtrim_deploy.models import resolve
+    from pdtrim_deploy.models.loading import load_model, load_tokenizer
     from pdtrim_deploy.pruning.candidates import THRESHOLD, find
     from pdtrim_deploy.report.candidates import candidates_picture, candidates_table
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
-from pdtrim_deploy.bounds import MOST_REQUESTS, MOST_SECONDS
 from pdtrim_deploy.cli import dry_run as dry_runs
 from pdtrim_deploy.cli import options
 from pdtrim_deploy.errors import UserError
-from pdtrim_deploy.seed import MOST_SEED
+from pdtrim_deploy.recipe.bounds import MOST_REQUESTS, MOST_SECONDS
+from pdtrim_deploy.recipe.seed import MOST_SEED
 from pdtrim_deploy.serving.engines import Executors
 
 ADHOC = ("requests", "concurrency", "prompt_tokens", "output_tokens", "warmup", "deadline", "seed")

@@ -13,12 +13,12 @@ from typing import Any
 
 import click
 
-from pdtrim_deploy.bounds import MOST_CLIENTS, MOST_REQUESTS, MOST_SECONDS, MOST_TOKENS, MOST_WORKERS
-from pdtrim_deploy.cache import Cache
-from pdtrim_deploy.decode_pool import SplitPool
 from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.local.cache import Cache
+from pdtrim_deploy.recipe.bounds import MOST_CLIENTS, MOST_REQUESTS, MOST_SECONDS, MOST_TOKENS, MOST_WORKERS
 from pdtrim_deploy.serving.engines import EXECUTORS, Executors
-from pdtrim_deploy.transport_options import TransportOptions
+from pdtrim_deploy.worker.decode_pool import SplitPool
+from pdtrim_deploy.worker.transport import TransportOptions
 
 
 class NewFile(click.Path):

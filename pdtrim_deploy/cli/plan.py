@@ -89,7 +89,7 @@ def plan(
             ],
         }
         if rates and goal:
-            from pdtrim_deploy.report.environment import environment
+            from pdtrim_deploy.bundle.environment import environment
 
             data |= {"workers": workers.as_json(sides, rates, goal), "environment": environment(command)}
         if len(found) == 1:

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from pdtrim_deploy.bounds import MOST_SIMULATED
 from pdtrim_deploy.cli import options
 from pdtrim_deploy.errors import UserError
-from pdtrim_deploy.seed import MOST_SEED
+from pdtrim_deploy.recipe.bounds import MOST_SIMULATED
+from pdtrim_deploy.recipe.seed import MOST_SEED
 
 if TYPE_CHECKING:
     from pdtrim_deploy.simulation import SizedSide

@@ -16,9 +16,9 @@ from pdtrim_deploy.bundle import Bundle
 from pdtrim_deploy.cli import options
 from pdtrim_deploy.cli.dry_run import commands_of
 from pdtrim_deploy.cli.screen import console
-from pdtrim_deploy.decode_pool import SplitPool
 from pdtrim_deploy.doctor import Asked, require
 from pdtrim_deploy.serving import Cluster, Executors, ServeEnvironment, WorkerOptions, cluster_of
+from pdtrim_deploy.worker.decode_pool import SplitPool
 
 
 @click.command()

@@ -13,6 +13,7 @@ from pdtrim_deploy.cli.progress import Progress
 from pdtrim_deploy.doctor import Asked, require
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.loadtest import Workers, check_target
+from pdtrim_deploy.plan.link import Link
 from pdtrim_deploy.serving import (
     Cluster,
     Executors,
@@ -22,7 +23,6 @@ from pdtrim_deploy.serving import (
     cluster_of,
     throttled,
 )
-from pdtrim_deploy.sizing.link import Link
 
 
 @dataclass(frozen=True)

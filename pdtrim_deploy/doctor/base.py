@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol, get_args
 
 from pydantic import BaseModel, ConfigDict
 
-from pdtrim_deploy.cache import Cache
+from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.recipe import Recipe
 
 Job = Literal["build", "eval", "serve", "demo"]

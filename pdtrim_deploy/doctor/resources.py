@@ -7,20 +7,20 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from pdtrim_deploy.checkpoints.config import read_config
 from pdtrim_deploy.doctor.base import ALL, Asked, Finding, Job, gb
+from pdtrim_deploy.local.machine import memory
+from pdtrim_deploy.local.processor import compute_dtype
+from pdtrim_deploy.models.config import read_config
+from pdtrim_deploy.models.shape import config_of
+from pdtrim_deploy.models.weights import block_sizes, parameters
 from pdtrim_deploy.pipeline.heal import needed
+from pdtrim_deploy.plan.wire import ITEM_BYTES
 from pdtrim_deploy.pruning.cost import fitted_bytes, search_cost
 from pdtrim_deploy.recipe import Recipe
-from pdtrim_deploy.recipe_kv import FIXED_KV
+from pdtrim_deploy.recipe.kv import FIXED_KV
+from pdtrim_deploy.recipe.kv_cost import selection_cost
 from pdtrim_deploy.serving.environment import gpu_count
-from pdtrim_deploy.sizing.machine import memory
-from pdtrim_deploy.sizing.processor import compute_dtype
-from pdtrim_deploy.sizing.selection import selection_cost
-from pdtrim_deploy.sizing.shape import config_of
-from pdtrim_deploy.sizing.weights import block_sizes, parameters
-from pdtrim_deploy.sizing.worker import worker_memory
-from pdtrim_deploy.wire import ITEM_BYTES
+from pdtrim_deploy.worker.memory import worker_memory
 
 PROGRAM = 0.65e9  # Python, torch and transformers with a tokenizer
 SHARD = 4e9  # of a stage, as `checkpoints.writer` cuts it

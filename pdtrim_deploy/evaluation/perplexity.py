@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pdtrim_deploy.errors import UserError
-from pdtrim_deploy.evaluation.oracle import PDOracle
+from pdtrim_deploy.models.oracle import PDOracle
 
 
 @dataclass(frozen=True)

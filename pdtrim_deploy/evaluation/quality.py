@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict
 
 from pdtrim_deploy.bundle import Bundle
-from pdtrim_deploy.cache import Cache
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.evaluation import corpora
-from pdtrim_deploy.evaluation.oracle import PDOracle
 from pdtrim_deploy.evaluation.perplexity import Perplexity, pd_perplexity
 from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
+from pdtrim_deploy.local.cache import Cache
+from pdtrim_deploy.local.processor import compute_dtype
+from pdtrim_deploy.models.oracle import PDOracle
 from pdtrim_deploy.plan import PDPlan
 from pdtrim_deploy.recipe import EvaluationSection
-from pdtrim_deploy.sizing.processor import compute_dtype
 
 if TYPE_CHECKING:
-    from pdtrim_deploy.checkpoints import Checkpoint
+    from pdtrim_deploy.models import Checkpoint
 
 
 class Score(BaseModel):
@@ -60,7 +60,7 @@ class Quality(BaseModel):
 
 def source_of(bundle: Bundle, cache: Cache, note: Callable[[str], None] = lambda _: None) -> Checkpoint:
     """The model that `bundle` was made of; UserError when it cannot be had or is another now."""
-    from pdtrim_deploy.checkpoints import resolve
+    from pdtrim_deploy.models import resolve
 
     source = resolve(bundle.recipe.model.source, cache, note)
     if source.fingerprint != bundle.plan.model.fingerprint:
@@ -85,7 +85,7 @@ def judge_bundle(
             or a loss is not a number.
 
     """
-    from pdtrim_deploy.checkpoints.loading import load_to_compute, load_tokenizer
+    from pdtrim_deploy.models.loading import load_to_compute, load_tokenizer
 
     asked, dtype, plan = asked or bundle.recipe.evaluation, bundle.recipe.model.dtype, bundle.plan
     source = source_of(bundle, cache, note)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pdtrim_deploy.plan_kv import KVSend
+from pdtrim_deploy.plan.kv import KVSend
 
 
 def rows_input(send: KVSend) -> str:

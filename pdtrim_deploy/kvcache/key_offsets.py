@@ -27,7 +27,7 @@ from torch import Tensor
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.kvcache.layout import LayerRows, Part
 from pdtrim_deploy.plan import KeyOffsetsFile, PDPlan
-from pdtrim_deploy.plan_kv import KEY_OFFSETS
+from pdtrim_deploy.plan.kv import KEY_OFFSETS
 
 LEAST_POSITIONS = 1024
 

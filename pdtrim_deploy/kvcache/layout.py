@@ -2,7 +2,7 @@
 
     packed = layers in the order of decode layers, each in its own wire dtype, without gaps
     layer  = parts: K's and V's row of prompt position 0, native, under int4 and int3; then K's other rows, and V's
-    part   = sections, one after the other (`pdtrim_deploy.wire.row_sections`):
+    part   = sections, one after the other (`pdtrim_deploy.plan.wire.row_sections`):
         native  [rows, kv_heads, head_dim]      the pool's dtype
         int8    [rows, kv_heads, head_dim]      int8,          [rows, kv_heads] float16 scales
         fp8     [rows, kv_heads, head_dim]      float8_e4m3fn, [rows, kv_heads] float16 scales
@@ -11,7 +11,7 @@
 
 All is little-endian and C-contiguous; codes of all rows come first, then scales of all rows, as in the CUDA kernel's
 `wire_format.h`. There is no padding, since bytes would then depend on how a prompt is cut, and none is needed: a part
-is a multiple of 2 bytes (`pdtrim_deploy.wire.HEAD_DIM_MULTIPLE`) and a layer of 4, so in a buffer aligned to 4 bytes
+is a multiple of 2 bytes (`plan.wire.HEAD_DIM_MULTIPLE`) and a layer of 4, so in a buffer aligned to 4 bytes
 every section may be viewed in its dtype, whatever the wire dtypes of the layers before it.
 
 Rows are chosen by absolute prompt position, so chunked prefill, prefix-cache hits, page sizes and batches change
@@ -26,7 +26,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from pdtrim_deploy.plan import PDPlan
-from pdtrim_deploy.wire import SIDES, SINK_ROWS, Code, WireDtype, packed_row_bytes
+from pdtrim_deploy.plan.wire import SIDES, SINK_ROWS, Code, WireDtype, packed_row_bytes
 
 
 class Part(NamedTuple):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pdtrim_deploy.kvcache.layout import Part
-from pdtrim_deploy.wire import ITEM_BYTES, row_sections
+from pdtrim_deploy.plan.wire import ITEM_BYTES, row_sections
 
 
 def section_offsets(part: Part, native: str, heads: int, head_dim: int) -> list[int]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from pdtrim_deploy.kvcache.codecs.rotated import SLACK, Grid, halvings
 from pdtrim_deploy.kvcache.key_offsets import PartOffset
 from pdtrim_deploy.kvcache.triton_offset import UNFUSED, offset_of
-from pdtrim_deploy.wire import rotated_group
+from pdtrim_deploy.plan.wire import rotated_group
 
 BLOCK_ROWS = 16
 

@@ -17,11 +17,11 @@ from pydantic import (
     model_validator,
 )
 
-from pdtrim_deploy.bounds import MOST_CLIENTS, MOST_REQUESTS, MOST_SECONDS, MOST_TOKENS
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.loadtest.trace import rows
-from pdtrim_deploy.recipe_yaml import Origins, compose
-from pdtrim_deploy.yaml_errors import sentence
+from pdtrim_deploy.recipe.bounds import MOST_CLIENTS, MOST_REQUESTS, MOST_SECONDS, MOST_TOKENS
+from pdtrim_deploy.recipe.yaml_errors import sentence
+from pdtrim_deploy.recipe.yaml_units import Origins, compose
 
 WARM_CLIENTS, WARM_SEED = 4, 1 << 30
 MOST_SPREAD = 3.0  # of a logarithm: e^3 is a factor of 20

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pdtrim_deploy.bounds import MOST_TOKENS
 from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.recipe.bounds import MOST_TOKENS
 
 
 @dataclass(frozen=True)

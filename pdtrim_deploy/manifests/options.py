@@ -12,8 +12,8 @@ from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.plan import PDPlan, Stage
 from pdtrim_deploy.serving.commands import ROUTER_HEALTH, SPARSE_BACKEND
 from pdtrim_deploy.serving.transports import LIBRARIES
-from pdtrim_deploy.transport_options import TransportOptions
 from pdtrim_deploy.worker.config import ARGUMENT, WorkerConfig
+from pdtrim_deploy.worker.transport import TransportOptions
 
 HTTP_PORT, BOOTSTRAP_PORT, ROUTER_PORT, ROUTER_METRICS_PORT = 30000, 8998, 8000, 29000
 BUNDLE_MOUNT = "/bundle"

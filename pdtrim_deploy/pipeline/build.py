@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING
 
 from pdtrim_deploy import __version__
 from pdtrim_deploy.bundle import Bundle, engine_folder
-from pdtrim_deploy.cache import Cache
-from pdtrim_deploy.checkpoints import resolve
 from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.local.cache import Cache
+from pdtrim_deploy.models import resolve
 from pdtrim_deploy.pipeline import engines, heal, heal_kv, sealing, select_kv, steps
 from pdtrim_deploy.pipeline.context import Context, Note
 from pdtrim_deploy.pipeline.journal import Journal, chained_key, claim
 from pdtrim_deploy.pipeline.stand_in import stand_in
 from pdtrim_deploy.plan import STAGES, Stage
 from pdtrim_deploy.recipe import Recipe
-from pdtrim_deploy.recipe_kv import FIXED_KV
-from pdtrim_deploy.recipe_pruning import EVALUATED
-from pdtrim_deploy.recipe_targets import Target
+from pdtrim_deploy.recipe.kv import FIXED_KV
+from pdtrim_deploy.recipe.pruning import EVALUATED
+from pdtrim_deploy.recipe.targets import Target
 
 if TYPE_CHECKING:
     from pdtrim_deploy.pruning.ray_evaluator import Workers
@@ -123,7 +123,7 @@ def build(
         UserError: bad source, corpus or recipe for this model; `out` is something else or in use.
 
     """
-    from pdtrim_deploy.checkpoints.loading import check_loads
+    from pdtrim_deploy.models.loading import check_loads
 
     if workers is not None:
         check_shared(recipe)

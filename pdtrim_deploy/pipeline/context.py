@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pdtrim_deploy.bundle import PLAN, write_atomic
-from pdtrim_deploy.cache import Cache
-from pdtrim_deploy.checkpoints.checkpoint import Checkpoint
+from pdtrim_deploy.local.cache import Cache
+from pdtrim_deploy.models.checkpoint import Checkpoint
 from pdtrim_deploy.plan import ModelShape, PDPlan
 from pdtrim_deploy.recipe import Recipe
 
@@ -48,7 +48,7 @@ class Context:
     @cached_property
     def model(self) -> Any:
         """The dense model in float32: what is removed is decided on differences that bfloat16 would blur."""
-        from pdtrim_deploy.checkpoints.loading import load_model
+        from pdtrim_deploy.models.loading import load_model
 
         self.note("loading the model")
         return load_model(self.checkpoint.path, "float32")
@@ -64,7 +64,7 @@ class Context:
         """The same, or, when the recipe bounds the blocks in memory, one whose weights come from the checkpoint."""
         if not self.bounded:
             return self.model
-        from pdtrim_deploy.checkpoints.streaming import stream_model
+        from pdtrim_deploy.models.streaming import stream_model
 
         asked = self.recipe.pruning.blocks_in_memory
         assert asked is not None
@@ -73,8 +73,8 @@ class Context:
 
     def calibration(self, sequences: int, length: int) -> Any:
         """int64 `[sequences, length]` of the calibration split."""
-        from pdtrim_deploy.checkpoints.loading import load_tokenizer
         from pdtrim_deploy.evaluation import corpora
+        from pdtrim_deploy.models.loading import load_tokenizer
 
         asked = self.recipe.calibration
         documents = corpora.load(asked.corpus, self.cache, self.note).split("calibration")

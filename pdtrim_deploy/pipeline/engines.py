@@ -14,13 +14,13 @@ from collections.abc import Collection
 from pathlib import Path
 
 from pdtrim_deploy.bundle import ENGINES, WORK, engine_folder
-from pdtrim_deploy.cache import file_sha256
-from pdtrim_deploy.engine import RESULT, TargetResult
+from pdtrim_deploy.bundle.engine import RESULT, TargetResult
 from pdtrim_deploy.errors import UserError
-from pdtrim_deploy.job import run_job
+from pdtrim_deploy.local.cache import file_sha256
+from pdtrim_deploy.local.job import run_job
 from pdtrim_deploy.pipeline.context import Context
 from pdtrim_deploy.plan import Stage
-from pdtrim_deploy.recipe_targets import Target
+from pdtrim_deploy.recipe.targets import Target
 
 BUILDER = (sys.executable, "-P", "-m", "pdtrim_builders")  # -P: no module of the folder we were started in
 
@@ -84,7 +84,7 @@ def keep_only(out: Path, wanted: Collection[str]) -> None:
 
 def _calibration_texts(context: Context) -> list[str]:
     """The calibration sequences as text: the builder has the stage's tokenizer, and no corpora."""
-    from pdtrim_deploy.checkpoints.loading import load_tokenizer
+    from pdtrim_deploy.models.loading import load_tokenizer
 
     asked, tokenizer = context.recipe.calibration, load_tokenizer(context.checkpoint.path)
     rows = context.calibration(asked.sequences, asked.length)

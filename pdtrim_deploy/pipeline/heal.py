@@ -22,7 +22,7 @@ from pdtrim_deploy.recipe import Recipe
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pdtrim_deploy.checkpoints.block_tensors import BlockTensors
+    from pdtrim_deploy.models.block_tensors import BlockTensors
     from pdtrim_deploy.pruning.pair import StagePair
 
 PRUNING, HEALING = f"{REPORTS}/pruning.json", f"{REPORTS}/healing.json"
@@ -78,7 +78,7 @@ def changed(context: Context) -> Changed:
     """The tensors of each stage that differ from the model's, by block; nothing when the recipe asks for none."""
     if not needed(context.recipe):
         return {}
-    from pdtrim_deploy.checkpoints.block_tensors import read_blocks
+    from pdtrim_deploy.models.block_tensors import read_blocks
 
     folder = _entry(context, json.loads((context.out / HEALING).read_text())["weights"])
     return {stage: read_blocks(folder / f"{stage}.safetensors") for stage in STAGES}
@@ -115,7 +115,7 @@ def _key(context: Context) -> str:
 
 def _entry(context: Context, key: str) -> Path:
     def make(folder: Path) -> None:
-        from pdtrim_deploy.checkpoints.block_tensors import save_blocks
+        from pdtrim_deploy.models.block_tensors import save_blocks
 
         pair, report = _make(context)
         for stage in STAGES:
@@ -132,14 +132,14 @@ def _make(context: Context) -> tuple[StagePair, dict[str, Any]]:
     """
     from pdtrim_deploy.pruning.compensation import get_compensation
     from pdtrim_deploy.pruning.healing import heal as distil
-    from pdtrim_deploy.pruning.kv_only import fit, relax
+    from pdtrim_deploy.pruning.kv_only import fit, make_kv_only
     from pdtrim_deploy.pruning.pair import StagePair
 
     asked, ids = context.recipe.healing, texts.fitted(context)
     model = context.model if asked.trains else context.searched_model
     pair, report = _with_students(context, StagePair(model, _chosen(context)))
     if asked.kv_only_blocks:
-        pair = relax(pair, asked.kv_only_blocks, ids, context.note)
+        pair = make_kv_only(pair, asked.kv_only_blocks, ids, context.note)
     report["kv_only_blocks"] = [pair.plan.prefill_layers[layer] for layer in pair.plan.kv_only_layers]
     for stage in STAGES:
         if all(action.kind == "keep" for action in pair.plan.actions(stage)):

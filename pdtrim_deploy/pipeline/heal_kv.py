@@ -31,7 +31,7 @@ def heal_kv(context: Context) -> None:
 
 def changed(context: Context) -> heal.Changed:
     """The tensors of each stage that differ from the model's in the end, by block."""
-    from pdtrim_deploy.checkpoints.block_tensors import read_blocks
+    from pdtrim_deploy.models.block_tensors import read_blocks
 
     before = heal.changed(context)
     if not context.recipe.healing.kv_steps:
@@ -68,7 +68,8 @@ def _key(context: Context) -> str:
 
 def _text(context: Context) -> Tensor:
     """Prompts as KV is chosen on, each with half of `healing.length` behind it; int64."""
-    from pdtrim_deploy.kvcache.recall import fits, with_recall
+    from pdtrim_deploy.kvchoice.recall import with_recall
+    from pdtrim_deploy.recipe.recall_bounds import fits
 
     recipe = context.recipe
     prompt, more = recipe.kv.prompt_tokens, recipe.healing.length // 2
@@ -80,17 +81,17 @@ def _text(context: Context) -> Tensor:
 
 def _entry(context: Context, key: str) -> Path:
     def make(folder: Path) -> None:
-        from pdtrim_deploy.checkpoints.block_tensors import save_blocks
-        from pdtrim_deploy.evaluation.oracle import PDOracle
         from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
-        from pdtrim_deploy.pruning.healing import Arrival
+        from pdtrim_deploy.models.block_tensors import save_blocks
+        from pdtrim_deploy.models.oracle import PDOracle
+        from pdtrim_deploy.pruning.healing import PromptKV
         from pdtrim_deploy.pruning.healing import heal as distil
 
         pair = heal.stage_pair(context, context.plan)
         prefill, decode = (pair.stage(stage) for stage in STAGES)
         oracle = PDOracle(prefill, decode, context.plan, KeyOffsets.read(context.out, context.plan))
-        arrival = Arrival(context.recipe.kv.prompt_tokens, lambda prompts: oracle.hand_over(oracle.prefill(prompts)))
-        done = distil(pair, "decode", _text(context), context.recipe.healing, context.note, arrival)
+        prompt_kv = PromptKV(context.recipe.kv.prompt_tokens, lambda prompts: oracle.hand_over(oracle.prefill(prompts)))
+        done = distil(pair, "decode", _text(context), context.recipe.healing, context.note, prompt_kv)
         save_blocks(done.pair.changed.get("decode", {}) if done.kept else {}, folder / "decode.safetensors")
         report = {name: getattr(done, name) for name in ("steps", "before", "after", "kept")}
         (folder / "report.json").write_text(json.dumps(report, indent=2))

@@ -9,19 +9,19 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from pdtrim_deploy.cache import Cache
-from pdtrim_deploy.checkpoints import Checkpoint, resolve
-from pdtrim_deploy.checkpoints.config import read_config
 from pdtrim_deploy.errors import UserError
-from pdtrim_deploy.paths import expanded
+from pdtrim_deploy.local.cache import Cache
+from pdtrim_deploy.local.paths import expanded
+from pdtrim_deploy.models import Checkpoint, resolve
+from pdtrim_deploy.models.config import read_config
 from pdtrim_deploy.pipeline.build import check_fits, done_steps, steps_of
 from pdtrim_deploy.pipeline.journal import Journal, refuse_strangers
 from pdtrim_deploy.pipeline.sealing import is_sealed
 from pdtrim_deploy.pipeline.stand_in import stand_in
 from pdtrim_deploy.plan import STAGES, Stage
+from pdtrim_deploy.plan.wire import ITEM_BYTES
 from pdtrim_deploy.pruning.cost import SearchCost, search_cost
 from pdtrim_deploy.recipe import Recipe
-from pdtrim_deploy.wire import ITEM_BYTES
 
 MOST_ROWS = 512  # of a product that the machine's speed is taken from: more are no faster, and one takes longer
 
@@ -94,7 +94,7 @@ def _unseen(recipe: Recipe, config: dict[str, Any] | None, missing: str) -> Prev
 
 def _config_alone(source: str) -> dict[str, Any] | None:
     """The config.json of a model whose weights are not here."""
-    from pdtrim_deploy.sizing.shape import shipped_for
+    from pdtrim_deploy.models.shape import shipped_for
 
     kind, _, place = source.partition(":")
     if kind == "hf" and (folder := expanded(place)).exists():

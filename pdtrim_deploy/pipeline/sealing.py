@@ -23,14 +23,14 @@ from pdtrim_deploy.bundle import (
     seal,
     write_atomic,
 )
-from pdtrim_deploy.checkpoints.provenance import Provenance
+from pdtrim_deploy.bundle.environment import machine, versions
 from pdtrim_deploy.errors import UserError
-from pdtrim_deploy.model_card import refresh_cards, write_cards
+from pdtrim_deploy.models.provenance import Provenance
 from pdtrim_deploy.pipeline import engines, heal_kv
 from pdtrim_deploy.pipeline.context import Context
+from pdtrim_deploy.pipeline.model_card import refresh_cards, write_cards
 from pdtrim_deploy.plan import STAGES
 from pdtrim_deploy.recipe import Recipe
-from pdtrim_deploy.report.environment import machine, versions
 
 EVAL = "eval.json"
 OF_STAGES = (EVAL, "tasks.json", "sizing.json")  # whatever engines there are; others may have been served by one

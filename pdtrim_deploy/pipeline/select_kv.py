@@ -12,16 +12,16 @@ from pdtrim_deploy.pipeline import heal
 from pdtrim_deploy.pipeline.context import Context, write_json
 from pdtrim_deploy.pipeline.stand_in import stand_in_rules
 from pdtrim_deploy.plan import KVSend, PDPlan
-from pdtrim_deploy.plan_kv import KEY_OFFSETS
-from pdtrim_deploy.recipe_kv import FIXED_KV
+from pdtrim_deploy.plan.kv import KEY_OFFSETS
+from pdtrim_deploy.recipe.kv import FIXED_KV
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pdtrim_deploy.evaluation.oracle import PDOracle
     from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
-    from pdtrim_deploy.kvcache.selection import Problem
-    from pdtrim_deploy.kvcache.selection.base import Kept
+    from pdtrim_deploy.kvchoice import Problem
+    from pdtrim_deploy.kvchoice.base import Kept
+    from pdtrim_deploy.models.oracle import PDOracle
 
 KV, ATTENTION, OFFSETS = (f"{REPORTS}/{name}.json" for name in ("kv", "attention", "key-offsets"))
 SELECTED = (PLAN, KV, ATTENTION, OFFSETS, KEY_OFFSETS)
@@ -48,7 +48,7 @@ def select_kv(context: Context) -> None:
 
 def _looked_at(context: Context, plan: PDPlan) -> PDPlan:
     """The plan with what is measured on the stages as they are now: key offsets, and rules chosen with those."""
-    from pdtrim_deploy.evaluation.oracle import PDOracle
+    from pdtrim_deploy.models.oracle import PDOracle
 
     pair = heal.stage_pair(context, bounded=context.recipe.kv.method in FIXED_KV)
     oracle = PDOracle(pair.stage("prefill"), pair.stage("decode"), plan)
@@ -63,7 +63,7 @@ def _looked_at(context: Context, plan: PDPlan) -> PDPlan:
 
 
 def _offsets(context: Context, oracle: PDOracle) -> KeyOffsets | None:
-    from pdtrim_deploy.kvcache.selection.offsets import measure
+    from pdtrim_deploy.kvchoice.offsets import measure
 
     asked = context.recipe.kv
     length = min(asked.prompt_tokens, context.checkpoint.facts.max_positions)
@@ -74,8 +74,8 @@ def _offsets(context: Context, oracle: PDOracle) -> KeyOffsets | None:
 
 
 def _chosen(context: Context, oracle: PDOracle) -> tuple[KVSend, ...]:
-    from pdtrim_deploy.kvcache.recall import with_recall
-    from pdtrim_deploy.kvcache.selection import Problem, get_selection
+    from pdtrim_deploy.kvchoice import Problem, get_selection
+    from pdtrim_deploy.kvchoice.recall import with_recall
 
     asked = context.recipe.kv
     text = context.calibration(asked.sequences, asked.prompt_tokens + asked.continuation_tokens)
@@ -95,7 +95,7 @@ def _kept(context: Context, text: Tensor, offsets: KeyOffsets | None) -> Kept:
     """Keeps measured effects in the cache: the same blocks and text with another budget need no measuring."""
     from safetensors.torch import load_file
 
-    from pdtrim_deploy.checkpoints.writer import save
+    from pdtrim_deploy.models.writer import save
 
     asked, plan = context.recipe.kv, heal.blocks_plan(context)
     about = [_EFFECTS, context.checkpoint.fingerprint, plan.digest, heal.weights(context), asked.prompt_tokens]
@@ -114,7 +114,7 @@ def _kept(context: Context, text: Tensor, offsets: KeyOffsets | None) -> Kept:
 
 def _attention(context: Context, problem: Problem) -> dict[str, Any]:
     """Of each decode layer, mean over KV heads: the share of attention on each part of the prompt."""
-    from pdtrim_deploy.kvcache.attention_mass import attention_mass
+    from pdtrim_deploy.kvchoice.attention_mass import attention_mass
 
     asked, n = context.recipe.kv, problem.prompt_tokens
     first, last = (asked.n_first, asked.n_last) if asked.n_first + asked.n_last else SHOWN

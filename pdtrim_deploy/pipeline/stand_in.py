@@ -6,9 +6,9 @@ from collections.abc import Collection
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.plan import Action, Drop, Keep, KVSend, ModelShape, PDPlan
+from pdtrim_deploy.plan.wire import WIRE_DTYPES, packed_bytes
 from pdtrim_deploy.recipe import Recipe
-from pdtrim_deploy.recipe_kv import KVSection
-from pdtrim_deploy.wire import WIRE_DTYPES, packed_bytes
+from pdtrim_deploy.recipe.kv import KVSection
 
 
 def stand_in(recipe: Recipe, shape: ModelShape) -> PDPlan:

@@ -12,13 +12,13 @@ from pdtrim_deploy.pipeline import heal_kv, texts
 from pdtrim_deploy.pipeline.context import Context, write_json
 from pdtrim_deploy.pipeline.heal import PRUNING
 from pdtrim_deploy.plan import STAGES, Stage
-from pdtrim_deploy.plan_kv import KEY_OFFSETS
+from pdtrim_deploy.plan.kv import KEY_OFFSETS
 
 if TYPE_CHECKING:
     from pdtrim_deploy.pruning.candidates import Candidates
     from pdtrim_deploy.pruning.finalists import Finalist, Judge
     from pdtrim_deploy.pruning.search import SearchResult
-    from pdtrim_deploy.pruning.stage_search import Elsewhere
+    from pdtrim_deploy.pruning.stage_search import EvaluatorFactory
 
 CANDIDATES = f"{REPORTS}/candidates.json"
 SEARCHES = tuple(f"{REPORTS}/search-{stage}.jsonl" for stage in STAGES)
@@ -50,7 +50,7 @@ def prune(context: Context) -> None:
         candidates = find(model, ids, asked.threshold, context.note)
         write_json(context.out / CANDIDATES, asdict(candidates))
         pairs, students, about = _pairs(context, model, candidates) if asked.distil else ((), None, None)
-        with _elsewhere(context) as elsewhere:
+        with _evaluator_factory(context) as evaluator_factory:
             found = choose_stages(
                 model,
                 ids,
@@ -64,7 +64,7 @@ def prune(context: Context) -> None:
                 disk=asked.disk_mb << 20,
                 folder=context.out / REPORTS,
                 about=[context.checkpoint.fingerprint, about],
-                elsewhere=elsewhere,
+                evaluator_factory=evaluator_factory,
                 judge=_judge(context, model, students, about) if asked.finalists else None,
                 finalists=asked.finalists,
                 progress=context.note,
@@ -83,7 +83,7 @@ def _unlink(context: Context, kept: bool, files: Sequence[str]) -> None:
 
 
 @contextmanager
-def _elsewhere(context: Context) -> Iterator[Elsewhere | None]:
+def _evaluator_factory(context: Context) -> Iterator[EvaluatorFactory | None]:
     """Ray's workers for the time of the step, if any were asked for."""
     if context.workers is None:
         yield None
@@ -92,7 +92,7 @@ def _elsewhere(context: Context) -> Iterator[Elsewhere | None]:
 
     context.note(f"starting {context.workers.count} Ray workers")
     with ray_evaluator.cluster(context.workers):
-        yield ray_evaluator.Elsewhere(context.workers, context.checkpoint.path.resolve())
+        yield ray_evaluator.EvaluatorFactory(context.workers, context.checkpoint.path.resolve())
 
 
 def _stage_report(found: SearchResult, finalists: Sequence[Finalist] | None) -> dict[str, Any]:
@@ -113,14 +113,14 @@ def _judge(context: Context, model: Any, students: Any, about: Any) -> Judge:
 
     What it says stands in reports/judged.jsonl.
     """
-    from pdtrim_deploy.pruning.refitted import Refitted
-    from pdtrim_deploy.pruning.verdicts import WrittenDown
+    from pdtrim_deploy.pruning.cached_judge import CachedJudge
+    from pdtrim_deploy.pruning.refit_judge import RefitJudge
 
     asked, ids = context.recipe.healing, texts.judged(context)
     together = 1 if context.bounded else None
-    judge = Refitted(model, context.shape, ids, asked.compensation, students, context.note, together)
+    judge = RefitJudge(model, context.shape, ids, asked.compensation, students, context.note, together)
     said = [_JUDGE, context.checkpoint.fingerprint, asked.compensation, texts.digest(ids), about]
-    return WrittenDown(judge, context.out / JUDGED, said)
+    return CachedJudge(judge, context.out / JUDGED, said)
 
 
 def _pairs(context: Context, model: Any, found: Candidates) -> tuple[tuple[int, ...], Any, Any]:
@@ -143,7 +143,7 @@ def _pairs(context: Context, model: Any, found: Candidates) -> tuple[tuple[int, 
 
 def write_stage(context: Context, stage: Stage) -> None:
     """Write the stage's checkpoint with the plan in its config.json, and the weights that were healed."""
-    from pdtrim_deploy.checkpoints.surgery import write_stage as write
+    from pdtrim_deploy.models.surgery import write_stage as write
 
     plan = context.plan
     blocks = plan.layers(stage)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from pdtrim_deploy.blockwise import CausalLM
+from pdtrim_deploy.models.blockwise import CausalLM
 from pdtrim_deploy.pruning.redundancy import similarity
 
 THRESHOLD = 0.95

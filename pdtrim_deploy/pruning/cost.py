@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from pdtrim_deploy.recipe import CalibrationSection
-from pdtrim_deploy.recipe_healing import HealingSection
-from pdtrim_deploy.recipe_pruning import EVALUATED, PruningSection
+from pdtrim_deploy.recipe.healing import HealingSection
+from pdtrim_deploy.recipe.pruning import EVALUATED, PruningSection
 
 # Share of the work that early stopping leaves; not a promise. RACED was measured on SmolLM2-135M with 16 x 256 tokens
 # (prefill 0.16 for 2 rounds, decode 0.26 for 4), ANNEALED is assumed.

@@ -42,7 +42,7 @@ class Finalist:
     behind: float | None = None
 
 
-def last_word(
+def judge_finalists(
     stage: Stage,
     problem: Problem,
     found: SearchResult,
@@ -56,23 +56,23 @@ def last_word(
     Where all candidates are one solution there is nothing to judge, and none is named. Ties go to the search's own
     order. What is evaluated for this stands in `log`. UserError when a loss is not a number.
     """
-    looks = _Looks(problem, log)
-    solutions = list(dict.fromkeys(_field(problem, found, looks)))[:count]
+    logged = _LoggedLosses(problem, log)
+    solutions = list(dict.fromkeys(_field(problem, found, logged)))[:count]
     if len(solutions) == 1:
         return found, ()
-    losses = looks.at("finalists", lambda: [mean_loss(problem.evaluator, solution) for solution in solutions])
+    losses = logged.at("finalists", lambda: [mean_loss(problem.evaluator, solution) for solution in solutions])
     judged = list(judge(stage, problem.forced, solutions))
     if not all(map(math.isfinite, judged)):
         raise UserError("a finalist's loss is not a number; load the model in float32, check its weights")
-    looks.at("judged", lambda: judged)  # and with it the seconds that this took
+    logged.at("judged", lambda: judged)  # and with it the seconds that this took
     finalists = [Finalist(*row) for row in zip(solutions, losses, judged, strict=True)]
     for one in finalists:
         progress(f"finalist {one.solution}: loss {one.loss:.4f}, compensated {one.judged:.4f}")
     ranked = sorted(finalists, key=lambda one: one.judged)
-    return answering(_so_far(found, looks), problem.forced, ranked[0]), tuple(ranked)
+    return with_answer(_so_far(found, logged), problem.forced, ranked[0]), tuple(ranked)
 
 
-class _Looks:
+class _LoggedLosses:
     """What was evaluated for the last word, written down: a build that was stopped does not evaluate it again."""
 
     def __init__(self, problem: Problem, log: Trajectory) -> None:
@@ -99,14 +99,14 @@ class _Looks:
         )
 
 
-def _field(problem: Problem, found: SearchResult, looks: _Looks) -> Iterator[Solution]:
+def _field(problem: Problem, found: SearchResult, logged: _LoggedLosses) -> Iterator[Solution]:
     yield found.solution
     yield from found.others[:1]
-    yield _window(problem, looks)
+    yield _window(problem, logged)
     yield from found.others[1:]
 
 
-def _window(problem: Problem, looks: _Looks) -> Solution:
+def _window(problem: Problem, logged: _LoggedLosses) -> Solution:
     """The run of adjacent candidates that costs least; half of those in play leave after each part of the text."""
     free, evaluator = problem.candidates, problem.evaluator
     size = problem.remove - problem.forced.saved
@@ -117,13 +117,13 @@ def _window(problem: Problem, looks: _Looks) -> Solution:
         def look(running: list[Solution] = running, batch: int = batch) -> list[list[float]]:
             return [found.double().mean(1).tolist() for found in evaluator.evaluate(running, batch)]
 
-        for solution, more in zip(running, looks.at("windows", look), strict=True):
+        for solution, more in zip(running, logged.at("windows", look), strict=True):
             losses[solution] += more
         running = sorted(running, key=lambda solution: fmean(losses[solution]))[: math.ceil(len(running) / 2)]
     return running[0]
 
 
-def answering(found: SearchResult, forced: Solution, best: Finalist) -> SearchResult:
+def with_answer(found: SearchResult, forced: Solution, best: Finalist) -> SearchResult:
     """`found`, had it found `best`, at the same cost."""
     steps, cost = list(found.trajectory), found.trajectory[-1]
     if best.solution != found.solution:
@@ -136,8 +136,8 @@ def answering(found: SearchResult, forced: Solution, best: Finalist) -> SearchRe
     return replace(found, trajectory=tuple(steps))
 
 
-def _so_far(found: SearchResult, looks: _Looks) -> SearchResult:
+def _so_far(found: SearchResult, logged: _LoggedLosses) -> SearchResult:
     """`found` at the cost of all so far."""
-    seconds, spent = looks.cost
+    seconds, spent = logged.cost
     last = replace(found.trajectory[-1], seconds=seconds, block_forwards=spent)
     return replace(found, trajectory=(*found.trajectory[:-1], last))

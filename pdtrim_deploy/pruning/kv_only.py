@@ -14,8 +14,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from pdtrim_deploy.blockwise import Blockwise, CausalLM
 from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.models.blockwise import Blockwise, CausalLM
 from pdtrim_deploy.plan import KVOnly, PDPlan
 from pdtrim_deploy.pruning.compensation.base import Progress
 from pdtrim_deploy.pruning.least_squares import Ridge
@@ -26,7 +26,7 @@ _ADDS = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
 _BATCH, _CHECKED = 4, 8
 
 
-def relax(pair: StagePair, blocks: int, ids: Tensor, progress: Progress = lambda _: None) -> StagePair:
+def make_kv_only(pair: StagePair, blocks: int, ids: Tensor, progress: Progress = lambda _: None) -> StagePair:
     """Give `blocks` more blocks of prefill up, but for their KV: the first of `rank`; then fit K and V on `ids`.
 
     Raises:
@@ -38,7 +38,7 @@ def relax(pair: StagePair, blocks: int, ids: Tensor, progress: Progress = lambda
         raise UserError(
             f"healing.kv_only_blocks is {blocks} but only {len(open_to)} blocks are kept by both stages; ask for fewer"
         )
-    return give_up(pair, rank(pair, ids, progress)[:blocks], ids, progress)
+    return fit_kv_only(pair, rank(pair, ids, progress)[:blocks], ids, progress)
 
 
 @torch.no_grad()
@@ -71,7 +71,7 @@ def rank(pair: StagePair, ids: Tensor, progress: Progress = lambda _: None) -> t
     return tuple(order)
 
 
-def give_up(pair: StagePair, blocks: Iterable[int], ids: Tensor, progress: Progress = lambda _: None) -> StagePair:
+def fit_kv_only(pair: StagePair, blocks: Iterable[int], ids: Tensor, progress: Progress = lambda _: None) -> StagePair:
     """`pair` whose prefill has these blocks for their KV alone, K and V fitted on `ids`."""
     return fit(_given_up(pair, set(blocks)), ids, progress)
 

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from pdtrim_deploy.blockwise import Blockwise, CausalLM, LayerKV, Span
+from pdtrim_deploy.models.blockwise import Blockwise, CausalLM, LayerKV, Span
 from pdtrim_deploy.pruning.solution import NOTHING, Op, Solution
 
 

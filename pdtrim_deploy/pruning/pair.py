@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from pdtrim_deploy.blockwise import CausalLM
-from pdtrim_deploy.checkpoints.surgery import Replacements, keep_blocks
+from pdtrim_deploy.models.blockwise import CausalLM
+from pdtrim_deploy.models.surgery import Replacements, keep_blocks
 from pdtrim_deploy.plan import Action, PDPlan, Stage
 
 Tensors = Mapping[str, Tensor]

@@ -7,7 +7,7 @@ from copy import copy
 import torch
 from torch import Tensor
 
-from pdtrim_deploy.blockwise import Blockwise, LayerKV, pick
+from pdtrim_deploy.models.blockwise import Blockwise, LayerKV, pick
 from pdtrim_deploy.plan import STAGES
 from pdtrim_deploy.pruning.pair import StagePair
 

@@ -78,7 +78,7 @@ class Worker:
 
     @cached_property
     def _model(self) -> Any:
-        from pdtrim_deploy.checkpoints.loading import load_model
+        from pdtrim_deploy.models.loading import load_model
 
         return load_model(self._checkpoint, "float32").to(self._device)
 
@@ -175,7 +175,7 @@ def _made(students: StudentLayers | None, pairs: Iterable[tuple[int, int]]) -> L
     return {pair: students.layer(pair) for pair in pairs} if students is not None else {}
 
 
-class Elsewhere:
+class EvaluatorFactory:
     """What `choose_stages` takes: the evaluator of each of its searches, by the same workers of the standing cluster.
 
     `checkpoint` is read where a worker runs, from the same path.

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from pdtrim_deploy.blockwise import Blockwise, CausalLM
 from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.models.blockwise import Blockwise, CausalLM
 
 
 def redundancy(

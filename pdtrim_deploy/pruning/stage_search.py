@@ -10,10 +10,10 @@ from typing import Protocol
 
 from torch import Tensor
 
-from pdtrim_deploy.blockwise import CausalLM
+from pdtrim_deploy.models.blockwise import CausalLM
 from pdtrim_deploy.plan import Stage
 from pdtrim_deploy.pruning.evaluator import MEMORY, Evaluator, InProcess
-from pdtrim_deploy.pruning.finalists import Finalist, Judge, last_word
+from pdtrim_deploy.pruning.finalists import Finalist, Judge, judge_finalists
 from pdtrim_deploy.pruning.objective import NextTokenLoss, StudentLayers
 from pdtrim_deploy.pruning.search import (
     DEFAULTS,
@@ -30,7 +30,7 @@ from pdtrim_deploy.pruning.solution import Solution
 _VERSION = 2  # of how searches go; rows of another are thrown away
 
 
-class Elsewhere(Protocol):
+class EvaluatorFactory(Protocol):
     """Makes the evaluator of one search, of `NextTokenLoss(model, ids, prompt_tokens, forced, students)`."""
 
     def __call__(
@@ -45,7 +45,7 @@ class Elsewhere(Protocol):
 
 
 @dataclass(frozen=True)
-class Found:
+class StageResult:
     """What one search came to.
 
     Attributes:
@@ -85,7 +85,7 @@ class StageSearch:
     disk: int = 0
     folder: Path | None = None
     about: object = None
-    elsewhere: Elsewhere | None = None
+    evaluator_factory: EvaluatorFactory | None = None
     judge: Judge | None = None
     finalists: int = 0
 
@@ -98,7 +98,7 @@ class StageSearch:
 
     def run(
         self, stage: Stage, name: str, remove: int, prompt_tokens: int, forced: Solution, progress: Progress
-    ) -> Found:
+    ) -> StageResult:
         """Save `remove` blocks, `forced` among them.
 
         Written down as it goes in `search-NAME.jsonl`, and what finalists lose in `search-NAME-finalists.jsonl`.
@@ -111,8 +111,8 @@ class StageSearch:
         trajectory = Trajectory(self._path(f"search-{name}"), asked)
         objective = NextTokenLoss(self.model, self.ids, prompt_tokens, forced, self.students)
         evaluator: Evaluator = InProcess(objective, self.memory, self.disk, self.folder)
-        if self.elsewhere is not None:
-            evaluator = self.elsewhere(objective, self.ids, prompt_tokens, forced, self.students, self.memory)
+        if self.evaluator_factory is not None:
+            evaluator = self.evaluator_factory(objective, self.ids, prompt_tokens, forced, self.students, self.memory)
         problem = Problem(
             self.model, self.ids, objective, remove, forced, self.protected, self.pairs, trajectory, evaluator
         )
@@ -121,8 +121,8 @@ class StageSearch:
         if self.judge is not None and self.finalists:
             seen = [vars(one) for one in (found.solution, *found.others)]
             log = Trajectory(self._path(f"search-{name}-finalists"), [*asked, self.finalists, seen])
-            found, finalists = last_word(stage, problem, found, self.judge, self.finalists, log, progress)
-        return Found(found, start, finalists)
+            found, finalists = judge_finalists(stage, problem, found, self.judge, self.finalists, log, progress)
+        return StageResult(found, start, finalists)
 
     def _path(self, name: str) -> Path | None:
         return self.folder / f"{name}.jsonl" if self.folder else None

@@ -8,17 +8,17 @@ from pathlib import Path
 
 from torch import Tensor
 
-from pdtrim_deploy.blockwise import CausalLM
 from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.models.blockwise import CausalLM
 from pdtrim_deploy.plan import STAGES, Stage
 from pdtrim_deploy.pruning.evaluator import MEMORY
-from pdtrim_deploy.pruning.finalists import Finalist, Judge, answering
+from pdtrim_deploy.pruning.finalists import Finalist, Judge, with_answer
 from pdtrim_deploy.pruning.objective import StudentLayers
 from pdtrim_deploy.pruning.search import DEFAULTS, Progress, Search, SearchResult, Settings
 from pdtrim_deploy.pruning.solution import NOTHING, Solution
-from pdtrim_deploy.pruning.stage_search import Elsewhere, Found, StageSearch
+from pdtrim_deploy.pruning.stage_search import EvaluatorFactory, StageResult, StageSearch
 
-AGAIN = "decode-again"  # decode's search behind where prefill's began
+DECODE_AGAIN = "decode-again"  # decode's search behind where prefill's began
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def choose_stages(
     disk: int = 0,
     folder: Path | None = None,
     about: object = None,
-    elsewhere: Elsewhere | None = None,
+    evaluator_factory: EvaluatorFactory | None = None,
     judge: Judge | None = None,
     finalists: int = 0,
     progress: Progress = lambda _: None,
@@ -86,7 +86,7 @@ def choose_stages(
         UserError: unknown method, decode loses fewer than prefill, more to remove than there is, loss not a number.
 
     """
-    shared = model, ids, method, settings, protected, pairs, students, memory, disk, folder, about, elsewhere
+    shared = model, ids, method, settings, protected, pairs, students, memory, disk, folder, about, evaluator_factory
     searches = StageSearch(*shared, judge, finalists)
     blocks = len(model.model.layers)
     if decode_blocks < prefill_blocks:
@@ -98,7 +98,7 @@ def choose_stages(
         raise UserError(f"cannot remove {decode_blocks} of {blocks} blocks; remove at most {blocks - 1}")
     split = ids.shape[1] // 2 if prompt_tokens is None else prompt_tokens
 
-    prefill = Found(SearchResult((), ()), NOTHING)
+    prefill = StageResult(SearchResult((), ()), NOTHING)
     if prefill_blocks:
         prefill = searches.run("prefill", "prefill", prefill_blocks, 0, NOTHING, _saying("prefill", progress))
     lost = prefill.result.solution
@@ -106,31 +106,33 @@ def choose_stages(
         decode = SearchResult(prefill.result.removed, (), lost.distilled)
         return StageRemovals(prefill.result, decode, _named(prefill=prefill))
 
-    def behind(lost: Solution, name: str) -> Found:
+    def behind(lost: Solution, name: str) -> StageResult:
         return searches.run("decode", name, decode_blocks, split, lost, _saying(name, progress))
 
     decode_found = behind(lost, "decode")
     if judge is None or not prefill.finalists or prefill.start == lost:
         decode = _nested(prefill.result, decode_found.result)
         return StageRemovals(prefill.result, decode, _named(prefill=prefill, decode=decode_found))
-    again = behind(prefill.start, AGAIN)
+    again = behind(prefill.start, DECODE_AGAIN)
     judged = {lost: decode_found.judged(judge, lost), prefill.start: again.judged(judge, prefill.start)}
     progress("; ".join(f"decode behind prefill without {one}: {loss:.4f}" for one, loss in judged.items()))
     return _better(prefill, decode_found, again, judged)
 
 
-def _better(prefill: Found, decode: Found, again: Found, judged: Mapping[Solution, float]) -> StageRemovals:
+def _better(
+    prefill: StageResult, decode: StageResult, again: StageResult, judged: Mapping[Solution, float]
+) -> StageRemovals:
     """Of `decode` behind prefill's answer and `again` behind its start; ties go to the former."""
     prefill = replace(prefill, finalists=tuple(replace(o, behind=judged.get(o.solution)) for o in prefill.finalists))
     first, best, other = prefill.result, decode, again
     if judged[prefill.start] < judged[first.solution]:
         start = next(one for one in prefill.finalists if one.solution == prefill.start)
-        first, best, other = answering(first, NOTHING, start), again, decode
+        first, best, other = with_answer(first, NOTHING, start), again, decode
     result = _dearer(_nested(first, best.result), other.result)
     return StageRemovals(first, result, _named(prefill=prefill, decode=best), other.finalists)
 
 
-def _named(**found: Found) -> dict[Stage, tuple[Finalist, ...]]:
+def _named(**found: StageResult) -> dict[Stage, tuple[Finalist, ...]]:
     return {stage: found[stage].finalists for stage in STAGES if stage in found and found[stage].finalists}
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from rich import box
 from rich.table import Table
 
-from pdtrim_deploy.engine import TargetResult
+from pdtrim_deploy.bundle.engine import TargetResult
 
 SHORT = {"PagedAttention": "A", "KVWrite": "W", "SparseKVSend": "S"}
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 
 from pdtrim_deploy.errors import ServingError
-from pdtrim_deploy.paths import resolved
+from pdtrim_deploy.local.paths import resolved
 from pdtrim_deploy.serving import commands, probe
 from pdtrim_deploy.serving.environment import ServeEnvironment
 from pdtrim_deploy.serving.memory import require_memory

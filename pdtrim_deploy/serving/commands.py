@@ -14,8 +14,8 @@ from pdtrim_deploy.serving.environment import gpu_count
 from pdtrim_deploy.serving.memory import FRACTION, static_fraction
 from pdtrim_deploy.serving.ports import HOST
 from pdtrim_deploy.serving.spec import ClusterSpec, WorkerSpec
-from pdtrim_deploy.transport_options import TransportOptions
 from pdtrim_deploy.worker.config import ARGUMENT, WorkerConfig
+from pdtrim_deploy.worker.transport import TransportOptions
 
 # `python -m sglang_router.launch_router`, without the tracing that it takes from sglang where it finds one: that
 # import costs 17 s of CPU and 0.9 GB (torch and transformers) and is used by no option here.

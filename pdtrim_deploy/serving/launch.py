@@ -11,7 +11,9 @@ from typing import Any
 
 from pdtrim_deploy.bundle import Bundle
 from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.local.processor import compute_dtype
 from pdtrim_deploy.plan import STAGES
+from pdtrim_deploy.plan.link import Link
 from pdtrim_deploy.serving.cluster import Cluster
 from pdtrim_deploy.serving.engines import Executors, find_engine
 from pdtrim_deploy.serving.environment import ServeEnvironment
@@ -19,8 +21,6 @@ from pdtrim_deploy.serving.ports import HOST, free_ports
 from pdtrim_deploy.serving.relay import Throttle
 from pdtrim_deploy.serving.spec import ClusterSpec, WorkerOptions
 from pdtrim_deploy.serving.transports import require_transport
-from pdtrim_deploy.sizing.link import Link
-from pdtrim_deploy.sizing.processor import compute_dtype
 
 
 def cluster_of(

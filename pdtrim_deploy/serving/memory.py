@@ -11,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import get_args
 
-from pdtrim_deploy.checkpoints.config import read_config
 from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.local.machine import memory, numa_nodes
+from pdtrim_deploy.models.config import read_config
 from pdtrim_deploy.plan import NativeDtype
 from pdtrim_deploy.serving.spec import WorkerSpec
-from pdtrim_deploy.sizing.machine import memory, numa_nodes
-from pdtrim_deploy.sizing.worker import CHUNK_TOKENS, WorkerMemory, worker_memory
+from pdtrim_deploy.worker.memory import CHUNK_TOKENS, WorkerMemory, worker_memory
 
 FRACTION = "--mem-fraction-static"
 _BOUNDS = (0.1, 0.99)  # SGLang refuses 0 and 1

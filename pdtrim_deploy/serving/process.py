@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from pdtrim_deploy.job import dies_with
+from pdtrim_deploy.local.job import dies_with
 
 TAIL_BYTES = 64 << 10
 REASON = re.compile(r"^[\w.]*(?:Error|Exception|Interrupt)\b.*", re.MULTILINE)

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pdtrim_deploy.decode_pool import SplitPool
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.serving.engines import Engine, Executor
 from pdtrim_deploy.serving.environment import gpu_count
 from pdtrim_deploy.serving.ports import HOST, free_ports, require_free
+from pdtrim_deploy.worker.decode_pool import SplitPool
 
 Stage = Literal["prefill", "decode"]
 Device = Literal["cpu", "cuda"]
@@ -46,7 +46,7 @@ class WorkerSpec:
     """One SGLang worker. `index` counts within its stage, `slot` over all workers (it chooses the GPU).
 
     `engine` computes its forward pass; None: SGLang's own torch model does. `transport` holds what its transport is
-    told beside its name (`pdtrim_deploy.transport_options`): sizes, deadlines, addresses.
+    told beside its name (`pdtrim_deploy.worker.transport`): sizes, deadlines, addresses.
     """
 
     stage: Stage

@@ -15,11 +15,11 @@ from heapq import heappop, heappush
 import numpy as np
 
 from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.plan.link import Link
 from pdtrim_deploy.simulation.decode import DecodeWorker
 from pdtrim_deploy.simulation.load import Load
 from pdtrim_deploy.simulation.prefill import PrefillWorker
 from pdtrim_deploy.simulation.result import Simulated
-from pdtrim_deploy.sizing.link import Link
 from pdtrim_deploy.sizing.rates import Rates
 
 

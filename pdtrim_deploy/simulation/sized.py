@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict
 
-from pdtrim_deploy.bounds import MOST_SIMULATED_WORKERS
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.loadtest.scenario import SLO, Lengths
 from pdtrim_deploy.plan import PDPlan
+from pdtrim_deploy.recipe.bounds import MOST_SIMULATED_WORKERS
 from pdtrim_deploy.simulation.cluster import Cluster, simulate
 from pdtrim_deploy.simulation.load import Load
 from pdtrim_deploy.simulation.result import Figures

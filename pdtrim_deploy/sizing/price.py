@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict
 
-from pdtrim_deploy.decode_pool import request_bytes
 from pdtrim_deploy.plan import KVSend, PDPlan
-from pdtrim_deploy.sizing.link import Link
+from pdtrim_deploy.plan.link import Link
+from pdtrim_deploy.worker.decode_pool import request_bytes
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFlo
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.loadtest.base import LoadResult
-from pdtrim_deploy.recipe_yaml import Origins, compose
-from pdtrim_deploy.yaml_errors import sentence
+from pdtrim_deploy.recipe.yaml_errors import sentence
+from pdtrim_deploy.recipe.yaml_units import Origins, compose
 
 ALONE = 1.2  # requests in the system, by Little's law, up to which a load counts as one request at a time
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 from pdtrim_deploy.bundle import PLAN, Bundle
 from pdtrim_deploy.errors import UserError
-from pdtrim_deploy.paths import expanded
+from pdtrim_deploy.local.paths import expanded
+from pdtrim_deploy.models.shape import Sized, config_of, find_config, read_sized, shipped, shipped_for
 from pdtrim_deploy.pipeline.build import check_fits
 from pdtrim_deploy.pipeline.stand_in import said_of, stand_in
 from pdtrim_deploy.plan import PDPlan
 from pdtrim_deploy.recipe import Recipe
-from pdtrim_deploy.sizing.shape import Sized, config_of, find_config, read_sized, shipped, shipped_for
 
 _RECIPE_SUFFIXES = (".yaml", ".yml")
 

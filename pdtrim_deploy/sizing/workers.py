@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from pdtrim_deploy.plan import PDPlan
-from pdtrim_deploy.sizing.link import Link
+from pdtrim_deploy.plan.link import Link
 from pdtrim_deploy.sizing.rates import Rates
 
 MISSED = 0.025  # share of requests that may wait longer than allowed for: at prefill, and again at the link

@@ -12,10 +12,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from pdtrim_deploy.decode_pool import SplitPool
 from pdtrim_deploy.plan import Stage
-from pdtrim_deploy.plan_blocks import Frozen
-from pdtrim_deploy.transport_options import TransportOptions
+from pdtrim_deploy.plan.blocks import Frozen
+from pdtrim_deploy.worker.decode_pool import SplitPool
+from pdtrim_deploy.worker.transport import TransportOptions
 
 ARGUMENT = "--json-model-override-args"
 PREFIX = "pdtrim_"

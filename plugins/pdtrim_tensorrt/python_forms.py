@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from pdtrim_deploy.wire import WireDtype, packed_bytes
+from pdtrim_deploy.plan.wire import WireDtype, packed_bytes
 from pdtrim_tensorrt.kernel import KERNEL_WIRE_DTYPES
 
 NAMESPACE, VERSION = "pdtrim", "1"

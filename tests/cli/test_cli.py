@@ -19,9 +19,9 @@ from sse_server import Behaviour, serve
 
 from pdtrim_deploy import __version__
 from pdtrim_deploy.bundle import Bundle
-from pdtrim_deploy.cache import Cache
 from pdtrim_deploy.cli import COMMANDS, cli, main
 from pdtrim_deploy.cli.exit_codes import EXIT_CODES
+from pdtrim_deploy.local.cache import Cache
 
 WORDS = ("river", "stone", "garden", "window", "paper", "morning", "summer", "walked", "quietly", "toward", "village")
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -249,7 +249,7 @@ def test_a_full_disk_is_one_sentence(
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device", "somewhere")
 
-    monkeypatch.setattr("pdtrim_deploy.bundle.os.fsync", full)
+    monkeypatch.setattr("pdtrim_deploy.bundle.bundle.os.fsync", full)
     code, _, err = run(capsys, "build", recipe_file, "--out", tmp_path / "b", "--cache-dir", tmp_path / "c")
     assert code == 2
     assert "No space left on device" in err.splitlines()[-1]

@@ -19,8 +19,8 @@ import yaml
 from shown import ROOT, to_run
 from sse_server import Behaviour, serve
 
-from pdtrim_deploy.cache import Cache
 from pdtrim_deploy.cli import main
+from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.pipeline import build
 from pdtrim_deploy.recipe import Recipe
 

@@ -69,7 +69,7 @@ def test_the_wheel_is_made_of_what_is_copied(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     (wheel,) = (tmp_path / "dist").glob("*.whl")
     held = zipfile.ZipFile(wheel).namelist()
-    assert {"pdtrim_sglang/hook_targets.py", "pdtrim_deploy/sizing/facts/llama-3.1-8b.json"} <= set(held)
+    assert {"pdtrim_sglang/hook_targets.py", "pdtrim_deploy/models/facts/llama-3.1-8b.json"} <= set(held)
 
 
 def test_it_says_how_images_are_pinned() -> None:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from pdtrim_deploy.cache import Cache
-from pdtrim_deploy.checkpoints import resolve
 from pdtrim_deploy.doctor import resources
+from pdtrim_deploy.local.cache import Cache
+from pdtrim_deploy.models import resolve
 from pdtrim_deploy.recipe import Recipe
 
 BUILD = Path(__file__).with_name("measured_build.py")

@@ -8,12 +8,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pdtrim_deploy.cache import Cache, file_sha256
-from pdtrim_deploy.checkpoints.loading import load_tokenizer
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.evaluation.corpora import SPLITS, Corpus, Document, load, sequences
 from pdtrim_deploy.evaluation.corpora.brown import untag
 from pdtrim_deploy.evaluation.corpora.fetched import FetchedCorpus
+from pdtrim_deploy.local.cache import Cache, file_sha256
+from pdtrim_deploy.models.loading import load_tokenizer
 
 
 def corpus(ids):

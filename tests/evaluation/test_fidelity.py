@@ -11,10 +11,10 @@ from pdtrim_deploy.evaluation.fidelity.cases import Group
 from pdtrim_deploy.evaluation.fidelity.check import FidelityResult, judge
 from pdtrim_deploy.evaluation.fidelity.client import Served
 from pdtrim_deploy.evaluation.fidelity.controls import controls, wrong_oracles
-from pdtrim_deploy.evaluation.oracle import PrefillState
-from pdtrim_deploy.kvcache.selection.offsets import measure
+from pdtrim_deploy.kvchoice.offsets import measure
+from pdtrim_deploy.models.oracle import PrefillState
 from pdtrim_deploy.plan import KVSend
-from pdtrim_deploy.wire import WIRE_DTYPES
+from pdtrim_deploy.plan.wire import WIRE_DTYPES
 
 GROUP = Group("g", "in turn", ())
 DROPPED = (3,)

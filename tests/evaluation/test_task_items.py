@@ -10,14 +10,14 @@ import torch
 import transformers
 from tokenizers import processors
 
-from pdtrim_deploy.checkpoints.loading import load_model, load_tokenizer
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.evaluation import tasks
 from pdtrim_deploy.evaluation.corpora import Document
-from pdtrim_deploy.evaluation.oracle import PDOracle
 from pdtrim_deploy.evaluation.tasks import agreement, choice, needle, perplexity, social_iqa
 from pdtrim_deploy.evaluation.tasks.judge import Judgement
 from pdtrim_deploy.evaluation.tasks.report import TaskFigures
+from pdtrim_deploy.models.loading import load_model, load_tokenizer
+from pdtrim_deploy.models.oracle import PDOracle
 from pdtrim_deploy.plan import KVSend, ModelShape, PDPlan
 
 WORDS = ("river", "stone", "garden", "window", "paper", "morning", "summer", "walked", "quietly", "toward", "village")

@@ -8,11 +8,11 @@ from tinypd import BLOCKS, SPARSE, make_oracle, make_plan, text, tiny
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.evaluation import tasks
-from pdtrim_deploy.evaluation.oracle import PDOracle
 from pdtrim_deploy.evaluation.perplexity import pd_perplexity
 from pdtrim_deploy.evaluation.tasks import agreement, choice, perplexity
 from pdtrim_deploy.evaluation.tasks.base import Measured, Part, Task
 from pdtrim_deploy.evaluation.tasks.judge import greedy, judge
+from pdtrim_deploy.models.oracle import PDOracle
 from pdtrim_deploy.plan import KVSend
 
 RAGGED = [[[5, 6, 7, 8], [9], [10, 11]], [[12, 13], [14, 15, 16], [17]], [[1], [2, 3], [4, 4, 4, 4]]]

@@ -10,7 +10,7 @@ import torch
 if TYPE_CHECKING:
     from client import Ended
 
-    from pdtrim_deploy.evaluation.oracle import PDOracle
+    from pdtrim_deploy.models.oracle import PDOracle
 
 TOLERANCE = 1e-3  # nats, float32
 

@@ -19,10 +19,10 @@ from client import Asked, Ended, draw, send
 from judge import wrong
 from proxy import Proxy
 
-from pdtrim_deploy.checkpoints import open_checkpoint
-from pdtrim_deploy.checkpoints.loading import load_model
-from pdtrim_deploy.checkpoints.surgery import write_stage
-from pdtrim_deploy.evaluation.oracle import PDOracle
+from pdtrim_deploy.models import open_checkpoint
+from pdtrim_deploy.models.loading import load_model
+from pdtrim_deploy.models.oracle import PDOracle
+from pdtrim_deploy.models.surgery import write_stage
 from pdtrim_deploy.plan import STAGES, Drop, Keep, KVSend, PDPlan
 from pdtrim_deploy.serving import Cluster, ClusterSpec, Engine, ServeEnvironment, WorkerOptions
 from pdtrim_deploy.serving.metrics import scrape, total

@@ -9,12 +9,12 @@ import pytest
 from bundle_variants import mixed, variant
 
 from pdtrim_deploy.bundle import Bundle
-from pdtrim_deploy.cache import Cache
-from pdtrim_deploy.decode_pool import SplitPool
+from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.pipeline import build
 from pdtrim_deploy.recipe import Recipe
 from pdtrim_deploy.serving import Cluster, ClusterSpec, ServeEnvironment, WorkerOptions
 from pdtrim_deploy.serving.metrics import scrape
+from pdtrim_deploy.worker.decode_pool import SplitPool
 
 sys.path.insert(0, str(Path(__file__).parent))
 from shared_pairs import SharedPairs

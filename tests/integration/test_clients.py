@@ -7,7 +7,7 @@ import pytest
 import torch
 from clientpair import ClientPair, client_oracle, client_stages, exactly
 
-from pdtrim_deploy.checkpoints.loading import load_tokenizer
+from pdtrim_deploy.models.loading import load_tokenizer
 from pdtrim_deploy.serving import ServeEnvironment, commands
 from pdtrim_deploy.serving.ports import free_ports
 from pdtrim_deploy.serving.probe import complaint

@@ -8,16 +8,16 @@ import pytest
 from packcases import random_offsets
 from pdtrim_builders import build_target
 
-from pdtrim_deploy.checkpoints import open_checkpoint
-from pdtrim_deploy.checkpoints.loading import load_model
-from pdtrim_deploy.checkpoints.surgery import write_stage
 from pdtrim_deploy.evaluation.fidelity import judge, run_fidelity
 from pdtrim_deploy.evaluation.fidelity.cases import groups, text_needed
 from pdtrim_deploy.evaluation.fidelity.client import ask
-from pdtrim_deploy.evaluation.oracle import PDOracle
 from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
+from pdtrim_deploy.models import open_checkpoint
+from pdtrim_deploy.models.loading import load_model
+from pdtrim_deploy.models.oracle import PDOracle
+from pdtrim_deploy.models.surgery import write_stage
 from pdtrim_deploy.plan import STAGES, Distilled, Drop, Keep, KVOnly, KVSend, PDPlan
-from pdtrim_deploy.plan_kv import KEY_OFFSETS
+from pdtrim_deploy.plan.kv import KEY_OFFSETS
 from pdtrim_deploy.serving import Cluster, ClusterSpec, Engine, Executors, ServeEnvironment, WorkerOptions, cluster_of
 from pdtrim_deploy.serving.metrics import scrape
 

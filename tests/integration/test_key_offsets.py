@@ -7,13 +7,13 @@ import httpx
 import pytest
 import torch
 
-from pdtrim_deploy.cache import Cache
-from pdtrim_deploy.checkpoints.loading import load_model
 from pdtrim_deploy.errors import ServingError
 from pdtrim_deploy.evaluation.fidelity import run_fidelity
 from pdtrim_deploy.loadtest.text import WORDS
+from pdtrim_deploy.local.cache import Cache
+from pdtrim_deploy.models.loading import load_model
 from pdtrim_deploy.pipeline import build
-from pdtrim_deploy.plan_kv import KEY_OFFSETS
+from pdtrim_deploy.plan.kv import KEY_OFFSETS
 from pdtrim_deploy.recipe import Recipe
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(900)]

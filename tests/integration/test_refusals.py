@@ -12,9 +12,9 @@ from dataclasses import replace
 
 import pytest
 
-from pdtrim_deploy.checkpoints import open_checkpoint
-from pdtrim_deploy.checkpoints.surgery import write_stage
 from pdtrim_deploy.errors import ServingError
+from pdtrim_deploy.models import open_checkpoint
+from pdtrim_deploy.models.surgery import write_stage
 from pdtrim_deploy.plan import Drop, Keep, KVSend, ModelShape, PDPlan
 from pdtrim_deploy.serving.client import post_json
 from pdtrim_deploy.serving.metrics import scrape, total

@@ -11,8 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
-from pdtrim_deploy.checkpoints import open_checkpoint
-from pdtrim_deploy.checkpoints.surgery import write_stage
+from pdtrim_deploy.models import open_checkpoint
+from pdtrim_deploy.models.surgery import write_stage
 from pdtrim_deploy.plan import STAGES, Drop, Keep, KVSend, PDPlan
 from pdtrim_deploy.serving.metrics import scrape, total
 

@@ -12,12 +12,12 @@ import time
 import httpx
 import pytest
 
-from pdtrim_deploy.checkpoints.loading import load_model, load_tokenizer
 from pdtrim_deploy.evaluation import corpora
 from pdtrim_deploy.evaluation.fidelity import judge, run_fidelity
 from pdtrim_deploy.evaluation.fidelity.cases import Group
 from pdtrim_deploy.evaluation.fidelity.client import ask
-from pdtrim_deploy.evaluation.oracle import PDOracle
+from pdtrim_deploy.models.loading import load_model, load_tokenizer
+from pdtrim_deploy.models.oracle import PDOracle
 from pdtrim_deploy.serving.metrics import scrape
 
 STAGING_BYTES = 64 << 20  # TransportConfig's default, of the plugin's own environment

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from shared_pairs import SharedPairs
 
-from pdtrim_deploy.decode_pool import SplitPool
 from pdtrim_deploy.errors import ServingError
+from pdtrim_deploy.worker.decode_pool import SplitPool
 
 
 class Pair:

@@ -7,9 +7,9 @@ import re
 
 import pytest
 
-from pdtrim_deploy.decode_pool import SplitPool, request_bytes
 from pdtrim_deploy.plan import KVSend
-from pdtrim_deploy.wire import WIRE_DTYPES
+from pdtrim_deploy.plan.wire import WIRE_DTYPES
+from pdtrim_deploy.worker.decode_pool import SplitPool, request_bytes
 
 pytestmark = [pytest.mark.serve, pytest.mark.model, pytest.mark.timeout(900), pytest.mark.xdist_group("tiny bundle")]
 

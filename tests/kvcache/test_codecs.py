@@ -5,7 +5,7 @@ import torch
 
 from pdtrim_deploy.kvcache.codecs import CODECS, get_codec
 from pdtrim_deploy.kvcache.codecs.rotated import INT3, INT4, hadamard, halvings
-from pdtrim_deploy.wire import CODES, ITEM_BYTES, SIDES, WIRE_DTYPES, packed_row_bytes, rotated_group, row_sections
+from pdtrim_deploy.plan.wire import CODES, ITEM_BYTES, SIDES, WIRE_DTYPES, packed_row_bytes, rotated_group, row_sections
 
 
 def encode(wire, rows):

@@ -19,7 +19,7 @@ from pdtrim_deploy.kvcache.cpu.move import move
 from pdtrim_deploy.kvcache.layout import chunk_layout
 from pdtrim_deploy.kvcache.pack import pack, unpack
 from pdtrim_deploy.plan import KVSend, PDPlan
-from pdtrim_deploy.wire import WIRE_DTYPES
+from pdtrim_deploy.plan.wire import WIRE_DTYPES
 
 UNTOUCHED = -9.0
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="g++ is not on PATH: there is no compiled form")

@@ -8,7 +8,7 @@ from pretended_gpu import PretendedGPU, gpu, host
 from pdtrim_deploy.kvcache.layout import chunk_layout
 from pdtrim_deploy.kvcache.pack import pack, unpack
 from pdtrim_deploy.plan import Drop, Keep, KVSend, PDPlan
-from pdtrim_deploy.wire import WIRE_DTYPES
+from pdtrim_deploy.plan.wire import WIRE_DTYPES
 
 TOKENS, SIZE = 40, 64
 

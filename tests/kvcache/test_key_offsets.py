@@ -12,10 +12,10 @@ from pdtrim_deploy.kvcache import torch_pack
 from pdtrim_deploy.kvcache.key_offsets import LEAST_POSITIONS, KeyOffsets, rotate
 from pdtrim_deploy.kvcache.layout import chunk_layout
 from pdtrim_deploy.kvcache.pack import pack, unpack
-from pdtrim_deploy.kvcache.selection.offsets import rotary_of
+from pdtrim_deploy.kvchoice.offsets import rotary_of
 from pdtrim_deploy.plan import KVSend, PDPlan
-from pdtrim_deploy.plan_kv import KEY_OFFSETS
-from pdtrim_deploy.wire import SIDES, WIRE_DTYPES
+from pdtrim_deploy.plan.kv import KEY_OFFSETS
+from pdtrim_deploy.plan.wire import SIDES, WIRE_DTYPES
 
 QUANTISED = [wire for wire in WIRE_DTYPES if wire != "native"]
 TOKENS, START = 96, 700

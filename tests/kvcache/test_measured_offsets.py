@@ -7,11 +7,11 @@ import torch
 from ropes import ROPES
 from tinypd import BLOCKS, DIM, KV_HEADS, biased, make_oracle, make_plan, text, tiny
 
-from pdtrim_deploy.evaluation.oracle import PDOracle
 from pdtrim_deploy.kvcache.key_offsets import KeyOffsets, rotate
-from pdtrim_deploy.kvcache.selection import Problem
-from pdtrim_deploy.kvcache.selection.budget.effects import Measure
-from pdtrim_deploy.kvcache.selection.offsets import measure
+from pdtrim_deploy.kvchoice import Problem
+from pdtrim_deploy.kvchoice.budget.effects import Measure
+from pdtrim_deploy.kvchoice.offsets import measure
+from pdtrim_deploy.models.oracle import PDOracle
 from pdtrim_deploy.plan import KVSend
 
 LONG = 800  # so many tokens that chance helps nobody

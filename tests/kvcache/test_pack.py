@@ -12,7 +12,7 @@ from pdtrim_deploy.kvcache.layout import chunk_layout
 from pdtrim_deploy.kvcache.pack import pack, unpack
 from pdtrim_deploy.kvcache.sections import part_sections
 from pdtrim_deploy.plan import KVSend, PDPlan
-from pdtrim_deploy.wire import SIDES, SINK_ROWS, WIRE_DTYPES, rotated_group
+from pdtrim_deploy.plan.wire import SIDES, SINK_ROWS, WIRE_DTYPES, rotated_group
 
 UNTOUCHED = -9.0
 

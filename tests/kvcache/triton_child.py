@@ -8,7 +8,7 @@ from pdtrim_deploy.kvcache.codecs.rotated import GRIDS
 from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
 from pdtrim_deploy.kvcache.layout import chunk_layout
 from pdtrim_deploy.plan import KVSend, ModelShape, PDPlan
-from pdtrim_deploy.wire import HEAD_DIM_MULTIPLE, WIRE_DTYPES
+from pdtrim_deploy.plan.wire import HEAD_DIM_MULTIPLE, WIRE_DTYPES
 
 
 def check(dtype, heads, head_dim, tokens, start, stop, seed, offsets=2):

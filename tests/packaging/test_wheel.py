@@ -61,7 +61,7 @@ def test_the_wheel_holds_all_that_is_no_python_too(wheel: Path) -> None:
         place = places.get(package, ROOT / "plugins")
         here = {str(f.relative_to(place)) for f in (place / package).rglob("*") if f.is_file() and f.suffix != ".pyc"}
         assert here <= held
-    assert "pdtrim_deploy/sizing/facts/llama-3.1-8b.json" in held
+    assert "pdtrim_deploy/models/facts/llama-3.1-8b.json" in held
 
 
 def test_it_works_without_torch(clean: Path, tmp_path: Path) -> None:

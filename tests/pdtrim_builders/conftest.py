@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
-from pdtrim_deploy.checkpoints import open_checkpoint
-from pdtrim_deploy.checkpoints.loading import load_model
-from pdtrim_deploy.checkpoints.surgery import write_stage
+from pdtrim_deploy.models import open_checkpoint
+from pdtrim_deploy.models.loading import load_model
+from pdtrim_deploy.models.surgery import write_stage
 from pdtrim_deploy.plan import STAGES, Drop, Keep, KVOnly, KVSend, PDPlan
 
 SPARSE = KVSend(mode="sparse", n_first=2, n_last=5)

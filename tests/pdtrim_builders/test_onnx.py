@@ -13,8 +13,8 @@ from pdtrim_builders.graph.stage import read_stage
 from pdtrim_builders.numerics import check_numerics
 from pdtrim_builders.runtime_onnx import OnnxStage
 
-from pdtrim_deploy.checkpoints import FAMILIES
 from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.models import FAMILIES
 
 
 @pytest.mark.parametrize("stage", ["prefill", "decode"])
@@ -251,9 +251,9 @@ def test_a_folder_of_others_is_left_alone(tiny_stages, tmp_path):
 @pytest.mark.parametrize("stage", ["prefill", "decode"])
 def test_students_and_healed_weights_are_in_the_graph(stage, tiny_dir, cache, tmp_path):
     """The pair (1, 2) in both stages, its K and V those of block 1; one more block of decode with other weights."""
-    from pdtrim_deploy.checkpoints import open_checkpoint
-    from pdtrim_deploy.checkpoints.loading import load_model
-    from pdtrim_deploy.checkpoints.surgery import write_stage
+    from pdtrim_deploy.models import open_checkpoint
+    from pdtrim_deploy.models.loading import load_model
+    from pdtrim_deploy.models.surgery import write_stage
     from pdtrim_deploy.plan import Distilled, Drop, Keep, KVSend, PDPlan
 
     source, pair, keep = tiny_dir("Qwen3ForCausalLM"), Distilled(pair=(1, 2), kv_from=1), Keep()
@@ -273,9 +273,9 @@ def test_students_and_healed_weights_are_in_the_graph(stage, tiny_dir, cache, tm
 
 @pytest.mark.model
 def test_smollm2(make_stages, tmp_path):
-    from pdtrim_deploy.cache import Cache
-    from pdtrim_deploy.checkpoints import DEFAULT_SOURCE, resolve
-    from pdtrim_deploy.checkpoints.surgery import write_stage
+    from pdtrim_deploy.local.cache import Cache
+    from pdtrim_deploy.models import DEFAULT_SOURCE, resolve
+    from pdtrim_deploy.models.surgery import write_stage
     from pdtrim_deploy.plan import STAGES, Drop, Keep, KVSend, PDPlan
 
     checkpoint = resolve(DEFAULT_SOURCE, Cache.default())

@@ -10,10 +10,10 @@ from pdtrim_builders import build_target
 from pdtrim_builders.graph.stage import read_stage
 from pdtrim_builders.runtime_onnx import OnnxStage
 
-from pdtrim_deploy.checkpoints.loading import load_model
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.kvcache.layout import chunk_layout
 from pdtrim_deploy.kvcache.pack import pack
+from pdtrim_deploy.models.loading import load_model
 
 pytest.importorskip("onnxruntime_extensions")
 HEADS, KV_HEADS, DIM = 4, 2, 16

@@ -12,10 +12,10 @@ from pdtrim_builders.graph.build import build_graph
 from pdtrim_builders.graph.stage import read_stage
 from pdtrim_builders.targets import tensorrt
 
-from pdtrim_deploy.checkpoints import open_checkpoint
-from pdtrim_deploy.checkpoints.surgery import write_stage
 from pdtrim_deploy.errors import UserError
-from pdtrim_deploy.job import run_job
+from pdtrim_deploy.local.job import run_job
+from pdtrim_deploy.models import open_checkpoint
+from pdtrim_deploy.models.surgery import write_stage
 from pdtrim_deploy.plan import Keep, KVSend, PDPlan
 
 rtx = pytest.mark.skipif(

@@ -9,8 +9,8 @@ import yaml
 from pdtrim_builders import build_target
 from safetensors.torch import load_file
 
-from pdtrim_deploy.checkpoints import FAMILIES
 from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.models import FAMILIES
 
 HEADS, DIM = 8, 16
 

@@ -10,7 +10,7 @@ from pdtrim_sglang.executors import load_engine
 from pdtrim_sglang.executors.tensorrt import LIBRARY, TensorRTExecutor, check_engine
 from pdtrim_tensorrt.plugin_library import AttentionCall
 
-from pdtrim_deploy.engine import TargetResult
+from pdtrim_deploy.bundle.engine import TargetResult
 from pdtrim_deploy.plan import ModelShape, PDPlan
 from pdtrim_deploy.worker.config import EngineConfig, WorkerConfig
 

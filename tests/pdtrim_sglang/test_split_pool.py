@@ -12,10 +12,10 @@ pytest.importorskip("sglang", reason="needs the serve environment")
 
 from decodebatch import CONTEXT, DIM, HEADS, KV_HEADS, layer_of, make_plan, sparse
 
-from pdtrim_deploy.decode_pool import SplitPool
 from pdtrim_deploy.kvcache.layout import chunk_layout
 from pdtrim_deploy.kvcache.pack import pack
 from pdtrim_deploy.plan import KVSend
+from pdtrim_deploy.worker.decode_pool import SplitPool
 
 TOKENS, ROWS = 128, 5
 ROW_BYTES = 2 * KV_HEADS * DIM * 4

@@ -12,7 +12,7 @@ from pdtrim_tensorrt.kernel import KERNEL_WIRE_DTYPES, SendKernel
 from pdtrim_tensorrt.plugin_library import PluginLibrary, build_library
 
 from pdtrim_deploy.errors import UserError
-from pdtrim_deploy.wire import packed_row_bytes
+from pdtrim_deploy.plan.wire import packed_row_bytes
 
 ROOT = os.environ.get("TENSORRT_ROOT")
 TRT_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 7}

@@ -20,9 +20,9 @@ import pytest
 import yaml
 
 from pdtrim_deploy.bundle import Bundle, write_atomic
-from pdtrim_deploy.cache import Cache
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.loadtest.text import WORDS
+from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.pipeline import build
 from pdtrim_deploy.pipeline.journal import Journal
 from pdtrim_deploy.pipeline.preview import preview
@@ -121,9 +121,9 @@ def test_offsets_of_quantised_keys_lie_in_bundle_and_stages(
 ) -> None:
     import torch
 
-    from pdtrim_deploy.checkpoints.loading import load_model
     from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
-    from pdtrim_deploy.plan_kv import KEY_OFFSETS
+    from pdtrim_deploy.models.loading import load_model
+    from pdtrim_deploy.plan.kv import KEY_OFFSETS
 
     source = tiny_model(tmp_path / "model", "Qwen2ForCausalLM")
     model = load_model(source)

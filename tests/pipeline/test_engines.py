@@ -12,13 +12,13 @@ import pytest
 import yaml
 
 from pdtrim_deploy.bundle import Bundle, seal
-from pdtrim_deploy.cache import Cache
 from pdtrim_deploy.cli import main
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.evaluation.quality import Quality, Score
-from pdtrim_deploy.model_card import NOT_MEASURED, refresh_cards
+from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.pipeline import build, engines
 from pdtrim_deploy.pipeline.journal import Journal
+from pdtrim_deploy.pipeline.model_card import NOT_MEASURED, refresh_cards
 from pdtrim_deploy.pipeline.preview import preview
 from pdtrim_deploy.plan import STAGES
 from pdtrim_deploy.recipe import Recipe

@@ -13,7 +13,7 @@ from pdtrim_deploy.loadtest.text import WORDS
 PROGRAM = """
 import json, resource, sys
 from pathlib import Path
-from pdtrim_deploy.cache import Cache
+from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.pipeline import build
 from pdtrim_deploy.recipe import Recipe

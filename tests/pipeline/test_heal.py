@@ -12,14 +12,14 @@ import torch
 import yaml
 
 from pdtrim_deploy.bundle import Bundle
-from pdtrim_deploy.cache import Cache
-from pdtrim_deploy.checkpoints import FAMILIES, resolve
-from pdtrim_deploy.checkpoints.loading import load_model
-from pdtrim_deploy.checkpoints.surgery import keep_blocks
 from pdtrim_deploy.errors import UserError
-from pdtrim_deploy.evaluation.oracle import PDOracle
 from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
 from pdtrim_deploy.loadtest.text import WORDS
+from pdtrim_deploy.local.cache import Cache
+from pdtrim_deploy.models import FAMILIES, resolve
+from pdtrim_deploy.models.loading import load_model
+from pdtrim_deploy.models.oracle import PDOracle
+from pdtrim_deploy.models.surgery import keep_blocks
 from pdtrim_deploy.pipeline import build, heal, heal_kv, texts
 from pdtrim_deploy.pipeline.build import steps_of
 from pdtrim_deploy.pipeline.context import Context
@@ -214,8 +214,8 @@ def test_what_was_healed_is_not_healed_again(
     monkeypatch.setattr(heal, "_make", lambda *_: pytest.fail("made again"))
     again = build(recipe_of(kv={"method": "all", "n_last": 8}), tmp_path / "b", cache)
     assert again.plan.digest != first.plan.digest
-    elsewhere = build(recipe_of(), tmp_path / "c", cache)
-    one, two = (bundle.manifest.files["decode/model.safetensors"] for bundle in (first, elsewhere))
+    evaluator_factory = build(recipe_of(), tmp_path / "c", cache)
+    one, two = (bundle.manifest.files["decode/model.safetensors"] for bundle in (first, evaluator_factory))
     assert one == two
     with pytest.raises(pytest.fail.Exception, match="made again"):
         build(recipe_of(healing={**HEALING, "seed": 1}), tmp_path / "b", cache)

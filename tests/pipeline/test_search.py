@@ -10,16 +10,16 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pdtrim_deploy.cache import Cache
-from pdtrim_deploy.checkpoints import FAMILIES
 from pdtrim_deploy.cli import main
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.loadtest.text import WORDS
+from pdtrim_deploy.local.cache import Cache
+from pdtrim_deploy.models import FAMILIES
 from pdtrim_deploy.pipeline import build
 from pdtrim_deploy.plan import Stage
 from pdtrim_deploy.pruning import finalists
 from pdtrim_deploy.pruning.ray_evaluator import Workers
-from pdtrim_deploy.pruning.refitted import Refitted
+from pdtrim_deploy.pruning.refit_judge import RefitJudge
 from pdtrim_deploy.pruning.search import Problem
 from pdtrim_deploy.pruning.solution import Solution
 from pdtrim_deploy.recipe import Recipe
@@ -101,16 +101,16 @@ def test_a_search_stopped_behind_its_finalists_asks_the_judge_nothing_again(
     asked = asked.changed("test", "healing", compensation="least-squares")
     asked, out = asked.changed("test", "pruning", finalists=4), tmp_path / "b"
     judged: list[list[Solution]] = []
-    really = Refitted.__call__
+    really = RefitJudge.__call__
 
-    def judge(self: Refitted, stage: Stage, prefill: Solution, solutions: list[Solution]) -> Iterator[float]:
+    def judge(self: RefitJudge, stage: Stage, prefill: Solution, solutions: list[Solution]) -> Iterator[float]:
         judged.append(solutions)
         if stage == "decode":
             raise KeyboardInterrupt
         return really(self, stage, prefill, solutions)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Refitted, "__call__", judge)
+        patch.setattr(RefitJudge, "__call__", judge)
         with pytest.raises(KeyboardInterrupt):
             build(asked, out, cache)
     assert len(judged) == 2
@@ -132,7 +132,7 @@ def test_decode_searched_again_is_in_the_report_and_leaves_its_trajectory(
     """The judge likes any other prefill better; decode behind it or behind the first one."""
     started: list[Solution] = []
 
-    def judge(self: Refitted, stage: str, prefill: Solution, solutions: list[Solution]) -> list[float]:
+    def judge(self: RefitJudge, stage: str, prefill: Solution, solutions: list[Solution]) -> list[float]:
         if stage == "prefill":
             started.append(solutions[0])
             return [-float(at) for at in range(len(solutions))]
@@ -141,7 +141,7 @@ def test_decode_searched_again_is_in_the_report_and_leaves_its_trajectory(
     def last(problem: Problem, _: object) -> Solution:
         return problem.without(problem.candidates[problem.forced.saved - problem.remove :])
 
-    monkeypatch.setattr(Refitted, "__call__", judge)
+    monkeypatch.setattr(RefitJudge, "__call__", judge)
     monkeypatch.setattr(finalists, "_window", last)  # the best one is greedy's here
     asked = recipe(tmp_path, tiny_llama_dir, method="greedy", steps=150, prefill_blocks=2, decode_blocks=4)
     asked = asked.changed("test", "healing", compensation="norm").changed("test", "pruning", finalists=2)
@@ -206,7 +206,7 @@ def test_all_without_gradients_is_the_same_on_blocks_from_the_checkpoint(
         if compensation != "none":
             asked = asked.changed("test", "healing", compensation=compensation).changed("test", "pruning", finalists=3)
         if more:
-            monkeypatch.setattr("pdtrim_deploy.checkpoints.loading.load_model", None)
+            monkeypatch.setattr("pdtrim_deploy.models.loading.load_model", None)
         found = build(asked, tmp_path / name, Cache(tmp_path / f"{name}-cache"))
         reports = tmp_path / name / "reports"
         lessons = json.loads((reports / "healing.json").read_text())["students"]

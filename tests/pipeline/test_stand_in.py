@@ -6,7 +6,7 @@ from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.pipeline.stand_in import said_of, stand_in
 from pdtrim_deploy.plan import KVSend, ModelShape
 from pdtrim_deploy.recipe import PruningSection, Recipe
-from pdtrim_deploy.recipe_kv import KVSection
+from pdtrim_deploy.recipe.kv import KVSection
 
 SHAPE = ModelShape(architecture="X", fingerprint="f", num_blocks=32, num_kv_heads=8, head_dim=128, kv_dtype="bfloat16")
 CUT = KVSend(mode="sparse", n_first=4, n_last=64)

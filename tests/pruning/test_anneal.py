@@ -10,9 +10,9 @@ import pytest
 import torch
 from tinypd import BLOCKS, FAMILIES, make_plan, text, tiny
 
-from pdtrim_deploy.checkpoints.surgery import keep_blocks
 from pdtrim_deploy.errors import UserError
-from pdtrim_deploy.evaluation.oracle import PDOracle
+from pdtrim_deploy.models.oracle import PDOracle
+from pdtrim_deploy.models.surgery import keep_blocks
 from pdtrim_deploy.plan import KVSend, PDPlan
 from pdtrim_deploy.pruning.evaluator import InProcess, mean_loss
 from pdtrim_deploy.pruning.hidden_states import _Files

@@ -5,14 +5,14 @@ import torch
 from stagepairs import kl, pair_of
 from tinypd import BLOCKS, FAMILIES, make_plan, text, tiny
 
-from pdtrim_deploy.blockwise import Blockwise, LayerKV
 from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.models.blockwise import Blockwise, LayerKV
 from pdtrim_deploy.plan import Distilled, Drop, Keep, PDPlan
 from pdtrim_deploy.pruning.compensation import COMPENSATIONS, get_compensation
 from pdtrim_deploy.pruning.compensation.held_out import held_out
 from pdtrim_deploy.pruning.pair import StagePair
 from pdtrim_deploy.pruning.pd_loss import pd_loss, prefill_loss
-from pdtrim_deploy.recipe_healing import COMPENSATION_METHODS
+from pdtrim_deploy.recipe.healing import COMPENSATION_METHODS
 
 QUIET = lambda _: None  # noqa: E731
 

@@ -6,21 +6,21 @@ from pathlib import Path
 import pytest
 from tinypd import BLOCKS, make_plan, text, tiny
 
-from pdtrim_deploy.blockwise import Blockwise
 from pdtrim_deploy.cli.build import print_preview
 from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.models.blockwise import Blockwise
 from pdtrim_deploy.pipeline.preview import _speed, preview
 from pdtrim_deploy.pruning.candidates import find
 from pdtrim_deploy.pruning.cost import search_cost
 from pdtrim_deploy.pruning.hidden_states import HiddenStates
-from pdtrim_deploy.pruning.refitted import Refitted
+from pdtrim_deploy.pruning.refit_judge import RefitJudge
 from pdtrim_deploy.pruning.search import Settings
 from pdtrim_deploy.pruning.search.greedy import Greedy
 from pdtrim_deploy.pruning.stages import choose_stages
 from pdtrim_deploy.pruning.students import Students
 from pdtrim_deploy.recipe import CalibrationSection, Recipe
-from pdtrim_deploy.recipe_healing import HealingSection, StudentsSection
-from pdtrim_deploy.recipe_pruning import PRUNING_METHODS, PruningSection
+from pdtrim_deploy.recipe.healing import HealingSection, StudentsSection
+from pdtrim_deploy.recipe.pruning import PRUNING_METHODS, PruningSection
 
 
 def foretold(model, method, prefill, decode, sequences, length):
@@ -56,7 +56,7 @@ def test_finalists_are_priced(method, stages, monkeypatch):
     model, ids, ran = tiny("Llama"), text(6, 20), []
     block = Blockwise.block
     monkeypatch.setattr(Blockwise, "block", lambda self, *a, **k: ran.append(len(a[1])) or block(self, *a, **k))
-    judge = Refitted(model, make_plan().model, ids, "least-squares")
+    judge = RefitJudge(model, make_plan().model, ids, "least-squares")
     choose_stages(model, ids, *stages, method=method, settings=Settings(0, 20), judge=judge, finalists=4)
     more = {"steps": 20} if method == "anneal" else {}
     asked = PruningSection(method=method, prefill_blocks=stages[0], decode_blocks=stages[1], finalists=4, **more)
@@ -69,7 +69,7 @@ def test_finalists_are_priced(method, stages, monkeypatch):
 
 def test_a_second_search_of_decode_is_priced(monkeypatch):
     model, ids, ran = tiny("Llama"), text(6, 20), []
-    block, really = Blockwise.block, Refitted(model, make_plan().model, ids, "least-squares")
+    block, really = Blockwise.block, RefitJudge(model, make_plan().model, ids, "least-squares")
     monkeypatch.setattr(Blockwise, "block", lambda self, *a, **k: ran.append(len(a[1])) or block(self, *a, **k))
 
     def judge(stage, prefill, solutions):

@@ -6,16 +6,16 @@ import pytest
 import torch
 from tinypd import BLOCKS, make_plan, text, tiny
 
-from pdtrim_deploy.blockwise import Blockwise
 from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.models.blockwise import Blockwise
 from pdtrim_deploy.pruning.compensation import get_compensation
 from pdtrim_deploy.pruning.compensation.held_out import held_out
 from pdtrim_deploy.pruning.cost import judged_forwards
-from pdtrim_deploy.pruning.finalists import last_word
+from pdtrim_deploy.pruning.finalists import judge_finalists
 from pdtrim_deploy.pruning.objective import NextTokenLoss
 from pdtrim_deploy.pruning.pair import StagePair
 from pdtrim_deploy.pruning.pd_loss import pd_loss, prefill_loss
-from pdtrim_deploy.pruning.refitted import Refitted
+from pdtrim_deploy.pruning.refit_judge import RefitJudge
 from pdtrim_deploy.pruning.search import Problem, Settings, Trajectory
 from pdtrim_deploy.pruning.search.anneal import Anneal
 from pdtrim_deploy.pruning.search.greedy import Greedy
@@ -67,7 +67,7 @@ def test_the_judge_has_the_last_word(model, wanted):
 
     problem = Problem(model, ids, NextTokenLoss(model, ids), 2)
     before = Anneal(Settings(seed=3, steps=30)).run(problem, quiet)
-    found, ranked = last_word("prefill", problem, before, judge, 3, Trajectory(), quiet)
+    found, ranked = judge_finalists("prefill", problem, before, judge, 3, Trajectory(), quiet)
     ((_, _, solutions),) = asked
     assert len(solutions) == len(set(solutions)) <= 3
     assert solutions[0] == before.solution
@@ -84,7 +84,7 @@ def test_the_best_run_of_adjacent_blocks_is_among_them(model):
     runs = [(0, 1, 2), (1, 2, 3), (2, 3, 4)]
     best = min(runs, key=lambda run: whole_loss(model, ids, run))
     found = replace(Greedy().run(problem, quiet), removed=(2, 0, 4))
-    _, ranked = last_word("prefill", problem, found, lambda *a: [0.0] * len(a[2]), 9, Trajectory(), quiet)
+    _, ranked = judge_finalists("prefill", problem, found, lambda *a: [0.0] * len(a[2]), 9, Trajectory(), quiet)
     assert {one.solution for one in ranked} == {found.solution, Solution.of(best)}
 
 
@@ -93,14 +93,16 @@ def test_a_verdict_that_is_no_number_is_refused(model):
     problem = Problem(model, ids, NextTokenLoss(model, ids), 2)
     found = replace(Greedy().run(problem, quiet), others=(Solution.of((0, 3)),))
     with pytest.raises(UserError, match="finalist's loss is not a number"):
-        last_word("prefill", problem, found, lambda *a: [float("nan")] * len(a[2]), 3, Trajectory(), quiet)
+        judge_finalists("prefill", problem, found, lambda *a: [float("nan")] * len(a[2]), 3, Trajectory(), quiet)
 
 
 def test_one_alone_is_not_judged(model):
     ids = text(6, 30)
     problem = Problem(model, ids, NextTokenLoss(model, ids), 1)
     before = Greedy(None).run(problem, quiet)
-    found, ranked = last_word("prefill", problem, before, lambda *_: pytest.fail("judged"), 3, Trajectory(), quiet)
+    found, ranked = judge_finalists(
+        "prefill", problem, before, lambda *_: pytest.fail("judged"), 3, Trajectory(), quiet
+    )
     assert (found, ranked) == (before, ())
 
 
@@ -109,7 +111,7 @@ def test_each_half_is_judged_by_what_the_other_fitted(model, stage):
     ids, gone = text(6, 30), Solution.of((1, 3))
     shape = make_plan().model
     prefill = Solution.of((1,))
-    (judged,) = Refitted(model, shape, ids, "least-squares")(stage, prefill, [gone])
+    (judged,) = RefitJudge(model, shape, ids, "least-squares")(stage, prefill, [gone])
     mend, total = get_compensation("least-squares").compensate, 0.0
     for fitted, checked in ((ids[0::2], ids[1::2]), (ids[1::2], ids[0::2])):
         pair = StagePair(model, make_plan(gone.removed if stage == "prefill" else prefill.removed, gone.removed))
@@ -125,7 +127,7 @@ def test_rescaling_that_does_not_help_is_judged_as_left_out(model, gone):
     """As a build leaves it out: of each stage apart, prefill first."""
     ids, norm, blocks = text(6, 30), get_compensation("norm"), Solution.of(gone)
     shape, prefill = make_plan().model, Solution.of(gone[:1])
-    judge = Refitted(model, shape, ids, "norm")
+    judge = RefitJudge(model, shape, ids, "norm")
     found = held_out(norm, StagePair(model, make_plan(gone, gone)), "prefill", ids)
     assert list(judge("prefill", NOTHING, [blocks])) == pytest.approx([min(found.before, found.after)], abs=1e-5)
     first = held_out(norm, StagePair(model, make_plan(gone[:1], gone[:1])), "prefill", ids).kept
@@ -147,7 +149,7 @@ def test_block_forwards_are_no_more_than_is_said(model, stage, together, method,
     if stage == "prefill":
         solutions = [Solution.of((b,)) for b in (1, 2, 3)]
     monkeypatch.setattr(Blockwise, "block", lambda self, *a: (ran.append(len(a[1])), block(self, *a))[1])
-    list(Refitted(model, make_plan().model, ids, method, together=together)(stage, prefill, solutions))
+    list(RefitJudge(model, make_plan().model, ids, method, together=together)(stage, prefill, solutions))
     judged = (3, 0) if stage == "prefill" else (0, 3)
     most = judged_forwards(BLOCKS, 1, 2, len(ids), *judged, together=together is None, twice=method == "norm")
     assert 0.7 * most < sum(ran) <= most
@@ -158,8 +160,8 @@ def test_block_forwards_are_no_more_than_is_said(model, stage, together, method,
 def test_one_by_one_is_the_same_and_each_is_said_before_the_next(model, stage, method):
     ids, shape, solutions = text(6, 30), make_plan().model, [Solution.of((b, 3)) for b in (1, 2)]
     prefill, notes = Solution.of((3,)), []
-    both = list(Refitted(model, shape, ids, method)(stage, prefill, solutions))
-    alone = Refitted(model, shape, ids, method, note=notes.append, together=1)(stage, prefill, solutions)
+    both = list(RefitJudge(model, shape, ids, method)(stage, prefill, solutions))
+    alone = RefitJudge(model, shape, ids, method, note=notes.append, together=1)(stage, prefill, solutions)
     first, looked_at = next(alone), len(notes)
     assert [first, *alone] == pytest.approx(both, abs=1e-5)
     assert len(notes) == 2 * looked_at
@@ -192,7 +194,7 @@ def test_a_search_that_was_finished_is_not_evaluated_again(model, tmp_path, monk
 
 def test_students_stand_for_pairs(model):
     ids, shape, pair = text(4, 30), make_plan().model, Solution.of((), (2,))
-    losses = [list(Refitted(model, shape, ids, "norm", Students(model, n))("decode", pair, [pair])) for n in (2, 4)]
+    losses = [list(RefitJudge(model, shape, ids, "norm", Students(model, n))("decode", pair, [pair])) for n in (2, 4)]
     assert losses[0] != losses[1]
 
 
@@ -259,7 +261,7 @@ def test_decode_has_a_say_in_what_prefill_loses(model, method, begun, tmp_path):
 @pytest.mark.parametrize("seed", range(4))
 def test_the_answer_is_no_worse_than_greedy_in_the_judges_eyes(model, seed):
     ids = text(8, 30, seed=seed)
-    judge = Refitted(model, make_plan().model, ids, "least-squares")
+    judge = RefitJudge(model, make_plan().model, ids, "least-squares")
     greedy = Greedy(2.0)  # where annealing begins
     plain = choose_stages(model, ids, 2, 4, method=greedy)
     found = choose_stages(model, ids, 2, 4, method="anneal", settings=Settings(seed, 15), judge=judge, finalists=4)

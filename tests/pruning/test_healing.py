@@ -8,12 +8,12 @@ from stagepairs import kl, pair_of
 from tinypd import BLOCKS, FAMILIES, SPARSE, make_oracle, make_plan, text, tiny
 
 from pdtrim_deploy.errors import UserError
-from pdtrim_deploy.evaluation.oracle import PDOracle
+from pdtrim_deploy.models.oracle import PDOracle
 from pdtrim_deploy.plan import KVSend
-from pdtrim_deploy.pruning.healing import Arrival, heal
+from pdtrim_deploy.pruning.healing import PromptKV, heal
 from pdtrim_deploy.pruning.pair import StagePair
 from pdtrim_deploy.pruning.students.regression import FROZEN
-from pdtrim_deploy.recipe_healing import HealingSection
+from pdtrim_deploy.recipe.healing import HealingSection
 
 ASKED = HealingSection(prefill_steps=15, decode_steps=15, learning_rate=2e-3, batch=2)
 
@@ -47,8 +47,8 @@ def test_decode_learns_to_read_what_a_plan_sends(gone):
     plan = make_plan((), gone, kv=[KVSend(), *[SPARSE] * (BLOCKS - 1 - len(gone))])
     pair = StagePair(model, plan)
     oracle = make_oracle(model, plan)
-    arrival = Arrival(30, lambda prompts: oracle.hand_over(oracle.prefill(prompts)))
-    done = heal(pair, "decode", ids, ASKED.model_copy(update={"kv_steps": 20, "decode_steps": 0}), arrival=arrival)
+    prompt_kv = PromptKV(30, lambda prompts: oracle.hand_over(oracle.prefill(prompts)))
+    done = heal(pair, "decode", ids, ASKED.model_copy(update={"kv_steps": 20, "decode_steps": 0}), prompt_kv=prompt_kv)
     assert (done.kept, done.steps) == (True, 20)
     healed = PDOracle(oracle.prefill_model, done.pair.stage("decode"), plan)
     assert done.before == pytest.approx(divergence(model, oracle, ids[-6:], 30), rel=1e-4)

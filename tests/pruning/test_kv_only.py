@@ -5,13 +5,13 @@ import torch
 from stagepairs import kl, pair_of
 from tinypd import FAMILIES, text, tiny
 
-from pdtrim_deploy.blockwise import Blockwise, LayerKV
 from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.models.blockwise import Blockwise, LayerKV
 from pdtrim_deploy.pruning.compensation import get_compensation
 from pdtrim_deploy.pruning.healing import heal
-from pdtrim_deploy.pruning.kv_only import _given_up, candidates, fit, rank, relax
+from pdtrim_deploy.pruning.kv_only import _given_up, candidates, fit, make_kv_only, rank
 from pdtrim_deploy.pruning.pd_loss import pd_loss
-from pdtrim_deploy.recipe_healing import HealingSection
+from pdtrim_deploy.recipe.healing import HealingSection
 
 QUIET = lambda _: None  # noqa: E731
 
@@ -55,14 +55,14 @@ def test_it_gives_up_what_costs_least_and_all_else_stays():
     model, ids = tiny("Llama"), text(16, 24)
     pair = pair_of(model, (), (4,))
     assert candidates(pair.plan) == (0, 1, 2, 3)
-    one, two = relax(pair, 1, ids), relax(pair, 2, ids)
+    one, two = make_kv_only(pair, 1, ids), make_kv_only(pair, 2, ids)
     assert len(two.plan.kv_only_layers) == 2
     assert set(one.plan.kv_only_layers) < set(two.plan.kv_only_layers)
     assert two.plan.decode == pair.plan.decode
     worst = max(candidates(pair.plan), key=lambda block: kl(_given_up(pair, {block}), "decode", ids))
     assert worst not in two.plan.kv_only_layers
     with pytest.raises(UserError, match="kv_only_blocks is 5 but only 4 blocks are kept by both"):
-        relax(pair, 5, ids)
+        make_kv_only(pair, 5, ids)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -86,7 +86,7 @@ def test_a_loss_that_is_not_a_number():
 
 def test_neither_compensation_nor_healing_wakes_them():
     ids = text(16, 24)
-    pair = relax(pair_of(tiny("Qwen3"), (), (4,)), 2, ids)
+    pair = make_kv_only(pair_of(tiny("Qwen3"), (), (4,)), 2, ids)
     alone = [pair.plan.prefill_layers[layer] for layer in pair.plan.kv_only_layers]
     pair = get_compensation("least-squares").compensate(pair, "prefill", ids, QUIET)
     pair = heal(pair, "prefill", ids, HealingSection(prefill_steps=3, batch=2, learning_rate=1e-3)).pair

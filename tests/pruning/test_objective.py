@@ -4,7 +4,7 @@ import pytest
 import torch
 from tinypd import BLOCKS, FAMILIES, make_oracle, make_plan, text, tiny
 
-from pdtrim_deploy.checkpoints.surgery import keep_blocks
+from pdtrim_deploy.models.surgery import keep_blocks
 from pdtrim_deploy.pruning.objective import NextTokenLoss, _growing
 from pdtrim_deploy.pruning.solution import Solution
 

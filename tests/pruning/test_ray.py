@@ -15,12 +15,12 @@ import torch
 from torch import nn
 
 from pdtrim_deploy.bundle import REPORTS
-from pdtrim_deploy.cache import Cache
-from pdtrim_deploy.checkpoints.loading import load_model
 from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.local.cache import Cache
+from pdtrim_deploy.models.loading import load_model
 from pdtrim_deploy.pipeline import build
 from pdtrim_deploy.pruning import ray_evaluator
-from pdtrim_deploy.pruning.ray_evaluator import Elsewhere, Workers, cluster
+from pdtrim_deploy.pruning.ray_evaluator import EvaluatorFactory, Workers, cluster
 from pdtrim_deploy.pruning.search import Settings
 from pdtrim_deploy.pruning.stages import choose_stages
 from pdtrim_deploy.recipe import Recipe
@@ -55,14 +55,14 @@ def standing() -> Iterator[None]:
 def test_two_workers_choose_what_one_process_chooses(tiny_llama_dir: Path, standing: None) -> None:
     model, ids = load_model(tiny_llama_dir), torch.randint(3, 250, (6, 48), generator=torch.Generator().manual_seed(0))
 
-    def choose(elsewhere=None):
+    def choose(evaluator_factory=None):
         more = {"method": "anneal", "settings": Settings(seed=3, steps=12), "pairs": (1, 3), "students": Copies(model)}
-        return choose_stages(model, ids, 1, 3, elsewhere=elsewhere, **more)
+        return choose_stages(model, ids, 1, 3, evaluator_factory=evaluator_factory, **more)
 
     alone = choose()
-    elsewhere = Elsewhere(Workers(2), tiny_llama_dir)
-    shared = choose(elsewhere)
-    for actor in elsewhere._actors:  # the next test's workers want their CPUs
+    evaluator_factory = EvaluatorFactory(Workers(2), tiny_llama_dir)
+    shared = choose(evaluator_factory)
+    for actor in evaluator_factory._actors:  # the next test's workers want their CPUs
         sys.modules["ray"].kill(actor)
     for stage in ("prefill", "decode"):
         one, two = getattr(alone, stage), getattr(shared, stage)
@@ -101,18 +101,18 @@ def test_a_build_with_workers(
 def test_what_goes_wrong_on_a_worker_is_one_sentence(tiny_llama_dir: Path, tmp_path: Path, standing: None) -> None:
     model, ids = load_model(tiny_llama_dir), torch.randint(3, 250, (4, 24))
 
-    def choose(elsewhere, note=lambda _: None):
+    def choose(evaluator_factory, note=lambda _: None):
         try:
-            return choose_stages(model, ids, 0, 2, elsewhere=elsewhere, progress=note)
+            return choose_stages(model, ids, 0, 2, evaluator_factory=evaluator_factory, progress=note)
         finally:
-            for actor in elsewhere._actors:
+            for actor in evaluator_factory._actors:
                 sys.modules["ray"].kill(actor)
 
     with pytest.raises(UserError, match=r"^2 workers with 1 GPU each .*has 0; lower --workers or --worker-gpus$"):
-        Elsewhere(Workers(2, gpus=1), tiny_llama_dir)
+        EvaluatorFactory(Workers(2, gpus=1), tiny_llama_dir)
     with pytest.raises(UserError, match=f"^[^\n]*{tmp_path / 'gone'}[^\n]*$"):
-        choose(Elsewhere(Workers(1), tmp_path / "gone"))
-    dying = Elsewhere(Workers(2), tiny_llama_dir)
+        choose(EvaluatorFactory(Workers(1), tmp_path / "gone"))
+    dying = EvaluatorFactory(Workers(2), tiny_llama_dir)
     with pytest.raises(UserError, match=r"^a Ray worker died.*the search goes on where it was$"):
         choose(dying, lambda _: sys.modules["ray"].kill(dying._actors[1]))
 

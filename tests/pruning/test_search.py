@@ -4,7 +4,6 @@ import pytest
 import torch
 from tinypd import BLOCKS, make_oracle, make_plan, text, tiny
 
-from pdtrim_deploy import recipe_pruning
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.pruning.objective import NextTokenLoss
 from pdtrim_deploy.pruning.redundancy import redundancy
@@ -14,6 +13,7 @@ from pdtrim_deploy.pruning.search.racing import surely_above
 from pdtrim_deploy.pruning.search.trajectory import Trajectory
 from pdtrim_deploy.pruning.solution import Solution
 from pdtrim_deploy.pruning.stages import choose_stages
+from pdtrim_deploy.recipe import pruning as recipe_pruning
 
 
 def quiet(_):

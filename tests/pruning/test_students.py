@@ -6,14 +6,14 @@ import pytest
 import torch
 from tinypd import BLOCKS, FAMILIES, text, tiny
 
-from pdtrim_deploy.blockwise import Blockwise
-from pdtrim_deploy.cache import Cache
-from pdtrim_deploy.checkpoints.surgery import keep_blocks
 from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.local.cache import Cache
+from pdtrim_deploy.models.blockwise import Blockwise
+from pdtrim_deploy.models.surgery import keep_blocks
 from pdtrim_deploy.pruning.students import Students
 from pdtrim_deploy.pruning.students.regression import FROZEN
 from pdtrim_deploy.pruning.students.states import HiddenFiles
-from pdtrim_deploy.recipe_healing import StudentsSection
+from pdtrim_deploy.recipe.healing import StudentsSection
 
 PAIR = (1, 2)
 SOME = StudentsSection(steps=12, learning_rate=3e-3, batch=2)

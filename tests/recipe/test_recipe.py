@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.recipe import PruningSection, Recipe
-from pdtrim_deploy.recipe_kv import KV_METHODS, KVSection
-from pdtrim_deploy.recipe_pruning import PRUNING_METHODS
-from pdtrim_deploy.recipe_yaml import compose
+from pdtrim_deploy.recipe.kv import KV_METHODS, KVSection
+from pdtrim_deploy.recipe.pruning import PRUNING_METHODS
+from pdtrim_deploy.recipe.yaml_units import compose
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 BASE = "name: a\nmodel: {source: 'pypi:x'}\n"
@@ -187,9 +187,9 @@ def test_shipped_recipes_are_valid(path: Path) -> None:
 
 
 def test_the_names_in_recipes_are_those_of_the_registries() -> None:
-    from pdtrim_deploy.checkpoints import SOURCES
     from pdtrim_deploy.evaluation.corpora import CORPORA
-    from pdtrim_deploy.kvcache.selection import SELECTIONS
+    from pdtrim_deploy.kvchoice import SELECTIONS
+    from pdtrim_deploy.models import SOURCES
     from pdtrim_deploy.pruning.search import SEARCHES
 
     assert set(PRUNING_METHODS) == set(SEARCHES)

@@ -7,8 +7,8 @@ from pdtrim_builders import TARGETS, get_target
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.recipe import Recipe
-from pdtrim_deploy.recipe_targets import TARGETS as NAMES
-from pdtrim_deploy.recipe_targets import TargetsSection
+from pdtrim_deploy.recipe.targets import TARGETS as NAMES
+from pdtrim_deploy.recipe.targets import TargetsSection
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 BASE = "name: a\nmodel: {source: 'pypi:x'}\ntargets: "
@@ -40,7 +40,7 @@ def test_compute_capabilities_are_those_of_the_builder() -> None:
 
     from pdtrim_builders.targets.tensorrt import RTX_FLAVOUR
 
-    from pdtrim_deploy.recipe_targets import ComputeCapability
+    from pdtrim_deploy.recipe.targets import ComputeCapability
 
     assert get_args(get_args(ComputeCapability)[0]) == RTX_FLAVOUR.capabilities
 

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from pdtrim_deploy.bundle import Bundle, Manifest
+from pdtrim_deploy.bundle.engine import Numerics, TargetResult
 from pdtrim_deploy.cli import cli
-from pdtrim_deploy.engine import Numerics, TargetResult
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.evaluation.tasks import registry
 from pdtrim_deploy.loadtest import LoadResult, LoadRun, Outcome, WorkerFigures

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from pdtrim_deploy.decode_pool import SplitPool
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.serving import ClusterSpec, ServeEnvironment, WorkerOptions, commands, environment
 from pdtrim_deploy.serving.metrics import Sample, parse, total
 from pdtrim_deploy.serving.ports import free_ports
 from pdtrim_deploy.serving.transports import require_transport
+from pdtrim_deploy.worker.decode_pool import SplitPool
 
 PYTHON = Path("/serve/bin/python")
 

@@ -8,8 +8,8 @@ import pytest
 from click.testing import CliRunner
 
 from pdtrim_deploy.bundle import Bundle, Manifest
+from pdtrim_deploy.bundle.engine import TargetResult
 from pdtrim_deploy.cli import main, options
-from pdtrim_deploy.engine import TargetResult
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.plan import ModelShape, PDPlan
 from pdtrim_deploy.serving import ClusterSpec, Engine, Executors, WorkerOptions, commands

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pdtrim_deploy.plan import Drop, Keep, KVSend, ModelShape, PDPlan
+from pdtrim_deploy.plan.wire import HEAD_DIM_MULTIPLE, WIRE_DTYPES
 from pdtrim_deploy.sizing import Link, Traffic, price
-from pdtrim_deploy.wire import HEAD_DIM_MULTIPLE, WIRE_DTYPES
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 LINK = Link(1e9)

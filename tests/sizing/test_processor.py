@@ -4,9 +4,9 @@ import pytest
 import torch
 from tinypd import make_oracle, make_plan, text, tiny
 
-from pdtrim_deploy.checkpoints.loading import load_model, load_to_compute
-from pdtrim_deploy.evaluation.oracle import PDOracle
-from pdtrim_deploy.sizing import processor
+from pdtrim_deploy.local import processor
+from pdtrim_deploy.models.loading import load_model, load_to_compute
+from pdtrim_deploy.models.oracle import PDOracle
 
 X86 = "processor\t: 0\nvendor_id\t: GenuineIntel\nflags\t\t: fpu sse2 avx2 {}\nbugs\t\t: spectre_v1\n"
 ARM = "processor\t: 0\nFeatures\t: fp asimd {}\nCPU part\t: 0xd40\n"

@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.models.shape import read_sized, shipped
+from pdtrim_deploy.plan.wire import WIRE_DTYPES
 from pdtrim_deploy.sizing import subjects
-from pdtrim_deploy.sizing.shape import read_sized, shipped
-from pdtrim_deploy.wire import WIRE_DTYPES
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 CONFIG: dict[str, Any] = {

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from pdtrim_deploy.decode_pool import SplitPool
-from pdtrim_deploy.transport_options import TransportOptions
 from pdtrim_deploy.worker.config import EngineConfig, WorkerConfig, key
+from pdtrim_deploy.worker.decode_pool import SplitPool
+from pdtrim_deploy.worker.transport import TransportOptions
 
 FULL = WorkerConfig(
     secret_file="/run/secret",

@@ -9,11 +9,11 @@ from typing import Any
 
 from pdtrim_builders.graph.ops import KV_WRITE, PAGED_ATTENTION, SPARSE_KV_SEND
 from pdtrim_builders.graph.rope import rope_settings
-from pdtrim_deploy.checkpoints.config import read_config
-from pdtrim_deploy.checkpoints.families import family_of
-from pdtrim_deploy.checkpoints.tensors import TensorInfo, read_tensor_index
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.kvcache.graph_io import packed_output, rows_input
+from pdtrim_deploy.models.config import read_config
+from pdtrim_deploy.models.families import family_of
+from pdtrim_deploy.models.tensors import TensorInfo, read_tensor_index
 from pdtrim_deploy.plan import STAGES, KVSend, PDPlan, Stage
 
 

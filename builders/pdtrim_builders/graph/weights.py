@@ -13,9 +13,9 @@ from onnx import TensorProto, helper
 from safetensors import safe_open
 from torch import Tensor
 
-from pdtrim_deploy.checkpoints.loading import TORCH_DTYPES
-from pdtrim_deploy.checkpoints.tensors import TensorInfo
 from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.models.loading import TORCH_DTYPES
+from pdtrim_deploy.models.tensors import TensorInfo
 
 ONNX_DTYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16}
 _ALIGNMENT = 4096  # a page: onnxruntime then maps the file instead of reading it

@@ -26,7 +26,7 @@ from pdtrim_builders.graph.stage import StageModel, read_stage
 from pdtrim_builders.numerics import TOLERANCES, check_numerics
 from pdtrim_builders.targets.onnx import compared, window_limits, wire_limits
 from pdtrim_deploy.errors import UserError
-from pdtrim_deploy.job import run_job
+from pdtrim_deploy.local.job import run_job
 
 PLAN = "engine.plan"
 NOT_RUN = "the engine has never been run: loading, inspecting and executing one needs a GPU"

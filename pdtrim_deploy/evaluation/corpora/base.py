@@ -8,8 +8,8 @@ from functools import cached_property
 from hashlib import sha256
 from typing import Literal, Protocol, get_args
 
-from pdtrim_deploy.cache import Cache
 from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.local.cache import Cache
 
 Split = Literal["calibration", "development", "final"]
 SPLITS: tuple[Split, ...] = get_args(Split)

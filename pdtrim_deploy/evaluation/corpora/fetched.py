@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from pdtrim_deploy.cache import Cache, file_sha256
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.evaluation.corpora.base import Document, Log
+from pdtrim_deploy.local.cache import Cache, file_sha256
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pdtrim_deploy.cache import Cache
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.evaluation.corpora.austen import AUSTEN
 from pdtrim_deploy.evaluation.corpora.base import Corpus, CorpusKind, Log
 from pdtrim_deploy.evaluation.corpora.brown import BROWN
 from pdtrim_deploy.evaluation.corpora.text_files import TextDirectory, TextFile
+from pdtrim_deploy.local.cache import Cache
 
 CORPORA: dict[str, CorpusKind] = {"brown": BROWN, "austen": AUSTEN, "dir": TextDirectory(), "file": TextFile()}
 DEFAULT_CORPUS = "brown"

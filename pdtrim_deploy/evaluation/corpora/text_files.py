@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pdtrim_deploy.cache import Cache
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.evaluation.corpora.base import Document, Log
-from pdtrim_deploy.paths import expanded
+from pdtrim_deploy.local.cache import Cache
+from pdtrim_deploy.local.paths import expanded
 
 _PART = 8000  # characters: about four Brown samples' worth of windows, and many parts in a book
 

@@ -18,13 +18,13 @@ from typing import Any
 import torch
 
 from pdtrim_deploy.bundle import Bundle
-from pdtrim_deploy.cache import Cache
 from pdtrim_deploy.evaluation.fidelity.cases import Group, groups, text_needed
 from pdtrim_deploy.evaluation.fidelity.client import Served, ask
 from pdtrim_deploy.evaluation.fidelity.controls import wrong_oracles
 from pdtrim_deploy.evaluation.fidelity.sensitivity import NOISE, score_shaken
-from pdtrim_deploy.evaluation.oracle import PDOracle
 from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
+from pdtrim_deploy.local.cache import Cache
+from pdtrim_deploy.models.oracle import PDOracle
 from pdtrim_deploy.plan import STAGES
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25, "float16": 0.05}  # nats; 16-bit sums differ by their order
@@ -137,8 +137,8 @@ def run_fidelity(
         ServingError: it does not answer, or not in time.
 
     """
-    from pdtrim_deploy.checkpoints.loading import load_to_compute, load_tokenizer
     from pdtrim_deploy.evaluation import corpora
+    from pdtrim_deploy.models.loading import load_to_compute, load_tokenizer
 
     count, length = text_needed(bundle.plan)
     documents = corpora.load(bundle.recipe.evaluation.corpus, cache).split("final")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pdtrim_deploy.evaluation.oracle import PDOracle
+from pdtrim_deploy.models.oracle import PDOracle
 from pdtrim_deploy.plan import KVSend, PDPlan
 
 Sends = tuple[KVSend, ...]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pdtrim_deploy.evaluation.oracle import PDOracle, PrefillState
+from pdtrim_deploy.models.oracle import PDOracle, PrefillState
 
 # Standard deviation, relative to the root mean square of a row's head. float32: 8 units in the last place, which moves
 # the logprobs of a native wire by as much as serving SmolLM2 by SGLang does. 16 bits: half a unit in the last place.

@@ -15,11 +15,11 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from pdtrim_deploy.cache import Cache
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.evaluation.corpora.base import Document, Log
-from pdtrim_deploy.evaluation.oracle import PDOracle
 from pdtrim_deploy.evaluation.tasks.judge import Judgement, judge
+from pdtrim_deploy.local.cache import Cache
+from pdtrim_deploy.models.oracle import PDOracle
 
 KV_TOKENS = 8192  # prompt tokens whose KV is in memory at a time, a prompt at least
 

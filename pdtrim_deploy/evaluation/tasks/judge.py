@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pdtrim_deploy.blockwise import pick
-from pdtrim_deploy.evaluation.oracle import PDOracle, PrefillState
+from pdtrim_deploy.models.blockwise import pick
+from pdtrim_deploy.models.oracle import PDOracle, PrefillState
 
 _LOGITS_AT_ONCE = 1 << 24
 

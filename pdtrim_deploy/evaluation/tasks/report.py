@@ -9,16 +9,16 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from pdtrim_deploy.bundle import Bundle
-from pdtrim_deploy.cache import Cache
 from pdtrim_deploy.evaluation import corpora
-from pdtrim_deploy.evaluation.oracle import PDOracle
 from pdtrim_deploy.evaluation.quality import source_of
 from pdtrim_deploy.evaluation.tasks.base import Measured, Setting
 from pdtrim_deploy.evaluation.tasks.registry import check, prepare
 from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
+from pdtrim_deploy.local.cache import Cache
+from pdtrim_deploy.local.processor import compute_dtype
+from pdtrim_deploy.models.oracle import PDOracle
 from pdtrim_deploy.plan import STAGES, PDPlan
 from pdtrim_deploy.recipe import EvaluationSection
-from pdtrim_deploy.sizing.processor import compute_dtype
 
 
 class _Frozen(BaseModel):
@@ -95,7 +95,7 @@ def judge_tasks(
         UserError: an unknown task, one that does not fit the model or its data, or what `judge_bundle` raises.
 
     """
-    from pdtrim_deploy.checkpoints.loading import load_to_compute, load_tokenizer
+    from pdtrim_deploy.models.loading import load_to_compute, load_tokenizer
 
     for name in names:
         check(name)

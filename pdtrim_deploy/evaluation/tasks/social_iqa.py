@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pdtrim_deploy.cache import Cache
 from pdtrim_deploy.evaluation.corpora.base import Corpus, Document, Log
 from pdtrim_deploy.evaluation.corpora.fetched import FetchedCorpus
+from pdtrim_deploy.local.cache import Cache
 
 _MEMBER = "evals/registry/data/theory_of_mind/socialiqa/test.jsonl"
 _ASKED = re.compile(r"(.+\?) +A: (.+?); B: (.+?); C: (.+?)\.?", re.DOTALL)

@@ -5,7 +5,7 @@ from pdtrim_deploy.kvcache.codecs.fp8 import Fp8
 from pdtrim_deploy.kvcache.codecs.int8 import Int8
 from pdtrim_deploy.kvcache.codecs.native import Native
 from pdtrim_deploy.kvcache.codecs.rotated import INT3, INT4, Rotated
-from pdtrim_deploy.wire import Code
+from pdtrim_deploy.plan.wire import Code
 
 CODECS: dict[Code, Codec] = {
     "native": Native(),

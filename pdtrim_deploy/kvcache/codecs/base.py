@@ -24,7 +24,7 @@ Index = slice | Pages  # which rows of a pool: one run, or pages (of one row, at
 class Codec(Protocol):
     """A code.
 
-    `sections` are views of the packed bytes, `[rows, kv_heads, per_head]`, as `pdtrim_deploy.wire.row_sections` lists
+    `sections` are views of the packed bytes, `[rows, kv_heads, per_head]`, as `plan.wire.row_sections` lists
     them. A head of a row that holds NaN or infinity comes back without a single number that looks right: quantised, its
     scales are float16's NaN 0x7e00 and its codes 0.
     """

@@ -14,8 +14,8 @@ import subprocess
 from functools import lru_cache
 from pathlib import Path
 
-from pdtrim_deploy.cache import Cache
 from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.local.cache import Cache
 
 SOURCE = Path(__file__).with_name("rows.cpp")
 OPTIONS = (

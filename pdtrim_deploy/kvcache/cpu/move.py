@@ -12,7 +12,7 @@ from pdtrim_deploy.kvcache.cpu.library import library
 from pdtrim_deploy.kvcache.key_offsets import KeyOffsets, PartOffset, part_offset
 from pdtrim_deploy.kvcache.layout import ChunkLayout
 from pdtrim_deploy.kvcache.sections import native_name, section_offsets
-from pdtrim_deploy.wire import CODES
+from pdtrim_deploy.plan.wire import CODES
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # places are rows.cpp's Dtype; CODES' are its Code
 MAX_HEAD_DIM = 1024

@@ -660,7 +660,7 @@ void decode_rotated(const uint8_t* codes, const uint16_t* scales, int dim, uint8
 
 extern "C" {
 
-// Rows of one side (K or V) of one layer, in one code. Sections as in pdtrim_deploy/wire.py; those that it lacks are
+// Rows of one side (K or V) of one layer, in one code. Sections as in pdtrim_deploy/plan/wire.py; those that it lacks are
 // not read.
 struct PdtrimPart {
   uint8_t* pool;         // slot s begins at pool + s * stride

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pdtrim_deploy.blockwise import Blockwise, LayerKV
 from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.models.blockwise import Blockwise, LayerKV
 from pdtrim_deploy.plan import Stage
-from pdtrim_deploy.pruning.compensation.around import Around
 from pdtrim_deploy.pruning.compensation.base import Progress
+from pdtrim_deploy.pruning.compensation.target_states import TargetStates
 from pdtrim_deploy.pruning.least_squares import Refit, set_down
 from pdtrim_deploy.pruning.pair import StagePair
 
@@ -39,24 +39,26 @@ class LeastSquares:
         self, pairs: Sequence[StagePair], stage: Stage, ids: Tensor, progress: Progress
     ) -> list[StagePair]:
         """The same for pairs of one prefill stage, or, for `stage` prefill, any: what surrounds them is run once."""
-        around = Around(pairs[0], stage, ids)
-        fits = [_Fit(pair, stage, around, self.least_gain, progress) for pair in pairs]
-        while around.depth < around.blocks:
-            around.advance()
+        targets = TargetStates(pairs[0], stage, ids)
+        fits = [_Fit(pair, stage, targets, self.least_gain, progress) for pair in pairs]
+        while targets.depth < targets.blocks:
+            targets.advance()
             for fit in fits:
                 fit.advance()
-            around.forget(min(fit.reads for fit in fits))
+            targets.forget(min(fit.reads for fit in fits))
         return [pair.with_changes(stage, fit.changed) for pair, fit in zip(pairs, fits, strict=True)]
 
 
 class _Fit:
     """One stage on its way through the depths of the dense model."""
 
-    def __init__(self, pair: StagePair, stage: Stage, around: Around, least_gain: float, progress: Progress) -> None:
-        self._pair, self._stage, self._around, self._progress = pair, stage, around, progress
+    def __init__(
+        self, pair: StagePair, stage: Stage, targets: TargetStates, least_gain: float, progress: Progress
+    ) -> None:
+        self._pair, self._stage, self._targets, self._progress = pair, stage, targets, progress
         self._runner, self._map, self._least_gain = Blockwise(pair.stage(stage)), pair.plan.layer_map, least_gain
         self._layers, self._spans = pair.plan.layers(stage), pair.spans(stage)
-        self._states = [self._runner.embed(part, around.prompt) for part in around.parts]
+        self._states = [self._runner.embed(part, targets.prompt) for part in targets.parts]
         self._going, self._layer = self._layers[0] != 0, 0
         self.changed: dict[int, dict[str, Tensor]] = {}
 
@@ -67,7 +69,7 @@ class _Fit:
 
     def advance(self) -> None:
         """Through the layer whose reader is the block at the dense model's depth, if the stage has one, refitted."""
-        if self._layer == len(self._layers) or self._spans[self._layer][1] != self._around.depth:
+        if self._layer == len(self._layers) or self._spans[self._layer][1] != self._targets.depth:
             return
         block, (stop, after) = self._layers[self._layer], self._spans[self._layer]
         if self._pair.adds(self._stage, block) and (self._going or stop != after):
@@ -81,7 +83,7 @@ class _Fit:
         refit, batches = Refit(self._runner, self._layer), len(self._states)
         for batch, (x, span) in enumerate(self._states):
             check = (batches - 1 - batch) % _CHECKED == 0 and batches > 1
-            refit.add(x, span, self._around.wanted(batch), check=check, kv=self._kv(batch))
+            refit.add(x, span, self._targets.wanted(batch), check=check, kv=self._kv(batch))
         weight, before, error = refit.solve()
         if not math.isfinite(error):
             raise UserError(f"{self._stage} block {block}: its error is {error}; load the model in float32")
@@ -91,4 +93,4 @@ class _Fit:
         self._going = error < (1 - self._least_gain) * before
 
     def _kv(self, batch: int) -> LayerKV | None:
-        return self._around.kv(self._map[self._layer], batch) if self._stage == "decode" else None
+        return self._targets.kv(self._map[self._layer], batch) if self._stage == "decode" else None

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pdtrim_deploy.blockwise import Blockwise
-from pdtrim_deploy.checkpoints.streaming import whole_block
 from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.models.blockwise import Blockwise
+from pdtrim_deploy.models.streaming import whole_block
 from pdtrim_deploy.plan import Stage
 from pdtrim_deploy.pruning.compensation.base import Progress
 from pdtrim_deploy.pruning.pair import StagePair

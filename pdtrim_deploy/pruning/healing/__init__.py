@@ -1,5 +1,5 @@
 """Healing: train what is left of a stage to say what the dense model says."""
 
-from pdtrim_deploy.pruning.healing.distillation import Arrival, Healed, heal
+from pdtrim_deploy.pruning.healing.distillation import Healed, PromptKV, heal
 
-__all__ = ["Arrival", "Healed", "heal"]
+__all__ = ["Healed", "PromptKV", "heal"]

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pdtrim_deploy.blockwise import LayerKV
 from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.models.blockwise import LayerKV
 from pdtrim_deploy.plan import Stage
-from pdtrim_deploy.pruning.healing.readers import Behind, HandOver, Whole
+from pdtrim_deploy.pruning.healing.readers import PrefillKV, StageLogits, TeacherLogits
 from pdtrim_deploy.pruning.pair import StagePair
 from pdtrim_deploy.pruning.students.regression import rate, trainable
-from pdtrim_deploy.recipe_healing import HealingSection
+from pdtrim_deploy.recipe.healing import HealingSection
 
 _CHECKED = 8  # one sequence in so many is not trained on
 
@@ -43,7 +43,7 @@ class Healed:
 
 
 @dataclass(frozen=True)
-class Arrival:
+class PromptKV:
     """Prompts of so many tokens, whose KV reaches decode's layers as `held` gives it: int64 `[batch, tokens]` ->."""
 
     prompt_tokens: int
@@ -56,11 +56,11 @@ def heal(
     ids: Tensor,
     asked: HealingSection,
     note: Callable[[str], None] = lambda _: None,
-    arrival: Arrival | None = None,
+    prompt_kv: PromptKV | None = None,
 ) -> Healed:
     """`pair` with `stage` trained on text `ids`, int64 `[S, T]`: all steps asked for, or until time is up.
 
-    With an `arrival` these are `kv_steps` of decode; without, decode's prompts are T / 2 long and their KV is whole.
+    With an `prompt_kv` these are `kv_steps` of decode; without, decode's prompts are T / 2 long and their KV is whole.
 
     Raises:
         UserError: modelopt is not installed; a loss that is not a number.
@@ -71,24 +71,24 @@ def heal(
     learned = _own(model, [pair.adds(stage, block) for block in pair.plan.layers(stage)])
     with torch.random.fork_rng():
         student: Any = kd.convert(
-            Behind(model),
+            StageLogits(model),
             mode=[
                 (
                     "kd_loss",
                     {
-                        "teacher_model": Whole(pair.model),
+                        "teacher_model": TeacherLogits(pair.model),
                         "criterion": {("", ""): kd.LogitsDistillationLoss(reduction="none")},
                         "loss_balancer": None,
                     },
                 )
             ],
         )
-    if stage == "decode" and arrival is None:
-        arrival = Arrival(ids.shape[1] // 2, HandOver(pair.stage("prefill"), pair.plan.layer_map))
+    if stage == "decode" and prompt_kv is None:
+        prompt_kv = PromptKV(ids.shape[1] // 2, PrefillKV(pair.stage("prefill"), pair.plan.layer_map))
         wanted = asked.decode_steps
     else:
-        wanted = asked.kv_steps if arrival else asked.prefill_steps
-    reader = _Loss(student, arrival)
+        wanted = asked.kv_steps if prompt_kv else asked.prefill_steps
+    reader = _Loss(student, prompt_kv)
     checked = max(1, len(ids) // _CHECKED)
     check, fit = ids[-checked:], ids[: max(1, len(ids) - checked)]
     note(f"{stage}: how far from the dense model on {checked} sequences that are not trained on")
@@ -138,8 +138,8 @@ def _train(
 class _Loss:
     """Mean KL divergence of a batch, through modelopt."""
 
-    def __init__(self, student: Any, arrival: Arrival | None) -> None:
-        self._student, self._arrival = student, arrival  # in eval mode: no dropout
+    def __init__(self, student: Any, prompt_kv: PromptKV | None) -> None:
+        self._student, self._arrival = student, prompt_kv  # in eval mode: no dropout
 
     def __call__(self, ids: Tensor) -> Tensor:
         prompt = self._arrival.prompt_tokens if self._arrival else 0

@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pdtrim_deploy.blockwise import Blockwise, CausalLM, LayerKV
+from pdtrim_deploy.models.blockwise import Blockwise, CausalLM, LayerKV
 
 
-class Whole(nn.Module):
+class TeacherLogits(nn.Module):
     """The dense model: it reads prompt and all with its own KV, whatever is held."""
 
     def __init__(self, model: CausalLM) -> None:
@@ -28,7 +28,7 @@ class Whole(nn.Module):
         return self._runner.logits(hidden[:, prompt:].flatten(0, 1))
 
 
-class Behind(nn.Module):
+class StageLogits(nn.Module):
     """A stage model: as a whole model when `prompt` is 0, else what follows the prompt, on the KV that is held."""
 
     def __init__(self, model: CausalLM) -> None:
@@ -43,7 +43,7 @@ class Behind(nn.Module):
         return self._runner.logits(hidden.flatten(0, 1))
 
 
-class HandOver(nn.Module):
+class PrefillKV(nn.Module):
     """The prefill stage: what it makes of a prompt, by layer of decode."""
 
     def __init__(self, model: CausalLM, layer_map: tuple[int, ...]) -> None:

@@ -10,8 +10,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from pdtrim_deploy.blockwise import CausalLM
 from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.models.blockwise import CausalLM
 from pdtrim_deploy.pruning.evaluator import Evaluator, InProcess
 from pdtrim_deploy.pruning.objective import Objective
 from pdtrim_deploy.pruning.search.trajectory import Trajectory

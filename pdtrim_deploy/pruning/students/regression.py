@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pdtrim_deploy.blockwise import Blockwise, CausalLM
-from pdtrim_deploy.checkpoints.streaming import whole_block
-from pdtrim_deploy.checkpoints.surgery import keep_blocks
 from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.models.blockwise import Blockwise, CausalLM
+from pdtrim_deploy.models.streaming import whole_block
+from pdtrim_deploy.models.surgery import keep_blocks
 from pdtrim_deploy.pruning.least_squares import Refit, set_down
-from pdtrim_deploy.recipe_healing import StudentsSection
+from pdtrim_deploy.recipe.healing import StudentsSection
 
 FROZEN = ("input_layernorm.", "self_attn.k_proj.", "self_attn.v_proj.", "self_attn.k_norm.")
 """Starts of the names of tensors that K and V are made with; no training may touch them."""
@@ -29,7 +29,7 @@ _CHECKED = 8  # one sequence in so many is kept from fitting, for choosing
 
 
 @dataclass(frozen=True)
-class Lesson:
+class TrainedStudent:
     """A student and how it came about; errors are relative and squared, on sequences that were not fitted.
 
     Attributes:
@@ -66,7 +66,7 @@ def teach(
     targets: Tensor,
     asked: StudentsSection,
     note: Callable[[str], None] = lambda _: None,
-) -> Lesson:
+) -> TrainedStudent:
     """The student of `(block, block + 1)`; `inputs`, `targets` are `x_i` and `x_{i+2}`, float32 `[S, T, hidden]`.
 
     Of `model` its rotary embedding and the two layers are used, no others.
@@ -95,7 +95,7 @@ def teach(
     assert best is not None
     error_fit, start, layer = best
     error, steps = _descend(_alone(model, block, layer), inputs, targets, (fit, check), error_fit, asked, block, note)
-    return Lesson(layer.eval().requires_grad_(False), start, drop, error_fit, error, steps)
+    return TrainedStudent(layer.eval().requires_grad_(False), start, drop, error_fit, error, steps)
 
 
 def _descend(

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pdtrim_deploy.blockwise import Blockwise, CausalLM, Span
+from pdtrim_deploy.models.blockwise import Blockwise, CausalLM, Span
 
 
 class HiddenFiles:

@@ -14,14 +14,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from pdtrim_deploy.blockwise import CausalLM
-from pdtrim_deploy.cache import Cache
-from pdtrim_deploy.checkpoints.surgery import keep_blocks
-from pdtrim_deploy.checkpoints.writer import save
 from pdtrim_deploy.errors import UserError
-from pdtrim_deploy.pruning.students.regression import Lesson, teach
+from pdtrim_deploy.local.cache import Cache
+from pdtrim_deploy.models.blockwise import CausalLM
+from pdtrim_deploy.models.surgery import keep_blocks
+from pdtrim_deploy.models.writer import save
+from pdtrim_deploy.pruning.students.regression import TrainedStudent, teach
 from pdtrim_deploy.pruning.students.states import HiddenFiles
-from pdtrim_deploy.recipe_healing import StudentsSection
+from pdtrim_deploy.recipe.healing import StudentsSection
 
 Pair = tuple[int, int]
 WEIGHTS, LESSON = "student.safetensors", "lesson.json"
@@ -71,7 +71,7 @@ class Students:
         return dict(self.layer(pair).state_dict())
 
     def lesson(self, pair: Pair) -> dict[str, Any]:
-        """How it was made: `start`, `error_drop`, `error_fit`, `error`, `steps` (see `Lesson`)."""
+        """How it was made: `start`, `error_drop`, `error_fit`, `error`, `steps` (see `TrainedStudent`)."""
         return self._student(pair)[1]
 
     def _student(self, pair: Pair) -> tuple[nn.Module, dict[str, Any]]:
@@ -91,7 +91,7 @@ class Students:
         cut = keep_blocks(self.model, [pair[0]], {pair[0]: load_file(folder / WEIGHTS)})
         return cut.model.layers[0], json.loads((folder / LESSON).read_text())
 
-    def _teach(self, pair: Pair) -> Lesson:
+    def _teach(self, pair: Pair) -> TrainedStudent:
         if self._states is None:
             try:
                 self._folder = tempfile.TemporaryDirectory(prefix="hidden-", dir=self._work)
@@ -108,6 +108,6 @@ class Students:
 _VERSION = 1  # of how students are made
 
 
-def _parts(lesson: Lesson) -> tuple[nn.Module, dict[str, Any]]:
+def _parts(lesson: TrainedStudent) -> tuple[nn.Module, dict[str, Any]]:
     said = {name: value for name, value in vars(lesson).items() if name != "layer"}
     return lesson.layer, said

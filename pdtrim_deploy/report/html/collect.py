@@ -11,7 +11,7 @@ from typing import Any
 
 from pdtrim_deploy.bundle import Bundle
 from pdtrim_deploy.errors import UserError
-from pdtrim_deploy.recipe_kv import FIXED_KV
+from pdtrim_deploy.recipe.kv import FIXED_KV
 from pdtrim_deploy.report.html.fault_table import KEYS as FAULT_KEYS
 
 # Report of a bundle -> the command that makes it.

@@ -17,7 +17,7 @@ import torch
 from pdtrim_tensorrt.plugin_library import AttentionCall
 from torch import Tensor
 
-from pdtrim_deploy.engine import RESULT, TargetResult
+from pdtrim_deploy.bundle.engine import RESULT, TargetResult
 from pdtrim_deploy.plan import PDPlan
 from pdtrim_deploy.worker.config import EngineConfig
 from pdtrim_sglang.executors.base import NO_SENDS, Attention

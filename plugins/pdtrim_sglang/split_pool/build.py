@@ -7,9 +7,9 @@ from typing import Any
 
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
-from pdtrim_deploy.decode_pool import SplitPool
 from pdtrim_deploy.plan import PDPlan
 from pdtrim_deploy.worker.config import WorkerConfig, key
+from pdtrim_deploy.worker.decode_pool import SplitPool
 from pdtrim_sglang.attention.windows import layer_windows
 from pdtrim_sglang.plan_source import read_plan
 from pdtrim_sglang.split_pool.pool import SplitKVPool

@@ -10,8 +10,8 @@ from sglang.srt.constants import GPU_MEMORY_TYPE_KV_CACHE
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from torch import Tensor
 
-from pdtrim_deploy.decode_pool import SplitPool
 from pdtrim_deploy.plan import PDPlan
+from pdtrim_deploy.worker.decode_pool import SplitPool
 from pdtrim_sglang.attention.windows import Window, layer_windows
 from pdtrim_sglang.split_pool.kept_slots import KeptSlots
 

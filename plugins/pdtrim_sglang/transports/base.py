@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from pdtrim_deploy.transport_options import TransportOptions
+from pdtrim_deploy.worker.transport import TransportOptions
 from pdtrim_sglang.protocol import ChunkHeader, Reply
 from pdtrim_sglang.transports.handshake import Credentials
 

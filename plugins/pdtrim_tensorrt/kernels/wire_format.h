@@ -1,4 +1,4 @@
-// The bytes of one layer's KV on the wire: layout, index arithmetic and scalar codecs, those of pdtrim_deploy/wire.py and
+// The bytes of one layer's KV on the wire: layout, index arithmetic and scalar codecs, those of pdtrim_deploy/plan/wire.py and
 // pdtrim_deploy/kvcache (layout.py, codecs/), which tests hold this to bit for bit. Plain C++: no CUDA, no TensorRT.
 // There is no int4 here.
 //

@@ -17,9 +17,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from pdtrim_builders.graph.stage import StageModel
-from pdtrim_deploy.checkpoints.loading import TORCH_DTYPES
-from pdtrim_deploy.checkpoints.writer import save
 from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.models.loading import TORCH_DTYPES
+from pdtrim_deploy.models.writer import save
 
 _NORMS = {
     "input_layernorm.weight": "input_layernorm.weight",

@@ -25,8 +25,8 @@ from torch import Tensor
 from pdtrim_builders.graph.stage import StageModel
 from pdtrim_builders.targets.tensorrt_llm.checkpoint import checkpoint_config
 from pdtrim_builders.targets.tensorrt_llm.serving import HF_FP8
-from pdtrim_deploy.checkpoints.loading import TORCH_DTYPES, load_model, load_tokenizer
 from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.models.loading import TORCH_DTYPES, load_model, load_tokenizer
 
 CONFIGS = {"fp8": "FP8_DEFAULT_CFG", "int8": "INT8_SMOOTHQUANT_CFG"}
 MOST_TOKENS = 512

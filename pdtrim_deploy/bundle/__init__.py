@@ -1,0 +1,43 @@
+"""What was built: manifest and digests, the engines in it, and where it was made."""
+
+from pdtrim_deploy.bundle.bundle import (
+    CARD,
+    COMPLETE,
+    ENGINES,
+    MANIFEST,
+    PLAN,
+    RECIPE,
+    REPORTS,
+    UNSEALED,
+    WORK,
+    Bundle,
+    Entry,
+    Manifest,
+    Step,
+    engine_folder,
+    entries,
+    read_seal,
+    seal,
+    write_atomic,
+)
+
+__all__ = [
+    "CARD",
+    "COMPLETE",
+    "ENGINES",
+    "MANIFEST",
+    "PLAN",
+    "RECIPE",
+    "REPORTS",
+    "UNSEALED",
+    "WORK",
+    "Bundle",
+    "Entry",
+    "Manifest",
+    "Step",
+    "engine_folder",
+    "entries",
+    "read_seal",
+    "seal",
+    "write_atomic",
+]

@@ -1,0 +1,241 @@
+"""What was built: a folder with two stage models, their engines, one plan, a SHA-256 manifest, a completion marker.
+
+    plan.json  recipe.yaml  prefill/  decode/  engines/TARGET/STAGE/  reports/  manifest.json  COMPLETE
+
+and, where keys travel less an offset, the file of those, which both stages have too.
+
+`manifest.json` is written next to last and holds size and SHA-256 of every file before it; `COMPLETE` is written
+last and holds the manifest's SHA-256. What later commands add to `reports/` (eval.json, ...) is not sealed, nor are
+the stages' model cards, into which `eval` writes the measured loss.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from pdtrim_deploy.bundle.engine import TargetResult
+from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.local.cache import file_sha256
+from pdtrim_deploy.plan import STAGES, PDPlan, Stage
+from pdtrim_deploy.recipe import Recipe
+from pdtrim_deploy.recipe.targets import TARGETS
+
+MANIFEST, COMPLETE, PLAN, RECIPE, REPORTS = "manifest.json", "COMPLETE", "plan.json", "recipe.yaml", "reports"
+ENGINES = "engines"
+CARD = "README.md"  # of a stage checkpoint
+WORK = ".build"  # only while a build is under way
+UNSEALED = {MANIFEST, COMPLETE, *(f"{stage}/{CARD}" for stage in STAGES)}
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Entry(_Frozen):
+    """One sealed file; `size` in bytes."""
+
+    size: int
+    sha256: str
+
+
+class Step(_Frozen):
+    """One finished step of the build; `key` digests what its result depends on, `sizes` are its files' bytes."""
+
+    key: str
+    seconds: float
+    sizes: dict[str, int]
+
+
+class Manifest(_Frozen):
+    """The seal. `files` by path relative to the bundle, `versions` by package, `engines` by their folder.
+
+    `machine` is that of the build (`report.environment.machine`), empty in bundles from before it was kept.
+    `failures` has a sentence for each target of the recipe that could not be built; the rest of the bundle is whole.
+    """
+
+    format: int = 1
+    recipe_digest: str
+    plan_digest: str
+    seed: int
+    versions: dict[str, str]
+    machine: dict[str, Any] = {}
+    steps: dict[str, Step]
+    files: dict[str, Entry]
+    engines: dict[str, TargetResult] = {}
+    failures: dict[str, str] = {}
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A complete bundle whose parts name the same plan; `verify` re-reads every byte."""
+
+    path: Path
+    plan: PDPlan
+    recipe: Recipe
+    manifest: Manifest
+
+    @property
+    def prefill_dir(self) -> Path:
+        """HF checkpoint of the prefill stage."""
+        return self.stage_dir("prefill")
+
+    @property
+    def decode_dir(self) -> Path:
+        """HF checkpoint of the decode stage."""
+        return self.stage_dir("decode")
+
+    @property
+    def reports_dir(self) -> Path:
+        """JSON about how the bundle was made and what was measured on it."""
+        return self.path / REPORTS
+
+    def stage_dir(self, stage: Stage) -> Path:
+        """HF checkpoint of `stage`."""
+        return self.path / stage
+
+    @property
+    def engines(self) -> dict[str, TargetResult]:
+        """Its engines by folder, targets in the recipe's order, prefill before decode."""
+        order = [engine_folder(target, stage) for target in TARGETS for stage in STAGES]
+        return {name: self.manifest.engines[name] for name in order if name in self.manifest.engines}
+
+    def engine_dir(self, target: str, stage: Stage) -> Path:
+        """Folder of the engine of `stage` for `target`.
+
+        Raises:
+            UserError: the bundle has none, or only a description; says why and which it has.
+
+        """
+        folder = engine_folder(target, stage)
+        found = self.manifest.engines.get(folder)
+        if found is not None and found.status == "built":
+            return self.path / folder
+        reason = self.manifest.failures.get(target)
+        if reason:
+            raise UserError(f"{self.path}: its {stage} engine could not be built ({reason}); mend that and build again")
+        has = dict.fromkeys(engine.target for engine in self.engines.values() if engine.status == "built")
+        raise UserError(
+            f"{self.path}: no {stage} engine for target {target}, the targets built are {', '.join(has) or 'none'}; "
+            f"add `{target}:` under `targets:` of the recipe and build again"
+        )
+
+    def engine_files(self, folder: str) -> dict[str, Entry]:
+        """Size and SHA-256 of an engine's files, by path within its folder."""
+        start = folder + "/"
+        return {n.removeprefix(start): entry for n, entry in self.manifest.files.items() if n.startswith(start)}
+
+    @classmethod
+    def open(cls, path: Path) -> Bundle:
+        """The bundle at `path`, checked for completeness and for one plan throughout.
+
+        Raises:
+            UserError: absent, incomplete, damaged seal, or the parts name different plans.
+
+        """
+        if not path.is_dir():
+            raise UserError(f"{path}: no such bundle; make it with: pdtrim-deploy build RECIPE --out {path}")
+        manifest = read_seal(path)
+        if manifest is None:
+            raise UserError(f"{path}: not a complete bundle; finish it with: pdtrim-deploy build RECIPE --out {path}")
+        plan, recipe = PDPlan.load(path / PLAN), Recipe.load(path / RECIPE)
+        said = {MANIFEST: manifest.plan_digest} | {f"{s}/config.json": _plan_digest_in(path / s) for s in STAGES}
+        for name, digest in said.items():
+            if digest != plan.digest:
+                raise UserError(
+                    f"{path}: {name} was made for plan {digest} but {PLAN} is {plan.digest}; build the bundle again"
+                )
+        return cls(path, plan, recipe, manifest)
+
+    def verify(self) -> list[str]:
+        """Every difference between the folder and its seal, one sentence each; empty when there is none."""
+        problems = []
+        present = {str(f.relative_to(self.path)): f for f in walk(self.path)}
+        for name, entry in sorted(self.manifest.files.items()):
+            file = present.pop(name, None)
+            if file is None:
+                problems.append(f"{name} is missing")
+            elif file.stat().st_size != entry.size:
+                problems.append(f"{name} has {file.stat().st_size} bytes, the manifest says {entry.size}")
+            elif (digest := file_sha256(file)) != entry.sha256:
+                problems.append(f"{name} has SHA-256 {digest}, the manifest says {entry.sha256}")
+        extra = sorted(n for n in present if n not in UNSEALED and not n.startswith(f"{REPORTS}/"))
+        return problems + [f"{name} is not in the manifest" for name in extra]
+
+
+def engine_folder(target: str, stage: Stage) -> str:
+    """Where an engine stands in a bundle, and its name in the manifest."""
+    return f"{ENGINES}/{target}/{stage}"
+
+
+def read_seal(path: Path) -> Manifest | None:
+    """The manifest that COMPLETE vouches for; None when the bundle was not finished.
+
+    Raises:
+        UserError: the two files disagree, or the manifest is of an unknown format.
+
+    """
+    try:
+        sealed, text = (path / COMPLETE).read_bytes().strip(), (path / MANIFEST).read_bytes()
+    except FileNotFoundError:
+        return None
+    if hashlib.sha256(text).hexdigest().encode() != sealed:
+        raise UserError(f"{path}: {MANIFEST} was changed after {COMPLETE} was written; build the bundle again")
+    try:
+        return Manifest.model_validate_json(text)
+    except ValidationError:
+        raise UserError(f"{path}: {MANIFEST} is of another version; build the bundle again with --force") from None
+
+
+def seal(path: Path, manifest: Manifest) -> None:
+    """Write the manifest, then the marker, each whole or not at all."""
+    text = json.dumps(manifest.model_dump(mode="json"), indent=2, sort_keys=True) + "\n"
+    write_atomic(path / MANIFEST, text)
+    write_atomic(path / COMPLETE, hashlib.sha256(text.encode()).hexdigest() + "\n")
+
+
+def entries(path: Path, reports: Collection[str] | None = None) -> dict[str, Entry]:
+    """Size and SHA-256 of every file of the bundle but the seal itself, the cards and reports not among `reports`."""
+    files = {str(file.relative_to(path)): file for file in walk(path)}
+    sealed = {
+        name: file
+        for name, file in files.items()
+        if name not in UNSEALED and (reports is None or name in reports or not name.startswith(f"{REPORTS}/"))
+    }
+    return {n: Entry(size=f.stat().st_size, sha256=file_sha256(f)) for n, f in sealed.items()}
+
+
+def walk(path: Path) -> Iterator[Path]:
+    """Files under `path` in order, without the build's work folder."""
+    for file in sorted(path.rglob("*")):
+        if not file.is_dir() and WORK not in file.relative_to(path).parts[:1]:
+            yield file
+
+
+def write_atomic(path: Path, data: str | bytes) -> None:
+    """Replace `path` by text or bytes: readers see the old or the new file, never half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.new-{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _plan_digest_in(stage_dir: Path) -> str:
+    """Digest of the plan that a stage checkpoint carries in its config.json."""
+    try:
+        return PDPlan.parse(json.loads((stage_dir / "config.json").read_text())["pdtrim"], str(stage_dir)).digest
+    except (FileNotFoundError, ValueError, RecursionError, KeyError, TypeError):
+        raise UserError(f"{stage_dir}: its config.json carries no plan; build the bundle again") from None

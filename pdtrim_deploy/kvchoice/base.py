@@ -1,0 +1,78 @@
+"""What a KV selection is asked: how the prompt KV of each decode layer shall travel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.models.oracle import PDOracle
+from pdtrim_deploy.plan import KVSend
+
+Progress = Callable[[str], None]
+Sends = tuple[KVSend, ...]
+Kept = Callable[[str, Callable[[], Tensor]], Tensor]
+"""`kept(name, make)`: what `make()` gives, or gave when it was first asked for under that name on the same problem."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The stage models and the text to choose on.
+
+    Attributes:
+        oracle: the stage models, pruned already; its plan's KV rules are ignored.
+        sequences: calibration text, int64 `[S, N + T]`, the first `prompt_tokens` = N of each are its prompt, T >= 2.
+        seed: of whatever a method draws.
+        kept: where what is dear to measure outlives the choice; None: nowhere.
+        work: folder of what is too large for memory; None: where the machine keeps temporary files.
+
+    """
+
+    oracle: PDOracle
+    sequences: Tensor
+    prompt_tokens: int
+    seed: int = 0
+    kept: Kept | None = None
+    work: Path | None = None
+
+    @property
+    def layers(self) -> int:
+        """Layers of the decode model."""
+        return len(self.oracle.plan.decode_layers)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The two rules of a method that only chooses layers."""
+
+    full: KVSend
+    sparse: KVSend
+
+    def sends(self, layers: int, sparse: Collection[int]) -> Sends:
+        """One rule per decode layer, those in `sparse` cut."""
+        return tuple(self.sparse if layer in sparse else self.full for layer in range(layers))
+
+    def best(self, scores: Sequence[float], count: int) -> Sends:
+        """The `count` layers of highest score cut; ties go to the earlier layer. UserError: there are not so many."""
+        if count > len(scores):
+            raise UserError(
+                f"sparse_layers is {count} but decode keeps {len(scores)} layers; choose at most {len(scores)}"
+            )
+        ranked = sorted(range(len(scores)), key=lambda layer: (-scores[layer], layer))
+        return self.sends(len(scores), ranked[:count])
+
+    def above(self, scores: Sequence[float], threshold: float) -> Sends:
+        """The layers whose score is at least `threshold` cut."""
+        return self.sends(len(scores), [layer for layer, score in enumerate(scores) if score >= threshold])
+
+
+class Selection(Protocol):
+    """A method with its settings; equal problems give equal answers."""
+
+    def choose(self, problem: Problem, progress: Progress) -> Sends:
+        """One rule per decode layer, in their order. UserError: the settings cannot be met."""
+        ...

@@ -1,0 +1,182 @@
+"""What each way of sending each layer's KV does to decode's predictions, and how these effects add up.
+
+With effects as vectors (`Probe.change`), KL(dense || plan) is half the squared length of their sum, so one pass over
+layers and ways measures single harms *and* how each two of them strengthen or cancel each other: the Gram matrix.
+Effects are measured about a context, a plan that all other layers follow, since what one layer cannot see another may
+still bring; the solver measures again about the plan that it found.
+
+To be cheap, a way's effect is taken as that of its rows (in the context's dtype) plus that of its dtype (on the
+context's rows): rows and dtypes are measured one by one, not every pair of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pdtrim_deploy.kvchoice.base import Problem, Progress
+from pdtrim_deploy.kvchoice.budget.probe import Probe
+from pdtrim_deploy.kvchoice.budget.prompt_kv import PromptKV
+from pdtrim_deploy.models.blockwise import LayerKV, Span
+from pdtrim_deploy.plan import KVSend
+from pdtrim_deploy.plan.wire import WireDtype
+from pdtrim_deploy.recipe.kv_cost import BATCH, DRAWS
+
+Rows = tuple[str, int, int]
+
+
+@dataclass(frozen=True)
+class Effects:
+    """Inner products of effects, nats a token; KL of a plan is `(error + sum of its effects)^2 / 2`.
+
+    Attributes:
+        context: the plan that effects are counted from; an option that the context has already has no effect.
+        options: what each layer may get, in the order of `gram`'s columns.
+        error: the context's own squared length: twice its KL from dense.
+        linear: float64 `[layers, options]`, effect times context's error.
+        gram: float64 `[layers, options, layers, options]`, effect times effect.
+
+    """
+
+    context: tuple[KVSend, ...]
+    options: tuple[KVSend, ...]
+    error: float
+    linear: Tensor
+    gram: Tensor
+
+
+class Measure:
+    """Effects of `options` on one problem; what all contexts share is computed once and kept.
+
+    Memory: one batch's KV of all layers while it is prefilled, then one layer's of it and a probe; what grows with the
+    number of sequences is in files of `problem.work`.
+    """
+
+    def __init__(
+        self, problem: Problem, options: Sequence[KVSend], progress: Progress, *, batch: int = BATCH, draws: int = DRAWS
+    ) -> None:
+        self.problem, self.options, self._progress = problem, tuple(options), progress
+        self._rows: list[Rows] = list(dict.fromkeys(map(_rows_of, self.options)))
+        self._dtypes: list[WireDtype] = list(dict.fromkeys(o.wire_dtype for o in self.options))
+        self._sizes = [batch, draws]
+        self._known: dict[tuple[KVSend, ...], Effects] = {}
+        parts = enumerate(problem.sequences.split(batch), problem.seed)
+        self._batches = [self._prepare(ids, seed) for seed, ids in parts]
+
+    @torch.no_grad()
+    def divergence(self, plan: tuple[KVSend, ...]) -> float:
+        """KL(dense || plan), nats a token, exact."""
+        total, tokens = 0.0, 0
+        for part in self._batches:
+            hidden = self._forward(part, plan)[-1]
+            for expected, row in zip(part.reference, hidden, strict=True):
+                found = self.problem.oracle.decode.logits(row).float().log_softmax(-1)
+                wanted = self.problem.oracle.decode.logits(expected).float().log_softmax(-1)
+                total += float((wanted.exp() * (wanted - found)).sum(dtype=torch.float64))
+                tokens += len(row)
+        return total / tokens
+
+    def about(self, context: tuple[KVSend, ...]) -> Effects:
+        """Every option of every layer, the other layers as in `context`; measured once for each context."""
+        if context not in self._known:
+            self._known[context] = self._measured(context)
+        return self._known[context]
+
+    def _measured(self, context: tuple[KVSend, ...]) -> Effects:
+        layers, kinds = len(context), len(self._rows) + len(self._dtypes)
+        products = self._products(context)
+        # option = its rows + its dtype, the context's own of each being no change
+        parts = torch.zeros(len(self.options), kinds, dtype=torch.float64)
+        for at, option in enumerate(self.options):
+            parts[at, self._rows.index(_rows_of(option))] = 1
+            parts[at, len(self._rows) + self._dtypes.index(option.wire_dtype)] = 1
+        effects = torch.block_diag(*[parts] * layers)
+        gram = (effects @ products[1:, 1:] @ effects.T).view(layers, len(self.options), layers, len(self.options))
+        linear = (effects @ products[1:, 0]).view(layers, len(self.options))
+        return Effects(context, self.options, float(products[0, 0]), linear, gram)
+
+    def _products(self, context: tuple[KVSend, ...]) -> Tensor:
+        """float64, square: of the context's error and of each layer's rows and dtypes; kept, if the problem keeps."""
+        if self.problem.kept is None:
+            return self._multiplied(context)
+        said = [self._rows, self._dtypes, [send.model_dump() for send in context], self._sizes]
+        name = hashlib.sha256(json.dumps(said).encode()).hexdigest()
+        return self.problem.kept(name, lambda: self._multiplied(context))
+
+    @torch.no_grad()
+    def _multiplied(self, context: tuple[KVSend, ...]) -> Tensor:
+        layers, kinds = len(context), len(self._rows) + len(self._dtypes)
+        products = torch.zeros(1 + layers * kinds, 1 + layers * kinds, dtype=torch.float64)
+        tokens = 0
+        for number, part in enumerate(self._batches, 1):
+            changes = self._changes(part, context, f"effects, batch {number}/{len(self._batches)}")
+            products += (changes @ changes.T).double()
+            tokens += part.reference.shape[0] * part.reference.shape[1]
+        return products / tokens
+
+    @torch.no_grad()
+    def _prepare(self, ids: Tensor, seed: int) -> _Batch:
+        oracle, n = self.problem.oracle, self.problem.prompt_tokens
+        dtypes = tuple(dict.fromkeys(("native", *self._dtypes)))
+        prompt_kv = PromptKV(oracle, oracle.prefill(ids[:, :n]), dtypes, self.problem.work)
+        hidden, span = oracle.decode.embed(ids[:, n:-1], n)
+        part = _Batch(prompt_kv, hidden, span, hidden, seed)
+        part.reference = self._forward(part, (KVSend(),) * self.problem.layers)[-1]
+        self._progress(f"prefilled {len(ids)} sequences")
+        return part
+
+    def _forward(self, part: _Batch, plan: Sequence[KVSend]) -> list[Tensor]:
+        """What each layer reads, and behind it the last one's output."""
+        outputs = [part.hidden]
+        for layer, send in enumerate(plan):
+            outputs.append(self.problem.oracle.decode.block(layer, outputs[-1], part.span, self._kv(part, layer, send)))
+        return outputs
+
+    def _kv(self, part: _Batch, layer: int, send: KVSend) -> LayerKV:
+        return part.prompt_kv.read(send.wire_dtype, layer, send.row_ranges(self.problem.prompt_tokens))
+
+    def _changes(self, part: _Batch, context: tuple[KVSend, ...], name: str) -> Tensor:
+        """float32 `[1 + layers * (rows + dtypes), coordinates]`: the context's error, then each one's effect."""
+        probe = Probe(self.problem.oracle.decode, part.reference, self._sizes[1], part.seed)
+        inputs = self._forward(part, context)
+        error = probe.change(inputs[-1])
+        kinds = len(self._rows) + len(self._dtypes)
+        changes = torch.zeros(1 + len(context) * kinds, len(error))
+        changes[0] = error
+        for layer, send in enumerate(context):
+            tried = [(at, _with_rows(send, rows)) for at, rows in enumerate(self._rows)]
+            tried += [
+                (at, send.model_copy(update={"wire_dtype": d})) for at, d in enumerate(self._dtypes, len(self._rows))
+            ]
+            for at, option in tried:
+                if option != send:
+                    hidden = inputs[layer]
+                    for behind in range(layer, len(context)):
+                        kv = self._kv(part, behind, option if behind == layer else context[behind])
+                        hidden = self.problem.oracle.decode.block(behind, hidden, part.span, kv)
+                    changes[1 + layer * kinds + at] = probe.change(hidden) - error
+            self._progress(f"{name}, layer {layer + 1}/{len(context)}")
+        return changes
+
+
+@dataclass
+class _Batch:
+    prompt_kv: PromptKV
+    hidden: Tensor
+    span: Span
+    reference: Tensor
+    seed: int
+
+
+def _rows_of(send: KVSend) -> Rows:
+    return send.mode, send.n_first, send.n_last
+
+
+def _with_rows(send: KVSend, rows: Rows) -> KVSend:
+    mode, n_first, n_last = rows
+    return send.model_copy(update={"mode": mode, "n_first": n_first, "n_last": n_last})

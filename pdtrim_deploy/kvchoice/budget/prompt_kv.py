@@ -1,0 +1,79 @@
+"""Prompt KV of a batch of sequences as it arrives in each wire dtype: in a file, read one layer at a time."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.models.blockwise import LayerKV, Ranges
+from pdtrim_deploy.models.oracle import PDOracle, PrefillState
+from pdtrim_deploy.plan import KVSend
+from pdtrim_deploy.plan.wire import WireDtype
+
+
+class PromptKV:
+    """What decode holds of the prompts of `state`, every layer whole, for each of `dtypes`.
+
+    The file has no name and goes with this object. It holds `[dtypes, layers, batch, 2, kv_heads, tokens, head_dim]` in
+    the dtype of the pool or of the model, whichever is smaller: values that went through both lose nothing in either.
+    Sequences arrive one by one, so that never more than one's KV exists in all wire dtypes' codecs.
+
+    Args:
+        oracle: decode's model, and the layers that prefill has for it.
+        state: what prefill left behind.
+        dtypes: wire dtypes to hold.
+        folder: where the file is; None: where the machine keeps temporary files.
+
+    Raises:
+        UserError: the disk is full.
+
+    """
+
+    def __init__(self, oracle: PDOracle, state: PrefillState, dtypes: Sequence[WireDtype], folder: Path | None) -> None:
+        pool, self._model_dtype = state.keys[0], oracle.decode_model.dtype
+        self._dtypes, self._layers = tuple(dtypes), len(oracle.plan.decode_layers)
+        self._stored = min(pool.dtype, self._model_dtype, key=lambda dtype: dtype.itemsize)
+        self._shape = (state.batch, 2, pool.shape[1], state.tokens, pool.shape[2])
+        self._row = self._stored.itemsize * torch.Size(self._shape[1:]).numel()  # bytes of a layer of a sequence
+        try:
+            self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - goes with this object
+            for dtype in self._dtypes:
+                sent = oracle.with_kv((KVSend(wire_dtype=dtype),) * self._layers)
+                for sequence in range(state.batch):
+                    for layer, kv in enumerate(sent.hand_over(state.sequence(sequence))):
+                        self._write(dtype, layer, sequence, kv)
+            self._file.flush()
+        except OSError as error:
+            raise UserError(
+                f"no room for the prompts' KV in {folder or tempfile.gettempdir()} ({error.strerror}); free some space "
+                "there, or lower kv.sequences, and run the same command again"
+            ) from error
+
+    def read(self, dtype: WireDtype, layer: int, ranges: Ranges) -> LayerKV:
+        """A decode layer's KV at the positions of `ranges`: new tensors in the model's dtype."""
+        buffer = torch.empty(self._shape, dtype=self._stored)
+        self._file.seek(self._offset(dtype, layer, 0))
+        self._file.readinto(_bytes_of(buffer))
+        whole = ((0, self._shape[3]),)
+        sides = buffer if ranges == whole else torch.cat([buffer[..., lo:hi, :] for lo, hi in ranges], -2)
+        keys, values = sides.to(self._model_dtype).unbind(1)
+        return LayerKV(keys, values, ranges)
+
+    def _write(self, dtype: WireDtype, layer: int, sequence: int, kv: LayerKV) -> None:
+        assert kv.keys is not None
+        assert kv.values is not None
+        self._file.seek(self._offset(dtype, layer, sequence))
+        self._file.write(_bytes_of(torch.cat((kv.keys, kv.values)).to(self._stored).contiguous()))
+
+    def _offset(self, dtype: WireDtype, layer: int, sequence: int) -> int:
+        return ((self._dtypes.index(dtype) * self._layers + layer) * self._shape[0] + sequence) * self._row
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU."""
+    return tensor.flatten().view(torch.uint8).numpy().data

@@ -1,0 +1,83 @@
+"""Solve about a plan, measure the answer, measure effects about it, solve again; keep the best that was measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.kvchoice.base import Progress, Sends
+from pdtrim_deploy.kvchoice.budget.effects import Measure
+from pdtrim_deploy.kvchoice.budget.solve import Ints, Quadratic, solve
+from pdtrim_deploy.plan import KVSend
+
+TRUSTED = 0.2  # of the measured harm: where the effects foretold it so well, they are not measured again
+
+
+@dataclass(frozen=True)
+class BudgetResult:
+    """A plan, its cost, and its KL from dense on the problem's text in nats a token, foretold and measured."""
+
+    sends: Sends
+    cost: int
+    foretold: float
+    harm: float
+
+
+class BudgetSearch:
+    """The least harmful plan within a budget of `costs`, for any number of budgets on one problem.
+
+    Args:
+        costs: int64 `[layers, options]`, the price of each of `measure.options` in each layer.
+        rounds: how often, at most, effects are measured again about the best plan so far.
+
+    """
+
+    def __init__(self, measure: Measure, costs: Ints, progress: Progress, rounds: int = 2) -> None:
+        self.measure, self.costs, self.rounds, self._progress = measure, costs, rounds, progress
+
+    def within(self, budget: int) -> BudgetResult:
+        """UserError: even the cheapest options cost more."""
+        if budget < (least := int(self.costs.min(1).sum())):
+            raise UserError(
+                f"the budget is {budget} but the smallest options cost {least}; allow more, or add smaller ones"
+            )
+        best = self._solve((KVSend(),) * len(self.costs), budget)
+        for _ in range(self.rounds):
+            if abs(best.foretold - best.harm) <= TRUSTED * best.harm:
+                break
+            found = self._solve(best.sends, budget)
+            if found.harm >= best.harm:
+                break
+            best = found
+        return best
+
+    def cheapest(self, harm: float, tolerance: float = 0.01) -> BudgetResult | None:
+        """The cheapest plan found whose measured KL is at most `harm`; None when there is none.
+
+        Bisects the budget, since less of it never helps, to within `tolerance` of the price of the dearest options.
+        """
+        low, high = int(self.costs.min(1).sum()), int(self.costs.max(1).sum())
+        best = self.within(high)  # first of all: halving never reaches it
+        if best.harm > harm:
+            return None
+        high = best.cost
+        while high - low > tolerance * high:
+            middle = (low + high) // 2
+            found = self.within(middle)
+            if found.harm <= harm:
+                best, high = found, min(middle, found.cost)
+            else:
+                low = middle
+        return best
+
+    def _solve(self, context: Sends, budget: int) -> BudgetResult:
+        effects = self.measure.about(context)
+        model = Quadratic(effects.error, effects.linear.numpy(), effects.gram.numpy())
+        choice = solve(model, self.costs, budget, seed=self.measure.problem.seed)
+        sends = tuple(self.measure.options[option] for option in choice)
+        cost = int(self.costs[np.arange(len(choice)), choice].sum())
+        found = BudgetResult(sends, cost, model.harm(choice), self.measure.divergence(sends))
+        self._progress(f"budget {budget}: cost {cost}, KL {found.foretold:.5f} foretold, {found.harm:.5f} measured")
+        return found

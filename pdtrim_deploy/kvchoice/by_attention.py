@@ -1,0 +1,52 @@
+"""Rules that read attention: cut the layers that rest on the first and last prompt tokens. Baselines: mass is not harm.
+
+Our reading of PDTrim's rule (arXiv:2509.04467v1 to v3, of which only the abstracts were read) asks where decode looks;
+SimLayerKV's (arXiv:2410.13846) where the prompt's own last tokens look, which prefill sees by itself. Either takes the
+layers above a threshold, or so many of the highest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from pdtrim_deploy.kvchoice.attention_mass import attention_mass
+from pdtrim_deploy.kvchoice.base import Cut, Problem, Progress, Sends
+
+LOOKING = 32  # last prompt tokens whose attention tells a lazy layer, as in SimLayerKV
+
+
+@dataclass(frozen=True)
+class ByAttention:
+    """Cut by the share of attention on the first `n_first` and last `n_last` tokens.
+
+    Attributes:
+        queries: "generated" for the continuation's tokens, "prompt" for the prompt's own last ones.
+        sparse_layers, threshold: how many layers, or from which share on (0 to 1); one of them is None.
+
+    """
+
+    cut: Cut
+    queries: Literal["generated", "prompt"]
+    sparse_layers: int | None = None
+    threshold: float | None = None
+
+    def choose(self, problem: Problem, progress: Progress) -> Sends:
+        """By `scores`."""
+        scores = self.scores(problem, progress)
+        if self.threshold is not None:
+            return self.cut.above(scores, self.threshold)
+        assert self.sparse_layers is not None
+        return self.cut.best(scores, self.sparse_layers)
+
+    def scores(self, problem: Problem, progress: Progress) -> list[float]:
+        """Each decode layer's share on what a cut leaves of the prompt."""
+        prompt, sequences = problem.prompt_tokens, problem.sequences
+        if self.queries == "prompt":
+            sequences = sequences[:, :prompt]
+            prompt -= min(LOOKING, prompt // 2)
+        sparse = self.cut.sparse
+        mass = attention_mass(problem.oracle, sequences, prompt, sparse.n_first, sparse.n_last, progress=progress)
+        # A lazy layer's own recent tokens count for it: seen from the prompt's end they are among the last ones.
+        kept = mass.kept if self.queries == "generated" else mass.kept + mass.generated.mean(1)
+        return [float(share) for share in kept]

@@ -1,0 +1,120 @@
+"""Measure key offsets (`kvcache/key_offsets.py`): the mean of keys before RoPE, where it helps to leave it out.
+
+Keys are turned back from what prefill hands over, so nothing of a model family is known here but its RoPE. A head
+whose mean does not bring the keys of text kept back nearer to the truth gets zeros; so does one of broken numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pdtrim_deploy.kvcache.codecs import get_codec
+from pdtrim_deploy.kvcache.key_offsets import KeyOffsets, rotary_table, rotate
+from pdtrim_deploy.kvchoice.base import Progress
+from pdtrim_deploy.models.oracle import PDOracle, PrefillState
+from pdtrim_deploy.plan.wire import HEAD_DIM_MULTIPLE, Code, row_sections
+
+STATIC = ("default", "linear", "llama3", "yarn")  # kinds of RoPE whose angles depend on the position alone
+WORTH = 0.98  # of squared error: a mean that takes less off it is not worth its arithmetic
+KEPT_BACK = 4  # one sequence in so many says whether a mean helps
+FIRST = 1  # rows of a prompt that no mean is of: the attention sink is of another size
+FAR = 4096  # positions up to which our rotation is compared with the model's
+TOLERANCE = 1e-5
+
+
+class Rotary(NamedTuple):
+    """As in `KeyOffsets`."""
+
+    frequencies: Tensor
+    scaling: float
+
+
+@dataclass(frozen=True)
+class Measured:
+    """`offsets`: None where no head has any; `errors`: RMS of what int4 does to keys kept back, by layer of decode.
+
+    Each is `[kv_heads]` pairs: keys whole, and less their mean.
+    """
+
+    offsets: KeyOffsets | None
+    errors: tuple[tuple[tuple[float, float], ...], ...]
+
+
+def rotary_of(model: Any, head_dim: int) -> Rotary | None:
+    """What a model of transformers rotates its keys by; None where keys of a position are not all turned alike.
+
+    That is a RoPE whose angles depend on the length or the layer, one of a part of a head, or of neighbours.
+    """
+    module: Any = getattr(model.model, "rotary_emb", None)
+    frequencies = getattr(module, "inv_freq", None)
+    if getattr(module, "rope_type", None) not in STATIC or frequencies is None or 2 * len(frequencies) != head_dim:
+        return None
+    rotary = Rotary(frequencies.float().cpu(), float(getattr(module, "attention_scaling", 1.0)))
+    positions = torch.arange(FAR)
+    told = torch.cat(module(torch.zeros(1), position_ids=positions[None].to(frequencies.device)), -1)[0].cpu()
+    cos, sin = rotary_table(positions, *rotary).chunk(2, -1)
+    ours = torch.cat((cos, cos, sin, sin), -1)
+    return rotary if told.shape == ours.shape and (told - ours).abs().max() < TOLERANCE * rotary.scaling else None
+
+
+@torch.no_grad()
+def measure(oracle: PDOracle, sequences: Tensor, progress: Progress) -> Measured:
+    """Offsets for the layers of `oracle`'s decode stage, from text int64 `[S, T]`, T >= 4."""
+    model, layers = oracle.plan.model, len(oracle.plan.decode_layers)
+    rotary = rotary_of(oracle.prefill_model, model.head_dim)
+    if rotary is None:
+        progress("key offsets: none, since this model's RoPE is not of a kind that they can follow")
+        return Measured(None, ())
+    if len(sequences) == 1:
+        sequences = sequences[:, : sequences.shape[1] // 2 * 2].view(2, -1)
+    back = max(1, len(sequences) // KEPT_BACK)
+    total, count = torch.zeros(layers, model.num_kv_heads, model.head_dim, dtype=torch.float64), 0
+    table = rotary_table(torch.arange(sequences.shape[1]), *rotary)[FIRST:]
+    cos, sin = (part[:, None] for part in table.chunk(2, -1))
+    for state in _states(oracle, sequences[:-back]):
+        for layer, keys in enumerate(_keys(oracle, state)):
+            total[layer] += rotate(keys.float(), cos, -sin).sum(0, dtype=torch.float64)
+        count += len(table)
+    means = (total / count / rotary.scaling**2).float()
+    squares = torch.zeros(layers, model.num_kv_heads, 2, dtype=torch.float64)
+    for state in _states(oracle, sequences[-back:]):
+        for layer, keys in enumerate(_keys(oracle, state)):
+            squares[layer, :, 0] += _squares(keys, None)
+            squares[layer, :, 1] += _squares(keys, rotate(means[layer], cos, sin))
+    helps = squares[..., 1] < WORTH * squares[..., 0]
+    chosen = {layer: means[layer] * helps[layer, :, None] for layer in range(layers) if helps[layer].any()}
+    rms = (squares / (back * len(table) * model.head_dim)).sqrt()
+    errors = tuple(tuple((whole, less) for whole, less in heads) for heads in rms.tolist())
+    progress(f"key offsets: help {int(helps.sum())} of {helps.numel()} KV heads")
+    return Measured(KeyOffsets.make(chosen, *rotary) if chosen else None, errors)
+
+
+def _states(oracle: PDOracle, sequences: Tensor) -> Iterator[PrefillState]:
+    """One sequence at a time: the KV of all layers of one is in memory."""
+    for row in sequences.split(1):
+        yield oracle.prefill(row)
+
+
+def _keys(oracle: PDOracle, state: PrefillState) -> Iterator[Tensor]:
+    """Keys of each layer of decode as the pool has them, `[tokens - FIRST, kv_heads, head_dim]`."""
+    for source in oracle.plan.layer_map:
+        yield state.keys[source][FIRST:]
+
+
+def _squares(keys: Tensor, less: Tensor | None) -> Tensor:
+    """float64 `[kv_heads]`: squared error of keys in int4, or int8 where the head size does not allow that."""
+    rows, heads, dim = keys.shape
+    code: Code = "int4" if dim % HEAD_DIM_MULTIPLE["int4"] == 0 else "int8"
+    sections = [
+        torch.empty(rows, heads, kind.per_head, dtype=getattr(torch, kind.dtype))
+        for kind in row_sections(code, "float32", dim)
+    ]
+    codec = get_codec(code)
+    codec.encode(keys, slice(0, rows), sections, less)
+    back = codec.decode(sections) if less is None else codec.decode(sections) + less
+    return (back.to(keys.dtype).float() - keys.float()).square().sum((0, 2), dtype=torch.float64)

@@ -1,0 +1,167 @@
+"""A checkpoint: a HF folder of a known family, checked once and then passed around."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.local.cache import Cache
+from pdtrim_deploy.models.config import read_config
+from pdtrim_deploy.models.families import Family, attention_sizes, family_of
+from pdtrim_deploy.models.tensors import TensorInfo, read_tensor_index, tensor_digests
+from pdtrim_deploy.plan import ModelShape, NativeDtype
+
+DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_ESSENTIALS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "num_hidden_layers",
+    "head_dim",
+    "hidden_act",
+    "rms_norm_eps",
+    "max_position_embeddings",
+    "sliding_window",
+    "use_sliding_window",
+    "tie_word_embeddings",
+)
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """Sizes read from config.json; `dtype` is that of the weights on disk."""
+
+    architecture: str
+    num_blocks: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    hidden_size: int
+    intermediate_size: int
+    vocab_size: int
+    max_positions: int
+    dtype: NativeDtype
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole HF folder; `fingerprint` names its weights and sizes (64 hex digits), wherever they lie."""
+
+    path: Path
+    config: dict[str, Any]
+    family: Family
+    fingerprint: str
+    tensors: dict[str, TensorInfo] = field(repr=False)
+
+    @property
+    def facts(self) -> ModelFacts:
+        """The model's sizes."""
+        c = self.config
+        heads, kv_heads, head_dim = attention_sizes(c)
+        return ModelFacts(
+            architecture=self.family.architecture,
+            num_blocks=c["num_hidden_layers"],
+            num_heads=heads,
+            num_kv_heads=kv_heads,
+            head_dim=head_dim,
+            hidden_size=c["hidden_size"],
+            intermediate_size=c["intermediate_size"],
+            vocab_size=c["vocab_size"],
+            max_positions=c["max_position_embeddings"],
+            dtype=DTYPES[self.tensors["model.embed_tokens.weight"].dtype],  # type: ignore[arg-type]
+        )
+
+    def shape(self, kv_dtype: NativeDtype | None = None) -> ModelShape:
+        """What the plan must know; `kv_dtype` is that of the KV pool, by default the weights' own."""
+        f = self.facts
+        return ModelShape(
+            architecture=f.architecture,
+            fingerprint=self.fingerprint,
+            num_blocks=f.num_blocks,
+            num_kv_heads=f.num_kv_heads,
+            head_dim=f.head_dim,
+            kv_dtype=kv_dtype or f.dtype,
+        )
+
+
+def open_checkpoint(folder: Path, cache: Cache) -> Checkpoint:
+    """Check a HF folder and take its fingerprint (kept in the cache, as it reads every byte).
+
+    Raises UserError: no folder, bad config.json, architecture, quantised, missing or other weights, no tokenizer.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; give a HF folder with config.json and safetensors")
+    config = read_config(folder / "config.json")
+    family = family_of(config, str(folder))
+    if config.get("quantization_config"):
+        raise UserError(f"{folder}: quantised weights cannot be cut block by block; give the unquantised model")
+    if not any((folder / name).exists() for name in TOKENIZER_FILES):
+        raise UserError(
+            f"{folder}: no tokenizer ({', '.join(TOKENIZER_FILES)}); copy the model's tokenizer files there"
+        )
+    index = read_tensor_index(folder)
+    tensors = {n: t for n, t in index.items() if _is_weight(n, config)}
+    shapes = family.required_tensors(config)
+    missing = sorted(shapes.keys() - tensors.keys())
+    if missing:
+        raise UserError(f"{folder}: {len(missing)} tensors are missing, first {missing[0]}; get the model again")
+    odd = [f"{n} is {t.dtype}" for n, t in tensors.items() if t.dtype not in DTYPES]
+    if odd:
+        raise UserError(f"{folder}: {odd[0]}; weights must be one of {', '.join(DTYPES.values())}")
+    for name, shape in shapes.items():
+        if tensors[name].shape != shape:
+            has = list(tensors[name].shape)
+            raise UserError(f"{folder}: {name} is {has} but by config.json {list(shape)}; get the model again")
+    _check_tied(folder, config, index)
+    return Checkpoint(folder, config, family, _fingerprint(folder, config, family, tensors, cache), tensors)
+
+
+def _is_weight(name: str, config: dict[str, Any]) -> bool:
+    """Not a buffer of old exports, not a second copy of tied embeddings: neither changes what the model is."""
+    tied = name == "lm_head.weight" and config.get("tie_word_embeddings", False)
+    return not tied and not name.endswith("rotary_emb.inv_freq")
+
+
+def _check_tied(folder: Path, config: dict[str, Any], index: dict[str, TensorInfo]) -> None:
+    """Transformers runs an LM head that differs from the embeddings, whatever config.json says; we drop it."""
+    if not config.get("tie_word_embeddings", False) or "lm_head.weight" not in index:
+        return
+    both = {name: index[name] for name in ("lm_head.weight", "model.embed_tokens.weight")}
+    if len({digest for _, digest in tensor_digests(dict(both))}) > 1:
+        raise UserError(
+            f"{folder}: config.json ties embeddings, but lm_head.weight is another than model.embed_tokens.weight; "
+            "set tie_word_embeddings to false"
+        )
+
+
+def _rope(config: dict[str, Any]) -> dict[str, Any]:
+    """RoPE as one dict: transformers 5 writes `rope_parameters`, earlier ones `rope_theta` and `rope_scaling`."""
+    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
+    rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type") or "default"
+    return rope
+
+
+def _fingerprint(
+    folder: Path, config: dict[str, Any], family: Family, tensors: dict[str, TensorInfo], cache: Cache
+) -> str:
+    essentials = {"architecture": family.architecture, "rope": _rope(config)}
+    essentials |= {key: config[key] for key in _ESSENTIALS if config.get(key) is not None}
+    text = json.dumps(essentials, sort_keys=True)
+    files = sorted({t.file.resolve() for t in tensors.values()})
+    stats = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+
+    def make(entry: Path) -> None:
+        digest = sha256(text.encode())
+        for name, data in tensor_digests(tensors):
+            digest.update(f"\n{name} {tensors[name].dtype} {list(tensors[name].shape)} {data}".encode())
+        (entry / "fingerprint").write_text(digest.hexdigest())
+
+    key = sha256(json.dumps([text, stats]).encode()).hexdigest()
+    return (cache.entry("fingerprints", key, make) / "fingerprint").read_text()

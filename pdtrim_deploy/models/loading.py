@@ -1,0 +1,115 @@
+"""Load a HF folder into transformers: our families only, weights all there, no remote code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from textwrap import shorten
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.local.processor import compute_dtype
+from pdtrim_deploy.models.checkpoint import TOKENIZER_FILES, Checkpoint
+from pdtrim_deploy.models.config import read_config
+from pdtrim_deploy.models.families import family_of
+from pdtrim_deploy.models.tensors import read_header, read_tensor_index
+
+TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_model(path: Path, dtype: str = "float32", attn_implementation: str = "sdpa") -> Any:
+    """The model on the CPU in eval mode, its parameters without gradients.
+
+    Raises UserError: unknown dtype or architecture, tensors that are missing or of another shape.
+    """
+    if dtype not in TORCH_DTYPES:
+        raise UserError(f"dtype {dtype!r} is unknown; use one of {', '.join(TORCH_DTYPES)}")
+    family = family_of(read_config(path / "config.json"), str(path))
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # "Loading weights" would break our own lines
+    weights = _by_index(path)
+    with _one_sentence(path, "model"):
+        model, info = family.model_class.from_pretrained(
+            path if weights is None else None,
+            config=family.model_class.config_class.from_pretrained(path, local_files_only=True),
+            dtype=TORCH_DTYPES[dtype],
+            attn_implementation=attn_implementation,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            state_dict=weights,
+        )
+    if info["missing_keys"]:  # transformers would fill them with random numbers and only warn
+        raise UserError(f"{path}: tensor {sorted(info['missing_keys'])[0]} is missing; get the model again")
+    return model.eval().requires_grad_(False)
+
+
+def load_to_compute(name: str, path: Path, dtype: str, note: Callable[[str], None] = lambda _: None) -> Any:
+    """`load_model` for whoever only computes: weights rounded to `dtype`, arithmetic in what this CPU is fast at.
+
+    `note` hears that the `name` model is being loaded.
+    """
+    computed = compute_dtype(dtype)
+    why = "" if computed == dtype else f": this CPU has no {dtype} instructions, it computes in {computed}"
+    note(f"loading the {name} model{why}")
+    return load_model(path, dtype).to(TORCH_DTYPES[computed])
+
+
+def _by_index(path: Path) -> dict[str, torch.Tensor] | None:
+    """The tensors that the index names, where its shards hold others too (stale copies); else None.
+
+    Transformers looks at the index for the files alone, and of a tensor in two of them takes the last it meets.
+    """
+    index = read_tensor_index(path)
+    files = sorted({info.file for info in index.values()})
+    if sum(len(read_header(file)) for file in files) == len(index):
+        return None
+    weights: dict[str, torch.Tensor] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as shard:
+            weights |= {name: shard.get_tensor(name) for name, info in index.items() if info.file == file}
+    return weights
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The folder's own tokenizer; UserError when it has none or it needs remote code."""
+    from transformers import AutoTokenizer
+
+    if not any((path / name).exists() for name in TOKENIZER_FILES):
+        raise UserError(f"{path}: no tokenizer ({', '.join(TOKENIZER_FILES)}); copy the model's tokenizer files there")
+    with _one_sentence(path, "tokenizer"):
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+
+
+def check_loads(checkpoint: Checkpoint) -> None:
+    """Refuse, with UserError, what transformers would not load: seconds, as no weights are read.
+
+    Not every step of a build loads the model; but what is wrong with it is to be said before the first one.
+    """
+    from transformers import GenerationConfig
+
+    made, path = checkpoint.family.model_class, checkpoint.path
+    with _one_sentence(path, "model"):
+        config = made.config_class.from_dict(checkpoint.config)
+        with torch.device("meta"):
+            made._from_config(config)
+        if (path / "generation_config.json").exists():
+            GenerationConfig.from_pretrained(path, local_files_only=True)
+    load_tokenizer(path)
+
+
+@contextmanager
+def _one_sentence(path: Path, what: str) -> Iterator[None]:
+    """For reading a folder, and nothing else: whatever transformers raises then, the folder's files are its reason."""
+    try:
+        yield
+    except Exception as error:
+        reason = error.__cause__ or error  # of a value that its config does not take, the first says where alone
+        said = next((line.strip() for line in str(reason).splitlines() if line.strip()), "")
+        said = f"{path}: transformers cannot load this {what} ({type(reason).__name__}: {shorten(said, 200)})"
+        raise UserError(f"{said}; mend that or get the model again") from error

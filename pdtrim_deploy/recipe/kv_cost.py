@@ -1,0 +1,52 @@
+"""Memory and disk that choosing how KV travels takes besides the weights: from config.json and the recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pdtrim_deploy.plan import NativeDtype
+from pdtrim_deploy.plan.wire import ITEM_BYTES
+from pdtrim_deploy.recipe.kv import FIXED_KV, KVSection
+
+BATCH = 16  # sequences that are measured at a time
+DRAWS = 32  # tokens drawn at each position, of the quadratic form of KL
+LOGITS_AT_ONCE = 1 << 24
+_FLOAT = 4  # what is measured is measured in float32
+
+
+@dataclass(frozen=True)
+class SelectionCost:
+    """Bytes at the worst moment, and in files."""
+
+    memory: int = 0
+    disk: int = 0
+
+
+def selection_cost(config: Mapping[str, Any], kv: KVSection, kv_dtype: NativeDtype) -> SelectionCost:
+    """Of the step `select-kv`; `kv_dtype` is the pool's. Memory does not grow with the number of sequences."""
+    if kv.method in FIXED_KV or kv.method == "random":
+        return SelectionCost()
+    blocks, hidden, heads = config["num_hidden_layers"], config["hidden_size"], config["num_attention_heads"]
+    width = config.get("head_dim") or hidden // heads
+    kv_width, item = (config.get("num_key_value_heads") or heads) * width, ITEM_BYTES[kv_dtype]
+    measured = kv.method in ("budget", "measured-harm")
+    batch, prompt = min(BATCH if measured else 4, kv.sequences), kv.prompt_tokens
+    row = 2 * kv_width  # K and V of a token in one layer
+    block = hidden * 6 + config["intermediate_size"] * 3 + heads * width * 3  # values of a token while it is computed
+    prefill = batch * prompt * (blocks * row * item + _FLOAT * (block + row))
+    if not measured:
+        return SelectionCost(prefill)
+    arriving = prompt * blocks * row * (batch * item + 3 * item + _FLOAT)  # one sequence's, in pools and unpacked
+    if kv.method == "budget":
+        rows, wires = 1 + len(kv.sparse_choices), len({"native", *kv.wire_choices})
+    else:
+        rows, wires = 2, len({"native", kv.wire_dtype})
+    tokens = batch * (kv.continuation_tokens - 1)
+    changes = 1 + blocks * (rows + wires)
+    logits = 3 * min(LOGITS_AT_ONCE, tokens * config["vocab_size"])
+    layer = batch * (prompt + kv.continuation_tokens) * (row * (item + 2 * _FLOAT) + 2 * heads * width * _FLOAT)
+    probing = _FLOAT * (tokens * DRAWS * (hidden + 2 * changes) + logits + tokens * (blocks * hidden + block)) + layer
+    files = kv.sequences * prompt * blocks * row * item * wires
+    return SelectionCost(max(prefill, arriving, probing), files)

@@ -1,0 +1,74 @@
+"""The recipe's section on which blocks go."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
+
+from pdtrim_deploy.recipe.seed import Seed
+
+# Names of a registry that needs torch to import; a test holds them equal.
+PruningMethod = Literal["anneal", "cosine", "greedy", "perplexity", "random", "sleb", "streamline"]
+PRUNING_METHODS: tuple[str, ...] = get_args(PruningMethod)
+EVALUATED = ("anneal", "greedy", "perplexity")  # ask an `Evaluator`, which keeps hidden states and may be Ray's workers
+
+_ANY = ("method", "prefill_blocks", "decode_blocks", "distil", "threshold", "blocks_in_memory")
+_STATES = ("memory_mb", "disk_mb")
+_TAKES: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(PRUNING_METHODS, ()),
+    "random": ("seed",),
+    **dict.fromkeys(EVALUATED, ("finalists", *_STATES)),
+    "anneal": ("steps", "minutes", "seed", "finalists", *_STATES),
+}
+
+
+class PruningSection(BaseModel):
+    """How many blocks each stage loses (prefill's are among decode's), and who chooses them.
+
+    Attributes:
+        distil: let annealing put one student block in the place of an adjacent pair, where that costs less.
+        threshold: cosine above which a pair is in the distillation set; annealing may move such a pair by one block.
+        steps, minutes: of annealing, for each search; the clock runs from the search's first step, but the greedy
+            start before annealing and the judging of finalists behind it are never cut short. A run that time ends
+            is not repeatable to the bit.
+        seed: of `anneal` and `random`.
+        finalists: so many of the solutions that annealing took, of the greedy one and of runs of adjacent blocks are
+            judged again with `healing.compensation`, which decides; 0 leaves the search's own answer.
+        memory_mb: hidden states kept while `anneal`, `greedy` or `perplexity` searches, at most; disk_mb: as many more
+            in mapped files in the bundle.
+        blocks_in_memory: blocks whose weights are in memory at a time while searching, making students, judging
+            finalists and compensating; the others are read from the checkpoint when they run. All of them when left
+            out. The answer is the same.
+
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    method: PruningMethod = "greedy"
+    prefill_blocks: NonNegativeInt = 0
+    decode_blocks: NonNegativeInt = 0
+    distil: bool = False
+    threshold: Annotated[float, Field(gt=-1, lt=1)] = 0.95
+    steps: NonNegativeInt = 150
+    minutes: Annotated[float, Field(gt=0)] | None = None
+    seed: Seed = 0
+    finalists: NonNegativeInt = 0
+    memory_mb: PositiveInt = 1024
+    disk_mb: NonNegativeInt = 0
+    blocks_in_memory: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _nested(self) -> PruningSection:
+        if self.prefill_blocks > self.decode_blocks:
+            raise ValueError(
+                f"prefill_blocks is {self.prefill_blocks} but decode_blocks is {self.decode_blocks}; "
+                f"allowed: prefill_blocks of at most decode_blocks, since decode drops every block that prefill drops"
+            )
+        if self.distil and self.method != "anneal":
+            raise ValueError(f"distil is true but method is {self.method}; allowed: distil with method anneal")
+        for name, field in type(self).model_fields.items():
+            if name not in (*_ANY, *_TAKES[self.method]) and getattr(self, name) != field.default:
+                known = ", ".join((*_ANY[1:], *_TAKES[self.method]))
+                raise ValueError(f"method is {self.method}, which takes no {name}; allowed with it: {known}")
+        return self

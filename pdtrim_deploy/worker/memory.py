@@ -1,0 +1,57 @@
+"""Memory that one SGLang worker takes on a CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pdtrim_deploy.models.weights import parameters
+from pdtrim_deploy.plan import NativeDtype
+from pdtrim_deploy.plan.wire import ITEM_BYTES
+
+# SGLang 0.5.23's three processes when they begin to load: measured (private memory) 0.61 + 0.51 + 0.51 GB.
+WORKER_PROGRAM = 1.7e9
+CHUNK_TOKENS = 16384  # the most that SGLang takes for --chunked-prefill-size by itself, on a large machine
+
+
+@dataclass(frozen=True)
+class WorkerMemory:
+    """Bytes of each part; `pool` is all of the KV pool, `activations` what exists only while a batch runs."""
+
+    program: float
+    weights: float
+    pool: float
+    activations: float
+
+    def total(self, nodes: int = 1) -> float:
+        """To have free before it starts; SGLang gives a worker what is free divided by the NUMA `nodes`."""
+        return self.program + self.weights + nodes * (self.pool + self.activations)
+
+
+def worker_memory(
+    config: Mapping[str, Any],
+    dtype: NativeDtype,
+    pool_tokens: int,
+    *,
+    batch_tokens: int = CHUNK_TOKENS,
+    requests: int = 16,
+) -> WorkerMemory:
+    """Of the model of `config` (config.json), served in `dtype`: weights and KV pool have it.
+
+    Args:
+        pool_tokens: tokens that the KV pool is to hold.
+        batch_tokens: tokens that one forward pass may have.
+        requests: that run at a time; each has a row of logits.
+
+    """
+    item, hidden, heads = ITEM_BYTES[dtype], config["hidden_size"], config["num_attention_heads"]
+    kv_width = (config.get("num_key_value_heads") or heads) * (config.get("head_dim") or hidden // heads)
+    tokens = min(batch_tokens, pool_tokens)
+    return WorkerMemory(
+        program=WORKER_PROGRAM,
+        weights=parameters(config) * item,
+        pool=pool_tokens * config["num_hidden_layers"] * 2 * kv_width * item,
+        # of one block, and some of it in float32 whatever the dtype: residual, norm, attention; gate, up, product
+        activations=4 * (tokens * (4 * hidden + 3 * config["intermediate_size"]) + 3 * requests * config["vocab_size"]),
+    )

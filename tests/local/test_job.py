@@ -1,0 +1,57 @@
+"""Work in a process of its own: how it ends is said in one sentence."""
+
+import os
+import sys
+import time
+
+import pytest
+
+from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.local.job import run_job
+
+
+@pytest.mark.parametrize(("code", "sentence"), [
+    ("import os; os.kill(os.getpid(), 9)", "was killed after .* GB in use, most likely for memory"),
+    ("import os; os.abort()", "died of SIGABRT"),
+    ("raise SystemExit('no more disk')", "ended with code 1 after .*: no more disk"),
+])  # fmt: skip
+def test_a_build_process_that_dies(code, sentence, tmp_path):
+    with pytest.raises(UserError, match=sentence):
+        run_job([sys.executable, "-c", code], {}, tmp_path, os.environ)
+
+
+def test_peak_memory_is_that_of_the_process(tmp_path):
+    ours = b"x" * 600_000_000  # of ours nothing must be counted
+    code = "import sys, json, time; x = b'x' * 300_000_000; time.sleep(0.3)"
+    code += "; open(json.load(open(sys.argv[1]))['answer'], 'w').write('{}')"
+    assert 300e6 < run_job([sys.executable, "-c", code], {}, tmp_path, os.environ).peak_memory < 400e6
+    del ours
+
+
+def test_it_dies_with_whoever_started_it(tmp_path):
+    """Kill -9 of a build leaves no builder behind."""
+    child = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    parent = os.fork()
+    if not parent:
+        try:
+            run_job([sys.executable, "-c", child], {}, tmp_path, os.environ)
+        finally:
+            os._exit(0)
+    deadline = time.monotonic() + 20
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    pid = int((tmp_path / "pid").read_text())
+    os.kill(parent, 9)
+    os.waitpid(parent, 0)
+    while _alive(pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def _alive(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as stat:
+            return stat.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,90 @@
+"""Stages of models that are easily read otherwise, reloaded by transformers of both environments."""
+
+import subprocess
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pdtrim_deploy.models import resolve
+from pdtrim_deploy.models.loading import load_model
+from pdtrim_deploy.models.surgery import keep_blocks, write_stage
+from pdtrim_deploy.serving import ServeEnvironment
+
+BLOCKS = [0, 2, 3, 5]
+TOKENS = 400  # well past the first context of the scaled RoPEs
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 100.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+MODELS = {
+    "llama3": ("LlamaForCausalLM", {"rope_parameters": LLAMA3}),
+    "yarn": ("Qwen2ForCausalLM", {"rope_parameters": YARN}),
+    "heads wider than hidden / heads": ("Qwen3ForCausalLM", {"head_dim": 32}),
+    "heads narrower than hidden / heads": ("LlamaForCausalLM", {"head_dim": 8}),
+    "layer_types": (
+        "Qwen2ForCausalLM",
+        {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 3},
+    ),
+    "tied": ("Qwen2ForCausalLM", {"tie_word_embeddings": True}),
+}
+PROGRAM = """
+import sys, torch, transformers
+from safetensors.torch import save_file
+transformers.logging.set_verbosity_error()
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
+ids = torch.randint(512, (2, int(sys.argv[3])), generator=torch.Generator().manual_seed(0))
+with torch.no_grad():
+    save_file({"logits": model(ids, use_cache=False).logits.contiguous()}, sys.argv[2])
+print(transformers.__version__)
+"""
+
+
+def logits(model):
+    ids = torch.randint(512, (2, TOKENS), generator=torch.Generator().manual_seed(0))
+    return model(ids, use_cache=False).logits
+
+
+@pytest.fixture(params=MODELS)
+def source(request, tiny_model, tmp_path):
+    architecture, changes = MODELS[request.param]
+    folder = tiny_model(tmp_path / "source", architecture, **changes)
+    if request.param == "tied":  # and a copy of the embeddings beside them, as some exports have
+        tensors = load_file(folder / "model.safetensors")
+        head = tensors["model.embed_tokens.weight"].clone()
+        save_file(tensors | {"lm_head.weight": head}, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.mark.serve
+def test_a_stage_is_the_same_model_in_both_environments(source, cache, tmp_path):
+    checkpoint = resolve(f"hf:{source}", cache)
+    write_stage(checkpoint, tmp_path / "stage", BLOCKS, "float32", {"stage": "decode"})
+    expected = logits(keep_blocks(load_model(source), BLOCKS))
+    assert torch.equal(logits(load_model(tmp_path / "stage")), expected)
+    python = ServeEnvironment.find().python
+    run = subprocess.run(
+        [python, "-c", PROGRAM, tmp_path / "stage", tmp_path / "served", str(TOKENS)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    served = load_file(tmp_path / "served")["logits"]
+    torch.testing.assert_close(served, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rope", ["llama3", "yarn"])
+def test_these_ropes_are_not_the_plain_one(rope, tiny_model, tmp_path):
+    """Else the tests of them could not fail."""
+    architecture, changes = MODELS[rope]
+    plain = {"rope_parameters": {"rope_type": "default", "rope_theta": changes["rope_parameters"]["rope_theta"]}}
+    scaled, other = (
+        load_model(tiny_model(tmp_path / str(i), architecture, **c)) for i, c in enumerate((changes, plain))
+    )
+    assert (logits(scaled) - logits(other)).abs().max() > 0.1
