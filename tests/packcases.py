@@ -54,14 +54,17 @@ def random_offsets(model, layers, seed=0, size=30.0, scaling=1.0):
 
 
 def plain_offset(offsets, layer, positions):
-    """float64 `[positions, kv_heads, head_dim]`: by complex numbers, of which the format knows nothing."""
+    """float64 `[positions, kv_heads, head_dim]`: by complex numbers, of which the format knows nothing.
+
+    The sink has none.
+    """
     low, high = offsets.means[layer].double().chunk(2, -1)
     turn = torch.polar(
         torch.full((len(positions), len(offsets.frequencies)), offsets.scaling, dtype=torch.float64),
         positions.double()[:, None] * offsets.frequencies.double(),
     )
     turned = torch.complex(low, high) * turn[:, None]
-    return torch.cat((turned.real, turned.imag), -1)
+    return torch.cat((turned.real, turned.imag), -1) * (positions != 0)[:, None, None]
 
 
 @st.composite

@@ -2,7 +2,8 @@
 
 Keys before RoPE are, per layer and KV head, a constant (the bias of the K projection and a mean besides) plus a rest
 that may be far smaller; a scale that must hold both rounds the rest coarsely. The constant, rotated to a row's absolute
-prompt position, is subtracted before quantising and added after. Rows that travel native have no offset.
+prompt position, is subtracted before quantising and added after. Rows that travel native have no offset, nor has prompt
+position 0: the attention sink's key is no neighbour of the mean, and every query reads it.
 
 Means and what RoPE needs lie in one file beside both stage checkpoints; the plan holds its SHA-256. Prefill and decode
 add and subtract the same numbers whatever they are: a wrong mean costs precision, different ones would be wrong text.
@@ -113,13 +114,15 @@ class KeyOffsets:
     def table(self, positions: int) -> Tensor:
         """float32 `[at least positions, head_dim]`: cosines, then sines, of each position's angles, times `scaling`.
 
-        Angles are products in float32, as models make them; it grows as longer prompts come.
+        Of position 0 all zeros, and so is its offset. Angles are products in float32, as models make them. The table
+        grows as longer prompts come.
         """
         if len(self._tables[-1]) < positions:
             with self._lock:
                 if len(self._tables[-1]) < positions:
                     size = max(LEAST_POSITIONS, 1 << (positions - 1).bit_length())
                     made = rotary_table(torch.arange(size), self.frequencies, self.scaling)
+                    made[0] = 0
                     self._tables.append(made.to(self.device))
         return self._tables[-1]
 

@@ -42,7 +42,7 @@ def check_bound(code, sent, got, offset=0.0):
             bound = bound + 2.0**-27 * sent.shape[-1] ** 0.5
             whole = whole.norm(dim=-1, keepdim=True)
     if code != "native":
-        far = 2.0**-18 * abs(torch.as_tensor(offset)).max()  # angles of float32
+        far = 2.0**-18 * max(torch.as_tensor(offset).abs().flatten().tolist(), default=0)  # angles of float32
         bound = (
             bound + far * got.shape[-1] ** 0.5 + eps * (whole.abs() + bound) + 2.0**-25 * got.shape[-1] ** 0.5
         )  # float16 has subnormals
