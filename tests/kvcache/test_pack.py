@@ -232,3 +232,10 @@ def test_a_rank_with_one_of_two_heads_sends_its_half_of_the_bytes(wire):
     second = [pool[0][:, 1:]]
     unpack(own, pack(own, second, second, slots), got, got, slots)
     assert torch.equal(got[0], wanted[0][:, 1:])
+
+
+def test_k4v3_spends_its_fourth_bit_on_keys():
+    plan = PDPlan.dense(shape(1, 2, 64)).with_kv((KVSend(wire_dtype="k4v3"),))
+    (rows,) = chunk_layout(plan, 9).layers
+    keys, values = (sum(part.bytes for part in side) - 2 * 64 * 4 for side in rows.sides)  # less the native first row
+    assert (keys, values) == (8 * 2 * (64 * 4 // 8 + 2), 8 * 2 * (64 * 3 // 8 + 2))

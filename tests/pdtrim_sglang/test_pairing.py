@@ -35,3 +35,9 @@ def test_a_like_worker_is_served():
 )
 def test_an_unlike_worker_is_refused(changes, sentence):
     assert sentence in why(**changes)
+
+
+@pytest.mark.parametrize(("prefill", "decode"), [(1, 2), (2, 1)])
+def test_another_tensor_parallelism_is_refused_whichever_side_has_more(prefill, decode):
+    said = rejection(Register(**GOOD | {"tp_size": decode}), PLAN, prefill, AuxRows((0, 0), (4, 64)))
+    assert said == f"prefill has TP {prefill}, decode TP {decode}: use the same --tp-size"

@@ -70,6 +70,13 @@ def test_a_reply_survives_the_wire(room, reason):
     assert length == len(data) - REPLY_BYTES
 
 
+def test_a_reply_of_another_version_is_refused():
+    data = bytearray(Reply(7).encode())
+    data[4] += 1
+    with pytest.raises(ProtocolError, match="not a pdtrim reply"):
+        Reply.decode_fixed(bytes(data))
+
+
 def test_random_replies_are_refused():
     with pytest.raises(ProtocolError):
         Reply.decode_fixed(b"X" + os.urandom(REPLY_BYTES - 1))
