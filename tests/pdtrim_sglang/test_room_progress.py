@@ -1,7 +1,7 @@
 """A request's KV has arrived when every chunk was sent and acknowledged, the last one among them."""
 
 import pytest
-from pdtrim_sglang.peer import RoomProgress
+from pdtrim_sglang.progress import RoomProgress
 
 
 @pytest.mark.parametrize(
