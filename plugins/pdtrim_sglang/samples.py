@@ -26,8 +26,14 @@ def spread_samples(request: Any) -> None:
 
     They stand prompt by prompt, the order in which SGLang answers. Without rooms (a request that came past the router)
     or with one sample nothing changes.
+
+    Raises:
+        ValueError: fewer than one sample is asked for; SGLang answers 400 with its text.
+
     """
     samples, prompts = request.parallel_sample_num, request.batch_size
+    if samples < 1:
+        raise ValueError(f"n is {samples}: ask for one sample at least")
     if samples == 1 or request.bootstrap_room is None or None in request.bootstrap_room[:prompts]:
         return
     named = len(request.rid) == prompts  # by the client; else SGLang has made an id for each sample

@@ -89,6 +89,12 @@ def test_all_else_is_sglangs(backend, body, transfer):
     assert ours == stock
 
 
+@pytest.mark.parametrize("samples", [0, -2])
+def test_fewer_than_one_sample_is_the_clients_fault(samples):
+    with pytest.raises(ValueError, match=f"n is {samples}: ask for one sample at least"):
+        normalised(text="a", bootstrap_room=5, sampling_params={"n": samples})
+
+
 @given(st.integers(0, ROOMS - 1), st.integers(0, 10_000), st.integers(0, 10_000), st.integers(-512, 512))
 def test_no_two_samples_meet_not_of_neighbouring_rooms_either(room, one, other, apart):
     if (apart, one) != (0, other):
