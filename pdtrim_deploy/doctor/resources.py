@@ -22,7 +22,7 @@ from pdtrim_deploy.recipe.kv_cost import selection_cost
 from pdtrim_deploy.serving.environment import gpu_count
 from pdtrim_deploy.worker.memory import worker_memory
 
-PROGRAM = 0.65e9  # Python, torch and transformers with a tokenizer
+PROGRAM = 0.55e9  # Python, torch and transformers with a tokenizer, measured (tests/doctor/test_measured_memory.py)
 SHARD = 4e9  # of a stage, as `checkpoints.writer` cuts it
 POOL_TOKENS = 8192  # what `serve` gives a worker by default
 

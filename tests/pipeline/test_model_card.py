@@ -125,7 +125,7 @@ def test_the_measured_loss_takes_the_place_of_its_absence(written: Path) -> None
     for ratio in (1.25, 1.5):
         quality = SimpleNamespace(
             pd=SimpleNamespace(ppl=10 * ratio), dense=SimpleNamespace(ppl=10.0), ratio=ratio, tokens=512,
-            text=EvaluationSection(corpus="austen", seed=3), dtype="float32",
+            text=EvaluationSection(corpus="austen", seed=3), dtype="float32", computed_in=None,
             environment={"command": "pdtrim-deploy eval b"},
         )  # fmt: skip
         model_card.refresh_cards(written, quality)
