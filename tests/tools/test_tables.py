@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -36,12 +37,13 @@ def test_every_table_stands_on_a_page_and_every_result_in_a_table(tool):
 def test_a_figure_that_changes_changes_its_page(tool, tmp_path):
     for path in tool.RESULTS.glob("*.json"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    changed = json.loads((tmp_path / "kv.json").read_text())
-    next(row for row in changed["rows"] if row["method"] == "dense k4v3")["ppl_ratio"] = 1.5
-    (tmp_path / "kv.json").write_text(json.dumps(changed))
+    changed = json.loads((tool.RESULTS / "wire.json").read_text())
+    rows = (row for row in changed["rows"] if row["wire"] == "k4v3" and row["key_offsets"])
+    next(rows)["ratio"] = 1.5
+    (tmp_path / "wire.json").write_text(json.dumps(changed))
     readme = (ROOT / "README.md").read_text()
-    assert "| 50.0% ± 0.4%" in tool.written(readme, tmp_path)
-    assert "| 50.0% ± 0.4%" not in tool.written(readme)
+    assert "| 50.0% ± 0.5%" in tool.written(readme, tmp_path)
+    assert "| 50.0% ± 0.5%" not in tool.written(readme)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +69,7 @@ OF_A_MODEL = (
 def test_a_table_of_a_models_figures_says_what_its_weights_are(tool, name):
     entry = tool.TABLES[name]
     text = entry.render(*(json.loads((tool.RESULTS / f"{source}.json").read_text()) for source in entry.sources))
-    assert "SmolLM2-135M-Instruct, weights dequantised from a Q4_1 file" in text
+    assert re.search("SmolLM2-135M(-Instruct)?, weights dequantised from a Q4_1 file", text)
 
 
 def rows_of(*shapes):

@@ -58,14 +58,21 @@ def switches(kv: Data, wire: Data, kvonly: Data, prefilltime: Data, pruning: Dat
             "[blocks](docs/benchmarks/blocks.md)",
         ),
     ]
-    options = kv["options"]
+    planned_tokens = kv["options"]["sequences"] * HELD_OUT
+    judged = min(planned_tokens, _tokens(wire) or planned_tokens)
     said = (
         f"\n\nCosts are rises of perplexity on held-out text, ± one paired standard error "
-        f"of {options['sequences'] * HELD_OUT:,} tokens or more. Bytes are exact, against a bfloat16 pool; times are a "
+        f"of {judged:,} tokens or more. Bytes are exact, against a bfloat16 pool; times are a "
         "CPU's. "
         f"Model: {weights()}, computed in float32{_more(wire)}."
     )
     return table(("switch", "saves", "costs", "measured"), body) + said
+
+
+def _tokens(wire: Data) -> int:
+    """Tokens that bench-wire judged; 0 where its file does not say."""
+    options = wire.get("options", {})
+    return int(options.get("sequences", 0) * options.get("continuation", 0))
 
 
 def _more(wire: Data) -> str:
