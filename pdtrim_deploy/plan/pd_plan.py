@@ -220,6 +220,10 @@ class PDPlan(Frozen):
         """SHA-256 of the canonical JSON, 64 hex digits."""
         return hashlib.sha256(self.canonical_json().encode()).hexdigest()
 
+    def __hash__(self) -> int:
+        """Of the digest: a chunk's layout is looked up by its plan, many times a second."""
+        return hash(self.digest)
+
     @classmethod
     def parse(cls, data: Any, where: str) -> PDPlan:
         """A plan from parsed JSON; UserError names `where` it came from and what is wrong."""

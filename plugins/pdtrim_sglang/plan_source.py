@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,11 @@ def read_plan(model_path: str) -> PDPlan | None:
 
     """
     config = Path(model_path) / "config.json"
-    if not config.is_file():
-        return None
+    return _plan_in(config, config.stat().st_mtime_ns) if config.is_file() else None
+
+
+@lru_cache(maxsize=8)  # a worker asks at every step of its start-up
+def _plan_in(config: Path, changed: int) -> PDPlan | None:
     data = json.loads(config.read_text()).get("pdtrim")
     return None if data is None else PDPlan.parse(data, f"{config}, key pdtrim")
 

@@ -171,3 +171,11 @@ def test_key_offsets_that_cannot_be_are_refused(given, sentence):
     data = OLD.model_dump(mode="json") | {"key_offsets": OFFSETS.model_dump() | given}
     with pytest.raises(UserError, match=sentence):
         PDPlan.parse(data, "x")
+
+
+def test_equal_plans_are_one_key() -> None:
+    plan = PDPlan.dense(SHAPE)
+    other = PDPlan.parse(json.loads(plan.canonical_json()), "here")
+    assert other is not plan
+    assert {plan: 1}[other] == 1
+    assert hash(plan) != hash(plan.with_kv((KVSend(wire_dtype="int8"),) * len(plan.kv)))
