@@ -15,7 +15,7 @@ import click
 
 from pdtrim_deploy import __version__
 from pdtrim_deploy.cli.exit_codes import EXIT_CODES
-from pdtrim_deploy.cli.interrupt import OTHERWISE, RESUME, install
+from pdtrim_deploy.cli.interrupt import OTHERWISE, RESUME, install, pressed
 from pdtrim_deploy.errors import ServingError, UserError
 
 # Heading -> command -> module and attribute, in the order of the way through the house.
@@ -131,8 +131,7 @@ def main(args: Sequence[str] | None = None) -> None:
         error.show()
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        command = next((word for word in said if word in COMMANDS), "")
-        _die(f"stopped by Ctrl-C; {RESUME.get(command, OTHERWISE)}", 130)
+        _stopped(said)
     except ModuleNotFoundError as error:
         extra = EXTRA_OF.get((error.name or "").split(".")[0])
         if extra is None:
@@ -146,7 +145,16 @@ def main(args: Sequence[str] | None = None) -> None:
             raise
         place = error.filename2 or error.filename or "cannot write"  # the second: what a file was to replace
         _die(f"{place}: {error.strerror}; mend that and run the same command again", 2)
+    except Exception:
+        if pressed():  # numpy, whose import was cut short and then tried again, has another error for it
+            _stopped(said)
+        raise
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _stopped(said: Sequence[str]) -> None:
+    command = next((word for word in said if word in COMMANDS), "")
+    _die(f"stopped by Ctrl-C; {RESUME.get(command, OTHERWISE)}", 130)
 
 
 def _die(message: str, code: int) -> None:

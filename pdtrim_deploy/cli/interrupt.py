@@ -45,10 +45,15 @@ def install() -> None:
             signal.signal(number, _ended)
 
 
+def pressed() -> bool:
+    """Whether Ctrl-C was pressed."""
+    handler = signal.getsignal(signal.SIGINT)
+    return isinstance(handler, Interrupt) and handler.asked
+
+
 def obey() -> None:
     """Raise KeyboardInterrupt when Ctrl-C was pressed and we still run."""
-    handler = signal.getsignal(signal.SIGINT)
-    if isinstance(handler, Interrupt) and handler.asked:
+    if pressed():
         raise KeyboardInterrupt
 
 

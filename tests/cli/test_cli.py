@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -239,6 +241,24 @@ def test_ctrl_c_is_130(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
 
     monkeypatch.setattr("pdtrim_deploy.recipe.Recipe.load", interrupted)
     code, out, err = run(capsys, "recipe", "show", "x.yaml")
+    assert (code, out.strip()) == (130, "")
+    assert err.strip() == "pdtrim-deploy: stopped by Ctrl-C; run the same command again"
+
+
+def test_ctrl_c_that_a_library_turned_into_its_own_error_is_130_too(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def swallowed(*_: object, **__: object) -> None:
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        raise ImportError("cannot load module more than once per process")  # numpy, whose import is tried again
+
+    monkeypatch.setattr("pdtrim_deploy.recipe.Recipe.load", swallowed)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        code, out, err = run(capsys, "recipe", "show", "x.yaml")
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert (code, out.strip()) == (130, "")
     assert err.strip() == "pdtrim-deploy: stopped by Ctrl-C; run the same command again"
 

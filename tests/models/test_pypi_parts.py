@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("gguf")
 
-from tests.checkpoints.test_gguf import write_gguf
+from tinygguf import write_gguf
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.local.cache import Cache
