@@ -1,4 +1,4 @@
-"""A decode batch over SGLang's own KV pool, and attention written down plainly, for the tests of decode backends."""
+"""A decode batch over SGLang's own KV pool, and a plain reference of attention, for tests of decode backends."""
 
 import copy
 import json
@@ -26,7 +26,7 @@ def sparse(n_first, n_last):
 
 
 def layer_of(index):
-    """What SGLang's RadixAttention tells a backend."""
+    """The attributes of SGLang's RadixAttention that a backend reads."""
     return SimpleNamespace(
         layer_id=index, tp_q_head_num=HEADS, tp_k_head_num=KV_HEADS, tp_v_head_num=KV_HEADS, qk_head_dim=DIM,
         v_head_dim=DIM, head_dim=DIM, scaling=DIM**-0.5, is_cross_attention=False, sliding_window_size=-1,
@@ -86,7 +86,7 @@ class Batch:
         return part
 
     def note_prompts(self):
-        """What the hook on `_pre_alloc` does; after the backend has been made."""
+        """Do what the hook on `_pre_alloc` does, after the backend was created."""
         prompts = torch.tensor([prompt for prompt, _ in self.requests])
         self.rows.pdtrim_prompt_tokens[self.forward.req_pool_indices] = prompts
 
@@ -97,7 +97,7 @@ class Batch:
         return torch.stack([backend.forward_decode(*step, layer_of(i), self.forward) for i in range(len(self.plan.kv))])
 
     def expected(self):
-        """The same from the rule alone, one request, layer and head at a time."""
+        """The same, computed from the rule, one request, layer and head at a time."""
         out = torch.empty(len(self.plan.kv), len(self.requests), HEADS, DIM)
         for layer, send in enumerate(self.plan.kv):
             for i, (prompt, generated) in enumerate(self.requests):

@@ -31,7 +31,7 @@ PAIRS = ("dense", "pruned")
 
 @dataclass(frozen=True)
 class Demo:
-    """One run. `show` wraps steps and `note` says what goes on inside; `rounds` alternate between the pairs."""
+    """One run. `show` wraps steps and `note` reports progress inside them; `rounds` alternate between the pairs."""
 
     recipe: Recipe
     out: Path
@@ -56,7 +56,7 @@ class Demo:
         quality = self._quality(bundles["pruned"])
         with ExitStack() as stack:
             clusters = {}
-            for name in reversed(PAIRS):  # the pruned pair first: the check has the machine to itself
+            for name in reversed(PAIRS):  # the pruned pair first: nothing else runs during the check
                 starting = cluster_of(bundles[name], environment=serve, log_dir=self.out / "logs" / name, say=self.note)
                 with self.show(f"serve the {name} pair"):
                     clusters[name] = stack.enter_context(starting)
