@@ -101,9 +101,9 @@ class Batch:
         out = torch.empty(len(self.plan.kv), len(self.requests), HEADS, DIM)
         for layer, send in enumerate(self.plan.kv):
             for i, (prompt, generated) in enumerate(self.requests):
-                kept = [p for lo, hi in send.row_ranges(prompt) for p in range(lo, hi)]
-                kept += range(prompt, prompt + generated)
-                slots = self.rows.req_to_token[self.forward.req_pool_indices[i], kept].long()
+                positions = [p for lo, hi in send.row_ranges(prompt) for p in range(lo, hi)]
+                positions += range(prompt, prompt + generated)
+                slots = self.rows.req_to_token[self.forward.req_pool_indices[i], positions].long()
                 keys, values = self.pool.k_buffer[layer][slots], self.pool.v_buffer[layer][slots]
                 keys[-1], values[-1] = self.keys[i], self.values[i]
                 for head, query in enumerate(self.queries[i].view(HEADS, DIM)):

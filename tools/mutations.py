@@ -164,10 +164,10 @@ def main() -> None:
             sys.exit(2)
         rows = []
         for mutation in mutations:
-            whole = (tree / mutation.file).read_text()
+            original = (tree / mutation.file).read_text()
             (tree / mutation.file).write_text(mutation.applied(tree))
             caught = failures(runners, tree, mutation.tests)
-            (tree / mutation.file).write_text(whole)
+            (tree / mutation.file).write_text(original)
             rows.append({"file": str(mutation.file), "old": mutation.old, "new": mutation.new, "caught_by": caught})
             print(f"{'caught' if caught else 'MISSED'}  {mutation.file}: {mutation.new}", flush=True)
             for name in caught[:1]:

@@ -61,7 +61,7 @@ def demo(
     from pdtrim_deploy.cli.demo_run import Demo
     from pdtrim_deploy.cli.progress import Progress
     from pdtrim_deploy.cli.screen import console
-    from pdtrim_deploy.doctor import Asked, require
+    from pdtrim_deploy.doctor import CheckContext, require
     from pdtrim_deploy.loadtest import Scenario
     from pdtrim_deploy.loadtest.rounds import check_dealt
     from pdtrim_deploy.recipe import Recipe
@@ -79,7 +79,7 @@ def demo(
     for given, read in ((pareto, read_pareto), (faults, read_faults)):
         if given is not None:
             read(given)  # a wrong file is said now, not after the load
-    require("demo", Asked(recipe, out, cache, serve_python))
+    require("demo", CheckContext(recipe, out, cache, serve_python))
     load = Scenario.closed(requests, concurrency, prompt_tokens, output_tokens, seed=seed)
     metrics = Demo(recipe, out, cache, load, command, progress.show, progress.note, rounds, serve_python).run()
     written = out / "report" / "report.html"

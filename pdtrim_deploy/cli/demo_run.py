@@ -84,8 +84,8 @@ class Demo:
     def _build(self, name: str) -> Bundle:
         recipe = self.recipe
         if name == "dense":
-            kept = {section: getattr(recipe, section) for section in ("model", "calibration", "evaluation")}
-            recipe = Recipe(name=f"{recipe.name}-dense", **kept)
+            sections = {section: getattr(recipe, section) for section in ("model", "calibration", "evaluation")}
+            recipe = Recipe(name=f"{recipe.name}-dense", **sections)
         with self.show(f"build the {name} bundle"):
             return build(recipe, self.out / name, self.cache, self.note)
 
@@ -93,25 +93,25 @@ class Demo:
         from pdtrim_deploy.evaluation.quality import judge_bundle
 
         with self.show("perplexity, dense and PD"):
-            found = judge_bundle(bundle, self.cache, environment(self.command), note=self.note)
-        write_atomic(bundle.reports_dir / "eval.json", found.model_dump_json(indent=2) + "\n")
-        refresh_cards(bundle.path, found)
-        return QualityFigures(dense_ppl=found.dense.ppl, pd_ppl=found.pd.ppl, ratio=found.ratio)
+            quality = judge_bundle(bundle, self.cache, environment(self.command), note=self.note)
+        write_atomic(bundle.reports_dir / "eval.json", quality.model_dump_json(indent=2) + "\n")
+        refresh_cards(bundle.path, quality)
+        return QualityFigures(dense_ppl=quality.dense.ppl, pd_ppl=quality.pd.ppl, ratio=quality.ratio)
 
     def _fidelity(self, bundle: Bundle, cluster: Cluster) -> FidelityFigures:
         from pdtrim_deploy.evaluation.fidelity import run_fidelity
 
         with self.show("fidelity of the served pair"):
-            found = run_fidelity(bundle, cluster.url, self.cache, progress=self.note)
-        made = {"seed": 0, "plan": bundle.plan.digest, "environment": environment(self.command)}
-        write_atomic(bundle.reports_dir / "fidelity.json", json.dumps(found.to_json() | made, indent=2) + "\n")
+            result = run_fidelity(bundle, cluster.url, self.cache, progress=self.note)
+        provenance = {"seed": 0, "plan": bundle.plan.digest, "environment": environment(self.command)}
+        write_atomic(bundle.reports_dir / "fidelity.json", json.dumps(result.to_json() | provenance, indent=2) + "\n")
         return FidelityFigures(
-            requests=found.requests,
-            max_logprob_error=found.max_logprob_error,
-            tolerance=found.tolerance,
-            controls=len(found.controls),
-            controls_detected=sum(found.controls_detected.values()),
-            passed=found.passed,
+            requests=result.requests,
+            max_logprob_error=result.max_logprob_error,
+            tolerance=result.tolerance,
+            controls=len(result.controls),
+            controls_detected=sum(result.controls_detected.values()),
+            passed=result.passed,
         )
 
     def _load(self, clusters: dict[str, Cluster]) -> Rounds:

@@ -21,7 +21,7 @@ class Progress:
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
         self._live: Status | None = None
         self._step = ""
-        self._said = 0.0
+        self._noted_at = 0.0
 
     @contextmanager
     def show(self, name: str, done: bool = False) -> Iterator[None]:
@@ -46,6 +46,6 @@ class Progress:
         obey()
         if self._live is not None:
             self._live.update(f"{self._step}: {escape(text)}")
-        elif time.perf_counter() - self._said > 2:
-            self._said = time.perf_counter()
+        elif time.perf_counter() - self._noted_at > 2:
+            self._noted_at = time.perf_counter()
             self._console.print(f"  {escape(text)}")

@@ -47,9 +47,9 @@ class PlanFigures(_Frozen):
             prefill_pairs=sum(action.kind == "distilled" for action in plan.prefill) // 2,
             decode_pairs=sum(action.kind == "distilled" for action in plan.decode) // 2,
             sparse_layers=len(sparse),
-            n_first=_one([send.n_first for send in sparse]),
-            n_last=_one([send.n_last for send in sparse]),
-            wire_dtype=_one([send.wire_dtype for send in plan.kv]),
+            n_first=_common([send.n_first for send in sparse]),
+            n_last=_common([send.n_last for send in sparse]),
+            wire_dtype=_common([send.wire_dtype for send in plan.kv]),
         )
 
 
@@ -83,19 +83,19 @@ class TransferFigures(_Frozen):
     def of(cls, plan: PDPlan, prompt_tokens: list[int], pruned: Counted, dense: Counted) -> TransferFigures:
         """From the prompt lengths of all requests and what was counted while they ran; 0 where nothing was sent."""
         count, many = max(1, len(prompt_tokens)), max(1, pruned.requests)
-        wanted = sum(map(plan.dense_bytes, prompt_tokens))
+        dense_total = sum(map(plan.dense_bytes, prompt_tokens))
         planned = sum(map(plan.payload_bytes, prompt_tokens))
         measured = pruned.payload_bytes / many
-        said, counted = (planned, wanted), (pruned.payload_bytes, dense.payload_bytes)
+        expected, counted = (planned, dense_total), (pruned.payload_bytes, dense.payload_bytes)
         return cls(
             requests=pruned.requests,
             prompt_tokens=sum(prompt_tokens) / count,
-            dense_bytes=wanted / count,
+            dense_bytes=dense_total / count,
             planned_bytes=planned / count,
             measured_bytes=measured,
             dense_measured_bytes=dense.payload_bytes / max(1, dense.requests),
-            reduction=round(wanted / count / measured, 4) if measured else 0.0,
-            exact=said == counted,
+            reduction=round(dense_total / count / measured, 4) if measured else 0.0,
+            exact=expected == counted,
         )
 
 
@@ -156,23 +156,23 @@ class Metrics(_Frozen):
     @property
     def problems(self) -> list[str]:
         """What a reader must know before believing the rest; empty when all is well."""
-        found = []
+        sentences = []
         if not self.fidelity.passed:
-            found.append("the served pair does not match the oracle, or a control was not told apart")
+            sentences.append("the served pair does not match the oracle, or a control was not told apart")
         if not self.transfer.exact:
-            found.append("the bytes counted are not those of the plan")
-        found += [
+            sentences.append("the bytes counted are not those of the plan")
+        sentences += [
             f"{figures.failed} requests of the {name} pair failed"
             for name, figures in self.load.items()
             if figures.failed
         ]
-        return found
+        return sentences
 
     def write(self, path: Path) -> None:
         """Write metrics.json whole or not at all."""
         write_atomic(path, json.dumps(self.model_dump(mode="json"), indent=2) + "\n")
 
 
-def _one(values: list[Any]) -> Any:
+def _common(values: list[Any]) -> Any:
     distinct = sorted(set(values))
     return None if not distinct else distinct[0] if len(distinct) == 1 else distinct

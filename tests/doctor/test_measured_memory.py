@@ -33,9 +33,9 @@ def measured_and_foretold(tmp_path: Path, cache: Cache, folder: Path, prompt: in
         check=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
-    wanted = resources.needs(Recipe.load(recipe))
-    assert wanted is not None
-    return [float(done.stdout.split()[-1]), wanted.build]
+    needs = resources.needs(Recipe.load(recipe))
+    assert needs is not None
+    return [float(done.stdout.split()[-1]), needs.build]
 
 
 def test_of_a_tiny_model_with_long_prompts(tmp_path: Path, cache: Cache, tiny_model: Callable[..., Path]) -> None:

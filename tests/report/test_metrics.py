@@ -79,13 +79,13 @@ def test_the_keys_that_others_read(tmp_path) -> None:
     import json
 
     seen = json.loads((tmp_path / "report" / "metrics.json").read_text())
-    wanted = {
+    expected = {
         "plan": "digest blocks prefill_dropped decode_dropped sparse_layers n_first n_last wire_dtype",
         "transfer": "prompt_tokens dense_bytes planned_bytes measured_bytes reduction",
         "quality": "dense_ppl pd_ppl ratio",
         "fidelity": "requests max_logprob_error controls_detected",
     }
-    for section, keys in wanted.items():
+    for section, keys in expected.items():
         assert set(keys.split()) <= set(seen[section])
     for pair in ("dense", "pruned"):
         assert {"requests", "failed", "ttft_ms_p50", "itl_ms_p50", "output_tokens_per_s"} <= set(seen["load"][pair])
@@ -94,8 +94,12 @@ def test_the_keys_that_others_read(tmp_path) -> None:
 
 def test_tables_fit_a_terminal() -> None:
     console = Console(width=80, record=True)
-    found = metrics()
-    for table in (plan_table(PLAN, 10), metrics_table(found), load_table({n: f.detail for n, f in found.load.items()})):
+    figures = metrics()
+    for table in (
+        plan_table(PLAN, 10),
+        metrics_table(figures),
+        load_table({n: f.detail for n, f in figures.load.items()}),
+    ):
         console.print(table)
     text = console.export_text()
     assert max(map(len, text.splitlines())) <= 80

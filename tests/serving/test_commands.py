@@ -79,11 +79,11 @@ def test_a_cpu_worker_sleeps_when_idle_and_listens_on_loopback_only(stage):
 
 def test_a_gpu_worker_gets_none_of_the_cpu_options_and_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setattr(commands, "gpu_count", lambda: 2)
-    made = [commands.worker_command(PYTHON, w, 3) for w in spec(device="cuda").workers]
-    for command in made:
+    built = [commands.worker_command(PYTHON, w, 3) for w in spec(device="cuda").workers]
+    for command in built:
         assert not {"--attention-backend", "--sleep-on-idle", "--disable-overlap-schedule"} & set(command)
-    assert [value(command, "--base-gpu-id") for command in made] == ["0", "1", "0"]
-    assert {value(command, "--mem-fraction-static") for command in made} == {"0.42"}
+    assert [value(command, "--base-gpu-id") for command in built] == ["0", "1", "0"]
+    assert {value(command, "--mem-fraction-static") for command in built} == {"0.42"}
 
 
 def test_on_a_gpu_decode_of_a_sparse_plan_gets_the_backend_that_knows_sparse_layers(monkeypatch):
@@ -182,22 +182,22 @@ def test_transport_options_travel_beside_the_secret(tmp_path):
     spec = ClusterSpec.on_loopback(tmp_path, tmp_path)
     worker = replace(spec.workers[0], transport={"stall_seconds": 3})
     command = commands.worker_command(Path("python"), worker, 2, tmp_path / "secret")
-    said = json.loads(command[command.index("--json-model-override-args") + 1])
-    assert said == {"pdtrim_secret_file": str(tmp_path / "secret"), "pdtrim_transport": {"stall_seconds": 3}}
+    override = json.loads(command[command.index("--json-model-override-args") + 1])
+    assert override == {"pdtrim_secret_file": str(tmp_path / "secret"), "pdtrim_transport": {"stall_seconds": 3}}
 
 
 @pytest.mark.parametrize(
-    ("backend", "told", "says"),
+    ("backend", "options", "says"),
     [
         ("pdtrim_mooncake", {}, "without authentication"),
         ("pdtrim_mooncake", {"accept_unauthenticated": True}, "needs the Python package mooncake-transfer-engine"),
         ("pdtrim_nixl", {}, r"needs the Python package nixl-cu12.* -m pip install --no-deps nixl-cu12"),
     ],
 )
-def test_a_transport_that_cannot_be_used_is_refused_before_a_worker_starts(tmp_path, backend, told, says):
+def test_a_transport_that_cannot_be_used_is_refused_before_a_worker_starts(tmp_path, backend, options, says):
     lacks = tmp_path / "python"
     lacks.write_text("#!/bin/sh\nexit 1\n")
     lacks.chmod(0o755)
     with pytest.raises(UserError, match=says):
-        require_transport(ServeEnvironment(lacks), backend, told)
+        require_transport(ServeEnvironment(lacks), backend, options)
     require_transport(ServeEnvironment(lacks), "pdtrim_tcp", {})

@@ -37,6 +37,6 @@ def test_what_cuda_visible_devices_leaves(eight, monkeypatch, visible, count):
 def test_a_worker_is_told_of_a_gpu_that_it_sees(eight, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
     workers = ClusterSpec.on_loopback(Path("m"), Path("m"), options=WorkerOptions(device="cuda")).workers
-    made = [commands.worker_command(Path("python"), worker, 2) for worker in workers]
-    assert [words[words.index("--base-gpu-id") + 1] for words in made] == ["0", "0"]
-    assert all("--mem-fraction-static" in words for words in made)  # they share it
+    built = [commands.worker_command(Path("python"), worker, 2) for worker in workers]
+    assert [words[words.index("--base-gpu-id") + 1] for words in built] == ["0", "0"]
+    assert all("--mem-fraction-static" in words for words in built)  # they share it
