@@ -12,7 +12,7 @@ from pdtrim_deploy.local.machine import memory
 from pdtrim_deploy.local.processor import compute_dtype
 from pdtrim_deploy.models.config import read_config
 from pdtrim_deploy.models.shape import config_of
-from pdtrim_deploy.models.weights import block_sizes, parameters
+from pdtrim_deploy.models.weights import ModelSizes
 from pdtrim_deploy.pipeline.heal import needed
 from pdtrim_deploy.plan.wire import ITEM_BYTES
 from pdtrim_deploy.pruning.cost import fitted_bytes, search_cost
@@ -51,7 +51,7 @@ def needs(recipe: Recipe, workers: int = 0) -> Needs | None:
     if path is None:
         return None
     config = read_config(path)
-    count, item = parameters(config), ITEM_BYTES[recipe.model.dtype]
+    count, item = ModelSizes.of(config).total, ITEM_BYTES[recipe.model.dtype]
     computed = compute_dtype(recipe.model.dtype)
     converted = 0 if recipe.model.source.startswith("hf:") else count * 4
     engines = len(recipe.targets.asked) * 2 * count * 4
@@ -75,27 +75,30 @@ def needs(recipe: Recipe, workers: int = 0) -> Needs | None:
 
 def _measured_on(recipe: Recipe, config: dict[str, Any]) -> int:
     """Weights in memory at a time while something is measured on them, hidden states of a bounded search included."""
-    asked, (blocks, block, ends) = recipe.pruning, block_sizes(config)
+    asked, sizes = recipe.pruning, ModelSizes.of(config)
     healed = needed(recipe) and recipe.healing.trains
     whole = recipe.kv.method not in FIXED_KV or healed or recipe.healing.kv_steps > 0
     if asked.blocks_in_memory is None or whole:
-        return blocks * block + ends if whole or asked.decode_blocks or recipe.kv.measures_offsets else 0
+        return sizes.total if whole or asked.decode_blocks or recipe.kv.measures_offsets else 0
     taught = 4 if asked.distil else 0  # both parents, and both blocks that a student may begin as
-    return ends + (min(blocks, asked.blocks_in_memory) + taught) * block + (asked.memory_mb << 20) // 4
+    held = min(sizes.blocks, asked.blocks_in_memory) + taught
+    return sizes.ends + held * sizes.block + (asked.memory_mb << 20) // 4
 
 
 def _trained(recipe: Recipe, config: dict[str, Any]) -> int:
     """Weights that take gradient steps at a time: a stage's blocks, or one student's."""
-    pruning, healing, (blocks, block, _) = recipe.pruning, recipe.healing, block_sizes(config)
+    pruning, healing, sizes = recipe.pruning, recipe.healing, ModelSizes.of(config)
     decode_steps = healing.decode_steps or healing.kv_steps
     steps = ((healing.prefill_steps, pruning.prefill_blocks), (decode_steps, pruning.decode_blocks))
-    return block * max([blocks - gone for wanted, gone in steps if wanted] + [1 if recipe.students.steps else 0])
+    return sizes.block * max(
+        [sizes.blocks - gone for wanted, gone in steps if wanted] + [1 if recipe.students.steps else 0]
+    )
 
 
 def _fitted(recipe: Recipe, config: dict[str, Any]) -> int:
     """Bytes of one block's normal equations and of new maps, where blocks are fitted."""
     refits = needed(recipe) and recipe.healing.compensation == "least-squares"
-    return fitted_bytes(config, recipe.pruning, refits) if refits or recipe.pruning.distil else 0
+    return fitted_bytes(ModelSizes.of(config), recipe.pruning, refits) if refits or recipe.pruning.distil else 0
 
 
 @dataclass(frozen=True)
