@@ -60,7 +60,7 @@ test-unit-build:
 	  -m "not serve" -n $(TEST_WORKERS) --dist loadfile
 
 test-unit-serve:
-	$(TEST_ENV) OMP_NUM_THREADS=1 $(SERVE)/python $(PYTEST) tests/pdtrim_sglang tests/kvcache/test_triton_pack.py -m "not serve"
+	$(TEST_ENV) OMP_NUM_THREADS=1 $(SERVE)/python $(PYTEST) tests/pdtrim_sglang tests/kvcache/test_gpu.py -m "not serve"
 
 test-docs: setup-docs  ## documentation, manifests against the Kubernetes schemas, the Dockerfile
 	$(DOCS)/python $(PYTEST) tests/docs
@@ -95,6 +95,9 @@ deploy: setup-build  ## write the examples in deploy/ from the code
 	$(BUILD)/python tools/deploy_base.py
 
 bench: $(addprefix bench-,$(BENCHMARKS))  ## run every benchmarks/NAME.py (one: make bench-NAME)
+
+bench-launches: setup  # Triton lies in the environment that serves
+	$(SERVE)/python benchmarks/launches.py
 
 bench-%: setup
 	$(BUILD)/python benchmarks/$*.py
