@@ -76,7 +76,7 @@ class PrefillSide:
     def stage_in_engine(self) -> Staging:
         """From now on an engine packs what its forward passes compute; called before the first request."""
         keys = self._pool.keys[0]
-        arena = Arena(self._config.staging_bytes, pinned=keys.is_cuda)
+        arena = Arena(self._config.staging_bytes, keys.device)
         self.staging = Staging(self._plan, self._pool.kv_heads, keys.dtype, arena)
         return self.staging
 
