@@ -16,9 +16,9 @@ from pdtrim_deploy.recipe.seed import MOST_SEED
 @click.argument("recipe_file", metavar="RECIPE", type=options.path)
 @click.option("--out", type=options.path, required=True, help="Folder for bundles, logs and report.")
 @click.option(
-    "--requests", type=options.some_requests, default=48, show_default=True, help="Of each pair, in all rounds."
+    "--requests", type=options.some_requests, default=16, show_default=True, help="Of each pair, in all rounds."
 )
-@click.option("--concurrency", type=options.some_clients, default=2, show_default=True)
+@click.option("--concurrency", type=options.some_clients, default=1, show_default=True)
 @click.option("--rounds", type=click.IntRange(1, MOST_ROUNDS), default=8, show_default=True, help="Turns of each pair.")
 @click.option("--prompt-tokens", type=options.Lengths(), default="320", show_default=True)
 @click.option("--output-tokens", type=options.Lengths(), default="24", show_default=True)
@@ -55,7 +55,7 @@ def demo(
 
     The figures are written to OUT/report/metrics.json, and on one page to OUT/report/report.html. KV of both pairs goes
     over a relay on loopback, a link of stated speed. At 50 Mb/s the KV of a dense prompt of SmolLM2-135M takes about as
-    long as its prefill on a CPU core, as that of Llama-3.1-8B does at 25 Gb/s beside an H100 (arithmetic).
+    long as its prefill on two CPU cores, as that of Llama-3.1-8B does at 25 Gb/s beside an H100 (arithmetic).
     Exit code 1 when the served pair is not what the plan says, a request failed, or an engine could not be built.
 
     \b

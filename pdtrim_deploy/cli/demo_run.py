@@ -7,6 +7,7 @@ a pair whose KV travels wider than it would from a bfloat16 pool gets a link tha
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ from pdtrim_deploy.serving.metrics import scrape, total
 from pdtrim_deploy.worker.decode_pool import SplitPool
 
 PAIRS = ("dense", "pruned")
+NEW_TOKENS = 8  # of each prompt of the fidelity check
 POOL_GB = "sglang:kv_cache_memory_usage_gb"  # of SGLang 0.5.23: 2**30 bytes
 
 
@@ -112,7 +114,9 @@ class Demo:
         """Not yet started; layers that the plan cuts get pools of their own, sized for requests of the load."""
         cut = any(send.mode == "sparse" for send in bundle.plan.kv)
         split = SplitPool(isl=_longest(self.load.input), osl=_longest(self.load.output)) if cut else None
-        options = WorkerOptions(served_model_name=name, split_pool=split)
+        # One request at a time: each stage computes alone, as on a machine of its own.
+        threads = len(os.sched_getaffinity(0)) if self.load.arrivals.clients == 1 else None
+        options = WorkerOptions(served_model_name=name, split_pool=split, threads=threads)
         log_dir = self.out / "logs" / name
         cluster = cluster_of(bundle, options=options, environment=serve, log_dir=log_dir, say=self.note)
         return cluster if self.link is None else throttled(cluster, self._relay(self.link, bundle))
@@ -145,7 +149,7 @@ class Demo:
         from pdtrim_deploy.evaluation.fidelity import run_fidelity
 
         with self.show("fidelity of the served pair"):
-            result = run_fidelity(bundle, cluster.url, self.cache, progress=self.note)
+            result = run_fidelity(bundle, cluster.url, self.cache, NEW_TOKENS, progress=self.note)
         about = {"seed": 0, "plan": bundle.plan.digest, "environment": environment(self.command)}
         write_atomic(bundle.reports_dir / "fidelity.json", json.dumps(result.to_json() | about, indent=2) + "\n")
         return FidelityFigures(
