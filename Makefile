@@ -5,7 +5,7 @@ SERVE = .venv/serve/bin
 DOCS = .venv/docs/bin
 RECIPE ?= recipes/smollm2-demo.yaml
 OUT ?= out/demo
-HEADLINE = --requests 64 --rounds 8 --output-tokens 64
+HEADLINE = --requests 64 --rounds 8 --output-tokens 64 --concurrency 4 --link none
 # For the page of `demo`: committed results, where they stand.
 PAGE = $(addprefix --pareto ,$(wildcard benchmarks/results/kv.json)) $(addprefix --faults ,$(wildcard benchmarks/results/faults.json))
 SOURCES = pdtrim_deploy builders plugins tests tools benchmarks
@@ -15,7 +15,7 @@ TEST_ENV = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} OMP_WAIT_POLICY=PASSIVE GOMP_S
 PYTEST = -m pytest --durations=5
 TEST_WORKERS ?= 2
 
-.PHONY: help setup setup-build setup-serve setup-docs setup-aiperf lock lint format test test-unit test-unit-build test-unit-serve test-docs test-serve test-faults mutations soak demo headline plugin docs deploy bench clean distclean
+.PHONY: help setup setup-build setup-serve setup-docs setup-aiperf lock lint format test test-unit test-unit-build test-unit-serve test-docs test-serve test-faults coverage mutations soak demo headline plugin docs deploy bench clean distclean
 .DEFAULT_GOAL := help
 
 help:  ## list these targets
@@ -68,6 +68,9 @@ test-docs: setup-docs  ## documentation, manifests against the Kubernetes schema
 # Two pairs at a time (12 GB of memory; TEST_WORKERS=1: half of it): one's start and the other's requests fill two cores.
 test-serve: setup  ## the tests that start SGLang servers
 	$(TEST_ENV) OMP_NUM_THREADS=1 $(BUILD)/python $(PYTEST) tests/serving tests/integration -m serve -n $(TEST_WORKERS) --dist loadgroup
+
+coverage: setup  ## line coverage of each package by the tests that start no server; twice their time; not part of make test
+	$(BUILD)/python tools/coverage_table.py
 
 mutations: setup  ## 39 one-line mutations of plugin, wire format and oracle: which test catches each; not part of make test
 	$(BUILD)/python tools/mutations.py

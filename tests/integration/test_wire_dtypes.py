@@ -3,19 +3,24 @@
 That it computes what the oracle says, and sends the bytes of the arithmetic: test_served_pair.py.
 """
 
+import json
 import re
 
 import pytest
 
-from pdtrim_deploy.plan import KVSend
+from pdtrim_deploy.plan import STAGES, KVSend
 from pdtrim_deploy.plan.wire import WIRE_DTYPES
 from pdtrim_deploy.worker.decode_pool import SplitPool, request_bytes
 
 pytestmark = [pytest.mark.serve, pytest.mark.model, pytest.mark.timeout(900), pytest.mark.xdist_group("tiny bundle")]
 
 
-def test_all_wire_dtypes_in_one_plan(mixed_bundle):
+def test_all_wire_dtypes_and_scaled_rope_in_one_bundle(mixed_bundle):
+    """Its rotation is Llama 3.1's: what test_served_pair.py compares with the oracle lies past its first context."""
     kv = mixed_bundle.plan.kv
+    for stage in STAGES:
+        rope = json.loads((mixed_bundle.stage_dir(stage) / "config.json").read_text())["rope_parameters"]
+        assert (rope["rope_type"], rope["original_max_position_embeddings"]) == ("llama3", 64)
     assert {send.wire_dtype for send in kv} == set(WIRE_DTYPES)
     assert len({(send.n_first, send.n_last) for send in kv}) == 6
 
