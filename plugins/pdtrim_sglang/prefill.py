@@ -48,8 +48,8 @@ class PrefillSide:
         config: TransportConfig,
     ) -> None:
         self._manager, self._plan, self._pool, self._aux, self._config = manager, plan, pool, aux, config
-        self._make_channel, _ = transport_named(transport)
-        self._make_channel.prepare(manager.local_ip, config)
+        self._transport = transport_named(transport)
+        self._transport.prepare(manager.local_ip, config)
         self._known: dict[str, Register] = {}
         self._peers: dict[str, Peer] = {}
         self._peers_lock = threading.Lock()
@@ -236,7 +236,7 @@ class PrefillSide:
         if session not in self._peers:
             known = self._known[session]
             context = (self, self._plan, self._pool, self._aux, self._manager.prefill_rank)
-            self._peers[session] = Peer(known.host, known.data_port, self._make_channel, self._config, *context)
+            self._peers[session] = Peer(known.host, known.data_port, self._transport.channel, self._config, *context)
         return self._peers[session]
 
     def _open(self, message: Room) -> None:
