@@ -14,6 +14,7 @@ from sglang.srt.disaggregation.common.conn import ABORT_TAG, AbortNotification
 
 from pdtrim_deploy.plan import PDPlan
 from pdtrim_sglang import vital
+from pdtrim_sglang.chunk_sizes import most_tokens
 from pdtrim_sglang.messages import Register, Room, parse
 from pdtrim_sglang.metrics import Held, TransferMetrics
 from pdtrim_sglang.pairing import RoomInfo, rejection
@@ -64,9 +65,8 @@ class PrefillSide:
 
     @property
     def max_chunk_tokens(self) -> int:
-        """Longest page-aligned chunk whose rows fit the staging buffer whatever its place in the prompt."""
-        page = self._pool.page_size
-        return self._config.staging_bytes // self._pool.token_bytes(self._plan) // page * page
+        """Longest chunk of whole pages whose rows fit a staging slot whatever its place in the prompt."""
+        return most_tokens(self._plan, self._pool.page_size, self._pool.kv_heads, self._config.staging_bytes)
 
     @property
     def on_gpu(self) -> bool:
