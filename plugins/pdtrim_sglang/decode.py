@@ -42,8 +42,7 @@ class DecodeSide:
         self._rooms: dict[int, DecodeRoom] = {}
         self._metrics = HeldMetrics()
         self._server: ReceiveServer | None = None
-        _, make_server = transport_named(transport)
-        self._server = server = make_server(manager.local_ip, self, config)
+        self._server = server = transport_named(transport).server(manager.local_ip, self, config)
         self.session = config.announce or f"{server.host}:{server.port}"
         vital.start("control channel", self._control)
 

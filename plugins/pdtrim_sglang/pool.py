@@ -12,7 +12,6 @@ from torch import Tensor
 from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
 from pdtrim_deploy.kvcache.layout import ChunkLayout
 from pdtrim_deploy.kvcache.pack import prepare
-from pdtrim_deploy.plan import PDPlan
 
 if TYPE_CHECKING:
     from pdtrim_sglang.split_pool.kept_slots import KeptSlots
@@ -79,10 +78,6 @@ class PoolView:
     def kv_heads(self) -> int:
         """KV heads that this rank holds."""
         return self.keys[0].shape[1]
-
-    def token_bytes(self, plan: PDPlan) -> int:
-        """Packed bytes of a prompt token at most: the one of a one-token prompt is sent by every layer."""
-        return plan.payload_bytes(1) * self.kv_heads // plan.model.num_kv_heads
 
     def slots(self, pages: Any, tokens: int) -> Tensor:
         """Slots (int64 `[tokens]`) of the first `tokens` tokens on `pages` (int array)."""

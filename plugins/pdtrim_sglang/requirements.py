@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from pdtrim_deploy.plan import STAGES, KVSend, PDPlan
 from pdtrim_deploy.worker.config import WorkerConfig
+from pdtrim_sglang.chunk_sizes import most_bytes
 
 if TYPE_CHECKING:
     from pdtrim_sglang.pool import PoolView
@@ -115,7 +116,7 @@ def check_window(config: Any, context_length: int | None) -> None:
 
 def check_staging(plan: PDPlan, pool: PoolView, staging_bytes: int) -> None:
     """Raise RuntimeError when a page, the least that is sent of a prompt, does not fit the staging buffer."""
-    page = pool.page_size * pool.token_bytes(plan)
+    page = most_bytes(plan, pool.page_size, pool.kv_heads)
     if page > staging_bytes:
         raise RuntimeError(
             f"pdtrim: staging_bytes {staging_bytes} hold no page of {pool.page_size} tokens of this model: give "
