@@ -143,8 +143,8 @@ class PDPlan(Frozen):
     @property
     def prefill_share(self) -> float:
         """What prefill computes, of the unpruned model's blocks: a layer for its K and V alone is `KV_ONLY_SHARE`."""
-        whole = len(self.prefill_layers) - len(self.kv_only_layers)
-        return (whole + KV_ONLY_SHARE * len(self.kv_only_layers)) / self.model.num_blocks
+        full_layers = len(self.prefill_layers) - len(self.kv_only_layers)
+        return (full_layers + KV_ONLY_SHARE * len(self.kv_only_layers)) / self.model.num_blocks
 
     @cached_property
     def prefill_layers(self) -> tuple[int, ...]:

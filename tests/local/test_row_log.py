@@ -102,14 +102,14 @@ def test_a_disk_that_is_full_is_one_sentence_and_half_a_row_goes(
 
 
 def test_a_value_is_made_once_and_is_the_same_read_or_made(tmp_path: Path) -> None:
-    made: list[int] = []
+    calls: list[int] = []
 
     def make() -> dict[str, tuple[int, ...]]:
-        made.append(1)
+        calls.append(1)
         return {"pair": (1, 2)}
 
     log = RowLog(tmp_path / "log")
     assert [log.value("a", make), log.value("a", make)] == [{"pair": [1, 2]}] * 2
     assert RowLog(tmp_path / "log").value("a", make) == {"pair": [1, 2]}
-    assert len(made) == 1
+    assert len(calls) == 1
     assert json.loads((tmp_path / "log").read_text().splitlines()[1])["name"] == "a"

@@ -69,8 +69,8 @@ def test_the_table_fits_a_terminal_and_says_how_to_read_it() -> None:
     console.print(savings_table(with_all()))
     text = console.export_text()
     assert max(map(len, text.splitlines())) <= 80
-    said = " ".join(text.split())
-    assert "3 rounds in turns (95% interval" in said
-    assert "50 Mb/s for KV of a bfloat16 pool" in said
-    assert "dense 49%, pruned 20% of TTFT" in said
-    assert "dense's lets 100 Mb/s through" in said
+    words = " ".join(text.split())
+    assert "3 rounds in turns (95% interval" in words
+    assert "50 Mb/s for KV of a bfloat16 pool" in words
+    assert "dense 49%, pruned 20% of TTFT" in words
+    assert "dense's lets 100 Mb/s through" in words
