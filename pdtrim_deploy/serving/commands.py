@@ -78,8 +78,6 @@ def worker_command(python: Path, worker: WorkerSpec, workers: int, secret: Path 
         if options.sparse and worker.stage == "decode":
             arguments["--attention-backend"] = SPARSE_BACKEND
             flags.append("--disable-cuda-graph")
-        if options.split_pool is not None and worker.stage == "decode":
-            arguments["--disaggregation-decode-retraction-backup"] = "none"
     pairs = [str(part) for pair in arguments.items() for part in pair]
     return [str(python), "-m", "sglang.launch_server", *pairs, *flags, *options.extra_args]
 

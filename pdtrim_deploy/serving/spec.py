@@ -22,7 +22,7 @@ class WorkerOptions:
     """What all workers of a cluster share.
 
     `threads` are OpenMP threads a worker (CPU only; None: the cores divided among the workers). `sparse` says that
-    decode has sparse layers, `split_pool` that these get pools of their own. `extra_args` go to
+    decode has sparse layers, `split_pool` for which requests their pools are sized. `extra_args` go to
     `sglang.launch_server` last: they win over anything chosen here.
     """
 

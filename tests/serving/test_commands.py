@@ -95,14 +95,15 @@ def test_on_a_gpu_decode_of_a_sparse_plan_gets_the_backend_that_knows_sparse_lay
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_a_split_pool_is_decodes_alone_and_is_not_backed_up(device):
+def test_sizes_of_pools_are_for_decode_alone(device):
     for worker in spec(device=device, sparse=True, split_pool=SplitPool(isl=40, osl=8)).workers:
         command = commands.worker_command(PYTHON, worker, 3)
         if worker.stage == "decode":
             assert json.loads(value(command, "--json-model-override-args")) == {
                 "pdtrim_decode_pool": {"isl": 40, "osl": 8}
             }
-            assert value(command, "--disaggregation-decode-retraction-backup") == "none"
+            # on a CPU; elsewhere the plugin chooses what can back up pools of different sizes
+            assert ("--disaggregation-decode-retraction-backup" in command) == (device == "cpu")
         else:
             assert "--json-model-override-args" not in command
 

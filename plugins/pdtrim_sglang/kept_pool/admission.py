@@ -1,4 +1,4 @@
-"""Whether the sparse layers' pools have room for one more request on a decode worker.
+"""Whether the pools of cut layers have room for one more request on a decode worker.
 
 As SGLang's own admission (`DecodePreallocQueue`, disaggregation/decode.py, 0.5.23): what the prompt takes at once, and
 for it and each request under way `--num-reserved-decode-tokens` of its answer, or what is left of that.
@@ -10,11 +10,15 @@ from collections.abc import Iterator
 from typing import Any
 
 
-def has_room(queue: Any, req: Any, prompt_tokens: int) -> bool:
-    """Whether `req`, which waits in `queue`, can be given slots; asked again later when not."""
-    growth = _growth(queue, req) + sum(_growth(queue, other) for other in _under_way(queue))
-    kept = queue.token_to_kv_pool_allocator.kept
-    return all(one.available >= one.rows(prompt_tokens) + growth for one in kept)
+def has_room(queue: Any, req: Any, prompt_tokens: int, generated: int = 0) -> bool:
+    """Whether `req`, which waits in `queue` with `generated` tokens, can be given pages; asked again later when not."""
+    kept = queue.token_to_kv_pool_allocator.get_kvcache().kept
+    own = kept.pages_for(prompt_tokens, generated + _growth(queue, req))
+    under_way = list(_under_way(queue))
+    if not under_way:  # one that would need more than there is goes alone, and ends where there is no more
+        own = [min(pages, group.pages) for pages, group in zip(own, kept.groups, strict=True)]
+    others = sum(-(-_growth(queue, other) // kept.page_size) for other in under_way)
+    return all(group.free_pages >= pages + others for group, pages in zip(kept.groups, own, strict=True))
 
 
 def _growth(queue: Any, req: Any) -> int:
