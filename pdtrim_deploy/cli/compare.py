@@ -119,7 +119,7 @@ def compare(
             f"give a slower one, or leave it out"
         )
     pair = [
-        Target.of(target, executors, serve_python, allow_remote, slow, _transport(backend, told))
+        Target.of(target, executors, serve_python, allow_remote, slow, _transport(backend, told), beside=True)
         for target, executors, backend, told in sides_asked
     ]
     asked = scenario.model_dump(mode="json", exclude_none=True)

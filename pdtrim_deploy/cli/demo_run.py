@@ -24,7 +24,7 @@ from pdtrim_deploy.report.metrics import (
     QualityFigures,
     TransferFigures,
 )
-from pdtrim_deploy.serving import Cluster, ServeEnvironment, cluster_of
+from pdtrim_deploy.serving import Cluster, ServeEnvironment, WorkerOptions, cluster_of
 
 PAIRS = ("dense", "pruned")
 
@@ -57,7 +57,10 @@ class Demo:
         with ExitStack() as stack:
             clusters = {}
             for name in reversed(PAIRS):  # the pruned pair first: the check has the machine to itself
-                starting = cluster_of(bundles[name], environment=serve, log_dir=self.out / "logs" / name, say=self.note)
+                bundle = bundles[name]
+                options = WorkerOptions.beside_others(served_model_name=bundle.path.resolve().name)
+                log_dir = self.out / "logs" / name
+                starting = cluster_of(bundle, options=options, environment=serve, log_dir=log_dir, say=self.note)
                 with self.show(f"serve the {name} pair"):
                     clusters[name] = stack.enter_context(starting)
                 if name == "pruned":

@@ -85,7 +85,9 @@ def fidelity(
     else:
         require("serve", Asked(serve_python=serve_python))
         found = ServeEnvironment.find(serve_python)
-        with cluster_of(opened, executors=executors, environment=found, say=say) as cluster:
+        with cluster_of(
+            opened, options=dry_runs.pair_options(opened), executors=executors, environment=found, say=say
+        ) as cluster:
             result = run(cluster.url)
     made = {"seed": seed, "plan": opened.plan.digest, "environment": environment(command)}
     text = json.dumps(result.to_json() | made, indent=2)
