@@ -116,7 +116,7 @@ class Demo:
         split = SplitPool(isl=_longest(self.load.input), osl=_longest(self.load.output)) if cut else None
         # One request at a time: each stage computes alone, as on a machine of its own.
         threads = len(os.sched_getaffinity(0)) if self.load.arrivals.clients == 1 else None
-        options = WorkerOptions(served_model_name=name, split_pool=split, threads=threads)
+        options = WorkerOptions.beside_others(served_model_name=name, split_pool=split, threads=threads)
         log_dir = self.out / "logs" / name
         cluster = cluster_of(bundle, options=options, environment=serve, log_dir=log_dir, say=self.note)
         return cluster if self.link is None else throttled(cluster, self._relay(self.link, bundle))
