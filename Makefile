@@ -69,7 +69,7 @@ test-docs: setup-docs  ## documentation, manifests against the Kubernetes schema
 test-serve: setup  ## the tests that start SGLang servers
 	$(TEST_ENV) OMP_NUM_THREADS=1 $(BUILD)/python $(PYTEST) tests/serving tests/integration -m serve -n $(TEST_WORKERS) --dist loadgroup
 
-mutations: setup  ## 39 one-line mutations of plugin, wire format and oracle: which test catches each; not part of make test
+mutations: setup  ## 40 one-line mutations of plugin, wire format and oracle: which test catches each; not part of make test
 	$(BUILD)/python tools/mutations.py
 
 test-faults: setup  ## kill, stop, cut and flood a running pair; not part of make test
