@@ -11,6 +11,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,10 +44,10 @@ def kernel_rows(device: torch.device | None = None) -> Iterator[Row]:
         return
     for wire in WIRE_DTYPES:
         for dtype in DTYPES:
-            yield _row(f"kernels: bits, {wire} from {dtype}", lambda w=wire, d=dtype: bits(device, w, d))
+            yield _row(f"kernels: bits, {wire} from {dtype}", partial(bits, device, wire, dtype))
     for wire in WIRE_DTYPES:
-        yield _row(f"kernels: bandwidth, {wire}", lambda w=wire: bandwidth(device, w))
-        yield _row(f"kernels: launches, {wire}", lambda w=wire: launches(device, w))
+        yield _row(f"kernels: bandwidth, {wire}", partial(bandwidth, device, wire))
+        yield _row(f"kernels: launches, {wire}", partial(launches, device, wire))
 
 
 def _row(part: str, check: Callable[[], Figure]) -> Row:
@@ -84,10 +85,10 @@ def bits(device: torch.device, wire: WireDtype, dtype: NativeDtype, tokens: int 
             bad = int((packed != got).sum())
             rest = sum(int((_as_words(a) != _as_words(b)).sum()) for a, b in zip(pools, moved, strict=True))
             if bad or rest:
+                there_keys, there_values = ([pool.to(device) for pool in side] for side in (keys, values))
                 own = torch_pack.pack(
-                    layout, *([p.to(device) for p in side] for side in (keys, values)), here.to(device),
-                    offsets=offsets.to(device),
-                ).cpu()  # fmt: skip
+                    layout, there_keys, there_values, here.to(device), offsets=offsets.to(device)
+                ).cpu()
                 raise AssertionError(
                     f"head size {head_dim}, tokens {start} to {stop}: {bad} of {len(packed)} packed bytes and {rest} "
                     f"unpacked values differ from torch's on the CPU; of torch's own on the device "

@@ -17,7 +17,8 @@ from pdtrim_deploy.kvcache.cpu import library as cpu
 from pdtrim_deploy.kvcache.cpu import move as cpu_move
 from pdtrim_deploy.kvcache.gpu import library as gpu
 from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
-from pdtrim_deploy.kvcache.layout import ChunkLayout
+from pdtrim_deploy.kvcache.layout import ChunkLayout, chunk_layout
+from pdtrim_deploy.plan import PDPlan
 
 
 def pack(
@@ -71,7 +72,8 @@ def unpack(
 
     Args:
         packed: uint8, `layout.total_bytes` long, as `pack` made it, aligned to 4 bytes; in host memory or on the
-            pool's device, whose current stream then writes the rows.
+            pool's device, whose current stream then writes the rows. Pinned memory is read by that stream: keep it
+            until then.
         keys, values: one pool tensor per *decode* layer, `[pool_slots, kv_heads, head_dim]`, or views as of `pack`.
         slots: int64 `[stop - start]`, the pool slot of each token of the chunk.
         offsets: as of `pack`.
@@ -82,7 +84,7 @@ def unpack(
 
     """
     offsets = None if offsets is None else offsets.to(slots.device)
-    packed = packed.to(slots.device)
+    packed = packed.to(slots.device, non_blocking=True)
     if not _move(layout, packed, keys, values, slots, offsets, pack=False):
         torch_pack.unpack(layout, packed, keys, values, slots, offsets)
 
@@ -99,9 +101,22 @@ def check(device: torch.device) -> None:
         form.check(device)
 
 
-def prepare() -> None:
-    """Compile and load now what the first `pack` on a CPU would wait for: seconds, once a machine."""
-    cpu.library()
+def prepare(plan: PDPlan | None = None, pool: Tensor | None = None, offsets: KeyOffsets | None = None) -> None:
+    """Compile and load now what the first `pack` would wait for: seconds, once a machine.
+
+    On a GPU kernels are compiled for a plan and for pools like `pool`, `[pool_slots, kv_heads, head_dim]`, which is not
+    touched; on a CPU neither is needed.
+    """
+    if plan is None or pool is None or pool.is_cpu:
+        cpu.library()
+        return
+    first, last = (max(getattr(send, name) for send in plan.kv) for name in ("n_first", "n_last"))
+    tokens, scratch = first + last + 3, [torch.zeros_like(pool[:1])] * len(plan.prefill_layers)
+    slots = torch.zeros(tokens, dtype=torch.int64, device=pool.device)
+    for start, stop in ((0, tokens), (first + 1, first + 2)):  # in a prompt's middle whole layers travel alone
+        layout = chunk_layout(plan, tokens, start, stop, pool.shape[1])
+        packed = pack(layout, scratch, scratch, slots[start:stop], offsets=offsets)
+        unpack(layout, packed, scratch, scratch, slots[start:stop], offsets)
 
 
 def _move(

@@ -136,6 +136,8 @@ def test_a_pool_that_is_not_aligned():
     plan = PDPlan.dense(model).with_kv((KVSend(wire_dtype="k4v3"),))
     flat, slots = torch.randn(2, 20 * 3 * 64 + 1).bfloat16(), torch.arange(3, 17)
     source = [[side[1:].view(20, 3, 64)] for side in flat]
+    table = gpu.chunk_table(chunk_layout(plan, 14), *source, pack=True)
+    assert gpu.constants(table, True)["ALIGN"] == 2  # else a GPU would read 16 bytes where it must not
     check(chunk_layout(plan, 14), source, slots, empty(plan, source[0][0]), slots, None)
 
 

@@ -18,7 +18,7 @@ from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
 from pdtrim_deploy.kvcache.layout import ChunkLayout
 from pdtrim_deploy.kvcache.sections import native_name
 from pdtrim_deploy.kvcache.table import DTYPES, FIELDS, MAX_TABLES, Table, chunk_table
-from pdtrim_deploy.plan.wire import CODES, ITEM_BYTES, rotated_group, row_sections
+from pdtrim_deploy.plan.wire import CODES, ITEM_BYTES, Code, rotated_group, row_sections
 
 TILE = 4096  # values that a program moves; 32 a thread
 LINE = 16  # bytes of the widest load
@@ -110,7 +110,8 @@ def constants(table: Table, pack: bool) -> dict[str, Any]:
     """
     width, native = triton.next_power_of_2(table.head_dim), native_name(table.dtype)
     stages = halvings(table.head_dim)
-    codes = table.codes | {"native"} if table.codes & GRIDS.keys() else table.codes
+    native_too: set[Code] = {"native"} if table.codes & GRIDS.keys() else set()
+    codes = table.codes | native_too
     sections = [kind for code in codes for kind in row_sections(code, native, table.head_dim)]
     addresses = table.runs[:, [FIELDS.index(field) for field in ("pool", "mean", "stride")]]
     return {
