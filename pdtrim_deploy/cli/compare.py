@@ -100,9 +100,8 @@ def compare(
     from pdtrim_deploy.cli.target import Target
     from pdtrim_deploy.loadtest import Scenario, check_scenario, driver
     from pdtrim_deploy.loadtest.rounds import Comparison, Side, check_rounds, interleave, repeats
-    from pdtrim_deploy.plan.link import Link
     from pdtrim_deploy.report.tables import ratio_table
-    from pdtrim_deploy.serving.relay import MOST_BITS_PER_S
+    from pdtrim_deploy.serving.relay import relayed_link
 
     check_rounds(rounds)
     drive = driver(driver_name)
@@ -116,14 +115,10 @@ def compare(
     if len({_name(_place(side[0]), side[1], side[2], side[3]) for side in given_sides}) == 1:
         advice = "give two bundles, or another executor or transport: --b-executor, --b-transport"
         raise UserError(f"A and B are both {names[0]}; {advice}")
-    slow = Link.parse(link) if link is not None else None
-    if slow is not None and slow.bits_per_s > MOST_BITS_PER_S:
-        raise UserError(
-            f"--link {link}: the relay that limits the speed reaches 1 Gb/s at most; give a slower one, or leave it out"
-        )
+    slow = relayed_link(link) if link is not None else None
     pair = [
-        Target.of(target, executors, serve_python, allow_remote, slow, _transport(backend, transport_options))
-        for target, executors, backend, transport_options in given_sides
+        Target.of(target, executors, serve_python, allow_remote, slow, _transport(backend, given), beside=True)
+        for target, executors, backend, given in given_sides
     ]
     scenario_json = scenario.model_dump(mode="json", exclude_none=True)
     if dry_run:

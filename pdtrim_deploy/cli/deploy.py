@@ -10,6 +10,7 @@ import click
 
 from pdtrim_deploy.cli import options
 from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.serving.gpu_defaults import PAGE_TOKENS
 from pdtrim_deploy.serving.transports import LIBRARIES
 
 
@@ -52,7 +53,7 @@ def deploy() -> None:
 )
 @options.transport_options
 @click.option("--rdma", metavar="RESOURCE", help="Request one of this extended resource a worker, such as rdma/hca.")
-@click.option("--page-size", type=click.IntRange(1), default=1, show_default=True, help="Tokens per KV page.")
+@click.option("--page-size", type=click.IntRange(1), default=PAGE_TOKENS, show_default=True, help="Tokens per KV page.")
 @click.option("--memory", default="64Gi", show_default=True, help="Of a worker.")
 @click.option("--monitoring", default="monitoring", show_default=True, help="Namespace that may scrape metrics.")
 @options.json_flag
@@ -126,13 +127,13 @@ def render(
         click.echo(f"next: (umask 077; openssl rand -hex 32 > {out}/kv-secret); chown 10001 {out}/kv-secret")
         click.echo(f"      docker compose -f {out}/compose.yaml up")
     else:
-        made = f"kubectl create secret generic {secret_name(chosen)} --from-literal=kv=$(openssl rand -hex 32)"
-        click.echo(f"next: {made}\n      kubectl apply -k {out}")
+        create_secret = f"kubectl create secret generic {secret_name(chosen)} --from-literal=kv=$(openssl rand -hex 32)"
+        click.echo(f"next: {create_secret}\n      kubectl apply -k {out}")
 
 
 @deploy.command()
 def dashboard() -> None:
     """Print the Grafana dashboard of the KV transfer, as JSON."""
-    from pdtrim_deploy.manifests.dashboard import dashboard as made
+    from pdtrim_deploy.manifests.dashboard import dashboard as grafana_dashboard
 
-    click.echo(json.dumps(made(), indent=2))
+    click.echo(json.dumps(grafana_dashboard(), indent=2))

@@ -85,7 +85,9 @@ def fidelity(
     else:
         require("serve", CheckContext(serve_python=serve_python))
         serve_environment = ServeEnvironment.find(serve_python)
-        with cluster_of(opened, executors=executors, environment=serve_environment, say=say) as cluster:
+        with cluster_of(
+            opened, options=dry_runs.pair_options(opened), executors=executors, environment=serve_environment, say=say
+        ) as cluster:
             result = run(cluster.url)
     provenance = {"seed": seed, "plan": opened.plan.digest, "environment": environment(command)}
     text = json.dumps(result.to_json() | provenance, indent=2)

@@ -73,8 +73,8 @@ split_pool = click.option(
     "split_pool",
     metavar="ISL:OSL",
     callback=lambda ctx, param, value: None if value is None else SplitPool.parse(value),
-    help="Keep sparse layers of decode in pools of their own, sized for requests of ISL + OSL tokens: what "
-    "`pdtrim-deploy plan` calls split.  [default: one pool]",
+    help="Requests of ISL + OSL tokens, for which decode sizes the pools of its cut layers, as `pdtrim-deploy plan` "
+    "does.  [default: 4096:256, or shorter ones where fewer than 16 of those fit]",
 )
 cache_dir = click.option(
     "--cache-dir",

@@ -27,7 +27,10 @@ from pdtrim_deploy.serving import (
 
 @dataclass(frozen=True)
 class Target:
-    """`bundle` is None for a URL. `link` limits the speed of its KV; None: unlimited. `transport` None: TCP."""
+    """`bundle` is None for a URL. `link` limits the speed of its KV; None: unlimited. `transport` None: TCP.
+
+    `beside`: other targets are up at the same time.
+    """
 
     text: str
     bundle: Bundle | None
@@ -35,6 +38,7 @@ class Target:
     serve_python: Path | None
     link: Link | None = None
     transport: Transport | None = None
+    beside: bool = False
 
     @classmethod
     def of(
@@ -45,6 +49,7 @@ class Target:
         allow_remote: bool = False,
         link: Link | None = None,
         transport: Transport | None = None,
+        beside: bool = False,
     ) -> Target:
         """UserError: no complete bundle, no URL of this machine, or an option for bundles was given with a URL."""
         if "://" not in text:
@@ -52,7 +57,7 @@ class Target:
                 raise UserError(
                     f"--link works with {Transport().backend}, not with {transport.backend}; leave one of them out"
                 )
-            return cls(text, Bundle.open(Path(text)), executors, serve_python, link, transport)
+            return cls(text, Bundle.open(Path(text)), executors, serve_python, link, transport, beside)
         for what, given in (("an executor", executors), ("a link", link), ("a transport", transport)):
             if given is not None:
                 raise UserError(f"{what} is for bundles, but {text} already runs; leave one of them out")
@@ -82,7 +87,8 @@ class Target:
 
     def _cluster(self, bundle: Bundle, **more: Any) -> Cluster:
         environment, transport = ServeEnvironment.find(self.serve_python), self.transport or Transport()
-        options = WorkerOptions(transfer_backend=transport.backend, served_model_name=bundle.path.resolve().name)
+        make = WorkerOptions.beside_others if self.beside else WorkerOptions
+        options = make(transfer_backend=transport.backend, served_model_name=bundle.path.resolve().name)
         return cluster_of(
             bundle,
             executors=self.executors,

@@ -12,7 +12,7 @@ from pdtrim_deploy.local.machine import memory
 from pdtrim_deploy.local.processor import compute_dtype
 from pdtrim_deploy.models.config import read_config
 from pdtrim_deploy.models.shape import config_of
-from pdtrim_deploy.models.weights import block_sizes, parameters
+from pdtrim_deploy.models.weights import ModelSizes
 from pdtrim_deploy.pipeline.heal import needed
 from pdtrim_deploy.plan.wire import ITEM_BYTES
 from pdtrim_deploy.pruning.cost import fitted_bytes, search_cost
@@ -50,7 +50,7 @@ def needs(recipe: Recipe, workers: int = 0) -> Needs | None:
     if path is None:
         return None
     config = read_config(path)
-    count, item = parameters(config), ITEM_BYTES[recipe.model.dtype]
+    count, item = ModelSizes.of(config).total, ITEM_BYTES[recipe.model.dtype]
     computed = compute_dtype(recipe.model.dtype)
     converted = 0 if recipe.model.source.startswith("hf:") else count * 4
     engines = len(recipe.targets.asked) * 2 * count * 4
@@ -74,27 +74,29 @@ def needs(recipe: Recipe, workers: int = 0) -> Needs | None:
 
 def _measured_on(recipe: Recipe, config: dict[str, Any]) -> int:
     """Weights in memory at a time while they are measured, with the hidden states of a bounded search as weights."""
-    pruning, (blocks, block, ends) = recipe.pruning, block_sizes(config)
+    pruning, sizes = recipe.pruning, ModelSizes.of(config)
     healed = needed(recipe) and recipe.healing.trains
     whole_model = recipe.kv.method not in FIXED_KV or healed or recipe.healing.kv_steps > 0
     if pruning.blocks_in_memory is None or whole_model:
-        return blocks * block + ends if whole_model or pruning.decode_blocks or recipe.kv.measures_offsets else 0
+        return sizes.total if whole_model or pruning.decode_blocks or recipe.kv.measures_offsets else 0
     student_blocks = 4 if pruning.distil else 0  # both parents, and both blocks that a student may start from
-    return ends + (min(blocks, pruning.blocks_in_memory) + student_blocks) * block + (pruning.memory_mb << 20) // 4
+    held = min(sizes.blocks, pruning.blocks_in_memory) + student_blocks
+    return sizes.ends + held * sizes.block + (pruning.memory_mb << 20) // 4
 
 
 def _trained(recipe: Recipe, config: dict[str, Any]) -> int:
     """Weights trained by gradients at a time: a stage's blocks, or one student."""
-    pruning, healing, (blocks, block, _) = recipe.pruning, recipe.healing, block_sizes(config)
+    pruning, healing, sizes = recipe.pruning, recipe.healing, ModelSizes.of(config)
     decode_steps = healing.decode_steps or healing.kv_steps
     steps = ((healing.prefill_steps, pruning.prefill_blocks), (decode_steps, pruning.decode_blocks))
-    return block * max([blocks - removed for count, removed in steps if count] + [1 if recipe.students.steps else 0])
+    most = max([sizes.blocks - removed for count, removed in steps if count] + [1 if recipe.students.steps else 0])
+    return sizes.block * most
 
 
 def _fitted(recipe: Recipe, config: dict[str, Any]) -> int:
     """Bytes of one block's normal equations and of the new maps, if blocks are fitted."""
     refits = needed(recipe) and recipe.healing.compensation == "least-squares"
-    return fitted_bytes(config, recipe.pruning, refits) if refits or recipe.pruning.distil else 0
+    return fitted_bytes(ModelSizes.of(config), recipe.pruning, refits) if refits or recipe.pruning.distil else 0
 
 
 @dataclass(frozen=True)

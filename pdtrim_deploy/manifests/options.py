@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.plan import PDPlan, Stage
-from pdtrim_deploy.serving.commands import ROUTER_HEALTH, SPARSE_BACKEND
+from pdtrim_deploy.serving.commands import ROUTER_HEALTH
+from pdtrim_deploy.serving.gpu_defaults import PAGE_TOKENS, attention_arguments
 from pdtrim_deploy.serving.transports import LIBRARIES
 from pdtrim_deploy.worker.config import ARGUMENT, WorkerConfig
 from pdtrim_deploy.worker.transport import TransportOptions
@@ -96,7 +97,7 @@ class Options:
     rdma: str | None = None
     transport: str = TCP
     transport_options: Mapping[str, object] = field(default_factory=dict)
-    page_size: int = 1
+    page_size: int = PAGE_TOKENS
     memory: str = "64Gi"
     monitoring: str = "monitoring"
 
@@ -142,9 +143,7 @@ def worker_arguments(served: Served, options: Options, stage: Stage) -> list[str
     flags = ["--enable-metrics"]
     if stage == "prefill":
         given["--disaggregation-bootstrap-port"] = BOOTSTRAP_PORT
-    elif served.sparse:
-        given["--attention-backend"] = SPARSE_BACKEND
-        flags.append("--disable-cuda-graph")
+    given |= attention_arguments(stage, served.sparse)
     pairs = [str(part) for pair in given.items() for part in pair]
     return ["python3", "-m", "sglang.launch_server", *pairs, *flags]
 

@@ -10,8 +10,10 @@ from pathlib import Path
 from pdtrim_deploy.bundle import PLAN, Bundle
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.local.paths import expanded
+from pdtrim_deploy.models.families import known_family
 from pdtrim_deploy.models.shape import Sized, config_of, find_config, read_sized, shipped, shipped_for
 from pdtrim_deploy.pipeline.build import check_fits
+from pdtrim_deploy.pipeline.family_fit import check_family
 from pdtrim_deploy.pipeline.stand_in import said_of, stand_in
 from pdtrim_deploy.plan import PDPlan
 from pdtrim_deploy.recipe import Recipe
@@ -77,6 +79,7 @@ def _subject(target: str, model: Sized | None) -> Subject:
 
 def _of_recipe(recipe: Recipe, model: Sized | None) -> Subject:
     sized = model or _model_of(recipe)
+    check_family(recipe, known_family(sized.architecture))
     check_fits(recipe, sized.num_blocks, sized.max_positions)
     plan = stand_in(recipe, sized.shape(recipe.model.dtype))
     note = (

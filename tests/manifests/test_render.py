@@ -61,9 +61,15 @@ def test_workers_share_a_secret_that_no_file_holds() -> None:
 
 def test_only_sparse_plans_choose_decodes_attention() -> None:
     sparse, dense = (container(objects(s)["Deployment", "pdtrim-decode"])["command"] for s in (SERVED, DENSE))
-    assert option(sparse, "--attention-backend") == "torch_native"
+    assert option(sparse, "--attention-backend") == "triton"
+    assert "--disable-cuda-graph" not in sparse
     assert "--attention-backend" not in dense
     assert "--attention-backend" not in container(objects()["Deployment", "pdtrim-prefill"])["command"]
+
+
+def test_both_stages_have_the_pages_that_every_gpu_can_use() -> None:
+    for stage in STAGES:
+        assert option(container(objects()["Deployment", f"pdtrim-{stage}"])["command"], "--page-size") == "64"
 
 
 def test_the_router_finds_the_pods_of_its_plan_alone() -> None:
@@ -290,7 +296,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert decode["spec"]["template"]["metadata"]["annotations"]["pdtrim/plan-digest"] == plan.digest
     command = container(decode)["command"]
     assert option(command, "--dtype") == "float16"
-    assert option(command, "--attention-backend") == "torch_native"
+    assert option(command, "--attention-backend") == "triton"
     assert option(command, "--served-model-name") == "my-bundle"
     named = yaml.safe_load((out / "kustomization.yaml").read_text())["resources"]
     assert {*named, "kustomization.yaml"} == {file.name for file in out.iterdir()}

@@ -8,9 +8,9 @@ import torch
 import yaml
 from pdtrim_builders import build_target
 from safetensors.torch import load_file
+from tinyfamilies import taking
 
 from pdtrim_deploy.errors import UserError
-from pdtrim_deploy.models import FAMILIES
 
 HEADS, DIM = 8, 16
 
@@ -67,7 +67,7 @@ def undo_split(folder, kv_heads, vocabulary):
     return out
 
 
-CASES = [(architecture, 4, {}) for architecture in FAMILIES] + [
+CASES = [(architecture, 4, {}) for architecture in taking("engines")] + [
     ("LlamaForCausalLM", 2, {"attention_bias": True}),
     ("Qwen2ForCausalLM", 1, {"vocab_size": 509}),
     ("LlamaForCausalLM", 8, {"tie_word_embeddings": True}),

@@ -91,4 +91,4 @@ def test_each_unit_is_valid(tmp_path: Path, unit: Path) -> None:
 def test_the_units_ask_for_every_target() -> None:
     recipe = Recipe.load(RECIPES / "smollm2-targets.yaml")
     assert tuple(recipe.targets.asked) == NAMES
-    assert list(Recipe.load(RECIPES / "smollm2-demo.yaml").targets.asked) == ["onnx"]
+    assert list(Recipe.load(RECIPES / "smollm2-quick.yaml").targets.asked) == ["onnx"]

@@ -23,7 +23,7 @@ def cluster(tmp_path):
     python.chmod(0o755)
     clusters = []
 
-    def make(faults=None, prefill=1, decode=1, timeout_s=20.0):
+    def make(faults=None, prefill=1, decode=1, timeout_s=20.0, gpus=None, **options):
         faults = faults or {}
         model = tmp_path / "model"
         model.mkdir()
@@ -33,7 +33,8 @@ def cluster(tmp_path):
             model,
             prefill=prefill,
             decode=decode,
-            options=WorkerOptions(device="cpu"),
+            options=WorkerOptions(**{"device": "cpu"} | options),
+            gpus=gpus,
             router_args=("--fault", faults.get("router", "")),
             start_timeout_s=timeout_s,
         )
@@ -114,6 +115,14 @@ def test_nothing_waits_past_the_deadline(cluster, faults, sentence):
     with pytest.raises(ServingError, match=sentence):
         cluster(faults, timeout_s=4.0).__enter__()
     assert time.monotonic() - begun < 15
+
+
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_a_worker_on_a_shared_gpu_starts_when_the_one_before_it_has_taken_its_part(cluster, gpus):
+    starting = cluster({"prefill": "never-healthy"}, timeout_s=3.0, gpus=gpus, device="cuda", share_gpus=True)
+    with pytest.raises(ServingError, match="prefill-0 was not ready within 3 s"):
+        starting.__enter__()
+    assert (starting.log_dir / "decode-0.log").exists() == (gpus == 2)
 
 
 def test_wait_tells_of_a_death_while_serving(cluster):

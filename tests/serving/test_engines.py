@@ -67,7 +67,7 @@ def test_the_worker_is_told_its_model_class_and_engine(tmp_path):
     spec = ClusterSpec.on_loopback(Path("m"), Path("m"), options=options, engines={"decode": engine, "prefill": None})
     assert [worker.executor for worker in spec.workers] == ["torch", "onnxruntime"]
     for worker in spec.workers:
-        command = commands.worker_command(PYTHON, worker, 2)
+        command = commands.worker_command(PYTHON, worker)
         env = commands.worker_environment(PYTHON, worker, 2, tmp_path)
         assert ("--json-model-override-args" in command) == (worker.stage == "decode")
         assert env.get("SGLANG_EXTERNAL_MODEL_PACKAGE") == (

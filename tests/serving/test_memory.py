@@ -24,7 +24,7 @@ def model(tmp_path):
 
 def spec(model, prefill=1, decode=1, **options):
     given = WorkerOptions(**{"device": "cpu", "dtype": "bfloat16"} | options)
-    return ClusterSpec.on_loopback(model, model, prefill=prefill, decode=decode, options=given)
+    return ClusterSpec.on_loopback(model, model, prefill=prefill, decode=decode, options=given, gpus=2)
 
 
 def free(monkeypatch, size, nodes=1):
@@ -94,5 +94,5 @@ def test_who_gives_a_fraction_is_not_refused_and_wins(model, monkeypatch):
     for given in (("--mem-fraction-static", "0.9"), ("--mem-fraction-static=0.9",)):
         workers = spec(model, extra_args=given).workers
         memory.require_memory(workers)
-        assert commands.worker_command(Path("python"), workers[0], 2)[-len(given) :] == list(given)
+        assert commands.worker_command(Path("python"), workers[0])[-len(given) :] == list(given)
     memory.require_memory(spec(model, device="cuda").workers)

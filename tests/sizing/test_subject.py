@@ -102,7 +102,7 @@ def test_equal_names_are_told_apart_by_their_targets(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"architectures": ["MambaForCausalLM"]}, "architecture MambaForCausalLM is not supported"),
+        ({"architectures": ["MambaForCausalLM"], "state_size": 16}, "architecture MambaForCausalLM is not supported"),
         ({"num_key_value_heads": 0}, "key num_key_value_heads is 0; it must be a whole number"),
         ({"num_attention_heads": 0}, "key num_attention_heads is 0"),
         ({"head_dim": "wide"}, "key head_dim is 'wide'"),

@@ -122,6 +122,19 @@ def pack(data: dict[str, Any]) -> str:
     return table(head, rows) + where(data["environment"], "median (least-most) over interleaved rounds", model="")
 
 
+def launches(data: dict[str, Any]) -> str:
+    """Launches of a chunk in both forms on a GPU."""
+    by_form = {(row["plan"], row["wire"], row["form"]): row for row in data["rows"]}
+    rows = []
+    for plan, wire in dict.fromkeys(key[:2] for key in by_form):
+        before, after = (by_form[plan, wire, form] for form in ("torch", "triton"))
+        counts = ("pack_launches", "unpack_launches", "syncs")
+        rows.append((plan, wire, *(f"{before[count]:,} -> {after[count]}" for count in counts)))
+    head = ("plan", "wire dtype", "pack", "unpack", "waits for the GPU")
+    chunk = "a new chunk of 512 tokens of Llama-3.1-8B, keys less their offsets; torch's own operations -> Triton"
+    return table(head, rows) + where(data["environment"], chunk, "counted on meta tensors", model="")
+
+
 def choice(data: dict[str, Any]) -> str:
     """Both accuracies and the loss of the right answer on all questions, paired with dense."""
     rows = [

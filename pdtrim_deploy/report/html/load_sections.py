@@ -25,8 +25,7 @@ def load(findings: Findings) -> Markup | None:
                 f"Ratio in each of {rounds} interleaved rounds: geometric mean and 95% interval (paired t), coloured "
                 "where it leaves 1 out."
             )
-            if link := comparison.get("link"):
-                text += f" KV went over a relay on loopback that lets {link} through."
+            text += _link(comparison.get("link"))
             parts += [tag("p", text), charts.intervals(rows, name)]
         parts += [tag("p", sentence) for sentence in comparison.get("dropped", ())]
         load_of = {side: ratio.get("detail", ratio) for side, ratio in comparison["load"].items()}
@@ -68,6 +67,19 @@ def workers(findings: Findings) -> Markup | None:
             f"Assumed: {workers['assumed']}."),
     ]  # fmt: skip
     return join([*notes, provenance(report, "rates as in the command")])
+
+
+def _link(link: str | dict[str, Any] | None) -> str:
+    """What KV went over: one relay's speed in a comparison; in a demo each pair's, and the link that they stand for."""
+    if link is None:
+        return ""
+    if isinstance(link, str):
+        return f" KV went over a relay on loopback that lets {link} through."
+    relays = ", ".join(f"{speed} for the {name} pair" for name, speed in link["relays"].items())
+    return (
+        f" KV went over relays on loopback that stand for a link of {link['speed']} behind a bfloat16 pool: {relays}, "
+        "as much faster as its own KV is wider."
+    )
 
 
 def _warnings(loads: dict[str, Any]) -> list[tuple[str, str]]:
