@@ -1,4 +1,4 @@
-"""A sealed bundle without weights: what commands read of one before they start anything."""
+"""A sealed bundle without weights, for commands that only read its small files."""
 
 from __future__ import annotations
 

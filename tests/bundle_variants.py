@@ -1,4 +1,4 @@
-"""Bundles that differ from a built one in their KV rules alone: seconds instead of a build."""
+"""Bundles that differ from a built one only in their KV rules, made in seconds instead of by a build."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def all_in(wire, bundle):
 
 
 def mixed(bundle):
-    """Sizes and wire dtypes that differ from layer to layer, full layers among them."""
+    """Rules whose rows and wire dtypes differ from layer to layer, with some full layers."""
     sizes = [(4, 64), (1, 96), (8, 24), (16, 128), (0, 80)]
     return tuple(
         KVSend(wire_dtype=WIRE_DTYPES[(layer + layer // 6) % 6])

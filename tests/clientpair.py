@@ -1,4 +1,4 @@
-"""A tiny served pair of a sparse plan, its oracle, and what clients ask it."""
+"""A tiny served pair of a sparse plan, its oracle, and requests of clients."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class ClientPair:
         return text, reason
 
     def off(self, prompt, scored):
-        """How far served (logprob, token) pairs are from the oracle's, or from its likeliest tokens, in nats."""
+        """Distance of served (logprob, token) pairs from the oracle's, or from its likeliest tokens, in nats."""
         values, tokens = (torch.tensor(part) for part in zip(*((pair[0], pair[1]) for pair in scored), strict=True))
         ids, ranked = self.oracle.top_logprobs(torch.tensor(prompt), tokens, self.oracle.decode_model.config.vocab_size)
         right = ranked[ids == tokens[:, None]]
@@ -72,5 +72,5 @@ def client_oracle(folder, plan):
 
 
 def exactly(text):
-    """What makes any model answer with `text`: guided decoding leaves it no other."""
+    """Sampling parameters that make any model answer with `text`, by guided decoding."""
     return {"regex": re.sub(r"([.^$*+?()\[\]{}|\\])", r"\\\1", text)}

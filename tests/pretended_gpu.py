@@ -16,7 +16,7 @@ _SAYS = {Tensor.device.__get__: GPU, Tensor.is_cpu.__get__: False, Tensor.is_cud
 
 
 class OnGPU(Tensor):
-    """A tensor on the pretended GPU; what comes of it is there too."""
+    """A tensor on the pretended GPU; results of its operations are there too."""
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -34,7 +34,7 @@ class OnGPU(Tensor):
 
 
 class PretendedGPU(TorchFunctionMode):
-    """Within it (and this thread), what is made for `cuda`, or sent there, is pretended to be there."""
+    """Inside it (in this thread), tensors created on or moved to `cuda` are on the pretended GPU."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -47,7 +47,7 @@ class PretendedGPU(TorchFunctionMode):
 
 
 def with_current_devices(monkeypatch):
-    """torch.cuda's current device as it is where there are GPUs: each thread's own, 0 at first."""
+    """torch.cuda's current device as on a machine with GPUs: one per thread, 0 at first."""
     own = threading.local()
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: getattr(own, "device", 0))
@@ -55,12 +55,12 @@ def with_current_devices(monkeypatch):
 
 
 def gpu(tensor):
-    """The same numbers, there."""
+    """The same numbers, on the pretended GPU."""
     return tensor if isinstance(tensor, OnGPU) else tensor.clone().as_subclass(OnGPU)
 
 
 def host(tensor):
-    """The same numbers, here."""
+    """The same numbers, on the CPU."""
     with _plainly():
         return tensor.as_subclass(Tensor)
 

@@ -1,4 +1,4 @@
-"""RoPE of each kind whose angles depend on the position alone, by the name of the kind."""
+"""RoPE settings of each type whose angles depend on the position alone, by type."""
 
 ROPES = {
     "default": {"rope_type": "default", "rope_theta": 1e5},

@@ -19,7 +19,7 @@ WRITTEN = sorted(
 
 
 def commands(text: str) -> list[str]:
-    """Commands, ours and of OTHERS: lines of code blocks, with their continuations, and inline code."""
+    """Commands, ours and those of OTHERS: lines of code blocks, with continuations, and inline code."""
     blocks = re.findall(r"^ *```[^\n]*\n(.*?)^ *```", text, re.DOTALL | re.MULTILINE)
     lines = [line.strip() for block in blocks for line in re.sub(r"\\\n *", "", block).splitlines()]
     inline = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
@@ -28,17 +28,17 @@ def commands(text: str) -> list[str]:
 
 
 def bare(line: str) -> str:
-    """Less comments, redirections and pictures, single spaces: a key of HOW."""
+    """The command without comments, redirections and pictures, with single spaces: a key of HOW."""
     return re.split(r" [>;#]|  +", line.replace("\\|", "|"))[0].strip()
 
 
 def shown() -> list[tuple[str, str]]:
-    """(file, line) of all of them."""
+    """(file, line) of all shown commands."""
     return [(str(p.relative_to(ROOT)), line) for p in WRITTEN for line in dict.fromkeys(commands(p.read_text()))]
 
 
 def how(line: str) -> dict[str, Any] | None:
-    """How a line that is shown is tried; None when nobody has said."""
+    """How a shown line is tried; None if commands.yaml does not say."""
     bench = re.fullmatch(r"make bench-([a-z]+)", bare(line))
     return {"bench": bench[1]} if bench else HOW.get(bare(line))
 

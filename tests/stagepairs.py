@@ -1,4 +1,4 @@
-"""Pruned pairs of a tiny model, and how far a stage is from dense."""
+"""Pruned pairs of a tiny model, and the KL of a stage from dense."""
 
 import torch
 from tinypd import make_plan
@@ -12,7 +12,7 @@ def pair_of(model, prefill=(2,), decode=(2, 3)):
 
 
 def kl(pair, stage, ids):
-    """From the dense model, nats a token."""
+    """KL from the dense model, nats a token."""
     prompt = ids.shape[1] // 2 if stage == "decode" else 0
     held = PrefillKV(pair.stage("prefill"), pair.plan.layer_map)(ids[:, :prompt]) if prompt else None
     with torch.no_grad():

@@ -14,7 +14,7 @@ CTRL_C = b"\x03"
 
 
 class Terminal:
-    """`python -m pdtrim_deploy ARGS`; `screen` is all that it wrote, colours and all."""
+    """`python -m pdtrim_deploy ARGS`; `screen` is all of its output, escape codes included."""
 
     def __init__(self, *args: object, **environment: str) -> None:
         self.screen = ""
@@ -26,7 +26,7 @@ class Terminal:
             os.execv(sys.executable, [sys.executable, "-m", "pdtrim_deploy", *map(str, args)])
 
     def read_until(self, pattern: str | None, seconds: float = 120) -> None:
-        """Until `pattern` (a regular expression) is on the screen, or the command has ended."""
+        """Read until `pattern` (a regular expression) is on the screen, or the command has ended."""
         end = time.monotonic() + seconds
         while pattern is None or not re.search(pattern, self.screen):
             assert time.monotonic() < end, self.screen
@@ -34,7 +34,7 @@ class Terminal:
                 break
 
     def read(self, seconds: float = 0.1) -> bool:
-        """What has come, waiting a moment for it; False when the command has ended."""
+        """Read new output, waiting briefly for it; False when the command has ended."""
         if select.select([self._fd], [], [], seconds)[0]:
             try:
                 self.screen += os.read(self._fd, 65536).decode(errors="replace")
@@ -48,7 +48,7 @@ class Terminal:
         return re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", self.screen).replace("\r\n", "\n")
 
     def press(self, keys: bytes) -> None:
-        """As a hand would."""
+        """Send a key press."""
         os.write(self._fd, keys)
 
     def ended(self, seconds: float = 120) -> int:

@@ -28,7 +28,7 @@ def tiny(family, attention="sdpa", **config):
 
 
 def biased(size=100.0, **config):
-    """A tiny Qwen2 whose keys hold a large constant: the bias of its K projections."""
+    """A tiny Qwen2 whose keys have a large constant part: the bias of its K projections."""
     model = tiny("Qwen2", **config)
     for layer in model.model.layers:
         torch.nn.init.normal_(layer.self_attn.k_proj.bias, std=size, generator=torch.Generator().manual_seed(7))

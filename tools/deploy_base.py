@@ -1,6 +1,6 @@
 """Write deploy/: what `pdtrim-deploy deploy render` gives for a plan of SmolLM2 with sparse layers, as a base to read.
 
-.venv/build/bin/python tools/deploy_base.py      # what `make deploy` runs; a test holds deploy/ equal to it
+.venv/build/bin/python tools/deploy_base.py      # what `make deploy` runs; a test checks that deploy/ is up to date
 """
 
 import json
@@ -31,7 +31,7 @@ def files() -> dict[str, str]:
 
 
 def main(root: Path = ROOT) -> None:
-    """Write them all."""
+    """Write all files."""
     for name, text in files().items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text)

@@ -1,4 +1,4 @@
-"""Digests of what builds make, to compare two commits on one machine: proof that a change of structure changed nothing.
+"""Digests of builds, to compare two commits on one machine: shows that a change of structure changed no result.
 
     .venv/build/bin/python tools/digests.py before.json            # in the old tree; minutes
     .venv/build/bin/python tools/digests.py after.json             # in the new one
@@ -42,7 +42,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
 
 
 def digests(bundle: Any) -> dict[str, Any]:
-    """What a change of structure must leave alone."""
+    """Digests that a change of structure must not change."""
     weights = {
         f"{stage}/{path.name}": hashlib.sha256(path.read_bytes()).hexdigest()
         for stage in ("prefill", "decode")

@@ -2,10 +2,10 @@
 
     python3 tools/environment.py build serve      # what `make setup` runs; aiperf is made when its driver is first used
 
-An environment is complete when its stamp, written last, names what it was made from; such a one is left
-alone. Anything else (never made, half made, made from other pins or by another Python) is removed and made
-again. A changed pyproject.toml alone just re-installs the project, which all but aiperf hold. Needs the standard
-library and pip only.
+An environment is complete when its stamp, written last, names the pins and the Python it was made from; it is then
+left alone. Any other (missing, incomplete, from other pins or another Python) is removed and made again. If only
+pyproject.toml changed, the project is installed again, in all environments but aiperf. Needs only the standard
+library and pip.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 STAMP = "pdtrim-stamp.json"
-RECIPE = "1"  # raise it when this file comes to make a different environment from the same lock
+RECIPE = "1"  # increase it when this file makes a different environment from the same lock
 
 
 def has_cuda() -> bool:
@@ -31,7 +31,7 @@ def has_cuda() -> bool:
 
 
 def run(*command: str | Path) -> None:
-    """Run a command, its output going to ours; its exit code ends us if it fails."""
+    """Run a command and show its output; exit with its code if it fails."""
     print("+", *command, flush=True)
     done = subprocess.run([str(part) for part in command], check=False, cwd=ROOT)
     if done.returncode:
@@ -53,7 +53,7 @@ class Environment:
         self.holds_project = name != "aiperf"
 
     def required(self) -> dict[str, str]:
-        """What a complete environment's stamp must say."""
+        """The stamp of a complete environment."""
         machine = "cuda" if self.cuda else "cpu"
         packages = {"packages": digest(self.lock.read_text(), RECIPE, sys.version, machine, str(self.path))}
         if not self.holds_project:
@@ -67,7 +67,7 @@ class Environment:
             return {}
 
     def ensure(self) -> None:
-        """Make what is missing, and nothing else."""
+        """Make whatever is missing, and nothing else."""
         required, stamped = self.required(), self.stamped()
         if stamped == required and self.python.exists():
             print(f"{self.name}: stands ({self.path.relative_to(ROOT)})")

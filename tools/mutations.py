@@ -3,8 +3,8 @@
     python tools/mutations.py [--only TEXT] [--out FILE]     # `make mutations`: 40 of them, minutes
 
 The named tests run once without a mutation, and must pass; then with each mutation. Tests of the plugin run in
-.venv/serve, all others in .venv/build. Exit code 1 when a mutation was caught by no test; 2 when a mutation cannot be
-applied or a test fails without one. Of tracked files, as they stand in the working tree.
+.venv/serve, all others in .venv/build. Exit code 1 when no test caught a mutation; 2 when a mutation cannot be applied
+or a test fails without one. Uses tracked files as they are in the working tree.
 """
 
 import argparse
@@ -63,7 +63,7 @@ class Mutation:
 
 
 def read(tree: Path) -> list[Mutation]:
-    """All mutations, each with the file it was found in; SystemExit names those that stand nowhere, or twice."""
+    """All mutations with their files; SystemExit names those whose old line is missing or not unique."""
     texts = {
         path.relative_to(tree): path.read_text()
         for folder in SOURCES
@@ -98,7 +98,7 @@ def copy_tree(to: Path) -> None:
 
 
 class Runner:
-    """Runs tests of a tree in forks of one process of an environment, which has imported what takes long: not ours."""
+    """Runs tests of a tree in forks of one process that has imported slow packages, but none of ours."""
 
     def __init__(self, name: str, tree: Path) -> None:
         # The copy's packages before the installed ones; nothing compiled is kept: its times are too coarse for this.
@@ -131,7 +131,7 @@ class Runner:
         return names or ([f"{tests[0]} (pytest ended with {code})"] if code else [])
 
     def close(self) -> None:
-        """End it."""
+        """End the process."""
         self._process.communicate()
 
 
@@ -148,7 +148,7 @@ def failures(runners: dict[str, Runner], tree: Path, tests: tuple[str, ...]) -> 
 
 
 def main() -> None:
-    """Run them, print a table."""
+    """Run all mutations and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="mutations whose old or new line or tests hold this text")
     parser.add_argument("--out", type=Path, help="write the table as JSON too")

@@ -1,6 +1,6 @@
 """Write the tables of README and docs from benchmarks/results/*.json.
 
-They stand between `<!-- NAME:begin -->` and `<!-- NAME:end -->`.
+Tables are between `<!-- NAME:begin -->` and `<!-- NAME:end -->`.
 
 .venv/build/bin/python tools/readme_tables.py                                   # what `make readme` runs
 .venv/build/bin/python tools/readme_tables.py --demo out/demo/report/metrics.json   # keep a demo's figures first
@@ -22,7 +22,7 @@ PICTURES = ("kv.svg", "pruning.svg")
 
 
 def pages(root: Path = ROOT) -> list[Path]:
-    """README and the pages of docs/ that are written by hand."""
+    """README and the hand-written pages of docs/."""
     return [
         root / "README.md",
         *(page for page in sorted((root / "docs").rglob("*.md")) if "reference" not in page.parts),
@@ -30,7 +30,7 @@ def pages(root: Path = ROOT) -> list[Path]:
 
 
 def names(text: str) -> list[str]:
-    """The tables that a page asks for."""
+    """Names of the tables in a page."""
     return re.findall(r"<!-- ([a-z]+):begin -->", text)
 
 
@@ -38,7 +38,7 @@ def written(text: str, results: Path = RESULTS) -> str:
     """The page with every table made anew.
 
     Raises:
-        SystemExit: a marker without an end, a name that is no table, or results that are not there.
+        SystemExit: a marker without an end, an unknown table, or missing results.
 
     """
     for name in names(text):

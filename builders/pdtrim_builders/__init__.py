@@ -1,6 +1,6 @@
 """Stage graph and its engine targets: `build_target(name, stage_dir, out_dir, options)`.
 
-Imports of what is dear (torch, onnx) wait until a target is built.
+Slow imports (torch, onnx) wait until a target is built.
 """
 
 from pdtrim_builders.base import TargetResult

@@ -1,4 +1,4 @@
-"""What a target is: options in, files and a `TargetResult` out."""
+"""The interface of targets: options in, files and a `TargetResult` out."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class GraphOptions(Options):
 
     Attributes:
         dtype: of weights, activations and KV in the engine; by default the target's own choice.
-        prompts: texts for the numerics gate; by default a few of ours.
-        tolerance: largest relative error the gate lets pass; by default what `numerics.TOLERANCES` says.
+        prompts: texts for the numerics check; by default those of `prompts.py`.
+        tolerance: largest relative error that the numerics check accepts; by default that of `numerics.TOLERANCES`.
 
     """
 

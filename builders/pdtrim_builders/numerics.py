@@ -1,4 +1,4 @@
-"""The gate: a graph in onnxruntime must say what transformers says, on real prompts, or the build fails."""
+"""The numerics check: a graph in onnxruntime must match transformers on real prompts, else the build fails."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pdtrim_deploy.kvcache.pack import pack
 from pdtrim_deploy.models.loading import load_model, load_tokenizer
 from pdtrim_deploy.plan import PDPlan
 
-# Relative errors let pass, two to three times the worst seen on SmolLM2-135M: 2e-5, 8e-3, 0.22.
+# Accepted relative errors, two to three times the worst measured on SmolLM2-135M: 2e-5, 8e-3, 0.22.
 TOLERANCES = {"float32": 5e-5, "float16": 2e-2, "int8": 0.5}
 MOST_TOKENS = 384
 

@@ -1,4 +1,4 @@
-"""Texts for checks and calibration where none are given: prose, code, and one shorter than any window."""
+"""Default texts for checks and calibration: prose, code, and one shorter than any window."""
 
 PROMPTS = (
     "The lighthouse keeper had not spoken to anyone for eleven days when the supply boat finally rounded the point. "

@@ -13,7 +13,7 @@ BLOCK = 32
 def quantise_weights(source: Path, target: Path) -> dict[str, int]:
     """Write `source` with its MatMuls as `MatMulNBits`: int8 weights, one scale for 32 of them. Counts of op types.
 
-    `accuracy_level` 4 lets the kernel round activations to int8 in blocks too: without it onnxruntime 1.32 expands
+    With `accuracy_level` 4 the kernel also rounds activations to int8 in blocks; without it onnxruntime 1.32 expands
     the weights at every call and is ten times slower than float32.
     """
     from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer

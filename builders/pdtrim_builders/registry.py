@@ -1,4 +1,4 @@
-"""Targets by name, and the one way to build them."""
+"""Targets by name, and the function that builds one."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def get_target(name: str) -> Target:
 
 
 def parse_options(target: Target, options: Mapping[str, Any]) -> Options:
-    """Options as the target's model; UserError names the first that is wrong and what is allowed."""
+    """The target's validated options; UserError names the first wrong one and what is allowed."""
     try:
         return target.options.model_validate(options)
     except ValidationError as error:
@@ -78,20 +78,20 @@ def build_target(
     options: Mapping[str, Any] | None = None,
     memory: Callable[[], int] = lambda: 0,
 ) -> TargetResult:
-    """Build the engine of one stage checkpoint into `out_dir`, which appears whole or not at all.
+    """Build the engine of one stage checkpoint into `out_dir`, which appears complete or not at all.
 
-    `out_dir/engine.json` holds the result. An earlier engine in its place is replaced. `memory`: the most bytes that
-    this process has held, where it was started for this engine alone.
+    `out_dir/engine.json` holds the result. An earlier engine in its place is replaced. `memory`: peak
+    bytes of this process, if it was started for this engine alone.
 
     Raises:
-        UserError: one sentence that names the target: unknown target or option, an `out_dir` that is no engine, an
-            op, dtype or architecture that the target lacks, a missing library, a gate that failed, a killed build.
+        UserError: one sentence that names the target: unknown target or option, an `out_dir` that is not an engine, an
+            unsupported op, dtype or architecture, a missing library, a failed check, a killed build.
 
     """
     target = get_target(name)
     parsed = parse_options(target, options or {})
     if out_dir.exists() and not (out_dir / RESULT).exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
-        raise UserError(f"target {name}: {out_dir} exists and is no engine; remove it or choose another folder")
+        raise UserError(f"target {name}: {out_dir} exists and is not an engine; remove it or choose another folder")
     started = time.monotonic()
     try:
         with atomic_directory(out_dir) as folder:

@@ -1,6 +1,6 @@
-"""Run a stage graph in onnxruntime on the CPU, its attention answered by a Python callback. Imports no builder.
+"""Run a stage graph in onnxruntime on the CPU, with attention in a Python callback. Imports no builder.
 
-What SGLang's executor loads: needs numpy, torch, onnxruntime and onnxruntime_extensions (0.15.2), not onnx.
+SGLang's executor loads this: it needs numpy, torch, onnxruntime and onnxruntime_extensions (0.15.2), not onnx.
 Inputs and outputs are bound to torch memory; the callback gets torch tensors and gives one back.
 """
 
@@ -24,7 +24,7 @@ from pdtrim_deploy.errors import UserError
 Attention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, q `[T, heads * head_dim]`, k, v `[T, kv_heads * head_dim]`) -> `[T, heads * head_dim]`, contiguous or not.
 
-Of a layer that is there for its K and V alone: hidden states in place of q, which come back as they are.
+In a KV-only layer: hidden states in place of q, which are returned unchanged.
 """
 
 _ATTRIBUTES = ("layer_id", "num_kv_heads", "head_dim")
@@ -45,11 +45,11 @@ class OnnxStage:
 
     Args:
         path: the graph that target `onnx` wrote.
-        attention: answers `PagedAttention` and `KVWrite`, in the thread that called `run`; without one their bodies
+        attention: computes `PagedAttention` and `KVWrite`, in the thread that called `run`; without it their bodies
             run: causal attention among the tokens of one prompt.
         threads: onnxruntime's intra-op threads.
         shared: weights by name that the caller holds anyway (`embed_tokens`), used in place and not loaded again.
-        profile: where onnxruntime writes the times of every node (a prefix); `node_times` ends and reads it.
+        profile: prefix of the file where onnxruntime writes the times of every node; `node_times` ends and reads it.
 
     Raises:
         UserError: onnxruntime cannot load the graph.
@@ -67,7 +67,7 @@ class OnnxStage:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
         options.log_severity_level = 3
-        self._shared = {  # kept: onnxruntime reads their memory and owns none of it
+        self._shared = {  # references: onnxruntime reads this memory without owning it
             name: (tensor, onnxruntime.OrtValue.ortvalue_from_numpy(tensor.numpy()))
             for name, tensor in (shared or {}).items()
         }
@@ -102,12 +102,12 @@ class OnnxStage:
         rows: Mapping[str, Tensor] | None = None,
         packed: Mapping[str, Tensor] | None = None,
     ) -> StageOutput:
-        """One forward pass; what the callback raises comes out of here.
+        """One forward pass; raises what the callback raises.
 
         Args:
             input_ids, positions: int64 `[T]` on the CPU.
-            rows: int64 `[R]` for each of `row_inputs`; those left out send nothing.
-            packed: contiguous buffers for outputs, written in place (the staging buffer); made where left out.
+            rows: int64 `[R]` for each of `row_inputs`; missing ones send nothing.
+            packed: contiguous buffers for outputs, written in place (the staging buffer); allocated if missing.
 
         """
         binding, bound = self._session.io_binding(), []
@@ -159,7 +159,7 @@ _NOWHERE = torch.empty(1)
 
 
 class _Call(threading.local):
-    """Which `run` a thread is in: ops are registered once a process, callbacks belong to a session."""
+    """The `run` that a thread is in: ops are registered once per process, callbacks belong to a session."""
 
     attention: Attention | None = None
     error: BaseException | None = None
@@ -186,7 +186,7 @@ class _Answering:
 
 
 def _answer(feed: Sequence[np.ndarray], attributes: Mapping[str, Any]) -> np.ndarray:
-    """Both ops' kernel; an exception cannot cross onnxruntime, so it waits in `_CALL` and the rest runs on zeros."""
+    """Kernel of both ops. An exception cannot cross onnxruntime: `_CALL` stores it, and other nodes get zeros."""
     q = feed[0]
     if _CALL.error is None:
         try:
@@ -203,7 +203,7 @@ def _callback_library() -> str:
     """Register `pdtrim::PagedAttention` and `KVWrite` as Python ops, once a process; the library sessions must load.
 
     onnxruntime_extensions' own hook turns every result into a Python list (75 ms for 256 x 576 values); its C++ side
-    takes a numpy array as well (0.1 ms), so our ops are answered by a hook of ours and all others by theirs.
+    takes a numpy array as well (0.1 ms), so our ops use our own hook and all others theirs.
     """
     try:
         from onnxruntime_extensions import PyCustomOpDef, _ocos, get_library_path, onnx_op

@@ -1,4 +1,4 @@
-"""What was built: manifest and digests, the engines in it, and where it was made."""
+"""The bundle that a build writes: manifest and digests, its engines, and where it was built."""
 
 from pdtrim_deploy.bundle.bundle import (
     CARD,

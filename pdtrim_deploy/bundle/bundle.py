@@ -1,11 +1,11 @@
-"""What was built: a folder with two stage models, their engines, one plan, a SHA-256 manifest, a completion marker.
+"""A bundle: a folder with two stage models, their engines, one plan, a SHA-256 manifest and a completion marker.
 
     plan.json  recipe.yaml  prefill/  decode/  engines/TARGET/STAGE/  reports/  manifest.json  COMPLETE
 
-and, where keys travel less an offset, the file of those, which both stages have too.
+and the file of key offsets, if the plan has any; both stages contain it too.
 
-`manifest.json` is written next to last and holds size and SHA-256 of every file before it; `COMPLETE` is written
-last and holds the manifest's SHA-256. What later commands add to `reports/` (eval.json, ...) is not sealed, nor are
+`manifest.json` is written next to last and has size and SHA-256 of every file before it; `COMPLETE` is written last
+and has the manifest's SHA-256. The manifest covers neither what later commands add to `reports/` (eval.json, ...) nor
 the stages' model cards, into which `eval` writes the measured loss.
 """
 
@@ -31,7 +31,7 @@ from pdtrim_deploy.recipe.targets import TARGETS
 MANIFEST, COMPLETE, PLAN, RECIPE, REPORTS = "manifest.json", "COMPLETE", "plan.json", "recipe.yaml", "reports"
 ENGINES = "engines"
 CARD = "README.md"  # of a stage checkpoint
-WORK = ".build"  # only while a build is under way
+WORK = ".build"  # only while a build runs
 UNSEALED = {MANIFEST, COMPLETE, *(f"{stage}/{CARD}" for stage in STAGES)}
 
 
@@ -57,8 +57,8 @@ class Step(_Frozen):
 class Manifest(_Frozen):
     """The seal. `files` by path relative to the bundle, `versions` by package, `engines` by their folder.
 
-    `machine` is that of the build (`report.environment.machine`), empty in bundles from before it was kept.
-    `failures` has a sentence for each target of the recipe that could not be built; the rest of the bundle is whole.
+    `machine` is that of the build (`bundle.environment.machine`), empty in old bundles.
+    `failures` has a sentence for each target of the recipe that could not be built; the rest is complete.
     """
 
     format: int = 1
@@ -111,7 +111,7 @@ class Bundle:
         """Folder of the engine of `stage` for `target`.
 
         Raises:
-            UserError: the bundle has none, or only a description; says why and which it has.
+            UserError: the bundle has no such engine, or only its description; names the engines that it has.
 
         """
         folder = engine_folder(target, stage)
@@ -120,7 +120,7 @@ class Bundle:
             return self.path / folder
         reason = self.manifest.failures.get(target)
         if reason:
-            raise UserError(f"{self.path}: its {stage} engine could not be built ({reason}); mend that and build again")
+            raise UserError(f"{self.path}: its {stage} engine could not be built ({reason}); fix that and build again")
         has = dict.fromkeys(engine.target for engine in self.engines.values() if engine.status == "built")
         raise UserError(
             f"{self.path}: no {stage} engine for target {target}, the targets built are {', '.join(has) or 'none'}; "
@@ -134,10 +134,10 @@ class Bundle:
 
     @classmethod
     def open(cls, path: Path) -> Bundle:
-        """The bundle at `path`, checked for completeness and for one plan throughout.
+        """The bundle at `path`; checks that it is complete and that all parts have one plan.
 
         Raises:
-            UserError: absent, incomplete, damaged seal, or the parts name different plans.
+            UserError: absent, incomplete, a damaged seal, or parts with different plans.
 
         """
         if not path.is_dir():
@@ -171,12 +171,12 @@ class Bundle:
 
 
 def engine_folder(target: str, stage: Stage) -> str:
-    """Where an engine stands in a bundle, and its name in the manifest."""
+    """Folder of an engine within a bundle, which is also its name in the manifest."""
     return f"{ENGINES}/{target}/{stage}"
 
 
 def read_seal(path: Path) -> Manifest | None:
-    """The manifest that COMPLETE vouches for; None when the bundle was not finished.
+    """The manifest whose digest COMPLETE has; None when the bundle was not finished.
 
     Raises:
         UserError: the two files disagree, or the manifest is of an unknown format.
@@ -195,14 +195,14 @@ def read_seal(path: Path) -> Manifest | None:
 
 
 def seal(path: Path, manifest: Manifest) -> None:
-    """Write the manifest, then the marker, each whole or not at all."""
+    """Write the manifest, then the marker, each atomically."""
     text = json.dumps(manifest.model_dump(mode="json"), indent=2, sort_keys=True) + "\n"
     write_atomic(path / MANIFEST, text)
     write_atomic(path / COMPLETE, hashlib.sha256(text.encode()).hexdigest() + "\n")
 
 
 def entries(path: Path, reports: Collection[str] | None = None) -> dict[str, Entry]:
-    """Size and SHA-256 of every file of the bundle but the seal itself, the cards and reports not among `reports`."""
+    """Size and SHA-256 of all files except the seal itself, the model cards, and reports not named in `reports`."""
     files = {str(file.relative_to(path)): file for file in walk(path)}
     sealed = {
         name: file

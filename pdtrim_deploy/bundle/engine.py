@@ -1,4 +1,4 @@
-"""What an engine of a stage is, as its builder says it: for the manifest and for `inspect`. Pure data."""
+"""The description of a stage's engine, written by its builder, for the manifest and `inspect`. Pure data."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ class TargetResult(_Frozen):
     """One engine.
 
     Attributes:
-        status: "described" when nothing but a description was asked for (`dry_run`).
+        status: "described" when only a description was made (`dry_run`).
         files: bytes by name within the engine's folder.
         ops: nodes of the graph by type; plugins: PLUGIN layers by op that the target's parser made.
         checked: what was verified here, one sentence each.
         run: where the engine itself has run; None when nowhere.
         limits: what a reader must know, one sentence each.
         seconds: of wall time to build it; peak_memory: bytes that the process which built it held at most.
-        details: what only this target has to say.
+        details: data that only this target has.
 
     """
 
@@ -65,7 +65,7 @@ class TargetResult(_Frozen):
 
     @property
     def state(self) -> Literal["described", "built", "checked", "run"]:
-        """How far it came: each state includes those before it."""
+        """Described, built, checked or run; each state includes those before it."""
         if self.status == "described":
             return "described"
         return "run" if self.run else "checked" if self.checked else "built"

@@ -28,7 +28,7 @@ def versions() -> dict[str, str]:
 
 
 def versions_of(python: Path) -> dict[str, str]:
-    """The same of another environment's Python, which need not have this package."""
+    """The same for another environment's Python, which need not have this package."""
     run = subprocess.run([str(python), "-c", _ASK, *PACKAGES], check=True, capture_output=True, text=True)
     return json.loads(run.stdout)
 
@@ -53,7 +53,7 @@ def machine() -> dict[str, Any]:
 
 
 def environment(command: str) -> dict[str, Any]:
-    """What stands beside every figure: the command that makes it, the machine, the versions."""
+    """The provenance that every result records: the command, the machine, the versions."""
     return {"command": command, "machine": machine(), "versions": versions()}
 
 

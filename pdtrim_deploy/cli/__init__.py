@@ -1,4 +1,4 @@
-"""The command line: a lazy group, so that --help costs no torch; one thin file a command."""
+"""The command line: a lazy group, so that --help does not import torch; one thin file per command."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pdtrim_deploy.cli.exit_codes import EXIT_CODES
 from pdtrim_deploy.cli.interrupt import OTHERWISE, RESUME, install, pressed
 from pdtrim_deploy.errors import ServingError, UserError
 
-# Heading -> command -> module and attribute, in the order of the way through the house.
+# Heading -> command -> module and attribute, in the order in which a user needs them.
 GROUPS = {
     "Look before": {"doctor": "doctor:doctor", "recipe": "recipe:recipe", "plan": "plan:plan"},
     "Build": {"build": "build:build", "verify": "verify:verify", "inspect": "inspect:inspect"},
@@ -33,14 +33,14 @@ GROUPS = {
     "All of it, and the shell": {"demo": "demo:demo", "completion": "completion:completion"},
 }
 COMMANDS = {name: place for group in GROUPS.values() for name, place in group.items()}
-# What each extra brings, by the name under which it is imported.
+# The extra that installs each module, by the name under which it is imported.
 EXTRA_OF = {
     **dict.fromkeys(
         ("torch", "transformers", "safetensors", "gguf", "onnx", "modelopt", "httpx", "prometheus_client"), "build"
     ),
     **dict.fromkeys(("sglang", "sglang_router"), "serve"),
 }
-# The machine's fault and not ours: said in one sentence.
+# Errors of the machine, not of this program: reported in one sentence.
 TO_MEND = {
     errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
     errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP,
@@ -62,14 +62,14 @@ class LazyGroup(click.Group):
         return _verbose(getattr(importlib.import_module(f"pdtrim_deploy.cli.{module}"), attribute))
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Under their headings, each with its whole first sentence."""
+        """Commands below their headings, each with its full first sentence."""
         for heading, names in GROUPS.items():
             commands = [(name, self.get_command(ctx, name)) for name in names]
             with formatter.section(heading):
                 formatter.write_dl([(name, c.get_short_help_str(200)) for name, c in commands if c], col_spacing=4)
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """What an exit code says."""
+        """The meaning of each exit code."""
         with formatter.section("Exit codes"):
             formatter.write_dl([(str(code), meaning) for code, meaning in EXIT_CODES.items()], col_spacing=4)
 
@@ -85,12 +85,12 @@ VERBOSE = click.Option(
     count=True,
     expose_value=False,
     callback=_log,
-    help="Log more on stderr (-vv: all), and show where errors come from.",
+    help="Log more on stderr (-vv: everything), and show the traceback of an error.",
 )
 
 
 def _verbose(command: click.Command) -> click.Command:
-    """`-v` is understood after the command's name too."""
+    """Accept `-v` after the command's name too."""
     if isinstance(command, click.Group):
         for inside in command.commands.values():
             _verbose(inside)
@@ -109,18 +109,18 @@ def cli() -> None:
     \b
     Examples:
       pdtrim-deploy doctor                                              what this machine can do
-      pdtrim-deploy plan llama-3.1-8b --isl 8192 --link 100Gbps         what it would cost, in a second
+      pdtrim-deploy plan llama-3.1-8b --isl 8192 --link 100Gbps         bytes, link time and memory, in a second
       pdtrim-deploy build recipes/smollm2-demo.yaml --out out/bundle    prune, choose KV, seal
       pdtrim-deploy serve out/bundle --prefill 1 --decode 1             until Ctrl-C
     """
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Entry point: turns what a user can mend into one line on stderr and an exit code."""
+    """Entry point: turns errors that a user can fix into one line on stderr and an exit code."""
     arguments = list(sys.argv[1:] if args is None else args)
     install()
-    typed = shlex.join(["pdtrim-deploy", *arguments])  # the context's object: it stands beside every figure it makes
-    colour = False if os.environ.get("NO_COLOR") else None  # None: on a terminal
+    typed = shlex.join(["pdtrim-deploy", *arguments])  # the context's object: every result records it
+    colour = False if os.environ.get("NO_COLOR") else None  # None: colour only on a terminal
     try:
         code = cli.main(arguments, "pdtrim-deploy", standalone_mode=False, obj=typed, color=colour)
     except UserError as error:
@@ -139,12 +139,14 @@ def main(args: Sequence[str] | None = None) -> None:
         _die(f"this command needs {error.name}; install it with: pip install 'pdtrim-deploy[{extra}]'", 2)
     except OSError as error:
         if error.errno == errno.EPIPE:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # head or less went away: nothing to say
+            os.dup2(
+                os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+            )  # the reader of the pipe (head, less) has ended: no error
             sys.exit(141)
         if error.errno not in TO_MEND:
             raise
         place = error.filename2 or error.filename or "cannot write"  # the second: what a file was to replace
-        _die(f"{place}: {error.strerror}; mend that and run the same command again", 2)
+        _die(f"{place}: {error.strerror}; fix that and run the same command again", 2)
     except Exception:
         if pressed():  # numpy, whose import was cut short and then tried again, has another error for it
             _stopped(arguments)

@@ -24,15 +24,15 @@ if TYPE_CHECKING:
 @click.option(
     "--dry-run",
     is_flag=True,
-    help="Say what would be done and how large it gets; write nothing but the digest of the weights, to the cache.",
+    help="Print the steps and sizes; write nothing except the digest of the weights, to the cache.",
 )
-@click.option("--force", is_flag=True, help="Make every step again, but for what stands in the cache.")
+@click.option("--force", is_flag=True, help="Run every step again, except for results in the cache.")
 @click.option(
-    "--workers", type=options.some_workers, default=1, show_default=True, help="Of the pruning search, by Ray."
+    "--workers", type=options.some_workers, default=1, show_default=True, help="Ray workers for the pruning search."
 )
-@click.option("--ray-address", metavar="HOST:PORT", help="Of a Ray cluster's head.  [default: Ray on this machine]")
+@click.option("--ray-address", metavar="HOST:PORT", help="Head of a Ray cluster.  [default: Ray on this machine]")
 @click.option(
-    "--worker-gpus", type=options.FiniteRange(0, MOST_WORKERS), default=0.0, show_default=True, help="Of each worker."
+    "--worker-gpus", type=options.FiniteRange(0, MOST_WORKERS), default=0.0, show_default=True, help="GPUs per worker."
 )
 @options.json_flag
 def build(
@@ -48,12 +48,11 @@ def build(
 ) -> None:
     """Prune a model and write both stages, and their engines, as a sealed bundle.
 
-    A build that was stopped, by whatever, goes on where it was when the same command is run again.
-    Students and healed weights are kept in the cache by all that they depend on, and --force takes them from there:
-    another --cache-dir has them made again.
-    With --workers, --ray-address or --worker-gpus Ray's workers evaluate the candidates of the pruning search, each
-    with its own copy of the model; what they choose is what this process alone would.
-    Exit code 1 when an engine of the recipe's targets could not be built: the bundle is whole without it.
+    A build that was interrupted resumes when the same command is run again. Students and healed weights are cached by
+    everything that they depend on, and --force reuses them; to compute them again, give another --cache-dir.
+    With --workers, --ray-address or --worker-gpus, Ray workers evaluate the candidates of the pruning search, each
+    with its own copy of the model; they choose the same blocks as one process.
+    Exit code 1 when an engine of the recipe's targets could not be built; the bundle is complete without it.
 
     \b
     Examples:
@@ -112,7 +111,7 @@ def build(
 
 
 def print_preview(preview: Preview, out: Path, as_json: bool) -> None:
-    """What `--dry-run` says."""
+    """Print the result of `--dry-run`."""
     if as_json:
         data = asdict(preview) | {"recipe": preview.recipe.model_dump(mode="json")}
         click.echo(json.dumps(data, indent=2))
@@ -136,7 +135,7 @@ def print_preview(preview: Preview, out: Path, as_json: bool) -> None:
         )
     if preview.stage_bytes is None or preview.planned_bytes is None or preview.dense_bytes is None:
         click.echo(f"  {preview.missing}")
-        click.echo("  sizes of weights and KV are known once the model is there")
+        click.echo("  sizes of weights and KV are known once the model has been fetched")
         return
     for stage, size in preview.stage_bytes.items():
         click.echo(f"  {stage:<10} {size / 1e6:,.1f} MB of weights")

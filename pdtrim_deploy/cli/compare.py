@@ -22,7 +22,7 @@ class Pair(click.ParamType):
     name = "EXECUTOR[,EXECUTOR]"
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> Executors:
-        """One executor of both stages, or one of each."""
+        """One executor for both stages, or one for each."""
         if isinstance(value, Executors):
             return value
         names = str(value).split(",")
@@ -40,15 +40,19 @@ class Pair(click.ParamType):
     type=click.IntRange(1, MOST_ROUNDS),
     default=6,
     show_default=True,
-    help="Of the whole scenario, each side.",
+    help="Times that each side runs the scenario.",
 )
-@click.option("--a-executor", type=Pair(), help="Of A, when it is a bundle.  [default: torch]")
-@click.option("--b-executor", type=Pair(), help="Of B, when it is a bundle.  [default: torch]")
-@click.option("--a-transport", help="Of A, when it is a bundle: SGLang's KV transfer backend.  [default: pdtrim_tcp]")
-@click.option("--b-transport", help="The same, of B.")
-@click.option("--a-transport-option", multiple=True, metavar="KEY=VALUE", help="As serve's --transport-option, of A.")
-@click.option("--b-transport-option", multiple=True, metavar="KEY=VALUE", help="The same, of B.")
-@click.option("--link", help="Speed of a link to put between prefill and decode, on loopback: 100Mbps. For bundles.")
+@click.option("--a-executor", type=Pair(), help="Executor of A, if it is a bundle.  [default: torch]")
+@click.option("--b-executor", type=Pair(), help="Executor of B, if it is a bundle.  [default: torch]")
+@click.option("--a-transport", help="KV transfer backend of A, if it is a bundle.  [default: pdtrim_tcp]")
+@click.option("--b-transport", help="The same, for B.")
+@click.option(
+    "--a-transport-option", multiple=True, metavar="KEY=VALUE", help="Like serve's --transport-option, for A."
+)
+@click.option("--b-transport-option", multiple=True, metavar="KEY=VALUE", help="The same, for B.")
+@click.option(
+    "--link", help="Simulate a link of this speed between prefill and decode, such as 100Mbps. Only for bundles."
+)
 @click.option("--driver", "driver_name", default="builtin", show_default=True, help="builtin or aiperf.")
 @click.option("--allow-remote", is_flag=True, help="Allow a URL that is not on this machine.")
 @click.option("--out", type=options.new_file, help="Write the result here too, as JSON; `report` reads it.")
@@ -76,11 +80,11 @@ def compare(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Compare two pairs, B over A, by ratios.
+    """Compare two pairs under the same load, by ratios of B over A.
 
     A and B are bundles (each is served as 1 prefill + 1 decode) or URLs of routers. Both are up at once and take the
-    load in turns, so that what else the machine does falls on both; a figure is the ratio in each round, its
-    geometric mean and its 95% interval. Exit code 1 when a request failed.
+    load in turns, so that other programs slow both alike. Each figure is the geometric mean of the rounds' ratios,
+    with its 95% interval. Exit code 1 when a request failed.
 
     \b
     Examples:
@@ -153,7 +157,7 @@ def compare(
 
 
 def _transport(backend: str | None, transport_options: tuple[str, ...]) -> Transport | None:
-    """None when nothing was said of it."""
+    """None when neither option was given."""
     if backend is None and not transport_options:
         return None
     return Transport(backend or Transport().backend, TransportOptions.parse(transport_options))
@@ -165,7 +169,7 @@ def _place(target: str) -> str:
 
 
 def _name(target: str, executors: Executors | None, backend: str | None, transport_options: tuple[str, ...]) -> str:
-    """As it stands in tables."""
+    """The name of a side in tables."""
     chosen = executors or Executors()
     parts = [] if chosen == Executors() else [" + ".join(dict.fromkeys((chosen.prefill, chosen.decode)))]
     parts += [backend] if backend not in (None, Transport().backend) else []

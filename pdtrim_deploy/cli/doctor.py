@@ -1,4 +1,4 @@
-"""`pdtrim-deploy doctor`: what this machine can do."""
+"""`pdtrim-deploy doctor`: what this machine can build and serve."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COLOURS = {"ok": "green", "missing": "red", "wrong version": "red"}
 @click.option("--for", "job", type=click.Choice(ALL), default="demo", show_default=True)
 @click.option("--out", type=options.path, default=Path(), help="Where the bundle would go.  [default: here]")
 @options.serve_python
-@click.option("--deep", is_flag=True, help="Load the plugin into SGLang too, as a worker does: half a minute.")
+@click.option("--deep", is_flag=True, help="Also load the plugin into SGLang, as a worker does; takes half a minute.")
 @options.cache_dir
 @options.json_flag
 def doctor(
@@ -31,10 +31,10 @@ def doctor(
     cache: Cache,
     as_json: bool,
 ) -> None:
-    """Say what this machine has, lacks, and how to mend it.
+    """Report what this machine can build and serve, what is missing, and how to add it.
 
-    With RECIPE also whether its memory and disk suffice. A line in brackets is optional. Exit code 0 when the job can
-    run, 1 when not.
+    With RECIPE, also check whether memory and disk suffice. A status in brackets belongs to something optional. Exit
+    code 0 when the job can run, 1 when not.
 
     \b
     Examples:
@@ -68,7 +68,7 @@ def doctor(
     if as_json:
         click.echo(json.dumps(dump(findings, job), indent=2))  # type: ignore[arg-type]
     elif failures:
-        click.echo(f"{job}: cannot run, {len(failures)} of {len(findings)} lines to mend")
+        click.echo(f"{job}: cannot run, {len(failures)} of {len(findings)} lines to fix")
     else:
         click.echo(f"{job}: can run")
     raise SystemExit(1 if failures else 0)

@@ -1,4 +1,4 @@
-"""`pdtrim-deploy eval`: what a bundle costs in quality."""
+"""`pdtrim-deploy eval`: how much quality a bundle loses."""
 
 from __future__ import annotations
 
@@ -21,10 +21,14 @@ if TYPE_CHECKING:
 @click.command("eval")
 @click.argument("bundle", type=options.path)
 @click.option("--tasks", help="Some of perplexity,choice,needle,agreement.  [default: the recipe's perplexity alone]")
-@click.option("--items", type=click.IntRange(1), help="Of each task, in its own unit (needle: per depth).")
+@click.option("--items", type=click.IntRange(1), help="Items of each task (needle: per depth).  [default: the task's]")
 @click.option("--corpus", help="brown, austen, dir:PATH or file:PATH.  [default: the recipe's]")
-@click.option("--sequences", type=click.IntRange(1), help="Without --tasks.  [default: the recipe's]")
-@click.option("--seed", type=click.IntRange(0, MOST_SEED), help="Chooses text and items.  [default: the recipe's]")
+@click.option(
+    "--sequences", type=click.IntRange(1), help="Sequences to judge; not with --tasks.  [default: the recipe's]"
+)
+@click.option(
+    "--seed", type=click.IntRange(0, MOST_SEED), help="Seed that chooses text and items.  [default: the recipe's]"
+)
 @options.cache_dir
 @options.dry_run
 @options.json_flag
@@ -41,10 +45,10 @@ def evaluate(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Perplexity on held-out text, dense and behind the plan; or --tasks.
+    """Measure perplexity on held-out text, or --tasks, of the dense model and of the pair.
 
-    Both continue the same prompts. Written to BUNDLE/reports/eval.json (tasks.json) too, with seed, corpus, command
-    and machine, and into the model cards of both stages.
+    Both continue the same prompts. The result is also written to BUNDLE/reports/eval.json (tasks.json), with seed,
+    corpus, command and machine, and into the model cards of both stages.
 
     \b
     Examples:
@@ -61,7 +65,7 @@ def evaluate(
     from pdtrim_deploy.plan import STAGES
 
     if tasks is None and items is not None:
-        raise UserError("--items is for tasks; say --tasks too, or give --sequences")
+        raise UserError("--items is for tasks; give --tasks too, or --sequences instead")
     if tasks is not None and sequences is not None:
         raise UserError("--sequences is for the recipe's perplexity alone; with --tasks give --items")
     opened, progress = Bundle.open(bundle), Progress()

@@ -42,10 +42,10 @@ def fidelity(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Compare what the pair behind URL (its router) answers with the PD oracle of BUNDLE.
+    """Compare the logprobs that the router at URL serves with the PD oracle of BUNDLE.
 
-    Without URL, BUNDLE is served (1 prefill + 1 decode) for the length of the check. The result is also written to
-    BUNDLE/reports/fidelity.json. Exit code 1 when a logprob is off, or a control was not told apart.
+    Without URL, BUNDLE is served (1 prefill + 1 decode) during the check. The result is also written to
+    BUNDLE/reports/fidelity.json. Exit code 1 when a logprob is off, or a wrong plan (a control) was not told apart.
 
     \b
     Examples:

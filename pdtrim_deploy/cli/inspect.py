@@ -1,4 +1,4 @@
-"""`pdtrim-deploy inspect`: what a bundle decided, block by block, or what a model could lose."""
+"""`pdtrim-deploy inspect`: the plan of a bundle, block by block, or the blocks that a model could lose."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 @click.argument("target", metavar="BUNDLE|MODEL")
 @click.option("--prompt-tokens", type=click.IntRange(1), help="Prompt length.  [default: the recipe's evaluation]")
 @click.option("--corpus", help="Text that a model is run on: brown, austen, dir:PATH or file:PATH.  [default: brown]")
-@click.option("--sequences", type=click.IntRange(1), help="Of 256 tokens each, for a model.  [default: 16]")
+@click.option("--sequences", type=click.IntRange(1), help="Sequences of 256 tokens, for a model.  [default: 16]")
 @click.option(
     "--threshold", type=options.FiniteRange(-1, 1), help="Cosine above which a pair may be distilled.  [0.95]"
 )
@@ -39,12 +39,12 @@ def inspect(
     cache: Cache,
     as_json: bool,
 ) -> None:
-    """Show what BUNDLE keeps, drops and sends, in bytes, and each engine in it; or what MODEL could lose.
+    """Show the blocks, bytes and engines of BUNDLE, or the blocks that MODEL could lose.
 
-    An engine is built, then checked, then run; under the table stands what was checked, where it has run, and what not.
-    A model is a source (hf:DIR, gguf:FILE, pypi:NAME) or a HF folder. It is run once over calibration text: how alike
-    are the hidden states before and after each block, and each adjacent pair? Blocks of pairs above the threshold are
-    the distillation set, which `distil: true` in a recipe takes its pairs from, all others the pruning set.
+    An engine is built, checked or run; notes below the table say what was checked and where it has run.
+    A model is a source (hf:DIR, gguf:FILE, pypi:NAME) or a HF folder. It runs once over calibration text and compares
+    the hidden states before and after each block, and each adjacent pair. Pairs above the threshold form the
+    distillation set, from which `distil: true` in a recipe takes its pairs; all other blocks form the pruning set.
 
     \b
     Examples:
@@ -63,7 +63,7 @@ def inspect(
 
 
 def _source(target: str) -> str | None:
-    """The model source that is meant; None for a bundle."""
+    """The model source that `target` names; None for a bundle."""
     folder = Path(target)
     if target.partition(":")[0] in ("hf", "gguf", "pypi") and ":" in target:
         return target
@@ -74,7 +74,7 @@ def _source(target: str) -> str | None:
 def _refuse(given: Mapping[str, object], kind: str, instead: str) -> None:
     for name, value in given.items():
         if value is not None:
-            raise UserError(f"{name} says nothing of {kind}; leave it out, or {instead}")
+            raise UserError(f"{name} does not apply to {kind}; leave it out, or {instead}")
 
 
 def _show_model(

@@ -1,4 +1,4 @@
-"""Ctrl-C that is obeyed, wherever it falls, and what is said then; a kill that is as gentle."""
+"""Ctrl-C stops a command wherever it falls, with one sentence; SIGTERM and SIGHUP stop servers too."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import signal
 import sys
 from types import FrameType
 
-# How to go on, by command; every other one is over in seconds and has changed nothing.
+# How to resume each command; all others end in seconds and have changed nothing.
 RESUME = {
-    "build": "run the same command again to go on after the last step that was finished",
-    "demo": "run the same command again: what is built stays built, servers are stopped",
+    "build": "run the same command again to resume after the last finished step",
+    "demo": "run the same command again: finished builds are reused, servers are stopped",
     "serve": "workers and router are stopped; run the same command again to serve",
     "eval": "nothing was written; run the same command again, it starts anew",
     "fidelity": "nothing was written, what was started for it is stopped; run the same command again",
@@ -29,7 +29,7 @@ class Interrupt:
         self.requested = False
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        """Note it and raise, as Python's own handler does."""
+        """Set `requested` and raise, as Python's own handler does."""
         self.requested = True
         raise KeyboardInterrupt
 
@@ -58,11 +58,11 @@ def obey() -> None:
 
 
 def _swallowed(unraisable: sys.UnraisableHookArgs) -> None:
-    """Ctrl-C that fell into a callback from which nothing can be raised is obeyed later: no traceback for it."""
+    """Print no traceback for a Ctrl-C inside a callback that cannot raise: `obey` raises it later."""
     if not issubclass(unraisable.exc_type, KeyboardInterrupt):
         sys.__unraisablehook__(unraisable)
 
 
 def _ended(number: int, frame: FrameType | None) -> None:
-    """Leave by an exception, so that servers are stopped; the shell's code for the signal."""
+    """Exit by an exception, so that servers are stopped, with the shell's exit code for the signal."""
     sys.exit(128 + number)

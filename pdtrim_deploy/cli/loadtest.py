@@ -21,7 +21,9 @@ ADHOC = ("requests", "concurrency", "prompt_tokens", "output_tokens", "warmup", 
 
 @click.command()
 @click.argument("target", metavar="URL|BUNDLE")
-@click.option("--scenario", "scenario_file", type=options.path, help="YAML, see scenarios/; instead of the next seven.")
+@click.option(
+    "--scenario", "scenario_file", type=options.path, help="YAML, see scenarios/; replaces the next seven options."
+)
 @click.option("--requests", type=options.some_requests, default=32, show_default=True)
 @click.option("--concurrency", type=options.some_clients, default=4, show_default=True)
 @click.option("--prompt-tokens", type=options.Lengths(), default="320", show_default=True)
@@ -31,7 +33,7 @@ ADHOC = ("requests", "concurrency", "prompt_tokens", "output_tokens", "warmup", 
     type=click.IntRange(0, MOST_REQUESTS),
     default=2,
     show_default=True,
-    help="Requests before the clock starts.",
+    help="Requests before the measurement starts.",
 )
 @click.option(
     "--deadline",
@@ -43,7 +45,7 @@ ADHOC = ("requests", "concurrency", "prompt_tokens", "output_tokens", "warmup", 
 @click.option("--seed", type=click.IntRange(0, MOST_SEED), default=0, show_default=True)
 @click.option("--driver", "driver_name", default="builtin", show_default=True, help="builtin or aiperf.")
 @click.option(
-    "--worker", "workers", multiple=True, metavar="URL", help="Of a running pair: read this worker's /metrics."
+    "--worker", "workers", multiple=True, metavar="URL", help="Worker of a running pair whose /metrics are read."
 )
 @click.option("--allow-remote", is_flag=True, help="Allow a target that is not on this machine.")
 @options.executors
@@ -72,7 +74,7 @@ def loadtest(
 ) -> None:
     """Put a served pair under load.
 
-    URL is that of its router; a BUNDLE is served (1 prefill + 1 decode) for the length of the test.
+    URL is its router's; a BUNDLE is served (1 prefill + 1 decode) during the test.
     Exit code 1 when a request failed.
 
     \b
@@ -90,7 +92,7 @@ def loadtest(
         if given:
             option_names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
             raise UserError(
-                f"{option_names}: --scenario {scenario_file} says that; change it there or leave --scenario out"
+                f"{option_names}: --scenario {scenario_file} sets that; change it there, or leave --scenario out"
             )
         scenario = Scenario.load(scenario_file)
     else:
@@ -101,7 +103,9 @@ def loadtest(
     check_scenario(driver_name, scenario)
     put = Target.of(target, executors, serve_python, allow_remote)
     if workers and put.bundle is not None:
-        raise UserError(f"--worker is of a running pair, the workers of {target} are started and read; leave it out")
+        raise UserError(
+            f"--worker is for a running pair; the workers of {target} are started and read anyway; leave it out"
+        )
     for url in workers:
         check_target(url, allow_remote)
     if dry_run:

@@ -22,7 +22,7 @@ from pdtrim_deploy.worker.transport import TransportOptions
 
 
 class NewFile(click.Path):
-    """A file that a command writes at its end: what cannot be written is refused before the work."""
+    """A file that a command writes at its end; refused at the start if it cannot be written."""
 
     def __init__(self) -> None:
         super().__init__(path_type=Path)
@@ -40,12 +40,14 @@ def writable(file: Path, name: str = "the report") -> Path:
         raise UserError(f"{name} {file} is a device or a pipe, which a file would replace; name another file")
     folder = next(place for place in file.absolute().parents if place.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise UserError(f"{name} {file} cannot be written: {folder} is no folder of yours; name another file")
+        raise UserError(
+            f"{name} {file} cannot be written: {folder} is not a folder that you can write to; name another file"
+        )
     return file
 
 
 class FiniteRange(click.FloatRange):
-    """A range that also holds nan back, which is never below or above an end, and infinity, where an end is open."""
+    """A range that also refuses nan, which no bound excludes, and infinity where a bound is open."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         """The number."""
@@ -62,7 +64,9 @@ some_workers = click.IntRange(1, MOST_WORKERS)
 some_clients = click.IntRange(1, MOST_CLIENTS)
 some_requests = click.IntRange(1, MOST_REQUESTS)
 json_flag = click.option("--json", "as_json", is_flag=True, help="JSON on stdout, for machines.")
-dry_run = click.option("--dry-run", is_flag=True, help="Check and say what would be done; start and write nothing.")
+dry_run = click.option(
+    "--dry-run", is_flag=True, help="Check the input and print what would be done; start and write nothing."
+)
 serve_python = click.option("--serve-python", type=path, help="Python with SGLang.  [default: .venv/serve]")
 split_pool = click.option(
     "--split-decode-pool",
@@ -92,7 +96,7 @@ transport_options = click.option(
 
 
 def words(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str, ...]:
-    """The callback of an option that holds several words, as a shell splits them."""
+    """Callback of an option whose value is split into words as in a shell."""
     try:
         return tuple(shlex.split(value))
     except ValueError as error:
@@ -110,8 +114,8 @@ def executors(command: Callable[..., Any]) -> Callable[..., Any]:
 
     choice = click.Choice(EXECUTORS)
     for option, text in (
-        ("--decode-executor", "The same, of decode alone."),
-        ("--prefill-executor", "The same, of prefill alone."),
+        ("--decode-executor", "The same, for decode alone."),
+        ("--prefill-executor", "The same, for prefill alone."),
         ("--executor", "What computes both stages: SGLang's torch model, or the bundle's engine.  [default: torch]"),
     ):
         wrapped = click.option(option, type=choice, help=text)(wrapped)

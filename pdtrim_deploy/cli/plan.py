@@ -1,4 +1,4 @@
-"""`pdtrim-deploy plan`: price a plan before owning the machines."""
+"""`pdtrim-deploy plan`: bytes, link time and memory of a plan, without machines or weights."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def _positive(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
 
 @click.command()
 @click.argument("targets", metavar="RECIPE|BUNDLE|CONFIG.json|MODEL...", nargs=-1, required=True)
-@click.option("--config", metavar="FILE|MODEL", help="The model of every recipe: its config.json, or a shipped model.")
+@click.option("--config", metavar="FILE|MODEL", help="Model of all recipes: a config.json, or a shipped model's name.")
 @click.option("--isl", type=click.IntRange(1), default=4096, show_default=True, help="Prompt tokens a request.")
 @click.option("--osl", type=click.IntRange(1), default=256, show_default=True, help="Answer tokens a request.")
 @click.option("--link", default="25Gbps", show_default=True, help="Between prefill and decode: 100Gb/s, 40GB/s, ...")
-@click.option("--max-utilisation", type=float, default=0.8, show_default=True, help="Share of the link to be used.")
+@click.option("--max-utilisation", type=float, default=0.8, show_default=True, help="Largest share of the link to use.")
 @click.option("--rate", type=float, callback=_positive, help="Requests/s: do they fit, and what link would they need?")
 @click.option(
     "--prefill-tokens-per-s",
@@ -50,10 +50,11 @@ def plan(
     workers: Workers,
     as_json: bool,
 ) -> None:
-    """Bytes, link time, decode memory and largest rate of each target beside its unpruned model.
+    """Compute bytes, link time, decode memory and largest request rate of each target and of its unpruned model.
 
-    Takes seconds and reads no weights; a recipe is priced by how many blocks and layers it cuts. With --rates, also how
-    many prefill and decode workers carry --rate within an SLO. Exit code 0 also when --rate does not fit.
+    This takes seconds and reads no weights; a recipe is priced by the number of blocks and layers that it cuts. With
+    --rates, also compute how many prefill and decode workers carry --rate within an SLO. Exit code 0 even when --rate
+    does not fit.
 
     \b
     Examples:

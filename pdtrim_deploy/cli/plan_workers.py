@@ -29,7 +29,7 @@ ASSUMED = (
 
 @dataclass(frozen=True)
 class Workers:
-    """What was asked about workers; `typed` are the options that were, `files` is empty when there were none."""
+    """The options about workers; `typed` names those given on the command line, `files` is empty without --rates."""
 
     files: tuple[Path, ...]
     slo_ttft: float | None
@@ -42,22 +42,24 @@ class Workers:
     typed: frozenset[str]
 
     def goal(self, traffic: Traffic) -> Goal | None:
-        """What the workers are to carry; None when they are not asked for, UserError for half of a question."""
+        """The load for the workers; None without --rates, UserError when options that it needs are missing."""
         from pdtrim_deploy.sizing.workers import Goal
 
         if not self.files:
             if self.typed:
                 raise UserError(
                     "--slo-ttft, --slo-itl, --rates-of, --link-each, --simulate, --requests and --seed are about "
-                    "workers; say --rates too"
+                    "workers; give --rates too"
                 )
             return None
         if not self.simulate and self.typed & {"requests", "seed"}:
-            raise UserError("--requests and --seed are about a simulation; say --simulate too, or leave them out")
+            raise UserError("--requests and --seed are about a simulation; give --simulate too, or leave them out")
         if traffic.rate is None or self.slo_ttft is None or self.slo_itl is None:
-            raise UserError("--rates gives workers for a rate within an SLO; say --rate, --slo-ttft and --slo-itl too")
+            raise UserError(
+                "--rates computes workers for a rate within an SLO; give --rate, --slo-ttft and --slo-itl too"
+            )
         if traffic.prefill_tokens_per_s is not None:
-            raise UserError("--prefill-tokens-per-s: --rates says that; leave one of them out")
+            raise UserError("--prefill-tokens-per-s and --rates both set prefill's speed; leave one of them out")
         within = (self.slo_ttft, self.slo_itl, traffic.link, self.link_each, traffic.max_utilisation)
         return Goal(traffic.rate, traffic.isl, traffic.osl, *within)
 
@@ -69,7 +71,7 @@ class Workers:
         if self.rates_of == "dense":
             return rates
         if len(subjects) > 1:
-            raise UserError(f"--rates-of planned: whose of {len(subjects)} plans? Give one target")
+            raise UserError(f"--rates-of planned with {len(subjects)} targets: which one was measured? Give one target")
         plan = subjects[0].plan
         return rates.scaled(1 / plan.prefill_share, plan.model.num_blocks / len(plan.kv))
 
@@ -88,7 +90,7 @@ class Workers:
         return sides
 
     def report(self, sides: dict[str, SizedSide], rates: Rates, goal: Goal) -> None:
-        """To the terminal."""
+        """Print the table and its assumptions."""
         from pdtrim_deploy.cli.screen import console
         from pdtrim_deploy.report.workers_table import workers_table
 
@@ -136,17 +138,23 @@ def workers_options(command: Callable[..., Any]) -> Callable[..., Any]:
     )
     for option in (
         click.option(
-            "--seed", type=click.IntRange(0, MOST_SEED), default=0, show_default=True, help="Of the simulated arrivals."
+            "--seed",
+            type=click.IntRange(0, MOST_SEED),
+            default=0,
+            show_default=True,
+            help="Seed of the simulated arrivals.",
         ),
         click.option(
             "--requests",
             type=click.IntRange(1, MOST_SIMULATED),
             default=20000,
             show_default=True,
-            help="To be simulated.",
+            help="Requests to simulate.",
         ),
-        click.option("--simulate", is_flag=True, help="Simulate the workers found, too."),
-        click.option("--link-each", is_flag=True, help="--link is of each prefill worker, not one for all."),
+        click.option("--simulate", is_flag=True, help="Also simulate these workers."),
+        click.option(
+            "--link-each", is_flag=True, help="Each prefill worker has a link of its own, instead of one link for all."
+        ),
         click.option("--rates-of", type=click.Choice(["dense", "planned"]), default="dense", show_default=True),
         click.option("--slo-itl", type=options.Duration(), help="ITL of 95% of the requests."),
         click.option("--slo-ttft", type=options.Duration(), help="TTFT of 95% of the requests: 500ms, 2s."),

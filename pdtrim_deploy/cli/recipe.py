@@ -1,4 +1,4 @@
-"""`pdtrim-deploy recipe`: look at what will be asked for."""
+"""`pdtrim-deploy recipe`: show, check and document recipes."""
 
 from __future__ import annotations
 

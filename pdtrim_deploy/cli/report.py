@@ -1,4 +1,4 @@
-"""`pdtrim-deploy report`: what is known of a bundle on one page."""
+"""`pdtrim-deploy report`: everything measured on a bundle, on one page."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def report(
 ) -> None:
     """Write one self-contained HTML page about BUNDLE.
 
-    It shows the plan block by block, quality, load, engines and what made each figure, from BUNDLE/reports and the
-    files given; what it lacks, it names with the command that makes it.
+    It shows the plan block by block, quality, load and engines, from BUNDLE/reports and the given files. Each figure
+    names the command that made it, and each missing figure the command that would make it.
 
     \b
     Examples:

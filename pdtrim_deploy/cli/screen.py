@@ -1,4 +1,4 @@
-"""Where tables go: as wide as the terminal, and wide where there is none: nothing is cut off in a file or a pipe."""
+"""The console for tables: as wide as the terminal, and very wide in a file or a pipe, so that nothing is cut off."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ WIDE = 160  # columns
 
 
 def console() -> Console:
-    """Of stdout; COLUMNS, where it is set, is obeyed."""
+    """The console of stdout; COLUMNS sets its width."""
     return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDE)

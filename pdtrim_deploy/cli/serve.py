@@ -1,4 +1,4 @@
-"""`pdtrim-deploy serve`: a bundle behind one endpoint until Ctrl-C."""
+"""`pdtrim-deploy serve`: serve a bundle at one endpoint until Ctrl-C."""
 
 from __future__ import annotations
 
@@ -48,10 +48,12 @@ from pdtrim_deploy.worker.decode_pool import SplitPool
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--transport", "backend", default="pdtrim_tcp", show_default=True, help="SGLang's KV transfer backend.")
 @options.transport_options
-@click.option("--threads", type=click.IntRange(1), help="OpenMP threads a worker (default: cores / workers).")
+@click.option("--threads", type=click.IntRange(1), help="OpenMP threads per worker (default: cores / workers).")
 @click.option("--start-timeout", type=options.seconds, default=600.0, show_default=True, help="Seconds.")
 @options.serve_python
-@click.option("--log-dir", type=click.Path(path_type=Path), help="One log file a program (default: a new folder).")
+@click.option(
+    "--log-dir", type=click.Path(path_type=Path), help="Folder with one log file per program (default: a new folder)."
+)
 @click.option(
     "--worker-args",
     default="",
@@ -183,7 +185,7 @@ def endpoints(cluster: Cluster, bundle: Bundle) -> dict[str, object]:
 
 
 def table(cluster: Cluster, bundle: Bundle) -> Table:
-    """What a person reads."""
+    """The endpoints as a table."""
     shown = Table(title=f"{bundle.path} serves plan {bundle.plan.digest[:12]}", title_justify="left")
     for column in ("program", "executor", "address", "metrics", "log"):
         shown.add_column(column, overflow="fold")

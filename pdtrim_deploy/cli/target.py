@@ -1,4 +1,4 @@
-"""What a user puts under load: the URL of a running pair, or a bundle that is served meanwhile."""
+"""The target of a load: the URL of a running pair, or a bundle that is served during the load."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from pdtrim_deploy.serving import (
 
 @dataclass(frozen=True)
 class Target:
-    """`bundle` is None for a URL; `link` is what its KV goes over, by `transport`; None: loopback as it is, by TCP.
+    """`bundle` is None for a URL. `link` limits the speed of its KV; None: unlimited. `transport` None: TCP.
 
     `beside`: other targets are up at the same time.
     """
@@ -51,33 +51,33 @@ class Target:
         transport: Transport | None = None,
         beside: bool = False,
     ) -> Target:
-        """UserError: no complete bundle, no URL of this machine, or what is for bundles is said of a pair that runs."""
+        """UserError: no complete bundle, no URL of this machine, or an option for bundles was given with a URL."""
         if "://" not in text:
             if link is not None and transport is not None and transport.backend != Transport().backend:
                 raise UserError(
-                    f"a link holds back {Transport().backend}, not {transport.backend}; leave one of them out"
+                    f"--link works with {Transport().backend}, not with {transport.backend}; leave one of them out"
                 )
             return cls(text, Bundle.open(Path(text)), executors, serve_python, link, transport, beside)
         for what, given in (("an executor", executors), ("a link", link), ("a transport", transport)):
             if given is not None:
-                raise UserError(f"{what} is for bundles, {text} runs already; leave one of them out")
+                raise UserError(f"{what} is for bundles, but {text} already runs; leave one of them out")
         check_target(text, allow_remote)
         return cls(text, None, None, None)
 
     def described(self) -> dict[str, object]:
-        """For `--dry-run`: what would be started, or asked."""
+        """For `--dry-run`: the commands that would be started, or the URL."""
         if self.bundle is None:
             return {"url": self.text}
         return {"programs": commands_of(self._cluster(self.bundle, log_dir=Path()))}
 
     def check(self) -> None:
-        """Ask the doctor, and whether engine and transport are there, before anything is started."""
+        """Check serve environment, engine and transport before anything is started."""
         if self.bundle is not None:
             require("serve", CheckContext(serve_python=self.serve_python))
             self.described()
 
     def up(self, stack: ExitStack, progress: Progress, name: str) -> tuple[str, Workers | None]:
-        """Its URL, served until `stack` ends if need be, and where its workers count."""
+        """Its URL, served until `stack` ends if it is a bundle, and its workers' metrics."""
         if self.bundle is None:
             return self.text, None
         starting = self._cluster(self.bundle, say=progress.note)

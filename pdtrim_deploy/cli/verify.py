@@ -16,9 +16,9 @@ from pdtrim_deploy.cli import options
 def verify(bundle: Path, as_json: bool) -> None:
     """Compare every file of BUNDLE with its manifest.
 
-    Sizes, SHA-256, files missing and files too many.
-    Exit code 1 when something differs, 2 when it is no complete bundle. Not sealed are the stages' model cards
+    Checks sizes and SHA-256, and lists missing and extra files. The manifest does not cover the stages' model cards
     (README.md), which eval fills in, and reports added after the build.
+    Exit code 1 when something differs, 2 when BUNDLE is not a complete bundle.
 
     \b
     Examples:

@@ -1,4 +1,4 @@
-"""What this machine can build and serve, and the command for each thing that it lacks. Imports no torch."""
+"""What this machine can build and serve, and the command that adds what is missing. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ __all__ = ["Asked", "Finding", "Job", "as_json", "examine", "first_failures", "r
 
 
 def examine(context: CheckContext, job: Job = "demo") -> Iterator[Finding]:
-    """Every line on `job`, as it is found."""
+    """All findings that concern `job`, one at a time."""
     for check in CHECKS:
         if job in check.jobs:
             yield from check.look(context)
 
 
 def require(job: Job, context: CheckContext) -> None:
-    """Before long work: refuse it when the machine cannot do it.
+    """Refuse `job` before the work starts when the machine cannot do it.
 
     Raises:
-        UserError: what is missing, and the commands that mend it.
+        UserError: what is missing, and the commands that add it.
 
     """
     failures = first_failures(examine(context, job), job)
     if failures:
         problems = "; ".join(f"{finding.name}: {finding.detail}" for finding in failures)
         mends = "; ".join(dict.fromkeys(finding.mend for finding in failures if finding.mend))
-        raise UserError(f"this machine cannot {job}: {problems}. Mend it with: {mends}")
+        raise UserError(f"this machine cannot {job}: {problems}. Fix it with: {mends}")

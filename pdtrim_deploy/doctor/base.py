@@ -1,4 +1,4 @@
-"""What a check finds: one line a thing, and the command that mends it."""
+"""The result of a check: one finding per thing, with the command that fixes it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ALL: tuple[Job, ...] = get_args(Job)
 
 
 class Finding(BaseModel):
-    """One line. `needed_by` names the jobs that cannot run without it: none when it is optional."""
+    """One line of the report. `needed_by` names the jobs that cannot run without it; empty when it is optional."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -32,14 +32,14 @@ class Finding(BaseModel):
 
 @dataclass(frozen=True)
 class CheckContext:
-    """What the machine is looked at for.
+    """What the checks need to know.
 
     Attributes:
-        recipe: its memory and disk are counted; None: only what there is.
-        out: where the bundle goes.
+        recipe: its needs of memory and disk are checked; None: only what the machine has is reported.
+        out: folder of the bundle.
         serve_python: as `ServeEnvironment.find` takes it.
         deep: load the plugin into SGLang for real.
-        workers: Ray's on this machine that search, each with its own copy of the model; 0: this process does.
+        workers: Ray workers on this machine that search, each with its own copy of the model; 0: this process.
 
     """
 
@@ -52,19 +52,19 @@ class CheckContext:
 
 
 class Check(Protocol):
-    """Looks at one thing and imports nothing heavy. To add one: a class here beside the others, a line in `CHECKS`."""
+    """Checks one thing and imports nothing heavy. To add one, write a class and list it in `CHECKS`."""
 
     @property
     def jobs(self) -> tuple[Job, ...]:
-        """The jobs it has something to say on."""
+        """The jobs that it concerns."""
         ...
 
     def look(self, context: CheckContext) -> Iterable[Finding]:
-        """Its lines."""
+        """The findings."""
 
 
 def first_failures(findings: Iterable[Finding], job: Job) -> list[Finding]:
-    """What keeps `job` from running."""
+    """The findings that keep `job` from running."""
     return [finding for finding in findings if finding.status != "ok" and job in finding.needed_by]
 
 
@@ -74,7 +74,7 @@ def gb(count: float) -> str:
 
 
 def as_json(findings: Iterable[Finding], job: Job) -> dict[str, Any]:
-    """What `doctor --json` prints."""
+    """The output of `doctor --json`."""
     findings = list(findings)
     return {
         "job": job,

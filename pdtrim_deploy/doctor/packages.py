@@ -1,4 +1,4 @@
-"""Python packages of the environment we run in, by their metadata: nothing is imported."""
+"""Python packages of this environment, checked by their metadata; none is imported."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ class PythonVersion:
             name="python",
             status="ok" if good else "wrong version",
             detail=platform.python_version(),
-            mend=None if good else "install Python 3.11 or later and make the environment with it",
+            mend=None if good else "install Python 3.11 or later and create the environment with it",
             needed_by=self.jobs,
         )
 
 
 @dataclass(frozen=True)
 class Package:
-    """One package of an extra; `why` tells what an optional one is for, and `wanted_by` which recipes' builds stop
-    without it. (One that a target alone wants is no such: the bundle is whole without its engine.)
+    """One package of an extra. `why` says what an optional package is for; `wanted_by` says for which recipes a build
+    cannot finish without it. (A package that only a target needs is optional: a bundle is complete without its engine.)
     """
 
     name: str
@@ -64,7 +64,7 @@ class Package:
             status="ok" if good else "wrong version" if has else "missing",
             detail=f"{detail} ({self.why})" if self.why else detail,
             mend=None if good else mend,
-            # Another version than the lock's may well do: that is said, and does not hold the job back.
+            # Another version than the lock's may work too: it is reported, but does not stop the job.
             needed_by=() if has and not good else self._needed_by(context.recipe),
         )
 
@@ -96,7 +96,7 @@ def wanted_version(name: str, extra: str, lock: Path = REPO / "constraints") -> 
 
 
 def _cuda_of(name: str) -> str:
-    """What torch was built for, read from its version.py."""
+    """The device that torch was built for, read from its version.py."""
     spec = importlib.util.find_spec("torch") if name == "torch" else None
     if spec is None or spec.origin is None:
         return ""

@@ -12,7 +12,7 @@ from pdtrim_deploy.doctor.base import CheckContext, Finding, Job
 
 @dataclass(frozen=True)
 class Writable:
-    """Whether `folder`, which `option` names, can be made or written; nothing is written to find out."""
+    """Whether `folder`, given by `option`, can be created or written to; nothing is written to check it."""
 
     option: str
     folder: Callable[[CheckContext], Path]

@@ -12,12 +12,14 @@ from pathlib import Path
 from pdtrim_deploy.doctor.base import ALL, CheckContext, Finding, Job
 from pdtrim_deploy.serving.environment import REPO
 
-AIPERF = "0.13.0"  # the one that its driver takes (loadtest.aiperf.environment, which imports more than a check may)
+AIPERF = (
+    "0.13.0"  # the version that its driver needs (loadtest.aiperf.environment, which imports more than a check may)
+)
 
 
 @dataclass(frozen=True)
 class Program:
-    """An optional program; `version` are the arguments that make it say its version, `why` what it is for."""
+    """An optional program. `version`: arguments that make it print its version; `why`: what it is for."""
 
     name: str
     why: str
@@ -39,12 +41,12 @@ class Program:
 
 @dataclass(frozen=True)
 class Aiperf:
-    """The second load generator, where its driver looks for it: `.venv/aiperf` of the clone or of here, else PATH."""
+    """The second load generator, searched like its driver does: `.venv/aiperf` of the clone or here, else PATH."""
 
     jobs: tuple[Job, ...] = ("serve", "demo")
 
     def look(self, context: CheckContext) -> Iterable[Finding]:
-        """One line; its version by its metadata, for it takes seconds to say it itself."""
+        """One finding. The version comes from its metadata, because the program takes seconds to print it."""
         places = [folder / ".venv" / "aiperf" for folder in (REPO, Path.cwd())]
         known = [file for place in places for file in place.glob("lib/python*/site-packages/aiperf-*.dist-info")]
         on_path = shutil.which("aiperf")
@@ -71,7 +73,7 @@ class Gpu:
     jobs: tuple[Job, ...] = ALL
 
     def look(self, context: CheckContext) -> Iterable[Finding]:
-        """One line each, or one that says there is none."""
+        """One finding per GPU, or one that says there is none."""
         smi, listed = shutil.which("nvidia-smi"), ""
         if smi:
             query = [smi, "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
@@ -83,13 +85,13 @@ class Gpu:
                 group="machine",
                 name="gpu",
                 status="missing",
-                detail="no NVIDIA GPU is to be seen: SGLang is served on the CPU, TensorRT engines cannot run",
+                detail="no NVIDIA GPU found: SGLang is served on the CPU, TensorRT engines cannot run",
                 mend="install NVIDIA's driver where there is a GPU; nvidia-smi must list it",
             )
 
 
 def _version(path: str, arguments: tuple[str, ...]) -> str:
-    """The line with a number such as 13.1 in what the program says of itself."""
+    """The first line of the program's output with a version number such as 13.1."""
     numbered = [line for line in _output([path, *arguments]).splitlines() if re.search(r"\d\.\d", line)]
     return numbered[0].strip() if numbered else path
 

@@ -1,4 +1,4 @@
-"""Disk and memory: what there is, and what a recipe takes. Estimates, from the model's config alone."""
+"""Disk and memory: what the machine has and what a recipe needs, estimated from the model's config alone."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ POOL_TOKENS = 8192  # what `serve` gives a worker by default
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes that a recipe takes: memory to build, to judge, to serve 1 + 1 workers on a CPU; disk."""
+    """Bytes that a recipe needs: memory to build, to judge, to serve 1 + 1 workers on a CPU; disk."""
 
     build: float
     judge: float
@@ -38,14 +38,13 @@ class Needs:
 
 
 def needs(recipe: Recipe, workers: int = 0) -> Needs | None:
-    """None where the model's config.json is neither here nor shipped.
+    """The needs of `recipe`; None if the model's config.json is neither on this machine nor shipped.
 
-    Building holds the model once in float32 where something is measured on it (where nothing but the search does, and
-    `pruning.blocks_in_memory` bounds that, so much of it), in each of Ray's `workers` once more while it searches, what
-    is trained four times more (a copy, its gradients, Adam's two means) and what a least-squares fit sums up, or later
-    what choosing KV measures on one batch of sequences, and one shard of a stage at a time; both stages are written in
-    the recipe's dtype, a converted source (gguf, pypi) once more; an engine is taken to be as large as its stage in
-    float32, built in a process of its own that holds it three times.
+    Memory to build: the model in float32 if something is measured on it (if only the search is, no more than
+    `pruning.blocks_in_memory` allows), and once more in each of Ray's `workers`; trained weights four times more (a
+    copy, gradients, Adam's two means); the sums of a least-squares fit, or later one batch of the KV choice; one shard
+    of a stage. An engine counts as its stage in float32, built in a process that holds it three times. Disk: both
+    stages in the recipe's dtype, the engines, and a converted source (gguf, pypi).
     """
     path = config_of(recipe.model.source)
     if path is None:
@@ -74,19 +73,19 @@ def needs(recipe: Recipe, workers: int = 0) -> Needs | None:
 
 
 def _measured_on(recipe: Recipe, config: dict[str, Any]) -> int:
-    """Weights in memory at a time while something is measured on them, hidden states of a bounded search included."""
+    """Weights in memory at a time while they are measured, with the hidden states of a bounded search as weights."""
     pruning, sizes = recipe.pruning, ModelSizes.of(config)
     healed = needed(recipe) and recipe.healing.trains
     whole_model = recipe.kv.method not in FIXED_KV or healed or recipe.healing.kv_steps > 0
     if pruning.blocks_in_memory is None or whole_model:
         return sizes.total if whole_model or pruning.decode_blocks or recipe.kv.measures_offsets else 0
-    student_blocks = 4 if pruning.distil else 0  # both parents, and both blocks that a student may begin as
+    student_blocks = 4 if pruning.distil else 0  # both parents, and both blocks that a student may start from
     held = min(sizes.blocks, pruning.blocks_in_memory) + student_blocks
     return sizes.ends + held * sizes.block + (pruning.memory_mb << 20) // 4
 
 
 def _trained(recipe: Recipe, config: dict[str, Any]) -> int:
-    """Weights that take gradient steps at a time: a stage's blocks, or one student's."""
+    """Weights trained by gradients at a time: a stage's blocks, or one student."""
     pruning, healing, sizes = recipe.pruning, recipe.healing, ModelSizes.of(config)
     decode_steps = healing.decode_steps or healing.kv_steps
     steps = ((healing.prefill_steps, pruning.prefill_blocks), (decode_steps, pruning.decode_blocks))
@@ -95,7 +94,7 @@ def _trained(recipe: Recipe, config: dict[str, Any]) -> int:
 
 
 def _fitted(recipe: Recipe, config: dict[str, Any]) -> int:
-    """Bytes of one block's normal equations and of new maps, where blocks are fitted."""
+    """Bytes of one block's normal equations and of the new maps, if blocks are fitted."""
     refits = needed(recipe) and recipe.healing.compensation == "least-squares"
     return fitted_bytes(ModelSizes.of(config), recipe.pruning, refits) if refits or recipe.pruning.distil else 0
 
@@ -107,7 +106,7 @@ class Memory:
     jobs: tuple[Job, ...] = ALL
 
     def look(self, context: CheckContext) -> Iterable[Finding]:
-        """One line on what there is, and one a job of the recipe."""
+        """One finding about the machine, and one per job of the recipe."""
         total, free = memory()
         yield Finding(group="machine", name="memory", status="ok", detail=f"{gb(total)}, {gb(free)} of it free")
         estimate = needs(context.recipe, context.workers) if context.recipe else None

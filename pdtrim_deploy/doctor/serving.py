@@ -1,4 +1,4 @@
-"""The serve environment, asked in its own Python: SGLang, every hook target, kernels, router, transports."""
+"""The serve environment, checked in its own Python: SGLang, every hook target, kernels, router, transports."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pdtrim_deploy.serving.commands import FOREIGN
 from pdtrim_deploy.serving.environment import REPO, ServeEnvironment, gpu_count
 from pdtrim_deploy.serving.transports import LIBRARIES
 
-DIAGNOSIS = ("-P", "-m", "pdtrim_sglang.diagnosis")  # -P: no module of the folder we were started in
+DIAGNOSIS = ("-P", "-m", "pdtrim_sglang.diagnosis")  # -P: import no module of the current folder
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class SGLang:
     jobs: tuple[Job, ...] = ("serve", "demo")
 
     def look(self, context: CheckContext) -> Iterable[Finding]:
-        """Ten lines or so; one when there is no such Python, or the plugin is not installed in it."""
+        """One finding per thing; a single one if there is no such Python, or it lacks the plugin."""
         try:
             python = ServeEnvironment.find(context.serve_python).python
         except UserError as error:
@@ -103,12 +103,12 @@ class SGLang:
         yield self._line(
             "imports from SGLang",
             "wrong version" if gone else "ok",
-            f"not there: {', '.join(gone)}" if gone else f"all {len(report['imports'])} names are there",
+            f"not there: {', '.join(gone)}" if gone else f"all {len(report['imports'])} names exist",
             mend if gone else None,
         )
         if "deep" in report:
             failed = report["deep"]
-            detail = failed or "loaded into SGLang, every hook took"
+            detail = failed or "loaded into SGLang, every hook installed"
             yield self._line("plugin loaded", "wrong version" if failed else "ok", detail, mend if failed else None)
 
     def _line(self, name: str, status: Status, detail: str, mend: str | None = None) -> Finding:
@@ -116,7 +116,7 @@ class SGLang:
 
 
 def diagnosis(python: Path, deep: bool = False) -> dict[str, Any]:
-    """What `pdtrim_sglang.diagnosis` says in another Python; UserError when it does not run there."""
+    """Output of `pdtrim_sglang.diagnosis` in another Python; UserError when it does not run there."""
     chosen = {"SGLANG_PLUGINS": "pdtrim", "HF_HUB_OFFLINE": "1"} | (
         {} if gpu_count() else {"SGLANG_USE_CPU_ENGINE": "1"}
     )

@@ -1,7 +1,7 @@
-"""Where decode looks: the attention mass that generated positions put on each part of the prompt.
+"""Attention mass: the shares of attention that generated positions put on each part of the prompt.
 
-Queries are continuation tokens only, so a layer's weights are `T x (N + T)`, never `N x N`, and one layer's exist at
-a time. The weights are those of the model's own eager attention.
+Queries are continuation tokens only, so a layer's weights are `T x (N + T)`, never `N x N`, and only one layer's exist
+at a time. The weights are those of the model's own eager attention.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def attention_mass(
 ) -> AttentionMass:
     """Measure decode on `sequences`, int64 `[S, N + T]`, N = `prompt_tokens` and T >= 2.
 
-    Decode reads the whole prompt KV, whatever the oracle's plan cuts.
+    Decode reads all prompt KV, whatever the oracle's plan cuts.
     """
     layers, heads = len(oracle.plan.decode_layers), oracle.plan.model.num_kv_heads
     full = oracle.with_kv((KVSend(),) * layers)

@@ -1,4 +1,4 @@
-"""What a KV selection is asked: how the prompt KV of each decode layer shall travel."""
+"""The interface of KV selection: how the prompt KV of each decode layer travels."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class Problem:
     Attributes:
         oracle: the stage models, pruned already; its plan's KV rules are ignored.
         sequences: calibration text, int64 `[S, N + T]`, the first `prompt_tokens` = N of each are its prompt, T >= 2.
-        seed: of whatever a method draws.
+        seed: for all random draws of a method.
         memo: stores slow measurements, so that a later choice can reuse them; None: nothing is stored.
-        work: folder of what is too large for memory; None: where the machine keeps temporary files.
+        work: folder for data that is too large for memory; None: the system's folder of temporary files.
 
     """
 
@@ -57,7 +57,7 @@ class Cut:
         return tuple(self.sparse if layer in sparse else self.full for layer in range(layers))
 
     def best(self, scores: Sequence[float], count: int) -> Sends:
-        """The `count` layers of highest score cut; ties go to the earlier layer. UserError: there are not so many."""
+        """The `count` layers of highest score cut; ties go to the earlier layer. UserError: there are fewer layers."""
         if count > len(scores):
             raise UserError(
                 f"sparse_layers is {count} but decode keeps {len(scores)} layers; choose at most {len(scores)}"
@@ -71,7 +71,7 @@ class Cut:
 
 
 class Selection(Protocol):
-    """A method with its settings; equal problems give equal answers."""
+    """A method with its settings; equal problems give equal results."""
 
     def choose(self, problem: Problem, progress: Progress) -> Sends:
         """One rule per decode layer, in their order. UserError: the settings cannot be met."""

@@ -1,8 +1,8 @@
-"""Rules that read attention: cut the layers that rest on the first and last prompt tokens. Baselines: mass is not harm.
+"""Rules by attention: cut layers that attend mostly to first and last prompt tokens. Baselines: mass is not harm.
 
-Our reading of PDTrim's rule (arXiv:2509.04467v1 to v3, of which only the abstracts were read) asks where decode looks;
-SimLayerKV's (arXiv:2410.13846) where the prompt's own last tokens look, which prefill sees by itself. Either takes the
-layers above a threshold, or so many of the highest.
+Our reading of PDTrim's rule (arXiv:2509.04467v1 to v3, of which only the abstracts were read) uses the attention of
+generated tokens; SimLayerKV's (arXiv:2410.13846) that of the prompt's last tokens, which prefill knows by itself. Both
+cut the layers above a threshold, or a given number of the highest.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Literal
 from pdtrim_deploy.kvchoice.attention_mass import attention_mass
 from pdtrim_deploy.kvchoice.base import Cut, Problem, Progress, Sends
 
-LOOKING = 32  # last prompt tokens whose attention tells a lazy layer, as in SimLayerKV
+LOOKING = 32  # last prompt tokens whose attention identifies a lazy layer, as in SimLayerKV
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class ByAttention:
 
     Attributes:
         queries: "generated" for the continuation's tokens, "prompt" for the prompt's own last ones.
-        sparse_layers, threshold: how many layers, or from which share on (0 to 1); one of them is None.
+        sparse_layers, threshold: the number of layers, or the lowest share (0 to 1); one of them is None.
 
     """
 
@@ -40,13 +40,13 @@ class ByAttention:
         return self.cut.best(scores, self.sparse_layers)
 
     def scores(self, problem: Problem, progress: Progress) -> list[float]:
-        """Each decode layer's share on what a cut leaves of the prompt."""
+        """Each decode layer's share of attention on the rows that a cut keeps."""
         prompt, sequences = problem.prompt_tokens, problem.sequences
         if self.queries == "prompt":
             sequences = sequences[:, :prompt]
             prompt -= min(LOOKING, prompt // 2)
         sparse = self.cut.sparse
         mass = attention_mass(problem.oracle, sequences, prompt, sparse.n_first, sparse.n_last, progress=progress)
-        # A lazy layer's own recent tokens count for it: seen from the prompt's end they are among the last ones.
+        # Recent tokens count too: for queries at the prompt's end they are among the last ones.
         shares = mass.prompt_ends if self.queries == "generated" else mass.prompt_ends + mass.generated.mean(1)
         return [float(share) for share in shares]

@@ -1,7 +1,7 @@
 """Selection by measured harm (ours; the paper ranks layers by attention mass).
 
-Harm is KL(whole prompt KV || plan) of decode's next-token distribution: the rise of NLL on text that the uncut model
-itself finds likely. Having no label noise, its standard error is several times smaller than that of the rise on text.
+Harm is KL(all prompt KV || plan) of decode's next-token distribution: the expected rise of NLL on tokens drawn from the
+uncut model. It has no label noise, so its standard error is several times smaller than that of the NLL on text.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from pdtrim_deploy.plan import KVSend
 
 @dataclass(frozen=True)
 class ByMeasuredHarm:
-    """Cut `sparse_layers` layers, one rule for all of them: those that together do least harm."""
+    """Cut the `sparse_layers` layers whose cuts together do least harm; one rule for all of them."""
 
     cut: Cut
     sparse_layers: int
 
     def choose(self, problem: Problem, progress: Progress) -> Sends:
-        """Every layer whole costs 1, a cut one nothing."""
+        """Solve with cost 1 for a full layer and 0 for a cut one."""
         if self.sparse_layers > problem.layers:
             raise UserError(
                 f"sparse_layers is {self.sparse_layers} but decode keeps {problem.layers} layers; "
@@ -42,8 +42,8 @@ class ByBudget:
     """Choose rows and wire dtype of each layer: least harm within a byte budget, or fewest bytes within a harm.
 
     Attributes:
-        options: what a layer may get.
-        reduction: dense bytes over planned bytes to reach at the problem's prompt length; or None.
+        options: the options of each layer.
+        reduction: dense over planned bytes to reach at the problem's prompt length; or None.
         max_loss: relative rise of perplexity to stay below, on the problem's text; or None.
 
     """

@@ -1,4 +1,4 @@
-"""The two ends, and chance."""
+"""Rules that measure nothing: cut no layer, all layers, or random ones."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pdtrim_deploy.kvchoice.base import Cut, Problem, Progress, Sends
 
 @dataclass(frozen=True)
 class AllFull:
-    """Nothing is cut."""
+    """Cut no layer."""
 
     cut: Cut
 
@@ -21,7 +21,7 @@ class AllFull:
 
 @dataclass(frozen=True)
 class AllSparse:
-    """Everything is cut, as StreamingLLM (arXiv:2309.17453) does."""
+    """Cut every layer, as StreamingLLM (arXiv:2309.17453) does."""
 
     cut: Cut
 
@@ -32,7 +32,7 @@ class AllSparse:
 
 @dataclass(frozen=True)
 class AtRandom:
-    """Some layers are cut, whichever: what a rule has to beat."""
+    """Cut random layers: the baseline that a rule must beat."""
 
     cut: Cut
     sparse_layers: int

@@ -1,7 +1,7 @@
-"""Measure key offsets (`kvcache/key_offsets.py`): the mean of keys before RoPE, where it helps to leave it out.
+"""Measure key offsets (`kvcache/key_offsets.py`): the mean of keys before RoPE, where subtracting it helps.
 
-Keys are turned back from what prefill hands over, so nothing of a model family is known here but its RoPE. A head
-whose mean does not bring the keys of text kept back nearer to the truth gets zeros; so does one of broken numbers.
+The keys of prefill's KV are rotated back, so this needs to know nothing of a model family but its RoPE. A head gets
+zeros if its mean does not lower the error on held-out text, or is not finite.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from pdtrim_deploy.kvchoice.base import Progress
 from pdtrim_deploy.models.oracle import PDOracle, PrefillState
 from pdtrim_deploy.plan.wire import HEAD_DIM_MULTIPLE, Code, row_sections
 
-STATIC = ("default", "linear", "llama3", "yarn")  # kinds of RoPE whose angles depend on the position alone
-WORTH = 0.98  # of squared error: a mean that takes less off it is not worth its arithmetic
-KEPT_BACK = 4  # one sequence in so many says whether a mean helps
-FIRST = 1  # rows of a prompt that no mean is of: the attention sink is of another size
+STATIC = ("default", "linear", "llama3", "yarn")  # RoPE types whose angles depend on the position alone
+WORTH = 0.98  # share of the squared error that must remain at most, else a mean is not worth its arithmetic
+KEPT_BACK = 4  # one sequence in so many is held out, to test whether a mean helps
+FIRST = 1  # rows left out of the mean: the attention sink differs in magnitude
 FAR = 4096  # positions up to which our rotation is compared with the model's
 TOLERANCE = 1e-5
 
@@ -36,9 +36,9 @@ class Rotary(NamedTuple):
 
 @dataclass(frozen=True)
 class Measured:
-    """`offsets`: None where no head has any; `errors`: RMS of what int4 does to keys kept back, by layer of decode.
+    """`offsets`: None if no head has one; `errors`: RMS error of int4 on held-out keys, by layer of decode.
 
-    Each is `[kv_heads]` pairs: keys whole, and less their mean.
+    Each entry is `[kv_heads]` pairs: without and with the mean subtracted.
     """
 
     offsets: KeyOffsets | None
@@ -46,9 +46,9 @@ class Measured:
 
 
 def rotary_of(model: Any, head_dim: int) -> Rotary | None:
-    """What a model of transformers rotates its keys by; None where keys of a position are not all turned alike.
+    """The rotation of a transformers model's keys; None if it is not the same for all keys of a position.
 
-    That is a RoPE whose angles depend on the length or the layer, one of a part of a head, or of neighbours.
+    That is a RoPE whose angles depend on the length or the layer, that rotates a part of a head, or neighbours.
     """
     module: Any = getattr(model.model, "rotary_emb", None)
     frequencies = getattr(module, "inv_freq", None)
@@ -73,7 +73,7 @@ def measure(oracle: PDOracle, sequences: Tensor, progress: Progress) -> Measured
     model, layers = oracle.plan.model, len(oracle.plan.decode_layers)
     rotary = rotary_of(oracle.prefill_model, model.head_dim)
     if rotary is None:
-        progress("key offsets: none, since this model's RoPE is not of a kind that they can follow")
+        progress("key offsets: none, because they do not support this model's type of RoPE")
         return Measured(None, ())
     if len(sequences) == 1:
         sequences = sequences[:, : sequences.shape[1] // 2 * 2].view(2, -1)
@@ -100,19 +100,19 @@ def measure(oracle: PDOracle, sequences: Tensor, progress: Progress) -> Measured
 
 
 def _states(oracle: PDOracle, sequences: Tensor) -> Iterator[PrefillState]:
-    """One sequence at a time: the KV of all layers of one is in memory."""
+    """Prefill one sequence at a time, so that only its KV is in memory."""
     for row in sequences.split(1):
         yield oracle.prefill(row)
 
 
 def _keys(oracle: PDOracle, state: PrefillState) -> Iterator[Tensor]:
-    """Keys of each layer of decode as the pool has them, `[tokens - FIRST, kv_heads, head_dim]`."""
+    """Keys of each layer of decode in the pool's dtype, `[tokens - FIRST, kv_heads, head_dim]`."""
     for source in oracle.plan.layer_map:
         yield state.keys[source][FIRST:]
 
 
 def _squares(keys: Tensor, less: Tensor | None) -> Tensor:
-    """float64 `[kv_heads]`: squared error of keys in int4, or int8 where the head size does not allow that."""
+    """float64 `[kv_heads]`: squared error of keys in int4, or in int8 if the head size does not allow int4."""
     rows, heads, dim = keys.shape
     code: Code = "int4" if dim % HEAD_DIM_MULTIPLE["int4"] == 0 else "int8"
     sections = [

@@ -1,8 +1,8 @@
-"""Calibration text that asks for the middle of a prompt. Pure: no torch.
+"""Calibration text that needs the middle of a prompt. Pure: no torch.
 
-Plain text seldom does, so that what it tells of cutting tokens does not hold for prompts that are searched for a fact.
-Here some sequences come to say a passage of their own middle again: its first tokens end the prompt, and what follows
-it there is the continuation, which a language model copies if it still has the passage (induction heads).
+Plain text seldom does, so losses measured on it do not hold for prompts that are searched for a fact. Here some
+sequences repeat a passage of their middle: its first tokens end the prompt, and the rest is the continuation, which a
+language model copies if it can still read the passage (induction heads).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def with_recall(ids: Tensor, prompt_tokens: int, share: float, seed: int) -> Tensor:
     """A copy of `ids`, int64 `[S, T]`, in which a `share` of the sequences, evenly spread, repeat a passage.
 
-    Passages begin behind the first eighth of the prompt and end before its last quarter.
+    Passages begin after the first eighth of the prompt and end before its last quarter.
     """
     ids, draw, length = ids.clone(), random.Random(seed), ids.shape[1] - prompt_tokens + CUE
     latest = last_start(prompt_tokens, ids.shape[1] - prompt_tokens)

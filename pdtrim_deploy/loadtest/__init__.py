@@ -12,7 +12,7 @@ from pdtrim_deploy.loadtest.base import Driver, LoadResult, LoadRun, Outcome
 from pdtrim_deploy.loadtest.scenario import Scenario
 from pdtrim_deploy.loadtest.workers import WorkerFigures, Workers
 
-# Name -> module whose `drive` is the driver, and whose `check` refuses what it cannot do; imported when asked for.
+# Name -> module with functions `drive` (the driver) and `check` (refuses unsupported scenarios); imported on use.
 DRIVERS = {"builtin": "pdtrim_deploy.loadtest.builtin", "aiperf": "pdtrim_deploy.loadtest.aiperf"}
 
 __all__ = [
@@ -31,22 +31,22 @@ __all__ = [
 
 
 def driver(name: str) -> Driver:
-    """The driver called `name`; UserError lists the names there are."""
+    """The driver called `name`; UserError lists the valid names."""
     return _module(name).drive
 
 
 def check_scenario(name: str, scenario: Scenario) -> None:
-    """UserError where the driver called `name` cannot put that load."""
+    """UserError when the driver called `name` does not support the scenario."""
     _module(name).check(scenario)
 
 
 def check_target(url: str, allow_remote: bool) -> None:
-    """Refuse what is no http(s) URL, and hosts other than this one unless `allow_remote`."""
+    """Refuse anything but http(s) URLs, and other machines unless `allow_remote`."""
     host = _host(url)
     if host is None:
         raise UserError(f"{url} is not a URL such as http://127.0.0.1:8000")
     if not allow_remote and not _loopback(host):
-        raise UserError(f"{host} is another machine; say --allow-remote if it may be put under load")
+        raise UserError(f"{host} is another machine; give --allow-remote if you may put load on it")
 
 
 def _module(name: str) -> ModuleType:

@@ -1,4 +1,4 @@
-"""What every load driver is asked for and gives back."""
+"""The interface of load drivers, and the result of a load."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from pdtrim_deploy.loadtest.scenario import SLO, Scenario
 from pdtrim_deploy.loadtest.workers import WorkerFigures, Workers
 
 PERCENTILES = (50, 90, 95, 99)
-# What a client may cost before its figures are called its own: of a core, in loads of so many seconds; of the median
-# TTFT or ITL, and in ms.
+# Limits above which the client counts as a bottleneck: share of a core, for loads of at least so many seconds; delay as
+# a share of the median TTFT or ITL, and in ms.
 MOST_CPU, LEAST_WALL_S, MOST_LATE, LEAST_LATE_MS = 0.8, 1.0, 0.1, 10.0
 
 
@@ -71,8 +71,8 @@ class LoadRun:
     """One load: every request's outcome, and the wall time from the first request to the last token.
 
     Attributes:
-        cpu_s: processor time of the client meanwhile, None where the driver cannot say.
-        pauses: seconds by which the client woke too late from short sleeps, all through the load.
+        cpu_s: processor time of the client during the load; None if the driver does not report it.
+        pauses: seconds by which the client woke too late from short sleeps, over the whole load.
 
     """
 
@@ -89,13 +89,13 @@ class Driver(Protocol):
 
 
 class ClientFigures(BaseModel):
-    """Whether the client itself was the bottleneck: then latencies are partly its own, and rates what it could send.
+    """Whether the client was the bottleneck: then latencies include its own, and rates are limited by it.
 
     Attributes:
         send_late_ms: how late requests were sent (open loops).
-        wake_late_ms: how late it woke from short sleeps: what its readings of ITL may be off by.
+        wake_late_ms: how late it woke from short sleeps; measured ITL may be wrong by this.
         cpu_share: of one core, which is all that it can use.
-        bottleneck: why it was one, one sentence; None when it was not.
+        bottleneck: one sentence with the reason; None when it was no bottleneck.
 
     """
 
@@ -108,7 +108,7 @@ class ClientFigures(BaseModel):
 
     @classmethod
     def of(cls, runs: Sequence[LoadRun], ttft_ms: float | None, itl_ms: float | None) -> ClientFigures:
-        """Judged against medians of what was measured."""
+        """Compare the client's delays with the measured medians."""
         late = Percentiles.of([o.late for run in runs for o in run.outcomes])
         woke = Percentiles.of([pause for run in runs for pause in run.pauses])
         spent = [run.cpu_s for run in runs if run.cpu_s is not None]

@@ -15,11 +15,11 @@ from pdtrim_deploy.loadtest.base import LoadRun, Outcome
 from pdtrim_deploy.loadtest.scenario import Scenario
 from pdtrim_deploy.loadtest.schedule import Job, jobs
 
-SLEEP_S = 0.02  # of the task that notices when the client itself is late
+SLEEP_S = 0.02  # interval of the task that measures how late the client wakes
 
 
 def check(scenario: Scenario) -> None:
-    """Every scenario can be driven."""
+    """Accept every scenario."""
 
 
 def drive(url: str, scenario: Scenario) -> LoadRun:
@@ -66,7 +66,7 @@ async def _closed_loop(
 async def _open_loop(
     client: httpx.AsyncClient, queue: Iterable[Job], deadline_s: float, started: float
 ) -> list[Outcome]:
-    """Requests are sent when they are due, whatever became of those before them."""
+    """Send requests when they are due, whether or not earlier ones have ended."""
 
     async def send(job: Job, due: float) -> Outcome:
         late = max(0.0, time.perf_counter() - due)

@@ -1,4 +1,4 @@
-"""Two or more served pairs under the same load, in turns: what else the machine does falls on all of them."""
+"""Two or more served pairs under the same load, in turns, so that other programs slow all of them alike."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ T_975 = (
     *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
     *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
 )
-# Figure -> how to read it from one round's result; None where that round has none.
+# Figure -> function that reads it from one round's result; None if that round has none.
 FIGURES: dict[str, Callable[[LoadResult], float | None]] = {
     "TTFT p50": lambda r: r.ttft_ms.p50,
     "TTFT p95": lambda r: r.ttft_ms.p95,
@@ -40,7 +40,7 @@ FIGURES: dict[str, Callable[[LoadResult], float | None]] = {
 
 @dataclass(frozen=True)
 class Side:
-    """One served pair: its router, and its workers where they are known."""
+    """One served pair: its router, and its workers if they are known."""
 
     url: str
     workers: Workers | None = None
@@ -49,7 +49,7 @@ class Side:
 class Ratio(BaseModel):
     """One figure, second pair over first: geometric mean over rounds with its 95% interval (paired t on logarithms).
 
-    `low` and `high` say what the mean would be in repetitions of this comparison on this machine, no more.
+    `low` and `high` bound the mean of repetitions of this comparison on this machine, and nothing else.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -70,7 +70,7 @@ class Ratio(BaseModel):
 
     @property
     def differs(self) -> bool:
-        """Whether the interval leaves 1 out."""
+        """Whether the interval excludes 1."""
         return not self.low <= 1.0 <= self.high
 
 
@@ -81,13 +81,13 @@ def t_975(freedom: int) -> float:
 
 @dataclass(frozen=True)
 class Rounds:
-    """What each pair did in each round, in the order of the rounds, and over all of them."""
+    """Results of each pair in each round, in the order of the rounds, and over all rounds."""
 
     by_round: dict[str, list[LoadResult]]
     total: dict[str, LoadResult]
 
     def ratios(self, first: str, second: str) -> list[Ratio]:
-        """Each figure that every round of both has."""
+        """Ratios of each figure that every round of both pairs has."""
         computed = []
         for figure, pairs in self._pairs(first, second).items():
             if all(a and b for a, b in pairs):
@@ -95,7 +95,7 @@ class Rounds:
         return computed
 
     def dropped(self, first: str, second: str) -> list[str]:
-        """Figures without a ratio, a sentence each; those that no round was asked for are left out."""
+        """One sentence for each figure without a ratio, except figures that no round has."""
         sentences = []
         for figure, pairs in self._pairs(first, second).items():
             lacking = sum(not (a and b) for a, b in pairs)
@@ -109,7 +109,7 @@ class Rounds:
 
 
 def check_rounds(rounds: int) -> None:
-    """UserError where there are too few for an interval."""
+    """UserError when there are too few rounds for an interval."""
     if rounds < LEAST_ROUNDS:
         raise UserError(
             f"--rounds {rounds} gives no confidence interval; use at least {LEAST_ROUNDS}, better 6 or more"
@@ -117,11 +117,11 @@ def check_rounds(rounds: int) -> None:
 
 
 def check_dealt(requests: int, rounds: int) -> None:
-    """The same where `requests` are dealt out to the rounds, one each at least."""
+    """The same when `requests` are divided among the rounds, at least one each."""
     check_rounds(rounds)
     if requests < LEAST_ROUNDS:
         raise UserError(
-            f"--requests {requests} are too few to be dealt out to rounds, and fewer than {LEAST_ROUNDS} rounds give "
+            f"--requests {requests} are too few to divide among rounds, and fewer than {LEAST_ROUNDS} rounds give "
             f"no confidence interval; use at least {LEAST_ROUNDS}"
         )
 
@@ -157,7 +157,7 @@ def interleave(
                 well = sum(outcome.failure is None for outcome in run.outcomes)
                 added[name].append(side.workers.since(before, well))
             figures[name].append(LoadResult.of(driver_name, [run], scenario.slo, _counted(added[name][-1:])))
-    # What a pair counts between its rounds are health checks; no part of the load.
+    # Between its rounds a pair counts health checks, which are no part of the load.
     total = {name: LoadResult.of(driver_name, runs[name], first.slo, _counted(added[name])) for name in sides}
     return Rounds(figures, total)
 
@@ -167,7 +167,7 @@ def _counted(added: Sequence[dict[Key, float]]) -> WorkerFigures | None:
 
 
 def shares(scenario: Scenario, rounds: int) -> list[Scenario]:
-    """The scenario's requests dealt out to `rounds` rounds of other seeds."""
+    """The scenario's requests divided among `rounds` rounds with different seeds."""
     total = scenario.requests or 0
     return [
         scenario.changed(requests=len(range(n, total, rounds)), seed=scenario.seed + n)
@@ -181,10 +181,10 @@ def repeats(scenario: Scenario, rounds: int) -> list[Scenario]:
 
 
 class Comparison(BaseModel):
-    """`second` over `first`; never one absolute time: each side's own figures stand under `load` for the record.
+    """Ratios of `second` over `first`; `load` has the absolute figures of each side for the record.
 
-    `link` is the speed of a relay on loopback that KV went over; None: loopback as it is. `dropped` says which figures
-    have no ratio, and why.
+    `link` is the speed of the relay on loopback that carried the KV; None: no relay. `dropped` says which figures have
+    no ratio, and why.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -201,7 +201,7 @@ class Comparison(BaseModel):
 
     @property
     def problems(self) -> list[str]:
-        """What a reader must know before believing the ratios."""
+        """Reasons to doubt the ratios, one sentence each."""
         sentences = [f"{n}: {r.failed} of {r.requests} requests failed" for n, r in self.load.items() if r.failed]
         sentences += [f"{n}: {r.client.bottleneck}" for n, r in self.load.items() if r.client.bottleneck]
         return [*sentences, *self.dropped]

@@ -1,4 +1,4 @@
-"""What load is asked for: a frozen scenario, read from YAML (units may be included, as in recipes)."""
+"""The load: a frozen scenario, read from YAML (units may be included, as in recipes)."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     def _require(self, kind: str, allowed: set[str], optional: frozenset[str] = frozenset()) -> None:
-        """Exactly the keys that `kind` needs, some of them optional."""
+        """Check that exactly the keys that `kind` needs are given; some are optional."""
         given = {name for name in type(self).model_fields if name != "kind" and getattr(self, name) is not None}
         for name in sorted(given - allowed):
             raise ValueError(f"kind is {kind!r}, which takes no {name}; allowed with it: {', '.join(sorted(allowed))}")
@@ -140,8 +140,8 @@ class Scenario(_Section):
     """One load.
 
     Attributes:
-        requests: how many are sent; duration_s: for how long they are sent. Either ends the load; a trace ends itself.
-        warmup: requests before the clock starts; they count nowhere.
+        requests: number of requests; duration_s: time in which they are sent. Either ends the load, or a trace's end.
+        warmup: requests before the measurement starts; no figure counts them.
         deadline_s: of each request, from its sending to its last token.
 
     """
@@ -166,7 +166,7 @@ class Scenario(_Section):
         if self.trace is not None:
             refused = sorted({"arrivals", "input", "output", "prefixes"} & self.model_fields_set)
             if refused:
-                raise ValueError(f"trace says when and how long requests are; leave out {', '.join(refused)}")
+                raise ValueError(f"trace sets times and lengths of the requests; leave out {', '.join(refused)}")
         elif self.requests is None and self.duration_s is None:
             raise ValueError("requests is missing; allowed: requests, duration_s or both, whichever ends first")
         elif self.arrivals.kind == "ramp" and self.duration_s is None:
@@ -184,7 +184,7 @@ class Scenario(_Section):
         if not file.is_file():
             raise UserError(f"{path}: trace.path names {scenario.trace.path}, which is not a file; check the path")
         for _ in rows(file):
-            pass  # a line that is no request is said now, not amid the load
+            pass  # report an invalid line now, not during the load
         return scenario.changed(trace=scenario.trace.model_copy(update={"path": str(file.resolve())}))
 
     @classmethod
@@ -201,7 +201,7 @@ class Scenario(_Section):
         return cls.model_validate(given | {"input": Lengths.between(*input), "output": Lengths.between(*output)})
 
     def warming(self) -> Scenario:
-        """A closed loop of `warmup` requests of these lengths, and at least one, whose texts no load has."""
+        """A closed loop of `warmup` requests (at least one) of these lengths, with texts that no load uses."""
         arrivals = Arrivals(clients=self.arrivals.clients or WARM_CLIENTS)
         ends = {"requests": max(1, self.warmup), "duration_s": None, "warmup": 0, "seed": WARM_SEED}
         return self.changed(arrivals=arrivals, trace=None, **ends)
@@ -211,7 +211,7 @@ class Scenario(_Section):
         return self.model_copy(update=values)
 
     def to_yaml(self) -> str:
-        """The resolved scenario without what was left open."""
+        """The resolved scenario, without keys that are not set."""
         return yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False)
 
     @classmethod

@@ -1,4 +1,4 @@
-"""A scenario turned into requests: when each is due, its prompt, and how many tokens are asked for."""
+"""The requests of a scenario: when each is due, its prompt, and its number of output tokens."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pdtrim_deploy.loadtest.trace import rows
 
 @dataclass(frozen=True)
 class Job:
-    """One request; `due_s` after the load's start, None where a client sends it when its last one is done."""
+    """One request; `due_s` after the load's start, None if a client sends it when its previous one has ended."""
 
     due_s: float | None
     prompt: str
@@ -24,7 +24,7 @@ class Job:
 
 
 def jobs(scenario: Scenario) -> Iterator[Job]:
-    """The requests of the load in order, drawn as they are needed; the same ones for the same scenario."""
+    """The requests of the load in order, generated as needed; the same for the same scenario."""
     due = _drawn(scenario) if scenario.trace is None else _replay(scenario.trace, scenario.seed)
     if scenario.duration_s is not None:
         due = _until(due, scenario.duration_s)
@@ -96,7 +96,7 @@ def _replay(trace: Trace, seed: int) -> Iterator[Job]:
 
 
 def _shared(trace: Trace, ids: Sequence[int], length: int, own: str) -> str:
-    """Text whose blocks are those of `ids`; what they do not reach is the request's own."""
+    """Text that begins with the blocks of `ids`; the rest is unique to the request."""
     words, block = max(1, round(length * trace.scale)), max(1, round(trace.block_tokens * trace.scale))
     parts = [named(f"block {id_}", min(block, words - n * block)) for n, id_ in enumerate(ids) if words > n * block]
     rest = words - block * len(ids)

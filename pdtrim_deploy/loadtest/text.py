@@ -1,6 +1,6 @@
-"""Prompts of a wanted length: seeded common English words.
+"""Prompts of a given length, from seeded common English words.
 
-Nearly every BPE vocabulary has one token for each, so a prompt of n words has about n tokens; what is reported is the
+Nearly every BPE vocabulary has one token for each word, so a prompt of n words has about n tokens; results report the
 server's own count.
 """
 
@@ -17,10 +17,10 @@ first any my now such like our
 
 
 def text(rng: random.Random, words: int) -> str:
-    """`words` words that no other draw begins with, so that the prefix cache gives nothing away."""
+    """`words` words whose beginning no other prompt shares, so that the prefix cache has no hits."""
     return " ".join(rng.choices(WORDS, k=words))
 
 
 def named(name: str, words: int) -> str:
-    """The one text of this name and length; a shorter one of the same name is its beginning."""
+    """The text of this name and length; a shorter text of the same name is a prefix of it."""
     return text(random.Random(name), words)

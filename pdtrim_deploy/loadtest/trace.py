@@ -1,4 +1,4 @@
-"""The lines of a trace as Mooncake publishes them: when, how long, and which blocks of text."""
+"""Traces in Mooncake's format: time, lengths and text blocks of each request."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def rows(path: Path) -> Iterator[Row]:
     """The requests in order.
 
     Raises:
-        UserError: a line is no request or earlier than the one before, or there is no request at all.
+        UserError: a line is not a request or is earlier than the line before, or there is no request.
 
     """
     started, last = None, 0.0
@@ -43,7 +43,7 @@ def rows(path: Path) -> Iterator[Row]:
                     raise ValueError
             except (ValueError, OverflowError, KeyError, TypeError, AttributeError):
                 raise UserError(
-                    f"{path}: line {number} is no request; allowed: JSON with a finite timestamp (ms), input_length "
+                    f"{path}: line {number} is not a request; allowed: JSON with a finite timestamp (ms), input_length "
                     f"and output_length from 1 to {MOST_TOKENS}, and a list hash_ids of numbers"
                 ) from None
             started = at if started is None else started

@@ -1,4 +1,4 @@
-"""What the workers counted during a load: their Prometheus histograms, the difference of two scrapes."""
+"""The workers' own figures of a load: Prometheus histograms, as the difference of two scrapes."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ SETTLE_S = 10.0
 SIZES = ("payload_bytes", "wire_bytes", "dense_bytes")
 KV = {name: f"pdtrim_kv_{name}" for name in (*SIZES, "transfer_seconds")}
 OUTCOMES = "pdtrim_kv_requests_total"
-# SGLang 0.5.23, srt/observability/metrics_collector.py: a worker's queue before its first forward pass, told apart by
-# engine_type (prefill, decode), and the parts of a request's way.
+# SGLang 0.5.23, srt/observability/metrics_collector.py: the wait before a worker's first forward pass, by engine_type
+# (prefill, decode), and the stages of a request.
 QUEUE, STAGES = "sglang:queue_time_seconds", "sglang:per_stage_req_latency_seconds"
 
 Key = tuple[str, str]  # full name of a sample, and the label that tells it from others of its name
@@ -40,11 +40,11 @@ class Histogram(BaseModel):
 
 
 class WorkerFigures(BaseModel):
-    """Over all workers of the pair.
+    """Figures over all workers of the pair.
 
     Attributes:
-        requests: transfers that ended well; outcomes: all, by how they ended.
-        payload_bytes, wire_bytes, dense_bytes: of those; packed KV, all that was sent, what no pruning would have sent.
+        requests: transfers that succeeded; outcomes: the number of all transfers by outcome.
+        payload_bytes, wire_bytes, dense_bytes: of successful transfers: packed KV, all bytes sent, bytes of dense KV.
         transfer: from the first chunk's queueing to the last one's acknowledgement.
         queues: how long requests waited for prefill (`prefill_queue`) and, once their KV was there, for decode
             (`decode_queue`), and SGLang's stages of a request, by name. Health checks of the router count too.
@@ -63,7 +63,7 @@ class WorkerFigures(BaseModel):
 
     @classmethod
     def of(cls, added: Mapping[Key, float]) -> WorkerFigures:
-        """From what was added to the counters meanwhile."""
+        """Figures from the increase of the counters."""
         queues = {f"{kind}_queue": _histogram(QUEUE, kind, added) for kind in _kinds(QUEUE, added)}
         queues |= {stage: _histogram(STAGES, stage, added) for stage in _kinds(STAGES, added)}
         outcomes = {at: int(count) for (name, at), count in sorted(added.items()) if name == OUTCOMES}
@@ -81,17 +81,17 @@ class WorkerFigures(BaseModel):
 
 @dataclass(frozen=True)
 class Workers:
-    """Where to read: the /metrics URLs of all workers of a pair."""
+    """The /metrics URLs of all workers of a pair."""
 
     urls: tuple[str, ...]
 
     @classmethod
     def of(cls, cluster: Cluster) -> Workers:
-        """Those of a cluster that runs."""
+        """The workers of a running cluster."""
         return cls(tuple(worker.metrics_url for worker in cluster.workers))
 
     def read(self) -> Mapping[Key, float]:
-        """Every counter now, added over the workers.
+        """The current value of every counter, summed over the workers.
 
         Raises:
             ServingError: a worker's metrics do not answer.
@@ -106,7 +106,7 @@ class Workers:
             except (OSError, HTTPException) as error:
                 raise ServingError(f"{url} does not answer ({error}); start the worker with --enable-metrics") from None
             except ValueError as error:
-                raise ServingError(f"{url} says no Prometheus metrics ({error}); give a worker's URL") from None
+                raise ServingError(f"{url} does not return Prometheus metrics ({error}); give a worker's URL") from None
             for name, samples in families.items():
                 if name.startswith((*KV.values(), OUTCOMES, QUEUE, STAGES)):
                     labels = ("engine_type", "le") if name.startswith(QUEUE) else ("stage", "outcome", "le")
@@ -116,7 +116,7 @@ class Workers:
         return totals
 
     def since(self, before: Mapping[Key, float], ended_well: int) -> dict[Key, float]:
-        """What was added since `before`; waits a little until `ended_well` transfers are counted."""
+        """The increase since `before`; waits briefly until `ended_well` transfers are counted."""
         deadline = time.monotonic() + SETTLE_S
         while True:
             added = {key: value - before.get(key, 0.0) for key, value in self.read().items()}
@@ -126,7 +126,7 @@ class Workers:
 
 
 def summed(parts: Iterable[Mapping[Key, float]]) -> dict[Key, float]:
-    """What was added in all parts together."""
+    """The sum of all parts."""
     total: defaultdict[Key, float] = defaultdict(float)
     for part in parts:
         for key, value in part.items():
@@ -158,7 +158,7 @@ def _histogram(name: str, at: str, added: Mapping[Key, float]) -> Histogram | No
 
 
 def _quantile(bounds: list[tuple[float, float]], share: float) -> float | None:
-    """As Prometheus' histogram_quantile: None where only the bucket without end reaches that far."""
+    """As Prometheus' histogram_quantile; None if the quantile lies in the unbounded bucket."""
     if not bounds:
         return None
     rank = share * bounds[-1][1]

@@ -1,7 +1,7 @@
-"""A content cache: what is dear to make is made once, whole or not at all.
+"""A content cache: expensive results are computed once, and stored completely or not at all.
 
 An entry is a folder `root/kind/key` that was filled elsewhere, flushed and renamed into place. Its last file is a
-marker with the SHA-256 of every other file, so a half or damaged entry is noticed, thrown away and made again.
+marker with the SHA-256 of every other file, so an incomplete or damaged entry is detected, deleted and computed again.
 """
 
 from __future__ import annotations
@@ -75,13 +75,13 @@ class Cache:
         return cls(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pdtrim-deploy")
 
     def entry(self, kind: str, key: str, make: Callable[[Path], None]) -> Path:
-        """The folder of (kind, key); `make(folder)` fills it unless a whole one stands there."""
+        """The folder of (kind, key); `make(folder)` fills it unless a complete entry exists."""
         target = self.root / kind / key
         try:
             with self._lock(target):
                 if not _undamaged(target):
                     for stale in target.parent.glob(f".{key}.new-*"):
-                        shutil.rmtree(stale, ignore_errors=True)  # of a process that died: the lock is ours
+                        shutil.rmtree(stale, ignore_errors=True)  # left by a process that died: we hold the lock
                     with atomic_directory(target) as scratch:
                         make(scratch)
                         _mark(scratch)

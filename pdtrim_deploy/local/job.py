@@ -1,4 +1,4 @@
-"""A piece of work in a fresh process: what it answers, how long it took, how much memory, and how it died."""
+"""A job in a process of its own: its answer, time, peak memory, or how it died."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class Finished:
 def run_job(command: Sequence[str], job: Mapping[str, Any], scratch: Path, environment: Mapping[str, str]) -> Finished:
     """Write the job to a file, run `command` + that file, read its answer (`job.answer` is set here).
 
-    The process dies with the thread that calls this. Raises UserError: it said `error`, was killed, or died without
-    an answer.
+    The process dies with the thread that calls this. Raises UserError: the answer has `error`, or the process was
+    killed or died without an answer.
     """
     answer, log = scratch / "answer.json", scratch / "build.log"
     (scratch / "job.json").write_text(json.dumps({**job, "answer": str(answer)}))
@@ -67,7 +67,7 @@ def run_job(command: Sequence[str], job: Mapping[str, Any], scratch: Path, envir
 
 
 def _wait(process: subprocess.Popen[bytes]) -> int:
-    """Wait; the most memory the process held. Not wait4's ru_maxrss, in which a child starts with its parent's."""
+    """Wait for the end; return the peak memory. wait4's ru_maxrss would include the parent's memory before exec."""
     most = 0
     while process.poll() is None:
         most = max(most, most_memory(process.pid))
@@ -76,8 +76,8 @@ def _wait(process: subprocess.Popen[bytes]) -> int:
 
 
 def dies_with(parent: int) -> Callable[[], None]:
-    """For the child: have the kernel kill it when the thread that started it ends, however that ends."""
-    prctl = ctypes.CDLL(None).prctl  # found before the fork: dlopen after it may deadlock
+    """For the child: the kernel kills it when the thread that started it ends."""
+    prctl = ctypes.CDLL(None).prctl  # loaded before the fork: dlopen after it may deadlock
 
     def apply() -> None:
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -88,7 +88,7 @@ def dies_with(parent: int) -> Callable[[], None]:
 
 
 def most_memory(process: int | str = "self") -> int:
-    """The most bytes that a process has held (VmHWM); 0 where the system does not say, or it has ended."""
+    """Peak memory of a process in bytes (VmHWM); 0 if the system does not report it, or it has ended."""
     with contextlib.suppress(OSError):
         status = Path(f"/proc/{process}/status").read_text()
         return max([0, *(int(line.split()[1]) * 1024 for line in status.splitlines() if line[:6] == "VmHWM:")])

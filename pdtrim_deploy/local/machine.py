@@ -9,7 +9,7 @@ _NODES = Path("/sys/devices/system/node")
 
 
 def memory() -> tuple[int, int]:
-    """Bytes in all and available, of the machine or of the cgroup's limit."""
+    """Total and available bytes, of the machine or within the cgroup's limit."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         read = {key: int(rest.split()[0]) * 1024 for key, _, rest in (line.partition(":") for line in lines)}
@@ -25,5 +25,5 @@ def memory() -> tuple[int, int]:
 
 
 def numa_nodes(folder: Path = _NODES) -> int:
-    """Memory nodes with processors; 1 where the machine does not say."""
+    """NUMA nodes with processors; 1 if the machine does not report them."""
     return sum(bool(file.read_text().strip()) for file in folder.glob("node[0-9]*/cpulist")) or 1

@@ -10,7 +10,7 @@ _CPUINFO = Path("/proc/cpuinfo")
 
 
 def cpu_features(path: Path = _CPUINFO) -> frozenset[str] | None:
-    """What Linux says of the processors: x86 calls it flags, ARM Features; None where it says nothing."""
+    """CPU flags from Linux (`flags` on x86, `Features` on ARM); None if the system does not report them."""
     try:
         match = re.search(r"^(?:flags|Features)\s*:(.*)$", path.read_text(), re.MULTILINE)
     except OSError:
@@ -19,6 +19,6 @@ def cpu_features(path: Path = _CPUINFO) -> frozenset[str] | None:
 
 
 def compute_dtype(dtype: str) -> str:
-    """What to compute in where `dtype` is asked for: itself, or float32 for a bfloat16 that this CPU only imitates."""
+    """The dtype to compute in: `dtype`, or float32 for a bfloat16 that this CPU only emulates."""
     features = cpu_features() if dtype == "bfloat16" else None
     return "float32" if features is not None and not features & BF16 else dtype

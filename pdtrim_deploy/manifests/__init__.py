@@ -1,4 +1,4 @@
-"""Where SGLang runs when one machine is not enough: manifests for Kubernetes and Compose from a bundle. Pure data."""
+"""Kubernetes and Compose manifests that serve a bundle on several GPUs or machines. Pure data."""
 
 from pdtrim_deploy.manifests.compose import compose
 from pdtrim_deploy.manifests.kubernetes import kubernetes

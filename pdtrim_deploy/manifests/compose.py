@@ -1,4 +1,4 @@
-"""One host with GPUs: a Compose file with a service a worker and the router in front of them."""
+"""One host with GPUs: a Compose file with one service per worker and the router."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def compose(served: Served, options: Options) -> dict[str, Any]:
     """`docker compose` file: each worker gets the next `gpus` GPUs of the host, only the router is published.
 
     Raises:
-        UserError: the bundle is not in a folder of the host, or an extended resource is asked for.
+        UserError: the bundle is not in a folder of the host, or an extended resource was given.
 
     """
     if options.bundle.kind != "host":
-        raise UserError("a Compose file mounts the bundle from a folder: say --bundle-from host:/FOLDER")
+        raise UserError("a Compose file mounts the bundle from a folder: give --bundle-from host:/FOLDER")
     if options.rdma:
         raise UserError(
             f"--rdma {options.rdma} is a resource of Kubernetes; leave it out with --to compose, whose file you give "

@@ -1,4 +1,4 @@
-"""A Grafana dashboard of the KV transfer: panels and their PromQL. A test holds each name against what is exported."""
+"""A Grafana dashboard of the KV transfer: panels and their PromQL. A test checks that each metric is exported."""
 
 from __future__ import annotations
 

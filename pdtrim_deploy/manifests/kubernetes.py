@@ -1,6 +1,6 @@
 """SGLang PD on Kubernetes: prefill and decode as workloads of their own, the router with service discovery.
 
-A Kustomize base: put an overlay on it for what your cluster wants (node selectors, tolerations, registries).
+A Kustomize base: add what your cluster needs (node selectors, tolerations, registries) in an overlay.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pdtrim_deploy.plan import STAGES, Stage
 
 Manifest = dict[str, Any]
 APP, ROLE, PLAN = "app.kubernetes.io/name", "pdtrim/role", "pdtrim/plan"
-START_S = 1800  # a worker may take so long to start, and the router's pod is ready only after
+START_S = 1800  # limit for a worker's start; the router's pod becomes ready only after it
 READY = Path(__file__).with_name("ready.py")
 
 
@@ -48,7 +48,7 @@ def kubernetes(served: Served, options: Options) -> dict[str, list[Manifest]]:
 
 
 def secret_name(options: Options) -> str:
-    """Of the Secret that the operator makes, with the key `kv`."""
+    """Name of the Secret that the operator creates, with the key `kv`."""
     return f"{options.name}-{SECRET_KEY}"
 
 
@@ -101,7 +101,7 @@ def _router(served: Served, options: Options) -> list[Manifest]:
     name = f"{options.name}-router"
     discovery = ["--service-discovery", "--service-discovery-port", str(HTTP_PORT)]
     discovery += ["--service-discovery-namespace", "$(POD_NAMESPACE)"]
-    for stage in STAGES:  # the plan among them: while a new one rolls out, no pair is made of two plans
+    for stage in STAGES:  # with the plan: during a rollout no pair mixes two plans
         pairs = _labels(options, stage) | {PLAN: served.plan}
         discovery += [f"--{stage}-selector", *(f"{key}={value}" for key, value in pairs.items())]
     url = f"http://127.0.0.1:{ROUTER_PORT}"
@@ -198,7 +198,7 @@ def _deployment(
             "replicas": replicas,
             "selector": {"matchLabels": _labels(options, role)},
             "progressDeadlineSeconds": START_S + 600,
-            # A GPU that an old pod holds is not there for a new one: one at a time, old first.
+            # A new pod cannot use a GPU that an old pod holds: replace one at a time, the old one first.
             "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 0, "maxUnavailable": 1}},
             "template": {"metadata": {"labels": labels, "annotations": annotations}, "spec": pod},
         }

@@ -1,4 +1,4 @@
-"""What was decided: blocks a stage, prompt rows a layer, dtypes on the wire, their exact bytes. No torch."""
+"""The plan: blocks per stage, prompt rows per layer, dtypes on the wire, exact bytes. No torch."""
 
 from pdtrim_deploy.plan.pd_plan import (
     STAGES,

@@ -1,4 +1,4 @@
-"""How one layer's prompt KV travels: which rows, in which dtype, and which layers' keys less a constant."""
+"""How one layer's prompt KV travels: rows, dtype, and which layers' keys have an offset subtracted."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import Field, NonNegativeInt, model_validator
 from pdtrim_deploy.plan.blocks import Frozen
 from pdtrim_deploy.plan.wire import HEAD_DIM_MULTIPLE, WireDtype
 
-# Lies beside each stage checkpoint. Safetensors, but servers take a checkpoint's *.safetensors for weights.
+# In each stage checkpoint. A safetensors file with another suffix, since servers load *.safetensors as weights.
 KEY_OFFSETS = "pdtrim_key_offsets.tensors"
 
 
@@ -47,7 +47,7 @@ class KVSend(Frozen):
 
 
 class KeyOffsetsFile(Frozen):
-    """Layers of decode whose quantised keys travel less a constant, and the file that both ends have it from.
+    """Layers of decode whose quantised keys have an offset subtracted, and the file of offsets that both ends have.
 
     Attributes:
         sha256: of the file's bytes, 64 hex digits (`kvcache/key_offsets.py`).

@@ -9,7 +9,7 @@ from decimal import Decimal
 from pdtrim_deploy.errors import UserError
 
 _POWER = {"": 0, "k": 3, "m": 6, "g": 9, "t": 12}
-# Only the b of bits and the B of bytes mind their case.
+# Only the b of bits and the B of bytes are case-sensitive.
 _BITS = {"bps": 1, "b/s": 1, "bit/s": 1, "Bps": 8, "B/s": 8}
 _TEXT = re.compile(r"(\d{1,9}(?:\.\d{1,9})?) ?([kKmMgGtT]?)(" + "|".join(_BITS) + ")")
 
@@ -32,7 +32,7 @@ class Link:
         speed = Decimal(match[1]).scaleb(_POWER[match[2].lower()]) * _BITS[match[3]] if match else Decimal(0)
         if not speed:
             raise UserError(
-                f"{text!r} is no link speed; give a number above 0 and its unit: bits such as 25Gbps, 100Gb/s or "
+                f"{text!r} is not a link speed; give a number above 0 and its unit: bits such as 25Gbps, 100Gb/s or "
                 f"3.2Tbps, bytes such as 40GB/s"
             )
         return cls(float(speed))

@@ -1,11 +1,11 @@
 """Dtypes of KV on the wire, and the exact bytes of packed rows. Pure arithmetic: no torch.
 
-Every quantised row is local: its bytes hold all that it takes to read it, so the bytes of a prompt do not depend on
-how it was cut into chunks. What the values mean: `kvcache/codecs/`; where they lie: `kvcache/layout.py`.
+Every quantised row is self-contained: its bytes have everything needed to decode it, so the bytes of a prompt do not
+depend on how it was cut into chunks. `kvcache/codecs/` defines the values, `kvcache/layout.py` their order.
 
-A wire dtype gives K and V each a *code*. Keys decide where attention looks and bear less error than values (measured:
-`make bench-wire`), so k4v3 sends keys in 4 bits and values in 3. Prompt position 0, the attention sink, is of another
-size than all other rows and read by every query: under int4 and int3 it travels native.
+A wire dtype gives K and V each a *code*. Keys decide which tokens attention reads and tolerate less error than values
+(measured: `make bench-wire`), so k4v3 sends keys in 4 bits and values in 3. Prompt position 0, the attention sink,
+differs in magnitude from all other rows and is read by every query: under int4 and int3 it travels native.
 """
 
 from __future__ import annotations

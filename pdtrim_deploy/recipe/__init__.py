@@ -1,4 +1,4 @@
-"""What the user asks for: the recipe, its sections, and YAML files as people write them."""
+"""The recipe: its sections, and the YAML files that it is read from."""
 
 from pdtrim_deploy.recipe.recipe import (
     CalibrationSection,

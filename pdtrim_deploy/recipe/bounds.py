@@ -1,4 +1,4 @@
-"""How much may be asked for: far above what makes sense, and below what clocks, sockets and memory cannot take."""
+"""Upper limits of input values: far above useful values, but within what clocks, sockets and memory allow."""
 
 from __future__ import annotations
 

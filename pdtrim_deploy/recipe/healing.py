@@ -1,4 +1,4 @@
-"""The recipe's sections on what is done for the blocks that are left: student blocks, compensation, healing."""
+"""The recipe's sections on student blocks, compensation and healing of the remaining blocks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, 
 
 from pdtrim_deploy.recipe.seed import Seed
 
-# Names of a registry that needs torch to import; a test holds them equal.
+# Names of a registry that needs torch to import; a test checks that they are equal.
 CompensationMethod = Literal["none", "norm", "least-squares"]
 COMPENSATION_METHODS: tuple[str, ...] = get_args(CompensationMethod)
 
@@ -20,14 +20,14 @@ class _Section(BaseModel):
 
 
 class StudentsSection(_Section):
-    """How the student block of a distilled pair is made.
+    """How the student block of a distilled pair is fitted.
 
-    Its text is that of `healing`, where that section asks for anything, but what finalists are judged on; else that of
-    `calibration`.
+    Its text is that of `healing` without the sequences that finalists are judged on; that of `calibration` if `healing`
+    is off.
 
     Attributes:
-        steps: of gradient descent for each pair; 0 leaves what least squares gives, which is training-free.
-        minutes: at most so long for each pair; a run that time ends is not repeatable to the bit.
+        steps: gradient steps for each pair; 0: least squares only, without training.
+        minutes: time limit for each pair; a run that it ends is not repeatable to the bit.
         batch: sequences in a step.
 
     """
@@ -46,18 +46,18 @@ class StudentsSection(_Section):
 
 
 class HealingSection(_Section):
-    """What is done to a stage's weights once its blocks are chosen; prefill first, then decode behind it.
+    """Changes to a stage's weights after its blocks are chosen; prefill first, then decode on prefill's KV.
 
     Text is `sequences` x `length` tokens of the calibration corpus; for decode the first half is the prompt. (For
     `kv_steps` prompts are as long as those that KV is chosen on.)
 
     Attributes:
-        kv_only_blocks: blocks that decode keeps and prefill runs for their K and V alone, chosen by measured loss.
-        compensation: without gradients: `norm` rescales (Prune&Comp) each stage that it helps on text not fitted,
+        kv_only_blocks: blocks of which prefill computes only K and V while decode keeps them, chosen by measured loss.
+        compensation: without gradients: `norm` rescales (Prune&Comp) each stage whose loss on held-out text falls,
             `least-squares` refits MLP outputs.
-        prefill_steps, decode_steps: of logit distillation from the dense model; 0 is off.
-        kv_steps: of the same for decode once more, when KV is chosen: behind prompt KV as it will arrive.
-        minutes: at most so long for each of these three; a run that time ends is not repeatable to the bit.
+        prefill_steps, decode_steps: steps of logit distillation from the dense model; 0 is off.
+        kv_steps: steps of the same for decode, after KV is chosen, on prompt KV as it will arrive.
+        minutes: time limit for each of these three; a run that it ends is not repeatable to the bit.
         batch: sequences in a step.
 
     """
@@ -84,24 +84,24 @@ class HealingSection(_Section):
             )
         chooses = self.compensation != "none" or self.kv_only_blocks or trains
         if chooses and self.sequences < 2:
-            raise ValueError("sequences is 1; allowed: at least 2, since some are kept from fitting, to choose on")
+            raise ValueError("sequences is 1; allowed: at least 2, since some are held out from fitting, to choose on")
         return self
 
     @property
     def judged(self) -> int:
-        """Sequences of the text, its last ones, that finalists are judged on; students learn from those before."""
+        """Number of sequences at the end of the text that finalists are judged on; students learn from the others."""
         return self.sequences - self.sequences // 2
 
     def taught(self, finalists: int) -> int:
-        """Sequences of the text that students learn from, where so many finalists are judged."""
+        """Number of sequences that students learn from, with so many finalists."""
         return self.sequences - (self.judged if finalists else 0)
 
     @property
     def trains(self) -> bool:
-        """Whether gradients are taken, or K and V fitted, before KV is chosen: with the whole model in memory."""
+        """Whether gradients or fits of K and V, which need the whole model in memory, run before KV is chosen."""
         return bool(self.kv_only_blocks or self.prefill_steps or self.decode_steps)
 
     @property
     def asked(self) -> bool:
-        """Whether anything is to be done before KV is chosen."""
+        """Whether any healing runs before KV is chosen."""
         return self.compensation != "none" or self.trains

@@ -1,4 +1,4 @@
-"""The recipe's section on prompt KV: which method chooses what travels, and what it may choose from."""
+"""The recipe's section on prompt KV: the method that chooses what travels, and its options."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pdtrim_deploy.plan.kv import KVSend
 from pdtrim_deploy.plan.wire import SIDES, WireDtype
 from pdtrim_deploy.recipe.recall_bounds import fits
 
-# Names of a registry that needs torch to import; a test holds them equal.
+# Names of a registry that needs torch to import; a test checks that they are equal.
 KVMethod = Literal["none", "all", "random", "attention-mass", "simlayerkv", "measured-harm", "budget"]
 KV_METHODS: tuple[str, ...] = get_args(KVMethod)
 FIXED_KV = ("none", "all")  # choose without looking at the model
@@ -44,16 +44,16 @@ class KVSection(BaseModel):
 
     Attributes:
         sparse_layers: how many layers are cut to `n_first` + `n_last` tokens.
-        threshold: instead of that: cut the layers whose share of attention on these tokens is at least this.
-        reduction: of method budget: dense over planned bytes to reach at `prompt_tokens`.
-        max_loss: instead of that: the relative rise of perplexity (on calibration text) to stay below, in fewest bytes.
-        sparse_choices: (n_first, n_last) that a layer may be cut to by method budget.
-        wire_choices: dtypes that a layer may travel in by method budget; those that the head size does not allow are
-            not looked at.
-        recall: share of the sequences that end in a passage of their own middle, so that harm is also what a prompt
-            that is searched for a fact loses (`kvcache/recall.py`).
-        key_offsets: whether quantised keys travel less a mean measured on the prompts of the text, in the KV heads
-            where that helps (`kvcache/key_offsets.py`).
+        threshold: instead of sparse_layers: cut the layers whose share of attention on these tokens is at least this.
+        reduction: method budget: dense over planned bytes to reach at `prompt_tokens`.
+        max_loss: instead of reduction: fewest bytes whose relative rise of perplexity (calibration text) is below this.
+        sparse_choices: method budget: pairs (n_first, n_last) that a layer may be cut to.
+        wire_choices: method budget: dtypes that a layer may travel in; those that the head size does not allow are
+            skipped.
+        recall: share of the sequences whose end repeats a passage of their middle, so that the harm also covers
+            prompts that are searched for a fact (`kvchoice/recall.py`).
+        key_offsets: subtract the mean key, measured on the prompts, from quantised keys, in the KV heads where this
+            lowers the error (`kvcache/key_offsets.py`).
 
     """
 
@@ -85,18 +85,18 @@ class KVSection(BaseModel):
 
     @property
     def measures_offsets(self) -> bool:
-        """Whether some layer's keys may be quantised, and shall have their offset taken out then."""
+        """Whether key offsets are on and some layer's keys may be quantised."""
         wires = self.wire_choices if self.method == "budget" else (self.wire_dtype,)
         return self.key_offsets and any(SIDES[wire][0] != "native" for wire in wires)
 
     def options(self) -> tuple[KVSend, ...]:
-        """What method budget may give a layer: every choice of rows in every wire dtype."""
+        """Options of a layer for method budget: every choice of rows in every wire dtype."""
         rows = [KVSend(), *(KVSend(mode="sparse", n_first=f, n_last=n) for f, n in self.sparse_choices)]
         return tuple(row.model_copy(update={"wire_dtype": wire}) for row in rows for wire in self.wire_choices)
 
     @model_serializer(mode="wrap")
     def _taken(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Only what the method takes: other methods' defaults may change under a written recipe."""
+        """Dump only the keys of the method, so that other methods' defaults may change without changing recipes."""
         takes = (*_TAKES[self.method], *_ALL_TAKE)
         return {name: value for name, value in serialise(self).items() if name in takes}
 

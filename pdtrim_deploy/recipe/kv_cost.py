@@ -1,4 +1,4 @@
-"""Memory and disk that choosing how KV travels takes besides the weights: from config.json and the recipe."""
+"""Memory and disk of the KV choice besides the weights, computed from config.json and the recipe."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from pdtrim_deploy.recipe.kv import FIXED_KV, KVSection
 BATCH = 16  # sequences that are measured at a time
 DRAWS = 32  # tokens drawn at each position, of the quadratic form of KL
 LOGITS_AT_ONCE = 1 << 24
-_FLOAT = 4  # what is measured is measured in float32
+_FLOAT = 4  # measurements run in float32
 
 
 @dataclass(frozen=True)
 class SelectionCost:
-    """Bytes at the worst moment, and in files."""
+    """Peak bytes in memory, and bytes in files."""
 
     memory: int = 0
     disk: int = 0
 
 
 def selection_cost(config: Mapping[str, Any], kv: KVSection, kv_dtype: NativeDtype) -> SelectionCost:
-    """Of the step `select-kv`; `kv_dtype` is the pool's. Memory does not grow with the number of sequences."""
+    """Cost of the step `select-kv`; `kv_dtype` is the pool's. Memory does not grow with the number of sequences."""
     if kv.method in FIXED_KV or kv.method == "random":
         return SelectionCost()
     blocks, hidden, heads = config["num_hidden_layers"], config["hidden_size"], config["num_attention_heads"]

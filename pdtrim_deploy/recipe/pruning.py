@@ -1,4 +1,4 @@
-"""The recipe's section on which blocks go."""
+"""The recipe's section on block pruning."""
 
 from __future__ import annotations
 
@@ -8,10 +8,14 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, 
 
 from pdtrim_deploy.recipe.seed import Seed
 
-# Names of a registry that needs torch to import; a test holds them equal.
+# Names of a registry that needs torch to import; a test checks that they are equal.
 PruningMethod = Literal["anneal", "cosine", "greedy", "perplexity", "random", "sleb", "streamline"]
 PRUNING_METHODS: tuple[str, ...] = get_args(PruningMethod)
-EVALUATED = ("anneal", "greedy", "perplexity")  # ask an `Evaluator`, which keeps hidden states and may be Ray's workers
+EVALUATED = (
+    "anneal",
+    "greedy",
+    "perplexity",
+)  # use an `Evaluator`, which reuses hidden states and may be Ray's workers
 
 _ANY = ("method", "prefill_blocks", "decode_blocks", "distil", "threshold", "blocks_in_memory")
 _STATES = ("memory_mb", "disk_mb")
@@ -24,22 +28,21 @@ _TAKES: dict[str, tuple[str, ...]] = {
 
 
 class PruningSection(BaseModel):
-    """How many blocks each stage loses (prefill's are among decode's), and who chooses them.
+    """How many blocks each stage loses (decode loses all that prefill loses), and the method that chooses them.
 
     Attributes:
-        distil: let annealing put one student block in the place of an adjacent pair, where that costs less.
+        distil: let annealing replace an adjacent pair by one student block, where that costs less.
         threshold: cosine above which a pair is in the distillation set; annealing may move such a pair by one block.
-        steps, minutes: of annealing, for each search; the clock runs from the search's first step, but the greedy
-            start before annealing and the judging of finalists behind it are never cut short. A run that time ends
-            is not repeatable to the bit.
-        seed: of `anneal` and `random`.
-        finalists: so many of the solutions that annealing took, of the greedy one and of runs of adjacent blocks are
-            judged again with `healing.compensation`, which decides; 0 leaves the search's own answer.
-        memory_mb: hidden states kept while `anneal`, `greedy` or `perplexity` searches, at most; disk_mb: as many more
-            in mapped files in the bundle.
-        blocks_in_memory: blocks whose weights are in memory at a time while searching, making students, judging
-            finalists and compensating; the others are read from the checkpoint when they run. All of them when left
-            out. The answer is the same.
+        steps, minutes: limits of annealing in each search; time counts from the search's first step, but never cuts
+            short the greedy start or the judging of finalists. A run that time ends is not repeatable to the bit.
+        seed: for `anneal` and `random`.
+        finalists: number of solutions (the search's result, the greedy start, the cheapest run of adjacent blocks, the
+            best others that annealing accepted) that are compensated and judged again; 0: take the search's result.
+        memory_mb: limit of hidden states in memory while `anneal`, `greedy` or `perplexity` searches; disk_mb: limit of
+            further ones in mapped files in the bundle.
+        blocks_in_memory: blocks whose weights are in memory at a time while searching, fitting students, judging
+            finalists and compensating; others are read from the checkpoint when they run. The result is the same. All
+            blocks when left out.
 
     """
 

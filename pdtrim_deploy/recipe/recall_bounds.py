@@ -1,4 +1,4 @@
-"""Which prompts are long enough to be asked for their own middle (`kvchoice/recall.py`). Pure: no torch."""
+"""Which prompts are long enough to repeat a passage of their middle (`kvchoice/recall.py`). Pure: no torch."""
 
 CUE = 16  # tokens of the passage that the prompt ends with
 
@@ -9,5 +9,5 @@ def fits(prompt_tokens: int, continuation_tokens: int) -> bool:
 
 
 def last_start(prompt_tokens: int, continuation_tokens: int) -> int:
-    """Where the last passage may begin that a cue of `CUE` tokens and its continuation end."""
+    """The last position at which a passage (a cue of `CUE` tokens and its continuation) may begin."""
     return prompt_tokens - prompt_tokens // 4 - CUE - continuation_tokens

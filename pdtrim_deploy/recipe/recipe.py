@@ -1,4 +1,4 @@
-"""What the user asks for: a frozen recipe, read from YAML that is composed of small units."""
+"""The recipe: frozen, read from YAML that is composed of small units."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class EvaluationSection(_Section):
 
 
 class Recipe(_Section):
-    """One bundle, asked for. Equal recipes have equal digests, however they were composed."""
+    """The specification of one bundle. Equal recipes have equal digests, however they were composed."""
 
     name: Annotated[
         str, Field(pattern=r"^[a-z0-9][a-z0-9.-]*$", description="lower-case letters, digits, dots and dashes")
@@ -84,9 +84,11 @@ class Recipe(_Section):
         if pruning.finalists and healing.compensation == "none":
             raise ValueError(
                 f"pruning.finalists is {pruning.finalists} but healing.compensation is none; "
-                f"allowed with finalists: norm or least-squares, which they are judged by"
+                f"allowed with finalists: norm or least-squares, with which they are judged"
             )
-        least = 7 if healing.compensation == "least-squares" else 3  # half of them, and of those again half
+        least = (
+            7 if healing.compensation == "least-squares" else 3
+        )  # half is held out for the judging, and half of that for the fit
         if pruning.finalists and healing.sequences < least:
             raise ValueError(
                 f"healing.sequences is {healing.sequences} but pruning.finalists is {pruning.finalists}; allowed with "

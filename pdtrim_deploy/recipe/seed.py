@@ -1,4 +1,4 @@
-"""Seeds: what every generator takes, torch's, numpy's and Python's."""
+"""Seeds that torch's, numpy's and Python's generators all accept."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ from typing import Annotated
 
 from pydantic import Field
 
-MOST_SEED = 2**62  # torch takes less than 2**64; blocks and batches add their number to it
+MOST_SEED = 2**62  # torch accepts less than 2**64; blocks and batches add their number to the seed
 Seed = Annotated[int, Field(ge=0, le=MOST_SEED)]

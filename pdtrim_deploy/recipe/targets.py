@@ -1,7 +1,7 @@
 """The recipe's `targets`: which engines of both stages are built, and how. Mirrors the builders' options.
 
-A key asks for its target; `onnx:` alone asks for it with every default. A test holds each section equal to the options
-of the builder of its name, which the core does not import.
+A key requests its target; `onnx:` alone requests it with all defaults. A test checks each section against the options
+of the builder of the same name, which the core does not import.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ class Target(Section):
 
     @property
     def calibrates(self) -> bool:
-        """Whether building looks at the calibration text."""
+        """Whether building needs the calibration text."""
         return False
 
     @property
     def reads(self) -> Path | None:
-        """A file that goes into the engine."""
+        """A file whose bytes go into the engine."""
         return None
 
 
@@ -44,7 +44,7 @@ class OnnxTarget(Target):
     """The stage graph for onnxruntime on the CPU.
 
     `weights` int8 quantises the linear weights, `dtype` is by default the stage's; `tolerance` is the largest relative
-    error that the numerics check lets pass.
+    error that the numerics check accepts.
     """
 
     dtype: Literal["float32", "float16"] | None = None
@@ -55,8 +55,8 @@ class OnnxTarget(Target):
 class TensorRTTarget(Target):
     """A TensorRT engine, for the GPU of the machine that builds; tuned for calls of `usual_tokens` tokens.
 
-    `plugin_library` is a path to libpdtrim_tensorrt.so, which the engine then carries; `dry_run` only says what would
-    be done.
+    `plugin_library` is a path to libpdtrim_tensorrt.so, which the engine then contains; `dry_run` only describes the
+    engine.
     """
 
     dtype: Literal["float32", "float16"] | None = None
@@ -112,7 +112,7 @@ class TensorRTLLMTarget(Target):
 
     @property
     def calibrates(self) -> bool:
-        """To quantise."""
+        """Whether it quantises, and so needs the calibration text."""
         return self.quantisation != "none" and not self.dry_run
 
 
@@ -135,7 +135,7 @@ class TargetsSection(Section):
 
     @property
     def asked(self) -> dict[str, Target]:
-        """The targets asked for, by name, in the order of their names here."""
+        """The requested targets by name, in the order of the fields above."""
         sections = {field.alias or name: getattr(self, name) for name, field in type(self).model_fields.items()}
         return {name: section for name, section in sections.items() if section is not None}
 

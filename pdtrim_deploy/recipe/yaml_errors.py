@@ -1,4 +1,4 @@
-"""What is wrong with a YAML file, in one sentence that names file, key and what is allowed there."""
+"""The error of a YAML file, in one sentence that names file, key and what is allowed there."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pdtrim_deploy.recipe.yaml_units import Origins
 
 
 def sentence(model: type[BaseModel], error: ValidationError, origins: Origins) -> str:
-    """The first thing wrong in a file that was to be a `model`, as `file: key ...; allowed: ...`."""
+    """The first error of a file that should be a `model`, as `file: key ...; allowed: ...`."""
     first = error.errors()[0]
     loc = tuple(str(part) for part in first["loc"])
     key, where, given = ".".join(loc), origins.file_of(loc), first["input"]

@@ -1,4 +1,4 @@
-"""YAML units merged into one mapping, remembering which file each key came from."""
+"""YAML units merged into one mapping, with the file that each key came from."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pdtrim_deploy.local.paths import resolved
 
 
 class Origins(dict[tuple[str, ...], Path]):
-    """Dotted place -> the file that said it last."""
+    """Key path -> the file that set it last."""
 
     def file_of(self, loc: tuple[str, ...]) -> Path:
         """The file of the longest known prefix of `loc`; `()` is the recipe itself."""
@@ -20,14 +20,14 @@ class Origins(dict[tuple[str, ...], Path]):
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe loader that refuses a key said twice: YAML would keep the last one silently. Beside `<<` it may be said."""
+    """Safe loader that refuses a key given twice (YAML would silently keep the last), except one merged by `<<`."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self._merged: set[yaml.Node] = set()
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        """Resolve `<<`, once: afterwards what was merged stands among the node's own keys."""
+        """Resolve `<<` once: afterwards the merged keys are among the node's own keys."""
         if node in self._merged:
             return
         self._merged.add(node)
@@ -39,26 +39,26 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", own[n].start_mark)
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        """What is not the date or number it looks like, or not what its tag says, is named as YAML's other errors.
+        """Raise YAML's own kind of error for an invalid date or number, or a value that contradicts its tag.
 
-        So is what holds itself: YAML would build it, `deep` or not, but no recipe could be read from it.
+        The same for a node that contains itself: YAML would build it, but no recipe could be read from it.
         """
         if node in self.recursive_objects:
             raise yaml.constructor.ConstructorError(None, None, "this anchor holds itself", node.start_mark)
         try:
             return super().construct_object(node, deep=True)
         except ValueError as error:
-            problem = f"{node.value} is no date or number ({error}); put it in quotes"
+            problem = f"{node.value} is not a valid date or number ({error}); put it in quotes"
         except (LookupError, AttributeError):  # of a tag such as !!bool
-            problem = f"{node.value!r} is no {node.tag.rpartition(':')[2]}; take its tag away"
+            problem = f"{node.value!r} is no {node.tag.rpartition(':')[2]}; remove its tag"
         raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
 
 
 def compose(path: Path, kind: str = "recipe") -> tuple[dict[str, Any], Origins]:
-    """The file's includes in order, then its own keys, deep-merged; `include` itself is gone. Errors call it a `kind`.
+    """The file's includes in order, then its own keys, deep-merged, without `include`. Errors call it a `kind`.
 
     Raises:
-        UserError: a file is missing or not YAML, an include is no list of paths, or includes go in a circle.
+        UserError: a file is missing or not YAML, an include is not a list of paths, or includes form a circle.
 
     """
     merged: dict[str, Any] = {}

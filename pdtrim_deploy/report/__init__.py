@@ -1,1 +1,1 @@
-"""Results -> metrics.json and the table that people read."""
+"""Results as metrics.json, tables and one HTML page."""

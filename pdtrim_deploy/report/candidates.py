@@ -1,4 +1,4 @@
-"""What a model could lose, as a table and as a picture."""
+"""The blocks that a model could lose, as a table and as a picture."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ SHORT = {"PagedAttention": "A", "KVWrite": "W", "SparseKVSend": "S"}
 
 
 def engine_table(engines: Iterable[TargetResult]) -> Table:
-    """A row an engine: what it is, what is in it, how its graph was judged, how far it came."""
+    """One row per engine: target, contents, numerics of its graph, and its state."""
     table = Table("engine", "ops", "plugins", "numerics", "state", title="engines", box=box.SIMPLE_HEAD)
     table.columns[0].no_wrap = True
     for engine in engines:
@@ -26,13 +26,13 @@ def engine_table(engines: Iterable[TargetResult]) -> Table:
         )
     table.caption = (
         f"{', '.join(f'{letter}: {op}' for op, letter in SHORT.items())}; errors are relative, of the graph.\n"
-        "state: built, then checked, then run; each includes those before"
+        "state: built, then checked, then run; each includes the earlier ones"
     )
     return table
 
 
 def engine_notes(engines: Iterable[TargetResult]) -> Iterator[str]:
-    """What was checked, where it has run, what a dry run would do, what a reader must know; once for each target."""
+    """Checks, places where it has run, steps of a dry run and limits; once for each target."""
     by_target: dict[str, dict[str, None]] = {}
     for engine in engines:
         would = engine.details.get("would")
@@ -45,7 +45,7 @@ def engine_notes(engines: Iterable[TargetResult]) -> Iterator[str]:
 
 
 def _dtype(engine: TargetResult) -> str:
-    """What the weights are quantised to, or the engine's dtype."""
+    """The quantisation of the weights, else the engine's dtype."""
     quantisations = [engine.details.get(key) for key in ("weights", "quantisation")]
     return next((str(name) for name in quantisations if name not in (None, "native", "none")), engine.dtype)
 

@@ -1,4 +1,4 @@
-"""Prices side by side: a column for each model unpruned, then one for each of its plans."""
+"""Prices side by side: one column for each unpruned model, then one for each of its plans."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pdtrim_deploy.sizing import Link, Price, Side, Subject, Traffic
 
 
 def sizing_table(priced: list[tuple[Subject, Price]], traffic: Traffic) -> Table:
-    """One row a figure; `-` where it means nothing, `n/a` where an assumption is missing."""
+    """One row per figure; `-` if it does not apply, `n/a` if an input is missing."""
     sides = list(_columns(priced))
     table = Table("one request", *(name for name, _, _ in sides), title=_title(traffic))
     for column in table.columns[1:]:

@@ -1,4 +1,4 @@
-"""Plans, loads and metrics as rich tables: an 80-column terminal is enough."""
+"""Plans, loads and metrics as rich tables for a terminal of 80 columns."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def plan_table(plan: PDPlan, prompt_tokens: int) -> Table:
 
 
 def load_table(results: dict[str, LoadResult]) -> Table:
-    """One column a load."""
+    """One column per load."""
     table = Table("", *results, title="load")
     for column in table.columns[1:]:
         column.justify = "right"
@@ -66,7 +66,7 @@ def load_table(results: dict[str, LoadResult]) -> Table:
 
 
 def ratio_table(first: str, second: str, ratios: Iterable[Ratio]) -> Table:
-    """Ratios with their 95% intervals, and the least and the most of a round."""
+    """Ratios with their 95% intervals, and the smallest and largest ratio of a round."""
     table = Table("", "ratio", "95% interval", "least - most", title=f"{second} over {first}, paired by round")
     for column in table.columns[1:]:
         column.justify = "right"

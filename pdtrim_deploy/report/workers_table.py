@@ -1,4 +1,4 @@
-"""Workers side by side: a column for each model unpruned, then one for each of its plans."""
+"""Workers side by side: one column for each unpruned model, then one for each of its plans."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SIMULATED: dict[str, Callable[[Figures], str]] = {
 
 
 def workers_table(sides: Mapping[str, SizedSide], goal: Goal) -> Table:
-    """For a terminal."""
+    """The table for a terminal."""
     table = Table("workers", *sides, title=goal_text(goal.rate, goal.ttft_s, goal.itl_s))
     for column in table.columns[1:]:
         column.justify = "right"
@@ -36,7 +36,7 @@ def workers_table(sides: Mapping[str, SizedSide], goal: Goal) -> Table:
 
 
 def workers_rows(sides: Mapping[str, SizedSide]) -> list[tuple[str, ...]]:
-    """Computed rows, then simulated ones where there are any; a label, then a cell a side."""
+    """Computed rows, then simulated ones if any; each is a label and one cell per side."""
     rows = [(label, *(cell(side.sizing) for side in sides.values())) for label, cell in COMPUTED.items()]
     if any(side.simulated for side in sides.values()):
         for label, format_value in SIMULATED.items():
@@ -46,7 +46,7 @@ def workers_rows(sides: Mapping[str, SizedSide]) -> list[tuple[str, ...]]:
 
 
 def goal_text(rate: float, ttft_s: float, itl_s: float) -> str:
-    """What the workers are for."""
+    """The goal of the workers in one line."""
     return f"{rate:g} requests/s, 95% within TTFT {_ms(ttft_s * 1e3)} and ITL {_ms(itl_s * 1e3)}"
 
 

@@ -19,7 +19,7 @@ DEVICES: dict[Executor, str] = {"onnxruntime": "cpu", "tensorrt": "cuda"}
 
 @dataclass(frozen=True)
 class Executors:
-    """What computes each stage; `torch` is SGLang's own model."""
+    """The executor of each stage; `torch` is SGLang's own model."""
 
     prefill: Executor = "torch"
     decode: Executor = "torch"
@@ -38,7 +38,7 @@ class Engine:
     path: Path
 
     def as_config(self) -> EngineConfig:
-        """What the worker is told of it."""
+        """The worker's configuration of this engine."""
         return EngineConfig(executor=self.executor, stage=self.stage, path=str(self.path.resolve()))
 
 
@@ -58,7 +58,7 @@ def find_engine(bundle: Bundle, stage: Stage, executor: Executor, device: str) -
     folder = bundle.engine_dir(TARGETS[executor], stage)
     built = bundle.manifest.engines[engine_folder(TARGETS[executor], stage)].dtype
     dtype = bundle.plan.model.kv_dtype
-    if executor == "onnxruntime" and dtype != "float32":  # its Python ops, and so our attention, know nothing else
+    if executor == "onnxruntime" and dtype != "float32":  # its Python ops, and so our attention, support no other dtype
         raise UserError(f"executor onnxruntime computes in float32, the bundle in {dtype}; use model.dtype float32")
     if built != dtype:
         raise UserError(f"{folder}: an engine in {built}, the bundle is in {dtype}; build it in {dtype}")

@@ -28,7 +28,7 @@ class ServeEnvironment:
         """The given Python, else `.venv/serve` of the working directory or the clone, else our own.
 
         Raises:
-            UserError: `python` is no program, or no place has SGLang.
+            UserError: `python` is not a program, or SGLang was not found.
 
         """
         if python is not None:
@@ -48,7 +48,7 @@ class ServeEnvironment:
 
 
 def gpu_count() -> int:
-    """GPUs that nvidia-smi lists, as far as CUDA_VISIBLE_DEVICES leaves them to us and our workers; 0 without it."""
+    """GPUs that nvidia-smi lists and CUDA_VISIBLE_DEVICES allows; 0 without nvidia-smi."""
     smi = shutil.which("nvidia-smi")
     if smi is None:
         return 0
@@ -62,4 +62,6 @@ def gpu_count() -> int:
         named = device.startswith(("GPU-", "MIG-")) and any(gpu.startswith(device) for gpu in ids)
         return int(device) < count if re.fullmatch(r"\d+", device) else named
 
-    return len(list(takewhile(there, map(str.strip, left.split(",")))))  # CUDA stops at the first that is not there
+    return len(
+        list(takewhile(there, map(str.strip, left.split(","))))
+    )  # CUDA ignores all devices after the first that does not exist

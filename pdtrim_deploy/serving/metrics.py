@@ -27,7 +27,7 @@ def parse(text: str) -> dict[str, list[Sample]]:
 
 
 def scrape(url: str, timeout_s: float = 10.0) -> dict[str, list[Sample]]:
-    """What `url` (ending in /metrics) says now; OSError when it does not answer."""
+    """The current samples of `url` (ending in /metrics); OSError when it does not answer."""
     return parse(get(url, timeout_s))
 
 

@@ -1,4 +1,4 @@
-"""Whether servers can serve: asked with real generations, because /health stays 200 when a transfer is broken."""
+"""Whether servers can serve, tested with real requests, because /health stays 200 when a transfer is broken."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pdtrim_deploy.serving.client import explain, get, post_json
 from pdtrim_deploy.serving.ports import HOST
 from pdtrim_deploy.serving.spec import WorkerSpec
 
-# Two tokens: prefill makes the first, only a decode step with the transferred KV makes the second.
+# Two tokens: prefill computes the first, a decode step with the transferred KV the second.
 REQUEST: dict[str, Any] = {
     "text": "Are you ready to serve?",
     "sampling_params": {"max_new_tokens": 2, "temperature": 0.0, "ignore_eos": True},
@@ -29,7 +29,7 @@ def is_healthy(url: str, timeout_s: float = 5.0) -> bool:
 
 
 def complaint(url: str, timeout_s: float) -> str | None:
-    """None when `url`/generate answers with two tokens, else what is wrong."""
+    """None when `url`/generate answers with two tokens, else one sentence about the failure."""
     return _generate(url, REQUEST, timeout_s)
 
 
@@ -50,7 +50,7 @@ class PairProbe:
             threading.Thread(target=ask, daemon=True, name=f"probe {worker.name}").start()
 
     def result(self, wait_s: float) -> str | bool:
-        """True when both have answered well, False when not yet, a sentence as soon as one answered badly."""
+        """True when both workers answered well, False while they have not, a sentence once one answered badly."""
         while self._missing:
             try:
                 bad = self._answers.get(timeout=wait_s)

@@ -1,4 +1,4 @@
-"""One child program with everything it starts: a session of its own, one log file, a complete end."""
+"""One child program and its descendants: a session of its own, one log file, and an end of all of them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ REASON = re.compile(r"^[\w.]*(?:Error|Exception|Interrupt)\b.*", re.MULTILINE)
 
 
 class ServerProcess:
-    """A started program. It dies with the thread that starts it, so start it in one that lives on (the main one)."""
+    """A started program. It dies with the thread that starts it, so start it in a long-lived thread (the main one)."""
 
     def __init__(self, name: str, command: Sequence[str], env: Mapping[str, str], log: Path) -> None:
         self.name, self.command, self.log = name, list(command), log
@@ -31,7 +31,7 @@ class ServerProcess:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=dict(env),
-                cwd=log.parent,  # `python -m` puts it on sys.path: never a folder with modules of the user
+                cwd=log.parent,  # `python -m` puts the working folder on sys.path: it must not hold modules of the user
                 start_new_session=True,
                 preexec_fn=dies_with(os.getpid()),  # noqa: PLW1509 (one system call, no lock)
             )
@@ -42,15 +42,15 @@ class ServerProcess:
         return self._popen.poll()
 
     def terminate(self) -> None:
-        """SIGTERM to the program alone: SGLang ends its own children, and would take one ended by us for a crash."""
+        """SIGTERM to the program alone: SGLang ends its own children, and reports one that we end as a crash."""
         if self.exit_code() is None:
             self._popen.terminate()
 
     def finish(self, deadline: float) -> None:
-        """Wait until `deadline` (time.monotonic) for the end, then kill what is left of the session."""
+        """Wait until `deadline` (time.monotonic) for the end, then kill the rest of the session."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._popen.wait(max(0.0, deadline - time.monotonic()))
-        while session_members(self.pid):  # each round kills all it sees: only a fork in between makes another
+        while session_members(self.pid):  # each round kills all members; a fork in between needs another round
             for pid in session_members(self.pid):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
@@ -58,7 +58,7 @@ class ServerProcess:
         self._popen.wait()
 
     def obituary(self, lines: int = 20) -> str:
-        """Which ended, how, the last error of its log, and the log's last lines."""
+        """The program's name, how it ended, the last error of its log, and the log's last lines."""
         code = self.exit_code()
         how = (
             f"was ended by {signal.Signals(-code).name}"
@@ -88,7 +88,7 @@ def stop_all(processes: Iterable[ServerProcess], timeout_s: float) -> None:
 
 
 def session_members(session: int) -> list[int]:
-    """Living processes of a session, from /proc (Linux); the leader's children that left its group included."""
+    """Living processes of a session, from /proc (Linux), also those that left the leader's process group."""
     members = []
     for entry in os.listdir("/proc"):
         if entry.isdigit():

@@ -1,4 +1,4 @@
-"""What a KV transport needs before workers are started with it: its library, and the user's word where it is open."""
+"""Requirements of a KV transport: its library, and the user's consent if it accepts unauthenticated writes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pdtrim_deploy.serving.environment import ServeEnvironment
 
 @dataclass(frozen=True)
 class Library:
-    """A Python package beside SGLang; `open` says that it lets strangers write even on loopback."""
+    """A Python package in the serve environment; `open`: it lets other programs write even on loopback."""
 
     module: str
     package: str
@@ -22,7 +22,7 @@ class Library:
 
 @dataclass(frozen=True)
 class Transport:
-    """SGLang's name of a KV transfer backend, and what it is told."""
+    """SGLang's name of a KV transfer backend, and its options."""
 
     backend: str = "pdtrim_tcp"
     options: Mapping[str, Any] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""A PD cluster as a discrete-event simulation: nothing here is measured, all of it follows from given rates."""
+"""A PD cluster as a discrete-event simulation: nothing is measured; all results follow from given rates."""
 
 from pdtrim_deploy.simulation.cluster import Cluster, simulate
 from pdtrim_deploy.simulation.load import Load

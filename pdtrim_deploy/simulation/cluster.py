@@ -1,8 +1,8 @@
 """The cluster's events: arrival, decode's pool, prefill, link, decode.
 
-As SGLang's PD does it: the router takes workers in turns; decode first sets rows of its pool aside for prompt and
-answer, then the prompt queues at prefill; its KV goes over the link when the whole prompt is computed, requests one by
-one; its first token is out when its KV is here and decode is between two steps.
+The order is that of SGLang's PD. The router takes workers in turns; decode first reserves rows of its pool for prompt
+and answer; then the prompt queues at prefill. Its KV goes over the link, one request after another, when the prompt is
+computed. The first token is out when the KV has arrived and decode is between two steps.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pdtrim_deploy.sizing.rates import Rates
 
 @dataclass(frozen=True)
 class Cluster:
-    """What is simulated.
+    """The simulated cluster.
 
     Attributes:
         request_bytes: prompt tokens -> KV bytes that travel; a plan's `payload_bytes`.
@@ -42,10 +42,10 @@ class Cluster:
 
 
 def simulate(cluster: Cluster, load: Load) -> Simulated:
-    """Every request of `load` from its arrival to its last token; deterministic.
+    """Simulate every request of `load` from its arrival to its last token; deterministic.
 
     Raises:
-        UserError: a request that no decode pool can hold.
+        UserError: a request that is too long for a decode pool.
 
     """
     return _Run(cluster, load).result()
@@ -66,7 +66,7 @@ class _Run:
         steps_s = rates.steps_s()
         self.prefills = [PrefillWorker(rates) for _ in range(cluster.prefill)]
         self.decodes = [DecodeWorker(steps_s, pool) for _ in range(cluster.decode)]
-        self.links = [0.0] * (cluster.prefill if cluster.link_each else 1)  # when each is free
+        self.links = [0.0] * (cluster.prefill if cluster.link_each else 1)  # time at which each link is free
         self.arrived, self.ready, self.prefilled, self.landed, self.first, self.done = np.zeros((6, len(self.isl)))
         self.begun = np.full(len(self.isl), -1.0)
         self.events: list[tuple[float, int, Callable[[float, int], None], int]] = []
@@ -93,7 +93,7 @@ class _Run:
         )
 
     def _at(self, time: float, happen: Callable[[float, int], None], who: int) -> None:
-        self.scheduled += 1  # equal times: in the order of their making
+        self.scheduled += 1  # equal times: in the order of scheduling
         heappush(self.events, (time, self.scheduled, happen, who))
 
     def _send(self, at: float) -> None:
@@ -148,7 +148,7 @@ class _Run:
     def _step(self, now: float, place: int) -> None:
         worker = self.decodes[place]
         if worker.next_at != now:
-            return  # an earlier change took this one's place
+            return  # replaced by an earlier change
         joined, ended = worker.change(now, self.osl)
         self.first[joined] = now
         self.done[ended] = now

@@ -1,4 +1,4 @@
-"""A decode worker: continuous batching. Requests join and leave between steps, whose time the batch's size gives.
+"""A decode worker with continuous batching: requests join and leave between steps; batch size gives a step's time.
 
 Between two changes of the batch all steps take the same time, so a run of them is one event.
 """
@@ -22,8 +22,8 @@ class DecodeWorker:
     def __init__(self, steps_s: list[float], pool_tokens: float) -> None:
         self.steps, self.free = steps_s, pool_tokens
         self.room = len(steps_s) - 1
-        self.waiting: deque[int] = deque()  # for rows of the pool, before prefill
-        self.landed: deque[int] = deque()  # KV is here, not in the batch yet
+        self.waiting: deque[int] = deque()  # waiting for rows of the pool, before prefill
+        self.landed: deque[int] = deque()  # KV has arrived, not in the batch yet
         self.active: list[tuple[int, int]] = []  # heap of (step at which it ends, request)
         self.step, self.since, self.step_s = 0, 0.0, 0.0
         self.next_at = math.inf
@@ -31,7 +31,7 @@ class DecodeWorker:
         self.runs: list[tuple[float, int]] = []
 
     def land(self, request: int, now: float) -> None:
-        """Its KV is here: it joins after the step that runs now, at once when none does."""
+        """A request's KV has arrived: it joins after the running step, or at once when idle."""
         self.landed.append(request)
         if not self.active:
             self.next_at = now
@@ -40,7 +40,7 @@ class DecodeWorker:
             self.next_at = min(self.next_at, boundary)
 
     def change(self, now: float, answer: list[int]) -> tuple[list[int], list[int]]:
-        """At `next_at`: requests that join (their first token is out), and that are done; sets the next change."""
+        """At `next_at`: return requests that join (their first token is out) and that are done; set the next change."""
         if self.active:
             steps = round((now - self.since) / self.step_s)
             self.step += steps

@@ -8,10 +8,10 @@ from pdtrim_deploy.sizing.rates import Rates
 
 
 class PrefillWorker:
-    """`start` makes the next batch, `finish` says whose prompts are then whole.
+    """`start` begins the next batch, `finish` returns the requests whose prompts are then complete.
 
     Attributes:
-        busy_s: time spent computing, of all batches started.
+        busy_s: total computing time of all started batches.
 
     """
 
@@ -23,11 +23,11 @@ class PrefillWorker:
         self.busy_s = 0.0
 
     def put(self, request: int, tokens: int) -> None:
-        """At the queue's end."""
+        """Append a request to the queue."""
         self.queue.append([request, tokens])
 
     def start(self) -> tuple[float, list[int]]:
-        """Seconds that the next batch takes, and the requests that it begins with their first token."""
+        """Seconds of the next batch, and the requests whose first prompt token it has."""
         left, self.done, begun = self.chunk, [], []
         while self.queue and left:
             request = self.queue[0]
@@ -43,6 +43,6 @@ class PrefillWorker:
         return took, begun
 
     def finish(self) -> list[int]:
-        """Requests whose last chunk the batch had; the worker is idle."""
+        """Requests whose last chunk was in the batch; the worker is idle afterwards."""
         done, self.done = self.done or [], None
         return done

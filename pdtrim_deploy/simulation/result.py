@@ -1,4 +1,4 @@
-"""What a simulation gives: times of every request, and the figures that a load test has."""
+"""The result of a simulation: times of every request, and the figures of a load test."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pdtrim_deploy.loadtest.scenario import SLO
 
 
 class Figures(BaseModel):
-    """Of a simulation, named as a load test's.
+    """Figures of a simulation, named as in a load test.
 
     Attributes:
         goodput_requests_per_s: of requests within the SLO, None without one; `good_share` of all.
@@ -43,11 +43,11 @@ class Figures(BaseModel):
 
 @dataclass(frozen=True)
 class Simulated:
-    """Seconds on the simulation's clock, an array of requests each.
+    """Seconds on the simulation's clock, one array entry per request.
 
     Attributes:
         ready: in prefill's queue; begun: its first prefill batch; prefilled: its last one's end.
-        landed: its KV is at decode.
+        landed: its KV has arrived at decode.
         first, done: first and last token.
         gaps: [runs, 2]: time between two tokens, and how many had it.
 
@@ -99,7 +99,7 @@ class Simulated:
         )
 
     def _gaps_ms(self) -> Percentiles:
-        """Over all gaps of all requests: the least one that this share of them does not exceed."""
+        """Quantiles over all gaps of all requests."""
         times, counts = self.gaps[np.argsort(self.gaps[:, 0])].T
         if not counts.sum():
             return Percentiles.of([])

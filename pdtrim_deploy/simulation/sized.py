@@ -1,4 +1,4 @@
-"""A plan's workers for a goal, and what the simulation of exactly these workers says."""
+"""A plan's workers for a goal, and a simulation of these workers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pdtrim_deploy.sizing.workers import Goal, Sizing, rates_of, size
 
 
 class SizedSide(BaseModel):
-    """`simulated` is None when it was not asked for, or no workers would do."""
+    """`simulated` is None without a simulation, or when no number of workers suffices."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -25,7 +25,7 @@ class SizedSide(BaseModel):
 
 
 def sized(plan: PDPlan, unpruned: Rates, goal: Goal, requests: int = 0, seed: int = 0) -> SizedSide:
-    """Workers for `plan`; with `requests`, so many Poisson arrivals at the goal's rate are simulated on them.
+    """Workers for `plan`; simulates `requests` Poisson arrivals at the goal's rate on them, if any.
 
     Raises:
         UserError: more workers than can be simulated.

@@ -1,4 +1,4 @@
-"""What a plan costs before it is served: bytes, link time, decode memory. No weights, no torch."""
+"""Bytes, link time and decode memory of a plan before it is served. No weights, no torch."""
 
 from pdtrim_deploy.plan.link import Link
 from pdtrim_deploy.sizing.price import Price, Side, Traffic, price

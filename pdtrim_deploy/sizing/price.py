@@ -18,8 +18,8 @@ class Traffic:
     Attributes:
         isl, osl: prompt and answer, tokens.
         max_utilisation: share of the link that may be used, in (0, 1].
-        rate: requests/s to be carried, if any.
-        prefill_tokens_per_s: of the unpruned model on one request; without it no share of TTFT can be said.
+        rate: requests/s to carry, if any.
+        prefill_tokens_per_s: of the unpruned model on one request; needed for the share of TTFT.
 
     """
 
@@ -31,12 +31,12 @@ class Traffic:
     prefill_tokens_per_s: float | None = None
 
     def assumptions(self) -> tuple[str, ...]:
-        """What the figures rest on, a sentence each."""
+        """Assumptions of the figures, one sentence each."""
         speed = self.prefill_tokens_per_s
         return (
             f"one {self.link} link carries every request; largest rate at {self.max_utilisation:.0%} of it; "
             f"transfer time is that of a request alone on it, without latency, frame headers and aux rows",
-            "prefill time is n/a: say --prefill-tokens-per-s"
+            "prefill time is n/a: give --prefill-tokens-per-s"
             if speed is None
             else f"the unpruned model prefills {speed:g} tokens/s, a pruned one faster by its share of blocks; TTFT is "
             f"prefill plus transfer, one after the other (sending chunks during prefill would hide some), no queue",
@@ -51,7 +51,7 @@ class _Frozen(BaseModel):
 
 
 class Side(_Frozen):
-    """One request, dense or planned; None where nothing was said to compute it from.
+    """One request, dense or planned; None where an input is missing.
 
     Attributes:
         request_bytes: packed KV that travels.
@@ -59,7 +59,7 @@ class Side(_Frozen):
         decode_pool_bytes: KV of one whole request if all layers of decode held all its rows.
         two_pool_bytes: the same with sparse layers in pools of only the rows they read, as they are served.
         max_rate: requests/s that the link carries within the cap.
-        utilisation: share of the link used at the rate asked for; `fits` within the cap.
+        utilisation: share of the link used at the given rate; `fits`: it is within the cap.
         link_bits_per_s_needed: smallest link for that rate within the cap.
 
     """
@@ -77,7 +77,7 @@ class Side(_Frozen):
 
 
 class Price(_Frozen):
-    """A plan beside its unpruned model."""
+    """A plan and its unpruned model."""
 
     dense: Side
     planned: Side
@@ -85,7 +85,7 @@ class Price(_Frozen):
 
 
 def price(plan: PDPlan, traffic: Traffic) -> Price:
-    """What `plan` and its model, unpruned, cost under `traffic`."""
+    """Bytes, times and memory of `plan` and of its unpruned model under `traffic`."""
     dense, planned = _side(PDPlan.dense(plan.model), traffic), _side(plan, traffic)
     return Price(dense=dense, planned=planned, reduction=dense.request_bytes / planned.request_bytes)
 

@@ -1,4 +1,4 @@
-"""How fast one worker of each stage is: given in a file, or read from load tests of a served pair."""
+"""Speed of one worker of each stage, from a file or from load tests of a served pair."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
 
 
 class Limits(BaseModel):
-    """What a pair was told and no load test shows; see Rates."""
+    """Options of a pair that load tests do not show; see Rates."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -46,12 +46,12 @@ class Rates(Limits):
     Attributes:
         prefill_tokens_per_s, prefill_base_ms: a batch of n prompt tokens takes base + n / rate.
         decode_step_ms: requests in a decode batch -> time of a step; between them linear, beyond by the last slope.
-        overhead_ms: what TTFT has besides prefill and transfer, without load: router, tokenizer, hand-shake.
-        transfer_ms: what a transfer takes besides bytes over the link.
+        overhead_ms: TTFT without load minus prefill and transfer: router, tokenizer, handshake.
+        transfer_ms: time of a transfer besides its bytes over the link.
         chunk_tokens: prompt tokens that one prefill batch may hold (SGLang's --chunked-prefill-size).
         max_running: requests that a decode batch may hold (--max-running-requests).
         pool_tokens: KV rows of a decode worker's pool (--max-total-tokens); no limit without it.
-        doubts: why these may not be the workers' own, a sentence each.
+        doubts: reasons to doubt these rates, one sentence each.
 
     """
 
@@ -63,7 +63,7 @@ class Rates(Limits):
     doubts: tuple[str, ...] = ()
 
     def alone_s(self, tokens: int) -> float:
-        """Of one request in as many chunks as it needs."""
+        """Prefill seconds of one request in as many chunks as it needs."""
         return -(-tokens // self.chunk_tokens) * self.prefill_base_ms / 1e3 + tokens / self.prefill_tokens_per_s
 
     def steps_s(self) -> list[float]:
@@ -78,7 +78,7 @@ class Rates(Limits):
         return (steps / 1e3).tolist()
 
     def scaled(self, prefill: float, decode: float) -> Rates:
-        """Of a model with these shares of the blocks: all that grows with tokens and steps, by its share."""
+        """Rates of a model with these shares of the blocks; times that grow with tokens and steps are scaled."""
         return self.model_copy(
             update={
                 "prefill_tokens_per_s": self.prefill_tokens_per_s / prefill,
@@ -88,12 +88,12 @@ class Rates(Limits):
 
     @classmethod
     def load(cls, paths: Sequence[Path]) -> Rates:
-        """One file of rates (YAML or JSON), or results of `loadtest --json`, one of them of a request at a time.
+        """Rates from one file (YAML or JSON), or from results of `loadtest --json`, one of them with concurrency 1.
 
-        With results may come one file of limits (chunk_tokens, max_running, pool_tokens).
+        One file of limits (chunk_tokens, max_running, pool_tokens) may accompany results.
 
         Raises:
-            UserError: a file that is neither, both kinds together, or results that do not tell every rate.
+            UserError: a file that is neither, both kinds together, or results that do not determine every rate.
 
         """
         read = {str(path): compose(path, "rates") for path in paths}
@@ -103,32 +103,30 @@ class Rates(Limits):
             return cls._parse(*other[0][1:])
         if len(other) > 1 or any(not data.keys() <= Limits.model_fields.keys() for _, data, _ in other):
             raise UserError(
-                f"{other[0][0]} is no result of loadtest --json; give one file of rates, or only such results and at "
-                f"most one file of {', '.join(Limits.model_fields)}"
+                f"{other[0][0]} is not a result of loadtest --json; give one file of rates, or only such results and "
+                f"at most one file of {', '.join(Limits.model_fields)}"
             )
         more = Limits._parse(*other[0][1:]).model_dump() if other else {}
         return cls.measured(results, **more)
 
     @classmethod
     def measured(cls, results: Sequence[tuple[str, LoadResult]], **more: Any) -> Rates:
-        """From load tests of one prefill and one decode worker, named for errors.
+        """Rates from load tests of one prefill and one decode worker; names are for error messages.
 
-        Prefill and what it costs besides come from loads of one request at a time, with two lengths both rate and base.
+        Prefill's rate and the overhead come from loads with concurrency 1; prompts of two lengths also give the base.
         `more` are other fields.
 
         Raises:
-            UserError: a result with failures or without figures of the workers, or none of one request at a time.
+            UserError: a result with failures or without figures of the workers, or none with concurrency 1.
 
         """
         for name, result in results:
             if result.failed:
                 failures = f"{result.failed} of {result.requests} requests failed"
-                raise UserError(f"{name}: {failures}, which tells no rates; measure it again")
+                raise UserError(f"{name}: {failures}, so it gives no rates; measure it again")
         alone = [(name, result) for name, result in results if in_system(result) <= ALONE]
         if not alone:
-            raise UserError(
-                f"{results[0][0]}: no result is of one request at a time; add one: loadtest --concurrency 1"
-            )
+            raise UserError(f"{results[0][0]}: no result has concurrency 1; add one: loadtest --concurrency 1")
         points = []
         for name, result in alone:
             workers = result.workers
@@ -154,7 +152,7 @@ class Rates(Limits):
 
 
 def _by_batch(points: Sequence[tuple[float, float]]) -> dict[int, float]:
-    """Means over the points of about a batch size, then read off at whole sizes."""
+    """Mean step time of points with about the same batch size, interpolated at integer sizes."""
     groups: dict[int, list[tuple[float, float]]] = {}
     for batch, ms in points:
         groups.setdefault(round(batch), []).append((batch, ms))
@@ -163,7 +161,7 @@ def _by_batch(points: Sequence[tuple[float, float]]) -> dict[int, float]:
 
 
 def in_system(result: LoadResult) -> float:
-    """Requests at once, by Little's law."""
+    """Requests in the system at once, by Little's law."""
     return result.requests_per_s * (result.e2e_ms.p50 or 0.0) / 1e3
 
 
@@ -179,7 +177,7 @@ def decode_batch(result: LoadResult) -> float:
 
 
 def _line(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
-    """Slope and intercept of least squares, through 0 where the lengths tell no intercept or it would be negative."""
+    """Slope and intercept of least squares; intercept 0 if all lengths are equal or it would be negative."""
     if len(set(np.round(x))) > 1:
         slope, intercept = np.polyfit(x, y, 1)
         if slope > 0 and intercept >= 0:
@@ -191,4 +189,6 @@ def _result(name: str, data: dict[str, Any]) -> LoadResult:
     try:
         return LoadResult.model_validate(data)
     except ValidationError as error:
-        raise UserError(f"{name} is no result of this version's loadtest --json: {error.errors()[0]['msg']}") from None
+        raise UserError(
+            f"{name} is not a result of this version's loadtest --json: {error.errors()[0]['msg']}"
+        ) from None

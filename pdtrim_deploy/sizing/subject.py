@@ -1,4 +1,4 @@
-"""What can be priced: a recipe, a bundle, or a model's config.json."""
+"""The subjects of `plan`: a recipe, a bundle, or a model's config.json."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class Subject:
 
     Attributes:
         kind: "recipe" (its plan is a stand-in of the same size), "bundle" (decided), "config" (nothing pruned).
-        model: the model's name for a reader.
+        model: the model's name in tables.
         max_positions: prompt and answer together must not be longer.
-        notes: what was assumed to come to this plan.
+        notes: assumptions behind this plan.
 
     """
 
@@ -41,7 +41,7 @@ class Subject:
     notes: tuple[str, ...] = ()
 
     def check_length(self, isl: int, osl: int) -> None:
-        """Refuse a request that is longer than the model."""
+        """Refuse a request that is longer than the model's context."""
         if isl + osl > self.max_positions:
             raise UserError(
                 f"{self.name}: --isl {isl} and --osl {osl} make {isl + osl} tokens, {self.model} takes at most "
@@ -50,10 +50,10 @@ class Subject:
 
 
 def subjects(targets: Sequence[str], config: str | None = None) -> tuple[Subject, ...]:
-    """One subject a target; `config` gives the model of every recipe. Names are made to differ.
+    """One subject per target, with unique names; `config` gives the model of every recipe.
 
     Raises:
-        UserError: no such target, a recipe whose model is not here, or `config` without a recipe.
+        UserError: no such target, a recipe whose model is not on this machine, or `config` without a recipe.
 
     """
     model = None if config is None else _sized(config)
@@ -115,11 +115,11 @@ def _sized(text: str) -> Sized:
 
 
 def _model_of(recipe: Recipe) -> Sized:
-    """The recipe's own model, of which no weights are read."""
+    """The shape of the recipe's own model; reads no weights."""
     known = config_of(recipe.model.source)
     if known is None:
         raise UserError(
-            f"recipe {recipe.name}: no config.json of {recipe.model.source} is here; say --config with the file or a "
+            f"recipe {recipe.name}: no config.json of {recipe.model.source} is here; give --config with the file or a "
             f"shipped model: {_names()}"
         )
     return read_sized(known)

@@ -1,8 +1,8 @@
-"""How many workers of each stage, and what link, carry a rate within an SLO. Closed forms; a simulation can check them.
+"""The workers and the link that carry a rate within an SLO, by closed formulas; a simulation can check them.
 
 Waiting is bounded by Lundberg's inequality: in a first-come queue whose service takes s and whose gaps are sums of n
-exponential ones of rate r (what is left of Poisson arrivals that n workers take in turns), P(wait > t) <= exp(-k t),
-where k > 0 solves n ln(1 + k/r) = k s. For n = 1 it is the M/D/1 queue.
+exponential ones of rate r (one worker's share of Poisson arrivals that n workers take in turns),
+P(wait > t) <= exp(-k t), where k > 0 solves n ln(1 + k/r) = k s. For n = 1 it is the M/D/1 queue.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from pdtrim_deploy.plan import PDPlan
 from pdtrim_deploy.plan.link import Link
 from pdtrim_deploy.sizing.rates import Rates
 
-MISSED = 0.025  # share of requests that may wait longer than allowed for: at prefill, and again at the link
+MISSED = 0.025  # share of requests that may wait longer than allowed: at prefill, and again at the link
 NORMAL_95, NORMAL_975 = 1.645, 1.96
-MOST_WORKERS = 1e15  # of a stage, that are looked at
+MOST_WORKERS = 1e15  # most workers of a stage that are tried
 
 
 @dataclass(frozen=True)
 class Goal:
-    """What is to be carried: requests/s of `isl` + `osl` tokens; 95% of them with TTFT and mean ITL within the SLO.
+    """The load: requests/s of `isl` + `osl` tokens; 95% of them must have TTFT and mean ITL within the SLO.
 
     `link` is one for all requests, or one of each prefill worker when `link_each`; at most `max_utilisation` of it.
     """
@@ -42,7 +42,7 @@ class Goal:
 
 
 class Sizing(BaseModel):
-    """Workers of each stage; None, and `problem` says why, where no number of them would do.
+    """Workers of each stage; if no number of them suffices, None, and `problem` says why.
 
     Attributes:
         decode_batch: largest batch whose step is within the SLO's ITL, measured, and held by the pool.
@@ -62,7 +62,7 @@ class Sizing(BaseModel):
 
 
 def rates_of(plan: PDPlan, unpruned: Rates) -> Rates:
-    """Of a plan's stages: by their share of the blocks."""
+    """Rates of a plan's stages, scaled by their share of the blocks."""
     return unpruned.scaled(plan.prefill_share, len(plan.kv) / plan.model.num_blocks)
 
 
@@ -97,10 +97,10 @@ def size(rates: Rates, request_bytes: int, goal: Goal) -> Sizing:
 
 
 def wait_s(rate: float, turns: int, service_s: float, missed: float = MISSED) -> float:
-    """Bound that a share `missed` of waits may exceed; infinite when the queue cannot follow."""
+    """Bound that a share `missed` of waits may exceed; infinite when the queue is overloaded."""
     if rate * service_s >= turns:
         return math.inf
-    if rate * service_s <= missed * turns:  # no larger a share waits at all
+    if rate * service_s <= missed * turns:  # at most that share waits at all
         return 0.0
     low, high = 0.0, 1.0 / service_s
     while turns * math.log1p(high / rate) > high * service_s:
@@ -112,7 +112,7 @@ def wait_s(rate: float, turns: int, service_s: float, missed: float = MISSED) ->
 
 
 def _batch(rates: Rates, goal: Goal) -> int:
-    """No larger than was measured: beyond, step times are extrapolated."""
+    """The largest batch within the ITL, at most the largest measured one: beyond it step times are extrapolated."""
     most = min(rates.max_running, max(rates.decode_step_ms))
     if rates.pool_tokens is not None:
         most = min(most, _held(rates.pool_tokens, goal))
@@ -121,12 +121,12 @@ def _batch(rates: Rates, goal: Goal) -> int:
 
 
 def _held(pool_tokens: int, goal: Goal) -> int:
-    """Requests that a pool holds at once."""
+    """Number of requests that a pool can hold at once."""
     return pool_tokens // (goal.isl + goal.osl)
 
 
 def _decode_workers(rates: Rates, goal: Goal, batch: int, ttft_s: float) -> int:
-    """So many that a worker decodes at most `batch` requests, and its pool holds all that want rows of it.
+    """Workers such that each decodes at most `batch` requests, and its pool holds all requests that need rows.
 
     Rows are held from admission, which comes before prefill, to the last token.
     """
@@ -147,7 +147,7 @@ def _prefill_workers(rates: Rates, goal: Goal, batch: int, wire_s: float) -> int
     def enough(workers: int) -> bool:
         return _carries(goal, wire_s, workers) and _ttft_s(rates, goal, batch, workers, wire_s) <= goal.ttft_s
 
-    # With so many that hardly anybody waits more do not help; a shared link's wait does not depend on workers.
+    # Once hardly any request waits, more workers do not help; the wait at a shared link does not depend on workers.
     workers, most = 1, goal.rate * (rates.alone_s(goal.isl) + wire_s) / MISSED
     while not enough(workers):
         if workers > min(most, MOST_WORKERS):
@@ -162,19 +162,19 @@ def _carries(goal: Goal, wire_s: float, workers: int) -> bool:
 
 
 def _parts_s(rates: Rates, goal: Goal, batch: int) -> float:
-    """TTFT without waiting and link: its parts, and a whole step of decode that runs when KV arrives."""
+    """Parts of TTFT without waits and link, with the full decode step that may be running when KV arrives."""
     return (rates.overhead_ms + rates.transfer_ms) / 1e3 + rates.alone_s(goal.isl) + rates.steps_s()[batch]
 
 
 def _ttft_s(rates: Rates, goal: Goal, batch: int, workers: int, wire_s: float) -> float:
-    """Bound of its 95th percentile."""
+    """Bound of TTFT's 95th percentile."""
     waits = wait_s(goal.rate, workers, rates.alone_s(goal.isl)) + _mates_s(rates, goal, workers)
     waits += wait_s(goal.rate / (workers if goal.link_each else 1), 1, wire_s)
     return _parts_s(rates, goal, batch) + wire_s + waits
 
 
 def _mates_s(rates: Rates, goal: Goal, workers: int) -> float:
-    """What a prompt of several chunks waits for those that share its last one: they came while it was computed."""
+    """Time that a prompt of several chunks waits for prompts that fill up its last chunk."""
     last = (goal.isl - 1) % rates.chunk_tokens + 1
     came = goal.rate * (rates.alone_s(goal.isl) - last / rates.prefill_tokens_per_s)  # at all workers
     if last == goal.isl or came <= MISSED * workers:
@@ -185,7 +185,7 @@ def _mates_s(rates: Rates, goal: Goal, workers: int) -> float:
 
 
 def _link_needed(rates: Rates, goal: Goal, batch: int, workers: int, request_bytes: int) -> float:
-    """In bits/s, to 0.1%."""
+    """The smallest sufficient link in bits/s, to 0.1%."""
     low, high = 1.0, 1e18
     while high / low > 1.001:
         middle = math.sqrt(low * high)

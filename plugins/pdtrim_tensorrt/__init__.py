@@ -1,6 +1,6 @@
 """TensorRT plugins of domain `pdtrim`: `SparseKVSend`, `PagedAttention` and `KVWrite`.
 
-    kernels/    the CUDA kernel behind SparseKVSend, free of TensorRT; kernels/wire_format.h is the packed bytes' text
+    kernels/    the CUDA kernel of SparseKVSend, without TensorRT; kernels/wire_format.h describes the packed bytes
     library/    IPluginV3 forms of the ops in C++, built by CMake where TENSORRT_ROOT has the headers
     python_forms.py   the same in Python, for building engines where no C++ library was built
     compile_kernels.py  `make plugin`
@@ -9,7 +9,7 @@
 
 Wire dtypes: native, int8, fp8; not int4. An engine's quantised output is int8 [bytes], to be read as uint8.
 
-What has been done, and what has not (this repository's machines have no GPU):
+What has been tested, and what has not (without a GPU):
 
     kernel        compiled by nvcc 13.0 for sm_80, 90, 100, 120 with no spill (`make plugin`); its source, compiled for
                   the host, is bit-equal to kvcache.pack (native, int8, fp8); never run on a GPU, speed unknown

@@ -25,7 +25,7 @@ _DTYPES, _WIRES = ("float32", "float16", "bfloat16"), ("native", "int8", "fp8")
 
 @dataclass(frozen=True)
 class Usage:
-    """What ptxas says of one kernel on one architecture; bytes per thread."""
+    """Output of ptxas for one kernel on one architecture; bytes per thread."""
 
     kernel: str
     architecture: int
@@ -39,7 +39,7 @@ def parse_ptxas(log: str) -> list[Usage]:
     """Every kernel in the output of `-Xptxas -v`.
 
     Raises:
-        ValueError: a kernel without figures; the format is not the one of nvcc 13.0.
+        ValueError: a kernel without figures, so the format is not that of nvcc 13.0.
 
     """
     usages = []
@@ -54,7 +54,7 @@ def parse_ptxas(log: str) -> list[Usage]:
 
 
 def compile_for_gpus(folder: Path) -> tuple[Path, list[Usage]]:
-    """A shared library with one cubin for each of ARCHITECTURES, and what ptxas said.
+    """A shared library with one cubin for each of ARCHITECTURES, and the output of ptxas.
 
     Raises:
         UserError: nvcc is missing or refused the source.
@@ -62,10 +62,16 @@ def compile_for_gpus(folder: Path) -> tuple[Path, list[Usage]]:
     """
     nvcc = shutil.which("nvcc")
     if nvcc is None:
-        raise UserError("make plugin: nvcc is not on PATH; install the CUDA toolkit (13.0 is what was tried)")
+        raise UserError("make plugin: nvcc is not on PATH; install the CUDA toolkit (tried with 13.0)")
     library = folder / "libpdtrim_kernels.so"
     targets = [f"-gencode=arch=compute_{sm},code=sm_{sm}" for sm in ARCHITECTURES]
-    options = ["-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC"]  # --threads: its device link lost a file once
+    options = [
+        "-std=c++17",
+        "-O3",
+        "-shared",
+        "-Xcompiler",
+        "-fPIC",
+    ]  # no --threads: with it the device link once lost a file
     shown = ["-Xptxas", "-v", "-Werror", "all-warnings"]
     return library, parse_ptxas(_run([nvcc, *options, *shown, *targets, "-o", str(library), str(SOURCE)], folder))
 
@@ -82,7 +88,7 @@ def compile_for_host(folder: Path) -> Path:
         raise UserError("compiling the kernel for the host needs g++")
     library = folder / "libpdtrim_kernels_host.so"
     options = ["-std=c++17", "-O2", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-    exact = ["-fno-strict-aliasing", "-ffp-contract=off"]  # as a GPU: vectors alias scalars, no fused multiply-add
+    exact = ["-fno-strict-aliasing", "-ffp-contract=off"]  # like a GPU: vectors alias scalars; no fused multiply-add
     _run([gxx, *options, *exact, "-x", "c++", str(SOURCE), "-o", str(library)], folder)
     return library
 

@@ -1,6 +1,6 @@
-"""libpdtrim_tensorrt.so (library/): build it with CMake, and give its PagedAttention the runtime's attention.
+"""libpdtrim_tensorrt.so (library/): build it with CMake, and set the attention that its PagedAttention calls.
 
-Never run on a GPU: the callback has only been called on the host, with pointers made up there.
+Never run on a GPU: the callback has only been called on the host, with made-up pointers.
 """
 
 from __future__ import annotations
@@ -58,13 +58,12 @@ _Callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.POINTER(_Call
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """One layer's attention, asked for by an engine: device pointers as numbers, contiguous tensors.
+    """An engine's request for one layer's attention: device pointers as numbers, contiguous tensors.
 
-    Without heads it is a layer that is there for its K and V alone: they are to be kept, and q, here hidden states, to
-    be copied to output.
+    Without heads it is a KV-only layer: store K and V, and copy q, which has the hidden states, to output.
 
     Attributes:
-        q, output: `[tokens, width]`, width being num_heads * head_dim where there are heads.
+        q, output: `[tokens, width]`; width is num_heads * head_dim if there are heads.
         k, v: `[tokens, num_kv_heads * head_dim]`.
         stream: cudaStream_t; everything must be enqueued on it.
         dtype: of all four: float32, float16 or bfloat16.
@@ -87,7 +86,7 @@ class AttentionCall:
 
 
 class PluginLibrary:
-    """The loaded library. Engines of this process attend through what `set_attention` was given last."""
+    """The loaded library. Engines of this process call the last callback given to `set_attention`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -96,7 +95,7 @@ class PluginLibrary:
         self.error: BaseException | None = None
 
     def set_attention(self, attend: Callable[[AttentionCall], None]) -> None:
-        """Attend through `attend` from now on. What it raises fails the engine's enqueue and stays in `self.error`."""
+        """Use `attend` from now on. If it raises, the engine's enqueue fails and `self.error` has the exception."""
 
         def called(_: int | None, given: ctypes._Pointer[_Call]) -> int:
             values = {name: getattr(given.contents, name) for name in _CALL_FIELDS}
@@ -113,6 +112,6 @@ class PluginLibrary:
         self._callback = callback  # the library calls it for as long as it is set
 
     def clear_attention(self) -> None:
-        """Take the callback away; an engine that runs now fails and says why."""
+        """Remove the callback; a running engine then fails with a reason."""
         self._library.pdtrim_set_attention(_Callback(), None)
         self._callback = None

@@ -61,10 +61,10 @@ Attributes = SendAttributes | AttentionAttributes | WriteAttributes
 
 
 def register(trt: Any) -> list[Any]:
-    """Register the creators with the module's plugin registry; keep what is returned while engines are built.
+    """Register the creators with the module's plugin registry; keep the returned objects while engines are built.
 
     Raises:
-        RuntimeError: the registry has plugins of these names already (say, from the C++ library).
+        RuntimeError: the registry already has plugins of these names (for example from the C++ library).
 
     """
     registry, creators = trt.get_plugin_registry(), []
@@ -77,7 +77,7 @@ def register(trt: Any) -> list[Any]:
 
 
 def plugin_layers(trt: Any, network: Any) -> list[str]:
-    """Names of the network's PLUGIN layers: none where the parser inlined function bodies instead."""
+    """Names of the network's PLUGIN layers; empty if the parser inlined function bodies instead."""
     layers = (network.get_layer(index) for index in range(network.num_layers))
     kinds = (trt.LayerType.PLUGIN, trt.LayerType.PLUGIN_V2, trt.LayerType.PLUGIN_V3)
     return [layer.name for layer in layers if layer.type in kinds]
@@ -92,7 +92,7 @@ def _field(trt: Any, name: str, value: Any) -> Any:
 
 
 def _value(field: Any) -> Any:
-    """An attribute as the parser or a plan hands it over: integers as INT32 or INT64, text with or without its NUL."""
+    """An attribute from the parser or a plan: integers are INT32 or INT64, text may end in NUL."""
     data = np.asarray(field.data)
     if "CHAR" in str(field.type):
         return data.tobytes().split(b"\0")[0].decode()

@@ -1,4 +1,4 @@
-"""Where TensorRT for RTX looks for itself when a network has a plugin."""
+"""The environment in which TensorRT for RTX finds its own library when a network has a plugin."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def rtx_environment(folder: Path, environment: Mapping[str, str] = os.environ) -
     """Environment for a fresh process that builds engines with plugins with tensorrt_rtx (1.7.1.116).
 
     Its builder opens `libtensorrt_rtx.so`; the wheel has only `libtensorrt_rtx.so.1`, and the process aborts
-    ("terminate called without an active exception"). A link in `folder`, put on the loader's path, mends that and
-    leaves site-packages alone. The loader reads its path once: an environment changed inside a process does nothing.
+    ("terminate called without an active exception"). A link in `folder`, put on the loader's path, fixes this without
+    changing site-packages. The loader reads its path at start, so changing it inside a process has no effect.
 
     Raises:
         UserError: tensorrt_rtx is not installed.
@@ -27,7 +27,7 @@ def rtx_environment(folder: Path, environment: Mapping[str, str] = os.environ) -
     folder.mkdir(parents=True, exist_ok=True)
     link = folder.absolute() / "libtensorrt_rtx.so"
     if not link.exists():
-        link.unlink(missing_ok=True)  # a link whose target went away
+        link.unlink(missing_ok=True)  # a link whose target no longer exists
         link.symlink_to(Path(spec.submodule_search_locations[0]) / "libtensorrt_rtx.so.1")
     paths = [str(link.parent), *filter(None, [environment.get("LD_LIBRARY_PATH")])]
     return {**environment, "LD_LIBRARY_PATH": os.pathsep.join(paths)}

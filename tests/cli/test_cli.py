@@ -180,7 +180,7 @@ def test_a_dry_run_of_a_build_writes_what_its_help_says(
         run(capsys, "build", recipe_file, "--out", tmp_path / "b", "--dry-run", "--cache-dir", tmp_path / "c")[0] == 0
     )
     assert [path.name for path in tmp_path.glob("*/*")] == ["fingerprints"]
-    assert "write nothing but the digest of the weights" in " ".join(run(capsys, "build", "--help")[1].split())
+    assert "write nothing except the digest of the weights" in " ".join(run(capsys, "build", "--help")[1].split())
 
 
 def test_what_is_not_sealed_is_said(capsys: pytest.CaptureFixture[str]) -> None:
@@ -207,13 +207,13 @@ def test_a_missing_extra_is_named(recipe_file: Path, tmp_path: Path) -> None:
         (["eval", "gone"], "gone: no such bundle"),
         (["loadtest", "gone"], "gone: no such bundle"),
         (["fidelity", "gone", "127.0.0.1:8000"], "127.0.0.1:8000 is not a URL such as http://127.0.0.1:8000"),
-        (["loadtest", "http://10.1.2.3:80"], "10.1.2.3 is another machine; say --allow-remote"),
+        (["loadtest", "http://10.1.2.3:80"], "10.1.2.3 is another machine; give --allow-remote"),
         (
             ["loadtest", "http://127.0.0.1:1", "--driver", "wrk"],
             "load driver 'wrk' is not known; allowed: aiperf",
         ),
         (["build", "gone.yaml", "--out", "x"], "gone.yaml: no such recipe file"),
-        (["demo", "gone.yaml", "--out", "x", "--requests", "2"], "--requests 2 are too few to be dealt out to rounds"),
+        (["demo", "gone.yaml", "--out", "x", "--requests", "2"], "--requests 2 are too few to divide among rounds"),
         (["demo", "gone.yaml", "--out", "x", "--rounds", "2"], "--rounds 2 gives no confidence interval"),
         (["demo", "gone.yaml", "--out", "x"], "gone.yaml: no such recipe file"),
         (
@@ -298,8 +298,11 @@ def test_where_nothing_can_be_written_is_said_before_the_work(
     for place, says in (
         (tmp_path, f"{command[-1]} {tmp_path} is a folder; name a file in it"),
         (tmp_path / "pipe", "is a device or a pipe, which a file would replace; name another file"),
-        (tmp_path / "file" / "x" / "y", f"{tmp_path / 'file'} is no folder of yours; name another file"),
-        (tmp_path / ("x" * 300), "File name too long; mend that"),
+        (
+            tmp_path / "file" / "x" / "y",
+            f"{tmp_path / 'file'} is not a folder that you can write to; name another file",
+        ),
+        (tmp_path / ("x" * 300), "File name too long; fix that"),
     ):
         code, out, err = run(capsys, *command, place)
         assert (code, out, err.count("\n")) == (2, "", 1)
@@ -313,7 +316,7 @@ def test_a_folder_where_a_file_goes_is_one_sentence(
     (copy / "reports" / "report.html").mkdir(parents=True)
     code, _, err = run(capsys, "report", copy)
     assert code == 2
-    assert err.startswith(f"pdtrim-deploy: {copy / 'reports' / 'report.html'}: Is a directory; mend that")
+    assert err.startswith(f"pdtrim-deploy: {copy / 'reports' / 'report.html'}: Is a directory; fix that")
 
 
 @pytest.mark.parametrize("command", [("eval",), ("eval", "--tasks", "perplexity"), ("fidelity",)], ids=" ".join)
@@ -326,7 +329,7 @@ def test_reports_that_cannot_be_written_are_refused_before_anything_is_measured(
     cards = [(copy / stage / "README.md").read_text() for stage in ("prefill", "decode")]
     code, out, err = run(capsys, command[0], copy, *command[1:], "--cache-dir", cache.root)
     assert (code, out) == (2, "")
-    assert f"cannot be written: {copy / 'reports'} is no folder of yours" in err
+    assert f"cannot be written: {copy / 'reports'} is not a folder that you can write to" in err
     assert cards == [(copy / stage / "README.md").read_text() for stage in ("prefill", "decode")]
 
 
@@ -404,7 +407,7 @@ def test_eval_of_tasks(capsys: pytest.CaptureFixture[str], bundle_dir: Path, cac
     for args, says in (
         (("--tasks", "agreement,speed"), "'speed' is no task; use one of perplexity, choice, needle, agreement"),
         (("--tasks", "needle", "--items", 1), "4 documents give 4 sequences of 1024 tokens, not 10"),
-        (("--items", 3), "--items is for tasks; say --tasks too"),
+        (("--items", 3), "--items is for tasks; give --tasks too"),
         (("--tasks", "agreement", "--sequences", 3), "with --tasks give --items"),
     ):
         code, out, err = run(capsys, *common, *args)

@@ -1,4 +1,4 @@
-"""A bundle whose small files hold no text or no end: every command that reads one says so and what mends it."""
+"""Bundles whose small files are not text, or are nested without end: commands name the file and the fix."""
 
 from __future__ import annotations
 

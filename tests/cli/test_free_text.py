@@ -1,4 +1,4 @@
-"""Options that take a user's own text: what no worker would take is refused before one is started or written."""
+"""Options with free text: values that no worker accepts are refused before anything is started or written."""
 
 from __future__ import annotations
 

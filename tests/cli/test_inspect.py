@@ -41,9 +41,9 @@ def test_a_model_shows_its_candidates(capsys, tiny_llama_dir, corpus, cache, tmp
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        (["gone", "--picture", "p.svg"], "--picture says nothing of a bundle"),
+        (["gone", "--picture", "p.svg"], "--picture does not apply to a bundle"),
         (["hf:gone"], "gone: no such folder"),
-        (["hf:gone", "--prompt-tokens", "4"], "--prompt-tokens says nothing of a model"),
+        (["hf:gone", "--prompt-tokens", "4"], "--prompt-tokens does not apply to a model"),
         (["gone"], "gone: no such bundle"),
     ],
 )

@@ -62,7 +62,7 @@ def test_counters_of_a_bundle_are_its_own(tmp_path: Path, capsys: pytest.Capture
     bundle = make_bundle(tmp_path / "b").path
     code, out, err = run(capsys, "loadtest", bundle, "--worker", "http://127.0.0.1:9", "--dry-run")
     assert (code, out) == (2, "")
-    assert f"--worker is of a running pair, the workers of {bundle} are started and read; leave it out" in err
+    assert f"--worker is for a running pair; the workers of {bundle} are started and read anyway; leave it out" in err
 
 
 def test_compare(url: str, scenario: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -101,8 +101,8 @@ def test_a_scenario_that_the_driver_cannot_do_is_refused_before_anything_runs(
         (["--b-transport-option", "stall_seconds"], "give KEY=VALUE, such as stall_seconds=10"),
         (["--b-transport-option", "devices=[a"], "'devices=[a': the value is no YAML; put text in quotes"),
         (["--link", "100Mbps"], "a link is for bundles"),
-        (["--link", "fast"], "'fast' is no link speed"),
-        (["--link", "10Gbps"], "--link 10Gbps: links faster than 1 Gb/s cannot be had this way, the relay itself"),
+        (["--link", "fast"], "'fast' is not a link speed"),
+        (["--link", "10Gbps"], "--link 10Gbps: the relay that limits the speed reaches 1 Gb/s at most"),
         (["--driver", "wrk"], "load driver 'wrk' is not known"),
     ],
 )
@@ -152,7 +152,7 @@ def test_one_bundle_on_two_transports(tmp_path: Path, capsys: pytest.CaptureFixt
     for wrong, says in (
         (["--a-transport", "pdtrim_tcp"], f"A and B are both {bundle}; give two bundles, or another executor"),
         (["--b-transport", "pdtrim_mooncake"], "--transport-option accept_unauthenticated=true"),
-        ([*more, "--link", "1Mbps"], "a link holds back pdtrim_tcp, not mooncake; leave one of them out"),
+        ([*more, "--link", "1Mbps"], "--link works with pdtrim_tcp, not with mooncake; leave one of them out"),
     ):
         code, out, err = run(capsys, *arguments, *wrong)
         assert (code, out) == (2, "")

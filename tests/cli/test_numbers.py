@@ -1,4 +1,4 @@
-"""Numbers that are none, or larger than clocks, ports and memory take: a usage error, before anything is done."""
+"""Invalid numbers, and numbers above what clocks, ports and memory allow: a usage error before any work."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ BUILDS = sorted(command for command in to_run() if " build " in command and "dry
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, tiny_llama_dir: Path) -> Path:
-    """What a user of the clone has: its recipes, bundles in out/, recipes of their own, text."""
+    """A folder like a user's clone: its recipes, bundles in out/, the user's own recipes and text."""
     at = tmp_path_factory.mktemp("clone")
     for name in ("recipes", "scenarios", "benchmarks", "Makefile", "tools", "pdtrim_deploy"):
         (at / name).symlink_to(ROOT / name)

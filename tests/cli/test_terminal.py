@@ -60,7 +60,7 @@ def bundle(recipe_file: Path) -> Path:
 
 @pytest.fixture
 def serve_python(tmp_path: Path) -> Iterator[Path]:
-    """A serve environment that the doctor likes, and whose programs are fakes; none may be left."""
+    """A serve environment that passes the doctor, with fake programs; none may be running at the end."""
     diagnosis = subprocess.run(
         [sys.executable, "-m", "pdtrim_sglang.diagnosis"], capture_output=True, text=True, check=True
     )
@@ -84,7 +84,7 @@ def serve_python(tmp_path: Path) -> Iterator[Path]:
 
 
 def programs_of(folder: Path) -> list[str]:
-    """Command lines of living processes that name something in `folder`."""
+    """Command lines of living processes that name a path in `folder`."""
     return list(processes_of(folder).values())
 
 
@@ -133,7 +133,7 @@ def test_a_build_is_stopped_at_its_steps_and_goes_on(recipe_file: Path) -> None:
 
 @pytest.mark.parametrize(("error", "shown"), [("KeyboardInterrupt", False), ("ValueError", True)])
 def test_ctrl_c_that_falls_where_nothing_can_be_raised_shows_no_traceback(error: str, shown: bool) -> None:
-    """Python calls weak references' callbacks so, its import system's own among them."""
+    """Python runs callbacks of weak references this way, also those of its import system."""
     program = f"""
 from pdtrim_deploy.cli.interrupt import install
 class Last:
@@ -168,7 +168,7 @@ BLOCKED = {
 
 @pytest.mark.parametrize("name", BLOCKED)
 def test_while_it_reads(name: str, bundle: Path, tmp_path: Path) -> None:
-    """A named pipe that nobody writes to holds every command at its first file."""
+    """A named pipe without a writer stops every command at its first file."""
     held = tmp_path / "held"
     shutil.copytree(bundle, held)
     (held / "plan.json").unlink()
@@ -183,7 +183,7 @@ def test_while_it_reads(name: str, bundle: Path, tmp_path: Path) -> None:
 
 
 def opened(pipe: Path, terminal: Terminal) -> int:
-    """Its writing end, when somebody reads: a signal on the way from open to read would find Python deaf."""
+    """The pipe's writing end once a reader waits: between open and read Python would miss a signal."""
     end = time.monotonic() + 30
     while True:
         try:

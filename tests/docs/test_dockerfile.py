@@ -1,4 +1,4 @@
-"""The Dockerfile, as far as can be told without a Docker engine."""
+"""The Dockerfile, as far as it can be tested without a Docker engine."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_what_is_copied_exists() -> None:
 
 
 def copied(stage: str, folder: Path) -> Path:
-    """A folder that holds what the stage's COPY lines of this repository bring, and nothing else."""
+    """A folder with only the files that the stage's COPY lines take from this repository."""
     for line in re.findall(r"^COPY (?!--from)(.*)$", stages()[stage], re.MULTILINE):
         *sources, at = (word for word in line.split() if not word.startswith("--"))
         for source in sources:

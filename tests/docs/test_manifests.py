@@ -20,7 +20,7 @@ OTHERS = ("Kustomization", "PodMonitor")
 
 
 def kustomize(folder: Path) -> list[dict]:
-    """What `kubectl apply -k` would send."""
+    """The objects that `kubectl apply -k` would send."""
     done = subprocess.run([KUBECTL, "kustomize", folder], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     return list(yaml.safe_load_all(done.stdout))

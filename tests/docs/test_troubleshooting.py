@@ -1,4 +1,4 @@
-"""The messages of docs/troubleshooting.md are those that the code, or a server in the fault benchmark, says."""
+"""Each message in docs/troubleshooting.md exists in the code, or in the results of the fault benchmark."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _messages(part: str) -> list[str]:
 
 
 def absent(message: str, texts: str) -> list[str]:
-    """Pieces of a message, between its gaps, that no text holds."""
+    """Pieces of a message, between its gaps, that no text contains."""
     pieces = [piece.strip(" ():;,") for piece in message.split("...")]
     return [piece for piece in pieces if len(piece) > 5 and piece not in texts]
 

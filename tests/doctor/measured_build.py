@@ -1,4 +1,4 @@
-"""Builds RECIPE into OUT and prints the most memory that the process had, in bytes, as the kernel counted it."""
+"""Builds RECIPE into OUT and prints the peak memory of the process in bytes, as counted by the kernel."""
 
 import re
 import sys

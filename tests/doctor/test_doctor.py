@@ -1,4 +1,4 @@
-"""The doctor: what it says of this machine, of one that lacks things, and that it stays light."""
+"""The doctor: its report on this machine and on one that lacks things, and that it imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def named(findings: list[Finding], name: str) -> Finding:
 
 @pytest.fixture
 def serve_python(tmp_path: Path) -> Path:
-    """Our own Python with a made-up SGLang beside it whose sources hold only some of the names."""
+    """Our own Python with a fake SGLang whose sources have only some of the names."""
     site = tmp_path / "site"
     for file, text in {
         "sglang/__init__.py": "",
@@ -115,7 +115,7 @@ def test_a_recipe_too_large_for_the_machine(monkeypatch: pytest.MonkeyPatch, tmp
         require("build", CheckContext(large, tmp_path))
     require("build", CheckContext(small, tmp_path))
     monkeypatch.setattr(resources.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10**9})())
-    with pytest.raises(UserError, match=r"disk: 1\.0 GB free at .*Mend it with: free some space"):
+    with pytest.raises(UserError, match=r"disk: 1\.0 GB free at .*Fix it with: free some space"):
         require("build", CheckContext(small, tmp_path / "not" / "yet"))
 
 
@@ -189,7 +189,7 @@ def test_a_package_that_the_recipe_wants_is_needed(
     wants.write_text("name: r\n" + ("" if "model" in recipe else f"model: {{source: 'hf:{tmp_path}'}}\n") + recipe)
     require("build", CheckContext(Recipe.load(plain), tmp_path))
     require("eval", CheckContext(Recipe.load(wants)))
-    with pytest.raises(UserError, match=rf"cannot build: {package}: not installed \(.*Mend it with: (make|pip)"):
+    with pytest.raises(UserError, match=rf"cannot build: {package}: not installed \(.*Fix it with: (make|pip)"):
         require("build", CheckContext(Recipe.load(wants), tmp_path))
 
 

@@ -1,4 +1,4 @@
-"""The doctor's figure against the most memory that a build had: one that chooses KV by method budget."""
+"""The doctor's estimate against the measured peak memory of a build that chooses KV by method budget."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def measured_and_foretold(tmp_path: Path, cache: Cache, folder: Path, prompt: in
 
 
 def test_of_a_tiny_model_with_long_prompts(tmp_path: Path, cache: Cache, tiny_model: Callable[..., Path]) -> None:
-    """1 GB of KV in each wire dtype, did all sequences lie in memory; the weights are 7 MB."""
+    """If all sequences were in memory, their KV would take 1 GB in each wire dtype; the weights are 7 MB."""
     folder = tiny_model(
         tmp_path / "m", num_hidden_layers=8, hidden_size=128, intermediate_size=256, num_key_value_heads=4,
         head_dim=32, max_position_embeddings=4096,

@@ -58,7 +58,7 @@ def test_a_chunk_of_several_tokens_counts_as_equal_gaps() -> None:
 
 
 def without_usage(rows: list[dict], total: int | None) -> Iterator[dict]:
-    """As a server or router that knows no continuous_usage_stats: counts come once, in a chunk without text."""
+    """Records of a server or router without continuous_usage_stats: counts come once, in a chunk without text."""
     for row in rows:
         *chunks, end = row["responses"]
         for chunk in chunks:
@@ -157,7 +157,7 @@ def test_the_program_of_an_installed_package(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(UserError, match="not installed; make it with: python3 -m venv"):
         program(tmp_path / "wheel")
     script(tmp_path / "bin" / "aiperf", "echo 0.9.0")
-    with pytest.raises(UserError, match=r"is aiperf 0\.9\.0, its records are read as 0\.13\.0"):
+    with pytest.raises(UserError, match=r"is aiperf 0\.9\.0, but its records can only be read from version 0\.13\.0"):
         program(tmp_path / "wheel")
     ours = script(tmp_path / ".venv" / "aiperf" / "bin" / "aiperf", f"echo {VERSION}")
     assert program(tmp_path / "wheel") == ours

@@ -1,4 +1,4 @@
-"""Rounds in turns: every pair gets the same load; ratios find a known difference and none where there is none."""
+"""Rounds in turns: every pair gets the same load; ratios show a known difference, and none between equal pairs."""
 
 import sys
 from pathlib import Path
@@ -116,7 +116,7 @@ def test_what_workers_counted() -> None:
 
 
 def exposition(kind: str, count: int, seconds: float) -> str:
-    """A worker's queue as SGLang says it."""
+    """A worker's queue metrics as SGLang writes them."""
     name, labels = "sglang:queue_time_seconds", f'engine_type="{kind}",model_name="m",pp_rank="0",tp_rank="0"'
     buckets = "".join(f'{name}_bucket{{{labels},le="{le}"}} {count}\n' for le in ("10.0", "+Inf"))
     ends = f"{name}_sum{{{labels}}} {seconds}\n{name}_count{{{labels}}} {count}\n"
@@ -135,7 +135,7 @@ def test_the_queues_of_prefill_and_decode_are_told_apart(monkeypatch: pytest.Mon
 
 def test_a_worker_that_says_no_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics, "get", lambda url, timeout_s: "<html>hello</html>")
-    with pytest.raises(ServingError, match=r"u/metrics says no Prometheus metrics .*; give a worker's URL"):
+    with pytest.raises(ServingError, match=r"u/metrics does not return Prometheus metrics .*; give a worker's URL"):
         Workers(("u/metrics",)).read()
 
 

@@ -1,4 +1,4 @@
-"""Scenarios: one sentence for each mistake; the requests that are drawn have the asked times, lengths and prefixes."""
+"""Scenarios: one sentence for each mistake; requests have the specified times, lengths and prefixes."""
 
 import json
 import math
@@ -39,7 +39,10 @@ def load(tmp_path: Path, text: str) -> Scenario:
         ("sed: 3", "s.yaml: sed is not a known key; allowed here: include, name, arrivals"),
         ("slo: {ttft: 3}", "s.yaml: slo.ttft is not a known key; allowed here: ttft_ms, itl_ms"),
         ("prefixes: {tokens: 4, share: 1.5}", "s.yaml: prefixes.share is 1.5; allowed: a number above 0 and up to 1"),
-        ("input: {tokens: 4}\ntrace: {path: t}", "s.yaml: trace says when and how long requests are; leave out input"),
+        (
+            "input: {tokens: 4}\ntrace: {path: t}",
+            "s.yaml: trace sets times and lengths of the requests; leave out input",
+        ),
         ("arrivals: {kind: constant, rate: .inf}", "arrivals.rate is inf; allowed: a finite number above 0 and up to"),
         ("arrivals: {kind: constant, rate: 1.0e+300}", "arrivals.rate is 1e+300; allowed: a number above 0 and up to"),
         ("arrivals: {clients: 100000000}", "arrivals.clients is 100000000; allowed: an integer from 1 to 10000"),
@@ -161,13 +164,13 @@ def test_a_trace_keeps_times_lengths_and_what_is_shared(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("lines", "says"),
     [
-        (["{}"], "line 1 is no request; allowed: JSON with a finite timestamp"),
-        ([json.dumps(TRACE[0]), "[1]"], "line 2 is no request"),
+        (["{}"], "line 1 is not a request; allowed: JSON with a finite timestamp"),
+        ([json.dumps(TRACE[0]), "[1]"], "line 2 is not a request"),
         ([json.dumps(TRACE[1]), json.dumps(TRACE[0])], "line 2 is earlier than the line before"),
-        (['{"timestamp": NaN, "input_length": 5, "output_length": 5}'], "line 1 is no request"),
-        (['{"timestamp": 0, "input_length": 1e400, "output_length": 5}'], "line 1 is no request"),
+        (['{"timestamp": NaN, "input_length": 5, "output_length": 5}'], "line 1 is not a request"),
+        (['{"timestamp": 0, "input_length": 1e400, "output_length": 5}'], "line 1 is not a request"),
         (['{"timestamp": 0, "input_length": 5, "output_length": -5}'], "output_length from 1 to 10000000"),
-        (['{"timestamp": 0, "input_length": 5, "output_length": 5, "hash_ids": [Infinity]}'], "line 1 is no request"),
+        (['{"timestamp": 0, "input_length": 5, "output_length": 5, "hash_ids": [Infinity]}'], "line 1 is not"),
         (["", " "], "no line is a request; give a trace with at least one"),
     ],
 )

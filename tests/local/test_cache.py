@@ -1,4 +1,4 @@
-"""Whole entries only: damage is noticed, failures leave nothing, racing processes make an entry once."""
+"""Only complete entries: damage is detected, failures leave nothing, racing processes make an entry once."""
 
 import json
 import multiprocessing

@@ -1,4 +1,4 @@
-"""Work in a process of its own: how it ends is said in one sentence."""
+"""Jobs in a process of their own: how one ends is reported in one sentence."""
 
 import os
 import sys

@@ -22,12 +22,12 @@ def test_paths_that_lead_somewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("source", "says"),
     [
-        ("hf:~nosuchuser/x", "~nosuchuser/x: ~nosuchuser is no user with a home here"),
-        ("gguf:~nosuchuser/x", "~nosuchuser/x: ~nosuchuser is no user with a home here"),
-        ("hf:a\0b", r"'a\x00b' holds a null byte"),
-        ("gguf:a\0b", r"'a\x00b' holds a null byte"),
-        ("hf:loop", "a link there leads back to itself"),
-        ("gguf:loop", "a link there leads back to itself"),
+        ("hf:~nosuchuser/x", "~nosuchuser/x: ~nosuchuser is not a user with a home folder here"),
+        ("gguf:~nosuchuser/x", "~nosuchuser/x: ~nosuchuser is not a user with a home folder here"),
+        ("hf:a\0b", r"'a\x00b' contains a null byte"),
+        ("gguf:a\0b", r"'a\x00b' contains a null byte"),
+        ("hf:loop", "a symbolic link there points back to itself"),
+        ("gguf:loop", "a symbolic link there points back to itself"),
     ],
     ids=ascii,
 )
@@ -45,23 +45,23 @@ def test_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, comman
 def test_corpora(tmp_path: Path, cache, kind: str, place: str) -> None:
     from pdtrim_deploy.evaluation.corpora import load
 
-    with pytest.raises(UserError, match=r"no user with a home|holds a null byte"):
+    with pytest.raises(UserError, match=r"not a user with a home|contains a null byte"):
         load(f"{kind}:{place}", cache)
 
 
 @pytest.mark.parametrize(
     ("command", "says"),
     [
-        ("doctor home.yaml", "~nosuchuser is no user"),
-        ("plan home.yaml", "~nosuchuser is no user"),
-        ("plan ~nosuchuser/x", "~nosuchuser is no user"),
-        ("recipe validate loop", "a link there leads back to itself"),
-        ("plan loop.yaml", "a link there leads back to itself"),
-        ("doctor loop", "a link there leads back to itself"),
-        ("build loop --out o", "a link there leads back to itself"),
+        ("doctor home.yaml", "~nosuchuser is not a user"),
+        ("plan home.yaml", "~nosuchuser is not a user"),
+        ("plan ~nosuchuser/x", "~nosuchuser is not a user"),
+        ("recipe validate loop", "a symbolic link there points back to itself"),
+        ("plan loop.yaml", "a symbolic link there points back to itself"),
+        ("doctor loop", "a symbolic link there points back to itself"),
+        ("build loop --out o", "a symbolic link there points back to itself"),
         ("build dense.yaml --out loop --cache-dir c", "loop is not a folder; choose another --out"),
-        ("build dense.yaml --out loop/x --cache-dir c", "Too many levels of symbolic links; mend that"),
-        ("build dense.yaml --out loop --dry-run --cache-dir c", "Too many levels of symbolic links; mend that"),
+        ("build dense.yaml --out loop/x --cache-dir c", "Too many levels of symbolic links; fix that"),
+        ("build dense.yaml --out loop --dry-run --cache-dir c", "Too many levels of symbolic links; fix that"),
         ("build dense.yaml --out o --cache-dir loop/x", "cannot fill the cache loop/x (Too many levels of symbolic"),
     ],
     ids=lambda value: value.replace("/", " "),

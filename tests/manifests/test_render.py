@@ -1,4 +1,4 @@
-"""What `deploy render` writes: the things that would hurt in a cluster, and that deploy/ is what it gives."""
+"""Output of `deploy render`: properties that matter in a cluster, and that deploy/ is up to date."""
 
 from __future__ import annotations
 
@@ -190,7 +190,7 @@ def test_bad_choices_are_refused() -> None:
         Options(name="A")
     with pytest.raises(UserError, match="--rdma is 'hca'"):
         Options(rdma="hca")
-    with pytest.raises(UserError, match="say --bundle-from host"):
+    with pytest.raises(UserError, match="give --bundle-from host"):
         compose(SERVED, Options())
     options = Options(bundle=BundleAt("host", "/b"), rdma="rdma/hca", **NIXL)
     with pytest.raises(UserError, match="leave it out with --to compose"):

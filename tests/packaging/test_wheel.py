@@ -87,5 +87,5 @@ def test_a_command_that_needs_more_says_what(clean: Path, tmp_path: Path) -> Non
     done = run(clean, tmp_path, "build", "r.yaml", "--out", "b")
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert "this machine cannot build: torch: not installed" in done.stderr
-    assert done.stderr.rstrip().endswith("Mend it with: pip install 'pdtrim-deploy[build]'")
+    assert done.stderr.rstrip().endswith("Fix it with: pip install 'pdtrim-deploy[build]'")
     assert not (tmp_path / "b").exists()

@@ -107,7 +107,7 @@ def test_a_sliding_window_is_not_in_the_graph_and_said(
     architecture, changes, window, tiny_model, make_stages, tmp_path
 ):
     make_stages(tiny_model(tmp_path / "source", architecture, **changes), tmp_path)
-    limits = [f"its attention has no sliding window: it is the model's up to {window} tokens"] if window else []
+    limits = [f"its attention has no sliding window: it matches the model up to {window} tokens"] if window else []
     result = build_target("onnx", tmp_path / "prefill", tmp_path / "engine")
     assert [limit for limit in result.limits if "window" in limit] == limits
     dry = build_target("tensorrt", tmp_path / "prefill", tmp_path / "described", {"dry_run": True})
@@ -203,12 +203,12 @@ def edited(stages, tmp_path, **changes):
 
 
 @pytest.mark.parametrize(("changes", "sentence"), [
-    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "RoPE of kind 'yarn' has no graph"),
+    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "RoPE of kind 'yarn' is not supported"),
     ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "needs a positive factor, not None"),
     ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5"),
-    ({"hidden_act": "gelu"}, "activation 'gelu' has no graph"),
+    ({"hidden_act": "gelu"}, "activation 'gelu' is not supported"),
     ({"architectures": ["GPT2LMHeadModel"]}, "architecture GPT2LMHeadModel is not supported"),
-    ({"dtype": "bfloat16"}, "dtype bfloat16 has no graph; give option dtype"),
+    ({"dtype": "bfloat16"}, "dtype bfloat16 is not supported; give option dtype"),
     ({"pdtrim": None}, "carries no plan"),
     ({"num_hidden_layers": 4}, "4 layers, the plan gives prefill 5"),
 ])  # fmt: skip
@@ -252,7 +252,7 @@ def test_names_and_options(name, options, sentence, tiny_stages, tmp_path):
 
 def test_a_folder_of_others_is_left_alone(tiny_stages, tmp_path):
     (tmp_path / "photo.jpg").touch()
-    with pytest.raises(UserError, match="exists and is no engine"):
+    with pytest.raises(UserError, match="exists and is not an engine"):
         build_target("onnx", tiny_stages("LlamaForCausalLM") / "prefill", tmp_path)
     assert (tmp_path / "photo.jpg").exists()
 

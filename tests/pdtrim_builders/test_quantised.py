@@ -124,7 +124,7 @@ def test_int8_is_for_1_2(tiny_stages, tmp_path):
 
 
 @pytest.mark.parametrize(("architecture", "options", "sentence"), [
-    ("Qwen3ForCausalLM", {}, "Qwen3ForCausalLM has no quantised checkpoint; those that have: Llama"),
+    ("Qwen3ForCausalLM", {}, "Qwen3ForCausalLM cannot be quantised; supported: Llama"),
     ("LlamaForCausalLM", {"tensor_parallel": (4,)}, "2 KV heads cannot be split over tensor_parallel 4 when quantised"),
     ("LlamaForCausalLM", {"dtype": "float32"}, "quantisation needs a dtype of 16 bits around it"),
     ("LlamaForCausalLM", {"prompts": ("",)}, "no calibration text with two tokens"),

@@ -61,7 +61,7 @@ def test_quantised_wire(tiny_llama_dir, cache, tmp_path):
         write_stage(checkpoint, tmp_path / "prefill", range(6), "float16", plan.model_dump(mode="json"))
         if "int4" in wires:
             with pytest.raises(
-                UserError, match=r"^target tensorrt-rtx: SparseKVSend has no wire dtype int4, which 2 la"
+                UserError, match=r"^target tensorrt-rtx: SparseKVSend does not support wire dtype int4, which 2 la"
             ):
                 build_target("tensorrt-rtx", tmp_path / "prefill", tmp_path / "engine")
             continue
@@ -117,7 +117,7 @@ def test_dry_run(name, tiny_stages, tmp_path):
 
 
 @pytest.mark.parametrize(("name", "options", "sentence"), [
-    ("tensorrt-rtx", {"compute_capabilities": ("9.0",)}, "compute capability 9.0 cannot be built for; use some of 7.5"),
+    ("tensorrt-rtx", {"compute_capabilities": ("9.0",)}, "compute capability 9.0 is not supported; use some of 7.5"),
     ("tensorrt-rtx", {"most_tokens": 8}, "usual_tokens 256 is above most_tokens 8"),
     ("tensorrt-rtx", {"plugin_library": Path("nowhere.so")}, "nowhere.so: no such plugin library"),
     ("tensorrt", {"compute_capabilities": ("9.0",)}, "option compute_capabilities is unknown"),

@@ -21,7 +21,7 @@ def test_units(text: str, bits: float) -> None:
                                   "25Gbps or so", "nanGbps", "25GB", "1.Gbps", "25Pbps",
                                   "9" * 400 + "Tbps"])  # fmt: skip
 def test_bad_units_are_one_sentence_with_examples(text: str) -> None:
-    with pytest.raises(UserError, match=r"is no link speed; .*25Gbps, 100Gb/s or 3\.2Tbps, .*40GB/s$") as caught:
+    with pytest.raises(UserError, match=r"is not a link speed; .*25Gbps, 100Gb/s or 3\.2Tbps, .*40GB/s$") as caught:
         Link.parse(text)
     assert "\n" not in str(caught.value)
 

@@ -1,4 +1,4 @@
-"""The recipe's targets: what may be asked, and that it is just what the builders take."""
+"""The recipe's targets: their options, and that these are exactly the builders' options."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ def load(tmp_path: Path, text: str) -> Recipe:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_options_and_defaults_are_those_of_the_builder(name: str) -> None:
-    """What a recipe does not say is sent as its own default, so the two must be equal."""
+    """A recipe sends its own defaults for missing options, so they must equal the builder's."""
     section = TargetsSection.model_validate({name: None}).asked[name]
     builder = get_target(name).options
     assert set(type(section).model_fields) == set(builder.model_fields) - NOT_IN_RECIPES

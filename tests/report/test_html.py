@@ -1,4 +1,4 @@
-"""The page: well-formed, self-contained, true to the plan, and silent about nothing it lacks."""
+"""The page is well-formed, self-contained, matches the plan, and names everything that it lacks."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def parsed(findings: Findings) -> ET.Element:
 
 
 def parse(command: str) -> dict[str, Any]:
-    """What a suggested command says, parsed and not run; what a user is to put in stands for itself."""
+    """Parameters of a suggested command, parsed but not run; placeholders are left as they are."""
     typed = command.partition(" > ")[0].replace(" N ", " 5 ").replace("TIME", "500ms")  # `>` is the shell's
     context = cli.make_context("pdtrim-deploy", shlex.split(typed)[1:])
     name, subcommand, rest = cli.resolve_command(context, [*context._protected_args, *context.args])
@@ -173,7 +173,7 @@ def test_finalists_and_what_was_mended(bundle: Bundle) -> None:
     assert "1, 2+33.25003.1250" in shown
     assert "prefill, distilled, 12 steps" in shown
     assert "0.50000.6250no: not better" in shown
-    assert "decode, distilled behind the KV it is sent, 12 steps" in shown
+    assert "decode, distilled on the KV that it receives, 12 steps" in shown
     assert "student of blocks 2-3" in shown
     assert "calibration loss while decode" not in shown  # one step is no curve
 
@@ -308,14 +308,14 @@ def test_what_is_lacking_is_named_with_its_command(bundle: Bundle) -> None:
 
 def test_a_report_of_another_plan_is_refused(bundle: Bundle) -> None:
     write(bundle, "eval", EVAL | {"plan_digest": "0" * 64})
-    with pytest.raises(UserError, match=r"eval.json is of plan 000000000000, the bundle's is .*; make it again"):
+    with pytest.raises(UserError, match=r"eval.json is of plan 000000000000, the bundle's is .*; run again"):
         Findings.of(bundle)
 
 
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("{}", "is no comparison; make one with"),
+        ("{}", "is not a comparison; make one with"),
         ("[]", "not a report"),
         ("{", "not JSON"),
         ("[" * 100_000, "not JSON"),

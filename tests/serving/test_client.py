@@ -1,4 +1,4 @@
-"""Whatever a server does with a request, it is an answer or an OSError."""
+"""Whatever a server does, the client gets an answer or an OSError."""
 
 import socket
 import threading
@@ -29,7 +29,7 @@ def server():
 
 @pytest.mark.parametrize("response", [b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{}", b"SSH-2.0-x\r\n", b""])
 def test_an_answer_that_breaks_off_is_an_os_error(server, response):
-    """As of a worker that dies while it answers."""
+    """As when a worker dies while it answers."""
     with pytest.raises(OSError, match=r"no whole HTTP answer|closed connection"):
         get(server(response), 5)
     assert not probe.is_healthy(server(response))

@@ -1,4 +1,4 @@
-"""A whole cluster of fake servers: what is asked of them before they count as serving, and how faults are told."""
+"""A cluster of fake servers: the requests before it counts as serving, and the reports of faults."""
 
 import json
 import shlex
@@ -17,7 +17,7 @@ FAKE = Path(__file__).with_name("fake_python.py")
 
 @pytest.fixture
 def cluster(tmp_path):
-    """cluster({"decode": "refuses"}) and the like: not started; every process it ever had must be gone afterwards."""
+    """cluster({"decode": "refuses"}) and the like, not started; afterwards all of its processes must have ended."""
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {shlex.quote(str(FAKE))} "$@"\n')
     python.chmod(0o755)
@@ -48,7 +48,7 @@ def cluster(tmp_path):
 
 
 class Recorded(Cluster):
-    """Remembers what it started."""
+    """Records what it started."""
 
     def __init__(self, *args):
         super().__init__(*args)

@@ -1,4 +1,4 @@
-"""Which executor computes a stage: found in the bundle, told to the worker, refused in one sentence."""
+"""The executor of a stage: found in the bundle, passed to the worker, or refused in one sentence."""
 
 import json
 from pathlib import Path
@@ -103,7 +103,7 @@ def test_the_options_name_one_executor_or_one_a_stage(given, chosen):
     ("executor", "sentence"),
     [
         ("tvm", "'tvm' is not one of 'torch', 'onnxruntime', 'tensorrt'"),
-        ("onnxruntime", "http://127.0.0.1:1 runs already"),
+        ("onnxruntime", "http://127.0.0.1:1 already runs"),
     ],
 )
 def test_an_unknown_executor_and_one_for_a_running_pair_are_code_2(executor, sentence, capsys):

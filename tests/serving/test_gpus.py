@@ -1,4 +1,4 @@
-"""Which GPUs a worker may be told of: those that it will see."""
+"""A worker gets only GPUs that it will see."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What stands in the serve environment beside SGLang."""
+"""The serve environment's packages besides SGLang."""
 
 import subprocess
 

@@ -1,4 +1,4 @@
-"""The relay that stands for a slower link: what it passes on, how fast, and when it ends."""
+"""The relay that simulates a slower link: which bytes it forwards, how fast, and when it ends."""
 
 import contextlib
 import socket
@@ -13,7 +13,7 @@ from pdtrim_deploy.serving.relay import Relay, Throttle
 
 @pytest.fixture
 def end():
-    """A server that answers what it was sent, once it has read a whole message of `SIZE` bytes."""
+    """A server that echoes each message of `SIZE` bytes after reading all of it."""
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def answer():
@@ -33,7 +33,7 @@ def echo(connection):
 
 
 def through(port, data):
-    """What comes back, and how long it took."""
+    """The reply, and its seconds."""
     with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
         begun, got = time.monotonic(), bytearray()
         threading.Thread(target=connection.sendall, args=(data,), daemon=True).start()

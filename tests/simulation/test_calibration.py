@@ -1,4 +1,4 @@
-"""Rates read from load tests of a cluster whose rates are known, since it is simulated: what went in comes back."""
+"""Rates estimated from load tests of a simulated cluster equal the rates that it was simulated with."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LINK = Link(8e9)
 
 
 def load_test(requests: int, clients: int, prompt: int, answer: int) -> LoadResult:
-    """What `loadtest` would say of a closed loop on this cluster."""
+    """The result of `loadtest` for a closed loop on this cluster."""
     load = Load.of(tuple(jobs(Scenario.closed(requests, clients, (prompt,) * 2, (answer,) * 2))), clients=clients)
     simulated = simulate(Cluster(1, 1, TRUE, lambda tokens: 0, LINK), load)
     stamps = zip(simulated.arrived, simulated.first, simulated.done, strict=True)

@@ -1,4 +1,4 @@
-"""The simulation against what is known of queues, and against itself written the slow way."""
+"""The simulation against laws of queueing theory, and against a slow, simple simulation."""
 
 from __future__ import annotations
 

@@ -69,13 +69,13 @@ def test_side_by_side_shares_the_dense_column(capsys: pytest.CaptureFixture[str]
     assert cells["share of TTFT"] == ["n/a"] * 4
     assert cells["20 requests/s"] == ["DO NOT FIT", "fit", "DO NOT FIT", "DO NOT FIT"]
     assert "22 of 28 decode layers are sparse" in out
-    assert "say --prefill-tokens-per-s" in out
+    assert "give --prefill-tokens-per-s" in out
 
 
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        (["--link", "25"], "'25' is no link speed"),
+        (["--link", "25"], "'25' is not a link speed"),
         (["--rate", "nan"], "--rate is nan; give a number above 0"),
         (["--rate", "-1"], "--rate is -1.0"),
         (["--prefill-tokens-per-s", "inf"], "--prefill-tokens-per-s is inf"),

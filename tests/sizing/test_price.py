@@ -1,4 +1,4 @@
-"""The arithmetic of a price, held against counting by hand and against laws."""
+"""The arithmetic of a price, compared with counting by hand and with laws."""
 
 from __future__ import annotations
 

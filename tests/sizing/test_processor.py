@@ -1,4 +1,4 @@
-"""Which CPUs count as computing bfloat16 by themselves, and what is done on the others."""
+"""Which CPUs count as computing bfloat16 natively, and the dtype on the others."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What can be priced, and from which file its shape comes."""
+"""The subjects of `plan`, and the files that their shapes come from."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def test_bad_targets(tmp_path: Path) -> None:
         ([tmp_path / "list.json"], None, "not a JSON object"),
         ([tmp_path / "broken.json"], None, "not JSON"),
         ([tmp_path / "empty"], None, "not a complete bundle"),
-        ([recipe], None, f"no config.json of hf:nowhere is here; say --config .*: {shipped_models}"),
+        ([recipe], None, f"no config.json of hf:nowhere is here; give --config .*: {shipped_models}"),
         ([recipe], "gpt-2", "gpt-2: no such"),
         ([many], "qwen2.5-7b", "pruning.decode_blocks is 30; allowed: at most 27"),
         (["qwen2.5-7b"], "qwen2.5-7b", "no recipe is given; leave --config out"),

@@ -158,7 +158,7 @@ def test_what_no_number_of_workers_can_do_is_said(rates: Rates, goal: dict, mess
 
 
 def result(tokens: int, clients: int, ttft: float, itl: float, prefill: float, gaps: int = 50) -> LoadResult:
-    """As of a closed loop whose decode is never idle, with workers that say what they measured."""
+    """A result of a closed loop whose decode is never idle, with the workers' own figures."""
     outcome = Outcome(None, "", ttft, (itl,) * gaps, ttft + gaps * itl, tokens, gaps + 1)
     stage = Histogram(count=1, mean_ms=prefill * 1e3, p50_ms=None, p95_ms=None)
     transfer = Histogram(count=1, mean_ms=3.0, p50_ms=None, p95_ms=None)
@@ -184,13 +184,13 @@ def test_rates_are_read_from_load_tests(tmp_path: Path) -> None:
     assert rates.prefill_base_ms == pytest.approx(5)
     assert rates.decode_step_ms == pytest.approx({1: 40.0, 4: 55.0})
     assert (rates.overhead_ms, rates.transfer_ms) == pytest.approx((20.0, 3.0))
-    with pytest.raises(UserError, match="no result is of one request at a time; add one: loadtest --concurrency 1"):
+    with pytest.raises(UserError, match="no result has concurrency 1; add one: loadtest --concurrency 1"):
         Rates.load([tmp_path / "c.json"])
     blind = MEASURED["a"].model_copy(update={"workers": None})
     with pytest.raises(UserError, match="a has no figures of the workers"):
         Rates.measured([("a", blind)])
     (tmp_path / "rates.yaml").write_text("prefill_tokens_per_s: 5\ndecode_step_ms: {1: 2}\n")
-    with pytest.raises(UserError, match=r"rates.yaml is no result of loadtest --json; give one file of rates"):
+    with pytest.raises(UserError, match=r"rates.yaml is not a result of loadtest --json; give one file of rates"):
         Rates.load([tmp_path / "a.json", tmp_path / "rates.yaml"])
     assert Rates.load([tmp_path / "rates.yaml"]).steps_s()[200] == pytest.approx(0.002)
 
@@ -198,7 +198,7 @@ def test_rates_are_read_from_load_tests(tmp_path: Path) -> None:
 def test_results_that_failed_are_refused_and_a_busy_client_is_told(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match="a: 2 of 9 requests failed, which tells no rates; measure it again"):
+    with pytest.raises(UserError, match="a: 2 of 9 requests failed, so it gives no rates; measure it again"):
         Rates.measured([("a", MEASURED["a"].model_copy(update={"requests": 9, "failed": 2}))])
     client = MEASURED["a"].client.model_copy(update={"bottleneck": "the client was a bottleneck: slow"})
     (tmp_path / "a.json").write_text(MEASURED["a"].model_copy(update={"client": client}).model_dump_json())
@@ -291,13 +291,13 @@ def test_the_command_counts_and_simulates(capsys: pytest.CaptureFixture[str], tm
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--slo-ttft", "1s"], "are about workers; say --rates too"),
-        (["--requests", 20000], "are about workers; say --rates too"),
-        (["--seed", 0], "are about workers; say --rates too"),
-        (["--rates-of", "dense"], "are about workers; say --rates too"),
-        (["--rates", "FILE", "--seed", 0], "--requests and --seed are about a simulation; say --simulate too"),
-        (["--rates", "FILE", "--requests", 9], "--requests and --seed are about a simulation; say --simulate too"),
-        (["--rates", "FILE", "--rate", 5], "say --rate, --slo-ttft and --slo-itl too"),
+        (["--slo-ttft", "1s"], "are about workers; give --rates too"),
+        (["--requests", 20000], "are about workers; give --rates too"),
+        (["--seed", 0], "are about workers; give --rates too"),
+        (["--rates-of", "dense"], "are about workers; give --rates too"),
+        (["--rates", "FILE", "--seed", 0], "--requests and --seed are about a simulation; give --simulate too"),
+        (["--rates", "FILE", "--requests", 9], "--requests and --seed are about a simulation; give --simulate too"),
+        (["--rates", "FILE", "--rate", 5], "give --rate, --slo-ttft and --slo-itl too"),
         (["--rates", "FILE", "--rate", 5, "--slo-ttft", "1"], "no time above 0 with its unit"),
         (["--rates", "FILE", "--rate", 5, "--slo-ttft", "1s", "--slo-itl", "0ms"], "no time above 0 with its unit"),
         (["--rates", "nowhere", "--rate", 5, "--slo-ttft", "1s", "--slo-itl", "1s"], "no such rates file"),

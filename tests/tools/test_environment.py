@@ -1,4 +1,4 @@
-"""What `make setup` makes again, and what it leaves alone; the commands it would run are only recorded."""
+"""Which environments `make setup` makes again or leaves alone; its commands are only recorded."""
 
 import importlib.util
 from pathlib import Path
@@ -32,7 +32,7 @@ def tool(tmp_path, monkeypatch):
 
 
 def ensure(tool):
-    """How many environments were made, and how many commands ran, this time."""
+    """Number of environments made and of commands run in one call."""
     tool.commands.clear()
     tool.Environment("build", cuda=False).ensure()
     return sum(words[1:3] == ["-m", "venv"] for words in tool.commands), len(tool.commands)

@@ -1,4 +1,4 @@
-"""The pictures of benchmarks: every method has a line of its own look."""
+"""The pictures of benchmarks: every method's line looks different."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows of benchmarks/pruning.py: taken up again where sizes are the same, and then alone."""
+"""Rows of benchmarks/pruning.py are reused only if sizes are the same."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""The tables of searches: every row of the results is in them, grouped by treatment, seeds as least and most."""
+"""The tables of searches have every row of the results, grouped by treatment, with least and most over seeds."""
 
 import sys
 from pathlib import Path

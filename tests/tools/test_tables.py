@@ -1,4 +1,4 @@
-"""The tables of README and docs: as the results make them, each on a page, with model and precision of its weights."""
+"""The tables of README and docs match the results, and name model and precision of its weights."""
 
 import importlib
 import json

@@ -1,4 +1,4 @@
-"""The tables of README and docs by name: of which benchmarks/results/*.json each is made, and how."""
+"""The tables of README and docs by name, with the benchmarks/results/*.json that each reads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every table is made with."""
+"""Functions that all tables use."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
 
 
 def where(environment: dict[str, Any], *more: str, model: str = SMOLLM2) -> str:
-    """The line under a table: command, machine, versions, model, and what else chose the figures."""
+    """The line below a table: command, machine, versions, model, and further settings."""
     machine, versions = environment["machine"], environment["versions"]
     parts = [f"{machine['cpu']}, {machine['cores']} cores, torch {versions['torch']}, no GPU"]
     parts += [weights(model)] if model else []

@@ -3,12 +3,12 @@
     input_ids int64 [T], positions int64 [T] (, send_rows_* int64 [R] for prefill)
         -> hidden_states [T, hidden] after the final norm (, kv_send_{decode layer} [2, R, kv_heads * head_dim])
 
-T is the tokens of the whole batch, requests one after the other, as SGLang hands them over. `positions` are absolute.
+T is the number of tokens of the batch, requests one after the other, as SGLang passes them. `positions` are absolute.
 There is one `send_rows_*` input for each distinct rule of the plan: `send_rows_full`, `send_rows_{n_first}_{n_last}`;
 it lists rows of this call's T tokens (`chunk_layout(...).layers[i].ranges`, plus the request's first row in a batch).
 The outputs, in their order, are the bytes of `kvcache.pack`. Layers with a quantised wire dtype leave the graph as
 plain rows (`wire_dtype` "native") for the executor to encode, or, with `encode`, as the codec's bytes, int8 [B]: only
-a plugin can do that, the op's body cannot. The LM head is not in the graph: it stays with SGLang.
+a plugin can do that, the op's body cannot. The LM head is not in the graph: SGLang computes it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pdtrim_builders.graph.weights import ONNX_DTYPES, Weights, as_matmul, weigh
 from pdtrim_deploy import __version__
 from pdtrim_deploy.errors import UserError
 
-EXTERNAL_ABOVE = 2_000_000_000  # protobuf ends at 2 GiB
+EXTERNAL_ABOVE = 2_000_000_000  # protobuf's limit is 2 GiB
 INT64 = onnx.TensorProto.INT64
 _BEHIND_KV = ("mlp", "post_attention_layernorm", "q_proj", "q_norm", "o_proj")
 
@@ -44,7 +44,7 @@ class GraphFile:
 
     @property
     def custom_nodes(self) -> int:
-        """Nodes of domain `pdtrim`: what TensorRT must show as PLUGIN layers."""
+        """Nodes of domain `pdtrim`, which TensorRT must show as PLUGIN layers."""
         return sum(self.op_counts[op] for op in ops.OPS)
 
 
@@ -53,7 +53,7 @@ def build_graph(
 ) -> GraphFile:
     """Write the graph of `stage` to `path` (and `{path}.data`, when its weights pass `external_above` bytes).
 
-    Raises UserError: a dtype or a tensor that the graph has no place for.
+    Raises UserError: a dtype or a tensor that the graph does not support.
     """
     if dtype not in ONNX_DTYPES:
         raise UserError(f"dtype {dtype!r} has no graph; use one of {', '.join(ONNX_DTYPES)}")
@@ -74,7 +74,7 @@ def build_graph(
 
 
 def _outside(name: str, kv_only: tuple[int, ...]) -> bool:
-    """Whether the graph does without that tensor: of layers that are there for K and V, all that is behind those."""
+    """Whether the graph omits that tensor: everything after K and V in a KV-only layer."""
     rest = name.partition("model.layers.")[2].split(".")
     unused = len(rest) > 2 and int(rest[0]) in kv_only and (rest[1] in _BEHIND_KV or rest[2] in _BEHIND_KV)
     return name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq") or unused
@@ -159,13 +159,13 @@ class _Emitter:
             return out
         if biased != names:
             raise UserError(
-                f"{self.stage.path}: {biased[0]} has a bias and its neighbours have none; no graph for that"
+                f"{self.stage.path}: {biased[0]} has a bias but its neighbours have none; the graph needs all or none"
             )
         bias = w.add(f"{at}.bias", torch.cat([w.read(f"{n}.bias") for n in names]))
         return self.op("Add", out, bias, at=f"{at}.biased")
 
     def qkv(self, layer: int, normed: str) -> tuple[str, str, str]:
-        """After RoPE; no q ("") where the layer is there for K and V alone."""
+        """Q, K and V after RoPE; no Q ("") in a KV-only layer."""
         s, at, where = self.stage, f"l{layer}", f"model.layers.{layer}.self_attn"
         sides = "kv" if layer in s.kv_only else "qkv"
         heads = {"q": s.heads, "k": s.kv_heads, "v": s.kv_heads}
@@ -232,7 +232,7 @@ class _Emitter:
         return self.linear(gated, [f"{where}.down_proj"], f"{at}.down")
 
     def wire(self, rule: SendRule) -> str:
-        """Keys that travel less an offset leave plain: no engine has the offsets."""
+        """The wire dtype of a layer's rows; native for layers with key offsets, which no engine has."""
         plain = not self.encode or self.stage.plan.has_key_offset(rule.decode_layer)
         return "native" if plain else rule.send.wire_dtype
 

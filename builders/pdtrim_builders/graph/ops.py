@@ -1,12 +1,11 @@
 """The three ops of domain `pdtrim`: schemas for onnx's checker, function bodies for runtimes without a kernel.
 
     PagedAttention(q [T, heads * head_dim], k, v [T, kv_heads * head_dim]) -> [T, heads * head_dim]
-        The runtime's attention: q, k after RoPE; the runtime appends k, v to its pool and attends to what is there.
-        Its body is that meaning with no pool: causal attention among the T tokens of one prompt. A runtime that
-        registers a kernel for the op never sees the body (onnxruntime 1.32: a kernel goes before a function).
+        The runtime's attention: q, k after RoPE; the runtime appends k, v to its pool and attends to the pool. The
+        body has the same meaning without a pool: causal attention among the T tokens of one prompt. A runtime that
+        registers a kernel for the op never uses the body (onnxruntime 1.32: a kernel takes precedence).
     KVWrite(hidden [T, width], k, v [T, kv_heads * head_dim]) -> hidden
-        A layer that is there for its K and V alone: the runtime appends k, v to its pool and hands the first input
-        back. Its body is that with no pool: nothing is done.
+        A KV-only layer: the runtime appends k, v to its pool and returns the first input. The body only returns it.
     SparseKVSend(k, v [T, kv_heads * head_dim], rows int64 [R]) -> [2, R, kv_heads * head_dim]
         Rows of K, then of V, as they travel; `layer_id` is the layer of *decode* that reads them. With another
         `wire_dtype` than "native" the output is the codec's bytes, int8 [B], and the op has no body.
@@ -55,7 +54,7 @@ def opset_imports() -> list[onnx.OperatorSetIdProto]:
 
 
 def register_schemas() -> None:
-    """Make the ops known to onnx's checker in this process."""
+    """Register the ops with onnx's checker in this process."""
     for op in OPS:
         if defs.has(op, DOMAIN):
             continue

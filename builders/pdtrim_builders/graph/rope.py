@@ -39,16 +39,16 @@ KINDS: dict[str, Scaling] = {"default": _default, "linear": _linear, "llama3": _
 def rope_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """RoPE of a config.json as one dict; transformers 5 writes `rope_parameters`, earlier ones `rope_scaling`.
 
-    Raises UserError: a kind or a partial rotation that the graph does not have, a missing or wrong number.
+    Raises UserError: an unsupported kind, a partial rotation, a missing or wrong number.
     """
     rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
     rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type") or "default"
     if rope["rope_type"] not in KINDS:
-        raise UserError(f"RoPE of kind {rope['rope_type']!r} has no graph; those that have: {', '.join(KINDS)}")
+        raise UserError(f"RoPE of kind {rope['rope_type']!r} is not supported; supported: {', '.join(KINDS)}")
     part = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
     if part not in (None, 1, 1.0):
-        raise UserError(f"RoPE of a part of each head (partial_rotary_factor {part}) has no graph")
+        raise UserError(f"RoPE of a part of each head (partial_rotary_factor {part}) is not supported")
     needed = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
     context = rope.get("original_max_position_embeddings", config.get("max_position_embeddings"))
     rope["original_max_position_embeddings"] = context
@@ -61,7 +61,7 @@ def rope_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 def rope_table(rope: Mapping[str, Any], head_dim: int, positions: int) -> Tensor:
     """float32 `[positions, head_dim]`: cosines, then sines, of each position's `head_dim / 2` angles.
 
-    A table and not Cos nodes: at position 100,000 a GPU's fast cosine is wrong in the first digits.
+    A table instead of Cos nodes, because at position 100,000 a GPU's fast cosine is wrong in the first digits.
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
     frequencies = KINDS[rope["rope_type"]](1.0 / rope["rope_theta"] ** exponents, rope)

@@ -1,4 +1,4 @@
-"""What the graph must know of a stage checkpoint, read and checked once."""
+"""The facts of a stage checkpoint that the graph needs, read and checked once."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class SendRule:
 
     Attributes:
         decode_layer: the layer of decode that reads it; names the graph output and the op's `layer_id`.
-        prefill_layer: the layer of prefill that makes it.
+        prefill_layer: the layer of prefill that computes it.
 
     """
 
@@ -65,7 +65,7 @@ class StageModel:
 
     @property
     def kv_only(self) -> tuple[int, ...]:
-        """Layers that are there for their K and V alone; none of decode's are."""
+        """KV-only layers; decode has none."""
         return self.plan.kv_only_layers if self.stage == "prefill" else ()
 
     @property
@@ -85,7 +85,7 @@ class StageModel:
 
     @property
     def sends(self) -> tuple[SendRule, ...]:
-        """What prefill sends, in the order of the wire (decode's layers); nothing for decode."""
+        """Layers that prefill sends, in wire order (decode's layers); empty for decode."""
         if self.stage == "decode":
             return ()
         pairs = enumerate(zip(self.plan.layer_map, self.plan.kv, strict=True))
@@ -95,13 +95,13 @@ class StageModel:
 def read_stage(stage_dir: Path, stage: Stage | None = None) -> StageModel:
     """Read a stage folder of a bundle; `stage` is by default the folder's name.
 
-    Raises UserError: no plan in it, a stage that cannot be told, other layers than the plan's, an activation, RoPE
-    or architecture that the graph does not have.
+    Raises UserError: no plan in it, an unknown stage, other layers than the plan's, or an activation, RoPE or
+    architecture that the graph does not support.
     """
     named = stage or stage_dir.name
     if named not in STAGES:
         raise UserError(
-            f"{stage_dir}: cannot tell its stage by its name; give option stage, one of {', '.join(STAGES)}"
+            f"{stage_dir}: the folder's name does not say its stage; give option stage, one of {', '.join(STAGES)}"
         )
     which: Stage = "prefill" if named == "prefill" else "decode"
     config = read_config(stage_dir / "config.json")
@@ -115,7 +115,7 @@ def read_stage(stage_dir: Path, stage: Stage | None = None) -> StageModel:
             f"{stage_dir}: {layers} layers, the plan gives {which} {len(plan.layers(which))}; build the bundle again"
         )
     if config.get("hidden_act", "silu") != "silu":
-        raise UserError(f"{stage_dir}: activation {config['hidden_act']!r} has no graph; the one that has: silu")
+        raise UserError(f"{stage_dir}: activation {config['hidden_act']!r} is not supported; supported: silu")
     try:
         rope = rope_settings(config)
     except UserError as error:

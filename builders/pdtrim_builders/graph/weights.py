@@ -1,4 +1,4 @@
-"""Weights on their way from safetensors into ONNX, one tensor in memory at a time."""
+"""Weights from safetensors to ONNX, one tensor in memory at a time."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _ALIGNMENT = 4096  # a page: onnxruntime then maps the file instead of reading i
 
 
 class Weights:
-    """Reads tensors of a stage and makes initialisers; with `data_file` their bytes go there, not into the graph."""
+    """Reads tensors of a stage and makes initialisers; with `data_file` their bytes go into that file."""
 
     def __init__(self, tensors: Mapping[str, TensorInfo], dtype: str, data_file: Path | None) -> None:
         self._tensors, self._dtype, self._data_path = tensors, dtype, data_file

@@ -23,7 +23,7 @@ class OnnxOptions(GraphOptions):
 
 
 def build(stage_dir: Path, out_dir: Path, options: Options) -> TargetResult:
-    """Write `model.onnx` (and `model.onnx.data`), then hold it against torch."""
+    """Write `model.onnx` (and `model.onnx.data`), then compare it with torch."""
     assert isinstance(options, OnnxOptions)
     stage = read_stage(stage_dir, options.stage)
     dtype = options.dtype or native_dtype(stage)
@@ -35,7 +35,9 @@ def build(stage_dir: Path, out_dir: Path, options: Options) -> TargetResult:
 
         with tempfile.TemporaryDirectory(dir=out_dir) as scratch:
             graph = build_graph(stage, Path(scratch) / GRAPH, dtype, external_above=options.external_above)
-            check_numerics(stage, graph.path, TOLERANCES[dtype], options.prompts)  # what int8 adds is another matter
+            check_numerics(
+                stage, graph.path, TOLERANCES[dtype], options.prompts
+            )  # the error of int8 weights is not checked here
             counts = quantise_weights(graph.path, out_dir / GRAPH)
         tolerance = options.tolerance or TOLERANCES["int8"]
     else:
@@ -43,7 +45,7 @@ def build(stage_dir: Path, out_dir: Path, options: Options) -> TargetResult:
     numerics = check_numerics(stage, out_dir / GRAPH, tolerance, options.prompts)
     limits = [] if dtype == "float32" else ["executor onnxruntime runs float32 graphs: this one is for other engines"]
     if options.weights == "int8":
-        limits.append("int8 weights change logprobs by more than the fidelity check lets pass")
+        limits.append("int8 weights change logprobs by more than the fidelity check accepts")
     return TargetResult(
         target=TARGET.name,
         stage=stage.stage,
@@ -66,17 +68,17 @@ def native_dtype(stage: StageModel) -> Literal["float32", "float16"]:
         return "float32"
     if dtype == "float16":
         return "float16"
-    raise UserError(f"dtype {dtype} has no graph; give option dtype, float32 or float16")
+    raise UserError(f"dtype {dtype} is not supported; give option dtype, float32 or float16")
 
 
 def compared(stage: StageModel) -> str:
-    """What the numerics check compared."""
+    """The quantities that the numerics check compared."""
     what = "hidden states and packed KV" if stage.sends else "hidden states"
     return f"{what} of the graph in onnxruntime against transformers in float32"
 
 
 def wire_limits(stage: StageModel, dtype: str) -> tuple[str, ...]:
-    """What to say when the engine's KV is not what the plan's pool and wire hold."""
+    """The limit to report if the engine's KV dtype differs from that of the plan's pool and wire."""
     pool = stage.plan.model.kv_dtype
     if dtype == pool:
         return ()
@@ -84,13 +86,15 @@ def wire_limits(stage: StageModel, dtype: str) -> tuple[str, ...]:
 
 
 def window_limits(stage: StageModel) -> tuple[str, ...]:
-    """What to say when the model has sliding windows: neither the graph's attention nor SGLang's for it does."""
+    """The limit to report if the model has sliding windows, which neither graph nor SGLang support."""
     window = stage.window
-    return () if window is None else (f"its attention has no sliding window: it is the model's up to {window} tokens",)
+    return (
+        () if window is None else (f"its attention has no sliding window: it matches the model up to {window} tokens",)
+    )
 
 
 def codec_limits(stage: StageModel) -> tuple[str, ...]:
-    """What to say when rows leave the graph unquantised though the plan quantises them."""
+    """The limit to report if rows leave the graph unquantised although the plan quantises them."""
     wires = sorted({rule.send.wire_dtype for rule in stage.sends} - {"native"})
     if not wires:
         return ()

@@ -33,13 +33,13 @@ NOT_RUN = "the engine has never been run: loading, inspecting and executing one 
 
 
 class TensorRTOptions(GraphOptions):
-    """What the engine is built for.
+    """Options of a TensorRT engine.
 
     Attributes:
-        most_tokens, usual_tokens: tokens of one call (T) that it takes at most, and is tuned for.
-        plugin_library: libpdtrim_tensorrt.so, which the engine then carries; without one it is built with the Python
-            forms, and the library must be loaded into the process that runs it.
-        dry_run: describe, build nothing.
+        most_tokens, usual_tokens: largest number of tokens of one call (T), and the number that it is tuned for.
+        plugin_library: libpdtrim_tensorrt.so, which the engine then contains; without it the engine is built with the
+            Python forms, and the process that runs it must load the library.
+        dry_run: only describe the engine.
     """
 
     most_tokens: Annotated[int, Field(ge=1)] = 4096
@@ -56,7 +56,7 @@ class RTXOptions(TensorRTOptions):
 
 @dataclass(frozen=True)
 class Flavour:
-    """What differs between the two TensorRTs; `magic` begins a plan file (None: not known here)."""
+    """Differences between the two TensorRTs; `magic`: first bytes of a plan file (None: unknown)."""
 
     name: str
     module: str
@@ -160,9 +160,7 @@ def _capabilities(flavour: Flavour, options: TensorRTOptions) -> list[str]:
     capabilities = options.compute_capabilities if isinstance(options, RTXOptions) else ()
     odd = [capability for capability in capabilities if capability not in flavour.capabilities]
     if odd:
-        raise UserError(
-            f"compute capability {odd[0]} cannot be built for; use some of {', '.join(flavour.capabilities)}"
-        )
+        raise UserError(f"compute capability {odd[0]} is not supported; use some of {', '.join(flavour.capabilities)}")
     return [f"SM{capability.replace('.', '')}" for capability in capabilities]
 
 
@@ -176,7 +174,7 @@ def _check(stage: StageModel, options: TensorRTOptions) -> None:
     odd = Counter(rule.send.wire_dtype for rule in stage.sends if rule.send.wire_dtype not in KERNEL_WIRE_DTYPES)
     for wire, layers in odd.items():
         raise UserError(
-            f"SparseKVSend has no wire dtype {wire}, which {layers} layers of the plan use; "
+            f"SparseKVSend does not support wire dtype {wire}, which {layers} layers of the plan use; "
             f"choose one of {', '.join(KERNEL_WIRE_DTYPES)}"
         )
 

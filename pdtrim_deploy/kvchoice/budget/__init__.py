@@ -1,1 +1,1 @@
-"""Selection by measured harm: effects of every option, a quadratic solver, and measuring again about what it found."""
+"""Selection by measured harm: effects of every option, a quadratic solver, and new measurements around its result."""

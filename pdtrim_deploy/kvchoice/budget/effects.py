@@ -1,12 +1,12 @@
-"""What each way of sending each layer's KV does to decode's predictions, and how these effects add up.
+"""The effect of each way of sending each layer's KV on decode's predictions, and how effects add up.
 
-With effects as vectors (`Probe.change`), KL(dense || plan) is half the squared length of their sum, so one pass over
-layers and ways measures single harms *and* how each two of them strengthen or cancel each other: the Gram matrix.
-Effects are measured about a context, a plan that all other layers follow, since what one layer cannot see another may
-still bring; the solver measures again about the plan that it found.
+With effects as vectors (`Probe.change`), KL(dense || plan) is half the squared length of their sum. So one pass over
+layers and ways measures both the harm of each way and, in the Gram matrix, how any two strengthen or cancel each other.
+Effects are measured around a context, the plan of all other layers, because what one layer cannot read, another may
+still provide; the search measures them again around the solver's plan.
 
-To be cheap, a way's effect is taken as that of its rows (in the context's dtype) plus that of its dtype (on the
-context's rows): rows and dtypes are measured one by one, not every pair of them.
+To save time, the effect of a way is the effect of its rows (in the context's dtype) plus that of its dtype (on the
+context's rows): rows and dtypes are measured separately, not every pair of them.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Effects:
 
     Attributes:
         context: the plan that effects are counted from; an option that the context has already has no effect.
-        options: what each layer may get, in the order of `gram`'s columns.
+        options: the options of each layer, in the order of `gram`'s columns.
         error: the context's own squared length: twice its KL from dense.
         linear: float64 `[layers, options]`, effect times context's error.
         gram: float64 `[layers, options, layers, options]`, effect times effect.
@@ -51,10 +51,10 @@ class Effects:
 
 
 class Measure:
-    """Effects of `options` on one problem; what all contexts share is computed once and kept.
+    """Effects of `options` on one problem; data that all contexts share is computed once.
 
-    Memory: one batch's KV of all layers while it is prefilled, then one layer's of it and a probe; what grows with the
-    number of sequences is in files of `problem.work`.
+    Memory: one batch's KV of all layers during prefill, then of one layer, and a probe. Data that grows with the number
+    of sequences is in files in `problem.work`.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Measure:
         return total / tokens
 
     def about(self, context: tuple[KVSend, ...]) -> Effects:
-        """Every option of every layer, the other layers as in `context`; measured once for each context."""
+        """Effects of every option of every layer, with the other layers as in `context`; measured once per context."""
         if context not in self._known:
             self._known[context] = self._measured(context)
         return self._known[context]
@@ -90,7 +90,7 @@ class Measure:
     def _measured(self, context: tuple[KVSend, ...]) -> Effects:
         layers, kinds = len(context), len(self._rows) + len(self._dtypes)
         products = self._products(context)
-        # option = its rows + its dtype, the context's own of each being no change
+        # option = its rows + its dtype; the context's own rows and dtype are no change
         parts = torch.zeros(len(self.options), kinds, dtype=torch.float64)
         for at, option in enumerate(self.options):
             parts[at, self._rows.index(_rows_of(option))] = 1
@@ -101,7 +101,7 @@ class Measure:
         return Effects(context, self.options, float(products[0, 0]), linear, gram)
 
     def _products(self, context: tuple[KVSend, ...]) -> Tensor:
-        """float64, square: of the context's error and of each layer's rows and dtypes; kept, if the problem keeps."""
+        """Gram matrix, float64, of the context's error and each layer's rows and dtypes; stored in `memo`."""
         if self.problem.memo is None:
             return self._multiplied(context)
         key = [self._rows, self._dtypes, [send.model_dump() for send in context], self._sizes]
@@ -131,7 +131,7 @@ class Measure:
         return part
 
     def _forward(self, part: _Batch, plan: Sequence[KVSend]) -> list[Tensor]:
-        """What each layer reads, and behind it the last one's output."""
+        """The input of each layer, then the output of the last one."""
         outputs = [part.hidden]
         for layer, send in enumerate(plan):
             outputs.append(self.problem.oracle.decode.block(layer, outputs[-1], part.span, self._kv(part, layer, send)))
@@ -141,7 +141,7 @@ class Measure:
         return part.prompt_kv.read(send.wire_dtype, layer, send.row_ranges(self.problem.prompt_tokens))
 
     def _changes(self, part: _Batch, context: tuple[KVSend, ...], name: str) -> Tensor:
-        """float32 `[1 + layers * (rows + dtypes), coordinates]`: the context's error, then each one's effect."""
+        """float32 `[1 + layers * (rows + dtypes), coordinates]`: the context's error, then the effects."""
         probe = Probe(self.problem.oracle.decode, part.reference, self._sizes[1], part.seed)
         inputs = self._forward(part, context)
         error = probe.change(inputs[-1])

@@ -1,8 +1,8 @@
-"""How far apart two predictions are, to second order, without their logits.
+"""KL between two predictions, to second order, without their logits.
 
 KL(p || p') = d^T F d / 2 + O(|d|^3) for a change d of the normed last hidden state, F = W^T (diag p - p p^T) W. F is
-the covariance of rows of the output embedding W under p, so a few tokens drawn from p stand for it:
-F ~ A^T A, A the drawn rows less their mean, over sqrt(draws). What is kept of a change is A d, and all inner products
+the covariance of rows of the output embedding W under p, so a few tokens drawn from p approximate it:
+F ~ A^T A, where A has the drawn rows minus their mean, over sqrt(draws). A change is stored as A d, so inner products
 of changes are those of KL's quadratic form; a token costs `draws` x `hidden` instead of `vocabulary` x `hidden`.
 """
 
@@ -21,8 +21,8 @@ class Probe:
 
     Args:
         runner: the decode model.
-        reference: last block's output, `[batch, tokens, hidden]`, of the predictions that count as right.
-        draws: tokens drawn for each position, with replacement.
+        reference: last block's output, `[batch, tokens, hidden]`, of the reference predictions.
+        draws: tokens drawn per position, with replacement.
         seed: of the draws.
 
     Raises:
@@ -35,7 +35,7 @@ class Probe:
         weight, flat = runner.model.lm_head.weight, reference.flatten(0, 1)
         self._at = self._norm(flat)
         random = torch.Generator(reference.device).manual_seed(seed)
-        self._rows = torch.empty(len(flat), draws, weight.shape[1])  # the largest thing here: exists once
+        self._rows = torch.empty(len(flat), draws, weight.shape[1])  # the largest tensor here: only one exists
         step = max(1, LOGITS_AT_ONCE // len(weight))
         for part, rows in zip(self._at.split(step), self._rows.split(step), strict=True):
             chance = runner.head(part).float().softmax(-1)

@@ -1,4 +1,4 @@
-"""Prompt KV of a batch of sequences as it arrives in each wire dtype: in a file, read one layer at a time."""
+"""Prompt KV of a batch of sequences as it arrives in each wire dtype, in a file that is read layer by layer."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from pdtrim_deploy.plan.wire import WireDtype
 
 
 class PromptKV:
-    """What decode holds of the prompts of `state`, every layer whole, for each of `dtypes`.
+    """Decode's KV of the prompts of `state`, all rows of every layer, for each of `dtypes`.
 
-    The file has no name and goes with this object. It holds `[dtypes, layers, batch, 2, kv_heads, tokens, head_dim]` in
-    the dtype of the pool or of the model, whichever is smaller: values that went through both lose nothing in either.
-    Sequences arrive one by one, so that never more than one's KV exists in all wire dtypes' codecs.
+    The file has no name and is deleted with this object. It has shape `[dtypes, layers, batch, 2, kv_heads, tokens,
+    head_dim]`, in the smaller dtype of pool and model, which loses nothing because values went through both. Sequences
+    are unpacked one by one, so that only one sequence's KV is in memory in all wire dtypes.
 
     Args:
-        oracle: decode's model, and the layers that prefill has for it.
-        state: what prefill left behind.
-        dtypes: wire dtypes to hold.
-        folder: where the file is; None: where the machine keeps temporary files.
+        oracle: decode's model, and the prefill layer of each of its layers.
+        state: the result of prefill.
+        dtypes: wire dtypes to store.
+        folder: folder of the file; None: the system's folder of temporary files.
 
     Raises:
         UserError: the disk is full.

@@ -1,4 +1,4 @@
-"""Solve about a plan, measure the answer, measure effects about it, solve again; keep the best that was measured."""
+"""Solve around a plan, measure the result, measure effects around it, solve again; return the best measured plan."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from pdtrim_deploy.kvchoice.budget.effects import Measure
 from pdtrim_deploy.kvchoice.budget.solve import Ints, Quadratic, solve
 from pdtrim_deploy.plan import KVSend
 
-TRUSTED = 0.2  # of the measured harm: where the effects foretold it so well, they are not measured again
+TRUSTED = 0.2  # relative error of the predicted harm below which effects are not measured again
 
 
 @dataclass(frozen=True)
 class BudgetResult:
-    """A plan, its cost, and its KL from dense on the problem's text in nats a token, foretold and measured."""
+    """A plan, its cost, and its KL from dense on the problem's text in nats a token, predicted and measured."""
 
     sends: Sends
     cost: int
@@ -30,7 +30,7 @@ class BudgetSearch:
 
     Args:
         costs: int64 `[layers, options]`, the price of each of `measure.options` in each layer.
-        rounds: how often, at most, effects are measured again about the best plan so far.
+        rounds: how often, at most, effects are measured again around the best plan so far.
 
     """
 
@@ -56,10 +56,10 @@ class BudgetSearch:
     def cheapest(self, harm: float, tolerance: float = 0.01) -> BudgetResult | None:
         """The cheapest plan found whose measured KL is at most `harm`; None when there is none.
 
-        Bisects the budget, since less of it never helps, to within `tolerance` of the price of the dearest options.
+        Bisects the budget (a smaller one never lowers the harm) to `tolerance` of the most expensive options' cost.
         """
         low, high = int(self.costs.min(1).sum()), int(self.costs.max(1).sum())
-        best = self.within(high)  # first of all: halving never reaches it
+        best = self.within(high)  # first, because bisection never reaches it
         if best.harm > harm:
             return None
         high = best.cost

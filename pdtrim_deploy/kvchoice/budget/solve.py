@@ -1,7 +1,7 @@
-"""Choose one option a layer: least squared length of the summed effects within a number of bytes.
+"""Choose one option per layer: least squared length of the summed effects within a number of bytes.
 
 A quadratic knapsack of a few hundred variables. Local search over single changes and pairs of changes (give one layer
-less, another more), from a greedy start, with seeded kicks: each step looks at every pair at once, in milliseconds.
+less, another more), from a greedy start, with seeded kicks: each step evaluates all pairs at once, in milliseconds.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def solve(model: Quadratic, costs: Ints, budget: int, kicks: int = 30, seed: int
 
 
 def _greedy(model: Quadratic, costs: Ints, budget: int) -> Ints:
-    """From each layer's least harmful option, the change that costs least harm a byte saved, until it fits."""
+    """Start with each layer's least harmful option; make the change with least harm per byte saved until it fits."""
     return _fit(model, costs, budget, model.own.argmin(1))
 
 
@@ -88,7 +88,7 @@ def _fit(model: Quadratic, costs: Ints, budget: int, choice: Ints) -> Ints:
 
 
 def _descend(model: Quadratic, costs: Ints, budget: int, choice: Ints) -> Ints:
-    """Make the best change of one layer or of two as long as the harm falls: rounding may foretell that it does."""
+    """Make the best change of one or two layers while the computed harm falls, since rounding may predict a fall."""
     at, choice, harm = np.arange(model.layers), choice.copy(), model.harm(choice)
     same = np.eye(model.layers, dtype=bool)[:, None, :, None]
     while True:

@@ -1,8 +1,8 @@
-"""NVIDIA's aiperf as load driver: a program in its own environment, told exactly which requests to send and when.
+"""NVIDIA's aiperf as load driver: a program in its own environment that sends given requests at given times.
 
 It gets the requests that `builtin` would send, from the same scenario and seed, as a Mooncake trace with literal texts,
-and sends them to `/v1/completions`. What it measured is read from its raw records, one for each request with the time
-of every chunk; the server's own token counts make TTFT, ITL and lengths mean the same with both drivers.
+and sends them to `/v1/completions`. Results are read from its raw records, one for each request with the time of every
+chunk; TTFT, ITL and lengths use the server's token counts, so they mean the same with both drivers.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def drive(url: str, scenario: Scenario) -> LoadRun:
     """Put the load of `scenario` on `url`; the warm-up, which is not measured, is sent by `builtin`.
 
     Raises:
-        UserError: the scenario asks what aiperf cannot do, or aiperf cannot be installed here.
+        UserError: aiperf does not support the scenario, or cannot be installed here.
         ServingError: aiperf wrote no records, or did not end in time.
 
     """

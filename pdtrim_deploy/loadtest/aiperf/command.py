@@ -16,8 +16,8 @@ from pdtrim_deploy.errors import ServingError, UserError
 from pdtrim_deploy.loadtest.scenario import Scenario
 from pdtrim_deploy.loadtest.schedule import Job
 
-START_S = 240.0  # aiperf's own start and end, 8 to 45 s here, at their very longest
-# As `builtin` asks for: every token wanted, the likeliest one, and on each chunk how many tokens there are by now.
+START_S = 240.0  # upper bound for aiperf's own start and end, which take 8 to 45 s here
+# As `builtin` does: ignore EOS, decode greedily, and report the token count with each chunk.
 BODY = {
     "ignore_eos": True,
     "temperature": 0,
@@ -26,7 +26,7 @@ BODY = {
 
 
 def check(scenario: Scenario) -> None:
-    """Refuse what aiperf cannot do."""
+    """Refuse scenarios that aiperf does not support."""
     if scenario.trace is None and scenario.arrivals.clients and scenario.requests is None:
         raise UserError(
             f"scenario {scenario.name}: driver aiperf sends a list of requests, so arrivals of kind 'concurrency' need "
@@ -37,8 +37,8 @@ def check(scenario: Scenario) -> None:
 def write_requests(folder: Path, jobs: Sequence[Job]) -> None:
     """`requests.jsonl` as a Mooncake trace of literal texts, and `hf/` with a tokenizer.
 
-    aiperf 0.13 loads a tokenizer even when it needs none, from a hub or its cache; this one splits at spaces, and
-    nothing that is reported was counted by it.
+    aiperf 0.13 loads a tokenizer from a hub or its cache even when it needs none. This one splits at spaces; no
+    reported figure uses its counts.
     """
     with (folder / "requests.jsonl").open("w") as file:
         for number, job in enumerate(jobs):
@@ -87,7 +87,7 @@ def command(aiperf: Path, url: str, model: str, scenario: Scenario, jobs: Sequen
 
 
 def run(aiperf: Path, url: str, scenario: Scenario, jobs: Sequence[Job], folder: Path) -> None:
-    """One run; its records are in `folder`/out. Exit code 1 is also that of a run whose every request failed.
+    """One run; its records are in `folder`/out. Exit code 1 may also mean that every request failed.
 
     Raises:
         ServingError: it wrote no records, or took longer than the load and its deadlines can.
@@ -108,7 +108,7 @@ def run(aiperf: Path, url: str, scenario: Scenario, jobs: Sequence[Job], folder:
         except subprocess.TimeoutExpired:
             raise ServingError(f"aiperf did not end within {longest + START_S:.0f} s") from None
         finally:
-            with contextlib.suppress(ProcessLookupError):  # its worker processes too, whatever ended us
+            with contextlib.suppress(ProcessLookupError):  # its worker processes too, even after an exception
                 os.killpg(child.pid, signal.SIGKILL)
             child.wait()
         if not (folder / "out" / "profile_export.jsonl").is_file():
@@ -120,7 +120,7 @@ def run(aiperf: Path, url: str, scenario: Scenario, jobs: Sequence[Job], folder:
 
 
 def served_model(url: str) -> str:
-    """The name that the server gives its model; SGLang answers to any."""
+    """The name of the served model; SGLang accepts any name."""
     try:
         return str(httpx.get(f"{url.rstrip('/')}/v1/models", timeout=10, trust_env=False).json()["data"][0]["id"])
     except (httpx.HTTPError, ValueError, KeyError, IndexError, TypeError):

@@ -1,4 +1,4 @@
-"""Where the program aiperf is. Its pins clash with SGLang's and with ours, so it is never imported."""
+"""Find the program aiperf. Its pins conflict with SGLang's and with ours, so it is never imported."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from pathlib import Path
 from pdtrim_deploy.errors import UserError
 
 REPO = Path(__file__).resolve().parents[3]  # in a clone; in an installed wheel, a folder without tools/
-VERSION = "0.13.0"  # of constraints/aiperf.txt; the format of raw records is that of a version
+VERSION = "0.13.0"  # as in constraints/aiperf.txt; the format of raw records depends on the version
 
 
 def program(repo: Path = REPO) -> Path:
-    """The one in the clone's `.venv/aiperf`, made on first use; elsewhere `.venv/aiperf` here or PATH's.
+    """The program in the clone's `.venv/aiperf`, installed on first use; without a clone `.venv/aiperf` here, or PATH.
 
     Raises:
-        UserError: making it failed, it is of another version, or there is none.
+        UserError: it could not be installed, has another version, or was not found.
 
     """
     tool, ours = repo / "tools" / "environment.py", Path(".venv", "aiperf", "bin", "aiperf")
@@ -37,5 +37,7 @@ def program(repo: Path = REPO) -> Path:
         )
     version = subprocess.run([path, "--version"], check=False, capture_output=True, text=True).stdout.strip()
     if version != VERSION:
-        raise UserError(f"{path} is aiperf {version or 'of no version'}, its records are read as {VERSION} writes them")
+        raise UserError(
+            f"{path} is aiperf {version or 'of no version'}, but its records can only be read from version {VERSION}"
+        )
     return Path(path)

@@ -1,8 +1,8 @@
 """aiperf's records (0.13.0) as outcomes.
 
-`profile_export.jsonl` has a line for every request, with `error` where aiperf calls it failed; of the others
-`profile_export_raw.jsonl` has every chunk with its time. aiperf calls any stream with some text a success, so whether
-an answer is whole is judged here, as `builtin` judges it.
+`profile_export.jsonl` has a line for every request, with `error` if aiperf counts it as failed; for the others
+`profile_export_raw.jsonl` has every chunk with its time. aiperf counts any stream with some text as a success, so the
+completeness of an answer is checked here, as in `builtin`.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ def read(out: Path, jobs: Sequence[Job], every: bool = True) -> LoadRun:
 
     Args:
         out: aiperf's artifact folder.
-        asked: the requests; the session of a record is the place of its request.
-        every: whether all must have been sent: one without a record is then a failure `unsent`. Otherwise the load was
-            cut off by its duration.
+        jobs: the requests; a record's session number is the index of its request.
+        every: whether all must have been sent: then a request without a record is a failure `unsent`. Otherwise the
+            load was cut off by its duration.
 
     """
     records = {int(row["metadata"]["conversation_id"]): row for row in _rows(out / "profile_export.jsonl")}
@@ -54,7 +54,7 @@ def read(out: Path, jobs: Sequence[Job], every: bool = True) -> LoadRun:
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Nothing where there is no file: aiperf writes no raw records when every request failed."""
+    """The records; none if the file is missing, because aiperf writes no raw records when every request failed."""
     if path.is_file():
         with path.open() as lines:
             yield from (json.loads(line) for line in lines)
@@ -75,7 +75,7 @@ def _outcome(record: dict[str, Any], raw: dict[str, Any] | None, job: Job, late:
 def _stream(raw: dict[str, Any], tokens: int, late: float) -> Outcome:
     """TTFT, gaps and counts of one stream.
 
-    A chunk without usage is one token, until a last one without text says how many there were: sglang-router 0.3.2
+    A chunk without usage counts as one token, until a last chunk without text gives the total: sglang-router 0.3.2
     drops `continuous_usage_stats` from requests.
     """
     sent = last = raw["start_perf_ns"]

@@ -1,4 +1,4 @@
-"""What the build looked at and did: the search, what was mended, where decode looks."""
+"""Sections about the build: the search, healing, and the attention of decode."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def search(findings: Findings) -> Markup | None:
     if candidates := findings.reports.get("candidates"):
         gone: dict[str, tuple[int, ...]] = {stage: findings.bundle.plan.dropped(stage) for stage in STAGES}
         report = (
-            "Cosine between what goes into a block and what comes out, on calibration text: near 1 a block changes "
-            "little. It is where a search begins, not what it goes by: that is the loss."
+            "Cosine between the input and output of a block, on calibration text: near 1 the block changes little. A "
+            "search starts from it, but decides by the loss."
         )
         parts += [tag("p", report), redundancy_picture(candidates["redundancy"], candidates["pair_redundancy"], gone)]
     for stage, report in findings.reports.get("pruning", {}).items():
@@ -44,11 +44,11 @@ def search(findings: Findings) -> Markup | None:
 
 
 def mended(findings: Findings) -> Markup | None:
-    """What was done to the weights that are left."""
+    """Changes to the weights of the remaining blocks."""
     reports, rows = findings.reports, list[tuple[str, ...]]()
     for pair, lesson in reports.get("healing", {}).get("students", {}).items():
         errors = (number(lesson["error_drop"], 4), number(lesson["error"], 4))
-        rows.append((f"student of blocks {pair}", "relative squared error, against leaving it out", *errors, "yes"))
+        rows.append((f"student of blocks {pair}", "relative squared error, against dropping the pair", *errors, "yes"))
     for stage, result in reports.get("healing", {}).get("rescaled", {}).items():
         verdict = "yes" if result["kept"] else "no: not better"
         losses = (number(result["before"], 4), number(result["after"], 4))
@@ -56,7 +56,7 @@ def mended(findings: Findings) -> Markup | None:
     known = "KL from the dense model, nats a token, on text not trained on"
     healed = {f"{stage}, distilled": result for stage, result in reports.get("healing", {}).get("healing", {}).items()}
     if "healing-kv" in reports:
-        healed["decode, distilled behind the KV it is sent"] = reports["healing-kv"]
+        healed["decode, distilled on the KV that it receives"] = reports["healing-kv"]
     for what, result in healed.items():
         verdict = "yes" if result["kept"] else "no: not better"
         rows.append(
@@ -75,21 +75,21 @@ def mended(findings: Findings) -> Markup | None:
 
 
 def attention(findings: Findings) -> Markup | None:
-    """Where decode looks in the prompt."""
+    """The parts of the prompt that decode attends to."""
     mass = findings.reports.get("attention")
     if mass is None:
         return None
     text = (
-        f"Of generated tokens, on {mass['sequences']} calibration texts with {mass['prompt_tokens']} prompt tokens: "
-        f"the share of attention on a prompt's first {mass['n_first']} and last {mass['n_last']} tokens, on those in "
-        "the middle, and on what was generated. A layer that looks at the middle need not be harmed by its loss: what "
-        "a layer's KV is worth was measured."
+        f"Attention of generated tokens, on {mass['sequences']} calibration texts with {mass['prompt_tokens']} prompt "
+        f"tokens: shares on a prompt's first {mass['n_first']} and last {mass['n_last']} tokens, on those in the "
+        "middle, and on generated tokens. A layer may attend to the middle and still lose little without it: the plan "
+        "is chosen by the measured loss."
     )
     return join([tag("p", text), attention_picture(mass), built(findings)])
 
 
 def _ranking(finalists: list[dict[str, Any]]) -> list[Markup]:
-    """What the judge said of a stage's finalists."""
+    """The judged losses of a stage's finalists."""
     shown, decides = {"as the search saw it": "loss", "compensated": "compensated"}, "which decides"
     if any("decode_behind" in finalist for finalist in finalists):
         shown, decides = (
@@ -102,5 +102,5 @@ def _ranking(finalists: list[dict[str, Any]]) -> list[Markup]:
 
 
 def _lost(finalist: dict[str, Any]) -> str:
-    """A finalist, as `Solution` says it."""
+    """A finalist's removed blocks and pairs, in the notation of `Solution`."""
     return ", ".join([*map(str, finalist["removed"]), *(f"{a}+{b}" for a, b in finalist["pairs"])])

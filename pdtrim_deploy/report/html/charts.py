@@ -1,4 +1,4 @@
-"""Small charts as SVG whose colours are the page's: intervals, steps, and a Pareto front."""
+"""Small SVG charts in the page's colours: intervals, steps, and a Pareto front."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ COLOURS = 10  # classes c0, c1, ... of style.css
 
 
 def svg(width: float, height: float, label: str, parts: Sequence[Markup]) -> Markup:
-    """A picture that scrolls within itself where the page is narrower."""
+    """A picture that scrolls by itself if the page is narrower."""
     picture = tag(
         "svg", *parts, xmlns="http://www.w3.org/2000/svg", viewBox=f"0 0 {width} {height}", width=width, height=height,
         role="img", aria_label=label,
@@ -26,7 +26,9 @@ def intervals(rows: Sequence[tuple[str, float, float, float]], label: str) -> Ma
     """(name, low, value, high) on a logarithmic axis about 1."""
     widest = max(max(high, 1 / low) for _, low, _, high in rows)
     middles = max(max(value, 1 / value) for _, _, value, _ in rows)
-    most = max(1.1, min(widest, max(2.0, 1.3 * middles)))  # an interval may leave the picture, its middle may not
+    most = max(
+        1.1, min(widest, max(2.0, 1.3 * middles))
+    )  # an interval may extend beyond the picture, its middle may not
     left, right, step = 170, 130, 26
 
     def x(ratio: float) -> float:
@@ -80,7 +82,7 @@ def trajectory(steps: Sequence[tuple[int, float]], label: str) -> Markup:
 
 
 def pareto(rows: Sequence[dict[str, Any]], here: tuple[float, float] | None, most_ratio: float = 1.5) -> Markup:
-    """Perplexity ratio over KV reduction (logarithmic), a line a method; dashed: its colour is another's too."""
+    """Perplexity ratio over KV reduction (logarithmic), one line per method; dashed where colours repeat."""
     left, right, top, bottom, height = 56, 210, 16, 46, 380
     lines: dict[str, dict[float, list[tuple[float, float]]]] = {}
     for row in rows:

@@ -1,4 +1,4 @@
-"""What is known of a bundle: the JSON that its build, its evaluation and its load tests left."""
+"""The results about a bundle: the JSON files of its build, evaluation and load tests."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ REPORTS = {
 
 @dataclass(frozen=True)
 class Findings:
-    """Everything a page is made of.
+    """All data of a page.
 
     Attributes:
-        reports: parsed JSON by name (REPORTS); absent where the bundle has none.
+        reports: parsed JSON by name (REPORTS), as far as the bundle has them.
         comparisons: JSON of `compare`, by file name.
         pareto: rows and environment of `make bench-kv`, if given.
         faults: rows and environment of `make bench-faults`, if given or among the bundle's reports (faults.json).
@@ -56,7 +56,7 @@ class Findings:
         pareto: Path | None = None,
         faults: Path | None = None,
     ) -> Findings:
-        """Read what there is.
+        """Read all reports that exist.
 
         Raises:
             UserError: a file is missing or not JSON, or a report is of another plan.
@@ -70,13 +70,13 @@ class Findings:
                 command = _about(bundle, REPORTS[name])
                 raise UserError(
                     f"{bundle.reports_dir / name}.json is of plan {digest[:12]}, the bundle's is "
-                    f"{bundle.plan.digest[:12]}; make it again: {command}"
+                    f"{bundle.plan.digest[:12]}; run again: {command}"
                 )
         loads = {"compare.json": reports.pop("compare")} if "compare" in reports else {}
         loads |= {str(path): _read(path) for path in comparisons}
         for name, report in loads.items():
             if not {"first", "second", "ratios", "load"} <= report.keys():
-                raise UserError(f"{name} is no comparison; make one with: pdtrim-deploy compare A B --out {name}")
+                raise UserError(f"{name} is not a comparison; make one with: pdtrim-deploy compare A B --out {name}")
         own = bundle.reports_dir / "faults.json"
         faults = faults or (own if own.is_file() else None)
         tried = read_faults(faults) if faults else None
@@ -84,13 +84,13 @@ class Findings:
 
     @property
     def built(self) -> dict[str, Any]:
-        """Where the bundle was made, as an environment of `report.environment`; its recipe makes the same again."""
+        """Environment of the build (`bundle.environment`), with the command that builds the bundle again."""
         command, manifest = _about(self.bundle, REPORTS["pruning"]), self.bundle.manifest
         return {"environment": {"command": command, "machine": manifest.machine, "versions": manifest.versions}}
 
     @property
     def missing(self) -> dict[str, str]:
-        """Reports that the page would show, and the command that makes each."""
+        """Missing reports, and the command that makes each."""
         recipe = self.bundle.recipe
         idle = {
             "compare",
@@ -113,7 +113,7 @@ def _about(bundle: Bundle, command: str) -> str:
 
 
 def read_pareto(path: Path) -> dict[str, Any]:
-    """What `make bench-kv` wrote; UserError when it is something else."""
+    """Results of `make bench-kv`; UserError when the file is something else."""
     results = _read(path)
     if not _has_rows(results, {"method", "asked", "reduction", "ppl_ratio"}):
         raise UserError(f"{path} has no rows of bench-kv; make it with: make bench-kv")
@@ -121,7 +121,7 @@ def read_pareto(path: Path) -> dict[str, Any]:
 
 
 def read_faults(path: Path) -> dict[str, Any]:
-    """What `make bench-faults` wrote; UserError when it is something else."""
+    """Results of `make bench-faults`; UserError when the file is something else."""
     results = _read(path)
     if not _has_rows(results, FAULT_KEYS):
         raise UserError(f"{path} has no rows of bench-faults; make it with: make bench-faults")

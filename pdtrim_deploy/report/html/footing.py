@@ -1,4 +1,4 @@
-"""What sections end with: the line that says what made a figure, where, and with which seed."""
+"""The last line of each section: command, machine and seed of its figures."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pdtrim_deploy.report.html.markup import Markup, tag
 
 
 def built(findings: Findings, *more: str) -> Markup:
-    """The line under what the build left."""
+    """The line below figures of the build."""
     return provenance(findings.built, f"seed {findings.bundle.manifest.seed}", *more)
 
 
 def provenance(report: dict[str, Any], *more: str) -> Markup:
-    """The line under a figure: what makes it, where it was made."""
+    """The line below a figure: its command, machine and versions."""
     environment = report.get("environment", {})
     machine, versions = environment.get("machine", {}), environment.get("versions", {})
     where = [
@@ -28,18 +28,18 @@ def provenance(report: dict[str, Any], *more: str) -> Markup:
 
 
 def seed_of(report: dict[str, Any]) -> str:
-    """As the report, its options or its scenario have it."""
+    """The seed of a report, of its options or of its scenario."""
     seed = report.get("scenario", report.get("options", report)).get("seed")
     return f"seed {seed}" if seed is not None else "seeds as in the command"
 
 
 def number(value: float | None, digits: int) -> str:
-    """With so many digits; a dash where there is none."""
+    """`value` with so many digits; a dash if there is none."""
     return "-" if value is None or not math.isfinite(value) else f"{value:,.{digits}f}"
 
 
 def loads_of(findings: Findings) -> dict[str, Any]:
-    """Comparisons by what they compare; a demo's is pruned over dense."""
+    """Comparisons by the names of their sides; a demo compares pruned over dense."""
     loads = {
         f"{comparison['second']} over {comparison['first']}": comparison for comparison in findings.comparisons.values()
     }

@@ -14,7 +14,7 @@ from pdtrim_deploy.sizing import Link
 
 
 def load(findings: Findings) -> Markup | None:
-    """Ratios with intervals; absolute figures folded away."""
+    """Ratios with intervals; absolute figures are folded."""
     parts = []
     for name, comparison in loads_of(findings).items():
         rows = [(ratio["figure"], ratio["low"], ratio["ratio"], ratio["high"]) for ratio in comparison["ratios"]]
@@ -49,7 +49,7 @@ def load(findings: Findings) -> Markup | None:
 
 
 def workers(findings: Findings) -> Markup | None:
-    """How large a cluster: computed, and simulated where the report says so."""
+    """The size of a cluster, computed and perhaps simulated."""
     report = findings.reports.get("sizing")
     if report is None or "workers" not in report:
         return None

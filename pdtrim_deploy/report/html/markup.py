@@ -1,4 +1,4 @@
-"""HTML and SVG as escaped text; what this makes is well-formed XML too."""
+"""HTML and SVG as escaped text, which is well-formed XML too."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def join(parts: Iterable[object]) -> Markup:
 
 
 def table(head: Iterable[object], rows: Iterable[Iterable[object]]) -> Markup:
-    """A table that scrolls within itself where the page is narrow; cells after a row's first are right-aligned."""
+    """A table that scrolls by itself if the page is narrow; cells after a row's first are right-aligned."""
     body = [tag("tr", tag("th", first, scope="row"), *(tag("td", cell) for cell in rest)) for first, *rest in rows]
     top = tag("thead", tag("tr", *(tag("th", cell, scope="col") for cell in head)))
     return tag("div", tag("table", top, tag("tbody", *body)), class_="wide")

@@ -1,4 +1,4 @@
-"""What the build saw in the model: how redundant each block is, and where each decode layer looks."""
+"""Pictures of the model: how redundant each block is, and what each decode layer attends to."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PARTS = {
 
 
 def redundancy_picture(cosine: Sequence[float], pairs: Sequence[float], gone: Mapping[str, Collection[int]]) -> Markup:
-    """A bar a block, its cosine; a mark a pair; filled as the block fares: kept, dropped by decode, by both."""
+    """One bar per block with its cosine, one mark per pair; colours: kept, dropped by decode, dropped by both."""
     low = min(0.0, *cosine, *pairs) if min((*cosine, *pairs)) < 0.5 else min((*cosine, *pairs)) - 0.02
     kinds = {"keep": "kept", "sparse": "dropped by decode", "distilled": "dropped by prefill and decode"}
 
@@ -40,7 +40,7 @@ def redundancy_picture(cosine: Sequence[float], pairs: Sequence[float], gone: Ma
 
 
 def attention_picture(mass: Mapping[str, Any]) -> Markup:
-    """A bar a decode layer, cut into the shares of PARTS; blocks that decode dropped leave a gap."""
+    """One bar per decode layer, divided into the shares of PARTS; dropped blocks leave a gap."""
     blocks = mass["blocks"]
 
     def y(share: float) -> float:

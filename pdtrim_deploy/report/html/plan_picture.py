@@ -1,4 +1,4 @@
-"""The plan drawn: a column a block, a row a stage, and the KV bytes that each decode layer takes."""
+"""A picture of the plan: one column per block, one row per stage, and the KV bytes of each decode layer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the savings cost, and where the bundle stands among other rules."""
+"""The loss of quality, and the bundle among other KV rules."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pdtrim_deploy.report.html.markup import Markup, join, table, tag
 
 
 def quality(findings: Findings) -> Markup | None:
-    """What the savings cost."""
+    """Perplexity, tasks and fidelity."""
     parts, tokens = [], findings.bundle.recipe.evaluation.prompt_tokens
     if judged := findings.reports.get("eval"):
         rows = [
@@ -52,13 +52,13 @@ def quality(findings: Findings) -> Markup | None:
 
 
 def pareto(findings: Findings) -> Markup | None:
-    """Where the bundle stands among the rules of bench-kv."""
+    """The bundle among the KV rules of bench-kv."""
     if findings.pareto is None:
         return None
     judged, tokens = findings.reports.get("eval"), findings.bundle.recipe.evaluation.prompt_tokens
     here = (findings.bundle.plan.reduction(tokens), judged["ratio"]) if judged else None
-    text = "Perplexity ratio to dense; losses beyond 1.5 stand at the top. No block is removed in the lines"
-    note = tag("p", text + (", this bundle loses blocks too." if here else "."))
+    text = "Perplexity ratio to dense; ratios above 1.5 are drawn at the top. The lines remove no blocks"
+    note = tag("p", text + (", but this bundle does." if here else "."))
     prompt = f"{findings.pareto.get('options', {}).get('prompt', '?')} prompt tokens"
     return join(
         [

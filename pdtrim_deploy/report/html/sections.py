@@ -1,4 +1,4 @@
-"""The page's first and last sections, each from what there is; None where there is nothing to show."""
+"""The page's first and last sections; None if the bundle has no data for one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pdtrim_deploy.report.html.plan_picture import plan_picture
 
 
 def headline(findings: Findings) -> Markup:
-    """The few figures that people quote, each with what it is of."""
+    """The main figures, each with its subject."""
     plan, tokens = findings.bundle.plan, findings.bundle.recipe.evaluation.prompt_tokens
     cards = [
         (f"{plan.reduction(tokens):.2f}x", f"fewer KV bytes a request, at {tokens} prompt tokens"),
@@ -23,13 +23,13 @@ def headline(findings: Findings) -> Markup:
         cards.append((f"x{judged['ratio']:.3f}", f"perplexity, on {judged['tokens']:,} held-out tokens"))
     for name, comparison in loads_of(findings).items():
         itl = next((ratio for ratio in comparison["ratios"] if ratio["figure"] == "ITL p50"), None)
-        if itl and not itl["low"] <= 1 <= itl["high"]:  # noise is no headline
+        if itl and not itl["low"] <= 1 <= itl["high"]:  # only intervals that exclude 1
             cards.append((f"x{itl['ratio']:.2f}", f"ITL p50 (95%: {itl['low']:.2f} - {itl['high']:.2f}), {name}"))
     return tag("div", *(tag("div", tag("b", value), tag("span", text)) for value, text in cards), class_="cards")
 
 
 def plan(findings: Findings) -> Markup:
-    """Block by block."""
+    """The plan, block by block."""
     chosen, tokens = findings.bundle.plan, findings.bundle.recipe.evaluation.prompt_tokens
     text = (
         f"{chosen.payload_bytes(tokens):,} bytes travel for a prompt of {tokens} tokens, dense would be "
@@ -40,7 +40,7 @@ def plan(findings: Findings) -> Markup:
 
 
 def engines(findings: Findings) -> Markup | None:
-    """What was built and what has run where."""
+    """The built engines, and where each has run."""
     built_engines = findings.bundle.engines
     if not built_engines and not findings.bundle.manifest.failures:
         return None
@@ -61,14 +61,14 @@ def engines(findings: Findings) -> Markup | None:
 
 
 def faults(findings: Findings) -> Markup | None:
-    """What was done to a running pair, and what it did to requests."""
+    """Faults on a running pair, and the results of its requests."""
     if findings.faults is None:
         return None
     return join([fault_table(findings.faults), provenance(findings.faults, seed_of(findings.faults))])
 
 
 def origin(findings: Findings) -> Markup:
-    """Environment, seeds, commands, and what this page lacks."""
+    """Environment, seeds, commands, and missing reports."""
     manifest = findings.bundle.manifest
     rows = [
         ("bundle", findings.bundle.path),

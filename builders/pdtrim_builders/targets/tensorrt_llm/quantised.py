@@ -37,7 +37,7 @@ _TOKENIZER = ("tokenizer*", "special_tokens_map.json", "chat_template*", "vocab.
 def check_quantised(stage: StageModel, sizes: Sequence[int]) -> None:
     """UserError for a stage or a split that modelopt's export does not write as it should."""
     if stage.architecture not in _DECODERS:
-        raise UserError(f"{stage.architecture} has no quantised checkpoint; those that have: {', '.join(_DECODERS)}")
+        raise UserError(f"{stage.architecture} cannot be quantised; supported: {', '.join(_DECODERS)}")
     for size in sizes:
         if stage.kv_heads % size:
             raise UserError(
