@@ -6,11 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import tinyfamilies
 
 from pdtrim_deploy.local.cache import Cache
-from pdtrim_deploy.models import FAMILIES
+from pdtrim_deploy.models.families import known_family
 
-TINY_BLOCKS = 6
+TINY_BLOCKS = tinyfamilies.SHARED["num_hidden_layers"]
 _CHAT = (
     "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
@@ -39,29 +40,17 @@ def make_tiny(folder: Path, architecture: str = "LlamaForCausalLM", seed: int = 
     """A random model of the family in float32 whose blocks all matter; `changes` go into its config."""
     import torch
 
-    model_class = FAMILIES[architecture].model_class
-    settings = {
-        "vocab_size": 512,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": TINY_BLOCKS,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "max_position_embeddings": 1024,
-        "tie_word_embeddings": False,
-        "initializer_range": 0.15,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-    }
-    config = model_class.config_class(**(settings | changes))
+    model_class = known_family(architecture).model_class
+    config = model_class.config_class(**tinyfamilies.settings(architecture, changes))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = model_class(config)
         for name, parameter in model.named_parameters():
             if name.endswith("bias") or "norm" in name:  # random too: ones and zeros would hide a swap
                 parameter.data += 0.1 * torch.randn_like(parameter)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.data += 0.1 * torch.randn_like(buffer)
     model.save_pretrained(folder)
     save_tiny_tokenizer(folder)
     return folder
@@ -76,12 +65,12 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
 @pytest.fixture(scope="session")
 def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """tiny_dir("Qwen2ForCausalLM"): the folder of that family's tiny model. Read it, do not write to it."""
-    made: dict[str, Path] = {}
+    folders: dict[str, Path] = {}
 
     def folder(architecture: str) -> Path:
-        if architecture not in made:
-            made[architecture] = make_tiny(tmp_path_factory.mktemp(architecture), architecture)
-        return made[architecture]
+        if architecture not in folders:
+            folders[architecture] = make_tiny(tmp_path_factory.mktemp(architecture), architecture)
+        return folders[architecture]
 
     return folder
 

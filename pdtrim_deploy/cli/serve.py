@@ -16,7 +16,7 @@ from pdtrim_deploy.bundle import Bundle
 from pdtrim_deploy.cli import options
 from pdtrim_deploy.cli.dry_run import commands_of
 from pdtrim_deploy.cli.screen import console
-from pdtrim_deploy.doctor import Asked, require
+from pdtrim_deploy.doctor import CheckContext, require
 from pdtrim_deploy.serving import Cluster, Executors, ServeEnvironment, WorkerOptions, cluster_of
 from pdtrim_deploy.serving.environment import gpu_count
 from pdtrim_deploy.serving.gpu_defaults import PAGE_TOKENS
@@ -109,7 +109,7 @@ def serve(
     """
     opened = Bundle.open(bundle)
     if not dry_run:
-        require("serve", Asked(serve_python=serve_python))
+        require("serve", CheckContext(serve_python=serve_python))
     worker_options = WorkerOptions(
         transfer_backend=backend,
         served_model_name=opened.path.resolve().name,
@@ -145,8 +145,8 @@ def serve(
         say=lambda sentence: click.echo(sentence, err=True),
     )
     if dry_run:
-        said = commands_of(starting)
-        click.echo(json.dumps(said) if as_json else "\n".join(shlex.join(command) for command in said.values()))
+        command_lines = commands_of(starting)
+        click.echo(json.dumps(command_lines) if as_json else "\n".join(map(shlex.join, command_lines.values())))
         return
     with starting as cluster:
         if as_json:

@@ -10,7 +10,7 @@ from typing import Any
 from pdtrim_deploy.bundle import Bundle
 from pdtrim_deploy.cli.dry_run import commands_of
 from pdtrim_deploy.cli.progress import Progress
-from pdtrim_deploy.doctor import Asked, require
+from pdtrim_deploy.doctor import CheckContext, require
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.loadtest import Workers, check_target
 from pdtrim_deploy.plan.link import Link
@@ -73,7 +73,7 @@ class Target:
     def check(self) -> None:
         """Ask the doctor, and whether engine and transport are there, before anything is started."""
         if self.bundle is not None:
-            require("serve", Asked(serve_python=self.serve_python))
+            require("serve", CheckContext(serve_python=self.serve_python))
             self.described()
 
     def up(self, stack: ExitStack, progress: Progress, name: str) -> tuple[str, Workers | None]:
@@ -90,5 +90,10 @@ class Target:
         make = WorkerOptions.beside_others if self.beside else WorkerOptions
         options = make(transfer_backend=transport.backend, served_model_name=bundle.path.resolve().name)
         return cluster_of(
-            bundle, executors=self.executors, options=options, transport=transport.told, environment=environment, **more
+            bundle,
+            executors=self.executors,
+            options=options,
+            transport=transport.options,
+            environment=environment,
+            **more,
         )

@@ -127,7 +127,7 @@ def worker_arguments(served: Served, options: Options, stage: Stage) -> list[str
     """`python3 -m sglang.launch_server ...` for SGLang 0.5.23 on GPUs, without what the platform chooses."""
     rdma: dict[str, object] = {"protocol": "rdma"} if options.rdma and options.transport == "pdtrim_mooncake" else {}
     transport = TransportOptions.model_validate(rdma | dict(options.transport_options))
-    told = WorkerConfig(secret_file=f"{SECRET_FOLDER}/{SECRET_KEY}", transport=transport)
+    config = WorkerConfig(secret_file=f"{SECRET_FOLDER}/{SECRET_KEY}", transport=transport)
     given: dict[str, object] = {
         "--model-path": f"{BUNDLE_MOUNT}/{stage}",
         "--served-model-name": served.name,
@@ -138,7 +138,7 @@ def worker_arguments(served: Served, options: Options, stage: Stage) -> list[str
         "--tp-size": options.gpus,
         "--disaggregation-mode": stage,
         "--disaggregation-transfer-backend": options.transport,
-        ARGUMENT: json.dumps(told.override()),
+        ARGUMENT: json.dumps(config.override()),
     }
     flags = ["--enable-metrics"]
     if stage == "prefill":

@@ -2,7 +2,8 @@
 
 What transformers' `forward` hides and we need: a different KV length for each layer, a start in the middle,
 hidden states between blocks. Nothing of a block is re-implemented; the loop is that of `LlamaModel.forward`,
-which Mistral, Qwen2 and Qwen3 share (transformers 5.14). No import of transformers: the model is handed in.
+which other families share (transformers 5.14) but for what a config's multipliers do before and behind the blocks. No
+import of transformers: the model is handed in.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 CausalLM: TypeAlias = Any
-"""A transformers `*ForCausalLM` of the Llama, Mistral, Qwen2 or Qwen3 family, in eval mode."""
+"""A transformers `*ForCausalLM` built as Llama's is, in eval mode."""
 
 Ranges: TypeAlias = tuple[tuple[int, int], ...]
 """Half-open ranges of absolute positions, ascending and disjoint."""
@@ -74,6 +75,8 @@ class Blockwise:
         self.model = model
         self.layers = list(model.model.layers)
         self._windows = [_window(layer.self_attn) for layer in self.layers]
+        self._embedded = getattr(model.config, "embedding_multiplier", None)  # Granite's
+        self.logits_scaling = getattr(model.config, "logits_scaling", None)
 
     def embed(self, ids: Tensor, start: int = 0, branches: int = 1) -> tuple[Tensor, Span]:
         """Input of block 0 for `ids` int64 `[batch, tokens]` at positions `start, start + 1, ...`.
@@ -82,6 +85,8 @@ class Blockwise:
         and sees what came before and itself, not the others. What a layer then holds cannot be continued.
         """
         hidden = self.model.model.embed_tokens(ids)
+        if self._embedded is not None:
+            hidden = hidden * self._embedded
         return hidden, self.span(hidden, start, branches)
 
     def span(self, hidden: Tensor, start: int = 0, branches: int = 1) -> Span:
@@ -111,7 +116,12 @@ class Blockwise:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits of the last block's output, in the model's dtype."""
-        return self.model.lm_head(self.model.model.norm(hidden))
+        return self.head(self.model.model.norm(hidden))
+
+    def head(self, normed: Tensor) -> Tensor:
+        """Next-token logits of what the final norm gives."""
+        logits = self.model.lm_head(normed)
+        return logits if self.logits_scaling is None else logits / self.logits_scaling
 
     def logprobs(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """float32 `[batch, tokens]`: log-probability of `targets[b, t]` after `hidden[b, t]`.
@@ -151,7 +161,7 @@ def pick(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def _window(attention: Any) -> int | None:
-    """Sliding window of an attention module: Qwen keeps it by layer, Mistral in its config."""
+    """Sliding window of an attention module: Qwen keeps it by layer, Mistral in its config; 0 is none."""
     if hasattr(attention, "sliding_window"):
-        return attention.sliding_window
-    return getattr(attention.config, "sliding_window", None)
+        return attention.sliding_window or None
+    return getattr(attention.config, "sliding_window", None) or None

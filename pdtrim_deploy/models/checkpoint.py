@@ -1,4 +1,4 @@
-"""A checkpoint: a HF folder of a known family, checked once and then passed around."""
+"""A checkpoint: a HF folder of a causal LM with plain KV, checked once and then passed around."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.models.config import read_config
-from pdtrim_deploy.models.families import Family, attention_sizes, family_of
+from pdtrim_deploy.models.families import FAMILIES, Family, attention_sizes, family_of
 from pdtrim_deploy.models.tensors import TensorInfo, read_tensor_index, tensor_digests
 from pdtrim_deploy.plan import ModelShape, NativeDtype
 
@@ -31,6 +31,8 @@ _ESSENTIALS = (
     "use_sliding_window",
     "tie_word_embeddings",
 )
+_NO_MATTER = ("architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "use_cache", "pdtrim")
+"""Keys of config.json that change nothing of what weights compute; nor does one that begins with an underscore."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,11 @@ def open_checkpoint(folder: Path, cache: Cache) -> Checkpoint:
     tensors = {n: t for n, t in index.items() if _is_weight(n, config)}
     shapes = family.required_tensors(config)
     missing = sorted(shapes.keys() - tensors.keys())
+    if missing and family.blocks is None:
+        raise UserError(
+            f"{folder}: architecture {family.architecture} is not supported: it has no tensor {missing[0]}, so that it "
+            f"is no decoder built as Llama's is; blocks can be cut of {', '.join(FAMILIES)}"
+        )
     if missing:
         raise UserError(f"{folder}: {len(missing)} tensors are missing, first {missing[0]}; get the model again")
     odd = [f"{n} is {t.dtype}" for n, t in tensors.items() if t.dtype not in DTYPES]
@@ -148,11 +155,18 @@ def _rope(config: dict[str, Any]) -> dict[str, Any]:
     return rope
 
 
+def _essentials(config: dict[str, Any], family: Family) -> tuple[str, ...]:
+    """Keys of config.json that change what the model computes."""
+    if family.blocks:
+        return (*_ESSENTIALS, *family.blocks.computes)
+    return tuple(sorted(key for key in config if key not in _NO_MATTER and not key.startswith("_")))
+
+
 def _fingerprint(
     folder: Path, config: dict[str, Any], family: Family, tensors: dict[str, TensorInfo], cache: Cache
 ) -> str:
     essentials = {"architecture": family.architecture, "rope": _rope(config)}
-    essentials |= {key: config[key] for key in _ESSENTIALS if config.get(key) is not None}
+    essentials |= {key: config[key] for key in _essentials(config, family) if config.get(key) is not None}
     text = json.dumps(essentials, sort_keys=True)
     files = sorted({t.file.resolve() for t in tensors.values()})
     stats = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pdtrim_deploy.errors import UserError
-from pdtrim_deploy.models.families import attention_sizes, family_of
+from pdtrim_deploy.models.families import FAMILIES, attention_sizes, family_of
 
 _NEEDED = (
     "hidden_size",
@@ -24,7 +24,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """The keys and values of a model's config.json.
 
     Raises:
-        UserError: it is missing, not JSON, short of a size, or has one that no model has.
+        UserError: it is missing, not JSON, short of a size, has one that no model has, or is of KV that is not plain.
 
     """
     try:
@@ -39,8 +39,11 @@ def read_config(path: Path) -> dict[str, Any]:
     if named is not None and not (isinstance(named, list) and all(isinstance(name, str) for name in named)):
         raise UserError(f'{path}: key architectures is {named!r}; it must be a list such as ["LlamaForCausalLM"]')
     missing = [key for key in _NEEDED if config.get(key) is None]
-    if missing and named:  # other architectures call their sizes otherwise
-        family_of(config, str(path.parent))
+    if named and family_of(config, str(path.parent)).blocks is None and missing:
+        raise UserError(
+            f"{path.parent}: architecture {named[0]} is not supported: its config.json has no {missing[0]}, without "
+            f"which the shape of its KV is not known; blocks can be cut of {', '.join(FAMILIES)}"
+        )
     if missing:
         raise UserError(f"{path}: key {missing[0]} is missing; get the model again")
     for key in (*_NEEDED, "num_key_value_heads", "head_dim"):

@@ -1,4 +1,4 @@
-"""Load a HF folder into transformers: our families only, weights all there, no remote code."""
+"""Load a HF folder into transformers: classes of its own only, weights all there, no remote code."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ import torch
 from safetensors import safe_open
 
 from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.local.processor import compute_dtype
 from pdtrim_deploy.models.checkpoint import TOKENIZER_FILES, Checkpoint
 from pdtrim_deploy.models.config import read_config
 from pdtrim_deploy.models.families import family_of
+from pdtrim_deploy.models.runs import check_modules, check_runs
 from pdtrim_deploy.models.tensors import read_header, read_tensor_index
 
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -86,10 +88,11 @@ def load_tokenizer(path: Path) -> Any:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
 
 
-def check_loads(checkpoint: Checkpoint) -> None:
+def check_loads(checkpoint: Checkpoint, cache: Cache | None = None) -> None:
     """Refuse, with UserError, what transformers would not load: seconds, as no weights are read.
 
-    Not every step of a build loads the model; but what is wrong with it is to be said before the first one.
+    Not every step of a build loads the model; but what is wrong with it is to be said before the first one. A model of
+    which the KV alone is known is loaded and run on a few tokens, once for all builds that share the `cache`.
     """
     from transformers import GenerationConfig
 
@@ -97,10 +100,24 @@ def check_loads(checkpoint: Checkpoint) -> None:
     with _one_sentence(path, "model"):
         config = made.config_class.from_dict(checkpoint.config)
         with torch.device("meta"):
-            made._from_config(config)
+            empty = made._from_config(config)
         if (path / "generation_config.json").exists():
             GenerationConfig.from_pretrained(path, local_files_only=True)
+    if checkpoint.family.blocks is None:
+        check_modules(empty, str(path))
+        _check_runs_once(checkpoint, cache)
     load_tokenizer(path)
+
+
+def _check_runs_once(checkpoint: Checkpoint, cache: Cache | None) -> None:
+    def run(entry: Path | None) -> None:
+        facts = checkpoint.facts
+        check_runs(load_model(checkpoint.path), facts.num_kv_heads, facts.head_dim, str(checkpoint.path))
+
+    if cache is None:
+        run(None)
+    else:
+        cache.entry("runs", checkpoint.fingerprint, run)
 
 
 @contextmanager

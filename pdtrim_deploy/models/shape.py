@@ -80,7 +80,7 @@ def read_sized(path: Path) -> Sized:
     """The shape that a config.json gives.
 
     Raises:
-        UserError: not a model's config.json, an architecture that we cannot prune, a stage of a bundle, or no such KV.
+        UserError: not a model's config.json, KV that is not plain, a stage of a bundle, or no such dtype of KV.
 
     """
     config = read_config(path)

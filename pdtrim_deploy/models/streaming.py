@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from pdtrim_deploy.models.checkpoint import Checkpoint
+from pdtrim_deploy.models.families.disk_names import DiskNames
 from pdtrim_deploy.models.loading import TORCH_DTYPES
 
 
@@ -40,23 +41,39 @@ class Blocks:
         else:
             while len(self.alive) >= self._most:
                 self.alive.popitem(last=False)
-            prefix = f"model.layers.{block}."
-            names = [name for name in self._checkpoint.tensors if name.startswith(prefix)]
-            tensors = read_tensors(self._checkpoint, names, self._dtype)
-            self.alive[block] = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+            self.alive[block] = self._read(block)
             self.reads += 1
         return self.alive[block]
 
+    def _read(self, block: int) -> dict[str, Tensor]:
+        checkpoint, prefix = self._checkpoint, f"model.layers.{block}."
+        inside = [name.removeprefix(prefix) for name in checkpoint.tensors if name.startswith(prefix)]
+        by_parameter = DiskNames(checkpoint.family, checkpoint.config, block)
+        parts = {name: by_parameter.parameter(name) for name in inside}
+        tensors: dict[str, Tensor] = {}
+        for parameter in dict.fromkeys(parts.values()):  # of the stacked ones, one at a time is there twice
+            names = [prefix + name for name in by_parameter.of(parameter)]
+            read = read_tensors(checkpoint, names, self._dtype, checkpoint.family.keeps_dtype)
+            tensors[parameter] = by_parameter.join(parameter, [read[name] for name in names])
+        return tensors
 
-def read_tensors(checkpoint: Checkpoint, names: Iterable[str], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Copies in memory, cast to `dtype`."""
+
+def read_tensors(
+    checkpoint: Checkpoint,
+    names: Iterable[str],
+    dtype: torch.dtype,
+    keeps_dtype: Callable[[str], bool] = lambda _: False,
+) -> dict[str, Tensor]:
+    """Copies in memory, cast to `dtype`, but for those whose name `keeps_dtype`."""
     by_file: dict[Any, list[str]] = {}
     for name in names:
         by_file.setdefault(checkpoint.tensors[name].file, []).append(name)
     found: dict[str, Tensor] = {}
     for file, inside in by_file.items():
         with safe_open(file, framework="pt") as shard:
-            found |= {name: shard.get_tensor(name).to(dtype, copy=True) for name in inside}
+            for name in inside:
+                tensor = shard.get_tensor(name)
+                found[name] = tensor.clone() if keeps_dtype(name) else tensor.to(dtype, copy=True)
     return found
 
 
@@ -78,6 +95,7 @@ def stream_model(checkpoint: Checkpoint, blocks_in_memory: int, dtype: str = "fl
         model.lm_head._parameters["weight"] = model.model.embed_tokens.weight
     blocks = Blocks(checkpoint, blocks_in_memory, TORCH_DTYPES[dtype])
     for number, layer in enumerate(model.model.layers):
+        _read_buffers(checkpoint, number, layer)
         for inside, module in layer.named_modules():
             names = [name for name, _ in module.named_parameters(recurse=False)]
             if names:
@@ -85,6 +103,16 @@ def stream_model(checkpoint: Checkpoint, blocks_in_memory: int, dtype: str = "fl
                 module.register_forward_pre_hook(fetch.come)
                 module.register_forward_hook(fetch.go, always_call=True)
     return model.eval().requires_grad_(False), blocks
+
+
+def _read_buffers(checkpoint: Checkpoint, block: int, layer: nn.Module) -> None:
+    """Those that the checkpoint holds (a router's correction) are small, and stay in memory."""
+    for name, buffer in list(layer.named_buffers()):
+        source = f"model.layers.{block}.{name}"
+        if buffer.is_meta and source in checkpoint.tensors:
+            owner, _, leaf = name.rpartition(".")
+            read = read_tensors(checkpoint, [source], buffer.dtype, checkpoint.family.keeps_dtype)
+            layer.get_submodule(owner)._buffers[leaf] = read[source]
 
 
 def whole_block(model: Any, block: int) -> nn.Module:

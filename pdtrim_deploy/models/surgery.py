@@ -16,6 +16,8 @@ from torch import nn
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.local.cache import atomic_directory
 from pdtrim_deploy.models.checkpoint import Checkpoint
+from pdtrim_deploy.models.families import known_family
+from pdtrim_deploy.models.families.disk_names import DiskNames
 from pdtrim_deploy.models.loading import TORCH_DTYPES
 from pdtrim_deploy.models.provenance import LICENCE_FILES
 from pdtrim_deploy.models.writer import MAX_SHARD_BYTES, write_shards
@@ -45,14 +47,14 @@ def keep_blocks(model: Any, blocks: Sequence[int], replacements: Replacements | 
     cut = _twin(model)
     cut.model.layers = nn.ModuleList([cut.model.layers[block] for block in blocks])
     for index, layer in enumerate(cut.model.layers):
-        layer.self_attn.layer_idx = index
+        _renumber(layer, index)
     config = copy.deepcopy(model.config)
     for module in cut.modules():
         if getattr(module, "config", None) is model.config:
             module.config = config
     config.num_hidden_layers = len(blocks)
-    if getattr(config, "layer_types", None) is not None:
-        config.layer_types = [model.config.layer_types[block] for block in blocks]
+    for key, value in known_family(type(model).__name__).cut_config(model.config, blocks).items():
+        setattr(config, key, value)
     for block, parts in (replacements or {}).items():
         if block not in blocks:
             raise UserError(f"block {block} is replaced but the stage does not run it")
@@ -77,8 +79,8 @@ def write_stage(
 
     Every tensor is cast to `dtype` ("float32", "bfloat16" or "float16"); `pdtrim` goes into config.json under that
     key. `replacements` gives, for blocks in `blocks`, tensors by their name within the block
-    ("self_attn.q_proj.weight"), of the shapes they have: students of distilled pairs, healed weights. `files` are
-    copied into the folder.
+    ("self_attn.q_proj.weight") in transformers' module, of the shapes they have: students of distilled pairs, healed
+    weights. `files` are copied into the folder.
 
     The folder appears whole or not at all. An earlier stage in its place is replaced; anything else there is refused
     (UserError).
@@ -101,7 +103,7 @@ def write_stage(
 
     elements = {name: checkpoint.tensors[source].elements for name, source in names.items()}
     with atomic_directory(out_dir) as folder:
-        write_shards(folder, elements, get, TORCH_DTYPES[dtype], max_shard_bytes)
+        write_shards(folder, elements, get, TORCH_DTYPES[dtype], max_shard_bytes, checkpoint.family.keeps_dtype)
         found = {p for pattern in _COPIED for p in checkpoint.path.glob(pattern) if p.is_file()}
         for path in (*sorted(found), *files):
             shutil.copyfile(path, folder / path.name)
@@ -149,10 +151,12 @@ def _replacements(checkpoint: Checkpoint, blocks: Sequence[int], given: Replacem
         if block not in blocks:
             raise UserError(f"block {block} is replaced but the stage does not run it")
         prefix = f"{_LAYERS}{block}."
-        wanted = {name: info.shape for name, info in checkpoint.tensors.items() if name.startswith(prefix)}
+        names = DiskNames(checkpoint.family, checkpoint.config, block)
         for name, tensor in parts.items():
-            _check_shape(prefix + name, tensor, wanted.get(prefix + name))
-        tensors |= {prefix + name: tensor for name, tensor in parts.items()}
+            sources = names.of(name)
+            shapes = [info.shape for source in sources if (info := checkpoint.tensors.get(prefix + source))]
+            _check_shape(prefix + name, tensor, names.shape(name, shapes) if len(shapes) == len(sources) else None)
+            tensors |= {prefix + source: part for source, part in names.split(name, tensor)}
     return tensors
 
 
@@ -172,11 +176,14 @@ def _check_shape(name: str, tensor: torch.Tensor, wanted: tuple[int, ...] | None
 
 def _stage_config(checkpoint: Checkpoint, blocks: Sequence[int], dtype: str) -> dict[str, Any]:
     config = {key: value for key, value in checkpoint.config.items() if key != "auto_map"}
-    # layer_types may be implied (Qwen2's max_window_layers counts original blocks): make it explicit
-    types = getattr(checkpoint.family.model_class.config_class.from_dict(config), "layer_types", None)
-    if types is not None:
-        config["layer_types"] = [types[block] for block in blocks]
+    config |= checkpoint.family.cut_config(checkpoint.family.model_class.config_class.from_dict(config), blocks)
     return config | {"num_hidden_layers": len(blocks), "dtype": dtype, "torch_dtype": dtype}
+
+
+def _renumber(layer: nn.Module, index: int) -> None:
+    for module in layer.modules():
+        if isinstance(getattr(module, "layer_idx", None), int):
+            module.layer_idx = index  # type: ignore[assignment]
 
 
 def _twin(module: nn.Module) -> Any:

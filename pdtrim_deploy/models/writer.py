@@ -36,8 +36,16 @@ def write_shards(
     get: Callable[[str], torch.Tensor],
     dtype: torch.dtype,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    keeps_dtype: Callable[[str], bool] = lambda _: False,
 ) -> None:
-    """Cast `get(name)` to `dtype` and store it, for every name of `elements` (name -> number of elements)."""
+    """Cast `get(name)` to `dtype` and store it, for every name of `elements` (name -> number of elements).
+
+    A tensor whose name `keeps_dtype` is stored as it is; shards are filled as if it were cast.
+    """
+
+    def cast(name: str) -> torch.Tensor:
+        return get(name) if keeps_dtype(name) else get(name).to(dtype)
+
     shards: list[list[str]] = [[]]
     used = 0
     for name, count in elements.items():
@@ -50,7 +58,7 @@ def write_shards(
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
         file = SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        save({name: get(name).to(dtype) for name in names}, folder / file)
+        save({name: cast(name) for name in names}, folder / file)
         (folder / file).chmod(0o644)
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:

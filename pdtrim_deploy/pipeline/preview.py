@@ -14,7 +14,9 @@ from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.local.paths import expanded
 from pdtrim_deploy.models import Checkpoint, resolve
 from pdtrim_deploy.models.config import read_config
+from pdtrim_deploy.models.families import family_of
 from pdtrim_deploy.pipeline.build import check_fits, done_steps, steps_of
+from pdtrim_deploy.pipeline.family_fit import check_family
 from pdtrim_deploy.pipeline.journal import Journal, refuse_strangers
 from pdtrim_deploy.pipeline.sealing import is_sealed
 from pdtrim_deploy.pipeline.stand_in import stand_in
@@ -70,6 +72,7 @@ def preview(recipe: Recipe, out: Path, cache: Cache) -> Preview:
         if config is None:
             raise
         return _unseen(recipe, config, str(error))
+    check_family(recipe, checkpoint.family)
     check_fits(recipe, checkpoint.facts.num_blocks, checkpoint.facts.max_positions)
     journal = Journal(out)
     asked = steps_of(recipe, checkpoint.fingerprint)
@@ -86,6 +89,7 @@ def preview(recipe: Recipe, out: Path, cache: Cache) -> Preview:
 def _unseen(recipe: Recipe, config: dict[str, Any] | None, missing: str) -> Preview:
     names = ("source", *(step.name for step in steps_of(recipe, "")), "seal")
     if config is not None:
+        check_family(recipe, family_of(config, recipe.model.source))
         check_fits(recipe, config["num_hidden_layers"], config["max_position_embeddings"])
     search, seconds = (None, None) if config is None else _search(recipe, config)
     steps = dict.fromkeys(names, False)

@@ -76,8 +76,6 @@ def worker_command(python: Path, worker: WorkerSpec, secret: Path | None = None)
             if placement.memory_fraction is not None:
                 arguments[FRACTION] = placement.memory_fraction
         arguments |= attention_arguments(worker.stage, options.sparse)
-        if options.split_pool is not None and worker.stage == "decode":
-            arguments["--disaggregation-decode-retraction-backup"] = "none"
     pairs = [str(part) for pair in arguments.items() for part in pair]
     return [str(python), "-m", "sglang.launch_server", *pairs, *flags, *options.arguments(worker.stage)]
 

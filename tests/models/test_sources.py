@@ -38,9 +38,8 @@ def test_every_family(architecture, tiny_dir, cache):
     assert (shape.num_blocks, shape.num_kv_heads, shape.head_dim) == (6, 2, 16)
     assert (shape.architecture, shape.kv_dtype) == (architecture, "bfloat16")
     assert checkpoint.shape().kv_dtype == checkpoint.facts.dtype == "float32"
-    names = set(load_model(checkpoint.path).state_dict())
-    assert any("q_proj.bias" in n for n in names) is (architecture == "Qwen2ForCausalLM")
-    assert any("q_norm" in n for n in names) is (architecture == "Qwen3ForCausalLM")
+    required = FAMILIES[architecture].required_tensors(checkpoint.config)
+    assert {name: info.shape for name, info in checkpoint.tensors.items()} == required  # none missing, none unknown
 
 
 def test_fingerprint_names_the_weights(copy, cache, tmp_path):
@@ -195,8 +194,15 @@ def load_whole(folder, _):
         (config(architectures="LlamaForCausalLM"), "key architectures is 'LlamaForCausalLM'; it must be a list"),
         (config(architectures=[["x"]]), r"key architectures is \[\['x'\]\]; it must be a list"),
         (write("config.json", "[" * 100_000), "not JSON"),
-        (config(architectures=["BloomForCausalLM"]), "BloomForCausalLM is not supported; .*LlamaForCausalLM, Mistral"),
+        (
+            config(architectures=["BertModel"]),
+            "BertModel is not supported: it is no causal LM; .*LlamaForCausalLM, Mist",
+        ),
         (config(architectures=None), "architecture none .*not supported"),
+        (
+            config(architectures=["XForCausalLM"], hidden_size=None),
+            "XForCausalLM .*: its config.json has no hidden_size",
+        ),
         (config(quantization_config={"quant_method": "fp8"}), "quantised"),
         (lose("tokenizer.json"), "no tokenizer"),
         (lose("model.safetensors"), "neither model.safetensors nor"),

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tinyfamilies import taking
 
 from pdtrim_deploy.local.cache import Cache
-from pdtrim_deploy.models import FAMILIES, resolve
+from pdtrim_deploy.models import resolve
 from pdtrim_deploy.models.blockwise import Blockwise
 from pdtrim_deploy.models.loading import load_model
 from pdtrim_deploy.models.streaming import stream_model, whole_block
@@ -21,7 +22,7 @@ from pdtrim_deploy.pruning.students.states import HiddenFiles
 from pdtrim_deploy.recipe.healing import StudentsSection
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=taking("distil"))
 def checkpoint(request, tiny_dir, cache):
     return resolve(f"hf:{tiny_dir(request.param)}", cache)
 

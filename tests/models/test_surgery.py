@@ -157,7 +157,7 @@ def test_only_an_earlier_stage_is_replaced(tiny_llama_dir, cache, tmp_path, monk
     assert (tmp_path / "mine" / "notes.txt").read_text() == "keep me"
 
 
-@pytest.mark.parametrize("architecture", FAMILIES)
+@pytest.mark.parametrize("architecture", [name for name, family in FAMILIES.items() if not family.blocks.experts])
 def test_replaced_tensors_are_the_same_in_memory_and_on_disk(architecture, tiny_dir, cache, tmp_path):
     """Some tensors of a block: the rest stays the block's own, and so does the given model."""
     from transformers import AutoModelForCausalLM

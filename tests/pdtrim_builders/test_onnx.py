@@ -12,13 +12,14 @@ from pdtrim_builders.graph.rope import KINDS, rope_settings, rope_table
 from pdtrim_builders.graph.stage import read_stage
 from pdtrim_builders.numerics import check_numerics
 from pdtrim_builders.runtime_onnx import OnnxStage
+from tinyfamilies import taking
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.models import FAMILIES
 
 
 @pytest.mark.parametrize("stage", ["prefill", "decode"])
-@pytest.mark.parametrize("architecture", FAMILIES)
+@pytest.mark.parametrize("architecture", taking("engines"))
 def test_family(architecture, stage, tiny_stages, tmp_path):
     result = build_target("onnx", tiny_stages(architecture) / stage, tmp_path / "engine")
     layers, sends = (5, 4) if stage == "prefill" else (4, 0)
@@ -28,7 +29,7 @@ def test_family(architecture, stage, tiny_stages, tmp_path):
     assert json.loads((tmp_path / "engine" / "engine.json").read_text())["numerics"]["tokens"] > 600
 
 
-@pytest.mark.parametrize("architecture", FAMILIES)
+@pytest.mark.parametrize("architecture", taking("engines"))
 def test_a_layer_for_its_kv_alone(architecture, tiny_dir, make_stages, tmp_path):
     """The checkpoint has zeros where the graph has nothing; both say the same."""
     make_stages(tiny_dir(architecture), tmp_path, alone=4)
@@ -39,6 +40,14 @@ def test_a_layer_for_its_kv_alone(architecture, tiny_dir, make_stages, tmp_path)
     weights = {weight.name for weight in onnx.load(tmp_path / "engine" / "model.onnx").graph.initializer}
     assert {name for name in weights if name.startswith("l3.")} <= {"l3.kv.weight", "l3.kv.bias"}
     assert not any("layers.3.post" in name or "layers.3.self_attn.q" in name for name in weights)
+
+
+@pytest.mark.parametrize("architecture", [*sorted(set(FAMILIES) - set(taking("engines"))), "ArceeForCausalLM"])
+def test_a_family_without_a_graph_is_refused_with_the_reason(architecture, tiny_dir, make_stages, tmp_path):
+    make_stages(tiny_dir(architecture), tmp_path)
+    with pytest.raises(UserError, match=f"{architecture} has no engine: .*; serve it by SGLang's own model"):
+        build_target("onnx", tmp_path / "prefill", tmp_path / "engine")
+    assert not (tmp_path / "engine").exists()
 
 
 def test_interface(tiny_stages, tmp_path):
@@ -98,11 +107,11 @@ def test_a_sliding_window_is_not_in_the_graph_and_said(
     architecture, changes, window, tiny_model, make_stages, tmp_path
 ):
     make_stages(tiny_model(tmp_path / "source", architecture, **changes), tmp_path)
-    said = [f"its attention has no sliding window: it is the model's up to {window} tokens"] if window else []
+    limits = [f"its attention has no sliding window: it is the model's up to {window} tokens"] if window else []
     result = build_target("onnx", tmp_path / "prefill", tmp_path / "engine")
-    assert [limit for limit in result.limits if "window" in limit] == said
+    assert [limit for limit in result.limits if "window" in limit] == limits
     dry = build_target("tensorrt", tmp_path / "prefill", tmp_path / "described", {"dry_run": True})
-    assert [limit for limit in dry.limits if "window" in limit] == said
+    assert [limit for limit in dry.limits if "window" in limit] == limits
 
 
 def test_float16(tiny_stages, tmp_path):
@@ -157,13 +166,13 @@ def test_a_wrong_opset(opset, tiny_stages, tmp_path, monkeypatch):
     """As an onnxruntime of another age would meet it: one sentence, the target named, nothing left."""
     from pdtrim_builders.targets import onnx as target
 
-    whole = target.build_graph
+    build_graph = target.build_graph
 
     def stamped(*args, **kwargs):
-        graph = whole(*args, **kwargs)
+        graph = build_graph(*args, **kwargs)
         model = onnx.load(graph.path)
         for functions in (model, *model.functions):
-            next(one for one in functions.opset_import if not one.domain).version = opset
+            next(entry for entry in functions.opset_import if not entry.domain).version = opset
         onnx.save(model, graph.path)
         return graph
 

@@ -35,17 +35,28 @@ class Library:
 
 
 class Session:
-    """A context whose engine is: q = ids and positions; attention; hidden = attended; rows of k and v packed."""
+    """A context whose engine is: q = ids and positions; attention; hidden = attended; rows of k and v packed.
 
-    def __init__(self, library, wire=torch.float32):
+    `contexts`: all of the engine, in the order they were made. One that was enqueued while `capturing` holds has its
+    shape `captured`, and refuses another.
+    """
+
+    def __init__(self, library, wire=torch.float32, contexts=None):
         self.library, self.shapes, self.at, self.history, self.stream = library, {}, {}, {}, STREAM
+        self.wire, self.contexts = wire, [] if contexts is None else contexts
+        self.contexts.append(self)
+        self.capturing, self.captured = False, None
         self.inputs = {"input_ids": MOST, "positions": MOST, "send_rows_full": MOST}
         self.outputs = {
             "hidden_states": ((-1, HIDDEN), torch.float32),
             "kv_send_0": ((2, -1, KV_HEADS * DIM), wire),
         }
 
+    def another(self):
+        return Session(self.library, self.wire, self.contexts)
+
     def set_shape(self, name, shape):
+        assert self.captured is None or self.captured[name] == shape, "a captured graph replays this context's shape"
         self.shapes[name] = shape
 
     def set_address(self, name, pointer):
@@ -54,6 +65,8 @@ class Session:
 
     def enqueue(self, stream):
         (tokens,) = self.shapes["input_ids"]
+        if self.contexts[0].capturing:
+            self.captured = dict(self.shapes)
         ids, positions, rows = (host_view(self.at[n], self.shapes[n], torch.int64) for n in self.inputs)
         q = torch.stack([ids] * 4 + [positions] * 4, dim=1).float().contiguous()
         k, v = q[:, :DIM].contiguous(), q[:, DIM:].contiguous()
@@ -84,8 +97,11 @@ class Session:
 def make(attention=lambda layer, q, k, v: q * 2, **options):
     library = Library()
     session = Session(library, **options)
-    made = TensorRTExecutor(session, library, attention, torch.device("cpu"), host_view, lambda: STREAM)
-    return made, session
+    device = torch.device("cpu")
+    executor = TensorRTExecutor(
+        session, library, attention, device, host_view, lambda: STREAM, lambda: session.capturing
+    )
+    return executor, session
 
 
 def expected(ids, positions):
@@ -109,9 +125,9 @@ def test_tensorrt_keeps_its_addresses_and_allocates_nothing(monkeypatch):
     hidden = executor.run(ids, ids).data_ptr()
     before = {name: list(pointers) for name, pointers in session.history.items()}
     for count in (1, 4, 9, 1):
-        found = executor.run(ids[:count] + count, ids[:count])
-        assert found.data_ptr() == hidden
-        assert torch.equal(found, expected(ids[:count] + count, ids[:count]))
+        hidden_states = executor.run(ids[:count] + count, ids[:count])
+        assert hidden_states.data_ptr() == hidden
+        assert torch.equal(hidden_states, expected(ids[:count] + count, ids[:count]))
     assert session.history == before
     assert all(len(pointers) == 1 for pointers in before.values())
     for name in ("empty", "zeros", "empty_like", "tensor", "full"):
@@ -120,9 +136,26 @@ def test_tensorrt_keeps_its_addresses_and_allocates_nothing(monkeypatch):
     executor.run(ids, ids)
 
 
+def test_each_captured_shape_has_a_context_of_its_own():
+    """SGLang captures decode's batch sizes in turn, each after two runs, and then runs any batch between replays."""
+    executor, session = make()
+    ids = torch.arange(MOST)
+    for count in (8, 4, 1):
+        for capturing in (False, False, True):
+            session.capturing = capturing
+            executor.run(ids[:count], ids[:count])
+    session.capturing = False
+    assert [context.captured["input_ids"] for context in session.contexts] == [(8,), (4,), (1,)]
+    for count in (3, 8, 5, 16, 4, 2, 1):
+        values = ids[:count] + count
+        assert torch.equal(executor.run(values, ids[:count]), expected(values, ids[:count]))
+    assert len(session.contexts) == 4  # the sizes that no graph has share one
+
+
 def test_tensorrt_binds_the_arena_for_one_call_only():
     executor, session = make()
     ids, packed = torch.arange(3), torch.zeros(2, 3, KV_HEADS, DIM)
+    executor.run(ids, ids)
     idle = session.at["kv_send_0"]
     executor.run(ids, ids, {"send_rows_full": ids}, {"kv_send_0": packed})
     assert session.at["kv_send_0"] == packed.data_ptr()

@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from packcases import random_offsets
 from pdtrim_sglang.staging import Arena, Staging
+from pretended_gpu import PretendedGPU
 
+from pdtrim_deploy.kvcache.graph_io import rows_input
 from pdtrim_deploy.kvcache.layout import chunk_layout
 from pdtrim_deploy.kvcache.pack import pack
 from pdtrim_deploy.plan import Drop, Keep, KVSend, ModelShape, PDPlan
@@ -109,6 +111,31 @@ def test_one_request_in_one_pass_leaves_in_one_piece():
     assert (start, stop) == (0, 30)
     (piece,) = span.payload(chunk_layout(plan, 30), torch.empty(0, dtype=torch.uint8))
     assert len(piece) == plan.payload_bytes(30)
+
+
+def test_on_a_gpu_outputs_are_aligned_and_a_chunk_is_packed_whole():
+    """TensorRT takes addresses in device memory that are multiples of 256."""
+    plan = make_plan(SENDS[:3])
+    kv = torch.randn(BLOCKS, 2, 30, HEADS, DIM)
+    keys, values = ([kv[block, side] for block in range(BLOCKS)] for side in range(2))
+    with PretendedGPU():
+        staging = Staging(plan, HEADS, torch.float32, Arena(1 << 16, "cuda"))
+        staging.expect("a", 7, 30)
+        staged = staging.batch(["a"], [0], [30])
+        assert all(buffer.is_cuda for buffer in staged.packed.values())
+        first, *others = (buffer.data_ptr() for buffer in staged.packed.values())
+        assert [(other - first) % 256 for other in others] == [0] * len(others)
+        for layer, buffer in staged.packed.items():
+            name = rows_input(plan.kv[int(layer.rpartition("_")[2])])
+            source = kv[plan.layer_map[int(layer.rpartition("_")[2])]]
+            buffer.copy_(source[:, staged.rows[name]])
+        staging.commit(staged)
+        for start, stop in ((0, 11), (11, 30)):
+            ((_, _, span),) = staging.cut(7, start, stop)
+            layout = chunk_layout(plan, 30, start, stop)
+            out = torch.full((layout.total_bytes,), 255, dtype=torch.uint8)
+            assert span.payload(layout, out) is None
+            assert torch.equal(out, pack(layout, keys, values, torch.arange(start, stop)))
 
 
 def test_a_request_that_nobody_awaits_or_that_was_forgotten_is_not_staged():

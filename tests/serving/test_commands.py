@@ -78,13 +78,15 @@ def test_a_cpu_worker_sleeps_when_idle_and_listens_on_loopback_only(stage):
 
 
 def test_gpu_workers_get_none_of_the_cpu_options_and_gpus_of_their_own():
-    made = [commands.worker_command(PYTHON, w) for w in spec(gpus=6, device="cuda", tp_prefill=2, tp_decode=2).workers]
+    commands_of = [
+        commands.worker_command(PYTHON, w) for w in spec(gpus=6, device="cuda", tp_prefill=2, tp_decode=2).workers
+    ]
     cpu = {"--sleep-on-idle", "--disable-overlap-schedule", "--max-total-tokens", "--max-running-requests"}
-    for command in made:
+    for command in commands_of:
         assert not ({"--attention-backend", "--mem-fraction-static", "--disable-cuda-graph"} | cpu) & set(command)
         assert value(command, "--page-size") == "64"
         assert value(command, "--tp-size") == "2"
-    assert [value(command, "--base-gpu-id") for command in made] == ["0", "2", "4"]
+    assert [value(command, "--base-gpu-id") for command in commands_of] == ["0", "2", "4"]
 
 
 def test_limits_that_were_chosen_are_those_of_gpu_workers_too():
@@ -114,14 +116,15 @@ def test_on_a_gpu_decode_of_a_sparse_plan_alone_gets_triton_and_keeps_its_graphs
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_a_split_pool_is_decodes_alone_and_is_not_backed_up(device):
+def test_sizes_of_pools_are_for_decode_alone(device):
     for worker in spec(device=device, sparse=True, split_pool=SplitPool(isl=40, osl=8)).workers:
         command = commands.worker_command(PYTHON, worker)
         if worker.stage == "decode":
             assert json.loads(value(command, "--json-model-override-args")) == {
                 "pdtrim_decode_pool": {"isl": 40, "osl": 8}
             }
-            assert value(command, "--disaggregation-decode-retraction-backup") == "none"
+            # on a CPU; elsewhere the plugin chooses what can back up pools of different sizes
+            assert ("--disaggregation-decode-retraction-backup" in command) == (device == "cpu")
         else:
             assert "--json-model-override-args" not in command
 
@@ -208,22 +211,22 @@ def test_transport_options_travel_beside_the_secret(tmp_path):
     spec = ClusterSpec.on_loopback(tmp_path, tmp_path)
     worker = replace(spec.workers[0], transport={"stall_seconds": 3})
     command = commands.worker_command(Path("python"), worker, tmp_path / "secret")
-    said = json.loads(command[command.index("--json-model-override-args") + 1])
-    assert said == {"pdtrim_secret_file": str(tmp_path / "secret"), "pdtrim_transport": {"stall_seconds": 3}}
+    override = json.loads(command[command.index("--json-model-override-args") + 1])
+    assert override == {"pdtrim_secret_file": str(tmp_path / "secret"), "pdtrim_transport": {"stall_seconds": 3}}
 
 
 @pytest.mark.parametrize(
-    ("backend", "told", "says"),
+    ("backend", "options", "says"),
     [
         ("pdtrim_mooncake", {}, "without authentication"),
         ("pdtrim_mooncake", {"accept_unauthenticated": True}, "needs the Python package mooncake-transfer-engine"),
         ("pdtrim_nixl", {}, r"needs the Python package nixl-cu12.* -m pip install --no-deps nixl-cu12"),
     ],
 )
-def test_a_transport_that_cannot_be_used_is_refused_before_a_worker_starts(tmp_path, backend, told, says):
+def test_a_transport_that_cannot_be_used_is_refused_before_a_worker_starts(tmp_path, backend, options, says):
     lacks = tmp_path / "python"
     lacks.write_text("#!/bin/sh\nexit 1\n")
     lacks.chmod(0o755)
     with pytest.raises(UserError, match=says):
-        require_transport(ServeEnvironment(lacks), backend, told)
+        require_transport(ServeEnvironment(lacks), backend, options)
     require_transport(ServeEnvironment(lacks), "pdtrim_tcp", {})

@@ -38,8 +38,8 @@ def test_what_cuda_visible_devices_leaves(eight, monkeypatch, visible, count):
 def test_a_worker_is_told_of_a_gpu_that_it_sees(eight, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     workers = ClusterSpec.on_loopback(Path("m"), Path("m"), options=WorkerOptions(device="cuda")).workers
-    made = [commands.worker_command(Path("python"), worker) for worker in workers]
-    assert [words[words.index("--base-gpu-id") + 1] for words in made] == ["0", "1"]
+    command_lines = [commands.worker_command(Path("python"), worker) for worker in workers]
+    assert [words[words.index("--base-gpu-id") + 1] for words in command_lines] == ["0", "1"]
 
 
 def test_what_is_not_visible_does_not_count(eight, monkeypatch):

@@ -81,11 +81,11 @@ def test_the_refusal_names_the_sizes_and_starts_nothing(model, monkeypatch, tmp_
     free(monkeypatch, 4e9)
     with pytest.raises(UserError) as refused, Cluster(spec(model), ServeEnvironment(Path("none")), tmp_path / "logs"):
         pass
-    said = str(refused.value)
-    assert "the workers take about 6." in said
-    assert "4.0 GB are free (prefill-0 " in said
-    assert "program 1.7 GB, weights 1.0 GB, KV pool 0.1 GB" in said
-    assert "lower --max-total-tokens" in said
+    message = str(refused.value)
+    assert "the workers take about 6." in message
+    assert "4.0 GB are free (prefill-0 " in message
+    assert "program 1.7 GB, weights 1.0 GB, KV pool 0.1 GB" in message
+    assert "lower --max-total-tokens" in message
     assert not (tmp_path / "logs").exists()
 
 

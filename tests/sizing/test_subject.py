@@ -54,21 +54,21 @@ def test_shipped_sizes_make_the_published_number_of_parameters(name: str) -> Non
 
 
 def test_shipped_names_and_kv_bytes_a_token() -> None:
-    found = {s.name: s.plan.dense_bytes(1) for s in subjects(["Llama-3.1-8B", "qwen2.5-7b", "qwen2.5-14b"])}
-    assert found == {"llama-3.1-8b": 131072, "qwen2.5-7b": 57344, "qwen2.5-14b": 196608}
+    dense_bytes = {s.name: s.plan.dense_bytes(1) for s in subjects(["Llama-3.1-8B", "qwen2.5-7b", "qwen2.5-14b"])}
+    assert dense_bytes == {"llama-3.1-8b": 131072, "qwen2.5-7b": 57344, "qwen2.5-14b": 196608}
 
 
 def test_a_users_config_as_file_or_folder(tmp_path: Path) -> None:
     file = write_config(tmp_path / "mine")
     for target in (file, file.parent):
-        (one,) = subjects([str(target)])
-        assert (one.kind, one.name, one.max_positions) == ("config", "mine", 640)
-        assert one.plan.dense_bytes(1) == one.plan.payload_bytes(1) == 6 * 2 * 2 * 32 * 2
+        (subject,) = subjects([str(target)])
+        assert (subject.kind, subject.name, subject.max_positions) == ("config", "mine", 640)
+        assert subject.plan.dense_bytes(1) == subject.plan.payload_bytes(1) == 6 * 2 * 2 * 32 * 2
     old = read_sized(write_config(tmp_path / "old", head_dim=..., num_key_value_heads=..., dtype=...))
     assert (old.head_dim, old.num_kv_heads, old.kv_dtype) == (16, 4, None)
-    (one,) = subjects([str(tmp_path / "old")])
-    assert one.plan.model.kv_dtype == "bfloat16"
-    assert any("names no dtype: bfloat16" in note for note in one.notes)
+    (subject,) = subjects([str(tmp_path / "old")])
+    assert subject.plan.model.kv_dtype == "bfloat16"
+    assert any("names no dtype: bfloat16" in note for note in subject.notes)
 
 
 def test_a_recipe_is_priced_by_its_counts(tmp_path: Path) -> None:
@@ -76,10 +76,10 @@ def test_a_recipe_is_priced_by_its_counts(tmp_path: Path) -> None:
     kv = {"method": "attention-mass", "sparse_layers": 3, "n_first": 2, "n_last": 5}
     cut = {"method": "cosine", "prefill_blocks": 1, "decode_blocks": 2}
     recipe = write_recipe(tmp_path, source=f"hf:{folder}", kv=kv, pruning=cut)
-    (one,) = subjects([str(recipe)])
-    assert (len(one.plan.prefill_layers), len(one.plan.decode_layers)) == (5, 4)
-    assert one.plan.payload_bytes(100) == (3 * 7 + 100) * 2 * 2 * 32 * 2
-    assert any("3 of 4 decode layers are sparse" in note for note in one.notes)
+    (subject,) = subjects([str(recipe)])
+    assert (len(subject.plan.prefill_layers), len(subject.plan.decode_layers)) == (5, 4)
+    assert subject.plan.payload_bytes(100) == (3 * 7 + 100) * 2 * 2 * 32 * 2
+    assert any("3 of 4 decode layers are sparse" in note for note in subject.notes)
     (other,) = subjects([str(recipe)], "llama-3.1-8b")
     assert (other.plan.model.num_blocks, len(other.plan.kv), other.model) == (32, 30, "llama-3.1-8b")
 
@@ -102,7 +102,7 @@ def test_equal_names_are_told_apart_by_their_targets(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"architectures": ["MambaForCausalLM"]}, "architecture MambaForCausalLM is not supported"),
+        ({"architectures": ["MambaForCausalLM"], "state_size": 16}, "architecture MambaForCausalLM is not supported"),
         ({"num_key_value_heads": 0}, "key num_key_value_heads is 0; it must be a whole number"),
         ({"num_attention_heads": 0}, "key num_attention_heads is 0"),
         ({"head_dim": "wide"}, "key head_dim is 'wide'"),

@@ -71,8 +71,8 @@ class StageModel:
     @property
     def window(self) -> int | None:
         """Tokens that layers with a sliding window attend to, by transformers; None without, or if all positions."""
-        made = family_of(self.config, str(self.path)).model_class.config_class.from_dict(dict(self.config))
-        window, kinds = getattr(made, "sliding_window", None), getattr(made, "layer_types", None)
+        config = family_of(self.config, str(self.path)).model_class.config_class.from_dict(dict(self.config))
+        window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
         slides = window is not None and window < self.positions and (kinds is None or "sliding_attention" in kinds)
         return window if slides else None
 
@@ -107,6 +107,7 @@ def read_stage(stage_dir: Path, stage: Stage | None = None) -> StageModel:
     config = read_config(stage_dir / "config.json")
     if "pdtrim" not in config:
         raise UserError(f"{stage_dir}: its config.json carries no plan; give a stage folder of a bundle")
+    _check_graph(config, stage_dir)
     plan = PDPlan.parse(config["pdtrim"], str(stage_dir))
     layers = config["num_hidden_layers"]
     if layers != len(plan.layers(which)):
@@ -138,3 +139,9 @@ def read_stage(stage_dir: Path, stage: Stage | None = None) -> StageModel:
         norm_epsilon=config.get("rms_norm_eps", 1e-6),
         rope=rope,
     )
+
+
+def _check_graph(config: Mapping[str, Any], stage_dir: Path) -> None:
+    family = family_of(config, str(stage_dir))
+    if (reason := family.refusal("engines") if family.blocks else "its blocks are not known") is not None:
+        raise UserError(f"{stage_dir}: {family.architecture} has no engine: {reason}; serve it by SGLang's own model")

@@ -38,12 +38,12 @@ class Probe:
         self._rows = torch.empty(len(flat), draws, weight.shape[1])  # the largest thing here: exists once
         step = max(1, LOGITS_AT_ONCE // len(weight))
         for part, rows in zip(self._at.split(step), self._rows.split(step), strict=True):
-            chance = runner.model.lm_head(part).float().softmax(-1)
+            chance = runner.head(part).float().softmax(-1)
             if not chance.isfinite().all():
                 raise UserError("the model's logits are not numbers; load it in float32 or check its weights")
             drawn = weight[torch.multinomial(chance, draws, replacement=True, generator=random)].float()
             torch.sub(drawn, (chance.to(weight.dtype) @ weight).float()[:, None], out=rows)
-        self._rows /= draws**0.5
+        self._rows /= draws**0.5 * (runner.logits_scaling or 1.0)  # W is what makes logits
 
     def change(self, hidden: Tensor) -> Tensor:
         """float32 `[batch * tokens * draws]`: `hidden`'s change against the reference; 2 KL is its squared length."""

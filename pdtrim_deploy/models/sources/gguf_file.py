@@ -22,15 +22,11 @@ from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.local.paths import expanded, resolved
 from pdtrim_deploy.models.sources.base import Log
+from pdtrim_deploy.models.sources.gguf_architecture import ARCHITECTURES, refuse_other
 from pdtrim_deploy.models.sources.gguf_rope import FREQUENCIES, rope_scaling
 from pdtrim_deploy.models.sources.gguf_tokenizer import write_tokenizer
 
 CONVERTER = 4  # raise when the same file would convert differently
-_ARCHITECTURES = {
-    "llama": ("LlamaForCausalLM", "llama"),
-    "qwen2": ("Qwen2ForCausalLM", "qwen2"),
-    "qwen3": ("Qwen3ForCausalLM", "qwen3"),
-}
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _BLOCK = {
     "attn_norm": "input_layernorm",
@@ -74,6 +70,7 @@ def convert(path: Path, out: Path, log: Log) -> None:
 
     from pdtrim_deploy.models.writer import write_shards
 
+    refuse_other(path)
     try:
         reader = GGUFReader(path)
         meta = {name: field.contents() for name, field in reader.fields.items()}
@@ -134,12 +131,10 @@ def _unpermute(tensor: Any, heads: int) -> Any:
 
 
 def _config(meta: dict[str, Any], tensors: dict[str, Any], factors: list[float] | None, path: Path) -> dict[str, Any]:
-    arch = meta.get("general.architecture")
-    if arch not in _ARCHITECTURES:
-        raise UserError(
-            f"{path}: GGUF architecture {arch!r} is not supported; those that are: {', '.join(_ARCHITECTURES)}"
-        )
-    architecture, model_type = _ARCHITECTURES[arch]
+    arch = meta["general.architecture"]
+    if meta.get(f"{arch}.expert_count"):
+        raise UserError(f"{path}: GGUF architecture {arch!r} with experts is not read; give the HF folder as hf:DIR")
+    architecture, model_type = ARCHITECTURES[arch]
     try:
         hidden, heads = meta[f"{arch}.embedding_length"], meta[f"{arch}.attention.head_count"]
         config = {

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.models.blockwise import Blockwise
+from pdtrim_deploy.models.layer_run import LayerRun
 from pdtrim_deploy.models.streaming import whole_block
 from pdtrim_deploy.plan import Stage
 from pdtrim_deploy.pruning.compensation.base import Progress
@@ -62,12 +63,12 @@ def _shortened(pair: StagePair, stage: Stage, norms: Tensor) -> dict[int, dict[s
 @torch.no_grad()
 def _mean_norms(pair: StagePair, ids: Tensor, progress: Progress) -> Tensor:
     """float64 `[blocks + 1]`: mean norm of each `x_i` of the dense model."""
-    runner, blocks = Blockwise(pair.model), pair.plan.model.num_blocks
+    blocks = pair.plan.model.num_blocks
     total = torch.zeros(blocks + 1, dtype=torch.float64)
-    states = [runner.embed(part) for part in ids.split(4)]
+    run = LayerRun(Blockwise(pair.model), ids.split(4))
     for block in range(blocks + 1):
-        total[block] = sum(hidden[:, 1:].double().norm(dim=-1).sum() for hidden, _ in states)
-        if block < blocks:
-            states = [(runner.block(block, hidden, span), span) for hidden, span in states]
+        total[block] = sum(hidden[:, 1:].double().norm(dim=-1).sum() for hidden in run.states)
+        if run.running:
+            run.advance()
             progress(f"norms: {block + 1}/{blocks} blocks")
     return total / (ids.shape[0] * (ids.shape[1] - 1))

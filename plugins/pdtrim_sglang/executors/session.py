@@ -27,5 +27,8 @@ class Session(Protocol):
     def set_address(self, name: str, pointer: int) -> None:
         """Of an input or output, for the calls that follow."""
 
+    def another(self) -> Session:
+        """A context of the same engine. They share scratch memory, so their runs must follow each other on a stream."""
+
     def enqueue(self, stream: int) -> bool:
         """Run on a cudaStream_t; False when it could not be enqueued."""

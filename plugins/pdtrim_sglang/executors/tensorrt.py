@@ -1,8 +1,8 @@
 """Executor `tensorrt`: an engine on SGLang's current stream, its attention a call back into SGLang's backend.
 
-Every input and the hidden states have one buffer for life, bound once, so that a CUDA graph which SGLang captures
-around a forward pass stays true: it finds the same addresses, and nothing is allocated. Only prefill, which is never
-captured, binds other memory: the staging arena's, for the rows it sends.
+Every input and the hidden states have one buffer for life, so that a CUDA graph which SGLang captures around a decode
+step stays true: it finds the same addresses, nothing is allocated, and no other shape uses its context. Only prefill,
+which runs without CUDA graphs, binds other memory: the staging arena's, for the rows it sends.
 
 Written against TensorRT 10 and 11's Python interface and tested with a stand-in for it; never run on a GPU.
 """
@@ -21,6 +21,7 @@ from pdtrim_deploy.bundle.engine import RESULT, TargetResult
 from pdtrim_deploy.plan import PDPlan
 from pdtrim_deploy.worker.config import EngineConfig
 from pdtrim_sglang.executors.base import NO_SENDS, Attention
+from pdtrim_sglang.executors.contexts import Contexts
 from pdtrim_sglang.executors.session import Session, View
 
 PLAN, LIBRARY = "engine.plan", "libpdtrim_tensorrt.so"
@@ -37,7 +38,14 @@ class Callback(Protocol):
 
 
 class TensorRTExecutor:
-    """`StageExecutor`. `view` makes a tensor of device memory, `stream` tells torch's current one."""
+    """`StageExecutor`.
+
+    Args:
+        view: makes a tensor of device memory.
+        stream: torch's current cudaStream_t.
+        capturing: whether a CUDA graph is being captured on it.
+
+    """
 
     def __init__(
         self,
@@ -47,8 +55,10 @@ class TensorRTExecutor:
         device: torch.device,
         view: View,
         stream: Callable[[], int],
+        capturing: Callable[[], bool],
     ) -> None:
-        self._session, self._library, self._attention = session, library, attention
+        self._contexts = Contexts(session, capturing)
+        self._library, self._attention = library, attention
         self._view, self._stream = view, stream
         shape, self.dtype = session.outputs[HIDDEN]
         self.most_tokens = session.inputs["input_ids"]
@@ -60,9 +70,6 @@ class TensorRTExecutor:
         self._sends = tuple(name for name in session.outputs if name != HIDDEN)
         # An engine that encodes rows itself writes codes and scales of a whole batch: those cannot be cut by request.
         self.packs = bool(self._sends) and all(session.outputs[name][1] == self.dtype for name in self._sends)
-        self._bound: dict[str, int] = {}
-        for name, buffer in {**self._feeds, HIDDEN: self._hidden, **dict.fromkeys(self._sends, self._nowhere)}.items():
-            self._bind(name, buffer)
         library.set_attention(self._attend)
 
     @classmethod
@@ -91,7 +98,13 @@ class TensorRTExecutor:
         library = PluginLibrary(folder / LIBRARY)
         session = TensorRTSession.load(tensorrt, folder / PLAN, folder / LIBRARY)
         return cls(
-            session, library, attention, device, device_view(device), lambda: torch.cuda.current_stream().cuda_stream
+            session,
+            library,
+            attention,
+            device,
+            device_view(device),
+            lambda: torch.cuda.current_stream().cuda_stream,
+            torch.cuda.is_current_stream_capturing,
         )
 
     def run(
@@ -108,27 +121,21 @@ class TensorRTExecutor:
                 f"pdtrim: a batch of {tokens} tokens, the engine takes {self.most_tokens}: start with "
                 f"--chunked-prefill-size {self.most_tokens} and as many --max-running-requests at most"
             )
-        given = {"input_ids": input_ids, "positions": positions, **rows}
+        values = {"input_ids": input_ids, "positions": positions, **rows}
+        context = self._contexts.of({name: len(values.get(name, ())) for name in self._feeds})
         for name, feed in self._feeds.items():
-            values = given.get(name)
-            count = 0 if values is None else len(values)
-            if values is not None:
-                feed[:count].copy_(values, non_blocking=True)
-            self._session.set_shape(name, (count,))
+            if name in values:
+                feed[: len(values[name])].copy_(values[name], non_blocking=True)
+            context.bind(name, feed.data_ptr())
+        context.bind(HIDDEN, self._hidden.data_ptr())
         for name in self._sends:
-            self._bind(name, packed.get(name, self._nowhere))
+            context.bind(name, packed.get(name, self._nowhere).data_ptr() or self._nowhere.data_ptr())
         self._library.error = None
-        if not self._session.enqueue(self._stream()):
+        if not context.enqueue(self._stream()):
             raise self._library.error or RuntimeError(
                 "pdtrim: TensorRT could not enqueue the engine; see its log above"
             )
         return self._hidden[:tokens]
-
-    def _bind(self, name: str, buffer: Tensor) -> None:
-        pointer = buffer.data_ptr() or self._nowhere.data_ptr()
-        if self._bound.get(name) != pointer:
-            self._session.set_address(name, pointer)
-            self._bound[name] = pointer
 
     def _attend(self, call: AttentionCall) -> None:
         if call.stream != self._stream():

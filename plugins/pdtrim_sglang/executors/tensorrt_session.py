@@ -24,10 +24,16 @@ _TYPESTR = {torch.float32: "<f4", torch.float16: "<f2", torch.bfloat16: "<i2", t
 
 
 class TensorRTSession:
-    """One engine with one execution context, profile 0."""
+    """An execution context of an engine, profile 0.
 
-    def __init__(self, trt: Any, engine: Any) -> None:
-        self._engine, self._context = engine, engine.create_execution_context()
+    `scratch` is uint8 device memory of at least `engine.device_memory_size_v2` bytes, which contexts share.
+    """
+
+    def __init__(self, trt: Any, engine: Any, scratch: Tensor, owners: tuple[Any, ...]) -> None:
+        self._trt, self._engine, self._scratch = trt, engine, scratch
+        self._owners = owners  # TensorRT asks that the runtime and its logger live as long as the engine
+        self._context = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        self._context.set_device_memory(scratch.data_ptr(), len(scratch))
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
         fed = [name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT]
         self.inputs: Mapping[str, int] = {name: engine.get_tensor_profile_shape(name, 0)[2][0] for name in fed}
@@ -49,10 +55,16 @@ class TensorRTSession:
         trt.init_libnvinfer_plugins(logger, "")
         if trt.get_plugin_registry().load_library(str(library)) is None:
             raise RuntimeError(f"pdtrim: TensorRT {trt.__version__} cannot load {library}; build it for this version")
-        engine = trt.Runtime(logger).deserialize_cuda_engine(plan.read_bytes())
+        runtime = trt.Runtime(logger)
+        engine = runtime.deserialize_cuda_engine(plan.read_bytes())
         if engine is None:
             raise RuntimeError(f"pdtrim: TensorRT {trt.__version__} cannot load {plan}; build it on this machine")
-        return cls(trt, engine)
+        size = max(1, engine.device_memory_size_v2)
+        scratch = torch.empty(size, dtype=torch.uint8, device="cuda")  # torch aligns it to 512 bytes
+        return cls(trt, engine, scratch, (runtime, logger))
+
+    def another(self) -> TensorRTSession:
+        return TensorRTSession(self._trt, self._engine, self._scratch, self._owners)
 
     def set_shape(self, name: str, shape: tuple[int, ...]) -> None:
         if not self._context.set_input_shape(name, shape):
@@ -78,8 +90,8 @@ def device_view(device: torch.device) -> View:
             "typestr": _TYPESTR[dtype],
             "version": 3,
         }
-        found = torch.as_tensor(SimpleNamespace(__cuda_array_interface__=described), device=device)
-        return found.view(dtype)
+        tensor = torch.as_tensor(SimpleNamespace(__cuda_array_interface__=described), device=device)
+        return tensor.view(dtype)
 
     return view
 

@@ -39,31 +39,48 @@ class Span:
     block: Block
     event: Any = None
 
-    def payload(self, layout: ChunkLayout, out: Tensor, offsets: KeyOffsets | None = None) -> list[memoryview]:
-        """The packed bytes of a chunk inside the span, in pieces: of the block, and of `out` where a codec wrote."""
+    def payload(self, layout: ChunkLayout, out: Tensor, offsets: KeyOffsets | None = None) -> list[memoryview] | None:
+        """The packed bytes of a chunk inside the span; None when they are all in `out`.
+
+        In host memory native rows are sent from the block itself, so that only codecs write to `out`.
+        """
         if self.event is not None:
             self.event.synchronize()
-        places = {rows.decode_layer: place for place, rows in enumerate(self.layout.layers)}
-        pieces, quantised = _Pieces(self.block.bytes, out), []
-        for rows in layout.layers:
-            place = places[rows.decode_layer]
-            first = _rows_below(self.layout.layers[place], layout.start - self.layout.start)
-            staged = self.sides[place][:, first : first + rows.rows]
-            if rows.wire_dtype != "native":
-                quantised.append(replace(rows, prefill_layer=place, ranges=((first, first + rows.rows),)))
+        layers = [self._as_pool(rows, layout.start) for rows in layout.layers]
+        if not self.block.bytes.is_cpu:
+            self._pack(layout, layers, out, offsets)
+            return None
+        pieces = _Pieces(self.block.bytes, out)
+        for rows in layers:
             if rows.wire_dtype == "native":
-                for side in staged:
+                ((first, stop),) = rows.ranges
+                for side in self.sides[rows.prefill_layer][:, first:stop]:
                     pieces.add(0, side.data_ptr() - self.block.bytes.data_ptr(), rows.bytes // 2)
             else:
                 pieces.add(1, rows.offset, rows.bytes)
-        if quantised:  # from here instead of from the pool: each layer's rows are a pool of their own
-            pools = [[sides[side] for sides in self.sides] for side in range(2)]
-            pack(replace(layout, layers=tuple(quantised)), pools[0], pools[1], self._slots, out, offsets)
+        self._pack(layout, [rows for rows in layers if rows.wire_dtype != "native"], out, offsets)
         return pieces.views()
+
+    def _as_pool(self, rows: LayerRows, start: int) -> LayerRows:
+        """A layer's rows of a chunk that begins with token `start`, as rows of the span instead of the pool."""
+        place = self._places[rows.decode_layer]
+        first = _rows_below(self.layout.layers[place], start - self.layout.start)
+        return replace(rows, prefill_layer=place, ranges=((first, first + rows.rows),))
+
+    def _pack(self, layout: ChunkLayout, layers: list[LayerRows], out: Tensor, offsets: KeyOffsets | None) -> None:
+        """Pack rows of the span: each layer's are a pool of their own, whose slots are their numbers."""
+        if layers:
+            keys, values = ([sides[side] for sides in self.sides] for side in range(2))
+            pack(replace(layout, layers=tuple(layers)), keys, values, self._slots, out, offsets)
+
+    @cached_property
+    def _places(self) -> dict[int, int]:
+        """Number of a decode layer in `layout.layers`."""
+        return {rows.decode_layer: place for place, rows in enumerate(self.layout.layers)}
 
     @cached_property
     def _slots(self) -> Tensor:
-        return torch.arange(max(sides.shape[1] for sides in self.sides))
+        return torch.arange(max(sides.shape[1] for sides in self.sides), device=self.block.bytes.device)
 
 
 def _rows_below(rows: LayerRows, token: int) -> int:
@@ -143,11 +160,12 @@ class Staging:
         rows = self._rows(layouts)
         shapes = [(2, len(rows.get(name, ())), self._kv_heads, self._plan.model.head_dim) for name in self._inputs]
         sizes = [math.prod(shape) * self._dtype.itemsize for shape in shapes]
-        block = self._arena.take(sum(sizes)) if sum(sizes) else None
+        *starts_at, total = self._arena.starts(sizes)
+        block = self._arena.take(total) if total else None
         if block is None:
             return None
-        parts = zip(block.bytes.split(sizes), shapes, strict=True)
-        packed = [part.view(self._dtype).view(shape) for part, shape in parts]
+        parts = zip(starts_at, sizes, shapes, strict=True)
+        packed = [block.bytes[at : at + size].view(self._dtype).view(shape) for at, size, shape in parts]
         first = [0] * len(packed)  # row of each layer's buffer at which the next request begins
         spans = []
         for room, _, layout in layouts:

@@ -1,0 +1,184 @@
+"""What is known of one family of models. A family is a YAML file in this folder; this is what it may say."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.models.families.sizes import axis_size, axis_sizes, axis_terms, count_of
+
+EXPERT = "{expert}"
+Axes = tuple[str, ...]
+Tensors = dict[str, Axes]
+"""Tensors by their name within a block (`{expert}` stands for an expert's number), with the sizes of their axes."""
+
+Feature = Literal["norm", "least-squares", "distil", "training", "kv_only_blocks", "blocks_in_memory", "engines"]
+_SIZES = ("q", "kv", "head", "hidden", "intermediate", "vocab")
+
+
+class _Data(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
+
+
+class Experts(_Data):
+    """The MLPs of blocks that have several.
+
+    Attributes:
+        count: key of config.json, or several (`a|b`): experts of a block.
+        tensors: on disk, in the place of the block's `mlp`.
+        stacked: by transformers' name of a parameter: what it stacks on disk, along a new first axis by expert; where
+            two are given, an expert's are put one behind the other.
+        dense_blocks: key of config.json: so many first blocks have the `mlp` instead. None: no block has.
+        needs: keys of config.json and the one value that they may have; others give blocks that SGLang reads otherwise.
+
+    """
+
+    count: str
+    tensors: Tensors
+    stacked: dict[str, tuple[str, ...]]
+    dense_blocks: str | None = None
+    needs: dict[str, Any] = Field(default_factory=dict)
+
+
+class Blocks(_Data):
+    """Tensor names on disk and their roles: what opens pruning and healing.
+
+    Attributes:
+        common: tensors of every block.
+        mlp: of blocks with one MLP.
+        experts: of blocks with several; None: the family has none.
+        where: tensors that are there where a key of config.json is true.
+        sizes: further names for sizes, each of a key of config.json.
+        renamed: parts of names on disk and what transformers has in their place.
+        cut_lists: keys of config.json that hold one value a block, beside `layer_types`.
+        stage_config: keys that a stage's config.json has another value of.
+        exact: ends of names of tensors that keep the dtype they have, whatever the stage's.
+        computes: keys of config.json that change what the weights compute, beside those that all families share.
+        served_windows: SGLang lets windowed layers attend to all tokens, so that a worker serves no longer texts.
+        refused: what recipes may ask of other families, and why it would be wrong here.
+
+    """
+
+    common: Tensors
+    mlp: Tensors = Field(default_factory=dict)
+    experts: Experts | None = None
+    where: dict[str, Tensors] = Field(default_factory=dict)
+    sizes: dict[str, str] = Field(default_factory=dict)
+    renamed: dict[str, str] = Field(default_factory=dict)
+    cut_lists: tuple[str, ...] = ()
+    stage_config: dict[str, Any] = Field(default_factory=dict)
+    exact: tuple[str, ...] = ()
+    computes: tuple[str, ...] = ()
+    served_windows: bool = False
+    refused: dict[Feature, str] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _sizes_are_known(self) -> Blocks:
+        expert = self.experts.tensors if self.experts else {}
+        for name, axes in (self.common | self.mlp | expert | _joined(self.where.values())).items():
+            for factor in (factor for axis in axes for term in axis_terms(axis) for factor in term):
+                if not factor.isdecimal() and factor not in (*_SIZES, *self.sizes):
+                    raise ValueError(f"{name}: size {factor} is unknown; use {', '.join((*_SIZES, *self.sizes))}")
+        parts = {part for whole in (self.experts.stacked.values() if self.experts else ()) for part in whole}
+        if missing := parts - expert.keys():
+            raise ValueError(f"stacked: {min(missing)} is no tensor of an expert")
+        return self
+
+
+class Family(_Data):
+    """A decoder-only architecture. Its modules are `model.layers`, `model.embed_tokens`, `model.norm`, `lm_head`.
+
+    Attributes:
+        blocks: None where its KV alone is known: a model of it is planned, transferred, served and judged uncut.
+
+    """
+
+    architecture: str
+    model_type: str = ""
+    blocks: Blocks | None = None
+
+    def is_dense(self, config: Mapping[str, Any], block: int) -> bool:
+        """Whether a block has one MLP instead of experts."""
+        experts = self.blocks.experts if self.blocks else None
+        return experts is None or (experts.dense_blocks is not None and block < count_of(config, experts.dense_blocks))
+
+    def block_tensors(self, config: Mapping[str, Any], block: int) -> dict[str, tuple[int, ...]]:
+        """Names within the block, on disk, and shapes; empty where blocks are not known."""
+        if (known := self.blocks) is None:
+            return {}
+        sizes = axis_sizes(config, known.sizes)
+        asked = known.common | _joined(tensors for key, tensors in known.where.items() if config.get(key))
+        if self.is_dense(config, block):
+            asked = asked | known.mlp
+        elif known.experts:
+            for name, axes in known.experts.tensors.items():
+                numbers = range(count_of(config, known.experts.count)) if EXPERT in name else (0,)
+                asked |= {name.replace(EXPERT, str(number)): axes for number in numbers}
+        return {name: tuple(axis_size(axis, sizes) for axis in axes) for name, axes in asked.items()}
+
+    def end_tensors(self, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        """What stands before and behind the blocks."""
+        rows = (config["vocab_size"], config["hidden_size"])
+        ends: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": rows}
+        if self.blocks:
+            ends["model.norm.weight"] = rows[1:]
+            if not config.get("tie_word_embeddings", False):
+                ends["lm_head.weight"] = rows
+        return ends
+
+    def required_tensors(self, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        """Names and shapes that a whole checkpoint of this family and config must hold, as far as they are known."""
+        tensors = self.end_tensors(config)
+        for block in range(config["num_hidden_layers"]):
+            named = self.block_tensors(config, block)
+            tensors |= {f"model.layers.{block}.{name}": shape for name, shape in named.items()}
+        return tensors
+
+    def cut_config(self, made: Any, blocks: Sequence[int]) -> dict[str, Any]:
+        """Keys of a stage's config that count blocks or list them; `made` is transformers' config of the whole model.
+
+        Lists may be implied there (Qwen2's max_window_layers counts original blocks): a stage's are explicit.
+        """
+        known, cut = self.blocks or Blocks(common={}), dict[str, Any]()
+        for key in ("layer_types", *known.cut_lists):
+            if (values := getattr(made, key, None)) is not None:
+                cut[key] = [values[block] for block in blocks]
+        if known.experts and (dense := known.experts.dense_blocks):
+            cut[dense] = sum(block < getattr(made, dense) for block in blocks)
+        return cut | known.stage_config
+
+    def keeps_dtype(self, name: str) -> bool:
+        """Whether a tensor is never cast."""
+        return self.blocks is not None and name.endswith(self.blocks.exact)
+
+    def refusal(self, feature: Feature) -> str | None:
+        """Why a recipe of this family may not ask for `feature`; None: it may."""
+        return self.blocks.refused.get(feature) if self.blocks else None
+
+    @property
+    def model_class(self) -> Any:
+        """The transformers class of this name: taken directly, so a checkpoint's `auto_map` is never looked at.
+
+        Raises:
+            UserError: there is none.
+
+        """
+        import transformers
+
+        if (found := getattr(transformers, self.architecture, None)) is None:
+            raise UserError(
+                f"architecture {self.architecture} is not supported: transformers {transformers.__version__} has no "
+                "class of that name, and a model's own code is never run"
+            )
+        return found
+
+
+def _joined(several: Iterable[Tensors]) -> Tensors:
+    return {name: axes for tensors in several for name, axes in tensors.items()}
+
+
+CAUSAL_LM = re.compile(r"\w+ForCausalLM")

@@ -1,0 +1,50 @@
+"""Whether a recipe may ask what it asks of a model's family: what would be wrong is refused before anything is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.models.families import FAMILIES, Family
+from pdtrim_deploy.models.families.base import Feature
+from pdtrim_deploy.recipe import Recipe
+
+
+def check_family(recipe: Recipe, family: Family) -> None:
+    """Refuse what needs blocks where they are not known, and what the family's file refuses.
+
+    Raises:
+        UserError: the recipe's key, why, and what is allowed.
+
+    """
+    for key, value, neutral, feature in _asked(recipe):
+        if family.blocks is None:
+            raise UserError(
+                f"recipe {recipe.name}: {key} is {value}, but of {family.architecture} the KV alone is known, not its "
+                f"blocks; allowed: {neutral}, or one of {', '.join(FAMILIES)}"
+            )
+        if feature is not None and (reason := family.refusal(feature)):
+            raise UserError(
+                f"recipe {recipe.name}: {key} is {value}, which is wrong for {family.architecture}: {reason}; "
+                f"allowed: {neutral}"
+            )
+
+
+def _asked(recipe: Recipe) -> Iterator[tuple[str, object, str, Feature | None]]:
+    """Key and value of everything that needs blocks, the value that asks for nothing, and what it is for families."""
+    pruning, healing = recipe.pruning, recipe.healing
+    if pruning.decode_blocks:
+        yield "pruning.decode_blocks", pruning.decode_blocks, "0", None
+    if pruning.distil:
+        yield "pruning.distil", "true", "false", "distil"
+    if pruning.decode_blocks and pruning.blocks_in_memory is not None:
+        yield "pruning.blocks_in_memory", pruning.blocks_in_memory, "to leave it out", "blocks_in_memory"
+    if healing.kv_only_blocks:
+        yield "healing.kv_only_blocks", healing.kv_only_blocks, "0", "kv_only_blocks"
+    if healing.compensation == "norm":
+        yield "healing.compensation", "norm", "none", "norm"
+    if healing.compensation == "least-squares":
+        yield "healing.compensation", "least-squares", "none", "least-squares"
+    for name in ("prefill_steps", "decode_steps", "kv_steps"):
+        if steps := getattr(healing, name):
+            yield f"healing.{name}", steps, "0", "training"

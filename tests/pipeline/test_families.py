@@ -1,0 +1,112 @@
+"""Every family through a build: recipe, plan, both stages, the PD oracle on what was written."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
+from pdtrim_deploy.loadtest.text import WORDS
+from pdtrim_deploy.models import FAMILIES
+from pdtrim_deploy.models.families import known_family
+from pdtrim_deploy.models.loading import load_model
+from pdtrim_deploy.models.oracle import PDOracle
+from pdtrim_deploy.models.surgery import keep_blocks
+from pdtrim_deploy.pipeline import build
+from pdtrim_deploy.pipeline.family_fit import check_family
+from pdtrim_deploy.pipeline.preview import preview
+from pdtrim_deploy.plan import STAGES
+from pdtrim_deploy.recipe import Recipe
+
+KV_ALONE = "ArceeForCausalLM"
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    folder, draw = tmp_path_factory.mktemp("text"), random.Random(0)
+    for number in range(12):
+        (folder / f"{number}.txt").write_text(" ".join(draw.choices(WORDS, k=400)))
+    return folder
+
+
+@pytest.fixture
+def recipe(tmp_path, text):
+    def make(folder: Path, **sections: object) -> Recipe:
+        corpus = {"corpus": f"dir:{text}", "sequences": 2}
+        kv = {"method": "budget", "reduction": 2.0, "sparse_choices": [[2, 4]], "wire_choices": ["int4"]}
+        data = {
+            "name": "asked",
+            "model": {"source": f"hf:{folder}"},
+            "calibration": corpus | {"length": 32},
+            "kv": kv | {"sequences": 2, "prompt_tokens": 24, "continuation_tokens": 8},
+            "evaluation": corpus | {"prompt_tokens": 24, "continuation_tokens": 8},
+        }
+        (tmp_path / "asked.yaml").write_text(yaml.safe_dump(data | sections))
+        return Recipe.load(tmp_path / "asked.yaml")
+
+    return make
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("architecture", [*FAMILIES, KV_ALONE])
+def test_recipe_to_oracle(architecture, recipe, tiny_dir, tmp_path, cache):
+    """What the written pair computes is what the plan does to the dense model's modules."""
+    cut = {} if architecture == KV_ALONE else {"method": "greedy", "prefill_blocks": 1, "decode_blocks": 2}
+    bundle = build(recipe(tiny_dir(architecture), pruning=cut), tmp_path / "b", cache)
+    plan, dense = bundle.plan, load_model(tiny_dir(architecture))
+    assert plan.model.architecture == architecture
+    assert [len(plan.prefill_layers), len(plan.decode_layers)] == ([5, 4] if cut else [6, 6])
+    assert plan.reduction(24) > 1.9
+    offsets = KeyOffsets.read(bundle.path / "decode", plan)
+    written = PDOracle(*(load_model(bundle.path / stage) for stage in STAGES), plan, offsets)
+    surgery = PDOracle(*(keep_blocks(dense, plan.layers(stage)) for stage in STAGES), plan, offsets)
+    ids = torch.randint(3, 259, (32,), generator=torch.Generator().manual_seed(1))
+    assert torch.equal(written.logprobs(ids[:24], ids[24:]), surgery.logprobs(ids[:24], ids[24:]))
+    assert torch.equal(written.greedy(ids[:24], 6), surgery.greedy(ids[:24], 6))
+
+
+CUT = {"method": "cosine", "prefill_blocks": 1, "decode_blocks": 2}
+ASKED = {
+    "norm": {"pruning": CUT, "healing": {"compensation": "norm"}},
+    "least-squares": {"pruning": CUT, "healing": {"compensation": "least-squares"}},
+    "distil": {"pruning": CUT | {"method": "anneal", "distil": True}},
+    "training": {"pruning": CUT, "healing": {"decode_steps": 1}},
+    "kv_only_blocks": {"pruning": CUT, "healing": {"kv_only_blocks": 1}},
+}
+
+
+@pytest.mark.parametrize("feature", ASKED)
+def test_what_would_be_wrong_for_a_family_is_refused_with_its_reason(feature, recipe, tmp_path):
+    asked = recipe(tmp_path / "m", **ASKED[feature])
+    refused = {name for name, family in FAMILIES.items() if feature in family.blocks.refused}
+    assert refused
+    for name, family in FAMILIES.items():
+        if name not in refused:
+            check_family(asked, family)
+            continue
+        with pytest.raises(
+            UserError, match=r"^recipe asked: (healing|pruning)\.\w+ is .* wrong for \w+: .*; allowed: "
+        ):
+            check_family(asked, family)
+
+
+@pytest.mark.parametrize(
+    "sections", [{"pruning": CUT}, {"healing": {"kv_only_blocks": 1}}, {"healing": {"kv_steps": 1}}]
+)
+def test_pruning_and_healing_need_known_blocks(sections, recipe, tiny_dir, tmp_path, cache):
+    asked = recipe(tiny_dir(KV_ALONE), **sections)
+    words = r"of ArceeForCausalLM the KV alone is known, not its blocks; allowed: 0, or one of .*LlamaForCausalLM"
+    with pytest.raises(UserError, match=words):
+        build(asked, tmp_path / "b", cache)
+    with pytest.raises(UserError, match=words):
+        preview(asked, tmp_path / "b", cache)
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_family_that_nobody_wrote_a_file_of_is_no_error_by_itself():
+    assert known_family(KV_ALONE).blocks is None

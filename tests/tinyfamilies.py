@@ -1,0 +1,51 @@
+"""Configs of tiny models by architecture: what differs from a Llama of 6 blocks."""
+
+from pdtrim_deploy.models.families import FAMILIES
+from pdtrim_deploy.models.families.base import Feature
+
+SHARED = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 1024,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.15,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+OWN = {
+    "GraniteForCausalLM": {
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.4,
+        "attention_multiplier": 0.2,
+        "logits_scaling": 2.0,
+    },
+    "SmolLM3ForCausalLM": {"no_rope_layers": [1, 0, 1, 1, 0, 1]},
+    "Glm4ForCausalLM": {"attention_bias": True},
+    "Qwen3MoeForCausalLM": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    "MixtralForCausalLM": {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 32},
+    "Glm4MoeForCausalLM": {
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "first_k_dense_replace": 2,
+        "routed_scaling_factor": 1.5,
+        "use_qk_norm": True,
+        "attention_bias": True,
+    },
+}
+
+
+def settings(architecture: str, changes: dict[str, object]) -> dict[str, object]:
+    """Arguments of the family's config class."""
+    return SHARED | OWN.get(architecture, {}) | changes
+
+
+def taking(*features: Feature) -> list[str]:
+    """Architectures of which a recipe may ask all of these."""
+    return [name for name, family in FAMILIES.items() if not any(family.refusal(feature) for feature in features)]
