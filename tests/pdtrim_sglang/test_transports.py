@@ -6,6 +6,7 @@ import queue
 import socket
 import sys
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -81,8 +82,8 @@ def header(room=1, payload=0, aux=0):
 def test_chunks_arrive_whole_and_in_order(pair):
     channel, _, handler, listener = pair
     for room, size in enumerate((0, 1, 1000, 1 << 20)):
-        channel.staging[:size] = torch.randint(0, 255, (size,), dtype=torch.uint8)
-        sent = channel.staging[:size].clone()
+        channel.slots[0][:size] = torch.randint(0, 255, (size,), dtype=torch.uint8)
+        sent = channel.slots[0][:size].clone()
         assert channel.send(header(room, size, 3), memoryview(b"aux")) > size
         assert listener.next() == Reply(room)
         assert handler.got[-1][0].room == room
@@ -108,7 +109,7 @@ def test_a_payload_in_more_pieces_than_one_call_takes_arrives_in_order(pair):
     whole = torch.randint(0, 255, (5000,), dtype=torch.uint8)
     pieces = [part.numpy().data for part in whole.split(2)]
     assert len(pieces) == 2500
-    channel.send(header(5, len(whole), 3), memoryview(b"aux"), pieces)
+    channel.send(header(5, len(whole), 3), memoryview(b"aux"), payload=pieces)
     assert listener.next() == Reply(5)
     assert torch.equal(handler.got[-1][1], whole)
     assert handler.got[-1][2] == b"aux"
@@ -270,7 +271,7 @@ def test_tcp_notices_a_damaged_chunk():
 
     threading.Thread(target=damage, daemon=True).start()
     channel = transport.channel("127.0.0.1", relay.getsockname()[1], listener, CONFIG)
-    channel.staging.zero_()
+    channel.slots[0].zero_()
     channel.send(header(4, 2000), memoryview(b""))
     reply = listener.next()
     assert reply.room == 4
@@ -281,11 +282,11 @@ def test_tcp_notices_a_damaged_chunk():
     relay.close()
 
 
-def test_a_receive_buffer_grows_no_further_than_staging_bytes():
-    transport = TRANSPORTS["tcp"]
+def test_a_receive_slot_grows_no_further_than_staging_bytes():
+    transport, config = TRANSPORTS["tcp"], replace(CONFIG, staging_slots=1)
     listener = Listener()
-    server = transport.server("127.0.0.1", Handler(), CONFIG)
-    channel = transport.channel(server.host, server.port, listener, CONFIG)
+    server = transport.server("127.0.0.1", Handler(), config)
+    channel = transport.channel(server.host, server.port, listener, config)
     for size, held in ((1000, 1000), (1001, 2000), (700_000, 700_000), (700_001, 1 << 20), (1 << 20, 1 << 20)):
         channel.send(header(1, size), memoryview(b""))
         assert listener.next() == Reply(1)

@@ -26,7 +26,8 @@ class TransportConfig:
     """Sizes, deadlines and credentials, the same on both sides.
 
     Attributes:
-        staging_bytes: capacity of one staging buffer; longer chunks are cut by the scheduler.
+        staging_bytes: capacity of one staging slot; longer chunks are cut by the scheduler.
+        staging_slots: of each connection, at each end: one is packed or scattered while another one travels.
         connect_seconds: deadline to reach a decode worker, and again to know each other.
         stall_seconds: longest silence inside a frame, or between a request's last chunk and its reply.
         connections: most prefill workers that a server keeps at once, and most that have not shown yet who they are:
@@ -39,7 +40,8 @@ class TransportConfig:
 
     """
 
-    staging_bytes: int = 64 << 20
+    staging_bytes: int = 32 << 20
+    staging_slots: int = 2
     connect_seconds: float = 5.0
     stall_seconds: float = 30.0
     connections: int = 256
@@ -122,10 +124,11 @@ class SendLink(ABC):
     """One connection of a `SendMover`."""
 
     @abstractmethod
-    def move(self, payload: Sequence[memoryview]) -> Sequence[memoryview]:
+    def move(self, slot: int, payload: Sequence[memoryview]) -> Sequence[memoryview]:
         """Get a payload across; returns what of it goes on the stream, between header and aux row.
 
-        OSError when it cannot be got across: the connection is then given up.
+        Its pieces lie in `slot`, each at its own place in the payload, or anywhere else. OSError when it cannot be got
+        across: the connection is then given up.
         """
 
     @abstractmethod
@@ -140,11 +143,12 @@ class SendLink(ABC):
 class SendMover(ABC):
     """Gets the payloads of one `SendChannel` across.
 
-    `staging` is the uint8 buffer `[staging_bytes]` for them, `staging_view` its bytes.
+    `slots` are the uint8 buffers `[staging_bytes]` for them, `views` their bytes.
     """
 
-    def __init__(self, staging: Tensor) -> None:
-        self.staging, self.staging_view = staging, memoryview(staging.numpy().data)
+    def __init__(self, slots: Sequence[Tensor]) -> None:
+        self.slots = tuple(slots)
+        self.views = tuple(memoryview(slot.numpy().data) for slot in slots)
 
     @abstractmethod
     def connected(self, connection: socket.socket) -> SendLink:
@@ -157,8 +161,11 @@ class ReceiveLink(ABC):
     held_bytes: int = 0
 
     @abstractmethod
-    def read(self, header: ChunkHeader, body: memoryview) -> None:
-        """Fill `body` with a chunk's payload and aux row, whose lengths were admitted. OSError when it broke."""
+    def read(self, header: ChunkHeader, body: Tensor) -> None:
+        """Fill `body`, uint8 on the host, with a chunk's payload and aux row, whose lengths were admitted.
+
+        OSError when the connection broke.
+        """
 
     @abstractmethod
     def close(self) -> None:
