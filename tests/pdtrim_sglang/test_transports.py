@@ -7,18 +7,20 @@ import socket
 import sys
 import threading
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from pdtrim_sglang import sglang_host
 from pdtrim_sglang.protocol import ChunkHeader, ProtocolError, Reply
-from pdtrim_sglang.transports import TRANSPORTS, TransportConfig, transport_named
+from pdtrim_sglang.transports import TRANSPORTS, TransportConfig, nixl, transport_named
 from pdtrim_sglang.transports.base import TransportError, UnreachableError
 from pdtrim_sglang.transports.handshake import Credentials
 
 from pdtrim_deploy.worker.config import WorkerConfig
 
 CONFIG = TransportConfig(staging_bytes=1 << 20, connect_seconds=2, stall_seconds=2, accept_unauthenticated=True)
-LIBRARY, LOADS = {"nixl": "nixl_cu12", "mooncake": "mooncake"}, {"nixl": "_api", "mooncake": "engine"}
+LIBRARY, LOADS = {"nixl": "nixl", "mooncake": "mooncake"}, {"nixl": "_api", "mooncake": "engine"}
 
 
 class Handler:
@@ -243,6 +245,29 @@ def test_what_a_worker_is_told_of_its_transport():
     for wrong in ({"stall": 3}, {"stall_seconds": 0}, *far, {"port": 70000}):
         with pytest.raises(RuntimeError, match=rf"pdtrim_transport.{next(iter(wrong))} in .*valid: accept_unauth"):
             transport_config(json.dumps({"pdtrim_transport": wrong}))
+
+
+def test_sglangs_infiniband_devices_are_used_where_ours_say_nothing():
+    pytest.importorskip("sglang", reason="needs the serve environment")
+    kv_args = SimpleNamespace(ib_device='{"0": "mlx5_0", "1": "mlx5_1, mlx5_2"}', gpu_id=1)
+    devices = sglang_host.ib_devices(kv_args)
+
+    def transport_config(override_args):
+        made = TransportConfig.of(WorkerConfig.parse(override_args).transport, Credentials(), devices)
+        return made.protocol, made.devices
+
+    assert transport_config("") == ("rdma", "mlx5_1, mlx5_2")
+    told = {"protocol": "tcp", "devices": "mlx5_9"}
+    assert transport_config(json.dumps({"pdtrim_transport": told})) == ("tcp", "mlx5_9")
+    assert sglang_host.ib_devices(SimpleNamespace(ib_device=None)) == sglang_host.ib_devices(SimpleNamespace()) == ""
+
+
+def test_nixl_takes_devices_by_name(monkeypatch):
+    monkeypatch.delenv("UCX_NET_DEVICES", raising=False)
+    assert nixl._backend_options("") == {}
+    assert nixl._backend_options("mlx5_1,mlx5_2") == {"device_list": "mlx5_1, mlx5_2"}
+    with pytest.raises(RuntimeError, match="without a port, such as mlx5_0, not mlx5_2:1: mend"):
+        nixl._backend_options("mlx5_1, mlx5_2:1")
 
 
 def test_an_unknown_transport_lists_the_valid_names():

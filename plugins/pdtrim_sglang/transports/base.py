@@ -35,7 +35,8 @@ class TransportConfig:
         port: where a decode worker listens; 0: wherever the system says.
         announce: `host:port` at which prefill workers reach it, where that is another (a forwarded port, a proxy).
         accept_unauthenticated: the user knows that this transport lets strangers write, and wants it all the same.
-        protocol, devices: what Mooncake is to use (`tcp`, `rdma`; device names, comma-separated).
+        protocol: what Mooncake is to use, `tcp` or `rdma`.
+        devices: the network devices that Mooncake and NIXL are to use, comma-separated; none: those that they find.
         credentials: what a connection's ends show each other before the first chunk.
 
     """
@@ -53,9 +54,12 @@ class TransportConfig:
     credentials: Credentials = field(default_factory=Credentials)
 
     @classmethod
-    def of(cls, options: TransportOptions, credentials: Credentials) -> TransportConfig:
-        """What the worker was told, and the defaults for the rest."""
-        return cls(**options.model_dump(exclude_none=True), credentials=credentials)
+    def of(cls, options: TransportOptions, credentials: Credentials, ib_devices: str = "") -> TransportConfig:
+        """What the worker was told, else SGLang's `ib_devices`, and the defaults for the rest."""
+        told = options.model_dump(exclude_none=True)
+        if ib_devices:
+            told = {"devices": ib_devices, "protocol": "rdma"} | told
+        return cls(**told, credentials=credentials)
 
 
 class TransportError(Exception):
