@@ -15,7 +15,7 @@ TEST_ENV = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} OMP_WAIT_POLICY=PASSIVE GOMP_S
 PYTEST = -m pytest --durations=5
 TEST_WORKERS ?= 2
 
-.PHONY: help setup setup-build setup-serve setup-docs setup-aiperf lock lint format test test-unit test-unit-build test-unit-serve test-docs test-serve test-faults coverage mutations soak demo headline plugin docs deploy bench clean distclean
+.PHONY: help setup setup-build setup-serve setup-docs setup-aiperf lock lint format test test-unit test-unit-build test-unit-serve test-docs test-serve test-faults coverage mutations soak demo headline plugin gpu-check docs deploy bench clean distclean
 .DEFAULT_GOAL := help
 
 help:  ## list these targets
@@ -89,6 +89,9 @@ headline: setup  ## the same with both of the paper's savings, healed: an hour o
 
 plugin: setup-build  ## compile the TensorRT plugin's kernels with nvcc (sm_80, 90, 100, 120) into out/plugin; fail on a spill
 	$(BUILD)/python -m pdtrim_tensorrt.compile_kernels out/plugin
+
+gpu-check: setup  ## on a machine with a GPU: run there what has not run on one; ten minutes
+	$(BUILD)/pdtrim-deploy gpu-check --out benchmarks/results/gpu-check.json
 
 docs: setup-docs  ## build the documentation into out/docs, strictly: a warning is an error
 	$(DOCS)/python tools/reference.py

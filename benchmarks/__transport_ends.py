@@ -154,7 +154,7 @@ def send(world: World, arguments: list[str]) -> list[dict[str, Any]]:
         channel = transport_named(name).channel(HOST, said["ports"][name], replies, world.config)
 
         def move() -> None:
-            world.gather(channel.staging)
+            world.gather(channel.slots[0])
             channel.send(_header(world, 1), memoryview(b""))
             reason = replies.get(timeout=60)
             assert not reason, reason

@@ -47,11 +47,14 @@ class PretendedGPU(TorchFunctionMode):
 
 
 def with_current_devices(monkeypatch):
-    """torch.cuda's current device as on a machine with GPUs: one per thread, 0 at first."""
-    own = threading.local()
+    """torch.cuda's current device and stream as on a machine with GPUs: one of each per thread. Returns them."""
+    own = threading.local()  # the device is 0 at first
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: getattr(own, "device", 0))
     monkeypatch.setattr(torch.cuda, "set_device", partial(setattr, own, "device"))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda priority: (own.device, priority))
+    monkeypatch.setattr(torch.cuda, "set_stream", partial(setattr, own, "stream"))
+    return own
 
 
 def gpu(tensor):

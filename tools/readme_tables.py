@@ -49,9 +49,10 @@ def written(text: str, results: Path = RESULTS) -> str:
         if not end:
             raise SystemExit(f"<!-- {name}:begin --> has no <!-- {name}:end -->")
         sources = [results / f"{source}.json" for source in TABLES[name].sources]
-        if missing := [path for path in sources if not path.exists()]:
+        missing = [path for path in sources if not path.exists()]
+        if missing and not TABLES[name].optional:
             raise SystemExit(f"{missing[0]} is not there; run: make bench-{missing[0].stem}")
-        body = TABLES[name].render(*(json.loads(path.read_text()) for path in sources))
+        body = TABLES[name].render(*(None if path in missing else json.loads(path.read_text()) for path in sources))
         text = f"{before}<!-- {name}:begin -->\n{body}\n{end}{after}"
     return text
 

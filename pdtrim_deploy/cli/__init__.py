@@ -29,6 +29,7 @@ GROUPS = {
         "loadtest": "loadtest:loadtest",
         "compare": "compare:compare",
         "report": "report:report",
+        "gpu-check": "gpu_check:gpu_check",
     },
     "All of it, and the shell": {"demo": "demo:demo", "completion": "completion:completion"},
 }

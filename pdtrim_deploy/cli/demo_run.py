@@ -41,7 +41,8 @@ from pdtrim_deploy.worker.decode_pool import SplitPool
 
 PAIRS = ("dense", "pruned")
 NEW_TOKENS = 8  # of each prompt of the fidelity check
-POOL_GB = "sglang:kv_cache_memory_usage_gb"  # of SGLang 0.5.23: 2**30 bytes
+# Gauges of SGLang 0.5.23: a pool's size in 2**30 bytes, and the tokens that it holds.
+POOL_GB, POOL_TOKENS = "sglang:kv_cache_memory_usage_gb", "sglang:max_total_num_tokens"
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class Demo:
                     fidelity = self._fidelity(bundles[name], clusters[name])
             with self.show("load, in turns"):
                 load = self._load(clusters)
-            memory = {name: _memory(bundles[name], clusters[name]) for name in PAIRS}
+            memory = {name: self._memory(bundles[name], clusters[name]) for name in PAIRS}
         plan = bundles["pruned"].plan
         results = load.total
         sent = {name: result.workers for name, result in results.items() if result.workers is not None}
@@ -126,6 +127,21 @@ class Demo:
         tokens = _longest(self.load.input)
         wider = bundle.plan.payload_bytes(tokens) / from_bfloat16(bundle.plan).payload_bytes(tokens)
         return Link(link.bits_per_s * wider)
+
+    def _memory(self, bundle: Bundle, cluster: Cluster) -> MemoryFigures:
+        """Weights by the files of the checkpoints, the pool by what the decode worker exports.
+
+        A machine short of memory gives its workers pools of fewer tokens, so the pool is counted by the request.
+        """
+        weights = {
+            f"{stage}_weights": sum(file.stat().st_size for file in bundle.stage_dir(stage).glob("*.safetensors"))
+            for stage in STAGES
+        }
+        (decode,) = (worker for worker in cluster.workers if worker.spec.stage == "decode")
+        exported = scrape(decode.metrics_url)
+        pool, tokens = total(exported, POOL_GB) * 2**30, total(exported, POOL_TOKENS)
+        request = _longest(self.load.input) + _longest(self.load.output)
+        return MemoryFigures(**weights, decode_request=round(pool / tokens * request) if tokens else 0)
 
     def _link_figures(self, bundles: dict[str, Bundle], results: dict[str, LoadResult]) -> LinkFigures | None:
         if self.link is None:
@@ -172,16 +188,6 @@ def _longest(lengths: Lengths) -> int:
     tokens = lengths.high or lengths.tokens
     assert tokens is not None
     return tokens
-
-
-def _memory(bundle: Bundle, cluster: Cluster) -> MemoryFigures:
-    """Weights by the files of the checkpoints, the pool by what the decode worker exports."""
-    weights = {
-        f"{stage}_weights": sum(file.stat().st_size for file in bundle.stage_dir(stage).glob("*.safetensors"))
-        for stage in STAGES
-    }
-    pool = sum(total(scrape(w.metrics_url), POOL_GB) for w in cluster.workers if w.spec.stage == "decode")
-    return MemoryFigures(**weights, decode_pool=round(pool * 2**30))
 
 
 def _transfer_share(result: LoadResult) -> float | None:

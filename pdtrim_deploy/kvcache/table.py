@@ -62,6 +62,11 @@ class Table:
     codes: frozenset[Code]
     turned: int  # prompt positions of rows that travel less an offset lie below it; 0 when there are none
 
+    def column(self, field: str) -> list[int]:
+        """A field of all runs."""
+        values: list[int] = self.runs[:, FIELDS.index(field)].tolist()
+        return values
+
 
 def chunk_table(
     layout: ChunkLayout,

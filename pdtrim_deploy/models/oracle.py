@@ -99,8 +99,8 @@ class PDOracle:
             [torch.full_like(pools[source], torch.nan) for source in self.plan.layer_map]  # a row not sent shows
             for pools in (state.keys, state.values)
         )
-        layout = chunk_layout(self.plan, state.tokens)
-        for slots in torch.arange(state.batch * state.tokens).view(state.batch, state.tokens):
+        layout, device = chunk_layout(self.plan, state.tokens), state.logits.device
+        for slots in torch.arange(state.batch * state.tokens, device=device).view(state.batch, state.tokens):
             packed = pack(layout, state.keys, state.values, slots, offsets=self.offsets)
             unpack(layout, packed, keys, values, slots, self.offsets)
         dtype, held = self.decode_model.dtype, []

@@ -143,14 +143,14 @@ class QualityFigures(_Frozen):
 
 
 class MemoryFigures(_Frozen):
-    """Bytes of one pair: weights of each stage's checkpoint, and decode's KV pool as its worker reports it.
+    """Bytes of one pair: weights of each stage's checkpoint, and what a request of the load takes of decode's KV pool.
 
-    The pools of both pairs hold as many requests of the load's lengths.
+    The latter is the pool that decode's worker reports, over the requests of that length which it holds.
     """
 
     prefill_weights: int
     decode_weights: int
-    decode_pool: int
+    decode_request: int
 
 
 class LinkFigures(_Frozen):

@@ -89,9 +89,9 @@ def notes(metrics: Metrics) -> Iterator[str]:
     if link is not None:
         shares = ", ".join(f"{name} {share:.0%}" for name, share in link.ttft_share.items() if share is not None)
         yield f"Link: {link.speed} for KV of a bfloat16 pool, alike for both; KV was on it for {shares} of TTFT."
-        if wider := {name: speed for name, speed in link.relays.items() if speed != link.speed}:
-            relays = ", ".join(f"{name}'s lets {speed} through" for name, speed in wider.items())
-            yield f"(Pools are float32 here: {relays}, which takes as long.)"
+        if any(speed != link.speed for speed in link.relays.values()):
+            relays = ", ".join(f"{name} {speed}" for name, speed in link.relays.items())
+            yield f"(Pools are float32 here: the relays let {relays} through, which takes as long.)"
     if metrics.quality.stderr is not None:
         yield f"± is one paired standard error over {metrics.quality.tokens} tokens."
 
@@ -124,7 +124,7 @@ def _memory(metrics: Metrics) -> Iterator[Saving]:
         return
     dense, pruned = metrics.memory["dense"], metrics.memory["pruned"]
     for label, name in (
-        ("decode's KV pool, as many requests", "decode_pool"),
+        ("decode's KV pool, one request", "decode_request"),
         ("weights of prefill", "prefill_weights"),
         ("weights of decode", "decode_weights"),
     ):

@@ -29,7 +29,7 @@ class Transport:
 
 
 LIBRARIES = {
-    "pdtrim_nixl": Library("nixl_cu12", "nixl-cu12==1.5.1"),
+    "pdtrim_nixl": Library("nixl", "nixl==1.5.1 nixl-cu13==1.5.1"),
     "pdtrim_mooncake": Library("mooncake", "mooncake-transfer-engine-non-cuda==0.3.13.post1", open=True),
 }
 

@@ -16,6 +16,7 @@ class TransportOptions(Frozen):
     """Sizes, deadlines and addresses; what is left out is the default of `pdtrim_sglang.transports.TransportConfig`."""
 
     staging_bytes: int | None = Field(None, ge=1 << 16, le=1 << 34)
+    staging_slots: int | None = Field(None, ge=1, le=16)
     connect_seconds: float | None = Field(None, gt=0, allow_inf_nan=False)
     stall_seconds: float | None = Field(None, gt=0, allow_inf_nan=False)
     connections: int | None = Field(None, ge=1)

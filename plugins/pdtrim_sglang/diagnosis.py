@@ -27,7 +27,7 @@ from pdtrim_sglang.attention.factory import ATTENTION
 PACKAGES = ("sglang", "sglang-router", "torch", "transformers", "onnxruntime", "onnxruntime-extensions", "tensorrt")
 OURS = Path(__file__).parent
 # Python package and shared libraries that a transport needs.
-MODULES = {"nixl": "nixl_cu12", "mooncake": "mooncake"}
+MODULES = {"nixl": "nixl", "mooncake": "mooncake"}
 LIBRARIES = {"tcp": (), "nixl": (), "mooncake": ("ibverbs", "rdmacm", "numa")}
 
 

@@ -11,7 +11,7 @@ from sglang.srt.disaggregation.utils import DisaggregationMode
 from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
 from pdtrim_deploy.plan import PDPlan, Stage
 from pdtrim_deploy.worker.config import WorkerConfig
-from pdtrim_sglang import hook_targets, identity
+from pdtrim_sglang import hook_targets, identity, sglang_host
 from pdtrim_sglang.control import protect
 from pdtrim_sglang.decode import DecodeSide
 from pdtrim_sglang.pairing import unlike_ranks
@@ -72,7 +72,7 @@ class PDTrimKVManager(CommonKVManager):
         aux = AuxRows(tuple(self.kv_args.aux_data_ptrs), tuple(self.kv_args.aux_item_lens))
         credentials = Credentials(bytes.fromhex(self.plan.digest), self._secret)
         told = WorkerConfig.parse(self.server_args.json_model_override_args)
-        self.transport_config = TransportConfig.of(told.transport, credentials)
+        self.transport_config = TransportConfig.of(told.transport, credentials, sglang_host.ib_devices(self.kv_args))
         check_staging(self.plan, view, self.transport_config.staging_bytes)
         transport = self.server_args.disaggregation_transfer_backend.removeprefix("pdtrim_")
         side = (self, self.plan, view, aux, transport, self.transport_config)

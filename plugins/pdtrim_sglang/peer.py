@@ -1,6 +1,7 @@
-"""One decode worker as a prefill worker sees it: a queue, a thread, a staging buffer and a channel.
+"""One decode worker as a prefill worker sees it: a queue, a ring of staging slots, two threads and a channel.
 
-A peer of its own thread means that a decode worker which hangs holds up nobody else's requests.
+One thread packs chunks into free slots, the other one sends them, so a chunk is packed while another one travels.
+Threads of its own mean that a decode worker which hangs holds up nobody else's requests.
 """
 
 from __future__ import annotations
@@ -9,43 +10,19 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
-from pdtrim_deploy.kvcache.layout import chunk_layout
-from pdtrim_deploy.kvcache.pack import pack
 from pdtrim_deploy.plan import PDPlan
 from pdtrim_sglang import vital
+from pdtrim_sglang.packing import Chunk, Packed, Packer
 from pdtrim_sglang.pool import PoolView
 from pdtrim_sglang.progress import RoomProgress
 from pdtrim_sglang.protocol import ChunkHeader, Reply
 from pdtrim_sglang.rooms import AuxRows
-from pdtrim_sglang.staging import Span
 from pdtrim_sglang.transports import SendChannel, TransportConfig
 from pdtrim_sglang.transports.base import TransportError, UnreachableError
 
-
-@dataclass(frozen=True)
-class Chunk:
-    """Prompt tokens `[start, stop)` of a request.
-
-    Attributes:
-        pages: int32, of this worker's pool; the first one begins with token `pages_start`.
-        events: device events after which `pages`, and the pages, may be read.
-        span: where an engine has packed the rows already.
-
-    """
-
-    room: int
-    pages: Any
-    pages_start: int
-    prompt_tokens: int
-    start: int
-    stop: int
-    last: bool
-    aux_index: int
-    events: tuple[Any, ...] = ()
-    span: Span | None = None
+__all__ = ["Chunk", "Owner", "Peer"]
 
 
 class Owner(Protocol):
@@ -73,13 +50,19 @@ class Peer:
         aux: AuxRows,
         rank: int,
     ) -> None:
-        self._owner, self._plan, self._pool, self._aux, self._rank = owner, plan, pool, aux, rank
-        self._digest = bytes.fromhex(plan.digest)
+        self._owner, self._rank, self._digest = owner, rank, bytes.fromhex(plan.digest)
         self._channel = make_channel(host, port, self, config)
+        self._packer = Packer(plan, pool, aux, self._channel.slots)
         self._chunks: queue.SimpleQueue[tuple[float, Chunk] | None] = queue.SimpleQueue()
+        self._packed: queue.SimpleQueue[Packed | None] = queue.SimpleQueue()
+        self._free: queue.SimpleQueue[int] = queue.SimpleQueue()
+        for slot in range(len(self._channel.slots)):
+            self._free.put(slot)
+        self._failed = 0.0, ""  # when it could not be reached last, and why
         self._unanswered: set[int] = set()
         self._open, self._lost = 0, False  # chunks submitted and not yet sent or failed
         self._lock = threading.Lock()  # over progress (a reply may overtake the return of its own send) and open chunks
+        vital.start(f"packer for {host}:{port}", self._pack)
         vital.start(f"sender to {host}:{port}", self._run)
 
     def submit(self, chunk: Chunk) -> None:
@@ -102,7 +85,7 @@ class Peer:
         self._channel.abandon()
 
     def close(self) -> None:
-        """End its thread and its connection; call it when it is `gone`."""
+        """End its threads and its connection; call it when it is `gone`."""
         self._chunks.put(None)
 
     def on_reply(self, reply: Reply) -> None:
@@ -133,60 +116,90 @@ class Peer:
         self._unanswered.discard(room)
         self._owner.arrived(room)
 
-    def _run(self) -> None:
-        failed_at, why = 0.0, ""
+    def _pack(self) -> None:
         while (item := self._chunks.get()) is not None:
             queued_at, chunk = item
+            slot = self._free.get()
+            packed = None
             try:
-                if queued_at < failed_at:  # it waited for the attempt that failed: one deadline for all, not one each
-                    self._owner.fail(chunk.room, why)
-                else:
-                    self._send(chunk)
-            except UnreachableError as error:
-                failed_at, why = time.monotonic(), str(error)
-                self._lost = True
-                self._owner.fail(chunk.room, why)
-            except TransportError as error:
-                self._owner.fail(chunk.room, str(error))
+                if not self._missed(queued_at, chunk.room) and self._live(chunk.room):
+                    packed = self._packer.pack(queued_at, chunk, slot)
             except Exception as error:  # whatever it was, it ends this request and not this thread
                 self._owner.fail(chunk.room, f"packing failed: {error}")
-            with self._lock:
-                self._open -= 1
-            del item, chunk  # it may hold staging memory
-            self._owner.released()
+            if packed is not None:
+                self._packed.put(packed)
+            else:
+                self._done(slot)
+            del item, chunk, packed  # they may hold staging memory
+        self._packed.put(None)
+
+    def _run(self) -> None:
+        self._connect()
+        while (packed := self._packed.get()) is not None:
+            room, slot = packed.chunk.room, packed.slot
+            try:
+                if not self._missed(packed.queued_at, room):
+                    self._send(packed)
+            except UnreachableError as error:
+                self._unreachable(error)
+                self._owner.fail(room, str(error))
+            except TransportError as error:
+                self._owner.fail(room, str(error))
+            except Exception as error:  # of the GPU, say, when the packed rows are waited for
+                self._owner.fail(room, f"packing failed: {error}")
+            del packed  # it may hold staging memory
+            self._done(slot)
         self._channel.close()
 
-    def _send(self, chunk: Chunk) -> None:
-        for event in chunk.events:
-            event.synchronize()
+    def _connect(self) -> None:
+        """Before there is anything to send: the first request need not wait for it, and who vanishes is noticed."""
+        try:
+            self._channel.connect()
+        except UnreachableError as error:
+            self._unreachable(error)
+
+    def _unreachable(self, error: UnreachableError) -> None:
+        self._failed = time.monotonic(), str(error)
+        self._lost = True
+
+    def _missed(self, queued_at: float, room: int) -> bool:
+        """Whether a chunk waited for an attempt to connect that failed: one deadline for all of them, not one each."""
+        failed_at, why = self._failed
+        if queued_at < failed_at:
+            self._owner.fail(room, why)
+            return True
+        return False
+
+    def _done(self, slot: int) -> None:
+        self._free.put(slot)
+        with self._lock:
+            self._open -= 1
+        self._owner.released()
+
+    def _live(self, room: int) -> bool:
+        return self._owner.progress(room) is not None and self._owner.is_live(room)
+
+    def _send(self, packed: Packed) -> None:
+        packed.wait()
+        chunk, size = packed.chunk, packed.layout.total_bytes
         progress = self._owner.progress(chunk.room)
-        if progress is None or not self._owner.is_live(chunk.room):
-            return
-        layout = chunk_layout(self._plan, chunk.prompt_tokens, chunk.start, chunk.stop, self._pool.kv_heads)
-        payload = None
-        if chunk.span is not None:
-            payload = chunk.span.payload(layout, self._channel.staging, self._pool.offsets)
-        else:
-            slots = self._pool.slots(chunk.pages, chunk.stop - chunk.pages_start)[chunk.start - chunk.pages_start :]
-            pack(layout, self._pool.keys, self._pool.values, slots, self._channel.staging, self._pool.offsets)
-        aux = memoryview(self._aux.read(chunk.aux_index) if chunk.last else b"")
-        if not self._owner.is_live(chunk.room):  # failed while packing: the pages may have been another's
+        if progress is None or not self._owner.is_live(chunk.room):  # it failed: its pages may have been another's
             return
         header = ChunkHeader(
             self._digest, chunk.room, self._rank, chunk.prompt_tokens, chunk.start, chunk.stop,
-            len(aux), layout.total_bytes, chunk.last,
+            len(packed.aux), size, chunk.last,
         )  # fmt: skip
         self._unanswered.add(chunk.room)
         progress.prompt_tokens = chunk.prompt_tokens
-        wire_bytes = self._channel.send(header, aux, payload)
+        wire_bytes = self._channel.send(header, memoryview(packed.aux), packed.slot, packed.pieces)
         self._lost = False
         with self._lock:
             if chunk.last:
                 progress.last_sent = time.monotonic()
             progress.sent += 1
             progress.wire_bytes += wire_bytes
-            progress.payload_bytes += layout.total_bytes
-            progress.staged_bytes += layout.total_bytes if chunk.span is not None else 0
+            progress.payload_bytes += size
+            progress.staged_bytes += size if chunk.span is not None else 0
             complete = progress.complete
         if complete:
             self._arrived(chunk.room, progress)

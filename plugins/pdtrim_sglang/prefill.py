@@ -76,7 +76,7 @@ class PrefillSide:
     def stage_in_engine(self) -> Staging:
         """From now on an engine packs what its forward passes compute; called before the first request."""
         keys = self._pool.keys[0]
-        arena = Arena(self._config.staging_bytes, keys.device)
+        arena = Arena(self._config.staging_bytes * self._config.staging_slots, keys.device)
         self.staging = Staging(self._plan, self._pool.kv_heads, keys.dtype, arena)
         return self.staging
 
@@ -137,14 +137,14 @@ class PrefillSide:
         parts = self._parts(chunk)
         progress.queued += len(parts)
         progress.started = progress.started or time.monotonic()
-        with self._peers_lock:
-            try:
-                peer = self._peer(info.session)
-            except Exception as error:  # memory that cannot be registered must not end the scheduler
-                self.fail(chunk.room, f"cannot prepare to send to decode worker {info.session}: {error}")
+        while not (reason := self._prepared(info.session)):
+            with self._peers_lock:
+                if (peer := self._peers.get(info.session)) is None:  # it was swept away just now
+                    continue
+                for part in parts:
+                    peer.submit(part)
                 return
-            for part in parts:
-                peer.submit(part)
+        self.fail(chunk.room, reason)
 
     def _parts(self, chunk: Chunk) -> list[Chunk]:
         """The chunk, cut where rows lie in the staging arena and where they must be gathered from its pages."""
@@ -231,13 +231,30 @@ class PrefillSide:
         self._rejected.pop(message.session, None)
         with self._peers_lock:
             _remember(self._known, message.session, message)
+        if reason := self._prepared(message.session):
+            logger.error("pdtrim: %s", reason)
 
-    def _peer(self, session: str) -> Peer:
-        if session not in self._peers:
-            known = self._known[session]
-            context = (self, self._plan, self._pool, self._aux, self._manager.prefill_rank)
-            self._peers[session] = Peer(known.host, known.data_port, self._transport.channel, self._config, *context)
-        return self._peers[session]
+    def _prepared(self, session: str) -> str:
+        """Have a peer for a decode worker that has registered; why there can be none, in one sentence, or nothing.
+
+        The control thread calls it when a worker registers and when it opens a room, since pinned memory takes tens of
+        milliseconds to make and to register: the scheduler seldom has to.
+        """
+        with self._peers_lock:
+            if session in self._peers:
+                return ""
+            known = self._known.get(session)
+        if known is None:
+            return f"decode worker {session} never registered"
+        context = (self, self._plan, self._pool, self._aux, self._manager.prefill_rank)
+        try:
+            peer = Peer(known.host, known.data_port, self._transport.channel, self._config, *context)
+        except Exception as error:  # memory that cannot be registered must end neither scheduler nor control thread
+            return f"cannot prepare to send to decode worker {session}: {error}"
+        with self._peers_lock:
+            if self._peers.setdefault(session, peer) is not peer:
+                peer.close()
+        return ""
 
     def _open(self, message: Room) -> None:
         manager = self._manager
@@ -249,11 +266,9 @@ class PrefillSide:
         manager.transfer_infos[message.room] = {message.session: info}
         reason = self._rejected.get(message.session, "")
         with self._peers_lock:
-            known = message.session in self._known
-            if known:
+            if message.session in self._known:
                 _remember(self._known, message.session, self._known[message.session])
-        if not reason and not known:
-            reason = f"decode worker {message.session} never registered"
+        reason = reason or self._prepared(message.session)
         if not reason and message.destinations != 1:
             reason = f"{message.destinations} decode ranks want one prefill rank's KV: use the same --tp-size"
         failed = manager.request_status.get(message.room) == KVPoll.Failed  # by an abort or a deadline

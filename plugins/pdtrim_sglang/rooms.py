@@ -45,6 +45,11 @@ class AuxRows:
             view[:], data = data[: len(view)], data[len(view) :]
 
 
+def near(payload: Tensor, pool: PoolView) -> Tensor:
+    """The payload where the pool is: on a GPU a copy, on its way over this thread's stream."""
+    return payload if pool.keys[0].is_cpu else payload.to(pool.keys[0].device, non_blocking=True)
+
+
 @dataclass
 class DecodeRoom:
     """One request's destination: slots `[prompt_tokens - prefix_tokens]` of all layers, and aux row `aux_index`.
@@ -81,9 +86,12 @@ class DecodeRoom:
             span = slice(header.start - self.prefix_tokens, header.stop - self.prefix_tokens)
             layout = chunk_layout(plan, header.prompt_tokens, header.start, header.stop, pool.kv_heads)
             pool.after(*self.ready)
-            for place in self.places:
-                unpack(place.part(layout), payload, pool.keys, pool.values, place.slots[span], pool.offsets)
-            pool.wait()
+            try:
+                rows = near(payload, pool)
+                for place in self.places:
+                    unpack(place.part(layout), rows, pool.keys, pool.values, place.slots[span], pool.offsets)
+            finally:  # also what failed half way writes no more when this returns, nor reads the payload
+                pool.wait()
             self.position = header.stop
             if header.last:
                 aux_rows.write(self.aux_index, aux)

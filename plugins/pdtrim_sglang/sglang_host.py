@@ -29,6 +29,15 @@ def own_address() -> str:
     return address
 
 
+def ib_devices(kv_args: Any) -> str:
+    """The InfiniBand devices that `--disaggregation-ib-device` gives this rank's GPU, comma-separated; or nothing."""
+    if not getattr(kv_args, "ib_device", None):
+        return ""
+    from sglang.srt.distributed.device_communicators.mooncake_transfer_engine import get_ib_devices_for_gpu
+
+    return get_ib_devices_for_gpu(kv_args.ib_device, kv_args.gpu_id) or ""
+
+
 def ask_by(requests: Any) -> None:
     """From now on SGLang's KV managers, senders and receivers ask over HTTP with this in place of module `requests`."""
     from sglang.srt.disaggregation.common import conn

@@ -216,6 +216,11 @@ def test_a_missing_extra_is_named(recipe_file: Path, tmp_path: Path) -> None:
         (["demo", "gone.yaml", "--out", "x", "--requests", "2"], "--requests 2 are too few to divide among rounds"),
         (["demo", "gone.yaml", "--out", "x", "--rounds", "2"], "--rounds 2 gives no confidence interval"),
         (["demo", "gone.yaml", "--out", "x"], "gone.yaml: no such recipe file"),
+        (
+            ["demo", "gone.yaml", "--out", "x", "--link", "1Gbps"],
+            "--link 1Gbps: links faster than 500 Mb/s cannot be had",
+        ),
+        (["demo", "gone.yaml", "--out", "x", "--link", "fast"], "'fast' is no link speed"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -37,8 +37,8 @@ STAGING_BYTES = 1 << 20
 # gauge of them may be 30 s old), and what our plugin holds.
 LOADS = ("num_running_reqs", "num_waiting_reqs", "num_used_tokens")
 LEVELS = ("pdtrim_kv_open_requests", "pdtrim_kv_staging_held_bytes", "pdtrim_kv_peers")
-# A decode worker keeps a connection's receive buffer as large as its largest chunk was: bounded, not at its level.
-BOUNDED, BUFFERS = "decode pdtrim_kv_staging_held_bytes", {"tcp": 1}  # one-sided: what is written into, and its copy
+# A decode worker keeps a connection's two slots as large as their largest chunks were: bounded, not at its level.
+BOUNDED, BUFFERS = "decode pdtrim_kv_staging_held_bytes", {"tcp": 2}  # one-sided: what is written into, and its copy
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class Stand:
     def __enter__(self) -> Stand:
         self.cluster.__enter__()
         self.healthy(1)
-        self.level = self.held() | {BOUNDED: STAGING_BYTES * BUFFERS.get(self.transport, 2)}
+        self.level = self.held() | {BOUNDED: STAGING_BYTES * BUFFERS.get(self.transport, 4)}
         return self
 
     def __exit__(self, *error) -> None:

@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.serve, pytest.mark.faults, pytest.mark.timeout(900)]
 @pytest.mark.parametrize("transport", ["nixl", "mooncake"])
 def test_transport(start, environment, transport):
     module = LIBRARIES[f"pdtrim_{transport}"].module
-    load = {"nixl": "import nixl_cu12._api", "mooncake": "import mooncake.engine"}[transport]
+    load = {"nixl": "import nixl._api", "mooncake": "import mooncake.engine"}[transport]
     if subprocess.run([environment.python, "-c", load], check=False, capture_output=True, timeout=120).returncode:
         pytest.skip(f"{module} is not installed in {environment.python}; give --serve-python")
     with start(transport) as stand:

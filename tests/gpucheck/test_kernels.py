@@ -2,12 +2,17 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 
 from pdtrim_deploy.gpucheck import kernels
 from pdtrim_deploy.gpucheck.row import Row
+from pdtrim_deploy.kvcache import torch_pack
+
+CPU = torch.device("cpu")
 
 
 def test_without_a_gpu_it_is_skipped(monkeypatch):
@@ -52,3 +57,96 @@ def test_it_needs_neither_transformers_nor_a_cli():
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not others & set(run.stdout.split())
     assert "pydantic" in run.stdout.split()
+
+
+class Form:
+    """Stands for `gpu.move`: by torch, on the CPU."""
+
+    def move(self, layout, packed, keys, values, slots, offsets, *, pack):
+        if pack:
+            torch_pack.pack(layout, keys, values, slots, packed, offsets)
+        else:
+            torch_pack.unpack(layout, packed, keys, values, slots, offsets)
+        return True
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(kernels, "library", Form)
+    monkeypatch.setattr(kernels, "LLAMA", (2, 2, 64))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
+
+class Clock:
+    """torch.cuda.Event of a device on which everything takes 2 ms."""
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        pass
+
+    def synchronize(self):
+        pass
+
+    def elapsed_time(self, end):
+        return 2.0
+
+
+def test_bandwidth_is_of_all_bytes_read_and_written(small, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Event", Clock)
+    figure = kernels.bandwidth(CPU, "native", tokens=128, repeats=3)
+    native = 128 * 2 * 2 * 2 * 64 * 2
+    assert figure["bytes_read_and_written"] == 2 * native
+    assert figure["pack_gb_per_s"] == pytest.approx(2 * native / 2e-3 / 1e9)
+    assert (figure["pack_of_copy"], figure["unpack_of_copy"]) == (1, 1)
+    assert kernels.bandwidth(CPU, "int3", tokens=128, repeats=3)["bytes_read_and_written"] < 1.25 * native
+
+
+def event(name, start, device=DeviceType.CPU):
+    return SimpleNamespace(name=name, device_type=device, time_range=SimpleNamespace(start=start, end=start + 10))
+
+
+@pytest.mark.parametrize(
+    ("more", "counts"),
+    [
+        ([], (1, 0)),
+        ([event("Memcpy HtoD (Pinned -> Device)", 9, DeviceType.CUDA)], (2, 0)),
+        ([event("cudaStreamSynchronize", 4), event("cudaMemcpy", 5)], (1, 2)),
+        ([event("cudaDeviceSynchronize", 30)], (1, 0)),  # the profiler's own, after the chunk
+    ],
+)
+def test_operations_and_waits_are_counted(small, monkeypatch, more, counts):
+    events = [event("pdtrim chunk", 0), event("pdtrim chunk", 0, DeviceType.CUDA), event("cuLaunchKernelEx", 3)]
+    events += [event("pack_runs", 8, DeviceType.CUDA), *more]
+
+    class Profiler:
+        def __init__(self, activities):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def events(self):
+            return events
+
+    monkeypatch.setattr(torch.profiler, "profile", Profiler)
+    assert kernels._profiled(lambda: None) == counts
+
+
+def test_the_profilers_own_events_have_what_is_asked_of_them(small):
+    assert kernels._profiled(lambda: torch.zeros(3) + 1) == (0, 0)
+
+
+def test_more_operations_than_two_have_failed(small, monkeypatch):
+    monkeypatch.setattr(kernels, "_profiled", lambda step: (3, 0))
+    with pytest.raises(AssertionError, match="more than 2 operations on the GPU"):
+        kernels.launches(CPU, "fp8", tokens=128)
+    monkeypatch.setattr(kernels, "_profiled", lambda step: (2, 1))
+    with pytest.raises(AssertionError, match="or a wait for it"):
+        kernels.launches(CPU, "fp8", tokens=128)
+    monkeypatch.setattr(kernels, "_profiled", lambda step: (2, 0))
+    assert kernels.launches(CPU, "fp8", tokens=128)["pack_new_operations"] == 2

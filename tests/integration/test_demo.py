@@ -39,9 +39,9 @@ def test_the_demo_ends_with_its_table_and_its_page(tiny_llama_dir, real_cache, t
     (transfer_time,) = (ratio for ratio in results["ratios"] if ratio["figure"] == "KV transfer time")
     assert transfer_time["ratio"] < 0.5, "the link is slow enough that bytes decide: a sixth of them"
     rows = 24 + 4 + 4  # of each cut layer: last and first of the prompt, and the answer
-    assert memory["pruned"]["decode_pool"] / memory["dense"]["decode_pool"] == pytest.approx(
-        4 / 6 * rows / (120 + 4), rel=0.05
-    )
+    row = 2 * 2 * 16 * 4  # K and V, heads, head size, bytes
+    held = {name: memory[name]["decode_request"] / row for name in memory}
+    assert held == {"dense": pytest.approx(6 * 124, rel=0.05), "pruned": pytest.approx(4 * rows, rel=0.05)}
     assert memory["pruned"]["decode_weights"] < memory["dense"]["decode_weights"]
     assert memory["pruned"]["prefill_weights"] == memory["dense"]["prefill_weights"]
     page = tmp_path / "out" / "report" / "report.html"

@@ -20,7 +20,7 @@ from pdtrim_deploy.models.loading import load_model, load_tokenizer
 from pdtrim_deploy.models.oracle import PDOracle
 from pdtrim_deploy.serving.metrics import scrape
 
-STAGING_BYTES = 64 << 20  # TransportConfig's default, of the plugin's own environment
+STAGING_BYTES = 32 << 20  # TransportConfig's default, of the plugin's own environment
 
 pytestmark = [pytest.mark.serve, pytest.mark.model, pytest.mark.timeout(900)]
 
@@ -80,7 +80,7 @@ def test_a_prompt_longer_than_the_staging_buffer_goes_in_several_chunks(pair, bu
     if "chunks of 64" in request.node.name:
         pytest.skip("SGLang's own chunks of 64 tokens never fill the buffer, and take minutes")
     tokens = 1900
-    assert bundle.plan.payload_bytes(1) * tokens > STAGING_BYTES
+    assert bundle.plan.payload_bytes(tokens) > STAGING_BYTES
     tokenizer = load_tokenizer(bundle.prefill_dir)
     text = corpora.sequences(corpora.load("brown", real_cache).split("final"), tokenizer, 1, tokens, seed=3)
     group = Group("long", "in turn", (tuple(text[0].tolist()),))

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,23 @@ def test_machine_code(codes, dtype, dim, heads, capability, pack, tmp_path, monk
     usage = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in usage
     assert int(re.search(r"Used (\d+) registers", usage)[1]) <= 184  # 255 is where spills begin
+
+
+def test_layers_of_a_chunk_may_lie_anywhere_in_it():
+    """A part of a chunk's layers lies where others put it: a GPU must not read wider words there."""
+    from packcases import pools, shape
+
+    from pdtrim_deploy.kvcache.gpu.move import constants
+    from pdtrim_deploy.kvcache.layout import chunk_layout
+    from pdtrim_deploy.kvcache.table import chunk_table
+    from pdtrim_deploy.plan import KVSend, PDPlan
+
+    plan = PDPlan.dense(shape(2, 1, 32, "bfloat16")).with_kv((KVSend(wire_dtype="int3"), KVSend(wire_dtype="native")))
+    layout, pool = chunk_layout(plan, 4), pools(2, 8, plan.model, 0)
+    native = replace(layout, layers=layout.layers[1:])
+    assert native.layers[0].offset == 2 * (64 + 3 * 14)
+    aligned = [constants(chunk_table(part, pool, pool, pack=False), False)["WIRE_ALIGN"] for part in (layout, native)]
+    assert aligned == [2, 4]
 
 
 class PretendedDriver:

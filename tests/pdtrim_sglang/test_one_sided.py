@@ -7,33 +7,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from memory_writer import Memory
 from pdtrim_sglang.protocol import ChunkHeader, Reply
 from pdtrim_sglang.transports import Transport
 from pdtrim_sglang.transports.base import TransportConfig, TransportError, UnreachableError
-from pdtrim_sglang.transports.one_sided import OneSided, Writer
+from pdtrim_sglang.transports.one_sided import OneSided
 
 CONFIG = TransportConfig(staging_bytes=1 << 12, connect_seconds=2, stall_seconds=30)
 HEADER = ChunkHeader(bytes(32), 1, 0, 8, 0, 8, 0, 100, False)
-
-
-class Memory(Writer):
-    """Registered buffers by number."""
-
-    def __init__(self):
-        super().__init__()
-        self.buffers = []
-
-    def register(self, buffer):
-        self.buffers.append(buffer)
-
-    def place(self, buffer):
-        return bytes([next(n for n, one in enumerate(self.buffers) if one is buffer)])
-
-    def reach(self, place):
-        return self.buffers[place[0]]
-
-    def write(self, source, size, target, seconds):
-        target[:size] = source[:size]
 
 
 class Handler:
@@ -75,7 +56,8 @@ def pair():
 @pytest.mark.parametrize("how", ["abandoned", "lost"])
 def test_a_sender_that_waits_for_its_turn_hears_that_the_connection_is_gone(pair, how):
     channel, _, handler, listener = pair
-    channel.send(HEADER, memoryview(b""))
+    for slot in range(CONFIG.staging_slots):
+        channel.send(HEADER, memoryview(b""), slot)
     assert handler.delivering.wait(5)
     threading.Timer(0.3, channel.abandon if how == "abandoned" else handler.server.close).start()
     started = time.monotonic()
@@ -88,7 +70,7 @@ def test_a_sender_that_waits_for_its_turn_hears_that_the_connection_is_gone(pair
 def test_what_is_written_after_the_check_is_not_scattered(pair):
     """A write that was given up may land whenever it likes: here after the checksum, before the scatter."""
     channel, writer, handler, listener = pair
-    channel.staging[:100] = torch.arange(100, dtype=torch.uint8)
+    channel.slots[0][:100] = torch.arange(100, dtype=torch.uint8)
     channel.send(replace(HEADER, aux_bytes=3), memoryview(b"aux"))
     assert handler.delivering.wait(5)
     for buffer in writer.buffers:

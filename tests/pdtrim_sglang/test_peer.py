@@ -34,10 +34,13 @@ class Channel:
     """Keeps what was sent."""
 
     def __init__(self, *_):
-        self.staging, self.sent = torch.zeros(1 << 16, dtype=torch.uint8), queue.Queue()
+        self.slots, self.sent = [torch.zeros(1 << 16, dtype=torch.uint8) for _ in range(2)], queue.Queue()
 
-    def send(self, header, aux, payload=None):
-        whole = b"".join(payload) if payload is not None else bytes(self.staging[: header.payload_bytes].numpy())
+    def connect(self):
+        pass
+
+    def send(self, header, aux, slot, payload=None):
+        whole = b"".join(payload) if payload is not None else bytes(self.slots[slot][: header.payload_bytes].numpy())
         self.sent.put((header, whole))
         return len(whole)
 

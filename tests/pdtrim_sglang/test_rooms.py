@@ -208,8 +208,12 @@ def test_rows_are_scattered_when_the_scheduler_has_made_their_slots(plan, source
         side = SimpleNamespace(_pool=there, _rooms={}, connections_changed=lambda: None)
         DecodeSide.open_room(side, 5, TOKENS, 0, (9, 1, 4), 1, "forward done")
         header, payload = send(plan, source, 0, TOKENS)
-        scatter = (plan, there, aux, header, payload, memoryview(bytes(12)))
-        thread = threading.Thread(target=lambda: side._rooms[5].take(*scatter), name="receiver")
+
+        def scatter():
+            with PretendedGPU():
+                side._rooms[5].take(plan, there, aux, header, payload, memoryview(bytes(12)))
+
+        thread = threading.Thread(target=scatter, name="receiver")
         thread.start()
         thread.join()
     here = threading.current_thread().name

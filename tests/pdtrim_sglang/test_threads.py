@@ -6,8 +6,7 @@ import pytest
 import torch
 
 pytest.importorskip("sglang", reason="needs the serve environment")
-from pdtrim_sglang import peer as peer_module
-from pdtrim_sglang import threads
+from pdtrim_sglang import packing, threads
 from pdtrim_sglang.peer import Chunk, Peer
 from pdtrim_sglang.pool import PoolView
 from pdtrim_sglang.progress import RoomProgress
@@ -24,7 +23,7 @@ SHAPE = ModelShape(architecture="X", fingerprint="f", num_blocks=1, num_kv_heads
 
 def test_a_chunk_is_packed_sent_and_taken_in_on_the_workers_gpu(monkeypatch):
     """The genuine sender, TCP channel and server of a worker with `--base-gpu-id 1`."""
-    with_current_devices(monkeypatch)
+    own = with_current_devices(monkeypatch)
     torch.cuda.set_device(1)
     used, answered = {}, queue.Queue()
 
@@ -35,23 +34,23 @@ def test_a_chunk_is_packed_sent_and_taken_in_on_the_workers_gpu(monkeypatch):
             return lambda *_: None
 
         def deliver(self, header, payload, aux):
-            used["taken in"] = torch.cuda.current_device()
+            used["taken in"] = torch.cuda.current_device(), own.stream
             return Reply(header.room)
 
         def is_live(self, room):
             return True
 
         def progress(self, room):
-            used.setdefault("waited for", torch.cuda.current_device())
+            used.setdefault("waited for", (torch.cuda.current_device(), own.stream))
             return self.room
 
         def arrived(self, room):
             answered.put(None)
 
     def pack(*_):
-        used["packed"] = torch.cuda.current_device()
+        used["packed"] = torch.cuda.current_device(), own.stream
 
-    monkeypatch.setattr(peer_module, "pack", pack)
+    monkeypatch.setattr(packing, "pack", pack)
     transport = transport_named("tcp")
     server = transport.server("127.0.0.1", Both(), CONFIG)
     pool = PoolView([torch.zeros(8, 1, 4)], [torch.zeros(8, 1, 4)], 4)
@@ -60,7 +59,8 @@ def test_a_chunk_is_packed_sent_and_taken_in_on_the_workers_gpu(monkeypatch):
     Both.room.queued = 1
     peer.submit(Chunk(1, [1], 0, 4, 0, 4, True, 0))
     answered.get(timeout=10)
-    assert used == {"waited for": 1, "packed": 1, "taken in": 1}
+    of_its_own = 1, (1, threads.HIGH)  # the device, and a stream there
+    assert used == {"waited for": of_its_own, "packed": of_its_own, "taken in": of_its_own}
     peer.close()
     server.close()
 

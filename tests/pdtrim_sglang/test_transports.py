@@ -6,18 +6,21 @@ import queue
 import socket
 import sys
 import threading
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from pdtrim_sglang import sglang_host
 from pdtrim_sglang.protocol import ChunkHeader, ProtocolError, Reply
-from pdtrim_sglang.transports import TRANSPORTS, TransportConfig, transport_named
+from pdtrim_sglang.transports import TRANSPORTS, TransportConfig, nixl, transport_named
 from pdtrim_sglang.transports.base import TransportError, UnreachableError
 from pdtrim_sglang.transports.handshake import Credentials
 
 from pdtrim_deploy.worker.config import WorkerConfig
 
 CONFIG = TransportConfig(staging_bytes=1 << 20, connect_seconds=2, stall_seconds=2, accept_unauthenticated=True)
-LIBRARY, LOADS = {"nixl": "nixl_cu12", "mooncake": "mooncake"}, {"nixl": "_api", "mooncake": "engine"}
+LIBRARY, LOADS = {"nixl": "nixl", "mooncake": "mooncake"}, {"nixl": "_api", "mooncake": "engine"}
 
 
 class Handler:
@@ -81,8 +84,8 @@ def header(room=1, payload=0, aux=0):
 def test_chunks_arrive_whole_and_in_order(pair):
     channel, _, handler, listener = pair
     for room, size in enumerate((0, 1, 1000, 1 << 20)):
-        channel.staging[:size] = torch.randint(0, 255, (size,), dtype=torch.uint8)
-        sent = channel.staging[:size].clone()
+        channel.slots[0][:size] = torch.randint(0, 255, (size,), dtype=torch.uint8)
+        sent = channel.slots[0][:size].clone()
         assert channel.send(header(room, size, 3), memoryview(b"aux")) > size
         assert listener.next() == Reply(room)
         assert handler.got[-1][0].room == room
@@ -108,7 +111,7 @@ def test_a_payload_in_more_pieces_than_one_call_takes_arrives_in_order(pair):
     whole = torch.randint(0, 255, (5000,), dtype=torch.uint8)
     pieces = [part.numpy().data for part in whole.split(2)]
     assert len(pieces) == 2500
-    channel.send(header(5, len(whole), 3), memoryview(b"aux"), pieces)
+    channel.send(header(5, len(whole), 3), memoryview(b"aux"), payload=pieces)
     assert listener.next() == Reply(5)
     assert torch.equal(handler.got[-1][1], whole)
     assert handler.got[-1][2] == b"aux"
@@ -244,6 +247,29 @@ def test_what_a_worker_is_told_of_its_transport():
             transport_config(json.dumps({"pdtrim_transport": wrong}))
 
 
+def test_sglangs_infiniband_devices_are_used_where_ours_say_nothing():
+    pytest.importorskip("sglang", reason="needs the serve environment")
+    kv_args = SimpleNamespace(ib_device='{"0": "mlx5_0", "1": "mlx5_1, mlx5_2"}', gpu_id=1)
+    devices = sglang_host.ib_devices(kv_args)
+
+    def transport_config(override_args):
+        made = TransportConfig.of(WorkerConfig.parse(override_args).transport, Credentials(), devices)
+        return made.protocol, made.devices
+
+    assert transport_config("") == ("rdma", "mlx5_1, mlx5_2")
+    told = {"protocol": "tcp", "devices": "mlx5_9"}
+    assert transport_config(json.dumps({"pdtrim_transport": told})) == ("tcp", "mlx5_9")
+    assert sglang_host.ib_devices(SimpleNamespace(ib_device=None)) == sglang_host.ib_devices(SimpleNamespace()) == ""
+
+
+def test_nixl_takes_devices_by_name(monkeypatch):
+    monkeypatch.delenv("UCX_NET_DEVICES", raising=False)
+    assert nixl._backend_options("") == {}
+    assert nixl._backend_options("mlx5_1,mlx5_2") == {"device_list": "mlx5_1, mlx5_2"}
+    with pytest.raises(RuntimeError, match="without a port, such as mlx5_0, not mlx5_2:1: mend"):
+        nixl._backend_options("mlx5_1, mlx5_2:1")
+
+
 def test_an_unknown_transport_lists_the_valid_names():
     with pytest.raises(ValueError, match="tcp"):
         transport_named("pigeon")
@@ -270,7 +296,7 @@ def test_tcp_notices_a_damaged_chunk():
 
     threading.Thread(target=damage, daemon=True).start()
     channel = transport.channel("127.0.0.1", relay.getsockname()[1], listener, CONFIG)
-    channel.staging.zero_()
+    channel.slots[0].zero_()
     channel.send(header(4, 2000), memoryview(b""))
     reply = listener.next()
     assert reply.room == 4
@@ -281,11 +307,11 @@ def test_tcp_notices_a_damaged_chunk():
     relay.close()
 
 
-def test_a_receive_buffer_grows_no_further_than_staging_bytes():
-    transport = TRANSPORTS["tcp"]
+def test_a_receive_slot_grows_no_further_than_staging_bytes():
+    transport, config = TRANSPORTS["tcp"], replace(CONFIG, staging_slots=1)
     listener = Listener()
-    server = transport.server("127.0.0.1", Handler(), CONFIG)
-    channel = transport.channel(server.host, server.port, listener, CONFIG)
+    server = transport.server("127.0.0.1", Handler(), config)
+    channel = transport.channel(server.host, server.port, listener, config)
     for size, held in ((1000, 1000), (1001, 2000), (700_000, 700_000), (700_001, 1 << 20), (1 << 20, 1 << 20)):
         channel.send(header(1, size), memoryview(b""))
         assert listener.next() == Reply(1)

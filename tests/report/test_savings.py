@@ -19,7 +19,7 @@ LINK = LinkFigures(
     speed="50 Mb/s", relays={"dense": "100 Mb/s", "pruned": "50 Mb/s"}, ttft_share={"dense": 0.49, "pruned": 0.2}
 )
 MEMORY = {
-    name: MemoryFigures(prefill_weights=size, decode_weights=size, decode_pool=size // 2)
+    name: MemoryFigures(prefill_weights=size, decode_weights=size, decode_request=size // 2)
     for name, size in (("dense", 538_000_000), ("pruned", 400_000_000))
 }
 
@@ -73,4 +73,4 @@ def test_the_table_fits_a_terminal_and_says_how_to_read_it() -> None:
     assert "3 rounds in turns (95% interval" in words
     assert "50 Mb/s for KV of a bfloat16 pool" in words
     assert "dense 49%, pruned 20% of TTFT" in words
-    assert "dense's lets 100 Mb/s through" in words
+    assert "the relays let dense 100 Mb/s, pruned 50 Mb/s through" in words

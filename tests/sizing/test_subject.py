@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import yaml
 
 from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.models import FAMILIES
 from pdtrim_deploy.models.shape import read_sized, shipped
 from pdtrim_deploy.plan.wire import WIRE_DTYPES
 from pdtrim_deploy.sizing import subjects
@@ -45,17 +47,16 @@ def write_recipe(folder: Path, name: str = "asked", source: str = "hf:nowhere", 
 @pytest.mark.parametrize("name", shipped())
 def test_shipped_sizes_make_the_published_number_of_parameters(name: str) -> None:
     c = json.loads(shipped()[name].read_text())
-    hidden, q, kv = c["hidden_size"], *(c["head_dim"] * c[f"num_{k}_heads"] for k in ("attention", "key_value"))
-    bias = q + 2 * kv if c["architectures"] == ["Qwen2ForCausalLM"] else 0
-    block = hidden * (2 * q + 2 * kv) + bias + 3 * hidden * c["intermediate_size"] + 2 * hidden
-    embeddings = c["vocab_size"] * hidden * (1 if c["tie_word_embeddings"] else 2)
-    assert c["num_hidden_layers"] * block + embeddings + hidden == c["_facts"]["parameters"]
+    shapes = FAMILIES[c["architectures"][0]].required_tensors(c).values()
+    assert sum(math.prod(shape) for shape in shapes) == c["_facts"]["parameters"]
     assert c["_facts"]["checked_against"]
 
 
 def test_shipped_names_and_kv_bytes_a_token() -> None:
     dense_bytes = {s.name: s.plan.dense_bytes(1) for s in subjects(["Llama-3.1-8B", "qwen2.5-7b", "qwen2.5-14b"])}
     assert dense_bytes == {"llama-3.1-8b": 131072, "qwen2.5-7b": 57344, "qwen2.5-14b": 196608}
+    experts = {s.name: s.plan.dense_bytes(1) for s in subjects(["qwen3-30b-a3b", "glm-4.5-air"])}
+    assert experts == {"qwen3-30b-a3b": 98304, "glm-4.5-air": 188416}
 
 
 def test_a_users_config_as_file_or_folder(tmp_path: Path) -> None:
@@ -139,7 +140,10 @@ def test_bad_targets(tmp_path: Path) -> None:
     (tmp_path / "broken.json").write_text("{")
     (tmp_path / "empty").mkdir()
     recipe, many = write_recipe(tmp_path), write_recipe(tmp_path, "many", pruning={"decode_blocks": 30})
-    shipped_models = "llama-3.1-8b, qwen2.5-14b, qwen2.5-7b, qwen2.5-coder-0.5b, smollm2-135m"
+    shipped_models = (
+        "glm-4.5-air, llama-3.1-8b, llama-3.3-70b, qwen2.5-14b, qwen2.5-7b, qwen2.5-coder-0.5b, qwen3-30b-a3b, "
+        "qwen3-32b, smollm2-135m"
+    )
     for targets, config, says in [
         (["gone"], None, f"gone: no such recipe, bundle or config.json; .* shipped model: {shipped_models}"),
         ([tmp_path / "gone.yaml"], None, "no such recipe file"),
@@ -154,3 +158,18 @@ def test_bad_targets(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=says) as caught:
             subjects([str(target) for target in targets], config)
         assert "\n" not in str(caught.value)
+
+
+def test_a_model_of_which_the_kv_alone_is_known_is_priced_and_its_pruning_refused(tmp_path: Path) -> None:
+    folder = write_config(tmp_path / "mine", architectures=["TomorrowForCausalLM"]).parent
+    kv = {"method": "all", "n_first": 2, "n_last": 5}
+    (subject,) = subjects([str(write_recipe(tmp_path, source=f"hf:{folder}", kv=kv))])
+    assert subject.plan.payload_bytes(100) == 6 * 7 * 2 * 2 * 32 * 2
+    cut = write_recipe(tmp_path, source=f"hf:{folder}", pruning={"method": "cosine", "decode_blocks": 2})
+    with pytest.raises(UserError, match="decode_blocks is 2, but of TomorrowForCausalLM the KV alone is known"):
+        subjects([str(cut)])
+
+
+def test_a_window_that_is_shorter_than_the_context_is_not_priced(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="GptOssForCausalLM is not supported: layers attend to the last 128 tokens"):
+        subjects([str(write_config(tmp_path / "oss", architectures=["GptOssForCausalLM"], sliding_window=128))])

@@ -59,6 +59,37 @@ def test_a_page_that_cannot_be_written_is_one_sentence(tool, tmp_path, text, mes
         tool.written(text, tmp_path)
 
 
+ROW = {"part": "kernels: bits, int4", "status": "run", "reason": "", "figure": {"bytes_different": 0, "gb_s": 1234.567}}
+CHECK = {
+    "command": "pdtrim-deploy gpu-check",
+    "device": {"name": "NVIDIA H100", "count": 2},
+    "driver": "580.1",
+    "versions": {"torch": "2.9", "python": "3.11"},
+    "rows": [ROW, ROW | {"status": "failed", "reason": "not done"}, ROW | {"status": "skipped", "figure": None}],
+}
+
+
+def test_without_a_file_of_a_gpu_nothing_has_run_on_one(tool, tmp_path):
+    page = "<!-- gpu:begin -->\n<!-- gpu:end -->\n<!-- gpuparts:begin -->\n<!-- gpuparts:end -->\n"
+    skipped = CHECK | {"rows": CHECK["rows"][2:]}
+    for check in (None, skipped, CHECK | {"device": {}}):
+        if check:
+            (tmp_path / "gpu-check.json").write_text(json.dumps(check))
+        text = tool.written(page, tmp_path)
+        assert "**Nothing has run on a GPU.**" in text
+        assert "no `gpu-check.json` of one is committed" in text
+        assert "H100" not in text
+
+
+def test_what_ran_on_a_gpu_is_counted_and_named(tool, tmp_path):
+    (tmp_path / "gpu-check.json").write_text(json.dumps(CHECK))
+    text = tool.written("<!-- gpu:begin -->\n<!-- gpu:end -->\n", tmp_path)
+    assert "On 2 NVIDIA H100, driver 580.1, torch 2.9: 1 checks run, **1 failed**, 1 skipped" in text
+    text = tool.written("<!-- gpuparts:begin -->\n<!-- gpuparts:end -->\n", tmp_path)
+    assert "| kernels: bits, int4 | run | bytes different 0, gb s 1.23e+03 |" in text
+    assert "| kernels: bits, int4 | failed | not done |" in text
+
+
 OF_A_MODEL = (
     "switches", "demo", "headline", "kv", "kvlengths", "wire", "choice", "pruning", "downstream", "searchcost",
     "kvonly", "prefilltime", "steptime", "served", "engines", "compare", "simulation",

@@ -5,20 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tables import demo, front, kv, pruning, serving
+from tables import demo, front, gpu, kv, pruning, serving
 
 
 @dataclass(frozen=True)
 class Table:
-    """`render` takes the content of each of `sources`, in their order; a source is a file's stem."""
+    """`render` takes the content of each of `sources`, in their order; a source is a file's stem.
+
+    Of a source that is `optional` and not there it takes None.
+    """
 
     sources: tuple[str, ...]
     render: Callable[..., str]
+    optional: bool = False
 
 
 TABLES = {
     "switches": Table(("kv", "wire", "kvonly", "prefilltime", "pruning", "headline"), front.switches),
     "proof": Table(("served", "faults"), front.proof),
+    "gpu": Table(("gpu-check",), gpu.gpu, optional=True),
+    "gpuparts": Table(("gpu-check",), gpu.gpuparts, optional=True),
     "demo": Table(("demo",), demo.demo),
     "headline": Table(("headline",), demo.demo),
     "kv": Table(("kv",), kv.kv),

@@ -56,7 +56,7 @@ def _time(ratios: list[dict[str, Any]], name: str) -> str:
 
 def _memory(memory: dict[str, Any] | None) -> list[tuple[str, str, str]]:
     rows = {
-        "decode_pool": "decode's KV pool",
+        "decode_request": "decode's KV pool, one request",
         "prefill_weights": "prefill's weights",
         "decode_weights": "decode's weights",
     }

@@ -160,12 +160,12 @@ def unpack_runs(
         scales = section(packed, run, SCALES, WIRE_ALIGN, tl.float16)
         x = tl.zeros([VECTORS, WIDTH], tl.float32)
         if SENT_BYTES & SENT and code <= INT8:
-            bytes = load(source + vector * DIM, held, WIDTH, DIM).to(tl.int8, bitcast=True)
+            stored = load(source + vector * DIM, held, WIDTH, DIM).to(tl.int8, bitcast=True)
             scale = tl.load(scales + vector, mask=held, other=0.0).to(tl.float32)[:, None]
             if SENT_FP8 & SENT and code == FP8:
-                x = codes.e4m3_values(bytes) * (scale * 256.0)
+                x = codes.e4m3_values(stored) * (scale * 256.0)
             if SENT_INT8 & SENT and code == INT8:
-                x = bytes.to(tl.float32) * scale
+                x = stored.to(tl.float32) * scale
         if SENT_ROTATED & SENT and code >= INT4:
             scale = load(scales + vector * (DIM // GROUP), held, WIDTH // GROUP, DIM // GROUP).to(tl.float32)
             if SENT_INT4 & SENT and code == INT4:

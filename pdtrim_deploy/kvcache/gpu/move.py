@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import accumulate
 from math import gcd
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from pdtrim_deploy.kvcache.gpu.kernels import pack_runs, unpack_runs
 from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
 from pdtrim_deploy.kvcache.layout import ChunkLayout
 from pdtrim_deploy.kvcache.sections import native_name
-from pdtrim_deploy.kvcache.table import DTYPES, FIELDS, MAX_TABLES, Table, chunk_table
+from pdtrim_deploy.kvcache.table import DTYPES, MAX_TABLES, Table, chunk_table
 from pdtrim_deploy.plan.wire import CODES, ITEM_BYTES, Code, rotated_group, row_sections
 
 TILE = 4096  # values that a program moves; 32 a thread
@@ -93,14 +94,12 @@ class _Resident(NamedTuple):
 def _resident(table: Table, pack: bool, device: torch.device, stream: int) -> _Resident:
     """Made once for each stream that uses it, which therefore needs to wait for no other's copy."""
     compiled = constants(table, pack)
-    vectors = table.runs[:, FIELDS.index("rows")] * table.heads
-    ends = vectors.add(compiled["VECTORS"] - 1).div(compiled["VECTORS"], rounding_mode="floor").cumsum(0)
-    first = ends.roll(1)
-    programs, first[0] = int(ends[-1]), 0
-    runs = torch.cat((first, table.runs.flatten()))
+    programs = (triton.cdiv(rows * table.heads, compiled["VECTORS"]) for rows in table.column("rows"))
+    *first, total = accumulate(programs, initial=0)
+    runs = torch.cat((torch.tensor(first), table.runs.flatten()))
     if device.type == "cuda":
         runs = runs.pin_memory()
-    return _Resident(runs.to(device, non_blocking=True), programs, compiled)
+    return _Resident(runs.to(device, non_blocking=True), total, compiled)
 
 
 def constants(table: Table, pack: bool) -> dict[str, Any]:
@@ -113,7 +112,7 @@ def constants(table: Table, pack: bool) -> dict[str, Any]:
     native_too: set[Code] = {"native"} if table.codes & GRIDS.keys() else set()
     codes = table.codes | native_too
     sections = [kind for code in codes for kind in row_sections(code, native, table.head_dim)]
-    addresses = table.runs[:, [FIELDS.index(field) for field in ("pool", "mean", "stride")]]
+    sizes = [table.heads * kind.per_head * ITEM_BYTES[kind.dtype] for kind in sections]
     return {
         "HEADS": table.heads,
         "DIM": table.head_dim,
@@ -125,8 +124,8 @@ def constants(table: Table, pack: bool) -> dict[str, Any]:
         "STAGES": stages,
         "GROUP": rotated_group(table.head_dim),
         "UNIT": 2.0 ** -(stages // 2 if pack else (stages + 1) // 2),
-        "ALIGN": gcd(LINE, *addresses.flatten().tolist()),
-        "WIRE_ALIGN": gcd(LINE, *(table.heads * kind.per_head * ITEM_BYTES[kind.dtype] for kind in sections)),
+        "ALIGN": gcd(LINE, *table.column("pool"), *table.column("mean"), *table.column("stride")),
+        "WIRE_ALIGN": gcd(LINE, *sizes, *table.column("codes"), *table.column("scales")),
     }
 
 

@@ -26,7 +26,8 @@ class TransportConfig:
     """Sizes, deadlines and credentials, the same on both sides.
 
     Attributes:
-        staging_bytes: capacity of one staging buffer; longer chunks are cut by the scheduler.
+        staging_bytes: capacity of one staging slot; longer chunks are cut by the scheduler.
+        staging_slots: of each connection, at each end: one is packed or scattered while another one travels.
         connect_seconds: deadline to reach a decode worker, and again to know each other.
         stall_seconds: longest silence inside a frame, or between a request's last chunk and its reply.
         connections: most prefill workers that a server keeps at once, and most that have not shown yet who they are:
@@ -34,12 +35,14 @@ class TransportConfig:
         port: where a decode worker listens; 0: wherever the system says.
         announce: `host:port` at which prefill workers reach it, where that is another (a forwarded port, a proxy).
         accept_unauthenticated: the user knows that this transport lets strangers write, and wants it all the same.
-        protocol, devices: what Mooncake is to use (`tcp`, `rdma`; device names, comma-separated).
+        protocol: what Mooncake is to use, `tcp` or `rdma`.
+        devices: the network devices that Mooncake and NIXL are to use, comma-separated; none: those that they find.
         credentials: what a connection's ends show each other before the first chunk.
 
     """
 
-    staging_bytes: int = 64 << 20
+    staging_bytes: int = 32 << 20
+    staging_slots: int = 2
     connect_seconds: float = 5.0
     stall_seconds: float = 30.0
     connections: int = 256
@@ -51,9 +54,12 @@ class TransportConfig:
     credentials: Credentials = field(default_factory=Credentials)
 
     @classmethod
-    def of(cls, options: TransportOptions, credentials: Credentials) -> TransportConfig:
-        """What the worker was told, and the defaults for the rest."""
-        return cls(**options.model_dump(exclude_none=True), credentials=credentials)
+    def of(cls, options: TransportOptions, credentials: Credentials, ib_devices: str = "") -> TransportConfig:
+        """What the worker was told, else SGLang's `ib_devices`, and the defaults for the rest."""
+        told = options.model_dump(exclude_none=True)
+        if ib_devices:
+            told = {"devices": ib_devices, "protocol": "rdma"} | told
+        return cls(**told, credentials=credentials)
 
 
 class TransportError(Exception):
@@ -122,10 +128,11 @@ class SendLink(ABC):
     """One connection of a `SendMover`."""
 
     @abstractmethod
-    def move(self, payload: Sequence[memoryview]) -> Sequence[memoryview]:
+    def move(self, slot: int, payload: Sequence[memoryview]) -> Sequence[memoryview]:
         """Get a payload across; returns what of it goes on the stream, between header and aux row.
 
-        OSError when it cannot be got across: the connection is then given up.
+        Its pieces lie in `slot`, each at its own place in the payload, or anywhere else. OSError when it cannot be got
+        across: the connection is then given up.
         """
 
     @abstractmethod
@@ -140,11 +147,12 @@ class SendLink(ABC):
 class SendMover(ABC):
     """Gets the payloads of one `SendChannel` across.
 
-    `staging` is the uint8 buffer `[staging_bytes]` for them, `staging_view` its bytes.
+    `slots` are the uint8 buffers `[staging_bytes]` for them, `views` their bytes.
     """
 
-    def __init__(self, staging: Tensor) -> None:
-        self.staging, self.staging_view = staging, memoryview(staging.numpy().data)
+    def __init__(self, slots: Sequence[Tensor]) -> None:
+        self.slots = tuple(slots)
+        self.views = tuple(memoryview(slot.numpy().data) for slot in slots)
 
     @abstractmethod
     def connected(self, connection: socket.socket) -> SendLink:
@@ -157,8 +165,11 @@ class ReceiveLink(ABC):
     held_bytes: int = 0
 
     @abstractmethod
-    def read(self, header: ChunkHeader, body: memoryview) -> None:
-        """Fill `body` with a chunk's payload and aux row, whose lengths were admitted. OSError when it broke."""
+    def read(self, header: ChunkHeader, body: Tensor) -> None:
+        """Fill `body`, uint8 on the host, with a chunk's payload and aux row, whose lengths were admitted.
+
+        OSError when the connection broke.
+        """
 
     @abstractmethod
     def close(self) -> None:

@@ -39,15 +39,22 @@ class SendChannel:
         self._connection: _Connection | None = None
 
     @property
-    def staging(self) -> Tensor:
-        """The uint8 buffer `[staging_bytes]` that a payload from the pool is packed into."""
-        return self._mover.staging
+    def slots(self) -> tuple[Tensor, ...]:
+        """The uint8 buffers `[staging_bytes]` that payloads are packed into."""
+        return self._mover.slots
 
-    def send(self, header: ChunkHeader, aux: memoryview, payload: Sequence[memoryview] | None = None) -> int:
+    def connect(self) -> None:
+        """Connect unless it is; UnreachableError when it cannot."""
+        self._reached()
+
+    def send(
+        self, header: ChunkHeader, aux: memoryview, slot: int = 0, payload: Sequence[memoryview] | None = None
+    ) -> int:
         """Send a payload and `aux`; all memory may be reused when this returns.
 
         Args:
-            payload: its pieces in order, `header.payload_bytes` together; by default the beginning of `staging`.
+            slot: number of the slot that the payload lies in.
+            payload: its pieces in order, `header.payload_bytes` together, where not all of them lie in the slot.
 
         Returns:
             bytes put on the wire, header included.
@@ -56,14 +63,11 @@ class SendChannel:
             TransportError: not connected, or the connection broke. The next `send` connects anew.
 
         """
-        payload = payload if payload is not None else [self._mover.staging_view[: header.payload_bytes]]
+        payload = payload if payload is not None else [self._mover.views[slot][: header.payload_bytes]]
         fixed = memoryview(header.encode([*payload, aux]))
+        connection = self._reached()
         try:
-            connection = self._connected()
-        except (OSError, HandshakeError) as error:
-            raise UnreachableError(f"cannot reach decode worker {self._name}: {error}") from error
-        try:
-            send(connection.socket, [fixed, *connection.link.move(payload), aux])
+            send(connection.socket, [fixed, *connection.link.move(slot, payload), aux])
         except OSError as error:
             self.close()
             raise TransportError(f"cannot send to decode worker {self._name}: {error}") from error
@@ -79,6 +83,12 @@ class SendChannel:
         if self._connection is not None:
             hang_up(self._connection.socket)
             self._connection = None
+
+    def _reached(self) -> _Connection:
+        try:
+            return self._connected()
+        except (OSError, HandshakeError) as error:
+            raise UnreachableError(f"cannot reach decode worker {self._name}: {error}") from error
 
     def _connected(self) -> _Connection:
         if self._connection is None or self._connection.broken:

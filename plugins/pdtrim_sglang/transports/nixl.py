@@ -1,4 +1,5 @@
-"""NIXL over UCX (shared memory, TCP, RoCE, InfiniBand): the wheel `nixl-cu12`, extra `transport-nixl`. No CUDA needed.
+"""NIXL over UCX (shared memory, TCP, RoCE, InfiniBand): the wheels `nixl` and `nixl-cu13` or `nixl-cu12`, whichever
+CUDA the serve environment's torch is built for; extra `transport-nixl`. No GPU needed.
 
 UCX listens on every network device, asks nobody for a name and writes where it is told to. On loopback it is kept to
 the loopback device; elsewhere it needs a network of its own, which the user says is so (`accept_unauthenticated`).
@@ -21,20 +22,22 @@ from pdtrim_sglang.transports.base import TransportConfig, missing, refuse_stran
 from pdtrim_sglang.transports.one_sided import Writer
 
 POLL_S = 20e-6
+PACKAGES = "nixl==1.5.1 nixl-cu13==1.5.1"
 
 
 class NixlWriter(Writer):
     """One NIXL agent. Its calls are not thread-safe: they take turns, and a write under way does not keep its turn."""
 
-    def __init__(self, loopback: bool) -> None:
+    def __init__(self, loopback: bool, devices: str) -> None:
         try:
-            from nixl_cu12._api import nixl_agent, nixl_agent_config
+            from nixl._api import nixl_agent, nixl_agent_config
         except ImportError as error:
-            raise missing("nixl", "nixl-cu12==1.5.1", error) from None
+            raise missing("nixl", PACKAGES, error) from None
         if loopback:
             os.environ.setdefault("UCX_NET_DEVICES", "lo")  # UCX reads nothing else
         super().__init__()
-        self._agent = nixl_agent(f"pdtrim-{secrets.token_hex(8)}", nixl_agent_config(backends=["UCX"]))
+        self._agent = nixl_agent(f"pdtrim-{secrets.token_hex(8)}", nixl_agent_config(backends=[]))
+        self._agent.create_backend("UCX", _backend_options(devices))
         self._lock = threading.Lock()
 
     def register(self, buffer: Tensor) -> None:
@@ -87,9 +90,22 @@ class NixlWriter(Writer):
 
 
 @cache
-def _writer(role: str, loopback: bool) -> NixlWriter:
+def _writer(role: str, loopback: bool, devices: str) -> NixlWriter:
     """One agent a process and role: UCX's resources are the process's."""
-    return NixlWriter(loopback)
+    return NixlWriter(loopback, devices)
+
+
+def _backend_options(devices: str) -> dict[str, str]:
+    """Of NIXL's UCX backend, which takes names alone, and adds port 1; with UCX_NET_DEVICES that variable decides."""
+    names = [name.strip() for name in devices.split(",") if name.strip()]
+    if not names or os.environ.get("UCX_NET_DEVICES"):
+        return {}
+    if with_port := [name for name in names if ":" in name]:
+        raise RuntimeError(
+            f"pdtrim: transport nixl takes network devices without a port, such as mlx5_0, not {with_port[0]}: mend "
+            "--disaggregation-ib-device or devices of pdtrim_transport"
+        )
+    return {"device_list": ", ".join(names)}  # NIXL parts them at a comma and a space
 
 
 def nixl_writer(role: str, host: str, config: TransportConfig) -> NixlWriter:
@@ -97,4 +113,4 @@ def nixl_writer(role: str, host: str, config: TransportConfig) -> NixlWriter:
     loopback = ipaddress.ip_address(host).is_loopback
     if not loopback:
         refuse_strangers("nixl", "UCX", config)
-    return _writer(role, loopback)
+    return _writer(role, loopback, config.devices)

@@ -1,17 +1,18 @@
 """Movers whose payload is written straight into the decode worker's staging memory (RDMA and the like).
 
-The stream carries header, aux row and replies. After the handshake the decode worker says on it where its connection's
-staging buffer is:
+The stream carries header, aux row and replies. After the handshake the decode worker says on it where the staging slots
+of its connection are:
 
-    decode  -> prefill   magic, version, length, place (the writer's own bytes)
+    decode  -> prefill   magic, version, number of places; of each place its length, then the writer's own bytes
 
-For each chunk prefill writes the payload there and waits until that is done, then sends header and aux row. The next
-chunk is written when the reply to the last one is there, since a place holds one. The header's checksum covers what
-was written, so whatever was written late or by somebody else is found before it is scattered.
+For each chunk prefill writes the payload to the next place in turn, waits until that is done, and sends header and aux
+row. A place is written again when the reply to its last chunk is there. The header's checksum covers what was written,
+so whatever was written late or by somebody else is found before it is scattered.
 """
 
 from __future__ import annotations
 
+import itertools
 import socket
 import struct
 import threading
@@ -20,6 +21,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pdtrim_sglang.protocol import ChunkHeader, ProtocolError
@@ -35,8 +37,8 @@ from pdtrim_sglang.transports.base import (
 )
 from pdtrim_sglang.transports.sockets import receive
 
-_PLACE = struct.Struct("<4sHI")
-MAGIC, VERSION, MOST_PLACE_BYTES = b"PDTP", 1, 1 << 16
+_PLACES, _LENGTH = struct.Struct("<4sHH"), struct.Struct("<I")
+MAGIC, VERSION, MOST_PLACE_BYTES = b"PDTP", 2, 1 << 16  # 2: several places
 ANOTHER = "it speaks another transport; start both workers with one --disaggregation-transfer-backend"
 
 
@@ -105,84 +107,92 @@ class OneSidedSendMover(SendMover):
     """The payload is written by `writer`."""
 
     def __init__(self, writer: Writer, config: TransportConfig) -> None:
-        super().__init__(writer.take(config.staging_bytes))
+        super().__init__([writer.take(config.staging_bytes) for _ in range(config.staging_slots)])
         self.writer, self.stall_seconds = writer, config.stall_seconds
-        weakref.finalize(self, writer.give, self.staging)
+        for slot in self.slots:
+            weakref.finalize(self, writer.give, slot)
 
     def connected(self, connection: socket.socket) -> SendLink:
-        magic, version, length = _PLACE.unpack(receive(connection, bytearray(_PLACE.size)) or bytes(_PLACE.size))
-        if magic != MAGIC or version != VERSION or length > MOST_PLACE_BYTES:
+        magic, version, count = _PLACES.unpack(receive(connection, bytearray(_PLACES.size)) or bytes(_PLACES.size))
+        if magic != MAGIC or version != VERSION or not count:
             raise OSError(ANOTHER)
         try:
-            target = self.writer.reach(bytes(receive(connection, bytearray(length)) or b""))
+            return _Places(self, [self.writer.reach(_place(connection)) for _ in range(count)])
         except (ValueError, LookupError, TypeError):  # the words of another writer
             raise OSError(ANOTHER) from None
-        return _Target(self, target)
 
 
-class _Target(SendLink):
-    """One connection's place in the decode worker's memory; `_free` is set when nothing lies in it."""
+def _place(connection: socket.socket) -> bytes:
+    (length,) = _LENGTH.unpack(receive(connection, bytearray(_LENGTH.size)) or bytes(_LENGTH.size))
+    if length > MOST_PLACE_BYTES:
+        raise OSError(ANOTHER)
+    return bytes(receive(connection, bytearray(length)) or b"")
 
-    def __init__(self, mover: OneSidedSendMover, target: Any) -> None:
-        self._mover, self._target, self._lost = mover, target, False
-        self._free = threading.Event()
-        self._free.set()
 
-    def move(self, payload: Sequence[memoryview]) -> Sequence[memoryview]:
-        seconds, staging = self._mover.stall_seconds, self._mover.staging_view
-        if not self._free.wait(seconds):
-            raise OSError(f"no answer to the last chunk within {seconds:.0f} s")  # and it hangs up
+class _Places(SendLink):
+    """Where one connection writes, in turn. `_free` counts the places in which nothing lies."""
+
+    def __init__(self, mover: OneSidedSendMover, places: Sequence[Any]) -> None:
+        self._mover, self._places, self._lost = mover, itertools.cycle(places), False
+        self._free = threading.Semaphore(len(places))
+
+    def move(self, slot: int, payload: Sequence[memoryview]) -> Sequence[memoryview]:
+        seconds = self._mover.stall_seconds
+        if not self._free.acquire(timeout=seconds):
+            raise OSError(f"no answer to an earlier chunk within {seconds:.0f} s")  # and it hangs up
         if self._lost:
             raise OSError("the connection was lost")
-        self._free.clear()
-        at = 0
-        for piece in payload:  # the staging buffer itself, or what an engine has packed elsewhere
-            if piece.obj is not staging.obj:
-                staging[at : at + len(piece)] = piece
-            at += len(piece)
-        if at:
-            self._mover.writer.write(self._mover.staging, at, self._target, seconds)
+        source, view, place, size = self._mover.slots[slot], self._mover.views[slot], next(self._places), 0
+        for piece in payload:
+            if piece.obj is not view.obj and piece:  # an engine has packed it elsewhere
+                source[size : size + len(piece)].copy_(torch.frombuffer(piece, dtype=torch.uint8))
+            size += len(piece)
+        if size:
+            self._mover.writer.write(source, size, place, seconds)
         return []
 
     def answered(self) -> None:
-        self._free.set()
+        self._free.release()
 
     def lost(self) -> None:
         self._lost = True
-        self._free.set()
+        self._free.release()
 
 
 class OneSidedReceiveMover(ReceiveMover):
-    """The payload lies in a buffer that prefill has written to."""
+    """The payload lies in a place that prefill has written to."""
 
     def __init__(self, writer: Writer, config: TransportConfig) -> None:
-        self.writer, self._staging_bytes = writer, config.staging_bytes
+        self.writer, self._config = writer, config
 
     def connected(self, connection: socket.socket) -> ReceiveLink:
-        link = Place(self.writer, self.writer.take(self._staging_bytes), connection)
+        buffers = [self.writer.take(self._config.staging_bytes) for _ in range(self._config.staging_slots)]
+        link = _Written(self.writer, buffers, connection)
         try:
-            place = self.writer.place(link.buffer)
-            connection.sendall(_PLACE.pack(MAGIC, VERSION, len(place)) + place)
+            places = [self.writer.place(buffer) for buffer in buffers]
+            frames = [part for place in places for part in (_LENGTH.pack(len(place)), place)]
+            connection.sendall(b"".join((_PLACES.pack(MAGIC, VERSION, len(places)), *frames)))
         except BaseException:
             link.close()
             raise
         return link
 
 
-class Place(ReceiveLink):
-    """One connection's buffer."""
+class _Written(ReceiveLink):
+    """One connection's places. What lies there is copied before it is checked: a late write may change it after."""
 
-    def __init__(self, writer: Writer, buffer: Tensor, connection: socket.socket) -> None:
-        self._writer, self._connection = writer, connection
-        self.buffer, self.held_bytes = buffer, len(buffer)
+    def __init__(self, writer: Writer, buffers: Sequence[Tensor], connection: socket.socket) -> None:
+        self._writer, self._buffers, self._connection = writer, buffers, connection
+        self._next, self.held_bytes = itertools.cycle(buffers), sum(map(len, buffers))
 
-    def read(self, header: ChunkHeader, body: memoryview) -> None:
-        if header.payload_bytes > len(self.buffer):
-            raise ProtocolError(f"chunk of {header.payload_bytes} bytes is larger than the staging buffer")
-        payload, aux = body[: header.payload_bytes], body[header.payload_bytes :]
-        if aux and receive(self._connection, aux) is None:
+    def read(self, header: ChunkHeader, body: Tensor) -> None:
+        place, payload, aux = next(self._next), body[: header.payload_bytes], body[header.payload_bytes :]
+        if len(payload) > len(place):
+            raise ProtocolError(f"chunk of {len(payload)} bytes is larger than a staging slot")
+        if len(aux) and receive(self._connection, aux.numpy().data) is None:
             raise ConnectionError("closed inside a chunk")
-        payload[:] = self.buffer.numpy().data[: header.payload_bytes]
+        payload.copy_(place[: len(payload)])  # torch's copy: other threads of the worker run on meanwhile
 
     def close(self) -> None:
-        self._writer.give(self.buffer)
+        for buffer in self._buffers:
+            self._writer.give(buffer)

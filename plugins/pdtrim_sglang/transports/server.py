@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import queue
 import socket
+import threading
 import time
 
-import torch
-
 from pdtrim_sglang import threads, vital
-from pdtrim_sglang.protocol import HEADER_BYTES, ChunkHeader, ProtocolError, Reply, body_matches
+from pdtrim_sglang.protocol import HEADER_BYTES, ChunkHeader, ProtocolError, Reply
 from pdtrim_sglang.transports.base import ChunkHandler, ReceiveLink, ReceiveMover, TransportConfig
 from pdtrim_sglang.transports.handshake import HandshakeError, welcome
+from pdtrim_sglang.transports.ring import ReadChunk, Ring
 from pdtrim_sglang.transports.sockets import hang_up, prepare, receive, wake
 
 logger = logging.getLogger("sglang.srt.pdtrim.transport")
@@ -21,32 +22,66 @@ ACCEPT_AGAIN_SECONDS = 0.1
 
 
 class _Member:
-    """A prefill worker that was let in, with the memory that its chunks are read into."""
+    """A prefill worker that was let in: its chunks are read in one thread, scattered and answered in another one."""
 
-    def __init__(self, most_bytes: int) -> None:
-        self.link: ReceiveLink | None = None
-        self._most_bytes, self._staging = most_bytes, bytearray(0)
+    def __init__(self, connection: socket.socket, handler: ChunkHandler, config: TransportConfig) -> None:
+        self._connection, self._handler = connection, handler
+        self._ring = Ring(config)
+        self._link: ReceiveLink | None = None
+        self._read: queue.SimpleQueue[ReadChunk | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
 
     @property
     def held_bytes(self) -> int:
-        return len(self._staging) + (self.link.held_bytes if self.link is not None else 0)
+        """Of staging memory."""
+        return self._ring.held_bytes + (self._link.held_bytes if self._link is not None else 0)
 
-    def body(self, header: ChunkHeader) -> tuple[memoryview, memoryview]:
-        """Payload and aux row of a chunk whose lengths were admitted; valid until the next one."""
-        assert self.link is not None
-        body = self._room(header.payload_bytes + header.aux_bytes)
-        self.link.read(header, body)
-        return body[: header.payload_bytes], body[header.payload_bytes :]
+    def connected(self, mover: ReceiveMover) -> None:
+        """Its handshake is done."""
+        self._link = mover.connected(self._connection)
+        self._thread = threads.start("scatter", self._answer)
 
-    def _room(self, length: int) -> memoryview:
-        """Memory that grows with the chunks, by doubling up to `most_bytes`."""
-        if length > len(self._staging):
-            self._staging = bytearray(max(length, min(2 * len(self._staging), self._most_bytes)))
-        return memoryview(self._staging)[:length]
+    def read(self, data: bytes, header: ChunkHeader) -> None:
+        """Read a chunk whose lengths were admitted; its rows are scattered, and it is answered, in its turn."""
+        assert self._link is not None
+        self._read.put(self._ring.read(self._link, data, header))
+
+    def finish(self) -> None:
+        """Scatter and answer what was read; no more comes."""
+        if self._thread is not None:
+            self._read.put(None)
+            self._thread.join()
+
+    def close(self) -> None:
+        """After `finish`."""
+        if self._link is not None:
+            self._link.close()
+
+    def _answer(self) -> None:
+        lost = False
+        while (chunk := self._read.get()) is not None:
+            if not lost:
+                reply = self._take(chunk)
+                try:
+                    self._connection.sendall(reply.encode())
+                except OSError:  # the reader finds it over; prefill has failed what it had no reply to
+                    lost = True
+                    wake(self._connection)
+            self._ring.free(chunk)
+
+    def _take(self, chunk: ReadChunk) -> Reply:
+        room = chunk.header.room
+        if not chunk.intact:
+            return Reply(room, "checksum mismatch: the chunk was damaged on its way")
+        try:
+            return self._handler.deliver(chunk.header, chunk.payload, chunk.aux)
+        except Exception as error:  # it ends this request: others' chunks come on the same connection
+            logger.exception("pdtrim: a chunk was not taken in")
+            return Reply(room, f"decode failed: {error}")
 
 
 class ReceiveServer:
-    """Listens at `host` and `port`; one thread and one staging buffer a connection."""
+    """Listens at `host` and `port`; two threads and a ring of staging slots a connection."""
 
     def __init__(self, host: str, handler: ChunkHandler, config: TransportConfig, mover: ReceiveMover) -> None:
         self._handler, self._config, self._mover = handler, config, mover
@@ -84,16 +119,17 @@ class ReceiveServer:
             threads.start("connection", self._serve, connection)
 
     def _serve(self, connection: socket.socket) -> None:
-        room, member = 0, _Member(self._config.staging_bytes)
+        room, member = 0, _Member(connection, self._handler, self._config)
         try:
             self._let_in(connection, member)
             while data := receive(connection, bytearray(HEADER_BYTES), patient=True):
                 header = ChunkHeader.decode(bytes(data))
                 room = header.room
                 self._handler.admit(header)
-                connection.sendall(self._take(member, bytes(data), header).encode())
+                member.read(bytes(data), header)
         except ProtocolError as error:
             logger.warning("pdtrim: dropping a prefill connection: %s", error)
+            member.finish()
             with contextlib.suppress(OSError):
                 self._refuse(connection, Reply(room, str(error)))
         except HandshakeError as error:
@@ -102,13 +138,14 @@ class ReceiveServer:
             logger.warning("pdtrim: lost a prefill connection: %s", error)
         except Exception as error:  # out of memory while a chunk was read, say: where the next begins is not known
             logger.exception("pdtrim: dropping a prefill connection")
+            member.finish()
             with contextlib.suppress(OSError):
                 self._refuse(connection, Reply(room, f"decode failed: {error}"))
         finally:
             self._unknown.pop(connection, None)
             self._members.pop(connection, None)
-            if member.link is not None:
-                member.link.close()
+            member.finish()
+            member.close()
             connection.close()
             self._handler.connections_changed()
 
@@ -121,7 +158,7 @@ class ReceiveServer:
         self._unknown.pop(connection)
         self._handler.connections_changed()
         connection.settimeout(self._config.stall_seconds)
-        member.link = self._mover.connected(connection)
+        member.connected(self._mover)
 
     def _refuse(self, connection: socket.socket, reply: Reply) -> None:
         """Answer, then read on a little: closing with unread bytes would reset the answer away."""
@@ -131,14 +168,3 @@ class ReceiveServer:
         unread, waste = self._config.staging_bytes, bytearray(1 << 16)
         while unread > 0 and (count := connection.recv_into(waste)):
             unread -= count
-
-    def _take(self, member: _Member, data: bytes, header: ChunkHeader) -> Reply:
-        payload, aux = member.body(header)
-        if not body_matches(data, (payload, aux)):
-            return Reply(header.room, "checksum mismatch: the chunk was damaged on its way")
-        rows = torch.frombuffer(payload, dtype=torch.uint8) if len(payload) else torch.empty(0, dtype=torch.uint8)
-        try:
-            return self._handler.deliver(header, rows, aux)
-        except Exception as error:  # it ends this request: others' chunks come on the same connection
-            logger.exception("pdtrim: a chunk was not taken in")
-            return Reply(header.room, f"decode failed: {error}")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import socket
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from pdtrim_sglang.protocol import ChunkHeader
 from pdtrim_sglang.transports.base import (
     Mover,
@@ -32,12 +34,12 @@ class InlineSendMover(SendMover, SendLink):
     """The payload goes on the stream."""
 
     def __init__(self, config: TransportConfig) -> None:
-        super().__init__(staging_buffer(config.staging_bytes))
+        super().__init__([staging_buffer(config.staging_bytes) for _ in range(config.staging_slots)])
 
     def connected(self, connection: socket.socket) -> SendLink:
         return self
 
-    def move(self, payload: Sequence[memoryview]) -> Sequence[memoryview]:
+    def move(self, slot: int, payload: Sequence[memoryview]) -> Sequence[memoryview]:
         return payload
 
     def answered(self) -> None:
@@ -58,8 +60,8 @@ class _InlineLink(ReceiveLink):
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
 
-    def read(self, header: ChunkHeader, body: memoryview) -> None:
-        if body and receive(self._connection, body) is None:
+    def read(self, header: ChunkHeader, body: Tensor) -> None:
+        if len(body) and receive(self._connection, body.numpy().data) is None:
             raise ConnectionError("closed inside a chunk")
 
     def close(self) -> None:

@@ -1,0 +1,36 @@
+"""`pdtrim-deploy gpu-check`: what runs on this machine's GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from pdtrim_deploy.cli import options
+from pdtrim_deploy.gpucheck.check import BUDGET_S
+from pdtrim_deploy.gpucheck.command import run
+from pdtrim_deploy.gpucheck.registry import PARTS
+
+
+@click.command("gpu-check")
+@click.option("--out", type=options.new_file, default="gpu-check.json", show_default=True, help="File for the result.")
+@click.option("--part", "parts", multiple=True, metavar="NAME", help=f"Only this: {', '.join(PARTS)}; repeatable.")
+@click.option("--seconds", type=options.seconds, default=BUDGET_S, show_default=True, help="For all parts together.")
+@options.serve_python
+@click.pass_context
+def gpu_check(ctx: click.Context, out: Path, parts: tuple[str, ...], seconds: float, serve_python: Path | None) -> None:
+    """Run on this machine's GPU what the README marks as not run on one, and write down what came of it.
+
+    \b
+    Each part runs in a process of its own with a deadline, and is skipped with the reason where something lacks:
+    SGLang, Triton, TensorRT, a transfer library. No network is needed. Where only torch, triton and pydantic are
+    installed, `python -m pdtrim_deploy.gpucheck` does the same.
+    Exit codes: 0 when nothing failed, 1 when a part failed, 2 without a CUDA device.
+
+    \b
+    Examples:
+      pdtrim-deploy gpu-check
+      pdtrim-deploy gpu-check --part kernels --out kernels.json
+    """
+    code = run(out, parts, serve_python, seconds, ctx.obj, lambda text: click.echo(text, err=True))
+    raise SystemExit(code)

@@ -1,0 +1,58 @@
+"""What a part of the check is, and how its rows travel from the process that makes them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import get_args, get_type_hints
+
+from pdtrim_deploy.gpucheck.row import Row
+
+STATUSES = get_args(get_type_hints(Row)["status"])
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part, run in a process of its own.
+
+    Attributes:
+        name: of the command line, and of its rows where it makes none itself.
+        function: `module:function`, which yields rows and skips with a reason what it cannot do. It takes nothing, or
+            SGLang's Python where the part serves.
+        seconds: its deadline.
+        modules: what the Python that runs it must be able to import beside torch, which must see a CUDA device.
+        serves: what SGLang's Python must be able to import; its torch must see the device then, not the part's own.
+
+    """
+
+    name: str
+    function: str
+    seconds: float
+    modules: tuple[str, ...] = ()
+    serves: tuple[str, ...] = ()
+
+
+def line(row: Row) -> str:
+    """A row as one line of JSON."""
+    return json.dumps(asdict(row))
+
+
+def parse(text: str) -> Row:
+    """The row of a line.
+
+    Raises:
+        ValueError: it is none.
+
+    """
+    try:
+        row = Row(**json.loads(text))
+    except TypeError as error:
+        raise ValueError(f"not a row: {error}") from None
+    figure = row.figure
+    if not isinstance(row.part, str) or row.status not in STATUSES or not isinstance(row.reason, str):
+        raise ValueError("not a row: part, status or reason is of another kind")
+    if figure is not None and not (
+        isinstance(figure, dict) and all(isinstance(value, int | float | str) for value in figure.values())
+    ):
+        raise ValueError("not a row: its figure is no mapping to numbers and words")
+    return row

@@ -1,0 +1,102 @@
+"""The whole check: every part that the machine allows, one after another, and what is written of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from pdtrim_deploy import __version__
+from pdtrim_deploy.gpucheck.base import Part
+from pdtrim_deploy.gpucheck.machine import Environment, choose, driver
+from pdtrim_deploy.gpucheck.row import Row
+from pdtrim_deploy.gpucheck.supervise import run_part
+
+BUDGET_S = 600.0
+LEAST_S = 15.0  # a part with less time left is not begun
+NO_DEVICE = "no CUDA device: neither this Python's torch nor that of SGLang sees one"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Rows of all parts, and the machine that made them."""
+
+    environments: Sequence[Environment]
+    rows: Sequence[Row]
+    driver: str
+
+    @property
+    def device(self) -> Mapping[str, str | int]:
+        """The first device that any Python sees; empty without one."""
+        return next((environment.device for environment in self.environments if environment.device), {})
+
+    @property
+    def failed(self) -> bool:
+        """Whether any part failed."""
+        return any(row.status == "failed" for row in self.rows)
+
+    def to_json(self, command: str) -> dict[str, Any]:
+        """Contents of gpu-check.json; versions of the Python that sees the device come first."""
+        seeing = sorted(self.environments, key=lambda environment: not environment.device)
+        versions = {name: text for environment in reversed(seeing) for name, text in environment.versions.items()}
+        return {
+            "command": command,
+            "device": dict(self.device),
+            "driver": self.driver,
+            "versions": {"pdtrim-deploy": __version__} | versions,
+            "rows": [asdict(row) for row in self.rows],
+        }
+
+
+def check(
+    parts: Sequence[Part],
+    own: Environment,
+    serve: Environment | None,
+    *,
+    budget_s: float = BUDGET_S,
+    done: Callable[[Outcome], None] = lambda outcome: None,
+    say: Callable[[str], None] = lambda sentence: None,
+) -> Outcome:
+    """Run `parts` within `budget_s` seconds; `done` is called with what there is after each."""
+    environments = [environment for environment in (own, serve) if environment is not None]
+    version, end = driver(), time.monotonic() + budget_s
+    outcome = Outcome(environments, [], version)
+    for part in parts:
+        say(f"{part.name} ...")
+        rows = _rows(part, own, serve, end) if outcome.device else [Row(part.name, "skipped", NO_DEVICE)]
+        for row in rows:
+            say("  ".join(filter(None, (row.status, row.part, row.reason, _words(row.figure)))))
+        outcome = Outcome(environments, [*outcome.rows, *rows], version)
+        done(outcome)
+    return outcome
+
+
+def write(outcome: Outcome, command: str, file: Path) -> None:
+    """Replace `file` at once."""
+    new = file.with_name(f".{file.name}.new")
+    new.write_text(json.dumps(outcome.to_json(command), indent=1) + "\n")
+    os.replace(new, file)
+
+
+def _rows(part: Part, own: Environment, serve: Environment | None, end: float) -> Sequence[Row]:
+    module = part.function.partition(":")[0]
+    if find_spec(module) is None:
+        return [Row(part.name, "skipped", f"this version has no {module}")]
+    environment, why = choose(part, own, serve)
+    if environment is None:
+        return [Row(part.name, "skipped", why)]
+    left = end - time.monotonic()
+    if left < LEAST_S:
+        return [Row(part.name, "skipped", f"no time was left; run it alone: gpu-check --part {part.name}")]
+    served = serve.python if serve is not None and part.serves else None
+    return run_part(part, environment.python, min(part.seconds, left), served)
+
+
+def _words(figure: Mapping[str, float | int | str] | None) -> str:
+    shown = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in (figure or {}).items()}
+    return ", ".join(f"{name} {value}" for name, value in shown.items())

@@ -1,0 +1,213 @@
+"""Served pairs on GPUs, judged by `fidelity` and timed: attention backends, SmolLM2, ITL, transports, TensorRT.
+
+Each row starts a genuine pair; on one GPU its workers share it. Models are random ones but for SmolLM2, which is taken
+from the cache of models.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from pdtrim_deploy.bundle import Bundle
+from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.evaluation.fidelity import run_fidelity
+from pdtrim_deploy.gpucheck import tiny
+from pdtrim_deploy.gpucheck.row import Row
+from pdtrim_deploy.loadtest import LoadResult, Scenario, driver
+from pdtrim_deploy.local.cache import Cache
+from pdtrim_deploy.pipeline import build
+from pdtrim_deploy.recipe import Recipe
+from pdtrim_deploy.serving import Cluster, Executors, ServeEnvironment, WorkerOptions, cluster_of
+
+Figure = dict[str, float | int | str]
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"  # of a clone
+CUT: Mapping[str, Any] = {"method": "all", "n_first": 4, "n_last": 64}
+WIDE = tiny.Size(16, 1024, 4096, 16, 8)  # 0.25 billion parameters: large enough that a step is not all launches
+# Decode's attention under a plan that cuts layers: name of the row, and SGLang's options.
+ATTENTION = {
+    "torch_native": ("--attention-backend", "torch_native", "--disable-cuda-graph"),
+    "triton, full CUDA graphs": ("--attention-backend", "triton"),
+    "triton, no graphs": ("--attention-backend", "triton", "--disable-cuda-graph"),
+    "flashinfer, no graphs": ("--attention-backend", "flashinfer", "--disable-cuda-graph"),
+}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """How a bundle is served; `device` is cuda but in tests."""
+
+    serve: Path
+    decode_args: tuple[str, ...] = ()
+    backend: str = "pdtrim_tcp"
+    executors: Executors | None = None
+    transport: Mapping[str, Any] = field(default_factory=dict)
+    device: Literal["cpu", "cuda"] = "cuda"
+
+    def of(self, bundle: Bundle) -> Cluster:
+        """Not yet started."""
+        options = WorkerOptions.beside_others(
+            device=self.device,
+            served_model_name=bundle.path.resolve().name,
+            transfer_backend=self.backend,
+            decode_args=self.decode_args,
+        )
+        return cluster_of(
+            bundle,
+            options=options,
+            executors=self.executors,
+            transport=self.transport,
+            environment=ServeEnvironment(self.serve),
+            start_timeout_s=150,
+            say=print,
+        )
+
+
+def attention_rows(serve: Path, pair: Pair | None = None) -> Iterator[Row]:
+    """A tiny pair under each attention backend of decode, with CUDA graphs and without, against the oracle."""
+    pair = pair or Pair(serve)
+    with tempfile.TemporaryDirectory() as folder:
+        bundle = tiny_bundle(Path(folder), CUT)
+        for name, words in ATTENTION.items():
+            yield _row(f"served tiny pair: {name}", partial(judged, bundle, replace(pair, decode_args=words)))
+
+
+def smollm2_rows(serve: Path, pair: Pair | None = None) -> Iterator[Row]:
+    """SmolLM2 pruned and quantised, as `serve` starts it, against the oracle."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            recipe = Recipe.load(RECIPES / "smollm2-quick.yaml")
+            recipe = recipe.model_copy(update={"targets": None})
+            bundle = build(recipe, Path(folder) / "bundle", Cache.default(), print)
+        except (UserError, OSError) as error:
+            yield Row("served SmolLM2 pair", "skipped", f"the model or its text is not here: {_sentence(error)}")
+            return
+        yield _row("served SmolLM2 pair", partial(judged, bundle, pair or Pair(serve)))
+
+
+def itl_rows(serve: Path, pair: Pair | None = None) -> Iterator[Row]:
+    """Time between tokens of a plan that cuts every layer beside the dense plan of the same model, in turns."""
+    with tempfile.TemporaryDirectory() as folder:
+        bundles = {
+            name: tiny_bundle(Path(folder) / name, kv, WIDE)
+            for name, kv in (("cut", CUT), ("dense", {"method": "none"}))
+        }
+        for clients in (1, 16):
+            yield _row(
+                f"ITL beside stock dense, {clients} clients", partial(timed, bundles, pair or Pair(serve), clients)
+            )
+
+
+def nixl_rows(serve: Path) -> Iterator[Row]:
+    """TTFT of long prompts by our transfer beside SGLang's own NIXL."""
+    yield from _transfer_rows(serve, "nixl")
+
+
+def mooncake_rows(serve: Path) -> Iterator[Row]:
+    """TTFT of long prompts by our transfer beside SGLang's own Mooncake."""
+    yield from _transfer_rows(serve, "mooncake")
+
+
+def tensorrt_rows(serve: Path) -> Iterator[Row]:
+    """Engines of both stages built here, and served."""
+    with tempfile.TemporaryDirectory() as folder:
+        built = []
+
+        def make() -> Figure:
+            built.append(tiny_bundle(Path(folder), CUT, targets={"tensorrt": {}}))
+            return {"engines": len(built[0].manifest.engines)}
+
+        yield _row("TensorRT: build", make)
+        if built:
+            pair = Pair(serve, executors=Executors("tensorrt", "tensorrt"))
+            yield _row("TensorRT: served tiny pair", partial(judged, built[0], pair))
+
+
+def tiny_bundle(folder: Path, kv: Mapping[str, Any], size: tiny.Size = tiny.Size(), **more: Any) -> Bundle:  # noqa: B008
+    """A bundle of a random bfloat16 model and text of its own."""
+    folder.mkdir(exist_ok=True)
+    corpus = f"dir:{tiny.text(folder / 'text')}"
+    recipe = {
+        "name": "tiny",
+        "model": {"source": f"hf:{tiny.save(folder / 'model', size)}", "dtype": "bfloat16"},
+        "calibration": {"corpus": corpus, "sequences": 2, "length": 64},
+        "evaluation": {"corpus": corpus, "sequences": 2, "prompt_tokens": 64, "continuation_tokens": 16},
+        "pruning": {"method": "cosine", "prefill_blocks": 1, "decode_blocks": 2},
+        "kv": dict(kv),
+    }
+    build(Recipe.model_validate(recipe | more), folder / "bundle", Cache(folder / "cache"), print)
+    return Bundle.open(folder / "bundle")
+
+
+def judged(bundle: Bundle, pair: Pair) -> Figure:
+    """Served log-probabilities against the oracle.
+
+    Raises:
+        AssertionError: they differ by more than rounding, or the check could not tell wrong plans apart.
+
+    """
+    with pair.of(bundle) as cluster:
+        result = run_fidelity(bundle, cluster.url, Cache.default(), progress=print)
+    if result.problems:
+        raise AssertionError("; ".join(result.problems))
+    return {
+        "worst_error_nats": result.max_logprob_error,
+        "allowed_nats": result.tolerance,
+        "controls_told_apart": sum(result.controls_detected.values()),
+        "controls": len(result.controls),
+    }
+
+
+def timed(bundles: Mapping[str, Bundle], pair: Pair, clients: int) -> Figure:
+    """Median time between tokens of each pair, ms, one pair at a time."""
+    load = Scenario.closed(4 * clients, clients, (512, 512), (64, 64), warmup=2, deadline_s=120)
+    times = {name: _measured(pair, bundle, load).itl_ms.p50 for name, bundle in bundles.items()}
+    return {f"{name}_itl_ms": time or -1.0 for name, time in times.items()}
+
+
+def _transfer_rows(serve: Path, library: str) -> Iterator[Row]:
+    told = {"accept_unauthenticated": True}
+    with tempfile.TemporaryDirectory() as folder:
+        bundles = {
+            "stock": tiny_bundle(Path(folder) / "dense", {"method": "none"}, WIDE),
+            "k4v3": tiny_bundle(Path(folder) / "k4v3", {"method": "none", "wire_dtype": "k4v3"}, WIDE),
+        }
+        load = Scenario.closed(16, 1, (3000, 3000), (2, 2), warmup=2, deadline_s=120)
+        ways = {
+            f"stock {library}": (bundles["stock"], Pair(serve, backend=library)),
+            f"pdtrim_{library}, k4v3": (bundles["k4v3"], Pair(serve, backend=f"pdtrim_{library}", transport=told)),
+            "pdtrim_tcp, k4v3": (bundles["k4v3"], Pair(serve)),
+        }
+        for name, (bundle, pair) in ways.items():
+            yield _row(f"transfer of 3,000 tokens: {name}", partial(_ttft, pair, bundle, load))
+
+
+def _ttft(pair: Pair, bundle: Bundle, load: Scenario) -> Figure:
+    return {"ttft_ms": _measured(pair, bundle, load).ttft_ms.p50 or -1.0}
+
+
+def _measured(pair: Pair, bundle: Bundle, load: Scenario) -> LoadResult:
+    with pair.of(bundle) as cluster:
+        result = LoadResult.measure(driver("builtin"), "builtin", cluster.url, load)
+    if result.failed:
+        raise AssertionError(f"{result.failed} of {result.requests} requests failed: {result.failure_details}")
+    return result
+
+
+def _row(name: str, measure: Callable[[], Figure]) -> Row:
+    """A check that raises has failed, and the others go on."""
+    try:
+        return Row(name, "run", figure=measure())
+    except Exception as error:
+        return Row(name, "failed", _sentence(error))
+
+
+def _sentence(error: Exception) -> str:
+    kind = "" if isinstance(error, AssertionError | UserError) else f"{type(error).__name__}: "
+    return (kind + str(error)).strip().splitlines()[0][:300]

@@ -1,0 +1,65 @@
+"""A random model with a tokenizer and text of its own: what needs no network."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+VOCABULARY = 512
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of a Llama; head size 64, which all attention backends of SGLang have kernels for."""
+
+    num_hidden_layers: int = 8
+    hidden_size: int = 256
+    intermediate_size: int = 512
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 2
+    head_dim: int = 64
+
+
+def tiny_model(size: Size = Size(), seed: int = 0) -> Any:
+    """In memory, float32, on the CPU; its blocks all matter."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, max_position_embeddings=4096, tie_word_embeddings=False,
+        initializer_range=2.4 * size.hidden_size**-0.5, bos_token_id=1, eos_token_id=2, pad_token_id=0, **asdict(size),
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config).eval()
+
+
+def save(folder: Path, size: Size = Size()) -> Path:
+    """The model's folder, with a byte-level tokenizer: any text goes in."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    specials = ["<|pad|>", "<|start|>", "<|end|>"]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({token: number for number, token in enumerate([*specials, *letters])}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in specials])
+    tiny_model(size).save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<|pad|>", bos_token="<|start|>", eos_token="<|end|>"
+    ).save_pretrained(folder)
+    return folder
+
+
+def text(folder: Path, documents: int = 24, words: int = 1500) -> Path:
+    """A folder of text files of random words."""
+    folder.mkdir()
+    chance = random.Random(0)
+    syllables = [a + b for a in "bdfgklmnprst" for b in "aeiou"]
+    vocabulary = ["".join(chance.choices(syllables, k=chance.randint(1, 4))) for _ in range(800)]
+    for number in range(documents):
+        (folder / f"{number:02}.txt").write_text(" ".join(chance.choices(vocabulary, k=words)))
+    return folder

@@ -1,0 +1,186 @@
+"""Whatever a part does, the check has its rows, says why it failed, and goes on."""
+
+import json
+import os
+import re
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from parts_that_fail import GOOD
+
+from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.gpucheck import check, command, supervise
+from pdtrim_deploy.gpucheck.base import Part, line, parse
+from pdtrim_deploy.gpucheck.check import LEAST_S
+from pdtrim_deploy.gpucheck.machine import Environment, choose
+from pdtrim_deploy.gpucheck.registry import PARTS, parts_named
+from pdtrim_deploy.gpucheck.row import Row
+
+PYTHON = Path(sys.executable)
+GPU = {"name": "a GPU", "count": 1, "capability": "9.0", "memory": 80 << 30}
+OWN = Environment(PYTHON, ("torch", "triton"), {"torch": "2.9", "python": "3.11"}, GPU)
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    monkeypatch.setattr(supervise, "GRACE_S", 1.0)
+
+
+def part(name, seconds=60.0, **more):
+    return Part(name, f"parts_that_fail:{name}", seconds, **more)
+
+
+@pytest.mark.parametrize("row", [GOOD, Row("x", "skipped", "no torch"), Row("x", "failed", "why")])
+def test_a_row_is_read_back(row):
+    assert parse(line(row)) == row
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{}", "[1]", "3", '{"part": 1, "status": "run"}', '{"part": "x", "status": "flew"}', "\x00",
+             '{"part": "x", "status": "run", "more": 1}', '{"part": "x", "status": "run", "figure": [1]}'],
+)  # fmt: skip
+def test_what_is_no_row_is_told_from_one(text):
+    with pytest.raises(ValueError, match=r"not a row|Expecting|Invalid|argument"):
+        parse(text)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("crashes", "ended with exit code 1: RuntimeError: CUDA error: an illegal memory access was encountered"),
+        ("killed", "ended by SIGKILL"),
+        ("exits", "ended with exit code 3"),
+        ("garbage", "line 2 of what it wrote cannot be read: not a row"),
+    ],
+)
+def test_what_ran_is_kept_and_the_rest_has_a_reason(name, reason):
+    first, last = supervise.run_part(part(name), PYTHON, 60)
+    assert (first.part, first.status) == ("good", "run")
+    assert (last.part, last.status) == (name, "failed")
+    assert last.reason.startswith(reason)
+
+
+def test_a_part_that_prints_anything_is_none_the_worse():
+    assert supervise.run_part(part("prints"), PYTHON, 60) == [GOOD]
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"), [("silent", "ended without a row"), ("missing", "ended with exit code 1: AttributeError")]
+)
+def test_a_part_without_a_row_has_failed(name, reason):
+    (row,) = supervise.run_part(part(name), PYTHON, 60)
+    assert row.status == "failed"
+    assert row.reason.startswith(reason)
+
+
+def test_a_figure_that_is_none_is_refused():
+    (row,) = supervise.run_part(part("odd_figure"), PYTHON, 60)
+    assert "no mapping to numbers" in row.reason
+
+
+def test_sglangs_python_is_passed_on():
+    (row,) = supervise.run_part(part("with_serve"), PYTHON, 60, Path("/serve/python"))
+    assert row.figure == {"python": "/serve/python"}
+
+
+@pytest.mark.parametrize("name", ["hangs", "hangs_deaf"])
+def test_a_part_that_hangs_ends_at_its_deadline_with_all_it_started(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("CHILD", str(tmp_path / "pid"))
+    assert supervise.run_part(part(name), PYTHON, 15) == [GOOD, Row(name, "failed", "not done within 15 s")]
+    if name == "hangs":
+        time.sleep(0.2)
+        child = Path(f"/proc/{(tmp_path / 'pid').read_text()}/stat")
+        assert not child.exists() or child.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def test_the_other_parts_go_on_and_what_is_there_is_written_after_each():
+    seen = []
+    parts = [part("crashes"), Part("none", "no_such_module:rows", 60), part("well")]
+    outcome = check.check(parts, OWN, None, done=seen.append)
+    kinds = [(row.part, row.status) for row in outcome.rows]
+    assert kinds == [("good", "run"), ("crashes", "failed"), ("none", "skipped"), ("good", "run")]
+    assert outcome.failed
+    assert [len(early.rows) for early in seen] == [2, 3, 4]
+    assert outcome.rows[2].reason == "this version has no no_such_module"
+
+
+def test_parts_share_one_budget():
+    outcome = check.check([part("well")], OWN, None, budget_s=LEAST_S - 1)
+    assert [(row.status, row.reason) for row in outcome.rows] == [
+        ("skipped", "no time was left; run it alone: gpu-check --part well")
+    ]
+
+
+def test_without_a_device_no_part_is_begun():
+    blind = Environment(PYTHON, ("torch",))
+    outcome = check.check([part("crashes"), part("well")], blind, blind)
+    assert {(row.status, row.reason) for row in outcome.rows} == {("skipped", check.NO_DEVICE)}
+    assert not outcome.device
+    assert not outcome.failed
+
+
+SERVE = Environment(Path("serve"), ("torch", "sglang", "triton"), {"torch": "2.9"}, GPU)
+BLIND = Environment(Path("blind"), ("torch", "sglang", "triton", "nixl"), {"torch": "2.9+cpu"})
+
+
+@pytest.mark.parametrize(
+    ("wants", "own", "serve", "chosen", "why"),
+    [
+        ({"modules": ("triton",)}, OWN, SERVE, OWN, ""),
+        ({"modules": ("triton",)}, BLIND, SERVE, SERVE, ""),
+        ({"modules": ("triton",)}, BLIND, None, None, r"the torch of blind \(2.9\+cpu\) sees no CUDA device"),
+        ({"modules": ("onnx",)}, OWN, None, None, "has no onnx"),
+        ({}, Environment(Path("bare")), None, None, "bare has no torch"),
+        ({"serves": ("sglang",)}, OWN, None, None, "no Python with SGLang was found"),
+        ({"serves": ("sglang",)}, BLIND, SERVE, BLIND, ""),
+        ({"serves": ("sglang", "nixl")}, OWN, SERVE, None, "serve has no nixl"),
+        ({"serves": ("sglang",)}, OWN, BLIND, None, "sees no CUDA device"),
+    ],
+)  # fmt: skip
+def test_which_python_runs_a_part(wants, own, serve, chosen, why):
+    environment, reason = choose(part("well", **wants), own, serve)
+    assert environment is chosen
+    assert re.search(why, reason) if why else reason == ""
+
+
+def test_a_python_that_says_nothing_has_nothing(tmp_path):
+    for text in ("#!/bin/sh\nexit 1\n", "#!/bin/sh\necho nonsense\n", "#!/bin/sh\nsleep 60\n"):
+        python = tmp_path / "python"
+        python.write_text(text)
+        python.chmod(0o755)
+        assert Environment.of(python, timeout_s=1) == Environment(python)
+
+
+def test_an_unknown_part_is_refused_with_the_valid_ones():
+    with pytest.raises(UserError, match=f"--part flux: there is no such part; valid: {', '.join(PARTS)}"):
+        parts_named(("kernels", "flux"))
+    assert [known.name for known in parts_named(("oracle", "kernels"))] == ["kernels", "oracle"]
+
+
+@pytest.mark.parametrize(("names", "code"), [(("well",), 0), (("well", "crashes"), 1)])
+def test_the_command_writes_device_versions_and_rows(tmp_path, monkeypatch, names, code):
+    monkeypatch.setattr(command, "parts_named", lambda _: [part(name) for name in names])
+    monkeypatch.setattr(command.Environment, "of", classmethod(lambda cls, python: OWN))
+    out = tmp_path / "gpu-check.json"
+    assert command.run(out, names, None, 600, "pdtrim-deploy gpu-check", lambda _: None) == code
+    written = json.loads(out.read_text())
+    assert (written["command"], written["device"]["name"]) == ("pdtrim-deploy gpu-check", "a GPU")
+    assert written["versions"]["torch"] == "2.9"
+    assert written["rows"][0] == {"part": "good", "status": "run", "reason": "", "figure": GOOD.figure}
+    assert os.listdir(tmp_path) == ["gpu-check.json"]
+
+
+def test_on_a_machine_without_a_gpu_it_says_so_in_one_sentence_and_skips_everything(tmp_path, monkeypatch):
+    monkeypatch.setattr(command.Environment, "of", classmethod(lambda cls, python: BLIND))
+    with pytest.raises(UserError, match=r"no CUDA device: .*run it on a machine with a GPU"):
+        command.run(tmp_path / "x.json", (), None, 600, "x", lambda _: None)
+    rows = json.loads((tmp_path / "x.json").read_text())["rows"]
+    assert [row["part"] for row in rows] == list(PARTS)
+    assert {row["status"] for row in rows} == {"skipped"}
+    with pytest.raises(UserError, match=r"--out .*: name a file in a folder that exists"):
+        command.run(tmp_path, (), None, 600, "x", lambda _: None)

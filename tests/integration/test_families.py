@@ -1,0 +1,56 @@
+"""Pairs of other families than the dense four, built and served by genuine SGLang workers: the oracle's tokens."""
+
+import random
+
+import pytest
+import yaml
+
+from pdtrim_deploy.evaluation.fidelity import run_fidelity
+from pdtrim_deploy.loadtest.text import WORDS
+from pdtrim_deploy.models import FAMILIES
+from pdtrim_deploy.pipeline import build
+from pdtrim_deploy.recipe import Recipe
+
+pytestmark = [pytest.mark.serve, pytest.mark.timeout(900)]
+
+SERVED = (
+    "Qwen3MoeForCausalLM",
+    "MixtralForCausalLM",
+    "Glm4MoeForCausalLM",
+    "GraniteForCausalLM",
+    "Phi3ForCausalLM",
+    "Olmo2ForCausalLM",
+    "Glm4ForCausalLM",
+    "SmolLM3ForCausalLM",
+    "ArceeForCausalLM",
+)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    folder, draw = tmp_path_factory.mktemp("text"), random.Random(0)
+    for number in range(60):
+        (folder / f"{number}.txt").write_text(" ".join(draw.choices(WORDS, k=400)))
+    return folder
+
+
+@pytest.mark.parametrize("architecture", SERVED)
+def test_served_tokens_are_the_oracles(architecture, text, tiny_model, serving, cache, tmp_path):
+    """Blocks are dropped where they are known; every layer of KV is cut and quantised."""
+    corpus = {"corpus": f"dir:{text}", "sequences": 2}
+    cut = {"method": "cosine", "prefill_blocks": 1, "decode_blocks": 2} if architecture in FAMILIES else {}
+    data = {
+        "name": "family",
+        "model": {"source": f"hf:{tiny_model(tmp_path / 'model', architecture)}"},
+        "calibration": corpus | {"length": 120},
+        "pruning": cut,
+        "kv": {"method": "all", "n_first": 4, "n_last": 24, "wire_dtype": "int8"},
+        "evaluation": corpus | {"prompt_tokens": 120, "continuation_tokens": 8},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(data))
+    bundle = build(Recipe.load(tmp_path / "recipe.yaml"), tmp_path / "bundle", cache)
+    assert len(bundle.plan.decode_layers) == (4 if cut else 6)
+    with serving(bundle.prefill_dir, bundle.decode_dir, dtype="float32") as pair:
+        result = run_fidelity(bundle, pair.url, cache, new_tokens=8)
+    assert result.max_logprob_error <= result.tolerance, result.rows
+    assert all(result.controls_detected.values()), result.controls

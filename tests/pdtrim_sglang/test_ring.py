@@ -1,0 +1,277 @@
+"""The ring of staging slots: packing, travel and scattering overlap, and no slot is used for two chunks at once.
+
+Genuine Peer, channel, server, DecodeRoom and PoolView. Where an order is checked, a device does its work as late as it
+may, or at random moments: what is not waited for is then not there.
+"""
+
+import queue
+import random
+import socket
+import threading
+import time
+from collections import defaultdict
+from itertools import product
+from types import SimpleNamespace
+
+import pytest
+import torch
+from memory_writer import Memory
+
+pytest.importorskip("sglang", reason="needs the serve environment")
+from pdtrim_sglang import packing, rooms
+from pdtrim_sglang.decode import DecodeSide
+from pdtrim_sglang.peer import Chunk, Peer
+from pdtrim_sglang.pool import PoolView
+from pdtrim_sglang.progress import RoomProgress
+from pdtrim_sglang.protocol import ChunkHeader, Reply
+from pdtrim_sglang.rooms import AuxRows
+from pdtrim_sglang.transports import Transport, TransportConfig, transport_named
+from pdtrim_sglang.transports.one_sided import OneSided
+from pretended_gpu import OnGPU, host
+
+from pdtrim_deploy.kvcache.pack import pack, unpack
+from pdtrim_deploy.plan import KVSend, ModelShape, PDPlan
+from pdtrim_deploy.serving.ports import free_ports
+from pdtrim_deploy.serving.relay import Throttle
+
+PAGE, CHUNK, CHUNKS, HEADS, DIM = 4, 8, 12, 2, 8
+TOKENS = CHUNK * CHUNKS
+SHAPE = ModelShape(
+    architecture="X", fingerprint="f", num_blocks=2, num_kv_heads=HEADS, head_dim=DIM, kv_dtype="float32"
+)
+PLAN = PDPlan.dense(SHAPE).with_kv((KVSend(), KVSend(mode="sparse", n_first=20, n_last=40)))
+
+
+class Owner:
+    """A prefill side with one room a request."""
+
+    def __init__(self, dead=()):
+        self.rooms, self.failed, self.done, self.dead = {}, [], queue.Queue(), dead
+
+    def is_live(self, room):
+        return room not in self.dead
+
+    def progress(self, room):
+        return self.rooms.get(room)
+
+    def fail(self, room, reason):
+        self.failed.append((room, reason))
+        self.done.put(room)
+
+    def arrived(self, room):
+        self.done.put(room)
+
+    def released(self):
+        pass
+
+
+def decode_side(pool, aux=None):
+    """The genuine chunk handler of a decode worker, without SGLang around it."""
+    side = object.__new__(DecodeSide)
+    side._plan, side._digest, side._pool, side._rooms = PLAN, bytes.fromhex(PLAN.digest), pool, {}
+    side._aux, side._config = aux or AuxRows((), ()), TransportConfig()
+    side._manager = SimpleNamespace(apply_prefill_status=lambda **_: None)
+    side._metrics = SimpleNamespace(held=lambda _: None)
+    return side
+
+
+def chunks(room, pages):
+    for start in range(0, TOKENS, CHUNK):
+        stop = start + CHUNK
+        yield Chunk(room, pages[start // PAGE : stop // PAGE], start, TOKENS, start, stop, stop == TOKENS, 0)
+
+
+class Streams:
+    """A device whose streams are queues: an operation is done when somebody must wait for it, or at random before."""
+
+    def __init__(self, seed):
+        self._dice, self._lock = random.Random(seed), threading.RLock()
+        self._operations, self._done = defaultdict(list), defaultdict(int)  # of each stream: a thread has one
+
+    def current_stream(self, device=None):
+        name = threading.current_thread().name
+        return SimpleNamespace(
+            synchronize=lambda: self.finish(name, self.launched(name)),
+            record_event=lambda: self._event(name),
+            wait_event=lambda event: self.launch(event.synchronize),
+        )
+
+    def launch(self, operation):
+        with self._lock:
+            self._operations[threading.current_thread().name].append(operation)
+            for name in list(self._operations):
+                if self._dice.random() < 0.3:
+                    self.finish(name, self._dice.randint(0, self.launched(name)))
+
+    def launched(self, name):
+        return len(self._operations[name])
+
+    def finish(self, name, count):
+        """Do the first `count` operations of a stream, in order."""
+        with self._lock:
+            while self._done[name] < count:
+                operation = self._operations[name][self._done[name]]
+                self._done[name] += 1
+                operation()
+
+    def _event(self, name):
+        count = self.launched(name)
+        return SimpleNamespace(synchronize=lambda: self.finish(name, count))
+
+
+def on_streams(monkeypatch, device):
+    """Packing, copies and scattering become operations of the calling thread's stream."""
+    monkeypatch.setattr(torch, "get_device_module", lambda _: device)
+    copy = OnGPU.__torch_function__
+
+    def later(cls, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.copy_ and (kwargs or {}).get("non_blocking"):
+            into, source = host(args[0]), args[1]
+            device.launch(lambda: into.copy_(host(source)))
+            return into
+        return copy.__func__(cls, func, types, args, kwargs)
+
+    monkeypatch.setattr(OnGPU, "__torch_function__", classmethod(later))
+
+    def packed(layout, keys, values, slots, out=None, offsets=None):
+        result, slots = torch.zeros(layout.total_bytes, dtype=torch.uint8), host(slots)
+        device.launch(lambda: pack(layout, [*map(host, keys)], [*map(host, values)], slots, result))
+        return gpu_view(result)
+
+    def scattered(layout, payload, keys, values, slots, offsets=None):
+        device.launch(lambda: unpack(layout, host(payload), [*map(host, keys)], [*map(host, values)], host(slots)))
+
+    def near(payload, pool):
+        landed = torch.zeros_like(payload)
+        device.launch(lambda: landed.copy_(payload))
+        return gpu_view(landed)
+
+    monkeypatch.setattr(packing, "pack", packed)
+    monkeypatch.setattr(rooms, "unpack", scattered)
+    monkeypatch.setattr(rooms, "near", near)
+
+
+def gpu_view(tensor):
+    """The same memory, on the pretended GPU."""
+    return tensor.as_subclass(OnGPU)
+
+
+def transports():
+    memory = Memory()
+    return {"tcp": transport_named("tcp"), "one-sided": Transport(OneSided(lambda *_: memory))}
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3])
+@pytest.mark.parametrize("name", ["tcp", "one-sided"])
+@pytest.mark.parametrize("seed", range(4))
+def test_rows_arrive_whatever_the_device_does_first(monkeypatch, name, slots, seed):
+    torch.manual_seed(seed)
+    on_streams(monkeypatch, Streams(seed))
+    monkeypatch.setattr(PoolView, "slots", lambda pool, pages, tokens: gpu_view(token_slots(pages, tokens)))
+    source, target = (
+        PoolView(*([gpu_view(fill(2 * TOKENS, HEADS, DIM)) for _ in range(2)] for _ in range(2)), PAGE)
+        for fill in (torch.randn, torch.zeros)
+    )
+    config = TransportConfig(staging_bytes=1 << 16, staging_slots=slots)
+    side, owner, transport = decode_side(target), Owner(), transports()[name]
+    server = transport.server("127.0.0.1", side, config)
+    peer = Peer("127.0.0.1", server.port, transport.channel, config, owner, PLAN, source, AuxRows((), ()), 0)
+    here, there = (torch.randperm(2 * TOKENS // PAGE).view(2, -1) for _ in range(2))  # pages of two rooms
+    for room in range(2):
+        owner.rooms[room] = RoomProgress(queued=CHUNKS, started=time.monotonic())
+        places = target.destinations(target.slots(there[room], TOKENS))
+        side._rooms[room] = rooms.DecodeRoom(room, TOKENS, 0, places, 0)
+    for chunks_of_both in zip(chunks(0, here[0]), chunks(1, here[1]), strict=True):
+        for chunk in chunks_of_both:
+            peer.submit(chunk)
+    assert {owner.done.get(timeout=20) for _ in range(2)} == {0, 1}
+    assert owner.failed == []
+    kept = [slice(None), [*range(20), *range(TOKENS - 40, TOKENS)]]
+    for room, (layer, rows) in product(range(2), enumerate(kept)):
+        mine, theirs = token_slots(here[room], TOKENS)[rows], token_slots(there[room], TOKENS)[rows]
+        assert torch.equal(host(target.keys[layer])[theirs], host(source.keys[layer])[mine])
+        assert torch.equal(host(target.values[layer])[theirs], host(source.values[layer])[mine])
+    peer.close()
+    server.close()
+
+
+def token_slots(pages, tokens):
+    return (torch.as_tensor(pages)[:, None] * PAGE + torch.arange(PAGE)).flatten()[:tokens]
+
+
+PACK_S = 0.25
+BIG = ModelShape(architecture="X", fingerprint="f", num_blocks=1, num_kv_heads=8, head_dim=128, kv_dtype="float32")
+
+
+def seconds_over_a_slow_link(monkeypatch, slots, count=10):
+    """Chunks of 8 MiB that take PACK_S to pack, and as long to travel."""
+    tokens = 1024
+    plan = PDPlan.dense(BIG)
+    size = plan.payload_bytes(tokens)
+    genuine = pack
+
+    def slowly(*arguments):
+        time.sleep(PACK_S)
+        return genuine(*arguments)
+
+    monkeypatch.setattr(packing, "pack", slowly)
+    config = TransportConfig(staging_bytes=size, staging_slots=slots)
+    handler = SimpleNamespace(
+        admit=lambda _: None, connections_changed=lambda: None, deliver=lambda header, *_: Reply(header.room)
+    )
+    transport, owner = transport_named("tcp"), Owner()
+    server = transport.server("127.0.0.1", handler, config)
+    link = Throttle(port := free_ports(1)[0], server.port, size / PACK_S)
+    link._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 17)  # what waits there has left already
+    pool = PoolView([torch.zeros(tokens, 8, 128)], [torch.zeros(tokens, 8, 128)], 1)
+    peer = Peer("127.0.0.1", port, transport.channel, config, owner, plan, pool, AuxRows((), ()), 0)
+    owner.rooms[1] = RoomProgress(queued=count, started=time.monotonic())
+    begun = time.monotonic()
+    for number in range(count):
+        peer.submit(Chunk(1, range(tokens), 0, tokens, 0, tokens, number == count - 1, 0))
+    assert owner.done.get(timeout=60) == 1
+    took = time.monotonic() - begun
+    assert owner.failed == []
+    peer.close()
+    link.close()
+    server.close()
+    return took / (count * PACK_S)
+
+
+def test_a_chunk_is_packed_while_another_one_travels(monkeypatch):
+    """With two slots each costs about the longer of both, with one their sum: 1.1 and 2 times PACK_S, less buffers."""
+    serial, ring = (seconds_over_a_slow_link(monkeypatch, slots) for slots in (1, 2))
+    assert serial > 1.5
+    assert ring < 0.8 * serial
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+def test_a_chunk_is_read_while_another_one_is_scattered(slots):
+    gate, delivering, config = threading.Event(), queue.Queue(), TransportConfig(staging_slots=slots)
+
+    def deliver(header, payload, aux):
+        delivering.put(header.room)
+        gate.wait(20)
+        return Reply(header.room)
+
+    admitted = queue.Queue()
+    handler = SimpleNamespace(admit=admitted.put, connections_changed=lambda: None, deliver=deliver)
+    transport = transport_named("tcp")
+    server = transport.server("127.0.0.1", handler, config)
+    replies = queue.Queue()
+    listener = SimpleNamespace(on_reply=replies.put, on_lost=replies.put)
+    channel = transport.channel("127.0.0.1", server.port, listener, config)
+    for room in (1, 2, 3):
+        channel.send(ChunkHeader(bytes(32), room, 0, 8, 0, 8, 0, 1000, False), memoryview(b""))
+    assert delivering.get(timeout=5) == 1
+    read = 1 + slots  # headers: the last one waits for a slot
+    for _ in range(read):
+        admitted.get(timeout=5)
+    time.sleep(0.1)
+    assert admitted.empty()
+    assert server.held()[1] == 1000 * slots
+    assert replies.empty()
+    gate.set()
+    assert [replies.get(timeout=5) for _ in range(3)] == [Reply(1), Reply(2), Reply(3)]
+    channel.close()
+    server.close()
