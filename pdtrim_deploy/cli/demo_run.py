@@ -47,9 +47,9 @@ POOL_GB, POOL_TOKENS = "sglang:kv_cache_memory_usage_gb", "sglang:max_total_num_
 
 @dataclass(frozen=True)
 class Demo:
-    """One run. `show` wraps steps and `note` says what goes on inside; `rounds` alternate between the pairs.
+    """One run. `show` wraps steps and `note` reports progress inside them; `rounds` alternate between the pairs.
 
-    `link` is what KV of a bfloat16 pool goes over in both pairs; None: loopback as it is.
+    `link` limits the speed of both pairs' KV as if pools were bfloat16; None: unlimited.
     """
 
     recipe: Recipe
@@ -76,7 +76,7 @@ class Demo:
         quality = self._quality(bundles["pruned"])
         with ExitStack() as stack:
             clusters = {}
-            for name in reversed(PAIRS):  # the pruned pair first: the check has the machine to itself
+            for name in reversed(PAIRS):  # the pruned pair first: nothing else runs during the check
                 with self.show(f"serve the {name} pair"):
                     clusters[name] = stack.enter_context(self._cluster(name, bundles[name], serve))
                 if name == "pruned":

@@ -127,13 +127,13 @@ def render(
         click.echo(f"next: (umask 077; openssl rand -hex 32 > {out}/kv-secret); chown 10001 {out}/kv-secret")
         click.echo(f"      docker compose -f {out}/compose.yaml up")
     else:
-        made = f"kubectl create secret generic {secret_name(chosen)} --from-literal=kv=$(openssl rand -hex 32)"
-        click.echo(f"next: {made}\n      kubectl apply -k {out}")
+        create_secret = f"kubectl create secret generic {secret_name(chosen)} --from-literal=kv=$(openssl rand -hex 32)"
+        click.echo(f"next: {create_secret}\n      kubectl apply -k {out}")
 
 
 @deploy.command()
 def dashboard() -> None:
     """Print the Grafana dashboard of the KV transfer, as JSON."""
-    from pdtrim_deploy.manifests.dashboard import dashboard as made
+    from pdtrim_deploy.manifests.dashboard import dashboard as grafana_dashboard
 
-    click.echo(json.dumps(made(), indent=2))
+    click.echo(json.dumps(grafana_dashboard(), indent=2))

@@ -17,8 +17,8 @@ from pdtrim_deploy.serving import Cluster, Executors, ServeEnvironment, WorkerOp
 def commands_of(cluster: Cluster) -> dict[str, list[str]]:
     """The command of each program by its name, as the cluster would start it."""
     spec, python = cluster.spec, cluster.environment.python
-    said = {worker.name: commands.worker_command(python, worker) for worker in spec.workers}
-    return said | {"router": commands.router_command(python, spec)}
+    command_lines = {worker.name: commands.worker_command(python, worker) for worker in spec.workers}
+    return command_lines | {"router": commands.router_command(python, spec)}
 
 
 def programs(bundle: Bundle, executors: Executors | None, serve_python: Path | None) -> dict[str, list[str]]:
@@ -35,17 +35,17 @@ def pair_options(bundle: Bundle) -> WorkerOptions:
     return WorkerOptions(served_model_name=bundle.path.resolve().name, share_gpus=True)
 
 
-def say(found: dict[str, Any], as_json: bool) -> None:
+def say(planned: dict[str, Any], as_json: bool) -> None:
     """JSON for machines; YAML for people, commands as one would type them."""
     if as_json:
-        click.echo(json.dumps(found, indent=2))
+        click.echo(json.dumps(planned, indent=2))
         return
     click.echo("nothing is started or written (--dry-run)")
-    click.echo(yaml.safe_dump(_typed(found), sort_keys=False, width=10_000, allow_unicode=True), nl=False)
+    click.echo(yaml.safe_dump(_typed(planned), sort_keys=False, width=10_000, allow_unicode=True), nl=False)
 
 
 def _typed(value: Any) -> Any:
     """A command, which is a list of strings, as one line."""
     if isinstance(value, dict):
         return {key: _typed(inside) for key, inside in value.items()}
-    return shlex.join(value) if isinstance(value, list) and all(isinstance(one, str) for one in value) else value
+    return shlex.join(value) if isinstance(value, list) and all(isinstance(word, str) for word in value) else value

@@ -38,32 +38,32 @@ def memory_of(worker: WorkerSpec) -> WorkerMemory | None:
 
 def static_fraction(worker: WorkerSpec) -> float:
     """`--mem-fraction-static` that leaves a batch its memory, of what is free now."""
-    wanted, (_, free) = memory_of(worker), memory()
+    estimate, (_, free) = memory_of(worker), memory()
     least, most = _BOUNDS
-    if wanted is None or free <= 0:
+    if estimate is None or free <= 0:
         return most
-    return round(min(most, max(least, 1 - wanted.activations * numa_nodes() / free)), 4)
+    return round(min(most, max(least, 1 - estimate.activations * numa_nodes() / free)), 4)
 
 
 def require_memory(workers: Sequence[WorkerSpec]) -> None:
     """UserError: `workers` do not fit together into what is free; not asked of those that are told a fraction."""
     nodes, sizes = numa_nodes(), dict[str, WorkerMemory]()
     for worker in workers:
-        told = any(word.split("=")[0] == FRACTION for word in worker.options.arguments(worker.stage))
-        size = memory_of(worker) if worker.options.device == "cpu" and not told else None
+        fraction_given = any(word.split("=")[0] == FRACTION for word in worker.options.arguments(worker.stage))
+        size = memory_of(worker) if worker.options.device == "cpu" and not fraction_given else None
         if size is not None:
             sizes[worker.name] = size
     _, free = memory()
     if (total := sum(size.total(nodes) for size in sizes.values())) <= free:
         return
-    parts = "; ".join(f"{name} {_said(size, nodes)}" for name, size in sizes.items())
+    parts = "; ".join(f"{name} {_size_text(size, nodes)}" for name, size in sizes.items())
     raise UserError(
         f"the workers take about {_gb(total)} of memory and {_gb(free)} are free ({parts}); end other programs, start "
         f"fewer workers or lower --max-total-tokens; --worker-args '{FRACTION} 0.9' starts them all the same"
     )
 
 
-def _said(size: WorkerMemory, nodes: int) -> str:
+def _size_text(size: WorkerMemory, nodes: int) -> str:
     parts = {"program": size.program, "weights": size.weights, "KV pool": size.pool, "a batch": size.activations}
     return f"{_gb(size.total(nodes))}: " + ", ".join(f"{name} {_gb(part)}" for name, part in parts.items())
 

@@ -21,8 +21,8 @@ def relayed_link(text: str, most_bits_per_s: float = MOST_BITS_PER_S) -> Link:
     link = Link.parse(text)
     if link.bits_per_s > most_bits_per_s:
         raise UserError(
-            f"--link {text}: links faster than {Link(most_bits_per_s)} cannot be had this way, the relay itself ends "
-            f"there; give a slower one, or leave it out"
+            f"--link {text}: the relay that limits the speed reaches {Link(most_bits_per_s)} at most; give a slower "
+            f"one, or leave it out"
         )
     return link
 

@@ -56,7 +56,7 @@ class Side(_Frozen):
     Attributes:
         request_bytes: packed KV that travels.
         transfer_s, prefill_s: seconds; `transfer_share_of_ttft` is transfer over their sum.
-        decode_pool_bytes: KV of one whole request if all layers of decode held all its rows.
+        decode_pool_bytes: KV of one request if every decode layer held all its rows.
         two_pool_bytes: the same with sparse layers in pools of only the rows they read, as they are served.
         max_rate: requests/s that the link carries within the cap.
         utilisation: share of the link used at the given rate; `fits`: it is within the cap.
