@@ -89,8 +89,8 @@ def make_memory(folder, plan, page_size=1, sizes=None, tokens=TOKENS, **args):
     )
     requests = DecodeReqToTokenPool(REQUESTS, CONTEXT, "cpu", False, 0)
     own = {"dtype": torch.float32, "device": "cpu", "kvcache": pool, "need_sort": True}
-    sizes = (tokens,) if page_size == 1 else (tokens, page_size)
-    allocator = (TokenToKVPoolAllocator if page_size == 1 else PagedTokenToKVPoolAllocator)(*sizes, **own)
+    pool_sizes = (tokens,) if page_size == 1 else (tokens, page_size)
+    allocator = (TokenToKVPoolAllocator if page_size == 1 else PagedTokenToKVPoolAllocator)(*pool_sizes, **own)
     memory.bind_tables(allocator, configured, req_to_token_pool=requests)
     return requests, allocator
 

@@ -163,8 +163,8 @@ def test_bad_targets(tmp_path: Path) -> None:
 def test_a_model_of_which_the_kv_alone_is_known_is_priced_and_its_pruning_refused(tmp_path: Path) -> None:
     folder = write_config(tmp_path / "mine", architectures=["TomorrowForCausalLM"]).parent
     kv = {"method": "all", "n_first": 2, "n_last": 5}
-    (one,) = subjects([str(write_recipe(tmp_path, source=f"hf:{folder}", kv=kv))])
-    assert one.plan.payload_bytes(100) == 6 * 7 * 2 * 2 * 32 * 2
+    (subject,) = subjects([str(write_recipe(tmp_path, source=f"hf:{folder}", kv=kv))])
+    assert subject.plan.payload_bytes(100) == 6 * 7 * 2 * 2 * 32 * 2
     cut = write_recipe(tmp_path, source=f"hf:{folder}", pruning={"method": "cosine", "decode_blocks": 2})
     with pytest.raises(UserError, match="decode_blocks is 2, but of TomorrowForCausalLM the KV alone is known"):
         subjects([str(cut)])
