@@ -29,7 +29,6 @@ PENDING = {
     "pdtrim_deploy/recipe/targets.py": {"asked"},
     "pdtrim_deploy/serving/commands.py": {"told"},
     "pdtrim_deploy/serving/launch.py": {"told"},
-    "tests/decodeworker.py": {"kept", "made", "told", "wanted"},
     "tests/recipe/test_targets.py": {"asked"},
     "tests/tools/test_pruning_rows.py": {"said"},
 }
