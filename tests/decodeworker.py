@@ -60,11 +60,11 @@ def layer_of(index):
     )  # fmt: skip
 
 
-def configurator(folder, plan, told=None, **args):
+def configurator(folder, plan, sizes=None, **args):
     """What SGLang's KVCacheConfigurator tells our hooks of a decode worker."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps({"pdtrim": plan.model_dump(mode="json")}))
-    override = {"pdtrim_decode_pool": told} if told else {}
+    override = {"pdtrim_decode_pool": sizes} if sizes else {}
     settings = {
         "model_path": str(folder), "json_model_override_args": json.dumps(override), "max_total_tokens": TOKENS,
         "disaggregation_mode": "decode", "disaggregation_decode_retraction_backup": "cpu_tensor",
@@ -72,7 +72,7 @@ def configurator(folder, plan, told=None, **args):
     return SimpleNamespace(server_args=SimpleNamespace(**settings | args))
 
 
-def make_memory(folder, plan, page_size=1, told=None, tokens=TOKENS, **args):
+def make_memory(folder, plan, page_size=1, sizes=None, tokens=TOKENS, **args):
     """SGLang's pool of requests and its allocator of tokens, made through our hooks."""
     from pdtrim_sglang.patches import memory
     from sglang.srt.disaggregation.decode import DecodeReqToTokenPool
@@ -80,18 +80,18 @@ def make_memory(folder, plan, page_size=1, told=None, tokens=TOKENS, **args):
     from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
     from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
-    made, shape = configurator(folder, plan, told, **args), {
+    configured, shape = configurator(folder, plan, sizes, **args), {
         "page_size": page_size, "dtype": torch.float32, "head_num": KV_HEADS, "head_dim": DIM,
         "layer_num": len(plan.kv), "device": "cpu", "enable_memory_saver": False,
     }  # fmt: skip
     pool = memory.kept_pool(
-        lambda _, mha_pool_class: mha_pool_class(tokens, **shape), made, mha_pool_class=MHATokenToKVPool
+        lambda _, mha_pool_class: mha_pool_class(tokens, **shape), configured, mha_pool_class=MHATokenToKVPool
     )
     requests = DecodeReqToTokenPool(REQUESTS, CONTEXT, "cpu", False, 0)
     own = {"dtype": torch.float32, "device": "cpu", "kvcache": pool, "need_sort": True}
-    sizes = (tokens,) if page_size == 1 else (tokens, page_size)
-    allocator = (TokenToKVPoolAllocator if page_size == 1 else PagedTokenToKVPoolAllocator)(*sizes, **own)
-    memory.bind_tables(allocator, made, req_to_token_pool=requests)
+    pool_sizes = (tokens,) if page_size == 1 else (tokens, page_size)
+    allocator = (TokenToKVPoolAllocator if page_size == 1 else PagedTokenToKVPoolAllocator)(*pool_sizes, **own)
+    memory.bind_tables(allocator, configured, req_to_token_pool=requests)
     return requests, allocator
 
 
@@ -125,7 +125,7 @@ class DecodeWorker:
 
     """
 
-    def __init__(self, folder, plan, page_size=1, told=None, backend="torch_native", tokens=TOKENS, make=None):
+    def __init__(self, folder, plan, page_size=1, sizes=None, backend="torch_native", tokens=TOKENS, make=None):
         from pdtrim_sglang.attention.factory import KeptFactory
         from pdtrim_sglang.pool import PoolView
         from sglang.srt.configs.model_config import AttentionArch
@@ -134,7 +134,7 @@ class DecodeWorker:
         from transformers import LlamaConfig
 
         self.plan, self.page_size = plan, page_size
-        self.requests, self.allocator = make_memory(folder, plan, page_size, told, tokens)
+        self.requests, self.allocator = make_memory(folder, plan, page_size, sizes, tokens)
         self.pool = self.allocator.get_kvcache()
         for buffer in (*self.pool.k_buffer, *self.pool.v_buffer):
             buffer.fill_(GARBAGE)
@@ -179,8 +179,8 @@ class DecodeWorker:
         from sglang.srt.disaggregation.decode import DecodePreallocQueue, alloc_for_decode_prealloc
 
         queue, tokens = self.queue(req), DecodePreallocQueue._pre_alloc_fill_len(req)
-        wanted = -(-tokens // self.page_size) * self.page_size
-        if memory.ask_cut_layers(lambda *_: wanted + 6, queue, req) > self.allocator.available_size():
+        needed = -(-tokens // self.page_size) * self.page_size
+        if memory.ask_cut_layers(lambda *_: needed + 6, queue, req) > self.allocator.available_size():
             return False
 
         def pre_alloc(queue, req):

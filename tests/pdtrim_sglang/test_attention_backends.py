@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("sglang", reason="needs the serve environment")
 
-from decodeworker import CONTEXT, DIM, KV_HEADS, DecodeWorker, Request, history, make_plan, sglang, sparse
+from decodeworker import CONTEXT, DIM, KV_HEADS, DecodeWorker, Request, history, layer_of, make_plan, sglang, sparse
 
 from pdtrim_deploy.plan import KVSend
 
@@ -73,6 +73,18 @@ def test_a_whole_batch_of_padding_writes_to_the_slots_of_nobody(tmp_path):
     for buffer in (*worker.pool.k_buffer, *worker.pool.v_buffer):
         assert bool((buffer[1:] == 1e3).all())
         assert bool((buffer[0] != 1e3).all())
+
+
+def test_a_model_that_writes_rows_by_itself_is_refused(tmp_path):
+    """It knows SGLang's slots alone, and would write the rows of cut layers to those of others."""
+    worker = DecodeWorker(tmp_path, make_plan([KVSend(), sparse(1, 2)]))
+    nobody = torch.zeros(1, dtype=torch.int64)
+    batch = worker.forward_batch(nobody, nobody + 1, nobody)
+    worker.backend.init_forward_metadata(batch)
+    (q, *_), (k, *_), (v, *_) = worker.new_rows(1)
+    worker.backend.forward(q, k, v, layer_of(0), batch, False)
+    with pytest.raises(RuntimeError, match="this model writes K and V by itself"):
+        worker.backend.forward(q, k, v, layer_of(1), batch, False)
 
 
 def test_a_request_as_long_as_the_context_allows(tmp_path):

@@ -9,6 +9,7 @@ captured stays where it is and is filled anew before each replay. Written agains
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +21,8 @@ from torch import Tensor
 from pdtrim_sglang.attention.overlay import group_runner
 from pdtrim_sglang.kept_pool.group import KeptGroup
 from pdtrim_sglang.kept_pool.pool import KeptKVPool
+
+logger = logging.getLogger("sglang.srt.pdtrim.attention")
 
 
 @dataclass
@@ -46,7 +49,7 @@ class _GroupAttention:
         if fixed:
             lengths, newest = self.graph[:, : len(lengths)].copy_(torch.stack((lengths, newest)))
         view = copy.copy(batch)
-        view.seq_lens, view.out_cache_loc = lengths.to(batch.seq_lens.dtype), newest
+        view.seq_lens, view.out_cache_loc = lengths, newest
         if batch.seq_lens_cpu is not None:
             known = kept.host_lengths(self.place, batch.seq_lens_cpu)
             view.seq_lens_cpu = lengths.cpu() if known is None else known  # a warm-up's, which no scheduler has seen
@@ -68,9 +71,13 @@ class KeptBackend(AttentionBackend):
         for place, group in enumerate(pool.kept.groups):
             own = group_runner(runner, group)
             self._groups.append(_GroupAttention(place, group, make(own), own.kv_index_translator))
+        logger.info(
+            "pdtrim: %s for whole layers, and one for each of %d groups of cut layers",
+            type(self._whole).__name__, len(self._groups),
+        )  # fmt: skip
         self.attn_backend_list = [self._whole, *(own.backend for own in self._groups)]
         for name, value in vars(AttentionBackend).items():  # what a backend says of itself, to whoever asks the class
-            if not (name.startswith("__") or callable(value) or isinstance(value, property) or name in vars(self)):
+            if not (name.startswith("_") or callable(value) or isinstance(value, property) or name in vars(self)):
                 setattr(self, name, getattr(self._whole, name))
 
     def __getattr__(self, name: str) -> Any:
@@ -112,25 +119,31 @@ class KeptBackend(AttentionBackend):
         for backend in self.attn_backend_list or ():
             backend.on_after_cuda_graph_warmup()
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, layer: Any, forward_batch: Any, *args: Any, **kw: Any) -> Tensor:
-        backend, batch = self._of(layer, forward_batch)
-        output: Tensor = backend.forward(q, k, v, layer, batch, *args, **kw)
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, layer: Any, forward_batch: Any, save_kv_cache: bool = True, **kw: Any
+    ) -> Tensor:
+        backend, batch = self._of(layer, forward_batch, save_kv_cache)
+        output: Tensor = backend.forward(q, k, v, layer, batch, save_kv_cache, **kw)
         return output
 
     def forward_decode(
-        self, q: Tensor, k: Tensor, v: Tensor, layer: Any, forward_batch: Any, *args: Any, **kw: Any
+        self, q: Tensor, k: Tensor, v: Tensor, layer: Any, forward_batch: Any, save_kv_cache: bool = True, **kw: Any
     ) -> Tensor:
-        backend, batch = self._of(layer, forward_batch)
-        output: Tensor = backend.forward_decode(q, k, v, layer, batch, *args, **kw)
+        backend, batch = self._of(layer, forward_batch, save_kv_cache)
+        output: Tensor = backend.forward_decode(q, k, v, layer, batch, save_kv_cache, **kw)
         return output
 
     def forward_extend(self, *args: Any, **kw: Any) -> Tensor:
         output: Tensor = self._whole.forward_extend(*args, **kw)
         return output
 
-    def _of(self, layer: Any, forward_batch: Any) -> tuple[Any, Any]:
+    def _of(self, layer: Any, forward_batch: Any, save_kv_cache: bool) -> tuple[Any, Any]:
         place = self._kept.of_layer.get(layer.layer_id)
         if place is None or not forward_batch.forward_mode.is_decode_or_idle():
             return self._whole, forward_batch
+        if not save_kv_cache:  # fused with RoPE, say: it was written to the slots of whole layers
+            raise RuntimeError(
+                "pdtrim: this model writes K and V past the attention backend: serve a plan without cuts"
+            )
         own = self._groups[place]
         return own.backend, own.batch
