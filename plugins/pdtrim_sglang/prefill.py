@@ -241,11 +241,11 @@ class PrefillSide:
         milliseconds to make and to register: the scheduler seldom has to.
         """
         with self._peers_lock:
+            known = self._known.get(session)
+            if known is None:
+                return f"decode worker {session} never registered"
             if session in self._peers:
                 return ""
-            known = self._known.get(session)
-        if known is None:
-            return f"decode worker {session} never registered"
         context = (self, self._plan, self._pool, self._aux, self._manager.prefill_rank)
         try:
             peer = Peer(known.host, known.data_port, self._transport.channel, self._config, *context)

@@ -126,7 +126,7 @@ def test_another_plan_makes_no_peer():
 def test_decode_does_not_wait_for_a_request_that_prefill_has_given_up():
     """Prefill's deadline may pass while decode's pool is full: SGLang's decode then waits for its own, minutes."""
     side = prefill(Manager())
-    side._known[WHO["session"]] = None
+    side._known[WHO["session"]], side._peers[WHO["session"]] = "registered", SimpleNamespace(forget=lambda _: None)
     side._progress = {}
     message = Room(**WHO, room=7, prompt_tokens=3, prefix_tokens=0, destinations=1)
     side.sender_opened(7)
@@ -176,7 +176,8 @@ def test_decode_hears_of_a_failure_that_came_before_its_room():
 
     manager = Bookkeeping()
     side = prefill(manager)
-    side._known[WHO["session"]], side._progress = None, {}
+    side._known[WHO["session"]], side._peers[WHO["session"]] = "registered", SimpleNamespace(forget=lambda _: None)
+    side._progress = {}
     for room in (7, 8):
         side.sender_opened(room)
         manager.update_status(room, KVPoll.Bootstrapping)

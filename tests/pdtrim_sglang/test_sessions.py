@@ -1,6 +1,7 @@
 """What a prefill worker keeps of its decode workers: as long as they live, and as many as live."""
 
 import queue
+import threading
 import time
 from dataclasses import replace
 from types import SimpleNamespace
@@ -140,3 +141,36 @@ def test_decode_workers_that_restart_for_ever_are_forgotten_and_one_that_asks_is
     assert list(side._rejected) == [f"127.0.0.2:{restart}" for restart in range(25, 30)]
     side.hear(opened("127.0.0.1:2", 99))
     assert "never registered" in side._manager.failed.get(timeout=10)
+
+
+def test_what_a_decode_worker_needs_is_made_and_connected_when_it_registers(side, monkeypatch):
+    """Memory is pinned and registered for it, which takes tens of milliseconds: not on the scheduler's thread."""
+    threads, make = queue.Queue(), prefill.Peer
+    monkeypatch.setattr(prefill, "Peer", lambda *given: (threads.put(threading.current_thread().name), make(*given))[1])
+    server = transport_named("tcp").server("127.0.0.1", Handler(), CONFIG)
+    session = f"{server.host}:{server.port}"
+    side.hear(register(session))
+    assert threads.get(timeout=10) == "pdtrim control channel"
+    eventually(lambda: server.held()[0] == 1)
+    side.hear(opened(session, 1))
+    side.send(1)
+    eventually(lambda: side._manager.request_status[1] == KVPoll.Success)
+    assert threads.empty()
+    server.close()
+
+
+def test_memory_that_cannot_be_registered_fails_requests_and_nothing_else(side, monkeypatch):
+    def no_memory(*_):
+        raise RuntimeError("cannot pin memory")
+
+    monkeypatch.setattr(prefill, "Peer", no_memory)
+    side.hear(register("127.0.0.1:1"))
+    side.hear(opened("127.0.0.1:1", 1))
+    reason = side._manager.failed.get(timeout=10)
+    assert reason == "cannot prepare to send to decode worker 127.0.0.1:1: cannot pin memory"
+
+
+def test_a_decode_worker_that_registers_and_vanishes_leaves_nothing_behind(side):
+    side.hear(register("127.0.0.1:1"))
+    eventually(lambda: "127.0.0.1:1" in side._known)
+    eventually(lambda: not side._peers)
