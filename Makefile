@@ -5,7 +5,7 @@ SERVE = .venv/serve/bin
 DOCS = .venv/docs/bin
 RECIPE ?= recipes/smollm2-demo.yaml
 OUT ?= out/demo
-HEADLINE = --requests 64 --rounds 8 --output-tokens 64
+HEADLINE = --requests 64 --rounds 8 --output-tokens 64 --concurrency 4 --link none
 # For the page of `demo`: committed results, where they stand.
 PAGE = $(addprefix --pareto ,$(wildcard benchmarks/results/kv.json)) $(addprefix --faults ,$(wildcard benchmarks/results/faults.json))
 SOURCES = pdtrim_deploy builders plugins tests tools benchmarks
@@ -15,7 +15,7 @@ TEST_ENV = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} OMP_WAIT_POLICY=PASSIVE GOMP_S
 PYTEST = -m pytest --durations=5
 TEST_WORKERS ?= 2
 
-.PHONY: help setup setup-build setup-serve setup-docs setup-aiperf lock lint format test test-unit test-unit-build test-unit-serve test-docs test-serve test-faults mutations soak demo headline plugin docs deploy bench clean distclean
+.PHONY: help setup setup-build setup-serve setup-docs setup-aiperf lock lint format test test-unit test-unit-build test-unit-serve test-docs test-serve test-faults coverage mutations soak demo headline plugin docs deploy bench clean distclean
 .DEFAULT_GOAL := help
 
 help:  ## list these targets
@@ -60,7 +60,7 @@ test-unit-build:
 	  -m "not serve" -n $(TEST_WORKERS) --dist loadfile
 
 test-unit-serve:
-	$(TEST_ENV) OMP_NUM_THREADS=1 $(SERVE)/python $(PYTEST) tests/pdtrim_sglang tests/kvcache/test_triton_pack.py -m "not serve"
+	$(TEST_ENV) OMP_NUM_THREADS=1 $(SERVE)/python $(PYTEST) tests/pdtrim_sglang tests/kvcache/test_gpu.py -m "not serve"
 
 test-docs: setup-docs  ## documentation, manifests against the Kubernetes schemas, the Dockerfile
 	$(DOCS)/python $(PYTEST) tests/docs
@@ -69,7 +69,10 @@ test-docs: setup-docs  ## documentation, manifests against the Kubernetes schema
 test-serve: setup  ## the tests that start SGLang servers
 	$(TEST_ENV) OMP_NUM_THREADS=1 $(BUILD)/python $(PYTEST) tests/serving tests/integration -m serve -n $(TEST_WORKERS) --dist loadgroup
 
-mutations: setup  ## 39 one-line mutations of plugin, wire format and oracle: which test catches each; not part of make test
+coverage: setup  ## line coverage of each package by the tests that start no server; twice their time; not part of make test
+	$(BUILD)/python tools/coverage_table.py
+
+mutations: setup  ## 40 one-line mutations of plugin, wire format and oracle: which test catches each; not part of make test
 	$(BUILD)/python tools/mutations.py
 
 test-faults: setup  ## kill, stop, cut and flood a running pair; not part of make test
@@ -95,6 +98,9 @@ deploy: setup-build  ## write the examples in deploy/ from the code
 	$(BUILD)/python tools/deploy_base.py
 
 bench: $(addprefix bench-,$(BENCHMARKS))  ## run every benchmarks/NAME.py (one: make bench-NAME)
+
+bench-launches: setup  # Triton lies in the environment that serves
+	$(SERVE)/python benchmarks/launches.py
 
 bench-%: setup
 	$(BUILD)/python benchmarks/$*.py

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from __pruning_choice import Choice
 from __pruning_methods import METHODS
 from __results import HERE
+
+from pdtrim_deploy.local.row_log import RowLog
 
 SEARCHED = ("calibration", "length")
 FITTED = (*SEARCHED, "text", "training_steps")
@@ -37,22 +38,20 @@ def committed(path: Path, asked: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 class Rows:
-    """Rows kept on disk for one set of sizes, one JSON object a line; a new file begins with `known`."""
+    """Rows kept on disk for one set of sizes; a new file begins with `known`."""
 
     def __init__(self, file: Path, known: list[dict[str, Any]]) -> None:
-        self._file = file
-        if not file.exists():
-            file.write_text("".join(json.dumps(row) + "\n" for row in known))
-        whole = file.read_bytes().rpartition(b"\n")[0]
-        os.truncate(file, len(whole) + bool(whole))  # a row half written, its writer killed, is made again
+        self._log = RowLog(file, "rows of bench-pruning")
+        if not self._log.exists:
+            self._log.append(*known)
 
     def read(self) -> list[dict[str, Any]]:
         """All of them."""
-        return [json.loads(line) for line in self._file.read_text().splitlines()]
+        return list(self._log.rows)
 
     def has(self, method: str, removed: int, seed: int) -> bool:
         """Whether there is such a row."""
-        return any((r["method"], r["removed"], r["seed"]) == (method, removed, seed) for r in self.read())
+        return self._log.find(method=method, removed=removed, seed=seed) is not None
 
     def chosen(self, method: str, removed: int, seed: int) -> Choice | None:
         """What a method that chooses alike has chosen."""
@@ -75,5 +74,4 @@ class Rows:
     def add(self, row: dict[str, Any]) -> None:
         """Write it down, if it was judged."""
         if "brown_ppl" in row:
-            with self._file.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            self._log.append(row)

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from pdtrim_sglang.protocol import ChunkHeader, Reply
 from pdtrim_sglang.transports import TRANSPORTS, TransportConfig, transport_named
+from pdtrim_sglang.transports.mooncake import mooncake_writer
+from pdtrim_sglang.transports.nixl import nixl_writer
 
 MOST_MOONCAKE = 256
 HOST, MOST_PARTS, LIBRARIES = "127.0.0.1", 1024, ("nixl", "mooncake")
@@ -59,22 +61,27 @@ class World:
 
 def usable(name: str) -> bool:
     try:
-        transport_named(name)[0].prepare(HOST, TransportConfig(accept_unauthenticated=True))
+        transport_named(name).prepare(HOST, TransportConfig(accept_unauthenticated=True))
     except RuntimeError:
         return False
     return True
 
 
+def writer_of(name: str, role: str, world: World) -> Any:
+    """The library behind a transport's ends of this process."""
+    return {"nixl": nixl_writer, "mooncake": mooncake_writer}[name](role, HOST, world.config)
+
+
 def receive(world: World) -> None:
     """Say where everything is, take plain sockets' bytes, and tell the sum of the rows when asked."""
-    servers = {name: transport_named(name)[1](HOST, world, world.config) for name in TRANSPORTS if usable(name)}
+    servers = {name: transport_named(name).server(HOST, world, world.config) for name in TRANSPORTS if usable(name)}
     said: dict[str, Any] = {"ports": {name: server.port for name, server in servers.items()}}
     listener, control = socket.create_server((HOST, 0)), socket.create_server((HOST, 0))
     said |= {"socket": listener.getsockname()[1], "control": control.getsockname()[1], "addresses": world.addresses()}
     kept = []
     for name in LIBRARIES:
         if name in servers:
-            writer = servers[name]._writer  # type: ignore[attr-defined]
+            writer = writer_of(name, "receive", world)
             writer.register(world.pool.view(torch.uint8).view(-1))
             said[name] = writer.place(world.pool.view(torch.uint8).view(-1)).decode()
             kept.append(writer)
@@ -144,7 +151,7 @@ def send(world: World, arguments: list[str]) -> list[dict[str, Any]]:
 
     def over(name: str) -> Callable[[], None]:
         replies = Replies()
-        channel = transport_named(name)[0](HOST, said["ports"][name], replies, world.config)  # type: ignore[call-arg]
+        channel = transport_named(name).channel(HOST, said["ports"][name], replies, world.config)
 
         def move() -> None:
             world.gather(channel.staging)
@@ -187,8 +194,7 @@ def send(world: World, arguments: list[str]) -> list[dict[str, Any]]:
 
 def _scattered(name: str, world: World, said: dict[str, Any]) -> Callable[[], None]:
     """Each row its own piece of one transfer of the library."""
-    module = sys.modules[f"pdtrim_sglang.transports.{name}"]
-    writer = module._checked("send", HOST, world.config)
+    writer = writer_of(name, "send", world)
     writer.register(world.pool.view(torch.uint8).view(-1))
     target = writer.reach(said[name].encode())
     mine, theirs, sizes = world.addresses(), said["addresses"], [world.row_bytes] * world.rows

@@ -31,7 +31,7 @@ from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.pipeline import build
 from pdtrim_deploy.plan.link import Link
 from pdtrim_deploy.recipe import Recipe
-from pdtrim_deploy.serving import cluster_of, throttled
+from pdtrim_deploy.serving import WorkerOptions, cluster_of, throttled
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "out" / "bench-compare"
@@ -127,7 +127,9 @@ def measured(
     with ExitStack() as stack:
         sides = {}
         for name, bundle in bundles.items():
-            starting = cluster_of(bundle, say=print)
+            starting = cluster_of(
+                bundle, options=WorkerOptions.beside_others(served_model_name=bundle.path.resolve().name), say=print
+            )
             cluster = stack.enter_context(throttled(starting, link) if link else starting)
             sides[name] = Side(cluster.url, Workers.of(cluster))
         time.sleep(5)

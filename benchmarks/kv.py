@@ -16,7 +16,6 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -26,13 +25,13 @@ from __kv_plans import Row, rows
 from __results import HERE, commit, write
 from torch import Tensor
 
-from pdtrim_deploy.bundle import write_atomic
 from pdtrim_deploy.evaluation.corpora import registry
 from pdtrim_deploy.evaluation.corpora.sampling import sequences
 from pdtrim_deploy.evaluation.tasks import Measured, Setting, agreement, choice, needle, perplexity
 from pdtrim_deploy.kvchoice import Problem
 from pdtrim_deploy.kvchoice.recall import with_recall
 from pdtrim_deploy.local.cache import Cache
+from pdtrim_deploy.local.row_log import RowLog
 from pdtrim_deploy.models import DEFAULT_SOURCE, resolve
 from pdtrim_deploy.models.loading import load_model, load_tokenizer
 from pdtrim_deploy.models.oracle import PDOracle
@@ -69,7 +68,11 @@ def main() -> None:
     tokenizer = load_tokenizer(checkpoint.path)
     model, plan = load_model(checkpoint.path), PDPlan.dense(checkpoint.shape("bfloat16"))
     dense, corpus = PDOracle(model, model, plan), registry.load("brown", Cache.default())
-    once = _Once(asked)
+    key = [commit(), vars(asked)]  # an interrupted run with the same options goes on where it was
+    folder = (
+        HERE.parent / "out" / "bench-kv" / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
+    )
+    log = RowLog(folder / "values.jsonl", key)
 
     def text(count: int, tokens: int, seed: int) -> Tensor:
         ids = sequences(corpus.split("calibration"), tokenizer, count, tokens, seed)
@@ -86,10 +89,10 @@ def main() -> None:
     if asked.healed:
         plans = [_row(row) for row in known() if (row["method"], row["asked"]) in (("dense", None), *HEALED)]
         ids = text(asked.text, asked.prompt + MORE, asked.seed + 1)
-        oracles = [dense, *(healed(dense.with_kv(row.sends), ids, asked, once.folder, note) for row in plans[1:])]
+        oracles = [dense, *(healed(dense.with_kv(row.sends), ids, asked, folder, note) for row in plans[1:])]
         plans[1:] = [replace(row, method=f"{row.method}, healed") for row in plans[1:]]
     else:
-        plans = [_row(row) for row in once("plans", chosen)]
+        plans = [_row(row) for row in log.value("plans", chosen)]
         oracles = [dense.with_kv(row.sends) for row in plans]
 
     def setting(size: int) -> Setting:
@@ -105,7 +108,7 @@ def main() -> None:
     found = {
         task.name: [
             Measured(task.name, tuple(one["groups"]), one["values"])
-            for one in once(task.name, lambda task=task: [asdict(one) for one in task.measure(oracles, note)])
+            for one in log.value(task.name, lambda task=task: [asdict(one) for one in task.measure(oracles, note)])
         ]
         for task in tasks
     }
@@ -165,21 +168,6 @@ def _row(row: dict[str, Any]) -> Row:
 def _plain(row: Row) -> dict[str, Any]:
     sends = [send.model_dump() for send in row.sends]
     return {"method": row.method, "asked": row.asked, "seed": row.seed, "sends": sends}
-
-
-class _Once:
-    """JSON kept on disk for these options and this commit: an interrupted run goes on where it was."""
-
-    def __init__(self, asked: argparse.Namespace) -> None:
-        key = hashlib.sha256(json.dumps([commit(), vars(asked)], sort_keys=True).encode()).hexdigest()[:12]
-        self.folder = HERE.parent / "out" / "bench-kv" / key
-        self.folder.mkdir(parents=True, exist_ok=True)
-
-    def __call__(self, name: str, make: Callable[[], Any]) -> Any:
-        path = self.folder / f"{name}.json"
-        if not path.exists():
-            write_atomic(path, json.dumps(make()))
-        return json.loads(path.read_text())
 
 
 if __name__ == "__main__":

@@ -69,8 +69,8 @@ def main() -> None:
     limits = WorkerOptions()
     rates = Rates.measured(
         [(name, result) for name in CALIBRATION for result in found[name]],
-        max_running=limits.max_running_requests,
-        pool_tokens=limits.max_total_tokens,
+        max_running=limits.requests,
+        pool_tokens=limits.pool_tokens,
     )
     print(rates.model_dump_json())
     rows = [check(name, found[name], rates, bundle, asked) for name in (*CALIBRATION, *CHECKS)]

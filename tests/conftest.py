@@ -65,12 +65,12 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
 @pytest.fixture(scope="session")
 def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """tiny_dir("Qwen2ForCausalLM"): the folder of that family's tiny model. Read it, do not write to it."""
-    made: dict[str, Path] = {}
+    folders: dict[str, Path] = {}
 
     def folder(architecture: str) -> Path:
-        if architecture not in made:
-            made[architecture] = make_tiny(tmp_path_factory.mktemp(architecture), architecture)
-        return made[architecture]
+        if architecture not in folders:
+            folders[architecture] = make_tiny(tmp_path_factory.mktemp(architecture), architecture)
+        return folders[architecture]
 
     return folder
 

@@ -19,7 +19,7 @@ def plans(draw):
     blocks = draw(st.integers(1, 6))
     decode = [draw(st.booleans()) for _ in range(blocks)]
     decode[draw(st.integers(0, blocks - 1))] = True
-    prefill = [kept or draw(st.booleans()) for kept in decode]
+    prefill = [full or draw(st.booleans()) for full in decode]
     sends, dim = [], draw(st.sampled_from([4, 8, 12, 32, 64, 96, 128]))
     wires = [wire for wire in WIRE_DTYPES if dim % HEAD_DIM_MULTIPLE[wire] == 0]
     for _ in range(sum(decode)):
@@ -89,11 +89,11 @@ def slots_of(draw, size, tokens):
 def pools(count, size, model, seed):
     """Rows of very different magnitude, heads with an outlier channel, some all zero."""
     g = torch.Generator().manual_seed(seed)
-    made = []
+    tensors = []
     for _ in range(count):
         x = torch.randn(size, model.num_kv_heads, model.head_dim, generator=g)
         x *= 10.0 ** torch.randint(-6, 3, (size, model.num_kv_heads, 1), generator=g)
         x[..., 0] *= 20
         x[torch.rand(x.shape[:2], generator=g) < 0.1] = 0
-        made.append(x.to(getattr(torch, model.kv_dtype)))
-    return made
+        tensors.append(x.to(getattr(torch, model.kv_dtype)))
+    return tensors

@@ -66,8 +66,8 @@ def host(tensor):
 
 
 def _one_device(func, values):
-    flat = [one for value in values for one in (value if isinstance(value, list | tuple) else [value])]
+    flat = [item for value in values for item in (value if isinstance(value, list | tuple) else [value])]
     with _plainly():
-        tensors = [one for one in flat if isinstance(one, Tensor) and one.dim()]
-    if len({isinstance(one, OnGPU) for one in tensors}) > 1:
+        tensors = [item for item in flat if isinstance(item, Tensor) and item.dim()]
+    if len({isinstance(item, OnGPU) for item in tensors}) > 1:
         raise RuntimeError(f"{func.__name__}: tensors on two devices")

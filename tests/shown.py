@@ -23,8 +23,8 @@ def commands(text: str) -> list[str]:
     blocks = re.findall(r"^ *```[^\n]*\n(.*?)^ *```", text, re.DOTALL | re.MULTILINE)
     lines = [line.strip() for block in blocks for line in re.sub(r"\\\n *", "", block).splitlines()]
     inline = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
-    found = [re.sub(r"^(\$ |\.venv/build/bin/)", "", line) for line in [*lines, *inline]]
-    return [line for line in found if re.match(rf"({'|'.join(['pdtrim-deploy', 'make', *OTHERS])}) [a-z-]", line)]
+    shown = [re.sub(r"^(\$ |\.venv/build/bin/)", "", line) for line in [*lines, *inline]]
+    return [line for line in shown if re.match(rf"({'|'.join(['pdtrim-deploy', 'make', *OTHERS])}) [a-z-]", line)]
 
 
 def bare(line: str) -> str:
@@ -45,9 +45,9 @@ def how(line: str) -> dict[str, Any] | None:
 
 def to_run() -> dict[str, set[int]]:
     """Commands that tests/cli/test_shown.py runs, and the exit codes allowed."""
-    found: dict[str, set[int]] = {}
+    exit_codes: dict[str, set[int]] = {}
     for line, how in HOW.items():
         if "run" in how:
             command = line if how["run"] is True else how["run"]
-            found[command] = {0, *how.get("codes", ())} | found.get(command, set())
-    return found
+            exit_codes[command] = {0, *how.get("codes", ())} | exit_codes.get(command, set())
+    return exit_codes

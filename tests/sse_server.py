@@ -25,7 +25,7 @@ class Behaviour:
     error_event: bool = False
     garbage: bool = False
     encoding: str | None = None
-    said: str = "x"
+    text: str = "x"
     finish_reason: str | None = None
     in_flight: int = 0
     most_in_flight: int = 0
@@ -56,8 +56,8 @@ async def _answer(b: Behaviour, reader: asyncio.StreamReader, writer: asyncio.St
         while head := await reader.readuntil(b"\r\n\r\n"):
             fields = dict(line.lower().split(b": ", 1) for line in head.split(b"\r\n")[1:] if line)
             if head.startswith(b"GET /v1/models "):
-                said = json.dumps({"object": "list", "data": [{"id": "tiny", "object": "model"}]}).encode()
-                writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(said), said))
+                models = json.dumps({"object": "list", "data": [{"id": "tiny", "object": "model"}]}).encode()
+                writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(models), models))
                 continue
             body = json.loads(await reader.readexactly(int(fields[b"content-length"])))
             b.bodies.append(body)
@@ -89,7 +89,7 @@ async def _stream(b: Behaviour, body: dict, writer: asyncio.StreamWriter, openai
             await asyncio.sleep(b.ttft if seen == b.chunk else b.itl)
             prompt = body["prompt"] if openai else body["text"]
             meta = {"completion_tokens": min(seen, total), "prompt_tokens": len(prompt.split())}
-            event = {"text": b.said, "meta_info": meta | {"finish_reason": b.finish_reason}}
+            event = {"text": b.text, "meta_info": meta | {"finish_reason": b.finish_reason}}
             if openai:
                 choices = [{"index": 0, "text": "x" * b.chunk}]
                 usage = meta | {"total_tokens": sum(meta.values())}

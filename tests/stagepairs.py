@@ -16,6 +16,6 @@ def kl(pair, stage, ids):
     prompt = ids.shape[1] // 2 if stage == "decode" else 0
     held = PrefillKV(pair.stage("prefill"), pair.plan.layer_map)(ids[:, :prompt]) if prompt else None
     with torch.no_grad():
-        wanted = TeacherLogits(pair.model)(ids, prompt, None).log_softmax(-1)
+        teacher = TeacherLogits(pair.model)(ids, prompt, None).log_softmax(-1)
         got = StageLogits(pair.stage(stage))(ids, prompt, held).log_softmax(-1)
-    return float((wanted.exp() * (wanted - got)).sum(-1).mean())
+    return float((teacher.exp() * (teacher - got)).sum(-1).mean())

@@ -15,12 +15,12 @@ SPARSE = KVSend(mode="sparse", n_first=2, n_last=3)
 
 def tiny(family, attention="sdpa", **config):
     torch.manual_seed(FAMILIES.index(family))
-    made = getattr(transformers, f"{family}Config")(
+    model_config = getattr(transformers, f"{family}Config")(
         vocab_size=VOCABULARY, hidden_size=24, intermediate_size=40, num_hidden_layers=BLOCKS,
         num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, head_dim=DIM, max_position_embeddings=256,
         initializer_range=0.3, attn_implementation=attention, **config,
     )  # fmt: skip
-    model = getattr(transformers, f"{family}ForCausalLM")(made).eval()
+    model = getattr(transformers, f"{family}ForCausalLM")(model_config).eval()
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter)

@@ -22,9 +22,11 @@ SERVED = Served("my-model", "0" * 64, "bfloat16", sparse=True)
 
 def files() -> dict[str, str]:
     """Contents of deploy/, by path."""
-    made = {f"base/{name}": documents for name, documents in kubernetes(SERVED, Options(prefill=2, decode=6)).items()}
-    made["compose.yaml"] = [compose(SERVED, Options(bundle=BundleAt("host", "/srv/bundle")))]
-    texts = {name: HEAD + yaml.safe_dump_all(docs, sort_keys=False, width=120) for name, docs in made.items()}
+    documents_of = {
+        f"base/{name}": documents for name, documents in kubernetes(SERVED, Options(prefill=2, decode=6)).items()
+    }
+    documents_of["compose.yaml"] = [compose(SERVED, Options(bundle=BundleAt("host", "/srv/bundle")))]
+    texts = {name: HEAD + yaml.safe_dump_all(docs, sort_keys=False, width=120) for name, docs in documents_of.items()}
     return texts | {"grafana/pdtrim-kv.json": json.dumps(dashboard(), indent=2) + "\n"}
 
 

@@ -52,7 +52,7 @@ class Environment:
         self.lock = ROOT / "constraints" / f"{name}.txt"
         self.holds_project = name != "aiperf"
 
-    def wanted(self) -> dict[str, str]:
+    def required(self) -> dict[str, str]:
         """What a complete environment's stamp must say."""
         machine = "cuda" if self.cuda else "cpu"
         packages = {"packages": digest(self.lock.read_text(), RECIPE, sys.version, machine, str(self.path))}
@@ -68,13 +68,13 @@ class Environment:
 
     def ensure(self) -> None:
         """Make what is missing, and nothing else."""
-        wanted, stamped = self.wanted(), self.stamped()
-        if stamped == wanted and self.python.exists():
+        required, stamped = self.required(), self.stamped()
+        if stamped == required and self.python.exists():
             print(f"{self.name}: stands ({self.path.relative_to(ROOT)})")
             return
         started = time.monotonic()
         (self.path / STAMP).unlink(missing_ok=True)
-        if stamped.get("packages") != wanted["packages"] or not self.python.exists():
+        if stamped.get("packages") != required["packages"] or not self.python.exists():
             shutil.rmtree(self.path, ignore_errors=True)
             run(sys.executable, "-m", "venv", self.path)
             run(self.python, "-m", "pip", "install", "--quiet", "uv", "-c", self.lock)
@@ -82,7 +82,7 @@ class Environment:
         if self.holds_project:
             self.uv("--no-deps", "--no-build-isolation", "--reinstall-package", "pdtrim-deploy", "-e", ".")
         partial = self.path / (STAMP + ".partial")
-        partial.write_text(json.dumps(wanted))
+        partial.write_text(json.dumps(required))
         partial.rename(self.path / STAMP)
         print(f"{self.name}: made in {time.monotonic() - started:.0f} s ({self.path.relative_to(ROOT)})")
 

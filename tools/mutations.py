@@ -1,6 +1,6 @@
 """Apply each mutation of tests/mutations/mutations.yaml in a copy of the tree, and say which test caught it.
 
-    python tools/mutations.py [--only TEXT] [--out FILE]     # `make mutations`: 39 of them, minutes
+    python tools/mutations.py [--only TEXT] [--out FILE]     # `make mutations`: 40 of them, minutes
 
 The named tests run once without a mutation, and must pass; then with each mutation. Tests of the plugin run in
 .venv/serve, all others in .venv/build. Exit code 1 when a mutation was caught by no test; 2 when a mutation cannot be
@@ -164,10 +164,10 @@ def main() -> None:
             sys.exit(2)
         rows = []
         for mutation in mutations:
-            whole = (tree / mutation.file).read_text()
+            original = (tree / mutation.file).read_text()
             (tree / mutation.file).write_text(mutation.applied(tree))
             caught = failures(runners, tree, mutation.tests)
-            (tree / mutation.file).write_text(whole)
+            (tree / mutation.file).write_text(original)
             rows.append({"file": str(mutation.file), "old": mutation.old, "new": mutation.new, "caught_by": caught})
             print(f"{'caught' if caught else 'MISSED'}  {mutation.file}: {mutation.new}", flush=True)
             for name in caught[:1]:

@@ -52,10 +52,10 @@ def schema(title: str, model: Any, intro: str) -> str:
     """Every object of a pydantic model's schema as a table of its keys."""
     root = model.model_json_schema()
     parts = [f"# {title}", intro]
-    for name, one in {model.__name__: root, **root.get("$defs", {})}.items():
-        if "properties" not in one:
+    for name, section in {model.__name__: root, **root.get("$defs", {})}.items():
+        if "properties" not in section:
             continue
-        required = set(one.get("required", ()))
+        required = set(section.get("required", ()))
         rows = [
             (
                 f"`{key}`",
@@ -63,10 +63,10 @@ def schema(title: str, model: Any, intro: str) -> str:
                 "required" if key in required else f"`{_short(value.get('default'))}`",
                 value.get("description", ""),
             )
-            for key, value in one["properties"].items()
+            for key, value in section["properties"].items()
         ]
-        text = " ".join(one.get("description", "").split("Attributes:")[0].split())
-        attributes = one.get("description", "").partition("Attributes:")[2].strip()
+        text = " ".join(section.get("description", "").split("Attributes:")[0].split())
+        attributes = section.get("description", "").partition("Attributes:")[2].strip()
         parts += [f"## {name}", text, table(("key", "value", "default", ""), rows)]
         if attributes:
             parts.append("\n".join(f"- {line.strip()}" for line in _joined(attributes)))
@@ -95,9 +95,9 @@ def _type(value: dict[str, Any]) -> str:  # noqa: PLR0911 (a line for each kind 
         return value["$ref"].rsplit("/", 1)[1]
     for many in ("anyOf", "oneOf"):
         if many in value:
-            return " or ".join(dict.fromkeys(_type(one) for one in value[many]))
+            return " or ".join(dict.fromkeys(_type(option) for option in value[many]))
     if "enum" in value:
-        return ", ".join(f"`{one}`" for one in value["enum"])
+        return ", ".join(f"`{option}`" for option in value["enum"])
     if "const" in value:
         return f"`{value['const']}`"
     if value.get("type") == "array":
@@ -106,8 +106,8 @@ def _type(value: dict[str, Any]) -> str:  # noqa: PLR0911 (a line for each kind 
     if value.get("type") == "object" and isinstance(value.get("additionalProperties"), dict):
         return f"mapping to {_type(value['additionalProperties'])}"
     bounds = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
-    said = [f"{sign} {value[key]:g}" for key, sign in bounds.items() if key in value]
-    return " ".join([value.get("type", "any"), *said])
+    limits = [f"{sign} {value[key]:g}" for key, sign in bounds.items() if key in value]
+    return " ".join([value.get("type", "any"), *limits])
 
 
 def metrics() -> str:
@@ -133,7 +133,7 @@ def metrics() -> str:
 
 def exit_codes() -> str:
     """The table of exit codes."""
-    return "# Exit codes\n\n" + table(("code", "means"), [(str(code), said) for code, said in EXIT_CODES.items()])
+    return "# Exit codes\n\n" + table(("code", "means"), [(str(code), meaning) for code, meaning in EXIT_CODES.items()])
 
 
 PAGES = {

@@ -76,10 +76,10 @@ class _Errors:
         self.relative: dict[str, float] = {}
         self.absolute: dict[str, float] = {}
 
-    def add(self, name: str, got: Tensor, wanted: Tensor) -> None:
+    def add(self, name: str, got: Tensor, expected: Tensor) -> None:
         """Both `[tokens, values]`."""
-        difference = (got.float() - wanted).abs()
-        rows = difference.amax(1) / wanted.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny)
+        difference = (got.float() - expected).abs()
+        rows = difference.amax(1) / expected.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny)
         for seen, value in ((self.relative, rows.max().item()), (self.absolute, difference.max().item())):
             seen[name] = value if math.isnan(value) else max(seen.get(name, 0.0), value)
 
@@ -87,14 +87,14 @@ class _Errors:
 @torch.no_grad()
 def _compare(stage: StageModel, engine: OnnxStage, model: object, ids: Tensor, measured: _Errors) -> None:
     count = len(ids)
-    wanted = model.model(ids[None], use_cache=True)  # type: ignore[attr-defined]
+    reference = model.model(ids[None], use_cache=True)  # type: ignore[attr-defined]
     got = engine.run(ids, torch.arange(count), send_rows(stage, count))
-    measured.add("hidden", got.hidden, wanted.last_hidden_state[0])
+    measured.add("hidden", got.hidden, reference.last_hidden_state[0])
     if not stage.sends:
         return
     pools = [
         [side[0].transpose(0, 1).contiguous() for side in (layer.keys, layer.values)]
-        for layer in wanted.past_key_values.layers
+        for layer in reference.past_key_values.layers
     ]
     layout = chunk_layout(_plain(stage.plan), count)
     sent = pack(layout, [k for k, _ in pools], [v for _, v in pools], torch.arange(count)).view(torch.float32)

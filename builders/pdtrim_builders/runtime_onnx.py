@@ -110,12 +110,12 @@ class OnnxStage:
             packed: contiguous buffers for outputs, written in place (the staging buffer); made where left out.
 
         """
-        binding, kept = self._session.io_binding(), []
+        binding, bound = self._session.io_binding(), []
         feeds = {"input_ids": input_ids, "positions": positions}
         none = torch.empty(0, dtype=torch.int64)
         feeds |= {name: (rows or {}).get(name, none) for name in self.row_inputs}
         for name, tensor in feeds.items():
-            kept.append(tensor := tensor.to(torch.int64).contiguous())
+            bound.append(tensor := tensor.to(torch.int64).contiguous())
             binding.bind_input(name, "cpu", 0, np.int64, list(tensor.shape), _pointer(tensor))
         hidden = torch.empty(len(input_ids), self._hidden_size, dtype=self.dtype)
         results = {name: self._buffer(name, packed or {}, feeds) for name in self.packed_outputs}
@@ -142,13 +142,13 @@ class OnnxStage:
 
     def _buffer(self, name: str, given: Mapping[str, Tensor], feeds: Mapping[str, Tensor]) -> Tensor:
         shape, dtype = self._outputs[name]
-        wanted = (2, len(feeds[f"send_{shape[1]}"]), int(shape[2]))
+        expected = (2, len(feeds[f"send_{shape[1]}"]), int(shape[2]))
         buffer = given.get(name)
         if buffer is None:
-            return torch.empty(wanted, dtype=dtype)
-        if buffer.dtype != dtype or buffer.numel() != np.prod(wanted):
-            raise ValueError(f"the buffer of {name} is {buffer.dtype} {tuple(buffer.shape)}, not {dtype} {wanted}")
-        return buffer.view(wanted)
+            return torch.empty(expected, dtype=dtype)
+        if buffer.dtype != dtype or buffer.numel() != np.prod(expected):
+            raise ValueError(f"the buffer of {name} is {buffer.dtype} {tuple(buffer.shape)}, not {dtype} {expected}")
+        return buffer.view(expected)
 
 
 def _pointer(tensor: Tensor) -> int:

@@ -115,8 +115,8 @@ class Bundle:
 
         """
         folder = engine_folder(target, stage)
-        found = self.manifest.engines.get(folder)
-        if found is not None and found.status == "built":
+        entry = self.manifest.engines.get(folder)
+        if entry is not None and entry.status == "built":
             return self.path / folder
         reason = self.manifest.failures.get(target)
         if reason:
@@ -146,8 +146,8 @@ class Bundle:
         if manifest is None:
             raise UserError(f"{path}: not a complete bundle; finish it with: pdtrim-deploy build RECIPE --out {path}")
         plan, recipe = PDPlan.load(path / PLAN), Recipe.load(path / RECIPE)
-        said = {MANIFEST: manifest.plan_digest} | {f"{s}/config.json": _plan_digest_in(path / s) for s in STAGES}
-        for name, digest in said.items():
+        digests = {MANIFEST: manifest.plan_digest} | {f"{s}/config.json": _plan_digest_in(path / s) for s in STAGES}
+        for name, digest in digests.items():
             if digest != plan.digest:
                 raise UserError(
                     f"{path}: {name} was made for plan {digest} but {PLAN} is {plan.digest}; build the bundle again"

@@ -18,13 +18,13 @@ PACKAGES = (
 
 def versions() -> dict[str, str]:
     """Python's version and that of each of our packages installed in this environment."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = metadata.version(name)
+            installed[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def versions_of(python: Path) -> dict[str, str]:

@@ -71,7 +71,7 @@ class LazyGroup(click.Group):
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """What an exit code says."""
         with formatter.section("Exit codes"):
-            formatter.write_dl([(str(code), said) for code, said in EXIT_CODES.items()], col_spacing=4)
+            formatter.write_dl([(str(code), meaning) for code, meaning in EXIT_CODES.items()], col_spacing=4)
 
 
 def _log(ctx: click.Context, param: click.Parameter, count: int) -> None:
@@ -117,12 +117,12 @@ def cli() -> None:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Entry point: turns what a user can mend into one line on stderr and an exit code."""
-    said = list(sys.argv[1:] if args is None else args)
+    arguments = list(sys.argv[1:] if args is None else args)
     install()
-    typed = shlex.join(["pdtrim-deploy", *said])  # the context's object: it stands beside every figure it makes
+    typed = shlex.join(["pdtrim-deploy", *arguments])  # the context's object: it stands beside every figure it makes
     colour = False if os.environ.get("NO_COLOR") else None  # None: on a terminal
     try:
-        code = cli.main(said, "pdtrim-deploy", standalone_mode=False, obj=typed, color=colour)
+        code = cli.main(arguments, "pdtrim-deploy", standalone_mode=False, obj=typed, color=colour)
     except UserError as error:
         _die(str(error), 2)
     except ServingError as error:
@@ -131,7 +131,7 @@ def main(args: Sequence[str] | None = None) -> None:
         error.show()
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        _stopped(said)
+        _stopped(arguments)
     except ModuleNotFoundError as error:
         extra = EXTRA_OF.get((error.name or "").split(".")[0])
         if extra is None:
@@ -147,13 +147,13 @@ def main(args: Sequence[str] | None = None) -> None:
         _die(f"{place}: {error.strerror}; mend that and run the same command again", 2)
     except Exception:
         if pressed():  # numpy, whose import was cut short and then tried again, has another error for it
-            _stopped(said)
+            _stopped(arguments)
         raise
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _stopped(said: Sequence[str]) -> None:
-    command = next((word for word in said if word in COMMANDS), "")
+def _stopped(arguments: Sequence[str]) -> None:
+    command = next((word for word in arguments if word in COMMANDS), "")
     _die(f"stopped by Ctrl-C; {RESUME.get(command, OTHERWISE)}", 130)
 
 

@@ -75,18 +75,18 @@ def build(
         print_preview(preview(recipe, out, cache), out, as_json)
         return
     from pdtrim_deploy.cli.progress import Progress
-    from pdtrim_deploy.doctor import Asked, require
+    from pdtrim_deploy.doctor import CheckContext, require
     from pdtrim_deploy.pipeline import build as run
 
-    require("build", Asked(recipe, out, cache, workers=workers if shared and not ray_address else 0))
+    require("build", CheckContext(recipe, out, cache, workers=workers if shared and not ray_address else 0))
     progress = Progress()
-    asked = None
+    search_workers = None
     if shared:
         from pdtrim_deploy.pruning.ray_evaluator import Workers, check_installed
 
         check_installed()
-        asked = Workers(workers, ray_address, worker_gpus)
-    bundle = run(recipe, out, cache, progress.note, show=progress.show, force=force, workers=asked)
+        search_workers = Workers(workers, ray_address, worker_gpus)
+    bundle = run(recipe, out, cache, progress.note, show=progress.show, force=force, workers=search_workers)
     if as_json:
         click.echo(
             json.dumps(
@@ -100,10 +100,10 @@ def build(
             )
         )
     else:
-        from pdtrim_deploy.pipeline.engines import said
+        from pdtrim_deploy.pipeline.engines import said as engine_summary
 
         for engine in bundle.engines.values():
-            click.echo(f"{out}: {said(engine)}")
+            click.echo(f"{out}: {engine_summary(engine)}")
         click.echo(f"{out}: plan {bundle.plan.digest}")
         click.echo(f"next: pdtrim-deploy inspect {out}; pdtrim-deploy eval {out}; pdtrim-deploy serve {out}")
     for failure in bundle.manifest.failures.values():
@@ -111,21 +111,21 @@ def build(
     raise SystemExit(1 if bundle.manifest.failures else 0)
 
 
-def print_preview(found: Preview, out: Path, as_json: bool) -> None:
+def print_preview(preview: Preview, out: Path, as_json: bool) -> None:
     """What `--dry-run` says."""
     if as_json:
-        data = asdict(found) | {"recipe": found.recipe.model_dump(mode="json")}
+        data = asdict(preview) | {"recipe": preview.recipe.model_dump(mode="json")}
         click.echo(json.dumps(data, indent=2))
         return
     click.echo(f"{out}: nothing is written (--dry-run)")
-    wide = max(map(len, found.steps))
-    for name, done in found.steps.items():
+    wide = max(map(len, preview.steps))
+    for name, done in preview.steps.items():
         click.echo(f"  {name:<{wide}} {'done' if done else 'to do'}")
-    if found.search is not None and found.search_seconds is not None:
-        cost = found.search
+    if preview.search is not None and preview.search_seconds is not None:
+        cost = preview.search
         click.echo(
             f"  search     {cost.most:,} block-forwards at most, likely {cost.likely:,}: about "
-            f"{_duration(found.search_seconds)} at this machine's speed"
+            f"{_duration(preview.search_seconds)} at this machine's speed"
         )
         click.echo(
             f"             {cost.memory / 1e9:,.2f} GB: weights {cost.weights / 1e9:,.2f}, hidden states "
@@ -134,15 +134,15 @@ def print_preview(found: Preview, out: Path, as_json: bool) -> None:
             + (f", fitting {cost.fitted / 1e9:,.2f}" if cost.fitted else "")
             + (f"; {cost.disk / 1e9:,.2f} GB of files" if cost.disk else "")
         )
-    if found.stage_bytes is None or found.planned_bytes is None or found.dense_bytes is None:
-        click.echo(f"  {found.missing}")
+    if preview.stage_bytes is None or preview.planned_bytes is None or preview.dense_bytes is None:
+        click.echo(f"  {preview.missing}")
         click.echo("  sizes of weights and KV are known once the model is there")
         return
-    for stage, size in found.stage_bytes.items():
+    for stage, size in preview.stage_bytes.items():
         click.echo(f"  {stage:<10} {size / 1e6:,.1f} MB of weights")
     click.echo(
-        f"  KV of a request of {found.prompt_tokens} tokens: {found.planned_bytes:,} bytes, "
-        f"dense {found.dense_bytes:,}: {found.dense_bytes / found.planned_bytes:.2f}x less"
+        f"  KV of a request of {preview.prompt_tokens} tokens: {preview.planned_bytes:,} bytes, "
+        f"dense {preview.dense_bytes:,}: {preview.dense_bytes / preview.planned_bytes:.2f}x less"
     )
 
 

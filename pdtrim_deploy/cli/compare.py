@@ -96,36 +96,30 @@ def compare(
     from pdtrim_deploy.cli.target import Target
     from pdtrim_deploy.loadtest import Scenario, check_scenario, driver
     from pdtrim_deploy.loadtest.rounds import Comparison, Side, check_rounds, interleave, repeats
-    from pdtrim_deploy.plan.link import Link
     from pdtrim_deploy.report.tables import ratio_table
-    from pdtrim_deploy.serving.relay import MOST_BITS_PER_S
+    from pdtrim_deploy.serving.relay import relayed_link
 
     check_rounds(rounds)
     drive = driver(driver_name)
     scenario = Scenario.load(scenario_file) if scenario_file else Scenario.closed(8, 2, (256, 256), (24, 24))
     check_scenario(driver_name, scenario)
-    sides_asked = (
+    given_sides = (
         (first, a_executor, a_transport, a_transport_option),
         (second, b_executor, b_transport, b_transport_option),
     )
-    names = [_name(*one) for one in sides_asked]
-    if len({_name(_place(one[0]), one[1], one[2], one[3]) for one in sides_asked}) == 1:
-        said = "give two bundles, or another executor or transport: --b-executor, --b-transport"
-        raise UserError(f"A and B are both {names[0]}; {said}")
-    slow = Link.parse(link) if link is not None else None
-    if slow is not None and slow.bits_per_s > MOST_BITS_PER_S:
-        raise UserError(
-            f"--link {link}: links faster than 1 Gb/s cannot be had this way, the relay itself ends there; "
-            f"give a slower one, or leave it out"
-        )
+    names = [_name(*side) for side in given_sides]
+    if len({_name(_place(side[0]), side[1], side[2], side[3]) for side in given_sides}) == 1:
+        advice = "give two bundles, or another executor or transport: --b-executor, --b-transport"
+        raise UserError(f"A and B are both {names[0]}; {advice}")
+    slow = relayed_link(link) if link is not None else None
     pair = [
-        Target.of(target, executors, serve_python, allow_remote, slow, _transport(backend, told))
-        for target, executors, backend, told in sides_asked
+        Target.of(target, executors, serve_python, allow_remote, slow, _transport(backend, given), beside=True)
+        for target, executors, backend, given in given_sides
     ]
-    asked = scenario.model_dump(mode="json", exclude_none=True)
+    scenario_json = scenario.model_dump(mode="json", exclude_none=True)
     if dry_run:
         sides = {name: target.described() for name, target in zip(names, pair, strict=True)}
-        planned = {"driver": driver_name, "rounds": rounds, "link": link, "scenario": asked, "sides": sides}
+        planned = {"driver": driver_name, "rounds": rounds, "link": link, "scenario": scenario_json, "sides": sides}
         dry_runs.say(planned, as_json)
         return
     for target in pair:
@@ -134,16 +128,16 @@ def compare(
     with ExitStack() as stack:
         up = {name: Side(*target.up(stack, progress, name)) for name, target in zip(names, pair, strict=True)}
         with progress.show("load, in turns"):
-            found = interleave(up, repeats(scenario, rounds), drive, driver_name, progress.note)
+            results = interleave(up, repeats(scenario, rounds), drive, driver_name, progress.note)
     result = Comparison(
         first=names[0],
         second=names[1],
-        scenario=asked,
+        scenario=scenario_json,
         link=str(slow) if slow else None,
         rounds=rounds,
-        ratios=tuple(found.ratios(*names)),
-        dropped=tuple(found.dropped(*names)),
-        load=found.total,
+        ratios=tuple(results.ratios(*names)),
+        dropped=tuple(results.dropped(*names)),
+        load=results.total,
         environment=environment(command),
     )
     text = result.model_dump_json(indent=2)
@@ -155,14 +149,14 @@ def compare(
         console().print(ratio_table(result.first, result.second, result.ratios))
     for problem in result.problems:
         click.echo(f"problem: {problem}", err=True)
-    raise SystemExit(1 if any(one.failed for one in result.load.values()) else 0)
+    raise SystemExit(1 if any(side.failed for side in result.load.values()) else 0)
 
 
-def _transport(backend: str | None, told: tuple[str, ...]) -> Transport | None:
+def _transport(backend: str | None, transport_options: tuple[str, ...]) -> Transport | None:
     """None when nothing was said of it."""
-    if backend is None and not told:
+    if backend is None and not transport_options:
         return None
-    return Transport(backend or Transport().backend, TransportOptions.parse(told))
+    return Transport(backend or Transport().backend, TransportOptions.parse(transport_options))
 
 
 def _place(target: str) -> str:
@@ -170,10 +164,10 @@ def _place(target: str) -> str:
     return target.rstrip("/") if "://" in target else str(Path(target).resolve())
 
 
-def _name(target: str, executors: Executors | None, backend: str | None, told: tuple[str, ...]) -> str:
+def _name(target: str, executors: Executors | None, backend: str | None, transport_options: tuple[str, ...]) -> str:
     """As it stands in tables."""
     chosen = executors or Executors()
     parts = [] if chosen == Executors() else [" + ".join(dict.fromkeys((chosen.prefill, chosen.decode)))]
     parts += [backend] if backend not in (None, Transport().backend) else []
-    parts += told
+    parts += transport_options
     return f"{target} ({', '.join(parts)})" if parts else target

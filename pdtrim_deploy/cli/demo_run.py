@@ -1,8 +1,13 @@
-"""Build, judge, serve, check and load a pruned pair beside its dense control; every figure is measured here."""
+"""Build, judge, serve, check and load a pruned pair beside its dense control; every figure is measured here.
+
+Production's pools are bfloat16, but SmolLM2 is served in float32, so that a token can be compared exactly on a CPU. So
+a pair whose KV travels wider than it would from a bfloat16 pool gets a link that is faster by as much.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
@@ -10,28 +15,41 @@ from pathlib import Path
 
 from pdtrim_deploy.bundle import Bundle, write_atomic
 from pdtrim_deploy.bundle.environment import environment, versions_of
-from pdtrim_deploy.loadtest import Scenario, Workers, driver
+from pdtrim_deploy.loadtest import LoadResult, Scenario, Workers, driver
 from pdtrim_deploy.loadtest.rounds import Rounds, Side, interleave, shares
+from pdtrim_deploy.loadtest.scenario import Lengths
 from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.pipeline import Note, build
 from pdtrim_deploy.pipeline.model_card import refresh_cards
+from pdtrim_deploy.plan import STAGES
+from pdtrim_deploy.plan.link import Link
 from pdtrim_deploy.recipe import Recipe
 from pdtrim_deploy.report.metrics import (
     FidelityFigures,
+    LinkFigures,
     LoadFigures,
+    MemoryFigures,
     Metrics,
     PlanFigures,
     QualityFigures,
     TransferFigures,
+    from_bfloat16,
 )
-from pdtrim_deploy.serving import Cluster, ServeEnvironment, cluster_of
+from pdtrim_deploy.serving import Cluster, ServeEnvironment, WorkerOptions, cluster_of, throttled
+from pdtrim_deploy.serving.metrics import scrape, total
+from pdtrim_deploy.worker.decode_pool import SplitPool
 
 PAIRS = ("dense", "pruned")
+NEW_TOKENS = 8  # of each prompt of the fidelity check
+POOL_GB = "sglang:kv_cache_memory_usage_gb"  # of SGLang 0.5.23: 2**30 bytes
 
 
 @dataclass(frozen=True)
 class Demo:
-    """One run. `show` wraps steps and `note` says what goes on inside; `rounds` alternate between the pairs."""
+    """One run. `show` wraps steps and `note` says what goes on inside; `rounds` alternate between the pairs.
+
+    `link` is what KV of a bfloat16 pool goes over in both pairs; None: loopback as it is.
+    """
 
     recipe: Recipe
     out: Path
@@ -42,6 +60,7 @@ class Demo:
     note: Note
     rounds: int = 4
     serve_python: Path | None = None
+    link: Link | None = None
 
     def run(self) -> Metrics:
         """All of it; the metrics are written to OUT/report/metrics.json and to the reports of the pruned bundle.
@@ -57,13 +76,13 @@ class Demo:
         with ExitStack() as stack:
             clusters = {}
             for name in reversed(PAIRS):  # the pruned pair first: the check has the machine to itself
-                starting = cluster_of(bundles[name], environment=serve, log_dir=self.out / "logs" / name, say=self.note)
                 with self.show(f"serve the {name} pair"):
-                    clusters[name] = stack.enter_context(starting)
+                    clusters[name] = stack.enter_context(self._cluster(name, bundles[name], serve))
                 if name == "pruned":
                     fidelity = self._fidelity(bundles[name], clusters[name])
             with self.show("load, in turns"):
                 load = self._load(clusters)
+            memory = {name: _memory(bundles[name], clusters[name]) for name in PAIRS}
         plan = bundles["pruned"].plan
         results = load.total
         sent = {name: result.workers for name, result in results.items() if result.workers is not None}
@@ -73,6 +92,8 @@ class Demo:
             quality=quality,
             fidelity=fidelity,
             load={name: LoadFigures.of(result) for name, result in results.items()},
+            memory=memory,
+            link=self._link_figures(bundles, results),
             ratios=tuple(load.ratios(*PAIRS)),
             dropped=tuple(load.dropped(*PAIRS)),
             environment=environment(self.command) | {"serve_versions": versions_of(serve.python)},
@@ -84,37 +105,86 @@ class Demo:
     def _build(self, name: str) -> Bundle:
         recipe = self.recipe
         if name == "dense":
-            kept = {section: getattr(recipe, section) for section in ("model", "calibration", "evaluation")}
-            recipe = Recipe(name=f"{recipe.name}-dense", **kept)
+            sections = {section: getattr(recipe, section) for section in ("model", "calibration", "evaluation")}
+            recipe = Recipe(name=f"{recipe.name}-dense", **sections)
         with self.show(f"build the {name} bundle"):
             return build(recipe, self.out / name, self.cache, self.note)
+
+    def _cluster(self, name: str, bundle: Bundle, serve: ServeEnvironment) -> AbstractContextManager[Cluster]:
+        """Not yet started; layers that the plan cuts get pools of their own, sized for requests of the load."""
+        cut = any(send.mode == "sparse" for send in bundle.plan.kv)
+        split = SplitPool(isl=_longest(self.load.input), osl=_longest(self.load.output)) if cut else None
+        # One request at a time: each stage computes alone, as on a machine of its own.
+        threads = len(os.sched_getaffinity(0)) if self.load.arrivals.clients == 1 else None
+        options = WorkerOptions.beside_others(served_model_name=name, split_pool=split, threads=threads)
+        log_dir = self.out / "logs" / name
+        cluster = cluster_of(bundle, options=options, environment=serve, log_dir=log_dir, say=self.note)
+        return cluster if self.link is None else throttled(cluster, self._relay(self.link, bundle))
+
+    def _relay(self, link: Link, bundle: Bundle) -> Link:
+        """As fast as lets the KV of this bundle's pool take as long as that of a bfloat16 pool does on `link`."""
+        tokens = _longest(self.load.input)
+        wider = bundle.plan.payload_bytes(tokens) / from_bfloat16(bundle.plan).payload_bytes(tokens)
+        return Link(link.bits_per_s * wider)
+
+    def _link_figures(self, bundles: dict[str, Bundle], results: dict[str, LoadResult]) -> LinkFigures | None:
+        if self.link is None:
+            return None
+        return LinkFigures(
+            speed=str(self.link),
+            relays={name: str(self._relay(self.link, bundle)) for name, bundle in bundles.items()},
+            ttft_share={name: _transfer_share(results[name]) for name in PAIRS},
+        )
 
     def _quality(self, bundle: Bundle) -> QualityFigures:
         from pdtrim_deploy.evaluation.quality import judge_bundle
 
         with self.show("perplexity, dense and PD"):
-            found = judge_bundle(bundle, self.cache, environment(self.command), note=self.note)
-        write_atomic(bundle.reports_dir / "eval.json", found.model_dump_json(indent=2) + "\n")
-        refresh_cards(bundle.path, found)
-        return QualityFigures(dense_ppl=found.dense.ppl, pd_ppl=found.pd.ppl, ratio=found.ratio)
+            quality = judge_bundle(bundle, self.cache, environment(self.command), note=self.note)
+        write_atomic(bundle.reports_dir / "eval.json", quality.model_dump_json(indent=2) + "\n")
+        refresh_cards(bundle.path, quality)
+        return QualityFigures.of(quality)
 
     def _fidelity(self, bundle: Bundle, cluster: Cluster) -> FidelityFigures:
         from pdtrim_deploy.evaluation.fidelity import run_fidelity
 
         with self.show("fidelity of the served pair"):
-            found = run_fidelity(bundle, cluster.url, self.cache, progress=self.note)
-        made = {"seed": 0, "plan": bundle.plan.digest, "environment": environment(self.command)}
-        write_atomic(bundle.reports_dir / "fidelity.json", json.dumps(found.to_json() | made, indent=2) + "\n")
+            result = run_fidelity(bundle, cluster.url, self.cache, NEW_TOKENS, progress=self.note)
+        provenance = {"seed": 0, "plan": bundle.plan.digest, "environment": environment(self.command)}
+        write_atomic(bundle.reports_dir / "fidelity.json", json.dumps(result.to_json() | provenance, indent=2) + "\n")
         return FidelityFigures(
-            requests=found.requests,
-            max_logprob_error=found.max_logprob_error,
-            tolerance=found.tolerance,
-            controls=len(found.controls),
-            controls_detected=sum(found.controls_detected.values()),
-            passed=found.passed,
+            requests=result.requests,
+            max_logprob_error=result.max_logprob_error,
+            tolerance=result.tolerance,
+            controls=len(result.controls),
+            controls_detected=sum(result.controls_detected.values()),
+            passed=result.passed,
         )
 
     def _load(self, clusters: dict[str, Cluster]) -> Rounds:
         """Rounds of the same prompts on both pairs, the order changing each time; and the KV bytes they sent."""
         sides = {name: Side(clusters[name].url, Workers.of(clusters[name])) for name in PAIRS}
         return interleave(sides, shares(self.load, self.rounds), driver("builtin"), "builtin", self.note)
+
+
+def _longest(lengths: Lengths) -> int:
+    """Of a `--prompt-tokens` or `--output-tokens`, fixed or uniform."""
+    tokens = lengths.high or lengths.tokens
+    assert tokens is not None
+    return tokens
+
+
+def _memory(bundle: Bundle, cluster: Cluster) -> MemoryFigures:
+    """Weights by the files of the checkpoints, the pool by what the decode worker exports."""
+    weights = {
+        f"{stage}_weights": sum(file.stat().st_size for file in bundle.stage_dir(stage).glob("*.safetensors"))
+        for stage in STAGES
+    }
+    pool = sum(total(scrape(w.metrics_url), POOL_GB) for w in cluster.workers if w.spec.stage == "decode")
+    return MemoryFigures(**weights, decode_pool=round(pool * 2**30))
+
+
+def _transfer_share(result: LoadResult) -> float | None:
+    """Mean transfer time over median TTFT."""
+    transfer = result.workers.transfer if result.workers else None
+    return transfer.mean_ms / result.ttft_ms.p50 if transfer and result.ttft_ms.p50 else None

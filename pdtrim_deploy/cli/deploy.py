@@ -10,6 +10,7 @@ import click
 
 from pdtrim_deploy.cli import options
 from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.serving.gpu_defaults import PAGE_TOKENS
 from pdtrim_deploy.serving.transports import LIBRARIES
 
 
@@ -52,7 +53,7 @@ def deploy() -> None:
 )
 @options.transport_options
 @click.option("--rdma", metavar="RESOURCE", help="Request one of this extended resource a worker, such as rdma/hca.")
-@click.option("--page-size", type=click.IntRange(1), default=1, show_default=True, help="Tokens per KV page.")
+@click.option("--page-size", type=click.IntRange(1), default=PAGE_TOKENS, show_default=True, help="Tokens per KV page.")
 @click.option("--memory", default="64Gi", show_default=True, help="Of a worker.")
 @click.option("--monitoring", default="monitoring", show_default=True, help="Namespace that may scrape metrics.")
 @options.json_flag

@@ -43,32 +43,32 @@ def doctor(
       pdtrim-deploy doctor --for serve --deep --json
     """
     from pdtrim_deploy.cli.progress import Progress
-    from pdtrim_deploy.doctor import Asked, Finding, examine, first_failures
+    from pdtrim_deploy.doctor import CheckContext, Finding, examine, first_failures
     from pdtrim_deploy.doctor import as_json as dump
     from pdtrim_deploy.recipe import Recipe
 
-    asked = Asked(Recipe.load(recipe_file) if recipe_file else None, out, cache, serve_python, deep)
-    found: list[Finding] = []
+    context = CheckContext(Recipe.load(recipe_file) if recipe_file else None, out, cache, serve_python, deep)
+    findings: list[Finding] = []
     group = ""
     if deep:
         Progress().note("loading the plugin into SGLang takes half a minute")
-    for one in examine(asked, job):  # type: ignore[arg-type]
-        found.append(one)
+    for finding in examine(context, job):  # type: ignore[arg-type]
+        findings.append(finding)
         if as_json:
             continue
-        if one.group != group:
-            group = one.group
+        if finding.group != group:
+            group = finding.group
             click.secho(group, bold=True)
-        status = one.status if one.needed_by or one.status == "ok" else f"[{one.status}]"
-        colour = COLOURS[one.status] if one.needed_by or one.status == "ok" else "yellow"
-        click.echo(f"  {click.style(f'{status:<15}', fg=colour)} {one.name:<22} {one.detail}")
-        if one.mend:
-            click.echo(f"  {'':<15} {'':<22} -> {one.mend}")
-    failures = first_failures(found, job)  # type: ignore[arg-type]
+        status = finding.status if finding.needed_by or finding.status == "ok" else f"[{finding.status}]"
+        colour = COLOURS[finding.status] if finding.needed_by or finding.status == "ok" else "yellow"
+        click.echo(f"  {click.style(f'{status:<15}', fg=colour)} {finding.name:<22} {finding.detail}")
+        if finding.mend:
+            click.echo(f"  {'':<15} {'':<22} -> {finding.mend}")
+    failures = first_failures(findings, job)  # type: ignore[arg-type]
     if as_json:
-        click.echo(json.dumps(dump(found, job), indent=2))  # type: ignore[arg-type]
+        click.echo(json.dumps(dump(findings, job), indent=2))  # type: ignore[arg-type]
     elif failures:
-        click.echo(f"{job}: cannot run, {len(failures)} of {len(found)} lines to mend")
+        click.echo(f"{job}: cannot run, {len(failures)} of {len(findings)} lines to mend")
     else:
         click.echo(f"{job}: can run")
     raise SystemExit(1 if failures else 0)

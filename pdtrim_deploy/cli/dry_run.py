@@ -11,20 +11,28 @@ import click
 import yaml
 
 from pdtrim_deploy.bundle import Bundle
-from pdtrim_deploy.serving import Cluster, Executors, ServeEnvironment, cluster_of, commands
+from pdtrim_deploy.serving import Cluster, Executors, ServeEnvironment, WorkerOptions, cluster_of, commands
 
 
 def commands_of(cluster: Cluster) -> dict[str, list[str]]:
     """The command of each program by its name, as the cluster would start it."""
     spec, python = cluster.spec, cluster.environment.python
-    said = {worker.name: commands.worker_command(python, worker, len(spec.workers)) for worker in spec.workers}
+    said = {worker.name: commands.worker_command(python, worker) for worker in spec.workers}
     return said | {"router": commands.router_command(python, spec)}
 
 
 def programs(bundle: Bundle, executors: Executors | None, serve_python: Path | None) -> dict[str, list[str]]:
     """The commands of the pair that would be started for `bundle`."""
     environment = ServeEnvironment.find(serve_python)
-    return commands_of(cluster_of(bundle, executors=executors, environment=environment, log_dir=Path()))
+    options = pair_options(bundle)
+    return commands_of(
+        cluster_of(bundle, options=options, executors=executors, environment=environment, log_dir=Path())
+    )
+
+
+def pair_options(bundle: Bundle) -> WorkerOptions:
+    """Of a pair that is up for a check alone: two workers may share the only GPU."""
+    return WorkerOptions(served_model_name=bundle.path.resolve().name, share_gpus=True)
 
 
 def say(found: dict[str, Any], as_json: bool) -> None:

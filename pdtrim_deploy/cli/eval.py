@@ -55,7 +55,7 @@ def evaluate(
     from pdtrim_deploy.bundle.environment import environment
     from pdtrim_deploy.cli.dry_run import say
     from pdtrim_deploy.cli.progress import Progress
-    from pdtrim_deploy.doctor import Asked, require
+    from pdtrim_deploy.doctor import CheckContext, require
     from pdtrim_deploy.local.processor import compute_dtype
     from pdtrim_deploy.pipeline.model_card import refresh_cards
     from pdtrim_deploy.plan import STAGES
@@ -66,9 +66,9 @@ def evaluate(
         raise UserError("--sequences is for the recipe's perplexity alone; with --tasks give --items")
     opened, progress = Bundle.open(bundle), Progress()
     given = {"corpus": corpus, "sequences": sequences, "seed": seed}
-    said = {key: value for key, value in given.items() if value is not None}
-    asked = opened.recipe.changed("command line", "evaluation", **said).evaluation
-    require("eval", Asked(opened.recipe, cache=cache))
+    overrides = {key: value for key, value in given.items() if value is not None}
+    evaluation = opened.recipe.changed("command line", "evaluation", **overrides).evaluation
+    require("eval", CheckContext(opened.recipe, cache=cache))
     names = [] if tasks is None else list(dict.fromkeys(name.strip() for name in tasks.split(",")))
     if names:
         from pdtrim_deploy.evaluation.tasks.registry import check
@@ -79,25 +79,26 @@ def evaluate(
     for stage in () if names else STAGES:
         options.writable(opened.stage_dir(stage) / CARD)
     if dry_run:
-        found: dict[str, object] = {"source": opened.recipe.model.source, "plan": opened.plan.digest}
-        found |= {"evaluation": asked.model_dump(mode="json"), "written": str(path)}
-        say(found | ({"tasks": names, "items": items} if names else {}), as_json)
+        planned: dict[str, object] = {"source": opened.recipe.model.source, "plan": opened.plan.digest}
+        planned |= {"evaluation": evaluation.model_dump(mode="json"), "written": str(path)}
+        say(planned | ({"tasks": names, "items": items} if names else {}), as_json)
         return
     quality: Quality | None = None
     with progress.show("eval"):
         if tasks is None:
             from pdtrim_deploy.evaluation.quality import judge_bundle
 
-            quality = judge_bundle(opened, cache, environment(command), asked, progress.note)
+            quality = judge_bundle(opened, cache, environment(command), evaluation, progress.note)
             text = quality.model_dump_json(indent=2)
             lines = [
-                f"perplexity of {quality.tokens} tokens behind {asked.prompt_tokens}-token prompts of {asked.corpus}:",
+                f"perplexity of {quality.tokens} tokens after {evaluation.prompt_tokens}-token prompts of "
+                f"{evaluation.corpus}:",
                 f"  dense {quality.dense.ppl:.4f}, PD {quality.pd.ppl:.4f}, ratio {quality.ratio:.4f}",
             ]
         else:
             from pdtrim_deploy.evaluation.tasks.report import judge_tasks
 
-            report = judge_tasks(opened, names, cache, environment(command), asked, items, progress.note)
+            report = judge_tasks(opened, names, cache, environment(command), evaluation, items, progress.note)
             text = report.model_dump_json(indent=2)
             lines = []
             for task in report.tasks:
@@ -111,7 +112,7 @@ def evaluate(
     dtype = precision = str(opened.recipe.model.dtype)
     if (computed := compute_dtype(dtype)) != dtype:
         precision += f" (this CPU has no instructions for it: computed in {computed})"
-    click.echo("\n".join([*lines, f"  seed {asked.seed}, {precision}, saved in {path}"]))
+    click.echo("\n".join([*lines, f"  seed {evaluation.seed}, {precision}, saved in {path}"]))
 
 
 def _line(figure: Figure) -> str:

@@ -55,7 +55,7 @@ def fidelity(
     """
     from pdtrim_deploy.bundle import Bundle, write_atomic
     from pdtrim_deploy.bundle.environment import environment
-    from pdtrim_deploy.doctor import Asked, require
+    from pdtrim_deploy.doctor import CheckContext, require
     from pdtrim_deploy.loadtest import check_target
     from pdtrim_deploy.serving import ServeEnvironment, cluster_of
 
@@ -66,11 +66,11 @@ def fidelity(
         raise UserError(f"--executor is for pairs that are started here, {url} runs already; leave one of them out")
     written = options.writable(opened.reports_dir / "fidelity.json")
     if dry_run:
-        asked = {"plan": opened.plan.digest, "new_tokens": new_tokens, "seed": seed, "written": str(written)}
+        planned = {"plan": opened.plan.digest, "new_tokens": new_tokens, "seed": seed, "written": str(written)}
         at = {"url": url} if url else {"programs": dry_runs.programs(opened, executors, serve_python)}
-        dry_runs.say(asked | at, as_json)
+        dry_runs.say(planned | at, as_json)
         return
-    require("eval", Asked(opened.recipe, cache=cache))
+    require("eval", CheckContext(opened.recipe, cache=cache))
     from pdtrim_deploy.evaluation.fidelity import FidelityResult, run_fidelity
 
     def say(sentence: str) -> None:
@@ -83,12 +83,14 @@ def fidelity(
     if url:
         result = run(url)
     else:
-        require("serve", Asked(serve_python=serve_python))
-        found = ServeEnvironment.find(serve_python)
-        with cluster_of(opened, executors=executors, environment=found, say=say) as cluster:
+        require("serve", CheckContext(serve_python=serve_python))
+        serve_environment = ServeEnvironment.find(serve_python)
+        with cluster_of(
+            opened, options=dry_runs.pair_options(opened), executors=executors, environment=serve_environment, say=say
+        ) as cluster:
             result = run(cluster.url)
-    made = {"seed": seed, "plan": opened.plan.digest, "environment": environment(command)}
-    text = json.dumps(result.to_json() | made, indent=2)
+    provenance = {"seed": seed, "plan": opened.plan.digest, "environment": environment(command)}
+    text = json.dumps(result.to_json() | provenance, indent=2)
     write_atomic(written, text + "\n")
     if as_json:
         click.echo(text)

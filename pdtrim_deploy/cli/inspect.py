@@ -97,17 +97,19 @@ def _show_model(
     checkpoint = resolve(source, cache, note)
     documents = corpora.load(corpus, cache, note).split("calibration")
     ids = corpora.sequences(documents, load_tokenizer(checkpoint.path), sequences, 256)
-    found: Candidates = find(load_model(checkpoint.path), ids, THRESHOLD if threshold is None else threshold, note)
+    candidates: Candidates = find(load_model(checkpoint.path), ids, THRESHOLD if threshold is None else threshold, note)
     if picture is not None:
         from pdtrim_deploy.bundle import write_atomic
 
-        write_atomic(picture, candidates_picture(found, source))
+        write_atomic(picture, candidates_picture(candidates, source))
     if as_json:
-        click.echo(json.dumps({"model": source, "corpus": corpus, "sequences": sequences} | asdict(found), indent=2))
+        click.echo(
+            json.dumps({"model": source, "corpus": corpus, "sequences": sequences} | asdict(candidates), indent=2)
+        )
         return
     from pdtrim_deploy.cli.screen import console
 
-    console().print(candidates_table(found, source))
+    console().print(candidates_table(candidates, source))
 
 
 def _show_bundle(bundle: Path, prompt_tokens: int | None, as_json: bool) -> None:

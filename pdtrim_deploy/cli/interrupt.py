@@ -20,17 +20,17 @@ OTHERWISE = "run the same command again"
 
 
 class Interrupt:
-    """The handler of SIGINT; `asked` once Ctrl-C was pressed.
+    """The handler of SIGINT; `requested` once Ctrl-C was pressed.
 
     A library that swallows KeyboardInterrupt (torch does while it is imported) only delays it: see `obey`.
     """
 
     def __init__(self) -> None:
-        self.asked = False
+        self.requested = False
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         """Note it and raise, as Python's own handler does."""
-        self.asked = True
+        self.requested = True
         raise KeyboardInterrupt
 
 
@@ -48,7 +48,7 @@ def install() -> None:
 def pressed() -> bool:
     """Whether Ctrl-C was pressed."""
     handler = signal.getsignal(signal.SIGINT)
-    return isinstance(handler, Interrupt) and handler.asked
+    return isinstance(handler, Interrupt) and handler.requested
 
 
 def obey() -> None:

@@ -88,8 +88,10 @@ def loadtest(
     if scenario_file is not None:
         given = [name for name in ADHOC if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE]
         if given:
-            said = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-            raise UserError(f"{said}: --scenario {scenario_file} says that; change it there or leave --scenario out")
+            option_names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise UserError(
+                f"{option_names}: --scenario {scenario_file} says that; change it there or leave --scenario out"
+            )
         scenario = Scenario.load(scenario_file)
     else:
         scenario = Scenario.closed(
@@ -103,14 +105,14 @@ def loadtest(
     for url in workers:
         check_target(url, allow_remote)
     if dry_run:
-        asked = scenario.model_dump(mode="json", exclude_none=True)
-        dry_runs.say({"driver": driver_name, "scenario": asked, **put.described()}, as_json)
+        scenario_json = scenario.model_dump(mode="json", exclude_none=True)
+        dry_runs.say({"driver": driver_name, "scenario": scenario_json, **put.described()}, as_json)
         return
     put.check()
     with ExitStack() as stack:
         url, counters = put.up(stack, progress, target)
         if workers:
-            counters = Workers(tuple(f"{one.rstrip('/')}/metrics" for one in workers))
+            counters = Workers(tuple(f"{worker_url.rstrip('/')}/metrics" for worker_url in workers))
         with progress.show("load"):
             result = LoadResult.measure(drive, driver_name, url, scenario, counters)
     if as_json:

@@ -32,16 +32,16 @@ class NewFile(click.Path):
         return writable(Path(value), param.opts[-1] if param else "the file")
 
 
-def writable(found: Path, name: str = "the report") -> Path:
-    """`found`, or UserError: a folder, a device, or a file that could not be made or replaced."""
-    if found.is_dir():
-        raise UserError(f"{name} {found} is a folder; name a file in it")
-    if found.exists() and not found.is_file():
-        raise UserError(f"{name} {found} is a device or a pipe, which a file would replace; name another file")
-    folder = next(place for place in found.absolute().parents if place.exists())
+def writable(file: Path, name: str = "the report") -> Path:
+    """`file`; UserError when it is a folder, a device, or cannot be created or replaced."""
+    if file.is_dir():
+        raise UserError(f"{name} {file} is a folder; name a file in it")
+    if file.exists() and not file.is_file():
+        raise UserError(f"{name} {file} is a device or a pipe, which a file would replace; name another file")
+    folder = next(place for place in file.absolute().parents if place.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise UserError(f"{name} {found} cannot be written: {folder} is no folder of yours; name another file")
-    return found
+        raise UserError(f"{name} {file} cannot be written: {folder} is no folder of yours; name another file")
+    return file
 
 
 class FiniteRange(click.FloatRange):
@@ -69,8 +69,8 @@ split_pool = click.option(
     "split_pool",
     metavar="ISL:OSL",
     callback=lambda ctx, param, value: None if value is None else SplitPool.parse(value),
-    help="Keep sparse layers of decode in pools of their own, sized for requests of ISL + OSL tokens: what "
-    "`pdtrim-deploy plan` calls split.  [default: one pool]",
+    help="Requests of ISL + OSL tokens, for which decode sizes the pools of its cut layers, as `pdtrim-deploy plan` "
+    "does.  [default: 4096:256, or shorter ones where fewer than 16 of those fit]",
 )
 cache_dir = click.option(
     "--cache-dir",

@@ -68,19 +68,19 @@ def plan(
         raise UserError(f"--max-utilisation is {max_utilisation}; give a share above 0 and at most 1")
     traffic = Traffic(isl, osl, Link.parse(link), max_utilisation, rate, prefill_tokens_per_s)
     goal = workers.goal(traffic)
-    found = subjects(targets, config)
-    rates = workers.unpruned(found) if goal else None
+    all_subjects = subjects(targets, config)
+    rates = workers.unpruned(all_subjects) if goal else None
     if rates:
         traffic = replace(traffic, prefill_tokens_per_s=rates.prefill_tokens_per_s)
-    for subject in found:
+    for subject in all_subjects:
         subject.check_length(isl, osl)
-    priced = [(subject, price(subject.plan, traffic)) for subject in found]
-    sides = workers.sides(found, rates, goal) if rates and goal else {}
+    priced = [(subject, price(subject.plan, traffic)) for subject in all_subjects]
+    sides = workers.sides(all_subjects, rates, goal) if rates and goal else {}
     if as_json:
-        asked = {"isl": isl, "osl": osl, "link_bits_per_s": traffic.link.bits_per_s, "rate": rate}
-        asked |= {"max_utilisation": max_utilisation, "prefill_tokens_per_s": traffic.prefill_tokens_per_s}
+        traffic_json = {"isl": isl, "osl": osl, "link_bits_per_s": traffic.link.bits_per_s, "rate": rate}
+        traffic_json |= {"max_utilisation": max_utilisation, "prefill_tokens_per_s": traffic.prefill_tokens_per_s}
         data: dict[str, Any] = {
-            "traffic": asked,
+            "traffic": traffic_json,
             "assumptions": traffic.assumptions(),
             "prices": [
                 {"name": s.name, "kind": s.kind, "model": s.model, "shape": s.plan.model.model_dump(), "notes": s.notes}
@@ -92,8 +92,8 @@ def plan(
             from pdtrim_deploy.bundle.environment import environment
 
             data |= {"workers": workers.as_json(sides, rates, goal), "environment": environment(command)}
-        if len(found) == 1:
-            data["plan_digest"] = found[0].plan.digest
+        if len(all_subjects) == 1:
+            data["plan_digest"] = all_subjects[0].plan.digest
         click.echo(json.dumps(data, indent=2))
         return
     from pdtrim_deploy.cli.screen import console
@@ -102,7 +102,7 @@ def plan(
     console().print(sizing_table(priced, traffic))
     for sentence in traffic.assumptions():
         click.echo(f"assumed: {sentence}")
-    for subject in found:
+    for subject in all_subjects:
         for note in subject.notes:
             click.echo(f"{subject.name}: {note}")
     if rates and goal:

@@ -61,25 +61,25 @@ class Workers:
         within = (self.slo_ttft, self.slo_itl, traffic.link, self.link_each, traffic.max_utilisation)
         return Goal(traffic.rate, traffic.isl, traffic.osl, *within)
 
-    def unpruned(self, found: Sequence[Subject]) -> Rates:
+    def unpruned(self, subjects: Sequence[Subject]) -> Rates:
         """Rates of the unpruned model, from the files."""
         from pdtrim_deploy.sizing import Rates
 
         rates = Rates.load(self.files)
         if self.rates_of == "dense":
             return rates
-        if len(found) > 1:
-            raise UserError(f"--rates-of planned: whose of {len(found)} plans? Give one target")
-        plan = found[0].plan
+        if len(subjects) > 1:
+            raise UserError(f"--rates-of planned: whose of {len(subjects)} plans? Give one target")
+        plan = subjects[0].plan
         return rates.scaled(1 / plan.prefill_share, plan.model.num_blocks / len(plan.kv))
 
-    def sides(self, found: Sequence[Subject], rates: Rates, goal: Goal) -> dict[str, SizedSide]:
+    def sides(self, subjects: Sequence[Subject], rates: Rates, goal: Goal) -> dict[str, SizedSide]:
         """By column: each model unpruned, and each plan."""
         from pdtrim_deploy.plan import PDPlan
         from pdtrim_deploy.simulation import sized
 
         sides, requests = {}, self.requests if self.simulate else 0
-        for subject in found:
+        for subject in subjects:
             dense = f"{subject.model} dense {subject.plan.model.kv_dtype}"
             if dense not in sides:
                 sides[dense] = sized(PDPlan.dense(subject.plan.model), rates, goal, requests, self.seed)
@@ -127,10 +127,10 @@ def workers_options(command: Callable[..., Any]) -> Callable[..., Any]:
         names = ("files", "slo_ttft", "slo_itl", "rates_of", "link_each", "simulate", "requests", "seed")
         source = click.get_current_context().get_parameter_source
         typed = frozenset(name for name in names if source(name) is ParameterSource.COMMANDLINE)
-        asked = {name: given.pop(name) for name in names} | {"typed": typed}
-        return command(*args, workers=Workers(**asked), **given)
+        worker_options = {name: given.pop(name) for name in names} | {"typed": typed}
+        return command(*args, workers=Workers(**worker_options), **given)
 
-    said = (
+    rates_help = (
         "How fast one worker is: YAML, or results of loadtest --json and YAML of limits. Counts workers; needs --rate "
         "and the next two."
     )
@@ -150,7 +150,7 @@ def workers_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--rates-of", type=click.Choice(["dense", "planned"]), default="dense", show_default=True),
         click.option("--slo-itl", type=options.Duration(), help="ITL of 95% of the requests."),
         click.option("--slo-ttft", type=options.Duration(), help="TTFT of 95% of the requests: 500ms, 2s."),
-        click.option("--rates", "files", type=options.path, multiple=True, help=said),
+        click.option("--rates", "files", type=options.path, multiple=True, help=rates_help),
     ):
         wrapped = option(wrapped)
     return wrapped

@@ -40,19 +40,19 @@ def show(file: Path, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="JSON on stdout, for machines.")
 def validate(files: tuple[Path, ...], as_json: bool) -> None:
     """Check each of FILES; exit code 2 when any is wrong."""
-    wrong, said = [], []
+    wrong, results = [], []
     for file in files:
         try:
             loaded = Recipe.load(file)
         except UserError as error:
             wrong.append(str(error))
-            said.append({"file": str(file), "ok": False, "problem": str(error)})
+            results.append({"file": str(file), "ok": False, "problem": str(error)})
             continue
-        said.append({"file": str(file), "ok": True, "name": loaded.name, "digest": loaded.digest})
+        results.append({"file": str(file), "ok": True, "name": loaded.name, "digest": loaded.digest})
         if not as_json:
             click.echo(f"{file}: ok, {loaded.name}")
     if as_json:
-        click.echo(json.dumps(said, indent=2))
+        click.echo(json.dumps(results, indent=2))
     if wrong:
         raise UserError("\n".join(wrong))
 

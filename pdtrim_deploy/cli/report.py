@@ -44,5 +44,5 @@ def report(
     out = out or opened.reports_dir / "report.html"
     text = page(Findings.of(opened, comparisons, pareto, faults), command)
     write_atomic(out, text)
-    said = {"page": str(out), "plan": opened.plan.digest, "bytes": len(text.encode())}
-    click.echo(json.dumps(said) if as_json else out)
+    summary = {"page": str(out), "plan": opened.plan.digest, "bytes": len(text.encode())}
+    click.echo(json.dumps(summary) if as_json else out)

@@ -16,8 +16,11 @@ from pdtrim_deploy.bundle import Bundle
 from pdtrim_deploy.cli import options
 from pdtrim_deploy.cli.dry_run import commands_of
 from pdtrim_deploy.cli.screen import console
-from pdtrim_deploy.doctor import Asked, require
+from pdtrim_deploy.doctor import CheckContext, require
 from pdtrim_deploy.serving import Cluster, Executors, ServeEnvironment, WorkerOptions, cluster_of
+from pdtrim_deploy.serving.environment import gpu_count
+from pdtrim_deploy.serving.gpu_defaults import PAGE_TOKENS
+from pdtrim_deploy.serving.spec import SMALL_POOL_TOKENS, SMALL_REQUESTS
 from pdtrim_deploy.worker.decode_pool import SplitPool
 
 
@@ -25,13 +28,22 @@ from pdtrim_deploy.worker.decode_pool import SplitPool
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--prefill", type=options.some_workers, default=1, show_default=True, help="Prefill workers.")
 @click.option("--decode", type=options.some_workers, default=1, show_default=True, help="Decode workers.")
+@click.option("--tp-prefill", type=click.IntRange(1), default=1, show_default=True, help="GPUs of a prefill worker.")
+@click.option("--tp-decode", type=click.IntRange(1), default=1, show_default=True, help="GPUs of a decode worker.")
+@click.option("--share-gpus", is_flag=True, help="Let several workers take one GPU where there are too few.")
 @click.option("--port", type=click.IntRange(1, 65535), help="The router's port (default: a free one).")
 @options.executors
-@click.option("--page-size", type=click.IntRange(1), default=1, show_default=True, help="Tokens per KV page.")
+@click.option("--page-size", type=click.IntRange(1), help=f"Tokens per KV page.  [default: 1; on GPUs {PAGE_TOKENS}]")
 @click.option("--chunked-prefill-size", type=int, help="Prompt tokens per prefill chunk; -1: do not chunk.")
-@click.option("--max-total-tokens", type=click.IntRange(1), default=8192, show_default=True, help="KV pool, in tokens.")
+@click.option(
+    "--max-total-tokens",
+    type=click.IntRange(1),
+    help=f"KV pool, in tokens.  [default: {SMALL_POOL_TOKENS}; on GPUs what fits]",
+)
 @options.split_pool
-@click.option("--max-running-requests", type=click.IntRange(1), default=16, show_default=True)
+@click.option(
+    "--max-running-requests", type=click.IntRange(1), help=f"[default: {SMALL_REQUESTS}; on GPUs SGLang's own]"
+)
 @click.option("--dtype", default="auto", show_default=True, help="auto: the checkpoint's; or float32, bfloat16, ...")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--transport", "backend", default="pdtrim_tcp", show_default=True, help="SGLang's KV transfer backend.")
@@ -46,6 +58,8 @@ from pdtrim_deploy.worker.decode_pool import SplitPool
     callback=options.words,
     help="More arguments for sglang.launch_server, as one quoted string.",
 )
+@click.option("--prefill-args", default="", callback=options.words, help="The same, for prefill workers alone.")
+@click.option("--decode-args", default="", callback=options.words, help="The same, for decode workers alone.")
 @click.option(
     "--router-args", default="", callback=options.words, help="More arguments for the router, as one quoted string."
 )
@@ -55,13 +69,16 @@ def serve(
     bundle: Path,
     prefill: int,
     decode: int,
+    tp_prefill: int,
+    tp_decode: int,
+    share_gpus: bool,
     port: int | None,
     executors: Executors | None,
-    page_size: int,
+    page_size: int | None,
     chunked_prefill_size: int | None,
-    max_total_tokens: int,
+    max_total_tokens: int | None,
     split_pool: SplitPool | None,
-    max_running_requests: int,
+    max_running_requests: int | None,
     dtype: str,
     device: Literal["auto", "cpu", "cuda"],
     backend: str,
@@ -71,6 +88,8 @@ def serve(
     serve_python: Path | None,
     log_dir: Path | None,
     worker_args: tuple[str, ...],
+    prefill_args: tuple[str, ...],
+    decode_args: tuple[str, ...],
     router_args: tuple[str, ...],
     dry_run: bool,
     as_json: bool,
@@ -86,10 +105,11 @@ def serve(
       pdtrim-deploy serve out/bundle --port 8000
       pdtrim-deploy serve out/bundle --prefill 2 --decode 2 --json
       pdtrim-deploy serve out/bundle --decode-executor onnxruntime --log-dir out/logs
+      pdtrim-deploy serve out/bundle --tp-prefill 2 --tp-decode 2 --decode-args "--max-running-requests 64"
     """
     opened = Bundle.open(bundle)
     if not dry_run:
-        require("serve", Asked(serve_python=serve_python))
+        require("serve", CheckContext(serve_python=serve_python))
     worker_options = WorkerOptions(
         transfer_backend=backend,
         served_model_name=opened.path.resolve().name,
@@ -100,25 +120,33 @@ def serve(
         max_running_requests=max_running_requests,
         dtype=dtype,
         threads=threads,
+        tp_prefill=tp_prefill,
+        tp_decode=tp_decode,
+        share_gpus=share_gpus,
         extra_args=worker_args,
+        prefill_args=prefill_args,
+        decode_args=decode_args,
     )
+    worker_options = worker_options if device == "auto" else replace(worker_options, device=device)
+    elsewhere = dry_run and not gpu_count()  # the commands are for a host that has as many GPUs as they take
     starting = cluster_of(
         opened,
         prefill=prefill,
         decode=decode,
         port=port,
-        options=worker_options if device == "auto" else replace(worker_options, device=device),
+        options=worker_options,
         executors=executors,
         transport=transport_options,
         router_args=router_args,
         start_timeout_s=start_timeout,
         environment=ServeEnvironment.find(serve_python),
         log_dir=log_dir or (Path() if dry_run else None),  # None makes a folder
+        gpus=prefill * tp_prefill + decode * tp_decode if elsewhere else None,
         say=lambda sentence: click.echo(sentence, err=True),
     )
     if dry_run:
-        said = commands_of(starting)
-        click.echo(json.dumps(said) if as_json else "\n".join(shlex.join(command) for command in said.values()))
+        command_lines = commands_of(starting)
+        click.echo(json.dumps(command_lines) if as_json else "\n".join(map(shlex.join, command_lines.values())))
         return
     with starting as cluster:
         if as_json:

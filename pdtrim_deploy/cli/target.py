@@ -10,7 +10,7 @@ from typing import Any
 from pdtrim_deploy.bundle import Bundle
 from pdtrim_deploy.cli.dry_run import commands_of
 from pdtrim_deploy.cli.progress import Progress
-from pdtrim_deploy.doctor import Asked, require
+from pdtrim_deploy.doctor import CheckContext, require
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.loadtest import Workers, check_target
 from pdtrim_deploy.plan.link import Link
@@ -27,7 +27,10 @@ from pdtrim_deploy.serving import (
 
 @dataclass(frozen=True)
 class Target:
-    """`bundle` is None for a URL; `link` is what its KV goes over, by `transport`; None: loopback as it is, by TCP."""
+    """`bundle` is None for a URL; `link` is what its KV goes over, by `transport`; None: loopback as it is, by TCP.
+
+    `beside`: other targets are up at the same time.
+    """
 
     text: str
     bundle: Bundle | None
@@ -35,6 +38,7 @@ class Target:
     serve_python: Path | None
     link: Link | None = None
     transport: Transport | None = None
+    beside: bool = False
 
     @classmethod
     def of(
@@ -45,6 +49,7 @@ class Target:
         allow_remote: bool = False,
         link: Link | None = None,
         transport: Transport | None = None,
+        beside: bool = False,
     ) -> Target:
         """UserError: no complete bundle, no URL of this machine, or what is for bundles is said of a pair that runs."""
         if "://" not in text:
@@ -52,7 +57,7 @@ class Target:
                 raise UserError(
                     f"a link holds back {Transport().backend}, not {transport.backend}; leave one of them out"
                 )
-            return cls(text, Bundle.open(Path(text)), executors, serve_python, link, transport)
+            return cls(text, Bundle.open(Path(text)), executors, serve_python, link, transport, beside)
         for what, given in (("an executor", executors), ("a link", link), ("a transport", transport)):
             if given is not None:
                 raise UserError(f"{what} is for bundles, {text} runs already; leave one of them out")
@@ -68,7 +73,7 @@ class Target:
     def check(self) -> None:
         """Ask the doctor, and whether engine and transport are there, before anything is started."""
         if self.bundle is not None:
-            require("serve", Asked(serve_python=self.serve_python))
+            require("serve", CheckContext(serve_python=self.serve_python))
             self.described()
 
     def up(self, stack: ExitStack, progress: Progress, name: str) -> tuple[str, Workers | None]:
@@ -82,7 +87,13 @@ class Target:
 
     def _cluster(self, bundle: Bundle, **more: Any) -> Cluster:
         environment, transport = ServeEnvironment.find(self.serve_python), self.transport or Transport()
-        options = WorkerOptions(transfer_backend=transport.backend, served_model_name=bundle.path.resolve().name)
+        make = WorkerOptions.beside_others if self.beside else WorkerOptions
+        options = make(transfer_backend=transport.backend, served_model_name=bundle.path.resolve().name)
         return cluster_of(
-            bundle, executors=self.executors, options=options, transport=transport.told, environment=environment, **more
+            bundle,
+            executors=self.executors,
+            options=options,
+            transport=transport.options,
+            environment=environment,
+            **more,
         )

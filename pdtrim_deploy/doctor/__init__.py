@@ -4,29 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from pdtrim_deploy.doctor.base import Asked, Finding, Job, as_json, first_failures
+from pdtrim_deploy.doctor.base import CheckContext, Finding, Job, as_json, first_failures
 from pdtrim_deploy.doctor.registry import CHECKS
 from pdtrim_deploy.errors import UserError
 
 __all__ = ["Asked", "Finding", "Job", "as_json", "examine", "first_failures", "require"]
 
 
-def examine(asked: Asked, job: Job = "demo") -> Iterator[Finding]:
+def examine(context: CheckContext, job: Job = "demo") -> Iterator[Finding]:
     """Every line on `job`, as it is found."""
     for check in CHECKS:
         if job in check.jobs:
-            yield from check.look(asked)
+            yield from check.look(context)
 
 
-def require(job: Job, asked: Asked) -> None:
+def require(job: Job, context: CheckContext) -> None:
     """Before long work: refuse it when the machine cannot do it.
 
     Raises:
         UserError: what is missing, and the commands that mend it.
 
     """
-    failures = first_failures(examine(asked, job), job)
+    failures = first_failures(examine(context, job), job)
     if failures:
-        said = "; ".join(f"{one.name}: {one.detail}" for one in failures)
-        mends = "; ".join(dict.fromkeys(one.mend for one in failures if one.mend))
-        raise UserError(f"this machine cannot {job}: {said}. Mend it with: {mends}")
+        problems = "; ".join(f"{finding.name}: {finding.detail}" for finding in failures)
+        mends = "; ".join(dict.fromkeys(finding.mend for finding in failures if finding.mend))
+        raise UserError(f"this machine cannot {job}: {problems}. Mend it with: {mends}")

@@ -31,7 +31,7 @@ class Finding(BaseModel):
 
 
 @dataclass(frozen=True)
-class Asked:
+class CheckContext:
     """What the machine is looked at for.
 
     Attributes:
@@ -59,13 +59,13 @@ class Check(Protocol):
         """The jobs it has something to say on."""
         ...
 
-    def look(self, asked: Asked) -> Iterable[Finding]:
+    def look(self, context: CheckContext) -> Iterable[Finding]:
         """Its lines."""
 
 
 def first_failures(findings: Iterable[Finding], job: Job) -> list[Finding]:
     """What keeps `job` from running."""
-    return [found for found in findings if found.status != "ok" and job in found.needed_by]
+    return [finding for finding in findings if finding.status != "ok" and job in finding.needed_by]
 
 
 def gb(count: float) -> str:
@@ -75,9 +75,9 @@ def gb(count: float) -> str:
 
 def as_json(findings: Iterable[Finding], job: Job) -> dict[str, Any]:
     """What `doctor --json` prints."""
-    found = list(findings)
+    findings = list(findings)
     return {
         "job": job,
-        "can_run": not first_failures(found, job),
-        "findings": [one.model_dump(mode="json") for one in found],
+        "can_run": not first_failures(findings, job),
+        "findings": [finding.model_dump(mode="json") for finding in findings],
     }

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from pdtrim_deploy.doctor.base import ALL, Asked, Finding, Job
+from pdtrim_deploy.doctor.base import ALL, CheckContext, Finding, Job
 from pdtrim_deploy.recipe import Recipe
 from pdtrim_deploy.serving.environment import REPO
 
@@ -25,7 +25,7 @@ class PythonVersion:
 
     jobs: tuple[Job, ...] = ALL
 
-    def look(self, asked: Asked) -> Iterable[Finding]:
+    def look(self, context: CheckContext) -> Iterable[Finding]:
         """One line."""
         good = sys.version_info >= OLDEST_PYTHON
         yield Finding(
@@ -50,14 +50,14 @@ class Package:
     why: str = ""
     wanted_by: Callable[[Recipe], bool] = lambda _: False
 
-    def look(self, asked: Asked) -> Iterable[Finding]:
+    def look(self, context: CheckContext) -> Iterable[Finding]:
         """One line: its version against the clone's lock, else against the wheel's own pins."""
-        wanted, mend = wanted_version(self.name, self.extra)
+        required, mend = wanted_version(self.name, self.extra)
         has = installed(self.name)
-        good = has is not None and wanted in (None, has.partition("+")[0])
+        good = has is not None and required in (None, has.partition("+")[0])
         detail = f"{has or 'not installed'}{_cuda_of(self.name)}"
         if has and not good:
-            detail += f", wanted {wanted}"
+            detail += f", wanted {required}"
         yield Finding(
             group=self.extra,
             name=self.name,
@@ -65,7 +65,7 @@ class Package:
             detail=f"{detail} ({self.why})" if self.why else detail,
             mend=None if good else mend,
             # Another version than the lock's may well do: that is said, and does not hold the job back.
-            needed_by=() if has and not good else self._needed_by(asked.recipe),
+            needed_by=() if has and not good else self._needed_by(context.recipe),
         )
 
     def _needed_by(self, recipe: Recipe | None) -> tuple[Job, ...]:

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from pdtrim_deploy.doctor.base import ALL, Asked, Finding, Job
+from pdtrim_deploy.doctor.base import ALL, CheckContext, Finding, Job
 from pdtrim_deploy.serving.environment import REPO
 
 AIPERF = "0.13.0"  # the one that its driver takes (loadtest.aiperf.environment, which imports more than a check may)
@@ -25,7 +25,7 @@ class Program:
     version: tuple[str, ...] = ("--version",)
     jobs: tuple[Job, ...] = ALL
 
-    def look(self, asked: Asked) -> Iterable[Finding]:
+    def look(self, context: CheckContext) -> Iterable[Finding]:
         """One line."""
         path = shutil.which(self.name)
         yield Finding(
@@ -43,7 +43,7 @@ class Aiperf:
 
     jobs: tuple[Job, ...] = ("serve", "demo")
 
-    def look(self, asked: Asked) -> Iterable[Finding]:
+    def look(self, context: CheckContext) -> Iterable[Finding]:
         """One line; its version by its metadata, for it takes seconds to say it itself."""
         places = [folder / ".venv" / "aiperf" for folder in (REPO, Path.cwd())]
         known = [file for place in places for file in place.glob("lib/python*/site-packages/aiperf-*.dist-info")]
@@ -70,7 +70,7 @@ class Gpu:
 
     jobs: tuple[Job, ...] = ALL
 
-    def look(self, asked: Asked) -> Iterable[Finding]:
+    def look(self, context: CheckContext) -> Iterable[Finding]:
         """One line each, or one that says there is none."""
         smi, listed = shutil.which("nvidia-smi"), ""
         if smi:

@@ -7,12 +7,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from pdtrim_deploy.doctor.base import ALL, Asked, Finding, Job, gb
+from pdtrim_deploy.doctor.base import ALL, CheckContext, Finding, Job, gb
 from pdtrim_deploy.local.machine import memory
 from pdtrim_deploy.local.processor import compute_dtype
 from pdtrim_deploy.models.config import read_config
 from pdtrim_deploy.models.shape import config_of
-from pdtrim_deploy.models.weights import block_sizes, parameters
+from pdtrim_deploy.models.weights import ModelSizes
 from pdtrim_deploy.pipeline.heal import needed
 from pdtrim_deploy.plan.wire import ITEM_BYTES
 from pdtrim_deploy.pruning.cost import fitted_bytes, search_cost
@@ -51,7 +51,7 @@ def needs(recipe: Recipe, workers: int = 0) -> Needs | None:
     if path is None:
         return None
     config = read_config(path)
-    count, item = parameters(config), ITEM_BYTES[recipe.model.dtype]
+    count, item = ModelSizes.of(config).total, ITEM_BYTES[recipe.model.dtype]
     computed = compute_dtype(recipe.model.dtype)
     converted = 0 if recipe.model.source.startswith("hf:") else count * 4
     engines = len(recipe.targets.asked) * 2 * count * 4
@@ -75,27 +75,29 @@ def needs(recipe: Recipe, workers: int = 0) -> Needs | None:
 
 def _measured_on(recipe: Recipe, config: dict[str, Any]) -> int:
     """Weights in memory at a time while something is measured on them, hidden states of a bounded search included."""
-    asked, (blocks, block, ends) = recipe.pruning, block_sizes(config)
+    pruning, sizes = recipe.pruning, ModelSizes.of(config)
     healed = needed(recipe) and recipe.healing.trains
-    whole = recipe.kv.method not in FIXED_KV or healed or recipe.healing.kv_steps > 0
-    if asked.blocks_in_memory is None or whole:
-        return blocks * block + ends if whole or asked.decode_blocks or recipe.kv.measures_offsets else 0
-    taught = 4 if asked.distil else 0  # both parents, and both blocks that a student may begin as
-    return ends + (min(blocks, asked.blocks_in_memory) + taught) * block + (asked.memory_mb << 20) // 4
+    whole_model = recipe.kv.method not in FIXED_KV or healed or recipe.healing.kv_steps > 0
+    if pruning.blocks_in_memory is None or whole_model:
+        return sizes.total if whole_model or pruning.decode_blocks or recipe.kv.measures_offsets else 0
+    student_blocks = 4 if pruning.distil else 0  # both parents, and both blocks that a student may begin as
+    held = min(sizes.blocks, pruning.blocks_in_memory) + student_blocks
+    return sizes.ends + held * sizes.block + (pruning.memory_mb << 20) // 4
 
 
 def _trained(recipe: Recipe, config: dict[str, Any]) -> int:
     """Weights that take gradient steps at a time: a stage's blocks, or one student's."""
-    pruning, healing, (blocks, block, _) = recipe.pruning, recipe.healing, block_sizes(config)
+    pruning, healing, sizes = recipe.pruning, recipe.healing, ModelSizes.of(config)
     decode_steps = healing.decode_steps or healing.kv_steps
     steps = ((healing.prefill_steps, pruning.prefill_blocks), (decode_steps, pruning.decode_blocks))
-    return block * max([blocks - gone for wanted, gone in steps if wanted] + [1 if recipe.students.steps else 0])
+    most = max([sizes.blocks - removed for count, removed in steps if count] + [1 if recipe.students.steps else 0])
+    return sizes.block * most
 
 
 def _fitted(recipe: Recipe, config: dict[str, Any]) -> int:
     """Bytes of one block's normal equations and of new maps, where blocks are fitted."""
     refits = needed(recipe) and recipe.healing.compensation == "least-squares"
-    return fitted_bytes(config, recipe.pruning, refits) if refits or recipe.pruning.distil else 0
+    return fitted_bytes(ModelSizes.of(config), recipe.pruning, refits) if refits or recipe.pruning.distil else 0
 
 
 @dataclass(frozen=True)
@@ -104,23 +106,23 @@ class Memory:
 
     jobs: tuple[Job, ...] = ALL
 
-    def look(self, asked: Asked) -> Iterable[Finding]:
+    def look(self, context: CheckContext) -> Iterable[Finding]:
         """One line on what there is, and one a job of the recipe."""
         total, free = memory()
         yield Finding(group="machine", name="memory", status="ok", detail=f"{gb(total)}, {gb(free)} of it free")
-        wanted = needs(asked.recipe, asked.workers) if asked.recipe else None
-        if wanted is None or asked.recipe is None:
+        estimate = needs(context.recipe, context.workers) if context.recipe else None
+        if estimate is None or context.recipe is None:
             return
-        said: dict[Job, float] = {"build": wanted.build, "eval": wanted.judge}
+        sizes: dict[Job, float] = {"build": estimate.build, "eval": estimate.judge}
         if not gpu_count():
-            said["serve"] = wanted.serve
-        for job, size in said.items():
+            sizes["serve"] = estimate.serve
+        for job, size in sizes.items():
             fits = size <= total
             yield Finding(
                 group="recipe",
                 name=f"memory to {job}",
                 status="ok" if fits else "missing",
-                detail=f"{asked.recipe.name} takes about {gb(size)}; this machine has {gb(total)}, {gb(free)} free",
+                detail=f"{context.recipe.name} takes about {gb(size)}; this machine has {gb(total)}, {gb(free)} free",
                 mend=None if fits else f"{job} it on a machine with {gb(size)} of memory",
                 needed_by=(job, "demo"),
             )
@@ -132,17 +134,17 @@ class Disk:
 
     jobs: tuple[Job, ...] = ("build", "demo")
 
-    def look(self, asked: Asked) -> Iterable[Finding]:
+    def look(self, context: CheckContext) -> Iterable[Finding]:
         """One line."""
-        place = next(folder for folder in (asked.out.absolute(), *asked.out.absolute().parents) if folder.exists())
+        place = next(folder for folder in (context.out.absolute(), *context.out.absolute().parents) if folder.exists())
         free = shutil.disk_usage(place).free
-        wanted = needs(asked.recipe) if asked.recipe else None
-        fits = wanted is None or wanted.disk <= free
+        estimate = needs(context.recipe) if context.recipe else None
+        fits = estimate is None or estimate.disk <= free
         detail = f"{gb(free)} free at {place}"
-        if wanted and asked.recipe:
-            detail += f"; {asked.recipe.name} takes about {gb(wanted.disk)}"
+        if estimate and context.recipe:
+            detail += f"; {context.recipe.name} takes about {gb(estimate.disk)}"
         yield Finding(
-            group="recipe" if wanted else "machine",
+            group="recipe" if estimate else "machine",
             name="disk",
             status="ok" if fits else "missing",
             detail=detail,

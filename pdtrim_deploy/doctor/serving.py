@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pdtrim_deploy.doctor.base import Asked, Finding, Job, Status
+from pdtrim_deploy.doctor.base import CheckContext, Finding, Job, Status
 from pdtrim_deploy.doctor.packages import wanted_version
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.serving.commands import FOREIGN
@@ -26,23 +26,23 @@ class SGLang:
 
     jobs: tuple[Job, ...] = ("serve", "demo")
 
-    def look(self, asked: Asked) -> Iterable[Finding]:
+    def look(self, context: CheckContext) -> Iterable[Finding]:
         """Ten lines or so; one when there is no such Python, or the plugin is not installed in it."""
         try:
-            python = ServeEnvironment.find(asked.serve_python).python
+            python = ServeEnvironment.find(context.serve_python).python
         except UserError as error:
             yield self._line("environment", "missing", str(error), _mend(None))
             return
         try:
-            said = diagnosis(python, asked.deep)
+            report = diagnosis(python, context.deep)
         except UserError as error:
             yield self._line("plugin", "missing", str(error), _mend(python))
             return
-        yield self._line("environment", "ok", f"{python}, Python {said['python']}")
-        yield from self._packages(said["packages"], python)
-        yield from self._kernels(said["kernels"])
-        yield from self._plugin(said, python)
-        for name, libraries in said["transports"].items():
+        yield self._line("environment", "ok", f"{python}, Python {report['python']}")
+        yield from self._packages(report["packages"], python)
+        yield from self._kernels(report["kernels"])
+        yield from self._plugin(report, python)
+        for name, libraries in report["transports"].items():
             detail = "all it needs is there" if not libraries else f"optional; not found: {', '.join(libraries)}"
             shared = [f"{lib}1" for lib in libraries if lib.startswith("lib")]
             package = LIBRARIES.get(f"pdtrim_{name}") if len(shared) < len(libraries) else None
@@ -55,19 +55,19 @@ class SGLang:
                 detail=detail,
                 mend=" && ".join(mends) or None,
             )
-        yield self._line("decode attention", "ok", f"under a sparse plan: {', '.join(said['sparse_backends'])}")
+        yield self._line("decode attention", "ok", f"under a sparse plan: {', '.join(report['sparse_backends'])}")
 
     def _packages(self, has: dict[str, str | None], python: Path) -> Iterator[Finding]:
         for name in ("sglang", "sglang-router", "torch", "transformers", "onnxruntime", "tensorrt"):
-            wanted, version = wanted_version(name, "serve")[0], has[name]
-            good = version is not None and wanted in (None, version.partition("+")[0])
+            required, version = wanted_version(name, "serve")[0], has[name]
+            good = version is not None and required in (None, version.partition("+")[0])
             optional = {"onnxruntime": "executor onnxruntime", "tensorrt": "executor tensorrt, on a GPU"}.get(name)
             yield Finding(
                 group="serve",
                 name=name,
                 status="ok" if good else "wrong version" if version else "missing",
                 detail=(version or "not installed")
-                + (f", wanted {wanted}" if version and not good else "")
+                + (f", wanted {required}" if version and not good else "")
                 + (f" ({optional})" if optional else ""),
                 mend=None if good else f"{python} -m pip install tensorrt" if name == "tensorrt" else _mend(python),
                 # torch and transformers are SGLang's own pins: its image may have another build of them.
@@ -77,33 +77,37 @@ class SGLang:
     def _kernels(self, kernels: str | None) -> Iterator[Finding]:
         gpu = gpu_count() > 0
         good = kernels == "package" or (kernels == "stub" and not gpu)
-        said = {"stub": "a stub whose functions raise, for CPUs", "package": "installed", None: "not installed"}[
+        description = {"stub": "a stub whose functions raise, for CPUs", "package": "installed", None: "not installed"}[
             kernels
         ]
-        yield self._line("sgl_kernel", "ok" if good else "missing", said, None if good else "make distclean setup")
+        yield self._line(
+            "sgl_kernel", "ok" if good else "missing", description, None if good else "make distclean setup"
+        )
 
-    def _plugin(self, said: dict[str, Any], python: Path) -> Iterator[Finding]:
-        good = said["plugin"]
+    def _plugin(self, report: dict[str, Any], python: Path) -> Iterator[Finding]:
+        good = report["plugin"]
         detail = "registered with SGLang" if good else "no entry point in sglang.srt.plugins"
         yield self._line("plugin", "ok" if good else "missing", detail, None if good else _mend(python))
-        mend = f"{python} -m pip install sglang=={said['read_against']}"
-        for target, stands in said["targets"].items():
+        mend = f"{python} -m pip install sglang=={report['read_against']}"
+        for target, stands in report["targets"].items():
             short = target.removeprefix("sglang.srt.")
             yield self._line(
                 f"hook {short.rpartition('.')[2]}",
                 "ok" if stands else "wrong version",
-                short if stands else f"{short} is not in this SGLang; the plugin is written for {said['read_against']}",
+                short
+                if stands
+                else f"{short} is not in this SGLang; the plugin is written for {report['read_against']}",
                 None if stands else mend,
             )
-        gone = [name for name, stands in said["imports"].items() if not stands]
+        gone = [name for name, stands in report["imports"].items() if not stands]
         yield self._line(
             "imports from SGLang",
             "wrong version" if gone else "ok",
-            f"not there: {', '.join(gone)}" if gone else f"all {len(said['imports'])} names are there",
+            f"not there: {', '.join(gone)}" if gone else f"all {len(report['imports'])} names are there",
             mend if gone else None,
         )
-        if "deep" in said:
-            failed = said["deep"]
+        if "deep" in report:
+            failed = report["deep"]
             detail = failed or "loaded into SGLang, every hook took"
             yield self._line("plugin loaded", "wrong version" if failed else "ok", detail, mend if failed else None)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.models.oracle import PDOracle
+from pdtrim_deploy.models.pd_run import sequence_nll
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def pd_perplexity(
     progress(f"perplexity: 0/{len(sequences)} sequences")
     for part in sequences.split(batch):
         state = oracle.prefill(part[:, :prompt_tokens])
-        losses.append(-oracle.score(state, part[:, prompt_tokens:]).double().mean(1))
+        losses.append(sequence_nll(oracle.score(state, part[:, prompt_tokens:])))
         progress(f"perplexity: {sum(map(len, losses))}/{len(sequences)} sequences")
     per_sequence = torch.cat(losses)
     mean = float(per_sequence.mean())

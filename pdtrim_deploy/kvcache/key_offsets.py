@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import load, save
 from torch import Tensor
 
 from pdtrim_deploy.errors import UserError
@@ -55,6 +54,8 @@ class KeyOffsets:
         """From what was measured; `means` of one layer at least."""
         frequencies, stacked = frequencies.float().contiguous(), torch.stack([means[k] for k in sorted(means)]).float()
         factor = torch.tensor([scaling], dtype=torch.float32)
+        from safetensors.torch import save  # only a file needs it: kernels are checked with torch alone
+
         data = save({"means": stacked, "frequencies": frequencies, "scaling": factor})
         return cls(dict(zip(sorted(means), stacked, strict=True)), frequencies, float(factor), data)
 
@@ -77,6 +78,8 @@ class KeyOffsets:
             raise UserError(f"{path}: has SHA-256 {digest}, the plan's is {plan.key_offsets.sha256}; {again}")
         layers, model = plan.key_offsets.layers, plan.model
         try:
+            from safetensors.torch import load
+
             tensors = load(data)
             means, frequencies = tensors["means"].float(), tensors["frequencies"].float()
             scaling = float(tensors["scaling"])
@@ -152,20 +155,33 @@ class PartOffset(NamedTuple):
         return rotate(self.mean, cos, sin)
 
 
-def part_offset(rows: LayerRows, side: int, part: Part, pool: Tensor, offsets: KeyOffsets | None) -> PartOffset | None:
-    """That of a part of K (`side` 0) whose keys travel less an offset; else None.
+def part_mean(
+    rows: LayerRows, side: int, part: Part, heads: tuple[int, ...], offsets: KeyOffsets | None
+) -> Tensor | None:
+    """float32 `[kv_heads, head_dim]` of a part of K (`side` 0) whose keys travel less an offset; else None.
 
     Raises:
-        ValueError: there is none for this layer, or of other heads than the pool's.
+        ValueError: there is none for this layer, or of other heads than the pool's `heads`, `(kv_heads, head_dim)`.
 
     """
     if side or part.code == "native" or not rows.key_offset:
         return None
     mean = None if offsets is None else offsets.means.get(rows.decode_layer)
-    if offsets is None or mean is None or mean.shape != pool.shape[1:]:
+    if mean is None or mean.shape != heads:
         has = "none was given" if mean is None else f"the one given is of {tuple(mean.shape)}"
-        raise ValueError(
-            f"keys of decode layer {rows.decode_layer} travel less an offset of {tuple(pool.shape[1:])}; {has}"
-        )
+        raise ValueError(f"keys of decode layer {rows.decode_layer} travel less an offset of {tuple(heads)}; {has}")
+    return mean
+
+
+def part_offset(rows: LayerRows, side: int, part: Part, pool: Tensor, offsets: KeyOffsets | None) -> PartOffset | None:
+    """What a part travels less; None when it travels whole.
+
+    Raises:
+        ValueError: as `part_mean`.
+
+    """
+    mean = part_mean(rows, side, part, pool.shape[1:], offsets)
+    if mean is None or offsets is None:
+        return None
     every = torch.cat([torch.arange(lo, hi, device=pool.device) for lo, hi in rows.positions])
     return PartOffset(mean, offsets.table(rows.positions[-1][1]), every[part.first :][: part.rows])

@@ -72,9 +72,12 @@ class LayerRows:
         return self.keys, self.values
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ChunkLayout:
-    """Packed layout of prompt tokens `[start, stop)` of a prompt of `prompt_tokens`; layers without rows are absent."""
+    """Packed layout of prompt tokens `[start, stop)` of a prompt of `prompt_tokens`; layers without rows are absent.
+
+    It is hashed by identity: `chunk_layout` returns the same object again, and tables are cached by it.
+    """
 
     prompt_tokens: int
     start: int

@@ -1,8 +1,8 @@
 """Move KV between a paged pool and the packed bytes of a `ChunkLayout`, through the codecs of its wire dtypes.
 
-One meaning, several forms with the same bytes: on a CPU a compiled one (`cpu/`), one pass over memory; torch's own
-operations (`torch_pack`) elsewhere, and where there is no compiler. `triton_pack` is not used by default. Bytes that
-travel are host memory: rows of a pool on a GPU are packed there, and cross as one copy.
+One meaning, several forms with the same bytes. `table` says of a chunk what moves from where to where; on a CPU a
+compiled library (`cpu/`) executes it in one pass over memory, on a GPU one Triton launch (`gpu/`) does. torch's own
+operations (`torch_pack`) are what tests hold both to, and stand in where there is no compiler, or no Triton.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from pdtrim_deploy.kvcache import torch_pack
-from pdtrim_deploy.kvcache.cpu import move
-from pdtrim_deploy.kvcache.cpu.library import library
+from pdtrim_deploy.kvcache.cpu import library as cpu
+from pdtrim_deploy.kvcache.cpu import move as cpu_move
+from pdtrim_deploy.kvcache.gpu import library as gpu
 from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
-from pdtrim_deploy.kvcache.layout import ChunkLayout
+from pdtrim_deploy.kvcache.layout import ChunkLayout, chunk_layout
+from pdtrim_deploy.plan import PDPlan
 
 
 def pack(
@@ -30,17 +32,19 @@ def pack(
     """Gather, quantise and pack a chunk's rows from the prefill pool.
 
     Args:
-        keys, values: one pool tensor per *prefill* layer, `[pool_slots, kv_heads, head_dim]`, native dtype.
+        keys, values: one pool tensor per *prefill* layer, `[pool_slots, kv_heads, head_dim]`, native dtype; for a
+            range of the pool's heads views of it (`pool[:, first:stop]`), with a layout and offsets of those heads.
         slots: int64 `[stop - start]`, the pool slot of each token of the chunk.
         out: uint8 staging buffer of at least `layout.total_bytes`, aligned to 4 bytes, on the pool's device or the
             host; made on the pool's device when left out.
         offsets: the plan's key offsets, of the pool's KV heads; None when the plan has none.
 
     Returns:
-        uint8 `[layout.total_bytes]`, a view of `out` when it was given. In host memory the bytes are there.
+        uint8 `[layout.total_bytes]`, a view of `out` when it was given. In host memory the bytes are there; on a GPU
+        they are when the current stream has come so far.
 
     Raises:
-        IndexError: a slot lies outside its pool.
+        IndexError: a slot lies outside its pool. On a GPU whose bytes stay there, `check` raises it.
         ValueError: a layer's keys travel less an offset, and `offsets` has none.
 
     """
@@ -49,8 +53,9 @@ def pack(
         out = torch.empty(layout.total_bytes, dtype=torch.uint8, device=slots.device)
     out = out[: layout.total_bytes]
     if out.device != slots.device:
-        return out.copy_(pack(layout, keys, values, slots, offsets=offsets))
-    if not move.move(layout, out, keys, values, slots, offsets, pack=True):
+        out.copy_(pack(layout, keys, values, slots, offsets=offsets))
+        check(slots.device)
+    elif not _move(layout, out, keys, values, slots, offsets, pack=True):
         torch_pack.pack(layout, keys, values, slots, out, offsets)
     return out
 
@@ -67,22 +72,65 @@ def unpack(
 
     Args:
         packed: uint8, `layout.total_bytes` long, as `pack` made it, aligned to 4 bytes; in host memory or on the
-            pool's device, whose current stream then writes the rows.
-        keys, values: one pool tensor per *decode* layer, `[pool_slots, kv_heads, head_dim]`.
+            pool's device, whose current stream then writes the rows. Pinned memory is read by that stream: keep it
+            until then.
+        keys, values: one pool tensor per *decode* layer, `[pool_slots, kv_heads, head_dim]`, or views as of `pack`.
         slots: int64 `[stop - start]`, the pool slot of each token of the chunk.
         offsets: as of `pack`.
 
     Raises:
-        IndexError: a slot lies outside its pool.
+        IndexError: a slot lies outside its pool. On a GPU `check` raises it.
         ValueError: a layer's keys travel less an offset, and `offsets` has none.
 
     """
     offsets = None if offsets is None else offsets.to(slots.device)
-    packed = packed.to(slots.device)
-    if not move.move(layout, packed, keys, values, slots, offsets, pack=False):
+    packed = packed.to(slots.device, non_blocking=True)
+    if not _move(layout, packed, keys, values, slots, offsets, pack=False):
         torch_pack.unpack(layout, packed, keys, values, slots, offsets)
 
 
-def prepare() -> None:
-    """Compile and load now what the first `pack` would wait for: seconds, once a machine."""
-    library()
+def check(device: torch.device) -> None:
+    """Call it when a chunk's event has come. It waits for nothing and copies nothing from the GPU.
+
+    Raises:
+        IndexError: a slot lay outside its pool, of this or another chunk on this GPU since the last call; its rows were
+            neither read nor written, and packed as zeros.
+
+    """
+    if device.type == "cuda" and (form := gpu.library()) is not None:
+        form.check(device)
+
+
+def prepare(plan: PDPlan | None = None, pool: Tensor | None = None, offsets: KeyOffsets | None = None) -> None:
+    """Compile and load now what the first `pack` would wait for: seconds, once a machine.
+
+    On a GPU kernels are compiled for a plan and for pools like `pool`, `[pool_slots, kv_heads, head_dim]`, which is not
+    touched; on a CPU neither is needed.
+    """
+    if plan is None or pool is None or pool.is_cpu:
+        cpu.library()
+        return
+    first, last = (max(getattr(send, name) for send in plan.kv) for name in ("n_first", "n_last"))
+    tokens, scratch = first + last + 3, [torch.zeros_like(pool[:1])] * len(plan.prefill_layers)
+    slots = torch.zeros(tokens, dtype=torch.int64, device=pool.device)
+    for start, stop in ((0, tokens), (first + 1, first + 2)):  # in a prompt's middle whole layers travel alone
+        layout = chunk_layout(plan, tokens, start, stop, pool.shape[1])
+        packed = pack(layout, scratch, scratch, slots[start:stop], offsets=offsets)
+        unpack(layout, packed, scratch, scratch, slots[start:stop], offsets)
+
+
+def _move(
+    layout: ChunkLayout,
+    packed: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    slots: Tensor,
+    offsets: KeyOffsets | None,
+    *,
+    pack: bool,
+) -> bool:
+    """The compiled form of the pools' device; False where there is none, or it cannot."""
+    if slots.device.type != "cuda":
+        return cpu_move.move(layout, packed, keys, values, slots, offsets, pack=pack)
+    form = gpu.library()
+    return form is not None and form.move(layout, packed, keys, values, slots, offsets, pack=pack)

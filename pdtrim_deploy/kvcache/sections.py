@@ -21,12 +21,12 @@ def section_offsets(part: Part, native: str, heads: int, head_dim: int) -> list[
 def part_sections(packed: Tensor, part: Part, pool: Tensor) -> list[Tensor]:
     """Views of a part's sections in `packed`, `[rows, kv_heads, per_head]` each."""
     _, heads, head_dim = pool.shape
-    native = native_name(pool)
+    native = native_name(pool.dtype)
     dtypes = [getattr(torch, kind.dtype) for kind in row_sections(part.code, native, head_dim)]
     pieces = [packed[lo:hi] for lo, hi in pairwise(section_offsets(part, native, heads, head_dim))]
     return [piece.view(dtype).view(part.rows, heads, -1) for piece, dtype in zip(pieces, dtypes, strict=True)]
 
 
-def native_name(pool: Tensor) -> str:
+def native_name(dtype: torch.dtype) -> str:
     """`float32` for `torch.float32`."""
-    return str(pool.dtype).removeprefix("torch.")
+    return str(dtype).removeprefix("torch.")

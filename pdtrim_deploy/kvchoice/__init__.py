@@ -14,28 +14,30 @@ from pdtrim_deploy.recipe.kv import KVSection
 __all__ = ["SELECTIONS", "Cut", "Problem", "Progress", "Selection", "Sends", "get_selection"]
 
 
-def _cut(asked: KVSection) -> Cut:
-    full = KVSend(wire_dtype=asked.wire_dtype)
-    if asked.n_first + asked.n_last == 0:
+def _cut(section: KVSection) -> Cut:
+    full = KVSend(wire_dtype=section.wire_dtype)
+    if section.n_first + section.n_last == 0:
         return Cut(full, full)
-    return Cut(full, KVSend(mode="sparse", n_first=asked.n_first, n_last=asked.n_last, wire_dtype=asked.wire_dtype))
+    return Cut(
+        full, KVSend(mode="sparse", n_first=section.n_first, n_last=section.n_last, wire_dtype=section.wire_dtype)
+    )
 
 
 SELECTIONS: dict[str, Callable[[KVSection], Selection]] = {
-    "none": lambda asked: AllFull(_cut(asked)),
-    "all": lambda asked: AllSparse(_cut(asked)),
-    "random": lambda asked: AtRandom(_cut(asked), asked.sparse_layers),
-    "attention-mass": lambda asked: ByAttention(
-        _cut(asked), "generated", None if asked.threshold else asked.sparse_layers, asked.threshold
+    "none": lambda section: AllFull(_cut(section)),
+    "all": lambda section: AllSparse(_cut(section)),
+    "random": lambda section: AtRandom(_cut(section), section.sparse_layers),
+    "attention-mass": lambda section: ByAttention(
+        _cut(section), "generated", None if section.threshold else section.sparse_layers, section.threshold
     ),
-    "simlayerkv": lambda asked: ByAttention(
-        _cut(asked), "prompt", None if asked.threshold else asked.sparse_layers, asked.threshold
+    "simlayerkv": lambda section: ByAttention(
+        _cut(section), "prompt", None if section.threshold else section.sparse_layers, section.threshold
     ),
-    "measured-harm": lambda asked: ByMeasuredHarm(_cut(asked), asked.sparse_layers),
-    "budget": lambda asked: ByBudget(asked.options(), asked.reduction, asked.max_loss),
+    "measured-harm": lambda section: ByMeasuredHarm(_cut(section), section.sparse_layers),
+    "budget": lambda section: ByBudget(section.options(), section.reduction, section.max_loss),
 }
 
 
-def get_selection(asked: KVSection) -> Selection:
+def get_selection(section: KVSection) -> Selection:
     """The method that a recipe's section names, with its settings."""
-    return SELECTIONS[asked.method](asked)
+    return SELECTIONS[section.method](section)

@@ -33,7 +33,7 @@ class AttentionMass:
     generated: Tensor
 
     @property
-    def kept(self) -> Tensor:
+    def prompt_ends(self) -> Tensor:
         """float64 `[decode layers]`: mass on first and last prompt tokens, mean over KV heads."""
         return (self.first + self.last).mean(1)
 
@@ -54,7 +54,7 @@ def attention_mass(
     Decode reads the whole prompt KV, whatever the oracle's plan cuts.
     """
     layers, heads = len(oracle.plan.decode_layers), oracle.plan.model.num_kv_heads
-    whole = oracle.with_kv((KVSend(),) * layers)
+    full = oracle.with_kv((KVSend(),) * layers)
     n, low = prompt_tokens, min(n_first, prompt_tokens)
     edges = (0, low, max(low, n - n_last), n, sequences.shape[1] - 1)
     total = torch.zeros(4, layers, heads, dtype=torch.float64)
@@ -69,7 +69,7 @@ def attention_mass(
     for part in sequences.split(batch):
         state = oracle.prefill(part[:, :n])
         with _watch(oracle.decode_model, add):
-            whole.extend(part[:, n:-1], n, whole.hand_over(state))
+            full.extend(part[:, n:-1], n, full.hand_over(state))
         done += len(part)
         progress(f"attention mass: {done}/{len(sequences)} sequences")
     first, middle, last, generated = total / len(sequences)

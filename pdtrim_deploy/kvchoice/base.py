@@ -15,8 +15,8 @@ from pdtrim_deploy.plan import KVSend
 
 Progress = Callable[[str], None]
 Sends = tuple[KVSend, ...]
-Kept = Callable[[str, Callable[[], Tensor]], Tensor]
-"""`kept(name, make)`: what `make()` gives, or gave when it was first asked for under that name on the same problem."""
+Memo = Callable[[str, Callable[[], Tensor]], Tensor]
+"""`memo(name, make)`: the result of `make()`, computed at the first call with that name on the same problem."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Problem:
         oracle: the stage models, pruned already; its plan's KV rules are ignored.
         sequences: calibration text, int64 `[S, N + T]`, the first `prompt_tokens` = N of each are its prompt, T >= 2.
         seed: of whatever a method draws.
-        kept: where what is dear to measure outlives the choice; None: nowhere.
+        memo: stores slow measurements, so that a later choice can reuse them; None: nothing is stored.
         work: folder of what is too large for memory; None: where the machine keeps temporary files.
 
     """
@@ -36,7 +36,7 @@ class Problem:
     sequences: Tensor
     prompt_tokens: int
     seed: int = 0
-    kept: Kept | None = None
+    memo: Memo | None = None
     work: Path | None = None
 
     @property

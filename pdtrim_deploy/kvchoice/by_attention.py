@@ -48,5 +48,5 @@ class ByAttention:
         sparse = self.cut.sparse
         mass = attention_mass(problem.oracle, sequences, prompt, sparse.n_first, sparse.n_last, progress=progress)
         # A lazy layer's own recent tokens count for it: seen from the prompt's end they are among the last ones.
-        kept = mass.kept if self.queries == "generated" else mass.kept + mass.generated.mean(1)
-        return [float(share) for share in kept]
+        shares = mass.prompt_ends if self.queries == "generated" else mass.prompt_ends + mass.generated.mean(1)
+        return [float(share) for share in shares]

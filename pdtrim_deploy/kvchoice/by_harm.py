@@ -56,13 +56,13 @@ class ByBudget:
         """UserError: no choice of the options meets the budget."""
         search = budget_search(problem, self.options, progress)
         if self.max_loss is not None:
-            found = search.cheapest(math.log1p(self.max_loss))
-            if found is None:
+            result = search.cheapest(math.log1p(self.max_loss))
+            if result is None:
                 raise UserError(
                     f"no plan loses at most {self.max_loss:.2%}, whatever its size; allow a larger max_loss, "
                     f"or 'native' among the wire dtypes"
                 )
-            return found.sends
+            return result.sends
         assert self.reduction is not None
         dense = problem.oracle.plan.dense_bytes(problem.prompt_tokens)
         return search.within(int(dense / self.reduction)).sends

@@ -56,10 +56,15 @@ def rotary_of(model: Any, head_dim: int) -> Rotary | None:
         return None
     rotary = Rotary(frequencies.float().cpu(), float(getattr(module, "attention_scaling", 1.0)))
     positions = torch.arange(FAR)
-    told = torch.cat(module(torch.zeros(1), position_ids=positions[None].to(frequencies.device)), -1)[0].cpu()
+    model_angles = torch.cat(module(torch.zeros(1), position_ids=positions[None].to(frequencies.device)), -1)[0].cpu()
     cos, sin = rotary_table(positions, *rotary).chunk(2, -1)
-    ours = torch.cat((cos, cos, sin, sin), -1)
-    return rotary if told.shape == ours.shape and (told - ours).abs().max() < TOLERANCE * rotary.scaling else None
+    our_angles = torch.cat((cos, cos, sin, sin), -1)
+    return (
+        rotary
+        if model_angles.shape == our_angles.shape
+        and (model_angles - our_angles).abs().max() < TOLERANCE * rotary.scaling
+        else None
+    )
 
 
 @torch.no_grad()
@@ -89,7 +94,7 @@ def measure(oracle: PDOracle, sequences: Tensor, progress: Progress) -> Measured
     helps = squares[..., 1] < WORTH * squares[..., 0]
     chosen = {layer: means[layer] * helps[layer, :, None] for layer in range(layers) if helps[layer].any()}
     rms = (squares / (back * len(table) * model.head_dim)).sqrt()
-    errors = tuple(tuple((whole, less) for whole, less in heads) for heads in rms.tolist())
+    errors = tuple(tuple((without, with_offsets) for without, with_offsets in heads) for heads in rms.tolist())
     progress(f"key offsets: help {int(helps.sum())} of {helps.numel()} KV heads")
     return Measured(KeyOffsets.make(chosen, *rotary) if chosen else None, errors)
 

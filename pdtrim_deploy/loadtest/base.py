@@ -114,14 +114,14 @@ class ClientFigures(BaseModel):
         spent = [run.cpu_s for run in runs if run.cpu_s is not None]
         wall = sum(run.duration_s for run in runs if run.cpu_s is not None)
         share = round(sum(spent) / wall, 3) if wall else None
-        said = []
+        causes = []
         if share is not None and share > MOST_CPU and wall > LEAST_WALL_S:
-            said.append(f"it used {share:.2f} of the one core it can use")
+            causes.append(f"it used {share:.2f} of the one core it can use")
         if (late.p95 or 0.0) > (allowed := max(LEAST_LATE_MS, MOST_LATE * (ttft_ms or 0.0))):
-            said.append(f"p95 of requests were sent {late.p95:.0f} ms late ({allowed:.0f} ms are allowed)")
+            causes.append(f"p95 of requests were sent {late.p95:.0f} ms late ({allowed:.0f} ms are allowed)")
         if (woke.p95 or 0.0) > (allowed := max(LEAST_LATE_MS, MOST_LATE * (itl_ms or 0.0))):
-            said.append(f"it woke {woke.p95:.0f} ms late at p95 ({allowed:.0f} ms are allowed)")
-        why = f"the client was a bottleneck: {'; '.join(said)}" if said else None
+            causes.append(f"it woke {woke.p95:.0f} ms late at p95 ({allowed:.0f} ms are allowed)")
+        why = f"the client was a bottleneck: {'; '.join(causes)}" if causes else None
         return cls(send_late_ms=late, wake_late_ms=woke, cpu_share=share, bottleneck=why)
 
 
@@ -163,8 +163,8 @@ class LoadResult(BaseModel):
         good = [o for o in outcomes if o.failure is None]
         bad = [(o.failure, o.detail) for o in outcomes if o.failure is not None]
         output = sum(o.output_tokens for o in good)
-        asked = slo if slo is not None and slo != SLO() else None
-        met = None if asked is None else sum(o.meets(asked) for o in outcomes)
+        limits = slo if slo is not None and slo != SLO() else None
+        met = None if limits is None else sum(o.meets(limits) for o in outcomes)
         ttft, itl = Percentiles.of([o.ttft for o in good]), Percentiles.of([gap for o in good for gap in o.itl])
 
         def rate(count: int) -> float:
@@ -181,7 +181,7 @@ class LoadResult(BaseModel):
             output_tokens=output,
             output_tokens_per_s=rate(output),
             requests_per_s=rate(len(good)),
-            slo=asked,
+            slo=limits,
             good=met,
             goodput_requests_per_s=None if met is None else rate(met),
             ttft_ms=ttft,

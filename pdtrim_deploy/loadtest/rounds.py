@@ -63,7 +63,7 @@ class Ratio(BaseModel):
     @classmethod
     def of(cls, figure: str, ratios: Sequence[float]) -> Ratio:
         """From each round's ratio; LEAST_ROUNDS at least, all above 0."""
-        logs = [math.log(one) for one in ratios]
+        logs = [math.log(ratio) for ratio in ratios]
         mean, half = fmean(logs), t_975(len(logs) - 1) * stdev(logs) / math.sqrt(len(logs))
         values = (math.exp(value) for value in (mean, mean - half, mean + half))
         return cls(figure=figure, rounds=tuple(ratios), **dict(zip(("ratio", "low", "high"), values, strict=True)))
@@ -88,20 +88,20 @@ class Rounds:
 
     def ratios(self, first: str, second: str) -> list[Ratio]:
         """Each figure that every round of both has."""
-        found = []
+        computed = []
         for figure, pairs in self._pairs(first, second).items():
             if all(a and b for a, b in pairs):
-                found.append(Ratio.of(figure, [b / a for a, b in pairs]))  # type: ignore[operator]
-        return found
+                computed.append(Ratio.of(figure, [b / a for a, b in pairs]))  # type: ignore[operator]
+        return computed
 
     def dropped(self, first: str, second: str) -> list[str]:
         """Figures without a ratio, a sentence each; those that no round was asked for are left out."""
-        found = []
+        sentences = []
         for figure, pairs in self._pairs(first, second).items():
             lacking = sum(not (a and b) for a, b in pairs)
-            if lacking and any(one is not None for pair in pairs for one in pair):
-                found.append(f"{figure} has no ratio: it is 0 or missing in {lacking} of {len(pairs)} rounds")
-        return found
+            if lacking and any(figures is not None for pair in pairs for figures in pair):
+                sentences.append(f"{figure} has no ratio: it is 0 or missing in {lacking} of {len(pairs)} rounds")
+        return sentences
 
     def _pairs(self, first: str, second: str) -> dict[str, list[tuple[float | None, float | None]]]:
         rounds = list(zip(self.by_round[first], self.by_round[second], strict=True))
@@ -202,6 +202,6 @@ class Comparison(BaseModel):
     @property
     def problems(self) -> list[str]:
         """What a reader must know before believing the ratios."""
-        found = [f"{n}: {r.failed} of {r.requests} requests failed" for n, r in self.load.items() if r.failed]
-        found += [f"{n}: {r.client.bottleneck}" for n, r in self.load.items() if r.client.bottleneck]
-        return [*found, *self.dropped]
+        sentences = [f"{n}: {r.failed} of {r.requests} requests failed" for n, r in self.load.items() if r.failed]
+        sentences += [f"{n}: {r.client.bottleneck}" for n, r in self.load.items() if r.client.bottleneck]
+        return [*sentences, *self.dropped]

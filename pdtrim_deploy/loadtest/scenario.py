@@ -46,13 +46,13 @@ _Seconds = Annotated[float, Field(gt=0, le=MOST_SECONDS)]
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
-    def _require(self, kind: str, wanted: set[str], optional: frozenset[str] = frozenset()) -> None:
+    def _require(self, kind: str, allowed: set[str], optional: frozenset[str] = frozenset()) -> None:
         """Exactly the keys that `kind` needs, some of them optional."""
         given = {name for name in type(self).model_fields if name != "kind" and getattr(self, name) is not None}
-        for name in sorted(given - wanted):
-            raise ValueError(f"kind is {kind!r}, which takes no {name}; allowed with it: {', '.join(sorted(wanted))}")
-        for name in sorted(wanted - optional - given):
-            raise ValueError(f"kind is {kind!r}, which needs {name}; allowed with it: {', '.join(sorted(wanted))}")
+        for name in sorted(given - allowed):
+            raise ValueError(f"kind is {kind!r}, which takes no {name}; allowed with it: {', '.join(sorted(allowed))}")
+        for name in sorted(allowed - optional - given):
+            raise ValueError(f"kind is {kind!r}, which needs {name}; allowed with it: {', '.join(sorted(allowed))}")
 
 
 class Arrivals(_Section):
@@ -180,12 +180,12 @@ class Scenario(_Section):
         scenario = cls._parse(data, origins)
         if scenario.trace is None:
             return scenario
-        found = origins.file_of(("trace", "path")).parent / scenario.trace.path
-        if not found.is_file():
+        file = origins.file_of(("trace", "path")).parent / scenario.trace.path
+        if not file.is_file():
             raise UserError(f"{path}: trace.path names {scenario.trace.path}, which is not a file; check the path")
-        for _ in rows(found):
+        for _ in rows(file):
             pass  # a line that is no request is said now, not amid the load
-        return scenario.changed(trace=scenario.trace.model_copy(update={"path": str(found.resolve())}))
+        return scenario.changed(trace=scenario.trace.model_copy(update={"path": str(file.resolve())}))
 
     @classmethod
     def closed(

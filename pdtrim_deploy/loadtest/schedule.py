@@ -98,6 +98,6 @@ def _replay(trace: Trace, seed: int) -> Iterator[Job]:
 def _shared(trace: Trace, ids: Sequence[int], length: int, own: str) -> str:
     """Text whose blocks are those of `ids`; what they do not reach is the request's own."""
     words, block = max(1, round(length * trace.scale)), max(1, round(trace.block_tokens * trace.scale))
-    parts = [named(f"block {one}", min(block, words - n * block)) for n, one in enumerate(ids) if words > n * block]
+    parts = [named(f"block {id_}", min(block, words - n * block)) for n, id_ in enumerate(ids) if words > n * block]
     rest = words - block * len(ids)
     return " ".join([*parts, named(f"own {own}", rest)] if rest > 0 else parts)

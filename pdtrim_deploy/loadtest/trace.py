@@ -38,7 +38,7 @@ def rows(path: Path) -> Iterator[Row]:
             try:
                 row = json.loads(line)
                 at, length, output = float(row["timestamp"]), int(row["input_length"]), int(row["output_length"])
-                ids = tuple(int(one) for one in row.get("hash_ids", ()))
+                ids = tuple(int(id_) for id_ in row.get("hash_ids", ()))
                 if not (math.isfinite(at) and 1 <= length <= MOST_TOKENS and 1 <= output <= MOST_TOKENS):
                     raise ValueError
             except (ValueError, OverflowError, KeyError, TypeError, AttributeError):

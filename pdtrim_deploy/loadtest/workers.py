@@ -75,7 +75,7 @@ class WorkerFigures(BaseModel):
             wire_bytes=wire,
             dense_bytes=dense,
             transfer=_histogram(KV["transfer_seconds"], "", added),
-            queues={at: one for at, one in queues.items() if one is not None},
+            queues={at: histogram for at, histogram in queues.items() if histogram is not None},
         )
 
 
@@ -99,21 +99,21 @@ class Workers:
         """
         from pdtrim_deploy.serving.metrics import scrape
 
-        found: defaultdict[Key, float] = defaultdict(float)
+        totals: defaultdict[Key, float] = defaultdict(float)
         for url in self.urls:
             try:
-                said = scrape(url)
+                families = scrape(url)
             except (OSError, HTTPException) as error:
                 raise ServingError(f"{url} does not answer ({error}); start the worker with --enable-metrics") from None
             except ValueError as error:
                 raise ServingError(f"{url} says no Prometheus metrics ({error}); give a worker's URL") from None
-            for name, samples in said.items():
+            for name, samples in families.items():
                 if name.startswith((*KV.values(), OUTCOMES, QUEUE, STAGES)):
-                    told = ("engine_type", "le") if name.startswith(QUEUE) else ("stage", "outcome", "le")
+                    labels = ("engine_type", "le") if name.startswith(QUEUE) else ("stage", "outcome", "le")
                     for sample in samples:
-                        at = ":".join(sample.labels[label] for label in told if label in sample.labels)
-                        found[name, at] += sample.value
-        return found
+                        at = ":".join(sample.labels[label] for label in labels if label in sample.labels)
+                        totals[name, at] += sample.value
+        return totals
 
     def since(self, before: Mapping[Key, float], ended_well: int) -> dict[Key, float]:
         """What was added since `before`; waits a little until `ended_well` transfers are counted."""
@@ -161,12 +161,10 @@ def _quantile(bounds: list[tuple[float, float]], share: float) -> float | None:
     """As Prometheus' histogram_quantile: None where only the bucket without end reaches that far."""
     if not bounds:
         return None
-    wanted = share * bounds[-1][1]
+    rank = share * bounds[-1][1]
     for (low, below), (high, upto) in pairwise([(0.0, 0.0), *bounds]):
-        if upto >= wanted and upto > below:
+        if upto >= rank and upto > below:
             return (
-                None
-                if high == float("inf")
-                else round((low + (high - low) * (wanted - below) / (upto - below)) * 1e3, 3)
+                None if high == float("inf") else round((low + (high - low) * (rank - below) / (upto - below)) * 1e3, 3)
             )
     return None

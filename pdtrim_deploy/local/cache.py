@@ -79,7 +79,7 @@ class Cache:
         target = self.root / kind / key
         try:
             with self._lock(target):
-                if not _whole(target):
+                if not _undamaged(target):
                     for stale in target.parent.glob(f".{key}.new-*"):
                         shutil.rmtree(stale, ignore_errors=True)  # of a process that died: the lock is ours
                     with atomic_directory(target) as scratch:
@@ -118,7 +118,7 @@ def _mark(folder: Path) -> None:
     (folder / MARKER).write_text(json.dumps({"files": entries}, indent=1))
 
 
-def _whole(folder: Path) -> bool:
+def _undamaged(folder: Path) -> bool:
     """Whether the marker holds; a file is hashed again only when its size or time differ from the marker's."""
     try:
         entries = json.loads((folder / MARKER).read_text())["files"]

@@ -60,10 +60,10 @@ def run_job(command: Sequence[str], job: Mapping[str, Any], scratch: Path, envir
         raise UserError(f"the build process died of {signal.Signals(-code).name} {spent}: {_last_line(log)}")
     if not answer.exists():
         raise UserError(f"the build process ended with code {code} {spent}: {_last_line(log)}")
-    said = json.loads(answer.read_text())
-    if "error" in said:
-        raise UserError(said["error"])
-    return Finished(said, round(seconds, 2), memory)
+    result = json.loads(answer.read_text())
+    if "error" in result:
+        raise UserError(result["error"])
+    return Finished(result, round(seconds, 2), memory)
 
 
 def _wait(process: subprocess.Popen[bytes]) -> int:

@@ -12,10 +12,10 @@ _CPUINFO = Path("/proc/cpuinfo")
 def cpu_features(path: Path = _CPUINFO) -> frozenset[str] | None:
     """What Linux says of the processors: x86 calls it flags, ARM Features; None where it says nothing."""
     try:
-        said = re.search(r"^(?:flags|Features)\s*:(.*)$", path.read_text(), re.MULTILINE)
+        match = re.search(r"^(?:flags|Features)\s*:(.*)$", path.read_text(), re.MULTILINE)
     except OSError:
         return None
-    return frozenset(said[1].split()) if said else None
+    return frozenset(match[1].split()) if match else None
 
 
 def compute_dtype(dtype: str) -> str:

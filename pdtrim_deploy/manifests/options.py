@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.plan import PDPlan, Stage
-from pdtrim_deploy.serving.commands import ROUTER_HEALTH, SPARSE_BACKEND
+from pdtrim_deploy.serving.commands import ROUTER_HEALTH
+from pdtrim_deploy.serving.gpu_defaults import PAGE_TOKENS, attention_arguments
 from pdtrim_deploy.serving.transports import LIBRARIES
 from pdtrim_deploy.worker.config import ARGUMENT, WorkerConfig
 from pdtrim_deploy.worker.transport import TransportOptions
@@ -96,7 +97,7 @@ class Options:
     rdma: str | None = None
     transport: str = TCP
     transport_options: Mapping[str, object] = field(default_factory=dict)
-    page_size: int = 1
+    page_size: int = PAGE_TOKENS
     memory: str = "64Gi"
     monitoring: str = "monitoring"
 
@@ -126,7 +127,7 @@ def worker_arguments(served: Served, options: Options, stage: Stage) -> list[str
     """`python3 -m sglang.launch_server ...` for SGLang 0.5.23 on GPUs, without what the platform chooses."""
     rdma: dict[str, object] = {"protocol": "rdma"} if options.rdma and options.transport == "pdtrim_mooncake" else {}
     transport = TransportOptions.model_validate(rdma | dict(options.transport_options))
-    told = WorkerConfig(secret_file=f"{SECRET_FOLDER}/{SECRET_KEY}", transport=transport)
+    config = WorkerConfig(secret_file=f"{SECRET_FOLDER}/{SECRET_KEY}", transport=transport)
     given: dict[str, object] = {
         "--model-path": f"{BUNDLE_MOUNT}/{stage}",
         "--served-model-name": served.name,
@@ -137,14 +138,12 @@ def worker_arguments(served: Served, options: Options, stage: Stage) -> list[str
         "--tp-size": options.gpus,
         "--disaggregation-mode": stage,
         "--disaggregation-transfer-backend": options.transport,
-        ARGUMENT: json.dumps(told.override()),
+        ARGUMENT: json.dumps(config.override()),
     }
     flags = ["--enable-metrics"]
     if stage == "prefill":
         given["--disaggregation-bootstrap-port"] = BOOTSTRAP_PORT
-    elif served.sparse:
-        given["--attention-backend"] = SPARSE_BACKEND
-        flags.append("--disable-cuda-graph")
+    given |= attention_arguments(stage, served.sparse)
     pairs = [str(part) for pair in given.items() for part in pair]
     return ["python3", "-m", "sglang.launch_server", *pairs, *flags]
 

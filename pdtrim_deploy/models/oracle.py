@@ -15,7 +15,9 @@ from torch import Tensor
 from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
 from pdtrim_deploy.kvcache.layout import chunk_layout
 from pdtrim_deploy.kvcache.pack import pack, unpack
-from pdtrim_deploy.models.blockwise import Blockwise, CausalLM, LayerKV, pick
+from pdtrim_deploy.models.blockwise import Blockwise, CausalLM, LayerKV
+from pdtrim_deploy.models.layer_run import LayerRun
+from pdtrim_deploy.models.pd_run import continuation_logprobs
 from pdtrim_deploy.plan import KVSend, PDPlan
 
 
@@ -64,9 +66,9 @@ class PDOracle:
             raise ValueError("the key offsets are not the plan's")
         self._prefill, self.decode = Blockwise(prefill_model), Blockwise(decode_model)
         for stage, runner in (("prefill", self._prefill), ("decode", self.decode)):
-            wanted = len(plan.prefill_layers if stage == "prefill" else plan.decode_layers)
-            if len(runner.layers) != wanted:
-                raise ValueError(f"the {stage} model has {len(runner.layers)} layers, the plan {wanted}")
+            planned = len(plan.prefill_layers if stage == "prefill" else plan.decode_layers)
+            if len(runner.layers) != planned:
+                raise ValueError(f"the {stage} model has {len(runner.layers)} layers, the plan {planned}")
 
     def with_kv(self, kv: tuple[KVSend, ...]) -> PDOracle:
         """The same stage models with other KV rules; any `PrefillState` of the one serves the other."""
@@ -80,14 +82,14 @@ class PDOracle:
     @torch.no_grad()
     def prefill(self, prompts: Tensor) -> PrefillState:
         """Run prompts of equal length, int64 `[batch, tokens]`, through the prefill model."""
-        hidden, span = self._prefill.embed(prompts)
         dtype, keys, values = getattr(torch, self.plan.model.kv_dtype), [], []
-        for layer in range(len(self._prefill.layers)):
+        run = LayerRun(self._prefill, [prompts])
+        while run.running:
             kv = LayerKV()
-            hidden = self._prefill.block(layer, hidden, span, kv)
+            run.advance([kv])
             keys.append(_to_pool(kv.keys, dtype))
             values.append(_to_pool(kv.values, dtype))
-        logits = self._prefill.logits(hidden[:, -1])
+        logits = self._prefill.logits(run.states[0][:, -1])
         return PrefillState(prompts.shape[0], prompts.shape[1], tuple(keys), tuple(values), logits)
 
     @torch.no_grad()
@@ -113,10 +115,7 @@ class PDOracle:
 
         `branches`: as in `Blockwise.embed`.
         """
-        hidden, span = self.decode.embed(ids, start, branches)
-        for layer, kv in enumerate(held):
-            hidden = self.decode.block(layer, hidden, span, kv)
-        return hidden
+        return LayerRun(self.decode, [ids], start, branches).finish([[kv] for kv in held])[0]
 
     @torch.no_grad()
     def score(self, state: PrefillState, continuations: Tensor) -> Tensor:
@@ -124,11 +123,9 @@ class PDOracle:
 
         The first token is judged by prefill's logits, as in PD serving; the others by decode, in one pass.
         """
-        first = pick(state.logits, continuations[:, 0])[:, None]
-        if continuations.shape[1] == 1:
-            return first
-        hidden = self.extend(continuations[:, :-1], state.tokens, self.hand_over(state))
-        return torch.cat((first, self.decode.logprobs(hidden, continuations[:, 1:])), dim=1)
+        single = continuations.shape[1] == 1  # prefill's own: nothing is handed over
+        hidden = state.logits if single else self.extend(continuations[:, :-1], state.tokens, self.hand_over(state))
+        return continuation_logprobs(state.logits, self.decode, hidden, continuations)
 
     def logprobs(self, prompt: Tensor, continuation: Tensor) -> Tensor:
         """float32 `[T]`: log-probability of each token of `continuation` `[T]` after `prompt` `[N]`."""

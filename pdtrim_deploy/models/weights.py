@@ -1,32 +1,76 @@
-"""How many weights a model has, from its config.json alone."""
+"""How many weights a model of a config has, and its sizes: the one place that reads them from config.json."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from pdtrim_deploy.models.families import known_family
+from pdtrim_deploy.models.families import attention_sizes, known_family
 
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
-def parameters(config: Mapping[str, Any]) -> int:
-    """Weights of a Llama-like model, norms and biases left out: less than one per mille."""
-    blocks, block, ends = block_sizes(config)
-    smaller = sum(_mlp(config, blocks - 1) - _mlp(config, number) for number in range(blocks))
-    return blocks * block - smaller + ends
+@dataclass(frozen=True)
+class ModelSizes:
+    """Of a Llama-like model, in weights; norms and biases are left out: less than one per mille.
 
+    Attributes:
+        blocks: how many there are.
+        hidden, inner, vocabulary: of a hidden state, of the MLP between its maps, of the logits.
+        kv_width: of K, and of V, of one token in one block.
+        block: weights of the last block, the largest where the first ones have no experts.
+        ends: weights of embedding and LM head.
+        total: weights of the model.
 
-def block_sizes(config: Mapping[str, Any]) -> tuple[int, int, int]:
-    """Blocks, weights of each (of one with experts, where some have none), and of embedding and LM head."""
-    hidden, heads = config["hidden_size"], config["num_attention_heads"]
-    head = config.get("head_dim") or hidden // heads
-    kv_heads = config.get("num_key_value_heads") or heads
-    blocks = config["num_hidden_layers"]
-    block = 2 * hidden * head * (heads + kv_heads) + _mlp(config, blocks - 1)
-    ends = 1 if config.get("tie_word_embeddings") else 2
-    return blocks, block, ends * config["vocab_size"] * hidden
+    """
+
+    blocks: int
+    hidden: int
+    inner: int
+    vocabulary: int
+    kv_width: int
+    block: int
+    ends: int
+    total: int
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> ModelSizes:
+        """`config` is config.json's."""
+        hidden, inner, vocabulary = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+        heads, kv_heads, head = attention_sizes(config)
+        blocks, attention = config["num_hidden_layers"], 2 * hidden * head * (heads + kv_heads)
+        mlps = [_mlp(config, block) for block in range(blocks)]
+        ends = (1 if config.get("tie_word_embeddings") else 2) * vocabulary * hidden
+        return cls(
+            blocks=blocks,
+            hidden=hidden,
+            inner=inner,
+            vocabulary=vocabulary,
+            kv_width=kv_heads * head,
+            block=attention + mlps[-1],
+            ends=ends,
+            total=blocks * attention + sum(mlps) + ends,
+        )
+
+    @property
+    def kv(self) -> int:
+        """Weights of one block's K and V projections: all that is computed of a block that runs for its KV alone."""
+        return 2 * self.hidden * self.kv_width
+
+    @property
+    def fit_bytes(self) -> int:
+        """Bytes of one block's normal equations (`least_squares.Ridge`), in float64.
+
+        There is one set for fitting and one for choosing the penalty, and two more squares while it is solved.
+        """
+        return 8 * (4 * self.inner * self.inner + 3 * self.inner * self.hidden)
+
+    @property
+    def fit_flops(self) -> int:
+        """Operations a token of summing up one block's normal equations."""
+        return 2 * self.inner * (self.inner + self.hidden)
 
 
 def _mlp(config: Mapping[str, Any], block: int) -> int:

@@ -14,13 +14,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
-
-from pdtrim_deploy.bundle import COMPLETE, ENGINES, MANIFEST, REPORTS, WORK, Step, read_seal, write_atomic
+from pdtrim_deploy.bundle import COMPLETE, ENGINES, MANIFEST, REPORTS, WORK, Step, read_seal
 from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.local.row_log import RowLog
 
-STEPS = "steps.json"
-_STEPS = TypeAdapter(dict[str, Step])
+STEPS = "steps.jsonl"
 
 
 def chained_key(before: str, depends_on: Any) -> str:
@@ -37,14 +35,19 @@ class Journal:
 
     def __init__(self, out: Path) -> None:
         self.out = out
-        self._file = out / WORK / STEPS
-        self.steps = self._read()
+        self._log = RowLog(out / WORK / STEPS, "steps")
+        self.steps = self._replayed() if self._log.exists else self._sealed()
 
-    def _read(self) -> dict[str, Step]:
-        try:
-            return _STEPS.validate_json(self._file.read_bytes())
-        except (FileNotFoundError, ValidationError):
-            pass
+    def _replayed(self) -> dict[str, Step]:
+        """A later row of a step replaces the earlier one; a row without a key strikes the step out."""
+        newest = {row["step"]: row for row in self._log.rows}
+        return {
+            name: Step.model_validate({key: value for key, value in row.items() if key != "step"})
+            for name, row in newest.items()
+            if "key" in row
+        }
+
+    def _sealed(self) -> dict[str, Step]:
         try:
             manifest = read_seal(self.out)
         except UserError:  # a damaged seal vouches for nothing
@@ -58,25 +61,35 @@ class Journal:
 
     def keep_only(self, names: Collection[str]) -> None:
         """Strike out all other steps: of an earlier recipe, or to be made again."""
-        if not self.steps.keys() <= set(names):
-            self.steps = {name: step for name, step in self.steps.items() if name in names}
-            self._write()
+        for name in self.steps.keys() - set(names):
+            self._strike(name)
 
     @contextmanager
     def making(self, name: str, key: str, outputs: Sequence[str]) -> Iterator[None]:
         """Strike the step out, let the block make its `outputs` (files or folders), write the step down."""
-        self.steps.pop(name, None)
-        self._write()
+        self._strike(name)
         (self.out / COMPLETE).unlink(missing_ok=True)
         started = time.perf_counter()
         yield
         files = [str(f.relative_to(self.out)) for output in outputs for f in _files(self.out / output)]
         seconds = round(time.perf_counter() - started, 3)
         self.steps[name] = Step(key=key, seconds=seconds, sizes=_sizes(self.out, files))
-        self._write()
+        self._write({"step": name} | self.steps[name].model_dump())
 
-    def _write(self) -> None:
-        write_atomic(self._file, json.dumps({n: s.model_dump() for n, s in self.steps.items()}, indent=2))
+    def forget(self) -> None:
+        """Strike out every step."""
+        self.steps = {}
+        self._log.restart()
+
+    def _strike(self, name: str) -> None:
+        self.steps.pop(name, None)
+        self._write({"step": name})
+
+    def _write(self, row: dict[str, Any]) -> None:
+        """After the steps that the seal names, where the log is new."""
+        known = {name: step for name, step in self.steps.items() if name != row["step"]}
+        sealed = [] if self._log.exists else [{"step": name} | step.model_dump() for name, step in known.items()]
+        self._log.append(*sealed, row)
 
 
 def refuse_strangers(out: Path) -> None:
@@ -89,9 +102,7 @@ def refuse_strangers(out: Path) -> None:
     work = out / WORK
     held = {path.name for path in out.iterdir()} if out.exists() else set()
     # Killed before it wrote a step down, a build leaves nothing but its work folder.
-    begun = (work / STEPS).is_file() or (
-        held == {WORK} and work.is_dir() and all(STEPS in path.name for path in work.iterdir())
-    )
+    begun = (work / STEPS).is_file() or (held == {WORK} and work.is_dir() and not any(work.iterdir()))
     if held and not (begun or _was_sealed(out)):
         raise UserError(f"{out} holds other files and is no bundle; choose another --out")
 
@@ -129,7 +140,7 @@ def claim(out: Path, force: bool) -> Iterator[None]:
         for stale in (path for pattern in killed for path in out.glob(pattern)):
             shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
         if force:
-            write_atomic(out / WORK / STEPS, "{}")
+            Journal(out).forget()
             for name in ("search-*.jsonl", "judged.jsonl"):  # else the search would go on from its end
                 for file in (out / REPORTS).glob(name):
                     file.unlink()

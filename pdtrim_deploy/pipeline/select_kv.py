@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
     from pdtrim_deploy.kvchoice import Problem
-    from pdtrim_deploy.kvchoice.base import Kept
+    from pdtrim_deploy.kvchoice.base import Memo
     from pdtrim_deploy.models.oracle import PDOracle
 
 KV, ATTENTION, OFFSETS = (f"{REPORTS}/{name}.json" for name in ("kv", "attention", "key-offsets"))
@@ -91,7 +91,7 @@ def _chosen(context: Context, oracle: PDOracle) -> tuple[KVSend, ...]:
 _EFFECTS = 1  # version of what is kept
 
 
-def _kept(context: Context, text: Tensor, offsets: KeyOffsets | None) -> Kept:
+def _kept(context: Context, text: Tensor, offsets: KeyOffsets | None) -> Memo:
     """Keeps measured effects in the cache: the same blocks and text with another budget need no measuring."""
     from safetensors.torch import load_file
 

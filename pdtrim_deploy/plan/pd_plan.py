@@ -24,7 +24,7 @@ from pydantic import (
 )
 
 from pdtrim_deploy.errors import UserError
-from pdtrim_deploy.plan.blocks import Action, Distilled, Drop, Frozen, Keep, KVOnly, check_pairs
+from pdtrim_deploy.plan.blocks import KV_ONLY_SHARE, Action, Distilled, Drop, Frozen, Keep, KVOnly, check_pairs
 from pdtrim_deploy.plan.kv import KeyOffsetsFile, KVSend
 from pdtrim_deploy.plan.wire import HEAD_DIM_MULTIPLE, SIDES, packed_bytes, packed_row_bytes
 
@@ -142,11 +142,9 @@ class PDPlan(Frozen):
 
     @property
     def prefill_share(self) -> float:
-        """What prefill computes, of the unpruned model's blocks: a layer for its K and V alone counts a tenth.
-
-        (Norm and both projections are 2 to 10 % of a Llama or Qwen block's weights.)
-        """
-        return (len(self.prefill_layers) - 0.9 * len(self.kv_only_layers)) / self.model.num_blocks
+        """What prefill computes, of the unpruned model's blocks: a layer for its K and V alone is `KV_ONLY_SHARE`."""
+        full_layers = len(self.prefill_layers) - len(self.kv_only_layers)
+        return (full_layers + KV_ONLY_SHARE * len(self.kv_only_layers)) / self.model.num_blocks
 
     @cached_property
     def prefill_layers(self) -> tuple[int, ...]:

@@ -1,21 +1,21 @@
-"""What a judge said, written down: a build that was stopped does not ask again, nor hear anything else."""
+"""Losses by a judge, kept in a file: a build that was stopped does not compute them again, nor gets others."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
+from pdtrim_deploy.local.row_log import RowLog
 from pdtrim_deploy.plan import Stage
 from pdtrim_deploy.pruning.finalists import Judge
-from pdtrim_deploy.pruning.search.trajectory import Trajectory
 from pdtrim_deploy.pruning.solution import Solution
 
 
 class CachedJudge:
-    """A judge whose verdicts stand in a file, each as soon as it is given; those of another judge or text are dropped.
+    """A judge whose losses are written to a file, each as soon as it is computed.
 
     Args:
-        about: everything (JSON) that verdicts depend on, besides what is judged.
+        about: everything (JSON) that losses depend on, besides what is judged; losses about anything else are dropped.
 
     Raises:
         UserError: the file cannot be written.
@@ -23,16 +23,14 @@ class CachedJudge:
     """
 
     def __init__(self, judge: Judge, file: Path, about: object) -> None:
-        self._judge, self._log = judge, Trajectory(file, about)
-        self._known: dict[str, float] = {}
-        while row := self._log.replay():
-            self._known[row["of"]] = row["judged"]
+        self._judge, self._log = judge, RowLog(file, about)
+        self._log.begin()
 
     def __call__(self, stage: Stage, prefill: Solution, solutions: Sequence[Solution]) -> list[float]:
-        """As `Judge`; asks for those alone that it was never asked for."""
-        names = [f"{stage} | {prefill} | {solution}" for solution in solutions]
-        fresh = {name: one for name, one in zip(names, solutions, strict=True) if name not in self._known}
-        for name, loss in zip(fresh, self._judge(stage, prefill, list(fresh.values())) if fresh else (), strict=True):
-            self._known[name] = loss
-            self._log.append(of=name, judged=loss)
-        return [self._known[name] for name in names]
+        """As `Judge`; has only those judged that are not in the file."""
+        keys = [{"stage": stage, "prefill": str(prefill), "solution": str(solution)} for solution in solutions]
+        fresh = [at for at, key in enumerate(keys) if self._log.find(**key) is None]
+        losses = self._judge(stage, prefill, [solutions[at] for at in fresh]) if fresh else ()
+        for at, loss in zip(fresh, losses, strict=True):
+            self._log.append(keys[at] | {"judged": loss})
+        return [float((self._log.find(**key) or {})["judged"]) for key in keys]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pdtrim_deploy.models.weights import ModelSizes
 from pdtrim_deploy.recipe import CalibrationSection
 from pdtrim_deploy.recipe.healing import HealingSection
 from pdtrim_deploy.recipe.pruning import EVALUATED, PruningSection
@@ -57,12 +58,8 @@ def search_cost(
     """`config` is config.json's; None when no block is to go. Finalists are judged on the text of `healing`."""
     if not pruning.decode_blocks:
         return None
-    blocks, hidden, vocabulary = config["num_hidden_layers"], config["hidden_size"], config["vocab_size"]
-    heads = config["num_attention_heads"]
-    width = config.get("head_dim") or hidden // heads
-    kv_width = (config.get("num_key_value_heads") or heads) * width
-    block_size = hidden * (2 * heads * width + 2 * kv_width + 3 * config["intermediate_size"])
-    embeddings = vocabulary * hidden * (1 if config.get("tie_word_embeddings") else 2)
+    sizes = ModelSizes.of(config)
+    blocks = sizes.blocks
     count, length = text.sequences, text.length
     stages = [(0, pruning.prefill_blocks, length), (pruning.prefill_blocks, pruning.decode_blocks, length // 2)]
     most = likely = losses = flops = 0.0
@@ -75,8 +72,8 @@ def search_cost(
         most += (work.most + prompt) * count
         likely += (work.likely + prompt) * count
         losses += work.losses * count
-        flops += count * tokens * 2 * (work.likely * block_size + work.losses * vocabulary * hidden)
-        flops += count * (length - tokens) * 2 * prompt * block_size
+        flops += count * tokens * 2 * (work.likely * sizes.block + work.losses * sizes.vocabulary * sizes.hidden)
+        flops += count * (length - tokens) * 2 * prompt * sizes.block
     if healing is not None and pruning.finalists:
         judging = judged_forwards(
             blocks,
@@ -90,28 +87,28 @@ def search_cost(
         )
         windows = _windows(blocks, pruning.prefill_blocks, pruning.decode_blocks, count)
         most, likely = most + judging + windows, likely + judging + windows
-        flops += 2 * block_size * (judging * healing.length + windows * length)
-        flops += refits * _gram(config) * healing.judged * _refitted(blocks, pruning, healing.length)
+        flops += 2 * sizes.block * (judging * healing.length + windows * length)
+        flops += refits * sizes.fit_flops * healing.judged * _refitted(blocks, pruning, healing.length)
         most += _again(blocks, pruning, count, healing)
     if pruning.distil:  # redundancy and states by one pass each; each pair's student begins as the better of two
         taught, tokens = _taught(pruning, text, healing)
         making, pairs = (count + 2 * taught) * blocks, blocks // 2
         most, likely = most + making, likely + making
-        flops += 2 * block_size * blocks * (count * length + 2 * taught * tokens)
-        flops += 2 * pairs * _gram(config) * taught * tokens
-    state = count * length * hidden * _FLOAT  # between two layers
+        flops += 2 * sizes.block * blocks * (count * length + 2 * taught * tokens)
+        flops += 2 * pairs * sizes.fit_flops * taught * tokens
+    state = count * length * sizes.hidden * _FLOAT  # between two layers
     if pruning.method in EVALUATED:  # every state that is made is kept, as long as there is room
         states = min(pruning.memory_mb << 20, round(most / count) * state)
         disk = min(pruning.disk_mb << 20, round(most / count) * state - states)
     else:
         states, disk = (pruning.decode_blocks + 1 if pruning.method == "streamline" else 2) * state, 0
     return SearchCost(
-        weights=(min(blocks, pruning.blocks_in_memory or blocks) * block_size + embeddings) * _FLOAT,
+        weights=(min(blocks, pruning.blocks_in_memory or blocks) * sizes.block + sizes.ends) * _FLOAT,
         states=states,
         states_wanted=blocks * state,
-        disk=disk + (_hidden_files(config, *_taught(pruning, text, healing)) if pruning.distil else 0),
-        prompt_kv=2 * blocks * count * (length // 2) * kv_width * _FLOAT,
-        fitted=fitted_bytes(config, pruning, refits) if refits or pruning.distil else 0,
+        disk=disk + (_hidden_files(sizes, *_taught(pruning, text, healing)) if pruning.distil else 0),
+        prompt_kv=2 * blocks * count * (length // 2) * sizes.kv_width * _FLOAT,
+        fitted=fitted_bytes(sizes, pruning, refits) if refits or pruning.distil else 0,
         most=round(most),
         likely=round(likely),
         heads=round(losses),
@@ -119,19 +116,17 @@ def search_cost(
     )
 
 
-def fitted_bytes(config: Mapping[str, Any], pruning: PruningSection, refits: bool) -> int:
-    """Bytes of one block's normal equations (`least_squares.Ridge`), and of the maps that a stage's refit gives.
+def fitted_bytes(sizes: ModelSizes, pruning: PruningSection, refits: bool) -> int:
+    """Bytes of one block's normal equations, and of the maps that a stage's refit gives.
 
-    The former in float64, for fitting and for choosing the penalty, and two more squares while it is solved; of the
-    latter at most one a block, of each of the finalists that are compensated side by side; in front of decode's
-    finalists, prefill's from either half of the text too.
+    Of the latter there is at most one a block, of each of the finalists that are compensated side by side; in front of
+    decode's finalists, prefill's from either half of the text too.
     """
-    inner, hidden = config["intermediate_size"], config["hidden_size"]
     held = max(1, pruning.finalists) if pruning.blocks_in_memory is None else 1
     if pruning.finalists and 0 < pruning.prefill_blocks < pruning.decode_blocks:
         held += 2
-    maps = held * config["num_hidden_layers"] * inner * hidden if refits else 0
-    return 8 * (4 * inner * inner + 3 * inner * hidden) + _FLOAT * maps
+    maps = held * sizes.blocks * sizes.inner * sizes.hidden if refits else 0
+    return sizes.fit_bytes + _FLOAT * maps
 
 
 def _taught(pruning: PruningSection, text: CalibrationSection, healing: HealingSection | None) -> tuple[int, int]:
@@ -141,9 +136,9 @@ def _taught(pruning: PruningSection, text: CalibrationSection, healing: HealingS
     return healing.taught(pruning.finalists), healing.length
 
 
-def _hidden_files(config: Mapping[str, Any], sequences: int, length: int) -> int:
+def _hidden_files(sizes: ModelSizes, sequences: int, length: int) -> int:
     """Bytes of what students are fitted to (`students.states`)."""
-    return (config["num_hidden_layers"] + 1) * sequences * length * config["hidden_size"] * _FLOAT
+    return (sizes.blocks + 1) * sequences * length * sizes.hidden * _FLOAT
 
 
 def judged_forwards(
@@ -183,12 +178,6 @@ def _windows(blocks: int, prefill_lost: int, decode_lost: int, sequences: int) -
         if lost > before:
             total += (blocks * looks + sequences) * (blocks - lost + 1)
     return round(total)
-
-
-def _gram(config: Mapping[str, Any]) -> int:
-    """Operations a token of summing up one block's normal equations."""
-    inner, hidden = config["intermediate_size"], config["hidden_size"]
-    return 2 * inner * (inner + hidden)
 
 
 def _refitted(blocks: int, pruning: PruningSection, length: int) -> int:

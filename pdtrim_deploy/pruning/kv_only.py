@@ -16,14 +16,16 @@ from torch import Tensor
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.models.blockwise import Blockwise, CausalLM
+from pdtrim_deploy.models.layer_run import LayerRun
+from pdtrim_deploy.models.outputs import output_parameters
+from pdtrim_deploy.models.pd_run import sequence_nll
 from pdtrim_deploy.plan import KVOnly, PDPlan
 from pdtrim_deploy.pruning.compensation.base import Progress
 from pdtrim_deploy.pruning.least_squares import Ridge
 from pdtrim_deploy.pruning.pair import StagePair
-from pdtrim_deploy.pruning.pd_loss import PDWalk
+from pdtrim_deploy.pruning.pd_loss import BATCH, pd_run
 
-_ADDS = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
-_BATCH, _CHECKED = 4, 8
+_CHECKED = 8  # one batch in so many chooses the penalty
 
 
 def make_kv_only(pair: StagePair, blocks: int, ids: Tensor, progress: Progress = lambda _: None) -> StagePair:
@@ -51,23 +53,22 @@ def rank(pair: StagePair, ids: Tensor, progress: Progress = lambda _: None) -> t
     """
     open_to = candidates(pair.plan)
     costs, done = dict.fromkeys(open_to, 0.0), 0
-    for part in ids.split(_BATCH):
-        walk = PDWalk(pair, part)
+    for part in ids.split(BATCH):
+        run = pd_run(pair, part)
         for block in pair.plan.prefill_layers:
             if block in costs:
-                without = walk.fork()
-                without.advance(kv_only=True)
-                costs[block] += without.nll()
+                without = run.fork()
+                without.advance(adds=False)
+                costs[block] += float(sequence_nll(without.logprobs()[0]).sum())
                 if not math.isfinite(costs[block]):
                     raise UserError(
                         f"the loss without block {block} in prefill is {costs[block]}; load the model in float32"
                     )
-            walk.advance()
+            run.advance()
         done += len(part)
         progress(f"prefill without one of {len(costs)} blocks but for its KV: {done} of {len(ids)} sequences")
-    tokens = len(ids) * (ids.shape[1] - ids.shape[1] // 2)
     order = sorted(costs, key=lambda block: (costs[block], block))
-    progress("; ".join(f"without block {block}: loss {costs[block] / tokens:.4f}" for block in order[:4]))
+    progress("; ".join(f"without block {block}: loss {costs[block] / len(ids):.4f}" for block in order[:4]))
     return tuple(order)
 
 
@@ -85,36 +86,34 @@ def candidates(plan: PDPlan) -> tuple[int, ...]:
 @torch.no_grad()
 def fit(pair: StagePair, ids: Tensor, progress: Progress = lambda _: None) -> StagePair:
     """Refit K and V of every block that is there for them alone, in order, on prefill's own hidden states."""
-    stage, dense, changed = pair.stage("prefill"), Blockwise(pair.model), dict[int, dict[str, Tensor]]()
-    runner, depth = Blockwise(stage), 0
-    parts = ids.split(_BATCH if len(ids) > _BATCH else 1)
-    mine, wanted = ([one.embed(part) for part in parts] for one in (runner, dense))
-    for layer, block in enumerate(pair.plan.prefill_layers):
-        while depth < block:
-            wanted = [(dense.block(depth, x, span), span) for x, span in wanted]
-            depth += 1
+    changed, parts = dict[int, dict[str, Tensor]](), ids.split(BATCH if len(ids) > BATCH else 1)
+    stage, dense = (LayerRun(Blockwise(model), parts) for model in (pair.stage("prefill"), pair.model))
+    for block in pair.plan.prefill_layers:
+        while dense.layer < block:
+            dense.advance()
         if pair.adds("prefill", block):
-            mine = [(runner.block(layer, x, span), span) for x, span in mine]
+            stage.advance()
             continue
         changed[block] = {}
         for name in ("k_proj", "v_proj"):
-            weight, before, after = _refit(pair.model, block, name, [x for x, _ in mine], [x for x, _ in wanted])
+            weight, before, after = _refit(pair.model, block, name, stage.states, dense.states)
             changed[block][f"self_attn.{name}.weight"] = weight
             progress(f"block {block}, {name}: relative squared error {before:.4f} -> {after:.4f}")
+        stage.skip()
     return pair.with_changes("prefill", changed)
 
 
 def _refit(
-    model: CausalLM, block: int, name: str, mine: list[Tensor], wanted: list[Tensor]
+    model: CausalLM, block: int, name: str, states: list[Tensor], targets: list[Tensor]
 ) -> tuple[Tensor, float, float]:
     layer = model.model.layers[block]
     linear = getattr(layer.self_attn, name)
     ridge = Ridge(linear.in_features, linear.out_features)
-    for batch, (x, y) in enumerate(zip(mine, wanted, strict=True)):
+    for batch, (x, y) in enumerate(zip(states, targets, strict=True)):
         features, target = (layer.input_layernorm(state).flatten(0, 1) for state in (x, y))
         target = linear(target)
         weight = target.norm(dim=-1, keepdim=True).reciprocal()
-        check = (len(mine) - 1 - batch) % _CHECKED == 0
+        check = (len(states) - 1 - batch) % _CHECKED == 0
         ridge.add(features * weight, (target - linear(features)) * weight, check)
     return ridge.solve(linear.weight.detach())
 
@@ -124,8 +123,9 @@ def _given_up(pair: StagePair, blocks: set[int]) -> StagePair:
     plan = pair.plan
     actions = tuple(KVOnly() if block in blocks else action for block, action in enumerate(plan.prefill))
     relaxed = PDPlan(model=plan.model, prefill=actions, decode=plan.decode, kv=plan.kv)
+    layers = {block: pair.model.model.layers[block] for block in blocks}
     zeros = {
-        block: {name: torch.zeros_like(pair.model.model.layers[block].get_parameter(name)) for name in _ADDS}
-        for block in blocks
+        block: {name: torch.zeros_like(layer.get_parameter(name)) for name in output_parameters(layer)}
+        for block, layer in layers.items()
     }
     return StagePair(pair.model, relaxed, pair.changed).with_changes("prefill", zeros)

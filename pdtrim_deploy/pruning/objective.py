@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pdtrim_deploy.models.blockwise import Blockwise, CausalLM, LayerKV, Span
+from pdtrim_deploy.models.layer_run import LayerRun
 from pdtrim_deploy.pruning.solution import NOTHING, Op, Solution
 
 
@@ -95,16 +96,17 @@ class NextTokenLoss:
 
     def _prompt_kv(self) -> list[dict[int, LayerKV]]:
         """Prefill's, of each batch; all go through together: a block that is read from disk comes once."""
-        found: list[dict[int, LayerKV]] = [{} for _ in self._parts]
+        prompt_kv: list[dict[int, LayerKV]] = [{} for _ in self._parts]
         if not self._prompt_tokens:
-            return found
-        states = [self._runner.embed(ids[:, : self._prompt_tokens]) for ids in self._parts]
+            return prompt_kv
+        run = LayerRun(self._runner, [ids[:, : self._prompt_tokens] for ids in self._parts])
         for op in self._prefill.route(self.blocks):
-            for batch, (hidden, span) in enumerate(states):
-                kv = found[batch][op[0]] = LayerKV()
-                states[batch] = self._runner.block(op[0], hidden, span, kv, self._student(op)), span
-                self.block_forwards += len(hidden)
-        return found
+            kvs = [LayerKV() for _ in self._parts]
+            run.advance(kvs, layer=op[0], student=self._student(op))
+            for held, kv, ids in zip(prompt_kv, kvs, self._parts, strict=True):
+                held[op[0]] = kv
+                self.block_forwards += len(ids)
+        return prompt_kv
 
     def start(self, batch: int) -> Tensor:
         """Input of block 0."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.models.blockwise import Blockwise, CausalLM
+from pdtrim_deploy.models.layer_run import LayerRun
 
 
 def redundancy(
@@ -37,13 +38,14 @@ def similarity(
         UserError: a hidden state is not a number.
 
     """
-    runner, blocks = Blockwise(model), len(model.model.layers)
+    blocks = len(model.model.layers)
     total = {span: torch.zeros(blocks + 1 - span, dtype=torch.float64) for span in spans}
-    starts = [runner.embed(part) for part in ids.split(batch)]
-    states = [deque([hidden], max(spans) + 1) for hidden, _ in starts]
+    run = LayerRun(Blockwise(model), ids.split(batch))
+    states = [deque([hidden], max(spans) + 1) for hidden in run.states]
     for block in range(blocks):
-        for last, (_, at) in zip(states, starts, strict=True):
-            last.append(runner.block(block, last[-1], at))
+        run.advance()
+        for last, hidden in zip(states, run.states, strict=True):
+            last.append(hidden)
             for span in (span for span in spans if span <= block + 1):
                 before, after = last[-1 - span][:, 1:], last[-1][:, 1:]
                 cosine = torch.cosine_similarity(before.float(), after.float(), dim=-1)

@@ -73,43 +73,45 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _something_to_heal(self) -> Recipe:
-        asked, pruning = self.healing, self.pruning
-        if asked.asked and not (pruning.decode_blocks or asked.kv_only_blocks):
+        healing, pruning = self.healing, self.pruning
+        if healing.asked and not (pruning.decode_blocks or healing.kv_only_blocks):
             raise ValueError("healing is asked for but nothing is pruned; allowed: pruning.decode_blocks of at least 1")
-        if asked.kv_steps and self.kv.method == "none" and self.kv.wire_dtype == "native":
+        if healing.kv_steps and self.kv.method == "none" and self.kv.wire_dtype == "native":
             raise ValueError(
-                f"healing.kv_steps is {asked.kv_steps} but kv.method is none and all KV travels as it is; "
+                f"healing.kv_steps is {healing.kv_steps} but kv.method is none and all KV travels as it is; "
                 f"allowed with it: a method that cuts KV, or a wire_dtype"
             )
-        if pruning.finalists and asked.compensation == "none":
+        if pruning.finalists and healing.compensation == "none":
             raise ValueError(
                 f"pruning.finalists is {pruning.finalists} but healing.compensation is none; "
                 f"allowed with finalists: norm or least-squares, which they are judged by"
             )
-        least = 7 if asked.compensation == "least-squares" else 3  # half of them, and of those again half
-        if pruning.finalists and asked.sequences < least:
+        least = 7 if healing.compensation == "least-squares" else 3  # half of them, and of those again half
+        if pruning.finalists and healing.sequences < least:
             raise ValueError(
-                f"healing.sequences is {asked.sequences} but pruning.finalists is {pruning.finalists}; allowed with "
-                f"{asked.compensation}: at least {least}, since finalists are judged on sequences that nothing was "
+                f"healing.sequences is {healing.sequences} but pruning.finalists is {pruning.finalists}; allowed with "
+                f"{healing.compensation}: at least {least}, since finalists are judged on sequences that nothing was "
                 f"fitted to"
             )
-        if asked.prefill_steps and not (pruning.prefill_blocks or asked.kv_only_blocks):
+        if healing.prefill_steps and not (pruning.prefill_blocks or healing.kv_only_blocks):
             raise ValueError(
-                f"healing.prefill_steps is {asked.prefill_steps} but prefill loses no block; allowed: 0, or "
+                f"healing.prefill_steps is {healing.prefill_steps} but prefill loses no block; allowed: 0, or "
                 f"pruning.prefill_blocks or healing.kv_only_blocks of at least 1"
             )
-        if asked.decode_steps and not pruning.decode_blocks:
+        if healing.decode_steps and not pruning.decode_blocks:
             raise ValueError(
-                f"healing.decode_steps is {asked.decode_steps} but decode loses no block; allowed: 0, or "
+                f"healing.decode_steps is {healing.decode_steps} but decode loses no block; allowed: 0, or "
                 f"pruning.decode_blocks of at least 1"
             )
         if self.students.steps and not pruning.distil:
             raise ValueError(
                 f"students.steps is {self.students.steps} but pruning.distil is false; allowed: 0, or true"
             )
-        taught = asked.taught(pruning.finalists) if asked.asked else None
-        if pruning.distil and (self.calibration.sequences if taught is None else taught) < 2:
-            section, least = ("calibration", 2) if taught is None else ("healing", 4 if pruning.finalists else 2)
+        student_sequences = healing.taught(pruning.finalists) if healing.asked else None
+        if pruning.distil and (self.calibration.sequences if student_sequences is None else student_sequences) < 2:
+            section, least = (
+                ("calibration", 2) if student_sequences is None else ("healing", 4 if pruning.finalists else 2)
+            )
             raise ValueError(
                 f"{section}.sequences is {getattr(self, section).sequences} but pruning.distil is true; allowed with "
                 f"it: at least {least}, since students are chosen on sequences that were not fitted"

@@ -57,8 +57,8 @@ def _allowed(model: type[BaseModel], loc: tuple[str, ...]) -> str:  # noqa: PLR0
 
 
 def _number(schema: dict) -> str:
-    said = {"exclusiveMinimum": "above", "minimum": "of at least", "exclusiveMaximum": "below", "maximum": "up to"}
-    bounds = [f"{word} {schema[key]:g}" for key, word in said.items() if key in schema]
+    phrases = {"exclusiveMinimum": "above", "minimum": "of at least", "exclusiveMaximum": "below", "maximum": "up to"}
+    bounds = [f"{word} {schema[key]:g}" for key, word in phrases.items() if key in schema]
     return " ".join(["a number", " and ".join(bounds)]).rstrip()
 
 

@@ -48,10 +48,10 @@ class _Loader(yaml.SafeLoader):
         try:
             return super().construct_object(node, deep=True)
         except ValueError as error:
-            said = f"{node.value} is no date or number ({error}); put it in quotes"
+            problem = f"{node.value} is no date or number ({error}); put it in quotes"
         except (LookupError, AttributeError):  # of a tag such as !!bool
-            said = f"{node.value!r} is no {node.tag.rpartition(':')[2]}; take its tag away"
-        raise yaml.constructor.ConstructorError(None, None, said, node.start_mark)
+            problem = f"{node.value!r} is no {node.tag.rpartition(':')[2]}; take its tag away"
+        raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
 
 
 def compose(path: Path, kind: str = "recipe") -> tuple[dict[str, Any], Origins]:

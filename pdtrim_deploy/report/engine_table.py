@@ -33,21 +33,21 @@ def engine_table(engines: Iterable[TargetResult]) -> Table:
 
 def engine_notes(engines: Iterable[TargetResult]) -> Iterator[str]:
     """What was checked, where it has run, what a dry run would do, what a reader must know; once for each target."""
-    found: dict[str, dict[str, None]] = {}
+    by_target: dict[str, dict[str, None]] = {}
     for engine in engines:
         would = engine.details.get("would")
-        said = [f"checked: {what}" for what in engine.checked]
-        said += [f"run: {engine.run}"] if engine.run else []
-        said += [f"would {step}" for step in would] if isinstance(would, list) else []
-        said += [f"limit: {what}" for what in engine.limits]
-        found.setdefault(engine.target, {}).update(dict.fromkeys(said))
-    return (f"{target}: {sentence}" for target, sentences in found.items() for sentence in sentences)
+        notes = [f"checked: {what}" for what in engine.checked]
+        notes += [f"run: {engine.run}"] if engine.run else []
+        notes += [f"would {step}" for step in would] if isinstance(would, list) else []
+        notes += [f"limit: {what}" for what in engine.limits]
+        by_target.setdefault(engine.target, {}).update(dict.fromkeys(notes))
+    return (f"{target}: {sentence}" for target, sentences in by_target.items() for sentence in sentences)
 
 
 def _dtype(engine: TargetResult) -> str:
     """What the weights are quantised to, or the engine's dtype."""
-    said = [engine.details.get(key) for key in ("weights", "quantisation")]
-    return next((str(one) for one in said if one not in (None, "native", "none")), engine.dtype)
+    quantisations = [engine.details.get(key) for key in ("weights", "quantisation")]
+    return next((str(name) for name in quantisations if name not in (None, "native", "none")), engine.dtype)
 
 
 def _ours(counts: Mapping[str, int]) -> str:
@@ -56,8 +56,8 @@ def _ours(counts: Mapping[str, int]) -> str:
 
 def _numerics(engine: TargetResult) -> str:
     """Worst relative errors."""
-    found = engine.numerics
-    if found is None:
+    errors = engine.numerics
+    if errors is None:
         return ""
-    kv = "" if found.kv_error is None else f"\nKV {found.kv_error:.1e}"
-    return f"hidden {found.hidden_error:.1e}{kv}\nallowed {found.tolerance:.0e}"
+    kv = "" if errors.kv_error is None else f"\nKV {errors.kv_error:.1e}"
+    return f"hidden {errors.hidden_error:.1e}{kv}\nallowed {errors.tolerance:.0e}"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
-from typing import Any, Protocol
+from statistics import stdev
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
@@ -12,6 +14,9 @@ from pdtrim_deploy.bundle import write_atomic
 from pdtrim_deploy.loadtest.base import LoadResult
 from pdtrim_deploy.loadtest.rounds import Ratio
 from pdtrim_deploy.plan import PDPlan
+
+if TYPE_CHECKING:
+    from pdtrim_deploy.evaluation.quality import Quality
 
 
 class _Frozen(BaseModel):
@@ -47,9 +52,9 @@ class PlanFigures(_Frozen):
             prefill_pairs=sum(action.kind == "distilled" for action in plan.prefill) // 2,
             decode_pairs=sum(action.kind == "distilled" for action in plan.decode) // 2,
             sparse_layers=len(sparse),
-            n_first=_one([send.n_first for send in sparse]),
-            n_last=_one([send.n_last for send in sparse]),
-            wire_dtype=_one([send.wire_dtype for send in plan.kv]),
+            n_first=_common([send.n_first for send in sparse]),
+            n_last=_common([send.n_last for send in sparse]),
+            wire_dtype=_common([send.wire_dtype for send in plan.kv]),
         )
 
 
@@ -68,6 +73,7 @@ class TransferFigures(_Frozen):
 
     Planned and dense are the plan's arithmetic, measured are the workers' counters (of the pruned and of the dense
     pair on the same prompts); `exact` says whether all four agree to the byte. `reduction` is dense over measured.
+    `bfloat16_*` is the same against a bfloat16 pool, which production serves: its dense bytes are arithmetic.
     """
 
     requests: int
@@ -77,34 +83,89 @@ class TransferFigures(_Frozen):
     measured_bytes: float
     dense_measured_bytes: float
     reduction: float
+    bfloat16_dense_bytes: float
+    bfloat16_reduction: float
     exact: bool
 
     @classmethod
     def of(cls, plan: PDPlan, prompt_tokens: list[int], pruned: Counted, dense: Counted) -> TransferFigures:
         """From the prompt lengths of all requests and what was counted while they ran; 0 where nothing was sent."""
-        count, many = max(1, len(prompt_tokens)), max(1, pruned.requests)
-        wanted = sum(map(plan.dense_bytes, prompt_tokens))
+        count, transfers = max(1, len(prompt_tokens)), max(1, pruned.requests)
+        dense_bytes = sum(map(plan.dense_bytes, prompt_tokens))
+        bfloat16_bytes = sum(map(from_bfloat16(plan).dense_bytes, prompt_tokens))
         planned = sum(map(plan.payload_bytes, prompt_tokens))
-        measured = pruned.payload_bytes / many
-        said, counted = (planned, wanted), (pruned.payload_bytes, dense.payload_bytes)
+        measured = pruned.payload_bytes / transfers
         return cls(
             requests=pruned.requests,
             prompt_tokens=sum(prompt_tokens) / count,
-            dense_bytes=wanted / count,
+            dense_bytes=dense_bytes / count,
             planned_bytes=planned / count,
             measured_bytes=measured,
             dense_measured_bytes=dense.payload_bytes / max(1, dense.requests),
-            reduction=round(wanted / count / measured, 4) if measured else 0.0,
-            exact=said == counted,
+            reduction=round(dense_bytes / count / measured, 4) if measured else 0.0,
+            bfloat16_dense_bytes=bfloat16_bytes / count,
+            bfloat16_reduction=round(bfloat16_bytes / count / measured, 4) if measured else 0.0,
+            exact=(planned, dense_bytes) == (pruned.payload_bytes, dense.payload_bytes),
         )
 
 
+def from_bfloat16(plan: PDPlan) -> PDPlan:
+    """`plan` with a bfloat16 KV pool: for its arithmetic."""
+    model = plan.model.model_copy(update={"kv_dtype": "bfloat16"})
+    return PDPlan(model=model, prefill=plan.prefill, decode=plan.decode, kv=plan.kv, key_offsets=plan.key_offsets)
+
+
 class QualityFigures(_Frozen):
-    """Perplexity on held-out text; `ratio` is PD over dense."""
+    """Perplexity of `tokens` tokens of held-out text; `ratio` is PD over dense, `stderr` its paired standard error.
+
+    The error is over sequences; None where there is a single one.
+    """
 
     dense_ppl: float
     pd_ppl: float
     ratio: float
+    stderr: float | None = None
+    tokens: int | None = None
+
+    @classmethod
+    def of(cls, quality: Quality) -> QualityFigures:
+        """From the losses of the same sequences, dense and PD."""
+        pairs = zip(quality.dense.nll_per_sequence, quality.pd.nll_per_sequence, strict=True)
+        rises = [pd - dense for dense, pd in pairs]
+        stderr = quality.ratio * stdev(rises) / math.sqrt(len(rises)) if len(rises) > 1 else None
+        return cls(
+            dense_ppl=quality.dense.ppl,
+            pd_ppl=quality.pd.ppl,
+            ratio=quality.ratio,
+            stderr=stderr,
+            tokens=quality.tokens,
+        )
+
+
+class MemoryFigures(_Frozen):
+    """Bytes of one pair: weights of each stage's checkpoint, and decode's KV pool as its worker reports it.
+
+    The pools of both pairs hold as many requests of the load's lengths.
+    """
+
+    prefill_weights: int
+    decode_weights: int
+    decode_pool: int
+
+
+class LinkFigures(_Frozen):
+    """The link that KV went over, one for each pair.
+
+    Attributes:
+        speed: of the link, for KV as it leaves a bfloat16 pool.
+        relays: speed of the relay that stands for it: faster where a pair's own KV is wider than bfloat16.
+        ttft_share: of the pair's median TTFT, the mean time that KV took; None where it was not counted.
+
+    """
+
+    speed: str
+    relays: dict[str, str]
+    ttft_share: dict[str, float | None]
 
 
 class FidelityFigures(_Frozen):
@@ -149,6 +210,8 @@ class Metrics(_Frozen):
     quality: QualityFigures
     fidelity: FidelityFigures
     load: dict[str, LoadFigures]
+    memory: dict[str, MemoryFigures] | None = None
+    link: LinkFigures | None = None
     ratios: tuple[Ratio, ...] = ()
     dropped: tuple[str, ...] = ()
     environment: dict[str, Any]
@@ -156,23 +219,23 @@ class Metrics(_Frozen):
     @property
     def problems(self) -> list[str]:
         """What a reader must know before believing the rest; empty when all is well."""
-        found = []
+        sentences = []
         if not self.fidelity.passed:
-            found.append("the served pair does not match the oracle, or a control was not told apart")
+            sentences.append("the served pair does not match the oracle, or a control was not told apart")
         if not self.transfer.exact:
-            found.append("the bytes counted are not those of the plan")
-        found += [
+            sentences.append("the bytes counted are not those of the plan")
+        sentences += [
             f"{figures.failed} requests of the {name} pair failed"
             for name, figures in self.load.items()
             if figures.failed
         ]
-        return found
+        return sentences
 
     def write(self, path: Path) -> None:
         """Write metrics.json whole or not at all."""
         write_atomic(path, json.dumps(self.model_dump(mode="json"), indent=2) + "\n")
 
 
-def _one(values: list[Any]) -> Any:
+def _common(values: list[Any]) -> Any:
     distinct = sorted(set(values))
     return None if not distinct else distinct[0] if len(distinct) == 1 else distinct

@@ -70,9 +70,9 @@ def ratio_table(first: str, second: str, ratios: Iterable[Ratio]) -> Table:
     table = Table("", "ratio", "95% interval", "least - most", title=f"{second} over {first}, paired by round")
     for column in table.columns[1:]:
         column.justify = "right"
-    for one in ratios:
-        spread = f"{min(one.rounds):.3f} - {max(one.rounds):.3f}"
-        table.add_row(one.figure, f"{one.ratio:.3f}", f"{one.low:.3f} - {one.high:.3f}", spread)
+    for ratio in ratios:
+        spread = f"{min(ratio.rounds):.3f} - {max(ratio.rounds):.3f}"
+        table.add_row(ratio.figure, f"{ratio.ratio:.3f}", f"{ratio.low:.3f} - {ratio.high:.3f}", spread)
     return table
 
 
@@ -81,8 +81,12 @@ def _kv_bytes(result: LoadResult) -> str:
     return f"{counted.payload_bytes / counted.requests:,.0f}" if counted and counted.requests else "-"
 
 
-def _times(found: Histogram | None) -> str:
-    return "-" if found is None else f"{found.mean_ms:.0f} / {'-' if found.p95_ms is None else f'{found.p95_ms:.0f}'}"
+def _times(histogram: Histogram | None) -> str:
+    return (
+        "-"
+        if histogram is None
+        else f"{histogram.mean_ms:.0f} / {'-' if histogram.p95_ms is None else f'{histogram.p95_ms:.0f}'}"
+    )
 
 
 def metrics_table(metrics: Metrics) -> Table:

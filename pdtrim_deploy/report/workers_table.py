@@ -39,8 +39,8 @@ def workers_rows(sides: Mapping[str, SizedSide]) -> list[tuple[str, ...]]:
     """Computed rows, then simulated ones where there are any; a label, then a cell a side."""
     rows = [(label, *(cell(side.sizing) for side in sides.values())) for label, cell in COMPUTED.items()]
     if any(side.simulated for side in sides.values()):
-        for label, said in SIMULATED.items():
-            cells = ("-" if side.simulated is None else said(side.simulated) for side in sides.values())
+        for label, format_value in SIMULATED.items():
+            cells = ("-" if side.simulated is None else format_value(side.simulated) for side in sides.values())
             rows.append((f"simulated: {label}", *cells))
     return rows
 

@@ -112,7 +112,7 @@ class Cluster:
         new = spec or next(worker for worker in self.spec.workers if worker.name == name)
         self.spec = replace(self.spec, workers=tuple(new if w.name == name else w for w in self.spec.workers))
         self._start_worker(new)
-        self._until(lambda: probe.is_healthy(new.url), deadline, name)
+        self._up(new, deadline)
         for prefill in self.spec.prefill:
             for decode in self.spec.decode:
                 if new in (prefill, decode):
@@ -146,19 +146,24 @@ class Cluster:
         self.secret = commands.write_secret(self._temporary)
         for worker in self.spec.workers:
             self._start_worker(worker)
+            if worker.placement is not None and worker.placement.memory_fraction is not None:
+                self._up(worker, deadline)  # the next one on its GPU takes a share of what this one leaves
         for worker in self.spec.workers:
-            self._until(lambda w=worker: probe.is_healthy(w.url), deadline, worker.name)  # type: ignore[misc]
+            self._up(worker, deadline)
             self._say(f"{worker.name} is up at {worker.url}")
         for prefill in self.spec.prefill:
             for decode in self.spec.decode:
                 self._probe_pair(prefill, decode, deadline)
         self._start_router(deadline)
 
+    def _up(self, worker: WorkerSpec, deadline: float) -> None:
+        self._until(lambda: probe.is_healthy(worker.url), deadline, worker.name)
+
     def _start_worker(self, worker: WorkerSpec) -> None:
         assert self._temporary is not None
         python, workers = self.environment.python, len(self.spec.workers)
         env = commands.worker_environment(python, worker, workers, self._temporary)
-        self._launch(worker.name, commands.worker_command(python, worker, workers, self.secret), env)
+        self._launch(worker.name, commands.worker_command(python, worker, self.secret), env)
 
     def _start_router(self, deadline: float) -> None:
         assert self._temporary is not None

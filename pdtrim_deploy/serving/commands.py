@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from pdtrim_deploy.serving.environment import gpu_count
+from pdtrim_deploy.serving.gpu_defaults import attention_arguments
 from pdtrim_deploy.serving.memory import FRACTION, static_fraction
 from pdtrim_deploy.serving.ports import HOST
 from pdtrim_deploy.serving.spec import ClusterSpec, WorkerSpec
@@ -22,8 +22,6 @@ from pdtrim_deploy.worker.transport import TransportOptions
 ROUTER = "import sys; sys.modules['sglang'] = None; from sglang_router.launch_router import main; main()"
 # The model class that runs an engine, in the package where SGLang looks for model classes first.
 ENGINE_PACKAGE, ENGINE_MODEL = "pdtrim_sglang.models", "PDTrimStageForCausalLM"
-# The decode attention that knows sparse layers (pdtrim_sglang.requirements); not run on a GPU yet.
-SPARSE_BACKEND = "torch_native"
 # How the router takes a worker out that is dead or stuck. Its circuit breaker would take out others: ten requests that
 # fail by themselves shut two workers out for a minute, for all clients. Until the health checks have noticed, retries
 # reach another worker. SGLang's /health waits for a batch of the scheduler, and says no after 20 s.
@@ -35,8 +33,8 @@ ROUTER_HEALTH = (
 FOREIGN = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
 
 
-def worker_command(python: Path, worker: WorkerSpec, workers: int, secret: Path | None = None) -> list[str]:
-    """`python -m sglang.launch_server ...` for one of `workers` workers; `secret` is the cluster's (write_secret)."""
+def worker_command(python: Path, worker: WorkerSpec, secret: Path | None = None) -> list[str]:
+    """`python -m sglang.launch_server ...`; `secret` is the cluster's (write_secret)."""
     options = worker.options
     arguments: dict[str, object] = {
         "--model-path": worker.model_path,
@@ -45,14 +43,16 @@ def worker_command(python: Path, worker: WorkerSpec, workers: int, secret: Path 
         "--port": worker.port,
         "--disaggregation-mode": worker.stage,
         "--disaggregation-transfer-backend": options.transfer_backend,
-        "--page-size": options.page_size,
-        "--max-total-tokens": options.max_total_tokens,
-        "--max-running-requests": options.max_running_requests,
+        "--page-size": options.page_tokens,
         "--dtype": options.dtype,
         "--device": options.device,
     }
-    if options.chunked_prefill_size is not None:
-        arguments["--chunked-prefill-size"] = options.chunked_prefill_size
+    limits = {
+        "--max-total-tokens": options.pool_tokens,
+        "--max-running-requests": options.requests,
+        "--chunked-prefill-size": options.chunked_prefill_size,
+    }
+    arguments |= {option: limit for option, limit in limits.items() if limit is not None}
     told = WorkerConfig(
         secret_file=None if secret is None else str(secret),
         transport=TransportOptions.model_validate(worker.transport),
@@ -71,17 +71,13 @@ def worker_command(python: Path, worker: WorkerSpec, workers: int, secret: Path 
         if worker.stage == "decode":  # the default backs up KV through CUDA streams
             arguments["--disaggregation-decode-retraction-backup"] = "none"
     else:
-        gpus = max(1, gpu_count())
-        arguments["--base-gpu-id"] = worker.slot % gpus
-        if (sharing := -(-workers // gpus)) > 1:
-            arguments["--mem-fraction-static"] = round(0.85 / sharing, 2)
-        if options.sparse and worker.stage == "decode":
-            arguments["--attention-backend"] = SPARSE_BACKEND
-            flags.append("--disable-cuda-graph")
-        if options.split_pool is not None and worker.stage == "decode":
-            arguments["--disaggregation-decode-retraction-backup"] = "none"
+        if (placement := worker.placement) is not None:
+            arguments |= {"--base-gpu-id": placement.first, "--tp-size": placement.ranks}
+            if placement.memory_fraction is not None:
+                arguments[FRACTION] = placement.memory_fraction
+        arguments |= attention_arguments(worker.stage, options.sparse)
     pairs = [str(part) for pair in arguments.items() for part in pair]
-    return [str(python), "-m", "sglang.launch_server", *pairs, *flags, *options.extra_args]
+    return [str(python), "-m", "sglang.launch_server", *pairs, *flags, *options.arguments(worker.stage)]
 
 
 def write_secret(folder: Path) -> Path:

@@ -57,9 +57,9 @@ def find_engine(bundle: Bundle, stage: Stage, executor: Executor, device: str) -
         raise UserError(f"executor {executor} runs on {DEVICES[executor]}, the workers on {device}; use executor torch")
     folder = bundle.engine_dir(TARGETS[executor], stage)
     built = bundle.manifest.engines[engine_folder(TARGETS[executor], stage)].dtype
-    wanted = bundle.plan.model.kv_dtype
-    if executor == "onnxruntime" and wanted != "float32":  # its Python ops, and so our attention, know nothing else
-        raise UserError(f"executor onnxruntime computes in float32, the bundle in {wanted}; use model.dtype float32")
-    if built != wanted:
-        raise UserError(f"{folder}: an engine in {built}, the bundle is in {wanted}; build it in {wanted}")
+    dtype = bundle.plan.model.kv_dtype
+    if executor == "onnxruntime" and dtype != "float32":  # its Python ops, and so our attention, know nothing else
+        raise UserError(f"executor onnxruntime computes in float32, the bundle in {dtype}; use model.dtype float32")
+    if built != dtype:
+        raise UserError(f"{folder}: an engine in {built}, the bundle is in {dtype}; build it in {dtype}")
     return Engine(executor, stage, folder)

@@ -32,10 +32,10 @@ class ServeEnvironment:
 
         """
         if python is not None:
-            found = shutil.which(python)
-            if found is None:
+            path = shutil.which(python)
+            if path is None:
                 raise UserError(f"--serve-python {python}: no such program; give the Python that has sglang installed")
-            return cls(Path(found).absolute())  # absolute, never resolved: a venv's python is a symlink
+            return cls(Path(path).absolute())  # absolute, never resolved: a venv's python is a symlink
         for folder in (Path.cwd(), REPO):
             candidate = folder / ".venv" / "serve" / "bin" / "python"
             if candidate.exists():
@@ -59,7 +59,7 @@ def gpu_count() -> int:
         return count
 
     def there(device: str) -> bool:
-        named = device.startswith(("GPU-", "MIG-")) and any(one.startswith(device) for one in ids)
+        named = device.startswith(("GPU-", "MIG-")) and any(gpu.startswith(device) for gpu in ids)
         return int(device) < count if re.fullmatch(r"\d+", device) else named
 
     return len(list(takewhile(there, map(str.strip, left.split(",")))))  # CUDA stops at the first that is not there

@@ -18,6 +18,7 @@ from pdtrim_deploy.serving.cluster import Cluster
 from pdtrim_deploy.serving.engines import Executors, find_engine
 from pdtrim_deploy.serving.environment import ServeEnvironment
 from pdtrim_deploy.serving.ports import HOST, free_ports
+from pdtrim_deploy.serving.ranks import require_arguments, require_ranks
 from pdtrim_deploy.serving.relay import Throttle
 from pdtrim_deploy.serving.spec import ClusterSpec, WorkerOptions
 from pdtrim_deploy.serving.transports import require_transport
@@ -36,13 +37,17 @@ def cluster_of(
     start_timeout_s: float = 600.0,
     environment: ServeEnvironment | None = None,
     log_dir: Path | None = None,
+    gpus: int | None = None,
     say: Callable[[str], None] = lambda sentence: None,
 ) -> Cluster:
     """The bundle's cluster, not yet started; without `log_dir` its logs go to a new temporary folder.
 
+    `gpus` is how many GPUs there are for it; None: those of this machine.
+
     Raises:
         UserError: no SGLang found, no worker of a stage, `port` is taken, the bundle lacks an executor's engine, or
-            the transport's library is not there, or decode's pool is to be split with no sparse layer.
+            the transport's library is not there, or decode's pool is to be split with no sparse layer; ranks that
+            cannot be served, or too few GPUs for them.
 
     """
     environment = environment or ServeEnvironment.find()
@@ -57,6 +62,10 @@ def cluster_of(
     options = replace(options, sparse=any(send.mode == "sparse" for send in bundle.plan.kv))
     if options.split_pool is not None and not options.sparse:
         raise UserError("--split-decode-pool: this plan has no sparse layers to split off; leave it out")
+    require_ranks(bundle.plan, options.tp_prefill, options.tp_decode, options.device)
+    require_arguments(options.extra_args, "--worker-args")
+    require_arguments(options.prefill_args, "--prefill-args")
+    require_arguments(options.decode_args, "--decode-args")
     require_transport(environment, options.transfer_backend, transport or {})
     chosen = executors or Executors()
     engines = {stage: find_engine(bundle, stage, chosen.of(stage), options.device) for stage in STAGES}
@@ -70,6 +79,7 @@ def cluster_of(
         engines=engines,
         router_args=router_args,
         start_timeout_s=start_timeout_s,
+        gpus=gpus,
     )
     spec = replace(spec, workers=tuple(replace(worker, transport=transport or {}) for worker in spec.workers))
     return Cluster(spec, environment, log_dir or Path(tempfile.mkdtemp(prefix="pdtrim-serve-")), say)

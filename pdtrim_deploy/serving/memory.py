@@ -23,19 +23,17 @@ _BOUNDS = (0.1, 0.99)  # SGLang refuses 0 and 1
 
 
 def memory_of(worker: WorkerSpec) -> WorkerMemory | None:
-    """None where no config.json tells the model's size; SGLang will say what is wrong with it."""
+    """Of a CPU worker; None where no config.json tells the model's size; SGLang will say what is wrong with it."""
     options, chunk = worker.options, worker.options.chunked_prefill_size
     try:
         config = read_config(worker.model_path / "config.json")
     except UserError:
         return None
     dtype: NativeDtype = next((known for known in get_args(NativeDtype) if known == options.dtype), "float32")
-    tokens = options.max_total_tokens
-    if worker.stage == "decode":
-        batch = options.max_running_requests
-    else:
-        batch = CHUNK_TOKENS if chunk is None else chunk if chunk > 0 else tokens
-    return worker_memory(config, dtype, tokens, batch_tokens=batch, requests=options.max_running_requests)
+    tokens, requests = options.pool_tokens or 0, options.requests or 0
+    prefill_batch = CHUNK_TOKENS if chunk is None else chunk if chunk > 0 else tokens
+    batch = prefill_batch if worker.stage == "prefill" else requests
+    return worker_memory(config, dtype, tokens, batch_tokens=batch, requests=requests)
 
 
 def static_fraction(worker: WorkerSpec) -> float:
@@ -51,7 +49,7 @@ def require_memory(workers: Sequence[WorkerSpec]) -> None:
     """UserError: `workers` do not fit together into what is free; not asked of those that are told a fraction."""
     nodes, sizes = numa_nodes(), dict[str, WorkerMemory]()
     for worker in workers:
-        told = any(word.split("=")[0] == FRACTION for word in worker.options.extra_args)
+        told = any(word.split("=")[0] == FRACTION for word in worker.options.arguments(worker.stage))
         size = memory_of(worker) if worker.options.device == "cpu" and not told else None
         if size is not None:
             sizes[worker.name] = size

@@ -7,11 +7,24 @@ import socket
 import threading
 import time
 
+from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.plan.link import Link
 from pdtrim_deploy.serving.ports import HOST
 
 MOST_BITS_PER_S = 1e9  # beyond, Python itself is what holds bytes back
 READ_BYTES = 1 << 16
 SLACK_S = 0.005  # what a sleep that took too long may be made up for: the depth of the token bucket, in time
+
+
+def relayed_link(text: str, most_bits_per_s: float = MOST_BITS_PER_S) -> Link:
+    """`--link TEXT`; UserError for what is no speed, and for one that a relay cannot stand for."""
+    link = Link.parse(text)
+    if link.bits_per_s > most_bits_per_s:
+        raise UserError(
+            f"--link {text}: links faster than {Link(most_bits_per_s)} cannot be had this way, the relay itself ends "
+            f"there; give a slower one, or leave it out"
+        )
+    return link
 
 
 class Relay:

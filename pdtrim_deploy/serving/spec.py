@@ -3,47 +3,86 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.serving.engines import Engine, Executor
 from pdtrim_deploy.serving.environment import gpu_count
+from pdtrim_deploy.serving.gpu_defaults import PAGE_TOKENS
 from pdtrim_deploy.serving.ports import HOST, free_ports, require_free
+from pdtrim_deploy.serving.ranks import Placement, place
 from pdtrim_deploy.worker.decode_pool import SplitPool
 
 Stage = Literal["prefill", "decode"]
 Device = Literal["cpu", "cuda"]
+SMALL_POOL_TOKENS, SMALL_REQUESTS = 8192, 16  # on a CPU, and where several pairs share GPUs
 
 
 @dataclass(frozen=True)
 class WorkerOptions:
     """What all workers of a cluster share.
 
-    `threads` are OpenMP threads a worker (CPU only; None: the cores divided among the workers). `sparse` says that
-    decode has sparse layers, `split_pool` that these get pools of their own. `extra_args` go to
+    `page_size` (tokens a KV page), `max_total_tokens` (KV pool, tokens) and `max_running_requests` are None for the
+    device's default: see `page_tokens`, `pool_tokens`, `requests`. `threads` are OpenMP threads a worker (CPU only;
+    None: the cores divided among the workers). `sparse` says that decode has sparse layers, `split_pool` for which
+    requests their pools are sized. `tp_prefill` and `tp_decode` are tensor-parallel ranks of a worker; `share_gpus`
+    lets several workers take one GPU where there are too few. `extra_args`, then those of the stage, go to
     `sglang.launch_server` last: they win over anything chosen here.
     """
 
     device: Device = field(default_factory=lambda: "cuda" if gpu_count() else "cpu")
     transfer_backend: str = "pdtrim_tcp"
     served_model_name: str = "pdtrim"
-    page_size: int = 1
+    page_size: int | None = None
     chunked_prefill_size: int | None = None
-    max_total_tokens: int = 8192
-    max_running_requests: int = 16
+    max_total_tokens: int | None = None
+    max_running_requests: int | None = None
     dtype: str = "auto"
     enable_metrics: bool = True
     threads: int | None = None
     sparse: bool = False
     split_pool: SplitPool | None = None
+    tp_prefill: int = 1
+    tp_decode: int = 1
+    share_gpus: bool = False
     extra_args: tuple[str, ...] = ()
+    prefill_args: tuple[str, ...] = ()
+    decode_args: tuple[str, ...] = ()
+
+    @classmethod
+    def beside_others(cls, **chosen: Any) -> WorkerOptions:
+        """For a pair that is up while other pairs are: on GPUs they share them, and none takes all of the memory."""
+        return cls(**chosen, max_total_tokens=SMALL_POOL_TOKENS, max_running_requests=SMALL_REQUESTS, share_gpus=True)
+
+    @property
+    def page_tokens(self) -> int:
+        """Tokens a KV page, in both stages."""
+        return self.page_size or (1 if self.device == "cpu" else PAGE_TOKENS)
+
+    @property
+    def pool_tokens(self) -> int | None:
+        """Tokens of a worker's KV pool; None: SGLang sizes it by the GPU's memory."""
+        return self.max_total_tokens or (SMALL_POOL_TOKENS if self.device == "cpu" else None)
+
+    @property
+    def requests(self) -> int | None:
+        """Requests that run at the same time in a worker; None: SGLang decides."""
+        return self.max_running_requests or (SMALL_REQUESTS if self.device == "cpu" else None)
+
+    def tp(self, stage: Stage) -> int:
+        """Tensor-parallel ranks of a worker of `stage`."""
+        return self.tp_prefill if stage == "prefill" else self.tp_decode
+
+    def arguments(self, stage: Stage) -> tuple[str, ...]:
+        """The caller's own for `sglang.launch_server`, the stage's after those of both."""
+        return (*self.extra_args, *(self.prefill_args if stage == "prefill" else self.decode_args))
 
 
 @dataclass(frozen=True)
 class WorkerSpec:
-    """One SGLang worker. `index` counts within its stage, `slot` over all workers (it chooses the GPU).
+    """One SGLang worker. `index` counts within its stage; `placement` says which GPUs are its, None on a CPU.
 
     `engine` computes its forward pass; None: SGLang's own torch model does. `transport` holds what its transport is
     told beside its name (`pdtrim_deploy.worker.transport`): sizes, deadlines, addresses.
@@ -51,13 +90,13 @@ class WorkerSpec:
 
     stage: Stage
     index: int
-    slot: int
     model_path: Path
     port: int
     bootstrap_port: int | None
     options: WorkerOptions
     engine: Engine | None = None
     transport: Mapping[str, Any] = field(default_factory=dict)
+    placement: Placement | None = None
 
     @property
     def name(self) -> str:
@@ -128,11 +167,14 @@ class ClusterSpec:
         engines: Mapping[Stage, Engine | None] | None = None,
         router_args: tuple[str, ...] = (),
         start_timeout_s: float = 600.0,
+        gpus: int | None = None,
     ) -> ClusterSpec:
         """`prefill` + `decode` workers on free ports of this machine; `port` is the router's.
 
+        `gpus` is how many GPUs there are for them; None: those of this machine.
+
         Raises:
-            UserError: no worker of a stage, or `port` is taken.
+            UserError: no worker of a stage, `port` is taken, or there are too few GPUs.
 
         """
         if prefill < 1 or decode < 1:
@@ -140,15 +182,23 @@ class ClusterSpec:
         options, engines = options or WorkerOptions(), engines or {}
         given = frozenset() if port is None else frozenset({require_free(port, "--port")})
         ports = iter(free_ports(2 * prefill + decode + 2, taken=given))
-        engine = engines.get("prefill")
+        models: dict[Stage, tuple[Path, int]] = {"prefill": (prefill_model, prefill), "decode": (decode_model, decode)}
         workers = [
-            WorkerSpec("prefill", i, i, prefill_model.resolve(), next(ports), next(ports), options, engine)
-            for i in range(prefill)
+            WorkerSpec(
+                stage,
+                index,
+                model.resolve(),
+                next(ports),
+                next(ports) if stage == "prefill" else None,
+                options,
+                engines.get(stage),
+            )
+            for stage, (model, count) in models.items()
+            for index in range(count)
         ]
-        engine = engines.get("decode")
-        workers += [
-            WorkerSpec("decode", i, prefill + i, decode_model.resolve(), next(ports), None, options, engine)
-            for i in range(decode)
-        ]
+        if options.device == "cuda":
+            ranks = [options.tp(worker.stage) for worker in workers]
+            placements = place(ranks, gpu_count() if gpus is None else gpus, options.share_gpus)
+            workers = [replace(worker, placement=own) for worker, own in zip(workers, placements, strict=True)]
         router = RouterSpec(port or next(ports), next(ports), extra_args=router_args)
         return cls(tuple(workers), router, start_timeout_s)

@@ -25,7 +25,7 @@ class Transport:
     """SGLang's name of a KV transfer backend, and what it is told."""
 
     backend: str = "pdtrim_tcp"
-    told: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 LIBRARIES = {
@@ -34,19 +34,19 @@ LIBRARIES = {
 }
 
 
-def require_transport(environment: ServeEnvironment, backend: str, told: Mapping[str, Any]) -> None:
+def require_transport(environment: ServeEnvironment, backend: str, options: Mapping[str, Any]) -> None:
     """UserError when workers of `environment` could not start with this transport."""
     library = LIBRARIES.get(backend)
     if library is None:
         return
-    if library.open and not told.get("accept_unauthenticated"):
+    if library.open and not options.get("accept_unauthenticated"):
         raise UserError(
             f"--transport {backend} listens on every network device without authentication, so whoever reaches this "
             "machine can write into the workers' memory; on a network of its own say so: "
             "--transport-option accept_unauthenticated=true, or use --transport pdtrim_tcp"
         )
-    found = f"import sys, importlib.util; sys.exit(importlib.util.find_spec({library.module!r}) is None)"
-    if subprocess.run([environment.python, "-c", found], check=False, capture_output=True).returncode:
+    probe = f"import sys, importlib.util; sys.exit(importlib.util.find_spec({library.module!r}) is None)"
+    if subprocess.run([environment.python, "-c", probe], check=False, capture_output=True).returncode:
         raise UserError(
             f"--transport {backend} needs the Python package {library.package}, which is not installed; install "
             f"it: {environment.python} -m pip install --no-deps {library.package}, or use --transport pdtrim_tcp"

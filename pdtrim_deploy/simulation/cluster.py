@@ -70,7 +70,7 @@ class _Run:
         self.arrived, self.ready, self.prefilled, self.landed, self.first, self.done = np.zeros((6, len(self.isl)))
         self.begun = np.full(len(self.isl), -1.0)
         self.events: list[tuple[float, int, Callable[[float, int], None], int]] = []
-        self.made = self.sent = 0
+        self.scheduled = self.sent = 0
 
     def result(self) -> Simulated:
         due = self.load.due
@@ -93,8 +93,8 @@ class _Run:
         )
 
     def _at(self, time: float, happen: Callable[[float, int], None], who: int) -> None:
-        self.made += 1  # equal times: in the order of their making
-        heappush(self.events, (time, self.made, happen, who))
+        self.scheduled += 1  # equal times: in the order of their making
+        heappush(self.events, (time, self.scheduled, happen, who))
 
     def _send(self, at: float) -> None:
         if self.sent < len(self.isl):

@@ -32,12 +32,14 @@ def sized(plan: PDPlan, unpruned: Rates, goal: Goal, requests: int = 0, seed: in
 
     """
     rates = rates_of(plan, unpruned)
-    found = size(rates, plan.payload_bytes(goal.isl), goal)
-    if not requests or found.prefill_workers is None or found.decode_workers is None:
-        return SizedSide(sizing=found, simulated=None)
-    if (count := found.prefill_workers + found.decode_workers) > MOST_SIMULATED_WORKERS:
+    sizing = size(rates, plan.payload_bytes(goal.isl), goal)
+    if not requests or sizing.prefill_workers is None or sizing.decode_workers is None:
+        return SizedSide(sizing=sizing, simulated=None)
+    if (count := sizing.prefill_workers + sizing.decode_workers) > MOST_SIMULATED_WORKERS:
         raise UserError(f"{count:,} workers are too many to simulate; leave --simulate out, or lower --rate")
     load = Load.poisson(goal.rate, requests, Lengths(tokens=goal.isl), Lengths(tokens=goal.osl), seed)
-    cluster = Cluster(found.prefill_workers, found.decode_workers, rates, plan.payload_bytes, goal.link, goal.link_each)
+    cluster = Cluster(
+        sizing.prefill_workers, sizing.decode_workers, rates, plan.payload_bytes, goal.link, goal.link_each
+    )
     slo = SLO(ttft_ms=goal.ttft_s * 1e3, itl_ms=goal.itl_s * 1e3)
-    return SizedSide(sizing=found, simulated=simulate(cluster, load).figures(slo))
+    return SizedSide(sizing=sizing, simulated=simulate(cluster, load).figures(slo))

@@ -41,7 +41,7 @@ class Traffic:
             else f"the unpruned model prefills {speed:g} tokens/s, a pruned one faster by its share of blocks; TTFT is "
             f"prefill plus transfer, one after the other (sending chunks during prefill would hide some), no queue",
             f"decode holds {self.isl} + {self.osl} tokens a request in every layer it keeps, in the native dtype; "
-            f"split: sparse layers hold only sent rows and answer, which takes "
+            f"split, as it is served: sparse layers hold only sent rows and answer, in pools sized by "
             f"`serve --split-decode-pool {self.isl}:{self.osl}`",
         )
 
@@ -56,8 +56,8 @@ class Side(_Frozen):
     Attributes:
         request_bytes: packed KV that travels.
         transfer_s, prefill_s: seconds; `transfer_share_of_ttft` is transfer over their sum.
-        decode_pool_bytes: KV of one whole request in decode's one pool.
-        two_pool_bytes: the same with sparse layers in pools of only the rows they read (`decode_pool.SplitPool`).
+        decode_pool_bytes: KV of one whole request if all layers of decode held all its rows.
+        two_pool_bytes: the same with sparse layers in pools of only the rows they read, as they are served.
         max_rate: requests/s that the link carries within the cap.
         utilisation: share of the link used at the rate asked for; `fits` within the cap.
         link_bits_per_s_needed: smallest link for that rate within the cap.

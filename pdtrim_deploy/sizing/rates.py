@@ -35,8 +35,8 @@ class Limits(BaseModel):
         except ValidationError as error:
             if error.errors()[0]["loc"][0] == "decode_step_ms":
                 where = origins.file_of(("decode_step_ms",))
-                said = "requests in a batch and the milliseconds of a step, such as {1: 9.5, 16: 11}"
-                raise UserError(f"{where}: decode_step_ms is {data.get('decode_step_ms')!r}; allowed: {said}") from None
+                form = "requests in a batch and the milliseconds of a step, such as {1: 9.5, 16: 11}"
+                raise UserError(f"{where}: decode_step_ms is {data.get('decode_step_ms')!r}; allowed: {form}") from None
             raise UserError(sentence(cls, error, origins)) from None
 
 
@@ -70,11 +70,11 @@ class Rates(Limits):
         """Seconds of a decode step at 0, 1, ... `max_running` requests."""
         known = sorted(self.decode_step_ms.items())
         batches, times = np.array(known, dtype=float).T
-        wanted = np.arange(self.max_running + 1)
-        steps = np.interp(wanted, batches, times)
+        sizes = np.arange(self.max_running + 1)
+        steps = np.interp(sizes, batches, times)
         if len(known) > 1:
             slope = (times[-1] - times[-2]) / (batches[-1] - batches[-2])
-            steps += np.maximum(0.0, wanted - batches[-1]) * max(0.0, slope)
+            steps += np.maximum(0.0, sizes - batches[-1]) * max(0.0, slope)
         return (steps / 1e3).tolist()
 
     def scaled(self, prefill: float, decode: float) -> Rates:
@@ -122,8 +122,8 @@ class Rates(Limits):
         """
         for name, result in results:
             if result.failed:
-                said = f"{result.failed} of {result.requests} requests failed"
-                raise UserError(f"{name}: {said}, which tells no rates; measure it again")
+                failures = f"{result.failed} of {result.requests} requests failed"
+                raise UserError(f"{name}: {failures}, which tells no rates; measure it again")
         alone = [(name, result) for name, result in results if in_system(result) <= ALONE]
         if not alone:
             raise UserError(

@@ -57,14 +57,14 @@ def subjects(targets: Sequence[str], config: str | None = None) -> tuple[Subject
 
     """
     model = None if config is None else _sized(config)
-    found = [_subject(target, model) for target in targets]
-    if config is not None and not any(one.kind == "recipe" for one in found):
+    loaded = [_subject(target, model) for target in targets]
+    if config is not None and not any(subject.kind == "recipe" for subject in loaded):
         raise UserError(f"--config {config} gives recipes a model, but no recipe is given; leave --config out")
-    names = [one.name for one in found]
-    unique = [t if names.count(one.name) > 1 else one.name for t, one in zip(targets, found, strict=True)]
+    names = [subject.name for subject in loaded]
+    unique = [t if names.count(subject.name) > 1 else subject.name for t, subject in zip(targets, loaded, strict=True)]
     return tuple(
-        Subject(name, one.kind, one.model, one.plan, one.max_positions, one.notes)
-        for name, one in zip(unique, found, strict=True)
+        Subject(name, subject.kind, subject.model, subject.plan, subject.max_positions, subject.notes)
+        for name, subject in zip(unique, loaded, strict=True)
     )
 
 
@@ -100,8 +100,8 @@ def _of_bundle(path: Path) -> Subject:
 
 def _of_config(sized: Sized) -> Subject:
     dtype = sized.kv_dtype or "bfloat16"
-    said = () if sized.kv_dtype else (f"{sized.origin} names no dtype: bfloat16",)
-    notes = ("a model without a recipe: nothing pruned", f"model: {sized.origin}", *said)
+    dtype_note = () if sized.kv_dtype else (f"{sized.origin} names no dtype: bfloat16",)
+    notes = ("a model without a recipe: nothing pruned", f"model: {sized.origin}", *dtype_note)
     return Subject(sized.label, "config", sized.label, PDPlan.dense(sized.shape(dtype)), sized.max_positions, notes)
 
 

@@ -83,11 +83,11 @@ def size(rates: Rates, request_bytes: int, goal: Goal) -> Sizing:
         prefill = _prefill_workers(rates, goal, batch, 0.0)
         if prefill is None:
             least = _parts_s(rates, goal, batch) * 1e3
-            said = f"TTFT is {least:.4g} ms without any load and link; raise --slo-ttft above it"
-            return Sizing(problem=said, **known)
+            problem = f"TTFT is {least:.4g} ms without any load and link; raise --slo-ttft above it"
+            return Sizing(problem=problem, **known)
         needed = _link_needed(rates, goal, batch, prefill, request_bytes)
-        said = f"the {goal.link} link is too slow; {Link(needed)} would do"
-        return Sizing(link_bits_per_s_needed=needed, problem=said, **known)
+        problem = f"the {goal.link} link is too slow; {Link(needed)} would do"
+        return Sizing(link_bits_per_s_needed=needed, problem=problem, **known)
     return Sizing(
         prefill_workers=prefill,
         ttft_p95_ms=ttft * 1e3,

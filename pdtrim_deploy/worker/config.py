@@ -42,7 +42,7 @@ class WorkerConfig(Frozen):
     Attributes:
         secret_file: the secret that all workers of a cluster share.
         transport: sizes, deadlines and addresses of its transport.
-        decode_pool: how a decode worker holds the KV of sparse layers; None: all layers in one pool.
+        decode_pool: requests for which a decode worker sizes the pools of cut layers; None: `SplitPool.of_pool`.
         engine: what computes its forward pass; None: SGLang's own model.
 
     """

@@ -1,4 +1,4 @@
-"""How a decode worker holds KV: all layers in one pool, or sparse layers in pools of their own. Pure: no torch."""
+"""How large the pools of a decode worker's cut layers are beside that of its whole layers. Pure: no torch."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from pdtrim_deploy.plan.blocks import Frozen
 from pdtrim_deploy.plan.kv import KVSend
 from pdtrim_deploy.plan.wire import packed_row_bytes
 
+# What `pdtrim-deploy plan` reckons with, and how many requests SGLang's pool should hold at least.
+ISL, OSL, FEWEST_REQUESTS = 4096, 256, 16
+
 
 def request_bytes(model: ModelShape, layers: tuple[KVSend, ...], isl: int, osl: int) -> int:
     """Native KV of one request whose layer `j` holds the prompt rows that `layers[j]` sends, and the answer."""
@@ -20,7 +23,7 @@ def request_bytes(model: ModelShape, layers: tuple[KVSend, ...], isl: int, osl: 
 
 
 class SplitPool(Frozen):
-    """Sparse layers hold kept prompt tokens and answers only, in pools sized for requests of `isl` + `osl` tokens.
+    """Requests of `isl` + `osl` tokens, for which whole and cut layers have pools that run out together.
 
     Layers with equal first and last share a pool's slots, so that each layer holds what `request_bytes` says.
     Requests of other lengths are served as well: a pool that is short makes them wait, as a full one always did.
@@ -40,11 +43,23 @@ class SplitPool(Frozen):
             )
         return cls(isl=int(match[1]), osl=int(match[2]))
 
-    def slots(self, send: KVSend, tokens: int) -> int:
-        """Slots of a layer of rule `send` where full layers have `tokens`."""
-        return -(-tokens * (send.rows(self.isl) + self.osl) // (self.isl + self.osl))
+    @classmethod
+    def of_pool(cls, tokens: int | None) -> SplitPool:
+        """What a worker sizes for that was not told; `tokens` is its `--max-total-tokens`.
+
+        The requests of `pdtrim-deploy plan`, or shorter ones with up to a quarter of answer where SGLang's pool would
+        hold fewer than FEWEST_REQUESTS of those.
+        """
+        whole = ISL + OSL if tokens is None else min(ISL + OSL, max(2, tokens // FEWEST_REQUESTS))
+        answer = min(OSL, max(1, whole // 4))
+        return cls(isl=whole - answer, osl=answer)
+
+    def slots(self, send: KVSend, tokens: int, page_size: int = 1) -> int:
+        """Slots of a layer of rule `send`, in whole pages, where whole layers have `tokens`."""
+        kept, whole = (-(-n // page_size) for n in (send.rows(self.isl) + self.osl, self.isl + self.osl))
+        return -(-tokens * kept // (whole * page_size)) * page_size
 
     def token_bytes(self, plan: PDPlan, single: int) -> int:
-        """What a token of the full layers costs in all layers, rounded up, where one pool takes `single` bytes."""
+        """What a token of the whole layers costs in all layers, rounded up, where one pool takes `single` bytes."""
         size = request_bytes(plan.model, plan.kv, self.isl, self.osl)
         return -(-single * size // request_bytes(plan.model, (KVSend(),) * len(plan.kv), self.isl, self.osl))

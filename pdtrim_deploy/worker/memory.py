@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pdtrim_deploy.models.weights import parameters
+from pdtrim_deploy.models.weights import ModelSizes
 from pdtrim_deploy.plan import NativeDtype
 from pdtrim_deploy.plan.wire import ITEM_BYTES
 
@@ -45,13 +45,11 @@ def worker_memory(
         requests: that run at a time; each has a row of logits.
 
     """
-    item, hidden, heads = ITEM_BYTES[dtype], config["hidden_size"], config["num_attention_heads"]
-    kv_width = (config.get("num_key_value_heads") or heads) * (config.get("head_dim") or hidden // heads)
-    tokens = min(batch_tokens, pool_tokens)
+    item, sizes, tokens = ITEM_BYTES[dtype], ModelSizes.of(config), min(batch_tokens, pool_tokens)
     return WorkerMemory(
         program=WORKER_PROGRAM,
-        weights=parameters(config) * item,
-        pool=pool_tokens * config["num_hidden_layers"] * 2 * kv_width * item,
+        weights=sizes.total * item,
+        pool=pool_tokens * sizes.blocks * 2 * sizes.kv_width * item,
         # of one block, and some of it in float32 whatever the dtype: residual, norm, attention; gate, up, product
-        activations=4 * (tokens * (4 * hidden + 3 * config["intermediate_size"]) + 3 * requests * config["vocab_size"]),
+        activations=4 * (tokens * (4 * sizes.hidden + 3 * sizes.inner) + 3 * requests * sizes.vocabulary),
     )

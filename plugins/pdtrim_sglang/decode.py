@@ -42,8 +42,7 @@ class DecodeSide:
         self._rooms: dict[int, DecodeRoom] = {}
         self._metrics = HeldMetrics()
         self._server: ReceiveServer | None = None
-        _, make_server = transport_named(transport)
-        self._server = server = make_server(manager.local_ip, self, config)
+        self._server = server = transport_named(transport).server(manager.local_ip, self, config)
         self.session = config.announce or f"{server.host}:{server.port}"
         vital.start("control channel", self._control)
 
@@ -75,13 +74,21 @@ class DecodeSide:
         ).frames()
 
     def open_room(
-        self, room: int, prompt_tokens: int, prefix_tokens: int, pages: Any, aux_index: int, free: Any = None
+        self,
+        room: int,
+        prompt_tokens: int,
+        prefix_tokens: int,
+        pages: Any,
+        aux_index: int,
+        free: Any = None,
+        row: int | None = None,
     ) -> None:
         """Accept chunks for a request whose destination `pages` (int32) SGLang has just allocated.
 
-        They are scattered once the device event `free` has come, when there is one.
+        They are scattered once the device event `free` has come, when there is one. `row` is the request's in SGLang's
+        `req_to_token`.
         """
-        places = self._pool.destinations(self._pool.slots(pages, prompt_tokens - prefix_tokens))
+        places = self._pool.destinations(self._pool.slots(pages, prompt_tokens - prefix_tokens), row)
         ready = free, self._pool.made()
         self._rooms[room] = DecodeRoom(room, prompt_tokens, prefix_tokens, places, aux_index, ready)
         self.connections_changed()

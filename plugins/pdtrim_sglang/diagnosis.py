@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from pdtrim_sglang import hook_targets
-from pdtrim_sglang.requirements import SPARSE_BACKENDS
+from pdtrim_sglang.attention.factory import ATTENTION
 
 PACKAGES = ("sglang", "sglang-router", "torch", "transformers", "onnxruntime", "onnxruntime-extensions", "tensorrt")
 OURS = Path(__file__).parent
@@ -46,7 +46,7 @@ def diagnose(deep: bool = False) -> dict[str, Any]:
         "read_against": hook_targets.READ_AGAINST,
         "targets": {target: bool(root and stands(root, target)) for target in hook_targets.TARGETS},
         "imports": {name: bool(root and stands(root, name)) for name in sorted(imported())},
-        "sparse_backends": list(SPARSE_BACKENDS),
+        "sparse_backends": list(ATTENTION),
         "transports": {name: _missing_libraries(name) for name in transports()},
     }
     return found | ({"deep": _load()} if deep else {})

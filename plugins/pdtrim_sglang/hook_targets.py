@@ -6,7 +6,7 @@ builds its KV manager, and in the process of its front end, and refuses to start
 
 from __future__ import annotations
 
-from pdtrim_sglang.attention.factory import ATTENTION, SparseFactory
+from pdtrim_sglang.attention.factory import ATTENTION, KeptFactory
 from pdtrim_sglang.sglang_host import READ_AGAINST
 
 DISAGGREGATION = "sglang.srt.disaggregation"
@@ -16,9 +16,15 @@ PREFILL_MANAGER = f"{DISAGGREGATION}.prefill.PrefillBootstrapQueue._init_kv_mana
 DECODE_MANAGER = f"{DISAGGREGATION}.decode.DecodePreallocQueue._init_kv_manager"
 PRE_ALLOC = f"{DISAGGREGATION}.decode.DecodePreallocQueue._pre_alloc"
 ADMISSION = f"{DISAGGREGATION}.decode.DecodePreallocQueue._required_admission_tokens"
+READMISSION = f"{DISAGGREGATION}.decode.DecodePreallocQueue._prealloc_required_tokens"
+REQUESTS = f"{DISAGGREGATION}.decode.DecodeReqToTokenPool"
+EXTEND, RELEASE, CLEAR = f"{REQUESTS}.alloc_aux_to_lengths", f"{REQUESTS}.free", f"{REQUESTS}.clear"
+CAPACITY = "sglang.srt.mem_cache.allocator.base.BaseTokenToKVPoolAllocator"
+NEXT_STEP, LONGEST, LEAKS = (
+    f"{CAPACITY}.check_decode_capacity", f"{CAPACITY}.max_new_tokens_for_memory", f"{CAPACITY}.verify_byte_accounting",
+)  # fmt: skip
 SEND_METADATA = f"{DISAGGREGATION}.decode.DecodePreallocQueue._send_kv_metadata"
 LOAD_MODEL = "sglang.srt.model_executor.model_runner.ModelRunner.load_model"
-TORCH_NATIVE = "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend"
 CONFIGURATOR = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator"
 KV_POOL, ALLOCATOR = f"{CONFIGURATOR}._build_mha_kv_pool", f"{CONFIGURATOR}._build_token_to_kv_pool_allocator"
 NORMALISE = "sglang.srt.managers.io_struct.GenerateReqInput.normalize_batch_and_arguments"
@@ -27,8 +33,9 @@ CELL_SIZE = "sglang.srt.model_executor.pool_configurator.DefaultPoolConfigurator
 VALIDATE = "sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request"
 VALIDATE_COMPLETION = "sglang.srt.entrypoints.openai.serving_completions.OpenAIServingCompletion._validate_request"
 TARGETS = (
-    GET_KV_CLASS, CREATE_SENDER, PREFILL_MANAGER, DECODE_MANAGER, PRE_ALLOC, ADMISSION, SEND_METADATA, TORCH_NATIVE,
-    KV_POOL, ALLOCATOR, CELL_SIZE, LOAD_MODEL, NORMALISE, FRONT_END, VALIDATE, VALIDATE_COMPLETION,
+    GET_KV_CLASS, CREATE_SENDER, PREFILL_MANAGER, DECODE_MANAGER, PRE_ALLOC, ADMISSION, READMISSION, SEND_METADATA,
+    EXTEND, RELEASE, CLEAR, NEXT_STEP, LONGEST, LEAKS, KV_POOL, ALLOCATOR, CELL_SIZE, LOAD_MODEL, NORMALISE, FRONT_END,
+    VALIDATE, VALIDATE_COMPLETION,
 )  # fmt: skip
 
 
@@ -39,9 +46,7 @@ def check() -> None:
     from sglang.version import __version__
 
     untaken = {
-        f"ATTENTION_BACKENDS[{name}]"
-        for name in ATTENTION
-        if not isinstance(ATTENTION_BACKENDS.get(name), SparseFactory)
+        f"ATTENTION_BACKENDS[{name}]" for name in ATTENTION if not isinstance(ATTENTION_BACKENDS.get(name), KeptFactory)
     }
     if missing := sorted(set(TARGETS) - HookRegistry._patched | untaken):
         raise RuntimeError(

@@ -12,11 +12,9 @@ from torch import Tensor
 from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
 from pdtrim_deploy.kvcache.layout import ChunkLayout
 from pdtrim_deploy.kvcache.pack import prepare
-from pdtrim_deploy.plan import PDPlan
 
 if TYPE_CHECKING:
-    from pdtrim_sglang.split_pool.kept_slots import KeptSlots
-    from pdtrim_sglang.split_pool.pool import SplitKVPool
+    from pdtrim_sglang.kept_pool.pool import KeptKVPool
 
 
 @dataclass(frozen=True)
@@ -40,13 +38,13 @@ def _part(layout: ChunkLayout, layers: frozenset[int]) -> ChunkLayout:
 class PoolView:
     """Tensors `[slots, kv_heads, head_dim]` of every local layer, and the page size in tokens.
 
-    `split` is SGLang's pool when its sparse layers have slots of their own, `offsets` the plan's of these KV heads.
+    `cut` is SGLang's pool when its cut layers have slots of their own, `offsets` the plan's of these KV heads.
     """
 
     keys: list[Tensor]
     values: list[Tensor]
     page_size: int
-    split: SplitKVPool | None = None
+    cut: KeptKVPool | None = None
     offsets: KeyOffsets | None = None
 
     @classmethod
@@ -59,30 +57,26 @@ class PoolView:
         """
         from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
-        from pdtrim_sglang.split_pool.pool import SplitKVPool
+        from pdtrim_sglang.kept_pool.pool import KeptKVPool
 
-        if type(pool) not in (MHATokenToKVPool, SplitKVPool) or pool.use_hnd or pool.k_buffer[0].dim() != 3:
+        if type(pool) not in (MHATokenToKVPool, KeptKVPool) or pool.use_hnd or pool.k_buffer[0].dim() != 3:
             raise RuntimeError(
                 f"pdtrim: needs a plain multi-head KV pool, this worker has {type(pool).__name__}: "
                 "serve a Llama, Mistral, Qwen2 or Qwen3 bundle without KV-layout options"
             )
         if pool.k_buffer[0].is_cpu:
             prepare()
-        return cls(pool.k_buffer, pool.v_buffer, pool.page_size, pool if isinstance(pool, SplitKVPool) else None)
+        return cls(pool.k_buffer, pool.v_buffer, pool.page_size, pool if isinstance(pool, KeptKVPool) else None)
 
     @property
     def tokens(self) -> int:
         """SGLang's slots, those for padding among them."""
-        return len(self.keys[0]) if self.split is None else self.split.size + self.page_size
+        return len(self.keys[0]) if self.cut is None else self.cut.size + self.page_size
 
     @property
     def kv_heads(self) -> int:
         """KV heads that this rank holds."""
         return self.keys[0].shape[1]
-
-    def token_bytes(self, plan: PDPlan) -> int:
-        """Packed bytes of a prompt token at most: the one of a one-token prompt is sent by every layer."""
-        return plan.payload_bytes(1) * self.kv_heads // plan.model.num_kv_heads
 
     def slots(self, pages: Any, tokens: int) -> Tensor:
         """Slots (int64 `[tokens]`) of the first `tokens` tokens on `pages` (int array)."""
@@ -111,19 +105,21 @@ class PoolView:
             if event is not None:
                 torch.get_device_module(device).current_stream(device).wait_event(event)
 
-    def destinations(self, slots: Tensor) -> tuple[Destination, ...]:
-        """Where SGLang's `slots` lie in each layer's tensors, as long as their request holds them.
+    def destinations(self, slots: Tensor, row: int | None = None) -> tuple[Destination, ...]:
+        """Where SGLang's `slots` of a prompt lie in each layer's tensors, as long as its request holds `row`.
 
-        A token that a layer does not keep has slot 0 there.
+        A token that a cut layer does not keep has slot 0 there.
         """
-        if self.split is None:
+        if self.cut is None:
             return (Destination(None, slots),)
-        groups: dict[KeptSlots | None, set[int]] = {}
-        for layer in range(len(self.keys)):
-            groups.setdefault(self.split.of_layer(layer), set()).add(layer)
-        return tuple(
-            Destination(frozenset(group), slots if own is None else own.map[slots]) for own, group in groups.items()
-        )
+        assert row is not None
+        kept = self.cut.kept
+        whole = frozenset(range(len(self.keys))) - frozenset(kept.of_layer)
+        places = [Destination(whole, slots)] if whole else []
+        for place, group in enumerate(kept.groups):
+            layers = frozenset(layer for layer, own in kept.of_layer.items() if own == place)
+            places.append(Destination(layers, group.prompt_slots(row, len(slots))))
+        return tuple(places)
 
 
 def row_view(pointer: int, length: int) -> memoryview:

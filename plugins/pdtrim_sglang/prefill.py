@@ -14,6 +14,7 @@ from sglang.srt.disaggregation.common.conn import ABORT_TAG, AbortNotification
 
 from pdtrim_deploy.plan import PDPlan
 from pdtrim_sglang import vital
+from pdtrim_sglang.chunk_sizes import most_tokens
 from pdtrim_sglang.messages import Register, Room, parse
 from pdtrim_sglang.metrics import Held, TransferMetrics
 from pdtrim_sglang.pairing import RoomInfo, rejection
@@ -48,8 +49,8 @@ class PrefillSide:
         config: TransportConfig,
     ) -> None:
         self._manager, self._plan, self._pool, self._aux, self._config = manager, plan, pool, aux, config
-        self._make_channel, _ = transport_named(transport)
-        self._make_channel.prepare(manager.local_ip, config)
+        self._transport = transport_named(transport)
+        self._transport.prepare(manager.local_ip, config)
         self._known: dict[str, Register] = {}
         self._peers: dict[str, Peer] = {}
         self._peers_lock = threading.Lock()
@@ -64,9 +65,8 @@ class PrefillSide:
 
     @property
     def max_chunk_tokens(self) -> int:
-        """Longest page-aligned chunk whose rows fit the staging buffer whatever its place in the prompt."""
-        page = self._pool.page_size
-        return self._config.staging_bytes // self._pool.token_bytes(self._plan) // page * page
+        """Longest chunk of whole pages whose rows fit a staging slot whatever its place in the prompt."""
+        return most_tokens(self._plan, self._pool.page_size, self._pool.kv_heads, self._config.staging_bytes)
 
     @property
     def on_gpu(self) -> bool:
@@ -236,7 +236,7 @@ class PrefillSide:
         if session not in self._peers:
             known = self._known[session]
             context = (self, self._plan, self._pool, self._aux, self._manager.prefill_rank)
-            self._peers[session] = Peer(known.host, known.data_port, self._make_channel, self._config, *context)
+            self._peers[session] = Peer(known.host, known.data_port, self._transport.channel, self._config, *context)
         return self._peers[session]
 
     def _open(self, message: Room) -> None:

@@ -13,12 +13,13 @@ from pdtrim_sglang.manager import PDTrimKVManager
 class PDTrimKVReceiver(CommonKVReceiver):
     """Opens the request's room before prefill hears of it, and closes it before its pages can be freed.
 
-    `prompt_tokens` is set by the hook on `_send_kv_metadata`, and on a GPU `forward_done`, an event after which nobody
-    else writes into the request's slots.
+    `prompt_tokens` and `row`, the request's in `req_to_token`, are set by the hook on `_send_kv_metadata`, and on a GPU
+    `forward_done`, an event after which nobody else writes into the request's slots.
     """
 
     kv_mgr: PDTrimKVManager
     prompt_tokens: int = 0
+    row: int | None = None
     forward_done: Any = None
 
     def send_metadata(
@@ -33,7 +34,7 @@ class PDTrimKVReceiver(CommonKVReceiver):
         prefix = decode_prefix_len or 0
         assert aux_index is not None
         asked = self.bootstrap_room, self.prompt_tokens, prefix, kv_indices, aux_index
-        self.kv_mgr.decode_side.open_room(*asked, self.forward_done)
+        self.kv_mgr.decode_side.open_room(*asked, self.forward_done, self.row)
         self.kv_mgr.prompts_announced[self.bootstrap_room] = self.prompt_tokens
         super().send_metadata(kv_indices, aux_index, state_indices, decode_prefix_len, **options)
         self.kv_mgr.prompts_announced.pop(self.bootstrap_room, None)

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 from pdtrim_deploy.plan import STAGES, KVSend, PDPlan
 from pdtrim_deploy.worker.config import WorkerConfig
+from pdtrim_sglang.attention.factory import ATTENTION
+from pdtrim_sglang.chunk_sizes import most_bytes
 
 if TYPE_CHECKING:
     from pdtrim_sglang.pool import PoolView
 
-# Decode attention that knows sparse layers. The two for GPUs have not run on one.
-SPARSE_BACKENDS = ("torch_native", "triton", "flashinfer")
-# The CUDA graphs of decode that each can serve under, as SGLang's Backend names them.
-GRAPHS = {"triton": ("full", "disabled"), "flashinfer": ("disabled",)}
+# The CUDA graphs of decode whose metadata an attention backend fills anew before each replay, as SGLang names them.
+GRAPHS = ("full", "disabled")
 
 
 def check_options(server_args: Any, kv_args: Any, plan: PDPlan | None, is_mla_backend: bool) -> None:
@@ -46,13 +46,13 @@ def check_options(server_args: Any, kv_args: Any, plan: PDPlan | None, is_mla_ba
             "--disaggregation-decode-enable-radix-cache"
         )
     backend = server_args.decode_attention_backend or server_args.attention_backend
-    if backend not in SPARSE_BACKENDS:
+    if backend not in ATTENTION:
         raise RuntimeError(
             f"pdtrim: attention backend {backend} would read prompt rows that were not sent; valid for a sparse plan: "
-            f"{', '.join(SPARSE_BACKENDS)}: start decode with --attention-backend {SPARSE_BACKENDS[0]}"
+            f"{', '.join(ATTENTION)}: start decode with --attention-backend {ATTENTION[0]}"
         )
-    if backend in GRAPHS:
-        _check_graphs(backend, GRAPHS[backend])
+    if backend != "torch_native":  # SGLang itself turns graphs off
+        _check_graphs(backend)
 
 
 def _check_front_end(server_args: Any) -> None:
@@ -115,7 +115,7 @@ def check_window(config: Any, context_length: int | None) -> None:
 
 def check_staging(plan: PDPlan, pool: PoolView, staging_bytes: int) -> None:
     """Raise RuntimeError when a page, the least that is sent of a prompt, does not fit the staging buffer."""
-    page = pool.page_size * pool.token_bytes(plan)
+    page = most_bytes(plan, pool.page_size, pool.kv_heads)
     if page > staging_bytes:
         raise RuntimeError(
             f"pdtrim: staging_bytes {staging_bytes} hold no page of {pool.page_size} tokens of this model: give "
@@ -123,11 +123,11 @@ def check_staging(plan: PDPlan, pool: PoolView, staging_bytes: int) -> None:
         )
 
 
-def _check_graphs(backend: str, valid: tuple[str, ...]) -> None:
+def _check_graphs(backend: str) -> None:
     from sglang.srt.model_executor.cuda_graph_config import Phase, check_cuda_graph_backend
 
-    if not any(check_cuda_graph_backend(Phase.DECODE, kind) for kind in valid):
+    if not any(check_cuda_graph_backend(Phase.DECODE, kind) for kind in GRAPHS):
         raise RuntimeError(
             f"pdtrim: with attention backend {backend} a CUDA graph of another kind would replay an earlier batch's "
-            f"indices in sparse layers: start decode with --cuda-graph-backend-decode {' or '.join(valid)}"
+            f"indices in sparse layers: start decode with --cuda-graph-backend-decode {' or '.join(GRAPHS)}"
         )

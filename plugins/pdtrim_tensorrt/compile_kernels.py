@@ -112,10 +112,10 @@ def main(folder: Path) -> int:
         print(error, file=sys.stderr)
         return 2
     kernels = sorted({usage.kernel for usage in usages})
-    found = {(usage.kernel, usage.architecture): usage for usage in usages}
+    by_cell = {(usage.kernel, usage.architecture): usage for usage in usages}
     print(f"{'registers (+ spilled bytes)':36}" + "".join(f"{f'sm_{sm}':>10}" for sm in ARCHITECTURES))
     for kernel in kernels:
-        cells = (found[kernel, sm] for sm in ARCHITECTURES)
+        cells = (by_cell[kernel, sm] for sm in ARCHITECTURES)
         spilled = ((c.registers, c.spill_store_bytes + c.spill_load_bytes) for c in cells)
         print(f"{kernel:36}" + "".join(f"{f'{r} + {s}' if s else r:>10}" for r, s in spilled))
     worst = max(usage.spill_store_bytes + usage.spill_load_bytes for usage in usages)

@@ -115,9 +115,9 @@ def _creator_class(trt: Any) -> type:
             self._kind = kind
 
         def create_plugin(self, name: str, given: Any, phase: Any) -> Any:
-            wanted = {field.name for field in fields(self._kind)}
-            values = {field.name: _value(field) for field in given if field.name in wanted}
-            if missing := sorted(wanted - values.keys()):
+            names = {field.name for field in fields(self._kind)}
+            values = {field.name: _value(field) for field in given if field.name in names}
+            if missing := sorted(names - values.keys()):
                 raise ValueError(f"{self._kind.op}: attribute {', '.join(missing)} is missing")
             return _plugin_class(trt)(self._kind(**values))
 

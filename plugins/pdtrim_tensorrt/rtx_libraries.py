@@ -21,13 +21,13 @@ def rtx_environment(folder: Path, environment: Mapping[str, str] = os.environ) -
         UserError: tensorrt_rtx is not installed.
 
     """
-    found = importlib.util.find_spec("tensorrt_rtx_libs")
-    if found is None or not found.submodule_search_locations:
+    spec = importlib.util.find_spec("tensorrt_rtx_libs")
+    if spec is None or not spec.submodule_search_locations:
         raise UserError("tensorrt-rtx is not installed; run: pip install tensorrt-rtx==1.7.1.116")
     folder.mkdir(parents=True, exist_ok=True)
     link = folder.absolute() / "libtensorrt_rtx.so"
     if not link.exists():
         link.unlink(missing_ok=True)  # a link whose target went away
-        link.symlink_to(Path(found.submodule_search_locations[0]) / "libtensorrt_rtx.so.1")
+        link.symlink_to(Path(spec.submodule_search_locations[0]) / "libtensorrt_rtx.so.1")
     paths = [str(link.parent), *filter(None, [environment.get("LD_LIBRARY_PATH")])]
     return {**environment, "LD_LIBRARY_PATH": os.pathsep.join(paths)}

@@ -120,8 +120,8 @@ def test_every_command_has_examples_that_parse(name: str) -> None:
     assert command is not None
     examples = re.findall(r"^ +pdtrim-deploy (.*)$|\$\(pdtrim-deploy (.*?)\)", command.help or "", re.MULTILINE)
     assert examples
-    for found in examples:
-        parse(shlex.split(max(found).partition(" > ")[0]))
+    for match in examples:
+        parse(shlex.split(max(match).partition(" > ")[0]))
 
 
 def parse(words: list[str]) -> None:
@@ -162,6 +162,11 @@ def test_dry_runs_start_and_write_nothing(
     assert [line[line.index("--disaggregation-mode") + 1] for line in lines[:3]] == ["prefill", "prefill", "decode"]
     assert lines[3].count("--prefill") == 2
     assert list(json.loads(run(capsys, *args, "--json")[1])) == ["prefill-0", "prefill-1", "decode-0", "router"]
+    on_gpus = (*args[:2], "--tp-prefill", 2, "--tp-decode", 2, "--device", "cuda", *args[4:])
+    lines = [shlex.split(line) for line in run(capsys, *on_gpus)[1].splitlines()]  # for a host that has them
+    assert [line[line.index("--base-gpu-id") + 1] for line in lines[:2]] == ["0", "2"]
+    assert run(capsys, *on_gpus, "--tp-decode", 1)[0] == 2
+    assert "--worker-args has --tp-size" in run(capsys, *args, "--worker-args", "--tp-size 2")[2]
     code, out, _ = run(capsys, "demo", recipe_file, "--out", tmp_path / "d", "--dry-run", "--cache-dir", cache.root)
     assert code == 0
     assert "nothing is written (--dry-run)" in out
@@ -179,8 +184,8 @@ def test_a_dry_run_of_a_build_writes_what_its_help_says(
 
 
 def test_what_is_not_sealed_is_said(capsys: pytest.CaptureFixture[str]) -> None:
-    for said in (run(capsys, "verify", "--help")[1], (RECIPES.parent / "SECURITY.md").read_text()):
-        words = " ".join(said.split())
+    for text in (run(capsys, "verify", "--help")[1], (RECIPES.parent / "SECURITY.md").read_text()):
+        words = " ".join(text.split())
         assert "model cards (" in words
         assert "README.md" in words
         assert "reports added after the build" in words
@@ -276,22 +281,22 @@ def test_a_full_disk_is_one_sentence(
 
 
 @pytest.mark.parametrize(
-    "asked",
+    "command",
     [("report", "gone", "--out"), ("compare", "gone", "gone", "--out"), ("inspect", "hf:gone", "--picture")],
-    ids=lambda asked: asked[0],
+    ids=lambda command: command[0],
 )
 def test_where_nothing_can_be_written_is_said_before_the_work(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, asked: tuple[str, ...]
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, command: tuple[str, ...]
 ) -> None:
     (tmp_path / "file").write_text("")
     os.mkfifo(tmp_path / "pipe")
     for place, says in (
-        (tmp_path, f"{asked[-1]} {tmp_path} is a folder; name a file in it"),
+        (tmp_path, f"{command[-1]} {tmp_path} is a folder; name a file in it"),
         (tmp_path / "pipe", "is a device or a pipe, which a file would replace; name another file"),
         (tmp_path / "file" / "x" / "y", f"{tmp_path / 'file'} is no folder of yours; name another file"),
         (tmp_path / ("x" * 300), "File name too long; mend that"),
     ):
-        code, out, err = run(capsys, *asked, place)
+        code, out, err = run(capsys, *command, place)
         assert (code, out, err.count("\n")) == (2, "", 1)
         assert says in err
 
@@ -342,7 +347,7 @@ def test_recipe_commands(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> 
     assert "wrong.yaml: " in err
     code, out, _ = run(capsys, "recipe", "validate", "--json", RECIPES / "smollm2-demo.yaml", tmp_path / "wrong.yaml")
     assert code == 2
-    assert [one["ok"] for one in json.loads(out)] == [True, False]
+    assert [result["ok"] for result in json.loads(out)] == [True, False]
 
 
 def test_build_verify_inspect_eval(capsys: pytest.CaptureFixture[str], bundle_dir: Path, cache: Cache) -> None:
@@ -358,19 +363,19 @@ def test_build_verify_inspect_eval(capsys: pytest.CaptureFixture[str], bundle_di
     _, out, _ = run(capsys, "inspect", bundle_dir)
     assert out.count("first 2 + last 8") == 4
     code, out, _ = run(capsys, "eval", bundle_dir, "--seed", 3, "--cache-dir", cache.root, "--json")
-    found = json.loads(out)
+    report = json.loads(out)
     assert code == 0
-    assert found == json.loads((bundle_dir / "reports" / "eval.json").read_text())
-    assert found["ratio"] == pytest.approx(found["pd"]["ppl"] / found["dense"]["ppl"])
-    assert found["ratio"] != 1
-    assert found["tokens"] == 3 * 8
-    assert found["text"]["seed"] == 3
-    assert found["environment"]["command"].startswith(f"pdtrim-deploy eval {bundle_dir} --seed 3")
+    assert report == json.loads((bundle_dir / "reports" / "eval.json").read_text())
+    assert report["ratio"] == pytest.approx(report["pd"]["ppl"] / report["dense"]["ppl"])
+    assert report["ratio"] != 1
+    assert report["tokens"] == 3 * 8
+    assert report["text"]["seed"] == 3
+    assert report["environment"]["command"].startswith(f"pdtrim-deploy eval {bundle_dir} --seed 3")
     code, _, err = run(capsys, "eval", bundle_dir, "--corpus", "news", "--cache-dir", cache.root)
     assert code == 2
     assert "command line: evaluation.corpus is 'news'; allowed: brown, austen, dir:PATH or file:PATH" in err
     card = (bundle_dir / "decode" / "README.md").read_text()
-    assert f"ratio {found['ratio']:.4f}" in card
+    assert f"ratio {report['ratio']:.4f}" in card
     assert digest in card
     assert run(capsys, "verify", bundle_dir)[0] == 0  # reports and cards are not sealed
 
@@ -469,7 +474,7 @@ def test_what_a_machine_reads_and_dry_runs_of_a_bundle(
         code, out, _ = run(capsys, *args, "--dry-run")
         assert (code, out.splitlines()[0]) == (0, "nothing is started or written (--dry-run)")
     code, out, _ = run(capsys, "deploy", "render", bundle_dir, "--dry-run")
-    kinds = [one["kind"] for one in yaml.safe_load_all(out)]
+    kinds = [document["kind"] for document in yaml.safe_load_all(out)]
     assert (code, kinds[0], kinds.count("Deployment")) == (0, "Kustomization", 3)
     code, out, _ = run(capsys, "deploy", "render", bundle_dir, "--dry-run", "--json")
     assert json.loads(out)["plan"] == plan

@@ -33,7 +33,7 @@ def test_it_is_one_sentence(
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(SystemExit) as ended:
         main([command, str(folder)])
-    said = capsys.readouterr()
-    assert (ended.value.code, said.out, said.err.count("\n")) == (2, "", 1)
-    assert "build the bundle again" in said.err
+    printed = capsys.readouterr()
+    assert (ended.value.code, printed.out, printed.err.count("\n")) == (2, "", 1)
+    assert "build the bundle again" in printed.err
     assert sorted(tmp_path.rglob("*")) == before

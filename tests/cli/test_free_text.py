@@ -15,8 +15,8 @@ from pdtrim_deploy.cli import main
 def run(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
     with pytest.raises(SystemExit) as ended:
         main([str(arg) for arg in args])
-    said = capsys.readouterr()
-    return int(ended.value.code or 0), said.out, said.err
+    printed = capsys.readouterr()
+    return int(ended.value.code or 0), printed.out, printed.err
 
 
 @pytest.fixture
@@ -52,21 +52,21 @@ def test_what_a_transport_cannot_be_told(
 
 
 def test_what_it_can_be_told(capsys: pytest.CaptureFixture[str], bundle: Path) -> None:
-    told = ("stall_seconds=3", "announce=gateway:6000", "devices='2024-01-01'", "connections=8")
-    given = [word for one in told for word in ("--transport-option", one)]
+    pairs = ("stall_seconds=3", "announce=gateway:6000", "devices='2024-01-01'", "connections=8")
+    given = [word for pair in pairs for word in ("--transport-option", pair)]
     code, out, _ = run(capsys, "serve", bundle, "--serve-python", sys.executable, "--dry-run", "--json", *given)
     words = json.loads(out)["decode-0"]
     told_worker = json.loads(words[words.index("--json-model-override-args") + 1])["pdtrim_transport"]
-    wanted = {"stall_seconds": 3, "announce": "gateway:6000", "devices": "2024-01-01", "connections": 8}
-    assert (code, told_worker) == (0, wanted)
+    expected = {"stall_seconds": 3, "announce": "gateway:6000", "devices": "2024-01-01", "connections": 8}
+    assert (code, told_worker) == (0, expected)
 
 
 @pytest.mark.parametrize("option", ["--worker-args", "--router-args"])
 def test_words_are_split_as_a_shell_does(capsys: pytest.CaptureFixture[str], bundle: Path, option: str) -> None:
-    asked = ("serve", bundle, "--serve-python", sys.executable, "--dry-run", "--json", option)
-    code, out, _ = run(capsys, *asked, "--foo 'bar baz'")
+    command = ("serve", bundle, "--serve-python", sys.executable, "--dry-run", "--json", option)
+    code, out, _ = run(capsys, *command, "--foo 'bar baz'")
     program = "router" if option == "--router-args" else "prefill-0"
     assert (code, json.loads(out)[program][-2:]) == (0, ["--foo", "bar baz"])
-    code, out, err = run(capsys, *asked, "--foo 'bar")
+    code, out, err = run(capsys, *command, "--foo 'bar")
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert "no closing quotation; quote its words as in a shell" in err

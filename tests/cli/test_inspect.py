@@ -28,14 +28,14 @@ def test_a_model_shows_its_candidates(capsys, tiny_llama_dir, corpus, cache, tmp
     picture = tmp_path / "out" / "c.svg"
     code, out, _ = run(capsys, "inspect", tiny_llama_dir, *common, "--json", "--picture", picture)
     assert code == 0
-    found = json.loads(out)
-    assert found["model"] == f"hf:{tiny_llama_dir}"
-    assert len(found["redundancy"]) == 6
-    assert sorted([*found["pruning"], *(b for p in found["distillation"] for b in (p, p + 1))]) == list(range(6))
+    shown = json.loads(out)
+    assert shown["model"] == f"hf:{tiny_llama_dir}"
+    assert len(shown["redundancy"]) == 6
+    assert sorted([*shown["pruning"], *(b for p in shown["distillation"] for b in (p, p + 1))]) == list(range(6))
     assert ET.fromstring(picture.read_text()).tag.endswith("svg")
     code, out, _ = run(capsys, "inspect", f"hf:{tiny_llama_dir}", *common)
     assert code == 0
-    assert f"{found['redundancy'][3]:.4f}" in out
+    assert f"{shown['redundancy'][3]:.4f}" in out
 
 
 @pytest.mark.parametrize(

@@ -25,15 +25,15 @@ def scenario(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def url() -> Iterator[str]:
-    with serve(Behaviour(ttft=0.02, itl=0.01)) as found:
-        yield found
+    with serve(Behaviour(ttft=0.02, itl=0.01)) as address:
+        yield address
 
 
 def run(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
     with pytest.raises(SystemExit) as ended:
         main([str(arg) for arg in args])
-    said = capsys.readouterr()
-    return int(ended.value.code or 0), said.out, said.err
+    printed = capsys.readouterr()
+    return int(ended.value.code or 0), printed.out, printed.err
 
 
 def test_a_scenario_is_run(url: str, scenario: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -71,12 +71,12 @@ def test_compare(url: str, scenario: Path, tmp_path: Path, capsys: pytest.Captur
             capsys, "compare", url, slow, "--scenario", scenario, "--rounds", 3, "--out", tmp_path / "c.json", "--json"
         )
     assert code == 0, err
-    found = json.loads(out)
-    assert found == json.loads((tmp_path / "c.json").read_text())
-    ratios = {one["figure"]: one for one in found["ratios"]}
+    comparison = json.loads(out)
+    assert comparison == json.loads((tmp_path / "c.json").read_text())
+    ratios = {ratio["figure"]: ratio for ratio in comparison["ratios"]}
     assert ratios["ITL p50"]["ratio"] > 1.8
-    assert len(ratios["ITL p50"]["rounds"]) == found["rounds"] == 3
-    assert found["environment"]["command"].startswith("pdtrim-deploy compare http")
+    assert len(ratios["ITL p50"]["rounds"]) == comparison["rounds"] == 3
+    assert comparison["environment"]["command"].startswith("pdtrim-deploy compare http")
 
 
 @pytest.mark.parametrize("targets", [["loadtest", "http://127.0.0.1:1"], ["compare", "http://[::1]:1", "http://a:1"]])
@@ -84,11 +84,11 @@ def test_a_scenario_that_the_driver_cannot_do_is_refused_before_anything_runs(
     targets: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "s.yaml").write_text("name: endless\nduration_s: 5\n")
-    asked = [*targets, "--allow-remote", "--scenario", tmp_path / "s.yaml", "--dry-run"]
-    code, out, err = run(capsys, *asked, "--driver", "aiperf")
+    arguments = [*targets, "--allow-remote", "--scenario", tmp_path / "s.yaml", "--dry-run"]
+    code, out, err = run(capsys, *arguments, "--driver", "aiperf")
     assert (code, out) == (2, "")
     assert "scenario endless: driver aiperf sends a list of requests" in err
-    assert run(capsys, *asked)[0] == 0
+    assert run(capsys, *arguments)[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -118,13 +118,13 @@ def test_compare_refuses_the_same_twice(capsys: pytest.CaptureFixture[str]) -> N
     assert "A and B are both http://127.0.0.1:1" in err
 
 
-@pytest.mark.parametrize("again", ["b/", "./b", "../{folder}/b", "{whole}"])
+@pytest.mark.parametrize("again", ["b/", "./b", "../{folder}/b", "{bundle}"])
 def test_compare_sees_the_same_through_other_words(
     again: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle = make_bundle(tmp_path / "b").path
     monkeypatch.chdir(tmp_path)
-    second = again.format(folder=tmp_path.name, whole=bundle)
+    second = again.format(folder=tmp_path.name, bundle=bundle)
     code, out, err = run(capsys, "compare", "b", second, "--serve-python", sys.executable, "--dry-run")
     assert (code, out) == (2, "")
     assert "A and B are both b; give two bundles" in err
@@ -133,9 +133,9 @@ def test_compare_sees_the_same_through_other_words(
 
 def test_one_bundle_on_two_transports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bundle = make_bundle(tmp_path / "b").path
-    asked = ["compare", bundle, bundle, "--serve-python", sys.executable, "--dry-run", "--json"]
+    arguments = ["compare", bundle, bundle, "--serve-python", sys.executable, "--dry-run", "--json"]
     more = ["--b-transport", "mooncake", "--b-transport-option", "stall_seconds=3"]
-    code, out, err = run(capsys, *asked, *more)
+    code, out, err = run(capsys, *arguments, *more)
     assert code == 0, err
     sides = json.loads(out)["sides"]
     assert list(sides) == [str(bundle), f"{bundle} (mooncake, stall_seconds=3)"]
@@ -154,6 +154,6 @@ def test_one_bundle_on_two_transports(tmp_path: Path, capsys: pytest.CaptureFixt
         (["--b-transport", "pdtrim_mooncake"], "--transport-option accept_unauthenticated=true"),
         ([*more, "--link", "1Mbps"], "a link holds back pdtrim_tcp, not mooncake; leave one of them out"),
     ):
-        code, out, err = run(capsys, *asked, *wrong)
+        code, out, err = run(capsys, *arguments, *wrong)
         assert (code, out) == (2, "")
         assert says in err

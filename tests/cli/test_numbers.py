@@ -42,6 +42,6 @@ def test_no_such_number(
     bundle = str(make_bundle(tmp_path / "b").path)
     with pytest.raises(SystemExit) as ended:
         main([bundle if word == "BUNDLE" else word for word in (*command, option, value)])
-    said = capsys.readouterr()
-    assert (ended.value.code, said.out) == (2, "")
-    assert f"Error: Invalid value for '{option}': " in said.err
+    printed = capsys.readouterr()
+    assert (ended.value.code, printed.out) == (2, "")
+    assert f"Error: Invalid value for '{option}': " in printed.err

@@ -61,11 +61,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_llama_dir: Path) -> Pa
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    with serve(Behaviour(ttft=0.005, itl=0.0005)) as found:
-        yield found
+    with serve(Behaviour(ttft=0.005, itl=0.0005)) as address:
+        yield address
 
 
-@pytest.mark.parametrize("command", [*BUILDS, *(one for one in to_run() if one not in BUILDS)])
+@pytest.mark.parametrize("command", [*BUILDS, *(line for line in to_run() if line not in BUILDS)])
 def test_it_runs_as_shown(
     command: str, folder: Path, url: str, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

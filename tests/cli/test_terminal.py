@@ -61,12 +61,14 @@ def bundle(recipe_file: Path) -> Path:
 @pytest.fixture
 def serve_python(tmp_path: Path) -> Iterator[Path]:
     """A serve environment that the doctor likes, and whose programs are fakes; none may be left."""
-    said = subprocess.run([sys.executable, "-m", "pdtrim_sglang.diagnosis"], capture_output=True, text=True, check=True)
-    found = json.loads(said.stdout) | {"plugin": True, "kernels": "stub"}
+    diagnosis = subprocess.run(
+        [sys.executable, "-m", "pdtrim_sglang.diagnosis"], capture_output=True, text=True, check=True
+    )
+    report = json.loads(diagnosis.stdout) | {"plugin": True, "kernels": "stub"}
     for kind in ("targets", "imports"):
-        found[kind] = dict.fromkeys(found[kind], True)
-    found["packages"] = {name: wanted_version(name, "serve")[0] or "1" for name in found["packages"]}
-    (tmp_path / "said.json").write_text(json.dumps(found))
+        report[kind] = dict.fromkeys(report[kind], True)
+    report["packages"] = {name: wanted_version(name, "serve")[0] or "1" for name in report["packages"]}
+    (tmp_path / "said.json").write_text(json.dumps(report))
     python = tmp_path / "python"
     program = f"{shlex.quote(sys.executable)} {shlex.quote(str(FAKE))}"
     python.write_text(
@@ -250,8 +252,8 @@ def test_serve_is_stopped_while_it_serves(served: Path, serve_python: Path, tmp_
 @pytest.mark.parametrize("command", ["loadtest", "compare"])
 def test_under_load(command: str) -> None:
     behaviour = Behaviour(hang=True)
-    with serve(behaviour) as one, serve(behaviour) as other:
-        terminal = Terminal(command, one, *([other] if command == "compare" else []))
+    with serve(behaviour) as url, serve(behaviour) as other_url:
+        terminal = Terminal(command, url, *([other_url] if command == "compare" else []))
         end = time.monotonic() + 30
         while not behaviour.in_flight:
             terminal.read()

@@ -75,11 +75,11 @@ def test_a_command_that_is_shown_exists(file: str, line: str) -> None:
 
 @pytest.mark.parametrize(("file", "line"), shown())
 def test_a_command_that_is_shown_is_tried(file: str, line: str) -> None:
-    found = how(line)
-    assert found is not None, f"{file} shows it; say in tests/docs/commands.yaml how it is tried: {bare(line)}"
-    if "bench" in found:
-        assert (ROOT / "benchmarks" / f"{found['bench']}.py").exists()
-    if {"gpu", "cluster"} & set(found):
+    trial = how(line)
+    assert trial is not None, f"{file} shows it; say in tests/docs/commands.yaml how it is tried: {bare(line)}"
+    if "bench" in trial:
+        assert (ROOT / "benchmarks" / f"{trial['bench']}.py").exists()
+    if {"gpu", "cluster"} & set(trial):
         assert re.search("Not run (on a cluster )?yet", (ROOT / file).read_text())
 
 
@@ -89,22 +89,22 @@ def test_no_command_is_tried_that_is_not_shown() -> None:
 
 @pytest.mark.parametrize("line", HOW)
 def test_what_tries_a_command_exists(line: str) -> None:
-    found = HOW[line]
-    (kind,) = set(found) - {"codes"}
+    trial = HOW[line]
+    (kind,) = set(trial) - {"codes"}
     if kind == "test":
-        file, _, name = found["test"].partition("::")
+        file, _, name = trial["test"].partition("::")
         text = (ROOT / file).read_text()
         assert f"def {name}(" in text if name else "def test_" in text
     elif kind == "long":
-        assert (ROOT / found["long"]).exists()
-        assert line.removeprefix("make ") in (ROOT / found["long"]).read_text() or "pdtrim-deploy" in line
+        assert (ROOT / trial["long"]).exists()
+        assert line.removeprefix("make ") in (ROOT / trial["long"]).read_text() or "pdtrim-deploy" in line
     elif kind == "ci":
         assert "make test\n" in (ROOT / ".ci" / "run").read_text()
         assert re.search(r"^test: test-unit test-docs test-serve", (ROOT / "Makefile").read_text(), re.MULTILINE)
     elif kind == "make":  # what it would do, without doing it
         done = subprocess.run(["make", "-n", line.split()[1]], cwd=ROOT, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
-        assert found["make"] in done.stdout
+        assert trial["make"] in done.stdout
     else:
         assert kind in {"run", "gpu", "cluster", "picture"}
 

@@ -34,14 +34,14 @@ def write(folder: Path, files: dict[str, list[dict]]) -> Path:
 
 
 def validate(objects: list[dict]) -> None:
-    for one in objects:
-        if one["kind"] not in OTHERS:
-            kubernetes_validate.validate(one, "1.37", strict=True)
+    for item in objects:
+        if item["kind"] not in OTHERS:
+            kubernetes_validate.validate(item, "1.37", strict=True)
 
 
 def named(objects: list[dict], kind: str, name: str) -> dict:
-    (found,) = (one for one in objects if (one["kind"], one["metadata"]["name"]) == (kind, name))
-    return found
+    (match,) = (item for item in objects if (item["kind"], item["metadata"]["name"]) == (kind, name))
+    return match
 
 
 @pytest.mark.parametrize("bundle", ["pvc:claim/path", "oci:registry.example/bundle:1", "host:/srv/bundle"])
@@ -49,16 +49,18 @@ def test_kustomize_renders_objects_that_the_schemas_allow(tmp_path: Path, bundle
     rdma = {"rdma": "rdma/hca", "transport": "pdtrim_nixl", "transport_options": {"accept_unauthenticated": True}}
     options = Options(prefill=2, decode=6, gpus=2, bundle=BundleAt.parse(bundle), **rdma)
     files = kubernetes(SERVED, options)
-    validate([one for documents in files.values() for one in documents])
+    validate([item for documents in files.values() for item in documents])
     objects = kustomize(write(tmp_path / "base", files))
     validate(objects)
-    written = {(one["kind"], one["metadata"]["name"]) for name, docs in files.items() if name[0] != "k" for one in docs}
-    assert {(one["kind"], one["metadata"]["name"]) for one in objects} == written
+    written = {
+        (item["kind"], item["metadata"]["name"]) for name, docs in files.items() if name[0] != "k" for item in docs
+    }
+    assert {(item["kind"], item["metadata"]["name"]) for item in objects} == written
     assert {kind for kind, _ in written} >= {"Deployment", "Service", "Role", "NetworkPolicy", "PodDisruptionBudget"}
-    for one in objects:
-        assert one["metadata"]["labels"]["app.kubernetes.io/part-of"] == "pdtrim"
-        if one["kind"] == "Deployment":  # a selector cannot be changed later: only our own labels are in it
-            assert "app.kubernetes.io/part-of" not in one["spec"]["selector"]["matchLabels"]
+    for item in objects:
+        assert item["metadata"]["labels"]["app.kubernetes.io/part-of"] == "pdtrim"
+        if item["kind"] == "Deployment":  # a selector cannot be changed later: only our own labels are in it
+            assert "app.kubernetes.io/part-of" not in item["spec"]["selector"]["matchLabels"]
 
 
 def test_the_base_that_is_shipped_renders() -> None:

@@ -13,7 +13,7 @@ from pdtrim_sglang.hook_targets import TARGETS
 
 from pdtrim_deploy.cli import main
 from pdtrim_deploy.doctor import (
-    Asked,
+    CheckContext,
     Finding,
     examine,
     first_failures,
@@ -39,7 +39,7 @@ def run(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str]:
 
 
 def named(findings: list[Finding], name: str) -> Finding:
-    return next(found for found in findings if found.name == name)
+    return next(finding for finding in findings if finding.name == name)
 
 
 @pytest.fixture
@@ -61,18 +61,20 @@ def serve_python(tmp_path: Path) -> Path:
 
 
 def test_every_hook_target_is_looked_for(serve_python: Path) -> None:
-    found = list(serving.SGLang().look(Asked(serve_python=serve_python)))
-    said = {one.detail.split()[0]: one.status for one in found if one.name.startswith("hook ")}
-    assert said["disaggregation.utils.get_kv_class"] == "ok"
-    assert said["disaggregation.decode.DecodePreallocQueue._pre_alloc"] == "ok"
-    assert said["disaggregation.decode.DecodePreallocQueue._init_kv_manager"] == "wrong version"  # the class is there
-    assert said["disaggregation.prefill.PrefillBootstrapQueue.create_sender"] == "wrong version"
-    assert set(said) == {target.removeprefix("sglang.srt.") for target in TARGETS}
-    gone = named(found, "imports from SGLang")
+    findings = list(serving.SGLang().look(CheckContext(serve_python=serve_python)))
+    statuses = {finding.detail.split()[0]: finding.status for finding in findings if finding.name.startswith("hook ")}
+    assert statuses["disaggregation.utils.get_kv_class"] == "ok"
+    assert statuses["disaggregation.decode.DecodePreallocQueue._pre_alloc"] == "ok"
+    assert (
+        statuses["disaggregation.decode.DecodePreallocQueue._init_kv_manager"] == "wrong version"
+    )  # the class is there
+    assert statuses["disaggregation.prefill.PrefillBootstrapQueue.create_sender"] == "wrong version"
+    assert set(statuses) == {target.removeprefix("sglang.srt.") for target in TARGETS}
+    gone = named(findings, "imports from SGLang")
     assert gone.status == "wrong version"
     assert "sglang.srt.disaggregation.utils.DisaggregationMode" in gone.detail
     assert "disaggregation.utils.TransferBackend" not in gone.detail
-    assert named(found, "sglang").status == "missing"  # its sources are there, its metadata not
+    assert named(findings, "sglang").status == "missing"  # its sources are there, its metadata not
     assert "pip install sglang==0.5.23" in str(gone.mend)
 
 
@@ -80,7 +82,7 @@ def test_a_python_without_the_plugin_is_one_line(tmp_path: Path) -> None:
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\nexec {sys.executable} -S -I "$@"\n')
     python.chmod(0o755)
-    (line,) = serving.SGLang().look(Asked(serve_python=python))
+    (line,) = serving.SGLang().look(CheckContext(serve_python=python))
     assert (line.name, line.status) == ("plugin", "missing")
     assert "No module named 'pdtrim_sglang'" in line.detail
 
@@ -88,33 +90,33 @@ def test_a_python_without_the_plugin_is_one_line(tmp_path: Path) -> None:
 def test_versions_are_held_against_the_lock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "build.txt").write_text("torch==9.9\nrich==1.0\n")
     assert wanted_version("torch", "build", tmp_path) == ("9.9", "make setup")
-    wanted, mend = wanted_version("sglang", "serve", tmp_path)  # no lock names it: the wheel's own pin
-    assert wanted == "0.5.23"
+    version, mend = wanted_version("sglang", "serve", tmp_path)  # no lock names it: the wheel's own pin
+    assert version == "0.5.23"
     assert mend == "pip install 'pdtrim-deploy[serve]'"
     monkeypatch.setattr(packages, "wanted_version", lambda *_: ("9.9", "make setup"))
-    (line,) = Package("rich", "build").look(Asked())
+    (line,) = Package("rich", "build").look(CheckContext())
     assert (line.status, line.detail, line.mend) == ("wrong version", f"{installed('rich')}, wanted 9.9", "make setup")
     assert line.needed_by == ()  # it is said, but may well do
-    (line,) = Package("no-such-thing", "build", why="nothing").look(Asked())
+    (line,) = Package("no-such-thing", "build", why="nothing").look(CheckContext())
     assert (line.status, line.needed_by) == ("missing", ())
 
 
 def test_a_recipe_too_large_for_the_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     large, small = (Recipe.load(ROOT / "recipes" / f"{n}.yaml") for n in ("llama-3.1-8b-balanced", "smollm2-demo"))
-    wanted = resources.needs(large)
-    assert wanted is not None
-    assert wanted.disk == pytest.approx(2 * 8.03e9 * 2, rel=0.01)
+    needs = resources.needs(large)
+    assert needs is not None
+    assert needs.disk == pytest.approx(2 * 8.03e9 * 2, rel=0.01)
     prefilled = (
         16 * 512 * (32 * 2048 * 2 + 4 * (6 * 4096 + 3 * 14336 + 3 * 4096 + 2048))
     )  # 16 sequences, KV in bfloat16
-    assert wanted.build == pytest.approx(resources.PROGRAM + 1.1 * 8.03e9 * 4 + prefilled, rel=0.01)
+    assert needs.build == pytest.approx(resources.PROGRAM + 1.1 * 8.03e9 * 4 + prefilled, rel=0.01)
     monkeypatch.setattr(resources, "memory", lambda: (int(25e9), int(10e9)))
     with pytest.raises(UserError, match=r"cannot build: memory to build: llama-3.1-8b-balanced takes about 3\d\.\d GB"):
-        require("build", Asked(large, tmp_path))
-    require("build", Asked(small, tmp_path))
+        require("build", CheckContext(large, tmp_path))
+    require("build", CheckContext(small, tmp_path))
     monkeypatch.setattr(resources.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10**9})())
     with pytest.raises(UserError, match=r"disk: 1\.0 GB free at .*Mend it with: free some space"):
-        require("build", Asked(small, tmp_path / "not" / "yet"))
+        require("build", CheckContext(small, tmp_path / "not" / "yet"))
 
 
 def test_a_search_bounded_in_memory_needs_no_more(tmp_path: Path) -> None:
@@ -123,13 +125,13 @@ def test_a_search_bounded_in_memory_needs_no_more(tmp_path: Path) -> None:
             "name: r\nmodel: {source: 'hf:meta-llama/Llama-3.1-8B', dtype: bfloat16}\n"
             f"pruning: {{decode_blocks: 4, memory_mb: 512{pruning}}}\n{more}"
         )
-        wanted = resources.needs(Recipe.load(tmp_path / "r.yaml"))
-        assert wanted is not None
-        return (wanted.build - resources.PROGRAM) / 1e9
+        needs = resources.needs(Recipe.load(tmp_path / "r.yaml"))
+        assert needs is not None
+        return (needs.build - resources.PROGRAM) / 1e9
 
-    whole = 1.1 * 8.03 * 4
+    whole_model = 1.1 * 8.03 * 4
     block, ends = 0.218, 2 * 128256 * 4096 / 1e9
-    assert build_gb("") == pytest.approx(whole, rel=0.01)
+    assert build_gb("") == pytest.approx(whole_model, rel=0.01)
     assert build_gb(", blocks_in_memory: 2") == pytest.approx(1.1 * (4 * (ends + 2 * block) + 0.537), rel=0.01)
     fitted = 8 * (4 * 14336**2 + 3 * 14336 * 4096) / 1e9
     students = ", blocks_in_memory: 2, method: anneal, distil: true"
@@ -140,13 +142,13 @@ def test_a_search_bounded_in_memory_needs_no_more(tmp_path: Path) -> None:
     maps = 4 * 32 * 14336 * 4096 / 1e9
     assert refitted == pytest.approx(bounded + fitted + maps)
     judged = build_gb(", finalists: 3, method: anneal", "healing: {compensation: least-squares}\n")
-    assert judged == pytest.approx(whole + fitted + 3 * maps, rel=0.01)
-    assert build_gb(", blocks_in_memory: 2", "healing: {kv_only_blocks: 1}\n") == pytest.approx(whole, rel=0.01)
+    assert judged == pytest.approx(whole_model + fitted + 3 * maps, rel=0.01)
+    assert build_gb(", blocks_in_memory: 2", "healing: {kv_only_blocks: 1}\n") == pytest.approx(whole_model, rel=0.01)
     few, many = (
         build_gb(", blocks_in_memory: 2", f"kv: {{method: budget, reduction: 4.95, sequences: {count}}}\n")
         for count in (16, 4800)
     )
-    assert few == many == pytest.approx(whole + 3.76, rel=0.01)  # of 16 sequences, however many there are
+    assert few == many == pytest.approx(whole_model + 3.76, rel=0.01)  # of 16 sequences, however many there are
 
 
 def test_states_training_and_workers_are_counted(tmp_path: Path) -> None:
@@ -155,9 +157,9 @@ def test_states_training_and_workers_are_counted(tmp_path: Path) -> None:
             "name: r\nmodel: {source: 'hf:meta-llama/Llama-3.1-8B', dtype: bfloat16}\n"
             f"calibration: {{sequences: 64, length: 2048}}\npruning: {{decode_blocks: 4{pruning}}}\n{more}"
         )
-        wanted = resources.needs(Recipe.load(tmp_path / "r.yaml"), workers)
-        assert wanted is not None
-        return wanted
+        estimate = resources.needs(Recipe.load(tmp_path / "r.yaml"), workers)
+        assert estimate is not None
+        return estimate
 
     weights, block, prompt = 8.03e9 * 4, 0.218e9 * 4, 2 * 32 * 64 * 1024 * 1024 * 4
     large = needs(", memory_mb: 20000, disk_mb: 10000")
@@ -185,16 +187,18 @@ def test_a_package_that_the_recipe_wants_is_needed(
     plain, wants = tmp_path / "plain.yaml", tmp_path / "wants.yaml"
     plain.write_text(f"name: r\nmodel: {{source: 'hf:{tmp_path}'}}\ntargets: {{tensorrt-llm: {{quantisation: fp8}}}}\n")
     wants.write_text("name: r\n" + ("" if "model" in recipe else f"model: {{source: 'hf:{tmp_path}'}}\n") + recipe)
-    require("build", Asked(Recipe.load(plain), tmp_path))
-    require("eval", Asked(Recipe.load(wants)))
+    require("build", CheckContext(Recipe.load(plain), tmp_path))
+    require("eval", CheckContext(Recipe.load(wants)))
     with pytest.raises(UserError, match=rf"cannot build: {package}: not installed \(.*Mend it with: (make|pip)"):
-        require("build", Asked(Recipe.load(wants), tmp_path))
+        require("build", CheckContext(Recipe.load(wants), tmp_path))
 
 
 def test_parameters_of_shipped_models() -> None:
     for file in (ROOT / "recipes" / "facts").glob("*.json"):
         config = json.loads(file.read_text())
-        assert resources.parameters(config) == pytest.approx(config["_facts"]["parameters"], rel=2e-3), file.stem
+        assert resources.ModelSizes.of(config).total == pytest.approx(config["_facts"]["parameters"], rel=2e-3), (
+            file.stem
+        )
 
 
 def test_where_nothing_can_be_written(
@@ -222,10 +226,10 @@ def test_gpus_are_listed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'NVIDIA H100, 81559 MiB, 580.1'\n")
     (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    (line,) = programs.Gpu().look(Asked())
+    (line,) = programs.Gpu().look(CheckContext())
     assert (line.name, line.status, line.detail) == ("gpu 0", "ok", "NVIDIA H100, 81559 MiB, 580.1")
     monkeypatch.setenv("PATH", str(tmp_path / "empty"))
-    (line,) = programs.Gpu().look(Asked())
+    (line,) = programs.Gpu().look(CheckContext())
     assert (line.status, line.needed_by) == ("missing", ())
 
 
@@ -233,14 +237,14 @@ def test_aiperf_is_looked_for_where_its_driver_takes_it(monkeypatch: pytest.Monk
     monkeypatch.setattr(programs, "REPO", tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path))
-    (line,) = programs.Aiperf().look(Asked())
+    (line,) = programs.Aiperf().look(CheckContext())
     assert (line.status, line.needed_by) == ("missing", ())
     for version, status in (("0.1.0", "wrong version"), (wanted_version("aiperf", "aiperf")[0], "ok")):
         site = tmp_path / ".venv" / "aiperf" / "lib" / "python3.11" / "site-packages"
         for old in site.glob("*"):
             old.rmdir()
         (site / f"aiperf-{version}.dist-info").mkdir(parents=True)
-        (line,) = programs.Aiperf().look(Asked())
+        (line,) = programs.Aiperf().look(CheckContext())
         assert (line.status, bool(line.mend)) == (status, status != "ok")
 
 
@@ -255,7 +259,7 @@ def test_without_a_clone_aiperf_is_wanted_as_its_driver_reads_it(
     monkeypatch.setenv("PATH", str(tmp_path))
     site = tmp_path / ".venv" / "aiperf" / "lib" / "python3.11" / "site-packages"
     (site / "aiperf-0.14.0.dist-info").mkdir(parents=True)
-    (line,) = programs.Aiperf().look(Asked())
+    (line,) = programs.Aiperf().look(CheckContext())
     assert (line.status, line.mend) == (
         "wrong version",
         f"python3 -m venv .venv/aiperf && .venv/aiperf/bin/pip install aiperf=={VERSION}",
@@ -264,24 +268,24 @@ def test_without_a_clone_aiperf_is_wanted_as_its_driver_reads_it(
 
 def test_what_judging_takes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     recipe = Recipe.load(ROOT / "recipes" / "smollm2-demo.yaml")
-    wanted = resources.needs(recipe)
-    assert wanted is not None
-    assert wanted.judge == pytest.approx(resources.PROGRAM + 2 * 134.5e6 * 4, rel=0.02)
+    needs = resources.needs(recipe)
+    assert needs is not None
+    assert needs.judge == pytest.approx(resources.PROGRAM + 2 * 134.5e6 * 4, rel=0.02)
     monkeypatch.setattr(resources, "memory", lambda: (10**9, 10**9))
     with pytest.raises(UserError, match="cannot eval: memory to eval: smollm2-demo takes about"):
-        require("eval", Asked(recipe))
+        require("eval", CheckContext(recipe))
 
 
 def test_every_lack_has_a_mend_and_the_exit_code_follows(
     capsys: pytest.CaptureFixture[str], serve_python: Path
 ) -> None:
-    found = list(examine(Asked(serve_python=serve_python), "demo"))
-    assert all(one.mend for one in found if one.status != "ok")
-    assert first_failures(found, "serve")
+    findings = list(examine(CheckContext(serve_python=serve_python), "demo"))
+    assert all(finding.mend for finding in findings if finding.status != "ok")
+    assert first_failures(findings, "serve")
     code, out = run(capsys, "doctor", "--serve-python", serve_python, "--json")
-    said = json.loads(out)
-    assert (code, said["job"], said["can_run"]) == (1, "demo", False)
-    assert {line["status"] for line in said["findings"]} >= {"ok", "missing", "wrong version"}
+    report = json.loads(out)
+    assert (code, report["job"], report["can_run"]) == (1, "demo", False)
+    assert {line["status"] for line in report["findings"]} >= {"ok", "missing", "wrong version"}
     code, out = run(capsys, "doctor", "--serve-python", serve_python, "--for", "build")
     assert (code, out.splitlines()[-1]) == (0, "build: can run")
     code, out = run(capsys, "doctor", "--serve-python", serve_python, "--for", "serve")

@@ -23,16 +23,29 @@ ROOT = Path(__file__).parents[2]
 SPLIT = SplitPool(isl=400, osl=16)  # of `mixed_pair`
 
 
+# Groups from the longest to the shortest: xdist hands them out in this order, so that the last ones are short and no
+# process waits long for the other's. Those that share a pair come first: it ends before others start their own.
+LONGEST_FIRST = (
+    "smollm2", "tiny bundle", "test_clients", "test_demo", "test_refusals", "test_engines", "test_key_offsets",
+    "test_samples",
+)  # fmt: skip
+
+
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items):
-    """Tests on shared pairs first, so that these end before others start their own.
+    """Order of groups; under `-n 2 --dist loadgroup` a group's tests run in one process.
 
-    Under `-n 2 --dist loadgroup` a module's tests run in one process, unless they say with which they share.
+    A module is a group, unless its tests say with which they share.
     """
-    items.sort(key=lambda item: "shared_pair" not in item.fixturenames)
+
+    def place(item):
+        (group,) = (mark.args[0] for mark in item.iter_markers("xdist_group"))
+        return LONGEST_FIRST.index(group) if group in LONGEST_FIRST else len(LONGEST_FIRST)
+
     for item in items:
         if not any(item.iter_markers("xdist_group")):
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    items.sort(key=lambda item: (place(item), "shared_pair" not in item.fixturenames))
 
 
 @pytest.fixture(scope="session")
@@ -64,9 +77,16 @@ def bundle(smollm2_bundle):
 
 @pytest.fixture(scope="session")
 def tiny_bundle(tiny_model, real_cache, tmp_path_factory):
-    """Of a random Llama of 14 blocks, with a vocabulary that holds the token numbers which tests send."""
+    """Of a random Llama of 14 blocks, with a vocabulary that holds the token numbers which tests send.
+
+    Its RoPE is scaled as Llama 3.1's, behind a first context that most prompts pass.
+    """
     folder = tmp_path_factory.mktemp("tiny")
     sizes = {"num_hidden_layers": 14, "head_dim": 32, "vocab_size": 2048, "max_position_embeddings": 4096}
+    sizes["rope_parameters"] = {
+        "rope_type": "llama3", "rope_theta": 100.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }  # fmt: skip
     recipe = {
         "name": "tiny",
         "model": {"source": f"hf:{tiny_model(folder / 'model', **sizes)}"},

@@ -17,10 +17,11 @@ pytestmark = [pytest.mark.serve, pytest.mark.timeout(900)]
 EOS = 2
 PAGE = 4
 TEXTS = ["안녕하세요, 반갑습니다.", "👩‍👩‍👧‍👦 👍🏽 🇰🇷 é", "한👍abcabcabd끝"]
+BOUNDS = {"context of 128": (128, 1024), "pool of 640": (1024, 640)}  # of the model's context, and of the KV pool
 COMPLETION = {"model": "pdtrim", "temperature": 0, "max_tokens": 96}
 
 
-@pytest.fixture(scope="module", params=[(128, 1024), (1024, 640)], ids=["context of 128", "pool of 640"])
+@pytest.fixture(scope="module", params=BOUNDS.values(), ids=BOUNDS)
 def bounded(request, tiny_model, tmp_path_factory, real_cache, serving):
     """A pair whose prompts are bounded by the model's context, then one by the KV pool; its cluster beside it."""
     context, pool = request.param
@@ -58,6 +59,10 @@ def whole_bodies(bounded, tmp_path_factory):
         yield replace(bounded[0], url=router.url)
     finally:
         process.finish(0.0)
+
+
+# For what does not depend on the bound.
+one_pair = pytest.mark.parametrize("bounded", [BOUNDS["context of 128"]], indirect=True, ids=["context of 128"])
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
@@ -109,6 +114,7 @@ def test_more_new_tokens_than_there_is_room_for_are_cut_or_refused(pair, bound):
         assert 400 <= reply.status_code < 500, reply.text
 
 
+@one_pair
 def test_a_first_token_that_ends_the_text(pair):
     """Prefill computes it; decode has nothing to do, and says so at once."""
     prompts = torch.randint(3, 259, (6000, 6), generator=torch.Generator().manual_seed(1))
@@ -126,6 +132,7 @@ def test_a_first_token_that_ends_the_text(pair):
         assert answer["meta_info"]["finish_reason"] == {"type": "stop", "matched": EOS}
 
 
+@one_pair
 @pytest.mark.parametrize("text", TEXTS)
 def test_joined_deltas_are_the_whole_text_in_every_script(pair, text):
     """A character has up to four tokens here, an emoji up to 25."""
@@ -135,6 +142,7 @@ def test_joined_deltas_are_the_whole_text_in_every_script(pair, text):
     assert pair.streamed("v1/completions", body) == (text, "stop")
 
 
+@one_pair
 @pytest.mark.parametrize(
     ("stop", "left"), [("abd", "한👍abcabc"), ("cab", "한👍ab"), ("👍", "한"), ("bd끝", "한👍abcabca")]
 )
@@ -146,6 +154,7 @@ def test_a_stop_string_inside_a_run_of_characters(pair, stop, left):
     assert pair.streamed("v1/completions", body) == (left, "stop")
 
 
+@one_pair
 def test_joined_deltas_are_the_whole_text_of_bytes_that_are_no_characters(pair):
     """What a random model says is mostly no UTF-8 at all."""
     for seed in range(6):
@@ -155,6 +164,7 @@ def test_joined_deltas_are_the_whole_text_of_bytes_that_are_no_characters(pair):
         assert pair.streamed("v1/completions", body)[0] == whole
 
 
+@one_pair
 def test_an_echo_with_logprobs_is_refused_and_each_alone_is_not(pair):
     body = COMPLETION | {"prompt": "hello", "max_tokens": 2}
     for logprobs in (0, 1):
@@ -166,6 +176,7 @@ def test_an_echo_with_logprobs_is_refused_and_each_alone_is_not(pair):
     assert len(scored["logprobs"]["token_logprobs"]) == 2
 
 
+@one_pair
 def test_prompts_as_token_ids_behind_mini_lb(pair, whole_bodies):
     """The answers are those to the same text, which SGLang's Rust router takes too."""
     texts = ["hello world", "another prompt"]
@@ -182,6 +193,7 @@ def test_prompts_as_token_ids_behind_mini_lb(pair, whole_bodies):
     assert pair.post("v1/completions", body | {"prompt": ids[0]}).status_code == 422, "the Rust router takes ids now"
 
 
+@one_pair
 def test_a_model_that_is_not_served_is_not_found(pair):
     assert httpx.get(f"{pair.url}/v1/models", timeout=60).json()["data"][0]["id"] == "pdtrim"
     assert httpx.get(f"{pair.url}/v1/models/no-such-model", timeout=60).status_code == 404

@@ -8,12 +8,13 @@ import pytest
 from packcases import random_offsets
 from pdtrim_builders import build_target
 
-from pdtrim_deploy.evaluation.fidelity import judge, run_fidelity
+from pdtrim_deploy.evaluation import corpora
+from pdtrim_deploy.evaluation.fidelity import judge
 from pdtrim_deploy.evaluation.fidelity.cases import groups, text_needed
 from pdtrim_deploy.evaluation.fidelity.client import ask
 from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
 from pdtrim_deploy.models import open_checkpoint
-from pdtrim_deploy.models.loading import load_model
+from pdtrim_deploy.models.loading import load_model, load_tokenizer
 from pdtrim_deploy.models.oracle import PDOracle
 from pdtrim_deploy.models.surgery import write_stage
 from pdtrim_deploy.plan import STAGES, Distilled, Drop, Keep, KVOnly, KVSend, PDPlan
@@ -24,6 +25,9 @@ from pdtrim_deploy.serving.metrics import scrape
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(900), pytest.mark.usefixtures("no_shared_pairs")]
 
 
+SOME = ("longer than a chunk", "prefix-cache hits", "one batch, unlike lengths")  # of `groups`
+
+
 def sums(worker, *names):
     samples = scrape(worker.metrics_url)
     return [sum(sample.value for sample in samples.get(name, ())) for name in names]
@@ -32,11 +36,21 @@ def sums(worker, *names):
 @pytest.mark.model
 @pytest.mark.xdist_group("smollm2")
 def test_smollm2_with_onnxruntime_in_both_stages(bundle, real_cache, tmp_path):
-    """Chunks of 64 tokens on pages of 16, so that spans, pages and chunks end in different places."""
+    """Chunks of 64 tokens on pages of 16, so that spans, pages and chunks end in different places.
+
+    Half of the prompts of a whole check: chunks, prefix hits and one batch. Torch and tiny engines are asked them all.
+    """
     options = WorkerOptions(page_size=16, chunked_prefill_size=64)
     executors = Executors("onnxruntime", "onnxruntime")
+    count, length = text_needed(bundle.plan)
+    documents = corpora.load("brown", real_cache).split("final")
+    texts = corpora.sequences(documents, load_tokenizer(bundle.prefill_dir), count, length, 0).tolist()
     with cluster_of(bundle, executors=executors, options=options, log_dir=tmp_path) as cluster:
-        result = run_fidelity(bundle, cluster.url, real_cache, new_tokens=8)
+        some = [group for group in groups(bundle.plan, texts) if group.name in SOME]
+        served = [(group, answer) for group in some for answer in ask(cluster.url, group, 6, 120)]
+        models = (load_model(bundle.stage_dir(stage), "float32") for stage in STAGES)
+        result = judge(PDOracle(*models, bundle.plan, KeyOffsets.read(bundle.prefill_dir, bundle.plan)), served)
+        assert [group.name for group in some] == list(SOME)
         assert any(row.cached_tokens > 200 for row in result.rows), "no prefix-cache hit was tried"
         assert result.max_logprob_error <= result.tolerance, result.rows
         assert all(result.controls_detected.values()), result.controls

@@ -5,8 +5,9 @@ import torch
 from packcases import pools, random_offsets, shape
 from pretended_gpu import PretendedGPU, gpu, host
 
+from pdtrim_deploy.kvcache import torch_pack
 from pdtrim_deploy.kvcache.layout import chunk_layout
-from pdtrim_deploy.kvcache.pack import pack, unpack
+from pdtrim_deploy.kvcache.pack import pack, prepare, unpack
 from pdtrim_deploy.plan import Drop, Keep, KVSend, PDPlan
 from pdtrim_deploy.plan.wire import WIRE_DTYPES
 
@@ -59,3 +60,50 @@ def test_rows_of_a_pool_on_a_gpu_travel_through_host_memory(wire, dtype):
         moved = [gpu(pool) for pool in mine]
         unpack(layout, sent, moved[:2], moved[2:], gpu(slots), offsets)
         assert all(torch.equal(host(a), b) for a, b in zip(moved, theirs, strict=True))
+
+
+class Form:
+    """Stands for `gpu.move`: notes what it is given, and moves by torch."""
+
+    def __init__(self):
+        self.calls = []
+
+    def move(self, layout, packed, keys, values, slots, offsets, *, pack):
+        self.calls.append("pack" if pack else "unpack")
+        assert all(tensor.is_cuda for tensor in (packed, slots, *keys, *values))
+        (torch_pack.pack if pack else torch_pack.unpack)(
+            layout, *((keys, values, slots, packed) if pack else (packed, keys, values, slots)), offsets
+        )
+        return True
+
+    def check(self, device):
+        self.calls.append(f"check {device.type}")
+
+
+@pytest.fixture
+def form(monkeypatch):
+    form = Form()
+    monkeypatch.setattr("pdtrim_deploy.kvcache.gpu.library.library", lambda: form)
+    return form
+
+
+def test_a_gpu_is_given_to_the_triton_form(form):
+    plan, slots = PDPlan.dense(shape(1, 2, 32)), torch.randperm(SIZE)[:TOKENS]
+    layout, pool = chunk_layout(plan, TOKENS), [gpu(torch.randn(SIZE, 2, 32))]
+    packed = pack(layout, pool, pool, gpu(slots))
+    assert form.calls == ["pack"]  # whose fault nobody knows yet: `check` is the caller's, after its event
+    staging = torch.zeros(layout.total_bytes, dtype=torch.uint8)
+    assert torch.equal(pack(layout, pool, pool, gpu(slots), staging), host(packed))
+    assert form.calls[1:] == ["pack", "check cuda"]  # the copy to the host has waited
+    unpack(layout, staging, pool, pool, gpu(slots))
+    assert form.calls[3:] == ["unpack"]
+
+
+@pytest.mark.parametrize("cut", [{}, {"mode": "sparse", "n_first": 4, "n_last": 8}])
+def test_kernels_are_made_ready_for_a_plan_without_touching_the_pool(form, cut):
+    sends = (KVSend(wire_dtype="fp8"), KVSend(wire_dtype="k4v3", **cut))
+    plan = PDPlan.dense(shape(2, 2, 32)).with_kv(sends)
+    offsets, pool = random_offsets(plan.model, [1]), gpu(torch.full((SIZE, 2, 32), 7.0))
+    prepare(plan.with_key_offsets(offsets.file), pool, offsets)
+    assert form.calls == ["pack", "unpack"] * 2
+    assert (host(pool) == 7).all()

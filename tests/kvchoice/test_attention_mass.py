@@ -18,7 +18,7 @@ def test_it_is_the_mass_of_the_full_sequence(family):
         parts = {"first": rows[:, :3], "middle": rows[:, 3:8], "last": rows[:, 8:12], "generated": rows[:, 12:]}
         for name, expected in parts.items():
             torch.testing.assert_close(getattr(mass, name)[layer], expected.sum(1), atol=1e-5, rtol=0)
-    assert mass.kept.std() > 1e-3
+    assert mass.prompt_ends.std() > 1e-3
 
 
 @pytest.mark.parametrize(("first", "last"), [(3, 4), (0, 5), (5, 0), (8, 9), (40, 0), (0, 40)])

@@ -35,7 +35,7 @@ def silent(_):
 @pytest.mark.parametrize("rope", ROPES)
 def test_means_are_those_of_keys_before_rope(rope):
     model, plan, ids = biased(rope_parameters=ROPES[rope]), make_plan(decode=(1,)), text(4, 32)
-    found = measure(make_oracle(model, plan), ids, silent).offsets
+    offsets = measure(make_oracle(model, plan), ids, silent).offsets
     seen = {}
     for block in plan.decode_layers:
         model.model.layers[block].self_attn.k_proj.register_forward_hook(
@@ -45,22 +45,24 @@ def test_means_are_those_of_keys_before_rope(rope):
         model(ids[:3])
     for layer, block in enumerate(plan.decode_layers):  # three of four sequences, less their first tokens
         mean = seen[block][:, 1:].flatten(0, 1).mean(0).view(KV_HEADS, DIM)
-        torch.testing.assert_close(found.means[layer], mean, rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(offsets.means[layer], mean, rtol=1e-4, atol=1e-3)
 
 
 def test_errors_say_what_it_brings(measured):
     assert measured.offsets.file.layers == tuple(range(BLOCKS))
     assert len(measured.errors) == BLOCKS
-    assert all(less < whole / 10 for heads in measured.errors for whole, less in heads)
+    assert all(with_offsets < without / 10 for heads in measured.errors for without, with_offsets in heads)
 
 
 def test_decode_reads_nearly_the_native_keys(model, measured):
     native, ids = make_oracle(model, make_plan()), text(3, 80, seed=5)
     state = native.prefill(ids[:, :64])
     expected = native.score(state, ids[:, 64:])
-    whole = native.with_kv(INT4).score(state, ids[:, 64:])
-    less = native.with_offsets(measured.offsets).with_kv(INT4).score(state, ids[:, 64:])
-    assert (less - expected).square().mean() < (whole - expected).square().mean() / 4  # values are rounded too
+    without = native.with_kv(INT4).score(state, ids[:, 64:])
+    with_offsets = native.with_offsets(measured.offsets).with_kv(INT4).score(state, ids[:, 64:])
+    assert (with_offsets - expected).square().mean() < (
+        without - expected
+    ).square().mean() / 4  # values are rounded too
 
 
 def test_a_budget_is_judged_on_keys_less_their_offset(model, measured):
@@ -102,10 +104,10 @@ def test_heads_without_a_constant_have_none_and_layers_of_such_heads_are_left_ou
     turned = rotate(constant, *rotary.table(LONG)[:LONG].chunk(2, -1))
     keys[:, 2, :, 1] += turned
     keys[:, 4, :, 0, 3] = torch.nan
-    found = measure(Given(model, keys), text(20, LONG), silent).offsets
-    assert found.file.layers == (2,)
-    assert not found.means[2][0].any()
-    torch.testing.assert_close(found.means[2][1], constant, rtol=0, atol=0.3)
+    offsets = measure(Given(model, keys), text(20, LONG), silent).offsets
+    assert offsets.file.layers == (2,)
+    assert not offsets.means[2][0].any()
+    torch.testing.assert_close(offsets.means[2][1], constant, rtol=0, atol=0.3)
 
 
 def test_a_model_whose_keys_hold_no_constant_has_no_offsets():

@@ -22,17 +22,17 @@ def test_the_end_says_a_passage_of_the_middle_again(prompt, continuation, count,
     if not fits(prompt, continuation):
         return
     ids = torch.arange(count * (prompt + continuation)).view(count, -1)
-    asked = with_recall(ids, prompt, share, seed)
-    changed = [at for at in range(count) if not torch.equal(asked[at], ids[at])]
+    recalled = with_recall(ids, prompt, share, seed)
+    changed = [at for at in range(count) if not torch.equal(recalled[at], ids[at])]
     assert len(changed) == round(share * count)
     for at in changed:
-        end = asked[at, prompt - CUE :]
+        end = recalled[at, prompt - CUE :]
         start = int(end[0] - ids[at, 0])
         assert prompt // 8 <= start
         assert start + len(end) <= prompt - prompt // 4
         assert torch.equal(end, ids[at, start : start + CUE + continuation])
-        assert torch.equal(asked[at, : prompt - CUE], ids[at, : prompt - CUE])
-    assert torch.equal(asked, with_recall(ids, prompt, share, seed))
+        assert torch.equal(recalled[at, : prompt - CUE], ids[at, : prompt - CUE])
+    assert torch.equal(recalled, with_recall(ids, prompt, share, seed))
 
 
 def test_prompts_too_short_for_a_passage_are_refused(tmp_path):

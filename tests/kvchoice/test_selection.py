@@ -28,7 +28,7 @@ def make_problem(decode=(3,), seed=0):
     return Problem(oracle, text(5, 24), PROMPT, seed)
 
 
-def asked(method, sparse_layers=2):
+def section(method, sparse_layers=2):
     sizes = {"n_first": 1, "n_last": 2, "sparse_layers": sparse_layers}
     if method == "none":
         sizes = {}
@@ -46,8 +46,8 @@ def sparse_of(kv):
 @pytest.mark.parametrize("method", SELECTIONS)
 def test_every_method_gives_one_rule_a_layer(method):
     problem = make_problem()
-    kv = get_selection(asked(method)).choose(problem, quiet)
-    assert kv == get_selection(asked(method)).choose(problem, quiet)
+    kv = get_selection(section(method)).choose(problem, quiet)
+    assert kv == get_selection(section(method)).choose(problem, quiet)
     assert len(kv) == BLOCKS - 1
     assert set(kv) <= {SPARSE, KVSend()}
     # 2x of 5 blocks, of which one is gone: 2 whole layers and 2 of 3 rows, 34 of 70 rows
@@ -57,9 +57,9 @@ def test_every_method_gives_one_rule_a_layer(method):
 
 def test_attention_mass_takes_the_layers_with_most_mass():
     problem = make_problem()
-    kept = attention_mass(problem.oracle, problem.sequences, PROMPT, 1, 2).kept
-    chosen = get_selection(asked("attention-mass")).choose(problem, quiet)
-    assert sparse_of(chosen) == sorted(kept.topk(2).indices.tolist())
+    mass = attention_mass(problem.oracle, problem.sequences, PROMPT, 1, 2).prompt_ends
+    chosen = get_selection(section("attention-mass")).choose(problem, quiet)
+    assert sparse_of(chosen) == sorted(mass.topk(2).indices.tolist())
 
 
 @pytest.mark.parametrize("queries", ["generated", "prompt"])
@@ -83,9 +83,9 @@ def test_simlayerkv_reads_the_prompt_alone():
 
 
 def test_random_layers_depend_on_the_seed_alone():
-    found = {AtRandom(CUT, 2).choose(make_problem(seed=seed), quiet) for seed in range(8)}
-    assert len(found) > 1
-    assert all(len(sparse_of(kv)) == 2 for kv in found)
+    choices = {AtRandom(CUT, 2).choose(make_problem(seed=seed), quiet) for seed in range(8)}
+    assert len(choices) > 1
+    assert all(len(sparse_of(kv)) == 2 for kv in choices)
 
 
 def divergence(problem, kv):
@@ -106,19 +106,19 @@ def test_measured_harm_is_close_to_the_best_of_all_choices():
     problem = make_problem()
     every = [CUT.sends(4, {a, b}) for a in range(4) for b in range(a)]
     harms = sorted(divergence(problem, kv) for kv in every)
-    found = divergence(problem, ByMeasuredHarm(CUT, 2).choose(problem, quiet))
-    assert found <= harms[1]
+    harm = divergence(problem, ByMeasuredHarm(CUT, 2).choose(problem, quiet))
+    assert harm <= harms[1]
     assert harms[1] < harms[-1]
 
 
 def test_bad_input_is_refused():
     for method in ("attention-mass", "simlayerkv", "random", "measured-harm"):
         with pytest.raises(UserError, match="sparse_layers is 5 but decode keeps 4 layers; choose at most 4"):
-            get_selection(asked(method, sparse_layers=5)).choose(make_problem(), quiet)
+            get_selection(section(method, sparse_layers=5)).choose(make_problem(), quiet)
     problem = make_problem()
     problem.oracle.decode_model.model.norm.weight.data[0] = torch.nan
     with pytest.raises(UserError, match="logits are not numbers"):
-        get_selection(asked("measured-harm")).choose(problem, quiet)
+        get_selection(section("measured-harm")).choose(problem, quiet)
 
 
 def test_the_recipe_knows_every_method():

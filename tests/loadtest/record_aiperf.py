@@ -41,15 +41,15 @@ CASES = {
 
 
 def record(behaviour: Behaviour | None, scenario: Scenario, out: Path) -> None:
-    asked = tuple(jobs(scenario))
+    planned_jobs = tuple(jobs(scenario))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_requests(folder, asked)
+        write_requests(folder, planned_jobs)
         with serve(behaviour or Behaviour()) as url:
             if behaviour is not None:
-                run(program(), url, scenario, asked, folder)
+                run(program(), url, scenario, planned_jobs, folder)
         if behaviour is None:
-            run(program(), url, scenario, asked, folder)
+            run(program(), url, scenario, planned_jobs, folder)
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True)
         for file in FILES:

@@ -29,32 +29,32 @@ def recorded(case: str) -> LoadRun:
 
 
 def test_latencies_lengths_and_lateness_of_an_open_loop() -> None:
-    asked, found = tuple(jobs(POISSON)), recorded("poisson")
-    result = LoadResult.of("aiperf", [found], SLO(ttft_ms=1000, itl_ms=1000))
+    planned, run = tuple(jobs(POISSON)), recorded("poisson")
+    result = LoadResult.of("aiperf", [run], SLO(ttft_ms=1000, itl_ms=1000))
     assert (result.requests, result.failed, result.good) == (5, 0, 5)
-    assert result.prompt_tokens == [len(job.prompt.split()) for job in asked]
-    assert [one.output_tokens for one in found.outcomes] == [job.output_tokens for job in asked]
+    assert result.prompt_tokens == [len(job.prompt.split()) for job in planned]
+    assert [outcome.output_tokens for outcome in run.outcomes] == [job.output_tokens for job in planned]
     # The server's latencies are 100 and 30 ms; never early, late by what a busy machine costs.
     assert 100 <= result.ttft_ms.p50 < 130
     assert 30 <= result.itl_ms.p50 < 36
     assert 30 <= result.tpot_ms.p50 < 36
-    for job, one in zip(asked, found.outcomes, strict=True):
-        assert len(one.itl) == job.output_tokens - 1
-        assert one.e2e == pytest.approx(one.ttft + sum(one.itl))
+    for job, outcome in zip(planned, run.outcomes, strict=True):
+        assert len(outcome.itl) == job.output_tokens - 1
+        assert outcome.e2e == pytest.approx(outcome.ttft + sum(outcome.itl))
     # Sent when they were due, to some milliseconds, so all of it took as long as the schedule and the last answer.
-    assert max(one.late for one in found.outcomes) < 0.05
-    assert found.duration_s == pytest.approx(asked[-1].due_s + found.outcomes[-1].e2e, abs=0.06)
-    assert result.client.send_late_ms.p95 == pytest.approx(max(o.late for o in found.outcomes) * 1e3, rel=0.6)
+    assert max(outcome.late for outcome in run.outcomes) < 0.05
+    assert run.duration_s == pytest.approx(planned[-1].due_s + run.outcomes[-1].e2e, abs=0.06)
+    assert result.client.send_late_ms.p95 == pytest.approx(max(o.late for o in run.outcomes) * 1e3, rel=0.6)
     assert result.client.cpu_share is None
 
 
 def test_a_chunk_of_several_tokens_counts_as_equal_gaps() -> None:
-    found = recorded("chunks")
-    for one in found.outcomes:
-        assert one.output_tokens == 6
-        assert len(one.itl) == 5
-        assert one.itl[:2] == (0.0, 0.0)  # came with the first
-        assert one.itl[2] == one.itl[4] == pytest.approx(0.03, abs=0.01)
+    run = recorded("chunks")
+    for outcome in run.outcomes:
+        assert outcome.output_tokens == 6
+        assert len(outcome.itl) == 5
+        assert outcome.itl[:2] == (0.0, 0.0)  # came with the first
+        assert outcome.itl[2] == outcome.itl[4] == pytest.approx(0.03, abs=0.01)
 
 
 def without_usage(rows: list[dict], total: int | None) -> Iterator[dict]:
@@ -71,14 +71,16 @@ def without_usage(rows: list[dict], total: int | None) -> Iterator[dict]:
 
 
 def test_counts_that_come_once_at_the_end(tmp_path: Path) -> None:
-    asked, path = tuple(jobs(POISSON)), "profile_export_raw.jsonl"
+    planned, path = tuple(jobs(POISSON)), "profile_export_raw.jsonl"
     shutil.copytree(RECORDED / "poisson", tmp_path, dirs_exist_ok=True)
     rows = [json.loads(line) for line in (RECORDED / "poisson" / path).read_text().splitlines()]
     (tmp_path / path).write_text("\n".join(json.dumps(row) for row in without_usage(rows, None)))
-    assert read(tmp_path, asked) == recorded("poisson")
+    assert read(tmp_path, planned) == recorded("poisson")
     rows = [json.loads(line) for line in (RECORDED / "poisson" / path).read_text().splitlines()]
     (tmp_path / path).write_text("\n".join(json.dumps(row) for row in without_usage(rows, 1)))
-    assert {one.failure for one in read(tmp_path, asked).outcomes} == {"truncated"}  # what was counted decides
+    assert {outcome.failure for outcome in read(tmp_path, planned).outcomes} == {
+        "truncated"
+    }  # what was counted decides
 
 
 @pytest.mark.parametrize(
@@ -102,9 +104,9 @@ def test_failures_have_the_kinds_of_the_builtin_driver(case: str, kind: str) -> 
 
 def test_a_request_without_a_record_is_a_failure_unless_the_load_was_cut_off(tmp_path: Path) -> None:
     (tmp_path / "profile_export.jsonl").write_text((RECORDED / "status/profile_export.jsonl").read_text())
-    asked = (*jobs(TWO), Job(None, "never sent", 3))
-    assert LoadResult.of("aiperf", [read(tmp_path, asked)]).failures == {"http_503": 2, "unsent": 1}
-    assert len(read(tmp_path, asked, every=False).outcomes) == 2
+    planned = (*jobs(TWO), Job(None, "never sent", 3))
+    assert LoadResult.of("aiperf", [read(tmp_path, planned)]).failures == {"http_503": 2, "unsent": 1}
+    assert len(read(tmp_path, planned, every=False).outcomes) == 2
 
 
 def options(scenario: Scenario) -> dict[str, str]:
@@ -122,15 +124,15 @@ def test_closed_loops_are_a_concurrency_and_open_ones_a_schedule(tmp_path: Path)
     ramp = Arrivals(kind="ramp", rate=1.0, to_rate=9.0)
     for arrivals in (POISSON.arrivals, ramp, Arrivals(kind="constant", rate=2.0)):
         scenario = POISSON.changed(arrivals=arrivals, duration_s=2.0, requests=None)
-        given, asked = options(scenario), tuple(jobs(scenario))
+        given, planned = options(scenario), tuple(jobs(scenario))
         assert "--fixed-schedule" in given
         assert "--concurrency" not in given
         shutil.rmtree(tmp_path / "hf", ignore_errors=True)
-        write_requests(tmp_path, asked)
+        write_requests(tmp_path, planned)
         rows = [json.loads(line) for line in (tmp_path / "requests.jsonl").read_text().splitlines()]
-        assert [row["timestamp"] / 1e3 for row in rows] == pytest.approx([job.due_s for job in asked])
+        assert [row["timestamp"] / 1e3 for row in rows] == pytest.approx([job.due_s for job in planned])
         assert [(row["text_input"], row["output_length"]) for row in rows] == [
-            (job.prompt, job.output_tokens) for job in asked
+            (job.prompt, job.output_tokens) for job in planned
         ]
 
 

@@ -46,7 +46,7 @@ def test_a_chunk_of_several_tokens_counts_as_equal_gaps() -> None:
 
 def test_an_answer_may_hold_what_ends_a_line_elsewhere() -> None:
     """In JSON as SGLang writes it these stand as they are; only a line feed ends a line of an event stream."""
-    assert load(Behaviour(ttft=0, itl=0, said="a\u2028b\u0085c\u2029")).failures == {}
+    assert load(Behaviour(ttft=0, itl=0, text="a\u2028b\u0085c\u2029")).failures == {}
 
 
 def test_lengths_and_texts_come_from_the_seed() -> None:
@@ -135,8 +135,8 @@ def test_goodput_counts_requests_within_both_limits() -> None:
     ],
 )
 def test_the_client_says_when_it_was_the_bottleneck(run: LoadRun, says: str | None) -> None:
-    found = LoadResult.of("x", [run]).client.bottleneck
-    assert found is None if says is None else says in (found or "")
+    bottleneck = LoadResult.of("x", [run]).client.bottleneck
+    assert bottleneck is None if says is None else says in (bottleneck or "")
 
 
 def test_a_client_without_its_processor_notices() -> None:

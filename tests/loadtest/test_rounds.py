@@ -26,17 +26,17 @@ def test_both_sides_get_the_same_load_in_changing_order() -> None:
         seen.append((url, scenario.seed, scenario.requests or 0))
         return LoadRun((Outcome(ttft=0.2 if url == "b" else 0.1, itl=(0.1,), e2e=0.3, output_tokens=2),), 1.0)
 
-    found = interleave({"a": Side("a"), "b": Side("b")}, repeats(SCENARIO, 3), drive, "x")
+    rounds = interleave({"a": Side("a"), "b": Side("b")}, repeats(SCENARIO, 3), drive, "x")
     assert [url for url, *_ in seen] == ["a", "b", "a", "b", "b", "a", "a", "b"]
     assert {(seed, n) for url, seed, n in seen[2:] if url == "a"} == {(0, 6), (1, 6), (2, 6)}
     assert [row[1:] for row in seen if row[0] == "a"] == [row[1:] for row in seen if row[0] == "b"]
-    ratios = {one.figure: one for one in found.ratios("a", "b")}
+    ratios = {ratio.figure: ratio for ratio in rounds.ratios("a", "b")}
     assert ratios["TTFT p50"].rounds == (2.0, 2.0, 2.0)
     assert ratios["TTFT p50"].ratio == pytest.approx(2)
     assert ratios["TTFT p50"].differs
     assert not ratios["ITL p50"].differs
     assert "goodput/s" not in ratios
-    assert (found.total["a"].requests, found.total["a"].duration_s) == (3, 3.0)
+    assert (rounds.total["a"].requests, rounds.total["a"].duration_s) == (3, 3.0)
 
 
 def test_a_figure_that_a_round_lacks_is_named() -> None:
@@ -45,29 +45,29 @@ def test_a_figure_that_a_round_lacks_is_named() -> None:
         return LoadRun((Outcome(ttft=ttft, itl=(0.1,), e2e=1.0, output_tokens=2),), 1.0)
 
     rounds = repeats(SCENARIO.changed(slo=SLO(ttft_ms=200)), 3)
-    found = interleave({"a": Side("a"), "b": Side("b")}, rounds, drive, "x")
-    assert "goodput/s" not in {one.figure for one in found.ratios("a", "b")}
-    assert found.dropped("a", "b") == ["goodput/s has no ratio: it is 0 or missing in 1 of 3 rounds"]
+    results = interleave({"a": Side("a"), "b": Side("b")}, rounds, drive, "x")
+    assert "goodput/s" not in {ratio.figure for ratio in results.ratios("a", "b")}
+    assert results.dropped("a", "b") == ["goodput/s has no ratio: it is 0 or missing in 1 of 3 rounds"]
     compared = Comparison(
-        first="a", second="b", scenario={}, rounds=3, ratios=(), dropped=tuple(found.dropped("a", "b")),
-        load=found.total, environment={},
+        first="a", second="b", scenario={}, rounds=3, ratios=(), dropped=tuple(results.dropped("a", "b")),
+        load=results.total, environment={},
     )  # fmt: skip
-    assert compared.problems == found.dropped("a", "b")
+    assert compared.problems == results.dropped("a", "b")
 
 
 def test_a_slower_server_is_found_slower() -> None:
     with serve(Behaviour(ttft=0.03, itl=0.02)) as fast, serve(Behaviour(ttft=0.03, itl=0.04)) as slow:
         sides = {"fast": Side(fast), "slow": Side(slow)}
-        found = interleave(sides, repeats(SCENARIO, 4), driver("builtin"), "builtin")
-    itl = next(one for one in found.ratios("fast", "slow") if one.figure == "ITL p50")
+        rounds = interleave(sides, repeats(SCENARIO, 4), driver("builtin"), "builtin")
+    itl = next(ratio for ratio in rounds.ratios("fast", "slow") if ratio.figure == "ITL p50")
     assert 1.5 < itl.ratio < 2.2
     assert itl.differs
 
 
 def test_requests_are_dealt_out_without_loss() -> None:
     dealt = shares(Scenario.closed(11), 4)
-    assert [one.requests for one in dealt] == [3, 3, 3, 2]
-    assert [one.seed for one in dealt] == [0, 1, 2, 3]
+    assert [scenario.requests for scenario in dealt] == [3, 3, 3, 2]
+    assert [scenario.seed for scenario in dealt] == [0, 1, 2, 3]
     assert len(shares(Scenario.closed(2), 4)) == 2
 
 
@@ -75,8 +75,8 @@ def test_requests_are_dealt_out_without_loss() -> None:
 def test_the_interval_covers_the_truth_as_often_as_it_says(rounds: int) -> None:
     rng = np.random.default_rng(rounds)
     ratios = np.exp(np.log(0.9) + 0.2 * rng.standard_normal((2000, rounds)))
-    found = [Ratio.of("x", row) for row in ratios.tolist()]
-    assert np.mean([one.low <= 0.9 <= one.high for one in found]) == pytest.approx(0.95, abs=0.015)
+    computed = [Ratio.of("x", row) for row in ratios.tolist()]
+    assert np.mean([ratio.low <= 0.9 <= ratio.high for ratio in computed]) == pytest.approx(0.95, abs=0.015)
 
 
 def test_quantiles_of_t() -> None:
@@ -107,12 +107,12 @@ def test_what_workers_counted() -> None:
         (f"{stage}_sum", "decode_waiting"): 1.0,
         (f"{stage}_bucket", "decode_waiting:0.1"): 2.0,
     }
-    found = WorkerFigures.of(added)
-    assert (found.requests, found.payload_bytes, found.outcomes) == (4, 400, {"success": 4})
-    assert found.transfer is not None
-    assert (found.transfer.mean_ms, found.transfer.p50_ms, found.transfer.p95_ms) == (500, 500, 950)
-    assert list(found.queues) == ["decode_waiting"]
-    assert found.queues["decode_waiting"].mean_ms == 500
+    figures = WorkerFigures.of(added)
+    assert (figures.requests, figures.payload_bytes, figures.outcomes) == (4, 400, {"success": 4})
+    assert figures.transfer is not None
+    assert (figures.transfer.mean_ms, figures.transfer.p50_ms, figures.transfer.p95_ms) == (500, 500, 950)
+    assert list(figures.queues) == ["decode_waiting"]
+    assert figures.queues["decode_waiting"].mean_ms == 500
 
 
 def exposition(kind: str, count: int, seconds: float) -> str:
@@ -124,10 +124,10 @@ def exposition(kind: str, count: int, seconds: float) -> str:
 
 
 def test_the_queues_of_prefill_and_decode_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    said = {"p": exposition("prefill", 2, 4.0), "q": exposition("prefill", 2, 0.0), "d": exposition("decode", 4, 0.4)}
-    monkeypatch.setattr(metrics, "scrape", lambda url: metrics.parse(said[url]))
-    queues = WorkerFigures.of(Workers(tuple(said)).since({}, 0)).queues
-    assert {name: (one.count, one.mean_ms) for name, one in queues.items()} == {
+    texts = {"p": exposition("prefill", 2, 4.0), "q": exposition("prefill", 2, 0.0), "d": exposition("decode", 4, 0.4)}
+    monkeypatch.setattr(metrics, "scrape", lambda url: metrics.parse(texts[url]))
+    queues = WorkerFigures.of(Workers(tuple(texts)).since({}, 0)).queues
+    assert {name: (histogram.count, histogram.mean_ms) for name, histogram in queues.items()} == {
         "prefill_queue": (4, 1000),
         "decode_queue": (4, 100),
     }
@@ -161,9 +161,9 @@ def test_totals_leave_out_what_was_counted_between_rounds() -> None:
         return LoadRun((Outcome(ttft=0.1, e2e=0.1, output_tokens=1),), 1.0)
 
     sides = {name: Side(name, Counting((name,))) for name in served}
-    found = interleave(sides, repeats(SCENARIO, 3), drive, "x")
+    rounds = interleave(sides, repeats(SCENARIO, 3), drive, "x")
     for name in served:
-        counted = found.total[name].workers
+        counted = rounds.total[name].workers
         assert counted is not None
         assert (counted.requests, counted.payload_bytes, counted.queues["prefill_queue"].count) == (3, 3, 3)
 

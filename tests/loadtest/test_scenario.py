@@ -145,11 +145,11 @@ def test_warm_up_draws_texts_of_its_own() -> None:
 def test_a_trace_keeps_times_lengths_and_what_is_shared(tmp_path: Path) -> None:
     (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, TRACE)))
     scenario = load(tmp_path, "name: a\ntrace: {path: t.jsonl, block_tokens: 10, speed: 2}")
-    found = list(jobs(scenario))
-    words = [job.prompt.split() for job in found]
-    assert [job.due_s for job in found] == [0.0, 0.25, 1.5]
+    planned = list(jobs(scenario))
+    words = [job.prompt.split() for job in planned]
+    assert [job.due_s for job in planned] == [0.0, 0.25, 1.5]
     assert [len(prompt) for prompt in words] == [25, 32, 7]
-    assert [job.output_tokens for job in found] == [4, 8, 2]
+    assert [job.output_tokens for job in planned] == [4, 8, 2]
     assert words[0][:20] == words[1][:20]
     assert words[0][20:25] != words[1][20:25]
     smaller = list(jobs(scenario.changed(trace=scenario.trace.model_copy(update={"scale": 0.2}), requests=2)))
@@ -179,5 +179,5 @@ def test_a_trace_that_cannot_be_read(tmp_path: Path, lines: list[str], says: str
 
 def test_the_documented_scenario_is_one(tmp_path: Path) -> None:
     text = (SCENARIOS.parent / "docs" / "how-to" / "load-test.md").read_text()
-    found = load(tmp_path, text.split("```yaml\n")[1].split("```")[0])
-    assert (found.name, found.slo.ttft_ms) == ("mine", 2000)
+    scenario = load(tmp_path, text.split("```yaml\n")[1].split("```")[0])
+    assert (scenario.name, scenario.slo.ttft_ms) == ("mine", 2000)

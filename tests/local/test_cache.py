@@ -24,9 +24,9 @@ def race(root):
     assert (path / "whole").read_text() == "2"
 
 
-def counting(made):
+def counting(calls):
     def make(entry):
-        made.append(entry)
+        calls.append(entry)
         (entry / "sub").mkdir()
         (entry / "sub" / "a").write_text("aaaa")
         (entry / "b").write_text("bbbb")
@@ -60,25 +60,25 @@ def break_marker(path):
 
 @pytest.mark.parametrize("damage", [damage_bytes, damage_length, lose_file, add_file, lose_marker, break_marker])
 def test_a_damaged_entry_is_made_again(damage, tmp_path):
-    made = []
+    calls = []
     cache = Cache(tmp_path)
-    path = cache.entry("kind", "key", counting(made))
-    assert cache.entry("kind", "key", counting(made)) == path
-    assert len(made) == 1
+    path = cache.entry("kind", "key", counting(calls))
+    assert cache.entry("kind", "key", counting(calls)) == path
+    assert len(calls) == 1
     damage(path)
-    assert cache.entry("kind", "key", counting(made)) == path
-    assert len(made) == 2
+    assert cache.entry("kind", "key", counting(calls)) == path
+    assert len(calls) == 2
     assert (path / "sub" / "a").read_text() == "aaaa"
     assert not (path / "c").exists()
     assert {p.name for p in path.parent.iterdir()} == {"key", ".key.lock"}
 
 
 def test_a_copied_cache_is_still_whole(tmp_path):
-    made = []
-    path = Cache(tmp_path).entry("kind", "key", counting(made))
+    calls = []
+    path = Cache(tmp_path).entry("kind", "key", counting(calls))
     os.utime(path / "b", (1, 1))
-    Cache(tmp_path).entry("kind", "key", counting(made))
-    assert len(made) == 1
+    Cache(tmp_path).entry("kind", "key", counting(calls))
+    assert len(calls) == 1
 
 
 def test_failure_leaves_nothing(tmp_path):

@@ -81,8 +81,8 @@ def test_commands(
 def refused(capsys, command: str, says: str) -> None:
     with pytest.raises(SystemExit) as ended:
         main(command.split())
-    said = capsys.readouterr()
-    last = said.err.splitlines()[-1]
-    assert ended.value.code == 2, said.err
+    printed = capsys.readouterr()
+    last = printed.err.splitlines()[-1]
+    assert ended.value.code == 2, printed.err
     assert says in last
     assert last.startswith("pdtrim-deploy: ")

@@ -36,9 +36,9 @@ def option(command: list[str], name: str) -> str:
 
 
 def test_stages_are_workloads_of_their_own() -> None:
-    made = objects(prefill=2, decode=6, gpus=2)
+    rendered = objects(prefill=2, decode=6, gpus=2)
     for stage, count in (("prefill", 2), ("decode", 6)):
-        workload = made["Deployment", f"pdtrim-{stage}"]
+        workload = rendered["Deployment", f"pdtrim-{stage}"]
         command = container(workload)["command"]
         assert workload["spec"]["replicas"] == count
         assert option(command, "--disaggregation-mode") == stage
@@ -48,73 +48,79 @@ def test_stages_are_workloads_of_their_own() -> None:
 
 
 def test_workers_share_a_secret_that_no_file_holds() -> None:
-    made = objects()
-    assert not any(kind == "Secret" for kind, _ in made)
+    rendered = objects()
+    assert not any(kind == "Secret" for kind, _ in rendered)
     for stage in ("prefill", "decode"):
-        override = json.loads(option(container(made["Deployment", f"pdtrim-{stage}"])["command"], OVERRIDE))
-        volumes = made["Deployment", f"pdtrim-{stage}"]["spec"]["template"]["spec"]["volumes"]
+        override = json.loads(option(container(rendered["Deployment", f"pdtrim-{stage}"])["command"], OVERRIDE))
+        volumes = rendered["Deployment", f"pdtrim-{stage}"]["spec"]["template"]["spec"]["volumes"]
         assert {"name": "secret", "secret": {"secretName": "pdtrim-kv", "defaultMode": 0o440}} in volumes
         assert override == {"pdtrim_secret_file": "/run/secrets/kv"}
     services = compose(SERVED, Options(bundle=BundleAt("host", "/srv/b")))["services"]
-    assert {name for name, one in services.items() if one.get("secrets") == ["kv"]} == {"prefill-0", "decode-0"}
+    assert {name for name, service in services.items() if service.get("secrets") == ["kv"]} == {"prefill-0", "decode-0"}
 
 
 def test_only_sparse_plans_choose_decodes_attention() -> None:
     sparse, dense = (container(objects(s)["Deployment", "pdtrim-decode"])["command"] for s in (SERVED, DENSE))
-    assert option(sparse, "--attention-backend") == "torch_native"
+    assert option(sparse, "--attention-backend") == "triton"
+    assert "--disable-cuda-graph" not in sparse
     assert "--attention-backend" not in dense
     assert "--attention-backend" not in container(objects()["Deployment", "pdtrim-prefill"])["command"]
 
 
+def test_both_stages_have_the_pages_that_every_gpu_can_use() -> None:
+    for stage in STAGES:
+        assert option(container(objects()["Deployment", f"pdtrim-{stage}"])["command"], "--page-size") == "64"
+
+
 def test_the_router_finds_the_pods_of_its_plan_alone() -> None:
-    made = objects()
-    command = container(made["Deployment", "pdtrim-router"])["command"]
+    rendered = objects()
+    command = container(rendered["Deployment", "pdtrim-router"])["command"]
     for stage in ("prefill", "decode"):
         start = command.index(f"--{stage}-selector") + 1
         end = next((n for n in range(start, len(command)) if command[n].startswith("--")), len(command))
-        wanted = dict(pair.split("=") for pair in command[start:end])
-        labels = made["Deployment", f"pdtrim-{stage}"]["spec"]["template"]["metadata"]["labels"]
-        assert wanted == labels
-        assert wanted["pdtrim/plan"] == ("ab" * 32)[:32]
+        selector = dict(pair.split("=") for pair in command[start:end])
+        labels = rendered["Deployment", f"pdtrim-{stage}"]["spec"]["template"]["metadata"]["labels"]
+        assert selector == labels
+        assert selector["pdtrim/plan"] == ("ab" * 32)[:32]
         other = objects(DENSE)["Deployment", f"pdtrim-{stage}"]["spec"]["template"]["metadata"]["labels"]
-        assert wanted != other
+        assert selector != other
     assert option(command, "--service-discovery-port") == "30000"
-    rule = made["Role", "pdtrim-router"]["rules"]
+    rule = rendered["Role", "pdtrim-router"]["rules"]
     assert rule == [{"apiGroups": [""], "resources": ["pods"], "verbs": ["get", "list", "watch"]}]
 
 
 def test_selectors_match_their_pods_and_never_change_with_the_plan() -> None:
     for served in (SERVED, DENSE):
-        for (kind, _), one in objects(served).items():
+        for (kind, _), rendered in objects(served).items():
             if kind == "Deployment":
-                selector = one["spec"]["selector"]["matchLabels"]
-                assert selector.items() <= one["spec"]["template"]["metadata"]["labels"].items()
+                selector = rendered["spec"]["selector"]["matchLabels"]
+                assert selector.items() <= rendered["spec"]["template"]["metadata"]["labels"].items()
                 assert "pdtrim/plan" not in selector  # a Deployment's selector cannot be changed
 
 
 def test_the_router_may_finish_requests_before_kubernetes_kills_it() -> None:
     """It waits for requests under way, 180 s unless told otherwise; Kubernetes, unless told otherwise, 30 s."""
-    made = objects()
-    router = made["Deployment", "pdtrim-router"]
+    rendered = objects()
+    router = rendered["Deployment", "pdtrim-router"]
     waits = int(option(container(router)["command"], "--shutdown-grace-period-secs"))
-    pods = {kind: made["Deployment", f"pdtrim-{kind}"]["spec"]["template"]["spec"] for kind in ("router", *STAGES)}
+    pods = {kind: rendered["Deployment", f"pdtrim-{kind}"]["spec"]["template"]["spec"] for kind in ("router", *STAGES)}
     assert all(waits < pod["terminationGracePeriodSeconds"] for pod in pods.values())
 
 
 def test_a_rollout_is_given_as_long_as_its_workers_may_take_to_start() -> None:
     """Kubernetes calls one failed after 600 s; the router's pod is ready only when workers are."""
-    made = objects()
-    startup = container(made["Deployment", "pdtrim-decode"])["startupProbe"]
+    rendered = objects()
+    startup = container(rendered["Deployment", "pdtrim-decode"])["startupProbe"]
     takes = startup["periodSeconds"] * startup["failureThreshold"]
     for role in ("router", *STAGES):
-        assert made["Deployment", f"pdtrim-{role}"]["spec"]["progressDeadlineSeconds"] > takes
+        assert rendered["Deployment", f"pdtrim-{role}"]["spec"]["progressDeadlineSeconds"] > takes
 
 
 def test_pods_are_confined_and_ports_are_named() -> None:
-    for (kind, _), one in objects(rdma="rdma/hca", **NIXL).items():
+    for (kind, _), workload in objects(rdma="rdma/hca", **NIXL).items():
         if kind != "Deployment":
             continue
-        pod, inside = one["spec"]["template"]["spec"], container(one)
+        pod, inside = workload["spec"]["template"]["spec"], container(workload)
         assert pod["securityContext"]["runAsNonRoot"]
         assert inside["securityContext"]["readOnlyRootFilesystem"]
         assert inside["securityContext"]["capabilities"]["drop"] == ["ALL"]
@@ -124,8 +130,8 @@ def test_pods_are_confined_and_ports_are_named() -> None:
         for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
             if "httpGet" in inside.get(probe, {}):
                 assert inside[probe]["httpGet"]["port"] in names
-    made = objects(rdma="rdma/hca", **NIXL)
-    assert container(made["Deployment", "pdtrim-decode"])["resources"]["limits"]["rdma/hca"] == "1"
+    rendered = objects(rdma="rdma/hca", **NIXL)
+    assert container(rendered["Deployment", "pdtrim-decode"])["resources"]["limits"]["rdma/hca"] == "1"
     assert "rdma/hca" not in json.dumps(objects()["Deployment", "pdtrim-decode"])
 
 
@@ -140,8 +146,8 @@ def test_the_routers_probe_wants_a_second_token() -> None:
         tokens = 2
 
         def do_POST(self) -> None:
-            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            assert asked["sampling_params"]["max_new_tokens"] == 2
+            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            assert request["sampling_params"]["max_new_tokens"] == 2
             self.send_response(200)
             self.end_headers()
             self.wfile.write(json.dumps({"meta_info": {"completion_tokens": self.tokens}}).encode())
@@ -204,27 +210,27 @@ def test_bad_choices_are_refused() -> None:
 
 
 def test_workers_are_told_their_transport() -> None:
-    def told(**choices) -> list[tuple[str, dict]]:
+    def transports(**choices) -> list[tuple[str, dict]]:
         commands = [container(objects(**choices)["Deployment", f"pdtrim-{stage}"])["command"] for stage in STAGES]
         return [(option(c, "--disaggregation-transfer-backend"), json.loads(option(c, OVERRIDE))) for c in commands]
 
     secret = {"pdtrim_secret_file": "/run/secrets/kv"}
-    assert told() == [("pdtrim_tcp", secret)] * 2
-    assert told(**NIXL) == [("pdtrim_nixl", secret | {"pdtrim_transport": {"accept_unauthenticated": True}})] * 2
+    assert transports() == [("pdtrim_tcp", secret)] * 2
+    assert transports(**NIXL) == [("pdtrim_nixl", secret | {"pdtrim_transport": {"accept_unauthenticated": True}})] * 2
     mooncake = NIXL | {"transport": "pdtrim_mooncake", "rdma": "rdma/hca"}
     rdma = {"protocol": "rdma", "accept_unauthenticated": True}
-    assert told(**mooncake) == [("pdtrim_mooncake", secret | {"pdtrim_transport": rdma})] * 2
+    assert transports(**mooncake) == [("pdtrim_mooncake", secret | {"pdtrim_transport": rdma})] * 2
 
 
 def test_compose_gives_every_worker_gpus_of_its_own() -> None:
-    made = compose(SERVED, Options(prefill=1, decode=2, gpus=2, bundle=BundleAt("host", "/srv/b")))
-    services = made["services"]
+    rendered = compose(SERVED, Options(prefill=1, decode=2, gpus=2, bundle=BundleAt("host", "/srv/b")))
+    services = rendered["services"]
     assert list(services) == ["prefill-0", "decode-0", "decode-1", "router"]
     devices = [
         id_
-        for name, one in services.items()
+        for name, service in services.items()
         if name != "router"
-        for id_ in one["deploy"]["resources"]["reservations"]["devices"][0]["device_ids"]
+        for id_ in service["deploy"]["resources"]["reservations"]["devices"][0]["device_ids"]
     ]
     assert devices == ["0", "1", "2", "3", "4", "5"]
     router = services["router"]["command"]
@@ -232,36 +238,36 @@ def test_compose_gives_every_worker_gpus_of_its_own() -> None:
     assert router[at : at + 3] == ["--prefill", "http://prefill-0:30000", "8998"]
     assert router.count("--decode") == 2
     assert services["router"]["ports"] == ["127.0.0.1:8000:8000"]
-    assert all("ports" not in one for name, one in services.items() if name != "router")
+    assert all("ports" not in service for name, service in services.items() if name != "router")
 
 
 def test_compose_leaves_requests_under_way_the_time_that_the_router_takes() -> None:
     """Compose kills after 10 s unless told otherwise."""
-    made = compose(SERVED, Options(bundle=BundleAt("host", "/srv/b")))
-    router = made["services"]["router"]["command"]
+    rendered = compose(SERVED, Options(bundle=BundleAt("host", "/srv/b")))
+    router = rendered["services"]["router"]["command"]
     least = int(router[router.index("--shutdown-grace-period-secs") + 1])
-    assert all(int(one["stop_grace_period"].removesuffix("s")) > least for one in made["services"].values())
+    assert all(int(service["stop_grace_period"].removesuffix("s")) > least for service in rendered["services"].values())
 
 
 def test_compose_workers_may_load_the_code_they_compile() -> None:
     """Triton and FlashInfer build libraries under HOME; Docker mounts a tmpfs noexec unless told otherwise."""
-    made = compose(SERVED, Options(bundle=BundleAt("host", "/srv/b")))
-    for one in made["services"].values():
-        assert (one["read_only"], one["environment"]["HOME"], one["tmpfs"]) == (True, "/tmp", ["/tmp:exec"])
+    rendered = compose(SERVED, Options(bundle=BundleAt("host", "/srv/b")))
+    for service in rendered["services"].values():
+        assert (service["read_only"], service["environment"]["HOME"], service["tmpfs"]) == (True, "/tmp", ["/tmp:exec"])
 
 
 def test_generated_tokens_are_counted_once() -> None:
     """A prefill worker counts the first token of each request as its own, and decode counts it again."""
-    (panel,) = (one for one in PANELS if one.title == "Tokens generated")
+    (panel,) = (candidate for candidate in PANELS if candidate.title == "Tokens generated")
     assert 'sglang:generation_tokens_total{engine_type="decode"}' in panel.queries["tokens/s"]
 
 
 def test_deploy_holds_what_is_rendered() -> None:
     import runpy
 
-    made = runpy.run_path(str(ROOT / "tools" / "deploy_base.py"))["files"]()
+    rendered = runpy.run_path(str(ROOT / "tools" / "deploy_base.py"))["files"]()
     stands = {str(f.relative_to(ROOT / "deploy")): f.read_text() for f in (ROOT / "deploy").rglob("*") if f.is_file()}
-    assert {**made, "README.md": stands["README.md"]} == stands, "run: make deploy"
+    assert {**rendered, "README.md": stands["README.md"]} == stands, "run: make deploy"
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -278,8 +284,8 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     def run(*args: str) -> tuple[int, str, str]:
         with pytest.raises(SystemExit) as ended:
             main(["deploy", "render", "my-bundle", *args])
-        said = capsys.readouterr()
-        return int(ended.value.code or 0), said.out, said.err
+        printed = capsys.readouterr()
+        return int(ended.value.code or 0), printed.out, printed.err
 
     out = tmp_path / "k"
     code, text, _ = run("--prefill", "2", "--decode", "6", "--out", str(out), "--json")
@@ -290,7 +296,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert decode["spec"]["template"]["metadata"]["annotations"]["pdtrim/plan-digest"] == plan.digest
     command = container(decode)["command"]
     assert option(command, "--dtype") == "float16"
-    assert option(command, "--attention-backend") == "torch_native"
+    assert option(command, "--attention-backend") == "triton"
     assert option(command, "--served-model-name") == "my-bundle"
     named = yaml.safe_load((out / "kustomization.yaml").read_text())["resources"]
     assert {*named, "kustomization.yaml"} == {file.name for file in out.iterdir()}

@@ -42,11 +42,11 @@ def _silent(source: Path, block: int) -> dict[str, Tensor]:
 @pytest.fixture(scope="session")
 def tiny_stages(tiny_dir, make_stages, tmp_path_factory):
     """tiny_stages("Qwen3ForCausalLM"): a folder with that family's prefill/ and decode/. Read it only."""
-    made: dict[str, Path] = {}
+    folders: dict[str, Path] = {}
 
     def folder(architecture: str) -> Path:
-        if architecture not in made:
-            made[architecture] = make_stages(tiny_dir(architecture), tmp_path_factory.mktemp("stages"))
-        return made[architecture]
+        if architecture not in folders:
+            folders[architecture] = make_stages(tiny_dir(architecture), tmp_path_factory.mktemp("stages"))
+        return folders[architecture]
 
     return folder

@@ -107,11 +107,11 @@ def test_a_sliding_window_is_not_in_the_graph_and_said(
     architecture, changes, window, tiny_model, make_stages, tmp_path
 ):
     make_stages(tiny_model(tmp_path / "source", architecture, **changes), tmp_path)
-    said = [f"its attention has no sliding window: it is the model's up to {window} tokens"] if window else []
+    limits = [f"its attention has no sliding window: it is the model's up to {window} tokens"] if window else []
     result = build_target("onnx", tmp_path / "prefill", tmp_path / "engine")
-    assert [limit for limit in result.limits if "window" in limit] == said
+    assert [limit for limit in result.limits if "window" in limit] == limits
     dry = build_target("tensorrt", tmp_path / "prefill", tmp_path / "described", {"dry_run": True})
-    assert [limit for limit in dry.limits if "window" in limit] == said
+    assert [limit for limit in dry.limits if "window" in limit] == limits
 
 
 def test_float16(tiny_stages, tmp_path):
@@ -166,13 +166,13 @@ def test_a_wrong_opset(opset, tiny_stages, tmp_path, monkeypatch):
     """As an onnxruntime of another age would meet it: one sentence, the target named, nothing left."""
     from pdtrim_builders.targets import onnx as target
 
-    whole = target.build_graph
+    build_graph = target.build_graph
 
     def stamped(*args, **kwargs):
-        graph = whole(*args, **kwargs)
+        graph = build_graph(*args, **kwargs)
         model = onnx.load(graph.path)
         for functions in (model, *model.functions):
-            next(one for one in functions.opset_import if not one.domain).version = opset
+            next(entry for entry in functions.opset_import if not entry.domain).version = opset
         onnx.save(model, graph.path)
         return graph
 

@@ -66,25 +66,25 @@ def test_every_weight_comes_back(architecture, kind, tiny_stages, tmp_path):
                 name = f"transformer.layers.{layer}.{theirs}"
                 assert ranks[0][f"{name}.weight"].dtype == codes
                 assert f"{name}.activation_scaling_factor" in ranks[0]
-                wanted = torch.cat([source[f"model.layers.{layer}.{one}.weight"] for one in ours])
+                expected = torch.cat([source[f"model.layers.{layer}.{name_}.weight"] for name_ in ours])
                 got, step = dequantised(ranks, name)
-                error = (got - wanted).abs()
+                error = (got - expected).abs()
                 assert error.max() > 0, name
-                assert (error <= step + wanted.abs().max() / 128).all(), name  # the weights were bfloat16 before
+                assert (error <= step + expected.abs().max() / 128).all(), name  # the weights were bfloat16 before
             name, ours = f"transformer.layers.{layer}", f"model.layers.{layer}"
             norm = source[f"{ours}.input_layernorm.weight"].to(torch.bfloat16)
             assert torch.equal(ranks[-1][f"{name}.input_layernorm.weight"], norm)
             assert (f"{name}.attention.qkv.bias" in ranks[0]) == (architecture == "Qwen2ForCausalLM")
             if architecture == "Qwen2ForCausalLM":
                 biases = [rank[f"{name}.attention.qkv.bias"] for rank in ranks]
-                wanted = torch.cat(
-                    [source[f"{one}.bias"] for one in (f"{ours}.{side}" for side in HF["attention.qkv"])]
+                expected = torch.cat(
+                    [source[f"{name_}.bias"] for name_ in (f"{ours}.{side}" for side in HF["attention.qkv"])]
                 )
-                assert torch.equal(put_together(biases, f"{name}.attention.qkv"), wanted.to(torch.bfloat16))
-        for theirs, one in (("vocab_embedding", "embed_tokens"), ("ln_f", "norm")):
+                assert torch.equal(put_together(biases, f"{name}.attention.qkv"), expected.to(torch.bfloat16))
+        for theirs, name_ in (("vocab_embedding", "embed_tokens"), ("ln_f", "norm")):
             got = [rank[f"transformer.{theirs}.weight"] for rank in ranks]
-            whole = torch.cat(got) if theirs == "vocab_embedding" and config["use_parallel_embedding"] else got[0]
-            assert torch.equal(whole, source[f"model.{one}.weight"].to(torch.bfloat16))
+            joined = torch.cat(got) if theirs == "vocab_embedding" and config["use_parallel_embedding"] else got[0]
+            assert torch.equal(joined, source[f"model.{name_}.weight"].to(torch.bfloat16))
 
 
 def test_fp8_for_the_pytorch_backend(tiny_stages, tmp_path):
@@ -103,10 +103,10 @@ def test_fp8_for_the_pytorch_backend(tiny_stages, tmp_path):
     config = json.loads((hf / "config.json").read_text())
     assert (config["num_hidden_layers"], config["quantization_config"]["quant_method"]) == (4, "modelopt")
     got, source = load_file(hf / "model.safetensors"), load_file(folder / "model.safetensors")
-    for name, wanted in source.items():
+    for name, expected in source.items():
         scale = got.get(f"{name}_scale", torch.zeros(()))
-        found = got[name].float() * (scale if scale else 1)
-        assert (found - wanted).abs().max() <= 16 * scale + wanted.abs().max() / 128, name
+        restored = got[name].float() * (scale if scale else 1)
+        assert (restored - expected).abs().max() <= 16 * scale + expected.abs().max() / 128, name
     assert (hf / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
     serve = next(
         shlex.split(line)

@@ -77,8 +77,8 @@ def test_packed_rows_land_in_the_staging_buffer(cuts, engine, reference):
             rows[rule.rows_input] = torch.cat([torch.arange(*r) for r in part.ranges])
             buffers[rule.output] = staging[part.offset :][: part.bytes].view(torch.float32)
         stage.run(ids[lo:hi], torch.arange(lo, hi), rows, buffers)
-        wanted = pack(layout, *zip(*sides, strict=True), torch.arange(lo, hi))
-        torch.testing.assert_close(staging.view(torch.float32), wanted.view(torch.float32), atol=1e-4, rtol=0)
+        expected = pack(layout, *zip(*sides, strict=True), torch.arange(lo, hi))
+        torch.testing.assert_close(staging.view(torch.float32), expected.view(torch.float32), atol=1e-4, rtol=0)
 
 
 def test_what_the_callback_raises_comes_out(engine):
@@ -133,7 +133,7 @@ def test_the_profile_has_a_time_for_every_node(engine, tmp_path):
         stage.run(torch.tensor([token]), torch.tensor([token]))
     times = stage.node_times()
     assert len(times["PagedAttention"]) == 3 * 5
-    assert all(seconds >= 0 for found in times.values() for seconds in found)
+    assert all(seconds >= 0 for measured in times.values() for seconds in measured)
 
 
 @pytest.mark.parametrize("cuts", [(0, 40), (0, 17, 40)])
@@ -153,9 +153,9 @@ def test_a_layer_for_its_kv_alone_asks_to_write(cuts, tiny_dir, make_stages, tmp
     with torch.no_grad():
         out = load_model(tmp_path / "prefill").model(ids[None], use_cache=True)
     torch.testing.assert_close(torch.cat(got), out.last_hidden_state[0], atol=2e-4, rtol=0)
-    wanted = out.past_key_values.layers[3]
-    for made, side in zip(zip(*written, strict=True), (wanted.keys, wanted.values), strict=True):
-        torch.testing.assert_close(torch.cat(made).view(-1, KV_HEADS, DIM), side[0].transpose(0, 1), atol=1e-4, rtol=0)
+    expected = out.past_key_values.layers[3]
+    for parts, side in zip(zip(*written, strict=True), (expected.keys, expected.values), strict=True):
+        torch.testing.assert_close(torch.cat(parts).view(-1, KV_HEADS, DIM), side[0].transpose(0, 1), atol=1e-4, rtol=0)
 
 
 def test_float16_has_no_callback(tiny_stages, tmp_path):

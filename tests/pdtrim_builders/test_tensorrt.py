@@ -29,8 +29,8 @@ rtx = pytest.mark.skipif(
 def test_engine(architecture, stage, tiny_stages, tmp_path):
     options = {"compute_capabilities": ("8.0", "12.0"), "most_tokens": 64, "usual_tokens": 16}
     result = build_target("tensorrt-rtx", tiny_stages(architecture) / stage, tmp_path / "engine", options)
-    wanted = {"PagedAttention": 5, "SparseKVSend": 4} if stage == "prefill" else {"PagedAttention": 4}
-    assert (result.status, result.dtype, result.plugins) == ("built", "float16", wanted)
+    plugins = {"PagedAttention": 5, "SparseKVSend": 4} if stage == "prefill" else {"PagedAttention": 4}
+    assert (result.status, result.dtype, result.plugins) == ("built", "float16", plugins)
     plan = (tmp_path / "engine" / "engine.plan").read_bytes()
     assert plan[:4] == b"vtrt"
     assert len(plan) == result.files["engine.plan"]
@@ -79,9 +79,9 @@ def test_an_inlined_plugin_is_noticed(tiny_stages, tmp_path):
     graph = build_graph(stage, tmp_path / "model.onnx", "float16")
     model = onnx.load(graph.path)
     node = next(n for n in model.graph.node if n.op_type == "SparseKVSend")
-    kept = [a for a in node.attribute if not a.name.startswith("plugin_")]
+    attributes = [a for a in node.attribute if not a.name.startswith("plugin_")]
     del node.attribute[:]
-    node.attribute.extend(kept)
+    node.attribute.extend(attributes)
     onnx.save(model, graph.path)
     with pytest.raises(UserError, match=r"PLUGIN layers are .*'SparseKVSend': 3.* the graph has .*'SparseKVSend': 4"):
         run_worker(graph.path, tmp_path, {"PagedAttention": 5, "SparseKVSend": 4})

@@ -95,14 +95,14 @@ def test_split_and_back(architecture, kv_heads, changes, tiny_model, make_stages
 def test_config(tiny_stages, tmp_path):
     build_target("tensorrt-llm", tiny_stages("Qwen3ForCausalLM") / "prefill", tmp_path / "e", {"tensor_parallel": [2]})
     config = json.loads((tmp_path / "e" / "tp2" / "config.json").read_text())
-    wanted = {
+    expected = {
         "architecture": "Qwen3ForCausalLM", "dtype": "float32", "vocab_size": 512, "hidden_size": 64,
         "num_hidden_layers": 5, "num_attention_heads": 4, "num_key_value_heads": 2, "head_size": 16,
         "intermediate_size": 128, "position_embedding_type": "rope_gpt_neox", "rotary_base": 10000.0,
         "rotary_scaling": None, "attn_bias": False, "qwen_type": "qwen3",
         "mapping": {"world_size": 2, "tp_size": 2, "pp_size": 1},
     }  # fmt: skip
-    assert {key: config[key] for key in wanted} == wanted
+    assert {key: config[key] for key in expected} == expected
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -116,14 +116,14 @@ def test_dtype(dtype, tiny_stages, tmp_path):
 
 
 def test_commands_and_yaml(tiny_stages, tmp_path):
-    bundle, said = tiny_stages("LlamaForCausalLM"), {}
+    bundle, written = tiny_stages("LlamaForCausalLM"), {}
     for stage in ("prefill", "decode"):
         result = build_target("tensorrt-llm", bundle / stage, tmp_path / stage, {"tensor_parallel": (1, 2)})
         commands = [
             shlex.split(line) for line in (tmp_path / stage / "commands.txt").read_text().splitlines()
             if line and not line.startswith("#")
         ]  # fmt: skip
-        said[stage] = commands
+        written[stage] = commands
         assert [c[0] for c in commands] == ["trtllm-build", "trtllm-build", "trtllm-serve", "trtllm-serve"]
         for command in commands[:2]:
             assert (tmp_path / stage / command[command.index("--checkpoint_dir") + 1] / "config.json").exists()
@@ -131,7 +131,7 @@ def test_commands_and_yaml(tiny_stages, tmp_path):
         assert (tmp_path / stage / commands[2][1]).resolve() == (bundle / "decode").resolve()
         assert any("pairs layers by number" in limit for limit in result.limits)
     front = yaml.safe_load((tmp_path / "decode" / "disaggregated.yaml").read_text())
-    ports = [said[stage][2][said[stage][2].index("--port") + 1] for stage in ("prefill", "decode")]
+    ports = [written[stage][2][written[stage][2].index("--port") + 1] for stage in ("prefill", "decode")]
     assert front["context_servers"]["urls"] == [f"127.0.0.1:{ports[0]}"]
     assert front["generation_servers"]["urls"] == [f"127.0.0.1:{ports[1]}"]
     assert yaml.safe_load((tmp_path / "prefill" / "llm-api.yaml").read_text())["disable_overlap_scheduler"] is True

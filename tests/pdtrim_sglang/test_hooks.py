@@ -1,6 +1,5 @@
 """The hooks take on the pinned SGLang; one that did not is named."""
 
-import importlib
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -59,28 +58,24 @@ def test_every_transport_is_a_transfer_backend(registry):
         assert get_kv_class(backend, KVClassType.MANAGER) is PDTrimKVManager
 
 
-def test_the_torch_native_backend_is_the_sparse_one(registry):
-    from sglang.srt.layers.attention import torch_native_backend
-
-    assert torch_native_backend.TorchNativeAttnBackend.__name__ == "SparseTorchNativeBackend"
-
-
-def test_the_gpu_backends_are_ours_where_a_layer_is_cut_and_only_there(registry, monkeypatch):
+def test_backends_are_ours_where_a_layer_is_cut_and_only_there(registry, monkeypatch):
     from pdtrim_sglang import hook_targets
-    from pdtrim_sglang.attention import sparse_layers
-    from pdtrim_sglang.attention.factory import ATTENTION, SparseFactory
+    from pdtrim_sglang.attention import kept_backend
+    from pdtrim_sglang.attention.factory import ATTENTION, KeptFactory
+    from pdtrim_sglang.kept_pool.pool import KeptKVPool
     from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 
-    for name, ours in ATTENTION.items():
-        factory = ATTENTION_BACKENDS[name]
-        module = importlib.import_module(f"pdtrim_sglang.attention.{name}")
-        monkeypatch.setattr(module, ours, lambda runner, **_: "ours")
-        monkeypatch.setattr(sparse_layers, "sparse_windows", lambda runner: runner.windows)
-        runner = SimpleNamespace(windows={1: "window"}, init_new_workspace=False)
-        stock = SparseFactory(name, lambda runner: "sglang's")
-        assert factory(runner) == stock(runner) == "ours"
-        assert stock(SimpleNamespace(windows={})) == "sglang's"
-    monkeypatch.setitem(ATTENTION_BACKENDS, "triton", factory.original)
+    monkeypatch.setattr(kept_backend, "KeptBackend", lambda runner, make: ("ours", make(runner)))
+    cut = object.__new__(KeptKVPool)
+    for name in ATTENTION:
+        assert isinstance(ATTENTION_BACKENDS[name], KeptFactory)
+        factory = KeptFactory(name, lambda runner: "sglang's")
+        runner = SimpleNamespace(token_to_kv_pool=cut, decode_attention_backend_str=name)
+        assert factory(runner) == ("ours", "sglang's")
+        assert factory(SimpleNamespace(token_to_kv_pool=None)) == "sglang's"
+        runner.decode_attention_backend_str = "another"  # it is to be prefill's, which no request of decode runs
+        assert factory(runner) == "sglang's"
+    monkeypatch.setitem(ATTENTION_BACKENDS, "triton", ATTENTION_BACKENDS["triton"].original)
     with pytest.raises(RuntimeError, match=r"did not take the hooks ATTENTION_BACKENDS\[triton\];"):
         hook_targets.check()
 
@@ -90,8 +85,10 @@ def test_the_gpu_backends_are_ours_where_a_layer_is_cut_and_only_there(registry,
     [
         ({"disaggregation_decode_enable_radix_cache": True}, "--disaggregation-decode-enable-radix-cache"),
         ({"disaggregation_decode_enable_offload_kvcache": True}, "--disaggregation-decode-enable-offload-kvcache"),
-        ({"attention_backend": "fa3"}, "attention backend fa3 would read prompt rows"),
-        ({"decode_attention_backend": "flashinfer"}, "--cuda-graph-backend-decode disabled"),
+        (
+            {"attention_backend": "fa4"},
+            "fa4 would read .* torch_native, triton, flashinfer, fa3, trtllm_mha:",
+        ),
         ({"pp_size": 2}, "--pp-size 1"),
         ({"dcp_size": 2}, "--dcp-size 1"),
         ({"attn_cp_size": 2}, "--attn-cp-size 1"),
@@ -191,7 +188,8 @@ def test_more_ranks_than_kv_heads_are_refused_by_name(heads, ranks, most):
     [
         ("triton", "full", None),
         ("triton", "breakable", "--cuda-graph-backend-decode full or disabled"),
-        ("flashinfer", "full", "--cuda-graph-backend-decode disabled"),
+        ("flashinfer", "full", None),
+        ("fa3", "tc_piecewise", "--cuda-graph-backend-decode full or disabled"),
         ("torch_native", "breakable", None),
     ],
 )
@@ -272,11 +270,12 @@ def test_a_forward_pass_that_may_still_write_is_noted(registry, overlap, device,
     stream = SimpleNamespace(record_event=lambda: "event")
     queue = SimpleNamespace(scheduler=SimpleNamespace(enable_overlap=overlap, device=device, forward_stream=stream))
     asked = SimpleNamespace(
-        kv_receiver=SimpleNamespace(), req=SimpleNamespace(output_ids=[], origin_input_ids=[1, 2, 3])
+        kv_receiver=SimpleNamespace(),
+        req=SimpleNamespace(output_ids=[], origin_input_ids=[1, 2, 3], kv=SimpleNamespace(req_pool_idx=9)),
     )
     seen = []
     transfer.name_prompt_of_receiver(lambda _, one: seen.append(vars(one.kv_receiver).copy()), queue, asked)
-    assert seen == [{"prompt_tokens": 3, "forward_done": "event" if waits else None}]
+    assert seen == [{"prompt_tokens": 3, "row": 9, "forward_done": "event" if waits else None}]
 
 
 def test_a_stock_checkpoint_with_another_kv_dtype_is_refused():
@@ -292,12 +291,13 @@ def test_what_prefill_computed_anew_stays_prompt_when_the_request_is_retracted_a
     """Of the tokens emitted before, sparse layers were sent the last rows only."""
     from pdtrim_sglang.patches import memory
 
-    req = SimpleNamespace(origin_input_ids=[1] * 5, output_ids=[2] * 7, kv=SimpleNamespace(req_pool_idx=1))
-    req.pd_rebootstrap_in_progress = True
-    rows = SimpleNamespace(pdtrim_prompt_tokens=[0, 0])
-    queue = SimpleNamespace(req_to_token_pool=rows, token_to_kv_pool_allocator=None)
-    memory.note_prompt_length(lambda *_: None, queue, req)
-    assert rows.pdtrim_prompt_tokens == [0, 12]
+    req = SimpleNamespace(origin_input_ids=[1] * 5, output_ids=[2] * 7)
+    req.pd_rebootstrap_in_progress, req.kv = True, SimpleNamespace(req_pool_idx=1, kv_committed_len=12)
+    admitted = []
+    pool = SimpleNamespace(kept=SimpleNamespace(admit=lambda *request: admitted.append(request)))
+    queue = SimpleNamespace(token_to_kv_pool_allocator=SimpleNamespace(get_kvcache=lambda: pool))
+    memory.admit(lambda *_: None, queue, req)
     req.pd_rebootstrap_in_progress, req.output_ids = False, [2] * 20  # and back from its backup
-    memory.note_prompt_length(lambda *_: None, queue, req)
-    assert rows.pdtrim_prompt_tokens == [0, 12]
+    req.kv.kv_committed_len = 24
+    memory.admit(lambda *_: None, queue, req)
+    assert admitted == [(1, 12, 12), (1, 12, 24)]

@@ -38,7 +38,7 @@ def test_of_workers(name):
     assert args.disaggregation_transfer_backend == "pdtrim_tcp"
     assert args.tp_size == 2
     assert args.enable_metrics
-    assert (args.attention_backend == "torch_native") == ("decode" in name)
+    assert (args.attention_backend == "triton") == ("decode" in name)
 
 
 @pytest.mark.parametrize("name", ["pdtrim-router", "router"])

@@ -8,8 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 from pdtrim_sglang.protocol import ChunkHeader, Reply
+from pdtrim_sglang.transports import Transport
 from pdtrim_sglang.transports.base import TransportConfig, TransportError, UnreachableError
-from pdtrim_sglang.transports.one_sided import OneSidedReceiveServer, OneSidedSendChannel, Writer
+from pdtrim_sglang.transports.one_sided import OneSided, Writer
 
 CONFIG = TransportConfig(staging_bytes=1 << 12, connect_seconds=2, stall_seconds=30)
 HEADER = ChunkHeader(bytes(32), 1, 0, 8, 0, 8, 0, 100, False)
@@ -61,9 +62,11 @@ class Listener:
 @pytest.fixture
 def pair():
     writer, handler, listener = Memory(), Handler(), Listener()
-    server = OneSidedReceiveServer(writer, "127.0.0.1", handler, CONFIG)
-    channel = OneSidedSendChannel(writer, server.host, server.port, listener, CONFIG)
-    yield channel, server, handler, listener
+    transport = Transport(OneSided(lambda *_: writer))
+    server = transport.server("127.0.0.1", handler, CONFIG)
+    channel = transport.channel(server.host, server.port, listener, CONFIG)
+    handler.server = server
+    yield channel, writer, handler, listener
     handler.gate.set()
     channel.close()
     server.close()
@@ -71,9 +74,10 @@ def pair():
 
 @pytest.mark.parametrize("how", ["abandoned", "lost"])
 def test_a_sender_that_waits_for_its_turn_hears_that_the_connection_is_gone(pair, how):
-    channel, server, _, listener = pair
+    channel, _, handler, listener = pair
     channel.send(HEADER, memoryview(b""))
-    threading.Timer(0.3, channel.abandon if how == "abandoned" else server.close).start()
+    assert handler.delivering.wait(5)
+    threading.Timer(0.3, channel.abandon if how == "abandoned" else handler.server.close).start()
     started = time.monotonic()
     with pytest.raises(TransportError, match="the connection was lost"):
         channel.send(HEADER, memoryview(b""))
@@ -83,27 +87,27 @@ def test_a_sender_that_waits_for_its_turn_hears_that_the_connection_is_gone(pair
 
 def test_what_is_written_after_the_check_is_not_scattered(pair):
     """A write that was given up may land whenever it likes: here after the checksum, before the scatter."""
-    channel, server, handler, listener = pair
+    channel, writer, handler, listener = pair
     channel.staging[:100] = torch.arange(100, dtype=torch.uint8)
     channel.send(replace(HEADER, aux_bytes=3), memoryview(b"aux"))
     assert handler.delivering.wait(5)
-    (place,) = server._places.values()
-    place.fill_(255)
+    for buffer in writer.buffers:
+        buffer.fill_(255)
     handler.gate.set()
     assert listener.events.get(timeout=5) == Reply(1)
     assert handler.got == [(list(range(100)), b"aux")]
 
 
 def test_what_is_written_before_the_check_is_found(pair):
-    channel, _, handler, listener = pair
+    channel, writer, handler, listener = pair
     handler.gate.set()
-    write = channel._writer.write
+    write = writer.write
 
     def damaged(source, size, target, seconds):
         write(source, size, target, seconds)
         target[50] += 1
 
-    channel._writer.write = damaged
+    writer.write = damaged
     channel.send(HEADER, memoryview(b""))
     assert "checksum mismatch" in listener.events.get(timeout=5).reason
     assert not handler.got
@@ -111,11 +115,11 @@ def test_what_is_written_before_the_check_is_found(pair):
 
 @pytest.mark.parametrize("error", [KeyError("agent"), TypeError("no place"), ValueError("no JSON")])
 def test_a_place_of_another_transport_is_one_sentence(pair, error):
-    channel, *_ = pair
+    channel, writer, *_ = pair
 
     def reach(place):
         raise error
 
-    channel._writer.reach = reach
+    writer.reach = reach
     with pytest.raises(UnreachableError, match="another transport; start both workers with one --disaggregation-tran"):
         channel.send(HEADER, memoryview(b""))

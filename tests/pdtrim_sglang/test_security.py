@@ -59,14 +59,14 @@ class Listener:
 @pytest.fixture(scope="module")
 def server():
     handler = Handler()
-    made = TRANSPORTS["tcp"][1]("127.0.0.1", handler, config())
+    made = TRANSPORTS["tcp"].server("127.0.0.1", handler, config())
     yield made, handler
     made.close()
 
 
 def send(server, credentials, room=1):
     listener = Listener()
-    channel = TRANSPORTS["tcp"][0](server.host, server.port, listener, config(credentials))
+    channel = TRANSPORTS["tcp"].channel(server.host, server.port, listener, config(credentials))
     try:
         channel.send(ChunkHeader(bytes(32), room, 0, 8, 0, 8, 0, 8, False), memoryview(b""))
         return listener.events.get(timeout=5)
@@ -151,7 +151,7 @@ def test_who_says_nothing_is_hung_up_on(server):
 
 
 def test_members_are_bounded():
-    made = TRANSPORTS["tcp"][1]("127.0.0.1", Handler(), config(connections=3))
+    made = TRANSPORTS["tcp"].server("127.0.0.1", Handler(), config(connections=3))
     held = []
     for before in range(4):
         deadline = time.monotonic() + 5
@@ -171,7 +171,7 @@ def test_members_are_bounded():
 
 def test_silent_strangers_keep_no_member_out():
     """As many as a server keeps, in its full time to show who they are."""
-    made = TRANSPORTS["tcp"][1]("127.0.0.1", Handler(), replace(config(), connect_seconds=60))
+    made = TRANSPORTS["tcp"].server("127.0.0.1", Handler(), replace(config(), connect_seconds=60))
     silent = [socket.create_connection((made.host, made.port), timeout=5) for _ in range(256)]
     assert len(silent[-1].recv(38)) == 38
     started = time.monotonic()
@@ -221,9 +221,9 @@ def test_after_all_that_the_server_serves(server):
     made, _ = server
     assert send(made, OURS, room=7) == Reply(7)
     deadline = time.monotonic() + 5
-    while made._connections and time.monotonic() < deadline:
+    while made._members and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert not made._connections
+    assert not made._members
 
 
 @pytest.fixture

@@ -106,7 +106,7 @@ def opened(session, room):
 
 def test_what_a_vanished_decode_worker_leaves_behind_ends_by_itself(side):
     handler = Handler()
-    server = transport_named("tcp")[1]("127.0.0.1", handler, CONFIG)
+    server = transport_named("tcp").server("127.0.0.1", handler, CONFIG)
     session = f"{server.host}:{server.port}"
     side.hear(register(session))
     side.hear(opened(session, 1))
@@ -120,7 +120,7 @@ def test_what_a_vanished_decode_worker_leaves_behind_ends_by_itself(side):
     server.close()
     eventually(lambda: not side._peers)
     closed.get(timeout=10)  # by its thread, which then ends
-    again = transport_named("tcp")[1]("127.0.0.1", handler, replace(CONFIG, port=server.port))  # it was but cut off
+    again = transport_named("tcp").server("127.0.0.1", handler, replace(CONFIG, port=server.port))  # it was but cut off
     side.hear(opened(session, 2))
     side.send(2)
     assert handler.rooms.get(timeout=10) == 2

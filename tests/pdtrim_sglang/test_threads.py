@@ -52,11 +52,11 @@ def test_a_chunk_is_packed_sent_and_taken_in_on_the_workers_gpu(monkeypatch):
         used["packed"] = torch.cuda.current_device()
 
     monkeypatch.setattr(peer_module, "pack", pack)
-    make_channel, make_server = transport_named("tcp")
-    server = make_server("127.0.0.1", Both(), CONFIG)
+    transport = transport_named("tcp")
+    server = transport.server("127.0.0.1", Both(), CONFIG)
     pool = PoolView([torch.zeros(8, 1, 4)], [torch.zeros(8, 1, 4)], 4)
     plan = PDPlan.dense(SHAPE)
-    peer = Peer(server.host, server.port, make_channel, CONFIG, Both(), plan, pool, AuxRows((), ()), 0)
+    peer = Peer(server.host, server.port, transport.channel, CONFIG, Both(), plan, pool, AuxRows((), ()), 0)
     Both.room.queued = 1
     peer.submit(Chunk(1, [1], 0, 4, 0, 4, True, 0))
     answered.get(timeout=10)

@@ -65,10 +65,10 @@ def usable(name):
     ]
 )
 def pair(request):
-    make_channel, make_server = transport_named(request.param)
+    transport = transport_named(request.param)
     handler, listener = Handler(), Listener()
-    server = make_server("127.0.0.1", handler, CONFIG)
-    channel = make_channel(server.host, server.port, listener, CONFIG)
+    server = transport.server("127.0.0.1", handler, CONFIG)
+    channel = transport.channel(server.host, server.port, listener, CONFIG)
     yield channel, server, handler, listener
     channel.close()
     server.close()
@@ -207,16 +207,16 @@ def test_a_server_that_is_out_of_files_for_a_moment_serves_on(pair):
 def test_nobody_there_is_told_apart_from_a_broken_connection():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-    channel = TRANSPORTS["tcp"][0]("127.0.0.1", port, Listener(), CONFIG)
+    channel = TRANSPORTS["tcp"].channel("127.0.0.1", port, Listener(), CONFIG)
     with pytest.raises(UnreachableError, match=f"cannot reach decode worker 127.0.0.1:{port}"):
         channel.send(header(1, 10), memoryview(b""))
 
 
 def test_transports_that_let_strangers_write_are_refused_unless_one_says_so():
     with pytest.raises(RuntimeError, match="without authentication"):
-        TRANSPORTS["mooncake"][1]("127.0.0.1", Handler(), TransportConfig())
+        TRANSPORTS["mooncake"].server("127.0.0.1", Handler(), TransportConfig())
     with pytest.raises(RuntimeError, match="without authentication"):
-        TRANSPORTS["nixl"][0].prepare("192.0.2.7", TransportConfig())
+        TRANSPORTS["nixl"].prepare("192.0.2.7", TransportConfig())
 
 
 @pytest.mark.parametrize("name", sorted(LIBRARY))
@@ -225,7 +225,7 @@ def test_a_missing_library_is_one_sentence(name, monkeypatch):
     module = importlib.import_module(f"pdtrim_sglang.transports.{name}")
     monkeypatch.setattr(module, "_writer", module._writer.__wrapped__)
     with pytest.raises(RuntimeError, match=r"cannot be loaded .*; install it into the serve environment: pip install"):
-        TRANSPORTS[name][0].prepare("127.0.0.1", CONFIG)
+        TRANSPORTS[name].prepare("127.0.0.1", CONFIG)
 
 
 def test_what_a_worker_is_told_of_its_transport():
@@ -250,9 +250,9 @@ def test_an_unknown_transport_lists_the_valid_names():
 
 
 def test_tcp_notices_a_damaged_chunk():
-    make_channel, make_server = TRANSPORTS["tcp"]
+    transport = TRANSPORTS["tcp"]
     handler, listener = Handler(), Listener()
-    server = make_server("127.0.0.1", handler, CONFIG)
+    server = transport.server("127.0.0.1", handler, CONFIG)
     relay = socket.create_server(("127.0.0.1", 0))
 
     def damage():
@@ -269,7 +269,7 @@ def test_tcp_notices_a_damaged_chunk():
             near.sendall(reply)
 
     threading.Thread(target=damage, daemon=True).start()
-    channel = make_channel("127.0.0.1", relay.getsockname()[1], listener, CONFIG)
+    channel = transport.channel("127.0.0.1", relay.getsockname()[1], listener, CONFIG)
     channel.staging.zero_()
     channel.send(header(4, 2000), memoryview(b""))
     reply = listener.next()
@@ -282,10 +282,10 @@ def test_tcp_notices_a_damaged_chunk():
 
 
 def test_a_receive_buffer_grows_no_further_than_staging_bytes():
-    make_channel, make_server = TRANSPORTS["tcp"]
+    transport = TRANSPORTS["tcp"]
     listener = Listener()
-    server = make_server("127.0.0.1", Handler(), CONFIG)
-    channel = make_channel(server.host, server.port, listener, CONFIG)
+    server = transport.server("127.0.0.1", Handler(), CONFIG)
+    channel = transport.channel(server.host, server.port, listener, CONFIG)
     for size, held in ((1000, 1000), (1001, 2000), (700_000, 700_000), (700_001, 1 << 20), (1 << 20, 1 << 20)):
         channel.send(header(1, size), memoryview(b""))
         assert listener.next() == Reply(1)
@@ -296,10 +296,10 @@ def test_a_receive_buffer_grows_no_further_than_staging_bytes():
 
 @pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="no IPv6 here")
 def test_a_worker_may_be_reached_by_ipv6():
-    make_channel, make_server = TRANSPORTS["tcp"]
+    transport = TRANSPORTS["tcp"]
     listener = Listener()
-    server = make_server("::1", Handler(), CONFIG)
-    channel = make_channel(server.host, server.port, listener, CONFIG)
+    server = transport.server("::1", Handler(), CONFIG)
+    channel = transport.channel(server.host, server.port, listener, CONFIG)
     channel.send(header(1, 10), memoryview(b""))
     assert listener.next() == Reply(1)
     channel.close()

@@ -23,7 +23,7 @@ def fails(*_):
 
 
 def test_the_transport_server(ended, monkeypatch, caplog):
-    server = TRANSPORTS["tcp"][1]("127.0.0.1", SimpleNamespace(connections_changed=list), TransportConfig())
+    server = TRANSPORTS["tcp"].server("127.0.0.1", SimpleNamespace(connections_changed=list), TransportConfig())
     monkeypatch.setattr(threads, "start", fails)
     socket.create_connection((server.host, server.port)).close()
     assert ended.wait(5)
@@ -37,9 +37,10 @@ def test_the_control_channel(ended, monkeypatch, stage):
     from pdtrim_sglang.decode import DecodeSide
     from pdtrim_sglang.prefill import PrefillSide
 
-    channel, server = SimpleNamespace(prepare=lambda *_: None), SimpleNamespace(host="h", port=1)
+    server = SimpleNamespace(host="h", port=1)
+    transport = SimpleNamespace(prepare=lambda *_: None, server=lambda *_: server)
     for module in ("prefill", "decode"):
-        monkeypatch.setattr(f"pdtrim_sglang.{module}.transport_named", lambda _: (channel, lambda *_: server))
+        monkeypatch.setattr(f"pdtrim_sglang.{module}.transport_named", lambda _: transport)
     monkeypatch.setattr("pdtrim_sglang.prefill.TransferMetrics", lambda: None)  # its registry takes a name once
     monkeypatch.setattr("pdtrim_sglang.decode.HeldMetrics", lambda: None)
     manager = SimpleNamespace(local_ip="127.0.0.1", server_socket=SimpleNamespace(poll=fails, recv_multipart=fails))

@@ -52,7 +52,7 @@ def plans(draw):
     blocks = draw(st.integers(1, 4))
     decode = [draw(st.booleans()) for _ in range(blocks)]
     decode[draw(st.integers(0, blocks - 1))] = True
-    prefill = [kept or draw(st.booleans()) for kept in decode]
+    prefill = [full or draw(st.booleans()) for full in decode]
     sends = []
     for _ in range(sum(decode)):
         first, last = draw(st.integers(0, 5)), draw(st.integers(0, 20))

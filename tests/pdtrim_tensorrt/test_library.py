@@ -29,13 +29,13 @@ def library(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def driver(library):
-    source, made = Path(__file__).with_name("drive_plugin.cpp"), library.with_name("libdriver.so")
+    source, compiled = Path(__file__).with_name("drive_plugin.cpp"), library.with_name("libdriver.so")
     options = ["-std=c++17", "-shared", "-Xcompiler", "-fPIC,-Wall,-Wextra", "-Xlinker", f"-rpath,{library.parent}"]
     headers = ["-isystem", f"{ROOT}/include"]
     subprocess.run(
-        ["nvcc", *options, *headers, str(source), str(library), "-o", str(made)], check=True
+        ["nvcc", *options, *headers, str(source), str(library), "-o", str(compiled)], check=True
     )  # as g++, with CUDA
-    return ctypes.CDLL(str(made))
+    return ctypes.CDLL(str(compiled))
 
 
 def drive_send(driver, wire, pool, values, rows, staging, wide=True, width=None, declared=None):

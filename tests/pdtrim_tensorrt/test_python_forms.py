@@ -64,10 +64,10 @@ def plugin(trt, op, attributes, integers="INT64"):
     ("op", "attributes"), [("SparseKVSend", SEND), ("PagedAttention", ATTENTION), ("KVWrite", WRITE)]
 )
 def test_attributes_survive_a_plan(trt, op, attributes, integers):
-    made = plugin(trt, op, attributes, integers)
-    again = trt.registry["pdtrim", op].create_plugin("node", made.get_fields_to_serialize(), "RUNTIME")
-    assert vars(again.attributes) == vars(made.clone().attributes) == attributes
-    assert (made.plugin_name, made.plugin_namespace, made.plugin_version) == (op, "pdtrim", "1")
+    plugin_ = plugin(trt, op, attributes, integers)
+    again = trt.registry["pdtrim", op].create_plugin("node", plugin_.get_fields_to_serialize(), "RUNTIME")
+    assert vars(again.attributes) == vars(plugin_.clone().attributes) == attributes
+    assert (plugin_.plugin_name, plugin_.plugin_namespace, plugin_.plugin_version) == (op, "pdtrim", "1")
 
 
 @pytest.mark.parametrize(
@@ -75,25 +75,25 @@ def test_attributes_survive_a_plan(trt, op, attributes, integers):
     [("native", [2, "R", 16], "HALF"), ("int8", [("R", 2 * 2 * (8 + 2))], "INT8"), ("fp8", [("R", 40)], "INT8")],
 )
 def test_what_send_gives_back(trt, wire, shape, dtype):
-    made = plugin(trt, "SparseKVSend", SEND | {"wire_dtype": wire})
+    plugin_ = plugin(trt, "SparseKVSend", SEND | {"wire_dtype": wire})
     build = Record(constant=lambda value: value, operation=lambda kind, left, right: (left, right))
-    assert made.get_output_shapes([["T", 16], ["T", 16], ["R"]], [], build) == [shape]
-    assert made.get_output_data_types(["HALF", "HALF", "INT64"]) == [dtype]
+    assert plugin_.get_output_shapes([["T", 16], ["T", 16], ["R"]], [], build) == [shape]
+    assert plugin_.get_output_data_types(["HALF", "HALF", "INT64"]) == [dtype]
     good = [Record(desc=Record(type=kind, format="LINEAR")) for kind in ("HALF", "HALF", "INT64", dtype)]
-    assert all(made.supports_format_combination(place, good, 3) for place in range(4))
+    assert all(plugin_.supports_format_combination(place, good, 3) for place in range(4))
     for place, kind in enumerate(["INT8", "FLOAT", "HALF", "FLOAT"]):
         wrong = [*good[:place], Record(desc=Record(type=kind, format="LINEAR")), *good[place + 1 :]]
-        assert not made.supports_format_combination(place, wrong, 3)
-    assert not made.supports_format_combination(0, [Record(desc=Record(type="HALF", format="CHW32"))], 3)
+        assert not plugin_.supports_format_combination(place, wrong, 3)
+    assert not plugin_.supports_format_combination(0, [Record(desc=Record(type="HALF", format="CHW32"))], 3)
 
 
 @pytest.mark.parametrize(("op", "attributes"), [("PagedAttention", ATTENTION), ("KVWrite", WRITE)])
 def test_the_other_two_give_back_the_first_inputs_shape(trt, op, attributes):
-    made = plugin(trt, op, attributes)
-    assert made.get_output_shapes([["T", 24], ["T", 16], ["T", 16]], [], None) == [["T", 24]]
-    assert made.get_output_data_types(["HALF", "HALF", "HALF"]) == ["HALF"]
+    plugin_ = plugin(trt, op, attributes)
+    assert plugin_.get_output_shapes([["T", 24], ["T", 16], ["T", 16]], [], None) == [["T", 24]]
+    assert plugin_.get_output_data_types(["HALF", "HALF", "HALF"]) == ["HALF"]
     same = [Record(desc=Record(type="HALF", format="LINEAR"))] * 4
-    assert all(made.supports_format_combination(place, same, 3) for place in range(4))
+    assert all(plugin_.supports_format_combination(place, same, 3) for place in range(4))
 
 
 def test_it_says_why_it_does_not_run(trt):

@@ -31,18 +31,18 @@ def build(tmp_path):
     return run
 
 
-def check(made, op, shape, dtype):
-    assert made["layers"] == 1
-    assert made["plugin_layers"] == ["node"]
-    assert made["output"] == [shape, dtype]
-    assert made["magic"] == "vtrt"
-    assert made["in_plan"] == [op]
+def check(result, op, shape, dtype):
+    assert result["layers"] == 1
+    assert result["plugin_layers"] == ["node"]
+    assert result["output"] == [shape, dtype]
+    assert result["magic"] == "vtrt"
+    assert result["in_plan"] == [op]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_attention(build, dtype):
-    made = build(op="PagedAttention", dtype=dtype)
-    check(made, "PagedAttention", [-1, 32], DTYPES[dtype])
+    result = build(op="PagedAttention", dtype=dtype)
+    check(result, "PagedAttention", [-1, 32], DTYPES[dtype])
 
 
 def test_a_write_of_kv_is_not_optimised_away(build):
@@ -50,16 +50,16 @@ def test_a_write_of_kv_is_not_optimised_away(build):
 
 
 def test_native_send(build):
-    made = build(op="SparseKVSend", dtype="FLOAT16", wire="native")
-    check(made, "SparseKVSend", [2, -1, 16], "HALF")
-    assert made["wire_in_plan"] == ["native"]
+    result = build(op="SparseKVSend", dtype="FLOAT16", wire="native")
+    check(result, "SparseKVSend", [2, -1, 16], "HALF")
+    assert result["wire_in_plan"] == ["native"]
 
 
 @pytest.mark.parametrize("wire", ["int8", "fp8"])
 def test_quantised_send(build, wire):
-    made = build(op="SparseKVSend", dtype="FLOAT16", wire=wire)
-    check(made, "SparseKVSend", [-1], "INT8")
-    assert made["wire_in_plan"] == [wire]
+    result = build(op="SparseKVSend", dtype="FLOAT16", wire=wire)
+    check(result, "SparseKVSend", [-1], "INT8")
+    assert result["wire_in_plan"] == [wire]
 
 
 @pytest.mark.parametrize(
@@ -70,9 +70,9 @@ def test_quantised_send(build, wire):
     ],
 )
 def test_wrong_attributes_do_not_parse(build, case, message):
-    made = build(op="SparseKVSend", dtype="FLOAT16", **case)
-    assert not made["parsed"]
-    assert message in made["stderr"]
+    result = build(op="SparseKVSend", dtype="FLOAT16", **case)
+    assert not result["parsed"]
+    assert message in result["stderr"]
 
 
 @pytest.mark.skipif(not ROOT or not shutil.which("nvcc"), reason="needs TENSORRT_ROOT (TensorRT's headers) and nvcc")
@@ -85,6 +85,6 @@ def test_the_cpp_library_builds_engines_and_is_embedded(build, tmp_path):
         (attention, None, [-1, 32], "HALF"),
         (write, None, [-1, 24], "HALF"),
     ):
-        made = build(op=op, dtype="FLOAT16", wire=wire, library=str(library))
-        check(made, op, shape, dtype)
-        assert made["embedded"]
+        result = build(op=op, dtype="FLOAT16", wire=wire, library=str(library))
+        check(result, op, shape, dtype)
+        assert result["embedded"]

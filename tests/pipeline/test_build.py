@@ -257,7 +257,7 @@ def test_what_a_kill_left_goes_when_the_next_build_begins(
     left = tmp_path / "b" / ".build" / "hidden-abc" / "x0.f32"
     left.parent.mkdir(parents=True)
     left.write_bytes(b"large")
-    (tmp_path / "b" / ".build" / "steps.json").write_text("{}")
+    (tmp_path / "b" / ".build" / "steps.jsonl").touch()
     half = [tmp_path / "b" / folder / ".README.md.new-1" for folder in ("prefill", "reports")]
     for file in half:
         file.parent.mkdir()

@@ -103,8 +103,8 @@ def test_bytes_by_hand():
 def test_the_digest_is_of_the_content():
     assert plan().digest == plan().digest == PDPlan.dense(SHAPE).digest
     assert plan(decode="kkkkk-").digest != plan().digest
-    whole = plan()
-    assert whole.with_kv((KVSend(mode="sparse", n_last=1),) * 6).digest != whole.digest
+    full = plan()
+    assert full.with_kv((KVSend(mode="sparse", n_last=1),) * 6).digest != full.digest
 
 
 def test_json_and_back(tmp_path):
@@ -148,13 +148,13 @@ def test_a_plan_without_key_offsets_reads_as_before_there_were_any():
 
 
 def test_key_offsets_are_part_of_the_plan():
-    found = OLD.with_key_offsets(OFFSETS)
-    assert PDPlan.parse(json.loads(found.canonical_json()), "x") == found
+    with_offsets = OLD.with_key_offsets(OFFSETS)
+    assert PDPlan.parse(json.loads(with_offsets.canonical_json()), "x") == with_offsets
     other = OFFSETS.model_copy(update={"sha256": "f" * 64})
-    assert len({p.digest for p in (OLD, found, OLD.with_key_offsets(other))}) == 3
-    assert [found.has_key_offset(layer) for layer in range(3)] == [False, False, True]  # layer 0 travels native
-    assert found.with_kv((KVSend(wire_dtype="fp8"),) * 3).key_offsets == OFFSETS
-    assert found.with_key_offsets(None) == OLD
+    assert len({p.digest for p in (OLD, with_offsets, OLD.with_key_offsets(other))}) == 3
+    assert [with_offsets.has_key_offset(layer) for layer in range(3)] == [False, False, True]  # layer 0 travels native
+    assert with_offsets.with_kv((KVSend(wire_dtype="fp8"),) * 3).key_offsets == OFFSETS
+    assert with_offsets.with_key_offsets(None) == OLD
 
 
 @pytest.mark.parametrize(

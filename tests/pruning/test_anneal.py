@@ -179,16 +179,6 @@ def test_a_killed_search_gives_what_an_unbroken_one_does(model, ids, tmp_path, s
     assert len(rows_of(tmp_path / "cut")) == 43
 
 
-def test_half_a_row_is_cut_off_without_writing_the_others_anew(tmp_path, monkeypatch):
-    Trajectory(tmp_path / "t").append(step=0, block_forwards=1)
-    whole = (tmp_path / "t").read_bytes()
-    (tmp_path / "t").write_bytes(whole + b'{"step": 1, "blo')
-    with monkeypatch.context() as patched:
-        patched.setattr(Trajectory, "_write", lambda *_: pytest.fail("a kill here would lose the search"))
-        assert Trajectory(tmp_path / "t").replay()["step"] == 0
-    assert (tmp_path / "t").read_bytes() == whole
-
-
 def test_a_seed_fixes_the_chain_whatever_the_workers_and_the_memory(model, ids, tmp_path):
     found, chains = [], []
     for name, more in {"one": {}, "three": {"workers": 3}, "little": {"memory": 60_000}, "none": {"memory": 0}}.items():
@@ -312,12 +302,8 @@ def test_states_in_files_hold_no_descriptors(tmp_path):
 
 def test_what_goes_wrong_is_one_sentence(model, ids, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"cannot write .*the search goes on where it was"):
+    with pytest.raises(UserError, match=r"cannot write .*it goes on where it was"):
         Trajectory(tmp_path / "file" / "below")
-    full = Trajectory(tmp_path / "t")
-    full._path = type(full._path)("/dev/full")
-    with pytest.raises(UserError, match="No space left on device"):
-        full.append(block_forwards=1)
     broken = tiny("Llama")
     broken.model.layers[0].mlp.down_proj.weight.data[0, 0] = torch.nan
     for method in ("anneal", "greedy", "sleb", "perplexity"):

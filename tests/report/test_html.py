@@ -79,8 +79,8 @@ def comparison() -> Comparison:
 
 
 def full(bundle: Bundle) -> Findings:
-    found = metrics().model_copy(update={"environment": ENVIRONMENT, "ratios": RATIOS}).model_dump(mode="json")
-    write(bundle, "metrics", found)
+    figures = metrics().model_copy(update={"environment": ENVIRONMENT, "ratios": RATIOS}).model_dump(mode="json")
+    write(bundle, "metrics", figures)
     write(bundle, "eval", EVAL)
     steps = [{"step": n + 1, "block": 3 - n, "loss": 3.0 + n / 10, "seconds": 1.0} for n in range(3)]
     write(
@@ -93,8 +93,8 @@ def full(bundle: Bundle) -> Findings:
     return Findings.of(bundle, pareto=bundle.path / "kv.json")
 
 
-def parsed(found: Findings) -> ET.Element:
-    text = page(found, "pdtrim-deploy report <x>")
+def parsed(findings: Findings) -> ET.Element:
+    text = page(findings, "pdtrim-deploy report <x>")
     assert text.startswith("<!DOCTYPE html>\n")
     return ET.fromstring(text.removeprefix("<!DOCTYPE html>\n"))
 
@@ -103,9 +103,9 @@ def parse(command: str) -> dict[str, Any]:
     """What a suggested command says, parsed and not run; what a user is to put in stands for itself."""
     typed = command.partition(" > ")[0].replace(" N ", " 5 ").replace("TIME", "500ms")  # `>` is the shell's
     context = cli.make_context("pdtrim-deploy", shlex.split(typed)[1:])
-    name, found, rest = cli.resolve_command(context, [*context._protected_args, *context.args])
-    assert found is not None
-    return found.make_context(name, rest, parent=context).params
+    name, subcommand, rest = cli.resolve_command(context, [*context._protected_args, *context.args])
+    assert subcommand is not None
+    return subcommand.make_context(name, rest, parent=context).params
 
 
 def test_every_command_that_a_page_suggests_is_one(bundle: Bundle) -> None:
@@ -130,9 +130,9 @@ def test_workers_are_shown_as_computed_or_simulated(bundle: Bundle) -> None:
         sides = {"a <dense>": side.model_dump(mode="json"), "b": slow.model_dump(mode="json")}
         workers = {"slo": {"ttft_s": 1.0, "itl_s": 0.02}, "link_each": True, "assumed": "no cache", "sides": sides}
         workers["rates"] = rates.model_copy(update={"doubts": ("a.json: late",)}).model_dump(mode="json")
-        asked = {"isl": 500, "osl": 50, "rate": 5.0, "link_bits_per_s": 1e9}
-        said = {"traffic": asked, "workers": workers, "plan_digest": PLAN.digest, "environment": ENVIRONMENT}
-        write(bundle, "sizing", said)
+        traffic = {"isl": 500, "osl": 50, "rate": 5.0, "link_bits_per_s": 1e9}
+        report = {"traffic": traffic, "workers": workers, "plan_digest": PLAN.digest, "environment": ENVIRONMENT}
+        write(bundle, "sizing", report)
         text = page(Findings.of(bundle), "report")
         assert words in text
         assert "a &lt;dense&gt;" in text
@@ -140,7 +140,7 @@ def test_workers_are_shown_as_computed_or_simulated(bundle: Bundle) -> None:
         assert "raise --slo-itl above it" in text
         assert "1 Gb/s link of each prefill worker" in text
         assert "doubtful rates: </strong>a.json: late" in text
-    write(bundle, "sizing", said | {"plan_digest": "0" * 64})
+    write(bundle, "sizing", report | {"plan_digest": "0" * 64})
     with pytest.raises(UserError, match=r"sizing\.json is of plan 0000"):
         Findings.of(bundle)
 
@@ -157,32 +157,32 @@ def test_finalists_and_what_was_mended(bundle: Bundle) -> None:
     finalists = [{"removed": [1], "pairs": [[2, 3]], "loss": 3.25, "compensated": 3.125}]
     write(bundle, "pruning", {"decode": {"removed": [1], "trajectory": [{"step": 1, "block": 1, "loss": 3.25,
         "seconds": 1.0}], "finalists": finalists}})  # fmt: skip
-    said = " ".join("".join(parsed(Findings.of(bundle)).itertext()).split())
-    assert "decode behind it" not in said
+    shown = " ".join("".join(parsed(Findings.of(bundle)).itertext()).split())
+    assert "decode behind it" not in shown
     finalists.append({"removed": [4], "pairs": [], "loss": 3.5, "compensated": 3.375, "decode_behind": 4.125})
     steps = {"removed": [1], "trajectory": [{"step": 1, "block": 1, "loss": 3.25, "seconds": 1.0}]}
     write(bundle, "pruning", {"prefill": steps | {"finalists": finalists}})
-    said = " ".join("".join(parsed(Findings.of(bundle)).itertext()).split())
-    assert "43.50003.37504.1250" in said
-    assert "the smaller loss of decode behind it decides" in said
-    one = {"steps": 12, "before": 0.5, "after": 0.25, "kept": True}
+    shown = " ".join("".join(parsed(Findings.of(bundle)).itertext()).split())
+    assert "43.50003.37504.1250" in shown
+    assert "the smaller loss of decode behind it decides" in shown
+    healed = {"steps": 12, "before": 0.5, "after": 0.25, "kept": True}
     students = {"2-3": {"error_drop": 0.75, "error": 0.125}}
-    write(bundle, "healing", {"students": students, "healing": {"prefill": {**one, "after": 0.625, "kept": False}}})
-    write(bundle, "healing-kv", one)
-    said = " ".join("".join(parsed(Findings.of(bundle)).itertext()).split())
-    assert "1, 2+33.25003.1250" in said
-    assert "prefill, distilled, 12 steps" in said
-    assert "0.50000.6250no: not better" in said
-    assert "decode, distilled behind the KV it is sent, 12 steps" in said
-    assert "student of blocks 2-3" in said
-    assert "calibration loss while decode" not in said  # one step is no curve
+    write(bundle, "healing", {"students": students, "healing": {"prefill": {**healed, "after": 0.625, "kept": False}}})
+    write(bundle, "healing-kv", healed)
+    shown = " ".join("".join(parsed(Findings.of(bundle)).itertext()).split())
+    assert "1, 2+33.25003.1250" in shown
+    assert "prefill, distilled, 12 steps" in shown
+    assert "0.50000.6250no: not better" in shown
+    assert "decode, distilled behind the KV it is sent, 12 steps" in shown
+    assert "student of blocks 2-3" in shown
+    assert "calibration loss while decode" not in shown  # one step is no curve
 
 
 def test_every_section_is_there_and_text_is_escaped(bundle: Bundle) -> None:
     root = parsed(full(bundle))
     heads = [node.text for node in root.iter("h2")]
     assert heads == ["Plan", "Quality", "Load", "Quality for each byte", "Search", "Engines", "Where this comes from"]
-    said = " ".join("".join(root.itertext()).split())
+    shown = " ".join("".join(root.itertext()).split())
     for text in (
         "no <headers>",
         "never on a <GPU>",
@@ -192,17 +192,17 @@ def test_every_section_is_there_and_text_is_escaped(bundle: Bundle) -> None:
         "seed 11",
         "pdtrim-deploy report <x>",
     ):
-        assert text in said
-    assert "the client was a bottleneck" in said
-    assert "goodput/s has no ratio" in said
-    assert "decode queue ms mean/p95250 / -250 / -" in said
+        assert text in shown
+    assert "the client was a bottleneck" in shown
+    assert "goodput/s has no ratio" in shown
+    assert "decode queue ms mean/p95250 / -250 / -" in shown
 
 
 def test_only_ratios_beyond_noise_make_headlines(bundle: Bundle) -> None:
     def cards(ratio: Ratio) -> str:
         write(bundle, "compare", comparison().model_copy(update={"ratios": (ratio,)}).model_dump(mode="json"))
-        found = parsed(Findings.of(bundle))
-        return " ".join(next(n for n in found.iter("div") if n.get("class") == "cards").itertext())
+        root = parsed(Findings.of(bundle))
+        return " ".join(next(n for n in root.iter("div") if n.get("class") == "cards").itertext())
 
     assert "ITL p50 (95%: 0.7" in cards(Ratio.of("ITL p50", [0.80, 0.81, 0.79]))
     assert "ITL" not in cards(Ratio.of("ITL p50", [0.5, 1.2, 0.9]))
@@ -227,12 +227,12 @@ def test_the_picture_has_each_block_as_the_plan_says(bundle: Bundle) -> None:
 
 
 def test_redundancy_and_attention_are_drawn_as_measured(bundle: Bundle) -> None:
-    blocks, kept = PLAN.model.num_blocks, list(PLAN.decode_layers)
+    blocks, blocks_left = PLAN.model.num_blocks, list(PLAN.decode_layers)
     cosine = [0.9 + block / 100 for block in range(blocks)]
     write(bundle, "candidates", {"redundancy": cosine, "pair_redundancy": cosine[1:], "threshold": 0.95})
-    shares = {part: [share] * len(kept) for part, share in (("first", 0.5), ("last", 0.25), ("middle", 0.25))}
-    mass = {"n_first": 4, "n_last": 64, "prompt_tokens": 512, "sequences": 4, "blocks": kept}
-    write(bundle, "attention", mass | shares | {"generated": [0.0] * len(kept)})
+    shares = {part: [share] * len(blocks_left) for part, share in (("first", 0.5), ("last", 0.25), ("middle", 0.25))}
+    mass = {"n_first": 4, "n_last": 64, "prompt_tokens": 512, "sequences": 4, "blocks": blocks_left}
+    write(bundle, "attention", mass | shares | {"generated": [0.0] * len(blocks_left)})
     write(bundle, "pruning", {})
     root = parsed(Findings.of(bundle))
     pictures = {node.get("aria-label"): node for node in root.iter(f"{SVG}svg")}
@@ -240,14 +240,14 @@ def test_redundancy_and_attention_are_drawn_as_measured(bundle: Bundle) -> None:
     tall = [float(bar.get("height") or 0) for bar in bars]
     assert tall == sorted(tall)
     assert len(set(tall)) == len(bars) == blocks
-    gone = {bar.get("class") for block, bar in enumerate(bars) if block not in kept}
+    gone = {bar.get("class") for block, bar in enumerate(bars) if block not in blocks_left}
     assert "keep" not in gone
     assert len(list(pictures["redundancy of each block"].iter(f"{SVG}circle"))) == blocks - 1
     for group in pictures["attention of each decode layer"].iter(f"{SVG}g"):
         first, last, middle, generated = (float(bar.get("height") or 0) for bar in group.iter(f"{SVG}rect"))
         assert (last, middle, generated) == (pytest.approx(first / 2), pytest.approx(first / 2), 0)
-    said = " ".join("".join(root.itertext()).split())
-    assert "4 calibration texts with 512 prompt tokens" in said
+    shown = " ".join("".join(root.itertext()).split())
+    assert "4 calibration texts with 512 prompt tokens" in shown
 
 
 def test_intervals_stand_where_they_should(bundle: Bundle) -> None:
@@ -273,11 +273,11 @@ def test_what_the_build_left_names_command_seed_and_machine(bundle: Bundle) -> N
     sections = {
         s.findtext("h2"): " ".join("".join(s.itertext()).split()) for s in parsed(Findings.of(bundle)).iter("section")
     }
-    made = f"pdtrim-deploy build {bundle.path}/recipe.yaml --out {bundle.path}"
+    build_command = f"pdtrim-deploy build {bundle.path}/recipe.yaml --out {bundle.path}"
     for title in ("Plan", "Search", "Where decode looks", "Engines"):
-        assert f"{made}; C <D>, 7 cores; torch 2; seed 3" in sections[title], title
+        assert f"{build_command}; C <D>, 7 cores; torch 2; seed 3" in sections[title], title
     assert "check it; A & B, 2 cores; torch 2; seed 5" in sections["Quality"]
-    assert f"by{made}" in sections["Where this comes from"]
+    assert f"by{build_command}" in sections["Where this comes from"]
     assert "oncpu C <D>, cores 7" in sections["Where this comes from"]
     write(bundle, "fidelity", check | more | {"plan": "0" * 64})
     with pytest.raises(UserError, match=r"fidelity\.json is of plan 0000"):
@@ -357,12 +357,12 @@ def test_the_fault_table_adds_up_and_names_what_was_left(bundle: Bundle) -> None
     write(bundle, "faults", {"environment": ENVIRONMENT, "options": {}, "rows": rows})
     root = parsed(Findings.of(bundle))
     section = next(s for s in root.iter("section") if s.findtext("h2") == "Faults")
-    said = " ".join("".join(section.itertext()).split())
-    assert "over nixl, tcp: 20 requests, 1 without an answer" in said
-    assert "1 of 2 faults left pages" in said
-    assert "22 of 24 requests of the healthy loads" in said
-    assert "3 x Lost <connection>" in said
-    assert "drop: last third over first third: decode bytes x1.0123" in said
+    shown = " ".join("".join(section.itertext()).split())
+    assert "over nixl, tcp: 20 requests, 1 without an answer" in shown
+    assert "1 of 2 faults left pages" in shown
+    assert "22 of 24 requests of the healthy loads" in shown
+    assert "3 x Lost <connection>" in shown
+    assert "drop: last third over first third: decode bytes x1.0123" in shown
     lines = [["".join(cell.itertext()) for cell in line] for line in section.iter("tr")]
     assert lines[1] == ["kill -9 <prefill>", "10", "6", "0", "3", "1", "0", "9.0", "3.0", "decode pages"]
     assert lines[3][:7] == ["all", "20", "12", "0", "6", "1", "0"]

@@ -3,8 +3,10 @@ from dataclasses import dataclass
 import pytest
 from rich.console import Console
 
+from pdtrim_deploy.evaluation.quality import Quality, Score
 from pdtrim_deploy.loadtest import LoadResult, LoadRun, Outcome
 from pdtrim_deploy.plan import Drop, Keep, KVSend, ModelShape, PDPlan
+from pdtrim_deploy.recipe import EvaluationSection
 from pdtrim_deploy.report.metrics import (
     FidelityFigures,
     LoadFigures,
@@ -12,8 +14,9 @@ from pdtrim_deploy.report.metrics import (
     PlanFigures,
     QualityFigures,
     TransferFigures,
+    from_bfloat16,
 )
-from pdtrim_deploy.report.tables import load_table, metrics_table, plan_table
+from pdtrim_deploy.report.tables import load_table, plan_table
 
 SHAPE = ModelShape(
     architecture="LlamaForCausalLM", fingerprint="f", num_blocks=3, num_kv_heads=2, head_dim=4, kv_dtype="float32"
@@ -60,6 +63,7 @@ def test_transfer_averages_and_notices_a_single_byte() -> None:
     seen = TransferFigures.of(PLAN, [10, 20], Count(2, 40 * ROW), Count(2, 90 * ROW))
     assert (seen.prompt_tokens, seen.dense_bytes, seen.planned_bytes) == (15, 45 * ROW, 20 * ROW)
     assert (seen.measured_bytes, seen.dense_measured_bytes, seen.reduction) == (20 * ROW, 45 * ROW, 2.25)
+    assert (seen.bfloat16_dense_bytes, seen.bfloat16_reduction) == (45 * ROW / 2, 1.125)
     assert seen.exact
     assert not TransferFigures.of(PLAN, [10, 20], Count(2, 40 * ROW + 1), Count(2, 90 * ROW)).exact
     assert not TransferFigures.of(PLAN, [10, 20], Count(2, 40 * ROW), Count(2, 90 * ROW - 1)).exact
@@ -79,25 +83,44 @@ def test_the_keys_that_others_read(tmp_path) -> None:
     import json
 
     seen = json.loads((tmp_path / "report" / "metrics.json").read_text())
-    wanted = {
+    expected = {
         "plan": "digest blocks prefill_dropped decode_dropped sparse_layers n_first n_last wire_dtype",
         "transfer": "prompt_tokens dense_bytes planned_bytes measured_bytes reduction",
         "quality": "dense_ppl pd_ppl ratio",
         "fidelity": "requests max_logprob_error controls_detected",
     }
-    for section, keys in wanted.items():
+    for section, keys in expected.items():
         assert set(keys.split()) <= set(seen[section])
     for pair in ("dense", "pruned"):
         assert {"requests", "failed", "ttft_ms_p50", "itl_ms_p50", "output_tokens_per_s"} <= set(seen["load"][pair])
     assert "environment" in seen
 
 
+def test_a_bfloat16_pool_halves_what_travels_native_and_nothing_else() -> None:
+    quantised = PLAN.with_kv(tuple(send.model_copy(update={"wire_dtype": "int8"}) for send in PLAN.kv))
+    assert from_bfloat16(PLAN).payload_bytes(10) == PLAN.payload_bytes(10) / 2
+    assert from_bfloat16(quantised).payload_bytes(10) == quantised.payload_bytes(10)
+
+
+def quality(dense: list[float], pd: list[float]) -> Quality:
+    text = EvaluationSection(corpus="brown")
+    scores = {name: Score(ppl=1.0, nll=0.0, nll_per_sequence=nll) for name, nll in (("dense", dense), ("pd", pd))}
+    shared = {"plan_digest": "d", "corpus_sha256": "c", "tokens": 9, "dtype": "float32", "environment": {}}
+    return Quality(text=text, ratio=1.1, **scores, **shared)
+
+
+def test_the_error_of_perplexity_is_paired() -> None:
+    """Sequences differ by nats, their rises by hundredths: only the latter count."""
+    seen = QualityFigures.of(quality([1.0, 5.0, 9.0], [1.1, 5.12, 9.08]))
+    assert seen.stderr == pytest.approx(1.1 * 0.02 / 3**0.5)
+    assert QualityFigures.of(quality([1.0], [1.1])).stderr is None
+
+
 def test_tables_fit_a_terminal() -> None:
     console = Console(width=80, record=True)
-    found = metrics()
-    for table in (plan_table(PLAN, 10), metrics_table(found), load_table({n: f.detail for n, f in found.load.items()})):
+    figures = metrics()
+    for table in (plan_table(PLAN, 10), load_table({n: f.detail for n, f in figures.load.items()})):
         console.print(table)
     text = console.export_text()
     assert max(map(len, text.splitlines())) <= 80
     assert "first 1 + last 4" in text
-    assert "2.00x less" in text

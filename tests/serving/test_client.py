@@ -14,23 +14,23 @@ def server():
     """server(bytes): the URL of a server that answers one request with them and hangs up."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
-        def serve(said):
+        def serve(response):
             connection, _ = listener.accept()
             with connection:
                 connection.recv(65536)
-                connection.sendall(said)
+                connection.sendall(response)
 
-        def start(said):
-            threading.Thread(target=serve, args=(said,), daemon=True).start()
+        def start(response):
+            threading.Thread(target=serve, args=(response,), daemon=True).start()
             return f"http://127.0.0.1:{listener.getsockname()[1]}"
 
         yield start
 
 
-@pytest.mark.parametrize("said", [b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{}", b"SSH-2.0-x\r\n", b""])
-def test_an_answer_that_breaks_off_is_an_os_error(server, said):
+@pytest.mark.parametrize("response", [b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{}", b"SSH-2.0-x\r\n", b""])
+def test_an_answer_that_breaks_off_is_an_os_error(server, response):
     """As of a worker that dies while it answers."""
     with pytest.raises(OSError, match=r"no whole HTTP answer|closed connection"):
-        get(server(said), 5)
-    assert not probe.is_healthy(server(said))
-    assert probe.complaint(server(said), 5)
+        get(server(response), 5)
+    assert not probe.is_healthy(server(response))
+    assert probe.complaint(server(response), 5)

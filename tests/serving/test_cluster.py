@@ -21,9 +21,9 @@ def cluster(tmp_path):
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {shlex.quote(str(FAKE))} "$@"\n')
     python.chmod(0o755)
-    made = []
+    clusters = []
 
-    def make(faults=None, prefill=1, decode=1, timeout_s=20.0):
+    def make(faults=None, prefill=1, decode=1, timeout_s=20.0, gpus=None, **options):
         faults = faults or {}
         model = tmp_path / "model"
         model.mkdir()
@@ -33,15 +33,16 @@ def cluster(tmp_path):
             model,
             prefill=prefill,
             decode=decode,
-            options=WorkerOptions(device="cpu"),
+            options=WorkerOptions(**{"device": "cpu"} | options),
+            gpus=gpus,
             router_args=("--fault", faults.get("router", "")),
             start_timeout_s=timeout_s,
         )
-        made.append(Recorded(spec, ServeEnvironment(python), tmp_path / "logs"))
-        return made[-1]
+        clusters.append(Recorded(spec, ServeEnvironment(python), tmp_path / "logs"))
+        return clusters[-1]
 
     yield make
-    for each in made:
+    for each in clusters:
         assert all(session_members(pid) == [] for pid in each.pids)
         assert each.temporary is None or not each.temporary.exists()
 
@@ -62,7 +63,7 @@ class Recorded(Cluster):
         return self._temporary
 
 
-def asked(log):
+def requests(log):
     return [json.loads(line.removeprefix("asked ")) for line in log.read_text().splitlines() if line[:6] == "asked "]
 
 
@@ -70,19 +71,19 @@ def test_every_pair_and_the_router_generate_before_it_counts_as_serving(cluster)
     with cluster(prefill=2, decode=3) as running:
         workers = {worker.spec.name: worker for worker in running.workers}
         assert list(workers) == ["prefill-0", "prefill-1", "decode-0", "decode-1", "decode-2"]
-        rooms = {name: {body["bootstrap_room"] for body in asked(worker.log)} for name, worker in workers.items()}
+        rooms = {name: {body["bootstrap_room"] for body in requests(worker.log)} for name, worker in workers.items()}
         for p in ("prefill-0", "prefill-1"):
             for d in ("decode-0", "decode-1", "decode-2"):
                 assert len(rooms[p] & rooms[d]) == 1
-        ports = {body["bootstrap_port"] for body in asked(workers["prefill-1"].log)}
+        ports = {body["bootstrap_port"] for body in requests(workers["prefill-1"].log)}
         assert ports == {workers["prefill-1"].spec.bootstrap_port}
-        assert len(asked(running.router_log)) == 3
+        assert len(requests(running.router_log)) == 3
         running.check()
 
 
 def test_the_router_may_take_a_moment_to_know_its_workers(cluster):
     with cluster({"router": "late"}) as running:
-        assert len(asked(running.router_log)) == 3
+        assert len(requests(running.router_log)) == 3
 
 
 def test_a_worker_that_dies_at_start_is_named_with_its_reason(cluster):
@@ -114,6 +115,14 @@ def test_nothing_waits_past_the_deadline(cluster, faults, sentence):
     with pytest.raises(ServingError, match=sentence):
         cluster(faults, timeout_s=4.0).__enter__()
     assert time.monotonic() - begun < 15
+
+
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_a_worker_on_a_shared_gpu_starts_when_the_one_before_it_has_taken_its_part(cluster, gpus):
+    starting = cluster({"prefill": "never-healthy"}, timeout_s=3.0, gpus=gpus, device="cuda", share_gpus=True)
+    with pytest.raises(ServingError, match="prefill-0 was not ready within 3 s"):
+        starting.__enter__()
+    assert (starting.log_dir / "decode-0.log").exists() == (gpus == 2)
 
 
 def test_wait_tells_of_a_death_while_serving(cluster):

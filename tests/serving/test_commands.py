@@ -19,9 +19,9 @@ from pdtrim_deploy.worker.decode_pool import SplitPool
 PYTHON = Path("/serve/bin/python")
 
 
-def spec(**options):
+def spec(gpus=3, **options):
     model = Path("model")
-    return ClusterSpec.on_loopback(model, model, prefill=2, decode=1, options=WorkerOptions(**options))
+    return ClusterSpec.on_loopback(model, model, prefill=2, decode=1, options=WorkerOptions(**options), gpus=gpus)
 
 
 def value(command, option):
@@ -45,7 +45,7 @@ def test_all_workers_are_given_one_secret_that_others_cannot_read(tmp_path):
     with pytest.raises(FileExistsError):
         commands.write_secret(tmp_path)
     for worker in spec(device="cpu").workers:
-        command = commands.worker_command(PYTHON, worker, 3, secret)
+        command = commands.worker_command(PYTHON, worker, secret)
         assert json.loads(value(command, "--json-model-override-args")) == {"pdtrim_secret_file": str(secret)}
         assert secret.read_text() not in " ".join(command)
 
@@ -65,7 +65,7 @@ def test_free_ports_passes_over_taken_ones():
 @pytest.mark.parametrize("stage", ["prefill", "decode"])
 def test_a_cpu_worker_sleeps_when_idle_and_listens_on_loopback_only(stage):
     worker = next(w for w in spec(device="cpu").workers if w.stage == stage)
-    command = commands.worker_command(PYTHON, worker, 3)
+    command = commands.worker_command(PYTHON, worker)
     assert command[:3] == [str(PYTHON), "-m", "sglang.launch_server"]
     assert value(command, "--host") == "127.0.0.1"
     assert value(command, "--disaggregation-mode") == stage
@@ -77,39 +77,68 @@ def test_a_cpu_worker_sleeps_when_idle_and_listens_on_loopback_only(stage):
     assert ("--disaggregation-decode-retraction-backup" in command) == (stage == "decode")
 
 
-def test_a_gpu_worker_gets_none_of_the_cpu_options_and_a_gpu_of_its_own(monkeypatch):
-    monkeypatch.setattr(commands, "gpu_count", lambda: 2)
-    made = [commands.worker_command(PYTHON, w, 3) for w in spec(device="cuda").workers]
-    for command in made:
-        assert not {"--attention-backend", "--sleep-on-idle", "--disable-overlap-schedule"} & set(command)
-    assert [value(command, "--base-gpu-id") for command in made] == ["0", "1", "0"]
-    assert {value(command, "--mem-fraction-static") for command in made} == {"0.42"}
+def test_gpu_workers_get_none_of_the_cpu_options_and_gpus_of_their_own():
+    commands_of = [
+        commands.worker_command(PYTHON, w) for w in spec(gpus=6, device="cuda", tp_prefill=2, tp_decode=2).workers
+    ]
+    cpu = {"--sleep-on-idle", "--disable-overlap-schedule", "--max-total-tokens", "--max-running-requests"}
+    for command in commands_of:
+        assert not ({"--attention-backend", "--mem-fraction-static", "--disable-cuda-graph"} | cpu) & set(command)
+        assert value(command, "--page-size") == "64"
+        assert value(command, "--tp-size") == "2"
+    assert [value(command, "--base-gpu-id") for command in commands_of] == ["0", "2", "4"]
 
 
-def test_on_a_gpu_decode_of_a_sparse_plan_gets_the_backend_that_knows_sparse_layers(monkeypatch):
-    monkeypatch.setattr(commands, "gpu_count", lambda: 2)
+def test_limits_that_were_chosen_are_those_of_gpu_workers_too():
+    worker = spec(device="cuda", page_size=16, max_total_tokens=5000, max_running_requests=7).workers[0]
+    command = commands.worker_command(PYTHON, worker)
+    assert value(command, "--page-size") == "16"
+    assert value(command, "--max-total-tokens") == "5000"
+    assert value(command, "--max-running-requests") == "7"
+
+
+def test_a_pair_beside_others_leaves_them_memory_on_a_gpu():
+    model, options = Path("model"), WorkerOptions.beside_others(device="cuda")
+    for worker in ClusterSpec.on_loopback(model, model, options=options, gpus=1).workers:
+        command = commands.worker_command(PYTHON, worker)
+        assert value(command, "--max-total-tokens") == "8192"
+        assert value(command, "--max-running-requests") == "16"
+        assert float(value(command, "--mem-fraction-static")) < 0.8
+
+
+def test_on_a_gpu_decode_of_a_sparse_plan_alone_gets_triton_and_keeps_its_graphs():
     for worker in spec(device="cuda", sparse=True).workers:
-        command = commands.worker_command(PYTHON, worker, 3)
-        assert ("--disable-cuda-graph" in command) == (worker.stage == "decode")
+        command = commands.worker_command(PYTHON, worker)
+        assert "--disable-cuda-graph" not in command
         assert ("--attention-backend" in command) == (worker.stage == "decode")
+        if worker.stage == "decode":
+            assert value(command, "--attention-backend") == "triton"
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_a_split_pool_is_decodes_alone_and_is_not_backed_up(device):
+def test_sizes_of_pools_are_for_decode_alone(device):
     for worker in spec(device=device, sparse=True, split_pool=SplitPool(isl=40, osl=8)).workers:
-        command = commands.worker_command(PYTHON, worker, 3)
+        command = commands.worker_command(PYTHON, worker)
         if worker.stage == "decode":
             assert json.loads(value(command, "--json-model-override-args")) == {
                 "pdtrim_decode_pool": {"isl": 40, "osl": 8}
             }
-            assert value(command, "--disaggregation-decode-retraction-backup") == "none"
+            # on a CPU; elsewhere the plugin chooses what can back up pools of different sizes
+            assert ("--disaggregation-decode-retraction-backup" in command) == (device == "cpu")
         else:
             assert "--json-model-override-args" not in command
 
 
 def test_extra_arguments_come_last_and_so_win():
     worker = spec(device="cpu", extra_args=("--page-size", "32")).workers[0]
-    assert commands.worker_command(PYTHON, worker, 1)[-2:] == ["--page-size", "32"]
+    assert commands.worker_command(PYTHON, worker)[-2:] == ["--page-size", "32"]
+
+
+def test_arguments_of_a_stage_come_after_those_of_both_and_reach_no_other():
+    given = {"extra_args": ("--a", "1"), "prefill_args": ("--b", "2"), "decode_args": ("--c", "3")}
+    for worker in spec(device="cpu", **given).workers:
+        own = ["--b", "2"] if worker.stage == "prefill" else ["--c", "3"]
+        assert commands.worker_command(PYTHON, worker)[-4:] == ["--a", "1", *own]
 
 
 def test_the_environment_is_the_workers_own(monkeypatch, tmp_path):
@@ -181,23 +210,23 @@ def test_metrics_become_typed_samples():
 def test_transport_options_travel_beside_the_secret(tmp_path):
     spec = ClusterSpec.on_loopback(tmp_path, tmp_path)
     worker = replace(spec.workers[0], transport={"stall_seconds": 3})
-    command = commands.worker_command(Path("python"), worker, 2, tmp_path / "secret")
-    said = json.loads(command[command.index("--json-model-override-args") + 1])
-    assert said == {"pdtrim_secret_file": str(tmp_path / "secret"), "pdtrim_transport": {"stall_seconds": 3}}
+    command = commands.worker_command(Path("python"), worker, tmp_path / "secret")
+    override = json.loads(command[command.index("--json-model-override-args") + 1])
+    assert override == {"pdtrim_secret_file": str(tmp_path / "secret"), "pdtrim_transport": {"stall_seconds": 3}}
 
 
 @pytest.mark.parametrize(
-    ("backend", "told", "says"),
+    ("backend", "options", "says"),
     [
         ("pdtrim_mooncake", {}, "without authentication"),
         ("pdtrim_mooncake", {"accept_unauthenticated": True}, "needs the Python package mooncake-transfer-engine"),
         ("pdtrim_nixl", {}, r"needs the Python package nixl-cu12.* -m pip install --no-deps nixl-cu12"),
     ],
 )
-def test_a_transport_that_cannot_be_used_is_refused_before_a_worker_starts(tmp_path, backend, told, says):
+def test_a_transport_that_cannot_be_used_is_refused_before_a_worker_starts(tmp_path, backend, options, says):
     lacks = tmp_path / "python"
     lacks.write_text("#!/bin/sh\nexit 1\n")
     lacks.chmod(0o755)
     with pytest.raises(UserError, match=says):
-        require_transport(ServeEnvironment(lacks), backend, told)
+        require_transport(ServeEnvironment(lacks), backend, options)
     require_transport(ServeEnvironment(lacks), "pdtrim_tcp", {})

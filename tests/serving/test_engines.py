@@ -36,8 +36,8 @@ def make(folder, kv_dtype="float32", failures=None, **engines):
 
 def test_the_engine_of_a_stage_is_found_and_torch_needs_none(tmp_path):
     bundle = make(tmp_path, onnx_prefill="float32", onnx_decode="float32")
-    found = find_engine(bundle, "decode", "onnxruntime", "cpu")
-    assert found == Engine("onnxruntime", "decode", tmp_path / "engines" / "onnx" / "decode")
+    engine = find_engine(bundle, "decode", "onnxruntime", "cpu")
+    assert engine == Engine("onnxruntime", "decode", tmp_path / "engines" / "onnx" / "decode")
     assert find_engine(bundle, "decode", "torch", "cuda") is None
 
 
@@ -67,15 +67,15 @@ def test_the_worker_is_told_its_model_class_and_engine(tmp_path):
     spec = ClusterSpec.on_loopback(Path("m"), Path("m"), options=options, engines={"decode": engine, "prefill": None})
     assert [worker.executor for worker in spec.workers] == ["torch", "onnxruntime"]
     for worker in spec.workers:
-        command = commands.worker_command(PYTHON, worker, 2)
+        command = commands.worker_command(PYTHON, worker)
         env = commands.worker_environment(PYTHON, worker, 2, tmp_path)
         assert ("--json-model-override-args" in command) == (worker.stage == "decode")
         assert env.get("SGLANG_EXTERNAL_MODEL_PACKAGE") == (
             "pdtrim_sglang.models" if worker.stage == "decode" else None
         )
-    said = json.loads(command[command.index("--json-model-override-args") + 1])
-    assert said["architectures"] == ["PDTrimStageForCausalLM"]
-    assert said["pdtrim_engine"] == {"executor": "onnxruntime", "stage": "decode", "path": str(tmp_path.resolve())}
+    override = json.loads(command[command.index("--json-model-override-args") + 1])
+    assert override["architectures"] == ["PDTrimStageForCausalLM"]
+    assert override["pdtrim_engine"] == {"executor": "onnxruntime", "stage": "decode", "path": str(tmp_path.resolve())}
 
 
 @pytest.mark.parametrize(

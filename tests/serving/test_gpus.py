@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.serving import ClusterSpec, WorkerOptions, commands
 from pdtrim_deploy.serving.environment import gpu_count
 
@@ -35,8 +36,13 @@ def test_what_cuda_visible_devices_leaves(eight, monkeypatch, visible, count):
 
 
 def test_a_worker_is_told_of_a_gpu_that_it_sees(eight, monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     workers = ClusterSpec.on_loopback(Path("m"), Path("m"), options=WorkerOptions(device="cuda")).workers
-    made = [commands.worker_command(Path("python"), worker, 2) for worker in workers]
-    assert [words[words.index("--base-gpu-id") + 1] for words in made] == ["0", "0"]
-    assert all("--mem-fraction-static" in words for words in made)  # they share it
+    command_lines = [commands.worker_command(Path("python"), worker) for worker in workers]
+    assert [words[words.index("--base-gpu-id") + 1] for words in command_lines] == ["0", "1"]
+
+
+def test_what_is_not_visible_does_not_count(eight, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    with pytest.raises(UserError, match="2 workers of 1, 1 ranks need 2 GPUs and there is 1 here"):
+        ClusterSpec.on_loopback(Path("m"), Path("m"), options=WorkerOptions(device="cuda"))

@@ -24,7 +24,7 @@ def model(tmp_path):
 
 def spec(model, prefill=1, decode=1, **options):
     given = WorkerOptions(**{"device": "cpu", "dtype": "bfloat16"} | options)
-    return ClusterSpec.on_loopback(model, model, prefill=prefill, decode=decode, options=given)
+    return ClusterSpec.on_loopback(model, model, prefill=prefill, decode=decode, options=given, gpus=2)
 
 
 def free(monkeypatch, size, nodes=1):
@@ -81,11 +81,11 @@ def test_the_refusal_names_the_sizes_and_starts_nothing(model, monkeypatch, tmp_
     free(monkeypatch, 4e9)
     with pytest.raises(UserError) as refused, Cluster(spec(model), ServeEnvironment(Path("none")), tmp_path / "logs"):
         pass
-    said = str(refused.value)
-    assert "the workers take about 6." in said
-    assert "4.0 GB are free (prefill-0 " in said
-    assert "program 1.7 GB, weights 1.0 GB, KV pool 0.1 GB" in said
-    assert "lower --max-total-tokens" in said
+    message = str(refused.value)
+    assert "the workers take about 6." in message
+    assert "4.0 GB are free (prefill-0 " in message
+    assert "program 1.7 GB, weights 1.0 GB, KV pool 0.1 GB" in message
+    assert "lower --max-total-tokens" in message
     assert not (tmp_path / "logs").exists()
 
 
@@ -94,5 +94,5 @@ def test_who_gives_a_fraction_is_not_refused_and_wins(model, monkeypatch):
     for given in (("--mem-fraction-static", "0.9"), ("--mem-fraction-static=0.9",)):
         workers = spec(model, extra_args=given).workers
         memory.require_memory(workers)
-        assert commands.worker_command(Path("python"), workers[0], 2)[-len(given) :] == list(given)
+        assert commands.worker_command(Path("python"), workers[0])[-len(given) :] == list(given)
     memory.require_memory(spec(model, device="cuda").workers)

@@ -27,11 +27,11 @@ def until(condition, what):
 def start(tmp_path):
     started = []
 
-    def run(mode, said="ready"):
+    def run(mode, output="ready"):
         log = tmp_path / f"{mode}.log"
         process = ServerProcess(mode, [sys.executable, str(CHILD), mode], os.environ, log)
         started.append(process)
-        until(lambda: said in log_tail(log), f"{mode} said {said!r}")
+        until(lambda: output in log_tail(log), f"{mode} said {output!r}")
         return process
 
     yield run
@@ -57,7 +57,7 @@ def test_a_program_deaf_to_sigterm_is_killed_after_the_grace(start):
 
 @pytest.mark.parametrize("mode", ["parent", "orphan-maker"])
 def test_grandchildren_go_too_even_when_their_parent_left_first(start, mode):
-    process = start(mode, said="deaf")
+    process = start(mode, output="deaf")
     if mode == "orphan-maker":
         until(lambda: process.exit_code() == 3, "the parent ended")
     assert len(session_members(process.pid)) >= 1
@@ -66,7 +66,7 @@ def test_grandchildren_go_too_even_when_their_parent_left_first(start, mode):
 
 
 def test_the_obituary_says_which_how_why_and_where(start):
-    process = start("dies", said="ValueError")
+    process = start("dies", output="ValueError")
     until(lambda: process.exit_code() is not None, "its end")
     first, second, *rest = process.obituary(lines=3).splitlines()
     assert first == "dies ended with exit code 1: ValueError: no such layer: 7"

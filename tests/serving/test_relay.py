@@ -57,10 +57,10 @@ def test_a_throttle_lets_its_speed_through_over_all_connections(end):
         assert got == data
         took = []
         both = [threading.Thread(target=lambda: took.append(through(port, data)[1])) for _ in range(2)]
-        for one in both:
-            one.start()
-        for one in both:
-            one.join()
+        for thread in both:
+            thread.start()
+        for thread in both:
+            thread.join()
     assert alone >= 0.09  # 0.1 s less what a token bucket of 5 ms lets go at once
     assert max(took) >= 0.19
     assert alone < 0.2 or max(took) < 0.4, "far slower than the link"

@@ -26,24 +26,24 @@ LINK = Link(8e9)
 def load_test(requests: int, clients: int, prompt: int, answer: int) -> LoadResult:
     """What `loadtest` would say of a closed loop on this cluster."""
     load = Load.of(tuple(jobs(Scenario.closed(requests, clients, (prompt,) * 2, (answer,) * 2))), clients=clients)
-    found = simulate(Cluster(1, 1, TRUE, lambda tokens: 0, LINK), load)
-    stamps = zip(found.arrived, found.first, found.done, strict=True)
+    simulated = simulate(Cluster(1, 1, TRUE, lambda tokens: 0, LINK), load)
+    stamps = zip(simulated.arrived, simulated.first, simulated.done, strict=True)
     gap = [((done - first) / (answer - 1),) * (answer - 1) for _, first, done in stamps]
     outcomes = tuple(
         Outcome(None, "", first - arrived, itl, done - arrived, prompt, answer)
-        for arrived, first, done, itl in zip(found.arrived, found.first, found.done, gap, strict=True)
+        for arrived, first, done, itl in zip(simulated.arrived, simulated.first, simulated.done, gap, strict=True)
     )
     forward = Histogram(
-        count=requests, mean_ms=float((found.prefilled - found.begun).mean() * 1e3), p50_ms=None, p95_ms=None
+        count=requests, mean_ms=float((simulated.prefilled - simulated.begun).mean() * 1e3), p50_ms=None, p95_ms=None
     )
     transfer = Histogram(
-        count=requests, mean_ms=float((found.landed - found.prefilled).mean() * 1e3), p50_ms=None, p95_ms=None
+        count=requests, mean_ms=float((simulated.landed - simulated.prefilled).mean() * 1e3), p50_ms=None, p95_ms=None
     )
     workers = WorkerFigures(
         requests=requests, outcomes={}, payload_bytes=0, wire_bytes=0, dense_bytes=0, transfer=transfer,
         queues={"prefill_forward": forward},
     )  # fmt: skip
-    return LoadResult.of("builtin", [LoadRun(outcomes, found.duration_s)], None, workers)
+    return LoadResult.of("builtin", [LoadRun(outcomes, simulated.duration_s)], None, workers)
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +60,9 @@ def test_what_one_request_at_a_time_tells_is_exact(fitted: Rates) -> None:
 
 
 def test_step_times_are_those_of_the_batches(fitted: Rates) -> None:
-    true, found = TRUE.steps_s(), fitted.steps_s()
+    true, estimate = TRUE.steps_s(), fitted.steps_s()
     for batch in (2, 4, 6):
-        assert found[batch] == pytest.approx(true[batch], rel=0.2)  # medians of a synchronised loop
+        assert estimate[batch] == pytest.approx(true[batch], rel=0.2)  # medians of a synchronised loop
 
 
 @pytest.mark.parametrize("rate", [1.0, 2.5])

@@ -26,13 +26,13 @@ def test_a_bundle_is_priced_by_its_own_plan(capsys: pytest.CaptureFixture[str], 
     bundle = make_bundle(tmp_path / "tiny-bundle")
     args = (bundle.path, "--isl", 40, "--osl", 8, "--link", "8kb/s", "--rate", 0.1, "--json")
     code, out, _ = run(capsys, *args)
-    (one,) = json.loads(out)["prices"]
-    assert (code, one["name"], one["kind"], one["model"]) == (0, "tiny-bundle", "bundle", "tiny")
-    assert one["planned"]["request_bytes"] == bundle.plan.payload_bytes(40) == (40 + 3 + 3) * 128
-    assert one["planned"]["transfer_s"] == pytest.approx(46 * 128 / 1000)
-    assert one["planned"]["two_pool_bytes"] == (48 + 11 + 11) * 128
-    assert one["planned"]["fits"] is True
-    assert one["dense"]["fits"] is False
+    (priced,) = json.loads(out)["prices"]
+    assert (code, priced["name"], priced["kind"], priced["model"]) == (0, "tiny-bundle", "bundle", "tiny")
+    assert priced["planned"]["request_bytes"] == bundle.plan.payload_bytes(40) == (40 + 3 + 3) * 128
+    assert priced["planned"]["transfer_s"] == pytest.approx(46 * 128 / 1000)
+    assert priced["planned"]["two_pool_bytes"] == (48 + 11 + 11) * 128
+    assert priced["planned"]["fits"] is True
+    assert priced["dense"]["fits"] is False
     code, out, err = run(capsys, bundle.path, "--isl", 60)
     assert (code, out) == (2, "")
     assert "--isl 60 and --osl 256 make 316 tokens, tiny takes at most 64" in err

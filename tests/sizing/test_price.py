@@ -18,8 +18,8 @@ tokens = st.integers(1, 3000)
 @st.composite
 def plans(draw: st.DrawFn) -> PDPlan:
     blocks = draw(st.integers(1, 8))
-    kept = draw(st.lists(st.booleans(), min_size=blocks, max_size=blocks).filter(any))
-    early = [k or draw(st.booleans()) for k in kept]
+    decode_keeps = draw(st.lists(st.booleans(), min_size=blocks, max_size=blocks).filter(any))
+    early = [k or draw(st.booleans()) for k in decode_keeps]
     shape = ModelShape(
         architecture="X",
         fingerprint="f",
@@ -30,12 +30,12 @@ def plans(draw: st.DrawFn) -> PDPlan:
     )
     sparse = st.tuples(st.integers(0, 70), st.integers(0, 70)).filter(any)
     kv = []
-    for _ in filter(None, kept):
+    for _ in filter(None, decode_keeps):
         fit = [wire for wire in WIRE_DTYPES if shape.head_dim % HEAD_DIM_MULTIPLE[wire] == 0]
         ends, wire = draw(st.none() | sparse), draw(st.sampled_from(fit))
         mode = {"mode": "full"} if ends is None else {"mode": "sparse", "n_first": ends[0], "n_last": ends[1]}
         kv.append(KVSend.model_validate(mode | {"wire_dtype": wire}))
-    prefill, decode = (tuple(Keep() if k else Drop() for k in keeps) for keeps in (early, kept))
+    prefill, decode = (tuple(Keep() if k else Drop() for k in keeps) for keeps in (early, decode_keeps))
     return PDPlan(model=shape, prefill=prefill, decode=decode, kv=tuple(kv))
 
 

@@ -53,23 +53,27 @@ def test_shipped_sizes_make_the_published_number_of_parameters(name: str) -> Non
 
 
 def test_shipped_names_and_kv_bytes_a_token() -> None:
-    found = {s.name: s.plan.dense_bytes(1) for s in subjects(["Llama-3.1-8B", "qwen2.5-7b", "qwen2.5-14b"])}
-    assert found == {"llama-3.1-8b": 131072, "qwen2.5-7b": 57344, "qwen2.5-14b": 196608}
-    experts = {s.name: s.plan.dense_bytes(1) for s in subjects(["qwen3-30b-a3b", "glm-4.5-air"])}
-    assert experts == {"qwen3-30b-a3b": 98304, "glm-4.5-air": 188416}
+    names = ["Llama-3.1-8B", "qwen2.5-7b", "qwen2.5-14b", "qwen3-30b-a3b", "glm-4.5-air"]
+    assert {subject.name: subject.plan.dense_bytes(1) for subject in subjects(names)} == {
+        "llama-3.1-8b": 131072,
+        "qwen2.5-7b": 57344,
+        "qwen2.5-14b": 196608,
+        "qwen3-30b-a3b": 98304,
+        "glm-4.5-air": 188416,
+    }
 
 
 def test_a_users_config_as_file_or_folder(tmp_path: Path) -> None:
     file = write_config(tmp_path / "mine")
     for target in (file, file.parent):
-        (one,) = subjects([str(target)])
-        assert (one.kind, one.name, one.max_positions) == ("config", "mine", 640)
-        assert one.plan.dense_bytes(1) == one.plan.payload_bytes(1) == 6 * 2 * 2 * 32 * 2
+        (subject,) = subjects([str(target)])
+        assert (subject.kind, subject.name, subject.max_positions) == ("config", "mine", 640)
+        assert subject.plan.dense_bytes(1) == subject.plan.payload_bytes(1) == 6 * 2 * 2 * 32 * 2
     old = read_sized(write_config(tmp_path / "old", head_dim=..., num_key_value_heads=..., dtype=...))
     assert (old.head_dim, old.num_kv_heads, old.kv_dtype) == (16, 4, None)
-    (one,) = subjects([str(tmp_path / "old")])
-    assert one.plan.model.kv_dtype == "bfloat16"
-    assert any("names no dtype: bfloat16" in note for note in one.notes)
+    (subject,) = subjects([str(tmp_path / "old")])
+    assert subject.plan.model.kv_dtype == "bfloat16"
+    assert any("names no dtype: bfloat16" in note for note in subject.notes)
 
 
 def test_a_recipe_is_priced_by_its_counts(tmp_path: Path) -> None:
@@ -77,10 +81,10 @@ def test_a_recipe_is_priced_by_its_counts(tmp_path: Path) -> None:
     kv = {"method": "attention-mass", "sparse_layers": 3, "n_first": 2, "n_last": 5}
     cut = {"method": "cosine", "prefill_blocks": 1, "decode_blocks": 2}
     recipe = write_recipe(tmp_path, source=f"hf:{folder}", kv=kv, pruning=cut)
-    (one,) = subjects([str(recipe)])
-    assert (len(one.plan.prefill_layers), len(one.plan.decode_layers)) == (5, 4)
-    assert one.plan.payload_bytes(100) == (3 * 7 + 100) * 2 * 2 * 32 * 2
-    assert any("3 of 4 decode layers are sparse" in note for note in one.notes)
+    (subject,) = subjects([str(recipe)])
+    assert (len(subject.plan.prefill_layers), len(subject.plan.decode_layers)) == (5, 4)
+    assert subject.plan.payload_bytes(100) == (3 * 7 + 100) * 2 * 2 * 32 * 2
+    assert any("3 of 4 decode layers are sparse" in note for note in subject.notes)
     (other,) = subjects([str(recipe)], "llama-3.1-8b")
     assert (other.plan.model.num_blocks, len(other.plan.kv), other.model) == (32, 30, "llama-3.1-8b")
 
@@ -163,8 +167,8 @@ def test_bad_targets(tmp_path: Path) -> None:
 def test_a_model_of_which_the_kv_alone_is_known_is_priced_and_its_pruning_refused(tmp_path: Path) -> None:
     folder = write_config(tmp_path / "mine", architectures=["TomorrowForCausalLM"]).parent
     kv = {"method": "all", "n_first": 2, "n_last": 5}
-    (one,) = subjects([str(write_recipe(tmp_path, source=f"hf:{folder}", kv=kv))])
-    assert one.plan.payload_bytes(100) == 6 * 7 * 2 * 2 * 32 * 2
+    (subject,) = subjects([str(write_recipe(tmp_path, source=f"hf:{folder}", kv=kv))])
+    assert subject.plan.payload_bytes(100) == 6 * 7 * 2 * 2 * 32 * 2
     cut = write_recipe(tmp_path, source=f"hf:{folder}", pruning={"method": "cosine", "decode_blocks": 2})
     with pytest.raises(UserError, match="decode_blocks is 2, but of TomorrowForCausalLM the KV alone is known"):
         subjects([str(cut)])

@@ -51,8 +51,8 @@ def test_step_times_between_and_beyond_what_was_measured() -> None:
 def test_the_bound_on_waits_holds_and_is_no_wild_guess(rate: float, turns: int) -> None:
     rates = RATES.model_copy(update={"chunk_tokens": 2000, "prefill_base_ms": 0.0})  # 0.1 s a prompt
     load = Load.poisson(rate, 20_000, Lengths(tokens=2000), Lengths(tokens=1), seed=1)
-    found = simulate(Cluster(turns, 1, rates, lambda n: 0, Link(1e30)), load)
-    seen = np.quantile(found.begun - found.ready, 0.975)
+    simulated = simulate(Cluster(turns, 1, rates, lambda n: 0, Link(1e30)), load)
+    seen = np.quantile(simulated.begun - simulated.ready, 0.975)
     assert 0.95 * seen <= wait_s(rate, turns, 0.1) <= 2.5 * seen + 0.1  # 5%: a sample
 
 
@@ -106,21 +106,21 @@ def test_none_would_do_is_said_only_where_more_workers_do_not_help() -> None:
     goal = Goal(0.01, 2000, 100, 0.15, 0.02, Link(1e15))
     assert size(RATES, 1, goal).prefill_workers == 1
     goal = Goal(1.0, 2000, 100, 150.0, 0.02, Link(8e6), link_each=True)
-    found = size(RATES, 60_000_000, goal)
-    assert found.problem is None
-    assert found.prefill_workers > 60 / 0.8
+    sizing = size(RATES, 60_000_000, goal)
+    assert sizing.problem is None
+    assert sizing.prefill_workers > 60 / 0.8
 
 
 @pytest.mark.parametrize("pool", [30_000, 90_000])
 def test_a_pool_is_held_from_admission_through_prefill(pool: int) -> None:
     rates = Rates(prefill_tokens_per_s=5000.0, decode_step_ms={1: 8.0, 64: 14.0}, pool_tokens=pool)
     goal = Goal(40.0, 4096, 32, 2.0, 0.02, Link(1e12))
-    found = size(rates, 1000, goal)
-    assert found.decode_batch == pool // 4128
-    cluster = Cluster(found.prefill_workers, found.decode_workers, rates, lambda n: 1000, goal.link)
+    sizing = size(rates, 1000, goal)
+    assert sizing.decode_batch == pool // 4128
+    cluster = Cluster(sizing.prefill_workers, sizing.decode_workers, rates, lambda n: 1000, goal.link)
     load = Load.poisson(goal.rate, 4000, Lengths(tokens=goal.isl), Lengths(tokens=goal.osl))
-    assert simulate(cluster, load).figures().ttft_ms.p95 <= found.ttft_p95_ms
-    few = simulate(Cluster(found.prefill_workers, found.decode_workers // 3, rates, lambda n: 1000, goal.link), load)
+    assert simulate(cluster, load).figures().ttft_ms.p95 <= sizing.ttft_p95_ms
+    few = simulate(Cluster(sizing.prefill_workers, sizing.decode_workers // 3, rates, lambda n: 1000, goal.link), load)
     assert few.figures().ttft_ms.p95 > goal.ttft_s * 1e3
 
 
@@ -134,15 +134,15 @@ def test_pruning_needs_fewer_workers_and_a_thinner_link() -> None:
 
 def test_the_link_needed_is_enough_and_less_is_not() -> None:
     bytes_ = DENSE.payload_bytes(2000)
-    found = size(RATES, bytes_, GOAL)
+    sizing = size(RATES, bytes_, GOAL)
     for factor, enough in ((1.01, True), (0.98, False)):
-        link = Link(found.link_bits_per_s_needed * factor)
+        link = Link(sizing.link_bits_per_s_needed * factor)
         again = size(RATES, bytes_, Goal(20.0, 2000, 100, 0.6, 0.02, link))
-        assert (again.prefill_workers == found.prefill_workers) == enough
+        assert (again.prefill_workers == sizing.prefill_workers) == enough
 
 
 @pytest.mark.parametrize(
-    ("rates", "goal", "said"),
+    ("rates", "goal", "message"),
     [
         (RATES, {"itl_s": 0.005}, "a decode step of one request takes 8 ms; raise --slo-itl"),
         (RATES, {"ttft_s": 0.1}, "ms without any load and link; raise --slo-ttft"),
@@ -151,22 +151,22 @@ def test_the_link_needed_is_enough_and_less_is_not() -> None:
     ],
     ids=["itl", "ttft", "link", "pool"],
 )
-def test_what_no_number_of_workers_can_do_is_said(rates: Rates, goal: dict, said: str) -> None:
-    found = size(rates, DENSE.payload_bytes(2000), Goal(**{**GOAL.__dict__, **goal}))
-    assert said in found.problem
-    assert found.prefill_workers is None
+def test_what_no_number_of_workers_can_do_is_said(rates: Rates, goal: dict, message: str) -> None:
+    sizing = size(rates, DENSE.payload_bytes(2000), Goal(**{**GOAL.__dict__, **goal}))
+    assert message in sizing.problem
+    assert sizing.prefill_workers is None
 
 
 def result(tokens: int, clients: int, ttft: float, itl: float, prefill: float, gaps: int = 50) -> LoadResult:
     """As of a closed loop whose decode is never idle, with workers that say what they measured."""
-    one = Outcome(None, "", ttft, (itl,) * gaps, ttft + gaps * itl, tokens, gaps + 1)
+    outcome = Outcome(None, "", ttft, (itl,) * gaps, ttft + gaps * itl, tokens, gaps + 1)
     stage = Histogram(count=1, mean_ms=prefill * 1e3, p50_ms=None, p95_ms=None)
     transfer = Histogram(count=1, mean_ms=3.0, p50_ms=None, p95_ms=None)
     workers = WorkerFigures(
         requests=1, outcomes={}, payload_bytes=1, wire_bytes=1, dense_bytes=1, transfer=transfer,
         queues={"prefill_forward": stage},
     )  # fmt: skip
-    return LoadResult.of("builtin", [LoadRun((one,) * clients, one.e2e)], None, workers)
+    return LoadResult.of("builtin", [LoadRun((outcome,) * clients, outcome.e2e)], None, workers)
 
 
 MEASURED = {
@@ -177,8 +177,8 @@ MEASURED = {
 
 
 def test_rates_are_read_from_load_tests(tmp_path: Path) -> None:
-    for name, one in MEASURED.items():
-        (tmp_path / f"{name}.json").write_text(one.model_dump_json())
+    for name, measured in MEASURED.items():
+        (tmp_path / f"{name}.json").write_text(measured.model_dump_json())
     rates = Rates.load([tmp_path / f"{name}.json" for name in MEASURED])
     assert rates.prefill_tokens_per_s == pytest.approx(1000)
     assert rates.prefill_base_ms == pytest.approx(5)
@@ -202,10 +202,10 @@ def test_results_that_failed_are_refused_and_a_busy_client_is_told(
         Rates.measured([("a", MEASURED["a"].model_copy(update={"requests": 9, "failed": 2}))])
     client = MEASURED["a"].client.model_copy(update={"bottleneck": "the client was a bottleneck: slow"})
     (tmp_path / "a.json").write_text(MEASURED["a"].model_copy(update={"client": client}).model_dump_json())
-    asked = ["llama-3.1-8b", "--rates", tmp_path / "a.json", "--rate", 1, "--slo-ttft", "9s", "--slo-itl", "1s"]
-    _, out, _ = run(capsys, *asked)
+    arguments = ["llama-3.1-8b", "--rates", tmp_path / "a.json", "--rate", 1, "--slo-ttft", "9s", "--slo-itl", "1s"]
+    _, out, _ = run(capsys, *arguments)
     assert f"doubtful: {tmp_path / 'a.json'}: the client was a bottleneck: slow" in out
-    _, out, _ = run(capsys, *asked, "--json")
+    _, out, _ = run(capsys, *arguments, "--json")
     assert json.loads(out)["workers"]["rates"]["doubts"] == [
         f"{tmp_path / 'a.json'}: the client was a bottleneck: slow"
     ]
@@ -233,7 +233,7 @@ FAST = "prefill_tokens_per_s: 5\ndecode_step_ms: {1: 2}\n"
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("prefill_tokens_per_s: 5\n", "decode_step_ms is None; allowed: requests in a batch"),
         ("prefill_tokens_per_s: 5\ndecode_step_ms: {one: 2}\n", "decode_step_ms is {'one': 2}; allowed: requests"),
@@ -248,11 +248,11 @@ FAST = "prefill_tokens_per_s: 5\ndecode_step_ms: {1: 2}\n"
         ("- 1\n", "a rates is a mapping"),
     ],
 )
-def test_a_file_of_rates_that_is_wrong_is_named(tmp_path: Path, text: str, said: str) -> None:
+def test_a_file_of_rates_that_is_wrong_is_named(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "r.yaml").write_text(text)
     with pytest.raises(UserError, match=r"r\.yaml") as error:
         Rates.load([tmp_path / "r.yaml"])
-    assert said in str(error.value)
+    assert message in str(error.value)
 
 
 def run(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
@@ -265,31 +265,31 @@ def run(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, st
 def test_the_command_counts_and_simulates(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     file = tmp_path / "rates.yaml"
     file.write_text("prefill_tokens_per_s: 20000\ndecode_step_ms: {1: 8, 64: 14}\n")
-    asked = ["llama-3.1-8b", "--rates", file, "--rate", 5, "--slo-ttft", "1s", "--slo-itl", "20ms", "--isl", "1000"]
-    code, out, _ = run(capsys, *asked, "--simulate", "--requests", 500)
+    arguments = ["llama-3.1-8b", "--rates", file, "--rate", 5, "--slo-ttft", "1s", "--slo-itl", "20ms", "--isl", "1000"]
+    code, out, _ = run(capsys, *arguments, "--simulate", "--requests", 500)
     assert code == 0
     assert "simulated, not measured: 500 requests" in out
-    code, out, _ = run(capsys, *asked, "--rate", 1e300, "--simulate", "--requests", 500)  # no workers carry that
+    code, out, _ = run(capsys, *arguments, "--rate", 1e300, "--simulate", "--requests", 500)  # no workers carry that
     assert (code, out.count("simulated, not measured")) == (0, 0)
     assert "assumed: Poisson arrivals" in out
     assert "8192 prompt tokens a batch, 256 requests a decode batch, a decode pool without limit" in out
-    code, out, _ = run(capsys, *asked, "--json")
-    said = json.loads(out)["workers"]
-    (side,) = said["sides"].values()
+    code, out, _ = run(capsys, *arguments, "--json")
+    counted = json.loads(out)["workers"]
+    (side,) = counted["sides"].values()
     assert side["sizing"]["prefill_workers"] >= 1
     assert side["simulated"] is None
-    assert said["slo"] == {"ttft_s": 1.0, "itl_s": 0.02, "share": 0.95}
-    assert run(capsys, *asked, "--isl", 40_000, "--rate", 1e308, "--link-each")[0] == 0
-    code, out, err = run(capsys, *asked, "--rate", 1e7, "--link-each", "--simulate")
+    assert counted["slo"] == {"ttft_s": 1.0, "itl_s": 0.02, "share": 0.95}
+    assert run(capsys, *arguments, "--isl", 40_000, "--rate", 1e308, "--link-each")[0] == 0
+    code, out, err = run(capsys, *arguments, "--rate", 1e7, "--link-each", "--simulate")
     assert (code, out) == (2, "")
     assert "workers are too many to simulate; leave --simulate out" in err
     # Rates of a plan without a block less are the unpruned model's.
-    code, out, _ = run(capsys, *asked, "--json", "--rates-of", "planned")
-    assert json.loads(out)["workers"] == said
+    code, out, _ = run(capsys, *arguments, "--json", "--rates-of", "planned")
+    assert json.loads(out)["workers"] == counted
 
 
 @pytest.mark.parametrize(
-    ("args", "said"),
+    ("args", "message"),
     [
         (["--slo-ttft", "1s"], "are about workers; say --rates too"),
         (["--requests", 20000], "are about workers; say --rates too"),
@@ -304,9 +304,9 @@ def test_the_command_counts_and_simulates(capsys: pytest.CaptureFixture[str], tm
     ],
 )
 def test_half_a_question_is_refused(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, args: list[object], said: str
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, args: list[object], message: str
 ) -> None:
     (tmp_path / "r.yaml").write_text("prefill_tokens_per_s: 20000\ndecode_step_ms: {1: 8, 64: 14}\n")
-    code, out, err = run(capsys, "llama-3.1-8b", *(tmp_path / "r.yaml" if one == "FILE" else one for one in args))
+    code, out, err = run(capsys, "llama-3.1-8b", *(tmp_path / "r.yaml" if word == "FILE" else word for word in args))
     assert (code, out) == (2, "")
-    assert said in err
+    assert message in err

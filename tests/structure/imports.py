@@ -18,12 +18,12 @@ Graph = dict[str, set[str]]
 
 def sources(homes: Mapping[str, Path] = HOMES) -> dict[str, Path]:
     """Every module of our packages by its dotted name, a package's `__init__` by the package's."""
-    found = {}
+    modules = {}
     for package, home in homes.items():
         for path in sorted((home / package).rglob("*.py")):
             parts = path.relative_to(home).with_suffix("").parts
-            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return found
+            modules[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return modules
 
 
 def imported(path: Path) -> Iterator[str]:

@@ -70,8 +70,8 @@ def test_a_set_up_that_broke_off_is_made_again(tool, monkeypatch):
 def test_a_changed_pyproject_only_reinstalls_the_project(tool):
     ensure(tool)
     (tool.ROOT / "pyproject.toml").write_text("[project]\nname = 'x'\n")
-    made, commands = ensure(tool)
-    assert (made, commands) == (0, 1)
+    environments, commands = ensure(tool)
+    assert (environments, commands) == (0, 1)
     assert tool.commands[0][-2:] == ["-e", "."]
 
 

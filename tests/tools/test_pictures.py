@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 METHODS = [f"method {n}" for n in range(13)]
-KV = [{"method": one, "asked": 2.0, "reduction": 2.0, "ppl_ratio": 1.1} for one in METHODS]
-PRUNING = [{"method": one, "removed": 0 if one == "dense" else 2, "brown_ppl": 9.0, "austen_ppl": 9.0}
-           for one in ("dense", *METHODS)]  # fmt: skip
+KV = [{"method": method, "asked": 2.0, "reduction": 2.0, "ppl_ratio": 1.1} for method in METHODS]
+PRUNING = [{"method": method, "removed": 0 if method == "dense" else 2, "brown_ppl": 9.0, "austen_ppl": 9.0}
+           for method in ("dense", *METHODS)]  # fmt: skip
 
 
 @pytest.mark.parametrize(("module", "rows", "panels"), [("__kv_picture", KV, 1), ("__pruning_picture", PRUNING, 2)])

@@ -47,15 +47,15 @@ def test_a_figure_that_changes_changes_its_page(tool, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("<!-- coffee:begin -->\n<!-- coffee:end -->", "coffee is no table"),
         ("<!-- kv:begin -->\n", "has no <!-- kv:end -->"),
         ("<!-- kv:begin -->\n<!-- kv:end -->", "make bench-kv"),
     ],
 )
-def test_a_page_that_cannot_be_written_is_one_sentence(tool, tmp_path, text, said):
-    with pytest.raises(SystemExit, match=said):
+def test_a_page_that_cannot_be_written_is_one_sentence(tool, tmp_path, text, message):
+    with pytest.raises(SystemExit, match=message):
         tool.written(text, tmp_path)
 
 

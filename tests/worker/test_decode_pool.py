@@ -37,13 +37,32 @@ def test_pools_for_whole_requests_hold_exactly_what_plan_prints(kv, isl, osl, re
     assert planned.two_pool_bytes <= split.token_bytes(plan, single) * (isl + osl) < planned.two_pool_bytes + isl + osl
 
 
-@given(sends, st.integers(1, 5000), st.integers(1, 900), st.integers(1, 10**6))
-def test_any_number_of_tokens_is_shared_out_in_proportion(kv, isl, osl, tokens):
+@given(sends, st.integers(1, 5000), st.integers(1, 900), st.integers(1, 10**6), st.sampled_from([1, 16, 64]))
+def test_any_number_of_tokens_is_shared_out_in_proportion(kv, isl, osl, tokens, page):
     split = SplitPool(isl=isl, osl=osl)
     for send in kv:
-        exact = tokens * (send.rows(isl) + osl) / (isl + osl)
-        assert exact <= split.slots(send, tokens) < exact + 1 + 1e-6
-        assert split.slots(send, tokens) <= tokens
+        kept, whole = (-(-n // page) for n in (send.rows(isl) + osl, isl + osl))  # pages of one request
+        assert tokens * kept / whole <= split.slots(send, tokens, page) < tokens * kept / whole + page + 1e-6
+        assert split.slots(send, tokens, page) <= -(-tokens // page) * page
+        assert split.slots(send, tokens, page) // page // kept >= tokens // page // whole  # as many requests fit
+
+
+@pytest.mark.parametrize(
+    ("tokens", "isl", "osl"),
+    [(None, 4096, 256), (400_000, 4096, 256), (69_632, 4096, 256), (8192, 384, 128), (16, 1, 1), (1, 1, 1)],
+)
+def test_a_worker_that_was_not_told_sizes_for_the_requests_of_plan(tokens, isl, osl):
+    """Or for shorter ones, where SGLang's pool would hold fewer than sixteen of those."""
+    split = SplitPool.of_pool(tokens)
+    assert (split.isl, split.osl) == (isl, osl)
+    assert tokens is None or tokens < 32 or tokens // (isl + osl) >= 16
+
+
+def test_plan_reckons_with_the_same_requests_by_default():
+    from pdtrim_deploy.cli.plan import plan
+
+    defaults = {option.name: option.default for option in plan.params}
+    assert (defaults["isl"], defaults["osl"]) == (SplitPool.of_pool(None).isl, SplitPool.of_pool(None).osl)
 
 
 def test_what_is_said_on_the_command_line():

@@ -25,6 +25,7 @@ TABLES = {
     "kvlengths": Table(("kv",), kv.kvlengths),
     "wire": Table(("wire",), kv.wire),
     "pack": Table(("pack",), kv.pack),
+    "launches": Table(("launches",), kv.launches),
     "choice": Table(("choice",), kv.choice),
     "pruning": Table(("pruning",), pruning.pruning),
     "downstream": Table(("pruning",), pruning.downstream),

@@ -15,7 +15,7 @@ def demo(data: dict[str, Any]) -> str:
     dense, pruned = data["load"]["dense"], data["load"]["pruned"]
     controls = f"{fidelity['controls_detected']} of {fidelity['controls']} wrong plans told apart"
     counted, planned = transfer["measured_bytes"], transfer["planned_bytes"]
-    halved = transfer["dense_bytes"] / 2
+    halved, error, link = transfer["dense_bytes"] / 2, quality.get("stderr"), data.get("link")
     rows = [
         ("blocks run in prefill", plan["blocks"], _run(plan, "prefill")),
         ("blocks run in decode", plan["blocks"], _run(plan, "decode")),
@@ -29,10 +29,11 @@ def demo(data: dict[str, Any]) -> str:
             f"{transfer['dense_measured_bytes']:,.0f} counted",
             f"{transfer['reduction']:.2f}x less",
         ),
+        *_memory(data.get("memory")),
         (
-            "perplexity on held-out text; no error was recorded",
+            f"perplexity on held-out text; {'no error was recorded' if error is None else '± is one paired error'}",
             f"{quality['dense_ppl']:.2f}",
-            f"{quality['pd_ppl']:.2f} = {quality['ratio']:.2f}x",
+            f"{quality['pd_ppl']:.2f} = {quality['ratio']:.2f}x{'' if error is None else f' ± {error:.2f}'}",
         ),
         (
             f"served against oracle, {fidelity['requests']} prompts",
@@ -40,10 +41,39 @@ def demo(data: dict[str, Any]) -> str:
             f"{fidelity['max_logprob_error']:.1e} nats at most; {controls}",
         ),
         ("requests failed", f"{dense['failed']} of {dense['requests']}", f"{pruned['failed']} of {pruned['requests']}"),
-        *((name, "1", interval(data["ratios"], name)) for name in TIMES if interval(data["ratios"], name)),
+        *((name, "1", _time(data["ratios"], name)) for name in TIMES if interval(data["ratios"], name)),
     ]
-    return table(("", "dense", "pruned"), rows) + where(
-        data["environment"], "computed in float32", "times are ratios over interleaved rounds, with 95% intervals"
+    times = ["times are ratios over interleaved rounds, with 95% intervals (paired t on logarithms)"]
+    times += [] if link is None else [_link(link)]
+    return table(("", "dense", "pruned"), rows) + where(data["environment"], "computed in float32", *times)
+
+
+def _time(ratios: list[dict[str, Any]], name: str) -> str:
+    """With its interval; an interval that holds 1 is a tie."""
+    (figure,) = (row for row in ratios if row["figure"] == name)
+    return interval(ratios, name) + (", a tie" if figure["low"] <= 1 <= figure["high"] else "")
+
+
+def _memory(memory: dict[str, Any] | None) -> list[tuple[str, str, str]]:
+    rows = {
+        "decode_pool": "decode's KV pool",
+        "prefill_weights": "prefill's weights",
+        "decode_weights": "decode's weights",
+    }
+    if memory is None:
+        return []
+    dense, pruned = memory["dense"], memory["pruned"]
+    return [
+        (label, f"{dense[name] / 1e6:,.0f} MB", f"{pruned[name] / 1e6:,.0f} MB = {pruned[name] / dense[name]:.2f}x")
+        for name, label in rows.items()
+    ]
+
+
+def _link(link: dict[str, Any]) -> str:
+    share, relay = link["ttft_share"]["dense"], link["relays"]["dense"]
+    return (
+        f"KV over a link of {link['speed']} behind a bfloat16 pool (dense's float32 KV: {relay}), on which it spends "
+        f"{share:.0%} of dense's TTFT"
     )
 
 

@@ -24,9 +24,11 @@ def switches(kv: Data, wire: Data, kvonly: Data, prefilltime: Data, pruning: Dat
     )
     costs = [skipped[name] / dense[name] - 1 for name in ("brown_ppl", "austen_ppl")]
     removed = len(headline["plan"]["decode_dropped"])
-    (whole,) = (row for row in pruning["rows"] if not row["removed"])
+    (unpruned,) = (row for row in pruning["rows"] if not row["removed"])
     losses = {
-        row["method"]: row["brown_ppl"] / whole["brown_ppl"] - 1 for row in pruning["rows"] if row["removed"] == removed
+        row["method"]: row["brown_ppl"] / unpruned["brown_ppl"] - 1
+        for row in pruning["rows"]
+        if row["removed"] == removed
     }
     healed, refitted = (losses[name] for name in ("ours, no annealing, healed", "ours, no annealing"))
     body = [
@@ -60,13 +62,13 @@ def switches(kv: Data, wire: Data, kvonly: Data, prefilltime: Data, pruning: Dat
     ]
     planned_tokens = kv["options"]["sequences"] * HELD_OUT
     judged = min(planned_tokens, _tokens(wire) or planned_tokens)
-    said = (
+    caption = (
         f"\n\nCosts are rises of perplexity on held-out text, ± one paired standard error "
         f"of {judged:,} tokens or more. Bytes are exact, against a bfloat16 pool; times are a "
         "CPU's. "
         f"Model: {weights()}, computed in float32{_more(wire)}."
     )
-    return table(("switch", "saves", "costs", "measured"), body) + said
+    return table(("switch", "saves", "costs", "measured"), body) + caption
 
 
 def _tokens(wire: Data) -> int:
@@ -122,5 +124,7 @@ def proof(served: Data, faults: Data) -> str:
         ),
         ("healthy requests after each fault", f"{after['answered']} of {after['sent']} answered"),
     ]
-    said = f"\n\n`{served['environment']['command']}`, `{faults['environment']['command']}`: each on two cores, no GPU."
-    return table(("what was checked", "result"), body) + said
+    caption = (
+        f"\n\n`{served['environment']['command']}`, `{faults['environment']['command']}`: each on two cores, no GPU."
+    )
+    return table(("what was checked", "result"), body) + caption

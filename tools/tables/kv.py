@@ -80,21 +80,21 @@ def wire(data: dict[str, Any]) -> str:
     forms = sorted({offsets for *_, offsets in by_form})
     lines = []
     for model, dtype in dict.fromkeys(key[:2] for key in by_form):
-        whole = by_form[model, dtype, False]
-        shown = [by_form.get((model, dtype, offsets), whole) for offsets in forms]
-        saved = f"{whole['reduction']:.2f}x" if "reduction" in whole else ""
+        plain = by_form[model, dtype, False]
+        shown = [by_form.get((model, dtype, offsets), plain) for offsets in forms]
+        saved = f"{plain['reduction']:.2f}x" if "reduction" in plain else ""
         lines.append((model, dtype, saved, *(cell for row in shown for cell in _losses(row))))
     names = {False: "keys whole", True: "keys less their offsets"}
     columns = (column for offsets in forms for column in (f"perplexity ratio, {names[offsets]}", "KL, nats"))
     sizes = [options[name] for name in ("sequences", "continuation", "prompt") if name in options]
-    said = [weights(model) for model in dict.fromkeys(key[0] for key in by_form)]
+    captions = [weights(model) for model in dict.fromkeys(key[0] for key in by_form)]
     if len(sizes) == 3:
         split = options.get("split", "development")
-        said.append(f"{sizes[0]} x {sizes[1]} tokens of Brown's {split} split behind {sizes[2]}-token prompts")
+        captions.append(f"{sizes[0]} x {sizes[1]} tokens of Brown's {split} split behind {sizes[2]}-token prompts")
     if any("error" in row for row in rows):
-        said.append("± is the paired standard error")
+        captions.append("± is the paired standard error")
     head = ("model", "wire dtype, all rows", "bytes against bfloat16", *columns)
-    return table(head, lines) + where(data["environment"], *said, f"seed {options.get('seed', 0)}", model="")
+    return table(head, lines) + where(data["environment"], *captions, f"seed {options.get('seed', 0)}", model="")
 
 
 def _model(row: dict[str, Any]) -> str:
@@ -122,6 +122,19 @@ def pack(data: dict[str, Any]) -> str:
     return table(head, rows) + where(data["environment"], "median (least-most) over interleaved rounds", model="")
 
 
+def launches(data: dict[str, Any]) -> str:
+    """Launches of a chunk in both forms on a GPU."""
+    by_form = {(row["plan"], row["wire"], row["form"]): row for row in data["rows"]}
+    rows = []
+    for plan, wire in dict.fromkeys(key[:2] for key in by_form):
+        before, after = (by_form[plan, wire, form] for form in ("torch", "triton"))
+        counts = ("pack_launches", "unpack_launches", "syncs")
+        rows.append((plan, wire, *(f"{before[count]:,} -> {after[count]}" for count in counts)))
+    head = ("plan", "wire dtype", "pack", "unpack", "waits for the GPU")
+    chunk = "a new chunk of 512 tokens of Llama-3.1-8B, keys less their offsets; torch's own operations -> Triton"
+    return table(head, rows) + where(data["environment"], chunk, "counted on meta tensors", model="")
+
+
 def choice(data: dict[str, Any]) -> str:
     """Both accuracies and the loss of the right answer on all questions, paired with dense."""
     rows = [
@@ -138,9 +151,9 @@ def choice(data: dict[str, Any]) -> str:
     head = ("reduction", "rule", "choice", "... against dense", "not normalised, against dense",
             "nats a token of the right answer", "... against dense")  # fmt: skip
     questions, options = data["rows"][0]["questions"], data["options"]
-    said = f"all {questions:,} questions behind {options['prompt']}-token prompts, 3 answers each: chance is 33%"
+    caption = f"all {questions:,} questions behind {options['prompt']}-token prompts, 3 answers each: chance is 33%"
     paired = f"± is the standard error of the paired difference; seed {options['seed']}"
-    return table(head, rows) + where(data["environment"], said, paired)
+    return table(head, rows) + where(data["environment"], caption, paired)
 
 
 def _paired(row: dict[str, Any], name: str, form: str) -> str:

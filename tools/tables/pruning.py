@@ -37,7 +37,7 @@ NAMES = {
 def pruning(data: dict[str, Any]) -> str:
     """Perplexity of each method by blocks removed, in three groups that were treated alike."""
     dense, options = _dense(data), data["options"]
-    said = where(
+    caption = where(
         data["environment"],
         f"PD perplexity of {options['sequences']} x {options['continuation']} tokens of Brown / Austen after "
         f"{options['prompt']} of prompt; dense {_both([dense])}; prefill loses a third as many blocks; chosen on "
@@ -45,7 +45,7 @@ def pruning(data: dict[str, Any]) -> str:
         "a to b: least and most over three seeds of the search, which says nothing of the error of so little text",
     )
     head = ("treatment", "blocks chosen by", *(f"{n} of 30 removed" for n in _sizes(data)))
-    return table(head, _by_size(data, _both)) + said
+    return table(head, _by_size(data, _both)) + caption
 
 
 def downstream(data: dict[str, Any]) -> str:
@@ -56,13 +56,13 @@ def downstream(data: dict[str, Any]) -> str:
         values = [row["choice_loss"] - dense for row in rows]
         return f"{fmean(values):+.2f}" if rows else ""
 
-    said = where(
+    caption = where(
         data["environment"],
         f"rise of the right answer's loss over dense ({dense:.2f}), nats an answer, of {questions} questions; mean "
         "over seeds; no standard error was recorded",
     )
     head = ("treatment", "blocks chosen by", *(f"{n} of 30 removed" for n in _sizes(data)))
-    return table(head, _by_size(data, rise)) + said
+    return table(head, _by_size(data, rise)) + caption
 
 
 def searchcost(data: dict[str, Any]) -> str:
@@ -74,8 +74,8 @@ def searchcost(data: dict[str, Any]) -> str:
     lines: list[tuple[object, ...]] = []
     for (removed, method), rows in sorted(groups.items(), key=lambda item: (item[0][0], _order(item[0][1]))):
         counts = [row["block_forwards"] for row in rows if row.get("block_forwards")]
-        one = _spread([row["unified_ppl"] for row in rows])
-        lines.append((removed, _named(method)[1], f"{fmean(counts):,.0f}" if counts else "", one))
+        spread = _spread([row["unified_ppl"] for row in rows])
+        lines.append((removed, _named(method)[1], f"{fmean(counts):,.0f}" if counts else "", spread))
     head = ("removed", "blocks chosen by", "block-forwards", "Brown, decode's stage as one model")
     return table(head, lines) + where(data["environment"], "mean over seeds; random needs none")
 
@@ -147,11 +147,13 @@ def kvonly(data: dict[str, Any]) -> str:
     names = list(next(iter(by_blocks.values())))
     rows = [(n, *(_both([by_name[name]]) for name in names)) for n, by_name in by_blocks.items()]
     options = data["options"]
-    said = (
+    caption = (
         f"PD perplexity of {options['sequences']} x {options['continuation']} tokens of Brown / Austen after "
         f"{options['prompt']} of prompt, dense {_both([dense])}; no standard error was recorded"
     )
-    return table(("prefill blocks of 30", *names), rows) + where(data["environment"], said, f"seed {options['seed']}")
+    return table(("prefill blocks of 30", *names), rows) + where(
+        data["environment"], caption, f"seed {options['seed']}"
+    )
 
 
 def prefilltime(data: dict[str, Any]) -> str:
@@ -160,6 +162,6 @@ def prefilltime(data: dict[str, Any]) -> str:
     rows = [(r["alone"], *(ratio(r[name], *keys) for name in ("faster", "of_blocks"))) for r in data["rows"]]
     head = ("blocks of 30 for K and V alone", "prefill faster by", "of 30 / (30 - n)")
     options = data["options"]
-    said = f"engine onnxruntime, float32, {options['prompt']} tokens"
+    caption = f"engine onnxruntime, float32, {options['prompt']} tokens"
     rounds = _rounds(data)
-    return table(head, rows) + where(data["environment"], said, rounds)
+    return table(head, rows) + where(data["environment"], caption, rounds)

@@ -15,10 +15,10 @@ def engines(data: dict[str, Any]) -> str:
         ratios = [row[key] for key in ("ttft_ratio", "itl_ratio")]
         rows.append((row["concurrency"], *map(ratio, ratios)))
     calls = [row for row in data["rows"] if "outside_us" in row]
-    said = "; ".join(f"{row['stage']}, {row['tokens']} tokens: {row['outside_us']:.0f} us" for row in calls)
+    times = "; ".join(f"{row['stage']}, {row['tokens']} tokens: {row['outside_us']:.0f} us" for row in calls)
     shares = f"{min(row['share'] for row in calls):.1%} to {max(row['share'] for row in calls):.1%} of the graph's time"
     head = ("requests at once", "TTFT, onnxruntime / torch", "ITL, onnxruntime / torch")
-    tail = f"\n\nThe attention callback costs, a layer and outside of the attention itself: {said} ({shares})."
+    tail = f"\n\nThe attention callback costs, a layer and outside of the attention itself: {times} ({shares})."
     options = data["options"]
     rounds = (
         f"median (least-most) of {options['rounds']} interleaved rounds of {options['requests']} requests, "
@@ -40,13 +40,13 @@ def compare(data: dict[str, Any]) -> str:
         for row in data["rows"]
     ]
     options = data["options"]
-    said = (
+    caption = (
         f"{options['prefill_blocks']} and {options['decode_blocks']} of 30 blocks removed; transfer over a relay of "
         f"{options['link']} on loopback"
     )
     head = ("pruned / dense", "predicted by blocks or bytes", "median round (least-most)",
             "geometric mean (95% interval)", "load average")  # fmt: skip
-    return table(head, rows) + where(data["environment"], f"{options['rounds']} interleaved rounds", said)
+    return table(head, rows) + where(data["environment"], f"{options['rounds']} interleaved rounds", caption)
 
 
 def transport(data: dict[str, Any]) -> str:
@@ -87,5 +87,5 @@ def served(data: dict[str, Any]) -> str:
     ]  # fmt: skip
     head = ("wire dtype", "bytes counted", "planned", "worst error, nats", "allowed", "wrong plans told apart",
             "passed", "commit")  # fmt: skip
-    said = f"{data['rows'][0]['prompts']} prompts of the fidelity check; pages of 16 tokens, chunks of 64"
-    return table(head, rows) + where(data["environment"], "computed in float32", said)
+    caption = f"{data['rows'][0]['prompts']} prompts of the fidelity check; pages of 16 tokens, chunks of 64"
+    return table(head, rows) + where(data["environment"], "computed in float32", caption)

@@ -172,10 +172,10 @@ class _Emitter:
         joint = self.linear(normed, [f"{where}.{x}_proj" for x in sides], f"{at}.{sides}")
         split = self.constant(f"split_{sides}", [heads[x] * s.head_dim for x in sides])
         self.op("Split", joint, split, at=f"{at}.split", outputs=len(sides), axis=-1)
-        made = {side: f"{at}.split.{number}" for number, side in enumerate(sides)}
+        values = {side: f"{at}.split.{number}" for number, side in enumerate(sides)}
         for side in sides[:-1]:
-            made[side] = self.rotate(self.head_norm(made[side], layer, side), f"{at}.{side}", heads[side])
-        return made.get("q", ""), made["k"], made["v"]
+            values[side] = self.rotate(self.head_norm(values[side], layer, side), f"{at}.{side}", heads[side])
+        return values.get("q", ""), values["k"], values["v"]
 
     def head_norm(self, value: str, layer: int, side: str) -> str:
         """Qwen3: RMSNorm within each head."""

@@ -71,8 +71,8 @@ class StageModel:
     @property
     def window(self) -> int | None:
         """Tokens that layers with a sliding window attend to, by transformers; None without, or if all positions."""
-        made = family_of(self.config, str(self.path)).model_class.config_class.from_dict(dict(self.config))
-        window, kinds = getattr(made, "sliding_window", None), getattr(made, "layer_types", None)
+        config = family_of(self.config, str(self.path)).model_class.config_class.from_dict(dict(self.config))
+        window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
         slides = window is not None and window < self.positions and (kinds is None or "sliding_attention" in kinds)
         return window if slides else None
 

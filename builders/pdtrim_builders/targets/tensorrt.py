@@ -121,12 +121,12 @@ def build(flavour: Flavour, stage_dir: Path, out_dir: Path, options: TensorRTOpt
         }
         command = [sys.executable, "-m", "pdtrim_builders.targets.tensorrt_worker"]
         done = run_job(command, job, scratch, _environment(flavour, scratch))
-    said = done.answer
+    answer = done.answer
     return described.model_copy(
         update={
             "status": "built",
             "ops": {op: count for op, count in plain.op_counts.items() if count},
-            "plugins": said["plugins"],
+            "plugins": answer["plugins"],
             "numerics": numerics,
             "peak_memory": done.peak_memory,
             "checked": (
@@ -135,8 +135,8 @@ def build(flavour: Flavour, stage_dir: Path, out_dir: Path, options: TensorRTOpt
                 "names its plugins: this shows that they are there, not that they are right",
             ),
             "details": described.details
-            | {"version": said["version"], "layers": said["layers"], "process_seconds": done.seconds}
-            | {key: said[key] for key in ("inputs", "outputs", "parse_seconds", "build_seconds")},
+            | {"version": answer["version"], "layers": answer["layers"], "process_seconds": done.seconds}
+            | {key: answer[key] for key in ("inputs", "outputs", "parse_seconds", "build_seconds")},
         }
     )
 
@@ -157,13 +157,13 @@ def has_gpu() -> bool:
 
 def _capabilities(flavour: Flavour, options: TensorRTOptions) -> list[str]:
     """Names in TensorRT's enumeration, as SM89."""
-    asked = options.compute_capabilities if isinstance(options, RTXOptions) else ()
-    odd = [one for one in asked if one not in flavour.capabilities]
+    capabilities = options.compute_capabilities if isinstance(options, RTXOptions) else ()
+    odd = [capability for capability in capabilities if capability not in flavour.capabilities]
     if odd:
         raise UserError(
             f"compute capability {odd[0]} cannot be built for; use some of {', '.join(flavour.capabilities)}"
         )
-    return [f"SM{one.replace('.', '')}" for one in asked]
+    return [f"SM{capability.replace('.', '')}" for capability in capabilities]
 
 
 def _check(stage: StageModel, options: TensorRTOptions) -> None:

@@ -27,7 +27,7 @@ def build(job: dict[str, Any]) -> dict[str, Any]:
     trt = importlib.import_module(job["module"])
     log = _logger(trt)
     builder = trt.Builder(log)
-    kept = _register_plugins(trt, job["plugin_library"])  # the registry does not keep Python creators
+    creators = _register_plugins(trt, job["plugin_library"])  # the registry does not keep Python creators
     network = builder.create_network(_flags(trt))
     parser = trt.OnnxParser(network, log)
     started = time.monotonic()
@@ -49,7 +49,7 @@ def build(job: dict[str, Any]) -> dict[str, Any]:
     plan = bytes(engine)
     _check_plan(plan, plugins, job)
     Path(job["plan"]).write_bytes(plan)
-    del kept
+    del creators
     return {
         "version": trt.__version__,
         "plugins": plugins,

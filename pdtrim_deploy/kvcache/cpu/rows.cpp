@@ -660,28 +660,39 @@ void decode_rotated(const uint8_t* codes, const uint16_t* scales, int dim, uint8
 
 extern "C" {
 
-// Rows of one side (K or V) of one layer, in one code. Sections as in pdtrim_deploy/plan/wire.py; those that it lacks are
-// not read.
-struct PdtrimPart {
-  uint8_t* pool;         // slot s begins at pool + s * stride
-  const int64_t* slots;  // [rows]
-  uint8_t* codes;
-  uint16_t* scales;
-  const float* mean;         // [heads, dim]: what rows travel less, before it is turned; null when they travel whole
-  const float* table;        // [positions, dim]: cosines, then sines
-  const int64_t* positions;  // [rows], into the table
-  int64_t stride;  // bytes
-  int64_t pool_slots;
-  int64_t rows;
-  int64_t code;
+struct PdtrimRun {  // pdtrim_deploy/kvcache/table.py
+  int64_t pool, mean, stride, pool_slots, token, position, rows, code, codes, scales;
 };
 
-struct PdtrimShape {
+struct PdtrimChunk {
+  const int64_t* slots;  // of all tokens
+  uint8_t* packed;
+  const float* turns;  // [positions, dim]: cosines, then sines; null when all rows travel whole
   int32_t dtype, heads, dim;
 };
 }
 
 namespace {
+
+// A run's own pointers.
+struct Part {
+  uint8_t* pool;         // slot s begins at pool + s * stride
+  const int64_t* slots;  // [rows]
+  uint8_t* codes;
+  uint16_t* scales;    // native rows have none
+  const float* mean;   // [heads, dim]: what rows travel less, before it is turned; null when they travel whole
+  const float* turns;  // of the first row; the next row's follows
+  int64_t stride;      // bytes
+
+  Part(const PdtrimRun& run, const PdtrimChunk& chunk)
+      : pool(reinterpret_cast<uint8_t*>(run.pool)),
+        slots(chunk.slots + run.token),
+        codes(chunk.packed + run.codes),
+        scales(reinterpret_cast<uint16_t*>(chunk.packed + run.scales)),
+        mean(reinterpret_cast<const float*>(run.mean)),
+        turns(mean ? chunk.turns + run.position * chunk.dim : nullptr),
+        stride(run.stride) {}
+};
 
 inline void copy_row(uint8_t* to, const uint8_t* from, int64_t bytes, bool stream) {
 #if defined(__AVX512F__)
@@ -792,7 +803,7 @@ struct Row {
 };
 
 template <Dtype dtype, Code code, int kDim, bool kPack>
-void move_rows(const PdtrimPart& part, const PdtrimShape& shape, int64_t first, int64_t last, bool stream) {
+void move_rows(const Part& part, const PdtrimChunk& shape, int64_t first, int64_t last, bool stream) {
   constexpr int item = dtype == kFloat32 ? 4 : 2;
   const int dim = kDim ? kDim : shape.dim, heads = shape.heads;
   const int64_t row_bytes = int64_t{heads} * dim * item;
@@ -809,14 +820,14 @@ void move_rows(const PdtrimPart& part, const PdtrimShape& shape, int64_t first, 
     } else {
       const int64_t at = r * heads;
       uint8_t* const codes = part.codes + at * code_bytes(code, dim);
-      const float* const turn = part.mean ? part.table + part.positions[r] * dim : nullptr;
+      const float* const turn = part.mean ? part.turns + r * dim : nullptr;
       Row<dtype, code, kDim, kPack>{row, codes, part.scales + at * groups, dim, groups, heads, next, part.mean, turn}
           .template move<kDim == 128 ? 2 : kDim == 64 ? 4 : 1>();
     }
   }
 }
 
-using Move = void (*)(const PdtrimPart&, const PdtrimShape&, int64_t, int64_t, bool);
+using Move = void (*)(const Part&, const PdtrimChunk&, int64_t, int64_t, bool);
 
 template <bool kPack, Dtype dtype, int kDim>
 Move move_of(int64_t code) {
@@ -833,7 +844,7 @@ Move move_of(int64_t code, int32_t dim) {
 }
 
 template <bool kPack>
-Move move_of(int64_t code, const PdtrimShape& shape) {
+Move move_of(int64_t code, const PdtrimChunk& shape) {
   return shape.dtype == kFloat32   ? move_of<kPack, kFloat32>(code, shape.dim)
          : shape.dtype == kFloat16 ? move_of<kPack, kFloat16>(code, shape.dim)
                                    : move_of<kPack, kBFloat16>(code, shape.dim);
@@ -841,21 +852,21 @@ Move move_of(int64_t code, const PdtrimShape& shape) {
 
 }  // namespace
 
-// Moves all rows of `count` parts. Returns 0; 1 when a slot lies outside its pool, and then nothing was moved.
-extern "C" int pdtrim_move(const PdtrimPart* parts, int64_t count, const PdtrimShape* shape, int32_t threads, int32_t pack) {
-  const int64_t row_bytes = int64_t{shape->heads} * shape->dim * (shape->dtype == kFloat32 ? 4 : 2);
+// Moves all rows of `count` runs. Returns 0; 1 when a slot lies outside its pool, and then nothing was moved.
+extern "C" int pdtrim_move(const PdtrimRun* runs, int64_t count, const PdtrimChunk* chunk, int32_t threads, int32_t pack) {
+  const int64_t row_bytes = int64_t{chunk->heads} * chunk->dim * (chunk->dtype == kFloat32 ? 4 : 2);
   const int64_t step = kBlockBytes / row_bytes + 1;
-  std::vector<int64_t> starts(count + 1, 0);  // of each part's blocks among all blocks
+  std::vector<int64_t> starts(count + 1, 0);  // of each run's blocks among all blocks
   int64_t total = 0;
   for (int64_t i = 0; i < count; ++i) {
     uint64_t most = 0;
-    for (int64_t r = 0; r < parts[i].rows; ++r) {
-      const uint64_t slot = uint64_t(parts[i].slots[r]);
+    for (int64_t r = 0; r < runs[i].rows; ++r) {
+      const uint64_t slot = uint64_t(chunk->slots[runs[i].token + r]);
       most = most > slot ? most : slot;
     }
-    if (parts[i].rows && most >= uint64_t(parts[i].pool_slots)) return 1;
-    starts[i + 1] = starts[i] + (parts[i].rows + step - 1) / step;
-    total += parts[i].rows * row_bytes;
+    if (most >= uint64_t(runs[i].pool_slots)) return 1;
+    starts[i + 1] = starts[i] + (runs[i].rows + step - 1) / step;
+    total += runs[i].rows * row_bytes;
   }
   const bool stream = total >= kStreamBytes;
   std::atomic<int64_t> next{0};
@@ -863,9 +874,10 @@ extern "C" int pdtrim_move(const PdtrimPart* parts, int64_t count, const PdtrimS
     int64_t i = 0;
     for (int64_t block; (block = next.fetch_add(1, std::memory_order_relaxed)) < starts[count];) {
       while (block >= starts[i + 1]) ++i;
-      const PdtrimPart& part = parts[i];
-      const int64_t first = (block - starts[i]) * step, last = first + step < part.rows ? first + step : part.rows;
-      (pack ? move_of<true>(part.code, *shape) : move_of<false>(part.code, *shape))(part, *shape, first, last, stream);
+      const PdtrimRun& run = runs[i];
+      const int64_t first = (block - starts[i]) * step, last = first + step < run.rows ? first + step : run.rows;
+      const Move move = pack ? move_of<true>(run.code, *chunk) : move_of<false>(run.code, *chunk);
+      move(Part(run, *chunk), *chunk, first, last, stream);
     }
 #if defined(__AVX512F__)
     _mm_sfence();

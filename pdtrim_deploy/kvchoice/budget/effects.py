@@ -75,9 +75,9 @@ class Measure:
         for part in self._batches:
             hidden = self._forward(part, plan)[-1]
             for expected, row in zip(part.reference, hidden, strict=True):
-                found = self.problem.oracle.decode.logits(row).float().log_softmax(-1)
-                wanted = self.problem.oracle.decode.logits(expected).float().log_softmax(-1)
-                total += float((wanted.exp() * (wanted - found)).sum(dtype=torch.float64))
+                log_probs = self.problem.oracle.decode.logits(row).float().log_softmax(-1)
+                reference = self.problem.oracle.decode.logits(expected).float().log_softmax(-1)
+                total += float((reference.exp() * (reference - log_probs)).sum(dtype=torch.float64))
                 tokens += len(row)
         return total / tokens
 
@@ -102,11 +102,11 @@ class Measure:
 
     def _products(self, context: tuple[KVSend, ...]) -> Tensor:
         """float64, square: of the context's error and of each layer's rows and dtypes; kept, if the problem keeps."""
-        if self.problem.kept is None:
+        if self.problem.memo is None:
             return self._multiplied(context)
-        said = [self._rows, self._dtypes, [send.model_dump() for send in context], self._sizes]
-        name = hashlib.sha256(json.dumps(said).encode()).hexdigest()
-        return self.problem.kept(name, lambda: self._multiplied(context))
+        key = [self._rows, self._dtypes, [send.model_dump() for send in context], self._sizes]
+        name = hashlib.sha256(json.dumps(key).encode()).hexdigest()
+        return self.problem.memo(name, lambda: self._multiplied(context))
 
     @torch.no_grad()
     def _multiplied(self, context: tuple[KVSend, ...]) -> Tensor:
@@ -156,9 +156,9 @@ class Measure:
             for at, option in tried:
                 if option != send:
                     hidden = inputs[layer]
-                    for behind in range(layer, len(context)):
-                        kv = self._kv(part, behind, option if behind == layer else context[behind])
-                        hidden = self.problem.oracle.decode.block(behind, hidden, part.span, kv)
+                    for following in range(layer, len(context)):
+                        kv = self._kv(part, following, option if following == layer else context[following])
+                        hidden = self.problem.oracle.decode.block(following, hidden, part.span, kv)
                     changes[1 + layer * kinds + at] = probe.change(hidden) - error
             self._progress(f"{name}, layer {layer + 1}/{len(context)}")
         return changes

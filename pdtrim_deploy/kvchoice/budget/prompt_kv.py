@@ -59,8 +59,8 @@ class PromptKV:
         buffer = torch.empty(self._shape, dtype=self._stored)
         self._file.seek(self._offset(dtype, layer, 0))
         self._file.readinto(_bytes_of(buffer))
-        whole = ((0, self._shape[3]),)
-        sides = buffer if ranges == whole else torch.cat([buffer[..., lo:hi, :] for lo, hi in ranges], -2)
+        all_rows = ((0, self._shape[3]),)
+        sides = buffer if ranges == all_rows else torch.cat([buffer[..., lo:hi, :] for lo, hi in ranges], -2)
         keys, values = sides.to(self._model_dtype).unbind(1)
         return LayerKV(keys, values, ranges)
 

@@ -47,10 +47,10 @@ class BudgetSearch:
         for _ in range(self.rounds):
             if abs(best.foretold - best.harm) <= TRUSTED * best.harm:
                 break
-            found = self._solve(best.sends, budget)
-            if found.harm >= best.harm:
+            result = self._solve(best.sends, budget)
+            if result.harm >= best.harm:
                 break
-            best = found
+            best = result
         return best
 
     def cheapest(self, harm: float, tolerance: float = 0.01) -> BudgetResult | None:
@@ -65,9 +65,9 @@ class BudgetSearch:
         high = best.cost
         while high - low > tolerance * high:
             middle = (low + high) // 2
-            found = self.within(middle)
-            if found.harm <= harm:
-                best, high = found, min(middle, found.cost)
+            result = self.within(middle)
+            if result.harm <= harm:
+                best, high = result, min(middle, result.cost)
             else:
                 low = middle
         return best
@@ -78,6 +78,6 @@ class BudgetSearch:
         choice = solve(model, self.costs, budget, seed=self.measure.problem.seed)
         sends = tuple(self.measure.options[option] for option in choice)
         cost = int(self.costs[np.arange(len(choice)), choice].sum())
-        found = BudgetResult(sends, cost, model.harm(choice), self.measure.divergence(sends))
-        self._progress(f"budget {budget}: cost {cost}, KL {found.foretold:.5f} foretold, {found.harm:.5f} measured")
-        return found
+        result = BudgetResult(sends, cost, model.harm(choice), self.measure.divergence(sends))
+        self._progress(f"budget {budget}: cost {cost}, KL {result.foretold:.5f} foretold, {result.harm:.5f} measured")
+        return result

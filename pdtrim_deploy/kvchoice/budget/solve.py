@@ -105,8 +105,8 @@ def _descend(model: Quadratic, costs: Ints, budget: int, choice: Ints) -> Ints:
             layer, option = np.unravel_index(alone.argmin(), alone.shape)
             changed[layer] = option
         else:
-            one, a, other, b = np.unravel_index(pair.argmin(), pair.shape)
-            changed[one], changed[other] = a, b
+            first, a, second, b = np.unravel_index(pair.argmin(), pair.shape)
+            changed[first], changed[second] = a, b
         if (less := model.harm(changed)) > harm - 1e-12:
             return choice
         choice, harm = changed, less

@@ -29,10 +29,12 @@ def drive(url: str, scenario: Scenario) -> LoadRun:
     """
     check(scenario)
     aiperf = program()
-    asked = tuple(jobs(scenario))
+    planned_jobs = tuple(jobs(scenario))
     if scenario.warmup:
         builtin.drive(url, scenario.warming())
     with tempfile.TemporaryDirectory(prefix="pdtrim-aiperf-") as folder:
-        write_requests(Path(folder), asked)
-        run(aiperf, url, scenario, asked, Path(folder))
-        return read(Path(folder) / "out", asked, every=scenario.duration_s is None or asked[0].due_s is not None)
+        write_requests(Path(folder), planned_jobs)
+        run(aiperf, url, scenario, planned_jobs, Path(folder))
+        return read(
+            Path(folder) / "out", planned_jobs, every=scenario.duration_s is None or planned_jobs[0].due_s is not None
+        )

@@ -34,14 +34,14 @@ def check(scenario: Scenario) -> None:
         )
 
 
-def write_requests(folder: Path, asked: Sequence[Job]) -> None:
+def write_requests(folder: Path, jobs: Sequence[Job]) -> None:
     """`requests.jsonl` as a Mooncake trace of literal texts, and `hf/` with a tokenizer.
 
     aiperf 0.13 loads a tokenizer even when it needs none, from a hub or its cache; this one splits at spaces, and
     nothing that is reported was counted by it.
     """
     with (folder / "requests.jsonl").open("w") as file:
-        for number, job in enumerate(asked):
+        for number, job in enumerate(jobs):
             due = {} if job.due_s is None else {"timestamp": job.due_s * 1e3}
             row = {"session_id": str(number), "text_input": job.prompt, "output_length": job.output_tokens}
             file.write(json.dumps(row | due) + "\n")
@@ -54,14 +54,14 @@ def write_requests(folder: Path, asked: Sequence[Job]) -> None:
     rest = dict.fromkeys(("normalizer", "post_processor", "decoder"))
     split = {"version": "1.0", "added_tokens": [], "pre_tokenizer": {"type": "WhitespaceSplit"}}
     (snapshot / "tokenizer.json").write_text(json.dumps(split | rest | {"model": words}))
-    said = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "[UNK]"}
-    (snapshot / "tokenizer_config.json").write_text(json.dumps(said))
+    tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "[UNK]"}
+    (snapshot / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
     (snapshot / "config.json").write_text('{"model_type": "llama"}')
 
 
-def command(aiperf: Path, url: str, model: str, scenario: Scenario, asked: Sequence[Job], folder: Path) -> list[str]:
+def command(aiperf: Path, url: str, model: str, scenario: Scenario, jobs: Sequence[Job], folder: Path) -> list[str]:
     """Open loops and traces are a fixed schedule; a closed loop is a concurrency, cut off by its duration."""
-    open_loop = asked[0].due_s is not None
+    open_loop = jobs[0].due_s is not None
     options: dict[str, object] = {
         "--model": model,
         "--tokenizer": "local/words",
@@ -78,7 +78,7 @@ def command(aiperf: Path, url: str, model: str, scenario: Scenario, asked: Seque
         "--ui": "none",
     }
     if not open_loop:
-        options |= {"--concurrency": min(scenario.arrivals.clients or 1, len(asked)), "--request-count": len(asked)}
+        options |= {"--concurrency": min(scenario.arrivals.clients or 1, len(jobs)), "--request-count": len(jobs)}
         if scenario.duration_s is not None:
             options |= {"--benchmark-duration": scenario.duration_s, "--benchmark-grace-period": scenario.deadline_s}
     flags = ["--streaming", "--use-server-token-count", "--no-gpu-telemetry", "--no-server-metrics"]
@@ -86,21 +86,21 @@ def command(aiperf: Path, url: str, model: str, scenario: Scenario, asked: Seque
     return [str(aiperf), "profile", *(str(part) for pair in options.items() for part in pair), *flags]
 
 
-def run(aiperf: Path, url: str, scenario: Scenario, asked: Sequence[Job], folder: Path) -> None:
+def run(aiperf: Path, url: str, scenario: Scenario, jobs: Sequence[Job], folder: Path) -> None:
     """One run; its records are in `folder`/out. Exit code 1 is also that of a run whose every request failed.
 
     Raises:
         ServingError: it wrote no records, or took longer than the load and its deadlines can.
 
     """
-    turns = -(-len(asked) // max(1, scenario.arrivals.clients or 1))  # of a closed loop's client
-    longest = (asked[-1].due_s or 0.0) + scenario.deadline_s * (1 if asked[-1].due_s is not None else turns)
-    if asked[-1].due_s is None and scenario.duration_s is not None:
+    turns = -(-len(jobs) // max(1, scenario.arrivals.clients or 1))  # of a closed loop's client
+    longest = (jobs[-1].due_s or 0.0) + scenario.deadline_s * (1 if jobs[-1].due_s is not None else turns)
+    if jobs[-1].due_s is None and scenario.duration_s is not None:
         longest = scenario.duration_s + scenario.deadline_s
     environment = os.environ | {"HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1"}
     with (folder / "aiperf.log").open("w+") as log:
         child = subprocess.Popen(
-            command(aiperf, url, served_model(url), scenario, asked, folder),
+            command(aiperf, url, served_model(url), scenario, jobs, folder),
             env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, cwd=folder,
         )  # fmt: skip
         try:
@@ -113,9 +113,9 @@ def run(aiperf: Path, url: str, scenario: Scenario, asked: Sequence[Job], folder
             child.wait()
         if not (folder / "out" / "profile_export.jsonl").is_file():
             log.seek(0)
-            said = [line.strip() for line in log if line.strip()] or ["no output"]
+            last_lines = [line.strip() for line in log if line.strip()] or ["no output"]
             raise ServingError(
-                f"aiperf ended with exit code {child.returncode} and no records: {' | '.join(said[-5:])}"
+                f"aiperf ended with exit code {child.returncode} and no records: {' | '.join(last_lines[-5:])}"
             )
 
 

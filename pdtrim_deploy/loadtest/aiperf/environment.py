@@ -24,18 +24,18 @@ def program(repo: Path = REPO) -> Path:
     if tool.is_file():
         if not (repo / ours).exists():
             print("making .venv/aiperf for the load driver aiperf, once: about a minute, 1.2 GB", file=sys.stderr)
-        made = subprocess.run([sys.executable, tool, "aiperf"], check=False, capture_output=True, text=True)
-        if made.returncode:
-            last = (made.stderr.strip() or made.stdout.strip() or "no output").splitlines()[-1]
+        setup = subprocess.run([sys.executable, tool, "aiperf"], check=False, capture_output=True, text=True)
+        if setup.returncode:
+            last = (setup.stderr.strip() or setup.stdout.strip() or "no output").splitlines()[-1]
             raise UserError(f"the load driver aiperf could not be installed ({last}); or use --driver builtin")
         return repo / ours
-    found = ours.absolute() if ours.exists() else shutil.which("aiperf")
-    if found is None:
+    path = ours.absolute() if ours.exists() else shutil.which("aiperf")
+    if path is None:
         raise UserError(
             "the load driver aiperf is not installed; make it with: python3 -m venv .venv/aiperf && "
             f".venv/aiperf/bin/pip install aiperf=={VERSION}, or use --driver builtin"
         )
-    said = subprocess.run([found, "--version"], check=False, capture_output=True, text=True).stdout.strip()
-    if said != VERSION:
-        raise UserError(f"{found} is aiperf {said or 'of no version'}, its records are read as {VERSION} writes them")
-    return Path(found)
+    version = subprocess.run([path, "--version"], check=False, capture_output=True, text=True).stdout.strip()
+    if version != VERSION:
+        raise UserError(f"{path} is aiperf {version or 'of no version'}, its records are read as {VERSION} writes them")
+    return Path(path)

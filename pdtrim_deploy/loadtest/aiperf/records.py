@@ -27,8 +27,8 @@ KINDS = {
 }
 
 
-def read(out: Path, asked: Sequence[Job], every: bool = True) -> LoadRun:
-    """Outcomes in the order of `asked`.
+def read(out: Path, jobs: Sequence[Job], every: bool = True) -> LoadRun:
+    """Outcomes in the order of `jobs`.
 
     Args:
         out: aiperf's artifact folder.
@@ -40,12 +40,12 @@ def read(out: Path, asked: Sequence[Job], every: bool = True) -> LoadRun:
     records = {int(row["metadata"]["conversation_id"]): row for row in _rows(out / "profile_export.jsonl")}
     raw = {int(row["metadata"]["conversation_id"]): row for row in _rows(out / "profile_export_raw.jsonl")}
     started = {number: row["metadata"]["request_start_ns"] / 1e9 for number, row in records.items()}
-    behind = {number: at - (asked[number].due_s or 0.0) for number, at in started.items()}
-    first = min(behind.values(), default=0.0)
+    delay = {number: at - (jobs[number].due_s or 0.0) for number, at in started.items()}
+    first = min(delay.values(), default=0.0)
     outcomes = []
-    for number, job in enumerate(asked):
+    for number, job in enumerate(jobs):
         if number in records:
-            late = behind[number] - first if job.due_s is not None else 0.0
+            late = delay[number] - first if job.due_s is not None else 0.0
             outcomes.append(_outcome(records[number], raw.get(number), job, late))
         elif every:
             outcomes.append(Outcome("unsent", "aiperf has no record of it"))
@@ -80,7 +80,7 @@ def _stream(raw: dict[str, Any], tokens: int, late: float) -> Outcome:
     """
     sent = last = raw["start_perf_ns"]
     ttft, gaps, seen, prompt_tokens, done = 0.0, [], 0, 0, False
-    for now, data in ((one["perf_ns"], packet["value"]) for one in raw["responses"] for packet in one["packets"]):
+    for now, data in ((item["perf_ns"], packet["value"]) for item in raw["responses"] for packet in item["packets"]):
         if data == "[DONE]":
             done = True
             break

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.models.blockwise import Blockwise, LayerKV
+from pdtrim_deploy.models.layer_run import LayerRun
 from pdtrim_deploy.plan import Stage
 from pdtrim_deploy.pruning.compensation.base import Progress
 from pdtrim_deploy.pruning.compensation.target_states import TargetStates
@@ -56,41 +57,41 @@ class _Fit:
         self, pair: StagePair, stage: Stage, targets: TargetStates, least_gain: float, progress: Progress
     ) -> None:
         self._pair, self._stage, self._targets, self._progress = pair, stage, targets, progress
-        self._runner, self._map, self._least_gain = Blockwise(pair.stage(stage)), pair.plan.layer_map, least_gain
+        self._map, self._least_gain = pair.plan.layer_map, least_gain
         self._layers, self._spans = pair.plan.layers(stage), pair.spans(stage)
-        self._states = [self._runner.embed(part, targets.prompt) for part in targets.parts]
-        self._going, self._layer = self._layers[0] != 0, 0
+        self._run = LayerRun(Blockwise(pair.stage(stage)), targets.parts, targets.prompt)
+        self._going = self._layers[0] != 0
         self.changed: dict[int, dict[str, Tensor]] = {}
 
     @property
     def reads(self) -> int:
         """The layer of prefill whose KV is read next."""
-        return self._map[min(self._layer, len(self._map) - 1)]
+        return self._map[min(self._run.layer, len(self._map) - 1)]
 
     def advance(self) -> None:
         """Through the layer whose reader is the block at the dense model's depth, if the stage has one, refitted."""
-        if self._layer == len(self._layers) or self._spans[self._layer][1] != self._targets.depth:
+        layer = self._run.layer
+        if not self._run.running or self._spans[layer][1] != self._targets.depth:
             return
-        block, (stop, after) = self._layers[self._layer], self._spans[self._layer]
+        block, (stop, after) = self._layers[layer], self._spans[layer]
         if self._pair.adds(self._stage, block) and (self._going or stop != after):
             self._refit(block)
         self._going = self._going or stop != after
-        runner, layer = self._runner, self._layer
-        self._states = [(runner.block(layer, x, span, self._kv(n)), span) for n, (x, span) in enumerate(self._states)]
-        self._layer += 1
+        self._run.advance([self._kv(batch) for batch in range(len(self._run.states))])
 
     def _refit(self, block: int) -> None:
-        refit, batches = Refit(self._runner, self._layer), len(self._states)
-        for batch, (x, span) in enumerate(self._states):
+        run, batches = self._run, len(self._run.states)
+        refit = Refit(run.runner, run.layer)
+        for batch, (x, span) in enumerate(zip(run.states, run.spans, strict=True)):
             check = (batches - 1 - batch) % _CHECKED == 0 and batches > 1
-            refit.add(x, span, self._targets.wanted(batch), check=check, kv=self._kv(batch))
+            refit.add(x, span, self._targets.target(batch), check=check, kv=self._kv(batch))
         weight, before, error = refit.solve()
         if not math.isfinite(error):
             raise UserError(f"{self._stage} block {block}: its error is {error}; load the model in float32")
         self._progress(f"{self._stage} block {block}: relative squared error {before:.4f} -> {error:.4f}")
         self.changed[block] = {"mlp.down_proj.weight": weight}
-        set_down(self._runner.layers[self._layer], weight)
+        set_down(run.runner.layers[run.layer], weight)
         self._going = error < (1 - self._least_gain) * before
 
     def _kv(self, batch: int) -> LayerKV | None:
-        return self._targets.kv(self._map[self._layer], batch) if self._stage == "decode" else None
+        return self._targets.kv(self._map[self._run.layer], batch) if self._stage == "decode" else None

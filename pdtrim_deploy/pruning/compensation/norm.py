@@ -15,12 +15,12 @@ from torch import Tensor
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.models.blockwise import Blockwise
+from pdtrim_deploy.models.layer_run import LayerRun
+from pdtrim_deploy.models.outputs import output_parameters
 from pdtrim_deploy.models.streaming import whole_block
 from pdtrim_deploy.plan import Stage
 from pdtrim_deploy.pruning.compensation.base import Progress
 from pdtrim_deploy.pruning.pair import StagePair
-
-_ADDS = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
 
 
 class Norm:
@@ -55,19 +55,21 @@ def _shortened(pair: StagePair, stage: Stage, norms: Tensor) -> dict[int, dict[s
     for layer, block in enumerate(layers):
         if factors[block] != 1.0:
             whole = whole_block(model, layer)
-            changed[block] = {name: whole.get_parameter(name).detach() / factors[block] for name in _ADDS}
+            changed[block] = {
+                name: whole.get_parameter(name).detach() / factors[block] for name in output_parameters(whole)
+            }
     return changed
 
 
 @torch.no_grad()
 def _mean_norms(pair: StagePair, ids: Tensor, progress: Progress) -> Tensor:
     """float64 `[blocks + 1]`: mean norm of each `x_i` of the dense model."""
-    runner, blocks = Blockwise(pair.model), pair.plan.model.num_blocks
+    blocks = pair.plan.model.num_blocks
     total = torch.zeros(blocks + 1, dtype=torch.float64)
-    states = [runner.embed(part) for part in ids.split(4)]
+    run = LayerRun(Blockwise(pair.model), ids.split(4))
     for block in range(blocks + 1):
-        total[block] = sum(hidden[:, 1:].double().norm(dim=-1).sum() for hidden, _ in states)
-        if block < blocks:
-            states = [(runner.block(block, hidden, span), span) for hidden, span in states]
+        total[block] = sum(hidden[:, 1:].double().norm(dim=-1).sum() for hidden in run.states)
+        if run.running:
+            run.advance()
             progress(f"norms: {block + 1}/{blocks} blocks")
     return total / (ids.shape[0] * (ids.shape[1] - 1))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pdtrim_deploy.models.blockwise import Blockwise, CausalLM, LayerKV
+from pdtrim_deploy.models.layer_run import LayerRun
 
 
 class TeacherLogits(nn.Module):
@@ -22,9 +23,7 @@ class TeacherLogits(nn.Module):
     @torch.no_grad()
     def forward(self, ids: Tensor, prompt: int, held: list[LayerKV] | None) -> Tensor:
         """Logits of all but the prompt's tokens."""
-        hidden, span = self._runner.embed(ids)
-        for layer in range(len(self._runner.layers)):
-            hidden = self._runner.block(layer, hidden, span)
+        (hidden,) = LayerRun(self._runner, [ids]).finish()
         return self._runner.logits(hidden[:, prompt:].flatten(0, 1))
 
 
@@ -37,9 +36,8 @@ class StageLogits(nn.Module):
 
     def forward(self, ids: Tensor, prompt: int, held: list[LayerKV] | None) -> Tensor:
         """Logits of all but the prompt's tokens."""
-        hidden, span = self._runner.embed(ids[:, prompt:], prompt)
-        for layer in range(len(self._runner.layers)):
-            hidden = self._runner.block(layer, hidden, span, held[layer].fork() if held else None)
+        kvs = [[kv.fork()] for kv in held] if held else None
+        (hidden,) = LayerRun(self._runner, [ids[:, prompt:]], prompt).finish(kvs)
         return self._runner.logits(hidden.flatten(0, 1))
 
 
@@ -53,8 +51,7 @@ class PrefillKV(nn.Module):
     @torch.no_grad()
     def forward(self, prompts: Tensor) -> list[LayerKV]:
         """KV of `prompts`, int64 `[batch, tokens]`."""
-        hidden, span = self._runner.embed(prompts)
-        made = [LayerKV() for _ in self._runner.layers]
-        for layer in range(self._map[-1] + 1):
-            hidden = self._runner.block(layer, hidden, span, made[layer])
-        return [made[source] for source in self._map]
+        run, kvs = LayerRun(self._runner, [prompts]), [LayerKV() for _ in self._runner.layers]
+        while run.layer <= self._map[-1]:
+            run.advance([kvs[run.layer]])
+        return [kvs[source] for source in self._map]

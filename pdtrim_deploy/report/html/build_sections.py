@@ -12,22 +12,22 @@ from pdtrim_deploy.report.html.markup import Markup, join, table, tag
 from pdtrim_deploy.report.html.model_pictures import attention_picture, redundancy_picture
 
 
-def search(found: Findings) -> Markup | None:
+def search(findings: Findings) -> Markup | None:
     """How the blocks were chosen."""
     parts = []
-    if could := found.reports.get("candidates"):
-        gone: dict[str, tuple[int, ...]] = {stage: found.bundle.plan.dropped(stage) for stage in STAGES}
-        said = (
+    if candidates := findings.reports.get("candidates"):
+        gone: dict[str, tuple[int, ...]] = {stage: findings.bundle.plan.dropped(stage) for stage in STAGES}
+        report = (
             "Cosine between what goes into a block and what comes out, on calibration text: near 1 a block changes "
             "little. It is where a search begins, not what it goes by: that is the loss."
         )
-        parts += [tag("p", said), redundancy_picture(could["redundancy"], could["pair_redundancy"], gone)]
-    for stage, said in found.reports.get("pruning", {}).items():
-        steps = said.get("trajectory", ())
+        parts += [tag("p", report), redundancy_picture(candidates["redundancy"], candidates["pair_redundancy"], gone)]
+    for stage, report in findings.reports.get("pruning", {}).items():
+        steps = report.get("trajectory", ())
         if not steps:
             continue
         known = [(step["block"], step["loss"]) for step in steps if step.get("loss") is not None]
-        parts.append(tag("h3", f"{stage}: removes {', '.join(map(str, said['removed']))}"))
+        parts.append(tag("h3", f"{stage}: removes {', '.join(map(str, report['removed']))}"))
         if len(known) > 1:
             parts.append(charts.trajectory(known, f"calibration loss while {stage} loses blocks"))
         parts.append(
@@ -36,61 +36,71 @@ def search(found: Findings) -> Markup | None:
                 [(s["step"], s["block"], number(s.get("loss"), 4), number(s.get("seconds"), 2)) for s in steps],
             )
         )
-        if ranked := said.get("finalists"):
+        if ranked := report.get("finalists"):
             parts += _ranking(ranked)
-    return join([*parts, built(found, f"seed of the search {found.bundle.recipe.pruning.seed}")]) if parts else None
+    return (
+        join([*parts, built(findings, f"seed of the search {findings.bundle.recipe.pruning.seed}")]) if parts else None
+    )
 
 
-def mended(found: Findings) -> Markup | None:
+def mended(findings: Findings) -> Markup | None:
     """What was done to the weights that are left."""
-    reports, rows = found.reports, list[tuple[str, ...]]()
+    reports, rows = findings.reports, list[tuple[str, ...]]()
     for pair, lesson in reports.get("healing", {}).get("students", {}).items():
         errors = (number(lesson["error_drop"], 4), number(lesson["error"], 4))
         rows.append((f"student of blocks {pair}", "relative squared error, against leaving it out", *errors, "yes"))
-    for stage, one in reports.get("healing", {}).get("rescaled", {}).items():
-        kept = "yes" if one["kept"] else "no: not better"
-        losses = (number(one["before"], 4), number(one["after"], 4))
-        rows.append((f"{stage}, rescaled", "loss, nats a token, on text not fitted", *losses, kept))
+    for stage, result in reports.get("healing", {}).get("rescaled", {}).items():
+        verdict = "yes" if result["kept"] else "no: not better"
+        losses = (number(result["before"], 4), number(result["after"], 4))
+        rows.append((f"{stage}, rescaled", "loss, nats a token, on text not fitted", *losses, verdict))
     known = "KL from the dense model, nats a token, on text not trained on"
-    healed = {f"{stage}, distilled": one for stage, one in reports.get("healing", {}).get("healing", {}).items()}
+    healed = {f"{stage}, distilled": result for stage, result in reports.get("healing", {}).get("healing", {}).items()}
     if "healing-kv" in reports:
         healed["decode, distilled behind the KV it is sent"] = reports["healing-kv"]
-    for what, one in healed.items():
-        kept = "yes" if one["kept"] else "no: not better"
-        rows.append((f"{what}, {one['steps']} steps", known, number(one["before"], 4), number(one["after"], 4), kept))
-    said = f"Compensation: {found.bundle.recipe.healing.compensation}."
+    for what, result in healed.items():
+        verdict = "yes" if result["kept"] else "no: not better"
+        rows.append(
+            (
+                f"{what}, {result['steps']} steps",
+                known,
+                number(result["before"], 4),
+                number(result["after"], 4),
+                verdict,
+            )
+        )
+    compensation = f"Compensation: {findings.bundle.recipe.healing.compensation}."
     if not rows:
-        return join([tag("p", said), built(found)]) if "healing" in reports else None
-    return join([tag("p", said), table(("what", "measure", "before", "after", "kept"), rows), built(found)])
+        return join([tag("p", compensation), built(findings)]) if "healing" in reports else None
+    return join([tag("p", compensation), table(("what", "measure", "before", "after", "kept"), rows), built(findings)])
 
 
-def attention(found: Findings) -> Markup | None:
+def attention(findings: Findings) -> Markup | None:
     """Where decode looks in the prompt."""
-    mass = found.reports.get("attention")
+    mass = findings.reports.get("attention")
     if mass is None:
         return None
-    said = (
+    text = (
         f"Of generated tokens, on {mass['sequences']} calibration texts with {mass['prompt_tokens']} prompt tokens: "
         f"the share of attention on a prompt's first {mass['n_first']} and last {mass['n_last']} tokens, on those in "
         "the middle, and on what was generated. A layer that looks at the middle need not be harmed by its loss: what "
         "a layer's KV is worth was measured."
     )
-    return join([tag("p", said), attention_picture(mass), built(found)])
+    return join([tag("p", text), attention_picture(mass), built(findings)])
 
 
 def _ranking(finalists: list[dict[str, Any]]) -> list[Markup]:
     """What the judge said of a stage's finalists."""
     shown, decides = {"as the search saw it": "loss", "compensated": "compensated"}, "which decides"
-    if any("decode_behind" in one for one in finalists):
+    if any("decode_behind" in finalist for finalist in finalists):
         shown, decides = (
             shown | {"decode behind it": "decode_behind"},
             "and the smaller loss of decode behind it decides",
         )
-    rows = [(_lost(one), *(number(one.get(key), 4) for key in shown.values())) for one in finalists]
-    said = tag("p", f"Judged again once compensated, {decides}; nats a token:")
-    return [said, table(("loses", *shown), rows)]
+    rows = [(_lost(finalist), *(number(finalist.get(key), 4) for key in shown.values())) for finalist in finalists]
+    text = tag("p", f"Judged again once compensated, {decides}; nats a token:")
+    return [text, table(("loses", *shown), rows)]
 
 
-def _lost(one: dict[str, Any]) -> str:
+def _lost(finalist: dict[str, Any]) -> str:
     """A finalist, as `Solution` says it."""
-    return ", ".join([*map(str, one["removed"]), *(f"{a}+{b}" for a, b in one["pairs"])])
+    return ", ".join([*map(str, finalist["removed"]), *(f"{a}+{b}" for a, b in finalist["pairs"])])

@@ -41,12 +41,12 @@ def intervals(rows: Sequence[tuple[str, float, float, float]], label: str) -> Ma
     for number, (name, low, value, high) in enumerate(rows):
         y = 20 + step * number
         sure = "sure" if not low <= 1 <= high else "unsure"
-        said = f"{value:.3f} ({low:.3f} - {high:.3f})"
+        value_text = f"{value:.3f} ({low:.3f} - {high:.3f})"
         parts += [
             tag("text", name, x=left - 10, y=y + 4, text_anchor="end"),
             tag("line", x1=x(low), y1=y, x2=x(high), y2=y, class_=f"whisker {sure}"),
-            tag("circle", tag("title", f"{name}: {said}"), cx=x(value), cy=y, r=5, class_=sure),
-            tag("text", said, x=WIDTH - right + 8, y=y + 4, class_="small"),
+            tag("circle", tag("title", f"{name}: {value_text}"), cx=x(value), cy=y, r=5, class_=sure),
+            tag("text", value_text, x=WIDTH - right + 8, y=y + 4, class_="small"),
         ]
     return svg(WIDTH + 20, height, label, parts)
 
@@ -106,7 +106,10 @@ def pareto(rows: Sequence[dict[str, Any]], here: tuple[float, float] | None, mos
             parts.append(tag("text", f"{mark}x", x=x, y=y + 16, class_="tiny"))
     parts.append(tag("text", "fewer KV bytes than dense, log scale", x=left, y=height - 6, class_="small"))
     for number, (method, budgets) in enumerate(sorted(lines.items(), key=lambda item: not item[0].startswith("ours"))):
-        points = [(fmean(r for r, _ in found), fmean(p for _, p in found)) for _, found in sorted(budgets.items())]
+        points = [
+            (fmean(r for r, _ in points_of_budget), fmean(p for _, p in points_of_budget))
+            for _, points_of_budget in sorted(budgets.items())
+        ]
         placed, colour = [place(*point) for point in points], f"c{number % COLOURS}"
         curve = f"curve {colour}" + " dashed" * (number >= COLOURS) + " bold" * method.startswith("ours")
         path = " ".join(f"{x},{y}" for x, y in placed)

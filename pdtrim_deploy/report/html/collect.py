@@ -63,19 +63,19 @@ class Findings:
 
         """
         reports = {name: _read(path) for name in REPORTS if (path := bundle.reports_dir / f"{name}.json").is_file()}
-        for name, said in reports.items():
-            plan = said.get("plan_digest") or said.get("plan")
+        for name, report in reports.items():
+            plan = report.get("plan_digest") or report.get("plan")
             digest = plan.get("digest") if isinstance(plan, dict) else plan
             if digest not in (None, bundle.plan.digest):
-                made = _about(bundle, REPORTS[name])
+                command = _about(bundle, REPORTS[name])
                 raise UserError(
                     f"{bundle.reports_dir / name}.json is of plan {digest[:12]}, the bundle's is "
-                    f"{bundle.plan.digest[:12]}; make it again: {made}"
+                    f"{bundle.plan.digest[:12]}; make it again: {command}"
                 )
         loads = {"compare.json": reports.pop("compare")} if "compare" in reports else {}
         loads |= {str(path): _read(path) for path in comparisons}
-        for name, said in loads.items():
-            if not {"first", "second", "ratios", "load"} <= said.keys():
+        for name, report in loads.items():
+            if not {"first", "second", "ratios", "load"} <= report.keys():
                 raise UserError(f"{name} is no comparison; make one with: pdtrim-deploy compare A B --out {name}")
         own = bundle.reports_dir / "faults.json"
         faults = faults or (own if own.is_file() else None)
@@ -114,22 +114,22 @@ def _about(bundle: Bundle, command: str) -> str:
 
 def read_pareto(path: Path) -> dict[str, Any]:
     """What `make bench-kv` wrote; UserError when it is something else."""
-    found = _read(path)
-    if not _has_rows(found, {"method", "asked", "reduction", "ppl_ratio"}):
+    results = _read(path)
+    if not _has_rows(results, {"method", "asked", "reduction", "ppl_ratio"}):
         raise UserError(f"{path} has no rows of bench-kv; make it with: make bench-kv")
-    return found
+    return results
 
 
 def read_faults(path: Path) -> dict[str, Any]:
     """What `make bench-faults` wrote; UserError when it is something else."""
-    found = _read(path)
-    if not _has_rows(found, FAULT_KEYS):
+    results = _read(path)
+    if not _has_rows(results, FAULT_KEYS):
         raise UserError(f"{path} has no rows of bench-faults; make it with: make bench-faults")
-    return found
+    return results
 
 
-def _has_rows(found: dict[str, Any], keys: set[str]) -> bool:
-    rows = found.get("rows")
+def _has_rows(results: dict[str, Any], keys: set[str]) -> bool:
+    rows = results.get("rows")
     return isinstance(rows, list) and bool(rows) and all(isinstance(row, dict) and keys <= row.keys() for row in rows)
 
 

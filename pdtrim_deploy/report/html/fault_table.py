@@ -12,9 +12,9 @@ KEYS = {"fault", *COLUMNS, "slowest_s", "recovered_s", "transport", "reasons", "
 KEYS |= {"afterwards_sent", "afterwards_answered"}
 
 
-def fault_table(said: dict[str, Any]) -> Markup:
+def fault_table(results: dict[str, Any]) -> Markup:
     """One line a fault, and the sum."""
-    rows = said["rows"]
+    rows = results["rows"]
     sums = {name: sum(row[name] for row in rows) for name in COLUMNS}
     leaks = sum(bool(row["leaked"]) for row in rows)
     after = sum(row["afterwards_answered"] for row in rows), sum(row["afterwards_sent"] for row in rows)
@@ -45,5 +45,7 @@ def fault_table(said: dict[str, Any]) -> Markup:
         for row in rows
         if row.get("grown")
     ]  # fmt: skip
-    told = tag("details", tag("summary", "what the clients were told"), tag("ul", *reasons)) if reasons else Markup("")
-    return join([tag("p", text), table(head, [*lines, ("all", *sums.values(), "", "", "")]), *grown, told])
+    details = (
+        tag("details", tag("summary", "what the clients were told"), tag("ul", *reasons)) if reasons else Markup("")
+    )
+    return join([tag("p", text), table(head, [*lines, ("all", *sums.values(), "", "", "")]), *grown, details])

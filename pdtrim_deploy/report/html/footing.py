@@ -9,14 +9,14 @@ from pdtrim_deploy.report.html.collect import Findings
 from pdtrim_deploy.report.html.markup import Markup, tag
 
 
-def built(found: Findings, *more: str) -> Markup:
+def built(findings: Findings, *more: str) -> Markup:
     """The line under what the build left."""
-    return made(found.built, f"seed {found.bundle.manifest.seed}", *more)
+    return provenance(findings.built, f"seed {findings.bundle.manifest.seed}", *more)
 
 
-def made(said: dict[str, Any], *more: str) -> Markup:
+def provenance(report: dict[str, Any], *more: str) -> Markup:
     """The line under a figure: what makes it, where it was made."""
-    environment = said.get("environment", {})
+    environment = report.get("environment", {})
     machine, versions = environment.get("machine", {}), environment.get("versions", {})
     where = [
         f"{machine.get('cpu', 'unknown machine')}, {machine.get('cores', '?')} cores",
@@ -27,9 +27,9 @@ def made(said: dict[str, Any], *more: str) -> Markup:
     )
 
 
-def seed_of(said: dict[str, Any]) -> str:
+def seed_of(report: dict[str, Any]) -> str:
     """As the report, its options or its scenario have it."""
-    seed = said.get("scenario", said.get("options", said)).get("seed")
+    seed = report.get("scenario", report.get("options", report)).get("seed")
     return f"seed {seed}" if seed is not None else "seeds as in the command"
 
 
@@ -38,8 +38,10 @@ def number(value: float | None, digits: int) -> str:
     return "-" if value is None or not math.isfinite(value) else f"{value:,.{digits}f}"
 
 
-def loads_of(found: Findings) -> dict[str, Any]:
+def loads_of(findings: Findings) -> dict[str, Any]:
     """Comparisons by what they compare; a demo's is pruned over dense."""
-    loads = {f"{said['second']} over {said['first']}": said for said in found.comparisons.values()}
-    demo = found.reports.get("metrics")
+    loads = {
+        f"{comparison['second']} over {comparison['first']}": comparison for comparison in findings.comparisons.values()
+    }
+    demo = findings.reports.get("metrics")
     return ({"pruned over dense (demo)": demo} if demo and demo.get("ratios") else {}) | loads

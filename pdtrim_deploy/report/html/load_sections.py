@@ -6,30 +6,29 @@ from typing import Any
 
 from pdtrim_deploy.report.html import charts
 from pdtrim_deploy.report.html.collect import Findings
-from pdtrim_deploy.report.html.footing import loads_of, made, number, seed_of
+from pdtrim_deploy.report.html.footing import loads_of, number, provenance, seed_of
 from pdtrim_deploy.report.html.markup import Markup, join, table, tag
 from pdtrim_deploy.report.workers_table import goal_text, workers_rows
 from pdtrim_deploy.simulation import SizedSide
 from pdtrim_deploy.sizing import Link
 
 
-def load(found: Findings) -> Markup | None:
+def load(findings: Findings) -> Markup | None:
     """Ratios with intervals; absolute figures folded away."""
     parts = []
-    for name, said in loads_of(found).items():
-        rows = [(one["figure"], one["low"], one["ratio"], one["high"]) for one in said["ratios"]]
+    for name, comparison in loads_of(findings).items():
+        rows = [(ratio["figure"], ratio["low"], ratio["ratio"], ratio["high"]) for ratio in comparison["ratios"]]
         parts.append(tag("h3", name))
         if rows:
-            rounds = len(said["ratios"][0]["rounds"])
+            rounds = len(comparison["ratios"][0]["rounds"])
             text = (
                 f"Ratio in each of {rounds} interleaved rounds: geometric mean and 95% interval (paired t), coloured "
                 "where it leaves 1 out."
             )
-            if link := said.get("link"):
-                text += f" KV went over a relay on loopback that lets {link} through."
+            text += _link(comparison.get("link"))
             parts += [tag("p", text), charts.intervals(rows, name)]
-        parts += [tag("p", sentence) for sentence in said.get("dropped", ())]
-        load_of = {side: one.get("detail", one) for side, one in said["load"].items()}
+        parts += [tag("p", sentence) for sentence in comparison.get("dropped", ())]
+        load_of = {side: ratio.get("detail", ratio) for side, ratio in comparison["load"].items()}
         parts += [tag("p", tag("strong", f"{side}: "), why) for side, why in _warnings(load_of)]
         head = ("absolute, for the record", *load_of)
         figures: list[list[Any]] = [
@@ -45,32 +44,47 @@ def load(found: Findings) -> Markup | None:
                 figures.append([f"{queue.replace('_', ' ')} ms mean/p95", *cells])
         figures.append(["output tokens/s", *(number(r["output_tokens_per_s"], 2) for r in load_of.values())])
         parts.append(tag("details", tag("summary", "absolute figures of this machine"), table(head, figures)))
-        parts.append(made(said, seed_of(said)))
+        parts.append(provenance(comparison, seed_of(comparison)))
     return join(parts) if parts else None
 
 
-def workers(found: Findings) -> Markup | None:
+def workers(findings: Findings) -> Markup | None:
     """How large a cluster: computed, and simulated where the report says so."""
-    said = found.reports.get("sizing")
-    if said is None or "workers" not in said:
+    report = findings.reports.get("sizing")
+    if report is None or "workers" not in report:
         return None
-    asked, counted = said["traffic"], said["workers"]
-    sides = {name: SizedSide.model_validate(side) for name, side in counted["sides"].items()}
-    link = f"{Link(asked['link_bits_per_s'])} link{' of each prefill worker' if counted['link_each'] else ''}"
-    goal = goal_text(asked["rate"], counted["slo"]["ttft_s"], counted["slo"]["itl_s"])
+    traffic, workers = report["traffic"], report["workers"]
+    sides = {name: SizedSide.model_validate(side) for name, side in workers["sides"].items()}
+    link = f"{Link(traffic['link_bits_per_s'])} link{' of each prefill worker' if workers['link_each'] else ''}"
+    goal = goal_text(traffic["rate"], workers["slo"]["ttft_s"], workers["slo"]["itl_s"])
     simulated = any(side.simulated for side in sides.values())
     notes = [
-        tag("p", f"{goal}; {asked['isl']} tokens in, {asked['osl']} out, {link}."),
+        tag("p", f"{goal}; {traffic['isl']} tokens in, {traffic['osl']} out, {link}."),
         table(("", *sides), workers_rows(sides)),
         *(tag("p", tag("strong", f"{n}: "), side.sizing.problem) for n, side in sides.items() if side.sizing.problem),
-        *(tag("p", tag("strong", "doubtful rates: "), doubt) for doubt in counted.get("rates", {}).get("doubts", ())),
+        *(tag("p", tag("strong", "doubtful rates: "), doubt) for doubt in workers.get("rates", {}).get("doubts", ())),
         tag("p", f"Computed{', and simulated, ' if simulated else ' '}not measured, from rates of one worker each. "
-            f"Assumed: {counted['assumed']}."),
+            f"Assumed: {workers['assumed']}."),
     ]  # fmt: skip
-    return join([*notes, made(said, "rates as in the command")])
+    return join([*notes, provenance(report, "rates as in the command")])
+
+
+def _link(link: str | dict[str, Any] | None) -> str:
+    """What KV went over: one relay's speed in a comparison; in a demo each pair's, and the link that they stand for."""
+    if link is None:
+        return ""
+    if isinstance(link, str):
+        return f" KV went over a relay on loopback that lets {link} through."
+    relays = ", ".join(f"{speed} for the {name} pair" for name, speed in link["relays"].items())
+    return (
+        f" KV went over relays on loopback that stand for a link of {link['speed']} behind a bfloat16 pool: {relays}, "
+        "as much faster as its own KV is wider."
+    )
 
 
 def _warnings(loads: dict[str, Any]) -> list[tuple[str, str]]:
     return [
-        (side, one["client"]["bottleneck"]) for side, one in loads.items() if one.get("client", {}).get("bottleneck")
+        (side, result["client"]["bottleneck"])
+        for side, result in loads.items()
+        if result.get("client", {}).get("bottleneck")
     ]

@@ -14,13 +14,15 @@ class Markup(str):
 
 def tag(name: str, /, *children: object, **attributes: object) -> Markup:
     """`tag("td", "a < b", class_="num")`: children are escaped unless they are Markup; `_` in names becomes `-`."""
-    said = "".join(
+    attribute_text = "".join(
         f' {key.strip("_").replace("_", "-") if key != "viewBox" else key}="{escape(_plain(value))}"'
         for key, value in attributes.items()
         if value is not None
     )
     inner = join(children)
-    return Markup(f"<{name}{said}>{inner}</{name}>" if inner or name not in _VOID else f"<{name}{said}/>")
+    return Markup(
+        f"<{name}{attribute_text}>{inner}</{name}>" if inner or name not in _VOID else f"<{name}{attribute_text}/>"
+    )
 
 
 _VOID = {"meta", "line", "rect", "circle", "polyline", "path", "br", "col"}

@@ -49,14 +49,14 @@ def attention_picture(mass: Mapping[str, Any]) -> Markup:
     parts = _axis(max(blocks) + 1, (1.0, 0.5, 0.0), y)
     for layer, block in enumerate(blocks):
         x, below = LEFT + block * CELL + 3, 0.0
-        said = ", ".join(f"{part} {mass[part][layer]:.1%}" for part in PARTS)
+        shares = ", ".join(f"{part} {mass[part][layer]:.1%}" for part in PARTS)
         bars = []
         for part, (colour, _) in PARTS.items():
             share = mass[part][layer]
             tall = max(0.0, round(y(below) - y(below + share), 1))
             bars.append(tag("rect", x=x, y=y(below + share), width=CELL - 6, height=tall, class_=colour))
             below += share
-        parts.append(tag("g", tag("title", f"block {block}: {said}"), *bars))
+        parts.append(tag("g", tag("title", f"block {block}: {shares}"), *bars))
     picture = svg(LEFT + (max(blocks) + 1) * CELL + 6, TOP + HEIGHT + 26, "attention of each decode layer", parts)
     return tag("figure", picture, _legend(list(PARTS.values())))
 

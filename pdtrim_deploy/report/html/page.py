@@ -24,18 +24,18 @@ SECTIONS = {
 STYLE = Path(__file__).with_name("style.css")
 
 
-def page(found: Findings, command: str) -> str:
+def page(findings: Findings, command: str) -> str:
     """The whole document; `command` is the one that wrote it."""
-    name, plan = found.bundle.recipe.name, found.bundle.plan
+    name, plan = findings.bundle.recipe.name, findings.bundle.plan
     body = [
         tag("h1", name),
-        tag("p", f"{found.bundle.recipe.model.source}, plan {plan.digest[:12]}, pdtrim-deploy report", class_="sub"),
-        sections.headline(found),
+        tag("p", f"{findings.bundle.recipe.model.source}, plan {plan.digest[:12]}, pdtrim-deploy report", class_="sub"),
+        sections.headline(findings),
     ]
     for title, make in SECTIONS.items():
-        made = make(found)
-        if made:
-            body.append(tag("section", tag("h2", title), made))
+        section = make(findings)
+        if section:
+            body.append(tag("section", tag("h2", title), section))
     body.append(tag("p", "This page: ", tag("code", command), class_="made"))
     head = tag(
         "head",

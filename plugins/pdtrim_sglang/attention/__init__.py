@@ -1,1 +1,1 @@
-"""Decode attention over first, last and generated tokens, one file per SGLang backend."""
+"""Decode attention of cut layers: SGLang's own backends, built a second time over each group's table and pool."""

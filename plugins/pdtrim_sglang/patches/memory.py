@@ -1,54 +1,111 @@
-"""Hooks around a decode worker's memory: sparse layers may have pools of their own, and keep prompt lengths."""
+"""Hooks around a decode worker's memory: cut layers have pools of their own, which follow SGLang's requests."""
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from typing import Any
 
 from pdtrim_sglang.patches.transfer import prompt_tokens
 
 
-def note_prompt_length(original: Callable[..., Any], queue: Any, req: Any, *args: Any, **kwargs: Any) -> Any:
-    prompt, allocator = prompt_tokens(req), queue.token_to_kv_pool_allocator
-    with getattr(allocator, "prompt", contextlib.nullcontext)(prompt):
-        allocated = original(queue, req, *args, **kwargs)
-    lengths = getattr(queue.req_to_token_pool, "pdtrim_prompt_tokens", None)
-    if lengths is not None:
-        lengths[req.kv.req_pool_idx] = prompt
-    return allocated
-
-
-def ask_sparse_layers(original: Callable[..., int], queue: Any, req: Any, *args: Any, **kwargs: Any) -> int:
-    """What admission must find free in the full layers: more than there is while the sparse ones have no room.
-
-    No more than the pool has: SGLang wants 512 tokens beside the prompt, and a longer prompt would wait for ever.
-    """
-    allocator = queue.token_to_kv_pool_allocator
-    tokens = min(original(queue, req, *args, **kwargs), allocator.size)
-    if not hasattr(allocator, "prompt"):
-        return tokens
-    from pdtrim_sglang.split_pool.admission import has_room
-
-    room = has_room(queue, req, prompt_tokens(req))
-    return tokens if room else allocator.size + allocator.page_size + 1
-
-
-def split_pool(original: Callable[..., Any], configurator: Any, *, mha_pool_class: Any, **given: Any) -> Any:
-    from pdtrim_sglang.split_pool.build import pool_class
+def kept_pool(original: Callable[..., Any], configurator: Any, *, mha_pool_class: Any, **given: Any) -> Any:
+    from pdtrim_sglang.kept_pool.build import pool_class
 
     return original(configurator, mha_pool_class=pool_class(configurator, mha_pool_class, **given), **given)
 
 
-def split_allocator(original: Callable[..., Any], configurator: Any, *, token_to_kv_pool: Any, **given: Any) -> Any:
-    from pdtrim_sglang.split_pool.allocator import split_allocator
-    from pdtrim_sglang.split_pool.pool import SplitKVPool
-
-    made = original(configurator, token_to_kv_pool=token_to_kv_pool, **given)
-    return split_allocator(made) if isinstance(token_to_kv_pool, SplitKVPool) else made
-
-
-def split_cell_size(original: Callable[..., int], sizer: Any, configurator: Any, *args: Any, **kwargs: Any) -> int:
-    from pdtrim_sglang.split_pool.build import token_bytes
+def kept_cell_size(original: Callable[..., int], sizer: Any, configurator: Any, *args: Any, **kwargs: Any) -> int:
+    from pdtrim_sglang.kept_pool.build import token_bytes
 
     return token_bytes(configurator, original(sizer, configurator, *args, **kwargs))
+
+
+def bind_tables(allocator: Any, configurator: Any, *, req_to_token_pool: Any, **_: Any) -> None:
+    """The tables have a row for each of SGLang's, whose pool of requests tells them what becomes of it."""
+    kept = _kept(allocator)
+    if kept is not None:
+        kept.bind(*req_to_token_pool.req_to_token.shape)
+        req_to_token_pool.pdtrim_kept = kept
+
+
+def _kept(allocator: Any) -> Any:
+    return getattr(allocator.get_kvcache(), "kept", None)
+
+
+def admit(original: Callable[..., Any], queue: Any, req: Any, *args: Any, **kwargs: Any) -> Any:
+    allocated = original(queue, req, *args, **kwargs)
+    if (kept := _kept(queue.token_to_kv_pool_allocator)) is not None:
+        kept.admit(req.kv.req_pool_idx, prompt_tokens(req), req.kv.kv_committed_len)
+    return allocated
+
+
+def extend(
+    original: Callable[..., None], pool: Any, *, req_pool_indices_cpu: Any, target_seq_lens_cpu: Any, **others: Any
+) -> None:
+    """In each decode step, for what SGLang calls the auxiliary tables of its requests."""
+    original(pool, req_pool_indices_cpu=req_pool_indices_cpu, target_seq_lens_cpu=target_seq_lens_cpu, **others)
+    if (kept := getattr(pool, "pdtrim_kept", None)) is not None:
+        kept.extend(req_pool_indices_cpu, target_seq_lens_cpu)
+
+
+def release(original: Callable[..., None], pool: Any, req: Any) -> None:
+    row = req.kv.req_pool_idx
+    original(pool, req)
+    if (kept := getattr(pool, "pdtrim_kept", None)) is not None:
+        kept.release(row)
+
+
+def clear(_: None, pool: Any) -> None:
+    if (kept := getattr(pool, "pdtrim_kept", None)) is not None:
+        kept.clear()
+
+
+def ask_cut_layers(original: Callable[..., int], queue: Any, req: Any, *args: Any, **kwargs: Any) -> int:
+    """What admission must find free in the whole layers: more than there is while the cut ones have no room.
+
+    No more than the pool has: SGLang wants 512 tokens beside the prompt, and a longer prompt would wait for ever.
+    """
+    return _admissible(queue, req, original(queue, req, *args, **kwargs))
+
+
+def ask_cut_layers_again(original: Callable[..., tuple[int, int]], queue: Any, req: Any) -> tuple[int, int]:
+    """The same for a request that was retracted and comes back from its backup."""
+    tokens, window_tokens = original(queue, req)
+    return _admissible(queue, req, tokens), window_tokens
+
+
+def _admissible(queue: Any, req: Any, tokens: int) -> int:
+    allocator = queue.token_to_kv_pool_allocator
+    tokens = min(tokens, allocator.size)
+    if _kept(allocator) is None:
+        return tokens
+    from pdtrim_sglang.kept_pool.admission import has_room
+
+    prompt = prompt_tokens(req)
+    room = has_room(queue, req, prompt, queue._pre_alloc_fill_len(req) - prompt)
+    return tokens if room else allocator.size + allocator.page_size + 1
+
+
+def next_step_fits(
+    original: Callable[..., bool], allocator: Any, *, num_tokens: int, requests: Any = None, **others: Any
+) -> bool:
+    fits = original(allocator, num_tokens=num_tokens, requests=requests, **others)
+    kept = _kept(allocator)
+    return fits and (kept is None or not kept.missing([req.kv.req_pool_idx for req in requests]))
+
+
+def longest_answer(
+    original: Callable[..., int | None], allocator: Any, input_tokens: int, max_new_tokens: int, **others: Any
+) -> int | None:
+    """How long a request's answer can be if it has all pools for itself."""
+    most, kept = original(allocator, input_tokens, max_new_tokens, **others), _kept(allocator)
+    if most is None or kept is None:
+        return most
+    room = min(group.size - group.rule.rows(input_tokens) for group in kept.groups) - 1
+    return max(0, min(most, room))
+
+
+def leaks(violations: list[str], allocator: Any) -> list[str]:
+    """SGLang asks when no request is left, and then every page must be free."""
+    kept = _kept(allocator)
+    return violations if kept is None else [*violations, *kept.leaks()]

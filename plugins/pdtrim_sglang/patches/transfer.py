@@ -75,7 +75,7 @@ def name_prompt_of_sender(original: Callable[..., bool], queue: Any, req: Any, *
 
 def name_prompt_of_receiver(original: Callable[..., None], queue: Any, decode_req: Any, *args: Any, **kw: Any) -> None:
     receiver, scheduler = decode_req.kv_receiver, queue.scheduler
-    receiver.prompt_tokens = prompt_tokens(decode_req.req)
+    receiver.prompt_tokens, receiver.row = prompt_tokens(decode_req.req), decode_req.req.kv.req_pool_idx
     # Overlapped, a request that has ended has one more forward pass under way, which writes into slots given out again.
     overlapped = scheduler.enable_overlap and scheduler.device != "cpu"
     receiver.forward_done = scheduler.forward_stream.record_event() if overlapped else None

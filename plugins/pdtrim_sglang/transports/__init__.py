@@ -2,26 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 
-from pdtrim_sglang.transports.base import ReceiveServer, SendChannel, TransportConfig
-from pdtrim_sglang.transports.mooncake import MooncakeReceiveServer, MooncakeSendChannel
-from pdtrim_sglang.transports.nixl import NixlReceiveServer, NixlSendChannel
-from pdtrim_sglang.transports.tcp import TcpReceiveServer, TcpSendChannel
+from pdtrim_sglang.transports.base import ChannelListener, ChunkHandler, Mover, TransportConfig
+from pdtrim_sglang.transports.channel import SendChannel
+from pdtrim_sglang.transports.mooncake import mooncake_writer
+from pdtrim_sglang.transports.nixl import nixl_writer
+from pdtrim_sglang.transports.one_sided import OneSided
+from pdtrim_sglang.transports.server import ReceiveServer
+from pdtrim_sglang.transports.tcp import Inline
 
-Ends = tuple[type[SendChannel], Callable[..., ReceiveServer]]
-__all__ = ["TRANSPORTS", "ReceiveServer", "SendChannel", "TransportConfig", "transport_named"]
+__all__ = ["TRANSPORTS", "ReceiveServer", "SendChannel", "Transport", "TransportConfig", "transport_named"]
 
-# Ends are made with (host, port, listener, config) and (host, handler, config); libraries load when an end is made.
-TRANSPORTS: dict[str, Ends] = {
-    "tcp": (TcpSendChannel, TcpReceiveServer),
-    "nixl": (NixlSendChannel, NixlReceiveServer),
-    "mooncake": (MooncakeSendChannel, MooncakeReceiveServer),
+
+@dataclass(frozen=True)
+class Transport:
+    """The stream, which all transports share, with a mover of payloads."""
+
+    mover: Mover
+
+    def prepare(self, local_host: str, config: TransportConfig) -> None:
+        """At a prefill worker's start: RuntimeError, one sentence, when this transport cannot be used here."""
+        self.mover.prepare(local_host, config)
+
+    def channel(self, host: str, port: int, listener: ChannelListener, config: TransportConfig) -> SendChannel:
+        """Prefill's end, to the decode worker that listens there; it connects when it first sends."""
+        return SendChannel(host, port, listener, config, self.mover.sender(host, config))
+
+    def server(self, host: str, handler: ChunkHandler, config: TransportConfig) -> ReceiveServer:
+        """Decode's end, listening at `host`. RuntimeError as of `prepare`."""
+        return ReceiveServer(host, handler, config, self.mover.receiver(host, config))
+
+
+# Libraries load when an end is made, or prepared.
+TRANSPORTS: dict[str, Transport] = {
+    "tcp": Transport(Inline()),
+    "nixl": Transport(OneSided(nixl_writer)),
+    "mooncake": Transport(OneSided(mooncake_writer)),
 }
 
 
-def transport_named(name: str) -> Ends:
-    """Channel and server classes of a transport; ValueError lists the valid names."""
+def transport_named(name: str) -> Transport:
+    """A transport; ValueError lists the valid names."""
     if name not in TRANSPORTS:
         raise ValueError(f"no transport {name!r}; valid: {', '.join(sorted(TRANSPORTS))}")
     return TRANSPORTS[name]

@@ -1,4 +1,9 @@
-"""The two ends of a transport: a channel that sends staged chunks, a server that receives them."""
+"""What the two ends of a transport share: sizes and deadlines, errors, who is told of chunks, and what moves payloads.
+
+A transport is a stream and a mover. The stream (`SendChannel`, `ReceiveServer`) is the same for all: a TCP connection
+with a handshake, headers, aux rows, replies and deadlines. The mover gets the payload's bytes across: on the stream
+itself (`tcp.py`), or by a library that writes into the other process's memory (`one_sided.py`).
+"""
 
 from __future__ import annotations
 
@@ -113,52 +118,71 @@ class ChannelListener(Protocol):
         """The connection broke: chunks without a reply will get none."""
 
 
-class SendChannel(ABC):
-    """Sends chunks to one decode worker, in order; owned by one thread.
-
-    `staging` is the registered uint8 buffer `[staging_bytes]` that a payload from the pool is packed into.
-    """
-
-    staging: Tensor
-
-    @classmethod  # noqa: B027 (most need nothing)
-    def prepare(cls, local_host: str, config: TransportConfig) -> None:
-        """At a prefill worker's start: RuntimeError, one sentence, when this transport cannot be used here."""
+class SendLink(ABC):
+    """One connection of a `SendMover`."""
 
     @abstractmethod
-    def send(self, header: ChunkHeader, aux: memoryview, payload: Sequence[memoryview] | None = None) -> int:
-        """Send a payload and `aux`; all memory may be reused when this returns.
+    def move(self, payload: Sequence[memoryview]) -> Sequence[memoryview]:
+        """Get a payload across; returns what of it goes on the stream, between header and aux row.
 
-        Args:
-            payload: its pieces in order, `header.payload_bytes` together; by default the beginning of `staging`.
-
-        Returns:
-            bytes put on the wire, header included.
-
-        Raises:
-            TransportError: not connected, or the connection broke. The next `send` connects anew.
-
+        OSError when it cannot be got across: the connection is then given up.
         """
 
     @abstractmethod
-    def abandon(self) -> None:
-        """From any thread: the connection has gone silent. Break it, so that its owner hears `on_lost`."""
+    def answered(self) -> None:
+        """The peer is done with one more chunk; called in the thread that reads replies."""
+
+    @abstractmethod
+    def lost(self) -> None:
+        """The connection is over: a `move` that waits for an answer gets none. Called in that thread too."""
+
+
+class SendMover(ABC):
+    """Gets the payloads of one `SendChannel` across.
+
+    `staging` is the uint8 buffer `[staging_bytes]` for them, `staging_view` its bytes.
+    """
+
+    def __init__(self, staging: Tensor) -> None:
+        self.staging, self.staging_view = staging, memoryview(staging.numpy().data)
+
+    @abstractmethod
+    def connected(self, connection: socket.socket) -> SendLink:
+        """The ends of a new connection know each other. OSError when this mover cannot be used with that peer."""
+
+
+class ReceiveLink(ABC):
+    """One connection of a `ReceiveMover`; `held_bytes` is the memory that it keeps for it."""
+
+    held_bytes: int = 0
+
+    @abstractmethod
+    def read(self, header: ChunkHeader, body: memoryview) -> None:
+        """Fill `body` with a chunk's payload and aux row, whose lengths were admitted. OSError when it broke."""
 
     @abstractmethod
     def close(self) -> None:
-        """Drop the connection."""
+        """The connection is over."""
 
 
-class ReceiveServer(ABC):
-    """Receives chunks from prefill workers and passes them to a `ChunkHandler`."""
-
-    host: str
-    port: int
+class ReceiveMover(ABC):
+    """Gets the payloads of one `ReceiveServer` in."""
 
     @abstractmethod
-    def held(self) -> tuple[int, int]:
-        """Connections that are open, and bytes of staging memory that they hold."""
+    def connected(self, connection: socket.socket) -> ReceiveLink:
+        """The ends of a new connection know each other."""
+
+
+class Mover(ABC):
+    """One way to get payloads across: it makes both ends' movers."""
+
+    def prepare(self, local_host: str, config: TransportConfig) -> None:  # noqa: B027 (most need nothing)
+        """At a prefill worker's start: RuntimeError, one sentence, when it cannot be used here."""
 
     @abstractmethod
-    def close(self) -> None:
-        """Stop accepting and drop all connections."""
+    def sender(self, host: str, config: TransportConfig) -> SendMover:
+        """Of a channel to the decode worker at `host`."""
+
+    @abstractmethod
+    def receiver(self, host: str, config: TransportConfig) -> ReceiveMover:
+        """Of a server at `host`."""

@@ -15,15 +15,8 @@ from typing import Any
 
 from torch import Tensor
 
-from pdtrim_sglang.transports.base import (
-    ChannelListener,
-    ChunkHandler,
-    TransportConfig,
-    missing,
-    own_address,
-    refuse_strangers,
-)
-from pdtrim_sglang.transports.one_sided import OneSidedReceiveServer, OneSidedSendChannel, Writer
+from pdtrim_sglang.transports.base import TransportConfig, missing, refuse_strangers
+from pdtrim_sglang.transports.one_sided import Writer
 
 POLL_S = 20e-6
 DONE = 1  # of transfer_check_status; 0: under way, less: failed
@@ -78,24 +71,7 @@ def _writer(role: str, host: str, protocol: str, devices: str) -> MooncakeWriter
     return MooncakeWriter(host, protocol, devices)
 
 
-def _checked(role: str, host: str, config: TransportConfig) -> MooncakeWriter:
+def mooncake_writer(role: str, host: str, config: TransportConfig) -> MooncakeWriter:
+    """The writer of a role (`send`, `receive`); RuntimeError, one sentence, when Mooncake cannot be used here."""
     refuse_strangers("mooncake", "Mooncake", config)
     return _writer(role, host, config.protocol, config.devices)
-
-
-class MooncakeSendChannel(OneSidedSendChannel):
-    """Writes with Mooncake."""
-
-    def __init__(self, host: str, port: int, listener: ChannelListener, config: TransportConfig) -> None:
-        super().__init__(_checked("send", own_address(host), config), host, port, listener, config)
-
-    @classmethod
-    def prepare(cls, local_host: str, config: TransportConfig) -> None:
-        _checked("send", local_host, config)
-
-
-class MooncakeReceiveServer(OneSidedReceiveServer):
-    """Is written to with Mooncake."""
-
-    def __init__(self, host: str, handler: ChunkHandler, config: TransportConfig) -> None:
-        super().__init__(_checked("receive", host, config), host, handler, config)

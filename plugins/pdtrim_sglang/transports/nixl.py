@@ -17,8 +17,8 @@ from typing import Any
 
 from torch import Tensor
 
-from pdtrim_sglang.transports.base import ChannelListener, ChunkHandler, TransportConfig, missing, refuse_strangers
-from pdtrim_sglang.transports.one_sided import OneSidedReceiveServer, OneSidedSendChannel, Writer
+from pdtrim_sglang.transports.base import TransportConfig, missing, refuse_strangers
+from pdtrim_sglang.transports.one_sided import Writer
 
 POLL_S = 20e-6
 
@@ -92,26 +92,9 @@ def _writer(role: str, loopback: bool) -> NixlWriter:
     return NixlWriter(loopback)
 
 
-def _checked(role: str, host: str, config: TransportConfig) -> NixlWriter:
+def nixl_writer(role: str, host: str, config: TransportConfig) -> NixlWriter:
+    """The writer of a role (`send`, `receive`); RuntimeError, one sentence, when NIXL cannot be used here."""
     loopback = ipaddress.ip_address(host).is_loopback
     if not loopback:
         refuse_strangers("nixl", "UCX", config)
     return _writer(role, loopback)
-
-
-class NixlSendChannel(OneSidedSendChannel):
-    """Writes with NIXL."""
-
-    def __init__(self, host: str, port: int, listener: ChannelListener, config: TransportConfig) -> None:
-        super().__init__(_checked("send", host, config), host, port, listener, config)
-
-    @classmethod
-    def prepare(cls, local_host: str, config: TransportConfig) -> None:
-        _checked("send", local_host, config)
-
-
-class NixlReceiveServer(OneSidedReceiveServer):
-    """Is written to with NIXL."""
-
-    def __init__(self, host: str, handler: ChunkHandler, config: TransportConfig) -> None:
-        super().__init__(_checked("receive", host, config), host, handler, config)

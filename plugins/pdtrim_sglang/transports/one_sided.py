@@ -1,7 +1,7 @@
-"""Transports whose payload is written straight into the decode worker's staging memory (RDMA and the like).
+"""Movers whose payload is written straight into the decode worker's staging memory (RDMA and the like).
 
-A TCP connection goes beside it, the one of `tcp.py`: it knows its peer by the handshake, and carries header, aux row
-and replies. After the handshake the decode worker says where its connection's staging buffer is:
+The stream carries header, aux row and replies. After the handshake the decode worker says on it where its connection's
+staging buffer is:
 
     decode  -> prefill   magic, version, length, place (the writer's own bytes)
 
@@ -17,14 +17,23 @@ import struct
 import threading
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from pdtrim_sglang.protocol import ChunkHeader, ProtocolError
-from pdtrim_sglang.transports.base import ChannelListener, ChunkHandler, TransportConfig, staging_buffer
-from pdtrim_sglang.transports.tcp import TcpReceiveServer, TcpSendChannel, receive
+from pdtrim_sglang.transports.base import (
+    Mover,
+    ReceiveLink,
+    ReceiveMover,
+    SendLink,
+    SendMover,
+    TransportConfig,
+    own_address,
+    staging_buffer,
+)
+from pdtrim_sglang.transports.sockets import receive
 
 _PLACE = struct.Struct("<4sHI")
 MAGIC, VERSION, MOST_PLACE_BYTES = b"PDTP", 1, 1 << 16
@@ -76,78 +85,104 @@ class Writer(ABC):
         """Write the first `size` bytes of a registered buffer to the beginning of `target`; OSError when it failed."""
 
 
-class OneSidedSendChannel(TcpSendChannel):
-    """As `TcpSendChannel`, with the payload written by `writer`."""
+class OneSided(Mover):
+    """Payloads are written by a library, whose `Writer` of a role (`send`, `receive`) at an address `writer` gives."""
 
-    def __init__(
-        self, writer: Writer, host: str, port: int, listener: ChannelListener, config: TransportConfig
-    ) -> None:
-        super().__init__(host, port, listener, config, writer.take(config.staging_bytes))
-        self._writer, self._target = writer, None
-        self._place: tuple[socket.socket | None, threading.Event] = (None, threading.Event())  # set: nothing lies in it
+    def __init__(self, writer: Callable[[str, str, TransportConfig], Writer]) -> None:
+        self._writer = writer
+
+    def prepare(self, local_host: str, config: TransportConfig) -> None:
+        self._writer("send", local_host, config)
+
+    def sender(self, host: str, config: TransportConfig) -> SendMover:
+        return OneSidedSendMover(self._writer("send", own_address(host), config), config)
+
+    def receiver(self, host: str, config: TransportConfig) -> ReceiveMover:
+        return OneSidedReceiveMover(self._writer("receive", host, config), config)
+
+
+class OneSidedSendMover(SendMover):
+    """The payload is written by `writer`."""
+
+    def __init__(self, writer: Writer, config: TransportConfig) -> None:
+        super().__init__(writer.take(config.staging_bytes))
+        self.writer, self.stall_seconds = writer, config.stall_seconds
         weakref.finalize(self, writer.give, self.staging)
 
-    def _introduced(self, connection: socket.socket) -> None:
+    def connected(self, connection: socket.socket) -> SendLink:
         magic, version, length = _PLACE.unpack(receive(connection, bytearray(_PLACE.size)) or bytes(_PLACE.size))
         if magic != MAGIC or version != VERSION or length > MOST_PLACE_BYTES:
             raise OSError(ANOTHER)
         try:
-            self._target = self._writer.reach(bytes(receive(connection, bytearray(length)) or b""))
+            target = self.writer.reach(bytes(receive(connection, bytearray(length)) or b""))
         except (ValueError, LookupError, TypeError):  # the words of another writer
             raise OSError(ANOTHER) from None
-        self._place = connection, threading.Event()
-        self._answered(connection)
+        return _Target(self, target)
 
-    def _transmit(
-        self, connection: socket.socket, header: ChunkHeader, payload: Sequence[memoryview]
-    ) -> list[memoryview]:
-        seconds, (_, free) = self._config.stall_seconds, self._place
-        if not free.wait(seconds):
+
+class _Target(SendLink):
+    """One connection's place in the decode worker's memory; `_free` is set when nothing lies in it."""
+
+    def __init__(self, mover: OneSidedSendMover, target: Any) -> None:
+        self._mover, self._target, self._lost = mover, target, False
+        self._free = threading.Event()
+        self._free.set()
+
+    def move(self, payload: Sequence[memoryview]) -> Sequence[memoryview]:
+        seconds, staging = self._mover.stall_seconds, self._mover.staging_view
+        if not self._free.wait(seconds):
             raise OSError(f"no answer to the last chunk within {seconds:.0f} s")  # and it hangs up
-        if connection is self._broken:
+        if self._lost:
             raise OSError("the connection was lost")
-        free.clear()
+        self._free.clear()
         at = 0
         for piece in payload:  # the staging buffer itself, or what an engine has packed elsewhere
-            if piece.obj is not self._bytes.obj:
-                self._bytes[at : at + len(piece)] = piece
+            if piece.obj is not staging.obj:
+                staging[at : at + len(piece)] = piece
             at += len(piece)
         if at:
-            self._writer.write(self.staging, at, self._target, seconds)
+            self._mover.writer.write(self._mover.staging, at, self._target, seconds)
         return []
 
-    def _answered(self, connection: socket.socket) -> None:
-        of, free = self._place
-        if of is connection:  # not an old one, whose reader comes late
-            free.set()
+    def answered(self) -> None:
+        self._free.set()
+
+    def lost(self) -> None:
+        self._lost = True
+        self._free.set()
 
 
-class OneSidedReceiveServer(TcpReceiveServer):
-    """As `TcpReceiveServer`, with the payload in a buffer that prefill has written to."""
+class OneSidedReceiveMover(ReceiveMover):
+    """The payload lies in a buffer that prefill has written to."""
 
-    def __init__(self, writer: Writer, host: str, handler: ChunkHandler, config: TransportConfig) -> None:
-        self._writer, self._places = writer, dict[socket.socket, Tensor]()
-        super().__init__(host, handler, config)
+    def __init__(self, writer: Writer, config: TransportConfig) -> None:
+        self.writer, self._staging_bytes = writer, config.staging_bytes
 
-    def _welcomed(self, connection: socket.socket) -> None:
-        buffer = self._writer.take(self._config.staging_bytes)
-        self._places[connection] = buffer
-        self._connections[connection] = len(buffer)
-        place = self._writer.place(buffer)
-        connection.sendall(_PLACE.pack(MAGIC, VERSION, len(place)) + place)
+    def connected(self, connection: socket.socket) -> ReceiveLink:
+        link = Place(self.writer, self.writer.take(self._staging_bytes), connection)
+        try:
+            place = self.writer.place(link.buffer)
+            connection.sendall(_PLACE.pack(MAGIC, VERSION, len(place)) + place)
+        except BaseException:
+            link.close()
+            raise
+        return link
 
-    def _left(self, connection: socket.socket) -> None:
-        super()._left(connection)
-        buffer = self._places.pop(connection, None)
-        if buffer is not None:
-            self._writer.give(buffer)
 
-    def _body(self, connection: socket.socket, header: ChunkHeader) -> tuple[memoryview, memoryview]:
-        if header.payload_bytes > self._config.staging_bytes:
+class Place(ReceiveLink):
+    """One connection's buffer."""
+
+    def __init__(self, writer: Writer, buffer: Tensor, connection: socket.socket) -> None:
+        self._writer, self._connection = writer, connection
+        self.buffer, self.held_bytes = buffer, len(buffer)
+
+    def read(self, header: ChunkHeader, body: memoryview) -> None:
+        if header.payload_bytes > len(self.buffer):
             raise ProtocolError(f"chunk of {header.payload_bytes} bytes is larger than the staging buffer")
-        own = self._buffer(connection, header.payload_bytes + header.aux_bytes)
-        payload, aux = own[: header.payload_bytes], own[header.payload_bytes :]
-        if aux and receive(connection, aux) is None:
+        payload, aux = body[: header.payload_bytes], body[header.payload_bytes :]
+        if aux and receive(self._connection, aux) is None:
             raise ConnectionError("closed inside a chunk")
-        payload[:] = self._places[connection].numpy().data[: header.payload_bytes]
-        return payload, aux
+        payload[:] = self.buffer.numpy().data[: header.payload_bytes]
+
+    def close(self) -> None:
+        self._writer.give(self.buffer)

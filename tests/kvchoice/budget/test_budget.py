@@ -64,25 +64,25 @@ def test_divergence_is_that_of_the_oracle(family):
 
 def test_what_was_measured_may_be_kept():
     """Another budget of the same problem asks for nothing that was measured; other options are other effects."""
-    known, made = {}, []
+    known, measured = {}, []
 
-    def kept(name, make):
+    def memo(name, make):
         if name not in known:
             known[name] = make()
-            made.append(name)
+            measured.append(name)
         return known[name]
 
-    plain, problem = make_problem(), replace(make_problem(), kept=kept)
+    plain, problem = make_problem(), replace(make_problem(), memo=memo)
     tight, loose = ByBudget(OPTIONS, reduction=4.0), ByBudget(OPTIONS, reduction=2.0)
-    found = tight.choose(problem, quiet)
-    assert found == tight.choose(plain, quiet)
-    assert made
-    before = len(made)
-    assert tight.choose(problem, quiet) == found
-    assert len(made) == before
+    sends = tight.choose(problem, quiet)
+    assert sends == tight.choose(plain, quiet)
+    assert measured
+    before = len(measured)
+    assert tight.choose(problem, quiet) == sends
+    assert len(measured) == before
     assert loose.choose(problem, quiet) == loose.choose(plain, quiet)
     ByBudget(OPTIONS[:6], reduction=2.0).choose(problem, quiet)
-    assert len(set(made)) == len(made) > before
+    assert len(set(measured)) == len(measured) > before
 
 
 def test_effects_foretell_the_divergence_of_small_changes_and_add_up_about_any_context():
@@ -112,12 +112,12 @@ def test_a_budget_is_kept_and_more_of_it_harms_less():
     dense = problem.oracle.plan.dense_bytes(PROMPT)
     harms = []
     for reduction in (1.3, 2.5, 6):
-        found = search.within(int(dense / reduction))
-        plan = problem.oracle.with_kv(found.sends).plan
-        assert found.cost == plan.payload_bytes(PROMPT)
+        result = search.within(int(dense / reduction))
+        plan = problem.oracle.with_kv(result.sends).plan
+        assert result.cost == plan.payload_bytes(PROMPT)
         assert plan.reduction(PROMPT) >= reduction
-        assert found.harm == pytest.approx(exact(problem, found.sends), abs=1e-5)
-        harms.append(found.harm)
+        assert result.harm == pytest.approx(exact(problem, result.sends), abs=1e-5)
+        harms.append(result.harm)
     assert harms == sorted(harms)
     uniform = (KVSend(mode="sparse", n_first=1, n_last=9),) * 4  # 2x of the rows in each of 4 of 5 blocks: 2.5x
     assert problem.oracle.with_kv(uniform).plan.reduction(PROMPT) == 2.5
@@ -155,9 +155,9 @@ def test_every_layer_may_have_its_own_price():
     problem = make_problem()
     measure = Measure(problem, (KVSend(), ROWS[1]), quiet)
     costs = np.array([[5, 0], [1, 0], [1, 0], [5, 0]])
-    found = BudgetSearch(measure, costs, quiet).within(6)
-    assert found.cost <= 6
-    assert sum(send == KVSend() for send in found.sends) == 2
+    result = BudgetSearch(measure, costs, quiet).within(6)
+    assert result.cost <= 6
+    assert sum(send == KVSend() for send in result.sends) == 2
 
 
 def held_bytes(thing):

@@ -44,12 +44,12 @@ def test_the_best_of_all_choices_is_found_within_the_budget(seed):
     model, _, costs = random_model(seed, layers, options)
     low, high = costs.min(1).sum(), costs.max(1).sum()
     budget = int(low + (high - low) * np.random.default_rng(seed).uniform())
-    found = solve(model, costs, budget)
+    chosen = solve(model, costs, budget)
     at = np.arange(layers)
-    assert costs[at, found].sum() <= budget
+    assert costs[at, chosen].sum() <= budget
     every = [np.array(c) for c in product(range(options), repeat=layers)]
     best = min(model.harm(choice) for choice in every if costs[at, choice].sum() <= budget)
-    assert model.harm(found) <= best + 0.02 * abs(best) + 1e-9
+    assert model.harm(chosen) <= best + 0.02 * abs(best) + 1e-9
 
 
 def test_equal_seeds_give_equal_choices_and_a_tight_budget_the_cheapest():
@@ -64,6 +64,6 @@ def test_effects_that_were_rounded_end_the_search_too():
     """Measured in float32 they are not symmetric to the last digit: choosing anew what is chosen seems to help."""
     model, _, costs = random_model(3, 4, 2)
     rounded = model.gram + 1e-6 * np.random.default_rng(0).normal(size=model.gram.shape)
-    found = solve(Quadratic(model.error, model.linear, rounded), costs, int(costs.max(1).sum()))
+    chosen = solve(Quadratic(model.error, model.linear, rounded), costs, int(costs.max(1).sum()))
     best = min(model.harm(np.array(choice)) for choice in product(range(2), repeat=4))
-    assert model.harm(found) <= best + 0.02 * abs(best) + 1e-5
+    assert model.harm(chosen) <= best + 0.02 * abs(best) + 1e-5

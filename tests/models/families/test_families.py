@@ -16,7 +16,7 @@ from pdtrim_deploy.models.families.registry import read_family
 from pdtrim_deploy.models.loading import load_model
 from pdtrim_deploy.models.streaming import stream_model, whole_block
 from pdtrim_deploy.models.surgery import keep_blocks, write_stage
-from pdtrim_deploy.models.weights import parameters
+from pdtrim_deploy.models.weights import ModelSizes
 
 BLOCKS = [0, 2, 3, 5]
 MOE = [name for name, family in FAMILIES.items() if family.blocks.experts]
@@ -49,7 +49,7 @@ def test_weights_are_counted_from_config_alone(architecture, tiny_dir):
     model = load_model(tiny_dir(architecture))
     config = json.loads((tiny_dir(architecture) / "config.json").read_text())
     matrices = sum(p.numel() for name, p in model.named_parameters() if p.dim() > 1)
-    assert parameters(config) == matrices
+    assert ModelSizes.of(config).total == matrices
 
 
 @pytest.mark.parametrize("architecture", MOE)
@@ -77,12 +77,12 @@ def test_experts_come_from_disk_and_go_back(architecture, tiny_dir, cache, tmp_p
 @torch.no_grad()
 @pytest.mark.parametrize("architecture", MOE)
 def test_blocks_of_experts_stream(architecture, tiny_dir, cache):
-    whole = load_model(tiny_dir(architecture))
+    dense = load_model(tiny_dir(architecture))
     model, blocks = stream_model(resolve(f"hf:{tiny_dir(architecture)}", cache), 2)
-    assert torch.equal(logits(model), logits(whole))
+    assert torch.equal(logits(model), logits(dense))
     assert len(blocks.alive) == 2
     x = torch.randn(1, 7, 64)
-    assert torch.equal(whole_block(model, 4).mlp(x), whole.model.layers[4].mlp(x))
+    assert torch.equal(whole_block(model, 4).mlp(x), dense.model.layers[4].mlp(x))
 
 
 def test_a_routers_correction_is_never_rounded(tiny_dir, cache, tmp_path):

@@ -110,8 +110,8 @@ def _rank_tensors(stage: StageModel, dtype: str, rank: int, ranks: int) -> Itera
                     yield f"{target}{theirs}.{kind}", part(read(f"{source}{ours}.{kind}"))
             for ours, theirs in _BY_INPUT.items():
                 if f"{source}{ours}.{kind}" in stage.tensors:
-                    whole = read(f"{source}{ours}.{kind}")  # a bias is added once, after the sum over ranks
-                    yield f"{target}{theirs}.{kind}", part(whole, 1) if kind == "weight" else whole
+                    full = read(f"{source}{ours}.{kind}")  # a bias is added once, after the sum over ranks
+                    yield f"{target}{theirs}.{kind}", part(full, 1) if kind == "weight" else full
 
 
 def _shared(side: Tensor, kv_heads: int, ranks: int) -> Tensor:

@@ -92,13 +92,13 @@ def _complete(stage: StageModel, out: Path, dtype: str, size: int) -> None:
     if ranks != sorted(f"rank{rank}.safetensors" for rank in range(size)):
         raise UserError(f"modelopt wrote {', '.join(ranks) or 'nothing'} for tensor_parallel {size}")
     path = out / "config.json"
-    said: dict[str, Any] = json.loads(path.read_text())
+    theirs: dict[str, Any] = json.loads(path.read_text())
     ours = checkpoint_config(stage, dtype, size)
     for key in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size", "intermediate_size"):
-        if said[key] != ours[key]:
-            raise UserError(f"modelopt wrote {key} {said[key]}, the stage has {ours[key]}")
-    kept = {"architecture": ours["architecture"], "rotary_base": ours["rotary_base"]}
-    path.write_text(json.dumps(ours | said | kept, indent=2) + "\n")
+        if theirs[key] != ours[key]:
+            raise UserError(f"modelopt wrote {key} {theirs[key]}, the stage has {ours[key]}")
+    restored = {"architecture": ours["architecture"], "rotary_base": ours["rotary_base"]}
+    path.write_text(json.dumps(ours | theirs | restored, indent=2) + "\n")
 
 
 def _loss(model: Any, rows: Sequence[Tensor]) -> float:

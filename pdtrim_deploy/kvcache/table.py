@@ -1,0 +1,138 @@
+"""One table says what moves a chunk; the compiled CPU form and the Triton form each execute it in one call.
+
+A row of the table is a *run*: rows of one side (K or V) of one layer, in one code, whose tokens follow one another. Its
+fields are int64, in the order of `FIELDS`:
+
+    pool         address of slot 0, at the first KV head that moves
+    mean         address of the key offset's mean, float32 [kv_heads, head_dim]; 0 where rows travel whole
+    stride       bytes between slots
+    pool_slots   number of slots
+    token        the first row's place among the chunk's slots
+    position     the first row's absolute prompt position
+    rows         number of rows
+    code         place in `plan.wire.CODES`
+    codes        byte of the packed chunk where the first row's codes (or native values) lie
+    scales       the same of its scales; native rows have none
+
+A range of the pool's KV heads is a view, `pool[:, first:stop]`: its address and its number of heads say all. Addresses
+are those of the pools' device, so a table is made once for a layout and its pools, and is good as long as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate, pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pdtrim_deploy.kvcache.key_offsets import KeyOffsets, part_mean
+from pdtrim_deploy.kvcache.layout import ChunkLayout, Part
+from pdtrim_deploy.kvcache.sections import native_name, section_offsets
+from pdtrim_deploy.plan.wire import CODES, Code
+
+FIELDS = ("pool", "mean", "stride", "pool_slots", "token", "position", "rows", "code", "codes", "scales")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # places are rows.cpp's Dtype, and the kernels'
+MAX_HEAD_DIM = 1024
+MAX_TABLES = 256
+
+Spans = tuple[tuple[int, int], ...]  # half-open ranges, ascending
+
+
+class Pool(NamedTuple):
+    """What a table holds of one pool tensor `[slots, kv_heads, head_dim]`."""
+
+    address: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """Runs of a chunk, int64 `[runs, len(FIELDS)]` in host memory, and what all of its pools have in common."""
+
+    runs: Tensor
+    heads: int
+    head_dim: int
+    dtype: torch.dtype
+    codes: frozenset[Code]
+    turned: int  # prompt positions of rows that travel less an offset lie below it; 0 when there are none
+
+
+def chunk_table(
+    layout: ChunkLayout,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    offsets: KeyOffsets | None = None,
+    *,
+    pack: bool,
+) -> Table | None:
+    """The table of a chunk that is packed from, or unpacked into, these pools; None where only torch can do it.
+
+    Raises:
+        ValueError: a layer's keys travel less an offset, and `offsets` has none.
+
+    """
+    pools = tuple(
+        Pool(pool.data_ptr(), pool.shape, pool.stride(), pool.dtype)
+        for rows in layout.layers
+        for pool in (side[rows.prefill_layer if pack else rows.decode_layer] for side in (keys, values))
+    )
+    return _table(layout, pools, offsets)
+
+
+@lru_cache(maxsize=MAX_TABLES)
+def _table(layout: ChunkLayout, pools: tuple[Pool, ...], offsets: KeyOffsets | None) -> Table | None:
+    if not pools or not _fits(pools):
+        return None
+    _, heads, head_dim = pools[0].shape
+    native, runs, codes, turned = native_name(pools[0].dtype), [], set[Code](), 0
+    for place, (rows, side) in enumerate((rows, side) for rows in layout.layers for side in range(2)):
+        pool = pools[place]
+        for part in rows.sides[side]:
+            mean = part_mean(rows, side, part, (heads, head_dim), offsets)
+            starts = section_offsets(part, native, heads, head_dim)
+            per_row = [(hi - lo) // part.rows for lo, hi in pairwise(starts)]
+            codes.add(part.code)
+            turned = turned if mean is None else max(turned, rows.positions[-1][1])
+            for row, token, position, count in part_runs(rows.ranges, rows.positions, part):
+                packed = [start + row * size for start, size in zip(starts, per_row, strict=False)]
+                runs.append(
+                    (
+                        pool.address, 0 if mean is None else mean.data_ptr(), pool.stride[0] * pool.dtype.itemsize,
+                        pool.shape[0], token, position, count, CODES.index(part.code), packed[0], packed[-1],
+                    )
+                )  # fmt: skip
+    return Table(torch.tensor(runs), heads, head_dim, pools[0].dtype, frozenset(codes), turned)
+
+
+def part_runs(ranges: Spans, positions: Spans, part: Part) -> list[tuple[int, int, int, int]]:
+    """Runs of a part's rows: first row (of the part), its token, its prompt position, number of rows."""
+    first, stop = part.first, part.first + part.rows
+    cuts = {first, stop, *(row for spans in (ranges, positions) for row in accumulate(hi - lo for lo, hi in spans))}
+    return [
+        (lo - first, _at(ranges, lo), _at(positions, lo), hi - lo)
+        for lo, hi in pairwise(sorted(cut for cut in cuts if first <= cut <= stop))
+    ]
+
+
+def _at(spans: Spans, row: int) -> int:
+    """What row `row` of the concatenated spans is."""
+    for lo, hi in spans:
+        if row < hi - lo:
+            return lo + row
+        row -= hi - lo
+    raise IndexError(f"row {row} lies behind the spans {spans}")
+
+
+def _fits(pools: Sequence[Pool]) -> bool:
+    """Whether the compiled forms know such pools: of one dtype and shape, each slot's heads without gaps."""
+    first = pools[0]
+    _, heads, head_dim = first.shape
+    known = first.dtype in DTYPES and head_dim <= MAX_HEAD_DIM
+    same = (first.dtype, heads, head_dim, (head_dim, 1))
+    return known and all((pool.dtype, *pool.shape[1:], pool.stride[1:]) == same for pool in pools)

@@ -1,0 +1,16 @@
+"""What GPU workers are given where nobody chose: the same for `serve` and for rendered manifests."""
+
+from __future__ import annotations
+
+from pdtrim_deploy.plan import Stage
+
+# One for both stages, since pages that differ end the decode worker at its first request. SGLang's choice for prefill
+# on sm_100, trtllm_mha, takes 16, 32, 64 or 128 tokens and makes 64 of others; fa3, Triton and FlashInfer take all.
+PAGE_TOKENS = 64
+# The attention that knows layers whose rows are cut, under CUDA graphs. Not run on a GPU yet.
+CUT_LAYER_BACKEND = "triton"
+
+
+def attention_arguments(stage: Stage, sparse: bool) -> dict[str, object]:
+    """Prefill has all rows of every layer, so SGLang chooses its attention, as it does where a plan cuts no layer."""
+    return {"--attention-backend": CUT_LAYER_BACKEND} if sparse and stage == "decode" else {}

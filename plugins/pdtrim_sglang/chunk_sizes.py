@@ -1,0 +1,28 @@
+"""How many prompt tokens fit a staging slot, whatever their place in the prompt. Pure: no torch."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from functools import lru_cache
+
+from pdtrim_deploy.plan import PDPlan
+
+MOST_TOKENS = 1 << 20  # of a chunk of a plan that cuts all layers: its bytes stop growing
+
+
+def most_bytes(plan: PDPlan, tokens: int, kv_heads: int) -> int:
+    """Packed bytes of a chunk of at most `tokens` tokens of any prompt, of a rank that holds `kv_heads` KV heads.
+
+    The whole prompt of that many tokens has the most rows in each layer, and position 0, whose row may travel native.
+    Only where a cut layer's window no longer reaches position 0 has a longer prompt fewer bytes than a shorter one.
+    """
+    windows = {send.n_first + send.n_last for send in plan.kv if send.mode == "sparse"}
+    prompts = {tokens} | {window for window in windows if window < tokens}
+    return max(map(plan.payload_bytes, prompts)) * kv_heads // plan.model.num_kv_heads
+
+
+@lru_cache
+def most_tokens(plan: PDPlan, page_size: int, kv_heads: int, slot_bytes: int) -> int:
+    """Tokens of the longest chunk of whole pages that fits `slot_bytes` wherever it lies; 0 when no page does."""
+    pages = range(1, MOST_TOKENS // page_size + 1)
+    return page_size * bisect_right(pages, slot_bytes, key=lambda n: most_bytes(plan, n * page_size, kv_heads))

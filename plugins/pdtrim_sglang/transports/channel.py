@@ -1,0 +1,112 @@
+"""Prefill's end of a transport's stream: one connection to one decode worker, made anew when it broke."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from pdtrim_sglang import threads
+from pdtrim_sglang.protocol import REPLY_BYTES, ChunkHeader, ProtocolError, Reply
+from pdtrim_sglang.transports.base import (
+    ChannelListener,
+    SendLink,
+    SendMover,
+    TransportConfig,
+    TransportError,
+    UnreachableError,
+)
+from pdtrim_sglang.transports.handshake import HandshakeError, introduce
+from pdtrim_sglang.transports.sockets import hang_up, prepare, receive, send, wake
+
+
+class _Connection:
+    """`broken` is set by the thread that reads its replies."""
+
+    def __init__(self, socket_: socket.socket, link: SendLink) -> None:
+        self.socket, self.link, self.broken = socket_, link, False
+
+
+class SendChannel:
+    """Sends chunks to one decode worker, in order; owned by one thread. Replies are read by a thread of their own."""
+
+    def __init__(
+        self, host: str, port: int, listener: ChannelListener, config: TransportConfig, mover: SendMover
+    ) -> None:
+        self._address, self._name = (host, port), f"{host}:{port}"
+        self._listener, self._config, self._mover = listener, config, mover
+        self._connection: _Connection | None = None
+
+    @property
+    def staging(self) -> Tensor:
+        """The uint8 buffer `[staging_bytes]` that a payload from the pool is packed into."""
+        return self._mover.staging
+
+    def send(self, header: ChunkHeader, aux: memoryview, payload: Sequence[memoryview] | None = None) -> int:
+        """Send a payload and `aux`; all memory may be reused when this returns.
+
+        Args:
+            payload: its pieces in order, `header.payload_bytes` together; by default the beginning of `staging`.
+
+        Returns:
+            bytes put on the wire, header included.
+
+        Raises:
+            TransportError: not connected, or the connection broke. The next `send` connects anew.
+
+        """
+        payload = payload if payload is not None else [self._mover.staging_view[: header.payload_bytes]]
+        fixed = memoryview(header.encode([*payload, aux]))
+        try:
+            connection = self._connected()
+        except (OSError, HandshakeError) as error:
+            raise UnreachableError(f"cannot reach decode worker {self._name}: {error}") from error
+        try:
+            send(connection.socket, [fixed, *connection.link.move(payload), aux])
+        except OSError as error:
+            self.close()
+            raise TransportError(f"cannot send to decode worker {self._name}: {error}") from error
+        return len(fixed) + header.payload_bytes + len(aux)
+
+    def abandon(self) -> None:
+        """From any thread: the connection has gone silent. Break it, so that its owner hears `on_lost`."""
+        if (connection := self._connection) is not None:
+            wake(connection.socket)
+
+    def close(self) -> None:
+        """Drop the connection."""
+        if self._connection is not None:
+            hang_up(self._connection.socket)
+            self._connection = None
+
+    def _connected(self) -> _Connection:
+        if self._connection is None or self._connection.broken:
+            self._connection = None
+            stream = socket.create_connection(self._address, timeout=self._config.connect_seconds)
+            prepare(stream)
+            try:
+                introduce(stream, self._config.credentials, self._config.connect_seconds)
+                link = self._mover.connected(stream)
+            except BaseException:
+                stream.close()
+                raise
+            stream.settimeout(self._config.stall_seconds)
+            self._connection = _Connection(stream, link)
+            threads.start("reader of replies", self._read_replies, self._connection)
+        return self._connection
+
+    def _read_replies(self, connection: _Connection) -> None:
+        stream, reason = connection.socket, "connection closed"
+        try:
+            while fixed := receive(stream, bytearray(REPLY_BYTES), patient=True):
+                room, length = Reply.decode_fixed(bytes(fixed))
+                text = receive(stream, bytearray(length)) if length else b""
+                connection.link.answered()
+                self._listener.on_reply(Reply(room, bytes(text or b"").decode(errors="replace")))
+        except (OSError, ProtocolError) as error:
+            reason = str(error)
+        connection.broken = True
+        connection.link.lost()
+        hang_up(stream)
+        self._listener.on_lost(f"lost decode worker {self._name}: {reason}")

@@ -1,0 +1,126 @@
+"""What a client asks of sampling holds across the two workers: prefill draws the first token, decode the others.
+
+Tokens of a request with penalties or a bias are held against the PD oracle's logprobs, changed alike.
+"""
+
+import json
+
+import httpx
+import pytest
+import torch
+
+from pdtrim_deploy.models.loading import load_model
+from pdtrim_deploy.models.oracle import PDOracle
+
+pytestmark = [
+    pytest.mark.serve,
+    pytest.mark.model,
+    pytest.mark.timeout(600),
+    pytest.mark.xdist_group("tiny bundle"),
+]
+PROMPT = list(range(40, 140))
+NEW = 12
+TOLERANCE = 1e-3  # nats, float32
+
+
+@pytest.fixture(scope="module")
+def oracle(mixed_bundle):
+    folders = (mixed_bundle.prefill_dir, mixed_bundle.decode_dir)
+    return PDOracle(*(load_model(folder, "float32") for folder in folders), mixed_bundle.plan)
+
+
+def generate(pair, **sampling):
+    """The answer to PROMPT, with logprobs, at temperature 0 unless `sampling` says otherwise."""
+    sampling = {"max_new_tokens": NEW, "temperature": 0, "ignore_eos": True} | sampling
+    body = {"input_ids": PROMPT, "sampling_params": sampling, "return_logprob": True}
+    response = httpx.post(f"{pair.url}/generate", json=body, timeout=120)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def tokens_of(answer):
+    return torch.tensor([token for _, token, *_ in answer["meta_info"]["output_token_logprobs"]])
+
+
+def oracle_logprobs(oracle, tokens):
+    """float32 `[len(tokens), vocabulary]` after PROMPT."""
+    size = oracle.decode_model.config.vocab_size
+    ids, ranked = oracle.top_logprobs(torch.tensor(PROMPT), tokens, size)
+    return torch.empty_like(ranked).scatter(1, ids, ranked)
+
+
+def short_of_the_best(logprobs, tokens):
+    """How far each token lies below the likeliest at its place, in nats."""
+    return logprobs.max(1).values - logprobs.gather(1, tokens[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("penalty", ["frequency_penalty", "presence_penalty"])
+def test_decodes_first_token_is_penalised_for_prefills(mixed_pair, oracle, penalty):
+    """A negative penalty draws it again. Later tokens tell nothing: SGLang's scheduler counts some a step late."""
+    tokens = tokens_of(generate(mixed_pair, max_new_tokens=2, **{penalty: -2.0}))
+    logprobs = oracle_logprobs(oracle, tokens)
+    assert short_of_the_best(logprobs, tokens)[1] > 0.1, "the penalty did not matter"
+    logprobs[1, tokens[0]] += 2.0
+    assert short_of_the_best(logprobs, tokens).max() < TOLERANCE
+
+
+def test_a_bias_holds_on_both_workers(mixed_pair):
+    body = {"model": "pdtrim", "prompt": "Give", "max_tokens": NEW, "temperature": 0, "logit_bias": {"77": 100.0}}
+    (choice,) = httpx.post(f"{mixed_pair.url}/v1/completions", json=body, timeout=120).json()["choices"]
+    assert len(choice["text"]) == NEW
+    assert len(set(choice["text"])) == 1
+
+
+def test_the_router_drops_some_fields_of_generate(mixed_pair):
+    """docs/how-to/clients.md names them: when this fails, the router takes them, and the page is to say so."""
+    plain = tokens_of(generate(mixed_pair)).tolist()
+    assert tokens_of(generate(mixed_pair, logit_bias={"77": 100.0}, stop_regex=".")).tolist() == plain
+
+
+def test_top_k_draws_from_the_oracles_likeliest(mixed_pair, oracle):
+    for _ in range(3):
+        tokens = tokens_of(generate(mixed_pair, temperature=2.0, top_k=3))
+        logprobs = oracle_logprobs(oracle, tokens)
+        third = logprobs.topk(3).values[:, -1]
+        assert (third - logprobs.gather(1, tokens[:, None])[:, 0]).max() < TOLERANCE
+        assert short_of_the_best(logprobs, tokens).max() > TOLERANCE, "nothing was drawn"
+
+
+def test_a_stop_token_ends_where_it_may(mixed_pair):
+    plain = tokens_of(generate(mixed_pair)).tolist()
+    for at in (0, 4):  # prefill's token, and one of decode's
+        answer = generate(mixed_pair, ignore_eos=False, stop_token_ids=[plain[at]])
+        assert tokens_of(answer).tolist() == plain[: plain.index(plain[at]) + 1]
+        assert answer["meta_info"]["finish_reason"] == {"type": "stop", "matched": plain[at]}
+    least = generate(mixed_pair, ignore_eos=False, stop_token_ids=plain[:3], min_new_tokens=6)
+    assert len(tokens_of(least)) >= 6
+    assert not set(tokens_of(least)[:5].tolist()) & set(plain[:3])
+
+
+@pytest.mark.parametrize("path", ["completions", "chat/completions"])
+def test_a_grammar_goes_on_where_prefill_left_it(mixed_pair, path):
+    prompt = {"prompt": "Give a"} if path == "completions" else {"messages": [{"role": "user", "content": "Give a"}]}
+    grammar = {"ebnf": 'root ::= "{" "\\"a\\": " ("1" | "22") "}"'}
+    body = {"model": "pdtrim", "max_tokens": 40, "temperature": 0} | prompt | grammar
+    (choice,) = httpx.post(f"{mixed_pair.url}/v1/{path}", json=body, timeout=120).json()["choices"]
+    text = choice["message"]["content"] if "message" in choice else choice["text"]
+    assert json.loads(text)["a"] in (1, 22)
+    assert choice["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize(
+    "format",
+    [
+        {"type": "json_object"},
+        {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object", "maxProperties": 1}}},
+    ],
+    ids=lambda format: format["type"],
+)
+def test_a_response_format_begins_an_object(mixed_pair, format):
+    """A random model writes white space for ever, which JSON allows: only that it keeps to the grammar can be seen."""
+    messages = [{"role": "user", "content": "Give a"}]
+    body = {"model": "pdtrim", "max_tokens": 24, "temperature": 0, "messages": messages, "response_format": format}
+    (choice,) = httpx.post(f"{mixed_pair.url}/v1/chat/completions", json=body, timeout=120).json()["choices"]
+    text = choice["message"]["content"].strip()
+    assert text.startswith("{")
+    assert text[1:].strip()[:1] in ("", '"', "}")

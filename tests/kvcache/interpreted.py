@@ -1,0 +1,220 @@
+"""Run by test_gpu.py under TRITON_INTERPRET=1: the Triton form against torch's, bit for bit."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from packcases import cases, cuts, pools, random_offsets, shape, slots_of
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pdtrim_deploy.gpucheck import kernels
+from pdtrim_deploy.kvcache import torch_pack
+from pdtrim_deploy.kvcache.gpu import move as gpu
+from pdtrim_deploy.kvcache.gpu.library import library
+from pdtrim_deploy.kvcache.layout import chunk_layout
+from pdtrim_deploy.plan import KVSend, PDPlan
+from pdtrim_deploy.plan.wire import HEAD_DIM_MULTIPLE, WIRE_DTYPES
+
+UNTOUCHED = -9.0
+CPU = torch.device("cpu")
+
+
+def check(layout, source, from_slots, targets, to_slots, offsets):
+    """Both forms pack the same bytes, and unpack them into equal pools."""
+    buffers = [torch.full((layout.total_bytes,), 0xA5, dtype=torch.uint8) for _ in range(2)]
+    torch_pack.pack(layout, *source, from_slots, buffers[0], offsets)
+    assert gpu.move(layout, buffers[1], *source, from_slots, offsets, pack=True) == bool(layout.layers)
+    assert torch.equal(*buffers), [
+        rows.wire_dtype
+        for rows in layout.layers
+        if not torch.equal(*(buffer[rows.offset : rows.offset + rows.bytes] for buffer in buffers))
+    ]
+    torch_pack.unpack(layout, buffers[0], *targets[0], to_slots, offsets)
+    gpu.move(layout, buffers[0], *targets[1], to_slots, offsets, pack=False)
+    for one, other in zip((t for s in targets[0] for t in s), (t for s in targets[1] for t in s), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+        if all(rows.wire_dtype == "native" for rows in layout.layers):
+            assert torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
+    gpu.check(CPU)
+
+
+def empty(plan, like):
+    return [[[torch.full_like(like, UNTOUCHED) for _ in plan.kv] for _ in range(2)] for _ in range(2)]
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.data(), cases(), st.integers(1, 20), st.integers(0, 2**31))
+def test_any_plan_cut_anywhere(data, case, tokens, seed):
+    plan, offsets = case
+    size = tokens + 7
+    source = [pools(len(plan.prefill_layers), size, plan.model, seed + side) for side in range(2)]
+    from_slots, to_slots = data.draw(slots_of(size, tokens)), data.draw(slots_of(size, tokens))
+    targets = empty(plan, source[0][0])
+    for start, stop in data.draw(cuts(tokens)):
+        check(
+            chunk_layout(plan, tokens, start, stop),
+            source,
+            from_slots[start:stop],
+            targets,
+            to_slots[start:stop],
+            offsets,
+        )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("dim", [16, 64, 80, 96, 128, 256])
+def test_all_wire_dtypes_in_one_chunk(dim, dtype):
+    """Whole and cut layers in turn, every other one with a key offset; rows of more than one program."""
+    wires = [wire for wire in WIRE_DTYPES if dim % HEAD_DIM_MULTIPLE[wire] == 0]
+    cut = {"mode": "sparse", "n_first": 4, "n_last": 9}
+    sends = tuple(KVSend(wire_dtype=wire, **(cut if layer % 3 else {})) for layer, wire in enumerate(wires))
+    model = shape(len(wires), 3, dim, dtype)
+    offsets = random_offsets(model, range(0, len(wires), 2), scaling=1.2)
+    plan = PDPlan.dense(model).with_kv(sends).with_key_offsets(offsets.file)
+    source = [pools(len(wires), 99, model, side) for side in range(2)]
+    slots = torch.randperm(99, generator=torch.Generator().manual_seed(0))[:90]
+    for start, stop in ((0, 33), (33, 90)):
+        check(
+            chunk_layout(plan, 90, start, stop),
+            source,
+            slots[start:stop],
+            empty(plan, source[0][0]),
+            slots[start:stop],
+            offsets,
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("wire", sorted({*WIRE_DTYPES} - {"k4v3"}))
+def test_every_16_bit_value(wire, dtype, monkeypatch):
+    """In heads of neighbours, which are finite together, and each among others; in native rows NaN keep their bits."""
+    monkeypatch.setattr(gpu, "TILE", 1 << 16)  # the interpreter takes its time for each program
+    ordered = torch.arange(-(2**15), 2**15).to(torch.int16)
+    shuffled = ordered[torch.randperm(len(ordered), generator=torch.Generator().manual_seed(0))]
+    pool = torch.cat((ordered, shuffled)).view(dtype).view(-1, 4, 64)
+    slots, model = torch.arange(len(pool)), shape(1, 4, 64, str(dtype).removeprefix("torch."))
+    plan, offsets = PDPlan.dense(model).with_kv((KVSend(wire_dtype=wire),)), random_offsets(model, [0])
+    check(chunk_layout(plan, len(pool)), [[pool], [pool]], slots, empty(plan, pool), slots, None)
+    plan = plan.with_key_offsets(offsets.file)
+    check(chunk_layout(plan, len(pool)), [[pool], [pool]], slots, empty(plan, pool), slots, offsets)
+
+
+def test_more_runs_than_a_program_looks_at_together():
+    model, cut = shape(72, 1, 4, "bfloat16"), KVSend(mode="sparse", n_first=1, n_last=1, wire_dtype="int8")
+    plan = PDPlan.dense(model).with_kv((cut,) * 72)
+    source, slots = [pools(72, 8, model, side) for side in range(2)], torch.tensor([3, 1, 7, 5])
+    layout = chunk_layout(plan, 4)
+    assert len(gpu.chunk_table(layout, *source, pack=True).runs) > 256
+    check(layout, source, slots, empty(plan, source[0][0]), slots, None)
+
+
+@pytest.mark.parametrize("first", [0, 1, 3])
+@pytest.mark.parametrize("wire", WIRE_DTYPES)
+def test_a_range_of_a_pools_heads(wire, first):
+    """Those of one rank of a stage with more ranks: only they are read, and only they written."""
+    model, part = shape(2, 5, 32, "bfloat16"), shape(2, 2, 32, "bfloat16")
+    known = random_offsets(model, [0, 1])
+    offsets = type(known)(
+        {layer: mean[first : first + 2].contiguous() for layer, mean in known.means.items()},
+        known.frequencies, known.scaling, known.data,
+    )  # fmt: skip
+    plan = PDPlan.dense(model).with_kv((KVSend(wire_dtype=wire),) * 2).with_key_offsets(known.file)
+    layout, slots = chunk_layout(plan, 9, kv_heads=part.num_kv_heads), torch.randperm(12)[:9]
+    whole = [pools(2, 12, model, side) for side in range(2)]
+    into = empty(plan, whole[0][0])
+    heads = slice(first, first + 2)
+    views = [[pool[:, heads] for pool in side] for side in whole]
+    check(layout, views, slots, [[[t[:, heads] for t in side] for side in form] for form in into], slots, offsets)
+    others = torch.ones(5, dtype=torch.bool)
+    others[heads] = False
+    assert all((t[:, others] == UNTOUCHED).all() for form in into for side in form for t in side)
+    assert not any((t[slots][:, heads] == UNTOUCHED).all(-1).any() for form in into for side in form for t in side)
+
+
+def test_a_pool_that_is_not_aligned():
+    model = shape(1, 3, 64, "bfloat16")
+    plan = PDPlan.dense(model).with_kv((KVSend(wire_dtype="k4v3"),))
+    flat, slots = torch.randn(2, 20 * 3 * 64 + 1).bfloat16(), torch.arange(3, 17)
+    source = [[side[1:].view(20, 3, 64)] for side in flat]
+    table = gpu.chunk_table(chunk_layout(plan, 14), *source, pack=True)
+    assert gpu.constants(table, True)["ALIGN"] == 2  # else a GPU would read 16 bytes where it must not
+    check(chunk_layout(plan, 14), source, slots, empty(plan, source[0][0]), slots, None)
+
+
+@pytest.mark.parametrize("wire", WIRE_DTYPES)
+@pytest.mark.parametrize("slot", [-1, 8, 2**40])
+def test_a_slot_outside_its_pool_is_neither_read_nor_written(wire, slot):
+    whole = torch.randn(24, 2, 32)
+    pool, model = whole[8:16], shape(1, 2, 32)
+    layout = chunk_layout(PDPlan.dense(model).with_kv((KVSend(wire_dtype=wire),)), 9, 3, 6)
+    slots, zeros = torch.tensor([5, slot, 2]), torch.zeros(1, 2, 32)
+    packed, expected = (torch.empty(layout.total_bytes, dtype=torch.uint8) for _ in range(2))
+    gpu.move(layout, packed, [pool], [pool], slots, pack=True)
+    with pytest.raises(IndexError, match="outside its pool"):
+        gpu.check(CPU)
+    gpu.check(CPU)  # told once
+    with_zeros = torch.cat((pool, zeros))
+    torch_pack.pack(layout, [with_zeros], [with_zeros], torch.tensor([5, 8, 2]), expected)
+    assert torch.equal(packed, expected)
+    before = whole.clone()
+    gpu.move(layout, packed, [pool], [pool], slots, pack=False)
+    with pytest.raises(IndexError):
+        gpu.check(CPU)
+    changed = (whole != before).flatten(1).any(1).nonzero().flatten().tolist()
+    assert set(changed) <= {8 + 5, 8 + 2}
+    assert wire == "native" or changed
+
+
+class Operations(TorchDispatchMode):
+    """What torch itself would run on a device."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not func.is_view and func._schema.name not in ("aten::empty.memory_format", "aten::empty"):
+            self.names.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_a_chunk_is_one_launch_and_nothing_else(monkeypatch, pack):
+    model = shape(32, 8, 128, "bfloat16")
+    sends = tuple(
+        KVSend(wire_dtype="k4v3", **({"mode": "sparse", "n_first": 4, "n_last": 64} if i % 4 else {}))
+        for i in range(32)
+    )
+    offsets = random_offsets(model, range(32))
+    plan = PDPlan.dense(model).with_kv(sends).with_key_offsets(offsets.file)
+    layout, slots = chunk_layout(plan, 600, 0, 512), torch.arange(512)
+    keys, values = ([torch.zeros(600, 8, 128, dtype=torch.bfloat16) for _ in range(32)] for _ in range(2))
+    packed, launches = torch.empty(layout.total_bytes, dtype=torch.uint8), []
+    monkeypatch.setattr(gpu, "launch", lambda kernel, *rest, **known: launches.append(kernel))
+    assert gpu.move(layout, packed, keys, values, slots, offsets, pack=pack)
+    with Operations() as first:
+        gpu.move(layout, packed, keys, values, slots, offsets, pack=pack)
+    assert launches == [gpu.pack_runs if pack else gpu.unpack_runs] * 2
+    assert first.names == []
+
+
+def test_the_interpreter_counts_as_a_form():
+    assert library() is gpu
+
+
+@pytest.mark.parametrize("wire", ["native", "fp8", "k4v3"])
+def test_the_check_of_bits_on_a_gpu(wire, monkeypatch):
+    monkeypatch.setattr(kernels, "HEAD_DIMS", (96,))
+    figure = kernels.bits(CPU, wire, "bfloat16", tokens=90)
+    assert figure["bytes_compared"] > 3 * 90 * 96
+    whole = gpu.move
+
+    def broken(layout, packed, keys, values, *rest, pack):
+        whole(layout, packed, keys, values, *rest, pack=pack)
+        (packed if pack else values[1].view(torch.uint8).view(-1))[-1:] ^= 1
+        return True
+
+    for direction in (True, False):
+        monkeypatch.setattr(gpu, "move", lambda *a, pack, d=direction: (broken if pack == d else whole)(*a, pack=pack))
+        with pytest.raises(AssertionError, match=r"head size 96, tokens 0 to 30: [01] of \d+ packed bytes and [01]"):
+            kernels.bits(CPU, wire, "bfloat16", tokens=90)

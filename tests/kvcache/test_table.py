@@ -1,0 +1,87 @@
+"""The table of a chunk: each row of each part once, at its token, its position and its bytes."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from packcases import cases, cuts, pools, shape
+
+from pdtrim_deploy.kvcache.layout import Part, chunk_layout
+from pdtrim_deploy.kvcache.sections import part_sections
+from pdtrim_deploy.kvcache.table import FIELDS, chunk_table, part_runs
+from pdtrim_deploy.plan import KVSend, PDPlan
+from pdtrim_deploy.plan.wire import CODES
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data(), cases(), st.integers(1, 20))
+def test_every_row_of_a_chunk_is_in_one_run(data, case, tokens):
+    plan, offsets = case
+    source = [pools(len(plan.prefill_layers), tokens, plan.model, side) for side in range(2)]
+    for start, stop in data.draw(cuts(tokens)):
+        layout = chunk_layout(plan, tokens, start, stop)
+        table = chunk_table(layout, *source, offsets, pack=True)
+        if not layout.layers:
+            assert table is None
+            continue
+        packed = torch.zeros(layout.total_bytes, dtype=torch.uint8)
+        runs = iter(dict(zip(FIELDS, run, strict=True)) for run in table.runs.tolist())
+        for rows in layout.layers:
+            for side, parts in enumerate(rows.sides):
+                pool = source[side][rows.prefill_layer]
+                for part in parts:
+                    codes, *scales = (section.view(torch.uint8) for section in part_sections(packed, part, pool))
+                    row = 0
+                    while row < part.rows:
+                        run = next(runs)
+                        position = [p for span in rows.positions for p in range(*span)][part.first + row]
+                        assert (run["pool"], run["position"]) == (pool.data_ptr(), position)
+                        assert run["token"] == position - start
+                        assert run["code"] == CODES.index(part.code)
+                        assert run["codes"] == part.offset + row * codes[0].numel()
+                        for scale in scales:
+                            assert run["scales"] == part.offset + codes.numel() + row * scale[0].numel()
+                        assert bool(run["mean"]) == (side == 0 and part.code != "native" and rows.key_offset)
+                        row += run["rows"]
+                    assert row == part.rows
+        assert next(runs, None) is None
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_runs_follow_each_other_in_both_lists(data):
+    """Rows of a staging buffer are one range, though their positions are two."""
+    lengths = data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=4))
+    total = sum(lengths)
+    cut = data.draw(st.integers(1, total))
+    ends = [sum(lengths[:n]) for n in range(len(lengths) + 1)]
+    ranges = tuple((lo + 7 * place, hi + 7 * place) for place, (lo, hi) in enumerate(pairwise(ends)))
+    positions = ((100, 100 + cut), *(((200 + cut, 200 + total),) if cut < total else ()))
+    first = data.draw(st.integers(0, total - 1))
+    part = Part("int8", first, data.draw(st.integers(1, total - first)), 0, 0)
+    tokens, places = ([n for span in spans for n in range(*span)] for spans in (ranges, positions))
+    rows = [
+        (row + step, token + step, position + step)
+        for row, token, position, count in part_runs(ranges, positions, part)
+        for step in range(count)
+    ]
+    assert rows == [(row, tokens[row + first], places[row + first]) for row in range(part.rows)]
+
+
+def test_a_table_is_made_once_for_a_layout_and_its_pools():
+    plan = PDPlan.dense(shape(2, 2, 64)).with_kv((KVSend(wire_dtype="int8"),) * 2)
+    keys, values, layout = *(pools(2, 8, plan.model, side) for side in range(2)), chunk_layout(plan, 5)
+    table = chunk_table(layout, keys, values, pack=True)
+    assert chunk_table(chunk_layout(plan, 5), keys, values, pack=True) is table
+    assert chunk_table(layout, values, keys, pack=True) is not table
+    assert chunk_table(chunk_layout(plan, 4), keys, values, pack=True) is not table
+    shorter = [keys[0][:7], keys[1]]
+    assert chunk_table(layout, shorter, values, pack=True).runs[0, FIELDS.index("pool_slots")] == 7
+
+
+@pytest.mark.parametrize("pool", [torch.zeros(8, 2, 64, dtype=torch.float64), torch.zeros(8, 64, 2).transpose(1, 2)])
+def test_pools_that_only_torch_knows_have_no_table(pool):
+    plan = PDPlan.dense(shape(1, 2, 64))
+    assert chunk_table(chunk_layout(plan, 5), [pool], [pool], pack=True) is None

@@ -1,0 +1,34 @@
+"""Sizes from config.json: the parts are those of real modules, and what stands for them elsewhere fits."""
+
+import pytest
+from tinypd import FAMILIES, tiny
+
+from pdtrim_deploy.models.config import read_config
+from pdtrim_deploy.models.shape import shipped
+from pdtrim_deploy.models.weights import ModelSizes
+from pdtrim_deploy.plan.blocks import KV_ONLY_SHARE
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sizes_are_those_of_the_modules(family):
+    model = tiny(family)
+    sizes, layer = ModelSizes.of(model.config.to_dict()), model.model.layers[0]
+
+    def weights(module):
+        return sum(p.numel() for p in module.parameters() if p.ndim == 2)
+
+    assert sizes.block == weights(layer)
+    assert sizes.kv == weights(layer.self_attn.k_proj) + weights(layer.self_attn.v_proj)
+    assert sizes.total == weights(model)
+    assert sizes.kv_width == layer.self_attn.k_proj.out_features
+    assert (sizes.hidden, sizes.inner) == (layer.mlp.down_proj.out_features, layer.mlp.down_proj.in_features)
+
+
+def test_a_block_for_its_kv_alone_is_no_more_work_than_plans_count():
+    shares = {name: sizes.kv / sizes.block for name, path in shipped().items() if (sizes := sized(path))}
+    assert shares
+    assert 0.01 < min(shares.values()) <= max(shares.values()) <= KV_ONLY_SHARE, shares
+
+
+def sized(path):
+    return ModelSizes.of(read_config(path))

@@ -1,0 +1,85 @@
+"""Where tensor-parallel ranks go, and which numbers of them are refused before anything starts."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.plan import ModelShape, PDPlan
+from pdtrim_deploy.serving.ranks import STATIC_SHARE, place, require_arguments, require_ranks
+
+SHAPE = {"architecture": "LlamaForCausalLM", "fingerprint": "f", "num_blocks": 2, "head_dim": 16, "kv_dtype": "float32"}
+RANKS = st.lists(st.integers(1, 8), min_size=2, max_size=9)
+
+
+def plan(heads=8):
+    return PDPlan.dense(ModelShape(num_kv_heads=heads, **SHAPE))
+
+
+@given(ranks=RANKS, spare=st.integers(0, 5), share=st.booleans())
+def test_ranks_are_on_gpus_of_their_own_whenever_there_are_enough(ranks, spare, share):
+    placements = place(ranks, sum(ranks) + spare, share)
+    taken = [gpu for placement in placements for gpu in placement.gpus]
+    assert len(taken) == len(set(taken)) == sum(ranks)
+    assert set(taken) <= set(range(sum(ranks) + spare))
+    assert [placement.ranks for placement in placements] == ranks
+    assert all(placement.memory_fraction is None for placement in placements)
+
+
+@given(ranks=RANKS, gpus=st.integers(0, 80))
+def test_too_few_gpus_are_refused_with_both_numbers(ranks, gpus):
+    if gpus >= sum(ranks):
+        return
+    with pytest.raises(UserError, match=rf"need {sum(ranks)} GPUs and there (is|are) {gpus} here.*--share-gpus"):
+        place(ranks, gpus)
+
+
+@given(ranks=RANKS, gpus=st.integers(1, 80))
+def test_shared_gpus_exist_and_their_workers_take_no_more_than_there_is(ranks, gpus):
+    if gpus < max(ranks):
+        with pytest.raises(UserError, match=f"need {max(ranks)} GPUs? and there (is|are) {gpus} "):
+            place(ranks, gpus, share=True)
+        return
+    free = dict.fromkeys(range(gpus), 1.0)  # of each GPU's memory, while the workers start one after another
+    for placement, count in zip(place(ranks, gpus, share=True), ranks, strict=True):
+        assert len(placement.gpus) == count
+        assert set(placement.gpus) <= set(free)
+        if placement.memory_fraction is not None:
+            assert 0 < placement.memory_fraction < 1
+            for gpu in placement.gpus:
+                free[gpu] -= placement.memory_fraction * min(free[gpu] for gpu in placement.gpus)
+    assert min(free.values()) > 1 - STATIC_SHARE - 0.02  # fractions are rounded to 0.01
+
+
+def test_two_workers_on_one_gpu_take_equal_parts_of_it():
+    first, second = (placement.memory_fraction for placement in place([1, 1], 1, share=True))
+    assert first == pytest.approx(second * (1 - first), abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("prefill", "decode", "device", "says"),
+    [
+        (2, 2, "cpu", "tensor parallelism needs GPUs; leave both out"),
+        (4, 8, "cuda", "--tp-prefill 4 --tp-decode 8: .*give both the same number"),
+        (3, 3, "cuda", "8 KV heads cannot be divided among so many ranks; use one of 1, 2, 4, 8"),
+        (16, 16, "cuda", "8 KV heads cannot be divided"),
+    ],
+)
+def test_ranks_that_cannot_be_served_are_refused(prefill, decode, device, says):
+    with pytest.raises(UserError, match=says):
+        require_ranks(plan(), prefill, decode, device)
+
+
+@pytest.mark.parametrize(("prefill", "decode", "device"), [(1, 1, "cpu"), (8, 8, "cuda"), (2, 2, "cuda")])
+def test_other_ranks_are_not(prefill, decode, device):
+    require_ranks(plan(), prefill, decode, device)
+
+
+@pytest.mark.parametrize("word", ["--tp", "--tp-size", "--tp-size=2", "--tensor-parallel-size", "--dp-size", "--dp=2"])
+def test_arguments_that_would_place_ranks_behind_our_back_are_refused(word):
+    with pytest.raises(UserError, match=r"--decode-args has .*: (say --tp-prefill|start more workers)"):
+        require_arguments(("--log-level", "info", word, "2"), "--decode-args")
+
+
+def test_data_parallel_attention_takes_no_gpus_of_its_own():
+    require_arguments(("--enable-dp-attention", "--dp-size", "2", "--tp-probe"), "--worker-args")

@@ -1,0 +1,98 @@
+"""Names say what a thing is: `request`, `result`, `config`, not `asked` or `found`. Rooms join the list when clean."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+VAGUE = {"one", "found", "asked", "said", "made", "wanted", "told", "kept", "around", "behind", "whole"}
+CORE = [
+    "bundle", "cli", "doctor", "kvchoice", "loadtest", "local", "manifests", "plan", "recipe", "report", "serving",
+    "simulation", "sizing",
+]  # fmt: skip
+ROOMS = [
+    *(f"pdtrim_deploy/{room}" for room in CORE),
+    *(f"tests/{room}" for room in (*CORE, "docs", "pdtrim_builders", "pdtrim_tensorrt", "structure", "tools")),
+    "builders",
+    "plugins/pdtrim_tensorrt",
+    "tools",
+]
+# Names that rooms outside this list define or use, by file; each goes when that room is clean.
+PENDING = {
+    "pdtrim_deploy/cli/deploy.py": {"made"},
+    "pdtrim_deploy/cli/dry_run.py": {"found", "one", "said"},
+    "pdtrim_deploy/doctor/resources.py": {"asked"},
+    "pdtrim_deploy/recipe/healing.py": {"asked"},
+    "pdtrim_deploy/recipe/recipe.py": {"asked"},
+    "pdtrim_deploy/recipe/targets.py": {"asked"},
+    "pdtrim_deploy/serving/commands.py": {"told"},
+    "pdtrim_deploy/serving/launch.py": {"told"},
+    "pdtrim_deploy/serving/memory.py": {"_said", "told", "wanted"},
+    "pdtrim_deploy/serving/relay.py": {"whole"},
+    "tests/recipe/test_targets.py": {"asked"},
+    "tests/tools/test_pruning_rows.py": {"said"},
+}
+
+
+def names(tree: ast.AST) -> Iterator[tuple[str, int]]:
+    """Variables, parameters, attributes, functions, classes and keyword arguments, with their lines."""
+    for node in ast.walk(tree):
+        line = getattr(node, "lineno", 0)
+        match node:
+            case ast.FunctionDef(name=str(name)) | ast.AsyncFunctionDef(name=str(name)) | ast.ClassDef(name=str(name)):
+                yield name, line
+            case ast.Name(id=name) | ast.arg(arg=name) | ast.Attribute(attr=name):
+                yield name, line
+            case ast.keyword(arg=str(name)) | ast.ExceptHandler(name=str(name)):
+                yield name, line
+            case ast.alias(name=name, asname=asname):
+                yield asname or name, line
+            case ast.MatchAs(name=str(name)) | ast.MatchStar(name=str(name)) | ast.MatchMapping(rest=str(name)):
+                yield name, line
+
+
+def vague(source: str) -> dict[str, int]:
+    """The vague names of a module, each with a line where it stands."""
+    return {name: line for name, line in names(ast.parse(source)) if name.lstrip("_").lower() in VAGUE}
+
+
+@pytest.mark.parametrize("room", [*ROOMS, "tests"])
+def test_names_say_what_things_are(room: str) -> None:
+    files = (ROOT / room).glob("*.py") if room == "tests" else (ROOT / room).rglob("*.py")
+    for path in files:
+        file = path.relative_to(ROOT).as_posix()
+        bad = {name: line for name, line in vague(path.read_text()).items() if name not in PENDING.get(file, set())}
+        assert not bad, f"{file}: {bad}; name the thing: request, result, response, config, tensor, layer"
+
+
+def test_what_is_pending_is_still_there() -> None:
+    for file, names_left in PENDING.items():
+        assert names_left <= vague((ROOT / file).read_text()).keys(), f"{file} is clean: take it off the list"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "found = 1",
+        "def read(asked): ...",
+        "def _told(): ...",
+        "class Asked: ...",
+        "result.kept",
+        "call(said=1)",
+        "from a import b as whole",
+        "[0 for one in ()]",
+        "f'{made}'",
+        "try: ...\nexcept OSError as behind: ...",
+        "match x:\n    case [*around]: ...",
+    ],
+)
+def test_a_vague_name_is_seen(source: str) -> None:
+    assert vague(source)
+
+
+def test_words_within_names_keys_and_text_are_free() -> None:
+    assert not vague("kept_rows = {'found': 'one'}  # said")
