@@ -17,7 +17,7 @@ def check_family(recipe: Recipe, family: Family) -> None:
         UserError: the recipe's key, why, and what is allowed.
 
     """
-    for key, value, neutral, feature in _asked(recipe):
+    for key, value, neutral, feature in _requests(recipe):
         if family.blocks is None:
             raise UserError(
                 f"recipe {recipe.name}: {key} is {value}, but of {family.architecture} the KV alone is known, not its "
@@ -30,7 +30,7 @@ def check_family(recipe: Recipe, family: Family) -> None:
             )
 
 
-def _asked(recipe: Recipe) -> Iterator[tuple[str, object, str, Feature | None]]:
+def _requests(recipe: Recipe) -> Iterator[tuple[str, object, str, Feature | None]]:
     """Key and value of everything that needs blocks, the value that asks for nothing, and what it is for families."""
     pruning, healing = recipe.pruning, recipe.healing
     if pruning.decode_blocks:

@@ -17,6 +17,7 @@ from torch import Tensor
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.models.blockwise import Blockwise, CausalLM
 from pdtrim_deploy.models.layer_run import LayerRun
+from pdtrim_deploy.models.outputs import output_parameters
 from pdtrim_deploy.models.pd_run import sequence_nll
 from pdtrim_deploy.plan import KVOnly, PDPlan
 from pdtrim_deploy.pruning.compensation.base import Progress
@@ -24,7 +25,6 @@ from pdtrim_deploy.pruning.least_squares import Ridge
 from pdtrim_deploy.pruning.pair import StagePair
 from pdtrim_deploy.pruning.pd_loss import BATCH, pd_run
 
-_ADDS = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
 _CHECKED = 8  # one batch in so many chooses the penalty
 
 
@@ -123,8 +123,9 @@ def _given_up(pair: StagePair, blocks: set[int]) -> StagePair:
     plan = pair.plan
     actions = tuple(KVOnly() if block in blocks else action for block, action in enumerate(plan.prefill))
     relaxed = PDPlan(model=plan.model, prefill=actions, decode=plan.decode, kv=plan.kv)
+    layers = {block: pair.model.model.layers[block] for block in blocks}
     zeros = {
-        block: {name: torch.zeros_like(pair.model.model.layers[block].get_parameter(name)) for name in _ADDS}
-        for block in blocks
+        block: {name: torch.zeros_like(layer.get_parameter(name)) for name in output_parameters(layer)}
+        for block, layer in layers.items()
     }
     return StagePair(pair.model, relaxed, pair.changed).with_changes("prefill", zeros)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from tinyfamilies import taking
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
@@ -21,6 +22,7 @@ from pdtrim_deploy.pipeline import build
 from pdtrim_deploy.pipeline.family_fit import check_family
 from pdtrim_deploy.pipeline.preview import preview
 from pdtrim_deploy.plan import STAGES
+from pdtrim_deploy.pruning.students.regression import FROZEN
 from pdtrim_deploy.recipe import Recipe
 
 KV_ALONE = "ArceeForCausalLM"
@@ -71,7 +73,7 @@ def test_recipe_to_oracle(architecture, recipe, tiny_dir, tmp_path, cache):
 
 
 CUT = {"method": "cosine", "prefill_blocks": 1, "decode_blocks": 2}
-ASKED = {
+REQUESTS = {
     "norm": {"pruning": CUT, "healing": {"compensation": "norm"}},
     "least-squares": {"pruning": CUT, "healing": {"compensation": "least-squares"}},
     "distil": {"pruning": CUT | {"method": "anneal", "distil": True}},
@@ -80,33 +82,60 @@ ASKED = {
 }
 
 
-@pytest.mark.parametrize("feature", ASKED)
+@pytest.mark.parametrize("feature", REQUESTS)
 def test_what_would_be_wrong_for_a_family_is_refused_with_its_reason(feature, recipe, tmp_path):
-    asked = recipe(tmp_path / "m", **ASKED[feature])
+    request = recipe(tmp_path / "m", **REQUESTS[feature])
     refused = {name for name, family in FAMILIES.items() if feature in family.blocks.refused}
     assert refused
     for name, family in FAMILIES.items():
         if name not in refused:
-            check_family(asked, family)
+            check_family(request, family)
             continue
         with pytest.raises(
             UserError, match=r"^recipe asked: (healing|pruning)\.\w+ is .* wrong for \w+: .*; allowed: "
         ):
-            check_family(asked, family)
+            check_family(request, family)
 
 
 @pytest.mark.parametrize(
     "sections", [{"pruning": CUT}, {"healing": {"kv_only_blocks": 1}}, {"healing": {"kv_steps": 1}}]
 )
 def test_pruning_and_healing_need_known_blocks(sections, recipe, tiny_dir, tmp_path, cache):
-    asked = recipe(tiny_dir(KV_ALONE), **sections)
+    request = recipe(tiny_dir(KV_ALONE), **sections)
     words = r"of ArceeForCausalLM the KV alone is known, not its blocks; allowed: 0, or one of .*LlamaForCausalLM"
     with pytest.raises(UserError, match=words):
-        build(asked, tmp_path / "b", cache)
+        build(request, tmp_path / "b", cache)
     with pytest.raises(UserError, match=words):
-        preview(asked, tmp_path / "b", cache)
+        preview(request, tmp_path / "b", cache)
     assert not (tmp_path / "b").exists()
 
 
 def test_a_family_that_nobody_wrote_a_file_of_is_no_error_by_itself():
     assert known_family(KV_ALONE).blocks is None
+
+
+TRAINED = ("GraniteForCausalLM", "Olmo2ForCausalLM")
+
+
+@pytest.mark.parametrize("architecture", TRAINED)
+def test_what_was_trained_is_what_was_written_and_k_and_v_are_the_dense_models(
+    architecture, recipe, tiny_dir, tmp_path, cache
+):
+    healing = {"decode_steps": 2, "batch": 2, "sequences": 6, "length": 32, "learning_rate": 1e-3}
+    if architecture in taking("norm"):
+        healing["compensation"] = "norm"
+    request = recipe(tiny_dir(architecture), pruning=CUT, healing=healing, kv={"method": "none"})
+    bundle = build(request, tmp_path / "b", cache)
+    written, dense = load_model(bundle.path / "decode"), load_model(tiny_dir(architecture))
+    changed = set()
+    for layer, block in enumerate(bundle.plan.decode_layers):
+        before = dict(dense.model.layers[block].named_parameters())
+        for name, parameter in written.model.layers[layer].named_parameters():
+            if name.startswith(FROZEN):
+                assert torch.equal(parameter, before[name]), (block, name)
+            elif not torch.equal(parameter, before[name]):
+                changed.add(name)
+    assert {name for name in changed if "down_proj" in name} == {
+        name for layer in dense.model.layers for name, _ in layer.named_parameters() if "down_proj" in name
+    }
+    assert not any(name.startswith("self_attn.k") for name in changed)

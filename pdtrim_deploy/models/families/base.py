@@ -83,7 +83,7 @@ class Blocks(_Data):
             for factor in (factor for axis in axes for term in axis_terms(axis) for factor in term):
                 if not factor.isdecimal() and factor not in (*_SIZES, *self.sizes):
                     raise ValueError(f"{name}: size {factor} is unknown; use {', '.join((*_SIZES, *self.sizes))}")
-        parts = {part for whole in (self.experts.stacked.values() if self.experts else ()) for part in whole}
+        parts = {part for names in (self.experts.stacked.values() if self.experts else ()) for part in names}
         if missing := parts - expert.keys():
             raise ValueError(f"stacked: {min(missing)} is no tensor of an expert")
         return self
@@ -111,14 +111,14 @@ class Family(_Data):
         if (known := self.blocks) is None:
             return {}
         sizes = axis_sizes(config, known.sizes)
-        asked = known.common | _joined(tensors for key, tensors in known.where.items() if config.get(key))
+        named = known.common | _joined(tensors for key, tensors in known.where.items() if config.get(key))
         if self.is_dense(config, block):
-            asked = asked | known.mlp
+            named = named | known.mlp
         elif known.experts:
             for name, axes in known.experts.tensors.items():
                 numbers = range(count_of(config, known.experts.count)) if EXPERT in name else (0,)
-                asked |= {name.replace(EXPERT, str(number)): axes for number in numbers}
-        return {name: tuple(axis_size(axis, sizes) for axis in axes) for name, axes in asked.items()}
+                named |= {name.replace(EXPERT, str(number)): axes for number in numbers}
+        return {name: tuple(axis_size(axis, sizes) for axis in axes) for name, axes in named.items()}
 
     def end_tensors(self, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         """What stands before and behind the blocks."""
@@ -138,17 +138,17 @@ class Family(_Data):
             tensors |= {f"model.layers.{block}.{name}": shape for name, shape in named.items()}
         return tensors
 
-    def cut_config(self, made: Any, blocks: Sequence[int]) -> dict[str, Any]:
-        """Keys of a stage's config that count blocks or list them; `made` is transformers' config of the whole model.
+    def cut_config(self, full: Any, blocks: Sequence[int]) -> dict[str, Any]:
+        """Keys of a stage's config that count blocks or list them; `full` is transformers' config of the whole model.
 
         Lists may be implied there (Qwen2's max_window_layers counts original blocks): a stage's are explicit.
         """
         known, cut = self.blocks or Blocks(common={}), dict[str, Any]()
         for key in ("layer_types", *known.cut_lists):
-            if (values := getattr(made, key, None)) is not None:
+            if (values := getattr(full, key, None)) is not None:
                 cut[key] = [values[block] for block in blocks]
         if known.experts and (dense := known.experts.dense_blocks):
-            cut[dense] = sum(block < getattr(made, dense) for block in blocks)
+            cut[dense] = sum(block < getattr(full, dense) for block in blocks)
         return cut | known.stage_config
 
     def keeps_dtype(self, name: str) -> bool:
@@ -169,12 +169,12 @@ class Family(_Data):
         """
         import transformers
 
-        if (found := getattr(transformers, self.architecture, None)) is None:
+        if (model_class := getattr(transformers, self.architecture, None)) is None:
             raise UserError(
                 f"architecture {self.architecture} is not supported: transformers {transformers.__version__} has no "
                 "class of that name, and a model's own code is never run"
             )
-        return found
+        return model_class
 
 
 def _joined(several: Iterable[Tensors]) -> Tensors:

@@ -16,12 +16,11 @@ from torch import Tensor
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.models.blockwise import Blockwise
 from pdtrim_deploy.models.layer_run import LayerRun
+from pdtrim_deploy.models.outputs import output_parameters
 from pdtrim_deploy.models.streaming import whole_block
 from pdtrim_deploy.plan import Stage
 from pdtrim_deploy.pruning.compensation.base import Progress
 from pdtrim_deploy.pruning.pair import StagePair
-
-_ADDS = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
 
 
 class Norm:
@@ -56,7 +55,9 @@ def _shortened(pair: StagePair, stage: Stage, norms: Tensor) -> dict[int, dict[s
     for layer, block in enumerate(layers):
         if factors[block] != 1.0:
             whole = whole_block(model, layer)
-            changed[block] = {name: whole.get_parameter(name).detach() / factors[block] for name in _ADDS}
+            changed[block] = {
+                name: whole.get_parameter(name).detach() / factors[block] for name in output_parameters(whole)
+            }
     return changed
 
 

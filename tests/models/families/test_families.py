@@ -77,12 +77,12 @@ def test_experts_come_from_disk_and_go_back(architecture, tiny_dir, cache, tmp_p
 @torch.no_grad()
 @pytest.mark.parametrize("architecture", MOE)
 def test_blocks_of_experts_stream(architecture, tiny_dir, cache):
-    whole = load_model(tiny_dir(architecture))
+    dense = load_model(tiny_dir(architecture))
     model, blocks = stream_model(resolve(f"hf:{tiny_dir(architecture)}", cache), 2)
-    assert torch.equal(logits(model), logits(whole))
+    assert torch.equal(logits(model), logits(dense))
     assert len(blocks.alive) == 2
     x = torch.randn(1, 7, 64)
-    assert torch.equal(whole_block(model, 4).mlp(x), whole.model.layers[4].mlp(x))
+    assert torch.equal(whole_block(model, 4).mlp(x), dense.model.layers[4].mlp(x))
 
 
 def test_a_routers_correction_is_never_rounded(tiny_dir, cache, tmp_path):
