@@ -81,10 +81,19 @@ def choose(part: Part, own: Environment, serve: Environment | None) -> tuple[Env
 
 def driver() -> str:
     """Version of NVIDIA's driver; empty without nvidia-smi."""
+    return _query("driver_version")
+
+
+def capability() -> str:
+    """Compute capability of the first GPU, such as 9.0; empty without nvidia-smi."""
+    return _query("compute_cap")
+
+
+def _query(field: str) -> str:
     smi = shutil.which("nvidia-smi")
     if smi is None:
         return ""
-    command = [smi, "--query-gpu=driver_version", "--format=csv,noheader"]
+    command = [smi, f"--query-gpu={field}", "--format=csv,noheader"]
     try:
         text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
     except (subprocess.SubprocessError, OSError):

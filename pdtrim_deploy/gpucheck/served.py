@@ -18,6 +18,7 @@ from pdtrim_deploy.bundle import Bundle
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.evaluation.fidelity import run_fidelity
 from pdtrim_deploy.gpucheck import tiny
+from pdtrim_deploy.gpucheck.machine import capability
 from pdtrim_deploy.gpucheck.row import Row
 from pdtrim_deploy.loadtest import LoadResult, Scenario, driver
 from pdtrim_deploy.local.cache import Cache
@@ -29,13 +30,10 @@ Figure = dict[str, float | int | str]
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"  # of a clone
 CUT: Mapping[str, Any] = {"method": "all", "n_first": 4, "n_last": 64}
 WIDE = tiny.Size(16, 1024, 4096, 16, 8)  # 0.25 billion parameters: large enough that a step is not all launches
-# Decode's attention under a plan that cuts layers: name of the row, and SGLang's options.
-ATTENTION = {
-    "torch_native": ("--attention-backend", "torch_native", "--disable-cuda-graph"),
-    "triton, full CUDA graphs": ("--attention-backend", "triton"),
-    "triton, no graphs": ("--attention-backend", "triton", "--disable-cuda-graph"),
-    "flashinfer, no graphs": ("--attention-backend", "flashinfer", "--disable-cuda-graph"),
-}
+# Decode's attention under a plan that cuts layers, and the compute capabilities whose kernels SGLang has.
+ATTENTION: dict[str, tuple[str, ...]] = {
+    "triton": (), "fa3": ("9.0",), "trtllm_mha": ("9.0", "10.0", "10.3"), "flashinfer": (), "torch_native": (),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -73,8 +71,21 @@ def attention_rows(serve: Path, pair: Pair | None = None) -> Iterator[Row]:
     pair = pair or Pair(serve)
     with tempfile.TemporaryDirectory() as folder:
         bundle = tiny_bundle(Path(folder), CUT)
-        for name, words in ATTENTION.items():
+        for name, words in backends().items():
+            if words is None:
+                yield Row(f"served tiny pair: {name}", "skipped", "SGLang has no such attention for this device")
+                continue
             yield _row(f"served tiny pair: {name}", partial(judged, bundle, replace(pair, decode_args=words)))
+
+
+def backends() -> dict[str, tuple[str, ...] | None]:
+    """Decode's options by name: each backend with full CUDA graphs and without; None where this device has it not."""
+    found, device = dict[str, tuple[str, ...] | None](), capability()
+    for backend, capabilities in ATTENTION.items():
+        for graphs in ("full graphs", "no graphs") if backend != "torch_native" else ("no graphs",):
+            words = ("--attention-backend", backend, *(("--disable-cuda-graph",) if graphs == "no graphs" else ()))
+            found[f"{backend}, {graphs}"] = words if not capabilities or device in capabilities else None
+    return found
 
 
 def smollm2_rows(serve: Path, pair: Pair | None = None) -> Iterator[Row]:
@@ -98,10 +109,8 @@ def itl_rows(serve: Path, pair: Pair | None = None) -> Iterator[Row]:
             name: tiny_bundle(Path(folder) / name, kv, WIDE)
             for name, kv in (("cut", CUT), ("dense", {"method": "none"}))
         }
-        for clients in (1, 16):
-            yield _row(
-                f"ITL beside stock dense, {clients} clients", partial(timed, bundles, pair or Pair(serve), clients)
-            )
+        loads = {n: Scenario.closed(4 * n, n, (512, 512), (64, 64), warmup=2, deadline_s=120) for n in (1, 16)}
+        yield _row("ITL beside stock dense", partial(timed, bundles, pair or Pair(serve), loads))
 
 
 def nixl_rows(serve: Path) -> Iterator[Row]:
@@ -164,11 +173,13 @@ def judged(bundle: Bundle, pair: Pair) -> Figure:
     }
 
 
-def timed(bundles: Mapping[str, Bundle], pair: Pair, clients: int) -> Figure:
-    """Median time between tokens of each pair, ms, one pair at a time."""
-    load = Scenario.closed(4 * clients, clients, (512, 512), (64, 64), warmup=2, deadline_s=120)
-    times = {name: _measured(pair, bundle, load).itl_ms.p50 for name, bundle in bundles.items()}
-    return {f"{name}_itl_ms": time or -1.0 for name, time in times.items()}
+def timed(bundles: Mapping[str, Bundle], pair: Pair, loads: Mapping[int, Scenario]) -> Figure:
+    """Median time between tokens, ms, of each pair under each load (by clients); one pair at a time."""
+    return {
+        f"{name}_itl_ms_{clients}_clients": result.itl_ms.p50 or -1.0
+        for name, bundle in bundles.items()
+        for clients, result in _measured(pair, bundle, loads).items()
+    }
 
 
 def _transfer_rows(serve: Path, library: str) -> Iterator[Row]:
@@ -189,15 +200,18 @@ def _transfer_rows(serve: Path, library: str) -> Iterator[Row]:
 
 
 def _ttft(pair: Pair, bundle: Bundle, load: Scenario) -> Figure:
-    return {"ttft_ms": _measured(pair, bundle, load).ttft_ms.p50 or -1.0}
+    return {"ttft_ms": _measured(pair, bundle, {1: load})[1].ttft_ms.p50 or -1.0}
 
 
-def _measured(pair: Pair, bundle: Bundle, load: Scenario) -> LoadResult:
+def _measured(pair: Pair, bundle: Bundle, loads: Mapping[int, Scenario]) -> dict[int, LoadResult]:
+    results = {}
     with pair.of(bundle) as cluster:
-        result = LoadResult.measure(driver("builtin"), "builtin", cluster.url, load)
-    if result.failed:
-        raise AssertionError(f"{result.failed} of {result.requests} requests failed: {result.failure_details}")
-    return result
+        for clients, load in loads.items():
+            results[clients] = LoadResult.measure(driver("builtin"), "builtin", cluster.url, load)
+    for result in results.values():
+        if result.failed:
+            raise AssertionError(f"{result.failed} of {result.requests} requests failed: {result.failure_details}")
+    return results
 
 
 def _row(name: str, measure: Callable[[], Figure]) -> Row:

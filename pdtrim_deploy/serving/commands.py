@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from pdtrim_deploy.serving.engines import engine_limits
 from pdtrim_deploy.serving.gpu_defaults import attention_arguments
 from pdtrim_deploy.serving.memory import FRACTION, static_fraction
 from pdtrim_deploy.serving.ports import HOST
@@ -52,7 +53,7 @@ def worker_command(python: Path, worker: WorkerSpec, secret: Path | None = None)
         "--max-running-requests": options.requests,
         "--chunked-prefill-size": options.chunked_prefill_size,
     }
-    arguments |= {option: limit for option, limit in limits.items() if limit is not None}
+    arguments |= engine_limits(worker.engine) | {name: limit for name, limit in limits.items() if limit is not None}
     told = WorkerConfig(
         secret_file=None if secret is None else str(secret),
         transport=TransportOptions.model_validate(worker.transport),
@@ -76,6 +77,8 @@ def worker_command(python: Path, worker: WorkerSpec, secret: Path | None = None)
             if placement.memory_fraction is not None:
                 arguments[FRACTION] = placement.memory_fraction
         arguments |= attention_arguments(worker.stage, options.sparse)
+        if worker.executor == "tensorrt" and worker.stage == "prefill":  # SGLang's breaks would end its capture midway
+            flags.append("--disable-prefill-cuda-graph")
     pairs = [str(part) for pair in arguments.items() for part in pair]
     return [str(python), "-m", "sglang.launch_server", *pairs, *flags, *options.arguments(worker.stage)]
 

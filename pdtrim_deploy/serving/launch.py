@@ -15,7 +15,7 @@ from pdtrim_deploy.local.processor import compute_dtype
 from pdtrim_deploy.plan import STAGES
 from pdtrim_deploy.plan.link import Link
 from pdtrim_deploy.serving.cluster import Cluster
-from pdtrim_deploy.serving.engines import Executors, find_engine
+from pdtrim_deploy.serving.engines import Executors, find_engine, require_batches
 from pdtrim_deploy.serving.environment import ServeEnvironment
 from pdtrim_deploy.serving.ports import HOST, free_ports
 from pdtrim_deploy.serving.ranks import require_arguments, require_ranks
@@ -69,6 +69,8 @@ def cluster_of(
     require_transport(environment, options.transfer_backend, transport or {})
     chosen = executors or Executors()
     engines = {stage: find_engine(bundle, stage, chosen.of(stage), options.device) for stage in STAGES}
+    for stage, engine in engines.items():
+        require_batches(engine, options.chunked_prefill_size, options.requests, options.tp(stage))
     spec = ClusterSpec.on_loopback(
         bundle.prefill_dir,
         bundle.decode_dir,

@@ -37,6 +37,7 @@ def test_engine(architecture, stage, tiny_stages, tmp_path):
     assert result.numerics.hidden_error < 2e-2
     assert result.peak_memory > 100e6
     assert result.run is None
+    assert (result.details["aux_streams"], result.details["most_tokens"]) == (0, 64)
     assert any("Hopper" in limit for limit in result.limits)
     assert sorted(p.name for p in (tmp_path / "engine").iterdir()) == ["engine.json", "engine.plan"]
 

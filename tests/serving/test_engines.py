@@ -1,6 +1,7 @@
 """The executor of a stage: found in the bundle, passed to the worker, or refused in one sentence."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -13,7 +14,7 @@ from pdtrim_deploy.cli import main, options
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.plan import ModelShape, PDPlan
 from pdtrim_deploy.serving import ClusterSpec, Engine, Executors, WorkerOptions, commands
-from pdtrim_deploy.serving.engines import find_engine
+from pdtrim_deploy.serving.engines import find_engine, require_batches
 
 PYTHON = Path("/serve/bin/python")
 
@@ -111,3 +112,36 @@ def test_an_unknown_executor_and_one_for_a_running_pair_are_code_2(executor, sen
         main(["loadtest", "http://127.0.0.1:1", "--executor", executor])
     assert stopped.value.code == 2
     assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stage", ["prefill", "decode"])
+def test_a_tensorrt_worker_gets_no_batch_that_its_engine_cannot_take_and_prefill_no_graphs(tmp_path, stage):
+    engine, model = Engine("tensorrt", stage, tmp_path, 1024), Path("m")
+    for chosen in (None, 512):
+        options = WorkerOptions(device="cuda", chunked_prefill_size=chosen)
+        workers = ClusterSpec.on_loopback(model, model, options=options, engines={stage: engine}, gpus=2).workers
+        for worker in workers:
+            command = commands.worker_command(PYTHON, worker)
+            computed = worker.stage == stage
+            assert ("--disable-prefill-cuda-graph" in command) == (computed and stage == "prefill")
+            if computed and stage == "prefill":
+                assert command[command.index("--chunked-prefill-size") + 1] == str(chosen or 1024)
+            assert ("--max-running-requests" in command) == (computed and stage == "decode")
+
+
+@pytest.mark.parametrize(
+    ("stage", "chunk", "requests", "ranks", "says"),
+    [
+        ("prefill", 2048, None, 1, "--chunked-prefill-size 2048: the prefill engine takes at most 1024 tokens"),
+        ("prefill", -1, None, 1, r"--chunked-prefill-size -1: .* `most_tokens`"),
+        ("decode", None, 1025, 1, "--max-running-requests 1025: the decode engine takes at most 1024"),
+        ("decode", None, None, 2, "the decode engine computes all heads in one rank, not in 2; use executor torch"),
+    ],
+)
+def test_batches_larger_than_an_engine_are_refused(tmp_path, stage, chunk, requests, ranks, says):
+    engine = Engine("tensorrt", stage, tmp_path, 1024)
+    with pytest.raises(UserError, match=says):
+        require_batches(engine, chunk, requests, ranks)
+    require_batches(engine, 1024, 1024, 1)
+    require_batches(replace(engine, most_tokens=None), chunk, requests, 1)
+    require_batches(None, chunk, requests, ranks)

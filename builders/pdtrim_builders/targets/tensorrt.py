@@ -89,6 +89,7 @@ def build(flavour: Flavour, stage_dir: Path, out_dir: Path, options: TensorRTOpt
         ),
         details={
             "compute_capabilities": list(getattr(options, "compute_capabilities", ("the GPU at hand",))),
+            "most_tokens": options.most_tokens,
             "tokens": f"1 to {options.most_tokens}, tuned for {options.usual_tokens}",
             "plugin_library": str(options.plugin_library.name) if options.plugin_library else "Python forms",
         },
@@ -136,7 +137,7 @@ def build(flavour: Flavour, stage_dir: Path, out_dir: Path, options: TensorRTOpt
             ),
             "details": described.details
             | {"version": answer["version"], "layers": answer["layers"], "process_seconds": done.seconds}
-            | {key: answer[key] for key in ("inputs", "outputs", "parse_seconds", "build_seconds")},
+            | {key: answer[key] for key in ("inputs", "outputs", "parse_seconds", "build_seconds", "aux_streams")},
         }
     )
 

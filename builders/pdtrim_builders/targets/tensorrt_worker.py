@@ -38,6 +38,7 @@ def build(job: dict[str, Any]) -> dict[str, Any]:
     if plugins != job["plugins"]:
         raise UserError(f"PLUGIN layers are {plugins}, the graph has {job['plugins']}: some were inlined or lost")
     config = builder.create_builder_config()
+    config.max_aux_streams = 0  # attention and what is sent run on the stream of SGLang's batch, and on no other
     _set_capabilities(trt, config, job["compute_capabilities"])
     if job["plugin_library"]:
         config.plugins_to_serialize = [job["plugin_library"]]
@@ -58,6 +59,7 @@ def build(job: dict[str, Any]) -> dict[str, Any]:
         "outputs": [_described(network.get_output(i)) for i in range(network.num_outputs)],
         "parse_seconds": round(parsed - started, 2),
         "build_seconds": round(built - parsed, 2),
+        "aux_streams": config.max_aux_streams,
     }
 
 
