@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, get_args
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic_core import PydanticCustomError
 
+from pdtrim_deploy.recipe.pruning_methods import METHODS
 from pdtrim_deploy.recipe.seed import Seed
 
-# Names of a registry that needs torch to import; a test holds them equal.
-PruningMethod = Literal["anneal", "cosine", "greedy", "perplexity", "random", "sleb", "streamline"]
-PRUNING_METHODS: tuple[str, ...] = get_args(PruningMethod)
-EVALUATED = ("anneal", "greedy", "perplexity")  # ask an `Evaluator`, which keeps hidden states and may be Ray's workers
-
 _ANY = ("method", "prefill_blocks", "decode_blocks", "distil", "threshold", "blocks_in_memory")
-_STATES = ("memory_mb", "disk_mb")
-_TAKES: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(PRUNING_METHODS, ()),
-    "random": ("seed",),
-    **dict.fromkeys(EVALUATED, ("finalists", *_STATES)),
-    "anneal": ("steps", "minutes", "seed", "finalists", *_STATES),
-}
+
+
+def _registered(name: str) -> str:
+    if name not in METHODS:
+        raise PydanticCustomError("unknown_method", "no such pruning method")
+    return name
 
 
 class PruningSection(BaseModel):
@@ -32,10 +28,10 @@ class PruningSection(BaseModel):
         steps, minutes: of annealing, for each search; the clock runs from the search's first step, but the greedy
             start before annealing and the judging of finalists behind it are never cut short. A run that time ends
             is not repeatable to the bit.
-        seed: of `anneal` and `random`.
+        seed: of `anneal`.
         finalists: so many of the solutions that annealing took, of the greedy one and of runs of adjacent blocks are
             judged again with `healing.compensation`, which decides; 0 leaves the search's own answer.
-        memory_mb: hidden states kept while `anneal`, `greedy` or `perplexity` searches, at most; disk_mb: as many more
+        memory_mb: hidden states kept while `anneal` or `greedy` searches, at most; disk_mb: as many more
             in mapped files in the bundle.
         blocks_in_memory: blocks whose weights are in memory at a time while searching, making students, judging
             finalists and compensating; the others are read from the checkpoint when they run. All of them when left
@@ -45,7 +41,7 @@ class PruningSection(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
-    method: PruningMethod = "greedy"
+    method: Annotated[str, AfterValidator(_registered), Field(json_schema_extra={"enum": [*METHODS]})] = "greedy"
     prefill_blocks: NonNegativeInt = 0
     decode_blocks: NonNegativeInt = 0
     distil: bool = False
@@ -68,7 +64,8 @@ class PruningSection(BaseModel):
         if self.distil and self.method != "anneal":
             raise ValueError(f"distil is true but method is {self.method}; allowed: distil with method anneal")
         for name, field in type(self).model_fields.items():
-            if name not in (*_ANY, *_TAKES[self.method]) and getattr(self, name) != field.default:
-                known = ", ".join((*_ANY[1:], *_TAKES[self.method]))
+            options = METHODS[self.method].options
+            if name not in (*_ANY, *options) and getattr(self, name) != field.default:
+                known = ", ".join((*_ANY[1:], *options))
                 raise ValueError(f"method is {self.method}, which takes no {name}; allowed with it: {known}")
         return self
