@@ -10,6 +10,7 @@ from typing import Any
 
 from __pruning_methods import METHODS, Method, prefill_blocks
 from __results import commit
+from baselines import BASELINES
 from torch import Tensor
 
 from pdtrim_deploy.local.cache import Cache
@@ -17,11 +18,14 @@ from pdtrim_deploy.models.blockwise import CausalLM
 from pdtrim_deploy.plan import STAGES, ModelShape
 from pdtrim_deploy.pruning.cached_judge import CachedJudge
 from pdtrim_deploy.pruning.candidates import find
-from pdtrim_deploy.pruning.cost import judged_forwards, search_cost
+from pdtrim_deploy.pruning.cost import search_cost
+from pdtrim_deploy.pruning.finalists import FinalRound
+from pdtrim_deploy.pruning.judging_cost import judged_forwards
 from pdtrim_deploy.pruning.refit_judge import RefitJudge
-from pdtrim_deploy.pruning.search import Search, Settings
+from pdtrim_deploy.pruning.search import Search, Settings, get_search
 from pdtrim_deploy.pruning.search.greedy import Greedy
 from pdtrim_deploy.pruning.solution import Solution
+from pdtrim_deploy.pruning.stage_search import SearchInputs
 from pdtrim_deploy.pruning.stages import StageRemovals, choose_stages
 from pdtrim_deploy.pruning.students import Students
 from pdtrim_deploy.recipe import CalibrationSection
@@ -106,9 +110,14 @@ def choose(setup: Setup, name: str, removed: int, seed: int, known: Choice | Non
 
 def _searched(setup: Setup, method: Method, removed: int, seed: int) -> Choice:
     """What a search wrote down stays in its folder, which those that search alike share: a stopped one goes on."""
-    search: str | Search = method.search
-    if search == "sleb-cached":
-        search = _CachedSLEB()
+    settings = Settings(seed, setup.steps if method.search == "anneal" else 0)
+    search: Search
+    if method.search == "sleb-cached":
+        search = Greedy(race_z=None)
+    elif method.search in BASELINES:
+        search = BASELINES[method.search].search(settings)
+    else:
+        search = get_search(method.search, settings)
     about: object = setup.shape.fingerprint
     if method.distil:
         about = [about, len(setup.text[:-JUDGED])]  # what students learned from
@@ -116,64 +125,52 @@ def _searched(setup: Setup, method: Method, removed: int, seed: int) -> Choice:
     if method.search == "sleb-cached":
         protected = frozenset({0, setup.shape.num_blocks - 1})  # as SLEB has it
     steps = f"-{setup.steps}" if method.search == "anneal" else ""
-    found = choose_stages(
+    inputs = SearchInputs(
         setup.model,
         setup.ids,
-        prefill_blocks(removed),
-        removed,
-        method=search,
-        settings=Settings(seed, setup.steps if method.search == "anneal" else 0),
+        search,
         protected=protected,
         pairs=setup.pairs if method.distil else (),
         students=setup.students if method.distil else None,
         folder=setup.folder / f"{method.search}{'-distil' * method.distil}{steps}-{removed}-{seed}",
         about=about,
-        judge=_judge(setup, method) if method.finalists else None,
-        finalists=method.finalists,
-        progress=setup.note,
+        final_round=FinalRound(_judge(setup, method), method.finalists) if method.finalists else None,
     )
-    ends = [stage.trajectory[-1] for stage in (found.prefill, found.decode) if stage.trajectory]
-    more = method.distil * setup.distilling + _judging(setup, found)
+    removals = choose_stages(inputs, prefill_blocks(removed), removed, progress=setup.note)
+    cost = removals.prefill.cost + removals.decode.cost
     return Choice(
-        found.prefill.solution,
-        found.decode.solution,
-        found.prefill.loss,
-        found.decode.loss,
-        sum(end.seconds for end in ends),
-        sum(end.block_forwards for end in ends) + more,
+        removals.prefill.solution,
+        removals.decode.solution,
+        removals.prefill.loss,
+        removals.decode.loss,
+        cost.seconds,
+        cost.block_forwards + method.distil * setup.distilling + _judging(setup, removals),
         commit(),
     )
 
 
 def _judge(setup: Setup, method: Method) -> CachedJudge:
-    """Says the same of finalists that another seed or method has asked for."""
+    """Gives the same loss to finalists that another seed or method had judged."""
     students, text = setup.students if method.distil else None, setup.text[-JUDGED:]
     judge = RefitJudge(setup.model, setup.shape, text, method.compensation, students, setup.note)
     about = [setup.shape.fingerprint, method.compensation, len(setup.text), len(text)]
     return CachedJudge(judge, setup.folder / f"judged-{method.compensation}-{len(setup.text)}.jsonl", about)
 
 
-def _judging(setup: Setup, found: StageRemovals) -> int:
-    """Block-forwards of having the last word on finalists, at most."""
-    lost = [getattr(found, stage).solution.saved for stage in STAGES]
-    counts = [len(found.finalists.get(stage, ())) for stage in STAGES]
+def _judging(setup: Setup, removals: StageRemovals) -> int:
+    """Block-forwards of judging finalists, at most."""
+    choices = removals.prefill, removals.decode
+    lost, counts = [choice.solution.saved for choice in choices], [len(choice.finalists) for choice in choices]
     size, texts = (setup.shape.num_blocks, *lost), len(setup.text[-JUDGED:])
-    again = judged_forwards(*size, texts, 0, len(found.passed_over))
+    again = judged_forwards(*size, texts, 0, len(removals.passed_over))
     return judged_forwards(*size, texts, *counts) + again
 
 
 def _published(setup: Setup, removed: int) -> int:
     """Block-forwards of SLEB that keeps nothing."""
     config, (count, length) = setup.model.config.to_dict(), setup.ids.shape
-    asked = PruningSection(method="sleb", prefill_blocks=prefill_blocks(removed), decode_blocks=removed)
-    cost = search_cost(config, asked, CalibrationSection(sequences=count, length=length))
+    section = PruningSection(prefill_blocks=prefill_blocks(removed), decode_blocks=removed)
+    text = CalibrationSection(sequences=count, length=length)
+    cost = search_cost(config, section, text, work=BASELINES["sleb"].work)
     assert cost is not None
     return cost.most
-
-
-class _CachedSLEB(Greedy):
-    def __init__(self) -> None:
-        super().__init__(race_z=None)
-
-    def __repr__(self) -> str:
-        return "sleb-cached"

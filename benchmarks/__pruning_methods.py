@@ -10,8 +10,9 @@ class Method:
     """One row of the table.
 
     Attributes:
-        search: registered, or `sleb-cached`: SLEB with hidden states kept in front of every block, no racing.
-        published: count the block-forwards of a search that keeps nothing: by the formula of `pruning/cost.py`, which a
+        search: one that recipes may name, a baseline, or `sleb-cached`: SLEB with hidden states kept in front of every
+            block, no racing.
+        published: count the block-forwards of a search that keeps nothing: by the formula of `baselines`, which a
             test holds exact; its answer is the cached one's.
         seeded: whether seeds change it.
         finalists: judged again with that compensation, which decides.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +22,7 @@ from pdtrim_deploy.pipeline.stand_in import stand_in
 from pdtrim_deploy.plan import STAGES, Stage
 from pdtrim_deploy.recipe import Recipe
 from pdtrim_deploy.recipe.kv import FIXED_KV
-from pdtrim_deploy.recipe.pruning import EVALUATED
+from pdtrim_deploy.recipe.pruning_methods import EVALUATED
 from pdtrim_deploy.recipe.targets import Target
 
 if TYPE_CHECKING:
@@ -36,13 +36,14 @@ Show = Callable[[str, bool], AbstractContextManager[object]]
 class BuildStep:
     """One step: `key` digests everything its `outputs` (files or folders of the bundle) depend on.
 
-    `after` names the step whose key is in this one's. A step of a `target` may fail without failing the build.
+    `run` returns those outputs that it left; the others are an earlier recipe's, and are removed. `after`
+    names the step whose key is in this one's. A step of a `target` may fail without failing the build.
     """
 
     name: str
     key: str
     outputs: tuple[str, ...]
-    run: Callable[[Context], None]
+    run: Callable[[Context], Collection[str]]
     after: str | None = None
     target: str | None = None
 
@@ -149,7 +150,9 @@ def build(
                     if not done:
                         try:
                             with journal.making(step.name, step.key, step.outputs):
-                                step.run(context)
+                                left = step.run(context)
+                                for file in set(step.outputs) - set(left):
+                                    (out / file).unlink(missing_ok=True)
                         except UserError as error:
                             if step.target is None:
                                 raise

@@ -25,7 +25,7 @@ from pdtrim_deploy.recipe.targets import Target
 BUILDER = (sys.executable, "-P", "-m", "pdtrim_builders")  # -P: no module of the folder we were started in
 
 
-def build_engine(context: Context, target: str, stage: Stage, asked: Target) -> None:
+def build_engine(context: Context, target: str, stage: Stage, asked: Target) -> set[str]:
     """Build one engine into its folder of the bundle.
 
     Raises:
@@ -51,6 +51,7 @@ def build_engine(context: Context, target: str, stage: Stage, asked: Target) -> 
     if refused:
         raise UserError(refused)
     context.note(said(read_engine(folder)))
+    return {engine_folder(target, stage)}
 
 
 def depends_on(asked: Target, calibration: object) -> list[object]:

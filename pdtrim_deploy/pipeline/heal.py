@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,10 +41,10 @@ def needed(recipe: Recipe) -> bool:
 
 def depends_on(dump: Mapping[str, Any]) -> list[Any]:
     """What the step depends on besides the one before; `dump` is the recipe's."""
-    return [dump["students"], _asked(dump), dump["calibration"]]
+    return [dump["students"], _section(dump), dump["calibration"]]
 
 
-def _asked(dump: Mapping[str, Any]) -> dict[str, Any]:
+def _section(dump: Mapping[str, Any]) -> dict[str, Any]:
     """The section on healing without what is done once KV is chosen."""
     return {name: value for name, value in dump["healing"].items() if name != "kv_steps"}
 
@@ -67,11 +68,12 @@ def _chosen(context: Context) -> PDPlan:
     return PDPlan(model=shape, prefill=prefill.actions(blocks), decode=decode.actions(blocks), kv=kv)
 
 
-def heal(context: Context) -> None:
+def heal(context: Context) -> set[str]:
     """Make the weights that differ from the model's -> the cache, reports/healing.json."""
     key = _key(context)
     report = json.loads((_entry(context, key) / "report.json").read_text())
     write_atomic(context.out / HEALING, json.dumps({"weights": key} | report, indent=2) + "\n")
+    return {HEALING}
 
 
 def changed(context: Context) -> Changed:
@@ -109,8 +111,8 @@ def _key(context: Context) -> str:
     plan, dump = _chosen(context), context.recipe.model_dump(mode="json")
     read = [texts.digest(text(context)) for text in (texts.taught, texts.fitted)]
     version = _KV_ONLY_VERSION if context.recipe.healing.kv_only_blocks else _VERSION
-    said = [version, plan.digest, dump["students"], _asked(dump), read]
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+    parts = [version, plan.digest, dump["students"], _section(dump), read]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def _entry(context: Context, key: str) -> Path:
@@ -135,22 +137,22 @@ def _make(context: Context) -> tuple[StagePair, dict[str, Any]]:
     from pdtrim_deploy.pruning.kv_only import fit, make_kv_only
     from pdtrim_deploy.pruning.pair import StagePair
 
-    asked, ids = context.recipe.healing, texts.fitted(context)
-    model = context.model if asked.trains else context.searched_model
+    section, ids = context.recipe.healing, texts.fitted(context)
+    model = context.model if section.trains else context.searched_model
     pair, report = _with_students(context, StagePair(model, _chosen(context)))
-    if asked.kv_only_blocks:
-        pair = make_kv_only(pair, asked.kv_only_blocks, ids, context.note)
+    if section.kv_only_blocks:
+        pair = make_kv_only(pair, section.kv_only_blocks, ids, context.note)
     report["kv_only_blocks"] = [pair.plan.prefill_layers[layer] for layer in pair.plan.kv_only_layers]
     for stage in STAGES:
         if all(action.kind == "keep" for action in pair.plan.actions(stage)):
             continue  # nothing was lost
-        if asked.compensation != "none" and _helps(context, pair, stage, ids, report):
-            pair = get_compensation(asked.compensation).compensate(pair, stage, ids, context.note)
-        if asked.prefill_steps if stage == "prefill" else asked.decode_steps:
-            done = distil(pair, stage, ids, asked, context.note)
-            pair = done.pair
-            report["healing"][stage] = {name: getattr(done, name) for name in ("steps", "before", "after", "kept")}
-        if stage == "prefill" and asked.kv_only_blocks and (asked.compensation != "none" or asked.prefill_steps):
+        if section.compensation != "none" and _helps(context, pair, stage, ids, report):
+            pair = get_compensation(section.compensation).compensate(pair, stage, ids, context.note)
+        if section.prefill_steps if stage == "prefill" else section.decode_steps:
+            trained = distil(pair, stage, ids, section, context.note)
+            pair = trained.pair
+            report["healing"][stage] = trained.report
+        if stage == "prefill" and section.kv_only_blocks and (section.compensation != "none" or section.prefill_steps):
             pair = fit(pair, ids, context.note)
     return pair, report
 
@@ -162,11 +164,11 @@ def _helps(context: Context, pair: StagePair, stage: Stage, ids: Tensor, report:
     from pdtrim_deploy.pruning.compensation import get_compensation
     from pdtrim_deploy.pruning.compensation.held_out import held_out
 
-    found = held_out(get_compensation("norm"), pair, stage, ids)
-    said = "kept" if found.kept else "left out: it does not help"
-    context.note(f"{stage}: rescaled, {found.before:.4f} -> {found.after:.4f} nats on text not fitted; {said}")
-    report["rescaled"][stage] = {"before": found.before, "after": found.after, "kept": found.kept}
-    return found.kept
+    loss = held_out(get_compensation("norm"), pair, stage, ids)
+    verdict = "kept" if loss.kept else "left out: it does not help"
+    context.note(f"{stage}: rescaled, {loss.before:.4f} -> {loss.after:.4f} nats on text not fitted; {verdict}")
+    report["rescaled"][stage] = asdict(loss) | {"kept": loss.kept}
+    return loss.kept
 
 
 def _with_students(context: Context, pair: StagePair) -> tuple[StagePair, dict[str, Any]]:

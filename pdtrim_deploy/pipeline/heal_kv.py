@@ -22,11 +22,12 @@ HEALING_KV = f"{REPORTS}/healing-kv.json"
 _VERSION = 1  # of how weights are made
 
 
-def heal_kv(context: Context) -> None:
+def heal_kv(context: Context) -> set[str]:
     """Make the weights of decode that differ from those before -> the cache, reports/healing-kv.json."""
     key = _key(context)
     report = json.loads((_entry(context, key) / "report.json").read_text())
     write_atomic(context.out / HEALING_KV, json.dumps({"weights": key} | report, indent=2) + "\n")
+    return {HEALING_KV}
 
 
 def changed(context: Context) -> heal.Changed:
@@ -46,7 +47,7 @@ def changed(context: Context) -> heal.Changed:
 def healed(context: Context) -> dict[Stage, list[dict[str, Any]]]:
     """What gradients did to each stage, one after the other: `steps`, `before`, `after`, `kept`, `kv`."""
     done: dict[Stage, list[dict[str, Any]]] = {
-        stage: [{**one, "kv": False}] for stage, one in heal.healed(context).items()
+        stage: [{**report, "kv": False}] for stage, report in heal.healed(context).items()
     }
     if context.recipe.healing.kv_steps:
         report = json.loads((context.out / HEALING_KV).read_text())
@@ -55,15 +56,15 @@ def healed(context: Context) -> dict[Stage, list[dict[str, Any]]]:
 
 
 def _key(context: Context) -> str:
-    asked, text = context.recipe.healing.model_dump(mode="json"), _text(context)
-    said = [
+    section, text = context.recipe.healing.model_dump(mode="json"), _text(context)
+    parts = [
         _VERSION,
         context.plan.digest,
         heal.weights(context),
-        asked,
+        section,
         hashlib.sha256(text.numpy().tobytes()).hexdigest(),
     ]
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def _text(context: Context) -> Tensor:
@@ -91,9 +92,8 @@ def _entry(context: Context, key: str) -> Path:
         prefill, decode = (pair.stage(stage) for stage in STAGES)
         oracle = PDOracle(prefill, decode, context.plan, KeyOffsets.read(context.out, context.plan))
         prompt_kv = PromptKV(context.recipe.kv.prompt_tokens, lambda prompts: oracle.hand_over(oracle.prefill(prompts)))
-        done = distil(pair, "decode", _text(context), context.recipe.healing, context.note, prompt_kv)
-        save_blocks(done.pair.changed.get("decode", {}) if done.kept else {}, folder / "decode.safetensors")
-        report = {name: getattr(done, name) for name in ("steps", "before", "after", "kept")}
-        (folder / "report.json").write_text(json.dumps(report, indent=2))
+        trained = distil(pair, "decode", _text(context), context.recipe.healing, context.note, prompt_kv)
+        save_blocks(trained.pair.changed.get("decode", {}) if trained.kept else {}, folder / "decode.safetensors")
+        (folder / "report.json").write_text(json.dumps(trained.report, indent=2))
 
     return context.cache.entry("stage-weights", key, make)

@@ -28,14 +28,12 @@ SELECTED = (PLAN, KV, ATTENTION, OFFSETS, KEY_OFFSETS)
 SHOWN, SHOWN_SEQUENCES = (4, 64), 4  # first and last tokens whose attention is shown where the recipe names none
 
 
-def select_kv(context: Context) -> None:
+def select_kv(context: Context) -> set[str]:
     """Choose how each decode layer's prompt KV travels -> plan.json, reports/kv.json.
 
     Where decode looks stands in reports/attention.json, if the choice looked at the model; what quantised keys travel
     less in the file of key offsets, and what that does to them in reports/key-offsets.json, if any can be quantised.
     """
-    for name in (ATTENTION, OFFSETS, KEY_OFFSETS):
-        (context.out / name).unlink(missing_ok=True)
     asked, plan = context.recipe.kv, heal.blocks_plan(context)
     plan = plan.with_kv(stand_in_rules(asked, plan.model, len(plan.decode_layers)))
     if asked.method not in FIXED_KV or asked.measures_offsets:
@@ -44,6 +42,9 @@ def select_kv(context: Context) -> None:
     sparse = [block for block, send in zip(plan.decode_layers, plan.kv, strict=True) if send.mode == "sparse"]
     write_json(context.out / KV, {"method": asked.method, "sparse_blocks": sparse, "sends": sends})
     write_json(context.out / PLAN, plan.model_dump(mode="json"))
+    measured = {OFFSETS} if asked.measures_offsets else set()
+    measured |= {ATTENTION} if asked.method not in FIXED_KV else set()
+    return {KV, PLAN, *measured, *([KEY_OFFSETS] if plan.key_offsets else [])}
 
 
 def _looked_at(context: Context, plan: PDPlan) -> PDPlan:

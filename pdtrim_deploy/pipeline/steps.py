@@ -1,8 +1,8 @@
-"""The steps, each a function of the context that leaves its files in the bundle."""
+"""The steps that choose and write blocks, each a function of the context that returns the files or folders it left."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -13,73 +13,68 @@ from pdtrim_deploy.pipeline.context import Context, write_json
 from pdtrim_deploy.pipeline.heal import PRUNING
 from pdtrim_deploy.plan import STAGES, Stage
 from pdtrim_deploy.plan.kv import KEY_OFFSETS
+from pdtrim_deploy.pruning.search_logs import DECODE_AGAIN, LOGS, finalists_log, search_log
 
 if TYPE_CHECKING:
-    from pdtrim_deploy.pruning.candidates import Candidates
     from pdtrim_deploy.pruning.finalists import Finalist, Judge
-    from pdtrim_deploy.pruning.search import SearchResult
-    from pdtrim_deploy.pruning.stage_search import EvaluatorFactory
+    from pdtrim_deploy.pruning.solution import Solution
+    from pdtrim_deploy.pruning.stage_search import EvaluatorFactory, StageChoice
+    from pdtrim_deploy.pruning.stages import StageRemovals
+    from pdtrim_deploy.pruning.students import Students
 
-CANDIDATES = f"{REPORTS}/candidates.json"
-SEARCHES = tuple(f"{REPORTS}/search-{stage}.jsonl" for stage in STAGES)
-SEARCHED_AGAIN, JUDGED = f"{REPORTS}/search-decode-again.jsonl", f"{REPORTS}/judged.jsonl"
-FINALISTS = tuple(name.replace(".jsonl", "-finalists.jsonl") for name in (*SEARCHES, SEARCHED_AGAIN))
+CANDIDATES, JUDGED = f"{REPORTS}/candidates.json", f"{REPORTS}/judged.jsonl"
 _JUDGE = 2  # version of how finalists are judged
-PRUNED = (PRUNING, CANDIDATES, *SEARCHES, SEARCHED_AGAIN, *FINALISTS, JUDGED)
+PRUNED = (PRUNING, CANDIDATES, *(f"{REPORTS}/{name}" for name in LOGS), JUDGED)
 
 
-def prune(context: Context) -> None:
+def prune(context: Context) -> set[str]:
     """Choose what each stage loses -> reports/pruning.json, and what the searches did -> reports/search-STAGE.jsonl.
 
     What every block could lose, by redundancy, stands in reports/candidates.json.
     """
-    asked = context.recipe.pruning
-    (context.out / CANDIDATES).unlink(missing_ok=True)
-    going = (asked.prefill_blocks, asked.decode_blocks - asked.prefill_blocks)
-    for blocks, *left in zip(going, SEARCHES, FINALISTS[:2], strict=True):
-        _unlink(context, bool(blocks), left)  # what an earlier recipe's search left is none of this bundle's
-    report: dict[Stage, Any] = {stage: {"removed": [], "pairs": [], "loss": None, "trajectory": []} for stage in STAGES}
-    again = False
-    if asked.decode_blocks:
-        from pdtrim_deploy.pruning.candidates import find
-        from pdtrim_deploy.pruning.search import Settings
-        from pdtrim_deploy.pruning.stages import choose_stages
-
-        ids = texts.searched(context)
-        model = context.searched_model
-        candidates = find(model, ids, asked.threshold, context.note)
-        write_json(context.out / CANDIDATES, asdict(candidates))
-        pairs, students, about = _pairs(context, model, candidates) if asked.distil else ((), None, None)
-        with _evaluator_factory(context) as evaluator_factory:
-            found = choose_stages(
-                model,
-                ids,
-                asked.prefill_blocks,
-                asked.decode_blocks,
-                method=asked.method,
-                settings=Settings(asked.seed, asked.steps, asked.minutes),
-                pairs=pairs,
-                students=students,
-                memory=asked.memory_mb << 20,
-                disk=asked.disk_mb << 20,
-                folder=context.out / REPORTS,
-                about=[context.checkpoint.fingerprint, about],
-                evaluator_factory=evaluator_factory,
-                judge=_judge(context, model, students, about) if asked.finalists else None,
-                finalists=asked.finalists,
-                progress=context.note,
-            )
-        report = {stage: _stage_report(getattr(found, stage), found.finalists.get(stage)) for stage in STAGES}
-        again = any(one.behind is not None for one in found.finalists.get("prefill", ()))
-    _unlink(context, again, (SEARCHED_AGAIN, FINALISTS[2]))
-    _unlink(context, bool(asked.finalists), (*FINALISTS, JUDGED))
+    if not context.recipe.pruning.decode_blocks:
+        nothing: dict[str, Any] = {"removed": [], "pairs": [], "loss": None, "trajectory": []}
+        write_json(context.out / PRUNING, dict.fromkeys(STAGES, nothing))
+        return {PRUNING}
+    removals, judged = _search(context)
+    report = {stage: _stage_report(getattr(removals, stage), removals.decode_losses) for stage in STAGES}
     write_json(context.out / PRUNING, report)
+    section = context.recipe.pruning
+    going = {"prefill": section.prefill_blocks, "decode": section.decode_blocks - section.prefill_blocks}
+    searches = [*(stage for stage, blocks in going.items() if blocks), *[DECODE_AGAIN] * bool(removals.decode_losses)]
+    logs = [log(name) for name in searches for log in (search_log, *([finalists_log] if judged else []))]
+    return {PRUNING, CANDIDATES, *(f"{REPORTS}/{name}" for name in logs), *([JUDGED] if judged else [])}
 
 
-def _unlink(context: Context, kept: bool, files: Sequence[str]) -> None:
-    """Those that are not kept."""
-    for file in files if not kept else ():
-        (context.out / file).unlink(missing_ok=True)
+def _search(context: Context) -> tuple[StageRemovals, bool]:
+    """What each stage loses, and whether finalists were judged."""
+    from pdtrim_deploy.pruning.candidates import find
+    from pdtrim_deploy.pruning.finalists import FinalRound
+    from pdtrim_deploy.pruning.search import Settings, get_search
+    from pdtrim_deploy.pruning.stage_search import SearchInputs
+    from pdtrim_deploy.pruning.stages import choose_stages
+
+    section, ids, model = context.recipe.pruning, texts.searched(context), context.searched_model
+    candidates = find(model, ids, section.threshold, context.note)
+    write_json(context.out / CANDIDATES, asdict(candidates))
+    students, about = _students(context, model) if section.distil else (None, None)
+    final_round = FinalRound(_judge(context, model, students, about), section.finalists) if section.finalists else None
+    with _evaluator_factory(context) as evaluator_factory:
+        inputs = SearchInputs(
+            model,
+            ids,
+            get_search(section.method, Settings(section.seed, section.steps, section.minutes)),
+            pairs=candidates.distillation if section.distil else (),
+            students=students,
+            memory=section.memory_mb << 20,
+            disk=section.disk_mb << 20,
+            folder=context.out / REPORTS,
+            about=[context.checkpoint.fingerprint, about],
+            evaluator_factory=evaluator_factory,
+            final_round=final_round,
+        )
+        removals = choose_stages(inputs, section.prefill_blocks, section.decode_blocks, progress=context.note)
+    return removals, final_round is not None
 
 
 @contextmanager
@@ -95,53 +90,53 @@ def _evaluator_factory(context: Context) -> Iterator[EvaluatorFactory | None]:
         yield ray_evaluator.EvaluatorFactory(context.workers, context.checkpoint.path.resolve())
 
 
-def _stage_report(found: SearchResult, finalists: Sequence[Finalist] | None) -> dict[str, Any]:
-    steps = [asdict(step) for step in found.trajectory]
-    report = {"removed": found.removed, "pairs": found.solution.pairs, "loss": found.loss, "trajectory": steps}
-    if finalists:
-        report["finalists"] = [_finalist_report(one) for one in finalists]
+def _stage_report(choice: StageChoice, decode_losses: Mapping[Solution, float]) -> dict[str, Any]:
+    """`decode_losses` are the judge's of decode behind each of prefill's finalists that has one."""
+    steps = [asdict(step) for step in choice.steps]
+    report: dict[str, Any] = {"removed": choice.removed, "pairs": choice.solution.pairs, "loss": choice.loss}
+    report |= {"trajectory": steps, "cost": asdict(choice.cost)}
+    if choice.finalists:
+        report["finalists"] = [_finalist_report(finalist, decode_losses) for finalist in choice.finalists]
     return report
 
 
-def _finalist_report(one: Finalist) -> dict[str, Any]:
-    said = {"removed": one.solution.removed, "pairs": one.solution.pairs, "loss": one.loss, "compensated": one.judged}
-    return said if one.behind is None else said | {"decode_behind": one.behind}
+def _finalist_report(finalist: Finalist, decode_losses: Mapping[Solution, float]) -> dict[str, Any]:
+    lost = finalist.solution
+    report = {"removed": lost.removed, "pairs": lost.pairs, "loss": finalist.loss, "compensated": finalist.judged}
+    return report | ({"decode_behind": decode_losses[lost]} if lost in decode_losses else {})
 
 
 def _judge(context: Context, model: Any, students: Any, about: Any) -> Judge:
-    """Has the last word on a search's finalists, compensated as they will be.
-
-    What it says stands in reports/judged.jsonl.
-    """
+    """Judges a search's finalists, compensated as they will be; its losses stand in reports/judged.jsonl."""
     from pdtrim_deploy.pruning.cached_judge import CachedJudge
     from pdtrim_deploy.pruning.refit_judge import RefitJudge
 
-    asked, ids = context.recipe.healing, texts.judged(context)
+    section, ids = context.recipe.healing, texts.judged(context)
     together = 1 if context.bounded else None
-    judge = RefitJudge(model, context.shape, ids, asked.compensation, students, context.note, together)
-    said = [_JUDGE, context.checkpoint.fingerprint, asked.compensation, texts.digest(ids), about]
-    return CachedJudge(judge, context.out / JUDGED, said)
+    judge = RefitJudge(model, context.shape, ids, section.compensation, students, context.note, together)
+    key = [_JUDGE, context.checkpoint.fingerprint, section.compensation, texts.digest(ids), about]
+    return CachedJudge(judge, context.out / JUDGED, key)
 
 
-def _pairs(context: Context, model: Any, found: Candidates) -> tuple[tuple[int, ...], Any, Any]:
-    """The distillation set, its training-free students (those chosen are trained later), and what they depend on."""
+def _students(context: Context, model: Any) -> tuple[Students, list[object]]:
+    """Training-free students of pairs (those chosen are trained later), and what they depend on."""
     from pdtrim_deploy.pruning.students import Students
 
-    asked = context.recipe.students.model_copy(update={"steps": 0, "minutes": None})
+    section = context.recipe.students.model_copy(update={"steps": 0, "minutes": None})
     ids = texts.taught(context)
     students = Students(
         model,
         ids,
-        asked,
+        section,
         cache=context.cache,
         fingerprint=context.checkpoint.fingerprint,
         work=context.out / WORK,
         note=context.note,
     )
-    return found.distillation, students, [asked.model_dump(mode="json"), texts.digest(ids)]
+    return students, [section.model_dump(mode="json"), texts.digest(ids)]
 
 
-def write_stage(context: Context, stage: Stage) -> None:
+def write_stage(context: Context, stage: Stage) -> set[str]:
     """Write the stage's checkpoint with the plan in its config.json, and the weights that were healed."""
     from pdtrim_deploy.models.surgery import write_stage as write
 
@@ -157,3 +152,4 @@ def write_stage(context: Context, stage: Stage) -> None:
         replacements=heal_kv.changed(context).get(stage),
         files=[context.out / KEY_OFFSETS] if plan.key_offsets else [],
     )
+    return {stage}

@@ -57,5 +57,5 @@ def find(
 ) -> Candidates:
     """Measured in one pass over `ids`, int64 `[S, T]`."""
     spans = (1, 2) if len(model.model.layers) > 1 else (1,)
-    found = similarity(model, ids, spans, progress=progress)
-    return Candidates.of(found[1].tolist(), found[2].tolist() if 2 in found else [], threshold)
+    cosines = similarity(model, ids, spans, progress=progress)
+    return Candidates.of(cosines[1].tolist(), cosines[2].tolist() if 2 in cosines else [], threshold)

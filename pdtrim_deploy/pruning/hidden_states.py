@@ -55,22 +55,22 @@ class HiddenStates:
         states, done = [], []
         for route in routes:
             known = next((n for n in range(len(route), 0, -1) if self._find((batch, route[:n])) is not None), 0)
-            found = self._find((batch, route[:known])) if known else None
-            states.append(self._objective.start(batch) if found is None else found)
+            state = self._find((batch, route[:known])) if known else None
+            states.append(self._objective.start(batch) if state is None else state)
             done.append(known)
             for n in range(1, known + 1):
                 self._touch((batch, route[:n]))
         for block in range(self._objective.blocks):
-            made = dict[Route, Tensor]()
+            outputs = dict[Route, Tensor]()
             for at, route in enumerate(routes):
                 if done[at] == len(route) or route[done[at]][0] != block:
                     continue
                 done[at] += 1
-                way = route[: done[at]]
-                if way not in made:
-                    made[way] = self._objective.run(batch, way[-1], states[at])
-                    self._keep((batch, way), made[way])
-                states[at] = made[way]
+                prefix = route[: done[at]]
+                if prefix not in outputs:
+                    outputs[prefix] = self._objective.run(batch, prefix[-1], states[at])
+                    self._keep((batch, prefix), outputs[prefix])
+                states[at] = outputs[prefix]
         return states
 
     def _find(self, key: _Key) -> Tensor | None:
@@ -82,9 +82,9 @@ class HiddenStates:
                 shelf.states.move_to_end(key)
 
     def _keep(self, key: _Key, hidden: Tensor) -> None:
-        left = [(key, hidden)]
+        evicted = [(key, hidden)]
         for shelf in self._shelves:
-            left = [gone for state in left for gone in shelf.keep(*state, self._stays)]
+            evicted = [gone for state in evicted for gone in shelf.keep(*state, self._stays)]
 
     def _stays(self, key: _Key) -> bool:
         """Whether it is of the settled route."""
@@ -98,7 +98,7 @@ class _Shelf:
         self.limit, self.held, self.states = limit, 0, OrderedDict[_Key, Tensor]()
 
     def keep(self, key: _Key, hidden: Tensor, stays: Callable[[_Key], bool]) -> list[tuple[_Key, Tensor]]:
-        """What there is no room for: old ones that do not stay lose their place to this one, or else this one."""
+        """What is evicted: older states outside the settled route, or, where these make too little room, this one."""
         size, gone = hidden.numel() * hidden.element_size(), list[tuple[_Key, Tensor]]()
         while self.held + size > self.limit:
             old = self._oldest(stays)

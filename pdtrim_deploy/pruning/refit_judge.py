@@ -76,8 +76,10 @@ class RefitJudge:
             some = solutions[at : at + step]
             sums = [0.0] * len(some)
             for fitted, checked, before in halves:
-                pairs = [self._pair(one if stage == "prefill" else prefill, one) for one in some]
-                pairs = self._mended([pair.with_changes("prefill", before) for pair in pairs], stage, fitted, method)
+                pairs = [self._pair(lost if stage == "prefill" else prefill, lost) for lost in some]
+                pairs = self._compensated(
+                    [pair.with_changes("prefill", before) for pair in pairs], stage, fitted, method
+                )
                 self.note(f"{stage}: {len(pairs)} solutions compensated on {len(fitted)} sequences")
                 sums = [total + loss(pair, checked) * len(checked) for total, pair in zip(sums, pairs, strict=True)]
             yield from (total / len(self.ids) for total in sums)
@@ -88,10 +90,10 @@ class RefitJudge:
         """What prefill changes, in front of decode, fitted to half of the text."""
         if stage == "prefill":
             return {}
-        (pair,) = self._mended([self._pair(prefill, prefill)], "prefill", fitted, compensated)
+        (pair,) = self._compensated([self._pair(prefill, prefill)], "prefill", fitted, compensated)
         return pair.changed.get("prefill", {})
 
-    def _mended(self, pairs: list[StagePair], stage: Stage, ids: Tensor, method: str) -> list[StagePair]:
+    def _compensated(self, pairs: list[StagePair], stage: Stage, ids: Tensor, method: str) -> list[StagePair]:
         """All lose as many blocks."""
         if method == "none" or len(pairs[0].plan.layers(stage)) == self.shape.num_blocks:
             return pairs

@@ -45,8 +45,9 @@ class Solution:
     @classmethod
     def read(cls, text: str) -> Solution:
         """The inverse of `str`: `"4, 5, 12+13"`, or `"nothing"`."""
-        said = [] if text == str(NOTHING) else [[int(block) for block in one.split("+")] for one in text.split(", ")]
-        return cls.of((one[0] for one in said if len(one) == 1), (one[0] for one in said if len(one) == 2))
+        parts = [] if text == str(NOTHING) else text.split(", ")
+        ops = [[int(block) for block in part.split("+")] for part in parts]
+        return cls.of((op[0] for op in ops if len(op) == 1), (op[0] for op in ops if len(op) == 2))
 
     @property
     def saved(self) -> int:
@@ -84,8 +85,8 @@ class Solution:
         return tuple(Drop() if b in self.removed else pair.get(b, Keep()) for b in range(blocks))
 
     def __str__(self) -> str:
-        said = [str(block) for block in self.removed] + [f"{a}+{b}" for a, b in self.pairs]
-        return ", ".join(said) or "nothing"
+        parts = [str(block) for block in self.removed] + [f"{a}+{b}" for a, b in self.pairs]
+        return ", ".join(parts) or "nothing"
 
 
 NOTHING = Solution()

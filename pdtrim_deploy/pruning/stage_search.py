@@ -1,10 +1,9 @@
-"""The search of one stage, and the last word on it."""
+"""The search of one stage, and the judging of its finalists."""
 
 from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -13,21 +12,13 @@ from torch import Tensor
 from pdtrim_deploy.models.blockwise import CausalLM
 from pdtrim_deploy.plan import Stage
 from pdtrim_deploy.pruning.evaluator import MEMORY, Evaluator, InProcess
-from pdtrim_deploy.pruning.finalists import Finalist, Judge, judge_finalists
+from pdtrim_deploy.pruning.finalists import Finalist, FinalRound, judge_finalists
 from pdtrim_deploy.pruning.objective import NextTokenLoss, StudentLayers
-from pdtrim_deploy.pruning.search import (
-    DEFAULTS,
-    Problem,
-    Progress,
-    Search,
-    SearchResult,
-    Settings,
-    Trajectory,
-    get_search,
-)
+from pdtrim_deploy.pruning.search import NO_COST, Cost, Problem, Progress, Search, SearchResult, Step, Trajectory
+from pdtrim_deploy.pruning.search_logs import finalists_log, search_log
 from pdtrim_deploy.pruning.solution import Solution
 
-_VERSION = 2  # of how searches go; rows of another are thrown away
+_VERSION = 3  # of how searches go; rows of another are thrown away
 
 
 class EvaluatorFactory(Protocol):
@@ -45,39 +36,25 @@ class EvaluatorFactory(Protocol):
 
 
 @dataclass(frozen=True)
-class StageResult:
-    """What one search came to.
+class SearchInputs:
+    """What the searches of both stages share.
 
     Attributes:
-        result: the answer, after the last word.
-        start: where the search began, before any annealing; its own answer where it does not anneal.
-        finalists: best first; none where there was nothing to judge.
+        model, ids: the dense model and calibration text, int64 `[S, T]`.
+        protected: blocks that must stay.
+        pairs, students: the distillation set by first blocks, and what its pairs become.
+        memory, disk: bytes of hidden states kept in memory and in mapped files, at most.
+        folder: where each search leaves its logs (`search_logs`), and goes on from them, and where those mapped files
+            are; None: nowhere, and in the system's temporary folder.
+        about: what else the answer depends on (JSON): the model, how students are made.
+        evaluator_factory: makes what evaluates solutions; None: this process does.
+        final_round: who decides between the finalists of each search; None: the search's own answer stands.
 
-    """
-
-    result: SearchResult
-    start: Solution
-    finalists: tuple[Finalist, ...] = ()
-
-    def judged(self, judge: Judge, prefill: Solution) -> float:
-        """The judge's loss of decode's answer behind `prefill`, nats a token."""
-        if self.finalists:
-            return self.finalists[0].judged
-        (loss,) = judge("decode", prefill, [self.result.solution])
-        return loss
-
-
-@dataclass(frozen=True)
-class StageSearch:
-    """What the searches of both stages share; the fields are the arguments of `stages.choose_stages`.
-
-    UserError: unknown method.
     """
 
     model: CausalLM
     ids: Tensor
-    method: str | Search = "greedy"
-    settings: Settings = DEFAULTS
+    search: Search
     protected: frozenset[int] = frozenset()
     pairs: tuple[int, ...] = ()
     students: StudentLayers | None = None
@@ -86,51 +63,127 @@ class StageSearch:
     folder: Path | None = None
     about: object = None
     evaluator_factory: EvaluatorFactory | None = None
-    judge: Judge | None = None
-    finalists: int = 0
-
-    def __post_init__(self) -> None:
-        self._search  # noqa: B018 - an unknown method is refused before anything runs
-
-    @cached_property
-    def _search(self) -> Search:
-        return get_search(self.method, self.settings) if isinstance(self.method, str) else self.method
-
-    def run(
-        self, stage: Stage, name: str, remove: int, prompt_tokens: int, forced: Solution, progress: Progress
-    ) -> StageResult:
-        """Save `remove` blocks, `forced` among them.
-
-        Written down as it goes in `search-NAME.jsonl`, and what finalists lose in `search-NAME-finalists.jsonl`.
-
-        Raises:
-            UserError: more to remove than there is, loss not a number.
-
-        """
-        asked = [*self._said, remove, prompt_tokens, vars(forced)]
-        trajectory = Trajectory(self._path(f"search-{name}"), asked)
-        objective = NextTokenLoss(self.model, self.ids, prompt_tokens, forced, self.students)
-        evaluator: Evaluator = InProcess(objective, self.memory, self.disk, self.folder)
-        if self.evaluator_factory is not None:
-            evaluator = self.evaluator_factory(objective, self.ids, prompt_tokens, forced, self.students, self.memory)
-        problem = Problem(
-            self.model, self.ids, objective, remove, forced, self.protected, self.pairs, trajectory, evaluator
-        )
-        found = self._search.run(problem, progress)
-        start, finalists = found.others[0] if found.others else found.solution, tuple[Finalist, ...]()
-        if self.judge is not None and self.finalists:
-            seen = [vars(one) for one in (found.solution, *found.others)]
-            log = Trajectory(self._path(f"search-{name}-finalists"), [*asked, self.finalists, seen])
-            found, finalists = judge_finalists(stage, problem, found, self.judge, self.finalists, log, progress)
-        return StageResult(found, start, finalists)
-
-    def _path(self, name: str) -> Path | None:
-        return self.folder / f"{name}.jsonl" if self.folder else None
+    final_round: FinalRound | None = None
 
     @property
-    def _said(self) -> list[object]:
-        """All that a search's answer depends on, as JSON."""
+    def key(self) -> list[object]:
+        """All that a search's answer depends on besides its own question, as JSON."""
         text = hashlib.sha256(f"{tuple(self.ids.shape)}".encode() + self.ids.numpy().tobytes()).hexdigest()
-        name = self.method if isinstance(self.method, str) else repr(self.method)
-        chain = [self.settings.seed, self.settings.steps]  # minutes only say where it ends
-        return [_VERSION, self.about, text, name, chain, sorted(self.protected), self.pairs]
+        return [_VERSION, self.about, text, repr(self.search), sorted(self.protected), self.pairs]
+
+    def trajectory(self, file: str, *about: object) -> Trajectory:
+        """The log of that name, about these inputs and `about`."""
+        return Trajectory(self.folder / file if self.folder else None, [*self.key, *about])
+
+    def evaluator(self, objective: NextTokenLoss, prompt_tokens: int, forced: Solution) -> Evaluator:
+        """Evaluates solutions that lose at least `forced`."""
+        if self.evaluator_factory is None:
+            return InProcess(objective, self.memory, self.disk, self.folder)
+        return self.evaluator_factory(objective, self.ids, prompt_tokens, forced, self.students, self.memory)
+
+
+@dataclass(frozen=True)
+class StageChoice:
+    """What one stage loses in the end.
+
+    Attributes:
+        removed: in order of removal; what prefill lost comes first.
+        loss: on calibration text, as the search has it, nats a token; None where the method measures none.
+        steps: one for each block that this stage's search saved.
+        finalists: best first in the judge's eyes; none where there was nothing to judge.
+
+    """
+
+    removed: tuple[int, ...] = ()
+    distilled: tuple[int, ...] = ()
+    loss: float | None = None
+    steps: tuple[Step, ...] = ()
+    cost: Cost = NO_COST
+    finalists: tuple[Finalist, ...] = ()
+
+    @property
+    def solution(self) -> Solution:
+        """The same in order of blocks."""
+        return Solution.of(self.removed, self.distilled)
+
+
+@dataclass(frozen=True)
+class StageSearch:
+    """What one search came to.
+
+    Attributes:
+        forced: what was lost from the start.
+        result: by the search itself.
+        finalists: best first; none where there was nothing to judge.
+        cost: of the search and of evaluating its finalists.
+
+    """
+
+    forced: Solution
+    result: SearchResult
+    finalists: tuple[Finalist, ...]
+    cost: Cost
+
+    @property
+    def best(self) -> Solution:
+        """The judge's first, or the search's answer."""
+        return self.finalists[0].solution if self.finalists else self.result.solution
+
+    @property
+    def start(self) -> Solution:
+        """Where the search began, before any annealing; its own answer where it does not anneal."""
+        return self.result.others[0] if self.result.others else self.result.solution
+
+    def choice(self, solution: Solution, before: tuple[int, ...] = (), others: Cost = NO_COST) -> StageChoice:
+        """`solution`, one of the finalists or the search's answer, as the stage's choice.
+
+        Args:
+            before: what is forced, in order of removal.
+            others: cost of other searches made for this choice.
+
+        """
+        cost = self.cost + others
+        judged = next((finalist for finalist in self.finalists if finalist.solution == solution), None)
+        loss = judged.loss if judged else self.result.loss
+        if solution == self.result.solution:
+            removed, steps = self.result.removed[len(self.forced.removed) :], self.result.trajectory
+        else:  # in no order: it came as a whole
+            removed = tuple(block for block in solution.removed if block not in self.forced.removed)
+            pairs = [first for first in solution.distilled if first not in self.forced.distilled]
+            saved = [*enumerate((*removed, *pairs), 1)]
+            steps = tuple(
+                Step(n, block, loss if n == len(saved) else None, cost.seconds, cost.block_forwards)
+                for n, block in saved
+            )
+        return StageChoice((*before, *removed), solution.distilled, loss, steps, cost, self.finalists)
+
+
+def search_stage(
+    inputs: SearchInputs,
+    stage: Stage,
+    name: str,
+    remove: int,
+    prompt_tokens: int,
+    forced: Solution,
+    progress: Progress,
+) -> StageSearch:
+    """Save `remove` blocks, `forced` among them; logged under `name`.
+
+    Raises:
+        UserError: more to remove than there is, loss not a number.
+
+    """
+    question = remove, prompt_tokens, vars(forced)
+    trajectory = inputs.trajectory(search_log(name), *question)
+    objective = NextTokenLoss(inputs.model, inputs.ids, prompt_tokens, forced, inputs.students)
+    evaluator = inputs.evaluator(objective, prompt_tokens, forced)
+    problem = Problem(
+        inputs.model, inputs.ids, objective, remove, forced, inputs.protected, inputs.pairs, trajectory, evaluator
+    )
+    result = inputs.search.run(problem, progress)
+    if inputs.final_round is None:
+        return StageSearch(forced, result, (), result.cost)
+    solutions = [vars(solution) for solution in (result.solution, *result.others)]
+    log = inputs.trajectory(finalists_log(name), *question, inputs.final_round.count, solutions)
+    finalists, judging = judge_finalists(stage, problem, result, inputs.final_round, log, progress)
+    return StageSearch(forced, result, finalists, result.cost + judging)

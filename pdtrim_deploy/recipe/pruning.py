@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, get_args
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic_core import PydanticCustomError
 
+from pdtrim_deploy.recipe.pruning_methods import METHODS
 from pdtrim_deploy.recipe.seed import Seed
 
-# Names of a registry that needs torch to import; a test checks that they are equal.
-PruningMethod = Literal["anneal", "cosine", "greedy", "perplexity", "random", "sleb", "streamline"]
-PRUNING_METHODS: tuple[str, ...] = get_args(PruningMethod)
-EVALUATED = (
-    "anneal",
-    "greedy",
-    "perplexity",
-)  # use an `Evaluator`, which reuses hidden states and may be Ray's workers
-
 _ANY = ("method", "prefill_blocks", "decode_blocks", "distil", "threshold", "blocks_in_memory")
-_STATES = ("memory_mb", "disk_mb")
-_TAKES: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(PRUNING_METHODS, ()),
-    "random": ("seed",),
-    **dict.fromkeys(EVALUATED, ("finalists", *_STATES)),
-    "anneal": ("steps", "minutes", "seed", "finalists", *_STATES),
-}
+
+
+def _registered(name: str) -> str:
+    if name not in METHODS:
+        raise PydanticCustomError("unknown_method", "no such pruning method")
+    return name
 
 
 class PruningSection(BaseModel):
@@ -35,11 +27,11 @@ class PruningSection(BaseModel):
         threshold: cosine above which a pair is in the distillation set; annealing may move such a pair by one block.
         steps, minutes: limits of annealing in each search; time counts from the search's first step, but never cuts
             short the greedy start or the judging of finalists. A run that time ends is not repeatable to the bit.
-        seed: for `anneal` and `random`.
+        seed: for `anneal`.
         finalists: number of solutions (the search's result, the greedy start, the cheapest run of adjacent blocks, the
             best others that annealing accepted) that are compensated and judged again; 0: take the search's result.
-        memory_mb: limit of hidden states in memory while `anneal`, `greedy` or `perplexity` searches; disk_mb: limit of
-            further ones in mapped files in the bundle.
+        memory_mb: limit of hidden states in memory while `anneal` or `greedy` searches; disk_mb: limit of further ones
+            in mapped files in the bundle.
         blocks_in_memory: blocks whose weights are in memory at a time while searching, fitting students, judging
             finalists and compensating; others are read from the checkpoint when they run. The result is the same. All
             blocks when left out.
@@ -48,7 +40,7 @@ class PruningSection(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
-    method: PruningMethod = "greedy"
+    method: Annotated[str, AfterValidator(_registered), Field(json_schema_extra={"enum": [*METHODS]})] = "greedy"
     prefill_blocks: NonNegativeInt = 0
     decode_blocks: NonNegativeInt = 0
     distil: bool = False
@@ -71,7 +63,8 @@ class PruningSection(BaseModel):
         if self.distil and self.method != "anneal":
             raise ValueError(f"distil is true but method is {self.method}; allowed: distil with method anneal")
         for name, field in type(self).model_fields.items():
-            if name not in (*_ANY, *_TAKES[self.method]) and getattr(self, name) != field.default:
-                known = ", ".join((*_ANY[1:], *_TAKES[self.method]))
+            options = METHODS[self.method].options
+            if name not in (*_ANY, *options) and getattr(self, name) != field.default:
+                known = ", ".join((*_ANY[1:], *options))
                 raise ValueError(f"method is {self.method}, which takes no {name}; allowed with it: {known}")
         return self

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from searches import stages_of
 from tinyfamilies import taking
 
 from pdtrim_deploy.local.cache import Cache
@@ -16,7 +17,6 @@ from pdtrim_deploy.pruning.candidates import find
 from pdtrim_deploy.pruning.evaluator import InProcess
 from pdtrim_deploy.pruning.objective import NextTokenLoss
 from pdtrim_deploy.pruning.solution import Solution
-from pdtrim_deploy.pruning.stages import choose_stages
 from pdtrim_deploy.pruning.students import Students
 from pdtrim_deploy.pruning.students.states import HiddenFiles
 from pdtrim_deploy.recipe.healing import StudentsSection
@@ -76,8 +76,8 @@ def test_a_search_finds_the_same_and_reads_each_block_once_for_all_candidates(ch
     model, blocks = stream_model(checkpoint, 1)
     assert find(model, ids) == find(whole, ids)
     one = 6 * 20 * 64 * 4
-    found = choose_stages(model, ids, 1, 3, memory=one, disk=4 * one, folder=tmp_path)
-    known = choose_stages(whole, ids, 1, 3)
+    found = stages_of(model, ids, 1, 3, memory=one, disk=4 * one, folder=tmp_path)
+    known = stages_of(whole, ids, 1, 3)
     assert (found.prefill.removed, found.decode.removed) == (known.prefill.removed, known.decode.removed)
     assert found.decode.loss == known.decode.loss
     evaluator, before = InProcess(NextTokenLoss(model, ids)), blocks.reads

@@ -59,9 +59,10 @@ def recipe_of(
     for n in range(12):
         (tmp_path / "text" / f"{n}.txt").write_text(" ".join(rng.choices(WORDS, k=400)))
 
-    def prune(context: Context) -> None:
+    def prune(context: Context) -> set[str]:
         (context.out / "reports").mkdir(exist_ok=True)
         (context.out / heal.PRUNING).write_text(json.dumps(CHOSEN))
+        return {heal.PRUNING}
 
     monkeypatch.setattr("pdtrim_deploy.pipeline.steps.prune", prune)
 
@@ -334,8 +335,8 @@ def test_bad_sections_are_one_sentence(recipe_of: Callable[..., Recipe], section
             "healing.sequences is 6 but pruning.finalists is 3; allowed with least-squares: at least 7",
         ),
         (
-            {"pruning": {"method": "sleb", "decode_blocks": 2, "finalists": 3}},
-            "method is sleb, which takes no finalists",
+            {"pruning": {"method": "cosine", "decode_blocks": 2, "finalists": 3}},
+            "method is cosine, which takes no finalists",
         ),
         ({"healing": {"compensation": "norm", "sequences": 1}}, "healing.sequences is 1; allowed: at least 2"),
         (

@@ -8,6 +8,7 @@ import re
 
 import pytest
 import torch
+from searches import stages_of
 from tinypd import BLOCKS, FAMILIES, make_plan, text, tiny
 
 from pdtrim_deploy.errors import UserError
@@ -20,7 +21,6 @@ from pdtrim_deploy.pruning.objective import NextTokenLoss
 from pdtrim_deploy.pruning.search import Problem, Settings, Trajectory
 from pdtrim_deploy.pruning.search.anneal import Anneal
 from pdtrim_deploy.pruning.solution import NOTHING, Solution
-from pdtrim_deploy.pruning.stages import choose_stages
 
 SPLIT = 10
 
@@ -232,14 +232,14 @@ def test_the_time_left_counts_steps_alone_and_not_beyond_the_minutes(model, ids,
 def test_other_searches_say_the_time_left_too(model, ids):
     for method in ("greedy", "sleb", "perplexity"):
         lines = []
-        choose_stages(model, ids, 0, 2, method=method, progress=lines.append)
+        stages_of(model, ids, 0, 2, method=method, progress=lines.append)
         assert minutes_left(lines[-1]) == 0
 
 
 def test_both_stages_leave_their_trajectory_and_nest(model, ids, tmp_path):
     students = Halves(model)
     settings = Settings(steps=25)
-    stages = choose_stages(
+    stages = stages_of(
         model, ids, 1, 3, method="anneal", settings=settings, pairs=(0, 2), students=students, folder=tmp_path
     )
     assert stages.prefill.solution.within(stages.decode.solution)
@@ -308,4 +308,4 @@ def test_what_goes_wrong_is_one_sentence(model, ids, tmp_path):
     broken.model.layers[0].mlp.down_proj.weight.data[0, 0] = torch.nan
     for method in ("anneal", "greedy", "sleb", "perplexity"):
         with pytest.raises(UserError, match="loss is not a number"):
-            choose_stages(broken, text(2, 12), 0, 1, method=method)
+            stages_of(broken, text(2, 12), 0, 1, method=method)

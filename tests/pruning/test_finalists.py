@@ -4,14 +4,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from searches import spent, stages_of
 from tinypd import BLOCKS, make_plan, text, tiny
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.models.blockwise import Blockwise
 from pdtrim_deploy.pruning.compensation import get_compensation
 from pdtrim_deploy.pruning.compensation.held_out import held_out
-from pdtrim_deploy.pruning.cost import judged_forwards
-from pdtrim_deploy.pruning.finalists import judge_finalists
+from pdtrim_deploy.pruning.finalists import FinalRound, judge_finalists
+from pdtrim_deploy.pruning.judging_cost import judged_forwards
 from pdtrim_deploy.pruning.objective import NextTokenLoss
 from pdtrim_deploy.pruning.pair import StagePair
 from pdtrim_deploy.pruning.pd_loss import pd_loss, prefill_loss
@@ -20,7 +21,7 @@ from pdtrim_deploy.pruning.search import Problem, Settings, Trajectory
 from pdtrim_deploy.pruning.search.anneal import Anneal
 from pdtrim_deploy.pruning.search.greedy import Greedy
 from pdtrim_deploy.pruning.solution import NOTHING, Solution
-from pdtrim_deploy.pruning.stages import choose_stages
+from pdtrim_deploy.pruning.stage_search import StageSearch
 
 
 def quiet(_):
@@ -67,15 +68,18 @@ def test_the_judge_has_the_last_word(model, wanted):
 
     problem = Problem(model, ids, NextTokenLoss(model, ids), 2)
     before = Anneal(Settings(seed=3, steps=30)).run(problem, quiet)
-    found, ranked = judge_finalists("prefill", problem, before, judge, 3, Trajectory(), quiet)
+    ranked, cost = judge_finalists("prefill", problem, before, FinalRound(judge, 3), Trajectory(), quiet)
+    search = StageSearch(NOTHING, before, ranked, before.cost + cost)
+    found = search.choice(search.best)
     ((_, _, solutions),) = asked
     assert len(solutions) == len(set(solutions)) <= 3
     assert solutions[0] == before.solution
     best = solutions[min(wanted, len(solutions) - 1)]
     assert found.solution == ranked[0].solution == best
     assert found.loss == pytest.approx(whole_loss(model, ids, best.removed), abs=1e-5)
-    assert found.trajectory[-1].block_forwards >= before.trajectory[-1].block_forwards
-    assert len(found.trajectory) == 2
+    assert found.cost.block_forwards > before.cost.block_forwards
+    assert [step.block for step in found.steps] == list(found.removed)
+    assert found.steps[-1].loss == pytest.approx(found.loss, abs=1e-5)
 
 
 def test_the_best_run_of_adjacent_blocks_is_among_them(model):
@@ -84,7 +88,8 @@ def test_the_best_run_of_adjacent_blocks_is_among_them(model):
     runs = [(0, 1, 2), (1, 2, 3), (2, 3, 4)]
     best = min(runs, key=lambda run: whole_loss(model, ids, run))
     found = replace(Greedy().run(problem, quiet), removed=(2, 0, 4))
-    _, ranked = judge_finalists("prefill", problem, found, lambda *a: [0.0] * len(a[2]), 9, Trajectory(), quiet)
+    everybody = FinalRound(lambda *a: [0.0] * len(a[2]), 9)
+    ranked, _ = judge_finalists("prefill", problem, found, everybody, Trajectory(), quiet)
     assert {one.solution for one in ranked} == {found.solution, Solution.of(best)}
 
 
@@ -92,18 +97,17 @@ def test_a_verdict_that_is_no_number_is_refused(model):
     ids = text(6, 30)
     problem = Problem(model, ids, NextTokenLoss(model, ids), 2)
     found = replace(Greedy().run(problem, quiet), others=(Solution.of((0, 3)),))
+    nobody = FinalRound(lambda *a: [float("nan")] * len(a[2]), 3)
     with pytest.raises(UserError, match="finalist's loss is not a number"):
-        judge_finalists("prefill", problem, found, lambda *a: [float("nan")] * len(a[2]), 3, Trajectory(), quiet)
+        judge_finalists("prefill", problem, found, nobody, Trajectory(), quiet)
 
 
 def test_one_alone_is_not_judged(model):
     ids = text(6, 30)
     problem = Problem(model, ids, NextTokenLoss(model, ids), 1)
     before = Greedy(None).run(problem, quiet)
-    found, ranked = judge_finalists(
-        "prefill", problem, before, lambda *_: pytest.fail("judged"), 3, Trajectory(), quiet
-    )
-    assert (found, ranked) == (before, ())
+    unasked = FinalRound(lambda *_: pytest.fail("judged"), 3)
+    assert judge_finalists("prefill", problem, before, unasked, Trajectory(), quiet)[0] == ()
 
 
 @pytest.mark.parametrize("stage", ["prefill", "decode"])
@@ -176,16 +180,16 @@ def test_a_search_that_was_finished_is_not_evaluated_again(model, tmp_path, monk
 
     def chosen(finalists=4):
         more = {"settings": Settings(0, 20), "judge": judge, "finalists": finalists, "folder": tmp_path}
-        return choose_stages(model, ids, 1, 3, method="anneal", **more)
+        return stages_of(model, ids, 1, 3, method="anneal", **more)
 
     first = chosen()
     monkeypatch.setattr(Blockwise, "block", lambda self, *a: (ran.append(len(a[1])), block(self, *a))[1])
     again = chosen()
     assert not ran, "all is read"
     assert (again.prefill.removed, again.decode.removed) == (first.prefill.removed, first.decode.removed)
-    assert again.finalists == first.finalists
-    spent = [found.decode.trajectory[-1].block_forwards for found in (first, again)]
-    assert spent[0] == spent[1]
+    for stage in ("prefill", "decode"):
+        assert getattr(again, stage).finalists == getattr(first, stage).finalists
+    assert spent(first.prefill, first.decode) == spent(again.prefill, again.decode)
     once = asked[: len(asked) // 2]
     assert once == asked[len(once) :] != [], "a judge keeps its own word (`verdicts`)"
     chosen(3)
@@ -201,13 +205,12 @@ def test_students_stand_for_pairs(model):
 def test_stages_stay_nested_whatever_the_judge_likes(model):
     torch.manual_seed(0)
     ids = text(4, 30, seed=1)
-    found = choose_stages(
+    found = stages_of(
         model, ids, 1, 3, method="anneal", settings=Settings(0, 20), finalists=5,
         judge=lambda stage, prefill, solutions: [-float(at) for at in range(len(solutions))],
     )  # fmt: skip
     assert found.prefill.solution.within(found.decode.solution)
-    assert set(found.finalists) <= {"prefill", "decode"}
-    assert found.finalists["decode"]
+    assert found.decode.finalists
     assert found.decode.removed[:1] == found.prefill.removed
     assert len(found.decode.removed) == 3 < BLOCKS
 
@@ -225,7 +228,7 @@ def prefers_another(decode):
 @pytest.mark.parametrize("begun", [False, True])
 def test_decode_has_a_say_in_what_prefill_loses(model, method, begun, tmp_path):
     ids, settings = text(6, 30), Settings(3, 20)
-    start = choose_stages(model, ids, 2, 4).prefill.solution
+    start = stages_of(model, ids, 2, 4).prefill.solution
 
     def judge(prefill, _):
         return float((prefill == start) != begun)
@@ -234,25 +237,25 @@ def test_decode_has_a_say_in_what_prefill_loses(model, method, begun, tmp_path):
 
     def chosen(likes, folder=None):
         more = {"folder": folder, "progress": lines.append}
-        return choose_stages(model, ids, 2, 4, method=method, settings=settings, judge=likes, finalists=4, **more)
+        return stages_of(model, ids, 2, 4, method=method, settings=settings, judge=likes, finalists=4, **more)
 
     found = chosen(prefers_another(judge), tmp_path)
     assert (found.prefill.solution == start) == begun
     assert found.prefill.solution.within(found.decode.solution)
     assert found.decode.removed[: len(found.prefill.removed)] == found.prefill.removed
-    behind = {one.solution: one.behind for one in found.finalists["prefill"] if one.behind is not None}
+    behind = found.decode_losses
+    assert set(behind) <= {finalist.solution for finalist in found.prefill.finalists}
     assert len(behind) == 2
     assert min(behind, key=behind.get) == found.prefill.solution
     assert found.prefill.loss == pytest.approx(whole_loss(model, ids, found.prefill.removed), abs=1e-5)
-    spent = found.decode.trajectory[-1].block_forwards
     searches = ("search-prefill", "search-decode", "search-decode-again")
     files = [f"{name}{which}.jsonl" for name in searches for which in ("", "-finalists")]
     rows = [(tmp_path / name).read_text() for name in files]
     assert {p.name for p in tmp_path.iterdir()} == set(files)
-    first = choose_stages(model, ids, 2, 4, method=method, settings=settings, judge=prefers_another(lambda *_: 0.0),
+    first = stages_of(model, ids, 2, 4, method=method, settings=settings, judge=prefers_another(lambda *_: 0.0),
                           finalists=4)  # fmt: skip
     assert first.prefill.solution != start, "ties go to what prefill likes better"
-    assert spent == first.decode.trajectory[-1].block_forwards, "both searches are paid for, whichever is taken"
+    assert spent(found.decode) == spent(first.decode), "both searches are paid for, whichever is taken"
     again = chosen(prefers_another(judge), tmp_path)
     assert again.decode.solution == found.decode.solution
     assert [(tmp_path / name).read_text() for name in files] == rows, "made once"
@@ -263,7 +266,7 @@ def test_the_answer_is_no_worse_than_greedy_in_the_judges_eyes(model, seed):
     ids = text(8, 30, seed=seed)
     judge = RefitJudge(model, make_plan().model, ids, "least-squares")
     greedy = Greedy(2.0)  # where annealing begins
-    plain = choose_stages(model, ids, 2, 4, method=greedy)
-    found = choose_stages(model, ids, 2, 4, method="anneal", settings=Settings(seed, 15), judge=judge, finalists=4)
+    plain = stages_of(model, ids, 2, 4, method=greedy)
+    found = stages_of(model, ids, 2, 4, method="anneal", settings=Settings(seed, 15), judge=judge, finalists=4)
     best, bound = (next(judge("decode", one.prefill.solution, [one.decode.solution])) for one in (found, plain))
     assert best <= bound + 1e-6

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from searches import stages_of
 from torch import nn
 
 from pdtrim_deploy.bundle import REPORTS
@@ -22,7 +23,6 @@ from pdtrim_deploy.pipeline import build
 from pdtrim_deploy.pruning import ray_evaluator
 from pdtrim_deploy.pruning.ray_evaluator import EvaluatorFactory, Workers, cluster
 from pdtrim_deploy.pruning.search import Settings
-from pdtrim_deploy.pruning.stages import choose_stages
 from pdtrim_deploy.recipe import Recipe
 
 # Not imported here: how Ray binds is decided when it is.
@@ -57,7 +57,7 @@ def test_two_workers_choose_what_one_process_chooses(tiny_llama_dir: Path, stand
 
     def choose(evaluator_factory=None):
         more = {"method": "anneal", "settings": Settings(seed=3, steps=12), "pairs": (1, 3), "students": Copies(model)}
-        return choose_stages(model, ids, 1, 3, evaluator_factory=evaluator_factory, **more)
+        return stages_of(model, ids, 1, 3, evaluator_factory=evaluator_factory, **more)
 
     alone = choose()
     evaluator_factory = EvaluatorFactory(Workers(2), tiny_llama_dir)
@@ -103,7 +103,7 @@ def test_what_goes_wrong_on_a_worker_is_one_sentence(tiny_llama_dir: Path, tmp_p
 
     def choose(evaluator_factory, note=lambda _: None):
         try:
-            return choose_stages(model, ids, 0, 2, evaluator_factory=evaluator_factory, progress=note)
+            return stages_of(model, ids, 0, 2, evaluator_factory=evaluator_factory, progress=note)
         finally:
             for actor in evaluator_factory._actors:
                 sys.modules["ray"].kill(actor)

@@ -1,11 +1,11 @@
 import pytest
 import torch
+from searches import stages_of
 from tinypd import BLOCKS, FAMILIES, text, tiny
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.pruning.candidates import find
 from pdtrim_deploy.pruning.redundancy import redundancy
-from pdtrim_deploy.pruning.stages import choose_stages
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -44,4 +44,4 @@ def test_weights_that_are_no_numbers_rank_nothing():
         find(broken, text(2, 12))
     for method in ("cosine", "streamline"):
         with pytest.raises(UserError, match="hidden states are not numbers"):
-            choose_stages(broken, text(2, 12), 0, 1, method=method)
+            stages_of(broken, text(2, 12), 0, 1, method=method)

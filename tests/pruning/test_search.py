@@ -2,18 +2,18 @@ import itertools
 
 import pytest
 import torch
+from searches import BASELINES, search_of, stages_of
 from tinypd import BLOCKS, make_oracle, make_plan, text, tiny
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.pruning.objective import NextTokenLoss
 from pdtrim_deploy.pruning.redundancy import redundancy
-from pdtrim_deploy.pruning.search import SEARCHES, Problem, get_search
+from pdtrim_deploy.pruning.search import Problem, get_search
 from pdtrim_deploy.pruning.search.greedy import Greedy
 from pdtrim_deploy.pruning.search.racing import surely_above
 from pdtrim_deploy.pruning.search.trajectory import Trajectory
 from pdtrim_deploy.pruning.solution import Solution
-from pdtrim_deploy.pruning.stages import choose_stages
-from pdtrim_deploy.recipe import pruning as recipe_pruning
+from pdtrim_deploy.recipe.pruning_methods import METHODS
 
 
 def quiet(_):
@@ -80,9 +80,9 @@ def test_racing_keeps_what_noise_could_explain():
     assert not surely_above(noise + 1, 0, None)
 
 
-@pytest.mark.parametrize("name", SEARCHES)
+@pytest.mark.parametrize("name", [*METHODS, *BASELINES])
 def test_every_method_honours_forced_and_protected(model, ids, name):
-    search = get_search(name)
+    search = search_of(name)
     result = search.run(problem(model, ids, 3, forced=(4,), protected=frozenset({0, 1})), quiet)
     assert result.removed[0] == 4
     assert set(result.removed[1:]) == {2, 3}
@@ -96,20 +96,22 @@ def test_cosine_takes_the_most_redundant(model, ids):
     assert get_search("cosine").run(problem(model, ids, 4), quiet).removed == tuple(order[:4])
 
 
-@pytest.mark.parametrize("method", SEARCHES)
+@pytest.mark.parametrize("method", [*METHODS, *BASELINES])
 def test_stages_are_nested(model, ids, method):
     for prefill, decode in itertools.combinations_with_replacement(range(4), 2):
-        stages = choose_stages(model, ids, prefill, decode, method=method)
+        stages = stages_of(model, ids, prefill, decode, method=method)
         assert len(stages.prefill.removed) == prefill
         assert len(stages.decode.removed) == len(set(stages.decode.removed)) == decode
         assert stages.decode.removed[:prefill] == stages.prefill.removed
-        assert len(stages.decode.trajectory) == decode - prefill
+        assert len(stages.decode.steps) == decode - prefill
 
 
 def test_decode_is_judged_behind_the_pruned_prefill(model, ids):
-    stages = choose_stages(model, ids, 1, 2, prompt_tokens=12)
-    assert stages.decode.trajectory[-1].loss == pytest.approx(
-        pd_loss(model, ids, 12, stages.prefill.removed, stages.decode.removed), abs=1e-4
+    stages = stages_of(model, ids, 1, 2, prompt_tokens=12)
+    assert (
+        stages.decode.loss
+        == stages.decode.steps[-1].loss
+        == pytest.approx(pd_loss(model, ids, 12, stages.prefill.removed, stages.decode.removed), abs=1e-4)
     )
 
 
@@ -123,28 +125,29 @@ def test_decode_is_judged_behind_the_pruned_prefill(model, ids):
 )
 def test_impossible_counts_are_refused(model, ids, counts, message):
     with pytest.raises(UserError, match=message):
-        choose_stages(model, ids, *counts)
+        stages_of(model, ids, *counts)
 
 
 def test_other_bad_input_is_refused(model, ids):
     with pytest.raises(UserError, match="pruning method 'best' is unknown; use one of anneal, cosine, greedy"):
-        choose_stages(model, ids, 0, 1, method="best")
+        stages_of(model, ids, 0, 1, method="best")
     with pytest.raises(UserError, match="cannot remove 3 of 5 blocks with 3 protected; remove at most 2"):
-        choose_stages(model, ids, 0, 3, protected=frozenset({0, 1, 4}))
+        stages_of(model, ids, 0, 3, protected=frozenset({0, 1, 4}))
     broken = tiny("Llama")
     broken.model.layers[0].mlp.down_proj.weight.data[0, 0] = torch.nan
     with pytest.raises(UserError, match="loss is not a number"):
-        choose_stages(broken, text(2, 12), 0, 1)
+        stages_of(broken, text(2, 12), 0, 1)
 
 
-def test_the_recipe_knows_every_method():
-    assert set(recipe_pruning.PRUNING_METHODS) == set(SEARCHES)
+def test_no_recipe_names_a_baseline():
+    assert not set(METHODS) & set(BASELINES)
+    assert all(repr(search_of(name)) == repr(search_of(name)) for name in [*METHODS, *BASELINES]), "logs go by it"
 
 
 def test_perplexity_takes_those_that_cost_least_alone_and_goes_on_where_it_stopped(model, ids, tmp_path):
     def run(log):
         asked = problem(model, ids, 2, split=10, trajectory=log)
-        return get_search("perplexity").run(asked, quiet), asked.evaluator.batches
+        return search_of("perplexity").run(asked, quiet), asked.evaluator.batches
 
     file = tmp_path / "search.jsonl"
     found, batches = run(Trajectory(file, 1))

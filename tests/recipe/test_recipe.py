@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.recipe import PruningSection, Recipe
 from pdtrim_deploy.recipe.kv import KV_METHODS, KVSection
-from pdtrim_deploy.recipe.pruning import PRUNING_METHODS
+from pdtrim_deploy.recipe.pruning_methods import METHODS
 from pdtrim_deploy.recipe.yaml_units import compose
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -29,8 +29,10 @@ def load(tmp_path: Path, text: str, **units: str) -> Recipe:
         ("nane: x", "r.yaml: nane is not a known key; allowed here: include, name, model"),
         (
             "pruning: {method: gredy}",
-            "r.yaml: pruning.method is 'gredy'; allowed: anneal, cosine, greedy, perplexity, random",
+            "r.yaml: pruning.method is 'gredy'; allowed: anneal, cosine, greedy, streamline",
         ),
+        ("pruning: {method: sleb}", "r.yaml: pruning.method is 'sleb'; allowed: anneal, cosine, greedy, streamline"),
+        ("pruning: {method: 3}", "r.yaml: pruning.method is 3; allowed: anneal, cosine, greedy, streamline"),
         ("kv:", "r.yaml: kv is None; allowed: a mapping with method"),
         ("kv: {wire_dtype: int9}", "r.yaml: kv.wire_dtype is 'int9'; allowed: native, fp8, int8, int4"),
         ("kv: {n_first: -1}", "r.yaml: kv.n_first is -1; allowed: an integer of at least 0"),
@@ -193,9 +195,9 @@ def test_the_names_in_recipes_are_those_of_the_registries() -> None:
     from pdtrim_deploy.evaluation.corpora import CORPORA
     from pdtrim_deploy.kvchoice import SELECTIONS
     from pdtrim_deploy.models import SOURCES
-    from pdtrim_deploy.pruning.search import SEARCHES
+    from pdtrim_deploy.pruning.search import get_search
 
-    assert set(PRUNING_METHODS) == set(SEARCHES)
+    assert all(hasattr(get_search(name), "run") for name in METHODS)
     assert set(KV_METHODS) == set(SELECTIONS)
     schema = Recipe.model_json_schema()["$defs"]
     for section, key, kinds in (("EvaluationSection", "corpus", CORPORA), ("ModelSection", "source", SOURCES)):

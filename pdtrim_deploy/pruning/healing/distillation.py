@@ -41,6 +41,11 @@ class Healed:
     after: float
     kept: bool
 
+    @property
+    def report(self) -> dict[str, Any]:
+        """All but the weights, as JSON."""
+        return {"steps": self.steps, "before": self.before, "after": self.after, "kept": self.kept}
+
 
 @dataclass(frozen=True)
 class PromptKV:
@@ -54,7 +59,7 @@ def heal(
     pair: StagePair,
     stage: Stage,
     ids: Tensor,
-    asked: HealingSection,
+    section: HealingSection,
     note: Callable[[str], None] = lambda _: None,
     prompt_kv: PromptKV | None = None,
 ) -> Healed:
@@ -85,22 +90,22 @@ def heal(
         )
     if stage == "decode" and prompt_kv is None:
         prompt_kv = PromptKV(ids.shape[1] // 2, PrefillKV(pair.stage("prefill"), pair.plan.layer_map))
-        wanted = asked.decode_steps
+        steps = section.decode_steps
     else:
-        wanted = asked.kv_steps if prompt_kv else asked.prefill_steps
+        steps = section.kv_steps if prompt_kv else section.prefill_steps
     reader = _Loss(student, prompt_kv)
     checked = max(1, len(ids) // _CHECKED)
     check, fit = ids[-checked:], ids[: max(1, len(ids) - checked)]
     note(f"{stage}: how far from the dense model on {checked} sequences that are not trained on")
-    before = reader.mean(check, asked.batch)
-    steps = _train(reader, fit, learned, stage, wanted, asked, note)
-    after = reader.mean(check, asked.batch)
+    before = reader.mean(check, section.batch)
+    trained = _train(reader, fit, learned, stage, steps, section, note)
+    after = reader.mean(check, section.batch)
     kd.export(student)
     kept = after < before
     note(f"{stage}: KL from the dense model {before:.4f} -> {after:.4f} nats" + ("" if kept else ", not kept"))
     layers = pair.plan.layers(stage)
-    got = {block: {name: p.detach() for name, p in ps.items()} for block, ps in zip(layers, learned, strict=True)}
-    return Healed(pair.with_changes(stage, got) if kept else pair, steps, before, after, kept)
+    weights = {block: {name: p.detach() for name, p in ps.items()} for block, ps in zip(layers, learned, strict=True)}
+    return Healed(pair.with_changes(stage, weights) if kept else pair, trained, before, after, kept)
 
 
 def _train(
@@ -108,31 +113,31 @@ def _train(
     fit: Tensor,
     learned: list[dict[str, nn.Parameter]],
     stage: Stage,
-    wanted: int,
-    asked: HealingSection,
+    steps: int,
+    section: HealingSection,
     note: Callable[[str], None],
 ) -> int:
     parameters = [p for ps in learned for p in ps.values()]
-    optimiser = torch.optim.AdamW(parameters, lr=asked.learning_rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: rate(step, wanted))
-    order, began = _order(len(fit), wanted, asked), monotonic()
-    for step in range(wanted):
-        if asked.minutes is not None and monotonic() - began > 60 * asked.minutes:
+    optimiser = torch.optim.AdamW(parameters, lr=section.learning_rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: rate(step, steps))
+    order, began = _order(len(fit), steps, section), monotonic()
+    for step in range(steps):
+        if section.minutes is not None and monotonic() - began > 60 * section.minutes:
             return step
         loss = reader(fit[order[step]])
         if not math.isfinite(value := float(loss.detach())):
             raise UserError(
                 f"healing {stage}: the loss is {value} at step {step}; "
-                f"lower healing.learning_rate, now {asked.learning_rate:g}, or check the model's weights"
+                f"lower healing.learning_rate, now {section.learning_rate:g}, or check the model's weights"
             )
         optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
         schedule.step()
-        left = (monotonic() - began) / (step + 1) * (wanted - step - 1)
-        note(f"healing {stage}: step {step + 1}/{wanted}, KL {value:.4f}, {left:.0f} s left")
-    return wanted
+        left = (monotonic() - began) / (step + 1) * (steps - step - 1)
+        note(f"healing {stage}: step {step + 1}/{steps}, KL {value:.4f}, {left:.0f} s left")
+    return steps
 
 
 class _Loss:
@@ -169,12 +174,12 @@ def _own(model: Any, adds: list[bool]) -> list[dict[str, nn.Parameter]]:
     return learned
 
 
-def _order(sequences: int, steps: int, asked: HealingSection) -> Tensor:
+def _order(sequences: int, steps: int, section: HealingSection) -> Tensor:
     """int64 `[steps, batch]`: every sequence once before any comes again."""
-    generator = torch.Generator().manual_seed(asked.seed)
-    rounds = -(-steps * asked.batch // sequences)
+    generator = torch.Generator().manual_seed(section.seed)
+    rounds = -(-steps * section.batch // sequences)
     order = torch.cat([torch.randperm(sequences, generator=generator) for _ in range(rounds)])
-    return order[: steps * asked.batch].view(steps, asked.batch)
+    return order[: steps * section.batch].view(steps, section.batch)
 
 
 def _modelopt() -> Any:

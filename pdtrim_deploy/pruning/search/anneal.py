@@ -42,10 +42,11 @@ class _Judged:
     accepted: bool
 
 
+@dataclass(frozen=True)
 class Anneal:
     """Annealing, with the best solution seen as the answer.
 
-    Args:
+    Attributes:
         hot, cold: first and last temperature, nats a token.
         race_z: a neighbour is dropped early when the mean paired difference to the current solution exceeds its bound
             by more than so many standard errors (see `racing`): at 2, a good one wrongly with probability 0.023. The
@@ -53,8 +54,10 @@ class Anneal:
 
     """
 
-    def __init__(self, settings: Settings, hot: float = 0.02, cold: float = 0.0005, race_z: float | None = 2.0) -> None:
-        self.settings, self.hot, self.cold, self.race_z = settings, hot, cold, race_z
+    settings: Settings
+    hot: float = 0.02
+    cold: float = 0.0005
+    race_z: float | None = 2.0
 
     def run(self, problem: Problem, progress: Progress) -> SearchResult:
         """Greedy, then `settings.steps` steps, or fewer when `settings.minutes` are over."""
@@ -106,14 +109,19 @@ class Anneal:
         running = list(range(len(proposals)))
         for batch in range(evaluator.batches):
             now = evaluator.evaluate([state.solution], batch)[0]
-            found = evaluator.evaluate([proposals[at].solution for at in running], batch)
-            for at, losses in zip(running, found, strict=True):
+            neighbours = evaluator.evaluate([proposals[at].solution for at in running], batch)
+            for at, losses in zip(running, neighbours, strict=True):
                 excess[at] = torch.cat((excess[at], losses - now)) if batch else losses - now
             running = [at for at in running if not surely_above(excess[at], proposals[at].bound, self.race_z)]
         return [
             _judged(values, at in running, proposal.bound)
             for at, (values, proposal) in enumerate(zip(excess, proposals, strict=True))
         ]
+
+
+def search(settings: Settings) -> Anneal:
+    """As a recipe asks for it."""
+    return Anneal(settings)
 
 
 class _State:

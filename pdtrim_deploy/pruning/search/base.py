@@ -33,7 +33,7 @@ class Settings:
 
     seed: int = 0
     steps: int = 150
-    minutes: float | None = None
+    minutes: float | None = field(default=None, repr=False)  # says only where the search ends
 
 
 DEFAULTS = Settings()
@@ -120,6 +120,21 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Cost:
+    """Wall time in seconds, and blocks run times sequences."""
+
+    seconds: float = 0.0
+    block_forwards: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        """Both."""
+        return Cost(self.seconds + other.seconds, self.block_forwards + other.block_forwards)
+
+
+NO_COST = Cost()
+
+
+@dataclass(frozen=True)
 class SearchResult:
     """What goes, the forced first and then in order of removal, and one `Step` for each block that the search saved.
 
@@ -141,6 +156,11 @@ class SearchResult:
         """Calibration loss of the whole solution, if the method measured it."""
         return self.trajectory[-1].loss if self.trajectory else None
 
+    @property
+    def cost(self) -> Cost:
+        """Of the whole search."""
+        return Cost(self.trajectory[-1].seconds, self.trajectory[-1].block_forwards) if self.trajectory else NO_COST
+
 
 def time_left(began: float, done: int, left: int) -> str:
     """At the pace since `began` (monotonic), in which `done` parts of the work were done."""
@@ -148,7 +168,10 @@ def time_left(began: float, done: int, left: int) -> str:
 
 
 class Search(Protocol):
-    """A method; equal problems give equal answers, and one that was stopped goes on by its trajectory."""
+    """A method; equal problems give equal answers, and one that was stopped goes on by its trajectory.
+
+    Its `repr` says all that its answer depends on besides the problem: a search under another one begins anew.
+    """
 
     def run(self, problem: Problem, progress: Progress) -> SearchResult:
         """Save `problem.remove` blocks."""

@@ -6,17 +6,19 @@ looked at on a small part of the calibration text, or not at all (`race`).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from time import monotonic
 
 from pdtrim_deploy.pruning.evaluator import mean_loss
-from pdtrim_deploy.pruning.search.base import Problem, Progress, SearchResult, Step, time_left
+from pdtrim_deploy.pruning.search.base import Problem, Progress, SearchResult, Settings, Step, time_left
 from pdtrim_deploy.pruning.search.race import Losses, Race
 
 
+@dataclass(frozen=True)
 class Greedy:
     """Greedy removal with racing.
 
-    Args:
+    Attributes:
         race_z: a candidate leaves when its loss exceeds the leader's, on the same tokens, by more than `race_z`
             standard errors of the mean paired difference (batch means of 32 tokens, at least 8 of them). At 3, a block
             that is in truth as good as the leader leaves so with probability about 0.001 at each look; halving and
@@ -24,8 +26,7 @@ class Greedy:
 
     """
 
-    def __init__(self, race_z: float | None = 3.0) -> None:
-        self.race_z = race_z
+    race_z: float | None = 3.0
 
     def run(self, problem: Problem, progress: Progress) -> SearchResult:
         """Remove one block a round; ties go to the earlier block. UserError when the loss is not a number."""
@@ -49,3 +50,8 @@ class Greedy:
             left = time_left(began, here, problem.remove - problem.forced.saved - len(removed))
             progress(f"{label}: removed block {block}, loss {row['loss']:.4f}, {left}")
         return SearchResult((*problem.forced.removed, *removed), tuple(steps), problem.forced.distilled)
+
+
+def search(_: Settings) -> Greedy:
+    """As a recipe asks for it."""
+    return Greedy()

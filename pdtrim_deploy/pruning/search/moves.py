@@ -32,15 +32,15 @@ class Moves:
 
         Where nothing can move at all the solution itself comes back, as `stay`.
         """
-        found = "stay", solution
+        drawn = "stay", solution
         for _ in range(_REDRAWS):
             move = rng.choice(list(self._moves))
             neighbour = self._moves[move](rng, solution)
             if neighbour is not None:
-                found = move, neighbour
+                drawn = move, neighbour
                 if neighbour not in seen:
                     break
-        return found
+        return drawn
 
     def _swap(self, rng: random.Random, solution: Solution) -> Solution | None:
         ours = self._removed(solution)
@@ -98,8 +98,10 @@ class Moves:
         """How often a block comes up, by the loss on the first batch of removing it alone (greedy knows it already)."""
         evaluator, candidates = self._problem.evaluator, self._problem.candidates
         evaluator.settle(self._problem.forced)
-        found = evaluator.evaluate([self._problem.without((block,)) for block in candidates], 0)
-        alone = [float(losses.double().mean()) for losses in found]
+        alone = evaluator.evaluate([self._problem.without((block,)) for block in candidates], 0)
+        means = [float(losses.double().mean()) for losses in alone]
+        least = min(means)
         return {
-            b: max(_LEAST, math.exp(-(one - min(alone)) / _SPREAD)) for b, one in zip(candidates, alone, strict=True)
+            block: max(_LEAST, math.exp(-(mean - least) / _SPREAD))
+            for block, mean in zip(candidates, means, strict=True)
         }

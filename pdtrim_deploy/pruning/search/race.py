@@ -54,7 +54,7 @@ class Losses:
 
     def minus(self, other: Losses) -> Losses:
         """Differences on the same text."""
-        units = tuple(one - two for one, two in zip(self.units, other.units, strict=True))
+        units = tuple(mine - its for mine, its in zip(self.units, other.units, strict=True))
         return Losses(self.total - other.total, self.count, units)
 
     def surely_above(self, other: Losses, z: float | None) -> bool:
@@ -83,21 +83,21 @@ class Race:
     ) -> None:
         self._problem, self._known, self._z, self._label, self._progress = problem, known, z, label, progress
         left = [block for block in problem.candidates if block not in removed]
-        self._asked = {block: problem.without((*removed, block)) for block in left}
-        self._asked[_STANDS] = problem.without(removed)
-        self._left, self._found = left, dict.fromkeys(self._asked, Losses())
+        self._solutions = {block: problem.without((*removed, block)) for block in left}
+        self._solutions[_STANDS] = problem.without(removed)
+        self._left, self._losses = left, dict.fromkeys(self._solutions, Losses())
 
     def winner(self) -> int:
-        """Ties go to the earlier block. What each look said is written down: a stopped race goes on behind it."""
+        """Ties go to the earlier block. What each look gives is written down: a stopped race goes on behind it."""
         running = self._enter()
         for batch in range(self._problem.evaluator.batches):
             if batch:
                 self._look(running, batch)
-            running.sort(key=lambda block: (self._found[block].mean, block))
-            leader = self._found[running[0]]
+            running.sort(key=lambda block: (self._losses[block].mean, block))
+            leader = self._losses[running[0]]
             if self._z is not None:
                 running = running[: max(_LEAST, math.ceil(len(self._left) / 2 ** (batch + 1)))]
-            running = [block for block in running if not self._found[block].surely_above(leader, self._z)]
+            running = [block for block in running if not self._losses[block].surely_above(leader, self._z)]
             if len(running) == 1:
                 break
         return running[0]
@@ -114,7 +114,7 @@ class Race:
         return [*few, *more]
 
     def _increase(self, block: int) -> Losses:
-        return self._found[block].minus(self._found[_STANDS])
+        return self._losses[block].minus(self._losses[_STANDS])
 
     def _look(self, blocks: list[int], batch: int) -> None:
         if not blocks:
@@ -124,9 +124,9 @@ class Race:
         if row is None:
             here = f"batch {batch + 1}/{problem.evaluator.batches}"
             self._progress(f"{self._label}: {sum(b >= 0 for b in blocks)} of {len(self._left)} candidates, {here}")
-            fresh = problem.evaluator.evaluate([self._asked[block] for block in blocks], batch)
+            fresh = problem.evaluator.evaluate([self._solutions[block] for block in blocks], batch)
             losses = [Losses.of(values) for values in fresh]
-            row = {"race": [(b, *vars(one).values()) for b, one in zip(blocks, losses, strict=True)]}
+            row = {"race": [(b, *vars(of_block).values()) for b, of_block in zip(blocks, losses, strict=True)]}
             log.append(**row, block_forwards=problem.spent)
         for block, *more in row["race"]:
-            self._found[block] = self._found[block].and_(Losses(*more))
+            self._losses[block] = self._losses[block].and_(Losses(*more))

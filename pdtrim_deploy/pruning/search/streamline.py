@@ -5,14 +5,16 @@ The layer that LLM-Streamline then trains in the window's place is the business 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from time import monotonic
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.pruning.redundancy import similarity
-from pdtrim_deploy.pruning.search.base import Problem, Progress, SearchResult
+from pdtrim_deploy.pruning.search.base import Problem, Progress, SearchResult, Settings
 from pdtrim_deploy.pruning.search.one_shot import take
 
 
+@dataclass(frozen=True)
 class Streamline:
     """argmax over l of cos(x_l, x_{l+n}); what is forced lies within the window where that can be."""
 
@@ -28,6 +30,11 @@ class Streamline:
         best = max(windows, key=lambda w: (float(cosine[len(w)][w[0]]), -w[0])) if count else range(0)
         chosen = [block for block in best if block in problem.candidates]
         return take(problem, chosen, monotonic() - began, blocks * len(problem.ids))
+
+
+def search(_: Settings) -> Streamline:
+    """As a recipe asks for it."""
+    return Streamline()
 
 
 def _windows(problem: Problem, count: int) -> list[range]:

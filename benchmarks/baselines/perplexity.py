@@ -5,12 +5,14 @@ The perplexity criterion of Shortened LLaMA (arXiv:2402.02834).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from time import monotonic
 
 from pdtrim_deploy.pruning.search.base import Problem, Progress, SearchResult, time_left
 from pdtrim_deploy.pruning.search.one_shot import take
 
 
+@dataclass(frozen=True)
 class OneShotPerplexity:
     """The losses are those of one block gone; that of the whole choice is not measured."""
 

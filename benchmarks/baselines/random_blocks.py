@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import random
+from dataclasses import dataclass
 
-from pdtrim_deploy.pruning.search.base import Problem, Progress, SearchResult, Settings
+from pdtrim_deploy.pruning.search.base import Problem, Progress, SearchResult
 from pdtrim_deploy.pruning.search.one_shot import take
 
 
+@dataclass(frozen=True)
 class RandomBlocks:
     """Drawn evenly by seed."""
 
-    def __init__(self, settings: Settings) -> None:
-        self.seed = settings.seed
+    seed: int
 
     def run(self, problem: Problem, progress: Progress) -> SearchResult:
         """A permutation's first blocks."""

@@ -5,6 +5,7 @@ The first and the last block stay. `greedy` is the same idea with nothing comput
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from time import monotonic
 from typing import Any
 
@@ -14,6 +15,7 @@ from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.pruning.search.base import Problem, Progress, SearchResult, Step, time_left
 
 
+@dataclass(frozen=True)
 class SLEB:
     """Nothing is kept, nobody leaves early."""
 

@@ -1,0 +1,75 @@
+"""The pruning methods that a recipe may name: what each takes and what it will cost. Registered here and nowhere else.
+
+No torch: a recipe is read, and a search priced, without it. The search itself is `search(settings)` of the module
+`pdtrim_deploy.pruning.search.NAME`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+# Share of the work that early stopping leaves; not a promise. RACED was measured on SmolLM2-135M with 16 x 256 tokens
+# (prefill 0.16 for 2 rounds, decode 0.26 for 4), ANNEALED is assumed.
+RACED, ANNEALED = 0.22, 0.3
+_EVALUATED = ("finalists", "memory_mb", "disk_mb")
+
+
+@dataclass(frozen=True)
+class Work:
+    """Of one stage's search, for one sequence: block-forwards at most and likely, losses taken likely."""
+
+    most: float
+    likely: float
+    losses: float
+
+
+WorkEstimate = Callable[[int, int, int, int], Work]
+"""From the model's blocks, the blocks gone before and after the search, and the steps of annealing."""
+
+
+@dataclass(frozen=True)
+class PruningMethod:
+    """One method.
+
+    Attributes:
+        work: what its search costs.
+        options: keys of the recipe's section that it takes, besides those that every method takes.
+        evaluated: it asks an `Evaluator` for losses, which keeps hidden states and may be Ray's workers.
+        window: it compares hidden states that are as many blocks apart as blocks go, and holds all between them.
+
+    """
+
+    work: WorkEstimate
+    options: tuple[str, ...] = ()
+    evaluated: bool = False
+    window: bool = False
+
+
+def greedy_work(blocks: int, first: int, last: int, _: int) -> Work:
+    """Behind each candidate of each round, and one whole run of the winner."""
+    rounds = [blocks - gone for gone in range(first, last)]
+    most = sum(left * (left - 1) / 2 for left in rounds)
+    return Work(most + blocks, RACED * most + blocks, RACED * sum(rounds) + len(rounds))
+
+
+def anneal_work(blocks: int, first: int, last: int, steps: int) -> Work:
+    """A swap changes two places: of `left` layers two thirds lie behind the first of them, on average."""
+    start, left = greedy_work(blocks, first, last, steps), blocks - last
+    return Work(
+        start.most + steps * left, start.likely + ANNEALED * steps * left * 2 / 3, start.losses + ANNEALED * steps
+    )
+
+
+def one_pass_work(blocks: int, _: int, __: int, ___: int) -> Work:
+    """The dense model once, no loss."""
+    return Work(blocks, blocks, 0)
+
+
+METHODS: dict[str, PruningMethod] = {
+    "anneal": PruningMethod(anneal_work, ("steps", "minutes", "seed", *_EVALUATED), evaluated=True),
+    "cosine": PruningMethod(one_pass_work),
+    "greedy": PruningMethod(greedy_work, _EVALUATED, evaluated=True),
+    "streamline": PruningMethod(one_pass_work, window=True),
+}
+EVALUATED = tuple(name for name, method in METHODS.items() if method.evaluated)
