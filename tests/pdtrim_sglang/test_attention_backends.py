@@ -83,7 +83,7 @@ def test_a_model_that_writes_rows_by_itself_is_refused(tmp_path):
     worker.backend.init_forward_metadata(batch)
     (q, *_), (k, *_), (v, *_) = worker.new_rows(1)
     worker.backend.forward(q, k, v, layer_of(0), batch, False)
-    with pytest.raises(RuntimeError, match="this model writes K and V by itself"):
+    with pytest.raises(RuntimeError, match="this model writes K and V past the attention backend"):
         worker.backend.forward(q, k, v, layer_of(1), batch, False)
 
 
