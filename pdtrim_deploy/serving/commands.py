@@ -68,7 +68,7 @@ def worker_command(python: Path, worker: WorkerSpec, workers: int, secret: Path 
     if options.device == "cpu":
         arguments |= {"--attention-backend": "torch_native", FRACTION: static_fraction(worker)}
         flags += ["--disable-overlap-schedule", "--sleep-on-idle"]
-        if worker.stage == "decode":  # the default backs up KV through CUDA streams
+        if worker.stage == "decode" and not options.sparse:  # the default backs up KV through CUDA streams
             arguments["--disaggregation-decode-retraction-backup"] = "none"
     else:
         gpus = max(1, gpu_count())
