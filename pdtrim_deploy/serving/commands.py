@@ -69,7 +69,7 @@ def worker_command(python: Path, worker: WorkerSpec, secret: Path | None = None)
     if options.device == "cpu":
         arguments |= {"--attention-backend": "torch_native", FRACTION: static_fraction(worker)}
         flags += ["--disable-overlap-schedule", "--sleep-on-idle"]
-        if worker.stage == "decode":  # the default backs up KV through CUDA streams
+        if worker.stage == "decode" and not options.sparse:  # the default backs up KV through CUDA streams
             arguments["--disaggregation-decode-retraction-backup"] = "none"
     else:
         if (placement := worker.placement) is not None:

@@ -1,0 +1,38 @@
+"""Requests that cut layers have no room for any more are retracted, come back, and answer as if nothing had been."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+
+from pdtrim_deploy.worker.decode_pool import SplitPool
+
+pytestmark = [pytest.mark.serve, pytest.mark.model, pytest.mark.timeout(900)]
+
+
+@pytest.fixture
+def short_pair(serving, tiny_bundle):
+    """2,048 tokens in whole layers, 217 in cut ones, which SGLang fills: it reserves four tokens of an answer."""
+    options = {"max_total_tokens": 2048, "split_pool": SplitPool(isl=400, osl=16), "dtype": "float32", "sparse": True}
+    arguments = ("--num-reserved-decode-tokens", "4")
+    with serving(tiny_bundle.prefill_dir, tiny_bundle.decode_dir, extra_args=arguments, **options) as pair:
+        yield pair
+
+
+def answer(pair, prompt):
+    body = {"input_ids": prompt, "sampling_params": {"max_new_tokens": 70, "temperature": 0, "ignore_eos": True}}
+    reply = httpx.post(f"{pair.url}/generate", json=body, timeout=300)
+    assert reply.status_code == 200, reply.text
+    return reply.json()["output_ids"]
+
+
+def test_answers_are_those_of_requests_that_had_room(short_pair):
+    prompts = [list(range(start, start + length)) for start, length in ((100, 40), (300, 77), (500, 9), (700, 120))]
+    alone = [answer(short_pair, prompt) for prompt in prompts]
+    log = short_pair.workers[1].log
+    before = log.read_text()
+    assert "Retract requests" not in before
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        together = list(pool.map(lambda prompt: answer(short_pair, prompt), prompts))
+    assert "Retract requests" in log.read_text()[len(before) :]
+    assert together == alone
