@@ -10,6 +10,7 @@ from pdtrim_deploy.models.provenance import Provenance
 from pdtrim_deploy.plan import PDPlan, Stage
 from pdtrim_deploy.recipe import Recipe
 from pdtrim_deploy.recipe.kv import FIXED_KV
+from pdtrim_deploy.serving.gpu_defaults import PAGE_TOKENS, attention_arguments
 
 Healed = Mapping[Stage, Sequence[Mapping[str, Any]]]
 
@@ -97,14 +98,14 @@ def made(recipe: Recipe) -> list[str]:
 
 
 def launch(plan: PDPlan, recipe: Recipe, stage: Stage) -> str:
-    """The stage's worker in the user's own SGLang 0.5.23."""
+    """The stage's worker in the user's own SGLang 0.5.23, on a GPU."""
     lines = [
         f"SGLANG_PLUGINS=pdtrim python -m sglang.launch_server --model-path BUNDLE/{stage}",
         f"--dtype {recipe.model.dtype} --disaggregation-mode {stage} --disaggregation-transfer-backend pdtrim_tcp",
         """--json-model-override-args '{"pdtrim_secret_file": "SECRET"}'""",
     ]
-    if stage == "decode" and any(send.mode == "sparse" for send in plan.kv):
-        lines.append("--attention-backend torch_native --disable-cuda-graph")
+    arguments = {"--page-size": PAGE_TOKENS} | attention_arguments(stage, any(s.mode == "sparse" for s in plan.kv))
+    lines.append(" ".join(f"{option} {value}" for option, value in arguments.items()))
     return " \\\n    ".join(lines)
 
 

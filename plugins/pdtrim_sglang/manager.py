@@ -9,6 +9,7 @@ from sglang.srt.disaggregation.common.conn import CommonKVManager, CommonKVRecei
 from sglang.srt.disaggregation.utils import DisaggregationMode
 
 from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
+from pdtrim_deploy.kvcache.pack import prepare
 from pdtrim_deploy.plan import PDPlan, Stage
 from pdtrim_deploy.worker.config import WorkerConfig
 from pdtrim_sglang import hook_targets, identity, sglang_host
@@ -69,6 +70,7 @@ class PDTrimKVManager(CommonKVManager):
             view = replace(view, offsets=self._offsets.heads(self.attn_tp_rank, view.kv_heads))
         if self._given_plan:
             check_window(model.config, self.server_args.context_length)
+        prepare(self.plan, view.keys[0], view.offsets)
         aux = AuxRows(tuple(self.kv_args.aux_data_ptrs), tuple(self.kv_args.aux_item_lens))
         credentials = Credentials(bytes.fromhex(self.plan.digest), self._secret)
         told = WorkerConfig.parse(self.server_args.json_model_override_args)

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pdtrim_deploy.kvcache.layout import ChunkLayout, chunk_layout
-from pdtrim_deploy.kvcache.pack import pack
+from pdtrim_deploy.kvcache.pack import check, pack
 from pdtrim_deploy.plan import PDPlan
 from pdtrim_sglang.pool import PoolView
 from pdtrim_sglang.rooms import AuxRows
@@ -53,11 +54,13 @@ class Packed:
     pieces: Sequence[memoryview] | None
     aux: bytes
     event: Any
+    device: torch.device
 
     def wait(self) -> None:
-        """Until the bytes are there."""
+        """Until the bytes are there. IndexError: a slot lay outside its pool."""
         if self.event is not None:
             self.event.synchronize()
+        check(self.device)
 
 
 class Packer:
@@ -82,4 +85,4 @@ class Packer:
                 packed = pack(layout, pool.keys, pool.values, slots, offsets=pool.offsets)
                 out[: layout.total_bytes].copy_(packed, non_blocking=True)
         aux = self._aux.read(chunk.aux_index) if chunk.last else b""
-        return Packed(queued_at, chunk, layout, slot, pieces, aux, pool.made())
+        return Packed(queued_at, chunk, layout, slot, pieces, aux, pool.made(), pool.keys[0].device)

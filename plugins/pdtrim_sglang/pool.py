@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
 from pdtrim_deploy.kvcache.layout import ChunkLayout
-from pdtrim_deploy.kvcache.pack import prepare
+from pdtrim_deploy.kvcache.pack import check
 
 if TYPE_CHECKING:
     from pdtrim_sglang.kept_pool.pool import KeptKVPool
@@ -64,8 +64,6 @@ class PoolView:
                 f"pdtrim: needs a plain multi-head KV pool, this worker has {type(pool).__name__}: "
                 "serve a Llama, Mistral, Qwen2 or Qwen3 bundle without KV-layout options"
             )
-        if pool.k_buffer[0].is_cpu:
-            prepare()
         return cls(pool.k_buffer, pool.v_buffer, pool.page_size, pool if isinstance(pool, KeptKVPool) else None)
 
     @property
@@ -85,10 +83,16 @@ class PoolView:
         return (first[:, None] + offsets).flatten()[:tokens]
 
     def wait(self) -> None:
-        """Until this thread's writes are done: SGLang reads the rows on a stream of its own."""
+        """Until this thread's writes are done: SGLang reads the rows on a stream of its own.
+
+        Raises:
+            IndexError: a slot lay outside its pool.
+
+        """
         device = self.keys[0].device
         if device.type != "cpu":
             torch.get_device_module(device).current_stream(device).synchronize()
+        check(device)
 
     def made(self) -> Any:
         """What comes when all that this thread has asked of the GPU so far is done; None on the CPU, where it is.

@@ -68,7 +68,9 @@ def test_recipe_to_oracle(architecture, recipe, tiny_dir, tmp_path, cache):
     written = PDOracle(*(load_model(bundle.path / stage) for stage in STAGES), plan, offsets)
     surgery = PDOracle(*(keep_blocks(dense, plan.layers(stage)) for stage in STAGES), plan, offsets)
     ids = torch.randint(3, 259, (32,), generator=torch.Generator().manual_seed(1))
-    assert torch.equal(written.logprobs(ids[:24], ids[24:]), surgery.logprobs(ids[:24], ids[24:]))
+    expected = surgery.logprobs(ids[:24], ids[24:])
+    # Not to the bit: where a file's tensors lie in memory, other kernels may compute them.
+    torch.testing.assert_close(written.logprobs(ids[:24], ids[24:]), expected, rtol=0, atol=1e-4)
     assert torch.equal(written.greedy(ids[:24], 6), surgery.greedy(ids[:24], 6))
 
 

@@ -112,7 +112,13 @@ def test_a_worker_is_started_as_our_own_are(stage: Stage, written: Path) -> None
     command = re.search(r"SGLANG_PLUGINS=.*?(?=\n```)", (written / stage / "README.md").read_text(), re.DOTALL)
     said = shlex.split(command[0].replace("\\\n", " "))
     ours = worker_arguments(Served.of("r", PLAN), Options(), stage)
-    needed = ("--dtype", "--disaggregation-mode", "--disaggregation-transfer-backend", "--attention-backend")
+    needed = (
+        "--dtype",
+        "--disaggregation-mode",
+        "--disaggregation-transfer-backend",
+        "--attention-backend",
+        "--page-size",
+    )
     for name in needed:
         assert (name in said) == (name in ours), name
         assert name not in ours or said[said.index(name) + 1] == ours[ours.index(name) + 1]

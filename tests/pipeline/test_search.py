@@ -190,7 +190,7 @@ def test_blocks_from_the_checkpoint_give_the_same_bundle(
 @pytest.mark.parametrize(
     ("architecture", "compensation"),
     [
-        *((family, "least-squares") for family in taking("least-squares")),
+        *((family, "least-squares") for family in taking("least-squares", "distil")),
         ("LlamaForCausalLM", "norm"),
         ("LlamaForCausalLM", "none"),
     ],
