@@ -79,12 +79,12 @@ def test_bytes_on_the_wire_equal_the_plans_arithmetic(pair, bundle, transfers):
 def test_a_prompt_longer_than_the_staging_buffer_goes_in_several_chunks(pair, bundle, real_cache, request):
     if "chunks of 64" in request.node.name:
         pytest.skip("SGLang's own chunks of 64 tokens never fill the buffer, and take minutes")
-    tokens = 1900
-    assert bundle.plan.payload_bytes(tokens) > STAGING_BYTES
+    tokens = next(tokens for tokens in range(2000, 6000, 100) if bundle.plan.payload_bytes(tokens) > STAGING_BYTES)
     tokenizer = load_tokenizer(bundle.prefill_dir)
-    text = corpora.sequences(corpora.load("brown", real_cache).split("final"), tokenizer, 1, tokens, seed=3)
-    group = Group("long", "in turn", (tuple(text[0].tolist()),))
-    served = [(group, one) for one in ask(pair.url, group, 4, 300.0)]
+    text = corpora.sequences(corpora.load("brown", real_cache).split("final"), tokenizer, 1, 1900, seed=3)
+    prompt = (text[0].tolist() * 4)[:tokens]
+    group = Group("long", "in turn", (tuple(prompt),))
+    served = [(group, response) for response in ask(pair.url, group, 4, 300.0)]
     models = (load_model(folder, "float32") for folder in (bundle.prefill_dir, bundle.decode_dir))
     result = judge(PDOracle(*models, bundle.plan), served)
     assert result.max_logprob_error <= result.tolerance

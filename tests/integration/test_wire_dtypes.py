@@ -31,7 +31,7 @@ def test_decodes_pool_is_as_small_as_the_arithmetic_says(mixed_bundle, mixed_pai
     assert isinstance(split, SplitPool)
     line = rf"pool for requests of {split.isl} \+ {split.osl} tokens: .*; ([\d.]+)% of one pool"
     share = re.search(line, decode.log.read_text())
-    tokens, page = options.max_total_tokens, options.page_size
+    tokens, page = options.pool_tokens, options.page_tokens
     held, whole = (sum(split.slots(send, tokens, page) for send in sends) for sends in (kv, (KVSend(),) * len(kv)))
     assert share is not None
     assert float(share[1]) == pytest.approx(100 * held / whole, abs=0.5)
