@@ -87,7 +87,7 @@ def test_a_worker_whose_offsets_are_not_the_plans_says_so_and_dies(bundle, tmp_p
     file.write_bytes(changed)
     options, python = WorkerOptions(dtype="float32"), ServeEnvironment.find().python
     (worker,) = getattr(ClusterSpec.on_loopback(*folders.values(), options=options), stage)
-    command = commands.worker_command(python, worker, 2, commands.write_secret(tmp_path))
+    command = commands.worker_command(python, worker, commands.write_secret(tmp_path))
     process = ServerProcess(
         worker.name, command, commands.worker_environment(python, worker, 2, tmp_path), tmp_path / "log"
     )
