@@ -158,7 +158,9 @@ def test_what_a_graph_was_captured_with_is_there_as_long_as_the_model(runner, mo
     worker.server_args = SimpleNamespace(
         disaggregation_transfer_backend="pdtrim_tcp", context_length=None, json_model_override_args=""
     )
-    monkeypatch.setattr(manager.PoolView, "of", lambda pool: SimpleNamespace(keys=[torch.zeros(1, 1, 4)] * 3, offsets=None))
+    monkeypatch.setattr(
+        manager.PoolView, "of", lambda pool: SimpleNamespace(keys=[torch.zeros(1, 1, 4)] * 3, offsets=None)
+    )
     monkeypatch.setattr(manager, "PrefillSide", lambda *_: "made")
     for check in ("check_fits", "check_window", "check_staging"):
         monkeypatch.setattr(manager, check, lambda *_: None)
