@@ -11,6 +11,7 @@ from sglang.srt.disaggregation.utils import DisaggregationMode
 from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
 from pdtrim_deploy.kvcache.pack import prepare
 from pdtrim_deploy.plan import PDPlan, Stage
+from pdtrim_deploy.plan.heads import held_heads
 from pdtrim_deploy.worker.config import WorkerConfig
 from pdtrim_sglang import hook_targets, identity, sglang_host
 from pdtrim_sglang.control import protect
@@ -67,7 +68,12 @@ class PDTrimKVManager(CommonKVManager):
         self.plan = self._given_plan or dense_plan(len(view.keys), pool)
         check_fits(self.plan, stage, pool, self.attn_tp_size if self._given_plan else 1)
         if self._offsets is not None:
-            view = replace(view, offsets=self._offsets.heads(self.attn_tp_rank, view.kv_heads))
+            view = replace(
+                view,
+                offsets=self._offsets.heads(
+                    held_heads(self.plan.model.num_kv_heads, self.attn_tp_size, self.attn_tp_rank)
+                ),
+            )
         if self._given_plan:
             check_window(model.config, self.server_args.context_length)
         prepare(self.plan, view.keys[0], view.offsets)
