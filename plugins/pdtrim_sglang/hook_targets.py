@@ -31,11 +31,13 @@ NORMALISE = "sglang.srt.managers.io_struct.GenerateReqInput.normalize_batch_and_
 FRONT_END = "sglang.srt.managers.tokenizer_manager.TokenizerManager.init_disaggregation"
 CELL_SIZE = "sglang.srt.model_executor.pool_configurator.DefaultPoolConfigurator._compute_cell_size"
 VALIDATE = "sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request"
+ENGINE = "sglang.srt.entrypoints.engine.Engine"
+SCHEDULERS, DETOKENIZERS = f"{ENGINE}._launch_scheduler_processes", f"{ENGINE}._launch_detokenizer_subprocesses"
 VALIDATE_COMPLETION = "sglang.srt.entrypoints.openai.serving_completions.OpenAIServingCompletion._validate_request"
 TARGETS = (
     GET_KV_CLASS, CREATE_SENDER, PREFILL_MANAGER, DECODE_MANAGER, PRE_ALLOC, ADMISSION, READMISSION, SEND_METADATA,
     EXTEND, RELEASE, CLEAR, NEXT_STEP, LONGEST, LEAKS, KV_POOL, ALLOCATOR, CELL_SIZE, LOAD_MODEL, NORMALISE, FRONT_END,
-    VALIDATE, VALIDATE_COMPLETION,
+    VALIDATE, VALIDATE_COMPLETION, SCHEDULERS, DETOKENIZERS,
 )  # fmt: skip
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pdtrim_sglang import hook_targets
 from pdtrim_sglang.attention.factory import replace_attention_backends
-from pdtrim_sglang.patches import front_end, loading, memory, transfer
+from pdtrim_sglang.patches import front_end, loading, memory, processes, transfer
 
 
 def install() -> None:
@@ -35,3 +35,5 @@ def install() -> None:
     HookRegistry.register(hook_targets.LOAD_MODEL, loading.cut_kv_only_layers, HookType.AFTER)
     HookRegistry.register(hook_targets.VALIDATE, front_end.refuse_request, HookType.AROUND)
     HookRegistry.register(hook_targets.VALIDATE_COMPLETION, front_end.refuse_completion, HookType.AROUND)
+    for launch in (hook_targets.SCHEDULERS, hook_targets.DETOKENIZERS):
+        HookRegistry.register(launch, processes.fork_on_cpu, HookType.AROUND)
