@@ -65,15 +65,12 @@ class PDTrimKVManager(CommonKVManager):
         """
         view = PoolView.of(pool)
         stage: Stage = "prefill" if self.disaggregation_mode == DisaggregationMode.PREFILL else "decode"
-        self.plan = self._given_plan or dense_plan(len(view.keys), pool)
-        check_fits(self.plan, stage, pool, self.attn_tp_size if self._given_plan else 1)
-        if self._offsets is not None:
-            view = replace(
-                view,
-                offsets=self._offsets.heads(
-                    held_heads(self.plan.model.num_kv_heads, self.attn_tp_size, self.attn_tp_rank)
-                ),
-            )
+        ranks = self.attn_tp_size, self.attn_tp_rank
+        self.plan = self._given_plan or dense_plan(len(view.keys), pool, model.config.num_key_value_heads)
+        check_fits(self.plan, stage, pool, self.attn_tp_size)
+        own = held_heads(self.plan.model.num_kv_heads, *ranks)
+        offsets = None if self._offsets is None else self._offsets.heads(own)
+        view = replace(view, offsets=offsets, first_head=own.start)
         if self._given_plan:
             check_window(model.config, self.server_args.context_length)
         prepare(self.plan, view.keys[0], view.offsets)
@@ -102,9 +99,11 @@ class PDTrimKVManager(CommonKVManager):
         """
         answered: bool = super().try_ensure_parallel_info(bootstrap_addr)
         if answered:
-            prefill_tp = self.prefill_info_table[bootstrap_addr].attn_tp_size
-            if reason := unlike_ranks(prefill_tp, self.attn_tp_size):
+            info = self.prefill_info_table[bootstrap_addr]
+            if reason := unlike_ranks(info.attn_tp_size, self.attn_tp_size):
                 raise RuntimeError(f"pdtrim: cannot decode for the prefill worker at {bootstrap_addr}: {reason}")
+            # SGLang has each rank of prefill send its copy of a head; here the first of them does.
+            info.required_prefill_response_num = len(self.decode_side.senders(info.attn_tp_size))
         return answered
 
     def build_receiver_registration_message(self) -> list[bytes]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +38,8 @@ def _part(layout: ChunkLayout, layers: frozenset[int]) -> ChunkLayout:
 class PoolView:
     """Tensors `[slots, kv_heads, head_dim]` of every local layer, and the page size in tokens.
 
-    `cut` is SGLang's pool when its cut layers have slots of their own, `offsets` the plan's of these KV heads.
+    `cut` is SGLang's pool when its cut layers have slots of their own, `offsets` the plan's of these KV heads, and
+    `first_head` the first of them, as the model counts.
     """
 
     keys: list[Tensor]
@@ -46,6 +47,8 @@ class PoolView:
     page_size: int
     cut: KeptKVPool | None = None
     offsets: KeyOffsets | None = None
+    first_head: int = 0
+    _parts: dict[range, PoolView] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def of(cls, pool: Any) -> PoolView:
@@ -75,6 +78,26 @@ class PoolView:
     def kv_heads(self) -> int:
         """KV heads that this rank holds."""
         return self.keys[0].shape[1]
+
+    @property
+    def heads(self) -> range:
+        """They, as the model counts them."""
+        return range(self.first_head, self.first_head + self.kv_heads)
+
+    def of_heads(self, heads: range) -> PoolView:
+        """A range of these heads, as the model counts them: views of the same tensors; itself when it is all."""
+        if heads == self.heads:
+            return self
+        if heads not in self._parts:  # threads that ask at once may make it twice, and both are right
+            first, stop = heads.start - self.first_head, heads.stop - self.first_head
+            if not 0 <= first < stop <= self.kv_heads:
+                raise ValueError(f"KV heads {heads.start}-{heads.stop - 1} are not among this rank's {self.heads}")
+            keys, values = ([tensor[:, first:stop] for tensor in side] for side in (self.keys, self.values))
+            offsets = None
+            if self.offsets is not None:
+                offsets = self.offsets.to(self.keys[0].device).heads(range(first, stop))
+            self._parts[heads] = replace(self, keys=keys, values=values, offsets=offsets, first_head=heads.start)
+        return self._parts[heads]
 
     def slots(self, pages: Any, tokens: int) -> Tensor:
         """Slots (int64 `[tokens]`) of the first `tokens` tokens on `pages` (int array)."""

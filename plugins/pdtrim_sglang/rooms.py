@@ -1,5 +1,8 @@
 """Requests that a decode worker waits for: where their rows go, how far they are, whether they may be written.
 
+Where prefill has more attention ranks than decode, several of them send one rank of decode the rows of some KV heads
+each: a room keeps how far each of them is. The request is ready when each has sent its last chunk.
+
 A room is closed before SGLang frees its pages, and a chunk is scattered under the room's lock only while it is open:
 so no late chunk ever writes into pages that belong to another request.
 """
@@ -7,6 +10,7 @@ so no late chunk ever writes into pages that belong to another request.
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,7 +58,9 @@ def near(payload: Tensor, pool: PoolView) -> Tensor:
 class DecodeRoom:
     """One request's destination: slots `[prompt_tokens - prefix_tokens]` of all layers, and aux row `aux_index`.
 
-    `places` are there, and may be written, when the device events in `ready` have come.
+    `places` are there, and may be written, when the device events in `ready` have come. `senders` are the KV heads, as
+    the model counts them, that each rank of prefill sends; the first of them also sends the aux row. `positions` are
+    the tokens up to which each has sent them.
     """
 
     room: int
@@ -63,12 +69,13 @@ class DecodeRoom:
     places: tuple[Destination, ...]
     aux_index: int
     ready: tuple[Any, ...] = ()
-    position: int = field(init=False)
+    senders: Mapping[int, range] = field(kw_only=True)
+    positions: dict[int, int] = field(init=False)
     open: bool = True
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
-        self.position = self.prefix_tokens
+        self.positions = dict.fromkeys(self.senders, self.prefix_tokens)
 
     def take(
         self, plan: PDPlan, pool: PoolView, aux_rows: AuxRows, header: ChunkHeader, payload: Tensor, aux: memoryview
@@ -79,11 +86,15 @@ class DecodeRoom:
                 return "the request has ended on the decode side"
             if header.prompt_tokens != self.prompt_tokens:
                 return f"prefill says {header.prompt_tokens} prompt tokens, decode {self.prompt_tokens}"
-            if header.start != self.position:
-                return f"chunk begins at token {header.start}, expected {self.position}"
+            if reason := self._unlike(header, aux_rows.total_bytes):
+                return reason
+            position = self.positions[header.rank]
+            if header.start != position:
+                return f"chunk begins at token {header.start}, expected {position}"
             if header.last != (header.stop == self.prompt_tokens):
                 return f"chunk ends at token {header.stop} of {self.prompt_tokens} and last={header.last}"
             span = slice(header.start - self.prefix_tokens, header.stop - self.prefix_tokens)
+            pool = pool.of_heads(header.heads)
             layout = chunk_layout(plan, header.prompt_tokens, header.start, header.stop, pool.kv_heads)
             pool.after(*self.ready)
             try:
@@ -92,10 +103,29 @@ class DecodeRoom:
                     unpack(place.part(layout), rows, pool.keys, pool.values, place.slots[span], pool.offsets)
             finally:  # also what failed half way writes no more when this returns, nor reads the payload
                 pool.wait()
-            self.position = header.stop
-            if header.last:
+            self.positions[header.rank] = header.stop
+            if header.last and self._brings_aux(header.rank):
                 aux_rows.write(self.aux_index, aux)
             return ""
+
+    def _brings_aux(self, rank: int) -> bool:
+        return rank == next(iter(self.senders))
+
+    def _unlike(self, header: ChunkHeader, aux_bytes: int) -> str:
+        """Why the sender is not who shall send these heads, or nothing."""
+        heads = self.senders.get(header.rank)
+        if heads is None:
+            ranks = ", ".join(map(str, self.senders))
+            return f"chunk of prefill rank {header.rank}; this rank of decode takes its KV from rank {ranks}"
+        if header.heads != heads:
+            return (
+                f"chunk of KV heads {header.heads.start} to {header.heads.stop - 1}; "
+                f"prefill rank {header.rank} is to send {heads.start} to {heads.stop - 1}"
+            )
+        expected = aux_bytes if header.last and self._brings_aux(header.rank) else 0
+        if header.aux_bytes != expected:
+            return f"prefill rank {header.rank} sends an aux row of {header.aux_bytes} bytes, expected {expected}"
+        return ""
 
     def close(self) -> None:
         """Forbid further writes; waits for one that is under way."""

@@ -21,6 +21,7 @@ from pdtrim_deploy.kvcache.pack import pack
 from pdtrim_deploy.plan import KVSend, ModelShape, PDPlan
 
 TOKENS, PAGE = 11, 4
+ALONE = {0: range(1)}  # one rank of prefill, one KV head
 
 
 @pytest.fixture
@@ -53,13 +54,13 @@ def send(plan, source, start, stop, pages=(3, 7, 2), **changes):
     fields = {
         "digest": bytes.fromhex(plan.digest), "room": 5, "rank": 0, "prompt_tokens": TOKENS, "start": start,
         "stop": stop, "aux_bytes": 12 if stop == TOKENS else 0, "payload_bytes": layout.total_bytes,
-        "last": stop == TOKENS,
+        "last": stop == TOKENS, "heads": source.heads,
     }  # fmt: skip
     return ChunkHeader(**{**fields, **changes}), pack(layout, source.keys, source.values, slots, offsets=source.offsets)
 
 
 def test_chunks_in_order_fill_pool_and_aux_row(plan, source, target, aux):
-    room = DecodeRoom(5, TOKENS, 0, target.destinations(target.slots((9, 1, 4), TOKENS)), 1)
+    room = DecodeRoom(5, TOKENS, 0, target.destinations(target.slots((9, 1, 4), TOKENS)), 1, senders=ALONE)
     for start, stop in ((0, 4), (4, 8), (8, TOKENS)):
         header, payload = send(plan, source, start, stop)
         body = memoryview(b"abcdefghIJKL") if header.last else memoryview(b"")
@@ -79,7 +80,7 @@ def test_a_chunk_that_cannot_be_written_fails_its_request(plan, source, target, 
 
     told = []
     manager = SimpleNamespace(apply_prefill_status=lambda **status: told.append(status))
-    room = DecodeRoom(5, TOKENS, 0, target.destinations(target.slots((9, 1, 4), TOKENS)), 1)
+    room = DecodeRoom(5, TOKENS, 0, target.destinations(target.slots((9, 1, 4), TOKENS)), 1, senders=ALONE)
     side = SimpleNamespace(_rooms={5: room}, _plan=plan, _pool=target, _aux=aux, _manager=manager)
     side._conclude = partial(DecodeSide._conclude, side)
     monkeypatch.setattr(rooms, "unpack", out_of_memory)
@@ -102,7 +103,7 @@ def test_layers_of_other_sizes_and_wire_dtypes_arrive_each_by_its_own_rule(aux):
     for layer in (1, 3, 4):
         rows = source.slots((3, 7, 2), TOKENS)
         source.keys[layer][rows] += plain_offset(offsets, layer, torch.arange(TOKENS)).float()
-    room = DecodeRoom(5, TOKENS, 0, target.destinations(target.slots((9, 1, 4), TOKENS)), 1)
+    room = DecodeRoom(5, TOKENS, 0, target.destinations(target.slots((9, 1, 4), TOKENS)), 1, senders=ALONE)
     sent = 0
     for start, stop in ((0, 4), (4, 8), (8, TOKENS)):
         header, payload = send(plan, source, start, stop)
@@ -129,14 +130,14 @@ def test_layers_of_other_sizes_and_wire_dtypes_arrive_each_by_its_own_rule(aux):
     ],
 )
 def test_a_wrong_chunk_is_refused_and_writes_nothing(plan, source, target, aux, chunk, changes, reason):
-    room = DecodeRoom(5, TOKENS, 0, target.destinations(target.slots((9, 1, 4), TOKENS)), 1)
+    room = DecodeRoom(5, TOKENS, 0, target.destinations(target.slots((9, 1, 4), TOKENS)), 1, senders=ALONE)
     header, payload = send(plan, source, *chunk, **changes)
     assert reason in room.take(plan, target, aux, header, payload, memoryview(bytes(12)))
     assert not any(pool.any() for pool in target.keys + target.values)
 
 
 def test_a_closed_room_is_never_written(plan, source, target, aux):
-    room = DecodeRoom(5, TOKENS, 0, target.destinations(target.slots((9, 1, 4), TOKENS)), 1)
+    room = DecodeRoom(5, TOKENS, 0, target.destinations(target.slots((9, 1, 4), TOKENS)), 1, senders=ALONE)
     room.close()
     header, payload = send(plan, source, 0, TOKENS)
     assert "ended" in room.take(plan, target, aux, header, payload, memoryview(bytes(12)))
@@ -144,7 +145,7 @@ def test_a_closed_room_is_never_written(plan, source, target, aux):
 
 
 def test_a_request_with_a_decode_prefix_starts_behind_it(plan, source, target, aux):
-    room = DecodeRoom(5, TOKENS, 4, target.destinations(target.slots((1, 4), TOKENS - 4)), 0)
+    room = DecodeRoom(5, TOKENS, 4, target.destinations(target.slots((1, 4), TOKENS - 4)), 0, senders=ALONE)
     header, payload = send(plan, source, 4, TOKENS)
     assert room.take(plan, target, aux, header, payload, memoryview(bytes(12))) == ""
     assert torch.equal(target.keys[0][target.slots((1, 4), 7)], source.keys[0][source.slots((7, 2), 7)])
@@ -158,7 +159,7 @@ def test_pools_on_gpus_and_staging_memory_on_the_host(plan, source, target, aux,
             PoolView([gpu(k) for k in pool.keys], [gpu(v) for v in pool.values], PAGE) for pool in (source, target)
         )
         monkeypatch.setattr(PoolView, "wait", lambda pool: waited.append(pool.keys[0].clone()))
-        room = DecodeRoom(5, TOKENS, 0, there.destinations(there.slots((9, 1, 4), TOKENS)), 1)
+        room = DecodeRoom(5, TOKENS, 0, there.destinations(there.slots((9, 1, 4), TOKENS)), 1, senders=ALONE)
         for start, stop in ((0, 4), (4, TOKENS)):
             header, _ = send(plan, source, start, stop)
             staging = torch.zeros(header.payload_bytes + 8, dtype=torch.uint8)
@@ -205,8 +206,8 @@ def test_rows_are_scattered_when_the_scheduler_has_made_their_slots(plan, source
     monkeypatch.setattr(rooms, "unpack", lambda *_: streams.said.append("scattered"))
     with PretendedGPU():
         there = PoolView([gpu(k) for k in target.keys], [gpu(v) for v in target.values], PAGE)
-        side = SimpleNamespace(_pool=there, _rooms={}, connections_changed=lambda: None)
-        DecodeSide.open_room(side, 5, TOKENS, 0, (9, 1, 4), 1, "forward done")
+        side = SimpleNamespace(_pool=there, _rooms={}, connections_changed=lambda: None, senders=lambda _: ALONE)
+        DecodeSide.open_room(side, 5, TOKENS, 0, (9, 1, 4), 1, "forward done", prefill_ranks=1)
         header, payload = send(plan, source, 0, TOKENS)
 
         def scatter():

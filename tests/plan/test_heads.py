@@ -40,7 +40,8 @@ def test_each_rank_of_prefill_has_a_partner(heads, prefill, decode):
 @pytest.mark.parametrize("heads", SIZES)
 def test_ranks_hold_all_heads_evenly(heads, ranks):
     if indivisible(heads, ranks):
-        assert heads % ranks and ranks % heads
+        assert heads % ranks
+        assert ranks % heads
         return
     held = [held_heads(heads, ranks, rank) for rank in range(ranks)]
     assert sorted(head for own in held for head in own) == sorted(list(range(heads)) * max(1, ranks // heads))
