@@ -99,6 +99,12 @@ class DecodeSide:
         self._rooms[room] = DecodeRoom(room, prompt_tokens, prefix_tokens, places, aux_index, ready, senders=senders)
         self.connections_changed()
 
+    def pair(self, prefill_ranks: int) -> int:
+        """A prefill worker of so many attention ranks was met: how many of them send to this rank."""
+        senders = self.senders(prefill_ranks)
+        self._pool.prepare(self._plan, *senders.values())
+        return len(senders)
+
     def senders(self, prefill_ranks: int) -> dict[int, range]:
         """The KV heads that each rank of prefill sends to this one; ranks with copies of them send nothing."""
         ranks = prefill_ranks, self._manager.attn_tp_size, self._manager.attn_tp_rank

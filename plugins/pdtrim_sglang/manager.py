@@ -97,13 +97,14 @@ class PDTrimKVManager(CommonKVManager):
                 of page sizes and dtypes does: every later request would fail alike.
 
         """
+        known = bootstrap_addr in self.prefill_info_table
         answered: bool = super().try_ensure_parallel_info(bootstrap_addr)
-        if answered:
+        if answered and not known:
             info = self.prefill_info_table[bootstrap_addr]
             if reason := unlike_ranks(info.attn_tp_size, self.attn_tp_size):
                 raise RuntimeError(f"pdtrim: cannot decode for the prefill worker at {bootstrap_addr}: {reason}")
             # SGLang has each rank of prefill send its copy of a head; here the first of them does.
-            info.required_prefill_response_num = len(self.decode_side.senders(info.attn_tp_size))
+            info.required_prefill_response_num = self.decode_side.pair(info.attn_tp_size)
         return answered
 
     def build_receiver_registration_message(self) -> list[bytes]:

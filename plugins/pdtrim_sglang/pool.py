@@ -11,7 +11,9 @@ from torch import Tensor
 
 from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
 from pdtrim_deploy.kvcache.layout import ChunkLayout
-from pdtrim_deploy.kvcache.pack import check
+from pdtrim_deploy.kvcache.pack import check, prepare
+from pdtrim_deploy.plan import PDPlan
+from pdtrim_sglang import threads
 
 if TYPE_CHECKING:
     from pdtrim_sglang.kept_pool.pool import KeptKVPool
@@ -98,6 +100,16 @@ class PoolView:
                 offsets = self.offsets.to(self.keys[0].device).heads(range(first, stop))
             self._parts[heads] = replace(self, keys=keys, values=values, offsets=offsets, first_head=heads.start)
         return self._parts[heads]
+
+    def prepare(self, plan: PDPlan, *shares: range) -> None:
+        """Compile what ranges of these heads are packed by, before the first of them travels; nobody waits for it.
+
+        For all of them it is compiled at start-up. On a CPU one library serves all.
+        """
+        for count in {len(heads) for heads in shares} - {0, self.kv_heads}:
+            if self.keys[0].is_cuda:
+                part = self.of_heads(self.heads[:count])
+                threads.start("kernel compiler", prepare, plan, part.keys[0], part.offsets)
 
     def slots(self, pages: Any, tokens: int) -> Tensor:
         """Slots (int64 `[tokens]`) of the first `tokens` tokens on `pages` (int array)."""

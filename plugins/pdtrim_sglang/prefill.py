@@ -251,6 +251,7 @@ class PrefillSide:
             _remember(self._rejected, message.session, reason)
             return
         self._rejected.pop(message.session, None)
+        self._pool.prepare(self._plan, self._ranks.share(message)[0])
         with self._peers_lock:
             _remember(self._known, message.session, message)
         if reason := self._prepared(message.session):

@@ -227,6 +227,7 @@ def test_decode_ends_at_its_first_sight_of_a_prefill_worker_of_ranks_that_cannot
     )  # fmt: skip
     model = SimpleNamespace(num_kv_heads=4)
     decode.decode_side._manager, decode.decode_side._plan = decode, SimpleNamespace(model=model)
+    decode.decode_side._pool = SimpleNamespace(prepare=lambda *_: None)
     ranks = f"{sizes['attn_tp_size']} ranks in prefill, among {decode_tp} in decode"
     sentence = f"prefill worker at {place}: attention is divided among {ranks}, .*--tp-size"
     with nullcontext() if responses else pytest.raises(RuntimeError, match=sentence):

@@ -16,6 +16,7 @@ import torch
 pytest.importorskip("sglang", reason="needs the serve environment")
 from packcases import random_offsets
 from pdtrim_sglang import decode as decode_room
+from pdtrim_sglang import pool as pool_room
 from pdtrim_sglang import prefill as prefill_room
 from pdtrim_sglang import vital
 from pdtrim_sglang.messages import parse
@@ -23,6 +24,7 @@ from pdtrim_sglang.peer import Chunk
 from pdtrim_sglang.pool import PoolView
 from pdtrim_sglang.rooms import AuxRows
 from pdtrim_sglang.transports import TransportConfig
+from pretended_gpu import gpu
 from sglang.srt.disaggregation.base.conn import KVPoll
 from sglang.srt.disaggregation.common.conn import ABORT_TAG
 
@@ -303,3 +305,16 @@ def test_a_connection_that_breaks_ends_only_what_was_still_to_come_over_it(world
     assert done.gone
     gate.set()
     assert ranks.wait(ranks.prefill + ranks.decode) == [KVPoll.Success] * 3
+
+
+def test_what_packs_a_share_is_compiled_when_its_size_is_known(monkeypatch):
+    """At start-up for all heads of a rank; on a CPU one library packs any number."""
+    compiled = queue.Queue()
+    monkeypatch.setattr(pool_room, "prepare", lambda plan, pool, offsets: compiled.put(tuple(pool.shape)))
+    rows = [torch.zeros(8, HEADS, DIM)] * 3
+    PoolView(rows, rows, PAGE, first_head=4).prepare(PLAN, range(4, 5))
+    rows = [gpu(tensor) for tensor in rows]
+    PoolView(rows, rows, PAGE, first_head=4).prepare(PLAN, range(4, 6), range(6, 8), range(4, 8), range(0))
+    assert compiled.get(timeout=5) == (8, 2, DIM)
+    time.sleep(0.1)
+    assert compiled.empty()
