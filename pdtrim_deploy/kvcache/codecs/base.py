@@ -81,13 +81,13 @@ def _pages(size: int, *tensors: Tensor) -> list[Tensor]:
     RuntimeError where pages have gaps, as of a range of a pool's heads: only pages of one row are views there.
     """
     flat = [tensor[: len(tensor) // size * size].view(-1, size * tensor[0].numel()) for tensor in tensors]
-    for word in (torch.int64, torch.int32):
+    for dtype in (torch.int64, torch.int32):
         if all(
-            t.element_size() * n % word.itemsize == 0
+            t.element_size() * n % dtype.itemsize == 0
             for t in flat
             for n in (t.shape[1], t.stride(0), t.storage_offset())
         ):
-            return [t.view(word) for t in flat]
+            return [t.view(dtype) for t in flat]
     return flat
 
 
