@@ -82,17 +82,8 @@ class DecodeRoom:
     ) -> str:
         """Scatter one chunk; returns why not, or nothing."""
         with self.lock:
-            if not self.open:
-                return "the request has ended on the decode side"
-            if header.prompt_tokens != self.prompt_tokens:
-                return f"prefill says {header.prompt_tokens} prompt tokens, decode {self.prompt_tokens}"
-            if reason := self._unlike(header, aux_rows.total_bytes):
+            if reason := self._refusal(header, aux_rows.total_bytes):
                 return reason
-            position = self.positions[header.rank]
-            if header.start != position:
-                return f"chunk begins at token {header.start}, expected {position}"
-            if header.last != (header.stop == self.prompt_tokens):
-                return f"chunk ends at token {header.stop} of {self.prompt_tokens} and last={header.last}"
             span = slice(header.start - self.prefix_tokens, header.stop - self.prefix_tokens)
             pool = pool.of_heads(header.heads)
             layout = chunk_layout(plan, header.prompt_tokens, header.start, header.stop, pool.kv_heads)
@@ -111,21 +102,32 @@ class DecodeRoom:
     def _brings_aux(self, rank: int) -> bool:
         return rank == next(iter(self.senders))
 
-    def _unlike(self, header: ChunkHeader, aux_bytes: int) -> str:
-        """Why the sender is not who shall send these heads, or nothing."""
-        heads = self.senders.get(header.rank)
-        if heads is None:
+    def _refusal(self, header: ChunkHeader, aux_bytes: int) -> str:
+        """Why a chunk is not the next of its sender, or nothing; an aux row has `aux_bytes` bytes."""
+        rank, heads, aux = header.rank, self.senders.get(header.rank), 0
+        if header.last and self._brings_aux(rank):
+            aux = aux_bytes
+        if not self.open:
+            reason = "the request has ended on the decode side"
+        elif header.prompt_tokens != self.prompt_tokens:
+            reason = f"prefill says {header.prompt_tokens} prompt tokens, decode {self.prompt_tokens}"
+        elif heads is None:
             ranks = ", ".join(map(str, self.senders))
-            return f"chunk of prefill rank {header.rank}; this rank of decode takes its KV from rank {ranks}"
-        if header.heads != heads:
-            return (
+            reason = f"chunk of prefill rank {rank}; this rank of decode takes its KV from rank {ranks}"
+        elif header.heads != heads:
+            reason = (
                 f"chunk of KV heads {header.heads.start} to {header.heads.stop - 1}; "
-                f"prefill rank {header.rank} is to send {heads.start} to {heads.stop - 1}"
+                f"prefill rank {rank} is to send {heads.start} to {heads.stop - 1}"
             )
-        expected = aux_bytes if header.last and self._brings_aux(header.rank) else 0
-        if header.aux_bytes != expected:
-            return f"prefill rank {header.rank} sends an aux row of {header.aux_bytes} bytes, expected {expected}"
-        return ""
+        elif header.start != self.positions[rank]:
+            reason = f"chunk begins at token {header.start}, expected {self.positions[rank]}"
+        elif header.last != (header.stop == self.prompt_tokens):
+            reason = f"chunk ends at token {header.stop} of {self.prompt_tokens} and last={header.last}"
+        elif header.aux_bytes != aux:
+            reason = f"prefill rank {rank} sends an aux row of {header.aux_bytes} bytes, expected {aux}"
+        else:
+            reason = ""
+        return reason
 
     def close(self) -> None:
         """Forbid further writes; waits for one that is under way."""
