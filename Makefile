@@ -55,9 +55,10 @@ test: test-unit test-docs test-serve  ## all tests: units, then genuine SGLang w
 test-unit: setup  ## the tests that start no SGLang server, in both environments
 	@$(MAKE) --no-print-directory -O -j 2 test-unit-build test-unit-serve
 
+# Files in the order of tests/conftest.py: xdist's own begins with those of the most tests, and ends with the longest.
 test-unit-build:
 	$(TEST_ENV) OMP_NUM_THREADS=1 $(BUILD)/python $(PYTEST) tests --ignore tests/pdtrim_sglang --ignore tests/docs \
-	  -m "not serve" -n $(TEST_WORKERS) --dist loadfile
+	  -m "not serve" -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-unit-serve:
 	$(TEST_ENV) OMP_NUM_THREADS=1 $(SERVE)/python $(PYTEST) tests/pdtrim_sglang tests/kvcache/test_gpu.py -m "not serve"
