@@ -15,7 +15,7 @@ TEST_ENV = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} OMP_WAIT_POLICY=PASSIVE GOMP_S
 PYTEST = -m pytest --durations=5
 TEST_WORKERS ?= 2
 
-.PHONY: help setup setup-build setup-serve setup-docs setup-aiperf lock lint format test test-unit test-unit-build test-unit-serve test-docs test-serve test-faults coverage mutations soak demo headline plugin gpu-check docs deploy bench clean distclean
+.PHONY: help setup setup-build setup-serve setup-docs setup-aiperf lock lint format test test-unit test-unit-build test-unit-serve test-docs test-serve test-faults test-gpu-check coverage mutations soak demo headline plugin gpu-check docs deploy bench clean distclean
 .DEFAULT_GOAL := help
 
 help:  ## list these targets
@@ -78,6 +78,9 @@ mutations: setup  ## 40 one-line mutations of plugin, wire format and oracle: wh
 
 test-faults: setup  ## kill, stop, cut and flood a running pair; not part of make test
 	$(TEST_ENV) $(BUILD)/python $(PYTEST) tests/faults
+
+test-gpu-check: setup  ## the parts of gpu-check that serve, on the CPU; not part of make test
+	$(TEST_ENV) $(BUILD)/python $(PYTEST) tests/gpucheck -m serve
 
 soak: setup  ## 2,000 requests, a fifth of them aborted: memory, pages and open files stay flat
 	$(TEST_ENV) $(BUILD)/python $(PYTEST) tests/faults/test_soak.py --soak-requests 2000

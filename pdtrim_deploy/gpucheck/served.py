@@ -24,6 +24,7 @@ from pdtrim_deploy.loadtest import LoadResult, Scenario, driver
 from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.pipeline import build
 from pdtrim_deploy.recipe import Recipe
+from pdtrim_deploy.recipe.targets import TargetsSection
 from pdtrim_deploy.serving import Cluster, Executors, ServeEnvironment, WorkerOptions, cluster_of
 
 Figure = dict[str, float | int | str]
@@ -80,12 +81,12 @@ def attention_rows(serve: Path, pair: Pair | None = None) -> Iterator[Row]:
 
 def backends() -> dict[str, tuple[str, ...] | None]:
     """Decode's options by name: each backend with full CUDA graphs and without; None where this device has it not."""
-    found, device = dict[str, tuple[str, ...] | None](), capability()
+    options, device = dict[str, tuple[str, ...] | None](), capability()
     for backend, capabilities in ATTENTION.items():
         for graphs in ("full graphs", "no graphs") if backend != "torch_native" else ("no graphs",):
             words = ("--attention-backend", backend, *(("--disable-cuda-graph",) if graphs == "no graphs" else ()))
-            found[f"{backend}, {graphs}"] = words if not capabilities or device in capabilities else None
-    return found
+            options[f"{backend}, {graphs}"] = words if not capabilities or device in capabilities else None
+    return options
 
 
 def smollm2_rows(serve: Path, pair: Pair | None = None) -> Iterator[Row]:
@@ -93,8 +94,7 @@ def smollm2_rows(serve: Path, pair: Pair | None = None) -> Iterator[Row]:
     os.environ["HF_HUB_OFFLINE"] = "1"
     with tempfile.TemporaryDirectory() as folder:
         try:
-            recipe = Recipe.load(RECIPES / "smollm2-quick.yaml")
-            recipe = recipe.model_copy(update={"targets": None})
+            recipe = Recipe.load(RECIPES / "smollm2-quick.yaml").model_copy(update={"targets": TargetsSection()})
             bundle = build(recipe, Path(folder) / "bundle", Cache.default(), print)
         except (UserError, OSError) as error:
             yield Row("served SmolLM2 pair", "skipped", f"the model or its text is not here: {_sentence(error)}")
@@ -113,38 +113,41 @@ def itl_rows(serve: Path, pair: Pair | None = None) -> Iterator[Row]:
         yield _row("ITL beside stock dense", partial(timed, bundles, pair or Pair(serve), loads))
 
 
-def nixl_rows(serve: Path) -> Iterator[Row]:
+def nixl_rows(serve: Path, pair: Pair | None = None) -> Iterator[Row]:
     """TTFT of long prompts by our transfer beside SGLang's own NIXL."""
-    yield from _transfer_rows(serve, "nixl")
+    yield from _transfer_rows(pair or Pair(serve), "nixl")
 
 
-def mooncake_rows(serve: Path) -> Iterator[Row]:
+def mooncake_rows(serve: Path, pair: Pair | None = None) -> Iterator[Row]:
     """TTFT of long prompts by our transfer beside SGLang's own Mooncake."""
-    yield from _transfer_rows(serve, "mooncake")
+    yield from _transfer_rows(pair or Pair(serve), "mooncake")
 
 
 def tensorrt_rows(serve: Path) -> Iterator[Row]:
     """Engines of both stages built here, and served."""
     with tempfile.TemporaryDirectory() as folder:
-        built = []
+        bundles: list[Bundle] = []
 
         def make() -> Figure:
-            built.append(tiny_bundle(Path(folder), CUT, targets={"tensorrt": {}}))
-            return {"engines": len(built[0].manifest.engines)}
+            bundles.append(tiny_bundle(Path(folder), CUT, targets={"tensorrt": {}}))
+            return {"engines": len(bundles[0].manifest.engines)}
 
         yield _row("TensorRT: build", make)
-        if built:
+        if bundles:
             pair = Pair(serve, executors=Executors("tensorrt", "tensorrt"))
-            yield _row("TensorRT: served tiny pair", partial(judged, built[0], pair))
+            yield _row("TensorRT: served tiny pair", partial(judged, bundles[0], pair))
 
 
 def tiny_bundle(folder: Path, kv: Mapping[str, Any], size: tiny.Size = tiny.Size(), **more: Any) -> Bundle:  # noqa: B008
-    """A bundle of a random bfloat16 model and text of its own."""
+    """A bundle of a random model and text of its own.
+
+    float16, since its roundings are an eighth of bfloat16's: behind those, one wrong row of a random model is not seen.
+    """
     folder.mkdir(exist_ok=True)
     corpus = f"dir:{tiny.text(folder / 'text')}"
     recipe = {
         "name": "tiny",
-        "model": {"source": f"hf:{tiny.save(folder / 'model', size)}", "dtype": "bfloat16"},
+        "model": {"source": f"hf:{tiny.save(folder / 'model', size)}", "dtype": "float16"},
         "calibration": {"corpus": corpus, "sequences": 2, "length": 64},
         "evaluation": {"corpus": corpus, "sequences": 2, "prompt_tokens": 64, "continuation_tokens": 16},
         "pruning": {"method": "cosine", "prefill_blocks": 1, "decode_blocks": 2},
@@ -182,8 +185,8 @@ def timed(bundles: Mapping[str, Bundle], pair: Pair, loads: Mapping[int, Scenari
     }
 
 
-def _transfer_rows(serve: Path, library: str) -> Iterator[Row]:
-    told = {"accept_unauthenticated": True}
+def _transfer_rows(pair: Pair, library: str) -> Iterator[Row]:
+    trusting = {"accept_unauthenticated": True}
     with tempfile.TemporaryDirectory() as folder:
         bundles = {
             "stock": tiny_bundle(Path(folder) / "dense", {"method": "none"}, WIDE),
@@ -191,12 +194,15 @@ def _transfer_rows(serve: Path, library: str) -> Iterator[Row]:
         }
         load = Scenario.closed(16, 1, (3000, 3000), (2, 2), warmup=2, deadline_s=120)
         ways = {
-            f"stock {library}": (bundles["stock"], Pair(serve, backend=library)),
-            f"pdtrim_{library}, k4v3": (bundles["k4v3"], Pair(serve, backend=f"pdtrim_{library}", transport=told)),
-            "pdtrim_tcp, k4v3": (bundles["k4v3"], Pair(serve)),
+            f"stock {library}": (bundles["stock"], replace(pair, backend=library)),
+            f"pdtrim_{library}, k4v3": (
+                bundles["k4v3"],
+                replace(pair, backend=f"pdtrim_{library}", transport=trusting),
+            ),
+            "pdtrim_tcp, k4v3": (bundles["k4v3"], pair),
         }
-        for name, (bundle, pair) in ways.items():
-            yield _row(f"transfer of 3,000 tokens: {name}", partial(_ttft, pair, bundle, load))
+        for name, (bundle, way) in ways.items():
+            yield _row(f"transfer of 3,000 tokens: {name}", partial(_ttft, way, bundle, load))
 
 
 def _ttft(pair: Pair, bundle: Bundle, load: Scenario) -> Figure:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pdtrim_deploy.gpucheck import served
+from pdtrim_deploy.gpucheck import served, tiny
 from pdtrim_deploy.serving import ServeEnvironment
 
 
@@ -28,10 +28,43 @@ def test_a_check_that_raises_is_a_row_with_the_first_line_of_its_reason():
 
 
 @pytest.mark.serve
-def test_the_tiny_pair_is_served_and_judged(monkeypatch):
-    serve = ServeEnvironment.find().python
-    monkeypatch.setattr(served, "ATTENTION", {"torch_native": ()})
-    (row,) = served.attention_rows(serve, served.Pair(serve, device="cpu"))
-    assert (row.part, row.status, row.reason) == ("served tiny pair: torch_native, no graphs", "run", "")
-    assert row.figure["worst_error_nats"] <= row.figure["allowed_nats"]
-    assert row.figure["controls_told_apart"] == row.figure["controls"] > 2
+@pytest.mark.timeout(900)
+class TestOnTheCPU:
+    """What serves, on the device that every machine has: `make test-gpu-check`."""
+
+    @pytest.fixture
+    def pair(self):
+        return served.Pair(ServeEnvironment.find().python, device="cpu")
+
+    def test_a_tiny_pair_is_judged(self, pair, monkeypatch):
+        monkeypatch.setattr(served, "ATTENTION", {"torch_native": ()})
+        (row,) = served.attention_rows(pair.serve, pair)
+        assert (row.part, row.status, row.reason) == ("served tiny pair: torch_native, no graphs", "run", "")
+        assert row.figure["worst_error_nats"] <= row.figure["allowed_nats"]
+        assert row.figure["controls_told_apart"] == row.figure["controls"] > 2
+
+    def test_an_attention_that_does_not_start_is_a_row_with_its_reason(self, pair, monkeypatch):
+        monkeypatch.setattr(served, "ATTENTION", {"flashinfer": ()})
+        rows = list(served.attention_rows(pair.serve, pair))
+        assert [row.status for row in rows] == ["failed", "failed"]
+        assert all("decode-0" in row.reason for row in rows)
+
+    def test_smollm2_is_judged(self, pair):
+        (row,) = served.smollm2_rows(pair.serve, pair)
+        assert (row.status, row.reason) == ("run", "")
+        assert row.figure["controls_told_apart"] == row.figure["controls"] > 2
+
+    def test_the_time_between_tokens_is_taken_of_both(self, pair, monkeypatch):
+        monkeypatch.setattr(served, "WIDE", tiny.Size())
+        (row,) = served.itl_rows(pair.serve, pair)
+        assert (row.status, row.reason) == ("run", "")
+        assert all(value > 0 for value in row.figure.values())
+        assert sorted(row.figure) == [f"{name}_itl_ms_{n}_clients" for name in ("cut", "dense") for n in (1, 16)]
+
+    def test_a_transport_that_is_not_installed_is_a_row_and_tcp_goes_on(self, pair, monkeypatch):
+        monkeypatch.setattr(served, "WIDE", tiny.Size())
+        stock, ours, tcp = served.nixl_rows(pair.serve, pair)
+        assert (tcp.status, tcp.reason) == ("run", "")
+        assert tcp.figure["ttft_ms"] > 0
+        for row in (stock, ours):
+            assert row.status == "run" or "nixl" in row.reason.lower()
