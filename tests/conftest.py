@@ -15,10 +15,10 @@ TINY_BLOCKS = tinyfamilies.SHARED["num_hidden_layers"]
 # Files of the tests without servers from the longest, of 10 s of CPU and more. xdist hands files out in this order, so
 # that what is left at the end is short and no process waits for another's.
 LONGEST_FIRST = (
-    "cli/test_terminal", "pipeline/test_build", "doctor/test_measured_memory", "packaging/test_wheel",
-    "pipeline/test_search", "pdtrim_tensorrt/test_kernel", "models/test_gguf", "models/test_pypi_parts",
-    "pruning/test_finalists", "pipeline/test_heal", "pdtrim_builders/test_tensorrt", "cli/test_shown",
-    "gpucheck/test_supervise", "pdtrim_builders/test_onnx",
+    "cli/test_terminal", "pruning/test_ray", "doctor/test_measured_memory", "pipeline/test_engines",
+    "pipeline/test_build", "pipeline/test_search", "models/test_pypi_parts", "pruning/test_finalists",
+    "models/test_gguf", "pdtrim_tensorrt/test_kernel", "pipeline/test_heal", "pdtrim_builders/test_tensorrt",
+    "cli/test_shown", "serving/test_cluster", "gpucheck/test_supervise",
 )  # fmt: skip
 _CHAT = (
     "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
