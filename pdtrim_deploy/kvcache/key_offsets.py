@@ -124,9 +124,9 @@ class KeyOffsets:
             with self._lock:
                 if len(self._tables[-1]) < positions:
                     size = max(LEAST_POSITIONS, 1 << (positions - 1).bit_length())
-                    made = rotary_table(torch.arange(size), self.frequencies, self.scaling)
-                    made[0] = 0
-                    self._tables.append(made.to(self.device))
+                    table = rotary_table(torch.arange(size), self.frequencies, self.scaling)
+                    table[0] = 0
+                    self._tables.append(table.to(self.device))
         return self._tables[-1]
 
 

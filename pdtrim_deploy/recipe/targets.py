@@ -131,10 +131,10 @@ class TargetsSection(Section):
 
     @model_serializer
     def _dump(self) -> dict[str, dict[str, Any]]:
-        return {name: section.model_dump(mode="json") for name, section in self.asked.items()}
+        return {name: section.model_dump(mode="json") for name, section in self.requested.items()}
 
     @property
-    def asked(self) -> dict[str, Target]:
+    def requested(self) -> dict[str, Target]:
         """The requested targets by name, in the order of the fields above."""
         sections = {field.alias or name: getattr(self, name) for name, field in type(self).model_fields.items()}
         return {name: section for name, section in sections.items() if section is not None}

@@ -54,13 +54,13 @@ def worker_command(python: Path, worker: WorkerSpec, secret: Path | None = None)
         "--chunked-prefill-size": options.chunked_prefill_size,
     }
     arguments |= engine_limits(worker.engine) | {name: limit for name, limit in limits.items() if limit is not None}
-    told = WorkerConfig(
+    config = WorkerConfig(
         secret_file=None if secret is None else str(secret),
         transport=TransportOptions.model_validate(worker.transport),
         decode_pool=options.split_pool if worker.stage == "decode" else None,
         engine=worker.engine.as_config() if worker.engine is not None else None,
     )
-    override = told.override() | ({"architectures": [ENGINE_MODEL]} if worker.engine is not None else {})
+    override = config.override() | ({"architectures": [ENGINE_MODEL]} if worker.engine is not None else {})
     if override:
         arguments[ARGUMENT] = json.dumps(override)
     if worker.bootstrap_port is not None:

@@ -96,7 +96,7 @@ def throttled(cluster: Cluster, link: Link) -> Iterator[Cluster]:
     (decode,), spec = cluster.spec.decode, cluster.spec
     used = {port for worker in spec.workers for port in (worker.port, worker.bootstrap_port or 0)}
     port, announced = free_ports(2, taken=frozenset(used | {spec.router.port, spec.router.metrics_port}))
-    told = replace(decode, transport={**decode.transport, "port": port, "announce": f"{HOST}:{announced}"})
-    cluster.spec = replace(spec, workers=(*spec.prefill, told))
+    relayed = replace(decode, transport={**decode.transport, "port": port, "announce": f"{HOST}:{announced}"})
+    cluster.spec = replace(spec, workers=(*spec.prefill, relayed))
     with contextlib.closing(Throttle(announced, port, link.bytes_per_s)), cluster:
         yield cluster

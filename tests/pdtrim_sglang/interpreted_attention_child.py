@@ -112,8 +112,8 @@ def main(backend, steps):
     stand_in(backend)
     for page_size, seed in ((1, 0), (4, 1)):
         torch.manual_seed(seed)
-        folder, told = Path(tempfile.mkdtemp()), {"isl": 20, "osl": 10}
-        worker = DecodeWorker(folder, PLAN, page_size, told, backend)
+        folder, sizes = Path(tempfile.mkdtemp()), {"isl": 20, "osl": 10}
+        worker = DecodeWorker(folder, PLAN, page_size, sizes, backend)
         assert history(worker, random.Random(seed), steps, close, Graph(worker, 3)) == steps
 
 

@@ -18,7 +18,7 @@ from decodeworker import CONTEXT, DIM, KV_HEADS, DecodeWorker, Request, history,
 from pdtrim_deploy.plan import KVSend
 
 sends = st.one_of(st.just(KVSend()), st.builds(sparse, st.integers(0, 6), st.integers(1, 9)))
-told = st.none() | st.builds(lambda isl, osl: {"isl": isl, "osl": osl}, st.integers(8, 30), st.integers(4, 20))
+pool_sizes = st.none() | st.builds(lambda isl, osl: {"isl": isl, "osl": osl}, st.integers(8, 30), st.integers(4, 20))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -32,7 +32,7 @@ def close(answer, expected):
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(sends, min_size=1, max_size=4), st.sampled_from([1, 4, 16]), told, st.integers(0, 999))
+@given(st.lists(sends, min_size=1, max_size=4), st.sampled_from([1, 4, 16]), pool_sizes, st.integers(0, 999))
 def test_torch_native_gives_the_rules_answer_and_all_slots_come_back(tmp_path, layers, page_size, sizes, seed):
     torch.manual_seed(seed)
     if all(send.mode == "full" for send in layers):

@@ -129,8 +129,8 @@ def test_strangers_are_not_heard(monkeypatch, stranger):
     async def conversation(ask):
         assert (await ask("PUT", "/route", RANK, stranger))[0] == 403
         assert (await ask("PUT", "/route", RANK))[0] == 200
-        for asked in (("GET", WHERE), ("POST", "/register_dp_rank", room), ("POST", "/query_dp_ranks", {})):
-            assert (await ask(*asked, by=stranger))[0] == 403
+        for request in (("GET", WHERE), ("POST", "/register_dp_rank", room), ("POST", "/query_dp_ranks", {})):
+            assert (await ask(*request, by=stranger))[0] == 403
         assert await ask("POST", "/query_dp_ranks", {"bootstrap_rooms": [1]}) == (200, "{}")
         assert (await ask("GET", "/health", by=stranger))[0] == 200
 

@@ -44,8 +44,8 @@ class Manager:
         self.failure_records = {}
         self.applied, self.request_status, self.transfer_infos, self.req_to_decode_prefix_len = [], {}, {}, {}
 
-    def apply_prefill_status(self, **said):
-        self.applied.append(said)
+    def apply_prefill_status(self, **update):
+        self.applied.append(update)
 
     def update_status(self, room, status):
         self.request_status[room] = status
@@ -74,7 +74,7 @@ def test_decode_believes_failures_only(frames):
     side = object.__new__(DecodeSide)
     side._manager = manager
     side._handle(frames)
-    assert all(said["status"] in (KVPoll.Failed, KVPoll.WaitingForInput) for said in manager.applied)
+    assert all(update["status"] in (KVPoll.Failed, KVPoll.WaitingForInput) for update in manager.applied)
 
 
 def test_decode_hears_a_failure_and_no_success():
@@ -83,7 +83,7 @@ def test_decode_hears_a_failure_and_no_success():
     side._manager = manager
     for status in (KVPoll.Success, KVPoll.Failed):
         side._handle([STATUS, b"7", str(status).encode(), b"0", b"why"])
-    assert [(said["bootstrap_room"], said["status"], said["failure_reason"]) for said in manager.applied] == [
+    assert [(update["bootstrap_room"], update["status"], update["failure_reason"]) for update in manager.applied] == [
         (7, KVPoll.Failed, "why")
     ]
 
@@ -169,10 +169,10 @@ def test_decode_hears_of_a_failure_that_came_before_its_room():
             self.request_status, self.transfer_infos, self.req_to_decode_prefix_len = {}, {}, {}
             self.failure_records, self.failure_lock = {}, threading.Lock()
             self._deferred_ack_targets, self._deferred_ack_poisoned_rooms, self._staging_outstanding = {}, set(), {}
-            self.bootstrap_timeout, self.said = 60, []
+            self.bootstrap_timeout, self.message = 60, []
 
-        def send_kv_status_message(self, **said):
-            self.said.append(said)
+        def send_kv_status_message(self, **message):
+            self.message.append(message)
 
     manager = Bookkeeping()
     side = prefill(manager)
@@ -186,7 +186,7 @@ def test_decode_hears_of_a_failure_that_came_before_its_room():
     side.sender_aborted(7, opened=False)  # 8: its scheduler has not come to it yet
     for room in (7, 8):
         side._handle(Room(**WHO, room=room, prompt_tokens=3, prefix_tokens=0, destinations=1).frames())
-    assert manager.said == [
+    assert manager.message == [
         {
             "targets": [("127.0.0.1", 5)], "bootstrap_room": room, "status": KVPoll.Failed,
             "failure_reason": "Aborted by AbortReq.",

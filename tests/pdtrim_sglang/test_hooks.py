@@ -234,10 +234,10 @@ def test_a_staging_buffer_without_room_for_a_page_is_refused(registry, monkeypat
     worker.server_args = SimpleNamespace(disaggregation_transfer_backend="pdtrim_tcp", context_length=None)
     model = SimpleNamespace(config=transformers.LlamaConfig())
     page = 64 * 2 * 2 * 128 * 4  # tokens, K and V, heads, values, bytes
-    told = '{"pdtrim_transport": {"staging_bytes": %d}}'
-    worker.server_args.json_model_override_args = told % page
+    override = '{"pdtrim_transport": {"staging_bytes": %d}}'
+    worker.server_args.json_model_override_args = override % page
     worker.attach(None, model)
-    worker.server_args.json_model_override_args = told % (page - 1)
+    worker.server_args.json_model_override_args = override % (page - 1)
     with pytest.raises(RuntimeError, match=f"staging_bytes {page - 1} hold no page of 64 tokens .*{page}"):
         worker.attach(None, model)
 
@@ -269,12 +269,12 @@ def test_a_forward_pass_that_may_still_write_is_noted(registry, overlap, device,
 
     stream = SimpleNamespace(record_event=lambda: "event")
     queue = SimpleNamespace(scheduler=SimpleNamespace(enable_overlap=overlap, device=device, forward_stream=stream))
-    asked = SimpleNamespace(
+    waiting = SimpleNamespace(
         kv_receiver=SimpleNamespace(),
         req=SimpleNamespace(output_ids=[], origin_input_ids=[1, 2, 3], kv=SimpleNamespace(req_pool_idx=9)),
     )
     seen = []
-    transfer.name_prompt_of_receiver(lambda _, one: seen.append(vars(one.kv_receiver).copy()), queue, asked)
+    transfer.name_prompt_of_receiver(lambda _, req: seen.append(vars(req.kv_receiver).copy()), queue, waiting)
     assert seen == [{"prompt_tokens": 3, "row": 9, "forward_done": "event" if waits else None}]
 
 

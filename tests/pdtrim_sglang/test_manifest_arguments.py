@@ -14,13 +14,13 @@ OPTIONS = Options(prefill=2, gpus=2, bundle=BundleAt("host", "/srv/b"))
 
 def commands() -> dict[str, list[str]]:
     files = kubernetes(SERVED, OPTIONS)
-    found = {
-        one["metadata"]["name"]: one["spec"]["template"]["spec"]["containers"][0]["command"]
+    by_name = {
+        document["metadata"]["name"]: document["spec"]["template"]["spec"]["containers"][0]["command"]
         for documents in files.values()
-        for one in documents
-        if one["kind"] == "Deployment"
+        for document in documents
+        if document["kind"] == "Deployment"
     }
-    return found | {name: one["command"] for name, one in compose(SERVED, OPTIONS)["services"].items()}
+    return by_name | {name: service["command"] for name, service in compose(SERVED, OPTIONS)["services"].items()}
 
 
 @pytest.mark.parametrize("name", ["pdtrim-prefill", "pdtrim-decode", "prefill-1", "decode-0"])

@@ -39,5 +39,5 @@ def test_an_unlike_worker_is_refused(changes, sentence):
 
 @pytest.mark.parametrize(("prefill", "decode"), [(1, 2), (2, 1)])
 def test_another_tensor_parallelism_is_refused_whichever_side_has_more(prefill, decode):
-    said = rejection(Register(**GOOD | {"tp_size": decode}), PLAN, prefill, AuxRows((0, 0), (4, 64)))
-    assert f"among {prefill} ranks in prefill, among {decode} in decode: start both workers with the same" in said
+    reason = rejection(Register(**GOOD | {"tp_size": decode}), PLAN, prefill, AuxRows((0, 0), (4, 64)))
+    assert f"among {prefill} ranks in prefill, among {decode} in decode: start both workers with the same" in reason

@@ -77,15 +77,15 @@ def test_a_chunk_that_cannot_be_written_fails_its_request(plan, source, target, 
     def out_of_memory(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    told = []
-    manager = SimpleNamespace(apply_prefill_status=lambda **status: told.append(status))
+    applied = []
+    manager = SimpleNamespace(apply_prefill_status=lambda **status: applied.append(status))
     room = DecodeRoom(5, TOKENS, 0, target.destinations(target.slots((9, 1, 4), TOKENS)), 1)
     side = SimpleNamespace(_rooms={5: room}, _plan=plan, _pool=target, _aux=aux, _manager=manager)
     side._conclude = partial(DecodeSide._conclude, side)
     monkeypatch.setattr(rooms, "unpack", out_of_memory)
     reply = DecodeSide.deliver(side, *send(plan, source, 0, 4), memoryview(b""))
     assert reply == Reply(5, "decode cannot take the KV in: CUDA out of memory")
-    ((status, reason),) = [(one["status"], one["failure_reason"]) for one in told]
+    ((status, reason),) = [(update["status"], update["failure_reason"]) for update in applied]
     assert (status, reason) == (KVPoll.Failed, reply.reason)
 
 
@@ -177,14 +177,14 @@ class Streams:
     """A device module whose streams, one a thread, only write down what is asked of them."""
 
     def __init__(self):
-        self.said = []
+        self.calls = []
 
     def current_stream(self, device):
         on = threading.current_thread().name
         return SimpleNamespace(
-            synchronize=lambda: self.said.append((on, "waited")),
-            record_event=lambda: self.said.append((on, "recorded")) or (on, "event"),
-            wait_event=lambda event: self.said.append((on, event)),
+            synchronize=lambda: self.calls.append((on, "waited")),
+            record_event=lambda: self.calls.append((on, "recorded")) or (on, "event"),
+            wait_event=lambda event: self.calls.append((on, event)),
         )
 
 
@@ -192,17 +192,17 @@ def test_a_gpu_is_waited_for_and_a_cpu_is_not(source, monkeypatch):
     streams = Streams()
     monkeypatch.setattr(torch, "get_device_module", lambda device: streams)
     source.wait()
-    source.after(source.made())
-    assert streams.said == []
+    source.after(source.record_event())
+    assert streams.calls == []
     PoolView([gpu(source.keys[0])], [gpu(source.values[0])], PAGE).wait()
-    assert [what for _, what in streams.said] == ["waited"]
+    assert [call for _, call in streams.calls] == ["waited"]
 
 
 def test_rows_are_scattered_when_the_scheduler_has_made_their_slots(plan, source, target, aux, monkeypatch):
     """Its stream is not that of the thread that scatters: slots may be still to come, and still be written to."""
     streams = Streams()
     monkeypatch.setattr(torch, "get_device_module", lambda device: streams)
-    monkeypatch.setattr(rooms, "unpack", lambda *_: streams.said.append("scattered"))
+    monkeypatch.setattr(rooms, "unpack", lambda *_: streams.calls.append("scattered"))
     with PretendedGPU():
         there = PoolView([gpu(k) for k in target.keys], [gpu(v) for v in target.values], PAGE)
         side = SimpleNamespace(_pool=there, _rooms={}, connections_changed=lambda: None)
@@ -217,7 +217,7 @@ def test_rows_are_scattered_when_the_scheduler_has_made_their_slots(plan, source
         thread.start()
         thread.join()
     here = threading.current_thread().name
-    assert streams.said == [
+    assert streams.calls == [
         (here, "recorded"),
         ("receiver", "forward done"),
         ("receiver", (here, "event")),

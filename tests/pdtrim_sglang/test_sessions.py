@@ -72,16 +72,16 @@ def side(monkeypatch):
     receiver.bind("inproc://control")
     speaker.connect("inproc://control")
     pool = PoolView([torch.zeros(8, 1, 4)], [torch.zeros(8, 1, 4)], 4)
-    made = prefill.PrefillSide(Manager(receiver), PLAN, pool, AuxRows((), ()), "tcp", CONFIG)
-    made.hear = lambda message: speaker.send_multipart(message.frames())
+    side = prefill.PrefillSide(Manager(receiver), PLAN, pool, AuxRows((), ()), "tcp", CONFIG)
+    side.hear = lambda message: speaker.send_multipart(message.frames())
 
     def send(room):
-        made.sender_opened(room)
-        eventually(lambda: made._manager.request_status.get(room) == KVPoll.WaitingForInput)
-        made.submit(Chunk(room, [1], 0, 4, 0, 4, True, 0))
+        side.sender_opened(room)
+        eventually(lambda: side._manager.request_status.get(room) == KVPoll.WaitingForInput)
+        side.submit(Chunk(room, [1], 0, 4, 0, 4, True, 0))
 
-    made.send = send
-    return made
+    side.send = send
+    return side
 
 
 def eventually(holds, seconds=10):

@@ -152,10 +152,10 @@ class Staging:
         layouts: list[tuple[int, int, ChunkLayout]] = []  # room, first token within the batch, rows
         token = 0
         for rid, start, length in zip(rids, starts, lengths, strict=True):
-            wanted = self._expected.get(rid)
-            if wanted is not None and start + length <= wanted.prompt_tokens:
-                layout = chunk_layout(self._plan, wanted.prompt_tokens, start, start + length, self._kv_heads)
-                layouts.append((wanted.room, token, layout))
+            request = self._expected.get(rid)
+            if request is not None and start + length <= request.prompt_tokens:
+                layout = chunk_layout(self._plan, request.prompt_tokens, start, start + length, self._kv_heads)
+                layouts.append((request.room, token, layout))
             token += length
         rows = self._rows(layouts)
         shapes = [(2, len(rows.get(name, ())), self._kv_heads, self._plan.model.head_dim) for name in self._inputs]
