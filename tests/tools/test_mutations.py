@@ -1,16 +1,20 @@
-"""Each mutation can be applied: a change of the line that it mutates, or of its tests' place, is seen without running it."""
+"""Each mutation can be applied: a change of the line that it mutates, or of its tests' place, fails here."""
 
-import sys
+import importlib
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
-import mutations
 
 
-def test_the_line_of_each_mutation_stands_once():
+@pytest.fixture
+def mutations(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    return importlib.import_module("mutations")
+
+
+def test_the_line_of_each_mutation_stands_once(mutations):
     listed = mutations.read(ROOT)
     assert len(listed) >= 40
     assert all(mutation.applied(ROOT) != (ROOT / mutation.file).read_text() for mutation in listed)
@@ -24,7 +28,7 @@ def test_the_line_of_each_mutation_stands_once():
         ("{old: def worker_memory(, new: x, tests: [nowhere.py]}", "no such test: nowhere.py"),
     ],
 )
-def test_those_that_cannot_be_applied_are_named(entry, problem, tmp_path, monkeypatch, capsys):
+def test_those_that_cannot_be_applied_are_named(mutations, entry, problem, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(mutations, "DATA", tmp_path / "mutations.yaml")
     mutations.DATA.write_text(f"- {entry}\n")
     with pytest.raises(SystemExit) as ended:
