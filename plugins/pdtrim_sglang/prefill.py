@@ -136,6 +136,7 @@ class PrefillSide:
         progress = self._progress[chunk.room]
         parts = self._parts(chunk)
         progress.queued += len(parts)
+        progress.reused_tokens = info.prefix_tokens
         progress.started = progress.started or time.monotonic()
         while not (reason := self._prepared(info.session)):
             with self._peers_lock:
@@ -178,8 +179,11 @@ class PrefillSide:
         progress = self._progress.get(room)
         if progress is None or not self.is_live(room):
             return
-        whole = self._plan.dense_bytes(progress.prompt_tokens)  # of all ranks; the payload is this one's
-        self._metrics.succeeded(progress, whole * self._pool.kv_heads // self._plan.model.num_kv_heads)
+        reused, heads = progress.reused_tokens, self._plan.model.num_kv_heads
+        # of all ranks; the payload is this one's
+        dense = self._plan.dense_bytes(progress.prompt_tokens - reused)
+        spared = self._plan.payload_bytes(reused) if reused else 0
+        self._metrics.succeeded(progress, *(size * self._pool.kv_heads // heads for size in (dense, spared)))
         # decode knows already: it scattered the last chunk
         self._manager.conclude_transfer(bootstrap_room=room, status=KVPoll.Success, targets=[])
 

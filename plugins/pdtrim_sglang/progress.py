@@ -9,6 +9,7 @@ from dataclasses import dataclass
 class RoomProgress:
     """How far one request's transfer is; times are of the monotonic clock, in seconds.
 
+    Of the prompt's tokens, decode has the rows of the first `reused_tokens` from an earlier request.
     `last_sent` is when the last chunk had left: from then on its reply is waited for.
     """
 
@@ -20,6 +21,7 @@ class RoomProgress:
     staged_bytes: int = 0
     wire_bytes: int = 0
     prompt_tokens: int = 0
+    reused_tokens: int = 0
     last_sent: float | None = None
     seconds: float = 0.0
 
