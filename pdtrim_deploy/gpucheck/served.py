@@ -196,10 +196,13 @@ def _transfer_rows(pair: Pair, library: str) -> Iterator[Row]:
         load = Scenario.closed(16, 1, (3000, 3000), (2, 2), warmup=2, deadline_s=120)
         ways = {
             f"stock {library}": (bundles["stock"], replace(pair, backend=library)),
-            f"pdtrim_{library}, k4v3": (
-                bundles["k4v3"],
-                replace(pair, backend=f"pdtrim_{library}", transport=trusting),
-            ),
+            **{
+                f"pdtrim_{library}, k4v3, {slots} slots": (
+                    bundles["k4v3"],
+                    replace(pair, backend=f"pdtrim_{library}", transport=trusting | {"slots": slots}),
+                )
+                for slots in (("host", "device") if pair.device == "cuda" else ("host",))
+            },
             "pdtrim_tcp, k4v3": (bundles["k4v3"], pair),
         }
         for name, (bundle, way) in ways.items():

@@ -25,6 +25,7 @@ class TransportOptions(Frozen):
     accept_unauthenticated: bool | None = None
     protocol: Literal["tcp", "rdma"] | None = None
     devices: str | None = Field(None, max_length=1000)
+    slots: Literal["auto", "host", "device"] | None = None
 
     @field_validator("announce")
     @classmethod

@@ -22,7 +22,7 @@ from pdtrim_sglang.pool import PoolView
 from pdtrim_sglang.prefill import PrefillSide
 from pdtrim_sglang.requirements import check_options, check_staging, check_window
 from pdtrim_sglang.rooms import AuxRows
-from pdtrim_sglang.transports import TransportConfig
+from pdtrim_sglang.transports import TransportConfig, transport_named
 from pdtrim_sglang.transports.handshake import Credentials
 
 
@@ -82,13 +82,14 @@ class PDTrimKVManager(CommonKVManager):
         aux = AuxRows(tuple(self.kv_args.aux_data_ptrs), tuple(self.kv_args.aux_item_lens))
         credentials = Credentials(bytes.fromhex(self.plan.digest), self._secret)
         config = WorkerConfig.parse(self.server_args.json_model_override_args)
-        self.transport_config = TransportConfig.of(config.transport, credentials, sglang_host.ib_devices(self.kv_args))
-        check_staging(self.plan, view, self.transport_config.staging_bytes)
         transport = self.server_args.disaggregation_transfer_backend.removeprefix("pdtrim_")
+        settings = TransportConfig.of(config.transport, credentials, sglang_host.ib_devices(self.kv_args))
+        self.transport_config = transport_named(transport).slots_near(view.keys[0].device, settings)
+        check_staging(self.plan, view, self.transport_config.staging_bytes)
         side = (self, self.plan, view, aux, transport, self.transport_config)
         if stage == "prefill":
             self.prefill_side = PrefillSide(*side)
-            if getattr(model, "packs_rows", False):
+            if getattr(model, "packs_rows", False) and self.transport_config.device is None:
                 model.staging = self.prefill_side.stage_in_engine()
         else:
             self.decode_side = DecodeSide(*side)

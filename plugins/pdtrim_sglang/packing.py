@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pdtrim_deploy.kvcache.checksum import checksum
 from pdtrim_deploy.kvcache.layout import ChunkLayout, chunk_layout
 from pdtrim_deploy.kvcache.pack import check, pack
 from pdtrim_deploy.plan import PDPlan
 from pdtrim_sglang.pool import PoolView
 from pdtrim_sglang.rooms import AuxRows
 from pdtrim_sglang.staging import Span
+from pdtrim_sglang.transports.base import staging_buffer
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Packed:
 
     They are of KV heads `heads`.
     `queued_at` is when the scheduler queued it, in seconds of the monotonic clock.
+    `device_sum` is the checksum of bytes in a slot on a GPU, int64 `[1]` on the host; it is there with `event`, too.
     """
 
     queued_at: float
@@ -61,6 +64,7 @@ class Packed:
     aux: bytes
     event: Any
     device: torch.device
+    device_sum: Tensor | None = None
 
     def wait(self) -> None:
         """Until the bytes are there. IndexError: a slot lay outside its pool."""
@@ -70,28 +74,36 @@ class Packed:
 
 
 class Packer:
-    """Packs chunks of one pool into `slots`, uint8 on the host; used by one thread, on a GPU by its stream."""
+    """Packs chunks of one pool into `slots`, uint8 on the host or the pool's GPU; used by one thread, there its stream.
+
+    Into a slot on a GPU rows come from the pool, also where an engine has packed them.
+    """
 
     def __init__(self, plan: PDPlan, pool: PoolView, aux: AuxRows, slots: Sequence[Tensor]) -> None:
         self._plan, self._pool, self._aux, self._slots = plan, pool, aux, slots
+        self._sums = [None if slot.is_cpu else staging_buffer(8).view(torch.int64) for slot in slots]
 
     def pack(self, queued_at: float, chunk: Chunk, slot: int) -> Packed:
         """Pack a chunk whose room is live; a GPU may still be at it when this returns."""
         for event in chunk.events:
             event.synchronize()
-        out, pieces = self._slots[slot], None
+        out, device_sum, pieces = self._slots[slot], self._sums[slot], None
         pool = self._pool if chunk.heads is None else self._pool.of_heads(chunk.heads)
         layout = chunk_layout(self._plan, chunk.prompt_tokens, chunk.start, chunk.stop, pool.kv_heads)
-        if chunk.span is not None:
+        if chunk.span is not None and device_sum is None:
             first = pool.first_head - self._pool.first_head
             heads = None if pool is self._pool else slice(first, first + pool.kv_heads)
             pieces = chunk.span.payload(layout, out, pool.offsets, heads)
         else:
             slots = pool.slots(chunk.pages, chunk.stop - chunk.pages_start)[chunk.start - chunk.pages_start :]
-            if pool.keys[0].is_cpu:
+            if device_sum is not None:
+                packed = pack(layout, pool.keys, pool.values, slots, out, pool.offsets)
+                device_sum.copy_(checksum(packed), non_blocking=True)
+            elif pool.keys[0].is_cpu:
                 pack(layout, pool.keys, pool.values, slots, out, pool.offsets)
             else:
                 packed = pack(layout, pool.keys, pool.values, slots, offsets=pool.offsets)
                 out[: layout.total_bytes].copy_(packed, non_blocking=True)
         aux = self._aux.read(chunk.aux_index) if chunk.last and chunk.carries_aux else b""
-        return Packed(queued_at, chunk, layout, pool.heads, slot, pieces, aux, pool.record_event(), pool.keys[0].device)
+        event, device = pool.record_event(), pool.keys[0].device
+        return Packed(queued_at, chunk, layout, pool.heads, slot, pieces, aux, event, device, device_sum)

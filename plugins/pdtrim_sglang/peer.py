@@ -22,6 +22,7 @@ from pdtrim_sglang.protocol import ChunkHeader, Reply
 from pdtrim_sglang.rooms import AuxRows
 from pdtrim_sglang.transports import SendChannel, TransportConfig
 from pdtrim_sglang.transports.base import TransportError, UnreachableError
+from pdtrim_sglang.transports.sums import as_bytes
 
 __all__ = ["Chunk", "Owner", "Peer"]
 
@@ -218,7 +219,8 @@ class Peer:
             sent = self._unanswered.setdefault(chunk.room, _Unanswered())
             sent.chunks, sent.last = sent.chunks + 1, chunk.last
         progress.prompt_tokens = chunk.prompt_tokens
-        wire_bytes = self._channel.send(header, memoryview(packed.aux), packed.slot, packed.pieces)
+        device_sum = None if packed.device_sum is None else as_bytes(packed.device_sum)
+        wire_bytes = self._channel.send(header, memoryview(packed.aux), packed.slot, packed.pieces, device_sum)
         self._lost = False
         with progress.lock:
             if chunk.last:

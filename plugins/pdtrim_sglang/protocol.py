@@ -52,8 +52,11 @@ class ChunkHeader:
     last: bool
     heads: range
 
-    def encode(self, body: Iterable[memoryview]) -> bytes:
-        """Header bytes with the XXH3-64 checksum of header and body."""
+    def encode(self, body: Iterable[memoryview | bytes]) -> bytes:
+        """Header bytes with the XXH3-64 checksum of header and body.
+
+        A payload on a GPU stands in `body` by its own checksum, 8 bytes (`pdtrim_deploy.kvcache.checksum`).
+        """
         fixed = _HEADER.pack(
             MAGIC, VERSION, _LAST if self.last else 0, self.rank, self.heads.start, len(self.heads), self.digest,
             self.room, self.prompt_tokens, self.start, self.stop, self.aux_bytes, self.payload_bytes,
@@ -76,12 +79,12 @@ class ChunkHeader:
         return cls(digest, room, rank, tokens, start, stop, aux, payload, bool(flags & _LAST), held)
 
 
-def body_matches(header: bytes, body: Iterable[memoryview]) -> bool:
+def body_matches(header: bytes, body: Iterable[memoryview | bytes]) -> bool:
     """Whether the checksum in `header` is that of header and body."""
     return _CHECKSUM.unpack_from(header, _HEADER.size)[0] == _checksum(header[: _HEADER.size], body)
 
 
-def _checksum(fixed: bytes, body: Iterable[memoryview]) -> int:
+def _checksum(fixed: bytes, body: Iterable[memoryview | bytes]) -> int:
     digest = xxhash.xxh3_64(fixed)
     for part in body:
         digest.update(part)

@@ -208,7 +208,7 @@ def edited(stages, tmp_path, **changes):
     ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5"),
     ({"hidden_act": "gelu"}, "activation 'gelu' is not supported"),
     ({"architectures": ["GPT2LMHeadModel"]}, "architecture GPT2LMHeadModel is not supported"),
-    ({"dtype": "bfloat16"}, "dtype bfloat16 is not supported; give option dtype"),
+    ({"dtype": "bfloat16"}, "onnxruntime has no kernels for dtype bfloat16 on the CPU; give option dtype"),
     ({"pdtrim": None}, "carries no plan"),
     ({"num_hidden_layers": 4}, "4 layers, the plan gives prefill 5"),
 ])  # fmt: skip

@@ -39,7 +39,7 @@ class Channel:
     def connect(self):
         pass
 
-    def send(self, header, aux, slot, payload=None):
+    def send(self, header, aux, slot, payload=None, device_sum=None):
         whole = b"".join(payload) if payload is not None else bytes(self.slots[slot][: header.payload_bytes].numpy())
         self.sent.put((header, whole))
         return len(whole)

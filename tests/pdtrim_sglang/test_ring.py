@@ -25,10 +25,11 @@ from pdtrim_sglang.pool import PoolView
 from pdtrim_sglang.progress import RoomProgress
 from pdtrim_sglang.protocol import ChunkHeader, Reply
 from pdtrim_sglang.rooms import AuxRows
-from pdtrim_sglang.transports import Transport, TransportConfig, transport_named
+from pdtrim_sglang.transports import Transport, TransportConfig, one_sided, ring, sums, transport_named
 from pdtrim_sglang.transports.one_sided import OneSided
-from pretended_gpu import OnGPU, host
+from pretended_gpu import GPU, OnGPU, host
 
+from pdtrim_deploy.kvcache.checksum import torch_checksum
 from pdtrim_deploy.kvcache.pack import pack, unpack
 from pdtrim_deploy.plan import KVSend, ModelShape, PDPlan
 from pdtrim_deploy.serving.ports import free_ports
@@ -125,6 +126,9 @@ def on_streams(monkeypatch, device):
     copy = OnGPU.__torch_function__
 
     def later(cls, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.item:  # the host waits for the stream
+            device.current_stream().synchronize()
+            return host(args[0]).item()
         if func is torch.Tensor.copy_ and (kwargs or {}).get("non_blocking"):
             into, source = host(args[0]), args[1]
             device.launch(lambda: into.copy_(host(source)))
@@ -134,7 +138,8 @@ def on_streams(monkeypatch, device):
     monkeypatch.setattr(OnGPU, "__torch_function__", classmethod(later))
 
     def packed(layout, keys, values, slots, out=None, offsets=None):
-        result, slots = torch.zeros(layout.total_bytes, dtype=torch.uint8), host(slots)
+        result = torch.zeros(layout.total_bytes, dtype=torch.uint8) if out is None else host(out[: layout.total_bytes])
+        slots = host(slots)
         device.launch(lambda: pack(layout, [*map(host, keys)], [*map(host, values)], slots, result))
         return gpu_view(result)
 
@@ -142,11 +147,29 @@ def on_streams(monkeypatch, device):
         device.launch(lambda: unpack(layout, host(payload), [*map(host, keys)], [*map(host, values)], host(slots)))
 
     def near(payload, pool):
+        if payload.is_cuda:
+            return payload
         landed = torch.zeros_like(payload)
         device.launch(lambda: landed.copy_(payload))
         return gpu_view(landed)
 
-    monkeypatch.setattr(packing, "pack", packed)
+    def summed(data):
+        total = torch.zeros(1, dtype=torch.int64)
+        device.launch(lambda: total.copy_(torch_checksum(host(data))))
+        return gpu_view(total)
+
+    def buffer(size, on_gpu=None):
+        memory = torch.zeros(size, dtype=torch.uint8)
+        return gpu_view(memory) if on_gpu else memory
+
+    for module, name, form in (
+        (packing, "pack", packed),
+        (packing, "checksum", summed),
+        (sums, "checksum", summed),
+        (one_sided, "staging_buffer", buffer),
+        (ring, "staging_buffer", buffer),
+    ):
+        monkeypatch.setattr(module, name, form)
     monkeypatch.setattr(rooms, "unpack", scattered)
     monkeypatch.setattr(rooms, "near", near)
 
@@ -162,7 +185,7 @@ def transports():
 
 
 @pytest.mark.parametrize("slots", [1, 2, 3])
-@pytest.mark.parametrize("name", ["tcp", "one-sided"])
+@pytest.mark.parametrize("name", ["tcp", "one-sided", "one-sided, slots on the GPU"])
 @pytest.mark.parametrize("seed", range(4))
 def test_rows_arrive_whatever_the_device_does_first(monkeypatch, name, slots, seed):
     torch.manual_seed(seed)
@@ -172,8 +195,9 @@ def test_rows_arrive_whatever_the_device_does_first(monkeypatch, name, slots, se
         PoolView(*([gpu_view(fill(2 * TOKENS, HEADS, DIM)) for _ in range(2)] for _ in range(2)), PAGE)
         for fill in (torch.randn, torch.zeros)
     )
-    config = TransportConfig(staging_bytes=1 << 16, staging_slots=slots)
-    side, owner, transport = decode_side(target), Owner(), transports()[name]
+    on_gpu = GPU if "GPU" in name else None
+    config = TransportConfig(staging_bytes=1 << 16, staging_slots=slots, device=on_gpu)
+    side, owner, transport = decode_side(target), Owner(), transports()[name.partition(",")[0]]
     server = transport.server("127.0.0.1", side, config)
     peer = Peer("127.0.0.1", server.port, transport.channel, config, owner, PLAN, source, AuxRows((), ()), 0)
     here, there = (torch.randperm(2 * TOKENS // PAGE).view(2, -1) for _ in range(2))  # pages of two rooms

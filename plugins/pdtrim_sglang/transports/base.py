@@ -37,6 +37,8 @@ class TransportConfig:
         accept_unauthenticated: the user knows that this transport lets strangers write, and wants it all the same.
         protocol: what Mooncake is to use, `tcp` or `rdma`.
         devices: the network devices that Mooncake and NIXL are to use, comma-separated; none: those that they find.
+        slots: the memory of staging slots, `host`, `device` or `auto`; `Transport.slots_near` decides.
+        device: the GPU in whose memory they are; None: on the host.
         credentials: what a connection's ends show each other before the first chunk.
 
     """
@@ -51,11 +53,13 @@ class TransportConfig:
     accept_unauthenticated: bool = False
     protocol: str = "tcp"
     devices: str = ""
+    slots: str = "auto"
+    device: torch.device | None = None
     credentials: Credentials = field(default_factory=Credentials)
 
     @classmethod
     def of(cls, options: TransportOptions, credentials: Credentials, ib_devices: str = "") -> TransportConfig:
-        """What the worker was told, else SGLang's `ib_devices`, and the defaults for the rest."""
+        """The worker's options, else SGLang's `ib_devices`, and the defaults for the rest."""
         settings = options.model_dump(exclude_none=True)
         if ib_devices:
             settings = {"devices": ib_devices, "protocol": "rdma"} | settings
@@ -89,8 +93,10 @@ def refuse_strangers(transport: str, library: str, config: TransportConfig) -> N
         )
 
 
-def staging_buffer(size: int) -> Tensor:
-    """Host memory, uint8 `[size]`; pinned where there is a GPU, whose copies are then direct."""
+def staging_buffer(size: int, device: torch.device | None = None) -> Tensor:
+    """uint8 `[size]` on `device`, or on the host; there pinned where there is a GPU, whose copies are then direct."""
+    if device is not None:
+        return torch.empty(size, dtype=torch.uint8, device=device)
     return torch.empty(size, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
 
 
@@ -108,7 +114,7 @@ class ChunkHandler(Protocol):
         """Raise ProtocolError unless the lengths in `header` are those of the plan."""
 
     def deliver(self, header: ChunkHeader, payload: Tensor, aux: memoryview) -> Reply:
-        """Scatter `payload` (uint8) and `aux`; both are only valid during the call."""
+        """Scatter `payload` (uint8, on the host or the pool's GPU) and `aux`; both are only valid during the call."""
 
     def connections_changed(self) -> None:
         """A connection came or went: `ReceiveServer.held` says something else."""
@@ -128,11 +134,11 @@ class SendLink(ABC):
     """One connection of a `SendMover`."""
 
     @abstractmethod
-    def move(self, slot: int, payload: Sequence[memoryview]) -> Sequence[memoryview]:
-        """Get a payload across; returns what of it goes on the stream, between header and aux row.
+    def move(self, slot: int, size: int, payload: Sequence[memoryview]) -> Sequence[memoryview]:
+        """Get a payload of `size` bytes across; returns what of it goes on the stream, between header and aux row.
 
-        Its pieces lie in `slot`, each at its own place in the payload, or anywhere else. OSError when it cannot be got
-        across: the connection is then given up.
+        Its pieces lie in `slot`, each at its own place in the payload, or anywhere else; in a slot on a GPU the payload
+        lies whole, and there are none. OSError when it cannot be got across: the connection is then given up.
         """
 
     @abstractmethod
@@ -147,12 +153,12 @@ class SendLink(ABC):
 class SendMover(ABC):
     """Gets the payloads of one `SendChannel` across.
 
-    `slots` are the uint8 buffers `[staging_bytes]` for them, `views` their bytes.
+    `slots` are the uint8 buffers `[staging_bytes]` for them, `views` the bytes of those on the host.
     """
 
     def __init__(self, slots: Sequence[Tensor]) -> None:
         self.slots = tuple(slots)
-        self.views = tuple(memoryview(slot.numpy().data) for slot in slots)
+        self.views = tuple(memoryview(slot.numpy().data) for slot in slots if slot.is_cpu)
 
     @abstractmethod
     def connected(self, connection: socket.socket) -> SendLink:
@@ -165,10 +171,11 @@ class ReceiveLink(ABC):
     held_bytes: int = 0
 
     @abstractmethod
-    def read(self, header: ChunkHeader, body: Tensor) -> None:
-        """Fill `body`, uint8 on the host, with a chunk's payload and aux row, whose lengths were admitted.
+    def read(self, payload: Tensor, aux: Tensor) -> None:
+        """Fill both, uint8, with a chunk's payload and aux row, whose lengths were admitted.
 
-        OSError when the connection broke.
+        `aux` is on the host, `payload` too or on a GPU, where the current stream fills it. OSError when the connection
+        broke.
         """
 
     @abstractmethod
@@ -185,7 +192,16 @@ class ReceiveMover(ABC):
 
 
 class Mover(ABC):
-    """One way to get payloads across: it makes both ends' movers."""
+    """One way to get payloads across: it makes both ends' movers.
+
+    `on_device` says whether slots lie in a GPU's memory when nobody chose.
+    """
+
+    on_device = False
+
+    def refuses_device(self) -> str:
+        """Why slots cannot lie in a GPU's memory, in one clause; empty where they can."""
+        return "it sends from host memory"
 
     def prepare(self, local_host: str, config: TransportConfig) -> None:  # noqa: B027 (most need nothing)
         """At a prefill worker's start: RuntimeError, one sentence, when it cannot be used here."""

@@ -48,13 +48,19 @@ class SendChannel:
         self._reached()
 
     def send(
-        self, header: ChunkHeader, aux: memoryview, slot: int = 0, payload: Sequence[memoryview] | None = None
+        self,
+        header: ChunkHeader,
+        aux: memoryview,
+        slot: int = 0,
+        payload: Sequence[memoryview] | None = None,
+        device_sum: bytes | None = None,
     ) -> int:
         """Send a payload and `aux`; all memory may be reused when this returns.
 
         Args:
             slot: number of the slot that the payload lies in.
             payload: its pieces in order, `header.payload_bytes` together, where not all of them lie in the slot.
+            device_sum: the checksum of a payload in a slot on a GPU, which the host does not read.
 
         Returns:
             bytes put on the wire, header included.
@@ -63,15 +69,19 @@ class SendChannel:
             TransportError: not connected, or the connection broke. The next `send` connects anew.
 
         """
-        payload = payload if payload is not None else [self._mover.views[slot][: header.payload_bytes]]
-        fixed = memoryview(header.encode([*payload, aux]))
+        size = header.payload_bytes
+        if device_sum is not None:
+            payload = []
+        elif payload is None:
+            payload = [self._mover.views[slot][:size]]
+        fixed = memoryview(header.encode([*(payload if device_sum is None else [device_sum]), aux]))
         connection = self._reached()
         try:
-            send(connection.socket, [fixed, *connection.link.move(slot, payload), aux])
+            send(connection.socket, [fixed, *connection.link.move(slot, size, payload), aux])
         except OSError as error:
             self.close()
             raise TransportError(f"cannot send to decode worker {self._name}: {error}") from error
-        return len(fixed) + header.payload_bytes + len(aux)
+        return len(fixed) + size + len(aux)
 
     def abandon(self) -> None:
         """From any thread: the connection has gone silent. Break it, so that its owner hears `on_lost`."""

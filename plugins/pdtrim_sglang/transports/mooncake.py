@@ -8,9 +8,11 @@ worker's registered memory. So it starts only when the user says `accept_unauthe
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from functools import cache
+from importlib.metadata import PackageNotFoundError, distribution
 from typing import Any
 
 from torch import Tensor
@@ -19,6 +21,7 @@ from pdtrim_sglang.transports.base import TransportConfig, missing, refuse_stran
 from pdtrim_sglang.transports.one_sided import Writer
 
 POLL_S = 20e-6
+WITHOUT_CUDA = "mooncake-transfer-engine-non-cuda"
 DONE = 1  # of transfer_check_status; 0: under way, less: failed
 
 
@@ -29,7 +32,7 @@ class MooncakeWriter(Writer):
         try:
             from mooncake.engine import TransferEngine
         except ImportError as error:
-            raise missing("mooncake", "mooncake-transfer-engine-non-cuda==0.3.13.post1", error) from None
+            raise missing("mooncake", f"{WITHOUT_CUDA}==0.3.13.post1", error) from None
         super().__init__()
         self._engine = TransferEngine()
         if self._engine.initialize(host, "P2PHANDSHAKE", protocol, devices):
@@ -64,6 +67,14 @@ class MooncakeWriter(Writer):
                 time.sleep(POLL_S)
         if state != DONE:
             raise OSError(f"Mooncake cannot write to {session}")
+
+
+def refuses_device() -> str:
+    """Why slots cannot be on a GPU. The library itself tells a GPU's address from a host's, where it was built to."""
+    with contextlib.suppress(PackageNotFoundError):
+        distribution(WITHOUT_CUDA)
+        return f"wheel {WITHOUT_CUDA} knows no GPU memory, and mooncake-transfer-engine or its cuda13 form does"
+    return ""
 
 
 @cache

@@ -42,24 +42,29 @@ class NixlWriter(Writer):
 
     def register(self, buffer: Tensor) -> None:
         with self._lock:
-            self._agent.register_memory([(buffer.data_ptr(), len(buffer), 0, "")], "DRAM")
+            kind, number = _memory(buffer)
+            self._agent.register_memory([(buffer.data_ptr(), len(buffer), number, "")], kind)
 
     def place(self, buffer: Tensor) -> bytes:
         with self._lock:
             agent = self._agent.get_agent_metadata()
-        return json.dumps({"address": buffer.data_ptr(), "size": len(buffer), "agent": agent.hex()}).encode()
+        kind, number = _memory(buffer)
+        place = {"address": buffer.data_ptr(), "size": len(buffer), "kind": kind, "device": number}
+        return json.dumps(place | {"agent": agent.hex()}).encode()
 
     def reach(self, place: bytes) -> Any:
         fields = json.loads(place)
+        memory = str(fields["kind"]), int(fields["device"])
         with self._lock:
             try:
                 name = self._agent.add_remote_agent(bytes.fromhex(fields["agent"]))
             except Exception as error:  # NIXL's own classes, one for each status
                 raise OSError(f"NIXL does not understand the decode worker: {error}") from None
-        return name.decode() if isinstance(name, bytes) else name, int(fields["address"]), int(fields["size"])
+        name = name.decode() if isinstance(name, bytes) else name
+        return name, int(fields["address"]), int(fields["size"]), memory
 
     def write(self, source: Tensor, size: int, target: Any, seconds: float) -> None:
-        agent, address, room = target
+        agent, address, room, (there, number) = target
         if size > room:
             raise OSError(
                 f"chunk of {size} bytes, the decode worker's staging buffer has {room}: use one staging_bytes"
@@ -67,8 +72,9 @@ class NixlWriter(Writer):
         deadline, handle = time.monotonic() + seconds, None
         try:
             with self._lock:
-                local = self._agent.get_xfer_descs([(source.data_ptr(), size, 0)], "DRAM")
-                remote = self._agent.get_xfer_descs([(address, size, 0)], "DRAM")
+                here, own = _memory(source)
+                local = self._agent.get_xfer_descs([(source.data_ptr(), size, own)], here)
+                remote = self._agent.get_xfer_descs([(address, size, number)], there)
                 handle = self._agent.initialize_xfer("WRITE", local, remote, agent, b"")
                 state = self._agent.transfer(handle)
             while state == "PROC":
@@ -87,6 +93,11 @@ class NixlWriter(Writer):
                     self._agent.release_xfer_handle(handle)
         if state != "DONE":
             raise OSError(f"NIXL ended a write with {state}")
+
+
+def _memory(buffer: Tensor) -> tuple[str, int]:
+    """NIXL's kind of the memory of `buffer`, and the number of its device."""
+    return ("DRAM", 0) if buffer.is_cpu else ("VRAM", buffer.device.index or 0)
 
 
 @cache

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from pdtrim_sglang.protocol import ChunkHeader
 from pdtrim_sglang.transports.base import (
     Mover,
     ReceiveLink,
@@ -39,7 +38,7 @@ class InlineSendMover(SendMover, SendLink):
     def connected(self, connection: socket.socket) -> SendLink:
         return self
 
-    def move(self, slot: int, payload: Sequence[memoryview]) -> Sequence[memoryview]:
+    def move(self, slot: int, size: int, payload: Sequence[memoryview]) -> Sequence[memoryview]:
         return payload
 
     def answered(self) -> None:
@@ -60,9 +59,10 @@ class _InlineLink(ReceiveLink):
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
 
-    def read(self, header: ChunkHeader, body: Tensor) -> None:
-        if len(body) and receive(self._connection, body.numpy().data) is None:
-            raise ConnectionError("closed inside a chunk")
+    def read(self, payload: Tensor, aux: Tensor) -> None:
+        for part in (payload, aux):
+            if len(part) and receive(self._connection, part.numpy().data) is None:
+                raise ConnectionError("closed inside a chunk")
 
     def close(self) -> None:
         pass
