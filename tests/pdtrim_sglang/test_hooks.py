@@ -20,7 +20,7 @@ PLAIN = {
 }  # fmt: skip
 DECODE = PLAIN | {
     "disaggregation_mode": "decode", "disaggregation_decode_enable_radix_cache": False,
-    "disaggregation_decode_enable_offload_kvcache": False,
+    "disaggregation_decode_enable_offload_kvcache": False, "enable_streaming_session": False,
     "attention_backend": "torch_native", "decode_attention_backend": None,
 }  # fmt: skip
 
@@ -85,6 +85,7 @@ def test_backends_are_ours_where_a_layer_is_cut_and_only_there(registry, monkeyp
     [
         ({"disaggregation_decode_enable_radix_cache": True}, "--disaggregation-decode-enable-radix-cache"),
         ({"disaggregation_decode_enable_offload_kvcache": True}, "--disaggregation-decode-enable-offload-kvcache"),
+        ({"enable_streaming_session": True}, "without --enable-streaming-session"),
         (
             {"attention_backend": "fa4"},
             "fa4 would read .* torch_native, triton, flashinfer, fa3, trtllm_mha:",
