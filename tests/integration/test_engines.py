@@ -40,6 +40,7 @@ def test_smollm2_with_onnxruntime_in_both_stages(bundle, real_cache, tmp_path):
 
     Half of the prompts of a whole check: chunks, prefix hits and one batch. Torch and tiny engines are asked them all.
     """
+    assert all(engine.numerics.hidden_error < 5e-5 for engine in bundle.engines.values()), "prompts at build time"
     options = WorkerOptions(page_size=16, chunked_prefill_size=64)
     executors = Executors("onnxruntime", "onnxruntime")
     count, length = text_needed(bundle.plan)

@@ -10,7 +10,7 @@ import pytest
 
 from pdtrim_deploy.worker.decode_pool import SplitPool
 
-pytestmark = [pytest.mark.serve, pytest.mark.model, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.serve, pytest.mark.model, pytest.mark.timeout(900), pytest.mark.xdist_group("tiny bundle")]
 
 
 @pytest.fixture
