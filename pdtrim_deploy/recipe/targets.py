@@ -55,11 +55,13 @@ class OnnxTarget(Target):
 class TensorRTTarget(Target):
     """A TensorRT engine, for the GPU of the machine that builds; tuned for calls of `usual_tokens` tokens.
 
+    `dtype` is by default the stage's, or float16 where that is float32.
+
     `plugin_library` is a path to libpdtrim_tensorrt.so, which the engine then contains; `dry_run` only describes the
     engine.
     """
 
-    dtype: Literal["float32", "float16"] | None = None
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
     tolerance: Tolerance | None = None
     most_tokens: PositiveInt = 4096
     usual_tokens: PositiveInt = 256

@@ -69,6 +69,8 @@ def worker_command(python: Path, worker: WorkerSpec, secret: Path | None = None)
     if options.device == "cpu":
         arguments |= {"--attention-backend": "torch_native", FRACTION: static_fraction(worker)}
         flags += ["--disable-overlap-schedule", "--sleep-on-idle"]
+        if (ranks := options.tp(worker.stage)) > 1:
+            arguments["--tp-size"] = ranks
         if worker.stage == "decode" and not options.sparse:  # the default backs up KV through CUDA streams
             arguments["--disaggregation-decode-retraction-backup"] = "none"
     else:
@@ -106,6 +108,8 @@ def worker_environment(python: Path, worker: WorkerSpec, workers: int, temporary
             "OMP_WAIT_POLICY": "PASSIVE",
             "GOMP_SPINCOUNT": "0",
         }
+        if worker.options.tp(worker.stage) > 1:
+            chosen["SGLANG_NCCL_SO_PATH"] = os.devnull  # NCCL wants GPUs; without it SGLang's ranks speak by gloo
     return _base(python, os.environ, temporary) | chosen
 
 

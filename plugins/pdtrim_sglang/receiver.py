@@ -34,7 +34,8 @@ class PDTrimKVReceiver(CommonKVReceiver):
         prefix = decode_prefix_len or 0
         assert aux_index is not None
         request = self.bootstrap_room, self.prompt_tokens, prefix, kv_indices, aux_index
-        self.kv_mgr.decode_side.open_room(*request, self.forward_done, self.row)
+        ranks = self.prefill_info.attn_tp_size
+        self.kv_mgr.decode_side.open_room(*request, self.forward_done, self.row, prefill_ranks=ranks)
         self.kv_mgr.prompts_announced[self.bootstrap_room] = self.prompt_tokens
         super().send_metadata(kv_indices, aux_index, state_indices, decode_prefix_len, **options)
         self.kv_mgr.prompts_announced.pop(self.bootstrap_room, None)

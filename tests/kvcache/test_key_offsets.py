@@ -89,9 +89,9 @@ def test_each_rank_takes_the_offsets_of_its_heads(form):
     keys = torch.randn(TOKENS, 4, 64)
     whole = sent(plan, keys, offsets, *form)
     for rank in range(2):
-        heads = slice(2 * rank, 2 * rank + 2)
+        heads, own = slice(2 * rank, 2 * rank + 2), offsets.heads(range(2 * rank, 2 * rank + 2))
         part = plan.model_copy(update={"model": shape(1, 2, 64)})
-        assert torch.equal(sent(part, keys[:, heads].contiguous(), offsets.heads(rank, 2), *form), whole[:, heads])
+        assert torch.equal(sent(part, keys[:, heads].contiguous(), own, *form), whole[:, heads])
 
 
 @pytest.mark.parametrize("form", [pack, torch_pack.pack])
@@ -103,7 +103,7 @@ def test_keys_are_never_packed_without_their_offset_or_with_another_ranks(form):
     with pytest.raises(ValueError, match=r"offset of \(2, 64\); the one given is of \(4, 64\)"):
         sent(plan, keys, offsets, form)
     with pytest.raises(ValueError, match=r"offset of \(2, 64\); the one given is of \(1, 64\)"):
-        sent(plan, keys, offsets.heads(0, 1), form)
+        sent(plan, keys, offsets.heads(range(1)), form)
 
 
 def test_broken_keys_come_back_broken():

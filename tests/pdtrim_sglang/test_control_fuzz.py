@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from pdtrim_sglang.decode import DecodeSide
 from pdtrim_sglang.manager import PDTrimKVManager
 from pdtrim_sglang.messages import REGISTER, ROOM, Register, Room
+from pdtrim_sglang.pairing import Ranks
 from pdtrim_sglang.prefill import PrefillSide
 from pdtrim_sglang.protocol import VERSION
 from pdtrim_sglang.rooms import AuxRows
@@ -24,6 +25,9 @@ PLAN = PDPlan.dense(
     ModelShape(architecture="X", fingerprint="f", num_blocks=1, num_kv_heads=1, head_dim=8, kv_dtype="float32")
 )
 WHO = {"session": "127.0.0.1:5", "host": "127.0.0.1", "control_port": 5}
+REGISTERED = Register(
+    **WHO, protocol=VERSION, digest=PLAN.digest, data_port=7, tp_size=1, tp_rank=0, aux_item_bytes=()
+)  # fmt: skip
 FRAME = st.one_of(
     st.binary(max_size=40),
     st.sampled_from([REGISTER, ROOM, ABORT_TAG, STATUS, b"", b"{}", b"-1", b"\xff"]),
@@ -38,7 +42,7 @@ class Manager:
 
     kv_status_msg_tag = STATUS
     parse_kv_status_message = PDTrimKVManager.parse_kv_status_message
-    attn_tp_size, bootstrap_timeout = 1, 60
+    attn_tp_size, attn_tp_rank, bootstrap_timeout = 1, 0, 60
 
     def __init__(self):
         self.failure_records = {}
@@ -58,7 +62,7 @@ def prefill(manager):
     side = object.__new__(PrefillSide)
     side._manager, side._plan, side._aux = manager, PLAN, AuxRows((), ())
     side._tombstones_lock, side._peers_lock = threading.Lock(), threading.Lock()
-    side._ended_unopened, side.staging = {}, None
+    side._ended_unopened, side.staging, side._ranks = {}, None, Ranks(1, 0, 1)
     side._known, side._peers, side._rejected, side._senders = {}, {}, {}, set()
     from collections import deque
 
@@ -117,7 +121,7 @@ def test_a_room_of_an_unregistered_worker_fails_at_once(fields):
 
 def test_another_plan_makes_no_peer():
     side = prefill(Manager())
-    message = Register(**WHO, protocol=VERSION, digest="0" * 64, data_port=7, tp_size=1, aux_item_bytes=())
+    message = Register(**WHO, protocol=VERSION, digest="0" * 64, data_port=7, tp_size=1, tp_rank=0, aux_item_bytes=())
     side._handle(message.frames())
     assert not side._known
     assert "plans differ" in side._rejected[message.session]
@@ -126,7 +130,7 @@ def test_another_plan_makes_no_peer():
 def test_decode_does_not_wait_for_a_request_that_prefill_has_given_up():
     """Prefill's deadline may pass while decode's pool is full: SGLang's decode then waits for its own, minutes."""
     side = prefill(Manager())
-    side._known[WHO["session"]], side._peers[WHO["session"]] = "registered", SimpleNamespace(forget=lambda _: None)
+    side._known[WHO["session"]], side._peers[WHO["session"]] = REGISTERED, SimpleNamespace(forget=lambda _: None)
     side._progress = {}
     message = Room(**WHO, room=7, prompt_tokens=3, prefix_tokens=0, destinations=1)
     side.sender_opened(7)
@@ -176,7 +180,7 @@ def test_decode_hears_of_a_failure_that_came_before_its_room():
 
     manager = Bookkeeping()
     side = prefill(manager)
-    side._known[WHO["session"]], side._peers[WHO["session"]] = "registered", SimpleNamespace(forget=lambda _: None)
+    side._known[WHO["session"]], side._peers[WHO["session"]] = REGISTERED, SimpleNamespace(forget=lambda _: None)
     side._progress = {}
     for room in (7, 8):
         side.sender_opened(room)
@@ -199,12 +203,13 @@ def test_a_rank_counts_what_its_own_heads_would_have_sent():
     """The ranks' counters add up, as their payloads do."""
     side, counted = prefill(Manager()), []
     side._plan = PDPlan.dense(PLAN.model.model_copy(update={"num_kv_heads": 4}))
-    side._pool, side._progress = SimpleNamespace(kv_heads=1), {7: SimpleNamespace(prompt_tokens=3)}
-    side._metrics.succeeded = lambda progress, dense_bytes: counted.append(dense_bytes)
+    side._progress = {7: SimpleNamespace(prompt_tokens=3, reused_tokens=1)}
+    side._manager.transfer_infos[7] = {"s": SimpleNamespace(heads=range(1, 2))}
+    side._metrics.succeeded = lambda progress, *sizes: counted.extend(sizes)
     side._manager.conclude_transfer = lambda **_: None
     side._manager.request_status[7] = KVPoll.WaitingForInput
     side.arrived(7)
-    assert counted == [side._plan.payload_bytes(3) // 4]
+    assert counted == [side._plan.payload_bytes(2) // 4, side._plan.payload_bytes(1) // 4]
 
 
 @pytest.mark.parametrize("first", ["prefill", "decode"])

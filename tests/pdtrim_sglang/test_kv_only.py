@@ -152,15 +152,14 @@ def test_what_a_graph_was_captured_with_is_there_as_long_as_the_model(runner, mo
     captured = [weakref.ref(parameter) for layer in runner.model.model.layers for parameter in layer.parameters()]
     places = [reference().data_ptr() for reference in captured]
     worker = object.__new__(manager.PDTrimKVManager)
-    worker._given_plan, worker._secret, worker.attn_tp_size = PLAN, b"", 1
+    worker._given_plan, worker._secret, worker.attn_tp_size, worker.attn_tp_rank = PLAN, b"", 1, 0
     worker.disaggregation_mode = DisaggregationMode.PREFILL
     worker.kv_args = SimpleNamespace(aux_data_ptrs=(), aux_item_lens=())
     worker.server_args = SimpleNamespace(
         disaggregation_transfer_backend="pdtrim_tcp", context_length=None, json_model_override_args=""
     )
-    monkeypatch.setattr(
-        manager.PoolView, "of", lambda pool: SimpleNamespace(keys=[torch.zeros(1, 1, 4)] * 3, offsets=None)
-    )
+    view = manager.PoolView([torch.zeros(1, 1, 4)] * 3, [torch.zeros(1, 1, 4)] * 3, 1)
+    monkeypatch.setattr(manager.PoolView, "of", lambda pool: view)
     monkeypatch.setattr(manager, "PrefillSide", lambda *_: "made")
     for check in ("check_fits", "check_window", "check_staging"):
         monkeypatch.setattr(manager, check, lambda *_: None)

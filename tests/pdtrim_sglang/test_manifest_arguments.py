@@ -9,7 +9,7 @@ pytest.importorskip("sglang", reason="needs the serve environment")
 from pdtrim_deploy.manifests import BundleAt, Options, Served, compose, kubernetes
 
 SERVED = Served("m", "ab" * 32, "bfloat16", sparse=True)
-OPTIONS = Options(prefill=2, gpus=2, bundle=BundleAt("host", "/srv/b"))
+OPTIONS = Options(prefill=2, tp_prefill=4, tp_decode=2, bundle=BundleAt("host", "/srv/b"))
 
 
 def commands() -> dict[str, list[str]]:
@@ -36,7 +36,7 @@ def test_of_workers(name):
     args = parser.parse_args(command[3:])
     assert args.disaggregation_mode == name.split("-")[0 if name[-1].isdigit() else 1]
     assert args.disaggregation_transfer_backend == "pdtrim_tcp"
-    assert args.tp_size == 2
+    assert args.tp_size == (4 if args.disaggregation_mode == "prefill" else 2)
     assert args.enable_metrics
     assert (args.attention_backend == "triton") == ("decode" in name)
 

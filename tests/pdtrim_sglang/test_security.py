@@ -68,7 +68,7 @@ def send(server, credentials, room=1):
     listener = Listener()
     channel = TRANSPORTS["tcp"].channel(server.host, server.port, listener, config(credentials))
     try:
-        channel.send(ChunkHeader(bytes(32), room, 0, 8, 0, 8, 0, 8, False), memoryview(b""))
+        channel.send(ChunkHeader(bytes(32), room, 0, 8, 0, 8, 0, 8, False, range(1)), memoryview(b""))
         return listener.events.get(timeout=5)
     finally:
         channel.close()
@@ -196,7 +196,7 @@ def test_silent_strangers_keep_no_member_out():
         st.tuples(  # a chunk's header with lengths that lie
             st.just(True),
             st.builds(
-                lambda aux, payload, room: ChunkHeader(bytes(32), room, 0, 8, 0, 8, aux, payload, True).encode(()),
+                lambda *sizes: ChunkHeader(bytes(32), sizes[2], 0, 8, 0, 8, *sizes[:2], True, range(1)).encode(()),
                 st.integers(65, 2**32 - 1), st.integers(0, 2**63 - 1), st.integers(0, 2**63 - 1),
             ),
         ),

@@ -43,7 +43,7 @@ class Handler:
 
 
 class Manager:
-    local_ip, attn_tp_size, prefill_rank, bootstrap_timeout = "127.0.0.1", 1, 0, 60
+    local_ip, attn_tp_size, attn_tp_rank, prefill_rank, bootstrap_timeout = "127.0.0.1", 1, 0, 0, 60
 
     def __init__(self, server_socket):
         self.server_socket = server_socket
@@ -95,7 +95,7 @@ def register(session, digest=PLAN.digest):
     host, port = session.split(":")
     return Register(
         session=session, host=host, control_port=9, protocol=VERSION, digest=digest, data_port=int(port), tp_size=1,
-        aux_item_bytes=(),
+        tp_rank=0,         aux_item_bytes=(),
     )  # fmt: skip
 
 

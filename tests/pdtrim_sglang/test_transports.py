@@ -78,7 +78,7 @@ def pair(request):
 
 
 def header(room=1, payload=0, aux=0):
-    return ChunkHeader(bytes(32), room, 0, 8, 0, 8, aux, payload, bool(aux))
+    return ChunkHeader(bytes(32), room, 0, 8, 0, 8, aux, payload, bool(aux), range(1))
 
 
 def test_chunks_arrive_whole_and_in_order(pair):
