@@ -176,15 +176,15 @@ class World:
 
 @pytest.fixture
 def world(monkeypatch):
-    made = []
+    worlds = []
 
     def make(*arguments, **options):
         torch.manual_seed(0)
-        made.append(World(monkeypatch, *arguments, **options))
-        return made[-1]
+        worlds.append(World(monkeypatch, *arguments, **options))
+        return worlds[-1]
 
     yield make
-    for each in made:
+    for each in worlds:
         each.close()
 
 
