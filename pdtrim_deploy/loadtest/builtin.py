@@ -57,7 +57,7 @@ async def _closed_loop(
             job = next(waiting, None)
             if job is None:
                 return
-            outcomes.append(await _request(client, job, deadline_s))
+            outcomes.extend(await _converse(client, job, deadline_s))
 
     await asyncio.gather(*(worker() for _ in range(clients)))
     return outcomes
@@ -68,9 +68,10 @@ async def _open_loop(
 ) -> list[Outcome]:
     """Send requests when they are due, whether or not earlier ones have ended."""
 
-    async def send(job: Job, due: float) -> Outcome:
+    async def send(job: Job, due: float) -> list[Outcome]:
         late = max(0.0, time.perf_counter() - due)
-        return replace(await _request(client, job, deadline_s), late=late)
+        first, *later = await _converse(client, job, deadline_s)
+        return [replace(first, late=late), *later]
 
     sent = []
     for job in queue:
@@ -78,7 +79,7 @@ async def _open_loop(
         if (early := due - time.perf_counter()) > 0:
             await asyncio.sleep(early)
         sent.append(asyncio.create_task(send(job, due)))
-    return list(await asyncio.gather(*sent))
+    return [outcome for outcomes in await asyncio.gather(*sent) for outcome in outcomes]
 
 
 async def _watch(pauses: list[float]) -> None:
@@ -87,6 +88,18 @@ async def _watch(pauses: list[float]) -> None:
             asleep = time.perf_counter()
             await asyncio.sleep(SLEEP_S)
             pauses.append(max(0.0, time.perf_counter() - asleep - SLEEP_S))
+
+
+async def _converse(client: httpx.AsyncClient, job: Job, deadline_s: float) -> list[Outcome]:
+    """A request, and the turns that follow it while each has its answer."""
+    outcomes, prompt = [await _request(client, job, deadline_s)], job.prompt
+    for turn, following in enumerate(job.later, 1):
+        if outcomes[-1].failure is not None:
+            break
+        prompt = f"{prompt}{outcomes[-1].text} {following.prompt}"
+        outcome = await _request(client, replace(following, prompt=prompt), deadline_s)
+        outcomes.append(replace(outcome, turn=turn))
+    return outcomes
 
 
 async def _request(client: httpx.AsyncClient, job: Job, deadline_s: float) -> Outcome:
@@ -106,7 +119,7 @@ async def _stream(client: httpx.AsyncClient, text: str, tokens: int) -> Outcome:
     sampling = {"max_new_tokens": tokens, "temperature": 0, "ignore_eos": True}
     body = {"text": text, "sampling_params": sampling, "stream": True}
     sent = last = time.perf_counter()
-    ttft, gaps, seen, prompt_tokens, done = 0.0, [], 0, 0, False
+    ttft, gaps, seen, prompt_tokens, answer, done = 0.0, [], 0, 0, "", False
     async with client.stream("POST", "/generate", json=body) as reply:
         if reply.status_code != 200:
             return Outcome(f"http_{reply.status_code}", (await reply.aread()).decode(errors="replace")[:300])
@@ -122,6 +135,7 @@ async def _stream(client: httpx.AsyncClient, text: str, tokens: int) -> Outcome:
             if (meta.get("finish_reason") or {}).get("type") == "abort":
                 return Outcome("error", str(meta["finish_reason"])[:300])
             new, prompt_tokens = meta["completion_tokens"] - seen, meta["prompt_tokens"]
+            answer = event.get("text", "")  # the whole so far
             if new <= 0:
                 continue
             if seen:
@@ -132,7 +146,7 @@ async def _stream(client: httpx.AsyncClient, text: str, tokens: int) -> Outcome:
             seen, last = seen + new, now
     if not done or seen < tokens:
         return Outcome("truncated", f"{seen} of {tokens} tokens, {'with' if done else 'no'} [DONE]")
-    return Outcome(None, "", ttft, tuple(gaps), last - sent, prompt_tokens, seen)
+    return Outcome(None, "", ttft, tuple(gaps), last - sent, prompt_tokens, seen, text=answer)
 
 
 async def _events(reply: httpx.Response) -> AsyncIterator[bytes]:
