@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import replace
 
 import httpx
@@ -22,23 +22,26 @@ def check(scenario: Scenario) -> None:
     """Accept every scenario."""
 
 
-def drive(url: str, scenario: Scenario) -> LoadRun:
-    """Put the load of `scenario` on `url`; failures of requests are outcomes, never exceptions."""
-    return asyncio.run(_drive(url, scenario))
+def drive(url: str, scenario: Scenario, ended: Callable[[Outcome], None] = lambda outcome: None) -> LoadRun:
+    """Put the load of `scenario` on `url`; failures of requests are outcomes, never exceptions.
+
+    `ended` is called with each request of a closed loop when it has ended, before its client sends the next one.
+    """
+    return asyncio.run(_drive(url, scenario, ended))
 
 
-async def _drive(url: str, scenario: Scenario) -> LoadRun:
+async def _drive(url: str, scenario: Scenario, ended: Callable[[Outcome], None]) -> LoadRun:
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
     async with httpx.AsyncClient(base_url=url, timeout=None, limits=limits, trust_env=False) as client:
         clients, warm = scenario.arrivals.clients, scenario.warming()
         if scenario.warmup:
-            await _closed_loop(client, jobs(warm), warm.arrivals.clients or 1, scenario.deadline_s, None)
+            await _closed_loop(client, jobs(warm), warm.arrivals.clients or 1, scenario.deadline_s)
         pauses: list[float] = []
         watch = asyncio.create_task(_watch(pauses))
         started, cpu = time.perf_counter(), time.process_time()
         if clients and scenario.trace is None:
             until = None if scenario.duration_s is None else started + scenario.duration_s
-            outcomes = await _closed_loop(client, jobs(scenario), clients, scenario.deadline_s, until)
+            outcomes = await _closed_loop(client, jobs(scenario), clients, scenario.deadline_s, until, ended)
         else:
             outcomes = await _open_loop(client, jobs(scenario), scenario.deadline_s, started)
         wall, cpu = time.perf_counter() - started, time.process_time() - cpu
@@ -47,7 +50,12 @@ async def _drive(url: str, scenario: Scenario) -> LoadRun:
 
 
 async def _closed_loop(
-    client: httpx.AsyncClient, queue: Iterable[Job], clients: int, deadline_s: float, until: float | None
+    client: httpx.AsyncClient,
+    queue: Iterable[Job],
+    clients: int,
+    deadline_s: float,
+    until: float | None = None,
+    ended: Callable[[Outcome], None] = lambda outcome: None,
 ) -> list[Outcome]:
     outcomes: list[Outcome] = []
     waiting = iter(queue)
@@ -57,7 +65,7 @@ async def _closed_loop(
             job = next(waiting, None)
             if job is None:
                 return
-            outcomes.extend(await _converse(client, job, deadline_s))
+            outcomes.extend(await _converse(client, job, deadline_s, ended))
 
     await asyncio.gather(*(worker() for _ in range(clients)))
     return outcomes
@@ -90,15 +98,18 @@ async def _watch(pauses: list[float]) -> None:
             pauses.append(max(0.0, time.perf_counter() - asleep - SLEEP_S))
 
 
-async def _converse(client: httpx.AsyncClient, job: Job, deadline_s: float) -> list[Outcome]:
+async def _converse(
+    client: httpx.AsyncClient, job: Job, deadline_s: float, ended: Callable[[Outcome], None] = lambda outcome: None
+) -> list[Outcome]:
     """A request, and the turns that follow it while each has its answer."""
-    outcomes, prompt = [await _request(client, job, deadline_s)], job.prompt
-    for turn, following in enumerate(job.later, 1):
-        if outcomes[-1].failure is not None:
+    outcomes, prompt = list[Outcome](), ""
+    for turn, part in enumerate((job, *job.later)):
+        prompt = f"{prompt}{outcomes[-1].text} {part.prompt}" if outcomes else part.prompt
+        outcome = replace(await _request(client, replace(part, prompt=prompt), deadline_s), turn=turn)
+        outcomes.append(outcome)
+        ended(outcome)
+        if outcome.failure is not None:
             break
-        prompt = f"{prompt}{outcomes[-1].text} {following.prompt}"
-        outcome = await _request(client, replace(following, prompt=prompt), deadline_s)
-        outcomes.append(replace(outcome, turn=turn))
     return outcomes
 
 
