@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import threading
+from dataclasses import dataclass, field
 
 
 @dataclass
 class RoomProgress:
-    """How far one request's transfer is; times are of the monotonic clock, in seconds.
+    """How far one request's transfer from one rank of prefill is, to all ranks of decode that it sends to.
 
-    Of the prompt's tokens, decode has the rows of the first `reused_tokens` from an earlier request.
-    `last_sent` is when the last chunk had left: from then on its reply is waited for.
+    Of the prompt's tokens, decode has the rows of the first `reused_tokens` from an earlier request. Times are of the
+    monotonic clock, in seconds. `last_sent` is when a last chunk had left: from then on its reply is waited for. `lock`
+    is over what peers count; a reply may overtake the return of its own send.
     """
 
     started: float | None = None
@@ -24,6 +26,7 @@ class RoomProgress:
     reused_tokens: int = 0
     last_sent: float | None = None
     seconds: float = 0.0
+    lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     @property
     def complete(self) -> bool:

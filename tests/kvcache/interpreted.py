@@ -31,10 +31,10 @@ def check(layout, source, from_slots, targets, to_slots, offsets):
     ]
     torch_pack.unpack(layout, buffers[0], *targets[0], to_slots, offsets)
     gpu.move(layout, buffers[0], *targets[1], to_slots, offsets, pack=False)
-    for one, other in zip((t for s in targets[0] for t in s), (t for s in targets[1] for t in s), strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+    for expected, result in zip((t for s in targets[0] for t in s), (t for s in targets[1] for t in s), strict=True):
+        torch.testing.assert_close(expected, result, rtol=0, atol=0, equal_nan=True)
         if all(rows.wire_dtype == "native" for rows in layout.layers):
-            assert torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
+            assert torch.equal(expected.contiguous().view(torch.uint8), result.contiguous().view(torch.uint8))
     gpu.check(CPU)
 
 

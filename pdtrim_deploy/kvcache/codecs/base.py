@@ -76,11 +76,18 @@ def _run(pool: Tensor, index: slice) -> Tensor:
 
 
 def _pages(size: int, *tensors: Tensor) -> list[Tensor]:
-    """The same bytes as `[pages, words]`, words of the widest integer that fits: torch moves them item by item."""
-    flat = [tensor[: len(tensor) // size * size].reshape(-1, size * tensor[0].numel()) for tensor in tensors]
-    for word in (torch.int64, torch.int32):
-        if all(t.element_size() * n % word.itemsize == 0 for t in flat for n in (t.shape[1], t.storage_offset())):
-            return [t.view(word) for t in flat]
+    """The same bytes as `[pages, words]`, words of the widest integer that fits: torch moves them item by item.
+
+    RuntimeError where pages have gaps, as of a range of a pool's heads: only pages of one row are views there.
+    """
+    flat = [tensor[: len(tensor) // size * size].view(-1, size * tensor[0].numel()) for tensor in tensors]
+    for dtype in (torch.int64, torch.int32):
+        if all(
+            t.element_size() * n % dtype.itemsize == 0
+            for t in flat
+            for n in (t.shape[1], t.stride(0), t.storage_offset())
+        ):
+            return [t.view(dtype) for t in flat]
     return flat
 
 
