@@ -99,7 +99,7 @@ def build(
             )
         )
     else:
-        from pdtrim_deploy.pipeline.engines import said as engine_summary
+        from pdtrim_deploy.pipeline.engines import summary as engine_summary
 
         for engine in bundle.engines.values():
             click.echo(f"{out}: {engine_summary(engine)}")
