@@ -4,20 +4,35 @@ Of the tiny bundle with all wire dtypes, on pages of 16 and chunks of 64. Two KV
 one to two, and from one to four, of which two hold copies of a head.
 """
 
+import httpx
 import pytest
 
 from pdtrim_deploy.evaluation.fidelity import run_fidelity
 
 pytestmark = [pytest.mark.serve, pytest.mark.model, pytest.mark.timeout(900), pytest.mark.xdist_group("tiny bundle")]
 OPTIONS = {"dtype": "float32", "page_size": 16, "chunked_prefill_size": 64}
+LENGTHS = (1, 40, 97, 333)
 
 
-@pytest.mark.parametrize(("prefill", "decode"), [(2, 1), (1, 2), (4, 2)])
-def test_served_tokens_are_the_oracles(mixed_bundle, serving, transfers, real_cache, prefill, decode):
-    ranks = {"tp_prefill": prefill, "tp_decode": decode}
+@pytest.mark.parametrize(("prefill", "decode", "copies"), [(2, 1, 1), (1, 2, 1), (4, 2, 1), (1, 4, 2)])
+def test_served_tokens_are_the_oracles_and_bytes_the_arithmetics(
+    mixed_bundle, serving, transfers, real_cache, prefill, decode, copies
+):
+    """`copies`: ranks of decode that hold the same head, each of which gets it."""
+    ranks, plan = {"tp_prefill": prefill, "tp_decode": decode}, mixed_bundle.plan
     with serving(mixed_bundle.prefill_dir, mixed_bundle.decode_dir, **ranks, **OPTIONS) as cluster:
         result = run_fidelity(mixed_bundle, cluster.url, real_cache, new_tokens=8)
-        moved = transfers(cluster)
         assert result.passed, result.problems
         assert any(row.cached_tokens for row in result.rows)
-    print(moved)
+        before = transfers(cluster)
+        for length in LENGTHS:
+            body = {
+                "input_ids": list(range(500, 500 + length)),
+                "sampling_params": {"max_new_tokens": 2, "temperature": 0},
+            }
+            assert httpx.post(f"{cluster.url}/generate", json=body, timeout=120).status_code == 200
+        after = transfers(cluster)
+    moved = {name: after[name] - before[name] for name in after}
+    assert moved["payload"] == copies * sum(map(plan.payload_bytes, LENGTHS))
+    assert moved["dense"] == copies * sum(map(plan.dense_bytes, LENGTHS))
+    assert moved["success"] == prefill * len(LENGTHS)  # each rank counts its requests
