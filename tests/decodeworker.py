@@ -180,7 +180,7 @@ class DecodeWorker:
 
         queue, tokens = self.queue(req), DecodePreallocQueue._pre_alloc_fill_len(req)
         needed = -(-tokens // self.page_size) * self.page_size
-        if memory.ask_cut_layers(lambda *_: needed + 6, queue, req) > self.allocator.available_size():
+        if memory.ask_cut_layers(lambda *_: needed + 6, queue, req, needed, 0) > self.allocator.available_size():
             return False
 
         def pre_alloc(queue, req):
