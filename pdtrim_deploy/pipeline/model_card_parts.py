@@ -32,7 +32,7 @@ def kv(plan: PDPlan, recipe: Recipe) -> str:
     tokens = recipe.evaluation.prompt_tokens
     sparse = [block for block, send in zip(plan.decode_layers, plan.kv, strict=True) if send.mode == "sparse"]
     cut = f"{len(sparse)} of {len(plan.kv)} decode layers get the first and last prompt tokens alone"
-    wires = Counter(plan.model.kv_dtype if send.wire_dtype == "native" else send.wire_dtype for send in plan.kv)
+    wires = Counter(plan.model.row_dtype if send.wire_dtype == "native" else send.wire_dtype for send in plan.kv)
     return (
         f"{cut}{f' (blocks {_list(sparse)})' if sparse else ''}; sent as "
         f"{_list(f'{wire} ({count} layers)' for wire, count in wires.most_common())}; "

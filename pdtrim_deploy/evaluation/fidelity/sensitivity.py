@@ -3,6 +3,9 @@
 Two right programs sum in different orders, so the prompt KV of one is that of the other but for some roundings. A
 quantised wire makes more of that: a value at the edge between two codes becomes the other one. So the oracle is run
 again on its own prompt KV with noise of the size of such roundings, before it is packed.
+
+An fp8 pool is such an edge itself. What was rounded to a code lay anywhere in its cell, so noise is added to a value
+drawn there, which becomes a neighbouring code about as often as the noise is large beside the cell.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pdtrim_deploy.kvcache.pool_rows import FP8, to_rows
 from pdtrim_deploy.models.oracle import PDOracle, PrefillState
 
 # Standard deviation, relative to the root mean square of a row's head. float32: 8 units in the last place, which moves
@@ -31,5 +35,14 @@ def score_shaken(oracle: PDOracle, state: PrefillState, tokens: Tensor, seed: in
 def _shaken(pool: Tensor, noise: float, generator: torch.Generator) -> Tensor:
     """`[tokens, heads, dim]` -> itself, then `DRAWS` noisy copies, `[(1 + DRAWS) * tokens, heads, dim]`."""
     size = pool.float().pow(2).mean(-1, keepdim=True).sqrt().mul_(noise)
-    drawn = torch.randn(DRAWS, *pool.shape, generator=generator).mul_(size).add_(pool)
-    return torch.cat((pool, drawn.flatten(0, 1).to(pool.dtype)))
+    drawn = torch.randn(DRAWS, *pool.shape, generator=generator).mul_(size).add_(pool.float())
+    if pool.dtype in FP8:
+        drawn += (torch.rand(DRAWS, *pool.shape, generator=generator) - 0.5).mul_(_cell(pool))
+    return torch.cat((pool, to_rows(drawn.flatten(0, 1), pool.dtype)))
+
+
+def _cell(pool: Tensor) -> Tensor:
+    """float32: distance between neighbouring codes at each value of an fp8 pool."""
+    limits = torch.finfo(pool.dtype)
+    _, exponent = torch.frexp(pool.float().abs().clamp(min=limits.smallest_normal))
+    return torch.ldexp(torch.tensor(limits.eps), exponent - 1)

@@ -8,6 +8,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from pdtrim_deploy.kvcache.pool_rows import to_rows
+
 MAX_SCALE = 65504.0  # float16's largest
 
 
@@ -62,9 +64,9 @@ def values(pool: Tensor, index: Index, less: Tensor | None) -> Tensor:
 def put(pool: Tensor, index: Index, rows: Tensor) -> None:
     """Write rows into a pool, in its dtype."""
     if isinstance(index, slice):
-        _run(pool, index).copy_(rows)
+        _run(pool, index).copy_(to_rows(rows, pool.dtype))
     else:
-        target, source = _pages(index.size, pool, rows.to(pool.dtype))
+        target, source = _pages(index.size, pool, to_rows(rows, pool.dtype))
         target.index_copy_(0, index.numbers, source)
 
 
@@ -78,10 +80,14 @@ def _run(pool: Tensor, index: slice) -> Tensor:
 def _pages(size: int, *tensors: Tensor) -> list[Tensor]:
     """The same bytes as `[pages, words]`, words of the widest integer that fits: torch moves them item by item."""
     flat = [tensor[: len(tensor) // size * size].reshape(-1, size * tensor[0].numel()) for tensor in tensors]
-    for word in (torch.int64, torch.int32):
-        if all(t.element_size() * n % word.itemsize == 0 for t in flat for n in (t.shape[1], t.storage_offset())):
-            return [t.view(word) for t in flat]
-    return flat
+    words = (torch.int64, torch.int32, torch.int16, torch.uint8)
+    word = next(w for w in words if all(_holds(t, w) for t in flat))
+    return [t.view(word) for t in flat]
+
+
+def _holds(flat: Tensor, word: torch.dtype) -> bool:
+    """Whether rows and where they begin are whole words."""
+    return all(flat.element_size() * n % word.itemsize == 0 for n in (flat.shape[1], flat.storage_offset()))
 
 
 def quantise(rows: Tensor, steps: float, scale: Tensor) -> Tensor:
