@@ -26,7 +26,8 @@ def plans(draw):
     prefill = [full or draw(st.booleans()) for full in decode]
     sends, dim = [], draw(st.sampled_from([4, 8, 12, 32, 64, 96, 128]))
     dtype = draw(st.sampled_from(DTYPES))
-    wires = [wire for wire in WIRE_DTYPES if KVSend(wire_dtype=wire).suits(dim, dtype if dtype in FP8_ROWS else "native")]
+    pool = dtype if dtype in FP8_ROWS else "native"
+    wires = [wire for wire in WIRE_DTYPES if KVSend(wire_dtype=wire).suits(dim, pool)]
     for _ in range(sum(decode)):
         first, last, wire = draw(st.integers(0, 5)), draw(st.integers(0, 5)), draw(st.sampled_from(wires))
         rule = {"mode": "sparse", "n_first": first, "n_last": last} if first + last else {}
@@ -101,3 +102,13 @@ def pools(count, size, model, seed):
         x[torch.rand(x.shape[:2], generator=g) < 0.1] = 0
         tensors.append(x.to(getattr(torch, model.row_dtype)))
     return tensors
+
+
+def every_fp8_value(wire, dtype, dim):
+    """A pool of all codes in order and shuffled, finite ones alone too; a plan of one layer; offsets for its keys."""
+    model, codes = shape(1, 2, dim, dtype), torch.arange(-128, 128).to(torch.int8).repeat(dim // 4)
+    shuffled = codes[torch.randperm(len(codes), generator=torch.Generator().manual_seed(0))]
+    rows = shuffled.view(getattr(torch, model.row_dtype))
+    finite = torch.where(rows.float().isfinite(), rows.float(), 0).to(rows.dtype)
+    pool = torch.cat((codes.view(rows.dtype), finite, rows)).view(-1, 2, dim)
+    return pool, PDPlan.dense(model).with_kv((KVSend(wire_dtype=wire),)), random_offsets(model, [0])

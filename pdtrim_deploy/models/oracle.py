@@ -2,8 +2,9 @@
 
 The prefill model runs the prompt; its KV goes through the real pack -> bytes -> unpack; the decode model
 continues at the original positions. In a sparse layer decode attends to the first, last and generated tokens,
-in a full layer to all. Both stages' attention reads an fp8 pool's rows as they were rounded, its own tokens' among
-them, and queries are not rounded: as torch_native does, and Triton in decode. It is the judge of pruning, and the reference that served logprobs must match.
+in a full layer to all. Where pools are fp8, attention of both stages reads rows as they were rounded, its own tokens'
+among them, and queries are not rounded: so do SGLang's torch_native, and its Triton in decode. The oracle is the judge
+of pruning, and the reference that served logprobs must match.
 """
 
 from __future__ import annotations
@@ -113,8 +114,8 @@ class PDOracle:
         dtype, pool, held = self.decode_model.dtype, self.fp8_pool, []
         for send, k, v in zip(self.plan.kv, keys, values, strict=True):
             ranges = send.row_ranges(state.tokens)
-            rows = (_rows(side, state.batch, ranges, dtype) for side in (k, v))
-            held.append(LayerKV(*rows, ranges, pool))
+            rows_k, rows_v = (_rows(side, state.batch, ranges, dtype) for side in (k, v))
+            held.append(LayerKV(rows_k, rows_v, ranges, pool))
         return held
 
     @torch.no_grad()

@@ -15,7 +15,7 @@ def stand_in(recipe: Recipe, shape: ModelShape) -> PDPlan:
     """With the last blocks removed and the first layers cut.
 
     Raises:
-        UserError: head size and KV pool allow no wire dtype that is asked for, or no choice of options fits the byte budget.
+        UserError: head size and KV pool allow no wire dtype of the recipe, or no choice of options fits its budget.
 
     """
     shape = shape.with_pool(recipe.kv.pool_dtype)

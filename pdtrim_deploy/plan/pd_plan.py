@@ -80,7 +80,7 @@ class ModelShape(Frozen):
 
     @property
     def row_dtype(self) -> str:
-        """torch's name of the dtype of a pool's rows, which `native` on the wire sends as they are."""
+        """Torch's name of the dtype of a pool's rows, which `native` on the wire sends as they are."""
         return FP8_ROWS.get(self.pool_dtype, self.kv_dtype)
 
     def with_pool(self, pool_dtype: PoolDtype) -> ModelShape:
@@ -147,8 +147,8 @@ class PDPlan(Frozen):
         for block, send in zip(self.decode_layers, self.kv, strict=True):
             if send.wire_dtype not in SMALLER_THAN_FP8:
                 raise ValueError(
-                    f"block {block}: wire dtype {send.wire_dtype} is no smaller than rows of a KV pool of {pool}, which "
-                    f"travel as they are: use {', '.join(SMALLER_THAN_FP8)}"
+                    f"block {block}: wire dtype {send.wire_dtype} is no smaller than rows of a KV pool of {pool}, "
+                    f"which travel as they are: use {', '.join(SMALLER_THAN_FP8)}"
                 )
         return self
 
