@@ -49,15 +49,19 @@ format: setup-build  ## let ruff rewrite the sources
 	$(BUILD)/ruff check --fix $(SOURCES)
 	$(BUILD)/ruff format $(SOURCES)
 
-test: test-unit test-docs test-serve  ## all tests: units, then genuine SGLang workers and router on loopback
+# All parts at once: a served test mostly waits for one process. 16 GB of memory at most; `make test-unit test-docs
+# test-serve` runs them one after the other. -O: each part with its own output, when it ends.
+test: setup setup-docs  ## all tests: units, documentation, genuine SGLang workers and router on loopback
+	@$(MAKE) --no-print-directory -k -O -j 4 test-serve test-unit-build test-unit-serve test-docs
 
-# Both environments at once: the plugin's tests import SGLang for a long time on one core. -O: each with its own output.
+# Both environments at once: the plugin's tests import SGLang for a long time on one core.
 test-unit: setup  ## the tests that start no SGLang server, in both environments
 	@$(MAKE) --no-print-directory -O -j 2 test-unit-build test-unit-serve
 
+# Files in the order of tests/conftest.py: xdist's own begins with those of the most tests, and ends with the longest.
 test-unit-build:
 	$(TEST_ENV) OMP_NUM_THREADS=1 $(BUILD)/python $(PYTEST) tests --ignore tests/pdtrim_sglang --ignore tests/docs \
-	  -m "not serve" -n $(TEST_WORKERS) --dist loadfile
+	  -m "not serve" -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-unit-serve:
 	$(TEST_ENV) OMP_NUM_THREADS=1 $(SERVE)/python $(PYTEST) tests/pdtrim_sglang tests/kvcache/test_gpu.py -m "not serve"
@@ -65,14 +69,15 @@ test-unit-serve:
 test-docs: setup-docs  ## documentation, manifests against the Kubernetes schemas, the Dockerfile
 	$(DOCS)/python $(PYTEST) tests/docs
 
-# Two pairs at a time (12 GB of memory; TEST_WORKERS=1: half of it): one's start and the other's requests fill two cores.
+# Two pairs at a time (8 GB of memory; TEST_WORKERS=1: half of it): one's start and the other's requests fill two cores.
 test-serve: setup  ## the tests that start SGLang servers
-	$(TEST_ENV) OMP_NUM_THREADS=1 $(BUILD)/python $(PYTEST) tests/serving tests/integration -m serve -n $(TEST_WORKERS) --dist loadgroup
+	$(TEST_ENV) OMP_NUM_THREADS=1 $(BUILD)/python $(PYTEST) tests/serving tests/integration -m serve -n $(TEST_WORKERS) \
+	  --dist loadgroup --no-loadscope-reorder
 
 coverage: setup  ## line coverage of each package by the tests that start no server; twice their time; not part of make test
 	$(BUILD)/python tools/coverage_table.py
 
-mutations: setup  ## 40 one-line mutations of plugin, wire format and oracle: which test catches each; not part of make test
+mutations: setup  ## 42 one-line mutations of plugin, wire format and oracle: which test catches each; not part of make test
 	$(BUILD)/python tools/mutations.py
 
 test-faults: setup  ## kill, stop, cut and flood a running pair; not part of make test

@@ -111,7 +111,7 @@ def _fill(connection: socket.socket, view: memoryview) -> None:
 
 
 def _header(world: World, room: int) -> ChunkHeader:
-    return ChunkHeader(bytes(32), room, 0, world.rows, 0, world.rows, 0, world.total, False)
+    return ChunkHeader(bytes(32), room, 0, world.rows, 0, world.rows, 0, world.total, False, range(1))
 
 
 class Replies(queue.Queue):  # type: ignore[type-arg]

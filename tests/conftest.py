@@ -12,10 +12,25 @@ from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.models.families import known_family
 
 TINY_BLOCKS = tinyfamilies.SHARED["num_hidden_layers"]
+# Files of the tests without servers from the longest, of 10 s of CPU and more. xdist hands files out in this order, so
+# that what is left at the end is short and no process waits for another's.
+LONGEST_FIRST = (
+    "cli/test_terminal", "pruning/test_ray", "doctor/test_measured_memory", "pipeline/test_engines",
+    "pipeline/test_build", "pipeline/test_search", "models/test_pypi_parts", "pruning/test_finalists",
+    "models/test_gguf", "pdtrim_tensorrt/test_kernel", "pipeline/test_heal", "pdtrim_builders/test_tensorrt",
+    "cli/test_shown", "serving/test_cluster", "gpucheck/test_supervise",
+)  # fmt: skip
 _CHAT = (
     "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
 )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The order of files."""
+    place = {Path(__file__).parent / f"{name}.py": number for number, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: place.get(item.path, len(place)))
 
 
 def save_tiny_tokenizer(folder: Path) -> None:

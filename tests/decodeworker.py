@@ -205,16 +205,16 @@ class DecodeWorker:
             return False
         n, row = req.prompt, req.kv.req_pool_idx
         slots = self.requests.req_to_token[row, :n].long()
-        room = DecodeRoom(1, n, 0, self.view.destinations(slots, row), 0)
+        room = DecodeRoom(1, n, 0, self.view.destinations(slots, row), 0, senders={0: self.view.heads})
         cuts = sorted({0, *(n * i // chunks for i in range(1, chunks)), n})
         for start, stop in itertools.pairwise(cuts):
             at = torch.arange(start, stop)
             packed = pack(chunk_layout(self.plan, n, start, stop), list(req.keys), list(req.values), at)
             header = ChunkHeader(
                 digest=bytes(32), room=1, rank=0, prompt_tokens=n, start=start, stop=stop, aux_bytes=0,
-                payload_bytes=len(packed), last=stop == n,
+                payload_bytes=len(packed), last=stop == n, heads=self.view.heads,
             )  # fmt: skip
-            aux = SimpleNamespace(write=lambda index, data: None)
+            aux = SimpleNamespace(total_bytes=0, write=lambda index, data: None)
             assert room.take(self.plan, self.view, aux, header, packed, memoryview(b"")) == ""
         self.running.append(req)
         return True

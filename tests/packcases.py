@@ -19,7 +19,7 @@ def shape(blocks=1, heads=2, dim=4, dtype="float32"):
 
 
 @st.composite
-def plans(draw):
+def plans(draw, heads=None):
     blocks = draw(st.integers(1, 6))
     decode = [draw(st.booleans()) for _ in range(blocks)]
     decode[draw(st.integers(0, blocks - 1))] = True
@@ -34,7 +34,7 @@ def plans(draw):
         sends.append(KVSend(**rule, wire_dtype=wire))
     action = {True: Keep(), False: Drop()}
     return PDPlan(
-        model=shape(blocks, draw(st.integers(1, 3)), dim, dtype),
+        model=shape(blocks, heads or draw(st.integers(1, 3)), dim, dtype),
         prefill=tuple(action[k] for k in prefill),
         decode=tuple(action[k] for k in decode),
         kv=tuple(sends),
@@ -42,9 +42,9 @@ def plans(draw):
 
 
 @st.composite
-def cases(draw):
-    """A plan, and offsets for the keys of some of its layers, or None."""
-    plan = draw(plans())
+def cases(draw, heads=None):
+    """A plan, of so many KV heads where it matters, and offsets for the keys of some of its layers, or None."""
+    plan = draw(plans(heads))
     layers = [layer for layer in range(len(plan.kv)) if draw(st.booleans())]
     if not layers:
         return plan, None

@@ -28,6 +28,8 @@ OWN = {
     "SmolLM3ForCausalLM": {"no_rope_layers": [1, 0, 1, 1, 0, 1]},
     "Glm4ForCausalLM": {"attention_bias": True},
     "Qwen3MoeForCausalLM": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    "OlmoeForCausalLM": {"num_experts": 4, "num_experts_per_tok": 2},
+    "MiniMaxM2ForCausalLM": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "MixtralForCausalLM": {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 32},
     "Glm4MoeForCausalLM": {
         "n_routed_experts": 4,

@@ -19,7 +19,7 @@ SOURCES = ("pdtrim_deploy", "builders/pdtrim_builders", "plugins/pdtrim_sglang",
 # Environment -> its tests, as `make test-unit` runs them.
 TESTS = {
     "build": ("tests", "--ignore", "tests/pdtrim_sglang", "--ignore", "tests/docs"),
-    "serve": ("tests/pdtrim_sglang", "tests/kvcache/test_triton_pack.py"),
+    "serve": ("tests/pdtrim_sglang", "tests/kvcache/test_gpu.py"),
 }
 
 

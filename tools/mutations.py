@@ -1,6 +1,6 @@
 """Apply each mutation of tests/mutations/mutations.yaml in a copy of the tree, and say which test caught it.
 
-    python tools/mutations.py [--only TEXT] [--out FILE]     # `make mutations`: 40 of them, minutes
+    python tools/mutations.py [--only TEXT] [--out FILE]     # `make mutations`: 42 of them, minutes
 
 The named tests run once without a mutation, and must pass; then with each mutation. Tests of the plugin run in
 .venv/serve, all others in .venv/build. Exit code 1 when no test caught a mutation; 2 when a mutation cannot be applied

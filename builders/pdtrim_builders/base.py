@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -27,13 +27,11 @@ class GraphOptions(Options):
     """Options of targets made from the stage graph.
 
     Attributes:
-        dtype: of weights, activations and KV in the engine; by default the target's own choice.
         prompts: texts for the numerics check; by default those of `prompts.py`.
         tolerance: largest relative error that the numerics check accepts; by default that of `numerics.TOLERANCES`.
 
     """
 
-    dtype: Literal["float32", "float16"] | None = None
     prompts: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     tolerance: Annotated[float, Field(gt=0)] | None = None
 

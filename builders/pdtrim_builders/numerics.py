@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pdtrim_builders.base import Numerics
 from pdtrim_builders.graph.stage import StageModel
+from pdtrim_builders.graph.widen import widened
 from pdtrim_builders.prompts import PROMPTS
 from pdtrim_builders.runtime_onnx import OnnxStage
 from pdtrim_deploy.errors import UserError
@@ -20,21 +21,29 @@ from pdtrim_deploy.models.loading import load_model, load_tokenizer
 from pdtrim_deploy.plan import PDPlan
 
 # Accepted relative errors, two to three times the worst measured on SmolLM2-135M: 2e-5, 8e-3, 0.22.
-TOLERANCES = {"float32": 5e-5, "float16": 2e-2, "int8": 0.5}
+# A bfloat16 graph is computed in float32, from the weights that the reference has.
+TOLERANCES = {"float32": 5e-5, "float16": 2e-2, "bfloat16": 5e-5, "int8": 0.5}
 MOST_TOKENS = 384
 
 
 def check_numerics(
-    stage: StageModel, graph: Path, tolerance: float, prompts: Sequence[str] | None = None, threads: int = 2
+    stage: StageModel,
+    graph: Path,
+    tolerance: float,
+    prompts: Sequence[str] | None = None,
+    threads: int = 2,
+    dtype: str = "float32",
 ) -> Numerics:
     """Compare final hidden states and, for prefill, the packed KV of every layer that sends.
 
     The reference for packed KV is `kvcache.pack` of transformers' own cache. Prompts are cut to 384 tokens.
+    A graph of dtype bfloat16 is computed in float32, with its own weights; so is then the reference.
 
     Raises UserError: an error above `tolerance`, or a result that is not finite; a prompt without tokens.
     """
-    tokenizer, model = load_tokenizer(stage.path), load_model(stage.path, "float32")
-    engine, measured, tokens = OnnxStage(graph, threads=threads), _Errors(), 0
+    rounded = dtype == "bfloat16"
+    tokenizer, model = load_tokenizer(stage.path), load_model(stage.path, dtype if rounded else "float32").float()
+    engine, measured, tokens = OnnxStage(widened(graph) if rounded else graph, threads=threads), _Errors(), 0
     longest = min(MOST_TOKENS, stage.positions)
     for prompt in prompts or PROMPTS:
         ids = torch.tensor(tokenizer(prompt)["input_ids"][:longest], dtype=torch.int64)

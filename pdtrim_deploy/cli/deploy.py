@@ -33,7 +33,8 @@ def deploy() -> None:
 @click.option("--to", type=click.Choice(["kubernetes", "compose"]), default="kubernetes", show_default=True)
 @click.option("--prefill", type=click.IntRange(1), default=1, show_default=True, help="Prefill workers.")
 @click.option("--decode", type=click.IntRange(1), default=1, show_default=True, help="Decode workers.")
-@click.option("--gpus", type=click.IntRange(1), default=1, show_default=True, help="Of a worker: its --tp-size.")
+@click.option("--tp-prefill", type=click.IntRange(1), default=1, show_default=True, help="GPUs of a prefill worker.")
+@click.option("--tp-decode", type=click.IntRange(1), default=1, show_default=True, help="GPUs of a decode worker.")
 @click.option("--name", default="pdtrim", show_default=True, help="Of the objects.")
 @click.option("--image", help="Built from the Dockerfile's target serve.  [default: pdtrim-serve:VERSION]")
 @click.option(
@@ -64,7 +65,8 @@ def render(
     to: str,
     prefill: int,
     decode: int,
-    gpus: int,
+    tp_prefill: int,
+    tp_decode: int,
     name: str,
     image: str | None,
     bundle_from: str,
@@ -87,18 +89,18 @@ def render(
     from pdtrim_deploy.manifests import BundleAt, Options, Served, compose, kubernetes
     from pdtrim_deploy.manifests.kubernetes import secret_name
     from pdtrim_deploy.manifests.options import IMAGE
+    from pdtrim_deploy.serving.ranks import require_ranks
 
     if (out is None) != dry_run:
         raise UserError("say where the files go, --out FOLDER, or --dry-run to have them printed")
     opened = Bundle.open(bundle)
-    heads = opened.plan.model.num_kv_heads
-    if heads % gpus:
-        raise UserError(f"--gpus is {gpus}; it must divide the model's {heads} KV heads")
+    require_ranks(opened.plan, tp_prefill, tp_decode)
     chosen = Options(
         name=name,
         prefill=prefill,
         decode=decode,
-        gpus=gpus,
+        tp_prefill=tp_prefill,
+        tp_decode=tp_decode,
         image=image or IMAGE,
         bundle=BundleAt.parse(bundle_from),
         rdma=rdma,

@@ -53,7 +53,7 @@ def needs(recipe: Recipe, workers: int = 0) -> Needs | None:
     count, item = ModelSizes.of(config).total, ITEM_BYTES[recipe.model.dtype]
     computed = compute_dtype(recipe.model.dtype)
     converted = 0 if recipe.model.source.startswith("hf:") else count * 4
-    engines = len(recipe.targets.asked) * 2 * count * 4
+    engines = len(recipe.targets.requested) * 2 * count * 4
     cost = search_cost(config, recipe.pruning, recipe.calibration, recipe.healing)
     selection = selection_cost(config, recipe.kv, recipe.model.dtype)
     searching, states = (cost.memory, cost.disk) if cost else (0, 0)
@@ -65,7 +65,7 @@ def needs(recipe: Recipe, workers: int = 0) -> Needs | None:
             searching + workers * (PROGRAM + searching),
             min(SHARD, count * item),
         )
-        + (2 * count * 4 if recipe.targets.asked else 0),
+        + (2 * count * 4 if recipe.targets.requested else 0),
         judge=PROGRAM + 2 * count * ITEM_BYTES[computed],  # both stages, or the dense model
         serve=2 * worker_memory(config, recipe.model.dtype, POOL_TOKENS, pool_dtype=recipe.kv.pool_dtype).total(),
         disk=converted + states + max(2 * count * item + engines, selection.disk),

@@ -46,12 +46,12 @@ def _serve(python: Path | None) -> Environment | None:
             raise UserError("--serve-python needs the package installed: pip install 'pdtrim-deploy[build]'") from None
         return None
     try:
-        found = ServeEnvironment.find(python).python
+        serve_python = ServeEnvironment.find(python).python
     except UserError:
         if python is not None:
             raise
         return None
-    return Environment.of(found)
+    return Environment.of(serve_python)
 
 
 def _counts(outcome: Outcome) -> list[str]:

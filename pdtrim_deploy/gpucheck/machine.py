@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pdtrim_deploy.gpucheck.base import Part
 
-ASKED = ("torch", "triton", "sglang", "transformers", "pydantic", "yaml", "nixl", "mooncake", "tensorrt", "onnx")
+PACKAGES = ("torch", "triton", "sglang", "transformers", "pydantic", "yaml", "nixl", "mooncake", "tensorrt", "onnx")
 IMPORT_S = 180.0
 _SCRIPT = """
 import importlib.metadata, importlib.util, json, platform, sys
@@ -46,7 +46,7 @@ class Environment:
         """Asked of that Python; one that crashes or says nothing in time has nothing."""
         try:
             done = subprocess.run(
-                [python, "-c", _SCRIPT, *ASKED], capture_output=True, text=True, check=True, timeout=timeout_s
+                [python, "-c", _SCRIPT, *PACKAGES], capture_output=True, text=True, check=True, timeout=timeout_s
             )
             facts = json.loads(done.stdout.splitlines()[-1])
             return cls(python, facts["modules"], facts["versions"], facts["device"])

@@ -30,6 +30,7 @@ from pdtrim_deploy.serving import Cluster, Executors, ServeEnvironment, WorkerOp
 Figure = dict[str, float | int | str]
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"  # of a clone
 CUT: Mapping[str, Any] = {"method": "all", "n_first": 4, "n_last": 64}
+CLIENTS = (1, 16)  # under which the time between tokens is taken
 WIDE = tiny.Size(16, 1024, 4096, 16, 8)  # 0.25 billion parameters: large enough that a step is not all launches
 # Decode's attention under a plan that cuts layers, and the compute capabilities whose kernels SGLang has.
 ATTENTION: dict[str, tuple[str, ...]] = {
@@ -109,7 +110,7 @@ def itl_rows(serve: Path, pair: Pair | None = None) -> Iterator[Row]:
             name: tiny_bundle(Path(folder) / name, kv, WIDE)
             for name, kv in (("cut", CUT), ("dense", {"method": "none"}))
         }
-        loads = {n: Scenario.closed(4 * n, n, (512, 512), (64, 64), warmup=2, deadline_s=120) for n in (1, 16)}
+        loads = {n: Scenario.closed(4 * n, n, (512, 512), (64, 64), warmup=2, deadline_s=120) for n in CLIENTS}
         yield _row("ITL beside stock dense", partial(timed, bundles, pair or Pair(serve), loads))
 
 

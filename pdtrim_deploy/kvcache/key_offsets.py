@@ -99,10 +99,12 @@ class KeyOffsets:
         """Where the means are."""
         return next(iter(self.means.values())).device
 
-    def heads(self, rank: int, count: int) -> KeyOffsets:
-        """Those of the `count` KV heads that tensor-parallel `rank` holds."""
-        means = {layer: mean[rank * count : (rank + 1) * count].contiguous() for layer, mean in self.means.items()}
-        return KeyOffsets(means, self.frequencies, self.scaling, self.data)
+    def heads(self, heads: range) -> KeyOffsets:
+        """Those of a range of these KV heads; cosines and sines are shared."""
+        means = {layer: mean[heads.start : heads.stop].contiguous() for layer, mean in self.means.items()}
+        part = KeyOffsets(means, self.frequencies, self.scaling, self.data)
+        part._tables, part._lock = self._tables, self._lock
+        return part
 
     def to(self, device: torch.device) -> KeyOffsets:
         """The same on a device; made once."""
@@ -124,9 +126,9 @@ class KeyOffsets:
             with self._lock:
                 if len(self._tables[-1]) < positions:
                     size = max(LEAST_POSITIONS, 1 << (positions - 1).bit_length())
-                    made = rotary_table(torch.arange(size), self.frequencies, self.scaling)
-                    made[0] = 0
-                    self._tables.append(made.to(self.device))
+                    table = rotary_table(torch.arange(size), self.frequencies, self.scaling)
+                    table[0] = 0
+                    self._tables.append(table.to(self.device))
         return self._tables[-1]
 
 

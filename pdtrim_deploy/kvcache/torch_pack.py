@@ -77,17 +77,21 @@ def _blocks(layout: ChunkLayout, slots: Tensor, pool: Tensor) -> Iterator[tuple[
                     picked = torch.cat([slots[lo:hi] for lo, hi in rows.ranges])[part.first :][: part.rows]
                     starts = range(0, len(picked), step)
                     pieces = zip(starts, picked.split(step), strict=True)
-                    seen[key] = [(slice(at, at + len(piece)), _places(piece)) for at, piece in pieces]
+                    sizes = PAGE_SIZES if pool.is_contiguous() else ()
+                    seen[key] = [(slice(at, at + len(piece)), _places(piece, sizes)) for at, piece in pieces]
                 yield rows, side, part, seen[key]
 
 
-def _places(slots: Tensor) -> Index:
-    """Slots as the coarsest index of them; a device is not asked, since it would have to be waited for."""
+def _places(slots: Tensor, sizes: Sequence[int] = PAGE_SIZES) -> Index:
+    """Slots as the coarsest index of them; a device is not asked, since it would have to be waited for.
+
+    `sizes`: of pages that may be moved as one; none of a range of a pool's heads, which has gaps between its slots.
+    """
     if not slots.is_cpu:
         return Pages(slots, 1)
     if bool((slots.diff() == 1).all()):
         return slice(int(slots[0]), int(slots[0]) + len(slots))
-    for size in PAGE_SIZES:
+    for size in sizes:
         pages = slots.view(-1, size) if len(slots) % size == 0 else None
         if pages is not None and bool((pages[:, 0] % size == 0).all() and (pages.diff(dim=1) == 1).all()):
             return Pages(pages[:, 0] // size, size)

@@ -24,7 +24,7 @@ HEALTHY = "import urllib.request; urllib.request.urlopen('http://127.0.0.1:{port
 
 
 def compose(served: Served, options: Options) -> dict[str, Any]:
-    """`docker compose` file: each worker gets the next `gpus` GPUs of the host, only the router is published.
+    """`docker compose` file: each worker gets the next GPUs of the host, only the router is published.
 
     Raises:
         UserError: the bundle is not in a folder of the host, or an extended resource was given.
@@ -38,11 +38,13 @@ def compose(served: Served, options: Options) -> dict[str, Any]:
             "the host's devices in by `devices:`"
         )
     services: dict[str, Any] = {}
+    first_gpu = 0
     router = list(ROUTER_ARGUMENTS)
     for stage in STAGES:
         for index in range(options.replicas(stage)):
             name = f"{stage}-{index}"
-            services[name] = _worker(served, options, stage, first_gpu=len(services) * options.gpus)
+            services[name] = _worker(served, options, stage, first_gpu)
+            first_gpu += options.gpus(stage)
             router += [f"--{stage}", f"http://{name}:{HTTP_PORT}"]
             router += [str(BOOTSTRAP_PORT)] if stage == "prefill" else []
     services["router"] = {
@@ -57,7 +59,7 @@ def compose(served: Served, options: Options) -> dict[str, Any]:
 
 
 def _worker(served: Served, options: Options, stage: Stage, first_gpu: int) -> dict[str, Any]:
-    ids = [str(first_gpu + n) for n in range(options.gpus)]
+    ids = [str(first_gpu + n) for n in range(options.gpus(stage))]
     device = {"driver": "nvidia", "device_ids": ids, "capabilities": ["gpu"]}
     return {
         **_basics(options),

@@ -58,7 +58,7 @@ def _worker(served: Served, options: Options, stage: Stage) -> list[Manifest]:
     if stage == "prefill":
         ports.append({"name": "bootstrap", "containerPort": BOOTSTRAP_PORT})
         annotations["sglang.ai/bootstrap-port"] = str(BOOTSTRAP_PORT)  # the router reads it
-    resources = {"nvidia.com/gpu": str(options.gpus), "memory": options.memory}
+    resources = {"nvidia.com/gpu": str(options.gpus(stage)), "memory": options.memory}
     resources |= {options.rdma: "1"} if options.rdma else {}
     container = {
         "name": "sglang",

@@ -79,7 +79,7 @@ class Served:
 
 @dataclass(frozen=True)
 class Options:
-    """The operator's choices; `name` is that of the objects, `gpus` those of one worker (its tensor parallelism).
+    """The operator's choices; `name` is that of the objects, `tp_prefill` and `tp_decode` the GPUs of one worker.
 
     Attributes:
         rdma: an extended resource such as `rdma/hca`, one a worker; of use to transports other than tcp.
@@ -91,7 +91,8 @@ class Options:
     name: str = "pdtrim"
     prefill: int = 1
     decode: int = 1
-    gpus: int = 1
+    tp_prefill: int = 1
+    tp_decode: int = 1
     image: str = IMAGE
     bundle: BundleAt = field(default_factory=lambda: BundleAt("pvc", "pdtrim-bundle"))
     rdma: str | None = None
@@ -122,6 +123,10 @@ class Options:
         """Workers of a stage."""
         return self.prefill if stage == "prefill" else self.decode
 
+    def gpus(self, stage: Stage) -> int:
+        """Those of a worker of a stage, one a tensor-parallel rank."""
+        return self.tp_prefill if stage == "prefill" else self.tp_decode
+
 
 def worker_arguments(served: Served, options: Options, stage: Stage) -> list[str]:
     """`python3 -m sglang.launch_server ...` for SGLang 0.5.23 on GPUs, without what the platform chooses."""
@@ -135,7 +140,7 @@ def worker_arguments(served: Served, options: Options, stage: Stage) -> list[str
         "--port": HTTP_PORT,
         "--dtype": served.dtype,
         "--page-size": options.page_size,
-        "--tp-size": options.gpus,
+        "--tp-size": options.gpus(stage),
         "--disaggregation-mode": stage,
         "--disaggregation-transfer-backend": options.transport,
         ARGUMENT: json.dumps(config.override()),

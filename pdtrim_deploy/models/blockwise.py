@@ -133,9 +133,9 @@ class Blockwise:
 
         At most 64 MiB of float32 logits exist at a time (or those of one token).
         """
-        flat, wanted = hidden.flatten(0, 1), targets.flatten()
+        flat, flat_targets = hidden.flatten(0, 1), targets.flatten()
         step = max(1, _LOGITS_AT_ONCE // self.model.lm_head.out_features)
-        slices = zip(flat.split(step), wanted.split(step), strict=True)
+        slices = zip(flat.split(step), flat_targets.split(step), strict=True)
         return torch.cat([pick(self.logits(part), ids) for part, ids in slices]).view(targets.shape)
 
     def _mask(self, span: Span, keys: Ranges, window: int | None, dtype: torch.dtype) -> Tensor | None:

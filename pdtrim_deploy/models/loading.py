@@ -96,11 +96,11 @@ def check_loads(checkpoint: Checkpoint, cache: Cache | None = None) -> None:
     """
     from transformers import GenerationConfig
 
-    made, path = checkpoint.family.model_class, checkpoint.path
+    model_class, path = checkpoint.family.model_class, checkpoint.path
     with _one_sentence(path, "model"):
-        config = made.config_class.from_dict(checkpoint.config)
+        config = model_class.config_class.from_dict(checkpoint.config)
         with torch.device("meta"):
-            empty = made._from_config(config)
+            empty = model_class._from_config(config)
         if (path / "generation_config.json").exists():
             GenerationConfig.from_pretrained(path, local_files_only=True)
     if checkpoint.family.blocks is None:
@@ -121,12 +121,12 @@ def _check_runs_once(checkpoint: Checkpoint, cache: Cache | None) -> None:
 
 
 @contextmanager
-def _one_sentence(path: Path, what: str) -> Iterator[None]:
+def _one_sentence(path: Path, kind: str) -> Iterator[None]:
     """For reading a folder, and nothing else: whatever transformers raises then, the folder's files are its reason."""
     try:
         yield
     except Exception as error:
         reason = error.__cause__ or error  # of a value that its config does not take, the first says where alone
-        said = next((line.strip() for line in str(reason).splitlines() if line.strip()), "")
-        said = f"{path}: transformers cannot load this {what} ({type(reason).__name__}: {shorten(said, 200)})"
-        raise UserError(f"{said}; mend that or get the model again") from error
+        first_line = next((line.strip() for line in str(reason).splitlines() if line.strip()), "")
+        sentence = f"{path}: transformers cannot load this {kind} ({type(reason).__name__}: {shorten(first_line, 200)})"
+        raise UserError(f"{sentence}; mend that or get the model again") from error

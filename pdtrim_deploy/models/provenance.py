@@ -48,15 +48,15 @@ def _front_matter(readme: Path) -> dict[str, Any]:
         return {}
     front = re.match(r"---\r?\n(.*?)\n---\s*\n", readme.read_text(errors="replace"), re.DOTALL)
     try:
-        said = yaml.safe_load(front[1]) if front else None
+        metadata = yaml.safe_load(front[1]) if front else None
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError):  # a bad date, tag, depth
-        said = None
-    return said if isinstance(said, dict) else {}
+        metadata = None
+    return metadata if isinstance(metadata, dict) else {}
 
 
 def _hub_name(folder: Path, source: str) -> str | None:
     """`hf:ORG/NAME` lies where a hub would have put it; else the name that transformers once wrote down."""
     kind, _, place = source.partition(":")
-    said = json.loads((folder / "config.json").read_text()).get("_name_or_path")
-    names = [place if kind == "hf" else "", said if isinstance(said, str) else ""]
+    name_or_path = json.loads((folder / "config.json").read_text()).get("_name_or_path")
+    names = [place if kind == "hf" else "", name_or_path if isinstance(name_or_path, str) else ""]
     return next((name for name in names if _HUB_NAME.fullmatch(name)), None)

@@ -102,7 +102,7 @@ def read_sized(path: Path) -> Sized:
 
 
 def _dtype(config: dict[str, Any], path: Path) -> NativeDtype | None:
-    said = config.get("dtype") or config.get("torch_dtype")
-    if said is not None and said not in get_args(NativeDtype):
-        raise UserError(f"{path}: dtype is {said!r}; a KV pool is one of {', '.join(get_args(NativeDtype))}")
-    return said
+    dtype = config.get("dtype") or config.get("torch_dtype")
+    if dtype is not None and dtype not in get_args(NativeDtype):
+        raise UserError(f"{path}: dtype is {dtype!r}; a KV pool is one of {', '.join(get_args(NativeDtype))}")
+    return dtype

@@ -68,13 +68,13 @@ def read_tensors(
     by_file: dict[Any, list[str]] = {}
     for name in names:
         by_file.setdefault(checkpoint.tensors[name].file, []).append(name)
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for file, inside in by_file.items():
         with safe_open(file, framework="pt") as shard:
             for name in inside:
                 tensor = shard.get_tensor(name)
-                found[name] = tensor.clone() if keeps_dtype(name) else tensor.to(dtype, copy=True)
-    return found
+                tensors[name] = tensor.clone() if keeps_dtype(name) else tensor.to(dtype, copy=True)
+    return tensors
 
 
 def stream_model(checkpoint: Checkpoint, blocks_in_memory: int, dtype: str = "float32") -> tuple[Any, Blocks]:
@@ -82,10 +82,10 @@ def stream_model(checkpoint: Checkpoint, blocks_in_memory: int, dtype: str = "fl
 
     Embedding, final norm and LM head are in memory.
     """
-    made = checkpoint.family.model_class
-    config = made.config_class.from_dict(checkpoint.config)
+    model_class = checkpoint.family.model_class
+    config = model_class.config_class.from_dict(checkpoint.config)
     with torch.device("meta"):
-        model = made._from_config(config, attn_implementation="sdpa", dtype=TORCH_DTYPES[dtype])
+        model = model_class._from_config(config, attn_implementation="sdpa", dtype=TORCH_DTYPES[dtype])
     model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
     outside = [name for name in checkpoint.tensors if not name.startswith("model.layers.")]
     for name, tensor in read_tensors(checkpoint, outside, TORCH_DTYPES[dtype]).items():
@@ -156,8 +156,8 @@ class _Fetch:
 
     def _empty(self, module: nn.Module) -> dict[str, nn.Parameter]:
         """Its weights that are not there; others were replaced: a student's, a healed one."""
-        found = {leaf: module._parameters[leaf] for leaf in self._names}
-        return {leaf: weight for leaf, weight in found.items() if weight is not None and weight.is_meta}
+        parameters = {leaf: module._parameters[leaf] for leaf in self._names}
+        return {leaf: weight for leaf, weight in parameters.items() if weight is not None and weight.is_meta}
 
 
 _EMPTY = "_pdtrim_empty"

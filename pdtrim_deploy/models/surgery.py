@@ -104,8 +104,8 @@ def write_stage(
     elements = {name: checkpoint.tensors[source].elements for name, source in names.items()}
     with atomic_directory(out_dir) as folder:
         write_shards(folder, elements, get, TORCH_DTYPES[dtype], max_shard_bytes, checkpoint.family.keeps_dtype)
-        found = {p for pattern in _COPIED for p in checkpoint.path.glob(pattern) if p.is_file()}
-        for path in (*sorted(found), *files):
+        copied = {p for pattern in _COPIED for p in checkpoint.path.glob(pattern) if p.is_file()}
+        for path in (*sorted(copied), *files):
             shutil.copyfile(path, folder / path.name)
         config = _stage_config(checkpoint, blocks, dtype) | {"pdtrim": dict(pdtrim)}
         (folder / "config.json").write_text(json.dumps(config, indent=2))
@@ -168,9 +168,9 @@ def _replace(layer: nn.Module, prefix: str, name: str, tensor: torch.Tensor) -> 
     layer.get_submodule(owner)._parameters[leaf] = nn.Parameter(tensor.to(old.dtype), requires_grad=False)
 
 
-def _check_shape(name: str, tensor: torch.Tensor, wanted: tuple[int, ...] | None) -> None:
-    if tuple(tensor.shape) != wanted:
-        has = "has no such tensor" if wanted is None else f"has {wanted}"
+def _check_shape(name: str, tensor: torch.Tensor, expected: tuple[int, ...] | None) -> None:
+    if tuple(tensor.shape) != expected:
+        has = "has no such tensor" if expected is None else f"has {expected}"
         raise UserError(f"replacement of {name}: shape {tuple(tensor.shape)}, the block {has}")
 
 

@@ -95,14 +95,14 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             raise damaged
         try:
             header = json.loads(file.read(length).decode())
-            said = header.pop("__metadata__", None) or {}
+            metadata = header.pop("__metadata__", None) or {}
             tensors = {name: _info(path, entry, 8 + length) for name, entry in header.items()}
         except (ValueError, RecursionError, AttributeError, TypeError, KeyError):
             raise damaged from None
     ordered = sorted(tensors.values(), key=lambda info: (info.start, info.stop))
     ends = [8 + length, *(info.stop for info in ordered)]
     gapless = [info.start for info in ordered] == ends[:-1] and ends[-1] == size  # as safetensors has them
-    if not gapless or not _all_text(said):
+    if not gapless or not _all_text(metadata):
         raise damaged
     return tensors
 
@@ -117,15 +117,15 @@ def _info(path: Path, entry: dict[str, Any], data: int) -> TensorInfo:
     return TensorInfo(path, entry["dtype"], tuple(shape), data + start, data + stop)
 
 
-def _all_text(said: object) -> bool:
-    return isinstance(said, dict) and all(isinstance(word, str) for word in said.values())
+def _all_text(mapping: object) -> bool:
+    return isinstance(mapping, dict) and all(isinstance(text, str) for text in mapping.values())
 
 
 def _weight_map(path: Path) -> dict[str, str]:
     try:
-        found = json.loads(path.read_text())["weight_map"]
+        weight_map = json.loads(path.read_text())["weight_map"]
     except (ValueError, RecursionError, KeyError, TypeError):
-        found = None
-    if not _all_text(found):
+        weight_map = None
+    if not _all_text(weight_map):
         raise UserError(f"{path}: no weight_map from tensors to files in it; get the model again")
-    return found
+    return weight_map

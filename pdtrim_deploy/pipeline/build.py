@@ -55,7 +55,7 @@ def steps_of(recipe: Recipe, fingerprint: str) -> tuple[BuildStep, ...]:
     chosen = {key: dump[key] for key in ("calibration", "pruning", *(["students"] if recipe.pruning.distil else []))}
     if recipe.pruning.finalists or recipe.pruning.distil:  # students learn from part of this text
         text = [dump["healing"][name] for name in ("compensation", "sequences", "length")]
-        chosen["judged"] = [*text, recipe.healing.asked]
+        chosen["judged"] = [*text, recipe.healing.enabled]
     prune = chained_key("", said | (chosen if recipe.pruning.decode_blocks else {}))
     healed = chained_key(prune, heal.depends_on(dump)) if heal.needed(recipe) else prune
     reads = recipe.kv.method not in FIXED_KV or recipe.kv.measures_offsets
@@ -78,7 +78,7 @@ def steps_of(recipe: Recipe, fingerprint: str) -> tuple[BuildStep, ...]:
             _engine_step(
                 target, stage, asked, chained_key(decode if stage == "decode" else kv, stage), dump["calibration"]
             )
-            for target, asked in recipe.targets.asked.items()
+            for target, asked in recipe.targets.requested.items()
             for stage in STAGES
         ),
     )
@@ -197,7 +197,7 @@ def _lengths(recipe: Recipe) -> Iterator[tuple[str, int]]:
     text, kv, healing = recipe.evaluation, recipe.kv, recipe.healing
     if recipe.pruning.decode_blocks:
         yield "calibration.length", recipe.calibration.length
-    if healing.asked:
+    if healing.enabled:
         yield "healing.length", healing.length
     if kv.method not in FIXED_KV:
         yield "kv.prompt_tokens + kv.continuation_tokens", kv.prompt_tokens + kv.continuation_tokens

@@ -35,7 +35,7 @@ Changed = Mapping[Stage, "BlockTensors"]
 
 def needed(recipe: Recipe) -> bool:
     """Whether the recipe asks for other weights than the model's own."""
-    pruned = bool(recipe.pruning.decode_blocks) and (recipe.pruning.distil or recipe.healing.asked)
+    pruned = bool(recipe.pruning.decode_blocks) and (recipe.pruning.distil or recipe.healing.enabled)
     return pruned or bool(recipe.healing.kv_only_blocks)
 
 

@@ -62,7 +62,7 @@ def changed(plan: PDPlan, recipe: Recipe, stage: Stage, healed: Healed) -> list[
 def _taught(recipe: Recipe) -> str:
     """Text of students (`pipeline.texts.taught`)."""
     text, healing = recipe.calibration, recipe.healing
-    if not healing.asked:
+    if not healing.enabled:
         return f"{text.sequences} x {text.length}"
     return f"{healing.taught(recipe.pruning.finalists)} x {healing.length}"
 
@@ -82,7 +82,7 @@ def made(recipe: Recipe) -> list[str]:
             f"- Students trained on {_taught(recipe)} tokens of {corpus}: least squares, then "
             f"{recipe.students.steps} steps each (seed {recipe.students.seed})"
         )
-    if healing.asked:
+    if healing.enabled:
         said.append(
             f"- Weights mended on {healing.sequences} x {healing.length} tokens of {corpus} (seed {healing.seed})"
         )

@@ -21,7 +21,7 @@ def searched(context: Context) -> Tensor:
 def fitted(context: Context) -> Tensor:
     """What stages are compensated and healed on; that again where they are not."""
     asked = context.recipe.healing
-    if not asked.asked:
+    if not asked.enabled:
         return searched(context)
     ids: Tensor = context.calibration(asked.sequences, asked.length)
     return ids
@@ -30,7 +30,7 @@ def fitted(context: Context) -> Tensor:
 def taught(context: Context) -> Tensor:
     """What students learn from: all that is fitted, or what comes before `judged`."""
     asked, ids = context.recipe.healing, fitted(context)
-    return ids[: asked.taught(context.recipe.pruning.finalists)] if asked.asked else ids
+    return ids[: asked.taught(context.recipe.pruning.finalists)] if asked.enabled else ids
 
 
 def judged(context: Context) -> Tensor:

@@ -129,7 +129,7 @@ def fitted_bytes(sizes: ModelSizes, pruning: PruningSection, refits: bool) -> in
 
 def _student_text(pruning: PruningSection, text: CalibrationSection, healing: HealingSection | None) -> tuple[int, int]:
     """Sequences that students learn from, and their length (`pipeline.texts.taught`)."""
-    if healing is None or not healing.asked:
+    if healing is None or not healing.enabled:
         return text.sequences, text.length
     return healing.taught(pruning.finalists), healing.length
 

@@ -102,6 +102,6 @@ class HealingSection(_Section):
         return bool(self.kv_only_blocks or self.prefill_steps or self.decode_steps)
 
     @property
-    def asked(self) -> bool:
+    def enabled(self) -> bool:
         """Whether any healing runs before KV is chosen."""
         return self.compensation != "none" or self.trains

@@ -74,14 +74,14 @@ class Recipe(_Section):
     @model_validator(mode="after")
     def _something_to_heal(self) -> Recipe:
         healing, pruning = self.healing, self.pruning
-        if healing.asked and not (pruning.decode_blocks or healing.kv_only_blocks):
+        if healing.enabled and not (pruning.decode_blocks or healing.kv_only_blocks):
             raise ValueError("healing is asked for but nothing is pruned; allowed: pruning.decode_blocks of at least 1")
         if healing.kv_steps and self.kv.method == "none" and self.kv.wire_dtype == "native":
             raise ValueError(
                 f"healing.kv_steps is {healing.kv_steps} but kv.method is none and all KV travels as it is; "
                 f"allowed with it: a method that cuts KV, or a wire_dtype"
             )
-        if self.kv.pool_dtype != "native" and self.targets.asked:
+        if self.kv.pool_dtype != "native" and self.targets.requested:
             raise ValueError(
                 f"kv.pool_dtype is {self.kv.pool_dtype} but an engine writes KV in model.dtype; allowed with targets: "
                 f"pool_dtype native"
@@ -114,7 +114,7 @@ class Recipe(_Section):
             raise ValueError(
                 f"students.steps is {self.students.steps} but pruning.distil is false; allowed: 0, or true"
             )
-        student_sequences = healing.taught(pruning.finalists) if healing.asked else None
+        student_sequences = healing.taught(pruning.finalists) if healing.enabled else None
         if pruning.distil and (self.calibration.sequences if student_sequences is None else student_sequences) < 2:
             section, least = (
                 ("calibration", 2) if student_sequences is None else ("healing", 4 if pruning.finalists else 2)

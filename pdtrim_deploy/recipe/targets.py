@@ -55,11 +55,13 @@ class OnnxTarget(Target):
 class TensorRTTarget(Target):
     """A TensorRT engine, for the GPU of the machine that builds; tuned for calls of `usual_tokens` tokens.
 
+    `dtype` is by default the stage's, or float16 where that is float32.
+
     `plugin_library` is a path to libpdtrim_tensorrt.so, which the engine then contains; `dry_run` only describes the
     engine.
     """
 
-    dtype: Literal["float32", "float16"] | None = None
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
     tolerance: Tolerance | None = None
     most_tokens: PositiveInt = 4096
     usual_tokens: PositiveInt = 256
@@ -131,10 +133,10 @@ class TargetsSection(Section):
 
     @model_serializer
     def _dump(self) -> dict[str, dict[str, Any]]:
-        return {name: section.model_dump(mode="json") for name, section in self.asked.items()}
+        return {name: section.model_dump(mode="json") for name, section in self.requested.items()}
 
     @property
-    def asked(self) -> dict[str, Target]:
+    def requested(self) -> dict[str, Target]:
         """The requested targets by name, in the order of the fields above."""
         sections = {field.alias or name: getattr(self, name) for name, field in type(self).model_fields.items()}
         return {name: section for name, section in sections.items() if section is not None}

@@ -54,13 +54,13 @@ def worker_command(python: Path, worker: WorkerSpec, secret: Path | None = None)
         "--chunked-prefill-size": options.chunked_prefill_size,
     }
     arguments |= engine_limits(worker.engine) | {name: limit for name, limit in limits.items() if limit is not None}
-    told = WorkerConfig(
+    config = WorkerConfig(
         secret_file=None if secret is None else str(secret),
         transport=TransportOptions.model_validate(worker.transport),
         decode_pool=options.split_pool if worker.stage == "decode" else None,
         engine=worker.engine.as_config() if worker.engine is not None else None,
     )
-    override = told.override() | ({"architectures": [ENGINE_MODEL]} if worker.engine is not None else {})
+    override = config.override() | ({"architectures": [ENGINE_MODEL]} if worker.engine is not None else {})
     if override:
         arguments[ARGUMENT] = json.dumps(override)
     if worker.bootstrap_port is not None:
@@ -69,6 +69,8 @@ def worker_command(python: Path, worker: WorkerSpec, secret: Path | None = None)
     if options.device == "cpu":
         arguments |= {"--attention-backend": "torch_native", FRACTION: static_fraction(worker)}
         flags += ["--disable-overlap-schedule", "--sleep-on-idle"]
+        if (ranks := options.tp(worker.stage)) > 1:
+            arguments["--tp-size"] = ranks
         if worker.stage == "decode" and not options.sparse:  # the default backs up KV through CUDA streams
             arguments["--disaggregation-decode-retraction-backup"] = "none"
     else:
@@ -106,6 +108,8 @@ def worker_environment(python: Path, worker: WorkerSpec, workers: int, temporary
             "OMP_WAIT_POLICY": "PASSIVE",
             "GOMP_SPINCOUNT": "0",
         }
+        if worker.options.tp(worker.stage) > 1:
+            chosen["SGLANG_NCCL_SO_PATH"] = os.devnull  # NCCL wants GPUs; without it SGLang's ranks speak by gloo
     return _base(python, os.environ, temporary) | chosen
 
 

@@ -62,7 +62,7 @@ def cluster_of(
     options = replace(options, sparse=any(send.mode == "sparse" for send in bundle.plan.kv))
     if options.split_pool is not None and not options.sparse:
         raise UserError("--split-decode-pool: this plan has no sparse layers to split off; leave it out")
-    require_ranks(bundle.plan, options.tp_prefill, options.tp_decode, options.device)
+    require_ranks(bundle.plan, options.tp_prefill, options.tp_decode)
     require_arguments(options.extra_args, "--worker-args")
     require_arguments(options.prefill_args, "--prefill-args")
     require_arguments(options.decode_args, "--decode-args")
@@ -96,7 +96,7 @@ def throttled(cluster: Cluster, link: Link) -> Iterator[Cluster]:
     (decode,), spec = cluster.spec.decode, cluster.spec
     used = {port for worker in spec.workers for port in (worker.port, worker.bootstrap_port or 0)}
     port, announced = free_ports(2, taken=frozenset(used | {spec.router.port, spec.router.metrics_port}))
-    told = replace(decode, transport={**decode.transport, "port": port, "announce": f"{HOST}:{announced}"})
-    cluster.spec = replace(spec, workers=(*spec.prefill, told))
+    relayed = replace(decode, transport={**decode.transport, "port": port, "announce": f"{HOST}:{announced}"})
+    cluster.spec = replace(spec, workers=(*spec.prefill, relayed))
     with contextlib.closing(Throttle(announced, port, link.bytes_per_s)), cluster:
         yield cluster

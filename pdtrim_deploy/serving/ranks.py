@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.plan import PDPlan
+from pdtrim_deploy.plan.heads import indivisible, unpairable
 
 STATIC_SHARE = 0.85  # of a GPU's memory: weights and KV of all workers on it; the rest is for batches and CUDA graphs
 # SGLang's own options for what decides here; its parser takes `--tp` for `--tp-size`.
@@ -65,25 +66,15 @@ def place(ranks: Sequence[int], gpus: int, share: bool = False) -> tuple[Placeme
     )
 
 
-def require_ranks(plan: PDPlan, prefill: int, decode: int, device: str) -> None:
+def require_ranks(plan: PDPlan, prefill: int, decode: int) -> None:
     """UserError: a number of ranks that SGLang or the plugin cannot serve, known before any worker starts."""
-    if device == "cpu" and max(prefill, decode) > 1:
-        raise UserError(
-            f"--tp-prefill {prefill} --tp-decode {decode}: SGLang's tensor parallelism needs GPUs; leave both out with "
-            "--device cpu"
-        )
-    if prefill != decode:
-        raise UserError(
-            f"--tp-prefill {prefill} --tp-decode {decode}: KV goes from each rank of prefill to the same rank of "
-            "decode, so both stages need as many; give both the same number"
-        )
     heads = plan.model.num_kv_heads
-    if heads % prefill:
-        divisors = ", ".join(str(count) for count in range(1, heads + 1) if heads % count == 0)
-        raise UserError(
-            f"--tp-prefill {prefill}: the model's {heads} KV heads cannot be divided among so many ranks; use one of "
-            f"{divisors}"
-        )
+    for option, ranks in (("--tp-prefill", prefill), ("--tp-decode", decode)):
+        if reason := indivisible(heads, ranks):
+            valid = ", ".join(str(count) for count in range(1, heads + 1) if heads % count == 0)
+            raise UserError(f"{option} {ranks}: {reason}; use one of {valid}, or a multiple of {heads}")
+    if reason := unpairable(prefill, decode):
+        raise UserError(f"--tp-prefill {prefill} --tp-decode {decode}: {reason}; give a multiple")
 
 
 def require_arguments(arguments: Sequence[str], option: str) -> None:

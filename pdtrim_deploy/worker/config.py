@@ -54,8 +54,8 @@ class WorkerConfig(Frozen):
 
     def override(self) -> dict[str, Any]:
         """What was set, under the keys that `of` reads."""
-        told = self.model_dump(mode="json", exclude_defaults=True)
-        return {f"{PREFIX}{name}": value for name, value in told.items()}
+        settings = self.model_dump(mode="json", exclude_defaults=True)
+        return {f"{PREFIX}{name}": value for name, value in settings.items()}
 
     @classmethod
     def parse(cls, override_args: str | None) -> WorkerConfig:
@@ -68,9 +68,9 @@ class WorkerConfig(Frozen):
         return cls.of({name: getattr(config, name) for name in map(key, cls.model_fields) if hasattr(config, name)})
 
     @classmethod
-    def of(cls, told: Mapping[str, Any]) -> WorkerConfig:
+    def of(cls, settings: Mapping[str, Any]) -> WorkerConfig:
         """From a mapping that may hold other keys too."""
-        ours = {name.removeprefix(PREFIX): value for name, value in told.items() if name.startswith(PREFIX)}
+        ours = {name.removeprefix(PREFIX): value for name, value in settings.items() if name.startswith(PREFIX)}
         try:
             return cls.model_validate(ours)
         except ValidationError as error:

@@ -36,7 +36,7 @@ class TransportOptions(Frozen):
     @classmethod
     def parse(cls, texts: Iterable[str]) -> dict[str, Any]:
         """What each KEY=VALUE says, the value as YAML reads it; UserError for the first that no worker would take."""
-        found: dict[str, Any] = {}
+        options: dict[str, Any] = {}
         for text in texts:
             key, equals, value = text.partition("=")
             if not key or not equals:
@@ -50,5 +50,5 @@ class TransportOptions(Frozen):
                 raise UserError(f"--transport-option {text!r}: {why[0].lower()}{why[1:]}; mend the value") from None
             except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError):  # a bad date, tag, depth
                 raise UserError(f"--transport-option {text!r}: the value is no YAML; put text in quotes") from None
-            found |= read.model_dump(include={key})
-        return found
+            options |= read.model_dump(include={key})
+        return options

@@ -85,12 +85,12 @@ class PDTrimBootstrapServer(CommonKVBootstrapServer):
 
     async def _handle_route_put(self, request: web.Request) -> web.Response:
         data = await request.json()
-        asked = Registration.model_validate(data)
-        group, groups = asked.data_parallel
-        sizes = (groups, asked.attn_cp_size, asked.attn_tp_size, asked.pp_size)
+        registration = Registration.model_validate(data)
+        group, groups = registration.data_parallel
+        sizes = (groups, registration.attn_cp_size, registration.attn_tp_size, registration.pp_size)
         if self.dp_size is not None and sizes != (self.dp_size, self.attn_cp_size, self.attn_tp_size, self.pp_size):
             return web.Response(text="the sizes are not those of the ranks that are registered", status=400)
-        rank = (group, asked.attn_cp_rank, asked.attn_tp_rank, asked.pp_rank)
+        rank = (group, registration.attn_cp_rank, registration.attn_tp_rank, registration.pp_rank)
         before = self._registered.setdefault(rank, data)
         if before is not data:  # SGLang asks once more when the answer was late
             return web.Response(text="OK") if before == data else web.Response(text=ANOTHER_RANK, status=409)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pdtrim_deploy.kvcache.layout import chunk_layout
 from pdtrim_deploy.plan import PDPlan
+from pdtrim_deploy.plan.heads import sent_heads
 from pdtrim_sglang import vital
 from pdtrim_sglang.messages import Register
 from pdtrim_sglang.messages import Room as RoomMessage
@@ -57,6 +58,7 @@ class DecodeSide:
             digest=self._plan.digest,
             data_port=int(port),
             tp_size=manager.attn_tp_size,
+            tp_rank=manager.attn_tp_rank,
             aux_item_bytes=self._aux.item_bytes,
         ).frames()
 
@@ -82,16 +84,31 @@ class DecodeSide:
         aux_index: int,
         free: Any = None,
         row: int | None = None,
+        *,
+        prefill_ranks: int,
     ) -> None:
         """Accept chunks for a request whose destination `pages` (int32) SGLang has just allocated.
 
+        Attention has `prefill_ranks` ranks in the prefill worker, or in its data-parallel group, that computes it.
         They are scattered once the device event `free` has come, when there is one. `row` is the request's in SGLang's
         `req_to_token`.
         """
         places = self._pool.destinations(self._pool.slots(pages, prompt_tokens - prefix_tokens), row)
-        ready = free, self._pool.made()
-        self._rooms[room] = DecodeRoom(room, prompt_tokens, prefix_tokens, places, aux_index, ready)
+        ready = free, self._pool.record_event()
+        senders = self.senders(prefill_ranks)
+        self._rooms[room] = DecodeRoom(room, prompt_tokens, prefix_tokens, places, aux_index, ready, senders=senders)
         self.connections_changed()
+
+    def pair(self, prefill_ranks: int) -> int:
+        """A prefill worker of so many attention ranks was met: how many of them send to this rank."""
+        senders = self.senders(prefill_ranks)
+        self._pool.prepare(self._plan, *senders.values())
+        return len(senders)
+
+    def senders(self, prefill_ranks: int) -> dict[int, range]:
+        """The KV heads that each rank of prefill sends to this one; ranks with copies of them send nothing."""
+        ranks = prefill_ranks, self._manager.attn_tp_size, self._manager.attn_tp_rank
+        return sent_heads(self._plan.model.num_kv_heads, *ranks)
 
     def close_room(self, room: int) -> None:
         """Accept no more: call before SGLang may free the pages. Waits for a scatter under way."""
@@ -115,8 +132,13 @@ class DecodeSide:
         tokens = header.prompt_tokens
         if tokens > self._pool.tokens:
             raise ProtocolError(f"a prompt of {tokens} tokens does not fit this worker's KV pool")
-        layout = chunk_layout(self._plan, tokens, header.start, header.stop, self._pool.kv_heads)
-        aux_bytes = self._aux.total_bytes if header.last else 0
+        own, heads = self._pool.heads, header.heads
+        if not own.start <= heads.start < heads.stop <= own.stop:
+            raise ProtocolError(
+                f"chunk of KV heads {heads.start} to {heads.stop - 1}, this rank has {own.start} to {own.stop - 1}"
+            )
+        layout = chunk_layout(self._plan, tokens, header.start, header.stop, len(heads))
+        aux_bytes = self._aux.total_bytes if header.last and header.aux_bytes else 0  # of several senders one brings it
         if (header.payload_bytes, header.aux_bytes) != (layout.total_bytes, aux_bytes):
             raise ProtocolError(
                 f"chunk of {header.payload_bytes} + {header.aux_bytes} bytes, "

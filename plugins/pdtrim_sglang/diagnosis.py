@@ -38,7 +38,7 @@ def diagnose(deep: bool = False) -> dict[str, Any]:
         Path(next(iter(spec.submodule_search_locations))).parent if spec and spec.submodule_search_locations else None
     )
     entry_points = metadata.entry_points(group="sglang.srt.plugins")
-    found = {
+    report = {
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
         "kernels": _kernels(),
@@ -49,7 +49,7 @@ def diagnose(deep: bool = False) -> dict[str, Any]:
         "sparse_backends": list(ATTENTION),
         "transports": {name: _missing_libraries(name) for name in transports()},
     }
-    return found | ({"deep": _load()} if deep else {})
+    return report | ({"deep": _load()} if deep else {})
 
 
 def imported() -> set[str]:
@@ -146,15 +146,15 @@ def _load() -> str | None:
     return None
 
 
-def misfit(found: dict[str, Any]) -> str | None:
+def misfit(report: dict[str, Any]) -> str | None:
     """What keeps the plugin from running in this SGLang, or None."""
-    gone = [name for kind in ("targets", "imports") for name, stands in found[kind].items() if not stands]
-    version, wanted = found["packages"]["sglang"], found["read_against"]
-    if version != wanted:
-        return f"SGLang is {version or 'not installed'}; this plugin was written for SGLang {wanted}"
+    gone = [name for kind in ("targets", "imports") for name, stands in report[kind].items() if not stands]
+    version, supported = report["packages"]["sglang"], report["read_against"]
+    if version != supported:
+        return f"SGLang is {version or 'not installed'}; this plugin was written for SGLang {supported}"
     if gone:
         return f"SGLang {version} has no {', '.join(gone)}"
-    return None if found["plugin"] else "the plugin's entry point is not installed"
+    return None if report["plugin"] else "the plugin's entry point is not installed"
 
 
 if __name__ == "__main__":

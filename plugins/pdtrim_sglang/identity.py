@@ -15,9 +15,9 @@ from pdtrim_sglang.transports.handshake import Credentials
 def signature_of(server_args: Any) -> Signature:
     """What a worker signs with: its secret, and the digest of its checkpoint's plan (zeros where there is none)."""
     plan = read_plan(server_args.model_path)
-    told = WorkerConfig.parse(server_args.json_model_override_args)
+    config = WorkerConfig.parse(server_args.json_model_override_args)
     # KV comes in at the one, SGLang's bootstrap server listens at the other
-    secret = read_secret(told.secret_file, sglang_host.own_address(), server_args.host)
+    secret = read_secret(config.secret_file, sglang_host.own_address(), server_args.host)
     return Signature(Credentials(bytes.fromhex(plan.digest) if plan else bytes(32), secret))
 
 

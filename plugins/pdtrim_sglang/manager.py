@@ -11,6 +11,7 @@ from sglang.srt.disaggregation.utils import DisaggregationMode
 from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
 from pdtrim_deploy.kvcache.pack import prepare
 from pdtrim_deploy.plan import PDPlan, Stage
+from pdtrim_deploy.plan.heads import held_heads
 from pdtrim_deploy.worker.config import WorkerConfig
 from pdtrim_sglang import hook_targets, identity, sglang_host
 from pdtrim_sglang.control import protect
@@ -64,17 +65,19 @@ class PDTrimKVManager(CommonKVManager):
         """
         view = PoolView.of(pool)
         stage: Stage = "prefill" if self.disaggregation_mode == DisaggregationMode.PREFILL else "decode"
-        self.plan = self._given_plan or dense_plan(len(view.keys), pool)
-        check_fits(self.plan, stage, pool, self.attn_tp_size if self._given_plan else 1)
-        if self._offsets is not None:
-            view = replace(view, offsets=self._offsets.heads(self.attn_tp_rank, view.kv_heads))
+        ranks = self.attn_tp_size, self.attn_tp_rank
+        self.plan = self._given_plan or dense_plan(len(view.keys), pool, model.config.num_key_value_heads)
+        check_fits(self.plan, stage, pool, self.attn_tp_size)
+        own = held_heads(self.plan.model.num_kv_heads, *ranks)
+        offsets = None if self._offsets is None else self._offsets.heads(own)
+        view = replace(view, offsets=offsets, first_head=own.start)
         if self._given_plan:
             check_window(model.config, self.server_args.context_length)
         prepare(self.plan, view.keys[0], view.offsets)
         aux = AuxRows(tuple(self.kv_args.aux_data_ptrs), tuple(self.kv_args.aux_item_lens))
         credentials = Credentials(bytes.fromhex(self.plan.digest), self._secret)
-        told = WorkerConfig.parse(self.server_args.json_model_override_args)
-        self.transport_config = TransportConfig.of(told.transport, credentials, sglang_host.ib_devices(self.kv_args))
+        config = WorkerConfig.parse(self.server_args.json_model_override_args)
+        self.transport_config = TransportConfig.of(config.transport, credentials, sglang_host.ib_devices(self.kv_args))
         check_staging(self.plan, view, self.transport_config.staging_bytes)
         transport = self.server_args.disaggregation_transfer_backend.removeprefix("pdtrim_")
         side = (self, self.plan, view, aux, transport, self.transport_config)
@@ -94,11 +97,14 @@ class PDTrimKVManager(CommonKVManager):
                 of page sizes and dtypes does: every later request would fail alike.
 
         """
+        known = bootstrap_addr in self.prefill_info_table
         answered: bool = super().try_ensure_parallel_info(bootstrap_addr)
-        if answered:
-            prefill_tp = self.prefill_info_table[bootstrap_addr].attn_tp_size
-            if reason := unlike_ranks(prefill_tp, self.attn_tp_size):
+        if answered and not known:
+            info = self.prefill_info_table[bootstrap_addr]
+            if reason := unlike_ranks(info.attn_tp_size, self.attn_tp_size):
                 raise RuntimeError(f"pdtrim: cannot decode for the prefill worker at {bootstrap_addr}: {reason}")
+            # SGLang has each rank of prefill send its copy of a head; here the first of them does.
+            info.required_prefill_response_num = self.decode_side.pair(info.attn_tp_size)
         return answered
 
     def build_receiver_registration_message(self) -> list[bytes]:

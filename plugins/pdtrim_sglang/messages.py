@@ -17,12 +17,13 @@ class _Message(BaseModel):
 
 
 class Register(_Message):
-    """Sent once a prefill worker: who I am, what plan I serve, where my transport listens."""
+    """Sent once a prefill rank: who I am, what plan I serve, where my transport listens, which attention rank I am."""
 
     protocol: int
     digest: str = Field(pattern=r"^[0-9a-f]{64}$")
     data_port: int = Field(ge=1, le=65535)
-    tp_size: int = Field(ge=1)
+    tp_size: int = Field(ge=1, lt=1 << 16)
+    tp_rank: int = Field(ge=0, lt=1 << 16)
     aux_item_bytes: tuple[int, ...]
 
     def frames(self) -> list[bytes]:
@@ -31,7 +32,10 @@ class Register(_Message):
 
 
 class Room(_Message):
-    """Sent once a request: its destination is allocated, chunks may come."""
+    """Sent once a request and prefill rank: its destination is allocated, chunks may come.
+
+    `destinations` is how many ranks of decode send this rank of prefill the like.
+    """
 
     room: int = Field(ge=0, lt=1 << 64)
     prompt_tokens: int = Field(ge=1)

@@ -25,6 +25,8 @@ class Chunk:
         pages: int32, of this worker's pool; the first one begins with token `pages_start`.
         events: device events after which `pages`, and the pages, may be read.
         span: where an engine has packed the rows already.
+        heads: the KV heads to send, as the model counts them; all of this rank's when left out.
+        carries_aux: whether the last chunk brings the request's aux row: of several senders the first one's does.
 
     """
 
@@ -38,18 +40,22 @@ class Chunk:
     aux_index: int
     events: tuple[Any, ...] = ()
     span: Span | None = None
+    heads: range | None = None
+    carries_aux: bool = True
 
 
 @dataclass(frozen=True)
 class Packed:
     """A chunk whose bytes lie in slot number `slot`, or in `pieces` of it and of other memory, once `event` has come.
 
+    They are of KV heads `heads`.
     `queued_at` is when the scheduler queued it, in seconds of the monotonic clock.
     """
 
     queued_at: float
     chunk: Chunk
     layout: ChunkLayout
+    heads: range
     slot: int
     pieces: Sequence[memoryview] | None
     aux: bytes
@@ -73,10 +79,13 @@ class Packer:
         """Pack a chunk whose room is live; a GPU may still be at it when this returns."""
         for event in chunk.events:
             event.synchronize()
-        pool, out, pieces = self._pool, self._slots[slot], None
+        out, pieces = self._slots[slot], None
+        pool = self._pool if chunk.heads is None else self._pool.of_heads(chunk.heads)
         layout = chunk_layout(self._plan, chunk.prompt_tokens, chunk.start, chunk.stop, pool.kv_heads)
         if chunk.span is not None:
-            pieces = chunk.span.payload(layout, out, pool.offsets)
+            first = pool.first_head - self._pool.first_head
+            heads = None if pool is self._pool else slice(first, first + pool.kv_heads)
+            pieces = chunk.span.payload(layout, out, pool.offsets, heads)
         else:
             slots = pool.slots(chunk.pages, chunk.stop - chunk.pages_start)[chunk.start - chunk.pages_start :]
             if pool.keys[0].is_cpu:
@@ -84,5 +93,5 @@ class Packer:
             else:
                 packed = pack(layout, pool.keys, pool.values, slots, offsets=pool.offsets)
                 out[: layout.total_bytes].copy_(packed, non_blocking=True)
-        aux = self._aux.read(chunk.aux_index) if chunk.last else b""
-        return Packed(queued_at, chunk, layout, slot, pieces, aux, pool.made(), pool.keys[0].device)
+        aux = self._aux.read(chunk.aux_index) if chunk.last and chunk.carries_aux else b""
+        return Packed(queued_at, chunk, layout, pool.heads, slot, pieces, aux, pool.record_event(), pool.keys[0].device)

@@ -1,4 +1,4 @@
-"""One decode worker as a prefill worker sees it: a queue, a ring of staging slots, two threads and a channel.
+"""One rank of decode as a rank of prefill sees it: a queue, a ring of staging slots, two threads and a channel.
 
 One thread packs chunks into free slots, the other one sends them, so a chunk is packed while another one travels.
 Threads of its own mean that a decode worker which hangs holds up nobody else's requests.
@@ -10,6 +10,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 from pdtrim_deploy.plan import PDPlan
@@ -35,8 +36,19 @@ class Owner(Protocol):
     def released(self) -> None: ...
 
 
+@dataclass
+class _Unanswered:
+    """Chunks of a room that this peer has sent and has no reply to yet; whether its last one is among those sent."""
+
+    chunks: int = 0
+    last: bool = False
+
+
 class Peer:
-    """Packs and sends queued chunks in order; follows the replies."""
+    """Packs and sends queued chunks in order; follows the replies.
+
+    Where several ranks of decode take one rank's KV, each has a peer, and a room's progress is that of all.
+    """
 
     def __init__(
         self,
@@ -59,9 +71,9 @@ class Peer:
         for slot in range(len(self._channel.slots)):
             self._free.put(slot)
         self._failed = 0.0, ""  # when it could not be reached last, and why
-        self._unanswered: set[int] = set()
+        self._unanswered: dict[int, _Unanswered] = {}  # by room
         self._open, self._lost = 0, False  # chunks submitted and not yet sent or failed
-        self._lock = threading.Lock()  # over progress (a reply may overtake the return of its own send) and open chunks
+        self._lock = threading.Lock()  # over the three
         vital.start(f"packer for {host}:{port}", self._pack)
         vital.start(f"sender to {host}:{port}", self._run)
 
@@ -78,7 +90,12 @@ class Peer:
 
     def forget(self, room: int) -> None:
         """The scheduler is done with this room: nobody waits for its replies."""
-        self._unanswered.discard(room)
+        with self._lock:
+            self._unanswered.pop(room, None)
+
+    def awaits(self, room: int) -> bool:
+        """Whether this room's rows are not all here acknowledged, of those that were to go through this peer."""
+        return room in self._unanswered
 
     def abandon(self) -> None:
         """It has gone silent: break the connection, all that waits for a reply fails, what comes next connects anew."""
@@ -92,28 +109,36 @@ class Peer:
         """Called by the channel for each chunk, in order."""
         progress = self._owner.progress(reply.room)
         if not reply.ok:
-            self._unanswered.discard(reply.room)
+            self.forget(reply.room)
             self._owner.fail(reply.room, reply.reason)
         elif progress is None:  # it ended while this chunk was on its way
-            self._unanswered.discard(reply.room)
+            self.forget(reply.room)
         else:
-            with self._lock:
+            self._answered(reply.room)
+            with progress.lock:
                 progress.acknowledged += 1
                 complete = progress.complete
             if complete:
                 self._arrived(reply.room, progress)
 
+    def _answered(self, room: int) -> None:
+        with self._lock:
+            if (sent := self._unanswered.get(room)) is not None:
+                sent.chunks -= 1
+                if sent.last and not sent.chunks:
+                    del self._unanswered[room]
+
     def on_lost(self, reason: str) -> None:
         """Called by the channel when its connection broke."""
-        lost, self._unanswered = self._unanswered, set()
-        self._lost = True
-        for room in tuple(lost):  # another thread may have got hold of the set
+        with self._lock:
+            lost, self._unanswered = tuple(self._unanswered), {}
+            self._lost = True
+        for room in lost:
             self._owner.fail(room, reason)
 
     def _arrived(self, room: int, progress: RoomProgress) -> None:
         if progress.started is not None:
             progress.seconds = time.monotonic() - progress.started
-        self._unanswered.discard(room)
         self._owner.arrived(room)
 
     def _pack(self) -> None:
@@ -187,13 +212,15 @@ class Peer:
             return
         header = ChunkHeader(
             self._digest, chunk.room, self._rank, chunk.prompt_tokens, chunk.start, chunk.stop,
-            len(packed.aux), size, chunk.last,
+            len(packed.aux), size, chunk.last, packed.heads,
         )  # fmt: skip
-        self._unanswered.add(chunk.room)
+        with self._lock:
+            sent = self._unanswered.setdefault(chunk.room, _Unanswered())
+            sent.chunks, sent.last = sent.chunks + 1, chunk.last
         progress.prompt_tokens = chunk.prompt_tokens
         wire_bytes = self._channel.send(header, memoryview(packed.aux), packed.slot, packed.pieces)
         self._lost = False
-        with self._lock:
+        with progress.lock:
             if chunk.last:
                 progress.last_sent = time.monotonic()
             progress.sent += 1

@@ -10,6 +10,7 @@ from typing import Any
 
 from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
 from pdtrim_deploy.plan import ModelShape, NativeDtype, PDPlan, Stage
+from pdtrim_deploy.plan.heads import held_heads, indivisible
 from pdtrim_deploy.plan.wire import FP8_ROWS, PoolDtype
 
 KV_DTYPES: dict[str, NativeDtype] = {
@@ -47,8 +48,10 @@ def read_offsets(model_path: str, plan: PDPlan | None) -> KeyOffsets | None:
     return None if plan is None else KeyOffsets.read(Path(model_path), plan)
 
 
-def dense_plan(num_layers: int, pool: Any) -> PDPlan:
+def dense_plan(num_layers: int, pool: Any, kv_heads: int) -> PDPlan:
     """The plan of a stock checkpoint: all layers, all rows. Two workers pair only when shapes and dtypes agree.
+
+    `kv_heads` are the model's, of which `pool` may hold some.
 
     Raises:
         RuntimeError: the pool's dtype is none that the wire knows.
@@ -59,13 +62,12 @@ def dense_plan(num_layers: int, pool: Any) -> PDPlan:
         raise RuntimeError(
             f"pdtrim: cannot send a KV cache of {dtype}: start with --kv-cache-dtype auto, {' or '.join(FP8_ROWS)}"
         )
-    heads, head_dim = pool.k_buffer[0].shape[1:]
     model = ModelShape(
         architecture="unplanned",
         fingerprint="unplanned",
         num_blocks=num_layers,
-        num_kv_heads=heads,
-        head_dim=head_dim,
+        num_kv_heads=kv_heads,
+        head_dim=pool.k_buffer[0].shape[2],
         kv_dtype=KV_DTYPES.get(dtype, "bfloat16"),  # of an fp8 pool's model it is not known, and travels nowhere
         pool_dtype=FP8_POOLS.get(dtype, "native"),
     )
@@ -86,13 +88,9 @@ def check_fits(plan: PDPlan, stage: Stage, pool: Any, tp_size: int) -> None:
             f"pdtrim: the plan was made for a {model.row_dtype} KV cache, this worker's is {pool.dtype}: "
             f"start it with --dtype {model.kv_dtype} and --kv-cache-dtype {option}"
         )
-    if model.num_kv_heads % tp_size:
-        raise RuntimeError(
-            f"pdtrim: the model's {model.num_kv_heads} KV heads cannot be divided among {tp_size} ranks; SGLang would "
-            "give several ranks a copy of one head, which the plan counts once: start both workers with --tp-size "
-            f"{math.gcd(model.num_kv_heads, tp_size)}"
-        )
-    shape = (model.num_kv_heads // tp_size, model.head_dim)
+    if reason := indivisible(model.num_kv_heads, tp_size):
+        raise RuntimeError(f"pdtrim: {reason}: start with --tp-size {math.gcd(model.num_kv_heads, tp_size)}")
+    shape = (len(held_heads(model.num_kv_heads, tp_size, 0)), model.head_dim)
     if tuple(pool.k_buffer[0].shape[1:]) != shape or tuple(pool.v_buffer[0].shape[1:]) != shape:
         raise RuntimeError(
             f"pdtrim: the plan expects KV rows of {shape} (heads, head size), the pool has "

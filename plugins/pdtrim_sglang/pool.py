@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,9 @@ from torch import Tensor
 
 from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
 from pdtrim_deploy.kvcache.layout import ChunkLayout
-from pdtrim_deploy.kvcache.pack import check
+from pdtrim_deploy.kvcache.pack import check, prepare
+from pdtrim_deploy.plan import PDPlan
+from pdtrim_sglang import threads
 
 if TYPE_CHECKING:
     from pdtrim_sglang.kept_pool.pool import KeptKVPool
@@ -38,7 +40,8 @@ def _part(layout: ChunkLayout, layers: frozenset[int]) -> ChunkLayout:
 class PoolView:
     """Tensors `[slots, kv_heads, head_dim]` of every local layer, and the page size in tokens.
 
-    `cut` is SGLang's pool when its cut layers have slots of their own, `offsets` the plan's of these KV heads.
+    `cut` is SGLang's pool when its cut layers have slots of their own, `offsets` the plan's of these KV heads, and
+    `first_head` the first of them, as the model counts.
     """
 
     keys: list[Tensor]
@@ -46,6 +49,8 @@ class PoolView:
     page_size: int
     cut: KeptKVPool | None = None
     offsets: KeyOffsets | None = None
+    first_head: int = 0
+    _parts: dict[range, PoolView] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def of(cls, pool: Any) -> PoolView:
@@ -79,6 +84,36 @@ class PoolView:
         """KV heads that this rank holds."""
         return self.keys[0].shape[1]
 
+    @property
+    def heads(self) -> range:
+        """They, as the model counts them."""
+        return range(self.first_head, self.first_head + self.kv_heads)
+
+    def of_heads(self, heads: range) -> PoolView:
+        """A range of these heads, as the model counts them: views of the same tensors; itself when it is all."""
+        if heads == self.heads:
+            return self
+        if heads not in self._parts:  # threads that ask at once may make it twice, and both are right
+            first, stop = heads.start - self.first_head, heads.stop - self.first_head
+            if not 0 <= first < stop <= self.kv_heads:
+                raise ValueError(f"KV heads {heads.start}-{heads.stop - 1} are not among this rank's {self.heads}")
+            keys, values = ([tensor[:, first:stop] for tensor in side] for side in (self.keys, self.values))
+            offsets = None
+            if self.offsets is not None:
+                offsets = self.offsets.to(self.keys[0].device).heads(range(first, stop))
+            self._parts[heads] = replace(self, keys=keys, values=values, offsets=offsets, first_head=heads.start)
+        return self._parts[heads]
+
+    def prepare(self, plan: PDPlan, *shares: range) -> None:
+        """Compile what ranges of these heads are packed by, before the first of them travels; nobody waits for it.
+
+        For all of them it is compiled at start-up. On a CPU one library serves all.
+        """
+        for count in {len(heads) for heads in shares} - {0, self.kv_heads}:
+            if self.keys[0].is_cuda:
+                part = self.of_heads(self.heads[:count])
+                threads.start("kernel compiler", prepare, plan, part.keys[0], part.offsets)
+
     def slots(self, pages: Any, tokens: int) -> Tensor:
         """Slots (int64 `[tokens]`) of the first `tokens` tokens on `pages` (int array)."""
         first = torch.as_tensor(pages, dtype=torch.int64, device=self.keys[0].device) * self.page_size
@@ -97,8 +132,8 @@ class PoolView:
             torch.get_device_module(device).current_stream(device).synchronize()
         check(device)
 
-    def made(self) -> Any:
-        """What comes when all that this thread has asked of the GPU so far is done; None on the CPU, where it is.
+    def record_event(self) -> Any:
+        """An event that the GPU reaches once the work this thread has queued so far is done; None on the CPU.
 
         SGLang's scheduler has a stream of its own, on which our work queues behind a forward pass that is under way.
         """

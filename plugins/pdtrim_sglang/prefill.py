@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +18,7 @@ from pdtrim_sglang import vital
 from pdtrim_sglang.chunk_sizes import most_tokens
 from pdtrim_sglang.messages import Register, Room, parse
 from pdtrim_sglang.metrics import Held, TransferMetrics
-from pdtrim_sglang.pairing import RoomInfo, rejection
+from pdtrim_sglang.pairing import Ranks, RoomInfo, rejection
 from pdtrim_sglang.peer import Chunk, Peer
 from pdtrim_sglang.pool import PoolView
 from pdtrim_sglang.progress import RoomProgress
@@ -49,6 +50,7 @@ class PrefillSide:
         config: TransportConfig,
     ) -> None:
         self._manager, self._plan, self._pool, self._aux, self._config = manager, plan, pool, aux, config
+        self._ranks = Ranks(manager.attn_tp_size, manager.attn_tp_rank, plan.model.num_kv_heads)
         self._transport = transport_named(transport)
         self._transport.prepare(manager.local_ip, config)
         self._known: dict[str, Register] = {}
@@ -112,6 +114,11 @@ class PrefillSide:
         self.sender_closed(room, opened)
         self._bury(room)
 
+    def opened(self, room: int) -> bool:
+        """Whether every rank of decode that takes this room's KV from here has said where it goes."""
+        infos = self._manager.transfer_infos.get(room, {})
+        return any(len(infos) == info.required_dst_info_num for info in infos.values())
+
     def released(self) -> None:
         """Something was taken or given back: write down what is held now."""
         self._metrics.held(self._held)
@@ -134,17 +141,28 @@ class PrefillSide:
             self.fail(chunk.room, f"prefill sees {chunk.prompt_tokens} prompt tokens, decode {info.prompt_tokens}")
             return
         progress = self._progress[chunk.room]
-        parts = self._parts(chunk)
-        progress.queued += len(parts)
+        parts, receivers = self._parts(chunk), [info for info in infos.values() if info.heads]
+        with progress.lock:  # all of them before the first is sent: none is the last one while others wait
+            progress.queued += len(parts) * len(receivers)
         progress.started = progress.started or time.monotonic()
+        for info in receivers:
+            if reason := self._submit(info, parts):
+                self.fail(chunk.room, reason)
+                return
+        if chunk.last and not receivers:  # another rank sends its copy of the heads
+            self.arrived(chunk.room)
+
+    def _submit(self, info: RoomInfo, parts: list[Chunk]) -> str:
+        """Queue a chunk's parts to one rank of decode; returns why not, or nothing."""
+        own = [replace(part, heads=info.heads, carries_aux=info.carries_aux) for part in parts]
         while not (reason := self._prepared(info.session)):
             with self._peers_lock:
                 if (peer := self._peers.get(info.session)) is None:  # it was swept away just now
                     continue
-                for part in parts:
+                for part in own:
                     peer.submit(part)
-                return
-        self.fail(chunk.room, reason)
+                return ""
+        return reason
 
     def _parts(self, chunk: Chunk) -> list[Chunk]:
         """The chunk, cut where rows lie in the staging arena and where they must be gathered from its pages."""
@@ -166,20 +184,24 @@ class PrefillSide:
         self._metrics.ended(outcome)
 
     def stalled(self, room: int, reason: str) -> None:
-        """The decode worker has been silent for too long: end the request, and the connection with it."""
-        info = next(iter(self._manager.transfer_infos.get(room, {}).values()), None)
+        """Decode has been silent for too long: end the request, and the connections on which it was waited for."""
+        sessions = [info.session for info in self._manager.transfer_infos.get(room, {}).values()]
+        silent = [peer for peer in map(self._peers.get, sessions) if peer is not None and peer.awaits(room)]
         self.fail(room, reason)
-        peer = self._peers.get(info.session) if info is not None else None
-        if peer is not None:
+        for peer in silent:
             peer.abandon()
 
     def arrived(self, room: int) -> None:
-        """Every chunk of the room was acknowledged."""
+        """Every chunk of the room was acknowledged, or none was to be sent from this rank."""
         progress = self._progress.get(room)
         if progress is None or not self.is_live(room):
             return
-        whole = self._plan.dense_bytes(progress.prompt_tokens)  # of all ranks; the payload is this one's
-        self._metrics.succeeded(progress, whole * self._pool.kv_heads // self._plan.model.num_kv_heads)
+        heads = sum(len(info.heads) for info in self._manager.transfer_infos.get(room, {}).values())
+        if heads:
+            whole = self._plan.dense_bytes(progress.prompt_tokens)  # of all heads; the payload is of those sent
+            self._metrics.succeeded(progress, whole * heads // self._plan.model.num_kv_heads)
+        else:
+            self._metrics.ended("success")
         # decode knows already: it scattered the last chunk
         self._manager.conclude_transfer(bootstrap_room=room, status=KVPoll.Success, targets=[])
 
@@ -223,12 +245,13 @@ class PrefillSide:
             logger.warning("pdtrim: dropping a malformed control message of %d frames", len(frames))
 
     def _register(self, message: Register) -> None:
-        reason = rejection(message, self._plan, self._manager.attn_tp_size, self._aux)
+        reason = rejection(message, self._plan, self._ranks, self._aux)
         if reason:
             logger.error("pdtrim: refusing decode worker %s: %s", message.session, reason)
             _remember(self._rejected, message.session, reason)
             return
         self._rejected.pop(message.session, None)
+        self._pool.prepare(self._plan, self._ranks.share(message)[0])
         with self._peers_lock:
             _remember(self._known, message.session, message)
         if reason := self._prepared(message.session):
@@ -258,19 +281,20 @@ class PrefillSide:
 
     def _open(self, message: Room) -> None:
         manager = self._manager
+        with self._peers_lock:
+            if (decode := self._known.get(message.session)) is not None:
+                _remember(self._known, message.session, decode)
+        share = self._ranks.share(decode) if decode is not None else (range(0), False)
         info = RoomInfo(
             message.session, message.host, message.control_port,
-            message.prompt_tokens, message.prefix_tokens, message.destinations,
+            message.prompt_tokens, message.prefix_tokens, message.destinations, *share,
         )  # fmt: skip
+        others = {k: other for k, other in manager.transfer_infos.get(message.room, {}).items() if k != message.session}
         manager.update_status(message.room, KVPoll.Bootstrapping)
-        manager.transfer_infos[message.room] = {message.session: info}
-        reason = self._rejected.get(message.session, "")
-        with self._peers_lock:
-            if message.session in self._known:
-                _remember(self._known, message.session, self._known[message.session])
-        reason = reason or self._prepared(message.session)
-        if not reason and message.destinations != 1:
-            reason = f"{message.destinations} decode ranks want one prefill rank's KV: use the same --tp-size"
+        manager.transfer_infos[message.room] = {**others, message.session: info}
+        reason = self._rejected.get(message.session) or self._prepared(message.session)
+        if not reason and decode is not None:
+            reason = self._disagreement(message, decode, others.values())
         failed = manager.request_status.get(message.room) == KVPoll.Failed  # by an abort or a deadline
         if not reason and (failed or message.room in self._ended_unopened):
             reason = "the request ended on the prefill side before decode had room for it"
@@ -281,8 +305,28 @@ class PrefillSide:
                 self.fail(message.room, reason)
             self._bury(message.room)
             return
-        manager.req_to_decode_prefix_len[message.room] = message.prefix_tokens
-        manager.update_status(message.room, KVPoll.WaitingForInput)
+        if self.opened(message.room):
+            manager.req_to_decode_prefix_len[message.room] = message.prefix_tokens
+            manager.update_status(message.room, KVPoll.WaitingForInput)
+
+    def _disagreement(self, message: Room, decode: Register, others: Iterable[RoomInfo]) -> str:
+        """Why what a rank of decode says of a request does not go with what the others said, or nothing."""
+        if message.destinations != (expected := self._ranks.destinations(decode)):
+            return (
+                f"{message.destinations} ranks of decode are to take this rank's KV, {expected} do of {decode.tp_size} "
+                f"that divide attention there, and {self._ranks.size} here"
+            )
+        prompt = message.prompt_tokens, message.prefix_tokens
+        for other in others:
+            rank = self._known.get(other.session)
+            if rank is not None and (rank.tp_size, rank.tp_rank) == (decode.tp_size, decode.tp_rank):
+                return f"two decode workers are rank {decode.tp_rank} of {decode.tp_size} of this request"
+            if (other.prompt_tokens, other.prefix_tokens) != prompt:
+                return (
+                    f"ranks of decode differ: {other.prompt_tokens} prompt tokens of which they have "
+                    f"{other.prefix_tokens}, and {prompt[0]} of which they have {prompt[1]}"
+                )
+        return ""
 
     def _abort(self, room: int) -> None:
         if self._manager.request_status.get(room) in (KVPoll.Success, KVPoll.Failed):
@@ -308,9 +352,9 @@ class PrefillSide:
                     self._manager.req_to_decode_prefix_len.pop(old, None)
 
 
-def _remember(sessions: dict[str, Any], session: str, word: Any) -> None:
-    """Its last word; a restarted decode worker is another session, and of too many the longest silent is forgotten."""
+def _remember(sessions: dict[str, Any], session: str, status: Any) -> None:
+    """Keep the last status of a session. A restarted decode worker is a new session, so the oldest ones are dropped."""
     sessions.pop(session, None)
-    sessions[session] = word
+    sessions[session] = status
     if len(sessions) > MOST_REMEMBERED:
         del sessions[next(iter(sessions))]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import threading
+from dataclasses import dataclass, field
 
 
 @dataclass
 class RoomProgress:
-    """How far one request's transfer is; times are of the monotonic clock, in seconds.
+    """How far one request's transfer from one rank of prefill is, to all ranks of decode that it sends to.
 
-    `last_sent` is when the last chunk had left: from then on its reply is waited for.
+    Times are of the monotonic clock, in seconds. `last_sent` is when a last chunk had left: from then on its reply is
+    waited for. `lock` is over what peers count; a reply may overtake the return of its own send.
     """
 
     started: float | None = None
@@ -22,6 +24,7 @@ class RoomProgress:
     prompt_tokens: int = 0
     last_sent: float | None = None
     seconds: float = 0.0
+    lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     @property
     def complete(self) -> bool:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import xxhash
 
 MAGIC = b"PDTK"
-VERSION = 3  # 2: int4 of 4.25 bits; 3: k4v3, int3, their first row native
-_HEADER = struct.Struct("<4sHHI32sQIIIIQ")
+VERSION = 4  # 2: int4 of 4.25 bits; 3: k4v3, int3, their first row native; 4: a range of heads
+_HEADER = struct.Struct("<4sHHIHH32sQIIIIQ")
 _CHECKSUM = struct.Struct("<Q")
 HEADER_BYTES = _HEADER.size + _CHECKSUM.size
 _REPLY = struct.Struct("<4sHHQH")
@@ -33,10 +33,11 @@ class ChunkHeader:
     Attributes:
         digest: plan digest, 32 bytes.
         room: SGLang's bootstrap_room, 63 bits.
-        rank: sender's rank, as SGLang counts prefill responses.
+        rank: sender's rank, as SGLang counts prefill responses: of its group of attention ranks.
         prompt_tokens, start, stop: the chunk is prompt tokens `[start, stop)` of a prompt of that many.
         aux_bytes: length of the aux row (first token, its logprobs, room), 0 before the last chunk.
         payload_bytes: length of the packed rows.
+        heads: the KV heads whose rows they are, as the model counts them.
 
     """
 
@@ -49,26 +50,30 @@ class ChunkHeader:
     aux_bytes: int
     payload_bytes: int
     last: bool
+    heads: range
 
     def encode(self, body: Iterable[memoryview]) -> bytes:
         """Header bytes with the XXH3-64 checksum of header and body."""
         fixed = _HEADER.pack(
-            MAGIC, VERSION, _LAST if self.last else 0, self.rank, self.digest, self.room,
-            self.prompt_tokens, self.start, self.stop, self.aux_bytes, self.payload_bytes,
+            MAGIC, VERSION, _LAST if self.last else 0, self.rank, self.heads.start, len(self.heads), self.digest,
+            self.room, self.prompt_tokens, self.start, self.stop, self.aux_bytes, self.payload_bytes,
         )  # fmt: skip
         return fixed + _CHECKSUM.pack(_checksum(fixed, body))
 
     @classmethod
     def decode(cls, data: bytes) -> ChunkHeader:
         """Parse `HEADER_BYTES`; ProtocolError when it is not a chunk header of this version."""
-        magic, version, flags, rank, digest, room, tokens, start, stop, aux, payload = _HEADER.unpack_from(data)
+        magic, version, flags, rank, head, heads, digest, room, tokens, start, stop, aux, payload = _HEADER.unpack_from(
+            data
+        )
         if magic != MAGIC:
             raise ProtocolError("not a pdtrim chunk: the peer speaks another protocol")
         if version != VERSION:
             raise ProtocolError(f"protocol version {version}, this worker speaks {VERSION}: upgrade both together")
         if not start <= stop <= tokens:
             raise ProtocolError(f"chunk [{start}, {stop}) does not lie in a prompt of {tokens} tokens")
-        return cls(digest, room, rank, tokens, start, stop, aux, payload, bool(flags & _LAST))
+        held = range(head, head + heads)
+        return cls(digest, room, rank, tokens, start, stop, aux, payload, bool(flags & _LAST), held)
 
 
 def body_matches(header: bytes, body: Iterable[memoryview]) -> bool:

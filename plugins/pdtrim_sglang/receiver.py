@@ -33,8 +33,9 @@ class PDTrimKVReceiver(CommonKVReceiver):
         """Destination pages `kv_indices` (int32) and metadata row `aux_index` are allocated: ask for the KV."""
         prefix = decode_prefix_len or 0
         assert aux_index is not None
-        asked = self.bootstrap_room, self.prompt_tokens, prefix, kv_indices, aux_index
-        self.kv_mgr.decode_side.open_room(*asked, self.forward_done, self.row)
+        request = self.bootstrap_room, self.prompt_tokens, prefix, kv_indices, aux_index
+        ranks = self.prefill_info.attn_tp_size
+        self.kv_mgr.decode_side.open_room(*request, self.forward_done, self.row, prefill_ranks=ranks)
         self.kv_mgr.prompts_announced[self.bootstrap_room] = self.prompt_tokens
         super().send_metadata(kv_indices, aux_index, state_indices, decode_prefix_len, **options)
         self.kv_mgr.prompts_announced.pop(self.bootstrap_room, None)

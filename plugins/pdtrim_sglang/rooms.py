@@ -1,5 +1,8 @@
 """Requests that a decode worker waits for: where their rows go, how far they are, whether they may be written.
 
+Where prefill has more attention ranks than decode, several of them send one rank of decode the rows of some KV heads
+each: a room keeps how far each of them is. The request is ready when each has sent its last chunk.
+
 A room is closed before SGLang frees its pages, and a chunk is scattered under the room's lock only while it is open:
 so no late chunk ever writes into pages that belong to another request.
 """
@@ -7,6 +10,7 @@ so no late chunk ever writes into pages that belong to another request.
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,7 +58,9 @@ def near(payload: Tensor, pool: PoolView) -> Tensor:
 class DecodeRoom:
     """One request's destination: slots `[prompt_tokens - prefix_tokens]` of all layers, and aux row `aux_index`.
 
-    `places` are there, and may be written, when the device events in `ready` have come.
+    `places` are there, and may be written, when the device events in `ready` have come. `senders` are the KV heads, as
+    the model counts them, that each rank of prefill sends; the first of them also sends the aux row. `positions` are
+    the tokens up to which each has sent them.
     """
 
     room: int
@@ -63,27 +69,23 @@ class DecodeRoom:
     places: tuple[Destination, ...]
     aux_index: int
     ready: tuple[Any, ...] = ()
-    position: int = field(init=False)
+    senders: Mapping[int, range] = field(kw_only=True)
+    positions: dict[int, int] = field(init=False)
     open: bool = True
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
-        self.position = self.prefix_tokens
+        self.positions = dict.fromkeys(self.senders, self.prefix_tokens)
 
     def take(
         self, plan: PDPlan, pool: PoolView, aux_rows: AuxRows, header: ChunkHeader, payload: Tensor, aux: memoryview
     ) -> str:
         """Scatter one chunk; returns why not, or nothing."""
         with self.lock:
-            if not self.open:
-                return "the request has ended on the decode side"
-            if header.prompt_tokens != self.prompt_tokens:
-                return f"prefill says {header.prompt_tokens} prompt tokens, decode {self.prompt_tokens}"
-            if header.start != self.position:
-                return f"chunk begins at token {header.start}, expected {self.position}"
-            if header.last != (header.stop == self.prompt_tokens):
-                return f"chunk ends at token {header.stop} of {self.prompt_tokens} and last={header.last}"
+            if reason := self._refusal(header, aux_rows.total_bytes):
+                return reason
             span = slice(header.start - self.prefix_tokens, header.stop - self.prefix_tokens)
+            pool = pool.of_heads(header.heads)
             layout = chunk_layout(plan, header.prompt_tokens, header.start, header.stop, pool.kv_heads)
             pool.after(*self.ready)
             try:
@@ -92,10 +94,40 @@ class DecodeRoom:
                     unpack(place.part(layout), rows, pool.keys, pool.values, place.slots[span], pool.offsets)
             finally:  # also what failed half way writes no more when this returns, nor reads the payload
                 pool.wait()
-            self.position = header.stop
-            if header.last:
+            self.positions[header.rank] = header.stop
+            if header.last and self._brings_aux(header.rank):
                 aux_rows.write(self.aux_index, aux)
             return ""
+
+    def _brings_aux(self, rank: int) -> bool:
+        return rank == next(iter(self.senders))
+
+    def _refusal(self, header: ChunkHeader, aux_bytes: int) -> str:
+        """Why a chunk is not the next of its sender, or nothing; an aux row has `aux_bytes` bytes."""
+        rank, heads, aux = header.rank, self.senders.get(header.rank), 0
+        if header.last and self._brings_aux(rank):
+            aux = aux_bytes
+        if not self.open:
+            reason = "the request has ended on the decode side"
+        elif header.prompt_tokens != self.prompt_tokens:
+            reason = f"prefill says {header.prompt_tokens} prompt tokens, decode {self.prompt_tokens}"
+        elif heads is None:
+            ranks = ", ".join(map(str, self.senders))
+            reason = f"chunk of prefill rank {rank}; this rank of decode takes its KV from rank {ranks}"
+        elif header.heads != heads:
+            reason = (
+                f"chunk of KV heads {header.heads.start} to {header.heads.stop - 1}; "
+                f"prefill rank {rank} is to send {heads.start} to {heads.stop - 1}"
+            )
+        elif header.start != self.positions[rank]:
+            reason = f"chunk begins at token {header.start}, expected {self.positions[rank]}"
+        elif header.last != (header.stop == self.prompt_tokens):
+            reason = f"chunk ends at token {header.stop} of {self.prompt_tokens} and last={header.last}"
+        elif header.aux_bytes != aux:
+            reason = f"prefill rank {rank} sends an aux row of {header.aux_bytes} bytes, expected {aux}"
+        else:
+            reason = ""
+        return reason
 
     def close(self) -> None:
         """Forbid further writes; waits for one that is under way."""

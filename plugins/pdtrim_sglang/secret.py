@@ -48,13 +48,13 @@ def read_secret(place: str | None, *hosts: str) -> bytes:
 
 def _reached_from_elsewhere(host: str) -> bool:
     try:
-        found = socket.getaddrinfo(host.strip("[]") or "0.0.0.0", None)
+        addresses = socket.getaddrinfo(host.strip("[]") or "0.0.0.0", None)
     except (OSError, UnicodeError):
         raise RuntimeError(
             f"pdtrim: {host} is neither an address nor a host name known here: give --host and SGLANG_HOST_IP an IP "
             "address of this machine"
         ) from None
-    return not all(ipaddress.ip_address(address[0]).is_loopback for *_, address in found)
+    return not all(ipaddress.ip_address(address[0]).is_loopback for *_, address in addresses)
 
 
 def derive(secret: bytes, purpose: bytes) -> bytes:

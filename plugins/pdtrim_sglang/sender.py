@@ -94,10 +94,11 @@ class PDTrimKVSender(CommonKVSender):
         """
         self.kv_mgr.prefill_side.fail(self.bootstrap_room, "aborted on the prefill side", "aborted")
         super().abort()
-        self.kv_mgr.prefill_side.sender_aborted(self.bootstrap_room, self.bootstrap_room in self.kv_mgr.transfer_infos)
+        side = self.kv_mgr.prefill_side
+        side.sender_aborted(self.bootstrap_room, side.opened(self.bootstrap_room))
 
     def clear(self) -> None:
-        opened = self.bootstrap_room in self.kv_mgr.transfer_infos
+        opened = self.kv_mgr.prefill_side.opened(self.bootstrap_room)
         super().clear()
         self.kv_mgr.prefill_side.sender_closed(self.bootstrap_room, opened)
 

@@ -11,6 +11,7 @@ class Worker(Protocol):
     local_ip: str
     rank_port: int
     attn_tp_size: int
+    attn_tp_rank: int
     bootstrap_timeout: float
     server_socket: Any
     transfer_infos: dict[int, Any]

@@ -1,8 +1,8 @@
 """IPluginV3 forms of the ops in Python, enough to parse and build engines: shapes, dtypes, formats and attributes.
 
 They take the TensorRT module as an argument (`tensorrt_rtx` or `tensorrt`: one interface) and import neither. They do
-not run: an engine built with them runs with the C++ library (library/), whose plugins have the same names, version,
-namespace and attributes.
+not run, and do nothing while a builder on a GPU times them: an engine built with them runs with the C++ library
+(library/), whose plugins have the same names, version, namespace and attributes.
 """
 
 from __future__ import annotations
@@ -119,24 +119,24 @@ def _creator_class(trt: Any) -> type:
             values = {field.name: _value(field) for field in given if field.name in names}
             if missing := sorted(names - values.keys()):
                 raise ValueError(f"{self._kind.op}: attribute {', '.join(missing)} is missing")
-            return _plugin_class(trt)(self._kind(**values))
+            return _plugin_class(trt)(self._kind(**values), phase == trt.TensorRTPhase.BUILD)
 
     return Creator
 
 
 def _plugin_class(trt: Any) -> type:
     class Plugin(trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime):
-        def __init__(self, attributes: Attributes) -> None:
+        def __init__(self, attributes: Attributes, building: bool) -> None:
             for base in (trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime):
                 base.__init__(self)
-            self.attributes, self.num_outputs = attributes, 1
+            self.attributes, self.building, self.num_outputs = attributes, building, 1
             self.plugin_name, self.plugin_namespace, self.plugin_version = attributes.op, NAMESPACE, VERSION
 
         def get_capability_interface(self, kind: Any) -> Any:
             return self
 
         def clone(self) -> Any:
-            return Plugin(self.attributes)
+            return Plugin(self.attributes, self.building)
 
         def attach_to_context(self, context: Any) -> Any:
             return self.clone()
@@ -180,6 +180,8 @@ def _plugin_class(trt: Any) -> type:
             pass
 
         def enqueue(self, *arguments: Any) -> None:
+            if self.building:  # there is one tactic: what it seems to cost decides nothing
+                return
             raise RuntimeError(
                 f"{NAMESPACE}::{self.attributes.op}: the Python form only builds engines; "
                 "load libpdtrim_tensorrt.so (plugins/pdtrim_tensorrt/library) into the process that runs them"

@@ -165,7 +165,9 @@ def test_dry_runs_start_and_write_nothing(
     on_gpus = (*args[:2], "--tp-prefill", 2, "--tp-decode", 2, "--device", "cuda", *args[4:])
     lines = [shlex.split(line) for line in run(capsys, *on_gpus)[1].splitlines()]  # for a host that has them
     assert [line[line.index("--base-gpu-id") + 1] for line in lines[:2]] == ["0", "2"]
-    assert run(capsys, *on_gpus, "--tp-decode", 1)[0] == 2
+    lines = run(capsys, *on_gpus, "--tp-decode", 1)[1].splitlines()
+    assert [words[words.index("--tp-size") + 1] for words in map(shlex.split, lines[:2])] == ["2", "1"]
+    assert run(capsys, *on_gpus, "--tp-decode", 3)[0] == 2
     assert "--worker-args has --tp-size" in run(capsys, *args, "--worker-args", "--tp-size 2")[2]
     code, out, _ = run(capsys, "demo", recipe_file, "--out", tmp_path / "d", "--dry-run", "--cache-dir", cache.root)
     assert code == 0

@@ -26,8 +26,8 @@ SPLIT = SplitPool(isl=400, osl=16)  # of `mixed_pair`
 # Groups from the longest to the shortest: xdist hands them out in this order, so that the last ones are short and no
 # process waits long for the other's. Those that share a pair come first: it ends before others start their own.
 LONGEST_FIRST = (
-    "smollm2", "tiny bundle", "test_clients", "test_demo", "test_refusals", "test_engines", "test_key_offsets",
-    "test_samples",
+    "smollm2", "tiny bundle", "test_demo", "test_key_offsets", "test_clients", "test_refusals", "test_engines",
+    "test_families", "test_triton_attention",
 )  # fmt: skip
 
 

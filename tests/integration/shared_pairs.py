@@ -1,7 +1,7 @@
 """Running pairs that all tests of a process share, by what they need.
 
-To start a pair of genuine SGLang workers costs a minute of CPU, nearly all of it imports (each of a worker's three
-processes imports torch, transformers and SGLang), and no test needs a pair of its own that leaves its pair as it found
+To start a pair of genuine SGLang workers costs half a minute of CPU, most of it imports (each worker imports torch,
+transformers and SGLang), and no test needs a pair of its own that leaves its pair as it found
 it. So a test asks `shared_pair(prefill, decode, **options)` for a pair: the first that asks for these stages and
 WorkerOptions starts it, later ones get the same cluster, in whatever module they stand. A fixture that returns one is
 of a single test, never of a module: the pair may have ended since, and is then started again.
@@ -24,7 +24,7 @@ Start = Callable[..., contextlib.AbstractContextManager[Cluster]]
 class SharedPairs:
     """Clusters by stages and options. `start(prefill, decode, **options)` is a context manager that yields one.
 
-    At most `most` run at a time, because a pair takes 4 to 6 GB of memory; the one asked for longest ago ends first.
+    At most `most` run at a time, because a pair takes 2 to 4 GB of memory; the one asked for longest ago ends first.
     """
 
     def __init__(self, start: Start, most: int = 1) -> None:

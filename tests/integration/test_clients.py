@@ -184,8 +184,8 @@ def test_prompts_as_token_ids_behind_mini_lb(pair, whole_bodies):
     body = COMPLETION | {"max_tokens": 6, "ignore_eos": True}
     right = [choice["text"] for choice in pair.post("v1/completions", body | {"prompt": texts}).json()["choices"]]
     assert right[0] != right[1]
-    one = whole_bodies.post("v1/completions", body | {"prompt": ids[0]})
-    assert [choice["text"] for choice in one.json()["choices"]] == right[:1]
+    single = whole_bodies.post("v1/completions", body | {"prompt": ids[0]})
+    assert [choice["text"] for choice in single.json()["choices"]] == right[:1]
     both = whole_bodies.post("v1/completions", body | {"prompt": ids})
     assert [choice["text"] for choice in both.json()["choices"]] == right
     assert whole_bodies.streamed("v1/completions", body | {"prompt": ids[1]})[0] == right[1]

@@ -40,6 +40,7 @@ def test_smollm2_with_onnxruntime_in_both_stages(bundle, real_cache, tmp_path):
 
     Half of the prompts of a whole check: chunks, prefix hits and one batch. Torch and tiny engines are asked them all.
     """
+    assert all(engine.numerics.hidden_error < 5e-5 for engine in bundle.engines.values()), "prompts at build time"
     options = WorkerOptions(page_size=16, chunked_prefill_size=64)
     executors = Executors("onnxruntime", "onnxruntime")
     count, length = text_needed(bundle.plan)
@@ -107,7 +108,7 @@ def test_onnxruntime_in_one_stage_only(tiny, stage, tmp_path):
     spec = ClusterSpec.on_loopback(folder / "prefill", folder / "decode", prefill=1, decode=1, options=options)
     workers = tuple(replace(w, engine=engines[stage] if w.stage == stage else None) for w in spec.workers)
     with Cluster(replace(spec, workers=workers), ServeEnvironment.find(), tmp_path) as cluster:
-        served = [(group, one) for group in groups(plan, texts) for one in ask(cluster.url, group, 6, 120)]
+        served = [(group, answer) for group in groups(plan, texts) for answer in ask(cluster.url, group, 6, 120)]
         (staged,) = sums(cluster.workers[0], "pdtrim_kv_staged_bytes_sum")
     models = (load_model(folder / name, "float32") for name in STAGES)
     result = judge(PDOracle(*models, plan, KeyOffsets.read(folder, plan)), served)

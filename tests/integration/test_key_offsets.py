@@ -57,9 +57,9 @@ def bundle(tiny_model, tmp_path_factory):
             "evaluation": text | {"sequences": 2, "prompt_tokens": 64, "continuation_tokens": 8},
         }
     )
-    made = build(recipe, folder / "bundle", Cache(folder / "cache"))
-    assert made.plan.key_offsets.layers == (0, 1, 2, 3)
-    return made
+    built = build(recipe, folder / "bundle", Cache(folder / "cache"))
+    assert built.plan.key_offsets.layers == (0, 1, 2, 3)
+    return built
 
 
 @pytest.mark.parametrize("options", [PAGE_1, PAGE_16], ids=["page 1", "page 16, chunks of 64"])
@@ -95,7 +95,7 @@ def test_a_worker_whose_offsets_are_not_the_plans_says_so_and_dies(bundle, tmp_p
         deadline = time.monotonic() + 420
         while process.exit_code() is None and time.monotonic() < deadline:
             time.sleep(0.5)
-        said = f"{KEY_OFFSETS}: has SHA-256 .*, the plan's is {bundle.plan.key_offsets.sha256}"
-        assert re.search(said, process.obituary()), process.obituary()
+        message = f"{KEY_OFFSETS}: has SHA-256 .*, the plan's is {bundle.plan.key_offsets.sha256}"
+        assert re.search(message, process.obituary()), process.obituary()
     finally:
         process.finish(0.0)

@@ -1,4 +1,7 @@
-"""Requests that cut layers have no room for any more are retracted, come back, and answer as if nothing had been."""
+"""Requests that cut layers have no room for any more are retracted, come back, and answer as if nothing had been.
+
+They have priorities, by which SGLang orders what waits.
+"""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -7,20 +10,21 @@ import pytest
 
 from pdtrim_deploy.worker.decode_pool import SplitPool
 
-pytestmark = [pytest.mark.serve, pytest.mark.model, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.serve, pytest.mark.model, pytest.mark.timeout(900), pytest.mark.xdist_group("tiny bundle")]
 
 
 @pytest.fixture
 def short_pair(serving, tiny_bundle):
     """2,048 tokens in whole layers, 217 in cut ones, which SGLang fills: it reserves four tokens of an answer."""
     options = {"max_total_tokens": 2048, "split_pool": SplitPool(isl=400, osl=16), "dtype": "float32", "sparse": True}
-    arguments = ("--num-reserved-decode-tokens", "4")
+    arguments = ("--num-reserved-decode-tokens", "4", "--enable-priority-scheduling")
     with serving(tiny_bundle.prefill_dir, tiny_bundle.decode_dir, extra_args=arguments, **options) as pair:
         yield pair
 
 
-def answer(pair, prompt):
-    body = {"input_ids": prompt, "sampling_params": {"max_new_tokens": 70, "temperature": 0, "ignore_eos": True}}
+def answer(pair, prompt, priority=0):
+    sampling = {"max_new_tokens": 70, "temperature": 0, "ignore_eos": True}
+    body = {"input_ids": prompt, "sampling_params": sampling, "priority": priority}
     reply = httpx.post(f"{pair.url}/generate", json=body, timeout=300)
     assert reply.status_code == 200, reply.text
     return reply.json()["output_ids"]
@@ -33,6 +37,6 @@ def test_answers_are_those_of_requests_that_had_room(short_pair):
     before = log.read_text()
     assert "Retract requests" not in before
     with ThreadPoolExecutor(len(prompts)) as pool:
-        together = list(pool.map(lambda prompt: answer(short_pair, prompt), prompts))
+        together = list(pool.map(lambda prompt, priority: answer(short_pair, prompt, priority), prompts, (1, 3, 0, 2)))
     assert "Retract requests" in log.read_text()[len(before) :]
     assert together == alone

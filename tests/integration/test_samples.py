@@ -84,12 +84,12 @@ def streamed(pair, path, body):
 
 def held(pair):
     """What both workers hold, by SGLang's count and by ours."""
-    found = {}
+    counts = {}
     for worker in pair.workers:
         (load,) = httpx.get(f"{worker.spec.url}/v1/loads", timeout=30).json()["loads"]
-        found |= {f"{worker.spec.name} {name}": load[name] for name in HELD}
-        found[f"{worker.spec.name} rooms"] = total(scrape(worker.metrics_url), "pdtrim_kv_open_requests")
-    return found
+        counts |= {f"{worker.spec.name} {name}": load[name] for name in HELD}
+        counts[f"{worker.spec.name} rooms"] = total(scrape(worker.metrics_url), "pdtrim_kv_open_requests")
+    return counts
 
 
 def left_behind(pair, within_s=60.0):
@@ -160,7 +160,7 @@ def test_beside_requests_of_one_sample(pair):
     alone = {prompt: texts(pair, path, body_of(path, prompt))[0] for prompt in PROMPTS}
     mixed = [(prompt, n) for prompt in PROMPTS for n in (1, 3, 1, 4)] * 2
     with ThreadPoolExecutor(12) as threads:
-        answers = list(threads.map(lambda asked: texts(pair, path, body_of(path, asked[0], n=asked[1])), mixed))
+        answers = list(threads.map(lambda case: texts(pair, path, body_of(path, case[0], n=case[1])), mixed))
     assert answers == [[alone[prompt]] * n for prompt, n in mixed]
     assert left_behind(pair) == {}
 

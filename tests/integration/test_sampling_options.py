@@ -133,3 +133,11 @@ def test_a_response_format_begins_an_object(mixed_pair, format):
     text = choice["message"]["content"].strip()
     assert text.startswith("{")
     assert text[1:].strip()[:1] in ("", '"', "}")
+
+
+def test_a_priority_changes_nothing_where_the_workers_do_not_schedule_by_it(mixed_pair):
+    """With `--enable-priority-scheduling`: test_retraction.py."""
+    sampling = {"max_new_tokens": NEW, "temperature": 0, "ignore_eos": True}
+    body = {"input_ids": PROMPT, "sampling_params": sampling, "priority": 1}
+    response = httpx.post(f"{mixed_pair.url}/generate", json=body, timeout=120)
+    assert response.json()["output_ids"] == tokens_of(generate(mixed_pair)).tolist()

@@ -32,10 +32,10 @@ def check(layout, source, from_slots, targets, to_slots, offsets):
     ]
     torch_pack.unpack(layout, buffers[0], *targets[0], to_slots, offsets)
     gpu.move(layout, buffers[0], *targets[1], to_slots, offsets, pack=False)
-    for one, other in zip((t for s in targets[0] for t in s), (t for s in targets[1] for t in s), strict=True):
-        torch.testing.assert_close(one.float(), other.float(), rtol=0, atol=0, equal_nan=True)
-        if one.dtype in FP8 or all(rows.wire_dtype == "native" for rows in layout.layers):
-            assert torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
+    for expected, result in zip((t for s in targets[0] for t in s), (t for s in targets[1] for t in s), strict=True):
+        torch.testing.assert_close(expected.float(), result.float(), rtol=0, atol=0, equal_nan=True)
+        if expected.dtype in FP8 or all(rows.wire_dtype == "native" for rows in layout.layers):
+            assert torch.equal(expected.contiguous().view(torch.uint8), result.contiguous().view(torch.uint8))
     gpu.check(CPU)
 
 

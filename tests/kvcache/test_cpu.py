@@ -45,8 +45,8 @@ def spoil(pool, generator):
     pool[int(torch.randint(len(pool), (), generator=generator))] = 0
 
 
-def equal(one, other):
-    return torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+def equal(first, second):
+    return torch.equal(first.view(torch.uint8), second.view(torch.uint8))
 
 
 @needs_compiler
@@ -68,8 +68,8 @@ def test_both_forms_have_the_same_bytes(data, case, tokens, odd, seed):
         assert equal(*buffers)
         torch_pack.unpack(layout, buffers[0], *targets[0], to_slots[start:stop], offsets)
         move(layout, buffers[1], *targets[1], to_slots[start:stop], offsets, pack=False)
-    for one, other in zip((t for s in targets[0] for t in s), (t for s in targets[1] for t in s), strict=True):
-        torch.testing.assert_close(one.float(), other.float(), rtol=0, atol=0, equal_nan=True)
+    for expected, result in zip((t for s in targets[0] for t in s), (t for s in targets[1] for t in s), strict=True):
+        torch.testing.assert_close(expected.float(), result.float(), rtol=0, atol=0, equal_nan=True)
 
 
 @needs_compiler
@@ -85,12 +85,12 @@ def test_every_value_of_an_fp8_pool(wire, dtype, dim):
         packed = torch.zeros(layout.total_bytes, dtype=torch.uint8)
         assert move(layout, packed, [pool], [pool], slots, offsets, pack=True)
         assert equal(packed, torch_pack.pack(layout, [pool], [pool], slots, offsets=offsets))
-        one, other = ([torch.zeros_like(pool) for _ in range(2)] for _ in range(2))
-        assert move(layout, packed, [one[0]], [one[1]], slots, offsets, pack=False)
-        torch_pack.unpack(layout, packed, [other[0]], [other[1]], slots, offsets)
-        assert all(map(equal, one, other))
+        results, expected_rows = ([torch.zeros_like(pool) for _ in range(2)] for _ in range(2))
+        assert move(layout, packed, [results[0]], [results[1]], slots, offsets, pack=False)
+        torch_pack.unpack(layout, packed, [expected_rows[0]], [expected_rows[1]], slots, offsets)
+        assert all(map(equal, results, expected_rows))
         if wire == "native":
-            assert equal(one[0], pool)
+            assert equal(results[0], pool)
 
 
 @needs_compiler
@@ -113,10 +113,10 @@ def check_every_16_bit_value(wire, dtype, dim):
         layout = chunk_layout(plan, len(slots))
         packed = pack(layout, [pool], [pool], slots, offsets=offsets)
         assert equal(packed, torch_pack.pack(layout, [pool], [pool], slots, offsets=offsets))
-        one, other = ([torch.zeros_like(pool) for _ in range(2)] for _ in range(2))
-        unpack(layout, packed, [one[0]], [one[1]], slots, offsets)
-        torch_pack.unpack(layout, packed, [other[0]], [other[1]], slots, offsets)
-        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+        result, expected = ([torch.zeros_like(pool) for _ in range(2)] for _ in range(2))
+        unpack(layout, packed, [result[0]], [result[1]], slots, offsets)
+        torch_pack.unpack(layout, packed, [expected[0]], [expected[1]], slots, offsets)
+        torch.testing.assert_close(result, expected, rtol=0, atol=0, equal_nan=True)
 
 
 @needs_compiler
@@ -133,13 +133,13 @@ def test_large_batches_in_threads(wire):
             torch.set_num_threads(threads)
             packed = pack(layout, pool, pool, slots)
             assert equal(packed, expected)
-            target = [torch.zeros_like(one) for one in pool]
+            target = [torch.zeros_like(sent) for sent in pool]
             unpack(layout, packed, target, target, slots)
-            for one, sent in zip(target, pool, strict=True):
+            for received, sent in zip(target, pool, strict=True):
                 torch.testing.assert_close(
-                    one[slots], sent[slots], rtol=0, atol={"int4": 1.0, "k4v3": 2.0, "int3": 2.0}.get(wire, 0.2)
+                    received[slots], sent[slots], rtol=0, atol={"int4": 1.0, "k4v3": 2.0, "int3": 2.0}.get(wire, 0.2)
                 )
-                assert not one[torch.tensor(sorted(set(range(1024)) - set(slots.tolist())))].any()
+                assert not received[torch.tensor(sorted(set(range(1024)) - set(slots.tolist())))].any()
     finally:
         torch.set_num_threads(before)
 
@@ -216,17 +216,17 @@ def test_without_a_compiler_torch_packs_and_one_line_says_so(fresh, monkeypatch,
 
 
 @pytest.mark.parametrize(
-    ("one", "other"),
+    ("cpuinfo", "another"),
     [
         ("model name\t: A\nflags\t: avx2 avx512f\n", "model name\t: A\nflags\t: avx2\n"),
         ("Features\t: asimd sve\nCPU part\t: 0xd40\n", "Features\t: asimd\nCPU part\t: 0xd40\n"),
         ("Features\t: asimd\nCPU part\t: 0xd40\n", "Features\t: asimd\nCPU part\t: 0xd0c\n"),
     ],
 )
-def test_processors_that_differ_share_no_library(one, other, monkeypatch, tmp_path):
+def test_processors_that_differ_share_no_library(cpuinfo, another, monkeypatch, tmp_path):
     keys = []
-    for said in (one, other, one):
-        (tmp_path / "cpuinfo").write_text(said)
+    for text in (cpuinfo, another, cpuinfo):
+        (tmp_path / "cpuinfo").write_text(text)
         monkeypatch.setattr(cpu_library, "CPUINFO", tmp_path / "cpuinfo")
         keys.append(cpu_library._key())
     assert keys[0] == keys[2] != keys[1]

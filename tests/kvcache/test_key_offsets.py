@@ -55,9 +55,9 @@ def test_values_travel_whole(wire):
         for layout, o in ((chunk_layout(without, 8), None), (chunk_layout(plan, 8), offsets))
     ]
     for sides, same in (("keys", False), ("values", True)):
-        (one, a), (other, b) = ((getattr(layout.layers[0], sides)[-1], data) for layout, data in packed)
-        span = slice(one.offset, one.offset + one.bytes)
-        assert one == other
+        (rows, a), (offset_rows, b) = ((getattr(layout.layers[0], sides)[-1], data) for layout, data in packed)
+        span = slice(rows.offset, rows.offset + rows.bytes)
+        assert rows == offset_rows
         assert torch.equal(a[span], b[span]) == same
 
 
@@ -77,10 +77,10 @@ def test_the_sink_has_no_offset_in_any_code(wire):
     without, plan, offsets = case(wire, size=1e6)
     pool, slots = torch.randn(8, 2, 64), torch.arange(8)
     for form in (pack, torch_pack.pack):
-        one, other = (
+        plain, offset = (
             form(chunk_layout(p, 8, 0, 1), [pool], [pool], slots[:1], offsets=offsets) for p in (without, plan)
         )
-        assert torch.equal(one, other)
+        assert torch.equal(plain, offset)
 
 
 @pytest.mark.parametrize("form", [(pack, unpack), (torch_pack.pack, torch_pack.unpack)], ids=["compiled", "torch"])
@@ -89,9 +89,9 @@ def test_each_rank_takes_the_offsets_of_its_heads(form):
     keys = torch.randn(TOKENS, 4, 64)
     whole = sent(plan, keys, offsets, *form)
     for rank in range(2):
-        heads = slice(2 * rank, 2 * rank + 2)
+        heads, own = slice(2 * rank, 2 * rank + 2), offsets.heads(range(2 * rank, 2 * rank + 2))
         part = plan.model_copy(update={"model": shape(1, 2, 64)})
-        assert torch.equal(sent(part, keys[:, heads].contiguous(), offsets.heads(rank, 2), *form), whole[:, heads])
+        assert torch.equal(sent(part, keys[:, heads].contiguous(), own, *form), whole[:, heads])
 
 
 @pytest.mark.parametrize("form", [pack, torch_pack.pack])
@@ -103,7 +103,7 @@ def test_keys_are_never_packed_without_their_offset_or_with_another_ranks(form):
     with pytest.raises(ValueError, match=r"offset of \(2, 64\); the one given is of \(4, 64\)"):
         sent(plan, keys, offsets, form)
     with pytest.raises(ValueError, match=r"offset of \(2, 64\); the one given is of \(1, 64\)"):
-        sent(plan, keys, offsets.heads(0, 1), form)
+        sent(plan, keys, offsets.heads(range(1)), form)
 
 
 def test_broken_keys_come_back_broken():
@@ -124,10 +124,10 @@ def test_the_file_is_read_where_it_is_the_plans_and_refused_elsewhere(tmp_path):
     with pytest.raises(UserError, match=r"cannot be read \(No such file or directory\); copy it from the bundle"):
         KeyOffsets.read(tmp_path, plan)
     (tmp_path / KEY_OFFSETS).write_bytes(offsets.data)
-    found = KeyOffsets.read(tmp_path, plan)
-    assert found.file == offsets.file == plan.key_offsets
-    assert torch.equal(found.means[0], offsets.means[0])
-    assert torch.equal(found.table(9), offsets.table(9))
+    restored = KeyOffsets.read(tmp_path, plan)
+    assert restored.file == offsets.file == plan.key_offsets
+    assert torch.equal(restored.means[0], offsets.means[0])
+    assert torch.equal(restored.table(9), offsets.table(9))
     changed = bytearray(offsets.data)
     changed[-1] ^= 1
     (tmp_path / KEY_OFFSETS).write_bytes(changed)
@@ -151,11 +151,11 @@ class Rotated:
     """As much of a model as has a RoPE."""
 
     def __init__(self, rope, **config):
-        made = transformers.LlamaConfig(
+        llama_config = transformers.LlamaConfig(
             hidden_size=256, num_attention_heads=4, head_dim=64, max_position_embeddings=8192, rope_parameters=rope,
             **config,
         )  # fmt: skip
-        self.model, self.rotary_emb = self, LlamaRotaryEmbedding(made)
+        self.model, self.rotary_emb = self, LlamaRotaryEmbedding(llama_config)
 
 
 @pytest.mark.parametrize("kind", ROPES)

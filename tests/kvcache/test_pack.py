@@ -100,7 +100,7 @@ def test_how_a_prompt_is_cut_changes_no_value(data, case, tokens):
             unpack(layout, packed, *target, slots[start:stop], offsets)
         results.append(target)
     for whole, cut in zip(*results, strict=True):
-        assert all(torch.equal(one.float(), other.float()) for one, other in zip(whole, cut, strict=True))
+        assert all(torch.equal(a.float(), b.float()) for a, b in zip(whole, cut, strict=True))
 
 
 @settings(max_examples=60, deadline=None)
@@ -146,8 +146,8 @@ def test_the_sink_is_the_first_prompt_token_not_the_first_of_a_chunk():
         layout = chunk_layout(plan, 8, start, stop)
         packed = pack(layout, [source[0]], [source[1]], slots[start:stop])
         unpack(layout, packed, [target[0]], [target[1]], slots[start:stop])
-        for one, sent in zip(target, source, strict=True):
-            assert (one == sent).all(-1).all(-1).nonzero().flatten().tolist() == exact
+        for received, sent in zip(target, source, strict=True):
+            assert (received == sent).all(-1).all(-1).nonzero().flatten().tolist() == exact
     last = PDPlan.dense(shape(1, 2, 64)).with_kv((KVSend(mode="sparse", n_last=3, wire_dtype="int4"),))
     assert [part.code for side in chunk_layout(last, 8).layers[0].sides for part in side] == ["int4", "int4"]
 
@@ -178,7 +178,7 @@ def test_many_blocks_equal_one(wire, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("slots", "found"),
+    ("slots", "expected"),
     [
         (range(5, 11), slice(5, 11)),
         ([7], slice(7, 8)),
@@ -190,9 +190,9 @@ def test_many_blocks_equal_one(wire, monkeypatch):
         ([4, 6, 5, 7], ([4, 6, 5, 7], 1)),  # its ends are a run's
     ],
 )
-def test_slots_are_moved_in_the_largest_pages_they_make(slots, found):
+def test_slots_are_moved_in_the_largest_pages_they_make(slots, expected):
     place = torch_pack._places(torch.tensor(list(slots)))
-    assert (place if isinstance(place, slice) else (place.numbers.tolist(), place.size)) == found
+    assert (place if isinstance(place, slice) else (place.numbers.tolist(), place.size)) == expected
 
 
 @pytest.mark.parametrize("wire", ["native", "int8"])
@@ -232,11 +232,11 @@ def test_a_rank_with_one_of_two_heads_sends_its_half_of_the_bytes(wire):
     pool, slots = [torch.randn(8, 2, 64, generator=torch.Generator().manual_seed(0))], torch.arange(5)
     whole, own = chunk_layout(plan, 5), chunk_layout(plan, 5, kv_heads=1)
     assert 2 * own.total_bytes == whole.total_bytes == plan.payload_bytes(5)
-    wanted, got = [torch.zeros(8, 2, 64)], [torch.zeros(8, 1, 64)]
-    unpack(whole, pack(whole, pool, pool, slots), wanted, wanted, slots)
+    expected, got = [torch.zeros(8, 2, 64)], [torch.zeros(8, 1, 64)]
+    unpack(whole, pack(whole, pool, pool, slots), expected, expected, slots)
     second = [pool[0][:, 1:]]
     unpack(own, pack(own, second, second, slots), got, got, slots)
-    assert torch.equal(got[0], wanted[0][:, 1:])
+    assert torch.equal(got[0], expected[0][:, 1:])
 
 
 def test_k4v3_spends_its_fourth_bit_on_keys():

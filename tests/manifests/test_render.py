@@ -36,15 +36,15 @@ def option(command: list[str], name: str) -> str:
 
 
 def test_stages_are_workloads_of_their_own() -> None:
-    rendered = objects(prefill=2, decode=6, gpus=2)
-    for stage, count in (("prefill", 2), ("decode", 6)):
+    rendered = objects(prefill=2, decode=6, tp_prefill=4, tp_decode=2)
+    for stage, count, gpus in (("prefill", 2, "4"), ("decode", 6, "2")):
         workload = rendered["Deployment", f"pdtrim-{stage}"]
         command = container(workload)["command"]
         assert workload["spec"]["replicas"] == count
         assert option(command, "--disaggregation-mode") == stage
         assert option(command, "--model-path") == f"/bundle/{stage}"
-        assert option(command, "--tp-size") == "2"
-        assert container(workload)["resources"]["limits"]["nvidia.com/gpu"] == "2"
+        assert option(command, "--tp-size") == gpus
+        assert container(workload)["resources"]["limits"]["nvidia.com/gpu"] == gpus
 
 
 def test_workers_share_a_secret_that_no_file_holds() -> None:
@@ -223,7 +223,9 @@ def test_workers_are_told_their_transport() -> None:
 
 
 def test_compose_gives_every_worker_gpus_of_its_own() -> None:
-    rendered = compose(SERVED, Options(prefill=1, decode=2, gpus=2, bundle=BundleAt("host", "/srv/b")))
+    rendered = compose(
+        SERVED, Options(prefill=1, decode=2, tp_prefill=3, tp_decode=2, bundle=BundleAt("host", "/srv/b"))
+    )
     services = rendered["services"]
     assert list(services) == ["prefill-0", "decode-0", "decode-1", "router"]
     devices = [
@@ -232,7 +234,7 @@ def test_compose_gives_every_worker_gpus_of_its_own() -> None:
         if name != "router"
         for id_ in service["deploy"]["resources"]["reservations"]["devices"][0]["device_ids"]
     ]
-    assert devices == ["0", "1", "2", "3", "4", "5"]
+    assert devices == ["0", "1", "2", "3", "4", "5", "6"]
     router = services["router"]["command"]
     at = router.index("--prefill")
     assert router[at : at + 3] == ["--prefill", "http://prefill-0:30000", "8998"]
@@ -300,8 +302,9 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert option(command, "--served-model-name") == "my-bundle"
     named = yaml.safe_load((out / "kustomization.yaml").read_text())["resources"]
     assert {*named, "kustomization.yaml"} == {file.name for file in out.iterdir()}
-    code, _, err = run("--gpus", "3", "--out", str(tmp_path / "x"))
-    assert (code, err.strip()) == (2, "pdtrim-deploy: --gpus is 3; it must divide the model's 4 KV heads")
+    code, _, err = run("--tp-decode", "3", "--out", str(tmp_path / "x"))
+    assert code == 2
+    assert err.startswith("pdtrim-deploy: --tp-decode 3: 4 KV heads can neither be divided among 3 ranks")
     assert not (tmp_path / "x").exists()
     nixl = ("--transport", "pdtrim_nixl", "--transport-option", "accept_unauthenticated=true", "--rdma", "rdma/hca")
     code, text, _ = run(*nixl, "--dry-run")

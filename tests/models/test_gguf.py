@@ -131,13 +131,13 @@ def test_transformers_does_not_warn_of_our_pre_tokenizer(tiny_dir, tmp_path, cac
 
 
 @pytest.mark.parametrize(
-    ("pre", "said", "starts"),
+    ("pre", "adds_bos", "starts"),
     [("llama-bpe", None, True), ("llama-bpe", False, False), ("gpt-2", None, False), ("gpt-2", True, True)],
 )
-def test_texts_begin_with_bos_as_in_llama_cpp(pre, said, starts, tiny_llama_dir, cache, tmp_path):
+def test_texts_begin_with_bos_as_in_llama_cpp(pre, adds_bos, starts, tiny_llama_dir, cache, tmp_path):
     def spoil(writer):
-        if said is not None:
-            writer.add_add_bos_token(said)
+        if adds_bos is not None:
+            writer.add_add_bos_token(adds_bos)
 
     path = write_gguf(tmp_path / "m.gguf", load_model(tiny_llama_dir), "llama", spoil=spoil, pre=pre)
     tokenizer = load_tokenizer(resolve(f"gguf:{path}", cache).path)

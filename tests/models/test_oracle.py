@@ -148,8 +148,8 @@ def test_prompt_kv_travels_in_its_wire_dtype(wire, least, most):
     error = (sent.score(state, ids[:, 20:]) - oracle.score(state, ids[:, 20:])).abs()
     assert (error[:, 0] == 0).all()  # the first token is prefill's own
     assert least < error[:, 1:].mean() < most
-    one = oracle.with_kv((KVSend(wire_dtype=wire), *(KVSend(),) * (BLOCKS - 1)))
-    assert 0 < (one.score(state, ids[:, 20:]) - oracle.score(state, ids[:, 20:])).abs().mean() < error.mean()
+    first_layer = oracle.with_kv((KVSend(wire_dtype=wire), *(KVSend(),) * (BLOCKS - 1)))
+    assert 0 < (first_layer.score(state, ids[:, 20:]) - oracle.score(state, ids[:, 20:])).abs().mean() < error.mean()
 
 
 def test_models_that_do_not_fit_the_plan_are_refused():

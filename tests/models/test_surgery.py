@@ -93,8 +93,8 @@ def test_tied_and_untied_sharded_stages_load(cache, tmp_path, tiny_model):
 def test_cast(dtype, tiny_llama_dir, cache, tmp_path):
     write_stage(resolve(f"hf:{tiny_llama_dir}", cache), tmp_path / "s", BLOCKS, dtype, {})
     got = load_model(tmp_path / "s", dtype).state_dict()
-    wanted = keep_blocks(load_model(tiny_llama_dir), BLOCKS).to(getattr(torch, dtype)).state_dict()
-    assert all(torch.equal(got[name], tensor) for name, tensor in wanted.items())
+    expected = keep_blocks(load_model(tiny_llama_dir), BLOCKS).to(getattr(torch, dtype)).state_dict()
+    assert all(torch.equal(got[name], tensor) for name, tensor in expected.items())
     assert json.loads((tmp_path / "s" / "config.json").read_text())["dtype"] == dtype
 
 
@@ -119,10 +119,10 @@ def test_replaced_block(tiny_llama_dir, cache, tmp_path):
     write_stage(checkpoint, tmp_path / "s", [0, 2, 5], "float32", {}, replacements={2: student})
     assert torch.equal(logits(load_model(tmp_path / "s")), logits(keep_blocks(dense, [0, 4, 5])))
     odd = {"mlp.up_proj.bias": torch.zeros(3)}, {"mlp.up_proj.weight": torch.zeros(3)}
-    for parts, said in zip(odd, ("has no such tensor", r"shape \(3,\), the block has \(128, 64\)"), strict=True):
-        with pytest.raises(UserError, match=f"replacement of model.layers.2.mlp.up_proj.*{said}"):
+    for parts, reason in zip(odd, ("has no such tensor", r"shape \(3,\), the block has \(128, 64\)"), strict=True):
+        with pytest.raises(UserError, match=f"replacement of model.layers.2.mlp.up_proj.*{reason}"):
             write_stage(checkpoint, tmp_path / "t", [0, 2], "float32", {}, replacements={2: parts})
-        with pytest.raises(UserError, match=f"replacement of model.layers.2.mlp.up_proj.*{said}"):
+        with pytest.raises(UserError, match=f"replacement of model.layers.2.mlp.up_proj.*{reason}"):
             keep_blocks(dense, [0, 2], {2: parts})
     with pytest.raises(UserError, match="does not run"):
         write_stage(checkpoint, tmp_path / "t", [0, 2], "float32", {}, replacements={3: student})

@@ -72,9 +72,9 @@ def test_it_works_without_torch(clean: Path, tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout)["prices"][0]["shape"]["num_blocks"] == 32
     done = run(clean, tmp_path, "doctor", "--json")
-    said = json.loads(done.stdout)
-    lines = {(one["group"], one["name"]): one for one in said["findings"]}
-    assert (done.returncode, done.stderr, said["can_run"]) == (1, "", False)
+    report = json.loads(done.stdout)
+    lines = {(finding["group"], finding["name"]): finding for finding in report["findings"]}
+    assert (done.returncode, done.stderr, report["can_run"]) == (1, "", False)
     assert lines["machine", "python"]["status"] == "ok"
     assert lines["build", "torch"]["status"] == "missing"
     assert lines["build", "torch"]["mend"] == "pip install 'pdtrim-deploy[build]'"

@@ -278,21 +278,3 @@ def test_students_and_healed_weights_are_in_the_graph(stage, tiny_dir, cache, tm
     write_stage(checkpoint, tmp_path / "plain" / stage, plan.layers(stage), "float32", data)
     with pytest.raises(UserError, match="hidden differs from torch"):
         check_numerics(read_stage(tmp_path / "plain" / stage), tmp_path / "engine" / "model.onnx", 5e-5)
-
-
-@pytest.mark.model
-def test_smollm2(make_stages, tmp_path):
-    from pdtrim_deploy.local.cache import Cache
-    from pdtrim_deploy.models import DEFAULT_SOURCE, resolve
-    from pdtrim_deploy.models.surgery import write_stage
-    from pdtrim_deploy.plan import STAGES, Drop, Keep, KVSend, PDPlan
-
-    checkpoint = resolve(DEFAULT_SOURCE, Cache.default())
-    decode = tuple(Drop() if block in (14, 17) else Keep() for block in range(30))
-    kv = (KVSend(mode="sparse", n_first=4, n_last=64),) * 28
-    plan = PDPlan(model=checkpoint.shape("float32"), prefill=(Keep(),) * 30, decode=decode, kv=kv)
-    for stage in STAGES:
-        write_stage(checkpoint, tmp_path / stage, plan.layers(stage), "float32", plan.model_dump(mode="json"))
-        result = build_target("onnx", tmp_path / stage, tmp_path / f"{stage}-engine")
-        assert result.numerics.hidden_error < 5e-5
-        shutil.rmtree(tmp_path / f"{stage}-engine")

@@ -1,11 +1,14 @@
 """Run by test_attention_backends.py under TRITON_INTERPRET=1: SGLang's attention backends on a decode worker's memory.
 
+    interpreted_attention_child.py BACKEND STEPS ...    # each in a process forked from this one, which imports SGLang
+
 `triton` is SGLang's own to the last kernel. Of `flashinfer` and `fa3` SGLang's part is genuine, metadata kernels
 included, and the libraries' kernels are stood in for in torch, as they are called: FlashInfer's wrapper plans over
 pages of one token, `flash_attn_with_kvcache` reads a page table.
 """
 
 import itertools
+import multiprocessing
 import random
 import sys
 import tempfile
@@ -109,12 +112,18 @@ def main(backend, steps):
     stand_in(backend)
     for page_size, seed in ((1, 0), (4, 1)):
         torch.manual_seed(seed)
-        folder, told = Path(tempfile.mkdtemp()), {"isl": 20, "osl": 10}
-        worker = DecodeWorker(folder, PLAN, page_size, told, backend)
+        folder, sizes = Path(tempfile.mkdtemp()), {"isl": 20, "osl": 10}
+        worker = DecodeWorker(folder, PLAN, page_size, sizes, backend)
         assert history(worker, random.Random(seed), steps, close, Graph(worker, 3)) == steps
-    print("equal")
 
 
 if __name__ == "__main__":
     with sglang():
-        main(sys.argv[1], int(sys.argv[2]))
+        import sglang.srt.layers.attention.attention_registry  # once, for all of them
+
+        fork = multiprocessing.get_context("fork")
+        for name, steps in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
+            process = fork.Process(target=main, args=(name, int(steps)))
+            process.start()
+            process.join()
+            print(name, "ended with", process.exitcode, flush=True)

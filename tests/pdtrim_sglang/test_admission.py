@@ -15,7 +15,7 @@ TOKENS, AUX_BYTES = 5, 12
 SHAPE = ModelShape(architecture="X", fingerprint="f", num_blocks=2, num_kv_heads=1, head_dim=4, kv_dtype="float32")
 PLAN = PDPlan.dense(SHAPE)
 PAYLOAD_BYTES = PLAN.payload_bytes(TOKENS)
-GOOD = ChunkHeader(bytes.fromhex(PLAN.digest), 5, 0, TOKENS, 0, TOKENS, AUX_BYTES, PAYLOAD_BYTES, True)
+GOOD = ChunkHeader(bytes.fromhex(PLAN.digest), 5, 0, TOKENS, 0, TOKENS, AUX_BYTES, PAYLOAD_BYTES, True, range(1))
 
 
 @pytest.fixture
@@ -36,7 +36,9 @@ def test_the_plans_lengths_are_admitted(side):
     [
         ({"digest": bytes(32)}, "this worker serves"),
         ({"aux_bytes": AUX_BYTES + 1}, rf"{PAYLOAD_BYTES} \+ 13 bytes, the plan says {PAYLOAD_BYTES} \+ 12"),
-        ({"aux_bytes": 0}, r"\+ 0 bytes"),
+        ({"heads": range(1, 2)}, "chunk of KV heads 1 to 1, this rank has 0 to 0"),
+        ({"heads": range(2)}, "chunk of KV heads 0 to 1, this rank has 0 to 0"),
+        ({"heads": range(0)}, "chunk of KV heads 0 to -1"),
         ({"last": False}, rf"the plan says {PAYLOAD_BYTES} \+ 0"),
         ({"payload_bytes": PAYLOAD_BYTES - 4}, rf"chunk of {PAYLOAD_BYTES - 4} \+ 12"),
         ({"prompt_tokens": 9}, "a prompt of 9 tokens does not fit"),

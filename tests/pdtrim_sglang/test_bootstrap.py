@@ -129,8 +129,8 @@ def test_strangers_are_not_heard(monkeypatch, stranger):
     async def conversation(ask):
         assert (await ask("PUT", "/route", RANK, stranger))[0] == 403
         assert (await ask("PUT", "/route", RANK))[0] == 200
-        for asked in (("GET", WHERE), ("POST", "/register_dp_rank", room), ("POST", "/query_dp_ranks", {})):
-            assert (await ask(*asked, by=stranger))[0] == 403
+        for request in (("GET", WHERE), ("POST", "/register_dp_rank", room), ("POST", "/query_dp_ranks", {})):
+            assert (await ask(*request, by=stranger))[0] == 403
         assert await ask("POST", "/query_dp_ranks", {"bootstrap_rooms": [1]}) == (200, "{}")
         assert (await ask("GET", "/health", by=stranger))[0] == 200
 
@@ -191,20 +191,26 @@ def test_what_sglang_itself_asks_is_signed(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("prefill", "decode_tp", "pairs"),
+    ("prefill", "decode_tp", "responses"),
     [
-        ({}, 1, True),
-        ({}, 2, False),
-        ({"attn_tp_size": 2}, 2, True),
-        ({"attn_tp_size": 2}, 1, False),
-        ({"attn_dp_size": 2}, 1, True),  # --tp-size 2 --dp-size 2 --enable-dp-attention: whole heads in each rank
-        ({"attn_dp_size": 2}, 2, False),
+        ({}, 1, 1),
+        ({}, 2, 1),
+        ({"attn_tp_size": 2}, 2, 1),
+        ({"attn_tp_size": 2}, 1, 2),
+        ({"attn_tp_size": 8}, 1, 4),  # its four KV heads each have two copies, of which one is sent
+        ({"attn_tp_size": 2}, 3, 0),
+        ({"attn_dp_size": 2}, 1, 1),  # --tp-size 2 --dp-size 2 --enable-dp-attention: whole heads in each rank
+        ({"attn_dp_size": 2}, 2, 1),
     ],
 )
-def test_decode_ends_at_its_first_sight_of_a_prefill_worker_of_other_ranks(
-    monkeypatch, tmp_path, prefill, decode_tp, pairs
+def test_decode_ends_at_its_first_sight_of_a_prefill_worker_of_ranks_that_cannot_be_paired(
+    monkeypatch, tmp_path, prefill, decode_tp, responses
 ):
-    """SGLang's own code registers the ranks of prefill and asks for them in decode; no request has a part in it."""
+    """SGLang's own code registers the ranks of prefill and asks for them in decode; no request has a part in it.
+
+    A request is ready after so many ranks' `responses`.
+    """
+    from pdtrim_sglang.decode import DecodeSide
     from pdtrim_sglang.manager import PDTrimKVManager
 
     server, place = listening(monkeypatch, tmp_path)
@@ -216,12 +222,17 @@ def test_decode_ends_at_its_first_sight_of_a_prefill_worker_of_other_ranks(
     vars(decode).update(
         prefill_info_table={}, kv_args=SimpleNamespace(page_size=1, engine_rank=0, state_types=[]), kv_layout=None,
         kv_cache_dtype_str="float32", dsv41_spec_layout=None, attn_tp_size=decode_tp, attn_cp_size=1, dcp_size=1,
-        pp_size=1, pp_rank=0, attn_cp_rank=0, is_mla_backend=False, is_hybrid_mla_backend=False,
+        pp_size=1, pp_rank=0, attn_cp_rank=0, is_mla_backend=False, is_hybrid_mla_backend=False, attn_tp_rank=0,
+        enable_all_cp_ranks_for_transfer=False, decode_side=object.__new__(DecodeSide),
     )  # fmt: skip
+    model = SimpleNamespace(num_kv_heads=4)
+    decode.decode_side._manager, decode.decode_side._plan = decode, SimpleNamespace(model=model)
+    decode.decode_side._pool = SimpleNamespace(prepare=lambda *_: None)
     ranks = f"{sizes['attn_tp_size']} ranks in prefill, among {decode_tp} in decode"
-    sentence = f"prefill worker at {place}: attention is divided among {ranks}: .*--tp-size"
-    with nullcontext() if pairs else pytest.raises(RuntimeError, match=sentence):
+    sentence = f"prefill worker at {place}: attention is divided among {ranks}, .*--tp-size"
+    with nullcontext() if responses else pytest.raises(RuntimeError, match=sentence):
         assert decode.try_ensure_parallel_info(place)
+        assert decode.prefill_info_table[place].required_prefill_response_num == responses
     server.close()
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from pdtrim_sglang.decode import DecodeSide
 from pdtrim_sglang.manager import PDTrimKVManager
 from pdtrim_sglang.messages import REGISTER, ROOM, Register, Room
+from pdtrim_sglang.pairing import Ranks
 from pdtrim_sglang.prefill import PrefillSide
 from pdtrim_sglang.protocol import VERSION
 from pdtrim_sglang.rooms import AuxRows
@@ -24,6 +25,9 @@ PLAN = PDPlan.dense(
     ModelShape(architecture="X", fingerprint="f", num_blocks=1, num_kv_heads=1, head_dim=8, kv_dtype="float32")
 )
 WHO = {"session": "127.0.0.1:5", "host": "127.0.0.1", "control_port": 5}
+REGISTERED = Register(
+    **WHO, protocol=VERSION, digest=PLAN.digest, data_port=7, tp_size=1, tp_rank=0, aux_item_bytes=()
+)  # fmt: skip
 FRAME = st.one_of(
     st.binary(max_size=40),
     st.sampled_from([REGISTER, ROOM, ABORT_TAG, STATUS, b"", b"{}", b"-1", b"\xff"]),
@@ -38,14 +42,14 @@ class Manager:
 
     kv_status_msg_tag = STATUS
     parse_kv_status_message = PDTrimKVManager.parse_kv_status_message
-    attn_tp_size, bootstrap_timeout = 1, 60
+    attn_tp_size, attn_tp_rank, bootstrap_timeout = 1, 0, 60
 
     def __init__(self):
         self.failure_records = {}
         self.applied, self.request_status, self.transfer_infos, self.req_to_decode_prefix_len = [], {}, {}, {}
 
-    def apply_prefill_status(self, **said):
-        self.applied.append(said)
+    def apply_prefill_status(self, **update):
+        self.applied.append(update)
 
     def update_status(self, room, status):
         self.request_status[room] = status
@@ -58,7 +62,7 @@ def prefill(manager):
     side = object.__new__(PrefillSide)
     side._manager, side._plan, side._aux = manager, PLAN, AuxRows((), ())
     side._tombstones_lock, side._peers_lock = threading.Lock(), threading.Lock()
-    side._ended_unopened, side.staging = {}, None
+    side._ended_unopened, side.staging, side._ranks = {}, None, Ranks(1, 0, 1)
     side._known, side._peers, side._rejected, side._senders = {}, {}, {}, set()
     from collections import deque
 
@@ -74,7 +78,7 @@ def test_decode_believes_failures_only(frames):
     side = object.__new__(DecodeSide)
     side._manager = manager
     side._handle(frames)
-    assert all(said["status"] in (KVPoll.Failed, KVPoll.WaitingForInput) for said in manager.applied)
+    assert all(update["status"] in (KVPoll.Failed, KVPoll.WaitingForInput) for update in manager.applied)
 
 
 def test_decode_hears_a_failure_and_no_success():
@@ -83,7 +87,7 @@ def test_decode_hears_a_failure_and_no_success():
     side._manager = manager
     for status in (KVPoll.Success, KVPoll.Failed):
         side._handle([STATUS, b"7", str(status).encode(), b"0", b"why"])
-    assert [(said["bootstrap_room"], said["status"], said["failure_reason"]) for said in manager.applied] == [
+    assert [(update["bootstrap_room"], update["status"], update["failure_reason"]) for update in manager.applied] == [
         (7, KVPoll.Failed, "why")
     ]
 
@@ -117,7 +121,7 @@ def test_a_room_of_an_unregistered_worker_fails_at_once(fields):
 
 def test_another_plan_makes_no_peer():
     side = prefill(Manager())
-    message = Register(**WHO, protocol=VERSION, digest="0" * 64, data_port=7, tp_size=1, aux_item_bytes=())
+    message = Register(**WHO, protocol=VERSION, digest="0" * 64, data_port=7, tp_size=1, tp_rank=0, aux_item_bytes=())
     side._handle(message.frames())
     assert not side._known
     assert "plans differ" in side._rejected[message.session]
@@ -126,7 +130,7 @@ def test_another_plan_makes_no_peer():
 def test_decode_does_not_wait_for_a_request_that_prefill_has_given_up():
     """Prefill's deadline may pass while decode's pool is full: SGLang's decode then waits for its own, minutes."""
     side = prefill(Manager())
-    side._known[WHO["session"]], side._peers[WHO["session"]] = "registered", SimpleNamespace(forget=lambda _: None)
+    side._known[WHO["session"]], side._peers[WHO["session"]] = REGISTERED, SimpleNamespace(forget=lambda _: None)
     side._progress = {}
     message = Room(**WHO, room=7, prompt_tokens=3, prefix_tokens=0, destinations=1)
     side.sender_opened(7)
@@ -169,14 +173,14 @@ def test_decode_hears_of_a_failure_that_came_before_its_room():
             self.request_status, self.transfer_infos, self.req_to_decode_prefix_len = {}, {}, {}
             self.failure_records, self.failure_lock = {}, threading.Lock()
             self._deferred_ack_targets, self._deferred_ack_poisoned_rooms, self._staging_outstanding = {}, set(), {}
-            self.bootstrap_timeout, self.said = 60, []
+            self.bootstrap_timeout, self.message = 60, []
 
-        def send_kv_status_message(self, **said):
-            self.said.append(said)
+        def send_kv_status_message(self, **message):
+            self.message.append(message)
 
     manager = Bookkeeping()
     side = prefill(manager)
-    side._known[WHO["session"]], side._peers[WHO["session"]] = "registered", SimpleNamespace(forget=lambda _: None)
+    side._known[WHO["session"]], side._peers[WHO["session"]] = REGISTERED, SimpleNamespace(forget=lambda _: None)
     side._progress = {}
     for room in (7, 8):
         side.sender_opened(room)
@@ -186,7 +190,7 @@ def test_decode_hears_of_a_failure_that_came_before_its_room():
     side.sender_aborted(7, opened=False)  # 8: its scheduler has not come to it yet
     for room in (7, 8):
         side._handle(Room(**WHO, room=room, prompt_tokens=3, prefix_tokens=0, destinations=1).frames())
-    assert manager.said == [
+    assert manager.message == [
         {
             "targets": [("127.0.0.1", 5)], "bootstrap_room": room, "status": KVPoll.Failed,
             "failure_reason": "Aborted by AbortReq.",
@@ -199,7 +203,8 @@ def test_a_rank_counts_what_its_own_heads_would_have_sent():
     """The ranks' counters add up, as their payloads do."""
     side, counted = prefill(Manager()), []
     side._plan = PDPlan.dense(PLAN.model.model_copy(update={"num_kv_heads": 4}))
-    side._pool, side._progress = SimpleNamespace(kv_heads=1), {7: SimpleNamespace(prompt_tokens=3)}
+    side._progress = {7: SimpleNamespace(prompt_tokens=3)}
+    side._manager.transfer_infos[7] = {"s": SimpleNamespace(heads=range(1, 2))}
     side._metrics.succeeded = lambda progress, dense_bytes: counted.append(dense_bytes)
     side._manager.conclude_transfer = lambda **_: None
     side._manager.request_status[7] = KVPoll.WaitingForInput

@@ -28,10 +28,10 @@ def of_sglang() -> set[str]:
     import sglang
 
     source = (Path(sglang.__path__[0]) / "srt" / "observability" / "metrics_collector.py").read_text()
-    found = set()
+    names = set()
     for kind, name in re.findall(r"\b(Histogram|Counter|Gauge)\(\s*name=\"(sglang:\w+)\"", source):
-        found |= {name + end for end in KINDS[kind]}
-    return found
+        names |= {name + end for end in KINDS[kind]}
+    return names
 
 
 def test_every_name_is_exported():

@@ -9,13 +9,13 @@ def test_the_pinned_sglang_has_everything_that_the_plugin_takes():
     from pdtrim_sglang import hook_targets
     from pdtrim_sglang.diagnosis import diagnose
 
-    found = diagnose()
-    assert found["packages"]["sglang"] == hook_targets.READ_AGAINST
-    assert found["plugin"]
-    assert len(found["targets"]) == len(hook_targets.TARGETS)
-    assert all(found["targets"].values())
-    assert all(found["imports"].values())
-    assert "sglang.srt.disaggregation.common.conn.CommonKVManager" in found["imports"]
+    report = diagnose()
+    assert report["packages"]["sglang"] == hook_targets.READ_AGAINST
+    assert report["plugin"]
+    assert len(report["targets"]) == len(hook_targets.TARGETS)
+    assert all(report["targets"].values())
+    assert all(report["imports"].values())
+    assert "sglang.srt.disaggregation.common.conn.CommonKVManager" in report["imports"]
 
 
 def test_transports_are_those_of_the_registry():
@@ -29,8 +29,8 @@ def test_transports_are_those_of_the_registry():
 def test_a_misfit_is_one_sentence():
     from pdtrim_sglang.diagnosis import diagnose, misfit
 
-    found = diagnose()
-    assert misfit(found) is None
-    assert "SGLang is 9.9; this plugin was written for" in str(misfit(found | {"packages": {"sglang": "9.9"}}))
-    assert misfit(found | {"targets": {"sglang.x": False}}) == "SGLang 0.5.23 has no sglang.x"
-    assert "entry point" in str(misfit(found | {"plugin": False}))
+    report = diagnose()
+    assert misfit(report) is None
+    assert "SGLang is 9.9; this plugin was written for" in str(misfit(report | {"packages": {"sglang": "9.9"}}))
+    assert misfit(report | {"targets": {"sglang.x": False}}) == "SGLang 0.5.23 has no sglang.x"
+    assert "entry point" in str(misfit(report | {"plugin": False}))

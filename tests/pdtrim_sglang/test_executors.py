@@ -264,8 +264,8 @@ def test_a_worker_started_without_its_engine_says_how_to_start_it(monkeypatch):
 def test_the_command_line_says_what_the_worker_reads(tmp_path):
     from pdtrim_deploy.serving import Engine
 
-    told = WorkerConfig(engine=Engine("onnxruntime", "decode", tmp_path).as_config())
-    override = json.loads(json.dumps(told.override()))
-    assert WorkerConfig.parse(json.dumps(override)) == told
-    assert WorkerConfig.of_model(SimpleNamespace(**override)) == told
-    assert told.engine.path == str(tmp_path)
+    config = WorkerConfig(engine=Engine("onnxruntime", "decode", tmp_path).as_config())
+    override = json.loads(json.dumps(config.override()))
+    assert WorkerConfig.parse(json.dumps(override)) == config
+    assert WorkerConfig.of_model(SimpleNamespace(**override)) == config
+    assert config.engine.path == str(tmp_path)

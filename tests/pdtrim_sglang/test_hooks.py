@@ -169,16 +169,16 @@ def test_sglangs_own_digest_is_refused_where_both_pools_do_not_hold_the_same(sta
 
 
 @pytest.mark.parametrize(
-    ("heads", "ranks", "most"), [(4, 8, 4), (4, 3, 1), (2, 4, 2), (6, 4, 2), (4, 4, None), (8, 2, None)]
+    ("heads", "ranks", "most"), [(4, 8, None), (4, 3, 1), (2, 4, None), (6, 4, 2), (4, 4, None), (8, 2, None)]
 )
-def test_more_ranks_than_kv_heads_are_refused_by_name(heads, ranks, most):
+def test_ranks_that_can_neither_divide_the_kv_heads_nor_copy_them_are_refused_by_name(heads, ranks, most):
     import torch
     from pdtrim_sglang.plan_source import check_fits
 
     plan = PDPlan.dense(SHAPE.model_copy(update={"num_kv_heads": heads}))
     rows = [torch.zeros(2, max(1, heads // ranks), 8)]  # SGLang copies heads where there are too few
     pool = SimpleNamespace(k_buffer=rows, v_buffer=rows, dtype=torch.float32)
-    sentence = f"{heads} KV heads cannot be divided among {ranks} ranks.*--tp-size {most}$"
+    sentence = f"{heads} KV heads can neither be divided among {ranks} ranks.*--tp-size {most}$"
     with pytest.raises(RuntimeError, match=sentence) if most else nullcontext():
         check_fits(plan, "decode", pool, ranks)
 
@@ -228,16 +228,17 @@ def test_a_staging_buffer_without_room_for_a_page_is_refused(registry, monkeypat
     for side in ("PrefillSide", "DecodeSide"):
         monkeypatch.setattr(manager, side, lambda *_: "made")
     worker = object.__new__(manager.PDTrimKVManager)
-    worker._given_plan, worker._secret, worker.attn_tp_size = PDPlan.dense(shape), b"", 2
+    worker._given_plan, worker._secret = PDPlan.dense(shape), b""
+    worker.attn_tp_size, worker.attn_tp_rank = 2, 1
     worker.disaggregation_mode = DisaggregationMode(stage)
     worker.kv_args = SimpleNamespace(aux_data_ptrs=(), aux_item_lens=())
     worker.server_args = SimpleNamespace(disaggregation_transfer_backend="pdtrim_tcp", context_length=None)
     model = SimpleNamespace(config=transformers.LlamaConfig())
     page = 64 * 2 * 2 * 128 * 4  # tokens, K and V, heads, values, bytes
-    told = '{"pdtrim_transport": {"staging_bytes": %d}}'
-    worker.server_args.json_model_override_args = told % page
+    override = '{"pdtrim_transport": {"staging_bytes": %d}}'
+    worker.server_args.json_model_override_args = override % page
     worker.attach(None, model)
-    worker.server_args.json_model_override_args = told % (page - 1)
+    worker.server_args.json_model_override_args = override % (page - 1)
     with pytest.raises(RuntimeError, match=f"staging_bytes {page - 1} hold no page of 64 tokens .*{page}"):
         worker.attach(None, model)
 
@@ -269,12 +270,12 @@ def test_a_forward_pass_that_may_still_write_is_noted(registry, overlap, device,
 
     stream = SimpleNamespace(record_event=lambda: "event")
     queue = SimpleNamespace(scheduler=SimpleNamespace(enable_overlap=overlap, device=device, forward_stream=stream))
-    asked = SimpleNamespace(
+    waiting = SimpleNamespace(
         kv_receiver=SimpleNamespace(),
         req=SimpleNamespace(output_ids=[], origin_input_ids=[1, 2, 3], kv=SimpleNamespace(req_pool_idx=9)),
     )
     seen = []
-    transfer.name_prompt_of_receiver(lambda _, one: seen.append(vars(one.kv_receiver).copy()), queue, asked)
+    transfer.name_prompt_of_receiver(lambda _, req: seen.append(vars(req.kv_receiver).copy()), queue, waiting)
     assert seen == [{"prompt_tokens": 3, "row": 9, "forward_done": "event" if waits else None}]
 
 
@@ -284,8 +285,8 @@ def test_a_stock_checkpoint_with_another_kv_dtype_is_refused():
 
     pool = SimpleNamespace(k_buffer=[torch.zeros(2, 1, 8)], dtype=torch.float64)
     with pytest.raises(RuntimeError, match=r"cannot send a KV cache of torch.float64: .*--kv-cache-dtype auto, fp8_e4"):
-        dense_plan(1, pool)
-    fp8 = dense_plan(1, SimpleNamespace(k_buffer=pool.k_buffer, dtype=torch.float8_e5m2)).model
+        dense_plan(1, pool, 1)
+    fp8 = dense_plan(1, SimpleNamespace(k_buffer=pool.k_buffer, dtype=torch.float8_e5m2), 1).model
     assert (fp8.pool_dtype, fp8.row_dtype) == ("fp8_e5m2", "float8_e5m2")
 
 

@@ -138,15 +138,15 @@ def test_a_request_waits_until_cut_layers_have_room_for_it_and_for_the_others_gr
         queue = worker.queue()
         queue.scheduler.waiting_queue, queue.scheduler.last_batch = list(waiting), last
         queue.transfer_queue.queue = [SimpleNamespace(req=other) for other in transfer]
-        asked = memory.ask_cut_layers(lambda *_: 26, queue, req, 20, 0, 0)
-        assert memory.ask_cut_layers_again(lambda *_: (26, 7), queue, req) == (asked, 7)
-        return asked
+        needed = memory.ask_cut_layers(lambda *_: 26, queue, req, 20, 0, 0)
+        assert memory.ask_cut_layers_again(lambda *_: (26, 7), queue, req) == (needed, 7)
+        return needed
 
     assert tokens(request(20, 6)) == 26
     # 4 + 6 for it; 6, 3, 6 and 5 for the others: 30
-    said = request(20, 9)
-    said.output_ids = [0] * 3
-    others = {"running": [said], "transfer": [request(20, 3)], "waiting": [request(20, 99)], "last": prebuilt}
+    decoding = request(20, 9)
+    decoding.output_ids = [0] * 3
+    others = {"running": [decoding], "transfer": [request(20, 3)], "waiting": [request(20, 99)], "last": prebuilt}
     assert tokens(request(20, 6), **others) == 26
     others["waiting"].append(request(20, 2))
     assert tokens(request(20, 6), **others) == 26
@@ -174,7 +174,7 @@ def test_a_burst_is_admitted_as_far_as_its_answers_fit(tmp_path):
 def test_a_request_that_needs_more_than_there_is_goes_alone(tmp_path):
     worker = DecodeWorker(tmp_path, PLAN, 1, {"isl": 125, "osl": 3})  # 14 slots
     queue = worker.queue
-    worker.queue = lambda *reqs: vars(made := queue(*reqs)).update(num_reserved_decode_tokens=100) or made
+    worker.queue = lambda *reqs: vars(reserving := queue(*reqs)).update(num_reserved_decode_tokens=100) or reserving
     long, other = request(20, 99), request(20, 99)
     assert worker.admit(long)
     assert not worker.admit(other)
@@ -196,10 +196,10 @@ def test_sglang_is_told_what_a_token_costs_and_which_pool_to_make(tmp_path):
     from sglang.srt.runtime_context import get_disagg
 
     single = 3 * ROW_BYTES
-    made = configurator(tmp_path, PLAN, {"isl": 40, "osl": 8}, disaggregation_decode_retraction_backup=None)
-    assert memory.kept_cell_size(lambda *_: single, None, made, 3) == ROW_BYTES * 2 + ROW_BYTES * 12 // 48
+    pools = configurator(tmp_path, PLAN, {"isl": 40, "osl": 8}, disaggregation_decode_retraction_backup=None)
+    assert memory.kept_cell_size(lambda *_: single, None, pools, 3) == ROW_BYTES * 2 + ROW_BYTES * 12 // 48
     before = get_disagg().disaggregation_decode_retraction_backup
-    given = memory.kept_pool(lambda _, **given: given, made, mha_pool_class=MHATokenToKVPool, max_total_num_tokens=5)
+    given = memory.kept_pool(lambda _, **given: given, pools, mha_pool_class=MHATokenToKVPool, max_total_num_tokens=5)
     assert given["mha_pool_class"].func is KeptKVPool
     assert given["max_total_num_tokens"] == 5
     assert (before, get_disagg().disaggregation_decode_retraction_backup) == (None, "cpu_tensor")
@@ -211,7 +211,7 @@ def test_sglang_is_told_what_a_token_costs_and_which_pool_to_make(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("plan", "told", "args", "sentence"),
+    ("plan", "sizes", "args", "sentence"),
     [
         (PLAN, {"isl": 4}, {}, r"pdtrim_decode_pool\.osl in --json-model-ov\S+: Field required; valid: isl"),
         (PLAN, {"isl": 4, "osl": 4}, {"disaggregation_mode": "prefill"}, "prefill holds all rows .*start without it"),
@@ -219,11 +219,11 @@ def test_sglang_is_told_what_a_token_costs_and_which_pool_to_make(tmp_path):
         (PLAN, None, {"disaggregation_decode_retraction_backup": "host_pool"}, "-backup cpu_tensor or none"),
     ],
 )
-def test_what_cannot_be_done_is_refused(tmp_path, plan, told, args, sentence):
+def test_what_cannot_be_done_is_refused(tmp_path, plan, sizes, args, sentence):
     from pdtrim_sglang.kept_pool.build import planned
 
     with pytest.raises(RuntimeError, match=sentence):
-        planned(configurator(tmp_path, plan, told, **args))
+        planned(configurator(tmp_path, plan, sizes, **args))
 
 
 def test_a_pool_too_small_for_one_request_is_refused(tmp_path):

@@ -44,9 +44,9 @@ class Pool:
 
 
 def attention(index=1):
-    made = nn.Identity()
-    made.tp_k_head_num, made.head_dim, made.layer_id = HEADS, DIM, index
-    return made
+    module = nn.Identity()
+    module.tp_k_head_num, module.head_dim, module.layer_id = HEADS, DIM, index
+    return module
 
 
 class Layer(nn.Module):
@@ -149,25 +149,24 @@ def test_what_a_graph_was_captured_with_is_there_as_long_as_the_model(runner, mo
     from sglang.srt.disaggregation.utils import DisaggregationMode
 
     runner.load_model()
-    captured = [weakref.ref(one) for layer in runner.model.model.layers for one in layer.parameters()]
-    places = [one().data_ptr() for one in captured]
+    captured = [weakref.ref(parameter) for layer in runner.model.model.layers for parameter in layer.parameters()]
+    places = [reference().data_ptr() for reference in captured]
     worker = object.__new__(manager.PDTrimKVManager)
-    worker._given_plan, worker._secret, worker.attn_tp_size = PLAN, b"", 1
+    worker._given_plan, worker._secret, worker.attn_tp_size, worker.attn_tp_rank = PLAN, b"", 1, 0
     worker.disaggregation_mode = DisaggregationMode.PREFILL
     worker.kv_args = SimpleNamespace(aux_data_ptrs=(), aux_item_lens=())
     worker.server_args = SimpleNamespace(
         disaggregation_transfer_backend="pdtrim_tcp", context_length=None, json_model_override_args=""
     )
-    monkeypatch.setattr(
-        manager.PoolView, "of", lambda pool: SimpleNamespace(keys=[torch.zeros(1, 1, 4)] * 3, offsets=None)
-    )
+    view = manager.PoolView([torch.zeros(1, 1, 4)] * 3, [torch.zeros(1, 1, 4)] * 3, 1)
+    monkeypatch.setattr(manager.PoolView, "of", lambda pool: view)
     monkeypatch.setattr(manager, "PrefillSide", lambda *_: "made")
     for check in ("check_fits", "check_window", "check_staging"):
         monkeypatch.setattr(manager, check, lambda *_: None)
     worker.attach(Pool(), runner.model)
     gc.collect()
     assert len(captured) > 10
-    assert [one() is not None and one().data_ptr() for one in captured] == places
+    assert [reference() is not None and reference().data_ptr() for reference in captured] == places
 
 
 def test_sglang_loads_the_model_before_it_captures_a_graph_and_makes_the_manager_last():
@@ -185,7 +184,7 @@ def test_sglang_loads_the_model_before_it_captures_a_graph_and_makes_the_manager
 def in_order(file, owner, method, calls):
     """Whether `owner.method` of SGLang calls each of `calls` for the first time in this order."""
     root = Path(importlib.util.find_spec("sglang").submodule_search_locations[0]) / "srt"
-    (found,) = (
+    (definition,) = (
         member
         for node in ast.parse((root / file).read_text()).body
         if isinstance(node, ast.ClassDef) and node.name == owner
@@ -193,7 +192,7 @@ def in_order(file, owner, method, calls):
         if isinstance(member, ast.FunctionDef) and member.name == method
     )
     lines = {}
-    for node in ast.walk(found):
+    for node in ast.walk(definition):
         if isinstance(node, ast.Call):
             name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
             lines[name] = min(node.lineno, lines.get(name, node.lineno))
@@ -222,10 +221,10 @@ def test_a_cut_layer_writes_its_rows_and_adds_nothing():
 def test_the_weights_of_a_cut_layer_are_freed_at_once():
     layer = Layer(1)
     held = list(layer.self_attn.o_proj.parameters()) + list(layer.mlp.parameters())
-    nbytes = sum(one.nbytes for one in held)
+    nbytes = sum(parameter.nbytes for parameter in held)
     assert nbytes > 8000
     assert keep_only_kv(layer, HIDDEN) == nbytes
-    assert sum(one.untyped_storage().nbytes() for one in held) == 0
+    assert sum(parameter.untyped_storage().nbytes() for parameter in held) == 0
     assert layer.post_attention_layernorm._quant_linear is None
 
 

@@ -9,18 +9,18 @@ pytest.importorskip("sglang", reason="needs the serve environment")
 from pdtrim_deploy.manifests import BundleAt, Options, Served, compose, kubernetes
 
 SERVED = Served("m", "ab" * 32, "bfloat16", sparse=True)
-OPTIONS = Options(prefill=2, gpus=2, bundle=BundleAt("host", "/srv/b"))
+OPTIONS = Options(prefill=2, tp_prefill=4, tp_decode=2, bundle=BundleAt("host", "/srv/b"))
 
 
 def commands() -> dict[str, list[str]]:
     files = kubernetes(SERVED, OPTIONS)
-    found = {
-        one["metadata"]["name"]: one["spec"]["template"]["spec"]["containers"][0]["command"]
+    by_name = {
+        document["metadata"]["name"]: document["spec"]["template"]["spec"]["containers"][0]["command"]
         for documents in files.values()
-        for one in documents
-        if one["kind"] == "Deployment"
+        for document in documents
+        if document["kind"] == "Deployment"
     }
-    return found | {name: one["command"] for name, one in compose(SERVED, OPTIONS)["services"].items()}
+    return by_name | {name: service["command"] for name, service in compose(SERVED, OPTIONS)["services"].items()}
 
 
 @pytest.mark.parametrize("name", ["pdtrim-prefill", "pdtrim-decode", "prefill-1", "decode-0"])
@@ -36,7 +36,7 @@ def test_of_workers(name):
     args = parser.parse_args(command[3:])
     assert args.disaggregation_mode == name.split("-")[0 if name[-1].isdigit() else 1]
     assert args.disaggregation_transfer_backend == "pdtrim_tcp"
-    assert args.tp_size == 2
+    assert args.tp_size == (4 if args.disaggregation_mode == "prefill" else 2)
     assert args.enable_metrics
     assert (args.attention_backend == "triton") == ("decode" in name)
 

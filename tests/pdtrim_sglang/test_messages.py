@@ -8,7 +8,7 @@ WHO = {"session": "127.0.0.1:5", "host": "127.0.0.1", "control_port": 5}
 
 
 def test_ours_survive():
-    register = Register(**WHO, protocol=1, digest="a" * 64, data_port=7, tp_size=1, aux_item_bytes=(4, 64))
+    register = Register(**WHO, protocol=1, digest="a" * 64, data_port=7, tp_size=1, tp_rank=0, aux_item_bytes=(4, 64))
     room = Room(**WHO, room=2**63 - 1, prompt_tokens=3, prefix_tokens=0, destinations=1)
     assert parse(register.frames()) == register
     assert parse(room.frames()) == room

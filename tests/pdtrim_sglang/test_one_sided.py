@@ -14,7 +14,7 @@ from pdtrim_sglang.transports.base import TransportConfig, TransportError, Unrea
 from pdtrim_sglang.transports.one_sided import OneSided
 
 CONFIG = TransportConfig(staging_bytes=1 << 12, connect_seconds=2, stall_seconds=30)
-HEADER = ChunkHeader(bytes(32), 1, 0, 8, 0, 8, 0, 100, False)
+HEADER = ChunkHeader(bytes(32), 1, 0, 8, 0, 8, 0, 100, False, range(1))
 
 
 class Handler:

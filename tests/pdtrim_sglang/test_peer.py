@@ -85,7 +85,7 @@ def chunk(start, stop, pages_start=0, span=None):
     return Chunk(1, list(PAGES), pages_start, TOKENS, start, stop, stop == TOKENS, 0, span=span)
 
 
-def wanted(world, start, stop):
+def expected_rows(world, start, stop):
     plan, pool, *_ = world
     slots = pool.slots(list(PAGES), TOKENS)[start:stop]
     layout = chunk_layout(plan, TOKENS, start, stop)
@@ -96,7 +96,7 @@ def wanted(world, start, stop):
 def test_a_part_of_a_chunk_may_begin_inside_a_page(world, start, stop):
     world[4].submit(chunk(start, stop))
     header, sent = world[2].sent.get(timeout=10)
-    assert (header.start, header.stop, sent) == (start, stop, wanted(world, start, stop))
+    assert (header.start, header.stop, sent) == (start, stop, expected_rows(world, start, stop))
     assert world[3].room.staged_bytes == 0
 
 
@@ -124,15 +124,15 @@ def test_pages_that_come_later_are_waited_for(world):
     sender.send(pages, num_kv_tokens=TOKENS, indices_event=Copying(pages))
     header, sent = channel.sent.get(timeout=10)
     assert (header.start, header.stop, header.last) == (0, TOKENS, True)
-    assert sent == wanted(world, 0, TOKENS)
+    assert sent == expected_rows(world, 0, TOKENS)
 
 
-@pytest.mark.parametrize("made", [gpu, host])
-def test_pages_may_come_later_where_there_is_a_gpu(made):
+@pytest.mark.parametrize("on_device", [gpu, host])
+def test_pages_may_come_later_where_there_is_a_gpu(on_device):
     """SGLang makes such pages with CUDA calls, which fail on a CPU."""
     side, sender = object.__new__(PrefillSide), object.__new__(PDTrimKVSender)
-    side._pool, sender.kv_mgr = PoolView([made(torch.zeros(4, 1, 8))], [], 4), SimpleNamespace(prefill_side=side)
-    assert getattr(sender, "supports_host_tensor_indices", False) is (made is gpu)
+    side._pool, sender.kv_mgr = PoolView([on_device(torch.zeros(4, 1, 8))], [], 4), SimpleNamespace(prefill_side=side)
+    assert getattr(sender, "supports_host_tensor_indices", False) is (on_device is gpu)
 
 
 def test_keys_leave_less_their_offset_from_pool_and_span_alike():
@@ -144,7 +144,7 @@ def test_keys_leave_less_their_offset_from_pool_and_span_alike():
     world = plan, pool, channel, _, peer = served(
         PDPlan.dense(shape).with_kv(kv).with_key_offsets(offsets.file), offsets
     )
-    assert wanted(world, 5, 13) != wanted((plan.with_key_offsets(None), *world[1:]), 5, 13)
+    assert expected_rows(world, 5, 13) != expected_rows((plan.with_key_offsets(None), *world[1:]), 5, 13)
     staging = Staging(plan, HEADS, torch.float32, Arena(1 << 16))
     staging.expect("r", 1, TOKENS)
     staged = staging.batch(["r"], [0], [TOKENS])
@@ -156,7 +156,7 @@ def test_keys_leave_less_their_offset_from_pool_and_span_alike():
     ((_, _, span),) = staging.cut(1, 0, TOKENS)
     for of in (None, span):
         peer.submit(chunk(5, 13, span=of))
-        assert channel.sent.get(timeout=10)[1] == wanted(world, 5, 13)
+        assert channel.sent.get(timeout=10)[1] == expected_rows(world, 5, 13)
 
 
 def test_rows_of_a_span_do_not_come_from_the_pool(world):
@@ -260,7 +260,7 @@ def test_the_time_that_a_chunk_takes_to_leave_is_no_silence_of_the_peer(world):
 def test_a_request_that_ends_while_the_loss_is_told_disturbs_nobody(world):
     *_, owner, peer = world
     peer._unanswered = held = {1, 2, 3}  # what `forget`, in the scheduler's thread, may have got hold of just before
-    told = []
-    owner.fail = lambda room, reason: (told.append(room), held.discard(3))
+    failed = []
+    owner.fail = lambda room, reason: (failed.append(room), held.discard(3))
     peer.on_lost("gone")
-    assert {1, 2} <= set(told)
+    assert {1, 2} <= set(failed)

@@ -23,6 +23,7 @@ def headers(draw):
         aux_bytes=draw(U32),
         payload_bytes=draw(st.integers(0, 2**63 - 1)),
         last=draw(st.booleans()),
+        heads=draw(st.integers(0, 99).map(lambda first: range(first, 2 * first + 1))),
     )
 
 
@@ -50,7 +51,7 @@ def test_garbage_is_refused(data):
 
 
 def test_another_version_is_named():
-    header = ChunkHeader(bytes(32), 1, 0, 4, 0, 4, 0, 0, True)
+    header = ChunkHeader(bytes(32), 1, 0, 4, 0, 4, 0, 0, True, range(1))
     data = bytearray(header.encode(()))
     data[4] = 9
     with pytest.raises(ProtocolError, match="version 9"):
@@ -59,7 +60,7 @@ def test_another_version_is_named():
 
 def test_a_chunk_outside_its_prompt_is_refused():
     with pytest.raises(ProtocolError, match="does not lie"):
-        ChunkHeader.decode(ChunkHeader(bytes(32), 1, 0, 4, 2, 5, 0, 0, True).encode(()))
+        ChunkHeader.decode(ChunkHeader(bytes(32), 1, 0, 4, 2, 5, 0, 0, True, range(1)).encode(()))
 
 
 @given(st.integers(0, 2**63 - 1), st.text(max_size=100))

@@ -180,7 +180,7 @@ def test_rows_arrive_whatever_the_device_does_first(monkeypatch, name, slots, se
     for room in range(2):
         owner.rooms[room] = RoomProgress(queued=CHUNKS, started=time.monotonic())
         places = target.destinations(target.slots(there[room], TOKENS))
-        side._rooms[room] = rooms.DecodeRoom(room, TOKENS, 0, places, 0)
+        side._rooms[room] = rooms.DecodeRoom(room, TOKENS, 0, places, 0, senders={0: target.heads})
     for chunks_of_both in zip(chunks(0, here[0]), chunks(1, here[1]), strict=True):
         for chunk in chunks_of_both:
             peer.submit(chunk)
@@ -262,7 +262,7 @@ def test_a_chunk_is_read_while_another_one_is_scattered(slots):
     listener = SimpleNamespace(on_reply=replies.put, on_lost=replies.put)
     channel = transport.channel("127.0.0.1", server.port, listener, config)
     for room in (1, 2, 3):
-        channel.send(ChunkHeader(bytes(32), room, 0, 8, 0, 8, 0, 1000, False), memoryview(b""))
+        channel.send(ChunkHeader(bytes(32), room, 0, 8, 0, 8, 0, 1000, False, range(1)), memoryview(b""))
     assert delivering.get(timeout=5) == 1
     read = 1 + slots  # headers: the last one waits for a slot
     for _ in range(read):

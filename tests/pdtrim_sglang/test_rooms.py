@@ -2,6 +2,7 @@
 
 import ctypes
 import threading
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -21,6 +22,7 @@ from pdtrim_deploy.kvcache.pack import pack
 from pdtrim_deploy.plan import KVSend, ModelShape, PDPlan
 
 TOKENS, PAGE = 11, 4
+ALONE = {0: range(1)}  # one rank of prefill, one KV head
 
 
 @pytest.fixture
@@ -53,13 +55,13 @@ def send(plan, source, start, stop, pages=(3, 7, 2), **changes):
     fields = {
         "digest": bytes.fromhex(plan.digest), "room": 5, "rank": 0, "prompt_tokens": TOKENS, "start": start,
         "stop": stop, "aux_bytes": 12 if stop == TOKENS else 0, "payload_bytes": layout.total_bytes,
-        "last": stop == TOKENS,
+        "last": stop == TOKENS, "heads": source.heads,
     }  # fmt: skip
     return ChunkHeader(**{**fields, **changes}), pack(layout, source.keys, source.values, slots, offsets=source.offsets)
 
 
 def test_chunks_in_order_fill_pool_and_aux_row(plan, source, target, aux):
-    room = DecodeRoom(5, TOKENS, 0, target.destinations(target.slots((9, 1, 4), TOKENS)), 1)
+    room = DecodeRoom(5, TOKENS, 0, target.destinations(target.slots((9, 1, 4), TOKENS)), 1, senders=ALONE)
     for start, stop in ((0, 4), (4, 8), (8, TOKENS)):
         header, payload = send(plan, source, start, stop)
         body = memoryview(b"abcdefghIJKL") if header.last else memoryview(b"")
@@ -77,15 +79,15 @@ def test_a_chunk_that_cannot_be_written_fails_its_request(plan, source, target, 
     def out_of_memory(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    told = []
-    manager = SimpleNamespace(apply_prefill_status=lambda **status: told.append(status))
-    room = DecodeRoom(5, TOKENS, 0, target.destinations(target.slots((9, 1, 4), TOKENS)), 1)
+    applied = []
+    manager = SimpleNamespace(apply_prefill_status=lambda **status: applied.append(status))
+    room = DecodeRoom(5, TOKENS, 0, target.destinations(target.slots((9, 1, 4), TOKENS)), 1, senders=ALONE)
     side = SimpleNamespace(_rooms={5: room}, _plan=plan, _pool=target, _aux=aux, _manager=manager)
     side._conclude = partial(DecodeSide._conclude, side)
     monkeypatch.setattr(rooms, "unpack", out_of_memory)
     reply = DecodeSide.deliver(side, *send(plan, source, 0, 4), memoryview(b""))
     assert reply == Reply(5, "decode cannot take the KV in: CUDA out of memory")
-    ((status, reason),) = [(one["status"], one["failure_reason"]) for one in told]
+    ((status, reason),) = [(update["status"], update["failure_reason"]) for update in applied]
     assert (status, reason) == (KVPoll.Failed, reply.reason)
 
 
@@ -102,7 +104,7 @@ def test_layers_of_other_sizes_and_wire_dtypes_arrive_each_by_its_own_rule(aux):
     for layer in (1, 3, 4):
         rows = source.slots((3, 7, 2), TOKENS)
         source.keys[layer][rows] += plain_offset(offsets, layer, torch.arange(TOKENS)).float()
-    room = DecodeRoom(5, TOKENS, 0, target.destinations(target.slots((9, 1, 4), TOKENS)), 1)
+    room = DecodeRoom(5, TOKENS, 0, target.destinations(target.slots((9, 1, 4), TOKENS)), 1, senders={0: range(2)})
     sent = 0
     for start, stop in ((0, 4), (4, 8), (8, TOKENS)):
         header, payload = send(plan, source, start, stop)
@@ -126,17 +128,54 @@ def test_layers_of_other_sizes_and_wire_dtypes_arrive_each_by_its_own_rule(aux):
         ((0, 4), {"prompt_tokens": 12}, "prefill says 12 prompt tokens, decode 11"),
         ((0, 4), {"last": True}, "ends at token 4 of 11"),
         ((0, TOKENS), {"last": False}, "ends at token 11 of 11"),
+        ((0, TOKENS), {"rank": 1}, "chunk of prefill rank 1; this rank of decode takes its KV from rank 0"),
+        ((0, TOKENS), {"heads": range(1, 2)}, "chunk of KV heads 1 to 1; prefill rank 0 is to send 0 to 0"),
+        ((0, TOKENS), {"aux_bytes": 0}, "an aux row of 0 bytes, expected 12"),
     ],
 )
 def test_a_wrong_chunk_is_refused_and_writes_nothing(plan, source, target, aux, chunk, changes, reason):
-    room = DecodeRoom(5, TOKENS, 0, target.destinations(target.slots((9, 1, 4), TOKENS)), 1)
+    room = DecodeRoom(5, TOKENS, 0, target.destinations(target.slots((9, 1, 4), TOKENS)), 1, senders=ALONE)
     header, payload = send(plan, source, *chunk, **changes)
     assert reason in room.take(plan, target, aux, header, payload, memoryview(bytes(12)))
     assert not any(pool.any() for pool in target.keys + target.values)
 
 
+def test_each_sender_has_a_position_of_its_own_and_the_first_brings_the_aux_row(aux):
+    """Chunks of two ranks of prefill, of one head each, cut at other tokens."""
+    shape = ModelShape(architecture="X", fingerprint="f", num_blocks=1, num_kv_heads=2, head_dim=4, kv_dtype="float32")
+    plan = PDPlan.dense(shape)
+    source, target = (PoolView([fill(64, 2, 4)], [fill(64, 2, 4)], PAGE) for fill in (torch.randn, torch.zeros))
+    places, senders = target.destinations(target.slots((9, 1, 4), TOKENS)), {2: range(1), 3: range(1, 2)}
+    room = DecodeRoom(5, TOKENS, 0, places, 1, senders=senders)
+
+    def take(rank, start, stop, **changes):
+        part = source.of_heads(senders[rank])
+        layout = chunk_layout(plan, TOKENS, start, stop, 1)
+        rows = pack(layout, part.keys, part.values, source.slots((3, 7, 2), TOKENS)[start:stop])
+        last = stop == TOKENS
+        header = ChunkHeader(
+            bytes.fromhex(plan.digest), 5, rank, TOKENS, start, stop, 12 if last and rank == 2 else 0, len(rows), last,
+            senders[rank],
+        )  # fmt: skip
+        body = memoryview(b"abcdefghIJKL"[: header.aux_bytes])
+        return room.take(plan, target, aux, replace(header, **changes), rows, body)
+
+    assert take(3, 0, TOKENS, aux_bytes=12) == "prefill rank 3 sends an aux row of 12 bytes, expected 0"
+    assert take(3, 0, TOKENS) == ""
+    assert aux.read(1) == bytes(12)
+    assert take(2, 0, 4) == ""
+    assert take(2, 0, 4) == "chunk begins at token 0, expected 4"
+    assert take(3, 0, 4) == f"chunk begins at token 0, expected {TOKENS}"
+    assert take(2, 4, TOKENS) == ""
+    assert aux.read(1) == b"abcdefghIJKL"
+    assert room.positions == {2: TOKENS, 3: TOKENS}
+    here, there = source.slots((3, 7, 2), TOKENS), target.slots((9, 1, 4), TOKENS)
+    assert torch.equal(target.keys[0][there], source.keys[0][here])
+    assert torch.equal(target.values[0][there], source.values[0][here])
+
+
 def test_a_closed_room_is_never_written(plan, source, target, aux):
-    room = DecodeRoom(5, TOKENS, 0, target.destinations(target.slots((9, 1, 4), TOKENS)), 1)
+    room = DecodeRoom(5, TOKENS, 0, target.destinations(target.slots((9, 1, 4), TOKENS)), 1, senders=ALONE)
     room.close()
     header, payload = send(plan, source, 0, TOKENS)
     assert "ended" in room.take(plan, target, aux, header, payload, memoryview(bytes(12)))
@@ -144,7 +183,7 @@ def test_a_closed_room_is_never_written(plan, source, target, aux):
 
 
 def test_a_request_with_a_decode_prefix_starts_behind_it(plan, source, target, aux):
-    room = DecodeRoom(5, TOKENS, 4, target.destinations(target.slots((1, 4), TOKENS - 4)), 0)
+    room = DecodeRoom(5, TOKENS, 4, target.destinations(target.slots((1, 4), TOKENS - 4)), 0, senders=ALONE)
     header, payload = send(plan, source, 4, TOKENS)
     assert room.take(plan, target, aux, header, payload, memoryview(bytes(12))) == ""
     assert torch.equal(target.keys[0][target.slots((1, 4), 7)], source.keys[0][source.slots((7, 2), 7)])
@@ -158,7 +197,7 @@ def test_pools_on_gpus_and_staging_memory_on_the_host(plan, source, target, aux,
             PoolView([gpu(k) for k in pool.keys], [gpu(v) for v in pool.values], PAGE) for pool in (source, target)
         )
         monkeypatch.setattr(PoolView, "wait", lambda pool: waited.append(pool.keys[0].clone()))
-        room = DecodeRoom(5, TOKENS, 0, there.destinations(there.slots((9, 1, 4), TOKENS)), 1)
+        room = DecodeRoom(5, TOKENS, 0, there.destinations(there.slots((9, 1, 4), TOKENS)), 1, senders=ALONE)
         for start, stop in ((0, 4), (4, TOKENS)):
             header, _ = send(plan, source, start, stop)
             staging = torch.zeros(header.payload_bytes + 8, dtype=torch.uint8)
@@ -177,14 +216,14 @@ class Streams:
     """A device module whose streams, one a thread, only write down what is asked of them."""
 
     def __init__(self):
-        self.said = []
+        self.calls = []
 
     def current_stream(self, device):
         on = threading.current_thread().name
         return SimpleNamespace(
-            synchronize=lambda: self.said.append((on, "waited")),
-            record_event=lambda: self.said.append((on, "recorded")) or (on, "event"),
-            wait_event=lambda event: self.said.append((on, event)),
+            synchronize=lambda: self.calls.append((on, "waited")),
+            record_event=lambda: self.calls.append((on, "recorded")) or (on, "event"),
+            wait_event=lambda event: self.calls.append((on, event)),
         )
 
 
@@ -192,21 +231,21 @@ def test_a_gpu_is_waited_for_and_a_cpu_is_not(source, monkeypatch):
     streams = Streams()
     monkeypatch.setattr(torch, "get_device_module", lambda device: streams)
     source.wait()
-    source.after(source.made())
-    assert streams.said == []
+    source.after(source.record_event())
+    assert streams.calls == []
     PoolView([gpu(source.keys[0])], [gpu(source.values[0])], PAGE).wait()
-    assert [what for _, what in streams.said] == ["waited"]
+    assert [call for _, call in streams.calls] == ["waited"]
 
 
 def test_rows_are_scattered_when_the_scheduler_has_made_their_slots(plan, source, target, aux, monkeypatch):
     """Its stream is not that of the thread that scatters: slots may be still to come, and still be written to."""
     streams = Streams()
     monkeypatch.setattr(torch, "get_device_module", lambda device: streams)
-    monkeypatch.setattr(rooms, "unpack", lambda *_: streams.said.append("scattered"))
+    monkeypatch.setattr(rooms, "unpack", lambda *_: streams.calls.append("scattered"))
     with PretendedGPU():
         there = PoolView([gpu(k) for k in target.keys], [gpu(v) for v in target.values], PAGE)
-        side = SimpleNamespace(_pool=there, _rooms={}, connections_changed=lambda: None)
-        DecodeSide.open_room(side, 5, TOKENS, 0, (9, 1, 4), 1, "forward done")
+        side = SimpleNamespace(_pool=there, _rooms={}, connections_changed=lambda: None, senders=lambda _: ALONE)
+        DecodeSide.open_room(side, 5, TOKENS, 0, (9, 1, 4), 1, "forward done", prefill_ranks=1)
         header, payload = send(plan, source, 0, TOKENS)
 
         def scatter():
@@ -217,7 +256,7 @@ def test_rows_are_scattered_when_the_scheduler_has_made_their_slots(plan, source
         thread.start()
         thread.join()
     here = threading.current_thread().name
-    assert streams.said == [
+    assert streams.calls == [
         (here, "recorded"),
         ("receiver", "forward done"),
         ("receiver", (here, "event")),

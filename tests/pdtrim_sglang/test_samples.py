@@ -68,9 +68,9 @@ def test_what_the_client_gives_prompt_by_prompt_stays_with_its_prompt():
         sampling_params=[{"n": 2, "top_k": 4}, {"n": 2, "top_k": 8}],
     )  # fmt: skip
     assert given.rid == ["x_0", "x_1", "y_0", "y_1"]
-    assert [one.input_ids for one in requests(given)] == [[1, 2], [1, 2], [3], [3]]
-    assert [one.extra_key for one in requests(given)] == ["k", "k", "l", "l"]
-    assert [one.sampling_params["top_k"] for one in requests(given)] == [4, 4, 8, 8]
+    assert [request.input_ids for request in requests(given)] == [[1, 2], [1, 2], [3], [3]]
+    assert [request.extra_key for request in requests(given)] == ["k", "k", "l", "l"]
+    assert [request.sampling_params["top_k"] for request in requests(given)] == [4, 4, 8, 8]
 
 
 @pytest.mark.parametrize(
@@ -96,9 +96,9 @@ def test_fewer_than_one_sample_is_the_clients_fault(samples):
 
 
 @given(st.integers(0, ROOMS - 1), st.integers(0, 10_000), st.integers(0, 10_000), st.integers(-512, 512))
-def test_no_two_samples_meet_not_of_neighbouring_rooms_either(room, one, other, apart):
-    if (apart, one) != (0, other):
-        assert sample_room(room, one) != sample_room((room + apart) % ROOMS, other)
+def test_no_two_samples_meet_not_of_neighbouring_rooms_either(room, sample, other, apart):
+    if (apart, sample) != (0, other):
+        assert sample_room(room, sample) != sample_room((room + apart) % ROOMS, other)
 
 
 @pytest.mark.parametrize("samples", [1, 2, 4])
@@ -126,10 +126,10 @@ def test_sglang_sends_one_request_a_sample_and_none_before_them(samples):
         return [reply async for reply in manager._handle_batch_request(request, None, {})]
 
     (replies,) = asyncio.run(answer())
-    assert [reply["text"] for reply in replies] == [one.rid for one in sent]
-    assert [one.text for one in sent] == ["a"] * samples + ["b"] * samples
-    assert len({one.bootstrap_room for one in sent}) == 2 * samples
-    assert all(one.sampling_params["max_new_tokens"] == 6 for one in sent)
+    assert [reply["text"] for reply in replies] == [sample.rid for sample in sent]
+    assert [sample.text for sample in sent] == ["a"] * samples + ["b"] * samples
+    assert len({sample.bootstrap_room for sample in sent}) == 2 * samples
+    assert all(sample.sampling_params["max_new_tokens"] == 6 for sample in sent)
 
 
 def test_the_front_end_does_not_start_without_its_hook(backend, monkeypatch):

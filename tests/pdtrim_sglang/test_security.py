@@ -59,16 +59,16 @@ class Listener:
 @pytest.fixture(scope="module")
 def server():
     handler = Handler()
-    made = TRANSPORTS["tcp"].server("127.0.0.1", handler, config())
-    yield made, handler
-    made.close()
+    tcp_server = TRANSPORTS["tcp"].server("127.0.0.1", handler, config())
+    yield tcp_server, handler
+    tcp_server.close()
 
 
 def send(server, credentials, room=1):
     listener = Listener()
     channel = TRANSPORTS["tcp"].channel(server.host, server.port, listener, config(credentials))
     try:
-        channel.send(ChunkHeader(bytes(32), room, 0, 8, 0, 8, 0, 8, False), memoryview(b""))
+        channel.send(ChunkHeader(bytes(32), room, 0, 8, 0, 8, 0, 8, False, range(1)), memoryview(b""))
         return listener.events.get(timeout=5)
     finally:
         channel.close()
@@ -119,11 +119,11 @@ def test_a_false_decode_worker_gets_no_kv():
 
 
 def test_a_recorded_introduction_is_worth_nothing(server):
-    made, _ = server
-    with socket.create_connection((made.host, made.port)) as first:
+    tcp_server, _ = server
+    with socket.create_connection((tcp_server.host, tcp_server.port)) as first:
         recorded = _Recorder(first)
         introduce(recorded, OURS, 2)
-    with socket.create_connection((made.host, made.port)) as again:
+    with socket.create_connection((tcp_server.host, tcp_server.port)) as again:
         again.recv(38)
         again.sendall(recorded.sent)
         assert again.recv(38)[4:6] == b"\x01\x00"  # WRONG_SECRET
@@ -142,8 +142,8 @@ class _Recorder:
 
 
 def test_who_says_nothing_is_hung_up_on(server):
-    made, _ = server
-    with socket.create_connection((made.host, made.port), timeout=5) as silent:
+    tcp_server, _ = server
+    with socket.create_connection((tcp_server.host, tcp_server.port), timeout=5) as silent:
         assert len(silent.recv(38)) == 38
         started = time.monotonic()
         assert silent.recv(1) == b""
@@ -151,13 +151,13 @@ def test_who_says_nothing_is_hung_up_on(server):
 
 
 def test_members_are_bounded():
-    made = TRANSPORTS["tcp"].server("127.0.0.1", Handler(), config(connections=3))
+    tcp_server = TRANSPORTS["tcp"].server("127.0.0.1", Handler(), config(connections=3))
     held = []
     for before in range(4):
         deadline = time.monotonic() + 5
-        while made.held()[0] < before and time.monotonic() < deadline:
+        while tcp_server.held()[0] < before and time.monotonic() < deadline:
             time.sleep(0.01)
-        held.append(socket.create_connection((made.host, made.port), timeout=5))
+        held.append(socket.create_connection((tcp_server.host, tcp_server.port), timeout=5))
         introduce(held[-1], OURS, 2)
         held[-1].settimeout(0.5)
     for member in held[:3]:
@@ -166,16 +166,16 @@ def test_members_are_bounded():
     assert held[3].recv(1) == b""
     for member in held:
         member.close()
-    made.close()
+    tcp_server.close()
 
 
 def test_silent_strangers_keep_no_member_out():
     """As many as a server keeps, in its full time to show who they are."""
-    made = TRANSPORTS["tcp"].server("127.0.0.1", Handler(), replace(config(), connect_seconds=60))
-    silent = [socket.create_connection((made.host, made.port), timeout=5) for _ in range(256)]
+    tcp_server = TRANSPORTS["tcp"].server("127.0.0.1", Handler(), replace(config(), connect_seconds=60))
+    silent = [socket.create_connection((tcp_server.host, tcp_server.port), timeout=5) for _ in range(256)]
     assert len(silent[-1].recv(38)) == 38
     started = time.monotonic()
-    assert send(made, OURS, room=3) == Reply(3)
+    assert send(tcp_server, OURS, room=3) == Reply(3)
     assert time.monotonic() - started < 30
     assert len(silent[0].recv(38)) == 38
     assert silent[0].recv(1) == b"", "the oldest made room"
@@ -185,7 +185,7 @@ def test_silent_strangers_keep_no_member_out():
         silent[1].recv(1)
     for stranger in silent:
         stranger.close()
-    made.close()
+    tcp_server.close()
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -196,17 +196,17 @@ def test_silent_strangers_keep_no_member_out():
         st.tuples(  # a chunk's header with lengths that lie
             st.just(True),
             st.builds(
-                lambda aux, payload, room: ChunkHeader(bytes(32), room, 0, 8, 0, 8, aux, payload, True).encode(()),
+                lambda *sizes: ChunkHeader(bytes(32), sizes[2], 0, 8, 0, 8, *sizes[:2], True, range(1)).encode(()),
                 st.integers(65, 2**32 - 1), st.integers(0, 2**63 - 1), st.integers(0, 2**63 - 1),
             ),
         ),
     )
 )  # fmt: skip
 def test_malformed_messages_end_their_connection_and_nothing_else(server, message):
-    made, handler = server
+    tcp_server, handler = server
     member, data = message
     delivered = len(handler.got)
-    with socket.create_connection((made.host, made.port), timeout=5) as connection:
+    with socket.create_connection((tcp_server.host, tcp_server.port), timeout=5) as connection:
         if member:
             introduce(connection, OURS, 2)
         connection.settimeout(5)
@@ -218,12 +218,12 @@ def test_malformed_messages_end_their_connection_and_nothing_else(server, messag
 
 
 def test_after_all_that_the_server_serves(server):
-    made, _ = server
-    assert send(made, OURS, room=7) == Reply(7)
+    tcp_server, _ = server
+    assert send(tcp_server, OURS, room=7) == Reply(7)
     deadline = time.monotonic() + 5
-    while made._members and time.monotonic() < deadline:
+    while tcp_server._members and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert not made._members
+    assert not tcp_server._members
 
 
 @pytest.fixture
@@ -310,8 +310,8 @@ def test_where_a_worker_listens_may_be_a_name(monkeypatch):
 
 
 def test_keys_differ_by_purpose_and_secret():
-    made = {secret.derive(key, purpose) for key in (b"a" * 16, b"b" * 16) for purpose in (b"x", b"y")}
-    assert len(made) == 4
+    keys = {secret.derive(key, purpose) for key in (b"a" * 16, b"b" * 16) for purpose in (b"x", b"y")}
+    assert len(keys) == 4
 
 
 def test_nothing_here_unpickles_or_evaluates():

@@ -43,7 +43,7 @@ class Handler:
 
 
 class Manager:
-    local_ip, attn_tp_size, prefill_rank, bootstrap_timeout = "127.0.0.1", 1, 0, 60
+    local_ip, attn_tp_size, attn_tp_rank, prefill_rank, bootstrap_timeout = "127.0.0.1", 1, 0, 0, 60
 
     def __init__(self, server_socket):
         self.server_socket = server_socket
@@ -72,16 +72,16 @@ def side(monkeypatch):
     receiver.bind("inproc://control")
     speaker.connect("inproc://control")
     pool = PoolView([torch.zeros(8, 1, 4)], [torch.zeros(8, 1, 4)], 4)
-    made = prefill.PrefillSide(Manager(receiver), PLAN, pool, AuxRows((), ()), "tcp", CONFIG)
-    made.hear = lambda message: speaker.send_multipart(message.frames())
+    side = prefill.PrefillSide(Manager(receiver), PLAN, pool, AuxRows((), ()), "tcp", CONFIG)
+    side.hear = lambda message: speaker.send_multipart(message.frames())
 
     def send(room):
-        made.sender_opened(room)
-        eventually(lambda: made._manager.request_status.get(room) == KVPoll.WaitingForInput)
-        made.submit(Chunk(room, [1], 0, 4, 0, 4, True, 0))
+        side.sender_opened(room)
+        eventually(lambda: side._manager.request_status.get(room) == KVPoll.WaitingForInput)
+        side.submit(Chunk(room, [1], 0, 4, 0, 4, True, 0))
 
-    made.send = send
-    return made
+    side.send = send
+    return side
 
 
 def eventually(holds, seconds=10):
@@ -95,7 +95,7 @@ def register(session, digest=PLAN.digest):
     host, port = session.split(":")
     return Register(
         session=session, host=host, control_port=9, protocol=VERSION, digest=digest, data_port=int(port), tp_size=1,
-        aux_item_bytes=(),
+        tp_rank=0,         aux_item_bytes=(),
     )  # fmt: skip
 
 

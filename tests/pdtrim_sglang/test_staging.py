@@ -85,13 +85,13 @@ def test_spans_and_pool_together_send_what_pack_would(sends, prompts, forwards, 
         for lo, hi in cuts(tokens, chunks):
             for start, stop, span in staging.cut(room, lo, hi):
                 layout = chunk_layout(plan, tokens, start, stop)
-                wanted = pack(layout, keys, values, torch.arange(start, stop), offsets=offsets)
+                expected = pack(layout, keys, values, torch.arange(start, stop), offsets=offsets)
                 if span is None:
                     assert not layout.total_bytes or start < prefix[room]
                     continue
                 out = torch.full((layout.total_bytes,), 255, dtype=torch.uint8)
                 got = b"".join(span.payload(layout, out, offsets))
-                assert got == wanted.numpy().tobytes()
+                assert got == expected.numpy().tobytes()
                 covered += layout.total_bytes
             span = None
         staging.forget(room)

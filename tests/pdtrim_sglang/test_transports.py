@@ -78,7 +78,7 @@ def pair(request):
 
 
 def header(room=1, payload=0, aux=0):
-    return ChunkHeader(bytes(32), room, 0, 8, 0, 8, aux, payload, bool(aux))
+    return ChunkHeader(bytes(32), room, 0, 8, 0, 8, aux, payload, bool(aux), range(1))
 
 
 def test_chunks_arrive_whole_and_in_order(pair):
@@ -238,9 +238,10 @@ def test_what_a_worker_is_told_of_its_transport():
         return TransportConfig.of(WorkerConfig.parse(override_args).transport, credentials)
 
     assert transport_config("") == TransportConfig(credentials=credentials)
-    told = {"stall_seconds": 3, "port": 5000, "announce": "gateway:6000"}
-    made = transport_config(json.dumps({"pdtrim_secret_file": "x", "pdtrim_transport": told}))
-    assert (made.stall_seconds, made.port, made.announce, made.credentials) == (3, 5000, "gateway:6000", credentials)
+    options = {"stall_seconds": 3, "port": 5000, "announce": "gateway:6000"}
+    config = transport_config(json.dumps({"pdtrim_secret_file": "x", "pdtrim_transport": options}))
+    given = config.stall_seconds, config.port, config.announce, config.credentials
+    assert given == (3, 5000, "gateway:6000", credentials)
     far = [{"announce": place} for place in ("no port", "gateway:70000", "gateway:0", f"{'g' * 128}:6000")]
     for wrong in ({"stall": 3}, {"stall_seconds": 0}, *far, {"port": 70000}):
         with pytest.raises(RuntimeError, match=rf"pdtrim_transport.{next(iter(wrong))} in .*valid: accept_unauth"):
@@ -253,12 +254,12 @@ def test_sglangs_infiniband_devices_are_used_where_ours_say_nothing():
     devices = sglang_host.ib_devices(kv_args)
 
     def transport_config(override_args):
-        made = TransportConfig.of(WorkerConfig.parse(override_args).transport, Credentials(), devices)
-        return made.protocol, made.devices
+        parsed = TransportConfig.of(WorkerConfig.parse(override_args).transport, Credentials(), devices)
+        return parsed.protocol, parsed.devices
 
     assert transport_config("") == ("rdma", "mlx5_1, mlx5_2")
-    told = {"protocol": "tcp", "devices": "mlx5_9"}
-    assert transport_config(json.dumps({"pdtrim_transport": told})) == ("tcp", "mlx5_9")
+    options = {"protocol": "tcp", "devices": "mlx5_9"}
+    assert transport_config(json.dumps({"pdtrim_transport": options})) == ("tcp", "mlx5_9")
     assert sglang_host.ib_devices(SimpleNamespace(ib_device=None)) == sglang_host.ib_devices(SimpleNamespace()) == ""
 
 
@@ -284,8 +285,8 @@ def test_tcp_notices_a_damaged_chunk():
     def damage():
         near, _ = relay.accept()
         far = socket.create_connection((server.host, server.port))
-        for one, other in ((far, near), (near, far), (far, near)):  # they get to know each other
-            other.sendall(one.recv(4096))
+        for source, target in ((far, near), (near, far), (far, near)):  # they get to know each other
+            target.sendall(source.recv(4096))
         data = bytearray()
         while len(data) < 1000:
             data += near.recv(65536)

@@ -22,12 +22,14 @@ IPluginCreatorV3One* creator_of(const char* op) {
   return nullptr;
 }
 
+bool timing = false;  // drive plugins of the build, as a builder does that times them
+
 // The plugin, and one made from what it serialises: what an engine holds.
 IPluginV3* through_a_plan(const char* op, std::vector<PluginField> fields) {
   IPluginCreatorV3One* const creator = creator_of(op);
   const PluginFieldCollection given{int32_t(fields.size()), fields.data()};
   IPluginV3* const built = creator ? creator->createPlugin("node", &given, TensorRTPhase::kBUILD) : nullptr;
-  if (!built) return nullptr;
+  if (!built || timing) return built;
   auto* const runtime = static_cast<IPluginV3OneRuntime*>(built->getCapabilityInterface(PluginCapabilityType::kRUNTIME));
   IPluginV3* const loaded = creator->createPlugin("node", runtime->getFieldsToSerialize(), TensorRTPhase::kRUNTIME);
   delete built;
@@ -45,7 +47,7 @@ PluginTensorDesc matrix(int32_t type, int64_t rows, int64_t columns) {
 }
 
 int run(IPluginV3* plugin, const std::vector<PluginTensorDesc>& in, const std::vector<const void*>& inputs, void* output,
-        void* stream, int32_t output_type, bool* formats) {
+        Dims shape, void* stream, int32_t output_type, bool* formats) {
   if (!plugin) return -100;
   auto* const build = static_cast<IPluginV3OneBuild*>(plugin->getCapabilityInterface(PluginCapabilityType::kBUILD));
   std::vector<DynamicPluginTensorDesc> all(in.size() + 1);
@@ -55,6 +57,7 @@ int run(IPluginV3* plugin, const std::vector<PluginTensorDesc>& in, const std::v
   DataType made{};
   build->getOutputDataTypes(&made, 1, types.data(), int32_t(in.size()));
   all.back().desc = matrix(int32_t(made), 1, 1);
+  all.back().desc.dims = shape;
   *formats = int32_t(made) == output_type;
   for (size_t i = 0; i < all.size(); ++i) {
     *formats = *formats && build->supportsFormatCombination(int32_t(i), all.data(), int32_t(in.size()), 1);
@@ -71,9 +74,11 @@ int run(IPluginV3* plugin, const std::vector<PluginTensorDesc>& in, const std::v
 
 }  // namespace
 
+extern "C" void drive_timing(bool on) { timing = on; }
+
 extern "C" int drive_send(const char* wire, int32_t wide_attributes, int64_t heads, int64_t dim, int32_t type, int64_t slots,
                           int64_t width, const void* k, const void* v, const void* rows, int64_t num_rows, void* staging,
-                          int32_t output_type, bool* formats) {
+                          int64_t output_bytes, int32_t output_type, bool* formats) {
   const int64_t wide[] = {7, heads, dim};
   const int32_t narrow[] = {7, int32_t(heads), int32_t(dim)};
   const char* const names[] = {"layer_id", "num_kv_heads", "head_dim"};
@@ -84,8 +89,10 @@ extern "C" int drive_send(const char* wire, int32_t wide_attributes, int64_t hea
   }
   if (wire) fields.push_back({"wire_dtype", wire, PluginFieldType::kCHAR, int32_t(std::strlen(wire))});
   const PluginTensorDesc pool = matrix(type, slots, width);
+  Dims shape{1, {output_bytes}};
+  if (wire && !std::strcmp(wire, "native")) shape = Dims{3, {2, num_rows, width}};
   return run(through_a_plan("SparseKVSend", fields), {pool, pool, matrix(int32_t(DataType::kINT64), num_rows, 0)}, {k, v, rows},
-             staging, nullptr, output_type, formats);
+             staging, shape, nullptr, output_type, formats);
 }
 
 extern "C" int drive_write(int32_t layer, int32_t kv_heads, int32_t dim, int64_t width, int32_t type, int64_t tokens,
@@ -94,8 +101,8 @@ extern "C" int drive_write(int32_t layer, int32_t kv_heads, int32_t dim, int64_t
                                            {"num_kv_heads", &kv_heads, PluginFieldType::kINT32, 1},
                                            {"head_dim", &dim, PluginFieldType::kINT32, 1}};
   const PluginTensorDesc kv = matrix(type, tokens, int64_t{kv_heads} * dim);
-  return run(through_a_plan("KVWrite", fields), {matrix(type, tokens, width), kv, kv}, {hidden, k, v}, output, stream, type,
-             formats);
+  return run(through_a_plan("KVWrite", fields), {matrix(type, tokens, width), kv, kv}, {hidden, k, v}, output,
+             matrix(type, tokens, width).dims, stream, type, formats);
 }
 
 extern "C" int drive_attention(int32_t layer, int32_t heads, int32_t kv_heads, int32_t dim, float scale, int32_t type,
@@ -108,5 +115,5 @@ extern "C" int drive_attention(int32_t layer, int32_t heads, int32_t kv_heads, i
                                            {"scale", &scale, PluginFieldType::kFLOAT32, 1}};
   const PluginTensorDesc kv = matrix(type, tokens, int64_t{kv_heads} * dim);
   return run(through_a_plan("PagedAttention", fields), {matrix(type, tokens, int64_t{heads} * dim), kv, kv}, {q, k, v}, output,
-             stream, type, formats);
+             matrix(type, tokens, int64_t{heads} * dim).dims, stream, type, formats);
 }

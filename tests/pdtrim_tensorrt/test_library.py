@@ -53,6 +53,7 @@ def drive_send(driver, wire, pool, values, rows, staging, wide=True, width=None,
         *(ctypes.c_void_p(tensor.data_ptr()) for tensor in (pool, values, rows)),
         ctypes.c_int64(len(rows)),
         ctypes.c_void_p(staging.data_ptr()),
+        ctypes.c_int64(staging.numel()),
         output,
         ctypes.byref(formats),
     )
@@ -99,11 +100,11 @@ def test_enqueue_refuses_a_width_that_is_not_the_heads(driver, capfd):
     assert "not num_kv_heads * head_dim wide" in capfd.readouterr().err
 
 
-def drive_attention(driver, dtype=torch.float16, stream=0x51):
+def drive_attention(driver, dtype=torch.float16, stream=0x51, q=0x100, output=0x400):
     formats = ctypes.c_bool()
     status = driver.drive_attention(
         *(9, 6, 2, 16, ctypes.c_float(0.25), TRT_DTYPES[dtype], ctypes.c_int64(11)),
-        *(ctypes.c_void_p(address) for address in (0x100, 0x200, 0x300, 0x400, stream)),
+        *(ctypes.c_void_p(address) for address in (q, 0x200, 0x300, output, stream)),
         ctypes.byref(formats),
     )
     return status, formats.value
@@ -125,19 +126,24 @@ def test_attention_reaches_the_registered_callback(library, driver, dtype):
     assert call.dtype == str(dtype).removeprefix("torch.")
 
 
+def drive_write(driver, dtype=torch.float16, hidden=0x100, output=0x400):
+    formats = ctypes.c_bool()
+    status = driver.drive_write(
+        *(7, 2, 16, ctypes.c_int64(72), TRT_DTYPES[dtype], ctypes.c_int64(11)),
+        *(ctypes.c_void_p(address) for address in (hidden, 0x200, 0x300, output, 0x51)),
+        ctypes.byref(formats),
+    )
+    return status, formats.value
+
+
 @needs_headers
 def test_a_write_of_kv_reaches_the_same_callback(library, driver):
-    plugins, calls, formats = PluginLibrary(library), [], ctypes.c_bool()
+    plugins, calls = PluginLibrary(library), []
     plugins.set_attention(calls.append)
     try:
-        status = driver.drive_write(
-            *(7, 2, 16, ctypes.c_int64(72), TRT_DTYPES[torch.float16], ctypes.c_int64(11)),
-            *(ctypes.c_void_p(address) for address in (0x100, 0x200, 0x300, 0x400, 0x51)),
-            ctypes.byref(formats),
-        )
+        assert drive_write(driver) == (0, True)
     finally:
         plugins.clear_attention()
-    assert (status, formats.value) == (0, True)
     (call,) = calls
     assert (call.q, call.k, call.v, call.output, call.stream) == (0x100, 0x200, 0x300, 0x400, 0x51)
     assert (call.layer_id, call.tokens, call.width) == (7, 11, 72)
@@ -160,6 +166,46 @@ def test_attention_without_a_callback_or_with_one_that_raises(library, driver, c
         plugins.clear_attention()
     assert isinstance(plugins.error, KeyError)
     assert drive_attention(driver)[0] != 0  # cleared: refused again
+
+
+@pytest.fixture
+def timing(driver):
+    """The driver acts as a builder that times plugins."""
+    driver.drive_timing(ctypes.c_bool(True))
+    yield driver
+    driver.drive_timing(ctypes.c_bool(False))
+
+
+@needs_headers
+@pytest.mark.parametrize("dtype", TRT_DTYPES)
+@pytest.mark.parametrize(("drive", "pointer", "width"), [(drive_attention, "q", 96), (drive_write, "hidden", 72)])
+def test_a_builder_times_a_copy_of_the_first_input(library, timing, drive, pointer, width, dtype):
+    """K and V have no memory here; a runtime in the same process is not called."""
+    plugins, calls = PluginLibrary(library), []
+    first, output = torch.randn(11, width).to(dtype), torch.zeros(12, width, dtype=dtype)
+    for attend in (None, calls.append):
+        if attend:
+            plugins.set_attention(attend)
+        try:
+            assert drive(timing, dtype, output=output.data_ptr(), **{pointer: first.data_ptr()}) == (0, True)
+        finally:
+            plugins.clear_attention()
+        assert torch.equal(output[:11], first)
+        assert not output[11].any()
+        output.zero_()
+    assert calls == []
+
+
+@needs_headers
+@pytest.mark.parametrize("wire", KERNEL_WIRE_DTYPES)
+def test_a_builder_times_a_send_that_reads_no_rows(timing, wire):
+    """Its rows are made up: to follow them would read anywhere."""
+    pool, rows = torch.randn(20, 3, 64).half(), torch.full((5,), 1 << 50)
+    size = 2 * 5 * packed_row_bytes(wire, "float16", 3, 64)
+    staging = torch.full((size + 16,), 7, dtype=torch.uint8)
+    assert drive_send(timing, wire, pool, pool, rows, staging[:size]) == (0, True)
+    assert not staging[:size].any()
+    assert torch.equal(staging[size:], torch.full((16,), 7, dtype=torch.uint8))
 
 
 @needs_headers

@@ -38,6 +38,7 @@ def trt():
         DataType=names("FLOAT", "HALF", "BF16", "INT8", "INT32", "INT64"),
         TensorFormat=names("LINEAR", "CHW32"),
         DimensionOperation=names("PROD"),
+        TensorRTPhase=names("BUILD", "RUNTIME"),
         DimsExprs=list,
     )
 
@@ -54,9 +55,9 @@ def given(trt, attributes, integers="INT64"):
     return [field(*item) for item in {**attributes, "plugin_namespace": "pdtrim"}.items()]
 
 
-def plugin(trt, op, attributes, integers="INT64"):
+def plugin(trt, op, attributes, integers="INT64", phase="BUILD"):
     register(trt)
-    return trt.registry["pdtrim", op].create_plugin("node", given(trt, attributes, integers), "BUILD")
+    return trt.registry["pdtrim", op].create_plugin("node", given(trt, attributes, integers), phase)
 
 
 @pytest.mark.parametrize("integers", ["INT32", "INT64"])
@@ -98,7 +99,15 @@ def test_the_other_two_give_back_the_first_inputs_shape(trt, op, attributes):
 
 def test_it_says_why_it_does_not_run(trt):
     with pytest.raises(RuntimeError, match=r"pdtrim::PagedAttention: .* only builds engines; load libpdtrim_tensorrt"):
-        plugin(trt, "PagedAttention", ATTENTION).enqueue([], [], [], [], 0, 0)
+        plugin(trt, "PagedAttention", ATTENTION, phase="RUNTIME").clone().enqueue([], [], [], [], 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("op", "attributes"), [("SparseKVSend", SEND), ("PagedAttention", ATTENTION), ("KVWrite", WRITE)]
+)
+def test_a_builder_may_time_it(trt, op, attributes):
+    attached = plugin(trt, op, attributes).attach_to_context(None)
+    assert attached.enqueue([], [], [], [], 0, 0) is None
 
 
 def test_refusals(trt):

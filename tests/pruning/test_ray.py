@@ -52,7 +52,7 @@ def standing() -> Iterator[None]:
     assert not up()
 
 
-def test_two_workers_choose_what_one_process_chooses(tiny_llama_dir: Path, standing: None) -> None:
+def test_two_workers_choose_what_one_process_chooses_and_may_die(tiny_llama_dir: Path, standing: None) -> None:
     model, ids = load_model(tiny_llama_dir), torch.randint(3, 250, (6, 48), generator=torch.Generator().manual_seed(0))
 
     def choose(evaluator_factory=None):
@@ -62,12 +62,15 @@ def test_two_workers_choose_what_one_process_chooses(tiny_llama_dir: Path, stand
     alone = choose()
     evaluator_factory = EvaluatorFactory(Workers(2), tiny_llama_dir)
     shared = choose(evaluator_factory)
-    for actor in evaluator_factory._actors:  # the next test's workers want their CPUs
-        sys.modules["ray"].kill(actor)
     for stage in ("prefill", "decode"):
         one, two = getattr(alone, stage), getattr(shared, stage)
         assert (one.removed, one.distilled) == (two.removed, two.distilled)
         assert two.loss == pytest.approx(one.loss, abs=1e-5)
+
+    ray, (first, second) = sys.modules["ray"], evaluator_factory._actors
+    with pytest.raises(UserError, match=r"^a Ray worker died.*the search goes on where it was$"):
+        stages_of(model, ids, 0, 2, evaluator_factory=evaluator_factory, progress=lambda _: ray.kill(second))
+    ray.kill(first)  # the next test's workers want its CPU
 
 
 def test_a_build_with_workers(
@@ -100,21 +103,10 @@ def test_a_build_with_workers(
 
 def test_what_goes_wrong_on_a_worker_is_one_sentence(tiny_llama_dir: Path, tmp_path: Path, standing: None) -> None:
     model, ids = load_model(tiny_llama_dir), torch.randint(3, 250, (4, 24))
-
-    def choose(evaluator_factory, note=lambda _: None):
-        try:
-            return stages_of(model, ids, 0, 2, evaluator_factory=evaluator_factory, progress=note)
-        finally:
-            for actor in evaluator_factory._actors:
-                sys.modules["ray"].kill(actor)
-
     with pytest.raises(UserError, match=r"^2 workers with 1 GPU each .*has 0; lower --workers or --worker-gpus$"):
         EvaluatorFactory(Workers(2, gpus=1), tiny_llama_dir)
     with pytest.raises(UserError, match=f"^[^\n]*{tmp_path / 'gone'}[^\n]*$"):
-        choose(EvaluatorFactory(Workers(1), tmp_path / "gone"))
-    dying = EvaluatorFactory(Workers(2), tiny_llama_dir)
-    with pytest.raises(UserError, match=r"^a Ray worker died.*the search goes on where it was$"):
-        choose(dying, lambda _: sys.modules["ray"].kill(dying._actors[1]))
+        stages_of(model, ids, 0, 2, evaluator_factory=EvaluatorFactory(Workers(1), tmp_path / "gone"))
 
 
 def up() -> bool:

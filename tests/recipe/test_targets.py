@@ -24,7 +24,7 @@ def load(tmp_path: Path, text: str) -> Recipe:
 @pytest.mark.parametrize("name", NAMES)
 def test_options_and_defaults_are_those_of_the_builder(name: str) -> None:
     """A recipe sends its own defaults for missing options, so they must equal the builder's."""
-    section = TargetsSection.model_validate({name: None}).asked[name]
+    section = TargetsSection.model_validate({name: None}).requested[name]
     builder = get_target(name).options
     assert set(type(section).model_fields) == set(builder.model_fields) - NOT_IN_RECIPES
     assert builder().model_dump(mode="json", exclude=NOT_IN_RECIPES) == section.model_dump(mode="json")
@@ -72,7 +72,7 @@ def test_an_error_names_the_target_and_what_is_allowed(tmp_path: Path, text: str
 
 def test_a_name_alone_asks_with_every_default_and_numbers_are_capabilities(tmp_path: Path) -> None:
     recipe = load(tmp_path, "{onnx: , tensorrt-rtx: {compute_capabilities: [8.9, 12.0]}}")
-    assert list(recipe.targets.asked) == ["onnx", "tensorrt-rtx"]
+    assert list(recipe.targets.requested) == ["onnx", "tensorrt-rtx"]
     assert recipe.targets.tensorrt_rtx is not None
     assert recipe.targets.tensorrt_rtx.compute_capabilities == ("8.9", "12.0")
     (tmp_path / "resolved.yaml").write_text(recipe.to_yaml())
@@ -84,11 +84,11 @@ def test_a_name_alone_asks_with_every_default_and_numbers_are_capabilities(tmp_p
 def test_each_unit_is_valid(tmp_path: Path, unit: Path) -> None:
     text = f"include: [{unit}]\nname: a\nmodel: {{source: 'pypi:x'}}\n"
     (tmp_path / "r.yaml").write_text(text)
-    targets = Recipe.load(tmp_path / "r.yaml").targets.asked
+    targets = Recipe.load(tmp_path / "r.yaml").targets.requested
     assert unit.stem.removesuffix("-int8") in targets or unit.stem == "all"
 
 
 def test_the_units_ask_for_every_target() -> None:
     recipe = Recipe.load(RECIPES / "smollm2-targets.yaml")
-    assert tuple(recipe.targets.asked) == NAMES
-    assert list(Recipe.load(RECIPES / "smollm2-quick.yaml").targets.asked) == ["onnx"]
+    assert tuple(recipe.targets.requested) == NAMES
+    assert list(Recipe.load(RECIPES / "smollm2-quick.yaml").targets.requested) == ["onnx"]

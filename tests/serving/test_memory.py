@@ -82,9 +82,9 @@ def test_the_refusal_names_the_sizes_and_starts_nothing(model, monkeypatch, tmp_
     with pytest.raises(UserError) as refused, Cluster(spec(model), ServeEnvironment(Path("none")), tmp_path / "logs"):
         pass
     message = str(refused.value)
-    assert "the workers take about 6." in message
+    assert "the workers take about 5." in message
     assert "4.0 GB are free (prefill-0 " in message
-    assert "program 1.7 GB, weights 1.0 GB, KV pool 0.1 GB" in message
+    assert "program 1.2 GB, weights 1.0 GB, KV pool 0.1 GB" in message
     assert "lower --max-total-tokens" in message
     assert not (tmp_path / "logs").exists()
 

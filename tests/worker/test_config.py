@@ -19,11 +19,11 @@ FULL = WorkerConfig(
 )
 
 
-@pytest.mark.parametrize("told", [WorkerConfig(), WorkerConfig(secret_file="x"), FULL])
-def test_what_is_written_is_read(told: WorkerConfig) -> None:
-    override = json.loads(json.dumps(told.override()))
-    assert WorkerConfig.parse(json.dumps(override | {"architectures": ["Other"]})) == told
-    assert WorkerConfig.of_model(SimpleNamespace(**override, hidden_size=64, pdtrim={"version": 1})) == told
+@pytest.mark.parametrize("config", [WorkerConfig(), WorkerConfig(secret_file="x"), FULL])
+def test_what_is_written_is_read(config: WorkerConfig) -> None:
+    override = json.loads(json.dumps(config.override()))
+    assert WorkerConfig.parse(json.dumps(override | {"architectures": ["Other"]})) == config
+    assert WorkerConfig.of_model(SimpleNamespace(**override, hidden_size=64, pdtrim={"version": 1})) == config
 
 
 def test_nothing_is_said_of_defaults() -> None:
@@ -33,7 +33,7 @@ def test_nothing_is_said_of_defaults() -> None:
 
 
 @pytest.mark.parametrize(
-    ("told", "sentence"),
+    ("override", "sentence"),
     [
         ({"pdtrim_transport": {"stall": 3}}, r"pdtrim_transport\.stall in --json.*; valid: accept_unauth.*, announce"),
         (
@@ -45,7 +45,7 @@ def test_nothing_is_said_of_defaults() -> None:
         ({"pdtrim_secret_file": 3}, r"pdtrim_secret_file in .*valid string"),
     ],
 )
-def test_what_is_not_valid_is_refused_in_one_sentence(told: dict[str, object], sentence: str) -> None:
+def test_what_is_not_valid_is_refused_in_one_sentence(override: dict[str, object], sentence: str) -> None:
     with pytest.raises(RuntimeError, match=sentence) as refused:
-        WorkerConfig.parse(json.dumps(told))
+        WorkerConfig.parse(json.dumps(override))
     assert "\n" not in str(refused.value)

@@ -186,17 +186,28 @@ class _Emitter:
         heads = self.op("Reshape", value, self.shape_q if side == "q" else self.shape_kv, at=f"{at}_heads")
         return self.op("Reshape", self.norm(heads, tensor, f"{at}_norm"), self.flat, at=f"{at}_normed")
 
+    @property
+    def rope_dtype(self) -> str:
+        """Of the rotation: bfloat16's 8 bits are too few for cosines, so there it is float32, as in SGLang."""
+        return "float32" if self.dtype == "bfloat16" else self.dtype
+
     def _angles(self) -> None:
         table = rope_table(self.stage.rope, self.stage.head_dim, self.stage.positions)
         half = self.stage.head_dim // 2
         for name, part in (("cos", table[:, :half]), ("sin", table[:, half:])):
-            rows = self.op("Gather", self.weights.add(f"rope_{name}", part), "positions", at=f"{name}_rows", axis=0)
+            values = self.weights.add(f"rope_{name}", part, self.rope_dtype)
+            rows = self.op("Gather", values, "positions", at=f"{name}_rows", axis=0)
             self.op("Unsqueeze", rows, self.zero, at=name)
 
     def rotate(self, value: str, at: str, heads: int) -> str:
-        batch = self.op("Unsqueeze", value, self.zero, at=f"{at}_batch")
+        wide = self.cast(value, self.dtype, self.rope_dtype, f"{at}_wide")
+        batch = self.op("Unsqueeze", wide, self.zero, at=f"{at}_batch")
         turned = self.op("RotaryEmbedding", batch, "cos", "sin", at=f"{at}_turned", num_heads=heads)
-        return self.op("Squeeze", turned, self.zero, at=f"{at}_rope")
+        flat = self.op("Squeeze", turned, self.zero, at=f"{at}_rope")
+        return self.cast(flat, self.rope_dtype, self.dtype, f"{at}_narrow")
+
+    def cast(self, value: str, source: str, target: str, at: str) -> str:
+        return value if source == target else self.op("Cast", value, at=at, to=ONNX_DTYPES[target])
 
     def attention(self, layer: int, q: str, k: str, v: str) -> str:
         s = self.stage

@@ -64,6 +64,11 @@ class StageModel:
     rope: Mapping[str, Any]
 
     @property
+    def dtype(self) -> str | None:
+        """Of its weights, by its config.json."""
+        return self.config.get("dtype") or self.config.get("torch_dtype")
+
+    @property
     def kv_only(self) -> tuple[int, ...]:
         """KV-only layers; decode has none."""
         return self.plan.kv_only_layers if self.stage == "prefill" else ()

@@ -9,7 +9,7 @@ from typing import BinaryIO
 
 import onnx
 import torch
-from onnx import TensorProto, helper
+from onnx import TensorProto
 from safetensors import safe_open
 from torch import Tensor
 
@@ -17,7 +17,7 @@ from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.models.loading import TORCH_DTYPES
 from pdtrim_deploy.models.tensors import TensorInfo
 
-ONNX_DTYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16}
+ONNX_DTYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
 _ALIGNMENT = 4096  # a page: onnxruntime then maps the file instead of reading it
 
 
@@ -54,12 +54,14 @@ class Weights:
             raise UserError(f"{info.file.parent}: {name} has values that float16 cannot hold; choose dtype float32")
         return cast
 
-    def add(self, name: str, tensor: Tensor) -> str:
-        """Make an initialiser of any tensor, cast to the graph's dtype if it is floating."""
-        if tensor.is_floating_point():
-            tensor = tensor.to(TORCH_DTYPES[self._dtype])
-        array = tensor.contiguous().numpy()
-        proto = TensorProto(name=name, data_type=helper.np_dtype_to_tensor_dtype(array.dtype), dims=array.shape)
+    def add(self, name: str, tensor: Tensor, dtype: str | None = None) -> str:
+        """Make an initialiser of int64, or of floating values cast to `dtype`, by default the graph's."""
+        dtype = dtype or self._dtype
+        integers = not tensor.is_floating_point()
+        tensor = tensor if integers else tensor.to(TORCH_DTYPES[dtype])
+        kind = TensorProto.INT64 if integers else ONNX_DTYPES[dtype]
+        proto = TensorProto(name=name, data_type=kind, dims=tensor.shape)
+        array = tensor.contiguous().view(torch.uint8).numpy()  # numpy has no bfloat16
         if self._data is None or tensor.nbytes < _ALIGNMENT:
             proto.raw_data = array.tobytes()
         else:

@@ -16,8 +16,16 @@ GRAPH = "model.onnx"
 
 
 class OnnxOptions(GraphOptions):
-    """`weights`: "native" keeps the graph's dtype, "int8" quantises linear weights for the CPU."""
+    """Options of a graph for onnxruntime.
 
+    Attributes:
+        dtype: of weights, activations and KV; by default the stage's. The CPU's kernels lack bfloat16.
+        weights: "native" keeps the graph's dtype, "int8" quantises linear weights for the CPU.
+        external_above: bytes of weights from which on they lie in a file of their own.
+
+    """
+
+    dtype: Literal["float32", "float16"] | None = None
     weights: Literal["native", "int8"] = "native"
     external_above: int = EXTERNAL_ABOVE
 
@@ -54,7 +62,7 @@ def build(stage_dir: Path, out_dir: Path, options: Options) -> TargetResult:
         plan_digest=stage.plan.digest,
         ops=counts,
         numerics=numerics,
-        checked=("graph by onnx's checker", compared(stage)),
+        checked=("graph by onnx's checker", compared(stage, dtype)),
         run="onnxruntime, CPU, in the numerics check",
         limits=(*limits, *window_limits(stage), *wire_limits(stage, dtype), *codec_limits(stage)),
         details={"weights": options.weights},
@@ -63,18 +71,22 @@ def build(stage_dir: Path, out_dir: Path, options: Options) -> TargetResult:
 
 def native_dtype(stage: StageModel) -> Literal["float32", "float16"]:
     """The stage's own dtype; UserError for bfloat16, which onnxruntime's MatMul does not have on the CPU."""
-    dtype = stage.config.get("dtype") or stage.config.get("torch_dtype")
+    dtype = stage.dtype
     if dtype == "float32":
         return "float32"
     if dtype == "float16":
         return "float16"
-    raise UserError(f"dtype {dtype} is not supported; give option dtype, float32 or float16")
+    raise UserError(
+        f"onnxruntime has no kernels for dtype {dtype} on the CPU; give option dtype, float32 or float16, or build "
+        "target tensorrt or tensorrt-rtx, which have bfloat16"
+    )
 
 
-def compared(stage: StageModel) -> str:
+def compared(stage: StageModel, dtype: str) -> str:
     """The quantities that the numerics check compared."""
     what = "hidden states and packed KV" if stage.sends else "hidden states"
-    return f"{what} of the graph in onnxruntime against transformers in float32"
+    how = ", its bfloat16 weights widened," if dtype == "bfloat16" else ""
+    return f"{what} of the graph in onnxruntime{how} against transformers in float32"
 
 
 def wire_limits(stage: StageModel, dtype: str) -> tuple[str, ...]:

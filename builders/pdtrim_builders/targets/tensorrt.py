@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -36,12 +36,14 @@ class TensorRTOptions(GraphOptions):
     """Options of a TensorRT engine.
 
     Attributes:
+        dtype: of weights, activations and KV; by default the stage's, or float16 for a stage in float32.
         most_tokens, usual_tokens: largest number of tokens of one call (T), and the number that it is tuned for.
         plugin_library: libpdtrim_tensorrt.so, which the engine then contains; without it the engine is built with the
             Python forms, and the process that runs it must load the library.
         dry_run: only describe the engine.
     """
 
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
     most_tokens: Annotated[int, Field(ge=1)] = 4096
     usual_tokens: Annotated[int, Field(ge=1)] = 256
     plugin_library: Path | None = None
@@ -69,7 +71,7 @@ class Flavour:
 def build(flavour: Flavour, stage_dir: Path, out_dir: Path, options: TensorRTOptions) -> TargetResult:
     """Write `engine.plan`: the graph, its numerics check, then TensorRT in a process of its own."""
     stage = read_stage(stage_dir, options.stage)
-    dtype = options.dtype or "float16"
+    dtype = options.dtype or ("bfloat16" if stage.dtype == "bfloat16" else "float16")
     capabilities = _capabilities(flavour, options)
     _check(stage, options)
     plugins = stage.custom_nodes
@@ -106,7 +108,9 @@ def build(flavour: Flavour, stage_dir: Path, out_dir: Path, options: TensorRTOpt
     with tempfile.TemporaryDirectory(dir=out_dir) as folder:
         scratch = Path(folder)
         plain = build_graph(stage, scratch / "model.onnx", dtype)
-        numerics = check_numerics(stage, plain.path, options.tolerance or TOLERANCES[dtype], options.prompts)
+        numerics = check_numerics(
+            stage, plain.path, options.tolerance or TOLERANCES[dtype], options.prompts, dtype=dtype
+        )
         if any(rule.send.wire_dtype != "native" for rule in stage.sends):
             plain = build_graph(stage, scratch / "model.onnx", dtype, encode=True)
         job = {
@@ -131,7 +135,7 @@ def build(flavour: Flavour, stage_dir: Path, out_dir: Path, options: TensorRTOpt
             "numerics": numerics,
             "peak_memory": done.peak_memory,
             "checked": (
-                f"{compared(stage)}, for the graph and not for the engine",
+                f"{compared(stage, dtype)}, for the graph and not for the engine",
                 "every custom node is a PLUGIN layer after the parse; the plan file begins as an engine does and "
                 "names its plugins: this shows that they are there, not that they are right",
             ),

@@ -50,7 +50,7 @@ def take(pool: Tensor, index: Index, out: Tensor | None = None) -> Tensor:
         return run if out is None else out.copy_(run)
     if out is None:
         out = pool.new_empty(len(index.numbers) * index.size, *pool.shape[1:])
-    source, target = _pages(index.size, pool, out)
+    target, source = _pages(index.size, out, pool)
     torch.index_select(source, 0, index.numbers, out=target)
     return out
 
@@ -77,17 +77,24 @@ def _run(pool: Tensor, index: slice) -> Tensor:
     return pool[index]
 
 
-def _pages(size: int, *tensors: Tensor) -> list[Tensor]:
-    """The same bytes as `[pages, words]`, words of the widest integer that fits: torch moves them item by item."""
-    flat = [tensor[: len(tensor) // size * size].reshape(-1, size * tensor[0].numel()) for tensor in tensors]
+def _pages(size: int, target: Tensor, source: Tensor) -> list[Tensor]:
+    """The same bytes as `[pages, words]`, words of the widest integer that fits: torch moves them item by item.
+
+    RuntimeError where pages of `target` have gaps, as of a range of a pool's heads: only pages of one row are views
+    there. Of such a `source` they are a copy.
+    """
+    shape = (-1, size * target[0].numel())
+    whole = (tensor[: len(tensor) // size * size] for tensor in (target, source))
+    flat = [next(whole).view(shape), next(whole).reshape(shape)]
     words = (torch.int64, torch.int32, torch.int16, torch.uint8)
-    word = next(w for w in words if all(_holds(t, w) for t in flat))
+    word = next(w for w in words if all(_whole_words(t, w) for t in flat))
     return [t.view(word) for t in flat]
 
 
-def _holds(flat: Tensor, word: torch.dtype) -> bool:
-    """Whether rows and where they begin are whole words."""
-    return all(flat.element_size() * n % word.itemsize == 0 for n in (flat.shape[1], flat.storage_offset()))
+def _whole_words(flat: Tensor, word: torch.dtype) -> bool:
+    """Whether rows, and where they begin, are such words."""
+    places = (flat.shape[1], flat.stride(0), flat.storage_offset())
+    return all(flat.element_size() * n % word.itemsize == 0 for n in places)
 
 
 def quantise(rows: Tensor, steps: float, scale: Tensor) -> Tensor:

@@ -110,8 +110,8 @@ def _one_sentence(path: Path) -> Iterator[None]:
     except (UserError, OSError):
         raise
     except Exception as error:  # of tokenizers, which have no other
-        said = shorten(f"{type(error).__name__}: {error}", 200)
-        raise UserError(f"{path}: its metadata do not fit together ({said}); get it again") from error
+        reason = shorten(f"{type(error).__name__}: {error}", 200)
+        raise UserError(f"{path}: its metadata do not fit together ({reason}); get it again") from error
 
 
 def _hf_name(name: str, path: Path) -> str:

@@ -59,8 +59,8 @@ def _download(requirement: str, folder: Path) -> Path:
     )
     wheels = list(folder.glob("*.whl"))
     if run.returncode or not wheels:
-        words = [line for line in run.stderr.splitlines() if line.strip()] or ["no wheel came"]
-        reason = next((line for line in reversed(words) if "ERROR" in line), words[-1])
+        lines = [line for line in run.stderr.splitlines() if line.strip()] or ["no wheel came"]
+        reason = next((line for line in reversed(lines) if "ERROR" in line), lines[-1])
         raise UserError(f"pip could not download {requirement} ({reason.strip()}); check its name and your network")
     return wheels[0]
 

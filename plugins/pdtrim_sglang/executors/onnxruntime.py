@@ -34,8 +34,8 @@ class OnnxRuntimeExecutor:
         except UserError as error:
             raise RuntimeError(f"pdtrim: {error}") from error
         facts = {key: self._stage.metadata.get(f"pdtrim.{key}") for key in ("stage", "plan_digest")}
-        wanted = {"stage": engine.stage, "plan_digest": plan.digest}
-        for key, value in wanted.items():
+        expected = {"stage": engine.stage, "plan_digest": plan.digest}
+        for key, value in expected.items():
             if facts[key] != value:
                 raise RuntimeError(
                     f"pdtrim: {engine.path} is an engine of {key} {facts[key]}, this worker serves {value}; "

@@ -53,8 +53,8 @@ class PDTrimStageForCausalLM(nn.Module):
         engine = WorkerConfig.of_model(config).engine
         if engine is None:
             raise RuntimeError(f"pdtrim: {ARGUMENT} names no {key('engine')}: start workers with pdtrim-deploy serve")
-        self._asked, self._plan = engine, PDPlan.parse(config.pdtrim, "config.json")
-        if self._asked.stage == "prefill":
+        self._engine_config, self._plan = engine, PDPlan.parse(config.pdtrim, "config.json")
+        if self._engine_config.stage == "prefill":
             for layer in self._plan.kv_only_layers:
                 self._layers[layer] = WriteKV(self.attention[layer])
 
@@ -83,12 +83,12 @@ class PDTrimStageForCausalLM(nn.Module):
         """The LM head, or the embedding it is tied to, which the engine then shares; and the engine itself."""
         head, tied = self.lm_head.weight, self.config.tie_word_embeddings
         name = "model.embed_tokens.weight" if tied else "lm_head.weight"
-        found = next((tensor for given, tensor in weights if given == name), None)
-        if found is None:
+        weight = next((tensor for given, tensor in weights if given == name), None)
+        if weight is None:
             raise RuntimeError(f"pdtrim: the checkpoint has no {name}; build the bundle again")
-        getattr(head, "weight_loader", default_weight_loader)(head, found)
+        getattr(head, "weight_loader", default_weight_loader)(head, weight)
         embedding = head.data[: self.config.vocab_size] if tied else None  # SGLang pads the vocabulary
-        self._engine = load_engine(self._asked, self._plan, self._attend, embedding)
+        self._engine = load_engine(self._engine_config, self._plan, self._attend, embedding)
         if self._engine.dtype != head.dtype:
             raise RuntimeError(
                 f"pdtrim: the engine computes in {self._engine.dtype}, this worker in {head.dtype}: "

@@ -66,11 +66,11 @@ def prompt_tokens(req: Any) -> int:
 
 
 def name_prompt_of_sender(original: Callable[..., bool], queue: Any, req: Any, *args: Any, **kwargs: Any) -> bool:
-    made = original(queue, req, *args, **kwargs)
-    named = getattr(req.disagg_kv_sender, "named", None) if made else None  # SGLang's own warm-up has a fake sender
+    created = original(queue, req, *args, **kwargs)
+    named = getattr(req.disagg_kv_sender, "named", None) if created else None  # SGLang's own warm-up has a fake sender
     if named is not None:
         named(req.rid, len(req.origin_input_ids))
-    return made
+    return created
 
 
 def name_prompt_of_receiver(original: Callable[..., None], queue: Any, decode_req: Any, *args: Any, **kw: Any) -> None:

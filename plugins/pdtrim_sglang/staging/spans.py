@@ -39,16 +39,19 @@ class Span:
     block: Block
     event: Any = None
 
-    def payload(self, layout: ChunkLayout, out: Tensor, offsets: KeyOffsets | None = None) -> list[memoryview] | None:
+    def payload(
+        self, layout: ChunkLayout, out: Tensor, offsets: KeyOffsets | None = None, heads: slice | None = None
+    ) -> list[memoryview] | None:
         """The packed bytes of a chunk inside the span; None when they are all in `out`.
 
-        In host memory native rows are sent from the block itself, so that only codecs write to `out`.
+        In host memory native rows are sent from the block itself, so that only codecs write to `out`. Of a range of
+        the span's KV heads, `heads`, all rows are gathered; `layout` and `offsets` are then of that range.
         """
         if self.event is not None:
             self.event.synchronize()
         layers = [self._as_pool(rows, layout.start) for rows in layout.layers]
-        if not self.block.bytes.is_cpu:
-            self._pack(layout, layers, out, offsets)
+        if heads is not None or not self.block.bytes.is_cpu:
+            self._pack(layout, layers, out, offsets, heads or slice(None))
             return None
         pieces = _Pieces(self.block.bytes, out)
         for rows in layers:
@@ -67,10 +70,17 @@ class Span:
         first = _rows_below(self.layout.layers[place], start - self.layout.start)
         return replace(rows, prefill_layer=place, ranges=((first, first + rows.rows),))
 
-    def _pack(self, layout: ChunkLayout, layers: list[LayerRows], out: Tensor, offsets: KeyOffsets | None) -> None:
+    def _pack(
+        self,
+        layout: ChunkLayout,
+        layers: list[LayerRows],
+        out: Tensor,
+        offsets: KeyOffsets | None,
+        heads: slice = slice(None),
+    ) -> None:
         """Pack rows of the span: each layer's are a pool of their own, whose slots are their numbers."""
         if layers:
-            keys, values = ([sides[side] for sides in self.sides] for side in range(2))
+            keys, values = ([sides[side][:, heads] for sides in self.sides] for side in range(2))
             pack(replace(layout, layers=tuple(layers)), keys, values, self._slots, out, offsets)
 
     @cached_property
@@ -152,10 +162,10 @@ class Staging:
         layouts: list[tuple[int, int, ChunkLayout]] = []  # room, first token within the batch, rows
         token = 0
         for rid, start, length in zip(rids, starts, lengths, strict=True):
-            wanted = self._expected.get(rid)
-            if wanted is not None and start + length <= wanted.prompt_tokens:
-                layout = chunk_layout(self._plan, wanted.prompt_tokens, start, start + length, self._kv_heads)
-                layouts.append((wanted.room, token, layout))
+            request = self._expected.get(rid)
+            if request is not None and start + length <= request.prompt_tokens:
+                layout = chunk_layout(self._plan, request.prompt_tokens, start, start + length, self._kv_heads)
+                layouts.append((request.room, token, layout))
             token += length
         rows = self._rows(layouts)
         shapes = [(2, len(rows.get(name, ())), self._kv_heads, self._plan.model.head_dim) for name in self._inputs]

@@ -56,10 +56,10 @@ class TransportConfig:
     @classmethod
     def of(cls, options: TransportOptions, credentials: Credentials, ib_devices: str = "") -> TransportConfig:
         """What the worker was told, else SGLang's `ib_devices`, and the defaults for the rest."""
-        told = options.model_dump(exclude_none=True)
+        settings = options.model_dump(exclude_none=True)
         if ib_devices:
-            told = {"devices": ib_devices, "protocol": "rdma"} | told
-        return cls(**told, credentials=credentials)
+            settings = {"devices": ib_devices, "protocol": "rdma"} | settings
+        return cls(**settings, credentials=credentials)
 
 
 class TransportError(Exception):

@@ -44,8 +44,8 @@ class MooncakeWriter(Writer):
         return json.dumps({"session": self._session, "address": buffer.data_ptr(), "size": len(buffer)}).encode()
 
     def reach(self, place: bytes) -> Any:
-        said = json.loads(place)
-        return str(said["session"]), int(said["address"]), int(said["size"])
+        fields = json.loads(place)
+        return str(fields["session"]), int(fields["address"]), int(fields["size"])
 
     def write(self, source: Tensor, size: int, target: Any, seconds: float) -> None:
         session, address, room = target

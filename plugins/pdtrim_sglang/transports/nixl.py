@@ -50,13 +50,13 @@ class NixlWriter(Writer):
         return json.dumps({"address": buffer.data_ptr(), "size": len(buffer), "agent": agent.hex()}).encode()
 
     def reach(self, place: bytes) -> Any:
-        said = json.loads(place)
+        fields = json.loads(place)
         with self._lock:
             try:
-                name = self._agent.add_remote_agent(bytes.fromhex(said["agent"]))
+                name = self._agent.add_remote_agent(bytes.fromhex(fields["agent"]))
             except Exception as error:  # NIXL's own classes, one for each status
                 raise OSError(f"NIXL does not understand the decode worker: {error}") from None
-        return name.decode() if isinstance(name, bytes) else name, int(said["address"]), int(said["size"])
+        return name.decode() if isinstance(name, bytes) else name, int(fields["address"]), int(fields["size"])
 
     def write(self, source: Tensor, size: int, target: Any, seconds: float) -> None:
         agent, address, room = target

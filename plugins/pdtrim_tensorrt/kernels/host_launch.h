@@ -16,6 +16,17 @@
 enum cudaError_t : int { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
 inline int cudaPeekAtLastError() { return cudaSuccess; }
 
+using cudaStream_t = void*;
+enum cudaMemcpyKind : int { cudaMemcpyDeviceToDevice = 3 };
+inline int cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
+  memset(to, value, bytes);
+  return cudaSuccess;
+}
+inline int cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t) {
+  memcpy(to, from, bytes);
+  return cudaSuccess;
+}
+
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };

@@ -182,6 +182,12 @@ extern "C" int pdtrim_sparse_kv_send(const PdtrimSend* send, void* stream) {
   return cudaPeekAtLastError();
 }
 
+extern "C" int pdtrim_stand_in(void* output, const void* input, int64_t bytes, void* stream) {
+  const cudaStream_t queue = static_cast<cudaStream_t>(stream);
+  if (!input) return cudaMemsetAsync(output, 0, size_t(bytes), queue);
+  return cudaMemcpyAsync(output, input, size_t(bytes), cudaMemcpyDeviceToDevice, queue);
+}
+
 extern "C" int pdtrim_sparse_kv_send_reference(const PdtrimSend* send) {
   if (!pdtrim::valid(*send)) return 1;
   pdtrim::reference(*send);

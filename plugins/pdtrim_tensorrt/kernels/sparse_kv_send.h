@@ -29,7 +29,10 @@ int64_t pdtrim_packed_bytes(const PdtrimSend* send);
 // it can be captured in a CUDA graph. Returns a cudaError_t; cudaErrorInvalidValue for a send against the above.
 int pdtrim_sparse_kv_send(const PdtrimSend* send, void* stream);
 
-// The same bytes, in plain loops on the host. Returns 0, or 1 for a send against the above.
+// Enqueues a copy of `bytes` from `input` to `output` on `stream`, or zeros where `input` is null. Returns a cudaError_t.
+int pdtrim_stand_in(void* output, const void* input, int64_t bytes, void* stream);
+
+// The same bytes as pdtrim_sparse_kv_send, in plain loops on the host. Returns 0, or 1 for a send against the above.
 int pdtrim_sparse_kv_send_reference(const PdtrimSend* send);
 }
 
