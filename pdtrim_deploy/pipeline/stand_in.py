@@ -34,10 +34,11 @@ def _check_wire(recipe: Recipe, shape: ModelShape) -> None:
     kv = recipe.kv
     key, asked = ("wire_choices", kv.wire_choices) if kv.method == "budget" else ("wire_dtype", (kv.wire_dtype,))
     fit = [wire for wire in WIRE_DTYPES if KVSend(wire_dtype=wire).suits(shape.head_dim, shape.pool_dtype)]
+    given = f"head size is {shape.head_dim}"
+    given += "" if shape.pool_dtype == "native" else f" and the KV pool {shape.pool_dtype}"
     if not set(asked) & set(fit):
         raise UserError(
-            f"recipe {recipe.name}: kv.{key} is {', '.join(asked)} but the model's head size is {shape.head_dim} and "
-            f"the KV pool {shape.pool_dtype}; "
+            f"recipe {recipe.name}: kv.{key} is {', '.join(asked)} but the model's {given}; "
             f"allowed with it: {', '.join(fit)}"
         )
 

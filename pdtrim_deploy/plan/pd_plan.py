@@ -142,8 +142,6 @@ class PDPlan(Frozen):
     def _fp8_pool(self) -> PDPlan:
         if (pool := self.model.pool_dtype) == "native":
             return self
-        if self.model.head_dim % 2:
-            raise ValueError(f"a KV pool of {pool} needs an even head size, the model's is {self.model.head_dim}")
         for block, send in zip(self.decode_layers, self.kv, strict=True):
             if send.wire_dtype not in SMALLER_THAN_FP8:
                 raise ValueError(
@@ -227,13 +225,13 @@ class PDPlan(Frozen):
         rows, first = sum(stop - start for start, stop in ranges), ranges[0][0] == 0
         return packed_bytes(send.wire_dtype, m.row_dtype, m.num_kv_heads, m.head_dim, rows, first)
 
-    def dense_bytes(self, prompt_tokens: int) -> int:
-        """Bytes that the unpruned model would send for the same prompt from a pool of the same dtype."""
-        m = self.model
+    def dense_bytes(self, prompt_tokens: int, pool_dtype: PoolDtype | None = None) -> int:
+        """Bytes that the unpruned model would send for the same prompt, from the plan's own kind of pool or another."""
+        m = self.model if pool_dtype is None else self.model.with_pool(pool_dtype)
         return 2 * m.num_blocks * prompt_tokens * packed_row_bytes("native", m.row_dtype, m.num_kv_heads, m.head_dim)
 
     def reduction(self, prompt_tokens: int) -> float:
-        """Dense bytes over planned bytes."""
+        """Dense bytes over planned bytes, of pools of one dtype."""
         return self.dense_bytes(prompt_tokens) / self.payload_bytes(prompt_tokens)
 
     def with_kv(self, kv: tuple[KVSend, ...]) -> PDPlan:

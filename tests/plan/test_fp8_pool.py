@@ -39,10 +39,3 @@ def test_what_makes_rows_no_smaller_is_refused(wire, pool):
     else:
         with pytest.raises(ValidationError, match=rf"block 0: wire dtype {wire} is no smaller .* use native, int4"):
             PDPlan.dense(SHAPE.with_pool(pool)).with_kv(kv)
-
-
-def test_an_odd_head_size_is_refused():
-    odd = SHAPE.model_copy(update={"head_dim": 5})
-    PDPlan.dense(odd)
-    with pytest.raises(ValidationError, match="a KV pool of fp8_e4m3 needs an even head size, the model's is 5"):
-        PDPlan.dense(odd.with_pool("fp8_e4m3"))
