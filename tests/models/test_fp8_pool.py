@@ -5,7 +5,7 @@ import torch
 import transformers
 from tinypd import BLOCKS, DIM, FAMILIES, make_oracle, make_plan, text, tiny
 
-from pdtrim_deploy.evaluation.fidelity.sensitivity import _cell, _shaken
+from pdtrim_deploy.evaluation.fidelity.sensitivity import _shaken, _unrounded
 from pdtrim_deploy.kvchoice.budget.prompt_kv import PromptKV
 from pdtrim_deploy.plan import KVSend
 from pdtrim_deploy.plan.wire import FP8_ROWS
@@ -69,12 +69,16 @@ def test_kv_is_chosen_behind_the_pool(tmp_path):
 @pytest.mark.parametrize("pool_dtype", POOLS)
 def test_noise_moves_codes_as_often_as_it_is_large_beside_their_cells(pool_dtype):
     dtype = getattr(torch, FP8_ROWS[pool_dtype])
-    codes = torch.arange(-128, 128).to(torch.int8).view(dtype).float()
-    codes = codes[codes.isfinite() & (codes > 0)].sort().values
-    gaps = codes.diff()
-    assert torch.equal(_cell(codes[:-1].to(dtype)), gaps)
-    pool = torch.ones(4000, 1, 16).to(dtype)  # root mean square 1
-    cell = float(_cell(pool[:1, :1, :1]))
-    moved = (_shaken(pool, cell / 10, torch.Generator().manual_seed(0))[4000:].float() != 1).float().mean()
-    assert 0.05 < moved < 0.2  # of a uniform place and noise of a tenth: 0.08; below 1 cells are halves
-    assert (_shaken(pool, 0.0, torch.Generator().manual_seed(0)).float() == 1).float().mean() > 0.8
+    codes = torch.arange(-128, 128).to(torch.int8).view(dtype)
+    codes = codes[codes.float().isfinite()]
+    for place in (-0.499, 0.499, 0.0):  # within its cell a value becomes its code again
+        values = codes.float() + _unrounded(codes, torch.full(codes.shape, place))
+        assert torch.equal(values.to(dtype).float(), codes.float())
+    for place in (-0.501, 0.501):  # and just outside another, but for the largest
+        values = codes.float() + _unrounded(codes, torch.full(codes.shape, place))
+        same = values.to(dtype).float() == codes.float()
+        assert set(codes[same].float().abs().tolist()) <= {torch.finfo(dtype).max}
+    pool, size = torch.full((4000, 1, 16), 1.25).to(dtype), torch.finfo(dtype).eps
+    for noise in (size / 20, size / 5):
+        moved = (_shaken(pool, noise / 1.25, torch.Generator().manual_seed(0))[4000:].float() != 1.25).float().mean()
+        assert moved == pytest.approx(0.8 * noise / size, rel=0.1)  # mean size of noise over the cell

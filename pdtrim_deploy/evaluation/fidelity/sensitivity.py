@@ -37,12 +37,14 @@ def _shaken(pool: Tensor, noise: float, generator: torch.Generator) -> Tensor:
     size = pool.float().pow(2).mean(-1, keepdim=True).sqrt().mul_(noise)
     drawn = torch.randn(DRAWS, *pool.shape, generator=generator).mul_(size).add_(pool.float())
     if pool.dtype in FP8:
-        drawn += (torch.rand(DRAWS, *pool.shape, generator=generator) - 0.5).mul_(_cell(pool))
+        drawn += _unrounded(pool, torch.rand(DRAWS, *pool.shape, generator=generator) - 0.5)
     return torch.cat((pool, to_rows(drawn.flatten(0, 1), pool.dtype)))
 
 
-def _cell(pool: Tensor) -> Tensor:
-    """float32: distance between neighbouring codes at each value of an fp8 pool."""
-    limits = torch.finfo(pool.dtype)
-    _, exponent = torch.frexp(pool.float().abs().clamp(min=limits.smallest_normal))
-    return torch.ldexp(torch.tensor(limits.eps), exponent - 1)
+def _unrounded(pool: Tensor, place: Tensor) -> Tensor:
+    """float32: how far from its code in an fp8 pool a value lay, at `place`, from -0.5 to 0.5, of the code's cell."""
+    limits, size = torch.finfo(pool.dtype), pool.float().abs()
+    # Towards 0 a power of two's neighbour is half as far.
+    size = torch.where(place * pool.float() < 0, size * (1 - limits.eps / 4), size)
+    _, exponent = torch.frexp(size.clamp(min=limits.smallest_normal))
+    return place * torch.ldexp(torch.tensor(limits.eps), exponent - 1)
