@@ -216,10 +216,12 @@ def test_the_interpreter_counts_as_a_form():
     assert library() is gpu
 
 
-@pytest.mark.parametrize("wire", ["native", "fp8", "k4v3"])
-def test_the_check_of_bits_on_a_gpu(wire, monkeypatch):
+@pytest.mark.parametrize(
+    ("wire", "dtype"), [("native", "bfloat16"), ("fp8", "bfloat16"), ("k4v3", "bfloat16"), ("k4v3", "fp8_e4m3")]
+)
+def test_the_check_of_bits_on_a_gpu(wire, dtype, monkeypatch):
     monkeypatch.setattr(kernels, "HEAD_DIMS", (96,))
-    figure = kernels.bits(CPU, wire, "bfloat16", tokens=90)
+    figure = kernels.bits(CPU, wire, dtype, tokens=90)
     assert figure["bytes_compared"] > 3 * 90 * 96
     whole = gpu.move
 
@@ -231,4 +233,4 @@ def test_the_check_of_bits_on_a_gpu(wire, monkeypatch):
     for direction in (True, False):
         monkeypatch.setattr(gpu, "move", lambda *a, pack, d=direction: (broken if pack == d else whole)(*a, pack=pack))
         with pytest.raises(AssertionError, match=r"head size 96, tokens 0 to 30: [01] of \d+ packed bytes and [01]"):
-            kernels.bits(CPU, wire, "bfloat16", tokens=90)
+            kernels.bits(CPU, wire, dtype, tokens=90)
