@@ -23,6 +23,7 @@ CAPACITY = "sglang.srt.mem_cache.allocator.base.BaseTokenToKVPoolAllocator"
 NEXT_STEP, LONGEST, LEAKS = (
     f"{CAPACITY}.check_decode_capacity", f"{CAPACITY}.max_new_tokens_for_memory", f"{CAPACITY}.verify_byte_accounting",
 )  # fmt: skip
+CHECKPOINT = "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.checkpoint_into_tree"
 SEND_METADATA = f"{DISAGGREGATION}.decode.DecodePreallocQueue._send_kv_metadata"
 LOAD_MODEL = "sglang.srt.model_executor.model_runner.ModelRunner.load_model"
 CONFIGURATOR = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator"
@@ -37,7 +38,7 @@ VALIDATE_COMPLETION = "sglang.srt.entrypoints.openai.serving_completions.OpenAIS
 TARGETS = (
     GET_KV_CLASS, CREATE_SENDER, PREFILL_MANAGER, DECODE_MANAGER, PRE_ALLOC, ADMISSION, READMISSION, SEND_METADATA,
     EXTEND, RELEASE, CLEAR, NEXT_STEP, LONGEST, LEAKS, KV_POOL, ALLOCATOR, CELL_SIZE, LOAD_MODEL, NORMALISE, FRONT_END,
-    VALIDATE, VALIDATE_COMPLETION, SCHEDULERS, DETOKENIZERS,
+    VALIDATE, VALIDATE_COMPLETION, SCHEDULERS, DETOKENIZERS, CHECKPOINT,
 )  # fmt: skip
 
 

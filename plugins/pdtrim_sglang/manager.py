@@ -55,6 +55,11 @@ class PDTrimKVManager(CommonKVManager):
         """Rank of this prefill process, as decode counts responses."""
         return self._prefill_unique_rank()
 
+    @property
+    def serves_plan(self) -> bool:
+        """Whether the worker's checkpoint is a stage of a plan; else it is a model that both workers serve."""
+        return self._given_plan is not None
+
     def attach(self, pool: Any, model: Any) -> None:
         """Start the worker's side on SGLang's KV pool; an engine as `model` packs what it computes for prefill.
 

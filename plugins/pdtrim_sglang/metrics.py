@@ -61,15 +61,27 @@ class TransferMetrics(HeldMetrics):
         self._staged = Histogram("pdtrim_kv_staged_bytes", "Of the payload: packed by the engine itself", buckets=sizes)
         self._seconds = Histogram("pdtrim_kv_transfer_seconds", "First chunk queued to last chunk acknowledged")
         self._tokens = Histogram("pdtrim_kv_prompt_tokens", "Prompt tokens of a request", buckets=sizes)
+        self._reused_tokens = Histogram(
+            "pdtrim_kv_reused_tokens", "Prompt tokens of a request whose rows decode had", buckets=[0.0, *sizes]
+        )
+        self._spared = Histogram(
+            "pdtrim_kv_reused_bytes", "Packed KV bytes not sent, since decode had the rows", buckets=[0.0, *sizes]
+        )
         self._requests = Counter("pdtrim_kv_requests", "Requests by how their transfer ended", ["outcome"])
 
-    def succeeded(self, progress: RoomProgress, dense_bytes: int) -> None:
-        """One request whose KV arrived; `dense_bytes` is what the unpruned model would have sent for it."""
+    def succeeded(self, progress: RoomProgress, dense_bytes: int, spared_bytes: int) -> None:
+        """One request whose KV arrived.
+
+        `dense_bytes` is what the unpruned model would have sent of the same rows; `spared_bytes` what this one would
+        have sent of those that decode had.
+        """
         self._payload.observe(progress.payload_bytes)
         self._staged.observe(progress.staged_bytes)
         self._wire.observe(progress.wire_bytes)
         self._dense.observe(dense_bytes)
         self._tokens.observe(progress.prompt_tokens)
+        self._reused_tokens.observe(progress.reused_tokens)
+        self._spared.observe(spared_bytes)
         self._seconds.observe(progress.seconds)
         self.ended("success")
 

@@ -144,6 +144,7 @@ class PrefillSide:
         parts, receivers = self._parts(chunk), [info for info in infos.values() if info.heads]
         with progress.lock:  # all of them before the first is sent: none is the last one while others wait
             progress.queued += len(parts) * len(receivers)
+        progress.reused_tokens = info.prefix_tokens
         progress.started = progress.started or time.monotonic()
         for info in receivers:
             if reason := self._submit(info, parts):
@@ -198,8 +199,10 @@ class PrefillSide:
             return
         heads = sum(len(info.heads) for info in self._manager.transfer_infos.get(room, {}).values())
         if heads:
-            whole = self._plan.dense_bytes(progress.prompt_tokens)  # of all heads; the payload is of those sent
-            self._metrics.succeeded(progress, whole * heads // self._plan.model.num_kv_heads)
+            reused, of = progress.reused_tokens, self._plan.model.num_kv_heads
+            dense = self._plan.dense_bytes(progress.prompt_tokens - reused)  # of all heads, as payload is of those sent
+            spared = self._plan.payload_bytes(reused) if reused else 0
+            self._metrics.succeeded(progress, *(size * heads // of for size in (dense, spared)))
         else:
             self._metrics.ended("success")
         # decode knows already: it scattered the last chunk

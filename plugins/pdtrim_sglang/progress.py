@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 class RoomProgress:
     """How far one request's transfer from one rank of prefill is, to all ranks of decode that it sends to.
 
-    Times are of the monotonic clock, in seconds. `last_sent` is when a last chunk had left: from then on its reply is
-    waited for. `lock` is over what peers count; a reply may overtake the return of its own send.
+    Of the prompt's tokens, decode has the rows of the first `reused_tokens` from an earlier request. Times are of the
+    monotonic clock, in seconds. `last_sent` is when a last chunk had left: from then on its reply is waited for. `lock`
+    is over what peers count; a reply may overtake the return of its own send.
     """
 
     started: float | None = None
@@ -22,6 +23,7 @@ class RoomProgress:
     staged_bytes: int = 0
     wire_bytes: int = 0
     prompt_tokens: int = 0
+    reused_tokens: int = 0
     last_sent: float | None = None
     seconds: float = 0.0
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)

@@ -38,6 +38,11 @@ def check_options(server_args: Any, kv_args: Any, plan: PDPlan | None, is_mla_ba
             "pdtrim: decode is another model than prefill, which must not be given decode's KV for its prompts: start "
             "without --disaggregation-decode-enable-offload-kvcache"
         )
+    if server_args.enable_streaming_session:
+        raise RuntimeError(
+            "pdtrim: a streaming session would go on with the rows that decode computed for the last answer, which "
+            "differ from prefill's: start decode without --enable-streaming-session"
+        )
     if not any(send.mode == "sparse" for send in plan.kv):
         return
     if server_args.disaggregation_decode_enable_radix_cache:

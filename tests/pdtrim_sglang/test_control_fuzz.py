@@ -203,13 +203,13 @@ def test_a_rank_counts_what_its_own_heads_would_have_sent():
     """The ranks' counters add up, as their payloads do."""
     side, counted = prefill(Manager()), []
     side._plan = PDPlan.dense(PLAN.model.model_copy(update={"num_kv_heads": 4}))
-    side._progress = {7: SimpleNamespace(prompt_tokens=3)}
+    side._progress = {7: SimpleNamespace(prompt_tokens=3, reused_tokens=1)}
     side._manager.transfer_infos[7] = {"s": SimpleNamespace(heads=range(1, 2))}
-    side._metrics.succeeded = lambda progress, dense_bytes: counted.append(dense_bytes)
+    side._metrics.succeeded = lambda progress, *sizes: counted.extend(sizes)
     side._manager.conclude_transfer = lambda **_: None
     side._manager.request_status[7] = KVPoll.WaitingForInput
     side.arrived(7)
-    assert counted == [side._plan.payload_bytes(3) // 4]
+    assert counted == [side._plan.payload_bytes(2) // 4, side._plan.payload_bytes(1) // 4]
 
 
 @pytest.mark.parametrize("first", ["prefill", "decode"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pdtrim_sglang import hook_targets
 from pdtrim_sglang.attention.factory import replace_attention_backends
-from pdtrim_sglang.patches import front_end, loading, memory, processes, transfer
+from pdtrim_sglang.patches import front_end, loading, memory, processes, reuse, transfer
 
 
 def install() -> None:
@@ -17,6 +17,8 @@ def install() -> None:
     HookRegistry.register(hook_targets.CREATE_SENDER, transfer.name_prompt_of_sender, HookType.AROUND)
     HookRegistry.register(hook_targets.PREFILL_MANAGER, transfer.attach_pool, HookType.AFTER)
     HookRegistry.register(hook_targets.DECODE_MANAGER, transfer.attach_pool, HookType.AFTER)
+    HookRegistry.register(hook_targets.DECODE_MANAGER, reuse.keep_received_rows_only, HookType.AFTER)
+    HookRegistry.register(hook_targets.CHECKPOINT, reuse.insert_received_rows, HookType.AROUND)
     HookRegistry.register(hook_targets.CELL_SIZE, memory.kept_cell_size, HookType.AROUND)
     HookRegistry.register(hook_targets.KV_POOL, memory.kept_pool, HookType.AROUND)
     HookRegistry.register(hook_targets.ALLOCATOR, memory.bind_tables, HookType.AFTER)

@@ -1,0 +1,42 @@
+"""Hooks around decode's radix cache, which may keep rows that prefill has sent, and never rows that decode computed.
+
+SGLang inserts a request's prompt when its transfer is complete, and prompt and answer when it ends. Under a plan the
+answer's rows come from another model than prefill's, or have not been quantised, so the next turn's prefill would send
+other ones. The prompt's rows depend on the tokens before them alone: they are what prefill would send again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from pdtrim_sglang.patches.transfer import prompt_tokens
+
+
+def keep_received_rows_only(manager: Any, queue: Any) -> Any:
+    """Called when a decode worker has its KV manager.
+
+    Raises:
+        RuntimeError: its prefix cache is another one than SGLang's own, and would not ask `insert_received_rows`.
+
+    """
+    from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+
+    tree = queue.tree_cache
+    if not getattr(manager, "serves_plan", False) or tree.disable:
+        return manager
+    if type(tree) is not UnifiedRadixCache:
+        raise RuntimeError(
+            f"pdtrim: {type(tree).__name__} would also keep rows that decode has computed, which are not prefill's: "
+            "start decode with SGLang's own radix cache, without --radix-cache-backend, --enable-lmcache and "
+            "--enable-flexkv, or without --disaggregation-decode-enable-radix-cache"
+        )
+    tree.pdtrim_received_only = True
+    return manager
+
+
+def insert_received_rows(original: Callable[..., None], tree: Any, req: Any, *, up_to: int, **others: Any) -> None:
+    """Insert the request's first `up_to` tokens, without those that decode has generated."""
+    if getattr(tree, "pdtrim_received_only", False):
+        up_to = min(up_to, prompt_tokens(req))
+    original(tree, req, up_to=up_to, **others)

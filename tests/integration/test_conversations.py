@@ -1,0 +1,200 @@
+"""Decode keeps the prompt rows of earlier turns, and each answer is still what the whole prompt's rows would give.
+
+The stages keep other blocks of a tiny Llama, and rows travel quantised: a row that decode has computed for its own
+answer is another one than prefill sends for the same token in the next turn.
+"""
+
+import random
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+
+from pdtrim_deploy.evaluation.fidelity import judge
+from pdtrim_deploy.evaluation.fidelity.cases import Group
+from pdtrim_deploy.evaluation.fidelity.client import Served
+from pdtrim_deploy.kvcache.layout import chunk_layout
+from pdtrim_deploy.models import open_checkpoint
+from pdtrim_deploy.models.loading import load_model
+from pdtrim_deploy.models.oracle import PDOracle
+from pdtrim_deploy.models.surgery import write_stage
+from pdtrim_deploy.plan import STAGES, Drop, Keep, KVSend, PDPlan
+from pdtrim_deploy.serving.metrics import scrape
+
+pytestmark = [pytest.mark.serve, pytest.mark.timeout(900)]
+PAGE, CHUNK, POOL, VOCABULARY, NEW = 16, 64, 1024, 259, 20
+REUSE = ("--disaggregation-decode-enable-radix-cache", "--max-total-tokens", str(POOL))
+SYSTEM = random.Random("system").choices(range(3, VOCABULARY), k=5 * PAGE + 3)
+
+
+@dataclass(frozen=True)
+class Stages:
+    """Prefill without block 3, decode without blocks 1 and 3: all rows of four layers travel, each in its own dtype."""
+
+    folder: Path
+    plan: PDPlan
+
+
+@pytest.fixture(scope="module")
+def stages(tiny_model, cache, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("conversations")
+    model = tiny_model(folder / "model", max_position_embeddings=2048, head_dim=32)
+    checkpoint = open_checkpoint(model, cache)
+    prefill, decode = (tuple(Drop() if block in gone else Keep() for block in range(6)) for gone in ((3,), (1, 3)))
+    kv = tuple(KVSend(wire_dtype=wire) for wire in ("int8", "k4v3", "fp8", "native"))
+    plan = PDPlan(model=checkpoint.shape("float32"), prefill=prefill, decode=decode, kv=kv)
+    for stage in STAGES:
+        write_stage(checkpoint, folder / stage, plan.layers(stage), "float32", plan.model_dump(mode="json"))
+    return Stages(folder, plan)
+
+
+@pytest.fixture(scope="module")
+def oracle(stages):
+    return PDOracle(*(load_model(stages.folder / stage, "float32") for stage in STAGES), stages.plan)
+
+
+@pytest.fixture(scope="module")
+def pair(serving, stages):
+    """Pages of 16, chunks of 64, and a decode pool that two long conversations fill."""
+    options = {"page_size": PAGE, "chunked_prefill_size": CHUNK, "dtype": "float32", "decode_args": REUSE}
+    with serving(*(stages.folder / stage for stage in STAGES), **options) as cluster:
+        yield cluster
+
+
+def body_of(prompt, **sampling):
+    sampling = {"max_new_tokens": NEW, "temperature": 0, "ignore_eos": True} | sampling
+    return {"input_ids": prompt, "sampling_params": sampling, "return_logprob": True}
+
+
+def ask(pair, prompt, **sampling):
+    """Each sample of the answer."""
+    reply = httpx.post(f"{pair.url}/generate", json=body_of(prompt, **sampling), timeout=120)
+    assert reply.status_code == 200, reply.text
+    answers = reply.json() if isinstance(reply.json(), list) else [reply.json()]
+    samples = []
+    for answer in answers:
+        scored = answer["meta_info"]["output_token_logprobs"]
+        logprobs, tokens = zip(*((entry[0], entry[1]) for entry in scored), strict=True)
+        samples.append(Served(tuple(prompt), tokens, logprobs, answer["meta_info"]["cached_tokens"]))
+    return samples
+
+
+def hang_up(pair, prompt, events):
+    """Begin an answer, and leave after so many events."""
+    body = body_of(prompt, max_new_tokens=400) | {"stream": True}
+    with httpx.stream("POST", f"{pair.url}/generate", json=body, timeout=120) as reply:
+        lines = (line for line in reply.iter_lines() if line.startswith("data:"))
+        for _ in range(events):
+            next(lines)
+
+
+class Conversation:
+    """A system prompt that all share, then turns of 7 to 40 tokens and answers of `NEW`."""
+
+    def __init__(self, name):
+        self._rng, self.history = random.Random(name), list(SYSTEM)
+
+    def say(self):
+        """The next prompt."""
+        self.history += self._rng.choices(range(3, VOCABULARY), k=self._rng.randint(7, 40))
+        return list(self.history)
+
+    def heard(self, served):
+        self.history += served.tokens
+
+
+def sent(pair):
+    """Payload bytes, reused tokens and bytes so far."""
+    names = ("payload_bytes", "reused_tokens", "reused_bytes")
+    samples = scrape(pair.workers[0].metrics_url)
+    return [sum(sample.value for sample in samples.get(f"pdtrim_kv_{name}_sum", ())) for name in names]
+
+
+def measured(pair, action):
+    """What `action` returns, and what was sent meanwhile: payload bytes, reused tokens, reused bytes."""
+    before = sent(pair)
+    result = action()
+    time.sleep(0.3)  # prefill counts when decode has acknowledged
+    return result, [after - start for after, start in zip(sent(pair), before, strict=True)]
+
+
+def check(oracle, served):
+    result = judge(oracle, [(Group("turns", "in turn", ()), answer) for answer in served])
+    assert result.max_logprob_error <= result.tolerance, [row.error for row in result.rows]
+    assert result.error.typical <= result.allowed.typical
+
+
+def whole(length):
+    return length - length % PAGE
+
+
+def test_ten_turns_send_only_what_decode_lacks_and_are_the_oracles(pair, stages, oracle):
+    talk, served, earlier = Conversation("ten"), [], 0
+    for _ in range(10):
+        prompt = talk.say()
+        (answer,), (payload, reused, spared) = measured(pair, lambda prompt=prompt: ask(pair, prompt))
+        assert reused == whole(earlier), "decode reuses the earlier prompt's whole pages, and none of its own answer"
+        assert payload == chunk_layout(stages.plan, len(prompt), whole(earlier)).total_bytes
+        assert payload + spared == stages.plan.payload_bytes(len(prompt))
+        talk.heard(answer)
+        served.append(answer)
+        earlier = len(prompt)
+    assert len(talk.history) > 4 * CHUNK
+    check(oracle, served)
+
+
+def test_conversations_at_once_share_a_system_prompt(pair, oracle):
+    talks, served = [Conversation(name) for name in "abc"], []
+    with ThreadPoolExecutor(len(talks)) as pool:
+        for _ in range(4):
+            answers = list(pool.map(lambda talk: ask(pair, talk.say())[0], talks))
+            for talk, answer in zip(talks, answers, strict=True):
+                talk.heard(answer)
+            served += answers
+    check(oracle, served)
+
+
+def test_a_prompt_that_decode_has_whole_sends_no_row(pair, oracle):
+    prompt = random.Random("whole").choices(range(3, VOCABULARY), k=4 * PAGE)
+    (first,) = ask(pair, prompt)
+    (again,), (payload, reused, _) = measured(pair, lambda: ask(pair, prompt))
+    assert (payload, reused) == (0, len(prompt))
+    samples, (payload, reused, _) = measured(pair, lambda: ask(pair, prompt, n=3))
+    assert (payload, reused, len(samples)) == (0, 3 * len(prompt), 3)
+    check(oracle, [first, again, *samples])
+
+
+@pytest.mark.parametrize("events", [0, 3])
+def test_a_turn_goes_on_after_one_that_was_aborted(pair, oracle, events):
+    talk = Conversation(f"aborted after {events}")
+    (answer,) = ask(pair, talk.say())
+    talk.heard(answer)
+    hang_up(pair, talk.say(), events)
+    (again,) = ask(pair, talk.say())
+    check(oracle, [answer, again])
+
+
+def test_evicted_rows_are_sent_again(pair, stages, oracle):
+    talk = Conversation("evicted")
+    (answer,) = ask(pair, talk.say())
+    talk.heard(answer)
+    for number in range(4):
+        ask(pair, random.Random(f"other {number}").choices(range(3, VOCABULARY), k=POOL // 3))
+    prompt = talk.say()
+    (again,), (payload, reused, _) = measured(pair, lambda: ask(pair, prompt))
+    assert (payload, reused) == (stages.plan.payload_bytes(len(prompt)), 0)
+    check(oracle, [answer, again])
+
+
+def test_decode_restarted_has_nothing_and_is_sent_all(pair, stages, oracle):
+    talk = Conversation("restarted")
+    (answer,) = ask(pair, talk.say())
+    talk.heard(answer)
+    pair.restart("decode-0")
+    prompt = talk.say()
+    (again,), (payload, reused, _) = measured(pair, lambda: ask(pair, prompt))
+    assert (payload, reused) == (stages.plan.payload_bytes(len(prompt)), 0)
+    check(oracle, [answer, again])

@@ -1,0 +1,149 @@
+"""Decode's radix cache, SGLang's own over its own pools: what it holds after a request, and for whom."""
+
+from array import array
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("sglang", reason="needs the serve environment")
+
+from decodeworker import make_memory, make_plan, sglang
+
+from pdtrim_deploy.plan import KVSend
+
+PROMPT, NEW = 21, 12  # tokens; a second turn on top fits the context of 64
+
+
+@pytest.fixture(autouse=True)
+def _sglang():
+    with sglang():
+        yield
+
+
+class Decode:
+    """A decode worker's tree after `keep_received_rows_only` has seen it."""
+
+    def __init__(self, folder, page_size, serves_plan=True):
+        from pdtrim_sglang.patches.reuse import keep_received_rows_only
+        from sglang.srt.mem_cache.cache_init_params import CacheInitParams
+        from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
+        from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+
+        self.requests, self.allocator = make_memory(folder, make_plan([KVSend(wire_dtype="int8")]), page_size)
+        params = CacheInitParams(
+            disable=False, req_to_token_pool=self.requests, token_to_kv_pool_allocator=self.allocator,
+            page_size=page_size, tree_components=(ComponentType.FULL,),
+        )  # fmt: skip
+        self.tree = UnifiedRadixCache(params)
+        manager = SimpleNamespace(serves_plan=serves_plan)
+        assert keep_received_rows_only(manager, SimpleNamespace(tree_cache=self.tree)) is manager
+
+    def request(self, tokens):
+        from sglang.srt.managers.schedule_batch import Req
+        from sglang.srt.sampling.sampling_params import SamplingParams
+
+        params = SamplingParams(max_new_tokens=NEW)
+        params.normalize(None)
+        return Req(rid="r", origin_input_text="", origin_input_ids=array("q", tokens), sampling_params=params)
+
+    def receive(self, req):
+        """As DecodePreallocQueue does: match, allocate the rest. Returns the length of the matched prefix."""
+        from sglang.srt.disaggregation.decode import alloc_for_decode_prealloc
+        from sglang.srt.mem_cache.common import match_kv_cache
+
+        match = match_kv_cache(req, self.tree, req.origin_input_ids)
+        req.lock = self.tree.lock(match.last_device_node)
+        prefix = self.tree.prefix_device_indices(req)
+        (row,) = self.requests.alloc([req])
+        length, given = len(prefix), len(req.origin_input_ids)
+        req.kv.kv_committed_len, req.kv.cache_protected_len = given, length
+        slots = alloc_for_decode_prealloc(
+            self.allocator, req=req, fill_len=given, delta_len=given - length, prefix_len=length,
+            total_prefix_len=length, prefix_indices=prefix, uses_swa_tail=False, swa_tail_len=0,
+        )  # fmt: skip
+        self.requests.write((row, slice(0, length)), prefix.int())
+        self.requests.write((row, slice(length, given)), slots.int())
+        req.full_untruncated_fill_ids, req.extend_end = req.origin_input_ids + req.output_ids, given
+        return length
+
+    def answer(self, req, tokens):
+        """As a decode worker does once the rows are there: the first token is prefill's, the others have rows here."""
+        from sglang.srt.managers.schedule_batch import FINISH_LENGTH
+        from sglang.srt.mem_cache.common import checkpoint_kv_cache, release_kv_cache
+
+        checkpoint_kv_cache(req, self.tree)
+        row, page_size = req.kv.req_pool_idx, self.allocator.page_size
+        for token in tokens:
+            req.output_ids.append(token)
+            if token == tokens[-1]:  # its row is never made
+                break
+            at = req.kv.kv_allocated_len
+            last = self.requests.req_to_token[row, at - 1]
+            self.requests.req_to_token[row, at] = last + 1 if at % page_size else self.allocator.alloc(page_size)[0]
+            req.kv.kv_allocated_len = req.kv.kv_committed_len = at + 1
+        req.finished_reason, req.finished_len = FINISH_LENGTH(len(tokens)), len(tokens)
+        release_kv_cache(req, self.tree, checkpoint=True)
+
+    def match(self, tokens):
+        from sglang.srt.mem_cache.common import match_kv_cache
+
+        req = self.request(tokens)
+        match_kv_cache(req, self.tree, req.origin_input_ids)
+        return self.tree.prefix_device_indices(req)
+
+
+def turn(decode, prompt, answer):
+    req = decode.request(prompt)
+    return decode.receive(req), req, decode.answer(req, answer)
+
+
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_the_next_turn_finds_the_prompt_and_nothing_of_the_answer(tmp_path, page_size):
+    decode = Decode(tmp_path, page_size)
+    prompt, answer = list(range(PROMPT)), list(range(100, 100 + NEW))
+    turn(decode, prompt, answer)
+    whole = PROMPT - PROMPT % page_size
+    assert len(decode.match([*prompt, *answer, 7, 8])) == whole
+    assert decode.allocator.available_size() == decode.allocator.size - whole, "rows of the answer are still held"
+    longer = [*prompt, *answer, 7, 8, 9]
+    assert turn(decode, longer, answer)[0] == whole
+    assert len(decode.match(longer)) == len(longer) - len(longer) % page_size
+    assert decode.allocator.available_size() == decode.allocator.size - len(longer) + len(longer) % page_size
+
+
+def test_without_a_plan_the_answer_is_kept_as_sglang_does(tmp_path):
+    decode = Decode(tmp_path, 1, serves_plan=False)
+    prompt, answer = list(range(PROMPT)), list(range(100, 100 + NEW))
+    turn(decode, prompt, answer)
+    assert len(decode.match([*prompt, *answer, 7])) == PROMPT + NEW - 1
+
+
+def test_tokens_that_prefill_computed_anew_after_a_retraction_are_kept(tmp_path):
+    """A request that was retracted, and whose answer so far prefill has computed as part of the prompt."""
+    from pdtrim_sglang.patches.transfer import prompt_tokens
+
+    decode = Decode(tmp_path, 1)
+    prompt, emitted, answer = list(range(PROMPT)), [90, 91, 92], list(range(100, 100 + NEW))
+    req = decode.request([*prompt, *emitted])
+    decode.receive(req)
+    req.origin_input_ids, req.output_ids = array("q", prompt), array("q", emitted)
+    req.pd_rebootstrap_in_progress = True
+    assert prompt_tokens(req) == PROMPT + len(emitted)  # when its metadata are sent
+    req.pd_rebootstrap_in_progress = False  # when it joins the batch
+    decode.answer(req, answer)
+    assert len(decode.match([*prompt, *emitted, *answer])) == PROMPT + len(emitted)
+
+
+def test_another_kind_of_tree_is_refused_where_there_is_a_plan():
+    from pdtrim_sglang.patches.reuse import keep_received_rows_only
+
+    class Other:
+        disable = False
+
+    plain, planned = (SimpleNamespace(serves_plan=serves) for serves in (False, True))
+    queue = SimpleNamespace(tree_cache=Other())
+    assert keep_received_rows_only(plain, queue) is plain
+    with pytest.raises(RuntimeError, match=r"Other would also keep rows .* without --radix-cache-backend"):
+        keep_received_rows_only(planned, queue)
+    Other.disable = True
+    assert keep_received_rows_only(planned, queue) is planned
