@@ -319,9 +319,11 @@ def test_a_stock_checkpoint_with_another_kv_dtype_is_refused():
     import torch
     from pdtrim_sglang.plan_source import dense_plan
 
-    pool = SimpleNamespace(k_buffer=[torch.zeros(2, 1, 8)], dtype=torch.float8_e5m2)
-    with pytest.raises(RuntimeError, match=r"cannot send a KV cache of torch.float8_e5m2: .*--kv-cache-dtype auto"):
+    pool = SimpleNamespace(k_buffer=[torch.zeros(2, 1, 8)], dtype=torch.float64)
+    with pytest.raises(RuntimeError, match=r"cannot send a KV cache of torch.float64: .*--kv-cache-dtype auto, fp8_e4"):
         dense_plan(1, pool, 1)
+    fp8 = dense_plan(1, SimpleNamespace(k_buffer=pool.k_buffer, dtype=torch.float8_e5m2), 1).model
+    assert (fp8.pool_dtype, fp8.row_dtype) == ("fp8_e5m2", "float8_e5m2")
 
 
 def test_what_prefill_computed_anew_stays_prompt_when_the_request_is_retracted_again():

@@ -241,3 +241,12 @@ def test_a_transport_that_cannot_be_used_is_refused_before_a_worker_starts(tmp_p
     with pytest.raises(UserError, match=says):
         require_transport(ServeEnvironment(lacks), backend, options)
     require_transport(ServeEnvironment(lacks), "pdtrim_tcp", {})
+
+
+@pytest.mark.parametrize("pool", ["native", "fp8_e4m3"])
+def test_both_stages_get_the_plans_kv_pool(pool):
+    for worker in spec(device="cuda", pool_dtype=pool).workers:
+        command = commands.worker_command(PYTHON, worker)
+        assert ("--kv-cache-dtype" in command) == (pool != "native")
+        if pool != "native":
+            assert value(command, "--kv-cache-dtype") == pool
