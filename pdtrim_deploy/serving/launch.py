@@ -68,7 +68,7 @@ def cluster_of(
         )
     if options.split_pool is not None and not options.sparse:
         raise UserError("--split-decode-pool: this plan has no sparse layers to split off; leave it out")
-    require_ranks(bundle.plan, options.tp_prefill, options.tp_decode)
+    require_ranks(bundle.plan, options.tp_prefill, options.tp_decode, options.device)
     require_arguments(options.extra_args, "--worker-args")
     require_arguments(options.prefill_args, "--prefill-args")
     require_arguments(options.decode_args, "--decode-args")

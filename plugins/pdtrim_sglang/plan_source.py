@@ -96,3 +96,16 @@ def check_fits(plan: PDPlan, stage: Stage, pool: Any, tp_size: int) -> None:
             f"pdtrim: the plan expects KV rows of {shape} (heads, head size), the pool has "
             f"{tuple(pool.k_buffer[0].shape[1:])}"
         )
+
+
+def check_padding(plan: PDPlan, config: Any) -> None:
+    """Raise RuntimeError when SGLang has given the model other KV heads than it has: their order is another then too.
+
+    On a CPU SGLang 0.5.23 pads heads that it cannot divide among the ranks (configs/update_config.py), with zeros.
+    """
+    heads, padded = plan.model.num_kv_heads, getattr(config, "num_key_value_heads", plan.model.num_kv_heads)
+    if padded != heads:
+        raise RuntimeError(
+            f"pdtrim: SGLang pads this model's {heads} KV heads to {padded} here: start with a --tp-size that divides "
+            f"{heads}"
+        )

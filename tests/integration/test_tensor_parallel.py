@@ -1,7 +1,7 @@
 """Genuine SGLang workers that divide attention among unlike numbers of ranks compute what the oracle does, on a CPU.
 
-Of the tiny bundle with all wire dtypes, on pages of 16 and chunks of 64. Two KV heads go from two ranks to one, from
-one to two, and from one to four, of which two hold copies of a head.
+Of the tiny bundle with all wire dtypes, on pages of 16 and chunks of 64. Two KV heads go from two ranks to one, and
+from one to two. More ranks than heads cannot be served so: on a CPU SGLang pads heads where it copies them on a GPU.
 """
 
 import httpx
@@ -14,11 +14,10 @@ OPTIONS = {"dtype": "float32", "page_size": 16, "chunked_prefill_size": 64}
 LENGTHS = (1, 40, 97, 333)
 
 
-@pytest.mark.parametrize(("prefill", "decode", "copies"), [(2, 1, 1), (1, 2, 1), (4, 2, 1), (1, 4, 2)])
+@pytest.mark.parametrize(("prefill", "decode"), [(2, 1), (1, 2)])
 def test_served_tokens_are_the_oracles_and_bytes_the_arithmetics(
-    mixed_bundle, serving, transfers, real_cache, prefill, decode, copies
+    mixed_bundle, serving, transfers, real_cache, prefill, decode
 ):
-    """`copies`: ranks of decode that hold the same head, each of which gets it."""
     ranks, plan = {"tp_prefill": prefill, "tp_decode": decode}, mixed_bundle.plan
     with serving(mixed_bundle.prefill_dir, mixed_bundle.decode_dir, **ranks, **OPTIONS) as cluster:
         result = run_fidelity(mixed_bundle, cluster.url, real_cache, new_tokens=8)
@@ -33,6 +32,6 @@ def test_served_tokens_are_the_oracles_and_bytes_the_arithmetics(
             assert httpx.post(f"{cluster.url}/generate", json=body, timeout=120).status_code == 200
         after = transfers(cluster)
     moved = {name: after[name] - before[name] for name in after}
-    assert moved["payload"] == copies * sum(map(plan.payload_bytes, LENGTHS))
-    assert moved["dense"] == copies * sum(map(plan.dense_bytes, LENGTHS))
+    assert moved["payload"] == sum(map(plan.payload_bytes, LENGTHS))
+    assert moved["dense"] == sum(map(plan.dense_bytes, LENGTHS))
     assert moved["success"] == prefill * len(LENGTHS)  # each rank counts its requests

@@ -234,7 +234,7 @@ def test_a_staging_buffer_without_room_for_a_page_is_refused(registry, monkeypat
     worker.disaggregation_mode = DisaggregationMode(stage)
     worker.kv_args = SimpleNamespace(aux_data_ptrs=(), aux_item_lens=())
     worker.server_args = SimpleNamespace(disaggregation_transfer_backend="pdtrim_tcp", context_length=None)
-    model = SimpleNamespace(config=transformers.LlamaConfig())
+    model = SimpleNamespace(config=transformers.LlamaConfig(num_key_value_heads=4))
     page = 64 * 2 * 2 * 128 * 4  # tokens, K and V, heads, values, bytes
     override = '{"pdtrim_transport": {"staging_bytes": %d}}'
     worker.server_args.json_model_override_args = override % page
@@ -275,6 +275,10 @@ def test_a_rank_knows_which_heads_of_the_model_its_pool_holds(monkeypatch, stage
     config = transformers.LlamaConfig(num_key_value_heads=4, num_attention_heads=8)
     worker.attach(pool, SimpleNamespace(config=config))
     ((_, plan, view, *_),) = sides
+    if planned:
+        config.num_key_value_heads = 8  # as SGLang does on a CPU for 8 ranks, with heads of zeros behind the four
+        with pytest.raises(RuntimeError, match="SGLang pads this model's 4 KV heads to 8 here"):
+            worker.attach(pool, SimpleNamespace(config=config))
     assert view.heads == held
     assert plan.model.num_kv_heads == 4
 
