@@ -194,6 +194,10 @@ def test_decode_restarted_has_nothing_and_is_sent_all(pair, stages, oracle):
     (answer,) = ask(pair, talk.say())
     talk.heard(answer)
     pair.restart("decode-0")
+    deadline = time.monotonic() + 60
+    while httpx.post(f"{pair.url}/generate", json=body_of([5, 6, 7]), timeout=60).status_code == 503:
+        assert time.monotonic() < deadline, "the router does not find the worker again"
+        time.sleep(1)
     prompt = talk.say()
     (again,), (payload, reused, _) = measured(pair, lambda: ask(pair, prompt))
     assert (payload, reused) == (stages.plan.payload_bytes(len(prompt)), 0)
