@@ -100,7 +100,8 @@ def worker_environment(python: Path, worker: WorkerSpec, workers: int, temporary
     if worker.engine is not None:
         chosen["SGLANG_EXTERNAL_MODEL_PACKAGE"] = ENGINE_PACKAGE
     if worker.options.device == "cpu":
-        threads = worker.options.threads or max(1, len(os.sched_getaffinity(0)) // workers)
+        cores = sorted(os.sched_getaffinity(0))
+        threads = worker.options.threads or max(1, len(cores) // workers)
         # Waiting threads sleep: spinning ones starve the other workers of a small machine tenfold.
         chosen |= {
             "SGLANG_USE_CPU_ENGINE": "1",
@@ -108,8 +109,9 @@ def worker_environment(python: Path, worker: WorkerSpec, workers: int, temporary
             "OMP_WAIT_POLICY": "PASSIVE",
             "GOMP_SPINCOUNT": "0",
         }
-        if worker.options.tp(worker.stage) > 1:
-            chosen["SGLANG_NCCL_SO_PATH"] = os.devnull  # NCCL wants GPUs; without it SGLang's ranks speak by gloo
+        if (ranks := worker.options.tp(worker.stage)) > 1:
+            chosen["SGLANG_NCCL_SO_PATH"] = os.devnull  # NCCL needs GPUs; without it SGLang's ranks speak by gloo
+            chosen["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join([",".join(map(str, cores))] * ranks)
     return _base(python, os.environ, temporary) | chosen
 
 

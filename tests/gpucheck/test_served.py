@@ -3,6 +3,8 @@
 import pytest
 
 from pdtrim_deploy.gpucheck import served, tiny
+from pdtrim_deploy.loadtest.text import named
+from pdtrim_deploy.models.loading import load_tokenizer
 from pdtrim_deploy.serving import ServeEnvironment
 
 
@@ -25,6 +27,13 @@ def test_a_check_that_raises_is_a_row_with_the_first_line_of_its_reason():
 
     row = served._row("x", fails)
     assert (row.status, row.reason) == ("failed", "RuntimeError: CUDA out of memory")
+
+
+def test_words_of_the_load_test_are_one_token_each(tmp_path):
+    """A transfer of 3,000 tokens is one, and fits the model's 4,096."""
+    tokenizer = load_tokenizer(tiny.save(tmp_path / "model"))
+    assert 3000 <= len(tokenizer(named("a", 3000))["input_ids"]) <= 3010
+    assert tokenizer.decode(tokenizer("안 é 👍")["input_ids"]) == "안 é 👍"
 
 
 @pytest.mark.serve

@@ -42,7 +42,7 @@ class Stages:
 def stages(tiny_model, cache, tmp_path_factory):
     folder = tmp_path_factory.mktemp("conversations")
     model = tiny_model(folder / "model", max_position_embeddings=2048, head_dim=32)
-    checkpoint = open_checkpoint(f"hf:{model}", cache)
+    checkpoint = open_checkpoint(model, cache)
     prefill, decode = (tuple(Drop() if block in gone else Keep() for block in range(6)) for gone in ((3,), (1, 3)))
     kv = tuple(KVSend(wire_dtype=wire) for wire in ("int8", "k4v3", "fp8", "native"))
     plan = PDPlan(model=checkpoint.shape("float32"), prefill=prefill, decode=decode, kv=kv)

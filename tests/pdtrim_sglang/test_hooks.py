@@ -273,6 +273,41 @@ def test_a_staging_buffer_without_room_for_a_page_is_refused(registry, monkeypat
 
 
 @pytest.mark.parametrize(
+    ("planned", "ranks", "rank", "held"),
+    [(True, 2, 1, range(2, 4)), (True, 8, 5, range(2, 3)), (False, 4, 3, range(3, 4)), (False, 8, 6, range(3, 4))],
+)
+@pytest.mark.parametrize("stage", ["prefill", "decode"])
+def test_a_rank_knows_which_heads_of_the_model_its_pool_holds(monkeypatch, stage, planned, ranks, rank, held):
+    """Without a plan too: every rank of either stage then serves the same one, of the model's heads."""
+    import torch
+    from pdtrim_sglang import manager
+    from pdtrim_sglang.pool import PoolView
+    from sglang.srt.disaggregation.utils import DisaggregationMode
+
+    sides = []
+    rows = [torch.zeros(64, len(held), 8)]
+    monkeypatch.setattr(manager.PoolView, "of", lambda pool: PoolView(rows, rows, 1))
+    monkeypatch.setattr(manager.PDTrimKVManager, "_start_heartbeat_checker_thread", lambda self: None)
+    for name in ("PrefillSide", "DecodeSide"):
+        monkeypatch.setattr(manager, name, lambda *side: sides.append(side))
+    worker = object.__new__(manager.PDTrimKVManager)
+    shape = SHAPE.model_copy(update={"num_kv_heads": 4})
+    worker._given_plan, worker._secret = PDPlan.dense(shape) if planned else None, b""
+    worker.attn_tp_size, worker.attn_tp_rank = ranks, rank
+    worker.disaggregation_mode = DisaggregationMode(stage)
+    worker.kv_args = SimpleNamespace(aux_data_ptrs=(), aux_item_lens=())
+    worker.server_args = SimpleNamespace(
+        disaggregation_transfer_backend="pdtrim_tcp", context_length=None, json_model_override_args="{}"
+    )
+    pool = SimpleNamespace(k_buffer=rows, v_buffer=rows, dtype=torch.float32)
+    config = transformers.LlamaConfig(num_key_value_heads=4, num_attention_heads=8)
+    worker.attach(pool, SimpleNamespace(config=config))
+    ((_, plan, view, *_),) = sides
+    assert view.heads == held
+    assert plan.model.num_kv_heads == 4
+
+
+@pytest.mark.parametrize(
     ("config", "length", "refused"),
     [
         (transformers.MistralConfig(sliding_window=4096, max_position_embeddings=32768), None, True),

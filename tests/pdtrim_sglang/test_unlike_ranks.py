@@ -176,16 +176,16 @@ class World:
 
 @pytest.fixture
 def world(monkeypatch):
-    made = []
+    worlds = []
 
     def make(*arguments, **options):
         torch.manual_seed(0)
-        made.append(World(monkeypatch, *arguments, **options))
-        return made[-1]
+        worlds.append(World(monkeypatch, *arguments, **options))
+        return worlds[-1]
 
     yield make
-    for each in made:
-        each.close()
+    for opened in worlds:
+        opened.close()
 
 
 def whole(world):
