@@ -37,8 +37,8 @@ class Context:
 
     @property
     def shape(self) -> ModelShape:
-        """The KV pool has the dtype that the recipe serves in."""
-        return self.checkpoint.shape(self.recipe.model.dtype)
+        """As the recipe serves it: what it computes in, and its KV pools."""
+        return self.checkpoint.shape(self.recipe.model.dtype).with_pool(self.recipe.kv.pool_dtype)
 
     @property
     def plan(self) -> PDPlan:

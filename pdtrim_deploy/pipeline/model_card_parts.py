@@ -10,7 +10,7 @@ from pdtrim_deploy.models.provenance import Provenance
 from pdtrim_deploy.plan import PDPlan, Stage
 from pdtrim_deploy.recipe import Recipe
 from pdtrim_deploy.recipe.kv import FIXED_KV
-from pdtrim_deploy.serving.gpu_defaults import PAGE_TOKENS, attention_arguments
+from pdtrim_deploy.serving.gpu_defaults import PAGE_TOKENS, attention_arguments, pool_arguments
 
 Healed = Mapping[Stage, Sequence[Mapping[str, Any]]]
 
@@ -32,13 +32,19 @@ def kv(plan: PDPlan, recipe: Recipe) -> str:
     tokens = recipe.evaluation.prompt_tokens
     sparse = [block for block, send in zip(plan.decode_layers, plan.kv, strict=True) if send.mode == "sparse"]
     cut = f"{len(sparse)} of {len(plan.kv)} decode layers get the first and last prompt tokens alone"
-    wires = Counter(plan.model.kv_dtype if send.wire_dtype == "native" else send.wire_dtype for send in plan.kv)
+    wires = Counter(plan.model.row_dtype if send.wire_dtype == "native" else send.wire_dtype for send in plan.kv)
     return (
         f"{cut}{f' (blocks {_list(sparse)})' if sparse else ''}; sent as "
         f"{_list(f'{wire} ({count} layers)' for wire, count in wires.most_common())}; "
         f"{plan.payload_bytes(tokens):,} bytes for {tokens} prompt tokens, "
-        f"{plan.reduction(tokens):.2f}x less than dense"
+        f"{reductions(plan, tokens)}"
     )
+
+
+def reductions(plan: PDPlan, tokens: int) -> str:
+    """How much less travels than the unpruned model would send, from a native pool and from one of fp8."""
+    native, fp8 = (plan.dense_bytes(tokens, pool) / plan.payload_bytes(tokens) for pool in ("native", "fp8_e4m3"))
+    return f"{native:.2f}x less than dense from a {plan.model.kv_dtype} pool, {fp8:.2f}x from an fp8 pool"
 
 
 def changed(plan: PDPlan, recipe: Recipe, stage: Stage, healed: Healed) -> list[str]:
@@ -105,6 +111,7 @@ def launch(plan: PDPlan, recipe: Recipe, stage: Stage) -> str:
         """--json-model-override-args '{"pdtrim_secret_file": "SECRET"}'""",
     ]
     arguments = {"--page-size": PAGE_TOKENS} | attention_arguments(stage, any(s.mode == "sparse" for s in plan.kv))
+    arguments |= pool_arguments(plan.model.pool_dtype)
     lines.append(" ".join(f"{option} {value}" for option, value in arguments.items()))
     return " \\\n    ".join(lines)
 

@@ -15,10 +15,11 @@ def stand_in(recipe: Recipe, shape: ModelShape) -> PDPlan:
     """With the last blocks removed and the first layers cut.
 
     Raises:
-        UserError: the head size allows no wire dtype that is asked for, or no choice of options fits the byte budget.
+        UserError: head size and KV pool allow no wire dtype of the recipe, or no choice of options fits its budget.
 
     """
-    _check_wire(recipe, shape.head_dim)
+    shape = shape.with_pool(recipe.kv.pool_dtype)
+    _check_wire(recipe, shape)
     pruning = recipe.pruning
     blocks, layers = shape.num_blocks, shape.num_blocks - pruning.decode_blocks
     return PDPlan(
@@ -29,13 +30,15 @@ def stand_in(recipe: Recipe, shape: ModelShape) -> PDPlan:
     )
 
 
-def _check_wire(recipe: Recipe, head_dim: int) -> None:
+def _check_wire(recipe: Recipe, shape: ModelShape) -> None:
     kv = recipe.kv
     key, choices = ("wire_choices", kv.wire_choices) if kv.method == "budget" else ("wire_dtype", (kv.wire_dtype,))
-    fit = [wire for wire in WIRE_DTYPES if KVSend(wire_dtype=wire).suits(head_dim)]
+    fit = [wire for wire in WIRE_DTYPES if KVSend(wire_dtype=wire).suits(shape.head_dim, shape.pool_dtype)]
+    given = f"head size is {shape.head_dim}"
+    given += "" if shape.pool_dtype == "native" else f" and the KV pool {shape.pool_dtype}"
     if not set(choices) & set(fit):
         raise UserError(
-            f"recipe {recipe.name}: kv.{key} is {', '.join(choices)} but the model's head size is {head_dim}; "
+            f"recipe {recipe.name}: kv.{key} is {', '.join(choices)} but the model's {given}; "
             f"allowed with it: {', '.join(fit)}"
         )
 
@@ -83,9 +86,9 @@ def _within(section: KVSection, reduction: float, shape: ModelShape, layers: int
 
     def size(send: KVSend) -> int:
         rows, first = send.rows(section.prompt_tokens), send.row_ranges(section.prompt_tokens)[0][0] == 0
-        return packed_bytes(send.wire_dtype, shape.kv_dtype, shape.num_kv_heads, shape.head_dim, rows, first)
+        return packed_bytes(send.wire_dtype, shape.row_dtype, shape.num_kv_heads, shape.head_dim, rows, first)
 
-    options = [option for option in section.options() if option.suits(shape.head_dim)]
+    options = [option for option in section.options() if option.suits(shape.head_dim, shape.pool_dtype)]
     wide, narrow = max(options, key=size), min((o for o in options if o.mode == "full"), key=size)
     least, dense = min(options, key=size), shape.num_blocks * size(KVSend())
     for more, less in ((wide, narrow), (narrow, least)):

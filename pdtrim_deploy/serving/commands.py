@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pdtrim_deploy.serving.engines import engine_limits
-from pdtrim_deploy.serving.gpu_defaults import attention_arguments
+from pdtrim_deploy.serving.gpu_defaults import attention_arguments, pool_arguments
 from pdtrim_deploy.serving.memory import FRACTION, static_fraction
 from pdtrim_deploy.serving.ports import HOST
 from pdtrim_deploy.serving.spec import ClusterSpec, WorkerSpec
@@ -65,6 +65,7 @@ def worker_command(python: Path, worker: WorkerSpec, secret: Path | None = None)
         arguments[ARGUMENT] = json.dumps(override)
     if worker.bootstrap_port is not None:
         arguments["--disaggregation-bootstrap-port"] = worker.bootstrap_port
+    arguments |= pool_arguments(options.pool_dtype)
     flags = ["--enable-metrics"] if options.enable_metrics else []
     if options.device == "cpu":
         arguments |= {"--attention-backend": "torch_native", FRACTION: static_fraction(worker)}

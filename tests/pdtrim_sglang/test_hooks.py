@@ -262,7 +262,7 @@ def test_a_staging_buffer_without_room_for_a_page_is_refused(registry, monkeypat
     worker.disaggregation_mode = DisaggregationMode(stage)
     worker.kv_args = SimpleNamespace(aux_data_ptrs=(), aux_item_lens=())
     worker.server_args = SimpleNamespace(disaggregation_transfer_backend="pdtrim_tcp", context_length=None)
-    model = SimpleNamespace(config=transformers.LlamaConfig())
+    model = SimpleNamespace(config=transformers.LlamaConfig(num_key_value_heads=4))
     page = 64 * 2 * 2 * 128 * 4  # tokens, K and V, heads, values, bytes
     override = '{"pdtrim_transport": {"staging_bytes": %d}}'
     worker.server_args.json_model_override_args = override % page
@@ -303,6 +303,10 @@ def test_a_rank_knows_which_heads_of_the_model_its_pool_holds(monkeypatch, stage
     config = transformers.LlamaConfig(num_key_value_heads=4, num_attention_heads=8)
     worker.attach(pool, SimpleNamespace(config=config))
     ((_, plan, view, *_),) = sides
+    if planned:
+        config.num_key_value_heads = 8  # as SGLang does on a CPU for 8 ranks, with heads of zeros behind the four
+        with pytest.raises(RuntimeError, match="SGLang pads this model's 4 KV heads to 8 here"):
+            worker.attach(pool, SimpleNamespace(config=config))
     assert view.heads == held
     assert plan.model.num_kv_heads == 4
 
@@ -347,9 +351,11 @@ def test_a_stock_checkpoint_with_another_kv_dtype_is_refused():
     import torch
     from pdtrim_sglang.plan_source import dense_plan
 
-    pool = SimpleNamespace(k_buffer=[torch.zeros(2, 1, 8)], dtype=torch.float8_e5m2)
-    with pytest.raises(RuntimeError, match=r"cannot send a KV cache of torch.float8_e5m2: .*--kv-cache-dtype auto"):
+    pool = SimpleNamespace(k_buffer=[torch.zeros(2, 1, 8)], dtype=torch.float64)
+    with pytest.raises(RuntimeError, match=r"cannot send a KV cache of torch.float64: .*--kv-cache-dtype auto, fp8_e4"):
         dense_plan(1, pool, 1)
+    fp8 = dense_plan(1, SimpleNamespace(k_buffer=pool.k_buffer, dtype=torch.float8_e5m2), 1).model
+    assert (fp8.pool_dtype, fp8.row_dtype) == ("fp8_e5m2", "float8_e5m2")
 
 
 def test_what_prefill_computed_anew_stays_prompt_when_the_request_is_retracted_again():
