@@ -16,7 +16,8 @@ POOL = SimpleNamespace(state_types=[], page_size=1)
 PLAIN = {
     "pp_size": 1, "dcp_size": 1, "attn_cp_size": 1, "speculative_algorithm": None, "tokenizer_worker_num": 1,
     "enable_lora": None, "lora_paths": None, "json_model_override_args": "{}",
-    "disaggregation_enable_kv_checksum": False,
+    "disaggregation_enable_kv_checksum": False, "hicache_storage_backend": None,
+    "enable_unified_cache_external_linker": False,
 }  # fmt: skip
 DECODE = PLAIN | {
     "disaggregation_mode": "decode", "disaggregation_decode_enable_radix_cache": False,
@@ -167,6 +168,33 @@ def test_sglangs_own_digest_is_refused_where_both_pools_do_not_hold_the_same(sta
     sentence = "start without --disaggregation-enable-kv-checksum"
     with pytest.raises(RuntimeError, match=sentence) if refused else nullcontext():
         check_options(SimpleNamespace(**options), pool, plan, False)
+
+
+@pytest.mark.parametrize("stage", ["prefill", "decode"])
+@pytest.mark.parametrize("plan", [None, DENSE, SPARSE])
+@pytest.mark.parametrize("given", [{"hicache_storage_backend": "file"}, {"enable_unified_cache_external_linker": True}])
+def test_storage_whose_keys_are_the_same_for_both_stages_is_refused(given, plan, stage):
+    from pdtrim_sglang.requirements import check_options
+
+    options = SimpleNamespace(**DECODE | given | {"disaggregation_mode": stage})
+    sentence = "start without --hicache-storage-backend and --enable-unified-cache-external-linker"
+    with pytest.raises(RuntimeError, match=sentence) if plan else nullcontext():
+        check_options(options, POOL, plan, False)
+
+
+def test_sglangs_storage_finds_a_page_of_prefill_under_the_key_that_decode_asks_for(tmp_path, monkeypatch):
+    """The reason of the refusal above, which can go when this fails: the model's name is all that keys know of it."""
+    import torch
+    from sglang.srt.mem_cache.hicache_storage import HiCacheFile, HiCacheStorageConfig
+
+    monkeypatch.setenv("SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR", str(tmp_path))
+    known = {"tp_rank": 0, "tp_size": 1, "pp_rank": 0, "pp_size": 1, "attn_cp_rank": 0, "attn_cp_size": 1}
+    known |= {"is_mla_model": False, "is_page_first_layout": False, "enable_storage_metrics": False}
+    names = ("bundle", "bundle", "another")
+    prefill, decode, another = (HiCacheFile(HiCacheStorageConfig(model_name=name, **known)) for name in names)
+    prefill.set("hash of the tokens", torch.ones(8))
+    assert decode.exists("hash of the tokens")
+    assert not another.exists("hash of the tokens")
 
 
 @pytest.mark.parametrize(
