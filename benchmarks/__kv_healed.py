@@ -21,15 +21,15 @@ MORE = 128  # tokens behind each prompt
 
 
 def healed(
-    oracle: PDOracle, ids: Tensor, asked: argparse.Namespace, folder: Path, note: Callable[[str], None]
+    oracle: PDOracle, ids: Tensor, options: argparse.Namespace, folder: Path, note: Callable[[str], None]
 ) -> PDOracle:
     """`oracle` with a decode model that learnt on `ids`; its weights once made stay in `folder`."""
     sends = [send.model_dump() for send in oracle.plan.kv]
     file = folder / f"healed-{hashlib.sha256(json.dumps(sends).encode()).hexdigest()[:12]}.safetensors"
     pair = StagePair(oracle.prefill_model, oracle.plan)
     if not file.exists():
-        prompt_kv = PromptKV(asked.prompt, lambda prompts: oracle.hand_over(oracle.prefill(prompts)))
-        section = HealingSection(kv_steps=asked.steps, learning_rate=asked.learning_rate, seed=asked.seed)
+        prompt_kv = PromptKV(options.prompt, lambda prompts: oracle.hand_over(oracle.prefill(prompts)))
+        section = HealingSection(kv_steps=options.steps, learning_rate=options.learning_rate, seed=options.seed)
         changed = heal(pair, "decode", ids, section, note, prompt_kv).pair.changed.get("decode", {})
         save_blocks(changed, file.with_suffix(".part"))
         file.with_suffix(".part").rename(file)

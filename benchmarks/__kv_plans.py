@@ -24,10 +24,10 @@ ROUNDS = 0  # of measuring effects again about the answer: ten plans would take 
 
 @dataclass(frozen=True)
 class Row:
-    """One plan of the comparison; `asked` is the reduction it was made for, None where there is nothing to choose."""
+    """One plan of the comparison; `requested` is the reduction it was made for, None without a choice."""
 
     method: str
-    asked: float | None
+    requested: float | None
     sends: Sends
     seed: int | None = None
 

@@ -87,25 +87,25 @@ class Choice:
     chosen_at: str
 
     @property
-    def said(self) -> dict[str, Any]:
-        """As a row has it."""
+    def as_row(self) -> dict[str, Any]:
+        """The columns of a row of results."""
         return vars(self) | {"prefill": str(self.prefill), "decode": str(self.decode)}
 
     @classmethod
     def read(cls, row: dict[str, Any]) -> Choice:
-        """The inverse of `said`."""
-        row = {"chosen_at": row["commit"]} | row  # by older rows not said apart
-        told = {field.name: row[field.name] for field in fields(cls)}
-        return cls(**told | {stage: Solution.read(row[stage]) for stage in STAGES})
+        """The inverse of `as_row`."""
+        row = {"chosen_at": row["commit"]} | row  # older rows have one commit for both
+        values = {field.name: row[field.name] for field in fields(cls)}
+        return cls(**values | {stage: Solution.read(row[stage]) for stage in STAGES})
 
 
 def choose(setup: Setup, name: str, removed: int, seed: int, known: Choice | None = None) -> Choice:
     """What a method loses, prefill a third as many; `known` is how one that chooses alike has answered before."""
     method = METHODS[name]
-    found = known or _searched(setup, method, removed, seed)
+    choice = known or _searched(setup, method, removed, seed)
     if method.published:  # such a search is counted, not run
-        return replace(found, seconds=None, block_forwards=_published(setup, removed))
-    return found
+        return replace(choice, seconds=None, block_forwards=_published(setup, removed))
+    return choice
 
 
 def _searched(setup: Setup, method: Method, removed: int, seed: int) -> Choice:

@@ -54,7 +54,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         parts.append(_text((left + right) / 2, HEIGHT - 14, "blocks removed in decode, of 30", "middle"))
         for number, (method, points) in enumerate(ordered):
             width = 3 if method == "ours" else 1.5
-            ratios = {n: fmean(row[f"{corpus}_ppl"] for row in found) / base for n, found in points.items()}
+            ratios = {n: fmean(row[f"{corpus}_ppl"] for row in rows) / base for n, rows in points.items()}
             at = {0: 1.0, **ratios}
             for first, last in pairwise(sizes):  # no line across a size that was not run
                 if first in at and last in at:

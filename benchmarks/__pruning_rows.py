@@ -21,19 +21,19 @@ STEPS = 100  # rows of this many stand where they stood before other numbers wer
 _JUDGED = ("fit_seconds", "brown_ppl", "austen_ppl", "choice", "choice_loss", "unified_ppl")
 
 
-def folder(asked: argparse.Namespace, names: tuple[str, ...]) -> Path:
+def folder(options: argparse.Namespace, names: tuple[str, ...]) -> Path:
     """Where all that depends on these options alone is kept."""
-    sizes = {name: getattr(asked, name) for name in names if name != "steps" or asked.steps != STEPS}
+    sizes = {name: getattr(options, name) for name in names if name != "steps" or options.steps != STEPS}
     key = hashlib.sha256(json.dumps(sizes, sort_keys=True).encode()).hexdigest()[:12]
     place = HERE.parent / "out" / "bench-pruning" / key
     place.mkdir(parents=True, exist_ok=True)
     return place
 
 
-def committed(path: Path, asked: argparse.Namespace) -> list[dict[str, Any]]:
+def committed(path: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of results/pruning.json, if they are of the same sizes."""
     known = json.loads(path.read_text()) if path.exists() else {"options": {}}
-    same = all(known["options"].get(name) == getattr(asked, name) for name in SHAPES)
+    same = all(known["options"].get(name) == getattr(options, name) for name in SHAPES)
     return known["rows"] if same else []
 
 

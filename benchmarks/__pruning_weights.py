@@ -22,12 +22,12 @@ from pdtrim_deploy.pruning.students.states import HiddenFiles
 from pdtrim_deploy.recipe.healing import HealingSection, StudentsSection
 
 
-def stages(setup: Setup, method: Method, found: Choice, place: Path) -> tuple[StagePair, float]:
+def stages(setup: Setup, method: Method, choice: Choice, place: Path) -> tuple[StagePair, float]:
     """Both stages with all that the method does for what is left, and the seconds of it.
 
     Weights once made stay in `place`, by plan, with the seconds they took: no row looks cheaper for coming second.
     """
-    blocks, prefill, decode = setup.shape.num_blocks, found.prefill, found.decode
+    blocks, prefill, decode = setup.shape.num_blocks, choice.prefill, choice.decode
     kv = (KVSend(),) * len(decode.route(blocks))
     pair = StagePair(
         setup.model, PDPlan(model=setup.shape, prefill=prefill.actions(blocks), decode=decode.actions(blocks), kv=kv)
@@ -37,7 +37,7 @@ def stages(setup: Setup, method: Method, found: Choice, place: Path) -> tuple[St
     place.mkdir(parents=True, exist_ok=True)
     healed, seconds = "", 0.0  # decode's weights depend on prefill's
     for stage in STAGES:
-        for both in getattr(found, stage).pairs:
+        for both in getattr(choice, stage).pairs:
             pair = pair.with_changes(stage, {both[0]: setup.students.tensors(both)})
         if len(pair.plan.layers(stage)) == blocks:
             continue
@@ -50,15 +50,15 @@ def stages(setup: Setup, method: Method, found: Choice, place: Path) -> tuple[St
             pair, took = _kept(file, pair, stage, lambda p, s=stage, mend=mend: mend(p, s, setup.text, setup.note))
             seconds += took
         if method.healed:
-            asked = HealingSection(prefill_steps=setup.training_steps, decode_steps=setup.training_steps)
+            section = HealingSection(prefill_steps=setup.training_steps, decode_steps=setup.training_steps)
             file, healed = place / f"{stage}-healed", "-healed"
-            pair, took = _kept(file, pair, stage, lambda p, s=stage, asked=asked: _healed(setup, p, s, asked))
+            pair, took = _kept(file, pair, stage, lambda p, s=stage, section=section: _healed(setup, p, s, section))
             seconds += took
     return pair, seconds
 
 
-def _healed(setup: Setup, pair: StagePair, stage: Stage, asked: HealingSection) -> StagePair:
-    return heal(pair, stage, setup.text, asked, setup.note).pair
+def _healed(setup: Setup, pair: StagePair, stage: Stage, section: HealingSection) -> StagePair:
+    return heal(pair, stage, setup.text, section, setup.note).pair
 
 
 def _kept(
@@ -77,8 +77,8 @@ def _kept(
 def unified(pair: StagePair) -> StagePair:
     """One model for both stages: decode's."""
     plan = pair.plan
-    one = PDPlan(model=plan.model, prefill=plan.decode, decode=plan.decode, kv=plan.kv)
-    return replace(pair, plan=one, changed=dict.fromkeys(STAGES, pair.changed.get("decode", {})))
+    unified_plan = PDPlan(model=plan.model, prefill=plan.decode, decode=plan.decode, kv=plan.kv)
+    return replace(pair, plan=unified_plan, changed=dict.fromkeys(STAGES, pair.changed.get("decode", {})))
 
 
 def _with_layers(setup: Setup, pair: StagePair, stage: Stage) -> StagePair:
@@ -88,13 +88,13 @@ def _with_layers(setup: Setup, pair: StagePair, stage: Stage) -> StagePair:
     teacher. So many more steps does the layer get.
     """
     left, blocks = len(pair.plan.layers(stage)), setup.shape.num_blocks
-    asked = StudentsSection(steps=setup.training_steps * (3 * left + blocks) // 3)
+    section = StudentsSection(steps=setup.training_steps * (3 * left + blocks) // 3)
     with tempfile.TemporaryDirectory() as work:
         states = HiddenFiles.record(setup.model, setup.text, Path(work), note=setup.note)
         taught = dict[int, dict[str, Any]]()
         for block, (stop, after) in zip(pair.plan.layers(stage), pair.spans(stage), strict=True):
             if after > stop:
-                lesson = teach(setup.model, block, states[block], states[after], asked)
+                lesson = teach(setup.model, block, states[block], states[after], section)
                 setup.note(f"{stage} block {block} for {stop} to {after - 1}: {lesson.error_fit} -> {lesson.error}")
                 taught[block] = dict(lesson.layer.state_dict())
         return pair.with_changes(stage, taught)

@@ -75,17 +75,17 @@ def writer_of(name: str, role: str, world: World) -> Any:
 def receive(world: World) -> None:
     """Say where everything is, take plain sockets' bytes, and tell the sum of the rows when asked."""
     servers = {name: transport_named(name).server(HOST, world, world.config) for name in TRANSPORTS if usable(name)}
-    said: dict[str, Any] = {"ports": {name: server.port for name, server in servers.items()}}
+    places: dict[str, Any] = {"ports": {name: server.port for name, server in servers.items()}}
     listener, control = socket.create_server((HOST, 0)), socket.create_server((HOST, 0))
-    said |= {"socket": listener.getsockname()[1], "control": control.getsockname()[1], "addresses": world.addresses()}
+    places |= {"socket": listener.getsockname()[1], "control": control.getsockname()[1], "addresses": world.addresses()}
     kept = []
     for name in LIBRARIES:
         if name in servers:
             writer = writer_of(name, "receive", world)
             writer.register(world.pool.view(torch.uint8).view(-1))
-            said[name] = writer.place(world.pool.view(torch.uint8).view(-1)).decode()
+            places[name] = writer.place(world.pool.view(torch.uint8).view(-1)).decode()
             kept.append(writer)
-    print(json.dumps(said), flush=True)
+    print(json.dumps(places), flush=True)
     data, _ = listener.accept()
     orders, _ = control.accept()
     lines = orders.makefile("r")
@@ -127,9 +127,9 @@ class Replies(queue.Queue):  # type: ignore[type-arg]
 def send(world: World, arguments: list[str]) -> list[dict[str, Any]]:
     child = subprocess.Popen([sys.executable, __file__, "receive", *arguments], stdout=subprocess.PIPE, text=True)
     assert child.stdout
-    said = next(json.loads(line) for line in child.stdout if line.startswith("{"))
-    data = socket.create_connection((HOST, said["socket"]))
-    orders = socket.create_connection((HOST, said["control"]))
+    places = next(json.loads(line) for line in child.stdout if line.startswith("{"))
+    data = socket.create_connection((HOST, places["socket"]))
+    orders = socket.create_connection((HOST, places["control"]))
     answers = orders.makefile("r")
 
     def order(what: str) -> str:
@@ -151,7 +151,7 @@ def send(world: World, arguments: list[str]) -> list[dict[str, Any]]:
 
     def over(name: str) -> Callable[[], None]:
         replies = Replies()
-        channel = transport_named(name).channel(HOST, said["ports"][name], replies, world.config)
+        channel = transport_named(name).channel(HOST, places["ports"][name], replies, world.config)
 
         def move() -> None:
             world.gather(channel.slots[0])
@@ -171,10 +171,10 @@ def send(world: World, arguments: list[str]) -> list[dict[str, Any]]:
         "socket packed": over_socket("packed", lambda: [world.gather(staging)]),
         "socket scattered": over_socket("scattered", world.pieces),
     }
-    ways |= {f"{name} packed": over(name) for name in said["ports"]}
-    ways |= {f"{name} scattered": _scattered(name, world, said) for name in LIBRARIES if name in said["ports"]}
+    ways |= {f"{name} packed": over(name) for name in places["ports"]}
+    ways |= {f"{name} scattered": _scattered(name, world, places) for name in LIBRARIES if name in places["ports"]}
     seconds: dict[str, list[float]] = {way: [] for way in ways}
-    wanted = str(int(world.pool[world.places].sum()))
+    expected_sum = str(int(world.pool[world.places].sum()))
     for round_ in range(world.rounds + 1):  # the first one connects
         for way, move in ways.items():
             order("clear")
@@ -183,21 +183,21 @@ def send(world: World, arguments: list[str]) -> list[dict[str, Any]]:
             took = time.perf_counter() - begun
             if round_:
                 seconds[way].append(took)
-            assert way == "memcpy" or order("sum") == wanted, f"{way} did not move the rows"
+            assert way == "memcpy" or order("sum") == expected_sum, f"{way} did not move the rows"
     child.kill()
-    rates = {way: [world.total / one / 1e9 for one in found] for way, found in seconds.items()}
+    rates = {way: [world.total / elapsed / 1e9 for elapsed in times] for way, times in seconds.items()}
     return [
         {"way": way, "bytes": world.total, "median_gb_s": median(r), "least_gb_s": min(r), "most_gb_s": max(r)}
         for way, r in rates.items()
     ]
 
 
-def _scattered(name: str, world: World, said: dict[str, Any]) -> Callable[[], None]:
+def _scattered(name: str, world: World, places: dict[str, Any]) -> Callable[[], None]:
     """Each row its own piece of one transfer of the library."""
     writer = writer_of(name, "send", world)
     writer.register(world.pool.view(torch.uint8).view(-1))
-    target = writer.reach(said[name].encode())
-    mine, theirs, sizes = world.addresses(), said["addresses"], [world.row_bytes] * world.rows
+    target = writer.reach(places[name].encode())
+    mine, theirs, sizes = world.addresses(), places["addresses"], [world.row_bytes] * world.rows
 
     def nixl() -> None:
         agent = writer._agent
@@ -221,9 +221,9 @@ def _scattered(name: str, world: World, said: dict[str, Any]) -> Callable[[], No
 
 if __name__ == "__main__":
     end, *given = sys.argv[1:]
-    made = World(end, *map(int, given))
+    world = World(end, *map(int, given))
     if end == "receive":
-        receive(made)
+        receive(world)
     else:
-        print(json.dumps(send(made, given)), flush=True)
+        print(json.dumps(send(world, given)), flush=True)
         os._exit(0)  # threads of Mooncake's engines may crash the interpreter's end

@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, help="by default all")
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--seed", type=int, default=0)
-    asked = parser.parse_args()
+    options = parser.parse_args()
     started = time.monotonic()
 
     def note(line: str) -> None:
@@ -46,22 +46,22 @@ def main() -> None:
     oracles = [dense.with_kv(tuple(map(KVSend.model_validate, row["sends"]))) for row in plans]
     questions = load(cache, note)
     setting = Setting(
-        load_tokenizer(checkpoint.path), dense, (), cache, asked.seed, asked.questions or len(questions[1]), note
+        load_tokenizer(checkpoint.path), dense, (), cache, options.seed, options.questions or len(questions[1]), note
     )
-    found = choice.prepare(setting, asked.prompt, questions).measure(oracles, note)
-    beside = found[PLANS.index(BESIDE)]
-    rows = [_row(row, one, found[0], beside) for row, one in zip(plans, found, strict=True)]
+    results = choice.prepare(setting, options.prompt, questions).measure(oracles, note)
+    beside = results[PLANS.index(BESIDE)]
+    rows = [_row(row, result, results[0], beside) for row, result in zip(plans, results, strict=True)]
     for row in rows:
         print(row)
-    write("choice", asked, rows)
+    write("choice", options, rows)
 
 
-def _row(plan: dict[str, Any], found: Measured, dense: Measured, beside: Measured) -> dict[str, Any]:
+def _row(plan: dict[str, Any], result: Measured, dense: Measured, beside: Measured) -> dict[str, Any]:
     row: dict[str, Any] = {key: plan[key] for key in ("method", "asked", "reduction", "ppl_ratio", "needle")}
-    row |= {"questions": len(found.groups)} | {measure: found.mean(measure) for measure in MEASURES}
+    row |= {"questions": len(result.groups)} | {measure: result.mean(measure) for measure in MEASURES}
     for name, other in (("dense", dense), ("StreamingLLM at 4.95x", beside)):
         for measure in MEASURES:
-            difference = found.against(other, measure)
+            difference = result.against(other, measure)
             row[f"{measure} against {name}"] = {"mean": difference.mean, "stderr": difference.stderr}
     return row
 

@@ -70,58 +70,58 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=768, help="tokens, of part transfer")
     parser.add_argument("--link", default="100Mbps")
     parser.add_argument("--seed", type=int, default=0)
-    asked = parser.parse_args()
-    bundles = {"dense": made(None), "pruned": made(asked)}
+    options = parser.parse_args()
+    bundles = {"dense": bundle_of(None), "pruned": bundle_of(options)}
     for name, bundle in bundles.items():
         print(f"{name}: {len(bundle.plan.prefill_layers)} + {len(bundle.plan.decode_layers)} blocks")
-    rows = [row for part in asked.parts for row in {"decode": decode, "transfer": transfer}[part](bundles, asked)]
+    rows = [row for part in options.parts for row in {"decode": decode, "transfer": transfer}[part](bundles, options)]
     for row in rows:
         print(
             "{figure}: predicted {predicted:.3f}, measured {ratio:.3f} ({low:.3f} - {high:.3f})".format(**row), end=""
         )
         print(", {of_saving:.2f} of the saving, {of_factor:.2f} of the factor".format(**row))
-    if asked.rounds >= LEAST_ROUNDS:
-        print(write("compare", asked, rows))
+    if options.rounds >= LEAST_ROUNDS:
+        print(write("compare", options, rows))
 
 
-def made(asked: argparse.Namespace | None) -> Bundle:
+def bundle_of(options: argparse.Namespace | None) -> Bundle:
     """The dense bundle, or the pruned one: only first 4 and last 128 prompt tokens travel, in the pool's dtype."""
     recipe = Recipe.load(ROOT / "recipes" / "smollm2-dense.yaml")
-    if asked is None:
+    if options is None:
         return build(recipe, OUT / "dense", Cache.default(), print)
-    blocks = {"prefill_blocks": asked.prefill_blocks, "decode_blocks": asked.decode_blocks}
+    blocks = {"prefill_blocks": options.prefill_blocks, "decode_blocks": options.decode_blocks}
     recipe = recipe.changed("benchmarks/compare.py", "pruning", method="cosine", **blocks)
     recipe = recipe.changed("benchmarks/compare.py", "kv", method="all", n_first=4, n_last=128)
     return build(recipe, OUT / "-".join(["pruned", *map(str, blocks.values())]), Cache.default(), print)
 
 
-def decode(bundles: dict[str, Bundle], asked: argparse.Namespace) -> list[dict[str, Any]]:
+def decode(bundles: dict[str, Bundle], options: argparse.Namespace) -> list[dict[str, Any]]:
     """ITL and output tokens a second."""
     prompt = 8
-    load = Scenario.closed(asked.batch, asked.batch, (prompt,) * 2, (asked.answer,) * 2, seed=asked.seed)
-    found, busy = measured(bundles, load, asked, None)
+    load = Scenario.closed(options.batch, options.batch, (prompt,) * 2, (options.answer,) * 2, seed=options.seed)
+    rounds, busy = measured(bundles, load, options, None)
     dense, pruned = (Weights.of(bundles[name]) for name in PAIRS)
     step = (pruned.decode + pruned.head) / (dense.decode + dense.head)
-    whole = pruned.request(prompt, asked.answer) / dense.request(prompt, asked.answer)
+    whole = pruned.request(prompt, options.answer) / dense.request(prompt, options.answer)
     more = {"load_average": busy, "blocks_alone": round(pruned.decode / dense.decode, 4)}
-    return [row("decode", "ITL p50", step, found) | more, row("decode", "output tokens/s", 1 / whole, found) | more]
+    return [row("decode", "ITL p50", step, rounds) | more, row("decode", "output tokens/s", 1 / whole, rounds) | more]
 
 
-def transfer(bundles: dict[str, Bundle], asked: argparse.Namespace) -> list[dict[str, Any]]:
+def transfer(bundles: dict[str, Bundle], options: argparse.Namespace) -> list[dict[str, Any]]:
     """Transfer time, from the first chunk's queueing to the last one's acknowledgement."""
-    load = Scenario.closed(2, 1, (asked.prompt,) * 2, (4, 4), seed=asked.seed)
-    found, busy = measured(bundles, load, asked, Link.parse(asked.link))
-    sent = {name: found.total[name].workers for name in PAIRS}
-    sizes = {name: one.payload_bytes / one.requests for name, one in sent.items() if one is not None}
-    planned = {name: bundle.plan.payload_bytes(asked.prompt) for name, bundle in bundles.items()}
+    load = Scenario.closed(2, 1, (options.prompt,) * 2, (4, 4), seed=options.seed)
+    rounds, busy = measured(bundles, load, options, Link.parse(options.link))
+    sent = {name: rounds.total[name].workers for name in PAIRS}
+    sizes = {name: workers.payload_bytes / workers.requests for name, workers in sent.items() if workers is not None}
+    planned = {name: bundle.plan.payload_bytes(options.prompt) for name, bundle in bundles.items()}
     if sizes != planned:
         raise SystemExit(f"{sizes} bytes a request were sent, the plans say {planned}")
-    more = {"load_average": busy, "link": asked.link, "bytes": planned}
-    return [row("transfer", "KV transfer time", planned["pruned"] / planned["dense"], found) | more]
+    more = {"load_average": busy, "link": options.link, "bytes": planned}
+    return [row("transfer", "KV transfer time", planned["pruned"] / planned["dense"], rounds) | more]
 
 
 def measured(
-    bundles: dict[str, Bundle], load: Scenario, asked: argparse.Namespace, link: Link | None
+    bundles: dict[str, Bundle], load: Scenario, options: argparse.Namespace, link: Link | None
 ) -> tuple[Rounds, float]:
     """All rounds on both pairs, and what else the machine did before them."""
     with ExitStack() as stack:
@@ -134,22 +134,22 @@ def measured(
             sides[name] = Side(cluster.url, Workers.of(cluster))
         time.sleep(5)
         busy = round(os.getloadavg()[0], 1)
-        found = interleave(sides, repeats(load, asked.rounds), driver("builtin"), "builtin", print)
-    if failed := {name: one.failure_details for name, one in found.total.items() if one.failed}:
+        rounds = interleave(sides, repeats(load, options.rounds), driver("builtin"), "builtin", print)
+    if failed := {name: result.failure_details for name, result in rounds.total.items() if result.failed}:
         raise SystemExit(f"requests failed: {failed}")
-    return found, busy
+    return rounds, busy
 
 
-def row(part: str, figure: str, predicted: float, found: Rounds) -> dict[str, Any]:
+def row(part: str, figure: str, predicted: float, rounds: Rounds) -> dict[str, Any]:
     """Pruned over dense; `of_saving` is of what lies between 1 and the prediction, `of_factor` of the factor itself."""
     read = FIGURES[figure]
-    each = [(read(b) or 0) / (read(a) or 1) for a, b in zip(*(found.by_round[name] for name in PAIRS), strict=True)]
+    each = [(read(b) or 0) / (read(a) or 1) for a, b in zip(*(rounds.by_round[name] for name in PAIRS), strict=True)]
     ratio = Ratio.of(figure, each if len(each) > 1 else each * 2)  # one round: a trial, without an interval
     of_factor = predicted / ratio.ratio if predicted < 1 else ratio.ratio / predicted
     of_saving = (1 - ratio.ratio) / (1 - predicted)
     fraction = of_saving if part == "decode" else of_factor
-    made = {"part": part, "predicted": predicted, "of_saving": of_saving, "of_factor": of_factor}
-    return made | ratio.model_dump() | {"goal": GOALS[part], "reached": fraction >= GOALS[part]}
+    fields = {"part": part, "predicted": predicted, "of_saving": of_saving, "of_factor": of_factor}
+    return fields | ratio.model_dump() | {"goal": GOALS[part], "reached": fraction >= GOALS[part]}
 
 
 def _matrices(folder: Path) -> tuple[int, int]:

@@ -41,19 +41,19 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=320)
     parser.add_argument("--output", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0)
-    asked = parser.parse_args()
-    bundle = Bundle.open(Path(asked.bundle)) if asked.bundle else _built()
-    rows = _callback(bundle, asked)
+    options = parser.parse_args()
+    bundle = Bundle.open(Path(options.bundle)) if options.bundle else _built()
+    rows = _callback(bundle, options)
     for row in rows:
         print("{stage} {tokens:4d} tokens: {node_us:6.0f} us a node, {outside_us:5.0f} outside attention".format(**row))
     with ExitStack() as stack:
         clusters = {}
         for name, executors in PAIRS.items():
             clusters[name] = stack.enter_context(cluster_of(bundle, executors=executors, say=print))
-        for concurrency in asked.concurrency:
-            rows.append(_load(clusters, concurrency, asked))
+        for concurrency in options.concurrency:
+            rows.append(_load(clusters, concurrency, options))
             print("concurrency {concurrency}: TTFT {ttft_ratio}, ITL {itl_ratio}".format(**rows[-1]))
-    write("engines", asked, rows)
+    write("engines", options, rows)
 
 
 def _built() -> Bundle:
@@ -62,11 +62,11 @@ def _built() -> Bundle:
     )
 
 
-def _callback(bundle: Bundle, asked: argparse.Namespace) -> list[dict[str, Any]]:
+def _callback(bundle: Bundle, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Decode of 1 and 4 requests, prefill of a prompt; attention that only copies its queries."""
     torch.set_num_threads(1)
     rows = []
-    for stage, tokens, runs in (("decode", 1, 100), ("decode", 4, 100), ("prefill", asked.prompt, 8)):
+    for stage, tokens, runs in (("decode", 1, 100), ("decode", 4, 100), ("prefill", options.prompt, 8)):
         spent: list[float] = []
 
         def attend(layer: int, q: torch.Tensor, *_: torch.Tensor, spent: list[float] = spent) -> torch.Tensor:
@@ -97,29 +97,29 @@ def _callback(bundle: Bundle, asked: argparse.Namespace) -> list[dict[str, Any]]
     return rows
 
 
-def _load(clusters: dict[str, Cluster], concurrency: int, asked: argparse.Namespace) -> dict[str, Any]:
+def _load(clusters: dict[str, Cluster], concurrency: int, options: argparse.Namespace) -> dict[str, Any]:
     """Ratios of medians, one a round, and each pair's medians over all rounds."""
-    drive, found = driver("builtin"), {name: [] for name in clusters}
-    lengths = {"input": (asked.prompt,) * 2, "output": (asked.output,) * 2}
-    for number in range(-1, asked.rounds):  # the first warms up
-        seed = asked.seed + 1000 * concurrency + number
-        spec = Scenario.closed(max(asked.requests, concurrency), concurrency, warmup=0, seed=seed, **lengths)
+    drive, by_pair = driver("builtin"), {name: [] for name in clusters}
+    lengths = {"input": (options.prompt,) * 2, "output": (options.output,) * 2}
+    for number in range(-1, options.rounds):  # the first warms up
+        seed = options.seed + 1000 * concurrency + number
+        spec = Scenario.closed(max(options.requests, concurrency), concurrency, warmup=0, seed=seed, **lengths)
         for name in sorted(clusters, reverse=number % 2 == 0):
             result = LoadResult.of("builtin", [drive(clusters[name].url, spec)])
             if result.failed:
                 raise SystemExit(f"{name}: {result.failed} requests failed: {result.failure_details}")
             if number >= 0:
-                found[name].append(result)
+                by_pair[name].append(result)
 
     def ratio(metric: str) -> dict[str, float]:
-        medians = [[getattr(result, metric).p50 for result in found[name]] for name in ("onnxruntime", "torch")]
+        medians = [[getattr(result, metric).p50 for result in by_pair[name]] for name in ("onnxruntime", "torch")]
         ratios = sorted(ours / theirs for ours, theirs in zip(*medians, strict=True))
         spread = {"median": statistics.median(ratios), "least": ratios[0], "most": ratios[-1]}
         return {key: round(value, 3) for key, value in spread.items()}
 
     row: dict[str, Any] = {"concurrency": concurrency, "ttft_ratio": ratio("ttft_ms"), "itl_ratio": ratio("itl_ms")}
     row["load_average"] = round(os.getloadavg()[0], 1)  # what else the machine did
-    for name, results in found.items():
+    for name, results in by_pair.items():
         for metric in ("ttft_ms", "itl_ms"):
             row[f"{name}_{metric}"] = round(statistics.median(getattr(result, metric).p50 for result in results), 1)
     return row

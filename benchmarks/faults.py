@@ -20,18 +20,18 @@ def main() -> None:
     parser.add_argument("--soak-requests", type=int, default=2000)
     parser.add_argument("--serve-python", type=Path, help="a Python with SGLang and the libraries of all transports")
     parser.add_argument("--tables", type=Path, nargs="*", help="tables of earlier runs of the tests, instead of a run")
-    asked = parser.parse_args()
-    failed, tables = 0, asked.tables or []
+    options = parser.parse_args()
+    failed, tables = 0, options.tables or []
     with tempfile.TemporaryDirectory() as folder:
         if not tables:
             tables = [Path(folder) / "faults.json"]
             command = [sys.executable, "-m", "pytest", HERE.parent / "tests" / "faults", "--faults-out", tables[0]]
-            command += ["--soak-requests", str(asked.soak_requests)]
-            command += ["--serve-python", asked.serve_python] if asked.serve_python else []
+            command += ["--soak-requests", str(options.soak_requests)]
+            command += ["--serve-python", options.serve_python] if options.serve_python else []
             failed = subprocess.run(command, check=False).returncode
         rows = [row for table in tables for row in json.loads(table.read_text())]
-    asked.tables = asked.serve_python = None  # places of this machine
-    print(write("faults", asked, rows))
+    options.tables = options.serve_python = None  # places of this machine
+    print(write("faults", options, rows))
     raise SystemExit(failed)
 
 

@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument(
         "--ours", action="store_true", help="judge dense and ours again; other rules' rows stay, with their commit"
     )
-    asked = parser.parse_args()
+    options = parser.parse_args()
     started = time.monotonic()
 
     def note(line: str) -> None:
@@ -68,7 +68,7 @@ def main() -> None:
     tokenizer = load_tokenizer(checkpoint.path)
     model, plan = load_model(checkpoint.path), PDPlan.dense(checkpoint.shape("bfloat16"))
     dense, corpus = PDOracle(model, model, plan), registry.load("brown", Cache.default())
-    key = [commit(), vars(asked)]  # an interrupted run with the same options goes on where it was
+    key = [commit(), vars(options)]  # an interrupted run with the same options goes on where it was
     folder = (
         HERE.parent / "out" / "bench-kv" / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
     )
@@ -76,71 +76,73 @@ def main() -> None:
 
     def text(count: int, tokens: int, seed: int) -> Tensor:
         ids = sequences(corpus.split("calibration"), tokenizer, count, tokens, seed)
-        return with_recall(ids, asked.prompt, asked.recall, asked.seed)
+        return with_recall(ids, options.prompt, options.recall, options.seed)
 
     def chosen() -> list[dict[str, Any]]:
-        ids = text(asked.calibration, asked.prompt + CONTINUATION, asked.seed)
-        problem = Problem(dense, ids, asked.prompt, asked.seed)
-        return [_plain(row) for row in rows(problem, asked.reductions, asked.random_seeds, note, asked.ours)]
+        ids = text(options.calibration, options.prompt + CONTINUATION, options.seed)
+        problem = Problem(dense, ids, options.prompt, options.seed)
+        return [_plain(row) for row in rows(problem, options.reductions, options.random_seeds, note, options.ours)]
 
     def known() -> list[dict[str, Any]]:
         return json.loads((HERE / "results" / "kv.json").read_text())["rows"]
 
-    if asked.healed:
+    if options.healed:
         plans = [_row(row) for row in known() if (row["method"], row["asked"]) in (("dense", None), *HEALED)]
-        ids = text(asked.text, asked.prompt + MORE, asked.seed + 1)
-        oracles = [dense, *(healed(dense.with_kv(row.sends), ids, asked, folder, note) for row in plans[1:])]
+        ids = text(options.text, options.prompt + MORE, options.seed + 1)
+        oracles = [dense, *(healed(dense.with_kv(row.sends), ids, options, folder, note) for row in plans[1:])]
         plans[1:] = [replace(row, method=f"{row.method}, healed") for row in plans[1:]]
     else:
         plans = [_row(row) for row in log.value("plans", chosen)]
         oracles = [dense.with_kv(row.sends) for row in plans]
 
     def setting(size: int) -> Setting:
-        return Setting(tokenizer, dense, corpus.split("final"), Cache.default(), asked.seed, size, note)
+        return Setting(tokenizer, dense, corpus.split("final"), Cache.default(), options.seed, size, note)
 
-    lengths = tuple(dict.fromkeys((128, asked.prompt, 2048)))
+    lengths = tuple(dict.fromkeys((128, options.prompt, 2048)))
     tasks = (
-        perplexity.prepare(setting(asked.sequences), lengths),
-        choice.prepare(setting(asked.questions), asked.prompt),
-        needle.prepare(setting(asked.needles), asked.prompt),
-        agreement.prepare(setting(asked.sequences), asked.prompt),
+        perplexity.prepare(setting(options.sequences), lengths),
+        choice.prepare(setting(options.questions), options.prompt),
+        needle.prepare(setting(options.needles), options.prompt),
+        agreement.prepare(setting(options.sequences), options.prompt),
     )
-    found = {
+    measured = {
         task.name: [
-            Measured(task.name, tuple(one["groups"]), one["values"])
-            for one in log.value(task.name, lambda task=task: [asdict(one) for one in task.measure(oracles, note)])
+            Measured(task.name, tuple(item["groups"]), item["values"])
+            for item in log.value(task.name, lambda task=task: [asdict(item) for item in task.measure(oracles, note)])
         ]
         for task in tasks
     }
-    made = [
-        _figures(row, oracle.plan, asked.prompt, {name: (results[at], results[0]) for name, results in found.items()})
+    figures = [
+        _figures(
+            row, oracle.plan, options.prompt, {name: (results[at], results[0]) for name, results in measured.items()}
+        )
         for at, (row, oracle) in enumerate(zip(plans, oracles, strict=True))
     ]
-    for row in made:
+    for row in figures:
         note(
             "{method:24s} {reduction:5.2f}x  ppl {ppl_ratio:.4f}  choice {choice:.3f}  needle {needle:.2f}".format(
                 **row
             )
         )
-    if asked.ours or asked.healed:
-        again, old = {row["method"] for row in made}, known()
-        made = (
-            [row for row in made if row["asked"] is None]
+    if options.ours or options.healed:
+        again, old = {row["method"] for row in figures}, known()
+        figures = (
+            [row for row in figures if row["asked"] is None]
             + [row for row in old if row["method"] not in again]
-            + [row for row in made if row["asked"] is not None]
+            + [row for row in figures if row["asked"] is not None]
         )
-    draw(made, write("kv", asked, made).with_suffix(".svg"))
+    draw(figures, write("kv", options, figures).with_suffix(".svg"))
 
 
-def _figures(row: Row, plan: PDPlan, prompt: int, found: dict[str, tuple[Measured, Measured]]) -> dict[str, Any]:
-    """One row of the results; `found` has each task's result and dense's."""
-    (text, dense_text), (answers, dense_answers) = found["perplexity"], found["choice"]
-    needles, greedy = found["needle"][0], found["agreement"][0]
+def _figures(row: Row, plan: PDPlan, prompt: int, results: dict[str, tuple[Measured, Measured]]) -> dict[str, Any]:
+    """One row of the results; `results` have each task's result and dense's."""
+    (text, dense_text), (answers, dense_answers) = results["perplexity"], results["choice"]
+    needles, greedy = results["needle"][0], results["agreement"][0]
     ratios = {group: text.against(dense_text, "nll", group) for group in dict.fromkeys(text.groups)}
     at = ratios[str(prompt)]
     return {
         "method": row.method,
-        "asked": row.asked,
+        "asked": row.requested,
         "seed": row.seed,
         "bytes": plan.payload_bytes(prompt),
         "reduction": plan.reduction(prompt),
@@ -167,7 +169,7 @@ def _row(row: dict[str, Any]) -> Row:
 
 def _plain(row: Row) -> dict[str, Any]:
     sends = [send.model_dump() for send in row.sends]
-    return {"method": row.method, "asked": row.asked, "seed": row.seed, "sends": sends}
+    return {"method": row.method, "asked": row.requested, "seed": row.seed, "sends": sends}
 
 
 if __name__ == "__main__":

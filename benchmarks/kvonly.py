@@ -41,27 +41,27 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--continuation", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
-    asked = parser.parse_args()
+    options = parser.parse_args()
     started = time.monotonic()
     checkpoint, cache = resolve(DEFAULT_SOURCE, Cache.default()), Cache.default()
     tokenizer, model = load_tokenizer(checkpoint.path), load_model(checkpoint.path)
     corpora = {name: registry.load(name, cache) for name in CORPORA}
-    ids = sequences(corpora["brown"].split("calibration"), tokenizer, asked.calibration, asked.length, asked.seed)
-    tokens = asked.prompt + asked.continuation
-    text = {n: sequences(c.split("final"), tokenizer, asked.sequences, tokens, asked.seed) for n, c in corpora.items()}
+    ids = sequences(corpora["brown"].split("calibration"), tokenizer, options.calibration, options.length, options.seed)
+    count, tokens = options.sequences, options.prompt + options.continuation
+    text = {n: sequences(c.split("final"), tokenizer, count, tokens, options.seed) for n, c in corpora.items()}
     dense = StagePair(model, PDPlan.dense(checkpoint.shape("float32")))
     rows: list[dict[str, Any]] = []
 
     def judge(blocks: int, what: str, pair: StagePair) -> None:
         oracle = PDOracle(pair.stage("prefill"), pair.stage("decode"), pair.plan)
-        found = {f"{name}_ppl": pd_perplexity(oracle, text[name], asked.prompt).ppl for name in CORPORA}
+        ppls = {f"{name}_ppl": pd_perplexity(oracle, text[name], options.prompt).ppl for name in CORPORA}
         alone = [b for b, action in enumerate(pair.plan.prefill) if action.kind != "keep"]
-        rows.append({"blocks": blocks, "what": what, "which": alone, "decode": len(pair.plan.decode_layers)} | found)
+        rows.append({"blocks": blocks, "what": what, "which": alone, "decode": len(pair.plan.decode_layers)} | ppls)
         print(f"{time.monotonic() - started:6.0f} s  {rows[-1]}", flush=True)
 
     judge(0, "dense", dense)
     order = rank(dense, ids, print)
-    for blocks in asked.blocks:
+    for blocks in options.blocks:
         fitted = fit_kv_only(dense, order[:blocks], ids)
         judge(blocks, "K and V alone, own projections", unfitted(fitted))
         judge(blocks, "K and V alone, refitted", fitted)
@@ -75,7 +75,7 @@ def main() -> None:
         for stage in ("prefill", "decode"):
             dropped = get_compensation("least-squares").compensate(dropped, stage, ids, lambda _: None)
         judge(blocks, "dropped in both stages, gaps refitted", dropped)
-    write("kvonly", asked, rows)
+    write("kvonly", options, rows)
 
 
 def unfitted(pair: StagePair) -> StagePair:

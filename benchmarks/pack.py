@@ -75,8 +75,8 @@ def measure(shape: str, kind: str, tokens: int, rounds: int, seed: int) -> list[
             seconds[name].append(time.perf_counter() - begin)
     memcpy, rows = seconds["memcpy", "copy"], []
     for (wire, step), took in seconds.items():
-        speeds = [size / one / 1e9 for one in took]
-        shares = [reference / one for reference, one in zip(memcpy, took, strict=True)]
+        speeds = [size / duration / 1e9 for duration in took]
+        shares = [reference / duration for reference, duration in zip(memcpy, took, strict=True)]
         traffic = (size + packed[wire]) / (2 * size)
         rows.append(
             {
@@ -102,15 +102,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
-    asked = parser.parse_args()
-    torch.set_num_threads(asked.threads)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     rows = [
         row
         for shape in SHAPES
         for kind in ("one run", "pages of 64", "pages of 16", "pages of 1")
-        for row in measure(shape, kind, asked.tokens, asked.rounds, asked.seed)
+        for row in measure(shape, kind, options.tokens, options.rounds, options.seed)
     ]
-    write("pack", asked, rows)
+    write("pack", options, rows)
 
 
 if __name__ == "__main__":

@@ -33,21 +33,21 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
-    asked = parser.parse_args()
+    options = parser.parse_args()
     checkpoint = resolve(DEFAULT_SOURCE, Cache.default())
-    ids = torch.randint(0, 49152, (asked.prompt,), generator=torch.Generator().manual_seed(asked.seed))
-    at, threads = torch.arange(asked.prompt), torch.get_num_threads()
+    ids = torch.randint(0, 49152, (options.prompt,), generator=torch.Generator().manual_seed(options.seed))
+    at, threads = torch.arange(options.prompt), torch.get_num_threads()
     with tempfile.TemporaryDirectory() as work:
-        engines = {n: OnnxStage(engine(checkpoint, n, Path(work)), threads=threads) for n in (0, *asked.alone)}
+        engines = {n: OnnxStage(engine(checkpoint, n, Path(work)), threads=threads) for n in (0, *options.alone)}
         times: dict[int, list[float]] = {n: [] for n in engines}
-        for number in range(asked.rounds + 2):
+        for number in range(options.rounds + 2):
             for n in list(engines) if number % 2 else list(engines)[::-1]:
                 began = time.perf_counter()
                 engines[n].run(ids, at)
                 if number >= 2:
                     times[n].append(time.perf_counter() - began)
     rows, blocks = [], checkpoint.facts.num_blocks
-    for n in asked.alone:
+    for n in options.alone:
         faster = [dense / pruned for dense, pruned in zip(times[0], times[n], strict=True)]
         row: dict[str, object] = {"alone": n, "dense_ms": round(1e3 * median(times[0]), 1)}
         for name, share in (("faster", 1.0), ("of_blocks", (blocks - n) / blocks)):
@@ -55,7 +55,7 @@ def main() -> None:
             row[name] = {"median": median(faster) * share, "low": low, "high": high}
         rows.append(row)
         print(row)
-    write("prefilltime", asked, rows)
+    write("prefilltime", options, rows)
 
 
 def engine(checkpoint: Checkpoint, alone: int, work: Path) -> Path:

@@ -51,73 +51,73 @@ def main() -> None:
     parser.add_argument("--continuation", type=int, default=128)
     parser.add_argument("--questions", type=int, default=100, help="of Social IQa")
     parser.add_argument("--search-only", action="store_true", help="choose blocks, judge nothing")
-    asked = parser.parse_args()
+    options = parser.parse_args()
     started = time.monotonic()
 
     def note(line: str) -> None:
         print(f"{time.monotonic() - started:6.0f} s  {line}", flush=True)
 
     results = HERE / "results" / "pruning.json"
-    rows = Rows(folder(asked, SHAPES) / "rows.jsonl", committed(results, asked))
+    rows = Rows(folder(options, SHAPES) / "rows.jsonl", committed(results, options))
     bench: _Bench | None = None
-    for removed in asked.removed or METHODS["ours"].sizes:
-        for name in asked.methods:
-            if not asked.removed and removed not in METHODS[name].sizes:
+    for removed in options.removed or METHODS["ours"].sizes:
+        for name in options.methods:
+            if not options.removed and removed not in METHODS[name].sizes:
                 continue
-            for seed in asked.seeds if METHODS[name].seeded else [0]:
+            for seed in options.seeds if METHODS[name].seeded else [0]:
                 if not rows.has(name, removed, seed):
-                    bench = bench or _Bench(asked, note)
-                    rows.add(bench.row(rows, name, removed, seed, judge=not asked.search_only))
-    if not rows.has("dense", 0, 0) and not asked.search_only:
-        rows.add((bench or _Bench(asked, note)).dense())
-    found = rows.read()
-    if found:
-        draw(found, write("pruning", asked, found).with_suffix(".svg"))
+                    bench = bench or _Bench(options, note)
+                    rows.add(bench.row(rows, name, removed, seed, judge=not options.search_only))
+    if not rows.has("dense", 0, 0) and not options.search_only:
+        rows.add((bench or _Bench(options, note)).dense())
+    written = rows.read()
+    if written:
+        draw(written, write("pruning", options, written).with_suffix(".svg"))
 
 
 class _Bench:
     """The model, the text to choose by, the text to judge by: loaded once, when a row is to be made."""
 
-    def __init__(self, asked: argparse.Namespace, note: Any) -> None:
+    def __init__(self, options: argparse.Namespace, note: Any) -> None:
         checkpoint, cache = resolve(DEFAULT_SOURCE, Cache.default()), Cache.default()
         tokenizer, model = load_tokenizer(checkpoint.path), load_model(checkpoint.path)
         shape, corpora = checkpoint.shape("float32"), {name: registry.load(name, cache) for name in CORPORA}
-        count = max(asked.calibration, asked.text)
-        text = sequences(corpora["brown"].split("calibration"), tokenizer, count, asked.length)
-        self._fitted = folder(asked, FITTED)
+        count = max(options.calibration, options.text)
+        text = sequences(corpora["brown"].split("calibration"), tokenizer, count, options.length)
+        self._fitted = folder(options, FITTED)
         self.setup = Setup(
             model,
             shape,
-            text[: asked.calibration],
-            text[: asked.text],
-            asked.steps,
-            asked.training_steps,
-            folder(asked, SEARCHED),
+            text[: options.calibration],
+            text[: options.text],
+            options.steps,
+            options.training_steps,
+            folder(options, SEARCHED),
             note,
         )
-        self._prompt, self._note = asked.prompt, note
-        tokens = asked.prompt + asked.continuation
+        self._prompt, self._note = options.prompt, note
+        tokens = options.prompt + options.continuation
         self._text = {
-            name: sequences(corpus.split("final"), tokenizer, asked.sequences, tokens)
+            name: sequences(corpus.split("final"), tokenizer, options.sequences, tokens)
             for name, corpus in corpora.items()
         }
         oracle = PDOracle(model, model, PDPlan.dense(shape))
-        setting = Setting(tokenizer, oracle, corpora["brown"].split("final"), cache, 0, asked.questions, note)
-        self._choice = choice.prepare(setting, asked.prompt)
+        setting = Setting(tokenizer, oracle, corpora["brown"].split("final"), cache, 0, options.questions, note)
+        self._choice = choice.prepare(setting, options.prompt)
 
     def dense(self) -> dict[str, Any]:
         pair = StagePair(self.setup.model, PDPlan.dense(self.setup.shape))
         return {"method": "dense", "removed": 0, "seed": 0, "trained": False} | self._judged(pair)
 
     def row(self, rows: Rows, name: str, removed: int, seed: int, judge: bool) -> dict[str, Any]:
-        found, method = choose(self.setup, name, removed, seed, rows.chosen(name, removed, seed)), METHODS[name]
+        chosen, method = choose(self.setup, name, removed, seed, rows.chosen(name, removed, seed)), METHODS[name]
         about = {"method": name, "removed": removed, "prefill_removed": prefill_blocks(removed), "seed": seed}
-        row: dict[str, Any] = about | {"trained": method.trained} | found.said | {"commit": commit()}
+        row: dict[str, Any] = about | {"trained": method.trained} | chosen.as_row | {"commit": commit()}
         self._note(f"{name}, {removed} blocks, seed {seed}: {row['prefill']} | {row['decode']}")
         if judge and (same := rows.alike(row)):
             row |= same
         elif judge:
-            pair, row["fit_seconds"] = stages(self.setup, method, found, self._fitted / "weights")
+            pair, row["fit_seconds"] = stages(self.setup, method, chosen, self._fitted / "weights")
             row |= self._judged(pair) | {"unified_ppl": self._ppl(unified(pair), "brown"), "judged_at": commit()}
         if judge:
             self._note(
@@ -127,8 +127,8 @@ class _Bench:
 
     def _judged(self, pair: StagePair) -> dict[str, Any]:
         judged = {f"{name}_ppl": self._ppl(pair, name) for name in CORPORA}
-        found = self._choice.measure([self._oracle(pair)], self._note)[0]
-        return judged | {"choice": found.mean("accuracy_norm"), "choice_loss": found.mean("right_nll")}
+        measured = self._choice.measure([self._oracle(pair)], self._note)[0]
+        return judged | {"choice": measured.mean("accuracy_norm"), "choice_loss": measured.mean("right_nll")}
 
     def _ppl(self, pair: StagePair, corpus: str) -> float:
         return pd_perplexity(self._oracle(pair), self._text[corpus], self._prompt).ppl

@@ -38,19 +38,19 @@ def main() -> None:
     parser.add_argument("--bundle", help="by default recipes/smollm2-quick.yaml is built")
     parser.add_argument("--wires", nargs="+", help="only these are served; rows of the others stay")
     parser.add_argument("--tokens", type=int, default=8, help="generated for each prompt of the fidelity check")
-    asked = parser.parse_args()
-    bundle = Bundle.open(Path(asked.bundle)) if asked.bundle else _built()
+    options = parser.parse_args()
+    bundle = Bundle.open(Path(options.bundle)) if options.bundle else _built()
     rules = {wire: all_in(wire, bundle) for wire in WIRE_DTYPES} | {"all": mixed(bundle)}
-    if unknown := set(asked.wires or ()) - set(rules):
+    if unknown := set(options.wires or ()) - set(rules):
         parser.error(f"--wires {', '.join(sorted(unknown))}: choose from {', '.join(rules)}")
-    stay = json.loads((HERE / "results" / "served.json").read_text())["rows"] if asked.wires else []
-    made = {row["wire"]: row for row in stay}
+    stay = json.loads((HERE / "results" / "served.json").read_text())["rows"] if options.wires else []
+    by_wire = {row["wire"]: row for row in stay}
     with tempfile.TemporaryDirectory() as folder:
-        for name in asked.wires or rules:
-            made[name] = _serve(name, variant(bundle, rules[name], Path(folder) / name), asked.tokens)
-            print("{wire}: {counted} of {planned} bytes, {error:.1e} nats of {allowed:.1e}".format(**made[name]))
-    rows = [made[name] for name in rules if name in made]
-    write("served", asked, rows)
+        for name in options.wires or rules:
+            by_wire[name] = _serve(name, variant(bundle, rules[name], Path(folder) / name), options.tokens)
+            print("{wire}: {counted} of {planned} bytes, {error:.1e} nats of {allowed:.1e}".format(**by_wire[name]))
+    rows = [by_wire[name] for name in rules if name in by_wire]
+    write("served", options, rows)
     if wrong := [row["wire"] for row in rows if row["counted"] != row["planned"] or not row["passed"]]:
         raise SystemExit(f"not as planned: {', '.join(wrong)}")
 

@@ -59,21 +59,21 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--again", action="store_true", help="simulate again what was measured last")
-    asked = parser.parse_args()
-    bundle = Bundle.open(Path(asked.bundle)) if asked.bundle else built()
+    options = parser.parse_args()
+    bundle = Bundle.open(Path(options.bundle)) if options.bundle else built()
     kept = OUT / "measured.json"
-    if not asked.again:
+    if not options.again:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        measure(bundle, asked, kept)
-    found = {n: [LoadResult.model_validate(r) for r in results] for n, results in json.loads(kept.read_text()).items()}
+        measure(bundle, options, kept)
+    loads = {n: [LoadResult.model_validate(r) for r in results] for n, results in json.loads(kept.read_text()).items()}
     limits = WorkerOptions()
     rates = Rates.measured(
-        [(name, result) for name in CALIBRATION for result in found[name]],
+        [(name, result) for name in CALIBRATION for result in loads[name]],
         max_running=limits.requests,
         pool_tokens=limits.pool_tokens,
     )
     print(rates.model_dump_json())
-    rows = [check(name, found[name], rates, bundle, asked) for name in (*CALIBRATION, *CHECKS)]
+    rows = [check(name, loads[name], rates, bundle, options) for name in (*CALIBRATION, *CHECKS)]
     for row in rows:
         print(row["load"], {name: f"{error:+.0%}" for name, error in row["errors"].items()})
     worst = {kind: worst_of(rows, names) for kind, names in (("calibration", CALIBRATION), ("check", CHECKS))}
@@ -81,7 +81,7 @@ def main() -> None:
     large = [
         cluster(name, *wires) for wires in LINKS for name in ("llama-3.1-8b", "recipes/llama-3.1-8b-balanced.yaml")
     ]
-    write("simulation", asked, [{"rates": rates.model_dump(), "worst_error": worst}, *rows, *large])
+    write("simulation", options, [{"rates": rates.model_dump(), "worst_error": worst}, *rows, *large])
 
 
 def built() -> Bundle:
@@ -103,39 +103,41 @@ def scenario(name: str, number: int, seed: int) -> Scenario:
     )
 
 
-def measure(bundle: Bundle, asked: argparse.Namespace, kept: Path) -> None:
+def measure(bundle: Bundle, options: argparse.Namespace, kept: Path) -> None:
     """A result a round of every load, written after each round."""
-    found: dict[str, list[Any]] = {name: [] for name in (*CALIBRATION, *CHECKS)}
+    loads: dict[str, list[Any]] = {name: [] for name in (*CALIBRATION, *CHECKS)}
     drive = driver("builtin")
     with cluster_of(bundle, say=print) as cluster:
         workers = Workers.of(cluster)
-        drive(cluster.url, Scenario.closed(4, 2, (192, 192), (8, 8), warmup=0, seed=asked.seed + 99))
-        for number in range(asked.rounds):
-            for name, results in found.items():
-                result = LoadResult.measure(drive, "builtin", cluster.url, scenario(name, number, asked.seed), workers)
+        drive(cluster.url, Scenario.closed(4, 2, (192, 192), (8, 8), warmup=0, seed=options.seed + 99))
+        for number in range(options.rounds):
+            for name, results in loads.items():
+                result = LoadResult.measure(
+                    drive, "builtin", cluster.url, scenario(name, number, options.seed), workers
+                )
                 if result.failed:
                     raise SystemExit(f"{name}: {result.failed} requests failed: {result.failure_details}")
                 print(f"{name}: TTFT {result.ttft_ms.p50} ITL {result.itl_ms.p50} {result.client.bottleneck or ''}")
                 results.append(result.model_dump(mode="json"))
-            kept.write_text(json.dumps(found))
+            kept.write_text(json.dumps(loads))
 
 
 def check(
-    name: str, found: list[LoadResult], rates: Rates, bundle: Bundle, asked: argparse.Namespace
+    name: str, results: list[LoadResult], rates: Rates, bundle: Bundle, options: argparse.Namespace
 ) -> dict[str, Any]:
     """Mean over rounds of what was measured, and of what the simulation of the same requests says."""
     pair = Cluster(1, 1, rates, bundle.plan.payload_bytes, LOOPBACK)
-    said: dict[str, list[tuple[float, float]]] = {}
-    for number, result in enumerate(found):
-        asked_for = scenario(name, number, asked.seed)
+    pairs: dict[str, list[tuple[float, float]]] = {}
+    for number, result in enumerate(results):
+        asked_for = scenario(name, number, options.seed)
         load = Load.of(tuple(jobs(asked_for)), clients=asked_for.arrivals.clients)
         figures = simulate(pair, load).figures()
         for metric in COMPARED:
             for share in ("p50", "p90"):
                 both = getattr(getattr(result, metric), share), getattr(getattr(figures, metric), share)
-                said.setdefault(f"{metric} {share}", []).append(both)
-        said.setdefault("output tokens/s", []).append((result.output_tokens_per_s, figures.output_tokens_per_s))
-    means = {key: (fmean(a for a, _ in both), fmean(b for _, b in both)) for key, both in said.items()}
+                pairs.setdefault(f"{metric} {share}", []).append(both)
+        pairs.setdefault("output tokens/s", []).append((result.output_tokens_per_s, figures.output_tokens_per_s))
+    means = {key: (fmean(a for a, _ in both), fmean(b for _, b in both)) for key, both in pairs.items()}
     return {
         "load": name,
         "used": "calibration" if name in CALIBRATION else "check",
@@ -157,13 +159,13 @@ def cluster(target: str, link: str, each: bool) -> dict[str, Any]:
     low, high = 0.0, 10_000.0
     while high - low > 0.1:
         rate = (low + high) / 2
-        found = size(rates, size_bytes, goal(rate))
-        fits = found.problem is None and found.prefill_workers + found.decode_workers <= WORKERS
+        sized = size(rates, size_bytes, goal(rate))
+        fits = sized.problem is None and sized.prefill_workers + sized.decode_workers <= WORKERS
         low, high = (rate, high) if fits else (low, rate)
-    found, started = size(rates, size_bytes, goal(low)), time.perf_counter()
+    sized, started = size(rates, size_bytes, goal(low)), time.perf_counter()
     load = Load.poisson(low, REQUESTS_64, Lengths(tokens=PROMPT_64), Lengths(tokens=ANSWER_64))
     cluster = Cluster(
-        found.prefill_workers, found.decode_workers, rates, subject.plan.payload_bytes, Link.parse(link), each
+        sized.prefill_workers, sized.decode_workers, rates, subject.plan.payload_bytes, Link.parse(link), each
     )
     figures = simulate(cluster, load).figures(SLO_64)
     row = {
@@ -172,9 +174,9 @@ def cluster(target: str, link: str, each: bool) -> dict[str, Any]:
         "link": f"{link}, {'of each prefill worker' if each else 'one for all'}",
         "request_bytes": size_bytes,
         "rate": round(low, 1),
-        "prefill_workers": found.prefill_workers,
-        "decode_workers": found.decode_workers,
-        "ttft_p95_bound_ms": round(found.ttft_p95_ms, 1),
+        "prefill_workers": sized.prefill_workers,
+        "decode_workers": sized.decode_workers,
+        "ttft_p95_bound_ms": round(sized.ttft_p95_ms, 1),
         "took_s": round(time.perf_counter() - started, 1),
     } | figures.model_dump()
     print(

@@ -30,32 +30,32 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
-    asked = parser.parse_args()
+    options = parser.parse_args()
     model = load_model(resolve(DEFAULT_SOURCE, Cache.default()).path)
-    rows = [row for batch in asked.batches for row in measured(model, batch, asked)]
+    rows = [row for batch in options.batches for row in measured(model, batch, options)]
     for row in rows:
         print(
             "batch {batch}, {removed} removed: step {step[median]:.3f} ({step[low]:.3f} - {step[high]:.3f}), "
             "blocks alone {blocks[median]:.3f} ({blocks[low]:.3f} - {blocks[high]:.3f})".format(**row)
         )
-    write("steptime", asked, rows)
+    write("steptime", options, rows)
 
 
 @torch.no_grad()
-def measured(model: Any, batch: int, asked: argparse.Namespace) -> list[dict[str, Any]]:
+def measured(model: Any, batch: int, options: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for each number of blocks removed: `step` and `blocks` are what `of_blocks` says above."""
     blocks = len(model.model.layers)
-    ids = torch.randint(0, 49152, (batch, asked.prompt), generator=torch.Generator().manual_seed(asked.seed))
-    steps = {n: Step(keep_blocks(model, kept(blocks, n)), ids) for n in (0, *asked.removed)}
+    ids = torch.randint(0, 49152, (batch, options.prompt), generator=torch.Generator().manual_seed(options.seed))
+    steps = {n: Step(keep_blocks(model, kept(blocks, n)), ids) for n in (0, *options.removed)}
     times: dict[int, list[tuple[float, float]]] = {n: [] for n in steps}
-    for number in range(asked.rounds + 3):
+    for number in range(options.rounds + 3):
         order = list(steps) if number % 2 else list(steps)[::-1]
         for n in order:
             took = steps[n].run()
             if number >= 3:
                 times[n].append(took)
     rows = []
-    for n in asked.removed:
+    for n in options.removed:
         row: dict[str, Any] = {"batch": batch, "removed": n, "dense_ms": round(1e3 * median(t for t, _ in times[0]), 2)}
         for at, name in enumerate(("step", "blocks")):
             ratios = [d[at] / p[at] * (blocks - n) / blocks for d, p in zip(times[0], times[n], strict=True)]

@@ -25,16 +25,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--serve-python", type=Path, help="a Python with SGLang and the libraries of all transports")
-    asked = parser.parse_args()
-    python = ServeEnvironment.find(asked.serve_python).python
-    given = [str(value) for value in (asked.rows, asked.row_bytes, asked.rounds, asked.seed)]
+    options = parser.parse_args()
+    python = ServeEnvironment.find(options.serve_python).python
+    given = [str(value) for value in (options.rows, options.row_bytes, options.rounds, options.seed)]
     command = [python, HERE / "__transport_ends.py", "send", *given]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, timeout=600)
     rows = json.loads(done.stdout.splitlines()[-1])
     for row in rows:
         print(f"{row['way']:20s} {row['median_gb_s']:7.3f} GB/s  ({row['least_gb_s']:.3f} - {row['most_gb_s']:.3f})")
-    asked.serve_python = None  # a place of this machine
-    write("transport", asked, rows)
+    options.serve_python = None  # a place of this machine
+    write("transport", options, rows)
 
 
 if __name__ == "__main__":

@@ -48,15 +48,15 @@ def main() -> None:
         "--source", action="append", default=[], metavar="MODEL=SOURCE", help="the same model elsewhere"
     )
     parser.add_argument("--model", action="append", choices=MODELS, help="measure it alone, others' rows stay")
-    asked = parser.parse_args()
-    sources, chosen = MODELS | dict(given.split("=", 1) for given in asked.source), asked.model or list(MODELS)
-    del asked.source, asked.model  # of this machine, of this run
-    rows = [row for name in chosen for row in rows_of(name, sources[name], asked)]
-    rows += [row for row in read("wire", asked) if row["model"] not in chosen]
-    write("wire", asked, sorted(rows, key=lambda row: list(MODELS).index(row["model"])))
+    options = parser.parse_args()
+    sources, chosen = MODELS | dict(given.split("=", 1) for given in options.source), options.model or list(MODELS)
+    del options.source, options.model  # of this machine, of this run
+    rows = [row for name in chosen for row in rows_of(name, sources[name], options)]
+    rows += [row for row in read("wire", options) if row["model"] not in chosen]
+    write("wire", options, sorted(rows, key=lambda row: list(MODELS).index(row["model"])))
 
 
-def rows_of(name: str, source: str, asked: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def rows_of(name: str, source: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One row for each wire dtype, with key offsets and without."""
     checkpoint, corpus = resolve(source, Cache.default()), registry.load("brown", Cache.default())
     model, tokenizer = load_model(checkpoint.path), load_tokenizer(checkpoint.path)
@@ -68,9 +68,9 @@ def rows_of(name: str, source: str, asked: argparse.Namespace) -> Iterator[dict[
     for wire in WIRE_DTYPES[1:]:
         for offsets, oracle in ((False, native), (True, less)):
             oracles[wire, offsets] = oracle.with_kv((KVSend(wire_dtype=wire),) * len(native.plan.kv))
-    length = asked.prompt + asked.continuation
-    ids = sequences(corpus.split(asked.split), tokenizer, asked.sequences, length, asked.seed)
-    scored = [scores(native, oracles.values(), part, asked.prompt) for part in ids.split(BATCH)]
+    length = options.prompt + options.continuation
+    ids = sequences(corpus.split(options.split), tokenizer, options.sequences, length, options.seed)
+    scored = [scores(native, oracles.values(), part, options.prompt) for part in ids.split(BATCH)]
     nll, kl = (torch.cat(side, 1) for side in zip(*scored, strict=True))
     for at, ((wire, offsets), oracle) in enumerate(oracles.items()):
         apart = nll[at] - nll[0]
@@ -79,8 +79,8 @@ def rows_of(name: str, source: str, asked: argparse.Namespace) -> Iterator[dict[
             "model": name,
             "wire": wire,
             "key_offsets": offsets,
-            "bytes": oracle.plan.payload_bytes(asked.prompt),
-            "reduction": oracle.plan.reduction(asked.prompt),
+            "bytes": oracle.plan.payload_bytes(options.prompt),
+            "reduction": oracle.plan.reduction(options.prompt),
             "ppl": math.exp(nll[at].mean()),
             "ratio": ratio,
             "error": ratio * float(apart.std()) / len(apart) ** 0.5,
@@ -96,15 +96,15 @@ def rows_of(name: str, source: str, asked: argparse.Namespace) -> Iterator[dict[
 @torch.no_grad()
 def scores(native: PDOracle, oracles: Any, ids: Tensor, prompt: int) -> tuple[Tensor, Tensor]:
     """float64 `[oracles, sequences]` each: nats a token of the continuation, and divergence from the first oracle."""
-    state, wanted = native.prefill(ids[:, :prompt]), ids[:, prompt:, None]
-    first = state.logits.float().log_softmax(-1).gather(1, wanted[:, 0])
+    state, targets = native.prefill(ids[:, :prompt]), ids[:, prompt:, None]
+    first = state.logits.float().log_softmax(-1).gather(1, targets[:, 0])
     nll, kl, reference = [], [], None
     for oracle in oracles:
         hidden = oracle.extend(ids[:, prompt:-1], state.tokens, oracle.hand_over(state))
         logprobs = oracle.decode.logits(hidden).float().log_softmax(-1)
         reference = logprobs if reference is None else reference
-        told = torch.cat((first, logprobs.gather(2, wanted[:, 1:])[..., 0]), 1)
-        nll.append(-told.double().mean(1))
+        target_logprobs = torch.cat((first, logprobs.gather(2, targets[:, 1:])[..., 0]), 1)
+        nll.append(-target_logprobs.double().mean(1))
         kl.append((reference.exp() * (reference - logprobs)).sum(-1).double().mean(1))
     return torch.stack(nll), torch.stack(kl)
 

@@ -20,11 +20,11 @@ HEADS, KV_HEADS, DIM, CONTEXT, TOKENS, REQUESTS = 4, 2, 16, 64, 256, 6
 GARBAGE = 1e3  # what nobody may read
 
 
-def make_plan(sends, kv_heads=KV_HEADS, head_dim=DIM):
+def make_plan(sends, kv_heads=KV_HEADS, head_dim=DIM, pool_dtype="native"):
     """A plan that drops nothing and sends `sends`."""
     shape = ModelShape(
         architecture="X", fingerprint="f", num_blocks=len(sends), num_kv_heads=kv_heads, head_dim=head_dim,
-        kv_dtype="float32",
+        kv_dtype="float32", pool_dtype=pool_dtype,
     )  # fmt: skip
     return PDPlan.dense(shape).with_kv(tuple(sends))
 
@@ -81,7 +81,7 @@ def make_memory(folder, plan, page_size=1, sizes=None, tokens=TOKENS, **args):
     from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
     configured, shape = configurator(folder, plan, sizes, **args), {
-        "page_size": page_size, "dtype": torch.float32, "head_num": KV_HEADS, "head_dim": DIM,
+        "page_size": page_size, "dtype": getattr(torch, plan.model.row_dtype), "head_num": KV_HEADS, "head_dim": DIM,
         "layer_num": len(plan.kv), "device": "cpu", "enable_memory_saver": False,
     }  # fmt: skip
     pool = memory.kept_pool(
@@ -137,7 +137,7 @@ class DecodeWorker:
         self.requests, self.allocator = make_memory(folder, plan, page_size, sizes, tokens)
         self.pool = self.allocator.get_kvcache()
         for buffer in (*self.pool.k_buffer, *self.pool.v_buffer):
-            buffer.fill_(GARBAGE)
+            buffer.view(self.pool.dtype).fill_(min(GARBAGE, torch.finfo(self.pool.dtype).max))
         self.view, self.running = PoolView.of(self.pool), []
         self.translator = KVIndexTranslator(
             req_to_token=self.requests.req_to_token, token_to_kv_pool_allocator=self.allocator,
@@ -151,7 +151,7 @@ class DecodeWorker:
             linear_attn_registry_result=None, is_multimodal=False, is_local_attention_model=False,
         )  # fmt: skip
         self.runner = SimpleNamespace(
-            device="cpu", gpu_id=0, page_size=page_size, dtype=torch.float32, kv_cache_dtype=torch.float32,
+            device="cpu", gpu_id=0, page_size=page_size, dtype=torch.float32, kv_cache_dtype=self.pool.dtype,
             kv_cache_dtype_str="auto", model_config=model, req_to_token_pool=self.requests, token_to_kv_pool=self.pool,
             token_to_kv_pool_allocator=self.allocator, kv_index_translator=self.translator, is_draft_worker=False,
             sliding_window_size=None, attention_chunk_size=None, decode_num_tokens_per_req=lambda: 1,
@@ -180,7 +180,7 @@ class DecodeWorker:
 
         queue, tokens = self.queue(req), DecodePreallocQueue._pre_alloc_fill_len(req)
         needed = -(-tokens // self.page_size) * self.page_size
-        if memory.ask_cut_layers(lambda *_: needed + 6, queue, req) > self.allocator.available_size():
+        if memory.ask_cut_layers(lambda *_: needed + 6, queue, req, needed, 0) > self.allocator.available_size():
             return False
 
         def pre_alloc(queue, req):
@@ -204,12 +204,14 @@ class DecodeWorker:
         if not self.allocate(req):
             return False
         n, row = req.prompt, req.kv.req_pool_idx
+        req.keys, req.values = (rows.to(self.pool.dtype).float() for rows in (req.keys, req.values))
         slots = self.requests.req_to_token[row, :n].long()
         room = DecodeRoom(1, n, 0, self.view.destinations(slots, row), 0, senders={0: self.view.heads})
         cuts = sorted({0, *(n * i // chunks for i in range(1, chunks)), n})
         for start, stop in itertools.pairwise(cuts):
             at = torch.arange(start, stop)
-            packed = pack(chunk_layout(self.plan, n, start, stop), list(req.keys), list(req.values), at)
+            rows = [list(side.to(self.pool.dtype)) for side in (req.keys, req.values)]  # as prefill's pool has them
+            packed = pack(chunk_layout(self.plan, n, start, stop), *rows, at)
             header = ChunkHeader(
                 digest=bytes(32), room=1, rank=0, prompt_tokens=n, start=start, stop=stop, aux_bytes=0,
                 payload_bytes=len(packed), last=stop == n, heads=self.view.heads,
@@ -268,7 +270,7 @@ class DecodeWorker:
         """The rule itself, one request, layer and head at a time; the new rows become the requests'."""
         out = torch.empty(len(self.plan.kv), len(self.running), HEADS, DIM)
         for i, req in enumerate(self.running):
-            req.append(k[:, i], v[:, i])
+            req.append(*(new[:, i].to(self.pool.dtype).float() for new in (k, v)))
             for layer, send in enumerate(self.plan.kv):
                 kept = [p for lo, hi in send.row_ranges(req.prompt) for p in range(lo, hi)]
                 kept += range(req.prompt, req.length)

@@ -5,13 +5,17 @@ from hypothesis import strategies as st
 
 from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
 from pdtrim_deploy.plan import Drop, Keep, KVSend, ModelShape, PDPlan
-from pdtrim_deploy.plan.wire import HEAD_DIM_MULTIPLE, WIRE_DTYPES
+from pdtrim_deploy.plan.wire import FP8_ROWS, WIRE_DTYPES
+
+DTYPES = ("float32", "bfloat16", "float16", *FP8_ROWS)
 
 
 def shape(blocks=1, heads=2, dim=4, dtype="float32"):
-    return ModelShape(
-        architecture="X", fingerprint="f", num_blocks=blocks, num_kv_heads=heads, head_dim=dim, kv_dtype=dtype
+    """`dtype` is the pool's, fp8 ones by the names that plans have for them."""
+    model = ModelShape(
+        architecture="X", fingerprint="f", num_blocks=blocks, num_kv_heads=heads, head_dim=dim, kv_dtype="float32"
     )
+    return model.with_pool(dtype) if dtype in FP8_ROWS else model.model_copy(update={"kv_dtype": dtype})
 
 
 @st.composite
@@ -21,12 +25,13 @@ def plans(draw, heads=None):
     decode[draw(st.integers(0, blocks - 1))] = True
     prefill = [full or draw(st.booleans()) for full in decode]
     sends, dim = [], draw(st.sampled_from([4, 8, 12, 32, 64, 96, 128]))
-    wires = [wire for wire in WIRE_DTYPES if dim % HEAD_DIM_MULTIPLE[wire] == 0]
+    dtype = draw(st.sampled_from(DTYPES))
+    pool = dtype if dtype in FP8_ROWS else "native"
+    wires = [wire for wire in WIRE_DTYPES if KVSend(wire_dtype=wire).suits(dim, pool)]
     for _ in range(sum(decode)):
         first, last, wire = draw(st.integers(0, 5)), draw(st.integers(0, 5)), draw(st.sampled_from(wires))
         rule = {"mode": "sparse", "n_first": first, "n_last": last} if first + last else {}
         sends.append(KVSend(**rule, wire_dtype=wire))
-    dtype = draw(st.sampled_from(["float32", "bfloat16", "float16"]))
     action = {True: Keep(), False: Drop()}
     return PDPlan(
         model=shape(blocks, heads or draw(st.integers(1, 3)), dim, dtype),
@@ -95,5 +100,15 @@ def pools(count, size, model, seed):
         x *= 10.0 ** torch.randint(-6, 3, (size, model.num_kv_heads, 1), generator=g)
         x[..., 0] *= 20
         x[torch.rand(x.shape[:2], generator=g) < 0.1] = 0
-        tensors.append(x.to(getattr(torch, model.kv_dtype)))
+        tensors.append(x.to(getattr(torch, model.row_dtype)))
     return tensors
+
+
+def every_fp8_value(wire, dtype, dim):
+    """A pool of all codes in order and shuffled, finite ones alone too; a plan of one layer; offsets for its keys."""
+    model, codes = shape(1, 2, dim, dtype), torch.arange(-128, 128).to(torch.int8).repeat(dim // 4)
+    shuffled = codes[torch.randperm(len(codes), generator=torch.Generator().manual_seed(0))]
+    rows = shuffled.view(getattr(torch, model.row_dtype))
+    finite = torch.where(rows.float().isfinite(), rows.float(), 0).to(rows.dtype)
+    pool = torch.cat((codes.view(rows.dtype), finite, rows)).view(-1, 2, dim)
+    return pool, PDPlan.dense(model).with_kv((KVSend(wire_dtype=wire),)), random_offsets(model, [0])

@@ -35,7 +35,7 @@ def biased(size=100.0, **config):
     return model
 
 
-def make_plan(prefill=(), decode=(), kv=None, kv_dtype="float32"):
+def make_plan(prefill=(), decode=(), kv=None, kv_dtype="float32", pool_dtype="native"):
     shape = ModelShape(
         architecture="X",
         fingerprint="f",
@@ -43,6 +43,7 @@ def make_plan(prefill=(), decode=(), kv=None, kv_dtype="float32"):
         num_kv_heads=KV_HEADS,
         head_dim=DIM,
         kv_dtype=kv_dtype,
+        pool_dtype=pool_dtype,
     )
     actions = [tuple(Drop() if b in gone else Keep() for b in range(BLOCKS)) for gone in (prefill, decode)]
     kv = kv or (KVSend(),) * (BLOCKS - len(decode))

@@ -99,10 +99,10 @@ def build(
             )
         )
     else:
-        from pdtrim_deploy.pipeline.engines import said as engine_summary
+        from pdtrim_deploy.pipeline.engines import summary
 
         for engine in bundle.engines.values():
-            click.echo(f"{out}: {engine_summary(engine)}")
+            click.echo(f"{out}: {summary(engine)}")
         click.echo(f"{out}: plan {bundle.plan.digest}")
         click.echo(f"next: pdtrim-deploy inspect {out}; pdtrim-deploy eval {out}; pdtrim-deploy serve {out}")
     for failure in bundle.manifest.failures.values():

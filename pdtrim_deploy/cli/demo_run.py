@@ -123,10 +123,10 @@ class Demo:
         return cluster if self.link is None else throttled(cluster, self._relay(self.link, bundle))
 
     def _relay(self, link: Link, bundle: Bundle) -> Link:
-        """As fast as lets the KV of this bundle's pool take as long as that of a bfloat16 pool does on `link`."""
+        """As fast as lets KV of a pool wider than bfloat16 take as long as a bfloat16 pool's does on `link`."""
         tokens = _longest(self.load.input)
         wider = bundle.plan.payload_bytes(tokens) / from_bfloat16(bundle.plan).payload_bytes(tokens)
-        return Link(link.bits_per_s * wider)
+        return Link(link.bits_per_s * max(1.0, wider))  # an fp8 pool is one that production has
 
     def _memory(self, bundle: Bundle, cluster: Cluster) -> MemoryFigures:
         """Weights by the files of the checkpoints, the pool by what the decode worker exports.

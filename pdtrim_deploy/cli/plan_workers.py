@@ -82,7 +82,7 @@ class Workers:
 
         sides, requests = {}, self.requests if self.simulate else 0
         for subject in subjects:
-            dense = f"{subject.model} dense {subject.plan.model.kv_dtype}"
+            dense = f"{subject.model} dense {subject.plan.model.row_dtype}"
             if dense not in sides:
                 sides[dense] = sized(PDPlan.dense(subject.plan.model), rates, goal, requests, self.seed)
             if subject.kind != "config":

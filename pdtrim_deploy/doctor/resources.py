@@ -67,7 +67,7 @@ def needs(recipe: Recipe, workers: int = 0) -> Needs | None:
         )
         + (2 * count * 4 if recipe.targets.requested else 0),
         judge=PROGRAM + 2 * count * ITEM_BYTES[computed],  # both stages, or the dense model
-        serve=2 * worker_memory(config, recipe.model.dtype, POOL_TOKENS).total(),
+        serve=2 * worker_memory(config, recipe.model.dtype, POOL_TOKENS, pool_dtype=recipe.kv.pool_dtype).total(),
         disk=converted + states + max(2 * count * item + engines, selection.disk),
     )
 

@@ -32,9 +32,9 @@ class Score(BaseModel):
     nll_per_sequence: list[float]
 
     @classmethod
-    def of(cls, found: Perplexity) -> Score:
+    def of(cls, result: Perplexity) -> Score:
         """From the oracle's result."""
-        return cls(ppl=found.ppl, nll=found.nll_mean, nll_per_sequence=list(found.per_sequence))
+        return cls(ppl=result.ppl, nll=result.nll_mean, nll_per_sequence=list(result.per_sequence))
 
 
 class Quality(BaseModel):
@@ -72,7 +72,7 @@ def judge_bundle(
     bundle: Bundle,
     cache: Cache,
     environment: dict[str, Any],
-    asked: EvaluationSection | None = None,
+    section: EvaluationSection | None = None,
     note: Callable[[str], None] = lambda _: None,
 ) -> Quality:
     """Score the stage models as written, behind the plan, and the source model behind a dense plan.
@@ -87,19 +87,19 @@ def judge_bundle(
     """
     from pdtrim_deploy.models.loading import load_to_compute, load_tokenizer
 
-    asked, dtype, plan = asked or bundle.recipe.evaluation, bundle.recipe.model.dtype, bundle.plan
+    section, dtype, plan = section or bundle.recipe.evaluation, bundle.recipe.model.dtype, bundle.plan
     source = source_of(bundle, cache, note)
-    corpus = corpora.load(asked.corpus, cache, note)
+    corpus = corpora.load(section.corpus, cache, note)
     ids = corpora.sequences(
         corpus.split("final"),
         load_tokenizer(source.path),
-        asked.sequences,
-        asked.prompt_tokens + asked.continuation_tokens,
-        asked.seed,
+        section.sequences,
+        section.prompt_tokens + section.continuation_tokens,
+        section.seed,
     )
 
     def score(name: str, oracle: PDOracle) -> Perplexity:
-        return pd_perplexity(oracle, ids, asked.prompt_tokens, progress=lambda line: note(f"{name} {line}"))
+        return pd_perplexity(oracle, ids, section.prompt_tokens, progress=lambda line: note(f"{name} {line}"))
 
     stages = [load_to_compute(folder.name, folder, dtype, note) for folder in (bundle.prefill_dir, bundle.decode_dir)]
     pd = score("PD", PDOracle(stages[0], stages[1], plan, KeyOffsets.read(bundle.prefill_dir, plan)))
@@ -108,7 +108,7 @@ def judge_bundle(
     dense = score("dense", PDOracle(whole, whole, PDPlan.dense(plan.model)))
     return Quality(
         plan_digest=plan.digest,
-        text=asked,
+        text=section,
         corpus_sha256=corpus.digest,
         tokens=pd.tokens,
         dtype=dtype,

@@ -23,7 +23,15 @@ from pdtrim_deploy.kvcache.gpu.library import library
 from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
 from pdtrim_deploy.kvcache.layout import ChunkLayout, chunk_layout
 from pdtrim_deploy.plan import KVSend, ModelShape, NativeDtype, PDPlan
-from pdtrim_deploy.plan.wire import HEAD_DIM_MULTIPLE, WIRE_DTYPES, WireDtype
+from pdtrim_deploy.plan.wire import (
+    FP8_ROWS,
+    HEAD_DIM_MULTIPLE,
+    POOL_DTYPES,
+    SMALLER_THAN_FP8,
+    WIRE_DTYPES,
+    PoolDtype,
+    WireDtype,
+)
 
 DTYPES: tuple[NativeDtype, ...] = ("float32", "float16", "bfloat16")
 HEAD_DIMS = (64, 80, 96, 128, 256)
@@ -43,7 +51,7 @@ def kernel_rows(device: torch.device | None = None) -> Iterator[Row]:
         yield Row("kernels", "skipped", "Triton is missing or cannot compile here; the log says why")
         return
     for wire in WIRE_DTYPES:
-        for dtype in DTYPES:
+        for dtype in (*DTYPES, *(FP8_ROWS if wire in SMALLER_THAN_FP8 else ())):
             yield _row(f"kernels: bits, {wire} from {dtype}", partial(bits, device, wire, dtype))
     for wire in WIRE_DTYPES:
         yield _row(f"kernels: bandwidth, {wire}", partial(bandwidth, device, wire))
@@ -62,7 +70,7 @@ def _row(part: str, check: Callable[[], Figure]) -> Row:
 # --- bits -----------------------------------------------------------------------------------------------------------
 
 
-def bits(device: torch.device, wire: WireDtype, dtype: NativeDtype, tokens: int = 200) -> Figure:
+def bits(device: torch.device, wire: WireDtype, dtype: NativeDtype | PoolDtype, tokens: int = 200) -> Figure:
     """Packed bytes and unpacked pools of the kernels against torch's on the CPU, for all head sizes.
 
     Raises:
@@ -117,18 +125,20 @@ def _on_device(
 
 def _as_words(pool: Tensor) -> Tensor:
     """Bits, all NaN alike: which NaN arithmetic makes is a device's own."""
-    words = pool.view(torch.int32 if pool.element_size() == 4 else torch.int16)
-    return words.masked_fill(pool.isnan(), -1)
+    words = pool.view({4: torch.int32, 2: torch.int16, 1: torch.int8}[pool.element_size()])
+    return words.masked_fill(pool.float().isnan(), -1)
 
 
 def _plan(
-    wire: WireDtype, sizes: tuple[int, int, int], dtype: NativeDtype, cut: bool = False
+    wire: WireDtype, sizes: tuple[int, int, int], dtype: NativeDtype | PoolDtype, cut: bool = False
 ) -> tuple[PDPlan, KeyOffsets]:
-    """A plan whose layers all have key offsets; `cut`: every other layer keeps 4 + 64 rows."""
+    """A plan whose layers all have key offsets and a pool of `dtype`; `cut`: every other layer keeps 4 + 64 rows."""
     layers, heads, head_dim = sizes
     model = ModelShape(
-        architecture="X", fingerprint="check", num_blocks=layers, num_kv_heads=heads, head_dim=head_dim, kv_dtype=dtype
-    )
+        architecture="X", fingerprint="check", num_blocks=layers, num_kv_heads=heads, head_dim=head_dim,
+        kv_dtype=next((native for native in DTYPES if native == dtype), "bfloat16"),
+        pool_dtype=next((pool for pool in POOL_DTYPES if pool == dtype), "native"),
+    )  # fmt: skip
     whole, less = KVSend(wire_dtype=wire), KVSend(wire_dtype=wire, mode="sparse", n_first=4, n_last=64)
     generator = torch.Generator().manual_seed(1)
     means = {layer: 30 * torch.randn(heads, head_dim, generator=generator) for layer in range(layers)}
@@ -139,7 +149,7 @@ def _plan(
 
 def _pools(count: int, size: int, model: ModelShape, seed: int) -> list[Tensor]:
     """Rows of all magnitudes, zeros, infinities, NaN and subnormal numbers among them."""
-    generator, dtype = torch.Generator().manual_seed(seed), getattr(torch, model.kv_dtype)
+    generator, dtype = torch.Generator().manual_seed(seed), getattr(torch, model.row_dtype)
     limits, pools = torch.finfo(dtype), []
     for _ in range(count):
         x = torch.randn(size, model.num_kv_heads, model.head_dim, generator=generator, dtype=torch.float64)

@@ -23,6 +23,7 @@ from pdtrim_deploy.gpucheck.row import Row
 from pdtrim_deploy.loadtest import LoadResult, Scenario, driver
 from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.pipeline import build
+from pdtrim_deploy.plan.wire import SMALLER_THAN_FP8
 from pdtrim_deploy.recipe import Recipe
 from pdtrim_deploy.recipe.targets import TargetsSection
 from pdtrim_deploy.serving import Cluster, Executors, ServeEnvironment, WorkerOptions, cluster_of
@@ -43,6 +44,7 @@ class Pair:
     """How a bundle is served; `device` is cuda but in tests."""
 
     serve: Path
+    prefill_args: tuple[str, ...] = ()
     decode_args: tuple[str, ...] = ()
     backend: str = "pdtrim_tcp"
     executors: Executors | None = None
@@ -55,6 +57,7 @@ class Pair:
             device=self.device,
             served_model_name=bundle.path.resolve().name,
             transfer_backend=self.backend,
+            prefill_args=self.prefill_args,
             decode_args=self.decode_args,
         )
         return cluster_of(
@@ -78,6 +81,21 @@ def attention_rows(serve: Path, pair: Pair | None = None) -> Iterator[Row]:
                 yield Row(f"served tiny pair: {name}", "skipped", "SGLang has no such attention for this device")
                 continue
             yield _row(f"served tiny pair: {name}", partial(judged, bundle, replace(pair, decode_args=words)))
+
+
+def fp8_pool_rows(serve: Path, pair: Pair | None = None) -> Iterator[Row]:
+    """Tiny pairs with fp8 KV pools, each wire dtype once, whole and cut layers in turn, against the oracle.
+
+    As in the oracle, prefill's torch_native reads a chunk's own rows after they were rounded (Triton before), and no
+    query is rounded (fa3 and trtllm_mha round it).
+    """
+    prefill, decode = (("--attention-backend", backend) for backend in ("torch_native", "triton"))
+    pair = replace(pair or Pair(serve), prefill_args=prefill, decode_args=decode)
+    with tempfile.TemporaryDirectory() as folder:
+        for place, wire in enumerate(SMALLER_THAN_FP8):
+            rule = {"method": "none"} if place % 2 else CUT
+            bundle = tiny_bundle(Path(folder) / wire, {**rule, "wire_dtype": wire, "pool_dtype": "fp8_e4m3"})
+            yield _row(f"served tiny pair, fp8 pool: {wire}, {rule['method']} cut", partial(judged, bundle, pair))
 
 
 def backends() -> dict[str, tuple[str, ...] | None]:

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pdtrim_deploy.loadtest.text import WORDS
+
 VOCABULARY = 512
 
 
@@ -41,16 +43,21 @@ def tiny_model(size: Size = Size(), seed: int = 0) -> Any:
 
 
 def save(folder: Path, size: Size = Size()) -> Path:
-    """The model's folder, with a byte-level tokenizer: any text goes in."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    """The model's folder, with a byte-level tokenizer that takes any text; the load test's words are one token each."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     specials = ["<|pad|>", "<|start|>", "<|end|>"]
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({token: number for number, token in enumerate([*specials, *letters])}, []))
+    tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in specials])
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=[AddedToken(token, normalized=False, special=True) for token in specials],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([" ".join(["", *WORDS])] * 2, trainer)
     tiny_model(size).save_pretrained(folder)
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<|pad|>", bos_token="<|start|>", eos_token="<|end|>"

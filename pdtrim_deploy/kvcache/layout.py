@@ -107,7 +107,7 @@ def chunk_layout(
     heads = kv_heads or model.num_kv_heads
 
     def row_bytes(code: Code) -> int:
-        return packed_row_bytes(code, model.kv_dtype, heads, model.head_dim)
+        return packed_row_bytes(code, model.row_dtype, heads, model.head_dim)
 
     for layer, (source, send) in enumerate(zip(plan.layer_map, plan.kv, strict=True)):
         clipped = ((max(lo, start) - start, min(hi, stop) - start) for lo, hi in send.row_ranges(prompt_tokens))

@@ -35,7 +35,8 @@ from pdtrim_deploy.kvcache.sections import native_name, section_offsets
 from pdtrim_deploy.plan.wire import CODES, Code
 
 FIELDS = ("pool", "mean", "stride", "pool_slots", "token", "position", "rows", "code", "codes", "scales")
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # places are rows.cpp's Dtype, and the kernels'
+# Places are rows.cpp's Dtype, and the kernels'.
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 MAX_HEAD_DIM = 1024
 MAX_TABLES = 256
 

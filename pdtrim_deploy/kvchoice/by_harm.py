@@ -71,6 +71,6 @@ class ByBudget:
 def budget_search(problem: Problem, options: tuple[KVSend, ...], progress: Progress, rounds: int = 2) -> BudgetSearch:
     """A search whose costs are bytes at the problem's prompt length, of those `options` that suit the head size."""
     plan, tokens = problem.oracle.plan, problem.prompt_tokens
-    options = tuple(option for option in options if option.suits(plan.model.head_dim))
+    options = tuple(option for option in options if option.suits(plan.model.head_dim, plan.model.pool_dtype))
     of_option = [plan.with_kv((option,) * problem.layers).layer_bytes(0, tokens) for option in options]
     return BudgetSearch(Measure(problem, options, progress), np.tile(of_option, (problem.layers, 1)), progress, rounds)

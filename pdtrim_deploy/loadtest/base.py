@@ -46,6 +46,7 @@ class Outcome:
         ttft: to the first token; itl: between tokens; e2e: to the end.
         prompt_tokens, output_tokens: as the server counted them.
         late: by how much it was sent after it was due (open loops).
+        turn: its place in its conversation, from 0; text: the answer.
 
     """
 
@@ -57,6 +58,8 @@ class Outcome:
     prompt_tokens: int = 0
     output_tokens: int = 0
     late: float = 0.0
+    turn: int = 0
+    text: str = field(default="", repr=False)
 
     def meets(self, slo: SLO) -> bool:
         """Whether it succeeded within the SLO: its TTFT and the mean of its ITLs."""

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import replace
 
 import httpx
@@ -22,23 +22,26 @@ def check(scenario: Scenario) -> None:
     """Accept every scenario."""
 
 
-def drive(url: str, scenario: Scenario) -> LoadRun:
-    """Put the load of `scenario` on `url`; failures of requests are outcomes, never exceptions."""
-    return asyncio.run(_drive(url, scenario))
+def drive(url: str, scenario: Scenario, ended: Callable[[Outcome], None] = lambda outcome: None) -> LoadRun:
+    """Put the load of `scenario` on `url`; failures of requests are outcomes, never exceptions.
+
+    `ended` is called with each request of a closed loop when it has ended, before its client sends the next one.
+    """
+    return asyncio.run(_drive(url, scenario, ended))
 
 
-async def _drive(url: str, scenario: Scenario) -> LoadRun:
+async def _drive(url: str, scenario: Scenario, ended: Callable[[Outcome], None]) -> LoadRun:
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
     async with httpx.AsyncClient(base_url=url, timeout=None, limits=limits, trust_env=False) as client:
         clients, warm = scenario.arrivals.clients, scenario.warming()
         if scenario.warmup:
-            await _closed_loop(client, jobs(warm), warm.arrivals.clients or 1, scenario.deadline_s, None)
+            await _closed_loop(client, jobs(warm), warm.arrivals.clients or 1, scenario.deadline_s)
         pauses: list[float] = []
         watch = asyncio.create_task(_watch(pauses))
         started, cpu = time.perf_counter(), time.process_time()
         if clients and scenario.trace is None:
             until = None if scenario.duration_s is None else started + scenario.duration_s
-            outcomes = await _closed_loop(client, jobs(scenario), clients, scenario.deadline_s, until)
+            outcomes = await _closed_loop(client, jobs(scenario), clients, scenario.deadline_s, until, ended)
         else:
             outcomes = await _open_loop(client, jobs(scenario), scenario.deadline_s, started)
         wall, cpu = time.perf_counter() - started, time.process_time() - cpu
@@ -47,7 +50,12 @@ async def _drive(url: str, scenario: Scenario) -> LoadRun:
 
 
 async def _closed_loop(
-    client: httpx.AsyncClient, queue: Iterable[Job], clients: int, deadline_s: float, until: float | None
+    client: httpx.AsyncClient,
+    queue: Iterable[Job],
+    clients: int,
+    deadline_s: float,
+    until: float | None = None,
+    ended: Callable[[Outcome], None] = lambda outcome: None,
 ) -> list[Outcome]:
     outcomes: list[Outcome] = []
     waiting = iter(queue)
@@ -57,7 +65,7 @@ async def _closed_loop(
             job = next(waiting, None)
             if job is None:
                 return
-            outcomes.append(await _request(client, job, deadline_s))
+            outcomes.extend(await _converse(client, job, deadline_s, ended))
 
     await asyncio.gather(*(worker() for _ in range(clients)))
     return outcomes
@@ -68,9 +76,10 @@ async def _open_loop(
 ) -> list[Outcome]:
     """Send requests when they are due, whether or not earlier ones have ended."""
 
-    async def send(job: Job, due: float) -> Outcome:
+    async def send(job: Job, due: float) -> list[Outcome]:
         late = max(0.0, time.perf_counter() - due)
-        return replace(await _request(client, job, deadline_s), late=late)
+        first, *later = await _converse(client, job, deadline_s)
+        return [replace(first, late=late), *later]
 
     sent = []
     for job in queue:
@@ -78,7 +87,7 @@ async def _open_loop(
         if (early := due - time.perf_counter()) > 0:
             await asyncio.sleep(early)
         sent.append(asyncio.create_task(send(job, due)))
-    return list(await asyncio.gather(*sent))
+    return [outcome for outcomes in await asyncio.gather(*sent) for outcome in outcomes]
 
 
 async def _watch(pauses: list[float]) -> None:
@@ -87,6 +96,21 @@ async def _watch(pauses: list[float]) -> None:
             asleep = time.perf_counter()
             await asyncio.sleep(SLEEP_S)
             pauses.append(max(0.0, time.perf_counter() - asleep - SLEEP_S))
+
+
+async def _converse(
+    client: httpx.AsyncClient, job: Job, deadline_s: float, ended: Callable[[Outcome], None] = lambda outcome: None
+) -> list[Outcome]:
+    """A request, and the turns that follow it while each has its answer."""
+    outcomes, prompt = list[Outcome](), ""
+    for turn, part in enumerate((job, *job.later)):
+        prompt = f"{prompt}{outcomes[-1].text} {part.prompt}" if outcomes else part.prompt
+        outcome = replace(await _request(client, replace(part, prompt=prompt), deadline_s), turn=turn)
+        outcomes.append(outcome)
+        ended(outcome)
+        if outcome.failure is not None:
+            break
+    return outcomes
 
 
 async def _request(client: httpx.AsyncClient, job: Job, deadline_s: float) -> Outcome:
@@ -106,7 +130,7 @@ async def _stream(client: httpx.AsyncClient, text: str, tokens: int) -> Outcome:
     sampling = {"max_new_tokens": tokens, "temperature": 0, "ignore_eos": True}
     body = {"text": text, "sampling_params": sampling, "stream": True}
     sent = last = time.perf_counter()
-    ttft, gaps, seen, prompt_tokens, done = 0.0, [], 0, 0, False
+    ttft, gaps, seen, prompt_tokens, answer, done = 0.0, [], 0, 0, "", False
     async with client.stream("POST", "/generate", json=body) as reply:
         if reply.status_code != 200:
             return Outcome(f"http_{reply.status_code}", (await reply.aread()).decode(errors="replace")[:300])
@@ -122,6 +146,7 @@ async def _stream(client: httpx.AsyncClient, text: str, tokens: int) -> Outcome:
             if (meta.get("finish_reason") or {}).get("type") == "abort":
                 return Outcome("error", str(meta["finish_reason"])[:300])
             new, prompt_tokens = meta["completion_tokens"] - seen, meta["prompt_tokens"]
+            answer = event.get("text", "")  # the whole so far
             if new <= 0:
                 continue
             if seen:
@@ -132,7 +157,7 @@ async def _stream(client: httpx.AsyncClient, text: str, tokens: int) -> Outcome:
             seen, last = seen + new, now
     if not done or seen < tokens:
         return Outcome("truncated", f"{seen} of {tokens} tokens, {'with' if done else 'no'} [DONE]")
-    return Outcome(None, "", ttft, tuple(gaps), last - sent, prompt_tokens, seen)
+    return Outcome(None, "", ttft, tuple(gaps), last - sent, prompt_tokens, seen, text=answer)
 
 
 async def _events(reply: httpx.Response) -> AsyncIterator[bytes]:

@@ -115,6 +115,16 @@ class Prefixes(_Section):
     share: Annotated[float, Field(gt=0, le=1)] = 1.0
 
 
+class Conversations(_Section):
+    """Requests come in conversations of `turns` turns.
+
+    A turn's prompt is all the text before it, the answers among it, and its own `input`; it is sent when the turn
+    before it has its answer. Arrivals are those of conversations. One whose turn fails ends.
+    """
+
+    turns: Annotated[int, Field(ge=2, le=1000)]
+
+
 class Trace(_Section):
     """Requests of a JSON-lines file as Mooncake publishes them, instead of arrivals and lengths.
 
@@ -153,6 +163,7 @@ class Scenario(_Section):
     input: Lengths = Lengths(tokens=320)
     output: Lengths = Lengths(tokens=24)
     prefixes: Prefixes | None = None
+    conversations: Conversations | None = None
     trace: Trace | None = None
     requests: Annotated[int, Field(ge=1, le=MOST_REQUESTS)] | None = None
     duration_s: _Seconds | None = None
@@ -164,7 +175,7 @@ class Scenario(_Section):
     @model_validator(mode="after")
     def _meaningful(self) -> Scenario:
         if self.trace is not None:
-            refused = sorted({"arrivals", "input", "output", "prefixes"} & self.model_fields_set)
+            refused = sorted({"arrivals", "input", "output", "prefixes", "conversations"} & self.model_fields_set)
             if refused:
                 raise ValueError(f"trace sets times and lengths of the requests; leave out {', '.join(refused)}")
         elif self.requests is None and self.duration_s is None:
@@ -204,7 +215,7 @@ class Scenario(_Section):
         """A closed loop of `warmup` requests (at least one) of these lengths, with texts that no load uses."""
         arrivals = Arrivals(clients=self.arrivals.clients or WARM_CLIENTS)
         ends = {"requests": max(1, self.warmup), "duration_s": None, "warmup": 0, "seed": WARM_SEED}
-        return self.changed(arrivals=arrivals, trace=None, **ends)
+        return self.changed(arrivals=arrivals, trace=None, conversations=None, **ends)
 
     def changed(self, **values: object) -> Scenario:
         """The same scenario with other values of the same types."""

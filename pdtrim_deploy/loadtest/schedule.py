@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pdtrim_deploy.loadtest.scenario import Arrivals, Lengths, Prefixes, Scenario, Trace
@@ -16,11 +15,15 @@ from pdtrim_deploy.loadtest.trace import rows
 
 @dataclass(frozen=True)
 class Job:
-    """One request; `due_s` after the load's start, None if a client sends it when its previous one has ended."""
+    """One request; `due_s` after the load's start, None if a client sends it when its previous one has ended.
+
+    `later` are the turns of a conversation that follow it: the prompt of each is the text that comes after the answer.
+    """
 
     due_s: float | None
     prompt: str
     output_tokens: int
+    later: tuple[Job, ...] = ()
 
 
 def jobs(scenario: Scenario) -> Iterator[Job]:
@@ -28,7 +31,7 @@ def jobs(scenario: Scenario) -> Iterator[Job]:
     due = _drawn(scenario) if scenario.trace is None else _replay(scenario.trace, scenario.seed)
     if scenario.duration_s is not None:
         due = _until(due, scenario.duration_s)
-    return islice(due, scenario.requests)
+    return due if scenario.requests is None else _first(due, scenario.requests)
 
 
 def tokens(lengths: Lengths, rng: random.Random) -> int:
@@ -51,7 +54,22 @@ def _drawn(scenario: Scenario) -> Iterator[Job]:
         prompt = text(rng, tokens(scenario.input, rng))
         if scenario.prefixes is not None:
             prompt = _prefixed(prompt, scenario.prefixes, rng)
-        yield Job(due, prompt, tokens(scenario.output, rng))
+        job = Job(due, prompt, tokens(scenario.output, rng))
+        yield job if scenario.conversations is None else replace(job, later=_later(scenario, rng))
+
+
+def _later(scenario: Scenario, rng: random.Random) -> tuple[Job, ...]:
+    """The turns of a conversation after its first."""
+    assert scenario.conversations is not None
+    turns = range(1, scenario.conversations.turns)
+    return tuple(Job(None, text(rng, tokens(scenario.input, rng)), tokens(scenario.output, rng)) for _ in turns)
+
+
+def _first(due: Iterator[Job], requests: int) -> Iterator[Job]:
+    """So many requests, each turn counted; the last conversation may be cut short."""
+    while requests > 0 and (job := next(due, None)) is not None:
+        yield replace(job, later=job.later[: requests - 1])
+        requests -= 1 + len(job.later)
 
 
 def _prefixed(prompt: str, prefixes: Prefixes, rng: random.Random) -> str:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pdtrim_deploy.serving import Cluster
 
 SETTLE_S = 10.0
-SIZES = ("payload_bytes", "wire_bytes", "dense_bytes")
+SIZES = ("payload_bytes", "wire_bytes", "dense_bytes", "reused_bytes")
 KV = {name: f"pdtrim_kv_{name}" for name in (*SIZES, "transfer_seconds")}
 OUTCOMES = "pdtrim_kv_requests_total"
 # SGLang 0.5.23, srt/observability/metrics_collector.py: the wait before a worker's first forward pass, by engine_type
@@ -45,6 +45,7 @@ class WorkerFigures(BaseModel):
     Attributes:
         requests: transfers that succeeded; outcomes: the number of all transfers by outcome.
         payload_bytes, wire_bytes, dense_bytes: of successful transfers: packed KV, all bytes sent, bytes of dense KV.
+        reused_bytes: packed KV that was not sent, since decode had it from an earlier request.
         transfer: from the first chunk's queueing to the last one's acknowledgement.
         queues: how long requests waited for prefill (`prefill_queue`) and, once their KV was there, for decode
             (`decode_queue`), and SGLang's stages of a request, by name. Health checks of the router count too.
@@ -58,6 +59,7 @@ class WorkerFigures(BaseModel):
     payload_bytes: int
     wire_bytes: int
     dense_bytes: int
+    reused_bytes: int = 0
     transfer: Histogram | None
     queues: dict[str, Histogram]
 
@@ -67,13 +69,14 @@ class WorkerFigures(BaseModel):
         queues = {f"{kind}_queue": _histogram(QUEUE, kind, added) for kind in _kinds(QUEUE, added)}
         queues |= {stage: _histogram(STAGES, stage, added) for stage in _kinds(STAGES, added)}
         outcomes = {at: int(count) for (name, at), count in sorted(added.items()) if name == OUTCOMES}
-        payload, wire, dense = (int(added.get((f"{KV[name]}_sum", ""), 0)) for name in SIZES)
+        payload, wire, dense, reused = (int(added.get((f"{KV[name]}_sum", ""), 0)) for name in SIZES)
         return cls(
             requests=_transfers(added),
             outcomes={at: count for at, count in outcomes.items() if count},
             payload_bytes=payload,
             wire_bytes=wire,
             dense_bytes=dense,
+            reused_bytes=reused,
             transfer=_histogram(KV["transfer_seconds"], "", added),
             queues={at: histogram for at, histogram in queues.items() if histogram is not None},
         )

@@ -10,8 +10,9 @@ from typing import Any, Literal
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.plan import PDPlan, Stage
+from pdtrim_deploy.plan.wire import PoolDtype
 from pdtrim_deploy.serving.commands import ROUTER_HEALTH
-from pdtrim_deploy.serving.gpu_defaults import PAGE_TOKENS, attention_arguments
+from pdtrim_deploy.serving.gpu_defaults import PAGE_TOKENS, attention_arguments, pool_arguments
 from pdtrim_deploy.serving.transports import LIBRARIES
 from pdtrim_deploy.worker.config import ARGUMENT, WorkerConfig
 from pdtrim_deploy.worker.transport import TransportOptions
@@ -64,12 +65,13 @@ class Served:
     plan_digest: str
     dtype: str
     sparse: bool
+    pool_dtype: PoolDtype = "native"
 
     @classmethod
     def of(cls, name: str, plan: PDPlan) -> Served:
         """`name` is the model's name for clients."""
         sparse = any(send.mode == "sparse" for send in plan.kv)
-        return cls(name, plan.digest, plan.model.kv_dtype, sparse)
+        return cls(name, plan.digest, plan.model.kv_dtype, sparse, plan.model.pool_dtype)
 
     @property
     def plan(self) -> str:
@@ -148,7 +150,7 @@ def worker_arguments(served: Served, options: Options, stage: Stage) -> list[str
     flags = ["--enable-metrics"]
     if stage == "prefill":
         given["--disaggregation-bootstrap-port"] = BOOTSTRAP_PORT
-    given |= attention_arguments(stage, served.sparse)
+    given |= attention_arguments(stage, served.sparse) | pool_arguments(served.pool_dtype)
     pairs = [str(part) for pair in given.items() for part in pair]
     return ["python3", "-m", "sglang.launch_server", *pairs, *flags]
 

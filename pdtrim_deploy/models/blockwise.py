@@ -32,15 +32,20 @@ class LayerKV:
     Attributes:
         keys, values: `[batch, kv_heads, tokens, head_dim]`, K after RoPE; None when nothing is held yet.
         ranges: absolute positions of those tokens.
+        pool: dtype that rows are rounded to as they are written, before attention reads them, by torch's conversion as
+            in SGLang's fp8 pools without scales; None: as the layer computed them.
 
     """
 
     keys: Tensor | None = None
     values: Tensor | None = None
     ranges: Ranges = ()
+    pool: torch.dtype | None = None
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Append what the layer computed; called by the attention module."""
+        if self.pool is not None:
+            keys, values = (side.to(self.pool).to(side.dtype) for side in (keys, values))
         if self.keys is None or self.values is None:
             self.keys, self.values = keys, values
         else:
@@ -50,7 +55,7 @@ class LayerKV:
 
     def fork(self) -> LayerKV:
         """The same K and V, to be extended on its own."""
-        return LayerKV(self.keys, self.values, self.ranges)
+        return LayerKV(self.keys, self.values, self.ranges, self.pool)
 
 
 @dataclass(frozen=True)

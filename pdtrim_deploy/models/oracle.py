@@ -2,7 +2,9 @@
 
 The prefill model runs the prompt; its KV goes through the real pack -> bytes -> unpack; the decode model
 continues at the original positions. In a sparse layer decode attends to the first, last and generated tokens,
-in a full layer to all. It is the judge of pruning, and the reference that served logprobs must match.
+in a full layer to all. Where pools are fp8, attention of both stages reads rows as they were rounded, its own tokens'
+among them, and queries are not rounded: so do SGLang's torch_native, and its Triton in decode. The oracle is the judge
+of pruning, and the reference that served logprobs must match.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ class PrefillState:
     """What prefill leaves behind for `batch` prompts of `tokens` tokens; plans that share prefill share it.
 
     Attributes:
-        keys, values: one pool per prefill layer, `[batch * tokens, kv_heads, head_dim]`, the plan's KV dtype;
+        keys, values: one pool per prefill layer, `[batch * tokens, kv_heads, head_dim]`, the pool's dtype;
             token `t` of prompt `b` lies in slot `b * tokens + t`.
         logits: `[batch, vocabulary]` after the last prompt token.
 
@@ -50,7 +52,7 @@ class PDOracle:
 
     Args:
         prefill_model, decode_model: stage models with the plan's layers; they may share weights.
-        plan: its `kv_dtype` is that of prompt KV in the pool and on the wire, whatever the models compute in.
+        plan: its `row_dtype` is that of prompt KV in the pool and on the wire, whatever the models compute in.
         offsets: the plan's key offsets, of all KV heads; None when it has none.
 
     Raises:
@@ -70,6 +72,12 @@ class PDOracle:
             if len(runner.layers) != planned:
                 raise ValueError(f"the {stage} model has {len(runner.layers)} layers, the plan {planned}")
 
+    @property
+    def fp8_pool(self) -> torch.dtype | None:
+        """What both stages' rows are rounded to when they are written; None for a native pool."""
+        model = self.plan.model
+        return None if model.pool_dtype == "native" else getattr(torch, model.row_dtype)
+
     def with_kv(self, kv: tuple[KVSend, ...]) -> PDOracle:
         """The same stage models with other KV rules; any `PrefillState` of the one serves the other."""
         return PDOracle(self.prefill_model, self.decode_model, self.plan.with_kv(kv), self.offsets)
@@ -82,10 +90,10 @@ class PDOracle:
     @torch.no_grad()
     def prefill(self, prompts: Tensor) -> PrefillState:
         """Run prompts of equal length, int64 `[batch, tokens]`, through the prefill model."""
-        dtype, keys, values = getattr(torch, self.plan.model.kv_dtype), [], []
+        dtype, keys, values = getattr(torch, self.plan.model.row_dtype), [], []
         run = LayerRun(self._prefill, [prompts])
         while run.running:
-            kv = LayerKV()
+            kv = LayerKV(pool=self.fp8_pool)
             run.advance([kv])
             keys.append(_to_pool(kv.keys, dtype))
             values.append(_to_pool(kv.values, dtype))
@@ -103,10 +111,11 @@ class PDOracle:
         for slots in torch.arange(state.batch * state.tokens, device=device).view(state.batch, state.tokens):
             packed = pack(layout, state.keys, state.values, slots, offsets=self.offsets)
             unpack(layout, packed, keys, values, slots, self.offsets)
-        dtype, held = self.decode_model.dtype, []
+        dtype, pool, held = self.decode_model.dtype, self.fp8_pool, []
         for send, k, v in zip(self.plan.kv, keys, values, strict=True):
             ranges = send.row_ranges(state.tokens)
-            held.append(LayerKV(_rows(k, state.batch, ranges, dtype), _rows(v, state.batch, ranges, dtype), ranges))
+            rows_k, rows_v = (_rows(side, state.batch, ranges, dtype) for side in (k, v))
+            held.append(LayerKV(rows_k, rows_v, ranges, pool))
         return held
 
     @torch.no_grad()

@@ -51,12 +51,12 @@ class BuildStep:
 def steps_of(recipe: Recipe, fingerprint: str) -> tuple[BuildStep, ...]:
     """All steps but the seal. Each key holds the one before: a change makes its step and all later ones again."""
     dump = recipe.model_dump(mode="json")
-    said = {"pdtrim-deploy": __version__, "model": fingerprint, "dtype": recipe.model.dtype}
+    base = {"pdtrim-deploy": __version__, "model": fingerprint, "dtype": recipe.model.dtype}
     chosen = {key: dump[key] for key in ("calibration", "pruning", *(["students"] if recipe.pruning.distil else []))}
     if recipe.pruning.finalists or recipe.pruning.distil:  # students learn from part of this text
         text = [dump["healing"][name] for name in ("compensation", "sequences", "length")]
         chosen["judged"] = [*text, recipe.healing.enabled]
-    prune = chained_key("", said | (chosen if recipe.pruning.decode_blocks else {}))
+    prune = chained_key("", base | (chosen if recipe.pruning.decode_blocks else {}))
     healed = chained_key(prune, heal.depends_on(dump)) if heal.needed(recipe) else prune
     reads = recipe.kv.method not in FIXED_KV or recipe.kv.measures_offsets
     kv = chained_key(healed, [dump["kv"], dump["calibration"] if reads else None])
@@ -76,9 +76,9 @@ def steps_of(recipe: Recipe, fingerprint: str) -> tuple[BuildStep, ...]:
         _stage_step("decode", decode, before_decode),
         *(
             _engine_step(
-                target, stage, asked, chained_key(decode if stage == "decode" else kv, stage), dump["calibration"]
+                target, stage, section, chained_key(decode if stage == "decode" else kv, stage), dump["calibration"]
             )
-            for target, asked in recipe.targets.requested.items()
+            for target, section in recipe.targets.requested.items()
             for stage in STAGES
         ),
     )
@@ -88,11 +88,11 @@ def _stage_step(stage: Stage, before: str, after: str) -> BuildStep:
     return BuildStep(stage, chained_key(before, stage), (stage,), lambda c: steps.write_stage(c, stage), after)
 
 
-def _engine_step(target: str, stage: Stage, asked: Target, stage_key: str, calibration: object) -> BuildStep:
+def _engine_step(target: str, stage: Stage, section: Target, stage_key: str, calibration: object) -> BuildStep:
     """Depends on its stage's checkpoint and its own options: another target's change nothing."""
     name = engine_folder(target, stage)
-    key = chained_key(stage_key, [name, engines.depends_on(asked, calibration)])
-    run = partial(engines.build_engine, target=target, stage=stage, asked=asked)
+    key = chained_key(stage_key, [name, engines.depends_on(section, calibration)])
+    run = partial(engines.build_engine, target=target, stage=stage, section=section)
     return BuildStep(name, key, (name,), run, stage, target)
 
 
@@ -168,26 +168,26 @@ def build(
 
 def check_fits(recipe: Recipe, blocks: int, positions: int) -> None:
     """Refuse a recipe that asks for more than a model of `blocks` blocks has, or longer text than it takes."""
-    asked, sparse, alone = recipe.pruning.decode_blocks, recipe.kv.sparse_layers, recipe.healing.kv_only_blocks
-    if asked >= blocks:
+    removed, sparse, alone = recipe.pruning.decode_blocks, recipe.kv.sparse_layers, recipe.healing.kv_only_blocks
+    if removed >= blocks:
         raise UserError(
-            f"recipe {recipe.name}: pruning.decode_blocks is {asked}; allowed: at most {blocks - 1}, "
+            f"recipe {recipe.name}: pruning.decode_blocks is {removed}; allowed: at most {blocks - 1}, "
             f"the model has {blocks} blocks"
         )
-    if sparse > blocks - asked:
+    if sparse > blocks - removed:
         raise UserError(
-            f"recipe {recipe.name}: kv.sparse_layers is {sparse}; allowed: at most {blocks - asked}, "
+            f"recipe {recipe.name}: kv.sparse_layers is {sparse}; allowed: at most {blocks - removed}, "
             f"the layers that decode keeps"
         )
-    if alone > blocks - asked:
+    if alone > blocks - removed:
         raise UserError(
-            f"recipe {recipe.name}: healing.kv_only_blocks is {alone}; allowed: at most {blocks - asked}, "
+            f"recipe {recipe.name}: healing.kv_only_blocks is {alone}; allowed: at most {blocks - removed}, "
             f"the blocks whose KV decode reads"
         )
-    for said, tokens in _lengths(recipe):
+    for option, tokens in _lengths(recipe):
         if tokens > positions:
             raise UserError(
-                f"recipe {recipe.name}: {said} is {tokens} tokens; allowed: at most {positions}, "
+                f"recipe {recipe.name}: {option} is {tokens} tokens; allowed: at most {positions}, "
                 f"the model's max_position_embeddings"
             )
 

@@ -37,8 +37,8 @@ class Context:
 
     @property
     def shape(self) -> ModelShape:
-        """The KV pool has the dtype that the recipe serves in."""
-        return self.checkpoint.shape(self.recipe.model.dtype)
+        """As the recipe serves it: what it computes in, and its KV pools."""
+        return self.checkpoint.shape(self.recipe.model.dtype).with_pool(self.recipe.kv.pool_dtype)
 
     @property
     def plan(self) -> PDPlan:
@@ -56,8 +56,8 @@ class Context:
     @property
     def bounded(self) -> bool:
         """Whether the recipe has fewer blocks in memory than there are."""
-        asked = self.recipe.pruning.blocks_in_memory
-        return asked is not None and asked < self.shape.num_blocks
+        blocks = self.recipe.pruning.blocks_in_memory
+        return blocks is not None and blocks < self.shape.num_blocks
 
     @property
     def searched_model(self) -> Any:
@@ -66,19 +66,19 @@ class Context:
             return self.model
         from pdtrim_deploy.models.streaming import stream_model
 
-        asked = self.recipe.pruning.blocks_in_memory
-        assert asked is not None
-        self.note(f"reading blocks from the checkpoint, {asked} in memory at a time")
-        return stream_model(self.checkpoint, asked, "float32")[0]
+        blocks = self.recipe.pruning.blocks_in_memory
+        assert blocks is not None
+        self.note(f"reading blocks from the checkpoint, {blocks} in memory at a time")
+        return stream_model(self.checkpoint, blocks, "float32")[0]
 
     def calibration(self, sequences: int, length: int) -> Any:
         """int64 `[sequences, length]` of the calibration split."""
         from pdtrim_deploy.evaluation import corpora
         from pdtrim_deploy.models.loading import load_tokenizer
 
-        asked = self.recipe.calibration
-        documents = corpora.load(asked.corpus, self.cache, self.note).split("calibration")
-        return corpora.sequences(documents, load_tokenizer(self.checkpoint.path), sequences, length, asked.seed)
+        section = self.recipe.calibration
+        documents = corpora.load(section.corpus, self.cache, self.note).split("calibration")
+        return corpora.sequences(documents, load_tokenizer(self.checkpoint.path), sequences, length, section.seed)
 
 
 def write_json(path: Path, data: Any) -> None:

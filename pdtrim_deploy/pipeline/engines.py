@@ -25,7 +25,7 @@ from pdtrim_deploy.recipe.targets import Target
 BUILDER = (sys.executable, "-P", "-m", "pdtrim_builders")  # -P: no module of the folder we were started in
 
 
-def build_engine(context: Context, target: str, stage: Stage, asked: Target) -> set[str]:
+def build_engine(context: Context, target: str, stage: Stage, section: Target) -> set[str]:
     """Build one engine into its folder of the bundle.
 
     Raises:
@@ -33,7 +33,7 @@ def build_engine(context: Context, target: str, stage: Stage, asked: Target) -> 
 
     """
     folder = context.out / engine_folder(target, stage)
-    options = asked.model_dump(mode="json", exclude_none=True)
+    options = section.model_dump(mode="json", exclude_none=True)
     job = {
         "target": target,
         "stage_dir": str((context.out / stage).absolute()),
@@ -41,7 +41,7 @@ def build_engine(context: Context, target: str, stage: Stage, asked: Target) -> 
         "options": options,
     }
     try:
-        if asked.calibrates:
+        if section.calibrates:
             options["prompts"] = _calibration_texts(context)
         context.note(f"building for {target}")
         with tempfile.TemporaryDirectory(dir=context.out / WORK) as scratch:
@@ -50,14 +50,14 @@ def build_engine(context: Context, target: str, stage: Stage, asked: Target) -> 
         raise UserError(f"target {target}: {stage}: {error}") from None
     if refused:
         raise UserError(refused)
-    context.note(said(read_engine(folder)))
+    context.note(summary(read_engine(folder)))
     return {engine_folder(target, stage)}
 
 
-def depends_on(asked: Target, calibration: object) -> list[object]:
+def depends_on(section: Target, calibration: object) -> list[object]:
     """What an engine depends on besides its stage checkpoint, for a step's key."""
-    file = file_sha256(asked.reads) if asked.reads and asked.reads.is_file() else None
-    return [asked.model_dump(mode="json"), file, calibration if asked.calibrates else None]
+    file = file_sha256(section.reads) if section.reads and section.reads.is_file() else None
+    return [section.model_dump(mode="json"), file, calibration if section.calibrates else None]
 
 
 def read_engine(folder: Path) -> TargetResult:
@@ -65,7 +65,7 @@ def read_engine(folder: Path) -> TargetResult:
     return TargetResult.model_validate_json((folder / RESULT).read_bytes())
 
 
-def said(engine: TargetResult) -> str:
+def summary(engine: TargetResult) -> str:
     """One line on how an engine was built."""
     parts = [f"{engine.size / 1e6:,.1f} MB", f"{engine.seconds:.1f} s"]
     if engine.peak_memory:
@@ -75,11 +75,11 @@ def said(engine: TargetResult) -> str:
     return f"{engine.target} {engine.stage}: {engine.state}, {', '.join(parts)}"
 
 
-def keep_only(out: Path, wanted: Collection[str]) -> None:
-    """Remove every engine folder that is not one of `wanted`: of earlier recipes, and of targets that failed."""
+def keep_only(out: Path, kept: Collection[str]) -> None:
+    """Remove every engine folder that is not one of `kept`, such as those of earlier recipes and of failed targets."""
     for folder in [*(out / ENGINES).glob("*/*"), *(out / ENGINES).glob("*"), out / ENGINES]:
         name = str(folder.relative_to(out))
-        if folder.is_dir() and not any(keep == name or keep.startswith(f"{name}/") for keep in wanted):
+        if folder.is_dir() and not any(keep == name or keep.startswith(f"{name}/") for keep in kept):
             shutil.rmtree(folder)
 
 
@@ -87,6 +87,6 @@ def _calibration_texts(context: Context) -> list[str]:
     """The calibration sequences as text: the builder has the stage's tokenizer, and no corpora."""
     from pdtrim_deploy.models.loading import load_tokenizer
 
-    asked, tokenizer = context.recipe.calibration, load_tokenizer(context.checkpoint.path)
-    rows = context.calibration(asked.sequences, asked.length)
+    section, tokenizer = context.recipe.calibration, load_tokenizer(context.checkpoint.path)
+    rows = context.calibration(section.sequences, section.length)
     return [tokenizer.decode(row, skip_special_tokens=True) for row in rows]

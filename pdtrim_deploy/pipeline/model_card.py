@@ -65,7 +65,7 @@ def card(plan: PDPlan, recipe: Recipe, stage: Stage, base: Provenance, healed: p
         "## What that costs",
         f"{BEGIN}\n{NOT_MEASURED}\n{END}",
         "## How it was made",
-        "\n".join(parts.made(recipe)),
+        "\n".join(parts.provenance(recipe)),
         f"```\n{AGAIN}\n```",
         "## Serve",
         "```\npdtrim-deploy serve BUNDLE\n```",

@@ -10,7 +10,7 @@ from pdtrim_deploy.models.provenance import Provenance
 from pdtrim_deploy.plan import PDPlan, Stage
 from pdtrim_deploy.recipe import Recipe
 from pdtrim_deploy.recipe.kv import FIXED_KV
-from pdtrim_deploy.serving.gpu_defaults import PAGE_TOKENS, attention_arguments
+from pdtrim_deploy.serving.gpu_defaults import PAGE_TOKENS, attention_arguments, pool_arguments
 
 Healed = Mapping[Stage, Sequence[Mapping[str, Any]]]
 
@@ -18,13 +18,13 @@ Healed = Mapping[Stage, Sequence[Mapping[str, Any]]]
 def blocks(plan: PDPlan, stage: Stage) -> str:
     """Which blocks of the base model the stage runs."""
     actions, dropped = plan.actions(stage), plan.dropped(stage)
-    said = f"{len(plan.layers(stage))} of {plan.model.num_blocks}"
-    said += f"; without block{'s' * (len(dropped) > 1)} {_list(dropped)}" if dropped else ""
+    text = f"{len(plan.layers(stage))} of {plan.model.num_blocks}"
+    text += f"; without block{'s' * (len(dropped) > 1)} {_list(dropped)}" if dropped else ""
     pairs = sorted({action.pair for action in actions if action.kind == "distilled"})
     if pairs:
-        said += f"; one student block in the place of each of the pairs {_list(f'{a} and {b}' for a, b in pairs)}"
+        text += f"; one student block in the place of each of the pairs {_list(f'{a} and {b}' for a, b in pairs)}"
     alone = [block for block, action in enumerate(actions) if action.kind == "kv_only"]
-    return said + (f"; for their K and V alone: {_list(alone)}" if alone else "")
+    return text + (f"; for their K and V alone: {_list(alone)}" if alone else "")
 
 
 def kv(plan: PDPlan, recipe: Recipe) -> str:
@@ -32,13 +32,19 @@ def kv(plan: PDPlan, recipe: Recipe) -> str:
     tokens = recipe.evaluation.prompt_tokens
     sparse = [block for block, send in zip(plan.decode_layers, plan.kv, strict=True) if send.mode == "sparse"]
     cut = f"{len(sparse)} of {len(plan.kv)} decode layers get the first and last prompt tokens alone"
-    wires = Counter(plan.model.kv_dtype if send.wire_dtype == "native" else send.wire_dtype for send in plan.kv)
+    wires = Counter(plan.model.row_dtype if send.wire_dtype == "native" else send.wire_dtype for send in plan.kv)
     return (
         f"{cut}{f' (blocks {_list(sparse)})' if sparse else ''}; sent as "
         f"{_list(f'{wire} ({count} layers)' for wire, count in wires.most_common())}; "
         f"{plan.payload_bytes(tokens):,} bytes for {tokens} prompt tokens, "
-        f"{plan.reduction(tokens):.2f}x less than dense"
+        f"{reductions(plan, tokens)}"
     )
+
+
+def reductions(plan: PDPlan, tokens: int) -> str:
+    """How much less travels than the unpruned model would send, from a native pool and from one of fp8."""
+    native, fp8 = (plan.dense_bytes(tokens, pool) / plan.payload_bytes(tokens) for pool in ("native", "fp8_e4m3"))
+    return f"{native:.2f}x less than dense from a {plan.model.kv_dtype} pool, {fp8:.2f}x from an fp8 pool"
 
 
 def changed(plan: PDPlan, recipe: Recipe, stage: Stage, healed: Healed) -> list[str]:
@@ -47,10 +53,10 @@ def changed(plan: PDPlan, recipe: Recipe, stage: Stage, healed: Healed) -> list[
     done = ["students of distilled pairs"] * any(action.kind == "distilled" for action in actions)
     if recipe.healing.compensation != "none" and any(action.kind != "keep" for action in actions):
         done.append(f"compensation {recipe.healing.compensation}")
-    for one in (one for one in healed.get(stage, ()) if one["kept"]):
-        steps = f"{one['steps']} steps of logit distillation from the base model"
-        steps += " behind prompt KV as it arrives" * one["kv"]
-        done.append(f"{steps} (KL {one['before']:.4f} to {one['after']:.4f} nats a token on text not trained on)")
+    for report in (report for report in healed.get(stage, ()) if report["kept"]):
+        steps = f"{report['steps']} steps of logit distillation from the base model"
+        steps += " behind prompt KV as it arrives" * report["kv"]
+        done.append(f"{steps} (KL {report['before']:.4f} to {report['after']:.4f} nats a token on text not trained on)")
     alone = any(action.kind == "kv_only" for action in actions)
     done += ["K and V of the blocks that run for these alone, refitted"] * alone
     if not done:
@@ -67,34 +73,34 @@ def _taught(recipe: Recipe) -> str:
     return f"{healing.taught(recipe.pruning.finalists)} x {healing.length}"
 
 
-def made(recipe: Recipe) -> list[str]:
+def provenance(recipe: Recipe) -> list[str]:
     """Text and seeds of each choice; all text is that of the calibration split of its corpus."""
     text, pruning, healing, kv = recipe.calibration, recipe.pruning, recipe.healing, recipe.kv
-    said = [f"- Recipe `{recipe.name}` (`recipe.yaml` in the bundle), digest `{recipe.digest}`"]
+    lines = [f"- Recipe `{recipe.name}` (`recipe.yaml` in the bundle), digest `{recipe.digest}`"]
     corpus = f"`{text.corpus}`, seed {text.seed}"
     if pruning.decode_blocks:
-        said.append(
+        lines.append(
             f"- Blocks chosen by `{pruning.method}` (seed {pruning.seed}) on {text.sequences} x {text.length} tokens "
             f"of {corpus}"
         )
     if pruning.distil:
-        said.append(
+        lines.append(
             f"- Students trained on {_taught(recipe)} tokens of {corpus}: least squares, then "
             f"{recipe.students.steps} steps each (seed {recipe.students.seed})"
         )
     if healing.enabled:
-        said.append(
+        lines.append(
             f"- Weights mended on {healing.sequences} x {healing.length} tokens of {corpus} (seed {healing.seed})"
         )
     if healing.kv_steps:
         length = kv.prompt_tokens + healing.length // 2
-        said.append(f"- Decode healed behind its KV on {healing.sequences} x {length} tokens of {corpus}")
+        lines.append(f"- Decode healed behind its KV on {healing.sequences} x {length} tokens of {corpus}")
     if kv.measures_offsets:
-        said.append(f"- Means of keys before RoPE measured on {kv.sequences} x {kv.prompt_tokens} tokens of {corpus}")
+        lines.append(f"- Means of keys before RoPE measured on {kv.sequences} x {kv.prompt_tokens} tokens of {corpus}")
     if kv.method in FIXED_KV:
-        return [*said, f"- KV chosen by rule `{kv.method}`, on no text"]
+        return [*lines, f"- KV chosen by rule `{kv.method}`, on no text"]
     length = kv.prompt_tokens + kv.continuation_tokens
-    return [*said, f"- KV chosen by `{kv.method}` on {kv.sequences} x {length} tokens of {corpus}"]
+    return [*lines, f"- KV chosen by `{kv.method}` on {kv.sequences} x {length} tokens of {corpus}"]
 
 
 def launch(plan: PDPlan, recipe: Recipe, stage: Stage) -> str:
@@ -105,6 +111,7 @@ def launch(plan: PDPlan, recipe: Recipe, stage: Stage) -> str:
         """--json-model-override-args '{"pdtrim_secret_file": "SECRET"}'""",
     ]
     arguments = {"--page-size": PAGE_TOKENS} | attention_arguments(stage, any(s.mode == "sparse" for s in plan.kv))
+    arguments |= pool_arguments(plan.model.pool_dtype)
     lines.append(" ".join(f"{option} {value}" for option, value in arguments.items()))
     return " \\\n    ".join(lines)
 
@@ -113,9 +120,9 @@ def licence(base: Provenance) -> str:
     """The sentence under Licence."""
     if not base.name and not base.files:
         return "The base model's folder states no licence: find out under which it is given before you share this."
-    said = f"That of the base model: {base.name}." if base.name else "That of the base model."
-    return said + (f" Carried over in {_list(f'`{name}`' for name in base.files)}." if base.files else "")
+    sentence = f"That of the base model: {base.name}." if base.name else "That of the base model."
+    return sentence + (f" Carried over in {_list(f'`{name}`' for name in base.files)}." if base.files else "")
 
 
-def _list(things: Iterable[object]) -> str:
-    return ", ".join(map(str, things))
+def _list(items: Iterable[object]) -> str:
+    return ", ".join(map(str, items))

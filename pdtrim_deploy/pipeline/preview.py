@@ -75,9 +75,9 @@ def preview(recipe: Recipe, out: Path, cache: Cache) -> Preview:
     check_family(recipe, checkpoint.family)
     check_fits(recipe, checkpoint.facts.num_blocks, checkpoint.facts.max_positions)
     journal = Journal(out)
-    asked = steps_of(recipe, checkpoint.fingerprint)
-    done = done_steps(asked, journal)
-    steps = {"source": True} | {step.name: step.name in done for step in asked}
+    build_steps = steps_of(recipe, checkpoint.fingerprint)
+    done = done_steps(build_steps, journal)
+    steps = {"source": True} | {step.name: step.name in done for step in build_steps}
     steps["seal"] = all(steps.values()) and is_sealed(out, recipe, journal.steps)
     plan = stand_in(recipe, checkpoint.shape(recipe.model.dtype))
     sizes = {stage: _stage_bytes(checkpoint, len(plan.layers(stage)), recipe.model.dtype) for stage in STAGES}

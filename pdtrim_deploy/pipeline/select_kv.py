@@ -34,16 +34,16 @@ def select_kv(context: Context) -> set[str]:
     Where decode looks stands in reports/attention.json, if the choice looked at the model; what quantised keys travel
     less in the file of key offsets, and what that does to them in reports/key-offsets.json, if any can be quantised.
     """
-    asked, plan = context.recipe.kv, heal.blocks_plan(context)
-    plan = plan.with_kv(stand_in_rules(asked, plan.model, len(plan.decode_layers)))
-    if asked.method not in FIXED_KV or asked.measures_offsets:
+    section, plan = context.recipe.kv, heal.blocks_plan(context)
+    plan = plan.with_kv(stand_in_rules(section, plan.model, len(plan.decode_layers)))
+    if section.method not in FIXED_KV or section.measures_offsets:
         plan = _looked_at(context, plan)
     sends = {block: send.model_dump() for block, send in zip(plan.decode_layers, plan.kv, strict=True)}
     sparse = [block for block, send in zip(plan.decode_layers, plan.kv, strict=True) if send.mode == "sparse"]
-    write_json(context.out / KV, {"method": asked.method, "sparse_blocks": sparse, "sends": sends})
+    write_json(context.out / KV, {"method": section.method, "sparse_blocks": sparse, "sends": sends})
     write_json(context.out / PLAN, plan.model_dump(mode="json"))
-    measured = {OFFSETS} if asked.measures_offsets else set()
-    measured |= {ATTENTION} if asked.method not in FIXED_KV else set()
+    measured = {OFFSETS} if section.measures_offsets else set()
+    measured |= {ATTENTION} if section.method not in FIXED_KV else set()
     return {KV, PLAN, *measured, *([KEY_OFFSETS] if plan.key_offsets else [])}
 
 
@@ -66,9 +66,9 @@ def _looked_at(context: Context, plan: PDPlan) -> PDPlan:
 def _offsets(context: Context, oracle: PDOracle) -> KeyOffsets | None:
     from pdtrim_deploy.kvchoice.offsets import measure
 
-    asked = context.recipe.kv
-    length = min(asked.prompt_tokens, context.checkpoint.facts.max_positions)
-    measured = measure(oracle, context.calibration(asked.sequences, length), context.note)
+    section = context.recipe.kv
+    length = min(section.prompt_tokens, context.checkpoint.facts.max_positions)
+    measured = measure(oracle, context.calibration(section.sequences, length), context.note)
     errors = dict(zip(oracle.plan.decode_layers, measured.errors, strict=False))
     write_json(context.out / OFFSETS, {"rms_error_of_int4_keys": errors, "of_each_kv_head": ["whole", "less the mean"]})
     return measured.offsets
@@ -78,15 +78,15 @@ def _chosen(context: Context, oracle: PDOracle) -> tuple[KVSend, ...]:
     from pdtrim_deploy.kvchoice import Problem, get_selection
     from pdtrim_deploy.kvchoice.recall import with_recall
 
-    asked = context.recipe.kv
-    text = context.calibration(asked.sequences, asked.prompt_tokens + asked.continuation_tokens)
+    section = context.recipe.kv
+    text = context.calibration(section.sequences, section.prompt_tokens + section.continuation_tokens)
     seed = context.recipe.calibration.seed
-    if asked.recall:
-        text = with_recall(text, asked.prompt_tokens, asked.recall, seed)
+    if section.recall:
+        text = with_recall(text, section.prompt_tokens, section.recall, seed)
     kept = _kept(context, text, oracle.offsets)
-    problem = Problem(oracle, text, asked.prompt_tokens, seed, kept, context.out / WORK)
+    problem = Problem(oracle, text, section.prompt_tokens, seed, kept, context.out / WORK)
     write_json(context.out / ATTENTION, _attention(context, problem))
-    return get_selection(asked).choose(problem, context.note)
+    return get_selection(section).choose(problem, context.note)
 
 
 _EFFECTS = 1  # version of what is kept
@@ -98,8 +98,8 @@ def _kept(context: Context, text: Tensor, offsets: KeyOffsets | None) -> Memo:
 
     from pdtrim_deploy.models.writer import save
 
-    asked, plan = context.recipe.kv, heal.blocks_plan(context)
-    about = [_EFFECTS, context.checkpoint.fingerprint, plan.digest, heal.weights(context), asked.prompt_tokens]
+    section, plan = context.recipe.kv, heal.blocks_plan(context)
+    about = [_EFFECTS, context.checkpoint.fingerprint, plan.digest, heal.weights(context), section.prompt_tokens]
     about += [context.recipe.calibration.seed, hashlib.sha256(text.numpy().tobytes()).hexdigest()]
     about += [] if offsets is None else [offsets.file.sha256]
 
@@ -117,8 +117,8 @@ def _attention(context: Context, problem: Problem) -> dict[str, Any]:
     """Of each decode layer, mean over KV heads: the share of attention on each part of the prompt."""
     from pdtrim_deploy.kvchoice.attention_mass import attention_mass
 
-    asked, n = context.recipe.kv, problem.prompt_tokens
-    first, last = (asked.n_first, asked.n_last) if asked.n_first + asked.n_last else SHOWN
+    section, n = context.recipe.kv, problem.prompt_tokens
+    first, last = (section.n_first, section.n_last) if section.n_first + section.n_last else SHOWN
     text = problem.sequences[:SHOWN_SEQUENCES]
     mass = attention_mass(problem.oracle, text, n, first, last, progress=context.note)
     parts = ("first", "last", "middle", "generated")

@@ -15,10 +15,11 @@ def stand_in(recipe: Recipe, shape: ModelShape) -> PDPlan:
     """With the last blocks removed and the first layers cut.
 
     Raises:
-        UserError: the head size allows no wire dtype that is asked for, or no choice of options fits the byte budget.
+        UserError: head size and KV pool allow no wire dtype of the recipe, or no choice of options fits its budget.
 
     """
-    _check_wire(recipe, shape.head_dim)
+    shape = shape.with_pool(recipe.kv.pool_dtype)
+    _check_wire(recipe, shape)
     pruning = recipe.pruning
     blocks, layers = shape.num_blocks, shape.num_blocks - pruning.decode_blocks
     return PDPlan(
@@ -29,23 +30,25 @@ def stand_in(recipe: Recipe, shape: ModelShape) -> PDPlan:
     )
 
 
-def _check_wire(recipe: Recipe, head_dim: int) -> None:
+def _check_wire(recipe: Recipe, shape: ModelShape) -> None:
     kv = recipe.kv
-    key, asked = ("wire_choices", kv.wire_choices) if kv.method == "budget" else ("wire_dtype", (kv.wire_dtype,))
-    fit = [wire for wire in WIRE_DTYPES if KVSend(wire_dtype=wire).suits(head_dim)]
-    if not set(asked) & set(fit):
+    key, choices = ("wire_choices", kv.wire_choices) if kv.method == "budget" else ("wire_dtype", (kv.wire_dtype,))
+    fit = [wire for wire in WIRE_DTYPES if KVSend(wire_dtype=wire).suits(shape.head_dim, shape.pool_dtype)]
+    given = f"head size is {shape.head_dim}"
+    given += "" if shape.pool_dtype == "native" else f" and the KV pool {shape.pool_dtype}"
+    if not set(choices) & set(fit):
         raise UserError(
-            f"recipe {recipe.name}: kv.{key} is {', '.join(asked)} but the model's head size is {head_dim}; "
+            f"recipe {recipe.name}: kv.{key} is {', '.join(choices)} but the model's {given}; "
             f"allowed with it: {', '.join(fit)}"
         )
 
 
-def said_of(asked: KVSection, plan: PDPlan) -> str:
+def caveat(section: KVSection, plan: PDPlan) -> str:
     """How far the stand-in's KV rules can be trusted."""
-    if asked.reduction is not None:
-        at = asked.prompt_tokens
+    if section.reduction is not None:
+        at = section.prompt_tokens
         return f"the layers' KV as small as {plan.reduction(at):.2f}x at {at} prompt tokens, in a mix that may differ"
-    if asked.max_loss is not None or asked.threshold is not None:
+    if section.max_loss is not None or section.threshold is not None:
         return "how much KV is cut is known only once it is built: whole KV is shown, the most there can be"
     sparse = sum(send.mode == "sparse" for send in plan.kv)
     return f"{sparse} of {len(plan.kv)} decode layers are sparse; which ones changes no figure here"
@@ -56,7 +59,7 @@ def actions(blocks: int, removed: Collection[int]) -> tuple[Action, ...]:
     return tuple(Drop() if block in removed else Keep() for block in range(blocks))
 
 
-def stand_in_rules(asked: KVSection, shape: ModelShape, layers: int) -> tuple[KVSend, ...]:
+def stand_in_rules(section: KVSection, shape: ModelShape, layers: int) -> tuple[KVSend, ...]:
     """The rules of a fixed method; for one that chooses, as many of each kind as it will give, in any order.
 
     How many a threshold or a largest loss will cut is not known: nothing is cut, an upper bound. A byte budget is
@@ -66,26 +69,26 @@ def stand_in_rules(asked: KVSection, shape: ModelShape, layers: int) -> tuple[KV
         UserError: no choice of options fits the byte budget.
 
     """
-    if asked.reduction is not None:
-        return _within(asked, asked.reduction, shape, layers)
-    if asked.method == "budget":
+    if section.reduction is not None:
+        return _within(section, section.reduction, shape, layers)
+    if section.method == "budget":
         return (KVSend(),) * layers
-    full = KVSend(wire_dtype=asked.wire_dtype)
-    cut = {"none": 0, "all": layers}.get(asked.method, asked.sparse_layers)
+    full = KVSend(wire_dtype=section.wire_dtype)
+    cut = {"none": 0, "all": layers}.get(section.method, section.sparse_layers)
     if not cut:
         return (full,) * layers
-    sparse = KVSend(mode="sparse", n_first=asked.n_first, n_last=asked.n_last, wire_dtype=asked.wire_dtype)
+    sparse = KVSend(mode="sparse", n_first=section.n_first, n_last=section.n_last, wire_dtype=section.wire_dtype)
     return (sparse,) * cut + (full,) * (layers - cut)
 
 
-def _within(asked: KVSection, reduction: float, shape: ModelShape, layers: int) -> tuple[KVSend, ...]:
+def _within(section: KVSection, reduction: float, shape: ModelShape, layers: int) -> tuple[KVSend, ...]:
     """The largest mix that fits the byte budget; UserError when none does."""
 
     def size(send: KVSend) -> int:
-        rows, first = send.rows(asked.prompt_tokens), send.row_ranges(asked.prompt_tokens)[0][0] == 0
-        return packed_bytes(send.wire_dtype, shape.kv_dtype, shape.num_kv_heads, shape.head_dim, rows, first)
+        rows, first = send.rows(section.prompt_tokens), send.row_ranges(section.prompt_tokens)[0][0] == 0
+        return packed_bytes(send.wire_dtype, shape.row_dtype, shape.num_kv_heads, shape.head_dim, rows, first)
 
-    options = [option for option in asked.options() if option.suits(shape.head_dim)]
+    options = [option for option in section.options() if option.suits(shape.head_dim, shape.pool_dtype)]
     wide, narrow = max(options, key=size), min((o for o in options if o.mode == "full"), key=size)
     least, dense = min(options, key=size), shape.num_blocks * size(KVSend())
     for more, less in ((wide, narrow), (narrow, least)):
@@ -94,5 +97,5 @@ def _within(asked: KVSection, reduction: float, shape: ModelShape, layers: int) 
                 return (less,) * count + (more,) * (layers - count)
     raise UserError(
         f"kv.reduction is {reduction:g} but the smallest options give at most {dense / (layers * size(least)):.2f}x at "
-        f"{asked.prompt_tokens} prompt tokens; lower it, or add smaller sparse_choices or wire_choices"
+        f"{section.prompt_tokens} prompt tokens; lower it, or add smaller sparse_choices or wire_choices"
     )

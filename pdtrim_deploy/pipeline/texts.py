@@ -20,17 +20,17 @@ def searched(context: Context) -> Tensor:
 
 def fitted(context: Context) -> Tensor:
     """What stages are compensated and healed on; that again where they are not."""
-    asked = context.recipe.healing
-    if not asked.enabled:
+    healing = context.recipe.healing
+    if not healing.enabled:
         return searched(context)
-    ids: Tensor = context.calibration(asked.sequences, asked.length)
+    ids: Tensor = context.calibration(healing.sequences, healing.length)
     return ids
 
 
 def taught(context: Context) -> Tensor:
     """What students learn from: all that is fitted, or what comes before `judged`."""
-    asked, ids = context.recipe.healing, fitted(context)
-    return ids[: asked.taught(context.recipe.pruning.finalists)] if asked.enabled else ids
+    healing, ids = context.recipe.healing, fitted(context)
+    return ids[: healing.taught(context.recipe.pruning.finalists)] if healing.enabled else ids
 
 
 def judged(context: Context) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field, NonNegativeInt, model_validator
 
 from pdtrim_deploy.plan.blocks import Frozen
-from pdtrim_deploy.plan.wire import HEAD_DIM_MULTIPLE, WireDtype
+from pdtrim_deploy.plan.wire import HEAD_DIM_MULTIPLE, SMALLER_THAN_FP8, PoolDtype, WireDtype
 
 # In each stage checkpoint. A safetensors file with another suffix, since servers load *.safetensors as weights.
 KEY_OFFSETS = "pdtrim_key_offsets.tensors"
@@ -30,9 +30,10 @@ class KVSend(Frozen):
             raise ValueError("full KV takes no n_first or n_last")
         return self
 
-    def suits(self, head_dim: int) -> bool:
-        """Whether heads of this size can travel in the wire dtype."""
-        return head_dim % HEAD_DIM_MULTIPLE[self.wire_dtype] == 0
+    def suits(self, head_dim: int, pool_dtype: PoolDtype = "native") -> bool:
+        """Whether heads of this size can travel in the wire dtype, and make rows of such a pool smaller."""
+        smaller = pool_dtype == "native" or self.wire_dtype in SMALLER_THAN_FP8
+        return smaller and head_dim % HEAD_DIM_MULTIPLE[self.wire_dtype] == 0
 
     def row_ranges(self, prompt_tokens: int) -> tuple[tuple[int, int], ...]:
         """Half-open ranges of absolute prompt positions that travel, ascending and disjoint."""

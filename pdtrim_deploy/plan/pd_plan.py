@@ -26,7 +26,15 @@ from pydantic import (
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.plan.blocks import KV_ONLY_SHARE, Action, Distilled, Drop, Frozen, Keep, KVOnly, check_pairs
 from pdtrim_deploy.plan.kv import KeyOffsetsFile, KVSend
-from pdtrim_deploy.plan.wire import HEAD_DIM_MULTIPLE, SIDES, packed_bytes, packed_row_bytes
+from pdtrim_deploy.plan.wire import (
+    FP8_ROWS,
+    HEAD_DIM_MULTIPLE,
+    SIDES,
+    SMALLER_THAN_FP8,
+    PoolDtype,
+    packed_bytes,
+    packed_row_bytes,
+)
 
 __all__ = [
     "STAGES",
@@ -49,7 +57,13 @@ STAGES: tuple[Stage, ...] = ("prefill", "decode")
 
 
 class ModelShape(Frozen):
-    """What the plan must know of the model; `kv_dtype` is the dtype of the KV pool (native on the wire)."""
+    """What the plan must know of the model, and of the KV pools that it is served with.
+
+    Attributes:
+        kv_dtype: what the model computes in; a native pool's dtype.
+        pool_dtype: of both stages' KV pools; absent from JSON, and so from digests, when native.
+
+    """
 
     architecture: str
     fingerprint: str
@@ -57,6 +71,21 @@ class ModelShape(Frozen):
     num_kv_heads: PositiveInt
     head_dim: PositiveInt
     kv_dtype: NativeDtype
+    pool_dtype: PoolDtype = "native"
+
+    @model_serializer(mode="wrap")
+    def _without_native(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Plans of native pools read as they did before there were others."""
+        return {key: value for key, value in serialise(self).items() if key != "pool_dtype" or value != "native"}
+
+    @property
+    def row_dtype(self) -> str:
+        """Torch's name of the dtype of a pool's rows, which `native` on the wire sends as they are."""
+        return FP8_ROWS.get(self.pool_dtype, self.kv_dtype)
+
+    def with_pool(self, pool_dtype: PoolDtype) -> ModelShape:
+        """The same model served with other pools."""
+        return self.model_copy(update={"pool_dtype": pool_dtype})
 
 
 class PDPlan(Frozen):
@@ -106,6 +135,18 @@ class PDPlan(Frozen):
                 raise ValueError(
                     f"block {block}: wire dtype {send.wire_dtype} needs a head size that is a multiple of {multiple}, "
                     f"the model's is {self.model.head_dim}"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _fp8_pool(self) -> PDPlan:
+        if (pool := self.model.pool_dtype) == "native":
+            return self
+        for block, send in zip(self.decode_layers, self.kv, strict=True):
+            if send.wire_dtype not in SMALLER_THAN_FP8:
+                raise ValueError(
+                    f"block {block}: wire dtype {send.wire_dtype} is no smaller than rows of a KV pool of {pool}, "
+                    f"which travel as they are: use {', '.join(SMALLER_THAN_FP8)}"
                 )
         return self
 
@@ -182,15 +223,15 @@ class PDPlan(Frozen):
         m, send = self.model, self.kv[layer]
         ranges = send.row_ranges(prompt_tokens)
         rows, first = sum(stop - start for start, stop in ranges), ranges[0][0] == 0
-        return packed_bytes(send.wire_dtype, m.kv_dtype, m.num_kv_heads, m.head_dim, rows, first)
+        return packed_bytes(send.wire_dtype, m.row_dtype, m.num_kv_heads, m.head_dim, rows, first)
 
-    def dense_bytes(self, prompt_tokens: int) -> int:
-        """Bytes that the unpruned model would send for the same prompt, in the native dtype."""
-        m = self.model
-        return 2 * m.num_blocks * prompt_tokens * packed_row_bytes("native", m.kv_dtype, m.num_kv_heads, m.head_dim)
+    def dense_bytes(self, prompt_tokens: int, pool_dtype: PoolDtype | None = None) -> int:
+        """Bytes that the unpruned model would send for the same prompt, from the plan's own kind of pool or another."""
+        m = self.model if pool_dtype is None else self.model.with_pool(pool_dtype)
+        return 2 * m.num_blocks * prompt_tokens * packed_row_bytes("native", m.row_dtype, m.num_kv_heads, m.head_dim)
 
     def reduction(self, prompt_tokens: int) -> float:
-        """Dense bytes over planned bytes."""
+        """Dense bytes over planned bytes, of pools of one dtype."""
         return self.dense_bytes(prompt_tokens) / self.payload_bytes(prompt_tokens)
 
     def with_kv(self, kv: tuple[KVSend, ...]) -> PDPlan:

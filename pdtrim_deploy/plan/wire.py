@@ -6,6 +6,9 @@ depend on how it was cut into chunks. `kvcache/codecs/` defines the values, `kvc
 A wire dtype gives K and V each a *code*. Keys decide which tokens attention reads and tolerate less error than values
 (measured: `make bench-wire`), so k4v3 sends keys in 4 bits and values in 3. Prompt position 0, the attention sink,
 differs in magnitude from all other rows and is read by every query: under int4 and int3 it travels native.
+
+Rows of an fp8 pool (SGLang's `--kv-cache-dtype`) travel native in their own byte a value. fp8 and int8 would add
+scales to as many bytes and round once more, so plans refuse them (`SMALLER_THAN_FP8` are the others).
 """
 
 from __future__ import annotations
@@ -26,7 +29,13 @@ SIDES: dict[WireDtype, tuple[Code, Code]] = {
     "int3": ("int3", "int3"),
 }  # codes of K and of V
 SINK_ROWS: dict[Code, int] = {"native": 0, "fp8": 0, "int8": 0, "int4": 1, "int3": 1}  # first prompt rows sent native
-ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "int8": 1, "uint8": 1}
+ITEM_BYTES = {
+    "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1, "int8": 1, "uint8": 1,
+}  # fmt: skip
+PoolDtype = Literal["native", "fp8_e4m3", "fp8_e5m2"]  # native: the dtype that the model computes in
+POOL_DTYPES: tuple[PoolDtype, ...] = get_args(PoolDtype)
+FP8_ROWS: dict[PoolDtype, str] = {"fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}  # torch's names
+SMALLER_THAN_FP8: tuple[WireDtype, ...] = ("native", "int4", "k4v3", "int3")
 ROTATED_GROUP = 64
 # So that float16 scales are aligned, and every layer's bytes are a multiple of 4.
 HEAD_DIM_MULTIPLE: dict[WireDtype, int] = {"native": 1, "fp8": 2, "int8": 2, "int4": 4, "k4v3": 32, "int3": 32}

@@ -71,7 +71,7 @@ class InProcess:
         """Losses on one batch; UserError when one is not a number."""
         routes = [solution.route(self.blocks) for solution in solutions]
         fresh = list(dict.fromkeys(route for route in routes if (route, batch) not in self._known))
-        for route, hidden in zip(fresh, self._states.behind(fresh, batch), strict=True):
+        for route, hidden in zip(fresh, self._states.final_states(fresh, batch), strict=True):
             losses = self.objective.losses(batch, hidden)
             if not bool(torch.isfinite(losses).all()):
                 raise UserError("the calibration loss is not a number; load the model in float32, check its weights")

@@ -47,7 +47,7 @@ class HiddenStates:
         """The routes to come are much like this one."""
         self._settled = route
 
-    def behind(self, routes: Sequence[Route], batch: int) -> list[Tensor]:
+    def final_states(self, routes: Sequence[Route], batch: int) -> list[Tensor]:
         """What the last layer of each route puts out: `[sequences, tokens, hidden]`.
 
         All go on together, block by block: of a model whose weights come from disk each block comes once.

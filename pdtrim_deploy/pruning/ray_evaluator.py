@@ -59,14 +59,14 @@ class Work:
 
 class _Students:
     def __init__(self, device: str) -> None:
-        self._made: Layers = {}
+        self._layers: Layers = {}
         self._device = device
 
     def add(self, more: Layers) -> None:
-        self._made |= {pair: made.to(self._device) for pair, made in more.items()}
+        self._layers |= {pair: layer.to(self._device) for pair, layer in more.items()}
 
     def layer(self, pair: tuple[int, int]) -> nn.Module:
-        return self._made[pair]
+        return self._layers[pair]
 
 
 class Worker:
@@ -94,7 +94,7 @@ class Worker:
     def evaluate(self, solutions: list[Solution], batch: int, more: Layers) -> tuple[list[Any], int]:
         """(float32 arrays, block-forwards so far); `more` are students yet unknown."""
         self._students.add(more)
-        return [one.cpu().numpy() for one in self._inside.evaluate(solutions, batch)], self._inside.block_forwards
+        return [losses.cpu().numpy() for losses in self._inside.evaluate(solutions, batch)], self._inside.block_forwards
 
     def settle(self, solution: Solution) -> int:
         """As `Evaluator.settle`; block-forwards so far."""
@@ -130,36 +130,36 @@ class OnRay:
         shares: list[list[int]] = [[] for _ in self._actors]
         for index, solution in enumerate(solutions):
             shares[self._place.setdefault(solution, len(self._place) % self.workers)].append(index)
-        asked = {
+        pending = {
             number: actor.evaluate.remote(
                 part := [solutions[i] for i in shares[number]], batch, self._new(number, part)
             )
             for number, actor in enumerate(self._actors)
             if shares[number]
         }
-        found: dict[int, Tensor] = {}
-        for number, (losses, self._cost[number]) in zip(asked, _answers([*asked.values()]), strict=True):
-            found |= {i: torch.from_numpy(one.copy()) for i, one in zip(shares[number], losses, strict=True)}
-        return [found[index] for index in range(len(solutions))]
+        by_solution: dict[int, Tensor] = {}
+        for number, (losses, self._cost[number]) in zip(pending, _answers([*pending.values()]), strict=True):
+            by_solution |= {i: torch.from_numpy(array.copy()) for i, array in zip(shares[number], losses, strict=True)}
+        return [by_solution[index] for index in range(len(solutions))]
 
     def _new(self, number: int, solutions: list[Solution]) -> Layers:
         """Students that a worker has not seen."""
-        new = {pair for one in solutions for pair in one.pairs} - self._known[number]
+        new = {pair for solution in solutions for pair in solution.pairs} - self._known[number]
         self._known[number] |= new
-        return _made(self._students, new)
+        return _layers_of(self._students, new)
 
     def settle(self, solution: Solution) -> None:
         """Tell all workers."""
         self._cost = _answers([actor.settle.remote(solution) for actor in self._actors])
 
 
-def _answers(asked: list[Any]) -> list[Any]:
+def _answers(pending: list[Any]) -> list[Any]:
     """What workers say; UserError when one says so or died."""
     import ray
     from ray.exceptions import RayError, RayTaskError
 
     try:
-        return ray.get(asked)
+        return ray.get(pending)
     except RayTaskError as error:
         if isinstance(error.cause, UserError):
             raise UserError(str(error.cause)) from None
@@ -171,7 +171,7 @@ def _answers(asked: list[Any]) -> list[Any]:
         ) from error
 
 
-def _made(students: StudentLayers | None, pairs: Iterable[tuple[int, int]]) -> Layers:
+def _layers_of(students: StudentLayers | None, pairs: Iterable[tuple[int, int]]) -> Layers:
     return {pair: students.layer(pair) for pair in pairs} if students is not None else {}
 
 
@@ -185,20 +185,20 @@ class EvaluatorFactory:
 
     """
 
-    def __init__(self, asked: Workers, checkpoint: Path) -> None:
+    def __init__(self, workers: Workers, checkpoint: Path) -> None:
         import ray
 
         has = ray.cluster_resources()
-        for what, each in (("CPU", 1), ("GPU", asked.gpus)):
-            if asked.count * each > has.get(what, 0):
+        for resource, each in (("CPU", 1), ("GPU", workers.gpus)):
+            if workers.count * each > has.get(resource, 0):
                 raise UserError(
-                    f"{asked.count} workers with {each:g} {what} each are asked for, but the Ray cluster has "
-                    f"{has.get(what, 0):g}; lower --workers or --worker-gpus"
+                    f"{workers.count} workers with {each:g} {resource} each are asked for, but the Ray cluster has "
+                    f"{has.get(resource, 0):g}; lower --workers or --worker-gpus"
                 )
-        threads = max(1, torch.get_num_threads() // asked.count) if asked.address is None else 1
-        remote: Any = ray.remote(num_cpus=1, num_gpus=asked.gpus)(Worker)
-        device = "cuda" if asked.gpus else "cpu"
-        self._actors = [remote.remote(checkpoint, threads, device) for _ in range(asked.count)]
+        threads = max(1, torch.get_num_threads() // workers.count) if workers.address is None else 1
+        remote: Any = ray.remote(num_cpus=1, num_gpus=workers.gpus)(Worker)
+        device = "cuda" if workers.gpus else "cpu"
+        self._actors = [remote.remote(checkpoint, threads, device) for _ in range(workers.count)]
 
     def __call__(
         self,
@@ -210,29 +210,29 @@ class EvaluatorFactory:
         memory: int,
     ) -> OnRay:
         """One search's."""
-        work = Work(ids, prompt_tokens, forced, _made(students, forced.pairs), memory)
+        work = Work(ids, prompt_tokens, forced, _layers_of(students, forced.pairs), memory)
         return OnRay(self._actors, work, objective.blocks, objective.batches, students)
 
 
 @contextmanager
-def cluster(asked: Workers) -> Iterator[None]:
-    """Ray for the time of a search: one of our own on 127.0.0.1 that ends with it, or the one at `asked.address`.
+def cluster(workers: Workers) -> Iterator[None]:
+    """Ray for the time of a search: one of our own on 127.0.0.1 that ends with it, or the one at `workers.address`.
 
     Raises:
         UserError: nothing answers at the address, or Ray does not start.
 
     """
-    if asked.address is None:
+    if workers.address is None:
         if "ray" in sys.modules and any(os.environ.get(name) != value for name, value in LOCAL.items()):
             raise RuntimeError("ray was imported before: its servers would listen on all interfaces")
         os.environ.update(LOCAL)
     import ray
 
-    more: dict[str, Any] = {"address": asked.address}
-    if asked.address is None:
-        more = {"address": "local", "num_cpus": asked.count, "include_dashboard": False}
-        more |= {"object_store_memory": OBJECT_STORE, "_node_ip_address": "127.0.0.1"}
-    _start(ray, more)
+    options: dict[str, Any] = {"address": workers.address}
+    if workers.address is None:
+        options = {"address": "local", "num_cpus": workers.count, "include_dashboard": False}
+        options |= {"object_store_memory": OBJECT_STORE, "_node_ip_address": "127.0.0.1"}
+    _start(ray, options)
     try:
         yield
     finally:

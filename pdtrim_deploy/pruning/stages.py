@@ -72,15 +72,15 @@ def choose_stages(
         return StageRemovals(choice, StageChoice(choice.removed, choice.distilled))
 
     split = inputs.ids.shape[1] // 2 if prompt_tokens is None else prompt_tokens
-    behind = {
+    searches = {
         lost: search_stage(inputs, "decode", name, decode_blocks, split, lost, _named(name, progress))
         for lost, name in zip(_prefills(prefill), ("decode", DECODE_AGAIN), strict=False)
     }
-    losses = _decode_losses(inputs, behind)
+    losses = _decode_losses(inputs, searches)
     if losses:
         progress("; ".join(f"decode behind prefill without {lost}: {loss:.4f}" for lost, loss in losses.items()))
-    lost = min(behind, key=lambda lost: losses.get(lost, 0.0))  # ties go to what prefill likes better
-    decode, others = behind[lost], [search for other, search in behind.items() if other != lost]
+    lost = min(searches, key=lambda lost: losses.get(lost, 0.0))  # ties go to what prefill likes better
+    decode, others = searches[lost], [search for other, search in searches.items() if other != lost]
     first = prefill.choice(lost) if prefill else StageChoice()
     second = decode.choice(decode.best, first.removed, reduce(add, (other.cost for other in others), NO_COST))
     return StageRemovals(first, second, losses, tuple(finalist for other in others for finalist in other.finalists))
@@ -93,12 +93,12 @@ def _prefills(prefill: StageSearch | None) -> list[Solution]:
     return [*dict.fromkeys((prefill.best, *([prefill.start] if prefill.finalists else [])))]
 
 
-def _decode_losses(inputs: SearchInputs, behind: Mapping[Solution, StageSearch]) -> dict[Solution, float]:
+def _decode_losses(inputs: SearchInputs, searches: Mapping[Solution, StageSearch]) -> dict[Solution, float]:
     """The judge's loss of decode behind each prefill, nats a token; empty where there is one prefill alone."""
-    if len(behind) == 1 or inputs.final_round is None:
+    if len(searches) == 1 or inputs.final_round is None:
         return {}
     losses = {}
-    for lost, search in behind.items():
+    for lost, search in searches.items():
         if search.finalists:
             losses[lost] = search.finalists[0].judged
         else:

@@ -16,7 +16,7 @@ from pydantic import (
 )
 
 from pdtrim_deploy.plan.kv import KVSend
-from pdtrim_deploy.plan.wire import SIDES, WireDtype
+from pdtrim_deploy.plan.wire import SIDES, SMALLER_THAN_FP8, PoolDtype, WireDtype
 from pdtrim_deploy.recipe.recall_bounds import fits
 
 # Names of a registry that needs torch to import; a test checks that they are equal.
@@ -49,11 +49,13 @@ class KVSection(BaseModel):
         max_loss: instead of reduction: fewest bytes whose relative rise of perplexity (calibration text) is below this.
         sparse_choices: method budget: pairs (n_first, n_last) that a layer may be cut to.
         wire_choices: method budget: dtypes that a layer may travel in; those that the head size does not allow are
-            skipped.
+            skipped, as are those that make rows of an fp8 pool no smaller.
         recall: share of the sequences whose end repeats a passage of their middle, so that the harm also covers
             prompts that are searched for a fact (`kvchoice/recall.py`).
         key_offsets: subtract the mean key, measured on the prompts, from quantised keys, in the KV heads where this
             lowers the error (`kvcache/key_offsets.py`).
+        pool_dtype: of both workers' KV pools, SGLang's `--kv-cache-dtype`; native: `model.dtype`. What is chosen, is
+            chosen on rows that such pools hold.
 
     """
 
@@ -82,6 +84,7 @@ class KVSection(BaseModel):
     prompt_tokens: PositiveInt = 512
     continuation_tokens: Annotated[int, Field(ge=2)] = 64
     key_offsets: bool = True
+    pool_dtype: PoolDtype = "native"
 
     @property
     def measures_offsets(self) -> bool:
@@ -97,14 +100,14 @@ class KVSection(BaseModel):
     @model_serializer(mode="wrap")
     def _taken(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Dump only the keys of the method, so that other methods' defaults may change without changing recipes."""
-        takes = (*_TAKES[self.method], *_ALL_TAKE)
+        takes = (*_TAKES[self.method], *_ALL_TAKE, *(("pool_dtype",) if self.pool_dtype != "native" else ()))
         return {name: value for name, value in serialise(self).items() if name in takes}
 
     @model_validator(mode="after")
     def _meaningful(self) -> KVSection:
         takes = _TAKES[self.method]
         for name, field in type(self).model_fields.items():
-            if name not in (*takes, *_ALL_TAKE) and getattr(self, name) != field.default:
+            if name not in (*takes, *_ALL_TAKE, "pool_dtype") and getattr(self, name) != field.default:
                 known = ", ".join(takes)
                 raise ValueError(f"method is {self.method!r}, which takes no {name}; allowed with it: {known}")
         if "n_first" in takes and self.n_first + self.n_last == 0:
@@ -117,6 +120,12 @@ class KVSection(BaseModel):
                 raise ValueError("method is 'budget'; allowed with it: either reduction or max_loss")
             if any(first + last == 0 for first, last in self.sparse_choices):
                 raise ValueError("sparse_choices has a pair of zeros; allowed: n_first + n_last of at least 1")
+        wires = self.wire_choices if self.method == "budget" else (self.wire_dtype,)
+        if self.pool_dtype != "native" and not set(wires) & set(SMALLER_THAN_FP8):
+            raise ValueError(
+                f"pool_dtype is {self.pool_dtype}, whose rows travel as they are in a byte a value, no more than in "
+                f"{', '.join(wires)}; allowed with it: {', '.join(SMALLER_THAN_FP8)}"
+            )
         if self.recall and not fits(self.prompt_tokens, self.continuation_tokens):
             raise ValueError(
                 f"recall is {self.recall:g}, but {self.prompt_tokens} prompt tokens have no passage long enough for "

@@ -81,6 +81,11 @@ class Recipe(_Section):
                 f"healing.kv_steps is {healing.kv_steps} but kv.method is none and all KV travels as it is; "
                 f"allowed with it: a method that cuts KV, or a wire_dtype"
             )
+        if self.kv.pool_dtype != "native" and self.targets.requested:
+            raise ValueError(
+                f"kv.pool_dtype is {self.kv.pool_dtype} but an engine writes KV in model.dtype; allowed with targets: "
+                f"pool_dtype native"
+            )
         if pruning.finalists and healing.compensation == "none":
             raise ValueError(
                 f"pruning.finalists is {pruning.finalists} but healing.compensation is none; "

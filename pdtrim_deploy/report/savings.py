@@ -42,7 +42,7 @@ def savings(metrics: Metrics) -> Iterator[Saving]:
     )  # fmt: skip
     if transfer.dense_bytes != transfer.bfloat16_dense_bytes:
         yield Saving(
-            "  from this run's float32 pool", _bytes(transfer.dense_measured_bytes), _bytes(transfer.measured_bytes),
+            "  from this run's own pool", _bytes(transfer.dense_measured_bytes), _bytes(transfer.measured_bytes),
             f"{transfer.reduction:.2f}x fewer", exact,
         )  # fmt: skip
     ratios = {ratio.figure: ratio for ratio in metrics.ratios}

@@ -1,8 +1,9 @@
-"""Prices side by side: one column for each unpruned model, then one for each of its plans."""
+"""Prices side by side: two columns for each unpruned model, whose pool is native or fp8, then one for each plan."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 from rich.table import Table
 
@@ -29,12 +30,14 @@ def sizing_table(priced: list[tuple[Subject, Price]], traffic: Traffic) -> Table
         rows[f"{traffic.rate:g} requests/s"] = lambda s: "fit" if s.fits else "DO NOT FIT"
         rows["... link used"] = lambda s: _share(s.utilisation)
         rows["... link needed"] = lambda s: str(Link(s.link_bits_per_s_needed or 0))
-    first = True
+    reductions: dict[str, Callable[[Price], float]] = {
+        "less than dense": lambda cost: cost.reduction,
+        "less than dense fp8": lambda cost: cost.reduction_fp8,
+    }
     for label, cell in rows.items():
         table.add_row(label, *(cell(side) for _, side, _ in sides))
-        if first:
-            table.add_row("less than dense", *("-" if less is None else f"{less:.2f}x" for _, _, less in sides))
-            first = False
+        for name, less in reductions.items() if label == "bytes sent" else ():
+            table.add_row(name, *("-" if cost is None else f"{less(cost):.2f}x" for _, _, cost in sides))
     return table
 
 
@@ -42,17 +45,27 @@ def _title(traffic: Traffic) -> str:
     return f"{traffic.isl} tokens in, {traffic.osl} out, {traffic.link} link"
 
 
-def _columns(priced: list[tuple[Subject, Price]]) -> Iterator[tuple[str, Side, float | None]]:
-    """(title, figures, reduction); equal shapes share their dense column, in the order of first mention."""
+class _Column(NamedTuple):
+    """`cost` is None of an unpruned model."""
+
+    name: str
+    side: Side
+    cost: Price | None
+
+
+def _columns(priced: list[tuple[Subject, Price]]) -> Iterator[_Column]:
+    """Equal shapes share their dense columns, in the order of first mention."""
     models: dict[ModelShape, list[tuple[Subject, Price]]] = {}
     for subject, cost in priced:
-        bare = subject.plan.model.model_copy(update={"fingerprint": subject.model})
+        bare = subject.plan.model.with_pool("native").model_copy(update={"fingerprint": subject.model})
         models.setdefault(bare, []).append((subject, cost))
     for shape, group in models.items():
-        yield f"{group[0][0].model} dense {shape.kv_dtype}", group[0][1].dense, None
+        unpruned, dense = group[0]
+        yield _Column(f"{unpruned.model} dense {shape.kv_dtype}", dense.dense, None)
+        yield _Column(f"{unpruned.model} dense fp8", dense.dense_fp8, None)
         for subject, cost in group:
             if subject.kind != "config":
-                yield subject.name, cost.planned, cost.reduction
+                yield _Column(subject.name, cost.planned, cost)
 
 
 def _size(count: int) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pdtrim_deploy.serving.engines import engine_limits
-from pdtrim_deploy.serving.gpu_defaults import attention_arguments
+from pdtrim_deploy.serving.gpu_defaults import attention_arguments, pool_arguments
 from pdtrim_deploy.serving.memory import FRACTION, static_fraction
 from pdtrim_deploy.serving.ports import HOST
 from pdtrim_deploy.serving.spec import ClusterSpec, WorkerSpec
@@ -65,6 +65,7 @@ def worker_command(python: Path, worker: WorkerSpec, secret: Path | None = None)
         arguments[ARGUMENT] = json.dumps(override)
     if worker.bootstrap_port is not None:
         arguments["--disaggregation-bootstrap-port"] = worker.bootstrap_port
+    arguments |= pool_arguments(options.pool_dtype)
     flags = ["--enable-metrics"] if options.enable_metrics else []
     if options.device == "cpu":
         arguments |= {"--attention-backend": "torch_native", FRACTION: static_fraction(worker)}
@@ -100,7 +101,8 @@ def worker_environment(python: Path, worker: WorkerSpec, workers: int, temporary
     if worker.engine is not None:
         chosen["SGLANG_EXTERNAL_MODEL_PACKAGE"] = ENGINE_PACKAGE
     if worker.options.device == "cpu":
-        threads = worker.options.threads or max(1, len(os.sched_getaffinity(0)) // workers)
+        cores = sorted(os.sched_getaffinity(0))
+        threads = worker.options.threads or max(1, len(cores) // workers)
         # Waiting threads sleep: spinning ones starve the other workers of a small machine tenfold.
         chosen |= {
             "SGLANG_USE_CPU_ENGINE": "1",
@@ -108,8 +110,9 @@ def worker_environment(python: Path, worker: WorkerSpec, workers: int, temporary
             "OMP_WAIT_POLICY": "PASSIVE",
             "GOMP_SPINCOUNT": "0",
         }
-        if worker.options.tp(worker.stage) > 1:
-            chosen["SGLANG_NCCL_SO_PATH"] = os.devnull  # NCCL wants GPUs; without it SGLang's ranks speak by gloo
+        if (ranks := worker.options.tp(worker.stage)) > 1:
+            chosen["SGLANG_NCCL_SO_PATH"] = os.devnull  # NCCL needs GPUs; without it SGLang's ranks speak by gloo
+            chosen["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join([",".join(map(str, cores))] * ranks)
     return _base(python, os.environ, temporary) | chosen
 
 

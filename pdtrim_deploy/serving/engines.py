@@ -61,6 +61,10 @@ def find_engine(bundle: Bundle, stage: Stage, executor: Executor, device: str) -
         raise UserError(f"executor {executor} runs on {DEVICES[executor]}, the workers on {device}; use executor torch")
     folder = bundle.engine_dir(TARGETS[executor], stage)
     result = bundle.manifest.engines[engine_folder(TARGETS[executor], stage)]
+    if (pool := bundle.plan.model.pool_dtype) != "native":
+        raise UserError(
+            f"executor {executor} writes KV as it computes it, the plan's KV pool is {pool}; use executor torch"
+        )
     built, most = result.dtype, result.details.get("most_tokens")
     dtype = bundle.plan.model.kv_dtype
     if executor == "onnxruntime" and dtype != "float32":  # its Python ops, and so our attention, support no other dtype

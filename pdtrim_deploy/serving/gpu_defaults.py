@@ -1,8 +1,9 @@
-"""What GPU workers are given where nobody chose: the same for `serve` and for rendered manifests."""
+"""What GPU workers are given of a plan, or where nobody chose: the same for `serve` and for rendered manifests."""
 
 from __future__ import annotations
 
 from pdtrim_deploy.plan import Stage
+from pdtrim_deploy.plan.wire import PoolDtype
 
 # One for both stages, since pages that differ end the decode worker at its first request. SGLang's choice for prefill
 # on sm_100, trtllm_mha, takes 16, 32, 64 or 128 tokens and makes 64 of others; fa3, Triton and FlashInfer take all.
@@ -14,3 +15,8 @@ CUT_LAYER_BACKEND = "triton"
 def attention_arguments(stage: Stage, sparse: bool) -> dict[str, object]:
     """Prefill has all rows of every layer, so SGLang chooses its attention, as it does where a plan cuts no layer."""
     return {"--attention-backend": CUT_LAYER_BACKEND} if sparse and stage == "decode" else {}
+
+
+def pool_arguments(pool_dtype: PoolDtype) -> dict[str, object]:
+    """Both stages have the plan's KV pool. A native one is SGLang's own choice, and needs no option."""
+    return {} if pool_dtype == "native" else {"--kv-cache-dtype": pool_dtype}

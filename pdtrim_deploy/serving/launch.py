@@ -60,9 +60,15 @@ def cluster_of(
             f"as long as in {fast} (a bundle built with model.dtype {fast} takes twice the memory)"
         )
     options = replace(options, sparse=any(send.mode == "sparse" for send in bundle.plan.kv))
+    options = replace(options, pool_dtype=bundle.plan.model.pool_dtype)
+    if options.device == "cpu" and options.pool_dtype != "native":
+        raise UserError(
+            f"the plan's KV pool is {options.pool_dtype}, which SGLang 0.5.23 has on a CPU with Intel AMX alone, and "
+            "there with scales that no plan knows; serve this bundle on GPUs, or build it with kv.pool_dtype native"
+        )
     if options.split_pool is not None and not options.sparse:
         raise UserError("--split-decode-pool: this plan has no sparse layers to split off; leave it out")
-    require_ranks(bundle.plan, options.tp_prefill, options.tp_decode)
+    require_ranks(bundle.plan, options.tp_prefill, options.tp_decode, options.device)
     require_arguments(options.extra_args, "--worker-args")
     require_arguments(options.prefill_args, "--prefill-args")
     require_arguments(options.decode_args, "--decode-args")

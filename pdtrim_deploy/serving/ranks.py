@@ -66,13 +66,17 @@ def place(ranks: Sequence[int], gpus: int, share: bool = False) -> tuple[Placeme
     )
 
 
-def require_ranks(plan: PDPlan, prefill: int, decode: int) -> None:
+def require_ranks(plan: PDPlan, prefill: int, decode: int, device: str = "cuda") -> None:
     """UserError: a number of ranks that SGLang or the plugin cannot serve, known before any worker starts."""
     heads = plan.model.num_kv_heads
     for option, ranks in (("--tp-prefill", prefill), ("--tp-decode", decode)):
-        if reason := indivisible(heads, ranks):
+        reason = indivisible(heads, ranks)
+        if device == "cpu" and heads % ranks:
+            reason = f"SGLang pads {heads} KV heads for {ranks} ranks on a CPU, and the plan does not know such heads"
+        if reason:
             valid = ", ".join(str(count) for count in range(1, heads + 1) if heads % count == 0)
-            raise UserError(f"{option} {ranks}: {reason}; use one of {valid}, or a multiple of {heads}")
+            more = "" if device == "cpu" else f", or a multiple of {heads}"
+            raise UserError(f"{option} {ranks}: {reason}; use one of {valid}{more}")
     if reason := unpairable(prefill, decode):
         raise UserError(f"--tp-prefill {prefill} --tp-decode {decode}: {reason}; give a multiple")
 

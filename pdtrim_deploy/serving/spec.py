@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.plan.wire import PoolDtype
 from pdtrim_deploy.serving.engines import Engine, Executor
 from pdtrim_deploy.serving.environment import gpu_count
 from pdtrim_deploy.serving.gpu_defaults import PAGE_TOKENS
@@ -40,6 +41,7 @@ class WorkerOptions:
     max_total_tokens: int | None = None
     max_running_requests: int | None = None
     dtype: str = "auto"
+    pool_dtype: PoolDtype = "native"
     enable_metrics: bool = True
     threads: int | None = None
     sparse: bool = False

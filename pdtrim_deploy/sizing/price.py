@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict
 
 from pdtrim_deploy.plan import KVSend, PDPlan
 from pdtrim_deploy.plan.link import Link
+from pdtrim_deploy.plan.wire import PoolDtype
 from pdtrim_deploy.worker.decode_pool import request_bytes
 
 
@@ -40,7 +41,7 @@ class Traffic:
             if speed is None
             else f"the unpruned model prefills {speed:g} tokens/s, a pruned one faster by its share of blocks; TTFT is "
             f"prefill plus transfer, one after the other (sending chunks during prefill would hide some), no queue",
-            f"decode holds {self.isl} + {self.osl} tokens a request in every layer it keeps, in the native dtype; "
+            f"decode holds {self.isl} + {self.osl} tokens a request in every layer it keeps, in its pool's dtype; "
             f"split, as it is served: sparse layers hold only sent rows and answer, in pools sized by "
             f"`serve --split-decode-pool {self.isl}:{self.osl}`",
         )
@@ -77,17 +78,31 @@ class Side(_Frozen):
 
 
 class Price(_Frozen):
-    """A plan and its unpruned model."""
+    """A plan and its unpruned model.
+
+    Attributes:
+        dense: the unpruned model with a pool of what it computes in, `dense_fp8` with an fp8 pool, as most serve it.
+        reduction, reduction_fp8: bytes of either over those of the plan.
+
+    """
 
     dense: Side
+    dense_fp8: Side
     planned: Side
     reduction: float
+    reduction_fp8: float
 
 
 def price(plan: PDPlan, traffic: Traffic) -> Price:
     """Bytes, times and memory of `plan` and of its unpruned model under `traffic`."""
-    dense, planned = _side(PDPlan.dense(plan.model), traffic), _side(plan, traffic)
-    return Price(dense=dense, planned=planned, reduction=dense.request_bytes / planned.request_bytes)
+    pools: tuple[PoolDtype, ...] = ("native", "fp8_e4m3")
+    dense, fp8 = (_side(PDPlan.dense(plan.model.with_pool(pool)), traffic) for pool in pools)
+    planned = _side(plan, traffic)
+    return Price(
+        dense=dense, dense_fp8=fp8, planned=planned,
+        reduction=dense.request_bytes / planned.request_bytes,
+        reduction_fp8=fp8.request_bytes / planned.request_bytes,
+    )  # fmt: skip
 
 
 def _side(plan: PDPlan, traffic: Traffic) -> Side:

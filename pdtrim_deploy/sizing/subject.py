@@ -14,7 +14,7 @@ from pdtrim_deploy.models.families import known_family
 from pdtrim_deploy.models.shape import Sized, config_of, find_config, read_sized, shipped, shipped_for
 from pdtrim_deploy.pipeline.build import check_fits
 from pdtrim_deploy.pipeline.family_fit import check_family
-from pdtrim_deploy.pipeline.stand_in import said_of, stand_in
+from pdtrim_deploy.pipeline.stand_in import caveat, stand_in
 from pdtrim_deploy.plan import PDPlan
 from pdtrim_deploy.recipe import Recipe
 
@@ -84,7 +84,7 @@ def _of_recipe(recipe: Recipe, model: Sized | None) -> Subject:
     plan = stand_in(recipe, sized.shape(recipe.model.dtype))
     note = (
         f"not built yet, priced by counts: prefill drops {recipe.pruning.prefill_blocks} and decode "
-        f"{recipe.pruning.decode_blocks} of {sized.num_blocks} blocks, {said_of(recipe.kv, plan)}"
+        f"{recipe.pruning.decode_blocks} of {sized.num_blocks} blocks, {caveat(recipe.kv, plan)}"
     )
     return Subject(recipe.name, "recipe", sized.label, plan, sized.max_positions, (note, f"model: {sized.origin}"))
 

@@ -18,7 +18,7 @@ ISL, OSL, FEWEST_REQUESTS = 4096, 256, 16
 
 def request_bytes(model: ModelShape, layers: tuple[KVSend, ...], isl: int, osl: int) -> int:
     """Native KV of one request whose layer `j` holds the prompt rows that `layers[j]` sends, and the answer."""
-    row = packed_row_bytes("native", model.kv_dtype, model.num_kv_heads, model.head_dim)
+    row = packed_row_bytes("native", model.row_dtype, model.num_kv_heads, model.head_dim)
     return sum(2 * row * (send.rows(isl) + osl) for send in layers)
 
 

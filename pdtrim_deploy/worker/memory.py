@@ -8,7 +8,7 @@ from typing import Any
 
 from pdtrim_deploy.models.weights import ModelSizes
 from pdtrim_deploy.plan import NativeDtype
-from pdtrim_deploy.plan.wire import ITEM_BYTES
+from pdtrim_deploy.plan.wire import FP8_ROWS, ITEM_BYTES, PoolDtype
 
 # SGLang 0.5.23's three processes, forked on a CPU, after 60 requests: measured 0.37 + 0.46 + 0.36 GB, with each page
 # that they share divided among them. Spawned ones have 0.61 + 0.51 + 0.51 GB when they begin to load.
@@ -37,20 +37,22 @@ def worker_memory(
     *,
     batch_tokens: int = CHUNK_TOKENS,
     requests: int = 16,
+    pool_dtype: PoolDtype = "native",
 ) -> WorkerMemory:
-    """Of the model of `config` (config.json), served in `dtype`: weights and KV pool have it.
+    """Of the model of `config` (config.json), served in `dtype`: weights have it, and a native KV pool.
 
     Args:
         pool_tokens: tokens that the KV pool is to hold.
         batch_tokens: tokens that one forward pass may have.
         requests: that run at a time; each has a row of logits.
+        pool_dtype: of the KV pool.
 
     """
     item, sizes, tokens = ITEM_BYTES[dtype], ModelSizes.of(config), min(batch_tokens, pool_tokens)
     return WorkerMemory(
         program=WORKER_PROGRAM,
         weights=sizes.total * item,
-        pool=pool_tokens * sizes.blocks * 2 * sizes.kv_width * item,
+        pool=pool_tokens * sizes.blocks * 2 * sizes.kv_width * ITEM_BYTES[FP8_ROWS.get(pool_dtype, dtype)],
         # of one block, and some of it in float32 whatever the dtype: residual, norm, attention; gate, up, product
         activations=4 * (tokens * (4 * sizes.hidden + 3 * sizes.inner) + 3 * requests * sizes.vocabulary),
     )

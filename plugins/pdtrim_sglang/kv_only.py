@@ -88,11 +88,15 @@ class WriteKV(nn.Module):
 
     def _write(self, k: Tensor, v: Tensor, batch: Any, tokens: int | None) -> None:
         """Write the first `tokens` rows; None: all."""
+        pool = get_token_to_kv_pool()
+        # As an attention does: rows of the prefix that HiCache is loading from the host are in this layer when the
+        # forward pass ends, since the transfer reads them then.
+        pool.get_key_buffer(self.layer_id)
         if tokens == 0:
             return
         shape = (-1, self.attention.tp_k_head_num, self.attention.head_dim)
         rows = (x[:tokens].view(shape) for x in (k, v))
-        get_token_to_kv_pool().set_kv_buffer(self.attention, batch.out_cache_loc[:tokens], *rows)
+        pool.set_kv_buffer(self.attention, batch.out_cache_loc[:tokens], *rows)
 
 
 class ZeroProjection(nn.Module):

@@ -17,7 +17,7 @@ from pdtrim_sglang import hook_targets, identity, sglang_host
 from pdtrim_sglang.control import protect
 from pdtrim_sglang.decode import DecodeSide
 from pdtrim_sglang.pairing import unlike_ranks
-from pdtrim_sglang.plan_source import check_fits, dense_plan, read_offsets, read_plan
+from pdtrim_sglang.plan_source import check_fits, check_padding, dense_plan, read_offsets, read_plan
 from pdtrim_sglang.pool import PoolView
 from pdtrim_sglang.prefill import PrefillSide
 from pdtrim_sglang.requirements import check_options, check_staging, check_window
@@ -73,6 +73,7 @@ class PDTrimKVManager(CommonKVManager):
         ranks = self.attn_tp_size, self.attn_tp_rank
         self.plan = self._given_plan or dense_plan(len(view.keys), pool, model.config.num_key_value_heads)
         check_fits(self.plan, stage, pool, self.attn_tp_size)
+        check_padding(self.plan, model.config)
         own = held_heads(self.plan.model.num_kv_heads, *ranks)
         offsets = None if self._offsets is None else self._offsets.heads(own)
         view = replace(view, offsets=offsets, first_head=own.start)

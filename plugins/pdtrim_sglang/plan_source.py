@@ -11,12 +11,14 @@ from typing import Any
 from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
 from pdtrim_deploy.plan import ModelShape, NativeDtype, PDPlan, Stage
 from pdtrim_deploy.plan.heads import held_heads, indivisible
+from pdtrim_deploy.plan.wire import FP8_ROWS, PoolDtype
 
 KV_DTYPES: dict[str, NativeDtype] = {
     "torch.float32": "float32",
     "torch.bfloat16": "bfloat16",
     "torch.float16": "float16",
 }
+FP8_POOLS: dict[str, PoolDtype] = {f"torch.{rows}": pool for pool, rows in FP8_ROWS.items()}
 
 
 def read_plan(model_path: str) -> PDPlan | None:
@@ -55,15 +57,19 @@ def dense_plan(num_layers: int, pool: Any, kv_heads: int) -> PDPlan:
         RuntimeError: the pool's dtype is none that the wire knows.
 
     """
-    if str(pool.dtype) not in KV_DTYPES:
-        raise RuntimeError(f"pdtrim: cannot send a KV cache of {pool.dtype}: start with --kv-cache-dtype auto")
+    dtype = str(pool.dtype)
+    if dtype not in {*KV_DTYPES, *FP8_POOLS}:
+        raise RuntimeError(
+            f"pdtrim: cannot send a KV cache of {dtype}: start with --kv-cache-dtype auto, {' or '.join(FP8_ROWS)}"
+        )
     model = ModelShape(
         architecture="unplanned",
         fingerprint="unplanned",
         num_blocks=num_layers,
         num_kv_heads=kv_heads,
         head_dim=pool.k_buffer[0].shape[2],
-        kv_dtype=KV_DTYPES[str(pool.dtype)],
+        kv_dtype=KV_DTYPES.get(dtype, "bfloat16"),  # of an fp8 pool's model it is not known, and travels nowhere
+        pool_dtype=FP8_POOLS.get(dtype, "native"),
     )
     return PDPlan.dense(model)
 
@@ -76,10 +82,11 @@ def check_fits(plan: PDPlan, stage: Stage, pool: Any, tp_size: int) -> None:
             f"pdtrim: the plan gives {stage} {layers} layers, the loaded model has {len(pool.k_buffer)}: "
             f"serve the bundle's {stage} checkpoint"
         )
-    if KV_DTYPES.get(str(pool.dtype)) != model.kv_dtype:
+    if str(pool.dtype) != f"torch.{model.row_dtype}":
+        option = "auto" if model.pool_dtype == "native" else model.pool_dtype
         raise RuntimeError(
-            f"pdtrim: the plan was made for a {model.kv_dtype} KV cache, this worker's is {pool.dtype}: "
-            f"start it with --dtype {model.kv_dtype} and --kv-cache-dtype auto"
+            f"pdtrim: the plan was made for a {model.row_dtype} KV cache, this worker's is {pool.dtype}: "
+            f"start it with --dtype {model.kv_dtype} and --kv-cache-dtype {option}"
         )
     if reason := indivisible(model.num_kv_heads, tp_size):
         raise RuntimeError(f"pdtrim: {reason}: start with --tp-size {math.gcd(model.num_kv_heads, tp_size)}")
@@ -88,4 +95,17 @@ def check_fits(plan: PDPlan, stage: Stage, pool: Any, tp_size: int) -> None:
         raise RuntimeError(
             f"pdtrim: the plan expects KV rows of {shape} (heads, head size), the pool has "
             f"{tuple(pool.k_buffer[0].shape[1:])}"
+        )
+
+
+def check_padding(plan: PDPlan, config: Any) -> None:
+    """Raise RuntimeError when SGLang has given the model other KV heads than it has: their order is another then too.
+
+    On a CPU SGLang 0.5.23 pads heads that it cannot divide among the ranks (configs/update_config.py), with zeros.
+    """
+    heads, padded = plan.model.num_kv_heads, getattr(config, "num_key_value_heads", plan.model.num_kv_heads)
+    if padded != heads:
+        raise RuntimeError(
+            f"pdtrim: SGLang pads this model's {heads} KV heads to {padded} here: start with a --tp-size that divides "
+            f"{heads}"
         )

@@ -57,19 +57,22 @@ class PoolView:
         """View of SGLang's MHATokenToKVPool (mem_cache/memory_pool.py, 0.5.23).
 
         Raises:
-            RuntimeError: another kind of pool (MLA, hybrid, HND, quantised), which the wire format does not know.
+            RuntimeError: another kind of pool (MLA, hybrid, HND, with scales), which the wire format does not know.
 
         """
         from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
         from pdtrim_sglang.kept_pool.pool import KeptKVPool
 
-        if type(pool) not in (MHATokenToKVPool, KeptKVPool) or pool.use_hnd or pool.k_buffer[0].dim() != 3:
+        plain = type(pool) in (MHATokenToKVPool, KeptKVPool) and not (pool.use_hnd or pool.is_quantized_kv_cache)
+        if not plain or pool.k_buffer[0].dim() != 3:
             raise RuntimeError(
                 f"pdtrim: needs a plain multi-head KV pool, this worker has {type(pool).__name__}: "
                 "serve a Llama, Mistral, Qwen2 or Qwen3 bundle without KV-layout options"
             )
-        return cls(pool.k_buffer, pool.v_buffer, pool.page_size, pool if isinstance(pool, KeptKVPool) else None)
+        # SGLang keeps fp8 rows as uint8.
+        keys, values = ([rows.view(pool.dtype) for rows in side] for side in (pool.k_buffer, pool.v_buffer))
+        return cls(keys, values, pool.page_size, pool if isinstance(pool, KeptKVPool) else None)
 
     @property
     def tokens(self) -> int:

@@ -31,6 +31,7 @@ def check_options(server_args: Any, kv_args: Any, plan: PDPlan | None, is_mla_ba
     _check_front_end(server_args)
     _check_lora(server_args, plan)
     _check_digest(server_args, plan, kv_args.page_size)
+    _check_shared_storage(server_args, plan)
     if plan is None or server_args.disaggregation_mode != "decode":
         return
     if server_args.disaggregation_decode_enable_offload_kvcache:
@@ -98,6 +99,21 @@ def _check_digest(server_args: Any, plan: PDPlan | None, page_size: int) -> None
             "pdtrim: SGLang compares whole pages of prefill's and decode's KV, which differ where rows are cut or "
             "quantised, layers dropped, or pages larger than a token, so that it would abort every request, or compare "
             "none. Every chunk has a checksum of its own: start without --disaggregation-enable-kv-checksum"
+        )
+
+
+def _check_shared_storage(server_args: Any, plan: PDPlan | None) -> None:
+    """SGLang stores a page under its tokens, the served model's name and the rank, and nothing of its format.
+
+    `serve` gives both stages the bundle's name, and a bundle that was built again keeps it.
+    """
+    if plan is None:
+        return
+    if server_args.hicache_storage_backend is not None or server_args.enable_unified_cache_external_linker:
+        raise RuntimeError(
+            "pdtrim: shared KV storage tells pages apart by tokens and the served model's name, which prefill, decode "
+            "and other builds of a bundle have in common while their KV differs: start without "
+            "--hicache-storage-backend and --enable-unified-cache-external-linker"
         )
 
 

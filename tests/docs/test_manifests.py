@@ -47,7 +47,7 @@ def named(objects: list[dict], kind: str, name: str) -> dict:
 @pytest.mark.parametrize("bundle", ["pvc:claim/path", "oci:registry.example/bundle:1", "host:/srv/bundle"])
 def test_kustomize_renders_objects_that_the_schemas_allow(tmp_path: Path, bundle: str) -> None:
     rdma = {"rdma": "rdma/hca", "transport": "pdtrim_nixl", "transport_options": {"accept_unauthenticated": True}}
-    options = Options(prefill=2, decode=6, gpus=2, bundle=BundleAt.parse(bundle), **rdma)
+    options = Options(prefill=2, decode=6, tp_prefill=2, tp_decode=1, bundle=BundleAt.parse(bundle), **rdma)
     files = kubernetes(SERVED, options)
     validate([item for documents in files.values() for item in documents])
     objects = kustomize(write(tmp_path / "base", files))

@@ -52,8 +52,8 @@ def test_split_errors():
 
 def test_digest_tells_texts_apart():
     assert corpus("ab").digest != corpus("ba").digest
-    one, two = Corpus("x", (Document("a", "bc"),)), Corpus("x", (Document("ab", "c"),))
-    assert one.digest != two.digest
+    first, second = Corpus("x", (Document("a", "bc"),)), Corpus("x", (Document("ab", "c"),))
+    assert first.digest != second.digest
 
 
 @pytest.fixture(scope="module")
@@ -163,10 +163,10 @@ def test_fetched_file_is_checked(tmp_path):
     digest = file_sha256(tmp_path / "source")
     cache = Cache(tmp_path / "cache")
     copy = ("cp", str(tmp_path / "source"), "got")
-    said = []
-    assert fetched(copy, digest).load("", cache, said.append) == (Document("only", "hello"),)
-    assert fetched(("false",), digest).load("", cache, said.append)[0].text == "hello"  # from the cache
-    assert said == ["fetching corpus test"]
+    notes = []
+    assert fetched(copy, digest).load("", cache, notes.append) == (Document("only", "hello"),)
+    assert fetched(("false",), digest).load("", cache, notes.append)[0].text == "hello"  # from the cache
+    assert notes == ["fetching corpus test"]
     for command, words in (
         (copy, "not the file we know"),
         (("false",), "false failed"),
@@ -174,7 +174,7 @@ def test_fetched_file_is_checked(tmp_path):
         (("no-such-client",), "not installed; give dir:PATH"),
     ):
         with pytest.raises(UserError, match=words):
-            fetched(command, "0" * 64).load("", cache, said.append)
+            fetched(command, "0" * 64).load("", cache, notes.append)
     assert len([p for p in (cache.root / "corpora").iterdir() if p.is_dir()]) == 1
 
 

@@ -127,8 +127,8 @@ def test_an_answer_that_is_not_a_number_fails(model):
 def off_by(served, prompts, nats):
     """The same answers, those to the first `prompts` prompts a little off."""
     wrong = [
-        (group, Served(one.prompt, one.tokens, tuple(x + nats for x in one.logprobs), 0))
-        for group, one in served[:prompts]
+        (group, Served(answer.prompt, answer.tokens, tuple(x + nats for x in answer.logprobs), 0))
+        for group, answer in served[:prompts]
     ]
     return [*wrong, *served[prompts:]]
 
@@ -169,12 +169,12 @@ def test_no_prompt_is_excused_by_what_rounding_does_to_another(model, monkeypatc
 
 def test_controls_of_mixed_sizes():
     plan = make_plan(decode=DROPPED, kv=MIXED)
-    found = controls(plan, 200)
-    assert [(s.n_first, s.n_last) for s in found["n_first - 1"]] == [(3, 12), (0, 0), (0, 20), (2, 7)]
-    assert [(s.n_first, s.n_last) for s in found["n_last - 1"]] == [(4, 11), (0, 0), (0, 19), (3, 6)]
-    assert all(send.wire_dtype == "native" for send in found["native on the wire"])
-    assert found["rules one layer off"] == (MIXED[-1], *MIXED[:-1])
-    assert len(found) == 5  # and, where there are any, the plan without its key offsets
+    rules = controls(plan, 200)
+    assert [(s.n_first, s.n_last) for s in rules["n_first - 1"]] == [(3, 12), (0, 0), (0, 20), (2, 7)]
+    assert [(s.n_first, s.n_last) for s in rules["n_last - 1"]] == [(4, 11), (0, 0), (0, 19), (3, 6)]
+    assert all(send.wire_dtype == "native" for send in rules["native on the wire"])
+    assert rules["rules one layer off"] == (MIXED[-1], *MIXED[:-1])
+    assert len(rules) == 5  # and, where there are any, the plan without its key offsets
     for page in ("tutorial.md", "explanation/oracle.md"):
         assert "up to six" in (Path(__file__).parents[2] / "docs" / page).read_text()
     uniform = make_plan(kv=(KVSend(),) * BLOCKS)

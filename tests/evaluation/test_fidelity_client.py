@@ -48,16 +48,16 @@ def test_answers_of_a_pair() -> None:
     with serve(json.dumps(GOOD).encode()) as url:
         assert ask(url, ALONE, 2, 5) == [Served((1, 2, 3), (7, 8), (-0.5, -1.0), 1)]
     with serve(json.dumps([GOOD, GOOD]).encode()) as url:
-        assert [one.prompt for one in ask(url, PAIR, 2, 5)] == [(1,), (2, 3)]
+        assert [answer.prompt for answer in ask(url, PAIR, 2, 5)] == [(1,), (2, 3)]
 
 
 @pytest.mark.parametrize(
-    "said",
+    "body",
     ["<html>", "[]", "null", '{"text": "x"}', '{"text": "x", "meta_info": {"output_token_logprobs": []}}'],
 )
 @pytest.mark.parametrize("group", [ALONE, PAIR], ids=["alone", "batch"])
-def test_an_answer_of_another_server(group: Group, said: str) -> None:
-    with serve(said.encode()) as url, pytest.raises(UserError, match="holds no token logprobs as SGLang gives them; g"):
+def test_an_answer_of_another_server(group: Group, body: str) -> None:
+    with serve(body.encode()) as url, pytest.raises(UserError, match="holds no token logprobs as SGLang gives them; g"):
         ask(url, group, 2, 5)
 
 

@@ -56,18 +56,18 @@ def test_needles_lie_at_their_depths_and_are_asked_for(setting):
     for prompt, answers, lengths, group in zip(
         part.prompts, part.continuations, part.lengths, part.groups, strict=True
     ):
-        said = setting.tokenizer.decode(prompt)
-        about = said[said.rindex("The secret code of the ") :]
+        text = setting.tokenizer.decode(prompt)
+        about = text[text.rindex("The secret code of the ") :]
         codes = [setting.tokenizer.decode(row[:n]) for row, n in zip(answers, lengths, strict=True)]
         fact = f" {about}{codes[0]}."
-        assert said.count(fact) == 1
+        assert text.count(fact) == 1
         assert about.endswith(" vault")
         assert len(set(codes)) == 5
         assert all(code.startswith(" is ") and code[4:].isdigit() and len(code) == 9 for code in codes)
-        asked = said.index("\n\nQuestion: ")
-        assert said.index(fact) / (asked - len(fact)) == pytest.approx(float(group[:-1]) / 100, abs=0.08)
+        question = text.index("\n\nQuestion: ")
+        assert text.index(fact) / (question - len(fact)) == pytest.approx(float(group[:-1]) / 100, abs=0.08)
         if group not in ("0%", "100%"):
-            assert said[said.index(fact) - 1] == "."  # behind a sentence
+            assert text[text.index(fact) - 1] == "."  # behind a sentence
 
 
 def test_a_needle_counts_only_when_every_token_of_the_code_is_right(setting):
@@ -80,13 +80,13 @@ def test_a_needle_counts_only_when_every_token_of_the_code_is_right(setting):
     top[1, 0, skip] += 1  # the space before the code is
     logprobs = torch.full(continuations.shape, -1.0)
     logprobs[2, 3, -1] = -0.5  # a wrong code that is likelier
-    found = task.read(continuations, lengths, Judgement(logprobs, top))
-    assert found["exact"].tolist() == [1.0, 0.0, 1.0]
-    assert found["choice"].tolist() == [0.0, 0.0, 0.0]  # ties are wrong
+    scores = task.read(continuations, lengths, Judgement(logprobs, top))
+    assert scores["exact"].tolist() == [1.0, 0.0, 1.0]
+    assert scores["choice"].tolist() == [0.0, 0.0, 0.0]  # ties are wrong
     logprobs[:2, 0] = -0.9
-    found = task.read(continuations, lengths, Judgement(logprobs, top))
-    assert found["choice"].tolist() == [1.0, 1.0, 0.0]
-    assert found["code_nll"].tolist() == pytest.approx([0.9, 0.9, 1.0])
+    scores = task.read(continuations, lengths, Judgement(logprobs, top))
+    assert scores["choice"].tolist() == [1.0, 1.0, 0.0]
+    assert scores["code_nll"].tolist() == pytest.approx([0.9, 0.9, 1.0])
 
 
 def test_choice_prompts_are_examples_and_the_question_of_exact_length(setting):
@@ -94,11 +94,11 @@ def test_choice_prompts_are_examples_and_the_question_of_exact_length(setting):
     task = choice.prepare(setting, prompt=200, questions=(examples, judged))
     (part,) = task.parts
     assert part.prompts.shape == (2, 200)
-    said = [setting.tokenizer.decode(prompt) for prompt in part.prompts]
-    assert all(one.endswith("\n\nWhat now?\nAnswer:") for one in said)
-    assert said[0] != said[1]  # other examples for each
+    texts = [setting.tokenizer.decode(prompt) for prompt in part.prompts]
+    assert all(prompt.endswith("\n\nWhat now?\nAnswer:") for prompt in texts)
+    assert texts[0] != texts[1]  # other examples for each
     solved = {f"{q.text}\nAnswer: {q.choices[q.right]}" for q in examples}
-    for block in said[0].split("\n\n")[1:-1]:
+    for block in texts[0].split("\n\n")[1:-1]:
         assert block in solved
     answers = [setting.tokenizer.decode(row[:n]) for row, n in zip(part.continuations[0], part.lengths[0], strict=True)]
     assert answers == [" stay a while", " go", " sleep"]  # the right one first
@@ -128,20 +128,20 @@ def test_prompts_begin_with_bos_where_the_tokenizer_has_it(setting, tiny_llama_d
         single="<|start|> $A", special_tokens=[("<|start|>", 1)]
     )
     begun = changed(setting, tokenizer=tokenizer)
-    made = {
+    tasks = {
         "needle": needle.prepare(begun, prompt=600),
         "choice": choice.prepare(begun, prompt=200, questions=(questions(60), questions(9))),
         "perplexity": perplexity.prepare(begun, (16, 32), 8),
         "agreement": agreement.prepare(begun, 24, 6),
     }
-    for name, task in made.items():
+    for name, task in tasks.items():
         for part in task.parts:
             bos = part.prompts == tokenizer.bos_token_id
             assert bos[:, 0].all(), name
             assert bos.sum() == len(bos), name
-    short, long = made["perplexity"].parts
+    short, long = tasks["perplexity"].parts
     assert torch.equal(short.prompts[:, 1:], long.prompts[:, 17:])
-    assert [part.prompts.shape[1] for part in (*made["needle"].parts, *made["choice"].parts)] == [600, 200]
+    assert [part.prompts.shape[1] for part in (*tasks["needle"].parts, *tasks["choice"].parts)] == [600, 200]
 
 
 def test_all_prompt_lengths_judge_the_same_tokens(setting):
@@ -160,8 +160,8 @@ def test_over_all_prompt_lengths_the_standard_error_is_that_of_texts(setting):
     assert (whole.group, whole.items) == (None, 10)
     assert whole.difference == pytest.approx(float(of_texts.mean()), rel=1e-4)
     assert whole.stderr == pytest.approx(float(of_texts.std()) / 5**0.5, rel=1e-4)
-    one = perplexity.prepare(changed(setting, size=1), (16, 32), 8).measure([setting.dense])[0]
-    assert TaskFigures.of(one, one).figures[0].stderr is None
+    single = perplexity.prepare(changed(setting, size=1), (16, 32), 8).measure([setting.dense])[0]
+    assert TaskFigures.of(single, single).figures[0].stderr is None
 
 
 def test_agreement_follows_the_dense_model(setting):
@@ -188,8 +188,8 @@ def test_social_iqa_is_parsed(tmp_path: Path):
     with zipfile.ZipFile(tmp_path / "x.whl", "w") as archive:
         lines = [json.dumps({"input": [{"role": "user", "content": text}], "ideal": ideal}) for text, ideal in rows]
         archive.writestr("evals/registry/data/theory_of_mind/socialiqa/test.jsonl", "\n".join(lines) + "\n")
-    found = [(d.id, json.loads(d.text)) for d in social_iqa.parse(tmp_path / "x.whl")]
-    assert found == [
+    parsed = [(d.id, json.loads(d.text)) for d in social_iqa.parse(tmp_path / "x.whl")]
+    assert parsed == [
         ("0000", ["Jo left. Why did Jo leave?", ["to rest", "be seen", "had to"], 1]),
         ("0002", ["Jo: A man. What next?", ["walk", "see A; B or C", "run"], 2]),
     ]

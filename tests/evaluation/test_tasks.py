@@ -28,33 +28,33 @@ def ragged_part(prompt=14):
 def test_choices_are_scored_as_by_one_full_forward_each(family):
     model, part = tiny(family), ragged_part()
     oracle = make_oracle(model, make_plan())
-    found = judge(oracle, oracle.prefill(part.prompts), part.continuations, part.lengths)
+    judgement = judge(oracle, oracle.prefill(part.prompts), part.continuations, part.lengths)
     for item, choices in enumerate(RAGGED):
         for place, tokens in enumerate(choices):
             ids = torch.cat((part.prompts[item], torch.tensor(tokens)))
             logits = model(ids[None]).logits[0, 13:-1]
             expected = logits.log_softmax(-1).gather(1, torch.tensor(tokens)[:, None])[:, 0]
-            torch.testing.assert_close(found.logprobs[item, place, : len(tokens)], expected, atol=1e-4, rtol=0)
-            assert (found.logprobs[item, place, len(tokens) :] == 0).all()
-            assert found.top[item, place].tolist() == [*logits.argmax(-1).tolist(), *[-1] * (4 - len(tokens))]
+            torch.testing.assert_close(judgement.logprobs[item, place, : len(tokens)], expected, atol=1e-4, rtol=0)
+            assert (judgement.logprobs[item, place, len(tokens) :] == 0).all()
+            assert judgement.top[item, place].tolist() == [*logits.argmax(-1).tolist(), *[-1] * (4 - len(tokens))]
 
 
 def test_behind_any_plan_choices_are_scored_as_one_by_one():
     plan = make_plan(prefill=(1,), decode=(1, 3), kv=(SPARSE, KVSend(), KVSend(wire_dtype="int8")))
     oracle, part = make_oracle(tiny("Llama"), plan), ragged_part()
-    found = judge(oracle, oracle.prefill(part.prompts), part.continuations, part.lengths)
+    judgement = judge(oracle, oracle.prefill(part.prompts), part.continuations, part.lengths)
     for item, choices in enumerate(RAGGED):
         for place, tokens in enumerate(choices):
             expected = oracle.logprobs(part.prompts[item], torch.tensor(tokens))
-            torch.testing.assert_close(found.logprobs[item, place, : len(tokens)], expected, atol=1e-4, rtol=0)
+            torch.testing.assert_close(judgement.logprobs[item, place, : len(tokens)], expected, atol=1e-4, rtol=0)
 
 
 def test_branches_keep_to_the_sliding_window():
     for window in (7, 15, 17):
         oracle, part = make_oracle(tiny("Mistral", sliding_window=window), make_plan(kv=CUT)), ragged_part()
-        found = judge(oracle, oracle.prefill(part.prompts), part.continuations, part.lengths)
+        judgement = judge(oracle, oracle.prefill(part.prompts), part.continuations, part.lengths)
         expected = oracle.logprobs(part.prompts[0], torch.tensor(RAGGED[0][0]))
-        torch.testing.assert_close(found.logprobs[0, 0], expected, atol=1e-4, rtol=0)
+        torch.testing.assert_close(judgement.logprobs[0, 0], expected, atol=1e-4, rtol=0)
 
 
 def test_choice_accuracy_is_that_of_brute_force():
@@ -84,7 +84,7 @@ def test_plans_that_share_prefill_get_the_numbers_they_get_alone(monkeypatch):
     assert len(ran) == 5
     alone = [task.measure([make_oracle(tiny("Llama"), make_plan(kv=kv))])[0] for kv in rules]
     assert shared == alone
-    assert len({one.values["right_nll"] for one in shared}) == 3  # each plan does matter
+    assert len({result.values["right_nll"] for result in shared}) == 3  # each plan does matter
 
 
 def test_oracles_of_two_prefill_models_are_refused():
@@ -109,14 +109,14 @@ def test_greedy_side_by_side_is_greedy_one_by_one():
 
 def test_agreement_with_itself_is_whole_and_prefix_is_that_of_a_free_run():
     dense, prompts = make_oracle(tiny("Llama"), make_plan()), text(6, 14, seed=3)
-    said = greedy(dense, prompts, 10)
-    task = Task("agreement", (Part.of(prompts, [[row] for row in said.tolist()], ["14"] * 6),), agreement.read)
+    generated = greedy(dense, prompts, 10)
+    task = Task("agreement", (Part.of(prompts, [[row] for row in generated.tolist()], ["14"] * 6),), agreement.read)
     cut = dense.with_kv(CUT)
     same, other = task.measure([dense, cut])
     assert same.values == {"top1": (1.0,) * 6, "prefix": (1.0,) * 6}
     for item, prompt in enumerate(prompts):
         own = cut.greedy(prompt, 10)
-        shared = int((own == said[item]).long().cumprod(0).sum())
+        shared = int((own == generated[item]).long().cumprod(0).sum())
         assert other.values["prefix"][item] == pytest.approx(shared / 10)
         assert other.values["top1"][item] >= other.values["prefix"][item]
     assert other.mean("prefix") < 1

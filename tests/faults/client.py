@@ -13,7 +13,7 @@ import httpx
 
 
 @dataclass(frozen=True)
-class Asked:
+class Request:
     """One request; its client hangs up after `abort_after` tokens (0: before the first one)."""
 
     prompt: tuple[int, ...]
@@ -25,7 +25,7 @@ class Asked:
 class Ended:
     """`how`: answered, failed (with a reason), aborted (by us) or lost (nothing by the deadline)."""
 
-    asked: Asked
+    request: Request
     how: str = "lost"
     reason: str = ""
     seconds: float = 0.0
@@ -36,33 +36,33 @@ class Ended:
 def draw(count: int, tokens: tuple[int, int], new_tokens: tuple[int, int], seed: int, aborts: float = 0.0):
     """`count` requests of random text; every one that shall be aborted is, after a few tokens."""
     dice = random.Random(seed)
-    made = []
+    requests = []
     for _ in range(count):
         prompt = tuple(dice.randrange(3, 259) for _ in range(dice.randint(*tokens)))
         new = dice.randint(*new_tokens)
-        made.append(Asked(prompt, new, dice.randrange(0, max(1, new - 1)) if dice.random() < aborts else None))
-    return made
+        requests.append(Request(prompt, new, dice.randrange(0, max(1, new - 1)) if dice.random() < aborts else None))
+    return requests
 
 
 def send(
-    url: str, asked: Sequence[Asked], deadline_s: float, concurrency: int = 8, begun: list[Ended] | None = None
+    url: str, requests: Sequence[Request], deadline_s: float, concurrency: int = 8, begun: list[Ended] | None = None
 ) -> list[Ended]:
     """All of them, `concurrency` at a time; returns when each has ended, or its deadline has passed.
 
     `begun` is given each request as it is sent, for who wants to look on from another thread.
     """
-    return asyncio.run(_send(url, asked, deadline_s, concurrency, [] if begun is None else begun))
+    return asyncio.run(_send(url, requests, deadline_s, concurrency, [] if begun is None else begun))
 
 
 async def _send(
-    url: str, asked: Sequence[Asked], deadline_s: float, concurrency: int, sent: list[Ended]
+    url: str, requests: Sequence[Request], deadline_s: float, concurrency: int, sent: list[Ended]
 ) -> list[Ended]:
     gate = asyncio.Semaphore(concurrency)
     # a connection each: a kept one that the router has closed meanwhile would be the client's own fault
     limits = httpx.Limits(max_keepalive_connections=0)
     async with httpx.AsyncClient(base_url=url, timeout=None, trust_env=False, limits=limits) as client:
 
-        async def one(request: Asked) -> Ended:
+        async def complete(request: Request) -> Ended:
             async with gate:
                 ended, begun = Ended(request), time.monotonic()
                 sent.append(ended)
@@ -76,34 +76,34 @@ async def _send(
                 ended.seconds = time.monotonic() - begun
                 return ended
 
-        return await asyncio.gather(*(one(request) for request in asked))
+        return await asyncio.gather(*(complete(request) for request in requests))
 
 
 async def _stream(client: httpx.AsyncClient, ended: Ended) -> tuple[str, str]:
-    asked = ended.asked
-    sampling = {"max_new_tokens": asked.new_tokens, "temperature": 0, "ignore_eos": True}
-    body = {"input_ids": asked.prompt, "sampling_params": sampling, "return_logprob": True, "stream": True}
+    request = ended.request
+    sampling = {"max_new_tokens": request.new_tokens, "temperature": 0, "ignore_eos": True}
+    body = {"input_ids": request.prompt, "sampling_params": sampling, "return_logprob": True, "stream": True}
     done = False
     async with client.stream("POST", "/generate", json=body) as reply:
         if reply.status_code != 200:
             return "failed", f"HTTP {reply.status_code}: {(await reply.aread())[:300].decode(errors='replace')}"
-        if asked.abort_after == 0:
+        if request.abort_after == 0:
             return "aborted", ""
         async for line in reply.aiter_lines():
             if line == "data: [DONE]":
                 done = True
             elif line.startswith("data: {"):
-                said = json.loads(line[6:])
-                if "error" in said:
-                    return "failed", str(said["error"])[:300]
-                meta = said["meta_info"]
+                event = json.loads(line[6:])
+                if "error" in event:
+                    return "failed", str(event["error"])[:300]
+                meta = event["meta_info"]
                 if (meta.get("finish_reason") or {}).get("type") == "abort":
                     return "failed", str(meta["finish_reason"].get("message"))[:300]
                 scored = meta["output_token_logprobs"]
                 ended.tokens = [token for _, token, *_ in scored]
                 ended.logprobs = [value for value, *_ in scored]
-                if asked.abort_after is not None and len(ended.tokens) >= asked.abort_after:
+                if request.abort_after is not None and len(ended.tokens) >= request.abort_after:
                     return "aborted", ""
-    if len(ended.tokens) == asked.new_tokens and done:
+    if len(ended.tokens) == request.new_tokens and done:
         return "answered", ""
-    return "failed", f"the stream ended after {len(ended.tokens)} of {asked.new_tokens} tokens, [DONE]: {done}"
+    return "failed", f"the stream ended after {len(ended.tokens)} of {request.new_tokens} tokens, [DONE]: {done}"

@@ -15,16 +15,16 @@ if TYPE_CHECKING:
 TOLERANCE = 1e-3  # nats, float32
 
 
-def off(oracle: PDOracle, one: Ended) -> float:
+def off(oracle: PDOracle, outcome: Ended) -> float:
     """How far the served logprobs are from the oracle's, or the tokens from its likeliest ones, in nats."""
-    if not one.tokens:
+    if not outcome.tokens:
         return 0.0
-    prompt, tokens = torch.tensor(one.asked.prompt), torch.tensor(one.tokens)
+    prompt, tokens = torch.tensor(outcome.request.prompt), torch.tensor(outcome.tokens)
     ids, values = oracle.top_logprobs(prompt, tokens, oracle.decode_model.config.vocab_size)  # all, the likeliest first
     right = values[ids == tokens[:, None]]
-    return max((torch.tensor(one.logprobs) - right).abs().max().item(), (values[:, 0] - right).max().item())
+    return max((torch.tensor(outcome.logprobs) - right).abs().max().item(), (values[:, 0] - right).max().item())
 
 
 def wrong(oracle: PDOracle, ended: Iterable[Ended]) -> list[Ended]:
     """Those with a token that is not the oracle's; what came before a failure or an abort counts too."""
-    return [one for one in ended if not off(oracle, one) <= TOLERANCE]
+    return [outcome for outcome in ended if not off(oracle, outcome) <= TOLERANCE]

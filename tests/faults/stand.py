@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import httpx
-from client import Asked, Ended, draw, send
+from client import Ended, Request, draw, send
 from judge import wrong
 from proxy import Proxy
 
@@ -99,9 +99,9 @@ class Stand:
         environment: ServeEnvironment | None = None,
     ) -> None:
         self.stages, self.rows, self.transport = stages, rows, transport
-        one = stages["one"]
-        models = (load_model(one.folder / stage, "float32") for stage in STAGES)
-        self.oracle = PDOracle(*models, one.plan)
+        served = stages["one"]
+        models = (load_model(served.folder / stage, "float32") for stage in STAGES)
+        self.oracle = PDOracle(*models, served.plan)
         listens, announced = ports
         self.proxy = Proxy(announced, listens)
         options = WorkerOptions(
@@ -109,23 +109,23 @@ class Stand:
             max_running_requests=16, transfer_backend=f"pdtrim_{transport}",
         )  # fmt: skip
         spec = ClusterSpec.on_loopback(
-            one.folder / "prefill", one.folder / "decode", options=options, start_timeout_s=600.0,
+            served.folder / "prefill", served.folder / "decode", options=options, start_timeout_s=600.0,
             router_args=("--health-check-interval-secs", "2"),
         )  # fmt: skip
-        told = {"stall_seconds": STALL_S, "connect_seconds": 2.0, "staging_bytes": STAGING_BYTES}
-        told |= {"accept_unauthenticated": True} if transport == "mooncake" else {}
+        transport_options = {"stall_seconds": STALL_S, "connect_seconds": 2.0, "staging_bytes": STAGING_BYTES}
+        transport_options |= {"accept_unauthenticated": True} if transport == "mooncake" else {}
         place = {"port": listens, "announce": f"127.0.0.1:{announced}"}
         workers = [
-            replace(w, engine=one.engine, transport=told)
+            replace(w, engine=served.engine, transport=transport_options)
             if w.stage == "prefill"
-            else replace(w, transport=told | place)
+            else replace(w, transport=transport_options | place)
             for w in spec.workers
         ]
         self.cluster = Cluster(
             replace(spec, workers=tuple(workers)),
             environment or ServeEnvironment.find(),
             logs,
-            lambda said: print(f"[{stamp()}] {said}"),
+            lambda line: print(f"[{stamp()}] {line}"),
         )
 
     def __enter__(self) -> Stand:
@@ -169,14 +169,14 @@ class Stand:
 
     def held(self) -> dict[str, float]:
         """What each worker holds now."""
-        found = {}
+        counts = {}
         for stage in STAGES:
             worker = self.worker(stage)
             (load,) = httpx.get(f"{worker.spec.url}/v1/loads", timeout=10, trust_env=False).json()["loads"]
-            found |= {f"{stage} {name}": load[name] for name in LOADS}
+            counts |= {f"{stage} {name}": load[name] for name in LOADS}
             samples = scrape(worker.metrics_url)
-            found |= {f"{stage} {name}": total(samples, name) for name in LEVELS}
-        return found
+            counts |= {f"{stage} {name}": total(samples, name) for name in LEVELS}
+        return counts
 
     def leaked(self, within_s: float = 30.0) -> dict[str, float]:
         """What is held beyond the level at the start, once it has had the time to go."""
@@ -193,7 +193,8 @@ class Stand:
     def healthy(self, seed: int, count: int = 12) -> list[Ended]:
         """An ordinary load; every request must be answered, and rightly."""
         ended = send(self.url, draw(count, (2, 400), (2, 12), seed), DEADLINE_S)
-        assert all(one.how == "answered" for one in ended), [one.reason for one in ended if one.reason]
+        reasons = [outcome.reason for outcome in ended if outcome.reason]
+        assert all(outcome.how == "answered" for outcome in ended), reasons
         assert not wrong(self.oracle, ended)
         return ended
 
@@ -201,36 +202,37 @@ class Stand:
         """Seconds until the router answers again."""
         begun = time.monotonic()
         while True:
-            (one,) = send(self.url, draw(1, (80, 80), (3, 3), 5), 20.0)
-            if one.how == "answered":
+            (outcome,) = send(self.url, draw(1, (80, 80), (3, 3), 5), 20.0)
+            if outcome.how == "answered":
                 return time.monotonic() - begun
-            assert time.monotonic() - begun < within_s, f"not serving again after {within_s:.0f} s: {one.reason}"
+            assert time.monotonic() - begun < within_s, f"not serving again after {within_s:.0f} s: {outcome.reason}"
             time.sleep(0.5)
 
     def verdict(self, fault: str, ended: Sequence[Ended], recovered_s: float | None = None) -> Row:
         """Judge what was asked under the fault; then serve a healthy load, and look for what was left behind."""
         recovered = self.recover() if recovered_s is None else recovered_s
-        hows = Counter(one.how for one in ended)
+        hows = Counter(outcome.how for outcome in ended)
         after = send(self.url, draw(12, (2, 400), (2, 12), len(self.rows)), DEADLINE_S)
         row = Row(
             fault=fault, sent=len(ended), **{how: hows[how] for how in ("answered", "aborted", "failed", "lost")},
             wrong=len(wrong(self.oracle, [*ended, *after])),
-            slowest_s=round(max((one.seconds for one in ended), default=0), 2),
-            reasons=dict(Counter(short(one.reason) for one in ended if one.how == "failed")), leaked=self.leaked(),
-            afterwards_sent=len(after), afterwards_answered=sum(one.how == "answered" for one in after),
+            slowest_s=round(max((outcome.seconds for outcome in ended), default=0), 2),
+            reasons=dict(Counter(short(outcome.reason) for outcome in ended if outcome.how == "failed")),
+            leaked=self.leaked(), afterwards_sent=len(after),
+            afterwards_answered=sum(outcome.how == "answered" for outcome in after),
             recovered_s=round(recovered, 2), transport=self.transport,
         )  # fmt: skip
         self.rows.append(row)
         print(f"[{stamp()}] {row}")
-        assert not row.lost, [one.reason for one in ended if one.how == "lost"]
+        assert not row.lost, [outcome.reason for outcome in ended if outcome.how == "lost"]
         assert not row.wrong, "served text is not the oracle's"
-        assert all(one.reason for one in ended if one.how == "failed"), "a failure without a word"
-        assert row.afterwards_answered == row.afterwards_sent, [one.reason for one in after if one.reason]
+        assert all(outcome.reason for outcome in ended if outcome.how == "failed"), "a failure without a word"
+        assert row.afterwards_answered == row.afterwards_sent, [outcome.reason for outcome in after if outcome.reason]
         assert not row.leaked, f"left behind after {fault}"
         return row
 
     def while_sending(
-        self, asked: Sequence[Asked], fault: Callable[[], None], when: Callable[[list[Ended]], bool]
+        self, requests: Sequence[Request], fault: Callable[[], None], when: Callable[[list[Ended]], bool]
     ) -> list[Ended]:
         """Send, and let the fault happen as soon as `when` says so of the requests begun: no clock knows the moment."""
         begun: list[Ended] = []
@@ -245,7 +247,7 @@ class Stand:
         watching = threading.Thread(target=wait)
         watching.start()
         try:
-            return send(self.url, asked, DEADLINE_S, begun=begun)
+            return send(self.url, requests, DEADLINE_S, begun=begun)
         finally:
             over.set()
             watching.join()
@@ -257,7 +259,7 @@ class Stand:
 
 def streaming(begun: Sequence[Ended]) -> bool:
     """Whether some requests are in the middle of their text."""
-    return sum(1 < len(one.tokens) < one.asked.new_tokens for one in list(begun)) >= 4
+    return sum(1 < len(outcome.tokens) < outcome.request.new_tokens for outcome in list(begun)) >= 4
 
 
 def short(reason: str) -> str:

@@ -162,7 +162,7 @@ def zmq_ports(session: int) -> list[int]:
         for link in Path(f"/proc/{pid}/fd").iterdir():
             with contextlib.suppress(OSError):
                 inodes.add(os.readlink(link).removeprefix("socket:[").rstrip("]"))
-    found = []
+    ports = []
     for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
         fields = line.split()
         if fields[3] == "0A" and fields[9] in inodes:
@@ -170,5 +170,5 @@ def zmq_ports(session: int) -> list[int]:
             with contextlib.suppress(OSError), socket.create_connection((HOST, port), timeout=1) as connection:
                 connection.settimeout(0.3)
                 if connection.recv(1) == b"\xff":
-                    found.append(port)
-    return found
+                    ports.append(port)
+    return ports

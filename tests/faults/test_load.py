@@ -1,30 +1,30 @@
 """Loads that are hard on a pair: clients that hang up, a full pool, strangers at its ports."""
 
 import pytest
-from client import Asked, draw, send
+from client import Request, draw, send
 from stand import DEADLINE_S, POOL_TOKENS
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(900)]
 
 
 def test_half_of_the_clients_hang_up(stand):
-    asked = draw(40, (2, 400), (4, 24), seed=9, aborts=0.5)
-    row = stand.verdict("half of the clients hang up", send(stand.url, asked, DEADLINE_S))
+    requests = draw(40, (2, 400), (4, 24), seed=9, aborts=0.5)
+    row = stand.verdict("half of the clients hang up", send(stand.url, requests, DEADLINE_S))
     assert row.aborted >= 12
     assert row.answered == row.sent - row.aborted
 
 
 def test_a_full_pool_makes_requests_wait_and_loses_none(stand):
     """Prompts of the pool's size together, that grow beyond it: SGLang holds some back, or takes their pages away."""
-    asked = draw(16, (300, 400), (100, 200), seed=10)
-    assert sum(len(one.prompt) + one.new_tokens for one in asked) > 1.5 * POOL_TOKENS
-    row = stand.verdict("decode pool full", send(stand.url, asked, 2 * DEADLINE_S, concurrency=16))
+    requests = draw(16, (300, 400), (100, 200), seed=10)
+    assert sum(len(request.prompt) + request.new_tokens for request in requests) > 1.5 * POOL_TOKENS
+    row = stand.verdict("decode pool full", send(stand.url, requests, 2 * DEADLINE_S, concurrency=16))
     assert row.answered == row.sent
 
 
 def test_a_prompt_larger_than_the_pool_is_refused_at_once(stand):
     (base,) = draw(1, (1900, 1900), (4, 4), seed=11)
-    asked = [Asked(base.prompt * 3, 4), *draw(3, (10, 90), (2, 4), seed=12)]
-    row = stand.verdict("prompt larger than the pool", send(stand.url, asked, DEADLINE_S))
+    requests = [Request(base.prompt * 3, 4), *draw(3, (10, 90), (2, 4), seed=12)]
+    row = stand.verdict("prompt larger than the pool", send(stand.url, requests, DEADLINE_S))
     assert (row.failed, row.answered) == (1, 3)
     assert row.slowest_s < 30

@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
-from client import Asked, draw, send
+from client import Request, draw, send
 from stand import DEADLINE_S
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(900)]
@@ -40,7 +40,7 @@ def refused(url, path, body):
 def test_thirty_requests_that_must_fail_cost_thirty_healthy_ones_nothing(stand):
     """Failing: 15 that their clients got wrong, 8 whose transfer is damaged, 7 clients that hang up."""
     healthy = draw(30, (2, 300), (2, 12), seed=21)
-    damaged = [Asked(one.prompt, 4) for one in draw(8, (DAMAGED, DAMAGED), (4, 4), seed=22)]
+    damaged = [Request(request.prompt, 4) for request in draw(8, (DAMAGED, DAMAGED), (4, 4), seed=22)]
     hanging = draw(7, (2, 300), (12, 24), seed=23, aborts=1.0)
     stand.proxy.marked_tokens = DAMAGED
     with stand.proxy.doing("marked"), ThreadPoolExecutor(4) as pool:
@@ -50,10 +50,10 @@ def test_thirty_requests_that_must_fail_cost_thirty_healthy_ones_nothing(stand):
         late = send(stand.url, draw(6, (2, 300), (2, 12), seed=24), DEADLINE_S)  # when all damage has been done
         statuses, bad = [wrong.result() for wrong in wrongs], others.result()
         hits = stand.proxy.hits
-    assert [one.reason for one in [*ended, *late] if one.how != "answered"] == []
+    assert [outcome.reason for outcome in [*ended, *late] if outcome.how != "answered"] == []
     assert [(request, status) for request, status in zip(REFUSED, statuses, strict=True)
             if not 400 <= status[0] < 500] == []  # fmt: skip
     assert hits >= len(damaged)
-    assert [one.how for one in bad] == ["failed"] * len(damaged) + ["aborted"] * len(hanging)
-    assert all("checksum mismatch" in one.reason for one in bad[: len(damaged)])
+    assert [outcome.how for outcome in bad] == ["failed"] * len(damaged) + ["aborted"] * len(hanging)
+    assert all("checksum mismatch" in outcome.reason for outcome in bad[: len(damaged)])
     stand.verdict("30 requests that must fail beside 30 healthy ones", [*bad, *ended, *late])

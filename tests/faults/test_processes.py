@@ -16,23 +16,23 @@ pytestmark = [pytest.mark.serve, pytest.mark.faults, pytest.mark.timeout(900)]
 @pytest.mark.parametrize("stage", ["prefill", "decode"])
 def test_a_worker_that_stands_still(stand, stage):
     """SIGSTOP for 20 s, longer than heartbeat and transport allow: requests may fail, but with a word."""
-    asked = draw(12, (2, 400), (2, 12), seed=4)
+    requests = draw(12, (2, 400), (2, 12), seed=4)
     with stand.paused(stage, 20.0):
         begun = time.monotonic()
         assert not stand.health(stage, timeout_s=3.0), "a worker that stands still calls itself healthy"
-        ended = send(stand.url, asked, DEADLINE_S)
+        ended = send(stand.url, requests, DEADLINE_S)
         assert time.monotonic() - begun < DEADLINE_S
     stand.verdict(f"SIGSTOP {stage} for 20 s", ended)
 
 
 def test_prefill_killed_in_the_middle_of_transfers(stand):
-    asked = draw(24, (300, 400), (8, 12), seed=5)
+    requests = draw(24, (300, 400), (8, 12), seed=5)
     with stand.proxy.doing("delay"):  # so that chunks are on their way
         ended = stand.while_sending(
-            asked, lambda: stand.signal("prefill", signal.SIGKILL), lambda begun: stand.proxy.hits > 4
+            requests, lambda: stand.signal("prefill", signal.SIGKILL), lambda begun: stand.proxy.hits > 4
         )
     assert not stand.health("prefill"), "a dead worker is healthy"
-    assert any(one.how == "failed" for one in ended), "nothing was in the middle of anything"
+    assert any(outcome.how == "failed" for outcome in ended), "nothing was in the middle of anything"
     begun = time.monotonic()
     stand.cluster.restart("prefill-0")
     stand.recover()
@@ -40,10 +40,10 @@ def test_prefill_killed_in_the_middle_of_transfers(stand):
 
 
 def test_decode_killed_in_the_middle_of_streams_and_back_with_another_plan_behind_one_router(stand):
-    asked = draw(16, (50, 200), (60, 80), seed=6)
-    ended = stand.while_sending(asked, lambda: stand.signal("decode", signal.SIGKILL), streaming)
+    requests = draw(16, (50, 200), (60, 80), seed=6)
+    ended = stand.while_sending(requests, lambda: stand.signal("decode", signal.SIGKILL), streaming)
     assert not stand.health("decode"), "a dead worker is healthy"
-    assert any(one.how == "failed" and one.tokens for one in ended), "no stream was cut"
+    assert any(outcome.how == "failed" and outcome.tokens for outcome in ended), "no stream was cut"
     own = stand.worker("decode").spec
     other = stand.stages["other"]
     with pytest.raises(ServingError, match="plans differ"):
@@ -58,8 +58,8 @@ def test_decode_killed_in_the_middle_of_streams_and_back_with_another_plan_behin
 
 
 def test_the_router_comes_back(stand):
-    asked = draw(16, (50, 300), (20, 30), seed=8)
-    ended = stand.while_sending(asked, lambda: stand.signal_router(signal.SIGKILL), streaming)
+    requests = draw(16, (50, 300), (20, 30), seed=8)
+    ended = stand.while_sending(requests, lambda: stand.signal_router(signal.SIGKILL), streaming)
     begun = time.monotonic()
     stand.cluster.restart("router")
     row = stand.verdict("kill -9 the router, restarted", ended, time.monotonic() - begun)

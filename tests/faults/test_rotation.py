@@ -55,7 +55,7 @@ def until_in_rotation(cluster, urls, within_s=60.0):
 def load(cluster, seed):
     """How an ordinary load ended."""
     ended = send(cluster.url, draw(12, (2, 200), (2, 8), seed), DEADLINE_S, concurrency=3)
-    return [one.reason for one in ended if one.how != "answered"]
+    return [outcome.reason for outcome in ended if outcome.how != "answered"]
 
 
 def test_requests_of_a_dead_worker_go_to_others(cluster):

@@ -21,22 +21,22 @@ MAY_GROW = 0.02  # of the memory of a worker's processes, first third to last th
 
 def weight(worker) -> dict[str, int]:
     """Resident bytes, open files and threads of a worker's processes."""
-    found = {"bytes": 0, "files": 0, "threads": 0}
+    counts = {"bytes": 0, "files": 0, "threads": 0}
     for pid in session_members(worker.pid):
         with contextlib.suppress(OSError):
             status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-            found["bytes"] += int(status["VmRSS"].split()[0]) << 10
-            found["threads"] += int(status["Threads"])
-            found["files"] += len(os.listdir(f"/proc/{pid}/fd"))
-    return found
+            counts["bytes"] += int(status["VmRSS"].split()[0]) << 10
+            counts["threads"] += int(status["Threads"])
+            counts["files"] += len(os.listdir(f"/proc/{pid}/fd"))
+    return counts
 
 
 def test_soak_behind_one_router(stand, request):
     count = request.config.getoption("--soak-requests", None) or 200
-    asked = draw(count, (2, 400), (2, 16), seed=15, aborts=0.2)
+    requests = draw(count, (2, 400), (2, 16), seed=15, aborts=0.2)
     ended, seen = [], []
     for block in range(BLOCKS):
-        part = asked[block * count // BLOCKS : (block + 1) * count // BLOCKS]
+        part = requests[block * count // BLOCKS : (block + 1) * count // BLOCKS]
         ended += send(stand.url, part, DEADLINE_S)
         leaked = stand.leaked()
         assert not leaked, f"after {len(ended)} requests"
@@ -46,10 +46,12 @@ def test_soak_behind_one_router(stand, request):
     settled, grown = seen[BLOCKS // 4 :], {}
     third = len(settled) // 3
     for stage in ("prefill", "decode"):
-        for what, most in (("bytes", MAY_GROW), ("files", 0.0), ("threads", 0.0)):
-            first, last = (median(one[stage][what] for one in part) for part in (settled[:third], settled[-third:]))
-            grown[f"{stage} {what}"] = round(last / first, 5)
-            print(f"{stage} {what}: {[one[stage][what] for one in seen]}")
+        for figure, most in (("bytes", MAY_GROW), ("files", 0.0), ("threads", 0.0)):
+            first, last = (
+                median(sample[stage][figure] for sample in part) for part in (settled[:third], settled[-third:])
+            )
+            grown[f"{stage} {figure}"] = round(last / first, 5)
+            print(f"{stage} {figure}: {[sample[stage][figure] for sample in seen]}")
             # a sample may fall into a request's end: two files or threads are nobody's leak
-            assert last <= first * (1 + most) + (0 if most else 2), f"{stage} {what}: {first} -> {last}"
+            assert last <= first * (1 + most) + (0 if most else 2), f"{stage} {figure}: {first} -> {last}"
     stand.rows[-1] = replace(row, grown=grown)

@@ -22,9 +22,9 @@ def test_transport(start, environment, transport):
     with start(transport) as stand:
         ended = stand.healthy(21, count=24)
         dense = stand.oracle.with_kv((KVSend(),) * len(stand.oracle.plan.kv))
-        long = [one for one in ended if len(one.asked.prompt) > 60 and len(one.tokens) > 4]
+        long = [outcome for outcome in ended if len(outcome.request.prompt) > 60 and len(outcome.tokens) > 4]
         assert long
-        assert any(off(dense, one) > 0.01 for one in long), "the comparison is blind to a wrong plan"
+        assert any(off(dense, outcome) > 0.01 for outcome in long), "the comparison is blind to a wrong plan"
         stand.verdict("none: a healthy load", ended, 0.0)
         for fault in ("truncate", "corrupt", "drop"):
             with stand.proxy.doing(fault):

@@ -3,6 +3,8 @@
 import pytest
 
 from pdtrim_deploy.gpucheck import served, tiny
+from pdtrim_deploy.loadtest.text import named
+from pdtrim_deploy.models.loading import load_tokenizer
 from pdtrim_deploy.serving import ServeEnvironment
 
 
@@ -25,6 +27,13 @@ def test_a_check_that_raises_is_a_row_with_the_first_line_of_its_reason():
 
     row = served._row("x", fails)
     assert (row.status, row.reason) == ("failed", "RuntimeError: CUDA out of memory")
+
+
+def test_words_of_the_load_test_are_one_token_each(tmp_path):
+    """A transfer of 3,000 tokens is one, and fits the model's 4,096."""
+    tokenizer = load_tokenizer(tiny.save(tmp_path / "model"))
+    assert 3000 <= len(tokenizer(named("a", 3000))["input_ids"]) <= 3010
+    assert tokenizer.decode(tokenizer("안 é 👍")["input_ids"]) == "안 é 👍"
 
 
 @pytest.mark.serve
@@ -69,3 +78,22 @@ class TestOnTheCPU:
         assert tcp.figure["ttft_ms"] > 0
         for row in (stock, ours):
             assert row.status == "run" or "nixl" in row.reason.lower()
+
+
+def test_fp8_pools_are_judged_in_every_wire_dtype(monkeypatch, tmp_path):
+    judged = []
+
+    def judge(bundle, pair):
+        judged.append((bundle.plan, pair.of(bundle)))
+        return {}
+
+    monkeypatch.setattr(served, "judged", judge)
+    rows = list(served.fp8_pool_rows(tmp_path, served.Pair(tmp_path / "python", device="cpu")))
+    assert [row.status for row in rows] == ["failed"] * 4  # on a CPU, by one sentence
+    assert all("which SGLang 0.5.23 has on a CPU with Intel AMX alone" in row.reason for row in rows)
+    assert judged == []
+    monkeypatch.setattr(served.Pair, "of", lambda pair, bundle: pair)
+    assert [row.status for row in served.fp8_pool_rows(tmp_path)] == ["run"] * 4
+    assert {plan.model.pool_dtype for plan, _ in judged} == {"fp8_e4m3"}
+    assert [plan.kv[0].wire_dtype for plan, _ in judged] == ["native", "int4", "k4v3", "int3"]
+    assert [plan.kv[0].mode for plan, _ in judged] == ["sparse", "full"] * 2

@@ -42,7 +42,7 @@ class Stages:
 def stages(tiny_model, cache, tmp_path_factory):
     folder = tmp_path_factory.mktemp("conversations")
     model = tiny_model(folder / "model", max_position_embeddings=2048, head_dim=32)
-    checkpoint = open_checkpoint(f"hf:{model}", cache)
+    checkpoint = open_checkpoint(model, cache)
     prefill, decode = (tuple(Drop() if block in gone else Keep() for block in range(6)) for gone in ((3,), (1, 3)))
     kv = tuple(KVSend(wire_dtype=wire) for wire in ("int8", "k4v3", "fp8", "native"))
     plan = PDPlan(model=checkpoint.shape("float32"), prefill=prefill, decode=decode, kv=kv)
@@ -194,6 +194,10 @@ def test_decode_restarted_has_nothing_and_is_sent_all(pair, stages, oracle):
     (answer,) = ask(pair, talk.say())
     talk.heard(answer)
     pair.restart("decode-0")
+    deadline = time.monotonic() + 60
+    while httpx.post(f"{pair.url}/generate", json=body_of([5, 6, 7]), timeout=60).status_code == 503:
+        assert time.monotonic() < deadline, "the router does not find the worker again"
+        time.sleep(1)
     prompt = talk.say()
     (again,), (payload, reused, _) = measured(pair, lambda: ask(pair, prompt))
     assert (payload, reused) == (stages.plan.payload_bytes(len(prompt)), 0)

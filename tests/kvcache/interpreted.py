@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from packcases import cases, cuts, pools, random_offsets, shape, slots_of
+from packcases import DTYPES, cases, cuts, every_fp8_value, pools, random_offsets, shape, slots_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pdtrim_deploy.gpucheck import kernels
@@ -12,8 +12,9 @@ from pdtrim_deploy.kvcache import torch_pack
 from pdtrim_deploy.kvcache.gpu import move as gpu
 from pdtrim_deploy.kvcache.gpu.library import library
 from pdtrim_deploy.kvcache.layout import chunk_layout
+from pdtrim_deploy.kvcache.pool_rows import FP8
 from pdtrim_deploy.plan import KVSend, PDPlan
-from pdtrim_deploy.plan.wire import HEAD_DIM_MULTIPLE, WIRE_DTYPES
+from pdtrim_deploy.plan.wire import FP8_ROWS, SMALLER_THAN_FP8, WIRE_DTYPES
 
 UNTOUCHED = -9.0
 CPU = torch.device("cpu")
@@ -32,8 +33,8 @@ def check(layout, source, from_slots, targets, to_slots, offsets):
     torch_pack.unpack(layout, buffers[0], *targets[0], to_slots, offsets)
     gpu.move(layout, buffers[0], *targets[1], to_slots, offsets, pack=False)
     for expected, result in zip((t for s in targets[0] for t in s), (t for s in targets[1] for t in s), strict=True):
-        torch.testing.assert_close(expected, result, rtol=0, atol=0, equal_nan=True)
-        if all(rows.wire_dtype == "native" for rows in layout.layers):
+        torch.testing.assert_close(expected.float(), result.float(), rtol=0, atol=0, equal_nan=True)
+        if expected.dtype in FP8 or all(rows.wire_dtype == "native" for rows in layout.layers):
             assert torch.equal(expected.contiguous().view(torch.uint8), result.contiguous().view(torch.uint8))
     gpu.check(CPU)
 
@@ -61,11 +62,12 @@ def test_any_plan_cut_anywhere(data, case, tokens, seed):
         )
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dim", [16, 64, 80, 96, 128, 256])
 def test_all_wire_dtypes_in_one_chunk(dim, dtype):
     """Whole and cut layers in turn, every other one with a key offset; rows of more than one program."""
-    wires = [wire for wire in WIRE_DTYPES if dim % HEAD_DIM_MULTIPLE[wire] == 0]
+    pool = dtype if dtype in FP8_ROWS else "native"
+    wires = [wire for wire in WIRE_DTYPES if KVSend(wire_dtype=wire).suits(dim, pool)]
     cut = {"mode": "sparse", "n_first": 4, "n_last": 9}
     sends = tuple(KVSend(wire_dtype=wire, **(cut if layer % 3 else {})) for layer, wire in enumerate(wires))
     model = shape(len(wires), 3, dim, dtype)
@@ -82,6 +84,16 @@ def test_all_wire_dtypes_in_one_chunk(dim, dtype):
             slots[start:stop],
             offsets,
         )
+
+
+@pytest.mark.parametrize("dtype", FP8_ROWS)
+@pytest.mark.parametrize("wire", SMALLER_THAN_FP8)
+def test_every_value_of_an_fp8_pool(wire, dtype):
+    pool, plan, offsets = every_fp8_value(wire, dtype, 64)
+    slots = torch.arange(len(pool))
+    check(chunk_layout(plan, len(pool)), [[pool], [pool]], slots, empty(plan, pool), slots, None)
+    plan = plan.with_key_offsets(offsets.file)
+    check(chunk_layout(plan, len(pool)), [[pool], [pool]], slots, empty(plan, pool), slots, offsets)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -179,8 +191,9 @@ class Operations(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("pack", [True, False])
-def test_a_chunk_is_one_launch_and_nothing_else(monkeypatch, pack):
-    model = shape(32, 8, 128, "bfloat16")
+@pytest.mark.parametrize("dtype", ["bfloat16", "fp8_e4m3"])
+def test_a_chunk_is_one_launch_and_nothing_else(monkeypatch, dtype, pack):
+    model = shape(32, 8, 128, dtype)
     sends = tuple(
         KVSend(wire_dtype="k4v3", **({"mode": "sparse", "n_first": 4, "n_last": 64} if i % 4 else {}))
         for i in range(32)
@@ -188,7 +201,8 @@ def test_a_chunk_is_one_launch_and_nothing_else(monkeypatch, pack):
     offsets = random_offsets(model, range(32))
     plan = PDPlan.dense(model).with_kv(sends).with_key_offsets(offsets.file)
     layout, slots = chunk_layout(plan, 600, 0, 512), torch.arange(512)
-    keys, values = ([torch.zeros(600, 8, 128, dtype=torch.bfloat16) for _ in range(32)] for _ in range(2))
+    rows = getattr(torch, model.row_dtype)
+    keys, values = ([torch.zeros(600, 8, 128).to(rows) for _ in range(32)] for _ in range(2))
     packed, launches = torch.empty(layout.total_bytes, dtype=torch.uint8), []
     monkeypatch.setattr(gpu, "launch", lambda kernel, *rest, **known: launches.append(kernel))
     assert gpu.move(layout, packed, keys, values, slots, offsets, pack=pack)
@@ -202,10 +216,12 @@ def test_the_interpreter_counts_as_a_form():
     assert library() is gpu
 
 
-@pytest.mark.parametrize("wire", ["native", "fp8", "k4v3"])
-def test_the_check_of_bits_on_a_gpu(wire, monkeypatch):
+@pytest.mark.parametrize(
+    ("wire", "dtype"), [("native", "bfloat16"), ("fp8", "bfloat16"), ("k4v3", "bfloat16"), ("k4v3", "fp8_e4m3")]
+)
+def test_the_check_of_bits_on_a_gpu(wire, dtype, monkeypatch):
     monkeypatch.setattr(kernels, "HEAD_DIMS", (96,))
-    figure = kernels.bits(CPU, wire, "bfloat16", tokens=90)
+    figure = kernels.bits(CPU, wire, dtype, tokens=90)
     assert figure["bytes_compared"] > 3 * 90 * 96
     whole = gpu.move
 
@@ -217,4 +233,4 @@ def test_the_check_of_bits_on_a_gpu(wire, monkeypatch):
     for direction in (True, False):
         monkeypatch.setattr(gpu, "move", lambda *a, pack, d=direction: (broken if pack == d else whole)(*a, pack=pack))
         with pytest.raises(AssertionError, match=r"head size 96, tokens 0 to 30: [01] of \d+ packed bytes and [01]"):
-            kernels.bits(CPU, wire, "bfloat16", tokens=90)
+            kernels.bits(CPU, wire, dtype, tokens=90)

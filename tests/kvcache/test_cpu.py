@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from packcases import cases, cuts, pools, random_offsets, shape, slots_of
+from packcases import cases, cuts, every_fp8_value, pools, random_offsets, shape, slots_of
 
 from pdtrim_deploy.kvcache import torch_pack
 from pdtrim_deploy.kvcache.cpu import library as cpu_library
@@ -19,7 +19,7 @@ from pdtrim_deploy.kvcache.cpu.move import move
 from pdtrim_deploy.kvcache.layout import chunk_layout
 from pdtrim_deploy.kvcache.pack import pack, unpack
 from pdtrim_deploy.plan import KVSend, PDPlan
-from pdtrim_deploy.plan.wire import WIRE_DTYPES
+from pdtrim_deploy.plan.wire import FP8_ROWS, SMALLER_THAN_FP8, WIRE_DTYPES
 
 UNTOUCHED = -9.0
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="g++ is not on PATH: there is no compiled form")
@@ -29,7 +29,7 @@ def spoil(pool, generator):
     """In place: what no cache should hold, and all orders of magnitude, by row and head."""
     limit = torch.finfo(pool.dtype).max
     exponent = torch.randint(-150, 128, (*pool.shape[:2], 1), generator=generator).double()
-    pool.copy_((pool.double() * torch.exp2(exponent)).clamp(-limit, limit))
+    pool.copy_((pool.float().double() * torch.exp2(exponent)).clamp(-limit, limit))
     for odd in (
         torch.nan,
         torch.inf,
@@ -69,7 +69,28 @@ def test_both_forms_have_the_same_bytes(data, case, tokens, odd, seed):
         torch_pack.unpack(layout, buffers[0], *targets[0], to_slots[start:stop], offsets)
         move(layout, buffers[1], *targets[1], to_slots[start:stop], offsets, pack=False)
     for expected, result in zip((t for s in targets[0] for t in s), (t for s in targets[1] for t in s), strict=True):
-        torch.testing.assert_close(expected, result, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(expected.float(), result.float(), rtol=0, atol=0, equal_nan=True)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", FP8_ROWS)
+@pytest.mark.parametrize("wire", SMALLER_THAN_FP8)
+@pytest.mark.parametrize("dim", [64, 128, 32])
+def test_every_value_of_an_fp8_pool(wire, dtype, dim):
+    """NaN and infinities too; with key offsets, and dequantised rows on both sides of every edge between codes."""
+    pool, plan, known = every_fp8_value(wire, dtype, dim)
+    slots = torch.arange(len(pool))
+    for case, offsets in ((plan, None), (plan.with_key_offsets(known.file), known)):
+        layout = chunk_layout(case, len(slots))
+        packed = torch.zeros(layout.total_bytes, dtype=torch.uint8)
+        assert move(layout, packed, [pool], [pool], slots, offsets, pack=True)
+        assert equal(packed, torch_pack.pack(layout, [pool], [pool], slots, offsets=offsets))
+        results, expected_rows = ([torch.zeros_like(pool) for _ in range(2)] for _ in range(2))
+        assert move(layout, packed, [results[0]], [results[1]], slots, offsets, pack=False)
+        torch_pack.unpack(layout, packed, [expected_rows[0]], [expected_rows[1]], slots, offsets)
+        assert all(map(equal, results, expected_rows))
+        if wire == "native":
+            assert equal(results[0], pool)
 
 
 @needs_compiler

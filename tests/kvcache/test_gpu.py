@@ -56,6 +56,8 @@ def compiled(codes, dtype, dim, heads, capability, pack):
         (ALL, torch.float32, 128, 1, 90),
         (ALL, BFLOAT16, 96, 4, 90),
         (ALL, BFLOAT16, 64, 3, 90),
+        (("native", "int4", "int3"), torch.float8_e4m3fn, 128, 8, 90),
+        (("native", "int4", "int3"), torch.float8_e5m2, 128, 8, 80),
     ],
 )
 def test_machine_code(codes, dtype, dim, heads, capability, pack, tmp_path, monkeypatch):
@@ -67,7 +69,7 @@ def test_machine_code(codes, dtype, dim, heads, capability, pack, tmp_path, monk
     assert f".target sm_{capability}" in ptx
     assert "fma." not in ptx
     assert ".ftz" not in ptx  # subnormal numbers stay
-    assert ("div.rn.f32" in ptx) == (pack and codes == ALL)  # exact, as the bytes of scales need
+    assert ("div.rn.f32" in ptx) == (pack and "int4" in codes)  # exact, as the bytes of scales need
     assert ".local" not in ptx
     assert f"{'ld' if pack else 'st'}.global.v4.b32" in ptx
     source = tmp_path / "kernel.ptx"

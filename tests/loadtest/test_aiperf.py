@@ -14,7 +14,7 @@ from pdtrim_deploy.loadtest import LoadResult, LoadRun, Scenario, driver
 from pdtrim_deploy.loadtest.aiperf.command import check, command, run, served_model, write_requests
 from pdtrim_deploy.loadtest.aiperf.environment import REPO, VERSION, program
 from pdtrim_deploy.loadtest.aiperf.records import read
-from pdtrim_deploy.loadtest.scenario import SLO, Arrivals
+from pdtrim_deploy.loadtest.scenario import SLO, Arrivals, Conversations
 from pdtrim_deploy.loadtest.schedule import Job, jobs
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -149,6 +149,11 @@ def script(path: Path, body: str) -> Path:
     path.write_text(f"#!/bin/sh\n{body}\n")
     path.chmod(0o755)
     return path
+
+
+def test_conversations_are_refused() -> None:
+    with pytest.raises(UserError, match=r"scenario poisson: .* a turn of a conversation holds the answers before it"):
+        check(POISSON.changed(conversations=Conversations(turns=2)))
 
 
 def test_the_program_of_an_installed_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.loadtest import LoadResult, LoadRun, Outcome, Scenario, check_target, driver
 from pdtrim_deploy.loadtest.base import Percentiles
 from pdtrim_deploy.loadtest.builtin import _watch
-from pdtrim_deploy.loadtest.scenario import SLO, Arrivals, Lengths
+from pdtrim_deploy.loadtest.scenario import SLO, Arrivals, Conversations, Lengths
 
 sys.path.insert(0, str(Path(__file__).parent))
 from sse_server import Behaviour, serve
@@ -47,6 +47,25 @@ def test_a_chunk_of_several_tokens_counts_as_equal_gaps() -> None:
 def test_an_answer_may_hold_what_ends_a_line_elsewhere() -> None:
     """In JSON as SGLang writes it these stand as they are; only a line feed ends a line of an event stream."""
     assert load(Behaviour(ttft=0, itl=0, text="a\u2028b\u0085c\u2029")).failures == {}
+
+
+@pytest.mark.parametrize("arrivals", [Arrivals(clients=2), Arrivals(kind="constant", rate=50.0)])
+def test_a_turn_holds_all_that_was_said_before_it(arrivals: Arrivals) -> None:
+    behaviour = Behaviour(ttft=0.01, itl=0, text=" answer")
+    spec = SPEC.changed(arrivals=arrivals, conversations=Conversations(turns=3), requests=6, warmup=0)
+    with serve(behaviour) as url:
+        outcomes = driver("builtin")(url, spec).outcomes
+    assert sorted(outcome.turn for outcome in outcomes) == [0, 0, 1, 1, 2, 2]
+    texts = sorted(body["text"] for body in behaviour.bodies)  # each behind those that it begins with
+    for first, second, third in (texts[:3], texts[3:]):
+        assert second.startswith(f"{first} answer ")
+        assert third.startswith(f"{second} answer ")
+        assert len(third.split()) - len(second.split()) > 5
+
+
+def test_a_conversation_ends_with_the_turn_that_fails() -> None:
+    result = load(Behaviour(ttft=0, itl=0, lose=2), SPEC.changed(conversations=Conversations(turns=4)))
+    assert result.failures == {"truncated": 2}
 
 
 def test_lengths_and_texts_come_from_the_seed() -> None:

@@ -9,7 +9,7 @@ from statistics import fmean, median
 import pytest
 
 from pdtrim_deploy.errors import UserError
-from pdtrim_deploy.loadtest.scenario import Arrivals, Lengths, Prefixes, Scenario
+from pdtrim_deploy.loadtest.scenario import Arrivals, Conversations, Lengths, Prefixes, Scenario
 from pdtrim_deploy.loadtest.schedule import jobs
 
 SCENARIOS = Path(__file__).parents[2] / "scenarios"
@@ -55,6 +55,11 @@ def load(tmp_path: Path, text: str) -> Scenario:
             "s.yaml: trace.scale is inf; allowed: a finite number above 0 and up to 1000",
         ),
         ("trace: {path: t, speed: 1.0e-300}", "trace.speed is 1e-300; allowed: a number of at least 1e-06"),
+        ("conversations: {turns: 1}", "s.yaml: conversations.turns is 1; allowed: an integer from 2 to 1000"),
+        (
+            "conversations: {turns: 2}\ntrace: {path: t}",
+            "s.yaml: trace sets times and lengths of the requests; leave out con",
+        ),
         ("trace: {path: gone.jsonl}", "s.yaml: trace.path names gone.jsonl, which is not a file"),
     ],
 )
@@ -136,6 +141,19 @@ def test_requests_share_prefixes_as_often_as_asked_and_nothing_else() -> None:
     assert {len(prompt) for prompt in prompts} == {20, 50}
     assert len({tuple(prompt[:30]) for prompt in shared}) == 2
     assert len({tuple(prompt[-20:]) for prompt in prompts}) == 400
+
+
+def test_turns_of_a_conversation_are_requests_with_texts_of_their_own() -> None:
+    turns = Conversations(turns=4)
+    scenario = Scenario(
+        name="a", input=Lengths(tokens=20), conversations=turns, prefixes=Prefixes(tokens=9), requests=10
+    )
+    planned = list(jobs(scenario))
+    assert [1 + len(job.later) for job in planned] == [4, 4, 2], "requests count turns"
+    words = [[len(part.prompt.split()) for part in (job, *job.later)] for job in planned]
+    assert words == [[29, 20, 20, 20], [29, 20, 20, 20], [29, 20]], "only the first turn has the shared prefix"
+    assert len({part.prompt for job in planned for part in (job, *job.later)}) == 10
+    assert not any(job.later for job in jobs(scenario.warming()))
 
 
 def test_warm_up_draws_texts_of_its_own() -> None:

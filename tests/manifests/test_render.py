@@ -279,7 +279,10 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     from pdtrim_deploy.cli import main
     from pdtrim_deploy.plan import KVSend, ModelShape, PDPlan
 
-    shape = ModelShape(architecture="X", fingerprint="f", num_blocks=2, num_kv_heads=4, head_dim=8, kv_dtype="float16")
+    shape = ModelShape(
+        architecture="X", fingerprint="f", num_blocks=2, num_kv_heads=4, head_dim=8, kv_dtype="float16",
+        pool_dtype="fp8_e4m3",
+    )  # fmt: skip
     plan = PDPlan.dense(shape).with_kv((KVSend(mode="sparse", n_first=1), KVSend()))
     monkeypatch.setattr(Bundle, "open", lambda path: SimpleNamespace(path=path, plan=plan))
 
@@ -298,6 +301,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert decode["spec"]["template"]["metadata"]["annotations"]["pdtrim/plan-digest"] == plan.digest
     command = container(decode)["command"]
     assert option(command, "--dtype") == "float16"
+    assert option(command, "--kv-cache-dtype") == "fp8_e4m3"
     assert option(command, "--attention-backend") == "triton"
     assert option(command, "--served-model-name") == "my-bundle"
     named = yaml.safe_load((out / "kustomization.yaml").read_text())["resources"]

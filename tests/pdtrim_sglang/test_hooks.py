@@ -16,7 +16,8 @@ POOL = SimpleNamespace(state_types=[], page_size=1)
 PLAIN = {
     "pp_size": 1, "dcp_size": 1, "attn_cp_size": 1, "speculative_algorithm": None, "tokenizer_worker_num": 1,
     "enable_lora": None, "lora_paths": None, "json_model_override_args": "{}",
-    "disaggregation_enable_kv_checksum": False,
+    "disaggregation_enable_kv_checksum": False, "hicache_storage_backend": None,
+    "enable_unified_cache_external_linker": False,
 }  # fmt: skip
 DECODE = PLAIN | {
     "disaggregation_mode": "decode", "disaggregation_decode_enable_radix_cache": False,
@@ -169,6 +170,33 @@ def test_sglangs_own_digest_is_refused_where_both_pools_do_not_hold_the_same(sta
         check_options(SimpleNamespace(**options), pool, plan, False)
 
 
+@pytest.mark.parametrize("stage", ["prefill", "decode"])
+@pytest.mark.parametrize("plan", [None, DENSE, SPARSE])
+@pytest.mark.parametrize("given", [{"hicache_storage_backend": "file"}, {"enable_unified_cache_external_linker": True}])
+def test_storage_whose_keys_are_the_same_for_both_stages_is_refused(given, plan, stage):
+    from pdtrim_sglang.requirements import check_options
+
+    options = SimpleNamespace(**DECODE | given | {"disaggregation_mode": stage})
+    sentence = "start without --hicache-storage-backend and --enable-unified-cache-external-linker"
+    with pytest.raises(RuntimeError, match=sentence) if plan else nullcontext():
+        check_options(options, POOL, plan, False)
+
+
+def test_sglangs_storage_finds_a_page_of_prefill_under_the_key_that_decode_asks_for(tmp_path, monkeypatch):
+    """The reason of the refusal above, which can go when this fails: the model's name is all that keys know of it."""
+    import torch
+    from sglang.srt.mem_cache.hicache_storage import HiCacheFile, HiCacheStorageConfig
+
+    monkeypatch.setenv("SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR", str(tmp_path))
+    known = {"tp_rank": 0, "tp_size": 1, "pp_rank": 0, "pp_size": 1, "attn_cp_rank": 0, "attn_cp_size": 1}
+    known |= {"is_mla_model": False, "is_page_first_layout": False, "enable_storage_metrics": False}
+    names = ("bundle", "bundle", "another")
+    prefill, decode, another = (HiCacheFile(HiCacheStorageConfig(model_name=name, **known)) for name in names)
+    prefill.set("hash of the tokens", torch.ones(8))
+    assert decode.exists("hash of the tokens")
+    assert not another.exists("hash of the tokens")
+
+
 @pytest.mark.parametrize(
     ("heads", "ranks", "most"), [(4, 8, None), (4, 3, 1), (2, 4, None), (6, 4, 2), (4, 4, None), (8, 2, None)]
 )
@@ -234,7 +262,7 @@ def test_a_staging_buffer_without_room_for_a_page_is_refused(registry, monkeypat
     worker.disaggregation_mode = DisaggregationMode(stage)
     worker.kv_args = SimpleNamespace(aux_data_ptrs=(), aux_item_lens=())
     worker.server_args = SimpleNamespace(disaggregation_transfer_backend="pdtrim_tcp", context_length=None)
-    model = SimpleNamespace(config=transformers.LlamaConfig())
+    model = SimpleNamespace(config=transformers.LlamaConfig(num_key_value_heads=4))
     page = 64 * 2 * 2 * 128 * 4  # tokens, K and V, heads, values, bytes
     override = '{"pdtrim_transport": {"staging_bytes": %d}}'
     worker.server_args.json_model_override_args = override % page
@@ -242,6 +270,45 @@ def test_a_staging_buffer_without_room_for_a_page_is_refused(registry, monkeypat
     worker.server_args.json_model_override_args = override % (page - 1)
     with pytest.raises(RuntimeError, match=f"staging_bytes {page - 1} hold no page of 64 tokens .*{page}"):
         worker.attach(None, model)
+
+
+@pytest.mark.parametrize(
+    ("planned", "ranks", "rank", "held"),
+    [(True, 2, 1, range(2, 4)), (True, 8, 5, range(2, 3)), (False, 4, 3, range(3, 4)), (False, 8, 6, range(3, 4))],
+)
+@pytest.mark.parametrize("stage", ["prefill", "decode"])
+def test_a_rank_knows_which_heads_of_the_model_its_pool_holds(monkeypatch, stage, planned, ranks, rank, held):
+    """Without a plan too: every rank of either stage then serves the same one, of the model's heads."""
+    import torch
+    from pdtrim_sglang import manager
+    from pdtrim_sglang.pool import PoolView
+    from sglang.srt.disaggregation.utils import DisaggregationMode
+
+    sides = []
+    rows = [torch.zeros(64, len(held), 8)]
+    monkeypatch.setattr(manager.PoolView, "of", lambda pool: PoolView(rows, rows, 1))
+    monkeypatch.setattr(manager.PDTrimKVManager, "_start_heartbeat_checker_thread", lambda self: None)
+    for name in ("PrefillSide", "DecodeSide"):
+        monkeypatch.setattr(manager, name, lambda *side: sides.append(side))
+    worker = object.__new__(manager.PDTrimKVManager)
+    shape = SHAPE.model_copy(update={"num_kv_heads": 4})
+    worker._given_plan, worker._secret = PDPlan.dense(shape) if planned else None, b""
+    worker.attn_tp_size, worker.attn_tp_rank = ranks, rank
+    worker.disaggregation_mode = DisaggregationMode(stage)
+    worker.kv_args = SimpleNamespace(aux_data_ptrs=(), aux_item_lens=())
+    worker.server_args = SimpleNamespace(
+        disaggregation_transfer_backend="pdtrim_tcp", context_length=None, json_model_override_args="{}"
+    )
+    pool = SimpleNamespace(k_buffer=rows, v_buffer=rows, dtype=torch.float32)
+    config = transformers.LlamaConfig(num_key_value_heads=4, num_attention_heads=8)
+    worker.attach(pool, SimpleNamespace(config=config))
+    ((_, plan, view, *_),) = sides
+    if planned:
+        config.num_key_value_heads = 8  # as SGLang does on a CPU for 8 ranks, with heads of zeros behind the four
+        with pytest.raises(RuntimeError, match="SGLang pads this model's 4 KV heads to 8 here"):
+            worker.attach(pool, SimpleNamespace(config=config))
+    assert view.heads == held
+    assert plan.model.num_kv_heads == 4
 
 
 @pytest.mark.parametrize(
@@ -284,9 +351,11 @@ def test_a_stock_checkpoint_with_another_kv_dtype_is_refused():
     import torch
     from pdtrim_sglang.plan_source import dense_plan
 
-    pool = SimpleNamespace(k_buffer=[torch.zeros(2, 1, 8)], dtype=torch.float8_e5m2)
-    with pytest.raises(RuntimeError, match=r"cannot send a KV cache of torch.float8_e5m2: .*--kv-cache-dtype auto"):
+    pool = SimpleNamespace(k_buffer=[torch.zeros(2, 1, 8)], dtype=torch.float64)
+    with pytest.raises(RuntimeError, match=r"cannot send a KV cache of torch.float64: .*--kv-cache-dtype auto, fp8_e4"):
         dense_plan(1, pool, 1)
+    fp8 = dense_plan(1, SimpleNamespace(k_buffer=pool.k_buffer, dtype=torch.float8_e5m2), 1).model
+    assert (fp8.pool_dtype, fp8.row_dtype) == ("fp8_e5m2", "float8_e5m2")
 
 
 def test_what_prefill_computed_anew_stays_prompt_when_the_request_is_retracted_again():

@@ -155,7 +155,8 @@ def test_a_request_waits_until_cut_layers_have_room_for_it_and_for_the_others_gr
     assert tokens(request(20, 5), **others) == 26
     # SGLang's 512 tokens beside a prompt are more than a small pool has: it would wait for ever
     stock = SimpleNamespace(token_to_kv_pool_allocator=make_memory(tmp_path, make_plan([KVSend()]))[1])
-    assert memory.ask_cut_layers(lambda *_: 20 + 512, stock, request(9)) == TOKENS
+    assert memory.ask_cut_layers(lambda *_: 20 + 512, stock, request(9), 20, 0) == TOKENS
+    assert memory.ask_cut_layers(lambda *_: 20 + 512, stock, request(9), 20, 32) == TOKENS - 32, "its prefix is there"
 
 
 def test_a_burst_is_admitted_as_far_as_its_answers_fit(tmp_path):

@@ -39,6 +39,9 @@ class Pool:
     def __init__(self):
         self.written = []
 
+    def get_key_buffer(self, layer_id):
+        pass
+
     def set_kv_buffer(self, attention, loc, k, v):
         self.written.append((attention.layer_id, loc.tolist(), k.clone(), v.clone()))
 
@@ -292,3 +295,16 @@ def test_a_replayed_graph_writes_the_rows_of_its_own_batch():
     ((_, slots, keys, _),) = later.written
     assert slots == [100, 101, 102, 103, 104]
     assert torch.equal(keys, k[:5].view(5, HEADS, DIM))
+
+
+@pytest.mark.parametrize("real", [None, 3, 0])
+def test_a_cut_layer_waits_for_the_prefix_that_hicache_loads(real):
+    """Genuine pool: no attention of this layer would wait, and the transfer reads the rows after the forward pass."""
+    from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+
+    shape = {"dtype": torch.float32, "head_num": HEADS, "head_dim": DIM, "layer_num": 3, "device": "cpu"}
+    pool, waited = MHATokenToKVPool(16, page_size=1, enable_memory_saver=False, **shape), []
+    pool.register_layer_transfer_counter(SimpleNamespace(wait_until=waited.append))
+    with running(pool):
+        WriteKV(attention(2))(*rows(5), batch(5, real))
+    assert waited == [2]

@@ -56,7 +56,10 @@ def commands(source: str, model: Path, sparse: bool) -> dict[str, list[str]]:
         workers = ClusterSpec.on_loopback(model, model, options=options, gpus=4).workers
         return {worker.stage: worker_command(Path("python"), worker)[3:] for worker in workers}
     served = Served("m", "ab" * 32, "bfloat16", sparse)
-    rendered = {stage: worker_arguments(served, Options(gpus=2), stage)[3:] for stage in ("prefill", "decode")}
+    rendered = {
+        stage: worker_arguments(served, Options(tp_prefill=2, tp_decode=2), stage)[3:]
+        for stage in ("prefill", "decode")
+    }
     for stage, words in rendered.items():
         words[words.index("--model-path") + 1] = str(model)
         words += ["--device", "cuda"]  # SGLang would find it on the pod

@@ -189,6 +189,15 @@ def test_a_request_with_a_decode_prefix_starts_behind_it(plan, source, target, a
     assert torch.equal(target.keys[0][target.slots((1, 4), 7)], source.keys[0][source.slots((7, 2), 7)])
 
 
+def test_a_prompt_that_decode_has_whole_brings_its_metadata_row_alone(plan, source, target, aux):
+    room = DecodeRoom(5, TOKENS, TOKENS, target.destinations(target.slots((), 0)), 1, senders=ALONE)
+    header, payload = send(plan, source, TOKENS, TOKENS)
+    assert len(payload) == 0
+    assert room.take(plan, target, aux, header, payload, memoryview(b"abcdefghIJKL")) == ""
+    assert aux.read(1) == b"abcdefghIJKL"
+    assert not any(rows.any() for rows in (*target.keys, *target.values))
+
+
 def test_pools_on_gpus_and_staging_memory_on_the_host(plan, source, target, aux, monkeypatch):
     """As `peer.Peer` and the receiving channel do it; the room is done when the rows are in the pool."""
     waited = []

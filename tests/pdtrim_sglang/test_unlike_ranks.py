@@ -53,7 +53,7 @@ class Nothing:
     def held(self, count):
         count()
 
-    def succeeded(self, progress, dense_bytes):
+    def succeeded(self, progress, dense_bytes, spared_bytes):
         self.successes.append((progress.payload_bytes, dense_bytes))
         self.ended("success")
 
@@ -176,16 +176,16 @@ class World:
 
 @pytest.fixture
 def world(monkeypatch):
-    made = []
+    worlds = []
 
     def make(*arguments, **options):
         torch.manual_seed(0)
-        made.append(World(monkeypatch, *arguments, **options))
-        return made[-1]
+        worlds.append(World(monkeypatch, *arguments, **options))
+        return worlds[-1]
 
     yield make
-    for each in made:
-        each.close()
+    for opened in worlds:
+        opened.close()
 
 
 def whole(world):
@@ -215,7 +215,7 @@ def test_each_ranks_pool_is_that_of_like_ranks(world, prefill, decode, prefix):
     times = max(1, decode // HEADS)  # a rank of decode that holds a copy of a head gets one of its own
     expected = chunk_layout(PLAN, TOKENS, prefix, TOKENS).total_bytes
     assert sum(payload for own in sent for payload, _ in own) == times * expected
-    assert sum(dense for own in sent for _, dense in own) == times * PLAN.dense_bytes(TOKENS)
+    assert sum(dense for own in sent for _, dense in own) == times * PLAN.dense_bytes(TOKENS - prefix)
     assert all(each.side._metrics.outcomes == ["success"] for each in ranks.prefill)
 
 

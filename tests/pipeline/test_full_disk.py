@@ -44,11 +44,11 @@ def test_weights_that_do_not_fit_are_one_sentence(tmp_path: Path, tiny_llama_dir
     command = [sys.executable, "-c", PROGRAM]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
-    said = dict(map(json.loads, done.stdout.splitlines()))
-    assert said.keys() == recipes.keys()
+    messages = dict(map(json.loads, done.stdout.splitlines()))
+    assert messages.keys() == recipes.keys()
     for name, file in (("stage", "prefill"), ("healed", "stage-weights"), ("student", "cache/students")):
-        assert file in said[name]
-        assert "(File too large (os error 27)); free some space and run the same command again" in said[name]
+        assert file in messages[name]
+        assert "(File too large (os error 27)); free some space and run the same command again" in messages[name]
         assert not (tmp_path / name / "COMPLETE").exists()
     assert not list((tmp_path / "cache").glob("stud*/*/*"))
     assert not list((tmp_path / "cache").glob("stage-weights/*/*"))

@@ -104,11 +104,11 @@ def test_the_bundle_is_what_was_healed_in_memory(
         heal.stage_pair(context_of(recipe, bundle, cache)),
     )
     written = [AutoModelForCausalLM.from_pretrained(bundle.stage_dir(stage)).eval() for stage in STAGES]
-    one = PDOracle(written[0], written[1], plan).logprobs(IDS[:24], IDS[24:])
-    two = PDOracle(memory.stage("prefill"), memory.stage("decode"), plan).logprobs(IDS[:24], IDS[24:])
-    torch.testing.assert_close(one, two, rtol=0, atol=2e-5)
+    from_disk = PDOracle(written[0], written[1], plan).logprobs(IDS[:24], IDS[24:])
+    in_memory = PDOracle(memory.stage("prefill"), memory.stage("decode"), plan).logprobs(IDS[:24], IDS[24:])
+    torch.testing.assert_close(from_disk, in_memory, rtol=0, atol=2e-5)
     cut = [keep_blocks(dense, plan.layers(stage)) for stage in STAGES]
-    assert (one - PDOracle(cut[0], cut[1], plan).logprobs(IDS[:24], IDS[24:])).abs().max() > 0.01
+    assert (from_disk - PDOracle(cut[0], cut[1], plan).logprobs(IDS[:24], IDS[24:])).abs().max() > 0.01
     for model, plain in zip(written, cut, strict=True):  # what makes K and V is the dense model's
         for mine, theirs in zip(model.model.layers, plain.model.layers, strict=True):
             kept = [name for name in mine.state_dict() if name.startswith(FROZEN)]
@@ -119,9 +119,9 @@ def test_the_bundle_is_what_was_healed_in_memory(
     assert {stage: done["steps"] for stage, done in report["healing"].items()} == {"prefill": 2, "decode": 2}
     card = (bundle.decode_dir / "README.md").read_text()
     assert "one student block in the place of each of the pairs 1 and 2" in card
-    said = "students of distilled pairs, compensation least-squares"
-    said += ", 2 steps of logit distillation" * report["healing"]["decode"]["kept"]
-    assert f"Weights differ from the base model's: {said}" in card
+    differences = "students of distilled pairs, compensation least-squares"
+    differences += ", 2 steps of logit distillation" * report["healing"]["decode"]["kept"]
+    assert f"Weights differ from the base model's: {differences}" in card
     assert "Weights mended on 12 x 32 tokens of" in card
     assert "Students trained on 12 x 32 tokens of" in card
     assert "students of" not in (bundle.prefill_dir / "README.md").read_text()
@@ -142,9 +142,9 @@ def test_prefill_may_give_up_a_block_that_decode_keeps(
         heal.stage_pair(context_of(recipe, bundle, cache)),
     )
     assert stages[0].model.layers[layer].mlp.down_proj.weight.abs().sum() == 0
-    one = PDOracle(stages[0], stages[1], plan).logprobs(IDS[:24], IDS[24:])
-    two = PDOracle(memory.stage("prefill"), memory.stage("decode"), plan).logprobs(IDS[:24], IDS[24:])
-    torch.testing.assert_close(one, two, rtol=0, atol=2e-5)
+    from_disk = PDOracle(stages[0], stages[1], plan).logprobs(IDS[:24], IDS[24:])
+    in_memory = PDOracle(memory.stage("prefill"), memory.stage("decode"), plan).logprobs(IDS[:24], IDS[24:])
+    torch.testing.assert_close(from_disk, in_memory, rtol=0, atol=2e-5)
     card = (bundle.prefill_dir / "README.md").read_text()
     assert f"for their K and V alone: {block}" in card
     assert "refitted; what makes K and V of all other blocks are as there" in card
@@ -204,9 +204,9 @@ def test_keys_and_values_are_fitted_to_what_prefill_became(
     context = context_of(recipe, build(recipe, tmp_path / "b", cache), cache)
     pair = heal.stage_pair(context)
     again = fit(pair, context.calibration(12, 32))
-    one, two = (made.changed["prefill"][3] for made in (pair, again))
+    first, second = (fitted.changed["prefill"][3] for fitted in (pair, again))
     for name in ("self_attn.k_proj.weight", "self_attn.v_proj.weight"):
-        torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-5)
+        torch.testing.assert_close(first[name], second[name], rtol=0, atol=1e-5)
 
 
 def test_what_was_healed_is_not_healed_again(
@@ -216,9 +216,9 @@ def test_what_was_healed_is_not_healed_again(
     monkeypatch.setattr(heal, "_make", lambda *_: pytest.fail("made again"))
     again = build(recipe_of(kv={"method": "all", "n_last": 8}), tmp_path / "b", cache)
     assert again.plan.digest != first.plan.digest
-    evaluator_factory = build(recipe_of(), tmp_path / "c", cache)
-    one, two = (bundle.manifest.files["decode/model.safetensors"] for bundle in (first, evaluator_factory))
-    assert one == two
+    afresh = build(recipe_of(), tmp_path / "c", cache)
+    before, after = (bundle.manifest.files["decode/model.safetensors"] for bundle in (first, afresh))
+    assert before == after
     with pytest.raises(pytest.fail.Exception, match="made again"):
         build(recipe_of(healing={**HEALING, "seed": 1}), tmp_path / "b", cache)
 
@@ -270,7 +270,7 @@ def test_rescaling_is_kept_where_it_helps_on_text_not_fitted(
     recipe = recipe_of(healing={"compensation": "norm", "sequences": 6, "length": 32})
     bundle = build(recipe, tmp_path / "b", cache)
     report = json.loads((bundle.path / heal.HEALING).read_text())["rescaled"]
-    assert {stage: one["kept"] for stage, one in report.items()} == {stage: stage == helped for stage in STAGES}
+    assert {stage: entry["kept"] for stage, entry in report.items()} == {stage: stage == helped for stage in STAGES}
     changed = heal.changed(context_of(recipe, bundle, cache))
     for stage in STAGES:
         last = bundle.plan.layers(stage)[-1]  # behind every gap

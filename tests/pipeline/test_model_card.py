@@ -89,15 +89,15 @@ def test_the_text_and_seeds_it_was_made_with_are_named(recipe: Recipe) -> None:
 
 
 def test_only_what_healing_kept_is_claimed(recipe: Recipe) -> None:
-    asked = recipe.changed("t", "pruning", prefill_blocks=1, decode_blocks=2).changed("t", "healing", decode_steps=9)
+    healed = recipe.changed("t", "pruning", prefill_blocks=1, decode_blocks=2).changed("t", "healing", decode_steps=9)
     done = {"steps": 8, "before": 0.5, "after": 0.25, "kept": True, "kv": False}
     again = {"steps": 6, "before": 0.25, "after": 0.125, "kept": True, "kv": True}
-    text = model_card.card(PLAN, asked, "decode", Provenance(), {"decode": [done, again]})
+    text = model_card.card(PLAN, healed, "decode", Provenance(), {"decode": [done, again]})
     assert "8 steps of logit distillation from the base model (KL 0.5000 to 0.2500 nats" in text
     assert "6 steps of logit distillation from the base model behind prompt KV as it arrives (KL 0.2500 to" in text
     assert "what makes K and V are as there" in text
-    for healed in ({}, {"decode": [done | {"kept": False}]}):
-        assert "Weights differ" not in model_card.card(PLAN, asked, "decode", Provenance(), healed)
+    for reports in ({}, {"decode": [done | {"kept": False}]}):
+        assert "Weights differ" not in model_card.card(PLAN, healed, "decode", Provenance(), reports)
     alone = PDPlan(model=SHAPE, prefill=(Keep(), KVOnly(), Keep(), Keep()), decode=(Keep(),) * 4, kv=(KVSend(),) * 4)
     text = model_card.card(alone, recipe, "prefill", Provenance(), {})
     assert "Blocks: 4 of 4; for their K and V alone: 1\n" in text
@@ -110,7 +110,7 @@ def test_only_what_healing_kept_is_claimed(recipe: Recipe) -> None:
 def test_a_worker_is_started_as_our_own_are(stage: Stage, written: Path) -> None:
     """Each argument that the manifests give on which the pair's answers depend, and no other."""
     command = re.search(r"SGLANG_PLUGINS=.*?(?=\n```)", (written / stage / "README.md").read_text(), re.DOTALL)
-    said = shlex.split(command[0].replace("\\\n", " "))
+    arguments = shlex.split(command[0].replace("\\\n", " "))
     ours = worker_arguments(Served.of("r", PLAN), Options(), stage)
     needed = (
         "--dtype",
@@ -120,10 +120,10 @@ def test_a_worker_is_started_as_our_own_are(stage: Stage, written: Path) -> None
         "--page-size",
     )
     for name in needed:
-        assert (name in said) == (name in ours), name
-        assert name not in ours or said[said.index(name) + 1] == ours[ours.index(name) + 1]
-    assert ("--disable-cuda-graph" in said) == ("--disable-cuda-graph" in ours)
-    assert list(json.loads(said[said.index("--json-model-override-args") + 1])) == ["pdtrim_secret_file"]
+        assert (name in arguments) == (name in ours), name
+        assert name not in ours or arguments[arguments.index(name) + 1] == ours[ours.index(name) + 1]
+    assert ("--disable-cuda-graph" in arguments) == ("--disable-cuda-graph" in ours)
+    assert list(json.loads(arguments[arguments.index("--json-model-override-args") + 1])) == ["pdtrim_secret_file"]
 
 
 def test_the_measured_loss_takes_the_place_of_its_absence(written: Path) -> None:

@@ -44,62 +44,62 @@ def recipe(folder: Path, model: Path, **pruning: object) -> Recipe:
 
 def rows(out: Path, stage: str) -> list[dict]:
     lines = (out / "reports" / f"search-{stage}.jsonl").read_text().splitlines()[1:]
-    found = [row for row in map(json.loads, lines) if "race" not in row]
-    return [{key: value for key, value in row.items() if key not in ("seconds", "block_forwards")} for row in found]
+    steps = [row for row in map(json.loads, lines) if "race" not in row]
+    return [{key: value for key, value in row.items() if key not in ("seconds", "block_forwards")} for row in steps]
 
 
 def test_a_stopped_search_goes_on_and_force_begins_anew(tmp_path: Path, tiny_llama_dir: Path, cache: Cache) -> None:
-    asked, out = recipe(tmp_path, tiny_llama_dir), tmp_path / "b"
+    config, out = recipe(tmp_path, tiny_llama_dir), tmp_path / "b"
 
     def stop(line: str) -> None:
         if "decode: anneal 5/12" in line:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        build(asked, out, cache, stop)
+        build(config, out, cache, stop)
     assert not (out / "COMPLETE").exists()
     kept = rows(out, "prefill"), rows(out, "decode")
     lines: list[str] = []
-    bundle = build(asked, out, cache, lines.append)
+    bundle = build(config, out, cache, lines.append)
     assert not any("anneal 4/12" in line for line in lines)
     assert rows(out, "prefill") == kept[0]
     assert rows(out, "decode")[: len(kept[1])] == kept[1]
     assert bundle.verify() == []
-    again = build(asked, tmp_path / "c", cache)
+    again = build(config, tmp_path / "c", cache)
     assert again.plan == bundle.plan
     assert rows(out, "decode") == rows(tmp_path / "c", "decode")
     report = json.loads((out / "reports" / "pruning.json").read_text())
     start, *steps = rows(out, "decode")[1:]  # two removals by greedy, then the chain
     assert report["decode"]["loss"] == min([start["loss"], *(row["loss"] for row in steps if row["accepted"])])
     forced: list[str] = []
-    build(asked, out, cache, forced.append, force=True)
+    build(config, out, cache, forced.append, force=True)
     assert any("anneal 1/12" in line for line in forced)
 
 
 def test_finalists_are_in_the_report_and_the_best_of_them_is_built(
     tmp_path: Path, tiny_llama_dir: Path, cache: Cache
 ) -> None:
-    asked = recipe(tmp_path, tiny_llama_dir).changed("test", "healing", compensation="norm")
-    asked = asked.changed("test", "pruning", finalists=4)
-    bundle = build(asked, tmp_path / "b", cache)
+    config = recipe(tmp_path, tiny_llama_dir).changed("test", "healing", compensation="norm")
+    config = config.changed("test", "pruning", finalists=4)
+    bundle = build(config, tmp_path / "b", cache)
     report = json.loads((tmp_path / "b" / "reports" / "pruning.json").read_text())
-    assert any("finalists" in said for said in report.values())
-    for stage, said in report.items():
-        if "finalists" not in said:  # all that was found is one solution
+    assert any("finalists" in section for section in report.values())
+    for stage, section in report.items():
+        if "finalists" not in section:  # all that was found is one solution
             continue
-        assert 2 <= len(said["finalists"]) <= 4
-        assert said["finalists"] == sorted(said["finalists"], key=lambda one: one["compensated"])
-        best = min(said["finalists"], key=lambda one: one.get("decode_behind", one["compensated"]))
-        assert sorted(said["removed"]) == best["removed"] == list(bundle.plan.dropped(stage))
-        assert said["loss"] == best["loss"]
+        assert 2 <= len(section["finalists"]) <= 4
+        assert section["finalists"] == sorted(section["finalists"], key=lambda finalist: finalist["compensated"])
+        best = min(section["finalists"], key=lambda finalist: finalist.get("decode_behind", finalist["compensated"]))
+        assert sorted(section["removed"]) == best["removed"] == list(bundle.plan.dropped(stage))
+        assert section["loss"] == best["loss"]
 
 
 def test_a_search_stopped_behind_its_finalists_asks_the_judge_nothing_again(
     tmp_path: Path, tiny_llama_dir: Path, cache: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = recipe(tmp_path, tiny_llama_dir, prefill_blocks=2, decode_blocks=4)
-    asked = asked.changed("test", "healing", compensation="least-squares")
-    asked, out = asked.changed("test", "pruning", finalists=4), tmp_path / "b"
+    config = recipe(tmp_path, tiny_llama_dir, prefill_blocks=2, decode_blocks=4)
+    config = config.changed("test", "healing", compensation="least-squares")
+    config, out = config.changed("test", "pruning", finalists=4), tmp_path / "b"
     judged: list[list[Solution]] = []
     really = RefitJudge.__call__
 
@@ -112,16 +112,16 @@ def test_a_search_stopped_behind_its_finalists_asks_the_judge_nothing_again(
     with monkeypatch.context() as patch:
         patch.setattr(RefitJudge, "__call__", judge)
         with pytest.raises(KeyboardInterrupt):
-            build(asked, out, cache)
+            build(config, out, cache)
     assert len(judged) == 2
     lines: list[str] = []
-    found = build(asked, out, cache, lines.append)
+    bundle = build(config, out, cache, lines.append)
     assert not any("prefill: " in line and "solutions compensated" in line for line in lines)
     whole: list[str] = []
-    assert found.plan == build(asked, tmp_path / "c", Cache(tmp_path / "other"), whole.append).plan
+    assert bundle.plan == build(config, tmp_path / "c", Cache(tmp_path / "other"), whole.append).plan
     assert any("prefill: " in line and "solutions compensated" in line for line in whole)
     forced: list[str] = []
-    build(asked, tmp_path / "c", Cache(tmp_path / "other"), forced.append, force=True)
+    build(config, tmp_path / "c", Cache(tmp_path / "other"), forced.append, force=True)
     assert any("prefill: " in line and "solutions compensated" in line for line in forced)
 
 
@@ -143,20 +143,20 @@ def test_decode_searched_again_is_in_the_report_and_leaves_its_trajectory(
 
     monkeypatch.setattr(RefitJudge, "__call__", judge)
     monkeypatch.setattr(finalists, "_window", last)  # the best one is greedy's here
-    asked = recipe(tmp_path, tiny_llama_dir, method="greedy", steps=150, prefill_blocks=2, decode_blocks=4)
-    asked = asked.changed("test", "healing", compensation="norm").changed("test", "pruning", finalists=2)
+    config = recipe(tmp_path, tiny_llama_dir, method="greedy", steps=150, prefill_blocks=2, decode_blocks=4)
+    config = config.changed("test", "healing", compensation="norm").changed("test", "pruning", finalists=2)
     again, reports = "search-decode-again.jsonl", tmp_path / "b" / "reports"
-    bundle = build(asked, tmp_path / "b", cache)
-    said = json.loads((reports / "pruning.json").read_text())["prefill"]
-    behind = {tuple(one["removed"]): one["decode_behind"] for one in said["finalists"]}
-    assert sorted(behind.values()) == [0, 1]
-    assert behind[tuple(sorted(said["removed"]))] == 0
-    assert list(bundle.plan.dropped("prefill")) == sorted(said["removed"])
-    assert (tuple(sorted(said["removed"])) == started[0].removed) == begun
+    bundle = build(config, tmp_path / "b", cache)
+    section = json.loads((reports / "pruning.json").read_text())["prefill"]
+    decode_losses = {tuple(finalist["removed"]): finalist["decode_behind"] for finalist in section["finalists"]}
+    assert sorted(decode_losses.values()) == [0, 1]
+    assert decode_losses[tuple(sorted(section["removed"]))] == 0
+    assert list(bundle.plan.dropped("prefill")) == sorted(section["removed"])
+    assert (tuple(sorted(section["removed"])) == started[0].removed) == begun
     assert (reports / again).exists()
     assert (reports / "judged.jsonl").exists()
     assert bundle.verify() == []
-    build(asked.changed("test", "pruning", finalists=0), tmp_path / "b", cache, force=True)
+    build(config.changed("test", "pruning", finalists=0), tmp_path / "b", cache, force=True)
     assert not (reports / again).exists()
     assert not (reports / "judged.jsonl").exists()
 
@@ -166,9 +166,9 @@ def test_blocks_from_the_checkpoint_give_the_same_bundle(
 ) -> None:
     lines: list[str] = []
     bounded = recipe(tmp_path, tiny_llama_dir, blocks_in_memory=1, memory_mb=1, disk_mb=1)
-    found = build(bounded, tmp_path / "b", cache, lines.append)
+    bundle = build(bounded, tmp_path / "b", cache, lines.append)
     assert any("1 in memory at a time" in line for line in lines)
-    assert found.plan == build(recipe(tmp_path, tiny_llama_dir), tmp_path / "c", cache).plan
+    assert bundle.plan == build(recipe(tmp_path, tiny_llama_dir), tmp_path / "c", cache).plan
     assert rows(tmp_path / "b", "decode") == rows(tmp_path / "c", "decode")
     with pytest.raises(UserError, match="each worker holds the whole model"):
         build(bounded, tmp_path / "d", cache, workers=Workers(2))
@@ -203,23 +203,24 @@ def test_all_without_gradients_is_the_same_on_blocks_from_the_checkpoint(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Students, finalists and compensation without the whole model, which nothing may load."""
-    made = {}
+    builds = {}
     for name, more in (("whole", {}), ("bounded", {"blocks_in_memory": 1, "memory_mb": 1, "disk_mb": 1})):
-        asked = recipe(tmp_path, tiny_dir(architecture), distil=True, threshold=-0.9, **more)
-        asked = asked.changed("test", "students", steps=4).changed("test", "kv", method="all", n_first=2, n_last=4)
+        config = recipe(tmp_path, tiny_dir(architecture), distil=True, threshold=-0.9, **more)
+        config = config.changed("test", "students", steps=4).changed("test", "kv", method="all", n_first=2, n_last=4)
         if compensation != "none":
-            asked = asked.changed("test", "healing", compensation=compensation).changed("test", "pruning", finalists=3)
+            config = config.changed("test", "healing", compensation=compensation)
+            config = config.changed("test", "pruning", finalists=3)
         if more:
             monkeypatch.setattr("pdtrim_deploy.models.loading.load_model", None)
-        found = build(asked, tmp_path / name, Cache(tmp_path / f"{name}-cache"))
+        bundle = build(config, tmp_path / name, Cache(tmp_path / f"{name}-cache"))
         reports = tmp_path / name / "reports"
         lessons = json.loads((reports / "healing.json").read_text())["students"]
         judged = json.loads((reports / "pruning.json").read_text())["decode"].get("finalists")
         assert bool(judged) == (compensation != "none")
         weights = [(tmp_path / name / stage / "model.safetensors").read_bytes() for stage in ("prefill", "decode")]
-        made[name] = (found.plan, rows(tmp_path / name, "decode"), lessons, judged, weights)
+        builds[name] = (bundle.plan, rows(tmp_path / name, "decode"), lessons, judged, weights)
         assert list((tmp_path / f"{name}-cache").rglob("student.safetensors"))
-    assert made["bounded"] == made["whole"]
+    assert builds["bounded"] == builds["whole"]
 
 
 @pytest.mark.parametrize("architecture", taking("distil"))
@@ -266,11 +267,11 @@ def test_what_cannot_be_is_one_sentence(
 
 
 def test_no_calibration_text_leaves_nothing(tmp_path: Path, tiny_llama_dir: Path, cache: Cache) -> None:
-    asked = recipe(tmp_path, tiny_llama_dir)
+    config = recipe(tmp_path, tiny_llama_dir)
     for file in (tmp_path / "text").iterdir():
         file.unlink()
     with pytest.raises(UserError) as stopped:
-        build(asked, tmp_path / "b", cache)
+        build(config, tmp_path / "b", cache)
     assert "\n" not in str(stopped.value)
     assert not (tmp_path / "b" / "COMPLETE").exists()
     assert not (tmp_path / "b" / "reports").exists()

@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pdtrim_deploy.errors import UserError
-from pdtrim_deploy.pipeline.stand_in import said_of, stand_in
+from pdtrim_deploy.pipeline.stand_in import caveat, stand_in
 from pdtrim_deploy.plan import KVSend, ModelShape
 from pdtrim_deploy.recipe import PruningSection, Recipe
 from pdtrim_deploy.recipe.kv import KVSection
@@ -25,7 +25,7 @@ def test_a_byte_budget_is_kept_and_used(reduction, decode_blocks):
     largest_step = plan.dense_bytes(512) / 32
     if plan.kv != (KVSend(),) * len(plan.kv):
         assert plan.payload_bytes(512) > plan.dense_bytes(512) / reduction - largest_step
-    assert f"{plan.reduction(512):.2f}x at 512" in said_of(kv, plan)
+    assert f"{plan.reduction(512):.2f}x at 512" in caveat(kv, plan)
 
 
 def test_a_budget_that_nothing_fits_is_refused():
@@ -49,4 +49,4 @@ def test_a_budget_that_nothing_fits_is_refused():
 def test_counts_that_are_known_are_shown_and_others_bounded(kv, cut, says):
     plan = plan_of(kv, 2)
     assert [send for send in plan.kv if send != KVSend()] == [CUT] * cut
-    assert says in said_of(kv, plan)
+    assert says in caveat(kv, plan)

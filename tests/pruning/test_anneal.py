@@ -29,10 +29,10 @@ class Halves:
     """Students that do less than both blocks and more than one: block i with its MLP output doubled."""
 
     def __init__(self, model):
-        self.model, self.made = model, []
+        self.model, self.taught = model, []
 
     def layer(self, pair):
-        self.made.append(pair)
+        self.taught.append(pair)
         student = copy.deepcopy(self.model.model.layers[pair[0]])
         student.mlp.down_proj.weight.data *= 2
         return student
@@ -98,10 +98,10 @@ def pd_loss(model, ids, prefill, decode):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_best_of_all_is_found(family):
     model, ids = tiny(family), text(4, 20)
-    found = Anneal(Settings(steps=120), hot=3).run(problem(model, ids, 2), quiet)
+    result = Anneal(Settings(steps=120), hot=3).run(problem(model, ids, 2), quiet)
     losses = {s: pd_loss(model, ids, NOTHING, Solution(s)) for s in itertools.combinations(range(BLOCKS), 2)}
-    assert found.solution.removed == min(losses, key=losses.__getitem__)
-    assert found.loss == pytest.approx(min(losses.values()), abs=1e-4)
+    assert result.solution.removed == min(losses, key=losses.__getitem__)
+    assert result.loss == pytest.approx(min(losses.values()), abs=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -124,18 +124,18 @@ def test_pairs_come_in_where_they_cost_less(model):
             ids = torch.cat(
                 (ids, torch.distributions.Categorical(logits=model(ids).logits[:, -1]).sample()[:, None]), 1
             )
-    asked = problem(model, ids, 2, pairs=(0, 3), students=Good)
-    found = Anneal(Settings(steps=200), hot=3).run(asked, quiet)
+    search_problem = problem(model, ids, 2, pairs=(0, 3), students=Good)
+    result = Anneal(Settings(steps=200), hot=3).run(search_problem, quiet)
     every = [Solution(s) for s in itertools.combinations(range(BLOCKS), 2)]
     pairs = range(BLOCKS - 1)
     every += [Solution((b,), (p,)) for p in pairs for b in range(BLOCKS) if b not in (p, p + 1)]
     every += [Solution((), (p, q)) for p, q in itertools.combinations(pairs, 2) if q > p + 1]
-    losses = {s: mean_loss(asked.evaluator, s) for s in every}
+    losses = {s: mean_loss(search_problem.evaluator, s) for s in every}
     best = min(every, key=losses.__getitem__)
-    assert found.solution == best
+    assert result.solution == best
     assert best.distilled  # else this test shows nothing
-    assert found.loss == pytest.approx(losses[best], abs=1e-6)
-    assert found.solution.saved == len(found.trajectory) == 2
+    assert result.loss == pytest.approx(losses[best], abs=1e-6)
+    assert result.solution.saved == len(result.trajectory) == 2
 
 
 def rows_of(path):
@@ -180,15 +180,15 @@ def test_a_killed_search_gives_what_an_unbroken_one_does(model, ids, tmp_path, s
 
 
 def test_a_seed_fixes_the_chain_whatever_the_workers_and_the_memory(model, ids, tmp_path):
-    found, chains = [], []
+    results, chains = [], []
     for name, more in {"one": {}, "three": {"workers": 3}, "little": {"memory": 60_000}, "none": {"memory": 0}}.items():
         trajectory = Trajectory(tmp_path / name)
-        found.append(
+        results.append(
             Anneal(Settings(seed=1, steps=30)).run(problem(model, ids, 2, trajectory=trajectory, **more), quiet)
         )
         chains.append([(row.get("move"), row["removed"], row.get("accepted")) for row in rows_of(tmp_path / name)])
     assert chains == [chains[0]] * 4
-    assert len({one.removed for one in found}) == 1
+    assert len({result.removed for result in results}) == 1
     other = Trajectory(tmp_path / "other")
     Anneal(Settings(seed=2, steps=30)).run(problem(model, ids, 2, trajectory=other), quiet)
     assert [row["removed"] for row in rows_of(tmp_path / "other")] != [row[1] for row in chains[0]]
@@ -263,12 +263,12 @@ def test_hidden_states_stay_within_memory_and_save_work(model, ids):
                 assert evaluator._states.held <= memory
         return objective.block_forwards - before
 
-    one = 6 * (30 - SPLIT - 1) * 24 * 4
-    assert spend(1 << 30) == 6 * (4 + 0 + 1 + 2) < spend(2 * one) < spend(0) == 6 * (4 + 3 + 3 + 3)
+    states = 6 * (30 - SPLIT - 1) * 24 * 4
+    assert spend(1 << 30) == 6 * (4 + 0 + 1 + 2) < spend(2 * states) < spend(0) == 6 * (4 + 3 + 3 + 3)
 
 
 def test_what_memory_has_no_room_for_is_kept_in_files(model, ids, tmp_path):
-    one = 6 * (30 - SPLIT - 1) * 24 * 4
+    states = 6 * (30 - SPLIT - 1) * 24 * 4
 
     def spend(memory, disk):
         objective = NextTokenLoss(model, ids, SPLIT)
@@ -280,7 +280,7 @@ def test_what_memory_has_no_room_for_is_kept_in_files(model, ids, tmp_path):
                 assert evaluator._states.on_disk <= disk
         return objective.block_forwards, torch.cat(losses)
 
-    (most, plain), (least, kept), (with_files, mapped) = spend(0, 0), spend(1 << 30, 0), spend(2 * one, 1 << 30)
+    (most, plain), (least, kept), (with_files, mapped) = spend(0, 0), spend(1 << 30, 0), spend(2 * states, 1 << 30)
     assert with_files == least < most
     assert torch.equal(mapped, kept)
     assert torch.equal(mapped, plain)

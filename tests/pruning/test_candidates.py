@@ -18,19 +18,19 @@ cosines = st.lists(st.floats(-1, 1), min_size=2, max_size=20)
 @given(cosines, st.floats(-1, 1))
 def test_every_block_is_in_just_one_set(pair_redundancy, threshold):
     blocks = len(pair_redundancy) + 1
-    found = Candidates.of([0.5] * blocks, pair_redundancy, threshold)
-    in_pairs = [block for first in found.distillation for block in (first, first + 1)]
-    assert sorted([*in_pairs, *found.pruning]) == list(range(blocks))
-    assert all(pair_redundancy[first] > threshold for first in found.distillation)
+    candidates = Candidates.of([0.5] * blocks, pair_redundancy, threshold)
+    in_pairs = [block for first in candidates.distillation for block in (first, first + 1)]
+    assert sorted([*in_pairs, *candidates.pruning]) == list(range(blocks))
+    assert all(pair_redundancy[first] > threshold for first in candidates.distillation)
     for first, cosine in enumerate(pair_redundancy):  # no pair above the threshold could still be made
         assert cosine <= threshold or {first, first + 1} & set(in_pairs)
 
 
 def test_the_most_alike_pairs_come_first():
-    found = Candidates.of([0.9, 0.99, 0.98, 0.97, 0.2], [0.96, 0.99, 0.97, 0.96], 0.95)
-    assert found.distillation == (1, 3)
-    assert found.pruning == (0,)
-    assert [found.set_of(block) for block in range(5)] == ["prune", *["distil 1+2"] * 2, *["distil 3+4"] * 2]
+    candidates = Candidates.of([0.9, 0.99, 0.98, 0.97, 0.2], [0.96, 0.99, 0.97, 0.96], 0.95)
+    assert candidates.distillation == (1, 3)
+    assert candidates.pruning == (0,)
+    assert [candidates.set_of(block) for block in range(5)] == ["prune", *["distil 1+2"] * 2, *["distil 3+4"] * 2]
     assert Candidates.of([0.9, 0.99, 0.98], [0.5, 0.5], 0.95).pruning == (1, 2, 0)
 
 
@@ -46,22 +46,22 @@ def test_cosines_span_blocks(family):
         model(ids)
     for hook in hooks:
         hook.remove()
-    found = similarity(model, ids, (1, 2, 4), batch=2)
-    for span, values in found.items():
+    similarities = similarity(model, ids, (1, 2, 4), batch=2)
+    for span, values in similarities.items():
         expected = [
             torch.cosine_similarity(states[i][:, 1:], states[i + span][:, 1:], dim=-1).double().mean()
             for i in range(BLOCKS + 1 - span)
         ]
         torch.testing.assert_close(values, torch.stack(expected), atol=1e-6, rtol=0)
     both = find(model, ids, threshold=0.0)
-    assert both.redundancy == pytest.approx(found[1].tolist())
-    assert both.pair_redundancy == pytest.approx(found[2].tolist())
+    assert both.redundancy == pytest.approx(similarities[1].tolist())
+    assert both.pair_redundancy == pytest.approx(similarities[2].tolist())
 
 
 def test_table_and_picture_show_every_block():
-    found = Candidates.of([0.9, 0.99, 0.98, 0.97, 0.2], [0.96, 0.99, 0.97, 0.96], 0.95)
-    assert candidates_table(found, "m").row_count == 5
-    picture = ET.fromstring(candidates_picture(found, "hf:a<b"))
+    candidates = Candidates.of([0.9, 0.99, 0.98, 0.97, 0.2], [0.96, 0.99, 0.97, 0.96], 0.95)
+    assert candidates_table(candidates, "m").row_count == 5
+    picture = ET.fromstring(candidates_picture(candidates, "hf:a<b"))
     titles = [title.text for title in picture.iter("{http://www.w3.org/2000/svg}title")]
     assert sum("block " in title for title in titles) == 5
     assert [title for title in titles if title.startswith("blocks")] == [

@@ -58,21 +58,21 @@ def test_side_by_side_is_one_after_the_other_with_less_work(stage, method, monke
     alone = [mend.compensate(pair, stage, ids, QUIET) for pair in pairs]
     apart, _ = len(ran), ran.clear()
     together = mend.compensate_all(pairs, stage, ids, QUIET)
-    around = BLOCKS if stage == "prefill" or method == "norm" else BLOCKS + BLOCKS - 1
-    assert apart - len(ran) == 2 * 3 * around  # once instead of three times, three batches
-    for one, other in zip(alone, together, strict=True):
-        assert one.changed[stage].keys() == other.changed[stage].keys()
-        for number, tensors in one.changed[stage].items():
-            assert all(torch.equal(tensor, other.changed[stage][number][name]) for name, tensor in tensors.items())
+    block_runs = BLOCKS if stage == "prefill" or method == "norm" else BLOCKS + BLOCKS - 1
+    assert apart - len(ran) == 2 * 3 * block_runs  # once instead of three times, three batches
+    for separate, joint in zip(alone, together, strict=True):
+        assert separate.changed[stage].keys() == joint.changed[stage].keys()
+        for number, tensors in separate.changed[stage].items():
+            assert all(torch.equal(tensor, joint.changed[stage][number][name]) for name, tensor in tensors.items())
 
 
 def test_decode_is_fitted_behind_the_prefill_it_is_given():
     """Another prefill makes other KV, so other weights come out."""
     pair, ids = pair_of(tiny("Llama")), text(16, 24)
     fit = get_compensation("least-squares")
-    one = fit.compensate(pair, "decode", ids, QUIET)
-    two = fit.compensate(fit.compensate(pair, "prefill", ids, QUIET), "decode", ids, QUIET)
-    a, b = (p.changed["decode"][4]["mlp.down_proj.weight"] for p in (one, two))
+    decode_only = fit.compensate(pair, "decode", ids, QUIET)
+    both_stages = fit.compensate(fit.compensate(pair, "prefill", ids, QUIET), "decode", ids, QUIET)
+    a, b = (p.changed["decode"][4]["mlp.down_proj.weight"] for p in (decode_only, both_stages))
     assert not torch.equal(a, b)
     again = fit.compensate(pair, "decode", ids, QUIET).changed["decode"][4]["mlp.down_proj.weight"]
     assert torch.equal(a, again)
@@ -96,14 +96,14 @@ def test_norm_is_the_model_that_is_lengthened_before_the_gap(family):
             layer = published.model.layers[block]
             for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
                 linear._parameters["weight"] = torch.nn.Parameter(linear.weight * alpha, requires_grad=False)
-        wanted = Blockwise(published)
+        reference = Blockwise(published)
         for layer in range(BLOCKS - 1):
-            longer = wanted.block(layer, longer, span)
+            longer = reference.block(layer, longer, span)
         got = Blockwise(get_compensation("norm").compensate(pair, "decode", ids, QUIET).stage("decode"))
         hidden, kvs = runner.embed(ids)[0], [LayerKV() for _ in range(BLOCKS - 1)]
         for layer in range(BLOCKS - 1):
             hidden = got.block(layer, hidden, span, kvs[layer])
-    torch.testing.assert_close(got.logits(hidden), wanted.logits(longer), rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(got.logits(hidden), reference.logits(longer), rtol=2e-3, atol=2e-3)
     assert abs(float(alpha) - 1) > 0.05
 
 
@@ -132,10 +132,10 @@ def test_an_error_that_is_not_a_number_is_one_sentence():
 def test_each_half_is_judged_by_what_the_other_fitted(method, stage):
     model, ids, mend = tiny("Llama"), text(9, 24), get_compensation(method)
     pair, loss = pair_of(model), prefill_loss if stage == "prefill" else pd_loss
-    found = held_out(mend, pair, stage, ids)
-    one, two = ids[0::2], ids[1::2]
-    sums = 5 * loss(mend.compensate(pair, stage, two, QUIET), one)
-    sums += 4 * loss(mend.compensate(pair, stage, one, QUIET), two)
-    assert found.after == pytest.approx(sums / 9, abs=1e-5)
-    assert found.before == pytest.approx((5 * loss(pair, one) + 4 * loss(pair, two)) / 9, abs=1e-5)
-    assert found.kept == (found.after < found.before)
+    result = held_out(mend, pair, stage, ids)
+    even, odd = ids[0::2], ids[1::2]
+    sums = 5 * loss(mend.compensate(pair, stage, odd, QUIET), even)
+    sums += 4 * loss(mend.compensate(pair, stage, even, QUIET), odd)
+    assert result.after == pytest.approx(sums / 9, abs=1e-5)
+    assert result.before == pytest.approx((5 * loss(pair, even) + 4 * loss(pair, odd)) / 9, abs=1e-5)
+    assert result.kept == (result.after < result.before)

@@ -35,19 +35,19 @@ def foretold(model, method, prefill, decode, sequences, length):
 @pytest.mark.parametrize("family", ["Llama", "Qwen2"])
 def test_what_sleb_spends_is_foretold_exactly(family, stages):
     model, ids = tiny(family), text(5, 16)
-    found = stages_of(model, ids, *stages, method="sleb")
+    result = stages_of(model, ids, *stages, method="sleb")
     cost = foretold(model, "sleb", *stages, 5, 16)
-    assert spent(found.prefill, found.decode) == cost.most == cost.likely
+    assert spent(result.prefill, result.decode) == cost.most == cost.likely
     cached = stages_of(model, ids, *stages, method=Greedy(None), protected=frozenset({0, 4}))
-    assert cached.decode.removed == found.decode.removed  # the same search, for less
+    assert cached.decode.removed == result.decode.removed  # the same search, for less
     assert spent(cached.prefill, cached.decode) < cost.most
 
 
 @pytest.mark.parametrize("method", [*METHODS, "perplexity", "sleb"])
 def test_no_search_spends_more_than_foretold(method):
     model, ids = tiny("Llama"), text(6, 20)
-    found = stages_of(model, ids, 1, 3, method=method)
-    assert 0 < spent(found.prefill, found.decode) <= foretold(model, method, 1, 3, 6, 20).most
+    result = stages_of(model, ids, 1, 3, method=method)
+    assert 0 < spent(result.prefill, result.decode) <= foretold(model, method, 1, 3, 6, 20).most
 
 
 @pytest.mark.parametrize("stages", [(0, 2), (1, 3), (2, 2)])
@@ -60,10 +60,10 @@ def test_finalists_are_priced(method, stages, monkeypatch):
     judge = RefitJudge(model, make_plan().model, ids, "least-squares")
     stages_of(model, ids, *stages, method=method, settings=Settings(0, 20), judge=judge, finalists=4)
     more = {"steps": 20} if method == "anneal" else {}
-    asked = PruningSection(method=method, prefill_blocks=stages[0], decode_blocks=stages[1], finalists=4, **more)
+    section = PruningSection(method=method, prefill_blocks=stages[0], decode_blocks=stages[1], finalists=4, **more)
     healing = HealingSection(compensation="least-squares", sequences=12, length=20)  # 6 to judge on
     calibration = CalibrationSection(sequences=6, length=20)
-    with_them, without = (search_cost(model.config.to_dict(), asked, calibration, h) for h in (healing, None))
+    with_them, without = (search_cost(model.config.to_dict(), section, calibration, h) for h in (healing, None))
     assert without.most < with_them.most
     assert sum(ran) <= with_them.most
 
@@ -78,13 +78,13 @@ def test_a_second_search_of_decode_is_priced(monkeypatch):
         losses = list(really(stage, prefill, solutions))
         return losses if stage == "decode" else [-float(at) for at in range(len(losses))]
 
-    found = stages_of(model, ids, 2, 4, judge=judge, finalists=2)
-    assert {finalist.solution for finalist in found.prefill.finalists} == set(found.decode_losses)
-    assert len(found.decode_losses) == 2
-    assert found.passed_over
-    asked = PruningSection(prefill_blocks=2, decode_blocks=4, finalists=2)
+    result = stages_of(model, ids, 2, 4, judge=judge, finalists=2)
+    assert {finalist.solution for finalist in result.prefill.finalists} == set(result.decode_losses)
+    assert len(result.decode_losses) == 2
+    assert result.passed_over
+    section = PruningSection(prefill_blocks=2, decode_blocks=4, finalists=2)
     healing = HealingSection(compensation="least-squares", sequences=12, length=20)  # 6 to judge on
-    cost = search_cost(model.config.to_dict(), asked, CalibrationSection(sequences=6, length=20), healing)
+    cost = search_cost(model.config.to_dict(), section, CalibrationSection(sequences=6, length=20), healing)
     assert sum(ran) <= cost.most
 
 
@@ -95,10 +95,10 @@ def test_students_are_priced(monkeypatch, tmp_path):
     sizes, calibration = model.config.to_dict(), CalibrationSection(sequences=6, length=20)
     section = PruningSection(method="anneal", decode_blocks=1, steps=0, distil=True)
     with_them, without = (search_cost(sizes, section.model_copy(update={"distil": on}), calibration) for on in (1, 0))
-    made = Students(model, ids, StudentsSection(), work=tmp_path)
+    students = Students(model, ids, StudentsSection(), work=tmp_path)
     find(model, ids, -0.9)
     for first in (0, 2):
-        made.tensors((first, first + 1))
+        students.tensors((first, first + 1))
     assert 0 < sum(ran) <= with_them.most - without.most
     files = (BLOCKS + 1) * 6 * 20 * model.config.hidden_size * 4
     assert with_them.disk - without.disk == files
@@ -128,17 +128,17 @@ def test_an_8b_model_is_priced_by_its_config_alone(tmp_path, cache, capsys):
         "name: r\nmodel: {source: 'hf:meta-llama/Llama-3.1-8B', dtype: bfloat16}\n"
         "pruning: {method: anneal, prefill_blocks: 2, decode_blocks: 7, memory_mb: 512}\n"
     )
-    found = preview(Recipe.load(tmp_path / "r.yaml"), tmp_path / "out", cache)
-    assert found.search.weights == pytest.approx(8030261248 * 4, rel=1e-4)
-    assert found.search.states == 512 << 20
-    assert found.search.states_wanted == 32 * 16 * 256 * 4096 * 4
-    assert found.search_seconds > 0
+    result = preview(Recipe.load(tmp_path / "r.yaml"), tmp_path / "out", cache)
+    assert result.search.weights == pytest.approx(8030261248 * 4, rel=1e-4)
+    assert result.search.states == 512 << 20
+    assert result.search.states_wanted == 32 * 16 * 256 * 4096 * 4
+    assert result.search_seconds > 0
     assert _speed(64, 128, 10**30) > 0  # no more rows than tell the speed
-    print_preview(found, tmp_path / "out", as_json=False)
+    print_preview(result, tmp_path / "out", as_json=False)
     out = capsys.readouterr().out
-    assert f"{found.search.most:,} block-forwards at most" in out
+    assert f"{result.search.most:,} block-forwards at most" in out
     assert "no such folder" in out
-    print_preview(found, tmp_path / "out", as_json=True)
+    print_preview(result, tmp_path / "out", as_json=True)
     assert json.loads(capsys.readouterr().out)["search"]["states"] == 512 << 20
 
 
@@ -164,8 +164,8 @@ def test_no_more_hidden_states_are_held_than_foretold(method, memory_mb, monkeyp
     monkeypatch.setattr(HiddenStates, "_keep", lambda self, *a: (keep(self, *a), held.append(self.held))[0])
     stages_of(model, ids, 1, 3, method=method, settings=Settings(0, 20), memory=memory_mb << 20)
     steps = {"steps": 20} if method == "anneal" else {}
-    asked = PruningSection(method=method, prefill_blocks=1, decode_blocks=3, memory_mb=memory_mb, **steps)
-    cost = search_cost(model.config.to_dict(), asked, CalibrationSection(sequences=32, length=128))
+    section = PruningSection(method=method, prefill_blocks=1, decode_blocks=3, memory_mb=memory_mb, **steps)
+    cost = search_cost(model.config.to_dict(), section, CalibrationSection(sequences=32, length=128))
     assert cost.states_wanted / 8 < max(held) <= cost.states
     assert (max(held) > cost.states_wanted) == (memory_mb > 1), "more is kept than one model's states"
 

@@ -51,35 +51,35 @@ def whole_loss(model, ids, removed):
 def test_annealing_names_where_it_began_and_what_it_took(model):
     ids = text(6, 30)
     problem = Problem(model, ids, NextTokenLoss(model, ids), 2)
-    found = Anneal(Settings(seed=3, steps=30)).run(problem, quiet)
-    assert found.others[0] == Greedy(2.0).run(problem, quiet).solution
-    assert found.solution in found.others
-    losses = [whole_loss(model, ids, one.removed) for one in found.others[1:]]
+    result = Anneal(Settings(seed=3, steps=30)).run(problem, quiet)
+    assert result.others[0] == Greedy(2.0).run(problem, quiet).solution
+    assert result.solution in result.others
+    losses = [whole_loss(model, ids, solution.removed) for solution in result.others[1:]]
     assert losses == pytest.approx(sorted(losses), abs=1e-5)
 
 
-@pytest.mark.parametrize("wanted", range(3))
-def test_the_judge_has_the_last_word(model, wanted):
-    ids, asked = text(6, 30), []
+@pytest.mark.parametrize("favourite", range(3))
+def test_the_judge_has_the_last_word(model, favourite):
+    ids, calls = text(6, 30), []
 
     def judge(stage, prefill, solutions):
-        asked.append((stage, prefill, solutions))
-        return [float(at != min(wanted, len(solutions) - 1)) for at in range(len(solutions))]
+        calls.append((stage, prefill, solutions))
+        return [float(at != min(favourite, len(solutions) - 1)) for at in range(len(solutions))]
 
     problem = Problem(model, ids, NextTokenLoss(model, ids), 2)
     before = Anneal(Settings(seed=3, steps=30)).run(problem, quiet)
     ranked, cost = judge_finalists("prefill", problem, before, FinalRound(judge, 3), Trajectory(), quiet)
     search = StageSearch(NOTHING, before, ranked, before.cost + cost)
-    found = search.choice(search.best)
-    ((_, _, solutions),) = asked
+    chosen = search.choice(search.best)
+    ((_, _, solutions),) = calls
     assert len(solutions) == len(set(solutions)) <= 3
     assert solutions[0] == before.solution
-    best = solutions[min(wanted, len(solutions) - 1)]
-    assert found.solution == ranked[0].solution == best
-    assert found.loss == pytest.approx(whole_loss(model, ids, best.removed), abs=1e-5)
-    assert found.cost.block_forwards > before.cost.block_forwards
-    assert [step.block for step in found.steps] == list(found.removed)
-    assert found.steps[-1].loss == pytest.approx(found.loss, abs=1e-5)
+    best = solutions[min(favourite, len(solutions) - 1)]
+    assert chosen.solution == ranked[0].solution == best
+    assert chosen.loss == pytest.approx(whole_loss(model, ids, best.removed), abs=1e-5)
+    assert chosen.cost.block_forwards > before.cost.block_forwards
+    assert [step.block for step in chosen.steps] == list(chosen.removed)
+    assert chosen.steps[-1].loss == pytest.approx(chosen.loss, abs=1e-5)
 
 
 def test_the_best_run_of_adjacent_blocks_is_among_them(model):
@@ -87,19 +87,19 @@ def test_the_best_run_of_adjacent_blocks_is_among_them(model):
     problem = Problem(model, ids, NextTokenLoss(model, ids, 0, Solution.of((2,))), 3, Solution.of((2,)))
     runs = [(0, 1, 2), (1, 2, 3), (2, 3, 4)]
     best = min(runs, key=lambda run: whole_loss(model, ids, run))
-    found = replace(Greedy().run(problem, quiet), removed=(2, 0, 4))
+    result = replace(Greedy().run(problem, quiet), removed=(2, 0, 4))
     everybody = FinalRound(lambda *a: [0.0] * len(a[2]), 9)
-    ranked, _ = judge_finalists("prefill", problem, found, everybody, Trajectory(), quiet)
-    assert {one.solution for one in ranked} == {found.solution, Solution.of(best)}
+    ranked, _ = judge_finalists("prefill", problem, result, everybody, Trajectory(), quiet)
+    assert {finalist.solution for finalist in ranked} == {result.solution, Solution.of(best)}
 
 
 def test_a_verdict_that_is_no_number_is_refused(model):
     ids = text(6, 30)
     problem = Problem(model, ids, NextTokenLoss(model, ids), 2)
-    found = replace(Greedy().run(problem, quiet), others=(Solution.of((0, 3)),))
+    result = replace(Greedy().run(problem, quiet), others=(Solution.of((0, 3)),))
     nobody = FinalRound(lambda *a: [float("nan")] * len(a[2]), 3)
     with pytest.raises(UserError, match="finalist's loss is not a number"):
-        judge_finalists("prefill", problem, found, nobody, Trajectory(), quiet)
+        judge_finalists("prefill", problem, result, nobody, Trajectory(), quiet)
 
 
 def test_one_alone_is_not_judged(model):
@@ -132,8 +132,8 @@ def test_rescaling_that_does_not_help_is_judged_as_left_out(model, gone):
     ids, norm, blocks = text(6, 30), get_compensation("norm"), Solution.of(gone)
     shape, prefill = make_plan().model, Solution.of(gone[:1])
     judge = RefitJudge(model, shape, ids, "norm")
-    found = held_out(norm, StagePair(model, make_plan(gone, gone)), "prefill", ids)
-    assert list(judge("prefill", NOTHING, [blocks])) == pytest.approx([min(found.before, found.after)], abs=1e-5)
+    check = held_out(norm, StagePair(model, make_plan(gone, gone)), "prefill", ids)
+    assert list(judge("prefill", NOTHING, [blocks])) == pytest.approx([min(check.before, check.after)], abs=1e-5)
     first = held_out(norm, StagePair(model, make_plan(gone[:1], gone[:1])), "prefill", ids).kept
     total = {True: 0.0, False: 0.0}
     for fitted, checked in ((ids[0::2], ids[1::2]), (ids[1::2], ids[0::2])):
@@ -172,10 +172,10 @@ def test_one_by_one_is_the_same_and_each_is_said_before_the_next(model, stage, m
 
 
 def test_a_search_that_was_finished_is_not_evaluated_again(model, tmp_path, monkeypatch):
-    ids, ran, block, asked = text(4, 30, seed=1), [], Blockwise.block, []
+    ids, ran, block, judged_stages = text(4, 30, seed=1), [], Blockwise.block, []
 
     def judge(stage, prefill, solutions):
-        asked.append(stage)
+        judged_stages.append(stage)
         return [float(at) for at in range(len(solutions))]
 
     def chosen(finalists=4):
@@ -190,8 +190,8 @@ def test_a_search_that_was_finished_is_not_evaluated_again(model, tmp_path, monk
     for stage in ("prefill", "decode"):
         assert getattr(again, stage).finalists == getattr(first, stage).finalists
     assert spent(first.prefill, first.decode) == spent(again.prefill, again.decode)
-    once = asked[: len(asked) // 2]
-    assert once == asked[len(once) :] != [], "a judge keeps its own word (`verdicts`)"
+    once = judged_stages[: len(judged_stages) // 2]
+    assert once == judged_stages[len(once) :] != [], "a judge keeps its own word (`verdicts`)"
     chosen(3)
     assert ran, "so many finalists are another question"
 
@@ -205,21 +205,21 @@ def test_students_stand_for_pairs(model):
 def test_stages_stay_nested_whatever_the_judge_likes(model):
     torch.manual_seed(0)
     ids = text(4, 30, seed=1)
-    found = stages_of(
+    removals = stages_of(
         model, ids, 1, 3, method="anneal", settings=Settings(0, 20), finalists=5,
         judge=lambda stage, prefill, solutions: [-float(at) for at in range(len(solutions))],
     )  # fmt: skip
-    assert found.prefill.solution.within(found.decode.solution)
-    assert found.decode.finalists
-    assert found.decode.removed[:1] == found.prefill.removed
-    assert len(found.decode.removed) == 3 < BLOCKS
+    assert removals.prefill.solution.within(removals.decode.solution)
+    assert removals.decode.finalists
+    assert removals.decode.removed[:1] == removals.prefill.removed
+    assert len(removals.decode.removed) == 3 < BLOCKS
 
 
 def prefers_another(decode):
     """A judge that likes what greedy found for prefill least, and of decode what `decode` says."""
 
     def judge(stage, prefill, solutions):
-        return [-float(at) if stage == "prefill" else decode(prefill, one) for at, one in enumerate(solutions)]
+        return [-float(at) if stage == "prefill" else decode(prefill, lost) for at, lost in enumerate(solutions)]
 
     return judge
 
@@ -239,15 +239,15 @@ def test_decode_has_a_say_in_what_prefill_loses(model, method, begun, tmp_path):
         more = {"folder": folder, "progress": lines.append}
         return stages_of(model, ids, 2, 4, method=method, settings=settings, judge=likes, finalists=4, **more)
 
-    found = chosen(prefers_another(judge), tmp_path)
-    assert (found.prefill.solution == start) == begun
-    assert found.prefill.solution.within(found.decode.solution)
-    assert found.decode.removed[: len(found.prefill.removed)] == found.prefill.removed
-    behind = found.decode_losses
-    assert set(behind) <= {finalist.solution for finalist in found.prefill.finalists}
-    assert len(behind) == 2
-    assert min(behind, key=behind.get) == found.prefill.solution
-    assert found.prefill.loss == pytest.approx(whole_loss(model, ids, found.prefill.removed), abs=1e-5)
+    removals = chosen(prefers_another(judge), tmp_path)
+    assert (removals.prefill.solution == start) == begun
+    assert removals.prefill.solution.within(removals.decode.solution)
+    assert removals.decode.removed[: len(removals.prefill.removed)] == removals.prefill.removed
+    decode_losses = removals.decode_losses
+    assert set(decode_losses) <= {finalist.solution for finalist in removals.prefill.finalists}
+    assert len(decode_losses) == 2
+    assert min(decode_losses, key=decode_losses.get) == removals.prefill.solution
+    assert removals.prefill.loss == pytest.approx(whole_loss(model, ids, removals.prefill.removed), abs=1e-5)
     searches = ("search-prefill", "search-decode", "search-decode-again")
     files = [f"{name}{which}.jsonl" for name in searches for which in ("", "-finalists")]
     rows = [(tmp_path / name).read_text() for name in files]
@@ -255,9 +255,9 @@ def test_decode_has_a_say_in_what_prefill_loses(model, method, begun, tmp_path):
     first = stages_of(model, ids, 2, 4, method=method, settings=settings, judge=prefers_another(lambda *_: 0.0),
                           finalists=4)  # fmt: skip
     assert first.prefill.solution != start, "ties go to what prefill likes better"
-    assert spent(found.decode) == spent(first.decode), "both searches are paid for, whichever is taken"
+    assert spent(removals.decode) == spent(first.decode), "both searches are paid for, whichever is taken"
     again = chosen(prefers_another(judge), tmp_path)
-    assert again.decode.solution == found.decode.solution
+    assert again.decode.solution == removals.decode.solution
     assert [(tmp_path / name).read_text() for name in files] == rows, "made once"
 
 
@@ -267,6 +267,6 @@ def test_the_answer_is_no_worse_than_greedy_in_the_judges_eyes(model, seed):
     judge = RefitJudge(model, make_plan().model, ids, "least-squares")
     greedy = Greedy(2.0)  # where annealing begins
     plain = stages_of(model, ids, 2, 4, method=greedy)
-    found = stages_of(model, ids, 2, 4, method="anneal", settings=Settings(seed, 15), judge=judge, finalists=4)
-    best, bound = (next(judge("decode", one.prefill.solution, [one.decode.solution])) for one in (found, plain))
+    annealed = stages_of(model, ids, 2, 4, method="anneal", settings=Settings(seed, 15), judge=judge, finalists=4)
+    best, bound = (next(judge("decode", run.prefill.solution, [run.decode.solution])) for run in (annealed, plain))
     assert best <= bound + 1e-6

@@ -15,7 +15,7 @@ from pdtrim_deploy.pruning.pair import StagePair
 from pdtrim_deploy.pruning.students.regression import FROZEN
 from pdtrim_deploy.recipe.healing import HealingSection
 
-ASKED = HealingSection(prefill_steps=15, decode_steps=15, learning_rate=2e-3, batch=2)
+HEALING = HealingSection(prefill_steps=15, decode_steps=15, learning_rate=2e-3, batch=2)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -25,7 +25,7 @@ def test_both_stages_near_the_dense_model_and_k_and_v_stay(family):
     pair = pair_of(model)
     for stage in ("prefill", "decode"):
         was = kl(pair, stage, fresh)
-        done = heal(pair, stage, ids, ASKED)
+        done = heal(pair, stage, ids, HEALING)
         assert done.kept
         assert done.steps == 15
         assert done.after < done.before
@@ -48,7 +48,9 @@ def test_decode_learns_to_read_what_a_plan_sends(gone):
     pair = StagePair(model, plan)
     oracle = make_oracle(model, plan)
     prompt_kv = PromptKV(30, lambda prompts: oracle.hand_over(oracle.prefill(prompts)))
-    done = heal(pair, "decode", ids, ASKED.model_copy(update={"kv_steps": 20, "decode_steps": 0}), prompt_kv=prompt_kv)
+    done = heal(
+        pair, "decode", ids, HEALING.model_copy(update={"kv_steps": 20, "decode_steps": 0}), prompt_kv=prompt_kv
+    )
     assert (done.kept, done.steps) == (True, 20)
     healed = PDOracle(oracle.prefill_model, done.pair.stage("decode"), plan)
     assert done.before == pytest.approx(divergence(model, oracle, ids[-6:], 30), rel=1e-4)
@@ -61,30 +63,30 @@ def test_decode_learns_to_read_what_a_plan_sends(gone):
 def divergence(model, oracle, ids, prompt):
     """KL of what the oracle's decode says behind `prompt` tokens, from the dense model; nats a token."""
     held = oracle.hand_over(oracle.prefill(ids[:, :prompt]))
-    said = oracle.decode.logits(oracle.extend(ids[:, prompt:], prompt, held)).log_softmax(-1)
+    logprobs = oracle.decode.logits(oracle.extend(ids[:, prompt:], prompt, held)).log_softmax(-1)
     meant = model(ids).logits[:, prompt:].log_softmax(-1)
-    return float((meant.exp() * (meant - said)).sum(-1).mean())
+    return float((meant.exp() * (meant - logprobs)).sum(-1).mean())
 
 
 def test_seeds_fix_the_result():
     pair, ids = pair_of(tiny("Llama")), text(40, 48)
-    one, two, other = (
-        heal(pair, "decode", ids, ASKED.model_copy(update={"seed": seed})).pair.changed["decode"][4]
+    first, second, other = (
+        heal(pair, "decode", ids, HEALING.model_copy(update={"seed": seed})).pair.changed["decode"][4]
         for seed in (0, 0, 1)
     )
-    assert all(torch.equal(one[name], two[name]) for name in one)
-    assert not all(torch.equal(one[name], other[name]) for name in one)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
 
 
 def test_what_does_not_help_is_not_kept():
     pair = pair_of(tiny("Llama"))
-    done = heal(pair, "prefill", text(40, 48), ASKED.model_copy(update={"learning_rate": 30.0}))
+    done = heal(pair, "prefill", text(40, 48), HEALING.model_copy(update={"learning_rate": 30.0}))
     assert not done.kept
     assert done.pair is pair
 
 
 def test_time_is_a_budget_too():
-    done = heal(pair_of(tiny("Llama")), "prefill", text(40, 48), ASKED.model_copy(update={"minutes": 1e-9}))
+    done = heal(pair_of(tiny("Llama")), "prefill", text(40, 48), HEALING.model_copy(update={"minutes": 1e-9}))
     assert done.steps <= 1
 
 
@@ -92,10 +94,10 @@ def test_a_loss_that_is_not_a_number_is_one_sentence():
     model = tiny("Llama")
     model.model.layers[1].mlp.up_proj.weight.data[0] = float("nan")
     with pytest.raises(UserError, match=r"healing decode: the loss is nan at step 0; lower healing\.learning_rate"):
-        heal(pair_of(model), "decode", text(8, 16), ASKED)
+        heal(pair_of(model), "decode", text(8, 16), HEALING)
 
 
 def test_without_modelopt_it_says_what_to_do(monkeypatch):
     monkeypatch.setitem(sys.modules, "modelopt.torch.distill", None)
     with pytest.raises(UserError, match="healing needs nvidia-modelopt"):
-        heal(pair_of(tiny("Llama")), "decode", text(8, 16), ASKED)
+        heal(pair_of(tiny("Llama")), "decode", text(8, 16), HEALING)

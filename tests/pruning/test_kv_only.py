@@ -37,9 +37,9 @@ def test_the_first_is_exact_and_those_behind_come_nearer(family):
     )
     assert torch.equal(after[2].keys, dense[2].keys)
     assert torch.equal(after[2].values, dense[2].values)
-    for what in ("keys", "values"):
-        wanted = getattr(dense[3], what)
-        errors = [(getattr(kvs[3], what) - wanted).norm() / wanted.norm() for kvs in (before, after)]
+    for side in ("keys", "values"):
+        expected = getattr(dense[3], side)
+        errors = [(getattr(kvs[3], side) - expected).norm() / expected.norm() for kvs in (before, after)]
         assert errors[1] < 0.95 * errors[0]
     layers = model.model.layers  # the hidden state goes by untouched
     runner = Blockwise(model)
@@ -55,12 +55,12 @@ def test_it_gives_up_what_costs_least_and_all_else_stays():
     model, ids = tiny("Llama"), text(16, 24)
     pair = pair_of(model, (), (4,))
     assert candidates(pair.plan) == (0, 1, 2, 3)
-    one, two = make_kv_only(pair, 1, ids), make_kv_only(pair, 2, ids)
-    assert len(two.plan.kv_only_layers) == 2
-    assert set(one.plan.kv_only_layers) < set(two.plan.kv_only_layers)
-    assert two.plan.decode == pair.plan.decode
+    single, double = make_kv_only(pair, 1, ids), make_kv_only(pair, 2, ids)
+    assert len(double.plan.kv_only_layers) == 2
+    assert set(single.plan.kv_only_layers) < set(double.plan.kv_only_layers)
+    assert double.plan.decode == pair.plan.decode
     worst = max(candidates(pair.plan), key=lambda block: kl(_given_up(pair, {block}), "decode", ids))
-    assert worst not in two.plan.kv_only_layers
+    assert worst not in double.plan.kv_only_layers
     with pytest.raises(UserError, match="kv_only_blocks is 5 but only 4 blocks are kept by both"):
         make_kv_only(pair, 5, ids)
 
@@ -68,12 +68,12 @@ def test_it_gives_up_what_costs_least_and_all_else_stays():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_block_s_cost_is_the_loss_of_the_pair_without_it(family):
     """`rank` runs what is before a block once for all; whole runs of each pair say the same."""
-    pair, ids, said = pair_of(tiny(family), (2,), (2, 4)), text(10, 24), []
-    order = rank(pair, ids, said.append)
+    pair, ids, notes = pair_of(tiny(family), (2,), (2, 4)), text(10, 24), []
+    order = rank(pair, ids, notes.append)
     losses = {block: pd_loss(_given_up(pair, {block}), ids) for block in candidates(pair.plan)}
     assert list(order) == sorted(losses, key=losses.get)
-    told = dict(part.removeprefix("without block ").split(": loss ") for part in said[-1].split("; "))
-    assert told == {str(block): f"{losses[block]:.4f}" for block in order[:4]}
+    reported = dict(part.removeprefix("without block ").split(": loss ") for part in notes[-1].split("; "))
+    assert reported == {str(block): f"{losses[block]:.4f}" for block in order[:4]}
 
 
 def test_a_loss_that_is_not_a_number():

@@ -26,8 +26,8 @@ class Additive:
         self.own = [noise * torch.randn(BLOCKS, size, SCORED, generator=generator) for size in SIZES]
 
     def evaluate(self, solutions, batch):
-        self.looks.append(([one.removed for one in solutions], batch))
-        return [self._losses(one.removed, batch) for one in solutions]
+        self.looks.append(([solution.removed for solution in solutions], batch))
+        return [self._losses(solution.removed, batch) for solution in solutions]
 
     def _losses(self, removed, batch):
         effect = sum(self.effects[b] for b in removed)
@@ -51,28 +51,28 @@ def spread(seed=1):
 def test_the_argmin_is_found_with_few_looks(seed):
     effects = spread(seed)
     raced, exact = Additive(effects), Additive(effects)
-    found = run(raced, 4)
-    assert found.removed == run(exact, 4, z=None).removed == tuple(sorted(range(BLOCKS), key=effects.__getitem__)[:4])
-    work = [sum(len(asked) * SIZES[batch] for asked, batch in one.looks) for one in (raced, exact)]
+    result = run(raced, 4)
+    assert result.removed == run(exact, 4, z=None).removed == tuple(sorted(range(BLOCKS), key=effects.__getitem__)[:4])
+    work = [sum(len(solutions) * SIZES[batch] for solutions, batch in evaluator.looks) for evaluator in (raced, exact)]
     assert work[0] < 0.3 * work[1]
 
 
 def test_at_most_half_stay_after_each_batch_where_noise_hides_everything():
     evaluator = Additive([0.1] * BLOCKS, noise=1.0)
     run(evaluator, 1)
-    looked = [len(asked) for asked, _ in evaluator.looks[: len(SIZES)]]
+    looked = [len(solutions) for solutions, _ in evaluator.looks[: len(SIZES)]]
     assert looked == [BLOCKS + 1, *(max(2, math.ceil(BLOCKS / 2**k)) for k in (1, 2, 3))]
     exact = Additive([0.1] * BLOCKS, noise=1.0)
     run(exact, 1, z=None)
-    assert [len(asked) - (batch == 0) for asked, batch in exact.looks[: len(SIZES)]] == [BLOCKS] * 4
+    assert [len(solutions) - (batch == 0) for solutions, batch in exact.looks[: len(SIZES)]] == [BLOCKS] * 4
 
 
 def test_who_lost_clearly_is_not_looked_at_again_and_who_may_win_is():
     effects = [0.10, 0.11, 0.111, 0.112, 0.113, 0.114, *[2.0] * 10]
     evaluator = Additive(effects, noise=0.3)
     first = run(evaluator, 2).removed[0]
-    second = [asked for asked, batch in evaluator.looks if batch == 0 and len(asked[-1]) == 2]
-    again = {block for asked in second for gone in asked if len(gone) == 2 for block in gone}
+    second = [solutions for solutions, batch in evaluator.looks if batch == 0 and len(solutions[-1]) == 2]
+    again = {block for solutions in second for gone in solutions if len(gone) == 2 for block in gone}
     assert again - {first} == {0, 1, 2, 3, 4, 5} - {first}
     assert len(second[0]) == 1 + FEW  # as it stands, and the best few; then those near them
     # with 0 gone each of the few costs far more: now the others have to be looked at
@@ -82,15 +82,15 @@ def test_who_lost_clearly_is_not_looked_at_again_and_who_may_win_is():
 
 def test_a_race_goes_on_where_it_was_stopped(tmp_path):
     whole = Additive(spread())
-    found = run(whole, 4, trajectory=Trajectory(tmp_path / "t", []))
+    result = run(whole, 4, trajectory=Trajectory(tmp_path / "t", []))
     lines = (tmp_path / "t").read_text().splitlines(keepends=True)
     for kept in range(1, len(lines)):
         (tmp_path / "t").write_text("".join(lines[:kept]))
         rest = Additive(spread())
         assert (
             run(rest, 4, trajectory=Trajectory(tmp_path / "t", [])).solution
-            == found.solution
-            == Solution.of(found.removed)
+            == result.solution
+            == Solution.of(result.removed)
         )
         assert len(rest.looks) <= len(whole.looks)
     assert rest.looks[-1][1] == len(SIZES) - 1

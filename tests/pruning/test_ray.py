@@ -39,9 +39,9 @@ class Copies:
         self.model = model
 
     def layer(self, pair: tuple[int, int]) -> nn.Module:
-        made = copy.deepcopy(self.model.model.layers[pair[0]])
-        made.mlp.down_proj.weight.data *= 0.5
-        return made
+        layer = copy.deepcopy(self.model.model.layers[pair[0]])
+        layer.mlp.down_proj.weight.data *= 0.5
+        return layer
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +63,9 @@ def test_two_workers_choose_what_one_process_chooses_and_may_die(tiny_llama_dir:
     evaluator_factory = EvaluatorFactory(Workers(2), tiny_llama_dir)
     shared = choose(evaluator_factory)
     for stage in ("prefill", "decode"):
-        one, two = getattr(alone, stage), getattr(shared, stage)
-        assert (one.removed, one.distilled) == (two.removed, two.distilled)
-        assert two.loss == pytest.approx(one.loss, abs=1e-5)
+        expected, result = getattr(alone, stage), getattr(shared, stage)
+        assert (expected.removed, expected.distilled) == (result.removed, result.distilled)
+        assert result.loss == pytest.approx(expected.loss, abs=1e-5)
 
     ray, (first, second) = sys.modules["ray"], evaluator_factory._actors
     with pytest.raises(UserError, match=r"^a Ray worker died.*the search goes on where it was$"):
@@ -87,7 +87,7 @@ def test_a_build_with_workers(
     }
     recipe, cache, open_to_others = Recipe.model_validate(data), Cache(tmp_path / "cache"), set()
 
-    monkeypatch.setattr(ray_evaluator, "cluster", lambda asked: nullcontext())
+    monkeypatch.setattr(ray_evaluator, "cluster", lambda workers: nullcontext())
 
     def note(line: str) -> None:
         assert up()
@@ -122,11 +122,11 @@ def descendants(pid: int) -> set[int]:
             parents[int(entry)] = int(Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()[1])
         except OSError:
             continue
-    found, size = {pid}, 0
-    while size != len(found):
-        size = len(found)
-        found |= {child for child, parent in parents.items() if parent in found}
-    return found
+    pids, size = {pid}, 0
+    while size != len(pids):
+        size = len(pids)
+        pids |= {child for child, parent in parents.items() if parent in pids}
+    return pids
 
 
 def beyond_loopback(pids: set[int]) -> set[str]:
@@ -137,12 +137,12 @@ def beyond_loopback(pids: set[int]) -> set[str]:
             sockets |= {os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")}
         except OSError:
             continue
-    found = set()
+    addresses = set()
     for table in ("tcp", "tcp6"):
         for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
             fields = line.split()
             if fields[3] == "0A" and f"socket:[{fields[9]}]" in sockets:
                 address = fields[1].partition(":")[0]
                 if not address.endswith("0100007F") and address != "00000000000000000000000001000000":
-                    found.add(fields[1])
-    return found
+                    addresses.add(fields[1])
+    return addresses

@@ -146,16 +146,16 @@ def test_no_recipe_names_a_baseline():
 
 def test_perplexity_takes_those_that_cost_least_alone_and_goes_on_where_it_stopped(model, ids, tmp_path):
     def run(log):
-        asked = problem(model, ids, 2, split=10, trajectory=log)
-        return search_of("perplexity").run(asked, quiet), asked.evaluator.batches
+        search_problem = problem(model, ids, 2, split=10, trajectory=log)
+        return search_of("perplexity").run(search_problem, quiet), search_problem.evaluator.batches
 
     file = tmp_path / "search.jsonl"
-    found, batches = run(Trajectory(file, 1))
+    result, batches = run(Trajectory(file, 1))
     alone = {b: pd_loss(model, ids, 10, (), (b,)) for b in range(BLOCKS)}
-    assert list(found.removed) == sorted(alone, key=alone.get)[:2]
+    assert list(result.removed) == sorted(alone, key=alone.get)[:2]
     rows = file.read_text().splitlines()
     assert len(rows) == 1 + batches >= 3
     file.write_text("\n".join(rows[:-1]) + "\n")
     stopped = Trajectory(file, 1)
-    assert run(stopped)[0].removed == found.removed
+    assert run(stopped)[0].removed == result.removed
     assert file.read_text().splitlines()[:-1] == rows[:-1]

@@ -55,22 +55,22 @@ def test_a_student_comes_nearer_to_what_two_blocks_do_on_new_text(steps):
 
 def test_equal_seeds_give_equal_students_and_others_do_not():
     model = tiny("Llama")
-    one, two, other = (
+    first, second, other = (
         Students(model, text(8, 32), SOME.model_copy(update={"seed": seed})).tensors(PAIR) for seed in (0, 0, 1)
     )
-    assert all(torch.equal(one[name], two[name]) for name in one)
-    assert not all(torch.equal(one[name], other[name]) for name in one)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
 
 
 def test_each_is_made_once_also_across_processes(tmp_path, monkeypatch):
     model, cache = tiny("Qwen3"), Cache(tmp_path)
     first = Students(model, text(8, 32), SOME, cache=cache, fingerprint="a")
-    made, lesson = first.tensors(PAIR), first.lesson(PAIR)
+    weights, lesson = first.tensors(PAIR), first.lesson(PAIR)
     assert first.layer(PAIR) is first.layer(PAIR)
     with monkeypatch.context() as patched:
         patched.setattr(HiddenFiles, "record", lambda *_a, **_k: pytest.fail("made again"))
         again = Students(model, text(8, 32), SOME, cache=cache, fingerprint="a")
-        assert all(torch.equal(made[name], tensor) for name, tensor in again.tensors(PAIR).items())
+        assert all(torch.equal(weights[name], tensor) for name, tensor in again.tensors(PAIR).items())
         assert again.lesson(PAIR) == lesson
     changed = [
         Students(model, text(8, 32, seed=1), SOME, cache=cache, fingerprint="a"),

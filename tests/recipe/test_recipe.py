@@ -178,6 +178,23 @@ def test_a_written_recipe_holds_only_what_its_method_takes() -> None:
     assert "sparse_choices" in KVSection(method="budget", reduction=2.0).model_dump(mode="json")
 
 
+def test_an_fp8_pool_is_written_down_and_a_native_one_is_not() -> None:
+    model = {"source": "pypi:x"}
+    native, fp8 = (Recipe(name="a", model=model, kv=KVSection(pool_dtype=pool)) for pool in ("native", "fp8_e4m3"))
+    assert "pool_dtype" not in native.model_dump(mode="json")["kv"]
+    assert fp8.model_dump(mode="json")["kv"]["pool_dtype"] == "fp8_e4m3"
+    assert native.digest == Recipe(name="a", model=model).digest != fp8.digest
+    assert "int8" in KVSection(method="budget", reduction=2.0, pool_dtype="fp8_e4m3").wire_choices  # skipped later
+
+
+@pytest.mark.parametrize("wire", ["fp8", "int8"])
+def test_a_wire_no_smaller_than_an_fp8_pools_rows_is_refused(wire: str) -> None:
+    with pytest.raises(ValueError, match=rf"pool_dtype is fp8_e5m2, .* in {wire}; allowed with it: native, int4, k4v3"):
+        KVSection(wire_dtype=wire, pool_dtype="fp8_e5m2")
+    with pytest.raises(ValueError, match=r"an engine writes KV in model\.dtype"):
+        Recipe(name="a", model={"source": "pypi:x"}, kv=KVSection(pool_dtype="fp8_e5m2"), targets={"onnx": {}})
+
+
 def test_the_digest_tells_recipes_apart() -> None:
     model = {"source": "pypi:x"}
     assert (

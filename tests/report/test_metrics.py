@@ -124,3 +124,8 @@ def test_tables_fit_a_terminal() -> None:
     text = console.export_text()
     assert max(map(len, text.splitlines())) <= 80
     assert "first 1 + last 4" in text
+
+
+def test_an_fp8_pool_is_compared_with_a_bfloat16_one_too():
+    plan = PDPlan.dense(SHAPE.with_pool("fp8_e4m3"))
+    assert from_bfloat16(plan).dense_bytes(10) == 2 * plan.dense_bytes(10)

@@ -59,7 +59,7 @@ def test_a_loss_within_two_errors_is_a_tie(ratio: float, stderr: float | None, v
 def test_bytes_stand_against_a_bfloat16_pool_first() -> None:
     rows = {row.figure: row for row in savings(with_all())}
     assert rows["KV bytes a request, bfloat16 pool"].ratio == "1.00x fewer"
-    assert rows["  from this run's float32 pool"].ratio == "2.00x fewer"
+    assert rows["  from this run's own pool"].ratio == "2.00x fewer"
     assert rows["weights of decode"].ratio == "0.74"
     assert verdicts(metrics(off_by=1))["KV bytes a request, bfloat16 pool"] == "NOT AS PLANNED"
 

@@ -77,6 +77,17 @@ def test_a_cpu_worker_sleeps_when_idle_and_listens_on_loopback_only(stage):
     assert ("--disaggregation-decode-retraction-backup" in command) == (stage == "decode")
 
 
+def test_ranks_on_a_cpu_speak_without_nccl_and_share_its_cores(tmp_path):
+    """SGLang gives each rank a NUMA node of its own unless it is given cores, and ends where there are too few."""
+    prefill, *_, decode = spec(device="cpu", tp_decode=3).workers
+    alone, ranks = (commands.worker_environment(PYTHON, worker, 3, tmp_path) for worker in (prefill, decode))
+    assert "--tp-size" not in commands.worker_command(PYTHON, prefill)
+    assert value(commands.worker_command(PYTHON, decode), "--tp-size") == "3"
+    assert ranks["SGLANG_NCCL_SO_PATH"] == os.devnull
+    assert len(ranks["SGLANG_CPU_OMP_THREADS_BIND"].split("|")) == 3
+    assert not {"SGLANG_NCCL_SO_PATH", "SGLANG_CPU_OMP_THREADS_BIND"} & alone.keys()
+
+
 def test_gpu_workers_get_none_of_the_cpu_options_and_gpus_of_their_own():
     commands_of = [
         commands.worker_command(PYTHON, w) for w in spec(gpus=6, device="cuda", tp_prefill=2, tp_decode=2).workers
@@ -230,3 +241,12 @@ def test_a_transport_that_cannot_be_used_is_refused_before_a_worker_starts(tmp_p
     with pytest.raises(UserError, match=says):
         require_transport(ServeEnvironment(lacks), backend, options)
     require_transport(ServeEnvironment(lacks), "pdtrim_tcp", {})
+
+
+@pytest.mark.parametrize("pool", ["native", "fp8_e4m3"])
+def test_both_stages_get_the_plans_kv_pool(pool):
+    for worker in spec(device="cuda", pool_dtype=pool).workers:
+        command = commands.worker_command(PYTHON, worker)
+        assert ("--kv-cache-dtype" in command) == (pool != "native")
+        if pool != "native":
+            assert value(command, "--kv-cache-dtype") == pool

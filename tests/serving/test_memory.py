@@ -96,3 +96,11 @@ def test_who_gives_a_fraction_is_not_refused_and_wins(model, monkeypatch):
         memory.require_memory(workers)
         assert commands.worker_command(Path("python"), workers[0])[-len(given) :] == list(given)
     memory.require_memory(spec(model, device="cuda").workers)
+
+
+def test_an_fp8_pool_takes_half_of_a_bfloat16_one(model):
+    wide, fp8 = (
+        memory.memory_of(spec(model, max_total_tokens=4096, pool_dtype=pool).workers[0])
+        for pool in ("native", "fp8_e4m3")
+    )
+    assert (fp8.pool, fp8.weights, fp8.activations) == (wide.pool / 2, wide.weights, wide.activations)

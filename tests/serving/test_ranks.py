@@ -69,6 +69,12 @@ def test_ranks_that_cannot_be_served_are_refused(heads, prefill, decode, says):
         require_ranks(plan(heads), prefill, decode)
 
 
+def test_on_a_cpu_heads_that_sglang_would_pad_are_refused():
+    with pytest.raises(UserError, match=r"--tp-decode 16: SGLang pads 8 KV heads for 16 ranks on a CPU.*1, 2, 4, 8$"):
+        require_ranks(plan(), 8, 16, "cpu")
+    require_ranks(plan(), 8, 4, "cpu")
+
+
 @pytest.mark.parametrize(("prefill", "decode"), [(1, 1), (8, 8), (2, 2), (4, 8), (8, 4), (1, 2), (16, 8), (8, 16)])
 def test_other_ranks_are_not(prefill, decode):
     require_ranks(plan(), prefill, decode)

@@ -57,17 +57,20 @@ def test_side_by_side_shares_the_dense_column(capsys: pytest.CaptureFixture[str]
     columns = [cell.strip() for cell in header.strip("┃").split("┃")]
     assert columns[1:] == [
         "smollm2-135m dense float32",
+        "smollm2-135m dense fp8",
         "smollm2-targets",
         "smollm2-dense",
         "qwen2.5-7b dense bfloat16",
+        "qwen2.5-7b dense fp8",
     ]
     cells = {
         cut[1].strip(): [c.strip() for c in cut[2:-1]] for line in out.splitlines() if len(cut := line.split("│")) > 2
     }
-    assert cells["bytes sent"] == ["188.74 MB", "40.05 MB", "188.74 MB", "234.88 MB"]
-    assert cells["less than dense"] == ["-", "4.71x", "1.00x", "-"]
-    assert cells["share of TTFT"] == ["n/a"] * 4
-    assert cells["20 requests/s"] == ["DO NOT FIT", "fit", "DO NOT FIT", "DO NOT FIT"]
+    assert cells["bytes sent"] == ["188.74 MB", "47.19 MB", "40.05 MB", "188.74 MB", "234.88 MB", "117.44 MB"]
+    assert cells["less than dense"] == ["-", "-", "4.71x", "1.00x", "-", "-"]
+    assert cells["less than dense fp8"] == ["-", "-", "1.18x", "0.25x", "-", "-"]
+    assert cells["share of TTFT"] == ["n/a"] * 6
+    assert cells["20 requests/s"] == ["DO NOT FIT", "fit", "fit", "DO NOT FIT", "DO NOT FIT", "fit"]
     assert "22 of 28 decode layers are sparse" in out
     assert "give --prefill-tokens-per-s" in out
 

@@ -1,4 +1,4 @@
-"""Names say what a thing is: `request`, `result`, `config`, not `asked` or `found`. Rooms join the list when clean."""
+"""Names say what a thing is: `request`, `result`, `config`, not `asked` or `found`."""
 
 from __future__ import annotations
 
@@ -10,22 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 VAGUE = {"one", "found", "asked", "said", "made", "wanted", "told", "around", "behind"}
-CORE = [
-    "bundle", "cli", "doctor", "gpucheck", "kvcache", "kvchoice", "loadtest", "local", "manifests", "models", "plan",
-    "recipe", "report", "serving", "simulation", "sizing", "worker",
-]  # fmt: skip
-TESTS = [
-    "docs", "integration", "packaging", "pdtrim_builders", "pdtrim_sglang", "pdtrim_tensorrt", "structure", "tools",
-]  # fmt: skip
-ROOMS = [
-    *(f"pdtrim_deploy/{room}" for room in CORE),
-    *(f"tests/{room}" for room in (*CORE, *TESTS)),
-    "builders",
-    "plugins",
-    "tools",
-]
-# Names that rooms outside this list define or use, by file; each goes when that room is clean.
-PENDING = {"tests/tools/test_pruning_rows.py": {"said"}}
+FOLDERS = ("pdtrim_deploy", "builders", "plugins", "tools", "benchmarks", "tests")
 
 
 def names(tree: ast.AST) -> Iterator[tuple[str, int]]:
@@ -52,18 +37,13 @@ def vague(source: str) -> dict[str, int]:
     return {name: line for name, line in names(ast.parse(source)) if name.lstrip("_").lower() in VAGUE}
 
 
-@pytest.mark.parametrize("room", [*ROOMS, "tests"])
-def test_names_say_what_things_are(room: str) -> None:
-    files = (ROOT / room).glob("*.py") if room == "tests" else (ROOT / room).rglob("*.py")
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_names_say_what_things_are(folder: str) -> None:
+    files = sorted((ROOT / folder).rglob("*.py"))
+    assert files
     for path in files:
-        file = path.relative_to(ROOT).as_posix()
-        bad = {name: line for name, line in vague(path.read_text()).items() if name not in PENDING.get(file, set())}
-        assert not bad, f"{file}: {bad}; name the thing: request, result, response, config, tensor, layer"
-
-
-def test_what_is_pending_is_still_there() -> None:
-    for file, names_left in PENDING.items():
-        assert names_left <= vague((ROOT / file).read_text()).keys(), f"{file} is clean: take it off the list"
+        bad = vague(path.read_text())
+        assert not bad, f"{path.relative_to(ROOT)}: {bad}; name the thing: request, result, response, config, layer"
 
 
 @pytest.mark.parametrize(

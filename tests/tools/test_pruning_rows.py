@@ -66,7 +66,7 @@ def test_a_method_takes_the_blocks_of_another_that_chooses_alike(rows_module, tm
     row = choice | {"method": "ours", "removed": 4, "seed": 1, "brown_ppl": 40.0, "commit": "b"}
     rows = rows_module.Rows(tmp_path / "rows.jsonl", [row])
     chosen = rows.chosen("ours, healed", 4, 1)
-    assert chosen.said == choice, "healing comes after the choice"
+    assert chosen.as_row == choice, "healing comes after the choice"
     assert (chosen.decode.removed, chosen.decode.distilled) == ((4, 7), (12,))
     assert rows.chosen("ours, healed", 4, 2) is None, "another seed"
     assert rows.chosen("ours, healed", 6, 1) is None, "another number of blocks"

@@ -52,8 +52,8 @@ class FetchedCorpus:
         run = subprocess.run(self.command, cwd=folder, capture_output=True, text=True, check=False)
         files = list(folder.iterdir())
         if run.returncode or len(files) != 1:
-            said = [line.strip() for line in run.stderr.splitlines() if line.strip()] or ["it left no file"]
-            raise UserError(f"corpus {self.usage}: {' '.join(self.command)} failed ({said[-1]}); {self.hint}")
+            lines = [line.strip() for line in run.stderr.splitlines() if line.strip()] or ["it left no file"]
+            raise UserError(f"corpus {self.usage}: {' '.join(self.command)} failed ({lines[-1]}); {self.hint}")
         if file_sha256(files[0]) != self.sha256:
             raise UserError(f"corpus {self.usage}: {files[0].name} is not the file we know (SHA-256); {self.hint}")
         return files[0]

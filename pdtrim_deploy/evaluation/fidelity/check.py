@@ -97,18 +97,18 @@ class FidelityResult:
     @property
     def problems(self) -> list[str]:
         """Why the check failed, one sentence each; empty when it passed."""
-        found = []
+        sentences = []
         for name in ("worst", "typical"):
             error, allowed = getattr(self.error, name), getattr(self.allowed, name)
             if not error <= allowed:
-                found.append(f"the {name} prompt is off by {error:.1e} nats, {allowed:.1e} are allowed")
+                sentences.append(f"the {name} prompt is off by {error:.1e} nats, {allowed:.1e} are allowed")
         for name in (name for name, seen in self.controls_detected.items() if not seen):
             times = self.control_sizes[name].ratio(self.allowed)
-            found.append(
+            sentences.append(
                 f"the check is blind to the wrong plan '{name}': it differs by {times:.1f} times what this plan's "
                 f"sensitivity to rounding makes us allow, at least {POWER:g} are needed"
             )
-        return found
+        return sentences
 
     @property
     def passed(self) -> bool:
@@ -160,28 +160,28 @@ def judge(
     """Score served tokens under the plan, under the plan with rounding noise, and under its controls."""
     rows: list[Row] = []
     wrong: dict[str, list[float]] = {name: [] for name in wrong_oracles(oracle, CONTROL_MIN_TOKENS)}
-    for seed, (group, one) in enumerate(served):
+    for seed, (group, answer) in enumerate(served):
         if seed % 8 == 0:
             progress(f"fidelity: scored {seed}/{len(served)} prompts")
-        state, tokens = oracle.prefill(torch.tensor([one.prompt])), torch.tensor(one.tokens)
-        said = torch.tensor(one.logprobs)
+        state, tokens = oracle.prefill(torch.tensor([answer.prompt])), torch.tensor(answer.tokens)
+        reported = torch.tensor(answer.logprobs)
         right, shaken = score_shaken(oracle, state, tokens, seed)
-        error, shift = ((other - right).abs().max().item() for other in (said, shaken))
-        rows.append(Row(group.name, len(one.prompt), one.cached_tokens, error, shift))
-        if len(one.prompt) >= CONTROL_MIN_TOKENS and all(len(found) < CONTROL_PROMPTS for found in wrong.values()):
-            for name, control in wrong_oracles(oracle, len(one.prompt)).items():
+        error, shift = ((other - right).abs().max().item() for other in (reported, shaken))
+        rows.append(Row(group.name, len(answer.prompt), answer.cached_tokens, error, shift))
+        if len(answer.prompt) >= CONTROL_MIN_TOKENS and all(len(errors) < CONTROL_PROMPTS for errors in wrong.values()):
+            for name, control in wrong_oracles(oracle, len(answer.prompt)).items():
                 other = control.score(state, tokens[None])[0]
-                wrong[name].append((said - other).abs().max().item())
+                wrong[name].append((reported - other).abs().max().item())
     dtype = oracle.plan.model.kv_dtype
-    found, moved, allowed = _sizes(rows, dtype)
+    measured, moved, allowed = _sizes(rows, dtype)
     off = [at for at, row in enumerate(rows) if row.error > allowed.worst]
     if 0 < len(off) <= max(1, len(rows) // FEW):
         again = {at: _shaken_again(oracle, served[at][1], rows[at], seed=len(served) + AGAIN * at) for at in off}
         if all(row.error <= FACTOR * row.sensitivity for row in again.values()):  # each by its own draws
             rows = [again.get(at, row) for at, row in enumerate(rows)]
-            found, moved, allowed = _sizes(rows, dtype)
+            measured, moved, allowed = _sizes(rows, dtype)
     sizes = {name: Size(_most(off_by), median(off_by)) for name, off_by in wrong.items() if off_by}
-    return FidelityResult(found, allowed, moved, NOISE[dtype], sizes, tuple(rows))
+    return FidelityResult(measured, allowed, moved, NOISE[dtype], sizes, tuple(rows))
 
 
 def _sizes(rows: list[Row], dtype: str) -> tuple[Size, Size, Size]:
@@ -195,9 +195,9 @@ def _sizes(rows: list[Row], dtype: str) -> tuple[Size, Size, Size]:
     return error, moved, Size(max(least, FACTOR * moved.worst), max(TYPICAL * least, FACTOR * moved.typical))
 
 
-def _shaken_again(oracle: PDOracle, one: Served, row: Row, seed: int) -> Row:
+def _shaken_again(oracle: PDOracle, answer: Served, row: Row, seed: int) -> Row:
     """The row, its sensitivity from many more draws."""
-    state, tokens, most = oracle.prefill(torch.tensor([one.prompt])), torch.tensor(one.tokens), row.sensitivity
+    state, tokens, most = oracle.prefill(torch.tensor([answer.prompt])), torch.tensor(answer.tokens), row.sensitivity
     for more in range(AGAIN):
         right, shaken = score_shaken(oracle, state, tokens, seed + more)
         most = max(most, (shaken - right).abs().max().item())

@@ -58,7 +58,7 @@ async def _ask(base_url: str, group: Group, new_tokens: int, deadline_s: float) 
             rows = [await _generate(client, (prompt,), new_tokens) for prompt in group.prompts]
         else:
             rows = await asyncio.gather(*(_generate(client, (prompt,), new_tokens) for prompt in group.prompts))
-        return [row for found in rows for row in found]
+        return [row for answers in rows for row in answers]
 
 
 async def _generate(
@@ -69,7 +69,7 @@ async def _generate(
         raise UserError(f"{client.base_url}: a fidelity request failed with {reply.status_code}: {reply.text[:500]}")
     try:
         data: Any = reply.json()
-        return [_served(prompt, one) for prompt, one in zip(prompts, data if batch else [data], strict=True)]
+        return [_served(prompt, answer) for prompt, answer in zip(prompts, data if batch else [data], strict=True)]
     except OTHER:
         raise UserError(
             f"{client.base_url}: the answer to a fidelity request holds no token logprobs as SGLang gives them; give "
@@ -93,7 +93,7 @@ def _body(input_ids: Any, new_tokens: int) -> dict[str, Any]:
     return {"input_ids": input_ids, "sampling_params": sampling, "return_logprob": True}
 
 
-def _served(prompt: tuple[int, ...], one: Any) -> Served:
-    scored = one["meta_info"]["output_token_logprobs"]
+def _served(prompt: tuple[int, ...], answer: Any) -> Served:
+    scored = answer["meta_info"]["output_token_logprobs"]
     logprobs, tokens = zip(*((float(value), int(token)) for value, token, *_ in scored), strict=True)
-    return Served(prompt, tokens, logprobs, one["meta_info"].get("cached_tokens") or 0)
+    return Served(prompt, tokens, logprobs, answer["meta_info"].get("cached_tokens") or 0)

@@ -11,27 +11,27 @@ Sends = tuple[KVSend, ...]
 def wrong_oracles(oracle: PDOracle, prompt_tokens: int) -> dict[str, PDOracle]:
     """Oracles by name that a right comparison tells apart from the plan's; the names depend on the plan alone."""
     plan = oracle.plan
-    found = {name: oracle.with_kv(kv) for name, kv in controls(plan, prompt_tokens).items()}
+    oracles = {name: oracle.with_kv(kv) for name, kv in controls(plan, prompt_tokens).items()}
     if any(map(plan.has_key_offset, range(len(plan.kv)))):
-        found["no key offsets"] = oracle.with_offsets(None)
-    return found
+        oracles["no key offsets"] = oracle.with_offsets(None)
+    return oracles
 
 
 def controls(plan: PDPlan, prompt_tokens: int) -> dict[str, Sends]:
     """The wrong KV rules among them."""
-    found = {}
+    rules = {}
     if any(send.mode == "sparse" for send in plan.kv):
-        found["dense plan"] = tuple(KVSend(wire_dtype=send.wire_dtype) for send in plan.kv)
+        rules["dense plan"] = tuple(KVSend(wire_dtype=send.wire_dtype) for send in plan.kv)
         for side in ("n_first", "n_last"):
-            found[f"{side} - 1"] = tuple(_less(send, side) for send in plan.kv)
+            rules[f"{side} - 1"] = tuple(_less(send, side) for send in plan.kv)
     else:
         short = max(1, prompt_tokens - 1)
         for name, first, last in (("first row missing", 0, short), ("last row missing", short, 0)):
             cut = KVSend(mode="sparse", n_first=first, n_last=last)
-            found[name] = tuple(cut.model_copy(update={"wire_dtype": send.wire_dtype}) for send in plan.kv)
-    found["native on the wire"] = tuple(send.model_copy(update={"wire_dtype": "native"}) for send in plan.kv)
-    found["rules one layer off"] = plan.kv[-1:] + plan.kv[:-1]
-    return {name: kv for name, kv in found.items() if kv != plan.kv}
+            rules[name] = tuple(cut.model_copy(update={"wire_dtype": send.wire_dtype}) for send in plan.kv)
+    rules["native on the wire"] = tuple(send.model_copy(update={"wire_dtype": "native"}) for send in plan.kv)
+    rules["rules one layer off"] = plan.kv[-1:] + plan.kv[:-1]
+    return {name: kv for name, kv in rules.items() if kv != plan.kv}
 
 
 def _less(send: KVSend, side: str) -> KVSend:

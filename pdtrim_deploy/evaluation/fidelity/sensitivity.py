@@ -3,6 +3,9 @@
 Two right programs sum in different orders, so the prompt KV of one is that of the other but for some roundings. A
 quantised wire makes more of that: a value at the edge between two codes becomes the other one. So the oracle is run
 again on its own prompt KV with noise of the size of such roundings, before it is packed.
+
+An fp8 pool is such an edge itself. What was rounded to a code lay anywhere in its cell, so noise is added to a value
+drawn there, which becomes a neighbouring code about as often as the noise is large beside the cell.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pdtrim_deploy.kvcache.pool_rows import FP8, to_rows
 from pdtrim_deploy.models.oracle import PDOracle, PrefillState
 
 # Standard deviation, relative to the root mean square of a row's head. float32: 8 units in the last place, which moves
@@ -31,5 +35,16 @@ def score_shaken(oracle: PDOracle, state: PrefillState, tokens: Tensor, seed: in
 def _shaken(pool: Tensor, noise: float, generator: torch.Generator) -> Tensor:
     """`[tokens, heads, dim]` -> itself, then `DRAWS` noisy copies, `[(1 + DRAWS) * tokens, heads, dim]`."""
     size = pool.float().pow(2).mean(-1, keepdim=True).sqrt().mul_(noise)
-    drawn = torch.randn(DRAWS, *pool.shape, generator=generator).mul_(size).add_(pool)
-    return torch.cat((pool, drawn.flatten(0, 1).to(pool.dtype)))
+    drawn = torch.randn(DRAWS, *pool.shape, generator=generator).mul_(size).add_(pool.float())
+    if pool.dtype in FP8:
+        drawn += _unrounded(pool, torch.rand(DRAWS, *pool.shape, generator=generator) - 0.5)
+    return torch.cat((pool, to_rows(drawn.flatten(0, 1), pool.dtype)))
+
+
+def _unrounded(pool: Tensor, place: Tensor) -> Tensor:
+    """float32: how far from its code in an fp8 pool a value lay, at `place`, from -0.5 to 0.5, of the code's cell."""
+    limits, size = torch.finfo(pool.dtype), pool.float().abs()
+    # Towards 0 a power of two's neighbour is half as far.
+    size = torch.where(place * pool.float() < 0, size * (1 - limits.eps / 4), size)
+    _, exponent = torch.frexp(size.clamp(min=limits.smallest_normal))
+    return place * torch.ldexp(torch.tensor(limits.eps), exponent - 1)

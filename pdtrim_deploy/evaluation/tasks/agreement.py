@@ -26,8 +26,8 @@ def prepare(setting: Setting, prompt: int = PROMPT, tokens: int = TOKENS) -> Tas
     """`setting.size` prompts (16), each with `tokens` greedy tokens of `setting.dense`."""
     count = setting.size or 16
     prompts = sequences(setting.documents, setting.tokenizer, count, prompt, setting.seed)
-    said: list[list[int]] = []
+    generated: list[list[int]] = []
     for part in prompts.split(BATCH):
-        said += greedy(setting.dense, part, tokens).tolist()
-        setting.note(f"agreement: dense text of {len(said)}/{count} prompts")
-    return Task("agreement", (Part.of(prompts, [[row] for row in said], [str(prompt)] * count),), read)
+        generated += greedy(setting.dense, part, tokens).tolist()
+        setting.note(f"agreement: dense text of {len(generated)}/{count} prompts")
+    return Task("agreement", (Part.of(prompts, [[row] for row in generated], [str(prompt)] * count),), read)

@@ -148,20 +148,20 @@ class Task:
         first = oracles[0]
         if any(o.prefill_model is not first.prefill_model or o.plan.model != first.plan.model for o in oracles):
             raise ValueError("these oracles do not share their prefill; measure each family by itself")
-        found: list[list[Values]] = [[] for _ in oracles]
+        by_oracle: list[list[Values]] = [[] for _ in oracles]
         done, total = 0, sum(len(part.groups) for part in self.parts)
         for part in self.parts:
             tensors = (part.prompts, part.continuations, part.lengths)
             for prompts, padded, lengths in zip(*(t.split(part.batch) for t in tensors), strict=True):
                 continuations = padded[..., : max(2, int(lengths.max()))]
                 state = first.prefill(prompts)
-                for oracle, values in zip(oracles, found, strict=True):
+                for oracle, values in zip(oracles, by_oracle, strict=True):
                     values.append(self.read(continuations, lengths, judge(oracle, state, continuations, lengths)))
                 done += len(prompts)
                 note(f"{self.name}: {done}/{total} items, {len(oracles)} plans")
         groups = tuple(group for part in self.parts for group in part.groups)
         subjects = tuple(n for part in self.parts for n in range(len(part.groups))) if self.repeated else ()
-        return [Measured(self.name, groups, self._joined(values), subjects) for values in found]
+        return [Measured(self.name, groups, self._joined(values), subjects) for values in by_oracle]
 
     def _joined(self, batches: list[Values]) -> dict[str, tuple[float, ...]]:
         joined = {measure: torch.cat([values[measure] for values in batches]) for measure in batches[0]}

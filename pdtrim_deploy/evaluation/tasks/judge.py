@@ -39,14 +39,14 @@ def judge(oracle: PDOracle, state: PrefillState, continuations: Tensor, lengths:
     logprobs[..., 0] = pick(state.logits[:, None].expand(-1, choices, -1), continuations[..., 0])
     top[..., 0] = state.logits.argmax(-1)[:, None]
     later = counts[..., 1:]
-    wanted, picked = hidden.view(batch, choices, tokens - 1, -1)[later], continuations[..., 1:][later]
+    later_hidden, picked = hidden.view(batch, choices, tokens - 1, -1)[later], continuations[..., 1:][later]
     step = max(1, _LOGITS_AT_ONCE // oracle.decode_model.lm_head.out_features)
-    found = [
+    scored = [
         (pick(logits := oracle.decode.logits(part), ids), logits.argmax(-1))
-        for part, ids in zip(wanted.split(step), picked.split(step), strict=True)
+        for part, ids in zip(later_hidden.split(step), picked.split(step), strict=True)
     ]
-    logprobs[..., 1:][later] = torch.cat([lp for lp, _ in found])
-    top[..., 1:][later] = torch.cat([best for _, best in found])
+    logprobs[..., 1:][later] = torch.cat([lp for lp, _ in scored])
+    top[..., 1:][later] = torch.cat([best for _, best in scored])
     return Judgement(logprobs, top)
 
 

@@ -74,8 +74,8 @@ def prepare(setting: Setting, prompt: int = PROMPT, depths: int = DEPTHS, codes:
 def _hidden(tokenizer: Any, text: list[int], needle: str, about: str, city: str, depth: float) -> list[int]:
     """As many tokens as `text`: its head with the needle put in behind a sentence, and the question."""
     fact = tokenizer(needle, add_special_tokens=False)["input_ids"]
-    asked = f"\n\nQuestion: What is the secret code of the {city} vault?\nAnswer: {about}"
-    question = tokenizer(asked, add_special_tokens=False)["input_ids"]
+    wording = f"\n\nQuestion: What is the secret code of the {city} vault?\nAnswer: {about}"
+    question = tokenizer(wording, add_special_tokens=False)["input_ids"]
     room = len(text) - len(fact) - len(question)
     if room < 1:
         raise UserError(f"task needle: a prompt of {len(text)} tokens holds no text beside needle and question")

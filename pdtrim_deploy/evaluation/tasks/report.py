@@ -53,8 +53,8 @@ class TaskFigures(_Frozen):
     def of(cls, dense: Measured, pd: Measured) -> TaskFigures:
         """Every measure over all items and, where there are several, by group."""
         groups: list[str | None] = list(dict.fromkeys(dense.groups))
-        asked = [None, *groups] if len(groups) > 1 else [None]
-        figures = [_figure(dense, pd, measure, group) for measure in dense.values for group in asked]
+        reported = [None, *groups] if len(groups) > 1 else [None]
+        figures = [_figure(dense, pd, measure, group) for measure in dense.values for group in reported]
         return cls(task=dense.task, figures=tuple(figures), groups=dense.groups, dense=dense.values, pd=pd.values)
 
 
@@ -79,7 +79,7 @@ def judge_tasks(
     names: Sequence[str],
     cache: Cache,
     environment: dict[str, Any],
-    asked: EvaluationSection | None = None,
+    section: EvaluationSection | None = None,
     size: int | None = None,
     note: Callable[[str], None] = lambda _: None,
 ) -> TasksReport:
@@ -99,12 +99,12 @@ def judge_tasks(
 
     for name in names:
         check(name)
-    asked, dtype, plan = asked or bundle.recipe.evaluation, bundle.recipe.model.dtype, bundle.plan
+    section, dtype, plan = section or bundle.recipe.evaluation, bundle.recipe.model.dtype, bundle.plan
     source = source_of(bundle, cache, note)
-    corpus = corpora.load(asked.corpus, cache, note)
+    corpus = corpora.load(section.corpus, cache, note)
     model = load_to_compute("dense", source.path, dtype, note)
     whole = PDOracle(model, model, PDPlan.dense(plan.model))
-    setting = Setting(load_tokenizer(source.path), whole, corpus.split("final"), cache, asked.seed, size, note)
+    setting = Setting(load_tokenizer(source.path), whole, corpus.split("final"), cache, section.seed, size, note)
     prepared = [prepare(name, setting) for name in names]
     dense = [task.measure([whole], lambda line: note(f"dense {line}"))[0] for task in prepared]
     del model, whole, setting
@@ -113,9 +113,9 @@ def judge_tasks(
     pd = [task.measure([stages], lambda line: note(f"PD {line}"))[0] for task in prepared]
     return TasksReport(
         plan_digest=plan.digest,
-        corpus=asked.corpus,
+        corpus=section.corpus,
         corpus_sha256=corpus.digest,
-        seed=asked.seed,
+        seed=section.seed,
         dtype=dtype,
         computed_in=compute_dtype(dtype),
         tasks=tuple(TaskFigures.of(*pair) for pair in zip(dense, pd, strict=True)),

@@ -18,7 +18,7 @@ from pdtrim_deploy.evaluation.corpora.fetched import FetchedCorpus
 from pdtrim_deploy.local.cache import Cache
 
 _MEMBER = "evals/registry/data/theory_of_mind/socialiqa/test.jsonl"
-_ASKED = re.compile(r"(.+\?) +A: (.+?); B: (.+?); C: (.+?)\.?", re.DOTALL)
+_QUESTION = re.compile(r"(.+\?) +A: (.+?); B: (.+?); C: (.+?)\.?", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def parse(wheel: Path) -> Iterator[Document]:
         lines = archive.read(_MEMBER).decode().splitlines()
     for number, line in enumerate(lines):
         row = json.loads(line)
-        match = _ASKED.fullmatch(row["input"][0]["content"])
+        match = _QUESTION.fullmatch(row["input"][0]["content"])
         assert match is not None
         text, *choices = (part.strip() for part in match.groups())
         if len(set(choices)) == len(choices):

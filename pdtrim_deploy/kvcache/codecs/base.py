@@ -8,6 +8,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from pdtrim_deploy.kvcache.pool_rows import to_rows
+
 MAX_SCALE = 65504.0  # float16's largest
 
 
@@ -48,7 +50,7 @@ def take(pool: Tensor, index: Index, out: Tensor | None = None) -> Tensor:
         return run if out is None else out.copy_(run)
     if out is None:
         out = pool.new_empty(len(index.numbers) * index.size, *pool.shape[1:])
-    source, target = _pages(index.size, pool, out)
+    target, source = _pages(index.size, out, pool)
     torch.index_select(source, 0, index.numbers, out=target)
     return out
 
@@ -62,9 +64,9 @@ def values(pool: Tensor, index: Index, less: Tensor | None) -> Tensor:
 def put(pool: Tensor, index: Index, rows: Tensor) -> None:
     """Write rows into a pool, in its dtype."""
     if isinstance(index, slice):
-        _run(pool, index).copy_(rows)
+        _run(pool, index).copy_(to_rows(rows, pool.dtype))
     else:
-        target, source = _pages(index.size, pool, rows.to(pool.dtype))
+        target, source = _pages(index.size, pool, to_rows(rows, pool.dtype))
         target.index_copy_(0, index.numbers, source)
 
 
@@ -75,20 +77,24 @@ def _run(pool: Tensor, index: slice) -> Tensor:
     return pool[index]
 
 
-def _pages(size: int, *tensors: Tensor) -> list[Tensor]:
+def _pages(size: int, target: Tensor, source: Tensor) -> list[Tensor]:
     """The same bytes as `[pages, words]`, words of the widest integer that fits: torch moves them item by item.
 
-    RuntimeError where pages have gaps, as of a range of a pool's heads: only pages of one row are views there.
+    RuntimeError where pages of `target` have gaps, as of a range of a pool's heads: only pages of one row are views
+    there. Of such a `source` they are a copy.
     """
-    flat = [tensor[: len(tensor) // size * size].view(-1, size * tensor[0].numel()) for tensor in tensors]
-    for dtype in (torch.int64, torch.int32):
-        if all(
-            t.element_size() * n % dtype.itemsize == 0
-            for t in flat
-            for n in (t.shape[1], t.stride(0), t.storage_offset())
-        ):
-            return [t.view(dtype) for t in flat]
-    return flat
+    shape = (-1, size * target[0].numel())
+    whole = (tensor[: len(tensor) // size * size] for tensor in (target, source))
+    flat = [next(whole).view(shape), next(whole).reshape(shape)]
+    words = (torch.int64, torch.int32, torch.int16, torch.uint8)
+    word = next(w for w in words if all(_whole_words(t, w) for t in flat))
+    return [t.view(word) for t in flat]
+
+
+def _whole_words(flat: Tensor, word: torch.dtype) -> bool:
+    """Whether rows, and where they begin, are such words."""
+    places = (flat.shape[1], flat.stride(0), flat.storage_offset())
+    return all(flat.element_size() * n % word.itemsize == 0 for n in places)
 
 
 def quantise(rows: Tensor, steps: float, scale: Tensor) -> Tensor:

@@ -22,7 +22,8 @@ using i16 = int16_t __attribute__((vector_size(32)));
 using u8 = uint8_t __attribute__((vector_size(16)));
 using i8 = int8_t __attribute__((vector_size(16)));
 
-enum Dtype : int32_t { kFloat32, kFloat16, kBFloat16 };
+enum Dtype : int32_t { kFloat32, kFloat16, kBFloat16, kE4m3, kE5m2 };
+constexpr int item_of(Dtype dtype) { return dtype == kFloat32 ? 4 : dtype == kE4m3 || dtype == kE5m2 ? 1 : 2; }  // bytes
 enum Code : int32_t { kNative, kFp8, kInt8, kInt4, kInt3 };
 constexpr bool is_rotated(Code code) { return code == kInt4 || code == kInt3; }
 constexpr int code_bytes(Code code, int dim) {  // of one head
@@ -199,11 +200,49 @@ inline u16 to_bfloat(f32 x) {
 #endif
 }
 
+// --- fp8, nearest even, saturated; NaN is 0x7f ------------------------------------------------------------------------
+
+inline u32 larger(u32 a, u32 b) { return a > b ? a : b; }
+
+// |y| <= 448. Added to 1.5 * 2^20 times its own power of two, y loses all but 3 bits of mantissa (below 2^-6: all but
+// steps of 2^-9); times 2^-120 its exponent is e4m3's.
+inline u8 e4m3_codes(f32 y) {
+  const u32 power = bits_as<u32>(y) & 0x7f800000u, least = u32{} + (121u << 23);
+  const f32 magic = bits_as<f32>(larger(power, least) + ((20u << 23) + 0x400000u));
+  const u32 bits = bits_as<u32>(((y + magic) - magic) * 0x1p-120f);
+  return narrow(bits >> 20 | (bits_as<u32>(y) >> 24 & 0x80u));  // y's own sign: -0 is told from 0
+}
+
+// |y| <= 57344. The same with 2 bits of mantissa, and below 2^-14 steps of 2^-16.
+inline u8 e5m2_codes(f32 y) {
+  const u32 power = bits_as<u32>(y) & 0x7f800000u, least = u32{} + (113u << 23);
+  const f32 magic = bits_as<f32>(larger(power, least) + ((21u << 23) + 0x400000u));
+  const u32 bits = bits_as<u32>(((y + magic) - magic) * 0x1p-112f);
+  return narrow(bits >> 21 | (bits_as<u32>(y) >> 24 & 0x80u));
+}
+
+template <Dtype dtype>
+inline u8 to_fp8(f32 x) {
+  constexpr float most = dtype == kE4m3 ? 448.0f : 57344.0f;
+  const f32 y = larger(smaller(x, all(most)), all(-most));  // a number, whatever becomes of NaN
+  const u8 codes = dtype == kE4m3 ? e4m3_codes(y) : e5m2_codes(y);
+  const u32 magnitude = bits_as<u32>(x) & 0x7fffffffu;
+  return narrow(magnitude > 0x7f800000u ? u32{} + 0x7fu : u32(widen(codes)));
+}
+
+template <Dtype dtype>
+inline f32 from_fp8(u8 codes) {
+  if constexpr (dtype == kE5m2) return from_half(u16(widen_once(i8(codes)) << 8));
+  // Sign, exponent and mantissa where float16 has them: the value / 256, but for NaN.
+  const f32 value = from_half(u16((widen_once(i8(codes)) << 7) & int16_t(0xbfff))) * 256.0f;
+  return bits_as<f32>((u32(widen(codes)) & 0x7fu) == 0x7fu ? u32{} + 0x7fc00000u : bits_as<u32>(value));
+}
+
 // --- values of a pool; of the last vector of a head only `lanes` are there, the others read as zero ------------------
 
 template <Dtype dtype>
 inline f32 load(const uint8_t* from, int lanes) {
-  constexpr int item = dtype == kFloat32 ? 4 : 2;
+  constexpr int item = item_of(dtype);
   uint8_t part[kLanes * item];
   if (lanes < kLanes) {
     memset(part, 0, sizeof(part));
@@ -212,16 +251,19 @@ inline f32 load(const uint8_t* from, int lanes) {
   }
   if constexpr (dtype == kFloat32) return get<f32>(from);
   if constexpr (dtype == kFloat16) return from_half(get<u16>(from));
+  if constexpr (item == 1) return from_fp8<dtype>(get<u8>(from));
   return bits_as<f32>(widen(get<u16>(from)) << 16);
 }
 
 template <Dtype dtype>
 inline void store(uint8_t* to, f32 x, int lanes) {
-  constexpr int item = dtype == kFloat32 ? 4 : 2;
+  constexpr int item = item_of(dtype);
   uint8_t part[kLanes * item];
   uint8_t* const at = lanes < kLanes ? part : to;
   if constexpr (dtype == kFloat32) {
     set(at, x);
+  } else if constexpr (item == 1) {
+    set(at, to_fp8<dtype>(x));
   } else {
     set(at, dtype == kFloat16 ? to_half(x) : to_bfloat(x));
   }
@@ -245,8 +287,6 @@ inline u8 load_codes(const uint8_t* from, int lanes) {
 
 // --- int8 and fp8 ---------------------------------------------------------------------------------------------------
 
-inline u32 larger(u32 a, u32 b) { return a > b ? a : b; }
-
 inline uint32_t larger(uint32_t a, uint32_t b) { return a > b ? a : b; }
 
 inline uint32_t largest_lane(u32 x) {
@@ -259,19 +299,10 @@ inline u8 int8_codes(f32 y) {  // |y| <= 127: added to 1.5 * 2^23, the nearest i
   return narrow(bits_as<u32>(y + 12582912.0f));
 }
 
-// |y| <= 448. Added to 1.5 * 2^20 times its own power of two, y loses all but 3 bits of mantissa (below 2^-6: all but
-// steps of 2^-9); times 2^-120 its exponent is e4m3's.
-inline u8 e4m3_codes(f32 y) {
-  const u32 power = bits_as<u32>(y) & 0x7f800000u, least = u32{} + (121u << 23);
-  const f32 magic = bits_as<f32>(larger(power, least) + ((20u << 23) + 0x400000u));
-  const u32 bits = bits_as<u32>(((y + magic) - magic) * 0x1p-120f);
-  return narrow(bits >> 20 | (bits_as<u32>(y) >> 24 & 0x80u));  // y's own sign: -0 is told from 0
-}
-
 // Several heads at a time, so that their chains of dependent steps overlap.
 template <Dtype dtype, Code code, int kDim, int kHeads>
 inline void encode_heads(const uint8_t* from, int dim, uint8_t* codes, uint16_t* scales) {
-  constexpr int item = dtype == kFloat32 ? 4 : 2, kVectors = (kDim ? kDim : kMaxDim) / kLanes;
+  constexpr int item = item_of(dtype), kVectors = (kDim ? kDim : kMaxDim) / kLanes;
   constexpr float steps = code == kInt8 ? 127.0f : 448.0f;
   dim = kDim ? kDim : dim;
   f32 x[kHeads][kVectors];
@@ -315,7 +346,7 @@ inline void encode_heads(const uint8_t* from, int dim, uint8_t* codes, uint16_t*
 
 template <Dtype dtype, Code code, int kDim>
 inline void decode_head(const uint8_t* codes, uint16_t scale, int dim, uint8_t* to) {
-  constexpr int item = dtype == kFloat32 ? 4 : 2;
+  constexpr int item = item_of(dtype);
   dim = kDim ? kDim : dim;
   const float by = from_half(scale) * (code == kInt8 ? 1.0f : 256.0f);
 #pragma GCC unroll 16
@@ -387,7 +418,7 @@ inline void load_pair(const uint8_t* from, f32& even, f32& odd) {
     even = bits_as<f32>(both << 16), odd = bits_as<f32>(both & 0xffff0000u);
   } else {
     const i32 twice = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
-    const f32 a = load<dtype>(from, kLanes), b = load<dtype>(from + kLanes * (dtype == kFloat32 ? 4 : 2), kLanes);
+    const f32 a = load<dtype>(from, kLanes), b = load<dtype>(from + kLanes * item_of(dtype), kLanes);
     even = __builtin_shuffle(a, b, twice), odd = __builtin_shuffle(a, b, twice + 1);
   }
 }
@@ -406,7 +437,7 @@ inline void store_pair(uint8_t* to, f32 even, f32 odd) {
   } else {
     const i32 zip = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
     store<dtype>(to, __builtin_shuffle(even, odd, zip), kLanes);
-    store<dtype>(to + kLanes * (dtype == kFloat32 ? 4 : 2), __builtin_shuffle(even, odd, zip + 8), kLanes);
+    store<dtype>(to + kLanes * item_of(dtype), __builtin_shuffle(even, odd, zip + 8), kLanes);
   }
 }
 
@@ -523,7 +554,7 @@ inline void mark_broken(int heads, int bytes, int groups, uint8_t* codes, uint16
 // Several heads of 64 or 128 channels, one scale for four vectors; up to four groups.
 template <Dtype dtype, Code code, int kDim, int kHeads>
 inline void encode_rotated(const uint8_t* from, uint8_t* codes, uint16_t* scales) {
-  constexpr int item = dtype == kFloat32 ? 4 : 2, kVectors = kDim / kLanes, kGroups = kDim / kGroup * kHeads;
+  constexpr int item = item_of(dtype), kVectors = kDim / kLanes, kGroups = kDim / kGroup * kHeads;
   constexpr int kBytes = code_bytes(code, kDim);
   const float unit = half_to_the(log2_of(kDim) / 2);
   f32 x[kHeads][kVectors], broken{};
@@ -564,7 +595,7 @@ inline void encode_rotated(const uint8_t* from, uint8_t* codes, uint16_t* scales
 
 template <Dtype dtype, Code code, int kDim>
 inline void decode_rotated(const uint8_t* codes, const uint16_t* scales, uint8_t* to) {
-  constexpr int item = dtype == kFloat32 ? 4 : 2, kVectors = kDim / kLanes;
+  constexpr int item = item_of(dtype), kVectors = kDim / kLanes;
   const float unit = half_to_the((log2_of(kDim) + 1) / 2);
   f32 x[kVectors];
 #pragma GCC unroll 8
@@ -607,7 +638,7 @@ inline void store_code(uint8_t* codes, int i, int dim, uint32_t value) {  // int
 // One head of any size.
 template <Dtype dtype, Code code>
 void encode_rotated(const uint8_t* from, int dim, uint8_t* codes, uint16_t* scales) {
-  constexpr int item = dtype == kFloat32 ? 4 : 2;
+  constexpr int item = item_of(dtype);
   const int vectors = (dim + kLanes - 1) / kLanes, size = dim & -dim, group = rotated_group(dim);
   const float unit = half_to_the(log2_of(size) / 2);
   f32 x[kMaxDim / kLanes], broken{};
@@ -635,7 +666,7 @@ void encode_rotated(const uint8_t* from, int dim, uint8_t* codes, uint16_t* scal
 
 template <Dtype dtype, Code code>
 void decode_rotated(const uint8_t* codes, const uint16_t* scales, int dim, uint8_t* to) {
-  constexpr int item = dtype == kFloat32 ? 4 : 2;
+  constexpr int item = item_of(dtype);
   const int vectors = (dim + kLanes - 1) / kLanes, size = dim & -dim, group = rotated_group(dim);
   const float unit = half_to_the((log2_of(size) + 1) / 2);
   float flat[kMaxDim] = {};
@@ -725,7 +756,7 @@ inline void turned(const float* mean, const float* turn, int dim, float* to) {
 // One row of one side, and where its parts stand in the sections.
 template <Dtype dtype, Code code, int kDim, bool kPack>
 struct Row {
-  static constexpr int item = dtype == kFloat32 ? 4 : 2;
+  static constexpr int item = item_of(dtype);
   uint8_t* values;
   uint8_t* codes;
   uint16_t* scales;
@@ -804,7 +835,7 @@ struct Row {
 
 template <Dtype dtype, Code code, int kDim, bool kPack>
 void move_rows(const Part& part, const PdtrimChunk& shape, int64_t first, int64_t last, bool stream) {
-  constexpr int item = dtype == kFloat32 ? 4 : 2;
+  constexpr int item = item_of(dtype);
   const int dim = kDim ? kDim : shape.dim, heads = shape.heads;
   const int64_t row_bytes = int64_t{heads} * dim * item;
   const int groups = is_rotated(code) ? dim / rotated_group(dim) : 1;
@@ -847,6 +878,8 @@ template <bool kPack>
 Move move_of(int64_t code, const PdtrimChunk& shape) {
   return shape.dtype == kFloat32   ? move_of<kPack, kFloat32>(code, shape.dim)
          : shape.dtype == kFloat16 ? move_of<kPack, kFloat16>(code, shape.dim)
+         : shape.dtype == kE4m3    ? move_of<kPack, kE4m3>(code, shape.dim)
+         : shape.dtype == kE5m2    ? move_of<kPack, kE5m2>(code, shape.dim)
                                    : move_of<kPack, kBFloat16>(code, shape.dim);
 }
 
@@ -854,7 +887,7 @@ Move move_of(int64_t code, const PdtrimChunk& shape) {
 
 // Moves all rows of `count` runs. Returns 0; 1 when a slot lies outside its pool, and then nothing was moved.
 extern "C" int pdtrim_move(const PdtrimRun* runs, int64_t count, const PdtrimChunk* chunk, int32_t threads, int32_t pack) {
-  const int64_t row_bytes = int64_t{chunk->heads} * chunk->dim * (chunk->dtype == kFloat32 ? 4 : 2);
+  const int64_t row_bytes = int64_t{chunk->heads} * chunk->dim * item_of(Dtype(chunk->dtype));
   const int64_t step = kBlockBytes / row_bytes + 1;
   std::vector<int64_t> starts(count + 1, 0);  // of each run's blocks among all blocks
   int64_t total = 0;

@@ -14,7 +14,7 @@ import triton.language as tl
 from pdtrim_deploy.kvcache.codecs.rotated import INT3, INT4, SLACK, TINY
 
 UNFUSED = {"enable_fp_fusion": False}  # a product, then a sum: fused they would be rounded once instead of twice
-FLOAT32, FLOAT16, BFLOAT16 = (tl.constexpr(place) for place in range(3))  # `table.DTYPES`
+FLOAT32, FLOAT16, BFLOAT16, E4M3, E5M2 = (tl.constexpr(place) for place in range(5))  # `table.DTYPES`
 NOT_FINITE: tl.constexpr = tl.constexpr(0x7F800000)  # and more: infinities and NaN, without their sign
 HALF_NAN: tl.constexpr = tl.constexpr(0x7E00)  # which NaN is part of the format
 LEAST: tl.constexpr = tl.constexpr(TINY)
@@ -31,23 +31,38 @@ def floats_of(words, DTYPE: tl.constexpr):
         x = words.to(tl.float32, bitcast=True)
     elif DTYPE == FLOAT16:
         x = words.to(tl.float16, bitcast=True).to(tl.float32)
-    else:
+    elif DTYPE == BFLOAT16:
         x = (words.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    elif DTYPE == E5M2:  # the upper half of a float16
+        x = (words.to(tl.int16) << 8).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        x = tl.where((words & 0x7F) == 0x7F, float("nan"), e4m3_values(words) * 256.0)
     return x
 
 
 @triton.jit
 def words_of(x, DTYPE: tl.constexpr):
-    """A pool's words of float32 values, rounded to nearest even."""
+    """A pool's words of float32 values, rounded to nearest even; in fp8 saturated, and NaN is 0x7f."""
+    bits = x.to(tl.int32, bitcast=True)
+    broken = (bits & 0x7FFFFFFF) > NOT_FINITE
     if DTYPE == FLOAT32:
-        words = x.to(tl.int32, bitcast=True)
+        words = bits
     elif DTYPE == FLOAT16:
         words = x.to(tl.float16).to(tl.int16, bitcast=True)
-    else:
-        bits = x.to(tl.int32, bitcast=True)
+    elif DTYPE == BFLOAT16:
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        words = tl.where((bits & 0x7FFFFFFF) > NOT_FINITE, (bits >> 16) | 0x40, rounded).to(tl.int16)
+        words = tl.where(broken, (bits >> 16) | 0x40, rounded).to(tl.int16)
+    elif DTYPE == E4M3:
+        words = tl.where(broken, 0x7F, e4m3_codes(within(tl.where(broken, 0.0, x), 448.0))).to(tl.int8)
+    else:
+        words = tl.where(broken, 0x7F, e5m2_codes(within(tl.where(broken, 0.0, x), 57344.0))).to(tl.int8)
     return words
+
+
+@triton.jit
+def within(x, MOST: tl.constexpr):
+    """Numbers no further from 0 than MOST."""
+    return tl.minimum(tl.maximum(x, -MOST), MOST)
 
 
 @triton.jit
@@ -78,7 +93,7 @@ def quantised(x, STEPS: tl.constexpr):
     scale = tl.minimum(bits.to(tl.float32, bitcast=True) * (1.0 / STEPS), 65504.0).to(tl.float16)
     wide = scale.to(tl.float32)
     inverse = tl.where(wide == 0.0, 0.0, tl.math.div_rn(1.0, tl.where(wide == 0.0, 1.0, wide)))
-    y = tl.minimum(tl.maximum(x * inverse[:, None], -STEPS), STEPS)
+    y = within(x * inverse[:, None], STEPS)
     y = tl.where(broken[:, None], 0.0, y)
     return y, tl.where(broken, HALF_NAN, scale.to(tl.int16, bitcast=True)).to(tl.int16)
 
@@ -98,6 +113,17 @@ def e4m3_codes(y):
     # Below 2^-6 a code counts steps of 2^-9: added to 2^14, whose last bit is that, they stand in the low bits.
     small = (tl.abs(y) + 16384.0).to(tl.int32, bitcast=True) & 0xF
     return (tl.where(magnitude < (121 << 23), small, normal) | ((bits >> 24) & 0x80)).to(tl.int8)
+
+
+@triton.jit
+def e5m2_codes(y):
+    """Nearest e5m2 of |y| <= 57344, ties to even."""
+    bits = y.to(tl.int32, bitcast=True)
+    magnitude = bits & 0x7FFFFFFF
+    normal = (magnitude + 0xFFFFF + ((magnitude >> 21) & 1) - (112 << 23)) >> 21
+    # Below 2^-14 a code counts steps of 2^-16, the last bit of 128.
+    small = (tl.abs(y) + 128.0).to(tl.int32, bitcast=True) & 0x7
+    return (tl.where(magnitude < (113 << 23), small, normal) | ((bits >> 24) & 0x80)).to(tl.int8)
 
 
 @triton.jit

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from pdtrim_deploy.kvcache.gpu import codes
-from pdtrim_deploy.kvcache.gpu.codes import FLOAT32
+from pdtrim_deploy.kvcache.gpu.codes import E4M3, FLOAT32
 from pdtrim_deploy.kvcache.table import FIELDS
 from pdtrim_deploy.plan.wire import CODES
 
@@ -44,8 +44,8 @@ def vectors_of(
     HEADS: tl.constexpr, DIM: tl.constexpr, DTYPE: tl.constexpr, VECTORS: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """A tile's vectors: number among the run's, row, head, words in the pool, whether there is such a row, and slot."""
-    ITEM: tl.constexpr = 4 if DTYPE == FLOAT32 else 2
-    WORD: tl.constexpr = tl.int32 if DTYPE == FLOAT32 else tl.int16
+    ITEM: tl.constexpr = 4 if DTYPE == FLOAT32 else 1 if DTYPE >= E4M3 else 2
+    WORD: tl.constexpr = tl.int32 if DTYPE == FLOAT32 else tl.int8 if DTYPE >= E4M3 else tl.int16
     vector = tile * VECTORS + tl.arange(0, VECTORS)
     live = vector < tl.load(run + ROWS) * HEADS
     row = vector // HEADS
@@ -98,7 +98,7 @@ def pack_runs(
     ALIGN: tl.constexpr, WIRE_ALIGN: tl.constexpr,
 ):  # fmt: skip
     """`turns`: cosines and sines by position, where `OFFSETS`; `origin`: the address 0."""
-    WORD: tl.constexpr = tl.int32 if DTYPE == FLOAT32 else tl.int16
+    WORD: tl.constexpr = tl.int32 if DTYPE == FLOAT32 else tl.int8 if DTYPE >= E4M3 else tl.int16
     run, tile = run_of(table, runs)
     vector, row, head, place, live, held = vectors_of(
         run, tile, slots, origin, fault, HEADS, DIM, DTYPE, VECTORS, ALIGN
@@ -146,7 +146,7 @@ def unpack_runs(
     ALIGN: tl.constexpr, WIRE_ALIGN: tl.constexpr,
 ):  # fmt: skip
     """As `pack_runs`, the other way."""
-    WORD: tl.constexpr = tl.int32 if DTYPE == FLOAT32 else tl.int16
+    WORD: tl.constexpr = tl.int32 if DTYPE == FLOAT32 else tl.int8 if DTYPE >= E4M3 else tl.int16
     run, tile = run_of(table, runs)
     vector, row, head, place, _, held = vectors_of(run, tile, slots, origin, fault, HEADS, DIM, DTYPE, VECTORS, ALIGN)
     code = tl.load(run + CODE)

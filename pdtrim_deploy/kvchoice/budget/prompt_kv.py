@@ -36,6 +36,7 @@ class PromptKV:
 
     def __init__(self, oracle: PDOracle, state: PrefillState, dtypes: Sequence[WireDtype], folder: Path | None) -> None:
         pool, self._model_dtype = state.keys[0], oracle.decode_model.dtype
+        self._pool = oracle.fp8_pool
         self._dtypes, self._layers = tuple(dtypes), len(oracle.plan.decode_layers)
         self._stored = min(pool.dtype, self._model_dtype, key=lambda dtype: dtype.itemsize)
         self._shape = (state.batch, 2, pool.shape[1], state.tokens, pool.shape[2])
@@ -62,7 +63,7 @@ class PromptKV:
         all_rows = ((0, self._shape[3]),)
         sides = buffer if ranges == all_rows else torch.cat([buffer[..., lo:hi, :] for lo, hi in ranges], -2)
         keys, values = sides.to(self._model_dtype).unbind(1)
-        return LayerKV(keys, values, ranges)
+        return LayerKV(keys, values, ranges, self._pool)
 
     def _write(self, dtype: WireDtype, layer: int, sequence: int, kv: LayerKV) -> None:
         assert kv.keys is not None

@@ -27,6 +27,11 @@ BODY = {
 
 def check(scenario: Scenario) -> None:
     """Refuse scenarios that aiperf does not support."""
+    if scenario.conversations is not None:
+        raise UserError(
+            f"scenario {scenario.name}: driver aiperf sends texts that are known beforehand, and a turn of a "
+            "conversation holds the answers before it; use --driver builtin"
+        )
     if scenario.trace is None and scenario.arrivals.clients and scenario.requests is None:
         raise UserError(
             f"scenario {scenario.name}: driver aiperf sends a list of requests, so arrivals of kind 'concurrency' need "

@@ -53,7 +53,7 @@ def trainable(layer: nn.Module) -> dict[str, nn.Parameter]:
 
 def starts(model: CausalLM, block: int) -> dict[str, nn.Module]:
     """Blocks to begin as: the first parent, or its attention before the second's MLP."""
-    first, crossed, second = (whole_block(model, one) for one in (block, block, block + 1))
+    first, crossed, second = (whole_block(model, index) for index in (block, block, block + 1))
     for name in ("mlp", "post_attention_layernorm"):
         setattr(crossed, name, getattr(second, name))
     return {"first": first, "second-mlp": crossed}
@@ -64,7 +64,7 @@ def teach(
     block: int,
     inputs: Tensor,
     targets: Tensor,
-    asked: StudentsSection,
+    section: StudentsSection,
     note: Callable[[str], None] = lambda _: None,
 ) -> TrainedStudent:
     """The student of `(block, block + 1)`; `inputs`, `targets` are `x_i` and `x_{i+2}`, float32 `[S, T, hidden]`.
@@ -94,7 +94,7 @@ def teach(
             best = (after, name, layer)
     assert best is not None
     error_fit, start, layer = best
-    error, steps = _descend(_alone(model, block, layer), inputs, targets, (fit, check), error_fit, asked, block, note)
+    error, steps = _descend(_alone(model, block, layer), inputs, targets, (fit, check), error_fit, section, block, note)
     return TrainedStudent(layer.eval().requires_grad_(False), start, drop, error_fit, error, steps)
 
 
@@ -104,28 +104,28 @@ def _descend(
     targets: Tensor,
     parts: tuple[slice, slice],
     error: float,
-    asked: StudentsSection,
+    section: StudentsSection,
     block: int,
     note: Callable[[str], None],
 ) -> tuple[float, int]:
     """AdamW with a cosine schedule; keeps the result only if it is better on the checked sequences."""
-    if not asked.steps:
+    if not section.steps:
         return error, 0
     layer, (fit, check) = runner.layers[0], parts
     before = {name: p.detach().clone() for name, p in trainable(layer).items()}
     for parameter in trainable(layer).values():
         parameter.requires_grad_(True)
-    optimiser = torch.optim.AdamW(trainable(layer).values(), lr=asked.learning_rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda n: rate(n, asked.steps))
-    generator = torch.Generator().manual_seed(asked.seed + block)
+    optimiser = torch.optim.AdamW(trainable(layer).values(), lr=section.learning_rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda n: rate(n, section.steps))
+    generator = torch.Generator().manual_seed(section.seed + block)
     began, done = monotonic(), 0
-    while done < asked.steps and (asked.minutes is None or monotonic() - began < 60 * asked.minutes):
-        rows = torch.randint(fit.start, fit.stop, (asked.batch,), generator=generator)
+    while done < section.steps and (section.minutes is None or monotonic() - began < 60 * section.minutes):
+        rows = torch.randint(fit.start, fit.stop, (section.batch,), generator=generator)
         loss = _error(runner, inputs[rows], targets[rows])
         if not math.isfinite(value := float(loss.detach())):
             raise UserError(
                 f"student of blocks {block} and {block + 1}: the loss is {value} at step {done}; "
-                f"lower students.learning_rate, now {asked.learning_rate:g}"
+                f"lower students.learning_rate, now {section.learning_rate:g}"
             )
         optimiser.zero_grad()
         loss.backward()
@@ -133,7 +133,7 @@ def _descend(
         optimiser.step()
         schedule.step()
         done += 1
-        note(f"student of blocks {block} and {block + 1}: step {done}/{asked.steps}, error {value:.5f}")
+        note(f"student of blocks {block} and {block + 1}: step {done}/{section.steps}, error {value:.5f}")
     with torch.no_grad():
         pieces = zip(inputs[check].split(4), targets[check].split(4), strict=True)
         losses = [(_error(runner, x, y), len(x)) for x, y in pieces]

@@ -46,18 +46,18 @@ class Students:
         self,
         model: CausalLM,
         ids: Tensor,
-        asked: StudentsSection,
+        section: StudentsSection,
         *,
         cache: Cache | None = None,
         fingerprint: str = "",
         work: Path | None = None,
         note: Callable[[str], None] = lambda _: None,
     ) -> None:
-        self.model, self.ids, self.asked, self.cache, self.note = model, ids, asked, cache, note
-        self._made: dict[Pair, tuple[nn.Module, dict[str, Any]]] = {}
+        self.model, self.ids, self.section, self.cache, self.note = model, ids, section, cache, note
+        self._students: dict[Pair, tuple[nn.Module, dict[str, Any]]] = {}
         self._work, self._states = work, None
-        said = [fingerprint, asked.model_dump(mode="json"), list(ids.shape), ids.numpy().tobytes().hex(), _VERSION]
-        self._digest = hashlib.sha256(json.dumps(said).encode()).hexdigest()
+        key = [fingerprint, section.model_dump(mode="json"), list(ids.shape), ids.numpy().tobytes().hex(), _VERSION]
+        self._digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
 
     _states: HiddenFiles | None
     _folder: tempfile.TemporaryDirectory[str]  # goes with this object
@@ -75,11 +75,11 @@ class Students:
         return self._student(pair)[1]
 
     def _student(self, pair: Pair) -> tuple[nn.Module, dict[str, Any]]:
-        if pair not in self._made:
+        if pair not in self._students:
             if pair[1] != pair[0] + 1 or not 0 <= pair[0] < len(self.model.model.layers) - 1:
                 raise UserError(f"blocks {pair} are no adjacent pair of this model")
-            self._made[pair] = self._kept(pair, self.cache) if self.cache else _parts(self._teach(pair))
-        return self._made[pair]
+            self._students[pair] = self._kept(pair, self.cache) if self.cache else _parts(self._teach(pair))
+        return self._students[pair]
 
     def _kept(self, pair: Pair, cache: Cache) -> tuple[nn.Module, dict[str, Any]]:
         def make(folder: Path) -> None:
@@ -102,12 +102,12 @@ class Students:
                 raise UserError("no room on the disk for hidden states of calibration text; free some space") from error
         self.note(f"student of blocks {pair[0]} and {pair[1]}")
         with torch.random.fork_rng():
-            return teach(self.model, pair[0], self._states[pair[0]], self._states[pair[1] + 1], self.asked, self.note)
+            return teach(self.model, pair[0], self._states[pair[0]], self._states[pair[1] + 1], self.section, self.note)
 
 
 _VERSION = 1  # of how students are made
 
 
 def _parts(lesson: TrainedStudent) -> tuple[nn.Module, dict[str, Any]]:
-    said = {name: value for name, value in vars(lesson).items() if name != "layer"}
-    return lesson.layer, said
+    facts = {name: value for name, value in vars(lesson).items() if name != "layer"}
+    return lesson.layer, facts

@@ -60,12 +60,16 @@ def clear(_: None, pool: Any) -> None:
         kept.clear()
 
 
-def ask_cut_layers(original: Callable[..., int], queue: Any, req: Any, *args: Any, **kwargs: Any) -> int:
+def ask_cut_layers(
+    original: Callable[..., int], queue: Any, req: Any, allocated_tokens: int, prefix_tokens: int, *others: Any
+) -> int:
     """What admission must find free in the whole layers: more than there is while the cut ones have no room.
 
-    No more than the pool has: SGLang wants 512 tokens beside the prompt, and a longer prompt would wait for ever.
+    No more than the pool has beside the `prefix_tokens` that the request holds in the radix cache: SGLang wants 512
+    tokens beside the prompt, and a longer prompt would wait for ever.
     """
-    return _admissible(queue, req, original(queue, req, *args, **kwargs))
+    tokens = original(queue, req, allocated_tokens, prefix_tokens, *others)
+    return _admissible(queue, req, min(tokens, queue.token_to_kv_pool_allocator.size - prefix_tokens))
 
 
 def ask_cut_layers_again(original: Callable[..., tuple[int, int]], queue: Any, req: Any) -> tuple[int, int]:
