@@ -105,10 +105,12 @@ def pools(count, size, model, seed):
 
 
 def every_fp8_value(wire, dtype, dim):
-    """A pool of all codes in order and shuffled, finite ones alone too; a plan of one layer; offsets for its keys."""
+    """A pool of all codes in order and shuffled, finite ones alone too, the largest; its plan; offsets for its keys."""
     model, codes = shape(1, 2, dim, dtype), torch.arange(-128, 128).to(torch.int8).repeat(dim // 4)
     shuffled = codes[torch.randperm(len(codes), generator=torch.Generator().manual_seed(0))]
     rows = shuffled.view(getattr(torch, model.row_dtype))
     finite = torch.where(rows.float().isfinite(), rows.float(), 0).to(rows.dtype)
-    pool = torch.cat((codes.view(rows.dtype), finite, rows)).view(-1, 2, dim)
+    signs = torch.randint(2, finite.shape, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    largest = (signs * torch.finfo(rows.dtype).max).to(rows.dtype)  # dequantised, many are beyond: they saturate
+    pool = torch.cat((codes.view(rows.dtype), finite, rows, largest)).view(-1, 2, dim)
     return pool, PDPlan.dense(model).with_kv((KVSend(wire_dtype=wire),)), random_offsets(model, [0])

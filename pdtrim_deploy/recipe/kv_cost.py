@@ -30,10 +30,8 @@ def selection_cost(config: Mapping[str, Any], kv: KVSection, kv_dtype: NativeDty
         return SelectionCost()
     blocks, hidden, heads = config["num_hidden_layers"], config["hidden_size"], config["num_attention_heads"]
     width = config.get("head_dim") or hidden // heads
-    kv_width, item = (
-        (config.get("num_key_value_heads") or heads) * width,
-        ITEM_BYTES[FP8_ROWS.get(kv.pool_dtype, kv_dtype)],
-    )
+    kv_width = (config.get("num_key_value_heads") or heads) * width
+    item = ITEM_BYTES[FP8_ROWS.get(kv.pool_dtype, kv_dtype)]
     measured = kv.method in ("budget", "measured-harm")
     batch, prompt = min(BATCH if measured else 4, kv.sequences), kv.prompt_tokens
     row = 2 * kv_width  # K and V of a token in one layer
