@@ -28,6 +28,7 @@ def check_options(server_args: Any, kv_args: Any, plan: PDPlan | None, is_mla_ba
         if getattr(server_args, option) > 1:
             name = "--" + option.replace("_", "-")
             raise RuntimeError(f"pdtrim: context parallelism is not supported: start with {name} 1")
+    _check_scales(server_args)
     _check_front_end(server_args)
     _check_lora(server_args, plan)
     _check_digest(server_args, plan, kv_args.page_size)
@@ -59,6 +60,14 @@ def check_options(server_args: Any, kv_args: Any, plan: PDPlan | None, is_mla_ba
         )
     if backend != "torch_native":  # SGLang itself turns graphs off
         _check_graphs(backend)
+
+
+def _check_scales(server_args: Any) -> None:
+    if server_args.quantization_param_path is not None:
+        raise RuntimeError(
+            "pdtrim: an fp8 KV pool with scales holds other values than the plan was judged on, and workers with "
+            "unlike scales would misread each other's rows: start without --quantization-param-path"
+        )
 
 
 def _check_front_end(server_args: Any) -> None:
