@@ -78,7 +78,7 @@ test-serve: setup  ## the tests that start SGLang servers
 coverage: setup  ## line coverage of each package by the tests that start no server; twice their time; not part of make test
 	$(BUILD)/python tools/coverage_table.py
 
-mutations: setup  ## 42 one-line mutations of plugin, wire format and oracle: which test catches each; not part of make test
+mutations: setup  ## one-line mutations of plugin, wire format and oracle: which test catches each; not part of make test
 	$(BUILD)/python tools/mutations.py
 
 test-faults: setup  ## kill, stop, cut and flood a running pair; not part of make test

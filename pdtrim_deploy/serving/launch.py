@@ -72,7 +72,7 @@ def cluster_of(
     require_arguments(options.extra_args, "--worker-args")
     require_arguments(options.prefill_args, "--prefill-args")
     require_arguments(options.decode_args, "--decode-args")
-    require_transport(environment, options.transfer_backend, transport or {})
+    require_transport(environment, options.transfer_backend, transport or {}, options.device)
     chosen = executors or Executors()
     engines = {stage: find_engine(bundle, stage, chosen.of(stage), options.device) for stage in STAGES}
     for stage, engine in engines.items():

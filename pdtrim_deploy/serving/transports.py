@@ -34,8 +34,15 @@ LIBRARIES = {
 }
 
 
-def require_transport(environment: ServeEnvironment, backend: str, options: Mapping[str, Any]) -> None:
-    """UserError when workers of `environment` could not start with this transport."""
+def require_transport(
+    environment: ServeEnvironment, backend: str, options: Mapping[str, Any], device: str = "cuda"
+) -> None:
+    """UserError when workers of `environment` on `device` could not start with this transport."""
+    if options.get("slots") == "device" and (device == "cpu" or backend not in LIBRARIES):
+        raise UserError(
+            f"--transport-option slots=device needs workers on GPUs and --transport {' or '.join(LIBRARIES)}, not "
+            f"{backend} on {device}; use slots=host, or leave it out"
+        )
     library = LIBRARIES.get(backend)
     if library is None:
         return

@@ -243,6 +243,12 @@ def test_a_transport_that_cannot_be_used_is_refused_before_a_worker_starts(tmp_p
     require_transport(ServeEnvironment(lacks), "pdtrim_tcp", {})
 
 
+@pytest.mark.parametrize(("backend", "device"), [("pdtrim_tcp", "cuda"), ("pdtrim_nixl", "cpu")])
+def test_slots_that_no_worker_could_have_are_refused_before_one_starts(tmp_path, backend, device):
+    with pytest.raises(UserError, match=f"slots=device needs workers on GPUs .* not {backend} on {device}"):
+        require_transport(ServeEnvironment(tmp_path / "python"), backend, {"slots": "device"}, device)
+
+
 @pytest.mark.parametrize("pool", ["native", "fp8_e4m3"])
 def test_both_stages_get_the_plans_kv_pool(pool):
     for worker in spec(device="cuda", pool_dtype=pool).workers:
