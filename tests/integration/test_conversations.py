@@ -113,11 +113,19 @@ def sent(pair):
     return [sum(sample.value for sample in samples.get(f"pdtrim_kv_{name}_sum", ())) for name in names]
 
 
-def measured(pair, action):
-    """What `action` returns, and what was sent meanwhile: payload bytes, reused tokens, reused bytes."""
-    before = sent(pair)
-    result = action()
-    time.sleep(0.3)  # prefill counts when decode has acknowledged
+def transferred(pair):
+    """Requests whose transfer prefill has counted: it does so when decode has acknowledged the last chunk."""
+    samples = scrape(pair.workers[0].metrics_url).get("pdtrim_kv_requests_total", ())
+    return sum(sample.value for sample in samples if sample.labels["outcome"] == "success")
+
+
+def measured(pair, action, requests=1):
+    """What `action` returns, and what was sent for its requests: payload bytes, reused tokens, reused bytes."""
+    counted, before = transferred(pair), sent(pair)
+    result, deadline = action(), time.monotonic() + 20
+    while transferred(pair) < counted + requests:
+        assert time.monotonic() < deadline, "prefill does not count its transfers"
+        time.sleep(0.05)
     return result, [after - start for after, start in zip(sent(pair), before, strict=True)]
 
 
@@ -162,7 +170,7 @@ def test_a_prompt_that_decode_has_whole_sends_no_row(pair, oracle):
     (first,) = ask(pair, prompt)
     (again,), (payload, reused, _) = measured(pair, lambda: ask(pair, prompt))
     assert (payload, reused) == (0, len(prompt))
-    samples, (payload, reused, _) = measured(pair, lambda: ask(pair, prompt, n=3))
+    samples, (payload, reused, _) = measured(pair, lambda: ask(pair, prompt, n=3), requests=3)
     assert (payload, reused, len(samples)) == (0, 3 * len(prompt), 3)
     check(oracle, [first, again, *samples])
 
