@@ -104,12 +104,17 @@ def _show_model(
         write_atomic(picture, candidates_picture(candidates, source))
     if as_json:
         click.echo(
-            json.dumps({"model": source, "corpus": corpus, "sequences": sequences} | asdict(candidates), indent=2)
+            json.dumps(
+                {"model": source, "weights": checkpoint.precision, "corpus": corpus, "sequences": sequences}
+                | asdict(candidates),
+                indent=2,
+            )
         )
         return
     from pdtrim_deploy.cli.screen import console
 
     console().print(candidates_table(candidates, source))
+    click.echo(f"weights: {checkpoint.precision}")
 
 
 def _show_bundle(bundle: Path, prompt_tokens: int | None, as_json: bool) -> None:
