@@ -119,12 +119,14 @@ def _show_model(
 
 def _show_bundle(bundle: Path, prompt_tokens: int | None, as_json: bool) -> None:
     from pdtrim_deploy.bundle import Bundle
+    from pdtrim_deploy.models.quantized import stored_weights
 
     opened = Bundle.open(bundle)
     plan, tokens = opened.plan, prompt_tokens or opened.recipe.evaluation.prompt_tokens
+    weights = stored_weights(opened.decode_dir) or opened.recipe.model.dtype
     if as_json:
         sizes = {"prompt_tokens": tokens, "dense": plan.dense_bytes(tokens), "planned": plan.payload_bytes(tokens)}
-        data = {"digest": plan.digest, "plan": plan.model_dump(mode="json"), "bytes": sizes}
+        data = {"digest": plan.digest, "weights": weights, "plan": plan.model_dump(mode="json"), "bytes": sizes}
         data["steps"] = {n: s.seconds for n, s in opened.manifest.steps.items()}
         data["engines"] = {
             name: engine.model_dump(mode="json")
@@ -139,6 +141,7 @@ def _show_bundle(bundle: Path, prompt_tokens: int | None, as_json: bool) -> None
     from pdtrim_deploy.report.tables import plan_table
 
     console().print(plan_table(plan, tokens))
+    click.echo(f"weights: {weights}")
     if opened.engines:
         console().print(engine_table(opened.engines.values()))
         click.echo("\n".join(engine_notes(opened.engines.values())))
