@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from pdtrim_deploy.models import Checkpoint, resolve
 from pdtrim_deploy.models.config import read_config
 from pdtrim_deploy.models.families import family_of
 from pdtrim_deploy.pipeline.build import check_fits, done_steps, steps_of
-from pdtrim_deploy.pipeline.family_fit import check_family
+from pdtrim_deploy.pipeline.family_fit import check_family, check_quantized
 from pdtrim_deploy.pipeline.journal import Journal, refuse_strangers
 from pdtrim_deploy.pipeline.sealing import is_sealed
 from pdtrim_deploy.pipeline.stand_in import stand_in
@@ -75,6 +74,7 @@ def preview(recipe: Recipe, out: Path, cache: Cache) -> Preview:
             raise
         return _unseen(recipe, config, str(error))
     check_family(recipe, checkpoint.family)
+    check_quantized(recipe, checkpoint.quantized)
     check_fits(recipe, checkpoint.facts.num_blocks, checkpoint.facts.max_positions)
     journal = Journal(out)
     build_steps = steps_of(recipe, checkpoint.fingerprint)
@@ -151,7 +151,10 @@ class _Peek(Cache):
 
 def _stage_bytes(checkpoint: Checkpoint, layers: int, dtype: str) -> int:
     """Every block has the same size; what is no block is in both stages."""
-    elements = {name: prod(info.shape) for name, info in checkpoint.tensors.items()}
-    in_blocks = sum(count for name, count in elements.items() if name.startswith("model.layers."))
-    per_block, rest = in_blocks // checkpoint.facts.num_blocks, sum(elements.values()) - in_blocks
-    return (per_block * layers + rest) * ITEM_BYTES[dtype]
+    item = ITEM_BYTES[dtype]
+    sizes = {
+        name: info.nbytes if checkpoint.keeps_dtype(name) else info.elements * item
+        for name, info in checkpoint.tensors.items()
+    }
+    in_blocks = sum(size for name, size in sizes.items() if name.startswith("model.layers."))
+    return in_blocks // checkpoint.facts.num_blocks * layers + sum(sizes.values()) - in_blocks
