@@ -31,7 +31,11 @@ from pdtrim_deploy.recipe.yaml_errors import sentence
 from pdtrim_deploy.recipe.yaml_units import Origins, compose
 
 Corpus = Annotated[
-    str, Field(pattern=r"^(brown|austen|(dir|file):.+)$", description="brown, austen, dir:PATH or file:PATH")
+    str,
+    Field(
+        pattern=r"^(brown|austen|code|questions|recall|(dir|file|jsonl):.+)$",
+        description="brown, austen, code, questions, recall, dir:PATH, file:PATH or jsonl:PATH",
+    ),
 ]
 
 
