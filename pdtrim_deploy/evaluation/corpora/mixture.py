@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,19 +12,22 @@ from pdtrim_deploy.evaluation.corpora.base import Document
 from pdtrim_deploy.evaluation.corpora.sampling import sequences
 
 Part = tuple[Sequence[Document], float]
+Draw = Callable[[Sequence[Document], Any, int, int, int], Tensor]
 
 
-def mixed(parts: Sequence[Part], tokenizer: Any, count: int, length: int, seed: int = 0) -> Tensor:
-    """`count` sequences of all parts, documents and their share, as `sequences` draws them: int64 `[count, length]`.
+def mixed(
+    parts: Sequence[Part], tokenizer: Any, count: int, length: int, seed: int = 0, draw: Draw = sequences
+) -> Tensor:
+    """`count` rows of all parts, documents and their share, as `draw` makes them of each: int64 `[count, length]`.
 
     They take turns so that any first few hold the shares as nearly as whole numbers can.
     """
     turns = in_turn([share for _, share in parts], count)
-    drawn = [
-        iter(sequences(documents, tokenizer, turns.count(part), length, seed)) if part in turns else iter(())
+    rows = [
+        iter(draw(documents, tokenizer, turns.count(part), length, seed) if part in turns else ())
         for part, (documents, _) in enumerate(parts)
     ]
-    return torch.stack([next(drawn[part]) for part in turns])
+    return torch.stack([next(rows[part]) for part in turns])
 
 
 def in_turn(shares: Sequence[float], count: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from pdtrim_deploy.errors import UserError
@@ -14,6 +15,12 @@ def beginning(tokenizer: Any) -> list[int]:
     """The BOS token, where the tokenizer starts a text with it; else nothing."""
     start = tokenizer("")["input_ids"][:1]
     return start if start and start[0] == tokenizer.bos_token_id else []
+
+
+def opened(document: Document) -> Document:
+    """A conversation up to the last message that waits for an answer; any other document as it is."""
+    last = max((at for at, (role, _) in enumerate(document.messages) if role in ASKS), default=-1)
+    return replace(document, messages=document.messages[: last + 1]) if last >= 0 else document
 
 
 def token_ids(document: Document, tokenizer: Any) -> list[int]:

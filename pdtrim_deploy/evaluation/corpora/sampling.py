@@ -10,7 +10,7 @@ import torch
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.evaluation.corpora.base import Document
-from pdtrim_deploy.evaluation.corpora.rendering import beginning, token_ids
+from pdtrim_deploy.evaluation.corpora.rendering import beginning, opened, token_ids
 
 
 def sequences(documents: Sequence[Document], tokenizer: Any, count: int, length: int, seed: int = 0) -> torch.Tensor:
@@ -48,6 +48,32 @@ def sequences(documents: Sequence[Document], tokenizer: Any, count: int, length:
             "ask for fewer or shorter ones or give more text"
         )
     return torch.tensor(rows, dtype=torch.int64)
+
+
+def prompts(documents: Sequence[Document], tokenizer: Any, count: int, length: int, seed: int = 0) -> torch.Tensor:
+    """Prompts that wait for the model to go on: int64 `[count, length]`; `sequences` of documents that are prose.
+
+    Of documents that stand for requests each prompt ends with one: a conversation without its last answer, its next
+    turn opened. What comes before in other requests fills it up, and what is too long loses its beginning.
+    """
+    if not (documents and documents[0].served):
+        return sequences(documents, tokenizer, count, length, seed)
+    bos, order = beginning(tokenizer), list(documents)
+    random.Random(seed).shuffle(order)
+    rows, before, size = list[list[int]](), list[int](), length - len(bos)
+    for document in order:
+        ids = before + token_ids(opened(document), tokenizer)
+        if len(ids) < size:
+            before += token_ids(document, tokenizer)
+            continue
+        rows.append(bos + ids[len(ids) - size :])
+        before = []
+        if len(rows) == count:
+            return torch.tensor(rows, dtype=torch.int64)
+    raise UserError(
+        f"{len(documents)} documents give {len(rows)} prompts of {length} tokens, not {count}; ask for fewer or "
+        "shorter ones or give more text"
+    )
 
 
 def _windows(document: Document, tokenizer: Any, length: int, shift: float) -> Iterator[list[int]]:
