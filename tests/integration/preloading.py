@@ -29,7 +29,7 @@ class Preloading:
 
     def start(self, name: str, command: Sequence[str], env: Mapping[str, str], log: Path) -> ServerProcess:
         """A fork, where the command starts a worker that imports what the others do."""
-        if list(command[1:3]) != ["-m", "sglang.launch_server"] or "SGLANG_EXTERNAL_MODEL_PACKAGE" in env:
+        if list(command[1:3]) != ["-m", "sglang.launch_server"]:
             return ServerProcess(name, command, env, log)
         if self._server is None or self._server.died():
             self._server = _Server(command[0], env, self._log)
