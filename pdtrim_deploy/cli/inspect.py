@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("target", metavar="BUNDLE|MODEL")
 @click.option("--prompt-tokens", type=click.IntRange(1), help="Prompt length.  [default: the recipe's evaluation]")
-@click.option("--corpus", help="Text that a model is run on: brown, austen, dir:PATH or file:PATH.  [default: brown]")
+@click.option(
+    "--corpus",
+    help="Text that a model runs on, as in recipes: brown, code, dir:PATH ...  [default: brown]",
+)
 @click.option("--sequences", type=click.IntRange(1), help="Sequences of 256 tokens, for a model.  [default: 16]")
 @click.option(
     "--threshold", type=options.FiniteRange(-1, 1), help="Cosine above which a pair may be distilled.  [0.95]"

@@ -100,8 +100,16 @@ def throttled(cluster: Cluster, link: Link) -> Iterator[Cluster]:
     """`cluster` (1 prefill + 1 decode worker, transport tcp), served with KV going over a link of this speed.
 
     The link is a relay on loopback: it holds bytes back as `link` would; its way back and the control channel are free.
+
+    Raises:
+        UserError: decode has several ranks, each of which listens at a port of its own.
+
     """
     (decode,), spec = cluster.spec.decode, cluster.spec
+    if decode.options.tp_decode > 1:
+        raise UserError(
+            f"--link limits KV to one rank of decode, not to {decode.options.tp_decode}: leave out one option"
+        )
     used = {port for worker in spec.workers for port in (worker.port, worker.bootstrap_port or 0)}
     port, announced = free_ports(2, taken=frozenset(used | {spec.router.port, spec.router.metrics_port}))
     relayed = replace(decode, transport={**decode.transport, "port": port, "announce": f"{HOST}:{announced}"})
