@@ -144,7 +144,9 @@ def test_the_manager_takes_the_pool_that_sglang_registers(monkeypatch, stage):
     for name in ("PrefillSide", "DecodeSide"):
         monkeypatch.setattr(manager_room, name, lambda *side: sides.append(side))
     worker = object.__new__(manager_room.PDTrimKVManager)
-    worker._given_plan, worker._secret, worker.attn_tp_size, worker.attn_tp_rank = UNCUT, b"", 1, 0
+    worker._given_plan, worker._secret = UNCUT, b""
+    worker.attn_tp_size, worker.attn_tp_rank = 1, 0
+    worker.attn_dp_rank = worker.system_dp_rank = 0
     worker._offsets = OFFSETS
     worker.disaggregation_mode = DisaggregationMode(stage)
     worker.server_args = SimpleNamespace(
