@@ -68,6 +68,7 @@ def configurator(folder, plan, sizes=None, **args):
     settings = {
         "model_path": str(folder), "json_model_override_args": json.dumps(override), "max_total_tokens": TOKENS,
         "disaggregation_mode": "decode", "disaggregation_decode_retraction_backup": "cpu_tensor",
+        "speculative_algorithm": None,
     }  # fmt: skip
     return SimpleNamespace(server_args=SimpleNamespace(**settings | args))
 

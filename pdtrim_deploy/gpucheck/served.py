@@ -98,6 +98,26 @@ def fp8_pool_rows(serve: Path, pair: Pair | None = None) -> Iterator[Row]:
             yield _row(f"served tiny pair, fp8 pool: {wire}, {rule['method']} cut", partial(judged, bundle, pair))
 
 
+def speculation_rows(serve: Path, pair: Pair | None = None) -> Iterator[Row]:
+    """Tiny pairs without cut layers whose decode verifies drafted tokens, against the oracle.
+
+    EAGLE's draft model is a random one: its KV travels, and hardly a token of it is accepted.
+    """
+    pair = pair or Pair(serve)
+    with tempfile.TemporaryDirectory() as folder:
+        bundle = tiny_bundle(Path(folder), {"method": "none", "wire_dtype": "int8"})
+        draft = tiny.save_draft(Path(folder) / "draft")
+        # one branch, since SGLang verifies trees of more in pages of one token alone
+        ngram = ("--speculative-algorithm", "NGRAM", "--speculative-ngram-max-bfs-breadth", "1")
+        eagle = (
+            *("--speculative-algorithm", "EAGLE", "--speculative-draft-model-path", str(draft)),
+            *("--speculative-num-steps", "2", "--speculative-eagle-topk", "1", "--speculative-num-draft-tokens", "3"),
+        )
+        for name, both, decode in (("NGRAM on decode", (), ngram), ("EAGLE", eagle, eagle)):
+            way = replace(pair, prefill_args=(*pair.prefill_args, *both), decode_args=(*pair.decode_args, *decode))
+            yield _row(f"served tiny pair, int8: {name}", partial(judged, bundle, way))
+
+
 def backends() -> dict[str, tuple[str, ...] | None]:
     """Decode's options by name: each backend with full CUDA graphs and without; None where this device has it not."""
     options, device = dict[str, tuple[str, ...] | None](), capability()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,26 @@ def save(folder: Path, size: Size = Size()) -> Path:
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<|pad|>", bos_token="<|start|>", eos_token="<|end|>"
     ).save_pretrained(folder)
+    return folder
+
+
+def save_draft(folder: Path, size: Size = Size()) -> Path:
+    """A random EAGLE draft model for the model of that size: one block behind a map of token and hidden state."""
+    import json
+
+    import torch
+    from safetensors.torch import save_file
+
+    model = tiny_model(replace(size, num_hidden_layers=1), seed=1)
+    block = {name: tensor.half() for name, tensor in model.model.layers.state_dict(prefix="layers.").items()}
+    del block["layers.0.input_layernorm.weight"]  # EAGLE's first block has none
+    hidden = size.hidden_size
+    block |= {"fc.weight": torch.eye(hidden).repeat(1, 2).half(), "fc.bias": torch.zeros(hidden).half()}
+    block["embed_tokens.weight"] = model.model.embed_tokens.weight.detach().half()
+    folder.mkdir()
+    save_file(block, folder / "model.safetensors", metadata={"format": "pt"})
+    config = model.config.to_dict() | {"architectures": ["LlamaForCausalLMEagle"], "dtype": "float16"}
+    (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 

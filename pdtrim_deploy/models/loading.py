@@ -19,6 +19,7 @@ from pdtrim_deploy.models.config import read_config
 from pdtrim_deploy.models.families import family_of
 from pdtrim_deploy.models.quantized import Quantized, read_quantized
 from pdtrim_deploy.models.quantized.base import is_kv_scale
+from pdtrim_deploy.models.quantized.inputs import round_inputs
 from pdtrim_deploy.models.reading import read_weights
 from pdtrim_deploy.models.runs import check_modules, check_runs
 from pdtrim_deploy.models.tensors import read_header, read_tensor_index
@@ -26,8 +27,12 @@ from pdtrim_deploy.models.tensors import read_header, read_tensor_index
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def load_model(path: Path, dtype: str = "float32", attn_implementation: str = "sdpa") -> Any:
+def load_model(
+    path: Path, dtype: str = "float32", attn_implementation: str = "sdpa", *, rounds_inputs: bool = False
+) -> Any:
     """The model on the CPU in eval mode, its parameters without gradients; FP8 weights are dequantised.
+
+    `rounds_inputs`: what they are multiplied with is rounded to FP8, as where it is served.
 
     Raises UserError: unknown dtype or architecture, tensors that are missing or of another shape.
     """
@@ -55,10 +60,14 @@ def load_model(path: Path, dtype: str = "float32", attn_implementation: str = "s
         )
     if info["missing_keys"]:  # transformers would fill them with random numbers and only warn
         raise UserError(f"{path}: tensor {sorted(info['missing_keys'])[0]} is missing; get the model again")
+    if quantized is not None and rounds_inputs:
+        round_inputs(model, quantized, read_tensor_index(path))
     return model.eval().requires_grad_(False)
 
 
-def load_to_compute(name: str, path: Path, dtype: str, note: Callable[[str], None] = lambda _: None) -> Any:
+def load_to_compute(
+    name: str, path: Path, dtype: str, note: Callable[[str], None] = lambda _: None, *, rounds_inputs: bool = False
+) -> Any:
     """`load_model` for whoever only computes: weights rounded to `dtype`, arithmetic in what this CPU is fast at.
 
     `note` hears that the `name` model is being loaded.
@@ -66,7 +75,7 @@ def load_to_compute(name: str, path: Path, dtype: str, note: Callable[[str], Non
     computed = compute_dtype(dtype)
     why = "" if computed == dtype else f": this CPU has no {dtype} instructions, it computes in {computed}"
     note(f"loading the {name} model{why}")
-    return load_model(path, dtype).to(TORCH_DTYPES[computed])
+    return load_model(path, dtype, rounds_inputs=rounds_inputs).to(TORCH_DTYPES[computed])
 
 
 def _by_index(path: Path) -> dict[str, torch.Tensor] | None:

@@ -22,7 +22,13 @@ def most_bytes(plan: PDPlan, tokens: int, kv_heads: int) -> int:
 
 
 @lru_cache
-def most_tokens(plan: PDPlan, page_size: int, kv_heads: int, slot_bytes: int) -> int:
-    """Tokens of the longest chunk of whole pages that fits `slot_bytes` wherever it lies; 0 when no page does."""
-    pages = range(1, MOST_TOKENS // page_size + 1)
-    return page_size * bisect_right(pages, slot_bytes, key=lambda n: most_bytes(plan, n * page_size, kv_heads))
+def most_tokens(plan: PDPlan, page_size: int, kv_heads: int, slot_bytes: int, beside: int = 0) -> int:
+    """Tokens of the longest chunk of whole pages that fits `slot_bytes` wherever it lies; 0 when no page does.
+
+    `beside` are the bytes that each token has besides the plan's.
+    """
+
+    def packed_bytes(pages: int) -> int:
+        return most_bytes(plan, pages * page_size, kv_heads) + pages * page_size * beside
+
+    return page_size * bisect_right(range(1, MOST_TOKENS // page_size + 1), slot_bytes, key=packed_bytes)

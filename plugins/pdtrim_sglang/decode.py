@@ -39,7 +39,7 @@ class DecodeSide:
         config: TransportConfig,
     ) -> None:
         self._manager, self._plan, self._pool, self._aux, self._config = manager, plan, pool, aux, config
-        self._digest = bytes.fromhex(plan.digest)
+        self._digest = bytes.fromhex(pool.digest(plan))
         self._rooms: dict[int, DecodeRoom] = {}
         self._metrics = HeldMetrics()
         self._server: ReceiveServer | None = None
@@ -55,7 +55,7 @@ class DecodeSide:
             host=host,
             control_port=manager.rank_port,
             protocol=VERSION,
-            digest=self._plan.digest,
+            digest=self._digest.hex(),
             data_port=int(port),
             tp_size=manager.attn_tp_size,
             tp_rank=manager.attn_tp_rank,
@@ -128,7 +128,7 @@ class DecodeSide:
     def admit(self, header: ChunkHeader) -> None:
         """The lengths must be the plan's, before a byte of the body is read."""
         if header.digest != self._digest:
-            raise ProtocolError(f"chunk of plan {header.digest.hex()}, this worker serves {self._plan.digest}")
+            raise ProtocolError(f"chunk of plan {header.digest.hex()}, this worker serves {self._digest.hex()}")
         tokens = header.prompt_tokens
         if tokens > self._pool.tokens:
             raise ProtocolError(f"a prompt of {tokens} tokens does not fit this worker's KV pool")
@@ -139,10 +139,11 @@ class DecodeSide:
             )
         layout = chunk_layout(self._plan, tokens, header.start, header.stop, len(heads))
         aux_bytes = self._aux.total_bytes if header.last and header.aux_bytes else 0  # of several senders one brings it
-        if (header.payload_bytes, header.aux_bytes) != (layout.total_bytes, aux_bytes):
+        payload_bytes = layout.total_bytes + self._pool.draft_bytes(header.start, header.stop)
+        if (header.payload_bytes, header.aux_bytes) != (payload_bytes, aux_bytes):
             raise ProtocolError(
                 f"chunk of {header.payload_bytes} + {header.aux_bytes} bytes, "
-                f"the plan says {layout.total_bytes} + {aux_bytes}"
+                f"the plan says {payload_bytes} + {aux_bytes}"
             )
         if header.payload_bytes > self._config.staging_bytes:
             raise ProtocolError(f"chunk of {header.payload_bytes} bytes is larger than the staging buffer")

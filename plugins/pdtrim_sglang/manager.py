@@ -16,11 +16,12 @@ from pdtrim_deploy.worker.config import WorkerConfig
 from pdtrim_sglang import hook_targets, identity, sglang_host
 from pdtrim_sglang.control import protect
 from pdtrim_sglang.decode import DecodeSide
-from pdtrim_sglang.pairing import unlike_ranks
+from pdtrim_sglang.draft import DraftRows
+from pdtrim_sglang.pairing import unlike_draft_ranks, unlike_ranks
 from pdtrim_sglang.plan_source import check_fits, check_padding, dense_plan, read_offsets, read_plan
 from pdtrim_sglang.pool import PoolView
 from pdtrim_sglang.prefill import PrefillSide
-from pdtrim_sglang.requirements import check_options, check_staging, check_window
+from pdtrim_sglang.requirements import check_draft_ranks, check_options, check_staging, check_window
 from pdtrim_sglang.rooms import AuxRows
 from pdtrim_sglang.transports import TransportConfig, transport_named
 from pdtrim_sglang.transports.handshake import Credentials
@@ -35,6 +36,7 @@ class PDTrimKVManager(CommonKVManager):
 
     plan: PDPlan
     _offsets: KeyOffsets | None = None
+    _sends_draft = False
     prefill_side: PrefillSide
     decode_side: DecodeSide
 
@@ -66,8 +68,10 @@ class PDTrimKVManager(CommonKVManager):
         """Whether the worker's checkpoint is a stage of a plan; else it is a model that both workers serve."""
         return self._given_plan is not None
 
-    def attach(self, pool: Any, model: Any) -> None:
+    def attach(self, pool: Any, model: Any, draft_pool: Any = None) -> None:
         """Start the worker's side on SGLang's KV pool; an engine as `model` packs what it computes for prefill.
+
+        `draft_pool` is the pool of a draft model, where one runs.
 
         Raises:
             RuntimeError: the pool is not what the plan says, or of a kind that cannot be sent, or the staging buffer is
@@ -82,12 +86,20 @@ class PDTrimKVManager(CommonKVManager):
         check_padding(self.plan, model.config)
         own = held_heads(self.plan.model.num_kv_heads, *ranks)
         offsets = None if self._offsets is None else self._offsets.heads(own)
-        view = replace(view, offsets=offsets, first_head=own.start)
+        draft = None
+        if draft_pool is not None:
+            check_draft_ranks(self.plan, self.attn_tp_size)
+            draft_view = PoolView.of(draft_pool)
+            draft = DraftRows.of(draft_pool, draft_view.keys, draft_view.values, view.tokens)
+        view = replace(view, offsets=offsets, first_head=own.start, draft=draft)
         if self._given_plan:
             check_window(model.config, self.server_args.context_length)
         prepare(self.plan, view.keys[0], view.offsets)
+        if draft is not None:
+            draft.prepare()
+            self._sends_draft = True
         aux = AuxRows(tuple(self.kv_args.aux_data_ptrs), tuple(self.kv_args.aux_item_lens))
-        credentials = Credentials(bytes.fromhex(self.plan.digest), self._secret)
+        credentials = Credentials(bytes.fromhex(view.digest(self.plan)), self._secret)
         config = WorkerConfig.parse(self.server_args.json_model_override_args)
         transport = self.server_args.disaggregation_transfer_backend.removeprefix("pdtrim_")
         devices = sglang_host.ib_devices(self.kv_args)
@@ -115,7 +127,9 @@ class PDTrimKVManager(CommonKVManager):
         answered: bool = super().try_ensure_parallel_info(bootstrap_addr)
         if answered and not known:
             info = self.prefill_info_table[bootstrap_addr]
-            if reason := unlike_ranks(info.attn_tp_size, self.attn_tp_size):
+            ranks = info.attn_tp_size, self.attn_tp_size
+            reason = unlike_ranks(*ranks) or (unlike_draft_ranks(*ranks) if self._sends_draft else "")
+            if reason:
                 raise RuntimeError(f"pdtrim: cannot decode for the prefill worker at {bootstrap_addr}: {reason}")
             # SGLang has each rank of prefill send its copy of a head; here the first of them does.
             info.required_prefill_response_num = self.decode_side.pair(info.attn_tp_size)

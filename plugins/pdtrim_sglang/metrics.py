@@ -59,6 +59,9 @@ class TransferMetrics(HeldMetrics):
         self._wire = Histogram("pdtrim_kv_wire_bytes", "All bytes sent for a request, headers and aux", buckets=sizes)
         self._dense = Histogram("pdtrim_kv_dense_bytes", "Bytes the unpruned model would have sent", buckets=sizes)
         self._staged = Histogram("pdtrim_kv_staged_bytes", "Of the payload: packed by the engine itself", buckets=sizes)
+        self._draft = Histogram(
+            "pdtrim_kv_draft_bytes", "Of the payload: KV of a draft model, native", buckets=[0.0, *sizes]
+        )
         self._seconds = Histogram("pdtrim_kv_transfer_seconds", "First chunk queued to last chunk acknowledged")
         self._tokens = Histogram("pdtrim_kv_prompt_tokens", "Prompt tokens of a request", buckets=sizes)
         self._reused_tokens = Histogram(
@@ -77,6 +80,7 @@ class TransferMetrics(HeldMetrics):
         """
         self._payload.observe(progress.payload_bytes)
         self._staged.observe(progress.staged_bytes)
+        self._draft.observe(progress.draft_bytes)
         self._wire.observe(progress.wire_bytes)
         self._dense.observe(dense_bytes)
         self._tokens.observe(progress.prompt_tokens)

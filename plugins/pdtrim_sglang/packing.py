@@ -53,6 +53,7 @@ class Packed:
     They are of KV heads `heads`.
     `queued_at` is when the scheduler queued it, in seconds of the monotonic clock.
     `device_sum` is the checksum of bytes in a slot on a GPU, int64 `[1]` on the host; it is there with `event`, too.
+    `draft_bytes` are those of a draft model's rows, which stand behind the others.
     """
 
     queued_at: float
@@ -65,6 +66,12 @@ class Packed:
     event: Any
     device: torch.device
     device_sum: Tensor | None = None
+    draft_bytes: int = 0
+
+    @property
+    def payload_bytes(self) -> int:
+        """Of all rows."""
+        return self.layout.total_bytes + self.draft_bytes
 
     def wait(self) -> None:
         """Until the bytes are there. IndexError: a slot lay outside its pool."""
@@ -90,20 +97,24 @@ class Packer:
         out, device_sum, pieces = self._slots[slot], self._sums[slot], None
         pool = self._pool if chunk.heads is None else self._pool.of_heads(chunk.heads)
         layout = chunk_layout(self._plan, chunk.prompt_tokens, chunk.start, chunk.stop, pool.kv_heads)
+        draft_bytes = pool.draft_bytes(chunk.start, chunk.stop)
         if chunk.span is not None and device_sum is None:
             first = pool.first_head - self._pool.first_head
             heads = None if pool is self._pool else slice(first, first + pool.kv_heads)
             pieces = chunk.span.payload(layout, out, pool.offsets, heads)
         else:
             slots = pool.slots(chunk.pages, chunk.stop - chunk.pages_start)[chunk.start - chunk.pages_start :]
-            if device_sum is not None:
-                packed = pack(layout, pool.keys, pool.values, slots, out, pool.offsets)
-                device_sum.copy_(checksum(packed), non_blocking=True)
-            elif pool.keys[0].is_cpu:
-                pack(layout, pool.keys, pool.values, slots, out, pool.offsets)
-            else:
-                packed = pack(layout, pool.keys, pool.values, slots, offsets=pool.offsets)
+            near = device_sum is not None or pool.keys[0].is_cpu  # `out` is where the pool is
+            packed = pack(layout, pool.keys, pool.values, slots, out if near else None, pool.offsets)
+            if not near:
                 out[: layout.total_bytes].copy_(packed, non_blocking=True)
+            if pool.draft is not None:
+                rest = out[layout.total_bytes :]
+                packed = pool.draft.pack(layout, slots, rest if near else None)
+                if not near:
+                    rest[: len(packed)].copy_(packed, non_blocking=True)
+            if device_sum is not None:
+                device_sum.copy_(checksum(out[: layout.total_bytes + draft_bytes]), non_blocking=True)
         aux = self._aux.read(chunk.aux_index) if chunk.last and chunk.carries_aux else b""
         event, device = pool.record_event(), pool.keys[0].device
-        return Packed(queued_at, chunk, layout, pool.heads, slot, pieces, aux, event, device, device_sum)
+        return Packed(queued_at, chunk, layout, pool.heads, slot, pieces, aux, event, device, device_sum, draft_bytes)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from pdtrim_deploy.plan import PDPlan
 from pdtrim_deploy.plan.heads import indivisible, sent_heads, source_ranks, unpairable
+from pdtrim_sglang.draft import DraftRows, wire_digest
 from pdtrim_sglang.messages import Register, Room
 from pdtrim_sglang.protocol import VERSION
 from pdtrim_sglang.rooms import AuxRows
@@ -67,16 +68,32 @@ def unlike_ranks(prefill_tp: int, decode_tp: int) -> str:
     )
 
 
-def rejection(message: Register, plan: PDPlan, ranks: Ranks, aux: AuxRows) -> str:
-    """Why the decode worker that sent `message` cannot be served from here, in one sentence; empty when it can."""
+def unlike_draft_ranks(prefill_tp: int, decode_tp: int) -> str:
+    """Why ranks that send a draft model's KV cannot be paired, in one sentence; empty when they can."""
+    if prefill_tp == decode_tp:
+        return ""
+    return (
+        f"prefill has {prefill_tp} attention ranks and decode {decode_tp}, and a draft model's KV is sent between "
+        "equal numbers alone: start both workers with one --tp-size, or without --speculative-algorithm"
+    )
+
+
+def rejection(message: Register, plan: PDPlan, ranks: Ranks, aux: AuxRows, draft: DraftRows | None = None) -> str:
+    """Why the decode worker that sent `message` cannot be served from here, in one sentence; empty when it can.
+
+    `draft` is what travels beside the plan's rows.
+    """
     if message.protocol != VERSION:
         return f"decode speaks transfer protocol {message.protocol}, prefill {VERSION}: install one pdtrim-deploy"
-    if message.digest != plan.digest:
+    if message.digest != (digest := wire_digest(plan, draft)):
         return (
-            f"plans differ: prefill serves plan {plan.digest}, decode serves plan {message.digest}; "
-            "start both workers from one bundle"
+            f"plans differ: prefill serves plan {digest}, decode serves plan {message.digest}; "
+            "start both workers from one bundle, and with the same draft model or none"
         )
-    if unlike := unlike_ranks(ranks.size, message.tp_size) or indivisible(ranks.kv_heads, message.tp_size):
+    unlike = unlike_ranks(ranks.size, message.tp_size) or indivisible(ranks.kv_heads, message.tp_size)
+    if draft is not None:
+        unlike = unlike or unlike_draft_ranks(ranks.size, message.tp_size)
+    if unlike:
         return unlike
     size, rank = message.tp_size, message.tp_rank
     if rank >= size or ranks.rank not in source_ranks(ranks.size, size, rank):

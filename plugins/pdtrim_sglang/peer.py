@@ -63,7 +63,7 @@ class Peer:
         aux: AuxRows,
         rank: int,
     ) -> None:
-        self._owner, self._rank, self._digest = owner, rank, bytes.fromhex(plan.digest)
+        self._owner, self._rank, self._digest = owner, rank, bytes.fromhex(pool.digest(plan))
         self._channel = make_channel(host, port, self, config)
         self._packer = Packer(plan, pool, aux, self._channel.slots)
         self._chunks: queue.SimpleQueue[tuple[float, Chunk] | None] = queue.SimpleQueue()
@@ -207,7 +207,7 @@ class Peer:
 
     def _send(self, packed: Packed) -> None:
         packed.wait()
-        chunk, size = packed.chunk, packed.layout.total_bytes
+        chunk, size = packed.chunk, packed.payload_bytes
         progress = self._owner.progress(chunk.room)
         if progress is None or not self._owner.is_live(chunk.room):  # it failed: its pages may have been another's
             return
@@ -228,6 +228,7 @@ class Peer:
             progress.sent += 1
             progress.wire_bytes += wire_bytes
             progress.payload_bytes += size
+            progress.draft_bytes += packed.draft_bytes
             progress.staged_bytes += size if chunk.span is not None else 0
             complete = progress.complete
         if complete:

@@ -14,6 +14,7 @@ from pdtrim_deploy.kvcache.layout import ChunkLayout
 from pdtrim_deploy.kvcache.pack import check, prepare
 from pdtrim_deploy.plan import PDPlan
 from pdtrim_sglang import threads
+from pdtrim_sglang.draft import DraftRows, wire_digest
 
 if TYPE_CHECKING:
     from pdtrim_sglang.kept_pool.pool import KeptKVPool
@@ -41,7 +42,7 @@ class PoolView:
     """Tensors `[slots, kv_heads, head_dim]` of every local layer, and the page size in tokens.
 
     `cut` is SGLang's pool when its cut layers have slots of their own, `offsets` the plan's of these KV heads, and
-    `first_head` the first of them, as the model counts.
+    `first_head` the first of them, as the model counts. `draft` is the KV of a draft model, where one runs.
     """
 
     keys: list[Tensor]
@@ -50,6 +51,7 @@ class PoolView:
     cut: KeptKVPool | None = None
     offsets: KeyOffsets | None = None
     first_head: int = 0
+    draft: DraftRows | None = None
     _parts: dict[range, PoolView] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
@@ -73,6 +75,14 @@ class PoolView:
         # SGLang keeps fp8 rows as uint8.
         keys, values = ([rows.view(pool.dtype) for rows in side] for side in (pool.k_buffer, pool.v_buffer))
         return cls(keys, values, pool.page_size, pool if isinstance(pool, KeptKVPool) else None)
+
+    def digest(self, plan: PDPlan) -> str:
+        """What both workers must have in common (`draft.wire_digest`)."""
+        return wire_digest(plan, self.draft)
+
+    def draft_bytes(self, start: int, stop: int) -> int:
+        """Bytes that tokens `[start, stop)` have in the draft model's pool."""
+        return 0 if self.draft is None else self.draft.bytes_of(start, stop)
 
     @property
     def tokens(self) -> int:

@@ -57,7 +57,9 @@ class PrefillSide:
     @property
     def max_chunk_tokens(self) -> int:
         """Longest chunk of whole pages whose rows fit a staging slot whatever its place in the prompt."""
-        return most_tokens(self._plan, self._pool.page_size, self._pool.kv_heads, self._config.staging_bytes)
+        pool = self._pool
+        beside = pool.draft_bytes(0, 1)
+        return most_tokens(self._plan, pool.page_size, pool.kv_heads, self._config.staging_bytes, beside)
 
     @property
     def on_gpu(self) -> bool:
@@ -174,7 +176,7 @@ class PrefillSide:
             logger.warning("pdtrim: dropping a malformed control message of %d frames", len(frames))
 
     def _register(self, message: Register) -> None:
-        reason = rejection(message, self._plan, self._ranks, self._aux)
+        reason = rejection(message, self._plan, self._ranks, self._aux, self._pool.draft)
         if reason:
             logger.error("pdtrim: refusing decode worker %s: %s", message.session, reason)
             self.sessions.reject(message, reason)

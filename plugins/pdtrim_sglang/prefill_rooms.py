@@ -118,7 +118,9 @@ class PrefillRooms:
             reused, of = progress.reused_tokens, self._plan.model.num_kv_heads
             dense = self._plan.dense_bytes(progress.prompt_tokens - reused)  # of all heads, as payload is of those sent
             spared = self._plan.payload_bytes(reused) if reused else 0
-            self._metrics.succeeded(progress, *(size * heads // of for size in (dense, spared)))
+            draft = progress.draft_bytes  # native in both
+            spared_draft = draft * reused // max(1, progress.prompt_tokens - reused)
+            self._metrics.succeeded(progress, dense * heads // of + draft, spared * heads // of + spared_draft)
         else:
             self._metrics.ended("success")
         # decode knows already: it scattered the last chunk

@@ -21,6 +21,7 @@ class RoomProgress:
     acknowledged: int = 0
     payload_bytes: int = 0
     staged_bytes: int = 0
+    draft_bytes: int = 0
     wire_bytes: int = 0
     prompt_tokens: int = 0
     reused_tokens: int = 0

@@ -12,6 +12,8 @@ from pdtrim_sglang.chunk_sizes import most_bytes
 if TYPE_CHECKING:
     from pdtrim_sglang.pool import PoolView
 
+# NGRAM has no KV of its own; the draft model's of the others travels natively (draft.py).
+SPECULATION = ("NGRAM", "EAGLE", "EAGLE3", "NEXTN")
 # The CUDA graphs of decode whose metadata an attention backend fills anew before each replay, as SGLang names them.
 GRAPHS = ("full", "disabled")
 
@@ -22,8 +24,7 @@ def check_options(server_args: Any, kv_args: Any, plan: PDPlan | None, is_mla_ba
         raise RuntimeError("pdtrim: only plain multi-head attention models can be served (no MLA, SWA or SSM state)")
     if server_args.pp_size > 1:
         raise RuntimeError("pdtrim: pipeline parallelism is not supported: start with --pp-size 1")
-    if server_args.speculative_algorithm is not None:  # its steps are no decode steps: sparse layers would see all rows
-        raise RuntimeError("pdtrim: speculative decoding is not supported: start without --speculative-algorithm")
+    check_speculation(server_args, plan)
     for option in ("dcp_size", "attn_cp_size"):  # a rank would hold some tokens' KV only
         if getattr(server_args, option) > 1:
             name = "--" + option.replace("_", "-")
@@ -60,6 +61,33 @@ def check_options(server_args: Any, kv_args: Any, plan: PDPlan | None, is_mla_ba
         )
     if backend != "torch_native":  # SGLang itself turns graphs off
         _check_graphs(backend)
+
+
+def check_speculation(server_args: Any, plan: PDPlan | None) -> None:
+    """Raise RuntimeError where drafted tokens would be verified against rows that were not sent, or none knows how."""
+    if (algorithm := server_args.speculative_algorithm) is None:
+        return
+    without = "start without --speculative-algorithm"
+    if algorithm not in SPECULATION:
+        raise RuntimeError(
+            f"pdtrim: speculation by {algorithm} is not supported; allowed: {', '.join(SPECULATION)}: {without}"
+        )
+    if plan is not None and any(send.mode == "sparse" for send in plan.kv):  # to verify is no decode step
+        raise RuntimeError(
+            "pdtrim: the plan cuts layers, where drafted tokens would be verified against prompt rows that were not "
+            f"sent: {without}, or serve a plan without cut layers"
+        )
+    if WorkerConfig.parse(server_args.json_model_override_args).engine is not None:
+        raise RuntimeError(f"pdtrim: an engine's graph verifies no drafted tokens: {without}, or without the engine")
+
+
+def check_draft_ranks(plan: PDPlan, ranks: int) -> None:
+    """Raise RuntimeError where ranks hold copies of KV heads: one sends them for all, and not each its draft rows."""
+    if ranks > (heads := plan.model.num_kv_heads):
+        raise RuntimeError(
+            f"pdtrim: a draft model's KV is sent from as many ranks as the model has KV heads at most, {heads}: start "
+            f"with --tp-size {heads}, or without --speculative-algorithm"
+        )
 
 
 def _check_scales(server_args: Any) -> None:
@@ -145,7 +173,7 @@ def check_window(config: Any, context_length: int | None) -> None:
 
 def check_staging(plan: PDPlan, pool: PoolView, staging_bytes: int) -> None:
     """Raise RuntimeError when a page, the least that is sent of a prompt, does not fit the staging buffer."""
-    page = most_bytes(plan, pool.page_size, pool.kv_heads)
+    page = most_bytes(plan, pool.page_size, pool.kv_heads) + pool.draft_bytes(0, pool.page_size)
     if page > staging_bytes:
         raise RuntimeError(
             f"pdtrim: staging_bytes {staging_bytes} hold no page of {pool.page_size} tokens of this model: give "

@@ -92,6 +92,8 @@ class DecodeRoom:
                 rows = near(payload, pool)
                 for place in self.places:
                     unpack(place.part(layout), rows, pool.keys, pool.values, place.slots[span], pool.offsets)
+                if pool.draft is not None:  # no layer is cut then, so there is one place
+                    pool.draft.unpack(layout, rows[layout.total_bytes :], self.places[0].slots[span])
             finally:  # also what failed half way writes no more when this returns, nor reads the payload
                 pool.wait()
             self.positions[header.rank] = header.stop

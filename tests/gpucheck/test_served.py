@@ -1,6 +1,9 @@
 """The parts that serve: a genuine pair on the CPU, and what is asked of which device."""
 
+from pathlib import Path
+
 import pytest
+from safetensors.torch import load_file
 
 from pdtrim_deploy.gpucheck import served, tiny
 from pdtrim_deploy.loadtest.text import named
@@ -78,6 +81,28 @@ class TestOnTheCPU:
         assert tcp.figure["ttft_ms"] > 0
         for row in (stock, ours):
             assert row.status == "run" or "nixl" in row.reason.lower()
+
+
+def test_speculation_is_judged_without_cut_layers(monkeypatch, tmp_path):
+    judged = []
+
+    def judge(bundle, pair):
+        draft = pair.decode_args[pair.decode_args.index("--speculative-algorithm") + 3 :][:1]
+        files = [load_file(Path(folder) / "model.safetensors") for folder in draft if Path(folder).is_dir()]
+        judged.append((bundle.plan, pair, files))
+        return {}
+
+    monkeypatch.setattr(served, "judged", judge)
+    rows = list(served.speculation_rows(tmp_path))
+    assert [row.status for row in rows] == ["run"] * 2
+    (plan, ngram, none), (_, eagle, (draft,)) = judged
+    assert {send.mode for send in plan.kv} == {"full"}
+    assert (ngram.prefill_args, none) == ((), [])  # prefill need not know
+    assert "NGRAM" in ngram.decode_args
+    assert eagle.prefill_args == eagle.decode_args
+    assert draft["fc.weight"].shape == (256, 512)
+    assert "layers.0.mlp.down_proj.weight" in draft
+    assert "layers.0.input_layernorm.weight" not in draft
 
 
 def test_fp8_pools_are_judged_in_every_wire_dtype(monkeypatch, tmp_path):

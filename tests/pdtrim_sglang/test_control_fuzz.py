@@ -83,7 +83,7 @@ def make_peer(_):
 def prefill(manager, plan=PLAN):
     side = object.__new__(PrefillSide)
     side._manager, side._plan, side._aux, side._ranks = manager, plan, AuxRows((), ()), Ranks(1, 0, 1)
-    side.sessions = Sessions(make_peer)
+    side.sessions, side._pool = Sessions(make_peer), SimpleNamespace(draft=None)
     side.rooms = PrefillRooms(manager, plan, Metrics(), side._held)
     return side
 
@@ -222,7 +222,7 @@ def test_a_rank_counts_what_its_own_heads_would_have_sent():
     """The ranks' counters add up, as their payloads do."""
     plan = PDPlan.dense(PLAN.model.model_copy(update={"num_kv_heads": 4}))
     side = prefill(Manager(), plan)
-    side.rooms._progress[7] = SimpleNamespace(prompt_tokens=3, reused_tokens=1)
+    side.rooms._progress[7] = SimpleNamespace(prompt_tokens=3, reused_tokens=1, draft_bytes=0)
     side._manager.transfer_infos[7] = {"s": SimpleNamespace(heads=range(1, 2))}
     side._manager.conclude_transfer = lambda **_: None
     side._manager.request_status[7] = KVPoll.WaitingForInput

@@ -55,8 +55,12 @@ def test_compressed_tensors_reads_the_same_weights(kind, tiny_llama_dir, tmp_pat
     from transformers import AutoModelForCausalLM
 
     folder = write_fp8(tiny_llama_dir, tmp_path / "source", kind)
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    theirs(torch.arange(3, 13)[None])  # their weights are decompressed when they are first used
-    theirs = theirs.state_dict()
+    model, ids = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), torch.arange(3, 33)[None]
+    expected = model(ids).logits  # their weights are decompressed when they are first used
+    theirs = model.state_dict()
     for name, weight in load_model(folder).state_dict().items():
         assert torch.equal(theirs[name], weight), name
+    # they round each token's input to FP8 as well
+    error = (load_model(folder, rounds_inputs=True)(ids).logits - expected).abs().max()
+    assert error <= 1e-3 * expected.abs().max()
+    assert (load_model(folder)(ids).logits - expected).abs().max() > 20 * error

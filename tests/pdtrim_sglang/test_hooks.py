@@ -97,7 +97,8 @@ def test_backends_are_ours_where_a_layer_is_cut_and_only_there(registry, monkeyp
         ({"attn_cp_size": 2}, "--attn-cp-size 1"),
         ({"tokenizer_worker_num": 2}, "--tokenizer-worker-num 1"),
         ({"quantization_param_path": "scales.json"}, "--quantization-param-path"),
-        ({"speculative_algorithm": "NGRAM"}, "--speculative-algorithm"),  # has no draft model, and no pool for one
+        ({"speculative_algorithm": "NGRAM"}, "cuts layers, .* start without --speculative-algorithm, or serve a plan"),
+        ({"speculative_algorithm": "EAGLE3"}, "cuts layers, .* start without --speculative-algorithm"),
     ],
 )
 def test_options_that_would_give_wrong_text_are_refused(registry, options, sentence):
@@ -106,6 +107,20 @@ def test_options_that_would_give_wrong_text_are_refused(registry, options, sente
     check_options(SimpleNamespace(**DECODE), POOL, SPARSE, False)
     with pytest.raises(RuntimeError, match=sentence):
         check_options(SimpleNamespace(**DECODE | options), POOL, SPARSE, False)
+
+
+@pytest.mark.parametrize("plan", [None, PDPlan.dense(SHAPE)])
+@pytest.mark.parametrize("algorithm", ["NGRAM", "EAGLE", "EAGLE3", "NEXTN"])
+@pytest.mark.parametrize("stage", ["prefill", "decode"])
+def test_speculation_runs_where_no_layer_is_cut(registry, stage, algorithm, plan):
+    from pdtrim_sglang.requirements import check_options
+
+    options = DECODE | {"disaggregation_mode": stage, "speculative_algorithm": algorithm}
+    check_options(SimpleNamespace(**options), POOL, plan, False)
+    with pytest.raises(RuntimeError, match=r"verifies no drafted tokens: .* or without the engine"):
+        check_options(SimpleNamespace(**options | ENGINE), POOL, plan, False)
+    with pytest.raises(RuntimeError, match=r"by DFLASH is not supported; allowed: NGRAM, EAGLE, EAGLE3, NEXTN: start"):
+        check_options(SimpleNamespace(**options | {"speculative_algorithm": "DFLASH"}), POOL, plan, False)
 
 
 THREE = SHAPE.model_copy(update={"num_blocks": 3})

@@ -51,7 +51,8 @@ def test_the_control_channel(ended, monkeypatch, stage):
     )
     plan = SimpleNamespace(digest="00" * 32, model=SimpleNamespace(num_kv_heads=1))
     side = PrefillSide if stage == "prefill" else DecodeSide
-    side(manager, plan, None, None, "tcp", TransportConfig())
+    pool = SimpleNamespace(digest=lambda plan: plan.digest)
+    side(manager, plan, pool, None, "tcp", TransportConfig())
     assert ended.wait(5)
 
 

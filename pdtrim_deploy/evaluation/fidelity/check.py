@@ -149,7 +149,9 @@ def run_fidelity(
         served += [(group, row) for row in ask(base_url, group, new_tokens, deadline_s)]
     progress("fidelity: scoring the served tokens with the oracle")
     dtype = bundle.plan.model.kv_dtype
-    prefill, decode = (load_to_compute(stage, bundle.stage_dir(stage), dtype, progress) for stage in STAGES)
+    prefill, decode = (
+        load_to_compute(stage, bundle.stage_dir(stage), dtype, progress, rounds_inputs=True) for stage in STAGES
+    )
     oracle = PDOracle(prefill, decode, bundle.plan, KeyOffsets.read(bundle.prefill_dir, bundle.plan))
     return judge(oracle, served, progress)
 

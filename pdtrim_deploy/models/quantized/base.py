@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.models.tensors import TensorInfo
@@ -13,7 +13,7 @@ CODES = "F8_E4M3"
 """The dtype of codes, in safetensors' words: torch.float8_e4m3fn."""
 SCALE_DTYPES = ("F32", "BF16", "F16")
 _KV_SCALES = (".k_scale", ".v_scale", ".q_scale", ".kv_scale")
-_INPUT_SCALE = "input_scale"
+INPUT_SCALE = "input_scale"
 
 
 class UnsupportedScheme(Exception):
@@ -30,6 +30,8 @@ class Quantized:
         section: the format's own keys, as config.json or hf_quant_config.json has them.
         block: rows and columns of a weight that share a scale; None: a row or the whole weight does.
         powers_of_two: whether scales are.
+        inputs: what a layer's input is rounded to FP8 under: a scale for each token, for each group of as many values
+            as a block has columns, or one that is stored; None: it is not rounded.
 
     """
 
@@ -38,6 +40,7 @@ class Quantized:
     section: Mapping[str, Any]
     block: tuple[int, int] | None = None
     powers_of_two: bool = False
+    inputs: Literal["token", "group", "stored"] | None = None
 
     @property
     def label(self) -> str:
@@ -55,7 +58,7 @@ class Quantized:
 
     def is_scale(self, name: str) -> bool:
         """Whether the tensor is scales, of weights or of what goes into them, and no weight of its own."""
-        return name.rpartition(".")[2] in (self.scale, _INPUT_SCALE)
+        return name.rpartition(".")[2] in (self.scale, INPUT_SCALE)
 
     def stays(self, name: str, tensors: Mapping[str, TensorInfo]) -> bool:
         """Whether the tensor is never cast: codes, and all scales."""

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from pdtrim_deploy.models.quantized.base import Quantized, UnsupportedScheme
 
@@ -29,7 +29,20 @@ class CompressedTensors:
         blocks = {self._block(name, group) for name, group in groups.items()}
         if len(blocks) > 1 and blocks != {None}:
             raise UnsupportedScheme("groups with other blocks")
-        return Quantized(self.method, "weight_scale", section, blocks.pop())
+        inputs = {self._inputs(group.get("input_activations")) for group in groups.values()}
+        if len(inputs) > 1:
+            raise UnsupportedScheme("groups with other activations")
+        block, rounding = blocks.pop(), inputs.pop()
+        if rounding == "group" and block is None:
+            raise UnsupportedScheme("activations in groups beside weights that are not in blocks")
+        return Quantized(self.method, "weight_scale", section, block, inputs=rounding)
+
+    def _inputs(self, scheme: Mapping[str, Any] | None) -> Literal["token", "group", "stored"] | None:
+        if not scheme:
+            return None
+        if not scheme.get("dynamic"):
+            return "stored"
+        return "group" if scheme.get("strategy") == "group" else "token"
 
     def _block(self, name: str, group: Mapping[str, Any]) -> tuple[int, int] | None:
         """Of a group's scales, None unless its strategy is by block."""

@@ -23,8 +23,9 @@ class FP8:
             raise UnsupportedScheme(f"fmt {code}")
         side = section.get("weight_block_size")
         if side is None:
-            return Quantized(self.method, "weight_scale", section)
+            static = section.get("activation_scheme") == "static"
+            return Quantized(self.method, "weight_scale", section, inputs="stored" if static else "token")
         if not (isinstance(side, list) and len(side) == 2 and all(type(size) is int and size > 0 for size in side)):
             raise UnsupportedScheme(f"weight_block_size {side}")
         powers = section.get("scale_fmt") == "ue8m0"
-        return Quantized(self.method, "weight_scale_inv", section, (side[0], side[1]), powers)
+        return Quantized(self.method, "weight_scale_inv", section, (side[0], side[1]), powers, "group")

@@ -22,4 +22,4 @@ class ModelOpt:
         algorithm = section.get("quant_algo")
         if algorithm != "FP8":
             raise UnsupportedScheme(f"quant_algo {algorithm}")
-        return Quantized(self.method, "weight_scale", section)
+        return Quantized(self.method, "weight_scale", section, inputs="stored")

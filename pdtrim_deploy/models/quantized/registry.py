@@ -29,17 +29,19 @@ def read_quantized(folder: Path, config: Mapping[str, Any]) -> Quantized | None:
         section = {"quant_method": ModelOpt.method} | read_modelopt_file(folder)["quantization"]
     if not section:
         return None
-    valid = f"give the unquantised model, or one in FP8: {', '.join(FORMATS)}"
     if not isinstance(section, Mapping):
         raise UserError(f"{folder}: key quantization_config is {section!r}; it must be an object of keys and values")
-    method = section.get("quant_method")
+    valid, method = ", ".join(FORMATS), section.get("quant_method")
     if method not in FORMATS:
-        raise UserError(f"{folder}: weights quantised by {method} are not read; {valid}")
+        raise UserError(
+            f"{folder}: weights quantised by {method} are not read; give the unquantised model, or one in FP8: {valid}"
+        )
     try:
         return FORMATS[method].read(section)
     except UnsupportedScheme as scheme:
         raise UserError(
-            f"{folder}: weights quantised by {method} are read in FP8 alone, not {scheme}; {valid}"
+            f"{folder}: weights quantised by {method} are read in FP8 alone, not {scheme}; give the unquantised model, "
+            f"or one in FP8: {valid}"
         ) from None
 
 

@@ -13,6 +13,7 @@ from pdtrim_deploy.worker.decode_pool import SplitPool
 from pdtrim_sglang.kept_pool.pool import KeptKVPool
 from pdtrim_sglang.kept_pool.rule import kept_rules
 from pdtrim_sglang.plan_source import read_plan
+from pdtrim_sglang.requirements import check_speculation
 
 DECODE_POOL = key("decode_pool")
 BACKUPS = ("cpu_tensor", "none")  # of --disaggregation-decode-retraction-backup
@@ -34,6 +35,7 @@ def planned(configurator: Any) -> tuple[PDPlan, SplitPool] | None:
             reason = "this plan has none" if decode else "prefill holds all rows of every layer"
             raise RuntimeError(f"pdtrim: {DECODE_POOL} sizes pools of cut layers, {reason}: start without it")
         return None
+    check_speculation(args, plan)  # before a pool is made of a draft model as if it were the plan's
     if args.disaggregation_decode_retraction_backup not in (None, *BACKUPS):
         raise RuntimeError(
             "pdtrim: SGLang's host pool cannot back up layers that keep different rows: start decode with "

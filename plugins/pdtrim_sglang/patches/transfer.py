@@ -51,7 +51,8 @@ def attach_pool(manager: Any, queue: Any) -> Any:
     attach = getattr(manager, "attach", None)
     if attach is not None:
         model = queue.scheduler.tp_worker.model_runner.model
-        attach(queue.token_to_kv_pool, model)
+        draft_pool = queue.draft_token_to_kv_pool if manager.kv_args.num_draft_entries else None
+        attach(queue.token_to_kv_pool, model, draft_pool)
     return manager
 
 

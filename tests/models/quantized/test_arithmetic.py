@@ -47,6 +47,7 @@ def test_a_scale_that_bfloat16_rounds_down_leaves_no_nan():
     assert torch.equal(dequantize(codes, scale, None), torch.full((2, 3), 448.0))
 
 
-def test_tiny_weights_leave_no_nan():
-    codes, scale = quantize(torch.full((2, 3), 1e-40), torch.empty(()), None, False)
+@pytest.mark.parametrize(("size", "dtype"), [(1e-40, torch.float32), (1e-6, torch.float16)])
+def test_weights_too_small_for_a_scale_leave_no_nan(size, dtype):
+    codes, scale = quantize(torch.full((2, 3), size), torch.empty((), dtype=dtype), None, False)
     assert dequantize(codes, scale, None).isfinite().all()
