@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from pdtrim_deploy.bundle import PLAN, write_atomic
 from pdtrim_deploy.local.cache import Cache
+from pdtrim_deploy.local.paths import expanded
 from pdtrim_deploy.models.checkpoint import Checkpoint
 from pdtrim_deploy.plan import ModelShape, PDPlan
 from pdtrim_deploy.recipe import Recipe
 
 if TYPE_CHECKING:
+    from pdtrim_deploy.evaluation.corpora import Document
     from pdtrim_deploy.pruning.ray_evaluator import Workers
 
 Note = Callable[[str], None]
@@ -78,18 +80,29 @@ class Context:
         """
         from pdtrim_deploy.evaluation import corpora
         from pdtrim_deploy.models.loading import load_tokenizer
-        from pdtrim_deploy.pipeline.on_policy import with_continuations
+        from pdtrim_deploy.pipeline.on_policy import Speaker, end_ids, with_continuations
 
         section, tokenizer = self.recipe.calibration, load_tokenizer(self.checkpoint.path)
         parts = [
-            (corpora.load(part.corpus, self.cache, self.note).split("calibration"), part.share)
+            (self._documents(corpora.load(part.corpus, self.cache, self.note).split("calibration")), part.share)
             for part in section.shares
         ]
         prompt = length // 2 if prompt_tokens is None else prompt_tokens
         if section.continuations == "text" or prompt >= length:
             return corpora.mixed(parts, tokenizer, sequences, length, section.seed)
         prompts = corpora.mixed(parts, tokenizer, sequences, prompt, section.seed, draw=corpora.prompts)
-        return with_continuations(self, prompts, length - prompt, tokenizer)
+        path, fingerprint = self.checkpoint.path, self.checkpoint.fingerprint
+        speaker = Speaker(fingerprint, lambda: self.model, end_ids(path, tokenizer), self.cache, self.out, self.note)
+        return with_continuations(speaker, section, prompts, length - prompt)
+
+    def _documents(self, documents: tuple[Document, ...]) -> tuple[Document, ...]:
+        """The same, of the lengths that the recipe draws them from."""
+        from pdtrim_deploy.pipeline.lengths import with_lengths
+
+        section = self.recipe.calibration
+        if section.lengths is None:
+            return documents
+        return with_lengths(documents, expanded(section.lengths), section.seed)
 
 
 def write_json(path: Path, data: Any) -> None:

@@ -33,8 +33,8 @@ from pdtrim_deploy.recipe.yaml_units import Origins, compose
 Corpus = Annotated[
     str,
     Field(
-        pattern=r"^(brown|austen|code|questions|recall|(dir|file|jsonl):.+)$",
-        description="brown, austen, code, questions, recall, dir:PATH, file:PATH or jsonl:PATH",
+        pattern=r"^(brown|austen|code|questions|recall|(dir|file|jsonl|hub):.+)$",
+        description="brown, austen, code, questions, recall, dir:PATH, file:PATH, jsonl:PATH or hub:OWNER/NAME/FILE",
     ),
 ]
 
@@ -64,6 +64,8 @@ class CalibrationSection(_Section):
         mixture: several corpora and their shares, in place of `corpus`.
         continuations: `text` reads on where a prompt ends; `greedy` and `sampled` put the dense model's own words
             behind prompts (a conversation is cut off before its last answer), the likeliest or drawn by `seed`.
+        lengths: a trace of a load test; text that is no conversation is cut to the prompt lengths of its requests, and
+            a sequence holds as many requests as it has room for.
         prompt_tokens: length of the prompts that decode's blocks are searched behind; half of `length` when left out.
 
     """
@@ -72,6 +74,7 @@ class CalibrationSection(_Section):
     sequences: PositiveInt = 16
     mixture: Annotated[tuple[CorpusShare, ...], Field(strict=False)] = ()
     continuations: Literal["text", "greedy", "sampled"] = "text"
+    lengths: str | None = None
     length: Annotated[int, Field(ge=16)] = 256
     prompt_tokens: PositiveInt | None = None
     seed: Seed = 0
@@ -101,7 +104,12 @@ class CalibrationSection(_Section):
         return {name: value for name, value in serialise(self).items() if value not in _LATER.get(name, ())}
 
 
-_LATER: dict[str, tuple[Any, ...]] = {"prompt_tokens": (None,), "mixture": ((), []), "continuations": ("text",)}
+_LATER: dict[str, tuple[Any, ...]] = {
+    "prompt_tokens": (None,),
+    "mixture": ((), []),
+    "lengths": (None,),
+    "continuations": ("text",),
+}
 
 
 class EvaluationSection(_Section):

@@ -2,6 +2,8 @@
 
 import json
 import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 
 import pytest
 import torch
@@ -10,10 +12,12 @@ from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.evaluation.corpora import SPLITS, Corpus, Document, code, load, mixed, prompts, questions, sequences
 from pdtrim_deploy.evaluation.corpora.base import conversation
 from pdtrim_deploy.evaluation.corpora.fetched import FetchedCorpus
+from pdtrim_deploy.evaluation.corpora.hub import HubFile
 from pdtrim_deploy.evaluation.corpora.mixture import in_turn
 from pdtrim_deploy.evaluation.corpora.rendering import opened, token_ids
 from pdtrim_deploy.local.cache import file_sha256
 from pdtrim_deploy.models.loading import load_tokenizer
+from pdtrim_deploy.pipeline.lengths import with_lengths
 
 
 @pytest.fixture
@@ -196,3 +200,57 @@ def test_conversations_come_back_from_the_cache(tmp_path, cache):
     command = ("cp", str(tmp_path / "file"), ".")
     corpus = FetchedCorpus("stated", command, file_sha256(tmp_path / "file"), lambda _: [document], "")
     assert [corpus.load("", cache, print) for _ in range(2)] == [(document,)] * 2
+
+
+class _Hub(BaseHTTPRequestHandler):
+    """A hub with one data set of one file, by the two requests that huggingface_hub makes for a file."""
+
+    def do_HEAD(self):
+        self.answer(b"")
+
+    def do_GET(self):
+        self.answer(b'{"text": "of the hub"}\n')
+
+    def answer(self, body):
+        known = self.path == "/datasets/some/set/resolve/main/part/a.jsonl"
+        self.send_response(200 if known else 404)
+        self.send_header("ETag", '"abc"')
+        self.send_header("X-Repo-Commit", "c" * 40)
+        if not known:
+            self.send_header("X-Error-Code", "EntryNotFound")
+        self.send_header("Content-Length", str(23 if known else 0))
+        self.end_headers()
+        if known:
+            self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_file_of_a_data_set_on_a_hub(cache):
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Hub) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        kind = HubFile(endpoint=f"http://127.0.0.1:{server.server_port}")
+        (document,) = kind.load("some/set/part/a.jsonl", cache, print)
+        assert (document.id, document.text) == ("a.jsonl#000001", "of the hub")
+        with pytest.raises(UserError, match=r"^hub:some/set/b.jsonl: the hub gave no such file \([^\n]*jsonl:PATH$"):
+            kind.load("some/set/b.jsonl", cache, print)
+        server.shutdown()
+    with pytest.raises(UserError, match=r"^hub:some/other/a.jsonl: the hub gave no such file \([^\n]*jsonl:PATH$"):
+        kind.load("some/other/a.jsonl", cache, print)
+    with pytest.raises(UserError, match=r"give hub:OWNER/NAME/FILE\.jsonl\[@REVISION\]"):
+        kind.load("some/set/data.parquet", cache, print)
+
+
+def test_text_is_cut_to_the_lengths_of_a_trace(tmp_path, tokenizer):
+    trace = lines(tmp_path / "trace", *[{"timestamp": 0, "input_length": n, "output_length": 1} for n in (7, 30)])
+    talk = conversation("talk", [("user", "x" * 100)])
+    cut = with_lengths([*(Document(f"d{n}", f"{n:02}" * 50) for n in range(20)), talk], trace, 0)
+    sizes = [len(token_ids(document, tokenizer)) for document in cut[:-1]]
+    assert set(sizes) == {7, 30}
+    assert cut[-1] == talk
+    assert cut == with_lengths([*(Document(f"d{n}", f"{n:02}" * 50) for n in range(20)), talk], trace, 0)
+    row = tokenizer.decode(sequences(cut[:-1], tokenizer, 1, 60)[0])
+    assert row.count("<|end|>") >= 1, "several requests in a sequence"
+    with pytest.raises(UserError, match=r"gone: no such file; give calibration\.lengths a trace"):
+        with_lengths([talk], tmp_path / "gone", 0)

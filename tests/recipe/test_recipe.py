@@ -220,8 +220,9 @@ def test_what_came_later_leaves_the_digest_of_recipes_without_it() -> None:
     mixture = [{"corpus": "brown", "share": 1.0}, {"corpus": "code", "share": 2.0}]
     given = [{"pruning": {"objective": "kl"}}, {"calibration": {"prompt_tokens": 200}}]
     given += [{"calibration": {"continuations": "greedy"}}, {"calibration": {"mixture": mixture}}]
+    given += [{"calibration": {"lengths": "trace.jsonl"}}]
     recipes = [Recipe(name="a", model={"source": "pypi:x"}, **sections) for sections in given]
-    assert len({recipe.digest for recipe in (*recipes, Recipe(name="a", model={"source": "pypi:x"}))}) == 5
+    assert len({recipe.digest for recipe in (*recipes, Recipe(name="a", model={"source": "pypi:x"}))}) == 6
     assert [Recipe.model_validate(recipe.model_dump(mode="json")) for recipe in recipes] == recipes
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tables import demo, front, gpu, kv, pruning, serving
+from tables import demo, front, gpu, kv, objective, pruning, serving
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ TABLES = {
     "pruning": Table(("pruning",), pruning.pruning),
     "downstream": Table(("pruning",), pruning.downstream),
     "searchcost": Table(("pruning",), pruning.searchcost),
+    "objective": Table(("objective",), objective.objective),
     "steptime": Table(("steptime",), pruning.steptime),
     "kvonly": Table(("kvonly",), pruning.kvonly),
     "prefilltime": Table(("prefilltime",), pruning.prefilltime),

@@ -29,6 +29,7 @@ class Document:
         messages: of a conversation, role and content of each message.
         group: documents of equal groups fall into the same split; each is alone where it is empty.
         line: where a user wrote it: what is wrong with it is said of that place.
+        tokens: of a text, how many of its first tokens the request has; None: all.
 
     """
 
@@ -37,11 +38,12 @@ class Document:
     messages: tuple[tuple[str, str], ...] = ()
     group: str = ""
     line: str = ""
+    tokens: int | None = None
 
     @property
     def served(self) -> bool:
         """Whether it stands for a request of its own: sequences begin where such documents begin."""
-        return bool(self.messages or self.line)
+        return bool(self.messages or self.line or self.tokens)
 
 
 def conversation(name: str, messages: Sequence[tuple[str, str]]) -> Document:

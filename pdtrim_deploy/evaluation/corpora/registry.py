@@ -7,6 +7,7 @@ from pdtrim_deploy.evaluation.corpora.austen import AUSTEN
 from pdtrim_deploy.evaluation.corpora.base import Corpus, CorpusKind, Log
 from pdtrim_deploy.evaluation.corpora.brown import BROWN
 from pdtrim_deploy.evaluation.corpora.code import CODE
+from pdtrim_deploy.evaluation.corpora.hub import HubFile
 from pdtrim_deploy.evaluation.corpora.json_lines import JSONLines
 from pdtrim_deploy.evaluation.corpora.questions import QUESTIONS
 from pdtrim_deploy.evaluation.corpora.recall import Recall
@@ -22,6 +23,7 @@ CORPORA: dict[str, CorpusKind] = {
     "dir": TextDirectory(),
     "file": TextFile(),
     "jsonl": JSONLines(),
+    "hub": HubFile(),
 }
 DEFAULT_CORPUS = "brown"
 

@@ -34,7 +34,7 @@ def token_ids(document: Document, tokenizer: Any) -> list[int]:
 
     """
     if not document.messages or not (document.line or tokenizer.chat_template):
-        return _encoded(tokenizer, document.text)
+        return _encoded(tokenizer, document.text)[: document.tokens]
     if not tokenizer.chat_template:
         raise UserError(
             f"{document.line} has messages but the checkpoint's tokenizer has no chat template; give lines with text, "
