@@ -1,177 +1,28 @@
 """Prefill and decode divide attention among unlike numbers of ranks: each rank's pool ends as it would among like ones.
 
-Genuine prefill and decode sides over TCP. SGLang's managers are stood in for: their tables, and their messages.
+Genuine prefill and decode sides over TCP (rankpairs.py).
 """
 
-import ctypes
-import itertools
 import queue
 import threading
 import time
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 pytest.importorskip("sglang", reason="needs the serve environment")
-from packcases import random_offsets
-from pdtrim_sglang import decode as decode_room
 from pdtrim_sglang import pool as pool_room
-from pdtrim_sglang import prefill as prefill_room
-from pdtrim_sglang import vital
 from pdtrim_sglang.messages import parse
 from pdtrim_sglang.peer import Chunk
 from pdtrim_sglang.pool import PoolView
-from pdtrim_sglang.rooms import AuxRows
-from pdtrim_sglang.transports import TransportConfig
 from pretended_gpu import gpu
+from rankpairs import AUX, DIM, HEADS, PAGE, PLAN, TOKENS, World
 from sglang.srt.disaggregation.base.conn import KVPoll
 from sglang.srt.disaggregation.common.conn import ABORT_TAG
 
 from pdtrim_deploy.kvcache.layout import chunk_layout
-from pdtrim_deploy.plan import KVSend, ModelShape, PDPlan
-from pdtrim_deploy.plan.heads import held_heads, source_ranks
 
-HEADS, DIM, PAGE, TOKENS, SLOTS = 4, 64, 4, 22, 64
-CONFIG = TransportConfig(staging_bytes=1 << 18, connect_seconds=5, stall_seconds=5)
-SHAPE = ModelShape(
-    architecture="X", fingerprint="f", num_blocks=3, num_kv_heads=HEADS, head_dim=DIM, kv_dtype="float32"
-)
-OFFSETS = random_offsets(SHAPE, [1])
-SENDS = (KVSend(), KVSend(wire_dtype="int4"), KVSend(mode="sparse", n_first=2, n_last=7, wire_dtype="int8"))
-PLAN = PDPlan.dense(SHAPE).with_kv(SENDS).with_key_offsets(OFFSETS.file)
-AUX = bytes(range(1, 13))
 RANKS = [(1, 1), (2, 1), (1, 2), (4, 2), (2, 4), (8, 4), (4, 8), (8, 1), (1, 8), (8, 8)]
-
-
-class Nothing:
-    """Metrics: prometheus_client's registry takes a name once a process."""
-
-    def __init__(self, ended):
-        self.successes, self.outcomes = [], ended
-
-    def held(self, count):
-        count()
-
-    def succeeded(self, progress, dense_bytes, spared_bytes):
-        self.successes.append((progress.payload_bytes, dense_bytes))
-        self.ended("success")
-
-    def ended(self, outcome):
-        self.outcomes.append(outcome)
-
-
-class Manager:
-    """CommonKVManager's tables. A message to decode goes to the decode side at that port at once."""
-
-    local_ip, bootstrap_timeout = "127.0.0.1", 60
-
-    def __init__(self, size, rank, world):
-        self.attn_tp_size, self.attn_tp_rank, self.prefill_rank, self.world = size, rank, rank, world
-        self.rank_port = 1 + rank
-        self.transfer_infos, self.request_status, self.req_to_decode_prefix_len = {}, {}, {}
-        self.failure_records, self.reasons, self.required, self.responses = {}, {}, 0, set()
-        self.changed = queue.Queue()
-
-    def update_status(self, room, status):
-        if self.request_status.get(room) != KVPoll.Failed:
-            self.request_status[room] = status
-        self.changed.put(status)
-
-    def conclude_failure(self, bootstrap_room, failure_reason):
-        self.update_status(bootstrap_room, KVPoll.Failed)
-        self.reasons.setdefault(bootstrap_room, failure_reason)
-        for info in self.transfer_infos.get(bootstrap_room, {}).values():
-            self.world.decode[info.dst_port - 1].manager.apply_prefill_status(
-                bootstrap_room=bootstrap_room, status=KVPoll.Failed, prefill_rank=self.prefill_rank,
-                failure_reason=failure_reason,
-            )  # fmt: skip
-
-    def conclude_transfer(self, bootstrap_room, status, targets):
-        self.update_status(bootstrap_room, status)
-
-    def apply_prefill_status(self, bootstrap_room, status, prefill_rank, failure_reason):
-        if status == KVPoll.Failed:
-            self.reasons.setdefault(bootstrap_room, failure_reason)
-            self.update_status(bootstrap_room, status)
-        elif status == KVPoll.Success:
-            self.responses.add(prefill_rank)
-            if len(self.responses) == self.required:
-                self.update_status(bootstrap_room, status)
-
-
-class World:
-    """A prefill worker of `prefill_ranks` ranks and a decode worker of `decode_ranks`, one prompt's rows in each."""
-
-    def __init__(self, monkeypatch, prefill_ranks, decode_ranks, prefix=0):
-        start = vital.start  # a control channel's messages are handed over by the test
-        monkeypatch.setattr(vital, "start", lambda name, run: name == "control channel" or start(name, run))
-        monkeypatch.setattr(prefill_room, "TransferMetrics", lambda: Nothing([]))
-        monkeypatch.setattr(decode_room, "HeldMetrics", lambda: Nothing([]))
-        generator = torch.Generator().manual_seed(0)
-        self.rows = [[torch.randn(SLOTS, HEADS, DIM, generator=generator) for _ in range(3)] for _ in range(2)]
-        self.prefix, self.decode_ranks, self.prefill_ranks = prefix, decode_ranks, prefill_ranks
-        self.here, self.there = torch.randperm(SLOTS // PAGE)[:6], torch.randperm(SLOTS // PAGE)[:6]
-        self.memory, self.prefill, self.decode = [], [], []
-        for rank in range(prefill_ranks):
-            manager = Manager(prefill_ranks, rank, self)
-            pool, aux = self.pool(prefill_ranks, rank, self.rows), self.aux(AUX)
-            side = prefill_room.PrefillSide(manager, PLAN, pool, aux, "tcp", CONFIG)
-            self.prefill.append(SimpleNamespace(manager=manager, side=side, pool=pool))
-        for rank in range(decode_ranks):
-            manager = Manager(decode_ranks, rank, self)
-            blank = [[torch.zeros_like(t) for t in side] for side in self.rows]
-            pool, aux = self.pool(decode_ranks, rank, blank), self.aux(bytes(12))
-            side = decode_room.DecodeSide(manager, PLAN, pool, aux, "tcp", CONFIG)
-            manager.required = len(side.senders(prefill_ranks))
-            self.decode.append(SimpleNamespace(manager=manager, side=side, pool=pool, aux=aux))
-
-    def pool(self, ranks, rank, rows):
-        heads = held_heads(HEADS, ranks, rank)
-        own = [[t[:, heads.start : heads.stop].contiguous() for t in side] for side in rows]
-        return PoolView(*own, PAGE, offsets=OFFSETS.heads(heads), first_head=heads.start)
-
-    def aux(self, content):
-        memory = (ctypes.c_ubyte * 12)(*content)
-        self.memory.append(memory)
-        return AuxRows((ctypes.addressof(memory),), (12,))
-
-    def open(self, room=1, decode_ranks=None):
-        """What decode's receivers do: they open their rooms, register, and announce the request."""
-        for rank, decode in enumerate(self.decode):
-            decode.manager.request_status[room] = KVPoll.WaitingForInput
-            pages = self.there[self.prefix // PAGE :].numpy()
-            decode.side.open_room(room, TOKENS, self.prefix, pages, 0, prefill_ranks=self.prefill_ranks)
-            for source in source_ranks(self.prefill_ranks, self.decode_ranks, rank):
-                side = self.prefill[source].side
-                side._handle(decode.side.register_message())
-                if decode_ranks is None or rank in decode_ranks:
-                    destinations = max(1, self.decode_ranks // self.prefill_ranks)
-                    side._handle(decode.side.room_message(room, TOKENS, self.prefix, destinations))
-
-    def send(self, cuts, room=1):
-        """What each rank of prefill's scheduler does, in an order of its own."""
-        for place, prefill in enumerate(self.prefill):
-            prefill.side.sender_opened(room)
-            ends = cuts if place % 2 else [self.prefix, *cuts[-1:]]
-            for start, stop in itertools.pairwise(ends):
-                pages = self.here[start // PAGE :].numpy()
-                prefill.side.submit(Chunk(room, pages, start, TOKENS, start, stop, stop == TOKENS, 0))
-
-    def wait(self, sides, room=1, seconds=10):
-        deadline = time.monotonic() + seconds
-        over = KVPoll.Success, KVPoll.Failed
-        while not all(side.manager.request_status.get(room) in over for side in sides):
-            assert time.monotonic() < deadline, [side.manager.request_status for side in sides]
-            time.sleep(0.01)
-        return [side.manager.request_status[room] for side in sides]
-
-    def close(self):
-        for prefill in self.prefill:
-            for peer in prefill.side.sessions._peers.values():
-                peer.close()
-        for decode in self.decode:
-            decode.side._server.close()
 
 
 @pytest.fixture
