@@ -67,6 +67,22 @@ def faults(data: dict[str, Any]) -> str:
     return table(head, rows) + where(data["environment"], "tiny random models", model="")
 
 
+def overlap(data: dict[str, Any]) -> str:
+    """TTFT with chunks and with layers that leave when they are computed, for each link."""
+    rows = [
+        (
+            row["model"], row["wire"], f"{row['chunks']} x {row['chunk_tokens']:,}", row["link"], row["forward_ms"],
+            f"{row['by_chunk_s']:.3f}", f"{row['by_layer_s']:.3f}", f"{row['saving']:.0%}",
+            f"{row['expected_saving']:.0%}", "yes" if row["driven"] else "no",
+        )
+        for row in data["rows"]
+    ]  # fmt: skip
+    head = ("model", "wire dtype", "chunks, tokens", "link", "forward pass, ms", "by chunk, s", "by layer, s", "saved",
+            "by arithmetic", "over the relay")  # fmt: skip
+    share = f"compute is a wait at {data['options']['mfu']:.0%} of an H100's peak"
+    return table(head, rows) + where(data["environment"], share, model="")
+
+
 def simulation(data: dict[str, Any]) -> str:
     """Error of the simulation against the measured pair, by load."""
     rows = [r for r in data["rows"] if r.get("used")]
