@@ -44,5 +44,6 @@ TABLES = {
     "compare": Table(("compare",), serving.compare),
     "transport": Table(("transport",), serving.transport),
     "faults": Table(("faults",), serving.faults),
+    "overlap": Table(("overlap",), serving.overlap),
     "simulation": Table(("simulation",), serving.simulation),
 }
