@@ -31,7 +31,8 @@ def main() -> None:
             command += ["--soak-requests", str(options.soak_requests)]
             command += ["--serve-python", options.serve_python] if options.serve_python else []
             failed = subprocess.run(command, check=False).returncode
-        rows = [row for table in tables for row in json.loads(table.read_text())]
+        latest = {identity(row): row for table in tables for row in json.loads(table.read_text())}
+        rows = list(latest.values())
     if options.keep:
         new = {identity(row) for row in rows}
         old = json.loads((HERE / "results" / "faults.json").read_text())["rows"]
