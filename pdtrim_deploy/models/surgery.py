@@ -20,6 +20,8 @@ from pdtrim_deploy.models.families import known_family
 from pdtrim_deploy.models.families.disk_names import DiskNames
 from pdtrim_deploy.models.loading import TORCH_DTYPES
 from pdtrim_deploy.models.provenance import LICENCE_FILES
+from pdtrim_deploy.models.quantized.module_lists import cut_settings
+from pdtrim_deploy.models.quantized.stage import quantize_like, stage_settings
 from pdtrim_deploy.models.writer import MAX_SHARD_BYTES, write_shards
 
 _LAYERS = "model.layers."
@@ -77,10 +79,11 @@ def write_stage(
 ) -> None:
     """Write the HF folder of a stage that runs `blocks` (original indices, ascending), one shard in memory at a time.
 
-    Every tensor is cast to `dtype` ("float32", "bfloat16" or "float16"); `pdtrim` goes into config.json under that
-    key. `replacements` gives, for blocks in `blocks`, tensors by their name within the block
-    ("self_attn.q_proj.weight") in transformers' module, of the shapes they have: students of distilled pairs, healed
-    weights. `files` are copied into the folder.
+    Every tensor is cast to `dtype` ("float32", "bfloat16" or "float16"), but for FP8 weights: they keep their codes and
+    scales, and those that are replaced get new ones of the same kind. `pdtrim` goes into config.json under that key.
+    `replacements` gives, for blocks in `blocks`, tensors by their name within the block ("self_attn.q_proj.weight") in
+    transformers' module, of the shapes they have: students of distilled pairs, healed weights. `files` are copied into
+    the folder.
 
     The folder appears whole or not at all. An earlier stage in its place is replaced; anything else there is refused
     (UserError).
@@ -91,7 +94,7 @@ def write_stage(
     if dtype not in TORCH_DTYPES:
         raise UserError(f"dtype {dtype!r} is unknown; use one of {', '.join(TORCH_DTYPES)}")
     _check_replaceable(out_dir)
-    changed = _replacements(checkpoint, blocks, replacements or {})
+    changed = quantize_like(checkpoint, _replacements(checkpoint, blocks, replacements or {}))
     names = _stage_names(checkpoint, blocks)
 
     def get(name: str) -> torch.Tensor:
@@ -102,12 +105,18 @@ def write_stage(
             return shard.get_tensor(source)
 
     elements = {name: checkpoint.tensors[source].elements for name, source in names.items()}
+
+    def keeps_dtype(name: str) -> bool:
+        return checkpoint.keeps_dtype(names[name])
+
     with atomic_directory(out_dir) as folder:
-        write_shards(folder, elements, get, TORCH_DTYPES[dtype], max_shard_bytes, checkpoint.family.keeps_dtype)
+        write_shards(folder, elements, get, TORCH_DTYPES[dtype], max_shard_bytes, keeps_dtype)
         copied = {p for pattern in _COPIED for p in checkpoint.path.glob(pattern) if p.is_file()}
         for path in (*sorted(copied), *files):
             shutil.copyfile(path, folder / path.name)
         config = _stage_config(checkpoint, blocks, dtype) | {"pdtrim": dict(pdtrim)}
+        for file, settings in stage_settings(checkpoint, blocks).items():
+            (folder / file).write_text(json.dumps(settings, indent=2))
         (folder / "config.json").write_text(json.dumps(config, indent=2))
 
 
@@ -177,6 +186,8 @@ def _check_shape(name: str, tensor: torch.Tensor, expected: tuple[int, ...] | No
 def _stage_config(checkpoint: Checkpoint, blocks: Sequence[int], dtype: str) -> dict[str, Any]:
     config = {key: value for key, value in checkpoint.config.items() if key != "auto_map"}
     config |= checkpoint.family.cut_config(checkpoint.family.model_class.config_class.from_dict(config), blocks)
+    if "quantization_config" in config:
+        config["quantization_config"] = cut_settings(config["quantization_config"], blocks, checkpoint.tensors)
     return config | {"num_hidden_layers": len(blocks), "dtype": dtype, "torch_dtype": dtype}
 
 

@@ -16,7 +16,7 @@ from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.models import resolve
 from pdtrim_deploy.pipeline import engines, heal, heal_kv, sealing, select_kv, steps
 from pdtrim_deploy.pipeline.context import Context, Note
-from pdtrim_deploy.pipeline.family_fit import check_family
+from pdtrim_deploy.pipeline.family_fit import check_family, check_quantized
 from pdtrim_deploy.pipeline.journal import Journal, chained_key, claim
 from pdtrim_deploy.pipeline.stand_in import stand_in
 from pdtrim_deploy.plan import STAGES, Stage
@@ -132,6 +132,7 @@ def build(
     with show("source", False):
         checkpoint = resolve(recipe.model.source, cache, note)
         check_family(recipe, checkpoint.family)
+        check_quantized(recipe, checkpoint.quantized)
         check_loads(checkpoint, cache)
     check_fits(recipe, checkpoint.facts.num_blocks, checkpoint.facts.max_positions)
     stand_in(recipe, checkpoint.shape(recipe.model.dtype))  # a byte budget that nothing fits is refused at once

@@ -8,7 +8,7 @@ from typing import Any
 
 from pdtrim_deploy.models.provenance import Provenance
 from pdtrim_deploy.plan import PDPlan, Stage
-from pdtrim_deploy.recipe import Recipe
+from pdtrim_deploy.recipe import CalibrationSection, Recipe
 from pdtrim_deploy.recipe.kv import FIXED_KV
 from pdtrim_deploy.serving.gpu_defaults import PAGE_TOKENS, attention_arguments, pool_arguments
 
@@ -37,14 +37,8 @@ def kv(plan: PDPlan, recipe: Recipe) -> str:
         f"{cut}{f' (blocks {_list(sparse)})' if sparse else ''}; sent as "
         f"{_list(f'{wire} ({count} layers)' for wire, count in wires.most_common())}; "
         f"{plan.payload_bytes(tokens):,} bytes for {tokens} prompt tokens, "
-        f"{reductions(plan, tokens)}"
+        f"{plan.reductions(tokens)}"
     )
-
-
-def reductions(plan: PDPlan, tokens: int) -> str:
-    """How much less travels than the unpruned model would send, from a native pool and from one of fp8."""
-    native, fp8 = (plan.dense_bytes(tokens, pool) / plan.payload_bytes(tokens) for pool in ("native", "fp8_e4m3"))
-    return f"{native:.2f}x less than dense from a {plan.model.kv_dtype} pool, {fp8:.2f}x from an fp8 pool"
 
 
 def changed(plan: PDPlan, recipe: Recipe, stage: Stage, healed: Healed) -> list[str]:
@@ -73,15 +67,26 @@ def _taught(recipe: Recipe) -> str:
     return f"{healing.taught(recipe.pruning.finalists)} x {healing.length}"
 
 
+_KL = ", by KL to the dense model"
+
+
+def _corpus(text: CalibrationSection) -> str:
+    """What calibration text is of, with its seed."""
+    total = sum(part.share for part in text.shares)
+    parts = [f"{part.share / total:.0%} `{part.corpus}`" for part in text.mixture] or [f"`{text.corpus}`"]
+    own = "" if text.continuations == "text" else f", continued by the dense model ({text.continuations})"
+    return f"{', '.join(parts)}{own}, seed {text.seed}"
+
+
 def provenance(recipe: Recipe) -> list[str]:
     """Text and seeds of each choice; all text is that of the calibration split of its corpus."""
     text, pruning, healing, kv = recipe.calibration, recipe.pruning, recipe.healing, recipe.kv
     lines = [f"- Recipe `{recipe.name}` (`recipe.yaml` in the bundle), digest `{recipe.digest}`"]
-    corpus = f"`{text.corpus}`, seed {text.seed}"
+    corpus = _corpus(text)
     if pruning.decode_blocks:
         lines.append(
-            f"- Blocks chosen by `{pruning.method}` (seed {pruning.seed}) on {text.sequences} x {text.length} tokens "
-            f"of {corpus}"
+            f"- Blocks chosen by `{pruning.method}` (seed {pruning.seed}{_KL * (pruning.objective == 'kl')}) on "
+            f"{text.sequences} x {text.length} tokens of {corpus}"
         )
     if pruning.distil:
         lines.append(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from pdtrim_deploy.models import Checkpoint, resolve
 from pdtrim_deploy.models.config import read_config
 from pdtrim_deploy.models.families import family_of
 from pdtrim_deploy.pipeline.build import check_fits, done_steps, steps_of
-from pdtrim_deploy.pipeline.family_fit import check_family
+from pdtrim_deploy.pipeline.family_fit import check_family, check_quantized
 from pdtrim_deploy.pipeline.journal import Journal, refuse_strangers
 from pdtrim_deploy.pipeline.sealing import is_sealed
 from pdtrim_deploy.pipeline.stand_in import stand_in
@@ -34,7 +33,8 @@ class Preview:
 
     Attributes:
         stage_bytes: weights of each stage checkpoint.
-        planned_bytes, dense_bytes: KV of one request of `prompt_tokens`; `planned_bytes` as `stand_in` has it.
+        planned_bytes, dense_bytes, dense_fp8_bytes: KV of one request of `prompt_tokens`: as `stand_in` has it, of the
+            unpruned model from the plan's own kind of pool, and from one of fp8.
         search: what choosing the blocks costs; None when none is to be chosen, or nothing is known of the model.
         search_seconds: of it, at the speed that this machine multiplies matrices of that size at just now.
         missing: why the sizes are not known, a sentence.
@@ -47,6 +47,7 @@ class Preview:
     stage_bytes: dict[Stage, int] | None
     planned_bytes: int | None
     dense_bytes: int | None
+    dense_fp8_bytes: int | None
     search: SearchCost | None = None
     search_seconds: float | None = None
     missing: str | None = None
@@ -73,6 +74,7 @@ def preview(recipe: Recipe, out: Path, cache: Cache) -> Preview:
             raise
         return _unseen(recipe, config, str(error))
     check_family(recipe, checkpoint.family)
+    check_quantized(recipe, checkpoint.quantized)
     check_fits(recipe, checkpoint.facts.num_blocks, checkpoint.facts.max_positions)
     journal = Journal(out)
     build_steps = steps_of(recipe, checkpoint.fingerprint)
@@ -81,9 +83,13 @@ def preview(recipe: Recipe, out: Path, cache: Cache) -> Preview:
     steps["seal"] = all(steps.values()) and is_sealed(out, recipe, journal.steps)
     plan = stand_in(recipe, checkpoint.shape(recipe.model.dtype))
     sizes = {stage: _stage_bytes(checkpoint, len(plan.layers(stage)), recipe.model.dtype) for stage in STAGES}
-    planned, dense = plan.payload_bytes(prompt_tokens), plan.dense_bytes(prompt_tokens)
+    sent = (
+        plan.payload_bytes(prompt_tokens),
+        plan.dense_bytes(prompt_tokens),
+        plan.dense_bytes(prompt_tokens, "fp8_e4m3"),
+    )
     search, seconds = (None, None) if steps["prune"] else _search(recipe, checkpoint.config)
-    return Preview(recipe, steps, prompt_tokens, sizes, planned, dense, search, seconds)
+    return Preview(recipe, steps, prompt_tokens, sizes, *sent, search, seconds)
 
 
 def _unseen(recipe: Recipe, config: dict[str, Any] | None, missing: str) -> Preview:
@@ -93,7 +99,7 @@ def _unseen(recipe: Recipe, config: dict[str, Any] | None, missing: str) -> Prev
         check_fits(recipe, config["num_hidden_layers"], config["max_position_embeddings"])
     search, seconds = (None, None) if config is None else _search(recipe, config)
     steps = dict.fromkeys(names, False)
-    return Preview(recipe, steps, recipe.evaluation.prompt_tokens, None, None, None, search, seconds, missing)
+    return Preview(recipe, steps, recipe.evaluation.prompt_tokens, None, None, None, None, search, seconds, missing)
 
 
 def _config_alone(source: str) -> dict[str, Any] | None:
@@ -145,7 +151,10 @@ class _Peek(Cache):
 
 def _stage_bytes(checkpoint: Checkpoint, layers: int, dtype: str) -> int:
     """Every block has the same size; what is no block is in both stages."""
-    elements = {name: prod(info.shape) for name, info in checkpoint.tensors.items()}
-    in_blocks = sum(count for name, count in elements.items() if name.startswith("model.layers."))
-    per_block, rest = in_blocks // checkpoint.facts.num_blocks, sum(elements.values()) - in_blocks
-    return (per_block * layers + rest) * ITEM_BYTES[dtype]
+    item = ITEM_BYTES[dtype]
+    sizes = {
+        name: info.nbytes if checkpoint.keeps_dtype(name) else info.elements * item
+        for name, info in checkpoint.tensors.items()
+    }
+    in_blocks = sum(size for name, size in sizes.items() if name.startswith("model.layers."))
+    return in_blocks // checkpoint.facts.num_blocks * layers + sum(sizes.values()) - in_blocks

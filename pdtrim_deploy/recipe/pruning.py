@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from pdtrim_deploy.recipe.pruning_methods import METHODS
@@ -23,6 +33,8 @@ class PruningSection(BaseModel):
     """How many blocks each stage loses (decode loses all that prefill loses), and the method that chooses them.
 
     Attributes:
+        objective: what `greedy` and `anneal` keep low, and finalists are judged by, on calibration text: `loss`, of the
+            text's own next tokens, or `kl`, from the dense model's predictions to the pruned model's.
         distil: let annealing replace an adjacent pair by one student block, where that costs less.
         threshold: cosine above which a pair is in the distillation set; annealing may move such a pair by one block.
         steps, minutes: limits of annealing in each search; time counts from the search's first step, but never cuts
@@ -41,6 +53,7 @@ class PruningSection(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     method: Annotated[str, AfterValidator(_registered), Field(json_schema_extra={"enum": [*METHODS]})] = "greedy"
+    objective: Literal["loss", "kl"] = "loss"
     prefill_blocks: NonNegativeInt = 0
     decode_blocks: NonNegativeInt = 0
     distil: bool = False
@@ -52,6 +65,11 @@ class PruningSection(BaseModel):
     memory_mb: PositiveInt = 1024
     disk_mb: NonNegativeInt = 0
     blocks_in_memory: PositiveInt | None = None
+
+    @model_serializer(mode="wrap")
+    def _used(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Dump the objective only where it is not the default: older recipes keep their digest."""
+        return {name: value for name, value in serialise(self).items() if (name, value) != ("objective", "loss")}
 
     @model_validator(mode="after")
     def _nested(self) -> PruningSection:

@@ -45,5 +45,6 @@ TABLES = {
     "transport": Table(("transport",), serving.transport),
     "faults": Table(("faults",), serving.faults),
     "overlap": Table(("overlap",), serving.overlap),
+    "conversation": Table(("conversation",), serving.conversation, optional=True),
     "simulation": Table(("simulation",), serving.simulation),
 }
