@@ -1,7 +1,9 @@
-"""A prefill worker and a decode worker of so many ranks each, in one process: genuine sides over TCP.
+"""Prefill and decode sides of unlike numbers of ranks over TCP, one prompt's rows in prefill's pools.
 
 SGLang's managers are stood in for: their tables, and their messages.
 """
+
+from __future__ import annotations
 
 import ctypes
 import itertools
@@ -22,6 +24,7 @@ from sglang.srt.disaggregation.base.conn import KVPoll
 
 from pdtrim_deploy.plan import KVSend, ModelShape, PDPlan
 from pdtrim_deploy.plan.heads import held_heads, source_ranks
+from pdtrim_deploy.plan.wire import FP8_ROWS
 
 HEADS, DIM, PAGE, TOKENS, SLOTS = 4, 64, 4, 22, 64
 CONFIG = TransportConfig(staging_bytes=1 << 18, connect_seconds=5, stall_seconds=5)
@@ -93,33 +96,36 @@ class Manager:
 class World:
     """A prefill worker of `prefill_ranks` ranks and a decode worker of `decode_ranks`, one prompt's rows in each."""
 
-    def __init__(self, monkeypatch, prefill_ranks, decode_ranks, prefix=0, plan=PLAN):
+    def __init__(self, monkeypatch, prefill_ranks, decode_ranks, prefix=0, plan=PLAN, config=CONFIG):
         start = vital.start  # a control channel's messages are handed over by the test
         monkeypatch.setattr(vital, "start", lambda name, run: name == "control channel" or start(name, run))
         monkeypatch.setattr(prefill_room, "TransferMetrics", lambda: Nothing([]))
         monkeypatch.setattr(decode_room, "HeldMetrics", lambda: Nothing([]))
         generator = torch.Generator().manual_seed(0)
-        self.rows = [[torch.randn(SLOTS, HEADS, DIM, generator=generator) for _ in range(3)] for _ in range(2)]
+        dtype = getattr(torch, FP8_ROWS.get(plan.model.pool_dtype, plan.model.kv_dtype))
+        self.rows = [[torch.randn(SLOTS, HEADS, DIM, generator=generator).to(dtype) for _ in plan.kv] for _ in range(2)]
+        self.plan, self.offsets = plan, OFFSETS if plan.key_offsets else None
         self.prefix, self.decode_ranks, self.prefill_ranks = prefix, decode_ranks, prefill_ranks
         self.here, self.there = torch.randperm(SLOTS // PAGE)[:6], torch.randperm(SLOTS // PAGE)[:6]
         self.memory, self.prefill, self.decode = [], [], []
         for rank in range(prefill_ranks):
             manager = Manager(prefill_ranks, rank, self)
             pool, aux = self.pool(prefill_ranks, rank, self.rows), self.aux(AUX)
-            side = prefill_room.PrefillSide(manager, plan, pool, aux, "tcp", CONFIG)
+            side = prefill_room.PrefillSide(manager, plan, pool, aux, "tcp", config)
             self.prefill.append(SimpleNamespace(manager=manager, side=side, pool=pool))
         for rank in range(decode_ranks):
             manager = Manager(decode_ranks, rank, self)
             blank = [[torch.zeros_like(t) for t in side] for side in self.rows]
             pool, aux = self.pool(decode_ranks, rank, blank), self.aux(bytes(12))
-            side = decode_room.DecodeSide(manager, plan, pool, aux, "tcp", CONFIG)
+            side = decode_room.DecodeSide(manager, plan, pool, aux, "tcp", config)
             manager.required = len(side.senders(prefill_ranks))
             self.decode.append(SimpleNamespace(manager=manager, side=side, pool=pool, aux=aux))
 
     def pool(self, ranks, rank, rows):
         heads = held_heads(HEADS, ranks, rank)
         own = [[t[:, heads.start : heads.stop].contiguous() for t in side] for side in rows]
-        return PoolView(*own, PAGE, offsets=OFFSETS.heads(heads), first_head=heads.start)
+        offsets = None if self.offsets is None else self.offsets.heads(heads)
+        return PoolView(*own, PAGE, offsets=offsets, first_head=heads.start)
 
     def aux(self, content):
         memory = (ctypes.c_ubyte * 12)(*content)

@@ -16,7 +16,8 @@ from pdtrim_deploy.serving.relay import Relay
 INTRODUCTION = 102  # bytes from prefill until it is let in (pdtrim_sglang.transports.handshake)
 DELAY_S = 0.3
 CHUNK = struct.pack("<4sH", b"PDTK", VERSION)  # what each begins with
-PROMPT_TOKENS, HEADER_BYTES = struct.calcsize("<4sHHI32sQ"), struct.calcsize(HEADER) + 8  # with the checksum
+PROMPT_TOKENS = struct.calcsize(HEADER[: HEADER.index("Q") + 1])  # after the room
+HEADER_BYTES = struct.calcsize(HEADER) + 8  # with the checksum
 
 
 class Proxy(Relay):

@@ -21,6 +21,7 @@ from client import Ended, Request, draw, send
 from judge import wrong
 from paths import ServedPath, Stages
 from proxy import Proxy
+from slowworker import scheduler
 
 from pdtrim_deploy.bundle.environment import environment as machine
 from pdtrim_deploy.models.loading import load_model
@@ -33,7 +34,6 @@ from pdtrim_deploy.serving.probe import is_healthy
 from pdtrim_deploy.serving.process import session_members
 
 CHUNK = 64
-SLICE_S = 0.02
 DEADLINE_S = 60.0
 WAITING_S, BOOTSTRAP_S = 20, 40  # SGLang's deadlines for a transfer, and for decode to ask for it
 ROUTER_S = 64  # the router ends any request then; later than a client's own deadline, or it would hide what hangs
@@ -148,9 +148,8 @@ class Stand:
                 os.kill(pid, what)
 
     def scheduler(self, stage: str, rank: int = 0) -> int:
-        """The process that computes as that rank of a worker: SGLang starts them first, in the order of ranks."""
-        leader = self.worker(stage).pid
-        return sorted(pid for pid in session_members(leader) if pid != leader)[rank]
+        """The process that computes as that rank of a worker."""
+        return scheduler(self.worker(stage).pid, rank)
 
     def signal_router(self, what: int) -> None:
         """To the router's process."""
@@ -175,25 +174,6 @@ class Stand:
             yield
         finally:
             self.signal(stage, signal.SIGCONT)
-
-    @contextlib.contextmanager
-    def slowed(self, stage: str, times: int) -> Iterator[None]:
-        """What computes there runs a `times`-th of the time inside; what speaks HTTP is as quick as ever."""
-        pid, over = self.scheduler(stage), threading.Event()
-
-        def slow() -> None:
-            while not over.wait(SLICE_S):
-                os.kill(pid, signal.SIGSTOP)
-                over.wait(SLICE_S * (times - 1))
-                os.kill(pid, signal.SIGCONT)
-
-        thread = threading.Thread(target=slow)
-        thread.start()
-        try:
-            yield
-        finally:
-            over.set()
-            thread.join()
 
     def held(self) -> dict[str, float]:
         """What each worker holds now."""

@@ -25,10 +25,11 @@ from pdtrim_deploy.serving.process import session_members
 HOST = "127.0.0.1"
 # pdtrim_sglang.transports.handshake, .signature and .protocol, whose modules need the serve environment.
 HELLO, PROOF, VERDICT = "<4sH32s", "<4sH32s32s32s", "<4sH32s"
-HEADER = "<4sHHI32sQIIIIQ"
 SIGNATURE = "X-PDTrim-Signature"
 (PLUGIN,) = find_spec("pdtrim_sglang").submodule_search_locations
-VERSION = int(re.search(r"^VERSION = (\d+)", Path(PLUGIN, "protocol.py").read_text(), re.MULTILINE)[1])
+PROTOCOL = Path(PLUGIN, "protocol.py").read_text()  # its layout, from the source: a copy here would fall behind
+VERSION = int(re.search(r"^VERSION = (\d+)", PROTOCOL, re.MULTILINE)[1])
+HEADER = re.search(r'^_HEADER = struct.Struct\("(.+)"\)', PROTOCOL, re.MULTILINE)[1]
 CHECKSUM = (
     "import sys, xxhash\nfor line in sys.stdin: print(xxhash.xxh3_64(bytes.fromhex(line)).intdigest(), flush=True)"
 )
@@ -54,24 +55,30 @@ U32, U64 = st.integers(0, 2**32 - 1), st.integers(0, 2**64 - 1)
 
 @dataclass(frozen=True)
 class Chunk:
-    """A header that is mostly right; `payload` None: the plan's length, and a body; `sound`: its checksum is right."""
+    """A header that is mostly right; `payload` None: the plan's length, and a body; `sound`: its checksum is right.
+
+    `heads` are the first KV head and how many; None: those of the rank that is spoken to.
+    """
 
     version: int
     flags: int
     rank: int
+    heads: tuple[int, int] | None
     room: int
     extent: list[int]
     aux: int
     payload: int | None
     sound: bool
 
-    def encode(self, plan: PDPlan, checksum: Callable[[bytes], int]) -> bytes:
-        """Header, and the body that it announces if that is the plan's."""
+    def encode(self, plan: PDPlan, own_heads: int, checksum: Callable[[bytes], int]) -> bytes:
+        """Header, and the body that it announces if that is the plan's, to the first rank, which has `own_heads`."""
         start, stop, tokens = self.extent
-        payload = chunk_layout(plan, tokens, start, stop).total_bytes if self.payload is None else self.payload
+        payload = self.payload
+        if payload is None:
+            payload = chunk_layout(plan, tokens, start, stop, own_heads).total_bytes
         fixed = struct.pack(
-            HEADER, b"PDTK", self.version, self.flags, self.rank, bytes.fromhex(plan.digest), self.room,
-            tokens, start, stop, self.aux, payload,
+            HEADER, b"PDTK", self.version, self.flags, self.rank, *(self.heads or (0, own_heads)),
+            bytes.fromhex(plan.digest), self.room, tokens, start, stop, self.aux, payload,
         )  # fmt: skip
         body = os.urandom(payload + min(self.aux, 4096)) if self.payload is None else b""
         return fixed + struct.pack("<Q", checksum(fixed + body) if self.sound else 1) + body
@@ -82,6 +89,7 @@ CHUNK = st.builds(
     version=st.sampled_from([*[VERSION] * 7, VERSION - 1]),
     flags=st.sampled_from([0, 0, 2, 1]),
     rank=U32,
+    heads=st.one_of(*[st.none()] * 7, st.tuples(st.integers(0, 9), st.integers(0, 9))),
     room=st.integers(0, 300),
     extent=st.lists(st.one_of(st.integers(0, 300), st.integers(0, 4096)), min_size=3, max_size=3).map(sorted),
     aux=st.one_of(st.just(0), st.just(0), st.integers(0, 300), U32),

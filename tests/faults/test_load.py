@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 from client import Request, draw, send
+from slowworker import slowed
 from stand import CHUNK, DEADLINE_S, POOL_TOKENS
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(900)]
@@ -22,7 +23,7 @@ def test_clients_hang_up_in_the_middle_of_a_long_prefill(stand):
     long = draw(3, (1500, 1900), (4, 4), seed=19)
     requests = [replace(request, hangs_up=lambda: stand.proxy.hits > 2) for request in long]
     before = stand.outcomes()
-    with stand.proxy.doing("count"), stand.slowed("prefill", 15):
+    with stand.proxy.doing("count"), slowed(stand.scheduler("prefill"), 15):
         ended = send(stand.url, requests, DEADLINE_S)
         deadline = time.monotonic() + DEADLINE_S
         while sum((gone := stand.outcomes() - before).values()) < len(requests) and time.monotonic() < deadline:

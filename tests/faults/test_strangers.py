@@ -24,6 +24,7 @@ def test_two_hundred_malformed_messages(stand):
     control = {stage: strangers.zmq_ports(stand.worker(stage).pid) for stage in ("prefill", "decode")}
     assert control["prefill"]
     assert control["decode"]
+    own_heads = stand.oracle.plan.model.num_kv_heads // stand.path.tp_decode
     plan, secret = stand.oracle.plan, stand.cluster.secret.read_bytes().strip()
     key, digest = derive(secret, b"transport"), bytes.fromhex(plan.digest)
     sign = strangers.signature(derive(secret, b"bootstrap"), digest)
@@ -52,12 +53,12 @@ def test_two_hundred_malformed_messages(stand):
 
     @FUZZ
     @given(strangers.FRAME)
-    @example(strangers.Chunk(strangers.VERSION, 0, 0, 1, [0, 8, 8], 0, 1, True))
-    @example(strangers.Chunk(strangers.VERSION, 0, 0, 1, [0, 8, 8], 0, None, False))
-    @example(strangers.Chunk(strangers.VERSION, 0, 0, 1, [0, 8, 8], 0, None, True))
+    @example(strangers.Chunk(strangers.VERSION, 0, 0, None, 1, [0, 8, 8], 0, 1, True))
+    @example(strangers.Chunk(strangers.VERSION, 0, 0, None, 1, [0, 8, 8], 0, None, False))
+    @example(strangers.Chunk(strangers.VERSION, 0, 0, None, 1, [0, 8, 8], 0, None, True))
     def of_a_member(frame):
         counted["member"] += 1
-        data = frame if isinstance(frame, bytes) else frame.encode(plan, checksum)
+        data = frame if isinstance(frame, bytes) else frame.encode(plan, own_heads, checksum)
         let_in, answer = strangers.as_member(transport, key, digest, data)
         assert let_in
         answers.append(answer)

@@ -4,6 +4,7 @@ The stages keep other blocks of a tiny Llama, and rows travel quantised: a row t
 answer is another one than prefill sends for the same token in the next turn.
 """
 
+import contextlib
 import random
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from slowworker import scheduler, slowed
 
 from pdtrim_deploy.evaluation.fidelity import judge
 from pdtrim_deploy.evaluation.fidelity.cases import Group
@@ -22,7 +24,7 @@ from pdtrim_deploy.models.loading import load_model
 from pdtrim_deploy.models.oracle import PDOracle
 from pdtrim_deploy.models.surgery import write_stage
 from pdtrim_deploy.plan import STAGES, Drop, Keep, KVSend, PDPlan
-from pdtrim_deploy.serving.metrics import scrape
+from pdtrim_deploy.serving.metrics import scrape, total
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(900)]
 PAGE, CHUNK, POOL, VOCABULARY, NEW = 16, 64, 1024, 259, 20
@@ -183,6 +185,41 @@ def test_a_turn_goes_on_after_one_that_was_aborted(pair, oracle, events):
     hang_up(pair, talk.say(), events)
     (again,) = ask(pair, talk.say())
     check(oracle, [answer, again])
+
+
+def held(pair):
+    """Tokens in both workers' pools that belong to requests, and requests that transfer."""
+    counts = []
+    for worker in pair.workers:
+        (load,) = httpx.get(f"{worker.spec.url}/v1/loads", timeout=10).json()["loads"]
+        counts += load["num_used_tokens"], total(scrape(worker.metrics_url), "pdtrim_kv_open_requests")
+    return counts
+
+
+def aborted(pair):
+    samples = scrape(pair.workers[0].metrics_url).get("pdtrim_kv_requests_total", ())
+    return sum(sample.value for sample in samples if sample.labels["outcome"] == "aborted")
+
+
+def test_a_client_that_leaves_in_the_middle_of_a_long_prefill_leaves_nothing_behind(pair, oracle):
+    """SGLang's prefill hears of it two seconds later: it is slowed down, so most chunks are still to come then."""
+    talk = Conversation("left")
+    (answer,) = ask(pair, talk.say())
+    talk.heard(answer)
+    prompt = random.Random("long").choices(range(3, VOCABULARY), k=13 * CHUNK)
+    counted, whole, deadline = aborted(pair), transferred(pair), time.monotonic() + 60
+    with slowed(scheduler(pair.workers[0].pid), 25):
+        with contextlib.suppress(httpx.ReadTimeout):
+            httpx.post(f"{pair.url}/generate", json=body_of(prompt) | {"stream": True}, timeout=1)
+        while aborted(pair) == counted and transferred(pair) == whole and time.monotonic() < deadline:
+            time.sleep(0.1)
+    assert (aborted(pair) - counted, transferred(pair) - whole) == (1, 0)
+    while any(held(pair)):
+        assert time.monotonic() < deadline, held(pair)
+        time.sleep(0.1)
+    (again,) = ask(pair, talk.say())
+    (late,) = ask(pair, prompt)
+    check(oracle, [answer, again, late])
 
 
 def test_evicted_rows_are_sent_again(pair, stages, oracle):

@@ -1,6 +1,6 @@
 """Prefill and decode divide attention among unlike numbers of ranks: each rank's pool ends as it would among like ones.
 
-What is genuine stands in `rankpairs`.
+Genuine prefill and decode sides over TCP (rankpairs.py).
 """
 
 import queue

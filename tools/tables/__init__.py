@@ -45,6 +45,7 @@ TABLES = {
     "compare": Table(("compare",), serving.compare),
     "transport": Table(("transport",), serving.transport),
     "faults": Table(("faults",), serving.faults),
+    "overlap": Table(("overlap",), serving.overlap),
     "conversation": Table(("conversation",), serving.conversation, optional=True),
     "simulation": Table(("simulation",), serving.simulation),
 }

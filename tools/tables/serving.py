@@ -59,12 +59,33 @@ def transport(data: dict[str, Any]) -> str:
 
 
 def faults(data: dict[str, Any]) -> str:
-    """What every fault did to the requests under way."""
-    keys = ("sent", "answered", "aborted", "failed", "lost", "wrong", "slowest_s", "recovered_s")
-    rows = [(f"{row['fault']} ({row['transport']})", *(row[key] for key in keys)) for row in data["rows"]]
-    head = ("fault", "sent", "answered", "hung up", "failed with a reason", "hung", "wrong text", "slowest, s",
-            "serves again after, s")  # fmt: skip
-    return table(head, rows) + where(data["environment"], "tiny random models", model="")
+    """What every fault did to the requests under way, on each path."""
+    keys = ("sent", "answered", "aborted", "failed", "lost", "wrong", "slowest_s", "recovered_s", "commit")
+    rows = [(row["path"], f"{row['fault']} ({row['transport']})", *(row[key] for key in keys)) for row in data["rows"]]
+    head = ("served", "fault", "sent", "answered", "hung up", "failed with a reason", "hung", "wrong text",
+            "slowest, s", "serves again after, s", "commit")  # fmt: skip
+    processors = ", ".join(sorted({row["cpu"] for row in data["rows"]}))
+    spreads = [row["spread_nats"] for row in data["rows"] if row["spread_nats"] is not None]
+    probe = [f"logprobs of the probe within {max(spreads):.0e} nats"] if spreads else []
+    return table(head, rows) + where(
+        data["environment"], "tiny random models", f"rows of {processors}", *probe, model=""
+    )
+
+
+def overlap(data: dict[str, Any]) -> str:
+    """TTFT with chunks and with layers that leave when they are computed, for each link."""
+    rows = [
+        (
+            row["model"], row["wire"], f"{row['chunks']} x {row['chunk_tokens']:,}", row["link"], row["forward_ms"],
+            f"{row['by_chunk_s']:.3f}", f"{row['by_layer_s']:.3f}", f"{row['saving']:.0%}",
+            f"{row['expected_saving']:.0%}", "yes" if row["driven"] else "no",
+        )
+        for row in data["rows"]
+    ]  # fmt: skip
+    head = ("model", "wire dtype", "chunks, tokens", "link", "forward pass, ms", "by chunk, s", "by layer, s", "saved",
+            "by arithmetic", "over the relay")  # fmt: skip
+    share = f"compute is a wait at {data['options']['mfu']:.0%} of an H100's peak"
+    return table(head, rows) + where(data["environment"], share, model="")
 
 
 def conversation(data: dict[str, Any] | None) -> str:
