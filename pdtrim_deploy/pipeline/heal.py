@@ -56,7 +56,7 @@ def blocks_plan(context: Context) -> PDPlan:
         return plan
     alone = json.loads((context.out / HEALING).read_text())["kv_only_blocks"]
     prefill = tuple(KVOnly() if block in alone else action for block, action in enumerate(plan.prefill))
-    return PDPlan(model=plan.model, prefill=prefill, decode=plan.decode, kv=plan.kv)
+    return plan.with_parts(prefill=prefill)
 
 
 def _chosen(context: Context) -> PDPlan:

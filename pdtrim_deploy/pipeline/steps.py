@@ -150,6 +150,7 @@ def write_stage(context: Context, stage: Stage) -> set[str]:
         context.recipe.model.dtype,
         plan.model_dump(mode="json"),
         replacements=heal_kv.changed(context).get(stage),
+        experts=plan.kept_experts(stage),
         files=[context.out / KEY_OFFSETS] if plan.key_offsets else [],
     )
     return {stage}
