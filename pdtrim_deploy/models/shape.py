@@ -11,7 +11,7 @@ from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.local.paths import expanded
 from pdtrim_deploy.models.config import read_config
 from pdtrim_deploy.models.families import attention_sizes, family_of
-from pdtrim_deploy.plan import ModelShape, NativeDtype
+from pdtrim_deploy.plan import ExpertShape, ModelShape, NativeDtype
 
 FACTS = Path(__file__).parent / "facts"  # a link to recipes/facts
 
@@ -24,6 +24,7 @@ class Sized:
         label: the model's name for a reader.
         origin: the file it came from.
         kv_dtype: of the weights, hence of a KV pool; None where config.json does not say.
+        experts: None where blocks have none, or are not known.
 
     """
 
@@ -35,6 +36,7 @@ class Sized:
     head_dim: int
     max_positions: int
     kv_dtype: NativeDtype | None
+    experts: ExpertShape | None = None
 
     def shape(self, kv_dtype: NativeDtype) -> ModelShape:
         """As a plan needs it; the fingerprint says that no weights were seen."""
@@ -98,6 +100,7 @@ def read_sized(path: Path) -> Sized:
         head_dim=head_dim,
         max_positions=config["max_position_embeddings"],
         kv_dtype=_dtype(config, path),
+        experts=family.expert_shape(config),
     )
 
 

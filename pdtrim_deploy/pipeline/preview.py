@@ -16,7 +16,7 @@ from pdtrim_deploy.models import Checkpoint, resolve
 from pdtrim_deploy.models.config import read_config
 from pdtrim_deploy.models.families import family_of
 from pdtrim_deploy.pipeline.build import check_fits, done_steps, steps_of
-from pdtrim_deploy.pipeline.family_fit import check_family
+from pdtrim_deploy.pipeline.family_fit import check_experts, check_family
 from pdtrim_deploy.pipeline.journal import Journal, refuse_strangers
 from pdtrim_deploy.pipeline.sealing import is_sealed
 from pdtrim_deploy.pipeline.stand_in import stand_in
@@ -73,13 +73,15 @@ def preview(recipe: Recipe, out: Path, cache: Cache) -> Preview:
             raise
         return _unseen(recipe, config, str(error))
     check_family(recipe, checkpoint.family)
+    experts = checkpoint.family.expert_shape(checkpoint.config)
+    check_experts(recipe, experts)
     check_fits(recipe, checkpoint.facts.num_blocks, checkpoint.facts.max_positions)
     journal = Journal(out)
     build_steps = steps_of(recipe, checkpoint.fingerprint)
     done = done_steps(build_steps, journal)
     steps = {"source": True} | {step.name: step.name in done for step in build_steps}
     steps["seal"] = all(steps.values()) and is_sealed(out, recipe, journal.steps)
-    plan = stand_in(recipe, checkpoint.shape(recipe.model.dtype))
+    plan = stand_in(recipe, checkpoint.shape(recipe.model.dtype), experts)
     sizes = {stage: _stage_bytes(checkpoint, len(plan.layers(stage)), recipe.model.dtype) for stage in STAGES}
     planned, dense = plan.payload_bytes(prompt_tokens), plan.dense_bytes(prompt_tokens)
     search, seconds = (None, None) if steps["prune"] else _search(recipe, checkpoint.config)
@@ -89,7 +91,9 @@ def preview(recipe: Recipe, out: Path, cache: Cache) -> Preview:
 def _unseen(recipe: Recipe, config: dict[str, Any] | None, missing: str) -> Preview:
     names = ("source", *(step.name for step in steps_of(recipe, "")), "seal")
     if config is not None:
-        check_family(recipe, family_of(config, recipe.model.source))
+        family = family_of(config, recipe.model.source)
+        check_family(recipe, family)
+        check_experts(recipe, family.expert_shape(config))
         check_fits(recipe, config["num_hidden_layers"], config["max_position_embeddings"])
     search, seconds = (None, None) if config is None else _search(recipe, config)
     steps = dict.fromkeys(names, False)

@@ -1,16 +1,27 @@
-"""The recipe's section on block pruning."""
+"""The recipe's section on pruning: blocks, and experts of the blocks that stay."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
+from pdtrim_deploy.recipe.experts import ExpertsSection
 from pdtrim_deploy.recipe.pruning_methods import METHODS
 from pdtrim_deploy.recipe.seed import Seed
 
-_ANY = ("method", "prefill_blocks", "decode_blocks", "distil", "threshold", "blocks_in_memory")
+_ANY = ("method", "prefill_blocks", "decode_blocks", "distil", "threshold", "blocks_in_memory", "experts")
 
 
 def _registered(name: str) -> str:
@@ -35,6 +46,7 @@ class PruningSection(BaseModel):
         blocks_in_memory: blocks whose weights are in memory at a time while searching, fitting students, judging
             finalists and compensating; others are read from the checkpoint when they run. The result is the same. All
             blocks when left out.
+        experts: experts that the remaining blocks keep; all when left out.
 
     """
 
@@ -52,6 +64,12 @@ class PruningSection(BaseModel):
     memory_mb: PositiveInt = 1024
     disk_mb: NonNegativeInt = 0
     blocks_in_memory: PositiveInt | None = None
+    experts: ExpertsSection | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_experts(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Recipes that keep all experts have the digests they had before there were others."""
+        return {name: value for name, value in serialise(self).items() if name != "experts" or value is not None}
 
     @model_validator(mode="after")
     def _nested(self) -> PruningSection:

@@ -113,7 +113,7 @@ def test_replaced_tensors_are_of_the_kept_experts(architecture, tiny_dir, cache,
     ("change", "words"),
     [
         ({3: (0, 1)}, "blocks keep 2 to 3 experts; a stage has one number"),
-        ({block: (0,) for block in BLOCKS}, "1 experts are kept; allowed: 2 to 4"),
+        (dict.fromkeys(BLOCKS, (0,)), "1 experts are kept; allowed: 2 to 4"),
         ({5: (0, 2, 4)}, "block 5 has experts 0 to 3, not 4"),
         ({5: (2, 0, 3)}, "block 5: experts must ascend"),
         ({4: (0, 1, 2)}, "experts of block 4: name those of each block with experts that the stage runs"),
