@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,12 @@ import tinyfamilies
 
 from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.models.families import known_family
+
+with contextlib.suppress(ImportError):  # the environment of the documentation has none
+    from hypothesis import settings
+
+    settings.register_profile("busy machine", deadline=None)  # beside servers an example may take any time
+    settings.load_profile("busy machine")
 
 TINY_BLOCKS = tinyfamilies.SHARED["num_hidden_layers"]
 # Files of the tests without servers from the longest, of 10 s of CPU and more. xdist hands files out in this order, so

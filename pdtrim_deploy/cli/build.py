@@ -133,15 +133,16 @@ def print_preview(preview: Preview, out: Path, as_json: bool) -> None:
             + (f", fitting {cost.fitted / 1e9:,.2f}" if cost.fitted else "")
             + (f"; {cost.disk / 1e9:,.2f} GB of files" if cost.disk else "")
         )
-    if preview.stage_bytes is None or preview.planned_bytes is None or preview.dense_bytes is None:
+    planned, dense, fp8 = preview.planned_bytes, preview.dense_bytes, preview.dense_fp8_bytes
+    if preview.stage_bytes is None or planned is None or dense is None or fp8 is None:
         click.echo(f"  {preview.missing}")
         click.echo("  sizes of weights and KV are known once the model has been fetched")
         return
     for stage, size in preview.stage_bytes.items():
         click.echo(f"  {stage:<10} {size / 1e6:,.1f} MB of weights")
     click.echo(
-        f"  KV of a request of {preview.prompt_tokens} tokens: {preview.planned_bytes:,} bytes, "
-        f"dense {preview.dense_bytes:,}: {preview.dense_bytes / preview.planned_bytes:.2f}x less"
+        f"  KV of a request of {preview.prompt_tokens} tokens: {planned:,} bytes, dense {dense:,} "
+        f"({dense / planned:.2f}x), dense from an fp8 pool {fp8:,} ({fp8 / planned:.2f}x)"
     )
 
 

@@ -118,7 +118,10 @@ def _show_bundle(bundle: Path, prompt_tokens: int | None, as_json: bool) -> None
     opened = Bundle.open(bundle)
     plan, tokens = opened.plan, prompt_tokens or opened.recipe.evaluation.prompt_tokens
     if as_json:
-        sizes = {"prompt_tokens": tokens, "dense": plan.dense_bytes(tokens), "planned": plan.payload_bytes(tokens)}
+        sizes = {
+            "prompt_tokens": tokens, "dense": plan.dense_bytes(tokens), "planned": plan.payload_bytes(tokens),
+            "dense_fp8": plan.dense_bytes(tokens, "fp8_e4m3"),
+        }  # fmt: skip
         data = {"digest": plan.digest, "plan": plan.model_dump(mode="json"), "bytes": sizes}
         data["steps"] = {n: s.seconds for n, s in opened.manifest.steps.items()}
         data["engines"] = {

@@ -12,6 +12,9 @@ from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.models.config import read_config
 from pdtrim_deploy.models.families import FAMILIES, Family, attention_sizes, family_of
+from pdtrim_deploy.models.quantized import Quantized, read_quantized
+from pdtrim_deploy.models.quantized.base import is_kv_scale
+from pdtrim_deploy.models.quantized.module_lists import cut_settings
 from pdtrim_deploy.models.tensors import TensorInfo, read_tensor_index, tensor_digests
 from pdtrim_deploy.plan import ModelShape, NativeDtype
 
@@ -37,7 +40,7 @@ _NO_MATTER = ("architectures", "auto_map", "dtype", "torch_dtype", "transformers
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """Sizes read from config.json; `dtype` is that of the weights on disk."""
+    """Sizes read from config.json; `dtype` is that of the weights on disk, or of those that are not quantised."""
 
     architecture: str
     num_blocks: int
@@ -53,13 +56,28 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole HF folder; `fingerprint` names its weights and sizes (64 hex digits), wherever they lie."""
+    """A whole HF folder; `fingerprint` names its weights and sizes (64 hex digits), wherever they lie.
+
+    `tensors` are those on disk: where weights are `quantized`, their codes and scales.
+    """
 
     path: Path
     config: dict[str, Any]
     family: Family
     fingerprint: str
     tensors: dict[str, TensorInfo] = field(repr=False)
+    quantized: Quantized | None = None
+
+    @property
+    def weights(self) -> list[str]:
+        """Names of the tensors that are no scales of others."""
+        quantized = self.quantized
+        return [name for name in self.tensors if quantized is None or not quantized.is_scale(name)]
+
+    def keeps_dtype(self, name: str) -> bool:
+        """Whether a tensor stands in a stage in the dtype that it has here, whatever the stage's."""
+        stays = self.quantized is not None and self.quantized.stays(name, self.tensors)
+        return stays or self.family.keeps_dtype(name)
 
     @property
     def facts(self) -> ModelFacts:
@@ -95,20 +113,20 @@ class Checkpoint:
 def open_checkpoint(folder: Path, cache: Cache) -> Checkpoint:
     """Check a HF folder and take its fingerprint (kept in the cache, as it reads every byte).
 
-    Raises UserError: no folder, bad config.json, architecture, quantised, missing or other weights, no tokenizer.
+    Raises UserError: no folder, bad config.json, architecture, a quantisation that is not read, missing or other
+    weights, no tokenizer.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give a HF folder with config.json and safetensors")
     config = read_config(folder / "config.json")
     family = family_of(config, str(folder))
-    if config.get("quantization_config"):
-        raise UserError(f"{folder}: quantised weights cannot be cut block by block; give the unquantised model")
+    quantized = read_quantized(folder, config)
     if not any((folder / name).exists() for name in TOKENIZER_FILES):
         raise UserError(
             f"{folder}: no tokenizer ({', '.join(TOKENIZER_FILES)}); copy the model's tokenizer files there"
         )
     index = read_tensor_index(folder)
-    tensors = {n: t for n, t in index.items() if _is_weight(n, config)}
+    tensors = {n: t for n, t in index.items() if _is_weight(n, config, quantized)}
     shapes = family.required_tensors(config)
     missing = sorted(shapes.keys() - tensors.keys())
     if missing and family.blocks is None:
@@ -118,7 +136,14 @@ def open_checkpoint(folder: Path, cache: Cache) -> Checkpoint:
         )
     if missing:
         raise UserError(f"{folder}: {len(missing)} tensors are missing, first {missing[0]}; get the model again")
-    odd = [f"{n} is {t.dtype}" for n, t in tensors.items() if t.dtype not in DTYPES]
+    if quantized is not None:
+        quantized.check(tensors, str(folder))
+        cut_settings(quantized.section, range(config["num_hidden_layers"]), tensors)  # patterns that are none
+    odd = [
+        f"{name} is {info.dtype}"
+        for name, info in tensors.items()
+        if info.dtype not in DTYPES and not (quantized and quantized.is_quantized(name, tensors))
+    ]
     if odd:
         raise UserError(f"{folder}: {odd[0]}; weights must be one of {', '.join(DTYPES.values())}")
     for name, shape in shapes.items():
@@ -126,11 +151,17 @@ def open_checkpoint(folder: Path, cache: Cache) -> Checkpoint:
             has = list(tensors[name].shape)
             raise UserError(f"{folder}: {name} is {has} but by config.json {list(shape)}; get the model again")
     _check_tied(folder, config, index)
-    return Checkpoint(folder, config, family, _fingerprint(folder, config, family, tensors, cache), tensors)
+    fingerprint = _fingerprint(folder, config, family, tensors, quantized, cache)
+    return Checkpoint(folder, config, family, fingerprint, tensors, quantized)
 
 
-def _is_weight(name: str, config: dict[str, Any]) -> bool:
-    """Not a buffer of old exports, not a second copy of tied embeddings: neither changes what the model is."""
+def _is_weight(name: str, config: dict[str, Any], quantized: Quantized | None) -> bool:
+    """Not a buffer of old exports, not a second copy of tied embeddings: neither changes what the model is.
+
+    Nor a scale of an fp8 KV pool: the plan chooses its pools, and has them without scales.
+    """
+    if quantized is not None and is_kv_scale(name):
+        return False
     tied = name == "lm_head.weight" and config.get("tie_word_embeddings", False)
     return not tied and not name.endswith("rotary_emb.inv_freq")
 
@@ -163,10 +194,17 @@ def _essentials(config: dict[str, Any], family: Family) -> tuple[str, ...]:
 
 
 def _fingerprint(
-    folder: Path, config: dict[str, Any], family: Family, tensors: dict[str, TensorInfo], cache: Cache
+    folder: Path,
+    config: dict[str, Any],
+    family: Family,
+    tensors: dict[str, TensorInfo],
+    quantized: Quantized | None,
+    cache: Cache,
 ) -> str:
     essentials = {"architecture": family.architecture, "rope": _rope(config)}
     essentials |= {key: config[key] for key in _essentials(config, family) if config.get(key) is not None}
+    if quantized is not None:
+        essentials["quantization_config"] = dict(quantized.section)
     text = json.dumps(essentials, sort_keys=True)
     files = sorted({t.file.resolve() for t in tensors.values()})
     stats = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.models.checkpoint import Checkpoint
 from pdtrim_deploy.models.families import Family
 from pdtrim_deploy.models.families.base import EXPERT
 from pdtrim_deploy.models.families.disk_names import DiskNames
@@ -35,6 +37,18 @@ def check_experts(family: Family, config: Mapping[str, Any], blocks: Sequence[in
             shape.check(BlockExperts(block=block, kept=tuple(kept)))
         except ValueError as error:
             raise UserError(f"experts of a stage: {error}") from None
+
+
+def check_formats(checkpoint: Checkpoint, experts: ExpertsByBlock) -> None:
+    """Raise UserError where quantised weights cannot be renumbered: experts named in settings, a quantised router."""
+    if not experts or checkpoint.quantized is None:
+        return
+    if re.search(r"experts\.\d", json.dumps(checkpoint.config.get("quantization_config"))):
+        raise UserError(f"{checkpoint.path}: its quantization_config names single experts, which cannot be renumbered")
+    for name in checkpoint.family.expert_rows:
+        scales = [f"model.layers.{block}.{name}_scale" for block in experts]
+        if any(scale in checkpoint.tensors or f"{scale}_inv" in checkpoint.tensors for scale in scales):
+            raise UserError(f"{checkpoint.path}: its router is quantised ({name}), whose rows cannot be cut")
 
 
 def kept_count(experts: ExpertsByBlock) -> int | None:

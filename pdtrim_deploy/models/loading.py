@@ -17,6 +17,9 @@ from pdtrim_deploy.local.processor import compute_dtype
 from pdtrim_deploy.models.checkpoint import TOKENIZER_FILES, Checkpoint
 from pdtrim_deploy.models.config import read_config
 from pdtrim_deploy.models.families import family_of
+from pdtrim_deploy.models.quantized import Quantized, read_quantized
+from pdtrim_deploy.models.quantized.base import is_kv_scale
+from pdtrim_deploy.models.reading import read_weights
 from pdtrim_deploy.models.runs import check_modules, check_runs
 from pdtrim_deploy.models.tensors import read_header, read_tensor_index
 
@@ -24,21 +27,25 @@ TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16":
 
 
 def load_model(path: Path, dtype: str = "float32", attn_implementation: str = "sdpa") -> Any:
-    """The model on the CPU in eval mode, its parameters without gradients.
+    """The model on the CPU in eval mode, its parameters without gradients; FP8 weights are dequantised.
 
     Raises UserError: unknown dtype or architecture, tensors that are missing or of another shape.
     """
     if dtype not in TORCH_DTYPES:
         raise UserError(f"dtype {dtype!r} is unknown; use one of {', '.join(TORCH_DTYPES)}")
-    family = family_of(read_config(path / "config.json"), str(path))
+    raw = read_config(path / "config.json")
+    family, quantized = family_of(raw, str(path)), read_quantized(path, raw)
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # "Loading weights" would break our own lines
-    weights = _by_index(path)
+    weights = _by_index(path) if quantized is None else _dequantized(path, quantized, TORCH_DTYPES[dtype])
     with _one_sentence(path, "model"):
+        config = family.model_class.config_class.from_pretrained(path, local_files_only=True)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config  # else transformers would want the format's own library
         model, info = family.model_class.from_pretrained(
             path if weights is None else None,
-            config=family.model_class.config_class.from_pretrained(path, local_files_only=True),
+            config=config,
             dtype=TORCH_DTYPES[dtype],
             attn_implementation=attn_implementation,
             use_safetensors=True,
@@ -76,6 +83,14 @@ def _by_index(path: Path) -> dict[str, torch.Tensor] | None:
         with safe_open(file, framework="pt") as shard:
             weights |= {name: shard.get_tensor(name) for name, info in index.items() if info.file == file}
     return weights
+
+
+def _dequantized(path: Path, quantized: Quantized, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """All weights of the folder, without scales, in `dtype`."""
+    index = read_tensor_index(path)
+    quantized.check(index, str(path))
+    names = [name for name in index if not (quantized.is_scale(name) or is_kv_scale(name))]
+    return read_weights(index, names, dtype, quantized=quantized)
 
 
 def load_tokenizer(path: Path) -> Any:

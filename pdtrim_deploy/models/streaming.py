@@ -11,16 +11,16 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from pdtrim_deploy.models.checkpoint import Checkpoint
 from pdtrim_deploy.models.families.disk_names import DiskNames
 from pdtrim_deploy.models.loading import TORCH_DTYPES
+from pdtrim_deploy.models.reading import read_weights
 
 
 class Blocks:
@@ -47,34 +47,21 @@ class Blocks:
 
     def _read(self, block: int) -> dict[str, Tensor]:
         checkpoint, prefix = self._checkpoint, f"model.layers.{block}."
-        inside = [name.removeprefix(prefix) for name in checkpoint.tensors if name.startswith(prefix)]
+        inside = [name.removeprefix(prefix) for name in checkpoint.weights if name.startswith(prefix)]
         by_parameter = DiskNames(checkpoint.family, checkpoint.config, block)
         parts = {name: by_parameter.parameter(name) for name in inside}
         tensors: dict[str, Tensor] = {}
         for parameter in dict.fromkeys(parts.values()):  # of the stacked ones, one at a time is there twice
             names = [prefix + name for name in by_parameter.of(parameter)]
-            read = read_tensors(checkpoint, names, self._dtype, checkpoint.family.keeps_dtype)
+            read = read_tensors(checkpoint, names, self._dtype)
             tensors[parameter] = by_parameter.join(parameter, [read[name] for name in names])
         return tensors
 
 
-def read_tensors(
-    checkpoint: Checkpoint,
-    names: Iterable[str],
-    dtype: torch.dtype,
-    keeps_dtype: Callable[[str], bool] = lambda _: False,
-) -> dict[str, Tensor]:
-    """Copies in memory, cast to `dtype`, but for those whose name `keeps_dtype`."""
-    by_file: dict[Any, list[str]] = {}
-    for name in names:
-        by_file.setdefault(checkpoint.tensors[name].file, []).append(name)
-    tensors: dict[str, Tensor] = {}
-    for file, inside in by_file.items():
-        with safe_open(file, framework="pt") as shard:
-            for name in inside:
-                tensor = shard.get_tensor(name)
-                tensors[name] = tensor.clone() if keeps_dtype(name) else tensor.to(dtype, copy=True)
-    return tensors
+def read_tensors(checkpoint: Checkpoint, names: Iterable[str], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Copies in memory of weights, cast to `dtype`, but for those whose dtype the family keeps."""
+    family, quantized = checkpoint.family, checkpoint.quantized
+    return read_weights(checkpoint.tensors, names, dtype, quantized=quantized, keeps_dtype=family.keeps_dtype)
 
 
 def stream_model(checkpoint: Checkpoint, blocks_in_memory: int, dtype: str = "float32") -> tuple[Any, Blocks]:
@@ -87,7 +74,7 @@ def stream_model(checkpoint: Checkpoint, blocks_in_memory: int, dtype: str = "fl
     with torch.device("meta"):
         model = model_class._from_config(config, attn_implementation="sdpa", dtype=TORCH_DTYPES[dtype])
     model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
-    outside = [name for name in checkpoint.tensors if not name.startswith("model.layers.")]
+    outside = [name for name in checkpoint.weights if not name.startswith("model.layers.")]
     for name, tensor in read_tensors(checkpoint, outside, TORCH_DTYPES[dtype]).items():
         owner, _, leaf = name.rpartition(".")
         model.get_submodule(owner)._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
@@ -111,7 +98,7 @@ def _read_buffers(checkpoint: Checkpoint, block: int, layer: nn.Module) -> None:
         source = f"model.layers.{block}.{name}"
         if buffer.is_meta and source in checkpoint.tensors:
             owner, _, leaf = name.rpartition(".")
-            read = read_tensors(checkpoint, [source], buffer.dtype, checkpoint.family.keeps_dtype)
+            read = read_tensors(checkpoint, [source], buffer.dtype)
             layer.get_submodule(owner)._buffers[leaf] = read[source]
 
 

@@ -21,6 +21,7 @@ from pdtrim_deploy.models.experts import (
     ExpertNames,
     ExpertsByBlock,
     check_experts,
+    check_formats,
     keep_in_memory,
     kept_count,
     parameters_by_expert,
@@ -30,6 +31,8 @@ from pdtrim_deploy.models.families import known_family
 from pdtrim_deploy.models.families.disk_names import DiskNames
 from pdtrim_deploy.models.loading import TORCH_DTYPES
 from pdtrim_deploy.models.provenance import LICENCE_FILES
+from pdtrim_deploy.models.quantized.module_lists import cut_settings
+from pdtrim_deploy.models.quantized.stage import quantize_like, stage_settings
 from pdtrim_deploy.models.writer import MAX_SHARD_BYTES, write_shards
 
 _LAYERS = "model.layers."
@@ -97,11 +100,12 @@ def write_stage(
 ) -> None:
     """Write the HF folder of a stage that runs `blocks` (original indices, ascending), one shard in memory at a time.
 
-    Every tensor is cast to `dtype` ("float32", "bfloat16" or "float16"); `pdtrim` goes into config.json under that
-    key. `replacements` gives, for blocks in `blocks`, tensors by their name within the block
-    ("self_attn.q_proj.weight") in transformers' module, of the shapes they have: students of distilled pairs, healed
-    weights. `experts` gives the experts that the stage keeps, for each of `blocks` that has experts; they are numbered
-    from 0 there. `files` are copied into the folder.
+    Every tensor is cast to `dtype` ("float32", "bfloat16" or "float16"), but for FP8 weights: they keep their codes and
+    scales, and those that are replaced get new ones of the same kind. `pdtrim` goes into config.json under that key.
+    `replacements` gives, for blocks in `blocks`, tensors by their name within the block ("self_attn.q_proj.weight") in
+    transformers' module, of the shapes they have: students of distilled pairs, healed weights. `experts` gives the
+    experts that the stage keeps, for each of `blocks` that has experts; they are numbered from 0 there. `files` are
+    copied into the folder.
 
     The folder appears whole or not at all. An earlier stage in its place is replaced; anything else there is refused
     (UserError).
@@ -114,7 +118,8 @@ def write_stage(
     _check_replaceable(out_dir)
     experts = experts or {}
     check_experts(checkpoint.family, checkpoint.config, blocks, experts)
-    changed = _replacements(checkpoint, blocks, replacements or {}, experts)
+    check_formats(checkpoint, experts)
+    changed = quantize_like(checkpoint, _replacements(checkpoint, blocks, replacements or {}, experts))
     sources = _stage_names(checkpoint, blocks, experts)
 
     def get(name: str) -> torch.Tensor:
@@ -125,12 +130,18 @@ def write_stage(
             return stage_rows(shard.get_tensor(source.name), source.rows)
 
     elements = {name: source.elements(checkpoint) for name, source in sources.items()}
+
+    def keeps_dtype(name: str) -> bool:
+        return checkpoint.keeps_dtype(sources[name].name)
+
     with atomic_directory(out_dir) as folder:
-        write_shards(folder, elements, get, TORCH_DTYPES[dtype], max_shard_bytes, checkpoint.family.keeps_dtype)
+        write_shards(folder, elements, get, TORCH_DTYPES[dtype], max_shard_bytes, keeps_dtype)
         copied = {p for pattern in _COPIED for p in checkpoint.path.glob(pattern) if p.is_file()}
         for path in (*sorted(copied), *files):
             shutil.copyfile(path, folder / path.name)
         config = _stage_config(checkpoint, blocks, dtype, kept_count(experts)) | {"pdtrim": dict(pdtrim)}
+        for file, settings in stage_settings(checkpoint, blocks).items():
+            (folder / file).write_text(json.dumps(settings, indent=2))
         (folder / "config.json").write_text(json.dumps(config, indent=2))
 
 
@@ -225,6 +236,8 @@ def _stage_config(checkpoint: Checkpoint, blocks: Sequence[int], dtype: str, exp
     config |= checkpoint.family.cut_config(
         checkpoint.family.model_class.config_class.from_dict(config), blocks, experts
     )
+    if "quantization_config" in config:
+        config["quantization_config"] = cut_settings(config["quantization_config"], blocks, checkpoint.tensors)
     return config | {"num_hidden_layers": len(blocks), "dtype": dtype, "torch_dtype": dtype}
 
 

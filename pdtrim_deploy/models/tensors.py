@@ -44,6 +44,11 @@ class TensorInfo:
         """Number of elements."""
         return math.prod(self.shape)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        return self.stop - self.start
+
 
 def read_tensor_index(folder: Path) -> dict[str, TensorInfo]:
     """All tensors of a HF folder by name.

@@ -56,12 +56,15 @@ def write_shards(
         shards[-1].append(name)
         used += size
     weight_map: dict[str, str] = {}
+    total = 0
     for number, names in enumerate(shards, 1):
         file = SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        save({name: cast(name) for name in names}, folder / file)
+        stored = {name: cast(name) for name in names}
+        total += sum(tensor.nbytes for tensor in stored.values())
+        save(stored, folder / file)
+        del stored
         (folder / file).chmod(0o644)
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
-        total = sum(elements.values()) * dtype.itemsize
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         (folder / INDEX).write_text(json.dumps(index, indent=2))

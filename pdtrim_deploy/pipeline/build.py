@@ -141,7 +141,9 @@ def build(
         check_experts(recipe, expert_shape)
         check_loads(checkpoint, cache)
     check_fits(recipe, checkpoint.facts.num_blocks, checkpoint.facts.max_positions)
-    stand_in(recipe, checkpoint.shape(recipe.model.dtype), expert_shape)  # a byte budget that nothing fits is refused at once
+    stand_in(
+        recipe, checkpoint.shape(recipe.model.dtype), expert_shape
+    )  # a byte budget that nothing fits is refused at once
     try:
         with claim(out, force):
             context = Context(recipe, checkpoint, cache, out, note, workers)

@@ -37,14 +37,8 @@ def kv(plan: PDPlan, recipe: Recipe) -> str:
         f"{cut}{f' (blocks {_list(sparse)})' if sparse else ''}; sent as "
         f"{_list(f'{wire} ({count} layers)' for wire, count in wires.most_common())}; "
         f"{plan.payload_bytes(tokens):,} bytes for {tokens} prompt tokens, "
-        f"{reductions(plan, tokens)}"
+        f"{plan.reductions(tokens)}"
     )
-
-
-def reductions(plan: PDPlan, tokens: int) -> str:
-    """How much less travels than the unpruned model would send, from a native pool and from one of fp8."""
-    native, fp8 = (plan.dense_bytes(tokens, pool) / plan.payload_bytes(tokens) for pool in ("native", "fp8_e4m3"))
-    return f"{native:.2f}x less than dense from a {plan.model.kv_dtype} pool, {fp8:.2f}x from an fp8 pool"
 
 
 def changed(plan: PDPlan, recipe: Recipe, stage: Stage, healed: Healed) -> list[str]:

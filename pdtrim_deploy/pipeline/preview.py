@@ -34,7 +34,8 @@ class Preview:
 
     Attributes:
         stage_bytes: weights of each stage checkpoint.
-        planned_bytes, dense_bytes: KV of one request of `prompt_tokens`; `planned_bytes` as `stand_in` has it.
+        planned_bytes, dense_bytes, dense_fp8_bytes: KV of one request of `prompt_tokens`: as `stand_in` has it, of the
+            unpruned model from the plan's own kind of pool, and from one of fp8.
         search: what choosing the blocks costs; None when none is to be chosen, or nothing is known of the model.
         search_seconds: of it, at the speed that this machine multiplies matrices of that size at just now.
         missing: why the sizes are not known, a sentence.
@@ -47,6 +48,7 @@ class Preview:
     stage_bytes: dict[Stage, int] | None
     planned_bytes: int | None
     dense_bytes: int | None
+    dense_fp8_bytes: int | None
     search: SearchCost | None = None
     search_seconds: float | None = None
     missing: str | None = None
@@ -83,9 +85,13 @@ def preview(recipe: Recipe, out: Path, cache: Cache) -> Preview:
     steps["seal"] = all(steps.values()) and is_sealed(out, recipe, journal.steps)
     plan = stand_in(recipe, checkpoint.shape(recipe.model.dtype), experts)
     sizes = {stage: _stage_bytes(checkpoint, len(plan.layers(stage)), recipe.model.dtype) for stage in STAGES}
-    planned, dense = plan.payload_bytes(prompt_tokens), plan.dense_bytes(prompt_tokens)
+    sent = (
+        plan.payload_bytes(prompt_tokens),
+        plan.dense_bytes(prompt_tokens),
+        plan.dense_bytes(prompt_tokens, "fp8_e4m3"),
+    )
     search, seconds = (None, None) if steps["prune"] else _search(recipe, checkpoint.config)
-    return Preview(recipe, steps, prompt_tokens, sizes, planned, dense, search, seconds)
+    return Preview(recipe, steps, prompt_tokens, sizes, *sent, search, seconds)
 
 
 def _unseen(recipe: Recipe, config: dict[str, Any] | None, missing: str) -> Preview:
@@ -97,7 +103,7 @@ def _unseen(recipe: Recipe, config: dict[str, Any] | None, missing: str) -> Prev
         check_fits(recipe, config["num_hidden_layers"], config["max_position_embeddings"])
     search, seconds = (None, None) if config is None else _search(recipe, config)
     steps = dict.fromkeys(names, False)
-    return Preview(recipe, steps, recipe.evaluation.prompt_tokens, None, None, None, search, seconds, missing)
+    return Preview(recipe, steps, recipe.evaluation.prompt_tokens, None, None, None, None, search, seconds, missing)
 
 
 def _config_alone(source: str) -> dict[str, Any] | None:

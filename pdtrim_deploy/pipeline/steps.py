@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pdtrim_deploy.pruning.stage_search import EvaluatorFactory, StageChoice
     from pdtrim_deploy.pruning.stages import StageRemovals
     from pdtrim_deploy.pruning.students import Students
+    from pdtrim_deploy.pruning.teacher import Teacher
 
 CANDIDATES, JUDGED = f"{REPORTS}/candidates.json", f"{REPORTS}/judged.jsonl"
 _JUDGE = 2  # version of how finalists are judged
@@ -72,8 +73,12 @@ def _search(context: Context) -> tuple[StageRemovals, bool]:
             about=[context.checkpoint.fingerprint, about],
             evaluator_factory=evaluator_factory,
             final_round=final_round,
+            teacher=_teacher(context, model, ids),
         )
-        removals = choose_stages(inputs, section.prefill_blocks, section.decode_blocks, progress=context.note)
+        prompt_tokens = context.recipe.calibration.prompt
+        removals = choose_stages(
+            inputs, section.prefill_blocks, section.decode_blocks, prompt_tokens, progress=context.note
+        )
     return removals, final_round is not None
 
 
@@ -113,9 +118,21 @@ def _judge(context: Context, model: Any, students: Any, about: Any) -> Judge:
 
     section, ids = context.recipe.healing, texts.judged(context)
     together = 1 if context.bounded else None
-    judge = RefitJudge(model, context.shape, ids, section.compensation, students, context.note, together)
+    teacher = _teacher(context, model, ids)
+    judge = RefitJudge(model, context.shape, ids, section.compensation, students, context.note, together, teacher)
     key = [_JUDGE, context.checkpoint.fingerprint, section.compensation, texts.digest(ids), about]
+    key += [] if teacher is None else ["kl"]
     return CachedJudge(judge, context.out / JUDGED, key)
+
+
+def _teacher(context: Context, model: Any, ids: Any) -> Teacher | None:
+    """The dense model's predictions on text, where the recipe's objective is to keep them."""
+    from pdtrim_deploy.pruning.teacher import Teacher
+
+    if context.recipe.pruning.objective == "loss":
+        return None
+    context.note(f"predictions of the dense model on {len(ids)} sequences of {ids.shape[1]} tokens")
+    return Teacher.of(model, ids)
 
 
 def _students(context: Context, model: Any) -> tuple[Students, list[object]]:

@@ -242,9 +242,14 @@ class PDPlan(Frozen):
         m = self.model if pool_dtype is None else self.model.with_pool(pool_dtype)
         return 2 * m.num_blocks * prompt_tokens * packed_row_bytes("native", m.row_dtype, m.num_kv_heads, m.head_dim)
 
-    def reduction(self, prompt_tokens: int) -> float:
-        """Dense bytes over planned bytes, of pools of one dtype."""
-        return self.dense_bytes(prompt_tokens) / self.payload_bytes(prompt_tokens)
+    def reduction(self, prompt_tokens: int, pool_dtype: PoolDtype | None = None) -> float:
+        """Dense bytes, of the plan's own kind of pool or another, over planned bytes."""
+        return self.dense_bytes(prompt_tokens, pool_dtype) / self.payload_bytes(prompt_tokens)
+
+    def reductions(self, prompt_tokens: int) -> str:
+        """Both reductions that count, for readers: of a pool as the model computes, and of one of fp8."""
+        native, fp8 = self.reduction(prompt_tokens, "native"), self.reduction(prompt_tokens, "fp8_e4m3")
+        return f"{native:.2f}x less than dense from a {self.model.kv_dtype} pool, {fp8:.2f}x from an fp8 pool"
 
     def with_kv(self, kv: tuple[KVSend, ...]) -> PDPlan:
         """The same blocks with other KV rules, validated."""

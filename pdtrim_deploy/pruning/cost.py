@@ -67,7 +67,12 @@ def search_cost(
     blocks, count, length = sizes.blocks, text.sequences, text.length
     first, last = pruning.prefill_blocks, pruning.decode_blocks
     most = likely = losses = flops = 0.0
-    for before, after, tokens in ((0, first, length), (first, last, length // 2)):
+    if pruning.objective == "kl":  # the dense model's predictions
+        judged, tokens = (healing.judged, healing.length) if healing and pruning.finalists else (0, 0)
+        most += blocks * (count + judged)
+        likely += blocks * (count + judged)
+        flops += 2 * sizes.block * blocks * (count * length + judged * tokens)
+    for before, after, tokens in ((0, first, length), (first, last, length - text.prompt)):
         if after == before:
             continue
         search = (work or method.work)(blocks, before, after, pruning.steps)
@@ -105,7 +110,7 @@ def search_cost(
         states=states,
         states_wanted=blocks * state,
         disk=disk + (_hidden_files(sizes, *_student_text(pruning, text, healing)) if pruning.distil else 0),
-        prompt_kv=2 * blocks * count * (length // 2) * sizes.kv_width * _FLOAT,
+        prompt_kv=2 * blocks * count * text.prompt * sizes.kv_width * _FLOAT,
         fitted=fitted_bytes(sizes, pruning, refits) if refits or pruning.distil else 0,
         most=round(most),
         likely=round(likely),

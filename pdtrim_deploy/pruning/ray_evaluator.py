@@ -20,9 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.pruning.dense_kl import DenseKL
 from pdtrim_deploy.pruning.evaluator import InProcess
 from pdtrim_deploy.pruning.objective import NextTokenLoss, StudentLayers
 from pdtrim_deploy.pruning.solution import Solution
+from pdtrim_deploy.pruning.teacher import Teacher
 
 # Read by Ray when it is imported: all of its servers on the loopback interface, nothing reported to anyone.
 LOCAL = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
@@ -55,6 +57,7 @@ class Work:
     forced: Solution
     students: Layers
     memory: int
+    teacher: Teacher | None = None
 
 
 class _Students:
@@ -87,7 +90,12 @@ class Worker:
         self._students = _Students(self._device)
         self._students.add(work.students)
         ids = work.ids.to(self._device)
-        objective = NextTokenLoss(self._model, ids, work.prompt_tokens, work.forced, self._students)
+        question = self._model, ids, work.prompt_tokens, work.forced, self._students
+        objective = (
+            NextTokenLoss(*question)
+            if work.teacher is None
+            else DenseKL(*question, teacher=work.teacher.to(self._device))
+        )
         self._inside = InProcess(objective, work.memory)
         return self._inside.block_forwards
 
@@ -208,9 +216,10 @@ class EvaluatorFactory:
         forced: Solution,
         students: StudentLayers | None,
         memory: int,
+        teacher: Teacher | None = None,
     ) -> OnRay:
         """One search's."""
-        work = Work(ids, prompt_tokens, forced, _layers_of(students, forced.pairs), memory)
+        work = Work(ids, prompt_tokens, forced, _layers_of(students, forced.pairs), memory, teacher)
         return OnRay(self._actors, work, objective.blocks, objective.batches, students)
 
 

@@ -13,8 +13,9 @@ from pdtrim_deploy.plan import KVSend, ModelShape, PDPlan, Stage
 from pdtrim_deploy.pruning.compensation import get_compensation
 from pdtrim_deploy.pruning.compensation.held_out import held_out
 from pdtrim_deploy.pruning.pair import StagePair
-from pdtrim_deploy.pruning.pd_loss import pd_loss, prefill_loss
+from pdtrim_deploy.pruning.pd_loss import pd_kl, pd_loss, prefill_kl, prefill_loss
 from pdtrim_deploy.pruning.solution import Solution
+from pdtrim_deploy.pruning.teacher import Teacher
 
 
 class StudentTensors(Protocol):
@@ -36,6 +37,7 @@ class RefitJudge:
         students: what stands for distilled pairs; None where there are none.
         together: solutions compensated side by side, which runs what is around them once for all, and holds what each
             changes; None: all.
+        teacher: the dense model's predictions on `ids`, where KL to them is judged; None: NLL of the text.
 
     """
 
@@ -46,6 +48,7 @@ class RefitJudge:
     students: StudentTensors | None = None
     note: Callable[[str], None] = lambda _: None
     together: int | None = None
+    teacher: Teacher | None = None
 
     def __call__(self, stage: Stage, prefill: Solution, solutions: Sequence[Solution]) -> Iterator[float]:
         """Mean loss of each, nats a token: of all tokens for prefill, of those behind the prompt for decode."""
@@ -66,12 +69,12 @@ class RefitJudge:
         self, stage: Stage, prefill: Solution, solutions: Sequence[Solution], compensated: str, method: str
     ) -> Iterator[float]:
         """Of each, prefill `compensated` by that where decode is judged, the stage itself by `method`."""
-        first, second = self.ids[0::2], self.ids[1::2]
+        first, second = slice(0, None, 2), slice(1, None, 2)
         halves = [
-            (fitted, checked, self._handing_over(stage, prefill, fitted, compensated))
+            (self.ids[fitted], checked, self._handing_over(stage, prefill, self.ids[fitted], compensated))
             for fitted, checked in ((first, second), (second, first))
         ]
-        loss, step = prefill_loss if stage == "prefill" else pd_loss, self.together or len(solutions)
+        step = self.together or len(solutions)
         for at in range(0, len(solutions), step):
             some = solutions[at : at + step]
             sums = [0.0] * len(some)
@@ -81,8 +84,18 @@ class RefitJudge:
                     [pair.with_changes("prefill", before) for pair in pairs], stage, fitted, method
                 )
                 self.note(f"{stage}: {len(pairs)} solutions compensated on {len(fitted)} sequences")
-                sums = [total + loss(pair, checked) * len(checked) for total, pair in zip(sums, pairs, strict=True)]
+                count = len(self.ids[checked])
+                sums = [
+                    total + self._loss(stage, pair, checked) * count for total, pair in zip(sums, pairs, strict=True)
+                ]
             yield from (total / len(self.ids) for total in sums)
+
+    def _loss(self, stage: Stage, pair: StagePair, rows: slice) -> float:
+        """On those sequences, nats a token."""
+        ids = self.ids[rows]
+        if self.teacher is None:
+            return (prefill_loss if stage == "prefill" else pd_loss)(pair, ids)
+        return (prefill_kl if stage == "prefill" else pd_kl)(pair, ids, self.teacher[rows])
 
     def _handing_over(
         self, stage: Stage, prefill: Solution, fitted: Tensor, compensated: str

@@ -11,18 +11,23 @@ from torch import Tensor
 
 from pdtrim_deploy.models.blockwise import CausalLM
 from pdtrim_deploy.plan import Stage
+from pdtrim_deploy.pruning.dense_kl import DenseKL
 from pdtrim_deploy.pruning.evaluator import MEMORY, Evaluator, InProcess
 from pdtrim_deploy.pruning.finalists import Finalist, FinalRound, judge_finalists
 from pdtrim_deploy.pruning.objective import NextTokenLoss, StudentLayers
 from pdtrim_deploy.pruning.search import NO_COST, Cost, Problem, Progress, Search, SearchResult, Step, Trajectory
 from pdtrim_deploy.pruning.search_logs import finalists_log, search_log
 from pdtrim_deploy.pruning.solution import Solution
+from pdtrim_deploy.pruning.teacher import Teacher
 
 _VERSION = 3  # of how searches go; rows of another are thrown away
 
 
 class EvaluatorFactory(Protocol):
-    """Makes the evaluator of one search, of `NextTokenLoss(model, ids, prompt_tokens, forced, students)`."""
+    """Makes the evaluator of one search, of `NextTokenLoss(model, ids, prompt_tokens, forced, students)`.
+
+    With a `teacher` it is `DenseKL` instead.
+    """
 
     def __call__(
         self,
@@ -32,6 +37,7 @@ class EvaluatorFactory(Protocol):
         forced: Solution,
         students: StudentLayers | None,
         memory: int,
+        teacher: Teacher | None = None,
     ) -> Evaluator: ...
 
 
@@ -49,6 +55,7 @@ class SearchInputs:
         about: what else the answer depends on (JSON): the model, how students are made.
         evaluator_factory: makes what evaluates solutions; None: this process does.
         final_round: who decides between the finalists of each search; None: the search's own answer stands.
+        teacher: the dense model's predictions on `ids`, where searches keep KL to them low; None: NLL of the text.
 
     """
 
@@ -64,12 +71,21 @@ class SearchInputs:
     about: object = None
     evaluator_factory: EvaluatorFactory | None = None
     final_round: FinalRound | None = None
+    teacher: Teacher | None = None
 
     @property
     def key(self) -> list[object]:
         """All that a search's answer depends on besides its own question, as JSON."""
         text = hashlib.sha256(f"{tuple(self.ids.shape)}".encode() + self.ids.numpy().tobytes()).hexdigest()
-        return [_VERSION, self.about, text, repr(self.search), sorted(self.protected), self.pairs]
+        key = [_VERSION, self.about, text, repr(self.search), sorted(self.protected), self.pairs]
+        return key if self.teacher is None else [*key, "kl"]
+
+    def objective(self, prompt_tokens: int, forced: Solution, charged: bool) -> NextTokenLoss:
+        """What a search keeps low; it counts the cost of the teacher where `charged`."""
+        question = self.model, self.ids, prompt_tokens, forced, self.students
+        if self.teacher is None:
+            return NextTokenLoss(*question)
+        return DenseKL(*question, teacher=self.teacher, charged=charged)
 
     def trajectory(self, file: str, *about: object) -> Trajectory:
         """The log of that name, about these inputs and `about`."""
@@ -79,7 +95,9 @@ class SearchInputs:
         """Evaluates solutions that lose at least `forced`."""
         if self.evaluator_factory is None:
             return InProcess(objective, self.memory, self.disk, self.folder)
-        return self.evaluator_factory(objective, self.ids, prompt_tokens, forced, self.students, self.memory)
+        return self.evaluator_factory(
+            objective, self.ids, prompt_tokens, forced, self.students, self.memory, self.teacher
+        )
 
 
 @dataclass(frozen=True)
@@ -175,7 +193,7 @@ def search_stage(
     """
     question = remove, prompt_tokens, vars(forced)
     trajectory = inputs.trajectory(search_log(name), *question)
-    objective = NextTokenLoss(inputs.model, inputs.ids, prompt_tokens, forced, inputs.students)
+    objective = inputs.objective(prompt_tokens, forced, charged=stage == "prefill" or not forced.saved)
     evaluator = inputs.evaluator(objective, prompt_tokens, forced)
     problem = Problem(
         inputs.model, inputs.ids, objective, remove, forced, inputs.protected, inputs.pairs, trajectory, evaluator

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -34,6 +34,8 @@ class PruningSection(BaseModel):
     """How many blocks each stage loses (decode loses all that prefill loses), and the method that chooses them.
 
     Attributes:
+        objective: what `greedy` and `anneal` keep low, and finalists are judged by, on calibration text: `loss`, of the
+            text's own next tokens, or `kl`, from the dense model's predictions to the pruned model's.
         distil: let annealing replace an adjacent pair by one student block, where that costs less.
         threshold: cosine above which a pair is in the distillation set; annealing may move such a pair by one block.
         steps, minutes: limits of annealing in each search; time counts from the search's first step, but never cuts
@@ -53,6 +55,7 @@ class PruningSection(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     method: Annotated[str, AfterValidator(_registered), Field(json_schema_extra={"enum": [*METHODS]})] = "greedy"
+    objective: Literal["loss", "kl"] = "loss"
     prefill_blocks: NonNegativeInt = 0
     decode_blocks: NonNegativeInt = 0
     distil: bool = False
@@ -67,9 +70,10 @@ class PruningSection(BaseModel):
     experts: ExpertsSection | None = None
 
     @model_serializer(mode="wrap")
-    def _without_experts(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Recipes that keep all experts have the digests they had before there were others."""
-        return {name: value for name, value in serialise(self).items() if name != "experts" or value is not None}
+    def _used(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Dump the objective and experts only where they are not the default: older recipes keep their digest."""
+        defaults = {"objective": "loss", "experts": None}
+        return {n: value for n, value in serialise(self).items() if n not in defaults or value != defaults[n]}
 
     @model_validator(mode="after")
     def _nested(self) -> PruningSection:

@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.plan import STAGES, NativeDtype
@@ -38,12 +47,40 @@ class ModelSection(_Section):
 
 
 class CalibrationSection(_Section):
-    """Text that decides what is removed: `sequences` x `length` tokens of the calibration split."""
+    """Text that decides what is removed: `sequences` x `length` tokens of the calibration split.
+
+    Attributes:
+        prompt_tokens: length of the prompts that decode's blocks are searched behind; half of `length` when left out.
+
+    """
 
     corpus: Corpus = "brown"
     sequences: PositiveInt = 16
     length: Annotated[int, Field(ge=16)] = 256
+    prompt_tokens: PositiveInt | None = None
     seed: Seed = 0
+
+    @property
+    def prompt(self) -> int:
+        """Tokens of the prompts."""
+        return self.length // 2 if self.prompt_tokens is None else self.prompt_tokens
+
+    @model_validator(mode="after")
+    def _something_scored(self) -> CalibrationSection:
+        if self.prompt > self.length - 2:
+            raise ValueError(
+                f"prompt_tokens is {self.prompt_tokens} but length is {self.length}; allowed: at most "
+                f"{self.length - 2}, since decode is scored on the tokens after the prompt's next one"
+            )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _given(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Dump only what is not the default of keys that came later: older recipes keep their digest."""
+        return {name: value for name, value in serialise(self).items() if (name, value) not in _LATER}
+
+
+_LATER = (("prompt_tokens", None),)
 
 
 class EvaluationSection(_Section):

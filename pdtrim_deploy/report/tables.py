@@ -31,8 +31,7 @@ def plan_table(plan: PDPlan, prompt_tokens: int) -> Table:
             less = ", keys less their mean" if plan.has_key_offset(layer_of[block]) else ""
             cells += [f"{what}, {send.wire_dtype}{less}", str(send.rows(prompt_tokens)), f"{size:,}"]
         table.add_row(*cells)
-    total, dense = plan.payload_bytes(prompt_tokens), plan.dense_bytes(prompt_tokens)
-    table.caption = f"{total:,} bytes a request, dense {dense:,}: {dense / total:.2f}x less"
+    table.caption = f"{plan.payload_bytes(prompt_tokens):,} bytes a request: {plan.reductions(prompt_tokens)}"
     return table
 
 

@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from pdtrim_deploy.plan import PDPlan
 from pdtrim_deploy.plan.heads import indivisible, sent_heads, source_ranks, unpairable
-from pdtrim_sglang.messages import Register
+from pdtrim_sglang.messages import Register, Room
 from pdtrim_sglang.protocol import VERSION
 from pdtrim_sglang.rooms import AuxRows
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """A rank of prefill among those that attention is divided among, and the KV heads of the model."""
+
+    size: int
+    rank: int
+    kv_heads: int
+
+    def share(self, decode: Register) -> tuple[range, bool]:
+        """What this rank sends to a rank of decode: KV heads, and whether the aux row with them."""
+        shares = sent_heads(self.kv_heads, self.size, decode.tp_size, decode.tp_rank)
+        return shares.get(self.rank, range(0)), self.rank == next(iter(shares))
+
+    def destinations(self, decode: Register) -> int:
+        """How many ranks of decode speak to this one."""
+        return max(1, decode.tp_size // self.size)
 
 
 @dataclass(frozen=True)
@@ -29,23 +48,14 @@ class RoomInfo:
     carries_aux: bool = False
     is_dummy: bool = False
 
-
-@dataclass(frozen=True)
-class Ranks:
-    """A rank of prefill among those that attention is divided among, and the KV heads of the model."""
-
-    size: int
-    rank: int
-    kv_heads: int
-
-    def share(self, decode: Register) -> tuple[range, bool]:
-        """What this rank sends to a rank of decode: KV heads, and whether the aux row with them."""
-        shares = sent_heads(self.kv_heads, self.size, decode.tp_size, decode.tp_rank)
-        return shares.get(self.rank, range(0)), self.rank == next(iter(shares))
-
-    def destinations(self, decode: Register) -> int:
-        """How many ranks of decode speak to this one."""
-        return max(1, decode.tp_size // self.size)
+    @classmethod
+    def of(cls, message: Room, ranks: Ranks, decode: Register | None) -> RoomInfo:
+        """What a rank of decode announces; it gets nothing unless it has registered as `decode`."""
+        share = ranks.share(decode) if decode is not None else (range(0), False)
+        return cls(
+            message.session, message.host, message.control_port,
+            message.prompt_tokens, message.prefix_tokens, message.destinations, *share,
+        )  # fmt: skip
 
 
 def unlike_ranks(prefill_tp: int, decode_tp: int) -> str:
@@ -73,4 +83,25 @@ def rejection(message: Register, plan: PDPlan, ranks: Ranks, aux: AuxRows) -> st
         return f"rank {rank} of {size} of decode has no KV to take from rank {ranks.rank} of {ranks.size} of prefill"
     if message.aux_item_bytes != aux.item_bytes:
         return "metadata rows differ: start both workers with the same SGLang version and options"
+    return ""
+
+
+def disagreement(
+    message: Room, decode: Register, ranks: Ranks, others: Iterable[tuple[RoomInfo, Register | None]]
+) -> str:
+    """Why what a rank of decode says of a request does not go with what the others said, or nothing."""
+    if message.destinations != (expected := ranks.destinations(decode)):
+        return (
+            f"{message.destinations} ranks of decode are to take this rank's KV, {expected} do of {decode.tp_size} "
+            f"that divide attention there, and {ranks.size} here"
+        )
+    prompt = message.prompt_tokens, message.prefix_tokens
+    for other, rank in others:
+        if rank is not None and (rank.tp_size, rank.tp_rank) == (decode.tp_size, decode.tp_rank):
+            return f"two decode workers are rank {decode.tp_rank} of {decode.tp_size} of this request"
+        if (other.prompt_tokens, other.prefix_tokens) != prompt:
+            return (
+                f"ranks of decode differ: {other.prompt_tokens} prompt tokens of which they have "
+                f"{other.prefix_tokens}, and {prompt[0]} of which they have {prompt[1]}"
+            )
     return ""

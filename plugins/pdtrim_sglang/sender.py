@@ -92,15 +92,16 @@ class PDTrimKVSender(CommonKVSender):
 
         Nothing is kept for it: of a prompt that is aborted between its chunks SGLang 0.5.23 never clears the sender.
         """
-        self.kv_mgr.prefill_side.fail(self.bootstrap_room, "aborted on the prefill side", "aborted")
-        super().abort()
         side = self.kv_mgr.prefill_side
-        side.sender_aborted(self.bootstrap_room, side.opened(self.bootstrap_room))
+        side.rooms.fail(self.bootstrap_room, "aborted on the prefill side", "aborted")
+        super().abort()
+        side.sender_aborted(self.bootstrap_room, side.rooms.opened(self.bootstrap_room))
 
     def clear(self) -> None:
-        opened = self.kv_mgr.prefill_side.opened(self.bootstrap_room)
+        side = self.kv_mgr.prefill_side
+        opened = side.rooms.opened(self.bootstrap_room)
         super().clear()
-        self.kv_mgr.prefill_side.sender_closed(self.bootstrap_room, opened)
+        side.sender_closed(self.bootstrap_room, opened)
 
     def get_transfer_metric(self) -> KVTransferMetric:
         self._transfer_metric.transfer_total_bytes = self._progress.payload_bytes

@@ -62,8 +62,13 @@ def test_any_plan_cut_anywhere(data, case, tokens, seed):
         )
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("dim", [16, 64, 80, 96, 128, 256])
+@pytest.mark.parametrize(
+    ("dim", "dtype"),  # a kernel is made of each by itself: all dtypes of one size, all sizes of two dtypes
+    [
+        *((64, dtype) for dtype in DTYPES),
+        *((dim, d) for dim in (16, 80, 96, 128, 256) for d in ("bfloat16", "fp8_e4m3")),
+    ],
+)
 def test_all_wire_dtypes_in_one_chunk(dim, dtype):
     """Whole and cut layers in turn, every other one with a key offset; rows of more than one program."""
     pool = dtype if dtype in FP8_ROWS else "native"

@@ -13,8 +13,10 @@ from pdtrim_sglang.manager import PDTrimKVManager
 from pdtrim_sglang.messages import REGISTER, ROOM, Register, Room
 from pdtrim_sglang.pairing import Ranks
 from pdtrim_sglang.prefill import PrefillSide
+from pdtrim_sglang.prefill_rooms import PrefillRooms
 from pdtrim_sglang.protocol import VERSION
 from pdtrim_sglang.rooms import AuxRows
+from pdtrim_sglang.sessions import Sessions
 from sglang.srt.disaggregation.base.conn import KVPoll
 from sglang.srt.disaggregation.common.conn import ABORT_TAG
 
@@ -58,16 +60,38 @@ class Manager:
         self.request_status[bootstrap_room] = KVPoll.Failed
 
 
-def prefill(manager):
-    side = object.__new__(PrefillSide)
-    side._manager, side._plan, side._aux = manager, PLAN, AuxRows((), ())
-    side._tombstones_lock, side._peers_lock = threading.Lock(), threading.Lock()
-    side._ended_unopened, side.staging, side._ranks = {}, None, Ranks(1, 0, 1)
-    side._known, side._peers, side._rejected, side._senders = {}, {}, {}, set()
-    from collections import deque
+class Metrics:
+    """Counts what ended and how."""
 
-    side._tombstones = deque()
-    side._metrics = type("Metrics", (), {"ended": lambda self, outcome: None, "held": lambda self, count: count()})()
+    def __init__(self):
+        self.outcomes, self.sizes = [], []
+
+    def ended(self, outcome):
+        self.outcomes.append(outcome)
+
+    def succeeded(self, progress, *sizes):
+        self.sizes.extend(sizes)
+
+    def held(self, count):
+        count()
+
+
+def make_peer(_):
+    raise RuntimeError("nobody is to be connected to")
+
+
+def prefill(manager, plan=PLAN):
+    side = object.__new__(PrefillSide)
+    side._manager, side._plan, side._aux, side._ranks = manager, plan, AuxRows((), ()), Ranks(1, 0, 1)
+    side.sessions = Sessions(make_peer)
+    side.rooms = PrefillRooms(manager, plan, Metrics(), side._held)
+    return side
+
+
+def registered(side, peer=None):
+    """`side`, to which decode has registered; no connection is made."""
+    side.sessions._known[WHO["session"]] = REGISTERED
+    side.sessions._peers[WHO["session"]] = peer or SimpleNamespace(forget=lambda _: None)
     return side
 
 
@@ -98,7 +122,7 @@ def test_prefill_opens_nothing(frames):
     manager = Manager()
     side = prefill(manager)
     side._handle(frames)
-    assert not side._known
+    assert not side.sessions._known
     assert all(status == KVPoll.Failed for status in manager.request_status.values())
 
 
@@ -123,15 +147,13 @@ def test_another_plan_makes_no_peer():
     side = prefill(Manager())
     message = Register(**WHO, protocol=VERSION, digest="0" * 64, data_port=7, tp_size=1, tp_rank=0, aux_item_bytes=())
     side._handle(message.frames())
-    assert not side._known
-    assert "plans differ" in side._rejected[message.session]
+    assert not side.sessions._known
+    assert "plans differ" in side.sessions._rejected[message.session]
 
 
 def test_decode_does_not_wait_for_a_request_that_prefill_has_given_up():
     """Prefill's deadline may pass while decode's pool is full: SGLang's decode then waits for its own, minutes."""
-    side = prefill(Manager())
-    side._known[WHO["session"]], side._peers[WHO["session"]] = REGISTERED, SimpleNamespace(forget=lambda _: None)
-    side._progress = {}
+    side = registered(prefill(Manager()))
     message = Room(**WHO, room=7, prompt_tokens=3, prefix_tokens=0, destinations=1)
     side.sender_opened(7)
     side.sender_closed(7, opened=False)
@@ -149,16 +171,15 @@ def test_decode_does_not_wait_for_a_request_that_prefill_has_given_up():
 
 def test_nothing_is_kept_of_a_prompt_that_is_aborted_between_its_chunks():
     """SGLang then aborts the sender and never clears it."""
-    side = prefill(Manager())
-    side._progress, side._manager.bootstrap_timeout = {}, -1
     forgotten = []
-    side._peers["s"] = SimpleNamespace(forget=forgotten.append)
+    side = registered(prefill(Manager()), SimpleNamespace(forget=forgotten.append))
+    side._manager.bootstrap_timeout = -1
     side.sender_opened(7)
     side._manager.req_to_decode_prefix_len[7] = 0
     side._manager.request_status[7], side._manager.failure_records[7] = KVPoll.Failed, "Aborted"
     side.sender_aborted(7, opened=True)
-    assert not side._progress
-    assert not side._senders
+    assert not side.rooms._progress
+    assert not side.rooms._senders
     assert not side._manager.request_status
     assert not side._manager.failure_records
     assert not side._manager.req_to_decode_prefix_len
@@ -179,9 +200,7 @@ def test_decode_hears_of_a_failure_that_came_before_its_room():
             self.message.append(message)
 
     manager = Bookkeeping()
-    side = prefill(manager)
-    side._known[WHO["session"]], side._peers[WHO["session"]] = REGISTERED, SimpleNamespace(forget=lambda _: None)
-    side._progress = {}
+    side = registered(prefill(manager))
     for room in (7, 8):
         side.sender_opened(room)
         manager.update_status(room, KVPoll.Bootstrapping)
@@ -201,15 +220,14 @@ def test_decode_hears_of_a_failure_that_came_before_its_room():
 
 def test_a_rank_counts_what_its_own_heads_would_have_sent():
     """The ranks' counters add up, as their payloads do."""
-    side, counted = prefill(Manager()), []
-    side._plan = PDPlan.dense(PLAN.model.model_copy(update={"num_kv_heads": 4}))
-    side._progress = {7: SimpleNamespace(prompt_tokens=3, reused_tokens=1)}
+    plan = PDPlan.dense(PLAN.model.model_copy(update={"num_kv_heads": 4}))
+    side = prefill(Manager(), plan)
+    side.rooms._progress[7] = SimpleNamespace(prompt_tokens=3, reused_tokens=1)
     side._manager.transfer_infos[7] = {"s": SimpleNamespace(heads=range(1, 2))}
-    side._metrics.succeeded = lambda progress, *sizes: counted.extend(sizes)
     side._manager.conclude_transfer = lambda **_: None
     side._manager.request_status[7] = KVPoll.WaitingForInput
-    side.arrived(7)
-    assert counted == [side._plan.payload_bytes(2) // 4, side._plan.payload_bytes(1) // 4]
+    side.rooms.arrived(7)
+    assert side.rooms._metrics.sizes == [plan.payload_bytes(2) // 4, plan.payload_bytes(1) // 4]
 
 
 @pytest.mark.parametrize("first", ["prefill", "decode"])
@@ -217,10 +235,9 @@ def test_a_request_that_its_client_gives_up_is_aborted_whoever_hears_of_it_first
     from pdtrim_sglang.sender import PDTrimKVSender
     from sglang.srt.observability.trace import TraceNullContext
 
-    manager, ended = Manager(), []
+    manager = Manager()
     manager.prefill_side = side = prefill(manager)
-    manager.deferred_bootstrap, manager.record_failure, side._progress = None, lambda *_: None, {}
-    side._metrics.ended = ended.append
+    manager.deferred_bootstrap, manager.record_failure = None, lambda *_: None
     side.sender_opened(7)
     manager.request_status[7] = KVPoll.WaitingForInput
     if first == "decode":
@@ -228,4 +245,4 @@ def test_a_request_that_its_client_gives_up_is_aborted_whoever_hears_of_it_first
     sender = object.__new__(PDTrimKVSender)
     sender.kv_mgr, sender.bootstrap_room, sender.trace_ctx = manager, 7, TraceNullContext()
     sender.abort()
-    assert ended == ["aborted"]
+    assert side.rooms._metrics.outcomes == ["aborted"]

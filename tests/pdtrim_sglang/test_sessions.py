@@ -11,7 +11,7 @@ import torch
 import zmq
 
 pytest.importorskip("sglang", reason="needs the serve environment")
-from pdtrim_sglang import prefill
+from pdtrim_sglang import prefill, sessions
 from pdtrim_sglang.messages import Register, Room
 from pdtrim_sglang.peer import Chunk
 from pdtrim_sglang.pool import PoolView
@@ -115,11 +115,11 @@ def test_what_a_vanished_decode_worker_leaves_behind_ends_by_itself(side):
     assert handler.rooms.get(timeout=10) == 1
     eventually(lambda: side._manager.request_status[1] == KVPoll.Success)
     time.sleep(0.5)
-    (peer,) = side._peers.values()  # through some sweeps
+    (peer,) = side.sessions._peers.values()  # through some sweeps
     closed = queue.Queue()
     peer._channel.close = lambda: closed.put(None)
     server.close()
-    eventually(lambda: not side._peers)
+    eventually(lambda: not side.sessions._peers)
     closed.get(timeout=10)  # by its thread, which then ends
     again = transport_named("tcp").server("127.0.0.1", handler, replace(CONFIG, port=server.port))  # it was but cut off
     side.hear(opened(session, 2))
@@ -129,7 +129,7 @@ def test_what_a_vanished_decode_worker_leaves_behind_ends_by_itself(side):
 
 
 def test_decode_workers_that_restart_for_ever_are_forgotten_and_one_that_asks_is_not(side, monkeypatch):
-    monkeypatch.setattr(prefill, "MOST_REMEMBERED", 5)
+    monkeypatch.setattr(sessions, "MOST_REMEMBERED", 5)
     side.hear(register("127.0.0.1:1"))
     for restart in range(2, 30):
         side.hear(register(f"127.0.0.1:{restart}"))
@@ -137,8 +137,8 @@ def test_decode_workers_that_restart_for_ever_are_forgotten_and_one_that_asks_is
         side.hear(opened("127.0.0.1:1", restart))
     eventually(lambda: len(side._manager.request_status) == 28)
     assert set(side._manager.request_status.values()) == {KVPoll.WaitingForInput}
-    assert list(side._known) == ["127.0.0.1:26", "127.0.0.1:27", "127.0.0.1:28", "127.0.0.1:29", "127.0.0.1:1"]
-    assert list(side._rejected) == [f"127.0.0.2:{restart}" for restart in range(25, 30)]
+    assert list(side.sessions._known) == ["127.0.0.1:26", "127.0.0.1:27", "127.0.0.1:28", "127.0.0.1:29", "127.0.0.1:1"]
+    assert list(side.sessions._rejected) == [f"127.0.0.2:{restart}" for restart in range(25, 30)]
     side.hear(opened("127.0.0.1:2", 99))
     assert "never registered" in side._manager.failed.get(timeout=10)
 
@@ -172,5 +172,5 @@ def test_memory_that_cannot_be_registered_fails_requests_and_nothing_else(side, 
 
 def test_a_decode_worker_that_registers_and_vanishes_leaves_nothing_behind(side):
     side.hear(register("127.0.0.1:1"))
-    eventually(lambda: "127.0.0.1:1" in side._known)
-    eventually(lambda: not side._peers)
+    eventually(lambda: "127.0.0.1:1" in side.sessions._known)
+    eventually(lambda: not side.sessions._peers)

@@ -168,7 +168,7 @@ class World:
 
     def close(self):
         for prefill in self.prefill:
-            for peer in prefill.side._peers.values():
+            for peer in prefill.side.sessions._peers.values():
                 peer.close()
         for decode in self.decode:
             decode.side._server.close()
@@ -211,12 +211,12 @@ def test_each_ranks_pool_is_that_of_like_ranks(world, prefill, decode, prefix):
                 assert got.any()
                 assert torch.equal(got, rows[:, held.start : held.stop])
         assert rank.aux.read(0) == AUX
-    sent = [each.side._metrics.successes for each in ranks.prefill]
+    sent = [each.side.rooms._metrics.successes for each in ranks.prefill]
     times = max(1, decode // HEADS)  # a rank of decode that holds a copy of a head gets one of its own
     expected = chunk_layout(PLAN, TOKENS, prefix, TOKENS).total_bytes
     assert sum(payload for own in sent for payload, _ in own) == times * expected
     assert sum(dense for own in sent for _, dense in own) == times * PLAN.dense_bytes(TOKENS - prefix)
-    assert all(each.side._metrics.outcomes == ["success"] for each in ranks.prefill)
+    assert all(each.side.rooms._metrics.outcomes == ["success"] for each in ranks.prefill)
 
 
 def test_a_request_is_not_ready_before_each_rank_has_sent_its_heads(world):
@@ -236,10 +236,10 @@ def test_a_rank_waits_until_all_of_decode_have_said_where_its_kv_goes(world):
     ranks.open(decode_ranks=[0, 1, 3])
     side, manager = ranks.prefill[0].side, ranks.prefill[0].manager
     assert manager.request_status[1] == KVPoll.Bootstrapping
-    assert not side.opened(1)
+    assert not side.rooms.opened(1)
     side._handle(ranks.decode[2].side.room_message(1, TOKENS, 0, 4))
     assert manager.request_status[1] == KVPoll.WaitingForInput
-    assert side.opened(1)
+    assert side.rooms.opened(1)
 
 
 @pytest.mark.parametrize(
@@ -295,7 +295,7 @@ def test_a_connection_that_breaks_ends_only_what_was_still_to_come_over_it(world
     ranks.send([0, 12, TOKENS])
     ranks.wait(ranks.decode[:1])
     side = ranks.prefill[0].side
-    done = next(peer for session, peer in side._peers.items() if session == ranks.decode[0].side.session)
+    done = next(peer for session, peer in side.sessions._peers.items() if session == ranks.decode[0].side.session)
     deadline = time.monotonic() + 5
     while done.awaits(1) and time.monotonic() < deadline:
         time.sleep(0.01)

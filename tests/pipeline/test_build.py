@@ -546,7 +546,7 @@ def test_preview_counts_exact_bytes(recipe_file: RecipeFile, tmp_path: Path, cac
     assert result.stage_bytes is not None
     bundle, _ = make(recipe_file(), tmp_path / "b", cache)
     assert result.planned_bytes == bundle.plan.payload_bytes(40)
-    assert result.dense_bytes == bundle.plan.dense_bytes(40)
+    assert result.dense_bytes == bundle.plan.dense_bytes(40) == 4 * result.dense_fp8_bytes  # float32
     for stage, size in result.stage_bytes.items():
         file = bundle.stage_dir(stage) / "model.safetensors"
         header = int.from_bytes(file.read_bytes()[:8], "little") + 8

@@ -11,6 +11,7 @@ import torch
 import yaml
 
 from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
 from pdtrim_deploy.loadtest.text import WORDS
 from pdtrim_deploy.models.loading import load_model
 from pdtrim_deploy.models.oracle import PDOracle
@@ -61,10 +62,10 @@ def test_recipe_to_oracle(architecture, recipe, tiny_model, tmp_path, cache):
     assert (plan.experts.count("prefill"), plan.experts.count("decode")) == (6, 4)
     report = json.loads((bundle.path / "reports" / "experts.json").read_text())
     assert {len(scores) for scores in report["decode"].values()} == {8}
-    written = PDOracle(*(load_model(bundle.path / stage) for stage in STAGES), plan)
-    surgery = PDOracle(
-        *(keep_blocks(dense, plan.layers(stage), experts=plan.kept_experts(stage)) for stage in STAGES), plan
-    )
+    offsets = KeyOffsets.read(bundle.path / "decode", plan)
+    written = PDOracle(*(load_model(bundle.path / stage) for stage in STAGES), plan, offsets)
+    cut = (keep_blocks(dense, plan.layers(stage), experts=plan.kept_experts(stage)) for stage in STAGES)
+    surgery = PDOracle(*cut, plan, offsets)
     ids = torch.randint(3, 259, (32,), generator=torch.Generator().manual_seed(1))
     expected = surgery.logprobs(ids[:24], ids[24:])
     torch.testing.assert_close(written.logprobs(ids[:24], ids[24:]), expected, rtol=0, atol=1e-4)
@@ -131,7 +132,7 @@ def test_groups_of_the_router_are_kept_alike_or_refused(recipe, tiny_model, tmp_
 
 
 def test_a_dense_model_is_refused(recipe, tiny_llama_dir, tmp_path, cache):
-    with pytest.raises(UserError, match="pruning.experts is given but the model's blocks have no experts"):
+    with pytest.raises(UserError, match=r"pruning.experts is given but the model's blocks have no experts"):
         build(recipe(tiny_llama_dir, pruning={"experts": {"decode": 2}}), tmp_path / "b", cache)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from tinyfamilies import taking
+from torch import Tensor
 
 from pdtrim_deploy.cli import main
 from pdtrim_deploy.errors import UserError
@@ -18,6 +19,7 @@ from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.pipeline import build
 from pdtrim_deploy.plan import Stage
 from pdtrim_deploy.pruning import finalists
+from pdtrim_deploy.pruning.dense_kl import DenseKL
 from pdtrim_deploy.pruning.ray_evaluator import Workers
 from pdtrim_deploy.pruning.refit_judge import RefitJudge
 from pdtrim_deploy.pruning.search import Problem
@@ -92,6 +94,33 @@ def test_finalists_are_in_the_report_and_the_best_of_them_is_built(
         best = min(section["finalists"], key=lambda finalist: finalist.get("decode_behind", finalist["compensated"]))
         assert sorted(section["removed"]) == best["removed"] == list(bundle.plan.dropped(stage))
         assert section["loss"] == best["loss"]
+
+
+def test_blocks_by_kl_behind_longer_prompts_are_searched_and_judged_so(
+    tmp_path: Path, tiny_llama_dir: Path, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored: list[int] = []
+    really = DenseKL.losses
+
+    def losses(self: DenseKL, batch: int, hidden: Tensor) -> Tensor:
+        scored.append(hidden.shape[1])
+        return really(self, batch, hidden)
+
+    def first(problem: Problem, *_: object) -> Solution:
+        return problem.without(problem.candidates[: problem.remove - problem.forced.saved])
+
+    monkeypatch.setattr(DenseKL, "losses", losses)
+    monkeypatch.setattr(finalists, "_window", first)
+    config = recipe(tmp_path, tiny_llama_dir, method="greedy", steps=150)
+    config = config.changed("test", "healing", compensation="norm")
+    config = config.changed("test", "pruning", objective="kl", finalists=2)
+    config = config.changed("test", "calibration", prompt_tokens=30)
+    build(config, tmp_path / "b", cache)
+    assert set(scored) == {39, 9}, "prefill's 39 tokens, decode's 9 behind a prompt of 30"
+    report = json.loads((tmp_path / "b" / "reports" / "pruning.json").read_text())
+    judged = [finalist["compensated"] for section in report.values() for finalist in section.get("finalists", [])]
+    assert len(judged) >= 2
+    assert max(judged) < 3, "no text's loss is so low here"
 
 
 def test_a_search_stopped_behind_its_finalists_asks_the_judge_nothing_again(

@@ -55,6 +55,9 @@ def load(tmp_path: Path, text: str, **units: str) -> Recipe:
         ("kv: {method: budget, max_loss: .inf}", "kv.max_loss is inf; allowed: a finite number above 0"),
         ("targets: {onnx: {tolerance: .inf}}", "targets.onnx.tolerance is inf; allowed: a finite number above 0"),
         ("kv: {recall: 25}", "r.yaml: kv.recall is 25; allowed: a number of at least 0 and up to 1"),
+        ("pruning: {objective: ppl}", "r.yaml: pruning.objective is 'ppl'; allowed: loss, kl"),
+        ("pruning: {method: cosine, objective: kl}", "method is cosine, which takes no objective; allowed with it"),
+        ("calibration: {prompt_tokens: 255}", "prompt_tokens is 255 but length is 256; allowed: at most 254, since"),
         ("pruning: {threshold: 2.0}", "r.yaml: pruning.threshold is 2.0; allowed: a number above -1 and below 1"),
         ("kv: {method: budget, reduction: 2.0, sparse_choices: [[4]]}", "allowed: an integer of at least 0"),
         ("kv: {method: budget, reduction: 2.0, sparse_choices: [4]}", "a list of 2, each an integer of at least 0"),
@@ -193,6 +196,17 @@ def test_a_wire_no_smaller_than_an_fp8_pools_rows_is_refused(wire: str) -> None:
         KVSection(wire_dtype=wire, pool_dtype="fp8_e5m2")
     with pytest.raises(ValueError, match=r"an engine writes KV in model\.dtype"):
         Recipe(name="a", model={"source": "pypi:x"}, kv=KVSection(pool_dtype="fp8_e5m2"), targets={"onnx": {}})
+
+
+def test_what_came_later_leaves_the_digest_of_recipes_without_it() -> None:
+    """Bundles of earlier versions are still those of their recipes."""
+    dump = Recipe(name="a", model={"source": "pypi:x"}).model_dump(mode="json")
+    assert set(dump["calibration"]) == {"corpus", "sequences", "length", "seed"}
+    assert "objective" not in dump["pruning"]
+    given = {"pruning": {"objective": "kl"}, "calibration": {"prompt_tokens": 200}}
+    recipes = [Recipe(name="a", model={"source": "pypi:x"}, **{name: given[name]}) for name in given]
+    assert len({recipe.digest for recipe in (*recipes, Recipe(name="a", model={"source": "pypi:x"}))}) == 3
+    assert [Recipe.model_validate(recipe.model_dump(mode="json")) for recipe in recipes] == recipes
 
 
 def test_the_digest_tells_recipes_apart() -> None:

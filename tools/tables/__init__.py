@@ -44,5 +44,6 @@ TABLES = {
     "compare": Table(("compare",), serving.compare),
     "transport": Table(("transport",), serving.transport),
     "faults": Table(("faults",), serving.faults),
+    "conversation": Table(("conversation",), serving.conversation, optional=True),
     "simulation": Table(("simulation",), serving.simulation),
 }

@@ -67,6 +67,29 @@ def faults(data: dict[str, Any]) -> str:
     return table(head, rows) + where(data["environment"], "tiny random models", model="")
 
 
+def conversation(data: dict[str, Any] | None) -> str:
+    """Bytes and TTFT of each turn of a conversation, with decode's radix cache and without it."""
+    if data is None:
+        return "No figures of it are committed yet."
+    rows = [
+        (
+            row["turn"], row["prompt_tokens"], f"{row['whole_bytes']:,}", f"{row['reuse_bytes']:,}",
+            f"{row['whole_bytes'] / row['reuse_bytes']:.1f}x",
+            f"{row['whole_ttft_ms']:.0f}", f"{row['reuse_ttft_ms']:.0f}",
+            ratio(row, "ratio", "low", "high"), f"{row['same_answers']} of {row['conversations']}",
+        )
+        for row in data["rows"]
+    ]  # fmt: skip
+    head = ("turn", "prompt tokens", "bytes, all rows", "bytes, with decode's cache", "fewer", "TTFT, all rows, ms",
+            "TTFT with the cache, ms", "TTFT ratio (95% interval)", "same answers")  # fmt: skip
+    options = data["options"]
+    caption = (
+        f"all rows in k4v3, computed in float32; means over {options['rounds']} conversations, one at a time, over a "
+        f"link of {options['link']}; load average {max(row['load_average'] for row in data['rows'])}"
+    )
+    return table(head, rows) + where(data["environment"], caption)
+
+
 def simulation(data: dict[str, Any]) -> str:
     """Error of the simulation against the measured pair, by load."""
     rows = [r for r in data["rows"] if r.get("used")]

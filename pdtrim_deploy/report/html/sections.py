@@ -13,7 +13,11 @@ def headline(findings: Findings) -> Markup:
     """The main figures, each with its subject."""
     plan, tokens = findings.bundle.plan, findings.bundle.recipe.evaluation.prompt_tokens
     cards = [
-        (f"{plan.reduction(tokens):.2f}x", f"fewer KV bytes a request, at {tokens} prompt tokens"),
+        (
+            f"{plan.reduction(tokens, 'native'):.2f}x",
+            f"fewer KV bytes a request than from a {plan.model.kv_dtype} pool "
+            f"({plan.reduction(tokens, 'fp8_e4m3'):.2f}x than from one of fp8), at {tokens} prompt tokens",
+        ),
         (
             f"{len(plan.prefill_layers)} + {len(plan.decode_layers)}",
             f"of {plan.model.num_blocks} blocks run in prefill + decode",
@@ -32,8 +36,8 @@ def plan(findings: Findings) -> Markup:
     """The plan, block by block."""
     chosen, tokens = findings.bundle.plan, findings.bundle.recipe.evaluation.prompt_tokens
     text = (
-        f"{chosen.payload_bytes(tokens):,} bytes travel for a prompt of {tokens} tokens, dense would be "
-        f"{chosen.dense_bytes(tokens):,}. Chosen by {findings.bundle.recipe.pruning.method} (blocks) and "
+        f"{chosen.payload_bytes(tokens):,} bytes travel for a prompt of {tokens} tokens, "
+        f"{chosen.reductions(tokens)}. Chosen by {findings.bundle.recipe.pruning.method} (blocks) and "
         f"{findings.bundle.recipe.kv.method} (KV)."
     )
     return join([tag("p", text), plan_picture(chosen, tokens), built(findings)])

@@ -1,0 +1,104 @@
+"""What a format of FP8 weights says of a checkpoint: where scales stand, and what one scale covers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.models.tensors import TensorInfo
+
+CODES = "F8_E4M3"
+"""The dtype of codes, in safetensors' words: torch.float8_e4m3fn."""
+SCALE_DTYPES = ("F32", "BF16", "F16")
+_KV_SCALES = (".k_scale", ".v_scale", ".q_scale", ".kv_scale")
+_INPUT_SCALE = "input_scale"
+
+
+class UnsupportedScheme(Exception):
+    """A format that is read, in a scheme that is not; its text says which: "quant_algo NVFP4"."""
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """How the linear weights of a checkpoint are stored: codes of one byte, and scales that codes are multiplied by.
+
+    Attributes:
+        method: the format's name in `quantization_config`.
+        scale: last part of the name of a weight's scales, which stand beside it.
+        section: the format's own keys, as config.json or hf_quant_config.json has them.
+        block: rows and columns of a weight that share a scale; None: a row or the whole weight does.
+        powers_of_two: whether scales are.
+
+    """
+
+    method: str
+    scale: str
+    section: Mapping[str, Any]
+    block: tuple[int, int] | None = None
+    powers_of_two: bool = False
+
+    @property
+    def label(self) -> str:
+        """As reports name it."""
+        each = f"one scale for each {self.block[0]} x {self.block[1]} block" if self.block else "one scale or one a row"
+        return f"FP8 in {self.method} format ({each})"
+
+    def scale_of(self, weight: str) -> str:
+        """The name of the scales of `weight`, `....weight`."""
+        return f"{weight.removesuffix('weight')}{self.scale}"
+
+    def is_quantized(self, name: str, tensors: Mapping[str, TensorInfo]) -> bool:
+        """Whether the tensor is codes with scales."""
+        return name.endswith(".weight") and tensors[name].dtype == CODES
+
+    def is_scale(self, name: str) -> bool:
+        """Whether the tensor is scales, of weights or of what goes into them, and no weight of its own."""
+        return name.rpartition(".")[2] in (self.scale, _INPUT_SCALE)
+
+    def stays(self, name: str, tensors: Mapping[str, TensorInfo]) -> bool:
+        """Whether the tensor is never cast: codes, and all scales."""
+        return self.is_scale(name) or self.is_quantized(name, tensors)
+
+    def check(self, tensors: Mapping[str, TensorInfo], where: str) -> None:
+        """Refuse, with UserError, codes without scales, scales of another shape or dtype, and scales of no codes."""
+        for name, info in tensors.items():
+            if self.is_quantized(name, tensors):
+                scale = tensors.get(self.scale_of(name))
+                if scale is None:
+                    raise UserError(f"{where}: {name} is {CODES} without {self.scale_of(name)}; get the model again")
+                if scale.dtype not in SCALE_DTYPES:
+                    allowed = ", ".join(SCALE_DTYPES)
+                    raise UserError(f"{where}: {self.scale_of(name)} is {scale.dtype}; allowed: {allowed}")
+                if not self._covers(scale.shape, info.shape):
+                    raise UserError(
+                        f"{where}: {self.scale_of(name)} is {list(scale.shape)}, which are no scales of a weight "
+                        f"{list(info.shape)} in {self.method} format; get the model again"
+                    )
+            elif name.endswith(f".{self.scale}"):
+                weight = f"{name.removesuffix(self.scale)}weight"
+                if weight not in tensors or not self.is_quantized(weight, tensors):
+                    raise UserError(f"{where}: {name} is there, but {weight} is not {CODES}; get the model again")
+
+    def _covers(self, scale: tuple[int, ...], weight: tuple[int, ...]) -> bool:
+        if len(weight) != 2:
+            return False
+        if self.block is not None:
+            return scale == tuple(-(-size // side) for size, side in zip(weight, self.block, strict=True))
+        return scale in ((), (1,), (1, 1), weight[:1], (weight[0], 1))
+
+
+class Format(Protocol):
+    """One format, by the name that `quant_method` has."""
+
+    method: str
+
+    def read(self, section: Mapping[str, Any]) -> Quantized:
+        """What its keys say; raises UnsupportedScheme where they say more than FP8 weights."""
+        ...
+
+
+def is_kv_scale(name: str) -> bool:
+    """Whether the tensor scales rows of an fp8 KV pool: stages have none, their pools are the plan's."""
+    return name.endswith(_KV_SCALES)

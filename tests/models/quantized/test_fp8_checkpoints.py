@@ -1,0 +1,87 @@
+"""FP8 checkpoints as sources: read as what codes and scales stand for, written in the format they came in."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tinyfp8 import IGNORED, KINDS, write_fp8
+
+from pdtrim_deploy.models import resolve
+from pdtrim_deploy.models.loading import load_model
+from pdtrim_deploy.models.streaming import stream_model
+from pdtrim_deploy.models.surgery import write_stage
+
+BLOCKS = [0, 2, 3, 5]
+IDS = torch.arange(3, 43).reshape(2, 20)
+CODES = torch.float8_e4m3fn
+
+
+def logits(model):
+    return model(IDS, use_cache=False).logits
+
+
+@pytest.fixture(params=KINDS)
+def folder(request, tiny_llama_dir, tmp_path):
+    return write_fp8(tiny_llama_dir, tmp_path / "source", request.param)
+
+
+def test_is_read_as_the_weights_that_it_stands_for(folder, cache):
+    checkpoint = resolve(f"hf:{folder}", cache)
+    expected = logits(load_model(folder.with_name("source-float")))
+    assert torch.equal(logits(load_model(folder)), expected)
+    assert torch.equal(logits(stream_model(checkpoint, 2)[0]), expected)
+    assert checkpoint.facts.dtype == "float32"
+    assert not [name for name in checkpoint.tensors if name.endswith(("k_proj.k_scale", "v_proj.v_scale"))]
+
+
+def test_stages_keep_codes_and_scales_to_the_bit(folder, cache, tmp_path):
+    checkpoint = resolve(f"hf:{folder}", cache)
+    write_stage(checkpoint, tmp_path / "stage", BLOCKS, "float32", {})
+    source, stage = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "stage"))
+    stays = {name for name in source if not name.endswith(("k_proj.k_scale", "v_proj.v_scale"))}
+    for name in stays:
+        number = int(name.split(".")[2]) if "layers." in name else None
+        if number is None or number in BLOCKS:
+            new = name if number is None else name.replace(f".{number}.", f".{BLOCKS.index(number)}.", 1)
+            tensor = stage.pop(new)
+            assert tensor.dtype == source[name].dtype
+            assert torch.equal(*(t.reshape(-1).view(torch.uint8) for t in (tensor, source[name]))), name
+    assert not stage
+    again = resolve(f"hf:{tmp_path / 'stage'}", cache)  # a stage is a checkpoint of that format
+    assert (again.quantized.method, again.quantized.block) == (checkpoint.quantized.method, checkpoint.quantized.block)
+    settings = [json.dumps(json.loads((tmp_path / "stage" / name).read_text())) for name in ("config.json",)]
+    if (file := tmp_path / "stage" / "hf_quant_config.json").exists():
+        settings.append(file.read_text())
+    assert any("model.layers.1.mlp.down_proj" in text for text in settings)  # was block 2
+    assert not any("layers.2." in text or '"kv_cache_quant_algo": "FP8"' in text for text in settings)
+
+
+def test_replaced_weights_get_codes_of_the_same_kind(folder, cache, tmp_path):
+    checkpoint = resolve(f"hf:{folder}", cache)
+    generator = torch.Generator().manual_seed(5)
+    down, zeros = torch.randn(64, 128, generator=generator), torch.zeros(64, 64)
+    down[7] = 0
+    changes = {
+        2: {"mlp.down_proj.weight": down},  # which is not quantised
+        3: {"mlp.down_proj.weight": down, "self_attn.o_proj.weight": zeros},
+    }
+    write_stage(checkpoint, tmp_path / "stage", BLOCKS, "float32", {}, replacements=changes)
+    source, stored = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "stage"))
+    for name in ("mlp.down_proj", "self_attn.o_proj"):
+        for leaf in ("weight", checkpoint.quantized.scale):
+            before, after = source[f"model.layers.3.{name}.{leaf}"], stored[f"model.layers.2.{name}.{leaf}"]
+            assert (after.shape, after.dtype) == (before.shape, before.dtype)
+    assert torch.equal(stored["model.layers.1.mlp.down_proj.weight"], down)  # the ignored module, of block 2
+    layer = load_model(tmp_path / "stage").model.layers[2]
+    assert torch.equal(layer.self_attn.o_proj.weight, zeros)
+    error = (layer.mlp.down_proj.weight - down).abs()
+    assert (error <= down.abs() / 16 + down.abs().max() / 2**9).all()  # half of e4m3's step
+    assert error.max() > 0
+    assert torch.equal(layer.mlp.down_proj.weight[7], torch.zeros(128))
+    used = stored["model.layers.2.mlp.down_proj.weight"].float().abs().max()
+    assert used >= 416  # the largest value has (nearly, with a bfloat16 scale) the largest code
+
+
+def test_ignored_modules_are_there(folder):
+    assert load_file(folder / "model.safetensors")[f"{IGNORED}.weight"].dtype == torch.float32
