@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.models.checkpoint import Checkpoint
-from pdtrim_deploy.models.families import Family
+from pdtrim_deploy.models.families import Family, known_family
 from pdtrim_deploy.models.families.base import EXPERT
 from pdtrim_deploy.models.families.disk_names import DiskNames
 from pdtrim_deploy.models.streaming import keep_rows
@@ -63,6 +63,16 @@ def parameters_by_expert(family: Family, config: Mapping[str, Any], block: int) 
     names = DiskNames(family, config, block)
     yield from family.blocks.experts.stacked
     yield from map(names.parameter, family.expert_rows)
+
+
+def routers(model: Any, block: int) -> Iterator[tuple[str, Tensor]]:
+    """Name within the block and value of each parameter that has a row for each expert and is none itself."""
+    family, layer = known_family(type(model).__name__), model.model.layers[block]
+    parameters = dict(layer.named_parameters())
+    stacked = family.blocks.experts.stacked if family.blocks and family.blocks.experts else ()
+    for name in parameters_by_expert(family, model.config.to_dict(), block):
+        if name not in stacked and name in parameters:
+            yield name, parameters[name].detach()
 
 
 def keep_in_memory(layer: nn.Module, names: Iterator[str], kept: Sequence[int]) -> None:

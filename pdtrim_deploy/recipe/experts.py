@@ -18,8 +18,8 @@ _Keep = Annotated[float, Field(gt=0)]
 class ExpertsSection(BaseModel):
     """Experts that each block of a mixture of experts keeps, by stage.
 
-    They are ranked on the text of `calibration`: for prefill on its first half, the prompt; for decode on its second
-    half, read with the prompt's KV as prefill hands it over.
+    They are ranked on the text of `calibration`: for prefill on the prompts; for decode on what follows them, read with
+    the prompts' KV as prefill hands it over.
 
     Attributes:
         prefill, decode: experts that the stage's blocks keep: a whole number, or a share below 1; all when left out.

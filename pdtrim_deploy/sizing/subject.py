@@ -10,6 +10,7 @@ from pathlib import Path
 from pdtrim_deploy.bundle import PLAN, Bundle
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.local.paths import expanded
+from pdtrim_deploy.models.expert_savings import experts_sentence
 from pdtrim_deploy.models.families import known_family
 from pdtrim_deploy.models.shape import Sized, config_of, find_config, read_sized, shipped, shipped_for
 from pdtrim_deploy.pipeline.build import check_fits
@@ -87,7 +88,9 @@ def _of_recipe(recipe: Recipe, model: Sized | None) -> Subject:
         f"not built yet, priced by counts: prefill drops {recipe.pruning.prefill_blocks} and decode "
         f"{recipe.pruning.decode_blocks} of {sized.num_blocks} blocks, {caveat(recipe.kv, plan)}"
     )
-    return Subject(recipe.name, "recipe", sized.label, plan, sized.max_positions, (note, f"model: {sized.origin}"))
+    sentence = experts_sentence(plan, sized.config)
+    notes = (note, *([sentence] if sentence else []), f"model: {sized.origin}")
+    return Subject(recipe.name, "recipe", sized.label, plan, sized.max_positions, notes)
 
 
 def _of_bundle(path: Path) -> Subject:

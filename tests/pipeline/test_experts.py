@@ -10,6 +10,7 @@ import tinyexperts
 import torch
 import yaml
 
+from pdtrim_deploy.cli import main
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
 from pdtrim_deploy.loadtest.text import WORDS
@@ -20,6 +21,7 @@ from pdtrim_deploy.pipeline import build
 from pdtrim_deploy.pipeline.preview import preview
 from pdtrim_deploy.plan import STAGES
 from pdtrim_deploy.recipe import Recipe
+from pdtrim_deploy.report.html import Findings, page
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +55,7 @@ def tiny(tiny_model, tmp_path, architecture):
 
 @torch.no_grad()
 @pytest.mark.parametrize("architecture", tinyexperts.MOE)
-def test_recipe_to_oracle(architecture, recipe, tiny_model, tmp_path, cache):
+def test_recipe_to_oracle(architecture, recipe, tiny_model, tmp_path, cache, capsys):
     """Blocks and experts are dropped, the rest of decode is healed; the written pair is the plan's surgery."""
     source = tiny(tiny_model, tmp_path, architecture)
     pruning = {"method": "cosine", "prefill_blocks": 1, "decode_blocks": 2, "experts": {"prefill": 0.75, "decode": 4}}
@@ -67,6 +69,15 @@ def test_recipe_to_oracle(architecture, recipe, tiny_model, tmp_path, cache):
     cut = (keep_blocks(dense, plan.layers(stage), experts=plan.kept_experts(stage)) for stage in STAGES)
     surgery = PDOracle(*cut, plan, offsets)
     ids = torch.randint(3, 259, (32,), generator=torch.Generator().manual_seed(1))
+    cards = [(bundle.path / stage / "README.md").read_text() for stage in STAGES]
+    assert "Experts of each block: 6 of 8, chosen by `reap`, numbered from 0 again" in cards[0]
+    assert "Experts of each block: 4 of 8" in cards[1]
+    with pytest.raises(SystemExit):
+        main(["inspect", str(bundle.path)])
+    shown = capsys.readouterr().out
+    assert "6 of 8 in prefill" in shown
+    assert "4 of 8 in decode" in shown
+    assert "Experts of each block: 6 of 8 in prefill" in page(Findings.of(bundle), "report")
     expected = surgery.logprobs(ids[:24], ids[24:])
     torch.testing.assert_close(written.logprobs(ids[:24], ids[24:]), expected, rtol=0, atol=1e-4)
 

@@ -52,6 +52,7 @@ def choose(checkpoint, model=None, plan=None, ids=IDS, **section):
         family.expert_shape(config),
         ExpertsSection(**section),
         ids,
+        IDS.shape[1] // 2,
     )
 
 

@@ -35,6 +35,7 @@ def choose_experts(
     shape: ExpertShape,
     section: ExpertsSection,
     ids: Tensor,
+    prompt_tokens: int,
     batch: int = 4,
     note: Callable[[str], None] = lambda _: None,
 ) -> ExpertChoice:
@@ -43,7 +44,7 @@ def choose_experts(
     Args:
         model: the dense model, whole or streamed.
         plan: blocks of each stage, and how prompt KV reaches decode; both stages have all experts.
-        ids: int64 `[sequences, T]`; the first half of each is the prompt.
+        ids: int64 `[sequences, T]`; the first `prompt_tokens` of each are the prompt, the others decode's.
         batch: sequences that go through a stage together.
 
     """
@@ -51,9 +52,10 @@ def choose_experts(
     pruned = [stage for stage in STAGES if section.count(stage, shape.count) < shape.count]
     if not pruned:
         return ExpertChoice(None)
+    text = _Text(ids, prompt_tokens, batch, note)
     shared: dict[int, ExpertUse] = {}
     if section.shared and criterion.reads_text:
-        both = _measure(model, plan, shape, ids, batch, note, STAGES)
+        both = _measure(model, plan, shape, text, STAGES)
         shared = {
             block: use + both["decode"].get(block, ExpertUse.none(shape.count))
             for block, use in both["prefill"].items()
@@ -64,7 +66,7 @@ def choose_experts(
         uses: Uses = dict.fromkeys(blocks, ExpertUse.none(shape.count))
         if criterion.reads_text:
             before = KeptExperts(shape=shape, **sets) if sets else None
-            uses = shared or _measure(model, plan.with_parts(experts=before), shape, ids, batch, note, (stage,))[stage]
+            uses = shared or _measure(model, plan.with_parts(experts=before), shape, text, (stage,))[stage]
         scores[stage] = {block: criterion.scores(uses[block], _generator(section, stage, block)) for block in blocks}
         keep = section.count(stage, shape.count)
         sets[stage] = tuple(BlockExperts(block=b, kept=best(scores[stage][b], keep, shape.groups)) for b in blocks)
@@ -86,24 +88,28 @@ def _generator(section: ExpertsSection, stage: Stage, block: int) -> torch.Gener
     return torch.Generator().manual_seed(section.seed + len(STAGES) * block + place)
 
 
+@dataclass(frozen=True)
+class _Text:
+    """Arguments of `choose_experts`."""
+
+    ids: Tensor
+    prompt_tokens: int
+    batch: int
+    note: Callable[[str], None]
+
+
 def _measure(
-    model: CausalLM,
-    plan: PDPlan,
-    shape: ExpertShape,
-    ids: Tensor,
-    batch: int,
-    note: Callable[[str], None],
-    stages: tuple[Stage, ...],
+    model: CausalLM, plan: PDPlan, shape: ExpertShape, text: _Text, stages: tuple[Stage, ...]
 ) -> dict[Stage, Uses]:
     """What the tokens of `stages` did, each stage as the plan has it; decode reads prefill's KV by the plan's rules."""
-    pair, prompt = StagePair(model, plan), ids.shape[1] // 2
+    pair, prompt = StagePair(model, plan), text.prompt_tokens
     oracle = PDOracle(pair.stage("prefill"), pair.stage("decode"), plan)
     with (
         metered(oracle.prefill_model, plan.prefill_layers, shape) as prefill,
         metered(oracle.decode_model, plan.decode_layers, shape) as decode,
     ):
-        for done, part in enumerate(ids.split(batch)):
-            note(f"experts of {' and '.join(stages)}: {done * batch}/{len(ids)} sequences")
+        for done, part in enumerate(text.ids.split(text.batch)):
+            text.note(f"experts of {' and '.join(stages)}: {done * text.batch}/{len(text.ids)} sequences")
             state = oracle.prefill(part[:, :prompt])
             if "decode" in stages:
                 oracle.extend(part[:, prompt:], prompt, oracle.hand_over(state))
