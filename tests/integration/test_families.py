@@ -25,8 +25,8 @@ def text(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("architecture", SERVED)
-def test_served_tokens_are_the_oracles(architecture, text, tiny_model, serving, cache, tmp_path):
+@pytest.mark.some_families(SERVED, [*FAMILIES, "ArceeForCausalLM"])
+def test_served_tokens_are_the_oracles(architecture, text, tiny_model, serving, cache, tmp_path, record_property):
     """Blocks are dropped where they are known, experts where there are any; every layer of KV is cut and quantised."""
     corpus = {"corpus": f"dir:{text}", "sequences": 2}
     cut = {"method": "cosine", "prefill_blocks": 1, "decode_blocks": 2} if architecture in FAMILIES else {}
@@ -49,3 +49,4 @@ def test_served_tokens_are_the_oracles(architecture, text, tiny_model, serving, 
     assert result.max_logprob_error <= result.tolerance, result.rows
     assert all(result.controls_detected.values()), result.controls
     assert ("experts one number off" in result.controls) == experts
+    record_property("family", (architecture, "served", f"off by {result.max_logprob_error:.1e} nats at most"))

@@ -55,7 +55,7 @@ def tiny(tiny_model, tmp_path, architecture):
 
 @torch.no_grad()
 @pytest.mark.parametrize("architecture", tinyexperts.MOE)
-def test_recipe_to_oracle(architecture, recipe, tiny_model, tmp_path, cache, capsys):
+def test_recipe_to_oracle(architecture, recipe, tiny_model, tmp_path, cache, capsys, record_property):
     """Blocks and experts are dropped, the rest of decode is healed; the written pair is the plan's surgery."""
     source = tiny(tiny_model, tmp_path, architecture)
     pruning = {"method": "cosine", "prefill_blocks": 1, "decode_blocks": 2, "experts": {"prefill": 0.75, "decode": 4}}
@@ -80,6 +80,7 @@ def test_recipe_to_oracle(architecture, recipe, tiny_model, tmp_path, cache, cap
     assert "Experts of each block: 6 of 8 in prefill" in page(Findings.of(bundle), "report")
     expected = surgery.logprobs(ids[:24], ids[24:])
     torch.testing.assert_close(written.logprobs(ids[:24], ids[24:]), expected, rtol=0, atol=1e-4)
+    record_property("family", (architecture, "experts", "yes"))
 
 
 def test_a_healed_stage_has_its_own_experts_trained(recipe, tiny_model, tmp_path, cache):
