@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-BLOCK = (48, 32)  # of no tiny weight a divisor in both directions
+BLOCK = (32, 16)
 IGNORED = "model.layers.2.mlp.down_proj"  # stays as it is, beside lm_head
 LARGEST = 448.0
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 @click.argument("bundle", type=options.path)
 @click.option("--tasks", help="Some of perplexity,choice,needle,agreement.  [default: the recipe's perplexity alone]")
 @click.option("--items", type=click.IntRange(1), help="Items of each task (needle: per depth).  [default: the task's]")
-@click.option("--corpus", help="brown, austen, dir:PATH or file:PATH.  [default: the recipe's]")
+@click.option("--corpus", help="brown, code, dir:PATH, jsonl:PATH ... as in recipes.  [default: the recipe's]")
 @click.option(
     "--sequences", type=click.IntRange(1), help="Sequences to judge; not with --tasks.  [default: the recipe's]"
 )

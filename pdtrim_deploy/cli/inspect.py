@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("target", metavar="BUNDLE|MODEL")
 @click.option("--prompt-tokens", type=click.IntRange(1), help="Prompt length.  [default: the recipe's evaluation]")
-@click.option("--corpus", help="Text that a model is run on: brown, austen, dir:PATH or file:PATH.  [default: brown]")
+@click.option(
+    "--corpus",
+    help="Text that a model runs on, as in recipes: brown, code, dir:PATH ...  [default: brown]",
+)
 @click.option("--sequences", type=click.IntRange(1), help="Sequences of 256 tokens, for a model.  [default: 16]")
 @click.option(
     "--threshold", type=options.FiniteRange(-1, 1), help="Cosine above which a pair may be distilled.  [0.95]"
@@ -104,25 +107,32 @@ def _show_model(
         write_atomic(picture, candidates_picture(candidates, source))
     if as_json:
         click.echo(
-            json.dumps({"model": source, "corpus": corpus, "sequences": sequences} | asdict(candidates), indent=2)
+            json.dumps(
+                {"model": source, "weights": checkpoint.precision, "corpus": corpus, "sequences": sequences}
+                | asdict(candidates),
+                indent=2,
+            )
         )
         return
     from pdtrim_deploy.cli.screen import console
 
     console().print(candidates_table(candidates, source))
+    click.echo(f"weights: {checkpoint.precision}")
 
 
 def _show_bundle(bundle: Path, prompt_tokens: int | None, as_json: bool) -> None:
     from pdtrim_deploy.bundle import Bundle
+    from pdtrim_deploy.models.quantized import stored_weights
 
     opened = Bundle.open(bundle)
     plan, tokens = opened.plan, prompt_tokens or opened.recipe.evaluation.prompt_tokens
+    weights = stored_weights(opened.decode_dir) or opened.recipe.model.dtype
     if as_json:
         sizes = {
             "prompt_tokens": tokens, "dense": plan.dense_bytes(tokens), "planned": plan.payload_bytes(tokens),
             "dense_fp8": plan.dense_bytes(tokens, "fp8_e4m3"),
         }  # fmt: skip
-        data = {"digest": plan.digest, "plan": plan.model_dump(mode="json"), "bytes": sizes}
+        data = {"digest": plan.digest, "weights": weights, "plan": plan.model_dump(mode="json"), "bytes": sizes}
         data["steps"] = {n: s.seconds for n, s in opened.manifest.steps.items()}
         data["engines"] = {
             name: engine.model_dump(mode="json")
@@ -140,6 +150,7 @@ def _show_bundle(bundle: Path, prompt_tokens: int | None, as_json: bool) -> None
     console().print(plan_table(plan, tokens))
     if sentence := experts_sentence(plan, json.loads((opened.decode_dir / "config.json").read_text())):
         click.echo(sentence)
+    click.echo(f"weights: {weights}")
     if opened.engines:
         console().print(engine_table(opened.engines.values()))
         click.echo("\n".join(engine_notes(opened.engines.values())))

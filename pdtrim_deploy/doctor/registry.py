@@ -8,6 +8,7 @@ from pdtrim_deploy.doctor.places import Writable
 from pdtrim_deploy.doctor.programs import Aiperf, Gpu, Program
 from pdtrim_deploy.doctor.resources import Disk, Memory
 from pdtrim_deploy.doctor.serving import SGLang
+from pdtrim_deploy.doctor.weights import Weights
 from pdtrim_deploy.recipe import Recipe
 
 
@@ -24,6 +25,7 @@ CHECKS: tuple[Check, ...] = (
     Gpu(),
     Memory(),
     Disk(),
+    Weights(),
     Writable("--out", lambda context: context.out, ("build", "demo")),
     Writable("--cache-dir", lambda context: context.cache.root, ("build", "eval", "demo")),
     *(Package(name, "build") for name in ("torch", "transformers", "safetensors")),

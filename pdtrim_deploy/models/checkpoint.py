@@ -69,6 +69,11 @@ class Checkpoint:
     quantized: Quantized | None = None
 
     @property
+    def precision(self) -> str:
+        """What the weights are stored in, as reports name it."""
+        return self.quantized.label if self.quantized else self.facts.dtype
+
+    @property
     def weights(self) -> list[str]:
         """Names of the tensors that are no scales of others."""
         quantized = self.quantized

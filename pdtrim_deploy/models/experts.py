@@ -39,16 +39,15 @@ def check_experts(family: Family, config: Mapping[str, Any], blocks: Sequence[in
             raise UserError(f"experts of a stage: {error}") from None
 
 
-def check_formats(checkpoint: Checkpoint, experts: ExpertsByBlock) -> None:
+def check_formats(checkpoint: Checkpoint) -> None:
     """Raise UserError where quantised weights cannot be renumbered: experts named in settings, a quantised router."""
-    if not experts or checkpoint.quantized is None:
+    if checkpoint.quantized is None:
         return
     if re.search(r"experts\.\d", json.dumps(checkpoint.config.get("quantization_config"))):
         raise UserError(f"{checkpoint.path}: its quantization_config names single experts, which cannot be renumbered")
-    for name in checkpoint.family.expert_rows:
-        scales = [f"model.layers.{block}.{name}_scale" for block in experts]
-        if any(scale in checkpoint.tensors or f"{scale}_inv" in checkpoint.tensors for scale in scales):
-            raise UserError(f"{checkpoint.path}: its router is quantised ({name}), whose rows cannot be cut")
+    routers = tuple(f".{name}_scale" for name in checkpoint.family.expert_rows)
+    if scales := [name for name in checkpoint.tensors if name.removesuffix("_inv").endswith(routers)]:
+        raise UserError(f"{checkpoint.path}: its router is quantised ({min(scales)}), so that its rows cannot be cut")
 
 
 def kept_count(experts: ExpertsByBlock) -> int | None:

@@ -118,7 +118,8 @@ def write_stage(
     _check_replaceable(out_dir)
     experts = experts or {}
     check_experts(checkpoint.family, checkpoint.config, blocks, experts)
-    check_formats(checkpoint, experts)
+    if experts:
+        check_formats(checkpoint)
     changed = quantize_like(checkpoint, _replacements(checkpoint, blocks, replacements or {}, experts))
     sources = _stage_names(checkpoint, blocks, experts)
 

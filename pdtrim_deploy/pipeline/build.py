@@ -17,7 +17,7 @@ from pdtrim_deploy.models import resolve
 from pdtrim_deploy.pipeline import engines, experts, heal, heal_kv, sealing, select_kv, steps
 from pdtrim_deploy.pipeline.chosen import EXPERTS
 from pdtrim_deploy.pipeline.context import Context, Note
-from pdtrim_deploy.pipeline.family_fit import check_experts, check_family
+from pdtrim_deploy.pipeline.family_fit import check_experts, check_family, check_quantized
 from pdtrim_deploy.pipeline.journal import Journal, chained_key, claim
 from pdtrim_deploy.pipeline.stand_in import stand_in
 from pdtrim_deploy.plan import STAGES, Stage
@@ -130,6 +130,7 @@ def build(
         UserError: bad source, corpus or recipe for this model; `out` is something else or in use.
 
     """
+    from pdtrim_deploy.models.experts import check_formats
     from pdtrim_deploy.models.loading import check_loads
 
     if workers is not None:
@@ -139,11 +140,13 @@ def build(
         check_family(recipe, checkpoint.family)
         expert_shape = checkpoint.family.expert_shape(checkpoint.config)
         check_experts(recipe, expert_shape)
+        if recipe.pruning.experts:
+            check_formats(checkpoint)
+        check_quantized(recipe, checkpoint.quantized)
         check_loads(checkpoint, cache)
     check_fits(recipe, checkpoint.facts.num_blocks, checkpoint.facts.max_positions)
-    stand_in(
-        recipe, checkpoint.shape(recipe.model.dtype), expert_shape
-    )  # a byte budget that nothing fits is refused at once
+    # A byte budget that nothing fits is refused at once.
+    stand_in(recipe, checkpoint.shape(recipe.model.dtype), expert_shape)
     try:
         with claim(out, force):
             context = Context(recipe, checkpoint, cache, out, note, workers)

@@ -71,14 +71,25 @@ class Context:
         self.note(f"reading blocks from the checkpoint, {blocks} in memory at a time")
         return stream_model(self.checkpoint, blocks, "float32")[0]
 
-    def calibration(self, sequences: int, length: int) -> Any:
-        """int64 `[sequences, length]` of the calibration split."""
+    def calibration(self, sequences: int, length: int, prompt_tokens: int | None = None) -> Any:
+        """int64 `[sequences, length]` of the calibration split.
+
+        Where the recipe wants the model's own words, they follow the first `prompt_tokens`, by default half of them.
+        """
         from pdtrim_deploy.evaluation import corpora
         from pdtrim_deploy.models.loading import load_tokenizer
+        from pdtrim_deploy.pipeline.on_policy import with_continuations
 
-        section = self.recipe.calibration
-        documents = corpora.load(section.corpus, self.cache, self.note).split("calibration")
-        return corpora.sequences(documents, load_tokenizer(self.checkpoint.path), sequences, length, section.seed)
+        section, tokenizer = self.recipe.calibration, load_tokenizer(self.checkpoint.path)
+        parts = [
+            (corpora.load(part.corpus, self.cache, self.note).split("calibration"), part.share)
+            for part in section.shares
+        ]
+        prompt = length // 2 if prompt_tokens is None else prompt_tokens
+        if section.continuations == "text" or prompt >= length:
+            return corpora.mixed(parts, tokenizer, sequences, length, section.seed)
+        prompts = corpora.mixed(parts, tokenizer, sequences, prompt, section.seed, draw=corpora.prompts)
+        return with_continuations(self, prompts, length - prompt, tokenizer)
 
 
 def write_json(path: Path, data: Any) -> None:

@@ -1,4 +1,4 @@
-"""Whether a recipe may ask what it asks of a model's family: what would be wrong is refused before anything is read."""
+"""Whether a recipe may ask what it asks of a model's family and weights: what would be wrong is refused at once."""
 
 from __future__ import annotations
 
@@ -7,8 +7,30 @@ from collections.abc import Iterator
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.models.families import FAMILIES, Family
 from pdtrim_deploy.models.families.base import Feature
+from pdtrim_deploy.models.quantized import Quantized
 from pdtrim_deploy.plan import STAGES, ExpertShape
 from pdtrim_deploy.recipe import Recipe
+
+
+def check_quantized(recipe: Recipe, quantized: Quantized | None) -> None:
+    """Refuse what no FP8 weights can have.
+
+    Raises:
+        UserError: the recipe's key, why, and what is allowed.
+
+    """
+    if quantized is None:
+        return
+    if recipe.targets.requested:
+        raise UserError(
+            f"recipe {recipe.name}: targets has {', '.join(recipe.targets.requested)}, but no engine computes with "
+            f"weights in {quantized.label}; leave targets out, or give the unquantised model"
+        )
+    if recipe.model.dtype == "float32":
+        raise UserError(
+            f"recipe {recipe.name}: model.dtype is float32, in which SGLang has no FP8 weights; allowed for weights in "
+            f"{quantized.label}: bfloat16, float16"
+        )
 
 
 def check_family(recipe: Recipe, family: Family) -> None:

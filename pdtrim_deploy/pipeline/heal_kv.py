@@ -74,7 +74,7 @@ def _text(context: Context) -> Tensor:
 
     recipe = context.recipe
     prompt, more = recipe.kv.prompt_tokens, recipe.healing.length // 2
-    ids = context.calibration(recipe.healing.sequences, prompt + more)
+    ids = context.calibration(recipe.healing.sequences, prompt + more, prompt)
     if recipe.kv.recall and fits(prompt, more):
         return with_recall(ids, prompt, recipe.kv.recall, recipe.calibration.seed)
     return ids

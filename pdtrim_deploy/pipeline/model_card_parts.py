@@ -8,7 +8,7 @@ from typing import Any
 
 from pdtrim_deploy.models.provenance import Provenance
 from pdtrim_deploy.plan import PDPlan, Stage
-from pdtrim_deploy.recipe import Recipe
+from pdtrim_deploy.recipe import CalibrationSection, Recipe
 from pdtrim_deploy.recipe.kv import FIXED_KV
 from pdtrim_deploy.serving.gpu_defaults import PAGE_TOKENS, attention_arguments, pool_arguments
 
@@ -79,15 +79,26 @@ def _taught(recipe: Recipe) -> str:
     return f"{healing.taught(recipe.pruning.finalists)} x {healing.length}"
 
 
+_KL = ", by KL to the dense model"
+
+
+def _corpus(text: CalibrationSection) -> str:
+    """What calibration text is of, with its seed."""
+    total = sum(part.share for part in text.shares)
+    parts = [f"{part.share / total:.0%} `{part.corpus}`" for part in text.mixture] or [f"`{text.corpus}`"]
+    own = "" if text.continuations == "text" else f", continued by the dense model ({text.continuations})"
+    return f"{', '.join(parts)}{own}, seed {text.seed}"
+
+
 def provenance(recipe: Recipe) -> list[str]:
     """Text and seeds of each choice; all text is that of the calibration split of its corpus."""
     text, pruning, healing, kv = recipe.calibration, recipe.pruning, recipe.healing, recipe.kv
     lines = [f"- Recipe `{recipe.name}` (`recipe.yaml` in the bundle), digest `{recipe.digest}`"]
-    corpus = f"`{text.corpus}`, seed {text.seed}"
+    corpus = _corpus(text)
     if pruning.decode_blocks:
         lines.append(
-            f"- Blocks chosen by `{pruning.method}` (seed {pruning.seed}) on {text.sequences} x {text.length} tokens "
-            f"of {corpus}"
+            f"- Blocks chosen by `{pruning.method}` (seed {pruning.seed}{_KL * (pruning.objective == 'kl')}) on "
+            f"{text.sequences} x {text.length} tokens of {corpus}"
         )
     if pruning.experts is not None and pruning.experts.method != "random":
         lines.append(f"- Experts ranked on {text.sequences} x {text.length} tokens of {corpus}")

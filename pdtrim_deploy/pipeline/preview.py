@@ -18,7 +18,7 @@ from pdtrim_deploy.models.families import family_of
 from pdtrim_deploy.models.shape import shape_of, shipped_for
 from pdtrim_deploy.models.weights import ModelSizes
 from pdtrim_deploy.pipeline.build import check_fits, done_steps, steps_of
-from pdtrim_deploy.pipeline.family_fit import check_experts, check_family
+from pdtrim_deploy.pipeline.family_fit import check_experts, check_family, check_quantized
 from pdtrim_deploy.pipeline.journal import Journal, refuse_strangers
 from pdtrim_deploy.pipeline.sealing import is_sealed
 from pdtrim_deploy.pipeline.stand_in import stand_in
@@ -85,6 +85,7 @@ def preview(recipe: Recipe, out: Path, cache: Cache) -> Preview:
     check_family(recipe, checkpoint.family)
     experts = checkpoint.family.expert_shape(checkpoint.config)
     check_experts(recipe, experts)
+    check_quantized(recipe, checkpoint.quantized)
     check_fits(recipe, checkpoint.facts.num_blocks, checkpoint.facts.max_positions)
     journal = Journal(out)
     build_steps = steps_of(recipe, checkpoint.fingerprint)
@@ -92,8 +93,12 @@ def preview(recipe: Recipe, out: Path, cache: Cache) -> Preview:
     steps = {"source": True} | {step.name: step.name in done for step in build_steps}
     steps["seal"] = all(steps.values()) and is_sealed(out, recipe, journal.steps)
     plan = stand_in(recipe, checkpoint.shape(recipe.model.dtype), experts)
-    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
-    sizes = {stage: _stage_bytes(shapes, checkpoint.family, plan, stage) for stage in STAGES}
+    item = ITEM_BYTES[recipe.model.dtype]
+    tensors = {
+        name: (info.nbytes if checkpoint.keeps_dtype(name) else info.elements * item, (*info.shape, 1)[0])
+        for name, info in checkpoint.tensors.items()
+    }
+    sizes = {stage: _stage_bytes(tensors, checkpoint.family, plan, stage) for stage in STAGES}
     return Preview(
         recipe,
         steps,
@@ -121,8 +126,9 @@ def _unseen(recipe: Recipe, config: dict[str, Any] | None, missing: str) -> Prev
     check_experts(recipe, experts)
     check_fits(recipe, config["num_hidden_layers"], config["max_position_embeddings"])
     plan = stand_in(recipe, shape_of(config, "config alone", recipe.model.dtype), experts)
-    shapes = family.required_tensors(config) if family.blocks else None
-    sizes = {stage: _stage_bytes(shapes, family, plan, stage) for stage in STAGES} if shapes else None
+    item, shapes = ITEM_BYTES[recipe.model.dtype], family.required_tensors(config) if family.blocks else {}
+    tensors = {name: (prod(shape) * item, shape[0]) for name, shape in shapes.items()}
+    sizes = {stage: _stage_bytes(tensors, family, plan, stage) for stage in STAGES} if tensors else None
     searched, ranked = _search(recipe, config), _experts(recipe, config)
     return Preview(recipe, steps, tokens, sizes, *_sent(plan, tokens), *searched, *ranked, missing=missing)
 
@@ -184,19 +190,19 @@ class _Peek(Cache):
         return super().entry(kind, key, make if kind == "fingerprints" else refuse)
 
 
-def _stage_bytes(shapes: Mapping[str, tuple[int, ...]], family: Family, plan: PDPlan, stage: Stage) -> int:
-    """Of a checkpoint with tensors of these shapes; what is no block is in both stages."""
+def _stage_bytes(tensors: Mapping[str, tuple[int, int]], family: Family, plan: PDPlan, stage: Stage) -> int:
+    """Of a checkpoint with tensors of so many bytes and rows; what is no block is in both stages."""
     from pdtrim_deploy.models.experts import ExpertNames
 
-    kept, count = plan.kept_experts(stage), 0
+    kept, total = plan.kept_experts(stage), 0
     by_block = {block: ExpertNames(family, kept.get(block)) for block in plan.layers(stage)}
-    for name, shape in shapes.items():
+    for name, (size, rows) in tensors.items():
         if not name.startswith(_LAYERS):
-            count += prod(shape)
+            total += size
             continue
         number, _, inner = name.removeprefix(_LAYERS).partition(".")
         names = by_block.get(int(number))
         if names is not None and names.in_stage(inner) is not None:
-            rows = names.rows(inner)
-            count += prod(shape) if rows is None else prod(shape) // shape[0] * len(rows)
-    return count * ITEM_BYTES[plan.model.kv_dtype]
+            stage_rows = names.rows(inner)
+            total += size if stage_rows is None else size // rows * len(stage_rows)
+    return total

@@ -68,7 +68,7 @@ def _offsets(context: Context, oracle: PDOracle) -> KeyOffsets | None:
 
     section = context.recipe.kv
     length = min(section.prompt_tokens, context.checkpoint.facts.max_positions)
-    measured = measure(oracle, context.calibration(section.sequences, length), context.note)
+    measured = measure(oracle, context.calibration(section.sequences, length, length), context.note)
     errors = dict(zip(oracle.plan.decode_layers, measured.errors, strict=False))
     write_json(context.out / OFFSETS, {"rms_error_of_int4_keys": errors, "of_each_kv_head": ["whole", "less the mean"]})
     return measured.offsets
@@ -79,7 +79,9 @@ def _chosen(context: Context, oracle: PDOracle) -> tuple[KVSend, ...]:
     from pdtrim_deploy.kvchoice.recall import with_recall
 
     section = context.recipe.kv
-    text = context.calibration(section.sequences, section.prompt_tokens + section.continuation_tokens)
+    text = context.calibration(
+        section.sequences, section.prompt_tokens + section.continuation_tokens, section.prompt_tokens
+    )
     seed = context.recipe.calibration.seed
     if section.recall:
         text = with_recall(text, section.prompt_tokens, section.recall, seed)

@@ -159,7 +159,8 @@ def write_stage(context: Context, stage: Stage) -> set[str]:
 
     plan = context.plan
     blocks = plan.layers(stage)
-    context.note(f"writing {len(blocks)} blocks")
+    quantized = context.checkpoint.quantized
+    context.note(f"writing {len(blocks)} blocks" + (f", {quantized.label}" if quantized else ""))
     write(
         context.checkpoint,
         context.out / stage,

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 def searched(context: Context) -> Tensor:
     """What blocks are chosen on."""
     text = context.recipe.calibration
-    ids: Tensor = context.calibration(text.sequences, text.length)
+    ids: Tensor = context.calibration(text.sequences, text.length, text.prompt)
     return ids
 
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
@@ -31,7 +31,11 @@ from pdtrim_deploy.recipe.yaml_errors import sentence
 from pdtrim_deploy.recipe.yaml_units import Origins, compose
 
 Corpus = Annotated[
-    str, Field(pattern=r"^(brown|austen|(dir|file):.+)$", description="brown, austen, dir:PATH or file:PATH")
+    str,
+    Field(
+        pattern=r"^(brown|austen|code|questions|recall|(dir|file|jsonl):.+)$",
+        description="brown, austen, code, questions, recall, dir:PATH, file:PATH or jsonl:PATH",
+    ),
 ]
 
 
@@ -46,19 +50,36 @@ class ModelSection(_Section):
     dtype: NativeDtype = "float32"
 
 
+class CorpusShare(_Section):
+    """A corpus of a mixture; shares are weights, of any sum."""
+
+    corpus: Corpus
+    share: Annotated[float, Field(gt=0)]
+
+
 class CalibrationSection(_Section):
     """Text that decides what is removed: `sequences` x `length` tokens of the calibration split.
 
     Attributes:
+        mixture: several corpora and their shares, in place of `corpus`.
+        continuations: `text` reads on where a prompt ends; `greedy` and `sampled` put the dense model's own words
+            behind prompts (a conversation is cut off before its last answer), the likeliest or drawn by `seed`.
         prompt_tokens: length of the prompts that decode's blocks are searched behind; half of `length` when left out.
 
     """
 
     corpus: Corpus = "brown"
     sequences: PositiveInt = 16
+    mixture: Annotated[tuple[CorpusShare, ...], Field(strict=False)] = ()
+    continuations: Literal["text", "greedy", "sampled"] = "text"
     length: Annotated[int, Field(ge=16)] = 256
     prompt_tokens: PositiveInt | None = None
     seed: Seed = 0
+
+    @property
+    def shares(self) -> tuple[CorpusShare, ...]:
+        """All corpora; a single one as the whole."""
+        return self.mixture or (CorpusShare(corpus=self.corpus, share=1.0),)
 
     @property
     def prompt(self) -> int:
@@ -77,10 +98,10 @@ class CalibrationSection(_Section):
     @model_serializer(mode="wrap")
     def _given(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Dump only what is not the default of keys that came later: older recipes keep their digest."""
-        return {name: value for name, value in serialise(self).items() if (name, value) not in _LATER}
+        return {name: value for name, value in serialise(self).items() if value not in _LATER.get(name, ())}
 
 
-_LATER = (("prompt_tokens", None),)
+_LATER: dict[str, tuple[Any, ...]] = {"prompt_tokens": (None,), "mixture": ((), []), "continuations": ("text",)}
 
 
 class EvaluationSection(_Section):
@@ -122,6 +143,12 @@ class Recipe(_Section):
             raise ValueError(
                 f"kv.pool_dtype is {self.kv.pool_dtype} but an engine writes KV in model.dtype; allowed with targets: "
                 f"pool_dtype native"
+            )
+        if self.calibration.continuations != "text" and pruning.blocks_in_memory is not None:
+            raise ValueError(
+                f"calibration.continuations is {self.calibration.continuations} but pruning.blocks_in_memory is "
+                f"{pruning.blocks_in_memory}, and each token that the model says would read all blocks from disk; "
+                f"allowed with it: text"
             )
         if pruning.finalists and healing.compensation == "none":
             raise ValueError(

@@ -22,6 +22,7 @@ from pdtrim_deploy.serving.ranks import require_arguments, require_ranks
 from pdtrim_deploy.serving.relay import Throttle
 from pdtrim_deploy.serving.spec import ClusterSpec, WorkerOptions
 from pdtrim_deploy.serving.transports import require_transport
+from pdtrim_deploy.serving.weights import require_weights
 
 
 def cluster_of(
@@ -47,7 +48,7 @@ def cluster_of(
     Raises:
         UserError: no SGLang found, no worker of a stage, `port` is taken, the bundle lacks an executor's engine, or
             the transport's library is not there, or decode's pool is to be split with no sparse layer; ranks that
-            cannot be served, or too few GPUs for them.
+            cannot be served, too few GPUs for them, or weights that the device does not compute with.
 
     """
     environment = environment or ServeEnvironment.find()
@@ -66,6 +67,7 @@ def cluster_of(
             f"the plan's KV pool is {options.pool_dtype}, which SGLang 0.5.23 has on a CPU with Intel AMX alone, and "
             "there with scales that no plan knows; serve this bundle on GPUs, or build it with kv.pool_dtype native"
         )
+    require_weights(bundle.decode_dir, options.device)
     if options.split_pool is not None and not options.sparse:
         raise UserError("--split-decode-pool: this plan has no sparse layers to split off; leave it out")
     require_ranks(bundle.plan, options.tp_prefill, options.tp_decode, options.device)
@@ -98,8 +100,16 @@ def throttled(cluster: Cluster, link: Link) -> Iterator[Cluster]:
     """`cluster` (1 prefill + 1 decode worker, transport tcp), served with KV going over a link of this speed.
 
     The link is a relay on loopback: it holds bytes back as `link` would; its way back and the control channel are free.
+
+    Raises:
+        UserError: decode has several ranks, each of which listens at a port of its own.
+
     """
     (decode,), spec = cluster.spec.decode, cluster.spec
+    if decode.options.tp_decode > 1:
+        raise UserError(
+            f"--link limits KV to one rank of decode, not to {decode.options.tp_decode}: leave out one option"
+        )
     used = {port for worker in spec.workers for port in (worker.port, worker.bootstrap_port or 0)}
     port, announced = free_ports(2, taken=frozenset(used | {spec.router.port, spec.router.metrics_port}))
     relayed = replace(decode, transport={**decode.transport, "port": port, "announce": f"{HOST}:{announced}"})

@@ -56,6 +56,12 @@ class PDTrimKVManager(CommonKVManager):
         return self._prefill_unique_rank()
 
     @property
+    def worker_rank(self) -> int:
+        """Rank of this process in its worker, over all of its data-parallel groups."""
+        group = max(self.attn_dp_rank, self.system_dp_rank)  # one of them where data parallelism is on, else both are 0
+        return int(group * self.attn_tp_size + self.attn_tp_rank)
+
+    @property
     def serves_plan(self) -> bool:
         """Whether the worker's checkpoint is a stage of a plan; else it is a model that both workers serve."""
         return self._given_plan is not None
@@ -84,7 +90,8 @@ class PDTrimKVManager(CommonKVManager):
         credentials = Credentials(bytes.fromhex(self.plan.digest), self._secret)
         config = WorkerConfig.parse(self.server_args.json_model_override_args)
         transport = self.server_args.disaggregation_transfer_backend.removeprefix("pdtrim_")
-        settings = TransportConfig.of(config.transport, credentials, sglang_host.ib_devices(self.kv_args))
+        devices = sglang_host.ib_devices(self.kv_args)
+        settings = TransportConfig.of(config.transport, credentials, devices, self.worker_rank)
         self.transport_config = transport_named(transport).slots_near(view.keys[0].device, settings)
         check_staging(self.plan, view, self.transport_config.staging_bytes)
         side = (self, self.plan, view, aux, transport, self.transport_config)

@@ -5,6 +5,7 @@ import random
 import xml.etree.ElementTree as ET
 
 import pytest
+from tinyfp8 import write_fp8
 
 from pdtrim_deploy.cli import main
 
@@ -36,6 +37,14 @@ def test_a_model_shows_its_candidates(capsys, tiny_llama_dir, corpus, cache, tmp
     code, out, _ = run(capsys, "inspect", f"hf:{tiny_llama_dir}", *common)
     assert code == 0
     assert f"{shown['redundancy'][3]:.4f}" in out
+
+
+def test_the_format_of_quantised_weights_is_named(capsys, tiny_llama_dir, corpus, cache, tmp_path):
+    folder = write_fp8(tiny_llama_dir, tmp_path / "fp8", "fp8-block")
+    common = ("--corpus", corpus, "--sequences", 2, "--cache-dir", cache.root)
+    label = "FP8 in fp8 format (one scale for each 32 x 16 block)"
+    assert json.loads(run(capsys, "inspect", folder, *common, "--json")[1])["weights"] == label
+    assert f"weights: {label}" in run(capsys, "inspect", folder, *common)[1]
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from pdtrim_deploy.doctor import (
     serving,
 )
 from pdtrim_deploy.doctor.packages import Package, installed, wanted_version
+from pdtrim_deploy.doctor.weights import Weights
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.recipe import Recipe
 
@@ -291,6 +292,26 @@ def test_every_lack_has_a_mend_and_the_exit_code_follows(
     code, out = run(capsys, "doctor", "--serve-python", serve_python, "--for", "serve")
     assert code == 1
     assert out.splitlines()[-1].startswith("serve: cannot run, ")
+
+
+@pytest.mark.parametrize(
+    ("method", "status", "words"),
+    [
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "ok", "FP8 in fp8 format"),
+        ({"quant_method": "gptq", "bits": 4}, "missing", "weights quantised by gptq are not read"),
+    ],
+)
+def test_the_format_of_quantised_weights_is_named(
+    method: dict[str, object], status: str, words: str, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    config = json.loads((tiny_llama_dir / "config.json").read_text()) | {"quantization_config": method}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    recipe = Recipe.model_validate({"name": "q", "model": {"source": f"hf:{tmp_path}"}})
+    finding = named(list(Weights().look(CheckContext(recipe=recipe, out=tmp_path))), "weights")
+    assert finding.status == status
+    assert words in finding.detail
+    unquantised = Recipe.model_validate({"name": "q", "model": {"source": f"hf:{tiny_llama_dir}"}})
+    assert not list(Weights().look(CheckContext(recipe=unquantised, out=tmp_path)))
 
 
 def test_the_main_process_imports_nothing_heavy() -> None:

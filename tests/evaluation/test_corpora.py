@@ -129,7 +129,7 @@ def test_bad_own_text(tmp_path, cache):
     for source in (f"dir:{tmp_path}", f"file:{tmp_path / 'latin.txt'}"):
         with pytest.raises(UserError, match=r"latin.txt: not UTF-8"):
             load(source, cache)
-    with pytest.raises(UserError, match="use one of brown, austen, dir:PATH, file:PATH"):
+    with pytest.raises(UserError, match=r"use one of brown, austen, code, .* file:PATH, jsonl:PATH"):
         load("wikitext", cache)
     with pytest.raises(UserError, match="takes no place"):
         load("brown:x", cache)

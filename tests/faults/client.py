@@ -6,19 +6,22 @@ import asyncio
 import json
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 
 import httpx
 
+TEXTS = [tuple(random.Random(name).choices(range(3, 259), k=2000)) for name in "abc"]
+
 
 @dataclass(frozen=True)
 class Request:
-    """One request; its client hangs up after `abort_after` tokens (0: before the first one)."""
+    """One request; its client hangs up after `abort_after` tokens (0: before the first one), or when `hangs_up`."""
 
     prompt: tuple[int, ...]
     new_tokens: int
     abort_after: int | None = None
+    hangs_up: Callable[[], bool] | None = None
 
 
 @dataclass
@@ -34,11 +37,17 @@ class Ended:
 
 
 def draw(count: int, tokens: tuple[int, int], new_tokens: tuple[int, int], seed: int, aborts: float = 0.0):
-    """`count` requests of random text; every one that shall be aborted is, after a few tokens."""
+    """`count` requests of random text; every one that shall be aborted is, after a few tokens.
+
+    Half of them begin as others do, whatever the seed: their rows may be known.
+    """
     dice = random.Random(seed)
     requests = []
     for _ in range(count):
         prompt = tuple(dice.randrange(3, 259) for _ in range(dice.randint(*tokens)))
+        if dice.random() < 0.5:
+            shared = dice.randint(0, len(prompt))
+            prompt = (*dice.choice(TEXTS)[:shared], *prompt[shared:])
         new = dice.randint(*new_tokens)
         requests.append(Request(prompt, new, dice.randrange(0, max(1, new - 1)) if dice.random() < aborts else None))
     return requests
@@ -68,7 +77,7 @@ async def _send(
                 sent.append(ended)
                 try:
                     async with asyncio.timeout(deadline_s):
-                        ended.how, ended.reason = await _stream(client, ended)
+                        ended.how, ended.reason = await _unless(_stream(client, ended), request.hangs_up)
                 except TimeoutError:
                     ended.how, ended.reason = "lost", f"nothing within {deadline_s:.0f} s"
                 except httpx.HTTPError as error:
@@ -77,6 +86,20 @@ async def _send(
                 return ended
 
         return await asyncio.gather(*(complete(request) for request in requests))
+
+
+async def _unless(
+    stream: Coroutine[None, None, tuple[str, str]], hangs_up: Callable[[], bool] | None
+) -> tuple[str, str]:
+    """How the stream ends, unless its client hangs up before."""
+    task = asyncio.ensure_future(stream)
+    try:
+        while not (await asyncio.wait({task}, timeout=0.005 if hangs_up else None))[0]:
+            if hangs_up is not None and hangs_up():
+                return "aborted", ""
+        return task.result()
+    finally:
+        task.cancel()
 
 
 async def _stream(client: httpx.AsyncClient, ended: Ended) -> tuple[str, str]:

@@ -1,18 +1,19 @@
-"""One cluster for all faults: tiny random stages that differ, prefill in onnxruntime, a proxy on the transport."""
+"""A cluster for all faults of a path: tiny random stages that differ, and proxies on the transport."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from stand import Stand, record, tiny_stages
+from paths import PATHS, tiny_stages
+from stand import BOOTSTRAP_S, WAITING_S, Stand, record
 
 from pdtrim_deploy.serving import ServeEnvironment
-from pdtrim_deploy.serving.ports import free_ports
 
 
 def pytest_addoption(parser):
@@ -22,11 +23,23 @@ def pytest_addoption(parser):
 
 
 @pytest.fixture(scope="session")
-def stages(tiny_model, tmp_path_factory, cache):
-    """`stages(name)`: the folder of a tiny bundle's stages, with its plan; `one` and `other` differ in their plan."""
+def stages_of(tiny_model, tmp_path_factory, cache):
+    """`stages_of(path)`: a tiny bundle's stages, and those of another plan: `one` and `other`."""
     folder = tmp_path_factory.mktemp("tiny")
-    model = tiny_model(folder / "model", "Qwen3ForCausalLM", max_position_embeddings=2048)
-    return {name: tiny_stages(model, folder / name, cache, n_last) for name, n_last in (("one", 24), ("other", 25))}
+    model = tiny_model(folder / "model", "Qwen3ForCausalLM", max_position_embeddings=2048, head_dim=32)
+
+    @functools.cache
+    def stages(path):
+        lasts = {"one": 24, "other": 25}
+        return {name: tiny_stages(model, folder / path.name / name, cache, path, n) for name, n in lasts.items()}
+
+    return stages
+
+
+@pytest.fixture(scope="session")
+def stages(stages_of):
+    """Those of the first path."""
+    return stages_of(next(iter(PATHS.values())))
 
 
 @pytest.fixture(scope="session")
@@ -50,24 +63,24 @@ def environment(request):
 
 
 @pytest.fixture(scope="session")
-def start(stages, environment, tmp_path_factory, rows):
-    """`start(transport)`: a cluster, healthy when `with` enters its block."""
+def start(stages_of, environment, tmp_path_factory, rows):
+    """`start(path, transport)`: a cluster, healthy when `with` enters its block."""
 
     @contextlib.contextmanager
-    def run(transport="tcp"):
+    def run(path, transport="tcp"):
         with pytest.MonkeyPatch.context() as patch:
             # SGLang's own deadlines, five minutes otherwise: workers inherit them
-            patch.setenv("SGLANG_DISAGGREGATION_WAITING_TIMEOUT", "20")
-            patch.setenv("SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT", "40")
+            patch.setenv("SGLANG_DISAGGREGATION_WAITING_TIMEOUT", str(WAITING_S))
+            patch.setenv("SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT", str(BOOTSTRAP_S))
             logs = tmp_path_factory.mktemp("logs")
-            with Stand(stages, logs, free_ports(2), rows, transport, environment) as running:
+            with Stand(path, stages_of(path), logs, rows, transport, environment) as running:
                 yield running
 
     return run
 
 
-@pytest.fixture(scope="session")
-def stand(start):
-    """The cluster that most faults share; each test leaves it healthy."""
-    with start() as running:
+@pytest.fixture(scope="session", params=PATHS)
+def stand(request, start):
+    """The cluster that most faults of a path share; each test leaves it healthy."""
+    with start(PATHS[request.param]) as running:
         yield running

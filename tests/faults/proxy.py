@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import struct
+import threading
 import time
 from collections.abc import Iterator
 
@@ -23,18 +24,23 @@ class Proxy(Relay):
 
     `drop`: none arrives; `hole`: 100 of them are missing; `delay`: each read waits; `corrupt`: a bit flips in each
     chunk; `truncate`: the connection ends inside a chunk; `cut`: connections end at once; `marked`: the checksum of
-    each chunk of a prompt of `marked_tokens` tokens is wrong, and no other byte; `none`.
+    each chunk of a prompt of `marked_tokens` tokens is wrong, and no other byte; `count`: nothing; `none`.
     """
 
     marked_tokens = 0
 
     def __init__(self, port: int, target: int, seed: int = 0) -> None:
         self.fault, self.hits, self._dice = "none", 0, random.Random(seed)
+        self._alone, self._victim = False, 0
         super().__init__(port, target)
 
     @contextlib.contextmanager
-    def doing(self, fault: str) -> Iterator[None]:
-        """`with proxy.doing("drop"):`; connections made before are concerned too."""
+    def doing(self, fault: str, alone: bool = False) -> Iterator[None]:
+        """`with proxy.doing("drop"):`; connections made before are concerned too.
+
+        `alone`: the first connection that carries a byte is the only one that is concerned.
+        """
+        self._alone, self._victim = alone, 0
         self.fault, self.hits = fault, 0
         try:
             yield
@@ -48,6 +54,9 @@ class Proxy(Relay):
             return data, False
         if fault == "marked":
             return self._mark(data), False
+        self._victim = self._victim or threading.get_ident()  # a connection has a thread
+        if self._alone and self._victim != threading.get_ident():
+            return data, False
         self.hits += 1
         if fault == "corrupt":
             at = self._dice.randrange(len(data))
@@ -55,6 +64,7 @@ class Proxy(Relay):
         if fault == "delay":
             time.sleep(DELAY_S)
         return {
+            "count": (data, False),
             "delay": (data, False),
             "drop": (b"", False),
             "hole": (data[:middle] + data[middle + 100 :], False),

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import re
 import signal
+import subprocess
 import threading
 import time
 from collections import Counter
@@ -17,19 +19,24 @@ from pathlib import Path
 import httpx
 from client import Ended, Request, draw, send
 from judge import wrong
+from paths import ServedPath, Stages
 from proxy import Proxy
 
-from pdtrim_deploy.models import open_checkpoint
+from pdtrim_deploy.bundle.environment import environment as machine
 from pdtrim_deploy.models.loading import load_model
 from pdtrim_deploy.models.oracle import PDOracle
-from pdtrim_deploy.models.surgery import write_stage
-from pdtrim_deploy.plan import STAGES, Drop, Keep, KVSend, PDPlan
-from pdtrim_deploy.serving import Cluster, ClusterSpec, Engine, ServeEnvironment, WorkerOptions
+from pdtrim_deploy.plan import STAGES
+from pdtrim_deploy.serving import Cluster, ClusterSpec, ServeEnvironment, WorkerOptions
 from pdtrim_deploy.serving.metrics import scrape, total
+from pdtrim_deploy.serving.ports import free_ports, is_free
 from pdtrim_deploy.serving.probe import is_healthy
 from pdtrim_deploy.serving.process import session_members
 
+CHUNK = 64
+SLICE_S = 0.02
 DEADLINE_S = 60.0
+WAITING_S, BOOTSTRAP_S = 20, 40  # SGLang's deadlines for a transfer, and for decode to ask for it
+ROUTER_S = 64  # the router ends any request then; later than a client's own deadline, or it would hide what hangs
 STALL_S = 4.0
 POOL_TOKENS = 4096
 STAGING_BYTES = 1 << 20
@@ -42,17 +49,12 @@ BOUNDED, BUFFERS = "decode pdtrim_kv_staging_held_bytes", {"tcp": 2}  # one-side
 
 
 @dataclass(frozen=True)
-class Stages:
-    """A tiny bundle: `prefill` and `decode` in `folder`, an engine for prefill in `engine`."""
-
-    folder: Path
-    plan: PDPlan
-    engine: Engine
-
-
-@dataclass(frozen=True)
 class Row:
-    """One fault: what was asked under it, and how it ended; `grown`: what a soak's last third held over its first."""
+    """One fault: what was asked under it, and how it ended; `grown`: what a soak's last third held over its first.
+
+    `spread_nats`: of the logprobs of a prompt that was sent again and again.
+    `path` is what served (paths.py), `commit` of which sources, `cpu` on what machine.
+    """
 
     fault: str
     sent: int
@@ -69,48 +71,39 @@ class Row:
     recovered_s: float
     transport: str
     grown: dict[str, float] = field(default_factory=dict)
-
-
-def tiny_stages(model: Path, folder: Path, cache, n_last: int) -> Stages:
-    """Prefill loses a block, decode two; layers send unlike numbers of rows."""
-    from pdtrim_builders import build_target
-
-    checkpoint = open_checkpoint(model, cache)
-    prefill, decode = (tuple(Drop() if block in gone else Keep() for block in range(6)) for gone in ((3,), (1, 3)))
-    sparse = KVSend(mode="sparse", n_first=4, n_last=n_last)
-    kv = (KVSend(), sparse, sparse.model_copy(update={"n_last": 9}), sparse)
-    plan = PDPlan(model=checkpoint.shape("float32"), prefill=prefill, decode=decode, kv=kv)
-    for stage in STAGES:
-        write_stage(checkpoint, folder / stage, plan.layers(stage), "float32", plan.model_dump(mode="json"))
-    build_target("onnx", folder / "prefill", folder / "engine")
-    return Stages(folder, plan, Engine("onnxruntime", "prefill", folder / "engine"))
+    spread_nats: float | None = None
+    path: str = ""
+    commit: str | None = None
+    cpu: str = ""
 
 
 class Stand:
-    """A pair behind a router, with a proxy between prefill and decode."""
+    """A pair behind a router, with a proxy between prefill and each rank of decode. `proxy` is the last rank's."""
 
     def __init__(
         self,
+        path: ServedPath,
         stages: dict[str, Stages],
         logs: Path,
-        ports: Sequence[int],
         rows: list[Row],
         transport: str = "tcp",
         environment: ServeEnvironment | None = None,
     ) -> None:
-        self.stages, self.rows, self.transport = stages, rows, transport
+        self.path, self.stages, self.rows, self.transport = path, stages, rows, transport
         served = stages["one"]
         models = (load_model(served.folder / stage, "float32") for stage in STAGES)
         self.oracle = PDOracle(*models, served.plan)
-        listens, announced = ports
-        self.proxy = Proxy(announced, listens)
+        listens, announced = neighbours(path.tp_decode), neighbours(path.tp_decode)
+        self.proxies = [Proxy(announced + rank, listens + rank) for rank in range(path.tp_decode)]
+        self.proxy = self.proxies[-1]
         options = WorkerOptions(
-            dtype="float32", chunked_prefill_size=64, threads=1, max_total_tokens=POOL_TOKENS,
-            max_running_requests=16, transfer_backend=f"pdtrim_{transport}",
+            dtype="float32", chunked_prefill_size=CHUNK, threads=1, max_total_tokens=POOL_TOKENS,
+            max_running_requests=16, transfer_backend=f"pdtrim_{transport}", tp_prefill=path.tp_prefill,
+            tp_decode=path.tp_decode, page_size=path.page_size, decode_args=path.decode_args,
         )  # fmt: skip
         spec = ClusterSpec.on_loopback(
             served.folder / "prefill", served.folder / "decode", options=options, start_timeout_s=600.0,
-            router_args=("--health-check-interval-secs", "2"),
+            router_args=("--health-check-interval-secs", "2", "--request-timeout-secs", str(ROUTER_S)),
         )  # fmt: skip
         transport_options = {"stall_seconds": STALL_S, "connect_seconds": 2.0, "staging_bytes": STAGING_BYTES}
         transport_options |= {"accept_unauthenticated": True} if transport == "mooncake" else {}
@@ -131,12 +124,14 @@ class Stand:
     def __enter__(self) -> Stand:
         self.cluster.__enter__()
         self.healthy(1)
-        self.level = self.held() | {BOUNDED: STAGING_BYTES * BUFFERS.get(self.transport, 4)}
+        bound = STAGING_BYTES * BUFFERS.get(self.transport, 4) * max(self.path.tp_prefill, self.path.tp_decode)
+        self.level = self.held() | {BOUNDED: bound}
         return self
 
     def __exit__(self, *error) -> None:
         self.cluster.stop()
-        self.proxy.close()
+        for proxy in self.proxies:
+            proxy.close()
 
     @property
     def url(self) -> str:
@@ -152,6 +147,11 @@ class Stand:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, what)
 
+    def scheduler(self, stage: str, rank: int = 0) -> int:
+        """The process that computes as that rank of a worker: SGLang starts them first, in the order of ranks."""
+        leader = self.worker(stage).pid
+        return sorted(pid for pid in session_members(leader) if pid != leader)[rank]
+
     def signal_router(self, what: int) -> None:
         """To the router's process."""
         os.kill(self.cluster.router_pid, what)
@@ -166,6 +166,34 @@ class Stand:
             yield
         finally:
             timer.join()
+
+    @contextlib.contextmanager
+    def stopped(self, stage: str) -> Iterator[None]:
+        """Stopped (SIGSTOP) inside."""
+        self.signal(stage, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self.signal(stage, signal.SIGCONT)
+
+    @contextlib.contextmanager
+    def slowed(self, stage: str, times: int) -> Iterator[None]:
+        """What computes there runs a `times`-th of the time inside; what speaks HTTP is as quick as ever."""
+        pid, over = self.scheduler(stage), threading.Event()
+
+        def slow() -> None:
+            while not over.wait(SLICE_S):
+                os.kill(pid, signal.SIGSTOP)
+                over.wait(SLICE_S * (times - 1))
+                os.kill(pid, signal.SIGCONT)
+
+        thread = threading.Thread(target=slow)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
 
     def held(self) -> dict[str, float]:
         """What each worker holds now."""
@@ -212,6 +240,7 @@ class Stand:
         """Judge what was asked under the fault; then serve a healthy load, and look for what was left behind."""
         recovered = self.recover() if recovered_s is None else recovered_s
         hows = Counter(outcome.how for outcome in ended)
+        reused = self.reused()
         after = send(self.url, draw(12, (2, 400), (2, 12), len(self.rows)), DEADLINE_S)
         row = Row(
             fault=fault, sent=len(ended), **{how: hows[how] for how in ("answered", "aborted", "failed", "lost")},
@@ -220,7 +249,8 @@ class Stand:
             reasons=dict(Counter(short(outcome.reason) for outcome in ended if outcome.how == "failed")),
             leaked=self.leaked(), afterwards_sent=len(after),
             afterwards_answered=sum(outcome.how == "answered" for outcome in after),
-            recovered_s=round(recovered, 2), transport=self.transport,
+            recovered_s=round(recovered, 2), transport=self.transport, path=self.path.name,
+            commit=revision(), cpu=processor(),
         )  # fmt: skip
         self.rows.append(row)
         print(f"[{stamp()}] {row}")
@@ -229,6 +259,7 @@ class Stand:
         assert all(outcome.reason for outcome in ended if outcome.how == "failed"), "a failure without a word"
         assert row.afterwards_answered == row.afterwards_sent, [outcome.reason for outcome in after if outcome.reason]
         assert not row.leaked, f"left behind after {fault}"
+        assert self.reused() > reused or not self.path.reuses, "no prompt's rows were reused: this path was not taken"
         return row
 
     def while_sending(
@@ -252,6 +283,17 @@ class Stand:
             over.set()
             watching.join()
 
+    def reused(self) -> float:
+        """Tokens whose rows were not sent so far, because decode had them."""
+        return total(scrape(self.worker("prefill").metrics_url), "pdtrim_kv_reused_tokens_sum")
+
+    def outcomes(self) -> Counter[str]:
+        """How the transfers of prefill have ended so far; each of its ranks counts them."""
+        counted: Counter[str] = Counter()
+        for sample in scrape(self.worker("prefill").metrics_url).get("pdtrim_kv_requests_total", ()):
+            counted[sample.labels["outcome"]] += int(sample.value)
+        return counted
+
     def health(self, stage: str, timeout_s: float = 25.0) -> bool:
         """Whether the worker's own /health says yes."""
         return is_healthy(self.worker(stage).spec.url, timeout_s)
@@ -266,6 +308,31 @@ def short(reason: str) -> str:
     """A reason without rooms, ports and digests, so that like ones are counted together."""
     own = reason.rpartition("KVTransferError(bootstrap_room=")[2]
     return re.sub(r"^\d+\): |\b[0-9a-f]{12,}\b|\b\d{4,}\b", "", own)[:160]
+
+
+def neighbours(count: int) -> int:
+    """The first of `count` free ports in a row."""
+    while True:
+        (port,) = free_ports(1)
+        if all(is_free(port + place) for place in range(count)):
+            return port
+
+
+@functools.cache
+def processor() -> str:
+    """What this machine computes with."""
+    return str(machine("")["machine"]["cpu"])
+
+
+@functools.cache
+def revision() -> str | None:
+    """Commit of the sources, `-dirty` when some are not committed; None without git."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    if head.returncode:
+        return None
+    sources = [*git, "diff", "--quiet", "HEAD", "--", ":/", ":(exclude,top)benchmarks/results"]
+    return head.stdout.strip() + "-dirty" * bool(subprocess.run(sources, check=False).returncode)
 
 
 def stamp() -> str:

@@ -6,14 +6,15 @@ from dataclasses import replace
 
 import pytest
 from client import draw, send
-from stand import DEADLINE_S, streaming
+from stand import DEADLINE_S, ROUTER_S, streaming
 
 from pdtrim_deploy.errors import ServingError
+from pdtrim_deploy.plan import STAGES
 
 pytestmark = [pytest.mark.serve, pytest.mark.faults, pytest.mark.timeout(900)]
 
 
-@pytest.mark.parametrize("stage", ["prefill", "decode"])
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_worker_that_stands_still(stand, stage):
     """SIGSTOP for 20 s, longer than heartbeat and transport allow: requests may fail, but with a word."""
     requests = draw(12, (2, 400), (2, 12), seed=4)
@@ -23,6 +24,16 @@ def test_a_worker_that_stands_still(stand, stage):
         ended = send(stand.url, requests, DEADLINE_S)
         assert time.monotonic() - begun < DEADLINE_S
     stand.verdict(f"SIGSTOP {stage} for 20 s", ended)
+
+
+@pytest.mark.parametrize("stand", ["cut layers, an engine", "TP 2 to 1"], indirect=True)
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_worker_that_stood_still_before_its_requests_came(stand, stage):
+    """SIGSTOP until every client has heard. The router waits for both workers, so it is its deadline that counts."""
+    with stand.stopped(stage):
+        ended = send(stand.url, draw(4, (2, 400), (2, 12), seed=17), ROUTER_S + 10)
+    row = stand.verdict(f"SIGSTOP {stage} before bootstrap, router's deadline {ROUTER_S} s", ended)
+    assert row.failed == row.sent
 
 
 def test_prefill_killed_in_the_middle_of_transfers(stand):

@@ -1,4 +1,4 @@
-"""Many requests of all lengths, some of them aborted: nothing grows."""
+"""Many requests of all lengths, some of them aborted: nothing grows, and a probe among them scores alike."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import median
 
 import pytest
-from client import draw, send
+from client import TEXTS, Request, draw, send
 from stand import DEADLINE_S
 
 from pdtrim_deploy.serving.process import session_members
@@ -17,6 +17,10 @@ from pdtrim_deploy.serving.process import session_members
 pytestmark = [pytest.mark.serve, pytest.mark.faults, pytest.mark.timeout(3000)]
 BLOCKS = 20
 MAY_GROW = 0.02  # of the memory of a worker's processes, first third to last third after a warm-up
+
+
+PROBES, PROBE = 25, Request(TEXTS[0][:333], 8)  # each of so many requests is the probe
+SPREAD = 1e-4  # nats: float32, in batches with ever other requests
 
 
 def weight(worker) -> dict[str, int]:
@@ -55,3 +59,18 @@ def test_soak_behind_one_router(stand, request):
             # a sample may fall into a request's end: two files or threads are nobody's leak
             assert last <= first * (1 + most) + (0 if most else 2), f"{stage} {figure}: {first} -> {last}"
     stand.rows[-1] = replace(row, grown=grown)
+
+
+def test_a_probe_scores_alike_among_500_requests(stand):
+    """Beside others, after others, with and without rows that are known: SGLang #23020."""
+    requests = draw(500, (2, 400), (2, 16), seed=16, aborts=0.1)
+    requests[::PROBES] = [PROBE] * len(requests[::PROBES])
+    ended = send(stand.url, requests, DEADLINE_S)
+    row = stand.verdict(f"500 requests, one in {PROBES} the same probe", ended)
+    assert row.answered == row.sent - row.aborted
+    probes = [outcome for outcome in ended if outcome.request is PROBE]
+    assert len({tuple(outcome.tokens) for outcome in probes}) == 1
+    spread = max(max(values) - min(values) for values in zip(*(probe.logprobs for probe in probes), strict=True))
+    stand.rows[-1] = replace(row, spread_nats=spread)
+    print(f"{len(probes)} probes, logprobs within {spread:.1e} nats")
+    assert spread <= SPREAD

@@ -5,6 +5,7 @@ import subprocess
 import pytest
 from client import draw, send
 from judge import off
+from paths import PATHS
 from stand import DEADLINE_S
 
 from pdtrim_deploy.plan import KVSend
@@ -19,7 +20,7 @@ def test_transport(start, environment, transport):
     load = {"nixl": "import nixl._api", "mooncake": "import mooncake.engine"}[transport]
     if subprocess.run([environment.python, "-c", load], check=False, capture_output=True, timeout=120).returncode:
         pytest.skip(f"{module} is not installed in {environment.python}; give --serve-python")
-    with start(transport) as stand:
+    with start(next(iter(PATHS.values())), transport) as stand:
         ended = stand.healthy(21, count=24)
         dense = stand.oracle.with_kv((KVSend(),) * len(stand.oracle.plan.kv))
         long = [outcome for outcome in ended if len(outcome.request.prompt) > 60 and len(outcome.tokens) > 4]

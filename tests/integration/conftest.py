@@ -17,6 +17,7 @@ from pdtrim_deploy.serving.metrics import scrape
 from pdtrim_deploy.worker.decode_pool import SplitPool
 
 sys.path.insert(0, str(Path(__file__).parent))
+from preloading import Preloading
 from shared_pairs import SharedPairs
 
 ROOT = Path(__file__).parents[2]
@@ -105,8 +106,17 @@ def mixed_bundle(tiny_bundle, tmp_path_factory):
     return variant(tiny_bundle, mixed(tiny_bundle), tmp_path_factory.mktemp("mixed") / "bundle")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def preloading(tmp_path_factory):
+    """Workers of this process's clusters are forks of one program that has imported SGLang (preloading.py)."""
+    forks = Preloading(tmp_path_factory.mktemp("preloaded") / "log")
+    with pytest.MonkeyPatch.context() as patch, contextlib.closing(forks):
+        patch.setattr("pdtrim_deploy.serving.cluster.ServerProcess", forks.start)
+        yield
+
+
 @pytest.fixture(scope="session")
-def shared_pairs(tmp_path_factory):
+def shared_pairs(preloading, tmp_path_factory):
     """All shared pairs of this process (shared_pairs.py)."""
 
     @contextlib.contextmanager

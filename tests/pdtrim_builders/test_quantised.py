@@ -6,9 +6,14 @@ import shlex
 import pytest
 import torch
 from pdtrim_builders import build_target
+from pdtrim_builders.graph.stage import read_stage
 from safetensors.torch import load_file
 
 from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.local.cache import Cache
+from pdtrim_deploy.models import open_checkpoint
+from pdtrim_deploy.models.loading import load_model
+from pdtrim_deploy.models.surgery import write_stage
 
 HF = {
     "attention.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -87,6 +92,14 @@ def test_every_weight_comes_back(architecture, kind, tiny_stages, tmp_path):
             assert torch.equal(joined, source[f"model.{name_}.weight"].to(torch.bfloat16))
 
 
+def _planned(folder, source):
+    """`folder` with the plan of `source`."""
+    config = json.loads((folder / "config.json").read_text())
+    plan = json.loads((source / "config.json").read_text())["pdtrim"]
+    (folder / "config.json").write_text(json.dumps(config | {"pdtrim": plan}))
+    return folder
+
+
 def test_fp8_for_the_pytorch_backend(tiny_stages, tmp_path):
     folder = tiny_stages("LlamaForCausalLM") / "decode"
     options = {
@@ -108,6 +121,14 @@ def test_fp8_for_the_pytorch_backend(tiny_stages, tmp_path):
         restored = got[name].float() * (scale if scale else 1)
         assert (restored - expected).abs().max() <= 16 * scale + expected.abs().max() / 128, name
     assert (hf / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
+    checkpoint = open_checkpoint(hf, Cache(tmp_path / "cache"))  # what modelopt writes is a source of ours
+    assert checkpoint.quantized.method == "modelopt"
+    for name, weight in load_model(hf).state_dict().items():
+        scale = got.get(f"{name}_scale", torch.ones(()))
+        assert torch.equal(weight, got[name].float() * scale), name
+    write_stage(checkpoint, tmp_path / "again", [1, 3], "bfloat16", {})
+    with pytest.raises(UserError, match="no engine computes with weights in FP8 in modelopt format"):
+        read_stage(_planned(tmp_path / "again", folder), "decode")
     serve = next(
         shlex.split(line)
         for line in (tmp_path / "decode" / "commands.txt").read_text().splitlines()

@@ -261,6 +261,7 @@ def test_a_staging_buffer_without_room_for_a_page_is_refused(registry, monkeypat
     worker = object.__new__(manager.PDTrimKVManager)
     worker._given_plan, worker._secret = PDPlan.dense(shape), b""
     worker.attn_tp_size, worker.attn_tp_rank = 2, 1
+    worker.attn_dp_rank = worker.system_dp_rank = 0
     worker.disaggregation_mode = DisaggregationMode(stage)
     worker.kv_args = SimpleNamespace(aux_data_ptrs=(), aux_item_lens=())
     worker.server_args = SimpleNamespace(disaggregation_transfer_backend="pdtrim_tcp", context_length=None)
@@ -296,6 +297,7 @@ def test_a_rank_knows_which_heads_of_the_model_its_pool_holds(monkeypatch, stage
     shape = SHAPE.model_copy(update={"num_kv_heads": 4})
     worker._given_plan, worker._secret = PDPlan.dense(shape) if planned else None, b""
     worker.attn_tp_size, worker.attn_tp_rank = ranks, rank
+    worker.attn_dp_rank = worker.system_dp_rank = 0
     worker.disaggregation_mode = DisaggregationMode(stage)
     worker.kv_args = SimpleNamespace(aux_data_ptrs=(), aux_item_lens=())
     worker.server_args = SimpleNamespace(

@@ -156,6 +156,7 @@ def test_what_a_graph_was_captured_with_is_there_as_long_as_the_model(runner, mo
     places = [reference().data_ptr() for reference in captured]
     worker = object.__new__(manager.PDTrimKVManager)
     worker._given_plan, worker._secret, worker.attn_tp_size, worker.attn_tp_rank = PLAN, b"", 1, 0
+    worker.attn_dp_rank = worker.system_dp_rank = 0
     worker.disaggregation_mode = DisaggregationMode.PREFILL
     worker.kv_args = SimpleNamespace(aux_data_ptrs=(), aux_item_lens=())
     worker.server_args = SimpleNamespace(

@@ -18,6 +18,7 @@ from pdtrim_sglang.transports.base import TransportError, UnreachableError
 from pdtrim_sglang.transports.handshake import Credentials
 
 from pdtrim_deploy.worker.config import WorkerConfig
+from pdtrim_deploy.worker.transport import TransportOptions
 
 CONFIG = TransportConfig(staging_bytes=1 << 20, connect_seconds=2, stall_seconds=2, accept_unauthenticated=True)
 LIBRARY, LOADS = {"nixl": "nixl", "mooncake": "mooncake"}, {"nixl": "_api", "mooncake": "engine"}
@@ -246,6 +247,26 @@ def test_what_a_worker_is_told_of_its_transport():
     for wrong in ({"stall": 3}, {"stall_seconds": 0}, *far, {"port": 70000}):
         with pytest.raises(RuntimeError, match=rf"pdtrim_transport.{next(iter(wrong))} in .*valid: accept_unauth"):
             transport_config(json.dumps({"pdtrim_transport": wrong}))
+
+
+def test_each_rank_of_a_worker_has_a_port_of_its_own():
+    options = TransportOptions(port=5000, announce="gateway:65534")
+    ranks = [TransportConfig.of(options, Credentials(), rank=rank) for rank in (0, 1)]
+    assert [(config.port, config.announce) for config in ranks] == [(5000, "gateway:65534"), (5001, "gateway:65535")]
+    with pytest.raises(RuntimeError, match=r"port 65534 leaves none for rank 2, .*: give less"):
+        TransportConfig.of(options, Credentials(), rank=2)
+    assert TransportConfig.of(TransportOptions(), Credentials(), rank=3).port == 0
+
+
+@pytest.mark.parametrize(("attention_dp", "system_dp", "rank"), [(0, 0, 1), (2, 2, 5), (2, 0, 5), (0, 2, 5)])
+def test_ranks_are_counted_over_all_data_parallel_groups(attention_dp, system_dp, rank):
+    pytest.importorskip("sglang", reason="needs the serve environment")
+    from pdtrim_sglang.manager import PDTrimKVManager
+
+    worker = object.__new__(PDTrimKVManager)
+    worker.attn_tp_size, worker.attn_tp_rank = 2, 1
+    worker.attn_dp_rank, worker.system_dp_rank = attention_dp, system_dp
+    assert worker.worker_rank == rank
 
 
 def test_sglangs_infiniband_devices_are_used_where_ours_say_nothing():

@@ -96,8 +96,8 @@ def test_kl_of_a_pair_is_that_of_both_stages(model):
     teacher, pair = Teacher.of(model, ids, 6), StagePair(model, make_plan(prefill, decode))
     alone = evaluate(DenseKL(model, ids, teacher=teacher), prefill)
     assert prefill_kl(pair, ids, teacher) == pytest.approx(float(alone.mean()), abs=1e-5)
-    behind = evaluate(DenseKL(model, ids, SPLIT, Solution(prefill), teacher=teacher), decode)
-    both = torch.cat((alone[:, SPLIT - 1 : SPLIT], behind), 1)
+    decode_kl = evaluate(DenseKL(model, ids, SPLIT, Solution(prefill), teacher=teacher), decode)
+    both = torch.cat((alone[:, SPLIT - 1 : SPLIT], decode_kl), 1)
     assert pd_kl(pair, ids, teacher) == pytest.approx(float(both.mean()), abs=1e-5)
 
 

@@ -58,6 +58,20 @@ def load(tmp_path: Path, text: str, **units: str) -> Recipe:
         ("pruning: {objective: ppl}", "r.yaml: pruning.objective is 'ppl'; allowed: loss, kl"),
         ("pruning: {method: cosine, objective: kl}", "method is cosine, which takes no objective; allowed with it"),
         ("calibration: {prompt_tokens: 255}", "prompt_tokens is 255 but length is 256; allowed: at most 254, since"),
+        (
+            "calibration: {mixture: [{corpus: brown}]}",
+            "mixture.0.share is missing; allowed: a number above 0",
+        ),
+        (
+            "calibration: {mixture: [{corpus: news, share: 1}]}",
+            "calibration.mixture.0.corpus is 'news'; allowed: brown, austen, code",
+        ),
+        ("calibration: {mixture: [{corpus: brown, share: 0}]}", "mixture.0.share is 0; allowed: a number above 0"),
+        (
+            "calibration: {mixture: brown}",
+            "calibration.mixture is 'brown'; allowed: a list of one or more",
+        ),
+        ("calibration: {continuations: own}", "continuations is 'own'; allowed: text, greedy, sampled"),
         ("pruning: {threshold: 2.0}", "r.yaml: pruning.threshold is 2.0; allowed: a number above -1 and below 1"),
         ("kv: {method: budget, reduction: 2.0, sparse_choices: [[4]]}", "allowed: an integer of at least 0"),
         ("kv: {method: budget, reduction: 2.0, sparse_choices: [4]}", "a list of 2, each an integer of at least 0"),
@@ -203,9 +217,11 @@ def test_what_came_later_leaves_the_digest_of_recipes_without_it() -> None:
     dump = Recipe(name="a", model={"source": "pypi:x"}).model_dump(mode="json")
     assert set(dump["calibration"]) == {"corpus", "sequences", "length", "seed"}
     assert "objective" not in dump["pruning"]
-    given = {"pruning": {"objective": "kl"}, "calibration": {"prompt_tokens": 200}}
-    recipes = [Recipe(name="a", model={"source": "pypi:x"}, **{name: given[name]}) for name in given]
-    assert len({recipe.digest for recipe in (*recipes, Recipe(name="a", model={"source": "pypi:x"}))}) == 3
+    mixture = [{"corpus": "brown", "share": 1.0}, {"corpus": "code", "share": 2.0}]
+    given = [{"pruning": {"objective": "kl"}}, {"calibration": {"prompt_tokens": 200}}]
+    given += [{"calibration": {"continuations": "greedy"}}, {"calibration": {"mixture": mixture}}]
+    recipes = [Recipe(name="a", model={"source": "pypi:x"}, **sections) for sections in given]
+    assert len({recipe.digest for recipe in (*recipes, Recipe(name="a", model={"source": "pypi:x"}))}) == 5
     assert [Recipe.model_validate(recipe.model_dump(mode="json")) for recipe in recipes] == recipes
 
 

@@ -4,9 +4,12 @@ import contextlib
 import socket
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
+from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.serving import WorkerOptions, throttled
 from pdtrim_deploy.serving.ports import free_ports
 from pdtrim_deploy.serving.relay import Relay, Throttle
 
@@ -75,4 +78,11 @@ def test_a_closed_relay_is_gone(end):
         relay.close()
         assert connection.recv(1) == b""
     with pytest.raises(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):  # noqa: PT011
+        pass
+
+
+def test_a_link_to_several_ranks_of_decode_is_refused_before_anything_starts():
+    decode = SimpleNamespace(options=WorkerOptions(device="cpu", tp_decode=2))
+    cluster = SimpleNamespace(spec=SimpleNamespace(decode=(decode,)))
+    with pytest.raises(UserError, match="--link limits KV to one rank of decode, not to 2"), throttled(cluster, None):
         pass

@@ -13,6 +13,7 @@ from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.kvcache.graph_io import packed_output, rows_input
 from pdtrim_deploy.models.config import read_config
 from pdtrim_deploy.models.families import family_of
+from pdtrim_deploy.models.quantized import read_quantized
 from pdtrim_deploy.models.tensors import TensorInfo, read_tensor_index
 from pdtrim_deploy.plan import STAGES, KVSend, PDPlan, Stage
 
@@ -101,7 +102,7 @@ def read_stage(stage_dir: Path, stage: Stage | None = None) -> StageModel:
     """Read a stage folder of a bundle; `stage` is by default the folder's name.
 
     Raises UserError: no plan in it, an unknown stage, other layers than the plan's, or an activation, RoPE or
-    architecture that the graph does not support.
+    architecture that the graph does not support, quantised weights.
     """
     named = stage or stage_dir.name
     if named not in STAGES:
@@ -113,6 +114,10 @@ def read_stage(stage_dir: Path, stage: Stage | None = None) -> StageModel:
     if "pdtrim" not in config:
         raise UserError(f"{stage_dir}: its config.json carries no plan; give a stage folder of a bundle")
     _check_graph(config, stage_dir)
+    if (quantized := read_quantized(stage_dir, config)) is not None:
+        raise UserError(
+            f"{stage_dir}: no engine computes with weights in {quantized.label}; serve it by SGLang's model"
+        )
     plan = PDPlan.parse(config["pdtrim"], str(stage_dir))
     layers = config["num_hidden_layers"]
     if layers != len(plan.layers(which)):

@@ -1,7 +1,19 @@
 """Corpora: real text fetched at run time, split by document."""
 
 from pdtrim_deploy.evaluation.corpora.base import SPLITS, Corpus, Document, Split
+from pdtrim_deploy.evaluation.corpora.mixture import mixed
 from pdtrim_deploy.evaluation.corpora.registry import CORPORA, DEFAULT_CORPUS, load
-from pdtrim_deploy.evaluation.corpora.sampling import sequences
+from pdtrim_deploy.evaluation.corpora.sampling import prompts, sequences
 
-__all__ = ["CORPORA", "DEFAULT_CORPUS", "SPLITS", "Corpus", "Document", "Split", "load", "sequences"]
+__all__ = [
+    "CORPORA",
+    "DEFAULT_CORPUS",
+    "SPLITS",
+    "Corpus",
+    "Document",
+    "Split",
+    "load",
+    "mixed",
+    "prompts",
+    "sequences",
+]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -16,12 +16,37 @@ SPLITS: tuple[Split, ...] = get_args(Split)
 Log = Callable[[str], None]
 
 
+ROLES = ("system", "developer", "user", "assistant", "tool")
+"""Who speaks in a conversation."""
+
+
 @dataclass(frozen=True)
 class Document:
-    """One text; `id` is unique within its corpus and stable."""
+    """One text; `id` is unique within its corpus and stable.
+
+    Attributes:
+        text: of a conversation, what is said in it.
+        messages: of a conversation, role and content of each message.
+        group: documents of equal groups fall into the same split; each is alone where it is empty.
+        line: where a user wrote it: what is wrong with it is said of that place.
+
+    """
 
     id: str
     text: str
+    messages: tuple[tuple[str, str], ...] = ()
+    group: str = ""
+    line: str = ""
+
+    @property
+    def served(self) -> bool:
+        """Whether it stands for a request of its own: sequences begin where such documents begin."""
+        return bool(self.messages or self.line)
+
+
+def conversation(name: str, messages: Sequence[tuple[str, str]]) -> Document:
+    """A document of messages: role and content of each."""
+    return Document(name, "\n\n".join(content for _, content in messages), tuple(messages))
 
 
 @dataclass(frozen=True)
@@ -34,19 +59,21 @@ class Corpus:
     def split(self, split: Split) -> tuple[Document, ...]:
         """The documents of one split, in corpus order; the three are disjoint and together the corpus.
 
-        Documents are ranked by the SHA-256 of their id and dealt out 40 : 20 : 40, so that order, genre and author
-        do not decide, and none is empty. UserError for fewer than three documents or an unknown split.
+        Documents are ranked by the SHA-256 of their id (or group) and dealt out 40 : 20 : 40, so that order, genre and
+        author do not decide, and none is empty. UserError for fewer than three documents or an unknown split.
         """
         if split not in SPLITS:
             raise UserError(f"split {split!r} is unknown; use one of {', '.join(SPLITS)}")
-        return tuple(d for d in self.documents if self._split_of[d.id] == split)
+        return tuple(d for d in self.documents if self._split_of[d.group or d.id] == split)
 
     @cached_property
     def _split_of(self) -> dict[str, Split]:
-        total = len(self.documents)
+        groups = {d.group or d.id for d in self.documents}
+        total = len(groups)
         if total < len(SPLITS):
-            raise UserError(f"corpus {self.name} has {total} documents; disjoint splits need at least {len(SPLITS)}")
-        ranked = sorted((d.id for d in self.documents), key=lambda id: sha256(id.encode()).digest())
+            what = "documents" if total == len(self.documents) else "different beginnings of documents"
+            raise UserError(f"corpus {self.name} has {total} {what}; disjoint splits need at least {len(SPLITS)}")
+        ranked = sorted(groups, key=lambda group: sha256(group.encode()).digest())
         share = max(1, total * 2 // 5)
         split: dict[str, Split] = dict.fromkeys(ranked, "development")
         return split | dict.fromkeys(ranked[:share], "calibration") | dict.fromkeys(ranked[-share:], "final")
@@ -56,7 +83,7 @@ class Corpus:
         """SHA-256 over ids and texts, 64 hex digits: says in a report which text was judged."""
         digest = sha256()
         for document in self.documents:
-            for part in (document.id, document.text):
+            for part in (document.id, document.text, *(part for message in document.messages for part in message)):
                 digest.update(f"{len(part)}:{part}".encode())
         return digest.hexdigest()
 

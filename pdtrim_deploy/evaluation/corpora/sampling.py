@@ -10,13 +10,15 @@ import torch
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.evaluation.corpora.base import Document
+from pdtrim_deploy.evaluation.corpora.rendering import beginning, opened, token_ids
 
 
 def sequences(documents: Sequence[Document], tokenizer: Any, count: int, length: int, seed: int = 0) -> torch.Tensor:
     """Deterministic windows of contiguous tokens, each inside one document, none overlapping: int64 [count, length].
 
     Every document gives one window before any gives a second. Where the tokenizer starts a text with its BOS token,
-    so does every window (it counts in `length`). UserError when the documents cannot give so many.
+    so does every window (it counts in `length`). Where documents stand for requests (`served`), a window begins where
+    one of them does, and the next ones fill it up. UserError when the documents cannot give so many.
     """
     if count < 1 or length < 2:
         raise UserError(f"{count} sequences of {length} tokens: at least 1 of at least 2 is needed")
@@ -25,6 +27,12 @@ def sequences(documents: Sequence[Document], tokenizer: Any, count: int, length:
     order = list(documents)
     rng.shuffle(order)
     rows: list[list[int]] = []
+    if order and order[0].served:
+        for ids in _packed(order, tokenizer, length - len(bos)):
+            rows.append(bos + ids)
+            if len(rows) == count:
+                break
+        order = []
     waiting: list[Iterator[list[int]]] = [_windows(d, tokenizer, length - len(bos), rng.random()) for d in order]
     while waiting and len(rows) < count:
         still = []
@@ -42,15 +50,55 @@ def sequences(documents: Sequence[Document], tokenizer: Any, count: int, length:
     return torch.tensor(rows, dtype=torch.int64)
 
 
-def beginning(tokenizer: Any) -> list[int]:
-    """The BOS token, where the tokenizer starts a text with it; else nothing."""
-    start = tokenizer("")["input_ids"][:1]
-    return start if start and start[0] == tokenizer.bos_token_id else []
+def prompts(documents: Sequence[Document], tokenizer: Any, count: int, length: int, seed: int = 0) -> torch.Tensor:
+    """Prompts that wait for the model to go on: int64 `[count, length]`; `sequences` of documents that are prose.
+
+    Of documents that stand for requests each prompt ends with one: a conversation without its last answer, its next
+    turn opened. What comes before in other requests fills it up, and what is too long loses its beginning.
+    """
+    if not (documents and documents[0].served):
+        return sequences(documents, tokenizer, count, length, seed)
+    bos, order = beginning(tokenizer), list(documents)
+    random.Random(seed).shuffle(order)
+    rows, before, size = list[list[int]](), list[int](), length - len(bos)
+    for document in order:
+        ids = before + token_ids(opened(document), tokenizer)
+        if len(ids) < size:
+            before += token_ids(document, tokenizer)
+            continue
+        rows.append(bos + ids[len(ids) - size :])
+        before = []
+        if len(rows) == count:
+            return torch.tensor(rows, dtype=torch.int64)
+    raise UserError(
+        f"{len(documents)} documents give {len(rows)} prompts of {length} tokens, not {count}; ask for fewer or "
+        "shorter ones or give more text"
+    )
 
 
 def _windows(document: Document, tokenizer: Any, length: int, shift: float) -> Iterator[list[int]]:
     """The document's windows end to end, from a start that spends the remainder before and behind them."""
-    ids = tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = token_ids(document, tokenizer)
     offset = int(shift * (len(ids) % length + 1))
     for start in range(offset, len(ids) - length + 1, length):
         yield ids[start : start + length]
+
+
+def _packed(documents: Sequence[Document], tokenizer: Any, length: int) -> Iterator[list[int]]:
+    """Windows filled with documents one behind the other; the last one's rest is left out, but for long documents.
+
+    What a long document has left makes windows of its own once all have had a first one.
+    """
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    window, rests = list[int](), list[list[int]]()
+    for document in documents:
+        ids = token_ids(document, tokenizer) + ([] if document.messages else end)
+        taken = length - len(window)
+        window += ids[:taken]
+        if len(window) == length:
+            yield window
+            window = []
+            rests.append(ids[taken:])
+    for rest in rests:
+        for start in range(0, len(rest) - length + 1, length):
+            yield rest[start : start + length]

@@ -62,7 +62,12 @@ class Quantized:
         return self.is_scale(name) or self.is_quantized(name, tensors)
 
     def check(self, tensors: Mapping[str, TensorInfo], where: str) -> None:
-        """Refuse, with UserError, codes without scales, scales of another shape or dtype, and scales of no codes."""
+        """Refuse, with UserError: codes without scales, scales of another shape, dtype or of no codes, and no codes."""
+        if not any(self.is_quantized(name, tensors) for name in tensors):
+            raise UserError(
+                f"{where}: quantization_config says {self.method}, but no weight is {CODES}; delete that key, or get "
+                "the model again"
+            )
         for name, info in tensors.items():
             if self.is_quantized(name, tensors):
                 scale = tensors.get(self.scale_of(name))

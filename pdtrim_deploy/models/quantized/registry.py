@@ -43,6 +43,12 @@ def read_quantized(folder: Path, config: Mapping[str, Any]) -> Quantized | None:
         ) from None
 
 
+def stored_weights(stage_dir: Path) -> str | None:
+    """What a stage's weights are quantised in, as reports name it; None: they are not."""
+    quantized = read_quantized(stage_dir, json.loads((stage_dir / "config.json").read_text()))
+    return None if quantized is None else quantized.label
+
+
 def read_modelopt_file(folder: Path) -> dict[str, Any]:
     """hf_quant_config.json, where `quantization` is an object; UserError where it is not."""
     try:

@@ -20,6 +20,8 @@ from pdtrim_deploy.worker.transport import TransportOptions
 from pdtrim_sglang.protocol import ChunkHeader, Reply
 from pdtrim_sglang.transports.handshake import Credentials
 
+LAST_PORT = 65535
+
 
 @dataclass(frozen=True)
 class TransportConfig:
@@ -32,8 +34,9 @@ class TransportConfig:
         stall_seconds: longest silence inside a frame, or between a request's last chunk and its reply.
         connections: most prefill workers that a server keeps at once, and most that have not shown yet who they are:
             of more such the oldest is dropped.
-        port: where a decode worker listens; 0: wherever the system says.
-        announce: `host:port` at which prefill workers reach it, where that is another (a forwarded port, a proxy).
+        port: where a decode worker's first rank listens, rank R at `port` + R; 0: wherever the system says.
+        announce: `host:port` at which prefill workers reach it, where that is another (a forwarded port, a proxy);
+            rank R is at that port + R.
         accept_unauthenticated: the user knows that this transport lets strangers write, and wants it all the same.
         protocol: what Mooncake is to use, `tcp` or `rdma`.
         devices: the network devices that Mooncake and NIXL are to use, comma-separated; none: those that they find.
@@ -58,12 +61,30 @@ class TransportConfig:
     credentials: Credentials = field(default_factory=Credentials)
 
     @classmethod
-    def of(cls, options: TransportOptions, credentials: Credentials, ib_devices: str = "") -> TransportConfig:
-        """The worker's options, else SGLang's `ib_devices`, and the defaults for the rest."""
+    def of(
+        cls, options: TransportOptions, credentials: Credentials, ib_devices: str = "", rank: int = 0
+    ) -> TransportConfig:
+        """What rank `rank` of a worker is to use: its options, else SGLang's `ib_devices`, and the defaults.
+
+        Raises:
+            RuntimeError: there is no port left for this rank.
+
+        """
         settings = options.model_dump(exclude_none=True)
         if ib_devices:
             settings = {"devices": ib_devices, "protocol": "rdma"} | settings
+        if "port" in settings:
+            settings["port"] = _port_of(settings["port"], rank)
+        if "announce" in settings:
+            host, _, port = settings["announce"].rpartition(":")
+            settings["announce"] = f"{host}:{_port_of(int(port), rank)}"
         return cls(**settings, credentials=credentials)
+
+
+def _port_of(first: int, rank: int) -> int:
+    if first + rank > LAST_PORT:
+        raise RuntimeError(f"pdtrim: port {first} leaves none for rank {rank}, which takes {first} + {rank}: give less")
+    return first + rank
 
 
 class TransportError(Exception):

@@ -85,3 +85,46 @@ def test_replaced_weights_get_codes_of_the_same_kind(folder, cache, tmp_path):
 
 def test_ignored_modules_are_there(folder):
     assert load_file(folder / "model.safetensors")[f"{IGNORED}.weight"].dtype == torch.float32
+
+
+def test_transformers_reads_the_same_weights(tiny_llama_dir, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    folder = write_fp8(tiny_llama_dir, tmp_path / "source", "fp8-block")
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+    for name, weight in load_model(folder).state_dict().items():
+        assert torch.equal(theirs[name], weight), name
+
+
+def test_scales_may_lie_in_another_shard(tiny_llama_dir, tmp_path, cache):
+    folder = write_fp8(tiny_llama_dir, tmp_path / "source", "fp8-block")
+    shards = {"stage": 4_000_000_000, "sharded": 30_000}
+    for name, size in shards.items():
+        write_stage(resolve(f"hf:{folder}", cache), tmp_path / name, BLOCKS, "float32", {}, max_shard_bytes=size)
+    files = list((tmp_path / "sharded").glob("model-*.safetensors"))
+    assert len(files) > 3
+    assert torch.equal(*(logits(load_model(tmp_path / name)) for name in shards))
+    index = json.loads((tmp_path / "sharded" / "model.safetensors.index.json").read_text())
+    stored = [tensor.nbytes for file in files for tensor in load_file(file).values()]
+    assert index["metadata"]["total_size"] == sum(stored)
+    places = index["weight_map"]
+    scaled = [name for name in places if f"{name}_scale_inv" in places]
+    assert any(places[name] != places[f"{name}_scale_inv"] for name in scaled)
+
+
+@pytest.mark.parametrize("kind", ["fp8-block", "compressed-channel"])
+def test_experts_are_stacked_of_their_codes(kind, tiny_dir, tmp_path, cache):
+    folder = write_fp8(tiny_dir("Qwen3MoeForCausalLM"), tmp_path / "source", kind)
+    checkpoint = resolve(f"hf:{folder}", cache)
+    whole = load_model(folder)
+    assert torch.equal(logits(whole), logits(load_model(folder.with_name("source-float"))))
+    assert torch.equal(logits(stream_model(checkpoint, 2)[0]), logits(whole))
+    experts = torch.randn(4, 64, 32, generator=torch.Generator().manual_seed(2))
+    write_stage(
+        checkpoint, tmp_path / "stage", [1, 4], "float32", {}, replacements={4: {"mlp.experts.down_proj": experts}}
+    )
+    after = load_model(tmp_path / "stage").model.layers[1].mlp.experts
+    assert ((after.down_proj - experts).abs() <= experts.abs() / 14 + experts.abs().max() / 400).all()
+    assert torch.equal(after.gate_up_proj, whole.model.layers[4].mlp.experts.gate_up_proj)
+    stored = load_file(tmp_path / "stage" / "model.safetensors")
+    assert stored["model.layers.1.mlp.experts.3.down_proj.weight"].dtype == CODES

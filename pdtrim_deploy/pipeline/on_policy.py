@@ -1,0 +1,65 @@
+"""Calibration text as decode will read it: prompts, and behind each what the dense model itself says."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pdtrim_deploy.bundle import WORK
+from pdtrim_deploy.local.row_log import RowLog
+from pdtrim_deploy.models.continuation import continued
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pdtrim_deploy.pipeline.context import Context
+
+_VERSION = 1  # of how continuations are made
+_AT_ONCE = 8  # prompts
+
+
+def with_continuations(context: Context, prompts: Tensor, tokens: int, tokenizer: Any) -> Tensor:
+    """`prompts`, int64 `[S, P]`, each with `tokens` tokens of the dense model behind it: int64 `[S, P + tokens]`.
+
+    Kept in the cache by model, prompts and settings; a build that was stopped goes on behind the prompts it finished.
+    What ends a text is never chosen, so that all have their length.
+    """
+    section, ends = context.recipe.calibration, _ends(context.checkpoint.path, tokenizer)
+    about = [_VERSION, context.checkpoint.fingerprint, section.continuations, section.seed, tokens, ends]
+    text = hashlib.sha256(f"{tuple(prompts.shape)}".encode() + prompts.numpy().tobytes()).hexdigest()
+    key = hashlib.sha256(json.dumps([*about, text]).encode()).hexdigest()
+
+    def make(entry: Path) -> None:
+        log = RowLog(context.out / WORK / f"continuations-{key[:16]}.jsonl", key)
+        for start in range(0, len(prompts), _AT_ONCE):
+            if log.find(start=start) is None:
+                context.note(f"the model continues prompts {start + 1} to {start + _AT_ONCE} of {len(prompts)}")
+                part = prompts[start : start + _AT_ONCE]
+                draws = None if section.continuations == "greedy" else _draws(section.seed, start, len(part), tokens)
+                log.append({"start": start, "ids": continued(context.model, part, tokens, ends, draws).tolist()})
+        (entry / "ids.json").write_text(json.dumps([ids for row in log.rows for ids in row["ids"]]))
+
+    entry = context.cache.entry("continuations", key, make)
+    continuations = torch.tensor(json.loads((entry / "ids.json").read_text()), dtype=torch.int64)
+    return torch.cat((prompts, continuations), 1)
+
+
+def _draws(seed: int, start: int, count: int, tokens: int) -> Tensor:
+    """Of each prompt by its number, so that no batch depends on those before it."""
+    rows = [
+        torch.rand(tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(seed * 1_000_003 + number))
+        for number in range(start, start + count)
+    ]
+    return torch.stack(rows)
+
+
+def _ends(folder: Path, tokenizer: Any) -> list[int]:
+    """Ids that end what the model says, by its tokenizer and its generation config."""
+    file = folder / "generation_config.json"
+    given = json.loads(file.read_text()).get("eos_token_id") if file.exists() else None
+    ids = [*(given if isinstance(given, list) else [given]), tokenizer.eos_token_id]
+    return sorted({number for number in ids if number is not None})

@@ -1,0 +1,113 @@
+"""Workers of this session's clusters as forks of one program that has imported SGLang already (preloaded.py).
+
+To import torch, transformers and SGLang takes a worker 13 s of CPU, and this suite starts some fifty. They are genuine
+workers all the same. Those of the commands `serve` and `demo`, in test_tutorial and test_demo, start as users' do.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pdtrim_deploy.local.job import dies_with
+from pdtrim_deploy.serving.process import ServerProcess
+
+PRELOADED = Path(__file__).with_name("preloaded.py")
+
+
+class Preloading:
+    """Starts the program with its first worker; `start` takes the place of ServerProcess."""
+
+    def __init__(self, log: Path) -> None:
+        self._log, self._server = log, None  # type: tuple[Path, _Server | None]
+
+    def start(self, name: str, command: Sequence[str], env: Mapping[str, str], log: Path) -> ServerProcess:
+        """A fork, where the command starts a worker that imports what the others do."""
+        if list(command[1:3]) != ["-m", "sglang.launch_server"] or "SGLANG_EXTERNAL_MODEL_PACKAGE" in env:
+            return ServerProcess(name, command, env, log)
+        if self._server is None or self._server.died():
+            self._server = _Server(command[0], env, self._log)
+        if self._server.threads != env.get("OMP_NUM_THREADS"):
+            return ServerProcess(name, command, env, log)
+        return _Forked(name, command, env, log, self._server)
+
+    def close(self) -> None:
+        """End the program, and workers that are left."""
+        if self._server is not None:
+            self._server.close()
+
+
+class _Server:
+    def __init__(self, python: str, env: Mapping[str, str], log: Path) -> None:
+        self.threads, self._codes, self._pids, self._rest = env.get("OMP_NUM_THREADS"), {}, [], b""
+        self._channel, theirs = socket.socketpair()
+        with theirs, log.open("ab") as output:
+            self._popen = subprocess.Popen(
+                [python, str(PRELOADED), str(theirs.fileno())], env=dict(env) | {"TMPDIR": "/tmp"}, cwd=log.parent,
+                stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, pass_fds=[theirs.fileno()],
+                preexec_fn=dies_with(os.getpid()),  # noqa: PLW1509 (one system call, no lock)
+            )  # fmt: skip
+
+    def died(self) -> bool:
+        return self._popen.poll() is not None
+
+    def fork(self, **request: Any) -> int:
+        self._channel.sendall(json.dumps(request).encode() + b"\n")
+        while not self._pids:
+            self._read(1.0)
+            assert not self.died(), "the program that forks workers has ended; see its log"
+        return self._pids.pop(0)
+
+    def code(self, pid: int) -> int | None:
+        self._read(0.0)
+        return self._codes.get(pid, -9 if self.died() else None)
+
+    def close(self) -> None:
+        self._channel.close()
+        self._popen.wait(30)
+
+    def _read(self, timeout: float) -> None:
+        self._channel.settimeout(timeout)
+        try:
+            data = self._channel.recv(1 << 16)
+        except (BlockingIOError, TimeoutError):
+            return
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        for fields in map(json.loads, lines):
+            if "code" in fields:
+                self._codes[fields["pid"]] = fields["code"]
+            else:
+                self._pids.append(fields["pid"])
+
+
+class _Child:
+    """What ServerProcess uses of a Popen."""
+
+    def __init__(self, pid: int, code: Callable[[], int | None]) -> None:
+        self.pid, self.poll = pid, code
+
+    def terminate(self) -> None:
+        os.kill(self.pid, 15)
+
+    def wait(self, timeout: float | None = None) -> int:
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            if deadline is not None and time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired("worker", timeout)
+            time.sleep(0.05)
+        return code
+
+
+class _Forked(ServerProcess):
+    def __init__(self, name: str, command: Sequence[str], env: Mapping[str, str], log: Path, server: _Server) -> None:
+        self.name, self.command, self.log = name, list(command), log
+        log.write_text(f"$ {' '.join(self.command)}\n")
+        request = {"arguments": self.command[3:], "environment": dict(env), "folder": str(log.parent), "log": str(log)}
+        self.pid = server.fork(**request)
+        self._popen = _Child(self.pid, lambda: server.code(self.pid))
