@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
+import familyresults
 import pytest
 import tinyfamilies
 
@@ -31,6 +32,25 @@ _CHAT = (
     "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
 )
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--family-results FILE`: run tests of families over all families, and write down what they prove."""
+    parser.addoption("--family-results", type=Path, metavar="FILE")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Processes of xdist report to the first, which writes."""
+    file = config.getoption("--family-results")
+    if file and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(familyresults.FamilyResults(file))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """`some_families(few, every)`: a test that costs too much to run on every architecture each time."""
+    if marker := metafunc.definition.get_closest_marker("some_families"):
+        few, every = marker.args
+        metafunc.parametrize("architecture", every if metafunc.config.getoption("--family-results") else few)
 
 
 @pytest.hookimpl(tryfirst=True)

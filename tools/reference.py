@@ -4,11 +4,13 @@ python tools/reference.py [FOLDER]      # what `make docs` runs; needs the core'
 """
 
 import ast
+import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import click
+from tables import families as tables_families
 
 from pdtrim_deploy.bundle import Manifest
 from pdtrim_deploy.cli import GROUPS, cli
@@ -17,6 +19,7 @@ from pdtrim_deploy.plan import PDPlan
 from pdtrim_deploy.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parent.parent
+FAMILIES = ROOT / "benchmarks" / "results" / "families.json"
 METRICS = ROOT / "plugins" / "pdtrim_sglang" / "metrics.py"
 ENDS: dict[str, tuple[str, ...]] = {"Histogram": ("_bucket", "_sum", "_count"), "Counter": ("_total",), "Gauge": ()}
 
@@ -136,6 +139,22 @@ def exit_codes() -> str:
     return "# Exit codes\n\n" + table(("code", "means"), [(str(code), meaning) for code, meaning in EXIT_CODES.items()])
 
 
+def families() -> str:
+    """What the tests of families prove."""
+    text = (
+        "# Families of models\n\n"
+        "Tiny random models of each family, and what their tests prove: `plan` and `kv`: the written pair computes "
+        "the plan; `prune`: so it does without some blocks; `experts`: without some experts, others in each stage; "
+        "`heal`: trained weights are written, K and V are the model's; `served`: log-probabilities of a pair of "
+        "genuine SGLang workers against the oracle's, with controls told apart; `engine`: an engine is built and its "
+        "graph computes the stage. `refused`: a recipe that asks for it gets a sentence with the reason. "
+        "An empty cell: not tested.\n\n"
+    )
+    if not FAMILIES.exists():
+        return text + "Not run yet: `make bench-families`."
+    return text + tables_families.families(json.loads(FAMILIES.read_text()))
+
+
 PAGES = {
     "cli.md": commands,
     "recipe.md": lambda: schema(
@@ -159,6 +178,7 @@ PAGES = {
     ),
     "metrics.md": metrics,
     "exit-codes.md": exit_codes,
+    "families.md": families,
 }
 
 

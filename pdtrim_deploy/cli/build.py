@@ -133,9 +133,18 @@ def print_preview(preview: Preview, out: Path, as_json: bool) -> None:
             + (f", fitting {cost.fitted / 1e9:,.2f}" if cost.fitted else "")
             + (f"; {cost.disk / 1e9:,.2f} GB of files" if cost.disk else "")
         )
+        if cost.reads:
+            click.echo(f"             {_reads(cost.reads)}, at most")
+    if preview.experts is not None and preview.experts_seconds is not None:
+        ranking = preview.experts
+        click.echo(
+            f"  experts    ranked in about {_duration(preview.experts_seconds)} at this machine's speed; "
+            f"{ranking.memory / 1e9:,.2f} GB of weights" + (f"; {_reads(ranking.reads)}" if ranking.reads else "")
+        )
     planned, dense, fp8 = preview.planned_bytes, preview.dense_bytes, preview.dense_fp8_bytes
-    if preview.stage_bytes is None or planned is None or dense is None or fp8 is None:
+    if preview.missing is not None:
         click.echo(f"  {preview.missing}")
+    if preview.stage_bytes is None or planned is None or dense is None or fp8 is None:
         click.echo("  sizes of weights and KV are known once the model has been fetched")
         return
     for stage, size in preview.stage_bytes.items():
@@ -144,6 +153,11 @@ def print_preview(preview: Preview, out: Path, as_json: bool) -> None:
         f"  KV of a request of {preview.prompt_tokens} tokens: {planned:,} bytes, dense {dense:,} "
         f"({dense / planned:.2f}x), dense from an fp8 pool {fp8:,} ({fp8 / planned:.2f}x)"
     )
+
+
+def _reads(size: int) -> str:
+    """What is read from disk, and how long that takes at a speed that is assumed."""
+    return f"reads {size / 1e9:,.0f} GB of weights from disk, {_duration(size / 1e9)} at 1 GB/s"
 
 
 def _duration(seconds: float) -> str:

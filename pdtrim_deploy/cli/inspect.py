@@ -143,10 +143,13 @@ def _show_bundle(bundle: Path, prompt_tokens: int | None, as_json: bool) -> None
         click.echo(json.dumps(data, indent=2))
         return
     from pdtrim_deploy.cli.screen import console
+    from pdtrim_deploy.models.expert_savings import experts_sentence
     from pdtrim_deploy.report.engine_table import engine_notes, engine_table
     from pdtrim_deploy.report.tables import plan_table
 
     console().print(plan_table(plan, tokens))
+    if sentence := experts_sentence(plan, json.loads((opened.decode_dir / "config.json").read_text())):
+        click.echo(sentence)
     click.echo(f"weights: {weights}")
     if opened.engines:
         console().print(engine_table(opened.engines.values()))

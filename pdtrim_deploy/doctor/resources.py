@@ -11,9 +11,11 @@ from pdtrim_deploy.doctor.base import ALL, CheckContext, Finding, Job, gb
 from pdtrim_deploy.local.machine import memory
 from pdtrim_deploy.local.processor import compute_dtype
 from pdtrim_deploy.models.config import read_config
+from pdtrim_deploy.models.families import family_of
 from pdtrim_deploy.models.shape import config_of
-from pdtrim_deploy.models.weights import ModelSizes
+from pdtrim_deploy.models.weights import ModelSizes, one_expert
 from pdtrim_deploy.pipeline.heal import needed
+from pdtrim_deploy.plan import STAGES
 from pdtrim_deploy.plan.wire import ITEM_BYTES
 from pdtrim_deploy.pruning.cost import fitted_bytes, search_cost
 from pdtrim_deploy.recipe import Recipe
@@ -78,10 +80,21 @@ def _measured_on(recipe: Recipe, config: dict[str, Any]) -> int:
     healed = needed(recipe) and recipe.healing.trains
     whole_model = recipe.kv.method not in FIXED_KV or healed or recipe.healing.kv_steps > 0
     if pruning.blocks_in_memory is None or whole_model:
-        return sizes.total if whole_model or pruning.decode_blocks or recipe.kv.measures_offsets else 0
+        measured = whole_model or pruning.decode_blocks or pruning.experts or recipe.kv.measures_offsets
+        return sizes.total + _kept_experts(recipe, config) if measured else 0
     student_blocks = 4 if pruning.distil else 0  # both parents, and both blocks that a student may start from
     held = min(sizes.blocks, pruning.blocks_in_memory) + student_blocks
     return sizes.ends + held * sizes.block + (pruning.memory_mb << 20) // 4
+
+
+def _kept_experts(recipe: Recipe, config: dict[str, Any]) -> int:
+    """Weights of kept experts, of which each stage in memory has copies."""
+    section, sizes = recipe.pruning.experts, ModelSizes.of(config)
+    shape = family_of(config, recipe.model.source).expert_shape(config)
+    if section is None or shape is None:
+        return 0
+    counts = [section.count(stage, shape.count) for stage in STAGES if getattr(section, stage) is not None]
+    return sum(count * sizes.blocks * one_expert(config, sizes.blocks - 1) for count in counts)
 
 
 def _trained(recipe: Recipe, config: dict[str, Any]) -> int:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
@@ -11,7 +12,7 @@ from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.local.paths import expanded
 from pdtrim_deploy.models.config import read_config
 from pdtrim_deploy.models.families import attention_sizes, family_of
-from pdtrim_deploy.plan import ModelShape, NativeDtype
+from pdtrim_deploy.plan import ExpertShape, ModelShape, NativeDtype
 
 FACTS = Path(__file__).parent / "facts"  # a link to recipes/facts
 
@@ -24,6 +25,8 @@ class Sized:
         label: the model's name for a reader.
         origin: the file it came from.
         kv_dtype: of the weights, hence of a KV pool; None where config.json does not say.
+        config: config.json's keys and values.
+        experts: None where blocks have none, or are not known.
 
     """
 
@@ -35,17 +38,25 @@ class Sized:
     head_dim: int
     max_positions: int
     kv_dtype: NativeDtype | None
+    experts: ExpertShape | None = None
+    config: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def shape(self, kv_dtype: NativeDtype) -> ModelShape:
         """As a plan needs it; the fingerprint says that no weights were seen."""
-        return ModelShape(
-            architecture=self.architecture,
-            fingerprint=f"config-only:{self.label}",
-            num_blocks=self.num_blocks,
-            num_kv_heads=self.num_kv_heads,
-            head_dim=self.head_dim,
-            kv_dtype=kv_dtype,
-        )
+        return shape_of(self.config, self.label, kv_dtype)
+
+
+def shape_of(config: Mapping[str, Any], label: str, kv_dtype: NativeDtype) -> ModelShape:
+    """The same of config.json's keys and values."""
+    _, kv_heads, head_dim = attention_sizes(config)
+    return ModelShape(
+        architecture=config["architectures"][0],
+        fingerprint=f"config-only:{label}",
+        num_blocks=config["num_hidden_layers"],
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        kv_dtype=kv_dtype,
+    )
 
 
 def shipped() -> dict[str, Path]:
@@ -98,6 +109,8 @@ def read_sized(path: Path) -> Sized:
         head_dim=head_dim,
         max_positions=config["max_position_embeddings"],
         kv_dtype=_dtype(config, path),
+        experts=family.expert_shape(config),
+        config=config,
     )
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -116,11 +116,38 @@ def whole_block(model: Any, block: int) -> nn.Module:
     return layer
 
 
-class _Fetch:
-    """Lets a module, and copies of it that share its hooks, have its weights while it is called."""
+def keep_rows(module: nn.Module, leaf: str, rows: Sequence[int]) -> None:
+    """Leave some rows of a parameter or buffer of `module`: in a tensor of their own, or whenever it is fetched.
 
-    def __init__(self, blocks: Blocks, block: int, names: dict[str, str]) -> None:
-        self._blocks, self._block, self._names = blocks, block, names
+    Hooks of the module change, so it must not share them with another (`surgery.keep_blocks` makes such copies).
+    """
+    if (parameter := module._parameters.get(leaf)) is None:
+        buffer = module._buffers[leaf]
+        assert buffer is not None
+        module._buffers[leaf] = buffer[list(rows)]
+        return
+    shape = (len(rows), *parameter.shape[1:])
+    kept = parameter.new_empty(shape) if parameter.is_meta else parameter.detach()[list(rows)]
+    module._parameters[leaf] = nn.Parameter(kept, requires_grad=parameter.requires_grad)
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for handle, hook in list(hooks.items()):
+            if isinstance(fetch := getattr(hook, "__self__", None), _Fetch):
+                hooks[handle] = getattr(fetch.with_rows(leaf, rows), hook.__name__)
+
+
+class _Fetch:
+    """Lets a module, and copies of it that share its hooks, have its weights while it is called.
+
+    `rows` gives, by parameter, the rows that it has; of others it has all.
+    """
+
+    def __init__(
+        self, blocks: Blocks, block: int, names: dict[str, str], rows: Mapping[str, Sequence[int]] | None = None
+    ) -> None:
+        self._blocks, self._block, self._names, self._rows = blocks, block, names, rows or {}
+
+    def with_rows(self, leaf: str, rows: Sequence[int]) -> _Fetch:
+        return _Fetch(self._blocks, self._block, self._names, {**self._rows, leaf: rows})
 
     def __deepcopy__(self, _: Any) -> _Fetch:
         return self  # copies read from the same place
@@ -139,7 +166,8 @@ class _Fetch:
             module._parameters[leaf] = nn.Parameter(self._tensor(leaf).clone(), requires_grad=False)
 
     def _tensor(self, leaf: str) -> Tensor:
-        return self._blocks[self._block][self._names[leaf]]
+        tensor = self._blocks[self._block][self._names[leaf]]
+        return tensor[list(self._rows[leaf])] if leaf in self._rows else tensor
 
     def _empty(self, module: nn.Module) -> dict[str, nn.Parameter]:
         """Its weights that are not there; others were replaced: a student's, a healed one."""

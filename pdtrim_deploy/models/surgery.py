@@ -1,4 +1,4 @@
-"""Block surgery: a model with some of its blocks, in memory and on disk."""
+"""Block surgery: a model with some of its blocks, and some of their experts, in memory and on disk."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,16 @@ from torch import nn
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.local.cache import atomic_directory
 from pdtrim_deploy.models.checkpoint import Checkpoint
+from pdtrim_deploy.models.experts import (
+    ExpertNames,
+    ExpertsByBlock,
+    check_experts,
+    check_formats,
+    keep_in_memory,
+    kept_count,
+    parameters_by_expert,
+    stage_rows,
+)
 from pdtrim_deploy.models.families import known_family
 from pdtrim_deploy.models.families.disk_names import DiskNames
 from pdtrim_deploy.models.loading import TORCH_DTYPES
@@ -38,24 +49,33 @@ _COPIED = (
 Replacements = Mapping[int, Mapping[str, torch.Tensor]]
 
 
-def keep_blocks(model: Any, blocks: Sequence[int], replacements: Replacements | None = None) -> Any:
+def keep_blocks(
+    model: Any,
+    blocks: Sequence[int],
+    replacements: Replacements | None = None,
+    experts: ExpertsByBlock | None = None,
+) -> Any:
     """A new model with those blocks, in that order; parameters are shared, everything else is its own.
 
     The given model is left as it was: `layer_idx`, config and hooks differ, the weights are the same tensors (so
-    training one would train the other). Costs milliseconds. `replacements` as in `write_stage`: those tensors are
-    cast to the model's dtype, and its alone.
+    training one would train the other). Costs milliseconds. `replacements` and `experts` as in `write_stage`: those
+    tensors are cast to the model's dtype, and its alone; weights of kept experts are copies.
     """
     _check_blocks(blocks, len(model.model.layers))
+    family, experts, full = known_family(type(model).__name__), experts or {}, model.config.to_dict()
+    check_experts(family, full, blocks, experts)
     cut = _twin(model)
     cut.model.layers = nn.ModuleList([cut.model.layers[block] for block in blocks])
-    for index, layer in enumerate(cut.model.layers):
+    for index, (block, layer) in enumerate(zip(blocks, cut.model.layers, strict=True)):
         _renumber(layer, index)
+        if block in experts:
+            keep_in_memory(layer, parameters_by_expert(family, full, block), experts[block])
     config = copy.deepcopy(model.config)
     for module in cut.modules():
         if getattr(module, "config", None) is model.config:
             module.config = config
     config.num_hidden_layers = len(blocks)
-    for key, value in known_family(type(model).__name__).cut_config(model.config, blocks).items():
+    for key, value in family.cut_config(model.config, blocks, kept_count(experts)).items():
         setattr(config, key, value)
     for block, parts in (replacements or {}).items():
         if block not in blocks:
@@ -74,6 +94,7 @@ def write_stage(
     pdtrim: Mapping[str, Any],
     *,
     replacements: Replacements | None = None,
+    experts: ExpertsByBlock | None = None,
     files: Sequence[Path] = (),
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
@@ -82,8 +103,9 @@ def write_stage(
     Every tensor is cast to `dtype` ("float32", "bfloat16" or "float16"), but for FP8 weights: they keep their codes and
     scales, and those that are replaced get new ones of the same kind. `pdtrim` goes into config.json under that key.
     `replacements` gives, for blocks in `blocks`, tensors by their name within the block ("self_attn.q_proj.weight") in
-    transformers' module, of the shapes they have: students of distilled pairs, healed weights. `files` are copied into
-    the folder.
+    transformers' module, of the shapes they have: students of distilled pairs, healed weights. `experts` gives the
+    experts that the stage keeps, for each of `blocks` that has experts; they are numbered from 0 there. `files` are
+    copied into the folder.
 
     The folder appears whole or not at all. An earlier stage in its place is replaced; anything else there is refused
     (UserError).
@@ -94,27 +116,31 @@ def write_stage(
     if dtype not in TORCH_DTYPES:
         raise UserError(f"dtype {dtype!r} is unknown; use one of {', '.join(TORCH_DTYPES)}")
     _check_replaceable(out_dir)
-    changed = quantize_like(checkpoint, _replacements(checkpoint, blocks, replacements or {}))
-    names = _stage_names(checkpoint, blocks)
+    experts = experts or {}
+    check_experts(checkpoint.family, checkpoint.config, blocks, experts)
+    if experts:
+        check_formats(checkpoint)
+    changed = quantize_like(checkpoint, _replacements(checkpoint, blocks, replacements or {}, experts))
+    sources = _stage_names(checkpoint, blocks, experts)
 
     def get(name: str) -> torch.Tensor:
-        source = names[name]
-        if source in changed:
-            return changed[source]
-        with safe_open(checkpoint.tensors[source].file, framework="pt") as shard:
-            return shard.get_tensor(source)
+        source = sources[name]
+        if source.name in changed:
+            return changed[source.name]
+        with safe_open(checkpoint.tensors[source.name].file, framework="pt") as shard:
+            return stage_rows(shard.get_tensor(source.name), source.rows)
 
-    elements = {name: checkpoint.tensors[source].elements for name, source in names.items()}
+    elements = {name: source.elements(checkpoint) for name, source in sources.items()}
 
     def keeps_dtype(name: str) -> bool:
-        return checkpoint.keeps_dtype(names[name])
+        return checkpoint.keeps_dtype(sources[name].name)
 
     with atomic_directory(out_dir) as folder:
         write_shards(folder, elements, get, TORCH_DTYPES[dtype], max_shard_bytes, keeps_dtype)
         copied = {p for pattern in _COPIED for p in checkpoint.path.glob(pattern) if p.is_file()}
         for path in (*sorted(copied), *files):
             shutil.copyfile(path, folder / path.name)
-        config = _stage_config(checkpoint, blocks, dtype) | {"pdtrim": dict(pdtrim)}
+        config = _stage_config(checkpoint, blocks, dtype, kept_count(experts)) | {"pdtrim": dict(pdtrim)}
         for file, settings in stage_settings(checkpoint, blocks).items():
             (folder / file).write_text(json.dumps(settings, indent=2))
         (folder / "config.json").write_text(json.dumps(config, indent=2))
@@ -139,31 +165,54 @@ def _check_replaceable(out_dir: Path) -> None:
         raise UserError(f"{out_dir} exists and is no stage checkpoint; remove it or choose another folder")
 
 
-def _stage_names(checkpoint: Checkpoint, blocks: Sequence[int]) -> dict[str, str]:
-    """Name in the stage -> name in the source, in the order they are stored: embeddings, blocks, the rest."""
+@dataclass(frozen=True)
+class _Source:
+    """A tensor of the original checkpoint, and the rows of it that the stage has; None: all."""
+
+    name: str
+    rows: Sequence[int] | None = None
+
+    def elements(self, checkpoint: Checkpoint) -> int:
+        info = checkpoint.tensors[self.name]
+        return info.elements if self.rows is None else info.elements // info.shape[0] * len(self.rows)
+
+
+def _stage_names(checkpoint: Checkpoint, blocks: Sequence[int], experts: ExpertsByBlock) -> dict[str, _Source]:
+    """Names in the stage and what they come from, in the order they are stored: embeddings, blocks, the rest."""
     place = {block: index for index, block in enumerate(blocks)}
-    names: dict[tuple[int, str], str] = {}
+    by_block = {block: ExpertNames(checkpoint.family, experts.get(block)) for block in blocks}
+    names: dict[tuple[int, str], _Source] = {}
     for source in sorted(checkpoint.tensors):
         if not source.startswith(_LAYERS):
-            names[(-1, source)] = source
+            names[(-1, source)] = _Source(source)
             continue
         number, _, inner = source.removeprefix(_LAYERS).partition(".")
-        if int(number) in place:
-            index = place[int(number)]
-            names[(index, f"{_LAYERS}{index}.{inner}")] = source
+        if (index := place.get(int(number))) is None:
+            continue
+        expert_names = by_block[int(number)]
+        if (name := expert_names.in_stage(inner)) is not None:
+            names[(index, f"{_LAYERS}{index}.{name}")] = _Source(source, expert_names.rows(inner))
     return {name: names[(index, name)] for index, name in sorted(names)}
 
 
-def _replacements(checkpoint: Checkpoint, blocks: Sequence[int], given: Replacements) -> dict[str, torch.Tensor]:
+def _replacements(
+    checkpoint: Checkpoint, blocks: Sequence[int], given: Replacements, experts: ExpertsByBlock
+) -> dict[str, torch.Tensor]:
+    """By the original's names; of a tensor with a row for each expert, the rows that the stage has."""
     tensors: dict[str, torch.Tensor] = {}
     for block, parts in given.items():
         if block not in blocks:
             raise UserError(f"block {block} is replaced but the stage does not run it")
         prefix = f"{_LAYERS}{block}."
-        names = DiskNames(checkpoint.family, checkpoint.config, block)
+        names = DiskNames(checkpoint.family, checkpoint.config, block, experts.get(block))
+        rows = ExpertNames(checkpoint.family, experts.get(block)).rows
         for name, tensor in parts.items():
             sources = names.of(name)
-            shapes = [info.shape for source in sources if (info := checkpoint.tensors.get(prefix + source))]
+            infos = {source: info for source in sources if (info := checkpoint.tensors.get(prefix + source))}
+            shapes = [
+                info.shape if (kept := rows(source)) is None else (len(kept), *info.shape[1:])
+                for source, info in infos.items()
+            ]
             _check_shape(prefix + name, tensor, names.shape(name, shapes) if len(shapes) == len(sources) else None)
             tensors |= {prefix + source: part for source, part in names.split(name, tensor)}
     return tensors
@@ -183,9 +232,11 @@ def _check_shape(name: str, tensor: torch.Tensor, expected: tuple[int, ...] | No
         raise UserError(f"replacement of {name}: shape {tuple(tensor.shape)}, the block {has}")
 
 
-def _stage_config(checkpoint: Checkpoint, blocks: Sequence[int], dtype: str) -> dict[str, Any]:
+def _stage_config(checkpoint: Checkpoint, blocks: Sequence[int], dtype: str, experts: int | None) -> dict[str, Any]:
     config = {key: value for key, value in checkpoint.config.items() if key != "auto_map"}
-    config |= checkpoint.family.cut_config(checkpoint.family.model_class.config_class.from_dict(config), blocks)
+    config |= checkpoint.family.cut_config(
+        checkpoint.family.model_class.config_class.from_dict(config), blocks, experts
+    )
     if "quantization_config" in config:
         config["quantization_config"] = cut_settings(config["quantization_config"], blocks, checkpoint.tensors)
     return config | {"num_hidden_layers": len(blocks), "dtype": dtype, "torch_dtype": dtype}

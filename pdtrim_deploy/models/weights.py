@@ -8,6 +8,8 @@ from math import prod
 from typing import Any
 
 from pdtrim_deploy.models.families import attention_sizes, known_family
+from pdtrim_deploy.models.families.base import EXPERT
+from pdtrim_deploy.plan import ExpertShape
 
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
@@ -21,6 +23,9 @@ class ModelSizes:
         hidden, inner, vocabulary: of a hidden state, of the MLP between its maps, of the logits.
         kv_width: of K, and of V, of one token in one block.
         block: weights of the last block, the largest where the first ones have no experts.
+        active: of these, what one token is multiplied with: of experts, as many as it is sent to.
+        expert_width, expert_tokens: of the MLP that a token meets, or of one expert, the width between its maps and the
+            share of tokens that come to it.
         ends: weights of embedding and LM head.
         total: weights of the model.
 
@@ -32,6 +37,9 @@ class ModelSizes:
     vocabulary: int
     kv_width: int
     block: int
+    active: int
+    expert_width: int
+    expert_tokens: float
     ends: int
     total: int
 
@@ -42,6 +50,9 @@ class ModelSizes:
         heads, kv_heads, head = attention_sizes(config)
         blocks, attention = config["num_hidden_layers"], 2 * hidden * head * (heads + kv_heads)
         mlps = [_mlp(config, block) for block in range(blocks)]
+        shape = _expert_shape(config)
+        expert = one_expert(config, blocks - 1) if shape else 0
+        active = attention + mlps[-1] - (expert * (shape.count - shape.top_k) if shape else 0)
         ends = (1 if config.get("tie_word_embeddings") else 2) * vocabulary * hidden
         return cls(
             blocks=blocks,
@@ -50,6 +61,9 @@ class ModelSizes:
             vocabulary=vocabulary,
             kv_width=kv_heads * head,
             block=attention + mlps[-1],
+            active=active,
+            expert_width=expert // (3 * hidden) if shape else inner,
+            expert_tokens=shape.top_k / shape.count if shape else 1.0,
             ends=ends,
             total=blocks * attention + sum(mlps) + ends,
         )
@@ -82,3 +96,15 @@ def _mlp(config: Mapping[str, Any], block: int) -> int:
         return 3 * hidden * (width or config["intermediate_size"]) * experts
     tensors = family.block_tensors(config, block).items()
     return sum(prod(shape) for name, shape in tensors if not name.startswith("self_attn.") and len(shape) > 1)
+
+
+def _expert_shape(config: Mapping[str, Any]) -> ExpertShape | None:
+    return known_family((config.get("architectures") or [""])[0]).expert_shape(config)
+
+
+def one_expert(config: Mapping[str, Any], block: int) -> int:
+    """Weights of one expert."""
+    family = known_family((config.get("architectures") or [""])[0])
+    experts = family.blocks.experts.tensors if family.blocks and family.blocks.experts else {}
+    first = {name.replace(EXPERT, "0") for name in experts if EXPERT in name}
+    return sum(prod(shape) for name, shape in family.block_tensors(config, block).items() if name in first)

@@ -14,9 +14,10 @@ from pdtrim_deploy.bundle import Bundle, engine_folder
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.models import resolve
-from pdtrim_deploy.pipeline import engines, heal, heal_kv, sealing, select_kv, steps
+from pdtrim_deploy.pipeline import engines, experts, heal, heal_kv, sealing, select_kv, steps
+from pdtrim_deploy.pipeline.chosen import EXPERTS
 from pdtrim_deploy.pipeline.context import Context, Note
-from pdtrim_deploy.pipeline.family_fit import check_family, check_quantized
+from pdtrim_deploy.pipeline.family_fit import check_experts, check_family, check_quantized
 from pdtrim_deploy.pipeline.journal import Journal, chained_key, claim
 from pdtrim_deploy.pipeline.stand_in import stand_in
 from pdtrim_deploy.plan import STAGES, Stage
@@ -50,22 +51,26 @@ class BuildStep:
 
 def steps_of(recipe: Recipe, fingerprint: str) -> tuple[BuildStep, ...]:
     """All steps but the seal. Each key holds the one before: a change makes its step and all later ones again."""
-    dump = recipe.model_dump(mode="json")
+    dump, keeps_experts = recipe.model_dump(mode="json"), recipe.pruning.experts is not None
     base = {"pdtrim-deploy": __version__, "model": fingerprint, "dtype": recipe.model.dtype}
     chosen = {key: dump[key] for key in ("calibration", "pruning", *(["students"] if recipe.pruning.distil else []))}
+    chosen["pruning"] = {key: value for key, value in dump["pruning"].items() if key != "experts"}
     if recipe.pruning.finalists or recipe.pruning.distil:  # students learn from part of this text
         text = [dump["healing"][name] for name in ("compensation", "sequences", "length")]
         chosen["judged"] = [*text, recipe.healing.enabled]
     prune = chained_key("", base | (chosen if recipe.pruning.decode_blocks else {}))
-    healed = chained_key(prune, heal.depends_on(dump)) if heal.needed(recipe) else prune
+    kept = chained_key(prune, experts.depends_on(dump)) if keeps_experts else prune
+    healed = chained_key(kept, heal.depends_on(dump)) if heal.needed(recipe) else kept
     reads = recipe.kv.method not in FIXED_KV or recipe.kv.measures_offsets
     kv = chained_key(healed, [dump["kv"], dump["calibration"] if reads else None])
     decode = chained_key(kv, [dump["healing"], dump["kv"], dump["calibration"]]) if recipe.healing.kv_steps else kv
-    before_kv = "heal" if heal.needed(recipe) else "prune"
+    before_healing = "experts" if keeps_experts else "prune"
+    before_kv = "heal" if heal.needed(recipe) else before_healing
     before_decode = "heal-kv" if recipe.healing.kv_steps else "select-kv"
     return (
         BuildStep("prune", prune, steps.PRUNED, steps.prune),
-        *([BuildStep("heal", healed, (heal.HEALING,), heal.heal, "prune")] if heal.needed(recipe) else []),
+        *([BuildStep("experts", kept, (EXPERTS,), experts.keep_experts, "prune")] if keeps_experts else []),
+        *([BuildStep("heal", healed, (heal.HEALING,), heal.heal, before_healing)] if heal.needed(recipe) else []),
         BuildStep("select-kv", kv, select_kv.SELECTED, select_kv.select_kv, before_kv),
         *(
             [BuildStep("heal-kv", decode, (heal_kv.HEALING_KV,), heal_kv.heal_kv, "select-kv")]
@@ -125,6 +130,7 @@ def build(
         UserError: bad source, corpus or recipe for this model; `out` is something else or in use.
 
     """
+    from pdtrim_deploy.models.experts import check_formats
     from pdtrim_deploy.models.loading import check_loads
 
     if workers is not None:
@@ -132,10 +138,15 @@ def build(
     with show("source", False):
         checkpoint = resolve(recipe.model.source, cache, note)
         check_family(recipe, checkpoint.family)
+        expert_shape = checkpoint.family.expert_shape(checkpoint.config)
+        check_experts(recipe, expert_shape)
+        if recipe.pruning.experts:
+            check_formats(checkpoint)
         check_quantized(recipe, checkpoint.quantized)
         check_loads(checkpoint, cache)
     check_fits(recipe, checkpoint.facts.num_blocks, checkpoint.facts.max_positions)
-    stand_in(recipe, checkpoint.shape(recipe.model.dtype))  # a byte budget that nothing fits is refused at once
+    # A byte budget that nothing fits is refused at once.
+    stand_in(recipe, checkpoint.shape(recipe.model.dtype), expert_shape)
     try:
         with claim(out, force):
             context = Context(recipe, checkpoint, cache, out, note, workers)
@@ -196,7 +207,7 @@ def check_fits(recipe: Recipe, blocks: int, positions: int) -> None:
 def _lengths(recipe: Recipe) -> Iterator[tuple[str, int]]:
     """What each part of a build lets the model read at a time."""
     text, kv, healing = recipe.evaluation, recipe.kv, recipe.healing
-    if recipe.pruning.decode_blocks:
+    if recipe.pruning.decode_blocks or recipe.pruning.experts:
         yield "calibration.length", recipe.calibration.length
     if healing.enabled:
         yield "healing.length", healing.length

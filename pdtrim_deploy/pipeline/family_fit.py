@@ -8,6 +8,7 @@ from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.models.families import FAMILIES, Family
 from pdtrim_deploy.models.families.base import Feature
 from pdtrim_deploy.models.quantized import Quantized
+from pdtrim_deploy.plan import STAGES, ExpertShape
 from pdtrim_deploy.recipe import Recipe
 
 
@@ -52,14 +53,41 @@ def check_family(recipe: Recipe, family: Family) -> None:
             )
 
 
+def check_experts(recipe: Recipe, shape: ExpertShape | None) -> None:
+    """Refuse numbers of experts that a model with such experts, or with none (None), cannot keep.
+
+    Raises:
+        UserError: the recipe's key, and what is allowed.
+
+    """
+    if (section := recipe.pruning.experts) is None:
+        return
+    if shape is None:
+        raise UserError(
+            f"recipe {recipe.name}: pruning.experts is given but the model's blocks have no experts; allowed: to leave "
+            "it out"
+        )
+    for stage in STAGES:
+        if getattr(section, stage) is None:
+            continue
+        try:
+            shape.check_count(section.count(stage, shape.count))
+        except ValueError as error:
+            raise UserError(
+                f"recipe {recipe.name}: pruning.experts.{stage} is {getattr(section, stage):g}: {error}"
+            ) from None
+
+
 def _requests(recipe: Recipe) -> Iterator[tuple[str, object, str, Feature | None]]:
     """Key and value of everything that needs blocks, the value that asks for nothing, and what it is for families."""
     pruning, healing = recipe.pruning, recipe.healing
     if pruning.decode_blocks:
         yield "pruning.decode_blocks", pruning.decode_blocks, "0", None
+    if pruning.experts is not None:
+        yield "pruning.experts", "given", "to leave it out", None
     if pruning.distil:
         yield "pruning.distil", "true", "false", "distil"
-    if pruning.decode_blocks and pruning.blocks_in_memory is not None:
+    if (pruning.decode_blocks or pruning.experts) and pruning.blocks_in_memory is not None:
         yield "pruning.blocks_in_memory", pruning.blocks_in_memory, "to leave it out", "blocks_in_memory"
     if healing.kv_only_blocks:
         yield "healing.kv_only_blocks", healing.kv_only_blocks, "0", "kv_only_blocks"

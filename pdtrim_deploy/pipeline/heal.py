@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from pdtrim_deploy.bundle import REPORTS, WORK, write_atomic
 from pdtrim_deploy.pipeline import texts
+from pdtrim_deploy.pipeline.chosen import chosen
 from pdtrim_deploy.pipeline.context import Context
-from pdtrim_deploy.plan import STAGES, KVOnly, KVSend, PDPlan, Stage
-from pdtrim_deploy.pruning.solution import Solution
+from pdtrim_deploy.plan import STAGES, KVOnly, PDPlan, Stage
 from pdtrim_deploy.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pdtrim_deploy.models.block_tensors import BlockTensors
     from pdtrim_deploy.pruning.pair import StagePair
 
-PRUNING, HEALING = f"{REPORTS}/pruning.json", f"{REPORTS}/healing.json"
+HEALING = f"{REPORTS}/healing.json"
 _VERSION = 3  # of how weights are made
 _KV_ONLY_VERSION = 4  # the same where some blocks run for their K and V alone
 
@@ -35,7 +35,8 @@ Changed = Mapping[Stage, "BlockTensors"]
 
 def needed(recipe: Recipe) -> bool:
     """Whether the recipe asks for other weights than the model's own."""
-    pruned = bool(recipe.pruning.decode_blocks) and (recipe.pruning.distil or recipe.healing.enabled)
+    pruning = recipe.pruning
+    pruned = bool(pruning.decode_blocks or pruning.experts) and (pruning.distil or recipe.healing.enabled)
     return pruned or bool(recipe.healing.kv_only_blocks)
 
 
@@ -51,21 +52,12 @@ def _section(dump: Mapping[str, Any]) -> dict[str, Any]:
 
 def blocks_plan(context: Context) -> PDPlan:
     """What each stage runs; all KV travels whole."""
-    plan = _chosen(context)
+    plan = chosen(context)
     if not needed(context.recipe):
         return plan
     alone = json.loads((context.out / HEALING).read_text())["kv_only_blocks"]
     prefill = tuple(KVOnly() if block in alone else action for block, action in enumerate(plan.prefill))
-    return PDPlan(model=plan.model, prefill=prefill, decode=plan.decode, kv=plan.kv)
-
-
-def _chosen(context: Context) -> PDPlan:
-    """What each stage runs as the step before chose."""
-    report, shape = json.loads((context.out / PRUNING).read_text()), context.shape
-    prefill, decode = (Solution.parse(report[stage]) for stage in STAGES)
-    blocks = shape.num_blocks
-    kv = (KVSend(),) * len(decode.route(blocks))
-    return PDPlan(model=shape, prefill=prefill.actions(blocks), decode=decode.actions(blocks), kv=kv)
+    return plan.with_parts(prefill=prefill)
 
 
 def heal(context: Context) -> set[str]:
@@ -108,7 +100,7 @@ def stage_pair(context: Context, plan: PDPlan | None = None, bounded: bool = Fal
 
 
 def _key(context: Context) -> str:
-    plan, dump = _chosen(context), context.recipe.model_dump(mode="json")
+    plan, dump = chosen(context), context.recipe.model_dump(mode="json")
     read = [texts.digest(text(context)) for text in (texts.taught, texts.fitted)]
     version = _KV_ONLY_VERSION if context.recipe.healing.kv_only_blocks else _VERSION
     parts = [version, plan.digest, dump["students"], _section(dump), read]
@@ -139,14 +131,15 @@ def _make(context: Context) -> tuple[StagePair, dict[str, Any]]:
 
     section, ids = context.recipe.healing, texts.fitted(context)
     model = context.model if section.trains else context.searched_model
-    pair, report = _with_students(context, StagePair(model, _chosen(context)))
+    pair, report = _with_students(context, StagePair(model, chosen(context)))
     if section.kv_only_blocks:
         pair = make_kv_only(pair, section.kv_only_blocks, ids, context.note)
     report["kv_only_blocks"] = [pair.plan.prefill_layers[layer] for layer in pair.plan.kv_only_layers]
     for stage in STAGES:
-        if all(action.kind == "keep" for action in pair.plan.actions(stage)):
+        blocks_lost = any(action.kind != "keep" for action in pair.plan.actions(stage))
+        if not blocks_lost and not pair.plan.kept_experts(stage):
             continue  # nothing was lost
-        if section.compensation != "none" and _helps(context, pair, stage, ids, report):
+        if blocks_lost and section.compensation != "none" and _helps(context, pair, stage, ids, report):
             pair = get_compensation(section.compensation).compensate(pair, stage, ids, context.note)
         if section.prefill_steps if stage == "prefill" else section.decode_steps:
             trained = distil(pair, stage, ids, section, context.note)

@@ -53,6 +53,7 @@ def card(plan: PDPlan, recipe: Recipe, stage: Stage, base: Provenance, healed: p
         f"- Base model: `{recipe.model.source}` ({plan.model.architecture}, fingerprint `{plan.model.fingerprint}`)",
         f"- Dtype: {recipe.model.dtype}",
         f"- Blocks: {parts.blocks(plan, stage)}",
+        *parts.experts(plan, recipe, stage),
         *parts.changed(plan, recipe, stage, healed),
         f"- Prompt KV from prefill to decode: {parts.kv(plan, recipe)}",
     ]

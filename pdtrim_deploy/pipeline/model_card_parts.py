@@ -27,6 +27,18 @@ def blocks(plan: PDPlan, stage: Stage) -> str:
     return text + (f"; for their K and V alone: {_list(alone)}" if alone else "")
 
 
+def experts(plan: PDPlan, recipe: Recipe, stage: Stage) -> list[str]:
+    """How many experts the stage's blocks keep, where that is not all."""
+    section = recipe.pruning.experts
+    if plan.experts is None or section is None or not plan.kept_experts(stage):
+        return []
+    shared = ", one set for both stages" if section.shared else ""
+    return [
+        f"- Experts of each block: {plan.experts.count(stage)} of {plan.experts.shape.count}, chosen by "
+        f"`{section.method}`{shared}, numbered from 0 again; a token still goes to {plan.experts.shape.top_k}"
+    ]
+
+
 def kv(plan: PDPlan, recipe: Recipe) -> str:
     """What is sent of the prompt's KV, and in how many bytes."""
     tokens = recipe.evaluation.prompt_tokens
@@ -88,6 +100,8 @@ def provenance(recipe: Recipe) -> list[str]:
             f"- Blocks chosen by `{pruning.method}` (seed {pruning.seed}{_KL * (pruning.objective == 'kl')}) on "
             f"{text.sequences} x {text.length} tokens of {corpus}"
         )
+    if pruning.experts is not None and pruning.experts.method != "random":
+        lines.append(f"- Experts ranked on {text.sequences} x {text.length} tokens of {corpus}")
     if pruning.distil:
         lines.append(
             f"- Students trained on {_taught(recipe)} tokens of {corpus}: least squares, then "

@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.local.paths import expanded
-from pdtrim_deploy.models import Checkpoint, resolve
+from pdtrim_deploy.models import Family, resolve
 from pdtrim_deploy.models.config import read_config
 from pdtrim_deploy.models.families import family_of
+from pdtrim_deploy.models.shape import shape_of, shipped_for
+from pdtrim_deploy.models.weights import ModelSizes
 from pdtrim_deploy.pipeline.build import check_fits, done_steps, steps_of
-from pdtrim_deploy.pipeline.family_fit import check_family, check_quantized
+from pdtrim_deploy.pipeline.family_fit import check_experts, check_family, check_quantized
 from pdtrim_deploy.pipeline.journal import Journal, refuse_strangers
 from pdtrim_deploy.pipeline.sealing import is_sealed
 from pdtrim_deploy.pipeline.stand_in import stand_in
-from pdtrim_deploy.plan import STAGES, Stage
+from pdtrim_deploy.plan import STAGES, PDPlan, Stage
 from pdtrim_deploy.plan.wire import ITEM_BYTES
 from pdtrim_deploy.pruning.cost import SearchCost, search_cost
+from pdtrim_deploy.pruning.expert_cost import ExpertCost, expert_cost
 from pdtrim_deploy.recipe import Recipe
 
+_LAYERS = "model.layers."
 MOST_ROWS = 512  # of a product that the machine's speed is taken from: more are no faster, and one takes longer
 
 
@@ -37,6 +42,8 @@ class Preview:
             unpruned model from the plan's own kind of pool, and from one of fp8.
         search: what choosing the blocks costs; None when none is to be chosen, or nothing is known of the model.
         search_seconds: of it, at the speed that this machine multiplies matrices of that size at just now.
+        experts: what ranking the experts costs; None when none are ranked, or nothing is known of the model.
+        experts_seconds: the same of it.
         missing: why the sizes are not known, a sentence.
 
     """
@@ -50,6 +57,8 @@ class Preview:
     dense_fp8_bytes: int | None
     search: SearchCost | None = None
     search_seconds: float | None = None
+    experts: ExpertCost | None = None
+    experts_seconds: float | None = None
     missing: str | None = None
 
 
@@ -74,6 +83,8 @@ def preview(recipe: Recipe, out: Path, cache: Cache) -> Preview:
             raise
         return _unseen(recipe, config, str(error))
     check_family(recipe, checkpoint.family)
+    experts = checkpoint.family.expert_shape(checkpoint.config)
+    check_experts(recipe, experts)
     check_quantized(recipe, checkpoint.quantized)
     check_fits(recipe, checkpoint.facts.num_blocks, checkpoint.facts.max_positions)
     journal = Journal(out)
@@ -81,31 +92,49 @@ def preview(recipe: Recipe, out: Path, cache: Cache) -> Preview:
     done = done_steps(build_steps, journal)
     steps = {"source": True} | {step.name: step.name in done for step in build_steps}
     steps["seal"] = all(steps.values()) and is_sealed(out, recipe, journal.steps)
-    plan = stand_in(recipe, checkpoint.shape(recipe.model.dtype))
-    sizes = {stage: _stage_bytes(checkpoint, len(plan.layers(stage)), recipe.model.dtype) for stage in STAGES}
-    sent = (
-        plan.payload_bytes(prompt_tokens),
-        plan.dense_bytes(prompt_tokens),
-        plan.dense_bytes(prompt_tokens, "fp8_e4m3"),
+    plan = stand_in(recipe, checkpoint.shape(recipe.model.dtype), experts)
+    item = ITEM_BYTES[recipe.model.dtype]
+    tensors = {
+        name: (info.nbytes if checkpoint.keeps_dtype(name) else info.elements * item, (*info.shape, 1)[0])
+        for name, info in checkpoint.tensors.items()
+    }
+    sizes = {stage: _stage_bytes(tensors, checkpoint.family, plan, stage) for stage in STAGES}
+    return Preview(
+        recipe,
+        steps,
+        prompt_tokens,
+        sizes,
+        *_sent(plan, prompt_tokens),
+        *((None, None) if steps["prune"] else _search(recipe, checkpoint.config)),
+        *((None, None) if steps.get("experts", True) else _experts(recipe, checkpoint.config)),
     )
-    search, seconds = (None, None) if steps["prune"] else _search(recipe, checkpoint.config)
-    return Preview(recipe, steps, prompt_tokens, sizes, *sent, search, seconds)
+
+
+def _sent(plan: PDPlan, tokens: int) -> tuple[int, int, int]:
+    """Bytes of a request's KV: as planned, dense, and dense from an fp8 pool."""
+    return plan.payload_bytes(tokens), plan.dense_bytes(tokens), plan.dense_bytes(tokens, "fp8_e4m3")
 
 
 def _unseen(recipe: Recipe, config: dict[str, Any] | None, missing: str) -> Preview:
     names = ("source", *(step.name for step in steps_of(recipe, "")), "seal")
-    if config is not None:
-        check_family(recipe, family_of(config, recipe.model.source))
-        check_fits(recipe, config["num_hidden_layers"], config["max_position_embeddings"])
-    search, seconds = (None, None) if config is None else _search(recipe, config)
-    steps = dict.fromkeys(names, False)
-    return Preview(recipe, steps, recipe.evaluation.prompt_tokens, None, None, None, None, search, seconds, missing)
+    steps, tokens = dict.fromkeys(names, False), recipe.evaluation.prompt_tokens
+    if config is None:
+        return Preview(recipe, steps, tokens, None, None, None, None, missing=missing)
+    family = family_of(config, recipe.model.source)
+    experts = family.expert_shape(config)
+    check_family(recipe, family)
+    check_experts(recipe, experts)
+    check_fits(recipe, config["num_hidden_layers"], config["max_position_embeddings"])
+    plan = stand_in(recipe, shape_of(config, "config alone", recipe.model.dtype), experts)
+    item, shapes = ITEM_BYTES[recipe.model.dtype], family.required_tensors(config) if family.blocks else {}
+    tensors = {name: (prod(shape) * item, shape[0]) for name, shape in shapes.items()}
+    sizes = {stage: _stage_bytes(tensors, family, plan, stage) for stage in STAGES} if tensors else None
+    searched, ranked = _search(recipe, config), _experts(recipe, config)
+    return Preview(recipe, steps, tokens, sizes, *_sent(plan, tokens), *searched, *ranked, missing=missing)
 
 
 def _config_alone(source: str) -> dict[str, Any] | None:
     """The config.json of a model whose weights are not here."""
-    from pdtrim_deploy.models.shape import shipped_for
-
     kind, _, place = source.partition(":")
     if kind == "hf" and (folder := expanded(place)).exists():
         alone = (folder / "config.json").is_file() and not any(folder.glob("*.safetensors"))
@@ -118,7 +147,19 @@ def _search(recipe: Recipe, config: dict[str, Any]) -> tuple[SearchCost | None, 
     cost = search_cost(config, recipe.pruning, recipe.calibration, recipe.healing)
     if cost is None:
         return None, None
-    return cost, cost.flops / _speed(config["hidden_size"], config["intermediate_size"], recipe.calibration.length)
+    return cost, cost.flops / _model_speed(config, recipe.calibration.length)
+
+
+def _experts(recipe: Recipe, config: dict[str, Any]) -> tuple[ExpertCost | None, float | None]:
+    cost = expert_cost(config, recipe.pruning, recipe.calibration)
+    return (None, None) if cost is None else (cost, cost.flops / _model_speed(config, recipe.calibration.length))
+
+
+def _model_speed(config: dict[str, Any], tokens: int) -> float:
+    """Of a model's MLPs, or of experts, to each of which a part of eight sequences comes."""
+    sizes = ModelSizes.of(config)
+    rows = tokens if sizes.expert_tokens == 1 else max(1, round(8 * tokens * sizes.expert_tokens))
+    return _speed(sizes.hidden, sizes.expert_width, rows)
 
 
 def _speed(hidden: int, intermediate: int, tokens: int) -> float:
@@ -149,12 +190,19 @@ class _Peek(Cache):
         return super().entry(kind, key, make if kind == "fingerprints" else refuse)
 
 
-def _stage_bytes(checkpoint: Checkpoint, layers: int, dtype: str) -> int:
-    """Every block has the same size; what is no block is in both stages."""
-    item = ITEM_BYTES[dtype]
-    sizes = {
-        name: info.nbytes if checkpoint.keeps_dtype(name) else info.elements * item
-        for name, info in checkpoint.tensors.items()
-    }
-    in_blocks = sum(size for name, size in sizes.items() if name.startswith("model.layers."))
-    return in_blocks // checkpoint.facts.num_blocks * layers + sum(sizes.values()) - in_blocks
+def _stage_bytes(tensors: Mapping[str, tuple[int, int]], family: Family, plan: PDPlan, stage: Stage) -> int:
+    """Of a checkpoint with tensors of so many bytes and rows; what is no block is in both stages."""
+    from pdtrim_deploy.models.experts import ExpertNames
+
+    kept, total = plan.kept_experts(stage), 0
+    by_block = {block: ExpertNames(family, kept.get(block)) for block in plan.layers(stage)}
+    for name, (size, rows) in tensors.items():
+        if not name.startswith(_LAYERS):
+            total += size
+            continue
+        number, _, inner = name.removeprefix(_LAYERS).partition(".")
+        names = by_block.get(int(number))
+        if names is not None and names.in_stage(inner) is not None:
+            stage_rows = names.rows(inner)
+            total += size if stage_rows is None else size // rows * len(stage_rows)
+    return total

@@ -5,14 +5,26 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from pdtrim_deploy.errors import UserError
-from pdtrim_deploy.plan import Action, Drop, Keep, KVSend, ModelShape, PDPlan
+from pdtrim_deploy.plan import (
+    STAGES,
+    Action,
+    BlockExperts,
+    Drop,
+    ExpertShape,
+    Keep,
+    KeptExperts,
+    KVSend,
+    ModelShape,
+    PDPlan,
+    Stage,
+)
 from pdtrim_deploy.plan.wire import WIRE_DTYPES, packed_bytes
 from pdtrim_deploy.recipe import Recipe
 from pdtrim_deploy.recipe.kv import KVSection
 
 
-def stand_in(recipe: Recipe, shape: ModelShape) -> PDPlan:
-    """With the last blocks removed and the first layers cut.
+def stand_in(recipe: Recipe, shape: ModelShape, experts: ExpertShape | None = None) -> PDPlan:
+    """With the last blocks removed, the first experts kept and the first layers cut.
 
     Raises:
         UserError: head size and KV pool allow no wire dtype of the recipe, or no choice of options fits its budget.
@@ -22,12 +34,27 @@ def stand_in(recipe: Recipe, shape: ModelShape) -> PDPlan:
     _check_wire(recipe, shape)
     pruning = recipe.pruning
     blocks, layers = shape.num_blocks, shape.num_blocks - pruning.decode_blocks
-    return PDPlan(
+    plan = PDPlan(
         model=shape,
         prefill=actions(blocks, range(blocks - pruning.prefill_blocks, blocks)),
         decode=actions(blocks, range(layers, blocks)),
         kv=stand_in_rules(recipe.kv, shape, layers),
     )
+    return plan.with_parts(experts=_first_experts(recipe, plan, experts))
+
+
+def _first_experts(recipe: Recipe, plan: PDPlan, shape: ExpertShape | None) -> KeptExperts | None:
+    """As many as the recipe keeps, of each group of the router; None where both stages keep all."""
+    if (section := recipe.pruning.experts) is None or shape is None:
+        return None
+    entries = dict[Stage, tuple[BlockExperts, ...]]()
+    for stage in STAGES:
+        if (keep := section.count(stage, shape.count)) < shape.count:
+            group, each = shape.count // shape.groups, keep // shape.groups
+            kept = tuple(group * at + number for at in range(shape.groups) for number in range(each))
+            blocks = [block for block in plan.layers(stage) if block >= shape.first_block]
+            entries[stage] = tuple(BlockExperts(block=block, kept=kept) for block in blocks)
+    return KeptExperts(shape=shape, **entries) if entries else None
 
 
 def _check_wire(recipe: Recipe, shape: ModelShape) -> None:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from pdtrim_deploy.bundle import REPORTS, WORK
 from pdtrim_deploy.pipeline import heal_kv, texts
+from pdtrim_deploy.pipeline.chosen import PRUNING
 from pdtrim_deploy.pipeline.context import Context, write_json
-from pdtrim_deploy.pipeline.heal import PRUNING
 from pdtrim_deploy.plan import STAGES, Stage
 from pdtrim_deploy.plan.kv import KEY_OFFSETS
 from pdtrim_deploy.pruning.search_logs import DECODE_AGAIN, LOGS, finalists_log, search_log
@@ -168,6 +168,7 @@ def write_stage(context: Context, stage: Stage) -> set[str]:
         context.recipe.model.dtype,
         plan.model_dump(mode="json"),
         replacements=heal_kv.changed(context).get(stage),
+        experts=plan.kept_experts(stage),
         files=[context.out / KEY_OFFSETS] if plan.key_offsets else [],
     )
     return {stage}

@@ -1,5 +1,6 @@
 """The plan: blocks per stage, prompt rows per layer, dtypes on the wire, exact bytes. No torch."""
 
+from pdtrim_deploy.plan.experts import BlockExperts, ExpertShape, KeptExperts
 from pdtrim_deploy.plan.pd_plan import (
     STAGES,
     Action,
@@ -18,11 +19,14 @@ from pdtrim_deploy.plan.pd_plan import (
 __all__ = [
     "STAGES",
     "Action",
+    "BlockExperts",
     "Distilled",
     "Drop",
+    "ExpertShape",
     "KVOnly",
     "KVSend",
     "Keep",
+    "KeptExperts",
     "KeyOffsetsFile",
     "ModelShape",
     "NativeDtype",

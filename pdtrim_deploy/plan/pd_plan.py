@@ -25,6 +25,7 @@ from pydantic import (
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.plan.blocks import KV_ONLY_SHARE, Action, Distilled, Drop, Frozen, Keep, KVOnly, check_pairs
+from pdtrim_deploy.plan.experts import KeptExperts
 from pdtrim_deploy.plan.kv import KeyOffsetsFile, KVSend
 from pdtrim_deploy.plan.wire import (
     FP8_ROWS,
@@ -95,6 +96,8 @@ class PDPlan(Frozen):
         prefill, decode: one action per block of the original model.
         kv: one entry per layer of the decode model, in its order.
         key_offsets: constants that quantised keys travel without; absent from JSON, and so from the digest, when none.
+        experts: which experts each stage keeps, where one has fewer than the model; absent from JSON when none.
+
     """
 
     version: Literal[1] = 1
@@ -103,11 +106,13 @@ class PDPlan(Frozen):
     decode: tuple[Action, ...]
     kv: tuple[KVSend, ...]
     key_offsets: KeyOffsetsFile | None = None
+    experts: KeptExperts | None = None
 
     @model_serializer(mode="wrap")
     def _without_none(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Plans without key offsets read as they did before there were any."""
-        return {key: value for key, value in serialise(self).items() if key != "key_offsets" or value is not None}
+        """Plans without key offsets, or with all experts, read as they did before there were others."""
+        later = ("key_offsets", "experts")
+        return {key: value for key, value in serialise(self).items() if key not in later or value is not None}
 
     @model_validator(mode="after")
     def _invariants(self) -> PDPlan:
@@ -158,6 +163,13 @@ class PDPlan(Frozen):
             raise ValueError(f"key_offsets names layer {last}, decode has layers 0 to {len(self.kv) - 1}")
         if self.model.head_dim % 2:
             raise ValueError(f"key_offsets needs an even head size, the model's is {self.model.head_dim}")
+        return self
+
+    @model_validator(mode="after")
+    def _experts_of_layers(self) -> PDPlan:
+        if self.experts is not None:
+            for stage in STAGES:
+                self.experts.check_layers(stage, self.layers(stage))
         return self
 
     def actions(self, stage: Stage) -> tuple[Action, ...]:
@@ -240,15 +252,20 @@ class PDPlan(Frozen):
         return f"{native:.2f}x less than dense from a {self.model.kv_dtype} pool, {fp8:.2f}x from an fp8 pool"
 
     def with_kv(self, kv: tuple[KVSend, ...]) -> PDPlan:
-        """The same blocks with other KV rules, validated (a `model_copy` would keep this plan's cached digest)."""
-        return self._with(kv, self.key_offsets)
+        """The same blocks with other KV rules, validated."""
+        return self.with_parts(kv=kv)
 
     def with_key_offsets(self, key_offsets: KeyOffsetsFile | None) -> PDPlan:
         """The same blocks and KV rules with other key offsets, or none; validated."""
-        return self._with(self.kv, key_offsets)
+        return self.with_parts(key_offsets=key_offsets)
 
-    def _with(self, kv: tuple[KVSend, ...], key_offsets: KeyOffsetsFile | None) -> PDPlan:
-        return PDPlan(model=self.model, prefill=self.prefill, decode=self.decode, kv=kv, key_offsets=key_offsets)
+    def with_parts(self, **parts: Any) -> PDPlan:
+        """The same plan with other values of some attributes, validated (a `model_copy` would keep cached digests)."""
+        return PDPlan(**({name: getattr(self, name) for name in type(self).model_fields} | parts))
+
+    def kept_experts(self, stage: Stage) -> dict[int, tuple[int, ...]]:
+        """By block, the experts that the stage keeps; empty where it keeps all."""
+        return {} if self.experts is None else self.experts.by_block(stage)
 
     def has_key_offset(self, layer: int) -> bool:
         """Whether keys of this layer of decode travel less a constant: it has one, and its keys are quantised."""

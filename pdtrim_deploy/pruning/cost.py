@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pdtrim_deploy.models.weights import ModelSizes
+from pdtrim_deploy.plan.wire import ITEM_BYTES
 from pdtrim_deploy.pruning.judging_cost import JudgingCost
 from pdtrim_deploy.recipe import CalibrationSection
 from pdtrim_deploy.recipe.healing import HealingSection
@@ -29,7 +30,8 @@ class SearchCost:
         most: block-forwards at most (blocks run, times sequences): no candidate stopped early.
         likely: with candidates stopped early about as often as on SmolLM2-135M.
         heads: sequences whose loss is taken, likely; each runs the LM head.
-        flops: of the likely work.
+        flops: of the likely work; a token is multiplied with the experts that it is sent to alone.
+        reads: bytes of blocks read from the checkpoint at most, where not all are in memory.
 
     """
 
@@ -43,6 +45,7 @@ class SearchCost:
     likely: int
     heads: int
     flops: float
+    reads: int
 
     @property
     def memory(self) -> int:
@@ -66,28 +69,32 @@ def search_cost(
     sizes, method = ModelSizes.of(config), METHODS[pruning.method]
     blocks, count, length = sizes.blocks, text.sequences, text.length
     first, last = pruning.prefill_blocks, pruning.decode_blocks
-    most = likely = losses = flops = 0.0
+    most = likely = losses = flops = passes = 0.0
+    batches = batch_count(count)
     if pruning.objective == "kl":  # the dense model's predictions
         judged, tokens = (healing.judged, healing.length) if healing and pruning.finalists else (0, 0)
+        passes += 1 + bool(judged)
         most += blocks * (count + judged)
         likely += blocks * (count + judged)
-        flops += 2 * sizes.block * blocks * (count * length + judged * tokens)
+        flops += 2 * sizes.active * blocks * (count * length + judged * tokens)
     for before, after, tokens in ((0, first, length), (first, last, length - text.prompt)):
         if after == before:
             continue
         search = (work or method.work)(blocks, before, after, pruning.steps)
         prompt = 0 if before == 0 and after == first else blocks - before
+        passes += method.passes(after - before, pruning.steps, batches) + bool(prompt)
         most += (search.most + prompt) * count
         likely += (search.likely + prompt) * count
         losses += search.losses * count
-        flops += count * tokens * 2 * (search.likely * sizes.block + search.losses * sizes.vocabulary * sizes.hidden)
+        flops += count * tokens * 2 * (search.likely * sizes.active + search.losses * sizes.vocabulary * sizes.hidden)
         flops += count * (length - tokens) * 2 * prompt * sizes.block
     refits = False
     if healing is not None and pruning.finalists:
         judging, refits = JudgingCost.of(blocks, pruning, count, healing), healing.compensation == "least-squares"
         more = judging.judged + judging.windows
         most, likely = most + more, likely + more
-        flops += 2 * sizes.block * (judging.judged * healing.length + judging.windows * length)
+        passes += judging.judged / (blocks * healing.judged) + judging.windows / blocks
+        flops += 2 * sizes.active * (judging.judged * healing.length + judging.windows * length)
         flops += sizes.fit_flops * judging.refitted_tokens
         # Decode is searched once more where finalists gave prefill another answer: seldom, so it is not likely work.
         if 0 < first < last and pruning.finalists > 1:
@@ -97,7 +104,8 @@ def search_cost(
         taught, tokens = _student_text(pruning, text, healing)
         making, pairs = (count + 2 * taught) * blocks, blocks // 2
         most, likely = most + making, likely + making
-        flops += 2 * sizes.block * blocks * (count * length + 2 * taught * tokens)
+        passes += making / blocks
+        flops += 2 * sizes.active * blocks * (count * length + 2 * taught * tokens)
         flops += 2 * pairs * sizes.fit_flops * taught * tokens
     state = count * length * sizes.hidden * _FLOAT  # between two layers
     if method.evaluated:  # every state that is made is kept, as long as there is room
@@ -116,7 +124,28 @@ def search_cost(
         likely=round(likely),
         heads=round(losses),
         flops=flops,
+        reads=round(passes) * blocks * block_bytes(config) if streamed(pruning, blocks) else 0,
     )
+
+
+def streamed(pruning: PruningSection, blocks: int) -> bool:
+    """Whether blocks come from the checkpoint as they run."""
+    return pruning.blocks_in_memory is not None and pruning.blocks_in_memory < blocks
+
+
+def block_bytes(config: Mapping[str, Any]) -> int:
+    """Bytes of the largest block in the checkpoint: of its dtype, or of a quantised one's codes."""
+    item = ITEM_BYTES.get(str(config.get("dtype") or config.get("torch_dtype")), _FLOAT)
+    return ModelSizes.of(config).block * (1 if config.get("quantization_config") else item)
+
+
+def batch_count(sequences: int) -> int:
+    """Parts of the calibration text: of 1, 1, 2, 4, 8, 8, ... sequences (`pruning.objective`)."""
+    batches = done = 0
+    while done < sequences:
+        done += min(max(1, done), 8)
+        batches += 1
+    return batches
 
 
 def fitted_bytes(sizes: ModelSizes, pruning: PruningSection, refits: bool) -> int:

@@ -122,7 +122,7 @@ def _given_up(pair: StagePair, blocks: set[int]) -> StagePair:
     """`pair` with these blocks of prefill there for their KV alone."""
     plan = pair.plan
     actions = tuple(KVOnly() if block in blocks else action for block, action in enumerate(plan.prefill))
-    relaxed = PDPlan(model=plan.model, prefill=actions, decode=plan.decode, kv=plan.kv)
+    relaxed = plan.with_parts(prefill=actions)
     layers = {block: pair.model.model.layers[block] for block in blocks}
     zeros = {
         block: {name: torch.zeros_like(layer.get_parameter(name)) for name in output_parameters(layer)}

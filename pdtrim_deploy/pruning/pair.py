@@ -24,7 +24,7 @@ class StagePair:
 
     def stage(self, stage: Stage) -> CausalLM:
         """That stage's model; what it has not changed it shares with the dense one."""
-        return keep_blocks(self.model, self.plan.layers(stage), self.changed.get(stage))
+        return keep_blocks(self.model, self.plan.layers(stage), self.changed.get(stage), self.plan.kept_experts(stage))
 
     def with_changes(self, stage: Stage, more: Replacements) -> StagePair:
         """The same with more tensors of one stage changed, or changed again."""

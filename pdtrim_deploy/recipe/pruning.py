@@ -1,4 +1,4 @@
-"""The recipe's section on block pruning."""
+"""The recipe's section on pruning: blocks, and experts of the blocks that stay."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from pdtrim_deploy.recipe.experts import ExpertsSection
 from pdtrim_deploy.recipe.pruning_methods import METHODS
 from pdtrim_deploy.recipe.seed import Seed
 
-_ANY = ("method", "prefill_blocks", "decode_blocks", "distil", "threshold", "blocks_in_memory")
+_ANY = ("method", "prefill_blocks", "decode_blocks", "distil", "threshold", "blocks_in_memory", "experts")
 
 
 def _registered(name: str) -> str:
@@ -47,6 +48,7 @@ class PruningSection(BaseModel):
         blocks_in_memory: blocks whose weights are in memory at a time while searching, fitting students, judging
             finalists and compensating; others are read from the checkpoint when they run. The result is the same. All
             blocks when left out.
+        experts: experts that the remaining blocks keep; all when left out.
 
     """
 
@@ -65,11 +67,13 @@ class PruningSection(BaseModel):
     memory_mb: PositiveInt = 1024
     disk_mb: NonNegativeInt = 0
     blocks_in_memory: PositiveInt | None = None
+    experts: ExpertsSection | None = None
 
     @model_serializer(mode="wrap")
     def _used(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Dump the objective only where it is not the default: older recipes keep their digest."""
-        return {name: value for name, value in serialise(self).items() if (name, value) != ("objective", "loss")}
+        """Dump the objective and experts only where they are not the default: older recipes keep their digest."""
+        defaults = {"objective": "loss", "experts": None}
+        return {n: value for n, value in serialise(self).items() if n not in defaults or value != defaults[n]}
 
     @model_validator(mode="after")
     def _nested(self) -> PruningSection:

@@ -28,12 +28,18 @@ WorkEstimate = Callable[[int, int, int, int], Work]
 """From the model's blocks, the blocks gone before and after the search, and the steps of annealing."""
 
 
+PassEstimate = Callable[[int, int, int], float]
+"""From the blocks that go, the steps of annealing and the parts of the text: how often all blocks run at most, one
+after another, for all candidates that are evaluated together."""
+
+
 @dataclass(frozen=True)
 class PruningMethod:
     """One method.
 
     Attributes:
         work: what its search costs.
+        passes: how often it goes through the blocks, each of which comes from disk where memory is short.
         options: keys of the recipe's section that it takes, besides those that every method takes.
         evaluated: it asks an `Evaluator` for losses, which keeps hidden states and may be Ray's workers.
         window: it compares hidden states that are as many blocks apart as blocks go, and holds all between them.
@@ -41,6 +47,7 @@ class PruningMethod:
     """
 
     work: WorkEstimate
+    passes: PassEstimate
     options: tuple[str, ...] = ()
     evaluated: bool = False
     window: bool = False
@@ -66,10 +73,25 @@ def one_pass_work(blocks: int, _: int, __: int, ___: int) -> Work:
     return Work(blocks, blocks, 0)
 
 
+def greedy_passes(removed: int, _: int, batches: int) -> float:
+    """A round looks at the first part twice (the best few of the last round first), then at the winner's rest."""
+    return removed * (2 * batches + 1)
+
+
+def anneal_passes(removed: int, steps: int, batches: int) -> float:
+    """Greedy's, and each proposal by itself."""
+    return greedy_passes(removed, steps, batches) + steps * batches
+
+
+def one_pass(_: int, __: int, ___: int) -> float:
+    """All text goes through each block together."""
+    return 1
+
+
 METHODS: dict[str, PruningMethod] = {
-    "anneal": PruningMethod(anneal_work, ("steps", "minutes", "seed", *_EVALUATED), evaluated=True),
-    "cosine": PruningMethod(one_pass_work),
-    "greedy": PruningMethod(greedy_work, _EVALUATED, evaluated=True),
-    "streamline": PruningMethod(one_pass_work, window=True),
+    "anneal": PruningMethod(anneal_work, anneal_passes, ("steps", "minutes", "seed", *_EVALUATED), evaluated=True),
+    "cosine": PruningMethod(one_pass_work, one_pass),
+    "greedy": PruningMethod(greedy_work, greedy_passes, _EVALUATED, evaluated=True),
+    "streamline": PruningMethod(one_pass_work, one_pass, window=True),
 }
 EVALUATED = tuple(name for name, method in METHODS.items() if method.evaluated)

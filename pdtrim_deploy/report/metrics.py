@@ -112,7 +112,7 @@ class TransferFigures(_Frozen):
 def from_bfloat16(plan: PDPlan) -> PDPlan:
     """`plan` with a bfloat16 KV pool: for its arithmetic."""
     model = plan.model.with_pool("native").model_copy(update={"kv_dtype": "bfloat16"})
-    return PDPlan(model=model, prefill=plan.prefill, decode=plan.decode, kv=plan.kv, key_offsets=plan.key_offsets)
+    return plan.with_parts(model=model)
 
 
 class QualityFigures(_Frozen):

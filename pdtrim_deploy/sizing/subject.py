@@ -10,10 +10,11 @@ from pathlib import Path
 from pdtrim_deploy.bundle import PLAN, Bundle
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.local.paths import expanded
+from pdtrim_deploy.models.expert_savings import experts_sentence
 from pdtrim_deploy.models.families import known_family
 from pdtrim_deploy.models.shape import Sized, config_of, find_config, read_sized, shipped, shipped_for
 from pdtrim_deploy.pipeline.build import check_fits
-from pdtrim_deploy.pipeline.family_fit import check_family
+from pdtrim_deploy.pipeline.family_fit import check_experts, check_family
 from pdtrim_deploy.pipeline.stand_in import caveat, stand_in
 from pdtrim_deploy.plan import PDPlan
 from pdtrim_deploy.recipe import Recipe
@@ -80,13 +81,16 @@ def _subject(target: str, model: Sized | None) -> Subject:
 def _of_recipe(recipe: Recipe, model: Sized | None) -> Subject:
     sized = model or _model_of(recipe)
     check_family(recipe, known_family(sized.architecture))
+    check_experts(recipe, sized.experts)
     check_fits(recipe, sized.num_blocks, sized.max_positions)
-    plan = stand_in(recipe, sized.shape(recipe.model.dtype))
+    plan = stand_in(recipe, sized.shape(recipe.model.dtype), sized.experts)
     note = (
         f"not built yet, priced by counts: prefill drops {recipe.pruning.prefill_blocks} and decode "
         f"{recipe.pruning.decode_blocks} of {sized.num_blocks} blocks, {caveat(recipe.kv, plan)}"
     )
-    return Subject(recipe.name, "recipe", sized.label, plan, sized.max_positions, (note, f"model: {sized.origin}"))
+    sentence = experts_sentence(plan, sized.config)
+    notes = (note, *([sentence] if sentence else []), f"model: {sized.origin}")
+    return Subject(recipe.name, "recipe", sized.label, plan, sized.max_positions, notes)
 
 
 def _of_bundle(path: Path) -> Subject:

@@ -33,7 +33,7 @@ class Preloading:
             return ServerProcess(name, command, env, log)
         if self._server is None or self._server.died():
             self._server = _Server(command[0], env, self._log)
-        if self._server.threads != env.get("OMP_NUM_THREADS"):
+        if self._server.imported_under != _read_by_imports(env):
             return ServerProcess(name, command, env, log)
         return _Forked(name, command, env, log, self._server)
 
@@ -43,9 +43,15 @@ class Preloading:
             self._server.close()
 
 
+def _read_by_imports(env: Mapping[str, str]) -> dict[str, str]:
+    """Settings that may count while torch, Triton and SGLang are imported; a worker with others starts by itself."""
+    later = ("TMPDIR", "PYTEST_CURRENT_TEST", "SGLANG_")
+    return {name: value for name, value in env.items() if not name.startswith(later)}
+
+
 class _Server:
     def __init__(self, python: str, env: Mapping[str, str], log: Path) -> None:
-        self.threads, self._codes, self._pids, self._rest = env.get("OMP_NUM_THREADS"), {}, [], b""
+        self.imported_under, self._codes, self._pids, self._rest = _read_by_imports(env), {}, [], b""
         self._channel, theirs = socket.socketpair()
         with theirs, log.open("ab") as output:
             self._popen = subprocess.Popen(

@@ -3,6 +3,7 @@
 import random
 
 import pytest
+import tinyexperts
 import yaml
 
 from pdtrim_deploy.evaluation.fidelity import run_fidelity
@@ -24,14 +25,17 @@ def text(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("architecture", SERVED)
-def test_served_tokens_are_the_oracles(architecture, text, tiny_model, serving, cache, tmp_path):
-    """Blocks are dropped where they are known; every layer of KV is cut and quantised."""
+@pytest.mark.some_families(SERVED, [*FAMILIES, "ArceeForCausalLM"])
+def test_served_tokens_are_the_oracles(architecture, text, tiny_model, serving, cache, tmp_path, record_property):
+    """Blocks are dropped where they are known, experts where there are any; every layer of KV is cut and quantised."""
     corpus = {"corpus": f"dir:{text}", "sequences": 2}
     cut = {"method": "cosine", "prefill_blocks": 1, "decode_blocks": 2} if architecture in FAMILIES else {}
+    experts = architecture in tinyexperts.MOE
+    source = tiny_model(tmp_path / "model", architecture, **(tinyexperts.settings(architecture) if experts else {}))
+    cut |= {"experts": {"prefill": 6, "decode": 4}} if experts else {}
     data = {
         "name": "family",
-        "model": {"source": f"hf:{tiny_model(tmp_path / 'model', architecture)}"},
+        "model": {"source": f"hf:{source}"},
         "calibration": corpus | {"length": 120},
         "pruning": cut,
         "kv": {"method": "all", "n_first": 4, "n_last": 24, "wire_dtype": "int8"},
@@ -44,3 +48,5 @@ def test_served_tokens_are_the_oracles(architecture, text, tiny_model, serving, 
         result = run_fidelity(bundle, pair.url, cache, new_tokens=8)
     assert result.max_logprob_error <= result.tolerance, result.rows
     assert all(result.controls_detected.values()), result.controls
+    assert ("experts one number off" in result.controls) == experts
+    record_property("family", (architecture, "served", f"off by {result.max_logprob_error:.1e} nats at most"))

@@ -20,13 +20,14 @@ from pdtrim_deploy.models import FAMILIES
 
 @pytest.mark.parametrize("stage", ["prefill", "decode"])
 @pytest.mark.parametrize("architecture", taking("engines"))
-def test_family(architecture, stage, tiny_stages, tmp_path):
+def test_family(architecture, stage, tiny_stages, tmp_path, record_property):
     result = build_target("onnx", tiny_stages(architecture) / stage, tmp_path / "engine")
     layers, sends = (5, 4) if stage == "prefill" else (4, 0)
     assert (result.ops["PagedAttention"], result.ops["SparseKVSend"]) == (layers, sends)
     assert result.numerics.hidden_error < 2e-5  # the gate itself allows more
     assert (result.numerics.kv_error is None) == (stage == "decode")
     assert json.loads((tmp_path / "engine" / "engine.json").read_text())["numerics"]["tokens"] > 600
+    record_property("family", (architecture, "engine", "onnx"))
 
 
 @pytest.mark.parametrize("architecture", taking("engines"))
@@ -43,11 +44,14 @@ def test_a_layer_for_its_kv_alone(architecture, tiny_dir, make_stages, tmp_path)
 
 
 @pytest.mark.parametrize("architecture", [*sorted(set(FAMILIES) - set(taking("engines"))), "ArceeForCausalLM"])
-def test_a_family_without_a_graph_is_refused_with_the_reason(architecture, tiny_dir, make_stages, tmp_path):
+def test_a_family_without_a_graph_is_refused_with_the_reason(
+    architecture, tiny_dir, make_stages, tmp_path, record_property
+):
     make_stages(tiny_dir(architecture), tmp_path)
     with pytest.raises(UserError, match=f"{architecture} has no engine: .*; serve it by SGLang's own model"):
         build_target("onnx", tmp_path / "prefill", tmp_path / "engine")
     assert not (tmp_path / "engine").exists()
+    record_property("family", (architecture, "engine", "refused"))
 
 
 def test_interface(tiny_stages, tmp_path):

@@ -56,7 +56,7 @@ def recipe(tmp_path, text):
 
 @torch.no_grad()
 @pytest.mark.parametrize("architecture", [*FAMILIES, KV_ALONE])
-def test_recipe_to_oracle(architecture, recipe, tiny_dir, tmp_path, cache):
+def test_recipe_to_oracle(architecture, recipe, tiny_dir, tmp_path, cache, record_property):
     """What the written pair computes is what the plan does to the dense model's modules."""
     cut = {} if architecture == KV_ALONE else {"method": "greedy", "prefill_blocks": 1, "decode_blocks": 2}
     bundle = build(recipe(tiny_dir(architecture), pruning=cut), tmp_path / "b", cache)
@@ -72,6 +72,8 @@ def test_recipe_to_oracle(architecture, recipe, tiny_dir, tmp_path, cache):
     # Not to the bit: where a file's tensors lie in memory, other kernels may compute them.
     torch.testing.assert_close(written.logprobs(ids[:24], ids[24:]), expected, rtol=0, atol=1e-4)
     assert torch.equal(written.greedy(ids[:24], 6), surgery.greedy(ids[:24], 6))
+    for column in ("plan", "kv", *(["prune"] if cut else [])):
+        record_property("family", (architecture, column, "yes"))
 
 
 CUT = {"method": "cosine", "prefill_blocks": 1, "decode_blocks": 2}
@@ -85,7 +87,7 @@ REQUESTS = {
 
 
 @pytest.mark.parametrize("feature", REQUESTS)
-def test_what_would_be_wrong_for_a_family_is_refused_with_its_reason(feature, recipe, tmp_path):
+def test_what_would_be_wrong_for_a_family_is_refused_with_its_reason(feature, recipe, tmp_path, record_property):
     request = recipe(tmp_path / "m", **REQUESTS[feature])
     refused = {name for name, family in FAMILIES.items() if feature in family.blocks.refused}
     assert refused
@@ -97,6 +99,8 @@ def test_what_would_be_wrong_for_a_family_is_refused_with_its_reason(feature, re
             UserError, match=r"^recipe asked: (healing|pruning)\.\w+ is .* wrong for \w+: .*; allowed: "
         ):
             check_family(request, family)
+        if feature == "training":
+            record_property("family", (name, "heal", "refused"))
 
 
 @pytest.mark.parametrize(
@@ -119,11 +123,11 @@ def test_a_family_that_nobody_wrote_a_file_of_is_no_error_by_itself():
 TRAINED = ("GraniteForCausalLM", "Olmo2ForCausalLM")
 
 
-@pytest.mark.parametrize("architecture", TRAINED)
+@pytest.mark.some_families(TRAINED, taking("training"))
 def test_what_was_trained_is_what_was_written_and_k_and_v_are_the_dense_models(
-    architecture, recipe, tiny_dir, tmp_path, cache
+    architecture, recipe, tiny_dir, tmp_path, cache, record_property
 ):
-    healing = {"decode_steps": 2, "batch": 2, "sequences": 6, "length": 32, "learning_rate": 1e-3}
+    healing = {"decode_steps": 4, "batch": 4, "sequences": 16, "length": 32, "learning_rate": 2e-4}
     if architecture in taking("norm"):
         healing["compensation"] = "norm"
     request = recipe(tiny_dir(architecture), pruning=CUT, healing=healing, kv={"method": "none"})
@@ -141,3 +145,4 @@ def test_what_was_trained_is_what_was_written_and_k_and_v_are_the_dense_models(
         name for layer in dense.model.layers for name, _ in layer.named_parameters() if "down_proj" in name
     }
     assert not any(name.startswith("self_attn.k") for name in changed)
+    record_property("family", (architecture, "heal", "yes"))

@@ -21,7 +21,7 @@ from pdtrim_deploy.models import resolve
 from pdtrim_deploy.models.loading import load_model
 from pdtrim_deploy.models.oracle import PDOracle
 from pdtrim_deploy.models.surgery import keep_blocks
-from pdtrim_deploy.pipeline import build, heal, heal_kv, texts
+from pdtrim_deploy.pipeline import build, chosen, heal, heal_kv, texts
 from pdtrim_deploy.pipeline.build import steps_of
 from pdtrim_deploy.pipeline.context import Context
 from pdtrim_deploy.plan import STAGES, Distilled, Drop, KVOnly, Stage
@@ -61,8 +61,8 @@ def recipe_of(
 
     def prune(context: Context) -> set[str]:
         (context.out / "reports").mkdir(exist_ok=True)
-        (context.out / heal.PRUNING).write_text(json.dumps(CHOSEN))
-        return {heal.PRUNING}
+        (context.out / chosen.PRUNING).write_text(json.dumps(CHOSEN))
+        return {chosen.PRUNING}
 
     monkeypatch.setattr("pdtrim_deploy.pipeline.steps.prune", prune)
 

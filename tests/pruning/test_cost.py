@@ -9,10 +9,14 @@ from tinypd import BLOCKS, make_plan, text, tiny
 
 from pdtrim_deploy.cli.build import print_preview
 from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.models import resolve
 from pdtrim_deploy.models.blockwise import Blockwise
+from pdtrim_deploy.models.streaming import stream_model
+from pdtrim_deploy.models.weights import ModelSizes
 from pdtrim_deploy.pipeline.preview import _speed, preview
 from pdtrim_deploy.pruning.candidates import find
 from pdtrim_deploy.pruning.cost import search_cost
+from pdtrim_deploy.pruning.expert_cost import expert_cost
 from pdtrim_deploy.pruning.hidden_states import HiddenStates
 from pdtrim_deploy.pruning.refit_judge import RefitJudge
 from pdtrim_deploy.pruning.search import Settings
@@ -181,3 +185,71 @@ def test_a_folder_with_config_json_alone_is_priced_and_too_many_blocks_are_refus
     recipe.write_text("name: r\nmodel: {source: 'hf:gone'}\npruning: {decode_blocks: 2}\n")
     with pytest.raises(UserError, match="no such folder"):
         preview(Recipe.load(recipe), tmp_path / "out", cache)
+
+
+QWEN3_235B = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "num_hidden_layers": 94,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "moe_intermediate_size": 1536,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "vocab_size": 151936,
+    "max_position_embeddings": 40960,
+    "torch_dtype": "bfloat16",
+}
+
+
+def test_a_token_is_priced_with_the_experts_that_it_meets():
+    """235B-A22B, whose name has both numbers; a search that streams its blocks fits where the model does not."""
+    sizes = ModelSizes.of(QWEN3_235B)
+    assert 234e9 < sizes.total < 236e9
+    assert 21e9 < sizes.active * sizes.blocks + sizes.ends < 22.5e9
+    section = PruningSection(decode_blocks=4, experts={"prefill": 96.0, "decode": 64.0})
+    text = CalibrationSection()
+    whole, streamed = (
+        search_cost(QWEN3_235B, section.model_copy(update={"blocks_in_memory": blocks}), text) for blocks in (None, 1)
+    )
+    assert whole.flops == streamed.flops < 2 * whole.likely * 256 * 0.3e9
+    assert whole.memory > 900e9 > 20e9 > streamed.memory
+    assert whole.reads == 0
+    assert streamed.reads > 4 * 2 * sizes.block * 94
+    ranking = expert_cost(QWEN3_235B, section.model_copy(update={"blocks_in_memory": 1}), text)
+    assert ranking.reads == (94 + 94 + 90) * 2 * sizes.block
+    assert ranking.memory < 20e9
+    assert expert_cost(QWEN3_235B, PruningSection(experts={"decode": 64.0, "method": "random"}), text) is None
+
+
+@pytest.mark.parametrize(("method", "stages"), [("greedy", (1, 3)), ("cosine", (0, 2)), ("anneal", (0, 2))])
+def test_a_streamed_search_reads_no_more_than_foretold(method, stages, tiny_llama_dir, cache):
+    checkpoint = resolve(f"hf:{tiny_llama_dir}", cache)
+    streamed, blocks = stream_model(checkpoint, 1)
+    more = {"steps": 5} if method == "anneal" else {}
+    stages_of(streamed, text(6, 20), *stages, method=method, settings=Settings(0, 5))
+    section = PruningSection(
+        method=method, prefill_blocks=stages[0], decode_blocks=stages[1], blocks_in_memory=1, **more
+    )
+    cost = search_cost(checkpoint.config, section, CalibrationSection(sequences=6, length=20))
+    assert 0 < blocks.reads * 4 * ModelSizes.of(checkpoint.config).block <= cost.reads
+
+
+def test_a_model_of_which_the_config_alone_is_here_has_sizes(tmp_path, cache):
+    """Stage by stage: blocks and experts that are gone weigh nothing."""
+    (tmp_path / "config.json").write_text(json.dumps(QWEN3_235B))
+    recipe = tmp_path / "r.yaml"
+    experts = "experts: {prefill: 96, decode: 64}"
+    recipe.write_text(
+        f'name: r\nmodel: {{source: "hf:{tmp_path}", dtype: bfloat16}}\n'
+        f"pruning: {{decode_blocks: 4, blocks_in_memory: 1, {experts}}}\n"
+    )
+    costs = preview(Recipe.load(recipe), tmp_path / "out", cache)
+    sizes, expert = ModelSizes.of(QWEN3_235B), 3 * 4096 * 1536
+    for stage, blocks, gone in (("prefill", 94, 32), ("decode", 90, 64)):
+        weights = blocks * (sizes.block - gone * expert) + sizes.ends
+        assert costs.stage_bytes[stage] == pytest.approx(2 * weights, rel=1e-3)
+    assert costs.dense_bytes == 2 * 94 * 4 * 128 * 2 * costs.prompt_tokens
+    assert costs.experts_seconds > 0

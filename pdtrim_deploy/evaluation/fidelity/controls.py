@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pdtrim_deploy.models.blockwise import CausalLM
+from pdtrim_deploy.models.experts import routers
 from pdtrim_deploy.models.oracle import PDOracle
+from pdtrim_deploy.models.surgery import keep_blocks
 from pdtrim_deploy.plan import KVSend, PDPlan
 
 Sends = tuple[KVSend, ...]
@@ -14,6 +17,10 @@ def wrong_oracles(oracle: PDOracle, prompt_tokens: int) -> dict[str, PDOracle]:
     oracles = {name: oracle.with_kv(kv) for name, kv in controls(plan, prompt_tokens).items()}
     if any(map(plan.has_key_offset, range(len(plan.kv)))):
         oracles["no key offsets"] = oracle.with_offsets(None)
+    if plan.kept_experts("decode"):
+        oracles["experts one number off"] = PDOracle(
+            oracle.prefill_model, _misnumbered(oracle.decode_model), plan, oracle.offsets
+        )
     return oracles
 
 
@@ -32,6 +39,13 @@ def controls(plan: PDPlan, prompt_tokens: int) -> dict[str, Sends]:
     rules["native on the wire"] = tuple(send.model_copy(update={"wire_dtype": "native"}) for send in plan.kv)
     rules["rules one layer off"] = plan.kv[-1:] + plan.kv[:-1]
     return {name: kv for name, kv in rules.items() if kv != plan.kv}
+
+
+def _misnumbered(model: CausalLM) -> CausalLM:
+    """The stage whose routers mean, by each number, the expert before it: what wrong renumbering computes."""
+    blocks = range(len(model.model.layers))
+    rolled = {block: {name: row.roll(1, 0) for name, row in routers(model, block)} for block in blocks}
+    return keep_blocks(model, blocks, rolled)
 
 
 def _less(send: KVSend, side: str) -> KVSend:

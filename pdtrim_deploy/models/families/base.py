@@ -10,8 +10,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.models.families.sizes import axis_size, axis_sizes, axis_terms, count_of
+from pdtrim_deploy.plan import ExpertShape
 
 EXPERT = "{expert}"
+EXPERTS = "experts"  # the size that is the number of experts
 Axes = tuple[str, ...]
 Tensors = dict[str, Axes]
 """Tensors by their name within a block (`{expert}` stands for an expert's number), with the sizes of their axes."""
@@ -33,6 +35,9 @@ class Experts(_Data):
         stacked: by transformers' name of a parameter: what it stacks on disk, along a new first axis by expert; where
             two are given, an expert's are put one behind the other.
         dense_blocks: key of config.json: so many first blocks have the `mlp` instead. None: no block has.
+        top_k: key of config.json: experts that a token is sent to.
+        groups, top_groups: keys of config.json: equal parts that the router first chooses among, and how many of these
+            a token may reach. None: it has no groups.
         needs: keys of config.json and the one value that they may have; others give blocks that SGLang reads otherwise.
 
     """
@@ -41,6 +46,9 @@ class Experts(_Data):
     tensors: Tensors
     stacked: dict[str, tuple[str, ...]]
     dense_blocks: str | None = None
+    top_k: str = "num_experts_per_tok"
+    groups: str | None = None
+    top_groups: str | None = None
     needs: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -83,6 +91,9 @@ class Blocks(_Data):
             for factor in (factor for axis in axes for term in axis_terms(axis) for factor in term):
                 if not factor.isdecimal() and factor not in (*_SIZES, *self.sizes):
                     raise ValueError(f"{name}: size {factor} is unknown; use {', '.join((*_SIZES, *self.sizes))}")
+        for name, axes in expert.items():
+            if EXPERTS in axes[1:]:
+                raise ValueError(f"{name}: its axis by expert must be the first")
         parts = {part for names in (self.experts.stacked.values() if self.experts else ()) for part in names}
         if missing := parts - expert.keys():
             raise ValueError(f"stacked: {min(missing)} is no tensor of an expert")
@@ -100,6 +111,39 @@ class Family(_Data):
     architecture: str
     model_type: str = ""
     blocks: Blocks | None = None
+
+    def expert_shape(self, config: Mapping[str, Any]) -> ExpertShape | None:
+        """What a plan must know of the experts; None where the family has none, or its blocks are not known.
+
+        Raises:
+            UserError: config.json says that a token goes to more experts than there are.
+
+        """
+        if self.blocks is None or (experts := self.blocks.experts) is None:
+            return None
+
+        def number(key: str | None, other: int) -> int:
+            return other if key is None or config.get(key.partition("|")[0]) is None else count_of(config, key)
+
+        shape = ExpertShape(
+            count=count_of(config, experts.count),
+            top_k=count_of(config, experts.top_k),
+            first_block=number(experts.dense_blocks, 0),
+            groups=number(experts.groups, 1),
+            top_groups=number(experts.top_groups, 1),
+        )
+        if not shape.smallest() <= shape.count or shape.count % shape.groups:
+            raise UserError(
+                f"config.json: {shape.count} experts in {shape.groups} groups, {shape.top_k} for each token, do not go "
+                "together; get the model again"
+            )
+        return shape
+
+    @property
+    def expert_rows(self) -> tuple[str, ...]:
+        """Tensors of a block with one row for each expert, by name on disk: a router's weights and corrections."""
+        tensors = self.blocks.experts.tensors if self.blocks and self.blocks.experts else {}
+        return tuple(name for name, axes in tensors.items() if axes[0] == EXPERTS)
 
     def is_dense(self, config: Mapping[str, Any], block: int) -> bool:
         """Whether a block has one MLP instead of experts."""
@@ -138,10 +182,11 @@ class Family(_Data):
             tensors |= {f"model.layers.{block}.{name}": shape for name, shape in named.items()}
         return tensors
 
-    def cut_config(self, full: Any, blocks: Sequence[int]) -> dict[str, Any]:
+    def cut_config(self, full: Any, blocks: Sequence[int], experts: int | None = None) -> dict[str, Any]:
         """Keys of a stage's config that count blocks or list them; `full` is transformers' config of the whole model.
 
-        Lists may be implied there (Qwen2's max_window_layers counts original blocks): a stage's are explicit.
+        Lists may be implied there (Qwen2's max_window_layers counts original blocks): a stage's are explicit. `experts`
+        is how many each of its blocks has; None: as many as the model's.
         """
         known, cut = self.blocks or Blocks(common={}), dict[str, Any]()
         for key in ("layer_types", *known.cut_lists):
@@ -149,6 +194,8 @@ class Family(_Data):
                 cut[key] = [values[block] for block in blocks]
         if known.experts and (dense := known.experts.dense_blocks):
             cut[dense] = sum(block < getattr(full, dense) for block in blocks)
+        if known.experts and experts is not None:
+            cut |= {key: experts for key in known.experts.count.split("|") if hasattr(full, key)}
         return cut | known.stage_config
 
     def keeps_dtype(self, name: str) -> bool:

@@ -16,11 +16,18 @@ from pdtrim_deploy.models.families.sizes import count_of
 
 
 class DiskNames:
-    """Of one block of a model. A parameter is transformers', within the block; a name is on disk, within the block."""
+    """Of one block of a model. A parameter is transformers', within the block; a name is on disk, within the block.
 
-    def __init__(self, family: Family, config: Mapping[str, Any], block: int) -> None:
+    Args:
+        kept: the experts that parameters hold, by their number on disk; all when left out.
+
+    """
+
+    def __init__(
+        self, family: Family, config: Mapping[str, Any], block: int, kept: Sequence[int] | None = None
+    ) -> None:
         experts = family.blocks.experts if family.blocks and not family.is_dense(config, block) else None
-        self._count = count_of(config, experts.count) if experts else 0
+        self._numbers = (range(count_of(config, experts.count)) if kept is None else kept) if experts else ()
         self._stacked = experts.stacked if experts else {}
         self._renamed = family.blocks.renamed if family.blocks else {}
         self._parameter = {name: parameter for parameter in self._stacked for name in self.of(parameter)}
@@ -36,7 +43,7 @@ class DiskNames:
     def of(self, parameter: str) -> list[str]:
         """Names of the tensors that make `parameter`, in the order of `join`."""
         if parameter in self._stacked:
-            return [name for number in range(self._count) for name in self._part(parameter, number)]
+            return [name for number in self._numbers for name in self._part(parameter, number)]
         for part, other in self._renamed.items():
             parameter = parameter.replace(other, part)
         return [parameter]
@@ -63,7 +70,7 @@ class DiskNames:
         if parameter not in self._stacked:
             return shapes[0]
         each = len(self._stacked[parameter])
-        return (self._count, sum(shape[0] for shape in shapes[:each]), *shapes[0][1:])
+        return (len(self._numbers), sum(shape[0] for shape in shapes[:each]), *shapes[0][1:])
 
     def _part(self, parameter: str, expert: int) -> list[str]:
         return [name.replace(EXPERT, str(expert)) for name in self._stacked[parameter]]

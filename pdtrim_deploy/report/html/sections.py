@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+
+from pdtrim_deploy.models.expert_savings import experts_sentence
 from pdtrim_deploy.report.html.collect import Findings
 from pdtrim_deploy.report.html.fault_table import fault_table
 from pdtrim_deploy.report.html.footing import built, loads_of, provenance, seed_of
@@ -40,7 +43,10 @@ def plan(findings: Findings) -> Markup:
         f"{chosen.reductions(tokens)}. Chosen by {findings.bundle.recipe.pruning.method} (blocks) and "
         f"{findings.bundle.recipe.kv.method} (KV)."
     )
-    return join([tag("p", text), plan_picture(chosen, tokens), built(findings)])
+    config = json.loads((findings.bundle.decode_dir / "config.json").read_text())
+    experts = experts_sentence(chosen, config)
+    more = [tag("p", f"{experts[0].upper()}{experts[1:]}.")] if experts else []
+    return join([tag("p", text), *more, plan_picture(chosen, tokens), built(findings)])
 
 
 def engines(findings: Findings) -> Markup | None:
