@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -93,7 +93,14 @@ class Checkpoint:
 
 
 def open_checkpoint(folder: Path, cache: Cache) -> Checkpoint:
-    """Check a HF folder and take its fingerprint (kept in the cache, as it reads every byte).
+    """As `read_checkpoint`, with its fingerprint (kept in the cache, as that reads every byte)."""
+    unnamed = read_checkpoint(folder)
+    fingerprint = _fingerprint(folder, unnamed.config, unnamed.family, unnamed.tensors, cache)
+    return replace(unnamed, fingerprint=fingerprint)
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Check a HF folder; reads no weights, and its fingerprint is empty.
 
     Raises UserError: no folder, bad config.json, architecture, quantised, missing or other weights, no tokenizer.
     """
@@ -126,7 +133,7 @@ def open_checkpoint(folder: Path, cache: Cache) -> Checkpoint:
             has = list(tensors[name].shape)
             raise UserError(f"{folder}: {name} is {has} but by config.json {list(shape)}; get the model again")
     _check_tied(folder, config, index)
-    return Checkpoint(folder, config, family, _fingerprint(folder, config, family, tensors, cache), tensors)
+    return Checkpoint(folder, config, family, "", tensors)
 
 
 def _is_weight(name: str, config: dict[str, Any]) -> bool:

@@ -19,6 +19,7 @@ from pdtrim_deploy.models.checkpoint import Checkpoint
 from pdtrim_deploy.models.families import known_family
 from pdtrim_deploy.models.families.disk_names import DiskNames
 from pdtrim_deploy.models.loading import TORCH_DTYPES
+from pdtrim_deploy.models.placement import device_of
 from pdtrim_deploy.models.provenance import LICENCE_FILES
 from pdtrim_deploy.models.writer import MAX_SHARD_BYTES, write_shards
 
@@ -41,7 +42,7 @@ def keep_blocks(model: Any, blocks: Sequence[int], replacements: Replacements | 
 
     The given model is left as it was: `layer_idx`, config and hooks differ, the weights are the same tensors (so
     training one would train the other). Costs milliseconds. `replacements` as in `write_stage`: those tensors are
-    cast to the model's dtype, and its alone.
+    cast to the model's dtype, and its alone, on the device of their block.
     """
     _check_blocks(blocks, len(model.model.layers))
     cut = _twin(model)
@@ -165,7 +166,9 @@ def _replace(layer: nn.Module, prefix: str, name: str, tensor: torch.Tensor) -> 
     old = dict(layer.named_parameters()).get(name)
     _check_shape(prefix + name, tensor, None if old is None else tuple(old.shape))
     assert old is not None
-    layer.get_submodule(owner)._parameters[leaf] = nn.Parameter(tensor.to(old.dtype), requires_grad=False)
+    layer.get_submodule(owner)._parameters[leaf] = nn.Parameter(
+        tensor.to(device_of(layer), old.dtype), requires_grad=False
+    )
 
 
 def _check_shape(name: str, tensor: torch.Tensor, expected: tuple[int, ...] | None) -> None:

@@ -69,7 +69,7 @@ def _search(context: Context) -> tuple[StageRemovals, bool]:
             memory=section.memory_mb << 20,
             disk=section.disk_mb << 20,
             folder=context.out / REPORTS,
-            about=[context.checkpoint.fingerprint, about],
+            about=[context.measured_model, about],
             evaluator_factory=evaluator_factory,
             final_round=final_round,
         )
@@ -87,7 +87,7 @@ def _evaluator_factory(context: Context) -> Iterator[EvaluatorFactory | None]:
 
     context.note(f"starting {context.workers.count} Ray workers")
     with ray_evaluator.cluster(context.workers):
-        yield ray_evaluator.EvaluatorFactory(context.workers, context.checkpoint.path.resolve())
+        yield ray_evaluator.EvaluatorFactory(context.workers, context.checkpoint.path.resolve(), context.compute.dtype)
 
 
 def _stage_report(choice: StageChoice, decode_losses: Mapping[Solution, float]) -> dict[str, Any]:
@@ -114,7 +114,7 @@ def _judge(context: Context, model: Any, students: Any, about: Any) -> Judge:
     section, ids = context.recipe.healing, texts.judged(context)
     together = 1 if context.bounded else None
     judge = RefitJudge(model, context.shape, ids, section.compensation, students, context.note, together)
-    key = [_JUDGE, context.checkpoint.fingerprint, section.compensation, texts.digest(ids), about]
+    key = [_JUDGE, context.measured_model, section.compensation, texts.digest(ids), about]
     return CachedJudge(judge, context.out / JUDGED, key)
 
 
@@ -129,7 +129,7 @@ def _students(context: Context, model: Any) -> tuple[Students, list[object]]:
         ids,
         section,
         cache=context.cache,
-        fingerprint=context.checkpoint.fingerprint,
+        fingerprint=context.measured_model,
         work=context.out / WORK,
         note=context.note,
     )
