@@ -11,6 +11,7 @@ import click
 
 from pdtrim_deploy.cli import options
 from pdtrim_deploy.local.cache import Cache
+from pdtrim_deploy.local.compute import Compute
 from pdtrim_deploy.recipe.bounds import MOST_WORKERS
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("recipe_file", metavar="RECIPE", type=options.path)
 @click.option("--out", type=options.path, required=True, help="Folder of the bundle.")
+@options.device
+@options.compute_dtype
 @options.cache_dir
 @click.option(
     "--dry-run",
@@ -38,6 +41,8 @@ if TYPE_CHECKING:
 def build(
     recipe_file: Path,
     out: Path,
+    compute: Compute,
+    compute_dtype: str | None,
     cache: Cache,
     dry_run: bool,
     force: bool,
@@ -50,6 +55,8 @@ def build(
 
     A build that was interrupted resumes when the same command is run again. Students and healed weights are cached by
     everything that they depend on, and --force reuses them; to compute them again, give another --cache-dir.
+    On another --device the same blocks and KV are chosen, but for candidates whose losses differ by no more than
+    roundings; a build that was interrupted may go on there.
     With --workers, --ray-address or --worker-gpus, Ray workers evaluate the candidates of the pruning search, each
     with its own copy of the model; they choose the same blocks as one process.
     Exit code 1 when an engine of the recipe's targets could not be built; the bundle is complete without it.
@@ -59,10 +66,13 @@ def build(
       pdtrim-deploy build recipes/smollm2-demo.yaml --out out/bundle
       pdtrim-deploy build recipes/smollm2-demo.yaml --out out/bundle --dry-run
       pdtrim-deploy build recipes/smollm2-demo.yaml --out out/bundle --workers 2
+      pdtrim-deploy build recipes/smollm2-demo.yaml --out out/bundle --device cuda:0,1
     """
     from pdtrim_deploy.recipe import Recipe
 
     recipe = Recipe.load(recipe_file)
+    if compute_dtype is not None:
+        recipe = recipe.changed("command line", "model", compute_dtype=compute_dtype)
     shared = workers > 1 or bool(ray_address or worker_gpus)
     if shared:
         from pdtrim_deploy.pipeline.build import check_shared
@@ -85,7 +95,9 @@ def build(
 
         check_installed()
         search_workers = Workers(workers, ray_address, worker_gpus)
-    bundle = run(recipe, out, cache, progress.note, show=progress.show, force=force, workers=search_workers)
+    bundle = run(
+        recipe, out, cache, progress.note, show=progress.show, force=force, workers=search_workers, compute=compute
+    )
     if as_json:
         click.echo(
             json.dumps(

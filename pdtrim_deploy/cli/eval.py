@@ -11,6 +11,7 @@ import click
 from pdtrim_deploy.cli import options
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.local.cache import Cache
+from pdtrim_deploy.local.compute import Compute
 from pdtrim_deploy.recipe.seed import MOST_SEED
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 @click.option(
     "--seed", type=click.IntRange(0, MOST_SEED), help="Seed that chooses text and items.  [default: the recipe's]"
 )
+@options.device
+@options.compute_dtype
 @options.cache_dir
 @options.dry_run
 @options.json_flag
@@ -41,6 +44,8 @@ def evaluate(
     corpus: str | None,
     sequences: int | None,
     seed: int | None,
+    compute: Compute,
+    compute_dtype: str | None,
     cache: Cache,
     dry_run: bool,
     as_json: bool,
@@ -60,7 +65,6 @@ def evaluate(
     from pdtrim_deploy.cli.dry_run import say
     from pdtrim_deploy.cli.progress import Progress
     from pdtrim_deploy.doctor import CheckContext, require
-    from pdtrim_deploy.local.processor import compute_dtype
     from pdtrim_deploy.pipeline.model_card import refresh_cards
     from pdtrim_deploy.plan import STAGES
 
@@ -73,18 +77,16 @@ def evaluate(
     overrides = {key: value for key, value in given.items() if value is not None}
     evaluation = opened.recipe.changed("command line", "evaluation", **overrides).evaluation
     require("eval", CheckContext(opened.recipe, cache=cache))
-    names = [] if tasks is None else list(dict.fromkeys(name.strip() for name in tasks.split(",")))
-    if names:
-        from pdtrim_deploy.evaluation.tasks.registry import check
-
-        for name in names:
-            check(name)
+    names = [] if tasks is None else _names(tasks)
+    dtype, chosen_dtype = str(opened.recipe.model.dtype), compute_dtype or opened.recipe.model.compute_dtype
+    compute = compute.with_dtype(chosen_dtype) if chosen_dtype else compute.fast(dtype)
     path = options.writable(opened.reports_dir / ("tasks.json" if names else "eval.json"))
     for stage in () if names else STAGES:
         options.writable(opened.stage_dir(stage) / CARD)
     if dry_run:
         planned: dict[str, object] = {"source": opened.recipe.model.source, "plan": opened.plan.digest}
         planned |= {"evaluation": evaluation.model_dump(mode="json"), "written": str(path)}
+        planned |= {"device": compute.names, "computed_in": compute.dtype}
         say(planned | ({"tasks": names, "items": items} if names else {}), as_json)
         return
     quality: Quality | None = None
@@ -92,7 +94,7 @@ def evaluate(
         if tasks is None:
             from pdtrim_deploy.evaluation.quality import judge_bundle
 
-            quality = judge_bundle(opened, cache, environment(command), evaluation, progress.note)
+            quality = judge_bundle(opened, cache, environment(command), evaluation, progress.note, compute)
             text = quality.model_dump_json(indent=2)
             lines = [
                 f"perplexity of {quality.tokens} tokens after {evaluation.prompt_tokens}-token prompts of "
@@ -102,7 +104,7 @@ def evaluate(
         else:
             from pdtrim_deploy.evaluation.tasks.report import judge_tasks
 
-            report = judge_tasks(opened, names, cache, environment(command), evaluation, items, progress.note)
+            report = judge_tasks(opened, names, cache, environment(command), evaluation, items, progress.note, compute)
             text = report.model_dump_json(indent=2)
             lines = []
             for task in report.tasks:
@@ -113,10 +115,19 @@ def evaluate(
     if as_json:
         click.echo(text)
         return
-    dtype = precision = str(opened.recipe.model.dtype)
-    if (computed := compute_dtype(dtype)) != dtype:
-        precision += f" (this CPU has no instructions for it: computed in {computed})"
+    reason = "" if chosen_dtype else "this CPU has no instructions for it: "
+    precision = dtype if compute.dtype == dtype else f"{dtype} ({reason}computed in {compute.dtype})"
     click.echo("\n".join([*lines, f"  seed {evaluation.seed}, {precision}, saved in {path}"]))
+
+
+def _names(tasks: str) -> list[str]:
+    """Those of `--tasks`, each once; UserError for one that does not exist."""
+    from pdtrim_deploy.evaluation.tasks.registry import check
+
+    names = list(dict.fromkeys(name.strip() for name in tasks.split(",")))
+    for name in names:
+        check(name)
+    return names
 
 
 def _line(figure: Figure) -> str:

@@ -13,6 +13,7 @@ from pdtrim_deploy.cli import options
 from pdtrim_deploy.cli.interrupt import obey
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.local.cache import Cache
+from pdtrim_deploy.local.compute import Compute
 from pdtrim_deploy.recipe.seed import MOST_SEED
 from pdtrim_deploy.serving.engines import Executors
 
@@ -24,6 +25,7 @@ from pdtrim_deploy.serving.engines import Executors
 @click.option("--seed", type=click.IntRange(0, MOST_SEED), default=0, show_default=True, help="Chooses the text.")
 @click.option("--deadline", type=options.seconds, default=120.0, show_default=True, help="Seconds a request.")
 @options.executors
+@options.device
 @options.serve_python
 @options.cache_dir
 @options.dry_run
@@ -37,6 +39,7 @@ def fidelity(
     seed: int,
     deadline: float,
     executors: Executors | None,
+    compute: Compute,
     serve_python: Path | None,
     cache: Cache,
     dry_run: bool,
@@ -78,7 +81,10 @@ def fidelity(
         click.echo(sentence, err=True)
 
     def run(at: str) -> FidelityResult:
-        return run_fidelity(opened, at, cache, new_tokens=new_tokens, seed=seed, deadline_s=deadline, progress=say)
+        judged_in = compute.fast(opened.plan.model.kv_dtype)
+        return run_fidelity(
+            opened, at, cache, new_tokens=new_tokens, seed=seed, deadline_s=deadline, progress=say, compute=judged_in
+        )
 
     if url:
         result = run(url)

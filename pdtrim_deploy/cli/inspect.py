@@ -13,6 +13,7 @@ import click
 from pdtrim_deploy.cli import options
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.local.cache import Cache
+from pdtrim_deploy.local.compute import Compute
 
 if TYPE_CHECKING:
     from pdtrim_deploy.pruning.candidates import Candidates
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     "--threshold", type=options.FiniteRange(-1, 1), help="Cosine above which a pair may be distilled.  [0.95]"
 )
 @click.option("--picture", type=options.new_file, help="Draw a model's candidates into this SVG file.")
+@options.device
+@options.compute_dtype
 @options.cache_dir
 @options.json_flag
 def inspect(
@@ -39,6 +42,8 @@ def inspect(
     sequences: int | None,
     threshold: float | None,
     picture: Path | None,
+    compute: Compute,
+    compute_dtype: str | None,
     cache: Cache,
     as_json: bool,
 ) -> None:
@@ -58,11 +63,13 @@ def inspect(
     source = _source(target)
     if source is None:
         given = {"--corpus": corpus, "--sequences": sequences, "--threshold": threshold, "--picture": picture}
+        given |= {"--compute-dtype": compute_dtype}
         _refuse(given, "a bundle", f"give a model, such as hf:{target}")
         _show_bundle(Path(target), prompt_tokens, as_json)
     else:
         _refuse({"--prompt-tokens": prompt_tokens}, "a model", "give a bundle")
-        _show_model(source, corpus or "brown", sequences or 16, threshold, picture, cache, as_json)
+        compute = compute.with_dtype(compute_dtype or "float32")
+        _show_model(source, corpus or "brown", sequences or 16, threshold, picture, compute, cache, as_json)
 
 
 def _source(target: str) -> str | None:
@@ -86,13 +93,15 @@ def _show_model(
     sequences: int,
     threshold: float | None,
     picture: Path | None,
+    compute: Compute,
     cache: Cache,
     as_json: bool,
 ) -> None:
     from pdtrim_deploy.cli.progress import Progress
     from pdtrim_deploy.evaluation import corpora
     from pdtrim_deploy.models import resolve
-    from pdtrim_deploy.models.loading import load_model, load_tokenizer
+    from pdtrim_deploy.models.loading import load_tokenizer
+    from pdtrim_deploy.models.on_devices import load_on
     from pdtrim_deploy.pruning.candidates import THRESHOLD, find
     from pdtrim_deploy.report.candidates import candidates_picture, candidates_table
 
@@ -100,7 +109,8 @@ def _show_model(
     checkpoint = resolve(source, cache, note)
     documents = corpora.load(corpus, cache, note).split("calibration")
     ids = corpora.sequences(documents, load_tokenizer(checkpoint.path), sequences, 256)
-    candidates: Candidates = find(load_model(checkpoint.path), ids, THRESHOLD if threshold is None else threshold, note)
+    model = load_on(checkpoint, compute, note)
+    candidates: Candidates = find(model, ids, THRESHOLD if threshold is None else threshold, note)
     if picture is not None:
         from pdtrim_deploy.bundle import write_atomic
 

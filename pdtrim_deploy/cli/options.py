@@ -9,12 +9,14 @@ import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.local.cache import Cache
+from pdtrim_deploy.local.compute import CHOICES, Compute
+from pdtrim_deploy.plan import NativeDtype
 from pdtrim_deploy.recipe.bounds import MOST_CLIENTS, MOST_REQUESTS, MOST_SECONDS, MOST_TOKENS, MOST_WORKERS
 from pdtrim_deploy.serving.engines import EXECUTORS, Executors
 from pdtrim_deploy.worker.decode_pool import SplitPool
@@ -82,6 +84,21 @@ cache_dir = click.option(
     type=path,
     callback=lambda ctx, param, value: Cache.default() if value is None else Cache(value),
     help="Where models and text are kept.  [default: the user's cache folder]",
+)
+
+device = click.option(
+    "--device",
+    "compute",
+    metavar="DEVICE",
+    default="auto",
+    show_default=True,
+    callback=lambda ctx, param, value: Compute.parse(value),
+    help=f"Where the model runs: {CHOICES}; blocks are spread over several GPUs.",
+)
+compute_dtype = click.option(
+    "--compute-dtype",
+    type=click.Choice(get_args(NativeDtype)),
+    help="What the model computes in, whatever the KV pool's dtype.  [default: the recipe's]",
 )
 
 

@@ -13,7 +13,7 @@ from pdtrim_deploy.evaluation import corpora
 from pdtrim_deploy.evaluation.perplexity import Perplexity, pd_perplexity
 from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
 from pdtrim_deploy.local.cache import Cache
-from pdtrim_deploy.local.processor import compute_dtype
+from pdtrim_deploy.local.compute import ON_CPU, Compute
 from pdtrim_deploy.models.oracle import PDOracle
 from pdtrim_deploy.plan import PDPlan
 from pdtrim_deploy.recipe import EvaluationSection
@@ -41,7 +41,7 @@ class Quality(BaseModel):
     """`ratio` is PD over dense perplexity; the text is that of the corpus's final split, `corpus_sha256` names it.
 
     Weights and KV pool have `dtype`; `computed_in` may be wider, where the CPU has no instructions for it (None: not
-    recorded).
+    recorded). `device` names what it was computed on.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -52,6 +52,7 @@ class Quality(BaseModel):
     tokens: int
     dtype: str
     computed_in: str | None = None
+    device: str | None = None
     dense: Score
     pd: Score
     ratio: float
@@ -74,20 +75,24 @@ def judge_bundle(
     environment: dict[str, Any],
     section: EvaluationSection | None = None,
     note: Callable[[str], None] = lambda _: None,
+    compute: Compute | None = None,
 ) -> Quality:
     """Score the stage models as written, behind the plan, and the source model behind a dense plan.
 
     Args:
-        asked: the text; the recipe's when left out.
+        section: the text; the recipe's when left out.
+        compute: where and in what; this CPU, in what it is fast at, when left out.
 
     Raises:
         UserError: the source cannot be had or is not the model that was pruned, the corpus gives too little text,
             or a loss is not a number.
 
     """
-    from pdtrim_deploy.models.loading import load_to_compute, load_tokenizer
+    from pdtrim_deploy.models.loading import load_tokenizer
+    from pdtrim_deploy.models.on_devices import load_to_compute
 
     section, dtype, plan = section or bundle.recipe.evaluation, bundle.recipe.model.dtype, bundle.plan
+    compute = ON_CPU.fast(dtype) if compute is None else compute
     source = source_of(bundle, cache, note)
     corpus = corpora.load(section.corpus, cache, note)
     ids = corpora.sequences(
@@ -101,10 +106,11 @@ def judge_bundle(
     def score(name: str, oracle: PDOracle) -> Perplexity:
         return pd_perplexity(oracle, ids, section.prompt_tokens, progress=lambda line: note(f"{name} {line}"))
 
-    stages = [load_to_compute(folder.name, folder, dtype, note) for folder in (bundle.prefill_dir, bundle.decode_dir)]
+    folders = (bundle.prefill_dir, bundle.decode_dir)
+    stages = [load_to_compute(folder.name, folder, dtype, note, compute) for folder in folders]
     pd = score("PD", PDOracle(stages[0], stages[1], plan, KeyOffsets.read(bundle.prefill_dir, plan)))
     del stages
-    whole = load_to_compute("dense", source.path, dtype, note)
+    whole = load_to_compute("dense", source.path, dtype, note, compute)
     dense = score("dense", PDOracle(whole, whole, PDPlan.dense(plan.model)))
     return Quality(
         plan_digest=plan.digest,
@@ -112,7 +118,8 @@ def judge_bundle(
         corpus_sha256=corpus.digest,
         tokens=pd.tokens,
         dtype=dtype,
-        computed_in=compute_dtype(dtype),
+        computed_in=compute.dtype,
+        device=compute.names,
         dense=Score.of(dense),
         pd=Score.of(pd),
         ratio=pd.ppl / dense.ppl,

@@ -63,7 +63,7 @@ def attention_mass(
         """`weights`: `[batch, heads, T - 1, N + T - 1]`."""
         grouped = weights.double().mean(2).unflatten(1, (heads, -1)).mean(2).sum(0)
         for part, (lo, hi) in enumerate(pairwise(edges)):
-            total[part, layer] += grouped[:, lo:hi].sum(-1)
+            total[part, layer] += grouped[:, lo:hi].sum(-1).cpu()
 
     done = 0
     for part in sequences.split(batch):

@@ -56,7 +56,8 @@ def rotary_of(model: Any, head_dim: int) -> Rotary | None:
         return None
     rotary = Rotary(frequencies.float().cpu(), float(getattr(module, "attention_scaling", 1.0)))
     positions = torch.arange(FAR)
-    model_angles = torch.cat(module(torch.zeros(1), position_ids=positions[None].to(frequencies.device)), -1)[0].cpu()
+    where = frequencies.device
+    model_angles = torch.cat(module(torch.zeros(1, device=where), position_ids=positions[None].to(where)), -1)[0].cpu()
     cos, sin = rotary_table(positions, *rotary).chunk(2, -1)
     our_angles = torch.cat((cos, cos, sin, sin), -1)
     return (
@@ -106,9 +107,9 @@ def _states(oracle: PDOracle, sequences: Tensor) -> Iterator[PrefillState]:
 
 
 def _keys(oracle: PDOracle, state: PrefillState) -> Iterator[Tensor]:
-    """Keys of each layer of decode in the pool's dtype, `[tokens - FIRST, kv_heads, head_dim]`."""
+    """Keys of each layer of decode in the pool's dtype, `[tokens - FIRST, kv_heads, head_dim]`, on the host."""
     for source in oracle.plan.layer_map:
-        yield state.keys[source][FIRST:]
+        yield state.keys[source][FIRST:].cpu()
 
 
 def _squares(keys: Tensor, less: Tensor | None) -> Tensor:

@@ -4,6 +4,9 @@ What transformers' `forward` hides and we need: a different KV length for each l
 hidden states between blocks. Nothing of a block is re-implemented; the loop is that of `LlamaModel.forward`,
 which other families share (transformers 5.14) but for what a config's multipliers do before and behind the blocks. No
 import of transformers: the model is handed in.
+
+Blocks may be on several devices (`placement`): hidden states, KV and positions move to the block that reads them; token
+ids may always be on the host. Logits are on the device of the LM head.
 """
 
 from __future__ import annotations
@@ -13,6 +16,8 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+
+from pdtrim_deploy.models.placement import device_of
 
 CausalLM: TypeAlias = Any
 """A transformers `*ForCausalLM` built as Llama's is, in eval mode."""
@@ -57,6 +62,11 @@ class LayerKV:
         """The same K and V, to be extended on its own."""
         return LayerKV(self.keys, self.values, self.ranges, self.pool)
 
+    def move(self, device: torch.device) -> None:
+        """To the device of the layer that reads it."""
+        if self.keys is not None and self.values is not None:
+            self.keys, self.values = self.keys.to(device), self.values.to(device)
+
 
 @dataclass(frozen=True)
 class Span:
@@ -71,6 +81,17 @@ class Span:
     positions: Tensor
     angles: tuple[Tensor, Tensor]
     masks: dict[tuple[Ranges, int | None], Tensor] = field(default_factory=dict)
+    elsewhere: dict[torch.device, Span] = field(default_factory=dict, repr=False)
+
+    def to(self, device: torch.device) -> Span:
+        """The same on a device; moved once."""
+        if device == self.positions.device:
+            return self
+        if device not in self.elsewhere:
+            cos, sin = (angles.to(device) for angles in self.angles)
+            moved = Span(self.start, self.stop, self.branches, self.positions.to(device), (cos, sin))
+            self.elsewhere[device] = moved
+        return self.elsewhere[device]
 
 
 class Blockwise:
@@ -79,6 +100,8 @@ class Blockwise:
     def __init__(self, model: CausalLM) -> None:
         self.model = model
         self.layers = list(model.model.layers)
+        self.devices = [device_of(layer) for layer in self.layers]
+        self.home: torch.device = model.model.norm.weight.device
         self._windows = [_window(layer.self_attn) for layer in self.layers]
         self._embedded = getattr(model.config, "embedding_multiplier", None)  # Granite's
         self.logits_scaling = getattr(model.config, "logits_scaling", None)
@@ -89,7 +112,7 @@ class Blockwise:
         With `branches`, `ids` is so many alternatives of equal length, one behind the other: each stands at `start`
         and sees what came before and itself, not the others. What a layer then holds cannot be continued.
         """
-        hidden = self.model.model.embed_tokens(ids)
+        hidden = self.model.model.embed_tokens(ids.to(self.home))
         if self._embedded is not None:
             hidden = hidden * self._embedded
         return hidden, self.span(hidden, start, branches)
@@ -97,8 +120,9 @@ class Blockwise:
     def span(self, hidden: Tensor, start: int = 0, branches: int = 1) -> Span:
         """Where the tokens of `hidden` stand: as in `embed`."""
         tokens = hidden.shape[1]
-        positions = torch.arange(start, start + tokens // branches, device=hidden.device).repeat(branches)[None]
-        angles = self.model.model.rotary_emb(hidden, position_ids=positions)
+        positions = torch.arange(start, start + tokens // branches, device=self.home).repeat(branches)[None]
+        like = hidden.new_empty(0, device=self.home)  # of which device and dtype are read, no more
+        angles = self.model.model.rotary_emb(like, position_ids=positions)
         return Span(start, start + tokens, branches, positions, angles)
 
     def block(
@@ -108,7 +132,9 @@ class Blockwise:
 
         A `student` stands in for the layer: a module of its class, run like it.
         """
-        kv = kv if kv is not None else LayerKV()
+        device, kv = self.devices[layer], kv if kv is not None else LayerKV()
+        hidden, span = hidden.to(device), span.to(device)
+        kv.move(device)
         kv.ranges = (*kv.ranges, (span.start, span.stop))
         return (student or self.layers[layer])(
             hidden,
@@ -121,7 +147,11 @@ class Blockwise:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits of the last block's output, in the model's dtype."""
-        return self.head(self.model.model.norm(hidden))
+        return self.head(self.normed(hidden))
+
+    def normed(self, hidden: Tensor) -> Tensor:
+        """What the LM head reads of the last block's output."""
+        return self.model.model.norm(hidden.to(self.home))
 
     def head(self, normed: Tensor) -> Tensor:
         """Next-token logits of what the final norm gives."""
@@ -160,8 +190,8 @@ class Blockwise:
 
 
 def pick(logits: Tensor, targets: Tensor) -> Tensor:
-    """float32 `[...]`: log-softmax of `logits[..., vocabulary]` at `targets[...]`."""
-    logits = logits.float()
+    """float32 `[...]`: log-softmax of `logits[..., vocabulary]` at `targets[...]`, on the device of the logits."""
+    logits, targets = logits.float(), targets.to(logits.device)
     return logits.gather(-1, targets[..., None]).squeeze(-1) - logits.logsumexp(-1)
 
 

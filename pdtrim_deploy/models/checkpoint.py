@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -116,7 +116,14 @@ class Checkpoint:
 
 
 def open_checkpoint(folder: Path, cache: Cache) -> Checkpoint:
-    """Check a HF folder and take its fingerprint (kept in the cache, as it reads every byte).
+    """As `read_checkpoint`, with its fingerprint (kept in the cache, as that reads every byte)."""
+    unnamed = read_checkpoint(folder)
+    fingerprint = _fingerprint(unnamed, cache)
+    return replace(unnamed, fingerprint=fingerprint)
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Check a HF folder; reads no weights, and its fingerprint is empty.
 
     Raises UserError: no folder, bad config.json, architecture, a quantisation that is not read, missing or other
     weights, no tokenizer.
@@ -156,8 +163,7 @@ def open_checkpoint(folder: Path, cache: Cache) -> Checkpoint:
             has = list(tensors[name].shape)
             raise UserError(f"{folder}: {name} is {has} but by config.json {list(shape)}; get the model again")
     _check_tied(folder, config, index)
-    fingerprint = _fingerprint(folder, config, family, tensors, quantized, cache)
-    return Checkpoint(folder, config, family, fingerprint, tensors, quantized)
+    return Checkpoint(folder, config, family, "", tensors, quantized)
 
 
 def _is_weight(name: str, config: dict[str, Any], quantized: Quantized | None) -> bool:
@@ -198,18 +204,12 @@ def _essentials(config: dict[str, Any], family: Family) -> tuple[str, ...]:
     return tuple(sorted(key for key in config if key not in _NO_MATTER and not key.startswith("_")))
 
 
-def _fingerprint(
-    folder: Path,
-    config: dict[str, Any],
-    family: Family,
-    tensors: dict[str, TensorInfo],
-    quantized: Quantized | None,
-    cache: Cache,
-) -> str:
+def _fingerprint(checkpoint: Checkpoint, cache: Cache) -> str:
+    config, family, tensors = checkpoint.config, checkpoint.family, checkpoint.tensors
     essentials = {"architecture": family.architecture, "rope": _rope(config)}
     essentials |= {key: config[key] for key in _essentials(config, family) if config.get(key) is not None}
-    if quantized is not None:
-        essentials["quantization_config"] = dict(quantized.section)
+    if checkpoint.quantized is not None:
+        essentials["quantization_config"] = dict(checkpoint.quantized.section)
     text = json.dumps(essentials, sort_keys=True)
     files = sorted({t.file.resolve() for t in tensors.values()})
     stats = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]

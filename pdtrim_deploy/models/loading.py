@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from textwrap import shorten
@@ -13,7 +13,6 @@ from safetensors import safe_open
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.local.cache import Cache
-from pdtrim_deploy.local.processor import compute_dtype
 from pdtrim_deploy.models.checkpoint import TOKENIZER_FILES, Checkpoint
 from pdtrim_deploy.models.config import read_config
 from pdtrim_deploy.models.families import family_of
@@ -63,19 +62,6 @@ def load_model(
     if quantized is not None and rounds_inputs:
         round_inputs(model, quantized, read_tensor_index(path))
     return model.eval().requires_grad_(False)
-
-
-def load_to_compute(
-    name: str, path: Path, dtype: str, note: Callable[[str], None] = lambda _: None, *, rounds_inputs: bool = False
-) -> Any:
-    """`load_model` for whoever only computes: weights rounded to `dtype`, arithmetic in what this CPU is fast at.
-
-    `note` hears that the `name` model is being loaded.
-    """
-    computed = compute_dtype(dtype)
-    why = "" if computed == dtype else f": this CPU has no {dtype} instructions, it computes in {computed}"
-    note(f"loading the {name} model{why}")
-    return load_model(path, dtype, rounds_inputs=rounds_inputs).to(TORCH_DTYPES[computed])
 
 
 def _by_index(path: Path) -> dict[str, torch.Tensor] | None:

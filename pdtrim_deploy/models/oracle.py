@@ -28,8 +28,8 @@ class PrefillState:
     """What prefill leaves behind for `batch` prompts of `tokens` tokens; plans that share prefill share it.
 
     Attributes:
-        keys, values: one pool per prefill layer, `[batch * tokens, kv_heads, head_dim]`, the pool's dtype;
-            token `t` of prompt `b` lies in slot `b * tokens + t`.
+        keys, values: one pool per prefill layer, `[batch * tokens, kv_heads, head_dim]`, the pool's dtype, all on the
+            device of the LM head; token `t` of prompt `b` lies in slot `b * tokens + t`.
         logits: `[batch, vocabulary]` after the last prompt token.
 
     """
@@ -95,8 +95,8 @@ class PDOracle:
         while run.running:
             kv = LayerKV(pool=self.fp8_pool)
             run.advance([kv])
-            keys.append(_to_pool(kv.keys, dtype))
-            values.append(_to_pool(kv.values, dtype))
+            keys.append(_to_pool(kv.keys, dtype, self._prefill.home))
+            values.append(_to_pool(kv.values, dtype, self._prefill.home))
         logits = self._prefill.logits(run.states[0][:, -1])
         return PrefillState(prompts.shape[0], prompts.shape[1], tuple(keys), tuple(values), logits)
 
@@ -128,13 +128,13 @@ class PDOracle:
 
     @torch.no_grad()
     def score(self, state: PrefillState, continuations: Tensor) -> Tensor:
-        """float32 `[batch, T]`: log-probability of each token of `continuations`, int64 `[batch, T >= 1]`.
+        """float32 `[batch, T]` on the host: log-probability of each token of `continuations`, int64 `[batch, T >= 1]`.
 
         The first token is judged by prefill's logits, as in PD serving; the others by decode, in one pass.
         """
         single = continuations.shape[1] == 1  # prefill's own: nothing is handed over
         hidden = state.logits if single else self.extend(continuations[:, :-1], state.tokens, self.hand_over(state))
-        return continuation_logprobs(state.logits, self.decode, hidden, continuations)
+        return continuation_logprobs(state.logits, self.decode, hidden, continuations).cpu()
 
     def logprobs(self, prompt: Tensor, continuation: Tensor) -> Tensor:
         """float32 `[T]`: log-probability of each token of `continuation` `[T]` after `prompt` `[N]`."""
@@ -142,31 +142,31 @@ class PDOracle:
 
     @torch.no_grad()
     def top_logprobs(self, prompt: Tensor, continuation: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The `k` likeliest tokens at each place of `continuation` `[T]`: ids, float32; both `[T, k]`."""
+        """The `k` likeliest tokens at each place of `continuation` `[T]`: ids, float32; both `[T, k]`, on the host."""
         state = self.prefill(prompt[None])
         logits = [state.logits]
         if len(continuation) > 1:
             hidden = self.extend(continuation[None, :-1], state.tokens, self.hand_over(state))
             logits.append(self.decode.logits(hidden[0]))
         top = torch.cat(logits).float().log_softmax(-1).topk(k)
-        return top.indices, top.values
+        return top.indices.cpu(), top.values.cpu()
 
     @torch.no_grad()
     def greedy(self, prompt: Tensor, tokens: int) -> Tensor:
-        """int64 `[tokens]`: the likeliest continuation of `prompt` `[N]`, token by token (no stop token)."""
+        """int64 `[tokens]` on the host: the likeliest continuation of `prompt` `[N]`, by token (no stop token)."""
         state = self.prefill(prompt[None])
         held, logits, chosen = self.hand_over(state), state.logits, []
         for position in range(state.tokens, state.tokens + tokens):
             chosen.append(logits.argmax(-1))
             if len(chosen) < tokens:
                 logits = self.decode.logits(self.extend(chosen[-1][None], position, held)[:, -1])
-        return torch.cat(chosen)
+        return torch.cat(chosen).cpu()
 
 
-def _to_pool(tensor: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _to_pool(tensor: Tensor | None, dtype: torch.dtype, device: torch.device) -> Tensor:
     """`[batch, heads, tokens, dim]` -> `[batch * tokens, heads, dim]`."""
     assert tensor is not None
-    return tensor.transpose(1, 2).flatten(0, 1).to(dtype).contiguous()
+    return tensor.transpose(1, 2).flatten(0, 1).to(device, dtype).contiguous()
 
 
 def _rows(pool: Tensor, batch: int, ranges: tuple[tuple[int, int], ...], dtype: torch.dtype) -> Tensor:

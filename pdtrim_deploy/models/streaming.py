@@ -17,9 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pdtrim_deploy.local.compute import ON_CPU, Compute
 from pdtrim_deploy.models.checkpoint import Checkpoint
 from pdtrim_deploy.models.families.disk_names import DiskNames
 from pdtrim_deploy.models.loading import TORCH_DTYPES
+from pdtrim_deploy.models.placement import device_of, put
 from pdtrim_deploy.models.reading import read_weights
 
 
@@ -31,8 +33,11 @@ class Blocks:
 
     """
 
-    def __init__(self, checkpoint: Checkpoint, most: int, dtype: torch.dtype) -> None:
-        self._checkpoint, self._most, self._dtype = checkpoint, most, dtype
+    def __init__(
+        self, checkpoint: Checkpoint, most: int, compute: Compute = ON_CPU, rounded: str | None = None
+    ) -> None:
+        self._checkpoint, self._most, self._compute, self._rounded = checkpoint, most, compute, rounded
+        self._dtype, self._count = TORCH_DTYPES[compute.dtype], checkpoint.facts.num_blocks
         self.alive, self.reads = OrderedDict[int, dict[str, Tensor]](), 0
 
     def __getitem__(self, block: int) -> dict[str, Tensor]:
@@ -45,6 +50,10 @@ class Blocks:
             self.reads += 1
         return self.alive[block]
 
+    def device(self, block: int) -> torch.device:
+        """Where that block runs."""
+        return torch.device(self._compute.device_of(block, self._count))
+
     def _read(self, block: int) -> dict[str, Tensor]:
         checkpoint, prefix = self._checkpoint, f"model.layers.{block}."
         inside = [name.removeprefix(prefix) for name in checkpoint.weights if name.startswith(prefix)]
@@ -53,35 +62,45 @@ class Blocks:
         tensors: dict[str, Tensor] = {}
         for parameter in dict.fromkeys(parts.values()):  # of the stacked ones, one at a time is there twice
             names = [prefix + name for name in by_parameter.of(parameter)]
-            read = read_tensors(checkpoint, names, self._dtype)
-            tensors[parameter] = by_parameter.join(parameter, [read[name] for name in names])
+            read = read_tensors(checkpoint, names, self._dtype, self._rounded)
+            tensors[parameter] = by_parameter.join(parameter, [read[name] for name in names]).to(self.device(block))
         return tensors
 
 
-def read_tensors(checkpoint: Checkpoint, names: Iterable[str], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Copies in memory of weights, cast to `dtype`, but for those whose dtype the family keeps."""
-    family, quantized = checkpoint.family, checkpoint.quantized
-    return read_weights(checkpoint.tensors, names, dtype, quantized=quantized, keeps_dtype=family.keeps_dtype)
+def read_tensors(
+    checkpoint: Checkpoint, names: Iterable[str], dtype: torch.dtype, rounded: str | None = None
+) -> dict[str, Tensor]:
+    """Copies in memory of weights, `rounded` to that dtype and cast to `dtype`, but for those whose dtype is kept."""
+    keeps_dtype, first = checkpoint.family.keeps_dtype, dtype if rounded is None else TORCH_DTYPES[rounded]
+    read = read_weights(checkpoint.tensors, names, first, quantized=checkpoint.quantized, keeps_dtype=keeps_dtype)
+    return {name: tensor if keeps_dtype(name) else tensor.to(dtype) for name, tensor in read.items()}
 
 
-def stream_model(checkpoint: Checkpoint, blocks_in_memory: int, dtype: str = "float32") -> tuple[Any, Blocks]:
+def stream_model(
+    checkpoint: Checkpoint, blocks_in_memory: int, compute: Compute = ON_CPU, rounded: str | None = None
+) -> tuple[Any, Blocks]:
     """What `load_model` gives, but for the blocks' weights, which come and go; and who fetches them.
 
-    Embedding, final norm and LM head are in memory.
+    Embedding, final norm and LM head are in the memory of the first of `compute.devices`. Weights are `rounded` to that
+    dtype before they are cast to `compute.dtype`, if any is named.
     """
+    dtype, home = TORCH_DTYPES[compute.dtype], torch.device(compute.devices[0])
     model_class = checkpoint.family.model_class
     config = model_class.config_class.from_dict(checkpoint.config)
     with torch.device("meta"):
-        model = model_class._from_config(config, attn_implementation="sdpa", dtype=TORCH_DTYPES[dtype])
+        model = model_class._from_config(config, attn_implementation="sdpa", dtype=dtype)
     model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
+    for leaf, buffer in model.model.rotary_emb._buffers.items():
+        model.model.rotary_emb._buffers[leaf] = buffer.to(home)
     outside = [name for name in checkpoint.weights if not name.startswith("model.layers.")]
-    for name, tensor in read_tensors(checkpoint, outside, TORCH_DTYPES[dtype]).items():
+    for name, tensor in read_tensors(checkpoint, outside, dtype, rounded).items():
         owner, _, leaf = name.rpartition(".")
-        model.get_submodule(owner)._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+        model.get_submodule(owner)._parameters[leaf] = nn.Parameter(tensor.to(home), requires_grad=False)
     if "lm_head.weight" not in checkpoint.tensors:
         model.lm_head._parameters["weight"] = model.model.embed_tokens.weight
-    blocks = Blocks(checkpoint, blocks_in_memory, TORCH_DTYPES[dtype])
+    blocks = Blocks(checkpoint, blocks_in_memory, compute, rounded)
     for number, layer in enumerate(model.model.layers):
+        put(layer, blocks.device(number))
         _read_buffers(checkpoint, number, layer)
         for inside, module in layer.named_modules():
             names = [name for name, _ in module.named_parameters(recurse=False)]
@@ -99,12 +118,16 @@ def _read_buffers(checkpoint: Checkpoint, block: int, layer: nn.Module) -> None:
         if buffer.is_meta and source in checkpoint.tensors:
             owner, _, leaf = name.rpartition(".")
             read = read_tensors(checkpoint, [source], buffer.dtype)
-            layer.get_submodule(owner)._buffers[leaf] = read[source]
+            layer.get_submodule(owner)._buffers[leaf] = read[source].to(device_of(layer))
 
 
 def whole_block(model: Any, block: int) -> nn.Module:
     """A copy of one block with weights of its own, in memory: of a streamed model, or of any other."""
-    layer = copy.deepcopy(model.model.layers[block])
+    return own_weights(copy.deepcopy(model.model.layers[block]))
+
+
+def own_weights(layer: nn.Module) -> nn.Module:
+    """`layer` itself, with weights of its own that stay."""
     for module in layer.modules():
         for handle, hook in list(module._forward_pre_hooks.items()):
             if isinstance(fetch := getattr(hook, "__self__", None), _Fetch):

@@ -30,6 +30,7 @@ from pdtrim_deploy.models.experts import (
 from pdtrim_deploy.models.families import known_family
 from pdtrim_deploy.models.families.disk_names import DiskNames
 from pdtrim_deploy.models.loading import TORCH_DTYPES
+from pdtrim_deploy.models.placement import device_of
 from pdtrim_deploy.models.provenance import LICENCE_FILES
 from pdtrim_deploy.models.quantized.module_lists import cut_settings
 from pdtrim_deploy.models.quantized.stage import quantize_like, stage_settings
@@ -59,7 +60,8 @@ def keep_blocks(
 
     The given model is left as it was: `layer_idx`, config and hooks differ, the weights are the same tensors (so
     training one would train the other). Costs milliseconds. `replacements` and `experts` as in `write_stage`: those
-    tensors are cast to the model's dtype, and its alone; weights of kept experts are copies.
+    tensors are cast to the model's dtype, and its alone, on the device of their block; weights of kept experts are
+    copies.
     """
     _check_blocks(blocks, len(model.model.layers))
     family, experts, full = known_family(type(model).__name__), experts or {}, model.config.to_dict()
@@ -223,7 +225,9 @@ def _replace(layer: nn.Module, prefix: str, name: str, tensor: torch.Tensor) -> 
     old = dict(layer.named_parameters()).get(name)
     _check_shape(prefix + name, tensor, None if old is None else tuple(old.shape))
     assert old is not None
-    layer.get_submodule(owner)._parameters[leaf] = nn.Parameter(tensor.to(old.dtype), requires_grad=False)
+    layer.get_submodule(owner)._parameters[leaf] = nn.Parameter(
+        tensor.to(device_of(layer), old.dtype), requires_grad=False
+    )
 
 
 def _check_shape(name: str, tensor: torch.Tensor, expected: tuple[int, ...] | None) -> None:

@@ -24,7 +24,9 @@ def save(tensors: Mapping[str, torch.Tensor], file: Path) -> None:
 
     """
     try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
+        save_file(
+            {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, file, metadata={"format": "pt"}
+        )
     except SafetensorError as error:
         reason = str(error).rpartition("I/O error: ")[2]
         raise UserError(f"cannot write {file} ({reason}); free some space and run the same command again") from error

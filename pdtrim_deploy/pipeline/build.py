@@ -13,6 +13,7 @@ from pdtrim_deploy import __version__
 from pdtrim_deploy.bundle import Bundle, engine_folder
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.local.cache import Cache
+from pdtrim_deploy.local.compute import ON_CPU, Compute
 from pdtrim_deploy.models import resolve
 from pdtrim_deploy.pipeline import engines, experts, heal, heal_kv, sealing, select_kv, steps
 from pdtrim_deploy.pipeline.chosen import EXPERTS
@@ -53,6 +54,7 @@ def steps_of(recipe: Recipe, fingerprint: str) -> tuple[BuildStep, ...]:
     """All steps but the seal. Each key holds the one before: a change makes its step and all later ones again."""
     dump, keeps_experts = recipe.model_dump(mode="json"), recipe.pruning.experts is not None
     base = {"pdtrim-deploy": __version__, "model": fingerprint, "dtype": recipe.model.dtype}
+    base |= {} if recipe.model.measured_in == "float32" else {"measured_in": recipe.model.measured_in}
     chosen = {key: dump[key] for key in ("calibration", "pruning", *(["students"] if recipe.pruning.distil else []))}
     chosen["pruning"] = {key: value for key, value in dump["pruning"].items() if key != "experts"}
     if recipe.pruning.finalists or recipe.pruning.distil:  # students learn from part of this text
@@ -119,11 +121,13 @@ def build(
     show: Show = lambda name, done: nullcontext(),
     force: bool = False,
     workers: Workers | None = None,
+    compute: Compute = ON_CPU,
 ) -> Bundle:
     """Build `recipe` into `out`, resuming what an earlier build finished.
 
     `note` hears what is going on inside a step, `show` wraps each step, `force` makes every step again, Ray's `workers`
-    evaluate the pruning search's candidates (the answer is that of this process alone). A target that cannot be built
+    evaluate the pruning search's candidates (the answer is that of this process alone). `compute` says on which devices
+    the model is measured, fitted and trained; the recipe, in which dtype. A target that cannot be built
     is a sentence in the manifest's `failures`, and is tried again the next time.
 
     Raises:
@@ -149,7 +153,9 @@ def build(
     stand_in(recipe, checkpoint.shape(recipe.model.dtype), expert_shape)
     try:
         with claim(out, force):
-            context = Context(recipe, checkpoint, cache, out, note, workers)
+            context = Context(
+                recipe, checkpoint, cache, out, note, workers, compute.with_dtype(recipe.model.measured_in)
+            )
             journal, plan_steps = Journal(out), steps_of(recipe, checkpoint.fingerprint)
             finished = done_steps(plan_steps, journal)
             journal.keep_only(finished)

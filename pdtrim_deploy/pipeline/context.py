@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pdtrim_deploy.bundle import PLAN, write_atomic
 from pdtrim_deploy.local.cache import Cache
+from pdtrim_deploy.local.compute import ON_CPU, Compute
 from pdtrim_deploy.local.paths import expanded
 from pdtrim_deploy.models.checkpoint import Checkpoint
 from pdtrim_deploy.plan import ModelShape, PDPlan
@@ -27,7 +28,8 @@ Note = Callable[[str], None]
 class Context:
     """One build: `out` is the bundle's folder, `note` hears what is going on.
 
-    `workers` evaluate the candidates of the pruning search; None: this process does.
+    `workers` evaluate the candidates of the pruning search; None: this process does. `compute` has the dtype that the
+    recipe measures, fits and trains in.
     """
 
     recipe: Recipe
@@ -36,11 +38,18 @@ class Context:
     out: Path
     note: Note
     workers: Workers | None = None
+    compute: Compute = ON_CPU
 
     @property
     def shape(self) -> ModelShape:
         """As the recipe serves it: what it computes in, and its KV pools."""
         return self.checkpoint.shape(self.recipe.model.dtype).with_pool(self.recipe.kv.pool_dtype)
+
+    @property
+    def measured_model(self) -> str:
+        """Names what measurements are of: the model's fingerprint and, unless it is float32, what it computes in."""
+        dtype = self.compute.dtype
+        return self.checkpoint.fingerprint + ("" if dtype == "float32" else f" in {dtype}")
 
     @property
     def plan(self) -> PDPlan:
@@ -49,11 +58,11 @@ class Context:
 
     @cached_property
     def model(self) -> Any:
-        """The dense model in float32: what is removed is decided on differences that bfloat16 would blur."""
-        from pdtrim_deploy.models.loading import load_model
+        """The dense model, in float32 by default: blocks are removed on differences that bfloat16 may blur."""
+        from pdtrim_deploy.models.on_devices import load_on
 
         self.note("loading the model")
-        return load_model(self.checkpoint.path, "float32")
+        return load_on(self.checkpoint, self.compute, self.note)
 
     @property
     def bounded(self) -> bool:
@@ -71,7 +80,7 @@ class Context:
         blocks = self.recipe.pruning.blocks_in_memory
         assert blocks is not None
         self.note(f"reading blocks from the checkpoint, {blocks} in memory at a time")
-        return stream_model(self.checkpoint, blocks, "float32")[0]
+        return stream_model(self.checkpoint, blocks, self.compute)[0]
 
     def calibration(self, sequences: int, length: int, prompt_tokens: int | None = None) -> Any:
         """int64 `[sequences, length]` of the calibration split.

@@ -104,6 +104,7 @@ def _key(context: Context) -> str:
     read = [texts.digest(text(context)) for text in (texts.taught, texts.fitted)]
     version = _KV_ONLY_VERSION if context.recipe.healing.kv_only_blocks else _VERSION
     parts = [version, plan.digest, dump["students"], _section(dump), read]
+    parts += [] if context.compute.dtype == "float32" else [context.compute.dtype]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -167,7 +168,7 @@ def _helps(context: Context, pair: StagePair, stage: Stage, ids: Tensor, report:
 def _with_students(context: Context, pair: StagePair) -> tuple[StagePair, dict[str, Any]]:
     from pdtrim_deploy.pruning.students import Students
 
-    recipe, fingerprint = context.recipe, context.checkpoint.fingerprint
+    recipe, fingerprint = context.recipe, context.measured_model
     report: dict[str, Any] = {
         "students": {},
         "compensation": recipe.healing.compensation,

@@ -101,7 +101,7 @@ def _kept(context: Context, text: Tensor, offsets: KeyOffsets | None) -> Memo:
     from pdtrim_deploy.models.writer import save
 
     section, plan = context.recipe.kv, heal.blocks_plan(context)
-    about = [_EFFECTS, context.checkpoint.fingerprint, plan.digest, heal.weights(context), section.prompt_tokens]
+    about = [_EFFECTS, context.measured_model, plan.digest, heal.weights(context), section.prompt_tokens]
     about += [context.recipe.calibration.seed, hashlib.sha256(text.numpy().tobytes()).hexdigest()]
     about += [] if offsets is None else [offsets.file.sha256]
 

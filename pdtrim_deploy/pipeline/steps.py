@@ -70,7 +70,7 @@ def _search(context: Context) -> tuple[StageRemovals, bool]:
             memory=section.memory_mb << 20,
             disk=section.disk_mb << 20,
             folder=context.out / REPORTS,
-            about=[context.checkpoint.fingerprint, about],
+            about=[context.measured_model, about],
             evaluator_factory=evaluator_factory,
             final_round=final_round,
             teacher=_teacher(context, model, ids),
@@ -92,7 +92,7 @@ def _evaluator_factory(context: Context) -> Iterator[EvaluatorFactory | None]:
 
     context.note(f"starting {context.workers.count} Ray workers")
     with ray_evaluator.cluster(context.workers):
-        yield ray_evaluator.EvaluatorFactory(context.workers, context.checkpoint.path.resolve())
+        yield ray_evaluator.EvaluatorFactory(context.workers, context.checkpoint.path.resolve(), context.compute.dtype)
 
 
 def _stage_report(choice: StageChoice, decode_losses: Mapping[Solution, float]) -> dict[str, Any]:
@@ -120,7 +120,7 @@ def _judge(context: Context, model: Any, students: Any, about: Any) -> Judge:
     together = 1 if context.bounded else None
     teacher = _teacher(context, model, ids)
     judge = RefitJudge(model, context.shape, ids, section.compensation, students, context.note, together, teacher)
-    key = [_JUDGE, context.checkpoint.fingerprint, section.compensation, texts.digest(ids), about]
+    key = [_JUDGE, context.measured_model, section.compensation, texts.digest(ids), about]
     key += [] if teacher is None else ["kl"]
     return CachedJudge(judge, context.out / JUDGED, key)
 
@@ -146,7 +146,7 @@ def _students(context: Context, model: Any) -> tuple[Students, list[object]]:
         ids,
         section,
         cache=context.cache,
-        fingerprint=context.checkpoint.fingerprint,
+        fingerprint=context.measured_model,
         work=context.out / WORK,
         note=context.note,
     )

@@ -38,7 +38,7 @@ class Evaluator(Protocol):
         ...
 
     def evaluate(self, solutions: Sequence[Solution], batch: int) -> list[Tensor]:
-        """For each solution float32 `[sequences, scored]`: losses on one batch; UserError when one is not a number."""
+        """For each solution float32 `[sequences, scored]` on the host: losses on one batch; UserError: not a number."""
         ...
 
     def settle(self, solution: Solution) -> None:
@@ -72,7 +72,7 @@ class InProcess:
         routes = [solution.route(self.blocks) for solution in solutions]
         fresh = list(dict.fromkeys(route for route in routes if (route, batch) not in self._known))
         for route, hidden in zip(fresh, self._states.final_states(fresh, batch), strict=True):
-            losses = self.objective.losses(batch, hidden)
+            losses = self.objective.losses(batch, hidden).cpu()
             if not bool(torch.isfinite(losses).all()):
                 raise UserError("the calibration loss is not a number; load the model in float32, check its weights")
             self._known[route, batch] = losses

@@ -124,7 +124,7 @@ class _Shelf:
 
 
 class _Files(_Shelf):
-    """States in files, mapped: their pages go when memory is short.
+    """States in files, mapped on the host: their pages go when memory is short.
 
     A file loses its name as soon as it is mapped, so it goes with the process; and nothing holds it open, for there may
     be more states than a process may have open files.
@@ -137,9 +137,10 @@ class _Files(_Shelf):
     def store(self, hidden: Tensor) -> Tensor:
         try:
             with tempfile.NamedTemporaryFile(dir=self._folder) as file:
-                file.write(hidden.contiguous().numpy().data)  # a full disk shows here, and not when a page is touched
+                # A full disk shows here, and not when a page is touched.
+                file.write(hidden.cpu().contiguous().view(torch.uint8).numpy().data)
                 file.flush()
-                flat = torch.from_file(file.name, shared=False, size=hidden.numel(), dtype=torch.float32)
+                flat = torch.from_file(file.name, shared=False, size=hidden.numel(), dtype=hidden.dtype)
                 return flat.view(hidden.shape)
         except OSError as error:
             raise UserError(

@@ -19,6 +19,7 @@ from pdtrim_deploy.models.blockwise import Blockwise, CausalLM
 from pdtrim_deploy.models.layer_run import LayerRun
 from pdtrim_deploy.models.outputs import output_parameters
 from pdtrim_deploy.models.pd_run import sequence_nll
+from pdtrim_deploy.models.placement import device_of
 from pdtrim_deploy.plan import KVOnly, PDPlan
 from pdtrim_deploy.pruning.compensation.base import Progress
 from pdtrim_deploy.pruning.least_squares import Ridge
@@ -107,10 +108,10 @@ def _refit(
     model: CausalLM, block: int, name: str, states: list[Tensor], targets: list[Tensor]
 ) -> tuple[Tensor, float, float]:
     layer = model.model.layers[block]
-    linear = getattr(layer.self_attn, name)
-    ridge = Ridge(linear.in_features, linear.out_features)
+    linear, device = getattr(layer.self_attn, name), device_of(layer)
+    ridge = Ridge(linear.in_features, linear.out_features, device)
     for batch, (x, y) in enumerate(zip(states, targets, strict=True)):
-        features, target = (layer.input_layernorm(state).flatten(0, 1) for state in (x, y))
+        features, target = (layer.input_layernorm(state.to(device)).flatten(0, 1) for state in (x, y))
         target = linear(target)
         weight = target.norm(dim=-1, keepdim=True).reciprocal()
         check = (len(states) - 1 - batch) % _CHECKED == 0

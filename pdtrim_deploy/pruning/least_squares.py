@@ -20,16 +20,20 @@ RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 
 
 class Ridge:
-    """Normal equations of a change to one linear map, fed batch by batch. Memory: twice in x (in + out) in float64."""
+    """Normal equations of a change to one linear map, fed batch by batch. Memory: twice in x (in + out) in float64.
 
-    def __init__(self, features: int, outputs: int) -> None:
+    They are on the device of what is fed; products are of float32 rows, whatever the model computes in.
+    """
+
+    def __init__(self, features: int, outputs: int, device: torch.device) -> None:
         # [fit, check]: what the penalty is chosen on is not what is fitted
-        self.gram = [torch.zeros(features, features, dtype=torch.float64) for _ in range(2)]
-        self.cross = [torch.zeros(features, outputs, dtype=torch.float64) for _ in range(2)]
+        self.gram = [torch.zeros(features, features, dtype=torch.float64, device=device) for _ in range(2)]
+        self.cross = [torch.zeros(features, outputs, dtype=torch.float64, device=device) for _ in range(2)]
         self.error, self.tokens = [0.0, 0.0], [0, 0]
 
     def add(self, features: Tensor, missing: Tensor, check: bool) -> None:
         """`[tokens, in]` and what its map falls short of, `[tokens, out]`, both weighted."""
+        features, missing = features.float(), missing.float()
         self.gram[check] += features.T @ features  # a batch in float32, their sum in float64
         self.cross[check] += features.T @ missing
         self.error[check] += float(missing.double().square().sum())
@@ -56,7 +60,7 @@ class Ridge:
 
     @staticmethod
     def _solve(gram: Tensor, cross: Tensor, penalty: float) -> Tensor:
-        regular = gram + penalty * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+        regular = gram + penalty * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
         return torch.cholesky_solve(cross, torch.linalg.cholesky(regular))
 
 
@@ -71,7 +75,7 @@ class Refit:
     def __init__(self, runner: Blockwise, layer: int) -> None:
         self.runner, self.layer = runner, layer
         self.down = runner.layers[layer].mlp.down_proj
-        self.ridge = Ridge(self.down.in_features, self.down.out_features)
+        self.ridge = Ridge(self.down.in_features, self.down.out_features, runner.devices[layer])
 
     @torch.no_grad()
     def add(self, hidden: Tensor, span: Span, target: Tensor, check: bool, kv: LayerKV | None = None) -> None:
@@ -87,6 +91,7 @@ class Refit:
             out = self.runner.block(self.layer, hidden, span, kv)
         finally:
             hook.remove()
+        target = target.to(out.device)
         weight = target.flatten(0, 1).norm(dim=-1, keepdim=True).reciprocal()
         self.ridge.add(seen[0].flatten(0, 1) * weight, (target - out).flatten(0, 1) * weight, check)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.local.compute import Compute
+from pdtrim_deploy.models.placement import device_of
 from pdtrim_deploy.pruning.dense_kl import DenseKL
 from pdtrim_deploy.pruning.evaluator import InProcess
 from pdtrim_deploy.pruning.objective import NextTokenLoss, StudentLayers
@@ -61,48 +63,46 @@ class Work:
 
 
 class _Students:
-    def __init__(self, device: str) -> None:
+    """`device_of` names the device of a block."""
+
+    def __init__(self, device_of: Callable[[int], torch.device]) -> None:
         self._layers: Layers = {}
-        self._device = device
+        self._device_of = device_of
 
     def add(self, more: Layers) -> None:
-        self._layers |= {pair: layer.to(self._device) for pair, layer in more.items()}
+        self._layers |= {pair: layer.to(self._device_of(pair[0])) for pair, layer in more.items()}
 
     def layer(self, pair: tuple[int, int]) -> nn.Module:
         return self._layers[pair]
 
 
 class Worker:
-    """One process: an `InProcess` over its own copy of the model, in float32 as the search's own."""
+    """One process: an `InProcess` over its own copy of the model, in the dtype of the search's own."""
 
-    def __init__(self, checkpoint: Path, threads: int, device: str) -> None:
+    def __init__(self, checkpoint: Path, threads: int, compute: Compute) -> None:
         torch.set_num_threads(threads)
-        self._device, self._checkpoint = device, checkpoint
+        self._compute, self._checkpoint = compute, checkpoint
 
     @cached_property
     def _model(self) -> Any:
-        from pdtrim_deploy.models.loading import load_model
+        from pdtrim_deploy.models.checkpoint import read_checkpoint
+        from pdtrim_deploy.models.on_devices import load_on
 
-        return load_model(self._checkpoint, "float32").to(self._device)
+        return load_on(read_checkpoint(self._checkpoint), self._compute)
 
     def prepare(self, work: Work) -> int:
         """For another search; block-forwards so far."""
-        self._students = _Students(self._device)
+        self._students = _Students(lambda block: device_of(self._model.model.layers[block]))
         self._students.add(work.students)
-        ids = work.ids.to(self._device)
-        question = self._model, ids, work.prompt_tokens, work.forced, self._students
-        objective = (
-            NextTokenLoss(*question)
-            if work.teacher is None
-            else DenseKL(*question, teacher=work.teacher.to(self._device))
-        )
+        question = self._model, work.ids, work.prompt_tokens, work.forced, self._students
+        objective = NextTokenLoss(*question) if work.teacher is None else DenseKL(*question, teacher=work.teacher)
         self._inside = InProcess(objective, work.memory)
         return self._inside.block_forwards
 
     def evaluate(self, solutions: list[Solution], batch: int, more: Layers) -> tuple[list[Any], int]:
         """(float32 arrays, block-forwards so far); `more` are students yet unknown."""
         self._students.add(more)
-        return [losses.cpu().numpy() for losses in self._inside.evaluate(solutions, batch)], self._inside.block_forwards
+        return [losses.numpy() for losses in self._inside.evaluate(solutions, batch)], self._inside.block_forwards
 
     def settle(self, solution: Solution) -> int:
         """As `Evaluator.settle`; block-forwards so far."""
@@ -186,14 +186,14 @@ def _layers_of(students: StudentLayers | None, pairs: Iterable[tuple[int, int]])
 class EvaluatorFactory:
     """What `choose_stages` takes: the evaluator of each of its searches, by the same workers of the standing cluster.
 
-    `checkpoint` is read where a worker runs, from the same path.
+    `checkpoint` is read where a worker runs, from the same path; `dtype` is what workers compute in.
 
     Raises:
         UserError: the cluster has not so many CPUs or GPUs.
 
     """
 
-    def __init__(self, workers: Workers, checkpoint: Path) -> None:
+    def __init__(self, workers: Workers, checkpoint: Path, dtype: str = "float32") -> None:
         import ray
 
         has = ray.cluster_resources()
@@ -205,8 +205,8 @@ class EvaluatorFactory:
                 )
         threads = max(1, torch.get_num_threads() // workers.count) if workers.address is None else 1
         remote: Any = ray.remote(num_cpus=1, num_gpus=workers.gpus)(Worker)
-        device = "cuda" if workers.gpus else "cpu"
-        self._actors = [remote.remote(checkpoint, threads, device) for _ in range(workers.count)]
+        compute = Compute(("cuda:0",) if workers.gpus else ("cpu",), dtype)  # Ray shows a worker its own GPUs alone
+        self._actors = [remote.remote(checkpoint, threads, compute) for _ in range(workers.count)]
 
     def __call__(
         self,

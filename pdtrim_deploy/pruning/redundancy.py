@@ -48,8 +48,8 @@ def similarity(
             last.append(hidden)
             for span in (span for span in spans if span <= block + 1):
                 before, after = last[-1 - span][:, 1:], last[-1][:, 1:]
-                cosine = torch.cosine_similarity(before.float(), after.float(), dim=-1)
-                total[span][block + 1 - span] += cosine.double().sum()
+                cosine = torch.cosine_similarity(before.to(after.device).float(), after.float(), dim=-1)
+                total[span][block + 1 - span] += float(cosine.double().sum())
         progress(f"redundancy: {block + 1}/{blocks} blocks")
     if not all(bool(torch.isfinite(sums).all()) for sums in total.values()):
         raise UserError("hidden states are not numbers; load the model in float32, check its weights")

@@ -76,7 +76,7 @@ class HealingSection(_Section):
 
     @model_validator(mode="after")
     def _meaningful(self) -> HealingSection:
-        trains = self.prefill_steps or self.decode_steps or self.kv_steps
+        trains = self.gradient_steps
         if self.minutes is not None and not trains:
             raise ValueError(
                 f"minutes is {self.minutes:g} but no steps are asked for; "
@@ -95,6 +95,11 @@ class HealingSection(_Section):
     def taught(self, finalists: int) -> int:
         """Number of sequences that students learn from, with so many finalists."""
         return self.sequences - (self.judged if finalists else 0)
+
+    @property
+    def gradient_steps(self) -> int:
+        """Steps of all training by gradients."""
+        return self.prefill_steps + self.decode_steps + self.kv_steps
 
     @property
     def trains(self) -> bool:

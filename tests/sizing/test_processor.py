@@ -5,7 +5,8 @@ import torch
 from tinypd import make_oracle, make_plan, text, tiny
 
 from pdtrim_deploy.local import processor
-from pdtrim_deploy.models.loading import load_model, load_to_compute
+from pdtrim_deploy.models.loading import load_model
+from pdtrim_deploy.models.on_devices import load_to_compute
 from pdtrim_deploy.models.oracle import PDOracle
 
 X86 = "processor\t: 0\nvendor_id\t: GenuineIntel\nflags\t\t: fpu sse2 avx2 {}\nbugs\t\t: spectre_v1\n"

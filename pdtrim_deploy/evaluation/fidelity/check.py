@@ -24,6 +24,7 @@ from pdtrim_deploy.evaluation.fidelity.controls import wrong_oracles
 from pdtrim_deploy.evaluation.fidelity.sensitivity import NOISE, score_shaken
 from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
 from pdtrim_deploy.local.cache import Cache
+from pdtrim_deploy.local.compute import Compute
 from pdtrim_deploy.models.oracle import PDOracle
 from pdtrim_deploy.plan import STAGES
 
@@ -129,8 +130,11 @@ def run_fidelity(
     seed: int = 0,
     deadline_s: float = 120.0,
     progress: Callable[[str], None] = lambda _: None,
+    compute: Compute | None = None,
 ) -> FidelityResult:
     """Drive the pair behind `base_url` (its router) and judge it by the oracle of `bundle`.
+
+    The oracle computes as `compute` says; by default on this CPU, in what it is fast at.
 
     Raises:
         UserError: the server refused or failed a request, or is no pair's, or the corpus is too short.
@@ -138,7 +142,8 @@ def run_fidelity(
 
     """
     from pdtrim_deploy.evaluation import corpora
-    from pdtrim_deploy.models.loading import load_to_compute, load_tokenizer
+    from pdtrim_deploy.models.loading import load_tokenizer
+    from pdtrim_deploy.models.on_devices import load_to_compute
 
     count, length = text_needed(bundle.plan)
     documents = corpora.load(bundle.recipe.evaluation.corpus, cache).split("final")
@@ -150,7 +155,8 @@ def run_fidelity(
     progress("fidelity: scoring the served tokens with the oracle")
     dtype = bundle.plan.model.kv_dtype
     prefill, decode = (
-        load_to_compute(stage, bundle.stage_dir(stage), dtype, progress, rounds_inputs=True) for stage in STAGES
+        load_to_compute(stage, bundle.stage_dir(stage), dtype, progress, compute, rounds_inputs=True)
+        for stage in STAGES
     )
     oracle = PDOracle(prefill, decode, bundle.plan, KeyOffsets.read(bundle.prefill_dir, bundle.plan))
     return judge(oracle, served, progress)

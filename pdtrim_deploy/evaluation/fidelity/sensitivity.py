@@ -35,9 +35,9 @@ def score_shaken(oracle: PDOracle, state: PrefillState, tokens: Tensor, seed: in
 def _shaken(pool: Tensor, noise: float, generator: torch.Generator) -> Tensor:
     """`[tokens, heads, dim]` -> itself, then `DRAWS` noisy copies, `[(1 + DRAWS) * tokens, heads, dim]`."""
     size = pool.float().pow(2).mean(-1, keepdim=True).sqrt().mul_(noise)
-    drawn = torch.randn(DRAWS, *pool.shape, generator=generator).mul_(size).add_(pool.float())
+    drawn = torch.randn(DRAWS, *pool.shape, generator=generator).to(pool.device).mul_(size).add_(pool.float())
     if pool.dtype in FP8:
-        drawn += _unrounded(pool, torch.rand(DRAWS, *pool.shape, generator=generator) - 0.5)
+        drawn += _unrounded(pool, torch.rand(DRAWS, *pool.shape, generator=generator).to(pool.device) - 0.5)
     return torch.cat((pool, to_rows(drawn.flatten(0, 1), pool.dtype)))
 
 
@@ -47,4 +47,4 @@ def _unrounded(pool: Tensor, place: Tensor) -> Tensor:
     # Towards 0 a power of two's neighbour is half as far.
     size = torch.where(place * pool.float() < 0, size * (1 - limits.eps / 4), size)
     _, exponent = torch.frexp(size.clamp(min=limits.smallest_normal))
-    return place * torch.ldexp(torch.tensor(limits.eps), exponent - 1)
+    return place * torch.ldexp(torch.tensor(limits.eps, device=pool.device), exponent - 1)

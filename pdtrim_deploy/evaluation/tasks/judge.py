@@ -17,6 +17,7 @@ _LOGITS_AT_ONCE = 1 << 24
 class Judgement:
     """`logprobs` float32, 0 beyond a continuation's length; `top` int64, the likeliest token, -1 beyond; `[B, C, T]`.
 
+    Both are on the host.
     The first place is judged by prefill's logits, as in PD serving; the others by decode.
     """
 
@@ -36,13 +37,14 @@ def judge(oracle: PDOracle, state: PrefillState, continuations: Tensor, lengths:
     branches = continuations[..., :-1].flatten(1)
     hidden = oracle.extend(branches, state.tokens, oracle.hand_over(state), choices)
     logprobs, top = torch.zeros(continuations.shape), torch.full_like(continuations, -1)
-    logprobs[..., 0] = pick(state.logits[:, None].expand(-1, choices, -1), continuations[..., 0])
-    top[..., 0] = state.logits.argmax(-1)[:, None]
+    logprobs[..., 0] = pick(state.logits[:, None].expand(-1, choices, -1), continuations[..., 0]).cpu()
+    top[..., 0] = state.logits.argmax(-1)[:, None].cpu()
     later = counts[..., 1:]
-    later_hidden, picked = hidden.view(batch, choices, tokens - 1, -1)[later], continuations[..., 1:][later]
+    later_hidden = hidden.view(batch, choices, tokens - 1, -1)[later.to(hidden.device)]
+    picked = continuations[..., 1:][later]
     step = max(1, _LOGITS_AT_ONCE // oracle.decode_model.lm_head.out_features)
     scored = [
-        (pick(logits := oracle.decode.logits(part), ids), logits.argmax(-1))
+        (pick(logits := oracle.decode.logits(part), ids).cpu(), logits.argmax(-1).cpu())
         for part, ids in zip(later_hidden.split(step), picked.split(step), strict=True)
     ]
     logprobs[..., 1:][later] = torch.cat([lp for lp, _ in scored])
@@ -52,10 +54,10 @@ def judge(oracle: PDOracle, state: PrefillState, continuations: Tensor, lengths:
 
 @torch.no_grad()
 def greedy(oracle: PDOracle, prompts: Tensor, tokens: int) -> Tensor:
-    """int64 `[B, tokens]`: each prompt's likeliest continuation, all prompts side by side (no stop token)."""
+    """int64 `[B, tokens]` on the host: each prompt's likeliest continuation, all side by side (no stop token)."""
     state = oracle.prefill(prompts)
     held, logits, chosen = oracle.hand_over(state), state.logits, [state.logits.argmax(-1)]
     for position in range(state.tokens, state.tokens + tokens - 1):
         logits = oracle.decode.logits(oracle.extend(chosen[-1][:, None], position, held)[:, -1])
         chosen.append(logits.argmax(-1))
-    return torch.stack(chosen, dim=1)
+    return torch.stack(chosen, dim=1).cpu()

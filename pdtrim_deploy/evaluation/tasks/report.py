@@ -15,7 +15,7 @@ from pdtrim_deploy.evaluation.tasks.base import Measured, Setting
 from pdtrim_deploy.evaluation.tasks.registry import check, prepare
 from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
 from pdtrim_deploy.local.cache import Cache
-from pdtrim_deploy.local.processor import compute_dtype
+from pdtrim_deploy.local.compute import ON_CPU, Compute
 from pdtrim_deploy.models.oracle import PDOracle
 from pdtrim_deploy.plan import STAGES, PDPlan
 from pdtrim_deploy.recipe import EvaluationSection
@@ -61,7 +61,7 @@ class TaskFigures(_Frozen):
 class TasksReport(_Frozen):
     """All tasks asked for; the text is that of the corpus's final split, `corpus_sha256` names it.
 
-    `dtype` and `computed_in` are as in `Quality`.
+    `dtype`, `computed_in` and `device` are as in `Quality`.
     """
 
     plan_digest: str
@@ -70,6 +70,7 @@ class TasksReport(_Frozen):
     seed: int
     dtype: str
     computed_in: str | None = None
+    device: str | None = None
     tasks: tuple[TaskFigures, ...]
     environment: dict[str, Any]
 
@@ -82,33 +83,37 @@ def judge_tasks(
     section: EvaluationSection | None = None,
     size: int | None = None,
     note: Callable[[str], None] = lambda _: None,
+    compute: Compute | None = None,
 ) -> TasksReport:
     """Measure the stage models as written, behind the plan, and the source model behind a dense plan.
 
     The models of only one of the two are in memory at a time.
 
     Args:
-        asked: corpus and seed; the recipe's when left out.
+        section: corpus and seed; the recipe's when left out.
         size: items of each task, in its own unit; each task's default when left out.
+        compute: as of `judge_bundle`.
 
     Raises:
         UserError: an unknown task, one that does not fit the model or its data, or what `judge_bundle` raises.
 
     """
-    from pdtrim_deploy.models.loading import load_to_compute, load_tokenizer
+    from pdtrim_deploy.models.loading import load_tokenizer
+    from pdtrim_deploy.models.on_devices import load_to_compute
 
     for name in names:
         check(name)
     section, dtype, plan = section or bundle.recipe.evaluation, bundle.recipe.model.dtype, bundle.plan
+    compute = ON_CPU.fast(dtype) if compute is None else compute
     source = source_of(bundle, cache, note)
     corpus = corpora.load(section.corpus, cache, note)
-    model = load_to_compute("dense", source.path, dtype, note)
+    model = load_to_compute("dense", source.path, dtype, note, compute)
     whole = PDOracle(model, model, PDPlan.dense(plan.model))
     setting = Setting(load_tokenizer(source.path), whole, corpus.split("final"), cache, section.seed, size, note)
     prepared = [prepare(name, setting) for name in names]
     dense = [task.measure([whole], lambda line: note(f"dense {line}"))[0] for task in prepared]
     del model, whole, setting
-    prefill, decode = (load_to_compute(stage, bundle.stage_dir(stage), dtype, note) for stage in STAGES)
+    prefill, decode = (load_to_compute(stage, bundle.stage_dir(stage), dtype, note, compute) for stage in STAGES)
     stages = PDOracle(prefill, decode, plan, KeyOffsets.read(bundle.prefill_dir, plan))
     pd = [task.measure([stages], lambda line: note(f"PD {line}"))[0] for task in prepared]
     return TasksReport(
@@ -117,7 +122,8 @@ def judge_tasks(
         corpus_sha256=corpus.digest,
         seed=section.seed,
         dtype=dtype,
-        computed_in=compute_dtype(dtype),
+        computed_in=compute.dtype,
+        device=compute.names,
         tasks=tuple(TaskFigures.of(*pair) for pair in zip(dense, pd, strict=True)),
         environment=environment,
     )

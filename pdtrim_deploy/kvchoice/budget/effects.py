@@ -115,7 +115,7 @@ class Measure:
         tokens = 0
         for number, part in enumerate(self._batches, 1):
             changes = self._changes(part, context, f"effects, batch {number}/{len(self._batches)}")
-            products += (changes @ changes.T).double()
+            products += (changes @ changes.T).double().cpu()
             tokens += part.reference.shape[0] * part.reference.shape[1]
         return products / tokens
 
@@ -146,7 +146,7 @@ class Measure:
         inputs = self._forward(part, context)
         error = probe.change(inputs[-1])
         kinds = len(self._rows) + len(self._dtypes)
-        changes = torch.zeros(1 + len(context) * kinds, len(error))
+        changes = torch.zeros(1 + len(context) * kinds, len(error), device=error.device)
         changes[0] = error
         for layer, send in enumerate(context):
             tried = [(at, _with_rows(send, rows)) for at, rows in enumerate(self._rows)]

@@ -31,21 +31,22 @@ class Probe:
     """
 
     def __init__(self, runner: Blockwise, reference: Tensor, draws: int, seed: int) -> None:
-        self._norm = runner.model.model.norm
-        weight, flat = runner.model.lm_head.weight, reference.flatten(0, 1)
-        self._at = self._norm(flat)
-        random = torch.Generator(reference.device).manual_seed(seed)
-        self._rows = torch.empty(len(flat), draws, weight.shape[1])  # the largest tensor here: only one exists
+        self._normed, weight = runner.normed, runner.model.lm_head.weight
+        self._at = self._normed(reference.flatten(0, 1))
+        random = torch.Generator().manual_seed(seed)  # on the host: the same draws on every device
+        # The largest tensor here: only one exists.
+        self._rows = torch.empty(len(self._at), draws, weight.shape[1], device=weight.device)
         step = max(1, LOGITS_AT_ONCE // len(weight))
         for part, rows in zip(self._at.split(step), self._rows.split(step), strict=True):
             chance = runner.head(part).float().softmax(-1)
             if not chance.isfinite().all():
                 raise UserError("the model's logits are not numbers; load it in float32 or check its weights")
-            drawn = weight[torch.multinomial(chance, draws, replacement=True, generator=random)].float()
+            tokens = torch.multinomial(chance.cpu(), draws, replacement=True, generator=random)
+            drawn = weight[tokens.to(weight.device)].float()
             torch.sub(drawn, (chance.to(weight.dtype) @ weight).float()[:, None], out=rows)
         self._rows /= draws**0.5 * (runner.logits_scaling or 1.0)  # W is what makes logits
 
     def change(self, hidden: Tensor) -> Tensor:
         """float32 `[batch * tokens * draws]`: `hidden`'s change against the reference; 2 KL is its squared length."""
-        moved = (self._norm(hidden.flatten(0, 1)) - self._at).float()
+        moved = (self._normed(hidden.flatten(0, 1)) - self._at).float()
         return torch.bmm(self._rows, moved[:, :, None]).flatten()

@@ -56,7 +56,7 @@ class PromptKV:
             ) from error
 
     def read(self, dtype: WireDtype, layer: int, ranges: Ranges) -> LayerKV:
-        """A decode layer's KV at the positions of `ranges`: new tensors in the model's dtype."""
+        """A decode layer's KV at the positions of `ranges`: new tensors on the host, in the model's dtype."""
         buffer = torch.empty(self._shape, dtype=self._stored)
         self._file.seek(self._offset(dtype, layer, 0))
         self._file.readinto(_bytes_of(buffer))
@@ -69,7 +69,7 @@ class PromptKV:
         assert kv.keys is not None
         assert kv.values is not None
         self._file.seek(self._offset(dtype, layer, sequence))
-        self._file.write(_bytes_of(torch.cat((kv.keys, kv.values)).to(self._stored).contiguous()))
+        self._file.write(_bytes_of(torch.cat((kv.keys, kv.values)).to(self._stored).cpu().contiguous()))
 
     def _offset(self, dtype: WireDtype, layer: int, sequence: int) -> int:
         return ((self._dtypes.index(dtype) * self._layers + layer) * self._shape[0] + sequence) * self._row

@@ -68,7 +68,7 @@ def _mean_norms(pair: StagePair, ids: Tensor, progress: Progress) -> Tensor:
     total = torch.zeros(blocks + 1, dtype=torch.float64)
     run = LayerRun(Blockwise(pair.model), ids.split(4))
     for block in range(blocks + 1):
-        total[block] = sum(hidden[:, 1:].double().norm(dim=-1).sum() for hidden in run.states)
+        total[block] = sum(float(hidden[:, 1:].double().norm(dim=-1).sum()) for hidden in run.states)
         if run.running:
             run.advance()
             progress(f"norms: {block + 1}/{blocks} blocks")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.models.blockwise import Blockwise, CausalLM
+from pdtrim_deploy.models.placement import device_of
 from pdtrim_deploy.models.streaming import whole_block
 from pdtrim_deploy.models.surgery import keep_blocks
 from pdtrim_deploy.pruning.least_squares import Refit, set_down
@@ -52,8 +53,9 @@ def trainable(layer: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def starts(model: CausalLM, block: int) -> dict[str, nn.Module]:
-    """Blocks to begin as: the first parent, or its attention before the second's MLP."""
-    first, crossed, second = (whole_block(model, index) for index in (block, block, block + 1))
+    """Blocks to begin as: the first parent, or its attention before the second's MLP; float32, where the first is."""
+    layers = (whole_block(model, index).float() for index in (block, block, block + 1))
+    first, crossed, second = (layer.to(device_of(model.model.layers[block])) for layer in layers)
     for name in ("mlp", "post_attention_layernorm"):
         setattr(crossed, name, getattr(second, name))
     return {"first": first, "second-mlp": crossed}
@@ -148,6 +150,7 @@ def _descend(
 def _error(runner: Blockwise, x: Tensor, y: Tensor) -> Tensor:
     """Mean over tokens of |B'(x) - y|^2 / |y|^2."""
     out = runner.block(0, x, runner.span(x))
+    y = y.to(out.device)
     return ((out - y).square().sum(-1) / y.square().sum(-1)).mean()
 
 

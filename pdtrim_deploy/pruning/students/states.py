@@ -42,7 +42,7 @@ class HiddenFiles:
         return files
 
     def __getitem__(self, block: int) -> Tensor:
-        """`x_block`, float32 `[S, T, hidden]`; not to be written to."""
+        """`x_block`, float32 `[S, T, hidden]` on the host; not to be written to."""
         sequences, tokens, hidden = self.shape
         size = sequences * tokens * hidden
         flat = torch.from_file(str(self.folder / f"x{block}.f32"), shared=False, size=size, dtype=torch.float32)
@@ -50,4 +50,4 @@ class HiddenFiles:
 
 
 def _append(file: object, hidden: Tensor) -> None:
-    file.write(hidden.float().contiguous().numpy().data)  # type: ignore[attr-defined]
+    file.write(hidden.float().cpu().contiguous().numpy().data)  # type: ignore[attr-defined]

@@ -78,8 +78,12 @@ class Students:
         if pair not in self._students:
             if pair[1] != pair[0] + 1 or not 0 <= pair[0] < len(self.model.model.layers) - 1:
                 raise UserError(f"blocks {pair} are no adjacent pair of this model")
-            self._students[pair] = self._kept(pair, self.cache) if self.cache else _parts(self._teach(pair))
+            self._students[pair] = self._kept(pair, self.cache) if self.cache else self._fresh(pair)
         return self._students[pair]
+
+    def _fresh(self, pair: Pair) -> tuple[nn.Module, dict[str, Any]]:
+        layer, lesson = _parts(self._teach(pair))
+        return layer.to(self.model.dtype), lesson
 
     def _kept(self, pair: Pair, cache: Cache) -> tuple[nn.Module, dict[str, Any]]:
         def make(folder: Path) -> None:

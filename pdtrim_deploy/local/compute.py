@@ -1,0 +1,95 @@
+"""Where models run and in what dtype: checked once, where a command begins, and handed on as an object."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.local.processor import compute_dtype
+
+_CUDA = re.compile(r"cuda(:\d{1,3}(,\d{1,3})*)?")
+_DRIVERS = (Path("/dev/nvidiactl"), Path("/dev/dxg"))  # NVIDIA's on Linux, and within Windows; without, no torch
+CHOICES = "auto, cpu, cuda, cuda:0 or cuda:0,1"
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Devices and dtype of what a command computes.
+
+    Token ids, losses and whatever is written to files are on the host, whatever the devices; weights, hidden states,
+    KV, Gram matrices and logits are on the devices. Random numbers are drawn on the host, so that devices differ by
+    the order of sums alone.
+
+    Attributes:
+        devices: "cpu", or GPUs such as "cuda:0". Blocks are spread over them in order, as evenly as can be; the first
+            has the embedding, the final norm and the LM head too.
+        dtype: of weights and arithmetic: "float32", "bfloat16" or "float16"; that of the KV pool is the recipe's.
+
+    """
+
+    devices: tuple[str, ...] = ("cpu",)
+    dtype: str = "float32"
+
+    @classmethod
+    def parse(cls, devices: str) -> Compute:
+        """What `--device` names, in float32.
+
+        "auto" is the first GPU that torch sees, else the CPU; "cuda" is the first GPU.
+
+        Raises:
+            UserError: it names no device, one twice, or one that is not here.
+
+        """
+        if devices == "cpu":
+            return cls()
+        if devices != "auto" and not _CUDA.fullmatch(devices):
+            raise UserError(f"--device {devices}: no such device; use {CHOICES}")
+        count = _cuda_devices() if devices != "auto" or any(map(Path.exists, _DRIVERS)) else 0
+        if devices == "auto":
+            return cls(("cuda:0",) if count else ("cpu",))
+        numbers = [int(number) for number in devices.partition(":")[2].split(",") if number] or [0]
+        if len(set(numbers)) < len(numbers):
+            raise UserError(f"--device {devices}: a GPU is named twice; name each once")
+        if absent := [number for number in numbers if number >= count]:
+            has = f"GPUs 0 to {count - 1}" if count > 1 else "GPU 0 alone" if count else "no GPU"
+            raise UserError(
+                f"--device {devices}: torch sees {has} here, not GPU {absent[0]}; give --device auto or cpu, or "
+                "install a torch that is built for CUDA"
+            )
+        return cls(tuple(f"cuda:{number}" for number in numbers))
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the devices are GPUs."""
+        return self.devices[0] != "cpu"
+
+    def with_dtype(self, dtype: str) -> Compute:
+        """The same devices, another dtype."""
+        return replace(self, dtype=dtype)
+
+    def fast(self, dtype: str) -> Compute:
+        """The same devices, and `dtype`, or float32 for a bfloat16 that this CPU only emulates."""
+        return self.with_dtype(dtype if self.on_gpu else compute_dtype(dtype))
+
+    def device_of(self, block: int, blocks: int) -> str:
+        """The device of one of a model's blocks."""
+        return self.devices[block * len(self.devices) // blocks]
+
+    @property
+    def names(self) -> str:
+        """The devices as `--device` has them: `cuda:0,1`."""
+        return self.devices[0] + "".join("," + device.partition(":")[2] for device in self.devices[1:])
+
+
+ON_CPU = Compute()
+
+
+def _cuda_devices() -> int:
+    """GPUs that torch sees; 0 without torch, whose absence other checks report."""
+    try:
+        import torch
+    except ImportError:
+        return 0
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -1,0 +1,56 @@
+"""Whole models where a command computes. No more of one is on the host than a block, unless it stays there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pdtrim_deploy.local.compute import ON_CPU, Compute
+from pdtrim_deploy.models.checkpoint import Checkpoint, read_checkpoint
+from pdtrim_deploy.models.loading import TORCH_DTYPES, load_model
+from pdtrim_deploy.models.quantized.inputs import round_inputs
+from pdtrim_deploy.models.streaming import own_weights, stream_model
+
+Note = Callable[[str], None]
+
+
+def load_on(checkpoint: Checkpoint, compute: Compute, note: Note = lambda _: None, rounded: str | None = None) -> Any:
+    """`load_model`, on `compute.devices` and in its dtype; weights are `rounded` to that dtype first, if any.
+
+    `note` hears how far it is.
+    """
+    if not compute.on_gpu:
+        return load_model(checkpoint.path, rounded or compute.dtype).to(TORCH_DTYPES[compute.dtype])
+    model, _ = stream_model(checkpoint, 1, compute, rounded)
+    for block, layer in enumerate(model.model.layers, 1):
+        own_weights(layer)
+        note(f"loading block {block}/{len(model.model.layers)}")
+    return model
+
+
+def load_to_compute(
+    name: str,
+    path: Path,
+    dtype: str,
+    note: Note = lambda _: None,
+    compute: Compute | None = None,
+    *,
+    rounds_inputs: bool = False,
+) -> Any:
+    """The model of a folder for whoever only judges: weights rounded to `dtype`, arithmetic as `compute` says.
+
+    By default that is this CPU, in what it is fast at. `note` hears that the `name` model is being loaded;
+    `rounds_inputs` as in `load_model`.
+    """
+    compute = ON_CPU.fast(dtype) if compute is None else compute
+    emulated = not compute.on_gpu and compute == ON_CPU.fast(dtype) and compute.dtype != dtype
+    why = f": this CPU has no {dtype} instructions, it computes in {compute.dtype}" if emulated else ""
+    note(f"loading the {name} model{why}")
+    if not compute.on_gpu:
+        return load_model(path, dtype, rounds_inputs=rounds_inputs).to(TORCH_DTYPES[compute.dtype])
+    checkpoint = read_checkpoint(path)
+    model = load_on(checkpoint, compute, lambda line: note(f"{name}: {line}"), dtype)
+    if rounds_inputs and checkpoint.quantized is not None:
+        round_inputs(model, checkpoint.quantized, checkpoint.tensors)
+    return model

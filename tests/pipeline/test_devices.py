@@ -1,0 +1,143 @@
+"""Builds and judgements on GPUs: the CPU's own results, bit for bit, on devices that are pretended (no GPU is here)."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from pretended_devices import HOST, OnFirst, OnSecond, PretendedDevices, device_of
+
+from pdtrim_deploy.bundle import Bundle
+from pdtrim_deploy.evaluation.quality import judge_bundle
+from pdtrim_deploy.evaluation.tasks.report import judge_tasks
+from pdtrim_deploy.loadtest.text import WORDS
+from pdtrim_deploy.local.cache import Cache
+from pdtrim_deploy.local.compute import ON_CPU, Compute
+from pdtrim_deploy.models.blockwise import Blockwise
+from pdtrim_deploy.models.on_devices import load_on
+from pdtrim_deploy.pipeline import build
+from pdtrim_deploy.plan import STAGES
+from pdtrim_deploy.recipe import Recipe
+
+FIRST, BOTH = Compute(("cuda:0",)), Compute(("cuda:0", "cuda:1"))
+PRUNING: dict[str, Any] = {"prefill_blocks": 1, "decode_blocks": 2}
+KV: dict[str, Any] = {"sequences": 3, "prompt_tokens": 40, "continuation_tokens": 6}
+SECTIONS: dict[str, dict[str, Any]] = {
+    "search, effects and offsets": {
+        "pruning": PRUNING | {"method": "greedy", "blocks_in_memory": 2, "disk_mb": 1},
+        "kv": KV | {"method": "budget", "reduction": 3.0, "sparse_choices": [[4, 8]], "wire_choices": ["int8", "int4"]},
+    },
+    "students, least squares and gradients": {
+        "pruning": PRUNING | {"method": "anneal", "steps": 8, "distil": True, "finalists": 2, "threshold": 0.1},
+        "students": {"steps": 2},
+        "healing": {
+            "compensation": "least-squares", "sequences": 8, "length": 32, "prefill_steps": 1, "decode_steps": 1,
+            "kv_steps": 1, "batch": 2,
+        },
+        "kv": KV | {"method": "attention-mass", "sparse_layers": 1, "n_first": 2, "n_last": 4, "wire_dtype": "fp8"},
+    },
+    "norm and K and V alone": {
+        "pruning": PRUNING | {"prefill_blocks": 0, "method": "streamline"},
+        "healing": {"compensation": "norm", "kv_only_blocks": 1, "sequences": 8, "length": 32},
+        "kv": KV | {"method": "measured-harm", "sparse_layers": 1, "n_first": 2, "n_last": 4, "wire_dtype": "k4v3"},
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def recipe_of(tmp_path_factory: pytest.TempPathFactory, tiny_dir: Callable[[str], Path]) -> Callable[[str], Recipe]:
+    folder, draw = tmp_path_factory.mktemp("recipes"), random.Random(0)
+    (folder / "text").mkdir()
+    for number in range(12):
+        (folder / "text" / f"{number}.txt").write_text(" ".join(draw.choices(WORDS, k=300)))
+    corpus = {"corpus": f"dir:{folder / 'text'}"}
+
+    def recipe(title: str) -> Recipe:
+        data = {
+            "name": "devices",
+            "model": {"source": f"hf:{tiny_dir('Qwen3ForCausalLM')}"},
+            "calibration": corpus | {"sequences": 4, "length": 32},
+            "evaluation": corpus | {"sequences": 2, "prompt_tokens": 24, "continuation_tokens": 6},
+        }
+        (folder / "r.yaml").write_text(yaml.safe_dump(data | SECTIONS[title]))
+        return Recipe.load(folder / "r.yaml")
+
+    return recipe
+
+
+def digests(bundle: Bundle) -> dict[str, str]:
+    weights = (path for stage in STAGES for path in sorted((bundle.path / stage).glob("*.safetensors")))
+    files = {f"{path.parent.name}/{path.name}": hashlib.sha256(path.read_bytes()).hexdigest() for path in weights}
+    return files | {"plan": bundle.plan.digest}
+
+
+@pytest.mark.parametrize("title", SECTIONS)
+def test_a_build_on_a_gpu_is_the_cpus(title: str, tmp_path: Path, recipe_of: Callable[[str], Recipe]) -> None:
+    recipe = recipe_of(title)
+    on_cpu = digests(build(recipe, tmp_path / "cpu", Cache(tmp_path / "a")))
+    compute = BOTH if "effects" in title else FIRST
+    with PretendedDevices():
+        bundle = build(recipe, tmp_path / "gpu", Cache(tmp_path / "b"), compute=compute)
+    assert digests(bundle) == on_cpu
+
+
+def test_judging_on_a_gpu_is_the_cpus(tmp_path: Path, recipe_of: Callable[[str], Recipe]) -> None:
+    cache = Cache(tmp_path / "c")
+    bundle = build(recipe_of("search, effects and offsets"), tmp_path / "b", cache)
+    known = [judge(bundle, cache, ON_CPU) for judge in (_quality, _tasks)]
+    with PretendedDevices():
+        assert [judge(bundle, cache, BOTH) for judge in (_quality, _tasks)] == known
+
+
+def _quality(bundle: Bundle, cache: Cache, compute: Compute) -> Any:
+    quality = judge_bundle(bundle, cache, {}, compute=compute)
+    assert quality.device == compute.names
+    return quality.model_copy(update={"device": None})
+
+
+def _tasks(bundle: Bundle, cache: Cache, compute: Compute) -> Any:
+    report = judge_tasks(bundle, ["agreement", "needle"], cache, {}, size=1, compute=compute)
+    return report.model_copy(update={"device": None})
+
+
+def test_blocks_are_spread_and_the_host_holds_no_weight(
+    tiny_dir: Callable[[str], Path], recipe_of: Callable[[str], Recipe]
+) -> None:
+    from pdtrim_deploy.models.checkpoint import read_checkpoint
+
+    with PretendedDevices():
+        model = load_on(read_checkpoint(tiny_dir("LlamaForCausalLM")), BOTH)
+        hidden, span = Blockwise(model).embed(torch.arange(3, 9)[None])
+        outputs = [Blockwise(model).block(layer, hidden, span) for layer in (0, 5)]
+    kinds = [{type(weight) for weight in layer.parameters()} for layer in model.model.layers]
+    assert kinds == [{OnFirst}] * 3 + [{OnSecond}] * 3
+    assert {device_of(weight) for weight in model.parameters()} & {HOST} == set()
+    assert [type(output) for output in outputs] == [OnFirst, OnSecond]
+
+
+def test_the_pretended_devices_refuse_what_cuda_does() -> None:
+    with PretendedDevices():
+        there, other, here = torch.zeros(4, 3, device="cuda:0"), torch.ones(3, device="cuda:1"), torch.ones(4, 3)
+        assert str(there.device) == "cuda:0"
+        for across in (
+            lambda: there + here,
+            lambda: there + other,
+            lambda: torch.nn.functional.linear(here, there),
+            lambda: here.add_(there.sum()),
+            lambda: torch.cat([there, here]),
+            lambda: there.index_copy_(0, torch.arange(2), there[:2]),
+            lambda: here[torch.arange(2).to("cuda:0")],
+        ):
+            with pytest.raises(RuntimeError, match=r"cuda|host"):
+                across()
+        with pytest.raises(TypeError, match="numpy"):
+            there.numpy()
+        there[:2].copy_(here[:2])
+        assert torch.equal((there * 2).cpu(), torch.tensor([[2.0] * 3] * 2 + [[0.0] * 3] * 2))
+        assert there.to("cuda:1").device.index == 1
