@@ -107,7 +107,7 @@ def _moved(func: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
             kept.append(value.dtype)
         else:
             kept.append(value)
-    kept = [value for value in kept if value is not None]
+    kept = [value for value in kept if value is not None and not isinstance(value, bool)]  # `non_blocking`
     target = device_of(tensor) if target is None else torch.device("cuda", 0) if str(target) == "cuda" else target
     with _plainly():
         # An alias of the same device, as torch's own; else a copy.

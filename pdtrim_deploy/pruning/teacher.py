@@ -20,6 +20,8 @@ _LOGITS_AT_ONCE = 1 << 24  # floats
 class Teacher:
     """Next-token distributions of the dense model at `[..., P]` positions; the last axis of each tensor is its own.
 
+    On the host, wherever the models are.
+
     Attributes:
         tokens: int32 `[..., P, k]`, the likeliest ones.
         logprobs: float32 `[..., P, k + 1]`: theirs, and last the logarithm of what all other tokens have together.
@@ -46,10 +48,6 @@ class Teacher:
         """Of some sequences and positions, as of a tensor `[S, P]`."""
         return Teacher(self.tokens[at], self.logprobs[at])
 
-    def to(self, device: torch.device | str) -> Teacher:
-        """The same on another device."""
-        return Teacher(self.tokens.to(device), self.logprobs.to(device), self.block_forwards)
-
     @torch.no_grad()
     def divergence(self, runner: Blockwise, hidden: Tensor) -> Tensor:
         """float32 `[S, P]`: KL(dense || student) in nats behind each of the student's last states `[S, P, hidden]`.
@@ -60,7 +58,7 @@ class Teacher:
         parts, at = list[Tensor](), 0
         for logits in _logits(runner, hidden):
             rows = slice(at, at + len(logits))
-            ours, at = _grouped(logits, tokens[rows].long()), rows.stop
+            ours, at = _grouped(logits, tokens[rows].long().to(logits.device)).cpu(), rows.stop
             parts.append((logprobs[rows].exp() * (logprobs[rows] - ours)).sum(-1))
         return torch.cat(parts).view(hidden.shape[:2])
 
@@ -74,7 +72,7 @@ def _logits(runner: Blockwise, hidden: Tensor) -> Iterator[Tensor]:
 
 def _likeliest(logits: Tensor, top: int) -> tuple[Tensor, Tensor]:
     tokens = logits.topk(top).indices
-    return tokens, _grouped(logits, tokens)
+    return tokens.cpu(), _grouped(logits, tokens).cpu()
 
 
 def _grouped(logits: Tensor, tokens: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ PRUNING: dict[str, Any] = {"prefill_blocks": 1, "decode_blocks": 2}
 KV: dict[str, Any] = {"sequences": 3, "prompt_tokens": 40, "continuation_tokens": 6}
 SECTIONS: dict[str, dict[str, Any]] = {
     "search, effects and offsets": {
-        "pruning": PRUNING | {"method": "greedy", "blocks_in_memory": 2, "disk_mb": 1},
+        "pruning": PRUNING | {"method": "greedy", "objective": "kl", "blocks_in_memory": 2, "disk_mb": 1},
         "kv": KV | {"method": "budget", "reduction": 3.0, "sparse_choices": [[4, 8]], "wire_choices": ["int8", "int4"]},
     },
     "students, least squares and gradients": {
@@ -45,7 +45,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
     "norm and K and V alone": {
         "pruning": PRUNING | {"prefill_blocks": 0, "method": "streamline"},
         "healing": {"compensation": "norm", "kv_only_blocks": 1, "sequences": 8, "length": 32},
-        "kv": KV | {"method": "measured-harm", "sparse_layers": 1, "n_first": 2, "n_last": 4, "wire_dtype": "k4v3"},
+        "kv": KV | {"method": "measured-harm", "sparse_layers": 1, "n_first": 2, "n_last": 4, "wire_dtype": "int8"},
     },
 }  # fmt: skip
 
@@ -102,7 +102,7 @@ def _quality(bundle: Bundle, cache: Cache, compute: Compute) -> Any:
 
 
 def _tasks(bundle: Bundle, cache: Cache, compute: Compute) -> Any:
-    report = judge_tasks(bundle, ["agreement", "needle"], cache, {}, size=1, compute=compute)
+    report = judge_tasks(bundle, ["agreement"], cache, {}, size=1, compute=compute)
     return report.model_copy(update={"device": None})
 
 
