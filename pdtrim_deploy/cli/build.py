@@ -66,7 +66,7 @@ def build(
       pdtrim-deploy build recipes/smollm2-demo.yaml --out out/bundle
       pdtrim-deploy build recipes/smollm2-demo.yaml --out out/bundle --dry-run
       pdtrim-deploy build recipes/smollm2-demo.yaml --out out/bundle --workers 2
-      pdtrim-deploy build recipes/smollm2-demo.yaml --out out/bundle --device cuda:0,1
+      pdtrim-deploy build recipes/smollm2-demo.yaml --out out/bundle --device cpu
     """
     from pdtrim_deploy.recipe import Recipe
 
