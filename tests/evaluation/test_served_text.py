@@ -227,7 +227,8 @@ class _Hub(BaseHTTPRequestHandler):
         pass
 
 
-def test_a_file_of_a_data_set_on_a_hub(cache):
+def test_a_file_of_a_data_set_on_a_hub(cache, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # as `make test` has it
     with ThreadingHTTPServer(("127.0.0.1", 0), _Hub) as server:
         Thread(target=server.serve_forever, daemon=True).start()
         kind = HubFile(endpoint=f"http://127.0.0.1:{server.server_port}")

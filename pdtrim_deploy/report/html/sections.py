@@ -43,9 +43,10 @@ def plan(findings: Findings) -> Markup:
         f"{chosen.reductions(tokens)}. Chosen by {findings.bundle.recipe.pruning.method} (blocks) and "
         f"{findings.bundle.recipe.kv.method} (KV)."
     )
-    config = json.loads((findings.bundle.decode_dir / "config.json").read_text())
-    experts = experts_sentence(chosen, config)
-    more = [tag("p", f"{experts[0].upper()}{experts[1:]}.")] if experts else []
+    more = []
+    if chosen.experts is not None:
+        experts = experts_sentence(chosen, json.loads((findings.bundle.decode_dir / "config.json").read_text())) or ""
+        more.append(tag("p", f"{experts[:1].upper()}{experts[1:]}."))
     return join([tag("p", text), *more, plan_picture(chosen, tokens), built(findings)])
 
 
