@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
+from tinyfp8 import write_fp8
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.models import FAMILIES, resolve
@@ -132,3 +133,25 @@ def test_experts_that_no_stage_can_have_are_refused(change, words, tiny_dir, cac
 def test_a_dense_model_has_no_experts_to_keep(tiny_llama_dir, cache, tmp_path):
     with pytest.raises(UserError, match="LlamaForCausalLM has no experts to keep"):
         write_stage(resolve(f"hf:{tiny_llama_dir}", cache), tmp_path / "s", [0], "float32", {}, experts={0: (0, 1)})
+
+
+@pytest.mark.parametrize("kind", ["compressed-channel", "fp8-block"])
+def test_codes_and_scales_go_with_their_expert(kind, tiny_dir, cache, tmp_path):
+    folder, experts = write_fp8(tiny_dir("Qwen3MoeForCausalLM"), tmp_path / "f", kind), kept("Qwen3MoeForCausalLM")
+    write_stage(resolve(f"hf:{folder}", cache), tmp_path / "s", BLOCKS, "float32", {}, experts=experts)
+    expected = keep_blocks(load_model(tmp_path / "f-float"), BLOCKS, experts=experts)
+    assert torch.equal(logits(load_model(tmp_path / "s")), logits(expected))
+    names = load_file(tmp_path / "s" / "model.safetensors")
+    scales = [name for name in names if ".experts.2." in name and "scale" in name]
+    assert len(scales) == 3 * len(BLOCKS)
+    assert not any(".experts.3." in name for name in names)
+
+
+def test_experts_that_settings_name_cannot_be_renumbered(tiny_dir, cache, tmp_path):
+    folder = write_fp8(tiny_dir("Qwen3MoeForCausalLM"), tmp_path / "f", "fp8-block")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["modules_to_not_convert"].append("model.layers.3.mlp.experts.9.up_proj")
+    (folder / "config.json").write_text(json.dumps(config))
+    checkpoint = resolve(f"hf:{folder}", cache)
+    with pytest.raises(UserError, match="names single experts, which cannot be renumbered"):
+        write_stage(checkpoint, tmp_path / "s", BLOCKS, "float32", {}, experts=kept("Qwen3MoeForCausalLM"))
