@@ -47,5 +47,6 @@ TABLES = {
     "faults": Table(("faults",), serving.faults),
     "overlap": Table(("overlap",), serving.overlap),
     "conversation": Table(("conversation",), serving.conversation, optional=True),
+    "smallchunks": Table(("overlap",), serving.smallchunks),
     "simulation": Table(("simulation",), serving.simulation),
 }

@@ -88,6 +88,22 @@ def overlap(data: dict[str, Any]) -> str:
     return table(head, rows) + where(data["environment"], share, model="")
 
 
+def smallchunks(data: dict[str, Any]) -> str:
+    """A prompt in one chunk, in four, and in one whose layers leave by themselves: seconds of the same rows."""
+    known = {
+        tuple(row[key] for key in ("model", "wire", "link", "chunks", "chunk_tokens")): row for row in data["rows"]
+    }
+    rows = []
+    for (*case, chunks, tokens), single in known.items():
+        if chunks == 1 and (small := known.get((*case, 4, tokens // 4))) and single["saving"] >= 0.1:
+            whole, four, layers = single["by_chunk_s"], small["by_chunk_s"], single["by_layer_s"]
+            share = f"{(whole - four) / (whole - layers):.0%}"
+            rows.append((*case, f"{tokens:,}", f"{whole:.3f}", f"{four:.3f}", f"{layers:.3f}", share))
+    head = ("model", "wire dtype", "link", "prompt tokens", "one chunk, s", "four chunks, s", "one chunk by layer, s",
+            "of that saving, four chunks have")  # fmt: skip
+    return table(head, rows)
+
+
 def conversation(data: dict[str, Any] | None) -> str:
     """Bytes and TTFT of each turn of a conversation, with decode's radix cache and without it."""
     if data is None:
