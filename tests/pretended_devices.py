@@ -29,6 +29,8 @@ class Tagged(Tensor):
         kwargs = kwargs or {}
         if (answer := _says(func, args[0] if args else None)) is not None:
             return answer
+        if func is torch._has_compatible_shallow_copy_type:  # Module.to asks, and makes another parameter
+            return False
         if func in (Tensor.numpy, Tensor.__array__):
             raise TypeError("can't convert a cuda tensor to numpy; use cpu() to copy it to host memory first")
         if func is Tensor.__deepcopy__:

@@ -1,4 +1,7 @@
-"""What a build computes, on the device against the CPU: blockwise execution, the PD oracle, the search for blocks."""
+"""What a build computes, on the device against the CPU: blockwise execution, the PD oracle, the search for blocks.
+
+As in a build on a GPU, the models are there and token ids on the host (`local/compute.py`).
+"""
 
 from __future__ import annotations
 
@@ -35,10 +38,10 @@ def oracle_rows(device: torch.device | None = None) -> Iterator[Row]:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     ids = torch.randint(3, VOCABULARY, (SEQUENCES, TOKENS), generator=torch.Generator().manual_seed(1))
     here, there = tiny_model(SIZE), tiny_model(SIZE).to(device)
-    yield _row("blockwise execution", partial(blockwise, here, there, ids, device))
+    yield _row("blockwise execution", partial(blockwise, here, there, ids))
     for wire in WIRE_DTYPES:
-        yield _row(f"oracle, {wire}", partial(oracle, here, there, ids, device, wire))
-    yield _row("search", partial(search, here, there, ids, device))
+        yield _row(f"oracle, {wire}", partial(oracle, here, there, ids, wire))
+    yield _row("search", partial(search, here, there, ids))
 
 
 def _row(name: str, judge: Callable[[], Figure]) -> Row:
@@ -50,12 +53,12 @@ def _row(name: str, judge: Callable[[], Figure]) -> Row:
         return Row(f"oracle: {name}", "failed", (kind + str(error)).strip().splitlines()[0][:300])
 
 
-def blockwise(here: CausalLM, there: CausalLM, ids: Tensor, device: torch.device) -> Figure:
+def blockwise(here: CausalLM, there: CausalLM, ids: Tensor) -> Figure:
     """Loss of each token by our own walk through the blocks on the device against transformers' on the CPU."""
     with torch.no_grad():
         logits = here(ids[:, :-1]).logits.log_softmax(-1)  # type: ignore[operator]
     expected = -logits.gather(2, ids[:, 1:, None])[..., 0]
-    loss = NextTokenLoss(there, ids.to(device), batch=SEQUENCES)
+    loss = NextTokenLoss(there, ids, batch=SEQUENCES)
     got = []
     for batch in range(loss.batches):
         hidden = loss.start(batch)
@@ -65,22 +68,20 @@ def blockwise(here: CausalLM, there: CausalLM, ids: Tensor, device: torch.device
     return _close(torch.cat(got), expected, TOLERANCE)
 
 
-def oracle(here: CausalLM, there: CausalLM, ids: Tensor, device: torch.device, wire: WireDtype) -> Figure:
+def oracle(here: CausalLM, there: CausalLM, ids: Tensor, wire: WireDtype) -> Figure:
     """Log-probabilities of a plan that drops blocks and cuts every other layer, on the device against the CPU."""
     plan, scores = _plan(wire), []
-    for model, where in ((here, torch.device("cpu")), (there, device)):
+    for model in (here, there):
         pair = PDOracle(keep_blocks(model, plan.prefill_layers), keep_blocks(model, plan.decode_layers), plan)
-        there_ids = ids.to(where)
-        scores.append(pair.score(pair.prefill(there_ids[:, :PROMPT]), there_ids[:, PROMPT:]).cpu())
+        scores.append(pair.score(pair.prefill(ids[:, :PROMPT]), ids[:, PROMPT:]).cpu())
     return _close(scores[1], scores[0], TOLERANCE if wire == "native" else QUANTISED_TOLERANCE)
 
 
-def search(here: CausalLM, there: CausalLM, ids: Tensor, device: torch.device) -> Figure:
+def search(here: CausalLM, there: CausalLM, ids: Tensor) -> Figure:
     """The same three blocks, removed in the same order."""
     removed = []
-    for model, where in ((here, torch.device("cpu")), (there, device)):
-        own = ids.to(where)
-        problem = Problem(model, own, NextTokenLoss(model, own, PROMPT), 3)
+    for model in (here, there):
+        problem = Problem(model, ids, NextTokenLoss(model, ids, PROMPT), 3)
         removed.append(Greedy(race_z=None).run(problem, lambda _: None).removed)
     if removed[0] != removed[1]:
         raise AssertionError(f"the CPU removes blocks {removed[0]}, the device {removed[1]}")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from pretended_devices import PretendedDevices
 
 from pdtrim_deploy.gpucheck import oracle
 from pdtrim_deploy.gpucheck.tiny import Size
@@ -22,6 +23,13 @@ def test_the_same_device_agrees_with_itself():
     assert [row.part for row in rows][:2] == ["oracle: blockwise execution", "oracle: oracle, native"]
     assert rows[-1].part == "oracle: search"
     assert rows[0].figure["worst_error_nats"] < 1e-3
+
+
+def test_a_pretended_gpu_agrees_with_the_cpu_to_the_bit():
+    with PretendedDevices():
+        rows = list(oracle.oracle_rows(torch.device("cuda:0")))
+    assert [(row.status, row.reason) for row in rows] == [("run", "")] * len(rows)
+    assert {row.figure["worst_error_nats"] for row in rows[1:-1]} == {0.0}
 
 
 def test_a_device_that_computes_something_else_is_seen(monkeypatch):
