@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import random
 import re
 import shlex
 import shutil
@@ -18,6 +17,7 @@ import click
 import pytest
 import yaml
 from sse_server import Behaviour, serve
+from tinytext import write_words
 
 from pdtrim_deploy import __version__
 from pdtrim_deploy.bundle import Bundle
@@ -32,10 +32,8 @@ NOT_IN_CORE = ("torch", "transformers", "safetensors", "gguf", "httpx", "prometh
 
 @pytest.fixture(scope="module")
 def recipe_file(tmp_path_factory: pytest.TempPathFactory, tiny_llama_dir: Path) -> Path:
-    folder, rng = tmp_path_factory.mktemp("recipe"), random.Random(0)
-    (folder / "text").mkdir()
-    for n in range(12):
-        (folder / "text" / f"{n}.txt").write_text(" ".join(rng.choices(WORDS, k=250)))
+    folder = tmp_path_factory.mktemp("recipe")
+    write_words(folder / "text", words=250)
     corpus = f"dir:{folder / 'text'}"
     data = {
         "name": "tiny",

@@ -1,13 +1,11 @@
 """Pairs of other families than the dense four, built and served by genuine SGLang workers: the oracle's tokens."""
 
-import random
-
 import pytest
 import tinyexperts
 import yaml
+from tinytext import write_words
 
 from pdtrim_deploy.evaluation.fidelity import run_fidelity
-from pdtrim_deploy.loadtest.text import WORDS
 from pdtrim_deploy.models import FAMILIES
 from pdtrim_deploy.pipeline import build
 from pdtrim_deploy.recipe import Recipe
@@ -19,10 +17,7 @@ SERVED = ("Qwen3MoeForCausalLM", "Phi3ForCausalLM")
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    folder, draw = tmp_path_factory.mktemp("text"), random.Random(0)
-    for number in range(60):
-        (folder / f"{number}.txt").write_text(" ".join(draw.choices(WORDS, k=400)))
-    return folder
+    return write_words(tmp_path_factory.mktemp("text"), files=60)
 
 
 @pytest.mark.some_families(SERVED, [*FAMILIES, "ArceeForCausalLM"])

@@ -7,7 +7,6 @@ import errno
 import fcntl
 import json
 import os
-import random
 import shutil
 import subprocess
 import sys
@@ -21,7 +20,6 @@ import yaml
 
 from pdtrim_deploy.bundle import Bundle, write_atomic
 from pdtrim_deploy.errors import UserError
-from pdtrim_deploy.loadtest.text import WORDS
 from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.pipeline import build
 from pdtrim_deploy.pipeline.journal import Journal
@@ -30,14 +28,6 @@ from pdtrim_deploy.plan import PDPlan
 from pdtrim_deploy.recipe import Recipe
 
 RecipeFile = Callable[..., Path]
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder, rng = tmp_path_factory.mktemp("text"), random.Random(0)
-    for n in range(12):
-        (folder / f"{n}.txt").write_text(" ".join(rng.choices(WORDS, k=400)))
-    return folder
 
 
 @pytest.fixture

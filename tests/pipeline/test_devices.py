@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,11 @@ import pytest
 import torch
 import yaml
 from pretended_devices import HOST, OnFirst, OnSecond, PretendedDevices, device_of
+from tinytext import write_words
 
 from pdtrim_deploy.bundle import Bundle
 from pdtrim_deploy.evaluation.quality import judge_bundle
 from pdtrim_deploy.evaluation.tasks.report import judge_tasks
-from pdtrim_deploy.loadtest.text import WORDS
 from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.local.compute import ON_CPU, Compute
 from pdtrim_deploy.models.blockwise import Blockwise
@@ -52,10 +51,8 @@ SECTIONS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def recipe_of(tmp_path_factory: pytest.TempPathFactory, tiny_dir: Callable[[str], Path]) -> Callable[[str], Recipe]:
-    folder, draw = tmp_path_factory.mktemp("recipes"), random.Random(0)
-    (folder / "text").mkdir()
-    for number in range(12):
-        (folder / "text" / f"{number}.txt").write_text(" ".join(draw.choices(WORDS, k=300)))
+    folder = tmp_path_factory.mktemp("recipes")
+    write_words(folder / "text", words=300)
     corpus = {"corpus": f"dir:{folder / 'text'}"}
 
     def recipe(title: str) -> Recipe:

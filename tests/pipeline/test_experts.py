@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 
 import pytest
 import tinyexperts
@@ -13,7 +12,6 @@ import yaml
 from pdtrim_deploy.cli import main
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
-from pdtrim_deploy.loadtest.text import WORDS
 from pdtrim_deploy.models.loading import load_model
 from pdtrim_deploy.models.oracle import PDOracle
 from pdtrim_deploy.models.surgery import keep_blocks
@@ -22,14 +20,6 @@ from pdtrim_deploy.pipeline.preview import preview
 from pdtrim_deploy.plan import STAGES
 from pdtrim_deploy.recipe import Recipe
 from pdtrim_deploy.report.html import Findings, page
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    folder, draw = tmp_path_factory.mktemp("text"), random.Random(0)
-    for number in range(12):
-        (folder / f"{number}.txt").write_text(" ".join(draw.choices(WORDS, k=400)))
-    return folder
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,6 @@ from tinyfamilies import taking
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
-from pdtrim_deploy.loadtest.text import WORDS
 from pdtrim_deploy.models import FAMILIES
 from pdtrim_deploy.models.families import known_family
 from pdtrim_deploy.models.loading import load_model
@@ -26,14 +24,6 @@ from pdtrim_deploy.pruning.students.regression import FROZEN
 from pdtrim_deploy.recipe import Recipe
 
 KV_ALONE = "ArceeForCausalLM"
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    folder, draw = tmp_path_factory.mktemp("text"), random.Random(0)
-    for number in range(12):
-        (folder / f"{number}.txt").write_text(" ".join(draw.choices(WORDS, k=400)))
-    return folder
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,6 @@ from tinyfp8 import write_fp8
 
 from pdtrim_deploy.bundle import Bundle
 from pdtrim_deploy.errors import UserError
-from pdtrim_deploy.loadtest.text import WORDS
 from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.models.loading import load_model
 from pdtrim_deploy.pipeline import build
@@ -34,14 +32,6 @@ def recipe(source: Path, text: Path, **sections: object) -> Recipe:
         "evaluation": {"corpus": f"dir:{text}", "sequences": 2, "prompt_tokens": 40, "continuation_tokens": 8},
     }
     return Recipe.model_validate(data | sections)
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder, rng = tmp_path_factory.mktemp("text"), random.Random(0)
-    for n in range(12):
-        (folder / f"{n}.txt").write_text(" ".join(rng.choices(WORDS, k=400)))
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,11 +10,11 @@ import pytest
 import torch
 import yaml
 from tinyfamilies import taking
+from tinytext import write_words
 
 from pdtrim_deploy.bundle import Bundle
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
-from pdtrim_deploy.loadtest.text import WORDS
 from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.models import resolve
 from pdtrim_deploy.models.loading import load_model
@@ -54,10 +53,7 @@ def recipe_of(
     tmp_path: Path, tiny_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., Recipe]:
     """A recipe of which the search is known to choose `CHOSEN`."""
-    rng = random.Random(0)
-    (tmp_path / "text").mkdir()
-    for n in range(12):
-        (tmp_path / "text" / f"{n}.txt").write_text(" ".join(rng.choices(WORDS, k=400)))
+    write_words(tmp_path / "text")
 
     def prune(context: Context) -> set[str]:
         (context.out / "reports").mkdir(exist_ok=True)

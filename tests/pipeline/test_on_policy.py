@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 
 import pytest
 import torch
+from tinytext import write_words
 
 from pdtrim_deploy.evaluation import corpora
-from pdtrim_deploy.loadtest.text import WORDS
 from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.models import resolve
 from pdtrim_deploy.models.loading import load_tokenizer
@@ -22,10 +21,7 @@ PROMPT, LENGTH = 24, 36
 
 @pytest.fixture
 def context(tmp_path: Path, tiny_llama_dir: Path) -> Context:
-    (tmp_path / "text").mkdir()
-    rng = random.Random(0)
-    for n in range(12):
-        (tmp_path / "text" / f"{n}.txt").write_text(" ".join(rng.choices(WORDS, k=60)))
+    write_words(tmp_path / "text", words=60)
     calibration = {"mixture": [{"corpus": f"dir:{tmp_path / 'text'}", "share": 3}, {"corpus": "recall", "share": 1}]}
     calibration |= {"continuations": "sampled", "sequences": 12, "length": LENGTH, "prompt_tokens": PROMPT, "seed": 5}
     data = {"name": "own", "model": {"source": f"hf:{tiny_llama_dir}"}, "calibration": calibration}

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 from tinyfamilies import taking
+from tinytext import write_words
 from torch import Tensor
 
 from pdtrim_deploy.cli import main
 from pdtrim_deploy.errors import UserError
-from pdtrim_deploy.loadtest.text import WORDS
 from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.pipeline import build
 from pdtrim_deploy.plan import Stage
@@ -28,10 +27,7 @@ from pdtrim_deploy.recipe import Recipe
 
 
 def recipe(folder: Path, model: Path, **pruning: object) -> Recipe:
-    texts, rng = folder / "text", random.Random(0)
-    texts.mkdir(exist_ok=True)
-    for n in range(6):
-        (texts / f"{n}.txt").write_text(" ".join(rng.choices(WORDS, k=200)))
+    texts = write_words(folder / "text", files=6, words=200)
     data = {
         "name": "searched",
         "model": {"source": f"hf:{model}"},
