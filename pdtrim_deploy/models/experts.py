@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -14,6 +13,7 @@ from pdtrim_deploy.models.checkpoint import Checkpoint
 from pdtrim_deploy.models.families import Family, known_family
 from pdtrim_deploy.models.families.base import EXPERT
 from pdtrim_deploy.models.families.disk_names import DiskNames
+from pdtrim_deploy.models.quantized.module_lists import tells_experts_apart
 from pdtrim_deploy.models.streaming import keep_rows
 from pdtrim_deploy.plan import BlockExperts
 
@@ -43,8 +43,8 @@ def check_formats(checkpoint: Checkpoint) -> None:
     """Raise UserError where quantised weights cannot be renumbered: experts named in settings, a quantised router."""
     if checkpoint.quantized is None:
         return
-    if re.search(r"experts\.\d", json.dumps(checkpoint.config.get("quantization_config"))):
-        raise UserError(f"{checkpoint.path}: its quantization_config names single experts, which cannot be renumbered")
+    if tells_experts_apart(checkpoint.quantized.section, checkpoint.tensors):
+        raise UserError(f"{checkpoint.path}: its quantisation names single experts, which cannot be renumbered")
     routers = tuple(f".{name}_scale" for name in checkpoint.family.expert_rows)
     if scales := [name for name in checkpoint.tensors if name.removesuffix("_inv").endswith(routers)]:
         raise UserError(f"{checkpoint.path}: its router is quantised ({min(scales)}), so that its rows cannot be cut")

@@ -15,7 +15,8 @@ from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.models.checkpoint import TOKENIZER_FILES, Checkpoint
 from pdtrim_deploy.models.config import read_config
-from pdtrim_deploy.models.families import family_of
+from pdtrim_deploy.models.families import family_of, known_family
+from pdtrim_deploy.models.families.base import Family
 from pdtrim_deploy.models.quantized import Quantized, read_quantized
 from pdtrim_deploy.models.quantized.base import is_kv_scale
 from pdtrim_deploy.models.quantized.inputs import round_inputs
@@ -42,7 +43,7 @@ def load_model(
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # "Loading weights" would break our own lines
-    weights = _by_index(path) if quantized is None else _dequantized(path, quantized, TORCH_DTYPES[dtype])
+    weights = _by_index(path) if quantized is None else _dequantized(path, family, quantized, TORCH_DTYPES[dtype])
     with _one_sentence(path, "model"):
         config = family.model_class.config_class.from_pretrained(path, local_files_only=True)
         if hasattr(config, "quantization_config"):
@@ -80,12 +81,24 @@ def _by_index(path: Path) -> dict[str, torch.Tensor] | None:
     return weights
 
 
-def _dequantized(path: Path, quantized: Quantized, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def cast_weights(model: Any, dtype: torch.dtype) -> Any:
+    """The model itself, computing in `dtype`: its weights are cast, and no more.
+
+    `model.to(dtype)` would cast RoPE's frequencies too, and whatever else a family keeps in float32.
+    """
+    family = known_family(type(model).__name__)
+    for name, parameter in model.named_parameters():
+        if not family.keeps_dtype(name):
+            parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def _dequantized(path: Path, family: Family, quantized: Quantized, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """All weights of the folder, without scales, in `dtype`."""
     index = read_tensor_index(path)
     quantized.check(index, str(path))
     names = [name for name in index if not (quantized.is_scale(name) or is_kv_scale(name))]
-    return read_weights(index, names, dtype, quantized=quantized)
+    return read_weights(index, names, dtype, quantized=quantized, keeps_dtype=family.keeps_dtype)
 
 
 def load_tokenizer(path: Path) -> Any:

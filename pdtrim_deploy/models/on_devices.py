@@ -8,7 +8,7 @@ from typing import Any
 
 from pdtrim_deploy.local.compute import ON_CPU, Compute
 from pdtrim_deploy.models.checkpoint import Checkpoint, read_checkpoint
-from pdtrim_deploy.models.loading import TORCH_DTYPES, load_model
+from pdtrim_deploy.models.loading import TORCH_DTYPES, cast_weights, load_model
 from pdtrim_deploy.models.quantized.inputs import round_inputs
 from pdtrim_deploy.models.streaming import own_weights, stream_model
 
@@ -21,7 +21,7 @@ def load_on(checkpoint: Checkpoint, compute: Compute, note: Note = lambda _: Non
     `note` hears how far it is.
     """
     if not compute.on_gpu:
-        return load_model(checkpoint.path, rounded or compute.dtype).to(TORCH_DTYPES[compute.dtype])
+        return cast_weights(load_model(checkpoint.path, rounded or compute.dtype), TORCH_DTYPES[compute.dtype])
     model, _ = stream_model(checkpoint, 1, compute, rounded)
     for block, layer in enumerate(model.model.layers, 1):
         own_weights(layer)
@@ -48,7 +48,7 @@ def load_to_compute(
     why = f": this CPU has no {dtype} instructions, it computes in {compute.dtype}" if emulated else ""
     note(f"loading the {name} model{why}")
     if not compute.on_gpu:
-        return load_model(path, dtype, rounds_inputs=rounds_inputs).to(TORCH_DTYPES[compute.dtype])
+        return cast_weights(load_model(path, dtype, rounds_inputs=rounds_inputs), TORCH_DTYPES[compute.dtype])
     checkpoint = read_checkpoint(path)
     model = load_on(checkpoint, compute, lambda line: note(f"{name}: {line}"), dtype)
     if rounds_inputs and checkpoint.quantized is not None:

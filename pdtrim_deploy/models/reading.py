@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.models.quantized.arithmetic import dequantize
 from pdtrim_deploy.models.quantized.base import Quantized
 from pdtrim_deploy.models.tensors import TensorInfo
@@ -26,7 +27,7 @@ def read_weights(
 ) -> dict[str, Tensor]:
     """Copies of the tensors `names`, cast to `dtype` but for those whose name `keeps_dtype`.
 
-    Of `quantized` weights, what codes and scales stand for.
+    Of `quantized` weights, what codes and scales stand for; UserError where a scale is not finite.
     """
     weights: dict[str, Tensor] = {}
     with ExitStack() as stack:
@@ -42,7 +43,13 @@ def read_weights(
         for name in names:
             tensor = stored(name)
             if quantized is not None and quantized.is_quantized(name, tensors):
-                weights[name] = dequantize(tensor, stored(quantized.scale_of(name)), quantized.block).to(dtype)
+                scale = stored(quantized.scale_of(name))
+                if not scale.float().isfinite().all():
+                    raise UserError(
+                        f"{tensors[name].file}: {quantized.scale_of(name)} has infinite scales, or such as are no "
+                        "numbers; get the model again"
+                    )
+                weights[name] = dequantize(tensor, scale, quantized.block).to(dtype)
             else:
                 weights[name] = tensor.clone() if keeps_dtype(name) else tensor.to(dtype, copy=True)
     return weights

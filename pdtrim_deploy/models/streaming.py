@@ -170,6 +170,9 @@ class _Fetch:
         self._blocks, self._block, self._names, self._rows = blocks, block, names, rows or {}
 
     def with_rows(self, leaf: str, rows: Sequence[int]) -> _Fetch:
+        """`rows` of those that it has already."""
+        if (before := self._rows.get(leaf)) is not None:
+            rows = [before[row] for row in rows]
         return _Fetch(self._blocks, self._block, self._names, {**self._rows, leaf: rows})
 
     def __deepcopy__(self, _: Any) -> _Fetch:

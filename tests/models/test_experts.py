@@ -147,11 +147,35 @@ def test_codes_and_scales_go_with_their_expert(kind, tiny_dir, cache, tmp_path):
     assert not any(".experts.3." in name for name in names)
 
 
-def test_experts_that_settings_name_cannot_be_renumbered(tiny_dir, cache, tmp_path):
-    folder = write_fp8(tiny_dir("Qwen3MoeForCausalLM"), tmp_path / "f", "fp8-block")
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"]["modules_to_not_convert"].append("model.layers.3.mlp.experts.9.up_proj")
-    (folder / "config.json").write_text(json.dumps(config))
+NAMED = "model.layers.3.mlp.experts.2.up_proj"
+
+
+@pytest.mark.parametrize(
+    ("kind", "file", "place", "entry"),
+    [
+        ("fp8-block", "config.json", ("quantization_config", "modules_to_not_convert"), NAMED),
+        ("fp8-block", "config.json", ("quantization_config", "modules_to_not_convert"), NAMED.replace("2.up", "9.up")),
+        ("modelopt-file", "hf_quant_config.json", ("quantization", "exclude_modules"), NAMED),
+        ("modelopt-file", "hf_quant_config.json", ("quantization", "exclude_modules"), "*.experts.2.*"),
+        ("compressed-channel", "config.json", ("quantization_config", "ignore"), r"re:.*experts\.2\.up_proj"),
+    ],
+)
+def test_experts_that_settings_name_cannot_be_renumbered(kind, file, place, entry, tiny_dir, cache, tmp_path):
+    folder = write_fp8(tiny_dir("Qwen3MoeForCausalLM"), tmp_path / "f", kind)
+    settings = json.loads((folder / file).read_text())
+    settings[place[0]][place[1]].append(entry)
+    (folder / file).write_text(json.dumps(settings))
     checkpoint = resolve(f"hf:{folder}", cache)
     with pytest.raises(UserError, match="names single experts, which cannot be renumbered"):
         write_stage(checkpoint, tmp_path / "s", BLOCKS, "float32", {}, experts=kept("Qwen3MoeForCausalLM"))
+
+
+def test_a_pattern_of_all_experts_stays(tiny_dir, cache, tmp_path):
+    folder = write_fp8(tiny_dir("Qwen3MoeForCausalLM"), tmp_path / "f", "compressed-channel")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["ignore"].append(r"re:.*mlp\.experts\.[0-9]+\.nothing")
+    (folder / "config.json").write_text(json.dumps(config))
+    experts = kept("Qwen3MoeForCausalLM")
+    write_stage(resolve(f"hf:{folder}", cache), tmp_path / "s", BLOCKS, "float32", {}, experts=experts)
+    written = json.loads((tmp_path / "s" / "config.json").read_text())["quantization_config"]["ignore"]
+    assert config["quantization_config"]["ignore"][-1] in written

@@ -20,6 +20,22 @@ class UnsupportedScheme(Exception):
     """A format that is read, in a scheme that is not; its text says which: "quant_algo NVFP4"."""
 
 
+def block_size(value: object, where: str) -> tuple[int, int]:
+    """Rows and columns of a block of scales, of a setting; raises UnsupportedScheme where it is no pair of sizes."""
+    if isinstance(value, list) and len(value) == 2 and all(type(size) is int and size > 0 for size in value):
+        return value[0], value[1]
+    raise UnsupportedScheme(f"{where} {value!r}")
+
+
+def mapping(value: object, where: str) -> Mapping[str, Any]:
+    """A setting that must have keys, empty where it is not given; raises UnsupportedScheme where it has none."""
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise UnsupportedScheme(f"{where} {value!r}")
+    return value
+
+
 @dataclass(frozen=True)
 class Quantized:
     """How the linear weights of a checkpoint are stored: codes of one byte, and scales that codes are multiplied by.

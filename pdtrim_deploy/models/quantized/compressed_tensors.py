@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pdtrim_deploy.models.quantized.base import Quantized, UnsupportedScheme
+from pdtrim_deploy.models.quantized.base import Quantized, UnsupportedScheme, block_size, mapping
 
 
 class CompressedTensors:
@@ -24,12 +24,13 @@ class CompressedTensors:
             raise UnsupportedScheme("no config_groups")
         for key in ("sparsity_config", "transform_config"):
             value = section.get(key)
-            if value and not (key == "sparsity_config" and value.get("format") == "dense"):
+            if value and not (key == "sparsity_config" and mapping(value, key).get("format") == "dense"):
                 raise UnsupportedScheme(f"key {key}")
+        groups = {name: mapping(group, f"group {name}") for name, group in groups.items()}
         blocks = {self._block(name, group) for name, group in groups.items()}
         if len(blocks) > 1 and blocks != {None}:
             raise UnsupportedScheme("groups with other blocks")
-        inputs = {self._inputs(group.get("input_activations")) for group in groups.values()}
+        inputs = {self._inputs(mapping(group.get("input_activations"), "activations")) for group in groups.values()}
         if len(inputs) > 1:
             raise UnsupportedScheme("groups with other activations")
         block, rounding = blocks.pop(), inputs.pop()
@@ -37,7 +38,7 @@ class CompressedTensors:
             raise UnsupportedScheme("activations in groups beside weights that are not in blocks")
         return Quantized(self.method, "weight_scale", section, block, inputs=rounding)
 
-    def _inputs(self, scheme: Mapping[str, Any] | None) -> Literal["token", "group", "stored"] | None:
+    def _inputs(self, scheme: Mapping[str, Any]) -> Literal["token", "group", "stored"] | None:
         if not scheme:
             return None
         if not scheme.get("dynamic"):
@@ -46,13 +47,12 @@ class CompressedTensors:
 
     def _block(self, name: str, group: Mapping[str, Any]) -> tuple[int, int] | None:
         """Of a group's scales, None unless its strategy is by block."""
-        weights = group.get("weights") or {}
+        weights = mapping(group.get("weights"), f"{name}: weights")
         kind, bits, strategy = weights.get("type"), weights.get("num_bits"), weights.get("strategy")
         if (kind, bits) != ("float", 8) or not weights.get("symmetric", True):
             raise UnsupportedScheme(f"{name}: weights of {bits} bits, type {kind}")
         if strategy in ("tensor", "channel"):
             return None
-        side = weights.get("block_structure")
-        if strategy == "block" and isinstance(side, list) and len(side) == 2:
-            return int(side[0]), int(side[1])
+        if strategy == "block":
+            return block_size(weights.get("block_structure"), f"{name}: block_structure")
         raise UnsupportedScheme(f"{name}: strategy {strategy}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pdtrim_deploy.models.quantized.base import Quantized, UnsupportedScheme
+from pdtrim_deploy.models.quantized.base import Quantized, UnsupportedScheme, block_size
 
 
 class FP8:
@@ -25,7 +25,5 @@ class FP8:
         if side is None:
             static = section.get("activation_scheme") == "static"
             return Quantized(self.method, "weight_scale", section, inputs="stored" if static else "token")
-        if not (isinstance(side, list) and len(side) == 2 and all(type(size) is int and size > 0 for size in side)):
-            raise UnsupportedScheme(f"weight_block_size {side}")
-        powers = section.get("scale_fmt") == "ue8m0"
-        return Quantized(self.method, "weight_scale_inv", section, (side[0], side[1]), powers, "group")
+        block, powers = block_size(side, "weight_block_size"), section.get("scale_fmt") == "ue8m0"
+        return Quantized(self.method, "weight_scale_inv", section, block, powers, "group")

@@ -8,7 +8,7 @@ in the stage is kept; any other is replaced by the names of the modules that it 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -16,6 +16,7 @@ from pdtrim_deploy.errors import UserError
 
 _LISTS = ("ignore", "modules_to_not_convert", "ignored_layers", "exclude_modules", "targets")
 _OF_KV = ("kv_cache_scheme", "kv_cache_quant_algo")
+_EXPERT = re.compile(r"\.experts\.\d+(?=\.|$)")
 _IN_BLOCK = re.compile(r"(?P<before>(?:.*\.)?layers\.)(?P<block>\d+)(?P<inner>(?:\..*)?)")
 
 
@@ -27,12 +28,21 @@ def cut_settings(settings: Any, blocks: Sequence[int], tensors: Iterable[str]) -
 
     """
     modules = sorted({parent for name in tensors for parent in _parents(name)})
-    try:
-        return _cut(settings, {block: index for index, block in enumerate(blocks)}, modules)
-    except re.error as error:
-        raise UserError(
-            f"quantization_config: pattern {error.pattern!r} is no regular expression ({error.msg}); mend it"
-        ) from None
+    return _cut(settings, {block: index for index, block in enumerate(blocks)}, modules)
+
+
+def tells_experts_apart(settings: Any, tensors: Iterable[str]) -> bool:
+    """Whether an entry of a list names an expert, or is a pattern of some of a block's; UserError as `cut_settings`."""
+    alike: dict[str, list[str]] = {}
+    for module in {parent for name in tensors for parent in _parents(name)}:
+        alike.setdefault(_EXPERT.sub(".experts.*", module), []).append(module)
+    groups = [modules for modules in alike.values() if len(modules) > 1]
+    return any(
+        any(len({_matches(entry, module) for module in group}) > 1 for group in groups)
+        if _is_pattern(entry)
+        else _EXPERT.search(entry)
+        for entry in _listed(settings)
+    )
 
 
 def _cut(settings: Any, place: dict[int, int], modules: Sequence[str]) -> Any:
@@ -49,6 +59,15 @@ def _cut(settings: Any, place: dict[int, int], modules: Sequence[str]) -> Any:
         else:
             cut[key] = _cut(value, place, modules)
     return cut
+
+
+def _listed(settings: Any) -> Iterator[str]:
+    """Entries of all lists."""
+    for key, value in settings.items() if isinstance(settings, Mapping) else ():
+        if key in _LISTS and isinstance(value, list):
+            yield from (entry for entry in value if isinstance(entry, str))
+        else:
+            yield from _listed(value)
 
 
 def _entries(entry: str, place: dict[int, int], modules: Sequence[str]) -> Iterator[str]:
@@ -82,6 +101,11 @@ def _is_pattern(entry: str) -> bool:
 
 
 def _matches(entry: str, module: str) -> bool:
-    if entry.startswith("re:"):
-        return re.match(entry.removeprefix("re:"), module) is not None
-    return fnmatchcase(module, entry)
+    if not entry.startswith("re:"):
+        return fnmatchcase(module, entry)
+    pattern = entry.removeprefix("re:")
+    try:
+        return re.match(pattern, module) is not None
+    except (re.error, OverflowError) as error:
+        sentence = f"quantization_config: pattern {pattern!r} is no regular expression ({error}); mend it"
+        raise UserError(sentence) from None

@@ -32,7 +32,7 @@ def read_quantized(folder: Path, config: Mapping[str, Any]) -> Quantized | None:
     if not isinstance(section, Mapping):
         raise UserError(f"{folder}: key quantization_config is {section!r}; it must be an object of keys and values")
     valid, method = ", ".join(FORMATS), section.get("quant_method")
-    if method not in FORMATS:
+    if not isinstance(method, str) or method not in FORMATS:
         raise UserError(
             f"{folder}: weights quantised by {method} are not read; give the unquantised model, or one in FP8: {valid}"
         )

@@ -13,6 +13,7 @@ from pdtrim_deploy.models.loading import load_model
 
 VALID = "give the unquantised model, or one in FP8: compressed-tensors, fp8, modelopt"
 COMPRESSED = {"quant_method": "compressed-tensors"}
+FLOAT8 = {"num_bits": 8, "type": "float", "strategy": "tensor"}
 
 
 def groups(**weights):
@@ -37,6 +38,18 @@ def groups(**weights):
         ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, f"FP8 alone, not quant_algo NVFP4; {VALID}"),
         ({"quant_method": "fp8", "fmt": "e5m2"}, "FP8 alone, not fmt e5m2"),
         ({"quant_method": "fp8", "weight_block_size": 128}, "FP8 alone, not weight_block_size 128"),
+        ({"quant_method": ["fp8"]}, "weights quantised by ['fp8'] are not read"),
+        ({**groups(num_bits=8, type="float", strategy="tensor"), "sparsity_config": "x"}, "not sparsity_config 'x'"),
+        ({**COMPRESSED, "config_groups": {"g": "x"}}, "FP8 alone, not group g 'x'"),
+        ({**COMPRESSED, "config_groups": {"g": {"weights": "x"}}}, "FP8 alone, not g: weights 'x'"),
+        (
+            {**COMPRESSED, "config_groups": {"g": {"weights": FLOAT8, "input_activations": "x"}}},
+            "FP8 alone, not activations 'x'",
+        ),
+        *(
+            (groups(**FLOAT8 | {"strategy": "block", "block_structure": side}), "FP8 alone, not group_0: block_struct")
+            for side in (["a", 1], [None, 16], [0, 16], 16)
+        ),
     ],
 )
 def test_other_formats_are_refused_by_name(section, words, tiny_model, tmp_path, cache):
@@ -93,3 +106,22 @@ def test_settings_are_in_the_fingerprint(tiny_llama_dir, tmp_path, cache):
     config["quantization_config"]["activation_scheme"] = "other"
     (folder / "config.json").write_text(json.dumps(config))
     assert resolve(f"hf:{folder}", cache).fingerprint != before
+
+
+def test_a_scale_that_is_no_number_is_refused(tiny_llama_dir, tmp_path):
+    folder = write_fp8(tiny_llama_dir, tmp_path / "source", "fp8-block")
+    tensors = load_file(folder / "model.safetensors")
+    tensors[f"{Q}.weight_scale_inv"][0, 0] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=f"{Q}.weight_scale_inv has infinite scales, or such as are no numbers"):
+        load_model(folder)
+
+
+def test_what_a_family_keeps_exact_stays_so_beside_codes(tiny_dir, tmp_path):
+    folder = write_fp8(tiny_dir("Glm4MoeForCausalLM"), tmp_path / "s", "fp8-block", torch.bfloat16)
+    tensors, dense = load_file(folder / "model.safetensors"), load_model(tiny_dir("Glm4MoeForCausalLM"))
+    biases = {key: value for key, value in dense.state_dict().items() if key.endswith("e_score_correction_bias")}
+    assert any(not torch.equal(value, value.bfloat16().float()) for value in biases.values())
+    save_file(tensors | biases, folder / "model.safetensors", metadata={"format": "pt"})
+    state = load_model(folder, "bfloat16").state_dict()
+    assert all(torch.equal(state[key].float(), value) for key, value in biases.items())
