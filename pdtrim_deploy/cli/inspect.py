@@ -158,7 +158,8 @@ def _show_bundle(bundle: Path, prompt_tokens: int | None, as_json: bool) -> None
     from pdtrim_deploy.report.tables import plan_table
 
     console().print(plan_table(plan, tokens))
-    if sentence := experts_sentence(plan, json.loads((opened.decode_dir / "config.json").read_text())):
+    config = json.loads((opened.decode_dir / "config.json").read_text())
+    if sentence := experts_sentence(plan, config, quantised=stored_weights(opened.decode_dir) is not None):
         click.echo(sentence)
     click.echo(f"weights: {weights}")
     if opened.engines:

@@ -100,8 +100,8 @@ class Context:
         if section.continuations == "text" or prompt >= length:
             return corpora.mixed(parts, tokenizer, sequences, length, section.seed)
         prompts = corpora.mixed(parts, tokenizer, sequences, prompt, section.seed, draw=corpora.prompts)
-        path, fingerprint = self.checkpoint.path, self.checkpoint.fingerprint
-        speaker = Speaker(fingerprint, lambda: self.model, end_ids(path, tokenizer), self.cache, self.out, self.note)
+        ends = end_ids(self.checkpoint.path, tokenizer)
+        speaker = Speaker(self.measured_model, lambda: self.model, ends, self.cache, self.out, self.note)
         return with_continuations(speaker, section, prompts, length - prompt)
 
     def _documents(self, documents: tuple[Document, ...]) -> tuple[Document, ...]:

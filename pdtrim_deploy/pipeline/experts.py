@@ -17,7 +17,8 @@ _VERSION = 1  # of how experts are ranked
 
 def depends_on(dump: Mapping[str, Any]) -> list[Any]:
     """What the step depends on besides the one before; `dump` is the recipe's."""
-    kv = dump["kv"] if dump["kv"]["method"] in FIXED_KV else None
+    kv, pool = dump["kv"], {key: value for key, value in dump["kv"].items() if key == "pool_dtype"}
+    kv = kv if kv["method"] in FIXED_KV else pool or None
     return [_VERSION, dump["pruning"]["experts"], dump["calibration"], kv]
 
 

@@ -30,13 +30,14 @@ class Speaker:
     """The dense model of a build, and where what it says is kept.
 
     Attributes:
+        name: what continuations are kept by: the model, and the dtype that it speaks in.
         model: gives the model; asked only where something is not in the cache.
         end_ids: tokens that end what it says.
         out: the bundle's folder, where a build that is stopped leaves what it has.
 
     """
 
-    fingerprint: str
+    name: str
     model: Callable[[], CausalLM]
     end_ids: Sequence[int]
     cache: Cache
@@ -51,7 +52,7 @@ def with_continuations(speaker: Speaker, section: CalibrationSection, prompts: T
     What ends a text is never chosen, so that all have their length.
     """
     ends = [*speaker.end_ids]
-    about = [_VERSION, speaker.fingerprint, section.continuations, section.seed, tokens, ends]
+    about = [_VERSION, speaker.name, section.continuations, section.seed, tokens, ends]
     text = hashlib.sha256(f"{tuple(prompts.shape)}".encode() + prompts.numpy().tobytes()).hexdigest()
     key = hashlib.sha256(json.dumps([*about, text]).encode()).hexdigest()
 

@@ -15,6 +15,7 @@ from pdtrim_deploy.local.paths import expanded
 from pdtrim_deploy.models import Family, resolve
 from pdtrim_deploy.models.config import read_config
 from pdtrim_deploy.models.families import family_of
+from pdtrim_deploy.models.quantized import read_quantized
 from pdtrim_deploy.models.shape import shape_of, shipped_for
 from pdtrim_deploy.models.weights import ModelSizes
 from pdtrim_deploy.pipeline.build import check_fits, done_steps, steps_of
@@ -124,13 +125,23 @@ def _unseen(recipe: Recipe, config: dict[str, Any] | None, missing: str) -> Prev
     experts = family.expert_shape(config)
     check_family(recipe, family)
     check_experts(recipe, experts)
+    quantized = read_quantized(expanded(recipe.model.source.partition(":")[2]), config)
+    check_quantized(recipe, quantized)
     check_fits(recipe, config["num_hidden_layers"], config["max_position_embeddings"])
     plan = stand_in(recipe, shape_of(config, "config alone", recipe.model.dtype), experts)
     item, shapes = ITEM_BYTES[recipe.model.dtype], family.required_tensors(config) if family.blocks else {}
-    tensors = {name: (prod(shape) * item, shape[0]) for name, shape in shapes.items()}
+    tensors = {
+        name: (prod(shape) * (1 if quantized and _is_linear(name, shape) else item), shape[0])
+        for name, shape in shapes.items()
+    }
     sizes = {stage: _stage_bytes(tensors, family, plan, stage) for stage in STAGES} if tensors else None
     searched, ranked = _search(recipe, config), _experts(recipe, config)
     return Preview(recipe, steps, tokens, sizes, *_sent(plan, tokens), *searched, *ranked, missing=missing)
+
+
+def _is_linear(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor is codes in a quantised checkpoint, as far as its config tells; scales are below 1 %."""
+    return len(shape) == 2 and name.startswith("model.layers.")
 
 
 def _config_alone(source: str) -> dict[str, Any] | None:

@@ -87,7 +87,7 @@ def search_cost(
         likely += (search.likely + prompt) * count
         losses += search.losses * count
         flops += count * tokens * 2 * (search.likely * sizes.active + search.losses * sizes.vocabulary * sizes.hidden)
-        flops += count * (length - tokens) * 2 * prompt * sizes.block
+        flops += count * (length - tokens) * 2 * prompt * sizes.active
     refits = False
     if healing is not None and pruning.finalists:
         judging, refits = JudgingCost.of(blocks, pruning, count, healing), healing.compensation == "least-squares"

@@ -8,6 +8,7 @@ from typing import Any
 
 from pdtrim_deploy.models.families import known_family
 from pdtrim_deploy.models.weights import ModelSizes
+from pdtrim_deploy.plan import STAGES
 from pdtrim_deploy.pruning.cost import block_bytes, streamed
 from pdtrim_deploy.recipe import CalibrationSection
 from pdtrim_deploy.recipe.pruning import PruningSection
@@ -40,7 +41,9 @@ def expert_cost(config: Mapping[str, Any], pruning: PruningSection, text: Calibr
     sizes = ModelSizes.of(config)
     experts = sizes.block - sizes.active  # the other count - top_k
     each = experts // max(1, shape.count - shape.top_k)
-    ranks_prefill, ranks_decode = (getattr(section, stage) is not None for stage in ("prefill", "decode"))
+    ranks_prefill, ranks_decode = (section.count(stage, shape.count) < shape.count for stage in STAGES)
+    if not (ranks_prefill or ranks_decode):
+        return None
     together = section.shared or not (ranks_prefill and ranks_decode)
     prefills, decodes = (1 if together else 2), int(ranks_decode)
     prefill_blocks, decode_blocks = sizes.blocks - pruning.prefill_blocks, sizes.blocks - pruning.decode_blocks

@@ -116,13 +116,11 @@ class OnRay:
     So what a worker knows of a solution (its losses on other batches, hidden states) is never asked of another.
     """
 
-    def __init__(
-        self, actors: list[Any], work: Work, blocks: int, batches: int, students: StudentLayers | None
-    ) -> None:
+    def __init__(self, actors: list[Any], work: Work, objective: NextTokenLoss, students: StudentLayers | None) -> None:
         import ray
 
-        self.workers, self.blocks, self.batches = len(actors), blocks, batches
-        self._actors, self._students = actors, students
+        self.workers, self.blocks, self.batches = len(actors), objective.blocks, objective.batches
+        self._actors, self._students, self._charged = actors, students, objective.block_forwards
         shared = ray.put(work)
         self._cost = _answers([actor.prepare.remote(shared) for actor in actors])
         self._known = [set(work.students) for _ in actors]
@@ -130,8 +128,8 @@ class OnRay:
 
     @property
     def block_forwards(self) -> int:
-        """Blocks run, times sequences, so far, over all workers."""
-        return sum(self._cost)
+        """Blocks run, times sequences, so far, over all workers, and here before they began (a teacher's)."""
+        return self._charged + sum(self._cost)
 
     def evaluate(self, solutions: Sequence[Solution], batch: int) -> list[Tensor]:
         """Losses on one batch, in the order asked; UserError when one is not a number."""
@@ -220,7 +218,7 @@ class EvaluatorFactory:
     ) -> OnRay:
         """One search's."""
         work = Work(ids, prompt_tokens, forced, _layers_of(students, forced.pairs), memory, teacher)
-        return OnRay(self._actors, work, objective.blocks, objective.batches, students)
+        return OnRay(self._actors, work, objective, students)
 
 
 @contextmanager

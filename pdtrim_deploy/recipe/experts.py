@@ -41,7 +41,7 @@ class ExpertsSection(BaseModel):
     @model_validator(mode="after")
     def _meaningful(self) -> ExpertsSection:
         if self.prefill is None and self.decode is None:
-            raise ValueError("neither prefill nor decode is given; allowed: one of them, or no experts section")
+            raise ValueError("prefill and decode are left out; allowed: one of them, or no experts section")
         for stage in ("prefill", "decode"):
             keep = getattr(self, stage)
             if keep is not None and keep >= 1 and keep != int(keep):

@@ -106,6 +106,8 @@ class CalibrationSection(_Section):
                 f"prompt_tokens is {self.prompt_tokens} but length is {self.length}; allowed: at most "
                 f"{self.length - 2}, since decode is scored on the tokens after the prompt's next one"
             )
+        if self.continuations != "text" and self.prompt < 2:
+            raise ValueError("prompt_tokens is 1; allowed with continuations: at least 2, which the model goes on from")
         return self
 
     @model_serializer(mode="wrap")

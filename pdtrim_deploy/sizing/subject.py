@@ -88,7 +88,7 @@ def _of_recipe(recipe: Recipe, model: Sized | None) -> Subject:
         f"not built yet, priced by counts: prefill drops {recipe.pruning.prefill_blocks} and decode "
         f"{recipe.pruning.decode_blocks} of {sized.num_blocks} blocks, {caveat(recipe.kv, plan)}"
     )
-    sentence = experts_sentence(plan, sized.config)
+    sentence = experts_sentence(plan, sized.config, quantised=bool(sized.config.get("quantization_config")))
     notes = (note, *([sentence] if sentence else []), f"model: {sized.origin}")
     return Subject(recipe.name, "recipe", sized.label, plan, sized.max_positions, notes)
 

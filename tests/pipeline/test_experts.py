@@ -16,6 +16,7 @@ from pdtrim_deploy.models.loading import load_model
 from pdtrim_deploy.models.oracle import PDOracle
 from pdtrim_deploy.models.surgery import keep_blocks
 from pdtrim_deploy.pipeline import build
+from pdtrim_deploy.pipeline.build import steps_of
 from pdtrim_deploy.pipeline.preview import preview
 from pdtrim_deploy.plan import STAGES
 from pdtrim_deploy.recipe import Recipe
@@ -141,7 +142,7 @@ def test_a_dense_model_is_refused(recipe, tiny_llama_dir, tmp_path, cache):
 @pytest.mark.parametrize(
     ("section", "words"),
     [
-        ({}, "neither prefill nor decode is given"),
+        ({}, "prefill and decode are left out"),
         ({"decode": 2.5}, "decode is 2.5; allowed: a whole number of experts, or a share below 1"),
         ({"decode": 0}, "pruning.experts.decode is 0; allowed: a number above 0"),
         ({"decode": 4, "shared": True}, "prefill is left out and decode is 4; allowed with it: the same number"),
@@ -152,3 +153,14 @@ def test_a_dense_model_is_refused(recipe, tiny_llama_dir, tmp_path, cache):
 def test_a_section_that_means_nothing_is_refused(section, words, recipe, tmp_path):
     with pytest.raises(UserError, match=words):
         recipe(tmp_path / "m", pruning={"experts": section})
+
+
+def test_another_pool_ranks_experts_anew(recipe, tmp_path):
+    """Prefill's KV is rounded as the pool has it before decode's tokens choose their experts."""
+    keys = []
+    for pool in ({}, {"pool_dtype": "fp8_e4m3"}):
+        kv = {"method": "attention-mass", "sparse_layers": 1, "n_first": 2, "n_last": 4, "wire_dtype": "int4"} | pool
+        steps = steps_of(recipe(tmp_path / "m", pruning={"experts": {"decode": 4}}, kv=kv), "")
+        keys.append({step.name: step.key for step in steps})
+    assert keys[0]["prune"] == keys[1]["prune"]
+    assert keys[0]["experts"] != keys[1]["experts"]

@@ -16,6 +16,7 @@ from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.models.loading import load_model
 from pdtrim_deploy.pipeline import build
 from pdtrim_deploy.pipeline.preview import preview
+from pdtrim_deploy.plan import STAGES
 from pdtrim_deploy.recipe import Recipe
 from pdtrim_deploy.serving import WorkerOptions
 from pdtrim_deploy.serving.launch import cluster_of
@@ -115,3 +116,14 @@ def test_a_cpu_serves_none(source: Path, text: Path, tmp_path: Path, cache: Cach
     bundle = build(recipe(source, text, **plain), tmp_path / "out", cache)
     with pytest.raises(UserError, match=r"FP8 in compressed-tensors format .* which SGLang 0.5.23 computes on GPUs"):
         cluster_of(bundle, options=WorkerOptions(device="cpu", dtype="bfloat16"))
+
+
+def test_config_alone_tells_sizes_and_refusals(source: Path, text: Path, tmp_path: Path, cache: Cache) -> None:
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    (alone / "config.json").write_text((source / "config.json").read_text())
+    sizes = preview(recipe(alone, text), tmp_path / "b", cache).stage_bytes
+    known = preview(recipe(source, text), tmp_path / "b", cache).stage_bytes
+    assert sizes == {stage: pytest.approx(known[stage], rel=0.05) for stage in STAGES}
+    with pytest.raises(UserError, match=r"model\.dtype is float32, in which SGLang has no FP8 weights"):
+        preview(recipe(alone, text, model={"source": f"hf:{alone}", "dtype": "float32"}), tmp_path / "b", cache)

@@ -8,8 +8,10 @@ import pytest
 import torch
 from tinytext import write_words
 
+from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.evaluation import corpora
 from pdtrim_deploy.local.cache import Cache
+from pdtrim_deploy.local.compute import Compute
 from pdtrim_deploy.models import resolve
 from pdtrim_deploy.models.loading import load_tokenizer
 from pdtrim_deploy.pipeline import build, on_policy
@@ -91,3 +93,19 @@ def test_a_build_reads_them(context: Context) -> None:
 def test_no_continuations_by_a_model_read_from_disk(context: Context) -> None:
     with pytest.raises(Exception, match=r"continuations is sampled but pruning\.blocks_in_memory is 2, .*allowed with"):
         context.recipe.changed("test", "pruning", blocks_in_memory=2)
+
+
+def test_another_compute_dtype_speaks_for_itself(context: Context) -> None:
+    half = Compute(dtype="float16")
+    recipe = context.recipe.changed("test", "model", compute_dtype="float16")
+    ids = [
+        Context(r, context.checkpoint, context.cache, context.out, print, compute=c).calibration(12, LENGTH, PROMPT)
+        for r, c in ((context.recipe, Compute()), (recipe, half))
+    ]
+    alone = Context(recipe, context.checkpoint, Cache(context.out / "o"), context.out / "c", print, compute=half)
+    assert torch.equal(ids[1], alone.calibration(12, LENGTH, PROMPT)), "not what float32 left in the cache"
+
+
+def test_a_prompt_of_one_token_is_refused(context: Context) -> None:
+    with pytest.raises(UserError, match=r"calibration.*prompt_tokens is 1; allowed with continuations: at least 2"):
+        again(context, prompt_tokens=1)

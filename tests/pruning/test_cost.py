@@ -221,7 +221,10 @@ def test_a_token_is_priced_with_the_experts_that_it_meets():
     ranking = expert_cost(QWEN3_235B, section.model_copy(update={"blocks_in_memory": 1}), text)
     assert ranking.reads == (94 + 94 + 90) * 2 * sizes.block
     assert ranking.memory < 20e9
-    assert expert_cost(QWEN3_235B, PruningSection(experts={"decode": 64.0, "method": "random"}), text) is None
+    for free in ({"decode": 64.0, "method": "random"}, {"prefill": 128.0, "decode": 128.0}):
+        assert expert_cost(QWEN3_235B, PruningSection(experts=free), text) is None
+    window = search_cost(QWEN3_235B, PruningSection(method="cosine", decode_blocks=4), text)
+    assert window.flops < 2 * 1.1 * text.sequences * text.length * (sizes.active * 94 + sizes.ends)
 
 
 @pytest.mark.parametrize(("method", "stages"), [("greedy", (1, 3)), ("cosine", (0, 2)), ("anneal", (0, 2))])

@@ -87,12 +87,18 @@ def test_a_shared_set_is_ranked_on_the_tokens_of_both(checkpoint):
     assert sets(four, "prefill") == sets(four, "decode") == {tuple(sorted(USED["prompt"] + USED["answer"]))}
     two = choose(checkpoint, prefill=2, decode=2, shared=True)
     assert two.kept.prefill == two.kept.decode
-    assert sets(two, "decode") != {USED["answer"]} or sets(two, "prefill") != {USED["prompt"]}
+    assert all({*kept} < {*USED["prompt"], *USED["answer"]} for kept in sets(two, "decode"))
 
 
 def test_random_sets_depend_on_the_seed_alone(checkpoint):
     first, again, other = (choose(checkpoint, prefill=2, decode=2, method="random", seed=seed) for seed in (1, 1, 2))
     assert first.kept == again.kept != other.kept
+    draws = [
+        {stage: [tuple(score.tolist()) for score in choice.scores[stage].values()] for stage in ("prefill", "decode")}
+        for choice in (first, other)
+    ]
+    seen = [score for by_stage in draws for scores in by_stage.values() for score in scores]
+    assert len({*seen}) == len(seen), "no two seeds, stages or blocks share a draw"
     assert first.kept.prefill != first.kept.decode
     assert len(sets(first, "decode")) > 1
     shared = choose(checkpoint, prefill=2, decode=2, method="random", shared=True)

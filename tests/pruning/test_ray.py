@@ -23,6 +23,7 @@ from pdtrim_deploy.pipeline import build
 from pdtrim_deploy.pruning import ray_evaluator
 from pdtrim_deploy.pruning.ray_evaluator import EvaluatorFactory, Workers, cluster
 from pdtrim_deploy.pruning.search import Settings
+from pdtrim_deploy.pruning.teacher import Teacher
 from pdtrim_deploy.recipe import Recipe
 
 # Not imported here: how Ray binds is decided when it is.
@@ -71,6 +72,18 @@ def test_two_workers_choose_what_one_process_chooses_and_may_die(tiny_llama_dir:
     with pytest.raises(UserError, match=r"^a Ray worker died.*the search goes on where it was$"):
         stages_of(model, ids, 0, 2, evaluator_factory=evaluator_factory, progress=lambda _: ray.kill(second))
     ray.kill(first)  # the next test's workers want its CPU
+
+
+def test_kl_on_a_worker_is_kl_here_and_costs_as_much(tiny_llama_dir: Path, standing: None) -> None:
+    model, ids = load_model(tiny_llama_dir), torch.randint(3, 250, (4, 40), generator=torch.Generator().manual_seed(1))
+    more = {"teacher": Teacher.of(model, ids), "prompt_tokens": 24}
+    alone = stages_of(model, ids, 1, 2, **more)
+    shared = stages_of(model, ids, 1, 2, evaluator_factory=EvaluatorFactory(Workers(1), tiny_llama_dir), **more)
+    for stage in ("prefill", "decode"):
+        expected, result = getattr(alone, stage), getattr(shared, stage)
+        assert result.removed == expected.removed
+        assert result.loss == pytest.approx(expected.loss, abs=1e-6)
+        assert result.cost.block_forwards == expected.cost.block_forwards
 
 
 def test_a_build_with_workers(

@@ -85,7 +85,7 @@ def best(scores: Tensor, keep: int, groups: int = 1) -> tuple[int, ...]:
 def _generator(section: ExpertsSection, stage: Stage, block: int) -> torch.Generator:
     """Of a block and stage; of the block alone where stages share a set."""
     place = 0 if section.shared else STAGES.index(stage)
-    return torch.Generator().manual_seed(section.seed + len(STAGES) * block + place)
+    return torch.Generator().manual_seed(section.seed * 1_000_003 + len(STAGES) * block + place)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 from pdtrim_deploy.models.expert_savings import experts_sentence
+from pdtrim_deploy.models.quantized import stored_weights
 from pdtrim_deploy.report.html.collect import Findings
 from pdtrim_deploy.report.html.fault_table import fault_table
 from pdtrim_deploy.report.html.footing import built, loads_of, provenance, seed_of
@@ -45,7 +46,9 @@ def plan(findings: Findings) -> Markup:
     )
     more = []
     if chosen.experts is not None:
-        experts = experts_sentence(chosen, json.loads((findings.bundle.decode_dir / "config.json").read_text())) or ""
+        stage = findings.bundle.decode_dir
+        config, quantised = json.loads((stage / "config.json").read_text()), stored_weights(stage) is not None
+        experts = experts_sentence(chosen, config, quantised=quantised) or ""
         more.append(tag("p", f"{experts[:1].upper()}{experts[1:]}."))
     return join([tag("p", text), *more, plan_picture(chosen, tokens), built(findings)])
 
