@@ -51,7 +51,7 @@ class PrefillSide:
         self._transport = transport_named(transport)
         self._transport.prepare(manager.local_ip, config)
         self.sessions = Sessions(self._make_peer)
-        self.rooms = PrefillRooms(manager, plan, TransferMetrics(), self._held)
+        self.rooms = PrefillRooms(manager, plan, TransferMetrics(), self._held, pool.draft_bytes(0, 1))
         vital.start("control channel", self._control)
 
     @property

@@ -27,11 +27,19 @@ logger = logging.getLogger("sglang.srt.pdtrim.prefill")
 class PrefillRooms:
     """The progress of every room that has a sender, and the rooms that ended before decode had room for them.
 
-    `held` counts what the whole worker holds.
+    `held` counts what the whole worker holds; `draft_token_bytes` are those of a token in a draft model's pool.
     """
 
-    def __init__(self, manager: Worker, plan: PDPlan, metrics: TransferMetrics, held: Callable[[], Held]) -> None:
+    def __init__(
+        self,
+        manager: Worker,
+        plan: PDPlan,
+        metrics: TransferMetrics,
+        held: Callable[[], Held],
+        draft_token_bytes: int = 0,
+    ) -> None:
         self._manager, self._plan, self._metrics, self._held = manager, plan, metrics, held
+        self._draft_token_bytes = draft_token_bytes
         self._progress: dict[int, RoomProgress] = {}
         self._senders: set[int] = set()
         self._tombstones: deque[tuple[float, int]] = deque()
@@ -119,7 +127,7 @@ class PrefillRooms:
             dense = self._plan.dense_bytes(progress.prompt_tokens - reused)  # of all heads, as payload is of those sent
             spared = self._plan.payload_bytes(reused) if reused else 0
             draft = progress.draft_bytes  # native in both
-            spared_draft = draft * reused // max(1, progress.prompt_tokens - reused)
+            spared_draft = self._draft_token_bytes * reused
             self._metrics.succeeded(progress, dense * heads // of + draft, spared * heads // of + spared_draft)
         else:
             self._metrics.ended("success")

@@ -5,6 +5,7 @@ import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 
+import httpx
 import pytest
 import torch
 
@@ -68,6 +69,9 @@ def test_a_templates_own_bos_stands_once(tmp_path, cache, tokenizer):
         ({"messages": "a"}, "line 2: messages is no list"),
         ({"messages": [{"role": "bot", "content": "a"}]}, "line 2: message 1 has the role 'bot'; allowed: system, "),
         ({"messages": [{"role": "user", "content": 3}]}, "line 2: the content of message 1 is int"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]}, "content of message 1 is list"),
+        ("[" * 200_000, "line 2 is not JSON"),
+        ('{"text": "a\\ud800b"}', "line 2 has half of a pair of surrogates"),
     ],
 )
 def test_what_is_wrong_with_a_line_is_one_sentence(tmp_path, cache, row, says):
@@ -75,6 +79,16 @@ def test_what_is_wrong_with_a_line_is_one_sentence(tmp_path, cache, row, says):
     with pytest.raises(UserError, match=says) as caught:
         load(f"jsonl:{file}", cache)
     assert "\n" not in str(caught.value)
+
+
+def test_a_mark_of_byte_order_is_no_text(tmp_path, cache):
+    (tmp_path / "bom.jsonl").write_text('{"text": "a"}\n', encoding="utf-8-sig")
+    assert [d.text for d in load(f"jsonl:{tmp_path / 'bom.jsonl'}", cache).documents] == ["a"]
+
+
+def test_a_template_that_tells_the_day_gives_the_same_tokens_on_all(tokenizer):
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }} {{ messages[0]['content'] }}"
+    assert tokenizer.decode(token_ids(conversation("a", [("user", "hi")]), tokenizer)) == "01 Jan 2026 hi"
 
 
 def test_no_file_and_no_text(tmp_path, cache):
@@ -101,10 +115,13 @@ def test_turns_of_one_conversation_and_equal_texts_share_a_split(tmp_path, cache
     """A log has each conversation once a turn: its beginning would be calibrated on and judged on."""
     rows = [says(*[f"question {n}", "answer", "more"][: 1 + 2 * turn]) for n in range(30) for turn in range(2)]
     rows += [{"text": f"text {n % 10}"} for n in range(20)]
+    for n in range(60):  # two turns each of thirty conversations that begin with a picture
+        talk = [("user", [{"type": "image_url"}]), ("user", f"question {n // 2}"), ("assistant", "a")][: 2 + n % 2]
+        rows.append({"messages": [{"role": role, "content": content} for role, content in talk]})
     corpus = load(f"jsonl:{lines(tmp_path / 'log.jsonl', *rows)}", cache)
-    parts = {split: {d.text.split("\n")[0] for d in corpus.split(split)} for split in SPLITS}
+    parts = {split: {d.text.strip().split("\n")[0] for d in corpus.split(split)} for split in SPLITS}
     assert sum(len(part) for part in parts.values()) == 40
-    assert sum(len(corpus.split(split)) for split in SPLITS) == 80
+    assert sum(len(corpus.split(split)) for split in SPLITS) == 140
     with pytest.raises(UserError, match="has 1 different beginnings of documents"):
         load(f"jsonl:{lines(tmp_path / 'same.jsonl', *[{'text': 'a'}] * 5)}", cache).split("final")
 
@@ -147,6 +164,8 @@ def test_prompts_end_where_the_model_is_to_go_on(tokenizer):
         )
     with pytest.raises(UserError, match=r"30 documents give [0-9]+ prompts of 100 tokens, not 50"):
         prompts(answered, tokenizer, 50, 100)
+    apart = prompts([Document(f"d{n}", f"{n:02}" * 12, tokens=9) for n in range(30)], tokenizer, 2, 40)
+    assert all(tokenizer.decode(row).count("<|end|>") == 4 for row in apart), "texts end before others begin"
     prose = [Document("p", "word " * 100)]
     assert torch.equal(prompts(prose, tokenizer, 2, 20), sequences(prose, tokenizer, 2, 20))
 
@@ -192,11 +211,12 @@ def test_files_of_code_and_rows_of_questions(tmp_path):
         ("user", "Two and two?\nA. is 3\nB. is 4\nC. is 5\nD. is 6"),
         ("assistant", "The answer is B. is 4"),
     )
+    assert question.group == "Two and two?", "MMLU has some questions several times"
 
 
 def test_conversations_come_back_from_the_cache(tmp_path, cache):
     (tmp_path / "file").write_text("x")
-    document = conversation("a", [("user", "b"), ("assistant", "c")])
+    document = conversation("a", [("user", "b"), ("assistant", "c")], group="g")
     command = ("cp", str(tmp_path / "file"), ".")
     corpus = FetchedCorpus("stated", command, file_sha256(tmp_path / "file"), lambda _: [document], "")
     assert [corpus.load("", cache, print) for _ in range(2)] == [(document,)] * 2
@@ -239,8 +259,18 @@ def test_a_file_of_a_data_set_on_a_hub(cache, monkeypatch):
         server.shutdown()
     with pytest.raises(UserError, match=r"^hub:some/other/a.jsonl: the hub gave no such file \([^\n]*jsonl:PATH$"):
         kind.load("some/other/a.jsonl", cache, print)
-    with pytest.raises(UserError, match=r"give hub:OWNER/NAME/FILE\.jsonl\[@REVISION\]"):
-        kind.load("some/set/data.parquet", cache, print)
+    for place in ("some/set/data.parquet", "some/set/a.jsonl@../../x", "some/set/a.jsonl@refs/../../x"):
+        with pytest.raises(UserError, match=r"give hub:OWNER/NAME/FILE\.jsonl\[@REVISION\]"):
+            kind.load(place, cache, print)
+
+
+def test_a_hub_that_breaks_off_is_one_sentence(cache, monkeypatch):
+    def breaks_off(*_, **__):
+        raise httpx.RemoteProtocolError("peer closed connection without sending complete message body")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", breaks_off)
+    with pytest.raises(UserError, match=r"^hub:some/set/a.jsonl: the hub gave no such file \(peer closed"):
+        HubFile().load("some/set/a.jsonl", cache, print)
 
 
 def test_text_is_cut_to_the_lengths_of_a_trace(tmp_path, tokenizer):

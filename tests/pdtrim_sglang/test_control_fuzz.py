@@ -80,11 +80,11 @@ def make_peer(_):
     raise RuntimeError("nobody is to be connected to")
 
 
-def prefill(manager, plan=PLAN):
+def prefill(manager, plan=PLAN, draft_token_bytes=0):
     side = object.__new__(PrefillSide)
     side._manager, side._plan, side._aux, side._ranks = manager, plan, AuxRows((), ()), Ranks(1, 0, 1)
     side.sessions, side._pool = Sessions(make_peer), SimpleNamespace(draft=None)
-    side.rooms = PrefillRooms(manager, plan, Metrics(), side._held)
+    side.rooms = PrefillRooms(manager, plan, Metrics(), side._held, draft_token_bytes)
     return side
 
 
@@ -228,6 +228,19 @@ def test_a_rank_counts_what_its_own_heads_would_have_sent():
     side._manager.request_status[7] = KVPoll.WaitingForInput
     side.rooms.arrived(7)
     assert side.rooms._metrics.sizes == [plan.payload_bytes(2) // 4, plan.payload_bytes(1) // 4]
+
+
+@pytest.mark.parametrize("reused", [0, 2, 3])
+def test_a_drafts_rows_that_decode_had_are_counted_also_if_it_had_all(reused):
+    side = prefill(Manager(), PDPlan.dense(PLAN.model), draft_token_bytes=100)
+    side.rooms._progress[7] = SimpleNamespace(prompt_tokens=3, reused_tokens=reused, draft_bytes=100 * (3 - reused))
+    side._manager.transfer_infos[7] = {"s": SimpleNamespace(heads=range(PLAN.model.num_kv_heads))}
+    side._manager.conclude_transfer = lambda **_: None
+    side._manager.request_status[7] = KVPoll.WaitingForInput
+    side.rooms.arrived(7)
+    plan = side._plan
+    spared = plan.payload_bytes(reused) + 100 * reused if reused else 0
+    assert side.rooms._metrics.sizes == [plan.dense_bytes(3 - reused) + 100 * (3 - reused), spared]
 
 
 @pytest.mark.parametrize("first", ["prefill", "decode"])

@@ -51,7 +51,7 @@ def test_the_control_channel(ended, monkeypatch, stage):
     )
     plan = SimpleNamespace(digest="00" * 32, model=SimpleNamespace(num_kv_heads=1))
     side = PrefillSide if stage == "prefill" else DecodeSide
-    pool = SimpleNamespace(digest=lambda plan: plan.digest)
+    pool = SimpleNamespace(digest=lambda plan: plan.digest, draft_bytes=lambda start, stop: 0)
     side(manager, plan, pool, None, "tcp", TransportConfig())
     assert ended.wait(5)
 

@@ -46,9 +46,9 @@ class Document:
         return bool(self.messages or self.line or self.tokens)
 
 
-def conversation(name: str, messages: Sequence[tuple[str, str]]) -> Document:
+def conversation(name: str, messages: Sequence[tuple[str, str]], group: str = "") -> Document:
     """A document of messages: role and content of each."""
-    return Document(name, "\n\n".join(content for _, content in messages), tuple(messages))
+    return Document(name, "\n\n".join(content for _, content in messages), tuple(messages), group)
 
 
 @dataclass(frozen=True)

@@ -67,8 +67,8 @@ class FetchedCorpus:
 
 
 def _row(document: Document) -> list[object]:
-    return [document.id, document.text, *([document.messages] if document.messages else [])]
+    return [document.id, document.text, *([document.messages, document.group] if document.messages else [])]
 
 
-def _read(name: str, text: str, messages: Sequence[Sequence[str]] = ()) -> Document:
-    return Document(name, text, tuple((role, content) for role, content in messages))
+def _read(name: str, text: str, messages: Sequence[Sequence[str]] = (), group: str = "") -> Document:
+    return Document(name, text, tuple((role, content) for role, content in messages), group)

@@ -29,8 +29,9 @@ class HubFile:
     def load(self, place: str, cache: Cache, log: Log) -> tuple[Document, ...]:
         """Documents in the file's order; the file is kept in the hub's own cache."""
         match = _PLACE.fullmatch(place)
-        if match is None:
+        if match is None or ".." in (match["revision"] or "").split("/"):
             raise UserError(f"hub:{place} is no .jsonl file of a data set; give hub:OWNER/NAME/FILE.jsonl[@REVISION]")
+        from httpx import HTTPError  # what huggingface_hub speaks HTTP with
         from huggingface_hub import hf_hub_download
 
         log(f"fetching {match['file']} of the data set {match['name']}")
@@ -44,7 +45,7 @@ class HubFile:
                 cache_dir=cache.root / "hub",
                 etag_timeout=10,
             )
-        except (OSError, ValueError) as error:  # no network, no such repository, file or revision
+        except (OSError, ValueError, HTTPError) as error:  # no network, no such file, an end in the middle
             reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise UserError(
                 f"hub:{place}: the hub gave no such file ({reason[:200]}); check its name and your network, or give a "

@@ -36,7 +36,7 @@ class JSONLines:
 def documents(path: Path, name: str) -> tuple[Document, ...]:
     """Of the lines of a file; what is wrong with one is said of `path`, ids begin with `name`."""
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError:
         raise UserError(f"{path}: not UTF-8 text; convert it") from None
     read_documents = tuple(_documents(lines, path, name))
@@ -52,9 +52,11 @@ def _documents(lines: list[str], path: Path, name: str) -> Iterator[Document]:
         where = f"{path}: line {number}"
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise UserError(f"{where} is not JSON; {_ALLOWED}") from None
         document = read(row, f"{name}#{number:06}", where)
+        if any("\ud800" <= letter <= "\udfff" for letter in document.text):
+            raise UserError(f"{where} has half of a pair of surrogates, which is no text; mend the line")
         if document.text.strip():
             yield document
 
@@ -73,8 +75,9 @@ def read(row: Any, name: str, where: str) -> Document:
     if not isinstance(messages, list) or not messages:
         raise UserError(f"{where}: messages is no list of messages; {_ALLOWED}")
     pairs = [_message(message, number, where) for number, message in enumerate(messages, 1)]
-    first = next((content for role, content in pairs if role == "user"), pairs[0][1])
-    return replace(conversation(name, pairs), group=first, line=where)
+    texts = [content for role, content in pairs if role == "user"] + [content for _, content in pairs]
+    first = next((content for content in texts if content.strip()), "")
+    return replace(conversation(name, pairs, group=first), line=where)
 
 
 def _message(message: Any, number: int, where: str) -> tuple[str, str]:
@@ -82,7 +85,8 @@ def _message(message: Any, number: int, where: str) -> tuple[str, str]:
     if role not in ROLES:
         raise UserError(f"{where}: message {number} has the role {role!r}; allowed: {', '.join(ROLES)}")
     if isinstance(content, list):  # OpenAI's parts
-        content = "".join(part.get("text", "") for part in content if isinstance(part, dict))
+        parts = [part.get("text", "") for part in content if isinstance(part, dict)]
+        content = "".join(parts) if all(isinstance(part, str) for part in parts) else parts
     if not isinstance(content, str):
         raise UserError(f"{where}: the content of message {number} is {type(content).__name__}, not text; {_ALLOWED}")
     return role, content

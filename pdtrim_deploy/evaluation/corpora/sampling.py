@@ -58,13 +58,13 @@ def prompts(documents: Sequence[Document], tokenizer: Any, count: int, length: i
     """
     if not (documents and documents[0].served):
         return sequences(documents, tokenizer, count, length, seed)
-    bos, order = beginning(tokenizer), list(documents)
+    bos, end, order = beginning(tokenizer), _end(tokenizer), list(documents)
     random.Random(seed).shuffle(order)
     rows, before, size = list[list[int]](), list[int](), length - len(bos)
     for document in order:
         ids = before + token_ids(opened(document), tokenizer)
         if len(ids) < size:
-            before += token_ids(document, tokenizer)
+            before += token_ids(document, tokenizer) + ([] if document.messages else end)
             continue
         rows.append(bos + ids[len(ids) - size :])
         before = []
@@ -74,6 +74,11 @@ def prompts(documents: Sequence[Document], tokenizer: Any, count: int, length: i
         f"{len(documents)} documents give {len(rows)} prompts of {length} tokens, not {count}; ask for fewer or "
         "shorter ones or give more text"
     )
+
+
+def _end(tokenizer: Any) -> list[int]:
+    """What stands between two texts of one window."""
+    return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
 
 def _windows(document: Document, tokenizer: Any, length: int, shift: float) -> Iterator[list[int]]:
@@ -89,8 +94,7 @@ def _packed(documents: Sequence[Document], tokenizer: Any, length: int) -> Itera
 
     What a long document has left makes windows of its own once all have had a first one.
     """
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    window, rests = list[int](), list[list[int]]()
+    end, window, rests = _end(tokenizer), list[int](), list[list[int]]()
     for document in documents:
         ids = token_ids(document, tokenizer) + ([] if document.messages else end)
         taken = length - len(window)
