@@ -12,6 +12,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from __results import commit
+
 from pdtrim_deploy.bundle.environment import environment
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,7 +37,7 @@ def main() -> None:
             command = [sys.executable, "-m", "pytest", "-m", marker, "--family-results", str(file), *tests]
             codes.append(subprocess.run(command, cwd=ROOT, check=False).returncode)
         rows = json.loads(file.read_text())
-    data = {"rows": rows, "environment": environment("make bench-families")}
+    data = {"rows": rows, "environment": environment("make bench-families"), "commit": commit()}
     RESULTS.write_text(json.dumps(data, indent=2) + "\n")
     raise SystemExit(int(any(codes)))
 

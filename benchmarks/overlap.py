@@ -115,15 +115,16 @@ def main() -> None:
                         speed = Link.parse(link).bytes_per_s / options.shrink
                         ways = [steps_of(sizes, forward_s, count, by_layer) for by_layer in (False, True)]
                         expected = [schedule(way, speed) for way in ways]
-                        driven = None
-                        if expected[0] < options.driven_s:
-                            driven = [median(drive(way, speed) for _ in range(options.rounds)) for way in ways]
-                        chunk, layer = driven or expected
+                        rounds = options.rounds if expected[0] < options.driven_s else 0  # each has both ways
+                        driven = [[drive(way, speed) for way in ways] for _ in range(rounds)]
+                        chunk, layer = map(median, zip(*driven, strict=True)) if driven else expected
+                        savings = [1 - by_layer / by_chunk for by_chunk, by_layer in driven or [expected]]
                         row = {
                             "model": model.name, "wire": wire, "chunk_tokens": tokens, "chunks": count, "link": link,
                             "forward_ms": round(1e3 * forward_s, 1), "chunk_bytes": options.shrink * sum(sizes),
-                            "by_chunk_s": round(chunk, 4), "by_layer_s": round(layer, 4), "driven": driven is not None,
+                            "by_chunk_s": round(chunk, 4), "by_layer_s": round(layer, 4), "driven": bool(driven),
                             "expected_saving": 1 - expected[1] / expected[0], "saving": 1 - layer / chunk,
+                            "least": min(savings), "most": max(savings),
                         }  # fmt: skip
                         rows.append(row)
                         print(row, flush=True)

@@ -6,6 +6,7 @@ workers all the same. Those of the commands `serve` and `demo`, in test_tutorial
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -18,6 +19,10 @@ from typing import Any
 from pdtrim_deploy.local.job import dies_with
 from pdtrim_deploy.serving.process import ServerProcess
 
+_READ_LATER = {
+    "TMPDIR", "PYTEST_CURRENT_TEST", "SGLANG_EXTERNAL_MODEL_PACKAGE", "SGLANG_CPU_OMP_THREADS_BIND",
+    "SGLANG_NCCL_SO_PATH",
+}  # fmt: skip
 PRELOADED = Path(__file__).with_name("preloaded.py")
 
 
@@ -45,14 +50,13 @@ class Preloading:
 
 def _read_by_imports(env: Mapping[str, str]) -> dict[str, str]:
     """Settings that may count while torch, Triton and SGLang are imported; a worker with others starts by itself."""
-    later = ("TMPDIR", "PYTEST_CURRENT_TEST", "SGLANG_")
-    return {name: value for name, value in env.items() if not name.startswith(later)}
+    return {name: value for name, value in env.items() if name not in _READ_LATER}
 
 
 class _Server:
     def __init__(self, python: str, env: Mapping[str, str], log: Path) -> None:
         self.imported_under, self._codes, self._pids, self._rest = _read_by_imports(env), {}, [], b""
-        self._channel, theirs = socket.socketpair()
+        self._log, (self._channel, theirs) = log, socket.socketpair()
         with theirs, log.open("ab") as output:
             self._popen = subprocess.Popen(
                 [python, str(PRELOADED), str(theirs.fileno())], env=dict(env) | {"TMPDIR": "/tmp"}, cwd=log.parent,
@@ -64,10 +68,11 @@ class _Server:
         return self._popen.poll() is not None
 
     def fork(self, **request: Any) -> int:
-        self._channel.sendall(json.dumps(request).encode() + b"\n")
+        with contextlib.suppress(ConnectionError):  # it has ended, as `died` will find
+            self._channel.sendall(json.dumps(request).encode() + b"\n")
         while not self._pids:
             self._read(1.0)
-            assert not self.died(), "the program that forks workers has ended; see its log"
+            assert not self.died(), f"the program that forks workers has ended; see {self._log}"
         return self._pids.pop(0)
 
     def code(self, pid: int) -> int | None:
@@ -84,6 +89,10 @@ class _Server:
             data = self._channel.recv(1 << 16)
         except (BlockingIOError, TimeoutError):
             return
+        except ConnectionError:
+            data = b""
+        if not data:
+            self._popen.wait(30)  # it has ended
         *lines, self._rest = (self._rest + data).split(b"\n")
         for fields in map(json.loads, lines):
             if "code" in fields:

@@ -77,13 +77,14 @@ def overlap(data: dict[str, Any]) -> str:
     rows = [
         (
             row["model"], row["wire"], f"{row['chunks']} x {row['chunk_tokens']:,}", row["link"], row["forward_ms"],
-            f"{row['by_chunk_s']:.3f}", f"{row['by_layer_s']:.3f}", f"{row['saving']:.0%}",
+            f"{row['by_chunk_s']:.3f}", f"{row['by_layer_s']:.3f}",
+            f"{row['saving']:.0%}" + (f" ({row['least']:.0%}-{row['most']:.0%})" if row["driven"] else ""),
             f"{row['expected_saving']:.0%}", "yes" if row["driven"] else "no",
         )
         for row in data["rows"]
     ]  # fmt: skip
-    head = ("model", "wire dtype", "chunks, tokens", "link", "forward pass, ms", "by chunk, s", "by layer, s", "saved",
-            "by arithmetic", "over the relay")  # fmt: skip
+    head = ("model", "wire dtype", "chunks, tokens", "link", "forward pass, ms", "by chunk, s", "by layer, s",
+            "saved (rounds)", "by arithmetic", "over the relay")  # fmt: skip
     share = f"compute is a wait at {data['options']['mfu']:.0%} of an H100's peak"
     return table(head, rows) + where(data["environment"], share, model="")
 
