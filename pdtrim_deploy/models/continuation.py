@@ -22,8 +22,7 @@ def continued(
 
     """
     runner, kv = Blockwise(model), [LayerKV() for _ in model.model.layers]
-    barred = torch.tensor(sorted(never), dtype=torch.int64, device=prompts.device)
-    at, step, tokens_out = 0, prompts, list[Tensor]()
+    barred, at, step, tokens_out = sorted(never), 0, prompts, list[Tensor]()
     for number in range(tokens):
         hidden, span = runner.embed(step, at)
         for layer, held in enumerate(kv):

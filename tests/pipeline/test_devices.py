@@ -34,6 +34,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
     },
     "students, least squares and gradients": {
         "pruning": PRUNING | {"method": "anneal", "steps": 8, "distil": True, "finalists": 2, "threshold": 0.1},
+        "calibration": {"continuations": "sampled"},
         "students": {"steps": 2},
         "healing": {
             "compensation": "least-squares", "sequences": 8, "length": 32, "prefill_steps": 1, "decode_steps": 1,
@@ -62,7 +63,9 @@ def recipe_of(tmp_path_factory: pytest.TempPathFactory, tiny_dir: Callable[[str]
             "calibration": corpus | {"sequences": 4, "length": 32},
             "evaluation": corpus | {"sequences": 2, "prompt_tokens": 24, "continuation_tokens": 6},
         }
-        (folder / "r.yaml").write_text(yaml.safe_dump(data | SECTIONS[title]))
+        sections = dict(SECTIONS[title])
+        data["calibration"] |= sections.pop("calibration", {})
+        (folder / "r.yaml").write_text(yaml.safe_dump(data | sections))
         return Recipe.load(folder / "r.yaml")
 
     return recipe
