@@ -40,6 +40,7 @@ HEALING = {
     "prefill_steps": 2,
     "decode_steps": 2,
     "learning_rate": 1e-4,
+    "sweep": [1.0],
     "batch": 2,
     "sequences": 12,
     "length": 32,
@@ -155,10 +156,11 @@ def test_decode_is_healed_behind_the_kv_that_is_sent(
             monkeypatch.setitem(CHOSEN, stage, {"removed": [], "pairs": []})
     kv = {"method": "all", "n_first": 2, "n_last": 4, "wire_dtype": "int8"}
     kv |= {"prompt_tokens": 24, "continuation_tokens": 8}
-    base = HEALING if pruned else {key: HEALING[key] for key in ("batch", "sequences", "length")}
+    base = HEALING if pruned else {key: HEALING[key] for key in ("batch", "sequences", "length", "sweep")}
     sections = {"kv": kv} if pruned else {"kv": kv, "pruning": {}}
+    base |= {"sequences": 40}  # of which 8 judge
     without = build(recipe_of(healing=base, **sections), tmp_path / "a", cache)
-    recipe = recipe_of(healing=base | {"kv_steps": 24, "learning_rate": 1e-3}, **sections)
+    recipe = recipe_of(healing=base | {"kv_steps": 32, "learning_rate": 1e-3}, **sections)
     bundle = build(recipe, tmp_path / "b", cache)
     assert bundle.plan == without.plan
     assert bundle.plan.key_offsets is not None
@@ -168,7 +170,7 @@ def test_decode_is_healed_behind_the_kv_that_is_sent(
     context = context_of(recipe, bundle, cache)
     models = [load_model(bundle.stage_dir(stage)) for stage in STAGES]
     before = load_model(without.decode_dir)
-    ids = context.calibration(12, 24 + 16)[-1:]
+    ids = context.calibration(40, 24 + 16)[-8:]
     losses = []
     for decode in (before, models[1]):
         oracle = PDOracle(models[0], decode, bundle.plan, KeyOffsets.read(bundle.decode_dir, bundle.plan))
@@ -180,7 +182,7 @@ def test_decode_is_healed_behind_the_kv_that_is_sent(
     same = [(b.path / "prefill" / "model.safetensors").read_bytes() for b in (without, bundle)]
     assert same[0] == same[1]
     assert (
-        "24 steps of logit distillation from the base model behind prompt KV as it arrives"
+        "32 steps of logit distillation from the base model behind prompt KV as it arrives"
         in (bundle.decode_dir / "README.md").read_text()
     )
     assert bundle.verify() == []
@@ -236,9 +238,7 @@ def test_nothing_half_written(
 ) -> None:
     cache = Cache(tmp_path / "cache")
     with monkeypatch.context() as patched:
-        patched.setattr(
-            "pdtrim_deploy.pruning.healing.distillation._Loss.__call__", lambda *_: torch.tensor(float("nan"))
-        )
+        patched.setattr("pdtrim_deploy.pruning.healing.losses.LogitLoss.backward", lambda *_: float("nan"))
         with pytest.raises(UserError, match="healing prefill: the loss is nan at step 0"):
             build(recipe_of(), tmp_path / "b", cache)
     assert not (tmp_path / "b" / heal.HEALING).exists()
