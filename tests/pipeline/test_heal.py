@@ -117,7 +117,7 @@ def test_the_bundle_is_what_was_healed_in_memory(
     card = (bundle.decode_dir / "README.md").read_text()
     assert "one student block in the place of each of the pairs 1 and 2" in card
     differences = "students of distilled pairs, compensation least-squares"
-    differences += ", 2 steps of logit distillation" * report["healing"]["decode"]["kept"]
+    differences += ", 2 steps of distillation" * report["healing"]["decode"]["kept"]
     assert f"Weights differ from the base model's: {differences}" in card
     assert "Weights mended on 12 x 32 tokens of" in card
     assert "Students trained on 12 x 32 tokens of" in card
@@ -182,7 +182,7 @@ def test_decode_is_healed_behind_the_kv_that_is_sent(
     same = [(b.path / "prefill" / "model.safetensors").read_bytes() for b in (without, bundle)]
     assert same[0] == same[1]
     assert (
-        "32 steps of logit distillation from the base model behind prompt KV as it arrives"
+        "32 steps of distillation from the base model behind prompt KV as it arrives"
         in (bundle.decode_dir / "README.md").read_text()
     )
     assert bundle.verify() == []
