@@ -35,6 +35,13 @@ class KVSend(Frozen):
             raise ValueError("a window's KV takes no n_first, and n_last of at least 1")
         return self
 
+    @property
+    def row_names(self) -> str:
+        """Which rows travel, for readers."""
+        if self.mode == "sparse":
+            return f"first {self.n_first} + last {self.n_last}"
+        return "full" if self.mode == "full" else f"last {self.n_last}, its window"
+
     def suits(self, head_dim: int, pool_dtype: PoolDtype = "native") -> bool:
         """Whether heads of this size can travel in the wire dtype, and make rows of such a pool smaller."""
         smaller = pool_dtype == "native" or self.wire_dtype in SMALLER_THAN_FP8

@@ -216,11 +216,7 @@ class PDPlan(Frozen):
 
     def layers(self, stage: Stage) -> tuple[int, ...]:
         """Blocks of the stage model in order; a distilled pair stands at its first block."""
-        return tuple(
-            block
-            for block, action in enumerate(self.actions(stage))
-            if action.kind in ("keep", "kv_only") or (action.kind == "distilled" and action.pair[0] == block)
-        )
+        return _layers(self.actions(stage))
 
     def dropped(self, stage: Stage) -> tuple[int, ...]:
         """Blocks that the stage does not run at all."""
@@ -360,8 +356,22 @@ class PDPlan(Frozen):
     def dense(cls, model: ModelShape) -> PDPlan:
         """Nothing removed, everything sent: the control."""
         keep = (Keep(),) * model.num_blocks
-        kv = tuple(model.rule(block, KVSend()) for block in range(model.num_blocks))
-        return cls(model=model, prefill=keep, decode=keep, kv=kv)
+        return cls.uncut(model, keep, keep)
+
+    @classmethod
+    def uncut(cls, model: ModelShape, prefill: tuple[Action, ...], decode: tuple[Action, ...]) -> PDPlan:
+        """Stages that run these blocks, and are sent every row that decode reads."""
+        kv = tuple(model.rule(block, KVSend()) for block in _layers(decode))
+        return cls(model=model, prefill=prefill, decode=decode, kv=kv)
+
+
+def _layers(actions: tuple[Action, ...]) -> tuple[int, ...]:
+    """Blocks of a stage's model in order."""
+    return tuple(
+        block
+        for block, action in enumerate(actions)
+        if action.kind in ("keep", "kv_only") or (action.kind == "distilled" and action.pair[0] == block)
+    )
 
 
 def _misfit(window: int | None, rule: KVSend) -> str:

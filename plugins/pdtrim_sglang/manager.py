@@ -21,7 +21,7 @@ from pdtrim_sglang.pairing import unlike_draft_ranks, unlike_ranks
 from pdtrim_sglang.plan_source import check_fits, check_padding, dense_plan, read_offsets, read_plan
 from pdtrim_sglang.pool import PoolView
 from pdtrim_sglang.prefill import PrefillSide
-from pdtrim_sglang.requirements import check_draft_ranks, check_options, check_staging, check_window
+from pdtrim_sglang.requirements import check_draft_ranks, check_options, check_staging, check_window, check_windows
 from pdtrim_sglang.rooms import AuxRows
 from pdtrim_sglang.transports import TransportConfig, transport_named
 from pdtrim_sglang.transports.handshake import Credentials
@@ -92,7 +92,9 @@ class PDTrimKVManager(CommonKVManager):
             draft_view = PoolView.of(draft_pool)
             draft = DraftRows.of(draft_pool, draft_view.keys, draft_view.values, view.tokens)
         view = replace(view, offsets=offsets, first_head=own.start, draft=draft)
-        if self._given_plan:
+        if self.plan.model.windows:
+            check_windows(self.plan, stage, model)
+        elif self._given_plan:
             check_window(model.config, self.server_args.context_length)
         prepare(self.plan, view.keys[0], view.offsets)
         if draft is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from pdtrim_deploy.plan import STAGES, KVSend, PDPlan
+from pdtrim_deploy.plan import STAGES, KVSend, PDPlan, Stage
 from pdtrim_deploy.worker.config import WorkerConfig
 from pdtrim_sglang.attention.factory import ATTENTION
 from pdtrim_sglang.chunk_sizes import most_bytes
@@ -46,13 +46,13 @@ def check_options(server_args: Any, kv_args: Any, plan: PDPlan | None, is_mla_ba
             "pdtrim: a streaming session would go on with the rows that decode computed for the last answer, which "
             "differ from prefill's: start decode without --enable-streaming-session"
         )
+    if server_args.disaggregation_decode_enable_radix_cache and any(send.mode != "full" for send in plan.kv):
+        raise RuntimeError(
+            "pdtrim: a plan with cut layers or windows leaves prompt rows out, so decode must not reuse them: start "
+            "without --disaggregation-decode-enable-radix-cache"
+        )
     if not any(send.mode == "sparse" for send in plan.kv):
         return
-    if server_args.disaggregation_decode_enable_radix_cache:
-        raise RuntimeError(
-            "pdtrim: a sparse plan leaves prompt rows out, so decode must not reuse them: start without "
-            "--disaggregation-decode-enable-radix-cache"
-        )
     backend = server_args.decode_attention_backend or server_args.attention_backend
     if backend not in ATTENTION:
         raise RuntimeError(
@@ -152,6 +152,27 @@ def _check_shared_storage(server_args: Any, plan: PDPlan | None) -> None:
             "and other builds of a bundle have in common while their KV differs: start without "
             "--hicache-storage-backend and --enable-unified-cache-external-linker"
         )
+
+
+def check_windows(plan: PDPlan, stage: Stage, model: Any) -> None:
+    """Raise RuntimeError when layers of the loaded model attend to other windows than the plan's model.
+
+    SGLang counts the tokens before a query's own: its window is one less.
+    """
+    from sglang.srt.layers.radix_attention import RadixAttention
+
+    if not plan.model.windows:
+        return
+    layers = {m.layer_id: m.sliding_window_size for m in model.modules() if isinstance(m, RadixAttention)}
+    for layer, block in enumerate(plan.layers(stage)):
+        window, loaded = plan.model.window(block), layers.get(layer, -1)
+        if loaded != (-1 if window is None else window - 1):
+            expected = "to all tokens" if window is None else f"to the last {window} tokens"
+            attends = "to all" if loaded == -1 else f"to the last {loaded + 1}"
+            raise RuntimeError(
+                f"pdtrim: layer {layer} attends {expected} by the plan, {attends} as this worker has loaded it: serve "
+                f"the bundle's {stage} checkpoint with SGLang's own model class"
+            )
 
 
 def check_window(config: Any, context_length: int | None) -> None:
