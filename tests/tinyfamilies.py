@@ -28,6 +28,17 @@ OWN = {
     },
     "SmolLM3ForCausalLM": {"no_rope_layers": [1, 0, 1, 1, 0, 1]},
     "Glm4ForCausalLM": {"attention_bias": True},
+    "MellumForCausalLM": {
+        "sliding_window": WINDOW,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10.0},
+            "full_attention": {"rope_type": "default", "rope_theta": 100.0},
+        },
+    },
     "Qwen3MoeForCausalLM": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
     "OlmoeForCausalLM": {"num_experts": 4, "num_experts_per_tok": 2},
     "MiniMaxM2ForCausalLM": {"num_local_experts": 4, "num_experts_per_tok": 2},
