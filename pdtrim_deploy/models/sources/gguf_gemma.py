@@ -44,7 +44,7 @@ def gemma_keys(meta: Mapping[str, Any], config: Mapping[str, Any], path: Path) -
 def gemma_pieces(vocab: Mapping[str, int], scores: Sequence[float], types: Sequence[int]) -> Any:
     """A `tokenizers.Tokenizer` of a SentencePiece BPE, without its added tokens: spaces are `▁`, other bytes `<0x..>`.
 
-    A piece is joined from any two pieces that make it up; of several joins in a text that of the highest score is first.
+    A piece is joined from any two that make it up; of several joins in a text the one of the highest score is first.
     """
     import tokenizers
 
