@@ -12,7 +12,7 @@ from pdtrim_deploy.recipe import Recipe
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(900)]
 
-SERVED = ("Qwen3MoeForCausalLM", "Phi3ForCausalLM")
+SERVED = ("Qwen3MoeForCausalLM", "Phi3ForCausalLM", "Gemma3ForCausalLM")
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def text(tmp_path_factory):
     return write_words(tmp_path_factory.mktemp("text"), files=60)
 
 
-@pytest.mark.some_families(SERVED, [*FAMILIES, "ArceeForCausalLM"])
+@pytest.mark.some_families(SERVED, [*FAMILIES, "ArceeForCausalLM", "Gemma3ForCausalLM"])
 def test_served_tokens_are_the_oracles(architecture, text, tiny_model, serving, cache, tmp_path, record_property):
     """Blocks are dropped where they are known, experts where there are any; every layer of KV is cut and quantised."""
     corpus = {"corpus": f"dir:{text}", "sequences": 2}

@@ -138,7 +138,8 @@ class Measure:
         return outputs
 
     def _kv(self, part: _Batch, layer: int, send: KVSend) -> LayerKV:
-        return part.prompt_kv.read(send.wire_dtype, layer, send.row_ranges(self.problem.prompt_tokens))
+        ranges = self.problem.rule(layer, send).row_ranges(self.problem.prompt_tokens)
+        return part.prompt_kv.read(send.wire_dtype, layer, ranges)
 
     def _changes(self, part: _Batch, context: tuple[KVSend, ...], name: str) -> Tensor:
         """float32 `[1 + layers * (rows + dtypes), coordinates]`: the context's error, then the effects."""
@@ -154,7 +155,7 @@ class Measure:
                 (at, send.model_copy(update={"wire_dtype": d})) for at, d in enumerate(self._dtypes, len(self._rows))
             ]
             for at, option in tried:
-                if option != send:
+                if self.problem.rule(layer, option) != self.problem.rule(layer, send):
                     hidden = inputs[layer]
                     for following in range(layer, len(context)):
                         kv = self._kv(part, following, option if following == layer else context[following])
