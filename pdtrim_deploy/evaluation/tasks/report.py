@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict
 
 from pdtrim_deploy.bundle import Bundle
 from pdtrim_deploy.evaluation import corpora
-from pdtrim_deploy.evaluation.quality import source_of
+from pdtrim_deploy.evaluation.quality import STREAMED_KV, source_of
 from pdtrim_deploy.evaluation.tasks.base import Measured, Setting
 from pdtrim_deploy.evaluation.tasks.registry import check, prepare
 from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
@@ -111,11 +111,12 @@ def judge_tasks(
     whole = PDOracle(model, model, PDPlan.dense(plan.model))
     setting = Setting(load_tokenizer(source.path), whole, corpus.split("final"), cache, section.seed, size, note)
     prepared = [prepare(name, setting) for name in names]
-    dense = [task.measure([whole], lambda line: note(f"dense {line}"))[0] for task in prepared]
+    kv_bytes = STREAMED_KV if compute.streams(plan.model.num_blocks) else 0
+    dense = [task.measure([whole], lambda line: note(f"dense {line}"), kv_bytes=kv_bytes)[0] for task in prepared]
     del model, whole, setting
     prefill, decode = (load_to_compute(stage, bundle.stage_dir(stage), dtype, note, compute) for stage in STAGES)
     stages = PDOracle(prefill, decode, plan, KeyOffsets.read(bundle.prefill_dir, plan))
-    pd = [task.measure([stages], lambda line: note(f"PD {line}"))[0] for task in prepared]
+    pd = [task.measure([stages], lambda line: note(f"PD {line}"), kv_bytes=kv_bytes)[0] for task in prepared]
     return TasksReport(
         plan_digest=plan.digest,
         corpus=section.corpus,
