@@ -162,13 +162,17 @@ class Blockwise:
         logits = self.model.lm_head(normed)
         return logits if self.logits_scaling is None else logits / self.logits_scaling
 
+    @property
+    def logits_step(self) -> int:
+        """Positions whose logits may be in memory at a time: 64 MiB of float32, or one."""
+        return max(1, _LOGITS_AT_ONCE // int(self.model.lm_head.out_features))
+
     def logprobs(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """float32 `[batch, tokens]`: log-probability of `targets[b, t]` after `hidden[b, t]`.
 
         At most 64 MiB of float32 logits exist at a time (or those of one token).
         """
-        flat, flat_targets = hidden.flatten(0, 1), targets.flatten()
-        step = max(1, _LOGITS_AT_ONCE // self.model.lm_head.out_features)
+        flat, flat_targets, step = hidden.flatten(0, 1), targets.flatten(), self.logits_step
         slices = zip(flat.split(step), flat_targets.split(step), strict=True)
         return torch.cat([pick(self.logits(part), ids) for part, ids in slices]).view(targets.shape)
 

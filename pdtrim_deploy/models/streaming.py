@@ -127,6 +127,12 @@ def whole_block(model: Any, block: int) -> nn.Module:
     return own_weights(copy.deepcopy(model.model.layers[block]))
 
 
+def weight_of(linear: nn.Module) -> Tensor:
+    """The weight of a linear map, read from the checkpoint where the model is streamed."""
+    weight: Tensor = own_weights(copy.deepcopy(linear)).get_parameter("weight").detach()
+    return weight
+
+
 def own_weights(layer: nn.Module) -> nn.Module:
     """`layer` itself, with weights of its own that stay."""
     for module in layer.modules():

@@ -105,6 +105,11 @@ def _check_front_end(server_args: Any) -> None:
         raise RuntimeError("pdtrim: SGLang's Rust server takes registrations from anybody: unset SGLANG_RUST_SERVER")
     if server_args.tokenizer_worker_num > 1:
         raise RuntimeError("pdtrim: SGLang's tokenizer workers load no plugins: start with --tokenizer-worker-num 1")
+    if server_args.enable_custom_logit_processor:
+        raise RuntimeError(
+            "pdtrim: SGLang unpickles a client's logit processor, which can run any code or end the worker: start "
+            "without --enable-custom-logit-processor"
+        )
 
 
 def _check_lora(server_args: Any, plan: PDPlan | None) -> None:
