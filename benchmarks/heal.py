@@ -36,14 +36,12 @@ from pdtrim_deploy.recipe.healing import HealingSection
 
 REMOVED = {"prefill": (16, 17), "decode": (13, 14, 15, 16, 17, 18)}
 WAYS: dict[str, dict[str, Any]] = {
-    "logits, 1e-4": {"regression": 0.0, "sweep": (1.0,)},  # as before hidden states and rates were tried
-    "logits, 3e-4": {"regression": 0.0, "sweep": (3.0,)},
-    "logits, rates tried": {"regression": 0.0, "sweep": (1.0, 3.0, 10.0)},
-    "hidden states first, rates tried": {"regression": 0.25, "sweep": (1.0, 3.0, 10.0)},
-    "LoRA, hidden states first, rates tried": {
-        "method": "lora", "regression": 0.25, "sweep": (3.0, 10.0, 30.0),
-    },
-}  # fmt: skip
+    "logits, 1e-4": {"regression": 0.0, "learning_rate": 1e-4},  # as before hidden states were fitted
+    "hidden states first, 1e-4": {"regression": 0.25, "learning_rate": 1e-4},
+    "logits, 3e-4": {"regression": 0.0, "learning_rate": 3e-4},
+    "hidden states first, 3e-4": {"regression": 0.25, "learning_rate": 3e-4},
+    "LoRA, hidden states first, 1e-3": {"method": "lora", "regression": 0.25, "learning_rate": 1e-3},
+}
 PLACE = HERE.parent / "out" / "bench-heal"
 _TEXT = ("minutes", "fitted", "length", "batch", "refitted", "sequences", "seed")
 
@@ -102,7 +100,8 @@ class _Bench:
         options = self._options
         if way == "unhealed":
             return {"way": way, "commit": commit()} | self._measures(self._pair)
-        keys = {"decode_steps": 1_000_000, "minutes": options.minutes, "batch": options.batch, "seed": options.seed}
+        keys = {"decode_steps": 1_000_000, "minutes": options.minutes, "sweep": (1.0,)}
+        keys |= {"batch": options.batch, "seed": options.seed}
         section = HealingSection(**{**keys, **WAYS[way]})
         about = f"{way}, {commit()}, {vars(options)}"
         file = StateFile(PLACE / f"{list(WAYS).index(way)}.safetensors", about)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, get_args
+from typing import Annotated, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 
@@ -69,13 +69,17 @@ class HealingSection(_Section):
             to the matrices among them, which are merged in the end: less memory, and less is learnt.
         regression: share of the steps, and of the minutes, that fits hidden states, layer by layer; the rest is for
             logits. 0: logits alone.
-        learning_rate: multiplied by each factor of `sweep` in a short run (a twentieth of the steps, at least 5, and of
-            the minutes), if there are several; the rate whose run is best on development text is trained at.
+        learning_rate: multiplied by each factor of `sweep` in a short run (a twentieth of the steps, and of the
+            minutes), if that is 5 steps or more; the rate whose run is best on development text is trained at.
+            Otherwise the first factor counts.
         gradient_checkpointing: keep the layers' inputs alone and run each layer again for its gradients: less memory,
             more time, the same weights.
         batch: sequences in a step.
 
     """
+
+    SHORT: ClassVar[int] = 20
+    LEAST_STEPS: ClassVar[int] = 5
 
     kv_only_blocks: NonNegativeInt = 0
     compensation: CompensationMethod = "none"
@@ -120,6 +124,10 @@ class HealingSection(_Section):
     def taught(self, finalists: int) -> int:
         """Number of sequences that students learn from, with so many finalists."""
         return self.sequences - (self.judged if finalists else 0)
+
+    def tries(self, steps: int) -> bool:
+        """Whether learning rates are tried before so many steps."""
+        return len(self.sweep) > 1 and steps // self.SHORT >= self.LEAST_STEPS
 
     def steps_of(self, stage: Stage, *, behind_kv: bool = False) -> int:
         """Steps of a stage, or those of decode on prompt KV as it will arrive."""

@@ -15,7 +15,16 @@ from pdtrim_deploy.pruning.healing.weights import FullWeights, LoraWeights
 from pdtrim_deploy.pruning.students.regression import FROZEN
 from pdtrim_deploy.recipe.healing import HealingSection
 
-SECTION = HealingSection(prefill_steps=4, decode_steps=4, learning_rate=1e-3, sweep=(1.0, 3.0), regression=0.5, batch=2)
+SECTION = HealingSection(
+    prefill_steps=4, decode_steps=4, learning_rate=1e-3, sweep=(1.0, 3.0), regression=0.5, batch=2
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _short_trials(monkeypatch):
+    """Of four steps each, before a run of four."""
+    monkeypatch.setattr(HealingSection, "SHORT", 1)
+    monkeypatch.setattr(HealingSection, "LEAST_STEPS", 4)
 
 
 class Killed(BaseException):
@@ -47,7 +56,7 @@ def test_what_is_killed_goes_on_to_the_same_bits(method, stage, tmp_path, traine
     pair, ids = pair_of(tiny("Llama")), text(12, 16)
     section = SECTION.model_copy(update={"method": method})
     heal(pair, stage, ids, section)
-    steps = 2 * 5 + 4
+    steps = 2 * 4 + 4
 
     def goes_on(after):
         seen = 0
@@ -100,6 +109,8 @@ class Clock:
 
 
 def test_time_is_kept_over_interruptions(monkeypatch, tmp_path):
+    monkeypatch.setattr(HealingSection, "SHORT", 20)
+    monkeypatch.setattr(HealingSection, "LEAST_STEPS", 1)
     pair, ids = pair_of(tiny("Llama")), text(12, 16)
     clock, steps = Clock(monkeypatch), []
     section = SECTION.model_copy(update={"decode_steps": 10**6, "minutes": 5.0})
@@ -251,6 +262,18 @@ def test_the_best_rate_of_the_trials_goes_on(monkeypatch):
     tried = swept.training["sweep"]
     assert list(tried) == ["10", "0.001", "1e-07"]
     assert swept.training["learning_rate"] == 1e-3 == float(min(tried, key=tried.get))
+
+
+def test_few_steps_try_no_rate(monkeypatch):
+    """The first factor's is used: where steps are few, and where a trial's time turns out to be short."""
+    monkeypatch.setattr(HealingSection, "SHORT", 20)
+    monkeypatch.setattr(HealingSection, "LEAST_STEPS", 5)
+    pair, ids, clock = pair_of(tiny("Llama")), text(12, 16), Clock(monkeypatch)
+    section = SECTION.model_copy(update={"sweep": (3.0, 1.0)})
+    for update, seconds in (({}, 40), ({"decode_steps": 1000, "minutes": 2.0}, 120)):
+        training = heal(pair, "decode", ids, section.model_copy(update=update), clock=clock).training
+        assert (training["learning_rate"], training["sweep"]) == (0.003, {})
+        assert training["seconds"] == pytest.approx(seconds, abs=10)
 
 
 def test_a_rate_whose_loss_is_no_number_is_not_chosen(monkeypatch):

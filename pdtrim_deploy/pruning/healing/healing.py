@@ -72,7 +72,7 @@ def heal(
     steps = section.steps_of(stage, behind_kv=prompt_kv is not None)
     if stage == "decode" and prompt_kv is None:
         prompt_kv = PromptKV(ids.shape[1] // 2, PrefillKV(pair.stage("prefill"), pair.plan.layer_map))
-    text = Split.of(ids, chooses=len(section.sweep) > 1 or section.regression > 0)
+    text = Split.of(ids, chooses=section.tries(steps) or section.regression > 0)
     note(f"healing {stage}: KL from the dense model on {len(text.judged)} development sequences")
     before = _divergences(pair, stage, text.judged, section, prompt_kv)
     model, layers = pair.stage(stage), pair.plan.layers(stage)

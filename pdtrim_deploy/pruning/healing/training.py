@@ -1,4 +1,7 @@
-"""The steps of healing: a short run for each learning rate, then a long one at the best; each in two phases."""
+"""The steps of healing: a short run for each learning rate, then a long one at the best; each in two phases.
+
+Short runs of a few steps tell nothing: there are none unless each has `LEAST_STEPS`.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +24,6 @@ from pdtrim_deploy.recipe.healing import HealingSection
 
 Note = Callable[[str], None]
 Clock = Callable[[], float]
-_SHORT = 20  # a short run has one in so many of the long run's steps, and of the minutes
-_LEAST_SHORT_STEPS = 5
 _WARM_UP = 0.1  # share of a phase in which the rate rises
 
 
@@ -53,6 +54,7 @@ class Trainer:
         self._steps, self._section, self._file, self._note = steps, section, file, note
         self._rows = _Rows(len(text.fit), section.batch, section.seed)
         self._rates = [section.learning_rate * factor for factor in section.sweep]
+        self._trials = len(self._rates) if section.tries(steps) else 0
         self._position, self._kept = Position(), dict[str, Tensor]()
         self._clock, self._zero = clock, clock()
 
@@ -68,22 +70,28 @@ class Trainer:
             self._position, self._kept = saved
             self._restore()
         self._zero, position = self._clock() - self._position.seconds, self._position
-        short = self._rates if len(self._rates) > 1 else []
-        while position.run < len(short):
-            steps = max(_LEAST_SHORT_STEPS, self._steps // _SHORT)
-            finite = self._run(short[position.run], steps, self._seconds(1 / _SHORT), unhealed, short=True)
+        while position.run < self._trials:
+            rate = self._rates[position.run]
+            steps = self._steps // self._section.SHORT
+            finite = self._run(rate, steps, self._seconds(1 / self._section.SHORT), unhealed, short=True)
+            if finite and position.offset < self._section.LEAST_STEPS:
+                self._note(f"{self._heading}: {position.offset} steps in its time tell nothing; no rate is tried")
+                position.sweep = []
+                self._begin_run(self._trials)
+                break
             position.sweep.append(self._divergence() if finite else math.inf)
-            self._note(f"{self._heading}: learning rate {short[position.run]:g}, KL {position.sweep[-1]:.4f} nats")
+            self._note(f"{self._heading}: learning rate {rate:g}, KL {position.sweep[-1]:.4f} nats")
             self._begin_run(position.run + 1)
-        rate = min(zip(position.sweep, short, strict=True))[1] if short else self._rates[0]
-        if position.run == len(short):
+        tried = dict(zip(self._rates, position.sweep, strict=False))
+        rate = min(tried, key=tried.__getitem__) if tried else self._rates[0]
+        if position.run == self._trials:
             left = self._seconds(1.0)
             self._run(rate, self._steps, None if left is None else left - position.run_began, unhealed, short=False)
             position.run += 1
             self._save()
         return {
             "learning_rate": rate,
-            "sweep": {f"{r:g}": kl for r, kl in zip(short, position.sweep, strict=True)},
+            "sweep": {f"{r:g}": kl for r, kl in tried.items()},
             "phases": position.phases,
             "seconds": round(position.seconds, 1),
         }
@@ -151,8 +159,8 @@ class Trainer:
 
     @property
     def _heading(self) -> str:
-        runs = len(self._rates) if len(self._rates) > 1 else 0
-        return f"healing {self._stage}" + (f", trial {self._position.run + 1}/{runs}" * (self._position.run < runs))
+        trial = f", trial {self._position.run + 1}/{self._trials}" * (self._position.run < self._trials)
+        return f"healing {self._stage}{trial}"
 
     def _of(self, phase: Phase) -> str:
         return f"/{phase.steps}" if phase.until is None else ""
