@@ -233,6 +233,48 @@ def test_other_weights_of_the_same_plan_are_not_what_was_measured(
     assert not (first.reports_dir / "eval.json").exists()
 
 
+class Killed(BaseException):
+    pass
+
+
+def test_a_build_that_is_killed_goes_on_to_the_same_weights(
+    recipe_of: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bfloat16; killed in prefill, in decode and behind the KV that is sent; no step written down is done again."""
+    monkeypatch.setattr("pdtrim_deploy.pruning.healing.state._EVERY_S", 0.0)
+    monkeypatch.setattr("pdtrim_deploy.pruning.healing.state._SHARE", 0)
+    for stage in STAGES:
+        monkeypatch.setitem(CHOSEN, stage, {"removed": [4], "pairs": []})
+    healing = {key: HEALING[key] for key in ("batch", "sequences", "length", "sweep")} | {"learning_rate": 1e-2}
+    recipe = recipe_of(
+        healing=healing | {"prefill_steps": 3, "decode_steps": 3, "kv_steps": 3},
+        kv={"method": "all", "n_last": 8, "prompt_tokens": 24, "continuation_tokens": 8},
+        pruning={"method": "anneal", "prefill_blocks": 1, "decode_blocks": 1},
+        model={"source": recipe_of().model.source, "compute_dtype": "bfloat16"},
+    )
+    whole = build(recipe, tmp_path / "whole", Cache(tmp_path / "a"))
+    steps: list[str] = []
+
+    def note(line: str) -> None:
+        if ": step " in line:
+            steps.append(line.partition(", loss")[0])
+            if len(steps) in (2, 6, 10):
+                raise Killed
+
+    for _ in range(3):
+        with pytest.raises(Killed):
+            build(recipe, tmp_path / "killed", Cache(tmp_path / "b"), note)
+    killed = build(recipe, tmp_path / "killed", Cache(tmp_path / "b"), note)
+    assert len(steps) == 3 * 3 + 3
+    assert len(set(steps)) == 2 * 3  # decode's are the same twice
+    for stage in STAGES:
+        first, second = ((b.path / stage / "model.safetensors").read_bytes() for b in (whole, killed))
+        assert first == second
+    assert not list((killed.path).glob(".build*"))
+    with pytest.raises(UserError, match=r"model\.compute_dtype is float16 but healing's steps train by gradients"):
+        recipe.changed("r", "model", compute_dtype="float16")
+
+
 def test_nothing_half_written(
     recipe_of: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
