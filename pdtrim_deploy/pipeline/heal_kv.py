@@ -63,6 +63,7 @@ def _key(context: Context) -> str:
         heal.weights(context),
         section,
         hashlib.sha256(text.numpy().tobytes()).hexdigest(),
+        *([] if context.compute.dtype == "float32" else [context.compute.dtype]),
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
