@@ -10,13 +10,9 @@ from pydantic import BaseModel, ConfigDict
 
 from pdtrim_deploy.bundle import Bundle
 from pdtrim_deploy.evaluation import corpora
-<<<<<<< HEAD
-from pdtrim_deploy.evaluation.quality import STREAMED_KV, source_of
-=======
 from pdtrim_deploy.evaluation.lm_harness import Harness
 from pdtrim_deploy.evaluation.lm_harness.scoring import HandOver
-from pdtrim_deploy.evaluation.quality import source_of
->>>>>>> evals
+from pdtrim_deploy.evaluation.quality import STREAMED_KV, source_of
 from pdtrim_deploy.evaluation.tasks.base import Measured, Setting
 from pdtrim_deploy.evaluation.tasks.registry import check, prepare
 from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
@@ -122,17 +118,13 @@ def judge_tasks(
     tokenizer = load_tokenizer(source.path)
     setting = Setting(tokenizer, whole, corpus.split("final"), cache, section.seed, size, note)
     prepared = [prepare(name, setting) for name in names]
-<<<<<<< HEAD
     kv_bytes = STREAMED_KV if compute.streams(plan.model.num_blocks) else 0
-    dense = [task.measure([whole], lambda line: note(f"dense {line}"), kv_bytes=kv_bytes)[0] for task in prepared]
-    del model, whole, setting
-    prefill, decode = (load_to_compute(stage, bundle.stage_dir(stage), dtype, note, compute) for stage in STAGES)
-    stages = PDOracle(prefill, decode, plan, KeyOffsets.read(bundle.prefill_dir, plan))
-    pd = [task.measure([stages], lambda line: note(f"PD {line}"), kv_bytes=kv_bytes)[0] for task in prepared]
-=======
 
     def measured(who: str, oracle: PDOracle) -> list[Measured]:
-        results = [task.measure([oracle], lambda line: note(f"{who} {line}"))[0] for task in prepared]
+        def progress(line: str) -> None:
+            note(f"{who} {line}")
+
+        results = [task.measure([oracle], progress, kv_bytes=kv_bytes)[0] for task in prepared]
         if harness is None:
             return results
         samples = bundle.reports_dir / "lm_eval" / who.lower()
@@ -143,7 +135,6 @@ def judge_tasks(
     prefill, decode = (load_to_compute(stage, bundle.stage_dir(stage), dtype, note, compute) for stage in STAGES)
     stages = PDOracle(prefill, decode, plan, KeyOffsets.read(bundle.prefill_dir, plan))
     pd = measured("PD", stages)
->>>>>>> evals
     return TasksReport(
         plan_digest=plan.digest,
         corpus=section.corpus,

@@ -155,25 +155,9 @@ class Measure:
         kinds = len(self._rows) + len(self._dtypes)
         changes = torch.zeros(1 + len(context) * kinds, len(error), device=error.device)
         changes[0] = error
-<<<<<<< HEAD
-        for layer, send in enumerate(context):
-            tried = [(at, _with_rows(send, rows)) for at, rows in enumerate(self._rows)]
-            tried += [
-                (at, send.model_copy(update={"wire_dtype": d})) for at, d in enumerate(self._dtypes, len(self._rows))
-            ]
-            for at, option in tried:
-                if self.problem.rule(layer, option) != self.problem.rule(layer, send):
-                    hidden = inputs[layer]
-                    for following in range(layer, len(context)):
-                        kv = self._kv(part, following, option if following == layer else context[following])
-                        hidden = self.problem.oracle.decode.block(following, hidden, part.span, kv)
-                    changes[1 + layer * kinds + at] = probe.change(hidden) - error
-            self._progress(f"{name}, layer {layer + 1}/{len(context)}")
-=======
         for layers in self._together(context, part.hidden):
             for row, hidden in self._branches(part, context, inputs, layers, name):
                 changes[row] = probe.change(hidden) - error
->>>>>>> memory
         return changes
 
     def _together(self, context: tuple[KVSend, ...], hidden: Tensor) -> Iterator[range]:
@@ -181,9 +165,9 @@ class Measure:
         states = max(1, STATES // (hidden.numel() * hidden.element_size()))
         start = 0
         while start < len(context):
-            stop, count = start + 1, len(self._options_about(context[start]))
-            while stop < len(context) and count + len(self._options_about(context[stop])) <= states:
-                count += len(self._options_about(context[stop]))
+            stop, count = start + 1, len(self._options_about(context, start))
+            while stop < len(context) and count + len(self._options_about(context, stop)) <= states:
+                count += len(self._options_about(context, stop))
                 stop += 1
             yield range(start, stop)
             start = stop
@@ -203,19 +187,20 @@ class Measure:
             for row, hidden in branches.items():
                 branches[row] = decode.block(layer, hidden, part.span, context_kv.fork())
             if layer in layers:
-                for at, option in self._options_about(context[layer]):
+                for at, option in self._options_about(context, layer):
                     kv = self._kv(part, layer, option)
                     branches[1 + layer * kinds + at] = decode.block(layer, inputs[layer], part.span, kv)
             options = f"options of layers {layers.start + 1} to {layers.stop}"
             self._progress(f"{name}, {options}: layer {layer + 1}/{len(context)}")
         yield from branches.items()
 
-    def _options_about(self, send: KVSend) -> list[tuple[int, KVSend]]:
+    def _options_about(self, context: Sequence[KVSend], layer: int) -> list[tuple[int, KVSend]]:
         """Other rows, then other dtypes, than a layer has in the context; each with its place among both."""
+        send, rule = context[layer], self.problem.rule
         dtypes = enumerate(self._dtypes, len(self._rows))
         options = [(at, _with_rows(send, rows)) for at, rows in enumerate(self._rows)]
         options += [(at, send.model_copy(update={"wire_dtype": dtype})) for at, dtype in dtypes]
-        return [(at, option) for at, option in options if option != send]
+        return [(at, option) for at, option in options if rule(layer, option) != rule(layer, send)]
 
 
 @dataclass

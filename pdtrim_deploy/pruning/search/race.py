@@ -90,7 +90,7 @@ class Race:
         self._left, self._losses = left, dict.fromkeys(self._solutions, Losses())
 
     def winner(self) -> int:
-        """Of blocks within `TIE` of the best the earliest. What each look gives is written down, to go on from there."""
+        """Of blocks within `TIE` of the best the earliest. Each look is written down: a stopped race goes on there."""
         running = self._enter()
         for batch in range(self._problem.evaluator.batches):
             if batch:
