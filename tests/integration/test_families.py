@@ -21,7 +21,7 @@ def text(tmp_path_factory):
     return write_words(tmp_path_factory.mktemp("text"), files=60)
 
 
-@pytest.mark.some_families(SERVED, [*FAMILIES, "ArceeForCausalLM", *WINDOWS])
+@pytest.mark.some_families(SERVED, [*FAMILIES, "ArceeForCausalLM", "MellumForCausalLM"])
 def test_served_tokens_are_the_oracles(architecture, text, tiny_model, serving, cache, tmp_path, record_property):
     """Blocks are dropped where they are known, experts where there are any; KV is quantised, and cut beside windows."""
     corpus = {"corpus": f"dir:{text}", "sequences": 2}

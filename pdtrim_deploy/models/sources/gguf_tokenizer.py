@@ -76,7 +76,9 @@ def write_tokenizer(meta: dict[str, Any], out: Path, where: Path) -> None:
         )
     tokens, types = meta["tokenizer.ggml.tokens"], meta["tokenizer.ggml.token_type"]
     vocab = {token: number for number, token in enumerate(tokens)}
-    tokenizer = gemma_pieces(vocab, meta["tokenizer.ggml.scores"], types) if pieces else _bytes_of(meta, vocab, str(pre))
+    tokenizer = (
+        gemma_pieces(vocab, meta["tokenizer.ggml.scores"], types) if pieces else _bytes_of(meta, vocab, str(pre))
+    )
     for token, type_ in zip(tokens, types, strict=True):
         if type_ in (_CONTROL, _USER_DEFINED):
             special = type_ == _CONTROL
