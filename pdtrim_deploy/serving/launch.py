@@ -24,8 +24,6 @@ from pdtrim_deploy.serving.spec import ClusterSpec, WorkerOptions
 from pdtrim_deploy.serving.transports import require_transport
 from pdtrim_deploy.serving.weights import require_weights
 
-NO_WINDOW_POOL = "--disable-hybrid-swa-memory"
-
 
 def cluster_of(
     bundle: Bundle,
@@ -64,8 +62,6 @@ def cluster_of(
         )
     options = replace(options, sparse=any(send.mode == "sparse" for send in bundle.plan.kv))
     options = replace(options, pool_dtype=bundle.plan.model.pool_dtype)
-    if bundle.plan.model.windows:
-        options = without_window_pools(options)
     if options.device == "cpu" and options.pool_dtype != "native":
         raise UserError(
             f"the plan's KV pool is {options.pool_dtype}, which SGLang 0.5.23 has on a CPU with Intel AMX alone, and "
@@ -97,13 +93,6 @@ def cluster_of(
     )
     spec = replace(spec, workers=tuple(replace(worker, transport=transport or {}) for worker in spec.workers))
     return Cluster(spec, environment, log_dir or Path(tempfile.mkdtemp(prefix="pdtrim-serve-")), say)
-
-
-def without_window_pools(options: WorkerOptions) -> WorkerOptions:
-    """Windows among whole layers: on a CPU SGLang misreads its pool of windows, and cut layers have none beside it."""
-    if options.device == "cpu":
-        return replace(options, extra_args=(NO_WINDOW_POOL, *options.extra_args))
-    return replace(options, decode_args=(NO_WINDOW_POOL, *options.decode_args)) if options.sparse else options
 
 
 @contextlib.contextmanager
