@@ -44,6 +44,8 @@ def kv(plan: PDPlan, recipe: Recipe) -> str:
     tokens = recipe.evaluation.prompt_tokens
     sparse = [block for block, send in zip(plan.decode_layers, plan.kv, strict=True) if send.mode == "sparse"]
     cut = f"{len(sparse)} of {len(plan.kv)} decode layers get the first and last prompt tokens alone"
+    if windows := sum(send.mode == "window" for send in plan.kv):
+        cut = f"{windows} get the rows that their sliding windows read, {cut}"
     wires = Counter(plan.model.row_dtype if send.wire_dtype == "native" else send.wire_dtype for send in plan.kv)
     return (
         f"{cut}{f' (blocks {_list(sparse)})' if sparse else ''}; sent as "
