@@ -1,7 +1,7 @@
 """Quality of plans that cut KV alone, beside the dense model: perplexity by domain, HellaSwag, GSM8K -> quality.json.
 
 `make bench-quality`. Everything runs on the PD oracle (float32 weights, a bfloat16 pool, key offsets measured on
-Brown's calibration split): likelihoods with hand-over `decode`, texts with `served`. Perplexity is that of final splits.
+Brown's calibration split): likelihoods with hand-over `decode`, texts with `served`. Perplexity is of final splits.
 Values of every question are written down as they come (out/bench-quality), and the benchmark goes on from there:
 `--models`, `--plans`, `--parts` and `--items` choose what a run does, the table has all that was ever measured of the
 same texts. A row names its own commit and machine.
