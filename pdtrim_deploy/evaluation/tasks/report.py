@@ -12,7 +12,7 @@ from pdtrim_deploy.bundle import Bundle
 from pdtrim_deploy.evaluation import corpora
 from pdtrim_deploy.evaluation.lm_harness import Harness
 from pdtrim_deploy.evaluation.lm_harness.scoring import HandOver
-from pdtrim_deploy.evaluation.quality import source_of
+from pdtrim_deploy.evaluation.quality import STREAMED_KV, source_of
 from pdtrim_deploy.evaluation.recovery import Recovery
 from pdtrim_deploy.evaluation.tasks.base import Measured, Setting
 from pdtrim_deploy.evaluation.tasks.registry import check, prepare
@@ -120,9 +120,13 @@ def judge_tasks(
     tokenizer = load_tokenizer(source.path)
     setting = Setting(tokenizer, whole, corpus.split("final"), cache, section.seed, size, note)
     prepared = [prepare(name, setting) for name in names]
+    kv_bytes = STREAMED_KV if compute.streams(plan.model.num_blocks) else 0
 
     def measured(who: str, oracle: PDOracle) -> list[Measured]:
-        results = [task.measure([oracle], lambda line: note(f"{who} {line}"))[0] for task in prepared]
+        def progress(line: str) -> None:
+            note(f"{who} {line}")
+
+        results = [task.measure([oracle], progress, kv_bytes=kv_bytes)[0] for task in prepared]
         if harness is None:
             return results
         samples = bundle.reports_dir / "lm_eval" / who.lower()
