@@ -86,6 +86,8 @@ def evaluate_bundle(
         refresh_cards(opened.path, quality)
     refresh_recoveries(opened.path, opened.plan.digest)
     lines += [f"  {row.sentence()}" for row in kept if row.gate is not None]
+    if others := sorted(opened.recipe.quality.keys() - {row.task for row in kept}):
+        lines.append(f"  gates of other tasks, not measured here: {', '.join(others)}")
     reason = "" if chosen_dtype else "this CPU has no instructions for it: "
     precision = dtype if compute.dtype == dtype else f"{dtype} ({reason}computed in {compute.dtype})"
     click.echo(text if as_json else "\n".join([*lines, f"  seed {evaluation.seed}, {precision}, saved in {path}"]))
