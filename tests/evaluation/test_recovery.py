@@ -12,7 +12,7 @@ from pdtrim_deploy.recipe import gates
 
 GROUPS = ("all",) * 4
 DENSE = Measured("gsm8k", GROUPS, {"right": (1.0, 1.0, 1.0, 0.0)})
-PD = Measured("gsm8k", GROUPS, {"right": (1.0, 0.0, 1.0, 1.0)})
+PD = Measured("gsm8k", GROUPS, {"right": (1.0, 0.0, 0.0, 1.0)})
 
 
 def of_scores(dense, pd, **gate):
@@ -25,8 +25,8 @@ def test_of_scores_it_is_the_ratio_of_means_and_its_error_is_that_of_the_pairs()
     assert row.stderr == pytest.approx(stdev((1, 0, 1, 0)) / 2)
     assert of_scores((1.0, 0.0, 1.0, 0.0), (1.0, 0.0, 1.0, 0.0)).stderr == 0  # paired: equal answers leave no error
     more = Recovery.of(DENSE, PD, {})
-    moved = [(b - 1.0 * a) / 0.75 for a, b in zip(DENSE.values["right"], PD.values["right"], strict=True)]
-    assert (more.recovery, more.stderr) == (1.0, pytest.approx(stdev(moved) / 2))
+    moved = [(b - 2 / 3 * a) / 0.75 for a, b in zip(DENSE.values["right"], PD.values["right"], strict=True)]
+    assert (more.recovery, more.stderr) == (pytest.approx(2 / 3), pytest.approx(stdev(moved) / 2))
 
 
 def test_of_losses_it_is_the_ratio_of_perplexities():
