@@ -22,6 +22,7 @@ from pydantic import (
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.plan import STAGES, NativeDtype
+from pdtrim_deploy.recipe.gates import Gates
 from pdtrim_deploy.recipe.healing import HealingSection, StudentsSection
 from pdtrim_deploy.recipe.kv import KVSection
 from pdtrim_deploy.recipe.pruning import PruningSection
@@ -147,6 +148,7 @@ class Recipe(_Section):
     healing: HealingSection = HealingSection()
     kv: KVSection = KVSection()
     evaluation: EvaluationSection = EvaluationSection()
+    quality: Gates = {}
     targets: TargetsSection = TargetsSection()
 
     @model_validator(mode="after")
@@ -214,6 +216,11 @@ class Recipe(_Section):
                 f"it: at least {least}, since students are chosen on sequences that were not fitted"
             )
         return self
+
+    @model_serializer(mode="wrap")
+    def _with_gates(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Dump gates only where there are some: older recipes keep their digest."""
+        return {name: value for name, value in serialise(self).items() if name != "quality" or value}
 
     @classmethod
     def load(cls, path: Path) -> Recipe:

@@ -13,6 +13,7 @@ from pdtrim_deploy.evaluation import corpora
 from pdtrim_deploy.evaluation.lm_harness import Harness
 from pdtrim_deploy.evaluation.lm_harness.scoring import HandOver
 from pdtrim_deploy.evaluation.quality import STREAMED_KV, source_of
+from pdtrim_deploy.evaluation.recovery import Recovery
 from pdtrim_deploy.evaluation.tasks.base import Measured, Setting
 from pdtrim_deploy.evaluation.tasks.registry import check, prepare
 from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
@@ -76,6 +77,7 @@ class TasksReport(_Frozen):
     device: str | None = None
     hand_over: HandOver | None = None
     tasks: tuple[TaskFigures, ...]
+    recovery: tuple[Recovery, ...] = ()
     environment: dict[str, Any]
 
 
@@ -145,6 +147,7 @@ def judge_tasks(
         device=compute.names,
         hand_over=None if harness is None else harness.hand_over,
         tasks=tuple(TaskFigures.of(*pair) for pair in zip(dense, pd, strict=True)),
+        recovery=tuple(Recovery.of(*pair, bundle.recipe.quality) for pair in zip(dense, pd, strict=True)),
         environment=environment,
     )
 
