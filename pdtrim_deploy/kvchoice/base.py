@@ -41,8 +41,8 @@ class Problem:
 
     @property
     def layers(self) -> int:
-        """Layers of the decode model."""
-        return len(self.oracle.plan.decode_layers)
+        """KV layers of the decode model."""
+        return len(self.oracle.plan.kv)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ from pdtrim_deploy.kvcache.pack import pack, unpack
 from pdtrim_deploy.models.blockwise import Blockwise, CausalLM, LayerKV
 from pdtrim_deploy.models.layer_run import LayerRun
 from pdtrim_deploy.models.pd_run import continuation_logprobs
-from pdtrim_deploy.plan import KVSend, PDPlan
+from pdtrim_deploy.models.sublayers import skip_sublayers
+from pdtrim_deploy.plan import STAGES, KVSend, PDPlan
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,8 @@ class PrefillState:
     """What prefill leaves behind for `batch` prompts of `tokens` tokens; plans that share prefill share it.
 
     Attributes:
-        keys, values: one pool per prefill layer, `[batch * tokens, kv_heads, head_dim]`, the pool's dtype, all on the
-            device of the LM head; token `t` of prompt `b` lies in slot `b * tokens + t`.
+        keys, values: one pool per KV layer of prefill, `[batch * tokens, kv_heads, head_dim]`, the pool's dtype, all on
+            the device of the LM head; token `t` of prompt `b` lies in slot `b * tokens + t`.
         logits: `[batch, vocabulary]` after the last prompt token.
 
     """
@@ -52,7 +53,8 @@ class PDOracle:
 
     Args:
         prefill_model, decode_model: stage models with the plan's layers; they may share weights.
-        plan: its `row_dtype` is that of prompt KV in the pool and on the wire, whatever the models compute in.
+        plan: sublayers that it leaves out are skipped, whatever the models have there; its `row_dtype` is that of
+            prompt KV in the pool and on the wire, whatever the models compute in.
         offsets: the plan's key offsets, of all KV heads; None when it has none.
 
     Raises:
@@ -63,14 +65,17 @@ class PDOracle:
     def __init__(
         self, prefill_model: CausalLM, decode_model: CausalLM, plan: PDPlan, offsets: KeyOffsets | None = None
     ) -> None:
-        self.prefill_model, self.decode_model, self.plan, self.offsets = prefill_model, decode_model, plan, offsets
+        self.plan, self.offsets = plan, offsets
         if (None if offsets is None else offsets.file) != plan.key_offsets:
             raise ValueError("the key offsets are not the plan's")
-        self._prefill, self.decode = Blockwise(prefill_model), Blockwise(decode_model)
-        for stage, runner in (("prefill", self._prefill), ("decode", self.decode)):
-            planned = len(plan.prefill_layers if stage == "prefill" else plan.decode_layers)
-            if len(runner.layers) != planned:
-                raise ValueError(f"the {stage} model has {len(runner.layers)} layers, the plan {planned}")
+        models = {"prefill": prefill_model, "decode": decode_model}
+        for stage in STAGES:
+            layers, planned = len(models[stage].model.layers), plan.layers(stage)
+            if layers != len(planned):
+                raise ValueError(f"the {stage} model has {layers} layers, the plan {len(planned)}")
+            models[stage] = skip_sublayers(models[stage], planned, plan.missing(stage))
+        self.prefill_model, self.decode_model = models["prefill"], models["decode"]
+        self._prefill, self.decode = Blockwise(self.prefill_model), Blockwise(self.decode_model)
 
     @property
     def fp8_pool(self) -> torch.dtype | None:
@@ -95,14 +100,15 @@ class PDOracle:
         while run.running:
             kv = LayerKV(pool=self.fp8_pool)
             run.advance([kv])
-            keys.append(_to_pool(kv.keys, dtype, self._prefill.home))
-            values.append(_to_pool(kv.values, dtype, self._prefill.home))
+            if kv.keys is not None and kv.values is not None:
+                keys.append(_to_pool(kv.keys, dtype, self._prefill.home))
+                values.append(_to_pool(kv.values, dtype, self._prefill.home))
         logits = self._prefill.logits(run.states[0][:, -1])
         return PrefillState(prompts.shape[0], prompts.shape[1], tuple(keys), tuple(values), logits)
 
     @torch.no_grad()
     def hand_over(self, state: PrefillState) -> list[LayerKV]:
-        """What each decode layer holds after the transfer: exactly the rows that were sent."""
+        """What each KV layer of decode holds after the transfer: exactly the rows that were sent."""
         keys, values = (
             [torch.full_like(pools[source], torch.nan) for source in self.plan.layer_map]  # a row not sent shows
             for pools in (state.keys, state.values)
@@ -124,7 +130,8 @@ class PDOracle:
 
         `branches`: as in `Blockwise.embed`.
         """
-        return LayerRun(self.decode, [ids], start, branches).finish([[kv] for kv in held])[0]
+        kvs = [[kv] for kv in self.decode.by_layer(held)]
+        return LayerRun(self.decode, [ids], start, branches).finish(kvs)[0]
 
     @torch.no_grad()
     def score(self, state: PrefillState, continuations: Tensor) -> Tensor:
@@ -163,9 +170,8 @@ class PDOracle:
         return torch.cat(chosen).cpu()
 
 
-def _to_pool(tensor: Tensor | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _to_pool(tensor: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     """`[batch, heads, tokens, dim]` -> `[batch * tokens, heads, dim]`."""
-    assert tensor is not None
     return tensor.transpose(1, 2).flatten(0, 1).to(device, dtype).contiguous()
 
 

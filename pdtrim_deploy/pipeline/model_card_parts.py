@@ -42,7 +42,7 @@ def experts(plan: PDPlan, recipe: Recipe, stage: Stage) -> list[str]:
 def kv(plan: PDPlan, recipe: Recipe) -> str:
     """What is sent of the prompt's KV, and in how many bytes."""
     tokens = recipe.evaluation.prompt_tokens
-    sparse = [block for block, send in zip(plan.decode_layers, plan.kv, strict=True) if send.mode == "sparse"]
+    sparse = [block for block, send in zip(plan.decode_kv_blocks, plan.kv, strict=True) if send.mode == "sparse"]
     cut = f"{len(sparse)} of {len(plan.kv)} decode layers get the first and last prompt tokens alone"
     wires = Counter(plan.model.row_dtype if send.wire_dtype == "native" else send.wire_dtype for send in plan.kv)
     return (

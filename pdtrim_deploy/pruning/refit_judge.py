@@ -9,7 +9,7 @@ from typing import Protocol
 from torch import Tensor
 
 from pdtrim_deploy.models.blockwise import CausalLM
-from pdtrim_deploy.plan import KVSend, ModelShape, PDPlan, Stage
+from pdtrim_deploy.plan import ModelShape, PDPlan, Stage
 from pdtrim_deploy.pruning.compensation import get_compensation
 from pdtrim_deploy.pruning.compensation.held_out import held_out
 from pdtrim_deploy.pruning.pair import StagePair
@@ -107,16 +107,15 @@ class RefitJudge:
         return pair.changed.get("prefill", {})
 
     def _compensated(self, pairs: list[StagePair], stage: Stage, ids: Tensor, method: str) -> list[StagePair]:
-        """All lose as many blocks."""
-        if method == "none" or len(pairs[0].plan.layers(stage)) == self.shape.num_blocks:
+        """All lose as many blocks, or none loses anything."""
+        if method == "none" or all(action.kind == "keep" for action in pairs[0].plan.actions(stage)):
             return pairs
         return get_compensation(method).compensate_all(pairs, stage, ids, lambda _: None)
 
     def _pair(self, prefill: Solution, decode: Solution) -> StagePair:
         """Both stages, with students and no more."""
         blocks = self.shape.num_blocks
-        kv = (KVSend(),) * len(decode.route(blocks))
-        plan = PDPlan(model=self.shape, prefill=prefill.actions(blocks), decode=decode.actions(blocks), kv=kv)
+        plan = PDPlan.of_actions(self.shape, prefill.actions(blocks), decode.actions(blocks))
         pair, lost = StagePair(self.model, plan), {"prefill": prefill, "decode": decode}
         for stage, solution in lost.items():
             for both in solution.pairs:

@@ -12,7 +12,10 @@ from dataclasses import dataclass
 # Share of the work that early stopping leaves; not a promise. RACED was measured on SmolLM2-135M with 16 x 256 tokens
 # (prefill 0.16 for 2 rounds, decode 0.26 for 4), ANNEALED is assumed.
 RACED, ANNEALED = 0.22, 0.3
-_EVALUATED = ("objective", "finalists", "memory_mb", "disk_mb")
+_EVALUATED = (
+    "objective", "finalists", "memory_mb", "disk_mb", "prefill_attentions", "decode_attentions", "prefill_mlps",
+    "decode_mlps",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -129,7 +129,7 @@ def _check_digest(server_args: Any, plan: PDPlan | None, page_size: int) -> None
     """SGLang's digest is over whole pages of all layers, so both workers must hold the same bytes in them."""
     if not server_args.disaggregation_enable_kv_checksum:
         return
-    same_layers = plan is None or plan.layer_map == tuple(range(len(plan.prefill_layers)))
+    same_layers = plan is None or plan.layer_map == tuple(range(len(plan.prefill_kv_blocks)))
     same_rows = plan is None or all(send == KVSend() for send in plan.kv)
     if not (same_layers and same_rows and page_size == 1):
         raise RuntimeError(

@@ -125,17 +125,28 @@ class Measure:
         dtypes = tuple(dict.fromkeys(("native", *self._dtypes)))
         prompt_kv = PromptKV(oracle, oracle.prefill(ids[:, :n]), dtypes, self.problem.work)
         hidden, span = oracle.decode.embed(ids[:, n:-1], n)
+        for layer in range(oracle.decode.kv_layers[0]):
+            hidden = oracle.decode.block(layer, hidden, span)
         part = _Batch(prompt_kv, hidden, span, hidden, seed)
         part.reference = self._forward(part, (KVSend(),) * self.problem.layers)[-1]
         self._progress(f"prefilled {len(ids)} sequences")
         return part
 
     def _forward(self, part: _Batch, plan: Sequence[KVSend]) -> list[Tensor]:
-        """The input of each layer, then the output of the last one."""
+        """The input of each KV layer, then the output of the last layer."""
         outputs = [part.hidden]
         for layer, send in enumerate(plan):
-            outputs.append(self.problem.oracle.decode.block(layer, outputs[-1], part.span, self._kv(part, layer, send)))
+            outputs.append(self._through(part, layer, outputs[-1], send))
         return outputs
+
+    def _through(self, part: _Batch, layer: int, hidden: Tensor, send: KVSend) -> Tensor:
+        """Through a KV layer, and those without attention that follow it."""
+        decode, kv = self.problem.oracle.decode, self._kv(part, layer, send)
+        first, stop = [*decode.kv_layers, len(decode.layers)][layer : layer + 2]
+        hidden = decode.block(first, hidden, part.span, kv)
+        for after in range(first + 1, stop):
+            hidden = decode.block(after, hidden, part.span)
+        return hidden
 
     def _kv(self, part: _Batch, layer: int, send: KVSend) -> LayerKV:
         return part.prompt_kv.read(send.wire_dtype, layer, send.row_ranges(self.problem.prompt_tokens))
@@ -157,8 +168,9 @@ class Measure:
                 if option != send:
                     hidden = inputs[layer]
                     for following in range(layer, len(context)):
-                        kv = self._kv(part, following, option if following == layer else context[following])
-                        hidden = self.problem.oracle.decode.block(following, hidden, part.span, kv)
+                        hidden = self._through(
+                            part, following, hidden, option if following == layer else context[following]
+                        )
                     changes[1 + layer * kinds + at] = probe.change(hidden) - error
             self._progress(f"{name}, layer {layer + 1}/{len(context)}")
         return changes

@@ -13,7 +13,7 @@ KV_TOP = 92
 def plan_picture(plan: PDPlan, tokens: int) -> Markup:
     """Kept, dropped, distilled and KV-only blocks of both stages; KV as full or sparse, rows, wire dtype and bytes."""
     blocks = plan.model.num_blocks
-    layer_of = {block: layer for layer, block in enumerate(plan.decode_layers)}
+    layer_of = {block: layer for layer, block in enumerate(plan.decode_kv_blocks)}
     most = plan.dense_bytes(tokens) / blocks
     parts: list[Markup] = []
     for stage in STAGES:
