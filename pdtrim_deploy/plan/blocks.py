@@ -71,6 +71,8 @@ KV_ONLY_SHARE = 0.1
 
 Action = Annotated[Keep | Drop | Distilled | KVOnly | WithoutAttention | WithoutMLP, Field(discriminator="kind")]
 Sublayer = Literal["attention", "mlp"]
+SUBLAYER_SHARES: dict[Sublayer, float] = {"attention": 0.2, "mlp": 0.8}
+"""Of a whole block's work: attention has 12 to 25 % of the weights of dense blocks whose facts we ship."""
 
 
 def missing_sublayer(action: Action) -> Sublayer | None:

@@ -27,6 +27,7 @@ from pydantic import (
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.plan.blocks import (
     KV_ONLY_SHARE,
+    SUBLAYER_SHARES,
     Action,
     Distilled,
     Drop,
@@ -222,8 +223,16 @@ class PDPlan(Frozen):
     @property
     def prefill_share(self) -> float:
         """What prefill computes, of the unpruned model's blocks: a layer for its K and V alone is `KV_ONLY_SHARE`."""
-        full_layers = len(self.prefill_layers) - len(self.kv_only_layers)
-        return (full_layers + KV_ONLY_SHARE * len(self.kv_only_layers)) / self.model.num_blocks
+        return (self._work("prefill") - (1 - KV_ONLY_SHARE) * len(self.kv_only_layers)) / self.model.num_blocks
+
+    @property
+    def decode_share(self) -> float:
+        """What decode computes, of the unpruned model's blocks; a missing sublayer spares its `SUBLAYER_SHARES`."""
+        return self._work("decode") / self.model.num_blocks
+
+    def _work(self, stage: Stage) -> float:
+        """Layers of the stage, less what missing sublayers spare of them."""
+        return len(self.layers(stage)) - sum(SUBLAYER_SHARES[lost] for lost in self.missing(stage).values())
 
     @cached_property
     def prefill_layers(self) -> tuple[int, ...]:

@@ -130,3 +130,8 @@ class PruningSection(BaseModel):
     def prefill_loses(self) -> int:
         """Blocks and sublayers that prefill goes without."""
         return self.prefill_blocks + self.prefill_sublayers
+
+    @property
+    def searches(self) -> tuple[bool, bool]:
+        """Whether something is chosen for prefill, and more than that for decode."""
+        return bool(self.prefill_loses), self.decode_loses > self.prefill_loses

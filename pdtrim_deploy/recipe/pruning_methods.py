@@ -26,6 +26,10 @@ class Work:
     likely: float
     losses: float
 
+    def __add__(self, other: Work) -> Work:
+        """Both."""
+        return Work(self.most + other.most, self.likely + other.likely, self.losses + other.losses)
+
 
 WorkEstimate = Callable[[int, int, int, int], Work]
 """From the model's blocks, the blocks gone before and after the search, and the steps of annealing."""
@@ -61,6 +65,12 @@ def greedy_work(blocks: int, first: int, last: int, _: int) -> Work:
     rounds = [blocks - gone for gone in range(first, last)]
     most = sum(left * (left - 1) / 2 for left in rounds)
     return Work(most + blocks, RACED * most + blocks, RACED * sum(rounds) + len(rounds))
+
+
+def sublayer_work(layers: int, sublayers: int) -> Work:
+    """Of greedy rounds for so many sublayers, each behind all candidates of `layers` layers, which all run on."""
+    behind, candidates = sublayers * layers * (layers + 1) / 2, sublayers * layers
+    return Work(behind + sublayers * layers, RACED * behind + sublayers * layers, RACED * candidates + sublayers)
 
 
 def anneal_work(blocks: int, first: int, last: int, steps: int) -> Work:

@@ -60,6 +60,8 @@ LEGEND = {
     "drop": "dropped",
     "distilled": "distilled from a pair",
     "kv_only": "run for its K and V alone",
+    "without_attention": "its MLP alone: no KV",
+    "without_mlp": "its attention alone",
     "full": "all prompt rows",
     "sparse": "first and last rows only (the outline is dense); a wire dtype stands under its bar unless it is native",
 }
