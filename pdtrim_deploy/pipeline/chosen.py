@@ -17,7 +17,7 @@ def chosen_blocks(context: Context) -> PDPlan:
     report, shape = json.loads((context.out / PRUNING).read_text()), context.shape
     prefill, decode = (Solution.parse(report[stage]) for stage in STAGES)
     blocks = shape.num_blocks
-    return PDPlan.of_actions(shape, prefill.actions(blocks), decode.actions(blocks))
+    return PDPlan.uncut(shape, prefill.actions(blocks), decode.actions(blocks))
 
 
 def chosen(context: Context) -> PDPlan:

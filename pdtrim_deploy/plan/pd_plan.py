@@ -358,7 +358,7 @@ class PDPlan(Frozen):
             raise UserError(f"{path}: not JSON ({error}); build the bundle again") from None
 
     @classmethod
-    def of_actions(cls, model: ModelShape, prefill: tuple[Action, ...], decode: tuple[Action, ...]) -> PDPlan:
+    def uncut(cls, model: ModelShape, prefill: tuple[Action, ...], decode: tuple[Action, ...]) -> PDPlan:
         """Blocks decided, all prompt KV sent whole."""
         layers = sum(
             action.kind not in ("drop", "without_attention") and (action.kind != "distilled" or action.pair[0] == block)

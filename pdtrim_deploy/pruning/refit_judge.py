@@ -115,7 +115,7 @@ class RefitJudge:
     def _pair(self, prefill: Solution, decode: Solution) -> StagePair:
         """Both stages, with students and no more."""
         blocks = self.shape.num_blocks
-        plan = PDPlan.of_actions(self.shape, prefill.actions(blocks), decode.actions(blocks))
+        plan = PDPlan.uncut(self.shape, prefill.actions(blocks), decode.actions(blocks))
         pair, lost = StagePair(self.model, plan), {"prefill": prefill, "decode": decode}
         for stage, solution in lost.items():
             for both in solution.pairs:

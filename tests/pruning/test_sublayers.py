@@ -65,7 +65,7 @@ def test_the_loss_of_a_solution_is_that_of_the_pair_in_the_oracle():
     """Prefill lost block 1, and 3's attention; decode loses more, and its KV is that of this prefill."""
     model, prefill, decode = tinypd.tiny("Llama"), Solution.of([1, 1003]), Solution.of([1, 1003, 2002])
     searched = mean_loss(InProcess(NextTokenLoss(model, IDS, 12, prefill)), decode)
-    plan = PDPlan.of_actions(tinypd.make_plan().model, prefill.actions(BLOCKS), decode.actions(BLOCKS))
+    plan = PDPlan.uncut(tinypd.make_plan().model, prefill.actions(BLOCKS), decode.actions(BLOCKS))
     pair = StagePair(model, plan)
     oracle = PDOracle(*(pair.stage(stage) for stage in STAGES), plan)
     scores = oracle.score(oracle.prefill(IDS[:, :12]), IDS[:, 12:])
@@ -121,7 +121,7 @@ def test_decode_goes_without_all_that_prefill_goes_without():
     prefill, decode = removals.prefill.solution, removals.decode.solution
     assert (prefill.counts, decode.counts) == (Counts(0, 1, 1), Counts(1, 1, 2))
     assert prefill.within(decode)
-    plan = PDPlan.of_actions(tinypd.make_plan().model, prefill.actions(BLOCKS), decode.actions(BLOCKS))
+    plan = PDPlan.uncut(tinypd.make_plan().model, prefill.actions(BLOCKS), decode.actions(BLOCKS))
     assert len(plan.kv) == 2
 
 
@@ -146,7 +146,7 @@ def test_least_squares_make_up_for_a_lost_attention(stage):
     """The block's own down_proj is refitted, and those behind; a block without MLP has none."""
     torch.manual_seed(0)
     model, lost = tinypd.tiny("Llama"), Solution.of([1001, 2003])
-    plan = PDPlan.of_actions(
+    plan = PDPlan.uncut(
         tinypd.make_plan().model, (lost if stage == "prefill" else NOTHING).actions(BLOCKS), lost.actions(BLOCKS)
     )
     pair, ids = StagePair(model, plan), tinypd.text(16, 48, seed=3)
