@@ -204,9 +204,10 @@ def check_fits(recipe: Recipe, blocks: int, positions: int) -> None:
             f"{blocks - removed - 1}, since decode sees the prompt by its attentions alone"
         )
     if sparse > attentions:
+        layers = "layers with attention" if recipe.pruning.decode_attentions else "layers"
         raise UserError(
             f"recipe {recipe.name}: kv.sparse_layers is {sparse}; allowed: at most {attentions}, "
-            f"the layers with attention that decode keeps"
+            f"the {layers} that decode keeps"
         )
     whole = attentions - recipe.pruning.prefill_mlps
     if alone > whole:
