@@ -30,10 +30,13 @@ def pd_perplexity(
     prompt_tokens: int,
     batch: int = 4,
     progress: Callable[[str], None] = lambda _: None,
+    *,
+    kv_bytes: int = 0,
 ) -> Perplexity:
     """Score all after the first `prompt_tokens` tokens of `sequences`, int64 `[S, N + T]`, teacher-forced.
 
-    Memory is bounded by `batch` sequences' KV and a slice of logits (`Blockwise.logprobs`).
+    Memory is bounded by `batch` sequences' KV, or `kv_bytes` of several batches, which go side by side so that streamed
+    blocks are read once for all; and a slice of logits (`Blockwise.logprobs`).
 
     Raises:
         UserError: no token is left to score, or the loss is not a number.
@@ -44,12 +47,14 @@ def pd_perplexity(
             f"prompt_tokens is {prompt_tokens} but sequences have {sequences.shape[1]} tokens; "
             f"choose from 1 to {sequences.shape[1] - 1}"
         )
-    losses = []
+    losses = list[Tensor]()
     progress(f"perplexity: 0/{len(sequences)} sequences")
-    for part in sequences.split(batch):
-        state = oracle.prefill(part[:, :prompt_tokens])
-        losses.append(sequence_nll(oracle.score(state, part[:, prompt_tokens:])))
-        progress(f"perplexity: {sum(map(len, losses))}/{len(sequences)} sequences")
+    at_once = oracle.parts_at_once(batch, prompt_tokens, kv_bytes)
+    for group in sequences.split(batch * at_once):
+        parts = group.split(batch)
+        states = oracle.prefill_parts([part[:, :prompt_tokens] for part in parts])
+        losses += map(sequence_nll, oracle.score_parts(states, [part[:, prompt_tokens:] for part in parts]))
+        progress(f"perplexity: {sum(len(part) for part in losses)}/{len(sequences)} sequences")
     per_sequence = torch.cat(losses)
     mean = float(per_sequence.mean())
     if not math.isfinite(mean):

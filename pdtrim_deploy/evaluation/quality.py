@@ -21,6 +21,8 @@ from pdtrim_deploy.recipe import EvaluationSection
 if TYPE_CHECKING:
     from pdtrim_deploy.models import Checkpoint
 
+STREAMED_KV = 1 << 30  # bytes of prompt KV side by side where blocks are read as they run
+
 
 class Score(BaseModel):
     """Over `tokens` tokens; `nll` in nats a token, `nll_per_sequence` in the order of the sequences."""
@@ -104,7 +106,10 @@ def judge_bundle(
     )
 
     def score(name: str, oracle: PDOracle) -> Perplexity:
-        return pd_perplexity(oracle, ids, section.prompt_tokens, progress=lambda line: note(f"{name} {line}"))
+        kv_bytes = STREAMED_KV if compute.streams(plan.model.num_blocks) else 0
+        return pd_perplexity(
+            oracle, ids, section.prompt_tokens, progress=lambda line: note(f"{name} {line}"), kv_bytes=kv_bytes
+        )
 
     folders = (bundle.prefill_dir, bundle.decode_dir)
     stages = [load_to_compute(folder.name, folder, dtype, note, compute) for folder in folders]

@@ -26,11 +26,14 @@ class Compute:
         devices: "cpu", or GPUs such as "cuda:0". Blocks are spread over them in order, as evenly as can be; the first
             has the embedding, the final norm and the LM head too.
         dtype: of weights and arithmetic: "float32", "bfloat16" or "float16"; that of the KV pool is the recipe's.
+        blocks_in_memory: blocks of a model whose weights are there at a time, where they need not all be; others are
+            read from the checkpoint when they run, to the same bits. None: all.
 
     """
 
     devices: tuple[str, ...] = ("cpu",)
     dtype: str = "float32"
+    blocks_in_memory: int | None = None
 
     @classmethod
     def parse(cls, devices: str) -> Compute:
@@ -68,6 +71,14 @@ class Compute:
     def with_dtype(self, dtype: str) -> Compute:
         """The same devices, another dtype."""
         return replace(self, dtype=dtype)
+
+    def with_blocks(self, blocks_in_memory: int | None) -> Compute:
+        """The same devices, other blocks in memory at a time; None: all."""
+        return replace(self, blocks_in_memory=blocks_in_memory)
+
+    def streams(self, blocks: int) -> bool:
+        """Whether a model of so many blocks is read block by block."""
+        return self.blocks_in_memory is not None and self.blocks_in_memory < blocks
 
     def fast(self, dtype: str) -> Compute:
         """The same devices, and `dtype`, or float32 for a bfloat16 that this CPU only emulates."""

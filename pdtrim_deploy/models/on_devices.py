@@ -18,8 +18,13 @@ Note = Callable[[str], None]
 def load_on(checkpoint: Checkpoint, compute: Compute, note: Note = lambda _: None, rounded: str | None = None) -> Any:
     """`load_model`, on `compute.devices` and in its dtype; weights are `rounded` to that dtype first, if any.
 
-    `note` hears how far it is.
+    Where `compute` has fewer blocks in memory than there are, they come from the checkpoint as they run. `note` hears
+    how far it is.
     """
+    if compute.streams(checkpoint.facts.num_blocks):
+        assert compute.blocks_in_memory is not None
+        note(f"reading blocks from the checkpoint, {compute.blocks_in_memory} in memory at a time")
+        return stream_model(checkpoint, compute.blocks_in_memory, compute, rounded)[0]
     if not compute.on_gpu:
         return cast_weights(load_model(checkpoint.path, rounded or compute.dtype), TORCH_DTYPES[compute.dtype])
     model, _ = stream_model(checkpoint, 1, compute, rounded)
@@ -44,12 +49,12 @@ def load_to_compute(
     `rounds_inputs` as in `load_model`.
     """
     compute = ON_CPU.fast(dtype) if compute is None else compute
-    emulated = not compute.on_gpu and compute == ON_CPU.fast(dtype) and compute.dtype != dtype
+    emulated = not compute.on_gpu and compute.dtype == ON_CPU.fast(dtype).dtype != dtype
     why = f": this CPU has no {dtype} instructions, it computes in {compute.dtype}" if emulated else ""
     note(f"loading the {name} model{why}")
-    if not compute.on_gpu:
-        return cast_weights(load_model(path, dtype, rounds_inputs=rounds_inputs), TORCH_DTYPES[compute.dtype])
     checkpoint = read_checkpoint(path)
+    if not (compute.on_gpu or compute.streams(checkpoint.facts.num_blocks)):
+        return cast_weights(load_model(path, dtype, rounds_inputs=rounds_inputs), TORCH_DTYPES[compute.dtype])
     model = load_on(checkpoint, compute, lambda line: note(f"{name}: {line}"), dtype)
     if rounds_inputs and checkpoint.quantized is not None:
         round_inputs(model, checkpoint.quantized, checkpoint.tensors)

@@ -1,14 +1,15 @@
 """The PD oracle: what a plan does to a model, computed in one process with transformers.
 
 The prefill model runs the prompt; its KV goes through the real pack -> bytes -> unpack; the decode model
-continues at the original positions. In a sparse layer decode attends to the first, last and generated tokens,
-in a full layer to all. Where pools are fp8, attention of both stages reads rows as they were rounded, its own tokens'
-among them, and queries are not rounded: so do SGLang's torch_native, and its Triton in decode. The oracle is the judge
-of pruning, and the reference that served logprobs must match.
+continues at the original positions. In a sparse layer decode attends to the first, last and generated tokens, in one
+with a window to the last, in a full layer to all. Where pools are fp8, attention of both stages reads rows as they were
+rounded, its own tokens' among them, and queries are not rounded: so do SGLang's torch_native, and its Triton in decode.
+The oracle is the judge of pruning, and the reference that served logprobs must match.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -83,28 +84,51 @@ class PDOracle:
         model = self.plan.model
         return None if model.pool_dtype == "native" else getattr(torch, model.row_dtype)
 
+    def parts_at_once(self, batch: int, tokens: int, kv_bytes: int) -> int:
+        """How many batches of prompts may go side by side: as many as `kv_bytes` hold, and one at least.
+
+        Prompt KV is there twice in the pool's dtype, while it is handed over, and once in the model's.
+        """
+        model, dtype = self.plan.model, self.decode_model.dtype
+        rows = 2 * model.num_kv_heads * model.head_dim * tokens * batch
+        pool = rows * getattr(torch, model.row_dtype).itemsize * (len(self._prefill.layers) + len(self.decode.layers))
+        return max(1, kv_bytes // (pool + rows * dtype.itemsize * len(self.decode.layers)))
+
     def with_kv(self, kv: tuple[KVSend, ...]) -> PDOracle:
         """The same stage models with other KV rules; any `PrefillState` of the one serves the other."""
         return PDOracle(self.prefill_model, self.decode_model, self.plan.with_kv(kv), self.offsets)
+
+    def with_windows(self, windows: tuple[int | None, ...]) -> PDOracle:
+        """The same stage models, whose layers are sent the rows of other windows than they attend to."""
+        return PDOracle(self.prefill_model, self.decode_model, self.plan.with_windows(windows), self.offsets)
 
     def with_offsets(self, offsets: KeyOffsets | None) -> PDOracle:
         """The same stage models and KV rules with other key offsets, or none."""
         plan = self.plan.with_key_offsets(None if offsets is None else offsets.file)
         return PDOracle(self.prefill_model, self.decode_model, plan, offsets)
 
-    @torch.no_grad()
     def prefill(self, prompts: Tensor) -> PrefillState:
         """Run prompts of equal length, int64 `[batch, tokens]`, through the prefill model."""
-        dtype, keys, values = getattr(torch, self.plan.model.row_dtype), [], []
-        run = LayerRun(self._prefill, [prompts])
+        return self.prefill_parts([prompts])[0]
+
+    @torch.no_grad()
+    def prefill_parts(self, parts: Sequence[Tensor]) -> list[PrefillState]:
+        """`prefill` of each of `parts`, to the bit; all go through a block before any goes through the next."""
+        dtype, home = getattr(torch, self.plan.model.row_dtype), self._prefill.home
+        pools: list[list[tuple[Tensor, Tensor]]] = [[] for _ in parts]
+        run = LayerRun(self._prefill, parts)
         while run.running:
-            kv = LayerKV(pool=self.fp8_pool)
-            run.advance([kv])
-            if kv.keys is not None and kv.values is not None:
-                keys.append(_to_pool(kv.keys, dtype, self._prefill.home))
-                values.append(_to_pool(kv.values, dtype, self._prefill.home))
-        logits = self._prefill.logits(run.states[0][:, -1])
-        return PrefillState(prompts.shape[0], prompts.shape[1], tuple(keys), tuple(values), logits)
+            kvs = [LayerKV(pool=self.fp8_pool) for _ in parts]
+            run.advance(kvs)
+            for pool, kv in zip(pools, kvs, strict=True):
+                if kv.keys is not None and kv.values is not None:
+                    pool.append((_to_pool(kv.keys, dtype, home), _to_pool(kv.values, dtype, home)))
+        states = []
+        for prompts, pool, hidden in zip(parts, pools, run.states, strict=True):
+            keys, values = zip(*pool, strict=True)
+            batch, tokens = prompts.shape
+            states.append(PrefillState(batch, tokens, keys, values, self._prefill.logits(hidden[:, -1])))
+        return states
 
     @torch.no_grad()
     def hand_over(self, state: PrefillState) -> list[LayerKV]:
@@ -133,15 +157,32 @@ class PDOracle:
         kvs = [[kv] for kv in self.decode.by_layer(held)]
         return LayerRun(self.decode, [ids], start, branches).finish(kvs)[0]
 
-    @torch.no_grad()
     def score(self, state: PrefillState, continuations: Tensor) -> Tensor:
         """float32 `[batch, T]` on the host: log-probability of each token of `continuations`, int64 `[batch, T >= 1]`.
 
         The first token is judged by prefill's logits, as in PD serving; the others by decode, in one pass.
         """
-        single = continuations.shape[1] == 1  # prefill's own: nothing is handed over
-        hidden = state.logits if single else self.extend(continuations[:, :-1], state.tokens, self.hand_over(state))
-        return continuation_logprobs(state.logits, self.decode, hidden, continuations).cpu()
+        return self.score_parts([state], [continuations])[0]
+
+    @torch.no_grad()
+    def score_parts(self, states: Sequence[PrefillState], continuations: Sequence[Tensor]) -> list[Tensor]:
+        """`score` of each part, to the bit: prompts of one length, continuations of one length.
+
+        All go through a block before any goes through the next.
+        """
+        hidden = [state.logits for state in states]
+        if continuations[0].shape[1] > 1:  # else prefill's own: nothing is handed over
+            hidden = self.extend_parts([ids[:, :-1] for ids in continuations], states)
+        return [
+            continuation_logprobs(state.logits, self.decode, last, ids).cpu()
+            for state, last, ids in zip(states, hidden, continuations, strict=True)
+        ]
+
+    @torch.no_grad()
+    def extend_parts(self, parts: Sequence[Tensor], states: Sequence[PrefillState], branches: int = 1) -> list[Tensor]:
+        """`extend` of each of `parts` behind the KV that its state hands over; all go through block by block."""
+        held = zip(*(self.decode.by_layer(self.hand_over(state)) for state in states), strict=True)
+        return LayerRun(self.decode, parts, states[0].tokens, branches).finish([list(kvs) for kvs in held])
 
     def logprobs(self, prompt: Tensor, continuation: Tensor) -> Tensor:
         """float32 `[T]`: log-probability of each token of `continuation` `[T]` after `prompt` `[N]`."""
@@ -151,12 +192,12 @@ class PDOracle:
     def top_logprobs(self, prompt: Tensor, continuation: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The `k` likeliest tokens at each place of `continuation` `[T]`: ids, float32; both `[T, k]`, on the host."""
         state = self.prefill(prompt[None])
-        logits = [state.logits]
+        tops = [_top(state.logits, k)]
         if len(continuation) > 1:
             hidden = self.extend(continuation[None, :-1], state.tokens, self.hand_over(state))
-            logits.append(self.decode.logits(hidden[0]))
-        top = torch.cat(logits).float().log_softmax(-1).topk(k)
-        return top.indices.cpu(), top.values.cpu()
+            tops += [_top(self.decode.logits(part), k) for part in hidden[0].split(self.decode.logits_step)]
+        ids, values = zip(*tops, strict=True)
+        return torch.cat(ids), torch.cat(values)
 
     @torch.no_grad()
     def greedy(self, prompt: Tensor, tokens: int) -> Tensor:
@@ -168,6 +209,12 @@ class PDOracle:
             if len(chosen) < tokens:
                 logits = self.decode.logits(self.extend(chosen[-1][None], position, held)[:, -1])
         return torch.cat(chosen).cpu()
+
+
+def _top(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The `k` likeliest tokens of each row of logits, and their float32 log-probabilities, on the host."""
+    top = logits.float().log_softmax(-1).topk(k)
+    return top.indices.cpu(), top.values.cpu()
 
 
 def _to_pool(tensor: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:

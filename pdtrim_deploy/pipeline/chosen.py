@@ -16,8 +16,7 @@ def chosen_blocks(context: Context) -> PDPlan:
     """What each stage runs, with all experts."""
     report, shape = json.loads((context.out / PRUNING).read_text()), context.shape
     prefill, decode = (Solution.parse(report[stage]) for stage in STAGES)
-    blocks = shape.num_blocks
-    return PDPlan.uncut(shape, prefill.actions(blocks), decode.actions(blocks))
+    return PDPlan.uncut(shape, prefill.actions(shape.num_blocks), decode.actions(shape.num_blocks))
 
 
 def chosen(context: Context) -> PDPlan:

@@ -62,25 +62,27 @@ class Context:
         from pdtrim_deploy.models.on_devices import load_on
 
         self.note("loading the model")
-        return load_on(self.checkpoint, self.compute, self.note)
+        return load_on(self.checkpoint, self.compute.with_blocks(None), self.note)
+
+    @property
+    def blocks_in_memory(self) -> int | None:
+        """The fewer of those that the recipe and the command allow; None: all."""
+        allowed = (self.recipe.pruning.blocks_in_memory, self.compute.blocks_in_memory)
+        return min((blocks for blocks in allowed if blocks is not None), default=None)
 
     @property
     def bounded(self) -> bool:
-        """Whether the recipe has fewer blocks in memory than there are."""
-        blocks = self.recipe.pruning.blocks_in_memory
-        return blocks is not None and blocks < self.shape.num_blocks
+        """Whether fewer blocks are in memory at a time than there are."""
+        return self.compute.with_blocks(self.blocks_in_memory).streams(self.shape.num_blocks)
 
     @property
-    def searched_model(self) -> Any:
-        """The same, or, when the recipe bounds the blocks in memory, one whose weights come from the checkpoint."""
+    def streamed_model(self) -> Any:
+        """The same or, where blocks in memory are bounded, one whose weights come from the checkpoint."""
         if not self.bounded:
             return self.model
-        from pdtrim_deploy.models.streaming import stream_model
+        from pdtrim_deploy.models.on_devices import load_on
 
-        blocks = self.recipe.pruning.blocks_in_memory
-        assert blocks is not None
-        self.note(f"reading blocks from the checkpoint, {blocks} in memory at a time")
-        return stream_model(self.checkpoint, blocks, self.compute)[0]
+        return load_on(self.checkpoint, self.compute.with_blocks(self.blocks_in_memory), self.note)
 
     def calibration(self, sequences: int, length: int, prompt_tokens: int | None = None) -> Any:
         """int64 `[sequences, length]` of the calibration split.

@@ -33,7 +33,7 @@ def keep_experts(context: Context) -> set[str]:
     ids, prompt = texts.searched(context), context.recipe.calibration.prompt
     together = len(ids) if context.bounded else 4  # so that a block that is read from disk comes once a stage
     plan = _with_known_rules(context)
-    choice = choose_experts(context.searched_model, plan, shape, section, ids, prompt, together, context.note)
+    choice = choose_experts(context.streamed_model, plan, shape, section, ids, prompt, together, context.note)
     scores = {
         stage: {block: [round(float(score), 6) for score in values] for block, values in by_block.items()}
         for stage, by_block in choice.scores.items()

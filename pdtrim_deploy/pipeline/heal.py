@@ -95,7 +95,7 @@ def stage_pair(context: Context, plan: PDPlan | None = None, bounded: bool = Fal
     """
     from pdtrim_deploy.pruning.pair import StagePair
 
-    model = context.searched_model if bounded else context.model
+    model = context.streamed_model if bounded else context.model
     return StagePair(model, plan or blocks_plan(context), changed(context))
 
 
@@ -131,7 +131,7 @@ def _make(context: Context) -> tuple[StagePair, dict[str, Any]]:
     from pdtrim_deploy.pruning.pair import StagePair
 
     section, ids = context.recipe.healing, texts.fitted(context)
-    model = context.model if section.trains else context.searched_model
+    model = context.model if section.trains else context.streamed_model
     pair, report = _with_students(context, StagePair(model, chosen(context)))
     if section.kv_only_blocks:
         pair = make_kv_only(pair, section.kv_only_blocks, ids, context.note)

@@ -51,7 +51,7 @@ def _looked_at(context: Context, plan: PDPlan) -> PDPlan:
     """The plan with what is measured on the stages as they are now: key offsets, and rules chosen with those."""
     from pdtrim_deploy.models.oracle import PDOracle
 
-    pair = heal.stage_pair(context, bounded=context.recipe.kv.method in FIXED_KV)
+    pair = heal.stage_pair(context, bounded=True)
     oracle = PDOracle(pair.stage("prefill"), pair.stage("decode"), plan)
     if context.recipe.kv.measures_offsets:
         oracle = oracle.with_offsets(_offsets(context, oracle))

@@ -56,7 +56,7 @@ def _search(context: Context) -> tuple[StageRemovals, bool]:
     from pdtrim_deploy.pruning.stages import choose_stages
     from pdtrim_deploy.pruning.units import Counts
 
-    section, ids, model = context.recipe.pruning, texts.searched(context), context.searched_model
+    section, ids, model = context.recipe.pruning, texts.searched(context), context.streamed_model
     candidates = find(model, ids, section.threshold, context.note)
     write_json(context.out / CANDIDATES, asdict(candidates))
     students, about = _students(context, model) if section.distil else (None, None)

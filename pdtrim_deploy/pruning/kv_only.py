@@ -18,8 +18,9 @@ from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.models.blockwise import Blockwise, CausalLM
 from pdtrim_deploy.models.layer_run import LayerRun
 from pdtrim_deploy.models.outputs import output_parameters
-from pdtrim_deploy.models.pd_run import sequence_nll
+from pdtrim_deploy.models.pd_run import PDRun, sequence_nll
 from pdtrim_deploy.models.placement import device_of
+from pdtrim_deploy.models.streaming import weight_of
 from pdtrim_deploy.plan import KVOnly, PDPlan
 from pdtrim_deploy.pruning.compensation.base import Progress
 from pdtrim_deploy.pruning.least_squares import Ridge
@@ -49,23 +50,27 @@ def rank(pair: StagePair, ids: Tensor, progress: Progress = lambda _: None) -> t
     """`candidates`, that whose absence alone costs least first.
 
     The cost is what a PD pair loses on `ids`, int64 `[S, T]`, behind prompts of T / 2: prefill's first token, and what
-    decode makes of the KV it is handed. What comes before a block is run once for all candidates behind it. UserError
-    when a loss is not a number.
+    decode makes of the KV it is handed. What comes before a block is run once for all candidates behind it. All go
+    through a block before any goes through the next: a streamed one is read once a batch. UserError when a loss is not
+    a number.
     """
     open_to = candidates(pair.plan)
     costs, done = dict.fromkeys(open_to, 0.0), 0
     for part in ids.split(BATCH):
-        run = pd_run(pair, part)
+        run, without = pd_run(pair, part), dict[int, PDRun]()
         for block in pair.plan.prefill_layers:
+            for other in without.values():
+                other.advance()
             if block in costs:
-                without = run.fork()
-                without.advance(adds=False)
-                costs[block] += float(sequence_nll(without.logprobs()[0]).sum())
-                if not math.isfinite(costs[block]):
-                    raise UserError(
-                        f"the loss without block {block} in prefill is {costs[block]}; load the model in float32"
-                    )
+                without[block] = run.fork()
+                without[block].advance(adds=False)
             run.advance()
+        for block, other in without.items():
+            costs[block] += float(sequence_nll(other.logprobs()[0]).sum())
+            if not math.isfinite(costs[block]):
+                raise UserError(
+                    f"the loss without block {block} in prefill is {costs[block]}; load the model in float32"
+                )
         done += len(part)
         progress(f"prefill without one of {len(costs)} blocks but for its KV: {done} of {len(ids)} sequences")
     order = sorted(costs, key=lambda block: (costs[block], block))
@@ -116,7 +121,7 @@ def _refit(
         weight = target.norm(dim=-1, keepdim=True).reciprocal()
         check = (len(states) - 1 - batch) % _CHECKED == 0
         ridge.add(features * weight, (target - linear(features)) * weight, check)
-    return ridge.solve(linear.weight.detach())
+    return ridge.solve(weight_of(linear))
 
 
 def _given_up(pair: StagePair, blocks: set[int]) -> StagePair:
@@ -125,8 +130,11 @@ def _given_up(pair: StagePair, blocks: set[int]) -> StagePair:
     actions = tuple(KVOnly() if block in blocks else action for block, action in enumerate(plan.prefill))
     relaxed = plan.with_parts(prefill=actions)
     layers = {block: pair.model.model.layers[block] for block in blocks}
-    zeros = {
-        block: {name: torch.zeros_like(layer.get_parameter(name)) for name in output_parameters(layer)}
-        for block, layer in layers.items()
-    }
+    zeros = {block: {name: _zeros(layer, name) for name in output_parameters(layer)} for block, layer in layers.items()}
     return StagePair(pair.model, relaxed, pair.changed).with_changes("prefill", zeros)
+
+
+def _zeros(layer: CausalLM, name: str) -> Tensor:
+    """In the place of a parameter, whose values need not be there."""
+    parameter = layer.get_parameter(name)
+    return torch.zeros(parameter.shape, dtype=parameter.dtype, device=device_of(layer))

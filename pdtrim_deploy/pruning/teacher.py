@@ -13,7 +13,6 @@ from pdtrim_deploy.models.layer_run import LayerRun
 
 TOP = 64  # tokens whose probabilities are kept: 0.5 kB a position
 _BATCH = 4  # sequences
-_LOGITS_AT_ONCE = 1 << 24  # floats
 
 
 @dataclass(frozen=True)
@@ -65,8 +64,7 @@ class Teacher:
 
 def _logits(runner: Blockwise, hidden: Tensor) -> Iterator[Tensor]:
     """float32 `[positions, vocabulary]` of all positions of `hidden` in order, at most 64 MiB (or a position) each."""
-    step = max(1, _LOGITS_AT_ONCE // runner.model.lm_head.out_features)
-    for part in hidden.flatten(0, 1).split(step):
+    for part in hidden.flatten(0, 1).split(runner.logits_step):
         yield runner.logits(part).float()
 
 

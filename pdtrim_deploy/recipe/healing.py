@@ -103,10 +103,10 @@ class HealingSection(_Section):
 
     @property
     def trains(self) -> bool:
-        """Whether gradients or fits of K and V, which need the whole model in memory, run before KV is chosen."""
-        return bool(self.kv_only_blocks or self.prefill_steps or self.decode_steps)
+        """Whether gradients, which need the whole model in memory, run before KV is chosen."""
+        return bool(self.prefill_steps or self.decode_steps)
 
     @property
     def enabled(self) -> bool:
         """Whether any healing runs before KV is chosen."""
-        return self.compensation != "none" or self.trains
+        return self.compensation != "none" or self.trains or bool(self.kv_only_blocks)

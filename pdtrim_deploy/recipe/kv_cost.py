@@ -13,6 +13,7 @@ from pdtrim_deploy.recipe.kv import FIXED_KV, KVSection
 BATCH = 16  # sequences that are measured at a time
 DRAWS = 32  # tokens drawn at each position, of the quadratic form of KL
 LOGITS_AT_ONCE = 1 << 24
+STATES = 1 << 30  # bytes of hidden states that go through the model side by side
 _FLOAT = 4  # measurements run in float32
 
 
@@ -48,6 +49,8 @@ def selection_cost(config: Mapping[str, Any], kv: KVSection, kv_dtype: NativeDty
     changes = 1 + blocks * (rows + wires)
     logits = 3 * min(LOGITS_AT_ONCE, tokens * config["vocab_size"])
     layer = batch * (prompt + kv.continuation_tokens) * (row * (item + 2 * _FLOAT) + 2 * heads * width * _FLOAT)
-    probing = _FLOAT * (tokens * DRAWS * (hidden + 2 * changes) + logits + tokens * (blocks * hidden + block)) + layer
+    side_by_side = min(max(STATES, _FLOAT * tokens * hidden * (rows + wires)), _FLOAT * tokens * hidden * changes)
+    probing = _FLOAT * (tokens * DRAWS * (hidden + 2 * changes) + logits + tokens * (blocks * hidden + block))
+    probing += layer + side_by_side
     files = kv.sequences * prompt * blocks * row * item * wires
     return SelectionCost(max(prefill, arriving, probing), files)

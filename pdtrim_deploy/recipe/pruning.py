@@ -49,9 +49,8 @@ class PruningSection(BaseModel):
             best others that annealing accepted) that are compensated and judged again; 0: take the search's result.
         memory_mb: limit of hidden states in memory while `anneal` or `greedy` searches; disk_mb: limit of further ones
             in mapped files in the bundle.
-        blocks_in_memory: blocks whose weights are in memory at a time while searching, fitting students, judging
-            finalists and compensating; others are read from the checkpoint when they run. The result is the same. All
-            blocks when left out.
+        blocks_in_memory: blocks whose weights are in memory at a time in every step but training by gradients; others
+            are read from the checkpoint when they run. The result is the same. All blocks when left out.
         experts: experts that the remaining blocks keep; all when left out.
 
     """

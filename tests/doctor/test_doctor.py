@@ -144,12 +144,14 @@ def test_a_search_bounded_in_memory_needs_no_more(tmp_path: Path) -> None:
     assert refitted == pytest.approx(bounded + fitted + maps)
     judged = build_gb(", finalists: 3, method: anneal", "healing: {compensation: least-squares}\n")
     assert judged == pytest.approx(whole_model + fitted + 3 * maps, rel=0.01)
-    assert build_gb(", blocks_in_memory: 2", "healing: {kv_only_blocks: 1}\n") == pytest.approx(whole_model, rel=0.01)
+    assert build_gb(", blocks_in_memory: 2", "healing: {kv_only_blocks: 1}\n") == pytest.approx(bounded, rel=0.01)
+    trained = build_gb(", blocks_in_memory: 2", "healing: {decode_steps: 1}\n")
+    assert trained == pytest.approx(whole_model + 4 * 4 * 28 * block, rel=0.01)
     few, many = (
         build_gb(", blocks_in_memory: 2", f"kv: {{method: budget, reduction: 4.95, sequences: {count}}}\n")
         for count in (16, 4800)
     )
-    assert few == many == pytest.approx(whole_model + 3.76, rel=0.01)  # of 16 sequences, however many there are
+    assert few == many == pytest.approx(bounded + 3.76, rel=0.01)  # of 16 sequences, however many there are
 
 
 def test_states_training_and_workers_are_counted(tmp_path: Path) -> None:

@@ -78,7 +78,8 @@ def test_plans_that_share_prefill_get_the_numbers_they_get_alone(monkeypatch):
     monkeypatch.setattr("pdtrim_deploy.evaluation.tasks.base.KV_TOKENS", 14 * 2)  # two items a batch
     dense, ran = make_oracle(tiny("Llama"), make_plan()), []
     rules = [(KVSend(),) * BLOCKS, CUT, (KVSend(wire_dtype="int4"),) * BLOCKS]
-    monkeypatch.setattr(PDOracle, "prefill", lambda *a, real=PDOracle.prefill: ran.append(1) or real(*a))
+    prefill = PDOracle.prefill_parts
+    monkeypatch.setattr(PDOracle, "prefill_parts", lambda oracle, parts: ran.extend(parts) or prefill(oracle, parts))
     task = Task("choice", (part,), choice.read)
     shared = task.measure([dense.with_kv(kv) for kv in rules])
     assert len(ran) == 5

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.evaluation.corpora.base import Document, Log
-from pdtrim_deploy.evaluation.tasks.judge import Judgement, judge
+from pdtrim_deploy.evaluation.tasks.judge import Judgement, judge_parts
 from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.models.oracle import PDOracle
 
@@ -131,11 +131,12 @@ class Task:
     read: Callable[[Tensor, Tensor, Judgement], Values]
     repeated: bool = False
 
-    def measure(self, oracles: Sequence[PDOracle], note: Log = lambda _: None) -> list[Measured]:
+    def measure(self, oracles: Sequence[PDOracle], note: Log = lambda _: None, *, kv_bytes: int = 0) -> list[Measured]:
         """Judge plans that share their prefill: one prefill per batch of prompts, then each oracle's decode.
 
         Args:
             oracles: made of one another by `with_kv`, or at least with one prefill model and KV dtype.
+            kv_bytes: of prompt KV of batches that go side by side, so that streamed blocks are read once for all.
 
         Returns:
             One result per oracle.
@@ -151,13 +152,18 @@ class Task:
         by_oracle: list[list[Values]] = [[] for _ in oracles]
         done, total = 0, sum(len(part.groups) for part in self.parts)
         for part in self.parts:
+            at_once = part.batch * first.parts_at_once(part.batch, part.prompts.shape[1], kv_bytes)
             tensors = (part.prompts, part.continuations, part.lengths)
-            for prompts, padded, lengths in zip(*(t.split(part.batch) for t in tensors), strict=True):
-                continuations = padded[..., : max(2, int(lengths.max()))]
-                state = first.prefill(prompts)
+            for group in zip(*(tensor.split(at_once) for tensor in tensors), strict=True):
+                prompts, padded, lengths = (tensor.split(part.batch) for tensor in group)
+                continuations = [
+                    ids[..., : max(2, int(counts.max()))] for ids, counts in zip(padded, lengths, strict=True)
+                ]
+                states = first.prefill_parts(prompts)
                 for oracle, values in zip(oracles, by_oracle, strict=True):
-                    values.append(self.read(continuations, lengths, judge(oracle, state, continuations, lengths)))
-                done += len(prompts)
+                    judgements = judge_parts(oracle, states, continuations, lengths)
+                    values.extend(map(self.read, continuations, lengths, judgements))
+                done += len(group[0])
                 note(f"{self.name}: {done}/{total} items, {len(oracles)} plans")
         groups = tuple(group for part in self.parts for group in part.groups)
         subjects = tuple(n for part in self.parts for n in range(len(part.groups))) if self.repeated else ()

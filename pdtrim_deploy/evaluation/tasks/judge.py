@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,8 +10,6 @@ from torch import Tensor
 
 from pdtrim_deploy.models.blockwise import pick
 from pdtrim_deploy.models.oracle import PDOracle, PrefillState
-
-_LOGITS_AT_ONCE = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -25,24 +24,36 @@ class Judgement:
     top: Tensor
 
 
-@torch.no_grad()
 def judge(oracle: PDOracle, state: PrefillState, continuations: Tensor, lengths: Tensor) -> Judgement:
     """Judge `continuations`, int64 `[B, C, T >= 2]` padded on the right, of which `lengths` `[B, C]` tokens count.
 
     The prompt's KV is handed over and held once, whatever C is: continuations are branches of one sequence.
     Attention is causal: padding changes nothing before it.
     """
+    return judge_parts(oracle, [state], [continuations], [lengths])[0]
+
+
+@torch.no_grad()
+def judge_parts(
+    oracle: PDOracle, states: Sequence[PrefillState], continuations: Sequence[Tensor], lengths: Sequence[Tensor]
+) -> list[Judgement]:
+    """`judge` of each batch of prompts of one length; all go through a block before any goes through the next."""
+    branches = [ids[..., :-1].flatten(1) for ids in continuations]
+    hidden = oracle.extend_parts(branches, states, continuations[0].shape[1])
+    batches = zip(states, continuations, lengths, hidden, strict=True)
+    return [_judged(oracle, *batch) for batch in batches]
+
+
+def _judged(oracle: PDOracle, state: PrefillState, continuations: Tensor, lengths: Tensor, hidden: Tensor) -> Judgement:
     batch, choices, tokens = continuations.shape
     counts = torch.arange(tokens) < lengths[..., None]
-    branches = continuations[..., :-1].flatten(1)
-    hidden = oracle.extend(branches, state.tokens, oracle.hand_over(state), choices)
     logprobs, top = torch.zeros(continuations.shape), torch.full_like(continuations, -1)
     logprobs[..., 0] = pick(state.logits[:, None].expand(-1, choices, -1), continuations[..., 0]).cpu()
     top[..., 0] = state.logits.argmax(-1)[:, None].cpu()
     later = counts[..., 1:]
     later_hidden = hidden.view(batch, choices, tokens - 1, -1)[later.to(hidden.device)]
     picked = continuations[..., 1:][later]
-    step = max(1, _LOGITS_AT_ONCE // oracle.decode_model.lm_head.out_features)
+    step = oracle.decode.logits_step
     scored = [
         (pick(logits := oracle.decode.logits(part), ids).cpu(), logits.argmax(-1).cpu())
         for part, ids in zip(later_hidden.split(step), picked.split(step), strict=True)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +25,7 @@ from pdtrim_deploy.kvchoice.budget.prompt_kv import PromptKV
 from pdtrim_deploy.models.blockwise import LayerKV, Span
 from pdtrim_deploy.plan import KVSend
 from pdtrim_deploy.plan.wire import WireDtype
-from pdtrim_deploy.recipe.kv_cost import BATCH, DRAWS
+from pdtrim_deploy.recipe.kv_cost import BATCH, DRAWS, STATES
 
 Rows = tuple[str, int, int]
 
@@ -53,8 +53,8 @@ class Effects:
 class Measure:
     """Effects of `options` on one problem; data that all contexts share is computed once.
 
-    Memory: one batch's KV of all layers during prefill, then of one layer, and a probe. Data that grows with the number
-    of sequences is in files in `problem.work`.
+    Memory: one batch's KV of all layers during prefill, then of one layer, a probe, and `STATES` bytes of hidden states
+    that go through the model side by side. Data that grows with the number of sequences is in files in `problem.work`.
     """
 
     def __init__(
@@ -72,14 +72,20 @@ class Measure:
     def divergence(self, plan: tuple[KVSend, ...]) -> float:
         """KL(dense || plan), nats a token, exact."""
         total, tokens = 0.0, 0
+        step = self.problem.oracle.decode.logits_step
         for part in self._batches:
             hidden = self._forward(part, plan)[-1]
             for expected, row in zip(part.reference, hidden, strict=True):
-                log_probs = self.problem.oracle.decode.logits(row).float().log_softmax(-1)
-                reference = self.problem.oracle.decode.logits(expected).float().log_softmax(-1)
-                total += float((reference.exp() * (reference - log_probs)).sum(dtype=torch.float64))
+                total += sum(map(self._kl, expected.split(step), row.split(step)))
                 tokens += len(row)
         return total / tokens
+
+    def _kl(self, expected: Tensor, hidden: Tensor) -> float:
+        """KL in nats, summed over last states `[tokens, hidden]` of the dense plan and of another."""
+        log_probs, reference = (
+            self.problem.oracle.decode.logits(h).float().log_softmax(-1) for h in (hidden, expected)
+        )
+        return float((reference.exp() * (reference - log_probs)).sum(dtype=torch.float64))
 
     def about(self, context: tuple[KVSend, ...]) -> Effects:
         """Effects of every option of every layer, with the other layers as in `context`; measured once per context."""
@@ -136,12 +142,12 @@ class Measure:
         """The input of each KV layer, then the output of the last layer."""
         outputs = [part.hidden]
         for layer, send in enumerate(plan):
-            outputs.append(self._through(part, layer, outputs[-1], send))
+            outputs.append(self._through(part, layer, outputs[-1], self._kv(part, layer, send)))
         return outputs
 
-    def _through(self, part: _Batch, layer: int, hidden: Tensor, send: KVSend) -> Tensor:
+    def _through(self, part: _Batch, layer: int, hidden: Tensor, kv: LayerKV) -> Tensor:
         """Through a KV layer, and those without attention that follow it."""
-        decode, kv = self.problem.oracle.decode, self._kv(part, layer, send)
+        decode = self.problem.oracle.decode
         first, stop = [*decode.kv_layers, len(decode.layers)][layer : layer + 2]
         hidden = decode.block(first, hidden, part.span, kv)
         for after in range(first + 1, stop):
@@ -149,7 +155,8 @@ class Measure:
         return hidden
 
     def _kv(self, part: _Batch, layer: int, send: KVSend) -> LayerKV:
-        return part.prompt_kv.read(send.wire_dtype, layer, send.row_ranges(self.problem.prompt_tokens))
+        ranges = self.problem.rule(layer, send).row_ranges(self.problem.prompt_tokens)
+        return part.prompt_kv.read(send.wire_dtype, layer, ranges)
 
     def _changes(self, part: _Batch, context: tuple[KVSend, ...], name: str) -> Tensor:
         """float32 `[1 + layers * (rows + dtypes), coordinates]`: the context's error, then the effects."""
@@ -159,21 +166,52 @@ class Measure:
         kinds = len(self._rows) + len(self._dtypes)
         changes = torch.zeros(1 + len(context) * kinds, len(error), device=error.device)
         changes[0] = error
-        for layer, send in enumerate(context):
-            tried = [(at, _with_rows(send, rows)) for at, rows in enumerate(self._rows)]
-            tried += [
-                (at, send.model_copy(update={"wire_dtype": d})) for at, d in enumerate(self._dtypes, len(self._rows))
-            ]
-            for at, option in tried:
-                if option != send:
-                    hidden = inputs[layer]
-                    for following in range(layer, len(context)):
-                        hidden = self._through(
-                            part, following, hidden, option if following == layer else context[following]
-                        )
-                    changes[1 + layer * kinds + at] = probe.change(hidden) - error
-            self._progress(f"{name}, layer {layer + 1}/{len(context)}")
+        for layers in self._together(context, part.hidden):
+            for row, hidden in self._branches(part, context, inputs, layers, name):
+                changes[row] = probe.change(hidden) - error
         return changes
+
+    def _together(self, context: tuple[KVSend, ...], hidden: Tensor) -> Iterator[range]:
+        """Layers whose options go through the model side by side: as many as `STATES` bytes of states allow."""
+        states = max(1, STATES // (hidden.numel() * hidden.element_size()))
+        start = 0
+        while start < len(context):
+            stop, count = start + 1, len(self._options_about(context, start))
+            while stop < len(context) and count + len(self._options_about(context, stop)) <= states:
+                count += len(self._options_about(context, stop))
+                stop += 1
+            yield range(start, stop)
+            start = stop
+
+    def _branches(
+        self, part: _Batch, context: tuple[KVSend, ...], inputs: Sequence[Tensor], layers: range, name: str
+    ) -> Iterator[tuple[int, Tensor]]:
+        """The row in `changes` and the last layer's output of every option of `layers`, each in its layer alone.
+
+        All go through a layer before any goes through the next: a streamed layer is read once, and so is its KV.
+        """
+        kinds, decode = len(self._rows) + len(self._dtypes), self.problem.oracle.decode
+        branches: dict[int, Tensor] = {}
+        for layer in range(layers.start, len(context)):
+            context_kv = self._kv(part, layer, context[layer])
+            context_kv.move(decode.devices[decode.kv_layers[layer]])
+            for row, hidden in branches.items():
+                branches[row] = self._through(part, layer, hidden, context_kv.fork())
+            if layer in layers:
+                for at, option in self._options_about(context, layer):
+                    kv = self._kv(part, layer, option)
+                    branches[1 + layer * kinds + at] = self._through(part, layer, inputs[layer], kv)
+            options = f"options of layers {layers.start + 1} to {layers.stop}"
+            self._progress(f"{name}, {options}: layer {layer + 1}/{len(context)}")
+        yield from branches.items()
+
+    def _options_about(self, context: Sequence[KVSend], layer: int) -> list[tuple[int, KVSend]]:
+        """Other rows, then other dtypes, than a layer has in the context; each with its place among both."""
+        send, rule = context[layer], self.problem.rule
+        dtypes = enumerate(self._dtypes, len(self._rows))
+        options = [(at, _with_rows(send, rows)) for at, rows in enumerate(self._rows)]
+        options += [(at, send.model_copy(update={"wire_dtype": dtype})) for at, dtype in dtypes]
+        return [(at, option) for at, option in options if rule(layer, option) != rule(layer, send)]
 
 
 @dataclass

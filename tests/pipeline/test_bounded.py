@@ -1,0 +1,156 @@
+"""Steps that measure, on blocks that come from the checkpoint as they run: the whole model's bundle and scores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from pdtrim_deploy.bundle import Bundle
+from pdtrim_deploy.evaluation.quality import judge_bundle
+from pdtrim_deploy.evaluation.tasks.report import judge_tasks
+from pdtrim_deploy.kvchoice.budget import effects
+from pdtrim_deploy.local.cache import Cache
+from pdtrim_deploy.local.compute import Compute
+from pdtrim_deploy.models import streaming
+from pdtrim_deploy.models.on_devices import load_to_compute
+from pdtrim_deploy.pipeline import build
+from pdtrim_deploy.recipe import Recipe
+
+BOUNDED = Compute(blocks_in_memory=2)
+KV = {"sequences": 4, "prompt_tokens": 64, "continuation_tokens": 8}
+METHODS = {
+    "budget": KV | {"reduction": 3.0, "sparse_choices": [[4, 16], [2, 8]], "wire_choices": ["native", "int8"]},
+    "measured-harm": KV | {"sparse_layers": 2, "n_first": 2, "n_last": 8},
+    "attention-mass": KV | {"sparse_layers": 2, "n_first": 2, "n_last": 8, "wire_dtype": "int8"},
+    "simlayerkv": KV | {"sparse_layers": 2, "n_first": 2, "n_last": 8},
+}
+
+
+def recipe_of(folder: Path, text: Path, method: str, **sections: object) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "name": "r",
+            "model": {"source": f"hf:{folder}"},
+            "calibration": {"corpus": f"dir:{text}", "sequences": 8, "length": 48},
+            "kv": {"method": method, **METHODS[method]},
+            "evaluation": {"corpus": f"dir:{text}", "sequences": 6, "prompt_tokens": 24, "continuation_tokens": 8},
+            **sections,
+        }
+    )
+
+
+@pytest.fixture
+def resident(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many blocks each reader had after each fetch; models that are loaded whole are refused."""
+    counts: list[int] = []
+    fetch = streaming.Blocks.__getitem__
+
+    def counted(blocks: streaming.Blocks, block: int) -> dict[str, torch.Tensor]:
+        tensors = fetch(blocks, block)
+        counts.append(len(blocks.alive))
+        return tensors
+
+    monkeypatch.setattr(streaming.Blocks, "__getitem__", counted)
+    return counts
+
+
+def no_whole_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("loading", "on_devices"):
+        monkeypatch.setattr(f"pdtrim_deploy.models.{module}.load_model", None)
+
+
+def built(recipe: Recipe, out: Path, compute: Compute) -> tuple[str, dict[str, bytes], list[str]]:
+    """Digest of the plan, the weights and the reports that hold figures, and what was said."""
+    lines: list[str] = []
+    bundle = build(recipe, out, Cache(out.with_suffix(".cache")), lines.append, compute=compute)
+    files = [out / stage / "model.safetensors" for stage in ("prefill", "decode")]
+    files += [
+        file for name in ("attention", "key-offsets", "kv") if (file := out / "reports" / f"{name}.json").exists()
+    ]
+    figures = [line for line in lines if "foretold" in line or line.startswith("without block")]
+    return bundle.plan.digest, {str(file.relative_to(out)): file.read_bytes() for file in files}, figures
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_kv_is_chosen_as_on_the_whole_model(
+    method: str, tmp_path: Path, tiny_llama_dir: Path, text: Path, monkeypatch: pytest.MonkeyPatch, resident: list[int]
+) -> None:
+    recipe = recipe_of(tiny_llama_dir, text, method)
+    whole = built(recipe, tmp_path / "whole", Compute())
+    assert not resident
+    no_whole_model(monkeypatch)
+    assert built(recipe, tmp_path / "bounded", BOUNDED) == whole
+    assert max(resident) == 2
+
+
+def test_kv_only_blocks_are_ranked_and_fitted_as_on_the_whole_model(
+    tmp_path: Path, tiny_dir: Callable[[str], Path], text: Path, monkeypatch: pytest.MonkeyPatch, resident: list[int]
+) -> None:
+    sections = {
+        "pruning": {"method": "greedy", "prefill_blocks": 1, "decode_blocks": 1},
+        "healing": {"kv_only_blocks": 2, "compensation": "least-squares", "sequences": 8, "length": 48},
+    }
+    recipe = recipe_of(tiny_dir("Qwen2ForCausalLM"), text, "measured-harm", **sections)
+    whole = built(recipe, tmp_path / "whole", Compute())
+    no_whole_model(monkeypatch)
+    assert built(recipe, tmp_path / "bounded", BOUNDED) == whole
+    assert max(resident) == 2
+
+
+def test_effects_read_a_block_once_for_all_options_that_fit_side_by_side(
+    tmp_path: Path, tiny_llama_dir: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fewer side by side: the same bundle, more reads."""
+    readers: list[streaming.Blocks] = []
+    init = streaming.Blocks.__init__
+
+    def kept(blocks: streaming.Blocks, *args: object) -> None:
+        init(blocks, *args)  # type: ignore[arg-type]
+        readers.append(blocks)
+
+    monkeypatch.setattr(streaming.Blocks, "__init__", kept)
+    recipe = recipe_of(tiny_llama_dir, text, "budget")
+    together = built(recipe, tmp_path / "together", Compute(blocks_in_memory=1))
+    reads = sum(blocks.reads for blocks in readers)
+    readers.clear()
+    monkeypatch.setattr(effects, "STATES", 1)
+    assert built(recipe, tmp_path / "alone", Compute(blocks_in_memory=1)) == together
+    assert sum(blocks.reads for blocks in readers) >= reads + 14  # 6 + 5 + ... + 1 in the place of 6, less a hit
+
+
+def test_scores_and_tasks_are_those_of_whole_models(
+    tmp_path: Path, tiny_llama_dir: Path, text: Path, monkeypatch: pytest.MonkeyPatch, resident: list[int]
+) -> None:
+    recipe = recipe_of(tiny_llama_dir, text, "attention-mass", pruning={"method": "greedy", "decode_blocks": 2})
+    cache = Cache(tmp_path / "cache")
+    bundle = build(recipe, tmp_path / "b", cache)
+    whole = judge_bundle(bundle, cache, {}, compute=Compute())
+    tasks = judge_tasks(bundle, ["agreement"], cache, {}, size=3, compute=Compute())
+    assert not resident
+    no_whole_model(monkeypatch)
+    streamed = judge_bundle(bundle, cache, {}, compute=Compute(blocks_in_memory=1))
+    assert streamed == whole
+    reads = len(resident)
+    monkeypatch.setattr("pdtrim_deploy.evaluation.quality.STREAMED_KV", 0)  # a batch at a time
+    assert judge_bundle(bundle, cache, {}, compute=Compute(blocks_in_memory=1)) == whole
+    assert judge_tasks(bundle, ["agreement"], cache, {}, size=3, compute=Compute(blocks_in_memory=1)) == tasks
+    assert reads
+    assert max(resident) == 1
+
+
+def test_the_oracle_of_fidelity_streams(bundle_of_tiny: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = torch.arange(3, 40)[None]
+    folder = bundle_of_tiny.decode_dir
+    whole = load_to_compute("decode", folder, "float32", compute=Compute(), rounds_inputs=True)(ids).logits
+    no_whole_model(monkeypatch)
+    model = load_to_compute("decode", folder, "float32", compute=Compute(blocks_in_memory=1), rounds_inputs=True)
+    assert all(parameter.is_meta for parameter in model.model.layers.parameters())
+    assert torch.equal(model(ids).logits, whole)
+
+
+@pytest.fixture
+def bundle_of_tiny(tmp_path: Path, tiny_llama_dir: Path, text: Path, cache: Cache) -> Bundle:
+    return build(recipe_of(tiny_llama_dir, text, "attention-mass"), tmp_path / "b", cache)
