@@ -115,6 +115,7 @@ def test_onnxruntime_in_one_stage_only(tiny, stage, tmp_path):
     result = judge(PDOracle(*models, plan, KeyOffsets.read(folder, plan)), served)
     assert result.max_logprob_error <= result.tolerance, result.rows
     assert result.controls_detected["dense plan"], result.controls
+    assert result.controls_detected["an MLP more left out"], result.controls
     assert sum(row.cached_tokens > 190 for row in result.rows) >= 2, "prefix-cache hits were not tried"
     assert (staged > 0) == (stage == "prefill"), "only an engine of prefill packs in its graph"
     cut = "layers (3,) make K and V alone" in (tmp_path / "prefill-0.log").read_text()
