@@ -69,8 +69,8 @@ def greedy_work(blocks: int, first: int, last: int, _: int) -> Work:
 
 def sublayer_work(layers: int, sublayers: int) -> Work:
     """Of greedy rounds for so many sublayers, each behind all candidates of `layers` layers, which all run on."""
-    behind, candidates = sublayers * layers * (layers + 1) / 2, sublayers * layers
-    return Work(behind + sublayers * layers, RACED * behind + sublayers * layers, RACED * candidates + sublayers)
+    runs, candidates = sublayers * layers * (layers + 1) / 2, sublayers * layers
+    return Work(runs + sublayers * layers, RACED * runs + sublayers * layers, RACED * candidates + sublayers)
 
 
 def anneal_work(blocks: int, first: int, last: int, steps: int) -> Work:

@@ -53,10 +53,10 @@ def test_sublayers_that_the_plan_leaves_out_are_not_in_the_graph(architecture, s
     assert result.ops["MatMul"] == 2 * attentions + 2 * 4  # qkv and o; gate with up, and down
     assert max(result.numerics.hidden_error, result.numerics.kv_error or 0) < 2e-5
     graph = onnx.load(tmp_path / "engine" / "model.onnx").graph
-    asked = [
+    layer_ids = [
         {a.name: a.i for a in node.attribute}["layer_id"] for node in graph.node if node.op_type == "PagedAttention"
     ]
-    assert asked == list(range(attentions))  # of the pool, which has no layer without attention
+    assert layer_ids == list(range(attentions))  # of the pool, which has no layer without attention
 
 
 @pytest.mark.parametrize("architecture", [*sorted(set(FAMILIES) - set(taking("engines"))), "ArceeForCausalLM"])
