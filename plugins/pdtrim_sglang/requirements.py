@@ -167,8 +167,8 @@ def check_windows(plan: PDPlan, stage: Stage, model: Any, pool: PoolView) -> Non
             "pdtrim: the plan cuts layers, which have no slots beside SGLang's pool of windows: start decode with "
             "--disable-hybrid-swa-memory"
         )
-    loaded = loaded_windows(model, len(plan.layers(stage)))
-    for layer, block in enumerate(plan.layers(stage)):
+    loaded = loaded_windows(model, len(plan.kv_blocks(stage)))
+    for layer, block in enumerate(plan.kv_blocks(stage)):
         if (window := plan.model.window(block)) != loaded[layer]:
             raise RuntimeError(
                 f"pdtrim: layer {layer} attends to {_attended(window)} by the plan, to {_attended(loaded[layer])} as "
