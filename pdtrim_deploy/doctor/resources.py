@@ -81,7 +81,7 @@ def _measured_on(recipe: Recipe, config: dict[str, Any]) -> int:
     whole_model = healed or recipe.healing.kv_steps > 0
     kv_measured = recipe.kv.method not in FIXED_KV or recipe.kv.measures_offsets
     if pruning.blocks_in_memory is None or whole_model:
-        measured = whole_model or pruning.decode_blocks or pruning.experts or kv_measured or needed(recipe)
+        measured = whole_model or pruning.decode_loses or pruning.experts or kv_measured or needed(recipe)
         return sizes.total + _kept_experts(recipe, config) if measured else 0
     student_blocks = 4 if pruning.distil else 0  # both parents, and both blocks that a student may start from
     held = min(sizes.blocks, pruning.blocks_in_memory) + student_blocks

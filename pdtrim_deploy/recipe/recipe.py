@@ -154,7 +154,7 @@ class Recipe(_Section):
     @model_validator(mode="after")
     def _something_to_heal(self) -> Recipe:
         healing, pruning = self.healing, self.pruning
-        if healing.enabled and not (pruning.decode_blocks or pruning.experts or healing.kv_only_blocks):
+        if healing.enabled and not (pruning.decode_loses or pruning.experts or healing.kv_only_blocks):
             raise ValueError("healing is asked for but nothing is pruned; allowed: pruning.decode_blocks of at least 1")
         if healing.kv_steps and self.kv.method == "none" and self.kv.wire_dtype == "native":
             raise ValueError(
@@ -192,12 +192,12 @@ class Recipe(_Section):
                 f"fitted to"
             )
         experts = {stage: pruning.experts and getattr(pruning.experts, stage) for stage in STAGES}
-        if healing.prefill_steps and not (pruning.prefill_blocks or experts["prefill"] or healing.kv_only_blocks):
+        if healing.prefill_steps and not (pruning.prefill_loses or experts["prefill"] or healing.kv_only_blocks):
             raise ValueError(
                 f"healing.prefill_steps is {healing.prefill_steps} but prefill loses no block; allowed: 0, or "
                 f"pruning.prefill_blocks or healing.kv_only_blocks of at least 1"
             )
-        if healing.decode_steps and not (pruning.decode_blocks or experts["decode"]):
+        if healing.decode_steps and not (pruning.decode_loses or experts["decode"]):
             raise ValueError(
                 f"healing.decode_steps is {healing.decode_steps} but decode loses no block; allowed: 0, or "
                 f"pruning.decode_blocks of at least 1"

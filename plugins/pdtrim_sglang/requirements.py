@@ -140,7 +140,7 @@ def _check_digest(server_args: Any, plan: PDPlan | None, page_size: int) -> None
     """SGLang's digest is over whole pages of all layers, so both workers must hold the same bytes in them."""
     if not server_args.disaggregation_enable_kv_checksum:
         return
-    same_layers = plan is None or plan.layer_map == tuple(range(len(plan.prefill_layers)))
+    same_layers = plan is None or plan.layer_map == tuple(range(len(plan.prefill_kv_blocks)))
     same_rows = plan is None or all(send == KVSend() for send in plan.kv)
     if not (same_layers and same_rows and page_size == 1):
         raise RuntimeError(
@@ -178,8 +178,8 @@ def check_windows(plan: PDPlan, stage: Stage, model: Any, pool: PoolView, backen
             "pdtrim: the plan cuts layers, which have no slots beside SGLang's pool of windows: start decode with "
             "--disable-hybrid-swa-memory"
         )
-    loaded = loaded_windows(model, len(plan.layers(stage)))
-    for layer, block in enumerate(plan.layers(stage)):
+    loaded = loaded_windows(model, len(plan.kv_blocks(stage)))
+    for layer, block in enumerate(plan.kv_blocks(stage)):
         if (window := plan.model.window(block)) != loaded[layer]:
             raise RuntimeError(
                 f"pdtrim: layer {layer} attends to {_attended(window)} by the plan, to {_attended(loaded[layer])} as "

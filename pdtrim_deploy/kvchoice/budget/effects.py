@@ -132,17 +132,28 @@ class Measure:
         dtypes = tuple(dict.fromkeys(("native", *self._dtypes)))
         prompt_kv = PromptKV(oracle, oracle.prefill(ids[:, :n]), dtypes, self.problem.work)
         hidden, span = oracle.decode.embed(ids[:, n:-1], n)
+        for layer in range(oracle.decode.kv_layers[0]):
+            hidden = oracle.decode.block(layer, hidden, span)
         part = _Batch(prompt_kv, hidden, span, hidden, seed)
         part.reference = self._forward(part, (KVSend(),) * self.problem.layers)[-1]
         self._progress(f"prefilled {len(ids)} sequences")
         return part
 
     def _forward(self, part: _Batch, plan: Sequence[KVSend]) -> list[Tensor]:
-        """The input of each layer, then the output of the last one."""
+        """The input of each KV layer, then the output of the last layer."""
         outputs = [part.hidden]
         for layer, send in enumerate(plan):
-            outputs.append(self.problem.oracle.decode.block(layer, outputs[-1], part.span, self._kv(part, layer, send)))
+            outputs.append(self._through(layer, outputs[-1], part.span, self._kv(part, layer, send)))
         return outputs
+
+    def _through(self, layer: int, hidden: Tensor, span: Span, kv: LayerKV) -> Tensor:
+        """Through a KV layer, and those without attention that follow it."""
+        decode = self.problem.oracle.decode
+        first, stop = [*decode.kv_layers, len(decode.layers)][layer : layer + 2]
+        hidden = decode.block(first, hidden, span, kv)
+        for after in range(first + 1, stop):
+            hidden = decode.block(after, hidden, span)
+        return hidden
 
     def _kv(self, part: _Batch, layer: int, send: KVSend) -> LayerKV:
         ranges = self.problem.rule(layer, send).row_ranges(self.problem.prompt_tokens)
@@ -185,15 +196,15 @@ class Measure:
         branches: dict[int, Tensor] = {}
         for layer in range(layers.start, len(context)):
             context_kv = self._kv(part, layer, context[layer])
-            context_kv.move(decode.devices[layer])
+            context_kv.move(decode.devices[decode.kv_layers[layer]])
             for rows in _groups(list(branches), max(1, SIDE_BY_SIDE // part.hidden.shape[1])):
                 hidden = torch.cat([branches[row] for row in rows], dim=1)
-                hidden = decode.block(layer, hidden, self._span_of(len(rows), part), context_kv.fork())
+                hidden = self._through(layer, hidden, self._span_of(len(rows), part), context_kv.fork())
                 branches |= zip(rows, hidden.chunk(len(rows), dim=1), strict=True)
             if layer in layers:
                 for at, option in self._options_about(context, layer):
                     kv = self._kv(part, layer, option)
-                    branches[1 + layer * kinds + at] = decode.block(layer, inputs[layer], part.span, kv)
+                    branches[1 + layer * kinds + at] = self._through(layer, inputs[layer], part.span, kv)
             options = f"options of layers {layers.start + 1} to {layers.stop}"
             self._progress(f"{name}, {options}: layer {layer + 1}/{len(context)}")
         yield from branches.items()
