@@ -48,7 +48,8 @@ class ModelSection(_Section):
     """Where the checkpoint comes from, and the dtype it is evaluated, written and served in.
 
     `compute_dtype` is what a build measures and fits in, float32 when left out, and what `eval` computes in, `dtype`
-    when left out (float32 for a bfloat16 that a CPU only emulates). Training by gradients takes float32.
+    when left out (float32 for a bfloat16 that a CPU only emulates). Healing trains float32 weights in either of float32
+    and bfloat16, students in float32 alone.
     """
 
     source: Annotated[str, Field(pattern=r"^(hf|gguf|pypi):.+$", description="hf:DIR, gguf:FILE or pypi:NAME")]
@@ -161,10 +162,15 @@ class Recipe(_Section):
                 f"healing.kv_steps is {healing.kv_steps} but kv.method is none and all KV travels as it is; "
                 f"allowed with it: a method that cuts KV, or a wire_dtype"
             )
-        if self.model.measured_in != "float32" and (healing.gradient_steps or self.students.steps):
+        if self.model.measured_in != "float32" and self.students.steps:
             raise ValueError(
-                f"model.compute_dtype is {self.model.measured_in} but students.steps or healing's steps train by "
-                f"gradients, whose small changes are lost in 16 bits; allowed with them: float32"
+                f"model.compute_dtype is {self.model.measured_in} but students.steps train by gradients, whose small "
+                f"changes are lost in 16 bits; allowed with them: float32"
+            )
+        if self.model.measured_in == "float16" and healing.gradient_steps:
+            raise ValueError(
+                "model.compute_dtype is float16 but healing's steps train by gradients, which are too small for it; "
+                "allowed with them: float32 or bfloat16"
             )
         if self.kv.pool_dtype != "native" and self.targets.requested:
             raise ValueError(

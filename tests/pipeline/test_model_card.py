@@ -91,10 +91,12 @@ def test_the_text_and_seeds_it_was_made_with_are_named(recipe: Recipe) -> None:
 def test_only_what_healing_kept_is_claimed(recipe: Recipe) -> None:
     healed = recipe.changed("t", "pruning", prefill_blocks=1, decode_blocks=2).changed("t", "healing", decode_steps=9)
     done = {"steps": 8, "before": 0.5, "after": 0.25, "kept": True, "kv": False}
-    again = {"steps": 6, "before": 0.25, "after": 0.125, "kept": True, "kv": True}
+    done |= {"difference": -0.25, "stderr": 0.0625, "sequences": 16}
+    again = done | {"steps": 6, "before": 0.25, "after": 0.125, "kept": True, "kv": True, "difference": -0.125}
     text = model_card.card(PLAN, healed, "decode", Provenance(), {"decode": [done, again]})
-    assert "8 steps of logit distillation from the base model (KL 0.5000 to 0.2500 nats" in text
-    assert "6 steps of logit distillation from the base model behind prompt KV as it arrives (KL 0.2500 to" in text
+    assert "8 steps of distillation from the base model (KL 0.5000 to 0.2500 nats a token on development text" in text
+    assert "difference -0.2500 ± 0.0625, paired by 16 sequences)" in text
+    assert "6 steps of distillation from the base model behind prompt KV as it arrives (KL 0.2500 to" in text
     assert "what makes K and V are as there" in text
     for reports in ({}, {"decode": [done | {"kept": False}]}):
         assert "Weights differ" not in model_card.card(PLAN, healed, "decode", Provenance(), reports)
