@@ -76,7 +76,7 @@ def evaluate(
     given = {"corpus": corpus, "sequences": sequences, "seed": seed}
     overrides = {key: value for key, value in given.items() if value is not None}
     evaluation = opened.recipe.changed("command line", "evaluation", **overrides).evaluation
-    require("eval", CheckContext(opened.recipe, cache=cache))
+    require("eval", CheckContext(opened.recipe, cache=cache, compute=compute))
     names = [] if tasks is None else _names(tasks)
     dtype, chosen_dtype = str(opened.recipe.model.dtype), compute_dtype or opened.recipe.model.compute_dtype
     compute = compute.with_dtype(chosen_dtype) if chosen_dtype else compute.fast(dtype)
