@@ -15,7 +15,7 @@ TEST_ENV = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} OMP_WAIT_POLICY=PASSIVE GOMP_S
 PYTEST = -m pytest --durations=5
 TEST_WORKERS ?= 2
 
-.PHONY: help setup setup-build setup-serve setup-docs setup-aiperf lock lint format test test-unit test-unit-build test-unit-serve test-docs test-serve test-faults test-gpu-check coverage mutations soak demo headline plugin gpu-check docs deploy bench clean distclean
+.PHONY: help setup setup-build setup-serve setup-docs setup-aiperf setup-evals lock lint format test test-unit test-unit-build test-unit-serve test-docs test-serve test-faults test-gpu-check coverage mutations soak demo headline plugin gpu-check docs deploy bench clean distclean
 .DEFAULT_GOAL := help
 
 help:  ## list these targets
@@ -37,8 +37,11 @@ setup-docs:
 setup-aiperf:
 	@$(PYTHON) tools/environment.py aiperf
 
-lock: setup setup-docs setup-aiperf  ## write what is now installed in the environments back to constraints/*.txt
-	$(PYTHON) tools/freeze.py build serve docs aiperf
+setup-evals:
+	@$(PYTHON) tools/environment.py evals
+
+lock: setup setup-docs setup-aiperf setup-evals  ## write what is now installed in the environments back to constraints/*.txt
+	$(PYTHON) tools/freeze.py build serve docs aiperf evals
 
 lint: setup-build  ## ruff, its formatter in check mode, and mypy
 	$(BUILD)/ruff check $(SOURCES)
@@ -51,7 +54,7 @@ format: setup-build  ## let ruff rewrite the sources
 
 # All parts at once: a served test mostly waits for one process. 16 GB of memory at most; `make test-unit test-docs
 # test-serve` runs them one after the other. -O: each part with its own output, when it ends.
-test: setup setup-docs  ## all tests: units, documentation, genuine SGLang workers and router on loopback
+test: setup setup-docs setup-evals  ## all tests: units, documentation, genuine SGLang workers and router on loopback
 	@echo "four parts at once, each shown when it ends, the longest after about 17 minutes on 2 cores" >&2
 	@$(MAKE) --no-print-directory -k -O -j 4 test-serve test-unit-build test-unit-serve test-docs
 

@@ -41,7 +41,10 @@ class Tagged(Tensor):
         if kwargs.get("device") is not None:
             device, kwargs = torch.device(kwargs["device"]), kwargs | {"device": HOST}
         with _plainly():
-            result = func(*args, **kwargs)
+            if func is torch.histc:  # of whole numbers: CUDA alone has it
+                result = func(args[0].float(), *args[1:], **kwargs).to(args[0].dtype)
+            else:
+                result = func(*args, **kwargs)
         return _tagged(result, device)
 
 

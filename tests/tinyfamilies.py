@@ -18,6 +18,7 @@ SHARED = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+WINDOW = 11
 OWN = {
     "GraniteForCausalLM": {
         "embedding_multiplier": 3.0,
@@ -27,10 +28,38 @@ OWN = {
     },
     "SmolLM3ForCausalLM": {"no_rope_layers": [1, 0, 1, 1, 0, 1]},
     "Glm4ForCausalLM": {"attention_bias": True},
+    "MellumForCausalLM": {
+        "sliding_window": WINDOW,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10.0},
+            "full_attention": {"rope_type": "default", "rope_theta": 100.0},
+        },
+    },
     "Qwen3MoeForCausalLM": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
     "OlmoeForCausalLM": {"num_experts": 4, "num_experts_per_tok": 2},
     "MiniMaxM2ForCausalLM": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "MixtralForCausalLM": {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 32},
+    # Two full blocks of six, and a RoPE of its own for each kind: theta of 10 and 100 turn within a few tokens.
+    "Gemma3ForCausalLM": {
+        "sliding_window": WINDOW,
+        "sliding_window_pattern": 3,
+        "query_pre_attn_scalar": 16,
+        "tie_word_embeddings": True,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10.0},
+            "full_attention": {"rope_type": "default", "rope_theta": 100.0},
+        },
+    },
+    "GptOssForCausalLM": {
+        "sliding_window": WINDOW,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
+    },
     "Glm4MoeForCausalLM": {
         "n_routed_experts": 4,
         "num_experts_per_tok": 2,

@@ -1,11 +1,11 @@
-"""Make the project's environments, `.venv/{build,serve,docs,aiperf}`, from constraints/*.txt.
+"""Make the project's environments, `.venv/{build,serve,docs,aiperf,evals}`, from constraints/*.txt.
 
-    python3 tools/environment.py build serve      # what `make setup` runs; aiperf is made when its driver is first used
+    python3 tools/environment.py build serve      # what `make setup` runs; aiperf and evals are made when first used
 
 An environment is complete when its stamp, written last, names the pins and the Python it was made from; it is then
 left alone. Any other (missing, incomplete, from other pins or another Python) is removed and made again. If only
-pyproject.toml changed, the project is installed again, in all environments but aiperf. Needs only the standard
-library and pip.
+pyproject.toml changed, the project is installed again, where it is: aiperf and evals hold programs of others alone.
+Needs only the standard library and pip.
 """
 
 import argparse
@@ -50,7 +50,7 @@ class Environment:
         self.path = ROOT / ".venv" / name
         self.python = self.path / "bin" / "python"
         self.lock = ROOT / "constraints" / f"{name}.txt"
-        self.holds_project = name != "aiperf"
+        self.holds_project = name not in ("aiperf", "evals")
 
     def required(self) -> dict[str, str]:
         """The stamp of a complete environment."""
@@ -104,6 +104,9 @@ class Environment:
     def install_aiperf(self) -> None:
         self.uv("--no-deps", "-r", self.lock)
 
+    def install_evals(self) -> None:
+        self.uv("--no-deps", "-r", self.lock)
+
     def install_serve(self) -> None:
         # --no-deps: the lock is complete for a CPU, without the CUDA-only half of SGLang's requirements.
         self.uv("--no-deps", "-r", self.lock)
@@ -117,7 +120,7 @@ class Environment:
 def main() -> None:
     """Make the named environments, one process at a time."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="+", choices=["build", "serve", "docs", "aiperf"])
+    parser.add_argument("names", nargs="+", choices=["build", "serve", "docs", "aiperf", "evals"])
     names = parser.parse_args().names
     if sys.version_info < (3, 11):  # noqa: UP036 - whoever runs this may have another Python
         version = sys.version.split()[0]

@@ -15,14 +15,35 @@ from pdtrim_deploy.local.compute import Compute
 from pdtrim_deploy.recipe.seed import MOST_SEED
 
 if TYPE_CHECKING:
+    from pdtrim_deploy.evaluation.lm_harness import Harness
+    from pdtrim_deploy.evaluation.lm_harness.scoring import HandOver
     from pdtrim_deploy.evaluation.quality import Quality
-    from pdtrim_deploy.evaluation.tasks.report import Figure
+    from pdtrim_deploy.evaluation.tasks.report import Figure, TasksReport
+
+SERVED_LIKELIHOODS = (
+    "a served pair scores a likelihood's continuation as prompt, so that only prefill would be measured; name the "
+    "bundle in place of the URL, and the PD oracle judges both stages"
+)
 
 
 @click.command("eval")
-@click.argument("bundle", type=options.path)
-@click.option("--tasks", help="Some of perplexity,choice,needle,agreement.  [default: the recipe's perplexity alone]")
-@click.option("--items", type=click.IntRange(1), help="Items of each task (needle: per depth).  [default: the task's]")
+@click.argument("target", metavar="BUNDLE")
+@click.option(
+    "--tasks",
+    help="Some of perplexity,choice,needle,agreement, and lm_eval:NAME.  [default: the recipe's perplexity alone]",
+)
+@click.option(
+    "--items",
+    type=click.IntRange(1),
+    help="Items of each task (needle: per depth; lm_eval: the first).  [default: the task's]",
+)
+@click.option("--include-path", type=options.path, help="Folder of task YAML and data for lm_eval:NAME.")
+@click.option(
+    "--hand-over",
+    type=click.Choice(["served", "decode"]),
+    help="Whose logits judge lm_eval's first token: prefill's (served), or decode's, which then reads the context's "
+    "last token (decode).  [default: decode for likelihoods, served for texts]",
+)
 @click.option("--corpus", help="brown, code, dir:PATH, jsonl:PATH ... as in recipes.  [default: the recipe's]")
 @click.option(
     "--sequences", type=click.IntRange(1), help="Sequences to judge; not with --tasks.  [default: the recipe's]"
@@ -38,9 +59,11 @@ if TYPE_CHECKING:
 @click.pass_obj
 def evaluate(
     command: str,
-    bundle: Path,
+    target: str,
     tasks: str | None,
     items: int | None,
+    include_path: Path | None,
+    hand_over: HandOver | None,
     corpus: str | None,
     sequences: int | None,
     seed: int | None,
@@ -53,12 +76,15 @@ def evaluate(
     """Measure perplexity on held-out text, or --tasks, of the dense model and of the pair.
 
     Both continue the same prompts. The result is also written to BUNDLE/reports/eval.json (tasks.json), with seed,
-    corpus, command and machine, and into the model cards of both stages.
+    corpus, command and machine, and into the model cards of both stages. Tasks of lm-evaluation-harness run on the PD
+    oracle, each question's answers go to BUNDLE/reports/lm_eval. Their data come from the hub or, with --include-path,
+    from local files.
 
     \b
     Examples:
       pdtrim-deploy eval out/bundle
       pdtrim-deploy eval out/bundle --tasks perplexity,choice,needle,agreement --json
+      pdtrim-deploy eval out/bundle --tasks lm_eval:hellaswag --items 500
     """
     from pdtrim_deploy.bundle import CARD, Bundle, write_atomic
     from pdtrim_deploy.bundle.environment import environment
@@ -72,46 +98,43 @@ def evaluate(
         raise UserError("--items is for tasks; give --tasks too, or --sequences instead")
     if tasks is not None and sequences is not None:
         raise UserError("--sequences is for the recipe's perplexity alone; with --tasks give --items")
-    opened, progress = Bundle.open(bundle), Progress()
+    if "://" in target:
+        raise UserError(SERVED_LIKELIHOODS)
+    opened, progress = Bundle.open(Path(target)), Progress()
     given = {"corpus": corpus, "sequences": sequences, "seed": seed}
     overrides = {key: value for key, value in given.items() if value is not None}
     evaluation = opened.recipe.changed("command line", "evaluation", **overrides).evaluation
     require("eval", CheckContext(opened.recipe, cache=cache, compute=compute))
-    names = [] if tasks is None else _names(tasks)
+    names, harness = ([], None) if tasks is None else _tasks(tasks, include_path, items, hand_over)
+    if harness is None and (include_path is not None or hand_over is not None):
+        raise UserError("--include-path and --hand-over are for tasks of lm-eval; give --tasks lm_eval:NAME too")
     dtype, chosen_dtype = str(opened.recipe.model.dtype), compute_dtype or opened.recipe.model.compute_dtype
     compute = compute.with_dtype(chosen_dtype) if chosen_dtype else compute.fast(dtype)
-    path = options.writable(opened.reports_dir / ("tasks.json" if names else "eval.json"))
-    for stage in () if names else STAGES:
+    path = options.writable(opened.reports_dir / ("eval.json" if tasks is None else "tasks.json"))
+    for stage in STAGES if tasks is None else ():
         options.writable(opened.stage_dir(stage) / CARD)
     if dry_run:
         planned: dict[str, object] = {"source": opened.recipe.model.source, "plan": opened.plan.digest}
         planned |= {"evaluation": evaluation.model_dump(mode="json"), "written": str(path)}
         planned |= {"device": compute.names, "computed_in": compute.dtype}
-        say(planned | ({"tasks": names, "items": items} if names else {}), as_json)
+        say(planned | ({} if tasks is None else {"tasks": tasks, "items": items}), as_json)
         return
     quality: Quality | None = None
+    common = (cache, environment(command), evaluation)
     with progress.show("eval"):
         if tasks is None:
             from pdtrim_deploy.evaluation.quality import judge_bundle
 
-            quality = judge_bundle(opened, cache, environment(command), evaluation, progress.note, compute)
-            text = quality.model_dump_json(indent=2)
-            lines = [
-                f"perplexity of {quality.tokens} tokens after {evaluation.prompt_tokens}-token prompts of "
-                f"{evaluation.corpus}:",
-                f"  dense {quality.dense.ppl:.4f}, PD {quality.pd.ppl:.4f}, ratio {quality.ratio:.4f}",
-            ]
+            quality = judge_bundle(opened, *common, progress.note, compute)
+            text, lines = quality.model_dump_json(indent=2), _perplexity(quality)
         else:
             from pdtrim_deploy.evaluation.tasks.report import judge_tasks
 
-            report = judge_tasks(opened, names, cache, environment(command), evaluation, items, progress.note, compute)
-            text = report.model_dump_json(indent=2)
-            lines = []
-            for task in report.tasks:
-                lines += [f"{task.task}, {len(task.groups)} items:", *map(_line, task.figures)]
+            report = judge_tasks(opened, names, *common, items, progress.note, compute, harness)
+            text, lines = report.model_dump_json(indent=2), _figures(report)
     write_atomic(path, text + "\n")
     if quality is not None:
-        refresh_cards(bundle, quality)
+        refresh_cards(opened.path, quality)
     if as_json:
         click.echo(text)
         return
@@ -120,14 +143,38 @@ def evaluate(
     click.echo("\n".join([*lines, f"  seed {evaluation.seed}, {precision}, saved in {path}"]))
 
 
-def _names(tasks: str) -> list[str]:
-    """Those of `--tasks`, each once; UserError for one that does not exist."""
+def _tasks(
+    tasks: str, include_path: Path | None, items: int | None, hand_over: HandOver | None
+) -> tuple[list[str], Harness | None]:
+    """Our tasks of `--tasks`, each once, and those of lm-eval; UserError for one of ours that does not exist."""
+    from pdtrim_deploy.evaluation.lm_harness import PREFIX, Harness
     from pdtrim_deploy.evaluation.tasks.registry import check
 
     names = list(dict.fromkeys(name.strip() for name in tasks.split(",")))
-    for name in names:
+    theirs = tuple(name.removeprefix(PREFIX) for name in names if name.startswith(PREFIX))
+    ours = [name for name in names if not name.startswith(PREFIX)]
+    for name in ours:
         check(name)
-    return names
+    if include_path is not None and not include_path.is_dir():
+        raise UserError(f"--include-path: {include_path} is no folder; name the one that holds your task's YAML")
+    return ours, Harness(theirs, include_path, items, hand_over) if theirs else None
+
+
+def _perplexity(quality: Quality) -> list[str]:
+    """What `eval` prints without tasks."""
+    text = quality.text
+    return [
+        f"perplexity of {quality.tokens} tokens after {text.prompt_tokens}-token prompts of {text.corpus}:",
+        f"  dense {quality.dense.ppl:.4f}, PD {quality.pd.ppl:.4f}, ratio {quality.ratio:.4f}",
+    ]
+
+
+def _figures(report: TasksReport) -> list[str]:
+    """What `eval` prints of tasks."""
+    lines: list[str] = []
+    for task in report.tasks:
+        lines += [f"{task.task}, {len(task.groups)} items:", *map(_line, task.figures)]
+    return lines
 
 
 def _line(figure: Figure) -> str:

@@ -51,7 +51,7 @@ def attention_mass(
 ) -> AttentionMass:
     """Measure decode on `sequences`, int64 `[S, N + T]`, N = `prompt_tokens` and T >= 2.
 
-    Decode reads all prompt KV, whatever the oracle's plan cuts.
+    Decode reads all prompt KV, whatever the oracle's plan cuts; of a layer with a window, that window.
     """
     layers, heads = len(oracle.plan.decode_layers), oracle.plan.model.num_kv_heads
     full = oracle.with_kv((KVSend(),) * layers)
@@ -62,7 +62,8 @@ def attention_mass(
     def add(layer: int, weights: Tensor) -> None:
         """`weights`: `[batch, heads, T - 1, N + T - 1]`."""
         grouped = weights.double().mean(2).unflatten(1, (heads, -1)).mean(2).sum(0)
-        for part, (lo, hi) in enumerate(pairwise(edges)):
+        before = edges[-1] - grouped.shape[-1]  # rows before a layer's window, which it does not hold
+        for part, (lo, hi) in enumerate(pairwise(max(0, edge - before) for edge in edges)):
             total[part, layer] += grouped[:, lo:hi].sum(-1).cpu()
 
     done = 0

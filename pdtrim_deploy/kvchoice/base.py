@@ -47,6 +47,17 @@ class Problem:
         """Layers of the decode model."""
         return len(self.oracle.plan.decode_layers)
 
+    @property
+    def windowed(self) -> tuple[bool, ...]:
+        """By layer of decode, whether it attends to a window, all of whose rows travel."""
+        plan = self.oracle.plan
+        return tuple(plan.model.window(block) is not None for block in plan.decode_layers)
+
+    def rule(self, layer: int, send: KVSend) -> KVSend:
+        """What a rule means for a layer of decode."""
+        plan = self.oracle.plan
+        return plan.model.rule(plan.decode_layers[layer], send)
+
 
 @dataclass(frozen=True)
 class Cut:

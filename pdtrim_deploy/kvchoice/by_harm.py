@@ -32,8 +32,13 @@ class ByMeasuredHarm:
                 f"sparse_layers is {self.sparse_layers} but decode keeps {problem.layers} layers; "
                 f"choose at most {problem.layers}"
             )
+        if self.sparse_layers > (cuttable := problem.layers - sum(problem.windowed)):
+            raise UserError(
+                f"sparse_layers is {self.sparse_layers} but {cuttable} of decode's layers attend to all tokens, and a "
+                f"window's rows cannot be cut; choose at most {cuttable}"
+            )
         measure = Measure(problem, (self.cut.full, self.cut.sparse), progress)
-        costs = np.tile(np.array([[1, 0]]), (problem.layers, 1))
+        costs = np.array([[1, 1] if windowed else [1, 0] for windowed in problem.windowed])
         return BudgetSearch(measure, costs, progress).within(problem.layers - self.sparse_layers).sends
 
 
@@ -72,5 +77,6 @@ def budget_search(problem: Problem, options: tuple[KVSend, ...], progress: Progr
     """A search whose costs are bytes at the problem's prompt length, of those `options` that suit the head size."""
     plan, tokens = problem.oracle.plan, problem.prompt_tokens
     options = tuple(option for option in options if option.suits(plan.model.head_dim, plan.model.pool_dtype))
-    of_option = [plan.with_kv((option,) * problem.layers).layer_bytes(0, tokens) for option in options]
-    return BudgetSearch(Measure(problem, options, progress), np.tile(of_option, (problem.layers, 1)), progress, rounds)
+    of_option = [plan.with_kv((option,) * problem.layers) for option in options]
+    costs = np.array([[plan.layer_bytes(layer, tokens) for plan in of_option] for layer in range(problem.layers)])
+    return BudgetSearch(Measure(problem, options, progress), costs, progress, rounds)

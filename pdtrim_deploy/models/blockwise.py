@@ -72,14 +72,15 @@ class LayerKV:
 class Span:
     """Tokens `[start, stop)` of a sequence, with what every block needs to know of their positions.
 
-    With several `branches` they are as many alternatives of equal length side by side, each at `start`.
+    With several `branches` they are as many alternatives of equal length side by side, each at `start`. `angles` are
+    cosines and sines of RoPE by kind of layer, or of all layers under None.
     """
 
     start: int
     stop: int
     branches: int
     positions: Tensor
-    angles: tuple[Tensor, Tensor]
+    angles: dict[str | None, tuple[Tensor, Tensor]]
     masks: dict[tuple[Ranges, int | None], Tensor] = field(default_factory=dict)
     elsewhere: dict[torch.device, Span] = field(default_factory=dict, repr=False)
 
@@ -88,8 +89,8 @@ class Span:
         if device == self.positions.device:
             return self
         if device not in self.elsewhere:
-            cos, sin = (angles.to(device) for angles in self.angles)
-            moved = Span(self.start, self.stop, self.branches, self.positions.to(device), (cos, sin))
+            angles = {kind: (cos.to(device), sin.to(device)) for kind, (cos, sin) in self.angles.items()}
+            moved = Span(self.start, self.stop, self.branches, self.positions.to(device), angles)
             self.elsewhere[device] = moved
         return self.elsewhere[device]
 
@@ -102,7 +103,8 @@ class Blockwise:
         self.layers = list(model.model.layers)
         self.devices = [device_of(layer) for layer in self.layers]
         self.home: torch.device = model.model.norm.weight.device
-        self._windows = [_window(layer.self_attn) for layer in self.layers]
+        self.windows = [_window(layer.self_attn) for layer in self.layers]
+        self._kinds = _rope_kinds(model)
         self._embedded = getattr(model.config, "embedding_multiplier", None)  # Granite's
         self.logits_scaling = getattr(model.config, "logits_scaling", None)
 
@@ -122,7 +124,9 @@ class Blockwise:
         tokens = hidden.shape[1]
         positions = torch.arange(start, start + tokens // branches, device=self.home).repeat(branches)[None]
         like = hidden.new_empty(0, device=self.home)  # of which device and dtype are read, no more
-        angles = self.model.model.rotary_emb(like, position_ids=positions)
+        rotary = self.model.model.rotary_emb
+        by_kind = {kind: {} if kind is None else {"layer_type": kind} for kind in self._kinds}
+        angles = {kind: rotary(like, position_ids=positions, **of_kind) for kind, of_kind in by_kind.items()}
         return Span(start, start + tokens, branches, positions, angles)
 
     def block(
@@ -138,9 +142,9 @@ class Blockwise:
         kv.ranges = (*kv.ranges, (span.start, span.stop))
         return (student or self.layers[layer])(
             hidden,
-            attention_mask=self._mask(span, kv.ranges, self._windows[layer], hidden.dtype),
+            attention_mask=self._mask(span, kv.ranges, self.windows[layer], hidden.dtype),
             position_ids=span.positions,
-            position_embeddings=span.angles,
+            position_embeddings=span.angles[self._kinds[layer]],
             past_key_values=kv,
             use_cache=True,
         )
@@ -197,6 +201,12 @@ def pick(logits: Tensor, targets: Tensor) -> Tensor:
     """float32 `[...]`: log-softmax of `logits[..., vocabulary]` at `targets[...]`, on the device of the logits."""
     logits, targets = logits.float(), targets.to(logits.device)
     return logits.gather(-1, targets[..., None]).squeeze(-1) - logits.logsumexp(-1)
+
+
+def _rope_kinds(model: CausalLM) -> list[str | None]:
+    """By layer, the kind whose RoPE it has; None where all have one."""
+    by_kind = isinstance(getattr(model.model.rotary_emb, "rope_type", None), dict)  # Gemma-3's
+    return list(model.config.layer_types) if by_kind else [None] * len(model.model.layers)
 
 
 def _window(attention: Any) -> int | None:

@@ -112,6 +112,7 @@ class Checkpoint:
             num_kv_heads=f.num_kv_heads,
             head_dim=f.head_dim,
             kv_dtype=kv_dtype or f.dtype,
+            windows=self.family.block_windows(self.config),
         )
 
 

@@ -52,7 +52,7 @@ def load_model(
             path if weights is None else None,
             config=config,
             dtype=TORCH_DTYPES[dtype],
-            attn_implementation=attn_implementation,
+            attn_implementation=attn_implementation if family.model_class._supports_sdpa else "eager",
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,

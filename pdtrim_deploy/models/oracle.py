@@ -1,10 +1,10 @@
 """The PD oracle: what a plan does to a model, computed in one process with transformers.
 
 The prefill model runs the prompt; its KV goes through the real pack -> bytes -> unpack; the decode model
-continues at the original positions. In a sparse layer decode attends to the first, last and generated tokens,
-in a full layer to all. Where pools are fp8, attention of both stages reads rows as they were rounded, its own tokens'
-among them, and queries are not rounded: so do SGLang's torch_native, and its Triton in decode. The oracle is the judge
-of pruning, and the reference that served logprobs must match.
+continues at the original positions. In a sparse layer decode attends to the first, last and generated tokens, in one
+with a window to the last, in a full layer to all. Where pools are fp8, attention of both stages reads rows as they were
+rounded, its own tokens' among them, and queries are not rounded: so do SGLang's torch_native, and its Triton in decode.
+The oracle is the judge of pruning, and the reference that served logprobs must match.
 """
 
 from __future__ import annotations
@@ -92,6 +92,10 @@ class PDOracle:
     def with_kv(self, kv: tuple[KVSend, ...]) -> PDOracle:
         """The same stage models with other KV rules; any `PrefillState` of the one serves the other."""
         return PDOracle(self.prefill_model, self.decode_model, self.plan.with_kv(kv), self.offsets)
+
+    def with_windows(self, windows: tuple[int | None, ...]) -> PDOracle:
+        """The same stage models, whose layers are sent the rows of other windows than they attend to."""
+        return PDOracle(self.prefill_model, self.decode_model, self.plan.with_windows(windows), self.offsets)
 
     def with_offsets(self, offsets: KeyOffsets | None) -> PDOracle:
         """The same stage models and KV rules with other key offsets, or none."""

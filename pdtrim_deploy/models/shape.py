@@ -11,7 +11,7 @@ from typing import Any, get_args
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.local.paths import expanded
 from pdtrim_deploy.models.config import read_config
-from pdtrim_deploy.models.families import attention_sizes, family_of
+from pdtrim_deploy.models.families import attention_sizes, family_of, known_family
 from pdtrim_deploy.plan import ExpertShape, ModelShape, NativeDtype
 
 FACTS = Path(__file__).parent / "facts"  # a link to recipes/facts
@@ -56,6 +56,7 @@ def shape_of(config: Mapping[str, Any], label: str, kv_dtype: NativeDtype) -> Mo
         num_kv_heads=kv_heads,
         head_dim=head_dim,
         kv_dtype=kv_dtype,
+        windows=known_family(config["architectures"][0]).block_windows(config),
     )
 
 

@@ -87,8 +87,9 @@ def stream_model(
     dtype, home = TORCH_DTYPES[compute.dtype], torch.device(compute.devices[0])
     model_class = checkpoint.family.model_class
     config = model_class.config_class.from_dict(checkpoint.config)
+    attention = "sdpa" if model_class._supports_sdpa else "eager"
     with torch.device("meta"):
-        model = model_class._from_config(config, attn_implementation="sdpa", dtype=dtype)
+        model = model_class._from_config(config, attn_implementation=attention, dtype=dtype)
     model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
     for leaf, buffer in model.model.rotary_emb._buffers.items():
         model.model.rotary_emb._buffers[leaf] = buffer.to(home)

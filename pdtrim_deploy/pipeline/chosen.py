@@ -6,7 +6,7 @@ import json
 
 from pdtrim_deploy.bundle import REPORTS
 from pdtrim_deploy.pipeline.context import Context
-from pdtrim_deploy.plan import STAGES, KeptExperts, KVSend, PDPlan
+from pdtrim_deploy.plan import STAGES, KeptExperts, PDPlan
 from pdtrim_deploy.pruning.solution import Solution
 
 PRUNING, EXPERTS = f"{REPORTS}/pruning.json", f"{REPORTS}/experts.json"
@@ -16,9 +16,7 @@ def chosen_blocks(context: Context) -> PDPlan:
     """What each stage runs, with all experts."""
     report, shape = json.loads((context.out / PRUNING).read_text()), context.shape
     prefill, decode = (Solution.parse(report[stage]) for stage in STAGES)
-    blocks = shape.num_blocks
-    kv = (KVSend(),) * len(decode.route(blocks))
-    return PDPlan(model=shape, prefill=prefill.actions(blocks), decode=decode.actions(blocks), kv=kv)
+    return PDPlan.uncut(shape, prefill.actions(shape.num_blocks), decode.actions(shape.num_blocks))
 
 
 def chosen(context: Context) -> PDPlan:

@@ -11,6 +11,8 @@ from pdtrim_deploy.models.quantized import Quantized
 from pdtrim_deploy.plan import STAGES, ExpertShape
 from pdtrim_deploy.recipe import Recipe
 
+_BY_LAYER = ("random", "attention-mass", "simlayerkv")
+
 
 def check_quantized(recipe: Recipe, quantized: Quantized | None) -> None:
     """Refuse what no FP8 weights can have.
@@ -40,6 +42,11 @@ def check_family(recipe: Recipe, family: Family) -> None:
         UserError: the recipe's key, why, and what is allowed.
 
     """
+    if family.windows is not None and recipe.kv.method in _BY_LAYER:
+        raise UserError(
+            f"recipe {recipe.name}: kv.method is {recipe.kv.method}, which would choose layers with sliding windows of "
+            f"{family.architecture} too, whose rows cannot be cut; allowed: none, all, measured-harm, budget"
+        )
     for key, value, neutral, feature in _requests(recipe):
         if family.blocks is None:
             raise UserError(

@@ -90,22 +90,35 @@ def stand_in_rules(section: KVSection, shape: ModelShape, layers: int) -> tuple[
     """The rules of a fixed method; for one that chooses, as many of each kind as it will give, in any order.
 
     How many a threshold or a largest loss will cut is not known: nothing is cut, an upper bound. A byte budget is
-    filled with two neighbours of: whole in the widest dtype, whole in the narrowest, least rows in the narrowest.
+    filled with two neighbours of: whole in the widest dtype, whole in the narrowest, least rows in the narrowest. Of
+    layers with windows all rows travel, and others are cut before them.
 
     Raises:
-        UserError: no choice of options fits the byte budget.
+        UserError: no choice of options fits the byte budget, or more layers are to be cut than attend to all tokens.
 
     """
     if section.reduction is not None:
         return _within(section, section.reduction, shape, layers)
     if section.method == "budget":
-        return (KVSend(),) * layers
+        return _mixed(shape, layers, 0, KVSend(), KVSend())
     full = KVSend(wire_dtype=section.wire_dtype)
     cut = {"none": 0, "all": layers}.get(section.method, section.sparse_layers)
+    cuttable = sum(shape.window(layer) is None for layer in range(layers))
+    if section.method != "all" and cut > cuttable:
+        raise UserError(
+            f"kv.sparse_layers is {cut} but {cuttable} of decode's layers attend to all tokens, and a window's rows "
+            f"cannot be cut; allowed: {cuttable} at most"
+        )
     if not cut:
-        return (full,) * layers
+        return _mixed(shape, layers, 0, full, full)
     sparse = KVSend(mode="sparse", n_first=section.n_first, n_last=section.n_last, wire_dtype=section.wire_dtype)
-    return (sparse,) * cut + (full,) * (layers - cut)
+    return _mixed(shape, layers, cut, sparse, full)
+
+
+def _mixed(shape: ModelShape, layers: int, count: int, less: KVSend, more: KVSend) -> tuple[KVSend, ...]:
+    """`less` in `count` layers, those without windows before those with, and `more` in the others."""
+    first = set(sorted(range(layers), key=lambda layer: shape.window(layer) is not None)[:count])
+    return tuple(shape.rule(layer, less if layer in first else more) for layer in range(layers))
 
 
 def _within(section: KVSection, reduction: float, shape: ModelShape, layers: int) -> tuple[KVSend, ...]:
@@ -117,12 +130,14 @@ def _within(section: KVSection, reduction: float, shape: ModelShape, layers: int
 
     options = [option for option in section.options() if option.suits(shape.head_dim, shape.pool_dtype)]
     wide, narrow = max(options, key=size), min((o for o in options if o.mode == "full"), key=size)
-    least, dense = min(options, key=size), shape.num_blocks * size(KVSend())
+    least, dense = min(options, key=size), PDPlan.dense(shape).dense_bytes(section.prompt_tokens)
     for more, less in ((wide, narrow), (narrow, least)):
         for count in range(layers + 1):
-            if (layers - count) * size(more) + count * size(less) <= dense / reduction:
-                return (less,) * count + (more,) * (layers - count)
+            rules = _mixed(shape, layers, count, less, more)
+            if sum(map(size, rules)) <= dense / reduction:
+                return rules
+    most = dense / sum(map(size, _mixed(shape, layers, layers, least, least)))
     raise UserError(
-        f"kv.reduction is {reduction:g} but the smallest options give at most {dense / (layers * size(least)):.2f}x at "
+        f"kv.reduction is {reduction:g} but the smallest options give at most {most:.2f}x at "
         f"{section.prompt_tokens} prompt tokens; lower it, or add smaller sparse_choices or wire_choices"
     )

@@ -15,9 +15,12 @@ KEY_OFFSETS = "pdtrim_key_offsets.tensors"
 
 
 class KVSend(Frozen):
-    """How one block's prompt KV travels: all rows, or the first `n_first` and last `n_last` prompt tokens."""
+    """How one block's prompt KV travels: all rows, or the first `n_first` and last `n_last` prompt tokens.
 
-    mode: Literal["full", "sparse"] = "full"
+    `window`: the last `n_last` rows are all that the block's attention reads in decode, so that none is cut.
+    """
+
+    mode: Literal["full", "sparse", "window"] = "full"
     n_first: int = Field(default=0, ge=0)
     n_last: int = Field(default=0, ge=0)
     wire_dtype: WireDtype = "native"
@@ -28,7 +31,16 @@ class KVSend(Frozen):
             raise ValueError("sparse KV needs n_first + n_last of at least 1")
         if self.mode == "full" and (self.n_first or self.n_last):
             raise ValueError("full KV takes no n_first or n_last")
+        if self.mode == "window" and (self.n_first or not self.n_last):
+            raise ValueError("a window's KV takes no n_first, and n_last of at least 1")
         return self
+
+    @property
+    def row_names(self) -> str:
+        """Which rows travel, for readers."""
+        if self.mode == "sparse":
+            return f"first {self.n_first} + last {self.n_last}"
+        return "full" if self.mode == "full" else f"last {self.n_last}, its window"
 
     def suits(self, head_dim: int, pool_dtype: PoolDtype = "native") -> bool:
         """Whether heads of this size can travel in the wire dtype, and make rows of such a pool smaller."""

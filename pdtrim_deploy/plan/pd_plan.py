@@ -13,9 +13,10 @@ import hashlib
 import json
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
+    Field,
     PositiveInt,
     SerializerFunctionWrapHandler,
     ValidationError,
@@ -54,6 +55,7 @@ __all__ = [
 
 NativeDtype = Literal["float32", "bfloat16", "float16"]
 Stage = Literal["prefill", "decode"]
+Window = Annotated[int, Field(ge=2)]
 STAGES: tuple[Stage, ...] = ("prefill", "decode")
 
 
@@ -63,6 +65,8 @@ class ModelShape(Frozen):
     Attributes:
         kv_dtype: what the model computes in; a native pool's dtype.
         pool_dtype: of both stages' KV pools; absent from JSON, and so from digests, when native.
+        windows: by block, how many tokens a query attends to, itself among them; None: to all before it. Absent from
+            JSON, and empty, where no block has a window.
 
     """
 
@@ -73,11 +77,38 @@ class ModelShape(Frozen):
     head_dim: PositiveInt
     kv_dtype: NativeDtype
     pool_dtype: PoolDtype = "native"
+    windows: tuple[Window | None, ...] = ()
 
     @model_serializer(mode="wrap")
     def _without_native(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Plans of native pools read as they did before there were others."""
-        return {key: value for key, value in serialise(self).items() if key != "pool_dtype" or value != "native"}
+        """Plans of native pools, and of models without windows, read as they did before there were others."""
+        absent = {"pool_dtype": self.pool_dtype == "native", "windows": not self.windows}
+        return {key: value for key, value in serialise(self).items() if not absent.get(key)}
+
+    @model_validator(mode="after")
+    def _windows_of_blocks(self) -> ModelShape:
+        if self.windows and len(self.windows) != self.num_blocks:
+            raise ValueError(f"windows has {len(self.windows)} entries, the model {self.num_blocks} blocks")
+        if self.windows and not any(self.windows):
+            raise ValueError("windows has no window; leave it out")
+        return self
+
+    def window(self, block: int) -> int | None:
+        """How many tokens a query of a block attends to; None: to all before it."""
+        return self.windows[block] if self.windows else None
+
+    def with_windows(self, windows: tuple[int | None, ...]) -> ModelShape:
+        """The same model, had its blocks these windows; none where there is no entry."""
+        return self.model_copy(update={"windows": windows})
+
+    def rule(self, block: int, send: KVSend) -> KVSend:
+        """What a rule means for a block: its wire dtype, and of a block with a window all rows that decode reads.
+
+        Decode's first token stands behind the prompt and attends to itself, so it reads a row less than the window.
+        """
+        if (window := self.window(block)) is not None:
+            return KVSend(mode="window", n_last=window - 1, wire_dtype=send.wire_dtype)
+        return KVSend(wire_dtype=send.wire_dtype) if send.mode == "window" else send
 
     @property
     def row_dtype(self) -> str:
@@ -144,6 +175,13 @@ class PDPlan(Frozen):
         return self
 
     @model_validator(mode="after")
+    def _windows_of_layers(self) -> PDPlan:
+        for block, send in zip(self.decode_layers, self.kv, strict=True):
+            if send != (rule := self.model.rule(block, send)):
+                raise ValueError(f"block {block} {_misfit(self.model.window(block), rule)}")
+        return self
+
+    @model_validator(mode="after")
     def _fp8_pool(self) -> PDPlan:
         if (pool := self.model.pool_dtype) == "native":
             return self
@@ -178,11 +216,7 @@ class PDPlan(Frozen):
 
     def layers(self, stage: Stage) -> tuple[int, ...]:
         """Blocks of the stage model in order; a distilled pair stands at its first block."""
-        return tuple(
-            block
-            for block, action in enumerate(self.actions(stage))
-            if action.kind in ("keep", "kv_only") or (action.kind == "distilled" and action.pair[0] == block)
-        )
+        return _layers(self.actions(stage))
 
     def dropped(self, stage: Stage) -> tuple[int, ...]:
         """Blocks that the stage does not run at all."""
@@ -237,10 +271,15 @@ class PDPlan(Frozen):
         rows, first = sum(stop - start for start, stop in ranges), ranges[0][0] == 0
         return packed_bytes(send.wire_dtype, m.row_dtype, m.num_kv_heads, m.head_dim, rows, first)
 
-    def dense_bytes(self, prompt_tokens: int, pool_dtype: PoolDtype | None = None) -> int:
-        """Bytes that the unpruned model would send for the same prompt, from the plan's own kind of pool or another."""
+    def dense_bytes(self, prompt_tokens: int, pool_dtype: PoolDtype | None = None, *, every_row: bool = False) -> int:
+        """Bytes that the unpruned model would send for the same prompt, from the plan's own kind of pool or another.
+
+        Of blocks with windows it sends what decode reads, as SGLang does where it has a pool of windows; with
+        `every_row` all rows, as SGLang does where it has none.
+        """
         m = self.model if pool_dtype is None else self.model.with_pool(pool_dtype)
-        return 2 * m.num_blocks * prompt_tokens * packed_row_bytes("native", m.row_dtype, m.num_kv_heads, m.head_dim)
+        reads = (prompt_tokens if every_row else m.rule(b, KVSend()).rows(prompt_tokens) for b in range(m.num_blocks))
+        return 2 * sum(reads) * packed_row_bytes("native", m.row_dtype, m.num_kv_heads, m.head_dim)
 
     def reduction(self, prompt_tokens: int, pool_dtype: PoolDtype | None = None) -> float:
         """Dense bytes, of the plan's own kind of pool or another, over planned bytes."""
@@ -252,8 +291,16 @@ class PDPlan(Frozen):
         return f"{native:.2f}x less than dense from a {self.model.kv_dtype} pool, {fp8:.2f}x from an fp8 pool"
 
     def with_kv(self, kv: tuple[KVSend, ...]) -> PDPlan:
-        """The same blocks with other KV rules, validated."""
+        """The same blocks with other KV rules, validated; of a block with a window they give the wire dtype alone."""
+        if len(kv) == len(self.decode_layers):
+            kv = tuple(map(self.model.rule, self.decode_layers, kv))
         return self.with_parts(kv=kv)
+
+    def with_windows(self, windows: tuple[int | None, ...]) -> PDPlan:
+        """The same plan, had the model's blocks these windows: each layer keeps its wire dtype."""
+        model = self.model.with_windows(windows)
+        kv = tuple(model.rule(block, send) for block, send in zip(self.decode_layers, self.kv, strict=True))
+        return self.with_parts(model=model, kv=kv)
 
     def with_key_offsets(self, key_offsets: KeyOffsetsFile | None) -> PDPlan:
         """The same blocks and KV rules with other key offsets, or none; validated."""
@@ -309,4 +356,26 @@ class PDPlan(Frozen):
     def dense(cls, model: ModelShape) -> PDPlan:
         """Nothing removed, everything sent: the control."""
         keep = (Keep(),) * model.num_blocks
-        return cls(model=model, prefill=keep, decode=keep, kv=(KVSend(),) * model.num_blocks)
+        return cls.uncut(model, keep, keep)
+
+    @classmethod
+    def uncut(cls, model: ModelShape, prefill: tuple[Action, ...], decode: tuple[Action, ...]) -> PDPlan:
+        """Stages that run these blocks, and are sent every row that decode reads."""
+        kv = tuple(model.rule(block, KVSend()) for block in _layers(decode))
+        return cls(model=model, prefill=prefill, decode=decode, kv=kv)
+
+
+def _layers(actions: tuple[Action, ...]) -> tuple[int, ...]:
+    """Blocks of a stage's model in order."""
+    return tuple(
+        block
+        for block, action in enumerate(actions)
+        if action.kind in ("keep", "kv_only") or (action.kind == "distilled" and action.pair[0] == block)
+    )
+
+
+def _misfit(window: int | None, rule: KVSend) -> str:
+    """What is wrong with the rule of a block that should have `rule`."""
+    if window is None:
+        return "attends to all tokens, and sends no window"
+    return f"attends to the last {window} tokens, and sends the last {rule.n_last} rows of a prompt, no others"

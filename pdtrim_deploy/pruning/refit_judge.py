@@ -9,7 +9,7 @@ from typing import Protocol
 from torch import Tensor
 
 from pdtrim_deploy.models.blockwise import CausalLM
-from pdtrim_deploy.plan import KVSend, ModelShape, PDPlan, Stage
+from pdtrim_deploy.plan import ModelShape, PDPlan, Stage
 from pdtrim_deploy.pruning.compensation import get_compensation
 from pdtrim_deploy.pruning.compensation.held_out import held_out
 from pdtrim_deploy.pruning.pair import StagePair
@@ -115,8 +115,7 @@ class RefitJudge:
     def _pair(self, prefill: Solution, decode: Solution) -> StagePair:
         """Both stages, with students and no more."""
         blocks = self.shape.num_blocks
-        kv = (KVSend(),) * len(decode.route(blocks))
-        plan = PDPlan(model=self.shape, prefill=prefill.actions(blocks), decode=decode.actions(blocks), kv=kv)
+        plan = PDPlan.uncut(self.shape, prefill.actions(blocks), decode.actions(blocks))
         pair, lost = StagePair(self.model, plan), {"prefill": prefill, "decode": decode}
         for stage, solution in lost.items():
             for both in solution.pairs:

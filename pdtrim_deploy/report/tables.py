@@ -26,10 +26,9 @@ def plan_table(plan: PDPlan, prompt_tokens: int) -> Table:
         cells = [str(block), before.kind, after.kind]
         if block in layer_of:
             send = plan.kv[layer_of[block]]
-            what = "full" if send.mode == "full" else f"first {send.n_first} + last {send.n_last}"
             size = plan.layer_bytes(layer_of[block], prompt_tokens)
             less = ", keys less their mean" if plan.has_key_offset(layer_of[block]) else ""
-            cells += [f"{what}, {send.wire_dtype}{less}", str(send.rows(prompt_tokens)), f"{size:,}"]
+            cells += [f"{send.row_names}, {send.wire_dtype}{less}", str(send.rows(prompt_tokens)), f"{size:,}"]
         table.add_row(*cells)
     table.caption = f"{plan.payload_bytes(prompt_tokens):,} bytes a request: {plan.reductions(prompt_tokens)}"
     return table

@@ -17,9 +17,12 @@ ISL, OSL, FEWEST_REQUESTS = 4096, 256, 16
 
 
 def request_bytes(model: ModelShape, layers: tuple[KVSend, ...], isl: int, osl: int) -> int:
-    """Native KV of one request whose layer `j` holds the prompt rows that `layers[j]` sends, and the answer."""
+    """Native KV of one request whose layer `j` holds the prompt rows that `layers[j]` keeps, and the answer.
+
+    A layer with a window counts whole: SGLang has its slots among those of whole layers, or in a pool of its own.
+    """
     row = packed_row_bytes("native", model.row_dtype, model.num_kv_heads, model.head_dim)
-    return sum(2 * row * (send.rows(isl) + osl) for send in layers)
+    return sum(2 * row * ((send.rows(isl) if send.mode == "sparse" else isl) + osl) for send in layers)
 
 
 class SplitPool(Frozen):

@@ -14,9 +14,9 @@ def most_bytes(plan: PDPlan, tokens: int, kv_heads: int) -> int:
     """Packed bytes of a chunk of at most `tokens` tokens of any prompt, of a rank that holds `kv_heads` KV heads.
 
     The whole prompt of that many tokens has the most rows in each layer, and position 0, whose row may travel native.
-    Only where a cut layer's window no longer reaches position 0 has a longer prompt fewer bytes than a shorter one.
+    Only where the last rows of a layer no longer reach position 0 has a longer prompt fewer bytes than a shorter one.
     """
-    windows = {send.n_first + send.n_last for send in plan.kv if send.mode == "sparse"}
+    windows = {send.n_first + send.n_last for send in plan.kv if send.mode != "full"}
     prompts = {tokens} | {window for window in windows if window < tokens}
     return max(map(plan.payload_bytes, prompts)) * kv_heads // plan.model.num_kv_heads
 

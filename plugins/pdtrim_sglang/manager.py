@@ -21,7 +21,14 @@ from pdtrim_sglang.pairing import unlike_draft_ranks, unlike_ranks
 from pdtrim_sglang.plan_source import check_fits, check_padding, dense_plan, read_offsets, read_plan
 from pdtrim_sglang.pool import PoolView
 from pdtrim_sglang.prefill import PrefillSide
-from pdtrim_sglang.requirements import check_draft_ranks, check_options, check_staging, check_window
+from pdtrim_sglang.requirements import (
+    check_draft_ranks,
+    check_options,
+    check_staging,
+    check_window,
+    check_windows,
+    loaded_windows,
+)
 from pdtrim_sglang.rooms import AuxRows
 from pdtrim_sglang.transports import TransportConfig, transport_named
 from pdtrim_sglang.transports.handshake import Credentials
@@ -81,8 +88,10 @@ class PDTrimKVManager(CommonKVManager):
         view = PoolView.of(pool)
         stage: Stage = "prefill" if self.disaggregation_mode == DisaggregationMode.PREFILL else "decode"
         ranks = self.attn_tp_size, self.attn_tp_rank
-        self.plan = self._given_plan or dense_plan(len(view.keys), pool, model.config.num_key_value_heads)
-        check_fits(self.plan, stage, pool, self.attn_tp_size)
+        self.plan = self._given_plan or dense_plan(len(view.keys), view.buffers, model.config.num_key_value_heads)
+        if self._given_plan is None and view.windowed is not None:
+            self.plan = self.plan.with_windows(loaded_windows(model, len(view.keys)))
+        check_fits(self.plan, stage, view.buffers, self.attn_tp_size)
         check_padding(self.plan, model.config)
         own = held_heads(self.plan.model.num_kv_heads, *ranks)
         offsets = None if self._offsets is None else self._offsets.heads(own)
@@ -92,7 +101,9 @@ class PDTrimKVManager(CommonKVManager):
             draft_view = PoolView.of(draft_pool)
             draft = DraftRows.of(draft_pool, draft_view.keys, draft_view.values, view.tokens)
         view = replace(view, offsets=offsets, first_head=own.start, draft=draft)
-        if self._given_plan:
+        if self.plan.model.windows or view.windowed is not None:
+            check_windows(self.plan, stage, model, view)
+        elif self._given_plan:
             check_window(model.config, self.server_args.context_length)
         prepare(self.plan, view.keys[0], view.offsets)
         if draft is not None:

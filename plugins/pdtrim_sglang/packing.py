@@ -105,7 +105,9 @@ class Packer:
         else:
             slots = pool.slots(chunk.pages, chunk.stop - chunk.pages_start)[chunk.start - chunk.pages_start :]
             near = device_sum is not None or pool.keys[0].is_cpu  # `out` is where the pool is
-            packed = pack(layout, pool.keys, pool.values, slots, out if near else None, pool.offsets)
+            packed = out if near else torch.empty(layout.total_bytes, dtype=torch.uint8, device=slots.device)
+            for place in pool.destinations(slots):
+                pack(place.part(layout), pool.keys, pool.values, place.slots, packed, pool.offsets)
             if not near:
                 out[: layout.total_bytes].copy_(packed, non_blocking=True)
             if pool.draft is not None:

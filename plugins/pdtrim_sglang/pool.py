@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,12 +37,37 @@ def _part(layout: ChunkLayout, layers: frozenset[int]) -> ChunkLayout:
     return replace(layout, layers=tuple(rows for rows in layout.layers if rows.decode_layer in layers))
 
 
+class Buffers(NamedTuple):
+    """Of all layers, as SGLang's pool names them; `dtype` is that of a row's values."""
+
+    k_buffer: list[Tensor]
+    v_buffer: list[Tensor]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class WindowSlots:
+    """Layers in SGLang's pool of windows, and where its slots are there; both are of its SWAKVPool.
+
+    Attributes:
+        layers: those whose rows are there.
+        of_slot: int64 `[tokens + 1]`, by slot of whole layers; 0 of a token that no window holds.
+        tokens: slots of whole layers, those for padding among them.
+
+    """
+
+    layers: frozenset[int]
+    of_slot: Tensor
+    tokens: int
+
+
 @dataclass(frozen=True)
 class PoolView:
     """Tensors `[slots, kv_heads, head_dim]` of every local layer, and the page size in tokens.
 
     `cut` is SGLang's pool when its cut layers have slots of their own, `offsets` the plan's of these KV heads, and
-    `first_head` the first of them, as the model counts. `draft` is the KV of a draft model, where one runs.
+    `first_head` the first of them, as the model counts. `draft` is the KV of a draft model, where one runs, and
+    `windowed` says where the rows of layers with windows are, where SGLang has them in a pool of their own.
     """
 
     keys: list[Tensor]
@@ -52,20 +77,24 @@ class PoolView:
     offsets: KeyOffsets | None = None
     first_head: int = 0
     draft: DraftRows | None = None
+    windowed: WindowSlots | None = None
     _parts: dict[range, PoolView] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def of(cls, pool: Any) -> PoolView:
-        """View of SGLang's MHATokenToKVPool (mem_cache/memory_pool.py, 0.5.23).
+        """View of SGLang's MHATokenToKVPool (mem_cache/memory_pool.py, 0.5.23), or of two such in its SWAKVPool.
 
         Raises:
             RuntimeError: another kind of pool (MLA, hybrid, HND, with scales), which the wire format does not know.
 
         """
         from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+        from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 
         from pdtrim_sglang.kept_pool.pool import KeptKVPool
 
+        if type(pool) is SWAKVPool:
+            return cls._of_windows(pool)
         plain = type(pool) in (MHATokenToKVPool, KeptKVPool) and not (pool.use_hnd or pool.is_quantized_kv_cache)
         if not plain or pool.k_buffer[0].dim() != 3:
             raise RuntimeError(
@@ -75,6 +104,25 @@ class PoolView:
         # SGLang keeps fp8 rows as uint8.
         keys, values = ([rows.view(pool.dtype) for rows in side] for side in (pool.k_buffer, pool.v_buffer))
         return cls(keys, values, pool.page_size, pool if isinstance(pool, KeptKVPool) else None)
+
+    @classmethod
+    def _of_windows(cls, pool: Any) -> PoolView:
+        if pool.request_window is not None:
+            raise RuntimeError("pdtrim: windows in rings by request are not known: start without unified KV memory")
+        whole, windows = cls.of(pool.full_kv_pool), cls.of(pool.swa_kv_pool)
+        places = [pool.layers_mapping[layer] for layer in range(pool.layer_num)]
+        keys, values = (
+            [side[windowed][index] for index, windowed in places]
+            for side in ((whole.keys, windows.keys), (whole.values, windows.values))
+        )
+        layers = frozenset(layer for layer, (_, windowed) in enumerate(places) if windowed)
+        slots = WindowSlots(layers, pool.full_to_swa_index_mapping, whole.tokens)
+        return cls(keys, values, pool.page_size, windowed=slots)
+
+    @property
+    def buffers(self) -> Buffers:
+        """Of all layers, wherever they are."""
+        return Buffers(self.keys, self.values, self.keys[0].dtype)
 
     def digest(self, plan: PDPlan) -> str:
         """What both workers must have in common (`draft.wire_digest`)."""
@@ -87,6 +135,8 @@ class PoolView:
     @property
     def tokens(self) -> int:
         """SGLang's slots, those for padding among them."""
+        if self.windowed is not None:
+            return self.windowed.tokens
         return len(self.keys[0]) if self.cut is None else self.cut.size + self.page_size
 
     @property
@@ -160,8 +210,14 @@ class PoolView:
     def destinations(self, slots: Tensor, row: int | None = None) -> tuple[Destination, ...]:
         """Where SGLang's `slots` of a prompt lie in each layer's tensors, as long as its request holds `row`.
 
-        A token that a cut layer does not keep has slot 0 there.
+        A token that a cut layer, or a window, does not keep has slot 0 there.
         """
+        if self.windowed is not None:
+            held = self.windowed.layers
+            places = [Destination(held, self.windowed.of_slot[slots])]
+            if len(held) < len(self.keys):
+                places.insert(0, Destination(frozenset(range(len(self.keys))) - held, slots))
+            return tuple(places)
         if self.cut is None:
             return (Destination(None, slots),)
         assert row is not None

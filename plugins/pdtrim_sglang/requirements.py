@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from pdtrim_deploy.plan import STAGES, KVSend, PDPlan
+from pdtrim_deploy.plan import STAGES, KVSend, PDPlan, Stage
 from pdtrim_deploy.worker.config import WorkerConfig
 from pdtrim_sglang.attention.factory import ATTENTION
 from pdtrim_sglang.chunk_sizes import most_bytes
@@ -20,8 +20,8 @@ GRAPHS = ("full", "disabled")
 
 def check_options(server_args: Any, kv_args: Any, plan: PDPlan | None, is_mla_backend: bool) -> None:
     """Raise RuntimeError for the first option that this plugin cannot serve correctly."""
-    if is_mla_backend or kv_args.state_types:
-        raise RuntimeError("pdtrim: only plain multi-head attention models can be served (no MLA, SWA or SSM state)")
+    if is_mla_backend or any(kind.value != "swa" for kind in kv_args.state_types):
+        raise RuntimeError("pdtrim: only plain multi-head attention models can be served (no MLA or SSM state)")
     if server_args.pp_size > 1:
         raise RuntimeError("pdtrim: pipeline parallelism is not supported: start with --pp-size 1")
     check_speculation(server_args, plan)
@@ -46,13 +46,13 @@ def check_options(server_args: Any, kv_args: Any, plan: PDPlan | None, is_mla_ba
             "pdtrim: a streaming session would go on with the rows that decode computed for the last answer, which "
             "differ from prefill's: start decode without --enable-streaming-session"
         )
+    if server_args.disaggregation_decode_enable_radix_cache and any(send.mode != "full" for send in plan.kv):
+        raise RuntimeError(
+            "pdtrim: a plan with cut layers or windows leaves prompt rows out, so decode must not reuse them: start "
+            "without --disaggregation-decode-enable-radix-cache"
+        )
     if not any(send.mode == "sparse" for send in plan.kv):
         return
-    if server_args.disaggregation_decode_enable_radix_cache:
-        raise RuntimeError(
-            "pdtrim: a sparse plan leaves prompt rows out, so decode must not reuse them: start without "
-            "--disaggregation-decode-enable-radix-cache"
-        )
     backend = server_args.decode_attention_backend or server_args.attention_backend
     if backend not in ATTENTION:
         raise RuntimeError(
@@ -105,6 +105,11 @@ def _check_front_end(server_args: Any) -> None:
         raise RuntimeError("pdtrim: SGLang's Rust server takes registrations from anybody: unset SGLANG_RUST_SERVER")
     if server_args.tokenizer_worker_num > 1:
         raise RuntimeError("pdtrim: SGLang's tokenizer workers load no plugins: start with --tokenizer-worker-num 1")
+    if server_args.enable_custom_logit_processor:
+        raise RuntimeError(
+            "pdtrim: SGLang unpickles a client's logit processor, which can run any code or end the worker: start "
+            "without --enable-custom-logit-processor"
+        )
 
 
 def _check_lora(server_args: Any, plan: PDPlan | None) -> None:
@@ -152,6 +157,39 @@ def _check_shared_storage(server_args: Any, plan: PDPlan | None) -> None:
             "and other builds of a bundle have in common while their KV differs: start without "
             "--hicache-storage-backend and --enable-unified-cache-external-linker"
         )
+
+
+def check_windows(plan: PDPlan, stage: Stage, model: Any, pool: PoolView) -> None:
+    """Raise RuntimeError when layers of the loaded model attend to other windows than the plan's model."""
+    cut = any(send.mode == "sparse" for send in plan.kv)
+    if stage == "decode" and cut and pool.windowed is not None:
+        raise RuntimeError(
+            "pdtrim: the plan cuts layers, which have no slots beside SGLang's pool of windows: start decode with "
+            "--disable-hybrid-swa-memory"
+        )
+    loaded = loaded_windows(model, len(plan.layers(stage)))
+    for layer, block in enumerate(plan.layers(stage)):
+        if (window := plan.model.window(block)) != loaded[layer]:
+            raise RuntimeError(
+                f"pdtrim: layer {layer} attends to {_attended(window)} by the plan, to {_attended(loaded[layer])} as "
+                f"this worker has loaded it: serve the bundle's {stage} checkpoint with SGLang's own model class"
+            )
+
+
+def loaded_windows(model: Any, layers: int) -> tuple[int | None, ...]:
+    """By layer of SGLang's model, to how many tokens a query attends, itself among them; None: to all before it.
+
+    SGLang counts those before the query.
+    """
+    from sglang.srt.layers.radix_attention import RadixAttention
+
+    sizes = {m.layer_id: m.sliding_window_size for m in model.modules() if isinstance(m, RadixAttention)}
+    windows = [sizes.get(layer, -1) for layer in range(layers)]
+    return tuple(None if window == -1 else window + 1 for window in windows)
+
+
+def _attended(window: int | None) -> str:
+    return "all tokens" if window is None else f"the last {window} tokens"
 
 
 def check_window(config: Any, context_length: int | None) -> None:

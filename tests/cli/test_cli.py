@@ -16,6 +16,7 @@ from pathlib import Path
 import click
 import pytest
 import yaml
+from localtasks import write_tasks
 from sse_server import Behaviour, serve
 from tinytext import write_words
 
@@ -23,6 +24,7 @@ from pdtrim_deploy import __version__
 from pdtrim_deploy.bundle import Bundle
 from pdtrim_deploy.cli import COMMANDS, cli, main
 from pdtrim_deploy.cli.exit_codes import EXIT_CODES
+from pdtrim_deploy.evaluation.lm_harness.environment import REPO
 from pdtrim_deploy.local.cache import Cache
 
 WORDS = ("river", "stone", "garden", "window", "paper", "morning", "summer", "walked", "quietly", "toward", "village")
@@ -390,6 +392,12 @@ def test_build_verify_inspect_eval(capsys: pytest.CaptureFixture[str], bundle_di
     assert run(capsys, "verify", bundle_dir)[0] == 0  # reports and cards are not sealed
 
 
+def test_likelihoods_of_a_served_pair_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, "eval", "http://127.0.0.1:8000", "--tasks", "lm_eval:hellaswag")
+    assert (code, out) == (2, "")
+    assert "scores a likelihood's continuation as prompt, so that only prefill would be measured" in err
+
+
 def test_eval_of_tasks(capsys: pytest.CaptureFixture[str], bundle_dir: Path, cache: Cache) -> None:
     common = ("eval", bundle_dir, "--cache-dir", cache.root)
     code, out, _ = run(capsys, *common, "--tasks", "agreement", "--items", 3, "--seed", 5, "--json")
@@ -411,11 +419,33 @@ def test_eval_of_tasks(capsys: pytest.CaptureFixture[str], bundle_dir: Path, cac
         (("--tasks", "needle", "--items", 1), "4 documents give 4 sequences of 1024 tokens, not 10"),
         (("--items", 3), "--items is for tasks; give --tasks too"),
         (("--tasks", "agreement", "--sequences", 3), "with --tasks give --items"),
+        (("--tasks", "agreement", "--hand-over", "served"), "are for tasks of lm-eval; give --tasks lm_eval:NAME too"),
+        (("--tasks", "lm_eval:x", "--include-path", "nowhere"), "--include-path: nowhere is no folder; name the"),
     ):
         code, out, err = run(capsys, *common, *args)
         assert (code, out) == (2, "")
         assert says in err.splitlines()[-1]
     assert json.loads((bundle_dir / "reports" / "tasks.json").read_text())["tasks"][0]["groups"] == ["512"]
+
+
+@pytest.mark.skipif(not (REPO / ".venv/evals/pdtrim-stamp.json").is_file(), reason="needs make setup-evals")
+def test_eval_of_a_task_of_lm_eval(
+    capsys: pytest.CaptureFixture[str], bundle_dir: Path, cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    arguments = ("--tasks", "lm_eval:tiny_choice", "--include-path", write_tasks(tmp_path / "tasks"), "--items", 4)
+    code, out, _ = run(capsys, "eval", bundle_dir, "--cache-dir", cache.root, *arguments, "--json")
+    (task,) = json.loads(out)["tasks"]
+    assert (code, task["task"], len(task["groups"])) == (0, "lm_eval:tiny_choice", 4)
+    totals = {}
+    for who in ("dense", "pd"):
+        lines = (bundle_dir / "reports" / "lm_eval" / who / "tiny_choice.jsonl").read_text().splitlines()
+        samples = sorted(map(json.loads, lines), key=lambda sample: sample["doc_id"])
+        assert [sample["acc"] for sample in samples] == task[who]["acc"]
+        totals[who] = [[answer[0][0] for answer in sample["resps"]] for sample in samples]
+        right = [sample["doc"]["label"] for sample in samples]
+        assert task[who]["acc"] == [float(t.index(max(t)) == n) for t, n in zip(totals[who], right, strict=True)]
+    assert totals["dense"] != totals["pd"]
 
 
 @pytest.mark.parametrize(

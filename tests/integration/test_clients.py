@@ -29,6 +29,7 @@ def bounded(request, tiny_model, tmp_path_factory, real_cache, serving):
     model = tiny_model(folder / "model", "Qwen3ForCausalLM", max_position_embeddings=context)
     plan = client_stages(model, folder, real_cache)
     options = {"page_size": PAGE, "chunked_prefill_size": 64, "max_total_tokens": pool, "threads": 1}
+    options["extra_args"] = ("--enable-return-hidden-states",)
     with serving(folder / "prefill", folder / "decode", dtype="float32", **options) as cluster:
         yield ClientPair(cluster.url, client_oracle(folder, plan), load_tokenizer(folder / "prefill")), cluster
 
@@ -197,3 +198,14 @@ def test_prompts_as_token_ids_behind_mini_lb(pair, whole_bodies):
 def test_a_model_that_is_not_served_is_not_found(pair):
     assert httpx.get(f"{pair.url}/v1/models", timeout=60).json()["data"][0]["id"] == "pdtrim"
     assert httpx.get(f"{pair.url}/v1/models/no-such-model", timeout=60).status_code == 404
+
+
+@one_pair
+def test_hidden_states_are_those_of_decodes_tokens(pair):
+    """None belongs to the first token, which prefill draws; the head of decode's model draws the others from them."""
+    sampling = {"max_new_tokens": 4, "temperature": 0, "ignore_eos": True}
+    body = {"input_ids": list(range(40, 60)), "sampling_params": sampling, "return_hidden_states": True}
+    answer = pair.post("generate", body).json()
+    states = torch.tensor(answer["meta_info"]["hidden_states"])
+    drawn = pair.oracle.decode_model.lm_head(states).argmax(-1).tolist()
+    assert drawn == answer["output_ids"][1:]

@@ -141,3 +141,41 @@ def test_a_priority_changes_nothing_where_the_workers_do_not_schedule_by_it(mixe
     body = {"input_ids": PROMPT, "sampling_params": sampling, "priority": 1}
     response = httpx.post(f"{mixed_pair.url}/generate", json=body, timeout=120)
     assert response.json()["output_ids"] == tokens_of(generate(mixed_pair)).tolist()
+
+
+TOOL = {"name": "look_up", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}
+TOOLS = [{"type": "function", "function": TOOL}]
+
+
+def chat(pair, content, **options):
+    body = {"model": "pdtrim", "messages": content, "max_tokens": 60, "temperature": 0} | options
+    return httpx.post(f"{pair.url}/v1/chat/completions", json=body, timeout=120)
+
+
+def test_a_tool_that_is_required_is_called_by_both_workers_tokens(mixed_pair):
+    """SGLang asks for a list of calls; a random model writes white space where JSON allows it."""
+    messages = [{"role": "user", "content": "Give a"}]
+    (choice,) = chat(mixed_pair, messages, tools=TOOLS, tool_choice="required").json()["choices"]
+    message = choice["message"]
+    text = "".join((message["content"] or json.dumps(message["tool_calls"])).split())
+    start = '[{"name"'
+    assert text
+    assert text.startswith(start) or start.startswith(text)
+    assert chat(mixed_pair, messages, tools=TOOLS).json()["choices"][0]["message"]["content"].strip()[:1] != "["
+
+
+def test_what_a_text_model_cannot_do_is_a_4xx_and_the_next_request_is_served(mixed_pair):
+    plain = tokens_of(generate(mixed_pair)).tolist()
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}}
+    refused = chat(mixed_pair, [{"role": "user", "content": [image]}])
+    assert (refused.status_code, "only supports text" in refused.text) == (400, True)
+    fields = {
+        "custom_logit_processor": '{"callable": "8004"}',
+        "return_hidden_states": True,
+        "session_params": {"id": "abc"},
+    }
+    for name, value in fields.items():
+        body = {"input_ids": PROMPT, "sampling_params": {"max_new_tokens": 2}, name: value}
+        assert httpx.post(f"{mixed_pair.url}/generate", json=body, timeout=120).status_code == 400, name
+    assert httpx.post(f"{mixed_pair.url}/open_session", json={}, timeout=120).status_code == 404
+    assert tokens_of(generate(mixed_pair)).tolist() == plain

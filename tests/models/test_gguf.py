@@ -341,7 +341,7 @@ def test_pip_failure_is_one_sentence(cache, monkeypatch):
 @pytest.mark.parametrize(
     ("arch", "words"),
     [
-        ("gemma3", "its layers have sliding windows"),
+        ("gemma2", "its layers have sliding windows, and are not read from GGUF"),
         ("deepseek2", "one latent row a token"),
         ("qwen3next", "it is a hybrid"),
         ("qwen3moe", "its experts are not read from GGUF; give the HF folder"),

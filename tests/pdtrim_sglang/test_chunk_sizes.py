@@ -24,7 +24,8 @@ def plans(draw):
         architecture="X", fingerprint="f", num_blocks=LAYERS, num_kv_heads=HEADS, head_dim=32, kv_dtype="bfloat16"
     )
     kv = tuple(send(draw(st.none() | WINDOWS), draw(DTYPES)) for _ in range(LAYERS))
-    return PDPlan.dense(shape).with_kv(kv)
+    windows = draw(st.just(()) | st.tuples(st.integers(2, 40), st.none(), st.integers(2, 40)))
+    return PDPlan.dense(shape).with_kv(kv).with_windows(windows)
 
 
 @settings(max_examples=150, deadline=None)

@@ -15,7 +15,7 @@ SPARSE = PDPlan.dense(SHAPE).with_kv((KVSend(mode="sparse", n_first=1),))
 POOL = SimpleNamespace(state_types=[], page_size=1)
 PLAIN = {
     "pp_size": 1, "dcp_size": 1, "attn_cp_size": 1, "speculative_algorithm": None, "tokenizer_worker_num": 1,
-    "quantization_param_path": None,
+    "quantization_param_path": None, "enable_custom_logit_processor": False,
     "enable_lora": None, "lora_paths": None, "json_model_override_args": "{}",
     "disaggregation_enable_kv_checksum": False, "hicache_storage_backend": None,
     "enable_unified_cache_external_linker": False,
@@ -97,6 +97,7 @@ def test_backends_are_ours_where_a_layer_is_cut_and_only_there(registry, monkeyp
         ({"attn_cp_size": 2}, "--attn-cp-size 1"),
         ({"tokenizer_worker_num": 2}, "--tokenizer-worker-num 1"),
         ({"quantization_param_path": "scales.json"}, "--quantization-param-path"),
+        ({"enable_custom_logit_processor": True}, "without --enable-custom-logit-processor"),
         ({"speculative_algorithm": "NGRAM"}, "cuts layers, .* start without --speculative-algorithm, or serve a plan"),
         ({"speculative_algorithm": "EAGLE3"}, "cuts layers, .* start without --speculative-algorithm"),
     ],

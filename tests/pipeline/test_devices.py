@@ -14,12 +14,17 @@ from pretended_devices import HOST, OnFirst, OnSecond, PretendedDevices, device_
 from tinytext import write_words
 
 from pdtrim_deploy.bundle import Bundle
+from pdtrim_deploy.evaluation.fidelity.cases import Group
+from pdtrim_deploy.evaluation.fidelity.check import FidelityResult, judge
+from pdtrim_deploy.evaluation.fidelity.client import Served
 from pdtrim_deploy.evaluation.quality import judge_bundle
 from pdtrim_deploy.evaluation.tasks.report import judge_tasks
+from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
 from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.local.compute import ON_CPU, Compute
 from pdtrim_deploy.models.blockwise import Blockwise
-from pdtrim_deploy.models.on_devices import load_on
+from pdtrim_deploy.models.on_devices import load_on, load_to_compute
+from pdtrim_deploy.models.oracle import PDOracle
 from pdtrim_deploy.pipeline import build
 from pdtrim_deploy.plan import STAGES
 from pdtrim_deploy.recipe import Recipe
@@ -42,6 +47,11 @@ SECTIONS: dict[str, dict[str, Any]] = {
         },
         "kv": KV | {"method": "attention-mass", "sparse_layers": 1, "n_first": 2, "n_last": 4, "wire_dtype": "fp8"},
     },
+    "experts": {
+        "model": "Qwen3MoeForCausalLM",
+        "pruning": PRUNING | {"method": "cosine", "experts": {"prefill": 3, "decode": 2}},
+        "kv": {"method": "none", "wire_dtype": "int8"},
+    },
     "norm and K and V alone": {
         "pruning": PRUNING | {"prefill_blocks": 0, "method": "streamline"},
         "healing": {"compensation": "norm", "kv_only_blocks": 1, "sequences": 8, "length": 32},
@@ -57,13 +67,13 @@ def recipe_of(tmp_path_factory: pytest.TempPathFactory, tiny_dir: Callable[[str]
     corpus = {"corpus": f"dir:{folder / 'text'}"}
 
     def recipe(title: str) -> Recipe:
-        data = {
+        data: dict[str, Any] = {
             "name": "devices",
-            "model": {"source": f"hf:{tiny_dir('Qwen3ForCausalLM')}"},
             "calibration": corpus | {"sequences": 4, "length": 32},
             "evaluation": corpus | {"sequences": 2, "prompt_tokens": 24, "continuation_tokens": 6},
         }
         sections = dict(SECTIONS[title])
+        data["model"] = {"source": f"hf:{tiny_dir(sections.pop('model', 'Qwen3ForCausalLM'))}"}
         data["calibration"] |= sections.pop("calibration", {})
         (folder / "r.yaml").write_text(yaml.safe_dump(data | sections))
         return Recipe.load(folder / "r.yaml")
@@ -78,7 +88,11 @@ def digests(bundle: Bundle) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("title", SECTIONS)
-def test_a_build_on_a_gpu_is_the_cpus(title: str, tmp_path: Path, recipe_of: Callable[[str], Recipe]) -> None:
+def test_a_build_on_a_gpu_is_the_cpus(
+    title: str, tmp_path: Path, recipe_of: Callable[[str], Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # transformers multiplies experts in a kernel of that GPU's, which a CPU has too
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     recipe = recipe_of(title)
     on_cpu = digests(build(recipe, tmp_path / "cpu", Cache(tmp_path / "a")))
     compute = BOTH if "effects" in title else FIRST
@@ -90,9 +104,9 @@ def test_a_build_on_a_gpu_is_the_cpus(title: str, tmp_path: Path, recipe_of: Cal
 def test_judging_on_a_gpu_is_the_cpus(tmp_path: Path, recipe_of: Callable[[str], Recipe]) -> None:
     cache = Cache(tmp_path / "c")
     bundle = build(recipe_of("search, effects and offsets"), tmp_path / "b", cache)
-    known = [judge(bundle, cache, ON_CPU) for judge in (_quality, _tasks)]
+    known = [judged(bundle, cache, ON_CPU) for judged in (_quality, _tasks, _fidelity)]
     with PretendedDevices():
-        assert [judge(bundle, cache, BOTH) for judge in (_quality, _tasks)] == known
+        assert [judged(bundle, cache, BOTH) for judged in (_quality, _tasks, _fidelity)] == known
 
 
 def _quality(bundle: Bundle, cache: Cache, compute: Compute) -> Any:
@@ -104,6 +118,14 @@ def _quality(bundle: Bundle, cache: Cache, compute: Compute) -> Any:
 def _tasks(bundle: Bundle, cache: Cache, compute: Compute) -> Any:
     report = judge_tasks(bundle, ["agreement"], cache, {}, size=1, compute=compute)
     return report.model_copy(update={"device": None})
+
+
+def _fidelity(bundle: Bundle, cache: Cache, compute: Compute) -> FidelityResult:
+    """Of answers that no pair gave: what counts is how the oracle scores them."""
+    models = (load_to_compute(stage, bundle.stage_dir(stage), "float32", print, compute) for stage in STAGES)
+    oracle = PDOracle(*models, bundle.plan, KeyOffsets.read(bundle.prefill_dir, bundle.plan))
+    prompts = (tuple(range(40, 40 + length)) for length in (9, 140))
+    return judge(oracle, [(Group("g", "in turn", ()), Served(prompt, (7, 8), (-5.0, -6.0), 0)) for prompt in prompts])
 
 
 def test_blocks_are_spread_and_the_host_holds_no_weight(

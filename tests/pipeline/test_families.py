@@ -12,7 +12,7 @@ from tinyfamilies import taking
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
 from pdtrim_deploy.models import FAMILIES
-from pdtrim_deploy.models.families import known_family
+from pdtrim_deploy.models.families import WINDOWED, known_family
 from pdtrim_deploy.models.loading import load_model
 from pdtrim_deploy.models.oracle import PDOracle
 from pdtrim_deploy.models.surgery import keep_blocks
@@ -45,10 +45,10 @@ def recipe(tmp_path, text):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("architecture", [*FAMILIES, KV_ALONE])
+@pytest.mark.parametrize("architecture", [*FAMILIES, KV_ALONE, *WINDOWED])
 def test_recipe_to_oracle(architecture, recipe, tiny_dir, tmp_path, cache, record_property):
     """What the written pair computes is what the plan does to the dense model's modules."""
-    cut = {} if architecture == KV_ALONE else {"method": "greedy", "prefill_blocks": 1, "decode_blocks": 2}
+    cut = {"method": "greedy", "prefill_blocks": 1, "decode_blocks": 2} if architecture in FAMILIES else {}
     bundle = build(recipe(tiny_dir(architecture), pruning=cut), tmp_path / "b", cache)
     plan, dense = bundle.plan, load_model(tiny_dir(architecture))
     assert plan.model.architecture == architecture

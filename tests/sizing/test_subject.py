@@ -174,6 +174,11 @@ def test_a_model_of_which_the_kv_alone_is_known_is_priced_and_its_pruning_refuse
         subjects([str(cut)])
 
 
-def test_a_window_that_is_shorter_than_the_context_is_not_priced(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="GptOssForCausalLM is not supported: layers attend to the last 128 tokens"):
-        subjects([str(write_config(tmp_path / "oss", architectures=["GptOssForCausalLM"], sliding_window=128))])
+def test_a_window_that_is_shorter_than_the_context_is_priced_of_known_families(tmp_path: Path) -> None:
+    oss = write_config(tmp_path / "oss", architectures=["GptOssForCausalLM"], sliding_window=128)
+    (subject,) = subjects([str(oss)])
+    row = 2 * 2 * 32 * 2
+    assert subject.plan.dense_bytes(600) == 3 * row * (600 + 127)
+    assert subject.plan.dense_bytes(100) == 6 * row * 100
+    with pytest.raises(UserError, match="Cohere2ForCausalLM is not supported: layers attend to the last 128 tokens"):
+        subjects([str(write_config(tmp_path / "c", architectures=["Cohere2ForCausalLM"], sliding_window=128))])

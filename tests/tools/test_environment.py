@@ -75,14 +75,15 @@ def test_a_changed_pyproject_only_reinstalls_the_project(tool):
     assert tool.commands[0][-2:] == ["-e", "."]
 
 
-def test_aiperf_holds_its_pins_and_not_the_project(tool):
-    (tool.ROOT / "constraints" / "aiperf.txt").write_text("aiperf==0.13.0\nuv==0.13.9\n")
-    tool.Environment("aiperf", cuda=False).ensure()
+@pytest.mark.parametrize("name", ["aiperf", "evals"])
+def test_programs_of_others_hold_their_pins_and_not_the_project(tool, name):
+    (tool.ROOT / "constraints" / f"{name}.txt").write_text("aiperf==0.13.0\nuv==0.13.9\n")
+    tool.Environment(name, cuda=False).ensure()
     assert not any("-e" in words for words in tool.commands)
-    assert any(words[-1].endswith("aiperf.txt") for words in tool.commands)
+    assert any(words[-1].endswith(f"{name}.txt") for words in tool.commands)
     (tool.ROOT / "pyproject.toml").write_text("[project]\nname = 'x'\n")
     tool.commands.clear()
-    tool.Environment("aiperf", cuda=False).ensure()
+    tool.Environment(name, cuda=False).ensure()
     assert tool.commands == []
 
 

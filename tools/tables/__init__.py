@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tables import demo, front, gpu, kv, objective, pruning, serving
+from tables import build, demo, front, gpu, kv, objective, pruning, serving
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ TABLES = {
     "downstream": Table(("pruning",), pruning.downstream),
     "searchcost": Table(("pruning",), pruning.searchcost),
     "objective": Table(("objective",), objective.objective),
+    "build": Table(("build",), build.build, optional=True),
     "steptime": Table(("steptime",), pruning.steptime),
     "kvonly": Table(("kvonly",), pruning.kvonly),
     "prefilltime": Table(("prefilltime",), pruning.prefilltime),

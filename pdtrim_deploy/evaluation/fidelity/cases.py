@@ -51,5 +51,5 @@ def groups(plan: PDPlan, texts: Sequence[Sequence[int]]) -> list[Group]:
 
 
 def _window(plan: PDPlan) -> int:
-    """Longest first + last of any layer; a dense plan is probed as if it had one."""
-    return max((send.n_first + send.n_last for send in plan.kv if send.mode == "sparse"), default=68)
+    """Longest first + last of any layer, or its window; a dense plan is probed as if it had one."""
+    return max((send.n_first + send.n_last for send in plan.kv if send.mode != "full"), default=68)

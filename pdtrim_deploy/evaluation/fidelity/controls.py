@@ -15,6 +15,9 @@ def wrong_oracles(oracle: PDOracle, prompt_tokens: int) -> dict[str, PDOracle]:
     """Oracles by name that a right comparison tells apart from the plan's; the names depend on the plan alone."""
     plan = oracle.plan
     oracles = {name: oracle.with_kv(kv) for name, kv in controls(plan, prompt_tokens).items()}
+    if plan.model.windows:
+        less = (None if window is None else max(2, window - 1) for window in plan.model.windows)
+        oracles["window - 1"] = oracle.with_windows(tuple(less))
     if any(map(plan.has_key_offset, range(len(plan.kv)))):
         oracles["no key offsets"] = oracle.with_offsets(None)
     if plan.kept_experts("decode"):
@@ -38,7 +41,7 @@ def controls(plan: PDPlan, prompt_tokens: int) -> dict[str, Sends]:
             rules[name] = tuple(cut.model_copy(update={"wire_dtype": send.wire_dtype}) for send in plan.kv)
     rules["native on the wire"] = tuple(send.model_copy(update={"wire_dtype": "native"}) for send in plan.kv)
     rules["rules one layer off"] = plan.kv[-1:] + plan.kv[:-1]
-    return {name: kv for name, kv in rules.items() if kv != plan.kv}
+    return {name: kv for name, kv in rules.items() if plan.with_kv(kv).kv != plan.kv}
 
 
 def _misnumbered(model: CausalLM) -> CausalLM:

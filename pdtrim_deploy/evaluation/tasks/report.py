@@ -11,6 +11,8 @@ from pydantic import BaseModel, ConfigDict
 from pdtrim_deploy.bundle import Bundle
 from pdtrim_deploy.evaluation import corpora
 from pdtrim_deploy.evaluation.limits import STREAMED_KV, fit_judging
+from pdtrim_deploy.evaluation.lm_harness import Harness
+from pdtrim_deploy.evaluation.lm_harness.scoring import HandOver
 from pdtrim_deploy.evaluation.quality import source_of
 from pdtrim_deploy.evaluation.tasks.base import KV_TOKENS, Measured, Setting
 from pdtrim_deploy.evaluation.tasks.registry import check, prepare
@@ -62,7 +64,8 @@ class TaskFigures(_Frozen):
 class TasksReport(_Frozen):
     """All tasks asked for; the text is that of the corpus's final split, `corpus_sha256` names it.
 
-    `dtype`, `computed_in` and `device` are as in `Quality`.
+    `dtype`, `computed_in` and `device` are as in `Quality`; `hand_over` is what lm-eval's tasks were given, None for
+    their defaults.
     """
 
     plan_digest: str
@@ -72,6 +75,7 @@ class TasksReport(_Frozen):
     dtype: str
     computed_in: str | None = None
     device: str | None = None
+    hand_over: HandOver | None = None
     tasks: tuple[TaskFigures, ...]
     environment: dict[str, Any]
 
@@ -85,6 +89,7 @@ def judge_tasks(
     size: int | None = None,
     note: Callable[[str], None] = lambda _: None,
     compute: Compute | None = None,
+    harness: Harness | None = None,
 ) -> TasksReport:
     """Measure the stage models as written, behind the plan, and the source model behind a dense plan.
 
@@ -94,6 +99,7 @@ def judge_tasks(
         section: corpus and seed; the recipe's when left out.
         size: items of each task, in its own unit; each task's default when left out.
         compute: as of `judge_bundle`.
+        harness: tasks of lm-eval besides; each question and its answers go to `reports/lm_eval/{dense,pd}`.
 
     Raises:
         UserError: an unknown task, one that does not fit the model or its data, or what `judge_bundle` raises.
@@ -111,14 +117,26 @@ def judge_tasks(
     corpus = corpora.load(section.corpus, cache, note)
     model = load_to_compute("dense", source.path, dtype, note, compute)
     whole = PDOracle(model, model, PDPlan.dense(plan.model))
-    setting = Setting(load_tokenizer(source.path), whole, corpus.split("final"), cache, section.seed, size, note)
+    tokenizer = load_tokenizer(source.path)
+    setting = Setting(tokenizer, whole, corpus.split("final"), cache, section.seed, size, note)
     prepared = [prepare(name, setting) for name in names]
     kv_bytes = compute.states(STREAMED_KV) if compute.streams(plan.model.num_blocks) else 0
-    dense = [task.measure([whole], lambda line: note(f"dense {line}"), kv_bytes=kv_bytes)[0] for task in prepared]
+
+    def measured(who: str, oracle: PDOracle) -> list[Measured]:
+        def progress(line: str) -> None:
+            note(f"{who} {line}")
+
+        results = [task.measure([oracle], progress, kv_bytes=kv_bytes)[0] for task in prepared]
+        if harness is None:
+            return results
+        samples = bundle.reports_dir / "lm_eval" / who.lower()
+        return results + harness.measure(oracle, tokenizer, samples, lambda line: note(f"{who} lm-eval: {line}"))
+
+    dense = measured("dense", whole)
     del model, whole, setting
     prefill, decode = (load_to_compute(stage, bundle.stage_dir(stage), dtype, note, compute) for stage in STAGES)
     stages = PDOracle(prefill, decode, plan, KeyOffsets.read(bundle.prefill_dir, plan))
-    pd = [task.measure([stages], lambda line: note(f"PD {line}"), kv_bytes=kv_bytes)[0] for task in prepared]
+    pd = measured("PD", stages)
     return TasksReport(
         plan_digest=plan.digest,
         corpus=section.corpus,
@@ -127,6 +145,7 @@ def judge_tasks(
         dtype=dtype,
         computed_in=compute.dtype,
         device=compute.names,
+        hand_over=None if harness is None else harness.hand_over,
         tasks=tuple(TaskFigures.of(*pair) for pair in zip(dense, pd, strict=True)),
         environment=environment,
     )

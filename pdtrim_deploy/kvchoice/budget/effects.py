@@ -145,7 +145,8 @@ class Measure:
         return outputs
 
     def _kv(self, part: _Batch, layer: int, send: KVSend) -> LayerKV:
-        return part.prompt_kv.read(send.wire_dtype, layer, send.row_ranges(self.problem.prompt_tokens))
+        ranges = self.problem.rule(layer, send).row_ranges(self.problem.prompt_tokens)
+        return part.prompt_kv.read(send.wire_dtype, layer, ranges)
 
     def _changes(self, part: _Batch, context: tuple[KVSend, ...], name: str) -> Tensor:
         """float32 `[1 + layers * (rows + dtypes), coordinates]`: the context's error, then the effects."""
@@ -165,9 +166,9 @@ class Measure:
         states = max(1, self.problem.state_bytes // (hidden.numel() * hidden.element_size()))
         start = 0
         while start < len(context):
-            stop, count = start + 1, len(self._options_about(context[start]))
-            while stop < len(context) and count + len(self._options_about(context[stop])) <= states:
-                count += len(self._options_about(context[stop]))
+            stop, count = start + 1, len(self._options_about(context, start))
+            while stop < len(context) and count + len(self._options_about(context, stop)) <= states:
+                count += len(self._options_about(context, stop))
                 stop += 1
             yield range(start, stop)
             start = stop
@@ -187,19 +188,20 @@ class Measure:
             for row, hidden in branches.items():
                 branches[row] = decode.block(layer, hidden, part.span, context_kv.fork())
             if layer in layers:
-                for at, option in self._options_about(context[layer]):
+                for at, option in self._options_about(context, layer):
                     kv = self._kv(part, layer, option)
                     branches[1 + layer * kinds + at] = decode.block(layer, inputs[layer], part.span, kv)
             options = f"options of layers {layers.start + 1} to {layers.stop}"
             self._progress(f"{name}, {options}: layer {layer + 1}/{len(context)}")
         yield from branches.items()
 
-    def _options_about(self, send: KVSend) -> list[tuple[int, KVSend]]:
+    def _options_about(self, context: Sequence[KVSend], layer: int) -> list[tuple[int, KVSend]]:
         """Other rows, then other dtypes, than a layer has in the context; each with its place among both."""
+        send, rule = context[layer], self.problem.rule
         dtypes = enumerate(self._dtypes, len(self._rows))
         options = [(at, _with_rows(send, rows)) for at, rows in enumerate(self._rows)]
         options += [(at, send.model_copy(update={"wire_dtype": dtype})) for at, dtype in dtypes]
-        return [(at, option) for at, option in options if option != send]
+        return [(at, option) for at, option in options if rule(layer, option) != rule(layer, send)]
 
 
 @dataclass

@@ -43,6 +43,7 @@ class PromptKV:
         self._row = self._stored.itemsize * torch.Size(self._shape[1:]).numel()  # bytes of a layer of a sequence
         try:
             self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - goes with this object
+            oracle = oracle.with_windows(())  # rows before a window, too, which nobody reads: one shape for all layers
             for dtype in self._dtypes:
                 sent = oracle.with_kv((KVSend(wire_dtype=dtype),) * self._layers)
                 for sequence in range(state.batch):

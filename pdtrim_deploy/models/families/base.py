@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.models.families.sizes import axis_size, axis_sizes, axis_terms, count_of
+from pdtrim_deploy.models.families.windows import Windows
 from pdtrim_deploy.plan import ExpertShape
 
 EXPERT = "{expert}"
@@ -105,12 +106,23 @@ class Family(_Data):
 
     Attributes:
         blocks: None where its KV alone is known: a model of it is planned, transferred, served and judged uncut.
+        windows: of blocks that attend to a window of tokens; None where no block does, as far as workers serve it.
 
     """
 
     architecture: str
     model_type: str = ""
     blocks: Blocks | None = None
+    windows: Windows | None = None
+
+    @property
+    def takes_windows(self) -> bool:
+        """Whether a config.json with windows is one of this family, whatever becomes of them."""
+        return self.windows is not None or (self.blocks is not None and self.blocks.served_windows)
+
+    def block_windows(self, config: Mapping[str, Any], where: str = "config.json") -> tuple[int | None, ...]:
+        """As `Windows.of_blocks`; empty where the family has none."""
+        return self.windows.of_blocks(config, where) if self.windows else ()
 
     def expert_shape(self, config: Mapping[str, Any]) -> ExpertShape | None:
         """What a plan must know of the experts; None where the family has none, or its blocks are not known.

@@ -50,6 +50,10 @@ _REASONS: tuple[tuple[tuple[str, ...], str], ...] = (
         "are not packed yet",
     ),
     (
+        ("use_bidirectional_attention",),
+        "a prompt's tokens attend to those behind them (key {}), so that its KV is not that of a decoder",
+    ),
+    (
         ("index_topk", "index_head_dim", "sparse_attention_config"),
         "its attention keeps an index beside K and V (key {}), which would have to travel too",
     ),
@@ -69,41 +73,41 @@ _WINDOWS_OFF = {"qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "smollm3"}
 """Model types without windows where `use_sliding_window` is left out."""
 
 
-def check_plain(config: Mapping[str, Any], where: str, *, served_windows: bool = False) -> None:
+def check_plain(config: Mapping[str, Any], where: str, *, takes_windows: bool = False) -> None:
     """Refuse other KV.
 
     Args:
-        served_windows: windows count as none: a worker refuses texts that are longer.
+        takes_windows: the family sends its windows, or its workers refuse texts that are longer.
 
     Raises:
         UserError: one sentence: the architecture, what its KV is, and what would be missing for it.
 
     """
-    for reason in _reasons(config, served_windows):
+    for reason in _reasons(config, takes_windows):
         named = config.get("architectures") or [config.get("model_type")]
         raise UserError(f"{where}: architecture {named[0]} is not supported: {reason}")
 
 
-def _reasons(config: Mapping[str, Any], served_windows: bool) -> Iterator[str]:
+def _reasons(config: Mapping[str, Any], takes_windows: bool) -> Iterator[str]:
     for keys, reason in _REASONS:
         if key := next((key for key in keys if config.get(key)), None):
             yield reason.format(key)
-    yield from _of_layers(config, _layer_types(config), served_windows)
+    yield from _of_layers(config, _layer_types(config), takes_windows)
     yield from _of_heads(config)
     rope = {**_mapping(config.get("rope_scaling")), **_mapping(config.get("rope_parameters"))}
     if (kind := rope.get("rope_type") or rope.get("type")) in ("longrope", "su"):
         yield f"the angles of its RoPE ({kind}) depend on a text's length, so that prefill's keys would not be decode's"
 
 
-def _of_layers(config: Mapping[str, Any], kinds: set[str], served_windows: bool) -> Iterator[str]:
+def _of_layers(config: Mapping[str, Any], kinds: set[str], takes_windows: bool) -> Iterator[str]:
     if states := sorted(kinds & _STATE_LAYERS):
         yield _HYBRID.format(f"layer_types has {states[0]}")
     if config.get("attention_chunk_size") and (not kinds or "chunked_attention" in kinds):
         yield "some of its layers attend within chunks (key attention_chunk_size), whose KV is not planned yet"
-    if not served_windows and (window := _window(config, kinds)):
+    if not takes_windows and (window := _window(config, kinds)):
         yield (
             f"layers attend to the last {window} tokens alone (sliding window), and SGLang keeps such KV in a pool of "
-            "its own, which is not sent yet"
+            "its own, which is sent of known families alone"
         )
 
 

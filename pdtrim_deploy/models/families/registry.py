@@ -30,13 +30,16 @@ def _read_all() -> dict[str, Family]:
     return {family.architecture: family for family in families}
 
 
-FAMILIES: dict[str, Family] = _read_all()
+_FILES = _read_all()
+FAMILIES: dict[str, Family] = {name: family for name, family in _FILES.items() if family.blocks}
 """Families whose blocks are known, by architecture."""
+WINDOWED: dict[str, Family] = {name: family for name, family in _FILES.items() if family.windows}
+"""Families with sliding windows that are sent."""
 
 
 def known_family(architecture: str) -> Family:
     """The family of that architecture; one of which the KV alone is known where there is no file of it."""
-    return FAMILIES.get(architecture) or Family(architecture=architecture)
+    return _FILES.get(architecture) or Family(architecture=architecture)
 
 
 def family_of(config: Mapping[str, Any], where: str) -> Family:
@@ -48,12 +51,13 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
     """
     named = config.get("architectures") or [f"none (model_type {config.get('model_type')!r})"]
     family = known_family(named[0])
-    check_plain(config, where, served_windows=family.blocks is not None and family.blocks.served_windows)
+    check_plain(config, where, takes_windows=family.takes_windows)
     if not CAUSAL_LM.fullmatch(named[0]):
         raise UserError(
             f"{where}: architecture {named[0]} is not supported: it is no causal LM; give a *ForCausalLM whose KV is "
             f"plain; blocks can be cut of {', '.join(FAMILIES)}"
         )
+    family.block_windows(config, where)
     experts = family.blocks.experts if family.blocks else None
     for key, value in (experts.needs if experts else {}).items():
         if config.get(key, value) != value:

@@ -16,13 +16,14 @@ ARCHITECTURES = {
     "llama": ("LlamaForCausalLM", "llama"),
     "qwen2": ("Qwen2ForCausalLM", "qwen2"),
     "qwen3": ("Qwen3ForCausalLM", "qwen3"),
+    "gemma3": ("Gemma3ForCausalLM", "gemma3_text"),
 }
-_WINDOWS = "its layers have sliding windows, and SGLang keeps such KV in a pool of its own, which is not sent yet"
+_WINDOWS = "its layers have sliding windows, and are not read from GGUF; give the HF folder as hf:DIR"
 _LATENT = "its KV is one latent row a token (multi-head latent attention), and latent rows are not packed yet"
 _HYBRID = "it is a hybrid: some of its layers keep a state instead of KV, which is not sent yet"
 _EXPERTS = "its experts are not read from GGUF; give the HF folder as hf:DIR"
 _REASONS = {
-    **dict.fromkeys(("gemma2", "gemma3", "gemma3n", "gpt-oss", "cohere2", "exaone4", "olmo3"), _WINDOWS),
+    **dict.fromkeys(("gemma2", "gemma3n", "gpt-oss", "cohere2", "exaone4", "olmo3"), _WINDOWS),
     **dict.fromkeys(("deepseek2", "minicpm3", "plm"), _LATENT),
     **dict.fromkeys(("mamba", "mamba2", "jamba", "falcon-h1", "nemotron_h", "granitehybrid", "lfm2"), _HYBRID),
     **dict.fromkeys(("qwen3next", "qwen35", "qwen35moe", "kimi-linear", "plamo2", "rwkv6", "rwkv7"), _HYBRID),

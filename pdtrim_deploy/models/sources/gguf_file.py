@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import sha256
 from importlib.metadata import version
@@ -23,6 +23,7 @@ from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.local.paths import expanded, resolved
 from pdtrim_deploy.models.sources.base import Log
 from pdtrim_deploy.models.sources.gguf_architecture import ARCHITECTURES, refuse_other
+from pdtrim_deploy.models.sources.gguf_gemma import GEMMA_NORMS, gemma_keys
 from pdtrim_deploy.models.sources.gguf_rope import FREQUENCIES, rope_scaling
 from pdtrim_deploy.models.sources.gguf_tokenizer import write_tokenizer
 
@@ -41,6 +42,7 @@ _BLOCK = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_BLOCK_OF = {"gemma3": _BLOCK | GEMMA_NORMS}
 
 
 class GGUFSource:
@@ -77,7 +79,8 @@ def convert(path: Path, out: Path, log: Log) -> None:
     except (ValueError, IndexError, KeyError, OverflowError) as error:
         raise UserError(f"{path}: truncated or not a GGUF file ({error}); get it again") from error
     factors = next((t.data.tolist() for t in reader.tensors if t.name == FREQUENCIES), None)
-    tensors = {_hf_name(t.name, path): t for t in reader.tensors if t.name != FREQUENCIES}
+    blocks = _BLOCK_OF.get(meta["general.architecture"], _BLOCK)
+    tensors = {_hf_name(t.name, blocks, path): t for t in reader.tensors if t.name != FREQUENCIES}
     with _one_sentence(path):
         config = _config(meta, tensors, factors, path)
     log(f"converting {path.name} to {config['dtype']} safetensors")
@@ -88,6 +91,8 @@ def convert(path: Path, out: Path, log: Log) -> None:
         projection = name.split(".")[-2]
         if config["model_type"] == "llama" and projection in heads:
             return _unpermute(tensor, heads[projection])
+        if config["model_type"] == "gemma3_text" and name.endswith("norm.weight"):
+            return tensor - 1  # llama.cpp keeps the factor, transformers what it is above 1
         return tensor
 
     elements = {name: int(t.n_elements) for name, t in tensors.items()}
@@ -114,10 +119,10 @@ def _one_sentence(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: its metadata do not fit together ({reason}); get it again") from error
 
 
-def _hf_name(name: str, path: Path) -> str:
+def _hf_name(name: str, blocks: Mapping[str, str], path: Path) -> str:
     block = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
-    if block and block[2] in _BLOCK:
-        return f"model.layers.{block[1]}.{_BLOCK[block[2]]}.{block[3]}"
+    if block and block[2] in blocks:
+        return f"model.layers.{block[1]}.{blocks[block[2]]}.{block[3]}"
     top, _, kind = name.rpartition(".")
     if top in _TOP:
         return f"{_TOP[top]}.{kind}"
@@ -162,6 +167,9 @@ def _config(meta: dict[str, Any], tensors: dict[str, Any], factors: list[float] 
     config["torch_dtype"] = config["dtype"]
     if scaling := rope_scaling(meta, arch, factors, config["rope_theta"], path):
         config["rope_scaling"] = scaling
+    if arch == "gemma3":
+        config |= gemma_keys(meta, config, path)
+        del config["hidden_act"]
     if any(name.endswith("self_attn.o_proj.bias") for name in tensors):
         config["attention_bias"] = True
     for token, key in (("bos", "bos_token_id"), ("eos", "eos_token_id"), ("padding", "pad_token_id")):

@@ -1,4 +1,4 @@
-"""A GGUF file's byte-level BPE as a HF fast tokenizer.
+"""A GGUF file's byte-level BPE, or Gemma's pieces, as a HF fast tokenizer.
 
 Not transformers' own GGUF tokenizer: 5.14.1 gives SmolLM2 `<|im_start|>` as its end token (bos and eos swapped in
 `GGUFLlamaConverter`), splits digits otherwise than the model was trained, and takes eight times as long.
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.models.sources.gguf_gemma import gemma_pieces
 
 _CONTROL, _USER_DEFINED = 3, 4  # gguf.TokenType
 _WORDS = (
@@ -46,31 +47,43 @@ _PRE: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def write_tokenizer(meta: dict[str, Any], out: Path, where: Path) -> None:
-    """tokenizer.json, tokenizer_config.json and chat_template.jinja from GGUF metadata.
-
-    Raises UserError for another tokenizer than byte-level BPE with a pre-tokenizer that we know.
-    """
+def _bytes_of(meta: dict[str, Any], vocab: dict[str, int], pre: str) -> Any:
+    """The byte-level BPE of the metadata, without its added tokens."""
     import tokenizers
 
-    kind, pre = meta.get("tokenizer.ggml.model"), meta.get("tokenizer.ggml.pre")
-    if kind != "gpt2" or pre not in _PRE:
-        raise UserError(
-            f"{where}: tokenizer {kind!r} with pre-tokenizer {pre!r} cannot be read from GGUF (only 'gpt2' with "
-            f"{', '.join(_PRE)}); give the model's HF folder as hf:DIR"
-        )
-    tokens, types = meta["tokenizer.ggml.tokens"], meta["tokenizer.ggml.token_type"]
     merges = [tuple(merge.split(" ")) for merge in meta["tokenizer.ggml.merges"]]
-    vocab = {token: number for number, token in enumerate(tokens)}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges, ignore_merges=pre == "llama-bpe"))
     if pre == "qwen2":
         tokenizer.normalizer = tokenizers.normalizers.NFC()
     tokenizer.pre_tokenizer = _PRE[pre](tokenizers)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    return tokenizer
+
+
+def write_tokenizer(meta: dict[str, Any], out: Path, where: Path) -> None:
+    """tokenizer.json, tokenizer_config.json and chat_template.jinja from GGUF metadata.
+
+    Raises UserError for another tokenizer than byte-level BPE with a pre-tokenizer that we know, or Gemma's.
+    """
+    import tokenizers
+
+    kind, pre = meta.get("tokenizer.ggml.model"), meta.get("tokenizer.ggml.pre")
+    pieces = kind == "llama" and meta["general.architecture"] == "gemma3"
+    if not pieces and (kind != "gpt2" or pre not in _PRE):
+        raise UserError(
+            f"{where}: tokenizer {kind!r} with pre-tokenizer {pre!r} cannot be read from GGUF (only 'gpt2' with "
+            f"{', '.join(_PRE)}); give the model's HF folder as hf:DIR"
+        )
+    tokens, types = meta["tokenizer.ggml.tokens"], meta["tokenizer.ggml.token_type"]
+    vocab = {token: number for number, token in enumerate(tokens)}
+    tokenizer = (
+        gemma_pieces(vocab, meta["tokenizer.ggml.scores"], types) if pieces else _bytes_of(meta, vocab, str(pre))
+    )
     for token, type_ in zip(tokens, types, strict=True):
         if type_ in (_CONTROL, _USER_DEFINED):
             special = type_ == _CONTROL
-            tokenizer.add_tokens([tokenizers.AddedToken(token, normalized=False, special=special)])
+            # a piece is matched in text whose spaces are replaced
+            tokenizer.add_tokens([tokenizers.AddedToken(token, normalized=pieces and not special, special=special)])
     named = {
         f"{ours}_token": tokens[meta[f"tokenizer.ggml.{theirs}_token_id"]]
         for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))

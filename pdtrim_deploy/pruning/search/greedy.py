@@ -29,7 +29,7 @@ class Greedy:
     race_z: float | None = 3.0
 
     def run(self, problem: Problem, progress: Progress) -> SearchResult:
-        """Remove one block a round; ties go to the earlier block. UserError when the loss is not a number."""
+        """Remove one block a round; ties (`race.TIE`) go to the earlier. UserError when the loss is not a number."""
         evaluator, log = problem.evaluator, problem.trajectory
         removed, steps, known = tuple[int, ...](), list[Step](), dict[int, Losses]()
         began, here = monotonic(), 0  # rounds made in this run: those read take no time

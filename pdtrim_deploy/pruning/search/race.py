@@ -17,6 +17,7 @@ than two. As batches double, each costs about as much as the first at most, what
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,7 @@ from pdtrim_deploy.pruning.search.base import Problem, Progress
 from pdtrim_deploy.pruning.search.racing import unit_means, units_surely_above
 
 FEW = 4
+TIE = 1e-6  # nats a token: float32 sums in another order, on another device, differ by less than this
 _LEAST = 2
 _STANDS = -1  # the solution as it stands, before this round
 
@@ -88,12 +90,12 @@ class Race:
         self._left, self._losses = left, dict.fromkeys(self._solutions, Losses())
 
     def winner(self) -> int:
-        """Ties go to the earlier block. What each look gives is written down: a stopped race goes on behind it."""
+        """Of blocks within `TIE` of the best the earliest. Each look is written down: a stopped race goes on there."""
         running = self._enter()
         for batch in range(self._problem.evaluator.batches):
             if batch:
                 self._look(running, batch)
-            running.sort(key=lambda block: (self._losses[block].mean, block))
+            running.sort(key=self._rank(running))
             leader = self._losses[running[0]]
             if self._z is not None:
                 running = running[: max(_LEAST, math.ceil(len(self._left) / 2 ** (batch + 1)))]
@@ -101,6 +103,12 @@ class Race:
             if len(running) == 1:
                 break
         return running[0]
+
+    def _rank(self, blocks: list[int]) -> Callable[[int], tuple[float, int]]:
+        """A sorting key: by loss, but all that tie with the best by their place."""
+        best = min(self._losses[block].mean for block in blocks)
+        means = {block: self._losses[block].mean for block in blocks}
+        return lambda block: (best if means[block] <= best + TIE else means[block], block)
 
     def _enter(self) -> list[int]:
         """Whoever is not surely out by what was known before, measured on the first batch."""

@@ -14,7 +14,7 @@ def plan_picture(plan: PDPlan, tokens: int) -> Markup:
     """Kept, dropped, distilled and KV-only blocks of both stages; KV as full or sparse, rows, wire dtype and bytes."""
     blocks = plan.model.num_blocks
     layer_of = {block: layer for layer, block in enumerate(plan.decode_layers)}
-    most = plan.dense_bytes(tokens) / blocks
+    most = plan.dense_bytes(tokens, every_row=True) / blocks
     parts: list[Markup] = []
     for stage in STAGES:
         top = ROWS[stage]
@@ -25,7 +25,7 @@ def plan_picture(plan: PDPlan, tokens: int) -> Markup:
     for block, layer in layer_of.items():
         send, size = plan.kv[layer], plan.layer_bytes(layer, tokens)
         x, height = LEFT + block * CELL + 2, max(1.5, BARS * size / most)
-        rows = "all" if send.mode == "full" else f"first {send.n_first} + last {send.n_last}"
+        rows = "all" if send.mode == "full" else send.row_names
         less = ", keys less their mean" if plan.has_key_offset(layer) else ""
         what = f"block {block}: {rows} of {tokens} rows, {send.wire_dtype}{less}, {size:,} bytes of {most:,.0f}"
         outline = tag("rect", x=x, y=KV_TOP, width=CELL - 4, height=BARS, class_="ghost")
@@ -61,6 +61,7 @@ LEGEND = {
     "distilled": "distilled from a pair",
     "kv_only": "run for its K and V alone",
     "full": "all prompt rows",
+    "window": "all prompt rows that its window reads",
     "sparse": "first and last rows only (the outline is dense); a wire dtype stands under its bar unless it is native",
 }
 

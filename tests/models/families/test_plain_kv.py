@@ -14,17 +14,18 @@ from pdtrim_deploy.models.families import family_of
 BASE = {key: value for key, value in SHARED.items() if key.startswith(("num_", "hidden", "inter", "vocab", "max_"))}
 # Keys as the published config.json files have them.
 REFUSED = {
-    "gpt-oss": (
+    "cohere2": (
         {
-            "architectures": ["GptOssForCausalLM"],
+            "architectures": ["Cohere2ForCausalLM"],
             "sliding_window": 128,
             "layer_types": ["sliding_attention", "full_attention"],
         },
-        r"GptOssForCausalLM is not supported: layers attend to the last 128 tokens alone \(sliding window\)",
+        r"Cohere2ForCausalLM is not supported: layers attend to the last 128 tokens alone \(sliding window\)",
     ),
-    "gemma-3": (
-        {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "sliding_window": 512},
-        "last 512 tokens alone",
+    "olmo-3": ({"architectures": ["Olmo3ForCausalLM"], "sliding_window": 512}, "last 512 tokens alone"),
+    "embedding-gemma": (
+        {"architectures": ["Gemma3ForCausalLM"], "sliding_window": 512, "use_bidirectional_attention": True},
+        "attend to those behind them",
     ),
     "gemma-3 multimodal": (
         {"architectures": ["Gemma3ForConditionalGeneration"], "vision_config": {"hidden_size": 1}},

@@ -1,0 +1,102 @@
+"""A run of lm-evaluation-harness beside us: it asks, the oracle answers, and its samples come back."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.evaluation.lm_harness.answers import Answers
+from pdtrim_deploy.evaluation.lm_harness.environment import python
+from pdtrim_deploy.evaluation.lm_harness.samples import measured
+from pdtrim_deploy.evaluation.lm_harness.scoring import HandOver
+from pdtrim_deploy.evaluation.tasks.base import Measured
+from pdtrim_deploy.models.oracle import PDOracle
+
+PREFIX = "lm_eval:"
+_DRIVER = Path(__file__).with_name("driver.py")
+
+
+@dataclass(frozen=True)
+class Harness:
+    """Tasks of lm-eval by its own names.
+
+    Attributes:
+        include_path: a folder of task YAML; data files that these name are relative to it.
+        limit: questions of each task, the first; None: all.
+        hand_over: as of `Answers`.
+
+    """
+
+    tasks: tuple[str, ...]
+    include_path: Path | None = None
+    limit: int | None = None
+    hand_over: HandOver | None = None
+
+    def measure(
+        self, oracle: PDOracle, tokenizer: Any, samples: Path, note: Callable[[str], None] = lambda _: None
+    ) -> list[Measured]:
+        """A result for each task (each of a group), by name; every question and answer goes to `samples`/TASK.jsonl.
+
+        Raises:
+            UserError: the harness has no such task or cannot read its data, the task cannot be answered, or it broke.
+
+        """
+        answers = Answers(oracle, tokenizer, self.hand_over, note)
+        with self._running() as (child, log):
+            assert child.stdin is not None
+            assert child.stdout is not None
+            include_path = None if self.include_path is None else str(self.include_path.resolve())
+            self._send(child.stdin, {"tasks": self.tasks, "limit": self.limit, "include_path": include_path})
+            for line in child.stdout:
+                message = json.loads(line)
+                if "call" in message:
+                    results = getattr(answers, message["call"])(message["requests"])
+                    self._send(child.stdin, {"results": results})
+                elif "error" in message:
+                    raise UserError(f"lm-eval: {message['error']}")
+                else:
+                    return self._written(message["samples"], samples)
+            child.wait()
+            log.seek(0)
+            last = [text.strip() for text in log if text.strip()] or ["no output"]
+            raise UserError(f"lm-eval ended with exit code {child.returncode} ({last[-1]}); run: make setup-evals")
+
+    @contextlib.contextmanager
+    def _running(self) -> Iterator[tuple[subprocess.Popen[str], IO[str]]]:
+        with tempfile.TemporaryFile("w+") as log:
+            child = subprocess.Popen(
+                [python(), _DRIVER],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True,
+                cwd=self.include_path, env={name: v for name, v in os.environ.items() if name != "PYTHONPATH"},
+            )  # fmt: skip
+            try:
+                yield child, log
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(child.pid, signal.SIGKILL)
+                child.communicate()
+
+    @staticmethod
+    def _send(pipe: IO[str], message: dict[str, Any]) -> None:
+        with contextlib.suppress(BrokenPipeError):  # it has ended: what it says of that is read next
+            pipe.write(json.dumps(message) + "\n")
+            pipe.flush()
+
+    @staticmethod
+    def _written(by_task: dict[str, list[dict[str, Any]]], folder: Path) -> list[Measured]:
+        folder.mkdir(parents=True, exist_ok=True)
+        results = []
+        for task, samples in by_task.items():
+            results.append(measured(PREFIX + task, samples))
+            lines = "".join(json.dumps(sample) + "\n" for sample in samples)
+            (folder / f"{task.replace('/', '-')}.jsonl").write_text(lines)
+        return results

@@ -1,0 +1,39 @@
+"""The harness's samples as our values: a number for each question and metric."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.evaluation.tasks.base import Measured
+
+_LIKELIHOODS = {"perplexity": "nll", "word_perplexity": "nll_word", "byte_perplexity": "nll_byte"}
+"""Metrics that the harness turns into perplexities of all questions -> the mean NLL of a question, in nats a unit."""
+
+
+def measured(task: str, samples: list[dict[str, Any]]) -> Measured:
+    """In the order of the questions. A metric behind several filters is named `METRIC,FILTER`.
+
+    Raises:
+        UserError: no metric is a number for each question, as F1 and others that only all questions have.
+
+    """
+    filters = dict.fromkeys(sample["filter"] for sample in samples)
+    values: dict[str, tuple[float, ...]] = {}
+    for name in filters:
+        rows = sorted((sample for sample in samples if sample["filter"] == name), key=lambda sample: sample["doc_id"])
+        for metric in rows[0]["metrics"]:
+            column = [_value(metric, row[metric]) for row in rows]
+            label = _LIKELIHOODS.get(metric, metric) + (f",{name}" if len(filters) > 1 else "")
+            if (numbers := [number for number in column if number is not None]) and len(numbers) == len(rows):
+                values[label] = tuple(numbers)
+    if not values:
+        raise UserError(f"task {task} has no metric that is a number for each question; leave it out")
+    return Measured(task, ("all",) * len(next(iter(values.values()))), values)
+
+
+def _value(metric: str, value: Any) -> float | None:
+    if metric in _LIKELIHOODS:
+        total, units = value if isinstance(value, list) else (value, 1)
+        return -float(total) / float(units)
+    return float(value) if isinstance(value, int | float) else None

@@ -1,0 +1,33 @@
+"""What is kept of the harness's samples."""
+
+import pytest
+
+from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.evaluation.lm_harness.samples import measured
+
+
+def sample(number: int, filter_name: str = "none", **metrics: object) -> dict[str, object]:
+    return {"doc_id": number, "filter": filter_name, "metrics": list(metrics), **metrics}
+
+
+def test_values_stand_in_the_order_of_the_questions() -> None:
+    result = measured("t", [sample(1, acc=0.0, acc_norm=True), sample(0, acc=1.0, acc_norm=False)])
+    assert result.values == {"acc": (1.0, 0.0), "acc_norm": (0.0, 1.0)}
+    assert result.groups == ("all", "all")
+
+
+def test_a_metric_of_several_filters_is_as_many_measures() -> None:
+    rows = [sample(n, name, exact_match=float(n == k)) for k, name in enumerate(("strict", "loose")) for n in (0, 1)]
+    assert measured("t", rows).values == {"exact_match,strict": (1.0, 0.0), "exact_match,loose": (0.0, 1.0)}
+
+
+def test_perplexities_are_nats_a_unit_of_each_question() -> None:
+    rows = [sample(0, word_perplexity=[-12.0, 4], bits_per_byte=[-12.0, 20]), sample(1, word_perplexity=[-9.0, 3])]
+    rows[1]["bits_per_byte"] = [-9.0, 11]
+    assert measured("t", rows).values == {"nll_word": (3.0, 3.0)}
+    assert measured("t", [sample(0, perplexity=-2.5)]).values == {"nll": (2.5,)}
+
+
+def test_a_task_without_a_number_for_each_question_is_refused() -> None:
+    with pytest.raises(UserError, match="task t has no metric that is a number for each question"):
+        measured("t", [sample(0, f1=[1, 0])])
