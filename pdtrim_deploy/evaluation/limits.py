@@ -40,7 +40,7 @@ def fit_judging(groups: Sequence[Sequence[Path]], tokens: int, compute: Compute)
             kv = [max(size, limited.states(STREAMED_KV)) for size in kv]
         running = max(tokens * (6 * size.hidden + 3 * size.inner) * item for group in sizes for size in group)
         peaks = [weight + held + running + _LOGITS for weight, held in zip(weights, kv, strict=True)]
-        return Peak.of(limited, max(peaks), reading=read_bytes(configs[0][0], compute.dtype))
+        return Peak.of(limited, max(peaks), reading=read_bytes(configs[0][0]))
 
     def refused(least: Peak) -> str:
         names = " and ".join(str(folder) for folder in groups[0])

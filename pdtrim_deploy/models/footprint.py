@@ -11,7 +11,7 @@ from pdtrim_deploy.local.compute import Compute
 from pdtrim_deploy.models.weights import ModelSizes
 from pdtrim_deploy.plan.wire import ITEM_BYTES
 
-PROGRAM = 0.55e9  # Python, torch and transformers with a tokenizer, measured (tests/pipeline/test_step_costs.py)
+PROGRAM = 0.5e9  # Python, torch and transformers with a tokenizer, measured (tests/pipeline/test_step_costs.py)
 GPU_PROGRAM = 2.5e9  # the same with CUDA's libraries: not measured
 GPU_CONTEXT = 0.6e9  # of each GPU, before a weight is there: not measured
 _LOADING = 1.1  # times a whole model's weights, while transformers loads it
@@ -22,13 +22,13 @@ def weight_bytes(config: Mapping[str, Any], dtype: str, blocks_in_memory: int | 
     sizes, item = ModelSizes.of(config), ITEM_BYTES[dtype]  # type: ignore[index]
     if blocks_in_memory is None or blocks_in_memory >= sizes.blocks:
         return _LOADING * sizes.total * item
-    return item * (sizes.ends + blocks_in_memory * sizes.block) + read_bytes(config, dtype)
+    return item * (sizes.ends + blocks_in_memory * sizes.block) + read_bytes(config)
 
 
-def read_bytes(config: Mapping[str, Any], dtype: str) -> float:
-    """On the host, of the tensor of a block that is being read: as it is stored, and cast."""
+def read_bytes(config: Mapping[str, Any]) -> float:
+    """On the host, of the tensor of a block that is being read, as it is stored: float32 at most."""
     sizes = ModelSizes.of(config)
-    return sizes.hidden * max(sizes.inner, sizes.hidden) * (ITEM_BYTES[dtype] + 4)  # type: ignore[index]
+    return sizes.hidden * max(sizes.inner, sizes.hidden) * 4.0
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def fit_one_model(config: Mapping[str, Any], tokens: int, compute: Compute, name
     def needs(limited: Compute) -> Peak:
         weights = weight_bytes(config, compute.dtype, limited.blocks_in_memory)
         states = item * tokens * (4 * sizes.hidden + 3 * sizes.inner)
-        return Peak.of(limited, weights + states, reading=read_bytes(config, compute.dtype))
+        return Peak.of(limited, weights + states, reading=read_bytes(config))
 
     def refused(least: Peak) -> str:
         return f"{name} needs at least {gb(least.host)} of memory, one block at a time; give more --memory"

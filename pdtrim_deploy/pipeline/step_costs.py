@@ -145,7 +145,7 @@ class _Costs:
     def _step(
         self, computing: float, host: float = 0.0, disk: float = 0.0, flops: float | None = None, reads: float = 0.0
     ) -> StepCost:
-        reading = read_bytes(self.config, self.recipe.model.measured_in)
+        reading = read_bytes(self.config)
         peak = Peak.of(self.compute, max(computing, self.loaded), host, reading)
         return StepCost(peak, disk, flops, reads if self._streams else 0.0)
 

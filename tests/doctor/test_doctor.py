@@ -135,7 +135,7 @@ def test_a_search_bounded_in_memory_needs_no_more(tmp_path: Path) -> None:
     block, ends, prompt = 0.218, 2 * 128256 * 4096 / 1e9, 2 * 32 * 16 * 128 * 1024 * 4 / 1e9
     batch = (8 * 256 * (6 * 4096 + 3 * 14336) * 4 + 3 * 4 * (1 << 24)) / 1e9  # values of a block, and logits
     whole_model, running = 1.1 * 8.03 * 4, 0.537 + prompt + batch
-    bounded = 4 * (ends + 2 * block) + 14336 * 4096 * 8 / 1e9  # with the tensor that is being read
+    bounded = 4 * (ends + 2 * block) + 14336 * 4096 * 4 / 1e9  # with the tensor that is being read
     assert step_gb("prune", "") == pytest.approx(whole_model + running, rel=0.01)
     assert step_gb("prune") == pytest.approx(bounded + running, rel=0.01)
     fitted, maps = 8 * (4 * 14336**2 + 3 * 14336 * 4096) / 1e9, 4 * 32 * 14336 * 4096 / 1e9
