@@ -52,7 +52,7 @@ def evaluate_bundle(
     given = {"corpus": corpus, "sequences": sequences, "seed": seed}
     overrides = {key: value for key, value in given.items() if value is not None}
     evaluation = opened.recipe.changed("command line", "evaluation", **overrides).evaluation
-    require("eval", CheckContext(opened.recipe, cache=cache))
+    require("eval", CheckContext(opened.recipe, cache=cache, compute=compute))
     names, harness = ([], None) if tasks is None else _tasks(tasks, include_path, items, hand_over)
     if harness is None and (include_path is not None or hand_over is not None):
         raise UserError("--include-path and --hand-over are for tasks of lm-eval; give --tasks lm_eval:NAME too")
