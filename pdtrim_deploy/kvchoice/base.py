@@ -12,6 +12,7 @@ from torch import Tensor
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.models.oracle import PDOracle
 from pdtrim_deploy.plan import KVSend
+from pdtrim_deploy.recipe.kv_cost import STATES
 
 Progress = Callable[[str], None]
 Sends = tuple[KVSend, ...]
@@ -28,6 +29,7 @@ class Problem:
         sequences: calibration text, int64 `[S, N + T]`, the first `prompt_tokens` = N of each are its prompt, T >= 2.
         seed: for all random draws of a method.
         memo: stores slow measurements, so that a later choice can reuse them; None: nothing is stored.
+        state_bytes: of hidden states that go through the model side by side, at most.
         work: folder for data that is too large for memory; None: the system's folder of temporary files.
 
     """
@@ -38,22 +40,23 @@ class Problem:
     seed: int = 0
     memo: Memo | None = None
     work: Path | None = None
+    state_bytes: int = STATES
 
     @property
     def layers(self) -> int:
-        """Layers of the decode model."""
-        return len(self.oracle.plan.decode_layers)
+        """KV layers of the decode model."""
+        return len(self.oracle.plan.kv)
 
     @property
     def windowed(self) -> tuple[bool, ...]:
         """By layer of decode, whether it attends to a window, all of whose rows travel."""
         plan = self.oracle.plan
-        return tuple(plan.model.window(block) is not None for block in plan.decode_layers)
+        return tuple(plan.model.window(block) is not None for block in plan.decode_kv_blocks)
 
     def rule(self, layer: int, send: KVSend) -> KVSend:
         """What a rule means for a layer of decode."""
         plan = self.oracle.plan
-        return plan.model.rule(plan.decode_layers[layer], send)
+        return plan.model.rule(plan.decode_kv_blocks[layer], send)
 
 
 @dataclass(frozen=True)

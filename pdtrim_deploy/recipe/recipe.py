@@ -22,6 +22,7 @@ from pydantic import (
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.plan import STAGES, NativeDtype
+from pdtrim_deploy.recipe.gates import Gates
 from pdtrim_deploy.recipe.healing import HealingSection, StudentsSection
 from pdtrim_deploy.recipe.kv import KVSection
 from pdtrim_deploy.recipe.pruning import PruningSection
@@ -148,12 +149,13 @@ class Recipe(_Section):
     healing: HealingSection = HealingSection()
     kv: KVSection = KVSection()
     evaluation: EvaluationSection = EvaluationSection()
+    quality: Gates = {}
     targets: TargetsSection = TargetsSection()
 
     @model_validator(mode="after")
     def _something_to_heal(self) -> Recipe:
         healing, pruning = self.healing, self.pruning
-        if healing.enabled and not (pruning.decode_blocks or pruning.experts or healing.kv_only_blocks):
+        if healing.enabled and not (pruning.decode_loses or pruning.experts or healing.kv_only_blocks):
             raise ValueError("healing is asked for but nothing is pruned; allowed: pruning.decode_blocks of at least 1")
         if healing.kv_steps and self.kv.method == "none" and self.kv.wire_dtype == "native":
             raise ValueError(
@@ -196,12 +198,12 @@ class Recipe(_Section):
                 f"fitted to"
             )
         experts = {stage: pruning.experts and getattr(pruning.experts, stage) for stage in STAGES}
-        if healing.prefill_steps and not (pruning.prefill_blocks or experts["prefill"] or healing.kv_only_blocks):
+        if healing.prefill_steps and not (pruning.prefill_loses or experts["prefill"] or healing.kv_only_blocks):
             raise ValueError(
                 f"healing.prefill_steps is {healing.prefill_steps} but prefill loses no block; allowed: 0, or "
                 f"pruning.prefill_blocks or healing.kv_only_blocks of at least 1"
             )
-        if healing.decode_steps and not (pruning.decode_blocks or experts["decode"]):
+        if healing.decode_steps and not (pruning.decode_loses or experts["decode"]):
             raise ValueError(
                 f"healing.decode_steps is {healing.decode_steps} but decode loses no block; allowed: 0, or "
                 f"pruning.decode_blocks of at least 1"
@@ -220,6 +222,11 @@ class Recipe(_Section):
                 f"it: at least {least}, since students are chosen on sequences that were not fitted"
             )
         return self
+
+    @model_serializer(mode="wrap")
+    def _with_gates(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Dump gates only where there are some: older recipes keep their digest."""
+        return {name: value for name, value in serialise(self).items() if name != "quality" or value}
 
     @classmethod
     def load(cls, path: Path) -> Recipe:

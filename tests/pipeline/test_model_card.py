@@ -145,6 +145,26 @@ def test_the_measured_loss_takes_the_place_of_its_absence(written: Path) -> None
     assert text.split(model_card.END)[1] == before.split(model_card.END)[1]
 
 
+def test_recoveries_of_all_reports_of_this_plan_stand_in_a_table(written: Path) -> None:
+    reports = written / "reports"
+    reports.mkdir()
+    row = {"task": "perplexity", "measure": "nll", "items": 8, "dense": 20.0, "score": 21.0, "recovery": 1.05}
+    row |= {"stderr": 0.01, "gate": None, "passed": None}
+    gsm8k = row | {"task": "gsm8k", "measure": "right", "dense": 0.5, "score": 0.4, "recovery": 0.8, "gate": 0.95}
+    files = {"eval": {"recovery": row}, "tasks": {"recovery": [row | {"stderr": None}]}}
+    files["served"] = {"tasks": [{"task": "gsm8k", "recovery": gsm8k | {"passed": False}}, {"recovery": None}]}
+    for name, report in files.items():
+        (reports / f"{name}.json").write_text(json.dumps(report | {"plan_digest": PLAN.digest}))
+    model_card.refresh_recoveries(written, PLAN.digest)
+    text = (written / "prefill" / "README.md").read_text()
+    assert "| perplexity | 8 | 20.0000 | 21.0000 | 1.0500 ± 0.0100 |  | eval.json |\n" in text
+    assert "| perplexity | 8 | 20.0000 | 21.0000 | 1.0500 |  | tasks.json |\n" in text
+    assert "| gsm8k, right | 8 | 0.5000 | 0.4000 | 0.8000 ± 0.0100 | at least 0.95: FAILED | served.json |\n" in text
+    (reports / "served.json").write_text(json.dumps(files["served"] | {"plan_digest": "another"}))
+    model_card.refresh_recoveries(written, PLAN.digest)
+    assert "gsm8k" not in (written / "prefill" / "README.md").read_text()
+
+
 @pytest.mark.parametrize(
     "front", [": {bad", "date: 2024-13-01", "gated: !!bool x", "[" * 1500], ids=["half", "date", "tag", "brackets"]
 )
