@@ -81,13 +81,14 @@ def build(
     if dry_run:
         from pdtrim_deploy.pipeline.preview import preview
 
-        print_preview(preview(recipe, out, cache), out, as_json)
+        print_preview(preview(recipe, out, cache, compute), out, as_json)
         return
     from pdtrim_deploy.cli.progress import Progress
     from pdtrim_deploy.doctor import CheckContext, require
     from pdtrim_deploy.pipeline import build as run
 
-    require("build", CheckContext(recipe, out, cache, workers=workers if shared and not ray_address else 0))
+    here = workers if shared and not ray_address else 0
+    require("build", CheckContext(recipe, out, cache, workers=here, compute=compute))
     progress = Progress()
     search_workers = None
     if shared:
@@ -131,7 +132,9 @@ def print_preview(preview: Preview, out: Path, as_json: bool) -> None:
     click.echo(f"{out}: nothing is written (--dry-run)")
     wide = max(map(len, preview.steps))
     for name, done in preview.steps.items():
-        click.echo(f"  {name:<{wide}} {'done' if done else 'to do'}")
+        click.echo(f"  {name:<{wide}} {'done ' if done else 'to do'}{_cost(preview, name)}".rstrip())
+    if preview.limits is not None:
+        click.echo(f"  {preview.limits}")
     if preview.search is not None and preview.search_seconds is not None:
         cost = preview.search
         click.echo(
@@ -165,6 +168,20 @@ def print_preview(preview: Preview, out: Path, as_json: bool) -> None:
         f"  KV of a request of {preview.prompt_tokens} tokens: {planned:,} bytes, dense {dense:,} "
         f"({dense / planned:.2f}x), dense from an fp8 pool {fp8:,} ({fp8 / planned:.2f}x)"
     )
+
+
+def _cost(preview: Preview, name: str) -> str:
+    """Time, memory and files of a step that is to do; empty where nothing is known of it."""
+    cost = (preview.costs or {}).get(name)
+    if cost is None or preview.steps[name]:
+        return ""
+    seconds = preview.seconds(name)
+    parts = ["time not known" if seconds is None else f"about {_duration(seconds)}"]
+    parts.append(f"{cost.peak.host / 1e9:,.2f} GB of memory")
+    parts += [f"{cost.peak.device / 1e9:,.2f} GB on devices"] if cost.peak.device else []
+    parts += [f"{cost.disk / 1e9:,.2f} GB of files"] if cost.disk else []
+    parts += [_reads(round(cost.reads))] if cost.reads else []
+    return "  " + ", ".join(parts)
 
 
 def _reads(size: int) -> str:

@@ -10,6 +10,7 @@ import click
 from pdtrim_deploy.cli import options
 from pdtrim_deploy.doctor.base import ALL
 from pdtrim_deploy.local.cache import Cache
+from pdtrim_deploy.local.compute import Compute
 
 COLOURS = {"ok": "green", "missing": "red", "wrong version": "red"}
 
@@ -18,6 +19,7 @@ COLOURS = {"ok": "green", "missing": "red", "wrong version": "red"}
 @click.argument("recipe_file", metavar="[RECIPE]", type=options.path, required=False)
 @click.option("--for", "job", type=click.Choice(ALL), default="demo", show_default=True)
 @click.option("--out", type=options.path, default=Path(), help="Where the bundle would go.  [default: here]")
+@options.device
 @options.serve_python
 @click.option("--deep", is_flag=True, help="Also load the plugin into SGLang, as a worker does; takes half a minute.")
 @options.cache_dir
@@ -26,6 +28,7 @@ def doctor(
     recipe_file: Path | None,
     job: str,
     out: Path,
+    compute: Compute,
     serve_python: Path | None,
     deep: bool,
     cache: Cache,
@@ -33,13 +36,14 @@ def doctor(
 ) -> None:
     """Report what this machine can build and serve, what is missing, and how to add it.
 
-    With RECIPE, also check whether memory and disk suffice. A status in brackets belongs to something optional. Exit
-    code 0 when the job can run, 1 when not.
+    With RECIPE, also check whether memory and disk suffice, step by step; build --dry-run adds the time. A status in
+    brackets belongs to something optional. Exit code 0 when the job can run, 1 when not.
 
     \b
     Examples:
       pdtrim-deploy doctor
       pdtrim-deploy doctor recipes/smollm2-demo.yaml --out out/demo
+      pdtrim-deploy doctor recipes/llama-3.1-8b-pruned.yaml --memory 24GB
       pdtrim-deploy doctor --for serve --deep --json
     """
     from pdtrim_deploy.cli.progress import Progress
@@ -47,7 +51,8 @@ def doctor(
     from pdtrim_deploy.doctor import as_json as dump
     from pdtrim_deploy.recipe import Recipe
 
-    context = CheckContext(Recipe.load(recipe_file) if recipe_file else None, out, cache, serve_python, deep)
+    recipe = Recipe.load(recipe_file) if recipe_file else None
+    context = CheckContext(recipe, out, cache, serve_python, deep, compute=compute)
     findings: list[Finding] = []
     group = ""
     if deep:

@@ -100,6 +100,7 @@ def _show_model(
     from pdtrim_deploy.cli.progress import Progress
     from pdtrim_deploy.evaluation import corpora
     from pdtrim_deploy.models import resolve
+    from pdtrim_deploy.models.footprint import fit_one_model
     from pdtrim_deploy.models.loading import load_tokenizer
     from pdtrim_deploy.models.on_devices import load_on
     from pdtrim_deploy.pruning.candidates import THRESHOLD, find
@@ -109,6 +110,7 @@ def _show_model(
     checkpoint = resolve(source, cache, note)
     documents = corpora.load(corpus, cache, note).split("calibration")
     ids = corpora.sequences(documents, load_tokenizer(checkpoint.path), sequences, 256)
+    compute = fit_one_model(checkpoint.config, ids.numel(), compute, source)
     model = load_on(checkpoint, compute, note)
     candidates: Candidates = find(model, ids, THRESHOLD if threshold is None else threshold, note)
     if picture is not None:

@@ -86,15 +86,51 @@ cache_dir = click.option(
     help="Where models and text are kept.  [default: the user's cache folder]",
 )
 
-device = click.option(
-    "--device",
-    "compute",
-    metavar="DEVICE",
-    default="auto",
-    show_default=True,
-    callback=lambda ctx, param, value: Compute.parse(value),
-    help=f"Where the model runs: {CHOICES}; blocks are spread over several GPUs.",
-)
+
+class Bytes(click.ParamType):
+    """`24GB` or `512MB`, decimal, as bytes."""
+
+    name = "SIZE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Bytes, above 0."""
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?) ?(GB|MB)", value.strip(), re.IGNORECASE)
+        size = round(float(match[1]) * (1e9 if match[2].upper() == "GB" else 1e6)) if match else 0
+        if not size:
+            self.fail(f"{value!r} is no size above 0 with its unit, such as 24GB or 512MB", param, ctx)
+        return size
+
+
+def device(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Three options, passed on as one argument `compute`."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **given: Any) -> Any:
+        device, host, on_device = (given.pop(name) for name in ("device", "memory", "device_memory"))
+        compute = Compute.parse(device).within(host, on_device)
+        return command(*args, compute=compute, **given)
+
+    size = Bytes()
+    wrapped = click.option(
+        "--device-memory", type=size, help="The same of all GPUs of --device together.  [default: no limit]"
+    )(wrapped)
+    wrapped = click.option(
+        "--memory",
+        type=size,
+        help="Host memory that the command may take, such as 24GB: where the model does not fit, its blocks are read "
+        "as they run. The results are the same.  [default: no limit]",
+    )(wrapped)
+    return click.option(
+        "--device",
+        metavar="DEVICE",
+        default="auto",
+        show_default=True,
+        help=f"Where the model runs: {CHOICES}; blocks are spread over several GPUs.",
+    )(wrapped)
+
+
 compute_dtype = click.option(
     "--compute-dtype",
     type=click.Choice(get_args(NativeDtype)),

@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol, get_args
 from pydantic import BaseModel, ConfigDict
 
 from pdtrim_deploy.local.cache import Cache
+from pdtrim_deploy.local.compute import ON_CPU, Compute
 from pdtrim_deploy.recipe import Recipe
 
 Job = Literal["build", "eval", "serve", "demo"]
@@ -40,6 +41,7 @@ class CheckContext:
         serve_python: as `ServeEnvironment.find` takes it.
         deep: load the plugin into SGLang for real.
         workers: Ray workers on this machine that search, each with its own copy of the model; 0: this process.
+        compute: where the job computes, and in how much memory.
 
     """
 
@@ -49,6 +51,7 @@ class CheckContext:
     serve_python: Path | None = None
     deep: bool = False
     workers: int = 0
+    compute: Compute = ON_CPU
 
 
 class Check(Protocol):
@@ -66,11 +69,6 @@ class Check(Protocol):
 def first_failures(findings: Iterable[Finding], job: Job) -> list[Finding]:
     """The findings that keep `job` from running."""
     return [finding for finding in findings if finding.status != "ok" and job in finding.needed_by]
-
-
-def gb(count: float) -> str:
-    """1.5e9 -> `1.5 GB`."""
-    return f"{count / 1e9:,.1f} GB"
 
 
 def as_json(findings: Iterable[Finding], job: Job) -> dict[str, Any]:

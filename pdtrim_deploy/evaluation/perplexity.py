@@ -13,6 +13,8 @@ from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.models.oracle import PDOracle
 from pdtrim_deploy.models.pd_run import sequence_nll
 
+BATCH = 4  # sequences
+
 
 @dataclass(frozen=True)
 class Perplexity:
@@ -28,7 +30,7 @@ def pd_perplexity(
     oracle: PDOracle,
     sequences: Tensor,
     prompt_tokens: int,
-    batch: int = 4,
+    batch: int = BATCH,
     progress: Callable[[str], None] = lambda _: None,
     *,
     kv_bytes: int = 0,

@@ -10,7 +10,10 @@ from pydantic import BaseModel, ConfigDict
 from pdtrim_deploy.bundle import Bundle
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.evaluation import corpora
-from pdtrim_deploy.evaluation.perplexity import Perplexity, pd_perplexity
+from pdtrim_deploy.evaluation.limits import STREAMED_KV, fit_judging
+from pdtrim_deploy.evaluation.perplexity import BATCH, Perplexity, pd_perplexity
+from pdtrim_deploy.evaluation.recovery import Recovery
+from pdtrim_deploy.evaluation.tasks.base import Measured
 from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
 from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.local.compute import ON_CPU, Compute
@@ -20,8 +23,6 @@ from pdtrim_deploy.recipe import EvaluationSection
 
 if TYPE_CHECKING:
     from pdtrim_deploy.models import Checkpoint
-
-STREAMED_KV = 1 << 30  # bytes of prompt KV side by side where blocks are read as they run
 
 
 class Score(BaseModel):
@@ -40,7 +41,9 @@ class Score(BaseModel):
 
 
 class Quality(BaseModel):
-    """`ratio` is PD over dense perplexity; the text is that of the corpus's final split, `corpus_sha256` names it.
+    """`ratio` is PD over dense perplexity, `recovery` the same with its error and the recipe's gate.
+
+    The text is that of the corpus's final split, `corpus_sha256` names it.
 
     Weights and KV pool have `dtype`; `computed_in` may be wider, where the CPU has no instructions for it (None: not
     recorded). `device` names what it was computed on.
@@ -58,6 +61,7 @@ class Quality(BaseModel):
     dense: Score
     pd: Score
     ratio: float
+    recovery: Recovery | None = None
     environment: dict[str, Any]
 
 
@@ -96,6 +100,8 @@ def judge_bundle(
     section, dtype, plan = section or bundle.recipe.evaluation, bundle.recipe.model.dtype, bundle.plan
     compute = ON_CPU.fast(dtype) if compute is None else compute
     source = source_of(bundle, cache, note)
+    models = ([bundle.prefill_dir, bundle.decode_dir], [source.path])
+    compute = fit_judging(models, BATCH * section.prompt_tokens, compute)
     corpus = corpora.load(section.corpus, cache, note)
     ids = corpora.sequences(
         corpus.split("final"),
@@ -106,7 +112,7 @@ def judge_bundle(
     )
 
     def score(name: str, oracle: PDOracle) -> Perplexity:
-        kv_bytes = STREAMED_KV if compute.streams(plan.model.num_blocks) else 0
+        kv_bytes = compute.states(STREAMED_KV) if compute.streams(plan.model.num_blocks) else 0
         return pd_perplexity(
             oracle, ids, section.prompt_tokens, progress=lambda line: note(f"{name} {line}"), kv_bytes=kv_bytes
         )
@@ -128,5 +134,11 @@ def judge_bundle(
         dense=Score.of(dense),
         pd=Score.of(pd),
         ratio=pd.ppl / dense.ppl,
+        recovery=Recovery.of(_measured(dense), _measured(pd), bundle.recipe.quality),
         environment=environment,
     )
+
+
+def _measured(result: Perplexity) -> Measured:
+    sequences = result.per_sequence
+    return Measured("perplexity", ("all",) * len(sequences), {"nll": sequences})

@@ -12,6 +12,7 @@ from torch import Tensor
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.models.oracle import PDOracle
 from pdtrim_deploy.plan import KVSend
+from pdtrim_deploy.recipe.kv_cost import STATES
 
 Progress = Callable[[str], None]
 Sends = tuple[KVSend, ...]
@@ -28,6 +29,7 @@ class Problem:
         sequences: calibration text, int64 `[S, N + T]`, the first `prompt_tokens` = N of each are its prompt, T >= 2.
         seed: for all random draws of a method.
         memo: stores slow measurements, so that a later choice can reuse them; None: nothing is stored.
+        state_bytes: of hidden states that go through the model side by side, at most.
         work: folder for data that is too large for memory; None: the system's folder of temporary files.
 
     """
@@ -38,6 +40,7 @@ class Problem:
     seed: int = 0
     memo: Memo | None = None
     work: Path | None = None
+    state_bytes: int = STATES
 
     @property
     def layers(self) -> int:

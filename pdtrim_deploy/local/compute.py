@@ -28,12 +28,19 @@ class Compute:
         dtype: of weights and arithmetic: "float32", "bfloat16" or "float16"; that of the KV pool is the recipe's.
         blocks_in_memory: blocks of a model whose weights are there at a time, where they need not all be; others are
             read from the checkpoint when they run, to the same bits. None: all.
+        state_bytes: of hidden states or prompt KV that are kept, or go through a block side by side, to save work, at
+            most; None: what each step takes by itself.
+        host_bytes, device_bytes: what `--memory` and `--device-memory` allow on the host, and on all GPUs together;
+            commands choose the two limits above by them.
 
     """
 
     devices: tuple[str, ...] = ("cpu",)
     dtype: str = "float32"
     blocks_in_memory: int | None = None
+    state_bytes: int | None = None
+    host_bytes: int | None = None
+    device_bytes: int | None = None
 
     @classmethod
     def parse(cls, devices: str) -> Compute:
@@ -68,6 +75,12 @@ class Compute:
         """Whether the devices are GPUs."""
         return self.devices[0] != "cpu"
 
+    def within(self, host_bytes: int | None, device_bytes: int | None) -> Compute:
+        """The same devices, and so much memory at most; UserError: memory of GPUs is limited where none is used."""
+        if device_bytes is not None and not self.on_gpu:
+            raise UserError("--device-memory limits GPUs, but the model runs on the CPU; give --memory, or a --device")
+        return replace(self, host_bytes=host_bytes, device_bytes=device_bytes)
+
     def with_dtype(self, dtype: str) -> Compute:
         """The same devices, another dtype."""
         return replace(self, dtype=dtype)
@@ -75,6 +88,14 @@ class Compute:
     def with_blocks(self, blocks_in_memory: int | None) -> Compute:
         """The same devices, other blocks in memory at a time; None: all."""
         return replace(self, blocks_in_memory=blocks_in_memory)
+
+    def with_states(self, state_bytes: int) -> Compute:
+        """The same with fewer hidden states and prompt KV."""
+        return replace(self, state_bytes=state_bytes)
+
+    def states(self, usual: int) -> int:
+        """Bytes of states for a step that takes `usual` by itself."""
+        return usual if self.state_bytes is None else min(usual, self.state_bytes)
 
     def streams(self, blocks: int) -> bool:
         """Whether a model of so many blocks is read block by block."""

@@ -20,6 +20,7 @@ from pdtrim_deploy.pipeline.chosen import EXPERTS
 from pdtrim_deploy.pipeline.context import Context, Note
 from pdtrim_deploy.pipeline.family_fit import check_experts, check_family, check_quantized
 from pdtrim_deploy.pipeline.journal import Journal, chained_key, claim
+from pdtrim_deploy.pipeline.limits import fit_build
 from pdtrim_deploy.pipeline.stand_in import stand_in
 from pdtrim_deploy.plan import STAGES, Stage
 from pdtrim_deploy.recipe import Recipe
@@ -131,7 +132,8 @@ def build(
     is a sentence in the manifest's `failures`, and is tried again the next time.
 
     Raises:
-        UserError: bad source, corpus or recipe for this model; `out` is something else or in use.
+        UserError: bad source, corpus or recipe for this model, or one that does not fit into the memory that `compute`
+            allows; `out` is something else or in use.
 
     """
     from pdtrim_deploy.models.experts import check_formats
@@ -149,13 +151,12 @@ def build(
         check_quantized(recipe, checkpoint.quantized)
         check_loads(checkpoint, cache)
     check_fits(recipe, checkpoint.facts.num_blocks, checkpoint.facts.max_positions)
+    compute = fit_build(recipe, checkpoint.config, compute, shared=workers is not None)
     # A byte budget that nothing fits is refused at once.
     stand_in(recipe, checkpoint.shape(recipe.model.dtype), expert_shape)
     try:
         with claim(out, force):
-            context = Context(
-                recipe, checkpoint, cache, out, note, workers, compute.with_dtype(recipe.model.measured_in)
-            )
+            context = Context(recipe, checkpoint, cache, out, note, workers, compute)
             journal, plan_steps = Journal(out), steps_of(recipe, checkpoint.fingerprint)
             finished = done_steps(plan_steps, journal)
             journal.keep_only(finished)

@@ -64,6 +64,10 @@ class Context:
         self.note("loading the model")
         return load_on(self.checkpoint, self.compute.with_blocks(None), self.note)
 
+    def forget_model(self) -> None:
+        """Give its memory back, where it was loaded; whoever asks for it again loads it again."""
+        vars(self).pop("model", None)
+
     @property
     def blocks_in_memory(self) -> int | None:
         """The fewer of those that the recipe and the command allow; None: all."""

@@ -49,6 +49,8 @@ def kv(plan: PDPlan, recipe: Recipe) -> str:
     tokens = recipe.evaluation.prompt_tokens
     sparse = [block for block, send in zip(plan.decode_kv_blocks, plan.kv, strict=True) if send.mode == "sparse"]
     cut = f"{len(sparse)} of {len(plan.kv)} decode layers get the first and last prompt tokens alone"
+    if windows := sum(send.mode == "window" for send in plan.kv):
+        cut = f"{windows} get the rows that their sliding windows read, {cut}"
     wires = Counter(plan.model.row_dtype if send.wire_dtype == "native" else send.wire_dtype for send in plan.kv)
     return (
         f"{cut}{f' (blocks {_list(sparse)})' if sparse else ''}; sent as "
@@ -65,9 +67,12 @@ def changed(plan: PDPlan, recipe: Recipe, stage: Stage, healed: Healed) -> list[
     if recipe.healing.compensation != "none" and any(action.kind != "keep" for action in actions):
         done.append(f"compensation {recipe.healing.compensation}")
     for report in (report for report in healed.get(stage, ()) if report["kept"]):
-        steps = f"{report['steps']} steps of logit distillation from the base model"
+        steps = f"{report['steps']} steps of distillation from the base model"
         steps += " behind prompt KV as it arrives" * report["kv"]
-        done.append(f"{steps} (KL {report['before']:.4f} to {report['after']:.4f} nats a token on text not trained on)")
+        done.append(
+            f"{steps} (KL {report['before']:.4f} to {report['after']:.4f} nats a token on development text, difference "
+            f"{report['difference']:+.4f} ± {report['stderr']:.4f}, paired by {report['sequences']} sequences)"
+        )
     alone = any(action.kind == "kv_only" for action in actions)
     done += ["K and V of the blocks that run for these alone, refitted"] * alone
     if not done:

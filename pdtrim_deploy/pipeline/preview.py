@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.local.cache import Cache
+from pdtrim_deploy.local.compute import ON_CPU, Compute
 from pdtrim_deploy.local.paths import expanded
 from pdtrim_deploy.models import Family, resolve
 from pdtrim_deploy.models.config import read_config
@@ -21,8 +22,10 @@ from pdtrim_deploy.models.weights import ModelSizes
 from pdtrim_deploy.pipeline.build import check_fits, done_steps, steps_of
 from pdtrim_deploy.pipeline.family_fit import check_experts, check_family, check_quantized
 from pdtrim_deploy.pipeline.journal import Journal, refuse_strangers
+from pdtrim_deploy.pipeline.limits import fit_build
 from pdtrim_deploy.pipeline.sealing import is_sealed
 from pdtrim_deploy.pipeline.stand_in import stand_in
+from pdtrim_deploy.pipeline.step_costs import StepCost, limited_recipe, step_costs
 from pdtrim_deploy.plan import STAGES, PDPlan, Stage
 from pdtrim_deploy.plan.wire import ITEM_BYTES
 from pdtrim_deploy.pruning.cost import SearchCost, search_cost
@@ -45,6 +48,9 @@ class Preview:
         search_seconds: of it, at the speed that this machine multiplies matrices of that size at just now.
         experts: what ranking the experts costs; None when none are ranked, or nothing is known of the model.
         experts_seconds: the same of it.
+        costs: of each step; None where nothing is known of the model.
+        speed: operations a second at which this device multiplies matrices of the model's size just now.
+        limits: what the allowed memory asks for, a sentence.
         missing: why the sizes are not known, a sentence.
 
     """
@@ -61,15 +67,26 @@ class Preview:
     experts: ExpertCost | None = None
     experts_seconds: float | None = None
     missing: str | None = None
+    costs: Mapping[str, StepCost] | None = None
+    speed: float | None = None
+    limits: str | None = None
+
+    def seconds(self, step: str) -> float | None:
+        """Of a step, at `speed`; None where its operations are not known, such as those of engines."""
+        cost = (self.costs or {}).get(step)
+        if cost is None or cost.flops is None or self.speed is None:
+            return None
+        return cost.flops / self.speed
 
 
-def preview(recipe: Recipe, out: Path, cache: Cache) -> Preview:
+def preview(recipe: Recipe, out: Path, cache: Cache, compute: Compute = ON_CPU) -> Preview:
     """Look at the source, when it is there, and at what stands in `out`.
 
-    Of a model whose config.json alone is here, in its folder or among the facts that we ship, the search is priced.
+    Of a model whose config.json alone is here, in its folder or among the facts that we ship, the steps are priced.
 
     Raises:
-        UserError: bad source, `out` holds something else, or the recipe asks for more than the model has.
+        UserError: bad source, `out` holds something else, or the recipe asks for more than the model has, or than the
+            memory that `compute` allows.
 
     """
     refuse_strangers(out)
@@ -77,12 +94,12 @@ def preview(recipe: Recipe, out: Path, cache: Cache) -> Preview:
     try:
         checkpoint = resolve(recipe.model.source, _Peek(cache.root))
     except _NotCached:
-        return _unseen(recipe, None, f"{recipe.model.source} is not in the cache yet")
+        return _unseen(recipe, None, f"{recipe.model.source} is not in the cache yet", compute)
     except UserError as error:
         config = _config_alone(recipe.model.source)
         if config is None:
             raise
-        return _unseen(recipe, config, str(error))
+        return _unseen(recipe, config, str(error), compute)
     check_family(recipe, checkpoint.family)
     experts = checkpoint.family.expert_shape(checkpoint.config)
     check_experts(recipe, experts)
@@ -100,15 +117,29 @@ def preview(recipe: Recipe, out: Path, cache: Cache) -> Preview:
         for name, info in checkpoint.tensors.items()
     }
     sizes = {stage: _stage_bytes(tensors, checkpoint.family, plan, stage) for stage in STAGES}
-    return Preview(
-        recipe,
-        steps,
-        prompt_tokens,
-        sizes,
-        *_sent(plan, prompt_tokens),
-        *((None, None) if steps["prune"] else _search(recipe, checkpoint.config)),
-        *((None, None) if steps.get("experts", True) else _experts(recipe, checkpoint.config)),
-    )
+    done = {step for step, is_done in steps.items() if is_done}
+    costs = _costs(recipe, checkpoint.config, compute, done)
+    return Preview(recipe, steps, prompt_tokens, sizes, *_sent(plan, prompt_tokens), **costs)
+
+
+def _costs(recipe: Recipe, config: dict[str, Any], compute: Compute, done: Collection[str]) -> dict[str, Any]:
+    """What a preview says of time and memory."""
+    limited = fit_build(recipe, config, compute)
+    speed, bounded = _model_speed(config, recipe.calibration.length, compute), limited_recipe(recipe, limited)
+    search = None if "prune" in done else search_cost(config, bounded.pruning, recipe.calibration, recipe.healing)
+    experts = None if "experts" in done else expert_cost(config, bounded.pruning, recipe.calibration)
+    limits = None
+    if limited.blocks_in_memory is not None and limited.streams(config["num_hidden_layers"]):
+        limits = f"{limited.blocks_in_memory} of {config['num_hidden_layers']} blocks in memory at a time"
+    return {
+        "search": search,
+        "search_seconds": None if search is None else search.flops / speed,
+        "experts": experts,
+        "experts_seconds": None if experts is None else experts.flops / speed,
+        "costs": step_costs(recipe, config, limited),
+        "speed": speed,
+        "limits": limits,
+    }
 
 
 def _sent(plan: PDPlan, tokens: int) -> tuple[int, int, int]:
@@ -116,7 +147,7 @@ def _sent(plan: PDPlan, tokens: int) -> tuple[int, int, int]:
     return plan.payload_bytes(tokens), plan.dense_bytes(tokens), plan.dense_bytes(tokens, "fp8_e4m3")
 
 
-def _unseen(recipe: Recipe, config: dict[str, Any] | None, missing: str) -> Preview:
+def _unseen(recipe: Recipe, config: dict[str, Any] | None, missing: str, compute: Compute) -> Preview:
     names = ("source", *(step.name for step in steps_of(recipe, "")), "seal")
     steps, tokens = dict.fromkeys(names, False), recipe.evaluation.prompt_tokens
     if config is None:
@@ -135,8 +166,8 @@ def _unseen(recipe: Recipe, config: dict[str, Any] | None, missing: str) -> Prev
         for name, shape in shapes.items()
     }
     sizes = {stage: _stage_bytes(tensors, family, plan, stage) for stage in STAGES} if tensors else None
-    searched, ranked = _search(recipe, config), _experts(recipe, config)
-    return Preview(recipe, steps, tokens, sizes, *_sent(plan, tokens), *searched, *ranked, missing=missing)
+    costs = _costs(recipe, config, compute, ())
+    return Preview(recipe, steps, tokens, sizes, *_sent(plan, tokens), missing=missing, **costs)
 
 
 def _is_linear(name: str, shape: tuple[int, ...]) -> bool:
@@ -154,35 +185,23 @@ def _config_alone(source: str) -> dict[str, Any] | None:
     return None if known is None else read_config(known)
 
 
-def _search(recipe: Recipe, config: dict[str, Any]) -> tuple[SearchCost | None, float | None]:
-    cost = search_cost(config, recipe.pruning, recipe.calibration, recipe.healing)
-    if cost is None:
-        return None, None
-    return cost, cost.flops / _model_speed(config, recipe.calibration.length)
-
-
-def _experts(recipe: Recipe, config: dict[str, Any]) -> tuple[ExpertCost | None, float | None]:
-    cost = expert_cost(config, recipe.pruning, recipe.calibration)
-    return (None, None) if cost is None else (cost, cost.flops / _model_speed(config, recipe.calibration.length))
-
-
-def _model_speed(config: dict[str, Any], tokens: int) -> float:
+def _model_speed(config: dict[str, Any], tokens: int, compute: Compute) -> float:
     """Of a model's MLPs, or of experts, to each of which a part of eight sequences comes."""
     sizes = ModelSizes.of(config)
     rows = tokens if sizes.expert_tokens == 1 else max(1, round(8 * tokens * sizes.expert_tokens))
-    return _speed(sizes.hidden, sizes.expert_width, rows)
+    return _speed(sizes.hidden, sizes.expert_width, rows, compute.devices[0])
 
 
-def _speed(hidden: int, intermediate: int, tokens: int) -> float:
+def _speed(hidden: int, intermediate: int, tokens: int, device: str = "cpu") -> float:
     """Operations a second of float32 products as wide as a block's, in a second or so."""
     import torch
 
     tokens = min(tokens, MOST_ROWS)
-    left, right = torch.randn(tokens, hidden), torch.randn(hidden, intermediate)
-    left @ right
+    left, right = torch.randn(tokens, hidden, device=device), torch.randn(hidden, intermediate, device=device)
+    float((left @ right)[0, 0])
     began, times = time.perf_counter(), 0
     while time.perf_counter() - began < 0.2:
-        left @ right
+        float((left @ right)[0, 0])  # a GPU is waited for
         times += 1
     return 2 * tokens * hidden * intermediate * times / (time.perf_counter() - began)
 

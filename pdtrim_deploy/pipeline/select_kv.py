@@ -14,6 +14,7 @@ from pdtrim_deploy.pipeline.stand_in import stand_in_rules
 from pdtrim_deploy.plan import KVSend, PDPlan
 from pdtrim_deploy.plan.kv import KEY_OFFSETS
 from pdtrim_deploy.recipe.kv import FIXED_KV
+from pdtrim_deploy.recipe.kv_cost import STATES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -86,7 +87,8 @@ def _chosen(context: Context, oracle: PDOracle) -> tuple[KVSend, ...]:
     if section.recall:
         text = with_recall(text, section.prompt_tokens, section.recall, seed)
     kept = _kept(context, text, oracle.offsets)
-    problem = Problem(oracle, text, section.prompt_tokens, seed, kept, context.out / WORK)
+    states = context.compute.states(STATES)
+    problem = Problem(oracle, text, section.prompt_tokens, seed, kept, context.out / WORK, states)
     write_json(context.out / ATTENTION, _attention(context, problem))
     return get_selection(section).choose(problem, context.note)
 

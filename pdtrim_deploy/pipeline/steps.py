@@ -68,7 +68,7 @@ def _search(context: Context) -> tuple[StageRemovals, bool]:
             get_search(section.method, Settings(section.seed, section.steps, section.minutes)),
             pairs=candidates.distillation if section.distil else (),
             students=students,
-            memory=section.memory_mb << 20,
+            memory=context.compute.states(section.memory_mb << 20),
             disk=section.disk_mb << 20,
             folder=context.out / REPORTS,
             about=[context.measured_model, about],
@@ -168,6 +168,7 @@ def write_stage(context: Context, stage: Stage) -> set[str]:
 
     plan = context.plan
     blocks = plan.layers(stage)
+    context.forget_model()
     quantized = context.checkpoint.quantized
     context.note(f"writing {len(blocks)} blocks" + (f", {quantized.label}" if quantized else ""))
     write(

@@ -26,8 +26,13 @@ class SelectionCost:
     disk: int = 0
 
 
-def selection_cost(config: Mapping[str, Any], kv: KVSection, kv_dtype: NativeDtype) -> SelectionCost:
-    """Cost of the step `select-kv`; `kv_dtype` is a native pool's. Memory does not grow with the sequences."""
+def selection_cost(
+    config: Mapping[str, Any], kv: KVSection, kv_dtype: NativeDtype, states: int = STATES
+) -> SelectionCost:
+    """Cost of the step `select-kv`; `kv_dtype` is a native pool's. Memory does not grow with the sequences.
+
+    `states`: bytes of hidden states that go through the model side by side.
+    """
     if kv.method in FIXED_KV or kv.method == "random":
         return SelectionCost()
     blocks, hidden, heads = config["num_hidden_layers"], config["hidden_size"], config["num_attention_heads"]
@@ -50,7 +55,7 @@ def selection_cost(config: Mapping[str, Any], kv: KVSection, kv_dtype: NativeDty
     changes = 1 + blocks * (rows + wires)
     logits = 3 * min(LOGITS_AT_ONCE, tokens * config["vocab_size"])
     layer = batch * (prompt + kv.continuation_tokens) * (row * (item + 2 * _FLOAT) + 2 * heads * width * _FLOAT)
-    side_by_side = min(max(STATES, _FLOAT * tokens * hidden * (rows + wires)), _FLOAT * tokens * hidden * changes)
+    side_by_side = min(max(states, _FLOAT * tokens * hidden * (rows + wires)), _FLOAT * tokens * hidden * changes)
     called = max(tokens, batch * SIDE_BY_SIDE)
     probing = _FLOAT * (tokens * (DRAWS * (hidden + 2 * changes) + blocks * hidden) + logits + called * block)
     probing += layer + side_by_side

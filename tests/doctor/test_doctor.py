@@ -26,6 +26,7 @@ from pdtrim_deploy.doctor import (
 from pdtrim_deploy.doctor.packages import Package, installed, wanted_version
 from pdtrim_deploy.doctor.weights import Weights
 from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.models.footprint import PROGRAM
 from pdtrim_deploy.recipe import Recipe
 
 ROOT = Path(__file__).parents[2]
@@ -110,7 +111,7 @@ def test_a_recipe_too_large_for_the_machine(monkeypatch: pytest.MonkeyPatch, tmp
     prefilled = (
         16 * 512 * (32 * 2048 * 2 + 4 * (6 * 4096 + 3 * 14336 + 3 * 4096 + 2048))
     )  # 16 sequences, KV in bfloat16
-    assert needs.build == pytest.approx(resources.PROGRAM + 1.1 * 8.03e9 * 4 + prefilled, rel=0.01)
+    assert needs.build == pytest.approx(PROGRAM + 1.1 * 8.03e9 * 4 + prefilled, rel=0.01)
     monkeypatch.setattr(resources, "memory", lambda: (int(25e9), int(10e9)))
     with pytest.raises(UserError, match=r"cannot build: memory to build: llama-3.1-8b-balanced takes about 3\d\.\d GB"):
         require("build", CheckContext(large, tmp_path))
@@ -121,34 +122,39 @@ def test_a_recipe_too_large_for_the_machine(monkeypatch: pytest.MonkeyPatch, tmp
 
 
 def test_a_search_bounded_in_memory_needs_no_more(tmp_path: Path) -> None:
-    def build_gb(pruning: str, more: str = "") -> float:
+    def step_gb(step: str, pruning: str = ", blocks_in_memory: 2", more: str = "") -> float:
         (tmp_path / "r.yaml").write_text(
             "name: r\nmodel: {source: 'hf:meta-llama/Llama-3.1-8B', dtype: bfloat16}\n"
             f"pruning: {{decode_blocks: 4, memory_mb: 512{pruning}}}\n{more}"
         )
         needs = resources.needs(Recipe.load(tmp_path / "r.yaml"))
         assert needs is not None
-        return (needs.build - resources.PROGRAM) / 1e9
+        assert needs.build == max(cost.peak.host for cost in needs.steps.values())
+        return (needs.steps[step].peak.host - PROGRAM) / 1e9
 
-    whole_model = 1.1 * 8.03 * 4
-    block, ends = 0.218, 2 * 128256 * 4096 / 1e9
-    assert build_gb("") == pytest.approx(whole_model, rel=0.01)
-    assert build_gb(", blocks_in_memory: 2") == pytest.approx(1.1 * (4 * (ends + 2 * block) + 0.537), rel=0.01)
-    fitted = 8 * (4 * 14336**2 + 3 * 14336 * 4096) / 1e9
-    students = ", blocks_in_memory: 2, method: anneal, distil: true"
-    assert build_gb(students) == pytest.approx(1.1 * (4 * (ends + 6 * block) + 0.537) + fitted, rel=0.01)
-    bounded = build_gb(", blocks_in_memory: 2")
-    assert build_gb(", blocks_in_memory: 2", "healing: {compensation: norm}\n") == bounded
-    refitted = build_gb(", blocks_in_memory: 2", "healing: {compensation: least-squares}\n")
-    maps = 4 * 32 * 14336 * 4096 / 1e9
-    assert refitted == pytest.approx(bounded + fitted + maps)
-    judged = build_gb(", finalists: 3, method: anneal", "healing: {compensation: least-squares}\n")
-    assert judged == pytest.approx(whole_model + fitted + 3 * maps, rel=0.01)
-    assert build_gb(", blocks_in_memory: 2", "healing: {kv_only_blocks: 1}\n") == pytest.approx(bounded, rel=0.01)
-    trained = build_gb(", blocks_in_memory: 2", "healing: {decode_steps: 1}\n")
-    assert trained == pytest.approx(whole_model + 4 * 4 * 28 * block, rel=0.01)
+    block, ends, prompt = 0.218, 2 * 128256 * 4096 / 1e9, 2 * 32 * 16 * 128 * 1024 * 4 / 1e9
+    batch = (8 * 256 * (6 * 4096 + 3 * 14336) * 4 + 3 * 4 * (1 << 24)) / 1e9  # values of a block, and logits
+    whole_model, running = 1.1 * 8.03 * 4, 0.537 + prompt + batch
+    bounded = 4 * (ends + 2 * block) + 14336 * 4096 * 4 / 1e9  # with the tensor that is being read
+    assert step_gb("prune", "") == pytest.approx(whole_model + running, rel=0.01)
+    assert step_gb("prune") == pytest.approx(bounded + running, rel=0.01)
+    fitted, maps = 8 * (4 * 14336**2 + 3 * 14336 * 4096) / 1e9, 4 * 32 * 14336 * 4096 / 1e9
+    students = step_gb("prune", ", blocks_in_memory: 2, method: anneal, distil: true")
+    assert students == pytest.approx(bounded + running + 4 * 4 * block + fitted, rel=0.01)
+    states = (3 * 64 * 256 * 4096 * 4 + 8 * 256 * (6 * 4096 + 3 * 14336) * 4 + 3 * 4 * (1 << 24)) / 1e9
+    rescaled, refitted = (
+        step_gb("heal", more=f"healing: {{compensation: {name}}}\n") for name in ("norm", "least-squares")
+    )
+    assert rescaled == pytest.approx(bounded + states, rel=0.01)
+    assert refitted == pytest.approx(rescaled + fitted + maps)
+    judged = step_gb("prune", ", finalists: 3, method: anneal", "healing: {compensation: least-squares}\n")
+    assert judged == pytest.approx(whole_model + running + fitted + 3 * maps, rel=0.01)
+    alone = step_gb("heal", more="healing: {kv_only_blocks: 1}\n")
+    assert alone == pytest.approx(bounded + states + 4 * (4096 * 4096 + 14336 * 4096) / 1e9, rel=0.01)
+    trained = step_gb("heal", more="healing: {decode_steps: 1}\n")
+    assert trained == pytest.approx(whole_model + states + 4 * 4 * 28 * block, rel=0.01)
     few, many = (
-        build_gb(", blocks_in_memory: 2", f"kv: {{method: budget, reduction: 4.95, sequences: {count}}}\n")
+        step_gb("select-kv", more=f"kv: {{method: budget, reduction: 4.95, sequences: {count}}}\n")
         for count in (16, 4800)
     )
     assert few == many == pytest.approx(bounded + 3.76, rel=0.01)  # of 16 sequences, however many there are
@@ -166,21 +172,22 @@ def test_states_training_and_workers_are_counted(tmp_path: Path) -> None:
 
     weights, block, prompt = 8.03e9 * 4, 0.218e9 * 4, 2 * 32 * 64 * 1024 * 1024 * 4
     large = needs(", memory_mb: 20000, disk_mb: 10000")
-    assert large.build == pytest.approx(resources.PROGRAM + weights + (20000 << 20) + prompt, rel=0.01)
-    assert large.disk - needs(", memory_mb: 20000").disk == 10000 << 20
+    batch = 8 * 2048 * (6 * 4096 + 3 * 14336) * 4 + 3 * 4 * (1 << 24)
+    assert large.build == pytest.approx(PROGRAM + 1.1 * weights + (20000 << 20) + prompt + batch, rel=0.01)
+    assert large.steps["prune"].disk - needs(", memory_mb: 20000").steps["prune"].disk == 10000 << 20
     healed = needs(more="healing: {decode_steps: 5}\n")
-    assert healed.build == pytest.approx(resources.PROGRAM + 1.1 * weights + 4 * 28 * block, rel=0.01)
+    assert healed.steps["heal"].peak.host == pytest.approx(PROGRAM + 1.1 * weights + 4 * 28 * block, rel=0.02)
     alone, shared = needs(), needs(workers=2)
-    assert shared.build - resources.PROGRAM > 3 * weights > alone.build
+    assert shared.build - PROGRAM > 3 * weights > alone.build
     distil = ", method: anneal, distil: true"
-    assert needs(distil).disk - alone.disk == 33 * 64 * 2048 * 4096 * 4
+    assert needs(distil).steps["prune"].disk - alone.steps["prune"].disk == 33 * 64 * 2048 * 4096 * 4
 
 
 @pytest.mark.parametrize(
     ("package", "recipe"),
     [
         ("gguf", "model: {source: 'pypi:x'}\n"),
-        ("nvidia-modelopt", "pruning: {decode_blocks: 1}\nhealing: {decode_steps: 5}\n"),
+        ("peft", "pruning: {decode_blocks: 1}\nhealing: {decode_steps: 5, method: lora}\n"),
     ],
 )
 def test_a_package_that_the_recipe_wants_is_needed(
@@ -273,7 +280,7 @@ def test_what_judging_takes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     recipe = Recipe.load(ROOT / "recipes" / "smollm2-demo.yaml")
     needs = resources.needs(recipe)
     assert needs is not None
-    assert needs.judge == pytest.approx(resources.PROGRAM + 2 * 134.5e6 * 4, rel=0.02)
+    assert needs.judge == pytest.approx(PROGRAM + 2 * 134.5e6 * 4, rel=0.02)
     monkeypatch.setattr(resources, "memory", lambda: (10**9, 10**9))
     with pytest.raises(UserError, match="cannot eval: memory to eval: smollm2-demo takes about"):
         require("eval", CheckContext(recipe))

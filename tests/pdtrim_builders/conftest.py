@@ -23,7 +23,7 @@ def make_stages(cache):
         prefill, decode = (tuple(Drop() if b in gone else Keep() for b in range(6)) for gone in ((3,), (1, 3)))
         prefill = tuple(KVOnly() if b == alone else action for b, action in enumerate(prefill))
         kv = (KVSend(), SPARSE, SPARSE, KVSend(mode="sparse", n_first=0, n_last=3))
-        plan = PDPlan(model=checkpoint.shape(dtype), prefill=prefill, decode=decode, kv=kv)
+        plan = PDPlan.uncut(checkpoint.shape(dtype), prefill, decode).with_kv(kv)
         changed = {} if alone is None else {alone: _silent(source, alone)}
         for stage in STAGES:
             data, new = plan.model_dump(mode="json"), changed if stage == "prefill" else {}

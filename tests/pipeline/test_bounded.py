@@ -11,12 +11,14 @@ import torch
 from pdtrim_deploy.bundle import Bundle
 from pdtrim_deploy.evaluation.quality import judge_bundle
 from pdtrim_deploy.evaluation.tasks.report import judge_tasks
-from pdtrim_deploy.kvchoice.budget import effects
 from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.local.compute import Compute
 from pdtrim_deploy.models import streaming
+from pdtrim_deploy.models.config import read_config
 from pdtrim_deploy.models.on_devices import load_to_compute
 from pdtrim_deploy.pipeline import build
+from pdtrim_deploy.pipeline.limits import highest
+from pdtrim_deploy.pipeline.step_costs import step_costs
 from pdtrim_deploy.recipe import Recipe
 
 BOUNDED = Compute(blocks_in_memory=2)
@@ -116,7 +118,7 @@ def test_effects_read_a_block_once_for_all_options_that_fit_side_by_side(
     together = built(recipe, tmp_path / "together", Compute(blocks_in_memory=1))
     reads = sum(blocks.reads for blocks in readers)
     readers.clear()
-    monkeypatch.setattr(effects, "STATES", 1)
+    monkeypatch.setattr("pdtrim_deploy.pipeline.select_kv.STATES", 1)
     assert built(recipe, tmp_path / "alone", Compute(blocks_in_memory=1)) == together
     assert sum(blocks.reads for blocks in readers) >= reads + 14  # 6 + 5 + ... + 1 in the place of 6, less a hit
 
@@ -154,3 +156,15 @@ def test_the_oracle_of_fidelity_streams(bundle_of_tiny: Bundle, monkeypatch: pyt
 @pytest.fixture
 def bundle_of_tiny(tmp_path: Path, tiny_llama_dir: Path, text: Path, cache: Cache) -> Bundle:
     return build(recipe_of(tiny_llama_dir, text, "attention-mass"), tmp_path / "b", cache)
+
+
+def test_allowed_memory_chooses_the_blocks_and_changes_nothing(
+    tmp_path: Path, tiny_llama_dir: Path, text: Path, monkeypatch: pytest.MonkeyPatch, resident: list[int]
+) -> None:
+    recipe = recipe_of(tiny_llama_dir, text, "measured-harm", pruning={"method": "greedy", "decode_blocks": 1})
+    config = read_config(tiny_llama_dir / "config.json")
+    whole = built(recipe, tmp_path / "whole", Compute())
+    three = highest(step_costs(recipe, config, Compute(blocks_in_memory=3))).host
+    no_whole_model(monkeypatch)
+    assert built(recipe, tmp_path / "bounded", Compute(host_bytes=round(three))) == whole
+    assert max(resident) == 3

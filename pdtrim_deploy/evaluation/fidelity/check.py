@@ -22,6 +22,7 @@ from pdtrim_deploy.evaluation.fidelity.cases import Group, groups, text_needed
 from pdtrim_deploy.evaluation.fidelity.client import Served, ask
 from pdtrim_deploy.evaluation.fidelity.controls import wrong_oracles
 from pdtrim_deploy.evaluation.fidelity.sensitivity import NOISE, score_shaken
+from pdtrim_deploy.evaluation.limits import fit_judging
 from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
 from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.local.compute import Compute
@@ -154,6 +155,9 @@ def run_fidelity(
         served += [(group, row) for row in ask(base_url, group, new_tokens, deadline_s)]
     progress("fidelity: scoring the served tokens with the oracle")
     dtype = bundle.plan.model.kv_dtype
+    if compute is not None:
+        most = max(len(row.prompt) for _, row in served)
+        compute = fit_judging([[bundle.prefill_dir, bundle.decode_dir]], most, compute)
     prefill, decode = (
         load_to_compute(stage, bundle.stage_dir(stage), dtype, progress, compute, rounds_inputs=True)
         for stage in STAGES

@@ -10,10 +10,12 @@ from pydantic import BaseModel, ConfigDict
 
 from pdtrim_deploy.bundle import Bundle
 from pdtrim_deploy.evaluation import corpora
+from pdtrim_deploy.evaluation.limits import STREAMED_KV, fit_judging
 from pdtrim_deploy.evaluation.lm_harness import Harness
 from pdtrim_deploy.evaluation.lm_harness.scoring import HandOver
-from pdtrim_deploy.evaluation.quality import STREAMED_KV, source_of
-from pdtrim_deploy.evaluation.tasks.base import Measured, Setting
+from pdtrim_deploy.evaluation.quality import source_of
+from pdtrim_deploy.evaluation.recovery import Recovery
+from pdtrim_deploy.evaluation.tasks.base import KV_TOKENS, Measured, Setting
 from pdtrim_deploy.evaluation.tasks.registry import check, prepare
 from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
 from pdtrim_deploy.local.cache import Cache
@@ -76,6 +78,7 @@ class TasksReport(_Frozen):
     device: str | None = None
     hand_over: HandOver | None = None
     tasks: tuple[TaskFigures, ...]
+    recovery: tuple[Recovery, ...] = ()
     environment: dict[str, Any]
 
 
@@ -112,13 +115,14 @@ def judge_tasks(
     section, dtype, plan = section or bundle.recipe.evaluation, bundle.recipe.model.dtype, bundle.plan
     compute = ON_CPU.fast(dtype) if compute is None else compute
     source = source_of(bundle, cache, note)
+    compute = fit_judging(([bundle.prefill_dir, bundle.decode_dir], [source.path]), KV_TOKENS, compute)
     corpus = corpora.load(section.corpus, cache, note)
     model = load_to_compute("dense", source.path, dtype, note, compute)
     whole = PDOracle(model, model, PDPlan.dense(plan.model))
     tokenizer = load_tokenizer(source.path)
     setting = Setting(tokenizer, whole, corpus.split("final"), cache, section.seed, size, note)
     prepared = [prepare(name, setting) for name in names]
-    kv_bytes = STREAMED_KV if compute.streams(plan.model.num_blocks) else 0
+    kv_bytes = compute.states(STREAMED_KV) if compute.streams(plan.model.num_blocks) else 0
 
     def measured(who: str, oracle: PDOracle) -> list[Measured]:
         def progress(line: str) -> None:
@@ -145,6 +149,7 @@ def judge_tasks(
         device=compute.names,
         hand_over=None if harness is None else harness.hand_over,
         tasks=tuple(TaskFigures.of(*pair) for pair in zip(dense, pd, strict=True)),
+        recovery=tuple(Recovery.of(*pair, bundle.recipe.quality) for pair in zip(dense, pd, strict=True)),
         environment=environment,
     )
 

@@ -25,7 +25,7 @@ from pdtrim_deploy.kvchoice.budget.prompt_kv import PromptKV
 from pdtrim_deploy.models.blockwise import LayerKV, Span
 from pdtrim_deploy.plan import KVSend
 from pdtrim_deploy.plan.wire import WireDtype
-from pdtrim_deploy.recipe.kv_cost import BATCH, DRAWS, SIDE_BY_SIDE, STATES
+from pdtrim_deploy.recipe.kv_cost import BATCH, DRAWS, SIDE_BY_SIDE
 
 Rows = tuple[str, int, int]
 
@@ -53,8 +53,9 @@ class Effects:
 class Measure:
     """Effects of `options` on one problem; data that all contexts share is computed once.
 
-    Memory: one batch's KV of all layers during prefill, then of one layer, a probe, and `STATES` bytes of hidden states
-    that go through the model side by side. Data that grows with the number of sequences is in files in `problem.work`.
+    Memory: one batch's KV of all layers during prefill, then of one layer, a probe, and `problem.state_bytes` of hidden
+    states that go through the model side by side. Data that grows with the number of sequences is in files in
+    `problem.work`.
     """
 
     def __init__(
@@ -173,8 +174,8 @@ class Measure:
         return changes
 
     def _together(self, context: tuple[KVSend, ...], hidden: Tensor) -> Iterator[range]:
-        """Layers whose options go through the model side by side: as many as `STATES` bytes of states allow."""
-        states = max(1, STATES // (hidden.numel() * hidden.element_size()))
+        """Layers whose options go through the model side by side: as many as `state_bytes` allow."""
+        states = max(1, self.problem.state_bytes // (hidden.numel() * hidden.element_size()))
         start = 0
         while start < len(context):
             stop, count = start + 1, len(self._options_about(context, start))

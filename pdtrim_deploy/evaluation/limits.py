@@ -1,0 +1,54 @@
+"""What `--memory` and `--device-memory` mean for judging a bundle: blocks in memory, and bytes of prompt KV."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pdtrim_deploy.local.compute import Compute
+from pdtrim_deploy.models.config import read_config
+from pdtrim_deploy.models.footprint import Peak, choose_limits, gb, read_bytes, weight_bytes
+from pdtrim_deploy.models.weights import ModelSizes
+
+STREAMED_KV = 1 << 30  # bytes of prompt KV side by side where blocks are read as they run
+_LOGITS = 3 * 4 * (1 << 24)  # bytes of a slice of logits, its log-softmax and a copy
+
+
+def fit_judging(groups: Sequence[Sequence[Path]], tokens: int, compute: Compute) -> Compute:
+    """`compute` with limits by which models of these folders fit into the memory that it allows.
+
+    Args:
+        groups: folders of models; those of a group are in memory together.
+        tokens: of prompts whose KV is in memory at a time, at least.
+        compute: as the command has it.
+
+    Raises:
+        UserError: not even one block of each model at a time fits.
+
+    """
+    configs = [[read_config(folder / "config.json") for folder in group] for group in groups]
+    sizes = [[ModelSizes.of(config) for config in group] for group in configs]
+    item = 4 if compute.dtype == "float32" else 2
+
+    def needs(limited: Compute) -> Peak:
+        weights = [
+            sum(weight_bytes(config, compute.dtype, limited.blocks_in_memory) for config in group) for group in configs
+        ]
+        rows = [max(2 * size.kv_width * size.blocks for size in group) for group in sizes]
+        kv = [3 * item * tokens * row for row in rows]
+        if limited.blocks_in_memory is not None:
+            kv = [max(size, limited.states(STREAMED_KV)) for size in kv]
+        running = max(tokens * (6 * size.hidden + 3 * size.inner) * item for group in sizes for size in group)
+        peaks = [weight + held + running + _LOGITS for weight, held in zip(weights, kv, strict=True)]
+        return Peak.of(limited, max(peaks), reading=read_bytes(configs[0][0]))
+
+    def refused(least: Peak) -> str:
+        names = " and ".join(str(folder) for folder in groups[0])
+        device = f" and {gb(least.device)} on the devices" if least.device else ""
+        return (
+            f"judging {names} needs at least {gb(least.host)} of host memory{device}, with one block of each model "
+            "at a time; give more --memory or --device-memory"
+        )
+
+    most = max(size.blocks for group in sizes for size in group)
+    return choose_limits(compute, most, STREAMED_KV, needs, refused)

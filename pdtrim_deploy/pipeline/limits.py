@@ -1,0 +1,65 @@
+"""What `--memory` and `--device-memory` mean for a build: blocks in memory at a time, and bytes of hidden states."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.local.compute import Compute
+from pdtrim_deploy.models.footprint import Peak, choose_limits, gb
+from pdtrim_deploy.models.weights import ModelSizes
+from pdtrim_deploy.pipeline.step_costs import StepCost, step_costs
+from pdtrim_deploy.recipe import Recipe
+from pdtrim_deploy.recipe.kv_cost import STATES
+
+
+def fit_build(recipe: Recipe, config: Mapping[str, Any], compute: Compute, *, shared: bool = False) -> Compute:
+    """`compute` in the recipe's dtype, with limits by which every step fits into the memory that it allows.
+
+    Nothing of the result changes by them, only the time. `shared`: Ray's workers search.
+
+    Raises:
+        UserError: some step does not fit, or it would only without workers.
+
+    """
+    compute = compute.with_dtype(recipe.model.measured_in)
+    blocks, states = ModelSizes.of(config).blocks, max(recipe.pruning.memory_mb << 20, STATES)
+
+    def needs(limited: Compute) -> Peak:
+        return highest(step_costs(recipe, config, limited))
+
+    def refused(least: Peak) -> str:
+        costs = step_costs(recipe, config, compute.with_blocks(1))
+        host = max(costs, key=lambda name: costs[name].peak.host)
+        device = max(costs, key=lambda name: costs[name].peak.device)
+        parts = [f"{gb(least.host)} of host memory (step {host})"] if _short(least.host, compute.host_bytes) else []
+        if _short(least.device, compute.device_bytes):
+            parts.append(f"{gb(least.device)} of device memory (step {device})")
+        trains = recipe.healing.gradient_steps > 0
+        why = ", as training by gradients holds the whole model" if trains else ""
+        instead = "give more, or leave healing's steps out" if trains else "give more"
+        return f"recipe {recipe.name} needs at least {' and '.join(parts)}{why}, and {_allowed(compute)}; {instead}"
+
+    limited = choose_limits(compute, blocks, states, needs, refused)
+    if shared and limited.streams(blocks):
+        raise UserError(
+            f"recipe {recipe.name} fits into {_allowed(compute)} with {limited.blocks_in_memory} of {blocks} blocks in "
+            "memory at a time, but Ray's workers hold whole models; build without --workers, or allow more"
+        )
+    return limited
+
+
+def highest(costs: Mapping[str, StepCost]) -> Peak:
+    """The highest of all steps."""
+    peaks = [cost.peak for cost in costs.values()]
+    return Peak(max(peak.host for peak in peaks), max(peak.device for peak in peaks))
+
+
+def _short(needed: float, allowed: int | None) -> bool:
+    return allowed is not None and needed > allowed
+
+
+def _allowed(compute: Compute) -> str:
+    options = (("--memory", compute.host_bytes), ("--device-memory", compute.device_bytes))
+    return " and ".join(f"{name} is {gb(size)}" for name, size in options if size is not None)

@@ -1,0 +1,198 @@
+"""What each step of a build takes, before a weight is read: memory, files and operations. No torch.
+
+Memory is that of this process and of the builders that it starts; files that the operating system keeps in spare memory
+are not counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pdtrim_deploy.local.compute import Compute
+from pdtrim_deploy.models.families import family_of
+from pdtrim_deploy.models.footprint import PROGRAM, Peak, read_bytes, weight_bytes
+from pdtrim_deploy.models.weights import ModelSizes, one_expert
+from pdtrim_deploy.pipeline.heal import needed
+from pdtrim_deploy.pipeline.heal_costs import fit_bytes, heal_flops, kv_flops, trained_bytes
+from pdtrim_deploy.plan import STAGES
+from pdtrim_deploy.plan.wire import ITEM_BYTES
+from pdtrim_deploy.pruning.cost import search_cost
+from pdtrim_deploy.pruning.expert_cost import expert_cost
+from pdtrim_deploy.recipe import Recipe
+from pdtrim_deploy.recipe.kv import FIXED_KV
+from pdtrim_deploy.recipe.kv_cost import STATES, selection_cost
+
+SHARD = 4e9  # of a stage, as `models.writer` cuts it
+_TEACHER = 8 * 64 + 4  # bytes that KL keeps of the dense model's predictions at a position
+_LOGITS = 3 * 4 * (1 << 24)  # bytes of a slice of logits, its log-softmax and a copy
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """Of one step.
+
+    Attributes:
+        peak: bytes of memory at a time.
+        disk: bytes of files that it leaves or has while it runs.
+        flops: operations, likely; None where nobody knows.
+        reads: bytes read from the checkpoint, where blocks are read as they run, at most.
+
+    """
+
+    peak: Peak
+    disk: float = 0.0
+    flops: float | None = None
+    reads: float = 0.0
+
+
+def step_costs(recipe: Recipe, config: Mapping[str, Any], compute: Compute) -> dict[str, StepCost]:
+    """By the names that `steps_of` gives steps; `compute` has the dtype that the recipe measures in."""
+    return _Costs(recipe, config, compute).all()
+
+
+def limited_recipe(recipe: Recipe, compute: Compute) -> Recipe:
+    """`recipe` with the limits of `compute` where they are lower than its own."""
+    blocks = [count for count in (compute.blocks_in_memory, recipe.pruning.blocks_in_memory) if count is not None]
+    megabytes = max(1, compute.states(recipe.pruning.memory_mb << 20) >> 20)
+    pruning = {"blocks_in_memory": min(blocks, default=None), "memory_mb": megabytes}
+    return recipe.model_copy(update={"pruning": recipe.pruning.model_copy(update=pruning)})
+
+
+class _Costs:
+    def __init__(self, recipe: Recipe, config: Mapping[str, Any], compute: Compute) -> None:
+        self.recipe = limited_recipe(recipe, compute)
+        self.compute = compute.with_blocks(self.recipe.pruning.blocks_in_memory)
+        self.config, self.sizes = config, ModelSizes.of(config)
+        self.item = ITEM_BYTES[recipe.model.measured_in]
+        self.loaded = 0.0  # a whole model that an earlier step of this process left in memory
+
+    def all(self) -> dict[str, StepCost]:
+        """In the order in which they run."""
+        recipe, costs = self.recipe, {"source": self._source(), "prune": self._prune()}
+        if recipe.pruning.experts is not None:
+            costs["experts"] = self._experts()
+        if needed(recipe):
+            costs["heal"] = self._heal()
+        costs["select-kv"] = self._select_kv()
+        if recipe.healing.kv_steps:
+            training = trained_bytes(recipe, self.sizes, kv=True)
+            costs["heal-kv"] = self._step(self._weights(whole=True) + training)
+        self.loaded = 0.0
+        for stage in STAGES:
+            lost = recipe.pruning.prefill_blocks if stage == "prefill" else recipe.pruning.decode_blocks
+            size = self._stored(lost)
+            peak = Peak.of(self.compute, 0.0, min(SHARD, size) + self._healed())
+            costs[stage] = StepCost(peak, size)
+        for target in recipe.targets.requested:
+            for stage in STAGES:
+                engine = self.sizes.total * 4.0  # built in a process that holds it three times
+                peak = Peak.of(self.compute, 0.0, PROGRAM + 3 * engine)
+                costs[f"engines/{target}/{stage}"] = StepCost(peak, engine)
+        costs["seal"] = StepCost(Peak.of(self.compute, 0.0))
+        return costs
+
+    def _source(self) -> StepCost:
+        """A converted model is written in shards, in float32."""
+        converted = 0.0 if self.recipe.model.source.startswith("hf:") else self.sizes.total * 4.0
+        return StepCost(Peak.of(self.compute, 0.0, min(SHARD, converted)), converted)
+
+    def _prune(self) -> StepCost:
+        recipe, sizes = self.recipe, self.sizes
+        cost = search_cost(self.config, recipe.pruning, recipe.calibration, recipe.healing)
+        if cost is None:
+            return self._step(0.0, flops=0.0)
+        text = recipe.calibration
+        kept = cost.memory - cost.weights
+        teacher = _TEACHER * text.sequences * text.length if recipe.pruning.objective == "kl" else 0
+        students = 4 * sizes.block * self.item if recipe.pruning.distil and self._streams else 0
+        computing = self._weights() + kept + students + self._running(min(8, text.sequences), text.length)
+        return self._step(computing, teacher, cost.disk, cost.flops, cost.reads)
+
+    def _experts(self) -> StepCost:
+        cost = expert_cost(self.config, self.recipe.pruning, self.recipe.calibration)
+        if cost is None:
+            return self._step(0.0, flops=0.0)
+        copies = 0 if self._streams else self._kept_experts()
+        running = self._running(4, self.recipe.calibration.length)
+        return self._step(self._weights() + copies + running, flops=cost.flops, reads=cost.reads)
+
+    def _heal(self) -> StepCost:
+        recipe, sizes, healing = self.recipe, self.sizes, self.recipe.healing
+        trained = trained_bytes(recipe, sizes)
+        states = 3 * healing.sequences * healing.length * sizes.hidden * self.item if healing.enabled else 0
+        alone = healing.kv_only_blocks * sizes.hidden * (sizes.hidden + sizes.inner) * self.item  # zeros
+        computing = self._weights(whole=healing.trains) + trained + fit_bytes(recipe, sizes) + states + alone
+        disk = search.disk if (search := self._searched()) and recipe.pruning.distil else 0.0
+        return self._step(
+            computing + self._running(min(8, healing.sequences), healing.length),
+            disk=disk,
+            flops=heal_flops(recipe, sizes),
+            reads=self._passes(4.0 * sizes.blocks),
+        )
+
+    def _select_kv(self) -> StepCost:
+        kv = self.recipe.kv
+        if kv.method in FIXED_KV and not kv.measures_offsets:
+            return self._step(0.0, flops=0.0)
+        cost = selection_cost(self.config, kv, self.recipe.model.dtype, self.compute.states(STATES))
+        running = self._running(1, kv.prompt_tokens)
+        computing = self._weights() + max(cost.memory, running) + self._kept_experts() + self._healed()
+        flops, passes = kv_flops(kv, self.sizes, self.compute.states(STATES))
+        return self._step(computing, disk=cost.disk, flops=flops, reads=self._passes(passes * self.sizes.blocks))
+
+    def _step(
+        self, computing: float, host: float = 0.0, disk: float = 0.0, flops: float | None = None, reads: float = 0.0
+    ) -> StepCost:
+        reading = read_bytes(self.config)
+        peak = Peak.of(self.compute, max(computing, self.loaded), host, reading)
+        return StepCost(peak, disk, flops, reads if self._streams else 0.0)
+
+    @property
+    def _streams(self) -> bool:
+        return self.compute.streams(self.sizes.blocks)
+
+    def _weights(self, whole: bool = False) -> float:
+        """Bytes of the model; a whole one stays in memory until the build ends."""
+        bounded = None if whole else self.compute.blocks_in_memory
+        weights = weight_bytes(self.config, self.recipe.model.measured_in, bounded)
+        if whole or not self._streams:
+            self.loaded = weights
+        return weights if whole or not self._streams else weights + self.loaded
+
+    def _running(self, sequences: int, tokens: int) -> float:
+        """Bytes of one block's values while a batch goes through it, and of a slice of logits."""
+        values = sequences * tokens * (6 * self.sizes.hidden + 3 * min(self.sizes.inner, self.sizes.expert_width * 8))
+        return values * self.item + min(_LOGITS, 3 * 4 * sequences * tokens * self.sizes.vocabulary)
+
+    def _passes(self, block_reads: float) -> float:
+        return block_reads * self.sizes.block * ITEM_BYTES[self.recipe.model.dtype]
+
+    def _stored(self, lost: int) -> float:
+        """Bytes of a stage's checkpoint."""
+        item = ITEM_BYTES[self.recipe.model.dtype]
+        return float((self.sizes.total - lost * self.sizes.block) * item)
+
+    def _healed(self) -> float:
+        """Bytes of the tensors that differ from the model's, of one stage."""
+        if not needed(self.recipe):
+            return 0.0
+        sizes = self.sizes
+        trained = sizes.block * sizes.blocks if self.recipe.healing.gradient_steps else 0
+        refitted = sizes.inner * sizes.hidden * self.recipe.pruning.decode_blocks
+        return float(self.item * max(trained, refitted))
+
+    def _kept_experts(self) -> float:
+        """Bytes of kept experts, of which each stage in memory has copies."""
+        section = self.recipe.pruning.experts
+        shape = family_of(dict(self.config), self.recipe.model.source).expert_shape(self.config)
+        if section is None or shape is None:
+            return 0.0
+        counts = [section.count(stage, shape.count) for stage in STAGES if getattr(section, stage) is not None]
+        blocks, each = self.sizes.blocks, one_expert(self.config, self.sizes.blocks - 1)
+        return float(self.item * sum(counts) * blocks * each)
+
+    def _searched(self) -> Any:
+        recipe = self.recipe
+        return search_cost(self.config, recipe.pruning, recipe.calibration, recipe.healing)

@@ -1,0 +1,126 @@
+"""`--memory` and `--device-memory`: which limits they set, and what they refuse."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pdtrim_deploy.cli import main
+from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.evaluation.limits import fit_judging
+from pdtrim_deploy.local.compute import Compute
+from pdtrim_deploy.models.config import read_config
+from pdtrim_deploy.models.footprint import PROGRAM, fit_one_model
+from pdtrim_deploy.models.shape import config_of
+from pdtrim_deploy.pipeline.limits import fit_build, highest
+from pdtrim_deploy.pipeline.step_costs import step_costs
+from pdtrim_deploy.recipe import Recipe
+
+ROOT = Path(__file__).resolve().parents[2]
+GB = 10**9
+
+
+def recipe_and_config(name: str) -> tuple[Recipe, dict[str, object]]:
+    recipe = Recipe.load(ROOT / "recipes" / f"{name}.yaml")
+    path = config_of(recipe.model.source)
+    assert path is not None
+    return recipe, read_config(path)
+
+
+def test_more_memory_holds_more_blocks_and_no_step_takes_more() -> None:
+    recipe, config = recipe_and_config("llama-3.1-8b-pruned")
+    held = []
+    for size in (10, 16, 24, 64):
+        limited = fit_build(recipe, config, Compute(host_bytes=size * GB))
+        assert highest(step_costs(recipe, config, limited)).host <= size * GB
+        held.append(limited.blocks_in_memory or 32)
+    assert held == sorted(set(held))
+    assert held[-1] == 32
+    more = Compute(host_bytes=24 * GB, blocks_in_memory=held[2] + 1)
+    assert highest(step_costs(recipe, config, more)).host > 24 * GB  # it held all that it could
+
+
+@pytest.mark.parametrize(
+    ("name", "host", "device"), [("llama-3.1-8b-pruned", 24, 24), ("llama-3.3-70b-balanced", 128, 80)]
+)
+def test_sizes_of_production_fit_a_host_and_one_gpu(name: str, host: int, device: int) -> None:
+    recipe, config = recipe_and_config(name)
+    gpu = Compute(("cuda:0",), host_bytes=host * GB, device_bytes=device * GB)
+    peak = highest(step_costs(recipe, config, fit_build(recipe, config, gpu)))
+    assert 0.5 * device * GB < peak.device <= device * GB
+    assert peak.host <= host * GB
+    with pytest.raises(UserError, match=r"of device memory \(step .*--device-memory is 4\.0 GB"):
+        fit_build(recipe, config, Compute(("cuda:0",), device_bytes=4 * GB))
+
+
+def test_hidden_states_shrink_where_one_block_is_too_much() -> None:
+    recipe, config = recipe_and_config("llama-3.1-8b-pruned")
+    least = highest(step_costs(recipe, config, Compute(blocks_in_memory=1))).host
+    limited = fit_build(recipe, config, Compute(host_bytes=round(least - 0.4 * GB)))
+    assert limited.blocks_in_memory == 1
+    assert limited.state_bytes is not None
+    assert highest(step_costs(recipe, config, limited)).host <= least - 0.4 * GB
+
+
+def test_what_cannot_fit_is_one_sentence() -> None:
+    recipe, config = recipe_and_config("llama-3.1-8b-pruned")
+    with pytest.raises(UserError, match=r"^recipe \S+ needs at least \d\.\d GB of host memory \(step prune\), and "):
+        fit_build(recipe, config, Compute(host_bytes=2 * GB))
+    trained = recipe.changed("test", "healing", decode_steps=2)
+    with pytest.raises(UserError, match=r"\(step heal\), as training by gradients holds the whole model, and --memory"):
+        fit_build(trained, config, Compute(host_bytes=24 * GB))
+    with pytest.raises(UserError, match="Ray's workers hold whole models; build without --workers"):
+        fit_build(recipe, config, Compute(host_bytes=24 * GB), shared=True)
+
+
+def test_judging_and_inspecting_choose_blocks_too(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    folder = tiny_model(tmp_path / "m", num_hidden_layers=8, hidden_size=512, intermediate_size=2048)
+    pair, block = ([folder, folder], [folder]), 4 * (4 * 512 * 512 + 3 * 512 * 2048)
+    whole = fit_judging(pair, 512, Compute(host_bytes=4 * GB))
+    assert not whole.streams(8)
+    tight = fit_judging(pair, 512, Compute(host_bytes=round(PROGRAM + 0.26e9 + 9 * block)))
+    assert tight.streams(8)
+    with pytest.raises(
+        UserError, match=r"judging .*/m and .*/m needs at least 0\.\d GB of host memory, with one block"
+    ):
+        fit_judging(pair, 512, Compute(host_bytes=GB // 3))
+    config = read_config(folder / "config.json")
+    assert fit_one_model(config, 64, Compute(host_bytes=round(PROGRAM + 6 * block)), "m").streams(8)
+    with pytest.raises(UserError, match=r"^m needs at least"):
+        fit_one_model(config, 64, Compute(host_bytes=GB // 2), "m")
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (["--memory", "24"], "'24' is no size above 0 with its unit, such as 24GB or 512MB"),
+        (["--memory", "0GB"], "is no size above 0"),
+        (["--device", "cpu", "--device-memory", "24GB"], "--device-memory limits GPUs, but the model runs on the CPU"),
+        (["--memory", "1GB", "--dry-run"], "needs at least"),
+        (["--memory", "1GB"], "needs at least"),
+    ],
+)
+def test_bad_sizes_are_one_sentence(
+    more: list[str], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = str(ROOT / "recipes" / "llama-3.1-8b-pruned.yaml")
+    with pytest.raises(SystemExit) as ended:
+        main(["build", recipe, "--out", str(tmp_path / "b"), *more])
+    assert ended.value.code == 2
+    assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_dry_run_prices_every_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = str(ROOT / "recipes" / "llama-3.1-8b-pruned.yaml")
+    with pytest.raises(SystemExit):
+        main(["build", recipe, "--out", str(tmp_path / "b"), "--dry-run", "--memory", "24GB"])
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    lines = {line.split()[0]: line for line in reversed(printed)}  # the first of each name: sizes stand behind steps
+    for step in ("source", "prune", "select-kv", "prefill", "decode", "seal"):
+        assert "GB of memory" in lines[step]
+    assert "about" in lines["prune"]
+    assert "of weights from disk" in lines["select-kv"]
+    assert "time not known" in lines["seal"]

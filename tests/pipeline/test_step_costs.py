@@ -1,0 +1,52 @@
+"""The estimate of each step's memory against what the kernel counts while it runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pdtrim_deploy.local.compute import Compute
+from pdtrim_deploy.models.config import read_config
+from pdtrim_deploy.models.footprint import PROGRAM
+from pdtrim_deploy.pipeline.step_costs import step_costs
+from pdtrim_deploy.recipe import Recipe
+
+BUILD = Path(__file__).with_name("measured_steps.py")
+
+
+@pytest.mark.parametrize("blocks", [None, 2])
+def test_memory_of_each_step(
+    blocks: int | None, tmp_path: Path, tiny_model: Callable[..., Path], text: Path, cache: Path
+) -> None:
+    """Large blocks and few tokens: in half a minute, with most of the memory in weights and equations."""
+    folder = tiny_model(
+        tmp_path / "m", num_hidden_layers=6, hidden_size=1536, intermediate_size=2560, num_attention_heads=12,
+        num_key_value_heads=4, head_dim=128,
+    )  # fmt: skip
+    file = tmp_path / "r.yaml"
+    file.write_text(
+        f"name: r\nmodel: {{source: 'hf:{folder}', dtype: bfloat16}}\n"
+        f"calibration: {{corpus: 'dir:{text}', sequences: 2, length: 48}}\n"
+        "pruning: {method: greedy, decode_blocks: 1}\n"
+        "kv: {method: measured-harm, sparse_layers: 2, n_first: 2, n_last: 8, sequences: 2, prompt_tokens: 64, "
+        "continuation_tokens: 8}\n"
+    )
+    command = [sys.executable, BUILD, file, tmp_path / "out", tmp_path / "cache", *([str(blocks)] if blocks else [])]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    measured = json.loads(done.stdout.splitlines()[-1])
+    recipe = Recipe.load(file)
+    costs = step_costs(recipe, read_config(folder / "config.json"), Compute(blocks_in_memory=blocks))
+    assert list(costs) == list(measured)
+    held = ("prune", "select-kv", "prefill", "decode")  # those that hold weights
+    assert {name: costs[name].peak.host for name in held} == {
+        name: pytest.approx(measured[name], rel=0.2) for name in held
+    }
+    assert (measured["select-kv"] > PROGRAM + 0.35e9) == (blocks is None)  # the model's weights are 0.42 GB
