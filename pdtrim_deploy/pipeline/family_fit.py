@@ -92,7 +92,7 @@ def _requests(recipe: Recipe) -> Iterator[tuple[str, object, str, Feature | None
         yield "pruning.decode_blocks", pruning.decode_blocks, "0", None
     for key in ("decode_attentions", "decode_mlps"):
         if getattr(pruning, key):
-            yield f"pruning.{key}", getattr(pruning, key), "0", None
+            yield f"pruning.{key}", getattr(pruning, key), "0", "sublayers"
     if pruning.experts is not None:
         yield "pruning.experts", "given", "to leave it out", None
     if pruning.distil:

@@ -50,6 +50,11 @@ def cut_sublayers(runner: Any) -> None:
             f"pdtrim: sublayers are cut out of a model whose weights are there: start {stage} without "
             "--startup-weight-load-mode overlap"
         )
+    if not all(hasattr(getattr(layer, "self_attn", None), "attn") for layer in layers):
+        raise RuntimeError(
+            f"pdtrim: SGLang runs {type(runner.model).__name__} by modules that the plugin does not cut: build the "
+            "bundle without sublayers left out"
+        )
     freed = sum(
         cut_attention(layers[at]) if missing[block] == "attention" else cut_mlp(layers[at])
         for at, block in enumerate(blocks)

@@ -6,6 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.evaluation.fidelity.controls import wrong_oracles
 from pdtrim_deploy.models import FAMILIES, resolve
 from pdtrim_deploy.models.loading import load_model
 from pdtrim_deploy.models.oracle import PDOracle
@@ -112,3 +113,17 @@ def test_the_oracle_skips_what_the_plan_says_and_reads_no_kv_for_it():
 def test_rows_of_attention_that_is_gone_do_not_travel():
     plan = pd_plan("native")
     assert plan.payload_bytes(10) * 5 == plan.dense_bytes(10) * 2
+
+
+def test_a_server_that_leaves_out_more_is_told_apart():
+    """A control of `fidelity`: the same KV, one MLP fewer."""
+    model, plan = tinypd.tiny("Llama"), pd_plan()
+    oracle = PDOracle(*(keep_blocks(model, plan.layers(stage)) for stage in ("prefill", "decode")), plan)
+    wrong = wrong_oracles(oracle, 14)["an MLP more left out"]
+    assert wrong.plan.kv == plan.kv
+    text = tinypd.text(2, 24)
+    right, other = (each.score(each.prefill(text[:, :14]), text[:, 14:]) for each in (oracle, wrong))
+    assert torch.equal(right[:, 0], other[:, 0])  # prefill's
+    assert (right - other).abs().max() > 0.1
+    dense = PDPlan.dense(plan.model)
+    assert "an MLP more left out" not in wrong_oracles(PDOracle(model, model, dense), 14)

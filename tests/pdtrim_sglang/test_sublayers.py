@@ -118,6 +118,12 @@ def test_weights_that_come_later_are_refused(runner):
         loading.cut_planned_layers(None, runner)
 
 
+def test_modules_that_are_not_sglangs_own_are_refused(runner):
+    del runner.model.model.layers[4].self_attn.attn
+    with pytest.raises(RuntimeError, match="SGLang runs SimpleNamespace by modules that the plugin does not cut"):
+        loading.cut_planned_layers(None, runner)
+
+
 def test_an_engines_stage_has_a_pool_of_kv_layers_too(runner):
     runner.model = SimpleNamespace()
     loading.cut_planned_layers(None, runner)

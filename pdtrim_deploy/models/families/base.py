@@ -19,7 +19,9 @@ Axes = tuple[str, ...]
 Tensors = dict[str, Axes]
 """Tensors by their name within a block (`{expert}` stands for an expert's number), with the sizes of their axes."""
 
-Feature = Literal["norm", "least-squares", "distil", "training", "kv_only_blocks", "blocks_in_memory", "engines"]
+Feature = Literal[
+    "norm", "least-squares", "distil", "training", "kv_only_blocks", "sublayers", "blocks_in_memory", "engines"
+]
 _SIZES = ("q", "kv", "head", "hidden", "intermediate", "vocab")
 
 
