@@ -26,7 +26,7 @@ LONGEST_FIRST = (
     "cli/test_terminal", "pruning/test_ray", "doctor/test_measured_memory", "pipeline/test_engines",
     "pipeline/test_build", "pipeline/test_search", "models/test_pypi_parts", "pruning/test_finalists",
     "models/test_gguf", "pdtrim_tensorrt/test_kernel", "pipeline/test_heal", "pdtrim_builders/test_tensorrt",
-    "cli/test_shown", "serving/test_cluster", "gpucheck/test_supervise",
+    "cli/test_shown", "evaluation/lm_harness/test_against_hflm", "serving/test_cluster", "gpucheck/test_supervise",
 )  # fmt: skip
 _CHAT = (
     "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"

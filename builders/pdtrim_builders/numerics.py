@@ -101,10 +101,8 @@ def _compare(stage: StageModel, engine: OnnxStage, model: object, ids: Tensor, m
     measured.add("hidden", got.hidden, reference.last_hidden_state[0])
     if not stage.sends:
         return
-    pools = [
-        [side[0].transpose(0, 1).contiguous() for side in (layer.keys, layer.values)]
-        for layer in reference.past_key_values.layers
-    ]
+    layers = [reference.past_key_values.layers[layer] for layer in stage.kv_layers]  # torch ran the others' zeros
+    pools = [[side[0].transpose(0, 1).contiguous() for side in (layer.keys, layer.values)] for layer in layers]
     layout = chunk_layout(_plain(stage.plan), count)
     sent = pack(layout, [k for k, _ in pools], [v for _, v in pools], torch.arange(count)).view(torch.float32)
     values = stage.kv_heads * stage.head_dim

@@ -12,7 +12,7 @@ from typing import Any
 
 PACKAGES = (
     *("pdtrim-deploy", "torch", "transformers", "safetensors", "numpy", "gguf", "sglang", "sglang-router"),
-    *("onnx", "onnxruntime", "onnxruntime-extensions", "tensorrt-rtx", "tensorrt", "nvidia-modelopt"),
+    *("onnx", "onnxruntime", "onnxruntime-extensions", "tensorrt-rtx", "tensorrt", "nvidia-modelopt", "peft"),
 )
 
 

@@ -37,7 +37,8 @@ COMMANDS = {name: place for group in GROUPS.values() for name, place in group.it
 # The extra that installs each module, by the name under which it is imported.
 EXTRA_OF = {
     **dict.fromkeys(
-        ("torch", "transformers", "safetensors", "gguf", "onnx", "modelopt", "httpx", "prometheus_client"), "build"
+        ("torch", "transformers", "safetensors", "gguf", "onnx", "modelopt", "peft", "httpx", "prometheus_client"),
+        "build",
     ),
     **dict.fromkeys(("sglang", "sglang_router"), "serve"),
 }

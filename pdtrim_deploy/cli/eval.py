@@ -1,8 +1,7 @@
-"""`pdtrim-deploy eval`: how much quality a bundle loses."""
+"""`pdtrim-deploy eval`: how much quality a bundle, or a running pair, loses."""
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,32 +9,26 @@ import click
 
 from pdtrim_deploy.cli import options
 from pdtrim_deploy.errors import UserError
-from pdtrim_deploy.local.cache import Cache
-from pdtrim_deploy.local.compute import Compute
 from pdtrim_deploy.recipe.seed import MOST_SEED
 
 if TYPE_CHECKING:
-    from pdtrim_deploy.evaluation.lm_harness import Harness
-    from pdtrim_deploy.evaluation.lm_harness.scoring import HandOver
-    from pdtrim_deploy.evaluation.quality import Quality
-    from pdtrim_deploy.evaluation.tasks.report import Figure, TasksReport
+    pass
 
-SERVED_LIKELIHOODS = (
-    "a served pair scores a likelihood's continuation as prompt, so that only prefill would be measured; name the "
-    "bundle in place of the URL, and the PD oracle judges both stages"
-)
+OF_BUNDLES = ("include_path", "hand_over", "corpus", "sequences", "seed", "compute_dtype")
+OF_URLS = ("against", "of_bundle", "questions", "max_tokens", "concurrency", "out", "allow_remote")
 
 
 @click.command("eval")
-@click.argument("target", metavar="BUNDLE")
+@click.argument("target", metavar="BUNDLE|URL")
 @click.option(
     "--tasks",
-    help="Some of perplexity,choice,needle,agreement, and lm_eval:NAME.  [default: the recipe's perplexity alone]",
+    help="Of a bundle: some of perplexity,choice,needle,agreement, and lm_eval:NAME.  [default: the recipe's "
+    "perplexity alone]  Of a URL: some of gsm8k,humaneval.",
 )
 @click.option(
     "--items",
     type=click.IntRange(1),
-    help="Items of each task (needle: per depth; lm_eval: the first).  [default: the task's]",
+    help="Items of each task (needle: per depth; lm_eval, gsm8k, humaneval: the first).  [default: the task's]",
 )
 @click.option("--include-path", type=options.path, help="Folder of task YAML and data for lm_eval:NAME.")
 @click.option(
@@ -51,28 +44,25 @@ SERVED_LIKELIHOODS = (
 @click.option(
     "--seed", type=click.IntRange(0, MOST_SEED), help="Seed that chooses text and items.  [default: the recipe's]"
 )
+@click.option("--against", metavar="URL", help="Of a URL: where the dense model is served, for paired answers.")
+@click.option(
+    "--bundle",
+    "of_bundle",
+    type=options.path,
+    help="Of a URL: the bundle that it serves, whose gates apply and whose reports and cards get the results.",
+)
+@click.option("--questions", type=options.path, help="Of a URL: gsm8k's questions, a file.  [default: 100 of GSM8K]")
+@click.option("--max-tokens", type=click.IntRange(1), help="Of a URL: tokens of an answer at most.  [default: 512]")
+@click.option("--concurrency", type=options.some_clients, help="Of a URL: questions at a time.  [default: 8]")
+@click.option("--out", type=options.new_file, help="Of a URL: a file for the results, beside --bundle's.")
+@click.option("--allow-remote", is_flag=True, help="Allow a URL that is not on this machine.")
 @options.device
 @options.compute_dtype
 @options.cache_dir
 @options.dry_run
 @options.json_flag
-@click.pass_obj
-def evaluate(
-    command: str,
-    target: str,
-    tasks: str | None,
-    items: int | None,
-    include_path: Path | None,
-    hand_over: HandOver | None,
-    corpus: str | None,
-    sequences: int | None,
-    seed: int | None,
-    compute: Compute,
-    compute_dtype: str | None,
-    cache: Cache,
-    dry_run: bool,
-    as_json: bool,
-) -> None:
+@click.pass_context
+def evaluate(context: click.Context, target: str, tasks: str | None, **rest: object) -> None:
     """Measure perplexity on held-out text, or --tasks, of the dense model and of the pair.
 
     Both continue the same prompts. The result is also written to BUNDLE/reports/eval.json (tasks.json), with seed,
@@ -80,111 +70,31 @@ def evaluate(
     oracle, each question's answers go to BUNDLE/reports/lm_eval. Their data come from the hub or, with --include-path,
     from local files.
 
+    Of a URL, a running pair generates answers, and the dense model at --against the same: sgl-eval asks both. humaneval
+    runs the programs that the models write, in a child with limits.
+
+    Exit code 1 when a task falls below its gate in the recipe's `quality`.
+
     \b
     Examples:
       pdtrim-deploy eval out/bundle
       pdtrim-deploy eval out/bundle --tasks perplexity,choice,needle,agreement --json
       pdtrim-deploy eval out/bundle --tasks lm_eval:hellaswag --items 500
+      pdtrim-deploy eval http://127.0.0.1:8000 --against http://127.0.0.1:9000 --tasks gsm8k --bundle out/bundle
     """
-    from pdtrim_deploy.bundle import CARD, Bundle, write_atomic
-    from pdtrim_deploy.bundle.environment import environment
-    from pdtrim_deploy.cli.dry_run import say
-    from pdtrim_deploy.cli.progress import Progress
-    from pdtrim_deploy.doctor import CheckContext, require
-    from pdtrim_deploy.pipeline.model_card import refresh_cards
-    from pdtrim_deploy.plan import STAGES
+    served = "://" in target
+    for name in OF_BUNDLES if served else OF_URLS:
+        if rest[name] not in (None, False):
+            option = "--bundle" if name == "of_bundle" else f"--{name.replace('_', '-')}"
+            kinds = ("bundles", "a URL") if served else ("URLs", "a bundle")
+            raise UserError(f"{option} is for {kinds[0]}, but {target} is {kinds[1]}; leave it out")
+    chosen = {name: value for name, value in rest.items() if name not in (OF_BUNDLES if served else OF_URLS)}
+    if served:
+        from pdtrim_deploy.cli.eval_served import evaluate_served
 
-    if tasks is None and items is not None:
-        raise UserError("--items is for tasks; give --tasks too, or --sequences instead")
-    if tasks is not None and sequences is not None:
-        raise UserError("--sequences is for the recipe's perplexity alone; with --tasks give --items")
-    if "://" in target:
-        raise UserError(SERVED_LIKELIHOODS)
-    opened, progress = Bundle.open(Path(target)), Progress()
-    given = {"corpus": corpus, "sequences": sequences, "seed": seed}
-    overrides = {key: value for key, value in given.items() if value is not None}
-    evaluation = opened.recipe.changed("command line", "evaluation", **overrides).evaluation
-    require("eval", CheckContext(opened.recipe, cache=cache, compute=compute))
-    names, harness = ([], None) if tasks is None else _tasks(tasks, include_path, items, hand_over)
-    if harness is None and (include_path is not None or hand_over is not None):
-        raise UserError("--include-path and --hand-over are for tasks of lm-eval; give --tasks lm_eval:NAME too")
-    dtype, chosen_dtype = str(opened.recipe.model.dtype), compute_dtype or opened.recipe.model.compute_dtype
-    compute = compute.with_dtype(chosen_dtype) if chosen_dtype else compute.fast(dtype)
-    path = options.writable(opened.reports_dir / ("eval.json" if tasks is None else "tasks.json"))
-    for stage in STAGES if tasks is None else ():
-        options.writable(opened.stage_dir(stage) / CARD)
-    if dry_run:
-        planned: dict[str, object] = {"source": opened.recipe.model.source, "plan": opened.plan.digest}
-        planned |= {"evaluation": evaluation.model_dump(mode="json"), "written": str(path)}
-        planned |= {"device": compute.names, "computed_in": compute.dtype}
-        say(planned | ({} if tasks is None else {"tasks": tasks, "items": items}), as_json)
-        return
-    quality: Quality | None = None
-    common = (cache, environment(command), evaluation)
-    with progress.show("eval"):
-        if tasks is None:
-            from pdtrim_deploy.evaluation.quality import judge_bundle
+        chosen.pop("compute")
+        evaluate_served(context.obj, target, tasks, **chosen)  # type: ignore[arg-type]
+    else:
+        from pdtrim_deploy.cli.eval_bundle import evaluate_bundle
 
-            quality = judge_bundle(opened, *common, progress.note, compute)
-            text, lines = quality.model_dump_json(indent=2), _perplexity(quality)
-        else:
-            from pdtrim_deploy.evaluation.tasks.report import judge_tasks
-
-            report = judge_tasks(opened, names, *common, items, progress.note, compute, harness)
-            text, lines = report.model_dump_json(indent=2), _figures(report)
-    write_atomic(path, text + "\n")
-    if quality is not None:
-        refresh_cards(opened.path, quality)
-    if as_json:
-        click.echo(text)
-        return
-    reason = "" if chosen_dtype else "this CPU has no instructions for it: "
-    precision = dtype if compute.dtype == dtype else f"{dtype} ({reason}computed in {compute.dtype})"
-    click.echo("\n".join([*lines, f"  seed {evaluation.seed}, {precision}, saved in {path}"]))
-
-
-def _tasks(
-    tasks: str, include_path: Path | None, items: int | None, hand_over: HandOver | None
-) -> tuple[list[str], Harness | None]:
-    """Our tasks of `--tasks`, each once, and those of lm-eval; UserError for one of ours that does not exist."""
-    from pdtrim_deploy.evaluation.lm_harness import PREFIX, Harness
-    from pdtrim_deploy.evaluation.tasks.registry import check
-
-    names = list(dict.fromkeys(name.strip() for name in tasks.split(",")))
-    theirs = tuple(name.removeprefix(PREFIX) for name in names if name.startswith(PREFIX))
-    ours = [name for name in names if not name.startswith(PREFIX)]
-    for name in ours:
-        check(name)
-    if include_path is not None and not include_path.is_dir():
-        raise UserError(f"--include-path: {include_path} is no folder; name the one that holds your task's YAML")
-    return ours, Harness(theirs, include_path, items, hand_over) if theirs else None
-
-
-def _perplexity(quality: Quality) -> list[str]:
-    """What `eval` prints without tasks."""
-    text = quality.text
-    return [
-        f"perplexity of {quality.tokens} tokens after {text.prompt_tokens}-token prompts of {text.corpus}:",
-        f"  dense {quality.dense.ppl:.4f}, PD {quality.pd.ppl:.4f}, ratio {quality.ratio:.4f}",
-    ]
-
-
-def _figures(report: TasksReport) -> list[str]:
-    """What `eval` prints of tasks."""
-    lines: list[str] = []
-    for task in report.tasks:
-        lines += [f"{task.task}, {len(task.groups)} items:", *map(_line, task.figures)]
-    return lines
-
-
-def _line(figure: Figure) -> str:
-    """One figure; a perplexity as such, with its ratio and the interval of one standard error."""
-    name = f"  {figure.measure} {figure.group or ''}".rstrip()
-    if figure.measure == "nll":
-        spread = "" if figure.stderr is None else f" (x/ {math.exp(figure.stderr):.4f})"
-        return (
-            f"{name:<18} perplexity dense {math.exp(figure.dense):.4f}, PD {math.exp(figure.pd):.4f}, "
-            f"ratio {math.exp(figure.difference):.4f}{spread}"
-        )
-    spread = "" if figure.stderr is None else f" +- {figure.stderr:.4f}"
-    return f"{name:<18} dense {figure.dense:.4f}, PD {figure.pd:.4f}, difference {figure.difference:+.4f}{spread}"
+        evaluate_bundle(context.obj, Path(target), tasks, **chosen)  # type: ignore[arg-type]

@@ -73,7 +73,7 @@ class Workers:
         if len(subjects) > 1:
             raise UserError(f"--rates-of planned with {len(subjects)} targets: which one was measured? Give one target")
         plan = subjects[0].plan
-        return rates.scaled(1 / plan.prefill_share, plan.model.num_blocks / len(plan.kv))
+        return rates.scaled(1 / plan.prefill_share, 1 / plan.decode_share)
 
     def sides(self, subjects: Sequence[Subject], rates: Rates, goal: Goal) -> dict[str, SizedSide]:
         """By column: each model unpruned, and each plan."""

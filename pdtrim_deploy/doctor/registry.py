@@ -16,8 +16,8 @@ def _converts(recipe: Recipe) -> bool:
     return recipe.model.source.startswith(("gguf:", "pypi:"))
 
 
-def _distils(recipe: Recipe) -> bool:
-    return bool(recipe.healing.prefill_steps or recipe.healing.decode_steps or recipe.healing.kv_steps)
+def _trains_lora(recipe: Recipe) -> bool:
+    return recipe.healing.method == "lora" and recipe.healing.gradient_steps > 0
 
 
 CHECKS: tuple[Check, ...] = (
@@ -33,7 +33,8 @@ CHECKS: tuple[Check, ...] = (
     Package("prometheus-client", "build", ("demo",)),
     Package("gguf", "build", why="sources gguf: and pypi:", wanted_by=_converts),
     *(Package(name, "build", why="target onnx") for name in ("onnx", "onnxruntime", "onnxruntime-extensions")),
-    Package("nvidia-modelopt", "build", why="healing steps; target tensorrt-llm, quantised", wanted_by=_distils),
+    Package("peft", "build", why="healing by LoRA", wanted_by=_trains_lora),
+    Package("nvidia-modelopt", "build", why="target tensorrt-llm, quantised"),
     Package("tensorrt-rtx", "tensorrt-rtx", why="target tensorrt-rtx"),
     Package("ray", "ray", ("build",), "build --workers"),
     SGLang(),

@@ -12,6 +12,8 @@ from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.evaluation import corpora
 from pdtrim_deploy.evaluation.limits import STREAMED_KV, fit_judging
 from pdtrim_deploy.evaluation.perplexity import BATCH, Perplexity, pd_perplexity
+from pdtrim_deploy.evaluation.recovery import Recovery
+from pdtrim_deploy.evaluation.tasks.base import Measured
 from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
 from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.local.compute import ON_CPU, Compute
@@ -39,7 +41,9 @@ class Score(BaseModel):
 
 
 class Quality(BaseModel):
-    """`ratio` is PD over dense perplexity; the text is that of the corpus's final split, `corpus_sha256` names it.
+    """`ratio` is PD over dense perplexity, `recovery` the same with its error and the recipe's gate.
+
+    The text is that of the corpus's final split, `corpus_sha256` names it.
 
     Weights and KV pool have `dtype`; `computed_in` may be wider, where the CPU has no instructions for it (None: not
     recorded). `device` names what it was computed on.
@@ -57,6 +61,7 @@ class Quality(BaseModel):
     dense: Score
     pd: Score
     ratio: float
+    recovery: Recovery | None = None
     environment: dict[str, Any]
 
 
@@ -129,5 +134,11 @@ def judge_bundle(
         dense=Score.of(dense),
         pd=Score.of(pd),
         ratio=pd.ppl / dense.ppl,
+        recovery=Recovery.of(_measured(dense), _measured(pd), bundle.recipe.quality),
         environment=environment,
     )
+
+
+def _measured(result: Perplexity) -> Measured:
+    sequences = result.per_sequence
+    return Measured("perplexity", ("all",) * len(sequences), {"nll": sequences})

@@ -118,6 +118,20 @@ def speculation_rows(serve: Path, pair: Pair | None = None) -> Iterator[Row]:
             yield _row(f"served tiny pair, int8: {name}", partial(judged, bundle, way))
 
 
+def window_rows(serve: Path, pair: Pair | None = None) -> Iterator[Row]:
+    """Tiny pairs of models with sliding windows, in SGLang's pool of windows where it has one, against the oracle."""
+    pair = pair or Pair(serve)
+    with tempfile.TemporaryDirectory() as folder:
+        for architecture in tiny.WINDOWED:
+            name = f"served tiny pair, int8 and windows: {architecture.removesuffix('ForCausalLM')}"
+            yield _row(name, partial(_windows_judged, Path(folder), architecture, pair))
+
+
+def _windows_judged(folder: Path, architecture: str, pair: Pair) -> Figure:
+    kv = {"method": "none", "wire_dtype": "int8"}
+    return judged(tiny_bundle(folder / architecture, kv, architecture=architecture, pruning={}), pair)
+
+
 def backends() -> dict[str, tuple[str, ...] | None]:
     """Decode's options by name: each backend with full CUDA graphs and without; None where this device has it not."""
     options, device = dict[str, tuple[str, ...] | None](), capability()
@@ -177,7 +191,13 @@ def tensorrt_rows(serve: Path) -> Iterator[Row]:
             yield _row("TensorRT: served tiny pair", partial(judged, bundles[0], pair))
 
 
-def tiny_bundle(folder: Path, kv: Mapping[str, Any], size: tiny.Size = tiny.Size(), **more: Any) -> Bundle:  # noqa: B008
+def tiny_bundle(
+    folder: Path,
+    kv: Mapping[str, Any],
+    size: tiny.Size = tiny.Size(),  # noqa: B008
+    architecture: str = "LlamaForCausalLM",
+    **more: Any,
+) -> Bundle:
     """A bundle of a random model and text of its own.
 
     float16, since its roundings are an eighth of bfloat16's: behind those, one wrong row of a random model is not seen.
@@ -186,7 +206,7 @@ def tiny_bundle(folder: Path, kv: Mapping[str, Any], size: tiny.Size = tiny.Size
     corpus = f"dir:{tiny.text(folder / 'text')}"
     recipe = {
         "name": "tiny",
-        "model": {"source": f"hf:{tiny.save(folder / 'model', size)}", "dtype": "float16"},
+        "model": {"source": f"hf:{tiny.save(folder / 'model', size, architecture)}", "dtype": "float16"},
         "calibration": {"corpus": corpus, "sequences": 2, "length": 64},
         "evaluation": {"corpus": corpus, "sequences": 2, "prompt_tokens": 64, "continuation_tokens": 16},
         "pruning": {"method": "cosine", "prefill_blocks": 1, "decode_blocks": 2},

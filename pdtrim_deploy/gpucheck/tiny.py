@@ -24,25 +24,39 @@ class Size:
     head_dim: int = 64
 
 
-def tiny_model(size: Size = Size(), seed: int = 0) -> Any:
+WINDOW = 50
+WINDOWED: dict[str, dict[str, Any]] = {
+    "Gemma3ForCausalLM": {"sliding_window_pattern": 4, "query_pre_attn_scalar": 64},
+    "MellumForCausalLM": {
+        "layer_types": ["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"] * 2,
+        "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128,
+    },
+    "GptOssForCausalLM": {"num_local_experts": 4, "num_experts_per_tok": 2},
+}  # fmt: skip
+"""Models with windows of WINDOW tokens, by architecture: what their config says beside sizes."""
+
+
+def tiny_model(size: Size = Size(), seed: int = 0, architecture: str = "LlamaForCausalLM") -> Any:
     """In memory, float32, on the CPU.
 
     Each linear layer keeps the size of its input. A larger range would amplify the roundings of a 16-bit dtype from
     block to block, until they hide a wrong row.
     """
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    import transformers
 
-    config = LlamaConfig(
+    model_class = getattr(transformers, architecture)
+    own = {"sliding_window": WINDOW, **WINDOWED[architecture]} if architecture in WINDOWED else {}
+    config = model_class.config_class(
         vocab_size=VOCABULARY, max_position_embeddings=4096, tie_word_embeddings=False,
-        initializer_range=size.hidden_size**-0.5, bos_token_id=1, eos_token_id=2, pad_token_id=0, **asdict(size),
+        initializer_range=size.hidden_size**-0.5, bos_token_id=1, eos_token_id=2, pad_token_id=0, **asdict(size), **own,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return LlamaForCausalLM(config).eval()
+        return model_class(config).eval()
 
 
-def save(folder: Path, size: Size = Size()) -> Path:
+def save(folder: Path, size: Size = Size(), architecture: str = "LlamaForCausalLM") -> Path:
     """The model's folder, with a byte-level tokenizer that takes any text; the load test's words are one token each."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -58,7 +72,7 @@ def save(folder: Path, size: Size = Size()) -> Path:
         show_progress=False,
     )
     tokenizer.train_from_iterator([" ".join(["", *WORDS])] * 2, trainer)
-    tiny_model(size).save_pretrained(folder)
+    tiny_model(size, architecture=architecture).save_pretrained(folder)
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<|pad|>", bos_token="<|start|>", eos_token="<|end|>"
     ).save_pretrained(folder)

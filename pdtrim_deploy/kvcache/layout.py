@@ -41,10 +41,10 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class LayerRows:
-    """The rows of one decode layer in a chunk.
+    """The rows of one KV layer of decode in a chunk.
 
     Attributes:
-        decode_layer, prefill_layer: layer indices in the two stage models.
+        decode_layer, prefill_layer: KV layers of the two stages, which are the layers of their pools.
         ranges: half-open ranges of rows, relative to the chunk's first token, ascending and disjoint.
         positions: the same ranges as absolute prompt positions.
         rows: their number.

@@ -111,7 +111,7 @@ def prepare(plan: PDPlan | None = None, pool: Tensor | None = None, offsets: Key
         cpu.library()
         return
     first, last = (max(getattr(send, name) for send in plan.kv) for name in ("n_first", "n_last"))
-    tokens, scratch = first + last + 3, [torch.zeros_like(pool[:1])] * len(plan.prefill_layers)
+    tokens, scratch = first + last + 3, [torch.zeros_like(pool[:1])] * len(plan.prefill_kv_blocks)
     slots = torch.zeros(tokens, dtype=torch.int64, device=pool.device)
     for start, stop in ((0, tokens), (first + 1, first + 2)):  # in a prompt's middle whole layers travel alone
         layout = chunk_layout(plan, tokens, start, stop, pool.shape[1])

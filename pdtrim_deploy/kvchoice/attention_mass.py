@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from pdtrim_deploy.models.oracle import PDOracle
+from pdtrim_deploy.models.sublayers import has_attention
 from pdtrim_deploy.plan import KVSend
 
 
 @dataclass(frozen=True)
 class AttentionMass:
-    """Shares of attention, float64 `[decode layers, kv_heads]`, each the mean over queries and a KV head's queries.
+    """Shares of attention, float64 `[KV layers, kv_heads]`, each the mean over queries and a KV head's queries.
 
     `first`, `last` and `middle` are of the prompt, `generated` of the continuation itself; the four sum to 1. A
     prompt of no more than `n_first + n_last` tokens has no middle, and what `first` covers is not in `last`.
@@ -34,7 +35,7 @@ class AttentionMass:
 
     @property
     def prompt_ends(self) -> Tensor:
-        """float64 `[decode layers]`: mass on first and last prompt tokens, mean over KV heads."""
+        """float64 `[KV layers]`: mass on first and last prompt tokens, mean over KV heads."""
         return (self.first + self.last).mean(1)
 
 
@@ -53,7 +54,7 @@ def attention_mass(
 
     Decode reads all prompt KV, whatever the oracle's plan cuts; of a layer with a window, that window.
     """
-    layers, heads = len(oracle.plan.decode_layers), oracle.plan.model.num_kv_heads
+    layers, heads = len(oracle.plan.kv), oracle.plan.model.num_kv_heads
     full = oracle.with_kv((KVSend(),) * layers)
     n, low = prompt_tokens, min(n_first, prompt_tokens)
     edges = (0, low, max(low, n - n_last), n, sequences.shape[1] - 1)
@@ -84,7 +85,7 @@ def _watch(model: Any, see: Callable[[int, Tensor], None]) -> Iterator[None]:
     model.set_attn_implementation("eager")
     hooks = [
         layer.self_attn.register_forward_hook(lambda _module, _args, out, index=index: see(index, out[1]))
-        for index, layer in enumerate(model.model.layers)
+        for index, layer in enumerate(filter(has_attention, model.model.layers))
     ]
     try:
         yield

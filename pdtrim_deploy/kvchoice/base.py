@@ -44,19 +44,19 @@ class Problem:
 
     @property
     def layers(self) -> int:
-        """Layers of the decode model."""
-        return len(self.oracle.plan.decode_layers)
+        """KV layers of the decode model."""
+        return len(self.oracle.plan.kv)
 
     @property
     def windowed(self) -> tuple[bool, ...]:
         """By layer of decode, whether it attends to a window, all of whose rows travel."""
         plan = self.oracle.plan
-        return tuple(plan.model.window(block) is not None for block in plan.decode_layers)
+        return tuple(plan.model.window(block) is not None for block in plan.decode_kv_blocks)
 
     def rule(self, layer: int, send: KVSend) -> KVSend:
         """What a rule means for a layer of decode."""
         plan = self.oracle.plan
-        return plan.model.rule(plan.decode_layers[layer], send)
+        return plan.model.rule(plan.decode_kv_blocks[layer], send)
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ def rotary_of(model: Any, head_dim: int) -> Rotary | None:
 @torch.no_grad()
 def measure(oracle: PDOracle, sequences: Tensor, progress: Progress) -> Measured:
     """Offsets for the layers of `oracle`'s decode stage, from text int64 `[S, T]`, T >= 4."""
-    model, layers = oracle.plan.model, len(oracle.plan.decode_layers)
+    model, layers = oracle.plan.model, len(oracle.plan.kv)
     rotary = rotary_of(oracle.prefill_model, model.head_dim)
     if rotary is None:
         progress("key offsets: none, because they do not support this model's type of RoPE")

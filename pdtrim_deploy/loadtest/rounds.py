@@ -14,14 +14,9 @@ from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.loadtest.base import Driver, LoadResult, LoadRun
 from pdtrim_deploy.loadtest.scenario import Scenario
 from pdtrim_deploy.loadtest.workers import Key, WorkerFigures, Workers, summed
+from pdtrim_deploy.local.student_t import t_975
 
 LEAST_ROUNDS = 3
-# 97.5% quantiles of Student's t for 1, 2, ... 30 degrees of freedom.
-T_975 = (
-    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
-    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
-    *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
-)
 # Figure -> function that reads it from one round's result; None if that round has none.
 FIGURES: dict[str, Callable[[LoadResult], float | None]] = {
     "TTFT p50": lambda r: r.ttft_ms.p50,
@@ -72,11 +67,6 @@ class Ratio(BaseModel):
     def differs(self) -> bool:
         """Whether the interval excludes 1."""
         return not self.low <= 1.0 <= self.high
-
-
-def t_975(freedom: int) -> float:
-    """Two-sided 95% of Student's t; beyond 30 degrees by its first-order expansion about the normal."""
-    return T_975[freedom - 1] if freedom <= len(T_975) else 1.95996 + (1.95996**3 + 1.95996) / (4 * freedom)
 
 
 @dataclass(frozen=True)

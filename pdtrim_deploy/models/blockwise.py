@@ -11,6 +11,7 @@ ids may always be on the host. Logits are on the device of the LM head.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from pdtrim_deploy.models.placement import device_of
+from pdtrim_deploy.models.sublayers import has_attention
 
 CausalLM: TypeAlias = Any
 """A transformers `*ForCausalLM` built as Llama's is, in eval mode."""
@@ -96,11 +98,17 @@ class Span:
 
 
 class Blockwise:
-    """The modules of one model, callable one by one. Hidden states are `[batch, tokens, hidden]`."""
+    """The modules of one model, callable one by one. Hidden states are `[batch, tokens, hidden]`.
+
+    Attributes:
+        kv_layers: layers that hold K and V, ascending: all but those without attention.
+
+    """
 
     def __init__(self, model: CausalLM) -> None:
         self.model = model
         self.layers = list(model.model.layers)
+        self.kv_layers = [at for at, layer in enumerate(self.layers) if has_attention(layer)]
         self.devices = [device_of(layer) for layer in self.layers]
         self.home: torch.device = model.model.norm.weight.device
         self.windows = [_window(layer.self_attn) for layer in self.layers]
@@ -148,6 +156,11 @@ class Blockwise:
             past_key_values=kv,
             use_cache=True,
         )
+
+    def by_layer(self, held: Iterable[LayerKV]) -> list[LayerKV]:
+        """What each layer reads, of what each KV layer holds; nothing where there is no attention."""
+        of_layer = dict(zip(self.kv_layers, held, strict=True))
+        return [of_layer.get(layer) or LayerKV() for layer in range(len(self.layers))]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits of the last block's output, in the model's dtype."""

@@ -21,7 +21,8 @@ from pdtrim_deploy.kvcache.pack import pack, unpack
 from pdtrim_deploy.models.blockwise import Blockwise, CausalLM, LayerKV
 from pdtrim_deploy.models.layer_run import LayerRun
 from pdtrim_deploy.models.pd_run import continuation_logprobs
-from pdtrim_deploy.plan import KVSend, PDPlan
+from pdtrim_deploy.models.sublayers import skip_sublayers
+from pdtrim_deploy.plan import STAGES, KVSend, PDPlan
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,8 @@ class PrefillState:
     """What prefill leaves behind for `batch` prompts of `tokens` tokens; plans that share prefill share it.
 
     Attributes:
-        keys, values: one pool per prefill layer, `[batch * tokens, kv_heads, head_dim]`, the pool's dtype, all on the
-            device of the LM head; token `t` of prompt `b` lies in slot `b * tokens + t`.
+        keys, values: one pool per KV layer of prefill, `[batch * tokens, kv_heads, head_dim]`, the pool's dtype, all on
+            the device of the LM head; token `t` of prompt `b` lies in slot `b * tokens + t`.
         logits: `[batch, vocabulary]` after the last prompt token.
 
     """
@@ -53,7 +54,8 @@ class PDOracle:
 
     Args:
         prefill_model, decode_model: stage models with the plan's layers; they may share weights.
-        plan: its `row_dtype` is that of prompt KV in the pool and on the wire, whatever the models compute in.
+        plan: sublayers that it leaves out are skipped, whatever the models have there; its `row_dtype` is that of
+            prompt KV in the pool and on the wire, whatever the models compute in.
         offsets: the plan's key offsets, of all KV heads; None when it has none.
 
     Raises:
@@ -64,14 +66,17 @@ class PDOracle:
     def __init__(
         self, prefill_model: CausalLM, decode_model: CausalLM, plan: PDPlan, offsets: KeyOffsets | None = None
     ) -> None:
-        self.prefill_model, self.decode_model, self.plan, self.offsets = prefill_model, decode_model, plan, offsets
+        self.plan, self.offsets = plan, offsets
         if (None if offsets is None else offsets.file) != plan.key_offsets:
             raise ValueError("the key offsets are not the plan's")
-        self._prefill, self.decode = Blockwise(prefill_model), Blockwise(decode_model)
-        for stage, runner in (("prefill", self._prefill), ("decode", self.decode)):
-            planned = len(plan.prefill_layers if stage == "prefill" else plan.decode_layers)
-            if len(runner.layers) != planned:
-                raise ValueError(f"the {stage} model has {len(runner.layers)} layers, the plan {planned}")
+        models = {"prefill": prefill_model, "decode": decode_model}
+        for stage in STAGES:
+            layers, planned = len(models[stage].model.layers), plan.layers(stage)
+            if layers != len(planned):
+                raise ValueError(f"the {stage} model has {layers} layers, the plan {len(planned)}")
+            models[stage] = skip_sublayers(models[stage], planned, plan.missing(stage))
+        self.prefill_model, self.decode_model = models["prefill"], models["decode"]
+        self._prefill, self.decode = Blockwise(self.prefill_model), Blockwise(self.decode_model)
 
     @property
     def fp8_pool(self) -> torch.dtype | None:
@@ -116,7 +121,8 @@ class PDOracle:
             kvs = [LayerKV(pool=self.fp8_pool) for _ in parts]
             run.advance(kvs)
             for pool, kv in zip(pools, kvs, strict=True):
-                pool.append((_to_pool(kv.keys, dtype, home), _to_pool(kv.values, dtype, home)))
+                if kv.keys is not None and kv.values is not None:
+                    pool.append((_to_pool(kv.keys, dtype, home), _to_pool(kv.values, dtype, home)))
         states = []
         for prompts, pool, hidden in zip(parts, pools, run.states, strict=True):
             keys, values = zip(*pool, strict=True)
@@ -126,7 +132,7 @@ class PDOracle:
 
     @torch.no_grad()
     def hand_over(self, state: PrefillState) -> list[LayerKV]:
-        """What each decode layer holds after the transfer: exactly the rows that were sent."""
+        """What each KV layer of decode holds after the transfer: exactly the rows that were sent."""
         keys, values = (
             [torch.full_like(pools[source], torch.nan) for source in self.plan.layer_map]  # a row not sent shows
             for pools in (state.keys, state.values)
@@ -148,7 +154,8 @@ class PDOracle:
 
         `branches`: as in `Blockwise.embed`.
         """
-        return LayerRun(self.decode, [ids], start, branches).finish([[kv] for kv in held])[0]
+        kvs = [[kv] for kv in self.decode.by_layer(held)]
+        return LayerRun(self.decode, [ids], start, branches).finish(kvs)[0]
 
     def score(self, state: PrefillState, continuations: Tensor) -> Tensor:
         """float32 `[batch, T]` on the host: log-probability of each token of `continuations`, int64 `[batch, T >= 1]`.
@@ -174,7 +181,7 @@ class PDOracle:
     @torch.no_grad()
     def extend_parts(self, parts: Sequence[Tensor], states: Sequence[PrefillState], branches: int = 1) -> list[Tensor]:
         """`extend` of each of `parts` behind the KV that its state hands over; all go through block by block."""
-        held = zip(*(self.hand_over(state) for state in states), strict=True)
+        held = zip(*(self.decode.by_layer(self.hand_over(state)) for state in states), strict=True)
         return LayerRun(self.decode, parts, states[0].tokens, branches).finish([list(kvs) for kvs in held])
 
     def logprobs(self, prompt: Tensor, continuation: Tensor) -> Tensor:
@@ -210,9 +217,8 @@ def _top(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return top.indices.cpu(), top.values.cpu()
 
 
-def _to_pool(tensor: Tensor | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _to_pool(tensor: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     """`[batch, heads, tokens, dim]` -> `[batch * tokens, heads, dim]`."""
-    assert tensor is not None
     return tensor.transpose(1, 2).flatten(0, 1).to(device, dtype).contiguous()
 
 

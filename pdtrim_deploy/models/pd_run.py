@@ -40,7 +40,8 @@ class PDRun:
     A layer's KV is kept no longer than it is read.
 
     Args:
-        layer_map: for each layer of decode, the layer of prefill whose prompt KV it reads.
+        sources: for each layer of decode, the layer of prefill whose prompt KV it reads; None for one without
+            attention (`PDPlan.kv_sources`).
         parts: int64 `[batch, T]` each; the first `prompt_tokens` tokens are the prompt.
 
     """
@@ -49,11 +50,11 @@ class PDRun:
         self,
         prefill: Blockwise,
         decode: Blockwise,
-        layer_map: tuple[int, ...],
+        sources: tuple[int | None, ...],
         parts: Sequence[Tensor],
         prompt_tokens: int,
     ) -> None:
-        self._map, self._continuations = layer_map, [ids[:, prompt_tokens:] for ids in parts]
+        self._sources, self._continuations = sources, [ids[:, prompt_tokens:] for ids in parts]
         self.prefill = LayerRun(prefill, [ids[:, :prompt_tokens] for ids in parts])
         self.decode = LayerRun(decode, [ids[:, :-1] for ids in self._continuations], prompt_tokens)
 
@@ -67,8 +68,8 @@ class PDRun:
         """Through prefill's next layer (for its K and V alone, unless it `adds`), and what of decode reads them."""
         layer, kvs = self.prefill.layer, [LayerKV() for _ in self.prefill.states]
         self.prefill.advance(kvs, adds=adds)
-        if self.decode.running and self._map[self.decode.layer] == layer:
-            self.decode.advance(kvs)
+        while self.decode.running and (source := self._sources[self.decode.layer]) in (None, layer):
+            self.decode.advance(None if source is None else kvs)
 
     def logprobs(self) -> list[Tensor]:
         """Go to the end: float32 `[batch, T - prompt_tokens]` of each batch, as `continuation_logprobs`."""

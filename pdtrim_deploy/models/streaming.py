@@ -99,6 +99,8 @@ def stream_model(
         model.get_submodule(owner)._parameters[leaf] = nn.Parameter(tensor.to(home), requires_grad=False)
     if "lm_head.weight" not in checkpoint.tensors:
         model.lm_head._parameters["weight"] = model.model.embed_tokens.weight
+    if (scale := getattr(model.model.embed_tokens, "scalar_embed_scale", None)) is not None:  # Gemma-3's, of no file
+        model.model.embed_tokens._buffers["embed_scale"] = torch.tensor(scale, device=home)
     blocks = Blocks(checkpoint, blocks_in_memory, compute, rounded)
     for number, layer in enumerate(model.model.layers):
         put(layer, blocks.device(number))

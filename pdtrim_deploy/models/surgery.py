@@ -34,7 +34,9 @@ from pdtrim_deploy.models.placement import device_of
 from pdtrim_deploy.models.provenance import LICENCE_FILES
 from pdtrim_deploy.models.quantized.module_lists import cut_settings
 from pdtrim_deploy.models.quantized.stage import quantize_like, stage_settings
+from pdtrim_deploy.models.sublayers import check_missing, skip_sublayers, zero_outputs
 from pdtrim_deploy.models.writer import MAX_SHARD_BYTES, write_shards
+from pdtrim_deploy.plan import Sublayer
 
 _LAYERS = "model.layers."
 _COPIED = (
@@ -55,15 +57,17 @@ def keep_blocks(
     blocks: Sequence[int],
     replacements: Replacements | None = None,
     experts: ExpertsByBlock | None = None,
+    missing: Mapping[int, Sublayer] | None = None,
 ) -> Any:
     """A new model with those blocks, in that order; parameters are shared, everything else is its own.
 
     The given model is left as it was: `layer_idx`, config and hooks differ, the weights are the same tensors (so
     training one would train the other). Costs milliseconds. `replacements` and `experts` as in `write_stage`: those
     tensors are cast to the model's dtype, and its alone, on the device of their block; weights of kept experts are
-    copies.
+    copies. `missing` gives the sublayer that a block runs without: it is not there, nor are tensors of it.
     """
     _check_blocks(blocks, len(model.model.layers))
+    check_missing(blocks, missing or {})
     family, experts, full = known_family(type(model).__name__), experts or {}, model.config.to_dict()
     check_experts(family, full, blocks, experts)
     cut = _twin(model)
@@ -85,7 +89,7 @@ def keep_blocks(
         layer = cut.model.layers[list(blocks).index(block)]
         for name, tensor in parts.items():
             _replace(layer, f"{_LAYERS}{block}.", name, tensor)
-    return cut
+    return skip_sublayers(cut, blocks, missing or {})
 
 
 def write_stage(
@@ -97,6 +101,7 @@ def write_stage(
     *,
     replacements: Replacements | None = None,
     experts: ExpertsByBlock | None = None,
+    missing: Mapping[int, Sublayer] | None = None,
     files: Sequence[Path] = (),
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
@@ -106,8 +111,8 @@ def write_stage(
     scales, and those that are replaced get new ones of the same kind. `pdtrim` goes into config.json under that key.
     `replacements` gives, for blocks in `blocks`, tensors by their name within the block ("self_attn.q_proj.weight") in
     transformers' module, of the shapes they have: students of distilled pairs, healed weights. `experts` gives the
-    experts that the stage keeps, for each of `blocks` that has experts; they are numbered from 0 there. `files` are
-    copied into the folder.
+    experts that the stage keeps, for each of `blocks` that has experts; they are numbered from 0 there. `missing` gives
+    the sublayer that a block runs without: its last projection is zero. `files` are copied into the folder.
 
     The folder appears whole or not at all. An earlier stage in its place is replaced; anything else there is refused
     (UserError).
@@ -119,10 +124,11 @@ def write_stage(
         raise UserError(f"dtype {dtype!r} is unknown; use one of {', '.join(TORCH_DTYPES)}")
     _check_replaceable(out_dir)
     experts = experts or {}
+    replacements = _with_zeros(checkpoint, blocks, replacements or {}, experts, missing or {})
     check_experts(checkpoint.family, checkpoint.config, blocks, experts)
     if experts:
         check_formats(checkpoint)
-    changed = quantize_like(checkpoint, _replacements(checkpoint, blocks, replacements or {}, experts))
+    changed = quantize_like(checkpoint, _replacements(checkpoint, blocks, replacements, experts))
     sources = _stage_names(checkpoint, blocks, experts)
 
     def get(name: str) -> torch.Tensor:
@@ -146,6 +152,30 @@ def write_stage(
         for file, settings in stage_settings(checkpoint, blocks).items():
             (folder / file).write_text(json.dumps(settings, indent=2))
         (folder / "config.json").write_text(json.dumps(config, indent=2))
+
+
+def _with_zeros(
+    checkpoint: Checkpoint,
+    blocks: Sequence[int],
+    replacements: Replacements,
+    experts: ExpertsByBlock,
+    missing: Mapping[int, Sublayer],
+) -> Replacements:
+    """`replacements`, and zeros where a sublayer is missing."""
+    if not missing:
+        return replacements
+    check_missing(blocks, missing)
+    model_class = checkpoint.family.model_class
+    with torch.device("meta"):
+        model = model_class._from_config(model_class.config_class.from_dict(checkpoint.config))
+    joined = {block: dict(parts) for block, parts in replacements.items()}
+    for block, sublayer in missing.items():
+        zeros = zero_outputs(model.model.layers[block], sublayer)
+        if block in experts:  # what stacks experts along its first axis has the kept ones alone
+            stacked = parameters_by_expert(checkpoint.family, checkpoint.config, block)
+            zeros = {n: z[: len(experts[block])] if n in stacked else z for n, z in zeros.items()}
+        joined[block] = joined.get(block, {}) | zeros
+    return joined
 
 
 def _check_blocks(blocks: Sequence[int], total: int) -> None:

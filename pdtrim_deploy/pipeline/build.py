@@ -61,7 +61,7 @@ def steps_of(recipe: Recipe, fingerprint: str) -> tuple[BuildStep, ...]:
     if recipe.pruning.finalists or recipe.pruning.distil:  # students learn from part of this text
         text = [dump["healing"][name] for name in ("compensation", "sequences", "length")]
         chosen["judged"] = [*text, recipe.healing.enabled]
-    prune = chained_key("", base | (chosen if recipe.pruning.decode_blocks else {}))
+    prune = chained_key("", base | (chosen if recipe.pruning.decode_loses else {}))
     kept = chained_key(prune, experts.depends_on(dump)) if keeps_experts else prune
     healed = chained_key(kept, heal.depends_on(dump)) if heal.needed(recipe) else kept
     reads = recipe.kv.method not in FIXED_KV or recipe.kv.measures_offsets
@@ -193,14 +193,27 @@ def check_fits(recipe: Recipe, blocks: int, positions: int) -> None:
             f"recipe {recipe.name}: pruning.decode_blocks is {removed}; allowed: at most {blocks - 1}, "
             f"the model has {blocks} blocks"
         )
-    if sparse > blocks - removed:
+    if (sublayers := recipe.pruning.decode_sublayers) > blocks - removed:
         raise UserError(
-            f"recipe {recipe.name}: kv.sparse_layers is {sparse}; allowed: at most {blocks - removed}, "
-            f"the layers that decode keeps"
+            f"recipe {recipe.name}: pruning.decode_attentions and decode_mlps are {sublayers}; allowed: at most "
+            f"{blocks - removed}, the blocks that decode keeps, each of which can go without one sublayer"
         )
-    if alone > blocks - removed:
+    attentions = blocks - removed - recipe.pruning.decode_attentions
+    if not attentions:
         raise UserError(
-            f"recipe {recipe.name}: healing.kv_only_blocks is {alone}; allowed: at most {blocks - removed}, "
+            f"recipe {recipe.name}: pruning.decode_attentions is {blocks - removed}; allowed: at most "
+            f"{blocks - removed - 1}, since decode sees the prompt by its attentions alone"
+        )
+    if sparse > attentions:
+        layers = "layers with attention" if recipe.pruning.decode_attentions else "layers"
+        raise UserError(
+            f"recipe {recipe.name}: kv.sparse_layers is {sparse}; allowed: at most {attentions}, "
+            f"the {layers} that decode keeps"
+        )
+    whole = attentions - recipe.pruning.prefill_mlps
+    if alone > whole:
+        raise UserError(
+            f"recipe {recipe.name}: healing.kv_only_blocks is {alone}; allowed: at most {whole}, "
             f"the blocks whose KV decode reads"
         )
     for option, tokens in _lengths(recipe):
@@ -214,7 +227,7 @@ def check_fits(recipe: Recipe, blocks: int, positions: int) -> None:
 def _lengths(recipe: Recipe) -> Iterator[tuple[str, int]]:
     """What each part of a build lets the model read at a time."""
     text, kv, healing = recipe.evaluation, recipe.kv, recipe.healing
-    if recipe.pruning.decode_blocks or recipe.pruning.experts:
+    if recipe.pruning.decode_loses or recipe.pruning.experts:
         yield "calibration.length", recipe.calibration.length
     if healing.enabled:
         yield "healing.length", healing.length
@@ -227,7 +240,7 @@ def _lengths(recipe: Recipe) -> Iterator[tuple[str, int]]:
 
 def check_shared(recipe: Recipe) -> None:
     """Refuse for Ray's workers what bounds the memory of one process, and methods that ask nobody else."""
-    if recipe.pruning.decode_blocks and recipe.pruning.method not in EVALUATED:
+    if recipe.pruning.decode_loses and recipe.pruning.method not in EVALUATED:
         raise UserError(
             f"recipe {recipe.name}: pruning.method is {recipe.pruning.method}, which one process searches alone; "
             f"build without --workers or choose one of {', '.join(EVALUATED)}"

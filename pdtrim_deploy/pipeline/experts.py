@@ -51,7 +51,7 @@ def _with_known_rules(context: Context) -> PDPlan:
     section, plan = context.recipe.kv, chosen_blocks(context)
     if section.method not in FIXED_KV:
         return plan
-    rules = stand_in_rules(section, plan.model, len(plan.decode_layers))
+    rules = stand_in_rules(section, plan.model, len(plan.kv))
     if section.measures_offsets:
         rules = tuple(send.model_copy(update={"wire_dtype": "native"}) for send in rules)
     return plan.with_kv(rules)

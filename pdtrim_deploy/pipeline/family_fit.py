@@ -90,11 +90,14 @@ def _requests(recipe: Recipe) -> Iterator[tuple[str, object, str, Feature | None
     pruning, healing = recipe.pruning, recipe.healing
     if pruning.decode_blocks:
         yield "pruning.decode_blocks", pruning.decode_blocks, "0", None
+    for key in ("decode_attentions", "decode_mlps"):
+        if getattr(pruning, key):
+            yield f"pruning.{key}", getattr(pruning, key), "0", None
     if pruning.experts is not None:
         yield "pruning.experts", "given", "to leave it out", None
     if pruning.distil:
         yield "pruning.distil", "true", "false", "distil"
-    if (pruning.decode_blocks or pruning.experts) and pruning.blocks_in_memory is not None:
+    if pruning.blocks_in_memory is not None:
         yield "pruning.blocks_in_memory", pruning.blocks_in_memory, "to leave it out", "blocks_in_memory"
     if healing.kv_only_blocks:
         yield "healing.kv_only_blocks", healing.kv_only_blocks, "0", "kv_only_blocks"

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 HEALING = f"{REPORTS}/healing.json"
 _VERSION = 3  # of how weights are made
 _KV_ONLY_VERSION = 4  # the same where some blocks run for their K and V alone
+_TRAINING = 1  # version of training by gradients
+_TRAINS = ("method", "lora_rank", "regression", "sweep")  # keys that mean nothing without it
 
 Changed = Mapping[Stage, "BlockTensors"]
 
@@ -36,7 +38,7 @@ Changed = Mapping[Stage, "BlockTensors"]
 def needed(recipe: Recipe) -> bool:
     """Whether the recipe asks for other weights than the model's own."""
     pruning = recipe.pruning
-    pruned = bool(pruning.decode_blocks or pruning.experts) and (pruning.distil or recipe.healing.enabled)
+    pruned = bool(pruning.decode_loses or pruning.experts) and (pruning.distil or recipe.healing.enabled)
     return pruned or bool(recipe.healing.kv_only_blocks)
 
 
@@ -46,8 +48,12 @@ def depends_on(dump: Mapping[str, Any]) -> list[Any]:
 
 
 def _section(dump: Mapping[str, Any]) -> dict[str, Any]:
-    """The section on healing without what is done once KV is chosen."""
-    return {name: value for name, value in dump["healing"].items() if name != "kv_steps"}
+    """The section on healing without what is done once KV is chosen, and what changes no weight."""
+    section = dump["healing"]
+    trains = section["prefill_steps"] or section["decode_steps"]
+    left_out = ("kv_steps", "gradient_checkpointing", *(() if trains else _TRAINS))
+    kept = {name: value for name, value in section.items() if name not in left_out}
+    return kept | ({"training": _TRAINING} if trains else {})
 
 
 def blocks_plan(context: Context) -> PDPlan:
@@ -112,21 +118,30 @@ def _entry(context: Context, key: str) -> Path:
     def make(folder: Path) -> None:
         from pdtrim_deploy.models.block_tensors import save_blocks
 
-        pair, report = _make(context)
+        pair, report = _make(context, key)
         for stage in STAGES:
             save_blocks(pair.changed.get(stage, {}), folder / f"{stage}.safetensors")
         (folder / "report.json").write_text(json.dumps(report, indent=2))
 
-    return context.cache.entry("stage-weights", key, make)
+    entry = context.cache.entry("stage-weights", key, make)
+    for stage in STAGES:
+        training_file(context, stage).unlink(missing_ok=True)
+    return entry
 
 
-def _make(context: Context) -> tuple[StagePair, dict[str, Any]]:
+def training_file(context: Context, name: str) -> Path:
+    """Where training stands, while it goes on."""
+    return context.out / WORK / f"healing-{name}.safetensors"
+
+
+def _make(context: Context, key: str) -> tuple[StagePair, dict[str, Any]]:
     """Students first; then compensation and healing of prefill; then those of decode, behind it.
 
     K and V of blocks that are there for them alone are fitted again once prefill's hidden states are what they will be.
     """
     from pdtrim_deploy.pruning.compensation import get_compensation
-    from pdtrim_deploy.pruning.healing import heal as distil
+    from pdtrim_deploy.pruning.healing import StateFile
+    from pdtrim_deploy.pruning.healing import heal as train
     from pdtrim_deploy.pruning.kv_only import fit, make_kv_only
     from pdtrim_deploy.pruning.pair import StagePair
 
@@ -142,8 +157,11 @@ def _make(context: Context) -> tuple[StagePair, dict[str, Any]]:
             continue  # nothing was lost
         if blocks_lost and section.compensation != "none" and _helps(context, pair, stage, ids, report):
             pair = get_compensation(section.compensation).compensate(pair, stage, ids, context.note)
-        if section.prefill_steps if stage == "prefill" else section.decode_steps:
-            trained = distil(pair, stage, ids, section, context.note)
+        if section.steps_of(stage):
+            file = StateFile(training_file(context, stage), key)
+            if stage == "prefill" and file.load() is None:
+                training_file(context, "decode").unlink(missing_ok=True)  # it is about another prefill's KV
+            trained = train(pair, stage, ids, section, context.note, file=file)
             pair = trained.pair
             report["healing"][stage] = trained.report
         if stage == "prefill" and section.kv_only_blocks and (section.compensation != "none" or section.prefill_steps):

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 HEALING_KV = f"{REPORTS}/healing-kv.json"
-_VERSION = 1  # of how weights are made
+_VERSION = 2  # of how weights are made
 
 
 def heal_kv(context: Context) -> set[str]:
@@ -56,7 +56,7 @@ def healed(context: Context) -> dict[Stage, list[dict[str, Any]]]:
 
 
 def _key(context: Context) -> str:
-    section, text = context.recipe.healing.model_dump(mode="json"), _text(context)
+    section, text = context.recipe.healing.model_dump(mode="json", exclude={"gradient_checkpointing"}), _text(context)
     parts = [
         _VERSION,
         context.plan.digest,
@@ -85,15 +85,18 @@ def _entry(context: Context, key: str) -> Path:
         from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
         from pdtrim_deploy.models.block_tensors import save_blocks
         from pdtrim_deploy.models.oracle import PDOracle
-        from pdtrim_deploy.pruning.healing import PromptKV
-        from pdtrim_deploy.pruning.healing import heal as distil
+        from pdtrim_deploy.pruning.healing import PromptKV, StateFile
+        from pdtrim_deploy.pruning.healing import heal as train
 
         pair = heal.stage_pair(context, context.plan)
         prefill, decode = (pair.stage(stage) for stage in STAGES)
         oracle = PDOracle(prefill, decode, context.plan, KeyOffsets.read(context.out, context.plan))
         prompt_kv = PromptKV(context.recipe.kv.prompt_tokens, lambda prompts: oracle.hand_over(oracle.prefill(prompts)))
-        trained = distil(pair, "decode", _text(context), context.recipe.healing, context.note, prompt_kv)
+        file = StateFile(heal.training_file(context, "kv"), key)
+        trained = train(pair, "decode", _text(context), context.recipe.healing, context.note, prompt_kv, file)
         save_blocks(trained.pair.changed.get("decode", {}) if trained.kept else {}, folder / "decode.safetensors")
         (folder / "report.json").write_text(json.dumps(trained.report, indent=2))
 
-    return context.cache.entry("stage-weights", key, make)
+    entry = context.cache.entry("stage-weights", key, make)
+    heal.training_file(context, "kv").unlink(missing_ok=True)
+    return entry

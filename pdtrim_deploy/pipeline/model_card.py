@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from pdtrim_deploy import __version__
-from pdtrim_deploy.bundle import CARD, write_atomic
+from pdtrim_deploy.bundle import CARD, REPORTS, write_atomic
+from pdtrim_deploy.bundle.recoveries import HEAD, recoveries
 from pdtrim_deploy.models.provenance import Provenance
 from pdtrim_deploy.pipeline import model_card_parts as parts
 from pdtrim_deploy.plan import STAGES, PDPlan, Stage
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from pdtrim_deploy.evaluation.quality import Quality
 
 BEGIN, END = "<!-- loss:begin -->", "<!-- loss:end -->"
+TABLE = ("<!-- recovery:begin -->", "<!-- recovery:end -->")
 NOT_MEASURED = "Not measured yet: run `pdtrim-deploy eval` on the bundle."
 AGAIN = """pdtrim-deploy build BUNDLE/recipe.yaml --out AGAIN
 pdtrim-deploy eval BUNDLE
@@ -35,13 +37,25 @@ def write_cards(out: Path, plan: PDPlan, recipe: Recipe, base: Provenance, heale
 
 def refresh_cards(bundle: Path, quality: Quality) -> None:
     """Put the measured loss into both cards, where there are cards."""
+    _refresh(bundle, (BEGIN, END), measured(quality))
+
+
+def refresh_recoveries(bundle: Path, plan_digest: str) -> None:
+    """Put what `reports/` say of this plan's recovery into both cards, where there are cards."""
+    rows = recoveries(bundle / REPORTS, plan_digest)
+    lines = ["| " + " | ".join(row) + " |" for row in (HEAD, ("---",) * len(HEAD), *rows)] if rows else []
+    _refresh(bundle, TABLE, "\n".join(lines))
+
+
+def _refresh(bundle: Path, marks: tuple[str, str], text: str) -> None:
+    """Put `text` between the marks of both cards."""
     for stage in STAGES:
         path = bundle / stage / CARD
         if path.is_file():
-            before, begin, rest = path.read_text().partition(BEGIN)
-            _, end, after = rest.partition(END)
+            before, begin, rest = path.read_text().partition(marks[0])
+            _, end, after = rest.partition(marks[1])
             if begin and end:
-                write_atomic(path, f"{before}{BEGIN}\n{measured(quality)}\n{END}{after}")
+                write_atomic(path, f"{before}{begin}\n{text}\n{end}{after}")
 
 
 def card(plan: PDPlan, recipe: Recipe, stage: Stage, base: Provenance, healed: parts.Healed) -> str:
@@ -65,6 +79,7 @@ def card(plan: PDPlan, recipe: Recipe, stage: Stage, base: Provenance, healed: p
         "\n".join(what),
         "## What that costs",
         f"{BEGIN}\n{NOT_MEASURED}\n{END}",
+        "\n\n".join(TABLE),
         "## How it was made",
         "\n".join(parts.provenance(recipe)),
         f"```\n{AGAIN}\n```",

@@ -24,7 +24,12 @@ def blocks(plan: PDPlan, stage: Stage) -> str:
     if pairs:
         text += f"; one student block in the place of each of the pairs {_list(f'{a} and {b}' for a, b in pairs)}"
     alone = [block for block, action in enumerate(actions) if action.kind == "kv_only"]
-    return text + (f"; for their K and V alone: {_list(alone)}" if alone else "")
+    text += f"; for their K and V alone: {_list(alone)}" if alone else ""
+    missing = plan.missing(stage)
+    for sublayer, name, tensor in (("attention", "attention", "o_proj"), ("mlp", "MLP", "down_proj")):
+        if lost := [block for block, lacks in missing.items() if lacks == sublayer]:
+            text += f"; without {name}, whose {tensor} is zero: {_list(lost)}"
+    return text
 
 
 def experts(plan: PDPlan, recipe: Recipe, stage: Stage) -> list[str]:
@@ -42,8 +47,10 @@ def experts(plan: PDPlan, recipe: Recipe, stage: Stage) -> list[str]:
 def kv(plan: PDPlan, recipe: Recipe) -> str:
     """What is sent of the prompt's KV, and in how many bytes."""
     tokens = recipe.evaluation.prompt_tokens
-    sparse = [block for block, send in zip(plan.decode_layers, plan.kv, strict=True) if send.mode == "sparse"]
+    sparse = [block for block, send in zip(plan.decode_kv_blocks, plan.kv, strict=True) if send.mode == "sparse"]
     cut = f"{len(sparse)} of {len(plan.kv)} decode layers get the first and last prompt tokens alone"
+    if windows := sum(send.mode == "window" for send in plan.kv):
+        cut = f"{windows} get the rows that their sliding windows read, {cut}"
     wires = Counter(plan.model.row_dtype if send.wire_dtype == "native" else send.wire_dtype for send in plan.kv)
     return (
         f"{cut}{f' (blocks {_list(sparse)})' if sparse else ''}; sent as "
@@ -60,9 +67,12 @@ def changed(plan: PDPlan, recipe: Recipe, stage: Stage, healed: Healed) -> list[
     if recipe.healing.compensation != "none" and any(action.kind != "keep" for action in actions):
         done.append(f"compensation {recipe.healing.compensation}")
     for report in (report for report in healed.get(stage, ()) if report["kept"]):
-        steps = f"{report['steps']} steps of logit distillation from the base model"
+        steps = f"{report['steps']} steps of distillation from the base model"
         steps += " behind prompt KV as it arrives" * report["kv"]
-        done.append(f"{steps} (KL {report['before']:.4f} to {report['after']:.4f} nats a token on text not trained on)")
+        done.append(
+            f"{steps} (KL {report['before']:.4f} to {report['after']:.4f} nats a token on development text, difference "
+            f"{report['difference']:+.4f} ± {report['stderr']:.4f}, paired by {report['sequences']} sequences)"
+        )
     alone = any(action.kind == "kv_only" for action in actions)
     done += ["K and V of the blocks that run for these alone, refitted"] * alone
     if not done:
@@ -95,9 +105,10 @@ def provenance(recipe: Recipe) -> list[str]:
     text, pruning, healing, kv = recipe.calibration, recipe.pruning, recipe.healing, recipe.kv
     lines = [f"- Recipe `{recipe.name}` (`recipe.yaml` in the bundle), digest `{recipe.digest}`"]
     corpus = _corpus(text)
-    if pruning.decode_blocks:
+    if pruning.decode_loses:
+        chosen = "Blocks and sublayers" if pruning.decode_sublayers else "Blocks"
         lines.append(
-            f"- Blocks chosen by `{pruning.method}` (seed {pruning.seed}{_KL * (pruning.objective == 'kl')}) on "
+            f"- {chosen} chosen by `{pruning.method}` (seed {pruning.seed}{_KL * (pruning.objective == 'kl')}) on "
             f"{text.sequences} x {text.length} tokens of {corpus}"
         )
     if pruning.experts is not None and pruning.experts.method != "random":

@@ -28,7 +28,7 @@ from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.models.provenance import Provenance
 from pdtrim_deploy.pipeline import engines, heal_kv
 from pdtrim_deploy.pipeline.context import Context
-from pdtrim_deploy.pipeline.model_card import refresh_cards, write_cards
+from pdtrim_deploy.pipeline.model_card import refresh_cards, refresh_recoveries, write_cards
 from pdtrim_deploy.plan import STAGES
 from pdtrim_deploy.recipe import Recipe
 
@@ -57,7 +57,7 @@ def seal_bundle(context: Context, steps: dict[str, Step], failures: dict[str, st
     context.note("hashing every file")
     files = entries(out, {name for step in steps.values() for name in step.sizes})
     _drop_reports(out, files)
-    _say_loss(out)
+    _say_loss(out, context.plan.digest)
     manifest = Manifest(
         recipe_digest=recipe.digest,
         plan_digest=context.plan.digest,
@@ -96,8 +96,9 @@ def _earlier(out: Path) -> Mapping[str, Entry]:
         return {}
 
 
-def _say_loss(out: Path) -> None:
+def _say_loss(out: Path, plan_digest: str) -> None:
     """Cards that were written anew say what an eval.json that was kept does."""
+    refresh_recoveries(out, plan_digest)
     file = out / REPORTS / EVAL
     if not file.is_file():
         return

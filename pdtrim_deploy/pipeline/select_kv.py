@@ -36,11 +36,11 @@ def select_kv(context: Context) -> set[str]:
     less in the file of key offsets, and what that does to them in reports/key-offsets.json, if any can be quantised.
     """
     section, plan = context.recipe.kv, heal.blocks_plan(context)
-    plan = plan.with_kv(stand_in_rules(section, plan.model, len(plan.decode_layers)))
+    plan = plan.with_kv(stand_in_rules(section, plan.model, len(plan.kv)))
     if section.method not in FIXED_KV or section.measures_offsets:
         plan = _looked_at(context, plan)
-    sends = {block: send.model_dump() for block, send in zip(plan.decode_layers, plan.kv, strict=True)}
-    sparse = [block for block, send in zip(plan.decode_layers, plan.kv, strict=True) if send.mode == "sparse"]
+    sends = {block: send.model_dump() for block, send in zip(plan.decode_kv_blocks, plan.kv, strict=True)}
+    sparse = [block for block, send in zip(plan.decode_kv_blocks, plan.kv, strict=True) if send.mode == "sparse"]
     write_json(context.out / KV, {"method": section.method, "sparse_blocks": sparse, "sends": sends})
     write_json(context.out / PLAN, plan.model_dump(mode="json"))
     measured = {OFFSETS} if section.measures_offsets else set()
@@ -70,7 +70,7 @@ def _offsets(context: Context, oracle: PDOracle) -> KeyOffsets | None:
     section = context.recipe.kv
     length = min(section.prompt_tokens, context.checkpoint.facts.max_positions)
     measured = measure(oracle, context.calibration(section.sequences, length, length), context.note)
-    errors = dict(zip(oracle.plan.decode_layers, measured.errors, strict=False))
+    errors = dict(zip(oracle.plan.decode_kv_blocks, measured.errors, strict=False))
     write_json(context.out / OFFSETS, {"rms_error_of_int4_keys": errors, "of_each_kv_head": ["whole", "less the mean"]})
     return measured.offsets
 
@@ -127,5 +127,5 @@ def _attention(context: Context, problem: Problem) -> dict[str, Any]:
     mass = attention_mass(problem.oracle, text, n, first, last, progress=context.note)
     parts = ("first", "last", "middle", "generated")
     shares = {part: getattr(mass, part).mean(1).round(decimals=6).tolist() for part in parts}
-    blocks = list(problem.oracle.plan.decode_layers)
+    blocks = list(problem.oracle.plan.decode_kv_blocks)
     return {"n_first": first, "n_last": last, "prompt_tokens": n, "sequences": len(text), "blocks": blocks} | shares

@@ -17,6 +17,8 @@ from pdtrim_deploy.plan import (
     ModelShape,
     PDPlan,
     Stage,
+    WithoutAttention,
+    WithoutMLP,
 )
 from pdtrim_deploy.plan.wire import WIRE_DTYPES, packed_bytes
 from pdtrim_deploy.recipe import Recipe
@@ -24,7 +26,7 @@ from pdtrim_deploy.recipe.kv import KVSection
 
 
 def stand_in(recipe: Recipe, shape: ModelShape, experts: ExpertShape | None = None) -> PDPlan:
-    """With the last blocks removed, the first experts kept and the first layers cut.
+    """With the last blocks removed, the first ones without sublayers, the first experts kept and the first layers cut.
 
     Raises:
         UserError: head size and KV pool allow no wire dtype of the recipe, or no choice of options fits its budget.
@@ -33,14 +35,30 @@ def stand_in(recipe: Recipe, shape: ModelShape, experts: ExpertShape | None = No
     shape = shape.with_pool(recipe.kv.pool_dtype)
     _check_wire(recipe, shape)
     pruning = recipe.pruning
-    blocks, layers = shape.num_blocks, shape.num_blocks - pruning.decode_blocks
+    blocks, left = shape.num_blocks, shape.num_blocks - pruning.decode_blocks
     plan = PDPlan(
         model=shape,
-        prefill=actions(blocks, range(blocks - pruning.prefill_blocks, blocks)),
-        decode=actions(blocks, range(layers, blocks)),
-        kv=stand_in_rules(recipe.kv, shape, layers),
+        prefill=_without_sublayers(
+            actions(blocks, range(blocks - pruning.prefill_blocks, blocks)),
+            pruning.prefill_attentions,
+            range(pruning.decode_attentions, pruning.decode_attentions + pruning.prefill_mlps),
+        ),
+        decode=_without_sublayers(
+            actions(blocks, range(left, blocks)),
+            pruning.decode_attentions,
+            range(pruning.decode_attentions, pruning.decode_sublayers),
+        ),
+        kv=stand_in_rules(recipe.kv, shape, left - pruning.decode_attentions),
     )
     return plan.with_parts(experts=_first_experts(recipe, plan, experts))
+
+
+def _without_sublayers(whole: tuple[Action, ...], attentions: int, mlps: Collection[int]) -> tuple[Action, ...]:
+    """`whole` with the first so many blocks without attention, and those of `mlps` without MLP."""
+    return tuple(
+        WithoutAttention() if block < attentions else WithoutMLP() if block in mlps else action
+        for block, action in enumerate(whole)
+    )
 
 
 def _first_experts(recipe: Recipe, plan: PDPlan, shape: ExpertShape | None) -> KeptExperts | None:

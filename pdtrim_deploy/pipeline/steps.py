@@ -33,7 +33,7 @@ def prune(context: Context) -> set[str]:
 
     What every block could lose, by redundancy, stands in reports/candidates.json.
     """
-    if not context.recipe.pruning.decode_blocks:
+    if not context.recipe.pruning.decode_loses:
         nothing: dict[str, Any] = {"removed": [], "pairs": [], "loss": None, "trajectory": []}
         write_json(context.out / PRUNING, dict.fromkeys(STAGES, nothing))
         return {PRUNING}
@@ -41,8 +41,8 @@ def prune(context: Context) -> set[str]:
     report = {stage: _stage_report(getattr(removals, stage), removals.decode_losses) for stage in STAGES}
     write_json(context.out / PRUNING, report)
     section = context.recipe.pruning
-    going = {"prefill": section.prefill_blocks, "decode": section.decode_blocks - section.prefill_blocks}
-    searches = [*(stage for stage, blocks in going.items() if blocks), *[DECODE_AGAIN] * bool(removals.decode_losses)]
+    going = {"prefill": section.prefill_loses, "decode": section.decode_loses - section.prefill_loses}
+    searches = [*(stage for stage, units in going.items() if units), *[DECODE_AGAIN] * bool(removals.decode_losses)]
     logs = [log(name) for name in searches for log in (search_log, *([finalists_log] if judged else []))]
     return {PRUNING, CANDIDATES, *(f"{REPORTS}/{name}" for name in logs), *([JUDGED] if judged else [])}
 
@@ -54,6 +54,7 @@ def _search(context: Context) -> tuple[StageRemovals, bool]:
     from pdtrim_deploy.pruning.search import Settings, get_search
     from pdtrim_deploy.pruning.stage_search import SearchInputs
     from pdtrim_deploy.pruning.stages import choose_stages
+    from pdtrim_deploy.pruning.units import Counts
 
     section, ids, model = context.recipe.pruning, texts.searched(context), context.streamed_model
     candidates = find(model, ids, section.threshold, context.note)
@@ -76,9 +77,9 @@ def _search(context: Context) -> tuple[StageRemovals, bool]:
             teacher=_teacher(context, model, ids),
         )
         prompt_tokens = context.recipe.calibration.prompt
-        removals = choose_stages(
-            inputs, section.prefill_blocks, section.decode_blocks, prompt_tokens, progress=context.note
-        )
+        prefill = Counts(section.prefill_blocks, section.prefill_mlps, section.prefill_attentions)
+        decode = Counts(section.decode_blocks, section.decode_mlps, section.decode_attentions)
+        removals = choose_stages(inputs, prefill, decode, prompt_tokens, progress=context.note)
     return removals, final_round is not None
 
 
@@ -97,8 +98,15 @@ def _evaluator_factory(context: Context) -> Iterator[EvaluatorFactory | None]:
 
 def _stage_report(choice: StageChoice, decode_losses: Mapping[Solution, float]) -> dict[str, Any]:
     """`decode_losses` are the judge's of decode behind each of prefill's finalists that has one."""
-    steps = [asdict(step) for step in choice.steps]
-    report: dict[str, Any] = {"removed": choice.removed, "pairs": choice.solution.pairs, "loss": choice.loss}
+    from pdtrim_deploy.pruning.units import block_of, kind_of
+
+    lost, steps = choice.solution, list[dict[str, Any]]()
+    for step in choice.steps:
+        kind = kind_of(step.block)
+        sublayer = {} if kind == "block" else {"sublayer": kind}
+        steps.append(asdict(step) | {"block": block_of(step.block)} | sublayer)
+    removed = [unit for unit in choice.removed if kind_of(unit) == "block"]
+    report: dict[str, Any] = {"removed": removed, "pairs": lost.pairs, "loss": choice.loss, **lost.report}
     report |= {"trajectory": steps, "cost": asdict(choice.cost)}
     if choice.finalists:
         report["finalists"] = [_finalist_report(finalist, decode_losses) for finalist in choice.finalists]
@@ -107,7 +115,8 @@ def _stage_report(choice: StageChoice, decode_losses: Mapping[Solution, float]) 
 
 def _finalist_report(finalist: Finalist, decode_losses: Mapping[Solution, float]) -> dict[str, Any]:
     lost = finalist.solution
-    report = {"removed": lost.removed, "pairs": lost.pairs, "loss": finalist.loss, "compensated": finalist.judged}
+    report = {"removed": lost.blocks, "pairs": lost.pairs, "loss": finalist.loss, "compensated": finalist.judged}
+    report |= lost.report
     return report | ({"decode_behind": decode_losses[lost]} if lost in decode_losses else {})
 
 
@@ -170,6 +179,7 @@ def write_stage(context: Context, stage: Stage) -> set[str]:
         plan.model_dump(mode="json"),
         replacements=heal_kv.changed(context).get(stage),
         experts=plan.kept_experts(stage),
+        missing=plan.missing(stage),
         files=[context.out / KEY_OFFSETS] if plan.key_offsets else [],
     )
     return {stage}

@@ -14,6 +14,9 @@ from pdtrim_deploy.plan.pd_plan import (
     NativeDtype,
     PDPlan,
     Stage,
+    Sublayer,
+    WithoutAttention,
+    WithoutMLP,
 )
 
 __all__ = [
@@ -32,4 +35,7 @@ __all__ = [
     "NativeDtype",
     "PDPlan",
     "Stage",
+    "Sublayer",
+    "WithoutAttention",
+    "WithoutMLP",
 ]

@@ -51,10 +51,54 @@ class KVOnly(Frozen):
     kind: Literal["kv_only"] = "kv_only"
 
 
+class WithoutAttention(Frozen):
+    """The block's MLP runs alone. It makes no K and V, so decode needs no prompt KV of it, whatever prefill does.
+
+    In the checkpoint its o_proj is zero: any engine runs it rightly, and those that know it skip the attention.
+    """
+
+    kind: Literal["without_attention"] = "without_attention"
+
+
+class WithoutMLP(Frozen):
+    """The block's attention runs alone; in the checkpoint its down_proj is zero."""
+
+    kind: Literal["without_mlp"] = "without_mlp"
+
+
 KV_ONLY_SHARE = 0.1
 """Of a whole block's work: both projections are 1.5 to 6.3 % of the weights of the blocks whose facts we ship."""
 
-Action = Annotated[Keep | Drop | Distilled | KVOnly, Field(discriminator="kind")]
+Action = Annotated[Keep | Drop | Distilled | KVOnly | WithoutAttention | WithoutMLP, Field(discriminator="kind")]
+Sublayer = Literal["attention", "mlp"]
+SUBLAYER_SHARES: dict[Sublayer, float] = {"attention": 0.2, "mlp": 0.8}
+"""Of a whole block's work: attention has 12 to 25 % of the weights of dense blocks whose facts we ship."""
+
+
+def missing_sublayer(action: Action) -> Sublayer | None:
+    """The sublayer that a block with this action runs without, while its other one runs."""
+    if action.kind == "without_attention":
+        return "attention"
+    return "mlp" if action.kind == "without_mlp" else None
+
+
+def check_kv_of(block: int, before: Action, after: Action) -> None:
+    """Raise ValueError, naming the block, where prefill makes no K and V of a block that decode runs with attention.
+
+    Without attention decode needs none, and prefill may do as it likes with the block.
+    """
+    if after.kind == "kv_only":
+        raise ValueError(f"block {block} is kv_only in decode; only prefill may run a block for its KV alone")
+    attends = after.kind in ("keep", "without_mlp")
+    if before.kind == "drop" and after.kind not in ("drop", "without_attention"):
+        raise ValueError(f"block {block} is dropped in prefill but not in decode")
+    if before.kind == "kv_only" and not (attends or getattr(after, "kv_from", None) == block):
+        raise ValueError(f"block {block} is kv_only in prefill but decode does not read its KV")
+    if before.kind == "without_attention" and (attends or getattr(after, "kv_from", None) == block):
+        raise ValueError(
+            f"block {block} runs without attention in prefill, which so makes no KV of it, but decode reads its KV; "
+            "drop its attention in decode too, or make it kv_only in prefill"
+        )
 
 
 def check_pairs(stage: str, actions: tuple[Action, ...]) -> None:

@@ -60,7 +60,7 @@ class KVSend(Frozen):
 
 
 class KeyOffsetsFile(Frozen):
-    """Layers of decode whose quantised keys have an offset subtracted, and the file of offsets that both ends have.
+    """KV layers of decode whose quantised keys have an offset subtracted, and the file of offsets that both ends have.
 
     Attributes:
         sha256: of the file's bytes, 64 hex digits (`kvcache/key_offsets.py`).

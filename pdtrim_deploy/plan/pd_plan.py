@@ -1,7 +1,8 @@
 """What was decided: which blocks each stage keeps, and which prompt KV travels. Pure data: no torch.
 
 Blocks are always named by their index in the original model. A *layer* is a block's place in a stage model:
-layer `j` of the decode model is block `plan.decode_layers[j]`.
+layer `j` of the decode model is block `plan.decode_layers[j]`. A *KV layer* is a layer's place among those of its stage
+that have K and V, which is its place in the stage's KV pool: all but those without attention.
 
 Source of the rules: PDTrim (arXiv:2509.04467v1 to v3), removal sets nested across stages and token-aware KV sending.
 Its v4 has no KV pruning.
@@ -25,7 +26,22 @@ from pydantic import (
 )
 
 from pdtrim_deploy.errors import UserError
-from pdtrim_deploy.plan.blocks import KV_ONLY_SHARE, Action, Distilled, Drop, Frozen, Keep, KVOnly, check_pairs
+from pdtrim_deploy.plan.blocks import (
+    KV_ONLY_SHARE,
+    SUBLAYER_SHARES,
+    Action,
+    Distilled,
+    Drop,
+    Frozen,
+    Keep,
+    KVOnly,
+    Sublayer,
+    WithoutAttention,
+    WithoutMLP,
+    check_kv_of,
+    check_pairs,
+    missing_sublayer,
+)
 from pdtrim_deploy.plan.experts import KeptExperts
 from pdtrim_deploy.plan.kv import KeyOffsetsFile, KVSend
 from pdtrim_deploy.plan.wire import (
@@ -51,6 +67,9 @@ __all__ = [
     "NativeDtype",
     "PDPlan",
     "Stage",
+    "Sublayer",
+    "WithoutAttention",
+    "WithoutMLP",
 ]
 
 NativeDtype = Literal["float32", "bfloat16", "float16"]
@@ -125,7 +144,7 @@ class PDPlan(Frozen):
 
     Attributes:
         prefill, decode: one action per block of the original model.
-        kv: one entry per layer of the decode model, in its order.
+        kv: one entry per KV layer of the decode model, in its order.
         key_offsets: constants that quantised keys travel without; absent from JSON, and so from the digest, when none.
         experts: which experts each stage keeps, where one has fewer than the model; absent from JSON when none.
 
@@ -155,18 +174,16 @@ class PDPlan(Frozen):
             if not self.layers(stage):
                 raise ValueError(f"{stage} keeps no block")
         for block, (before, after) in enumerate(zip(self.prefill, self.decode, strict=True)):
-            if before.kind == "drop" and after.kind != "drop":
-                raise ValueError(f"block {block} is dropped in prefill but not in decode")
-            if after.kind == "kv_only":
-                raise ValueError(f"block {block} is kv_only in decode; only prefill may run a block for its KV alone")
-            if before.kind == "kv_only" and not (after.kind == "keep" or getattr(after, "kv_from", None) == block):
-                raise ValueError(f"block {block} is kv_only in prefill but decode does not read its KV")
-        for block in self.decode_layers:
+            check_kv_of(block, before, after)
+        if not self.decode_kv_blocks:
+            raise ValueError("decode keeps no attention, so that it could not see the prompt")
+        for block in self.decode_kv_blocks:
             if self._kv_source(block) is None:
                 raise ValueError(f"decode block {block} has no prefill block to take its prompt KV from")
-        if len(self.kv) != len(self.decode_layers):
-            raise ValueError(f"kv has {len(self.kv)} entries, decode keeps {len(self.decode_layers)} layers")
-        for block, send in zip(self.decode_layers, self.kv, strict=True):
+        if len(self.kv) != len(self.decode_kv_blocks):
+            layers = "layers" if len(self.decode_layers) == len(self.decode_kv_blocks) else "layers with attention"
+            raise ValueError(f"kv has {len(self.kv)} entries, decode keeps {len(self.decode_kv_blocks)} {layers}")
+        for block, send in zip(self.decode_kv_blocks, self.kv, strict=True):
             if self.model.head_dim % (multiple := HEAD_DIM_MULTIPLE[send.wire_dtype]):
                 raise ValueError(
                     f"block {block}: wire dtype {send.wire_dtype} needs a head size that is a multiple of {multiple}, "
@@ -176,7 +193,7 @@ class PDPlan(Frozen):
 
     @model_validator(mode="after")
     def _windows_of_layers(self) -> PDPlan:
-        for block, send in zip(self.decode_layers, self.kv, strict=True):
+        for block, send in zip(self.decode_kv_blocks, self.kv, strict=True):
             if send != (rule := self.model.rule(block, send)):
                 raise ValueError(f"block {block} {_misfit(self.model.window(block), rule)}")
         return self
@@ -185,7 +202,7 @@ class PDPlan(Frozen):
     def _fp8_pool(self) -> PDPlan:
         if (pool := self.model.pool_dtype) == "native":
             return self
-        for block, send in zip(self.decode_layers, self.kv, strict=True):
+        for block, send in zip(self.decode_kv_blocks, self.kv, strict=True):
             if send.wire_dtype not in SMALLER_THAN_FP8:
                 raise ValueError(
                     f"block {block}: wire dtype {send.wire_dtype} is no smaller than rows of a KV pool of {pool}, "
@@ -218,6 +235,15 @@ class PDPlan(Frozen):
         """Blocks of the stage model in order; a distilled pair stands at its first block."""
         return _layers(self.actions(stage))
 
+    def kv_blocks(self, stage: Stage) -> tuple[int, ...]:
+        """Blocks of the stage's KV layers: all that it runs but those without attention."""
+        return _kv_blocks(self.actions(stage))
+
+    def missing(self, stage: Stage) -> dict[int, Sublayer]:
+        """By block, the sublayer that the stage runs it without; empty where it runs blocks whole."""
+        lacks = ((block, missing_sublayer(action)) for block, action in enumerate(self.actions(stage)))
+        return {block: sublayer for block, sublayer in lacks if sublayer is not None}
+
     def dropped(self, stage: Stage) -> tuple[int, ...]:
         """Blocks that the stage does not run at all."""
         return tuple(block for block, action in enumerate(self.actions(stage)) if action.kind == "drop")
@@ -230,8 +256,16 @@ class PDPlan(Frozen):
     @property
     def prefill_share(self) -> float:
         """What prefill computes, of the unpruned model's blocks: a layer for its K and V alone is `KV_ONLY_SHARE`."""
-        full_layers = len(self.prefill_layers) - len(self.kv_only_layers)
-        return (full_layers + KV_ONLY_SHARE * len(self.kv_only_layers)) / self.model.num_blocks
+        return (self._work("prefill") - (1 - KV_ONLY_SHARE) * len(self.kv_only_layers)) / self.model.num_blocks
+
+    @property
+    def decode_share(self) -> float:
+        """What decode computes, of the unpruned model's blocks; a missing sublayer spares its `SUBLAYER_SHARES`."""
+        return self._work("decode") / self.model.num_blocks
+
+    def _work(self, stage: Stage) -> float:
+        """Layers of the stage, less what missing sublayers spare of them."""
+        return len(self.layers(stage)) - sum(SUBLAYER_SHARES[lost] for lost in self.missing(stage).values())
 
     @cached_property
     def prefill_layers(self) -> tuple[int, ...]:
@@ -243,20 +277,37 @@ class PDPlan(Frozen):
         """Blocks of the decode model in order."""
         return self.layers("decode")
 
+    @cached_property
+    def prefill_kv_blocks(self) -> tuple[int, ...]:
+        """Blocks of prefill's KV layers."""
+        return self.kv_blocks("prefill")
+
+    @cached_property
+    def decode_kv_blocks(self) -> tuple[int, ...]:
+        """Blocks of decode's KV layers, in the order of `kv`."""
+        return self.kv_blocks("decode")
+
     def _kv_source(self, block: int) -> int | None:
         action = self.decode[block]
         parent = action.kv_from if action.kind == "distilled" else block
         made_by = self.prefill[parent]
-        if made_by.kind in ("keep", "kv_only"):
-            return self.prefill_layers.index(parent)
+        if made_by.kind in ("keep", "kv_only", "without_mlp"):
+            return self.prefill_kv_blocks.index(parent)
         if made_by.kind == "distilled" and made_by.kv_from == parent:
-            return self.prefill_layers.index(made_by.pair[0])
+            return self.prefill_kv_blocks.index(made_by.pair[0])
         return None
 
     @cached_property
     def layer_map(self) -> tuple[int, ...]:
-        """For each layer of decode, the layer of prefill whose prompt KV it reads."""
-        return tuple(source for b in self.decode_layers if (source := self._kv_source(b)) is not None)
+        """For each KV layer of decode, the KV layer of prefill whose prompt KV it reads."""
+        return tuple(source for b in self.decode_kv_blocks if (source := self._kv_source(b)) is not None)
+
+    @cached_property
+    def kv_sources(self) -> tuple[int | None, ...]:
+        """For each layer of decode, the layer of prefill whose prompt KV it reads; None for one without attention."""
+        made_by = (self.prefill_layers.index(self.prefill_kv_blocks[source]) for source in self.layer_map)
+        read = dict(zip(self.decode_kv_blocks, made_by, strict=True))
+        return tuple(read.get(block) for block in self.decode_layers)
 
     def payload_bytes(self, prompt_tokens: int) -> int:
         """Exact bytes of packed KV that one request of `prompt_tokens` sends (no header, no aux row)."""
@@ -265,7 +316,7 @@ class PDPlan(Frozen):
         return sum(self.layer_bytes(layer, prompt_tokens) for layer in range(len(self.kv)))
 
     def layer_bytes(self, layer: int, prompt_tokens: int) -> int:
-        """Exact bytes of K and V that travel for one layer of decode."""
+        """Exact bytes of K and V that travel for one KV layer of decode."""
         m, send = self.model, self.kv[layer]
         ranges = send.row_ranges(prompt_tokens)
         rows, first = sum(stop - start for start, stop in ranges), ranges[0][0] == 0
@@ -292,14 +343,14 @@ class PDPlan(Frozen):
 
     def with_kv(self, kv: tuple[KVSend, ...]) -> PDPlan:
         """The same blocks with other KV rules, validated; of a block with a window they give the wire dtype alone."""
-        if len(kv) == len(self.decode_layers):
-            kv = tuple(map(self.model.rule, self.decode_layers, kv))
+        if len(kv) == len(self.decode_kv_blocks):
+            kv = tuple(map(self.model.rule, self.decode_kv_blocks, kv))
         return self.with_parts(kv=kv)
 
     def with_windows(self, windows: tuple[int | None, ...]) -> PDPlan:
         """The same plan, had the model's blocks these windows: each layer keeps its wire dtype."""
         model = self.model.with_windows(windows)
-        kv = tuple(model.rule(block, send) for block, send in zip(self.decode_layers, self.kv, strict=True))
+        kv = tuple(model.rule(block, send) for block, send in zip(self.decode_kv_blocks, self.kv, strict=True))
         return self.with_parts(model=model, kv=kv)
 
     def with_key_offsets(self, key_offsets: KeyOffsetsFile | None) -> PDPlan:
@@ -315,7 +366,7 @@ class PDPlan(Frozen):
         return {} if self.experts is None else self.experts.by_block(stage)
 
     def has_key_offset(self, layer: int) -> bool:
-        """Whether keys of this layer of decode travel less a constant: it has one, and its keys are quantised."""
+        """Whether keys of this KV layer of decode travel less a constant: it has one, and its keys are quantised."""
         known = self.key_offsets is not None and layer in self.key_offsets.layers
         return known and SIDES[self.kv[layer].wire_dtype][0] != "native"
 
@@ -361,7 +412,7 @@ class PDPlan(Frozen):
     @classmethod
     def uncut(cls, model: ModelShape, prefill: tuple[Action, ...], decode: tuple[Action, ...]) -> PDPlan:
         """Stages that run these blocks, and are sent every row that decode reads."""
-        kv = tuple(model.rule(block, KVSend()) for block in _layers(decode))
+        kv = tuple(model.rule(block, KVSend()) for block in _kv_blocks(decode))
         return cls(model=model, prefill=prefill, decode=decode, kv=kv)
 
 
@@ -370,8 +421,13 @@ def _layers(actions: tuple[Action, ...]) -> tuple[int, ...]:
     return tuple(
         block
         for block, action in enumerate(actions)
-        if action.kind in ("keep", "kv_only") or (action.kind == "distilled" and action.pair[0] == block)
+        if action.kind != "drop" and (action.kind != "distilled" or action.pair[0] == block)
     )
+
+
+def _kv_blocks(actions: tuple[Action, ...]) -> tuple[int, ...]:
+    """Those among them that have K and V."""
+    return tuple(block for block in _layers(actions) if actions[block].kind != "without_attention")
 
 
 def _misfit(window: int | None, rule: KVSend) -> str:

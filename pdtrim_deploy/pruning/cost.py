@@ -12,7 +12,7 @@ from pdtrim_deploy.pruning.judging_cost import JudgingCost
 from pdtrim_deploy.recipe import CalibrationSection
 from pdtrim_deploy.recipe.healing import HealingSection
 from pdtrim_deploy.recipe.pruning import PruningSection
-from pdtrim_deploy.recipe.pruning_methods import METHODS, WorkEstimate
+from pdtrim_deploy.recipe.pruning_methods import METHODS, WorkEstimate, sublayer_work
 
 _FLOAT = 4  # the search computes in float32
 
@@ -64,11 +64,13 @@ def search_cost(
 
     `work` prices a search that is none of the recipe's methods.
     """
-    if not pruning.decode_blocks:
+    if not pruning.decode_loses:
         return None
     sizes, method = ModelSizes.of(config), METHODS[pruning.method]
     blocks, count, length = sizes.blocks, text.sequences, text.length
     first, last = pruning.prefill_blocks, pruning.decode_blocks
+    halves = pruning.prefill_sublayers, pruning.decode_sublayers - pruning.prefill_sublayers
+    prefill_searched, decode_searched = pruning.searches
     most = likely = losses = flops = passes = 0.0
     batches = batch_count(count)
     if pruning.objective == "kl":  # the dense model's predictions
@@ -77,12 +79,12 @@ def search_cost(
         most += blocks * (count + judged)
         likely += blocks * (count + judged)
         flops += 2 * sizes.active * blocks * (count * length + judged * tokens)
-    for before, after, tokens in ((0, first, length), (first, last, length - text.prompt)):
-        if after == before:
+    stages = ((0, first, length, 0), (first, last, length - text.prompt, blocks - first))
+    for (before, after, tokens, prompt), sublayers, searched in zip(stages, halves, pruning.searches, strict=True):
+        if not searched:
             continue
-        search = (work or method.work)(blocks, before, after, pruning.steps)
-        prompt = 0 if before == 0 and after == first else blocks - before
-        passes += method.passes(after - before, pruning.steps, batches) + bool(prompt)
+        search = (work or method.work)(blocks, before, after, pruning.steps) + sublayer_work(blocks - after, sublayers)
+        passes += method.passes(after - before + sublayers, pruning.steps, batches) + bool(prompt)
         most += (search.most + prompt) * count
         likely += (search.likely + prompt) * count
         losses += search.losses * count
@@ -97,8 +99,9 @@ def search_cost(
         flops += 2 * sizes.active * (judging.judged * healing.length + judging.windows * length)
         flops += sizes.fit_flops * judging.refitted_tokens
         # Decode is searched once more where finalists gave prefill another answer: seldom, so it is not likely work.
-        if 0 < first < last and pruning.finalists > 1:
-            most += (method.work(blocks, first, last, pruning.steps).most + blocks - first) * count
+        if prefill_searched and decode_searched and pruning.finalists > 1:
+            again = method.work(blocks, first, last, pruning.steps) + sublayer_work(blocks - last, halves[1])
+            most += (again.most + blocks - first) * count
             most += judging.judged_again
     if pruning.distil:  # redundancy and states by one pass each; each pair's student begins as the better of two
         taught, tokens = _student_text(pruning, text, healing)
@@ -155,7 +158,7 @@ def fitted_bytes(sizes: ModelSizes, pruning: PruningSection, refits: bool) -> in
     decode's finalists, prefill's from either half of the text too.
     """
     held = max(1, pruning.finalists) if pruning.blocks_in_memory is None else 1
-    if pruning.finalists and 0 < pruning.prefill_blocks < pruning.decode_blocks:
+    if pruning.finalists and all(pruning.searches):
         held += 2
     maps = held * sizes.blocks * sizes.inner * sizes.hidden if refits else 0
     return sizes.fit_bytes + _FLOAT * maps

@@ -1,8 +1,8 @@
 """The last few solutions of a search, judged again as they will be used.
 
 A search weighs blocks as they are. Once what is left is compensated, another solution may be the better one: one gap
-is closed more easily than three. So the search's answer, where it began, the best run of adjacent blocks and the next
-best that it took are judged by a `Judge`, and the best of them is the answer.
+is closed more easily than three. So the search's answer, where it began, the best run of adjacent blocks (where whole
+blocks go alone) and the next best that it took are judged by a `Judge`, and the best of them is the answer.
 """
 
 from __future__ import annotations
@@ -58,8 +58,9 @@ def judge_finalists(
     order. What is evaluated for this stands in `log`. UserError when a loss is not a number.
     """
     evaluated = _Evaluated(problem.evaluator, log)
-    window = _window(problem, evaluated)
-    solutions = [*dict.fromkeys((result.solution, *result.others[:1], window, *result.others[1:]))][: final_round.count]
+    windows = [] if problem.sublayers.total else [_window(problem, evaluated)]
+    ranked = (result.solution, *result.others[:1], *windows, *result.others[1:])
+    solutions = [*dict.fromkeys(ranked)][: final_round.count]
     if len(solutions) == 1:
         return (), evaluated.cost
     losses = evaluated.row("finalists", lambda: [mean_loss(problem.evaluator, solution) for solution in solutions])

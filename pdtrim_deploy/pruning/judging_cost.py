@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 from pdtrim_deploy.recipe.healing import HealingSection
 from pdtrim_deploy.recipe.pruning import PruningSection
@@ -31,12 +32,13 @@ class JudgingCost:
         """Of a model of so many blocks whose search has `sequences` sequences of text."""
         lost, twice = (pruning.prefill_blocks, pruning.decode_blocks), healing.compensation == "norm"
         together = (pruning.blocks_in_memory or blocks) >= blocks
-        count, texts = pruning.finalists, healing.judged
+        count, texts, searches = pruning.finalists, healing.judged, pruning.searches
+        windows = 0 if pruning.decode_sublayers else _windows(blocks, *lost, sequences)
+        judged = partial(judged_forwards, blocks, *lost, texts, twice=twice, searches=searches)
         return cls(
-            windows=_windows(blocks, *lost, sequences),
-            judged=judged_forwards(blocks, *lost, texts, count, count, together=together, twice=twice),
-            judged_again=_windows(blocks, *lost, sequences)
-            + judged_forwards(blocks, *lost, texts, 0, count, together=False, twice=twice),
+            windows=windows,
+            judged=judged(count, count, together=together),
+            judged_again=windows + judged(0, count, together=False),
             refitted_tokens=texts * _refitted(blocks, pruning, healing.length)
             if healing.compensation == "least-squares"
             else 0,
@@ -52,6 +54,7 @@ def judged_forwards(
     decode_judged: int,
     together: bool = True,
     twice: bool = False,
+    searches: tuple[bool, bool] | None = None,
 ) -> int:
     """Block-forwards of compensating and judging so many finalists of each stage (`refitted`), at most.
 
@@ -59,14 +62,18 @@ def judged_forwards(
     it the dense model and, for decode, prefill, once for all finalists or, if they are not compensated `together`, for
     each. Judging runs both stages. Prefill is compensated once for all of decode's. What may be left out where it does
     not help (`norm`) is judged `twice`, with it and without; fitting it runs the dense model alone.
+
+    `searches` says whether prefill was searched, and decode apart from it: where blocks keep one sublayer it is no
+    matter of blocks lost.
     """
     prefill, decode, total = blocks - prefill_lost, blocks - decode_lost, 0
-    if prefill_lost and prefill_judged:
+    prefill_searched, decode_searched = searches or (prefill_lost > 0, decode_lost > prefill_lost)
+    if prefill_searched and prefill_judged:
         total += blocks * (1 if together else prefill_judged) + prefill_judged * (2 if twice else 3) * prefill
-    if decode_lost > prefill_lost and decode_judged:
+    if decode_searched and decode_judged:
         count = 1 if together else decode_judged
         if twice:
-            total += (3 * blocks + 2 * prefill if prefill_lost else 0) + blocks * count
+            total += (3 * blocks + 2 * prefill if prefill_searched else 0) + blocks * count
             total += 2 * decode_judged * (prefill + decode)
         else:
             total += blocks + 2 * prefill + (blocks + prefill) * count + decode_judged * (prefill + 3 * decode)
@@ -85,8 +92,9 @@ def _windows(blocks: int, prefill_lost: int, decode_lost: int, sequences: int) -
 def _refitted(blocks: int, pruning: PruningSection, length: int) -> int:
     """Layers refitted to judge finalists, times tokens of a sequence that each is refitted on, at most."""
     first, last, total = pruning.prefill_blocks, pruning.decode_blocks, 0
-    if first:
+    prefill_searched, decode_searched = pruning.searches
+    if prefill_searched:
         total += pruning.finalists * (blocks - first) * length
-    if last > first:
-        total += bool(first) * (blocks - first) * length + pruning.finalists * (blocks - last) * (length // 2)
+    if decode_searched:
+        total += prefill_searched * (blocks - first) * length + pruning.finalists * (blocks - last) * (length // 2)
     return total

@@ -85,7 +85,7 @@ def fit_kv_only(pair: StagePair, blocks: Iterable[int], ids: Tensor, progress: P
 
 def candidates(plan: PDPlan) -> tuple[int, ...]:
     """Blocks that prefill keeps and whose KV decode reads."""
-    read = {plan.prefill_layers[source] for source in plan.layer_map}
+    read = {plan.prefill_kv_blocks[source] for source in plan.layer_map}
     return tuple(block for block in plan.prefill_layers if plan.prefill[block].kind == "keep" and block in read)
 
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from pdtrim_deploy.models.blockwise import Blockwise, CausalLM, LayerKV, Span
 from pdtrim_deploy.models.layer_run import LayerRun
-from pdtrim_deploy.pruning.solution import NOTHING, Op, Solution
+from pdtrim_deploy.models.sublayers import without_sublayer
+from pdtrim_deploy.pruning.solution import NOTHING, Op, Solution, missing_in
 
 
 class Objective(Protocol):
@@ -121,8 +122,11 @@ class NextTokenLoss:
         return self._runner.block(op[0], hidden, part.span, kv, self._student(op))
 
     def _student(self, op: Op) -> nn.Module | None:
+        """What runs in the block's place, if it does not itself."""
         if len(op) == 1:
             return None
+        if (sublayer := missing_in(op)) is not None:
+            return without_sublayer(self._runner.layers[op[0]], sublayer)
         assert self._students is not None, "a pair is distilled but there are no students"
         return self._students.layer((op[0], op[1]))
 

@@ -24,7 +24,9 @@ class StagePair:
 
     def stage(self, stage: Stage) -> CausalLM:
         """That stage's model; what it has not changed it shares with the dense one."""
-        return keep_blocks(self.model, self.plan.layers(stage), self.changed.get(stage), self.plan.kept_experts(stage))
+        plan = self.plan
+        changed, experts, missing = self.changed.get(stage), plan.kept_experts(stage), plan.missing(stage)
+        return keep_blocks(self.model, plan.layers(stage), changed, experts, missing)
 
     def with_changes(self, stage: Stage, more: Replacements) -> StagePair:
         """The same with more tensors of one stage changed, or changed again."""

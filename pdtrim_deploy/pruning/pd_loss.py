@@ -18,7 +18,7 @@ BATCH = 4  # sequences
 def pd_run(pair: StagePair, ids: Tensor) -> PDRun:
     """`ids`, int64 `[S, T]`, in batches at the start of both stages; the first half of each sequence is the prompt."""
     prefill, decode = (Blockwise(pair.stage(stage)) for stage in STAGES)
-    return PDRun(prefill, decode, pair.plan.layer_map, ids.split(BATCH), ids.shape[1] // 2)
+    return PDRun(prefill, decode, pair.plan.kv_sources, ids.split(BATCH), ids.shape[1] // 2)
 
 
 @torch.no_grad()

@@ -107,8 +107,8 @@ class RefitJudge:
         return pair.changed.get("prefill", {})
 
     def _compensated(self, pairs: list[StagePair], stage: Stage, ids: Tensor, method: str) -> list[StagePair]:
-        """All lose as many blocks."""
-        if method == "none" or len(pairs[0].plan.layers(stage)) == self.shape.num_blocks:
+        """All lose as many blocks, or none loses anything."""
+        if method == "none" or all(action.kind == "keep" for action in pairs[0].plan.actions(stage)):
             return pairs
         return get_compensation(method).compensate_all(pairs, stage, ids, lambda _: None)
 

@@ -1,4 +1,4 @@
-"""What a stage loses: blocks removed, and adjacent pairs that one student block stands for. Pure data: no torch."""
+"""What a stage loses: blocks, sublayers, and adjacent pairs that one student block stands for. Pure data: no torch."""
 
 from __future__ import annotations
 
@@ -6,10 +6,21 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from pdtrim_deploy.plan import Action, Distilled, Drop, Keep
+from pdtrim_deploy.plan import Action, Distilled, Drop, Keep, Sublayer, WithoutAttention, WithoutMLP
+from pdtrim_deploy.pruning.units import Counts, Kind, block_of, kind_of, unit_of
 
 Op: TypeAlias = tuple[int, ...]
-"""One layer of a pruned model: `(i,)` is block i, `(i, i + 1)` the student that stands at i for both."""
+"""One layer of a pruned model: `(i,)` is block i, `(i, i + 1)` the student that stands at i for both, and `(i, unit)`
+block i without its sublayer of that number (`units`)."""
+_ACTIONS: dict[Kind, Action] = {"block": Drop(), "attention": WithoutAttention(), "mlp": WithoutMLP()}
+
+
+def missing_in(op: Op) -> Sublayer | None:
+    """The sublayer that a layer runs without."""
+    if len(op) == 1:
+        return None
+    kind = kind_of(op[1])
+    return None if kind == "block" else kind
 
 
 @dataclass(frozen=True)
@@ -17,7 +28,7 @@ class Solution:
     """Blocks are named by their index in the dense model; both tuples ascend.
 
     Attributes:
-        removed: blocks that do not run, nor does anything in their place.
+        removed: units (`units`) that do not run, nor does anything in their place: blocks, then sublayers of others.
         distilled: first blocks of the pairs that run as one student; it reads the prompt KV of that first block.
 
     """
@@ -26,7 +37,7 @@ class Solution:
     distilled: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        gone = [*self.removed, *self.distilled, *(first + 1 for first in self.distilled)]
+        gone = [*map(block_of, self.removed), *self.distilled, *(first + 1 for first in self.distilled)]
         if len(set(gone)) != len(gone):
             raise ValueError(f"removed {self.removed} and pairs at {self.distilled} overlap")
         if sorted(self.removed) != list(self.removed) or sorted(self.distilled) != list(self.distilled):
@@ -40,19 +51,38 @@ class Solution:
     @classmethod
     def parse(cls, data: dict[str, Any]) -> Solution:
         """From a stage's entry in reports/pruning.json."""
-        return cls.of(data["removed"], (first for first, _ in data.get("pairs", ())))
+        sublayers: list[Kind] = ["attention", "mlp"]
+        lost = [unit_of(kind, block) for kind in sublayers for block in data.get(f"{kind}s", ())]
+        return cls.of([*data["removed"], *lost], (first for first, _ in data.get("pairs", ())))
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """What `parse` reads, of the sublayers; nothing where whole blocks are lost alone."""
+        lost = {kind: [block_of(unit) for unit in self.removed if kind_of(unit) == kind] for kind in _ACTIONS}
+        return {f"{kind}s": blocks for kind, blocks in lost.items() if blocks and kind != "block"}
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """Whole blocks that are removed."""
+        return tuple(unit for unit in self.removed if kind_of(unit) == "block")
 
     @classmethod
     def read(cls, text: str) -> Solution:
-        """The inverse of `str`: `"4, 5, 12+13"`, or `"nothing"`."""
+        """The inverse of `str`: `"4, 5, 1007, 12+13"`, or `"nothing"`."""
         parts = [] if text == str(NOTHING) else text.split(", ")
         ops = [[int(block) for block in part.split("+")] for part in parts]
         return cls.of((op[0] for op in ops if len(op) == 1), (op[0] for op in ops if len(op) == 2))
 
     @property
     def saved(self) -> int:
-        """Blocks fewer than the dense model runs."""
+        """Blocks and sublayers fewer than the dense model runs."""
         return len(self.removed) + len(self.distilled)
+
+    @property
+    def counts(self) -> Counts:
+        """The same by kind; a distilled pair saves a block."""
+        counts = Counts.of_units(self.removed)
+        return counts._replace(blocks=counts.blocks + len(self.distilled))
 
     @property
     def pairs(self) -> tuple[tuple[int, int], ...]:
@@ -61,8 +91,8 @@ class Solution:
 
     @property
     def touched(self) -> frozenset[int]:
-        """Blocks that are removed or in a pair."""
-        return frozenset(self.removed).union(*self.pairs)
+        """Blocks that are removed, lost a sublayer, or are in a pair."""
+        return frozenset(map(block_of, self.removed)).union(*self.pairs)
 
     def within(self, other: Solution) -> bool:
         """Whether `other` loses all that this one does."""
@@ -73,16 +103,20 @@ class Solution:
         return tuple(self._route(blocks))
 
     def _route(self, blocks: int) -> Iterator[Op]:
+        lost, touched = {block_of(unit): unit for unit in self.removed}, self.touched
         for block in range(blocks):
             if block in self.distilled:
                 yield (block, block + 1)
-            elif block not in self.touched:
+            elif block not in touched:
                 yield (block,)
+            elif block in lost and kind_of(lost[block]) != "block":
+                yield (block, lost[block])
 
     def actions(self, blocks: int) -> tuple[Action, ...]:
         """As the plan says it."""
-        pair = {block: Distilled(pair=p, kv_from=p[0]) for p in self.pairs for block in p}
-        return tuple(Drop() if b in self.removed else pair.get(b, Keep()) for b in range(blocks))
+        changed: dict[int, Action] = {block: Distilled(pair=p, kv_from=p[0]) for p in self.pairs for block in p}
+        changed |= {block_of(unit): _ACTIONS[kind_of(unit)] for unit in self.removed}
+        return tuple(changed.get(block, Keep()) for block in range(blocks))
 
     def __str__(self) -> str:
         parts = [str(block) for block in self.removed] + [f"{a}+{b}" for a, b in self.pairs]

@@ -19,6 +19,7 @@ from pdtrim_deploy.pruning.search import NO_COST, Cost, Problem, Progress, Searc
 from pdtrim_deploy.pruning.search_logs import finalists_log, search_log
 from pdtrim_deploy.pruning.solution import Solution
 from pdtrim_deploy.pruning.teacher import Teacher
+from pdtrim_deploy.pruning.units import Counts
 
 _VERSION = 3  # of how searches go; rows of another are thrown away
 
@@ -105,9 +106,9 @@ class StageChoice:
     """What one stage loses in the end.
 
     Attributes:
-        removed: in order of removal; what prefill lost comes first.
+        removed: units in order of removal; what prefill lost comes first.
         loss: on calibration text, as the search has it, nats a token; None where the method measures none.
-        steps: one for each block that this stage's search saved.
+        steps: one for each unit that this stage's search saved.
         finalists: best first in the judge's eyes; none where there was nothing to judge.
 
     """
@@ -180,24 +181,26 @@ def search_stage(
     inputs: SearchInputs,
     stage: Stage,
     name: str,
-    remove: int,
+    remove: Counts,
     prompt_tokens: int,
     forced: Solution,
     progress: Progress,
 ) -> StageSearch:
-    """Save `remove` blocks, `forced` among them; logged under `name`.
+    """Save `remove`, `forced` among it; logged under `name`.
 
     Raises:
         UserError: more to remove than there is, loss not a number.
 
     """
-    question = remove, prompt_tokens, vars(forced)
+    blocks, sublayers = remove.blocks, remove._replace(blocks=0)
+    question: list[object] = [blocks, prompt_tokens, vars(forced), *([sublayers] if sublayers.total else [])]
     trajectory = inputs.trajectory(search_log(name), *question)
     objective = inputs.objective(prompt_tokens, forced, charged=stage == "prefill" or not forced.saved)
     evaluator = inputs.evaluator(objective, prompt_tokens, forced)
     problem = Problem(
-        inputs.model, inputs.ids, objective, remove, forced, inputs.protected, inputs.pairs, trajectory, evaluator
-    )
+        inputs.model, inputs.ids, objective, blocks, forced, inputs.protected, inputs.pairs, trajectory, evaluator,
+        sublayers,
+    )  # fmt: skip
     result = inputs.search.run(problem, progress)
     if inputs.final_round is None:
         return StageSearch(forced, result, (), result.cost)

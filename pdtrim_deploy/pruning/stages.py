@@ -13,6 +13,7 @@ from pdtrim_deploy.pruning.search import NO_COST, Progress
 from pdtrim_deploy.pruning.search_logs import DECODE_AGAIN
 from pdtrim_deploy.pruning.solution import NOTHING, Solution
 from pdtrim_deploy.pruning.stage_search import SearchInputs, StageChoice, StageSearch, search_stage
+from pdtrim_deploy.pruning.units import KINDS, Counts
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,12 @@ class StageRemovals:
 
 def choose_stages(
     inputs: SearchInputs,
-    prefill_blocks: int,
-    decode_blocks: int,
+    prefill: int | Counts,
+    decode: int | Counts,
     prompt_tokens: int | None = None,
     progress: Progress = lambda _: None,
 ) -> StageRemovals:
-    """Save `prefill_blocks` and `decode_blocks` of the dense model's blocks on text `ids`, int64 `[S, T]`.
+    """Save `prefill` and `decode` of the dense model on text `ids`, int64 `[S, T]`: blocks alone, or sublayers too.
 
     Prefill is judged by what it hands over, first token and KV. Decode loses whatever prefill loses, so the whole of
     that is one pruned model's loss: token t is the first token of a prompt of t tokens, and, of a shorter one, a token
@@ -52,37 +53,39 @@ def choose_stages(
     its search began with, decode is searched behind both, and the judge's loss of decode decides.
 
     Raises:
-        UserError: decode loses fewer than prefill, more to remove than there is, loss not a number.
+        UserError: decode loses fewer of a kind than prefill, more to remove than there is, loss not a number.
 
     """
     blocks = len(inputs.model.model.layers)
-    if decode_blocks < prefill_blocks:
-        raise UserError(
-            f"prefill_blocks is {prefill_blocks} but decode_blocks is {decode_blocks}; "
-            f"decode loses at least as many blocks as prefill"
-        )
-    if decode_blocks >= blocks:
-        raise UserError(f"cannot remove {decode_blocks} of {blocks} blocks; remove at most {blocks - 1}")
+    lost_first, lost = (Counts(count) if isinstance(count, int) else count for count in (prefill, decode))
+    for kind in KINDS:
+        if lost.of(kind) < lost_first.of(kind):
+            raise UserError(
+                f"prefill_{kind}s is {lost_first.of(kind)} but decode_{kind}s is {lost.of(kind)}; "
+                f"decode loses at least as many {kind}s as prefill"
+            )
+    if lost.blocks >= blocks:
+        raise UserError(f"cannot remove {lost.blocks} of {blocks} blocks; remove at most {blocks - 1}")
 
-    prefill: StageSearch | None = None
-    if prefill_blocks:
-        prefill = search_stage(inputs, "prefill", "prefill", prefill_blocks, 0, NOTHING, _named("prefill", progress))
-    if decode_blocks == prefill_blocks:
-        choice = prefill.choice(prefill.best) if prefill else StageChoice()
+    first_search: StageSearch | None = None
+    if lost_first.total:
+        first_search = search_stage(inputs, "prefill", "prefill", lost_first, 0, NOTHING, _named("prefill", progress))
+    if lost == lost_first:
+        choice = first_search.choice(first_search.best) if first_search else StageChoice()
         return StageRemovals(choice, StageChoice(choice.removed, choice.distilled))
 
     split = inputs.ids.shape[1] // 2 if prompt_tokens is None else prompt_tokens
     searches = {
-        lost: search_stage(inputs, "decode", name, decode_blocks, split, lost, _named(name, progress))
-        for lost, name in zip(_prefills(prefill), ("decode", DECODE_AGAIN), strict=False)
+        before: search_stage(inputs, "decode", name, lost, split, before, _named(name, progress))
+        for before, name in zip(_prefills(first_search), ("decode", DECODE_AGAIN), strict=False)
     }
     losses = _decode_losses(inputs, searches)
     if losses:
-        progress("; ".join(f"decode behind prefill without {lost}: {loss:.4f}" for lost, loss in losses.items()))
-    lost = min(searches, key=lambda lost: losses.get(lost, 0.0))  # ties go to what prefill likes better
-    decode, others = searches[lost], [search for other, search in searches.items() if other != lost]
-    first = prefill.choice(lost) if prefill else StageChoice()
-    second = decode.choice(decode.best, first.removed, reduce(add, (other.cost for other in others), NO_COST))
+        progress("; ".join(f"decode behind prefill without {before}: {loss:.4f}" for before, loss in losses.items()))
+    before = min(searches, key=lambda before: losses.get(before, 0.0))  # ties go to what prefill likes better
+    best, others = searches[before], [search for other, search in searches.items() if other != before]
+    first = first_search.choice(before) if first_search else StageChoice()
+    second = best.choice(best.best, first.removed, reduce(add, (other.cost for other in others), NO_COST))
     return StageRemovals(first, second, losses, tuple(finalist for other in others for finalist in other.finalists))
 
 

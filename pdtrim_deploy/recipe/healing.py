@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, get_args
+from typing import Annotated, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 
+from pdtrim_deploy.plan import Stage
 from pdtrim_deploy.recipe.seed import Seed
 
 # Names of a registry that needs torch to import; a test checks that they are equal.
 CompensationMethod = Literal["none", "norm", "least-squares"]
+TrainingMethod = Literal["full", "lora"]
 COMPENSATION_METHODS: tuple[str, ...] = get_args(CompensationMethod)
 
 _Minutes = Annotated[float, Field(gt=0)]
@@ -51,16 +53,33 @@ class HealingSection(_Section):
     Text is `sequences` x `length` tokens of the calibration corpus; for decode the first half is the prompt. (For
     `kv_steps` prompts are as long as those that KV is chosen on.)
 
+    Training by gradients first fits each layer's output to the dense model's hidden states, then distils its logits.
+    The result is used only where a paired test on development text (the last eighth, which is not trained on) says that
+    it is clearly better.
+
     Attributes:
         kv_only_blocks: blocks of which prefill computes only K and V while decode keeps them, chosen by measured loss.
         compensation: without gradients: `norm` rescales (Prune&Comp) each stage whose loss on held-out text falls,
             `least-squares` refits MLP outputs.
-        prefill_steps, decode_steps: steps of logit distillation from the dense model; 0 is off.
+        prefill_steps, decode_steps: steps of training by gradients, at most; 0 is off.
         kv_steps: steps of the same for decode, after KV is chosen, on prompt KV as it will arrive.
-        minutes: time limit for each of these three; a run that it ends is not repeatable to the bit.
+        minutes: time limit for each of these three, over all interruptions; a run that it ends is not repeatable to the
+            bit.
+        method: `full` trains all weights that K and V are not made with; `lora` trains additions of rank `lora_rank`
+            to the matrices among them, which are merged in the end: less memory, and less is learnt.
+        regression: share of the steps, and of the minutes, that fits hidden states, layer by layer; the rest is for
+            logits. 0: logits alone.
+        learning_rate: multiplied by each factor of `sweep` in a short run (a twentieth of the steps, and of the
+            minutes), if that is 5 steps or more; the rate whose run is best on development text is trained at.
+            Otherwise the first factor counts.
+        gradient_checkpointing: keep the layers' inputs alone and run each layer again for its gradients: less memory,
+            more time, the same weights.
         batch: sequences in a step.
 
     """
+
+    SHORT: ClassVar[int] = 20
+    LEAST_STEPS: ClassVar[int] = 5
 
     kv_only_blocks: NonNegativeInt = 0
     compensation: CompensationMethod = "none"
@@ -68,7 +87,12 @@ class HealingSection(_Section):
     decode_steps: NonNegativeInt = 0
     kv_steps: NonNegativeInt = 0
     minutes: _Minutes | None = None
+    method: TrainingMethod = "full"
+    lora_rank: PositiveInt = 16
+    regression: Annotated[float, Field(ge=0, lt=1)] = 0.25
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    sweep: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(strict=False, min_length=1)] = (1.0, 3.0, 10.0)
+    gradient_checkpointing: bool = False
     batch: PositiveInt = 4
     sequences: PositiveInt = 64
     length: Annotated[int, Field(ge=16)] = 256
@@ -85,6 +109,11 @@ class HealingSection(_Section):
         chooses = self.compensation != "none" or self.kv_only_blocks or trains
         if chooses and self.sequences < 2:
             raise ValueError("sequences is 1; allowed: at least 2, since some are held out from fitting, to choose on")
+        if trains and self.sequences < 4:
+            raise ValueError(
+                f"sequences is {self.sequences}; allowed with prefill_steps, decode_steps or kv_steps: at least 4, "
+                f"since learning rates and the result are judged on sequences that are not trained on"
+            )
         return self
 
     @property
@@ -95,6 +124,16 @@ class HealingSection(_Section):
     def taught(self, finalists: int) -> int:
         """Number of sequences that students learn from, with so many finalists."""
         return self.sequences - (self.judged if finalists else 0)
+
+    def tries(self, steps: int) -> bool:
+        """Whether learning rates are tried before so many steps."""
+        return len(self.sweep) > 1 and steps // self.SHORT >= self.LEAST_STEPS
+
+    def steps_of(self, stage: Stage, *, behind_kv: bool = False) -> int:
+        """Steps of a stage, or those of decode on prompt KV as it will arrive."""
+        if behind_kv:
+            return self.kv_steps
+        return self.prefill_steps if stage == "prefill" else self.decode_steps
 
     @property
     def gradient_steps(self) -> int:

@@ -14,6 +14,7 @@ BATCH = 16  # sequences that are measured at a time
 DRAWS = 32  # tokens drawn at each position, of the quadratic form of KL
 LOGITS_AT_ONCE = 1 << 24
 STATES = 1 << 30  # bytes of hidden states that go through the model side by side
+SIDE_BY_SIDE = 128  # tokens of a sequence's alternatives in one call: as many as make matrices large, and masks not
 _FLOAT = 4  # measurements run in float32
 
 
@@ -55,7 +56,8 @@ def selection_cost(
     logits = 3 * min(LOGITS_AT_ONCE, tokens * config["vocab_size"])
     layer = batch * (prompt + kv.continuation_tokens) * (row * (item + 2 * _FLOAT) + 2 * heads * width * _FLOAT)
     side_by_side = min(max(states, _FLOAT * tokens * hidden * (rows + wires)), _FLOAT * tokens * hidden * changes)
-    probing = _FLOAT * (tokens * DRAWS * (hidden + 2 * changes) + logits + tokens * (blocks * hidden + block))
+    called = max(tokens, batch * SIDE_BY_SIDE)
+    probing = _FLOAT * (tokens * (DRAWS * (hidden + 2 * changes) + blocks * hidden) + logits + called * block)
     probing += layer + side_by_side
     files = kv.sequences * prompt * blocks * row * item * wires
     return SelectionCost(max(prefill, arriving, probing), files)

@@ -21,6 +21,7 @@ from pdtrim_deploy.recipe.experts import ExpertsSection
 from pdtrim_deploy.recipe.pruning_methods import METHODS
 from pdtrim_deploy.recipe.seed import Seed
 
+_SUBLAYERS = ("prefill_attentions", "decode_attentions", "prefill_mlps", "decode_mlps")
 _ANY = ("method", "prefill_blocks", "decode_blocks", "distil", "threshold", "blocks_in_memory", "experts")
 
 
@@ -34,6 +35,9 @@ class PruningSection(BaseModel):
     """How many blocks each stage loses (decode loses all that prefill loses), and the method that chooses them.
 
     Attributes:
+        prefill_attentions, decode_attentions: of so many other blocks each stage runs the MLP alone; prompt KV of those
+            of decode does not travel. prefill_mlps, decode_mlps: of so many the attention alone. Decode loses all that
+            prefill loses here too.
         objective: what `greedy` and `anneal` keep low, and finalists are judged by, on calibration text: `loss`, of the
             text's own next tokens, or `kl`, from the dense model's predictions to the pruned model's.
         distil: let annealing replace an adjacent pair by one student block, where that costs less.
@@ -57,6 +61,10 @@ class PruningSection(BaseModel):
     objective: Literal["loss", "kl"] = "loss"
     prefill_blocks: NonNegativeInt = 0
     decode_blocks: NonNegativeInt = 0
+    prefill_attentions: NonNegativeInt = 0
+    decode_attentions: NonNegativeInt = 0
+    prefill_mlps: NonNegativeInt = 0
+    decode_mlps: NonNegativeInt = 0
     distil: bool = False
     threshold: Annotated[float, Field(gt=-1, lt=1)] = 0.95
     steps: NonNegativeInt = 150
@@ -70,8 +78,8 @@ class PruningSection(BaseModel):
 
     @model_serializer(mode="wrap")
     def _used(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Dump the objective and experts only where they are not the default: older recipes keep their digest."""
-        defaults = {"objective": "loss", "experts": None}
+        """Dump later keys only where they are not the default: older recipes keep their digest."""
+        defaults = {"objective": "loss", "experts": None, **dict.fromkeys(_SUBLAYERS, 0)}
         return {n: value for n, value in serialise(self).items() if n not in defaults or value != defaults[n]}
 
     @model_validator(mode="after")
@@ -81,6 +89,18 @@ class PruningSection(BaseModel):
                 f"prefill_blocks is {self.prefill_blocks} but decode_blocks is {self.decode_blocks}; "
                 f"allowed: prefill_blocks of at most decode_blocks, since decode drops every block that prefill drops"
             )
+        for sublayer in ("attentions", "mlps"):
+            before, after = (getattr(self, f"{stage}_{sublayer}") for stage in ("prefill", "decode"))
+            if before > after:
+                raise ValueError(
+                    f"prefill_{sublayer} is {before} but decode_{sublayer} is {after}; allowed: prefill_{sublayer} of "
+                    f"at most decode_{sublayer}, since decode goes without every sublayer that prefill goes without"
+                )
+        if self.decode_mlps and self.experts is not None:
+            raise ValueError(
+                f"decode_mlps is {self.decode_mlps} but experts is given; allowed with experts: decode_mlps 0, since "
+                "config.json has one number of experts for all blocks, and ranking needs each to run"
+            )
         if self.distil and self.method != "anneal":
             raise ValueError(f"distil is true but method is {self.method}; allowed: distil with method anneal")
         for name, field in type(self).model_fields.items():
@@ -89,3 +109,28 @@ class PruningSection(BaseModel):
                 known = ", ".join((*_ANY[1:], *options))
                 raise ValueError(f"method is {self.method}, which takes no {name}; allowed with it: {known}")
         return self
+
+    @property
+    def prefill_sublayers(self) -> int:
+        """Attentions and MLPs that prefill goes without."""
+        return self.prefill_attentions + self.prefill_mlps
+
+    @property
+    def decode_sublayers(self) -> int:
+        """Attentions and MLPs that decode goes without."""
+        return self.decode_attentions + self.decode_mlps
+
+    @property
+    def decode_loses(self) -> int:
+        """Blocks and sublayers that decode goes without; where none, nothing is pruned."""
+        return self.decode_blocks + self.decode_sublayers
+
+    @property
+    def prefill_loses(self) -> int:
+        """Blocks and sublayers that prefill goes without."""
+        return self.prefill_blocks + self.prefill_sublayers
+
+    @property
+    def searches(self) -> tuple[bool, bool]:
+        """Whether something is chosen for prefill, and more than that for decode."""
+        return bool(self.prefill_loses), self.decode_loses > self.prefill_loses

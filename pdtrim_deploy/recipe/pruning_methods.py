@@ -12,7 +12,10 @@ from dataclasses import dataclass
 # Share of the work that early stopping leaves; not a promise. RACED was measured on SmolLM2-135M with 16 x 256 tokens
 # (prefill 0.16 for 2 rounds, decode 0.26 for 4), ANNEALED is assumed.
 RACED, ANNEALED = 0.22, 0.3
-_EVALUATED = ("objective", "finalists", "memory_mb", "disk_mb")
+_EVALUATED = (
+    "objective", "finalists", "memory_mb", "disk_mb", "prefill_attentions", "decode_attentions", "prefill_mlps",
+    "decode_mlps",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,10 @@ class Work:
     most: float
     likely: float
     losses: float
+
+    def __add__(self, other: Work) -> Work:
+        """Both."""
+        return Work(self.most + other.most, self.likely + other.likely, self.losses + other.losses)
 
 
 WorkEstimate = Callable[[int, int, int, int], Work]
@@ -58,6 +65,12 @@ def greedy_work(blocks: int, first: int, last: int, _: int) -> Work:
     rounds = [blocks - gone for gone in range(first, last)]
     most = sum(left * (left - 1) / 2 for left in rounds)
     return Work(most + blocks, RACED * most + blocks, RACED * sum(rounds) + len(rounds))
+
+
+def sublayer_work(layers: int, sublayers: int) -> Work:
+    """Of greedy rounds for so many sublayers, each behind all candidates of `layers` layers, which all run on."""
+    runs, candidates = sublayers * layers * (layers + 1) / 2, sublayers * layers
+    return Work(runs + sublayers * layers, RACED * runs + sublayers * layers, RACED * candidates + sublayers)
 
 
 def anneal_work(blocks: int, first: int, last: int, steps: int) -> Work:

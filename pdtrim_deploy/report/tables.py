@@ -21,7 +21,7 @@ def plan_table(plan: PDPlan, prompt_tokens: int) -> Table:
     )
     for column in table.columns[-2:]:
         column.justify = "right"
-    layer_of = {block: layer for layer, block in enumerate(plan.decode_layers)}
+    layer_of = {block: layer for layer, block in enumerate(plan.decode_kv_blocks)}
     for block, (before, after) in enumerate(zip(plan.prefill, plan.decode, strict=True)):
         cells = [str(block), before.kind, after.kind]
         if block in layer_of:

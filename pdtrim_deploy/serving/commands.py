@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pdtrim_deploy.serving.engines import engine_limits
-from pdtrim_deploy.serving.gpu_defaults import attention_arguments, pool_arguments
+from pdtrim_deploy.serving.gpu_defaults import NO_WINDOW_POOL, attention_arguments, pool_arguments
 from pdtrim_deploy.serving.memory import FRACTION, static_fraction
 from pdtrim_deploy.serving.ports import HOST
 from pdtrim_deploy.serving.spec import ClusterSpec, WorkerSpec
@@ -67,6 +67,9 @@ def worker_command(python: Path, worker: WorkerSpec, secret: Path | None = None)
         arguments["--disaggregation-bootstrap-port"] = worker.bootstrap_port
     arguments |= pool_arguments(options.pool_dtype)
     flags = ["--enable-metrics"] if options.enable_metrics else []
+    # Cut layers have no slots beside SGLang's pool of windows, and torch_native misreads it (docs/sglang-versions.md).
+    if options.device == "cpu" or (options.sparse and worker.stage == "decode"):
+        flags.append(NO_WINDOW_POOL)
     if options.device == "cpu":
         arguments |= {"--attention-backend": "torch_native", FRACTION: static_fraction(worker)}
         flags += ["--disable-overlap-schedule", "--sleep-on-idle"]

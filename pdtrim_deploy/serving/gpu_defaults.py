@@ -10,6 +10,7 @@ from pdtrim_deploy.plan.wire import PoolDtype
 PAGE_TOKENS = 64
 # The attention that knows layers whose rows are cut, under CUDA graphs. Not run on a GPU yet.
 CUT_LAYER_BACKEND = "triton"
+NO_WINDOW_POOL = "--disable-hybrid-swa-memory"
 
 
 def attention_arguments(stage: Stage, sparse: bool) -> dict[str, object]:

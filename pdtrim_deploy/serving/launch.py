@@ -62,8 +62,6 @@ def cluster_of(
         )
     options = replace(options, sparse=any(send.mode == "sparse" for send in bundle.plan.kv))
     options = replace(options, pool_dtype=bundle.plan.model.pool_dtype)
-    if options.sparse and bundle.plan.model.windows:  # cut layers have no slots beside SGLang's pool of windows
-        options = replace(options, decode_args=("--disable-hybrid-swa-memory", *options.decode_args))
     if options.device == "cpu" and options.pool_dtype != "native":
         raise UserError(
             f"the plan's KV pool is {options.pool_dtype}, which SGLang 0.5.23 has on a CPU with Intel AMX alone, and "

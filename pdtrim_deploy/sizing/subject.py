@@ -17,6 +17,7 @@ from pdtrim_deploy.pipeline.build import check_fits
 from pdtrim_deploy.pipeline.family_fit import check_experts, check_family
 from pdtrim_deploy.pipeline.stand_in import caveat, stand_in
 from pdtrim_deploy.plan import PDPlan
+from pdtrim_deploy.plan.blocks import SUBLAYER_SHARES
 from pdtrim_deploy.recipe import Recipe
 
 _RECIPE_SUFFIXES = (".yaml", ".yml")
@@ -88,8 +89,19 @@ def _of_recipe(recipe: Recipe, model: Sized | None) -> Subject:
         f"not built yet, priced by counts: prefill drops {recipe.pruning.prefill_blocks} and decode "
         f"{recipe.pruning.decode_blocks} of {sized.num_blocks} blocks, {caveat(recipe.kv, plan)}"
     )
+    lost = recipe.pruning
+    sublayers = (
+        f"without sublayers of further blocks: attention of {lost.prefill_attentions} and MLP of {lost.prefill_mlps} "
+        f"in prefill, of {lost.decode_attentions} and {lost.decode_mlps} in decode; attention counts as "
+        f"{SUBLAYER_SHARES['attention']:.0%} of a block's work"
+    )
     sentence = experts_sentence(plan, sized.config, quantised=bool(sized.config.get("quantization_config")))
-    notes = (note, *([sentence] if sentence else []), f"model: {sized.origin}")
+    notes = (
+        note,
+        *[sublayers] * bool(lost.decode_sublayers),
+        *([sentence] if sentence else []),
+        f"model: {sized.origin}",
+    )
     return Subject(recipe.name, "recipe", sized.label, plan, sized.max_positions, notes)
 
 

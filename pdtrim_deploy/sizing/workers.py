@@ -62,8 +62,8 @@ class Sizing(BaseModel):
 
 
 def rates_of(plan: PDPlan, unpruned: Rates) -> Rates:
-    """Rates of a plan's stages, scaled by their share of the blocks."""
-    return unpruned.scaled(plan.prefill_share, len(plan.kv) / plan.model.num_blocks)
+    """Rates of a plan's stages, scaled by their share of the blocks' work."""
+    return unpruned.scaled(plan.prefill_share, plan.decode_share)
 
 
 def size(rates: Rates, request_bytes: int, goal: Goal) -> Sizing:

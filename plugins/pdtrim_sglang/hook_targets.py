@@ -25,7 +25,8 @@ NEXT_STEP, LONGEST, LEAKS = (
 )  # fmt: skip
 CHECKPOINT = "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.checkpoint_into_tree"
 SEND_METADATA = f"{DISAGGREGATION}.decode.DecodePreallocQueue._send_kv_metadata"
-LOAD_MODEL = "sglang.srt.model_executor.model_runner.ModelRunner.load_model"
+RUNNER = "sglang.srt.model_executor.model_runner.ModelRunner"
+LOAD_MODEL, LOADED = f"{RUNNER}.load_model", f"{RUNNER}.maybe_apply_post_load_model_transforms"
 CONFIGURATOR = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator"
 KV_POOL, ALLOCATOR = f"{CONFIGURATOR}._build_mha_kv_pool", f"{CONFIGURATOR}._build_token_to_kv_pool_allocator"
 NORMALISE = "sglang.srt.managers.io_struct.GenerateReqInput.normalize_batch_and_arguments"
@@ -37,8 +38,8 @@ SCHEDULERS, DETOKENIZERS = f"{ENGINE}._launch_scheduler_processes", f"{ENGINE}._
 VALIDATE_COMPLETION = "sglang.srt.entrypoints.openai.serving_completions.OpenAIServingCompletion._validate_request"
 TARGETS = (
     GET_KV_CLASS, CREATE_SENDER, PREFILL_MANAGER, DECODE_MANAGER, PRE_ALLOC, ADMISSION, READMISSION, SEND_METADATA,
-    EXTEND, RELEASE, CLEAR, NEXT_STEP, LONGEST, LEAKS, KV_POOL, ALLOCATOR, CELL_SIZE, LOAD_MODEL, NORMALISE, FRONT_END,
-    VALIDATE, VALIDATE_COMPLETION, SCHEDULERS, DETOKENIZERS, CHECKPOINT,
+    EXTEND, RELEASE, CLEAR, NEXT_STEP, LONGEST, LEAKS, KV_POOL, ALLOCATOR, CELL_SIZE, LOAD_MODEL, LOADED, NORMALISE,
+    FRONT_END, VALIDATE, VALIDATE_COMPLETION, SCHEDULERS, DETOKENIZERS, CHECKPOINT,
 )  # fmt: skip
 
 

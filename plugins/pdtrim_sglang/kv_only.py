@@ -8,11 +8,9 @@ layers of SGLang 0.5.23 (models/llama.py, qwen2.py, qwen3.py): `self_attn.attn`,
 
 from __future__ import annotations
 
-import itertools
 import logging
 from typing import Any
 
-import torch
 from sglang.srt.layers.attention.graph_utils import padded_extend_real_tokens
 from sglang.srt.model_executor.forward_context import get_token_to_kv_pool
 from sglang.srt.model_executor.runner_backend_utils.breakable_cuda_graph import eager_on_graph
@@ -21,6 +19,7 @@ from sglang.srt.model_executor.runner_utils.prefill_graph import is_in_prefill_g
 from torch import Tensor, nn
 
 from pdtrim_sglang.plan_source import read_plan
+from pdtrim_sglang.sublayers import cut_mlp, free
 
 logger = logging.getLogger("sglang.srt.pdtrim.kv_only")
 
@@ -50,14 +49,9 @@ def cut_kv_only_layers(runner: Any) -> None:
 
 def keep_only_kv(layer: Any, hidden: int) -> int:
     """Cut one decoder layer of SGLang's, in a model of `hidden` values a token; returns the bytes of weights freed."""
-    attention, freed = layer.self_attn, 0
-    for module in (attention.o_proj, layer.mlp):
-        # at once: a parameter's `weight_loader` holds its module, so that they would wait for a cyclic collection
-        for tensor in itertools.chain(module.parameters(), module.buffers()):
-            freed += tensor.nbytes
-            tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    attention.attn, attention.o_proj, layer.mlp = WriteKV(attention.attn), ZeroProjection(hidden), ZeroMLP()
-    vars(layer.post_attention_layernorm).pop("_quant_linear", None)  # it would quantise for the MLP's projection
+    attention = layer.self_attn
+    freed = free(attention.o_proj) + cut_mlp(layer)
+    attention.attn, attention.o_proj = WriteKV(attention.attn), ZeroProjection(hidden)
     return freed
 
 
@@ -109,11 +103,3 @@ class ZeroProjection(nn.Module):
     def forward(self, x: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
         """Zeros `[tokens, hidden]`, and no bias: what SGLang's linear layers return."""
         return x.new_zeros(x.shape[0], self.hidden), None
-
-
-class ZeroMLP(nn.Module):
-    """In the place of an MLP."""
-
-    def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
-        """Zeros like `x`."""
-        return x.new_zeros(x.shape)

@@ -22,6 +22,7 @@ from pdtrim_sglang.plan_source import check_fits, check_padding, dense_plan, rea
 from pdtrim_sglang.pool import PoolView
 from pdtrim_sglang.prefill import PrefillSide
 from pdtrim_sglang.requirements import (
+    attention_backend,
     check_draft_ranks,
     check_options,
     check_staging,
@@ -102,7 +103,7 @@ class PDTrimKVManager(CommonKVManager):
             draft = DraftRows.of(draft_pool, draft_view.keys, draft_view.values, view.tokens)
         view = replace(view, offsets=offsets, first_head=own.start, draft=draft)
         if self.plan.model.windows or view.windowed is not None:
-            check_windows(self.plan, stage, model, view)
+            check_windows(self.plan, stage, model, view, attention_backend(self.server_args, stage))
         elif self._given_plan:
             check_window(model.config, self.server_args.context_length)
         prepare(self.plan, view.keys[0], view.offsets)

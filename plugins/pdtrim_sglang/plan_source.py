@@ -76,10 +76,10 @@ def dense_plan(num_layers: int, pool: Any, kv_heads: int) -> PDPlan:
 
 def check_fits(plan: PDPlan, stage: Stage, pool: Any, tp_size: int) -> None:
     """Raise RuntimeError when the pool of this worker is not the one that the plan describes."""
-    layers, model = len(plan.layers(stage)), plan.model
+    layers, model = len(plan.kv_blocks(stage)), plan.model
     if len(pool.k_buffer) != layers:
         raise RuntimeError(
-            f"pdtrim: the plan gives {stage} {layers} layers, the loaded model has {len(pool.k_buffer)}: "
+            f"pdtrim: the plan gives {stage} {layers} layers with KV, the loaded model has {len(pool.k_buffer)}: "
             f"serve the bundle's {stage} checkpoint"
         )
     if str(pool.dtype) != f"torch.{model.row_dtype}":

@@ -53,7 +53,7 @@ def check_options(server_args: Any, kv_args: Any, plan: PDPlan | None, is_mla_ba
         )
     if not any(send.mode == "sparse" for send in plan.kv):
         return
-    backend = server_args.decode_attention_backend or server_args.attention_backend
+    backend = attention_backend(server_args, "decode")
     if backend not in ATTENTION:
         raise RuntimeError(
             f"pdtrim: attention backend {backend} would read prompt rows that were not sent; valid for a sparse plan: "
@@ -61,6 +61,12 @@ def check_options(server_args: Any, kv_args: Any, plan: PDPlan | None, is_mla_ba
         )
     if backend != "torch_native":  # SGLang itself turns graphs off
         _check_graphs(backend)
+
+
+def attention_backend(server_args: Any, stage: Stage) -> str | None:
+    """SGLang's name of the attention of a stage."""
+    backend: str | None = getattr(server_args, f"{stage}_attention_backend") or server_args.attention_backend
+    return backend
 
 
 def check_speculation(server_args: Any, plan: PDPlan | None) -> None:
@@ -134,7 +140,7 @@ def _check_digest(server_args: Any, plan: PDPlan | None, page_size: int) -> None
     """SGLang's digest is over whole pages of all layers, so both workers must hold the same bytes in them."""
     if not server_args.disaggregation_enable_kv_checksum:
         return
-    same_layers = plan is None or plan.layer_map == tuple(range(len(plan.prefill_layers)))
+    same_layers = plan is None or plan.layer_map == tuple(range(len(plan.prefill_kv_blocks)))
     same_rows = plan is None or all(send == KVSend() for send in plan.kv)
     if not (same_layers and same_rows and page_size == 1):
         raise RuntimeError(
@@ -159,16 +165,21 @@ def _check_shared_storage(server_args: Any, plan: PDPlan | None) -> None:
         )
 
 
-def check_windows(plan: PDPlan, stage: Stage, model: Any, pool: PoolView) -> None:
+def check_windows(plan: PDPlan, stage: Stage, model: Any, pool: PoolView, backend: str | None = None) -> None:
     """Raise RuntimeError when layers of the loaded model attend to other windows than the plan's model."""
+    if pool.windowed is not None and backend == "torch_native":
+        raise RuntimeError(
+            "pdtrim: attention backend torch_native reads SGLang's pool of windows by slots of whole layers, which are "
+            "other rows: start with --disable-hybrid-swa-memory"
+        )
     cut = any(send.mode == "sparse" for send in plan.kv)
     if stage == "decode" and cut and pool.windowed is not None:
         raise RuntimeError(
             "pdtrim: the plan cuts layers, which have no slots beside SGLang's pool of windows: start decode with "
             "--disable-hybrid-swa-memory"
         )
-    loaded = loaded_windows(model, len(plan.layers(stage)))
-    for layer, block in enumerate(plan.layers(stage)):
+    loaded = loaded_windows(model, len(plan.kv_blocks(stage)))
+    for layer, block in enumerate(plan.kv_blocks(stage)):
         if (window := plan.model.window(block)) != loaded[layer]:
             raise RuntimeError(
                 f"pdtrim: layer {layer} attends to {_attended(window)} by the plan, to {_attended(loaded[layer])} as "

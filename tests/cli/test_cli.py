@@ -428,6 +428,55 @@ def test_eval_of_tasks(capsys: pytest.CaptureFixture[str], bundle_dir: Path, cac
     assert json.loads((bundle_dir / "reports" / "tasks.json").read_text())["tasks"][0]["groups"] == ["512"]
 
 
+def test_a_gate_that_is_not_kept_is_exit_code_1(
+    capsys: pytest.CaptureFixture[str], bundle_dir: Path, recipe_file: Path, cache: Cache, tmp_path: Path
+) -> None:
+    copy, recipe = tmp_path / "bundle", tmp_path / "gated.yaml"
+    shutil.copytree(bundle_dir, copy)
+    for gate, code, word in ((0.1, 1, "FAILED"), (99, 0, "passed")):
+        recipe.write_text(yaml.safe_dump(yaml.safe_load(recipe_file.read_text()) | {"quality": {"perplexity": gate}}))
+        assert run(capsys, "build", recipe, "--out", copy, "--cache-dir", cache.root)[0] == 0
+        ended, out, _ = run(capsys, "eval", copy, "--cache-dir", cache.root)
+        assert ended == code
+        assert f"gate at most {gate}: {word}" in out
+        report = json.loads((copy / "reports" / "eval.json").read_text())
+        assert report["recovery"]["recovery"] == pytest.approx(report["ratio"])
+        for stage in ("prefill", "decode"):
+            assert f"at most {gate}: {word} | eval.json |" in (copy / stage / "README.md").read_text()
+        assert run(capsys, "report", copy)[0] == 0
+        assert f"at most {gate}: {word}" in (copy / "reports" / "report.html").read_text()
+    recipe.write_text(yaml.safe_dump(yaml.safe_load(recipe_file.read_text()) | {"quality": {"speed": 2}}))
+    code, _, err = run(capsys, "recipe", "validate", recipe)
+    assert code == 2
+    assert "'speed' is no task; allowed: perplexity, choice, needle" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("http://127.0.0.1:9",), "a URL needs tasks; use --tasks with gsm8k, humaneval"),
+        (("http://127.0.0.1:9", "--tasks", "needle"), "'needle' is no task of a URL; use --tasks with gsm8k"),
+        (("http://127.0.0.1:9", "--tasks", "gsm8k", "--seed", 1), "--seed is for bundles, but http://127.0.0.1:9 is a"),
+        (("http://10.0.0.5:9", "--tasks", "gsm8k"), "10.0.0.5 is another machine; give --allow-remote"),
+        (("http://127.0.0.1:9", "--tasks", "humaneval", "--questions", "f"), "--questions are gsm8k's"),
+        (("out/bundle", "--against", "http://127.0.0.1:9"), "--against is for URLs, but out/bundle is a bundle"),
+    ],
+    ids=["no tasks", "other task", "seed", "remote", "questions", "bundle"],
+)
+def test_eval_of_a_url_says_what_is_wrong(
+    capsys: pytest.CaptureFixture[str], arguments: tuple[object, ...], says: str
+) -> None:
+    code, out, err = run(capsys, "eval", *arguments)
+    assert (code, out) == (2, "")
+    assert says in err
+
+
+def test_a_served_task_of_a_bundle_is_sent_to_its_url(capsys: pytest.CaptureFixture[str], bundle_dir: Path) -> None:
+    code, _, err = run(capsys, "eval", bundle_dir, "--tasks", "gsm8k")
+    assert code == 2
+    assert "serve the bundle, and give its URL" in err
+
+
 @pytest.mark.skipif(not (REPO / ".venv/evals/pdtrim-stamp.json").is_file(), reason="needs make setup-evals")
 def test_eval_of_a_task_of_lm_eval(
     capsys: pytest.CaptureFixture[str], bundle_dir: Path, cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

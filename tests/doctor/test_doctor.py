@@ -187,7 +187,7 @@ def test_states_training_and_workers_are_counted(tmp_path: Path) -> None:
     ("package", "recipe"),
     [
         ("gguf", "model: {source: 'pypi:x'}\n"),
-        ("nvidia-modelopt", "pruning: {decode_blocks: 1}\nhealing: {decode_steps: 5}\n"),
+        ("peft", "pruning: {decode_blocks: 1}\nhealing: {decode_steps: 5, method: lora}\n"),
     ],
 )
 def test_a_package_that_the_recipe_wants_is_needed(

@@ -105,6 +105,20 @@ def test_speculation_is_judged_without_cut_layers(monkeypatch, tmp_path):
     assert "layers.0.input_layernorm.weight" not in draft
 
 
+def test_windows_are_judged_in_the_pools_that_sglang_has(monkeypatch, tmp_path):
+    """A device is no CPU: workers then keep SGLang's own choice of pools."""
+    judged = []
+    monkeypatch.setattr(served, "judged", lambda bundle, pair: judged.append((bundle, pair)) or {})
+    monkeypatch.setattr(tiny, "WINDOWED", {name: tiny.WINDOWED[name] for name in list(tiny.WINDOWED)[:1]})
+    (row,) = served.window_rows(tmp_path)
+    assert (row.status, row.reason) == ("run", "")
+    ((bundle, pair),) = judged
+    assert {send.mode for send in bundle.plan.kv} == {"window", "full"}
+    assert {send.wire_dtype for send in bundle.plan.kv} == {"int8"}
+    assert pair.device == "cuda"
+    assert pair.prefill_args == pair.decode_args == ()
+
+
 def test_fp8_pools_are_judged_in_every_wire_dtype(monkeypatch, tmp_path):
     judged = []
 

@@ -17,7 +17,7 @@ from pdtrim_deploy.models import open_checkpoint
 from pdtrim_deploy.models.loading import load_model, load_tokenizer
 from pdtrim_deploy.models.oracle import PDOracle
 from pdtrim_deploy.models.surgery import write_stage
-from pdtrim_deploy.plan import STAGES, Distilled, Drop, Keep, KVOnly, KVSend, PDPlan
+from pdtrim_deploy.plan import STAGES, Distilled, Drop, Keep, KVOnly, KVSend, PDPlan, WithoutAttention, WithoutMLP
 from pdtrim_deploy.plan.kv import KEY_OFFSETS
 from pdtrim_deploy.serving import Cluster, ClusterSpec, Engine, Executors, ServeEnvironment, WorkerOptions, cluster_of
 from pdtrim_deploy.serving.metrics import scrape
@@ -69,13 +69,14 @@ def tiny(tiny_model, tmp_path_factory, real_cache):
     """Stage checkpoints of a tiny Qwen3 by stage, their plan, and their engines; decode has a student of 1 and 2.
 
     Prefill runs block 4 for its K and V alone: in torch the plugin skips the rest, an engine's graph has op KVWrite.
+    Block 6 is gone from prefill, and decode runs its MLP alone, like that of 5; 0 has no MLP in decode, 5 in prefill.
     """
     folder = tmp_path_factory.mktemp("tiny")
-    model = tiny_model(folder / "model", "Qwen3ForCausalLM", max_position_embeddings=2048)
+    model = tiny_model(folder / "model", "Qwen3ForCausalLM", max_position_embeddings=2048, num_hidden_layers=8)
     checkpoint = open_checkpoint(model, real_cache)
     student, kept = Distilled(pair=(1, 2), kv_from=1), Keep()
-    prefill = (kept, kept, kept, Drop(), KVOnly(), kept)
-    decode = (kept, student, student, Drop(), kept, kept)
+    prefill = (kept, kept, kept, Drop(), KVOnly(), WithoutMLP(), Drop(), kept)
+    decode = (WithoutMLP(), student, student, Drop(), kept, WithoutAttention(), WithoutAttention(), kept)
     dense = load_model(model).model.layers
     weights = dense[2].mlp.state_dict()
     silent = {name: dense[4].get_parameter(name) * 0 for name in ("self_attn.o_proj.weight", "mlp.down_proj.weight")}
@@ -90,7 +91,7 @@ def tiny(tiny_model, tmp_path_factory, real_cache):
     engines = {}
     for stage in STAGES:
         data, changed = plan.model_dump(mode="json"), students[stage]
-        more = {"replacements": changed, "files": [folder / KEY_OFFSETS]}
+        more = {"replacements": changed, "missing": plan.missing(stage), "files": [folder / KEY_OFFSETS]}
         write_stage(checkpoint, folder / stage, plan.layers(stage), "float32", data, **more)
         build_target("onnx", folder / stage, folder / "engines" / stage)
         engines[stage] = Engine("onnxruntime", stage, folder / "engines" / stage)
@@ -114,7 +115,11 @@ def test_onnxruntime_in_one_stage_only(tiny, stage, tmp_path):
     result = judge(PDOracle(*models, plan, KeyOffsets.read(folder, plan)), served)
     assert result.max_logprob_error <= result.tolerance, result.rows
     assert result.controls_detected["dense plan"], result.controls
+    assert result.controls_detected["an MLP more left out"], result.controls
     assert sum(row.cached_tokens > 190 for row in result.rows) >= 2, "prefix-cache hits were not tried"
     assert (staged > 0) == (stage == "prefill"), "only an engine of prefill packs in its graph"
     cut = "layers (3,) make K and V alone" in (tmp_path / "prefill-0.log").read_text()
     assert cut == (stage == "decode"), "only SGLang's own model is cut: an engine's graph is made so"
+    logs = {name: (tmp_path / f"{name}-0.log").read_text() for name in STAGES}
+    assert ("layers of blocks [] without attention, of [5] without MLP" in logs["prefill"]) == (stage == "decode")
+    assert ("layers of blocks [5, 6] without attention, of [0] without MLP" in logs["decode"]) == (stage == "prefill")

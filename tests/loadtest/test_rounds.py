@@ -8,9 +8,10 @@ import pytest
 
 from pdtrim_deploy.errors import ServingError, UserError
 from pdtrim_deploy.loadtest import LoadRun, Outcome, Scenario, driver
-from pdtrim_deploy.loadtest.rounds import Comparison, Ratio, Side, check_rounds, interleave, repeats, shares, t_975
+from pdtrim_deploy.loadtest.rounds import Comparison, Ratio, Side, check_rounds, interleave, repeats, shares
 from pdtrim_deploy.loadtest.scenario import SLO
 from pdtrim_deploy.loadtest.workers import Key, WorkerFigures, Workers, _quantile
+from pdtrim_deploy.local.student_t import t_975
 from pdtrim_deploy.serving import metrics
 
 sys.path.insert(0, str(Path(__file__).parent))

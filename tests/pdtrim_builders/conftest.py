@@ -8,8 +8,9 @@ from torch import Tensor
 from pdtrim_deploy.models import open_checkpoint
 from pdtrim_deploy.models.loading import load_model
 from pdtrim_deploy.models.surgery import write_stage
-from pdtrim_deploy.plan import STAGES, Drop, Keep, KVOnly, KVSend, PDPlan
+from pdtrim_deploy.plan import STAGES, Drop, Keep, KVOnly, KVSend, PDPlan, WithoutAttention, WithoutMLP
 
+NO_ATTENTION, NO_MLP = WithoutAttention(), WithoutMLP()
 SPARSE = KVSend(mode="sparse", n_first=2, n_last=5)
 
 
@@ -22,7 +23,7 @@ def make_stages(cache):
         prefill, decode = (tuple(Drop() if b in gone else Keep() for b in range(6)) for gone in ((3,), (1, 3)))
         prefill = tuple(KVOnly() if b == alone else action for b, action in enumerate(prefill))
         kv = (KVSend(), SPARSE, SPARSE, KVSend(mode="sparse", n_first=0, n_last=3))
-        plan = PDPlan(model=checkpoint.shape(dtype), prefill=prefill, decode=decode, kv=kv)
+        plan = PDPlan.uncut(checkpoint.shape(dtype), prefill, decode).with_kv(kv)
         changed = {} if alone is None else {alone: _silent(source, alone)}
         for stage in STAGES:
             data, new = plan.model_dump(mode="json"), changed if stage == "prefill" else {}
@@ -30,6 +31,26 @@ def make_stages(cache):
         return out
 
     return make
+
+
+@pytest.fixture
+def half_stages(cache, tiny_dir, tmp_path):
+    """half_stages("Qwen3ForCausalLM"): a folder with both stages of that family, whose blocks lack sublayers.
+
+    Prefill has 5 layers, of which one without attention and one without MLP; decode has 5, two and one.
+    """
+
+    def folder(architecture: str) -> Path:
+        checkpoint, keep = open_checkpoint(tiny_dir(architecture), cache), Keep()
+        prefill = (keep, NO_ATTENTION, keep, Drop(), NO_MLP, keep)
+        decode = (NO_ATTENTION, NO_ATTENTION, NO_MLP, Drop(), keep, keep)
+        plan = PDPlan(model=checkpoint.shape("float32"), prefill=prefill, decode=decode, kv=(SPARSE, KVSend(), SPARSE))
+        for stage in STAGES:
+            data, missing = plan.model_dump(mode="json"), plan.missing(stage)
+            write_stage(checkpoint, tmp_path / stage, plan.layers(stage), "float32", data, missing=missing)
+        return tmp_path
+
+    return folder
 
 
 def _silent(source: Path, block: int) -> dict[str, Tensor]:

@@ -43,6 +43,22 @@ def test_a_layer_for_its_kv_alone(architecture, tiny_dir, make_stages, tmp_path)
     assert not any("layers.3.post" in name or "layers.3.self_attn.q" in name for name in weights)
 
 
+@pytest.mark.parametrize("stage", ["prefill", "decode"])
+@pytest.mark.parametrize("architecture", taking("engines"))
+def test_sublayers_that_the_plan_leaves_out_are_not_in_the_graph(architecture, stage, half_stages, tmp_path):
+    """The checkpoint has zeros where the graph has nothing; both say the same, on the wire too."""
+    result = build_target("onnx", half_stages(architecture) / stage, tmp_path / "engine")
+    attentions, sends = (4, 3) if stage == "prefill" else (3, 0)
+    assert [result.ops[op] for op in ops.OPS] == [attentions, 0, sends]
+    assert result.ops["MatMul"] == 2 * attentions + 2 * 4  # qkv and o; gate with up, and down
+    assert max(result.numerics.hidden_error, result.numerics.kv_error or 0) < 2e-5
+    graph = onnx.load(tmp_path / "engine" / "model.onnx").graph
+    layer_ids = [
+        {a.name: a.i for a in node.attribute}["layer_id"] for node in graph.node if node.op_type == "PagedAttention"
+    ]
+    assert layer_ids == list(range(attentions))  # of the pool, which has no layer without attention
+
+
 @pytest.mark.parametrize("architecture", [*sorted(set(FAMILIES) - set(taking("engines"))), "ArceeForCausalLM"])
 def test_a_family_without_a_graph_is_refused_with_the_reason(
     architecture, tiny_dir, make_stages, tmp_path, record_property

@@ -1,5 +1,6 @@
 """Chunks are as long as a staging slot allows: each that is cut fits, and one page more need not."""
 
+import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from pdtrim_sglang.chunk_sizes import MOST_TOKENS, most_tokens
@@ -52,12 +53,13 @@ def test_every_cut_chunk_fits_and_a_page_more_would_not(plan, page, heads, token
     assert any(chunk_layout(plan, tokens, 0, tokens, heads).total_bytes > slot_bytes for tokens in longer)
 
 
-def test_a_prompt_that_a_window_covers_may_have_more_bytes_than_a_longer_one():
+@pytest.mark.parametrize("windows", [(), (9,)])
+def test_a_prompt_that_a_window_covers_may_have_more_bytes_than_a_longer_one(windows):
     """Its first row is the sink's, native; of one token more it stays behind."""
     shape = ModelShape(
         architecture="X", fingerprint="f", num_blocks=1, num_kv_heads=HEADS, head_dim=32, kv_dtype="bfloat16"
     )
-    plan = PDPlan.dense(shape).with_kv((send((0, 8), "int4"),))
+    plan = PDPlan.dense(shape).with_kv((send((0, 8), "int4"),)).with_windows(windows)
     slot_bytes = plan.payload_bytes(9)
     longest = most_tokens(plan, 1, HEADS, slot_bytes)
     assert longest < 8

@@ -132,11 +132,11 @@ def test_what_will_be_refused_by_name_is_left_alone(runner):
     """A model of another length, and a part of one."""
     runner.model = model()
     runner.server_args.pp_size = 2
-    loading.cut_kv_only_layers(None, runner)
+    loading.cut_planned_layers(None, runner)
     assert not any(cut(runner))
     runner.server_args.pp_size = 1
     del runner.model.model.layers[2]
-    loading.cut_kv_only_layers(None, runner)
+    loading.cut_planned_layers(None, runner)
     assert not any(cut(runner))
 
 

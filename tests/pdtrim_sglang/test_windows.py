@@ -21,7 +21,7 @@ DECODE = {
     "disaggregation_enable_kv_checksum": False, "hicache_storage_backend": None,
     "enable_unified_cache_external_linker": False, "disaggregation_mode": "decode",
     "disaggregation_decode_enable_radix_cache": True, "disaggregation_decode_enable_offload_kvcache": False,
-    "enable_streaming_session": False,
+    "enable_streaming_session": False, "enable_custom_logit_processor": False,
 }  # fmt: skip
 
 
@@ -178,3 +178,33 @@ def test_a_pool_of_windows_is_as_large_as_that_of_whole_layers():
     with pytest.raises(RuntimeError, match="start decode with --disable-hybrid-swa-memory"):
         check_windows(cut, "decode", model, view)
     assert torch.equal(view.of_heads(range(1, 2)).destinations(torch.tensor([5]))[0].slots, torch.tensor([5]))
+
+
+def test_attention_that_misreads_a_pool_of_windows_is_refused():
+    """SGLang's own forward pass of one layer, whose window lies at other slots than the prompt's."""
+    import torch
+    from pdtrim_sglang.pool import PoolView
+    from pdtrim_sglang.requirements import check_windows
+    from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+
+    pool, allocator = window_pool(4)
+    take(allocator, 8, 4)
+    slots = take(allocator, 12, 12)
+    assert not torch.equal(pool.full_to_swa_index_mapping[slots], slots)  # where torch_native reads
+    plan, model = PDPlan.dense(SHAPE_OF_POOLS), loaded(WINDOW - 1, -1, WINDOW - 1, -1)
+    with pytest.raises(RuntimeError, match="torch_native reads SGLang's pool of windows by slots of whole layers"):
+        check_windows(plan, "prefill", model, PoolView.of(pool), "torch_native")
+    check_windows(plan, "prefill", model, PoolView.of(pool), "triton")
+    backend = object.__new__(TorchNativeAttnBackend)  # the reason: remove the refusal when this no longer holds
+    pool.swa_kv_pool.k_buffer[0].normal_(), pool.swa_kv_pool.v_buffer[0].normal_()
+    table, query = torch.zeros(1, 12, dtype=torch.int32), torch.randn(1, HEADS, DIM)
+    outputs = []
+    for where in (slots, pool.full_to_swa_index_mapping[slots]):
+        table[0] = where.int()
+        output = torch.empty(1, HEADS, DIM)
+        backend._run_sdpa_forward_decode(
+            query, output, pool.get_key_buffer(0), pool.get_value_buffer(0), table, torch.tensor([0]),
+            torch.tensor([12]), sliding_window_size=WINDOW - 1,
+        )  # fmt: skip
+        outputs.append(output)
+    assert not torch.allclose(*outputs)

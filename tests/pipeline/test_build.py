@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from safetensors.torch import load_file
 
 from pdtrim_deploy.bundle import Bundle, write_atomic
 from pdtrim_deploy.errors import UserError
@@ -151,6 +152,34 @@ def test_offsets_of_quantised_keys_lie_in_bundle_and_stages(
     assert not list(bundle.path.rglob(f"*{KEY_OFFSETS}*"))
     assert not list(bundle.path.rglob("key-offsets.json"))
     assert bundle.verify() == []
+
+
+def test_a_bundle_whose_blocks_lack_sublayers(recipe_file: RecipeFile, tmp_path: Path, cache: Cache) -> None:
+    """Chosen by greedy, refitted, judged as finalists, and cut to rows by measured harm: on zeros and in the plan."""
+    pruning = {
+        "method": "anneal", "steps": 4, "finalists": 2, "decode_blocks": 1, "prefill_attentions": 1,
+        "decode_attentions": 2, "decode_mlps": 1,
+    }  # fmt: skip
+    healing = {"compensation": "least-squares", "sequences": 8, "length": 32}
+    bundle, _ = make(recipe_file(pruning=pruning, healing=healing), tmp_path / "b", cache)
+    plan = bundle.plan
+    assert sorted(plan.missing("prefill").values()) == ["attention"]
+    assert sorted(plan.missing("decode").values()) == ["attention", "attention", "mlp"]
+    assert set(plan.missing("prefill").items()) <= set(plan.missing("decode").items())
+    assert len(plan.kv) == 3
+    report = json.loads((bundle.reports_dir / "pruning.json").read_text())["decode"]
+    lost = plan.missing("decode")
+    assert sorted(report["attentions"]) == [block for block in sorted(lost) if lost[block] == "attention"]
+    assert report["removed"] == list(plan.dropped("decode"))
+    assert {step.get("sublayer") for step in report["trajectory"]} == {None, "attention", "mlp"}
+    tensors = load_file(bundle.decode_dir / "model.safetensors")
+    for layer, block in enumerate(plan.decode_layers):
+        for sublayer, name in (("attention", "self_attn.o_proj"), ("mlp", "mlp.down_proj")):
+            weight = tensors[f"model.layers.{layer}.{name}.weight"]
+            assert bool(weight.any()) == (lost.get(block) != sublayer), (block, name)
+    card = (bundle.decode_dir / "README.md").read_text()
+    assert "; without attention, whose o_proj is zero: " in card
+    assert preview(Recipe.load(recipe_file(pruning=pruning, healing=healing)), tmp_path / "c", cache)
 
 
 def test_a_dense_bundle_needs_no_text(recipe_file: RecipeFile, tmp_path: Path, cache: Cache) -> None:
@@ -396,6 +425,18 @@ def test_finished_steps_are_not_made_again_after_a_crash(
     ("sections", "says"),
     [
         ({"pruning": {"decode_blocks": 6}}, "pruning.decode_blocks is 6; allowed: at most 5, the model has 6 blocks"),
+        (
+            {"pruning": {"decode_blocks": 2, "decode_attentions": 3, "decode_mlps": 2}, "kv": {}},
+            "pruning.decode_attentions and decode_mlps are 5; allowed: at most 4, the blocks that decode keeps",
+        ),
+        (
+            {"pruning": {"decode_blocks": 2, "decode_attentions": 4}, "kv": {}},
+            "pruning.decode_attentions is 4; allowed: at most 3, since decode sees the prompt by its attentions",
+        ),
+        (
+            {"pruning": {"decode_blocks": 2, "decode_attentions": 3}},
+            "kv.sparse_layers is 2; allowed: at most 1, the layers with attention that decode keeps",
+        ),
         ({"healing": {"kv_only_blocks": 5}}, "healing.kv_only_blocks is 5; allowed: at most 4, the blocks whose KV"),
         (
             {"kv": {"method": "attention-mass", "sparse_layers": 5, "n_last": 4}},

@@ -52,9 +52,12 @@ SECTIONS: dict[str, dict[str, Any]] = {
         "pruning": PRUNING | {"method": "cosine", "experts": {"prefill": 3, "decode": 2}},
         "kv": {"method": "none", "wire_dtype": "int8"},
     },
-    "norm and K and V alone": {
+    "norm, K and V alone, LoRA": {
         "pruning": PRUNING | {"prefill_blocks": 0, "method": "streamline"},
-        "healing": {"compensation": "norm", "kv_only_blocks": 1, "sequences": 8, "length": 32},
+        "healing": {
+            "compensation": "norm", "kv_only_blocks": 1, "sequences": 8, "length": 32, "decode_steps": 1,
+            "method": "lora", "batch": 2,
+        },
         "kv": KV | {"method": "measured-harm", "sparse_layers": 1, "n_first": 2, "n_last": 4, "wire_dtype": "int8"},
     },
 }  # fmt: skip

@@ -38,6 +38,7 @@ def test_weights_that_do_not_fit_are_one_sentence(tmp_path: Path, tiny_llama_dir
     recipes = {
         "stage": pruned,
         "healed": pruned | {"healing": {"compensation": "least-squares", "sequences": 4, "length": 20}},
+        "training": pruned | {"healing": {"decode_steps": 1, "sweep": [1.0], "sequences": 4, "length": 20}},
         "student": plain | {"pruning": distil},
     }
     (tmp_path / "recipes.json").write_text(json.dumps(recipes))
@@ -46,7 +47,12 @@ def test_weights_that_do_not_fit_are_one_sentence(tmp_path: Path, tiny_llama_dir
     assert done.returncode == 0, done.stderr
     messages = dict(map(json.loads, done.stdout.splitlines()))
     assert messages.keys() == recipes.keys()
-    for name, file in (("stage", "prefill"), ("healed", "stage-weights"), ("student", "cache/students")):
+    for name, file in (
+        ("stage", "prefill"),
+        ("healed", "stage-weights"),
+        ("training", ".healing-decode.safetensors"),
+        ("student", "cache/students"),
+    ):
         assert file in messages[name]
         assert "(File too large (os error 27)); free some space and run the same command again" in messages[name]
         assert not (tmp_path / name / "COMPLETE").exists()

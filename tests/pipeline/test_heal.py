@@ -40,6 +40,7 @@ HEALING = {
     "prefill_steps": 2,
     "decode_steps": 2,
     "learning_rate": 1e-4,
+    "sweep": [1.0],
     "batch": 2,
     "sequences": 12,
     "length": 32,
@@ -116,7 +117,7 @@ def test_the_bundle_is_what_was_healed_in_memory(
     card = (bundle.decode_dir / "README.md").read_text()
     assert "one student block in the place of each of the pairs 1 and 2" in card
     differences = "students of distilled pairs, compensation least-squares"
-    differences += ", 2 steps of logit distillation" * report["healing"]["decode"]["kept"]
+    differences += ", 2 steps of distillation" * report["healing"]["decode"]["kept"]
     assert f"Weights differ from the base model's: {differences}" in card
     assert "Weights mended on 12 x 32 tokens of" in card
     assert "Students trained on 12 x 32 tokens of" in card
@@ -155,10 +156,11 @@ def test_decode_is_healed_behind_the_kv_that_is_sent(
             monkeypatch.setitem(CHOSEN, stage, {"removed": [], "pairs": []})
     kv = {"method": "all", "n_first": 2, "n_last": 4, "wire_dtype": "int8"}
     kv |= {"prompt_tokens": 24, "continuation_tokens": 8}
-    base = HEALING if pruned else {key: HEALING[key] for key in ("batch", "sequences", "length")}
+    base = HEALING if pruned else {key: HEALING[key] for key in ("batch", "sequences", "length", "sweep")}
     sections = {"kv": kv} if pruned else {"kv": kv, "pruning": {}}
+    base |= {"sequences": 40}  # of which 8 judge
     without = build(recipe_of(healing=base, **sections), tmp_path / "a", cache)
-    recipe = recipe_of(healing=base | {"kv_steps": 24, "learning_rate": 1e-3}, **sections)
+    recipe = recipe_of(healing=base | {"kv_steps": 32, "learning_rate": 1e-3}, **sections)
     bundle = build(recipe, tmp_path / "b", cache)
     assert bundle.plan == without.plan
     assert bundle.plan.key_offsets is not None
@@ -168,7 +170,7 @@ def test_decode_is_healed_behind_the_kv_that_is_sent(
     context = context_of(recipe, bundle, cache)
     models = [load_model(bundle.stage_dir(stage)) for stage in STAGES]
     before = load_model(without.decode_dir)
-    ids = context.calibration(12, 24 + 16)[-1:]
+    ids = context.calibration(40, 24 + 16)[-8:]
     losses = []
     for decode in (before, models[1]):
         oracle = PDOracle(models[0], decode, bundle.plan, KeyOffsets.read(bundle.decode_dir, bundle.plan))
@@ -180,7 +182,7 @@ def test_decode_is_healed_behind_the_kv_that_is_sent(
     same = [(b.path / "prefill" / "model.safetensors").read_bytes() for b in (without, bundle)]
     assert same[0] == same[1]
     assert (
-        "24 steps of logit distillation from the base model behind prompt KV as it arrives"
+        "32 steps of distillation from the base model behind prompt KV as it arrives"
         in (bundle.decode_dir / "README.md").read_text()
     )
     assert bundle.verify() == []
@@ -231,14 +233,54 @@ def test_other_weights_of_the_same_plan_are_not_what_was_measured(
     assert not (first.reports_dir / "eval.json").exists()
 
 
+class Killed(BaseException):
+    pass
+
+
+def test_a_build_that_is_killed_goes_on_to_the_same_weights(
+    recipe_of: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bfloat16; killed in prefill, in decode and behind the KV that is sent; no step written down is done again."""
+    monkeypatch.setattr("pdtrim_deploy.pruning.healing.state._EVERY_S", 0.0)
+    monkeypatch.setattr("pdtrim_deploy.pruning.healing.state._SHARE", 0)
+    for stage in STAGES:
+        monkeypatch.setitem(CHOSEN, stage, {"removed": [4], "pairs": []})
+    healing = {key: HEALING[key] for key in ("batch", "sequences", "length", "sweep")} | {"learning_rate": 1e-2}
+    recipe = recipe_of(
+        healing=healing | {"prefill_steps": 3, "decode_steps": 3, "kv_steps": 3},
+        kv={"method": "all", "n_last": 8, "prompt_tokens": 24, "continuation_tokens": 8},
+        pruning={"method": "anneal", "prefill_blocks": 1, "decode_blocks": 1},
+        model={"source": recipe_of().model.source, "compute_dtype": "bfloat16"},
+    )
+    whole = build(recipe, tmp_path / "whole", Cache(tmp_path / "a"))
+    steps: list[str] = []
+
+    def note(line: str) -> None:
+        if ": step " in line:
+            steps.append(line.partition(", loss")[0])
+            if len(steps) in (2, 6, 10):
+                raise Killed
+
+    for _ in range(3):
+        with pytest.raises(Killed):
+            build(recipe, tmp_path / "killed", Cache(tmp_path / "b"), note)
+    killed = build(recipe, tmp_path / "killed", Cache(tmp_path / "b"), note)
+    assert len(steps) == 3 * 3 + 3
+    assert len(set(steps)) == 2 * 3  # decode's are the same twice
+    for stage in STAGES:
+        first, second = ((b.path / stage / "model.safetensors").read_bytes() for b in (whole, killed))
+        assert first == second
+    assert not list((killed.path).glob(".build*"))
+    with pytest.raises(UserError, match=r"model\.compute_dtype is float16 but healing's steps train by gradients"):
+        recipe.changed("r", "model", compute_dtype="float16")
+
+
 def test_nothing_half_written(
     recipe_of: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = Cache(tmp_path / "cache")
     with monkeypatch.context() as patched:
-        patched.setattr(
-            "pdtrim_deploy.pruning.healing.distillation._Loss.__call__", lambda *_: torch.tensor(float("nan"))
-        )
+        patched.setattr("pdtrim_deploy.pruning.healing.losses.LogitLoss.backward", lambda *_: float("nan"))
         with pytest.raises(UserError, match="healing prefill: the loss is nan at step 0"):
             build(recipe_of(), tmp_path / "b", cache)
     assert not (tmp_path / "b" / heal.HEALING).exists()

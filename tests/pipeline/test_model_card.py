@@ -91,10 +91,12 @@ def test_the_text_and_seeds_it_was_made_with_are_named(recipe: Recipe) -> None:
 def test_only_what_healing_kept_is_claimed(recipe: Recipe) -> None:
     healed = recipe.changed("t", "pruning", prefill_blocks=1, decode_blocks=2).changed("t", "healing", decode_steps=9)
     done = {"steps": 8, "before": 0.5, "after": 0.25, "kept": True, "kv": False}
-    again = {"steps": 6, "before": 0.25, "after": 0.125, "kept": True, "kv": True}
+    done |= {"difference": -0.25, "stderr": 0.0625, "sequences": 16}
+    again = done | {"steps": 6, "before": 0.25, "after": 0.125, "kept": True, "kv": True, "difference": -0.125}
     text = model_card.card(PLAN, healed, "decode", Provenance(), {"decode": [done, again]})
-    assert "8 steps of logit distillation from the base model (KL 0.5000 to 0.2500 nats" in text
-    assert "6 steps of logit distillation from the base model behind prompt KV as it arrives (KL 0.2500 to" in text
+    assert "8 steps of distillation from the base model (KL 0.5000 to 0.2500 nats a token on development text" in text
+    assert "difference -0.2500 ± 0.0625, paired by 16 sequences)" in text
+    assert "6 steps of distillation from the base model behind prompt KV as it arrives (KL 0.2500 to" in text
     assert "what makes K and V are as there" in text
     for reports in ({}, {"decode": [done | {"kept": False}]}):
         assert "Weights differ" not in model_card.card(PLAN, healed, "decode", Provenance(), reports)
@@ -141,6 +143,26 @@ def test_the_measured_loss_takes_the_place_of_its_absence(written: Path) -> None
         assert len(re.findall(": ratio ", text)) == 1
     assert model_card.NOT_MEASURED not in text
     assert text.split(model_card.END)[1] == before.split(model_card.END)[1]
+
+
+def test_recoveries_of_all_reports_of_this_plan_stand_in_a_table(written: Path) -> None:
+    reports = written / "reports"
+    reports.mkdir()
+    row = {"task": "perplexity", "measure": "nll", "items": 8, "dense": 20.0, "score": 21.0, "recovery": 1.05}
+    row |= {"stderr": 0.01, "gate": None, "passed": None}
+    gsm8k = row | {"task": "gsm8k", "measure": "right", "dense": 0.5, "score": 0.4, "recovery": 0.8, "gate": 0.95}
+    files = {"eval": {"recovery": row}, "tasks": {"recovery": [row | {"stderr": None}]}}
+    files["served"] = {"tasks": [{"task": "gsm8k", "recovery": gsm8k | {"passed": False}}, {"recovery": None}]}
+    for name, report in files.items():
+        (reports / f"{name}.json").write_text(json.dumps(report | {"plan_digest": PLAN.digest}))
+    model_card.refresh_recoveries(written, PLAN.digest)
+    text = (written / "prefill" / "README.md").read_text()
+    assert "| perplexity | 8 | 20.0000 | 21.0000 | 1.0500 ± 0.0100 |  | eval.json |\n" in text
+    assert "| perplexity | 8 | 20.0000 | 21.0000 | 1.0500 |  | tasks.json |\n" in text
+    assert "| gsm8k, right | 8 | 0.5000 | 0.4000 | 0.8000 ± 0.0100 | at least 0.95: FAILED | served.json |\n" in text
+    (reports / "served.json").write_text(json.dumps(files["served"] | {"plan_digest": "another"}))
+    model_card.refresh_recoveries(written, PLAN.digest)
+    assert "gsm8k" not in (written / "prefill" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,18 @@ def test_a_budget_that_nothing_fits_is_refused():
         plan_of(kv)
 
 
+def test_sublayers_that_go_have_no_kv_and_their_share_of_the_work():
+    pruning = PruningSection(
+        prefill_blocks=1, decode_blocks=2, prefill_attentions=1, decode_attentions=5, prefill_mlps=2, decode_mlps=3
+    )
+    plan = stand_in(Recipe(name="a", model={"source": "pypi:x"}, pruning=pruning), SHAPE)
+    assert sorted(plan.missing("prefill").values()) == ["attention", "mlp", "mlp"]
+    assert sorted(plan.missing("decode").values()) == ["attention"] * 5 + ["mlp"] * 3
+    assert plan.payload_bytes(100) * 32 == plan.dense_bytes(100) * 25
+    assert plan.prefill_share == pytest.approx((31 - 0.2 - 2 * 0.8) / 32)
+    assert plan.decode_share == pytest.approx((30 - 5 * 0.2 - 3 * 0.8) / 32)
+
+
 @pytest.mark.parametrize(
     ("kv", "cut", "says"),
     [

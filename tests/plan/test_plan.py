@@ -6,7 +6,18 @@ import pytest
 from pydantic import ValidationError
 
 from pdtrim_deploy.errors import UserError
-from pdtrim_deploy.plan import Distilled, Drop, Keep, KeyOffsetsFile, KVOnly, KVSend, ModelShape, PDPlan
+from pdtrim_deploy.plan import (
+    Distilled,
+    Drop,
+    Keep,
+    KeyOffsetsFile,
+    KVOnly,
+    KVSend,
+    ModelShape,
+    PDPlan,
+    WithoutAttention,
+    WithoutMLP,
+)
 
 SHAPE = ModelShape(
     architecture="LlamaForCausalLM", fingerprint="f", num_blocks=6, num_kv_heads=2, head_dim=8, kv_dtype="bfloat16"
@@ -16,9 +27,9 @@ PAIR = Distilled(pair=(2, 3), kv_from=2)
 
 
 def plan(prefill="kkkkkk", decode="kkkkkk", kv=None, **changes):
-    actions = {"k": KEEP, "-": DROP, "p": PAIR, "o": KVOnly()}
+    actions = {"k": KEEP, "-": DROP, "p": PAIR, "o": KVOnly(), "m": WithoutAttention(), "a": WithoutMLP()}
     stages = [tuple(actions[letter] for letter in letters) for letters in (prefill, decode)]
-    layers = sum(letter == "k" for letter in decode) + ("p" in decode)
+    layers = sum(letter in "ka" for letter in decode) + ("p" in decode)
     return PDPlan(
         **{"model": SHAPE, "prefill": stages[0], "decode": stages[1], "kv": kv or (KVSend(),) * layers} | changes
     )
@@ -46,9 +57,38 @@ def test_a_block_may_run_in_prefill_for_its_kv_alone():
     assert plan(prefill="kkokkk", decode="kkppkk").layer_map == (0, 1, 2, 4, 5)
 
 
+def test_a_block_without_attention_needs_no_kv_and_no_prefill_block():
+    """Letters: `m` runs the MLP alone, `a` the attention alone."""
+    cut = plan(prefill="km-koa", decode="mmmaka")
+    assert cut.prefill_layers == (0, 1, 3, 4, 5)
+    assert cut.prefill_kv_blocks == (0, 3, 4, 5)
+    assert cut.decode_layers == (0, 1, 2, 3, 4, 5)
+    assert cut.decode_kv_blocks == (3, 4, 5)
+    assert cut.layer_map == (1, 2, 3)
+    assert cut.kv_sources == (None, None, None, 2, 3, 4)
+    assert cut.missing("decode") == {0: "attention", 1: "attention", 2: "attention", 3: "mlp", 5: "mlp"}
+    assert cut.payload_bytes(10) * 2 == cut.dense_bytes(10)
+    assert PDPlan.parse(json.loads(cut.canonical_json()), "x") == cut
+
+
+def test_a_plan_of_whole_blocks_names_no_sublayer():
+    """Its JSON, and so its digest, are those of 0.4."""
+    text = plan(prefill="kk-oka", decode="kk-kka").canonical_json()
+    assert "without_mlp" in text
+    assert plan(prefill="kk-oka", decode="kk-kka").kv_sources == (0, 1, 2, 3, 4)
+    assert "without" not in plan(prefill="kk-okk", decode="kk-kkk").canonical_json()
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
+        ({"prefill": "kkmkkk"}, "block 2 runs without attention in prefill, which so makes no KV of it"),
+        ({"prefill": "kkmkkk", "decode": "kkakkk"}, "block 2 runs without attention in prefill"),
+        ({"prefill": "kkmkkk", "decode": "kkppkk"}, "block 2 runs without attention in prefill"),
+        ({"prefill": "kk-kkk", "decode": "kkakkk"}, "block 2 is dropped in prefill but not in decode"),
+        ({"prefill": "kkokkk", "decode": "kkmkkk"}, "block 2 is kv_only in prefill but decode does not read its KV"),
+        ({"decode": "mmmmmm", "kv": (KVSend(),)}, "decode keeps no attention"),
+        ({"decode": "kkmkkk", "kv": (KVSend(),) * 6}, "kv has 6 entries, decode keeps 5 layers with attention"),
         ({"decode": "kkokkk", "kv": (KVSend(),) * 6}, "block 2 is kv_only in decode; only prefill"),
         ({"prefill": "kkokkk", "decode": "kk-kkk"}, "block 2 is kv_only in prefill but decode does not read its KV"),
         ({"prefill": "kkkokk", "decode": "kkppkk"}, "block 3 is kv_only in prefill but decode does not read its KV"),

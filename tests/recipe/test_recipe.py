@@ -40,6 +40,15 @@ def load(tmp_path: Path, text: str, **units: str) -> Recipe:
         ("pruning: {prefill_blocks: true}", "r.yaml: pruning.prefill_blocks is True; allowed: an integer of at"),
         ("calibration: {length: 20.5}", "r.yaml: calibration.length is 20.5; allowed: an integer of at least 16"),
         (
+            "pruning: {prefill_attentions: 3, decode_attentions: 2}",
+            "r.yaml: pruning.prefill_attentions is 3 but decode_attentions is 2; allowed: prefill_attentions of",
+        ),
+        ("pruning: {method: cosine, decode_mlps: 1}", "r.yaml: pruning.method is cosine, which takes no decode_mlps"),
+        (
+            "pruning: {decode_mlps: 1, experts: {decode: 4}}",
+            "r.yaml: pruning.decode_mlps is 1 but experts is given; allowed with experts: decode_mlps 0",
+        ),
+        (
             "pruning: {prefill_blocks: 3, decode_blocks: 2}",
             "r.yaml: pruning.prefill_blocks is 3 but decode_blocks is 2",
         ),
@@ -216,13 +225,13 @@ def test_what_came_later_leaves_the_digest_of_recipes_without_it() -> None:
     """Bundles of earlier versions are still those of their recipes."""
     dump = Recipe(name="a", model={"source": "pypi:x"}).model_dump(mode="json")
     assert set(dump["calibration"]) == {"corpus", "sequences", "length", "seed"}
-    assert "objective" not in dump["pruning"]
+    assert {"objective", "decode_attentions", "prefill_mlps"} & set(dump["pruning"]) == set()
     mixture = [{"corpus": "brown", "share": 1.0}, {"corpus": "code", "share": 2.0}]
     given = [{"pruning": {"objective": "kl"}}, {"calibration": {"prompt_tokens": 200}}]
     given += [{"calibration": {"continuations": "greedy"}}, {"calibration": {"mixture": mixture}}]
-    given += [{"calibration": {"lengths": "trace.jsonl"}}]
+    given += [{"calibration": {"lengths": "trace.jsonl"}}, {"pruning": {"decode_attentions": 1}}]
     recipes = [Recipe(name="a", model={"source": "pypi:x"}, **sections) for sections in given]
-    assert len({recipe.digest for recipe in (*recipes, Recipe(name="a", model={"source": "pypi:x"}))}) == 6
+    assert len({recipe.digest for recipe in (*recipes, Recipe(name="a", model={"source": "pypi:x"}))}) == 7
     assert [Recipe.model_validate(recipe.model_dump(mode="json")) for recipe in recipes] == recipes
 
 

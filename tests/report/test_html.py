@@ -165,14 +165,15 @@ def test_finalists_and_what_was_mended(bundle: Bundle) -> None:
     shown = " ".join("".join(parsed(Findings.of(bundle)).itertext()).split())
     assert "43.50003.37504.1250" in shown
     assert "the smaller loss of decode behind it decides" in shown
-    healed = {"steps": 12, "before": 0.5, "after": 0.25, "kept": True}
+    healed = {"steps": 12, "before": 0.5, "after": 0.25, "kept": True, "difference": -0.25, "stderr": 0.0625}
     students = {"2-3": {"error_drop": 0.75, "error": 0.125}}
-    write(bundle, "healing", {"students": students, "healing": {"prefill": {**healed, "after": 0.625, "kept": False}}})
+    worse = healed | {"after": 0.625, "kept": False, "difference": 0.125}
+    write(bundle, "healing", {"students": students, "healing": {"prefill": worse}})
     write(bundle, "healing-kv", healed)
     shown = " ".join("".join(parsed(Findings.of(bundle)).itertext()).split())
     assert "1, 2+33.25003.1250" in shown
     assert "prefill, distilled, 12 steps" in shown
-    assert "0.50000.6250no: not better" in shown
+    assert "0.50000.6250no: not clearly better; difference +0.1250 ± 0.0625" in shown
     assert "decode, distilled on the KV that it receives, 12 steps" in shown
     assert "student of blocks 2-3" in shown
     assert "calibration loss while decode" not in shown  # one step is no curve

@@ -100,6 +100,13 @@ def test_gpu_workers_get_none_of_the_cpu_options_and_gpus_of_their_own():
     assert [value(command, "--base-gpu-id") for command in commands_of] == ["0", "2", "4"]
 
 
+@pytest.mark.parametrize(("device", "sparse"), [("cpu", False), ("cpu", True), ("cuda", False), ("cuda", True)])
+def test_windows_have_no_pool_of_their_own_where_it_would_be_misread_or_layers_are_cut(device, sparse):
+    for worker in spec(device=device, sparse=sparse).workers:
+        none = device == "cpu" or (sparse and worker.stage == "decode")
+        assert ("--disable-hybrid-swa-memory" in commands.worker_command(PYTHON, worker)) == none
+
+
 def test_limits_that_were_chosen_are_those_of_gpu_workers_too():
     worker = spec(device="cuda", page_size=16, max_total_tokens=5000, max_running_requests=7).workers[0]
     command = commands.worker_command(PYTHON, worker)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tables import build, demo, front, gpu, kv, objective, pruning, serving
+from tables import build, demo, front, gpu, kv, objective, pruning, quality, serving
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ TABLES = {
     "steptime": Table(("steptime",), pruning.steptime),
     "kvonly": Table(("kvonly",), pruning.kvonly),
     "prefilltime": Table(("prefilltime",), pruning.prefilltime),
+    "quality": Table(("quality",), quality.quality, optional=True),
     "served": Table(("served",), serving.served),
     "engines": Table(("engines",), serving.engines),
     "compare": Table(("compare",), serving.compare),

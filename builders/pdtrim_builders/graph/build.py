@@ -4,11 +4,13 @@
         -> hidden_states [T, hidden] after the final norm (, kv_send_{decode layer} [2, R, kv_heads * head_dim])
 
 T is the number of tokens of the batch, requests one after the other, as SGLang passes them. `positions` are absolute.
-There is one `send_rows_*` input for each distinct rule of the plan: `send_rows_full`, `send_rows_{n_first}_{n_last}`;
-it lists rows of this call's T tokens (`chunk_layout(...).layers[i].ranges`, plus the request's first row in a batch).
-The outputs, in their order, are the bytes of `kvcache.pack`. Layers with a quantised wire dtype leave the graph as
-plain rows (`wire_dtype` "native") for the executor to encode, or, with `encode`, as the codec's bytes, int8 [B]: only
-a plugin can do that, the op's body cannot. The LM head is not in the graph: SGLang computes it.
+Sublayers that the plan leaves out are not in the graph, nor are their weights, norms among them; `layer_id` of
+attention nodes counts KV layers. There is one `send_rows_*` input for each distinct rule of the plan: `send_rows_full`,
+`send_rows_{n_first}_{n_last}`; it lists rows of this call's T tokens (`chunk_layout(...).layers[i].ranges`, plus the
+request's first row in a batch). The outputs, in their order, are the bytes of `kvcache.pack`. Layers with a quantised
+wire dtype leave the graph as plain rows (`wire_dtype` "native") for the executor to encode, or, with `encode`, as the
+codec's bytes, int8 [B]: only a plugin can do that, the op's body cannot. The LM head is not in the graph: SGLang
+computes it.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from pdtrim_deploy.errors import UserError
 
 EXTERNAL_ABOVE = 2_000_000_000  # protobuf's limit is 2 GiB
 INT64 = onnx.TensorProto.INT64
+_ATTENTION, _MLP = ("self_attn", "input_layernorm"), ("mlp", "post_attention_layernorm")
 _BEHIND_KV = ("mlp", "post_attention_layernorm", "q_proj", "q_norm", "o_proj")
 
 
@@ -61,7 +64,7 @@ def build_graph(
     data = path.with_name(path.name + ".data") if external else None
     with Weights(stage.tensors, dtype, data) as weights:
         model = _Emitter(stage, weights, dtype, encode).model()
-    left = sorted(name for name in stage.tensors if name not in weights.used and not _outside(name, stage.kv_only))
+    left = sorted(name for name in stage.tensors if name not in weights.used and not _outside(name, stage))
     if left:
         raise UserError(f"{stage.path}: tensor {left[0]} has no place in the graph of {stage.architecture}")
     path.write_bytes(model.SerializeToString(deterministic=True))
@@ -73,10 +76,18 @@ def build_graph(
     return GraphFile(path, (path, *((data,) if data else ())), dtype, counts)
 
 
-def _outside(name: str, kv_only: tuple[int, ...]) -> bool:
-    """Whether the graph omits that tensor: everything after K and V in a KV-only layer."""
+def _outside(name: str, stage: StageModel) -> bool:
+    """Whether the graph omits that tensor: everything after K and V in a KV-only layer, and what a layer goes without.
+
+    A sublayer's input norm goes with it.
+    """
     rest = name.partition("model.layers.")[2].split(".")
-    unused = len(rest) > 2 and int(rest[0]) in kv_only and (rest[1] in _BEHIND_KV or rest[2] in _BEHIND_KV)
+    unused = False
+    if len(rest) > 2:
+        layer = int(rest[0])
+        unused = layer in stage.kv_only and (rest[1] in _BEHIND_KV or rest[2] in _BEHIND_KV)
+        unused |= layer not in stage.kv_layers and rest[1] in _ATTENTION
+        unused |= layer in stage.without_mlp and rest[1] in _MLP
     return name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq") or unused
 
 
@@ -96,18 +107,20 @@ class _Emitter:
         self.zero = self.weights.add("axis_zero", torch.tensor([0]))
         self._angles()
         table = self.weights.add("embed_tokens", self.weights.read("model.embed_tokens.weight"))
-        hidden, outputs = self.op("Gather", table, "input_ids", at="embed", axis=0), {}
+        hidden = self.op("Gather", table, "input_ids", at="embed", axis=0)
         sends = {rule.prefill_layer: rule for rule in s.sends}
         for layer in range(s.layers):
-            normed = self.norm(hidden, f"model.layers.{layer}.input_layernorm", f"l{layer}.norm1")
-            q, k, v = self.qkv(layer, normed)
-            if layer in sends:
-                outputs[layer] = self.send(sends[layer], k, v)
-            if layer in s.kv_only:
-                hidden = self.kv_write(layer, hidden, k, v)
-                continue
-            hidden = self.op("Add", hidden, self.attention(layer, q, k, v), at=f"l{layer}.residual1")
-            hidden = self.op("Add", hidden, self.mlp(layer, hidden), at=f"l{layer}.residual2")
+            if (number := s.kv_layers.get(layer)) is not None:
+                normed = self.norm(hidden, f"model.layers.{layer}.input_layernorm", f"l{layer}.norm1")
+                q, k, v = self.qkv(layer, normed)
+                if number in sends:
+                    self.send(sends[number], k, v)
+                if layer in s.kv_only:
+                    hidden = self.kv_write(layer, hidden, k, v)
+                    continue
+                hidden = self.op("Add", hidden, self.attention(layer, q, k, v), at=f"l{layer}.residual1")
+            if layer not in s.without_mlp:
+                hidden = self.op("Add", hidden, self.mlp(layer, hidden), at=f"l{layer}.residual2")
         self.norm(hidden, "model.norm", "hidden_states")
         value = helper.make_tensor_value_info
         inputs = [value("input_ids", INT64, ["T"]), value("positions", INT64, ["T"])]
@@ -218,7 +231,7 @@ class _Emitter:
             v,
             at=f"l{layer}.attention",
             domain=ops.DOMAIN,
-            layer_id=layer,
+            layer_id=s.kv_layers[layer],
             num_heads=s.heads,
             num_kv_heads=s.kv_heads,
             head_dim=s.head_dim,
@@ -229,7 +242,7 @@ class _Emitter:
 
     def kv_write(self, layer: int, hidden: str, k: str, v: str) -> str:
         s = self.stage
-        attributes = {"layer_id": layer, "num_kv_heads": s.kv_heads, "head_dim": s.head_dim, **ops.PLUGIN}
+        attributes = {"layer_id": s.kv_layers[layer], "num_kv_heads": s.kv_heads, "head_dim": s.head_dim, **ops.PLUGIN}
         return self.op(ops.KV_WRITE, hidden, k, v, at=f"l{layer}.kv_write", domain=ops.DOMAIN, **attributes)
 
     def mlp(self, layer: int, hidden: str) -> str:

@@ -23,8 +23,8 @@ class SendRule:
     """One layer of prefill whose prompt KV travels.
 
     Attributes:
-        decode_layer: the layer of decode that reads it; names the graph output and the op's `layer_id`.
-        prefill_layer: the layer of prefill that computes it.
+        decode_layer: the KV layer of decode that reads it; names the graph output and the op's `layer_id`.
+        prefill_layer: the KV layer of prefill that computes it.
 
     """
 
@@ -75,6 +75,20 @@ class StageModel:
         return self.plan.kv_only_layers if self.stage == "prefill" else ()
 
     @property
+    def kv_layers(self) -> dict[int, int]:
+        """By layer, which KV layer it is; layers without attention are absent."""
+        of_block = {block: number for number, block in enumerate(self.plan.kv_blocks(self.stage))}
+        blocks = self.plan.layers(self.stage)
+        return {layer: of_block[block] for layer, block in enumerate(blocks) if block in of_block}
+
+    @property
+    def without_mlp(self) -> frozenset[int]:
+        """Layers whose attention runs alone."""
+        missing = self.plan.missing(self.stage)
+        layers = enumerate(self.plan.layers(self.stage))
+        return frozenset(layer for layer, block in layers if missing.get(block) == "mlp")
+
+    @property
     def window(self) -> int | None:
         """Tokens that layers with a sliding window attend to, by transformers; None without, or if all positions."""
         config = family_of(self.config, str(self.path)).model_class.config_class.from_dict(dict(self.config))
@@ -86,7 +100,7 @@ class StageModel:
     def custom_nodes(self) -> dict[str, int]:
         """Nodes of domain `pdtrim` that its graph has, by op; all of them."""
         alone = len(self.kv_only)
-        counts = {PAGED_ATTENTION: self.layers - alone, KV_WRITE: alone, SPARSE_KV_SEND: len(self.sends)}
+        counts = {PAGED_ATTENTION: len(self.kv_layers) - alone, KV_WRITE: alone, SPARSE_KV_SEND: len(self.sends)}
         return {op: count for op, count in counts.items() if count}
 
     @property

@@ -6,7 +6,7 @@ from pdtrim_deploy.models.blockwise import CausalLM
 from pdtrim_deploy.models.experts import routers
 from pdtrim_deploy.models.oracle import PDOracle
 from pdtrim_deploy.models.surgery import keep_blocks
-from pdtrim_deploy.plan import KVSend, PDPlan
+from pdtrim_deploy.plan import KVSend, PDPlan, WithoutMLP
 
 Sends = tuple[KVSend, ...]
 
@@ -20,6 +20,11 @@ def wrong_oracles(oracle: PDOracle, prompt_tokens: int) -> dict[str, PDOracle]:
         oracles["window - 1"] = oracle.with_windows(tuple(less))
     if any(map(plan.has_key_offset, range(len(plan.kv)))):
         oracles["no key offsets"] = oracle.with_offsets(None)
+    if plan.missing("decode") and (whole := [b for b, action in enumerate(plan.decode) if action.kind == "keep"]):
+        cut = tuple(WithoutMLP() if b == whole[-1] else action for b, action in enumerate(plan.decode))
+        oracles["an MLP more left out"] = PDOracle(
+            oracle.prefill_model, oracle.decode_model, plan.with_parts(decode=cut), oracle.offsets
+        )
     if plan.kept_experts("decode"):
         oracles["experts one number off"] = PDOracle(
             oracle.prefill_model, _misnumbered(oracle.decode_model), plan, oracle.offsets

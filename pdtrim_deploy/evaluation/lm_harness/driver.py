@@ -2,7 +2,8 @@
 
 A program, not a module of ours: it imports nothing of this project. It speaks lines of JSON. The first line of stdin is
 the job, `{"tasks", "include_path", "limit"}`. It writes `{"call": KIND, "requests": [...]}` for what the model must do
-and reads `{"results": [...]}`. Last it writes `{"samples": {TASK: [...]}}`, or `{"error": SENTENCE}`.
+and reads `{"results": [...]}`. Last it writes `{"samples": {NAME: {TASK: [...]}}}`, a group's tasks under its
+name, or `{"error": SENTENCE}`.
 """
 
 from __future__ import annotations
@@ -72,17 +73,13 @@ def manager(names: list[str], include_path: str | None) -> TaskManager:
 
 
 def samples(job: dict[str, Any], channel: TextIO) -> dict[str, Any]:
-    """Each task's samples as the harness logs them."""
-    results = simple_evaluate(
-        model=Remote(channel),
-        tasks=job["tasks"],
-        task_manager=manager(job["tasks"], job["include_path"]),
-        limit=job["limit"],
-        bootstrap_iters=0,
-        log_samples=True,
-        verbosity="ERROR",
-    )
-    return results["samples"]
+    """Samples as the harness logs them: of each name that was given, by task."""
+    model, tasks = Remote(channel), manager(job["tasks"], job["include_path"])
+    common = {"limit": job["limit"], "bootstrap_iters": 0, "log_samples": True, "verbosity": "ERROR"}
+    return {
+        name: simple_evaluate(model=model, tasks=[name], task_manager=tasks, **common)["samples"]
+        for name in job["tasks"]
+    }
 
 
 def main() -> None:

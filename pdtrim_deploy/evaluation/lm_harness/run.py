@@ -16,7 +16,7 @@ from typing import IO, Any
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.evaluation.lm_harness.answers import Answers
 from pdtrim_deploy.evaluation.lm_harness.environment import python
-from pdtrim_deploy.evaluation.lm_harness.samples import measured
+from pdtrim_deploy.evaluation.lm_harness.samples import joined, measured
 from pdtrim_deploy.evaluation.lm_harness.scoring import HandOver
 from pdtrim_deploy.evaluation.tasks.base import Measured
 from pdtrim_deploy.models.oracle import PDOracle
@@ -44,7 +44,7 @@ class Harness:
     def measure(
         self, oracle: PDOracle, tokenizer: Any, samples: Path, note: Callable[[str], None] = lambda _: None
     ) -> list[Measured]:
-        """A result for each task (each of a group), by name; every question and answer goes to `samples`/TASK.jsonl.
+        """A result for each name, a group's over all questions of its tasks; answers go to `samples`/TASK.jsonl.
 
         Raises:
             UserError: the harness has no such task or cannot read its data, the task cannot be answered, or it broke.
@@ -92,11 +92,12 @@ class Harness:
             pipe.flush()
 
     @staticmethod
-    def _written(by_task: dict[str, list[dict[str, Any]]], folder: Path) -> list[Measured]:
-        folder.mkdir(parents=True, exist_ok=True)
+    def _written(by_name: dict[str, dict[str, list[dict[str, Any]]]], folder: Path) -> list[Measured]:
         results = []
-        for task, samples in by_task.items():
-            results.append(measured(PREFIX + task, samples))
+        for name, by_task in by_name.items():
+            results.append(joined(PREFIX + name, {task: measured(task, samples) for task, samples in by_task.items()}))
+        folder.mkdir(parents=True, exist_ok=True)
+        for task, samples in (item for by_task in by_name.values() for item in by_task.items()):
             lines = "".join(json.dumps(sample) + "\n" for sample in samples)
             (folder / f"{task.replace('/', '-')}.jsonl").write_text(lines)
         return results

@@ -32,6 +32,23 @@ def measured(task: str, samples: list[dict[str, Any]]) -> Measured:
     return Measured(task, ("all",) * len(next(iter(values.values()))), values)
 
 
+def joined(name: str, by_task: dict[str, Measured]) -> Measured:
+    """All questions of a group's tasks, each counted once and under its task; of a single task, its own.
+
+    Raises:
+        UserError: the tasks have no measure in common.
+
+    """
+    results = list(by_task.values())
+    if len(results) == 1:
+        return Measured(name, results[0].groups, results[0].values)
+    measures = [m for m in results[0].values if all(m in result.values for result in results)]
+    if not measures:
+        raise UserError(f"{name}: its tasks have no measure in common; name them one by one: {', '.join(by_task)}")
+    groups = tuple(task for task, result in by_task.items() for _ in result.groups)
+    return Measured(name, groups, {m: tuple(v for result in results for v in result.values[m]) for m in measures})
+
+
 def _value(metric: str, value: Any) -> float | None:
     if metric in _LIKELIHOODS:
         total, units = value if isinstance(value, list) else (value, 1)

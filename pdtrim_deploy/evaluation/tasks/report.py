@@ -14,6 +14,7 @@ from pdtrim_deploy.evaluation.limits import STREAMED_KV, fit_judging
 from pdtrim_deploy.evaluation.lm_harness import Harness
 from pdtrim_deploy.evaluation.lm_harness.scoring import HandOver
 from pdtrim_deploy.evaluation.quality import source_of
+from pdtrim_deploy.evaluation.recovery import Recovery
 from pdtrim_deploy.evaluation.tasks.base import KV_TOKENS, Measured, Setting
 from pdtrim_deploy.evaluation.tasks.registry import check, prepare
 from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
@@ -77,6 +78,7 @@ class TasksReport(_Frozen):
     device: str | None = None
     hand_over: HandOver | None = None
     tasks: tuple[TaskFigures, ...]
+    recovery: tuple[Recovery, ...] = ()
     environment: dict[str, Any]
 
 
@@ -147,6 +149,7 @@ def judge_tasks(
         device=compute.names,
         hand_over=None if harness is None else harness.hand_over,
         tasks=tuple(TaskFigures.of(*pair) for pair in zip(dense, pd, strict=True)),
+        recovery=tuple(Recovery.of(*pair, bundle.recipe.quality) for pair in zip(dense, pd, strict=True)),
         environment=environment,
     )
 

@@ -15,6 +15,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ from pdtrim_deploy.kvchoice.budget.prompt_kv import PromptKV
 from pdtrim_deploy.models.blockwise import LayerKV, Span
 from pdtrim_deploy.plan import KVSend
 from pdtrim_deploy.plan.wire import WireDtype
-from pdtrim_deploy.recipe.kv_cost import BATCH, DRAWS
+from pdtrim_deploy.recipe.kv_cost import BATCH, DRAWS, SIDE_BY_SIDE
 
 Rows = tuple[str, int, int]
 
@@ -66,6 +67,7 @@ class Measure:
         self._dtypes: list[WireDtype] = list(dict.fromkeys(o.wire_dtype for o in self.options))
         self._sizes = [batch, draws]
         self._known: dict[tuple[KVSend, ...], Effects] = {}
+        self._spans: dict[int, Span] = {}
         parts = enumerate(problem.sequences.split(batch), problem.seed)
         self._batches = [self._prepare(ids, seed) for seed, ids in parts]
 
@@ -132,17 +134,28 @@ class Measure:
         dtypes = tuple(dict.fromkeys(("native", *self._dtypes)))
         prompt_kv = PromptKV(oracle, oracle.prefill(ids[:, :n]), dtypes, self.problem.work)
         hidden, span = oracle.decode.embed(ids[:, n:-1], n)
+        for layer in range(oracle.decode.kv_layers[0]):
+            hidden = oracle.decode.block(layer, hidden, span)
         part = _Batch(prompt_kv, hidden, span, hidden, seed)
         part.reference = self._forward(part, (KVSend(),) * self.problem.layers)[-1]
         self._progress(f"prefilled {len(ids)} sequences")
         return part
 
     def _forward(self, part: _Batch, plan: Sequence[KVSend]) -> list[Tensor]:
-        """The input of each layer, then the output of the last one."""
+        """The input of each KV layer, then the output of the last layer."""
         outputs = [part.hidden]
         for layer, send in enumerate(plan):
-            outputs.append(self.problem.oracle.decode.block(layer, outputs[-1], part.span, self._kv(part, layer, send)))
+            outputs.append(self._through(layer, outputs[-1], part.span, self._kv(part, layer, send)))
         return outputs
+
+    def _through(self, layer: int, hidden: Tensor, span: Span, kv: LayerKV) -> Tensor:
+        """Through a KV layer, and those without attention that follow it."""
+        decode = self.problem.oracle.decode
+        first, stop = [*decode.kv_layers, len(decode.layers)][layer : layer + 2]
+        hidden = decode.block(first, hidden, span, kv)
+        for after in range(first + 1, stop):
+            hidden = decode.block(after, hidden, span)
+        return hidden
 
     def _kv(self, part: _Batch, layer: int, send: KVSend) -> LayerKV:
         ranges = self.problem.rule(layer, send).row_ranges(self.problem.prompt_tokens)
@@ -178,22 +191,33 @@ class Measure:
     ) -> Iterator[tuple[int, Tensor]]:
         """The row in `changes` and the last layer's output of every option of `layers`, each in its layer alone.
 
-        All go through a layer before any goes through the next: a streamed layer is read once, and so is its KV.
+        All go through a layer before any goes through the next: a streamed layer is read once, and so is its KV. They
+        are alternatives of one text (`Blockwise.embed`), so some share a call: less than half the time of one by one.
         """
         kinds, decode = len(self._rows) + len(self._dtypes), self.problem.oracle.decode
         branches: dict[int, Tensor] = {}
         for layer in range(layers.start, len(context)):
             context_kv = self._kv(part, layer, context[layer])
-            context_kv.move(decode.devices[layer])
-            for row, hidden in branches.items():
-                branches[row] = decode.block(layer, hidden, part.span, context_kv.fork())
+            context_kv.move(decode.devices[decode.kv_layers[layer]])
+            most = max(1, SIDE_BY_SIDE // part.hidden.shape[1])
+            for rows in _groups(list(branches), most, kinds):
+                hidden = torch.cat([branches[row] for row in rows], dim=1)
+                hidden = self._through(layer, hidden, self._span_of(len(rows), part), context_kv.fork())
+                branches |= zip(rows, hidden.chunk(len(rows), dim=1), strict=True)
             if layer in layers:
                 for at, option in self._options_about(context, layer):
                     kv = self._kv(part, layer, option)
-                    branches[1 + layer * kinds + at] = decode.block(layer, inputs[layer], part.span, kv)
+                    branches[1 + layer * kinds + at] = self._through(layer, inputs[layer], part.span, kv)
             options = f"options of layers {layers.start + 1} to {layers.stop}"
             self._progress(f"{name}, {options}: layer {layer + 1}/{len(context)}")
         yield from branches.items()
+
+    def _span_of(self, branches: int, part: _Batch) -> Span:
+        """Of so many alternatives side by side; the same for all batches, and computed once."""
+        if branches not in self._spans:
+            like = part.hidden.repeat(1, branches, 1)
+            self._spans[branches] = self.problem.oracle.decode.span(like, part.span.start, branches)
+        return self._spans[branches]
 
     def _options_about(self, context: Sequence[KVSend], layer: int) -> list[tuple[int, KVSend]]:
         """Other rows, then other dtypes, than a layer has in the context; each with its place among both."""
@@ -211,6 +235,15 @@ class _Batch:
     span: Span
     reference: Tensor
     seed: int
+
+
+def _groups(rows: list[int], size: int, kinds: int) -> list[list[int]]:
+    """Rows of one layer's options in order, so many in each group, fewer in a layer's last.
+
+    So whatever layers go side by side, the same rows share a call, and sums have the same order.
+    """
+    layers = [list(of_layer) for _, of_layer in groupby(rows, lambda row: (row - 1) // kinds)]
+    return [layer[start : start + size] for layer in layers for start in range(0, len(layer), size)]
 
 
 def _rows_of(send: KVSend) -> Rows:

@@ -37,7 +37,7 @@ class PromptKV:
     def __init__(self, oracle: PDOracle, state: PrefillState, dtypes: Sequence[WireDtype], folder: Path | None) -> None:
         pool, self._model_dtype = state.keys[0], oracle.decode_model.dtype
         self._pool = oracle.fp8_pool
-        self._dtypes, self._layers = tuple(dtypes), len(oracle.plan.decode_layers)
+        self._dtypes, self._layers = tuple(dtypes), len(oracle.plan.kv)
         self._stored = min(pool.dtype, self._model_dtype, key=lambda dtype: dtype.itemsize)
         self._shape = (state.batch, 2, pool.shape[1], state.tokens, pool.shape[2])
         self._row = self._stored.itemsize * torch.Size(self._shape[1:]).numel()  # bytes of a layer of a sequence

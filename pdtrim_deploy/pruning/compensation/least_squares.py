@@ -57,16 +57,18 @@ class _Fit:
         self, pair: StagePair, stage: Stage, targets: TargetStates, least_gain: float, progress: Progress
     ) -> None:
         self._pair, self._stage, self._targets, self._progress = pair, stage, targets, progress
-        self._map, self._least_gain = pair.plan.layer_map, least_gain
+        self._sources, self._least_gain = pair.plan.kv_sources, least_gain
+        self._missing = pair.plan.missing(stage)
         self._layers, self._spans = pair.plan.layers(stage), pair.spans(stage)
         self._run = LayerRun(Blockwise(pair.stage(stage)), targets.parts, targets.prompt)
-        self._going = self._layers[0] != 0
+        self._going = self._layers[0] != 0  # whether errors come from before
         self.changed: dict[int, dict[str, Tensor]] = {}
 
     @property
     def reads(self) -> int:
         """The layer of prefill whose KV is read next."""
-        return self._map[min(self._run.layer, len(self._map) - 1)]
+        left = [source for source in self._sources[self._run.layer :] if source is not None]
+        return left[0] if left else max(source for source in self._sources if source is not None)
 
     def advance(self) -> None:
         """Through the layer whose reader is the block at the dense model's depth, if the stage has one, refitted."""
@@ -74,9 +76,11 @@ class _Fit:
         if not self._run.running or self._spans[layer][1] != self._targets.depth:
             return
         block, (stop, after) = self._layers[layer], self._spans[layer]
-        if self._pair.adds(self._stage, block) and (self._going or stop != after):
+        lost = stop != after or block in self._missing
+        refits = self._pair.adds(self._stage, block) and self._missing.get(block) != "mlp"
+        if refits and (self._going or lost):
             self._refit(block)
-        self._going = self._going or stop != after
+        self._going = self._going or lost
         self._run.advance([self._kv(batch) for batch in range(len(self._run.states))])
 
     def _refit(self, block: int) -> None:
@@ -94,4 +98,5 @@ class _Fit:
         self._going = error < (1 - self._least_gain) * before
 
     def _kv(self, batch: int) -> LayerKV | None:
-        return self._targets.kv(self._map[self._run.layer], batch) if self._stage == "decode" else None
+        source = self._sources[self._run.layer] if self._stage == "decode" else None
+        return None if source is None else self._targets.kv(source, batch)

@@ -16,8 +16,10 @@ from pdtrim_deploy.pruning.evaluator import Evaluator, InProcess
 from pdtrim_deploy.pruning.objective import Objective
 from pdtrim_deploy.pruning.search.trajectory import Trajectory
 from pdtrim_deploy.pruning.solution import NOTHING, Solution
+from pdtrim_deploy.pruning.units import KINDS, Counts, Kind, block_of, check_blocks, unit_of
 
 Progress = Callable[[str], None]
+NO_SUBLAYERS = Counts()
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class Problem:
         model, ids: the dense model and calibration text, int64 `[S, T]`.
         objective: the loss to keep low, on the same model.
         remove: blocks saved in the end, `forced` among them.
+        sublayers: attentions and MLPs saved besides, of blocks that stay; `forced` among them.
         forced: what is lost from the start (what prefill lost, when decode is searched).
         protected: blocks that must stay.
         pairs: first blocks of the distillation set's pairs: may be distilled, each or one block beside it.
@@ -67,11 +70,12 @@ class Problem:
     pairs: tuple[int, ...] = ()
     trajectory: Trajectory = field(default_factory=Trajectory)
     evaluator: Evaluator = None  # type: ignore[assignment]
+    sublayers: Counts = NO_SUBLAYERS
 
     def __post_init__(self) -> None:
         if self.evaluator is None:
             object.__setattr__(self, "evaluator", InProcess(self.objective))
-        blocks, gone = self.objective.blocks, self.forced.saved
+        blocks, gone = self.objective.blocks, self.forced.counts.blocks
         if self.remove >= blocks:
             raise UserError(f"cannot remove {self.remove} of {blocks} blocks; remove at most {blocks - 1}")
         if self.remove < gone:
@@ -84,12 +88,40 @@ class Problem:
                 f"cannot remove {self.remove} of {blocks} blocks with {len(self.protected)} protected; "
                 f"remove at most {gone + len(self.candidates)}"
             )
+        if not self.sublayers.total:
+            return
+        check_blocks(blocks)
+        for kind in KINDS[1:]:
+            if self.counts.of(kind) < self.forced.counts.of(kind):
+                raise UserError(f"decode loses fewer {kind}s than prefill; it loses at least as many")
+        if self.left(()).total > len(self.candidates):
+            raise UserError(
+                f"cannot remove {self.left(())} more where {len(self.candidates)} of {blocks} blocks are whole and not "
+                "protected; each gives one of these"
+            )
 
     @cached_property
     def candidates(self) -> tuple[int, ...]:
         """Blocks that may still go."""
         kept_out = self.protected | self.forced.touched
         return tuple(block for block in range(self.objective.blocks) if block not in kept_out)
+
+    @property
+    def counts(self) -> Counts:
+        """What is saved in the end, `forced` among it."""
+        return self.sublayers._replace(blocks=self.remove)
+
+    def left(self, removed: tuple[int, ...]) -> Counts:
+        """What is still to go when `forced` and `removed` are gone."""
+        gone = self.without(removed).counts
+        return Counts(*(total - lost for total, lost in zip(self.counts, gone, strict=True)))
+
+    def open_units(self, removed: tuple[int, ...]) -> list[int]:
+        """What may go next: all of one kind, blocks before sublayers."""
+        left = self.left(removed)
+        kind: Kind = next(kind for kind in KINDS if left.of(kind))
+        touched = set(map(block_of, removed))
+        return [unit_of(kind, block) for block in self.candidates if block not in touched]
 
     @property
     def spent(self) -> int:
@@ -100,14 +132,14 @@ class Problem:
         """Whether blocks `first` and `first + 1` may become one."""
         return {first, first + 1} <= set(self.candidates)
 
-    def without(self, blocks: tuple[int, ...]) -> Solution:
-        """What is forced, and those blocks removed too."""
-        return Solution.of((*self.forced.removed, *blocks), self.forced.distilled)
+    def without(self, units: tuple[int, ...]) -> Solution:
+        """What is forced, and those units removed too."""
+        return Solution.of((*self.forced.removed, *units), self.forced.distilled)
 
 
 @dataclass(frozen=True)
 class Step:
-    """One removal: the loss after it (nats per token; None where the method measures none) and the cost so far.
+    """One unit's removal: the loss after it (nats per token; None where the method measures none), the cost so far.
 
     `seconds` is wall time and `block_forwards` counts blocks run times sequences, both since the search began.
     """

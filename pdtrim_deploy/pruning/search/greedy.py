@@ -12,6 +12,7 @@ from time import monotonic
 from pdtrim_deploy.pruning.evaluator import mean_loss
 from pdtrim_deploy.pruning.search.base import Problem, Progress, SearchResult, Settings, Step, time_left
 from pdtrim_deploy.pruning.search.race import Losses, Race
+from pdtrim_deploy.pruning.units import name_of
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,9 @@ class Greedy:
         evaluator, log = problem.evaluator, problem.trajectory
         removed, steps, known = tuple[int, ...](), list[Step](), dict[int, Losses]()
         began, here = monotonic(), 0  # rounds made in this run: those read take no time
-        while problem.forced.saved + len(removed) < problem.remove:
-            label = f"greedy {problem.forced.saved + len(removed) + 1}/{problem.remove}"
+        total = problem.counts.total
+        while problem.forced.saved + len(removed) < total:
+            label = f"greedy {problem.forced.saved + len(removed) + 1}/{total}"
             evaluator.settle(problem.without(removed))
             block = Race(problem, removed, known, self.race_z, label, progress).winner()
             removed = (*removed, block)
@@ -47,8 +49,8 @@ class Greedy:
             steps.append(
                 Step(len(steps) + 1, block, row["loss"], row.get("seconds", log.seconds), row["block_forwards"])
             )
-            left = time_left(began, here, problem.remove - problem.forced.saved - len(removed))
-            progress(f"{label}: removed block {block}, loss {row['loss']:.4f}, {left}")
+            left = time_left(began, here, total - problem.forced.saved - len(removed))
+            progress(f"{label}: removed {name_of(block)}, loss {row['loss']:.4f}, {left}")
         return SearchResult((*problem.forced.removed, *removed), tuple(steps), problem.forced.distilled)
 
 

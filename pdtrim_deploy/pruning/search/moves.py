@@ -1,14 +1,14 @@
-"""Neighbours of a solution that lose as many blocks as it does."""
+"""Neighbours of a solution that lose as many blocks, and as many sublayers of each kind, as it does."""
 
 from __future__ import annotations
 
 import math
 import random
 from collections.abc import Callable, Collection
-from functools import cached_property
 
 from pdtrim_deploy.pruning.search.base import Problem
 from pdtrim_deploy.pruning.solution import Solution
+from pdtrim_deploy.pruning.units import Kind, kind_of, unit_of
 
 _REDRAWS = 4
 _SPREAD = 0.2  # nats: a block that alone costs so much more than another comes up e times less often
@@ -22,7 +22,7 @@ class Moves:
     """
 
     def __init__(self, problem: Problem) -> None:
-        self._problem = problem
+        self._problem, self._weights_of = problem, dict[Kind, dict[int, float]]()
         self._moves: dict[str, Callable[[random.Random, Solution], Solution | None]] = {"swap": self._swap}
         if problem.pairs:
             self._moves |= {"distil": self._distil, "undo": self._undo, "shift": self._shift}
@@ -46,29 +46,34 @@ class Moves:
         ours = self._removed(solution)
         if not ours:
             return None
-        return self._with_block(
-            rng, solution, Solution.of({*solution.removed} - {rng.choice(ours)}, solution.distilled)
+        unit = rng.choice(ours)
+        return self._with_unit(
+            rng, solution, Solution.of({*solution.removed} - {unit}, solution.distilled), kind_of(unit)
         )
 
     def _undo(self, rng: random.Random, solution: Solution) -> Solution | None:
         ours = self._distilled(solution)
         if not ours:
             return None
-        return self._with_block(
-            rng, solution, Solution.of(solution.removed, {*solution.distilled} - {rng.choice(ours)})
+        return self._with_unit(
+            rng, solution, Solution.of(solution.removed, {*solution.distilled} - {rng.choice(ours)}), "block"
         )
 
-    def _with_block(self, rng: random.Random, before: Solution, left: Solution) -> Solution | None:
-        """`left` without one block more: none that was removed `before`."""
-        gone = left.touched.union(before.removed)
-        free = [block for block in self._problem.candidates if block not in gone]
+    def _with_unit(self, rng: random.Random, before: Solution, left: Solution, kind: Kind) -> Solution | None:
+        """`left` without one unit more: none that was removed `before`."""
+        free = [
+            unit
+            for block in self._problem.candidates
+            if block not in left.touched and (unit := unit_of(kind, block)) not in before.removed
+        ]
         if not free:
             return None
-        block = rng.choices(free, [self._weights[block] for block in free])[0]
-        return Solution.of((*left.removed, block), left.distilled)
+        weights = self._weights(kind)
+        unit = rng.choices(free, [weights[unit] for unit in free])[0]
+        return Solution.of((*left.removed, unit), left.distilled)
 
     def _distil(self, rng: random.Random, solution: Solution) -> Solution | None:
-        ours = self._removed(solution)
+        ours = [unit for unit in self._removed(solution) if kind_of(unit) == "block"]
         if not ours:
             return None
         left = Solution.of({*solution.removed} - {rng.choice(ours)}, solution.distilled)
@@ -88,15 +93,21 @@ class Moves:
         return self._problem.may_distil(first) and not {first, first + 1} & solution.touched
 
     def _removed(self, solution: Solution) -> list[int]:
-        return [block for block in solution.removed if block not in self._problem.forced.removed]
+        return [unit for unit in solution.removed if unit not in self._problem.forced.removed]
 
     def _distilled(self, solution: Solution) -> list[int]:
         return [first for first in solution.distilled if first not in self._problem.forced.distilled]
 
-    @cached_property
-    def _weights(self) -> dict[int, float]:
-        """How often a block comes up, by the loss on the first batch of removing it alone (greedy knows it already)."""
-        evaluator, candidates = self._problem.evaluator, self._problem.candidates
+    def _weights(self, kind: Kind) -> dict[int, float]:
+        """How often a unit comes up."""
+        if kind not in self._weights_of:
+            self._weights_of[kind] = self._measured(kind)
+        return self._weights_of[kind]
+
+    def _measured(self, kind: Kind) -> dict[int, float]:
+        """By the loss on the first batch of removing a unit alone (greedy knows it already)."""
+        evaluator = self._problem.evaluator
+        candidates = [unit_of(kind, block) for block in self._problem.candidates]
         evaluator.settle(self._problem.forced)
         alone = evaluator.evaluate([self._problem.without((block,)) for block in candidates], 0)
         means = [float(losses.double().mean()) for losses in alone]

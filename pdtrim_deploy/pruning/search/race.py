@@ -84,7 +84,7 @@ class Race:
         progress: Progress,
     ) -> None:
         self._problem, self._known, self._z, self._label, self._progress = problem, known, z, label, progress
-        left = [block for block in problem.candidates if block not in removed]
+        left = problem.open_units(removed)
         self._solutions = {block: problem.without((*removed, block)) for block in left}
         self._solutions[_STANDS] = problem.without(removed)
         self._left, self._losses = left, dict.fromkeys(self._solutions, Losses())

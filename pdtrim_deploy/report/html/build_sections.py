@@ -53,12 +53,13 @@ def mended(findings: Findings) -> Markup | None:
         verdict = "yes" if result["kept"] else "no: not better"
         losses = (number(result["before"], 4), number(result["after"], 4))
         rows.append((f"{stage}, rescaled", "loss, nats a token, on text not fitted", *losses, verdict))
-    known = "KL from the dense model, nats a token, on text not trained on"
+    known = "KL from the dense model, nats a token, on development text"
     healed = {f"{stage}, distilled": result for stage, result in reports.get("healing", {}).get("healing", {}).items()}
     if "healing-kv" in reports:
         healed["decode, distilled on the KV that it receives"] = reports["healing-kv"]
     for what, result in healed.items():
-        verdict = "yes" if result["kept"] else "no: not better"
+        verdict = "yes" if result["kept"] else "no: not clearly better"
+        verdict += f"; difference {result['difference']:+.4f} ± {result['stderr']:.4f}"
         rows.append(
             (
                 f"{what}, {result['steps']} steps",

@@ -94,7 +94,7 @@ class Findings:
         recipe = self.bundle.recipe
         idle = {
             "compare",
-            *(() if recipe.pruning.decode_blocks else ("candidates",)),
+            *(() if recipe.pruning.decode_loses else ("candidates",)),
             *(("attention",) if recipe.kv.method in FIXED_KV else ()),
             *("healing", "healing-kv"),  # where they were asked for the build left them
         }

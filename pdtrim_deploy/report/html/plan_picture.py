@@ -13,7 +13,7 @@ KV_TOP = 92
 def plan_picture(plan: PDPlan, tokens: int) -> Markup:
     """Kept, dropped, distilled and KV-only blocks of both stages; KV as full or sparse, rows, wire dtype and bytes."""
     blocks = plan.model.num_blocks
-    layer_of = {block: layer for layer, block in enumerate(plan.decode_layers)}
+    layer_of = {block: layer for layer, block in enumerate(plan.decode_kv_blocks)}
     most = plan.dense_bytes(tokens, every_row=True) / blocks
     parts: list[Markup] = []
     for stage in STAGES:
@@ -60,6 +60,8 @@ LEGEND = {
     "drop": "dropped",
     "distilled": "distilled from a pair",
     "kv_only": "run for its K and V alone",
+    "without_attention": "its MLP alone: no KV",
+    "without_mlp": "its attention alone",
     "full": "all prompt rows",
     "window": "all prompt rows that its window reads",
     "sparse": "first and last rows only (the outline is dense); a wire dtype stands under its bar unless it is native",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pdtrim_deploy.bundle.recoveries import HEAD, recoveries
 from pdtrim_deploy.report.html import charts
 from pdtrim_deploy.report.html.collect import Findings
 from pdtrim_deploy.report.html.footing import provenance, seed_of
@@ -34,6 +35,9 @@ def quality(findings: Findings) -> Markup | None:
         ]  # fmt: skip
         parts.append(table(("task", "items", "dense", "this bundle", "difference ± standard error"), figures))
         parts.append(provenance(tasks, f"seed {tasks['seed']}", f"corpus {tasks['corpus']}"))
+    if kept := recoveries(findings.bundle.reports_dir, findings.bundle.plan.digest):
+        parts.append(table(HEAD, kept))
+        parts.append(tag("p", "Recovery is the score over the dense model's; of perplexity the ratio, less is better."))
     if check := findings.reports.get("fidelity"):
         detected = (
             f"{check['controls_detected']} of {check['controls']}" if isinstance(check.get("controls"), int) else ""

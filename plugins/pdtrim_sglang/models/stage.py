@@ -42,20 +42,21 @@ class PDTrimStageForCausalLM(nn.Module):
         heads = config.num_attention_heads
         kv_heads = getattr(config, "num_key_value_heads", None) or heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        self.attention = nn.ModuleList(
+        engine = WorkerConfig.of_model(config).engine
+        if engine is None:
+            raise RuntimeError(f"pdtrim: {ARGUMENT} names no {key('engine')}: start workers with pdtrim-deploy serve")
+        self._engine_config, self._plan = engine, PDPlan.parse(config.pdtrim, "config.json")
+        self.attention = nn.ModuleList(  # of KV layers, by whose numbers the graph's nodes go
             RadixAttention(heads, head_dim, head_dim**-0.5, num_kv_heads=kv_heads, layer_id=layer)
-            for layer in range(config.num_hidden_layers)
+            for layer in range(len(self._plan.kv_blocks(engine.stage)))
         )
         self.lm_head = ParallelLMHead(config.vocab_size, config.hidden_size)
         self.logits_processor = LogitsProcessor(config)
         self._layers: list[Any] = list(self.attention)
         self._batch: Any = None
-        engine = WorkerConfig.of_model(config).engine
-        if engine is None:
-            raise RuntimeError(f"pdtrim: {ARGUMENT} names no {key('engine')}: start workers with pdtrim-deploy serve")
-        self._engine_config, self._plan = engine, PDPlan.parse(config.pdtrim, "config.json")
-        if self._engine_config.stage == "prefill":
-            for layer in self._plan.kv_only_layers:
+        if engine.stage == "prefill":
+            for at in self._plan.kv_only_layers:
+                layer = self._plan.prefill_kv_blocks.index(self._plan.prefill_layers[at])
                 self._layers[layer] = WriteKV(self.attention[layer])
 
     staging: Staging | None

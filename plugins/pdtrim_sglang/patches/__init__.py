@@ -34,7 +34,8 @@ def install() -> None:
     HookRegistry.register(hook_targets.NORMALISE, front_end.spread_samples, HookType.AFTER)
     HookRegistry.register(hook_targets.FRONT_END, front_end.check_front_end, HookType.AFTER)
     HookRegistry.register(hook_targets.SEND_METADATA, transfer.name_prompt_of_receiver, HookType.AROUND)
-    HookRegistry.register(hook_targets.LOAD_MODEL, loading.cut_kv_only_layers, HookType.AFTER)
+    HookRegistry.register(hook_targets.LOAD_MODEL, loading.cut_planned_layers, HookType.AFTER)
+    HookRegistry.register(hook_targets.LOADED, loading.count_kv_layers, HookType.AFTER)
     HookRegistry.register(hook_targets.VALIDATE, front_end.refuse_request, HookType.AROUND)
     HookRegistry.register(hook_targets.VALIDATE_COMPLETION, front_end.refuse_completion, HookType.AROUND)
     for launch in (hook_targets.SCHEDULERS, hook_targets.DETOKENIZERS):

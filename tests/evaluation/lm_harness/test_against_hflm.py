@@ -137,3 +137,18 @@ def test_a_task_that_cannot_run_says_why(
     with pytest.raises(UserError, match=re.escape(says)):
         Harness(("tiny_text",), tmp_path).measure(oracle, tokenizer, tmp_path / "samples")
     assert not (tmp_path / "samples").exists()
+
+
+def test_a_group_stands_under_its_own_name(
+    small: Path, folder: Path, offline: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in offline.items():
+        monkeypatch.setenv(name, value)
+    write_tasks(tmp_path)
+    (tmp_path / "group.yaml").write_text(yaml.safe_dump({"group": "tiny", "task": ["tiny_choice", "second"]}))
+    second = yaml.safe_load((tmp_path / "tiny_choice.yaml").read_text()) | {"task": "second"}
+    (tmp_path / "second.yaml").write_text(yaml.safe_dump(second))
+    oracle, tokenizer = oracle_of(small, KVSend()), load_tokenizer(small)
+    (result,) = Harness(("tiny",), tmp_path, limit=2).measure(oracle, tokenizer, tmp_path / "samples")
+    assert (result.task, sorted(result.groups)) == ("lm_eval:tiny", ["second"] * 2 + ["tiny_choice"] * 2)
+    assert {file.stem for file in (tmp_path / "samples").iterdir()} == {"tiny_choice", "second"}

@@ -3,7 +3,7 @@
 import pytest
 
 from pdtrim_deploy.errors import UserError
-from pdtrim_deploy.evaluation.lm_harness.samples import measured
+from pdtrim_deploy.evaluation.lm_harness.samples import joined, measured
 
 
 def sample(number: int, filter_name: str = "none", **metrics: object) -> dict[str, object]:
@@ -31,3 +31,15 @@ def test_perplexities_are_nats_a_unit_of_each_question() -> None:
 def test_a_task_without_a_number_for_each_question_is_refused() -> None:
     with pytest.raises(UserError, match="task t has no metric that is a number for each question"):
         measured("t", [sample(0, f1=[1, 0])])
+
+
+def test_a_group_is_all_questions_of_its_tasks() -> None:
+    tasks = {
+        "a": measured("a", [sample(0, acc=1.0, acc_norm=0.0)]),
+        "b": measured("b", [sample(n, acc=0.0) for n in (0, 1)]),
+    }
+    group = joined("lm_eval:g", tasks)
+    assert (group.task, group.groups, group.values) == ("lm_eval:g", ("a", "b", "b"), {"acc": (1.0, 0.0, 0.0)})
+    assert joined("lm_eval:a", {"a": tasks["a"]}).groups == ("all",)
+    with pytest.raises(UserError, match="no measure in common; name them one by one: a, b"):
+        joined("g", tasks | {"b": measured("b", [sample(0, f2=1.0)])})

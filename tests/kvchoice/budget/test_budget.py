@@ -13,7 +13,7 @@ from pdtrim_deploy.kvchoice.budget.probe import Probe
 from pdtrim_deploy.kvchoice.budget.prompt_kv import PromptKV
 from pdtrim_deploy.kvchoice.budget.search import BudgetSearch
 from pdtrim_deploy.kvchoice.by_harm import ByBudget, budget_search
-from pdtrim_deploy.plan import KVSend
+from pdtrim_deploy.plan import Keep, KVSend, PDPlan, WithoutAttention, WithoutMLP
 
 PROMPT = 20
 ROWS = [KVSend(), *(KVSend(mode="sparse", n_first=1, n_last=n) for n in (2, 9, 18))]
@@ -29,12 +29,19 @@ def make_problem(family="Llama"):
     return Problem(make_oracle(tiny(family), make_plan(decode=(2,))), text(6, 32), PROMPT)
 
 
+def make_half_problem():
+    """Decode's blocks 0 and 3 run without attention, 1 without MLP: three KV layers of five."""
+    keep, half = Keep(), WithoutAttention()
+    plan = PDPlan.uncut(make_plan().model, (keep,) * 5, (half, WithoutMLP(), keep, half, keep))
+    return Problem(make_oracle(tiny("Llama"), plan), text(6, 32), PROMPT)
+
+
 def exact(problem, kv):
-    """KL(dense || kv) of all but the first token, straight from the oracle."""
+    """KL(uncut || kv) of all but the first token, straight from the oracle."""
     total = []
     for ids in problem.sequences:
         rows = []
-        for sends in (DENSE, kv):
+        for sends in (DENSE[: len(kv)], kv):
             top, logprobs = problem.oracle.with_kv(sends).top_logprobs(ids[:PROMPT], ids[PROMPT:], 97)
             rows.append(torch.zeros_like(logprobs).scatter(1, top, logprobs).double()[1:])
         total.append(float((rows[0].exp() * (rows[0] - rows[1])).sum(1).mean()))
@@ -60,6 +67,20 @@ def test_divergence_is_that_of_the_oracle(family):
     mixed = (OPTIONS[4], OPTIONS[0], OPTIONS[11], OPTIONS[7])
     assert measure.divergence(mixed) == pytest.approx(exact(problem, mixed), abs=1e-5)
     assert measure.divergence(DENSE) == pytest.approx(0, abs=1e-7)
+
+
+def test_layers_without_attention_have_no_rule_and_are_run():
+    problem = make_half_problem()
+    measure, none = Measure(problem, OPTIONS, quiet, batch=4, draws=200), DENSE[:3]
+    mixed = (OPTIONS[4], OPTIONS[11], OPTIONS[7])
+    assert measure.divergence(mixed) == pytest.approx(exact(problem, mixed), abs=1e-5)
+    effects = measure.about(none)
+    for layer in range(3):
+        rounded = tuple(OPTIONS[1] if at == layer else KVSend() for at in range(3))
+        predicted = float(effects.gram[layer, 1, layer, 1]) / 2
+        assert predicted == pytest.approx(exact(problem, rounded), rel=0.2)
+    sends = ByBudget(OPTIONS, reduction=4.0).choose(problem, quiet)
+    assert problem.oracle.plan.with_kv(sends).reduction(PROMPT) >= 4
 
 
 def test_what_was_measured_may_be_kept():

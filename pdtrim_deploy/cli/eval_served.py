@@ -1,0 +1,119 @@
+"""`pdtrim-deploy eval URL`: answers that a running pair generates, beside the dense model's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from pdtrim_deploy.cli import options
+from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.local.cache import Cache
+from pdtrim_deploy.recipe.gates import LM_EVAL, SERVED_TASKS
+
+if TYPE_CHECKING:
+    from pdtrim_deploy.evaluation.generated.served import ServedReport
+
+LIKELIHOODS = (
+    "a served pair scores a likelihood's continuation as prompt, so that only prefill would be measured; name the "
+    "bundle in place of the URL, and the PD oracle judges both stages"
+)
+CONCURRENCY = 8
+
+
+def evaluate_served(
+    command: str,
+    url: str,
+    tasks: str | None,
+    *,
+    items: int | None,
+    against: str | None,
+    of_bundle: Path | None,
+    questions: Path | None,
+    max_tokens: int | None,
+    concurrency: int | None,
+    out: Path | None,
+    allow_remote: bool,
+    cache: Cache,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """What `eval` does with a URL; SystemExit(1) when a gate is not kept."""
+    from pdtrim_deploy.bundle import Bundle, write_atomic
+    from pdtrim_deploy.bundle.environment import environment
+    from pdtrim_deploy.cli.dry_run import say
+    from pdtrim_deploy.cli.progress import Progress
+    from pdtrim_deploy.evaluation.generated import TASKS
+    from pdtrim_deploy.evaluation.generated.gsm8k import from_file
+    from pdtrim_deploy.evaluation.generated.served import Pair, ServedReport
+    from pdtrim_deploy.loadtest import check_target
+    from pdtrim_deploy.pipeline.model_card import refresh_recoveries
+
+    names = _names(tasks)
+    if questions is not None and "gsm8k" not in names:
+        raise UserError("--questions are gsm8k's; give --tasks gsm8k too")
+    for target in (url, against):
+        if target is not None:
+            check_target(target, allow_remote)
+    bundle, progress = None if of_bundle is None else Bundle.open(of_bundle), Progress()
+    gates = {} if bundle is None else bundle.recipe.quality
+    if against is None and any(name in gates for name in names):
+        raise UserError("the recipe has gates for these tasks, over the dense model's score; give its URL: --against")
+    files = [] if bundle is None else [options.writable(bundle.reports_dir / "served.json")]
+    files += [] if out is None else [out]
+    own = None if questions is None else from_file(questions)
+    pair = Pair(url, against, concurrency or CONCURRENCY, max_tokens, items)
+    if dry_run:
+        written = [str(file) for file in files]
+        say({"url": url, "against": against, "tasks": names, "items": items, "written": written}, as_json)
+        return
+    judged = []
+    with progress.show("eval"):
+        for name in names:
+            data = own if name == "gsm8k" and own is not None else TASKS[name].load(cache, progress.note)
+            answers = None if bundle is None else bundle.reports_dir / "served" / f"{name}.jsonl"
+            judged.append(pair.judge(TASKS[name], data, gates, answers, progress.note))
+    report = ServedReport(
+        url=url,
+        against=against,
+        plan_digest=None if bundle is None else bundle.plan.digest,
+        concurrency=pair.concurrency,
+        tasks=tuple(judged),
+        environment=environment(command),
+    )
+    text = report.model_dump_json(indent=2)
+    for file in files:
+        write_atomic(file, text + "\n")
+    if bundle is not None:
+        refresh_recoveries(bundle.path, bundle.plan.digest)
+    click.echo(text if as_json else "\n".join(lines(report)))
+    if any(task.recovery is not None and task.recovery.passed is False for task in judged):
+        raise SystemExit(1)
+
+
+def lines(report: ServedReport) -> list[str]:
+    """What `eval` prints of a report."""
+    shown = []
+    for task in report.tasks:
+        spread = "" if task.stderr is None else f" +- {task.stderr:.4f}"
+        cut = f", {task.truncated} answers cut at {task.max_tokens} tokens" if task.truncated else ""
+        shown += [f"{task.task}, {task.questions} questions ({task.source}; licence: {task.licence}):"]
+        shown += [f"  right {task.score:.4f}{spread}{cut}"]
+        if task.dense is not None:
+            paired = "" if task.difference_stderr is None else f" +- {task.difference_stderr:.4f}"
+            shown += [f"  dense {task.dense:.4f}, difference {task.difference:+.4f}{paired}, McNemar's p {task.p:.3f}"]
+        if task.recovery is not None:
+            shown += [f"  {task.recovery.sentence()}"]
+    return shown
+
+
+def _names(tasks: str | None) -> list[str]:
+    names = list(dict.fromkeys(name.strip() for name in (tasks or "").split(",")))
+    if any(name.startswith(LM_EVAL) for name in names):
+        raise UserError(LIKELIHOODS)
+    for name in names:
+        if name not in SERVED_TASKS:
+            given = f"{name!r} is no task of a URL" if name else "a URL needs tasks"
+            raise UserError(f"{given}; use --tasks with {', '.join(SERVED_TASKS)}, or name a bundle for the others")
+    return names

@@ -1,0 +1,135 @@
+"""Generated tasks on a running pair, and on the dense model beside it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from pdtrim_deploy.evaluation.generated.base import Answer, GeneratedTask, Question, QuestionSet
+from pdtrim_deploy.evaluation.generated.pairing import mcnemar
+from pdtrim_deploy.evaluation.generated.sgl_eval import ask
+from pdtrim_deploy.evaluation.recovery import Recovery
+from pdtrim_deploy.evaluation.tasks.base import Measured
+
+
+class ServedTask(BaseModel):
+    """Shares of right answers, 0 to 1, with standard errors; `truncated` are answers that ran into `max_tokens`.
+
+    `dense`, `difference` and what follows are None where no dense model was asked. `p` is McNemar's, exact; `recovery`
+    is the pair's share over the dense model's.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    task: str
+    source: str
+    licence: str
+    sha256: str
+    questions: int
+    max_tokens: int
+    score: float
+    stderr: float | None
+    truncated: int
+    dense: float | None = None
+    dense_truncated: int | None = None
+    difference: float | None = None
+    difference_stderr: float | None = None
+    p: float | None = None
+    recovery: Recovery | None = None
+
+
+class ServedReport(BaseModel):
+    """Of one command; `plan_digest` is that of the bundle that the pair serves, where it was named."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    url: str
+    against: str | None
+    plan_digest: str | None
+    concurrency: int
+    tasks: tuple[ServedTask, ...]
+    environment: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Both URLs and how they are asked; `limit`: the first questions of each task, None: all."""
+
+    url: str
+    against: str | None
+    concurrency: int
+    max_tokens: int | None = None
+    limit: int | None = None
+
+    def judge(
+        self,
+        task: GeneratedTask,
+        data: QuestionSet,
+        gates: Mapping[str, float],
+        answers: Path | None = None,
+        note: Callable[[str], None] = lambda _: None,
+    ) -> ServedTask:
+        """Ask both, the pair first; a JSON line for each question goes to `answers`.
+
+        Raises:
+            ServingError: a question got no answer from either.
+
+        """
+        questions, longest = data.questions[: self.limit], self.max_tokens or task.max_tokens
+        urls = [self.url] if self.against is None else [self.url, self.against]
+        replies = [self._answers(target, task, questions, longest, note) for target in urls]
+        if answers is not None:
+            answers.parent.mkdir(parents=True, exist_ok=True)
+            rows = zip(questions, *replies, strict=True)
+            answers.write_text("".join(json.dumps(_row(*row)) + "\n" for row in rows))
+        return _judged(task, data, replies, gates, longest)
+
+    def _answers(
+        self, url: str, task: GeneratedTask, questions: Sequence[Question], longest: int, note: Callable[[str], None]
+    ) -> list[Answer]:
+        return ask(url, task, questions, longest, self.concurrency, lambda line: note(f"{task.name}, {url}: {line}"))
+
+
+def _row(question: Question, *replies: Answer) -> dict[str, Any]:
+    row: dict[str, Any] = {"id": question.id, "problem": question.problem, "expected": question.expected}
+    for who, reply in zip(("pair", "dense"), replies, strict=False):
+        row[who] = {"right": reply.right, "reason": reply.reason, "tokens": reply.tokens, "text": reply.text}
+    return row
+
+
+def _judged(
+    task: GeneratedTask,
+    data: QuestionSet,
+    replies: Sequence[Sequence[Answer]],
+    gates: Mapping[str, float],
+    max_tokens: int,
+) -> ServedTask:
+    results = [_measured(task.name, reply) for reply in replies]
+    cut = [sum(answer.reason == "length" for answer in reply) for reply in replies]
+    pair, count = results[0], len(replies[0])
+    score = pair.mean("right")
+    common: dict[str, Any] = {"task": task.name, "source": data.source, "licence": data.licence, "sha256": data.sha256}
+    common |= {"questions": count, "max_tokens": max_tokens, "score": score, "truncated": cut[0]}
+    common |= {"stderr": math.sqrt(score * (1 - score) / (count - 1)) if count > 1 else None}
+    if len(results) == 1:
+        return ServedTask(**common)
+    dense, paired = results[1], pair.against(results[1], "right")
+    return ServedTask(
+        **common,
+        dense=dense.mean("right"),
+        dense_truncated=cut[1],
+        difference=paired.mean,
+        difference_stderr=None if math.isnan(paired.stderr) else paired.stderr,
+        p=mcnemar(*([answer.right for answer in reply] for reply in replies)),
+        recovery=Recovery.of(dense, pair, gates),
+    )
+
+
+def _measured(name: str, replies: Sequence[Answer]) -> Measured:
+    return Measured(name, ("all",) * len(replies), {"right": tuple(float(answer.right) for answer in replies)})

@@ -1,0 +1,102 @@
+"""Healing of one stage: train what is left of it to predict what the dense model does, and keep that if it helps.
+
+Prefill is healed as a whole model. Decode is healed as it serves: on what follows a prompt whose KV the pruned (and
+healed) prefill made; whole KV, or as a plan sends it, once there is one. What K and V are made with is frozen in both
+stages, so the one's KV stays the other's; so are embeddings, final norm and LM head, which both share with the dense
+model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import monotonic
+from typing import Any
+
+from torch import Tensor
+
+from pdtrim_deploy.plan import Stage
+from pdtrim_deploy.pruning.healing.losses import HiddenLoss, LogitLoss
+from pdtrim_deploy.pruning.healing.paired import PairedTest, Split
+from pdtrim_deploy.pruning.healing.stage_reader import PrefillKV, PromptKV, StageReader
+from pdtrim_deploy.pruning.healing.state import StateFile
+from pdtrim_deploy.pruning.healing.training import Trainer
+from pdtrim_deploy.pruning.healing.weights import FullWeights, LoraWeights, Weights
+from pdtrim_deploy.pruning.pair import StagePair
+from pdtrim_deploy.recipe.healing import HealingSection
+
+
+@dataclass(frozen=True)
+class Healed:
+    """Where `test` does not keep the healed weights, `pair` is as it was. `training`: what was done, as JSON."""
+
+    pair: StagePair
+    test: PairedTest
+    training: dict[str, Any]
+
+    @property
+    def kept(self) -> bool:
+        """Whether the healed weights are used."""
+        return self.test.kept
+
+    @property
+    def steps(self) -> int:
+        """Of the long run, over its phases."""
+        return sum(phase["steps"] for phase in self.training["phases"])
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """All but the weights, as JSON."""
+        return {"steps": self.steps} | self.test.report | self.training
+
+
+def heal(
+    pair: StagePair,
+    stage: Stage,
+    ids: Tensor,
+    section: HealingSection,
+    note: Callable[[str], None] = lambda _: None,
+    prompt_kv: PromptKV | None = None,
+    file: StateFile | None = None,
+    clock: Callable[[], float] = monotonic,
+) -> Healed:
+    """`pair` with `stage` trained on text `ids`, int64 `[S, T]`: all steps asked for, or until time is up.
+
+    With a `prompt_kv` these are `kv_steps` of decode; without, decode's prompts are T / 2 long and their KV is whole.
+    What `file` has of the same training is not done again; `clock` gives the seconds that `minutes` limits.
+
+    Raises:
+        UserError: peft is wanted and not installed; a loss that is not a number; a full disk.
+
+    """
+    steps = section.steps_of(stage, behind_kv=prompt_kv is not None)
+    if stage == "decode" and prompt_kv is None:
+        prompt_kv = PromptKV(ids.shape[1] // 2, PrefillKV(pair.stage("prefill"), pair.plan.layer_map))
+    text = Split.of(ids, chooses=section.tries(steps) or section.regression > 0)
+    note(f"healing {stage}: KL from the dense model on {len(text.judged)} development sequences")
+    before = _divergences(pair, stage, text.judged, section, prompt_kv)
+    model, layers = pair.stage(stage), pair.plan.layers(stage)
+    learns = [pair.adds(stage, block) for block in layers]
+    weights: Weights = (
+        LoraWeights(model, layers, learns, section.lora_rank, section.seed)
+        if section.method == "lora"
+        else FullWeights(model, layers, learns)
+    )
+    reader = StageReader(pair, stage, model, prompt_kv, section.gradient_checkpointing)
+    losses = HiddenLoss(reader, learns), LogitLoss(reader)
+    trainer = Trainer(stage, weights, reader, losses, text, steps, section, file or StateFile(), note, clock)
+    training = trainer.train()
+    healed = pair.with_changes(stage, weights.tensors())
+    test = PairedTest.of(before, _divergences(healed, stage, text.judged, section, prompt_kv))
+    note(
+        f"healing {stage}: KL from the dense model {test.before:.4f} -> {test.after:.4f} nats, difference "
+        f"{test.difference:+.4f} ± {test.stderr:.4f}" + ("" if test.kept else ": not clearly better, not kept")
+    )
+    return Healed(healed if test.kept else pair, test, training)
+
+
+def _divergences(
+    pair: StagePair, stage: Stage, ids: Tensor, section: HealingSection, prompt_kv: PromptKV | None
+) -> Tensor:
+    """As `StageReader.divergences`, of the stage as `pair` has it: with the weights that would be written."""
+    return StageReader(pair, stage, pair.stage(stage), prompt_kv).divergences(ids, section.batch)

@@ -1,0 +1,115 @@
+"""A stage and the dense model over the same text, as PD serves it: what both losses of healing compare.
+
+Prefill reads text as a whole model does. Decode reads what follows a prompt, whose KV it is handed; the dense model
+reads prompt and all with its own KV.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from pdtrim_deploy.models.blockwise import Blockwise, CausalLM, LayerKV, Span
+from pdtrim_deploy.models.layer_run import LayerRun
+from pdtrim_deploy.plan import Stage
+from pdtrim_deploy.pruning.pair import StagePair
+
+_LOGITS_AT_ONCE = 1 << 23  # elements; half a dozen float32 tensors of that size exist at a time
+
+
+@dataclass(frozen=True)
+class PromptKV:
+    """Prompts of so many tokens, whose KV reaches decode's layers as `held` gives it: int64 `[batch, tokens]` ->."""
+
+    prompt_tokens: int
+    held: Callable[[Tensor], list[LayerKV]]
+
+
+class PrefillKV:
+    """The prefill stage: what it makes of a prompt, by layer of decode."""
+
+    def __init__(self, model: CausalLM, layer_map: tuple[int, ...]) -> None:
+        self._runner, self._map = Blockwise(model), layer_map
+
+    @torch.no_grad()
+    def __call__(self, prompts: Tensor) -> list[LayerKV]:
+        """KV of `prompts`, int64 `[batch, tokens]`."""
+        run, kvs = LayerRun(self._runner, [prompts]), [LayerKV() for _ in self._runner.layers]
+        while run.layer <= self._map[-1]:
+            run.advance([kvs[run.layer]])
+        return [kvs[source] for source in self._map]
+
+
+class StageReader:
+    """Hidden states and divergences of `stage`, whose weights are those of `model`.
+
+    Args:
+        prompt_kv: None for a stage that reads all of the text itself.
+        recomputes: gradient checkpointing: of each layer the input alone is kept, and the layer run again for its
+            gradients.
+
+    """
+
+    def __init__(
+        self, pair: StagePair, stage: Stage, model: CausalLM, prompt_kv: PromptKV | None, recomputes: bool = False
+    ) -> None:
+        self.dense, self.runner = Blockwise(pair.model), Blockwise(model)
+        self.spans, self._prompt_kv, self._recomputes = pair.spans(stage), prompt_kv, recomputes
+        self.prompt = prompt_kv.prompt_tokens if prompt_kv else 0
+
+    def begin(self, ids: Tensor) -> tuple[Tensor, Span, list[LayerKV] | None]:
+        """The stage's input of its first layer for what follows the prompt, and the KV that each layer reads."""
+        held = self._prompt_kv.held(ids[:, : self.prompt]) if self._prompt_kv else None
+        hidden, span = self.runner.embed(ids[:, self.prompt :], self.prompt)
+        return hidden, span, held
+
+    def layer(self, number: int, hidden: Tensor, span: Span, held: list[LayerKV] | None) -> Tensor:
+        """Output of one layer; `held` stays as it is."""
+        return self.runner.block(number, hidden, span, held[number].fork() if held else None)
+
+    def hidden(self, ids: Tensor) -> Tensor:
+        """What the stage's last layer gives, `[batch, T - prompt, hidden]`."""
+        state, span, held = self.begin(ids)
+        for number in range(len(self.runner.layers)):
+            if self._recomputes and torch.is_grad_enabled():
+                state = checkpoint(  # type: ignore[assignment]
+                    self.layer, number, state, span, held, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                state = self.layer(number, state, span, held)
+        return state
+
+    @torch.no_grad()
+    def dense_hidden(self, ids: Tensor) -> Tensor:
+        """What the dense model's last block gives for the same tokens."""
+        (hidden,) = LayerRun(self.dense, [ids]).finish()
+        return hidden[:, self.prompt :]
+
+    def pieces(self, tokens: int) -> list[slice]:
+        """Parts of so many tokens whose logits may exist at a time."""
+        rows = max(1, _LOGITS_AT_ONCE // self.runner.model.lm_head.out_features)
+        return [slice(start, start + rows) for start in range(0, tokens, rows)]
+
+    def kl(self, hidden: Tensor, dense_hidden: Tensor) -> Tensor:
+        """KL divergence of the stage's next-token distribution from the dense model's, float32 `[tokens]`, in nats.
+
+        Both are last hidden states, `[tokens, hidden]`.
+        """
+        with torch.no_grad():
+            dense = self.dense.logits(dense_hidden).float().log_softmax(-1)
+        ours = self.runner.logits(hidden).float().log_softmax(-1)
+        return (dense.exp() * (dense - ours)).sum(-1)
+
+    @torch.no_grad()
+    def divergences(self, ids: Tensor, batch: int) -> Tensor:
+        """float64 `[S]` on the host: each sequence's mean KL divergence from the dense model, in nats a token."""
+        means = []
+        for part in ids.split(batch):
+            hidden, dense = self.hidden(part).flatten(0, 1), self.dense_hidden(part).flatten(0, 1)
+            kl = torch.cat([self.kl(hidden[piece], dense[piece]).cpu() for piece in self.pieces(len(hidden))])
+            means.append(kl.double().view(len(part), -1).mean(1))
+        return torch.cat(means)

@@ -1,0 +1,164 @@
+"""What is trained: every weight that K and V are not made with, or low-rank additions to them (LoRA, by peft).
+
+Either way the optimiser has float32 tensors, whatever the stage computes in: small changes would be lost in 16 bits.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.models.blockwise import CausalLM
+from pdtrim_deploy.pruning.students.regression import trainable
+
+BlockTensors = dict[int, Mapping[str, Tensor]]
+
+
+class Weights(Protocol):
+    """Attributes: masters: what the optimiser changes, float32, each on its layer's device."""
+
+    masters: list[nn.Parameter]
+
+    def pull(self) -> None:
+        """Gradients of the stage -> those of the masters."""
+        ...
+
+    def push(self) -> None:
+        """The masters -> the stage."""
+        ...
+
+    def reset(self) -> None:
+        """Back to the weights that training begins with."""
+        ...
+
+    def tensors(self) -> BlockTensors:
+        """What the stage computes with now, by block and name within it, in the model's dtype."""
+        ...
+
+
+class FullWeights:
+    """All weights that may be trained; the stage has its own copies, and shares the rest with the dense model.
+
+    Args:
+        blocks, learns: by layer of `model`: its number in the dense model, and whether it is trained.
+
+    """
+
+    def __init__(self, model: CausalLM, blocks: Sequence[int], learns: Sequence[bool]) -> None:
+        self._names: list[tuple[int, str]] = []
+        self._origins: list[Tensor] = []
+        self._working: list[nn.Parameter] = []
+        for block, layer, trains in zip(blocks, model.model.layers, learns, strict=True):
+            for name, origin in trainable(layer).items() if trains else ():
+                owner, _, leaf = name.rpartition(".")
+                working = nn.Parameter(origin.detach().clone())
+                layer.get_submodule(owner)._parameters[leaf] = working
+                self._names.append((block, name))
+                self._origins.append(origin.detach())
+                self._working.append(working)
+        self.masters = [w if w.dtype == torch.float32 else nn.Parameter(w.detach().float()) for w in self._working]
+
+    def pull(self) -> None:
+        """As in `Weights`."""
+        for master, working in zip(self.masters, self._working, strict=True):
+            if master is not working and working.grad is not None:
+                master.grad, working.grad = working.grad.float(), None
+
+    @torch.no_grad()
+    def push(self) -> None:
+        """As in `Weights`."""
+        for master, working in zip(self.masters, self._working, strict=True):
+            if master is not working:
+                working.copy_(master)
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """As in `Weights`."""
+        for master, origin in zip(self.masters, self._origins, strict=True):
+            master.copy_(origin)
+        self.push()
+
+    def tensors(self) -> BlockTensors:
+        """As in `Weights`."""
+        blocks: dict[int, dict[str, Tensor]] = {}
+        for (block, name), working in zip(self._names, self._working, strict=True):
+            blocks.setdefault(block, {})[name] = working.detach()
+        return dict(blocks)
+
+
+class LoraWeights:
+    """Additions of low rank to each matrix that may be trained; the matrices themselves stay the dense model's.
+
+    Args:
+        rank, seed: of the additions; the seed draws their first factor, the second begins at 0.
+
+    """
+
+    def __init__(self, model: CausalLM, blocks: Sequence[int], learns: Sequence[bool], rank: int, seed: int) -> None:
+        peft = _peft()
+        linears, stacked = list[str](), list[str]()
+        for number, (layer, trains) in enumerate(zip(model.model.layers, learns, strict=True)):
+            for name, parameter in trainable(layer).items() if trains else ():
+                owner, _, leaf = name.rpartition(".")
+                if parameter.dim() < 2:
+                    continue  # norms and biases have no rank
+                if leaf == "weight" and isinstance(layer.get_submodule(owner), nn.Linear):
+                    linears.append(f"layers.{number}.{owner}")
+                else:
+                    stacked.append(f"layers.{number}.{name}")
+        config = peft.LoraConfig(
+            r=rank, lora_alpha=2 * rank, target_modules=linears, target_parameters=stacked or None, bias="none"
+        )
+        with torch.random.fork_rng(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # parameters of experts are said to be experimental
+            torch.manual_seed(seed)
+            peft.inject_adapter_in_model(config, model.model)
+        self._layers = dict(zip(blocks, model.model.layers, strict=True))
+        self.masters = [p.requires_grad_(True) for name, p in model.model.named_parameters() if ".lora_" in name]
+        for master in self.masters:
+            if master.dtype != torch.float32:
+                master.data = master.data.float()
+        self._origins = [p.detach().clone() for p in self.masters]
+
+    def pull(self) -> None:
+        """Nothing: the additions are trained themselves."""
+
+    def push(self) -> None:
+        """Nothing: they are the stage's."""
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """As in `Weights`."""
+        for master, origin in zip(self.masters, self._origins, strict=True):
+            master.copy_(origin)
+
+    @torch.no_grad()
+    def tensors(self) -> BlockTensors:
+        """The matrices with what was added to them, merged in float32."""
+        blocks: dict[int, dict[str, Tensor]] = {}
+        for block, layer in self._layers.items():
+            for name, module in layer.named_modules():
+                if hasattr(module, "get_delta_weight"):
+                    leaf = getattr(module, "parameter_name", "weight")
+                    base = getattr(module.get_base_layer(), leaf)
+                    merged = base.float() + module.get_delta_weight("default").float()
+                    blocks.setdefault(block, {})[_plain(f"{name}.{leaf}")] = merged.to(base.dtype)
+        return dict(blocks)
+
+
+def _plain(name: str) -> str:
+    """A tensor's name without peft's wrappers."""
+    return name.replace(".base_layer", "")
+
+
+def _peft() -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise UserError("healing.method lora needs peft: install the build extra, or set it to full") from error
+    return peft

@@ -1,0 +1,28 @@
+"""The recipe's `quality`: what share of the dense model's score a bundle must keep, by task."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import AfterValidator, Field
+
+SERVED_TASKS = ("gsm8k", "humaneval")
+TASKS = ("perplexity", "choice", "needle", "agreement", *SERVED_TASKS)
+LM_EVAL = "lm_eval:"
+
+
+def _known(gates: dict[str, float]) -> dict[str, float]:
+    for name in gates:
+        if name not in TASKS and not (name.startswith(LM_EVAL) and name != LM_EVAL):
+            raise ValueError(f"{name!r} is no task; allowed: {', '.join(TASKS)} and {LM_EVAL}NAME")
+    return gates
+
+
+Gates = Annotated[
+    dict[str, Annotated[float, Field(gt=0, strict=False)]],
+    AfterValidator(_known),
+    Field(
+        description="by task, the least score over the dense model's that `eval` passes; of perplexity the largest "
+        "ratio: {gsm8k: 0.95, perplexity: 1.02}"
+    ),
+]

@@ -1,0 +1,55 @@
+"""A chat endpoint on loopback that gives recorded answers, late ones first."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+
+@contextlib.contextmanager
+def answering(answer: Callable[[str], str | None], bodies: list[dict] | None = None) -> Iterator[str]:
+    """Its URL; `answer(content)` of the only message gives the text, None an HTTP 400."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self._send(200, {"object": "list", "data": [{"id": "recorded", "object": "model"}]})
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            if bodies is not None:
+                bodies.append(body)
+            text = answer(body["messages"][-1]["content"])
+            time.sleep(0.2 / (1 + len(text or "")))  # short texts come last
+            if text is None:
+                self._send(400, {"error": {"message": "refused"}})
+                return
+            choice = {"index": 0, "message": {"role": "assistant", "content": text}}
+            choice["finish_reason"] = "length" if text.endswith("...") else "stop"
+            usage = {"prompt_tokens": 1, "completion_tokens": len(text), "total_tokens": 1 + len(text)}
+            self._send(200, {"id": "0", "object": "chat.completion", "created": 0, "model": "recorded"}
+                       | {"choices": [choice], "usage": usage})  # fmt: skip
+
+        def _send(self, status: int, content: dict) -> None:
+            data = json.dumps(content).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *_: object) -> None:
+            """Nothing on stderr."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
