@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -169,8 +169,16 @@ class Measure:
         kinds = len(self._rows) + len(self._dtypes)
         changes = torch.zeros(1 + len(context) * kinds, len(error), device=error.device)
         changes[0] = error
+        depth, done = len(context), 0
+        total = sum(len(self._options_about(context, layer)) * (depth - layer) for layer in range(depth))
+
+        def ran(alternatives: int) -> None:
+            nonlocal done
+            done += alternatives
+            self._progress(f"{name}: alternatives through a layer: {done}/{total}")
+
         for layers in self._together(context, part.hidden):
-            for row, hidden in self._branches(part, context, inputs, layers, name):
+            for row, hidden in self._branches(part, context, inputs, layers, ran):
                 changes[row] = probe.change(hidden) - error
         return changes
 
@@ -187,12 +195,18 @@ class Measure:
             start = stop
 
     def _branches(
-        self, part: _Batch, context: tuple[KVSend, ...], inputs: Sequence[Tensor], layers: range, name: str
+        self,
+        part: _Batch,
+        context: tuple[KVSend, ...],
+        inputs: Sequence[Tensor],
+        layers: range,
+        ran: Callable[[int], None],
     ) -> Iterator[tuple[int, Tensor]]:
         """The row in `changes` and the last layer's output of every option of `layers`, each in its layer alone.
 
         All go through a layer before any goes through the next: a streamed layer is read once, and so is its KV. They
         are alternatives of one text (`Blockwise.embed`), so some share a call: less than half the time of one by one.
+        `ran` hears how many went through a layer.
         """
         kinds, decode = len(self._rows) + len(self._dtypes), self.problem.oracle.decode
         branches: dict[int, Tensor] = {}
@@ -208,8 +222,7 @@ class Measure:
                 for at, option in self._options_about(context, layer):
                     kv = self._kv(part, layer, option)
                     branches[1 + layer * kinds + at] = self._through(layer, inputs[layer], part.span, kv)
-            options = f"options of layers {layers.start + 1} to {layers.stop}"
-            self._progress(f"{name}, {options}: layer {layer + 1}/{len(context)}")
+            ran(len(branches))
         yield from branches.items()
 
     def _span_of(self, branches: int, part: _Batch) -> Span:
