@@ -160,7 +160,8 @@ def test_a_bundle_whose_blocks_lack_sublayers(recipe_file: RecipeFile, tmp_path:
         "method": "anneal", "steps": 4, "finalists": 2, "decode_blocks": 1, "prefill_attentions": 1,
         "decode_attentions": 2, "decode_mlps": 1,
     }  # fmt: skip
-    healing = {"compensation": "least-squares", "sequences": 8, "length": 32}
+    healing = {"compensation": "least-squares", "sequences": 8, "length": 32, "batch": 2}
+    healing |= {"prefill_steps": 1, "decode_steps": 1, "kv_steps": 1}
     bundle, _ = make(recipe_file(pruning=pruning, healing=healing), tmp_path / "b", cache)
     plan = bundle.plan
     assert sorted(plan.missing("prefill").values()) == ["attention"]

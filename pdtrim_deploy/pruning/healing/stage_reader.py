@@ -23,25 +23,26 @@ _LOGITS_AT_ONCE = 1 << 23  # elements; half a dozen float32 tensors of that size
 
 @dataclass(frozen=True)
 class PromptKV:
-    """Prompts of so many tokens, whose KV reaches decode's layers as `held` gives it: int64 `[batch, tokens]` ->."""
+    """Prompts of so many tokens, whose KV reaches decode's KV layers as `held` gives it: int64 `[batch, tokens]` ->."""
 
     prompt_tokens: int
     held: Callable[[Tensor], list[LayerKV]]
 
 
 class PrefillKV:
-    """The prefill stage: what it makes of a prompt, by layer of decode."""
+    """The prefill stage: what it makes of a prompt, by KV layer of decode."""
 
     def __init__(self, model: CausalLM, layer_map: tuple[int, ...]) -> None:
-        self._runner, self._map = Blockwise(model), layer_map
+        self._runner = Blockwise(model)
+        self._sources = [self._runner.kv_layers[source] for source in layer_map]
 
     @torch.no_grad()
     def __call__(self, prompts: Tensor) -> list[LayerKV]:
         """KV of `prompts`, int64 `[batch, tokens]`."""
         run, kvs = LayerRun(self._runner, [prompts]), [LayerKV() for _ in self._runner.layers]
-        while run.layer <= self._map[-1]:
+        while run.layer <= self._sources[-1]:
             run.advance([kvs[run.layer]])
-        return [kvs[source] for source in self._map]
+        return [kvs[source] for source in self._sources]
 
 
 class StageReader:
@@ -63,7 +64,7 @@ class StageReader:
 
     def begin(self, ids: Tensor) -> tuple[Tensor, Span, list[LayerKV] | None]:
         """The stage's input of its first layer for what follows the prompt, and the KV that each layer reads."""
-        held = self._prompt_kv.held(ids[:, : self.prompt]) if self._prompt_kv else None
+        held = self.runner.by_layer(self._prompt_kv.held(ids[:, : self.prompt])) if self._prompt_kv else None
         hidden, span = self.runner.embed(ids[:, self.prompt :], self.prompt)
         return hidden, span, held
 
