@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -201,15 +201,24 @@ def seal(path: Path, manifest: Manifest) -> None:
     write_atomic(path / COMPLETE, hashlib.sha256(text.encode()).hexdigest() + "\n")
 
 
-def entries(path: Path, reports: Collection[str] | None = None) -> dict[str, Entry]:
-    """Size and SHA-256 of all files except the seal itself, the model cards, and reports not named in `reports`."""
+def entries(
+    path: Path, reports: Collection[str] | None = None, note: Callable[[str], None] = lambda _: None
+) -> dict[str, Entry]:
+    """Size and SHA-256 of all files except the seal itself, the model cards, and reports not named in `reports`.
+
+    `note` hears how far it is.
+    """
     files = {str(file.relative_to(path)): file for file in walk(path)}
     sealed = {
         name: file
         for name, file in files.items()
         if name not in UNSEALED and (reports is None or name in reports or not name.startswith(f"{REPORTS}/"))
     }
-    return {n: Entry(size=f.stat().st_size, sha256=file_sha256(f)) for n, f in sealed.items()}
+    hashed: dict[str, Entry] = {}
+    for number, (name, file) in enumerate(sealed.items(), 1):
+        note(f"hashing {name}: {number}/{len(sealed)} files")
+        hashed[name] = Entry(size=file.stat().st_size, sha256=file_sha256(file))
+    return hashed
 
 
 def walk(path: Path) -> Iterator[Path]:

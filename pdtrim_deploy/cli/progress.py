@@ -13,9 +13,10 @@ from rich.markup import escape
 from rich.status import Status
 
 from pdtrim_deploy.cli.interrupt import obey
+from pdtrim_deploy.cli.time_left import TimeLeft
 
 BETWEEN_NOTES_S = 2.0  # where lines stay
-SILENCE_S = 15.0  # after which a step that says nothing is said to go on
+SILENCE_S = 10.0  # after which a step that says nothing is said to go on
 
 
 class Progress:
@@ -27,6 +28,7 @@ class Progress:
         self._step, self._last = "", ""
         self._printed = 0.0
         self._silence_s = silence_s
+        self._time_left = TimeLeft()
 
     @contextmanager
     def show(self, name: str, done: bool = False) -> Iterator[None]:
@@ -52,7 +54,7 @@ class Progress:
     def note(self, text: str) -> None:
         """Replace the live line; where lines stay, at most one every two seconds."""
         obey()
-        self._last = text
+        text = self._last = self._time_left.of(text)
         if self._live is not None:
             self._live.update(f"{self._step}: {escape(text)}")
         elif time.perf_counter() - self._printed > BETWEEN_NOTES_S:

@@ -13,6 +13,7 @@ from pdtrim_deploy.local.machine import memory
 from pdtrim_deploy.local.processor import compute_dtype
 from pdtrim_deploy.models.config import read_config
 from pdtrim_deploy.models.footprint import PROGRAM, gb
+from pdtrim_deploy.models.quantized import with_quantization
 from pdtrim_deploy.models.shape import config_of
 from pdtrim_deploy.models.weights import ModelSizes
 from pdtrim_deploy.pipeline.limits import fit_build, highest
@@ -62,7 +63,7 @@ def needs(recipe: Recipe, workers: int = 0, compute: Compute = ON_CPU) -> Needs 
     path = config_of(recipe.model.source)
     if path is None:
         return None
-    config = read_config(path)
+    config = with_quantization(path.parent, read_config(path))
     compute = fit_build(recipe, config, compute, shared=workers > 0)
     costs, sizes = step_costs(recipe, config, compute), ModelSizes.of(config)
     search = search_cost(config, recipe.pruning, recipe.calibration, recipe.healing)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pdtrim_deploy.local.compute import Compute
 from pdtrim_deploy.models.config import read_config
-from pdtrim_deploy.models.footprint import Peak, choose_limits, gb, read_bytes, weight_bytes
+from pdtrim_deploy.models.footprint import Peak, can_stream, choose_limits, gb, read_bytes, weight_bytes
 from pdtrim_deploy.models.weights import ModelSizes
 
 STREAMED_KV = 1 << 30  # bytes of prompt KV side by side where blocks are read as they run
@@ -47,8 +47,9 @@ def fit_judging(groups: Sequence[Sequence[Path]], tokens: int, compute: Compute)
         device = f" and {gb(least.device)} on the devices" if least.device else ""
         return (
             f"judging {names} needs at least {gb(least.host)} of host memory{device}, with one block of each model "
-            "at a time; give more --memory or --device-memory"
+            "at a time where blocks can be read as they run; give more --memory or --device-memory"
         )
 
     most = max(size.blocks for group in sizes for size in group)
-    return choose_limits(compute, most, STREAMED_KV, needs, refused)
+    streams = all(can_stream(config) for group in configs for config in group)
+    return choose_limits(compute, most, STREAMED_KV, needs, refused, streams)

@@ -82,13 +82,13 @@ def measure(oracle: PDOracle, sequences: Tensor, progress: Progress) -> Measured
     total, count = torch.zeros(layers, model.num_kv_heads, model.head_dim, dtype=torch.float64), 0
     table = rotary_table(torch.arange(sequences.shape[1]), *rotary)[FIRST:]
     cos, sin = (part[:, None] for part in table.chunk(2, -1))
-    for state in _states(oracle, sequences[:-back]):
+    for state in _states(oracle, sequences[:-back], progress, "key offsets: means"):
         for layer, keys in enumerate(_keys(oracle, state)):
             total[layer] += rotate(keys.float(), cos, -sin).sum(0, dtype=torch.float64)
         count += len(table)
     means = (total / count / rotary.scaling**2).float()
     squares = torch.zeros(layers, model.num_kv_heads, 2, dtype=torch.float64)
-    for state in _states(oracle, sequences[-back:]):
+    for state in _states(oracle, sequences[-back:], progress, "key offsets: errors"):
         for layer, keys in enumerate(_keys(oracle, state)):
             squares[layer, :, 0] += _squares(keys, None)
             squares[layer, :, 1] += _squares(keys, rotate(means[layer], cos, sin))
@@ -100,10 +100,11 @@ def measure(oracle: PDOracle, sequences: Tensor, progress: Progress) -> Measured
     return Measured(KeyOffsets.make(chosen, *rotary) if chosen else None, errors)
 
 
-def _states(oracle: PDOracle, sequences: Tensor) -> Iterator[PrefillState]:
+def _states(oracle: PDOracle, sequences: Tensor, progress: Progress, name: str) -> Iterator[PrefillState]:
     """Prefill one sequence at a time, so that only its KV is in memory."""
-    for row in sequences.split(1):
+    for number, row in enumerate(sequences.split(1), 1):
         yield oracle.prefill(row)
+        progress(f"{name}: {number}/{len(sequences)} sequences")
 
 
 def _keys(oracle: PDOracle, state: PrefillState) -> Iterator[Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
@@ -116,10 +117,10 @@ class Checkpoint:
         )
 
 
-def open_checkpoint(folder: Path, cache: Cache) -> Checkpoint:
+def open_checkpoint(folder: Path, cache: Cache, note: Callable[[str], None] = lambda _: None) -> Checkpoint:
     """As `read_checkpoint`, with its fingerprint (kept in the cache, as that reads every byte)."""
     unnamed = read_checkpoint(folder)
-    fingerprint = _fingerprint(unnamed, cache)
+    fingerprint = _fingerprint(unnamed, cache, note)
     return replace(unnamed, fingerprint=fingerprint)
 
 
@@ -205,7 +206,7 @@ def _essentials(config: dict[str, Any], family: Family) -> tuple[str, ...]:
     return tuple(sorted(key for key in config if key not in _NO_MATTER and not key.startswith("_")))
 
 
-def _fingerprint(checkpoint: Checkpoint, cache: Cache) -> str:
+def _fingerprint(checkpoint: Checkpoint, cache: Cache, note: Callable[[str], None]) -> str:
     config, family, tensors = checkpoint.config, checkpoint.family, checkpoint.tensors
     essentials = {"architecture": family.architecture, "rope": _rope(config)}
     essentials |= {key: config[key] for key in _essentials(config, family) if config.get(key) is not None}
@@ -217,7 +218,8 @@ def _fingerprint(checkpoint: Checkpoint, cache: Cache) -> str:
 
     def make(entry: Path) -> None:
         digest = sha256(text.encode())
-        for name, data in tensor_digests(tensors):
+        for number, (name, data) in enumerate(tensor_digests(tensors), 1):
+            note(f"fingerprint of the weights: {number}/{len(tensors)} tensors")
             digest.update(f"\n{name} {tensors[name].dtype} {list(tensors[name].shape)} {data}".encode())
         (entry / "fingerprint").write_text(digest.hexdigest())
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.local.compute import Compute
+from pdtrim_deploy.models.families import known_family
 from pdtrim_deploy.models.weights import ModelSizes
 from pdtrim_deploy.plan.wire import ITEM_BYTES
 
@@ -23,6 +24,12 @@ def weight_bytes(config: Mapping[str, Any], dtype: str, blocks_in_memory: int | 
     if blocks_in_memory is None or blocks_in_memory >= sizes.blocks:
         return _LOADING * sizes.total * item
     return item * (sizes.ends + blocks_in_memory * sizes.block) + read_bytes(config)
+
+
+def can_stream(config: Mapping[str, Any]) -> bool:
+    """Whether blocks of the model can be read as they run: they are known, and the family does not refuse it."""
+    family = known_family((config.get("architectures") or [""])[0])
+    return family.blocks is not None and family.refusal("blocks_in_memory") is None
 
 
 def read_bytes(config: Mapping[str, Any]) -> float:
@@ -74,11 +81,16 @@ def fit_one_model(config: Mapping[str, Any], tokens: int, compute: Compute, name
     def refused(least: Peak) -> str:
         return f"{name} needs at least {gb(least.host)} of memory, one block at a time; give more --memory"
 
-    return choose_limits(compute, sizes.blocks, 0, needs, refused)
+    return choose_limits(compute, sizes.blocks, 0, needs, refused, can_stream(config))
 
 
 def choose_limits(
-    compute: Compute, blocks: int, states: int, needs: Callable[[Compute], Peak], refused: Callable[[Peak], str]
+    compute: Compute,
+    blocks: int,
+    states: int,
+    needs: Callable[[Compute], Peak],
+    refused: Callable[[Peak], str],
+    streams: bool = True,
 ) -> Compute:
     """`compute` with as many blocks in memory as its bytes allow; hidden states shrink where one block is too much.
 
@@ -87,6 +99,7 @@ def choose_limits(
         states: bytes of states kept or side by side by default.
         needs: the peak of all that is to run.
         refused: the sentence where nothing fits, of the least peak.
+        streams: whether blocks of the model can be read as they run.
 
     Raises:
         UserError: nothing fits.
@@ -95,10 +108,11 @@ def choose_limits(
     if compute.host_bytes is None and compute.device_bytes is None:
         return compute
     most = min(blocks, compute.blocks_in_memory or blocks)
-    tried = [compute.with_blocks(None if count == blocks else count) for count in range(most, 0, -1)]
+    least = 1 if streams else most
+    tried = [compute.with_blocks(None if count == blocks else count) for count in range(most, least - 1, -1)]
     while states > LEAST_STATES:
         states //= 2
-        tried.append(compute.with_blocks(1).with_states(states))
+        tried.append(tried[0 if not streams else most - 1].with_states(states))
     for limited in tried:
         if needs(limited).fits(compute):
             return limited

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,6 +104,7 @@ def write_stage(
     missing: Mapping[int, Sublayer] | None = None,
     files: Sequence[Path] = (),
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    note: Callable[[str], None] = lambda _: None,
 ) -> None:
     """Write the HF folder of a stage that runs `blocks` (original indices, ascending), one shard in memory at a time.
 
@@ -114,8 +115,8 @@ def write_stage(
     experts that the stage keeps, for each of `blocks` that has experts; they are numbered from 0 there. `missing` gives
     the sublayer that a block runs without: its last projection is zero. `files` are copied into the folder.
 
-    The folder appears whole or not at all. An earlier stage in its place is replaced; anything else there is refused
-    (UserError).
+    The folder appears whole or not at all; `note` hears how far it is. An earlier stage in its place is replaced;
+    anything else there is refused (UserError).
     """
     _check_blocks(blocks, checkpoint.facts.num_blocks)
     if list(blocks) != sorted(blocks):
@@ -144,7 +145,7 @@ def write_stage(
         return checkpoint.keeps_dtype(sources[name].name)
 
     with atomic_directory(out_dir) as folder:
-        write_shards(folder, elements, get, TORCH_DTYPES[dtype], max_shard_bytes, keeps_dtype)
+        write_shards(folder, elements, get, TORCH_DTYPES[dtype], max_shard_bytes, keeps_dtype, note)
         copied = {p for pattern in _COPIED for p in checkpoint.path.glob(pattern) if p.is_file()}
         for path in (*sorted(copied), *files):
             shutil.copyfile(path, folder / path.name)

@@ -10,6 +10,7 @@ from typing import Any
 from pdtrim_deploy.models.families import attention_sizes, known_family
 from pdtrim_deploy.models.families.base import EXPERT
 from pdtrim_deploy.plan import ExpertShape
+from pdtrim_deploy.plan.wire import ITEM_BYTES
 
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
@@ -85,6 +86,16 @@ class ModelSizes:
     def fit_flops(self) -> int:
         """Operations a token of summing up one block's normal equations."""
         return 2 * self.inner * (self.inner + self.hidden)
+
+
+def stored_bytes(config: Mapping[str, Any], dtype: str, lost: int = 0) -> int:
+    """Of a checkpoint written in `dtype` without so many blocks, and of a worker that serves it.
+
+    Of FP8 weights a block's maps are codes of a byte each, and scales, below 1 %.
+    """
+    sizes, item = ModelSizes.of(config), ITEM_BYTES[dtype]  # type: ignore[index]
+    of_block = 1 if config.get("quantization_config") else item
+    return sizes.ends * item + (sizes.total - sizes.ends - lost * sizes.block) * of_block
 
 
 def _mlp(config: Mapping[str, Any], block: int) -> int:

@@ -39,10 +39,12 @@ def write_shards(
     dtype: torch.dtype,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     keeps_dtype: Callable[[str], bool] = lambda _: False,
+    note: Callable[[str], None] = lambda _: None,
 ) -> None:
     """Cast `get(name)` to `dtype` and store it, for every name of `elements` (name -> number of elements).
 
-    A tensor whose name `keeps_dtype` is stored as it is; shards are filled as if it were cast.
+    A tensor whose name `keeps_dtype` is stored as it is; shards are filled as if it were cast. `note` hears how far it
+    is.
     """
 
     def cast(name: str) -> torch.Tensor:
@@ -58,10 +60,15 @@ def write_shards(
         shards[-1].append(name)
         used += size
     weight_map: dict[str, str] = {}
-    total = 0
+    total = written = 0
     for number, names in enumerate(shards, 1):
         file = SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        stored = {name: cast(name) for name in names}
+        stored = dict[str, torch.Tensor]()
+        for name in names:
+            stored[name] = cast(name)
+            written += 1
+            note(f"tensors to write: {written}/{len(elements)}")
+        note(f"writing {file}: {number}/{len(shards)} files")
         total += sum(tensor.nbytes for tensor in stored.values())
         save(stored, folder / file)
         del stored

@@ -97,7 +97,7 @@ def _requests(recipe: Recipe) -> Iterator[tuple[str, object, str, Feature | None
         yield "pruning.experts", "given", "to leave it out", None
     if pruning.distil:
         yield "pruning.distil", "true", "false", "distil"
-    if (pruning.decode_loses or pruning.experts) and pruning.blocks_in_memory is not None:
+    if pruning.blocks_in_memory is not None:
         yield "pruning.blocks_in_memory", pruning.blocks_in_memory, "to leave it out", "blocks_in_memory"
     if healing.kv_only_blocks:
         yield "healing.kv_only_blocks", healing.kv_only_blocks, "0", "kv_only_blocks"

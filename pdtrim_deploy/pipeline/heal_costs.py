@@ -38,9 +38,12 @@ def heal_flops(recipe: Recipe, sizes: ModelSizes) -> float:
     """
     pruning, healing = recipe.pruning, recipe.healing
     tokens, flops = healing.sequences * healing.length, 0.0
-    stages = ((pruning.prefill_blocks, healing.prefill_steps), (pruning.decode_blocks, healing.decode_steps))
-    for lost, steps in stages:
-        stage = sizes.blocks - lost
+    stages = (
+        (pruning.prefill_blocks, pruning.prefill_loses, healing.prefill_steps),
+        (pruning.decode_blocks, pruning.decode_loses, healing.decode_steps),
+    )
+    for removed, lost, steps in stages:
+        stage = sizes.blocks - removed
         if lost and healing.compensation != "none":
             flops += 2 * sizes.active * tokens * (sizes.blocks + 3 * stage)
             flops += sizes.fit_flops * tokens * lost if healing.compensation == "least-squares" else 0

@@ -7,7 +7,7 @@ from typing import Any
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.local.compute import Compute
-from pdtrim_deploy.models.footprint import Peak, choose_limits, gb
+from pdtrim_deploy.models.footprint import Peak, can_stream, choose_limits, gb
 from pdtrim_deploy.models.weights import ModelSizes
 from pdtrim_deploy.pipeline.step_costs import StepCost, step_costs
 from pdtrim_deploy.recipe import Recipe
@@ -24,13 +24,14 @@ def fit_build(recipe: Recipe, config: Mapping[str, Any], compute: Compute, *, sh
 
     """
     compute = compute.with_dtype(recipe.model.measured_in)
+    streams = can_stream(config)
     blocks, states = ModelSizes.of(config).blocks, max(recipe.pruning.memory_mb << 20, STATES)
 
     def needs(limited: Compute) -> Peak:
         return highest(step_costs(recipe, config, limited))
 
     def refused(least: Peak) -> str:
-        costs = step_costs(recipe, config, compute.with_blocks(1))
+        costs = step_costs(recipe, config, compute.with_blocks(1) if streams else compute)
         host = max(costs, key=lambda name: costs[name].peak.host)
         device = max(costs, key=lambda name: costs[name].peak.device)
         parts = [f"{gb(least.host)} of host memory (step {host})"] if _short(least.host, compute.host_bytes) else []
@@ -38,10 +39,11 @@ def fit_build(recipe: Recipe, config: Mapping[str, Any], compute: Compute, *, sh
             parts.append(f"{gb(least.device)} of device memory (step {device})")
         trains = recipe.healing.gradient_steps > 0
         why = ", as training by gradients holds the whole model" if trains else ""
+        why = why if streams else f", as blocks of {config['architectures'][0]} cannot be read as they run"
         instead = "give more, or leave healing's steps out" if trains else "give more"
         return f"recipe {recipe.name} needs at least {' and '.join(parts)}{why}, and {_allowed(compute)}; {instead}"
 
-    limited = choose_limits(compute, blocks, states, needs, refused)
+    limited = choose_limits(compute, blocks, states, needs, refused, streams)
     if shared and limited.streams(blocks):
         raise UserError(
             f"recipe {recipe.name} fits into {_allowed(compute)} with {limited.blocks_in_memory} of {blocks} blocks in "

@@ -54,8 +54,7 @@ def seal_bundle(context: Context, steps: dict[str, Step], failures: dict[str, st
     write_atomic(out / RECIPE, recipe.to_yaml())
     base = Provenance.read(context.checkpoint.path, recipe.model.source)
     write_cards(out, context.plan, recipe, base, heal_kv.healed(context))
-    context.note("hashing every file")
-    files = entries(out, {name for step in steps.values() for name in step.sizes})
+    files = entries(out, {name for step in steps.values() for name in step.sizes}, context.note)
     _drop_reports(out, files)
     _say_loss(out, context.plan.digest)
     manifest = Manifest(

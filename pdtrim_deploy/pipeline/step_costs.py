@@ -13,12 +13,12 @@ from typing import Any
 from pdtrim_deploy.local.compute import Compute
 from pdtrim_deploy.models.families import family_of
 from pdtrim_deploy.models.footprint import PROGRAM, Peak, read_bytes, weight_bytes
-from pdtrim_deploy.models.weights import ModelSizes, one_expert
+from pdtrim_deploy.models.weights import ModelSizes, one_expert, stored_bytes
 from pdtrim_deploy.pipeline.heal import needed
 from pdtrim_deploy.pipeline.heal_costs import fit_bytes, heal_flops, kv_flops, trained_bytes
 from pdtrim_deploy.plan import STAGES
 from pdtrim_deploy.plan.wire import ITEM_BYTES
-from pdtrim_deploy.pruning.cost import search_cost
+from pdtrim_deploy.pruning.cost import block_bytes, search_cost
 from pdtrim_deploy.pruning.expert_cost import expert_cost
 from pdtrim_deploy.recipe import Recipe
 from pdtrim_deploy.recipe.kv import FIXED_KV
@@ -167,12 +167,11 @@ class _Costs:
         return values * self.item + min(_LOGITS, 3 * 4 * sequences * tokens * self.sizes.vocabulary)
 
     def _passes(self, block_reads: float) -> float:
-        return block_reads * self.sizes.block * ITEM_BYTES[self.recipe.model.dtype]
+        return block_reads * block_bytes(self.config)
 
     def _stored(self, lost: int) -> float:
         """Bytes of a stage's checkpoint."""
-        item = ITEM_BYTES[self.recipe.model.dtype]
-        return float((self.sizes.total - lost * self.sizes.block) * item)
+        return float(stored_bytes(self.config, self.recipe.model.dtype, lost))
 
     def _healed(self) -> float:
         """Bytes of the tensors that differ from the model's, of one stage."""

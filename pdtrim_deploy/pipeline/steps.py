@@ -141,7 +141,7 @@ def _teacher(context: Context, model: Any, ids: Any) -> Teacher | None:
     if context.recipe.pruning.objective == "loss":
         return None
     context.note(f"predictions of the dense model on {len(ids)} sequences of {ids.shape[1]} tokens")
-    return Teacher.of(model, ids)
+    return Teacher.of(model, ids, note=context.note)
 
 
 def _students(context: Context, model: Any) -> tuple[Students, list[object]]:
@@ -181,5 +181,6 @@ def write_stage(context: Context, stage: Stage) -> set[str]:
         experts=plan.kept_experts(stage),
         missing=plan.missing(stage),
         files=[context.out / KEY_OFFSETS] if plan.key_offsets else [],
+        note=context.note,
     )
     return {stage}

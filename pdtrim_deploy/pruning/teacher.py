@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -34,10 +34,14 @@ class Teacher:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, model: CausalLM, ids: Tensor, top: int = TOP) -> Teacher:
+    def of(cls, model: CausalLM, ids: Tensor, top: int = TOP, note: Callable[[str], None] = lambda _: None) -> Teacher:
         """Of `ids`, int64 `[S, T]`: P is T - 1, and position t predicts token t + 1. The model runs once."""
         runner, parts = Blockwise(model), ids[:, :-1].split(_BATCH)
-        states = LayerRun(runner, parts).finish()
+        run = LayerRun(runner, parts)
+        while run.running:
+            run.advance()
+            note(f"predictions of the dense model: {run.layer}/{len(runner.layers)} blocks")
+        states = run.states
         most = model.lm_head.out_features - 1
         kept = [_likeliest(logits, min(top, most)) for hidden in states for logits in _logits(runner, hidden)]
         tokens, logprobs = (torch.cat(side).unflatten(0, (len(ids), -1)) for side in zip(*kept, strict=True))

@@ -14,6 +14,7 @@ from typing import get_args
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.local.machine import memory, numa_nodes
 from pdtrim_deploy.models.config import read_config
+from pdtrim_deploy.models.quantized import with_quantization
 from pdtrim_deploy.plan import NativeDtype
 from pdtrim_deploy.serving.spec import WorkerSpec
 from pdtrim_deploy.worker.memory import CHUNK_TOKENS, WorkerMemory, worker_memory
@@ -26,7 +27,7 @@ def memory_of(worker: WorkerSpec) -> WorkerMemory | None:
     """Of a CPU worker; None where no config.json tells the model's size; SGLang will say what is wrong with it."""
     options, chunk = worker.options, worker.options.chunked_prefill_size
     try:
-        config = read_config(worker.model_path / "config.json")
+        config = with_quantization(worker.model_path, read_config(worker.model_path / "config.json"))
     except UserError:
         return None
     dtype: NativeDtype = next((known for known in get_args(NativeDtype) if known == options.dtype), "float32")

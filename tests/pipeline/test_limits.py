@@ -71,6 +71,9 @@ def test_what_cannot_fit_is_one_sentence() -> None:
     trained = recipe.changed("test", "healing", decode_steps=2)
     with pytest.raises(UserError, match=r"\(step heal\), as training by gradients holds the whole model, and --memory"):
         fit_build(trained, config, Compute(host_bytes=24 * GB))
+    unknown = config | {"architectures": ["NoSuchForCausalLM"]}
+    with pytest.raises(UserError, match="as blocks of NoSuchForCausalLM cannot be read as they run"):
+        fit_build(recipe, unknown, Compute(host_bytes=24 * GB))
     with pytest.raises(UserError, match="Ray's workers hold whole models; build without --workers"):
         fit_build(recipe, config, Compute(host_bytes=24 * GB), shared=True)
 

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -168,8 +169,16 @@ class Measure:
         kinds = len(self._rows) + len(self._dtypes)
         changes = torch.zeros(1 + len(context) * kinds, len(error), device=error.device)
         changes[0] = error
+        depth, done = len(context), 0
+        total = sum(len(self._options_about(context, layer)) * (depth - layer) for layer in range(depth))
+
+        def ran(alternatives: int) -> None:
+            nonlocal done
+            done += alternatives
+            self._progress(f"{name}: alternatives through a layer: {done}/{total}")
+
         for layers in self._together(context, part.hidden):
-            for row, hidden in self._branches(part, context, inputs, layers, name):
+            for row, hidden in self._branches(part, context, inputs, layers, ran):
                 changes[row] = probe.change(hidden) - error
         return changes
 
@@ -186,19 +195,26 @@ class Measure:
             start = stop
 
     def _branches(
-        self, part: _Batch, context: tuple[KVSend, ...], inputs: Sequence[Tensor], layers: range, name: str
+        self,
+        part: _Batch,
+        context: tuple[KVSend, ...],
+        inputs: Sequence[Tensor],
+        layers: range,
+        ran: Callable[[int], None],
     ) -> Iterator[tuple[int, Tensor]]:
         """The row in `changes` and the last layer's output of every option of `layers`, each in its layer alone.
 
         All go through a layer before any goes through the next: a streamed layer is read once, and so is its KV. They
         are alternatives of one text (`Blockwise.embed`), so some share a call: less than half the time of one by one.
+        `ran` hears how many went through a layer.
         """
         kinds, decode = len(self._rows) + len(self._dtypes), self.problem.oracle.decode
         branches: dict[int, Tensor] = {}
         for layer in range(layers.start, len(context)):
             context_kv = self._kv(part, layer, context[layer])
             context_kv.move(decode.devices[decode.kv_layers[layer]])
-            for rows in _groups(list(branches), max(1, SIDE_BY_SIDE // part.hidden.shape[1])):
+            most = max(1, SIDE_BY_SIDE // part.hidden.shape[1])
+            for rows in _groups(list(branches), most, kinds):
                 hidden = torch.cat([branches[row] for row in rows], dim=1)
                 hidden = self._through(layer, hidden, self._span_of(len(rows), part), context_kv.fork())
                 branches |= zip(rows, hidden.chunk(len(rows), dim=1), strict=True)
@@ -206,8 +222,7 @@ class Measure:
                 for at, option in self._options_about(context, layer):
                     kv = self._kv(part, layer, option)
                     branches[1 + layer * kinds + at] = self._through(layer, inputs[layer], part.span, kv)
-            options = f"options of layers {layers.start + 1} to {layers.stop}"
-            self._progress(f"{name}, {options}: layer {layer + 1}/{len(context)}")
+            ran(len(branches))
         yield from branches.items()
 
     def _span_of(self, branches: int, part: _Batch) -> Span:
@@ -235,9 +250,13 @@ class _Batch:
     seed: int
 
 
-def _groups(rows: list[int], size: int) -> list[list[int]]:
-    """In order, so many in each, fewer in the last."""
-    return [rows[start : start + size] for start in range(0, len(rows), size)]
+def _groups(rows: list[int], size: int, kinds: int) -> list[list[int]]:
+    """Rows of one layer's options in order, so many in each group, fewer in a layer's last.
+
+    So whatever layers go side by side, the same rows share a call, and sums have the same order.
+    """
+    layers = [list(of_layer) for _, of_layer in groupby(rows, lambda row: (row - 1) // kinds)]
+    return [layer[start : start + size] for layer in layers for start in range(0, len(layer), size)]
 
 
 def _rows_of(send: KVSend) -> Rows:

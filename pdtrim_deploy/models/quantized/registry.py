@@ -45,6 +45,12 @@ def read_quantized(folder: Path, config: Mapping[str, Any]) -> Quantized | None:
         ) from None
 
 
+def with_quantization(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """`config` with the key `quantization_config`, also where another file of the folder has it; UserError as above."""
+    quantized = read_quantized(folder, config)
+    return config if quantized is None else {"quantization_config": {"quant_method": quantized.method}} | config
+
+
 def stored_weights(stage_dir: Path) -> str | None:
     """What a stage's weights are quantised in, as reports name it; None: they are not."""
     quantized = read_quantized(stage_dir, json.loads((stage_dir / "config.json").read_text()))

@@ -96,7 +96,7 @@ def convert(path: Path, out: Path, log: Log) -> None:
         return tensor
 
     elements = {name: int(t.n_elements) for name, t in tensors.items()}
-    write_shards(out, elements, get, getattr(torch, config["dtype"]))
+    write_shards(out, elements, get, getattr(torch, config["dtype"]), note=log)
     with _one_sentence(path):
         write_tokenizer(meta, out, path)
     (out / "config.json").write_text(json.dumps(config, indent=2))

@@ -22,4 +22,4 @@ def resolve(source: str, cache: Cache, log: Log = silent) -> Checkpoint:
     kind, colon, place = source.partition(":")
     if not colon or not place or kind not in SOURCES:
         raise UserError(f"{source!r} is no model source; use one of {', '.join(s.usage for s in SOURCES.values())}")
-    return open_checkpoint(SOURCES[kind].folder(place, cache, log), cache)
+    return open_checkpoint(SOURCES[kind].folder(place, cache, log), cache, log)

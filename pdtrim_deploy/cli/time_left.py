@@ -1,0 +1,48 @@
+"""The rate and the time left of work that tells how far it is: `redundancy: 12/30 blocks`, `3 of 8 sequences`."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+_COUNT = re.compile(r"(\d[\d,]*)(?:/| of )(\d[\d,]*)(?![\d.])")
+
+
+@dataclass
+class _Start:
+    label: str
+    done: int
+    at: float
+
+
+class TimeLeft:
+    """Reads lines of progress; counts of the same thing differ in their numbers alone."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock, self._start = clock, _Start("", 0, 0.0)
+
+    def of(self, line: str) -> str:
+        """`line`, and behind it the rate and the time left by the last count in it, once two lines have told it."""
+        counts = list(_COUNT.finditer(line))
+        if not counts:
+            return line
+        done, total = (int(number.replace(",", "")) for number in counts[-1].groups())
+        label, now = re.sub(r"\d[\d.,]*", "#", line) + f" {total}", self._clock()
+        if label != self._start.label or done < self._start.done:
+            self._start = _Start(label, done, now)
+            return line
+        ran, seconds = done - self._start.done, now - self._start.at
+        if not ran or seconds <= 0 or done > total:
+            return line
+        rate = ran / seconds
+        speed = f"{rate:.1f}/s" if rate >= 1 else f"{1 / rate:.1f} s each"
+        return f"{line} ({speed}, {_duration((total - done) / rate)} left)"
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"

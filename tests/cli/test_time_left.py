@@ -1,0 +1,43 @@
+"""Rate and time left, from the counts in lines of progress."""
+
+import pytest
+
+from pdtrim_deploy.cli.progress import Progress
+from pdtrim_deploy.cli.time_left import TimeLeft
+
+
+def lines_of(*timed):
+    times = iter([at for at, line in timed if "/" in line or " of " in line])
+    left = TimeLeft(lambda: next(times))
+    return [left.of(line) for _, line in timed]
+
+
+def test_the_last_count_of_a_line_tells_rate_and_time_left():
+    lines = lines_of(
+        (0, "effects, batch 1/2: 10/400 layers"), (2, "effects, batch 1/2: 30/400 layers"), (3, "loss 3.21 nats"),
+        (8, "effects, batch 1/2: 50/400 layers"),
+    )  # fmt: skip
+    assert lines[0] == "effects, batch 1/2: 10/400 layers"
+    assert lines[1] == "effects, batch 1/2: 30/400 layers (10.0/s, 37 s left)"
+    assert lines[2:] == ["loss 3.21 nats", "effects, batch 1/2: 50/400 layers (5.0/s, 70 s left)"]
+
+
+def test_other_work_begins_anew_and_slow_work_has_seconds_each():
+    lines = lines_of(
+        (0, "a: 1 of 9 texts"), (60, "a: 2 of 9 texts"), (61, "b: 1 of 9 texts"), (62, "b: 1 of 9 texts"),
+        (63, "a: 1 of 9 texts"), (64, "b: 12/9 texts"),
+    )  # fmt: skip
+    assert lines[1] == "a: 2 of 9 texts (60.0 s each, 7 min left)"
+    assert lines[2:] == ["b: 1 of 9 texts", "b: 1 of 9 texts", "a: 1 of 9 texts", "b: 12/9 texts"]
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_notes_of_a_step_have_it(terminal, capsys, monkeypatch):
+    monkeypatch.setattr("pdtrim_deploy.cli.progress.BETWEEN_NOTES_S", -1.0)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: terminal)
+    progress = Progress()
+    with progress.show("prune"):
+        progress.note("redundancy: 1/30 blocks")
+        progress.note("redundancy: 2/30 blocks")
+        assert " left)" in progress._last
+    assert ("s left)" in capsys.readouterr().err) or terminal
