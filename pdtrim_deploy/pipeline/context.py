@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -66,7 +67,8 @@ class Context:
 
     def forget_model(self) -> None:
         """Give its memory back, where it was loaded; whoever asks for it again loads it again."""
-        vars(self).pop("model", None)
+        if vars(self).pop("model", None) is not None:
+            gc.collect()  # a model's modules refer to one another
 
     @property
     def blocks_in_memory(self) -> int | None:
