@@ -42,7 +42,7 @@ TABLES = {
     "steptime": Table(("steptime",), pruning.steptime),
     "kvonly": Table(("kvonly",), pruning.kvonly),
     "prefilltime": Table(("prefilltime",), pruning.prefilltime),
-    "quality": Table(("quality",), quality.quality, optional=True),
+    "quality": Table(("quality",), quality.quality),
     "served": Table(("served",), serving.served),
     "engines": Table(("engines",), serving.engines),
     "compare": Table(("compare",), serving.compare),
