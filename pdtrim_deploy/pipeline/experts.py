@@ -8,7 +8,7 @@ from typing import Any
 from pdtrim_deploy.pipeline import texts
 from pdtrim_deploy.pipeline.chosen import EXPERTS, chosen_blocks
 from pdtrim_deploy.pipeline.context import Context, write_json
-from pdtrim_deploy.pipeline.stand_in import stand_in_rules
+from pdtrim_deploy.pipeline.stand_in import fixed_rules
 from pdtrim_deploy.plan import PDPlan
 from pdtrim_deploy.recipe.kv import FIXED_KV
 
@@ -51,7 +51,7 @@ def _with_known_rules(context: Context) -> PDPlan:
     section, plan = context.recipe.kv, chosen_blocks(context)
     if section.method not in FIXED_KV:
         return plan
-    rules = stand_in_rules(section, plan.model, len(plan.kv))
+    rules = fixed_rules(section, len(plan.kv))
     if section.measures_offsets:
         rules = tuple(send.model_copy(update={"wire_dtype": "native"}) for send in rules)
     return plan.with_kv(rules)

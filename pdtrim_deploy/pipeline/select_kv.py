@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pdtrim_deploy.bundle import PLAN, REPORTS, WORK, write_atomic
 from pdtrim_deploy.pipeline import heal
 from pdtrim_deploy.pipeline.context import Context, write_json
-from pdtrim_deploy.pipeline.stand_in import stand_in_rules
+from pdtrim_deploy.pipeline.stand_in import fixed_rules
 from pdtrim_deploy.plan import KVSend, PDPlan
 from pdtrim_deploy.plan.kv import KEY_OFFSETS
 from pdtrim_deploy.recipe.kv import FIXED_KV
@@ -36,7 +36,8 @@ def select_kv(context: Context) -> set[str]:
     less in the file of key offsets, and what that does to them in reports/key-offsets.json, if any can be quantised.
     """
     section, plan = context.recipe.kv, heal.blocks_plan(context)
-    plan = plan.with_kv(stand_in_rules(section, plan.model, len(plan.kv)))
+    if section.method in FIXED_KV:
+        plan = plan.with_kv(fixed_rules(section, len(plan.kv)))
     if section.method not in FIXED_KV or section.measures_offsets:
         plan = _looked_at(context, plan)
     sends = {block: send.model_dump() for block, send in zip(plan.decode_kv_blocks, plan.kv, strict=True)}

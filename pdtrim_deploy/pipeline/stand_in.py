@@ -22,41 +22,47 @@ from pdtrim_deploy.plan import (
 )
 from pdtrim_deploy.plan.wire import WIRE_DTYPES, packed_bytes
 from pdtrim_deploy.recipe import Recipe
-from pdtrim_deploy.recipe.kv import KVSection
+from pdtrim_deploy.recipe.kv import FIXED_KV, KVSection
 
 
 def stand_in(recipe: Recipe, shape: ModelShape, experts: ExpertShape | None = None) -> PDPlan:
     """With the last blocks removed, the first ones without sublayers, the first experts kept and the first layers cut.
 
+    Blocks with windows go before others, so that as many layers can be cut as any choice of blocks leaves.
+
     Raises:
-        UserError: head size and KV pool allow no wire dtype of the recipe, or no choice of options fits its budget.
+        UserError: head size and KV pool allow no wire dtype of the recipe, no choice of blocks and options fits its
+            byte budget, or it cuts more layers than attend to all tokens.
 
     """
     shape = shape.with_pool(recipe.kv.pool_dtype)
     _check_wire(recipe, shape)
-    pruning = recipe.pruning
-    blocks, left = shape.num_blocks, shape.num_blocks - pruning.decode_blocks
-    plan = PDPlan(
-        model=shape,
-        prefill=_without_sublayers(
-            actions(blocks, range(blocks - pruning.prefill_blocks, blocks)),
-            pruning.prefill_attentions,
-            range(pruning.decode_attentions, pruning.decode_attentions + pruning.prefill_mlps),
+    pruning, blocks = recipe.pruning, range(shape.num_blocks)
+    leaving = sorted(blocks, key=lambda block: (shape.window(block) is None, -block))[: pruning.decode_blocks]
+    staying = [block for block in blocks if block not in leaving]
+    plan = PDPlan.uncut(
+        shape,
+        _without_sublayers(
+            actions(len(blocks), leaving[: pruning.prefill_blocks]),
+            staying[: pruning.prefill_attentions],
+            staying[pruning.decode_attentions :][: pruning.prefill_mlps],
         ),
-        decode=_without_sublayers(
-            actions(blocks, range(left, blocks)),
-            pruning.decode_attentions,
-            range(pruning.decode_attentions, pruning.decode_sublayers),
+        _without_sublayers(
+            actions(len(blocks), leaving),
+            staying[: pruning.decode_attentions],
+            staying[pruning.decode_attentions :][: pruning.decode_mlps],
         ),
-        kv=stand_in_rules(recipe.kv, shape, left - pruning.decode_attentions),
     )
+    plan = plan.with_kv(_stand_in_rules(recipe.kv, plan))
     return plan.with_parts(experts=_first_experts(recipe, plan, experts))
 
 
-def _without_sublayers(whole: tuple[Action, ...], attentions: int, mlps: Collection[int]) -> tuple[Action, ...]:
-    """`whole` with the first so many blocks without attention, and those of `mlps` without MLP."""
+def _without_sublayers(
+    whole: tuple[Action, ...], attentions: Collection[int], mlps: Collection[int]
+) -> tuple[Action, ...]:
+    """`whole` with the blocks `attentions` without attention, and those of `mlps` without MLP."""
     return tuple(
-        WithoutAttention() if block < attentions else WithoutMLP() if block in mlps else action
+        WithoutAttention() if block in attentions else WithoutMLP() if block in mlps else action
         for block, action in enumerate(whole)
     )
 
@@ -104,7 +110,20 @@ def actions(blocks: int, removed: Collection[int]) -> tuple[Action, ...]:
     return tuple(Drop() if block in removed else Keep() for block in range(blocks))
 
 
-def stand_in_rules(section: KVSection, shape: ModelShape, layers: int) -> tuple[KVSend, ...]:
+def fixed_rules(section: KVSection, layers: int) -> tuple[KVSend, ...]:
+    """The rules of a method that looks at no model; `PDPlan.with_kv` says what they mean for blocks with windows."""
+    return ((_sparse if section.method == "all" else _full)(section),) * layers
+
+
+def _full(section: KVSection) -> KVSend:
+    return KVSend(wire_dtype=section.wire_dtype)
+
+
+def _sparse(section: KVSection) -> KVSend:
+    return KVSend(mode="sparse", n_first=section.n_first, n_last=section.n_last, wire_dtype=section.wire_dtype)
+
+
+def _stand_in_rules(section: KVSection, plan: PDPlan) -> tuple[KVSend, ...]:
     """The rules of a fixed method; for one that chooses, as many of each kind as it will give, in any order.
 
     How many a threshold or a largest loss will cut is not known: nothing is cut, an upper bound. A byte budget is
@@ -112,50 +131,58 @@ def stand_in_rules(section: KVSection, shape: ModelShape, layers: int) -> tuple[
     layers with windows all rows travel, and others are cut before them.
 
     Raises:
-        UserError: no choice of options fits the byte budget, or more layers are to be cut than attend to all tokens.
+        UserError: no choice of blocks and options fits the byte budget, or more layers are to be cut than attend to all
+            tokens, whatever blocks go.
 
     """
+    if section.method in FIXED_KV:
+        return fixed_rules(section, len(plan.kv))
     if section.reduction is not None:
-        return _within(section, section.reduction, shape, layers)
+        return _within(section, section.reduction, plan)
     if section.method == "budget":
-        return _mixed(shape, layers, 0, KVSend(), KVSend())
-    full = KVSend(wire_dtype=section.wire_dtype)
-    cut = {"none": 0, "all": layers}.get(section.method, section.sparse_layers)
-    cuttable = sum(shape.window(layer) is None for layer in range(layers))
-    if section.method != "all" and cut > cuttable:
+        return (KVSend(),) * len(plan.kv)
+    shape = plan.model
+    cuttable = min(sum(shape.window(block) is None for block in range(shape.num_blocks)), len(plan.kv))
+    if section.sparse_layers > cuttable:
         raise UserError(
-            f"kv.sparse_layers is {cut} but {cuttable} of decode's layers attend to all tokens, and a window's rows "
-            f"cannot be cut; allowed: {cuttable} at most"
+            f"kv.sparse_layers is {section.sparse_layers} but at most {cuttable} of decode's layers attend to all "
+            f"tokens, and a window's rows cannot be cut; allowed: {cuttable} at most"
         )
-    if not cut:
-        return _mixed(shape, layers, 0, full, full)
-    sparse = KVSend(mode="sparse", n_first=section.n_first, n_last=section.n_last, wire_dtype=section.wire_dtype)
-    return _mixed(shape, layers, cut, sparse, full)
+    return _mixed(plan, section.sparse_layers, _sparse(section), _full(section))
 
 
-def _mixed(shape: ModelShape, layers: int, count: int, less: KVSend, more: KVSend) -> tuple[KVSend, ...]:
+def _mixed(plan: PDPlan, count: int, less: KVSend, more: KVSend) -> tuple[KVSend, ...]:
     """`less` in `count` layers, those without windows before those with, and `more` in the others."""
-    first = set(sorted(range(layers), key=lambda layer: shape.window(layer) is not None)[:count])
-    return tuple(shape.rule(layer, less if layer in first else more) for layer in range(layers))
+    windowed = [plan.model.window(block) is not None for block in plan.decode_kv_blocks]
+    first = set(sorted(range(len(windowed)), key=windowed.__getitem__)[:count])
+    return tuple(less if layer in first else more for layer in range(len(windowed)))
 
 
-def _within(section: KVSection, reduction: float, shape: ModelShape, layers: int) -> tuple[KVSend, ...]:
-    """The largest mix that fits the byte budget; UserError when none does."""
+def _within(section: KVSection, reduction: float, plan: PDPlan) -> tuple[KVSend, ...]:
+    """The largest mix that fits the byte budget; the smallest where other blocks than the stand-in's would fit it.
+
+    Raises:
+        UserError: no choice of as many blocks fits it.
+
+    """
+    shape, tokens = plan.model, section.prompt_tokens
 
     def size(send: KVSend) -> int:
-        rows, first = send.rows(section.prompt_tokens), send.row_ranges(section.prompt_tokens)[0][0] == 0
+        rows, first = send.rows(tokens), send.row_ranges(tokens)[0][0] == 0
         return packed_bytes(send.wire_dtype, shape.row_dtype, shape.num_kv_heads, shape.head_dim, rows, first)
 
     options = [option for option in section.options() if option.suits(shape.head_dim, shape.pool_dtype)]
     wide, narrow = max(options, key=size), min((o for o in options if o.mode == "full"), key=size)
-    least, dense = min(options, key=size), PDPlan.dense(shape).dense_bytes(section.prompt_tokens)
+    least, dense = min(options, key=size), plan.dense_bytes(tokens)
+    smallest = sorted(min(size(shape.rule(b, option)) for option in options) for b in range(shape.num_blocks))
+    if (most := dense / sum(smallest[: len(plan.kv)])) < reduction:
+        raise UserError(
+            f"kv.reduction is {reduction:g} but the smallest options give at most {most:.2f}x at "
+            f"{tokens} prompt tokens; lower it, or add smaller sparse_choices or wire_choices"
+        )
     for more, less in ((wide, narrow), (narrow, least)):
-        for count in range(layers + 1):
-            rules = _mixed(shape, layers, count, less, more)
-            if sum(map(size, rules)) <= dense / reduction:
+        for count in range(len(plan.kv) + 1):
+            rules = _mixed(plan, count, less, more)
+            if plan.with_kv(rules).payload_bytes(tokens) <= dense / reduction:
                 return rules
-    most = dense / sum(map(size, _mixed(shape, layers, layers, least, least)))
-    raise UserError(
-        f"kv.reduction is {reduction:g} but the smallest options give at most {most:.2f}x at "
-        f"{section.prompt_tokens} prompt tokens; lower it, or add smaller sparse_choices or wire_choices"
-    )
+    return rules

@@ -91,11 +91,13 @@ def check_fits(plan: PDPlan, stage: Stage, pool: Any, tp_size: int) -> None:
     if reason := indivisible(model.num_kv_heads, tp_size):
         raise RuntimeError(f"pdtrim: {reason}: start with --tp-size {math.gcd(model.num_kv_heads, tp_size)}")
     shape = (len(held_heads(model.num_kv_heads, tp_size, 0)), model.head_dim)
-    if tuple(pool.k_buffer[0].shape[1:]) != shape or tuple(pool.v_buffer[0].shape[1:]) != shape:
-        raise RuntimeError(
-            f"pdtrim: the plan expects KV rows of {shape} (heads, head size), the pool has "
-            f"{tuple(pool.k_buffer[0].shape[1:])}"
-        )
+    for layer, sides in enumerate(zip(pool.k_buffer, pool.v_buffer, strict=True)):
+        for rows in sides:
+            if tuple(rows.shape[1:]) != shape:
+                raise RuntimeError(
+                    f"pdtrim: the plan expects KV rows of {shape} (heads, head size), the pool has "
+                    f"{tuple(rows.shape[1:])} in layer {layer}"
+                )
 
 
 def check_padding(plan: PDPlan, config: Any) -> None:

@@ -23,9 +23,13 @@ def by_hand(model, blocks):
     ids = torch.arange(3, 43).reshape(2, 20)
     hidden = model.model.embed_tokens(ids) * getattr(model.config, "embedding_multiplier", 1)  # Granite's
     positions = torch.arange(20)[None]
-    rope = model.model.rotary_emb(hidden, positions)
-    mask = torch.full((20, 20), float("-inf")).triu(1)[None, None].expand(2, 1, 20, 20)
     for block in blocks:
+        kind = model.config.layer_types[block] if model.config.model_type.startswith("gemma3") else None
+        rope = model.model.rotary_emb(hidden, positions, *([kind] if kind else []))  # Gemma-3's goes by kind
+        mask = torch.full((20, 20), float("-inf")).triu(1)
+        if kind == "sliding_attention":
+            mask += torch.full((20, 20), float("-inf")).tril(-model.config.sliding_window)
+        mask = mask[None, None].expand(2, 1, 20, 20)
         out = model.model.layers[block](hidden, attention_mask=mask, position_ids=positions, position_embeddings=rope)
         hidden = out[0] if isinstance(out, tuple) else out
     return model.lm_head(model.model.norm(hidden)) / getattr(model.config, "logits_scaling", 1)

@@ -230,6 +230,21 @@ def test_ranks_that_can_neither_divide_the_kv_heads_nor_copy_them_are_refused_by
         check_fits(plan, "decode", pool, ranks)
 
 
+@pytest.mark.parametrize("side", ["k_buffer", "v_buffer"])
+def test_a_later_layer_of_other_heads_than_the_plans_is_named(side):
+    import torch
+    from pdtrim_sglang.plan_source import check_fits
+
+    plan = PDPlan.dense(SHAPE)
+    rows = torch.zeros(2, SHAPE.num_kv_heads, SHAPE.head_dim)
+    buffers = {name: [rows] * SHAPE.num_blocks for name in ("k_buffer", "v_buffer")}
+    pool = SimpleNamespace(**buffers, dtype=getattr(torch, SHAPE.kv_dtype))
+    check_fits(plan, "decode", pool, 1)
+    buffers[side][-1] = rows[:, :1, :1]
+    with pytest.raises(RuntimeError, match=rf"the pool has \(1, 1\) in layer {SHAPE.num_blocks - 1}"):
+        check_fits(plan, "decode", pool, 1)
+
+
 @pytest.mark.parametrize(
     ("backend", "graph", "valid"),
     [

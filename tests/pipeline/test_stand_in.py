@@ -3,8 +3,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pdtrim_deploy.errors import UserError
-from pdtrim_deploy.pipeline.stand_in import caveat, stand_in
-from pdtrim_deploy.plan import KVSend, ModelShape
+from pdtrim_deploy.pipeline.stand_in import caveat, fixed_rules, stand_in
+from pdtrim_deploy.plan import Drop, Keep, KVSend, ModelShape, PDPlan
 from pdtrim_deploy.recipe import PruningSection, Recipe
 from pdtrim_deploy.recipe.kv import KVSection
 
@@ -62,3 +62,49 @@ def test_counts_that_are_known_are_shown_and_others_bounded(kv, cut, says):
     plan = plan_of(kv, 2)
     assert [send for send in plan.kv if send != KVSend()] == [CUT] * cut
     assert says in caveat(kv, plan)
+
+
+# As Gemma-3-270M: of 18 blocks, 5, 11 and 17 attend to all tokens.
+WINDOWS = tuple(None if block % 6 == 5 else 512 for block in range(18))
+WINDOWED = ModelShape(
+    architecture="X", fingerprint="f", num_blocks=18, num_kv_heads=1, head_dim=256, kv_dtype="bfloat16", windows=WINDOWS
+)
+
+
+def windowed_plan(decode_blocks, **kv):
+    pruning = PruningSection(prefill_blocks=decode_blocks // 2, decode_blocks=decode_blocks)
+    recipe = Recipe(name="a", model={"source": "pypi:x"}, kv=KVSection(**kv), pruning=pruning)
+    return stand_in(recipe, WINDOWED)
+
+
+def without(gone):
+    decode = tuple(Drop() if block in gone else Keep() for block in range(18))
+    return PDPlan.uncut(WINDOWED, (Keep(),) * 18, decode)
+
+
+@pytest.mark.parametrize("gone", [(), (0,), (3,), (5,), (17,), (1, 2, 3, 4, 6, 7)])
+def test_whatever_blocks_go_all_cuts_each_layer_that_attends_to_all_tokens(gone):
+    plan = without(gone)
+    plan = plan.with_kv(fixed_rules(KVSection(method="all", n_first=4, n_last=60), len(plan.kv)))
+    modes = {block: send.mode for block, send in zip(plan.decode_kv_blocks, plan.kv, strict=True)}
+    assert modes == {block: "window" if WINDOWS[block] else "sparse" for block in range(18) if block not in gone}
+
+
+@pytest.mark.parametrize(("decode_blocks", "most"), [(0, 3), (1, 3), (15, 3), (16, 2)])
+def test_as_many_layers_may_be_cut_as_any_choice_of_blocks_leaves(decode_blocks, most):
+    sizes = {"method": "measured-harm", "n_first": 4, "n_last": 60}
+    plan = windowed_plan(decode_blocks, sparse_layers=most, **sizes)
+    assert [send.mode for send in plan.kv].count("sparse") == most
+    with pytest.raises(UserError, match=rf"at most {most} of decode's layers attend to all tokens"):
+        windowed_plan(decode_blocks, sparse_layers=most + 1, **sizes)
+
+
+@pytest.mark.parametrize("last", [252, 1020])  # rows of a cut layer: fewer than a window has, and more
+@pytest.mark.parametrize("gone", [(5,), (5, 11), (5, 11, 17), (0, 1, 2)])
+def test_a_budget_is_refused_only_where_no_choice_of_blocks_fits_it(gone, last):
+    plan = without(gone)
+    least = plan.with_kv((KVSend(mode="sparse", n_first=4, n_last=last, wire_dtype="int4"),) * len(plan.kv))
+    kv = {"method": "budget", "sparse_choices": ((4, last),), "wire_choices": ("int8", "int4"), "prompt_tokens": 4096}
+    windowed_plan(len(gone), reduction=least.reduction(4096) - 1e-6, **kv)
+    with pytest.raises(UserError, match=r"kv.reduction is 30 but the smallest options give at most"):
+        windowed_plan(len(gone), reduction=30.0, **kv)

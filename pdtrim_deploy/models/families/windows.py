@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, PositiveInt
 from pdtrim_deploy.errors import UserError
 
 WINDOWED, FULL = "sliding_attention", "full_attention"
+_MOST = 10_000  # blocks: each gets an entry
 
 
 class Windows(BaseModel):
@@ -35,10 +36,15 @@ class Windows(BaseModel):
             UserError: config.json gives no window, or other kinds of layers.
 
         """
-        blocks, size = config["num_hidden_layers"], config.get("sliding_window")
+        blocks, size = config.get("num_hidden_layers"), config.get("sliding_window")
         every = config.get("sliding_window_pattern") or self.every
+        for key, value in (("num_hidden_layers", blocks), ("sliding_window_pattern", every)):
+            if type(value) is not int or not 1 <= value <= _MOST:
+                raise UserError(f"{where}: key {key} is {value!r}; it must be a whole number from 1 to {_MOST}")
         implied = [FULL if block % every == every - 1 else WINDOWED for block in range(blocks)]
         kinds = config.get("layer_types") or implied
+        if not isinstance(kinds, list) or not all(isinstance(kind, str) for kind in kinds):
+            raise UserError(f"{where}: key layer_types is {kinds!r}; it must be a list of {FULL} and {WINDOWED}")
         if len(kinds) != blocks or set(kinds) - {WINDOWED, FULL}:
             given = ", ".join(sorted(map(str, set(kinds))))
             raise UserError(

@@ -23,7 +23,7 @@ class Greedy:
         race_z: a candidate leaves when its loss exceeds the leader's, on the same tokens, by more than `race_z`
             standard errors of the mean paired difference (batch means of 32 tokens, at least 8 of them). At 3, a block
             that is in truth as good as the leader leaves so with probability about 0.001 at each look; halving and
-            laziness (`race`) may drop it too. None evaluates every candidate on everything: the exact argmin.
+            laziness (`race`) may drop it too. None evaluates every candidate on everything: the argmin, within `TIE`.
 
     """
 

@@ -1,6 +1,6 @@
 """One round of greedy: which block, gone too, costs the least? Asked of as little text and as few blocks as will do.
 
-Three rules keep it cheap; with `z` None none of them holds, and the answer is the exact argmin.
+Three rules keep it cheap; with `z` None none of them holds, and the answer is the argmin, within `TIE`.
 
 Lazy. A candidate's loss increase on the first batch is remembered from the round that measured it last. It is not
 measured again while that is surely above (`racing`, paired by token) what the best of this round's first few costs.

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.models import FAMILIES, resolve
+from pdtrim_deploy.models.families import known_family
 from pdtrim_deploy.models.families.base import EXPERT
 from pdtrim_deploy.models.families.disk_names import DiskNames
 from pdtrim_deploy.models.families.registry import read_family
@@ -166,3 +167,17 @@ def test_every_stacked_part_is_of_one_expert():
     for family in FAMILIES.values():
         for parts in family.blocks.experts.stacked.values() if family.blocks.experts else ():
             assert all(EXPERT in part for part in parts)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("num_hidden_layers", None), ("num_hidden_layers", "6"), ("num_hidden_layers", 10**12),
+        ("sliding_window_pattern", "LLG"), ("sliding_window_pattern", 2.5), ("layer_types", 6),
+        ("layer_types", [{"a": 1}] * 6),
+    ],
+)  # fmt: skip
+def test_a_config_whose_windows_make_no_sense_names_the_key(key, value):
+    config = {"num_hidden_layers": 6, "sliding_window": 8} | {key: value}
+    with pytest.raises(UserError, match=f"folder: key {key} is .* must be a"):
+        known_family("Gemma3ForCausalLM").block_windows(config, "folder")
