@@ -70,7 +70,10 @@ class _Costs:
 
     def all(self) -> dict[str, StepCost]:
         """In the order in which they run."""
-        recipe, costs = self.recipe, {"source": self._source(), "prune": self._prune()}
+        recipe, costs = self.recipe, {"source": self._source()}
+        if recipe.calibration.continuations != "text":
+            self._weights(whole=True)  # it writes the text that the next steps read
+        costs["prune"] = self._prune()
         if recipe.pruning.experts is not None:
             costs["experts"] = self._experts()
         if needed(recipe):

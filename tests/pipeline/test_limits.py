@@ -71,6 +71,9 @@ def test_what_cannot_fit_is_one_sentence() -> None:
     trained = recipe.changed("test", "healing", decode_steps=2)
     with pytest.raises(UserError, match=r"\(step heal\), as training by gradients holds the whole model, and --memory"):
         fit_build(trained, config, Compute(host_bytes=24 * GB))
+    speaks = recipe.changed("test", "calibration", continuations="greedy")
+    with pytest.raises(UserError, match=r"continuations greedy holds the whole model, and --memory .* set .* to text$"):
+        fit_build(speaks, config, Compute(host_bytes=24 * GB))
     unknown = config | {"architectures": ["NoSuchForCausalLM"]}
     with pytest.raises(UserError, match="as blocks of NoSuchForCausalLM cannot be read as they run"):
         fit_build(recipe, unknown, Compute(host_bytes=24 * GB))
