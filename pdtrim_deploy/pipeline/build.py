@@ -63,10 +63,11 @@ def steps_of(recipe: Recipe, fingerprint: str) -> tuple[BuildStep, ...]:
         chosen["judged"] = [*text, recipe.healing.enabled]
     prune = chained_key("", base | (chosen if recipe.pruning.decode_loses else {}))
     kept = chained_key(prune, experts.depends_on(dump)) if keeps_experts else prune
-    healed = chained_key(kept, heal.depends_on(dump)) if heal.needed(recipe) else kept
+    healed = chained_key(kept, heal.depends_on(recipe)) if heal.needed(recipe) else kept
     reads = recipe.kv.method not in FIXED_KV or recipe.kv.measures_offsets
     kv = chained_key(healed, [dump["kv"], dump["calibration"] if reads else None])
-    decode = chained_key(kv, [dump["healing"], dump["kv"], dump["calibration"]]) if recipe.healing.kv_steps else kv
+    trained = [recipe.healing.decides(trains=True), dump["kv"], dump["calibration"]]
+    decode = chained_key(kv, trained) if recipe.healing.kv_steps else kv
     before_healing = "experts" if keeps_experts else "prune"
     before_kv = "heal" if heal.needed(recipe) else before_healing
     before_decode = "heal-kv" if recipe.healing.kv_steps else "select-kv"

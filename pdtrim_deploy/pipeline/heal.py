@@ -19,6 +19,7 @@ from pdtrim_deploy.pipeline.chosen import chosen
 from pdtrim_deploy.pipeline.context import Context
 from pdtrim_deploy.plan import STAGES, KVOnly, PDPlan, Stage
 from pdtrim_deploy.recipe import Recipe
+from pdtrim_deploy.recipe.healing import HealingSection
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,7 +31,6 @@ HEALING = f"{REPORTS}/healing.json"
 _VERSION = 3  # of how weights are made
 _KV_ONLY_VERSION = 4  # the same where some blocks run for their K and V alone
 _TRAINING = 1  # version of training by gradients
-_TRAINS = ("method", "lora_rank", "regression", "sweep")  # keys that mean nothing without it
 
 Changed = Mapping[Stage, "BlockTensors"]
 
@@ -42,18 +42,16 @@ def needed(recipe: Recipe) -> bool:
     return pruned or bool(recipe.healing.kv_only_blocks)
 
 
-def depends_on(dump: Mapping[str, Any]) -> list[Any]:
-    """What the step depends on besides the one before; `dump` is the recipe's."""
-    return [dump["students"], _section(dump), dump["calibration"]]
+def depends_on(recipe: Recipe) -> list[Any]:
+    """What the step depends on besides the one before."""
+    dump = recipe.model_dump(mode="json")
+    return [dump["students"], _section(recipe.healing), dump["calibration"]]
 
 
-def _section(dump: Mapping[str, Any]) -> dict[str, Any]:
-    """The section on healing without what is done once KV is chosen, and what changes no weight."""
-    section = dump["healing"]
-    trains = section["prefill_steps"] or section["decode_steps"]
-    left_out = ("kv_steps", "gradient_checkpointing", *(() if trains else _TRAINS))
-    kept = {name: value for name, value in section.items() if name not in left_out}
-    return kept | ({"training": _TRAINING} if trains else {})
+def _section(section: HealingSection) -> dict[str, Any]:
+    """What the section decides, without what is done once KV is chosen."""
+    kept = {name: value for name, value in section.decides(trains=section.trains).items() if name != "kv_steps"}
+    return kept | ({"training": _TRAINING} if section.trains else {})
 
 
 def blocks_plan(context: Context) -> PDPlan:
@@ -106,10 +104,10 @@ def stage_pair(context: Context, plan: PDPlan | None = None, bounded: bool = Fal
 
 
 def _key(context: Context) -> str:
-    plan, dump = chosen(context), context.recipe.model_dump(mode="json")
+    plan, recipe = chosen(context), context.recipe
     read = [texts.digest(text(context)) for text in (texts.taught, texts.fitted)]
-    version = _KV_ONLY_VERSION if context.recipe.healing.kv_only_blocks else _VERSION
-    parts = [version, plan.digest, dump["students"], _section(dump), read]
+    version = _KV_ONLY_VERSION if recipe.healing.kv_only_blocks else _VERSION
+    parts = [version, plan.digest, recipe.students.model_dump(mode="json"), _section(recipe.healing), read]
     parts += [] if context.compute.dtype == "float32" else [context.compute.dtype]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 

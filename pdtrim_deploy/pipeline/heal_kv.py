@@ -56,7 +56,7 @@ def healed(context: Context) -> dict[Stage, list[dict[str, Any]]]:
 
 
 def _key(context: Context) -> str:
-    section, text = context.recipe.healing.model_dump(mode="json", exclude={"gradient_checkpointing"}), _text(context)
+    section, text = context.recipe.healing.decides(trains=True), _text(context)
     parts = [
         _VERSION,
         context.plan.digest,

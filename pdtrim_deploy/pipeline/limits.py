@@ -24,7 +24,8 @@ def fit_build(recipe: Recipe, config: Mapping[str, Any], compute: Compute, *, sh
 
     """
     compute = compute.with_dtype(recipe.model.measured_in)
-    streams = can_stream(config)
+    readable, speaks = can_stream(config), recipe.calibration.continuations != "text"
+    streams = readable and not speaks  # the model's own words are written by a whole model
     blocks, states = ModelSizes.of(config).blocks, max(recipe.pruning.memory_mb << 20, STATES)
 
     def needs(limited: Compute) -> Peak:
@@ -38,9 +39,15 @@ def fit_build(recipe: Recipe, config: Mapping[str, Any], compute: Compute, *, sh
         if _short(least.device, compute.device_bytes):
             parts.append(f"{gb(least.device)} of device memory (step {device})")
         trains = recipe.healing.gradient_steps > 0
-        why = ", as training by gradients holds the whole model" if trains else ""
-        why = why if streams else f", as blocks of {config['architectures'][0]} cannot be read as they run"
-        instead = "give more, or leave healing's steps out" if trains else "give more"
+        why, instead = "", "give more"
+        if not readable:
+            why = f", as blocks of {config['architectures'][0]} cannot be read as they run"
+        elif speaks:
+            why = f", as calibration.continuations {recipe.calibration.continuations} holds the whole model"
+            instead = "give more, or set calibration.continuations to text"
+        elif trains:
+            why = ", as training by gradients holds the whole model"
+            instead = "give more, or leave healing's steps out"
         return f"recipe {recipe.name} needs at least {' and '.join(parts)}{why}, and {_allowed(compute)}; {instead}"
 
     limited = choose_limits(compute, blocks, states, needs, refused, streams)

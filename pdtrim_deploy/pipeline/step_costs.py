@@ -70,7 +70,10 @@ class _Costs:
 
     def all(self) -> dict[str, StepCost]:
         """In the order in which they run."""
-        recipe, costs = self.recipe, {"source": self._source(), "prune": self._prune()}
+        recipe, costs = self.recipe, {"source": self._source()}
+        if recipe.calibration.continuations != "text":
+            self._weights(whole=True)  # it writes the text that the next steps read
+        costs["prune"] = self._prune()
         if recipe.pruning.experts is not None:
             costs["experts"] = self._experts()
         if needed(recipe):
@@ -114,9 +117,8 @@ class _Costs:
         cost = expert_cost(self.config, self.recipe.pruning, self.recipe.calibration)
         if cost is None:
             return self._step(0.0, flops=0.0)
-        copies = 0 if self._streams else self._kept_experts()
         running = self._running(4, self.recipe.calibration.length)
-        return self._step(self._weights() + copies + running, flops=cost.flops, reads=cost.reads)
+        return self._step(self._weights() + self._kept_experts() + running, flops=cost.flops, reads=cost.reads)
 
     def _heal(self) -> StepCost:
         recipe, sizes, healing = self.recipe, self.sizes, self.recipe.healing
@@ -183,10 +185,10 @@ class _Costs:
         return float(self.item * max(trained, refitted))
 
     def _kept_experts(self) -> float:
-        """Bytes of kept experts, of which each stage in memory has copies."""
+        """Bytes of kept experts, of which each stage in memory has copies; streamed ones are cut when they come."""
         section = self.recipe.pruning.experts
         shape = family_of(dict(self.config), self.recipe.model.source).expert_shape(self.config)
-        if section is None or shape is None:
+        if section is None or shape is None or self._streams:
             return 0.0
         counts = [section.count(stage, shape.count) for stage in STAGES if getattr(section, stage) is not None]
         blocks, each = self.sizes.blocks, one_expert(self.config, self.sizes.blocks - 1)

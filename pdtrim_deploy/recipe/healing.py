@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from pdtrim_deploy.plan import Stage
 from pdtrim_deploy.recipe.seed import Seed
@@ -14,6 +23,7 @@ CompensationMethod = Literal["none", "norm", "least-squares"]
 TrainingMethod = Literal["full", "lora"]
 COMPENSATION_METHODS: tuple[str, ...] = get_args(CompensationMethod)
 
+_TRAINS = ("method", "lora_rank", "regression", "sweep")  # keys that mean nothing without training by gradients
 _Minutes = Annotated[float, Field(gt=0)]
 
 
@@ -98,6 +108,15 @@ class HealingSection(_Section):
     length: Annotated[int, Field(ge=16)] = 256
     seed: Seed = 0
 
+    @model_serializer(mode="wrap")
+    def _used(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Dump later keys only where they are not the default: older recipes keep their digest."""
+        later = (*_TRAINS, "gradient_checkpointing")
+        fields = type(self).model_fields
+        return {
+            n: value for n, value in serialise(self).items() if n not in later or getattr(self, n) != fields[n].default
+        }
+
     @model_validator(mode="after")
     def _meaningful(self) -> HealingSection:
         trains = self.gradient_steps
@@ -115,6 +134,12 @@ class HealingSection(_Section):
                 f"since learning rates and the result are judged on sequences that are not trained on"
             )
         return self
+
+    def decides(self, *, trains: bool) -> dict[str, Any]:
+        """What weights depend on, as JSON; where gradients make them, with the values of training, defaults too."""
+        left_out = (*_TRAINS, "gradient_checkpointing")
+        kept = {name: value for name, value in self.model_dump(mode="json").items() if name not in left_out}
+        return kept | ({name: getattr(self, name) for name in _TRAINS} if trains else {})
 
     @property
     def judged(self) -> int:

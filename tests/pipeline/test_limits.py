@@ -55,6 +55,14 @@ def test_sizes_of_production_fit_a_host_and_one_gpu(name: str, host: int, device
         fit_build(recipe, config, Compute(("cuda:0",), device_bytes=4 * GB))
 
 
+def test_kept_experts_of_streamed_blocks_are_not_counted_twice() -> None:
+    recipe, config = recipe_and_config("qwen3-30b-a3b-experts")
+    limited = Compute(blocks_in_memory=1)
+    plain = recipe.model_copy(update={"pruning": recipe.pruning.model_copy(update={"experts": None})})
+    peaks = [step_costs(r, config, limited)["select-kv"].peak.host for r in (recipe, plain)]
+    assert peaks[0] == peaks[1]
+
+
 def test_hidden_states_shrink_where_one_block_is_too_much() -> None:
     recipe, config = recipe_and_config("llama-3.1-8b-pruned")
     least = highest(step_costs(recipe, config, Compute(blocks_in_memory=1))).host
@@ -71,6 +79,9 @@ def test_what_cannot_fit_is_one_sentence() -> None:
     trained = recipe.changed("test", "healing", decode_steps=2)
     with pytest.raises(UserError, match=r"\(step heal\), as training by gradients holds the whole model, and --memory"):
         fit_build(trained, config, Compute(host_bytes=24 * GB))
+    speaks = recipe.changed("test", "calibration", continuations="greedy")
+    with pytest.raises(UserError, match=r"continuations greedy holds the whole model, and --memory .* set .* to text$"):
+        fit_build(speaks, config, Compute(host_bytes=24 * GB))
     unknown = config | {"architectures": ["NoSuchForCausalLM"]}
     with pytest.raises(UserError, match="as blocks of NoSuchForCausalLM cannot be read as they run"):
         fit_build(recipe, unknown, Compute(host_bytes=24 * GB))

@@ -11,6 +11,7 @@ from pdtrim_deploy.pruning.healing import StateFile, heal, stage_reader
 from pdtrim_deploy.pruning.healing.losses import HiddenLoss, LogitLoss
 from pdtrim_deploy.pruning.healing.paired import PairedTest, Split
 from pdtrim_deploy.pruning.healing.stage_reader import StageReader
+from pdtrim_deploy.pruning.healing.training import Trainer
 from pdtrim_deploy.pruning.healing.weights import FullWeights, LoraWeights
 from pdtrim_deploy.pruning.students.regression import FROZEN
 from pdtrim_deploy.recipe.healing import HealingSection
@@ -285,8 +286,21 @@ def test_a_rate_whose_loss_is_no_number_is_not_chosen(monkeypatch):
 
     monkeypatch.setattr(HiddenLoss, "backward", backward)
     healed = heal(pair_of(tiny("Llama")), "prefill", text(12, 16), SECTION)
-    assert healed.training["sweep"]["0.001"] == float("inf")
+    assert healed.training["sweep"]["0.001"] is None  # JSON has no infinity
     assert healed.training["learning_rate"] == 0.003
+
+
+def test_a_rate_whose_divergence_is_no_number_is_not_chosen(monkeypatch):
+    calls = []
+
+    def divergence(self, plain=Trainer._divergence):
+        calls.append(1)
+        return float("nan") if len(calls) == 1 else plain(self)
+
+    monkeypatch.setattr(Trainer, "_divergence", divergence)
+    section = SECTION.model_copy(update={"regression": 0.0})
+    training = heal(pair_of(tiny("Llama")), "prefill", text(12, 16), section).training
+    assert (training["learning_rate"], training["sweep"]["0.001"]) == (0.003, None)
 
 
 def test_text_has_one_use():

@@ -235,6 +235,45 @@ def test_what_came_later_leaves_the_digest_of_recipes_without_it() -> None:
     assert [Recipe.model_validate(recipe.model_dump(mode="json")) for recipe in recipes] == recipes
 
 
+@pytest.mark.parametrize(
+    ("name", "digest"),
+    [
+        ("smollm2-balanced", "5e90f9336b9b"),
+        ("smollm2-demo", "1d1905f510c2"),
+        ("smollm2-dense", "5579346657d1"),
+        ("smollm2-headline", "6c12d408b12e"),
+        ("qwen3-30b-a3b-experts", "bcc02a69c1cb"),
+        ("llama-3.1-8b-pruned", "d1effbd1a9cb"),
+    ],
+)
+def test_shipped_recipes_keep_their_digests(name: str, digest: str) -> None:
+    """As they were before healing had a method, rates to try and gradient checkpointing."""
+    assert Recipe.load(RECIPES / f"{name}.yaml").digest.startswith(digest)
+
+
+@pytest.mark.parametrize(
+    "later",
+    [
+        {"method": "lora"},
+        {"lora_rank": 8},
+        {"regression": 0.5},
+        {"sweep": [1.0]},
+        {"gradient_checkpointing": True},
+    ],
+)
+def test_a_later_value_of_healing_is_in_the_digest_and_one_of_training_in_the_key(later: dict[str, object]) -> None:
+    def recipe(**healing: object) -> Recipe:
+        return Recipe(name="a", model={"source": "pypi:x"}, pruning={"decode_blocks": 1}, healing=healing)
+
+    plain, changed = recipe(decode_steps=2), recipe(decode_steps=2, **later)
+    assert changed.digest != plain.digest
+    assert Recipe.model_validate(changed.model_dump(mode="json")) == changed
+    keys = [r.healing.decides(trains=True) for r in (plain, changed)]
+    assert {"method", "lora_rank", "regression", "sweep"} <= set(keys[0])  # another default makes other weights
+    assert (keys[0] == keys[1]) == ("gradient_checkpointing" in later)
+    assert "sweep" not in changed.healing.decides(trains=False)
+
+
 def test_the_digest_tells_recipes_apart() -> None:
     model = {"source": "pypi:x"}
     assert (

@@ -79,7 +79,8 @@ class Trainer:
                 position.sweep = []
                 self._begin_run(self._trials)
                 break
-            position.sweep.append(self._divergence() if finite else math.inf)
+            divergence = self._divergence() if finite else math.inf
+            position.sweep.append(divergence if math.isfinite(divergence) else math.inf)
             self._note(f"{self._heading}: learning rate {rate:g}, KL {position.sweep[-1]:.4f} nats")
             self._begin_run(position.run + 1)
         tried = dict(zip(self._rates, position.sweep, strict=False))
@@ -91,7 +92,7 @@ class Trainer:
             self._save()
         return {
             "learning_rate": rate,
-            "sweep": {f"{r:g}": kl for r, kl in tried.items()},
+            "sweep": {f"{r:g}": kl if math.isfinite(kl) else None for r, kl in tried.items()},
             "phases": position.phases,
             "seconds": round(position.seconds, 1),
         }
