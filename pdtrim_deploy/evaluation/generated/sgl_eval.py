@@ -97,7 +97,9 @@ def _run(words: list[str], folder: Path, tell: Callable[[], None]) -> None:
 
 
 def _lines(folder: Path) -> list[str]:
-    return [line for file in folder.glob("out/*/output-rs0.jsonl") for line in file.read_text().splitlines()]
+    """JSON lines so far: ended by line feeds alone, since texts hold other line separators of Unicode unescaped."""
+    files = [file.read_text(encoding="utf-8", errors="replace") for file in folder.glob("out/*/output-rs0.jsonl")]
+    return [line for text in files for line in text.split("\n") if line.strip()]
 
 
 def _answer(task: GeneratedTask, question: Question, row: dict[str, Any]) -> Answer:

@@ -40,6 +40,37 @@ def test_an_answer_is_right_if_its_function_passes_the_tests(answer: str, right:
     assert humaneval.right(QUESTION, answer) is right
 
 
+FUNCTION = "def twice(x):\n    return floor(2 * x)\n"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        f"```Python\n{FUNCTION}```",
+        f"```python3\n{FUNCTION}```",
+        f"``` python\n{FUNCTION}```",
+        f"```python\n{FUNCTION}```\n".replace("\n", "\r\n"),
+        "1. So:\n   ```python\n   def twice(x):\n       return floor(2 * x)\n   ```\n",
+        f"```bash\npip install x\n```\nThen:\n```python\n{FUNCTION}```",
+        f"```python\n{FUNCTION}\nif __name__ == '__main__':\n    import unittest\n    unittest.main()\n```",
+        f"```python\n{FUNCTION}\nif __name__ == '__main__':\n    print(twice(float(input())))\n```",
+        f"```python\nfrom __future__ import annotations\n{FUNCTION}```",
+        f"Fill in:\n```python\ndef twice(x):\n    pass\n```\nThe whole:\n```python\n{FUNCTION}```",
+        f"```python\nimport atexit\natexit.register(print, 'bye')\n{FUNCTION}```",
+        f"```python\nimport io, sys\nsys.stdout = io.StringIO()\n{FUNCTION}```",
+        f"```python\nfrom __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass A:\n"
+        f"    x: int\n{FUNCTION}```",
+        "```python\ndef twice (x):\n    return floor(2 * x)\n```",
+    ],
+    ids=[
+        "capital", "version", "space", "CRLF", "indented", "other language", "unittest", "input", "future", "stub",
+        "atexit", "stdout", "dataclass", "space in def",
+    ],
+)  # fmt: skip
+def test_the_form_of_a_right_answer_does_not_matter(answer: str) -> None:
+    assert humaneval.right(QUESTION, answer)
+
+
 def test_the_tests_themselves_decide() -> None:
     assert passes(f"{PROBLEM}    return floor(2 * x)\n{TEST}\ncheck(twice)\n")
 
@@ -69,6 +100,9 @@ def test_own_questions(tmp_path: Path) -> None:
     )
     data = gsm8k.from_file(file)
     assert [(q.id, q.problem, q.expected) for q in data.questions] == [("1", "1 + 1?", "2"), ("b", "?", "x")]
+    file.write_text('\ufeff{"problem": "a\u2028b\u0085c", "expected_answer": "\u2029"}\r\n', encoding="utf-8")
+    (question,) = gsm8k.from_file(file).questions
+    assert (question.problem, question.expected) == ("a\u2028b\u0085c", "\u2029")
     for text, says in (
         ("", "holds no question"),
         ("{}", "own.jsonl:1 is no question"),

@@ -9,7 +9,7 @@ import pytest
 from answering import answering
 
 from pdtrim_deploy.errors import ServingError
-from pdtrim_deploy.evaluation.generated import TASKS
+from pdtrim_deploy.evaluation.generated import TASKS, sgl_eval
 from pdtrim_deploy.evaluation.generated.base import Question, QuestionSet
 from pdtrim_deploy.evaluation.generated.pairing import mcnemar
 from pdtrim_deploy.evaluation.generated.served import Pair
@@ -73,6 +73,15 @@ def test_a_question_without_an_answer_is_no_wrong_answer() -> None:
         pytest.raises(ServingError, match=r"1 of 5 questions of gsm8k got no answer, s-3 the first"),
     ):
         Pair(url, None, 4).judge(TASKS["gsm8k"], DATA, {})
+
+
+def test_a_text_may_hold_any_line_separator(tmp_path: Path) -> None:
+    file = tmp_path / "out" / "run" / "output-rs0.jsonl"
+    file.parent.mkdir(parents=True)
+    row = {"id": "a", "generation": "x\u2028y\u2029z\u0085"}
+    file.write_bytes((json.dumps(row, ensure_ascii=False) + "\n{").encode() + "é".encode()[:1])  # cut while written
+    lines = sgl_eval._lines(tmp_path)
+    assert (json.loads(lines[0]), len(lines)) == (row, 2)
 
 
 def test_mcnemar_is_exact() -> None:
