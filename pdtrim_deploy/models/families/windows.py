@@ -41,6 +41,7 @@ class Windows(BaseModel):
         for key, value in (("num_hidden_layers", blocks), ("sliding_window_pattern", every)):
             if type(value) is not int or not 1 <= value <= _MOST:
                 raise UserError(f"{where}: key {key} is {value!r}; it must be a whole number from 1 to {_MOST}")
+        assert isinstance(blocks, int)
         implied = [FULL if block % every == every - 1 else WINDOWED for block in range(blocks)]
         kinds = config.get("layer_types") or implied
         if not isinstance(kinds, list) or not all(isinstance(kind, str) for kind in kinds):
