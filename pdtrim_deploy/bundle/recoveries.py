@@ -45,13 +45,13 @@ def _entries(report: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _row(entry: dict[str, Any], report: str) -> Row:
-    loss = entry["measure"].startswith("nll")
+    least = entry.get("higher_is_better", not entry["measure"].startswith("nll"))
     recovery, gate = "none: dense scores 0", ""
     if entry["recovery"] is not None:
         recovery = f"{entry['recovery']:.4f}" + ("" if entry["stderr"] is None else f" ± {entry['stderr']:.4f}")
     if entry["gate"] is not None:
         kept = "passed" if entry["passed"] else "FAILED"
-        gate = f"{'at most' if loss else 'at least'} {entry['gate']:g}: {kept}"
+        gate = f"{'at least' if least else 'at most'} {entry['gate']:g}: {kept}"
     name = entry["task"] if entry["task"] == "perplexity" else f"{entry['task']}, {entry['measure']}"
     figures = (f"{entry['dense']:.4f}", f"{entry['score']:.4f}")
     return Row(name, str(entry["items"]), *figures, recovery, gate, report)

@@ -5,6 +5,7 @@ from statistics import stdev
 
 import pytest
 
+from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.evaluation.recovery import Recovery, leading
 from pdtrim_deploy.evaluation.tasks import TASKS
 from pdtrim_deploy.evaluation.tasks.base import Measured
@@ -52,6 +53,20 @@ def test_where_dense_scores_nothing_no_gate_is_kept():
     assert row.sentence() == "t: no recovery of acc, the dense model scores 0, gate at least 0.9: FAILED"
 
 
+def test_of_a_measure_of_which_less_is_better_a_gate_is_the_most():
+    dense, pd = (Measured("t", GROUPS, {"ter": (x,) * 4}, higher_is_better={"ter": False}) for x in (0.5, 0.6))
+    row = Recovery.of(dense, pd, {"t": 1.1})
+    assert (row.recovery, row.passed, Recovery.of(dense, pd, {"t": 1.3}).passed) == (pytest.approx(1.2), False, True)
+    assert "gate at most 1.1: FAILED" in row.sentence()
+
+
+def test_a_gate_needs_a_direction():
+    dense = Measured("t", GROUPS, {"ter": (0.5,) * 4})
+    assert Recovery.of(dense, dense, {}).higher_is_better is None
+    with pytest.raises(UserError, match="a gate for t, and whether more or less of ter is better is unknown"):
+        Recovery.of(dense, dense, {"t": 0.9})
+
+
 def test_a_single_question_has_no_error():
     one_text = [Measured("t", ("all",), {"nll": (value,)}) for value in (1.0, 1.1)]
     assert Recovery.of(*one_text, {}).stderr is None
@@ -64,6 +79,7 @@ def test_a_single_question_has_no_error():
         (("acc", "acc_norm"), "acc_norm"),
         (("exact_match,strict-match", "exact_match,flexible-extract"), "exact_match,strict-match"),
         (("bleu", "ter"), "bleu"),
+        (("nll", "acc"), "acc"),
     ],
 )
 def test_a_measure_stands_for_its_task(measures, expected):

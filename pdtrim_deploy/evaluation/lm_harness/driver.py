@@ -2,8 +2,8 @@
 
 A program, not a module of ours: it imports nothing of this project. It speaks lines of JSON. The first line of stdin is
 the job, `{"tasks", "include_path", "limit"}`. It writes `{"call": KIND, "requests": [...]}` for what the model must do
-and reads `{"results": [...]}`. Last it writes `{"samples": {NAME: {TASK: [...]}}}`, a group's tasks under its
-name, or `{"error": SENTENCE}`.
+and reads `{"results": [...]}`. Last it writes `{"samples": {NAME: {TASK: [...]}}, "higher_is_better":
+{TASK: {METRIC: true or false}}}`, a group's tasks under its name, or `{"error": SENTENCE}`.
 """
 
 from __future__ import annotations
@@ -73,13 +73,12 @@ def manager(names: list[str], include_path: str | None) -> TaskManager:
 
 
 def samples(job: dict[str, Any], channel: TextIO) -> dict[str, Any]:
-    """Samples as the harness logs them: of each name that was given, by task."""
+    """Samples as the harness logs them, of each name that was given, by task; and each metric's direction."""
     model, tasks = Remote(channel), manager(job["tasks"], job["include_path"])
     common = {"limit": job["limit"], "bootstrap_iters": 0, "log_samples": True, "verbosity": "ERROR"}
-    return {
-        name: simple_evaluate(model=model, tasks=[name], task_manager=tasks, **common)["samples"]
-        for name in job["tasks"]
-    }
+    results = {name: simple_evaluate(model=model, tasks=[name], task_manager=tasks, **common) for name in job["tasks"]}
+    directions = {task: higher for result in results.values() for task, higher in result["higher_is_better"].items()}
+    return {"samples": {name: result["samples"] for name, result in results.items()}, "higher_is_better": directions}
 
 
 def main() -> None:
@@ -87,7 +86,7 @@ def main() -> None:
     os.dup2(2, 1)  # what anything prints must not get among the messages
     job = json.loads(sys.stdin.readline())
     try:
-        send(channel, {"samples": samples(job, channel)})
+        send(channel, samples(job, channel))
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         send(channel, {"error": f"{reason[:400]}"})

@@ -64,7 +64,7 @@ class Harness:
                 elif "error" in message:
                     raise UserError(f"lm-eval: {message['error']}")
                 else:
-                    return self._written(message["samples"], samples)
+                    return self._written(message["samples"], message["higher_is_better"], samples)
             child.wait()
             log.seek(0)
             last = [text.strip() for text in log if text.strip()] or ["no output"]
@@ -92,10 +92,13 @@ class Harness:
             pipe.flush()
 
     @staticmethod
-    def _written(by_name: dict[str, dict[str, list[dict[str, Any]]]], folder: Path) -> list[Measured]:
+    def _written(
+        by_name: dict[str, dict[str, list[dict[str, Any]]]], higher: dict[str, dict[str, bool | None]], folder: Path
+    ) -> list[Measured]:
         results = []
         for name, by_task in by_name.items():
-            results.append(joined(PREFIX + name, {task: measured(task, samples) for task, samples in by_task.items()}))
+            of_tasks = {task: measured(task, samples, higher.get(task)) for task, samples in by_task.items()}
+            results.append(joined(PREFIX + name, of_tasks))
         folder.mkdir(parents=True, exist_ok=True)
         for task, samples in (item for by_task in by_name.values() for item in by_task.items()):
             lines = "".join(json.dumps(sample) + "\n" for sample in samples)

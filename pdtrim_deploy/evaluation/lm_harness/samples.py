@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from pdtrim_deploy.errors import UserError
@@ -11,8 +13,13 @@ _LIKELIHOODS = {"perplexity": "nll", "word_perplexity": "nll_word", "byte_perple
 """Metrics that the harness turns into perplexities of all questions -> the mean NLL of a question, in nats a unit."""
 
 
-def measured(task: str, samples: list[dict[str, Any]]) -> Measured:
-    """In the order of the questions. A metric behind several filters is named `METRIC,FILTER`.
+def measured(
+    task: str, samples: list[dict[str, Any]], higher_is_better: Mapping[str, bool | None] | None = None
+) -> Measured:
+    """In the order of the questions. A metric of several filters is named `METRIC,FILTER`.
+
+    Args:
+        higher_is_better: by metric, as the harness has it; not used of perplexities, whose place a loss takes.
 
     Raises:
         UserError: no metric is a number for each question, as F1 and others that only all questions have.
@@ -20,6 +27,7 @@ def measured(task: str, samples: list[dict[str, Any]]) -> Measured:
     """
     filters = dict.fromkeys(sample["filter"] for sample in samples)
     values: dict[str, tuple[float, ...]] = {}
+    higher: dict[str, bool] = {}
     for name in filters:
         rows = sorted((sample for sample in samples if sample["filter"] == name), key=lambda sample: sample["doc_id"])
         for metric in rows[0]["metrics"]:
@@ -27,9 +35,11 @@ def measured(task: str, samples: list[dict[str, Any]]) -> Measured:
             label = _LIKELIHOODS.get(metric, metric) + (f",{name}" if len(filters) > 1 else "")
             if (numbers := [number for number in column if number is not None]) and len(numbers) == len(rows):
                 values[label] = tuple(numbers)
+                if metric not in _LIKELIHOODS and (direction := (higher_is_better or {}).get(metric)) is not None:
+                    higher[label] = direction
     if not values:
         raise UserError(f"task {task} has no metric that is a number for each question; leave it out")
-    return Measured(task, ("all",) * len(next(iter(values.values()))), values)
+    return Measured(task, ("all",) * len(next(iter(values.values()))), values, higher_is_better=higher)
 
 
 def joined(name: str, by_task: dict[str, Measured]) -> Measured:
@@ -41,12 +51,15 @@ def joined(name: str, by_task: dict[str, Measured]) -> Measured:
     """
     results = list(by_task.values())
     if len(results) == 1:
-        return Measured(name, results[0].groups, results[0].values)
+        return replace(results[0], task=name)
     measures = [m for m in results[0].values if all(m in result.values for result in results)]
     if not measures:
         raise UserError(f"{name}: its tasks have no measure in common; name them one by one: {', '.join(by_task)}")
     groups = tuple(task for task, result in by_task.items() for _ in result.groups)
-    return Measured(name, groups, {m: tuple(v for result in results for v in result.values[m]) for m in measures})
+    values = {m: tuple(v for result in results for v in result.values[m]) for m in measures}
+    directions = {m: {result.higher_is_better.get(m) for result in results} for m in measures}
+    higher = {m: way for m, ways in directions.items() if len(ways) == 1 and (way := next(iter(ways))) is not None}
+    return Measured(name, groups, values, higher_is_better=higher)
 
 
 def _value(metric: str, value: Any) -> float | None:

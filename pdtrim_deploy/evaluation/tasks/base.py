@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
@@ -79,12 +79,14 @@ class Measured:
     """One plan's result: `values[measure][item]`; items of two results of one task are the same, in the same order.
 
     Items with the same number in `subjects` are one text judged several times; left out, every item is its own.
+    `higher_is_better` is of those measures alone whose source states it.
     """
 
     task: str
     groups: tuple[str, ...]
     values: dict[str, tuple[float, ...]]
     subjects: tuple[int, ...] = ()
+    higher_is_better: Mapping[str, bool] = field(default_factory=dict)
 
     def items(self, measure: str, group: str | None = None) -> list[float]:
         """One number per item, of one group or of all."""

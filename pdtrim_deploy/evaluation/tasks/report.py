@@ -14,7 +14,7 @@ from pdtrim_deploy.evaluation.limits import STREAMED_KV, fit_judging
 from pdtrim_deploy.evaluation.lm_harness import Harness
 from pdtrim_deploy.evaluation.lm_harness.scoring import HandOver
 from pdtrim_deploy.evaluation.quality import source_of
-from pdtrim_deploy.evaluation.recovery import Recovery
+from pdtrim_deploy.evaluation.recovery import Recovery, check_gate
 from pdtrim_deploy.evaluation.tasks.base import KV_TOKENS, Measured, Setting
 from pdtrim_deploy.evaluation.tasks.registry import check, prepare
 from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
@@ -104,7 +104,8 @@ def judge_tasks(
         harness: tasks of lm-eval besides; each question and its answers go to `reports/lm_eval/{dense,pd}`.
 
     Raises:
-        UserError: an unknown task, one that does not fit the model or its data, or what `judge_bundle` raises.
+        UserError: a gate of a measure whose direction is unknown, an unknown task, one that does not fit the model or
+            its data, or what `judge_bundle` raises.
 
     """
     from pdtrim_deploy.models.loading import load_tokenizer
@@ -135,6 +136,8 @@ def judge_tasks(
         return results + harness.measure(oracle, tokenizer, samples, lambda line: note(f"{who} lm-eval: {line}"))
 
     dense = measured("dense", whole)
+    for result in dense:
+        check_gate(result, bundle.recipe.quality)
     del model, whole, setting
     prefill, decode = (load_to_compute(stage, bundle.stage_dir(stage), dtype, note, compute) for stage in STAGES)
     stages = PDOracle(prefill, decode, plan, KeyOffsets.read(bundle.prefill_dir, plan))

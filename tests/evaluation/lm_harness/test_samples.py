@@ -28,6 +28,15 @@ def test_perplexities_are_nats_a_unit_of_each_question() -> None:
     assert measured("t", [sample(0, perplexity=-2.5)]).values == {"nll": (2.5,)}
 
 
+def test_the_direction_of_a_metric_is_kept_where_all_tasks_of_a_group_have_it() -> None:
+    rows = [sample(0, "a", ter=1.0, perplexity=-1.0), sample(0, "b", ter=0.0)]
+    result = measured("t", rows, {"ter": False, "perplexity": False, "f1": None})
+    assert result.higher_is_better == {"ter,a": False, "ter,b": False}
+    assert joined("g", {"t": result}).higher_is_better == result.higher_is_better
+    first, second = (measured("t", [sample(0, x=1.0, y=1.0)], {"x": True, "y": way}) for way in (True, False))
+    assert joined("g", {"a": first, "b": second}).higher_is_better == {"x": True}
+
+
 def test_a_task_without_a_number_for_each_question_is_refused() -> None:
     with pytest.raises(UserError, match="task t has no metric that is a number for each question"):
         measured("t", [sample(0, f1=[1, 0])])
