@@ -36,7 +36,8 @@ class Windows(BaseModel):
             UserError: config.json gives no window, or other kinds of layers.
 
         """
-        blocks, size = config.get("num_hidden_layers"), config.get("sliding_window")
+        blocks: Any = config.get("num_hidden_layers")
+        size = config.get("sliding_window")
         every = config.get("sliding_window_pattern") or self.every
         for key, value in (("num_hidden_layers", blocks), ("sliding_window_pattern", every)):
             if type(value) is not int or not 1 <= value <= _MOST:
