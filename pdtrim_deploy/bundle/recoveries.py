@@ -53,5 +53,6 @@ def _row(entry: dict[str, Any], report: str) -> Row:
         kept = "passed" if entry["passed"] else "FAILED"
         gate = f"{'at least' if least else 'at most'} {entry['gate']:g}: {kept}"
     name = entry["task"] if entry["task"] == "perplexity" else f"{entry['task']}, {entry['measure']}"
-    figures = (f"{entry['dense']:.4f}", f"{entry['score']:.4f}")
-    return Row(name, str(entry["items"]), *figures, recovery, gate, report)
+    # JSON has no NaN: it is null there.
+    dense, score = ("nan" if entry[key] is None else f"{entry[key]:.4f}" for key in ("dense", "score"))
+    return Row(name, str(entry["items"]), dense, score, recovery, gate, report)

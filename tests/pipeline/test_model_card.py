@@ -160,6 +160,8 @@ def test_recoveries_of_all_reports_of_this_plan_stand_in_a_table(written: Path) 
     assert "| perplexity | 8 | 20.0000 | 21.0000 | 1.0500 ± 0.0100 |  | eval.json |\n" in text
     assert "| perplexity | 8 | 20.0000 | 21.0000 | 1.0500 |  | tasks.json |\n" in text
     assert "| gsm8k, right | 8 | 0.5000 | 0.4000 | 0.8000 ± 0.0100 | at least 0.95: FAILED | served.json |\n" in text
+    broken = {"recovery": row | {"dense": None, "score": None, "recovery": None}, "plan_digest": PLAN.digest}
+    (reports / "eval.json").write_text(json.dumps(broken))  # NaN is null in JSON
     (reports / "served.json").write_text(json.dumps(files["served"] | {"plan_digest": "another"}))
     model_card.refresh_recoveries(written, PLAN.digest)
     assert "gsm8k" not in (written / "prefill" / "README.md").read_text()

@@ -75,8 +75,9 @@ class Answers:
         else:
             kept = context.rstrip()
             whole = self._ids(context + continuation, self._start)
-            length = len(self._ids(kept, self._start)) if kept else 0
-            pair = (whole[:length], whole[length:]) if length else ((self._prefix,), whole)
+            # The context by itself, as HFLM has it: a merge across the border makes other tokens of the whole.
+            before = self._ids(kept, self._start) if kept else ()
+            pair = (before, whole[len(before) :]) if before else ((self._prefix,), whole)
         first, second = pair
         if not 1 <= len(second) <= self._room:
             raise UserError(

@@ -92,8 +92,10 @@ class _Text:
             self.ended = True
             return
         self._ids.append(token)
-        self.text = self._tokenizer.decode(self._ids, skip_special_tokens=True)
-        stops = [at for stop in self._request.until if stop and (at := self.text.find(stop)) >= 0]
+        # Stop strings may be special tokens, which the text itself is without.
+        raw, self.text = (self._tokenizer.decode(self._ids, skip_special_tokens=skip) for skip in (False, True))
+        stops = [(at, stop) for stop in self._request.until if stop and (at := raw.find(stop)) >= 0]
         if stops:
-            self.text = self.text[: min(stops)]
+            inside = [at for _, stop in stops if (at := self.text.find(stop)) >= 0]
+            self.text = self.text[: min(inside, default=None)]
         self.ended = bool(stops) or len(self._ids) == self._request.most_tokens

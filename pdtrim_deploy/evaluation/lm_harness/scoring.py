@@ -7,12 +7,14 @@ token touches decode and the transfer too. A context of one token leaves nothing
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, TypeAlias
 
 import torch
 
+from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.evaluation.tasks.base import KV_TOKENS, Part
 from pdtrim_deploy.evaluation.tasks.judge import judge
 from pdtrim_deploy.models.oracle import PDOracle
@@ -37,6 +39,10 @@ def loglikelihoods(
     """For each context and continuation (a token at least, each): the sum in nats, and whether it is the greedy text.
 
     Continuations of equal prompts are branches of one prefill; prompts of equal length share a batch.
+
+    Raises:
+        UserError: a sum is not a number, or infinite.
+
     """
     results: dict[int, tuple[float, bool]] = {}
     for batch in _batches([(*split(context, hand_over), continuation) for context, continuation in pairs]):
@@ -50,6 +56,10 @@ def loglikelihoods(
                 likeliest = judgement.top[item, branch, judged].tolist()
                 results[number] = total, likeliest == list(text)
         note(f"{len(results)}/{len(pairs)} continuations")
+    if broken := sum(not math.isfinite(total) for total, _ in results.values()):
+        raise UserError(
+            f"{broken} of {len(pairs)} likelihoods are not finite; load the model in float32 or check its weights"
+        )
     return [results[number] for number in range(len(pairs))]
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from tinypd import BLOCKS, SPARSE, make_oracle, make_plan, text, tiny
 
+from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.evaluation.lm_harness import generation, scoring
-from pdtrim_deploy.evaluation.lm_harness.answers import halves
+from pdtrim_deploy.evaluation.lm_harness.answers import Answers, halves
 from pdtrim_deploy.evaluation.lm_harness.generation import TextRequest, texts
 from pdtrim_deploy.evaluation.lm_harness.scoring import loglikelihoods
 from pdtrim_deploy.models.oracle import PDOracle
@@ -110,6 +113,50 @@ def test_each_text_ends_by_itself() -> None:
     end = next(token for token in full[1:] if token != full[0])
     oracle.decode_model.config.eos_token_id = [end]
     assert texts(oracle, Words(), requests[:1], "served") == ["".join(words[: full.index(end)])]
+
+
+class Marked(Words):
+    """Its even tokens are special: a text without them has the odd ones alone."""
+
+    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        return "".join(f"{number}." for number in ids if number % 2 or not skip_special_tokens)
+
+
+def test_a_special_token_stops_a_text() -> None:
+    request = TextRequest((1,), ("7.", " 4."), 9)
+    for ids, expected in (((3, 4), "3."), ((3, 2, 7), "3."), ((3, 5, 8), "3.5.")):
+        text = generation._Text(Marked(), replace(request, until=(f"{ids[-1]}.",)), ())
+        for token in ids:
+            assert not text.ended
+            text.add(token)
+        assert (text.text, text.ended) == (expected, True)
+
+
+class Merging:
+    """One token a letter, but `ab` is one: what stands at a border may merge."""
+
+    bos_token_id, eos_token_id, eos_token = 0, 0, "$"
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        return [99 if part == "ab" else ord(part) - 60 for part in re.findall("ab|.", text)]
+
+    def decode(self, ids: list[int]) -> str:
+        return "$"
+
+
+def test_a_border_that_a_merge_crosses_is_the_harness_s() -> None:
+    answers = Answers(cut(), Merging(), None, print)
+    x, a, c = (ord(letter) - 60 for letter in "xac")
+    assert answers._pair("xa", "bc") == ((x, a), (c,))  # x, ab, c has two tokens of context
+    assert answers._pair("x", "ab") == ((x,), (99,))
+
+
+def test_likelihoods_that_are_no_numbers_are_refused() -> None:
+    oracle = cut()
+    with torch.no_grad():
+        oracle.prefill_model.get_input_embeddings().weight.fill_(float("nan"))
+    with pytest.raises(UserError, match="1 of 1 likelihoods are not finite"):
+        loglikelihoods(oracle, PAIRS[:1], "decode")
 
 
 def test_ends_are_those_of_tokenizer_and_both_configs() -> None:
