@@ -1,4 +1,8 @@
-"""What a bundle keeps of the dense model's scores, as its reports say."""
+"""What a bundle keeps of the dense model's scores, as its reports say.
+
+A report holds the tasks of the last command that wrote it. `recoveries.json` beside them keeps the last row of every
+task, so that a gate that failed does not vanish when another task is measured.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,9 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pdtrim_deploy.bundle.bundle import write_atomic
+
+KEPT = "recoveries.json"
 SOURCES = ("eval", "tasks", "served")
 """Reports that hold recoveries, by file stem."""
 
@@ -26,16 +33,34 @@ HEAD = Row("task", "items", "dense", "this bundle", "recovery ± standard error"
 
 
 def recoveries(reports: Path, plan_digest: str) -> list[Row]:
-    """Of each report of this plan that is there; of perplexity recovery is the ratio, where less is better."""
-    rows = []
+    """Of each task of this plan that was measured; of perplexity recovery is the ratio, where less is better."""
+    entries = [(source, entry) for source in SOURCES for entry in _known(reports, plan_digest)[source].values()]
+    return [_row(entry, f"{source}.json") for source, entry in entries]
+
+
+def keep_recoveries(reports: Path, plan_digest: str) -> None:
+    """Write `recoveries.json` from what it held of this plan and what the reports say now, if anything."""
+    known = _known(reports, plan_digest)
+    if any(known.values()):
+        write_atomic(reports / KEPT, json.dumps({"plan_digest": plan_digest, "tasks": known}, indent=1) + "\n")
+
+
+def _known(reports: Path, plan_digest: str) -> dict[str, dict[str, dict[str, Any]]]:
+    """By report and task, the last entry."""
+    kept = _of_plan(reports / KEPT, plan_digest).get("tasks", {})
+    known = {source: dict(kept.get(source, {})) for source in SOURCES}
     for source in SOURCES:
-        try:
-            report = json.loads((reports / f"{source}.json").read_text())
-        except (FileNotFoundError, ValueError):
-            continue
-        if report.get("plan_digest") == plan_digest:
-            rows += [_row(entry, f"{source}.json") for entry in _entries(report)]
-    return rows
+        known[source] |= {entry["task"]: entry for entry in _entries(_of_plan(reports / f"{source}.json", plan_digest))}
+    return known
+
+
+def _of_plan(path: Path, plan_digest: str) -> dict[str, Any]:
+    """A report; empty where there is none of this plan."""
+    try:
+        report: dict[str, Any] = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return report if report.get("plan_digest") == plan_digest else {}
 
 
 def _entries(report: dict[str, Any]) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ import yaml
 
 from pdtrim_deploy import __version__
 from pdtrim_deploy.bundle import CARD, REPORTS, write_atomic
-from pdtrim_deploy.bundle.recoveries import HEAD, recoveries
+from pdtrim_deploy.bundle.recoveries import HEAD, keep_recoveries, recoveries
 from pdtrim_deploy.models.provenance import Provenance
 from pdtrim_deploy.pipeline import model_card_parts as parts
 from pdtrim_deploy.plan import STAGES, PDPlan, Stage
@@ -42,6 +42,7 @@ def refresh_cards(bundle: Path, quality: Quality) -> None:
 
 def refresh_recoveries(bundle: Path, plan_digest: str) -> None:
     """Put what `reports/` say of this plan's recovery into both cards, where there are cards."""
+    keep_recoveries(bundle / REPORTS, plan_digest)
     rows = recoveries(bundle / REPORTS, plan_digest)
     lines = ["| " + " | ".join(row) + " |" for row in (HEAD, ("---",) * len(HEAD), *rows)] if rows else []
     _refresh(bundle, TABLE, "\n".join(lines))

@@ -162,8 +162,13 @@ def test_recoveries_of_all_reports_of_this_plan_stand_in_a_table(written: Path) 
     assert "| gsm8k, right | 8 | 0.5000 | 0.4000 | 0.8000 ± 0.0100 | at least 0.95: FAILED | served.json |\n" in text
     broken = {"recovery": row | {"dense": None, "score": None, "recovery": None}, "plan_digest": PLAN.digest}
     (reports / "eval.json").write_text(json.dumps(broken))  # NaN is null in JSON
-    (reports / "served.json").write_text(json.dumps(files["served"] | {"plan_digest": "another"}))
+    humaneval = {"tasks": [{"recovery": gsm8k | {"task": "humaneval", "passed": True}}], "plan_digest": PLAN.digest}
+    (reports / "served.json").write_text(json.dumps(humaneval))  # another task by another command
     model_card.refresh_recoveries(written, PLAN.digest)
+    text = (written / "prefill" / "README.md").read_text()
+    assert "| gsm8k, right | 8 | 0.5000 | 0.4000 | 0.8000 ± 0.0100 | at least 0.95: FAILED | served.json |\n" in text
+    assert "at least 0.95: passed | served.json |\n" in text
+    model_card.refresh_recoveries(written, "another plan's digest")
     assert "gsm8k" not in (written / "prefill" / "README.md").read_text()
 
 
