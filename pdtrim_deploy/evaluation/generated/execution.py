@@ -1,6 +1,6 @@
 """Programs that a model wrote, run in a child: little CPU time, memory and disk, no network, a folder of its own.
 
-That is against accidents, not against attacks: a child reads what its user may read.
+That is against accidents, not against attacks: a child reads, writes and deletes what its user may.
 """
 
 from __future__ import annotations
@@ -48,7 +48,10 @@ def passes(*parts: str, cpu_s: int = CPU_S, wall_s: float = WALL_S) -> bool:
             except subprocess.TimeoutExpired:
                 return False
             finally:
-                with contextlib.suppress(ProcessLookupError):  # what it started, too
+                child.terminate()  # it kills what it started
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    child.wait(5)
+                with contextlib.suppress(ProcessLookupError):
                     os.killpg(child.pid, signal.SIGKILL)
                 child.wait()
         return code == 0 and end.encode() in out.read_bytes().split(b"\n")

@@ -48,3 +48,13 @@ def test_it_runs_apart(tmp_path: Path) -> None:
         unreachable = f"import socket\ntry:\n    {connects}\nexcept OSError:\n    pass\nelse:\n    raise SystemExit(1)"
         assert passes(unreachable.replace("PORT", port))
     assert passes(names)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="orphans are adopted on Linux")
+@pytest.mark.parametrize(("rest", "right"), [("pass", True), ("time.sleep(60)", False)], ids=["ends", "is ended"])
+def test_what_it_starts_in_another_session_ends_with_it(tmp_path: Path, rest: str, right: bool) -> None:
+    noted = tmp_path / "pid"
+    starts = "child = subprocess.Popen(['/bin/sleep', '60'], start_new_session=True)"
+    notes = f"open({str(noted)!r}, 'w').write(str(child.pid))"
+    assert passes(f"import subprocess, time\n{starts}\n{notes}\n{rest}", wall_s=30.0 if right else 5.0) is right
+    assert not Path("/proc", noted.read_text()).exists()
