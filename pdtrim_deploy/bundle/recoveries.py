@@ -70,7 +70,7 @@ def _entries(report: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _row(entry: dict[str, Any], report: str) -> Row:
-    least = entry.get("higher_is_better", not entry["measure"].startswith("nll"))
+    least = entry["higher_is_better"]
     recovery, gate = "none: dense scores 0", ""
     if entry["recovery"] is not None:
         recovery = f"{entry['recovery']:.4f}" + ("" if entry["stderr"] is None else f" ± {entry['stderr']:.4f}")

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
+from click.core import ParameterSource
 
 from pdtrim_deploy.cli import options
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.recipe.seed import MOST_SEED
 
-if TYPE_CHECKING:
-    pass
-
-OF_BUNDLES = ("include_path", "hand_over", "corpus", "sequences", "seed", "compute_dtype")
+OF_BUNDLES = (
+    "include_path", "hand_over", "corpus", "sequences", "seed", "compute_dtype", "device", "memory", "device_memory",
+)  # fmt: skip
 OF_URLS = ("against", "of_bundle", "questions", "max_tokens", "concurrency", "out", "allow_remote")
 
 
@@ -84,7 +83,7 @@ def evaluate(context: click.Context, target: str, tasks: str | None, **rest: obj
     """
     served = "://" in target
     for name in OF_BUNDLES if served else OF_URLS:
-        if rest[name] not in (None, False):
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
             option = "--bundle" if name == "of_bundle" else f"--{name.replace('_', '-')}"
             kinds = ("bundles", "a URL") if served else ("URLs", "a bundle")
             raise UserError(f"{option} is for {kinds[0]}, but {target} is {kinds[1]}; leave it out")

@@ -12,7 +12,7 @@ from pdtrim_deploy.cli import options
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.local.compute import Compute
-from pdtrim_deploy.recipe.gates import SERVED_TASKS
+from pdtrim_deploy.recipe.gates import LM_EVAL, SERVED_TASKS
 
 if TYPE_CHECKING:
     from pdtrim_deploy.evaluation.lm_harness import Harness
@@ -107,12 +107,12 @@ def _tasks(
     tasks: str, include_path: Path | None, items: int | None, hand_over: HandOver | None
 ) -> tuple[list[str], Harness | None]:
     """Our tasks of `--tasks`, each once, and those of lm-eval; UserError for one of ours that does not exist."""
-    from pdtrim_deploy.evaluation.lm_harness import PREFIX, Harness
+    from pdtrim_deploy.evaluation.lm_harness import Harness
     from pdtrim_deploy.evaluation.tasks.registry import check
 
     names = list(dict.fromkeys(name.strip() for name in tasks.split(",")))
-    theirs = tuple(name.removeprefix(PREFIX) for name in names if name.startswith(PREFIX))
-    ours = [name for name in names if not name.startswith(PREFIX)]
+    theirs = tuple(name.removeprefix(LM_EVAL) for name in names if name.startswith(LM_EVAL))
+    ours = [name for name in names if not name.startswith(LM_EVAL)]
     for name in ours:
         if name in SERVED_TASKS:
             raise UserError(

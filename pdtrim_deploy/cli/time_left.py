@@ -24,9 +24,12 @@ class TimeLeft:
         self._clock, self._start = clock, _Start("", 0, 0.0)
 
     def of(self, line: str) -> str:
-        """`line`, and behind it the rate and the time left by the last count in it, once two lines have told it."""
+        """`line`, and behind it the rate and the time left by the last count in it, once two lines have told it.
+
+        A line that ends with the time left, as steps that have a limit of minutes know it, stays as it is.
+        """
         counts = list(_COUNT.finditer(line))
-        if not counts:
+        if not counts or line.endswith(" left"):
             return line
         done, total = (int(number.replace(",", "")) for number in counts[-1].groups())
         label, now = re.sub(r"\d[\d.,]*", "#", line) + f" {total}", self._clock()

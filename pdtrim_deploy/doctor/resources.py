@@ -138,7 +138,7 @@ def _by_step(estimate: Needs) -> Iterator[Finding]:
         parts = [f"{gb(cost.peak.host)} of memory"]
         parts += [f"{gb(cost.peak.device)} on {estimate.compute.names}"] if cost.peak.device else []
         parts += [f"{gb(cost.disk)} of files"] if cost.disk else []
-        parts += [f"{cost.flops / 1e12:,.1f} TFLOP"] if cost.flops else []
+        parts += [f"{cost.operations / 1e12:,.1f} TFLOP"] if cost.operations else []
         parts += [f"{blocks} blocks in memory at a time"] if cost.reads and blocks else []
         yield Finding(group="recipe", name=f"step {name}", status="ok", detail=", ".join(parts))
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from pdtrim_deploy.local.compute import Compute
 from pdtrim_deploy.models.config import read_config
-from pdtrim_deploy.models.footprint import Peak, can_stream, choose_limits, gb, read_bytes, weight_bytes
+from pdtrim_deploy.models.footprint import LOGITS, Peak, can_stream, choose_limits, gb, read_bytes, weight_bytes
 from pdtrim_deploy.models.weights import ModelSizes
+from pdtrim_deploy.plan.wire import ITEM_BYTES
 
 STREAMED_KV = 1 << 30  # bytes of prompt KV side by side where blocks are read as they run
-_LOGITS = 3 * 4 * (1 << 24)  # bytes of a slice of logits, its log-softmax and a copy
 
 
 def fit_judging(groups: Sequence[Sequence[Path]], tokens: int, compute: Compute) -> Compute:
@@ -28,7 +28,7 @@ def fit_judging(groups: Sequence[Sequence[Path]], tokens: int, compute: Compute)
     """
     configs = [[read_config(folder / "config.json") for folder in group] for group in groups]
     sizes = [[ModelSizes.of(config) for config in group] for group in configs]
-    item = 4 if compute.dtype == "float32" else 2
+    item = ITEM_BYTES[compute.dtype]  # type: ignore[index]
 
     def needs(limited: Compute) -> Peak:
         weights = [
@@ -39,7 +39,7 @@ def fit_judging(groups: Sequence[Sequence[Path]], tokens: int, compute: Compute)
         if limited.blocks_in_memory is not None:
             kv = [max(size, limited.states(STREAMED_KV)) for size in kv]
         running = max(tokens * (6 * size.hidden + 3 * size.inner) * item for group in sizes for size in group)
-        peaks = [weight + held + running + _LOGITS for weight, held in zip(weights, kv, strict=True)]
+        peaks = [weight + held + running + LOGITS for weight, held in zip(weights, kv, strict=True)]
         return Peak.of(limited, max(peaks), reading=read_bytes(configs[0][0]))
 
     def refused(least: Peak) -> str:

@@ -15,6 +15,7 @@ from pdtrim_deploy.plan.wire import ITEM_BYTES
 PROGRAM = 0.5e9  # Python, torch and transformers with a tokenizer, measured (tests/pipeline/test_step_costs.py)
 GPU_PROGRAM = 2.5e9  # the same with CUDA's libraries: not measured
 GPU_CONTEXT = 0.6e9  # of each GPU, before a weight is there: not measured
+LOGITS = 3 * 4 * (1 << 24)  # bytes of a slice of logits, its log-softmax and a copy
 _LOADING = 1.1  # times a whole model's weights, while transformers loads it
 
 
@@ -70,7 +71,12 @@ LEAST_STATES = 16 << 20
 
 
 def fit_one_model(config: Mapping[str, Any], tokens: int, compute: Compute, name: str) -> Compute:
-    """`compute` with limits by which the model of `config` fits that only runs over so many tokens; UserError: none."""
+    """`compute` with limits by which one model fits, through which `tokens` tokens go at a time.
+
+    Raises:
+        UserError: nothing fits.
+
+    """
     sizes, item = ModelSizes.of(config), ITEM_BYTES[compute.dtype]  # type: ignore[index]
 
     def needs(limited: Compute) -> Peak:

@@ -44,7 +44,7 @@ def has_attention(layer: nn.Module) -> bool:
 
 
 def has_mlp(layer: nn.Module) -> bool:
-    """Whether a decoder layer has a `down_proj` that could be refitted."""
+    """Whether a decoder layer runs its MLP, or its experts."""
     return not isinstance(layer.mlp, NoMLP)
 
 

@@ -1,4 +1,4 @@
-"""Operations of healing and of the choice of KV, and memory of what is trained or fitted. No torch."""
+"""Operations of healing without gradients and of the choice of KV, and memory of what is fitted. No torch."""
 
 from __future__ import annotations
 
@@ -12,19 +12,6 @@ from pdtrim_deploy.recipe.kv_cost import BATCH
 _CONTEXTS = 2  # around which effects are measured, likely: of dense, and of the first plan
 
 
-def trained_bytes(recipe: Recipe, sizes: ModelSizes, *, kv: bool = False) -> float:
-    """Of what training by gradients adds to the weights: a copy, gradients, Adam's two means, in float32.
-
-    Of a stage's blocks, or of one student; `kv` for decode behind the KV that arrives.
-    """
-    pruning, healing = recipe.pruning, recipe.healing
-    steps = ((healing.prefill_steps, pruning.prefill_blocks), (healing.decode_steps, pruning.decode_blocks))
-    if kv:
-        steps = ((0, 0), (healing.kv_steps, pruning.decode_blocks))
-    most = max([sizes.blocks - lost for count, lost in steps if count] + [1 if recipe.students.steps else 0])
-    return 4.0 * 4 * sizes.block * most
-
-
 def fit_bytes(recipe: Recipe, sizes: ModelSizes) -> int:
     """Of one block's normal equations and of the new maps, if blocks are fitted."""
     refits = needed(recipe) and recipe.healing.compensation == "least-squares"
@@ -32,22 +19,14 @@ def fit_bytes(recipe: Recipe, sizes: ModelSizes) -> int:
 
 
 def heal_flops(recipe: Recipe, sizes: ModelSizes) -> float:
-    """Likely operations of compensation, training and KV-only blocks.
-
-    A step of training runs the teacher, and the stage three times over: forwards, and twice as much backwards.
-    """
+    """Likely operations of compensation and KV-only blocks (`training_costs`: of training)."""
     pruning, healing = recipe.pruning, recipe.healing
     tokens, flops = healing.sequences * healing.length, 0.0
-    stages = (
-        (pruning.prefill_blocks, pruning.prefill_loses, healing.prefill_steps),
-        (pruning.decode_blocks, pruning.decode_loses, healing.decode_steps),
-    )
-    for removed, lost, steps in stages:
-        stage = sizes.blocks - removed
+    stages = ((pruning.prefill_blocks, pruning.prefill_loses), (pruning.decode_blocks, pruning.decode_loses))
+    for removed, lost in stages:
         if lost and healing.compensation != "none":
-            flops += 2 * sizes.active * tokens * (sizes.blocks + 3 * stage)
+            flops += 2 * sizes.active * tokens * (sizes.blocks + 3 * (sizes.blocks - removed))
             flops += sizes.fit_flops * tokens * lost if healing.compensation == "least-squares" else 0
-        flops += 2 * sizes.active * steps * healing.batch * healing.length * (sizes.blocks + 3 * stage)
     if healing.kv_only_blocks:  # the pair without each candidate, from it to the end
         flops += sizes.active * tokens * sizes.blocks * (sizes.blocks + 1)
     return flops

@@ -74,9 +74,7 @@ class Preview:
     def seconds(self, step: str) -> float | None:
         """Of a step, at `speed`; None where its operations are not known, such as those of engines."""
         cost = (self.costs or {}).get(step)
-        if cost is None or cost.flops is None or self.speed is None:
-            return None
-        return cost.flops / self.speed
+        return None if cost is None or self.speed is None else cost.seconds(self.speed)
 
 
 def preview(recipe: Recipe, out: Path, cache: Cache, compute: Compute = ON_CPU) -> Preview:

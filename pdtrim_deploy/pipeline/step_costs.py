@@ -7,15 +7,16 @@ are not counted.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pdtrim_deploy.local.compute import Compute
 from pdtrim_deploy.models.families import family_of
-from pdtrim_deploy.models.footprint import PROGRAM, Peak, read_bytes, weight_bytes
+from pdtrim_deploy.models.footprint import LOGITS, PROGRAM, Peak, read_bytes, weight_bytes
 from pdtrim_deploy.models.weights import ModelSizes, one_expert, stored_bytes
 from pdtrim_deploy.pipeline.heal import needed
-from pdtrim_deploy.pipeline.heal_costs import fit_bytes, heal_flops, kv_flops, trained_bytes
+from pdtrim_deploy.pipeline.heal_costs import fit_bytes, heal_flops, kv_flops
+from pdtrim_deploy.pipeline.training_costs import TrainingCost, training_costs
 from pdtrim_deploy.plan import STAGES
 from pdtrim_deploy.plan.wire import ITEM_BYTES
 from pdtrim_deploy.pruning.cost import block_bytes, search_cost
@@ -26,7 +27,6 @@ from pdtrim_deploy.recipe.kv_cost import STATES, selection_cost
 
 SHARD = 4e9  # of a stage, as `models.writer` cuts it
 _TEACHER = 8 * 64 + 4  # bytes that KL keeps of the dense model's predictions at a position
-_LOGITS = 3 * 4 * (1 << 24)  # bytes of a slice of logits, its log-softmax and a copy
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,8 @@ class StepCost:
     Attributes:
         peak: bytes of memory at a time.
         disk: bytes of files that it leaves or has while it runs.
-        flops: operations, likely; None where nobody knows.
+        flops: operations, likely, besides those of `trainings`; None where nobody knows.
+        trainings: by gradients, each for `minutes` at most.
         reads: bytes read from the checkpoint, where blocks are read as they run, at most.
 
     """
@@ -45,6 +46,19 @@ class StepCost:
     disk: float = 0.0
     flops: float | None = None
     reads: float = 0.0
+    trainings: tuple[TrainingCost, ...] = ()
+    minutes: float | None = None
+
+    @property
+    def operations(self) -> float | None:
+        """All of them, if there is no limit of time."""
+        return None if self.flops is None else self.flops + sum(training.flops for training in self.trainings)
+
+    def seconds(self, speed: float) -> float | None:
+        """At `speed` operations a second."""
+        if self.flops is None:
+            return None
+        return self.flops / speed + sum(training.seconds(speed, self.minutes) for training in self.trainings)
 
 
 def step_costs(recipe: Recipe, config: Mapping[str, Any], compute: Compute) -> dict[str, StepCost]:
@@ -80,8 +94,7 @@ class _Costs:
             costs["heal"] = self._heal()
         costs["select-kv"] = self._select_kv()
         if recipe.healing.kv_steps:
-            training = trained_bytes(recipe, self.sizes, kv=True)
-            costs["heal-kv"] = self._step(self._weights(whole=True) + training)
+            costs["heal-kv"] = self._trained(training_costs(recipe, self.config, behind_kv=True), self._healed())
         self.loaded = 0.0
         for stage in STAGES:
             lost = recipe.pruning.prefill_blocks if stage == "prefill" else recipe.pruning.decode_blocks
@@ -122,17 +135,32 @@ class _Costs:
 
     def _heal(self) -> StepCost:
         recipe, sizes, healing = self.recipe, self.sizes, self.recipe.healing
-        trained = trained_bytes(recipe, sizes)
-        states = 3 * healing.sequences * healing.length * sizes.hidden * self.item if healing.enabled else 0
+        fits = healing.compensation != "none" or healing.kv_only_blocks or recipe.pruning.distil
+        states = 3 * healing.sequences * healing.length * sizes.hidden * self.item if fits else 0
         alone = healing.kv_only_blocks * sizes.hidden * (sizes.hidden + sizes.inner) * self.item  # zeros
-        computing = self._weights(whole=healing.trains) + trained + fit_bytes(recipe, sizes) + states + alone
+        student = 16 * sizes.block if recipe.students.steps else 0
+        running = self._running(min(8, healing.sequences), healing.length)
         disk = search.disk if (search := self._searched()) and recipe.pruning.distil else 0.0
-        return self._step(
-            computing + self._running(min(8, healing.sequences), healing.length),
-            disk=disk,
-            flops=heal_flops(recipe, sizes),
-            reads=self._passes(4.0 * sizes.blocks),
+        fitting = fit_bytes(recipe, sizes) + states + alone + student + running
+        return self._trained(training_costs(recipe, self.config), 0.0, fitting, disk, heal_flops(recipe, sizes))
+
+    def _trained(
+        self, trainings: list[TrainingCost], changed: float, fitting: float = 0.0, disk: float = 0.0, flops: float = 0.0
+    ) -> StepCost:
+        """A step that fits, then trains one stage after the other, beside `changed` bytes of earlier steps' weights."""
+        peaks, files, saved = [fitting], [disk], 0.0
+        for training in trainings:
+            peaks.append(changed + training.memory)
+            files.append(saved + 2 * training.files)  # the old one and the new
+            changed, saved = changed + training.left, saved + training.files
+        files.append(saved + sum(training.left for training in trainings))  # what was saved goes after the cache has it
+        step = self._step(
+            self._weights(whole=bool(trainings)) + max(peaks),
+            disk=max(files),
+            flops=flops,
+            reads=self._passes(4.0 * self.sizes.blocks),
         )
+        return replace(step, trainings=tuple(trainings), minutes=self.recipe.healing.minutes)
 
     def _select_kv(self) -> StepCost:
         kv = self.recipe.kv
@@ -166,7 +194,7 @@ class _Costs:
     def _running(self, sequences: int, tokens: int) -> float:
         """Bytes of one block's values while a batch goes through it, and of a slice of logits."""
         values = sequences * tokens * (6 * self.sizes.hidden + 3 * min(self.sizes.inner, self.sizes.expert_width * 8))
-        return values * self.item + min(_LOGITS, 3 * 4 * sequences * tokens * self.sizes.vocabulary)
+        return values * self.item + min(LOGITS, 3 * 4 * sequences * tokens * self.sizes.vocabulary)
 
     def _passes(self, block_reads: float) -> float:
         return block_reads * block_bytes(self.config)

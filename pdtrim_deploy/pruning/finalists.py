@@ -70,7 +70,7 @@ def judge_finalists(
     evaluated.row("judged", lambda: judged)  # and with it the seconds that this took
     finalists = [Finalist(*row) for row in zip(solutions, losses, judged, strict=True)]
     for finalist in finalists:
-        progress(f"finalist {finalist.solution}: loss {finalist.loss:.4f}, compensated {finalist.judged:.4f}")
+        progress(f"finalist {finalist.solution.label}: loss {finalist.loss:.4f}, compensated {finalist.judged:.4f}")
     return tuple(sorted(finalists, key=lambda finalist: finalist.judged)), evaluated.cost
 
 

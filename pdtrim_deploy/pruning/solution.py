@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from pdtrim_deploy.plan import Action, Distilled, Drop, Keep, Sublayer, WithoutAttention, WithoutMLP
-from pdtrim_deploy.pruning.units import Counts, Kind, block_of, kind_of, unit_of
+from pdtrim_deploy.pruning.units import Counts, Kind, block_of, kind_of, name_of, unit_of
 
 Op: TypeAlias = tuple[int, ...]
 """One layer of a pruned model: `(i,)` is block i, `(i, i + 1)` the student that stands at i for both, and `(i, unit)`
@@ -118,7 +118,14 @@ class Solution:
         changed |= {block_of(unit): _ACTIONS[kind_of(unit)] for unit in self.removed}
         return tuple(changed.get(block, Keep()) for block in range(blocks))
 
+    @property
+    def label(self) -> str:
+        """For readers: `4, attention 7, MLP 9, 12+13`; of whole blocks the number alone."""
+        units = [str(unit) if kind_of(unit) == "block" else name_of(unit) for unit in self.removed]
+        return ", ".join([*units, *(f"{a}+{b}" for a, b in self.pairs)]) or str(NOTHING)
+
     def __str__(self) -> str:
+        """For logs, in units; `read` reads it."""
         parts = [str(block) for block in self.removed] + [f"{a}+{b}" for a, b in self.pairs]
         return ", ".join(parts) or "nothing"
 

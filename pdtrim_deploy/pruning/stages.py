@@ -81,7 +81,8 @@ def choose_stages(
     }
     losses = _decode_losses(inputs, searches)
     if losses:
-        progress("; ".join(f"decode behind prefill without {before}: {loss:.4f}" for before, loss in losses.items()))
+        parts = [f"decode behind prefill without {before.label}: {loss:.4f}" for before, loss in losses.items()]
+        progress("; ".join(parts))
     before = min(searches, key=lambda before: losses.get(before, 0.0))  # ties go to what prefill likes better
     best, others = searches[before], [search for other, search in searches.items() if other != before]
     first = first_search.choice(before) if first_search else StageChoice()

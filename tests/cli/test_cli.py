@@ -459,9 +459,13 @@ def test_a_gate_that_is_not_kept_is_exit_code_1(
         (("http://127.0.0.1:9", "--tasks", "gsm8k", "--seed", 1), "--seed is for bundles, but http://127.0.0.1:9 is a"),
         (("http://10.0.0.5:9", "--tasks", "gsm8k"), "10.0.0.5 is another machine; give --allow-remote"),
         (("http://127.0.0.1:9", "--tasks", "humaneval", "--questions", "f"), "--questions are gsm8k's"),
+        (
+            ("http://127.0.0.1:9", "--tasks", "gsm8k", "--memory", "8GB"),
+            "--memory is for bundles, but http://127.0.0.1",
+        ),
         (("out/bundle", "--against", "http://127.0.0.1:9"), "--against is for URLs, but out/bundle is a bundle"),
     ],
-    ids=["no tasks", "other task", "seed", "remote", "questions", "bundle"],
+    ids=["no tasks", "other task", "seed", "remote", "questions", "memory", "bundle"],
 )
 def test_eval_of_a_url_says_what_is_wrong(
     capsys: pytest.CaptureFixture[str], arguments: tuple[object, ...], says: str

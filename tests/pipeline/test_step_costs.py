@@ -18,6 +18,11 @@ from pdtrim_deploy.pipeline.step_costs import step_costs
 from pdtrim_deploy.recipe import Recipe
 
 BUILD = Path(__file__).with_name("measured_steps.py")
+SIZES = {
+    "num_hidden_layers": 6, "hidden_size": 1536, "intermediate_size": 2560, "num_attention_heads": 12,
+    "num_key_value_heads": 4, "head_dim": 128,
+}  # fmt: skip
+NARROW = {"hidden_size": 768, "num_attention_heads": 8}
 
 
 @pytest.mark.parametrize("blocks", [None, 2])
@@ -25,10 +30,7 @@ def test_memory_of_each_step(
     blocks: int | None, tmp_path: Path, tiny_model: Callable[..., Path], text: Path, cache: Path
 ) -> None:
     """Large blocks and few tokens: in half a minute, with most of the memory in weights and equations."""
-    folder = tiny_model(
-        tmp_path / "m", num_hidden_layers=6, hidden_size=1536, intermediate_size=2560, num_attention_heads=12,
-        num_key_value_heads=4, head_dim=128,
-    )  # fmt: skip
+    folder = tiny_model(tmp_path / "m", **SIZES)
     file = tmp_path / "r.yaml"
     file.write_text(
         f"name: r\nmodel: {{source: 'hf:{folder}', dtype: bfloat16}}\n"
@@ -37,11 +39,7 @@ def test_memory_of_each_step(
         "kv: {method: measured-harm, sparse_layers: 2, n_first: 2, n_last: 8, sequences: 2, prompt_tokens: 64, "
         "continuation_tokens: 8}\n"
     )
-    command = [sys.executable, BUILD, file, tmp_path / "out", tmp_path / "cache", *([str(blocks)] if blocks else [])]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
-    measured = json.loads(done.stdout.splitlines()[-1])
+    measured = built(file, tmp_path, *([str(blocks)] if blocks else []))
     recipe = Recipe.load(file)
     costs = step_costs(recipe, read_config(folder / "config.json"), Compute(blocks_in_memory=blocks))
     assert list(costs) == list(measured)
@@ -50,3 +48,37 @@ def test_memory_of_each_step(
         name: pytest.approx(measured[name], rel=0.2) for name in held
     }
     assert (measured["select-kv"] > PROGRAM + 0.35e9) == (blocks is None)  # the model's weights are 0.42 GB
+
+
+@pytest.mark.parametrize(
+    "healing",
+    [
+        {"prefill_steps": 2, "decode_steps": 2},  # the second has Adam's means beside its gradients
+        {"decode_steps": 2, "gradient_checkpointing": "true", "method": "lora"},
+    ],
+    ids=["both stages, all weights", "LoRA, layers run again"],
+)
+def test_memory_of_training(
+    healing: dict[str, object], tmp_path: Path, tiny_model: Callable[..., Path], text: Path
+) -> None:
+    """Enough tokens in a step that what layers keep for their gradients counts."""
+    folder, file = tiny_model(tmp_path / "m", **SIZES | NARROW), tmp_path / "r.yaml"
+    options = ", ".join(f"{name}: {value}" for name, value in healing.items())
+    file.write_text(
+        f"name: r\nmodel: {{source: 'hf:{folder}', dtype: float32}}\n"
+        f"calibration: {{corpus: 'dir:{text}', sequences: 2, length: 48}}\n"
+        "pruning: {method: cosine, prefill_blocks: 1, decode_blocks: 1}\n"
+        f"healing: {{{options}, batch: 8, sequences: 16, length: 128}}\n"
+    )
+    measured = built(file, tmp_path)["heal"]
+    costs = step_costs(Recipe.load(file), read_config(folder / "config.json"), Compute())
+    assert costs["heal"].peak.host == pytest.approx(measured, rel=0.2)
+
+
+def built(recipe: Path, folder: Path, *limits: str) -> dict[str, int]:
+    """Bytes at the peak of each step."""
+    command = [sys.executable, BUILD, recipe, folder / "out", folder / "cache", *limits]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    peaks: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
+    return peaks

@@ -179,6 +179,20 @@ def test_finalists_and_what_was_mended(bundle: Bundle) -> None:
     assert "calibration loss while decode" not in shown  # one step is no curve
 
 
+def test_sublayers_that_a_search_removed_are_named(bundle: Bundle) -> None:
+    steps = [
+        {"step": 1, "block": 4, "loss": 3.0, "seconds": 1.0},
+        {"step": 2, "block": 1, "sublayer": "mlp", "loss": 3.25, "seconds": 1.0},
+    ]
+    finalist = {"removed": [4], "mlps": [1], "pairs": [], "loss": 3.25, "compensated": 3.125}
+    write(bundle, "pruning", {"decode": {"removed": [4], "mlps": [1], "trajectory": steps, "finalists": [finalist]}})
+    shown = " ".join("".join(parsed(Findings.of(bundle)).itertext()).split())
+    assert "decode: removes 4, MLP 1" in shown
+    assert "without MLP 1: 3.2500" in shown
+    assert "2MLP 13.2500" in shown
+    assert "4, MLP 13.25003.1250" in shown
+
+
 def test_every_section_is_there_and_text_is_escaped(bundle: Bundle) -> None:
     root = parsed(full(bundle))
     heads = [node.text for node in root.iter("h2")]

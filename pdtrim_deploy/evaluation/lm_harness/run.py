@@ -20,8 +20,8 @@ from pdtrim_deploy.evaluation.lm_harness.samples import joined, measured
 from pdtrim_deploy.evaluation.lm_harness.scoring import HandOver
 from pdtrim_deploy.evaluation.tasks.base import Measured
 from pdtrim_deploy.models.oracle import PDOracle
+from pdtrim_deploy.recipe.gates import LM_EVAL
 
-PREFIX = "lm_eval:"
 _DRIVER = Path(__file__).with_name("driver.py")
 
 
@@ -98,7 +98,7 @@ class Harness:
         results = []
         for name, by_task in by_name.items():
             of_tasks = {task: measured(task, samples, higher.get(task)) for task, samples in by_task.items()}
-            results.append(joined(PREFIX + name, of_tasks))
+            results.append(joined(LM_EVAL + name, of_tasks))
         folder.mkdir(parents=True, exist_ok=True)
         for task, samples in (item for by_task in by_name.values() for item in by_task.items()):
             lines = "".join(json.dumps(sample) + "\n" for sample in samples)

@@ -6,17 +6,16 @@ Either way the optimiser has float32 tensors, whatever the stage computes in: sm
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.models.block_tensors import BlockTensors
 from pdtrim_deploy.models.blockwise import CausalLM
 from pdtrim_deploy.pruning.students.regression import trainable
-
-BlockTensors = dict[int, Mapping[str, Tensor]]
 
 
 class Weights(Protocol):
@@ -88,7 +87,7 @@ class FullWeights:
         blocks: dict[int, dict[str, Tensor]] = {}
         for (block, name), working in zip(self._names, self._working, strict=True):
             blocks.setdefault(block, {})[name] = working.detach()
-        return dict(blocks)
+        return blocks
 
 
 class LoraWeights:
@@ -148,7 +147,7 @@ class LoraWeights:
                     base = getattr(module.get_base_layer(), leaf)
                     merged = base.float() + module.get_delta_weight("default").float()
                     blocks.setdefault(block, {})[_plain(f"{name}.{leaf}")] = merged.to(base.dtype)
-        return dict(blocks)
+        return blocks
 
 
 def _plain(name: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pdtrim_deploy.plan import STAGES
+from pdtrim_deploy.pruning.solution import Solution
 from pdtrim_deploy.report.html import charts
 from pdtrim_deploy.report.html.collect import Findings
 from pdtrim_deploy.report.html.footing import built, number
@@ -26,14 +27,14 @@ def search(findings: Findings) -> Markup | None:
         steps = report.get("trajectory", ())
         if not steps:
             continue
-        known = [(step["block"], step["loss"]) for step in steps if step.get("loss") is not None]
-        parts.append(tag("h3", f"{stage}: removes {', '.join(map(str, report['removed']))}"))
+        known = [(_unit(step), step["loss"]) for step in steps if step.get("loss") is not None]
+        parts.append(tag("h3", f"{stage}: removes {Solution.parse(report).label}"))
         if len(known) > 1:
             parts.append(charts.trajectory(known, f"calibration loss while {stage} loses blocks"))
         parts.append(
             table(
-                ("step", "block removed", "calibration loss, nats", "seconds"),
-                [(s["step"], s["block"], number(s.get("loss"), 4), number(s.get("seconds"), 2)) for s in steps],
+                ("step", "removed", "calibration loss, nats", "seconds"),
+                [(s["step"], _unit(s), number(s.get("loss"), 4), number(s.get("seconds"), 2)) for s in steps],
             )
         )
         if ranked := report.get("finalists"):
@@ -53,7 +54,7 @@ def mended(findings: Findings) -> Markup | None:
         verdict = "yes" if result["kept"] else "no: not better"
         losses = (number(result["before"], 4), number(result["after"], 4))
         rows.append((f"{stage}, rescaled", "loss, nats a token, on text not fitted", *losses, verdict))
-    known = "KL from the dense model, nats a token, on development text"
+    known = "KL from the dense model, nats a token, on calibration text that no gradient saw"
     healed = {f"{stage}, distilled": result for stage, result in reports.get("healing", {}).get("healing", {}).items()}
     if "healing-kv" in reports:
         healed["decode, distilled on the KV that it receives"] = reports["healing-kv"]
@@ -97,11 +98,15 @@ def _ranking(finalists: list[dict[str, Any]]) -> list[Markup]:
             shown | {"decode behind it": "decode_behind"},
             "and the smaller loss of decode behind it decides",
         )
-    rows = [(_lost(finalist), *(number(finalist.get(key), 4) for key in shown.values())) for finalist in finalists]
+    rows = [
+        (Solution.parse(finalist).label, *(number(finalist.get(key), 4) for key in shown.values()))
+        for finalist in finalists
+    ]
     text = tag("p", f"Judged again once compensated, {decides}; nats a token:")
     return [text, table(("loses", *shown), rows)]
 
 
-def _lost(finalist: dict[str, Any]) -> str:
-    """A finalist's removed blocks and pairs, in the notation of `Solution`."""
-    return ", ".join([*map(str, finalist["removed"]), *(f"{a}+{b}" for a, b in finalist["pairs"])])
+def _unit(step: dict[str, Any]) -> str:
+    """What a step of the search removed: a block, or a sublayer of one."""
+    sublayer = step.get("sublayer", "block").replace("mlp", "MLP")
+    return f"{sublayer} {step['block']}"

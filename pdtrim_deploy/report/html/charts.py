@@ -59,8 +59,8 @@ def _marks(most: float) -> list[float]:
     return [1.0, *chosen, *(round(1 / mark, 2) for mark in chosen)]
 
 
-def trajectory(steps: Sequence[tuple[int, float]], label: str) -> Markup:
-    """Loss after each removed block; `steps` are (block, loss)."""
+def trajectory(steps: Sequence[tuple[str, float]], label: str) -> Markup:
+    """Loss after each removal; `steps` are (what, loss), such as (`block 5`, 3.2)."""
     left, top, right, bottom, height = 60, 12, 20, 40, 200
     low, high = min(loss for _, loss in steps), max(loss for _, loss in steps)
     room = (high - low) or 1.0
@@ -75,9 +75,9 @@ def trajectory(steps: Sequence[tuple[int, float]], label: str) -> Markup:
         tag("text", f"{low:.3f}", x=left - 6, y=height - bottom + 4, text_anchor="end", class_="small"),
         tag("polyline", points=" ".join(f"{x},{y}" for x, y in points), class_="curve c0"),
     ]
-    for (x, y), (block, loss) in zip(points, steps, strict=True):
-        parts.append(tag("circle", tag("title", f"without block {block}: {loss:.4f}"), cx=x, cy=y, r=4, class_="c0"))
-        parts.append(tag("text", f"-{block}", x=x, y=height - bottom + 20, class_="tiny"))
+    for (x, y), (unit, loss) in zip(points, steps, strict=True):
+        parts.append(tag("circle", tag("title", f"without {unit}: {loss:.4f}"), cx=x, cy=y, r=4, class_="c0"))
+        parts.append(tag("text", f"-{unit.removeprefix('block ')}", x=x, y=height - bottom + 20, class_="tiny"))
     return svg(WIDTH, height, label, parts)
 
 

@@ -1,0 +1,90 @@
+"""Operations, memory and files of training by gradients (`pruning.healing`), before a weight is read. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pdtrim_deploy.models.families import attention_sizes
+from pdtrim_deploy.models.weights import ModelSizes
+from pdtrim_deploy.plan.wire import ITEM_BYTES
+from pdtrim_deploy.recipe import Recipe
+from pdtrim_deploy.recipe.healing import HealingSection
+
+_FLOAT = 4
+_LOGITS = 6 * _FLOAT * (1 << 23)  # bytes of a slice of logits and what KL makes of them (`healing.stage_reader`)
+_SAVED = 3 * _FLOAT  # bytes a number that the optimiser changes: itself and Adam's two means
+
+
+@dataclass(frozen=True)
+class TrainingCost:
+    """Of one stage.
+
+    Attributes:
+        flops: operations, likely: of the long run, and of short ones where learning rates are tried.
+        memory: bytes beside the whole model's.
+        left: of these, bytes that stay until the step ends: the trained weights.
+        files: bytes of what is saved to go on from; twice while it is replaced.
+
+    """
+
+    flops: float
+    memory: float
+    left: float
+    files: float
+
+    def seconds(self, speed: float, minutes: float | None) -> float:
+        """At `speed` operations a second, within the recipe's `minutes`."""
+        return min([self.flops / speed] + ([] if minutes is None else [60 * minutes]))
+
+
+def training_costs(recipe: Recipe, config: Mapping[str, Any], *, behind_kv: bool = False) -> list[TrainingCost]:
+    """Of the stages trained before KV is chosen, prefill first; or of decode behind the KV that arrives."""
+    healing, pruning, blocks = recipe.healing, recipe.pruning, config["num_hidden_layers"]
+    if behind_kv:
+        text = (recipe.kv.prompt_tokens, healing.length // 2)
+        stages = [(healing.kv_steps, pruning.decode_blocks, text)]
+    else:
+        half = healing.length // 2
+        stages = [
+            (healing.prefill_steps, pruning.prefill_blocks, (0, healing.length)),
+            (healing.decode_steps, pruning.decode_blocks, (half, healing.length - half)),
+        ]
+    item = ITEM_BYTES[recipe.model.measured_in]
+    return [_cost(healing, config, item, steps, blocks - lost, text) for steps, lost, text in stages if steps]
+
+
+def _cost(
+    healing: HealingSection, config: Mapping[str, Any], item: int, steps: int, blocks: int, text: tuple[int, int]
+) -> TrainingCost:
+    """Of `steps` steps of a stage of `blocks` blocks; `text`: tokens of a prompt, and behind it."""
+    sizes, (heads, _, head) = ModelSizes.of(config), attention_sizes(config)
+    prompts, tokens = (healing.batch * length for length in text)
+    trials = len(healing.sweep) * (steps // healing.SHORT) if healing.tries(steps) else 0
+    # forwards and twice as much backwards; the dense model reads the prompt too, and prefill makes its KV
+    flops = 2 * sizes.active * ((prompts + tokens) * sizes.blocks + prompts * blocks + 3 * tokens * blocks)
+    query, inner = heads * head, min(sizes.inner, 8 * sizes.expert_width)
+    weights = (sizes.block - sizes.kv) * blocks  # what K and V are made with is frozen
+    changed = _additions(healing.lora_rank, sizes, query) * blocks if healing.method == "lora" else weights
+    # itself, its gradient and two means; a copy in 16 bits and its gradient, or where an addition began
+    optimised = (16 if healing.method == "full" and item == _FLOAT else 20) * changed
+    merged = item * weights if healing.method == "lora" else 0
+    # what one token leaves in a block until its gradients come
+    values = 5 * sizes.hidden + 3 * query + 2 * sizes.kv_width + 3 * inner
+    held = blocks * sizes.hidden + values if healing.gradient_checkpointing else blocks * values
+    running = item * (tokens * held + 2 * prompts * sizes.kv_width * blocks)
+    logits = min(_LOGITS, 6 * _FLOAT * tokens * sizes.vocabulary)
+    return TrainingCost(
+        flops=flops * (steps + trials),
+        memory=optimised + max(merged, running + logits),
+        left=float(item * weights),
+        files=float(_SAVED * changed),
+    )
+
+
+def _additions(rank: int, sizes: ModelSizes, query: int) -> int:
+    """Numbers in the low-rank additions to a block's matrices that K and V are not made with."""
+    width = sizes.expert_width
+    matrices = (sizes.block - sizes.kv - 2 * sizes.hidden * query) // (sizes.hidden * width)
+    return rank * (2 * (sizes.hidden + query) + matrices * (sizes.hidden + width))
