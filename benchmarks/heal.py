@@ -104,11 +104,12 @@ class _Bench:
         keys |= {"batch": options.batch, "seed": options.seed}
         section = HealingSection(**{**keys, **WAYS[way]})
         about = f"{way}, {commit()}, {vars(options)}"
-        file = StateFile(PLACE / f"{list(WAYS).index(way)}.safetensors", about)
+        place = PLACE / f"{list(WAYS).index(way)}.safetensors"
+        file = StateFile(place, about)
         healed = heal(self._pair, "decode", self._ids, section, self._note, file=file, clock=time.process_time)
         row = {"way": way, "section": WAYS[way], "report": healed.report, "commit": commit()}
         row |= self._measures(healed.pair)
-        file.remove()
+        place.unlink(missing_ok=True)
         return row
 
     def _refitted(self, pair: StagePair) -> StagePair:

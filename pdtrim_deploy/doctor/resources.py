@@ -19,7 +19,6 @@ from pdtrim_deploy.models.weights import ModelSizes
 from pdtrim_deploy.pipeline.limits import fit_build, highest
 from pdtrim_deploy.pipeline.step_costs import StepCost, step_costs
 from pdtrim_deploy.plan.wire import ITEM_BYTES
-from pdtrim_deploy.pruning.cost import search_cost
 from pdtrim_deploy.recipe import Recipe
 from pdtrim_deploy.serving.environment import gpu_count
 from pdtrim_deploy.worker.memory import worker_memory
@@ -64,16 +63,13 @@ def needs(recipe: Recipe, workers: int = 0, compute: Compute = ON_CPU) -> Needs 
     if path is None:
         return None
     config = with_quantization(path.parent, read_config(path))
-    compute = fit_build(recipe, config, compute, shared=workers > 0)
-    costs, sizes = step_costs(recipe, config, compute), ModelSizes.of(config)
-    search = search_cost(config, recipe.pruning, recipe.calibration, recipe.healing)
-    shared = workers * (PROGRAM + search.memory) if search else 0
-    peaks = [cost.peak.host + (shared if name == "prune" else 0) for name, cost in costs.items()]
+    compute = fit_build(recipe, config, compute, workers=workers or None)
+    costs, sizes = step_costs(recipe, config, compute, workers), ModelSizes.of(config)
     kept = sum(cost.disk for name, cost in costs.items() if name not in _WHILE_IT_RUNS)
     passing = costs["source"].disk + max(cost.disk for name, cost in costs.items() if name in _WHILE_IT_RUNS)
     computed = compute_dtype(recipe.model.dtype)
     return Needs(
-        build=max(peaks),
+        build=highest(costs).host,
         judge=PROGRAM + 2 * sizes.total * ITEM_BYTES[computed],  # both stages, or the dense model
         serve=2 * worker_memory(config, recipe.model.dtype, POOL_TOKENS, pool_dtype=recipe.kv.pool_dtype).total(),
         device=highest(costs).device,
@@ -120,15 +116,19 @@ class Memory:
                 name=f"memory to {job}",
                 status="ok" if fits else "missing",
                 detail=f"{context.recipe.name} takes about {gb(size)}; this machine has {gb(total)}, {gb(free)} free",
-                mend=None if fits else _more_memory(job, size, total),
+                mend=None if fits else _more_memory(context.recipe, job, size, total),
                 needed_by=(job, "demo"),
             )
 
 
-def _more_memory(job: Job, size: float, total: int) -> str:
-    """How a job that is too large for this machine runs."""
-    machine = f"{job} it on a machine with {gb(size)} of memory"
-    return machine if job == "serve" else f"{machine}, or block by block with {job} --memory {total * 9 // 10**10}GB"
+def _more_memory(recipe: Recipe, job: Job, size: float, total: int) -> str:
+    """How a job that is too large for this machine runs: block by block, where that fits."""
+    machine, allowed = f"{job} it on a machine with {gb(size)} of memory", total * 9 // 10**7 * 10**6
+    try:
+        streams = job != "serve" and needs(recipe, compute=ON_CPU.within(allowed, None)) is not None
+    except UserError:
+        streams = False
+    return f"{machine}, or block by block with {job} --memory {allowed // 10**6}MB" if streams else machine
 
 
 def _by_step(estimate: Needs) -> Iterator[Finding]:

@@ -19,7 +19,7 @@ def fit_judging(groups: Sequence[Sequence[Path]], tokens: int, compute: Compute)
 
     Args:
         groups: folders of models; those of a group are in memory together.
-        tokens: of prompts whose KV is in memory at a time, at least.
+        tokens: whose KV is in memory at a time, at least: of prompts and what follows them.
         compute: as the command has it.
 
     Raises:

@@ -101,7 +101,7 @@ def judge_bundle(
     compute = ON_CPU.fast(dtype) if compute is None else compute
     source = source_of(bundle, cache, note)
     models = ([bundle.prefill_dir, bundle.decode_dir], [source.path])
-    compute = fit_judging(models, BATCH * section.prompt_tokens, compute)
+    compute = fit_judging(models, BATCH * (section.prompt_tokens + section.continuation_tokens), compute)
     corpus = corpora.load(section.corpus, cache, note)
     ids = corpora.sequences(
         corpus.split("final"),

@@ -53,13 +53,14 @@ def run_job(command: Sequence[str], job: Mapping[str, Any], scratch: Path, envir
             process.wait()
             raise
     code, seconds = process.returncode, time.monotonic() - started
+    last = last_line(log.read_text(errors="replace"))
     spent = f"after {seconds:.0f} s with {memory / 1e9:.1f} GB in use"
     if code == -signal.SIGKILL:
         raise UserError(f"the build process was killed {spent}, most likely for memory; use a machine with more memory")
     if code < 0:
-        raise UserError(f"the build process died of {signal.Signals(-code).name} {spent}: {_last_line(log)}")
+        raise UserError(f"the build process died of {signal.Signals(-code).name} {spent}: {last}")
     if not answer.exists():
-        raise UserError(f"the build process ended with code {code} {spent}: {_last_line(log)}")
+        raise UserError(f"the build process ended with code {code} {spent}: {last}")
     result = json.loads(answer.read_text())
     if "error" in result:
         raise UserError(result["error"])
@@ -95,6 +96,7 @@ def most_memory(process: int | str = "self") -> int:
     return 0
 
 
-def _last_line(log: Path) -> str:
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+def last_line(printed: str) -> str:
+    """The last line of a program's output that is not empty: most often what was wrong."""
+    lines = [line.strip() for line in printed.splitlines() if line.strip()]
     return lines[-1] if lines else "it printed nothing"

@@ -34,9 +34,15 @@ def can_stream(config: Mapping[str, Any]) -> bool:
 
 
 def read_bytes(config: Mapping[str, Any]) -> float:
-    """On the host, of the tensor of a block that is being read, as it is stored: float32 at most."""
+    """On the host, of the tensor of a block that is being read, as it is stored: float32 at most.
+
+    Experts lie apart on disk and are stacked: their parts are there beside the stack.
+    """
     sizes = ModelSizes.of(config)
-    return sizes.hidden * max(sizes.inner, sizes.hidden) * 4.0
+    dense, experts = sizes.hidden * max(sizes.inner, sizes.hidden), 0
+    if sizes.expert_tokens < 1:  # all but the attention, of which two thirds are one stacked parameter
+        experts = 2 * 2 * sizes.block // 3
+    return 4.0 * max(dense, experts)
 
 
 @dataclass(frozen=True)

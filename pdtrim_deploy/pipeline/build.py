@@ -152,7 +152,8 @@ def build(
         check_quantized(recipe, checkpoint.quantized)
         check_loads(checkpoint, cache)
     check_fits(recipe, checkpoint.facts.num_blocks, checkpoint.facts.max_positions)
-    compute = fit_build(recipe, checkpoint.config, compute, shared=workers is not None)
+    here = None if workers is None else workers.count if workers.address is None else 0
+    compute = fit_build(recipe, checkpoint.config, compute, workers=here)
     # A byte budget that nothing fits is refused at once.
     stand_in(recipe, checkpoint.shape(recipe.model.dtype), expert_shape)
     try:

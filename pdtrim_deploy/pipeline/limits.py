@@ -14,10 +14,11 @@ from pdtrim_deploy.recipe import Recipe
 from pdtrim_deploy.recipe.kv_cost import STATES
 
 
-def fit_build(recipe: Recipe, config: Mapping[str, Any], compute: Compute, *, shared: bool = False) -> Compute:
+def fit_build(recipe: Recipe, config: Mapping[str, Any], compute: Compute, *, workers: int | None = None) -> Compute:
     """`compute` in the recipe's dtype, with limits by which every step fits into the memory that it allows.
 
-    Nothing of the result changes by them, only the time. `shared`: Ray's workers search.
+    Nothing of the result changes by them, only the time. `workers`: how many of Ray's workers search on this machine;
+    None: this process searches alone.
 
     Raises:
         UserError: some step does not fit, or it would only without workers.
@@ -29,29 +30,30 @@ def fit_build(recipe: Recipe, config: Mapping[str, Any], compute: Compute, *, sh
     blocks, states = ModelSizes.of(config).blocks, max(recipe.pruning.memory_mb << 20, STATES)
 
     def needs(limited: Compute) -> Peak:
-        return highest(step_costs(recipe, config, limited))
+        return highest(step_costs(recipe, config, limited, workers or 0))
 
     def refused(least: Peak) -> str:
-        costs = step_costs(recipe, config, compute.with_blocks(1) if streams else compute)
+        costs = step_costs(recipe, config, compute.with_blocks(1) if streams else compute, workers or 0)
         host = max(costs, key=lambda name: costs[name].peak.host)
         device = max(costs, key=lambda name: costs[name].peak.device)
         parts = [f"{gb(least.host)} of host memory (step {host})"] if _short(least.host, compute.host_bytes) else []
         if _short(least.device, compute.device_bytes):
             parts.append(f"{gb(least.device)} of device memory (step {device})")
-        trains = recipe.healing.gradient_steps > 0
         why, instead = "", "give more"
         if not readable:
             why = f", as blocks of {config['architectures'][0]} cannot be read as they run"
         elif speaks:
             why = f", as calibration.continuations {recipe.calibration.continuations} holds the whole model"
             instead = "give more, or set calibration.continuations to text"
-        elif trains:
+        elif workers and host == "prune":
+            why, instead = f", with {workers} of Ray's workers", "give more, or fewer workers"
+        elif recipe.healing.gradient_steps:
             why = ", as training by gradients holds the whole model"
             instead = "give more, or leave healing's steps out"
         return f"recipe {recipe.name} needs at least {' and '.join(parts)}{why}, and {_allowed(compute)}; {instead}"
 
     limited = choose_limits(compute, blocks, states, needs, refused, streams)
-    if shared and limited.streams(blocks):
+    if workers is not None and limited.streams(blocks):
         raise UserError(
             f"recipe {recipe.name} fits into {_allowed(compute)} with {limited.blocks_in_memory} of {blocks} blocks in "
             "memory at a time, but Ray's workers hold whole models; build without --workers, or allow more"

@@ -61,9 +61,12 @@ class StepCost:
         return self.flops / speed + sum(training.seconds(speed, self.minutes) for training in self.trainings)
 
 
-def step_costs(recipe: Recipe, config: Mapping[str, Any], compute: Compute) -> dict[str, StepCost]:
-    """By the names that `steps_of` gives steps; `compute` has the dtype that the recipe measures in."""
-    return _Costs(recipe, config, compute).all()
+def step_costs(recipe: Recipe, config: Mapping[str, Any], compute: Compute, workers: int = 0) -> dict[str, StepCost]:
+    """By the names that `steps_of` gives steps; `compute` has the dtype that the recipe measures in.
+
+    With `workers` of Ray's on this machine, each holds the search's memory once more.
+    """
+    return _Costs(recipe, config, compute, workers).all()
 
 
 def limited_recipe(recipe: Recipe, compute: Compute) -> Recipe:
@@ -75,8 +78,8 @@ def limited_recipe(recipe: Recipe, compute: Compute) -> Recipe:
 
 
 class _Costs:
-    def __init__(self, recipe: Recipe, config: Mapping[str, Any], compute: Compute) -> None:
-        self.recipe = limited_recipe(recipe, compute)
+    def __init__(self, recipe: Recipe, config: Mapping[str, Any], compute: Compute, workers: int) -> None:
+        self.recipe, self.workers = limited_recipe(recipe, compute), workers
         self.compute = compute.with_blocks(self.recipe.pruning.blocks_in_memory)
         self.config, self.sizes = config, ModelSizes.of(config)
         self.item = ITEM_BYTES[recipe.model.measured_in]
@@ -124,7 +127,8 @@ class _Costs:
         teacher = _TEACHER * text.sequences * text.length if recipe.pruning.objective == "kl" else 0
         students = 4 * sizes.block * self.item if recipe.pruning.distil and self._streams else 0
         computing = self._weights() + kept + students + self._running(min(8, text.sequences), text.length)
-        return self._step(computing, teacher, cost.disk, cost.flops, cost.reads)
+        host = teacher + self.workers * (PROGRAM + cost.memory)
+        return self._step(computing, host, cost.disk, cost.flops, cost.reads)
 
     def _experts(self) -> StepCost:
         cost = expert_cost(self.config, self.recipe.pruning, self.recipe.calibration)

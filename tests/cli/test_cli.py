@@ -24,8 +24,8 @@ from pdtrim_deploy import __version__
 from pdtrim_deploy.bundle import Bundle
 from pdtrim_deploy.cli import COMMANDS, cli, main
 from pdtrim_deploy.cli.exit_codes import EXIT_CODES
-from pdtrim_deploy.evaluation.lm_harness.environment import REPO
 from pdtrim_deploy.local.cache import Cache
+from pdtrim_deploy.local.own_environment import REPO
 
 WORDS = ("river", "stone", "garden", "window", "paper", "morning", "summer", "walked", "quietly", "toward", "village")
 RECIPES = Path(__file__).parents[2] / "recipes"

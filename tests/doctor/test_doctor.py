@@ -176,9 +176,16 @@ def test_states_training_and_workers_are_counted(tmp_path: Path) -> None:
     assert large.build == pytest.approx(PROGRAM + 1.1 * weights + (20000 << 20) + prompt + batch, rel=0.01)
     assert large.steps["prune"].disk - needs(", memory_mb: 20000").steps["prune"].disk == 10000 << 20
     healed = needs(more="healing: {decode_steps: 5}\n")
-    assert healed.steps["heal"].peak.host == pytest.approx(PROGRAM + 1.1 * weights + 4 * 28 * block, rel=0.02)
+    optimised, tokens = 4 * 28 * (block - 4 * 2 * 4096 * 1024), 4 * 128  # K and V stay; the prompts' half is prefill's
+    kept = 4 * 28 * tokens * (5 * 4096 + 3 * 4096 + 2 * 1024 + 3 * 14336) + 6 * 4 * (1 << 23)
+    foretold = PROGRAM + 1.1 * weights + optimised + kept
+    assert healed.steps["heal"].peak.host == pytest.approx(foretold, rel=0.01)
     alone, shared = needs(), needs(workers=2)
     assert shared.build - PROGRAM > 3 * weights > alone.build
+    recipe = Recipe.load(tmp_path / "r.yaml")
+    advice = [resources._more_memory(recipe, "build", 99e9, total * 10**9) for total in (20, 60)]  # 17 GB are prompts'
+    assert advice[0] == "build it on a machine with 99.0 GB of memory"
+    assert advice[1] == f"{advice[0]}, or block by block with build --memory 54000MB"
     distil = ", method: anneal, distil: true"
     assert needs(distil).steps["prune"].disk - alone.steps["prune"].disk == 33 * 64 * 2048 * 4096 * 4
 

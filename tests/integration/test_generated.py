@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from pdtrim_deploy.cli import main
-from pdtrim_deploy.evaluation.lm_harness.environment import REPO
+from pdtrim_deploy.local.own_environment import REPO
 
 pytestmark = [
     pytest.mark.serve,

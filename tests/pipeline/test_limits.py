@@ -15,7 +15,7 @@ from pdtrim_deploy.models.config import read_config
 from pdtrim_deploy.models.footprint import PROGRAM, fit_one_model
 from pdtrim_deploy.models.shape import config_of
 from pdtrim_deploy.pipeline.limits import fit_build, highest
-from pdtrim_deploy.pipeline.step_costs import step_costs
+from pdtrim_deploy.pipeline.step_costs import StepCost, step_costs
 from pdtrim_deploy.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -86,7 +86,35 @@ def test_what_cannot_fit_is_one_sentence() -> None:
     with pytest.raises(UserError, match="as blocks of NoSuchForCausalLM cannot be read as they run"):
         fit_build(recipe, unknown, Compute(host_bytes=24 * GB))
     with pytest.raises(UserError, match="Ray's workers hold whole models; build without --workers"):
-        fit_build(recipe, config, Compute(host_bytes=24 * GB), shared=True)
+        fit_build(recipe, config, Compute(host_bytes=24 * GB), workers=0)
+    with pytest.raises(UserError, match="Ray's workers hold whole models; build without --workers"):
+        fit_build(recipe, config, Compute(host_bytes=40 * GB), workers=4)
+    assert not fit_build(recipe, config, Compute(host_bytes=40 * GB), workers=0).streams(32)  # all in a cluster
+    with pytest.raises(UserError, match=r"\(step prune\), with 4 of Ray's workers, and .* give more, or fewer workers"):
+        fit_build(recipe, config, Compute(host_bytes=8 * GB), workers=4)
+
+
+def test_training_is_priced_by_its_method_its_stages_and_its_minutes() -> None:
+    recipe, config = recipe_and_config("llama-3.1-8b-pruned")
+
+    def cost(**healing: object) -> StepCost:
+        return step_costs(recipe.changed("test", "healing", **healing), config, Compute())["heal"]
+
+    full, lora = cost(decode_steps=500), cost(decode_steps=500, method="lora")
+    assert lora.peak.host < full.peak.host - 60e9
+    assert lora.disk < full.disk / 2
+    assert full.disk == pytest.approx(24 * 5.87e9, rel=0.01)  # what is saved, twice while it is replaced
+    both = cost(prefill_steps=500, decode_steps=500)
+    assert both.peak.host - full.peak.host > 20e9  # prefill's trained weights are there while decode is trained
+    checkpointed = cost(decode_steps=500, batch=32, gradient_checkpointing=True)
+    assert checkpointed.peak.host < cost(decode_steps=500, batch=32).peak.host - 10e9
+    overnight = cost(decode_steps=1_000_000, minutes=480)
+    assert overnight.seconds(1e12) == pytest.approx(480 * 60 + overnight.flops / 1e12)
+    hours = cost(decode_steps=1_000_000).seconds(1e12)
+    assert hours > 1000 * 3600
+    kv = step_costs(recipe.changed("test", "healing", kv_steps=100), config, Compute())["heal-kv"]
+    assert kv.operations > 0
+    assert kv.peak.host > full.peak.host - 10e9
 
 
 def test_judging_and_inspecting_choose_blocks_too(tiny_model: Callable[..., Path], tmp_path: Path) -> None:

@@ -186,6 +186,17 @@ def test_logits_exist_for_few_tokens_at_a_time(recomputes, monkeypatch):
     assert max(rows) == 5
 
 
+@pytest.mark.parametrize("recomputes", [False, True])
+def test_layers_run_again_for_their_gradients_if_their_values_are_not_kept(recomputes):
+    pair, ids, runs = pair_of(tiny("Llama")), text(2, 24), []
+    model = pair.stage("prefill")
+    FullWeights(model, pair.plan.layers("prefill"), [True] * len(model.model.layers))
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(lambda *_: runs.append(1))  # the second run ends before the layer does
+    LogitLoss(StageReader(pair, "prefill", model, None, recomputes)).backward(ids)
+    assert len(runs) == len(model.model.layers) * (1 + recomputes)
+
+
 def test_gradient_checkpointing_changes_no_bit(trained):
     pair, ids = pair_of(tiny("Llama")), text(12, 16)
     for recomputes in (False, True):

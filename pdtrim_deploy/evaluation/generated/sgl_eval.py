@@ -19,8 +19,9 @@ from typing import Any
 import yaml
 
 from pdtrim_deploy.errors import ServingError
+from pdtrim_deploy.evaluation.evals_environment import python
 from pdtrim_deploy.evaluation.generated.base import Answer, GeneratedTask, Question
-from pdtrim_deploy.evaluation.lm_harness.environment import python
+from pdtrim_deploy.local.job import last_line
 
 
 def ask(
@@ -92,8 +93,8 @@ def _run(words: list[str], folder: Path, tell: Callable[[], None]) -> None:
                 os.killpg(child.pid, signal.SIGKILL)
             child.wait()
     if child.returncode:
-        lines = (folder / "log").read_text(errors="replace").strip().splitlines() or ["no output"]
-        raise ServingError(f"sgl-eval ended with exit code {child.returncode}: {lines[-1].strip()}")
+        last = last_line((folder / "log").read_text(errors="replace"))
+        raise ServingError(f"sgl-eval ended with exit code {child.returncode}: {last}")
 
 
 def _lines(folder: Path) -> list[str]:

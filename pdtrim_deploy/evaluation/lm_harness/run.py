@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import IO, Any
 
 from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.evaluation.evals_environment import python
 from pdtrim_deploy.evaluation.lm_harness.answers import Answers
-from pdtrim_deploy.evaluation.lm_harness.environment import python
 from pdtrim_deploy.evaluation.lm_harness.samples import joined, measured
 from pdtrim_deploy.evaluation.lm_harness.scoring import HandOver
 from pdtrim_deploy.evaluation.tasks.base import Measured
+from pdtrim_deploy.local.job import last_line
 from pdtrim_deploy.models.oracle import PDOracle
 from pdtrim_deploy.recipe.gates import LM_EVAL
 
@@ -67,8 +68,8 @@ class Harness:
                     return self._written(message["samples"], message["higher_is_better"], samples)
             child.wait()
             log.seek(0)
-            last = [text.strip() for text in log if text.strip()] or ["no output"]
-            raise UserError(f"lm-eval ended with exit code {child.returncode} ({last[-1]}); run: make setup-evals")
+            last = last_line(log.read())
+            raise UserError(f"lm-eval ended with exit code {child.returncode} ({last}); run: make setup-evals")
 
     @contextlib.contextmanager
     def _running(self) -> Iterator[tuple[subprocess.Popen[str], IO[str]]]:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.local.own_environment import REPO, made_in_clone
 
-REPO = Path(__file__).resolve().parents[3]  # in a clone; in an installed wheel, a folder without tools/
 VERSION = "0.13.0"  # as in constraints/aiperf.txt; the format of raw records depends on the version
 
 
@@ -20,15 +19,13 @@ def program(repo: Path = REPO) -> Path:
         UserError: it could not be installed, has another version, or was not found.
 
     """
-    tool, ours = repo / "tools" / "environment.py", Path(".venv", "aiperf", "bin", "aiperf")
-    if tool.is_file():
-        if not (repo / ours).exists():
-            print("making .venv/aiperf for the load driver aiperf, once: about a minute, 1.2 GB", file=sys.stderr)
-        setup = subprocess.run([sys.executable, tool, "aiperf"], check=False, capture_output=True, text=True)
-        if setup.returncode:
-            last = (setup.stderr.strip() or setup.stdout.strip() or "no output").splitlines()[-1]
-            raise UserError(f"the load driver aiperf could not be installed ({last}); or use --driver builtin")
-        return repo / ours
+    try:
+        programs = made_in_clone("aiperf", "the load driver aiperf", "1.2 GB", repo)
+    except UserError as error:
+        raise UserError(f"{error}, or use --driver builtin") from None
+    if programs is not None:
+        return programs / "aiperf"
+    ours = Path(".venv", "aiperf", "bin", "aiperf")
     path = ours.absolute() if ours.exists() else shutil.which("aiperf")
     if path is None:
         raise UserError(

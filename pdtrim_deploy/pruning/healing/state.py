@@ -102,8 +102,3 @@ class StateFile:
             temporary.unlink(missing_ok=True)
         self._saved = time.monotonic()
         self._took = self._saved - began
-
-    def remove(self) -> None:
-        """Forget what was saved."""
-        if self.path is not None:
-            self.path.unlink(missing_ok=True)

@@ -13,7 +13,7 @@ from pdtrim_deploy.evaluation.generated import TASKS, sgl_eval
 from pdtrim_deploy.evaluation.generated.base import Question, QuestionSet
 from pdtrim_deploy.evaluation.generated.pairing import mcnemar
 from pdtrim_deploy.evaluation.generated.served import Pair
-from pdtrim_deploy.evaluation.lm_harness.environment import REPO
+from pdtrim_deploy.local.own_environment import REPO
 
 INSTALLED = (REPO / ".venv" / "evals" / "pdtrim-stamp.json").is_file()
 needs_evals = pytest.mark.skipif(not INSTALLED, reason="needs .venv/evals: make setup-evals")

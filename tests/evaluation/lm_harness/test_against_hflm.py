@@ -17,7 +17,7 @@ from localtasks import TASKS, write_tasks
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.evaluation.lm_harness import Harness
-from pdtrim_deploy.evaluation.lm_harness.environment import REPO
+from pdtrim_deploy.local.own_environment import REPO
 from pdtrim_deploy.models.loading import load_model, load_tokenizer
 from pdtrim_deploy.models.oracle import PDOracle
 from pdtrim_deploy.plan import KVSend, ModelShape, PDPlan
@@ -100,12 +100,21 @@ def test_behind_a_plan_that_cuts_nothing_answers_are_those_of_the_harness(
 
 
 def test_a_plan_that_cuts_changes_answers_in_both_hand_overs(
-    small: Path, folder: Path, offline: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small: Path,
+    folder: Path,
+    reference: dict[str, Any],
+    offline: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     send = KVSend(mode="sparse", n_first=1, n_last=1)
     common = (small, folder, tmp_path, monkeypatch, offline)
     served, decode = (answers(*common, send=send, hand_over=way, limit=3) for way in ("served", "decode"))
     assert all(served[task] != decode[task] for task in TASKS)
+    whole = responses(reference["tiny_choice"])
+    for cut in (served, decode):
+        differences = [abs(float(a[0]) - float(b[0])) for (a,), (b,) in zip(cut["tiny_choice"], whole, strict=False)]
+        assert max(differences) > 1e-2  # 2e-4 is the most that rounding does
     assert len(decode["tiny_choice"]) == 3 * 4
 
 
