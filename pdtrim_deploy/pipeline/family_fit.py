@@ -10,8 +10,7 @@ from pdtrim_deploy.models.families.base import Feature
 from pdtrim_deploy.models.quantized import Quantized
 from pdtrim_deploy.plan import STAGES, ExpertShape
 from pdtrim_deploy.recipe import Recipe
-
-_BY_LAYER = ("random", "attention-mass", "simlayerkv")
+from pdtrim_deploy.recipe.kv import WINDOWS_KV
 
 
 def check_quantized(recipe: Recipe, quantized: Quantized | None) -> None:
@@ -42,10 +41,10 @@ def check_family(recipe: Recipe, family: Family) -> None:
         UserError: the recipe's key, why, and what is allowed.
 
     """
-    if family.windows is not None and recipe.kv.method in _BY_LAYER:
+    if family.windows is not None and recipe.kv.method not in WINDOWS_KV:
         raise UserError(
             f"recipe {recipe.name}: kv.method is {recipe.kv.method}, which would choose layers with sliding windows of "
-            f"{family.architecture} too, whose rows cannot be cut; allowed: none, all, measured-harm, budget"
+            f"{family.architecture} too, whose rows cannot be cut; allowed: {', '.join(WINDOWS_KV)}"
         )
     for key, value, neutral, feature in _requests(recipe):
         if family.blocks is None:

@@ -70,8 +70,9 @@ def changed(plan: PDPlan, recipe: Recipe, stage: Stage, healed: Healed) -> list[
         steps = f"{report['steps']} steps of distillation from the base model"
         steps += " behind prompt KV as it arrives" * report["kv"]
         done.append(
-            f"{steps} (KL {report['before']:.4f} to {report['after']:.4f} nats a token on development text, difference "
-            f"{report['difference']:+.4f} ± {report['stderr']:.4f}, paired by {report['sequences']} sequences)"
+            f"{steps} (KL {report['before']:.4f} to {report['after']:.4f} nats a token on held-out calibration text, "
+            f"difference {report['difference']:+.4f} ± {report['stderr']:.4f}, paired by "
+            f"{report['sequences']} sequences)"
         )
     alone = any(action.kind == "kv_only" for action in actions)
     done += ["K and V of the blocks that run for these alone, refitted"] * alone

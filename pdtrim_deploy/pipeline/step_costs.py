@@ -25,6 +25,7 @@ from pdtrim_deploy.recipe import Recipe
 from pdtrim_deploy.recipe.kv import FIXED_KV
 from pdtrim_deploy.recipe.kv_cost import STATES, selection_cost
 
+_RANKED = 4  # sequences that candidates for KV alone are ranked on at a time
 SHARD = 4e9  # of a stage, as `models.writer` cuts it
 _TEACHER = 8 * 64 + 4  # bytes that KL keeps of the dense model's predictions at a position
 
@@ -142,6 +143,8 @@ class _Costs:
         fits = healing.compensation != "none" or healing.kv_only_blocks or recipe.pruning.distil
         states = 3 * healing.sequences * healing.length * sizes.hidden * self.item if fits else 0
         alone = healing.kv_only_blocks * sizes.hidden * (sizes.hidden + sizes.inner) * self.item  # zeros
+        if healing.kv_only_blocks:  # a batch's states without each candidate (`pruning.kv_only.rank`)
+            alone += sizes.blocks * min(_RANKED, healing.sequences) * healing.length * sizes.hidden * self.item
         student = 16 * sizes.block if recipe.students.steps else 0
         running = self._running(min(8, healing.sequences), healing.length)
         disk = search.disk if (search := self._searched()) and recipe.pruning.distil else 0.0

@@ -64,8 +64,8 @@ class HealingSection(_Section):
     `kv_steps` prompts are as long as those that KV is chosen on.)
 
     Training by gradients distils the dense model's logits, after a share of steps that fit its hidden states.
-    The result is used only where a paired test on development text (the last eighth, which is not trained on) says that
-    it is clearly better.
+    The result is used only where a paired test on the last eighth of the text, which no gradient saw, says that it is
+    clearly better.
 
     Attributes:
         kv_only_blocks: blocks of which prefill computes only K and V while decode keeps them, chosen by measured loss.
@@ -78,9 +78,9 @@ class HealingSection(_Section):
         method: `full` trains all weights that K and V are not made with; `lora` trains additions of rank `lora_rank`
             to the matrices among them, which are merged in the end: less memory, and less is learnt.
         regression: share of the steps, and of the minutes, that fits hidden states, layer by layer; the rest is for
-            logits. 0: logits alone, which was better at equal time after a refit by least squares.
+            logits. 0: logits alone.
         learning_rate: multiplied by each factor of `sweep` in a short run (a twentieth of the steps, and of the
-            minutes), if that is 5 steps or more; the rate whose run is best on development text is trained at.
+            minutes), if that is 5 steps or more; the rate whose run is best on held-out sequences is trained at.
             Otherwise the first factor counts.
         gradient_checkpointing: keep the layers' inputs alone and run each layer again for its gradients: less memory,
             more time, the same weights.

@@ -23,6 +23,7 @@ from pdtrim_deploy.recipe.recall_bounds import fits
 KVMethod = Literal["none", "all", "random", "attention-mass", "simlayerkv", "measured-harm", "budget"]
 KV_METHODS: tuple[str, ...] = get_args(KVMethod)
 FIXED_KV = ("none", "all")  # choose without looking at the model
+WINDOWS_KV = ("none", "all", "measured-harm", "budget")  # leave layers with sliding windows, which cannot be cut, alone
 
 _SIZES = ("n_first", "n_last", "wire_dtype")
 _TAKES: dict[str, tuple[str, ...]] = {

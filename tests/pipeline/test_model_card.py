@@ -94,7 +94,10 @@ def test_only_what_healing_kept_is_claimed(recipe: Recipe) -> None:
     done |= {"difference": -0.25, "stderr": 0.0625, "sequences": 16}
     again = done | {"steps": 6, "before": 0.25, "after": 0.125, "kept": True, "kv": True, "difference": -0.125}
     text = model_card.card(PLAN, healed, "decode", Provenance(), {"decode": [done, again]})
-    assert "8 steps of distillation from the base model (KL 0.5000 to 0.2500 nats a token on development text" in text
+    assert (
+        "8 steps of distillation from the base model (KL 0.5000 to 0.2500 nats a token on held-out calibration text"
+        in text
+    )
     assert "difference -0.2500 ± 0.0625, paired by 16 sequences)" in text
     assert "6 steps of distillation from the base model behind prompt KV as it arrives (KL 0.2500 to" in text
     assert "what makes K and V are as there" in text
@@ -149,8 +152,16 @@ def test_recoveries_of_all_reports_of_this_plan_stand_in_a_table(written: Path) 
     reports = written / "reports"
     reports.mkdir()
     row = {"task": "perplexity", "measure": "nll", "items": 8, "dense": 20.0, "score": 21.0, "recovery": 1.05}
-    row |= {"stderr": 0.01, "gate": None, "passed": None}
-    gsm8k = row | {"task": "gsm8k", "measure": "right", "dense": 0.5, "score": 0.4, "recovery": 0.8, "gate": 0.95}
+    row |= {"stderr": 0.01, "gate": None, "passed": None, "higher_is_better": False}
+    gsm8k = row | {
+        "higher_is_better": True,
+        "task": "gsm8k",
+        "measure": "right",
+        "dense": 0.5,
+        "score": 0.4,
+        "recovery": 0.8,
+        "gate": 0.95,
+    }
     files = {"eval": {"recovery": row}, "tasks": {"recovery": [row | {"stderr": None}]}}
     files["served"] = {"tasks": [{"task": "gsm8k", "recovery": gsm8k | {"passed": False}}, {"recovery": None}]}
     for name, report in files.items():

@@ -73,7 +73,7 @@ def heal(
     if stage == "decode" and prompt_kv is None:
         prompt_kv = PromptKV(ids.shape[1] // 2, PrefillKV(pair.stage("prefill"), pair.plan.layer_map))
     text = Split.of(ids, chooses=section.tries(steps) or section.regression > 0)
-    note(f"healing {stage}: KL from the dense model on {len(text.judged)} development sequences")
+    note(f"healing {stage}: KL from the dense model on {len(text.judged)} held-out sequences")
     before = _divergences(pair, stage, text.judged, section, prompt_kv)
     model, layers = pair.stage(stage), pair.plan.layers(stage)
     learns = [pair.adds(stage, block) for block in layers]

@@ -1,4 +1,7 @@
-"""Whether healing helped: a paired test on development text, which nothing was trained or chosen on."""
+"""Whether training helped: a paired test on calibration text that no gradient and no choice of a rate saw.
+
+Least squares, KV-only fits and finalists may have read it before: both weights compared have had that.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from pdtrim_deploy.local.student_t import t_975
 
 @dataclass(frozen=True)
 class PairedTest:
-    """KL divergence from the dense model, in nats a token: means over `sequences` development sequences.
+    """KL divergence from the dense model, in nats a token: means over `sequences` held-out sequences.
 
     Attributes:
         before, after: of the unhealed and of the healed stage.

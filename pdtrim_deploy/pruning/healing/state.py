@@ -28,7 +28,7 @@ class Position:
         seconds: of training so far, whether it was interrupted or not.
         run_began, phase_began: `seconds` when these began.
         offset: steps of the run's earlier phases.
-        sweep: divergence on development text that each short run came to.
+        sweep: divergence that each short run came to, on the sequences that choose among them.
         phases: what those of the last run did.
 
     """
