@@ -113,6 +113,8 @@ def _tasks(
     names = list(dict.fromkeys(name.strip() for name in tasks.split(",")))
     theirs = tuple(name.removeprefix(LM_EVAL) for name in names if name.startswith(LM_EVAL))
     ours = [name for name in names if not name.startswith(LM_EVAL)]
+    if "" in theirs:
+        raise UserError(f"--tasks: {LM_EVAL} names no task of lm-eval; give {LM_EVAL}NAME")
     for name in ours:
         if name in SERVED_TASKS:
             raise UserError(

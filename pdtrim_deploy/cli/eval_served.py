@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.error import HTTPError
 
 import click
 
 from pdtrim_deploy.cli import options
-from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.errors import ServingError, UserError
 from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.recipe.gates import LM_EVAL, SERVED_TASKS
 
@@ -53,9 +54,9 @@ def evaluate_served(
     names = _names(tasks)
     if questions is not None and "gsm8k" not in names:
         raise UserError("--questions are gsm8k's; give --tasks gsm8k too")
-    for target in (url, against):
-        if target is not None:
-            check_target(target, allow_remote)
+    urls = [url] if against is None else [url, against]
+    for target in urls:
+        check_target(target, allow_remote)
     bundle, progress = None if of_bundle is None else Bundle.open(of_bundle), Progress()
     gates = {} if bundle is None else bundle.recipe.quality
     if against is None and any(name in gates for name in names):
@@ -68,6 +69,8 @@ def evaluate_served(
         written = [str(file) for file in files]
         say({"url": url, "against": against, "tasks": names, "items": items, "written": written}, as_json)
         return
+    for target in urls:
+        _check_answers(target)
     judged = []
     with progress.show("eval"):
         for name in names:
@@ -106,6 +109,20 @@ def lines(report: ServedReport) -> list[str]:
         if task.recovery is not None:
             shown += [f"  {task.recovery.sentence()}"]
     return shown
+
+
+def _check_answers(url: str) -> None:
+    """ServingError where nothing answers, before data are fetched and questions asked; any HTTP status is an answer."""
+    from pdtrim_deploy.serving.client import explain, get
+
+    try:
+        get(f"{url.rstrip('/')}/v1/models", timeout_s=10.0)
+    except HTTPError:
+        pass
+    except OSError as error:
+        raise ServingError(
+            f"{url} does not answer ({explain(error)}); start what serves there, or check the port"
+        ) from None
 
 
 def _names(tasks: str | None) -> list[str]:

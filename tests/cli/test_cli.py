@@ -26,6 +26,7 @@ from pdtrim_deploy.cli import COMMANDS, cli, main
 from pdtrim_deploy.cli.exit_codes import EXIT_CODES
 from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.local.own_environment import REPO
+from pdtrim_deploy.serving.ports import free_ports
 
 WORDS = ("river", "stone", "garden", "window", "paper", "morning", "summer", "walked", "quietly", "toward", "village")
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -475,7 +476,20 @@ def test_eval_of_a_url_says_what_is_wrong(
     assert says in err
 
 
+def test_eval_of_a_url_where_nothing_answers_asks_for_no_data(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (port,) = free_ports(1)
+    url, empty = f"http://127.0.0.1:{port}", tmp_path / "cache"
+    code, out, err = run(capsys, "eval", url, "--tasks", "gsm8k", "--cache-dir", empty)
+    assert (code, out) == (1, "")
+    assert f"{url} does not answer (" in err
+    assert not empty.exists()
+
+
 def test_a_served_task_of_a_bundle_is_sent_to_its_url(capsys: pytest.CaptureFixture[str], bundle_dir: Path) -> None:
+    code, _, err = run(capsys, "eval", bundle_dir, "--tasks", "lm_eval:")
+    assert (code, err.count("lm_eval: names no task of lm-eval; give lm_eval:NAME")) == (2, 1)
     code, _, err = run(capsys, "eval", bundle_dir, "--tasks", "gsm8k")
     assert code == 2
     assert "serve the bundle, and give its URL" in err
