@@ -17,6 +17,7 @@ from pdtrim_deploy.models.checkpoint import TOKENIZER_FILES, Checkpoint
 from pdtrim_deploy.models.config import read_config
 from pdtrim_deploy.models.families import family_of, known_family
 from pdtrim_deploy.models.families.base import Family
+from pdtrim_deploy.models.latents import as_sglang
 from pdtrim_deploy.models.quantized import Quantized, read_quantized
 from pdtrim_deploy.models.quantized.base import is_kv_scale
 from pdtrim_deploy.models.quantized.inputs import round_inputs
@@ -60,6 +61,8 @@ def load_model(
         )
     if info["missing_keys"]:  # transformers would fill them with random numbers and only warn
         raise UserError(f"{path}: tensor {sorted(info['missing_keys'])[0]} is missing; get the model again")
+    if family.latents:
+        as_sglang(model)
     if quantized is not None and rounds_inputs:
         round_inputs(model, quantized, read_tensor_index(path))
     return model.eval().requires_grad_(False)
@@ -134,8 +137,7 @@ def check_loads(checkpoint: Checkpoint, cache: Cache | None = None) -> None:
 
 def _check_runs_once(checkpoint: Checkpoint, cache: Cache | None) -> None:
     def run(entry: Path | None) -> None:
-        facts = checkpoint.facts
-        check_runs(load_model(checkpoint.path), facts.num_kv_heads, facts.head_dim, str(checkpoint.path))
+        check_runs(load_model(checkpoint.path), checkpoint.shape().vectors(), str(checkpoint.path))
 
     if cache is None:
         run(None)

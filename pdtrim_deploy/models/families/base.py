@@ -109,6 +109,7 @@ class Family(_Data):
     Attributes:
         blocks: None where its KV alone is known: a model of it is planned, transferred, served and judged uncut.
         windows: of blocks that attend to a window of tokens; None where no block does, as far as workers serve it.
+        latents: its attention keeps latents (MLA) in SGLang, and its modules are DeepSeek's (`models/latents.py`).
 
     """
 
@@ -116,6 +117,7 @@ class Family(_Data):
     model_type: str = ""
     blocks: Blocks | None = None
     windows: Windows | None = None
+    latents: bool = False
 
     @property
     def takes_windows(self) -> bool:

@@ -1,0 +1,47 @@
+"""Sizes of latent attention (MLA), from config.json: what SGLang's pool holds of a token, and its heads.
+
+Of each token a layer holds one latent, normalised, and one rope key, rotated; all heads read both. SGLang keeps them as
+one row (MLATokenToKVPool: the latent, then the rope key), the same on every rank of tensor parallelism.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from pdtrim_deploy.errors import UserError
+
+LATENT_KEY = "kv_lora_rank"
+_KEYS = (LATENT_KEY, "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
+
+
+class LatentSizes(NamedTuple):
+    """Numbers of a token's latent and rope key in a layer, and of a head's key without RoPE and its value."""
+
+    latent: int
+    rope: int
+    key: int
+    value: int
+
+
+def has_latents(config: Mapping[str, Any]) -> bool:
+    """Whether config.json tells of latents."""
+    return bool(config.get(LATENT_KEY))
+
+
+def latent_sizes(config: Mapping[str, Any]) -> LatentSizes | None:
+    """Those of a config.json; None where it tells of no latents.
+
+    Raises:
+        UserError: a size is missing, no whole number, or odd where a row travels in halves.
+
+    """
+    if not has_latents(config):
+        return None
+    for key in _KEYS:
+        value = config.get(key)
+        if type(value) is not int or value < 1:
+            raise UserError(f"config.json: key {key} is {value!r}; it must be a whole number of at least 1")
+        if key in _KEYS[:2] and value % 2:
+            raise UserError(f"config.json: key {key} is {value}; it must be even, as such rows travel in halves")
+    return LatentSizes(*(config[key] for key in _KEYS))
