@@ -1,9 +1,9 @@
 """Attention that keeps latents (MLA), run so that a layer holds what SGLang's pool does.
 
 transformers' DeepSeek attention makes K and V of all heads from each token's latent and rope key, and gives them to its
-cache. Served, a token's row is the latent itself, behind its norm, and the rope key, behind its rotation; so these are
-what `LayerKV` holds here, travels, and is rounded. K and V are made of them anew for each call, by the layer's own map.
-No import of transformers.
+cache (later versions, as SGLang's environment has, give it the two themselves). Served, a token's row is the latent,
+behind its norm, and the rope key, behind its rotation; so these are what `LayerKV` holds here, travels, and is rounded.
+K and V are made of them anew for each call, by the layer's own map. No import of transformers.
 """
 
 from __future__ import annotations
@@ -39,15 +39,22 @@ class LatentCache:
             self._latents = inputs[0]
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Keep what the layer computed, `[batch, tokens, ..]` of each; K and V of all that is kept, for attention."""
+        """Keep what the layer computed, `[batch, heads, tokens, ..]`; the same of all that is kept, for attention."""
         attention, latents = self.attention, self._latents
-        assert latents is not None, "the module's map of latents was not called"
+        if latents is None:  # it has not mapped them yet: `keys` are latents, `values` rope keys
+            rope, kept = self._keep(values[:, 0], keys[:, 0])
+            return kept[:, None], rope[:, None]
         own = keys[:, 0, :, attention.qk_nope_head_dim :]  # the same in all heads
-        rope, kept = self.kv.update(_halves(_as_served(own, attention)), _halves(latents))
-        by_head = attention.kv_b_proj(_whole(kept)).unflatten(-1, (keys.shape[1], -1)).transpose(1, 2)
+        rope, kept = self._keep(own, latents)
+        by_head = attention.kv_b_proj(kept).unflatten(-1, (keys.shape[1], -1)).transpose(1, 2)
         nope, expanded = by_head.split([attention.qk_nope_head_dim, attention.v_head_dim], -1)
-        turned = _as_computed(_whole(rope), attention)[:, None].expand(*nope.shape[:-1], -1)
-        return torch.cat((nope, turned), -1), expanded
+        return torch.cat((nope, rope[:, None].expand(*nope.shape[:-1], -1)), -1), expanded
+
+    def _keep(self, rope: Tensor, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """`[batch, tokens, ..]` of this call's tokens -> of all that `kv` holds."""
+        kept = self.kv.update(_halves(_as_served(rope, self.attention)), _halves(latents))
+        every_rope, every_latent = map(_whole, kept)
+        return _as_computed(every_rope, self.attention), every_latent
 
 
 @contextmanager
