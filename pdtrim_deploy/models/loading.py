@@ -118,7 +118,8 @@ def check_loads(checkpoint: Checkpoint, cache: Cache | None = None) -> None:
     """Refuse, with UserError, what transformers would not load: seconds, as no weights are read.
 
     Not every step of a build loads the model; but what is wrong with it is to be said before the first one. A model of
-    which the KV alone is known is loaded and run on a few tokens, once for all builds that share the `cache`.
+    which the KV alone is known is loaded and run on a few tokens, once for all builds that share the `cache`; one with
+    latents is not: its families are known, and its attention's tensors are held to its config.
     """
     from transformers import GenerationConfig
 
@@ -131,6 +132,7 @@ def check_loads(checkpoint: Checkpoint, cache: Cache | None = None) -> None:
             GenerationConfig.from_pretrained(path, local_files_only=True)
     if checkpoint.family.blocks is None:
         check_modules(empty, str(path))
+    if checkpoint.family.blocks is None and not checkpoint.family.latents:  # these may be too large to be run here
         _check_runs_once(checkpoint, cache)
     load_tokenizer(path)
 

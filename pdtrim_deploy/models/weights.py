@@ -9,7 +9,7 @@ from typing import Any
 
 from pdtrim_deploy.models.families import attention_sizes, known_family
 from pdtrim_deploy.models.families.base import EXPERT
-from pdtrim_deploy.models.families.latents import latent_sizes
+from pdtrim_deploy.models.families.latents import attention_tensors, latent_sizes
 from pdtrim_deploy.plan import ExpertShape
 from pdtrim_deploy.plan.wire import ITEM_BYTES
 
@@ -100,13 +100,11 @@ def stored_bytes(config: Mapping[str, Any], dtype: str, lost: int = 0) -> int:
 
 def _attention(config: Mapping[str, Any]) -> tuple[int, int]:
     """Weights of a block's attention, and `kv_width`."""
-    hidden, (heads, kv_heads, head) = config["hidden_size"], attention_sizes(config)
+    heads, kv_heads, head = attention_sizes(config)
     if (latents := latent_sizes(config)) is None:
-        return 2 * hidden * head * (heads + kv_heads), kv_heads * head
-    row, query, rank = latents.latent + latents.rope, heads * (latents.key + latents.rope), config.get("q_lora_rank")
-    queries = rank * (hidden + query) if rank else hidden * query
-    by_head = heads * (latents.latent * (latents.key + latents.value) + hidden * latents.value)
-    return queries + hidden * row + by_head, row // 2
+        return 2 * config["hidden_size"] * head * (heads + kv_heads), kv_heads * head
+    weights = sum(prod(shape) for shape in attention_tensors(config).values() if len(shape) > 1)
+    return weights, (latents.latent + latents.rope) // 2
 
 
 def _mlp(config: Mapping[str, Any], block: int) -> int:

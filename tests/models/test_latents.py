@@ -6,15 +6,19 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tinyfamilies import LATENTS, YARN
 
 from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.models import resolve
 from pdtrim_deploy.models.blockwise import LayerKV
 from pdtrim_deploy.models.checkpoint import read_checkpoint
 from pdtrim_deploy.models.config import read_config
 from pdtrim_deploy.models.families import LATENT
 from pdtrim_deploy.models.loading import check_loads, load_model
 from pdtrim_deploy.models.oracle import PDOracle
+from pdtrim_deploy.models.runs import check_runs
+from pdtrim_deploy.models.surgery import write_stage
 from pdtrim_deploy.models.weights import ModelSizes
 from pdtrim_deploy.plan import KVSend, PDPlan
 
@@ -102,16 +106,50 @@ def test_yarn_scales_scores_as_sglang_does(tiny_model, tmp_path):
 
 
 @pytest.mark.parametrize("architecture", LATENT)
-def test_a_build_runs_it_once(architecture, tiny_dir):
-    check_loads(read_checkpoint(tiny_dir(architecture)))
+def test_blocks_one_by_one_are_the_model_and_a_build_need_not_run_them(architecture, tiny_dir, monkeypatch):
+    checkpoint = read_checkpoint(tiny_dir(architecture))
+    check_runs(load_model(checkpoint.path), checkpoint.shape().vectors(), "here")
+    monkeypatch.setattr("pdtrim_deploy.models.loading.load_model", None)  # of 671B weights, say
+    check_loads(checkpoint)
 
 
-def test_a_build_refuses_a_model_that_holds_other_latents(tiny_model, tmp_path, monkeypatch):
-    """Were K and V of heads held in the place of latents, its rows would not be those of the plan."""
-    checkpoint = read_checkpoint(tiny_model(tmp_path, "DeepseekV2ForCausalLM"))
+def test_heads_in_the_place_of_latents_are_not_the_plans(tiny_dir, monkeypatch):
+    checkpoint = read_checkpoint(tiny_dir("DeepseekV2ForCausalLM"))
     monkeypatch.setattr("pdtrim_deploy.models.blockwise.keeps_latents", lambda _: False)
     with pytest.raises(UserError, match=r"layer 0 holds KV of .* not one row .* 2 heads x 8 and 2 heads x 32"):
-        check_loads(checkpoint)
+        check_runs(load_model(checkpoint.path), checkpoint.shape().vectors(), "here")
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "words"),
+    [
+        ("self_attn.kv_b_proj.weight", (176, 32), r"is \[176, 32\] but by config.json \[176, 64\]"),
+        ("self_attn.kv_a_layernorm.weight", None, "it has no tensor model.layers.4.self_attn.kv_a_layernorm.weight"),
+    ],
+)
+def test_an_attention_of_other_sizes_than_the_config_tells_is_refused(name, shape, words, tiny_model, tmp_path):
+    folder = tiny_model(tmp_path, "DeepseekV3ForCausalLM")
+    tensors = load_file(folder / "model.safetensors")
+    tensors.pop(f"model.layers.4.{name}")
+    tensors |= {f"model.layers.4.{name}": torch.zeros(shape)} if shape else {}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=words):
+        read_checkpoint(folder)
+
+
+def test_a_stage_keeps_a_routers_correction_as_it_is_and_has_no_layer_for_speculation(tiny_model, cache, tmp_path):
+    """SGLang and transformers hold the correction in float32, and a rounded one would choose other experts."""
+    source = tiny_model(tmp_path / "m", "DeepseekV3ForCausalLM")
+    tensors = load_file(source / "model.safetensors")
+    extra = {"model.layers.6.eh_proj.weight": torch.ones(64, 128)}
+    save_file(tensors | extra, source / "model.safetensors", metadata={"format": "pt"})
+    write_stage(resolve(f"hf:{source}", cache), tmp_path / "s", range(6), "bfloat16", {})
+    stage = load_file(tmp_path / "s" / "model.safetensors")
+    name = "model.layers.3.mlp.gate.e_score_correction_bias"
+    assert torch.equal(stage[name], tensors[name])
+    assert stage["model.layers.3.mlp.gate.weight"].dtype == torch.bfloat16
+    assert not any("layers.6" in name for name in stage)
+    assert json.loads((tmp_path / "s" / "config.json").read_text())["num_nextn_predict_layers"] == 0
 
 
 @pytest.mark.parametrize("architecture", LATENT)

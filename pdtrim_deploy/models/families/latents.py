@@ -24,6 +24,23 @@ class LatentSizes(NamedTuple):
     value: int
 
 
+def attention_tensors(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Of a block of DeepSeek's, on disk: names within the block and shapes, biases left out."""
+    sizes = latent_sizes(config)
+    assert sizes is not None
+    hidden, heads, rank = config["hidden_size"], config["num_attention_heads"], config.get("q_lora_rank")
+    query = heads * (sizes.key + sizes.rope)
+    queries = {"q_a_proj": (rank, hidden), "q_a_layernorm": (rank,), "q_b_proj": (query, rank)} if rank else {}
+    shapes: dict[str, tuple[int, ...]] = {
+        **(queries or {"q_proj": (query, hidden)}),
+        "kv_a_proj_with_mqa": (sizes.latent + sizes.rope, hidden),
+        "kv_a_layernorm": (sizes.latent,),
+        "kv_b_proj": (heads * (sizes.key + sizes.value), sizes.latent),
+        "o_proj": (hidden, heads * sizes.value),
+    }
+    return {f"self_attn.{name}.weight": shape for name, shape in shapes.items()}
+
+
 def has_latents(config: Mapping[str, Any]) -> bool:
     """Whether config.json tells of latents."""
     return bool(config.get(LATENT_KEY))
