@@ -1,5 +1,7 @@
 """Run by test_gpu.py under TRITON_INTERPRET=1: the Triton form against torch's, bit for bit."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -14,7 +16,7 @@ from pdtrim_deploy.kvcache.gpu.library import library
 from pdtrim_deploy.kvcache.layout import chunk_layout
 from pdtrim_deploy.kvcache.pool_rows import FP8
 from pdtrim_deploy.plan import KVSend, ModelShape, PDPlan
-from pdtrim_deploy.plan.wire import FP8_ROWS, SMALLER_THAN_FP8, WIRE_DTYPES
+from pdtrim_deploy.plan.wire import FP8_ROWS, LATENT_SIDES, SMALLER_THAN_FP8, WIRE_DTYPES
 
 UNTOUCHED = -9.0
 CPU = torch.device("cpu")
@@ -259,3 +261,20 @@ def test_the_check_of_bits_on_a_gpu(wire, dtype, monkeypatch):
         monkeypatch.setattr(gpu, "move", lambda *a, pack, d=direction: (broken if pack == d else whole)(*a, pack=pack))
         with pytest.raises(AssertionError, match=r"head size 96, tokens 0 to 30: [01] of \d+ packed bytes and [01]"):
             kernels.bits(CPU, wire, dtype, tokens=90)
+
+
+@pytest.mark.parametrize("wire", LATENT_SIDES)
+def test_the_check_on_gpus_of_latents_passes_here(wire):
+    figure = kernels.latent_bits(CPU, wire, tokens=40)
+    assert figure["bytes_compared"] > 40 * 3 * 200
+
+
+def test_the_check_on_gpus_of_latents_sees_a_byte(monkeypatch):
+    def spoilt(*arguments, **options):
+        result = torch_pack.pack(*arguments, **options)
+        result[-1] ^= 1
+        return result
+
+    monkeypatch.setattr(kernels, "torch_pack", SimpleNamespace(pack=spoilt, unpack=torch_pack.unpack))
+    with pytest.raises(AssertionError, match="1 of .* packed bytes"):
+        kernels.latent_bits(CPU, "int8", tokens=40)

@@ -170,6 +170,7 @@ def test_the_attentions_weights_are_counted_from_config_alone(architecture, tiny
         ({"qk_rope_head_dim": None}, "key qk_rope_head_dim is None; it must be a whole number of at least 1"),
         ({"v_head_dim": 2.5}, "key v_head_dim is 2.5"),
         ({"kv_lora_rank": 63}, "key kv_lora_rank is 63; it must be even"),
+        ({"attention_bias": True}, "key attention_bias is true; allowed for DeepseekV2ForCausalLM: false"),
         ({"index_topk": 2048}, "keeps an index beside K and V"),
     ],
 )

@@ -63,6 +63,8 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
     family.block_windows(config, where)
     if family.latents and latent_sizes(config) is None:
         raise UserError(f"{where}: key {LATENT_KEY} is missing, which {named[0]} has; get the model again")
+    if family.latents and config.get("attention_bias"):
+        raise UserError(f"{where}: key attention_bias is true; allowed for {named[0]}: false, as SGLang reads no other")
     experts = family.blocks.experts if family.blocks else None
     for key, value in (experts.needs if experts else {}).items():
         if config.get(key, value) != value:
