@@ -182,3 +182,17 @@ def test_the_oracles_rows_are_what_sglangs_attention_would_write(architecture, t
     neighbours = getattr(model.config, "rope_interleave", True)  # as SGLang's deepseek_v2.py asks
     expected = apply_rotary_emb(projected[0][:, None, -ROPE:], cos, sin, not neighbours)[:, 0]
     torch.testing.assert_close(state.keys[1].flatten(1), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_torch_native_is_given_latents_for_every_batch(monkeypatch):
+    """It reads the pool alone, where SGLang's model has K and V of heads beside it for a prompt without a prefix."""
+    from pdtrim_sglang.attention.latents import read_latents_on_torch_native
+    from sglang.srt.models.deepseek_common.attention_backend_handler import AttentionBackendRegistry
+
+    monkeypatch.setattr(AttentionBackendRegistry, "_handlers", dict(AttentionBackendRegistry._handlers))
+    before = dict(AttentionBackendRegistry._handlers)
+    read_latents_on_torch_native(SimpleNamespace(use_mla_backend=False))
+    assert AttentionBackendRegistry._handlers == before
+    read_latents_on_torch_native(SimpleNamespace(use_mla_backend=True))
+    assert AttentionBackendRegistry.get_handler("torch_native")(None, None).name == "MLA"
+    assert AttentionBackendRegistry.get_handler("triton") is before["triton"]
