@@ -24,7 +24,7 @@ def text(tmp_path_factory):
 
 @pytest.mark.some_families(SERVED, [*FAMILIES, "ArceeForCausalLM", "MellumForCausalLM", *LATENTS])
 def test_served_tokens_are_the_oracles(architecture, text, tiny_model, serving, cache, tmp_path, record_property):
-    """Blocks are dropped where they are known, experts where there are any; KV is quantised, and cut but for latents."""
+    """Blocks are dropped where they are known, experts where there are any; KV is quantised, and cut (latents not)."""
     corpus = {"corpus": f"dir:{text}", "sequences": 2}
     cut = {"method": "cosine", "prefill_blocks": 1, "decode_blocks": 2} if architecture in FAMILIES else {}
     experts = architecture in tinyexperts.MOE

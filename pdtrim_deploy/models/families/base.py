@@ -215,7 +215,7 @@ class Family(_Data):
             cut[dense] = sum(block < getattr(full, dense) for block in blocks)
         if known.experts and experts is not None:
             cut |= {key: experts for key in known.experts.count.split("|") if hasattr(full, key)}
-        if self.latents and getattr(full, _MTP, 0):  # layers for speculation, numbered behind the last, are not copied
+        if self.latents and getattr(full, _MTP, None):  # layers for speculation, numbered behind the last, are not copied
             cut[_MTP] = 0
         return cut | known.stage_config
 
