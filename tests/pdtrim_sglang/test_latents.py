@@ -10,10 +10,11 @@ import torch
 pytest.importorskip("sglang", reason="needs the serve environment")
 
 from decodeoptions import DECODE
+from pdtrim_sglang.draft import DraftRows
 from pdtrim_sglang.packing import Chunk, Packer
 from pdtrim_sglang.plan_source import check_fits, check_padding, dense_plan
 from pdtrim_sglang.pool import PoolView
-from pdtrim_sglang.requirements import check_options
+from pdtrim_sglang.requirements import check_draft_ranks, check_options
 from pdtrim_sglang.rooms import AuxRows
 from rankpairs import AUX, PAGE, SLOTS, TOKENS, World
 from sglang.srt.disaggregation.base.conn import KVPoll
@@ -143,6 +144,24 @@ def test_a_stock_checkpoint_has_a_plan_of_latents():
     check_padding(plan, SimpleNamespace(num_key_value_heads=20))
     with pytest.raises(RuntimeError, match=r"expects KV rows of \(2, 8\) .*, the pool has \(2, 32\) in layer 0"):
         check_fits(plan, "decode", view.buffers._replace(k_buffer=view.values), 1)
+
+
+def test_a_draft_models_latents_travel_as_their_pool_holds_them():
+    """An MTP layer has DeepSeek's attention too."""
+    source, target = latent_pool(), latent_pool()
+    slots = torch.randperm(SLOTS)[:TOKENS]
+    rows, layout = fill(source, slots), chunk_layout(DENSE, TOKENS)
+    sides = [
+        DraftRows.of(pool, view.keys, view.values, SLOTS, latents=True)
+        for pool in (source, target)
+        for view in [PoolView.of(pool)]
+    ]
+    assert sides[0].token_bytes == LAYERS * (SIZE + ROPE) * 4
+    sides[1].unpack(layout, sides[0].pack(layout, slots), slots)
+    assert all(torch.equal(target.get_key_buffer(layer)[slots], row) for layer, row in enumerate(rows))
+    plan = PDPlan.dense(SHAPE)
+    with pytest.raises(RuntimeError, match="sent from as many ranks as the model has KV heads at most, 1: start"):
+        check_draft_ranks(plan, 2)
 
 
 def test_other_pools_of_latents_are_refused():
