@@ -79,10 +79,15 @@ OWN = {
         "num_experts_per_tok": 2,
         "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
     },
-    "DeepseekV2ForCausalLM": LATENTS | {"q_lora_rank": None, "topk_method": "greedy", "rope_parameters": YARN},
+    "DeepseekV2ForCausalLM": LATENTS
+    | {"q_lora_rank": None, "topk_method": "greedy", "n_group": 1, "topk_group": 1, "rope_parameters": YARN},
     "DeepseekV3ForCausalLM": LATENTS | {"q_lora_rank": 24, "n_group": 2, "topk_group": 1, "rope_parameters": YARN},
     "Glm4MoeLiteForCausalLM": LATENTS
-    | {"q_lora_rank": 24, "rope_parameters": {"rope_type": "default", "rope_theta": 100.0}},
+    | {
+        "q_lora_rank": 24,
+        "first_k_dense_replace": 1,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
+    },
     "Glm4MoeForCausalLM": {
         "n_routed_experts": 4,
         "num_experts_per_tok": 2,

@@ -149,7 +149,12 @@ def test_a_stage_keeps_a_routers_correction_as_it_is_and_has_no_layer_for_specul
     assert torch.equal(stage[name], tensors[name])
     assert stage["model.layers.3.mlp.gate.weight"].dtype == torch.bfloat16
     assert not any("layers.6" in name for name in stage)
-    assert json.loads((tmp_path / "s" / "config.json").read_text())["num_nextn_predict_layers"] == 0
+    config = json.loads((tmp_path / "s" / "config.json").read_text())
+    assert config["num_nextn_predict_layers"] == 0
+    assert {key: config[key] for key in ("moe_layer_freq", "scoring_func")} == {
+        "moe_layer_freq": 1,
+        "scoring_func": "sigmoid",
+    }  # SGLang reads them, and a folder that transformers has written lacks them
 
 
 @pytest.mark.parametrize("architecture", LATENT)
@@ -170,7 +175,8 @@ def test_the_attentions_weights_are_counted_from_config_alone(architecture, tiny
         ({"qk_rope_head_dim": None}, "key qk_rope_head_dim is None; it must be a whole number of at least 1"),
         ({"v_head_dim": 2.5}, "key v_head_dim is 2.5"),
         ({"kv_lora_rank": 63}, "key kv_lora_rank is 63; it must be even"),
-        ({"attention_bias": True}, "key attention_bias is true; allowed for DeepseekV2ForCausalLM: false"),
+        ({"attention_bias": True}, "key attention_bias is True; allowed for DeepseekV2ForCausalLM: False"),
+        ({"moe_layer_freq": 2}, "key moe_layer_freq is 2; allowed for DeepseekV2ForCausalLM: 1, as SGLang and tr"),
         ({"index_topk": 2048}, "keeps an index beside K and V"),
     ],
 )

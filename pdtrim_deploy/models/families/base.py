@@ -106,13 +106,25 @@ class Blocks(_Data):
         return self
 
 
+class Latents(_Data):
+    """What is known of latent attention and the blocks it stands in, beside the sizes in config.json.
+
+    Attributes:
+        implied: keys of config.json that SGLang reads and transformers does not, and the value that transformers
+            computes with; another one is refused, a missing one written into stages.
+
+    """
+
+    implied: dict[str, Any] = Field(default_factory=dict)
+
+
 class Family(_Data):
     """A decoder-only architecture. Its modules are `model.layers`, `model.embed_tokens`, `model.norm`, `lm_head`.
 
     Attributes:
         blocks: None where its KV alone is known: a model of it is planned, transferred, served and judged uncut.
         windows: of blocks that attend to a window of tokens; None where no block does, as far as workers serve it.
-        latents: its attention keeps latents (MLA) in SGLang, and its modules are DeepSeek's (`models/latents.py`).
+        latents: of attention that keeps latents (MLA) in SGLang, whose modules are DeepSeek's; None of any other.
 
     """
 
@@ -120,7 +132,7 @@ class Family(_Data):
     model_type: str = ""
     blocks: Blocks | None = None
     windows: Windows | None = None
-    latents: bool = False
+    latents: Latents | None = None
 
     @property
     def takes_windows(self) -> bool:
@@ -215,9 +227,11 @@ class Family(_Data):
             cut[dense] = sum(block < getattr(full, dense) for block in blocks)
         if known.experts and experts is not None:
             cut |= {key: experts for key in known.experts.count.split("|") if hasattr(full, key)}
-        if self.latents and getattr(full, _MTP, None):  # layers for speculation, numbered behind the last, are not copied
+        if self.latents and getattr(
+            full, _MTP, None
+        ):  # layers for speculation, numbered behind the last, are not copied
             cut[_MTP] = 0
-        return cut | known.stage_config
+        return cut | known.stage_config | (self.latents.implied if self.latents else {})
 
     def keeps_dtype(self, name: str) -> bool:
         """Whether a tensor is never cast: a router's correction, where nobody has said."""

@@ -54,7 +54,7 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
     """
     named = config.get("architectures") or [f"none (model_type {config.get('model_type')!r})"]
     family = known_family(named[0])
-    check_plain(config, where, takes_windows=family.takes_windows, takes_latents=family.latents)
+    check_plain(config, where, takes_windows=family.takes_windows, takes_latents=family.latents is not None)
     if not CAUSAL_LM.fullmatch(named[0]):
         raise UserError(
             f"{where}: architecture {named[0]} is not supported: it is no causal LM; give a *ForCausalLM whose KV is "
@@ -63,12 +63,14 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
     family.block_windows(config, where)
     if family.latents and latent_sizes(config) is None:
         raise UserError(f"{where}: key {LATENT_KEY} is missing, which {named[0]} has; get the model again")
-    if family.latents and config.get("attention_bias"):
-        raise UserError(f"{where}: key attention_bias is true; allowed for {named[0]}: false, as SGLang reads no other")
     experts = family.blocks.experts if family.blocks else None
-    for key, value in (experts.needs if experts else {}).items():
-        if config.get(key, value) != value:
-            raise UserError(
-                f"{where}: key {key} is {config[key]!r}; allowed for {named[0]}: {value!r}, as SGLang reads no other"
-            )
+    for needs, reader in (
+        (experts.needs if experts else {}, "SGLang reads"),
+        (family.latents.implied if family.latents else {}, "SGLang and transformers both read"),
+    ):
+        for key, value in needs.items():
+            if config.get(key, value) != value:
+                raise UserError(
+                    f"{where}: key {key} is {config[key]!r}; allowed for {named[0]}: {value!r}, as {reader} no other"
+                )
     return family
