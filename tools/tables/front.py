@@ -42,8 +42,8 @@ def switches(kv: Data, wire: Data, kvonly: Data, prefilltime: Data, pruning: Dat
             "budget plan, here 8x; a solver picks rows and dtype of each layer: `kv: {method: budget, reduction: 8}`",
             f"{lengths['512']:.1f}x KV bytes at 512 prompt tokens "
             f"({lengths['128']:.1f}x at 128, {lengths['2048']:.0f}x at 2,048)",
-            f"{_loss(planned)} ({_by_prompt(planned, '2048')} behind 2,048); "
-            f"facts inside the prompt: {planned['needle']:.0%} found",
+            f"{_loss(planned)} ({_by_prompt(planned, '2048')} after prompts of 2,048 tokens); "
+            f"of the facts inside a prompt {planned['needle']:.0%} are found again",
             "[kv](docs/benchmarks/kv.md)",
         ),
         (
