@@ -80,7 +80,7 @@ def budget_search(problem: Problem, options: tuple[KVSend, ...], progress: Progr
     fits the budget at the first length has the reduction at all.
     """
     plan = problem.oracle.plan
-    options = tuple(option for option in options if option.suits(plan.model.head_dim, plan.model.pool_dtype))
+    options = tuple(option for option in options if plan.model.suits(option))
     of_option = [plan.with_kv((option,) * problem.layers) for option in options]
     layers = range(problem.layers)
     costs = np.array([[plan.layer_cost(layer, problem.prompts) for plan in of_option] for layer in layers])
