@@ -42,13 +42,15 @@ def kv_flops(kv: KVSection, sizes: ModelSizes, states: int) -> tuple[float, floa
 
     """
     blocks, batches = sizes.blocks, -(-kv.sequences // BATCH)
-    prompts, tokens = kv.sequences * kv.prompt_tokens, kv.sequences * (kv.continuation_tokens - 1)
     flops = passes = 0.0
     if kv.measures_offsets:
-        flops += 2 * sizes.active * blocks * prompts
+        flops += 2 * sizes.active * blocks * kv.sequences * kv.prompt_tokens
         passes += kv.sequences
     if kv.method in FIXED_KV or kv.method == "random":
         return flops, passes
+    lengths = len(kv.prompts)
+    prompts, tokens = kv.sequences * sum(kv.prompts), lengths * kv.sequences * (kv.continuation_tokens - 1)
+    batches *= lengths
     flops += 2 * sizes.active * blocks * (prompts + 2 * tokens)
     passes += 3 * batches
     if kv.method in ("budget", "measured-harm"):
