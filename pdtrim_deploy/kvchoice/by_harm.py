@@ -76,7 +76,7 @@ class ByBudget:
 def budget_search(problem: Problem, options: tuple[KVSend, ...], progress: Progress, rounds: int = 2) -> BudgetSearch:
     """A search whose costs are bytes at the problem's prompt length, of those `options` that suit the head size."""
     plan, tokens = problem.oracle.plan, problem.prompt_tokens
-    options = tuple(option for option in options if option.suits(plan.model.head_dim, plan.model.pool_dtype))
+    options = tuple(option for option in options if plan.model.suits(option))
     of_option = [plan.with_kv((option,) * problem.layers) for option in options]
     costs = np.array([[plan.layer_bytes(layer, tokens) for plan in of_option] for layer in range(problem.layers)])
     return BudgetSearch(Measure(problem, options, progress), costs, progress, rounds)

@@ -20,7 +20,7 @@ from pdtrim_deploy.plan import (
     WithoutAttention,
     WithoutMLP,
 )
-from pdtrim_deploy.plan.wire import WIRE_DTYPES, packed_bytes
+from pdtrim_deploy.plan.wire import WIRE_DTYPES
 from pdtrim_deploy.recipe import Recipe
 from pdtrim_deploy.recipe.kv import FIXED_KV, KVSection
 
@@ -84,8 +84,9 @@ def _first_experts(recipe: Recipe, plan: PDPlan, shape: ExpertShape | None) -> K
 def _check_wire(recipe: Recipe, shape: ModelShape) -> None:
     kv = recipe.kv
     key, choices = ("wire_choices", kv.wire_choices) if kv.method == "budget" else ("wire_dtype", (kv.wire_dtype,))
-    fit = [wire for wire in WIRE_DTYPES if KVSend(wire_dtype=wire).suits(shape.head_dim, shape.pool_dtype)]
-    given = f"head size is {shape.head_dim}"
+    fit = [wire for wire in WIRE_DTYPES if shape.suits(KVSend(wire_dtype=wire))]
+    latent = "" if shape.rope_dim is None else f", a latent's, and its rope key's {shape.rope_dim}"
+    given = f"head size is {shape.head_dim}{latent}"
     given += "" if shape.pool_dtype == "native" else f" and the KV pool {shape.pool_dtype}"
     if not set(choices) & set(fit):
         raise UserError(
@@ -169,9 +170,9 @@ def _within(section: KVSection, reduction: float, plan: PDPlan) -> tuple[KVSend,
 
     def size(send: KVSend) -> int:
         rows, first = send.rows(tokens), send.row_ranges(tokens)[0][0] == 0
-        return packed_bytes(send.wire_dtype, shape.row_dtype, shape.num_kv_heads, shape.head_dim, rows, first)
+        return shape.packed_bytes(send.wire_dtype, rows, first)
 
-    options = [option for option in section.options() if option.suits(shape.head_dim, shape.pool_dtype)]
+    options = [option for option in section.options() if shape.suits(option)]
     wide, narrow = max(options, key=size), min((o for o in options if o.mode == "full"), key=size)
     least, dense = min(options, key=size), plan.dense_bytes(tokens)
     smallest = sorted(min(size(shape.rule(b, option)) for option in options) for b in range(shape.num_blocks))
