@@ -12,7 +12,7 @@ from typing import Any
 
 from pdtrim_deploy.local.compute import Compute
 from pdtrim_deploy.models.families import family_of
-from pdtrim_deploy.models.footprint import LOGITS, PROGRAM, Peak, read_bytes, weight_bytes
+from pdtrim_deploy.models.footprint import LOGITS, PROGRAM, Peak, read_ahead, read_bytes, weight_bytes
 from pdtrim_deploy.models.weights import ModelSizes, one_expert, stored_bytes
 from pdtrim_deploy.pipeline.heal import needed
 from pdtrim_deploy.pipeline.heal_costs import fit_bytes, heal_flops
@@ -182,8 +182,9 @@ class _Costs:
     def _step(
         self, computing: float, host: float = 0.0, disk: float = 0.0, flops: float | None = None, reads: float = 0.0
     ) -> StepCost:
-        reading = read_bytes(self.config)
-        peak = Peak.of(self.compute, max(computing, self.loaded), host, reading)
+        ahead = read_ahead(self.config, self.compute)
+        computing += ahead if self._streams else 0.0
+        peak = Peak.of(self.compute, max(computing, self.loaded), host, read_bytes(self.config) + ahead)
         return StepCost(peak, disk, flops, reads if self._streams else 0.0)
 
     @property
