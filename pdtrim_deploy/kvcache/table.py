@@ -1,4 +1,4 @@
-"""One table says what moves a chunk; the compiled CPU form and the Triton form each execute it in one call.
+"""Tables say what moves a chunk; the compiled CPU form and the Triton form each execute one in one call.
 
 A row of the table is a *run*: rows of one side (K or V) of one layer, in one code, whose tokens follow one another. Its
 fields are int64, in the order of `FIELDS`:
@@ -13,6 +13,8 @@ fields are int64, in the order of `FIELDS`:
     code         place in `plan.wire.CODES`
     codes        byte of the packed chunk where the first row's codes (or native values) lie
     scales       the same of its scales; native rows have none
+
+A chunk has one table, or two where K and V differ in shape: a latent and its rope key are views of one tensor.
 
 A range of the pool's KV heads is a view, `pool[:, first:stop]`: its address and its number of heads say all. Addresses
 are those of the pools' device, so a table is made once for a layout and its pools, and is good as long as they are.
@@ -54,7 +56,7 @@ class Pool(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """Runs of a chunk, int64 `[runs, len(FIELDS)]` in host memory, and what all of its pools have in common."""
+    """Runs of a chunk, int64 `[runs, len(FIELDS)]` in host memory, and what all of their pools have in common."""
 
     runs: Tensor
     heads: int
@@ -69,15 +71,15 @@ class Table:
         return values
 
 
-def chunk_table(
+def chunk_tables(
     layout: ChunkLayout,
     keys: Sequence[Tensor],
     values: Sequence[Tensor],
     offsets: KeyOffsets | None = None,
     *,
     pack: bool,
-) -> Table | None:
-    """The table of a chunk that is packed from, or unpacked into, these pools; None where only torch can do it.
+) -> tuple[Table, ...]:
+    """The tables of a chunk that is packed from, or unpacked into, these pools; empty where only torch can do it.
 
     Raises:
         ValueError: a layer's keys travel less an offset, and `offsets` has none.
@@ -88,18 +90,23 @@ def chunk_table(
         for rows in layout.layers
         for pool in (side[rows.prefill_layer if pack else rows.decode_layer] for side in (keys, values))
     )
-    return _table(layout, pools, offsets)
+    return _tables(layout, pools, offsets)
 
 
 @lru_cache(maxsize=MAX_TABLES)
-def _table(layout: ChunkLayout, pools: tuple[Pool, ...], offsets: KeyOffsets | None) -> Table | None:
+def _tables(layout: ChunkLayout, pools: tuple[Pool, ...], offsets: KeyOffsets | None) -> tuple[Table, ...]:
     if not pools or not _fits(pools):
-        return None
-    _, heads, head_dim = pools[0].shape
+        return ()
+    return tuple(_table(layout, pools, vectors, offsets) for vectors in dict.fromkeys(pool.shape[1:] for pool in pools))
+
+
+def _table(layout: ChunkLayout, pools: tuple[Pool, ...], vectors: tuple[int, ...], offsets: KeyOffsets | None) -> Table:
+    """Of the pools whose slots are `vectors`, heads and their size."""
+    heads, head_dim = vectors
     native, runs, codes, turned = native_name(pools[0].dtype), [], set[Code](), 0
     for place, (rows, side) in enumerate((rows, side) for rows in layout.layers for side in range(2)):
         pool = pools[place]
-        for part in rows.sides[side]:
+        for part in rows.sides[side] if pool.shape[1:] == vectors else ():
             mean = part_mean(rows, side, part, (heads, head_dim), offsets)
             starts = section_offsets(part, native, heads, head_dim)
             per_row = [(hi - lo) // part.rows for lo, hi in pairwise(starts)]
@@ -136,9 +143,8 @@ def _at(spans: Spans, row: int) -> int:
 
 
 def _fits(pools: Sequence[Pool]) -> bool:
-    """Whether the compiled forms know such pools: of one dtype and shape, each slot's heads without gaps."""
-    first = pools[0]
-    _, heads, head_dim = first.shape
-    known = first.dtype in DTYPES and head_dim <= MAX_HEAD_DIM
-    same = (first.dtype, heads, head_dim, (head_dim, 1))
-    return known and all((pool.dtype, *pool.shape[1:], pool.stride[1:]) == same for pool in pools)
+    """Whether the compiled forms know such pools: of one dtype, K's of one shape and V's, heads without gaps."""
+    known = pools[0].dtype in DTYPES and all(pool.shape[2] <= MAX_HEAD_DIM for pool in pools)
+    shapes = [pool.shape[1:] for pool in pools]
+    dense = all(pool.stride[1:] == (pool.shape[2], 1) and pool.dtype == pools[0].dtype for pool in pools)
+    return known and dense and len(set(shapes[::2])) == len(set(shapes[1::2])) == 1

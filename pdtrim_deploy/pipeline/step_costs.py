@@ -177,7 +177,7 @@ class _Costs:
         if kv.method in FIXED_KV and not kv.measures_offsets:
             return self._step(0.0, flops=0.0)
         cost = selection_cost(self.config, kv, self.recipe.model.dtype, self.compute.states(STATES))
-        running = self._running(1, kv.prompt_tokens)
+        running = self._running(1, kv.prompts[-1])
         computing = self._weights() + max(cost.memory, running) + self._kept_experts() + self._healed()
         flops, passes = kv_flops(kv, self.sizes, self.compute.states(STATES))
         return self._step(computing, disk=cost.disk, flops=flops, reads=self._passes(passes * self.sizes.blocks))

@@ -44,7 +44,7 @@ def selection_cost(
     kv_width = (config.get("num_key_value_heads") or heads) * width
     item = ITEM_BYTES[FP8_ROWS.get(kv.pool_dtype, kv_dtype)]
     measured = kv.method in ("budget", "measured-harm")
-    batch, prompt = min(BATCH if measured else 4, kv.sequences), kv.prompt_tokens
+    batch, prompt = min(BATCH if measured else 4, kv.sequences), kv.prompts[-1]
     row = 2 * kv_width  # K and V of a token in one layer
     block = hidden * 6 + config["intermediate_size"] * 3 + heads * width * 3  # values of a token while it is computed
     prefill = batch * prompt * (blocks * row * item + _FLOAT * (block + row))
@@ -63,7 +63,7 @@ def selection_cost(
     called = max(tokens, batch * SIDE_BY_SIDE)
     probing = _FLOAT * (tokens * (DRAWS * (hidden + 2 * changes) + blocks * hidden) + logits + called * block)
     probing += layer + side_by_side
-    files = kv.sequences * prompt * blocks * row * item * wires
+    files = kv.sequences * sum(kv.prompts) * blocks * row * item * wires
     return SelectionCost(max(prefill, arriving, probing), files)
 
 
@@ -77,13 +77,15 @@ def kv_flops(kv: KVSection, sizes: ModelSizes, states: int) -> tuple[float, floa
 
     """
     blocks, batches = sizes.blocks, -(-kv.sequences // BATCH)
-    prompts, tokens = kv.sequences * kv.prompt_tokens, kv.sequences * (kv.continuation_tokens - 1)
     flops = passes = 0.0
     if kv.measures_offsets:
-        flops += 2 * sizes.active * blocks * prompts
+        flops += 2 * sizes.active * blocks * kv.sequences * kv.prompt_tokens
         passes += kv.sequences
     if kv.method in FIXED_KV or kv.method == "random":
         return flops, passes
+    lengths = len(kv.prompts)
+    prompts, tokens = kv.sequences * sum(kv.prompts), lengths * kv.sequences * (kv.continuation_tokens - 1)
+    batches *= lengths
     flops += 2 * sizes.active * blocks * (prompts + 2 * tokens)
     passes += 3 * batches
     if kv.method in ("budget", "measured-harm"):

@@ -1,4 +1,7 @@
-"""A worker's paged KV pool as the wire format sees it: one K and one V tensor a layer, rows by slot."""
+"""A worker's paged KV pool as the wire format sees it: one K and one V tensor a layer, rows by slot.
+
+Of a pool of latents (MLA) they are the rope keys and the latents: views of its one tensor a layer, in halves.
+"""
 
 from __future__ import annotations
 
@@ -65,6 +68,7 @@ class WindowSlots:
 class PoolView:
     """Tensors `[slots, kv_heads, head_dim]` of every local layer, and the page size in tokens.
 
+    With `latents` they are `[slots, 2, rope / 2]` and `[slots, 2, latent / 2]`, which count as one KV head.
     `cut` is SGLang's pool when its cut layers have slots of their own, `offsets` the plan's of these KV heads, and
     `first_head` the first of them, as the model counts. `draft` is the KV of a draft model, where one runs, and
     `windowed` says where the rows of layers with windows are, where SGLang has them in a pool of their own.
@@ -78,32 +82,45 @@ class PoolView:
     first_head: int = 0
     draft: DraftRows | None = None
     windowed: WindowSlots | None = None
+    latents: bool = False
     _parts: dict[range, PoolView] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def of(cls, pool: Any) -> PoolView:
-        """View of SGLang's MHATokenToKVPool (mem_cache/memory_pool.py, 0.5.23), or of two such in its SWAKVPool.
+        """View of SGLang's MHATokenToKVPool or MLATokenToKVPool (0.5.23), or of two of the former in its SWAKVPool.
 
         Raises:
-            RuntimeError: another kind of pool (MLA, hybrid, HND, with scales), which the wire format does not know.
+            RuntimeError: another kind of pool (hybrid, HND, with scales), which the wire format does not know.
 
         """
-        from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+        from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
         from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 
         from pdtrim_sglang.kept_pool.pool import KeptKVPool
 
         if type(pool) is SWAKVPool:
             return cls._of_windows(pool)
+        if type(pool) is MLATokenToKVPool and not pool.use_dsa:
+            return cls._of_latents(pool)
         plain = type(pool) in (MHATokenToKVPool, KeptKVPool) and not (pool.use_hnd or pool.is_quantized_kv_cache)
         if not plain or pool.k_buffer[0].dim() != 3:
             raise RuntimeError(
-                f"pdtrim: needs a plain multi-head KV pool, this worker has {type(pool).__name__}: "
+                f"pdtrim: needs a plain KV pool of heads or of latents, this worker has {type(pool).__name__}: "
                 "serve a Llama, Mistral, Qwen2 or Qwen3 bundle without KV-layout options"
             )
         # SGLang keeps fp8 rows as uint8.
         keys, values = ([rows.view(pool.dtype) for rows in side] for side in (pool.k_buffer, pool.v_buffer))
         return cls(keys, values, pool.page_size, pool if isinstance(pool, KeptKVPool) else None)
+
+    @classmethod
+    def _of_latents(cls, pool: Any) -> PoolView:
+        """A slot holds a token's latent, then its rope key; SGLang keeps fp8 rows as uint8."""
+        rows = [buffer.view(pool.dtype)[:, 0] for buffer in pool.kv_buffer]
+        keys, values = (
+            [row[:, part].unflatten(1, (2, -1)) for row in rows]
+            for part in (slice(pool.kv_lora_rank, None), slice(pool.kv_lora_rank))
+        )
+        return cls(keys, values, pool.page_size, latents=True)
 
     @classmethod
     def _of_windows(cls, pool: Any) -> PoolView:
@@ -142,7 +159,7 @@ class PoolView:
     @property
     def kv_heads(self) -> int:
         """KV heads that this rank holds."""
-        return self.keys[0].shape[1]
+        return 1 if self.latents else self.keys[0].shape[1]
 
     @property
     def heads(self) -> range:

@@ -1,5 +1,7 @@
 """Run by test_gpu.py under TRITON_INTERPRET=1: the Triton form against torch's, bit for bit."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -13,8 +15,8 @@ from pdtrim_deploy.kvcache.gpu import move as gpu
 from pdtrim_deploy.kvcache.gpu.library import library
 from pdtrim_deploy.kvcache.layout import chunk_layout
 from pdtrim_deploy.kvcache.pool_rows import FP8
-from pdtrim_deploy.plan import KVSend, PDPlan
-from pdtrim_deploy.plan.wire import FP8_ROWS, SMALLER_THAN_FP8, WIRE_DTYPES
+from pdtrim_deploy.plan import KVSend, ModelShape, PDPlan
+from pdtrim_deploy.plan.wire import FP8_ROWS, LATENT_SIDES, SMALLER_THAN_FP8, WIRE_DTYPES
 
 UNTOUCHED = -9.0
 CPU = torch.device("cpu")
@@ -91,6 +93,26 @@ def test_all_wire_dtypes_in_one_chunk(dim, dtype):
         )
 
 
+@pytest.mark.parametrize("wire", ["native", "fp8", "int8", "int4", "int3"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_latents_and_rope_keys_that_are_views_of_one_pool(wire, dtype):
+    model = ModelShape(
+        architecture="X", fingerprint="f", num_blocks=2, num_kv_heads=1, head_dim=128, rope_dim=24, kv_dtype=dtype
+    )
+    plan = PDPlan.dense(model).with_kv((KVSend(wire_dtype=wire),) * 2)
+    rows = pools(2, 40, shape(1, 1, 152, dtype), 0)
+
+    def views(pool_rows):
+        flat = [row[:, 0] for row in pool_rows]
+        return [[row[:, part].unflatten(1, (2, -1)) for row in flat] for part in (slice(128, None), slice(128))]
+
+    targets = [views([torch.full_like(row, UNTOUCHED) for row in rows]) for _ in range(2)]
+    slots = torch.randperm(40, generator=torch.Generator().manual_seed(0))[:33]
+    for start, stop in ((0, 7), (7, 33)):
+        part = slots[start:stop]
+        check(chunk_layout(plan, 33, start, stop), views(rows), part, targets, part, None)
+
+
 @pytest.mark.parametrize("dtype", FP8_ROWS)
 @pytest.mark.parametrize("wire", SMALLER_THAN_FP8)
 def test_every_value_of_an_fp8_pool(wire, dtype):
@@ -121,7 +143,7 @@ def test_more_runs_than_a_program_looks_at_together():
     plan = PDPlan.dense(model).with_kv((cut,) * 72)
     source, slots = [pools(72, 8, model, side) for side in range(2)], torch.tensor([3, 1, 7, 5])
     layout = chunk_layout(plan, 4)
-    assert len(gpu.chunk_table(layout, *source, pack=True).runs) > 256
+    assert len(gpu.chunk_tables(layout, *source, pack=True)[0].runs) > 256
     check(layout, source, slots, empty(plan, source[0][0]), slots, None)
 
 
@@ -239,3 +261,20 @@ def test_the_check_of_bits_on_a_gpu(wire, dtype, monkeypatch):
         monkeypatch.setattr(gpu, "move", lambda *a, pack, d=direction: (broken if pack == d else whole)(*a, pack=pack))
         with pytest.raises(AssertionError, match=r"head size 96, tokens 0 to 30: [01] of \d+ packed bytes and [01]"):
             kernels.bits(CPU, wire, dtype, tokens=90)
+
+
+@pytest.mark.parametrize("wire", LATENT_SIDES)
+def test_the_check_on_gpus_of_latents_passes_here(wire):
+    figure = kernels.latent_bits(CPU, wire, tokens=40)
+    assert figure["bytes_compared"] > 40 * 3 * 200
+
+
+def test_the_check_on_gpus_of_latents_sees_a_byte(monkeypatch):
+    def spoilt(*arguments, **options):
+        result = torch_pack.pack(*arguments, **options)
+        result[-1] ^= 1
+        return result
+
+    monkeypatch.setattr(kernels, "torch_pack", SimpleNamespace(pack=spoilt, unpack=torch_pack.unpack))
+    with pytest.raises(AssertionError, match=r"1 of \d+ packed bytes"):
+        kernels.latent_bits(CPU, "int8", tokens=40)

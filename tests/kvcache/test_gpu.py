@@ -87,14 +87,16 @@ def test_layers_of_a_chunk_may_lie_anywhere_in_it():
 
     from pdtrim_deploy.kvcache.gpu.move import constants
     from pdtrim_deploy.kvcache.layout import chunk_layout
-    from pdtrim_deploy.kvcache.table import chunk_table
+    from pdtrim_deploy.kvcache.table import chunk_tables
     from pdtrim_deploy.plan import KVSend, PDPlan
 
     plan = PDPlan.dense(shape(2, 1, 32, "bfloat16")).with_kv((KVSend(wire_dtype="int3"), KVSend(wire_dtype="native")))
     layout, pool = chunk_layout(plan, 4), pools(2, 8, plan.model, 0)
     native = replace(layout, layers=layout.layers[1:])
     assert native.layers[0].offset == 2 * (64 + 3 * 14)
-    aligned = [constants(chunk_table(part, pool, pool, pack=False), False)["WIRE_ALIGN"] for part in (layout, native)]
+    aligned = [
+        constants(chunk_tables(part, pool, pool, pack=False)[0], False)["WIRE_ALIGN"] for part in (layout, native)
+    ]
     assert aligned == [2, 4]
 
 

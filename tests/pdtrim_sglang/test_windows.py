@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+from decodeoptions import DECODE
 
 from pdtrim_deploy.plan import KVSend, ModelShape, PDPlan
 
@@ -15,14 +16,6 @@ SHAPE = ModelShape(
 )
 PLAN = PDPlan.dense(SHAPE)
 VIEW = SimpleNamespace(windowed=None)
-DECODE = {
-    "pp_size": 1, "dcp_size": 1, "attn_cp_size": 1, "speculative_algorithm": None, "tokenizer_worker_num": 1,
-    "quantization_param_path": None, "enable_lora": None, "lora_paths": None, "json_model_override_args": "{}",
-    "disaggregation_enable_kv_checksum": False, "hicache_storage_backend": None,
-    "enable_unified_cache_external_linker": False, "disaggregation_mode": "decode",
-    "disaggregation_decode_enable_radix_cache": True, "disaggregation_decode_enable_offload_kvcache": False,
-    "enable_streaming_session": False, "enable_custom_logit_processor": False,
-}  # fmt: skip
 
 
 def loaded(*windows):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tables import build, demo, front, gpu, heal, kv, objective, pruning, quality, serving
+from tables import build, demo, front, gpu, heal, kv, latents, objective, pruning, quality, serving
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ TABLES = {
     "kvlengths": Table(("kv",), kv.kvlengths),
     "wire": Table(("wire",), kv.wire),
     "pack": Table(("pack",), kv.pack),
+    "latents": Table(("latents",), latents.latents),
     "launches": Table(("launches",), kv.launches),
     "choice": Table(("choice",), kv.choice),
     "pruning": Table(("pruning",), pruning.pruning),

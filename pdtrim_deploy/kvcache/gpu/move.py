@@ -1,4 +1,4 @@
-"""Give a chunk's table to the Triton kernels: one launch each way, nothing that the host waits for. Needs triton."""
+"""Give a chunk's tables to the Triton kernels: one launch each, nothing that the host waits for. Needs triton."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pdtrim_deploy.kvcache.gpu.kernels import pack_runs, unpack_runs
 from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
 from pdtrim_deploy.kvcache.layout import ChunkLayout
 from pdtrim_deploy.kvcache.sections import native_name
-from pdtrim_deploy.kvcache.table import DTYPES, MAX_TABLES, Table, chunk_table
+from pdtrim_deploy.kvcache.table import DTYPES, MAX_TABLES, Table, chunk_tables
 from pdtrim_deploy.plan.wire import CODES, ITEM_BYTES, Code, rotated_group, row_sections
 
 TILE = 4096  # values that a program moves; 32 a thread
@@ -46,17 +46,17 @@ def move(
         ValueError: as `pack`.
 
     """
-    table = chunk_table(layout, keys, values, offsets, pack=pack)
-    if table is None or packed.data_ptr() % 4:
+    tables = chunk_tables(layout, keys, values, offsets, pack=pack)
+    if not tables or packed.data_ptr() % 4:
         return False
-    device = slots.device
-    turns = offsets.table(table.turned) if offsets is not None and table.turned else None
-    form = _resident(table, pack, device, _stream(device))
-    launch(
-        pack_runs if pack else unpack_runs, form.programs, device,
-        form.runs, len(table.runs), slots.long().contiguous(), packed, turns, _origin(device), _fault(device),
-        **form.constants,
-    )  # fmt: skip
+    device, slots = slots.device, slots.long().contiguous()
+    for table in tables:
+        turns = offsets.table(table.turned) if offsets is not None and table.turned else None
+        form = _resident(table, pack, device, _stream(device))
+        launch(
+            pack_runs if pack else unpack_runs, form.programs, device,
+            form.runs, len(table.runs), slots, packed, turns, _origin(device), _fault(device), **form.constants,
+        )  # fmt: skip
     return True
 
 
