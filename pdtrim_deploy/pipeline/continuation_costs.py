@@ -7,12 +7,11 @@ from dataclasses import dataclass
 
 from pdtrim_deploy.models.weights import ModelSizes
 from pdtrim_deploy.pipeline.heal import needed
-from pdtrim_deploy.recipe import Recipe
+from pdtrim_deploy.recipe import CalibrationSection, Recipe
 from pdtrim_deploy.recipe.kv import FIXED_KV
 
-AT_ONCE = 8  # prompts that go on side by side
-_ROWS = 32  # rows of a product that take as long as reading the weights does: a token of 8 prompts costs no less
-_FLOAT = 4
+_ROWS = 32  # rows of a product that take as long as reading the weights: a token of 8 prompts costs no less
+_AT_ONCE, _FLOAT = CalibrationSection.AT_ONCE, 4
 _ID = 8  # bytes of a token's id as JSON
 
 
@@ -74,7 +73,7 @@ def _read(recipe: Recipe) -> Iterator[tuple[str, Text]]:
 
 def _with(cost: ContinuationCost, text: Text, sizes: ModelSizes, item: int) -> ContinuationCost:
     weights, tokens = sizes.active * sizes.blocks, text.length - text.prompt
-    together, groups = min(AT_ONCE, text.sequences), -(-text.sequences // AT_ONCE)
+    together, groups = min(_AT_ONCE, text.sequences), -(-text.sequences // _AT_ONCE)
     flops = 2.0 * weights * text.sequences * text.prompt
     flops += 2.0 * groups * tokens * max(_ROWS, together) * (weights + sizes.vocabulary * sizes.hidden)
     rows = 2 * sizes.kv_width * together * text.length * (sizes.blocks + 1)  # a layer's twice, as it grows

@@ -16,7 +16,6 @@ from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.local.row_log import RowLog
 from pdtrim_deploy.models.blockwise import CausalLM
 from pdtrim_deploy.models.continuation import continued
-from pdtrim_deploy.pipeline.continuation_costs import AT_ONCE
 from pdtrim_deploy.recipe import CalibrationSection
 
 if TYPE_CHECKING:
@@ -58,10 +57,10 @@ def with_continuations(speaker: Speaker, section: CalibrationSection, prompts: T
 
     def make(entry: Path) -> None:
         log = RowLog(speaker.out / WORK / f"continuations-{key[:16]}.jsonl", key)
-        for start in range(0, len(prompts), AT_ONCE):
+        for start in range(0, len(prompts), section.AT_ONCE):
             if log.find(start=start) is None:
-                speaker.note(f"the model continues prompts {start + 1} to {start + AT_ONCE} of {len(prompts)}")
-                part = prompts[start : start + AT_ONCE]
+                speaker.note(f"the model continues prompts {start + 1} to {start + section.AT_ONCE} of {len(prompts)}")
+                part = prompts[start : start + section.AT_ONCE]
                 draws = None if section.continuations == "greedy" else _draws(section.seed, start, len(part), tokens)
                 log.append({"start": start, "ids": continued(speaker.model(), part, tokens, ends, draws).tolist()})
         (entry / "ids.json").write_text(json.dumps([ids for row in log.rows for ids in row["ids"]]))

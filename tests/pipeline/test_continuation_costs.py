@@ -50,9 +50,9 @@ def test_what_is_priced_is_what_a_build_asks_the_model_for(
     original: Callable[..., Any] = on_policy.with_continuations
 
     def counted(speaker: Any, section: Any, prompts: Any, tokens: int) -> Any:
-        asked = (len(prompts), prompts.shape[1] + tokens, prompts.shape[1])
-        if not any(asked in before for before in steps.values()):
-            steps.setdefault(step, set()).add(asked)
+        written = (len(prompts), prompts.shape[1] + tokens, prompts.shape[1])
+        if not any(written in before for before in steps.values()):
+            steps.setdefault(step, set()).add(written)
         return original(speaker, section, prompts, tokens)
 
     class Shown:
