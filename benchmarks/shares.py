@@ -1,143 +1,121 @@
 """Fixed rows against a share of the prompt at equal bytes -> results/shares.json. `make bench-shares`.
 
-SmolLM2-135M, dequantised from Q4_1, in float32 behind a bfloat16 pool, no block removed; every layer's wire is k4v3, so
-that plans differ in rows alone. Three plans by the same solver, for the same reduction:
+SmolLM2-135M, dequantised from Q4_1, in float32 behind a bfloat16 pool, no block removed. Three plans cut the same
+layers in the same wire dtypes, those of the budget plan of results/kv.json, which was chosen at 512 prompt tokens:
 
-    fixed at 512    numbers of rows, effects measured at the first length alone: what a recipe with one length makes
-    fixed           numbers of rows, effects measured at all lengths, as many bytes as `share` over one request of each
-    share           shares of the prompt with least numbers, effects measured at all lengths
+    chosen at 512    that plan: as many rows of a layer whatever the prompt
+    fixed            the same with all numbers of rows times one factor, so that one request of each length together
+                     takes as many bytes as under `share`, or a little fewer
+    share            the same rows at 512 tokens, as shares of the prompt
 
-Chosen on Brown's calibration split, a quarter of its sequences with a passage that is repeated, and judged on its
-development split: each sequence's mean loss, so that differences are paired. What was measured is kept, and an
-interrupted run goes on there.
+Judged on Brown's development split: each sequence's mean loss after each length, so that differences are paired. Each
+sequence is written down when it is judged, and the benchmark goes on from there.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from __results import HERE, commit, write
 from torch import Tensor
 
 from pdtrim_deploy.evaluation.corpora import registry
 from pdtrim_deploy.evaluation.corpora.sampling import sequences
-from pdtrim_deploy.kvchoice import Problem, Sends
-from pdtrim_deploy.kvchoice.budget.lengths import MeanMeasure
-from pdtrim_deploy.kvchoice.budget.search import BudgetSearch
-from pdtrim_deploy.kvchoice.recall import with_recall
+from pdtrim_deploy.kvchoice import Sends
 from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.local.row_log import RowLog
 from pdtrim_deploy.models import DEFAULT_SOURCE, resolve
 from pdtrim_deploy.models.loading import load_model, load_tokenizer
 from pdtrim_deploy.models.oracle import PDOracle
 from pdtrim_deploy.plan import KVSend, PDPlan
+from pdtrim_deploy.plan.kv import SHARE_UNIT
 from pdtrim_deploy.recipe.kv import cut_to
 
-WIRE = "k4v3"
-WHOLE = KVSend(wire_dtype=WIRE)
-FIXED = tuple(cut_to(4, rows - 4, wire_dtype=WIRE) for rows in (20, 100, 256, 512, 1024))
-SHARES = tuple(cut_to(4, share // 4 - 4, share, wire_dtype=WIRE) for share in (40, 200, 512))  # least at 256 tokens
-OPTIONS = (WHOLE, *FIXED, *SHARES)
-FORBIDDEN = 1 << 50  # the sum over layers still fits 64 bits
+CHOSEN_AT = 512
+LEAST = 4  # a share's least number of rows is this part of its rows at 512 tokens: at prompts of 128 it begins
+DRAWN = 24  # sequences, of which the first `--sequences` are judged
 PLACE = HERE.parent / "out" / "bench-shares"
-Note = Callable[[str], None]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048], help="prompt tokens, ascending")
-    parser.add_argument("--reduction", type=float, default=8.0)
-    parser.add_argument("--calibration", type=int, default=8, help="sequences of each length that choose")
-    parser.add_argument("--chosen-on", type=int, default=17, help="tokens of their continuations")
-    parser.add_argument("--sequences", type=int, default=12, help="judged at each length")
-    parser.add_argument("--judged", type=int, default=65, help="tokens of their continuations")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048], help="prompt tokens")
+    parser.add_argument("--reduction", type=float, default=8.0, help="of the plan in results/kv.json")
+    parser.add_argument("--sequences", type=int, default=12, choices=range(2, DRAWN + 1), metavar="N", help="judged")
+    parser.add_argument("--continuation", type=int, default=65, help="tokens of each, after its prompt")
     options = parser.parse_args()
     started, cpu = time.monotonic(), time.process_time()
-
-    def note(line: str) -> None:
-        print(f"{time.monotonic() - started:6.0f} s  {time.process_time() - cpu:6.0f} CPU s  {line}", flush=True)
-
-    PLACE.mkdir(parents=True, exist_ok=True)
-    log = RowLog(PLACE / "values.jsonl", vars(options))
-    bench = _Bench(options, note)
-    plans = {
-        name: tuple(map(KVSend.model_validate, sends))
-        for name, sends in log.value("plans", lambda: bench.chosen(log)).items()
+    checkpoint = resolve(DEFAULT_SOURCE, Cache.default())
+    model, plan = load_model(checkpoint.path), PDPlan.dense(checkpoint.shape("bfloat16"))
+    oracle = PDOracle(model, model, plan)
+    plans = _plans(plan, options.reduction, options.lengths)
+    about = [{name: [send.model_dump() for send in sends] for name, sends in plans.items()}, options.continuation]
+    log = RowLog(PLACE / "values.jsonl", about)
+    documents = registry.load("brown", Cache.default()).split("development")
+    texts = {
+        tokens: sequences(documents, load_tokenizer(checkpoint.path), DRAWN, tokens + options.continuation, 0)
+        for tokens in options.lengths
     }
+    loss: dict[int, list[dict[str, float]]] = {tokens: [] for tokens in options.lengths}
+    for at in range(options.sequences):
+        for tokens, ids in texts.items():
+            row, name = ids[at : at + 1], f"sequence {at} at {tokens}"
+            loss[tokens].append(log.value(name, lambda row=row, tokens=tokens: _judged(oracle, plans, row, tokens)))
+            print(f"{time.monotonic() - started:6.0f} s, {time.process_time() - cpu:6.0f} s of CPU: {name}", flush=True)
     rows = []
     for tokens in options.lengths:
-        loss = log.value(f"judged at {tokens}", lambda tokens=tokens: bench.judged(plans, tokens))
         for name, sends in plans.items():
-            plan = bench.oracle.with_kv(sends).plan
-            size = {"bytes": plan.payload_bytes(tokens), "reduction": plan.reduction(tokens)}
-            rows.append({"plan": name, "prompt_tokens": tokens} | size | {"loss": loss[name], "dense": loss["dense"]})
-            rows[-1] |= {"sends": [send.model_dump() for send in sends], "commit": commit()}
+            cut = plan.with_kv(sends)
+            figures = {"plan": name, "prompt_tokens": tokens, "bytes": cut.payload_bytes(tokens)}
+            figures |= {"reduction": cut.reduction(tokens), "commit": commit()}
+            rows.append(figures | {"loss": [values[name] for values in loss[tokens]]})
     write("shares", options, rows)
 
 
-class _Bench:
-    """The model and its texts; both are loaded when they are first needed."""
+def _judged(oracle: PDOracle, plans: dict[str, Sends], row: Tensor, tokens: int) -> dict[str, float]:
+    """Mean loss in nats a token by plan; the first token, which prefill gives, does not count."""
+    state, loss = oracle.prefill(row[:, :tokens]), {}
+    for name, sends in plans.items():
+        scores = oracle.with_kv(sends).score(state, row[:, tokens:])[0, 1:]
+        loss[name] = round(-float(scores.double().mean()), 6)
+    return loss
 
-    def __init__(self, options: argparse.Namespace, note: Note) -> None:
-        self._options, self._note = options, note
-        checkpoint = resolve(DEFAULT_SOURCE, Cache.default(), note)
-        model, plan = load_model(checkpoint.path), PDPlan.dense(checkpoint.shape("bfloat16"))
-        self.oracle, self._tokenizer = PDOracle(model, model, plan), load_tokenizer(checkpoint.path)
-        self._corpus = registry.load("brown", Cache.default(), note)
 
-    def chosen(self, log: RowLog) -> dict[str, Any]:
-        """The plans by name, as JSON."""
+def _plans(dense: PDPlan, reduction: float, lengths: Sequence[int]) -> dict[str, Sends]:
+    known = json.loads((HERE / "results" / "kv.json").read_text())["rows"]
+    row: dict[str, Any] = next(row for row in known if (row["method"], row["asked"]) == ("ours", reduction))
+    chosen = tuple(map(KVSend.model_validate, row["sends"]))
+    share = tuple(_share(send) if send.mode == "sparse" else send for send in chosen)
 
-        def memo(name: str, make: Callable[[], Tensor]) -> Tensor:
-            return torch.tensor(log.value(f"effects {name}", lambda: make().tolist()), dtype=torch.float64)
+    def size(sends: Sends) -> int:
+        return sum(dense.with_kv(sends).payload_bytes(tokens) for tokens in lengths)
 
-        first, *longer = (replace(self._problem(tokens), memo=memo) for tokens in self._options.lengths)
-        every = MeanMeasure.of(replace(first, longer=tuple(longer)), OPTIONS, self._note)
-        alone = MeanMeasure(first, every.measures[:1])
-        lengths, plan = self._options.lengths, self.oracle.plan
-        of_option, layers = [plan.with_kv((option,) * len(plan.kv)) for option in OPTIONS], range(len(plan.kv))
-        at = [np.array([[each.layer_bytes(layer, n) for each in of_option] for layer in layers]) for n in lengths]
-        scaled = np.array([[each.layer_cost(layer, lengths) for each in of_option] for layer in layers])
+    def times(factor: int) -> Sends:
+        return tuple(
+            send.model_copy(update={"n_last": -(-(send.n_first + send.n_last) * factor // 1000) - send.n_first})
+            if send.mode == "sparse"
+            else send
+            for send in chosen
+        )
 
-        def solved(measure: MeanMeasure, allowed: tuple[KVSend, ...], costs: Any, budget: int) -> Sends:
-            usable = [option in (WHOLE, *allowed) for option in OPTIONS]
-            return BudgetSearch(measure, np.where(usable, costs, FORBIDDEN), self._note, rounds=0).within(budget).sends
+    factor = 1000  # thousandths
+    while size(times(factor + 1)) <= size(share):
+        factor += 1
+    return {"dense": (KVSend(),) * len(chosen), "chosen at 512": chosen, "fixed": times(factor), "share": share}
 
-        budget = int(plan.dense_bytes(lengths[0]) / self._options.reduction)
-        share = solved(every, SHARES, scaled, budget)
-        total = sum(plan.with_kv(share).payload_bytes(n) for n in lengths)
-        plans = {
-            "fixed at 512": solved(alone, FIXED, at[0], budget),
-            "fixed": solved(every, FIXED, sum(at), total),
-            "share": share,
-        }
-        return {name: [send.model_dump() for send in sends] for name, sends in plans.items()}
 
-    def judged(self, plans: dict[str, Sends], tokens: int) -> dict[str, list[float]]:
-        """Each sequence's mean loss in nats a token, by plan; the first token, which prefill gives, does not count."""
-        ids = self._text("development", self._options.sequences, tokens + self._options.judged)
-        loss: dict[str, list[float]] = {}
-        for row in ids.split(1):
-            state = self.oracle.prefill(row[:, :tokens])
-            for name, sends in {"dense": (KVSend(),) * len(self.oracle.plan.kv), **plans}.items():
-                scores = self.oracle.with_kv(sends).score(state, row[:, tokens:])[0, 1:]
-                loss.setdefault(name, []).append(round(-float(scores.double().mean()), 6))
-        self._note(f"judged at {tokens} prompt tokens")
-        return loss
-
-    def _problem(self, tokens: int) -> Problem:
-        ids = self._text("calibration", self._options.calibration, tokens + self._options.chosen_on)
-        return Problem(self.oracle, with_recall(ids, tokens, 0.25, 0), tokens, work=PLACE)
-
-    def _text(self, split: Any, count: int, length: int) -> Tensor:
-        return sequences(self._corpus.split(split), self._tokenizer, count, length, 0)
+def _share(send: KVSend) -> KVSend:
+    """As many rows at 512 tokens, as a share; in 1024ths that is exact."""
+    rows = send.n_first + send.n_last
+    least = max(send.n_first + 1, rows // LEAST)
+    return cut_to(send.n_first, least - send.n_first, rows * SHARE_UNIT // CHOSEN_AT, wire_dtype=send.wire_dtype)
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
     main()
