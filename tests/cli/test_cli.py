@@ -16,6 +16,7 @@ from pathlib import Path
 import click
 import pytest
 import yaml
+from answering import answering
 from localtasks import write_tasks
 from sse_server import Behaviour, serve
 from tinytext import write_words
@@ -464,9 +465,11 @@ def test_a_gate_that_is_not_kept_is_exit_code_1(
             ("http://127.0.0.1:9", "--tasks", "gsm8k", "--memory", "8GB"),
             "--memory is for bundles, but http://127.0.0.1",
         ),
+        (("http://127.0.0.1:9", "--tasks", "mmlu", "--lengths", "4096"), "give --tasks ruler or turns too"),
+        (("http://127.0.0.1:9", "--tasks", "ruler", "--lengths", "4k"), "'4k' are no numbers of tokens from 1024"),
         (("out/bundle", "--against", "http://127.0.0.1:9"), "--against is for URLs, but out/bundle is a bundle"),
     ],
-    ids=["no tasks", "other task", "seed", "remote", "questions", "memory", "bundle"],
+    ids=["no tasks", "other task", "seed", "remote", "questions", "memory", "lengths", "length", "bundle"],
 )
 def test_eval_of_a_url_says_what_is_wrong(
     capsys: pytest.CaptureFixture[str], arguments: tuple[object, ...], says: str
@@ -485,6 +488,16 @@ def test_eval_of_a_url_where_nothing_answers_asks_for_no_data(
     assert (code, out) == (1, "")
     assert f"{url} does not answer (" in err
     assert not empty.exists()
+
+
+def test_prompts_longer_than_the_served_context_are_refused(capsys: pytest.CaptureFixture[str], cache: Cache) -> None:
+    bodies: list[dict] = []
+    with answering(lambda _: "yes", bodies, context=4096) as url:
+        code, out, err = run(
+            capsys, "eval", url, "--tasks", "turns", "--lengths", "2048,8192", "--cache-dir", cache.root
+        )
+    assert (code, out, bodies) == (2, "", [])
+    assert f"{url} serves a context of 4096 tokens, and prompts of 8192 were to be sent; give --lengths 2048, or" in err
 
 
 def test_a_served_task_of_a_bundle_is_sent_to_its_url(capsys: pytest.CaptureFixture[str], bundle_dir: Path) -> None:
