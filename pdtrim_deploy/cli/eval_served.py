@@ -95,7 +95,7 @@ def evaluate_served(
     for file in files:
         write_atomic(file, text + "\n")
     if bundle is not None:
-        refresh_recoveries(bundle.path, bundle.plan.digest)
+        refresh_recoveries(bundle.path, bundle.plan.digest, bundle.recipe.quality)
     click.echo(text if as_json else "\n".join(lines(report)))
     if any(task.recovery is not None and task.recovery.passed is False for task in judged):
         raise SystemExit(1)

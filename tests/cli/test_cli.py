@@ -438,13 +438,17 @@ def test_a_gate_that_is_not_kept_is_exit_code_1(
     for gate, code, word in ((0.1, 1, "FAILED"), (99, 0, "passed")):
         recipe.write_text(yaml.safe_dump(yaml.safe_load(recipe_file.read_text()) | {"quality": {"perplexity": gate}}))
         assert run(capsys, "build", recipe, "--out", copy, "--cache-dir", cache.root)[0] == 0
+        for stage in ("prefill", "decode"):  # another gate's verdict is none of this
+            assert f"| not measured | {gate:g}: not measured |" in (copy / stage / "README.md").read_text()
         ended, out, _ = run(capsys, "eval", copy, "--cache-dir", cache.root)
         assert ended == code
         assert f"gate at most {gate}: {word}" in out
         report = json.loads((copy / "reports" / "eval.json").read_text())
         assert report["recovery"]["recovery"] == pytest.approx(report["ratio"])
         for stage in ("prefill", "decode"):
-            assert f"at most {gate}: {word} | eval.json |" in (copy / stage / "README.md").read_text()
+            card = (copy / stage / "README.md").read_text()
+            assert f"at most {gate}: {word} | eval.json |" in card
+            assert "not measured |" not in card
         assert run(capsys, "report", copy)[0] == 0
         assert f"at most {gate}: {word}" in (copy / "reports" / "report.html").read_text()
     recipe.write_text(yaml.safe_dump(yaml.safe_load(recipe_file.read_text()) | {"quality": {"speed": 2}}))
