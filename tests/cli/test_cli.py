@@ -513,6 +513,17 @@ def test_a_served_task_of_a_bundle_is_sent_to_its_url(capsys: pytest.CaptureFixt
 
 
 @pytest.mark.skipif(not (REPO / ".venv/evals/pdtrim-stamp.json").is_file(), reason="needs make setup-evals")
+def test_an_unknown_task_of_lm_eval_is_refused_before_a_model_is_loaded(
+    capsys: pytest.CaptureFixture[str], bundle_dir: Path, cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pdtrim_deploy.models.on_devices.load_to_compute", lambda *_, **__: pytest.fail("loaded"))
+    arguments = ("--tasks", "lm_eval:tiny_chioce", "--include-path", write_tasks(tmp_path / "tasks"))
+    code, out, err = run(capsys, "eval", bundle_dir, "--cache-dir", cache.root, *arguments)
+    assert (code, out) == (2, "")
+    assert "lm-eval has no task 'tiny_chioce'; see its list" in err.splitlines()[-1]
+
+
+@pytest.mark.skipif(not (REPO / ".venv/evals/pdtrim-stamp.json").is_file(), reason="needs make setup-evals")
 def test_eval_of_a_task_of_lm_eval(
     capsys: pytest.CaptureFixture[str], bundle_dir: Path, cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

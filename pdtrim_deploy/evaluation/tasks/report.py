@@ -124,6 +124,8 @@ def judge_tasks(
 
     for name in names:
         check(name)
+    if harness is not None:
+        harness.check()
     section, dtype, plan = section or bundle.recipe.evaluation, bundle.recipe.model.dtype, bundle.plan
     compute = ON_CPU.fast(dtype) if compute is None else compute
     source = source_of(bundle, cache, note)
