@@ -24,7 +24,9 @@ from tinytext import write_words
 from pdtrim_deploy import __version__
 from pdtrim_deploy.bundle import Bundle
 from pdtrim_deploy.cli import COMMANDS, cli, main
+from pdtrim_deploy.cli.eval_served import _check_plan
 from pdtrim_deploy.cli.exit_codes import EXIT_CODES
+from pdtrim_deploy.evaluation.generated.endpoint import Endpoint
 from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.local.own_environment import REPO
 from pdtrim_deploy.serving.ports import free_ports
@@ -502,6 +504,21 @@ def test_prompts_longer_than_the_served_context_are_refused(capsys: pytest.Captu
         )
     assert (code, out, bodies) == (2, "", [])
     assert f"{url} serves a context of 4096 tokens, and prompts of 8192 were to be sent; give --lengths 2048, or" in err
+
+
+def test_a_bundle_that_a_url_does_not_serve_is_refused(
+    capsys: pytest.CaptureFixture[str], bundle_dir: Path, cache: Cache
+) -> None:
+    digest, bodies = Bundle.open(bundle_dir).plan.digest, list[dict]()
+    with answering(lambda _: "yes", bodies, weight_version="ab" * 32) as url:
+        common = ("--tasks", "instructions", "--bundle", bundle_dir, "--cache-dir", cache.root)
+        code, out, err = run(capsys, "eval", url, *common)
+    assert (code, out, len(bodies)) == (2, "", 1)
+    assert f"{url} serves plan {'ab' * 6}, and {bundle_dir} has plan {digest[:12]}; name the bundle" in err
+    for version, warned in ((digest, False), ("default", True)):
+        with answering(lambda _: "yes", weight_version=version) as url:
+            _check_plan(Endpoint.at(url), Bundle.open(bundle_dir))
+        assert (f"{url} does not say which plan it serves" in capsys.readouterr().err) == warned
 
 
 def test_a_served_task_of_a_bundle_is_sent_to_its_url(capsys: pytest.CaptureFixture[str], bundle_dir: Path) -> None:
