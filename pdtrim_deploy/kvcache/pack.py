@@ -115,14 +115,25 @@ def prepare(
     if plan is None or pool is None or pool.is_cpu:
         cpu.library()
         return
-    first, last = (max(getattr(send, name) for send in plan.kv) for name in ("n_first", "n_last"))
-    tokens, layers = first + last + 3, len(plan.prefill_kv_blocks)
+    tokens, middle = _prompt_with_a_middle(plan)
+    layers = len(plan.prefill_kv_blocks)
     of_k, of_v = ([torch.zeros_like(like[:1])] * layers for like in (pool, pool if values is None else values))
     slots = torch.zeros(tokens, dtype=torch.int64, device=pool.device)
-    for start, stop in ((0, tokens), (first + 1, first + 2)):  # in a prompt's middle whole layers travel alone
+    for start, stop in ((0, tokens), (middle, middle + 1)):  # in a prompt's middle whole layers travel alone
         layout = chunk_layout(plan, tokens, start, stop, pool.shape[1])
         packed = pack(layout, of_k, of_v, slots[start:stop], offsets=offsets)
         unpack(layout, packed, of_k, of_v, slots[start:stop], offsets)
+
+
+def _prompt_with_a_middle(plan: PDPlan) -> tuple[int, int]:
+    """Tokens of a short prompt, and a position of it that stays behind in every cut layer."""
+    cut = [send for send in plan.kv if send.mode != "full"]
+    tokens = 3
+    while True:
+        first, last = (max((send.edges(tokens)[side] for send in cut), default=0) for side in (0, 1))
+        if first + 1 < tokens - last:
+            return tokens, first + 1
+        tokens *= 2
 
 
 def _move(

@@ -15,7 +15,7 @@ from pdtrim_deploy.models.families import family_of
 from pdtrim_deploy.models.footprint import LOGITS, PROGRAM, Peak, read_bytes, weight_bytes
 from pdtrim_deploy.models.weights import ModelSizes, one_expert, stored_bytes
 from pdtrim_deploy.pipeline.heal import needed
-from pdtrim_deploy.pipeline.heal_costs import fit_bytes, heal_flops, kv_flops
+from pdtrim_deploy.pipeline.heal_costs import fit_bytes, heal_flops
 from pdtrim_deploy.pipeline.training_costs import TrainingCost, training_costs
 from pdtrim_deploy.plan import STAGES
 from pdtrim_deploy.plan.wire import ITEM_BYTES
@@ -23,7 +23,7 @@ from pdtrim_deploy.pruning.cost import block_bytes, search_cost
 from pdtrim_deploy.pruning.expert_cost import expert_cost
 from pdtrim_deploy.recipe import Recipe
 from pdtrim_deploy.recipe.kv import FIXED_KV
-from pdtrim_deploy.recipe.kv_cost import STATES, selection_cost
+from pdtrim_deploy.recipe.kv_cost import STATES, kv_flops, selection_cost
 
 _RANKED = 4  # sequences that candidates for KV alone are ranked on at a time
 SHARD = 4e9  # of a stage, as `models.writer` cuts it
@@ -174,7 +174,7 @@ class _Costs:
         if kv.method in FIXED_KV and not kv.measures_offsets:
             return self._step(0.0, flops=0.0)
         cost = selection_cost(self.config, kv, self.recipe.model.dtype, self.compute.states(STATES))
-        running = self._running(1, kv.prompt_tokens)
+        running = self._running(1, kv.prompts[-1])
         computing = self._weights() + max(cost.memory, running) + self._kept_experts() + self._healed()
         flops, passes = kv_flops(kv, self.sizes, self.compute.states(STATES))
         return self._step(computing, disk=cost.disk, flops=flops, reads=self._passes(passes * self.sizes.blocks))

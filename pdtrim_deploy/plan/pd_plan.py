@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -377,6 +378,15 @@ class PDPlan(Frozen):
         ranges = send.row_ranges(prompt_tokens)
         rows, first = sum(stop - start for start, stop in ranges), ranges[0][0] == 0
         return m.packed_bytes(send.wire_dtype, rows, first)
+
+    def layer_cost(self, layer: int, prompts: Sequence[int]) -> int:
+        """Bytes of a layer at the first of several prompt lengths, or what is as large a share of dense bytes there.
+
+        That share is the largest at any of the lengths, so that costs that sum to no more than `1 / R` of the dense
+        bytes at the first length make a reduction of R or more at each.
+        """
+        dense = self.dense_bytes(prompts[0])
+        return max(-(-self.layer_bytes(layer, n) * dense // self.dense_bytes(n)) for n in prompts)
 
     def dense_bytes(self, prompt_tokens: int, pool_dtype: PoolDtype | None = None, *, every_row: bool = False) -> int:
         """Bytes that the unpruned model would send for the same prompt, from the plan's own kind of pool or another.

@@ -27,7 +27,7 @@ def request_bytes(model: ModelShape, layers: tuple[KVSend, ...], isl: int, osl: 
 class SplitPool(Frozen):
     """Requests of `isl` + `osl` tokens, for which whole and cut layers have pools that run out together.
 
-    Layers with equal first and last share a pool's slots, so that each layer holds what `request_bytes` says.
+    Layers that keep the same rows share a pool's slots, so that each layer holds what `request_bytes` says.
     Requests of other lengths are served as well: a pool that is short makes them wait, as a full one always did.
     """
 

@@ -25,6 +25,10 @@ def sparse(wire, first=3, last=9):
     return KVSend(mode="sparse", n_first=first, n_last=last, wire_dtype=wire)
 
 
+def share(wire, first, last, share):
+    return sparse(wire, first, last).model_copy(update={"share": share})
+
+
 MIXED = (sparse("int4", 4, 12), KVSend(wire_dtype="int8"), sparse("fp8", 0, 20), sparse("native", 3, 7))
 PLANS = {
     wire: (sparse(wire),) * 2 + (KVSend(wire_dtype=wire), sparse(wire))
@@ -32,6 +36,7 @@ PLANS = {
     if KVSend(wire_dtype=wire).suits(DIM)
 } | {
     "mixed": MIXED,
+    "shares": (share("int4", 2, 4, 100), KVSend(wire_dtype="int8"), share("native", 0, 3, 77), sparse("native", 3, 7)),
     "dense int8": (KVSend(wire_dtype="int8"),) * (BLOCKS - 1),
 }
 
@@ -176,9 +181,25 @@ def test_controls_of_mixed_sizes():
     assert rules["rules one layer off"] == (MIXED[-1], *MIXED[:-1])
     assert len(rules) == 5  # and, where there are any, the plan without its key offsets
     for page in ("tutorial.md", "explanation/oracle.md"):
-        assert "up to six" in (Path(__file__).parents[2] / "docs" / page).read_text()
+        assert "up to seven" in (Path(__file__).parents[2] / "docs" / page).read_text()
     uniform = make_plan(kv=(KVSend(),) * BLOCKS)
     assert set(controls(uniform, 200)) == {"first row missing", "last row missing"}
+
+
+def test_controls_of_shares_are_a_row_off_at_every_length():
+    kv = (share("int4", 2, 4, 100), KVSend(), share("native", 0, 3, 77), sparse("native", 3, 7))
+    plan = make_plan(decode=DROPPED, kv=kv)
+    for tokens in (129, 130, 1000):
+        rules, right = controls(plan, tokens), [send.rows(tokens) for send in kv]
+        assert set(rules) == {
+            "dense plan", "n_first - 1", "n_last - 1", "share + 1 row", "native on the wire", "rules one layer off"
+        }  # fmt: skip
+        rows = {name: [send.rows(tokens) for send in wrong] for name, wrong in rules.items()}
+        assert rows["n_last - 1"] == [right[0] - 1, tokens, right[2] - 1, right[3] - 1]
+        assert rows["share + 1 row"] == [right[0] + 1, tokens, right[2] + 1, right[3]]
+        assert all(
+            wrong.edges(tokens)[0] == send.n_first for wrong, send in zip(rules["share + 1 row"], kv, strict=True)
+        )
 
 
 def test_json_holds_the_verdict_and_what_it_rests_on(model):

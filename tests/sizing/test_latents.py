@@ -32,7 +32,7 @@ K2 = V3 | {"model_type": "kimi_k2", "num_attention_heads": 64, "num_key_value_he
 FLASH = V3 | {
     "architectures": ["Glm4MoeLiteForCausalLM"], "model_type": "glm4_moe_lite", "num_hidden_layers": 47,
     "num_attention_heads": 20, "num_key_value_heads": 20, "qk_nope_head_dim": 192, "v_head_dim": 256,
-    "rope_scaling": None,
+    "first_k_dense_replace": 1, "rope_scaling": None,
 }  # fmt: skip
 
 
