@@ -13,6 +13,8 @@ from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.recipe.gates import LM_EVAL, SERVED_TASKS
 
 if TYPE_CHECKING:
+    from pdtrim_deploy.bundle import Bundle
+    from pdtrim_deploy.evaluation.generated.endpoint import Endpoint
     from pdtrim_deploy.evaluation.generated.served import ServedReport
 
 LIKELIHOODS = (
@@ -75,6 +77,8 @@ def evaluate_served(
         return
     endpoints = [Endpoint.at(target) for target in urls]
     check_contexts(chosen, endpoints)
+    if bundle is not None:
+        _check_plan(endpoints[0], bundle)
     judged = []
     with progress.show("eval"):
         for name in names:
@@ -95,7 +99,7 @@ def evaluate_served(
     for file in files:
         write_atomic(file, text + "\n")
     if bundle is not None:
-        refresh_recoveries(bundle.path, bundle.plan.digest)
+        refresh_recoveries(bundle.path, bundle.plan.digest, bundle.recipe.quality)
     click.echo(text if as_json else "\n".join(lines(report)))
     if any(task.recovery is not None and task.recovery.passed is False for task in judged):
         raise SystemExit(1)
@@ -121,6 +125,18 @@ def lines(report: ServedReport) -> list[str]:
         if task.recovery is not None:
             shown += [f"  {task.recovery.sentence()}"]
     return shown
+
+
+def _check_plan(endpoint: Endpoint, bundle: Bundle) -> None:
+    """UserError where the workers serve another plan than the bundle's; a warning where they do not say which."""
+    served = endpoint.plan_digest()
+    if served is None:
+        click.echo(f"{endpoint.url} does not say which plan it serves: not compared with {bundle.path}", err=True)
+    elif served != bundle.plan.digest:
+        raise UserError(
+            f"{endpoint.url} serves plan {served[:12]}, and {bundle.path} has plan {bundle.plan.digest[:12]}; name the "
+            "bundle that it serves, or leave --bundle out"
+        )
 
 
 def _names(tasks: str | None) -> list[str]:

@@ -144,6 +144,7 @@ def worker_arguments(served: Served, options: Options, stage: Stage) -> list[str
     given: dict[str, object] = {
         "--model-path": f"{BUNDLE_MOUNT}/{stage}",
         "--served-model-name": served.name,
+        "--weight-version": served.plan_digest,
         "--host": "0.0.0.0",  # of the pod: its network policy says who may come in
         "--port": HTTP_PORT,
         "--dtype": served.dtype,

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from pdtrim_deploy.models.latents import keeps_latents, latent_cache
 from pdtrim_deploy.models.placement import device_of
 from pdtrim_deploy.models.sublayers import has_attention
+from pdtrim_deploy.models.vocabulary import in_pieces, token_logprobs
 
 CausalLM: TypeAlias = Any
 """A transformers `*ForCausalLM` built as Llama's is, in eval mode."""
@@ -192,8 +193,12 @@ class Blockwise:
     def logprobs(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """float32 `[batch, tokens]`: log-probability of `targets[b, t]` after `hidden[b, t]`.
 
-        At most 64 MiB of float32 logits exist at a time (or those of one token).
+        At most 64 MiB of float32 logits exist at a time (or those of one token), and far fewer in float32 on a CPU.
         """
+        head = self.model.lm_head
+        if in_pieces(head):
+            normed, ids = self.normed(hidden.flatten(0, 1)), targets.flatten().to(self.home)
+            return token_logprobs(head.weight, normed, ids, self.logits_scaling).view(targets.shape)
         flat, flat_targets, step = hidden.flatten(0, 1), targets.flatten(), self.logits_step
         slices = zip(flat.split(step), flat_targets.split(step), strict=True)
         return torch.cat([pick(self.logits(part), ids) for part, ids in slices]).view(targets.shape)

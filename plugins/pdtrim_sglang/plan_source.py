@@ -62,14 +62,14 @@ def dense_plan(num_layers: int, pool: Any, kv_heads: int, *, latents: bool = Fal
         raise RuntimeError(
             f"pdtrim: cannot send a KV cache of {dtype}: start with --kv-cache-dtype auto, {' or '.join(FP8_ROWS)}"
         )
-    rope, value = (side[0].shape[2] for side in (pool.k_buffer, pool.v_buffer))
+    width = pool.k_buffer[0].shape[2]
     model = ModelShape(
         architecture="unplanned",
         fingerprint="unplanned",
         num_blocks=num_layers,
         num_kv_heads=1 if latents else kv_heads,
-        head_dim=2 * value if latents else value,
-        rope_dim=2 * rope if latents else None,
+        head_dim=2 * pool.v_buffer[0].shape[2] if latents else width,
+        rope_dim=2 * width if latents else None,
         kv_dtype=KV_DTYPES.get(dtype, "bfloat16"),  # of an fp8 pool's model it is not known, and travels nowhere
         pool_dtype=FP8_POOLS.get(dtype, "native"),
     )

@@ -7,7 +7,7 @@ import torch
 from tinypd import BLOCKS, DIM, biased, make_oracle, make_plan, text, tiny
 
 from pdtrim_deploy.evaluation.fidelity import check, sensitivity
-from pdtrim_deploy.evaluation.fidelity.cases import Group
+from pdtrim_deploy.evaluation.fidelity.cases import Group, groups, text_needed
 from pdtrim_deploy.evaluation.fidelity.check import FidelityResult, judge
 from pdtrim_deploy.evaluation.fidelity.client import Served
 from pdtrim_deploy.evaluation.fidelity.controls import controls, wrong_oracles
@@ -200,6 +200,15 @@ def test_controls_of_shares_are_a_row_off_at_every_length():
         assert all(
             wrong.edges(tokens)[0] == send.n_first for wrong, send in zip(rules["share + 1 row"], kv, strict=True)
         )
+
+
+def test_prompts_are_tried_where_a_share_begins_to_be_more_than_the_least():
+    plan = make_plan(kv=(KVSend(),) * 3 + (share("int4", 2, 4, 30), sparse("native", 4, 12)))
+    tokens = 6 * 1024 // 30
+    assert plan.kv[3].rows(tokens) == 6 < plan.kv[3].rows(tokens + 1)
+    count, length = text_needed(plan)
+    edges = groups(plan, [[0] * length] * count)[0]
+    assert sorted(map(len, edges.prompts)) == [1, 2, 15, 16, 17, tokens, tokens + 1]
 
 
 def test_json_holds_the_verdict_and_what_it_rests_on(model):

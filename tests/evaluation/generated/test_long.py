@@ -111,7 +111,7 @@ def test_a_turn_without_a_reply_is_no_wrong_answer() -> None:
     question = Question("t-1", "Read.", "x", ("x",), again="Which?")
     with (
         answering(lambda text: None if text == "Which?" else "read") as url,
-        pytest.raises(ServingError, match=r"turns, question t-1: .* gave no chat reply \(HTTP 400: .*refused"),
+        pytest.raises(ServingError, match=r"turns, question t-1: .* refused a chat request \(HTTP 400: .*refused"),
     ):
         Pair(url, None, 1).judge(TASKS["turns"], QuestionSet("t", "none", "", (question,)), {})
 
@@ -127,6 +127,14 @@ def test_an_endpoint_says_its_context_and_the_tokens_of_a_prompt() -> None:
             check_contexts((4096, 8192, 16384), [endpoint])
         with pytest.raises(UserError, match="give shorter --lengths"):
             check_contexts((16384,), [Endpoint("http://a"), endpoint])
+
+
+def test_a_text_that_the_served_context_does_not_hold_is_refused() -> None:
+    with (
+        answering(lambda text: None if len(text) > 20 else "yes") as url,
+        pytest.raises(UserError, match=r"refused a chat request .* give shorter --lengths or serve"),
+    ):
+        Endpoint.at(url).prompt_tokens("word " * 9)
 
 
 def test_lengths_are_for_tasks_that_have_them() -> None:
