@@ -7,7 +7,8 @@ fields are int64, in the order of `FIELDS`:
     mean         address of the key offset's mean, float32 [kv_heads, head_dim]; 0 where rows travel whole
     stride       bytes between slots
     pool_slots   number of slots
-    token        the first row's place among the chunk's slots
+    group        row of the chunk's slots that its layer has; 0 where all layers have the same
+    token        the first row's place in that row
     position     the first row's absolute prompt position
     rows         number of rows
     code         place in `plan.wire.CODES`
@@ -36,13 +37,14 @@ from pdtrim_deploy.kvcache.layout import ChunkLayout, Part
 from pdtrim_deploy.kvcache.sections import native_name, section_offsets
 from pdtrim_deploy.plan.wire import CODES, Code
 
-FIELDS = ("pool", "mean", "stride", "pool_slots", "token", "position", "rows", "code", "codes", "scales")
+FIELDS = ("pool", "mean", "stride", "pool_slots", "group", "token", "position", "rows", "code", "codes", "scales")
 # Places are rows.cpp's Dtype, and the kernels'.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 MAX_HEAD_DIM = 1024
 MAX_TABLES = 256
 
 Spans = tuple[tuple[int, int], ...]  # half-open ranges, ascending
+Groups = tuple[int, ...]  # by layer, its row of slots
 
 
 class Pool(NamedTuple):
@@ -76,36 +78,51 @@ def chunk_tables(
     keys: Sequence[Tensor],
     values: Sequence[Tensor],
     offsets: KeyOffsets | None = None,
+    groups: Groups | None = None,
     *,
     pack: bool,
 ) -> tuple[Table, ...]:
     """The tables of a chunk that is packed from, or unpacked into, these pools; empty where only torch can do it.
 
+    `groups` as of `pdtrim_deploy.kvcache.pack`.
+
     Raises:
         ValueError: a layer's keys travel less an offset, and `offsets` has none.
 
     """
+    layers = [rows.prefill_layer if pack else rows.decode_layer for rows in layout.layers]
     pools = tuple(
         Pool(pool.data_ptr(), pool.shape, pool.stride(), pool.dtype)
-        for rows in layout.layers
-        for pool in (side[rows.prefill_layer if pack else rows.decode_layer] for side in (keys, values))
+        for layer in layers
+        for pool in (side[layer] for side in (keys, values))
     )
-    return _tables(layout, pools, offsets)
+    of_rows = None if groups is None else tuple(groups[layer] for layer in layers)
+    return _tables(layout, pools, of_rows, offsets)
 
 
 @lru_cache(maxsize=MAX_TABLES)
-def _tables(layout: ChunkLayout, pools: tuple[Pool, ...], offsets: KeyOffsets | None) -> tuple[Table, ...]:
+def _tables(
+    layout: ChunkLayout, pools: tuple[Pool, ...], groups: Groups | None, offsets: KeyOffsets | None
+) -> tuple[Table, ...]:
+    """`groups`: of each of the layout's layers."""
     if not pools or not _fits(pools):
         return ()
-    return tuple(_table(layout, pools, vectors, offsets) for vectors in dict.fromkeys(pool.shape[1:] for pool in pools))
+    shapes = dict.fromkeys(pool.shape[1:] for pool in pools)
+    return tuple(_table(layout, pools, vectors, groups, offsets) for vectors in shapes)
 
 
-def _table(layout: ChunkLayout, pools: tuple[Pool, ...], vectors: tuple[int, ...], offsets: KeyOffsets | None) -> Table:
+def _table(
+    layout: ChunkLayout,
+    pools: tuple[Pool, ...],
+    vectors: tuple[int, ...],
+    groups: Groups | None,
+    offsets: KeyOffsets | None,
+) -> Table:
     """Of the pools whose slots are `vectors`, heads and their size."""
     heads, head_dim = vectors
     native, runs, codes, turned = native_name(pools[0].dtype), [], set[Code](), 0
     for place, (rows, side) in enumerate((rows, side) for rows in layout.layers for side in range(2)):
-        pool = pools[place]
+        pool, group = pools[place], 0 if groups is None else groups[place // 2]
         for part in rows.sides[side] if pool.shape[1:] == vectors else ():
             mean = part_mean(rows, side, part, (heads, head_dim), offsets)
             starts = section_offsets(part, native, heads, head_dim)
@@ -117,10 +134,20 @@ def _table(layout: ChunkLayout, pools: tuple[Pool, ...], vectors: tuple[int, ...
                 runs.append(
                     (
                         pool.address, 0 if mean is None else mean.data_ptr(), pool.stride[0] * pool.dtype.itemsize,
-                        pool.shape[0], token, position, count, CODES.index(part.code), packed[0], packed[-1],
+                        pool.shape[0], group, token, position, count, CODES.index(part.code), packed[0], packed[-1],
                     )
                 )  # fmt: skip
     return Table(torch.tensor(runs), heads, head_dim, pools[0].dtype, frozenset(codes), turned)
+
+
+def dense_slots(slots: Tensor) -> tuple[Tensor, int]:
+    """Slots as int64 whose tokens follow one another, and the distance between its rows, where it has some.
+
+    A chunk's part of a prompt's slots is one already: nothing is copied then.
+    """
+    if slots.dtype != torch.int64 or slots.stride(-1) != 1:
+        slots = slots.long().contiguous()
+    return slots, slots.stride(0) if slots.dim() > 1 else 0
 
 
 def part_runs(ranges: Spans, positions: Spans, part: Part) -> list[tuple[int, int, int, int]]:

@@ -6,14 +6,12 @@ Of a pool of latents (MLA) they are the rope keys and the latents: views of its 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
-from pdtrim_deploy.kvcache.layout import ChunkLayout
 from pdtrim_deploy.kvcache.pack import check, prepare
 from pdtrim_deploy.plan import PDPlan
 from pdtrim_sglang import threads
@@ -23,21 +21,17 @@ if TYPE_CHECKING:
     from pdtrim_sglang.kept_pool.pool import KeptKVPool
 
 
-@dataclass(frozen=True)
-class Destination:
-    """Where rows of some layers, or of all, go: `slots` int64, one a token."""
+class Destinations(NamedTuple):
+    """Where the tokens of a prompt, or of a part of it, lie in each layer's tensors.
 
-    layers: frozenset[int] | None
+    Attributes:
+        slots: int64 `[groups, tokens]`, on the pool's device; row 0 holds SGLang's own slots.
+        groups: by layer of the pool, the row that its slots are; None when row 0 is the only one.
+
+    """
+
     slots: Tensor
-
-    def part(self, layout: ChunkLayout) -> ChunkLayout:
-        """What `layout` holds of these layers."""
-        return layout if self.layers is None else _part(layout, self.layers)
-
-
-@lru_cache(maxsize=1024)
-def _part(layout: ChunkLayout, layers: frozenset[int]) -> ChunkLayout:
-    return replace(layout, layers=tuple(rows for rows in layout.layers if rows.decode_layer in layers))
+    groups: tuple[int, ...] | None = None
 
 
 class Buffers(NamedTuple):
@@ -192,10 +186,16 @@ class PoolView:
                 threads.start("kernel compiler", prepare, plan, part.keys[0], part.offsets)
 
     def slots(self, pages: Any, tokens: int) -> Tensor:
-        """Slots (int64 `[tokens]`) of the first `tokens` tokens on `pages` (int array)."""
-        first = torch.as_tensor(pages, dtype=torch.int64, device=self.keys[0].device) * self.page_size
-        offsets = torch.arange(self.page_size, device=first.device)
-        return (first[:, None] + offsets).flatten()[:tokens]
+        """Slots (int64 `[tokens]`) of the first `tokens` tokens on `pages` (int array on the host).
+
+        A GPU gets them by one copy that the host does not wait for.
+        """
+        device = self.keys[0].device
+        first = torch.as_tensor(pages, dtype=torch.int64) * self.page_size
+        slots = (first[:, None] + torch.arange(self.page_size, device=first.device)).flatten()[:tokens]
+        if device.type == "cuda" and slots.is_cpu:
+            slots = slots.pin_memory()
+        return slots.to(device, non_blocking=True)
 
     def wait(self) -> None:
         """Until this thread's writes are done: SGLang reads the rows on a stream of its own.
@@ -224,27 +224,23 @@ class PoolView:
             if event is not None:
                 torch.get_device_module(device).current_stream(device).wait_event(event)
 
-    def destinations(self, slots: Tensor, row: int | None = None) -> tuple[Destination, ...]:
+    def destinations(self, slots: Tensor, row: int | None = None) -> Destinations:
         """Where SGLang's `slots` of a prompt lie in each layer's tensors, as long as its request holds `row`.
 
         A token that a cut layer, or a window, does not keep has slot 0 there.
         """
+        layers = range(len(self.keys))
         if self.windowed is not None:
-            held = self.windowed.layers
-            places = [Destination(held, self.windowed.of_slot[slots])]
-            if len(held) < len(self.keys):
-                places.insert(0, Destination(frozenset(range(len(self.keys))) - held, slots))
-            return tuple(places)
+            of_windows = self.windowed.of_slot[slots].long()
+            groups = tuple(int(layer in self.windowed.layers) for layer in layers)
+            return Destinations(torch.stack((slots, of_windows)), groups)
         if self.cut is None:
-            return (Destination(None, slots),)
+            return Destinations(slots[None])
         assert row is not None
         kept = self.cut.kept
-        whole = frozenset(range(len(self.keys))) - frozenset(kept.of_layer)
-        places = [Destination(whole, slots)] if whole else []
-        for place, group in enumerate(kept.groups):
-            layers = frozenset(layer for layer, own in kept.of_layer.items() if own == place)
-            places.append(Destination(layers, group.prompt_slots(row, len(slots))))
-        return tuple(places)
+        own = [group.prompt_slots(row, len(slots)) for group in kept.groups]
+        groups = tuple(kept.of_layer.get(layer, -1) + 1 for layer in layers)
+        return Destinations(torch.stack((slots, *own)), groups)
 
 
 def row_view(pointer: int, length: int) -> memoryview:

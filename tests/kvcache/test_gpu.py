@@ -41,7 +41,7 @@ def compiled(codes, dtype, dim, heads, capability, pack):
     known = constants(table, pack)
     pointers = {"table": "*i64", "slots": "*i64", "packed": "*u8", "turns": "*fp32", "origin": "*u8", "fault": "*i32"}
     kernel = pack_runs if pack else unpack_runs
-    signature = pointers | {"runs": "i32"} | dict.fromkeys(known, "constexpr")
+    signature = pointers | {"runs": "i32", "group_stride": "i32"} | dict.fromkeys(known, "constexpr")
     aligned = {(place,): [["tt.divisibility", 16]] for place, name in enumerate(kernel.arg_names) if name in pointers}
     source = ASTSource(kernel, {name: signature[name] for name in kernel.arg_names}, known, attrs=aligned)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=UNFUSED)

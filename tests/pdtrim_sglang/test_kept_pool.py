@@ -65,13 +65,13 @@ def test_each_kept_row_of_a_prompt_has_the_slot_of_its_place(tmp_path, page_size
         row = req.kv.req_pool_idx
         slots = worker.requests.req_to_token[row, :prompt].long()
         places = worker.view.destinations(slots, row)
-        assert [place.layers for place in places] == [{3}, {0, 4}, {1}, {2}]
-        assert torch.equal(places[0].slots, slots)
-        for place, layer in zip(places[1:], (0, 1, 2), strict=True):
+        assert places.groups == (1, 2, 3, 0, 1)
+        assert torch.equal(places.slots[0], slots)
+        for own_slots, layer in zip(places.slots[1:], (0, 1, 2), strict=True):
             kept = [p for lo, hi in plan.kv[layer].row_ranges(prompt) for p in range(lo, hi)]
             own = worker.pool.slots_of(layer, slots, row)
-            assert place.slots[kept].tolist() == own.tolist()
-            assert (place.slots == 0).sum() == prompt - len(kept)
+            assert own_slots[kept].tolist() == own.tolist()
+            assert (own_slots == 0).sum() == prompt - len(kept)
         worker.running.append(req)
         worker.finish(req)
 

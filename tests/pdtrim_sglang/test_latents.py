@@ -94,8 +94,8 @@ def test_rows_go_from_one_pool_to_another(wire, chunk):
         packed = packer.pack(0.0, Chunk(1, part, start, TOKENS, start, stop, False, 0), 0)
         layout = chunk_layout(plan, TOKENS, start, stop)
         assert packed.payload_bytes == layout.total_bytes
-        (place,) = views[1].destinations(decode[start:stop])
-        unpack(place.part(layout), slot[: layout.total_bytes], views[1].keys, views[1].values, place.slots)
+        places = views[1].destinations(decode[start:stop])
+        unpack(layout, slot[: layout.total_bytes], views[1].keys, views[1].values, places.slots)
     for layer, row in enumerate(rows):
         got = target.get_key_buffer(layer)
         apart = (got[decode] - row).norm() / row.norm()

@@ -18,7 +18,7 @@ from pdtrim_deploy.kvcache.gpu.kernels import pack_runs, unpack_runs
 from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
 from pdtrim_deploy.kvcache.layout import ChunkLayout
 from pdtrim_deploy.kvcache.sections import native_name
-from pdtrim_deploy.kvcache.table import DTYPES, MAX_TABLES, Table, chunk_tables
+from pdtrim_deploy.kvcache.table import DTYPES, MAX_TABLES, Groups, Table, chunk_tables, dense_slots
 from pdtrim_deploy.plan.wire import CODES, ITEM_BYTES, Code, rotated_group, row_sections
 
 TILE = 4096  # values that a program moves; 32 a thread
@@ -32,6 +32,7 @@ def move(
     values: Sequence[Tensor],
     slots: Tensor,
     offsets: KeyOffsets | None = None,
+    groups: Groups | None = None,
     *,
     pack: bool,
 ) -> bool:
@@ -46,16 +47,18 @@ def move(
         ValueError: as `pack`.
 
     """
-    tables = chunk_tables(layout, keys, values, offsets, pack=pack)
+    tables = chunk_tables(layout, keys, values, offsets, groups, pack=pack)
     if not tables or packed.data_ptr() % 4:
         return False
-    device, slots = slots.device, slots.long().contiguous()
+    slots, group_stride = dense_slots(slots)
+    device = slots.device
     for table in tables:
         turns = offsets.table(table.turned) if offsets is not None and table.turned else None
         form = _resident(table, pack, device, _stream(device))
         launch(
             pack_runs if pack else unpack_runs, form.programs, device,
-            form.runs, len(table.runs), slots, packed, turns, _origin(device), _fault(device), **form.constants,
+            form.runs, len(table.runs), slots, group_stride,
+            packed, turns, _origin(device), _fault(device), **form.constants,
         )  # fmt: skip
     return True
 
@@ -96,10 +99,15 @@ def _resident(table: Table, pack: bool, device: torch.device, stream: int) -> _R
     compiled = constants(table, pack)
     programs = (triton.cdiv(rows * table.heads, compiled["VECTORS"]) for rows in table.column("rows"))
     *first, total = accumulate(programs, initial=0)
-    runs = torch.cat((torch.tensor(first), table.runs.flatten()))
+    runs = torch.tensor([*first, *table.runs.flatten().tolist()])
+    return _Resident(to_device(runs, device), total, compiled)
+
+
+def to_device(runs: Tensor, device: torch.device) -> Tensor:
+    """By one copy that the host does not wait for."""
     if device.type == "cuda":
         runs = runs.pin_memory()
-    return _Resident(runs.to(device, non_blocking=True), total, compiled)
+    return runs.to(device, non_blocking=True)
 
 
 def constants(table: Table, pack: bool) -> dict[str, Any]:
