@@ -59,16 +59,18 @@ test: setup setup-docs setup-evals  ## all tests: units, documentation, genuine 
 	@$(MAKE) --no-print-directory -k -O -j 4 test-serve test-unit-build test-unit-serve test-docs
 
 # Both environments at once: the plugin's tests import SGLang for a long time on one core.
-test-unit: setup  ## the tests that start no SGLang server, in both environments
-	@$(MAKE) --no-print-directory -O -j 2 test-unit-build test-unit-serve
+test-unit: setup  ## the quick tests that start no SGLang server, in both environments: 4 minutes on 2 cores
+	@$(MAKE) --no-print-directory -O -j 2 test-unit-build test-unit-serve UNITS="not serve and not slow"
+
+UNITS = not serve
 
 # Files in the order of tests/conftest.py: xdist's own begins with those of the most tests, and ends with the longest.
 test-unit-build:
 	$(TEST_ENV) OMP_NUM_THREADS=1 $(BUILD)/python $(PYTEST) tests --ignore tests/pdtrim_sglang --ignore tests/docs \
-	  -m "not serve" -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
+	  -m "$(UNITS)" -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-unit-serve:
-	$(TEST_ENV) OMP_NUM_THREADS=1 $(SERVE)/python $(PYTEST) tests/pdtrim_sglang tests/kvcache/test_gpu.py -m "not serve"
+	$(TEST_ENV) OMP_NUM_THREADS=1 $(SERVE)/python $(PYTEST) tests/pdtrim_sglang tests/kvcache/test_gpu.py -m "$(UNITS)"
 
 test-docs: setup-docs  ## documentation, manifests against the Kubernetes schemas, the Dockerfile
 	$(DOCS)/python $(PYTEST) tests/docs

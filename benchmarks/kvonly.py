@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--calibration", type=int, default=16, help="sequences that choose and fit")
     parser.add_argument("--length", type=int, default=256, help="tokens of each")
-    parser.add_argument("--sequences", type=int, default=16, help="judged, of each corpus")
+    parser.add_argument("--sequences", type=int, default=24, help="judged, of each corpus")
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--continuation", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
@@ -54,10 +54,12 @@ def main() -> None:
 
     def judge(blocks: int, what: str, pair: StagePair) -> None:
         oracle = PDOracle(pair.stage("prefill"), pair.stage("decode"), pair.plan)
-        ppls = {f"{name}_ppl": pd_perplexity(oracle, text[name], options.prompt).ppl for name in CORPORA}
+        judged = {name: pd_perplexity(oracle, text[name], options.prompt) for name in CORPORA}
+        ppls: dict[str, Any] = {f"{name}_ppl": result.ppl for name, result in judged.items()}
+        ppls |= {f"{name}_nll": [round(nll, 6) for nll in result.per_sequence] for name, result in judged.items()}
         alone = [b for b, action in enumerate(pair.plan.prefill) if action.kind != "keep"]
         rows.append({"blocks": blocks, "what": what, "which": alone, "decode": len(pair.plan.decode_layers)} | ppls)
-        print(f"{time.monotonic() - started:6.0f} s  {rows[-1]}", flush=True)
+        print(f"{time.monotonic() - started:6.0f} s  {blocks}, {what}", flush=True)
 
     judge(0, "dense", dense)
     order = rank(dense, ids, print)

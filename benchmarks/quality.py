@@ -4,14 +4,14 @@
 Brown's calibration split): likelihoods with hand-over `decode`, texts with `served`. Perplexity is of final splits.
 Values of every question are written down as they come (out/bench-quality), and the benchmark goes on from there:
 `--models`, `--plans`, `--parts` and `--items` choose what a run does, the table has all that was ever measured of the
-same texts. A row names its own commit and machine.
+same texts. A row names its own commit and machine; rows of several commits are not paired.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from __quality_tasks import TASKS, write_tasks
 from __results import HERE, commit, write
 
 from pdtrim_deploy.bundle.environment import machine
+from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.evaluation.corpora import registry
 from pdtrim_deploy.evaluation.corpora.sampling import sequences
 from pdtrim_deploy.evaluation.lm_harness import Harness
@@ -65,6 +66,7 @@ def main() -> None:
     def note(line: str) -> None:
         print(f"{time.monotonic() - started:6.0f} s  {line}", flush=True)
 
+    now = commit()
     for name in options.models:
         missing = [
             (part, plan)
@@ -72,6 +74,9 @@ def main() -> None:
             for plan in options.plans
             if not _covers(log.find(model=name, part=part, plan=plan), part, options.items)
         ]
+        for part in dict.fromkeys(part for part, _ in missing):
+            there = [row for row in _newest(log) if (row["model"], row["part"]) == (name, part)]
+            check_commits([*there, {"commit": now}])
         if missing:
             bench = _Bench(name, text, note)
             for part, plan in missing:
@@ -85,12 +90,23 @@ def _covers(row: dict[str, Any] | None, part: str, items: int | None) -> bool:
     return row is not None and (part in DOMAINS or row["all"] or (items is not None and len(row["values"]) >= items))
 
 
+def check_commits(rows: Iterable[dict[str, Any]]) -> None:
+    """UserError where rows that are to be paired are of several commits."""
+    commits = dict.fromkeys(str(row["commit"]) for row in rows)
+    if len(commits) > 1:
+        raise UserError(
+            f"rows of commits {' and '.join(commits)} do not pair; check out the first of them, or remove "
+            f"{(PLACE / 'rows.jsonl').relative_to(HERE.parent)} and measure all at one commit"
+        )
+
+
 def rows(log: RowLog) -> Iterator[dict[str, Any]]:
     """Each plan against dense on the questions that both have."""
     for row in _newest(log):
         dense = log.find(model=row["model"], part=row["part"], plan=DENSE)
         if row["plan"] == DENSE or dense is None:
             continue
+        check_commits([dense, row])
         count = min(len(row["values"]), len(dense["values"]))
         before, after = (
             Measured(row["part"], ("all",) * count, {row["measure"]: tuple(side["values"][:count])})

@@ -11,12 +11,23 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 @contextlib.contextmanager
-def answering(answer: Callable[[str], str | None], bodies: list[dict] | None = None) -> Iterator[str]:
-    """Its URL; `answer(content)` of the only message gives the text, None an HTTP 400."""
+def answering(
+    answer: Callable[[str], str | None],
+    bodies: list[dict] | None = None,
+    context: int | None = None,
+    weight_version: str = "default",
+) -> Iterator[str]:
+    """Its URL; `answer(content)` of the last message gives the text, None an HTTP 400.
+
+    A token is a word of the prompt, a letter of an answer; `context` is what the model's card says,
+    `weight_version` what every answer does.
+    """
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            self._send(200, {"object": "list", "data": [{"id": "recorded", "object": "model"}]})
+            self._send(
+                200, {"object": "list", "data": [{"id": "recorded", "object": "model", "max_model_len": context}]}
+            )
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["content-length"])))
@@ -29,9 +40,12 @@ def answering(answer: Callable[[str], str | None], bodies: list[dict] | None = N
                 return
             choice = {"index": 0, "message": {"role": "assistant", "content": text}}
             choice["finish_reason"] = "length" if text.endswith("...") else "stop"
-            usage = {"prompt_tokens": 1, "completion_tokens": len(text), "total_tokens": 1 + len(text)}
-            self._send(200, {"id": "0", "object": "chat.completion", "created": 0, "model": "recorded"}
-                       | {"choices": [choice], "usage": usage})  # fmt: skip
+            prompt = sum(len(message["content"].split()) for message in body["messages"])
+            usage = {"prompt_tokens": prompt, "completion_tokens": len(text), "total_tokens": prompt + len(text)}
+            reply = {"id": "0", "object": "chat.completion", "created": 0, "model": "recorded"}
+            self._send(
+                200, reply | {"choices": [choice], "usage": usage, "metadata": {"weight_version": weight_version}}
+            )
 
         def _send(self, status: int, content: dict) -> None:
             data = json.dumps(content).encode()

@@ -33,8 +33,8 @@ def all_in(wire, bundle):
 
 
 def mixed(bundle):
-    """Rules whose rows and wire dtypes differ from layer to layer, with some full layers."""
-    sizes = [(4, 64), (1, 96), (8, 24), (16, 128), (0, 80)]
+    """Rules whose rows (some a share of the prompt) and wire dtypes differ from layer to layer, and full layers."""
+    sizes = [(4, 64, 0), (1, 96, 0), (8, 24, 160), (16, 128, 0), (0, 20, 320)]  # the last number: share of the prompt
     return tuple(
         KVSend(wire_dtype=WIRE_DTYPES[(layer + layer // 6) % 6])
         if layer % 6 == 5
@@ -42,6 +42,7 @@ def mixed(bundle):
             mode="sparse",
             n_first=sizes[layer % 5][0],
             n_last=sizes[layer % 5][1],
+            share=sizes[layer % 5][2],
             wire_dtype=WIRE_DTYPES[(layer + layer // 6) % 6],
         )
         for layer in range(len(bundle.plan.kv))

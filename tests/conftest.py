@@ -26,7 +26,8 @@ LONGEST_FIRST = (
     "cli/test_terminal", "pruning/test_ray", "doctor/test_measured_memory", "pipeline/test_engines",
     "pipeline/test_build", "pipeline/test_search", "models/test_pypi_parts", "pruning/test_finalists",
     "models/test_gguf", "pdtrim_tensorrt/test_kernel", "pipeline/test_heal", "pdtrim_builders/test_tensorrt",
-    "cli/test_shown", "evaluation/lm_harness/test_against_hflm", "serving/test_cluster", "gpucheck/test_supervise",
+    "pipeline/test_step_costs", "cli/test_shown", "evaluation/lm_harness/test_against_hflm", "serving/test_cluster",
+    "gpucheck/test_supervise", "kvcache/test_gpu", "pdtrim_sglang/test_attention_backends",
 )  # fmt: skip
 _CHAT = (
     "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
@@ -55,9 +56,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The order of files."""
+    """The order of files, and `slow` for those of 10 s and more, which `make test-unit` leaves to `make test`."""
     place = {Path(__file__).parent / f"{name}.py": number for number, name in enumerate(LONGEST_FIRST)}
     items.sort(key=lambda item: place.get(item.path, len(place)))
+    for item in items:
+        if item.path in place:
+            item.add_marker("slow")
 
 
 def save_tiny_tokenizer(folder: Path) -> None:

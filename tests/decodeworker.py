@@ -157,7 +157,8 @@ class DecodeWorker:
             token_to_kv_pool_allocator=self.allocator, kv_index_translator=self.translator, is_draft_worker=False,
             sliding_window_size=None, attention_chunk_size=None, decode_num_tokens_per_req=lambda: 1,
             init_new_workspace=False, use_mla_backend=False, prefill_attention_backend_str=backend,
-            decode_attention_backend_str=backend, is_hybrid_swa=False,
+            decode_attention_backend_str=backend, is_hybrid_swa=False, max_running_requests=REQUESTS,
+            model=torch.nn.Identity(),
             server_args=SimpleNamespace(disaggregation_mode="decode", dllm_algorithm=None),
         )  # fmt: skip
         factory = ATTENTION_BACKENDS[backend] if make is None else KeptFactory(backend, make)

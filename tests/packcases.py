@@ -30,7 +30,8 @@ def plans(draw, heads=None):
     wires = [wire for wire in WIRE_DTYPES if KVSend(wire_dtype=wire).suits(dim, pool)]
     for _ in range(sum(decode)):
         first, last, wire = draw(st.integers(0, 5)), draw(st.integers(0, 5)), draw(st.sampled_from(wires))
-        rule = {"mode": "sparse", "n_first": first, "n_last": last} if first + last else {}
+        share = draw(st.sampled_from([0, 0, 100, 700]))
+        rule = {"mode": "sparse", "n_first": first, "n_last": last, "share": share} if first + last else {}
         sends.append(KVSend(**rule, wire_dtype=wire))
     action = {True: Keep(), False: Drop()}
     return PDPlan(

@@ -19,6 +19,25 @@ SHARED = {
     "pad_token_id": 0,
 }
 WINDOW = 11
+LATENTS = {
+    "num_key_value_heads": 4,
+    "head_dim": 16,
+    "kv_lora_rank": 64,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 24,
+    "v_head_dim": 20,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 2,
+    "routed_scaling_factor": 1.5,
+}
+# Turns within a few tokens, and by YaRN, whose factor on scores transformers' DeepSeek-V2 leaves out.
+YARN = {
+    "rope_type": "yarn", "rope_theta": 100.0, "factor": 16.0, "mscale": 0.7, "mscale_all_dim": 0.7,
+    "original_max_position_embeddings": 64, "beta_fast": 32, "beta_slow": 1,
+}  # fmt: skip
 OWN = {
     "GraniteForCausalLM": {
         "embedding_multiplier": 3.0,
@@ -58,6 +77,15 @@ OWN = {
         "sliding_window": WINDOW,
         "num_local_experts": 4,
         "num_experts_per_tok": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
+    },
+    "DeepseekV2ForCausalLM": LATENTS
+    | {"q_lora_rank": None, "topk_method": "greedy", "n_group": 1, "topk_group": 1, "rope_parameters": YARN},
+    "DeepseekV3ForCausalLM": LATENTS | {"q_lora_rank": 24, "n_group": 2, "topk_group": 1, "rope_parameters": YARN},
+    "Glm4MoeLiteForCausalLM": LATENTS
+    | {
+        "q_lora_rank": 24,
+        "first_k_dense_replace": 1,
         "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
     },
     "Glm4MoeForCausalLM": {

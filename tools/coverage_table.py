@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("pdtrim_deploy", "builders/pdtrim_builders", "plugins/pdtrim_sglang", "plugins/pdtrim_tensorrt")
-# Environment -> its tests, as `make test-unit` runs them.
+# Environment -> its tests, as `make test` runs them.
 TESTS = {
     "build": ("tests", "--ignore", "tests/pdtrim_sglang", "--ignore", "tests/docs"),
     "serve": ("tests/pdtrim_sglang", "tests/kvcache/test_gpu.py"),

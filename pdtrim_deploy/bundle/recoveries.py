@@ -7,6 +7,7 @@ task, so that a gate that failed does not vanish when another task is measured.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,10 +33,21 @@ class Row(NamedTuple):
 HEAD = Row("task", "items", "dense", "this bundle", "recovery ± standard error", "gate", "report")
 
 
-def recoveries(reports: Path, plan_digest: str) -> list[Row]:
-    """Of each task of this plan that was measured; of perplexity recovery is the ratio, where less is better."""
+def recoveries(reports: Path, plan_digest: str, gates: Mapping[str, float]) -> list[Row]:
+    """Of each task of this plan that was measured; of perplexity recovery is the ratio, where less is better.
+
+    Behind them the recipe's gates, by task, that no report has judged.
+    """
     entries = [(source, entry) for source in SOURCES for entry in _known(reports, plan_digest)[source].values()]
-    return [_row(entry, f"{source}.json") for source, entry in entries]
+    judged = {(entry["task"], entry["gate"]) for _, entry in entries}
+    return [
+        *(_row(entry, f"{source}.json") for source, entry in entries),
+        *(
+            Row(name, "", "", "", "not measured", f"{gate:g}: not measured", "")
+            for name, gate in gates.items()
+            if (name, gate) not in judged
+        ),
+    ]
 
 
 def keep_recoveries(reports: Path, plan_digest: str) -> None:

@@ -57,6 +57,10 @@ def deploy() -> None:
 @click.option("--page-size", type=click.IntRange(1), default=PAGE_TOKENS, show_default=True, help="Tokens per KV page.")
 @click.option("--memory", default="64Gi", show_default=True, help="Of a worker.")
 @click.option("--monitoring", default="monitoring", show_default=True, help="Namespace that may scrape metrics.")
+@click.option(
+    "--prefill-args", default="", callback=options.words, help="More arguments for prefill workers, one quoted string."
+)
+@click.option("--decode-args", default="", callback=options.words, help="The same, for decode workers.")
 @options.json_flag
 def render(
     bundle: Path,
@@ -76,6 +80,8 @@ def render(
     page_size: int,
     memory: str,
     monitoring: str,
+    prefill_args: tuple[str, ...],
+    decode_args: tuple[str, ...],
     as_json: bool,
 ) -> None:
     """Write a Kustomize base, or a Compose file, that serves BUNDLE.
@@ -109,6 +115,8 @@ def render(
         page_size=page_size,
         memory=memory,
         monitoring=monitoring,
+        prefill_args=prefill_args,
+        decode_args=decode_args,
     )
     served = Served.of(opened.path.resolve().name, opened.plan)
     files = {"compose.yaml": [compose(served, chosen)]} if to == "compose" else kubernetes(served, chosen)

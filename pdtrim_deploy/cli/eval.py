@@ -14,7 +14,7 @@ from pdtrim_deploy.recipe.seed import MOST_SEED
 OF_BUNDLES = (
     "include_path", "hand_over", "corpus", "sequences", "seed", "compute_dtype", "device", "memory", "device_memory",
 )  # fmt: skip
-OF_URLS = ("against", "of_bundle", "questions", "max_tokens", "concurrency", "out", "allow_remote")
+OF_URLS = ("against", "of_bundle", "questions", "lengths", "max_tokens", "concurrency", "out", "allow_remote")
 
 
 @click.command("eval")
@@ -22,12 +22,13 @@ OF_URLS = ("against", "of_bundle", "questions", "max_tokens", "concurrency", "ou
 @click.option(
     "--tasks",
     help="Of a bundle: some of perplexity,choice,needle,agreement, and lm_eval:NAME.  [default: the recipe's "
-    "perplexity alone]  Of a URL: some of gsm8k,humaneval.",
+    "perplexity alone]  Of a URL: some of gsm8k,humaneval,mmlu,ruler,turns,"
+    "instructions.",
 )
 @click.option(
     "--items",
     type=click.IntRange(1),
-    help="Items of each task (needle: per depth; lm_eval, gsm8k, humaneval: the first).  [default: the task's]",
+    help="Items of each task (needle: per depth; lm_eval and of a URL: the first).  [default: the task's]",
 )
 @click.option("--include-path", type=options.path, help="Folder of task YAML and data for lm_eval:NAME.")
 @click.option(
@@ -51,7 +52,14 @@ OF_URLS = ("against", "of_bundle", "questions", "max_tokens", "concurrency", "ou
     help="Of a URL: the bundle that it serves, whose gates apply and whose reports and cards get the results.",
 )
 @click.option("--questions", type=options.path, help="Of a URL: gsm8k's questions, a file.  [default: 100 of GSM8K]")
-@click.option("--max-tokens", type=click.IntRange(1), help="Of a URL: tokens of an answer at most.  [default: 512]")
+@click.option(
+    "--lengths",
+    type=options.TokenCounts(),
+    help="Of a URL: tokens of a prompt and its answer, of ruler and turns.  [default: 4096,8192,16384]",
+)
+@click.option(
+    "--max-tokens", type=click.IntRange(1), help="Of a URL: tokens of an answer at most.  [default: the task's]"
+)
 @click.option("--concurrency", type=options.some_clients, help="Of a URL: questions at a time.  [default: 8]")
 @click.option("--out", type=options.new_file, help="Of a URL: a file for the results, beside --bundle's.")
 @click.option("--allow-remote", is_flag=True, help="Allow a URL that is not on this machine.")

@@ -84,7 +84,7 @@ def evaluate_bundle(
     write_atomic(path, text + "\n")
     if quality is not None:
         refresh_cards(opened.path, quality)
-    refresh_recoveries(opened.path, opened.plan.digest)
+    refresh_recoveries(opened.path, opened.plan.digest, opened.recipe.quality)
     lines += [f"  {row.sentence()}" for row in kept if row.gate is not None]
     if others := sorted(opened.recipe.quality.keys() - {row.task for row in kept}):
         lines.append(f"  gates of other tasks, not measured here: {', '.join(others)}")

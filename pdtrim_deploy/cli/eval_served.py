@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.error import HTTPError
 
 import click
 
 from pdtrim_deploy.cli import options
-from pdtrim_deploy.errors import ServingError, UserError
+from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.recipe.gates import LM_EVAL, SERVED_TASKS
 
 if TYPE_CHECKING:
+    from pdtrim_deploy.bundle import Bundle
+    from pdtrim_deploy.evaluation.generated.endpoint import Endpoint
     from pdtrim_deploy.evaluation.generated.served import ServedReport
 
 LIKELIHOODS = (
@@ -32,6 +33,7 @@ def evaluate_served(
     against: str | None,
     of_bundle: Path | None,
     questions: Path | None,
+    lengths: tuple[int, ...] | None,
     max_tokens: int | None,
     concurrency: int | None,
     out: Path | None,
@@ -46,7 +48,10 @@ def evaluate_served(
     from pdtrim_deploy.cli.dry_run import say
     from pdtrim_deploy.cli.progress import Progress
     from pdtrim_deploy.evaluation.generated import TASKS
+    from pdtrim_deploy.evaluation.generated.base import Setting
+    from pdtrim_deploy.evaluation.generated.endpoint import Endpoint
     from pdtrim_deploy.evaluation.generated.gsm8k import from_file
+    from pdtrim_deploy.evaluation.generated.lengths import check_contexts, choose
     from pdtrim_deploy.evaluation.generated.served import Pair, ServedReport
     from pdtrim_deploy.loadtest import check_target
     from pdtrim_deploy.pipeline.model_card import refresh_recoveries
@@ -54,6 +59,7 @@ def evaluate_served(
     names = _names(tasks)
     if questions is not None and "gsm8k" not in names:
         raise UserError("--questions are gsm8k's; give --tasks gsm8k too")
+    chosen = choose(names, lengths, max_tokens)
     urls = [url] if against is None else [url, against]
     for target in urls:
         check_target(target, allow_remote)
@@ -69,14 +75,18 @@ def evaluate_served(
         written = [str(file) for file in files]
         say({"url": url, "against": against, "tasks": names, "items": items, "written": written}, as_json)
         return
-    for target in urls:
-        _check_answers(target)
+    endpoints = [Endpoint.at(target) for target in urls]
+    check_contexts(chosen, endpoints)
+    if bundle is not None:
+        _check_plan(endpoints[0], bundle)
     judged = []
     with progress.show("eval"):
         for name in names:
-            data = own if name == "gsm8k" and own is not None else TASKS[name].load(cache, progress.note)
+            task = TASKS[name]
+            setting = Setting(cache, progress.note, chosen, max_tokens or task.max_tokens, endpoints[0].prompt_tokens)
+            data = own if name == "gsm8k" and own is not None else task.load(setting)
             answers = None if bundle is None else bundle.reports_dir / "served" / f"{name}.jsonl"
-            judged.append(pair.judge(TASKS[name], data, gates, answers, progress.note))
+            judged.append(pair.judge(task, data, gates, answers, progress.note))
     report = ServedReport(
         url=url,
         against=against,
@@ -89,7 +99,7 @@ def evaluate_served(
     for file in files:
         write_atomic(file, text + "\n")
     if bundle is not None:
-        refresh_recoveries(bundle.path, bundle.plan.digest)
+        refresh_recoveries(bundle.path, bundle.plan.digest, bundle.recipe.quality)
     click.echo(text if as_json else "\n".join(lines(report)))
     if any(task.recovery is not None and task.recovery.passed is False for task in judged):
         raise SystemExit(1)
@@ -106,23 +116,27 @@ def lines(report: ServedReport) -> list[str]:
         if task.dense is not None:
             paired = "" if task.difference_stderr is None else f" +- {task.difference_stderr:.4f}"
             shown += [f"  dense {task.dense:.4f}, difference {task.difference:+.4f}{paired}, McNemar's p {task.p:.3f}"]
+        for group in task.groups:
+            paired = (
+                "" if group.difference is None else f", dense {group.dense:.4f}, difference {group.difference:+.4f}"
+            )
+            spread = "" if group.difference_stderr is None else f" +- {group.difference_stderr:.4f}"
+            shown += [f"    {group.group}, {group.questions} questions: {group.score:.4f}{paired}{spread}"]
         if task.recovery is not None:
             shown += [f"  {task.recovery.sentence()}"]
     return shown
 
 
-def _check_answers(url: str) -> None:
-    """ServingError where nothing answers, before data are fetched and questions asked; any HTTP status is an answer."""
-    from pdtrim_deploy.serving.client import explain, get
-
-    try:
-        get(f"{url.rstrip('/')}/v1/models", timeout_s=10.0)
-    except HTTPError:
-        pass
-    except OSError as error:
-        raise ServingError(
-            f"{url} does not answer ({explain(error)}); start what serves there, or check the port"
-        ) from None
+def _check_plan(endpoint: Endpoint, bundle: Bundle) -> None:
+    """UserError where the workers serve another plan than the bundle's; a warning where they do not say which."""
+    served = endpoint.plan_digest()
+    if served is None:
+        click.echo(f"{endpoint.url} does not say which plan it serves: not compared with {bundle.path}", err=True)
+    elif served != bundle.plan.digest:
+        raise UserError(
+            f"{endpoint.url} serves plan {served[:12]}, and {bundle.path} has plan {bundle.plan.digest[:12]}; name the "
+            "bundle that it serves, or leave --bundle out"
+        )
 
 
 def _names(tasks: str | None) -> list[str]:

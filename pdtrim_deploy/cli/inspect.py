@@ -157,6 +157,7 @@ def _show_bundle(bundle: Path, prompt_tokens: int | None, as_json: bool) -> None
         return
     from pdtrim_deploy.cli.screen import console
     from pdtrim_deploy.models.expert_savings import experts_sentence
+    from pdtrim_deploy.models.latent_rows import latents_sentence
     from pdtrim_deploy.models.window_savings import windows_sentence
     from pdtrim_deploy.report.engine_table import engine_notes, engine_table
     from pdtrim_deploy.report.tables import plan_table
@@ -165,7 +166,7 @@ def _show_bundle(bundle: Path, prompt_tokens: int | None, as_json: bool) -> None
     config = json.loads((opened.decode_dir / "config.json").read_text())
     if sentence := experts_sentence(plan, config, quantised=stored_weights(opened.decode_dir) is not None):
         click.echo(sentence)
-    if sentence := windows_sentence(plan, tokens):
+    if sentence := windows_sentence(plan, tokens) or latents_sentence(plan):
         click.echo(sentence)
     click.echo(f"weights: {weights}")
     if opened.engines:

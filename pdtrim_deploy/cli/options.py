@@ -103,6 +103,21 @@ class Bytes(click.ParamType):
         return size
 
 
+class TokenCounts(click.ParamType):
+    """`4096,8192`: numbers of tokens, ascending, each once."""
+
+    name = "TOKENS,..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        """The numbers, from 1,024 to the most of a prompt."""
+        if isinstance(value, tuple):
+            return value
+        words = [word.strip() for word in value.split(",")]
+        if not all(re.fullmatch(r"\d{1,9}", word) and 1024 <= int(word) <= MOST_TOKENS for word in words):
+            self.fail(f"{value!r} are no numbers of tokens from 1024 to {MOST_TOKENS}, such as 4096,8192", param, ctx)
+        return tuple(sorted({int(word) for word in words}))
+
+
 def device(command: Callable[..., Any]) -> Callable[..., Any]:
     """Three options, passed on as one argument `compute`."""
 

@@ -63,6 +63,7 @@ def plan(
       pdtrim-deploy plan a.yaml b.yaml --config qwen2.5-7b --prefill-tokens-per-s 12000 --json
       pdtrim-deploy plan llama-3.1-8b --rates rates.yaml --rate 20 --slo-ttft 1s --slo-itl 30ms --simulate
     """
+    from pdtrim_deploy.models.latent_rows import latents_sentence
     from pdtrim_deploy.models.window_savings import windows_sentence
     from pdtrim_deploy.sizing import Link, Traffic, price, subjects
 
@@ -105,8 +106,8 @@ def plan(
     for sentence in traffic.assumptions():
         click.echo(f"assumed: {sentence}")
     for subject in all_subjects:
-        windows = windows_sentence(subject.plan, isl)
-        for note in (*subject.notes, *([windows] if windows else [])):
+        sentences = windows_sentence(subject.plan, isl), latents_sentence(subject.plan)
+        for note in (*subject.notes, *filter(None, sentences)):
             click.echo(f"{subject.name}: {note}")
     if rates and goal:
         workers.report(sides, rates, goal)

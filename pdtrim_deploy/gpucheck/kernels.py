@@ -26,6 +26,7 @@ from pdtrim_deploy.plan import KVSend, ModelShape, NativeDtype, PDPlan
 from pdtrim_deploy.plan.wire import (
     FP8_ROWS,
     HEAD_DIM_MULTIPLE,
+    LATENT_SIDES,
     POOL_DTYPES,
     SMALLER_THAN_FP8,
     WIRE_DTYPES,
@@ -53,6 +54,8 @@ def kernel_rows(device: torch.device | None = None) -> Iterator[Row]:
     for wire in WIRE_DTYPES:
         for dtype in (*DTYPES, *(FP8_ROWS if wire in SMALLER_THAN_FP8 else ())):
             yield _row(f"kernels: bits, {wire} from {dtype}", partial(bits, device, wire, dtype))
+    for latent in LATENT_SIDES:
+        yield _row(f"kernels: bits, latents in {latent}", partial(latent_bits, device, latent))
     for wire in WIRE_DTYPES:
         yield _row(f"kernels: bandwidth, {wire}", partial(bandwidth, device, wire))
         yield _row(f"kernels: launches, {wire}", partial(launches, device, wire))
@@ -106,18 +109,61 @@ def bits(device: torch.device, wire: WireDtype, dtype: NativeDtype | PoolDtype, 
     return {"bytes_compared": compared, "bytes_different": 0}
 
 
+def latent_bits(device: torch.device, wire: WireDtype, tokens: int = 200) -> Figure:
+    """The same of DeepSeek's latents and rope keys, in a bfloat16 pool: views of one tensor a layer.
+
+    Raises:
+        AssertionError: some differ.
+
+    """
+    model = ModelShape(
+        architecture="X", fingerprint="check", num_blocks=3, num_kv_heads=1, head_dim=512, rope_dim=64,
+        kv_dtype="bfloat16",
+    )  # fmt: skip
+    plan, row = PDPlan.dense(model).with_kv((KVSend(wire_dtype=wire),) * 3), 512 + 64
+    pools = _pools(3, tokens + 9, model.model_copy(update={"head_dim": row, "rope_dim": None}), 0)
+    slots = torch.randperm(tokens + 9, generator=torch.Generator().manual_seed(2))[:tokens]
+    compared = 0
+    for start, stop in ((0, tokens // 3), (tokens // 3, tokens)):
+        layout, here = chunk_layout(plan, tokens, start, stop), slots[start:stop]
+        packed = torch_pack.pack(layout, *_parts(pools), here)
+        expected = [torch.full_like(pool, -9) for pool in pools]
+        torch_pack.unpack(layout, packed, *_parts(expected), here)
+        keys, values = _parts([pool.to(device) for pool in pools])
+        moved = [torch.full_like(pool, -9, device=device) for pool in pools]
+        got, _ = _on_device(device, layout, keys, values, here, None, packed, _parts(moved))
+        bad = int((packed != got).sum())
+        rest = sum(int((_as_words(a) != _as_words(b.cpu())).sum()) for a, b in zip(expected, moved, strict=True))
+        if bad or rest:
+            raise AssertionError(f"{bad} of {len(packed)} packed bytes and {rest} unpacked values differ from torch's")
+        compared += len(packed)
+    return {"bytes_compared": compared, "bytes_different": 0}
+
+
+def _parts(pools: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Rope keys and latents of pools `[slots, 1, latent + rope]`, in halves."""
+    rope, latent = (
+        [pool[:, 0, part].unflatten(1, (2, -1)) for pool in pools] for part in (slice(512, None), slice(512))
+    )
+    return rope, latent
+
+
 def _on_device(
     device: torch.device, layout: ChunkLayout, keys: list[Tensor], values: list[Tensor], slots: Tensor,
-    offsets: KeyOffsets, packed: Tensor,
+    offsets: KeyOffsets | None, packed: Tensor, into: tuple[list[Tensor], list[Tensor]] | None = None,
 ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
-    """What the kernels pack of these pools, and the pools that they unpack `packed` into, both on the CPU again."""
-    form, there = library(), offsets.to(device)
+    """What the kernels pack of these pools, and the pools that they unpack `packed` into, both on the CPU again.
+
+    Pools that are there already stay the views that they are; `into` is what is unpacked into, else new pools.
+    """
+    form, there = library(), None if offsets is None else offsets.to(device)
     assert form is not None, "Triton cannot run here"
     got = torch.full_like(packed, 0xA5, device=device)
     source = [[pool.to(device) for pool in side] for side in (keys, values)]
-    moved = [torch.full_like(pool, -9) for side in source for pool in side]
+    new_keys, new_values = into or ([torch.full_like(pool, -9) for pool in side] for side in source)
+    moved = [*new_keys, *new_values]
     assert form.move(layout, got, *source, slots.to(device), there, pack=True), "the kernels refused this chunk"
-    form.move(layout, packed.to(device), moved[:3], moved[3:], slots.to(device), there, pack=False)
+    form.move(layout, packed.to(device), new_keys, new_values, slots.to(device), there, pack=False)
     got, moved = got.cpu(), [pool.cpu() for pool in moved]
     form.check(device)
     return got, moved

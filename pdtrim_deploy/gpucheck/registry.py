@@ -15,6 +15,7 @@ PARTS = {
         Part("served", f"{_HERE}.served:attention_rows", 300, _OWN, ("sglang",)),
         Part("fp8-pool", f"{_HERE}.served:fp8_pool_rows", 240, _OWN, ("sglang",)),
         Part("windows", f"{_HERE}.served:window_rows", 240, _OWN, ("sglang",)),
+        Part("latents", f"{_HERE}.served:latent_rows", 240, _OWN, ("sglang",)),
         Part("speculation", f"{_HERE}.served:speculation_rows", 240, _OWN, ("sglang",)),
         Part("smollm2", f"{_HERE}.served:smollm2_rows", 180, _OWN, ("sglang",)),
         Part("itl", f"{_HERE}.served:itl_rows", 180, _OWN, ("sglang",)),

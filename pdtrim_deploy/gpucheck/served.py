@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -125,6 +126,21 @@ def window_rows(serve: Path, pair: Pair | None = None) -> Iterator[Row]:
         for architecture in tiny.WINDOWED:
             name = f"served tiny pair, int8 and windows: {architecture.removesuffix('ForCausalLM')}"
             yield _row(name, partial(_windows_judged, Path(folder), architecture, pair))
+
+
+def latent_rows(serve: Path, pair: Pair | None = None) -> Iterator[Row]:
+    """Tiny pairs of models with latents (MLA), under the attention that SGLang takes for them, against the oracle."""
+    pair = pair or Pair(serve)
+    with tempfile.TemporaryDirectory() as folder:
+        for architecture, wire in product(tiny.LATENT, ("native", "int4")):
+            kv = {"method": "none", "wire_dtype": wire}
+            name = f"served tiny pair, latents in {wire}: {architecture.removesuffix('ForCausalLM')}"
+            place = Path(folder) / f"{architecture}-{wire}"
+            yield _row(name, partial(_latents_judged, place, kv, architecture, pair))
+
+
+def _latents_judged(folder: Path, kv: Mapping[str, Any], architecture: str, pair: Pair) -> Figure:
+    return judged(tiny_bundle(folder, kv, architecture=architecture, pruning={}), pair)
 
 
 def _windows_judged(folder: Path, architecture: str, pair: Pair) -> Figure:

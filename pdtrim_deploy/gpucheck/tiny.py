@@ -34,6 +34,20 @@ WINDOWED: dict[str, dict[str, Any]] = {
     "GptOssForCausalLM": {"num_local_experts": 4, "num_experts_per_tok": 2},
 }  # fmt: skip
 """Models with windows of WINDOW tokens, by architecture: what their config says beside sizes."""
+_MLA: dict[str, Any] = {
+    "num_key_value_heads": 4, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128,
+    "n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1, "moe_intermediate_size": 128,
+    "first_k_dense_replace": 1,
+    "rope_parameters": {
+        "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "mscale": 0.7, "mscale_all_dim": 0.7,
+        "original_max_position_embeddings": 1024, "beta_fast": 32, "beta_slow": 1,
+    },
+}  # fmt: skip
+LATENT: dict[str, dict[str, Any]] = {
+    "DeepseekV2ForCausalLM": _MLA | {"q_lora_rank": None, "topk_method": "greedy"},
+    "DeepseekV3ForCausalLM": _MLA | {"q_lora_rank": 128, "n_group": 2, "topk_group": 1},
+}
+"""The same of models with latents; sizes of heads are DeepSeek's own, for which SGLang's backends have kernels."""
 
 
 def tiny_model(size: Size = Size(), seed: int = 0, architecture: str = "LlamaForCausalLM") -> Any:
@@ -46,10 +60,15 @@ def tiny_model(size: Size = Size(), seed: int = 0, architecture: str = "LlamaFor
     import transformers
 
     model_class = getattr(transformers, architecture)
-    own = {"sliding_window": WINDOW, **WINDOWED[architecture]} if architecture in WINDOWED else {}
+    own = (
+        {"sliding_window": WINDOW, **WINDOWED[architecture]}
+        if architecture in WINDOWED
+        else LATENT.get(architecture, {})
+    )
     config = model_class.config_class(
         vocab_size=VOCABULARY, max_position_embeddings=4096, tie_word_embeddings=False,
-        initializer_range=size.hidden_size**-0.5, bos_token_id=1, eos_token_id=2, pad_token_id=0, **asdict(size), **own,
+        initializer_range=size.hidden_size**-0.5, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        **(asdict(size) | own),
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -7,7 +7,9 @@ from pdtrim_deploy.plan.kv import KVSend
 
 def rows_input(send: KVSend) -> str:
     """Graph input that lists a rule's rows, int64 `[R]`; layers with the same rule share it."""
-    return "send_rows_full" if send.mode == "full" else f"send_rows_{send.n_first}_{send.n_last}"
+    if send.mode == "full":
+        return "send_rows_full"
+    return f"send_rows_{send.n_first}_{send.n_last}{f'_{send.share}' if send.share else ''}"
 
 
 def packed_output(decode_layer: int) -> str:

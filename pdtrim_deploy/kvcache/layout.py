@@ -9,6 +9,9 @@
         int4    [rows, kv_heads, head_dim/2]    uint8,         [rows, kv_heads, groups] float16 scales
         int3    [rows, kv_heads, head_dim*3/8]  uint8,         [rows, kv_heads, groups] float16 scales
 
+Of a model with latents (MLA) a token's rope key stands in the place of K and its latent in that of V, each in two
+halves, which are what is called heads here, and in codes of their own (`plan.wire.LATENT_SIDES`).
+
 All is little-endian and C-contiguous; codes of all rows come first, then scales of all rows, as in the CUDA kernel's
 `wire_format.h`. There is no padding, since bytes would then depend on how a prompt is cut, and none is needed: a part
 is a multiple of 2 bytes (`plan.wire.HEAD_DIM_MULTIPLE`) and a layer of 4, so in a buffer aligned to 4 bytes
@@ -20,13 +23,12 @@ nothing: the chunks of a prompt, however it is cut, carry exactly the rows of th
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
 from pdtrim_deploy.plan import PDPlan
-from pdtrim_deploy.plan.wire import SIDES, SINK_ROWS, Code, WireDtype, packed_row_bytes
+from pdtrim_deploy.plan.wire import SINK_ROWS, Code, Vectors, WireDtype, packed_row_bytes
 
 
 class Part(NamedTuple):
@@ -112,11 +114,7 @@ def chunk_layout(
     if not 0 <= start <= stop <= prompt_tokens:
         raise ValueError(f"chunk [{start}, {stop}) does not lie in a prompt of {prompt_tokens} tokens")
     model, offset, parts = plan.model, 0, list[LayerRows]()
-    heads = kv_heads or model.num_kv_heads
-
-    def row_bytes(code: Code) -> int:
-        return packed_row_bytes(code, model.row_dtype, heads, model.head_dim)
-
+    vectors = model.vectors(kv_heads)
     for layer, (source, send) in enumerate(zip(plan.layer_map, plan.kv, strict=True)):
         if layers is not None and layer not in layers:
             continue
@@ -125,7 +123,8 @@ def chunk_layout(
         rows = sum(hi - lo for lo, hi in ranges)
         if not rows:
             continue
-        keys, values = _parts(send.wire_dtype, rows, start + ranges[0][0] == 0, offset, row_bytes)
+        codes, first = model.codes(send.wire_dtype), start + ranges[0][0] == 0
+        keys, values = _parts(codes, vectors, model.row_dtype, rows, first, offset)
         size = sum(part.bytes for part in (*keys, *values))
         positions = tuple((start + lo, start + hi) for lo, hi in ranges)
         parts.append(
@@ -140,16 +139,17 @@ def chunk_layout(
 
 
 def _parts(
-    wire_dtype: WireDtype, rows: int, first: bool, offset: int, row_bytes: Callable[[Code], int]
+    codes: tuple[Code, Code], vectors: tuple[Vectors, Vectors], native: str, rows: int, first: bool, offset: int
 ) -> tuple[tuple[Part, ...], tuple[Part, ...]]:
     """Parts of K and of V of `rows` rows; `first`: prompt position 0 is among them."""
     sides: tuple[list[Part], list[Part]] = [], []
-    sinks = [SINK_ROWS[code] if first else 0 for code in SIDES[wire_dtype]]
-    for side, count in zip(sides, sinks, strict=True):
-        side.append(Part("native", 0, count, offset, count * row_bytes("native")))
+    sinks = [SINK_ROWS[code] if first else 0 for code in codes]
+    for side, of_side, count in zip(sides, vectors, sinks, strict=True):
+        side.append(Part("native", 0, count, offset, count * packed_row_bytes("native", native, *of_side)))
         offset += side[0].bytes
-    for side, count, code in zip(sides, sinks, SIDES[wire_dtype], strict=True):
-        side.append(Part(code, count, rows - count, offset, (rows - count) * row_bytes(code)))
-        offset += side[1].bytes
+    for side, of_side, count, code in zip(sides, vectors, sinks, codes, strict=True):
+        packed = (rows - count) * packed_row_bytes(code, native, *of_side)
+        side.append(Part(code, count, rows - count, offset, packed))
+        offset += packed
     keys, values = (tuple(part for part in side if part.rows) for side in sides)
     return keys, values

@@ -18,6 +18,7 @@ from pdtrim_deploy.kvcache.cpu import move as cpu_move
 from pdtrim_deploy.kvcache.gpu import library as gpu
 from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
 from pdtrim_deploy.kvcache.layout import ChunkLayout, chunk_layout
+from pdtrim_deploy.kvcache.table import Groups
 from pdtrim_deploy.plan import PDPlan
 
 
@@ -28,13 +29,15 @@ def pack(
     slots: Tensor,
     out: Tensor | None = None,
     offsets: KeyOffsets | None = None,
+    groups: Groups | None = None,
 ) -> Tensor:
     """Gather, quantise and pack a chunk's rows from the prefill pool.
 
     Args:
         keys, values: one pool tensor per *prefill* layer, `[pool_slots, kv_heads, head_dim]`, native dtype; for a
             range of the pool's heads views of it (`pool[:, first:stop]`), with a layout and offsets of those heads.
-        slots: int64 `[stop - start]`, the pool slot of each token of the chunk.
+        slots: int64 `[stop - start]`, the pool slot of each token of the chunk; `[groups, stop - start]` where layers
+            have slots of their own, and `groups` says of each layer of the pool which row they are.
         out: uint8 staging buffer of at least `layout.total_bytes`, aligned to 4 bytes, on the pool's device or the
             host; made on the pool's device when left out.
         offsets: the plan's key offsets, of the pool's KV heads; None when the plan has none.
@@ -53,10 +56,10 @@ def pack(
         out = torch.empty(layout.total_bytes, dtype=torch.uint8, device=slots.device)
     out = out[: layout.total_bytes]
     if out.device != slots.device:
-        out.copy_(pack(layout, keys, values, slots, offsets=offsets))
+        out.copy_(pack(layout, keys, values, slots, offsets=offsets, groups=groups))
         check(slots.device)
-    elif not _move(layout, out, keys, values, slots, offsets, pack=True):
-        torch_pack.pack(layout, keys, values, slots, out, offsets)
+    elif not _move(layout, out, keys, values, slots, offsets, groups, pack=True):
+        torch_pack.pack(layout, keys, values, slots, out, offsets, groups)
     return out
 
 
@@ -67,6 +70,7 @@ def unpack(
     values: Sequence[Tensor],
     slots: Tensor,
     offsets: KeyOffsets | None = None,
+    groups: Groups | None = None,
 ) -> None:
     """Scatter packed bytes into the decode pool; rows that were not sent are left untouched.
 
@@ -75,7 +79,7 @@ def unpack(
             pool's device, whose current stream then writes the rows. Pinned memory is read by that stream: keep it
             until then.
         keys, values: one pool tensor per *decode* layer, `[pool_slots, kv_heads, head_dim]`, or views as of `pack`.
-        slots: int64 `[stop - start]`, the pool slot of each token of the chunk.
+        slots, groups: as of `pack`, by *decode* layer.
         offsets: as of `pack`.
 
     Raises:
@@ -85,8 +89,8 @@ def unpack(
     """
     offsets = None if offsets is None else offsets.to(slots.device)
     packed = packed.to(slots.device, non_blocking=True)
-    if not _move(layout, packed, keys, values, slots, offsets, pack=False):
-        torch_pack.unpack(layout, packed, keys, values, slots, offsets)
+    if not _move(layout, packed, keys, values, slots, offsets, groups, pack=False):
+        torch_pack.unpack(layout, packed, keys, values, slots, offsets, groups)
 
 
 def check(device: torch.device) -> None:
@@ -101,22 +105,39 @@ def check(device: torch.device) -> None:
         form.check(device)
 
 
-def prepare(plan: PDPlan | None = None, pool: Tensor | None = None, offsets: KeyOffsets | None = None) -> None:
+def prepare(
+    plan: PDPlan | None = None,
+    pool: Tensor | None = None,
+    offsets: KeyOffsets | None = None,
+    values: Tensor | None = None,
+) -> None:
     """Compile and load now what the first `pack` would wait for: seconds, once a machine.
 
     On a GPU kernels are compiled for a plan and for pools like `pool`, `[pool_slots, kv_heads, head_dim]`, which is not
-    touched; on a CPU neither is needed.
+    touched, and of V like `values`, where they differ; on a CPU none is needed.
     """
     if plan is None or pool is None or pool.is_cpu:
         cpu.library()
         return
-    first, last = (max(getattr(send, name) for send in plan.kv) for name in ("n_first", "n_last"))
-    tokens, scratch = first + last + 3, [torch.zeros_like(pool[:1])] * len(plan.prefill_kv_blocks)
+    tokens, middle = _prompt_with_a_middle(plan)
+    layers = len(plan.prefill_kv_blocks)
+    of_k, of_v = ([torch.zeros_like(like[:1])] * layers for like in (pool, pool if values is None else values))
     slots = torch.zeros(tokens, dtype=torch.int64, device=pool.device)
-    for start, stop in ((0, tokens), (first + 1, first + 2)):  # in a prompt's middle whole layers travel alone
+    for start, stop in ((0, tokens), (middle, middle + 1)):  # in a prompt's middle whole layers travel alone
         layout = chunk_layout(plan, tokens, start, stop, pool.shape[1])
-        packed = pack(layout, scratch, scratch, slots[start:stop], offsets=offsets)
-        unpack(layout, packed, scratch, scratch, slots[start:stop], offsets)
+        packed = pack(layout, of_k, of_v, slots[start:stop], offsets=offsets)
+        unpack(layout, packed, of_k, of_v, slots[start:stop], offsets)
+
+
+def _prompt_with_a_middle(plan: PDPlan) -> tuple[int, int]:
+    """Tokens of a short prompt, and a position of it that stays behind in every cut layer."""
+    cut = [send for send in plan.kv if send.mode != "full"]
+    tokens = 3
+    while True:
+        first, last = (max((send.edges(tokens)[side] for send in cut), default=0) for side in (0, 1))
+        if first + 1 < tokens - last:
+            return tokens, first + 1
+        tokens *= 2
 
 
 def _move(
@@ -126,11 +147,12 @@ def _move(
     values: Sequence[Tensor],
     slots: Tensor,
     offsets: KeyOffsets | None,
+    groups: Groups | None,
     *,
     pack: bool,
 ) -> bool:
     """The compiled form of the pools' device; False where there is none, or it cannot."""
     if slots.device.type != "cuda":
-        return cpu_move.move(layout, packed, keys, values, slots, offsets, pack=pack)
+        return cpu_move.move(layout, packed, keys, values, slots, offsets, groups, pack=pack)
     form = gpu.library()
-    return form is not None and form.move(layout, packed, keys, values, slots, offsets, pack=pack)
+    return form is not None and form.move(layout, packed, keys, values, slots, offsets, groups, pack=pack)

@@ -1,4 +1,4 @@
-"""One table says what moves a chunk; the compiled CPU form and the Triton form each execute it in one call.
+"""Tables say what moves a chunk; the compiled CPU form and the Triton form each execute one in one call.
 
 A row of the table is a *run*: rows of one side (K or V) of one layer, in one code, whose tokens follow one another. Its
 fields are int64, in the order of `FIELDS`:
@@ -7,12 +7,15 @@ fields are int64, in the order of `FIELDS`:
     mean         address of the key offset's mean, float32 [kv_heads, head_dim]; 0 where rows travel whole
     stride       bytes between slots
     pool_slots   number of slots
-    token        the first row's place among the chunk's slots
+    group        row of the chunk's slots that its layer has; 0 where all layers have the same
+    token        the first row's place in that row
     position     the first row's absolute prompt position
     rows         number of rows
     code         place in `plan.wire.CODES`
     codes        byte of the packed chunk where the first row's codes (or native values) lie
     scales       the same of its scales; native rows have none
+
+A chunk has one table, or two where K and V differ in shape: a latent and its rope key are views of one tensor.
 
 A range of the pool's KV heads is a view, `pool[:, first:stop]`: its address and its number of heads say all. Addresses
 are those of the pools' device, so a table is made once for a layout and its pools, and is good as long as they are.
@@ -34,13 +37,14 @@ from pdtrim_deploy.kvcache.layout import ChunkLayout, Part
 from pdtrim_deploy.kvcache.sections import native_name, section_offsets
 from pdtrim_deploy.plan.wire import CODES, Code
 
-FIELDS = ("pool", "mean", "stride", "pool_slots", "token", "position", "rows", "code", "codes", "scales")
+FIELDS = ("pool", "mean", "stride", "pool_slots", "group", "token", "position", "rows", "code", "codes", "scales")
 # Places are rows.cpp's Dtype, and the kernels'.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 MAX_HEAD_DIM = 1024
 MAX_TABLES = 256
 
 Spans = tuple[tuple[int, int], ...]  # half-open ranges, ascending
+Groups = tuple[int, ...]  # by layer, its row of slots
 
 
 class Pool(NamedTuple):
@@ -54,7 +58,7 @@ class Pool(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """Runs of a chunk, int64 `[runs, len(FIELDS)]` in host memory, and what all of its pools have in common."""
+    """Runs of a chunk, int64 `[runs, len(FIELDS)]` in host memory, and what all of their pools have in common."""
 
     runs: Tensor
     heads: int
@@ -69,37 +73,57 @@ class Table:
         return values
 
 
-def chunk_table(
+def chunk_tables(
     layout: ChunkLayout,
     keys: Sequence[Tensor],
     values: Sequence[Tensor],
     offsets: KeyOffsets | None = None,
+    groups: Groups | None = None,
     *,
     pack: bool,
-) -> Table | None:
-    """The table of a chunk that is packed from, or unpacked into, these pools; None where only torch can do it.
+) -> tuple[Table, ...]:
+    """The tables of a chunk that is packed from, or unpacked into, these pools; empty where only torch can do it.
+
+    `groups` as of `pdtrim_deploy.kvcache.pack`.
 
     Raises:
         ValueError: a layer's keys travel less an offset, and `offsets` has none.
 
     """
+    layers = [rows.prefill_layer if pack else rows.decode_layer for rows in layout.layers]
     pools = tuple(
         Pool(pool.data_ptr(), pool.shape, pool.stride(), pool.dtype)
-        for rows in layout.layers
-        for pool in (side[rows.prefill_layer if pack else rows.decode_layer] for side in (keys, values))
+        for layer in layers
+        for pool in (side[layer] for side in (keys, values))
     )
-    return _table(layout, pools, offsets)
+    of_rows = None if groups is None else tuple(groups[layer] for layer in layers)
+    return _tables(layout, pools, of_rows, offsets)
 
 
 @lru_cache(maxsize=MAX_TABLES)
-def _table(layout: ChunkLayout, pools: tuple[Pool, ...], offsets: KeyOffsets | None) -> Table | None:
+def _tables(
+    layout: ChunkLayout, pools: tuple[Pool, ...], groups: Groups | None, offsets: KeyOffsets | None
+) -> tuple[Table, ...]:
+    """`groups`: of each of the layout's layers."""
     if not pools or not _fits(pools):
-        return None
-    _, heads, head_dim = pools[0].shape
+        return ()
+    shapes = dict.fromkeys(pool.shape[1:] for pool in pools)
+    return tuple(_table(layout, pools, vectors, groups, offsets) for vectors in shapes)
+
+
+def _table(
+    layout: ChunkLayout,
+    pools: tuple[Pool, ...],
+    vectors: tuple[int, ...],
+    groups: Groups | None,
+    offsets: KeyOffsets | None,
+) -> Table:
+    """Of the pools whose slots are `vectors`, heads and their size."""
+    heads, head_dim = vectors
     native, runs, codes, turned = native_name(pools[0].dtype), [], set[Code](), 0
     for place, (rows, side) in enumerate((rows, side) for rows in layout.layers for side in range(2)):
-        pool = pools[place]
-        for part in rows.sides[side]:
+        pool, group = pools[place], 0 if groups is None else groups[place // 2]
+        for part in rows.sides[side] if pool.shape[1:] == vectors else ():
             mean = part_mean(rows, side, part, (heads, head_dim), offsets)
             starts = section_offsets(part, native, heads, head_dim)
             per_row = [(hi - lo) // part.rows for lo, hi in pairwise(starts)]
@@ -110,10 +134,20 @@ def _table(layout: ChunkLayout, pools: tuple[Pool, ...], offsets: KeyOffsets | N
                 runs.append(
                     (
                         pool.address, 0 if mean is None else mean.data_ptr(), pool.stride[0] * pool.dtype.itemsize,
-                        pool.shape[0], token, position, count, CODES.index(part.code), packed[0], packed[-1],
+                        pool.shape[0], group, token, position, count, CODES.index(part.code), packed[0], packed[-1],
                     )
                 )  # fmt: skip
     return Table(torch.tensor(runs), heads, head_dim, pools[0].dtype, frozenset(codes), turned)
+
+
+def dense_slots(slots: Tensor) -> tuple[Tensor, int]:
+    """Slots as int64 whose tokens follow one another, and the distance between its rows, where it has some.
+
+    A chunk's part of a prompt's slots is one already: nothing is copied then.
+    """
+    if slots.dtype != torch.int64 or slots.stride(-1) != 1:
+        slots = slots.long().contiguous()
+    return slots, slots.stride(0) if slots.dim() > 1 else 0
 
 
 def part_runs(ranges: Spans, positions: Spans, part: Part) -> list[tuple[int, int, int, int]]:
@@ -136,9 +170,8 @@ def _at(spans: Spans, row: int) -> int:
 
 
 def _fits(pools: Sequence[Pool]) -> bool:
-    """Whether the compiled forms know such pools: of one dtype and shape, each slot's heads without gaps."""
-    first = pools[0]
-    _, heads, head_dim = first.shape
-    known = first.dtype in DTYPES and head_dim <= MAX_HEAD_DIM
-    same = (first.dtype, heads, head_dim, (head_dim, 1))
-    return known and all((pool.dtype, *pool.shape[1:], pool.stride[1:]) == same for pool in pools)
+    """Whether the compiled forms know such pools: of one dtype, K's of one shape and V's, heads without gaps."""
+    known = pools[0].dtype in DTYPES and all(pool.shape[2] <= MAX_HEAD_DIM for pool in pools)
+    shapes = [pool.shape[1:] for pool in pools]
+    dense = all(pool.stride[1:] == (pool.shape[2], 1) and pool.dtype == pools[0].dtype for pool in pools)
+    return known and dense and len(set(shapes[::2])) == len(set(shapes[1::2])) == 1

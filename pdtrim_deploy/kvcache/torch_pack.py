@@ -17,6 +17,7 @@ from pdtrim_deploy.kvcache.codecs.base import Index, Pages, put
 from pdtrim_deploy.kvcache.key_offsets import KeyOffsets, part_offset
 from pdtrim_deploy.kvcache.layout import ChunkLayout, LayerRows, Part
 from pdtrim_deploy.kvcache.sections import part_sections
+from pdtrim_deploy.kvcache.table import Groups
 
 BLOCK_VALUES = 1 << 17  # half a megabyte in float32
 PAGE_SIZES = (64, 16, 4)  # of slots that come in whole pages; a pool with pages of 32 has whole ones of 16
@@ -29,12 +30,14 @@ def pack(
     slots: Tensor,
     out: Tensor | None = None,
     offsets: KeyOffsets | None = None,
+    groups: Groups | None = None,
 ) -> Tensor:
     """As `pdtrim_deploy.kvcache.pack.pack`."""
     if out is None:
         out = torch.empty(layout.total_bytes, dtype=torch.uint8, device=slots.device)
     out = out[: layout.total_bytes]
-    for rows, side, part, blocks in _blocks(layout, slots, keys[0]):
+    of_rows = [0 if groups is None else groups[rows.prefill_layer] for rows in layout.layers]
+    for rows, side, part, blocks in _blocks(layout, slots, of_rows, keys[0]):
         pool, codec = (keys, values)[side][rows.prefill_layer], get_codec(part.code)
         sections = part_sections(out, part, pool)
         less = part_offset(rows, side, part, pool, offsets)
@@ -50,9 +53,11 @@ def unpack(
     values: Sequence[Tensor],
     slots: Tensor,
     offsets: KeyOffsets | None = None,
+    groups: Groups | None = None,
 ) -> None:
     """As `pdtrim_deploy.kvcache.pack.unpack`."""
-    for rows, side, part, blocks in _blocks(layout, slots, keys[0]):
+    of_rows = [0 if groups is None else groups[rows.decode_layer] for rows in layout.layers]
+    for rows, side, part, blocks in _blocks(layout, slots, of_rows, keys[0]):
         pool, codec = (keys, values)[side][rows.decode_layer], get_codec(part.code)
         sections = part_sections(packed, part, pool)
         less = part_offset(rows, side, part, pool, offsets)
@@ -64,17 +69,23 @@ def unpack(
 Blocks = list[tuple[slice, Index]]  # place among a part's rows, place in the pool
 
 
-def _blocks(layout: ChunkLayout, slots: Tensor, pool: Tensor) -> Iterator[tuple[LayerRows, int, Part, Blocks]]:
-    """Each part of each side of each layer, with its blocks; found once for those with equal rows."""
-    seen: dict[tuple[tuple[tuple[int, int], ...], int, int], Blocks] = {}
+def _blocks(
+    layout: ChunkLayout, slots: Tensor, groups: Sequence[int], pool: Tensor
+) -> Iterator[tuple[LayerRows, int, Part, Blocks]]:
+    """Each part of each side of each layer, with its blocks; found once for those with equal rows and slots.
+
+    `groups` are the rows of `slots` of the layout's layers.
+    """
+    seen: dict[tuple[int, tuple[tuple[int, int], ...], int, int], Blocks] = {}
     pages = max(1, BLOCK_VALUES // pool[0].numel() // PAGE_SIZES[0])
-    step = pages * PAGE_SIZES[0] if slots.is_cpu else max(1, len(slots))
-    for rows in layout.layers:
+    step = pages * PAGE_SIZES[0] if slots.is_cpu else max(1, slots.shape[-1])
+    for rows, group in zip(layout.layers, groups, strict=True):
+        own = slots[group] if slots.dim() > 1 else slots
         for side, parts in enumerate(rows.sides):
             for part in parts:
-                key = (rows.ranges, part.first, part.rows)
+                key = (group, rows.ranges, part.first, part.rows)
                 if key not in seen:
-                    picked = torch.cat([slots[lo:hi] for lo, hi in rows.ranges])[part.first :][: part.rows]
+                    picked = torch.cat([own[lo:hi] for lo, hi in rows.ranges])[part.first :][: part.rows]
                     starts = range(0, len(picked), step)
                     pieces = zip(starts, picked.split(step), strict=True)
                     sizes = PAGE_SIZES if pool.is_contiguous() else ()

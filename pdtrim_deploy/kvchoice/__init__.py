@@ -9,7 +9,7 @@ from pdtrim_deploy.kvchoice.by_attention import ByAttention
 from pdtrim_deploy.kvchoice.by_harm import ByBudget, ByMeasuredHarm
 from pdtrim_deploy.kvchoice.fixed import AllFull, AllSparse, AtRandom
 from pdtrim_deploy.plan import KVSend
-from pdtrim_deploy.recipe.kv import KVSection
+from pdtrim_deploy.recipe.kv import KVSection, cut_to
 
 __all__ = ["SELECTIONS", "Cut", "Problem", "Progress", "Selection", "Sends", "get_selection"]
 
@@ -18,9 +18,7 @@ def _cut(section: KVSection) -> Cut:
     full = KVSend(wire_dtype=section.wire_dtype)
     if section.n_first + section.n_last == 0:
         return Cut(full, full)
-    return Cut(
-        full, KVSend(mode="sparse", n_first=section.n_first, n_last=section.n_last, wire_dtype=section.wire_dtype)
-    )
+    return Cut(full, cut_to(section.n_first, section.n_last, section.share, wire_dtype=section.wire_dtype))
 
 
 SELECTIONS: dict[str, Callable[[KVSection], Selection]] = {

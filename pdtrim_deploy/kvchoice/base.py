@@ -30,6 +30,7 @@ class Problem:
         seed: for all random draws of a method.
         memo: stores slow measurements, so that a later choice can reuse them; None: nothing is stored.
         state_bytes: of hidden states that go through the model side by side, at most.
+        longer: the same stages with longer prompts, on which effects are measured as well.
         work: folder for data that is too large for memory; None: the system's folder of temporary files.
 
     """
@@ -40,7 +41,13 @@ class Problem:
     seed: int = 0
     memo: Memo | None = None
     work: Path | None = None
+    longer: tuple[Problem, ...] = ()
     state_bytes: int = STATES
+
+    @property
+    def prompts(self) -> tuple[int, ...]:
+        """Prompt tokens of this problem, and of those with longer prompts."""
+        return (self.prompt_tokens, *(problem.prompt_tokens for problem in self.longer))
 
     @property
     def layers(self) -> int:

@@ -46,7 +46,7 @@ class ByAttention:
             sequences = sequences[:, :prompt]
             prompt -= min(LOOKING, prompt // 2)
         sparse = self.cut.sparse
-        mass = attention_mass(problem.oracle, sequences, prompt, sparse.n_first, sparse.n_last, progress=progress)
+        mass = attention_mass(problem.oracle, sequences, prompt, *sparse.edges(prompt), progress=progress)
         # Recent tokens count too: for queries at the prompt's end they are among the last ones.
         shares = mass.prompt_ends if self.queries == "generated" else mass.prompt_ends + mass.generated.mean(1)
         return [float(share) for share in shares]

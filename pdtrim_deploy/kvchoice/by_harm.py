@@ -13,7 +13,7 @@ import numpy as np
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.kvchoice.base import Cut, Problem, Progress, Sends
-from pdtrim_deploy.kvchoice.budget.effects import Measure
+from pdtrim_deploy.kvchoice.budget.lengths import MeanMeasure
 from pdtrim_deploy.kvchoice.budget.search import BudgetSearch
 from pdtrim_deploy.plan import KVSend
 
@@ -37,7 +37,7 @@ class ByMeasuredHarm:
                 f"sparse_layers is {self.sparse_layers} but {cuttable} of decode's layers attend to all tokens, and a "
                 f"window's rows cannot be cut; choose at most {cuttable}"
             )
-        measure = Measure(problem, (self.cut.full, self.cut.sparse), progress)
+        measure = MeanMeasure.of(problem, (self.cut.full, self.cut.sparse), progress)
         costs = np.array([[1, 1] if windowed else [1, 0] for windowed in problem.windowed])
         return BudgetSearch(measure, costs, progress).within(problem.layers - self.sparse_layers).sends
 
@@ -48,7 +48,7 @@ class ByBudget:
 
     Attributes:
         options: the options of each layer.
-        reduction: dense over planned bytes to reach at the problem's prompt length; or None.
+        reduction: dense over planned bytes to reach at each of the problem's prompt lengths; or None.
         max_loss: relative rise of perplexity to stay below, on the problem's text; or None.
 
     """
@@ -74,9 +74,14 @@ class ByBudget:
 
 
 def budget_search(problem: Problem, options: tuple[KVSend, ...], progress: Progress, rounds: int = 2) -> BudgetSearch:
-    """A search whose costs are bytes at the problem's prompt length, of those `options` that suit the head size."""
-    plan, tokens = problem.oracle.plan, problem.prompt_tokens
-    options = tuple(option for option in options if option.suits(plan.model.head_dim, plan.model.pool_dtype))
+    """A search among those `options` that suit the head size, whose costs are bytes at the problem's prompt length.
+
+    With several lengths an option costs as much as its largest share of dense bytes at any of them, so that a plan that
+    fits the budget at the first length has the reduction at all.
+    """
+    plan = problem.oracle.plan
+    options = tuple(option for option in options if plan.model.suits(option))
     of_option = [plan.with_kv((option,) * problem.layers) for option in options]
-    costs = np.array([[plan.layer_bytes(layer, tokens) for plan in of_option] for layer in range(problem.layers)])
-    return BudgetSearch(Measure(problem, options, progress), costs, progress, rounds)
+    layers = range(problem.layers)
+    costs = np.array([[plan.layer_cost(layer, problem.prompts) for plan in of_option] for layer in layers])
+    return BudgetSearch(MeanMeasure.of(problem, options, progress), costs, progress, rounds)

@@ -13,6 +13,7 @@ from pdtrim_deploy.plan import PDPlan, Stage
 from pdtrim_deploy.plan.wire import PoolDtype
 from pdtrim_deploy.serving.commands import ROUTER_HEALTH
 from pdtrim_deploy.serving.gpu_defaults import PAGE_TOKENS, attention_arguments, pool_arguments
+from pdtrim_deploy.serving.ranks import require_arguments
 from pdtrim_deploy.serving.transports import LIBRARIES
 from pdtrim_deploy.worker.config import ARGUMENT, WorkerConfig
 from pdtrim_deploy.worker.transport import TransportOptions
@@ -87,6 +88,7 @@ class Options:
         rdma: an extended resource such as `rdma/hca`, one a worker; of use to transports other than tcp.
         transport, transport_options: SGLang's transfer backend, and what it is told (`TransportOptions`).
         monitoring: the namespace whose pods may scrape metrics.
+        prefill_args, decode_args: more arguments for the workers of a stage; they win over ours.
 
     """
 
@@ -103,6 +105,8 @@ class Options:
     page_size: int = PAGE_TOKENS
     memory: str = "64Gi"
     monitoring: str = "monitoring"
+    prefill_args: tuple[str, ...] = ()
+    decode_args: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z]([a-z0-9-]{0,40}[a-z0-9])?", self.name):
@@ -120,6 +124,8 @@ class Options:
             raise UserError(f"--memory is {self.memory!r}; give a Kubernetes quantity such as 64Gi")
         if not NAMESPACE.fullmatch(self.monitoring):
             raise UserError(f"--monitoring is {self.monitoring!r}; give a namespace such as monitoring")
+        require_arguments(self.prefill_args, "--prefill-args")
+        require_arguments(self.decode_args, "--decode-args")
 
     def replicas(self, stage: Stage) -> int:
         """Workers of a stage."""
@@ -138,6 +144,7 @@ def worker_arguments(served: Served, options: Options, stage: Stage) -> list[str
     given: dict[str, object] = {
         "--model-path": f"{BUNDLE_MOUNT}/{stage}",
         "--served-model-name": served.name,
+        "--weight-version": served.plan_digest,
         "--host": "0.0.0.0",  # of the pod: its network policy says who may come in
         "--port": HTTP_PORT,
         "--dtype": served.dtype,
@@ -152,7 +159,8 @@ def worker_arguments(served: Served, options: Options, stage: Stage) -> list[str
         given["--disaggregation-bootstrap-port"] = BOOTSTRAP_PORT
     given |= attention_arguments(stage, served.sparse) | pool_arguments(served.pool_dtype)
     pairs = [str(part) for pair in given.items() for part in pair]
-    return ["python3", "-m", "sglang.launch_server", *pairs, *flags]
+    more = options.prefill_args if stage == "prefill" else options.decode_args
+    return ["python3", "-m", "sglang.launch_server", *pairs, *flags, *more]
 
 
 WORKER_ENVIRONMENT = {"SGLANG_PLUGINS": "pdtrim", "HF_HUB_OFFLINE": "1", "HOME": "/tmp"}

@@ -12,17 +12,23 @@ ids may always be on the host. Logits are on the device of the LM head.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from pdtrim_deploy.models.latents import keeps_latents, latent_cache
 from pdtrim_deploy.models.placement import device_of
 from pdtrim_deploy.models.sublayers import has_attention
+from pdtrim_deploy.models.vocabulary import in_pieces, token_logprobs
 
 CausalLM: TypeAlias = Any
 """A transformers `*ForCausalLM` built as Llama's is, in eval mode."""
+
+Angles: TypeAlias = "tuple[Tensor, ...] | Tensor"
+"""Cosines and sines of RoPE, or both as one complex tensor (DeepSeek-V2's)."""
 
 Ranges: TypeAlias = tuple[tuple[int, int], ...]
 """Half-open ranges of absolute positions, ascending and disjoint."""
@@ -37,7 +43,8 @@ class LayerKV:
     `update` makes new tensors and never writes into old ones, so a prompt's K and V may be shared.
 
     Attributes:
-        keys, values: `[batch, kv_heads, tokens, head_dim]`, K after RoPE; None when nothing is held yet.
+        keys, values: `[batch, kv_heads, tokens, head_dim]`, K after RoPE; None when nothing is held yet. Of a layer
+            with latents (MLA) rope keys and latents, as `models/latents.py` says.
         ranges: absolute positions of those tokens.
         pool: dtype that rows are rounded to as they are written, before attention reads them, by torch's conversion as
             in SGLang's fp8 pools without scales; None: as the layer computed them.
@@ -75,14 +82,14 @@ class Span:
     """Tokens `[start, stop)` of a sequence, with what every block needs to know of their positions.
 
     With several `branches` they are as many alternatives of equal length side by side, each at `start`. `angles` are
-    cosines and sines of RoPE by kind of layer, or of all layers under None.
+    those of RoPE by kind of layer, or of all layers under None.
     """
 
     start: int
     stop: int
     branches: int
     positions: Tensor
-    angles: dict[str | None, tuple[Tensor, Tensor]]
+    angles: dict[str | None, Angles]
     masks: dict[tuple[Ranges, int | None], Tensor] = field(default_factory=dict)
     elsewhere: dict[torch.device, Span] = field(default_factory=dict, repr=False)
 
@@ -91,7 +98,7 @@ class Span:
         if device == self.positions.device:
             return self
         if device not in self.elsewhere:
-            angles = {kind: (cos.to(device), sin.to(device)) for kind, (cos, sin) in self.angles.items()}
+            angles = {kind: _moved(part, device) for kind, part in self.angles.items()}
             moved = Span(self.start, self.stop, self.branches, self.positions.to(device), angles)
             self.elsewhere[device] = moved
         return self.elsewhere[device]
@@ -148,14 +155,17 @@ class Blockwise:
         hidden, span = hidden.to(device), span.to(device)
         kv.move(device)
         kv.ranges = (*kv.ranges, (span.start, span.stop))
-        return (student or self.layers[layer])(
-            hidden,
-            attention_mask=self._mask(span, kv.ranges, self.windows[layer], hidden.dtype),
-            position_ids=span.positions,
-            position_embeddings=span.angles[self._kinds[layer]],
-            past_key_values=kv,
-            use_cache=True,
-        )
+        module: Any = student or self.layers[layer]
+        latents = keeps_latents(getattr(module, "self_attn", None))
+        with latent_cache(module.self_attn, kv) if latents else nullcontext(kv) as cache:
+            return module(
+                hidden,
+                attention_mask=self._mask(span, kv.ranges, self.windows[layer], hidden.dtype),
+                position_ids=span.positions,
+                position_embeddings=span.angles[self._kinds[layer]],
+                past_key_values=cache,
+                use_cache=True,
+            )
 
     def by_layer(self, held: Iterable[LayerKV]) -> list[LayerKV]:
         """What each layer reads, of what each KV layer holds; nothing where there is no attention."""
@@ -183,8 +193,12 @@ class Blockwise:
     def logprobs(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """float32 `[batch, tokens]`: log-probability of `targets[b, t]` after `hidden[b, t]`.
 
-        At most 64 MiB of float32 logits exist at a time (or those of one token).
+        At most 64 MiB of float32 logits exist at a time (or those of one token), and far fewer in float32 on a CPU.
         """
+        head = self.model.lm_head
+        if in_pieces(head):
+            normed, ids = self.normed(hidden.flatten(0, 1)), targets.flatten().to(self.home)
+            return token_logprobs(head.weight, normed, ids, self.logits_scaling).view(targets.shape)
         flat, flat_targets, step = hidden.flatten(0, 1), targets.flatten(), self.logits_step
         slices = zip(flat.split(step), flat_targets.split(step), strict=True)
         return torch.cat([pick(self.logits(part), ids) for part, ids in slices]).view(targets.shape)
@@ -214,6 +228,10 @@ def pick(logits: Tensor, targets: Tensor) -> Tensor:
     """float32 `[...]`: log-softmax of `logits[..., vocabulary]` at `targets[...]`, on the device of the logits."""
     logits, targets = logits.float(), targets.to(logits.device)
     return logits.gather(-1, targets[..., None]).squeeze(-1) - logits.logsumexp(-1)
+
+
+def _moved(angles: Angles, device: torch.device) -> Angles:
+    return angles.to(device) if isinstance(angles, Tensor) else tuple(part.to(device) for part in angles)
 
 
 def _rope_kinds(model: CausalLM) -> list[str | None]:

@@ -13,6 +13,7 @@ from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.models.config import read_config
 from pdtrim_deploy.models.families import FAMILIES, Family, attention_sizes, family_of
+from pdtrim_deploy.models.families.latents import latent_sizes
 from pdtrim_deploy.models.quantized import Quantized, read_quantized
 from pdtrim_deploy.models.quantized.base import is_kv_scale
 from pdtrim_deploy.models.quantized.module_lists import cut_settings
@@ -114,6 +115,7 @@ class Checkpoint:
             head_dim=f.head_dim,
             kv_dtype=kv_dtype or f.dtype,
             windows=self.family.block_windows(self.config),
+            rope_dim=latents.rope if (latents := latent_sizes(self.config)) else None,
         )
 
 

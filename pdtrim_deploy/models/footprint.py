@@ -45,6 +45,11 @@ def read_bytes(config: Mapping[str, Any]) -> float:
     return 4.0 * max(dense, experts)
 
 
+def read_ahead(config: Mapping[str, Any], compute: Compute) -> float:
+    """Bytes of the block that is read while another computes (`prefetch`): on GPUs alone."""
+    return float(ITEM_BYTES[compute.dtype] * ModelSizes.of(config).block) if compute.on_gpu else 0.0  # type: ignore[index]
+
+
 @dataclass(frozen=True)
 class Peak:
     """Bytes at a time: on the host, and on all devices together; 0 where the host is the device."""
@@ -88,7 +93,9 @@ def fit_one_model(config: Mapping[str, Any], tokens: int, compute: Compute, name
     def needs(limited: Compute) -> Peak:
         weights = weight_bytes(config, compute.dtype, limited.blocks_in_memory)
         states = item * tokens * (4 * sizes.hidden + 3 * sizes.inner)
-        return Peak.of(limited, weights + states, reading=read_bytes(config))
+        ahead = read_ahead(config, limited)  # on the host, and on the device where blocks come and go
+        weights += ahead if limited.streams(sizes.blocks) else 0.0
+        return Peak.of(limited, weights + states, reading=read_bytes(config) + ahead)
 
     def refused(least: Peak) -> str:
         return f"{name} needs at least {gb(least.host)} of memory, one block at a time; give more --memory"

@@ -17,6 +17,7 @@ from pdtrim_deploy.models.checkpoint import TOKENIZER_FILES, Checkpoint
 from pdtrim_deploy.models.config import read_config
 from pdtrim_deploy.models.families import family_of, known_family
 from pdtrim_deploy.models.families.base import Family
+from pdtrim_deploy.models.latents import as_sglang
 from pdtrim_deploy.models.quantized import Quantized, read_quantized
 from pdtrim_deploy.models.quantized.base import is_kv_scale
 from pdtrim_deploy.models.quantized.inputs import round_inputs
@@ -60,6 +61,8 @@ def load_model(
         )
     if info["missing_keys"]:  # transformers would fill them with random numbers and only warn
         raise UserError(f"{path}: tensor {sorted(info['missing_keys'])[0]} is missing; get the model again")
+    if family.latents:
+        as_sglang(model)
     if quantized is not None and rounds_inputs:
         round_inputs(model, quantized, read_tensor_index(path))
     return model.eval().requires_grad_(False)
@@ -115,7 +118,8 @@ def check_loads(checkpoint: Checkpoint, cache: Cache | None = None) -> None:
     """Refuse, with UserError, what transformers would not load: seconds, as no weights are read.
 
     Not every step of a build loads the model; but what is wrong with it is to be said before the first one. A model of
-    which the KV alone is known is loaded and run on a few tokens, once for all builds that share the `cache`.
+    which the KV alone is known is loaded and run on a few tokens, once for all builds that share the `cache`; one with
+    latents is not: its families are known, and its attention's tensors are held to its config.
     """
     from transformers import GenerationConfig
 
@@ -128,14 +132,14 @@ def check_loads(checkpoint: Checkpoint, cache: Cache | None = None) -> None:
             GenerationConfig.from_pretrained(path, local_files_only=True)
     if checkpoint.family.blocks is None:
         check_modules(empty, str(path))
+    if checkpoint.family.blocks is None and not checkpoint.family.latents:  # these may be too large to be run here
         _check_runs_once(checkpoint, cache)
     load_tokenizer(path)
 
 
 def _check_runs_once(checkpoint: Checkpoint, cache: Cache | None) -> None:
     def run(entry: Path | None) -> None:
-        facts = checkpoint.facts
-        check_runs(load_model(checkpoint.path), facts.num_kv_heads, facts.head_dim, str(checkpoint.path))
+        check_runs(load_model(checkpoint.path), checkpoint.shape().vectors(), str(checkpoint.path))
 
     if cache is None:
         run(None)

@@ -30,8 +30,9 @@ class PrefillState:
     """What prefill leaves behind for `batch` prompts of `tokens` tokens; plans that share prefill share it.
 
     Attributes:
-        keys, values: one pool per KV layer of prefill, `[batch * tokens, kv_heads, head_dim]`, the pool's dtype, all on
-            the device of the LM head; token `t` of prompt `b` lies in slot `b * tokens + t`.
+        keys, values: one pool per KV layer of prefill, `[batch * tokens, kv_heads, head_dim]` (of latents as
+            `plan.model.vectors` says), the pool's dtype, all on the device of the LM head; token `t` of prompt `b` lies
+            in slot `b * tokens + t`.
         logits: `[batch, vocabulary]` after the last prompt token.
 
     """
@@ -90,7 +91,7 @@ class PDOracle:
         Prompt KV is there twice in the pool's dtype, while it is handed over, and once in the model's.
         """
         model, dtype = self.plan.model, self.decode_model.dtype
-        rows = 2 * model.num_kv_heads * model.head_dim * tokens * batch
+        rows = sum(heads * dim for heads, dim in model.vectors()) * tokens * batch
         pool = rows * getattr(torch, model.row_dtype).itemsize * (len(self._prefill.layers) + len(self.decode.layers))
         return max(1, kv_bytes // (pool + rows * dtype.itemsize * len(self.decode.layers)))
 

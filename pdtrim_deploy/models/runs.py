@@ -12,6 +12,7 @@ import torch
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.models.blockwise import Blockwise, LayerKV
+from pdtrim_deploy.plan.wire import Vectors
 
 MODULES = ("model.embed_tokens", "model.layers", "model.norm", "model.rotary_emb", "lm_head")
 PROMPT, TOKENS = 9, 14
@@ -31,8 +32,8 @@ def check_modules(model: Any, where: str) -> None:
 
 
 @torch.no_grad()
-def check_runs(model: Any, kv_heads: int, head_dim: int, where: str) -> None:
-    """Raise UserError where blocks one by one are not the model, or a block's KV is not `kv_heads` x `head_dim`."""
+def check_runs(model: Any, vectors: tuple[Vectors, Vectors], where: str) -> None:
+    """Raise UserError where blocks one by one are not the model, or a token's K and V in a block not `vectors`."""
     refused = f"{where}: architecture {type(model).__name__} is not supported"
     ids = torch.arange(3, 3 + TOKENS)[None] % model.config.vocab_size
     try:
@@ -42,11 +43,12 @@ def check_runs(model: Any, kv_heads: int, head_dim: int, where: str) -> None:
         reason = str(error).partition("\n")[0]
         raise UserError(f"{refused}: its blocks do not run one by one ({type(error).__name__}: {reason})") from error
     for layer, kv in enumerate(held):
-        shapes = {tuple(side.shape) if side is not None else () for side in (kv.keys, kv.values)}
-        if shapes != {(1, kv_heads, TOKENS, head_dim)}:
+        shapes = [tuple(side.shape) if side is not None else () for side in (kv.keys, kv.values)]
+        if shapes != [(1, heads, TOKENS, dim) for heads, dim in vectors]:
+            sizes = dict.fromkeys(f"{heads} heads x {dim}" for heads, dim in vectors)
             raise UserError(
-                f"{refused}: layer {layer} holds KV of {', '.join(map(str, sorted(shapes)))} for {TOKENS} tokens, not "
-                f"one row of K and V each of {kv_heads} heads x {head_dim}"
+                f"{refused}: layer {layer} holds KV of {', '.join(map(str, sorted(set(shapes))))} for {TOKENS} tokens, "
+                f"not one row of K and V each of {' and '.join(sizes)}"
             )
     apart = float((logits - expected).abs().max() / expected.abs().max())
     if not apart < CLOSE:

@@ -12,6 +12,7 @@ from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.local.paths import expanded
 from pdtrim_deploy.models.config import read_config
 from pdtrim_deploy.models.families import attention_sizes, family_of, known_family
+from pdtrim_deploy.models.families.latents import latent_sizes
 from pdtrim_deploy.plan import ExpertShape, ModelShape, NativeDtype
 
 FACTS = Path(__file__).parent / "facts"  # a link to recipes/facts
@@ -57,6 +58,7 @@ def shape_of(config: Mapping[str, Any], label: str, kv_dtype: NativeDtype) -> Mo
         head_dim=head_dim,
         kv_dtype=kv_dtype,
         windows=known_family(config["architectures"][0]).block_windows(config),
+        rope_dim=latents.rope if (latents := latent_sizes(config)) else None,
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from pdtrim_deploy.models.families import attention_sizes, known_family
 from pdtrim_deploy.models.families.base import EXPERT
+from pdtrim_deploy.models.families.latents import attention_tensors, latent_sizes
 from pdtrim_deploy.plan import ExpertShape
 from pdtrim_deploy.plan.wire import ITEM_BYTES
 
@@ -22,7 +23,7 @@ class ModelSizes:
     Attributes:
         blocks: how many there are.
         hidden, inner, vocabulary: of a hidden state, of the MLP between its maps, of the logits.
-        kv_width: of K, and of V, of one token in one block.
+        kv_width: of K, and of V, of one token in one block; of latents half of what is kept.
         block: weights of the last block, the largest where the first ones have no experts.
         active: of these, what one token is multiplied with: of experts, as many as it is sent to.
         expert_width, expert_tokens: of the MLP that a token meets, or of one expert, the width between its maps and the
@@ -48,8 +49,7 @@ class ModelSizes:
     def of(cls, config: Mapping[str, Any]) -> ModelSizes:
         """`config` is config.json's."""
         hidden, inner, vocabulary = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
-        heads, kv_heads, head = attention_sizes(config)
-        blocks, attention = config["num_hidden_layers"], 2 * hidden * head * (heads + kv_heads)
+        blocks, (attention, kv_width) = config["num_hidden_layers"], _attention(config)
         mlps = [_mlp(config, block) for block in range(blocks)]
         shape = _expert_shape(config)
         expert = one_expert(config, blocks - 1) if shape else 0
@@ -60,7 +60,7 @@ class ModelSizes:
             hidden=hidden,
             inner=inner,
             vocabulary=vocabulary,
-            kv_width=kv_heads * head,
+            kv_width=kv_width,
             block=attention + mlps[-1],
             active=active,
             expert_width=expert // (3 * hidden) if shape else inner,
@@ -96,6 +96,15 @@ def stored_bytes(config: Mapping[str, Any], dtype: str, lost: int = 0) -> int:
     sizes, item = ModelSizes.of(config), ITEM_BYTES[dtype]  # type: ignore[index]
     of_block = 1 if config.get("quantization_config") else item
     return sizes.ends * item + (sizes.total - sizes.ends - lost * sizes.block) * of_block
+
+
+def _attention(config: Mapping[str, Any]) -> tuple[int, int]:
+    """Weights of a block's attention, and `kv_width`."""
+    heads, kv_heads, head = attention_sizes(config)
+    if (latents := latent_sizes(config)) is None:
+        return 2 * config["hidden_size"] * head * (heads + kv_heads), kv_heads * head
+    weights = sum(prod(shape) for shape in attention_tensors(config).values() if len(shape) > 1)
+    return weights, (latents.latent + latents.rope) // 2
 
 
 def _mlp(config: Mapping[str, Any], block: int) -> int:

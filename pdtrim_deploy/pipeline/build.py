@@ -234,7 +234,8 @@ def _lengths(recipe: Recipe) -> Iterator[tuple[str, int]]:
     if healing.enabled:
         yield "healing.length", healing.length
     if kv.method not in FIXED_KV:
-        yield "kv.prompt_tokens + kv.continuation_tokens", kv.prompt_tokens + kv.continuation_tokens
+        name = "longer_prompts" if kv.longer_prompts else "prompt_tokens"
+        yield f"kv.{name} + kv.continuation_tokens", kv.prompts[-1] + kv.continuation_tokens
     if healing.kv_steps:
         yield "kv.prompt_tokens + half of healing.length", kv.prompt_tokens + healing.length // 2
     yield "evaluation.prompt_tokens + evaluation.continuation_tokens", text.prompt_tokens + text.continuation_tokens

@@ -46,6 +46,11 @@ def check_family(recipe: Recipe, family: Family) -> None:
             f"recipe {recipe.name}: kv.method is {recipe.kv.method}, which would choose layers with sliding windows of "
             f"{family.architecture} too, whose rows cannot be cut; allowed: {', '.join(WINDOWS_KV)}"
         )
+    if family.latents and recipe.kv.method != "none":
+        raise UserError(
+            f"recipe {recipe.name}: kv.method is {recipe.kv.method}, but of {family.architecture}, which keeps latents "
+            "(MLA), all rows travel; allowed: none, with kv.wire_dtype int8, int4 or int3"
+        )
     for key, value, neutral, feature in _requests(recipe):
         if family.blocks is None:
             raise UserError(

@@ -1,4 +1,4 @@
-"""Operations of healing without gradients and of the choice of KV, and memory of what is fitted. No torch."""
+"""Operations of healing without gradients, and memory of what is fitted. No torch."""
 
 from __future__ import annotations
 
@@ -6,10 +6,6 @@ from pdtrim_deploy.models.weights import ModelSizes
 from pdtrim_deploy.pipeline.heal import needed
 from pdtrim_deploy.pruning.cost import fitted_bytes
 from pdtrim_deploy.recipe import Recipe
-from pdtrim_deploy.recipe.kv import FIXED_KV, KVSection
-from pdtrim_deploy.recipe.kv_cost import BATCH
-
-_CONTEXTS = 2  # around which effects are measured, likely: of dense, and of the first plan
 
 
 def fit_bytes(recipe: Recipe, sizes: ModelSizes) -> int:
@@ -30,32 +26,3 @@ def heal_flops(recipe: Recipe, sizes: ModelSizes) -> float:
     if healing.kv_only_blocks:  # the pair without each candidate, from it to the end
         flops += sizes.active * tokens * sizes.blocks * (sizes.blocks + 1)
     return flops
-
-
-def kv_flops(kv: KVSection, sizes: ModelSizes, states: int) -> tuple[float, float]:
-    """Likely operations of choosing KV, and passes over all blocks.
-
-    Args:
-        kv: the section on KV.
-        sizes: of the model.
-        states: bytes of hidden states that go through the model side by side.
-
-    """
-    blocks, batches = sizes.blocks, -(-kv.sequences // BATCH)
-    prompts, tokens = kv.sequences * kv.prompt_tokens, kv.sequences * (kv.continuation_tokens - 1)
-    flops = passes = 0.0
-    if kv.measures_offsets:
-        flops += 2 * sizes.active * blocks * prompts
-        passes += kv.sequences
-    if kv.method in FIXED_KV or kv.method == "random":
-        return flops, passes
-    flops += 2 * sizes.active * blocks * (prompts + 2 * tokens)
-    passes += 3 * batches
-    if kv.method in ("budget", "measured-harm"):
-        rows = len(kv.sparse_choices) if kv.method == "budget" else 1
-        options = rows + (len({"native", *kv.wire_choices}) - 1 if kv.method == "budget" else 1)
-        flops += _CONTEXTS * 2 * sizes.active * tokens * options * blocks * (blocks + 1) / 2
-        state = min(BATCH, kv.sequences) * (kv.continuation_tokens - 1) * sizes.hidden * 4
-        layers = max(1, states // state // options)  # whose options go side by side
-        passes += _CONTEXTS * batches * sum(blocks - first for first in range(0, blocks, layers)) / blocks
-    return flops, passes

@@ -5,6 +5,7 @@ Cards are not sealed: `pdtrim-deploy eval` writes the measured loss into them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,10 +41,10 @@ def refresh_cards(bundle: Path, quality: Quality) -> None:
     _refresh(bundle, (BEGIN, END), measured(quality))
 
 
-def refresh_recoveries(bundle: Path, plan_digest: str) -> None:
-    """Put what `reports/` say of this plan's recovery into both cards, where there are cards."""
+def refresh_recoveries(bundle: Path, plan_digest: str, gates: Mapping[str, float]) -> None:
+    """Put what `reports/` say of this plan's recovery, and which gates nobody measured, into cards that are there."""
     keep_recoveries(bundle / REPORTS, plan_digest)
-    rows = recoveries(bundle / REPORTS, plan_digest)
+    rows = recoveries(bundle / REPORTS, plan_digest, gates)
     lines = ["| " + " | ".join(row) + " |" for row in (HEAD, ("---",) * len(HEAD), *rows)] if rows else []
     _refresh(bundle, TABLE, "\n".join(lines))
 

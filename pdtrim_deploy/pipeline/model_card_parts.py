@@ -130,8 +130,8 @@ def provenance(recipe: Recipe) -> list[str]:
         lines.append(f"- Means of keys before RoPE measured on {kv.sequences} x {kv.prompt_tokens} tokens of {corpus}")
     if kv.method in FIXED_KV:
         return [*lines, f"- KV chosen by rule `{kv.method}`, on no text"]
-    length = kv.prompt_tokens + kv.continuation_tokens
-    return [*lines, f"- KV chosen by `{kv.method}` on {kv.sequences} x {length} tokens of {corpus}"]
+    sizes = " and ".join(f"{kv.sequences} x {prompt + kv.continuation_tokens}" for prompt in kv.prompts)
+    return [*lines, f"- KV chosen by `{kv.method}` on {sizes} tokens of {corpus}"]
 
 
 def launch(plan: PDPlan, recipe: Recipe, stage: Stage) -> str:

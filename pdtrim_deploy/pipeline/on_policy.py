@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _VERSION = 1  # of how continuations are made
-_AT_ONCE = 8  # prompts
 
 
 @dataclass(frozen=True)
@@ -58,10 +57,10 @@ def with_continuations(speaker: Speaker, section: CalibrationSection, prompts: T
 
     def make(entry: Path) -> None:
         log = RowLog(speaker.out / WORK / f"continuations-{key[:16]}.jsonl", key)
-        for start in range(0, len(prompts), _AT_ONCE):
+        for start in range(0, len(prompts), section.AT_ONCE):
             if log.find(start=start) is None:
-                speaker.note(f"the model continues prompts {start + 1} to {start + _AT_ONCE} of {len(prompts)}")
-                part = prompts[start : start + _AT_ONCE]
+                speaker.note(f"the model continues prompts {start + 1} to {start + section.AT_ONCE} of {len(prompts)}")
+                part = prompts[start : start + section.AT_ONCE]
                 draws = None if section.continuations == "greedy" else _draws(section.seed, start, len(part), tokens)
                 log.append({"start": start, "ids": continued(speaker.model(), part, tokens, ends, draws).tolist()})
         (entry / "ids.json").write_text(json.dumps([ids for row in log.rows for ids in row["ids"]]))

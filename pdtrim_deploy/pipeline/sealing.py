@@ -56,7 +56,7 @@ def seal_bundle(context: Context, steps: dict[str, Step], failures: dict[str, st
     write_cards(out, context.plan, recipe, base, heal_kv.healed(context))
     files = entries(out, {name for step in steps.values() for name in step.sizes}, context.note)
     _drop_reports(out, files)
-    _say_loss(out, context.plan.digest)
+    _say_loss(out, context.plan.digest, recipe.quality)
     manifest = Manifest(
         recipe_digest=recipe.digest,
         plan_digest=context.plan.digest,
@@ -95,9 +95,9 @@ def _earlier(out: Path) -> Mapping[str, Entry]:
         return {}
 
 
-def _say_loss(out: Path, plan_digest: str) -> None:
-    """Cards that were written anew say what an eval.json that was kept does."""
-    refresh_recoveries(out, plan_digest)
+def _say_loss(out: Path, plan_digest: str, gates: Mapping[str, float]) -> None:
+    """Cards that were written anew say what an eval.json that was kept does, and which gates are not measured."""
+    refresh_recoveries(out, plan_digest, gates)
     file = out / REPORTS / EVAL
     if not file.is_file():
         return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pdtrim_deploy.bundle import PLAN, REPORTS, WORK, write_atomic
@@ -13,7 +14,7 @@ from pdtrim_deploy.pipeline.context import Context, write_json
 from pdtrim_deploy.pipeline.stand_in import fixed_rules
 from pdtrim_deploy.plan import KVSend, PDPlan
 from pdtrim_deploy.plan.kv import KEY_OFFSETS
-from pdtrim_deploy.recipe.kv import FIXED_KV
+from pdtrim_deploy.recipe.kv import FIXED_KV, cut_to
 from pdtrim_deploy.recipe.kv_cost import STATES
 
 if TYPE_CHECKING:
@@ -77,34 +78,37 @@ def _offsets(context: Context, oracle: PDOracle) -> KeyOffsets | None:
 
 
 def _chosen(context: Context, oracle: PDOracle) -> tuple[KVSend, ...]:
-    from pdtrim_deploy.kvchoice import Problem, get_selection
-    from pdtrim_deploy.kvchoice.recall import with_recall
+    from pdtrim_deploy.kvchoice import get_selection
 
     section = context.recipe.kv
-    text = context.calibration(
-        section.sequences, section.prompt_tokens + section.continuation_tokens, section.prompt_tokens
-    )
-    seed = context.recipe.calibration.seed
-    if section.recall:
-        text = with_recall(text, section.prompt_tokens, section.recall, seed)
-    kept = _kept(context, text, oracle.offsets)
-    states = context.compute.states(STATES)
-    problem = Problem(oracle, text, section.prompt_tokens, seed, kept, context.out / WORK, states)
+    problem, *longer = (_problem(context, oracle, prompt_tokens) for prompt_tokens in section.prompts)
     write_json(context.out / ATTENTION, _attention(context, problem))
-    return get_selection(section).choose(problem, context.note)
+    return get_selection(section).choose(replace(problem, longer=tuple(longer)), context.note)
+
+
+def _problem(context: Context, oracle: PDOracle, prompt_tokens: int) -> Problem:
+    from pdtrim_deploy.kvchoice import Problem
+    from pdtrim_deploy.kvchoice.recall import with_recall
+
+    section, seed = context.recipe.kv, context.recipe.calibration.seed
+    text = context.calibration(section.sequences, prompt_tokens + section.continuation_tokens, prompt_tokens)
+    if section.recall:
+        text = with_recall(text, prompt_tokens, section.recall, seed)
+    kept, states = _kept(context, text, prompt_tokens, oracle.offsets), context.compute.states(STATES)
+    return Problem(oracle, text, prompt_tokens, seed, kept, context.out / WORK, state_bytes=states)
 
 
 _EFFECTS = 1  # version of what is kept
 
 
-def _kept(context: Context, text: Tensor, offsets: KeyOffsets | None) -> Memo:
+def _kept(context: Context, text: Tensor, prompt_tokens: int, offsets: KeyOffsets | None) -> Memo:
     """Keeps measured effects in the cache: the same blocks and text with another budget need no measuring."""
     from safetensors.torch import load_file
 
     from pdtrim_deploy.models.writer import save
 
-    section, plan = context.recipe.kv, heal.blocks_plan(context)
-    about = [_EFFECTS, context.measured_model, plan.digest, heal.weights(context), section.prompt_tokens]
+    plan = heal.blocks_plan(context)
+    about = [_EFFECTS, context.measured_model, plan.digest, heal.weights(context), prompt_tokens]
     about += [context.recipe.calibration.seed, hashlib.sha256(text.numpy().tobytes()).hexdigest()]
     about += [] if offsets is None else [offsets.file.sha256]
 
@@ -123,7 +127,8 @@ def _attention(context: Context, problem: Problem) -> dict[str, Any]:
     from pdtrim_deploy.kvchoice.attention_mass import attention_mass
 
     section, n = context.recipe.kv, problem.prompt_tokens
-    first, last = (section.n_first, section.n_last) if section.n_first + section.n_last else SHOWN
+    cut = section.n_first + section.n_last
+    first, last = cut_to(section.n_first, section.n_last, section.share).edges(n) if cut else SHOWN
     text = problem.sequences[:SHOWN_SEQUENCES]
     mass = attention_mass(problem.oracle, text, n, first, last, progress=context.note)
     parts = ("first", "last", "middle", "generated")

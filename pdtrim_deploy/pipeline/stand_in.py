@@ -20,9 +20,9 @@ from pdtrim_deploy.plan import (
     WithoutAttention,
     WithoutMLP,
 )
-from pdtrim_deploy.plan.wire import WIRE_DTYPES, packed_bytes
+from pdtrim_deploy.plan.wire import WIRE_DTYPES
 from pdtrim_deploy.recipe import Recipe
-from pdtrim_deploy.recipe.kv import FIXED_KV, KVSection
+from pdtrim_deploy.recipe.kv import FIXED_KV, KVSection, cut_to
 
 
 def stand_in(recipe: Recipe, shape: ModelShape, experts: ExpertShape | None = None) -> PDPlan:
@@ -84,8 +84,9 @@ def _first_experts(recipe: Recipe, plan: PDPlan, shape: ExpertShape | None) -> K
 def _check_wire(recipe: Recipe, shape: ModelShape) -> None:
     kv = recipe.kv
     key, choices = ("wire_choices", kv.wire_choices) if kv.method == "budget" else ("wire_dtype", (kv.wire_dtype,))
-    fit = [wire for wire in WIRE_DTYPES if KVSend(wire_dtype=wire).suits(shape.head_dim, shape.pool_dtype)]
-    given = f"head size is {shape.head_dim}"
+    fit = [wire for wire in WIRE_DTYPES if shape.suits(KVSend(wire_dtype=wire))]
+    latent = "" if shape.rope_dim is None else f", a latent's, and its rope key's {shape.rope_dim}"
+    given = f"head size is {shape.head_dim}{latent}"
     given += "" if shape.pool_dtype == "native" else f" and the KV pool {shape.pool_dtype}"
     if not set(choices) & set(fit):
         raise UserError(
@@ -97,8 +98,8 @@ def _check_wire(recipe: Recipe, shape: ModelShape) -> None:
 def caveat(section: KVSection, plan: PDPlan) -> str:
     """How far the stand-in's KV rules can be trusted."""
     if section.reduction is not None:
-        at = section.prompt_tokens
-        return f"the layers' KV as small as {plan.reduction(at):.2f}x at {at} prompt tokens, in a mix that may differ"
+        sizes = " and ".join(f"{plan.reduction(at):.2f}x at {at} prompt tokens" for at in section.prompts)
+        return f"the layers' KV as small as {sizes}, in a mix that may differ"
     if section.max_loss is not None or section.threshold is not None:
         return "how much KV is cut is known only once it is built: whole KV is shown, the most there can be"
     sparse = sum(send.mode == "sparse" for send in plan.kv)
@@ -120,7 +121,7 @@ def _full(section: KVSection) -> KVSend:
 
 
 def _sparse(section: KVSection) -> KVSend:
-    return KVSend(mode="sparse", n_first=section.n_first, n_last=section.n_last, wire_dtype=section.wire_dtype)
+    return cut_to(section.n_first, section.n_last, section.share, wire_dtype=section.wire_dtype)
 
 
 def _stand_in_rules(section: KVSection, plan: PDPlan) -> tuple[KVSend, ...]:
@@ -166,14 +167,15 @@ def _within(section: KVSection, reduction: float, plan: PDPlan) -> tuple[KVSend,
 
     """
     shape, tokens = plan.model, section.prompt_tokens
+    dense = plan.dense_bytes(tokens)
 
     def size(send: KVSend) -> int:
-        rows, first = send.rows(tokens), send.row_ranges(tokens)[0][0] == 0
-        return packed_bytes(send.wire_dtype, shape.row_dtype, shape.num_kv_heads, shape.head_dim, rows, first)
+        """As `PDPlan.layer_cost`."""
+        return max(-(-_bytes(shape, send, n) * dense // plan.dense_bytes(n)) for n in section.prompts)
 
-    options = [option for option in section.options() if option.suits(shape.head_dim, shape.pool_dtype)]
+    options = [option for option in section.options() if shape.suits(option)]
     wide, narrow = max(options, key=size), min((o for o in options if o.mode == "full"), key=size)
-    least, dense = min(options, key=size), plan.dense_bytes(tokens)
+    least = min(options, key=size)
     smallest = sorted(min(size(shape.rule(b, option)) for option in options) for b in range(shape.num_blocks))
     if (most := dense / sum(smallest[: len(plan.kv)])) < reduction:
         raise UserError(
@@ -183,6 +185,12 @@ def _within(section: KVSection, reduction: float, plan: PDPlan) -> tuple[KVSend,
     for more, less in ((wide, narrow), (narrow, least)):
         for count in range(len(plan.kv) + 1):
             rules = _mixed(plan, count, less, more)
-            if plan.with_kv(rules).payload_bytes(tokens) <= dense / reduction:
+            mixed = plan.with_kv(rules)
+            if all(mixed.payload_bytes(n) <= plan.dense_bytes(n) / reduction for n in section.prompts):
                 return rules
     return rules
+
+
+def _bytes(shape: ModelShape, send: KVSend, tokens: int) -> int:
+    rows, first = send.rows(tokens), send.row_ranges(tokens)[0][0] == 0
+    return shape.packed_bytes(send.wire_dtype, rows, first)

@@ -12,10 +12,11 @@ from typing import Any
 
 from pdtrim_deploy.local.compute import Compute
 from pdtrim_deploy.models.families import family_of
-from pdtrim_deploy.models.footprint import LOGITS, PROGRAM, Peak, read_bytes, weight_bytes
+from pdtrim_deploy.models.footprint import LOGITS, PROGRAM, Peak, read_ahead, read_bytes, weight_bytes
 from pdtrim_deploy.models.weights import ModelSizes, one_expert, stored_bytes
+from pdtrim_deploy.pipeline.continuation_costs import ContinuationCost, continuation_costs
 from pdtrim_deploy.pipeline.heal import needed
-from pdtrim_deploy.pipeline.heal_costs import fit_bytes, heal_flops, kv_flops
+from pdtrim_deploy.pipeline.heal_costs import fit_bytes, heal_flops
 from pdtrim_deploy.pipeline.training_costs import TrainingCost, training_costs
 from pdtrim_deploy.plan import STAGES
 from pdtrim_deploy.plan.wire import ITEM_BYTES
@@ -23,7 +24,7 @@ from pdtrim_deploy.pruning.cost import block_bytes, search_cost
 from pdtrim_deploy.pruning.expert_cost import expert_cost
 from pdtrim_deploy.recipe import Recipe
 from pdtrim_deploy.recipe.kv import FIXED_KV
-from pdtrim_deploy.recipe.kv_cost import STATES, selection_cost
+from pdtrim_deploy.recipe.kv_cost import STATES, kv_flops, selection_cost
 
 _RANKED = 4  # sequences that candidates for KV alone are ranked on at a time
 SHARD = 4e9  # of a stage, as `models.writer` cuts it
@@ -99,6 +100,8 @@ class _Costs:
         costs["select-kv"] = self._select_kv()
         if recipe.healing.kv_steps:
             costs["heal-kv"] = self._trained(training_costs(recipe, self.config, behind_kv=True), self._healed())
+        for step, spoken in continuation_costs(recipe, self.sizes, self.item).items():
+            costs[step] = self._continued(costs[step], spoken)
         self.loaded = 0.0
         for stage in STAGES:
             lost = recipe.pruning.prefill_blocks if stage == "prefill" else recipe.pruning.decode_blocks
@@ -174,16 +177,24 @@ class _Costs:
         if kv.method in FIXED_KV and not kv.measures_offsets:
             return self._step(0.0, flops=0.0)
         cost = selection_cost(self.config, kv, self.recipe.model.dtype, self.compute.states(STATES))
-        running = self._running(1, kv.prompt_tokens)
+        running = self._running(1, kv.prompts[-1])
         computing = self._weights() + max(cost.memory, running) + self._kept_experts() + self._healed()
         flops, passes = kv_flops(kv, self.sizes, self.compute.states(STATES))
         return self._step(computing, disk=cost.disk, flops=flops, reads=self._passes(passes * self.sizes.blocks))
 
+    def _continued(self, cost: StepCost, spoken: ContinuationCost) -> StepCost:
+        """The step, with what the model writes before it: beside the whole model, which stays."""
+        writing = Peak.of(self.compute, self.loaded + spoken.memory, 0.0, read_bytes(self.config))
+        peak = Peak(max(cost.peak.host, writing.host), max(cost.peak.device, writing.device))
+        flops = None if cost.flops is None else cost.flops + spoken.flops
+        return replace(cost, peak=peak, disk=cost.disk + spoken.files, flops=flops)
+
     def _step(
         self, computing: float, host: float = 0.0, disk: float = 0.0, flops: float | None = None, reads: float = 0.0
     ) -> StepCost:
-        reading = read_bytes(self.config)
-        peak = Peak.of(self.compute, max(computing, self.loaded), host, reading)
+        ahead = read_ahead(self.config, self.compute)
+        computing += ahead if self._streams else 0.0
+        peak = Peak.of(self.compute, max(computing, self.loaded), host, read_bytes(self.config) + ahead)
         return StepCost(peak, disk, flops, reads if self._streams else 0.0)
 
     @property

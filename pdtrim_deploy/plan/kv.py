@@ -3,27 +3,41 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, NonNegativeInt, model_validator
+from pydantic import Field, NonNegativeInt, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from pdtrim_deploy.plan.blocks import Frozen
 from pdtrim_deploy.plan.wire import HEAD_DIM_MULTIPLE, SMALLER_THAN_FP8, PoolDtype, WireDtype
 
 # In each stage checkpoint. A safetensors file with another suffix, since servers load *.safetensors as weights.
 KEY_OFFSETS = "pdtrim_key_offsets.tensors"
+SHARE_UNIT = 1024  # shares of a prompt are whole numbers of 1024ths, so that all machines count the same rows
 
 
 class KVSend(Frozen):
-    """How one block's prompt KV travels: all rows, or the first `n_first` and last `n_last` prompt tokens.
+    """How one block's prompt KV travels: all rows, or the first and the last ones of a prompt.
 
-    `window`: the last `n_last` rows are all that the block's attention reads in decode, so that none is cut.
+    Of a prompt of N tokens a cut layer sends `max(n_first + n_last, ceil(N * share / 1024))` rows, at most N: the first
+    `n_first`, and the last ones for the rest. `edges` is the only place that computes this.
+
+    Attributes:
+        share: of the prompt's rows, in 1024ths; absent from JSON, and so from digests, when 0: rows are then a number.
+            With a share, `n_first + n_last` is the least number of rows.
+        mode: `window`: the last `n_last` rows are all that the block's attention reads in decode: none is cut.
+
     """
 
     mode: Literal["full", "sparse", "window"] = "full"
     n_first: int = Field(default=0, ge=0)
     n_last: int = Field(default=0, ge=0)
+    share: int = Field(default=0, ge=0, lt=SHARE_UNIT)
     wire_dtype: WireDtype = "native"
+
+    @model_serializer(mode="wrap")
+    def _without_share(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Rules without shares read as they did before there were any."""
+        return {key: value for key, value in serialise(self).items() if key != "share" or value}
 
     @model_validator(mode="after")
     def _sizes(self) -> KVSend:
@@ -33,11 +47,15 @@ class KVSend(Frozen):
             raise ValueError("full KV takes no n_first or n_last")
         if self.mode == "window" and (self.n_first or not self.n_last):
             raise ValueError("a window's KV takes no n_first, and n_last of at least 1")
+        if self.mode != "sparse" and self.share:
+            raise ValueError(f"{'full KV' if self.mode == 'full' else 'the KV of a window'} takes no share")
         return self
 
     @property
     def row_names(self) -> str:
         """Which rows travel, for readers."""
+        if self.share:
+            return f"first {self.n_first} + last {self.n_last}, or {self.share}/{SHARE_UNIT} of the prompt if more"
         if self.mode == "sparse":
             return f"first {self.n_first} + last {self.n_last}"
         return "full" if self.mode == "full" else f"last {self.n_last}, its window"
@@ -47,16 +65,25 @@ class KVSend(Frozen):
         smaller = pool_dtype == "native" or self.wire_dtype in SMALLER_THAN_FP8
         return smaller and head_dim % HEAD_DIM_MULTIPLE[self.wire_dtype] == 0
 
+    def edges(self, prompt_tokens: int) -> tuple[int, int]:
+        """How many first and how many last prompt rows travel; together no more than the prompt has."""
+        if self.mode == "full":
+            return 0, prompt_tokens
+        rows = min(prompt_tokens, max(self.n_first + self.n_last, -(-prompt_tokens * self.share // SHARE_UNIT)))
+        first = min(self.n_first, rows)
+        return first, rows - first
+
     def row_ranges(self, prompt_tokens: int) -> tuple[tuple[int, int], ...]:
         """Half-open ranges of absolute prompt positions that travel, ascending and disjoint."""
-        if self.mode == "full" or self.n_first + self.n_last >= prompt_tokens:
+        first, last = self.edges(prompt_tokens)
+        if first + last == prompt_tokens:
             return ((0, prompt_tokens),)
-        ranges = ((0, self.n_first), (prompt_tokens - self.n_last, prompt_tokens))
+        ranges = ((0, first), (prompt_tokens - last, prompt_tokens))
         return tuple(r for r in ranges if r[0] < r[1])
 
     def rows(self, prompt_tokens: int) -> int:
         """Number of prompt rows that travel."""
-        return sum(stop - start for start, stop in self.row_ranges(prompt_tokens))
+        return sum(self.edges(prompt_tokens))
 
 
 class KeyOffsetsFile(Frozen):

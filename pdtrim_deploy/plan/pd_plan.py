@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -47,11 +48,14 @@ from pdtrim_deploy.plan.kv import KeyOffsetsFile, KVSend
 from pdtrim_deploy.plan.wire import (
     FP8_ROWS,
     HEAD_DIM_MULTIPLE,
+    LATENT_SIDES,
     SIDES,
     SMALLER_THAN_FP8,
+    Code,
     PoolDtype,
-    packed_bytes,
-    packed_row_bytes,
+    Vectors,
+    WireDtype,
+    side_bytes,
 )
 
 __all__ = [
@@ -86,6 +90,9 @@ class ModelShape(Frozen):
         pool_dtype: of both stages' KV pools; absent from JSON, and so from digests, when native.
         windows: by block, how many tokens a query attends to, itself among them; None: to all before it. Absent from
             JSON, and empty, where no block has a window.
+        rope_dim: of a model with latent attention (MLA), numbers of a token's rope key. `head_dim` is then the size of
+            its latent, of which there is one a token for all heads: `num_kv_heads` is 1. Absent from JSON, and None, of
+            other models.
 
     """
 
@@ -97,11 +104,13 @@ class ModelShape(Frozen):
     kv_dtype: NativeDtype
     pool_dtype: PoolDtype = "native"
     windows: tuple[Window | None, ...] = ()
+    rope_dim: PositiveInt | None = None
 
     @model_serializer(mode="wrap")
     def _without_native(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Plans of native pools, and of models without windows, read as they did before there were others."""
+        """Plans of native pools, of models without windows or latents, read as they did before there were others."""
         absent = {"pool_dtype": self.pool_dtype == "native", "windows": not self.windows}
+        absent["rope_dim"] = self.rope_dim is None
         return {key: value for key, value in serialise(self).items() if not absent.get(key)}
 
     @model_validator(mode="after")
@@ -111,6 +120,55 @@ class ModelShape(Frozen):
         if self.windows and not any(self.windows):
             raise ValueError("windows has no window; leave it out")
         return self
+
+    @model_validator(mode="after")
+    def _one_latent(self) -> ModelShape:
+        if self.rope_dim is None:
+            return self
+        if self.num_kv_heads != 1 or self.windows:
+            raise ValueError("a model with latents has one KV head, and no windows")
+        if self.rope_dim % 2 or self.head_dim % 2:
+            raise ValueError(f"a latent of {self.head_dim} and a rope key of {self.rope_dim} do not travel in halves")
+        return self
+
+    def vectors(self, kv_heads: int | None = None) -> tuple[Vectors, Vectors]:
+        """What a token's K and V consist of in a layer, or its rope key and latent, of a rank with `kv_heads` heads."""
+        if self.rope_dim is not None:
+            return Vectors(2, self.rope_dim // 2), Vectors(2, self.head_dim // 2)
+        return (Vectors(kv_heads or self.num_kv_heads, self.head_dim),) * 2
+
+    def codes(self, wire_dtype: WireDtype) -> tuple[Code, Code]:
+        """The codes of both; a rope key of an fp8 pool travels as it is, which is smaller than int8."""
+        if self.rope_dim is None:
+            return SIDES[wire_dtype]
+        rope, latent = LATENT_SIDES[wire_dtype]
+        return rope if self.pool_dtype == "native" else "native", latent
+
+    def misfit(self, wire_dtype: WireDtype) -> str:
+        """Why rows cannot travel in a wire dtype, in one clause; empty when they can."""
+        if self.rope_dim is None:
+            multiple = HEAD_DIM_MULTIPLE[wire_dtype]
+            fits = self.head_dim % multiple == 0
+            return "" if fits else f"needs a head size that is a multiple of {multiple}, the model's is {self.head_dim}"
+        if wire_dtype not in LATENT_SIDES:
+            return f"gives keys and values other codes, and a latent is both: use {', '.join(LATENT_SIDES)}"
+        least = 2 * HEAD_DIM_MULTIPLE[wire_dtype]
+        if self.head_dim % least or (wire_dtype != "native" and self.rope_dim % 4):
+            return (
+                f"needs a latent whose size is a multiple of {least} and a rope key of a multiple of 4, the model's "
+                f"are {self.head_dim} and {self.rope_dim}"
+            )
+        return ""
+
+    def suits(self, send: KVSend) -> bool:
+        """Whether rows can travel in the wire dtype of `send`, and are smaller so than in the pool."""
+        smaller = self.pool_dtype == "native" or send.wire_dtype in SMALLER_THAN_FP8
+        return smaller and not self.misfit(send.wire_dtype)
+
+    def packed_bytes(self, wire_dtype: WireDtype, rows: int, first: bool) -> int:
+        """Bytes of K and V of `rows` rows of one layer as packed; `first`: prompt position 0 is among them."""
+        both = zip(self.codes(wire_dtype), self.vectors(), strict=True)
+        return sum(side_bytes(code, self.row_dtype, vectors, rows, first) for code, vectors in both)
 
     def window(self, block: int) -> int | None:
         """How many tokens a query of a block attends to; None: to all before it."""
@@ -184,11 +242,8 @@ class PDPlan(Frozen):
             layers = "layers" if len(self.decode_layers) == len(self.decode_kv_blocks) else "layers with attention"
             raise ValueError(f"kv has {len(self.kv)} entries, decode keeps {len(self.decode_kv_blocks)} {layers}")
         for block, send in zip(self.decode_kv_blocks, self.kv, strict=True):
-            if self.model.head_dim % (multiple := HEAD_DIM_MULTIPLE[send.wire_dtype]):
-                raise ValueError(
-                    f"block {block}: wire dtype {send.wire_dtype} needs a head size that is a multiple of {multiple}, "
-                    f"the model's is {self.model.head_dim}"
-                )
+            if misfit := self.model.misfit(send.wire_dtype):
+                raise ValueError(f"block {block}: wire dtype {send.wire_dtype} {misfit}")
         return self
 
     @model_validator(mode="after")
@@ -216,6 +271,8 @@ class PDPlan(Frozen):
             return self
         if (last := self.key_offsets.layers[-1]) >= len(self.kv):
             raise ValueError(f"key_offsets names layer {last}, decode has layers 0 to {len(self.kv) - 1}")
+        if self.model.rope_dim is not None:
+            raise ValueError("key_offsets are of keys, and a model with latents has none")
         if self.model.head_dim % 2:
             raise ValueError(f"key_offsets needs an even head size, the model's is {self.model.head_dim}")
         return self
@@ -320,7 +377,16 @@ class PDPlan(Frozen):
         m, send = self.model, self.kv[layer]
         ranges = send.row_ranges(prompt_tokens)
         rows, first = sum(stop - start for start, stop in ranges), ranges[0][0] == 0
-        return packed_bytes(send.wire_dtype, m.row_dtype, m.num_kv_heads, m.head_dim, rows, first)
+        return m.packed_bytes(send.wire_dtype, rows, first)
+
+    def layer_cost(self, layer: int, prompts: Sequence[int]) -> int:
+        """Bytes of a layer at the first of several prompt lengths, or what is as large a share of dense bytes there.
+
+        That share is the largest at any of the lengths, so that costs that sum to no more than `1 / R` of the dense
+        bytes at the first length make a reduction of R or more at each.
+        """
+        dense = self.dense_bytes(prompts[0])
+        return max(-(-self.layer_bytes(layer, n) * dense // self.dense_bytes(n)) for n in prompts)
 
     def dense_bytes(self, prompt_tokens: int, pool_dtype: PoolDtype | None = None, *, every_row: bool = False) -> int:
         """Bytes that the unpruned model would send for the same prompt, from the plan's own kind of pool or another.
@@ -330,7 +396,7 @@ class PDPlan(Frozen):
         """
         m = self.model if pool_dtype is None else self.model.with_pool(pool_dtype)
         reads = (prompt_tokens if every_row else m.rule(b, KVSend()).rows(prompt_tokens) for b in range(m.num_blocks))
-        return 2 * sum(reads) * packed_row_bytes("native", m.row_dtype, m.num_kv_heads, m.head_dim)
+        return m.packed_bytes("native", sum(reads), first=False)
 
     def reduction(self, prompt_tokens: int, pool_dtype: PoolDtype | None = None) -> float:
         """Dense bytes, of the plan's own kind of pool or another, over planned bytes."""

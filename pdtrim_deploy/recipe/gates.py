@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
-SERVED_TASKS = ("gsm8k", "humaneval")
+SERVED_TASKS = ("gsm8k", "humaneval", "mmlu", "ruler", "turns", "instructions")
 TASKS = ("perplexity", "choice", "needle", "agreement", *SERVED_TASKS)
 LM_EVAL = "lm_eval:"
 

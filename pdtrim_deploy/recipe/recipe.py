@@ -6,7 +6,7 @@ import hashlib
 import json
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import (
@@ -81,6 +81,8 @@ class CalibrationSection(_Section):
         prompt_tokens: length of the prompts that decode's blocks are searched behind; half of `length` when left out.
 
     """
+
+    AT_ONCE: ClassVar[int] = 8  # prompts that the model goes on from side by side
 
     corpus: Corpus = "brown"
     sequences: PositiveInt = 16

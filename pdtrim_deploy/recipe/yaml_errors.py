@@ -45,6 +45,8 @@ def _allowed(model: type[BaseModel], loc: tuple[str, ...]) -> str:  # noqa: PLR0
         return schema["description"]
     if "prefixItems" in schema:
         return f"a list of {len(schema['prefixItems'])}, each {_allowed(model, (*loc, '0'))}"
+    if schema["type"] == "array" and "maxItems" in schema:
+        return f"a list of {schema['minItems']} or {schema['maxItems']}, each {_allowed(model, (*loc, '0'))}"
     if schema["type"] == "array":
         return f"a list of one or more of {_allowed(model, (*loc, '0'))}"
     if schema["type"] == "number":

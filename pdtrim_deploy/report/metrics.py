@@ -24,7 +24,7 @@ class _Frozen(BaseModel):
 
 
 class PlanFigures(_Frozen):
-    """The plan in numbers; `n_first` and `n_last` are those of the sparse layers (None: there is none).
+    """The plan in numbers; `n_first`, `n_last` and `share` are those of the sparse layers (None: there is none).
 
     `*_pairs` counts pairs of blocks of which one student is left; `*_without_attention` and `*_without_mlp` name blocks
     of which the other sublayer runs alone.
@@ -43,6 +43,7 @@ class PlanFigures(_Frozen):
     sparse_layers: int
     n_first: int | list[int] | None
     n_last: int | list[int] | None
+    share: int | list[int] | None = None
     wire_dtype: str | list[str]
 
     @classmethod
@@ -65,6 +66,7 @@ class PlanFigures(_Frozen):
             sparse_layers=len(sparse),
             n_first=_common([send.n_first for send in sparse]),
             n_last=_common([send.n_last for send in sparse]),
+            share=_common([send.share for send in sparse]),
             wire_dtype=_common([send.wire_dtype for send in plan.kv]),
         )
 

@@ -94,7 +94,9 @@ def metrics_table(metrics: Metrics) -> Table:
     rows = {
         "blocks": f"{plan.blocks}, prefill drops {plan.prefill_dropped}, decode drops {plan.decode_dropped}"
         + (f", pairs distilled {plan.prefill_pairs} and {plan.decode_pairs}" if plan.decode_pairs else ""),
-        "KV": f"{plan.sparse_layers} layers cut to first {plan.n_first} + last {plan.n_last}, wire {plan.wire_dtype}",
+        "KV": f"{plan.sparse_layers} layers cut to first {plan.n_first} + last {plan.n_last}"
+        + (f", at least {plan.share} 1024ths of the prompt" if plan.share else "")
+        + f", wire {plan.wire_dtype}",
         "KV bytes a request": (
             f"dense {transfer.dense_bytes:,.0f}, planned {transfer.planned_bytes:,.0f}, "
             f"measured {transfer.measured_bytes:,.0f} ({transfer.requests} requests of "

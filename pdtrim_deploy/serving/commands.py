@@ -52,6 +52,7 @@ def worker_command(python: Path, worker: WorkerSpec, secret: Path | None = None)
         "--max-total-tokens": options.pool_tokens,
         "--max-running-requests": options.requests,
         "--chunked-prefill-size": options.chunked_prefill_size,
+        "--weight-version": options.plan_digest,
     }
     arguments |= engine_limits(worker.engine) | {name: limit for name, limit in limits.items() if limit is not None}
     config = WorkerConfig(

@@ -61,7 +61,7 @@ def cluster_of(
             f"as long as in {fast} (a bundle built with model.dtype {fast} takes twice the memory)"
         )
     options = replace(options, sparse=any(send.mode == "sparse" for send in bundle.plan.kv))
-    options = replace(options, pool_dtype=bundle.plan.model.pool_dtype)
+    options = replace(options, pool_dtype=bundle.plan.model.pool_dtype, plan_digest=bundle.plan.digest)
     if options.device == "cpu" and options.pool_dtype != "native":
         raise UserError(
             f"the plan's KV pool is {options.pool_dtype}, which SGLang 0.5.23 has on a CPU with Intel AMX alone, and "

@@ -30,8 +30,9 @@ class WorkerOptions:
     None: the cores divided among the workers). `sparse` says that decode has sparse layers, `split_pool` for which
     requests their pools are sized. `send_by_layer`: rows of finished layers leave while prefill computes later ones.
     `tp_prefill` and `tp_decode` are tensor-parallel ranks of a worker; `share_gpus`
-    lets several workers take one GPU where there are too few. `extra_args`, then those of the stage, go to
-    `sglang.launch_server` last: they win over anything chosen here.
+    lets several workers take one GPU where there are too few. Every answer names `plan_digest`, where it is
+    given, as the version of the weights. `extra_args`, then those of the stage, go to `sglang.launch_server` last: they
+    win over anything chosen here.
     """
 
     device: Device = field(default_factory=lambda: "cuda" if gpu_count() else "cpu")
@@ -51,6 +52,7 @@ class WorkerOptions:
     tp_prefill: int = 1
     tp_decode: int = 1
     share_gpus: bool = False
+    plan_digest: str | None = None
     extra_args: tuple[str, ...] = ()
     prefill_args: tuple[str, ...] = ()
     decode_args: tuple[str, ...] = ()

@@ -10,7 +10,6 @@ from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.plan import ModelShape, PDPlan
 from pdtrim_deploy.plan.blocks import Frozen
 from pdtrim_deploy.plan.kv import KVSend
-from pdtrim_deploy.plan.wire import packed_row_bytes
 
 # What `pdtrim-deploy plan` reckons with, and how many requests SGLang's pool should hold at least.
 ISL, OSL, FEWEST_REQUESTS = 4096, 256, 16
@@ -21,14 +20,14 @@ def request_bytes(model: ModelShape, layers: tuple[KVSend, ...], isl: int, osl: 
 
     A layer with a window counts whole: SGLang has its slots among those of whole layers, or in a pool of its own.
     """
-    row = packed_row_bytes("native", model.row_dtype, model.num_kv_heads, model.head_dim)
-    return sum(2 * row * ((send.rows(isl) if send.mode == "sparse" else isl) + osl) for send in layers)
+    row = model.packed_bytes("native", 1, first=False)
+    return sum(row * ((send.rows(isl) if send.mode == "sparse" else isl) + osl) for send in layers)
 
 
 class SplitPool(Frozen):
     """Requests of `isl` + `osl` tokens, for which whole and cut layers have pools that run out together.
 
-    Layers with equal first and last share a pool's slots, so that each layer holds what `request_bytes` says.
+    Layers that keep the same rows share a pool's slots, so that each layer holds what `request_bytes` says.
     Requests of other lengths are served as well: a pool that is short makes them wait, as a full one always did.
     """
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from functools import lru_cache
 
-from pdtrim_deploy.plan import PDPlan
+from pdtrim_deploy.plan import KVSend, PDPlan
 
 MOST_TOKENS = 1 << 20  # of a chunk of a plan that cuts all layers: its bytes stop growing
 
@@ -15,10 +15,20 @@ def most_bytes(plan: PDPlan, tokens: int, kv_heads: int) -> int:
 
     The whole prompt of that many tokens has the most rows in each layer, and position 0, whose row may travel native.
     Only where the last rows of a layer no longer reach position 0 has a longer prompt fewer bytes than a shorter one.
+    Of a layer that keeps a share of the prompt all rows of a chunk travel when the prompt is long enough.
     """
+    plan = _of_long_prompts(plan)
     windows = {send.n_first + send.n_last for send in plan.kv if send.mode != "full"}
     prompts = {tokens} | {window for window in windows if window < tokens}
     return max(map(plan.payload_bytes, prompts)) * kv_heads // plan.model.num_kv_heads
+
+
+@lru_cache
+def _of_long_prompts(plan: PDPlan) -> PDPlan:
+    """The plan with layers whole that keep a share of the prompt."""
+    if not any(send.share for send in plan.kv):
+        return plan
+    return plan.with_kv(tuple(KVSend(wire_dtype=send.wire_dtype) if send.share else send for send in plan.kv))
 
 
 @lru_cache

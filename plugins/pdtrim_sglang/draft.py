@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor
@@ -28,7 +29,7 @@ def wire_digest(plan: PDPlan, draft: DraftRows | None) -> str:
 
 @dataclass(frozen=True)
 class DraftRows:
-    """All layers of a draft model's pool: `keys` and `values` are `[slots, kv_heads, head_dim]` each.
+    """All layers of a draft model's pool: `keys` and `values` are `[slots, kv_heads, head_dim]` each, or of latents.
 
     `plan` sends them whole, and counts the KV heads of this rank alone.
     """
@@ -38,8 +39,8 @@ class DraftRows:
     values: list[Tensor]
 
     @classmethod
-    def of(cls, pool: Any, keys: list[Tensor], values: list[Tensor], slots: int) -> DraftRows:
-        """Of a draft model's `pool`, with its tensors, beside a pool of `slots` slots.
+    def of(cls, pool: Any, keys: list[Tensor], values: list[Tensor], slots: int, *, latents: bool = False) -> DraftRows:
+        """Of a draft model's `pool`, with its tensors (as in `PoolView`), beside a pool of `slots` slots.
 
         Raises:
             RuntimeError: it has other slots, or its dtype is none that is sent.
@@ -50,7 +51,8 @@ class DraftRows:
                 f"pdtrim: the draft model's KV pool has {len(keys[0])} slots, the model's {slots}, so that a token has "
                 "other slots there: start without --speculative-algorithm"
             )
-        return cls(dense_plan(len(keys), pool, keys[0].shape[1]), keys, values)
+        tensors = SimpleNamespace(k_buffer=keys, v_buffer=values, dtype=pool.dtype)
+        return cls(dense_plan(len(keys), tensors, keys[0].shape[1], latents=latents), keys, values)
 
     @property
     def token_bytes(self) -> int:
@@ -71,7 +73,7 @@ class DraftRows:
 
     def prepare(self) -> None:
         """Compile what packs them, before the first request."""
-        prepare(self.plan, self.keys[0], None)
+        prepare(self.plan, self.keys[0], None, self.values[0])
 
     def _layout(self, layout: ChunkLayout) -> ChunkLayout:
         return chunk_layout(self.plan, layout.prompt_tokens, layout.start, layout.stop)

@@ -60,7 +60,8 @@ class PDTrimKVManager(CommonKVManager):
         self.prompts_announced: dict[int, int] = {}
         signature = identity.signature_of(server_args)
         identity.sign_requests(signature)  # prefill registers in the next line
-        super().__init__(args, disaggregation_mode, server_args, is_mla_backend)
+        # Not MLA for SGLang: ranks that each hold a latent pair as ranks that hold copies of one head do.
+        super().__init__(args, disaggregation_mode, server_args, False)
         self._secret = signature.credentials.secret
         protect(self.server_socket, (self._zmq_ctx, CommonKVReceiver._ctx), self._secret)
 
@@ -93,7 +94,9 @@ class PDTrimKVManager(CommonKVManager):
         view = PoolView.of(pool)
         stage: Stage = "prefill" if self.disaggregation_mode == DisaggregationMode.PREFILL else "decode"
         ranks = self.attn_tp_size, self.attn_tp_rank
-        self.plan = self._given_plan or dense_plan(len(view.keys), view.buffers, model.config.num_key_value_heads)
+        self.plan = self._given_plan or dense_plan(
+            len(view.keys), view.buffers, model.config.num_key_value_heads, latents=view.latents
+        )
         if self._given_plan is None and view.windowed is not None:
             self.plan = self.plan.with_windows(loaded_windows(model, len(view.keys)))
         check_fits(self.plan, stage, view.buffers, self.attn_tp_size)
@@ -104,13 +107,15 @@ class PDTrimKVManager(CommonKVManager):
         if draft_pool is not None:
             check_draft_ranks(self.plan, self.attn_tp_size)
             draft_view = PoolView.of(draft_pool)
-            draft = DraftRows.of(draft_pool, draft_view.keys, draft_view.values, view.tokens)
+            draft = DraftRows.of(
+                draft_pool, draft_view.keys, draft_view.values, view.tokens, latents=draft_view.latents
+            )
         view = replace(view, offsets=offsets, first_head=own.start, draft=draft)
         if self.plan.model.windows or view.windowed is not None:
             check_windows(self.plan, stage, model, view, attention_backend(self.server_args, stage))
         elif self._given_plan:
             check_window(model.config, self.server_args.context_length)
-        prepare(self.plan, view.keys[0], view.offsets)
+        prepare(self.plan, view.keys[0], view.offsets, view.values[0])
         if draft is not None:
             draft.prepare()
             self._sends_draft = True

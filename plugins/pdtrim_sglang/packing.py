@@ -110,10 +110,11 @@ class Packer:
         else:
             slots = pool.slots(chunk.pages, chunk.stop - chunk.pages_start)[chunk.start - chunk.pages_start :]
             near = device_sum is not None or pool.keys[0].is_cpu  # `out` is where the pool is
-            packed = out if near else None
-            for place in pool.destinations(slots):
-                packed = pack(place.part(layout), pool.keys, pool.values, place.slots, packed, pool.offsets)
-            if not near and packed is not None:
+            places = pool.destinations(slots)
+            packed = pack(
+                layout, pool.keys, pool.values, places.slots, out if near else None, pool.offsets, places.groups
+            )
+            if not near:
                 out[: layout.total_bytes].copy_(packed, non_blocking=True)
             if pool.draft is not None and layout.has_last:
                 rest = out[layout.total_bytes :]

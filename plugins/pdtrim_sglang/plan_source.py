@@ -48,10 +48,10 @@ def read_offsets(model_path: str, plan: PDPlan | None) -> KeyOffsets | None:
     return None if plan is None else KeyOffsets.read(Path(model_path), plan)
 
 
-def dense_plan(num_layers: int, pool: Any, kv_heads: int) -> PDPlan:
+def dense_plan(num_layers: int, pool: Any, kv_heads: int, *, latents: bool = False) -> PDPlan:
     """The plan of a stock checkpoint: all layers, all rows. Two workers pair only when shapes and dtypes agree.
 
-    `kv_heads` are the model's, of which `pool` may hold some.
+    `kv_heads` are the model's, of which `pool` may hold some; with `latents` it holds halves of rope keys and latents.
 
     Raises:
         RuntimeError: the pool's dtype is none that the wire knows.
@@ -62,12 +62,14 @@ def dense_plan(num_layers: int, pool: Any, kv_heads: int) -> PDPlan:
         raise RuntimeError(
             f"pdtrim: cannot send a KV cache of {dtype}: start with --kv-cache-dtype auto, {' or '.join(FP8_ROWS)}"
         )
+    width = pool.k_buffer[0].shape[2]
     model = ModelShape(
         architecture="unplanned",
         fingerprint="unplanned",
         num_blocks=num_layers,
-        num_kv_heads=kv_heads,
-        head_dim=pool.k_buffer[0].shape[2],
+        num_kv_heads=1 if latents else kv_heads,
+        head_dim=2 * pool.v_buffer[0].shape[2] if latents else width,
+        rope_dim=2 * width if latents else None,
         kv_dtype=KV_DTYPES.get(dtype, "bfloat16"),  # of an fp8 pool's model it is not known, and travels nowhere
         pool_dtype=FP8_POOLS.get(dtype, "native"),
     )
@@ -90,12 +92,12 @@ def check_fits(plan: PDPlan, stage: Stage, pool: Any, tp_size: int) -> None:
         )
     if reason := indivisible(model.num_kv_heads, tp_size):
         raise RuntimeError(f"pdtrim: {reason}: start with --tp-size {math.gcd(model.num_kv_heads, tp_size)}")
-    shape = (len(held_heads(model.num_kv_heads, tp_size, 0)), model.head_dim)
+    shapes = model.vectors(len(held_heads(model.num_kv_heads, tp_size, 0)))
     for layer, sides in enumerate(zip(pool.k_buffer, pool.v_buffer, strict=True)):
-        for rows in sides:
+        for rows, shape in zip(sides, shapes, strict=True):
             if tuple(rows.shape[1:]) != shape:
                 raise RuntimeError(
-                    f"pdtrim: the plan expects KV rows of {shape} (heads, head size), the pool has "
+                    f"pdtrim: the plan expects KV rows of {tuple(shape)} (heads, head size), the pool has "
                     f"{tuple(rows.shape[1:])} in layer {layer}"
                 )
 
@@ -104,7 +106,10 @@ def check_padding(plan: PDPlan, config: Any) -> None:
     """Raise RuntimeError when SGLang has given the model other KV heads than it has: their order is another then too.
 
     On a CPU SGLang 0.5.23 pads heads that it cannot divide among the ranks (configs/update_config.py), with zeros.
+    Latents have no heads.
     """
+    if plan.model.rope_dim is not None:
+        return
     heads, padded = plan.model.num_kv_heads, getattr(config, "num_key_value_heads", plan.model.num_kv_heads)
     if padded != heads:
         raise RuntimeError(

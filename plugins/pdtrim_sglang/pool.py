@@ -1,16 +1,17 @@
-"""A worker's paged KV pool as the wire format sees it: one K and one V tensor a layer, rows by slot."""
+"""A worker's paged KV pool as the wire format sees it: one K and one V tensor a layer, rows by slot.
+
+Of a pool of latents (MLA) they are the rope keys and the latents: views of its one tensor a layer, in halves.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
-from pdtrim_deploy.kvcache.layout import ChunkLayout
 from pdtrim_deploy.kvcache.pack import check, prepare
 from pdtrim_deploy.plan import PDPlan
 from pdtrim_sglang import threads
@@ -20,21 +21,17 @@ if TYPE_CHECKING:
     from pdtrim_sglang.kept_pool.pool import KeptKVPool
 
 
-@dataclass(frozen=True)
-class Destination:
-    """Where rows of some layers, or of all, go: `slots` int64, one a token."""
+class Destinations(NamedTuple):
+    """Where the tokens of a prompt, or of a part of it, lie in each layer's tensors.
 
-    layers: frozenset[int] | None
+    Attributes:
+        slots: int64 `[groups, tokens]`, on the pool's device; row 0 holds SGLang's own slots.
+        groups: by layer of the pool, the row that its slots are; None when row 0 is the only one.
+
+    """
+
     slots: Tensor
-
-    def part(self, layout: ChunkLayout) -> ChunkLayout:
-        """What `layout` holds of these layers."""
-        return layout if self.layers is None else _part(layout, self.layers)
-
-
-@lru_cache(maxsize=1024)
-def _part(layout: ChunkLayout, layers: frozenset[int]) -> ChunkLayout:
-    return replace(layout, layers=tuple(rows for rows in layout.layers if rows.decode_layer in layers))
+    groups: tuple[int, ...] | None = None
 
 
 class Buffers(NamedTuple):
@@ -65,6 +62,7 @@ class WindowSlots:
 class PoolView:
     """Tensors `[slots, kv_heads, head_dim]` of every local layer, and the page size in tokens.
 
+    With `latents` they are `[slots, 2, rope / 2]` and `[slots, 2, latent / 2]`, which count as one KV head.
     `cut` is SGLang's pool when its cut layers have slots of their own, `offsets` the plan's of these KV heads, and
     `first_head` the first of them, as the model counts. `draft` is the KV of a draft model, where one runs, and
     `windowed` says where the rows of layers with windows are, where SGLang has them in a pool of their own.
@@ -78,32 +76,45 @@ class PoolView:
     first_head: int = 0
     draft: DraftRows | None = None
     windowed: WindowSlots | None = None
+    latents: bool = False
     _parts: dict[range, PoolView] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def of(cls, pool: Any) -> PoolView:
-        """View of SGLang's MHATokenToKVPool (mem_cache/memory_pool.py, 0.5.23), or of two such in its SWAKVPool.
+        """View of SGLang's MHATokenToKVPool or MLATokenToKVPool (0.5.23), or of two of the former in its SWAKVPool.
 
         Raises:
-            RuntimeError: another kind of pool (MLA, hybrid, HND, with scales), which the wire format does not know.
+            RuntimeError: another kind of pool (hybrid, HND, with scales), which the wire format does not know.
 
         """
-        from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+        from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
         from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 
         from pdtrim_sglang.kept_pool.pool import KeptKVPool
 
         if type(pool) is SWAKVPool:
             return cls._of_windows(pool)
+        if type(pool) is MLATokenToKVPool and not pool.use_dsa:
+            return cls._of_latents(pool)
         plain = type(pool) in (MHATokenToKVPool, KeptKVPool) and not (pool.use_hnd or pool.is_quantized_kv_cache)
         if not plain or pool.k_buffer[0].dim() != 3:
             raise RuntimeError(
-                f"pdtrim: needs a plain multi-head KV pool, this worker has {type(pool).__name__}: "
+                f"pdtrim: needs a plain KV pool of heads or of latents, this worker has {type(pool).__name__}: "
                 "serve a Llama, Mistral, Qwen2 or Qwen3 bundle without KV-layout options"
             )
         # SGLang keeps fp8 rows as uint8.
         keys, values = ([rows.view(pool.dtype) for rows in side] for side in (pool.k_buffer, pool.v_buffer))
         return cls(keys, values, pool.page_size, pool if isinstance(pool, KeptKVPool) else None)
+
+    @classmethod
+    def _of_latents(cls, pool: Any) -> PoolView:
+        """A slot holds a token's latent, then its rope key; SGLang keeps fp8 rows as uint8."""
+        rows = [buffer.view(pool.dtype)[:, 0] for buffer in pool.kv_buffer]
+        keys, values = (
+            [row[:, part].unflatten(1, (2, -1)) for row in rows]
+            for part in (slice(pool.kv_lora_rank, None), slice(pool.kv_lora_rank))
+        )
+        return cls(keys, values, pool.page_size, latents=True)
 
     @classmethod
     def _of_windows(cls, pool: Any) -> PoolView:
@@ -142,7 +153,7 @@ class PoolView:
     @property
     def kv_heads(self) -> int:
         """KV heads that this rank holds."""
-        return self.keys[0].shape[1]
+        return 1 if self.latents else self.keys[0].shape[1]
 
     @property
     def heads(self) -> range:
@@ -175,10 +186,16 @@ class PoolView:
                 threads.start("kernel compiler", prepare, plan, part.keys[0], part.offsets)
 
     def slots(self, pages: Any, tokens: int) -> Tensor:
-        """Slots (int64 `[tokens]`) of the first `tokens` tokens on `pages` (int array)."""
-        first = torch.as_tensor(pages, dtype=torch.int64, device=self.keys[0].device) * self.page_size
-        offsets = torch.arange(self.page_size, device=first.device)
-        return (first[:, None] + offsets).flatten()[:tokens]
+        """Slots (int64 `[tokens]`) of the first `tokens` tokens on `pages` (int array on the host).
+
+        A GPU gets them by one copy that the host does not wait for.
+        """
+        device = self.keys[0].device
+        first = torch.as_tensor(pages, dtype=torch.int64) * self.page_size
+        slots = (first[:, None] + torch.arange(self.page_size, device=first.device)).flatten()[:tokens]
+        if device.type == "cuda" and slots.is_cpu:
+            slots = slots.pin_memory()
+        return slots.to(device, non_blocking=True)
 
     def wait(self) -> None:
         """Until this thread's writes are done: SGLang reads the rows on a stream of its own.
@@ -207,27 +224,23 @@ class PoolView:
             if event is not None:
                 torch.get_device_module(device).current_stream(device).wait_event(event)
 
-    def destinations(self, slots: Tensor, row: int | None = None) -> tuple[Destination, ...]:
+    def destinations(self, slots: Tensor, row: int | None = None) -> Destinations:
         """Where SGLang's `slots` of a prompt lie in each layer's tensors, as long as its request holds `row`.
 
         A token that a cut layer, or a window, does not keep has slot 0 there.
         """
+        layers = range(len(self.keys))
         if self.windowed is not None:
-            held = self.windowed.layers
-            places = [Destination(held, self.windowed.of_slot[slots])]
-            if len(held) < len(self.keys):
-                places.insert(0, Destination(frozenset(range(len(self.keys))) - held, slots))
-            return tuple(places)
+            of_windows = self.windowed.of_slot[slots].long()
+            groups = tuple(int(layer in self.windowed.layers) for layer in layers)
+            return Destinations(torch.stack((slots, of_windows)), groups)
         if self.cut is None:
-            return (Destination(None, slots),)
+            return Destinations(slots[None])
         assert row is not None
         kept = self.cut.kept
-        whole = frozenset(range(len(self.keys))) - frozenset(kept.of_layer)
-        places = [Destination(whole, slots)] if whole else []
-        for place, group in enumerate(kept.groups):
-            layers = frozenset(layer for layer, own in kept.of_layer.items() if own == place)
-            places.append(Destination(layers, group.prompt_slots(row, len(slots))))
-        return tuple(places)
+        own = [group.prompt_slots(row, len(slots)) for group in kept.groups]
+        groups = tuple(kept.of_layer.get(layer, -1) + 1 for layer in layers)
+        return Destinations(torch.stack((slots, *own)), groups)
 
 
 def row_view(pointer: int, length: int) -> memoryview:

@@ -20,8 +20,8 @@ GRAPHS = ("full", "disabled")
 
 def check_options(server_args: Any, kv_args: Any, plan: PDPlan | None, is_mla_backend: bool) -> None:
     """Raise RuntimeError for the first option that this plugin cannot serve correctly."""
-    if is_mla_backend or any(kind.value != "swa" for kind in kv_args.state_types):
-        raise RuntimeError("pdtrim: only plain multi-head attention models can be served (no MLA or SSM state)")
+    if any(kind.value != "swa" for kind in kv_args.state_types):
+        raise RuntimeError("pdtrim: only models whose layers all have KV can be served (no SSM state, no index)")
     if server_args.pp_size > 1:
         raise RuntimeError("pdtrim: pipeline parallelism is not supported: start with --pp-size 1")
     check_speculation(server_args, plan)
@@ -53,6 +53,11 @@ def check_options(server_args: Any, kv_args: Any, plan: PDPlan | None, is_mla_ba
         )
     if not any(send.mode == "sparse" for send in plan.kv):
         return
+    if is_mla_backend:
+        raise RuntimeError(
+            "pdtrim: the plan cuts layers of a model with latents (MLA), which have no slots of their own: build the "
+            "bundle with kv.method none"
+        )
     backend = attention_backend(server_args, "decode")
     if backend not in ATTENTION:
         raise RuntimeError(

@@ -21,7 +21,7 @@ from pdtrim_deploy.kvcache.layout import chunk_layout
 from pdtrim_deploy.kvcache.pack import unpack
 from pdtrim_deploy.plan import PDPlan
 from pdtrim_sglang.layer_positions import LayerPositions
-from pdtrim_sglang.pool import Destination, PoolView, row_view
+from pdtrim_sglang.pool import Destinations, PoolView, row_view
 from pdtrim_sglang.protocol import ChunkHeader
 
 
@@ -68,7 +68,7 @@ class DecodeRoom:
     room: int
     prompt_tokens: int
     prefix_tokens: int
-    places: tuple[Destination, ...]
+    places: Destinations
     aux_index: int
     ready: tuple[Any, ...] = ()
     senders: Mapping[int, range] = field(kw_only=True)
@@ -90,10 +90,10 @@ class DecodeRoom:
             pool.after(*self.ready)
             try:
                 rows = near(payload, pool)
-                for place in self.places:
-                    unpack(place.part(layout), rows, pool.keys, pool.values, place.slots[span], pool.offsets)
-                if pool.draft is not None and layout.has_last:  # no layer is cut then, so there is one place
-                    pool.draft.unpack(layout, rows[layout.total_bytes :], self.places[0].slots[span])
+                slots = self.places.slots[:, span]
+                unpack(layout, rows, pool.keys, pool.values, slots, pool.offsets, self.places.groups)
+                if pool.draft is not None and layout.has_last:  # no layer is cut then, so there is one row of slots
+                    pool.draft.unpack(layout, rows[layout.total_bytes :], slots[0])
             finally:  # also what failed half way writes no more when this returns, nor reads the payload
                 pool.wait()
             positions.advance(header.layers or range(len(plan.kv)), header.stop)

@@ -16,6 +16,7 @@ from pathlib import Path
 import click
 import pytest
 import yaml
+from answering import answering
 from localtasks import write_tasks
 from sse_server import Behaviour, serve
 from tinytext import write_words
@@ -23,7 +24,9 @@ from tinytext import write_words
 from pdtrim_deploy import __version__
 from pdtrim_deploy.bundle import Bundle
 from pdtrim_deploy.cli import COMMANDS, cli, main
+from pdtrim_deploy.cli.eval_served import _check_plan
 from pdtrim_deploy.cli.exit_codes import EXIT_CODES
+from pdtrim_deploy.evaluation.generated.endpoint import Endpoint
 from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.local.own_environment import REPO
 from pdtrim_deploy.serving.ports import free_ports
@@ -437,13 +440,17 @@ def test_a_gate_that_is_not_kept_is_exit_code_1(
     for gate, code, word in ((0.1, 1, "FAILED"), (99, 0, "passed")):
         recipe.write_text(yaml.safe_dump(yaml.safe_load(recipe_file.read_text()) | {"quality": {"perplexity": gate}}))
         assert run(capsys, "build", recipe, "--out", copy, "--cache-dir", cache.root)[0] == 0
+        for stage in ("prefill", "decode"):  # another gate's verdict is none of this
+            assert f"| not measured | {gate:g}: not measured |" in (copy / stage / "README.md").read_text()
         ended, out, _ = run(capsys, "eval", copy, "--cache-dir", cache.root)
         assert ended == code
         assert f"gate at most {gate}: {word}" in out
         report = json.loads((copy / "reports" / "eval.json").read_text())
         assert report["recovery"]["recovery"] == pytest.approx(report["ratio"])
         for stage in ("prefill", "decode"):
-            assert f"at most {gate}: {word} | eval.json |" in (copy / stage / "README.md").read_text()
+            card = (copy / stage / "README.md").read_text()
+            assert f"at most {gate}: {word} | eval.json |" in card
+            assert "not measured |" not in card
         assert run(capsys, "report", copy)[0] == 0
         assert f"at most {gate}: {word}" in (copy / "reports" / "report.html").read_text()
     recipe.write_text(yaml.safe_dump(yaml.safe_load(recipe_file.read_text()) | {"quality": {"speed": 2}}))
@@ -464,9 +471,11 @@ def test_a_gate_that_is_not_kept_is_exit_code_1(
             ("http://127.0.0.1:9", "--tasks", "gsm8k", "--memory", "8GB"),
             "--memory is for bundles, but http://127.0.0.1",
         ),
+        (("http://127.0.0.1:9", "--tasks", "mmlu", "--lengths", "4096"), "give --tasks ruler or turns too"),
+        (("http://127.0.0.1:9", "--tasks", "ruler", "--lengths", "4k"), "'4k' are no numbers of tokens from 1024"),
         (("out/bundle", "--against", "http://127.0.0.1:9"), "--against is for URLs, but out/bundle is a bundle"),
     ],
-    ids=["no tasks", "other task", "seed", "remote", "questions", "memory", "bundle"],
+    ids=["no tasks", "other task", "seed", "remote", "questions", "memory", "lengths", "length", "bundle"],
 )
 def test_eval_of_a_url_says_what_is_wrong(
     capsys: pytest.CaptureFixture[str], arguments: tuple[object, ...], says: str
@@ -487,12 +496,48 @@ def test_eval_of_a_url_where_nothing_answers_asks_for_no_data(
     assert not empty.exists()
 
 
+def test_prompts_longer_than_the_served_context_are_refused(capsys: pytest.CaptureFixture[str], cache: Cache) -> None:
+    bodies: list[dict] = []
+    with answering(lambda _: "yes", bodies, context=4096) as url:
+        code, out, err = run(
+            capsys, "eval", url, "--tasks", "turns", "--lengths", "2048,8192", "--cache-dir", cache.root
+        )
+    assert (code, out, bodies) == (2, "", [])
+    assert f"{url} serves a context of 4096 tokens, and prompts of 8192 were to be sent; give --lengths 2048, or" in err
+
+
+def test_a_bundle_that_a_url_does_not_serve_is_refused(
+    capsys: pytest.CaptureFixture[str], bundle_dir: Path, cache: Cache
+) -> None:
+    digest, bodies = Bundle.open(bundle_dir).plan.digest, list[dict]()
+    with answering(lambda _: "yes", bodies, weight_version="ab" * 32) as url:
+        common = ("--tasks", "instructions", "--bundle", bundle_dir, "--cache-dir", cache.root)
+        code, out, err = run(capsys, "eval", url, *common)
+    assert (code, out, len(bodies)) == (2, "", 1)
+    assert f"{url} serves plan {'ab' * 6}, and {bundle_dir} has plan {digest[:12]}; name the bundle" in err
+    for version, warned in ((digest, False), ("default", True)):
+        with answering(lambda _: "yes", weight_version=version) as url:
+            _check_plan(Endpoint.at(url), Bundle.open(bundle_dir))
+        assert (f"{url} does not say which plan it serves" in capsys.readouterr().err) == warned
+
+
 def test_a_served_task_of_a_bundle_is_sent_to_its_url(capsys: pytest.CaptureFixture[str], bundle_dir: Path) -> None:
     code, _, err = run(capsys, "eval", bundle_dir, "--tasks", "lm_eval:")
     assert (code, err.count("lm_eval: names no task of lm-eval; give lm_eval:NAME")) == (2, 1)
     code, _, err = run(capsys, "eval", bundle_dir, "--tasks", "gsm8k")
     assert code == 2
     assert "serve the bundle, and give its URL" in err
+
+
+@pytest.mark.skipif(not (REPO / ".venv/evals/pdtrim-stamp.json").is_file(), reason="needs make setup-evals")
+def test_an_unknown_task_of_lm_eval_is_refused_before_a_model_is_loaded(
+    capsys: pytest.CaptureFixture[str], bundle_dir: Path, cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pdtrim_deploy.models.on_devices.load_to_compute", lambda *_, **__: pytest.fail("loaded"))
+    arguments = ("--tasks", "lm_eval:tiny_chioce", "--include-path", write_tasks(tmp_path / "tasks"))
+    code, out, err = run(capsys, "eval", bundle_dir, "--cache-dir", cache.root, *arguments)
+    assert (code, out) == (2, "")
+    assert "lm-eval has no task 'tiny_chioce'; see its list" in err.splitlines()[-1]
 
 
 @pytest.mark.skipif(not (REPO / ".venv/evals/pdtrim-stamp.json").is_file(), reason="needs make setup-evals")

@@ -7,7 +7,7 @@ import torch
 from tinypd import BLOCKS, DIM, biased, make_oracle, make_plan, text, tiny
 
 from pdtrim_deploy.evaluation.fidelity import check, sensitivity
-from pdtrim_deploy.evaluation.fidelity.cases import Group
+from pdtrim_deploy.evaluation.fidelity.cases import Group, groups, text_needed
 from pdtrim_deploy.evaluation.fidelity.check import FidelityResult, judge
 from pdtrim_deploy.evaluation.fidelity.client import Served
 from pdtrim_deploy.evaluation.fidelity.controls import controls, wrong_oracles
@@ -25,6 +25,10 @@ def sparse(wire, first=3, last=9):
     return KVSend(mode="sparse", n_first=first, n_last=last, wire_dtype=wire)
 
 
+def share(wire, first, last, share):
+    return sparse(wire, first, last).model_copy(update={"share": share})
+
+
 MIXED = (sparse("int4", 4, 12), KVSend(wire_dtype="int8"), sparse("fp8", 0, 20), sparse("native", 3, 7))
 PLANS = {
     wire: (sparse(wire),) * 2 + (KVSend(wire_dtype=wire), sparse(wire))
@@ -32,6 +36,7 @@ PLANS = {
     if KVSend(wire_dtype=wire).suits(DIM)
 } | {
     "mixed": MIXED,
+    "shares": (share("int4", 2, 4, 100), KVSend(wire_dtype="int8"), share("native", 0, 3, 77), sparse("native", 3, 7)),
     "dense int8": (KVSend(wire_dtype="int8"),) * (BLOCKS - 1),
 }
 
@@ -176,9 +181,34 @@ def test_controls_of_mixed_sizes():
     assert rules["rules one layer off"] == (MIXED[-1], *MIXED[:-1])
     assert len(rules) == 5  # and, where there are any, the plan without its key offsets
     for page in ("tutorial.md", "explanation/oracle.md"):
-        assert "up to six" in (Path(__file__).parents[2] / "docs" / page).read_text()
+        assert "up to seven" in (Path(__file__).parents[2] / "docs" / page).read_text()
     uniform = make_plan(kv=(KVSend(),) * BLOCKS)
     assert set(controls(uniform, 200)) == {"first row missing", "last row missing"}
+
+
+def test_controls_of_shares_are_a_row_off_at_every_length():
+    kv = (share("int4", 2, 4, 100), KVSend(), share("native", 0, 3, 77), sparse("native", 3, 7))
+    plan = make_plan(decode=DROPPED, kv=kv)
+    for tokens in (129, 130, 1000):
+        rules, right = controls(plan, tokens), [send.rows(tokens) for send in kv]
+        assert set(rules) == {
+            "dense plan", "n_first - 1", "n_last - 1", "share + 1 row", "native on the wire", "rules one layer off"
+        }  # fmt: skip
+        rows = {name: [send.rows(tokens) for send in wrong] for name, wrong in rules.items()}
+        assert rows["n_last - 1"] == [right[0] - 1, tokens, right[2] - 1, right[3] - 1]
+        assert rows["share + 1 row"] == [right[0] + 1, tokens, right[2] + 1, right[3]]
+        assert all(
+            wrong.edges(tokens)[0] == send.n_first for wrong, send in zip(rules["share + 1 row"], kv, strict=True)
+        )
+
+
+def test_prompts_are_tried_where_a_share_begins_to_be_more_than_the_least():
+    plan = make_plan(kv=(KVSend(),) * 3 + (share("int4", 2, 4, 30), sparse("native", 4, 12)))
+    tokens = 6 * 1024 // 30
+    assert plan.kv[3].rows(tokens) == 6 < plan.kv[3].rows(tokens + 1)
+    count, length = text_needed(plan)
+    edges = groups(plan, [[0] * length] * count)[0]
+    assert sorted(map(len, edges.prompts)) == [1, 2, 15, 16, 17, tokens, tokens + 1]
 
 
 def test_json_holds_the_verdict_and_what_it_rests_on(model):

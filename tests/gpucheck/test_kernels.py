@@ -40,11 +40,12 @@ def test_a_check_that_raises_has_failed_and_the_others_go_on(monkeypatch, error,
 
     monkeypatch.setattr(kernels, "library", lambda: True)
     monkeypatch.setattr(kernels, "bits", lambda *_: {"bytes_different": 0})
+    monkeypatch.setattr(kernels, "latent_bits", lambda *_: {"bytes_different": 0})
     monkeypatch.setattr(kernels, "bandwidth", broken)
     monkeypatch.setattr(kernels, "launches", broken)
     rows = list(kernels.kernel_rows(torch.device("cpu")))
     assert {(row.status, row.reason) for row in rows} == {("run", ""), ("failed", reason)}
-    assert len({row.part for row in rows}) == len(rows) == 6 * 3 + 4 * 2 + 6 * 2
+    assert len({row.part for row in rows}) == len(rows) == 6 * 3 + 4 * 2 + 5 + 6 * 2
     assert all((row.figure is None) == (row.status == "failed") for row in rows)
 
 

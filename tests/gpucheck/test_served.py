@@ -119,6 +119,17 @@ def test_windows_are_judged_in_the_pools_that_sglang_has(monkeypatch, tmp_path):
     assert pair.prefill_args == pair.decode_args == ()
 
 
+def test_latents_are_judged_under_the_attention_that_sglang_takes(monkeypatch, tmp_path):
+    judged = []
+    monkeypatch.setattr(served, "judged", lambda bundle, pair: judged.append((bundle.plan, pair)) or {})
+    monkeypatch.setattr(tiny, "LATENT", {name: tiny.LATENT[name] for name in list(tiny.LATENT)[:1]})
+    rows = list(served.latent_rows(tmp_path))
+    assert [(row.status, row.reason) for row in rows] == [("run", "")] * 2
+    assert [(plan.model.head_dim, plan.model.rope_dim) for plan, _ in judged] == [(512, 64)] * 2
+    assert [{send.wire_dtype for send in plan.kv} for plan, _ in judged] == [{"native"}, {"int4"}]
+    assert {pair.decode_args for _, pair in judged} == {()}
+
+
 def test_fp8_pools_are_judged_in_every_wire_dtype(monkeypatch, tmp_path):
     judged = []
 

@@ -153,6 +153,7 @@ def no_shared_pairs(shared_pairs):
 def mixed_pair(shared_pair, mixed_bundle):
     """A shared pair of `mixed_bundle`: pages of 16, chunks of 64, decode's pool split (for SPLIT)."""
     options = {"page_size": 16, "chunked_prefill_size": 64, "split_pool": SPLIT}
+    options["plan_digest"] = mixed_bundle.plan.digest
     return shared_pair(mixed_bundle.prefill_dir, mixed_bundle.decode_dir, dtype="float32", **options)
 
 

@@ -13,7 +13,8 @@ from pdtrim_deploy.recipe import Recipe
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(900)]
 
 WINDOWS = ("Gemma3ForCausalLM", "MellumForCausalLM")
-SERVED = ("Qwen3MoeForCausalLM", "Phi3ForCausalLM", "Gemma3ForCausalLM")
+LATENTS = ("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM")
+SERVED = ("Qwen3MoeForCausalLM", "Phi3ForCausalLM", "Gemma3ForCausalLM", "DeepseekV2ForCausalLM")
 
 
 @pytest.fixture(scope="module")
@@ -21,20 +22,21 @@ def text(tmp_path_factory):
     return write_words(tmp_path_factory.mktemp("text"), files=60)
 
 
-@pytest.mark.some_families(SERVED, [*FAMILIES, "ArceeForCausalLM", "MellumForCausalLM"])
+@pytest.mark.some_families(SERVED, [*FAMILIES, "ArceeForCausalLM", "MellumForCausalLM", *LATENTS])
 def test_served_tokens_are_the_oracles(architecture, text, tiny_model, serving, cache, tmp_path, record_property):
-    """Blocks are dropped where they are known, experts where there are any; KV is quantised, and cut beside windows."""
+    """Blocks are dropped where they are known, experts where there are any; KV is quantised, and cut (latents not)."""
     corpus = {"corpus": f"dir:{text}", "sequences": 2}
     cut = {"method": "cosine", "prefill_blocks": 1, "decode_blocks": 2} if architecture in FAMILIES else {}
     experts = architecture in tinyexperts.MOE
     source = tiny_model(tmp_path / "model", architecture, **(tinyexperts.settings(architecture) if experts else {}))
     cut |= {"experts": {"prefill": 6, "decode": 4}} if experts else {}
+    kv = {"method": "all", "n_first": 4, "n_last": 24, "wire_dtype": "int8"}
     data = {
         "name": "family",
         "model": {"source": f"hf:{source}"},
         "calibration": corpus | {"length": 120},
         "pruning": cut,
-        "kv": {"method": "all", "n_first": 4, "n_last": 24, "wire_dtype": "int8"},
+        "kv": {"method": "none", "wire_dtype": "int4"} if architecture in LATENTS else kv,
         "evaluation": corpus | {"prompt_tokens": 120, "continuation_tokens": 8},
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(data))

@@ -8,6 +8,7 @@ import httpx
 import pytest
 
 from pdtrim_deploy.cli import main
+from pdtrim_deploy.evaluation.generated.endpoint import Endpoint
 from pdtrim_deploy.local.own_environment import REPO
 
 pytestmark = [
@@ -29,6 +30,7 @@ def test_a_pair_answers_what_it_answers_without_the_harness(mixed_pair, mixed_bu
     assert ended.value.code in (0, None)
     (task,) = json.loads(capsys.readouterr().out)["tasks"]
     assert (task["questions"], task["difference"], task["recovery"]["recovery"]) == (3, 0.0, None)  # random weights
+    assert Endpoint.at(mixed_pair.url).plan_digest() == mixed_bundle.plan.digest
     texts = []
     for line in (mixed_bundle.reports_dir / "served" / "gsm8k.jsonl").read_text().splitlines():
         row = json.loads(line)

@@ -3,6 +3,7 @@
 They have priorities, by which SGLang orders what waits.
 """
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -22,8 +23,8 @@ def short_pair(serving, tiny_bundle):
         yield pair
 
 
-def answer(pair, prompt, priority=0):
-    sampling = {"max_new_tokens": 70, "temperature": 0, "ignore_eos": True}
+def answer(pair, prompt, priority=0, tokens=70):
+    sampling = {"max_new_tokens": tokens, "temperature": 0, "ignore_eos": True}
     body = {"input_ids": prompt, "sampling_params": sampling, "priority": priority}
     reply = httpx.post(f"{pair.url}/generate", json=body, timeout=300)
     assert reply.status_code == 200, reply.text
@@ -40,3 +41,22 @@ def test_answers_are_those_of_requests_that_had_room(short_pair):
         together = list(pool.map(lambda prompt, priority: answer(short_pair, prompt, priority), prompts, (1, 3, 0, 2)))
     assert "Retract requests" in log.read_text()[len(before) :]
     assert together == alone
+
+
+@pytest.mark.parametrize("priorities", [(0, 5), (5, 0)], ids=["the later is urgent", "the earlier is urgent"])
+def test_what_waits_for_room_goes_by_priority(short_pair, priorities):
+    """A request has nearly all of decode's tokens; two that need more than the rest wait, and only one fits then."""
+    ended = []
+
+    def run(name, length, priority, tokens):
+        answer(short_pair, [3 + (7 * n + length) % 200 for n in range(length)], priority, tokens)
+        ended.append(name)
+
+    with ThreadPoolExecutor(3) as pool:
+        runs = [pool.submit(run, "blocks", 1500, 9, 120)]
+        time.sleep(0.5)
+        runs.append(pool.submit(run, 0, 1200, priorities[0], 4))
+        time.sleep(0.3)
+        runs.append(pool.submit(run, 1, 1201, priorities[1], 4))
+    assert [run.result() for run in runs] == [None] * 3
+    assert ended == ["blocks", *sorted((0, 1), key=lambda place: -priorities[place])]

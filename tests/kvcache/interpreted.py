@@ -1,5 +1,7 @@
 """Run by test_gpu.py under TRITON_INTERPRET=1: the Triton form against torch's, bit for bit."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -13,25 +15,25 @@ from pdtrim_deploy.kvcache.gpu import move as gpu
 from pdtrim_deploy.kvcache.gpu.library import library
 from pdtrim_deploy.kvcache.layout import chunk_layout
 from pdtrim_deploy.kvcache.pool_rows import FP8
-from pdtrim_deploy.plan import KVSend, PDPlan
-from pdtrim_deploy.plan.wire import FP8_ROWS, SMALLER_THAN_FP8, WIRE_DTYPES
+from pdtrim_deploy.plan import KVSend, ModelShape, PDPlan
+from pdtrim_deploy.plan.wire import FP8_ROWS, LATENT_SIDES, SMALLER_THAN_FP8, WIRE_DTYPES
 
 UNTOUCHED = -9.0
 CPU = torch.device("cpu")
 
 
-def check(layout, source, from_slots, targets, to_slots, offsets):
+def check(layout, source, from_slots, targets, to_slots, offsets, from_groups=None, to_groups=None):
     """Both forms pack the same bytes, and unpack them into equal pools."""
     buffers = [torch.full((layout.total_bytes,), 0xA5, dtype=torch.uint8) for _ in range(2)]
-    torch_pack.pack(layout, *source, from_slots, buffers[0], offsets)
-    assert gpu.move(layout, buffers[1], *source, from_slots, offsets, pack=True) == bool(layout.layers)
+    torch_pack.pack(layout, *source, from_slots, buffers[0], offsets, from_groups)
+    assert gpu.move(layout, buffers[1], *source, from_slots, offsets, from_groups, pack=True) == bool(layout.layers)
     assert torch.equal(*buffers), [
         rows.wire_dtype
         for rows in layout.layers
         if not torch.equal(*(buffer[rows.offset : rows.offset + rows.bytes] for buffer in buffers))
     ]
-    torch_pack.unpack(layout, buffers[0], *targets[0], to_slots, offsets)
-    gpu.move(layout, buffers[0], *targets[1], to_slots, offsets, pack=False)
+    torch_pack.unpack(layout, buffers[0], *targets[0], to_slots, offsets, to_groups)
+    gpu.move(layout, buffers[0], *targets[1], to_slots, offsets, to_groups, pack=False)
     for expected, result in zip((t for s in targets[0] for t in s), (t for s in targets[1] for t in s), strict=True):
         torch.testing.assert_close(expected.float(), result.float(), rtol=0, atol=0, equal_nan=True)
         if expected.dtype in FP8 or all(rows.wire_dtype == "native" for rows in layout.layers):
@@ -91,6 +93,26 @@ def test_all_wire_dtypes_in_one_chunk(dim, dtype):
         )
 
 
+@pytest.mark.parametrize("wire", ["native", "fp8", "int8", "int4", "int3"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_latents_and_rope_keys_that_are_views_of_one_pool(wire, dtype):
+    model = ModelShape(
+        architecture="X", fingerprint="f", num_blocks=2, num_kv_heads=1, head_dim=128, rope_dim=24, kv_dtype=dtype
+    )
+    plan = PDPlan.dense(model).with_kv((KVSend(wire_dtype=wire),) * 2)
+    rows = pools(2, 40, shape(1, 1, 152, dtype), 0)
+
+    def views(pool_rows):
+        flat = [row[:, 0] for row in pool_rows]
+        return [[row[:, part].unflatten(1, (2, -1)) for row in flat] for part in (slice(128, None), slice(128))]
+
+    targets = [views([torch.full_like(row, UNTOUCHED) for row in rows]) for _ in range(2)]
+    slots = torch.randperm(40, generator=torch.Generator().manual_seed(0))[:33]
+    for start, stop in ((0, 7), (7, 33)):
+        part = slots[start:stop]
+        check(chunk_layout(plan, 33, start, stop), views(rows), part, targets, part, None)
+
+
 @pytest.mark.parametrize("dtype", FP8_ROWS)
 @pytest.mark.parametrize("wire", SMALLER_THAN_FP8)
 def test_every_value_of_an_fp8_pool(wire, dtype):
@@ -121,7 +143,7 @@ def test_more_runs_than_a_program_looks_at_together():
     plan = PDPlan.dense(model).with_kv((cut,) * 72)
     source, slots = [pools(72, 8, model, side) for side in range(2)], torch.tensor([3, 1, 7, 5])
     layout = chunk_layout(plan, 4)
-    assert len(gpu.chunk_table(layout, *source, pack=True).runs) > 256
+    assert len(gpu.chunk_tables(layout, *source, pack=True)[0].runs) > 256
     check(layout, source, slots, empty(plan, source[0][0]), slots, None)
 
 
@@ -153,7 +175,7 @@ def test_a_pool_that_is_not_aligned():
     plan = PDPlan.dense(model).with_kv((KVSend(wire_dtype="k4v3"),))
     flat, slots = torch.randn(2, 20 * 3 * 64 + 1).bfloat16(), torch.arange(3, 17)
     source = [[side[1:].view(20, 3, 64)] for side in flat]
-    table = gpu.chunk_table(chunk_layout(plan, 14), *source, pack=True)
+    (table,) = gpu.chunk_tables(chunk_layout(plan, 14), *source, pack=True)
     assert gpu.constants(table, True)["ALIGN"] == 2  # else a GPU would read 16 bytes where it must not
     check(chunk_layout(plan, 14), source, slots, empty(plan, source[0][0]), slots, None)
 
@@ -209,12 +231,34 @@ def test_a_chunk_is_one_launch_and_nothing_else(monkeypatch, dtype, pack):
     rows = getattr(torch, model.row_dtype)
     keys, values = ([torch.zeros(600, 8, 128).to(rows) for _ in range(32)] for _ in range(2))
     packed, launches = torch.empty(layout.total_bytes, dtype=torch.uint8), []
+    offsets.table(600)  # of a prompt's positions; made once for a plan, as a device's fault is for the device
+    gpu.check(CPU)
     monkeypatch.setattr(gpu, "launch", lambda kernel, *rest, **known: launches.append(kernel))
-    assert gpu.move(layout, packed, keys, values, slots, offsets, pack=pack)
-    with Operations() as first:
-        gpu.move(layout, packed, keys, values, slots, offsets, pack=pack)
-    assert launches == [gpu.pack_runs if pack else gpu.unpack_runs] * 2
-    assert first.names == []
+    monkeypatch.setattr(gpu, "to_device", lambda runs, device: launches.append("table") or runs)
+    prompt, groups = torch.arange(600).expand(4, -1).contiguous(), tuple(layer % 4 for layer in range(32))
+    for own, of_layers in ((slots, None), (prompt[:, 20:532], groups)):
+        for copies in (["table"], []):  # a new chunk, and one whose table is there
+            launches.clear()
+            with Operations() as operations:
+                assert gpu.move(layout, packed, keys, values, own, offsets, of_layers, pack=pack)
+            assert launches == [*copies, gpu.pack_runs if pack else gpu.unpack_runs]
+            assert operations.names == []
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.data(), cases(), st.integers(1, 9), st.integers(0, 2**31))
+def test_layers_with_slots_of_their_own(data, case, tokens, seed):
+    """Three rows of slots, which lie a prompt apart: chunks are columns of them."""
+    (plan, offsets), size = case, tokens + 7
+    from_slots, to_slots = (torch.stack([data.draw(slots_of(size, tokens)) for _ in range(3)]) for _ in range(2))
+    source = [pools(len(plan.prefill_layers), size, plan.model, seed + side) for side in range(2)]
+    from_groups, to_groups = (
+        tuple(data.draw(st.integers(0, 2)) for _ in layers) for layers in (plan.prefill_layers, plan.kv)
+    )
+    targets = empty(plan, source[0][0])
+    for start, stop in data.draw(cuts(tokens)):
+        layout, part = chunk_layout(plan, tokens, start, stop), slice(start, stop)
+        check(layout, source, from_slots[:, part], targets, to_slots[:, part], offsets, from_groups, to_groups)
 
 
 def test_the_interpreter_counts_as_a_form():
@@ -239,3 +283,20 @@ def test_the_check_of_bits_on_a_gpu(wire, dtype, monkeypatch):
         monkeypatch.setattr(gpu, "move", lambda *a, pack, d=direction: (broken if pack == d else whole)(*a, pack=pack))
         with pytest.raises(AssertionError, match=r"head size 96, tokens 0 to 30: [01] of \d+ packed bytes and [01]"):
             kernels.bits(CPU, wire, dtype, tokens=90)
+
+
+@pytest.mark.parametrize("wire", LATENT_SIDES)
+def test_the_check_on_gpus_of_latents_passes_here(wire):
+    figure = kernels.latent_bits(CPU, wire, tokens=40)
+    assert figure["bytes_compared"] > 40 * 3 * 200
+
+
+def test_the_check_on_gpus_of_latents_sees_a_byte(monkeypatch):
+    def spoilt(*arguments, **options):
+        result = torch_pack.pack(*arguments, **options)
+        result[-1] ^= 1
+        return result
+
+    monkeypatch.setattr(kernels, "torch_pack", SimpleNamespace(pack=spoilt, unpack=torch_pack.unpack))
+    with pytest.raises(AssertionError, match=r"1 of \d+ packed bytes"):
+        kernels.latent_bits(CPU, "int8", tokens=40)

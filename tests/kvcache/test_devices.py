@@ -68,11 +68,11 @@ class Form:
     def __init__(self):
         self.calls = []
 
-    def move(self, layout, packed, keys, values, slots, offsets, *, pack):
+    def move(self, layout, packed, keys, values, slots, offsets, groups, *, pack):
         self.calls.append("pack" if pack else "unpack")
         assert all(tensor.is_cuda for tensor in (packed, slots, *keys, *values))
         (torch_pack.pack if pack else torch_pack.unpack)(
-            layout, *((keys, values, slots, packed) if pack else (packed, keys, values, slots)), offsets
+            layout, *((keys, values, slots, packed) if pack else (packed, keys, values, slots)), offsets, groups
         )
         return True
 

@@ -41,7 +41,7 @@ def compiled(codes, dtype, dim, heads, capability, pack):
     known = constants(table, pack)
     pointers = {"table": "*i64", "slots": "*i64", "packed": "*u8", "turns": "*fp32", "origin": "*u8", "fault": "*i32"}
     kernel = pack_runs if pack else unpack_runs
-    signature = pointers | {"runs": "i32"} | dict.fromkeys(known, "constexpr")
+    signature = pointers | {"runs": "i32", "group_stride": "i32"} | dict.fromkeys(known, "constexpr")
     aligned = {(place,): [["tt.divisibility", 16]] for place, name in enumerate(kernel.arg_names) if name in pointers}
     source = ASTSource(kernel, {name: signature[name] for name in kernel.arg_names}, known, attrs=aligned)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=UNFUSED)
@@ -87,14 +87,16 @@ def test_layers_of_a_chunk_may_lie_anywhere_in_it():
 
     from pdtrim_deploy.kvcache.gpu.move import constants
     from pdtrim_deploy.kvcache.layout import chunk_layout
-    from pdtrim_deploy.kvcache.table import chunk_table
+    from pdtrim_deploy.kvcache.table import chunk_tables
     from pdtrim_deploy.plan import KVSend, PDPlan
 
     plan = PDPlan.dense(shape(2, 1, 32, "bfloat16")).with_kv((KVSend(wire_dtype="int3"), KVSend(wire_dtype="native")))
     layout, pool = chunk_layout(plan, 4), pools(2, 8, plan.model, 0)
     native = replace(layout, layers=layout.layers[1:])
     assert native.layers[0].offset == 2 * (64 + 3 * 14)
-    aligned = [constants(chunk_table(part, pool, pool, pack=False), False)["WIRE_ALIGN"] for part in (layout, native)]
+    aligned = [
+        constants(chunk_tables(part, pool, pool, pack=False)[0], False)["WIRE_ALIGN"] for part in (layout, native)
+    ]
     assert aligned == [2, 4]
 
 

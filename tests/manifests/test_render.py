@@ -222,6 +222,21 @@ def test_workers_are_told_their_transport() -> None:
     assert transports(**mooncake) == [("pdtrim_mooncake", secret | {"pdtrim_transport": rdma})] * 2
 
 
+def test_each_stage_is_given_its_own_arguments_last() -> None:
+    """Where SGLang's parser lets them win over ours."""
+    more = {"prefill_args": ("--page-size", "16"), "decode_args": ("--max-running-requests", "64")}
+    services = compose(SERVED, Options(bundle=BundleAt("host", "/srv/b"), **more))["services"]
+    for stage in STAGES:
+        commands = [container(objects(**more)["Deployment", f"pdtrim-{stage}"])["command"]]
+        commands.append(services[f"{stage}-0"]["command"])
+        for command in commands:
+            assert tuple(command[-2:]) == more[f"{stage}_args"]
+            assert "--max-running-requests" not in command[:-2]
+    for name in more:
+        with pytest.raises(UserError, match=f"--{name.replace('_', '-')} has --tp: say --tp-prefill"):
+            Options(**{name: ("--tp", "2")})
+
+
 def test_compose_gives_every_worker_gpus_of_its_own() -> None:
     rendered = compose(
         SERVED, Options(prefill=1, decode=2, tp_prefill=3, tp_decode=2, bundle=BundleAt("host", "/srv/b"))
@@ -306,6 +321,14 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert option(command, "--served-model-name") == "my-bundle"
     named = yaml.safe_load((out / "kustomization.yaml").read_text())["resources"]
     assert {*named, "kustomization.yaml"} == {file.name for file in out.iterdir()}
+    more = ("--prefill-args", "--log-level debug", "--decode-args", "--mem-fraction-static 0.8")
+    code, text, _ = run(*more, "--dry-run", "--json")
+    assert code == 0
+    workers = [json.loads(text)["files"][f"{stage}.yaml"][0] for stage in STAGES]
+    assert [container(worker)["command"][-2:] for worker in workers] == [
+        ["--log-level", "debug"],
+        ["--mem-fraction-static", "0.8"],
+    ]
     code, _, err = run("--tp-decode", "3", "--out", str(tmp_path / "x"))
     assert code == 2
     assert err.startswith("pdtrim-deploy: --tp-decode 3: 4 KV heads can neither be divided among 3 ranks")

@@ -342,7 +342,7 @@ def test_pip_failure_is_one_sentence(cache, monkeypatch):
     ("arch", "words"),
     [
         ("gemma2", "its layers have sliding windows, and are not read from GGUF"),
-        ("deepseek2", "one latent row a token"),
+        ("deepseek2", "its attention keeps latents .MLA., whose maps are not read from GGUF; give the HF folder"),
         ("qwen3next", "it is a hybrid"),
         ("qwen3moe", "its experts are not read from GGUF; give the HF folder"),
         ("t5", "an encoder-decoder"),

@@ -12,6 +12,7 @@ from pdtrim_deploy.models import FAMILIES, resolve
 from pdtrim_deploy.models.loading import check_loads, load_model
 from pdtrim_deploy.models.runs import check_runs
 from pdtrim_deploy.models.surgery import write_stage
+from pdtrim_deploy.plan.wire import Vectors
 
 KNOWN_KV = ("ArceeForCausalLM", "SeedOssForCausalLM", "OlmoeForCausalLM", "StableLmForCausalLM", "MiniMaxM2ForCausalLM")
 IDS = torch.arange(3, 43)[None]
@@ -67,7 +68,7 @@ def test_kv_of_another_shape_than_the_config_tells_is_refused(tiny_dir):
     with pytest.raises(
         UserError, match=r"layer 0 holds KV of \(1, 2, 14, 16\) for 14 tokens, not one row .* 4 heads x 16"
     ):
-        check_runs(model, 4, 16, "here")
+        check_runs(model, (Vectors(4, 16), Vectors(4, 16)), "here")
 
 
 def test_a_missing_tensor_is_refused_though_no_file_names_it(tiny_model, cache, tmp_path):

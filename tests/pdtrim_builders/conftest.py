@@ -22,7 +22,7 @@ def make_stages(cache):
         checkpoint = open_checkpoint(source, cache)
         prefill, decode = (tuple(Drop() if b in gone else Keep() for b in range(6)) for gone in ((3,), (1, 3)))
         prefill = tuple(KVOnly() if b == alone else action for b, action in enumerate(prefill))
-        kv = (KVSend(), SPARSE, SPARSE, KVSend(mode="sparse", n_first=0, n_last=3))
+        kv = (KVSend(), SPARSE, SPARSE, KVSend(mode="sparse", n_first=0, n_last=3, share=300))
         plan = PDPlan.uncut(checkpoint.shape(dtype), prefill, decode).with_kv(kv)
         changed = {} if alone is None else {alone: _silent(source, alone)}
         for stage in STAGES:

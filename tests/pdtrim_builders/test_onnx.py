@@ -74,7 +74,7 @@ def test_interface(tiny_stages, tmp_path):
     build_target("onnx", tiny_stages("LlamaForCausalLM") / "prefill", tmp_path / "engine")
     model = onnx.load(tmp_path / "engine" / "model.onnx")
     assert [i.name for i in model.graph.input] == [
-        "input_ids", "positions", "send_rows_full", "send_rows_2_5", "send_rows_0_3"
+        "input_ids", "positions", "send_rows_full", "send_rows_2_5", "send_rows_0_3_300"
     ]  # fmt: skip
     assert [o.name for o in model.graph.output] == ["hidden_states", *(f"kv_send_{layer}" for layer in range(4))]
     custom = [node for node in model.graph.node if node.domain == ops.DOMAIN]

@@ -2,9 +2,9 @@
 
     interpreted_attention_child.py BACKEND STEPS ...    # each in a process forked from this one, which imports SGLang
 
-`triton` is SGLang's own to the last kernel. Of `flashinfer` and `fa3` SGLang's part is genuine, metadata kernels
-included, and the libraries' kernels are stood in for in torch, as they are called: FlashInfer's wrapper plans over
-pages of one token, `flash_attn_with_kvcache` reads a page table.
+`triton` is SGLang's own to the last kernel. Of the others SGLang's part is genuine, metadata kernels included, and the
+libraries' kernels are stood in for in torch, as they are called: FlashInfer's wrapper plans over pages of one token,
+`flash_attn_with_kvcache` and `trtllm_batch_decode_with_kv_cache` read a page table.
 """
 
 import itertools
@@ -13,7 +13,7 @@ import random
 import sys
 import tempfile
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import torch
 from decodeworker import DIM, HEADS, KV_HEADS, DecodeWorker, Graph, history, make_plan, sglang, sparse
@@ -44,6 +44,22 @@ def flash_attn_with_kvcache(
         rows = (cache[pages].flatten(0, 1)[:length] for cache in (k_cache, v_cache))
         out[i] = attend(q[i], *rows, softmax_scale)
     return out
+
+
+def trtllm_batch_decode_with_kv_cache(
+    query, kv_cache, workspace_buffer, block_tables, seq_lens, max_seq_len, bmm1_scale, bmm2_scale, window_left, sinks,
+    out, kv_cache_sf, **options,
+):  # fmt: skip
+    """TensorRT-LLM's decode in FlashInfer: caches `[pages, kv_heads, page_size, dim]`."""
+    assert (block_tables.dtype, seq_lens.dtype) == (torch.int32, torch.int32)
+    assert (bmm2_scale, window_left, sinks, out, kv_cache_sf) == (1.0, -1, None, None, None)
+    assert int(seq_lens.max()) <= max_seq_len <= block_tables.shape[1] * kv_cache[0].shape[2]
+    result = torch.empty_like(query)
+    for i, length in enumerate(seq_lens.tolist()):
+        pages = block_tables[i, : -(-length // kv_cache[0].shape[2])].long()
+        rows = (cache[pages].transpose(1, 2).flatten(0, 1)[:length] for cache in kv_cache)
+        result[i] = attend(query[i], *rows, bmm1_scale)
+    return result
 
 
 class Wrapper:
@@ -94,7 +110,7 @@ def stand_in(backend):
         from sglang.srt.layers.attention import flashattention_backend as module
 
         module.flash_attn_with_kvcache, module.get_device_capability = flash_attn_with_kvcache, lambda *_: (9, 0)
-    elif backend == "flashinfer":
+    elif backend in ("flashinfer", "trtllm_mha"):
         from sglang.srt.layers.attention import flashinfer_backend as module
 
         module.BatchDecodeWithPagedKVCacheWrapper = Wrapper
@@ -102,6 +118,15 @@ def stand_in(backend):
         module.fast_decode_plan = Wrapper.begin_forward
         module.should_use_tensor_core = lambda **_: False
         torch.empty, torch.zeros = on_the_cpu(torch.empty), on_the_cpu(torch.zeros)  # SGLang names "cuda" there
+        if backend == "trtllm_mha":
+            decode = SimpleNamespace(trtllm_batch_decode_with_kv_cache=trtllm_batch_decode_with_kv_cache)
+            utils = SimpleNamespace(
+                get_device_sm_count=lambda _: 132, get_trtllm_gen_multi_ctas_kv_counter_bytes=lambda *_: 1
+            )
+            from sglang.srt.layers.attention import trtllm_mha_backend, trtllm_mla_backend
+
+            for module in (trtllm_mha_backend, trtllm_mla_backend):
+                module.flashinfer = SimpleNamespace(decode=decode, utils=utils)
 
 
 def close(answer, expected):
@@ -110,7 +135,8 @@ def close(answer, expected):
 
 def main(backend, steps):
     stand_in(backend)
-    for page_size, seed in ((1, 0), (4, 1)):
+    pages = (16, 64) if backend == "trtllm_mha" else (1, 16, 64)  # it takes no smaller ones; 64 is the default
+    for seed, page_size in enumerate(pages):
         torch.manual_seed(seed)
         folder, sizes = Path(tempfile.mkdtemp()), {"isl": 20, "osl": 10}
         worker = DecodeWorker(folder, PLAN, page_size, sizes, backend)

@@ -97,7 +97,7 @@ def test_a_request_as_long_as_the_context_allows(tmp_path):
 
 # torch_native is compared above, step by step; the others run in Triton's interpreter, which is chosen before Triton
 # loads.
-STEPS = {"triton": 5, "flashinfer": 12, "fa3": 12}
+STEPS = {"triton": 5, "flashinfer": 12, "fa3": 12, "trtllm_mha": 12}
 
 
 @pytest.fixture(scope="module")

@@ -10,13 +10,14 @@ from pdtrim_deploy.plan import KVSend, ModelShape, PDPlan
 
 LAYERS, HEADS = 3, 4
 WINDOWS = st.tuples(st.integers(0, 40), st.integers(0, 40)).filter(any)
+SHARES = st.sampled_from([0, 0, 0, 60, 500, 1000])
 DTYPES = st.sampled_from(["native", "int8", "fp8", "int4", "k4v3", "int3"])
 
 
-def send(window, wire_dtype):
+def send(window, wire_dtype, share=0):
     if window is None:
         return KVSend(wire_dtype=wire_dtype)
-    return KVSend(mode="sparse", n_first=window[0], n_last=window[1], wire_dtype=wire_dtype)
+    return KVSend(mode="sparse", n_first=window[0], n_last=window[1], share=share, wire_dtype=wire_dtype)
 
 
 @st.composite
@@ -24,7 +25,7 @@ def plans(draw):
     shape = ModelShape(
         architecture="X", fingerprint="f", num_blocks=LAYERS, num_kv_heads=HEADS, head_dim=32, kv_dtype="bfloat16"
     )
-    kv = tuple(send(draw(st.none() | WINDOWS), draw(DTYPES)) for _ in range(LAYERS))
+    kv = tuple(send(draw(st.none() | WINDOWS), draw(DTYPES), draw(SHARES)) for _ in range(LAYERS))
     windows = draw(st.just(()) | st.tuples(st.integers(2, 40), st.none(), st.integers(2, 40)))
     return PDPlan.dense(shape).with_kv(kv).with_windows(windows)
 
@@ -48,9 +49,20 @@ def test_every_cut_chunk_fits_and_a_page_more_would_not(plan, page, heads, token
         for start in range(begin, prompt, longest):
             assert size(0, min(start + 1, longest)) <= slot_bytes
             assert size(start, min(prompt, start + longest)) <= slot_bytes
-    assume(longest < MOST_TOKENS)
+    assume(longest < MOST_TOKENS and not any(send.share for send in plan.kv))
     longer = range(longest + 1, longest + page + 1)
     assert any(chunk_layout(plan, tokens, 0, tokens, heads).total_bytes > slot_bytes for tokens in longer)
+
+
+def test_a_chunk_of_a_long_prompt_may_lie_in_the_share_that_travels():
+    """An eighth of 800 tokens is its last 100: a chunk of 64 of them has all its rows, of a prompt of 64 it has 8."""
+    shape = ModelShape(
+        architecture="X", fingerprint="f", num_blocks=1, num_kv_heads=HEADS, head_dim=32, kv_dtype="bfloat16"
+    )
+    plan = PDPlan.dense(shape).with_kv((send((0, 4), "native", share=128),))
+    dense = PDPlan.dense(shape).payload_bytes(64)
+    assert chunk_layout(plan, 800, 736, 800).total_bytes == dense == 8 * plan.payload_bytes(64)
+    assert most_tokens(plan, 1, HEADS, dense) == 64
 
 
 @pytest.mark.parametrize("windows", [(), (9,)])

@@ -3,6 +3,7 @@
 The order of packing, writing and scattering is in test_ring.py. Nothing here ran on a GPU: it is pretended.
 """
 
+import ctypes
 import json
 import queue
 import sys
@@ -99,6 +100,66 @@ def nixl_writer(monkeypatch):
     monkeypatch.setitem(sys.modules, "nixl._api", api)
     monkeypatch.setenv("UCX_NET_DEVICES", "lo")
     return nixl.NixlWriter(True, "")
+
+
+class TransferEngine:
+    """Mooncake's, as far as it is called: one process, whose registered memory is written into in the second look."""
+
+    def __init__(self):
+        self.regions, self.batches, self.started = {}, {}, ()
+
+    def initialize(self, *arguments):
+        self.started = arguments
+        return 0
+
+    def get_rpc_port(self):
+        return 12345
+
+    def register_memory(self, address, size):
+        self.regions[address] = size
+        return 0 if size else 1
+
+    def transfer_submit_write(self, session, source, target, size):
+        assert session == "127.0.0.1:12345"
+        if any(self.regions.get(address, 0) < size for address in (source, target)):
+            return -1
+        self.batches[1] = [0, lambda: ctypes.memmove(target, source, size)]
+        return 1
+
+    def transfer_check_status(self, batch):
+        self.batches[batch][0] += 1
+        looks, write = self.batches[batch]
+        if looks == 2:
+            write()
+        return int(looks == 2)
+
+
+@pytest.fixture
+def mooncake_writer(monkeypatch):
+    engine = ModuleType("mooncake.engine")
+    engine.TransferEngine = TransferEngine
+    monkeypatch.setitem(sys.modules, "mooncake", ModuleType("mooncake"))
+    monkeypatch.setitem(sys.modules, "mooncake.engine", engine)
+    return mooncake.MooncakeWriter("127.0.0.1", "rdma", "mlx5_3")
+
+
+def test_mooncake_writes_from_one_registered_gpu_buffer_into_another(mooncake_writer, monkeypatch):
+    source, target = (gpu(torch.full((64,), fill, dtype=torch.uint8)) for fill in (7, 0))
+    assert mooncake_writer._engine.started == ("127.0.0.1", "P2PHANDSHAKE", "rdma", "mlx5_3")
+    mooncake_writer.register(target)
+    reached = mooncake_writer.reach(mooncake_writer.place(target))
+    with pytest.raises(OSError, match="Mooncake cannot write to 127"):  # the source is not registered
+        mooncake_writer.write(source, 40, reached, 5.0)
+    mooncake_writer.register(source)
+    mooncake_writer.write(source, 40, reached, 5.0)
+    assert host(target).tolist() == [7] * 40 + [0] * 24
+    with pytest.raises(OSError, match="chunk of 65 bytes, the decode worker's staging buffer has 64"):
+        mooncake_writer.write(source, 65, reached, 5.0)
+    monkeypatch.setattr(mooncake_writer._engine, "transfer_check_status", lambda batch: 0)
+    with pytest.raises(OSError, match="did not write within 0 s"):
+        mooncake_writer.write(source, 40, reached, 0.0)
+    with pytest.raises(RuntimeError, match="Mooncake cannot register 0 bytes"):
+        mooncake_writer.register(source[:0])
 
 
 class OnSecondGPU:

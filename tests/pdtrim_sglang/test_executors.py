@@ -27,6 +27,49 @@ def host_view(pointer, shape, dtype):
     return torch.frombuffer((ctypes.c_ubyte * size).from_address(pointer), dtype=dtype).view(shape)
 
 
+class DeviceMemory:
+    """Tensors as a GPU's allocator gives them: each at a multiple of 512 bytes. `of` refuses other memory."""
+
+    ALIGNMENT = 512
+
+    def __init__(self):
+        self.tensors = []
+
+    def allocate(self, tensor):
+        size = tensor.numel() * tensor.element_size()
+        whole = torch.zeros(size + self.ALIGNMENT, dtype=torch.uint8)
+        start = -whole.data_ptr() % self.ALIGNMENT
+        self.tensors.append(whole[start : start + size])
+        return self.tensors[-1].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+    def check(self, name, pointer, size=1):
+        """TensorRT's own condition on addresses (setTensorAddress), and that the bytes are somebody's."""
+        assert pointer % 256 == 0, f"{name} at {pointer:#x}, TensorRT asks for a multiple of 256 bytes"
+        held = ((held.data_ptr(), held.data_ptr() + len(held)) for held in self.tensors)
+        assert any(lo <= pointer and pointer + size <= hi for lo, hi in held), f"{name} lies in no memory of the GPU"
+
+
+MEMORY = DeviceMemory()
+
+
+@pytest.fixture(autouse=True)
+def device_memory(monkeypatch):
+    """What the executor allocates is on the GPU."""
+    monkeypatch.setattr(MEMORY, "tensors", [])
+    for name in ("empty", "zeros"):
+        genuine = getattr(torch, name)
+
+        def allocate(*size, genuine=genuine, device=None, **options):
+            tensor = genuine(*size, **options)
+            return tensor if device is None else MEMORY.allocate(tensor)
+
+        monkeypatch.setattr(torch, name, allocate)
+
+
+def on_gpu(tensor):
+    return MEMORY.allocate(tensor)
+
+
 class Library:
     error = None
 
@@ -60,13 +103,22 @@ class Session:
         self.shapes[name] = shape
 
     def set_address(self, name, pointer):
+        MEMORY.check(name, pointer)
         self.at[name] = pointer
         self.history.setdefault(name, []).append(pointer)
+
+    def bytes_of(self):
+        """Bytes that this run reads or writes of each input and output."""
+        (tokens,), (rows,) = self.shapes["input_ids"], self.shapes["send_rows_full"]
+        sizes = {name: 8 * self.shapes[name][0] for name in self.inputs}
+        return sizes | {"hidden_states": 4 * tokens * HIDDEN, "kv_send_0": 4 * 2 * rows * KV_HEADS * DIM}
 
     def enqueue(self, stream):
         (tokens,) = self.shapes["input_ids"]
         if self.contexts[0].capturing:
             self.captured = dict(self.shapes)
+        for name, size in self.bytes_of().items():
+            MEMORY.check(name, self.at[name], size)
         ids, positions, rows = (host_view(self.at[n], self.shapes[n], torch.int64) for n in self.inputs)
         q = torch.stack([ids] * 4 + [positions] * 4, dim=1).float().contiguous()
         k, v = q[:, :DIM].contiguous(), q[:, DIM:].contiguous()
@@ -111,7 +163,7 @@ def expected(ids, positions):
 def test_tensorrt_runs_on_torch_tensors_and_sends_into_the_given_buffer():
     executor, _ = make()
     ids, positions = torch.tensor([5, 6, 7]), torch.tensor([10, 11, 12])
-    rows, packed = torch.tensor([0, 2]), torch.full((2, 2, KV_HEADS, DIM), -1.0)
+    rows, packed = torch.tensor([0, 2]), on_gpu(torch.full((2, 2, KV_HEADS, DIM), -1.0))
     hidden = executor.run(ids, positions, {"send_rows_full": rows}, {"kv_send_0": packed})
     assert torch.equal(hidden, expected(ids, positions))
     assert packed[:, :, 0, 0].tolist() == [[5, 7], [10, 12]]
@@ -154,7 +206,7 @@ def test_each_captured_shape_has_a_context_of_its_own():
 
 def test_tensorrt_binds_the_arena_for_one_call_only():
     executor, session = make()
-    ids, packed = torch.arange(3), torch.zeros(2, 3, KV_HEADS, DIM)
+    ids, packed = torch.arange(3), on_gpu(torch.zeros(2, 3, KV_HEADS, DIM))
     executor.run(ids, ids)
     idle = session.at["kv_send_0"]
     executor.run(ids, ids, {"send_rows_full": ids}, {"kv_send_0": packed})
@@ -162,6 +214,25 @@ def test_tensorrt_binds_the_arena_for_one_call_only():
     executor.run(ids, ids)
     assert session.at["kv_send_0"] == idle
     assert session.shapes["send_rows_full"] == (0,)
+
+
+@pytest.mark.parametrize(
+    ("place", "sentence"),
+    [
+        (lambda: on_gpu(torch.zeros(9, 3, KV_HEADS, DIM))[1:3], "a multiple of 256 bytes"),
+        (lambda: torch.zeros(1 << 12).untyped_storage(), "lies in no memory of the GPU"),
+        (lambda: on_gpu(torch.zeros(1, 3, KV_HEADS, DIM)), "lies in no memory of the GPU"),
+    ],
+)
+def test_the_stand_in_refuses_what_tensorrt_would(place, sentence):
+    """Rows inside a tensor, memory of the host, and a buffer that is too small."""
+    executor, _ = make()
+    packed, ids = place(), torch.arange(3)
+    if isinstance(packed, torch.UntypedStorage):
+        start = -packed.data_ptr() % 256 // 4
+        packed = torch.empty(0).set_(packed)[start : start + 24].view(2, 3, KV_HEADS, DIM)
+    with pytest.raises(AssertionError, match=sentence):
+        executor.run(ids, ids, {"send_rows_full": ids}, {"kv_send_0": packed})
 
 
 def test_what_attention_raises_comes_out_of_run_and_the_next_run_is_clean():

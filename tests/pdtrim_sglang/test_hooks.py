@@ -330,14 +330,15 @@ def test_a_rank_knows_which_heads_of_the_model_its_pool_holds(monkeypatch, stage
     worker.attn_tp_size, worker.attn_tp_rank = ranks, rank
     worker.attn_dp_rank = worker.system_dp_rank = 0
     worker.disaggregation_mode = DisaggregationMode(stage)
-    worker.kv_args = SimpleNamespace(aux_data_ptrs=(), aux_item_lens=())
+    worker.kv_args = SimpleNamespace(aux_data_ptrs=(), aux_item_lens=(), ib_device="mlx5_3", gpu_id=0)
     worker.server_args = SimpleNamespace(
         disaggregation_transfer_backend="pdtrim_tcp", context_length=None, json_model_override_args="{}"
     )
     pool = SimpleNamespace(k_buffer=rows, v_buffer=rows, dtype=torch.float32)
     config = transformers.LlamaConfig(num_key_value_heads=4, num_attention_heads=8)
     worker.attach(pool, SimpleNamespace(config=config))
-    ((_, plan, view, *_),) = sides
+    ((_, plan, view, *_, transport),) = sides
+    assert (transport.devices, transport.protocol) == ("mlx5_3", "rdma")  # SGLang's --disaggregation-ib-device
     if planned:
         config.num_key_value_heads = 8  # as SGLang does on a CPU for 8 ranks, with heads of zeros behind the four
         with pytest.raises(RuntimeError, match="SGLang pads this model's 4 KV heads to 8 here"):

@@ -42,20 +42,22 @@ def request(prompt, new_tokens=8, plan=PLAN):
     return Request(*torch.randn(2, len(plan.kv), prompt, KV_HEADS, DIM), new_tokens=new_tokens)
 
 
-@given(st.integers(0, 6), st.integers(0, 6), st.integers(1, 30))
-def test_kept_rows_are_those_that_travel(first, last, prompt):
+@given(st.integers(0, 6), st.integers(0, 6), st.sampled_from([0, 1, 300, 1023]), st.integers(1, 30))
+def test_kept_rows_are_those_that_travel(first, last, share, prompt):
     from pdtrim_sglang.kept_pool.rule import KeptRule
 
     if first + last == 0:
         return
-    rule, send = KeptRule(first, last), sparse(first, last)
+    send = sparse(first, last).model_copy(update={"share": share})
+    rule = KeptRule(send)
     assert rule.rows(prompt) == send.rows(prompt)
     assert rule.hidden(prompt) == prompt - send.rows(prompt)
 
 
 @pytest.mark.parametrize("page_size", [1, 4])
 def test_each_kept_row_of_a_prompt_has_the_slot_of_its_place(tmp_path, page_size):
-    plan = make_plan([sparse(2, 3), sparse(0, 4), sparse(3, 0), KVSend(), sparse(2, 3)])
+    share = KVSend(mode="sparse", n_first=2, n_last=3, share=400)  # more than 5 rows of 13 tokens and longer
+    plan = make_plan([sparse(2, 3), sparse(0, 4), share, KVSend(), sparse(2, 3)])
     worker = DecodeWorker(tmp_path, plan, page_size)
     for prompt in (1, 4, 5, 6, 30):
         req = request(prompt, plan=plan)
@@ -63,13 +65,13 @@ def test_each_kept_row_of_a_prompt_has_the_slot_of_its_place(tmp_path, page_size
         row = req.kv.req_pool_idx
         slots = worker.requests.req_to_token[row, :prompt].long()
         places = worker.view.destinations(slots, row)
-        assert [place.layers for place in places] == [{3}, {0, 4}, {1}, {2}]
-        assert torch.equal(places[0].slots, slots)
-        for place, layer in zip(places[1:], (0, 1, 2), strict=True):
+        assert places.groups == (1, 2, 3, 0, 1)
+        assert torch.equal(places.slots[0], slots)
+        for own_slots, layer in zip(places.slots[1:], (0, 1, 2), strict=True):
             kept = [p for lo, hi in plan.kv[layer].row_ranges(prompt) for p in range(lo, hi)]
             own = worker.pool.slots_of(layer, slots, row)
-            assert place.slots[kept].tolist() == own.tolist()
-            assert (place.slots == 0).sum() == prompt - len(kept)
+            assert own_slots[kept].tolist() == own.tolist()
+            assert (own_slots == 0).sum() == prompt - len(kept)
         worker.running.append(req)
         worker.finish(req)
 
@@ -185,7 +187,7 @@ def test_a_request_that_needs_more_than_there_is_goes_alone(tmp_path):
 
 def test_tables_are_as_wide_as_a_request_can_get(tmp_path):
     plan = make_plan([sparse(4, 0), sparse(40, 0)])
-    wide = {group.rule.n_first: group for group in DecodeWorker(tmp_path, plan, 4, SHORT).pool.kept.groups}
+    wide = {group.rule.send.n_first: group for group in DecodeWorker(tmp_path, plan, 4, SHORT).pool.kept.groups}
     assert wide[4].table.shape == (7, 32)  # what its pool holds
     assert wide[40].table.shape == (7, CONTEXT)
 

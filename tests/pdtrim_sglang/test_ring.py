@@ -137,13 +137,13 @@ def on_streams(monkeypatch, device):
 
     monkeypatch.setattr(OnGPU, "__torch_function__", classmethod(later))
 
-    def packed(layout, keys, values, slots, out=None, offsets=None):
+    def packed(layout, keys, values, slots, out=None, offsets=None, groups=None):
         result = torch.zeros(layout.total_bytes, dtype=torch.uint8) if out is None else host(out[: layout.total_bytes])
         slots = host(slots)
         device.launch(lambda: pack(layout, [*map(host, keys)], [*map(host, values)], slots, result))
         return gpu_view(result)
 
-    def scattered(layout, payload, keys, values, slots, offsets=None):
+    def scattered(layout, payload, keys, values, slots, offsets=None, groups=None):
         device.launch(lambda: unpack(layout, host(payload), [*map(host, keys)], [*map(host, values)], host(slots)))
 
     def near(payload, pool):

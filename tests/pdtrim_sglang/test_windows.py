@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+from decodeoptions import DECODE
 
 from pdtrim_deploy.plan import KVSend, ModelShape, PDPlan
 
@@ -15,14 +16,6 @@ SHAPE = ModelShape(
 )
 PLAN = PDPlan.dense(SHAPE)
 VIEW = SimpleNamespace(windowed=None)
-DECODE = {
-    "pp_size": 1, "dcp_size": 1, "attn_cp_size": 1, "speculative_algorithm": None, "tokenizer_worker_num": 1,
-    "quantization_param_path": None, "enable_lora": None, "lora_paths": None, "json_model_override_args": "{}",
-    "disaggregation_enable_kv_checksum": False, "hicache_storage_backend": None,
-    "enable_unified_cache_external_linker": False, "disaggregation_mode": "decode",
-    "disaggregation_decode_enable_radix_cache": True, "disaggregation_decode_enable_offload_kvcache": False,
-    "enable_streaming_session": False, "enable_custom_logit_processor": False,
-}  # fmt: skip
 
 
 def loaded(*windows):
@@ -141,10 +134,8 @@ def test_rows_go_from_one_pool_of_windows_to_another(prompt, wire, chunk):
         packed = packer.pack(0.0, Chunk(1, pages, start, prompt, start, stop, stop == prompt, 0, carries_aux=False), 0)
         layout = packed.layout
         assert layout.total_bytes == chunk_layout(plan, prompt, start, stop).total_bytes
-        for place in places:
-            unpack(
-                place.part(layout), slot[: layout.total_bytes], views[1].keys, views[1].values, place.slots[start:stop]
-            )
+        into, here = views[1], places.slots[:, start:stop]
+        unpack(layout, slot[: layout.total_bytes], into.keys, into.values, here, groups=places.groups)
     for layer, window in enumerate(SHAPE_OF_POOLS.windows):
         sent = slice(0 if window is None else max(0, prompt - window + 1), prompt)
         for side in ("keys", "values"):
@@ -177,7 +168,7 @@ def test_a_pool_of_windows_is_as_large_as_that_of_whole_layers():
     check_windows(cut, "prefill", model, view)
     with pytest.raises(RuntimeError, match="start decode with --disable-hybrid-swa-memory"):
         check_windows(cut, "decode", model, view)
-    assert torch.equal(view.of_heads(range(1, 2)).destinations(torch.tensor([5]))[0].slots, torch.tensor([5]))
+    assert view.of_heads(range(1, 2)).destinations(torch.tensor([5])).slots[0].tolist() == [5]
 
 
 def test_attention_that_misreads_a_pool_of_windows_is_refused():

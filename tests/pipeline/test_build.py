@@ -252,6 +252,13 @@ def test_another_budget_is_chosen_from_what_was_measured(recipe_file: RecipeFile
     alone, afresh = built("alone", 3.0, Cache(tmp_path / "other"))
     assert second.plan == alone.plan != first.plan
     assert more == afresh - 1  # those about whole KV were known
+    shares = {"sparse_choices": [[1, 3, 400]], "wire_choices": ["native"], "prompt_tokens": 24}
+    path = recipe_file("s", kv=kv | shares | {"reduction": 2.0, "longer_prompts": [48]})
+    lines.clear()
+    third = build(Recipe.load(path), tmp_path / "shares", cache, lines.append)
+    assert min(third.plan.reduction(24), third.plan.reduction(48)) >= 2
+    assert sum(line.startswith("prefilled 2 sequences") for line in lines) == 2
+    assert "2 x 32 and 2 x 56 tokens" in (third.prefill_dir / "README.md").read_text()
     _, others = built("three", 2.0, cache, pruning={"method": "greedy", "prefill_blocks": 0, "decode_blocks": 1})
     assert others >= 1
 

@@ -166,8 +166,11 @@ def test_recoveries_of_all_reports_of_this_plan_stand_in_a_table(written: Path) 
     files["served"] = {"tasks": [{"task": "gsm8k", "recovery": gsm8k | {"passed": False}}, {"recovery": None}]}
     for name, report in files.items():
         (reports / f"{name}.json").write_text(json.dumps(report | {"plan_digest": PLAN.digest}))
-    model_card.refresh_recoveries(written, PLAN.digest)
+    gates = {"gsm8k": 0.95, "ruler": 0.9}
+    model_card.refresh_recoveries(written, PLAN.digest, gates)
     text = (written / "prefill" / "README.md").read_text()
+    assert "| ruler |  |  |  | not measured | 0.9: not measured |  |\n" in text
+    assert "gsm8k |" not in text  # it was measured
     assert "| perplexity | 8 | 20.0000 | 21.0000 | 1.0500 ± 0.0100 |  | eval.json |\n" in text
     assert "| perplexity | 8 | 20.0000 | 21.0000 | 1.0500 |  | tasks.json |\n" in text
     assert "| gsm8k, right | 8 | 0.5000 | 0.4000 | 0.8000 ± 0.0100 | at least 0.95: FAILED | served.json |\n" in text
@@ -175,11 +178,11 @@ def test_recoveries_of_all_reports_of_this_plan_stand_in_a_table(written: Path) 
     (reports / "eval.json").write_text(json.dumps(broken))  # NaN is null in JSON
     humaneval = {"tasks": [{"recovery": gsm8k | {"task": "humaneval", "passed": True}}], "plan_digest": PLAN.digest}
     (reports / "served.json").write_text(json.dumps(humaneval))  # another task by another command
-    model_card.refresh_recoveries(written, PLAN.digest)
+    model_card.refresh_recoveries(written, PLAN.digest, gates)
     text = (written / "prefill" / "README.md").read_text()
     assert "| gsm8k, right | 8 | 0.5000 | 0.4000 | 0.8000 ± 0.0100 | at least 0.95: FAILED | served.json |\n" in text
     assert "at least 0.95: passed | served.json |\n" in text
-    model_card.refresh_recoveries(written, "another plan's digest")
+    model_card.refresh_recoveries(written, "another plan's digest", {})
     assert "gsm8k" not in (written / "prefill" / "README.md").read_text()
 
 

@@ -18,6 +18,7 @@ FORBIDDEN = {
     "pdtrim_deploy.recipe": ("torch", "transformers"),
     "pdtrim_deploy.worker": ("torch", "transformers"),
     "pdtrim_deploy.kvcache": ("transformers", "pdtrim_deploy.models"),
+    "pdtrim_sglang.sglang_host": ("pdtrim_sglang", "pdtrim_deploy"),  # the façade knows SGLang alone
 }
 
 
@@ -50,6 +51,13 @@ def test_only_the_command_line_knows_plugins_and_builders() -> None:
     for module, others in GRAPH.items():
         if module.startswith("pdtrim_deploy.") and not module.startswith("pdtrim_deploy.cli"):
             assert not {other for other in others if not other.startswith("pdtrim_deploy")}, module
+
+
+def test_nothing_but_the_entry_point_imports_the_patches() -> None:
+    """They import everything else of the plugin, to hook it into SGLang."""
+    for module, others in GRAPH.items():
+        if module != "pdtrim_sglang" and not f"{module}.".startswith("pdtrim_sglang.patches."):
+            assert not {other for other in others if f"{other}.".startswith("pdtrim_sglang.patches.")}, module
 
 
 def test_a_circle_is_seen_through_a_function(tmp_path: Path) -> None:

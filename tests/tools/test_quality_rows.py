@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.local.row_log import RowLog
 
 ROOT = Path(__file__).parents[2]
@@ -46,6 +47,19 @@ def test_rows_and_their_table(modules):
     )
     assert "(tie) | abc, A |" in text.splitlines()[3]
     assert "| 3 | 20.09 | 22.42 | 1.116 ± 0.006 | abc, A |" in text
+
+
+def test_rows_of_several_commits_are_not_paired(modules, monkeypatch):
+    bench, _ = modules
+    log = RowLog()
+    log.append(entry("dense", "prose", [3.0, 3.0]), entry("uniform int3", "prose", [3.1, 3.2]) | {"commit": "def"})
+    with pytest.raises(UserError, match=r"rows of commits abc and def do not pair; .* remove out/bench-quality/rows"):
+        next(bench.rows(log))
+    monkeypatch.setattr(bench, "RowLog", lambda *_: log)
+    monkeypatch.setattr(bench, "commit", lambda: "def")
+    monkeypatch.setattr(sys, "argv", ["quality", "--models", "Qwen2.5-Coder-0.5B", "--parts", "prose"])
+    with pytest.raises(UserError, match="rows of commits abc and def"):  # before anything is measured
+        bench.main()
 
 
 def test_a_run_does_what_is_missing(modules):

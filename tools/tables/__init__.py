@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tables import build, demo, front, gpu, heal, kv, objective, pruning, quality, serving
+from tables import build, demo, front, gpu, heal, kv, latents, objective, pruning, quality, serving, shares
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,10 @@ TABLES = {
     "headline": Table(("headline",), demo.demo),
     "kv": Table(("kv",), kv.kv),
     "kvlengths": Table(("kv",), kv.kvlengths),
+    "shares": Table(("shares",), shares.shares, optional=True),
     "wire": Table(("wire",), kv.wire),
     "pack": Table(("pack",), kv.pack),
+    "latents": Table(("latents",), latents.latents),
     "launches": Table(("launches",), kv.launches),
     "choice": Table(("choice",), kv.choice),
     "pruning": Table(("pruning",), pruning.pruning),

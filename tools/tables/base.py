@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from math import exp, sqrt
+from statistics import fmean, stdev
 from typing import Any
 
 SMOLLM2 = "SmolLM2-135M-Instruct"
@@ -25,6 +27,13 @@ def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
     lines = [list(head), *(list(row) for row in rows)]
     lines.insert(1, ["---"] * len(lines[0]))
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def rise(losses: Sequence[float], dense: Sequence[float]) -> str:
+    """Rise of perplexity, and its standard error, from losses of the same sequences, nats a token: `4.2% ± 0.8%`."""
+    differences = [loss - before for loss, before in zip(losses, dense, strict=True)]
+    ratio = exp(fmean(differences))
+    return f"{ratio - 1:.1%} ± {ratio * stdev(differences) / sqrt(len(differences)):.1%}"
 
 
 def where(environment: dict[str, Any], *more: str, model: str = SMOLLM2) -> str:

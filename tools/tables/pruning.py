@@ -5,7 +5,7 @@ from __future__ import annotations
 from statistics import fmean
 from typing import Any
 
-from tables.base import ratio, table, where
+from tables.base import ratio, rise, table, where
 
 NOTHING, REFIT, TRAINED = (
     "blocks removed, nothing else",
@@ -149,11 +149,23 @@ def kvonly(data: dict[str, Any]) -> str:
     options = data["options"]
     caption = (
         f"PD perplexity of {options['sequences']} x {options['continuation']} tokens of Brown / Austen after "
-        f"{options['prompt']} of prompt, dense {_both([dense])}; no standard error was recorded"
+        f"{options['prompt']} of prompt, dense {_both([dense])}; {_paired(dense, by_blocks)}"
     )
     return table(("prefill blocks of 30", *names), rows) + where(
         data["environment"], caption, f"seed {options['seed']}"
     )
+
+
+def _paired(dense: dict[str, Any], by_blocks: dict[int, dict[str, dict[str, Any]]]) -> str:
+    """The rise that K and V alone cost, with its error, where the losses of each sequence were recorded."""
+    if "brown_nll" not in dense:
+        return "no standard error was recorded"
+    rises = [
+        f"{blocks} blocks {' / '.join(rise(row[f'{c}_nll'], dense[f'{c}_nll']) for c in ('brown', 'austen'))}"
+        for blocks, rows in by_blocks.items()
+        if (row := rows.get("K and V alone, refitted, gaps too"))
+    ]
+    return f"rise over dense and its paired standard error, refitted with gaps: {', '.join(rises)}"
 
 
 def prefilltime(data: dict[str, Any]) -> str:

@@ -6,11 +6,11 @@
 T is the number of tokens of the batch, requests one after the other, as SGLang passes them. `positions` are absolute.
 Sublayers that the plan leaves out are not in the graph, nor are their weights, norms among them; `layer_id` of
 attention nodes counts KV layers. There is one `send_rows_*` input for each distinct rule of the plan: `send_rows_full`,
-`send_rows_{n_first}_{n_last}`; it lists rows of this call's T tokens (`chunk_layout(...).layers[i].ranges`, plus the
-request's first row in a batch). The outputs, in their order, are the bytes of `kvcache.pack`. Layers with a quantised
-wire dtype leave the graph as plain rows (`wire_dtype` "native") for the executor to encode, or, with `encode`, as the
-codec's bytes, int8 [B]: only a plugin can do that, the op's body cannot. The LM head is not in the graph: SGLang
-computes it.
+`send_rows_{n_first}_{n_last}` or `..._{share}`; it lists rows of this call's T tokens (`chunk_layout(...).layers[i]`'s
+`ranges`, plus the request's first row in a batch). The outputs, in their order, are the bytes of `kvcache.pack`. Layers
+with a quantised wire dtype leave the graph as plain rows (`wire_dtype` "native") for the executor to encode, or, with
+`encode`, as the codec's bytes, int8 [B]: only a plugin can do that, the op's body cannot. The LM head is not in the
+graph: SGLang computes it.
 """
 
 from __future__ import annotations

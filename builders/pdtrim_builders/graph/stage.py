@@ -34,7 +34,7 @@ class SendRule:
 
     @property
     def rows_input(self) -> str:
-        """Graph input with the rows to send: `send_rows_full`, or `send_rows_{n_first}_{n_last}`."""
+        """Graph input with the rows to send: `send_rows_full`, or with the numbers of the rule (`graph_io`)."""
         return rows_input(self.send)
 
     @property

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pdtrim_deploy.plan import PDPlan
+from pdtrim_deploy.plan.kv import SHARE_UNIT
 
 How = Literal["in turn", "at once", "one batch", "after aborts"]
 LONG = 300
@@ -34,8 +35,8 @@ def groups(plan: PDPlan, texts: Sequence[Sequence[int]]) -> list[Group]:
     def cut(length: int) -> tuple[int, ...]:
         return tuple(next(supply)[:length])
 
-    window = _window(plan)
-    edges = sorted({1, 2, max(1, window - 1), window, window + 1})
+    window, switch = _window(plan), _switch(plan)
+    edges = sorted({1, 2, max(1, window - 1), window, window + 1, *switch})
     seen = cut(LONG)
     return [
         Group("around first + last", "in turn", tuple(cut(n) for n in edges)),
@@ -48,6 +49,13 @@ def groups(plan: PDPlan, texts: Sequence[Sequence[int]]) -> list[Group]:
             aborts=tuple(cut(LONG) for _ in range(3)),
         ),
     ]  # fmt: skip
+
+
+def _switch(plan: PDPlan) -> tuple[int, ...]:
+    """The longest prompt of which a layer with a share keeps its least number of rows, and a token more."""
+    longest = (((send.n_first + send.n_last) * SHARE_UNIT // send.share) for send in plan.kv if send.share)
+    tokens = max((length for length in longest if length < LONG), default=0)
+    return (tokens, tokens + 1) if tokens else ()
 
 
 def _window(plan: PDPlan) -> int:

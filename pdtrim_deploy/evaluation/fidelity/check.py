@@ -183,7 +183,7 @@ def judge(
         if len(answer.prompt) >= CONTROL_MIN_TOKENS and all(len(errors) < CONTROL_PROMPTS for errors in wrong.values()):
             for name, control in wrong_oracles(oracle, len(answer.prompt)).items():
                 other = control.score(state, tokens[None])[0]
-                wrong[name].append((reported - other).abs().max().item())
+                wrong.setdefault(name, []).append((reported - other).abs().max().item())
     dtype = oracle.plan.model.kv_dtype
     measured, moved, allowed = _sizes(rows, dtype)
     off = [at for at, row in enumerate(rows) if row.error > allowed.worst]

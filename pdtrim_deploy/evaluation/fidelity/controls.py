@@ -34,11 +34,15 @@ def wrong_oracles(oracle: PDOracle, prompt_tokens: int) -> dict[str, PDOracle]:
 
 def controls(plan: PDPlan, prompt_tokens: int) -> dict[str, Sends]:
     """The wrong KV rules among them."""
-    rules = {}
+    rules, right = {}, tuple(_counted(send, prompt_tokens) for send in plan.kv)
     if any(send.mode == "sparse" for send in plan.kv):
         rules["dense plan"] = tuple(KVSend(wire_dtype=send.wire_dtype) for send in plan.kv)
         for side in ("n_first", "n_last"):
-            rules[f"{side} - 1"] = tuple(_less(send, side) for send in plan.kv)
+            rules[f"{side} - 1"] = tuple(_less(send, side) for send in right)
+        rules["share + 1 row"] = tuple(
+            counted.model_copy(update={"n_last": counted.n_last + 1}) if send.share else send
+            for counted, send in zip(right, plan.kv, strict=True)
+        )
     else:
         short = max(1, prompt_tokens - 1)
         for name, first, last in (("first row missing", 0, short), ("last row missing", short, 0)):
@@ -46,7 +50,7 @@ def controls(plan: PDPlan, prompt_tokens: int) -> dict[str, Sends]:
             rules[name] = tuple(cut.model_copy(update={"wire_dtype": send.wire_dtype}) for send in plan.kv)
     rules["native on the wire"] = tuple(send.model_copy(update={"wire_dtype": "native"}) for send in plan.kv)
     rules["rules one layer off"] = plan.kv[-1:] + plan.kv[:-1]
-    return {name: kv for name, kv in rules.items() if plan.with_kv(kv).kv != plan.kv}
+    return {name: kv for name, kv in rules.items() if plan.with_kv(kv).kv not in (plan.kv, right)}
 
 
 def _misnumbered(model: CausalLM) -> CausalLM:
@@ -54,6 +58,12 @@ def _misnumbered(model: CausalLM) -> CausalLM:
     blocks = range(len(model.model.layers))
     rolled = {block: {name: row.roll(1, 0) for name, row in routers(model, block)} for block in blocks}
     return keep_blocks(model, blocks, rolled)
+
+
+def _counted(send: KVSend, prompt_tokens: int) -> KVSend:
+    """The same rows of a prompt of this length, a share of it as numbers."""
+    first, last = send.edges(prompt_tokens)
+    return send.model_copy(update={"n_first": first, "n_last": last, "share": 0}) if send.share else send
 
 
 def _less(send: KVSend, side: str) -> KVSend:

@@ -47,4 +47,4 @@ def _unrounded(pool: Tensor, place: Tensor) -> Tensor:
     # Towards 0 a power of two's neighbour is half as far.
     size = torch.where(place * pool.float() < 0, size * (1 - limits.eps / 4), size)
     _, exponent = torch.frexp(size.clamp(min=limits.smallest_normal))
-    return place * torch.ldexp(torch.tensor(limits.eps, device=pool.device), exponent - 1)
+    return torch.ldexp(place * limits.eps, exponent - 1)

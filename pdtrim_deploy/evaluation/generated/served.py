@@ -12,17 +12,31 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from pdtrim_deploy.evaluation.generated.base import Answer, GeneratedTask, Question, QuestionSet
+from pdtrim_deploy.evaluation.generated.conversation import converse
 from pdtrim_deploy.evaluation.generated.pairing import mcnemar
 from pdtrim_deploy.evaluation.generated.sgl_eval import ask
 from pdtrim_deploy.evaluation.recovery import Recovery
 from pdtrim_deploy.evaluation.tasks.base import Measured
 
 
+class GroupScore(BaseModel):
+    """Shares of right answers among the questions of one group; the last three are None without a dense model."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    group: str
+    questions: int
+    score: float
+    dense: float | None = None
+    difference: float | None = None
+    difference_stderr: float | None = None
+
+
 class ServedTask(BaseModel):
     """Shares of right answers, 0 to 1, with standard errors; `truncated` are answers that ran into `max_tokens`.
 
     `dense`, `difference` and what follows are None where no dense model was asked. `p` is McNemar's, exact; `recovery`
-    is the pair's share over the dense model's.
+    is the pair's share over the dense model's. `groups` are there where questions have several.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -42,6 +56,7 @@ class ServedTask(BaseModel):
     difference_stderr: float | None = None
     p: float | None = None
     recovery: Recovery | None = None
+    groups: tuple[GroupScore, ...] = ()
 
 
 class ServedReport(BaseModel):
@@ -59,7 +74,7 @@ class ServedReport(BaseModel):
 
 @dataclass(frozen=True)
 class Pair:
-    """Both URLs and how they are asked; `limit`: the first questions of each task, None: all."""
+    """Both URLs and how they are asked; `limit`: the first questions of each task, None: its own."""
 
     url: str
     against: str | None
@@ -81,42 +96,50 @@ class Pair:
             ServingError: a question got no answer from either.
 
         """
-        questions, longest = data.questions[: self.limit], self.max_tokens or task.max_tokens
+        questions, longest = data.questions[: self.limit or task.items], self.max_tokens or task.max_tokens
         urls = [self.url] if self.against is None else [self.url, self.against]
         replies = [self._answers(target, task, questions, longest, note) for target in urls]
         if answers is not None:
             answers.parent.mkdir(parents=True, exist_ok=True)
             rows = zip(questions, *replies, strict=True)
             answers.write_text("".join(json.dumps(_row(*row)) + "\n" for row in rows))
-        return _judged(task, data, replies, gates, longest)
+        return _judged(task, data, questions, replies, gates, longest)
 
     def _answers(
         self, url: str, task: GeneratedTask, questions: Sequence[Question], longest: int, note: Callable[[str], None]
     ) -> list[Answer]:
-        return ask(url, task, questions, longest, self.concurrency, lambda line: note(f"{task.name}, {url}: {line}"))
+        driver = converse if any(question.again is not None for question in questions) else ask
+        return driver(url, task, questions, longest, self.concurrency, lambda line: note(f"{task.name}, {url}: {line}"))
 
 
 def _row(question: Question, *replies: Answer) -> dict[str, Any]:
     row: dict[str, Any] = {"id": question.id, "problem": question.problem, "expected": question.expected}
+    if question.again is not None:
+        row["again"] = question.again
     for who, reply in zip(("pair", "dense"), replies, strict=False):
         row[who] = {"right": reply.right, "reason": reply.reason, "tokens": reply.tokens, "text": reply.text}
+        if reply.first is not None:
+            row[who]["first"] = reply.first
     return row
 
 
 def _judged(
     task: GeneratedTask,
     data: QuestionSet,
+    questions: Sequence[Question],
     replies: Sequence[Sequence[Answer]],
     gates: Mapping[str, float],
     max_tokens: int,
 ) -> ServedTask:
-    results = [_measured(task.name, reply) for reply in replies]
+    groups = tuple(question.group or "all" for question in questions)
+    results = [_measured(task.name, groups, reply) for reply in replies]
     cut = [sum(answer.reason == "length" for answer in reply) for reply in replies]
     pair, count = results[0], len(replies[0])
     score = pair.mean("right")
     common: dict[str, Any] = {"task": task.name, "source": data.source, "licence": data.licence, "sha256": data.sha256}
     common |= {"questions": count, "max_tokens": max_tokens, "score": score, "truncated": cut[0]}
     common |= {"stderr": math.sqrt(score * (1 - score) / (count - 1)) if count > 1 else None}
+    common |= {"groups": _by_group(results)}
     if len(results) == 1:
         return ServedTask(**common)
     dense, paired = results[1], pair.against(results[1], "right")
@@ -131,5 +154,19 @@ def _judged(
     )
 
 
-def _measured(name: str, replies: Sequence[Answer]) -> Measured:
-    return Measured(name, ("all",) * len(replies), {"right": tuple(float(answer.right) for answer in replies)})
+def _measured(name: str, groups: tuple[str, ...], replies: Sequence[Answer]) -> Measured:
+    return Measured(name, groups, {"right": tuple(float(answer.right) for answer in replies)})
+
+
+def _by_group(results: Sequence[Measured]) -> tuple[GroupScore, ...]:
+    """Of the pair, and beside the dense model where there is one; nothing of a single group."""
+    pair, *others = results
+    scores, names = [], dict.fromkeys(pair.groups)
+    for group in names if len(names) > 1 else ():
+        common = {"group": group, "questions": pair.groups.count(group), "score": pair.mean("right", group)}
+        for dense in others:
+            paired = pair.against(dense, "right", group)
+            stderr = None if math.isnan(paired.stderr) else paired.stderr
+            common |= {"dense": dense.mean("right", group), "difference": paired.mean, "difference_stderr": stderr}
+        scores.append(GroupScore.model_validate(common))
+    return tuple(scores)

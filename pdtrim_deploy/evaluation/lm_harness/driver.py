@@ -1,9 +1,10 @@
 """Runs lm-evaluation-harness 0.4.13 in its own environment, with the process that started it as the model.
 
 A program, not a module of ours: it imports nothing of this project. It speaks lines of JSON. The first line of stdin is
-the job, `{"tasks", "include_path", "limit"}`. It writes `{"call": KIND, "requests": [...]}` for what the model must do
-and reads `{"results": [...]}`. Last it writes `{"samples": {NAME: {TASK: [...]}}, "higher_is_better":
-{TASK: {METRIC: true or false}}}`, a group's tasks under its name, or `{"error": SENTENCE}`.
+the job, `{"tasks", "include_path", "limit", "names_only"}`; of names alone it writes `{"known": true}`. Else it writes
+`{"call": KIND, "requests": [...]}` for what the model must do and reads `{"results": [...]}`, and last it writes
+`{"samples": {NAME: {TASK: [...]}}, "higher_is_better": {TASK: {METRIC: true or false}}}`, a group's tasks under its
+name. In place of either comes `{"error": SENTENCE}`.
 """
 
 from __future__ import annotations
@@ -86,7 +87,11 @@ def main() -> None:
     os.dup2(2, 1)  # what anything prints must not get among the messages
     job = json.loads(sys.stdin.readline())
     try:
-        send(channel, samples(job, channel))
+        if job["names_only"]:
+            manager(job["tasks"], job["include_path"])
+            send(channel, {"known": True})
+        else:
+            send(channel, samples(job, channel))
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         send(channel, {"error": f"{reason[:400]}"})

@@ -52,20 +52,30 @@ class Harness:
 
         """
         answers = Answers(oracle, tokenizer, self.hand_over, note)
+        message = self._run(answers, names_only=False)
+        return self._written(message["samples"], message["higher_is_better"], samples)
+
+    def check(self) -> None:
+        """UserError where the harness has no such task; takes the harness's start, and no model or data."""
+        self._run(None, names_only=True)
+
+    def _run(self, answers: Answers | None, names_only: bool) -> dict[str, Any]:
+        """The driver's last message; UserError where that is an error, or there is none."""
         with self._running() as (child, log):
             assert child.stdin is not None
             assert child.stdout is not None
             include_path = None if self.include_path is None else str(self.include_path.resolve())
-            self._send(child.stdin, {"tasks": self.tasks, "limit": self.limit, "include_path": include_path})
+            job = {"tasks": self.tasks, "limit": self.limit, "include_path": include_path, "names_only": names_only}
+            self._send(child.stdin, job)
             for line in child.stdout:
-                message = json.loads(line)
+                message: dict[str, Any] = json.loads(line)
                 if "call" in message:
                     results = getattr(answers, message["call"])(message["requests"])
                     self._send(child.stdin, {"results": results})
                 elif "error" in message:
                     raise UserError(f"lm-eval: {message['error']}")
                 else:
-                    return self._written(message["samples"], message["higher_is_better"], samples)
+                    return message
             child.wait()
             log.seek(0)
             last = last_line(log.read())

@@ -10,7 +10,10 @@ from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.evaluation.tasks.base import Measured
 
 _LIKELIHOODS = {"perplexity": "nll", "word_perplexity": "nll_word", "byte_perplexity": "nll_byte"}
-"""Metrics that the harness turns into perplexities of all questions -> the mean NLL of a question, in nats a unit."""
+"""Metrics that the harness turns into perplexities of all questions -> the NLL of a question, in nats a unit.
+
+Of texts these are [sum of log-probabilities, units]; the harness weighs texts by their units (words, bytes).
+"""
 
 
 def measured(
@@ -28,6 +31,7 @@ def measured(
     filters = dict.fromkeys(sample["filter"] for sample in samples)
     values: dict[str, tuple[float, ...]] = {}
     higher: dict[str, bool] = {}
+    weights: dict[str, tuple[float, ...]] = {}
     for name in filters:
         rows = sorted((sample for sample in samples if sample["filter"] == name), key=lambda sample: sample["doc_id"])
         for metric in rows[0]["metrics"]:
@@ -35,11 +39,13 @@ def measured(
             label = _LIKELIHOODS.get(metric, metric) + (f",{name}" if len(filters) > 1 else "")
             if (numbers := [number for number in column if number is not None]) and len(numbers) == len(rows):
                 values[label] = tuple(numbers)
+                if metric in _LIKELIHOODS and all(isinstance(row[metric], list) for row in rows):
+                    weights[label] = tuple(float(row[metric][1]) for row in rows)
                 if metric not in _LIKELIHOODS and (direction := (higher_is_better or {}).get(metric)) is not None:
                     higher[label] = direction
     if not values:
         raise UserError(f"task {task} has no metric that is a number for each question; leave it out")
-    return Measured(task, ("all",) * len(next(iter(values.values()))), values, higher_is_better=higher)
+    return Measured(task, ("all",) * len(next(iter(values.values()))), values, higher_is_better=higher, weights=weights)
 
 
 def joined(name: str, by_task: dict[str, Measured]) -> Measured:
@@ -59,7 +65,9 @@ def joined(name: str, by_task: dict[str, Measured]) -> Measured:
     values = {m: tuple(v for result in results for v in result.values[m]) for m in measures}
     directions = {m: {result.higher_is_better.get(m) for result in results} for m in measures}
     higher = {m: way for m, ways in directions.items() if len(ways) == 1 and (way := next(iter(ways))) is not None}
-    return Measured(name, groups, values, higher_is_better=higher)
+    common = [m for m in measures if all(m in result.weights for result in results)]
+    weights = {m: tuple(w for result in results for w in result.weights[m]) for m in common}
+    return Measured(name, groups, values, higher_is_better=higher, weights=weights)
 
 
 def _value(metric: str, value: Any) -> float | None:

@@ -21,7 +21,7 @@ from pdtrim_deploy.models.oracle import PDOracle
 
 HandOver: TypeAlias = Literal["served", "decode"]
 Ids: TypeAlias = tuple[int, ...]
-BRANCH_TOKENS = 2048  # continuation tokens that decode reads side by side in a pass, a continuation at least
+BRANCH_TOKENS = 2048  # continuation tokens of a prompt that decode reads in a pass; longer ones go by themselves
 
 
 def split(context: Ids, hand_over: HandOver) -> tuple[Ids, Ids]:
@@ -38,7 +38,8 @@ def loglikelihoods(
 ) -> list[tuple[float, bool]]:
     """For each context and continuation (a token at least, each): the sum in nats, and whether it is the greedy text.
 
-    Continuations of equal prompts are branches of one prefill; prompts of equal length share a batch.
+    Continuations of equal prompts are branches of one prefill; prompts of equal length share a batch. A pass of decode
+    reads at most `KV_TOKENS` tokens, and of a prompt `BRANCH_TOKENS`: a long window takes no quadratic memory.
 
     Raises:
         UserError: a sum is not a number, or infinite.
@@ -48,7 +49,7 @@ def loglikelihoods(
     for batch in _batches([(*split(context, hand_over), continuation) for context, continuation in pairs]):
         prompts = torch.tensor([prompt for prompt, _ in batch])
         part = Part.of(prompts, [[lead + text for _, lead, text in rows] for _, rows in batch], [""] * len(batch))
-        judgement = judge(oracle, oracle.prefill(prompts), part.continuations, part.lengths)
+        judgement = judge(oracle, oracle.prefill(prompts), part.continuations, part.lengths, BRANCH_TOKENS)
         for item, (_, rows) in enumerate(batch):
             for branch, (number, lead, text) in enumerate(rows):
                 judged = slice(len(lead), len(lead) + len(text))

@@ -24,13 +24,25 @@ class Judgement:
     top: Tensor
 
 
-def judge(oracle: PDOracle, state: PrefillState, continuations: Tensor, lengths: Tensor) -> Judgement:
+def judge(
+    oracle: PDOracle, state: PrefillState, continuations: Tensor, lengths: Tensor, pass_tokens: int | None = None
+) -> Judgement:
     """Judge `continuations`, int64 `[B, C, T >= 2]` padded on the right, of which `lengths` `[B, C]` tokens count.
 
     The prompt's KV is handed over and held once, whatever C is: continuations are branches of one sequence.
     Attention is causal: padding changes nothing before it.
+
+    Args:
+        pass_tokens: of a continuation that is alone, decode reads so many at a time; None: all. What each token sees
+            takes memory by their number times the number before them.
+
     """
-    return judge_parts(oracle, [state], [continuations], [lengths])[0]
+    if pass_tokens is None or continuations.shape[1] > 1:
+        return judge_parts(oracle, [state], [continuations], [lengths])[0]
+    held, parts = oracle.hand_over(state), continuations[:, 0, :-1].split(pass_tokens, dim=1)
+    starts = range(state.tokens, state.tokens + continuations.shape[2], pass_tokens)
+    hidden = torch.cat([oracle.extend(ids, start, held) for ids, start in zip(parts, starts, strict=False)], dim=1)
+    return _judged(oracle, state, continuations, lengths, hidden)
 
 
 @torch.no_grad()
@@ -44,6 +56,7 @@ def judge_parts(
     return [_judged(oracle, *batch) for batch in batches]
 
 
+@torch.no_grad()
 def _judged(oracle: PDOracle, state: PrefillState, continuations: Tensor, lengths: Tensor, hidden: Tensor) -> Judgement:
     batch, choices, tokens = continuations.shape
     counts = torch.arange(tokens) < lengths[..., None]

@@ -45,13 +45,17 @@ class Figure(_Frozen):
 
 
 class TaskFigures(_Frozen):
-    """One task; `dense` and `pd` hold each measure's value of every item, `groups` what the item counts under."""
+    """One task; `dense` and `pd` hold each measure's value of every item, `groups` what the item counts under.
+
+    `weights` are the items' of those measures whose means are weighted, as lm-eval's by words.
+    """
 
     task: str
     figures: tuple[Figure, ...]
     groups: tuple[str, ...]
     dense: dict[str, tuple[float, ...]]
     pd: dict[str, tuple[float, ...]]
+    weights: dict[str, tuple[float, ...]] = {}
 
     @classmethod
     def of(cls, dense: Measured, pd: Measured) -> TaskFigures:
@@ -59,7 +63,14 @@ class TaskFigures(_Frozen):
         groups: list[str | None] = list(dict.fromkeys(dense.groups))
         reported = [None, *groups] if len(groups) > 1 else [None]
         figures = [_figure(dense, pd, measure, group) for measure in dense.values for group in reported]
-        return cls(task=dense.task, figures=tuple(figures), groups=dense.groups, dense=dense.values, pd=pd.values)
+        return cls(
+            task=dense.task,
+            figures=tuple(figures),
+            groups=dense.groups,
+            dense=dense.values,
+            pd=pd.values,
+            weights=dict(dense.weights),
+        )
 
 
 class TasksReport(_Frozen):
@@ -113,6 +124,8 @@ def judge_tasks(
 
     for name in names:
         check(name)
+    if harness is not None:
+        harness.check()
     section, dtype, plan = section or bundle.recipe.evaluation, bundle.recipe.model.dtype, bundle.plan
     compute = ON_CPU.fast(dtype) if compute is None else compute
     source = source_of(bundle, cache, note)

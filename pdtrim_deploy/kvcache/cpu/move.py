@@ -11,7 +11,7 @@ from torch import Tensor
 from pdtrim_deploy.kvcache.cpu.library import library
 from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
 from pdtrim_deploy.kvcache.layout import ChunkLayout
-from pdtrim_deploy.kvcache.table import DTYPES, chunk_table
+from pdtrim_deploy.kvcache.table import DTYPES, Groups, chunk_tables, dense_slots
 
 
 class _Chunk(ctypes.Structure):
@@ -20,6 +20,7 @@ class _Chunk(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("slots", "packed", "turns")),
         *((name, ctypes.c_int32) for name in ("dtype", "heads", "dim")),
+        ("group_stride", ctypes.c_int64),
     )
 
 
@@ -30,6 +31,7 @@ def move(
     values: Sequence[Tensor],
     slots: Tensor,
     offsets: KeyOffsets | None = None,
+    groups: Groups | None = None,
     *,
     pack: bool,
 ) -> bool:
@@ -45,16 +47,17 @@ def move(
     plain = packed.is_cpu and packed.is_contiguous() and packed.data_ptr() % 4 == 0
     if not plain or not slots.is_cpu or not keys[0].is_cpu:
         return False
-    table = chunk_table(layout, keys, values, offsets, pack=pack)
-    if table is None or (compiled := library()) is None:
+    tables = chunk_tables(layout, keys, values, offsets, groups, pack=pack)
+    if not tables or (compiled := library()) is None:
         return False
-    slots = slots.long().contiguous()
-    turns = offsets.table(table.turned) if offsets is not None and table.turned else None
-    chunk = _Chunk(
-        slots.data_ptr(), packed.data_ptr(), None if turns is None else turns.data_ptr(),
-        DTYPES.index(table.dtype), table.heads, table.head_dim,
-    )  # fmt: skip
-    runs, count = ctypes.c_void_p(table.runs.data_ptr()), ctypes.c_int64(len(table.runs))
-    if compiled.pdtrim_move(runs, count, ctypes.byref(chunk), torch.get_num_threads(), pack):
-        raise IndexError(f"a slot of the prompt lies outside the pool of {len(keys[0])} slots")
+    slots, group_stride = dense_slots(slots)
+    for table in tables:
+        turns = offsets.table(table.turned) if offsets is not None and table.turned else None
+        chunk = _Chunk(
+            slots.data_ptr(), packed.data_ptr(), None if turns is None else turns.data_ptr(),
+            DTYPES.index(table.dtype), table.heads, table.head_dim, group_stride,
+        )  # fmt: skip
+        runs, count = ctypes.c_void_p(table.runs.data_ptr()), ctypes.c_int64(len(table.runs))
+        if compiled.pdtrim_move(runs, count, ctypes.byref(chunk), torch.get_num_threads(), pack):
+            raise IndexError(f"a slot of the prompt lies outside the pool of {len(keys[0])} slots")
     return True

@@ -692,14 +692,17 @@ void decode_rotated(const uint8_t* codes, const uint16_t* scales, int dim, uint8
 extern "C" {
 
 struct PdtrimRun {  // pdtrim_deploy/kvcache/table.py
-  int64_t pool, mean, stride, pool_slots, token, position, rows, code, codes, scales;
+  int64_t pool, mean, stride, pool_slots, group, token, position, rows, code, codes, scales;
 };
 
 struct PdtrimChunk {
-  const int64_t* slots;  // of all tokens
+  const int64_t* slots;  // [groups, tokens]
   uint8_t* packed;
   const float* turns;  // [positions, dim]: cosines, then sines; null when all rows travel whole
   int32_t dtype, heads, dim;
+  int64_t group_stride;  // between rows of slots
+
+  const int64_t* slots_of(const PdtrimRun& run) const { return slots + run.group * group_stride + run.token; }
 };
 }
 
@@ -717,7 +720,7 @@ struct Part {
 
   Part(const PdtrimRun& run, const PdtrimChunk& chunk)
       : pool(reinterpret_cast<uint8_t*>(run.pool)),
-        slots(chunk.slots + run.token),
+        slots(chunk.slots_of(run)),
         codes(chunk.packed + run.codes),
         scales(reinterpret_cast<uint16_t*>(chunk.packed + run.scales)),
         mean(reinterpret_cast<const float*>(run.mean)),
@@ -893,8 +896,9 @@ extern "C" int pdtrim_move(const PdtrimRun* runs, int64_t count, const PdtrimChu
   int64_t total = 0;
   for (int64_t i = 0; i < count; ++i) {
     uint64_t most = 0;
+    const int64_t* const slots = chunk->slots_of(runs[i]);
     for (int64_t r = 0; r < runs[i].rows; ++r) {
-      const uint64_t slot = uint64_t(chunk->slots[runs[i].token + r]);
+      const uint64_t slot = uint64_t(slots[r]);
       most = most > slot ? most : slot;
     }
     if (most >= uint64_t(runs[i].pool_slots)) return 1;

@@ -16,7 +16,7 @@ from pdtrim_deploy.plan.wire import CODES
 
 SEARCH = tl.constexpr(256)  # runs that a program looks at together to find its own
 RUN_FIELDS = tl.constexpr(len(FIELDS))
-POOL, MEAN, STRIDE, POOL_SLOTS, TOKEN, POSITION, ROWS, CODE, PACKED, SCALES = (
+POOL, MEAN, STRIDE, POOL_SLOTS, GROUP_OF, TOKEN, POSITION, ROWS, CODE, PACKED, SCALES = (
     tl.constexpr(place) for place in range(len(FIELDS))
 )
 NATIVE, FP8, INT8, INT4, INT3 = (tl.constexpr(place) for place in range(len(CODES)))
@@ -40,7 +40,7 @@ def run_of(table, runs):
 
 @triton.jit
 def vectors_of(
-    run, tile, slots, origin, fault,
+    run, tile, slots, group_stride, origin, fault,
     HEADS: tl.constexpr, DIM: tl.constexpr, DTYPE: tl.constexpr, VECTORS: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """A tile's vectors: number among the run's, row, head, words in the pool, whether there is such a row, and slot."""
@@ -50,7 +50,8 @@ def vectors_of(
     live = vector < tl.load(run + ROWS) * HEADS
     row = vector // HEADS
     head = vector % HEADS
-    slot = tl.load(slots + tl.load(run + TOKEN) + row, mask=live, other=0)
+    token = tl.load(run + GROUP_OF) * group_stride + tl.load(run + TOKEN) + row
+    slot = tl.load(slots + token, mask=live, other=0)
     held = live & (slot >= 0) & (slot < tl.load(run + POOL_SLOTS))
     tl.store(fault, 1, mask=tl.sum((live & ~held).to(tl.int32)) > 0)
     pool = origin + tl.multiple_of(tl.load(run + POOL), ALIGN)
@@ -86,22 +87,25 @@ def load(source, live, WIDTH: tl.constexpr, COUNT: tl.constexpr):
     return tl.load(source[:, None] + column[None, :], mask=live[:, None] & (column < COUNT)[None, :], other=0)
 
 
-# A chunk's number of runs and where its slots begin compile no kernel anew.
-_jit = triton.jit(do_not_specialize=["runs"], do_not_specialize_on_alignment=["slots"])
+# A chunk's number of runs, its number of tokens and where its slots begin compile no kernel anew.
+_jit = triton.jit(do_not_specialize=["runs", "group_stride"], do_not_specialize_on_alignment=["slots"])
 
 
 @_jit
 def pack_runs(
-    table, runs, slots, packed, turns, origin, fault,
+    table, runs, slots, group_stride, packed, turns, origin, fault,
     HEADS: tl.constexpr, DIM: tl.constexpr, DTYPE: tl.constexpr, SENT: tl.constexpr, OFFSETS: tl.constexpr,
     VECTORS: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr,
     ALIGN: tl.constexpr, WIRE_ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """`turns`: cosines and sines by position, where `OFFSETS`; `origin`: the address 0."""
+    """`turns`: cosines and sines by position, where `OFFSETS`; `origin`: the address 0.
+
+    `group_stride`: between rows of `slots`, in slots.
+    """
     WORD: tl.constexpr = tl.int32 if DTYPE == FLOAT32 else tl.int8 if DTYPE >= E4M3 else tl.int16
     run, tile = run_of(table, runs)
     vector, row, head, place, live, held = vectors_of(
-        run, tile, slots, origin, fault, HEADS, DIM, DTYPE, VECTORS, ALIGN
+        run, tile, slots, group_stride, origin, fault, HEADS, DIM, DTYPE, VECTORS, ALIGN
     )
     words = load(place, held, WIDTH, DIM)
     code = tl.load(run + CODE)
@@ -140,7 +144,7 @@ def pack_runs(
 
 @_jit
 def unpack_runs(
-    table, runs, slots, packed, turns, origin, fault,
+    table, runs, slots, group_stride, packed, turns, origin, fault,
     HEADS: tl.constexpr, DIM: tl.constexpr, DTYPE: tl.constexpr, SENT: tl.constexpr, OFFSETS: tl.constexpr,
     VECTORS: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr,
     ALIGN: tl.constexpr, WIRE_ALIGN: tl.constexpr,
@@ -148,7 +152,9 @@ def unpack_runs(
     """As `pack_runs`, the other way."""
     WORD: tl.constexpr = tl.int32 if DTYPE == FLOAT32 else tl.int8 if DTYPE >= E4M3 else tl.int16
     run, tile = run_of(table, runs)
-    vector, row, head, place, _, held = vectors_of(run, tile, slots, origin, fault, HEADS, DIM, DTYPE, VECTORS, ALIGN)
+    vector, row, head, place, _, held = vectors_of(
+        run, tile, slots, group_stride, origin, fault, HEADS, DIM, DTYPE, VECTORS, ALIGN
+    )
     code = tl.load(run + CODE)
     if SENT_NATIVE & SENT and code == NATIVE:
         words = load(section(packed, run, PACKED, WIRE_ALIGN, WORD) + vector * DIM, held, WIDTH, DIM)

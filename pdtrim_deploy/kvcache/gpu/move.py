@@ -1,4 +1,4 @@
-"""Give a chunk's table to the Triton kernels: one launch each way, nothing that the host waits for. Needs triton."""
+"""Give a chunk's tables to the Triton kernels: one launch each, nothing that the host waits for. Needs triton."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pdtrim_deploy.kvcache.gpu.kernels import pack_runs, unpack_runs
 from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
 from pdtrim_deploy.kvcache.layout import ChunkLayout
 from pdtrim_deploy.kvcache.sections import native_name
-from pdtrim_deploy.kvcache.table import DTYPES, MAX_TABLES, Table, chunk_table
+from pdtrim_deploy.kvcache.table import DTYPES, MAX_TABLES, Groups, Table, chunk_tables, dense_slots
 from pdtrim_deploy.plan.wire import CODES, ITEM_BYTES, Code, rotated_group, row_sections
 
 TILE = 4096  # values that a program moves; 32 a thread
@@ -32,6 +32,7 @@ def move(
     values: Sequence[Tensor],
     slots: Tensor,
     offsets: KeyOffsets | None = None,
+    groups: Groups | None = None,
     *,
     pack: bool,
 ) -> bool:
@@ -46,17 +47,19 @@ def move(
         ValueError: as `pack`.
 
     """
-    table = chunk_table(layout, keys, values, offsets, pack=pack)
-    if table is None or packed.data_ptr() % 4:
+    tables = chunk_tables(layout, keys, values, offsets, groups, pack=pack)
+    if not tables or packed.data_ptr() % 4:
         return False
+    slots, group_stride = dense_slots(slots)
     device = slots.device
-    turns = offsets.table(table.turned) if offsets is not None and table.turned else None
-    form = _resident(table, pack, device, _stream(device))
-    launch(
-        pack_runs if pack else unpack_runs, form.programs, device,
-        form.runs, len(table.runs), slots.long().contiguous(), packed, turns, _origin(device), _fault(device),
-        **form.constants,
-    )  # fmt: skip
+    for table in tables:
+        turns = offsets.table(table.turned) if offsets is not None and table.turned else None
+        form = _resident(table, pack, device, _stream(device))
+        launch(
+            pack_runs if pack else unpack_runs, form.programs, device,
+            form.runs, len(table.runs), slots, group_stride,
+            packed, turns, _origin(device), _fault(device), **form.constants,
+        )  # fmt: skip
     return True
 
 
@@ -96,10 +99,15 @@ def _resident(table: Table, pack: bool, device: torch.device, stream: int) -> _R
     compiled = constants(table, pack)
     programs = (triton.cdiv(rows * table.heads, compiled["VECTORS"]) for rows in table.column("rows"))
     *first, total = accumulate(programs, initial=0)
-    runs = torch.cat((torch.tensor(first), table.runs.flatten()))
+    runs = torch.tensor([*first, *table.runs.flatten().tolist()])
+    return _Resident(to_device(runs, device), total, compiled)
+
+
+def to_device(runs: Tensor, device: torch.device) -> Tensor:
+    """By one copy that the host does not wait for."""
     if device.type == "cuda":
         runs = runs.pin_memory()
-    return _Resident(runs.to(device, non_blocking=True), total, compiled)
+    return runs.to(device, non_blocking=True)
 
 
 def constants(table: Table, pack: bool) -> dict[str, Any]:

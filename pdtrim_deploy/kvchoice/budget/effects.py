@@ -28,8 +28,6 @@ from pdtrim_deploy.plan import KVSend
 from pdtrim_deploy.plan.wire import WireDtype
 from pdtrim_deploy.recipe.kv_cost import BATCH, DRAWS, SIDE_BY_SIDE
 
-Rows = tuple[str, int, int]
-
 
 @dataclass(frozen=True)
 class Effects:
@@ -63,7 +61,7 @@ class Measure:
         self, problem: Problem, options: Sequence[KVSend], progress: Progress, *, batch: int = BATCH, draws: int = DRAWS
     ) -> None:
         self.problem, self.options, self._progress = problem, tuple(options), progress
-        self._rows: list[Rows] = list(dict.fromkeys(map(_rows_of, self.options)))
+        self._rows = list(dict.fromkeys(map(_rows_of, self.options)))
         self._dtypes: list[WireDtype] = list(dict.fromkeys(o.wire_dtype for o in self.options))
         self._sizes = [batch, draws]
         self._known: dict[tuple[KVSend, ...], Effects] = {}
@@ -113,7 +111,8 @@ class Measure:
         """Gram matrix, float64, of the context's error and each layer's rows and dtypes; stored in `memo`."""
         if self.problem.memo is None:
             return self._multiplied(context)
-        key = [self._rows, self._dtypes, [send.model_dump() for send in context], self._sizes]
+        rows = [[send.mode, send.n_first, send.n_last, *[send.share] * bool(send.share)] for send in self._rows]
+        key = [rows, self._dtypes, [send.model_dump() for send in context], self._sizes]
         name = hashlib.sha256(json.dumps(key).encode()).hexdigest()
         return self.problem.memo(name, lambda: self._multiplied(context))
 
@@ -236,7 +235,8 @@ class Measure:
         """Other rows, then other dtypes, than a layer has in the context; each with its place among both."""
         send, rule = context[layer], self.problem.rule
         dtypes = enumerate(self._dtypes, len(self._rows))
-        options = [(at, _with_rows(send, rows)) for at, rows in enumerate(self._rows)]
+        rows = enumerate(self._rows)
+        options = [(at, row.model_copy(update={"wire_dtype": send.wire_dtype})) for at, row in rows]
         options += [(at, send.model_copy(update={"wire_dtype": dtype})) for at, dtype in dtypes]
         return [(at, option) for at, option in options if rule(layer, option) != rule(layer, send)]
 
@@ -259,10 +259,6 @@ def _groups(rows: list[int], size: int, kinds: int) -> list[list[int]]:
     return [layer[start : start + size] for layer in layers for start in range(0, len(layer), size)]
 
 
-def _rows_of(send: KVSend) -> Rows:
-    return send.mode, send.n_first, send.n_last
-
-
-def _with_rows(send: KVSend, rows: Rows) -> KVSend:
-    mode, n_first, n_last = rows
-    return send.model_copy(update={"mode": mode, "n_first": n_first, "n_last": n_last})
+def _rows_of(send: KVSend) -> KVSend:
+    """The rows of an option, whatever its wire dtype."""
+    return send.model_copy(update={"wire_dtype": "native"})

@@ -8,7 +8,7 @@ import numpy as np
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.kvchoice.base import Progress, Sends
-from pdtrim_deploy.kvchoice.budget.effects import Measure
+from pdtrim_deploy.kvchoice.budget.lengths import MeanMeasure
 from pdtrim_deploy.kvchoice.budget.solve import Ints, Quadratic, solve
 from pdtrim_deploy.plan import KVSend
 
@@ -34,7 +34,7 @@ class BudgetSearch:
 
     """
 
-    def __init__(self, measure: Measure, costs: Ints, progress: Progress, rounds: int = 2) -> None:
+    def __init__(self, measure: MeanMeasure, costs: Ints, progress: Progress, rounds: int = 2) -> None:
         self.measure, self.costs, self.rounds, self._progress = measure, costs, rounds, progress
 
     def within(self, budget: int) -> BudgetResult:

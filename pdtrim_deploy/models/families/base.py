@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.models.families.latents import attention_tensors
 from pdtrim_deploy.models.families.sizes import axis_size, axis_sizes, axis_terms, count_of
 from pdtrim_deploy.models.families.windows import Windows
 from pdtrim_deploy.plan import ExpertShape
@@ -22,6 +23,8 @@ Tensors = dict[str, Axes]
 Feature = Literal[
     "norm", "least-squares", "distil", "training", "kv_only_blocks", "sublayers", "blocks_in_memory", "engines"
 ]
+_MTP = "num_nextn_predict_layers"
+_EXACT = ("e_score_correction_bias",)
 _SIZES = ("q", "kv", "head", "hidden", "intermediate", "vocab")
 
 
@@ -103,12 +106,25 @@ class Blocks(_Data):
         return self
 
 
+class Latents(_Data):
+    """What is known of latent attention and the blocks it stands in, beside the sizes in config.json.
+
+    Attributes:
+        implied: keys of config.json that SGLang reads and transformers does not, and the value that transformers
+            computes with; another one is refused, a missing one written into stages.
+
+    """
+
+    implied: dict[str, Any] = Field(default_factory=dict)
+
+
 class Family(_Data):
     """A decoder-only architecture. Its modules are `model.layers`, `model.embed_tokens`, `model.norm`, `lm_head`.
 
     Attributes:
         blocks: None where its KV alone is known: a model of it is planned, transferred, served and judged uncut.
         windows: of blocks that attend to a window of tokens; None where no block does, as far as workers serve it.
+        latents: of attention that keeps latents (MLA) in SGLang, whose modules are DeepSeek's; None of any other.
 
     """
 
@@ -116,6 +132,7 @@ class Family(_Data):
     model_type: str = ""
     blocks: Blocks | None = None
     windows: Windows | None = None
+    latents: Latents | None = None
 
     @property
     def takes_windows(self) -> bool:
@@ -165,9 +182,9 @@ class Family(_Data):
         return experts is None or (experts.dense_blocks is not None and block < count_of(config, experts.dense_blocks))
 
     def block_tensors(self, config: Mapping[str, Any], block: int) -> dict[str, tuple[int, ...]]:
-        """Names within the block, on disk, and shapes; empty where blocks are not known."""
+        """Names within the block, on disk, and shapes; of the attention alone, or empty, where blocks are not known."""
         if (known := self.blocks) is None:
-            return {}
+            return attention_tensors(config) if self.latents else {}
         sizes = axis_sizes(config, known.sizes)
         named = known.common | _joined(tensors for key, tensors in known.where.items() if config.get(key))
         if self.is_dense(config, block):
@@ -210,11 +227,15 @@ class Family(_Data):
             cut[dense] = sum(block < getattr(full, dense) for block in blocks)
         if known.experts and experts is not None:
             cut |= {key: experts for key in known.experts.count.split("|") if hasattr(full, key)}
-        return cut | known.stage_config
+        if self.latents and getattr(
+            full, _MTP, None
+        ):  # layers for speculation, numbered behind the last, are not copied
+            cut[_MTP] = 0
+        return cut | known.stage_config | (self.latents.implied if self.latents else {})
 
     def keeps_dtype(self, name: str) -> bool:
-        """Whether a tensor is never cast."""
-        return self.blocks is not None and name.endswith(self.blocks.exact)
+        """Whether a tensor is never cast: a router's correction, where nobody has said."""
+        return name.endswith(_EXACT if self.blocks is None else self.blocks.exact)
 
     def refusal(self, feature: Feature) -> str | None:
         """Why a recipe of this family may not ask for `feature`; None: it may."""

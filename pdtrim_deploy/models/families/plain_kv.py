@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.models.families.latents import LATENT_KEY, has_latents
 
 _PARTS = (
     "vision_config",
@@ -45,11 +46,6 @@ _REASONS: tuple[tuple[tuple[str, ...], str], ...] = (
         "model",
     ),
     (
-        ("kv_lora_rank",),
-        "its KV is one latent row a token (multi-head latent attention, key {}), not rows of K and V; latent rows "
-        "are not packed yet",
-    ),
-    (
         ("use_bidirectional_attention",),
         "a prompt's tokens attend to those behind them (key {}), so that its KV is not that of a decoder",
     ),
@@ -68,32 +64,41 @@ _REASONS: tuple[tuple[tuple[str, ...], str], ...] = (
     ),
 )
 """Keys of config.json that are set where KV is another, and what it is then."""
+_LATENTS = (
+    f"its KV is one latent row a token (multi-head latent attention, key {LATENT_KEY}), not rows of K and V; such rows "
+    "are sent of known families alone"
+)
 _STATE_LAYERS = {"linear_attention", "mamba", "mamba2", "conv", "recurrent", "hybrid"}
 _WINDOWS_OFF = {"qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "smollm3"}
 """Model types without windows where `use_sliding_window` is left out."""
 
 
-def check_plain(config: Mapping[str, Any], where: str, *, takes_windows: bool = False) -> None:
+def check_plain(
+    config: Mapping[str, Any], where: str, *, takes_windows: bool = False, takes_latents: bool = False
+) -> None:
     """Refuse other KV.
 
     Args:
         takes_windows: the family sends its windows, or its workers refuse texts that are longer.
+        takes_latents: the family sends its latents.
 
     Raises:
         UserError: one sentence: the architecture, what its KV is, and what would be missing for it.
 
     """
-    for reason in _reasons(config, takes_windows):
+    for reason in _reasons(config, takes_windows, takes_latents):
         named = config.get("architectures") or [config.get("model_type")]
         raise UserError(f"{where}: architecture {named[0]} is not supported: {reason}")
 
 
-def _reasons(config: Mapping[str, Any], takes_windows: bool) -> Iterator[str]:
+def _reasons(config: Mapping[str, Any], takes_windows: bool, takes_latents: bool) -> Iterator[str]:
+    if has_latents(config) and not takes_latents:
+        yield _LATENTS
     for keys, reason in _REASONS:
         if key := next((key for key in keys if config.get(key)), None):
             yield reason.format(key)
     yield from _of_layers(config, _layer_types(config), takes_windows)
-    yield from _of_heads(config)
+    yield from () if takes_latents else _of_heads(config)
     rope = {**_mapping(config.get("rope_scaling")), **_mapping(config.get("rope_parameters"))}
     if (kind := rope.get("rope_type") or rope.get("type")) in ("longrope", "su"):
         yield f"the angles of its RoPE ({kind}) depend on a text's length, so that prefill's keys would not be decode's"

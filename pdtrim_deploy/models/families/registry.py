@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.models.families.base import CAUSAL_LM, Family
+from pdtrim_deploy.models.families.latents import LATENT_KEY, latent_sizes
 from pdtrim_deploy.models.families.plain_kv import check_plain
 
 
@@ -33,6 +34,8 @@ def _read_all() -> dict[str, Family]:
 _FILES = _read_all()
 FAMILIES: dict[str, Family] = {name: family for name, family in _FILES.items() if family.blocks}
 """Families whose blocks are known, by architecture."""
+LATENT: dict[str, Family] = {name: family for name, family in _FILES.items() if family.latents}
+"""Families with latent attention."""
 WINDOWED: dict[str, Family] = {name: family for name, family in _FILES.items() if family.windows}
 """Families with sliding windows that are sent."""
 
@@ -51,17 +54,23 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
     """
     named = config.get("architectures") or [f"none (model_type {config.get('model_type')!r})"]
     family = known_family(named[0])
-    check_plain(config, where, takes_windows=family.takes_windows)
+    check_plain(config, where, takes_windows=family.takes_windows, takes_latents=family.latents is not None)
     if not CAUSAL_LM.fullmatch(named[0]):
         raise UserError(
             f"{where}: architecture {named[0]} is not supported: it is no causal LM; give a *ForCausalLM whose KV is "
             f"plain; blocks can be cut of {', '.join(FAMILIES)}"
         )
     family.block_windows(config, where)
+    if family.latents and latent_sizes(config) is None:
+        raise UserError(f"{where}: key {LATENT_KEY} is missing, which {named[0]} has; get the model again")
     experts = family.blocks.experts if family.blocks else None
-    for key, value in (experts.needs if experts else {}).items():
-        if config.get(key, value) != value:
-            raise UserError(
-                f"{where}: key {key} is {config[key]!r}; allowed for {named[0]}: {value!r}, as SGLang reads no other"
-            )
+    for needs, reader in (
+        (experts.needs if experts else {}, "SGLang reads"),
+        (family.latents.implied if family.latents else {}, "SGLang and transformers both read"),
+    ):
+        for key, value in needs.items():
+            if config.get(key, value) != value:
+                raise UserError(
+                    f"{where}: key {key} is {config[key]!r}; allowed for {named[0]}: {value!r}, as {reader} no other"
+                )
     return family

@@ -7,10 +7,16 @@ from math import prod
 from typing import Any
 
 from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.models.families.latents import latent_sizes
 
 
 def attention_sizes(config: Mapping[str, Any]) -> tuple[int, int, int]:
-    """Heads, KV heads and the size of a head; config.json may leave the latter two out."""
+    """Heads, KV heads and the size of a head; config.json may leave the latter two out.
+
+    Of latents there is one a token, in the place of KV heads, and its size is the head's.
+    """
+    if (latents := latent_sizes(config)) is not None:
+        return config["num_attention_heads"], 1, latents.latent
     heads = config["num_attention_heads"]
     return heads, config.get("num_key_value_heads") or heads, config.get("head_dim") or config["hidden_size"] // heads
 

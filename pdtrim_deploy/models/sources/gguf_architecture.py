@@ -19,7 +19,7 @@ ARCHITECTURES = {
     "gemma3": ("Gemma3ForCausalLM", "gemma3_text"),
 }
 _WINDOWS = "its layers have sliding windows, and are not read from GGUF; give the HF folder as hf:DIR"
-_LATENT = "its KV is one latent row a token (multi-head latent attention), and latent rows are not packed yet"
+_LATENT = "its attention keeps latents (MLA), whose maps are not read from GGUF; give the HF folder as hf:DIR"
 _HYBRID = "it is a hybrid: some of its layers keep a state instead of KV, which is not sent yet"
 _EXPERTS = "its experts are not read from GGUF; give the HF folder as hf:DIR"
 _REASONS = {

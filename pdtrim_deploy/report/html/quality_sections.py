@@ -35,7 +35,8 @@ def quality(findings: Findings) -> Markup | None:
         ]  # fmt: skip
         parts.append(table(("task", "items", "dense", "this bundle", "difference ± standard error"), figures))
         parts.append(provenance(tasks, f"seed {tasks['seed']}", f"corpus {tasks['corpus']}"))
-    if kept := recoveries(findings.bundle.reports_dir, findings.bundle.plan.digest):
+    bundle = findings.bundle
+    if kept := recoveries(bundle.reports_dir, bundle.plan.digest, bundle.recipe.quality):
         parts.append(table(HEAD, kept))
         parts.append(tag("p", "Recovery is the score over the dense model's; of perplexity the ratio, less is better."))
     if check := findings.reports.get("fidelity"):

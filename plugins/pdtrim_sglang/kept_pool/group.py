@@ -66,12 +66,11 @@ class KeptGroup:
 
     def prompt_slots(self, row: int, prompt_tokens: int) -> Tensor:
         """int64 `[prompt_tokens]`: the slot of each row of a request's prompt, 0 where the row is not kept."""
-        kept = self.table[row, : self.rule.rows(prompt_tokens)].long()
-        if len(kept) == prompt_tokens:
-            return kept
-        slots = torch.zeros(prompt_tokens, dtype=torch.int64, device=kept.device)
-        slots[: self.rule.n_first] = kept[: self.rule.n_first]
-        slots[prompt_tokens - self.rule.n_last :] = kept[self.rule.n_first :]
+        slots = torch.zeros(prompt_tokens, dtype=torch.int64, device=self.table.device)
+        at = 0
+        for start, stop in self.rule.ranges(prompt_tokens):
+            slots[start:stop] = self.table[row, at : at + stop - start]
+            at += stop - start
         return slots
 
     def of_batch(self, rows: Tensor, seq_lens: Tensor) -> tuple[Tensor, Tensor]:

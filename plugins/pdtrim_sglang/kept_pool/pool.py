@@ -42,7 +42,7 @@ class KeptKVPool(MHATokenToKVPool):
         rules, pages = kept_rules(plan), dict[KeptRule, int]()
         for layer, rule in rules.items():
             slots = split.slots(plan.kv[layer], size, page_size)
-            if slots < rule.rows(size) + split.osl:
+            if slots < rule.rows(min(size, split.isl)) + split.osl:
                 raise RuntimeError(
                     f"pdtrim: {size} tokens leave {slots} to layers that keep {rule} prompt rows: too few for one "
                     f"request of {split.isl} + {split.osl}; raise --max-total-tokens"

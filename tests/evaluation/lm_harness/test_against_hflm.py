@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -17,6 +18,7 @@ from localtasks import TASKS, write_tasks
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.evaluation.lm_harness import Harness
+from pdtrim_deploy.evaluation.lm_harness.samples import measured
 from pdtrim_deploy.local.own_environment import REPO
 from pdtrim_deploy.models.loading import load_model, load_tokenizer
 from pdtrim_deploy.models.oracle import PDOracle
@@ -43,12 +45,25 @@ def offline(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def reference(small: Path, folder: Path, offline: dict[str, str]) -> dict[str, list[dict[str, Any]]]:
+def hflm(small: Path, folder: Path, offline: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """Its `samples` and `results`, by task."""
     program = [REPO / ".venv/evals/bin/python", Path(__file__).with_name("hflm.py"), sysconfig.get_path("purelib")]
     words, environment = [*program, small, folder, *TASKS], os.environ | offline
     run = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
     assert run.returncode == 0, run.stderr[-2000:]
     return json.loads(run.stdout)
+
+
+@pytest.fixture(scope="module")
+def reference(hflm: dict[str, dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    return hflm["samples"]
+
+
+def test_perplexity_a_word_is_the_harness_s_own(hflm: dict[str, dict[str, Any]]) -> None:
+    result = measured("tiny_rolling", hflm["samples"]["tiny_rolling"])
+    theirs = hflm["results"]["tiny_rolling"]["word_perplexity,none"]
+    assert len(set(result.weights["nll_word"])) == len(result.groups)  # texts of other lengths each
+    assert math.exp(result.mean("nll_word")) == pytest.approx(theirs, rel=1e-9)
 
 
 def oracle_of(folder: Path, send: KVSend) -> PDOracle:

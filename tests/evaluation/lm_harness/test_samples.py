@@ -1,9 +1,12 @@
 """What is kept of the harness's samples."""
 
+import math
+
 import pytest
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.evaluation.lm_harness.samples import joined, measured
+from pdtrim_deploy.evaluation.recovery import Recovery
 
 
 def sample(number: int, filter_name: str = "none", **metrics: object) -> dict[str, object]:
@@ -25,7 +28,25 @@ def test_perplexities_are_nats_a_unit_of_each_question() -> None:
     rows = [sample(0, word_perplexity=[-12.0, 4], bits_per_byte=[-12.0, 20]), sample(1, word_perplexity=[-9.0, 3])]
     rows[1]["bits_per_byte"] = [-9.0, 11]
     assert measured("t", rows).values == {"nll_word": (3.0, 3.0)}
+    assert measured("t", rows).weights == {"nll_word": (4.0, 3.0)}
     assert measured("t", [sample(0, perplexity=-2.5)]).values == {"nll": (2.5,)}
+    assert measured("t", [sample(0, perplexity=-2.5)]).weights == {}
+
+
+def test_a_text_weighs_as_many_words_as_it_has() -> None:
+    of_words = [(-12.0, 4), (-9.0, 1), (-6.0, 5)], [(-16.0, 4), (-9.5, 1), (-7.0, 5)]
+    tasks = [[sample(n, word_perplexity=[*pair]) for n, pair in enumerate(pairs)] for pairs in of_words]
+    dense, pd = (measured("t", rows) for rows in tasks)
+    assert (dense.mean("nll_word"), pd.mean("nll_word")) == (27 / 10, 32.5 / 10)
+    paired = pd.against(dense, "nll_word")
+    strayed = [4 - 4 * 0.55, 0.5 - 0.55, 1 - 5 * 0.55]  # of each text's sum from what its words have on average
+    stderr = (sum(x * x for x in strayed) * 3 / 2) ** 0.5 / 10
+    assert (paired.mean, paired.stderr, paired.count) == (pytest.approx(0.55), pytest.approx(stderr), 3)
+    kept = Recovery.of(dense, pd, {})
+    assert kept.recovery == pytest.approx(math.exp(0.55))
+    assert kept.stderr == pytest.approx(math.exp(0.55) * stderr)
+    group = joined("g", {"a": dense, "b": measured("b", tasks[0][:1])})
+    assert group.mean("nll_word") == 39 / 14
 
 
 def test_the_direction_of_a_metric_is_kept_where_all_tasks_of_a_group_have_it() -> None:

@@ -15,6 +15,7 @@ from pdtrim_deploy.evaluation.lm_harness import generation, scoring
 from pdtrim_deploy.evaluation.lm_harness.answers import Answers, halves
 from pdtrim_deploy.evaluation.lm_harness.generation import TextRequest, texts
 from pdtrim_deploy.evaluation.lm_harness.scoring import loglikelihoods
+from pdtrim_deploy.models.layer_run import LayerRun
 from pdtrim_deploy.models.oracle import PDOracle
 
 CONTEXTS = [tuple(ids) for ids in (*text(3, 14).tolist(), *text(2, 11, seed=1).tolist())]
@@ -45,6 +46,38 @@ def test_likelihoods_in_any_batch_are_those_taken_one_by_one(
     oracle = cut()
     for pair, (total, _) in zip(PAIRS, loglikelihoods(oracle, PAIRS, hand_over), strict=True):
         assert total == pytest.approx(sum(by_hand(oracle, *pair, hand_over)), abs=1e-4)
+
+
+class Letters:
+    """One token a letter."""
+
+    bos_token_id, eos_token_id, eos_token = 0, 0, "$"
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        return [ord(letter) - 60 for letter in text]
+
+    def decode(self, ids: list[int]) -> str:
+        return "$"
+
+
+def test_a_pass_over_a_long_window_reads_few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    oracle, passes = cut(), []
+    oracle.decode_model.config.max_position_embeddings = 64
+    texts = ["abcdefghij" * 20, "klmno" * 7]  # windows of 64 tokens, whose halves decode reads
+    expected = Answers(oracle, Letters(), None, print).loglikelihood_rolling(texts)
+    monkeypatch.setattr(scoring, "KV_TOKENS", 24)
+    monkeypatch.setattr(scoring, "BRANCH_TOKENS", 8)
+    start = LayerRun.__init__
+
+    def counted(self: LayerRun, runner: object, parts: list[torch.Tensor], *rest: int) -> None:
+        passes.extend(ids.numel() for ids in parts if runner is oracle.decode)
+        start(self, runner, parts, *rest)
+
+    monkeypatch.setattr(LayerRun, "__init__", counted)
+    totals = Answers(oracle, Letters(), None, print).loglikelihood_rolling(texts)
+    assert totals == pytest.approx(expected, abs=1e-3)
+    assert max(passes) <= 24
+    assert sum(passes) >= 200
 
 
 def test_an_answer_of_a_token_touches_decode_in_the_hand_over_decode_alone() -> None:

@@ -38,11 +38,11 @@ def make_half_problem():
 
 def exact(problem, kv):
     """KL(uncut || kv) of all but the first token, straight from the oracle."""
-    total = []
+    total, prompt = [], problem.prompt_tokens
     for ids in problem.sequences:
         rows = []
         for sends in (DENSE[: len(kv)], kv):
-            top, logprobs = problem.oracle.with_kv(sends).top_logprobs(ids[:PROMPT], ids[PROMPT:], 97)
+            top, logprobs = problem.oracle.with_kv(sends).top_logprobs(ids[:prompt], ids[prompt:], 97)
             rows.append(torch.zeros_like(logprobs).scatter(1, top, logprobs).double()[1:])
         total.append(float((rows[0].exp() * (rows[0] - rows[1])).sum(1).mean()))
     return sum(total) / len(total)
@@ -170,6 +170,32 @@ def test_what_cannot_be_met_is_said():
     cut = (KVSend(mode="sparse", n_first=1, n_last=2, wire_dtype="int4"),)
     with pytest.raises(UserError, match=r"no plan loses at most 0\.00%, whatever its size; allow a larger max_loss"):
         ByBudget(cut, max_loss=1e-9).choose(problem, quiet)
+
+
+def test_a_reduction_holds_at_every_length_that_effects_are_measured_at():
+    """Cut layers that keep a share of the prompt cost as large a part of dense bytes at each."""
+    short = make_problem()
+    longer = replace(short, sequences=text(6, 52, seed=3), prompt_tokens=40)
+    problem = replace(short, longer=(longer,))
+    shares = tuple(KVSend(mode="sparse", n_first=1, n_last=1, share=share) for share in (205, 410, 717))
+    search = budget_search(problem, (KVSend(), *shares), quiet)
+    dense = problem.oracle.plan.dense_bytes(PROMPT)
+    result = search.within(dense // 2)
+    plan = problem.oracle.with_kv(result.sends).plan
+    assert {send.mode for send in result.sends} >= {"sparse"}
+    assert plan.reduction(PROMPT) >= 2
+    assert 2 <= plan.reduction(40) < 2.2
+    assert result.harm == pytest.approx((exact(short, result.sends) + exact(longer, result.sends)) / 2, abs=1e-5)
+    assert search.measure.about(DENSE).gram[0, 1, 0, 1] == pytest.approx(
+        sum(float(budget_search(each, search.measure.options, quiet).measure.about(DENSE).gram[0, 1, 0, 1])
+            for each in (short, longer)) / 2
+    )  # fmt: skip
+    more = budget_search(problem, (KVSend(), *shares, KVSend(mode="sparse", n_first=1, n_last=9)), quiet)
+    costs = dict(zip(more.measure.options, more.costs[0], strict=True))
+    rows = {option: [option.rows(tokens) / tokens for tokens in (PROMPT, 40)] for option in costs}
+    assert {option: cost * 20 / costs[KVSend()] for option, cost in costs.items()} == {
+        option: 20 * max(of_prompt) for option, of_prompt in rows.items()
+    }
 
 
 def test_every_layer_may_have_its_own_price():

@@ -31,7 +31,10 @@ REFUSED = {
         {"architectures": ["Gemma3ForConditionalGeneration"], "vision_config": {"hidden_size": 1}},
         "it is multimodal .key vision_config",
     ),
-    "deepseek-v2": ({"architectures": ["DeepseekV2ForCausalLM"], "kv_lora_rank": 512}, "one latent row a token"),
+    "minicpm3": (
+        {"architectures": ["MiniCPM3ForCausalLM"], "kv_lora_rank": 256},
+        r"one latent row a token \(multi-head latent attention, key kv_lora_rank\).* of known families alone",
+    ),
     "glm-5": ({"architectures": ["GlmMoeDsaForCausalLM"], "index_topk": 2048}, "an index beside K and V"),
     "qwen3-next": (
         {"architectures": ["Qwen3NextForCausalLM"], "linear_num_key_heads": 16},
