@@ -1,4 +1,4 @@
-"""Rows of finished layers leave while prefill computes later ones, in a genuine pair: the oracle's answers, early bytes."""
+"""Rows of finished layers leave while prefill computes later ones: a genuine pair gives the oracle's answers."""
 
 from dataclasses import replace
 
