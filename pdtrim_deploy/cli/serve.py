@@ -48,6 +48,9 @@ from pdtrim_deploy.worker.decode_pool import SplitPool
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--transport", "backend", default="pdtrim_tcp", show_default=True, help="SGLang's KV transfer backend.")
 @options.transport_options
+@click.option(
+    "--send-by-layer", is_flag=True, help="Send rows of finished layers while prefill computes the layers after them."
+)
 @click.option("--threads", type=click.IntRange(1), help="OpenMP threads per worker (default: cores / workers).")
 @click.option("--start-timeout", type=options.seconds, default=600.0, show_default=True, help="Seconds.")
 @options.serve_python
@@ -85,6 +88,7 @@ def serve(
     device: Literal["auto", "cpu", "cuda"],
     backend: str,
     transport_options: dict[str, Any],
+    send_by_layer: bool,
     threads: int | None,
     start_timeout: float,
     serve_python: Path | None,
@@ -119,6 +123,7 @@ def serve(
         chunked_prefill_size=chunked_prefill_size,
         max_total_tokens=max_total_tokens,
         split_pool=split_pool,
+        send_by_layer=send_by_layer,
         max_running_requests=max_running_requests,
         dtype=dtype,
         threads=threads,

@@ -78,6 +78,7 @@ class LayerRows:
 class ChunkLayout:
     """Packed layout of prompt tokens `[start, stop)` of a prompt of `prompt_tokens`; layers without rows are absent.
 
+    `has_last` says whether it is to hold the last layer: what travels beside the plan's rows goes with that one.
     It is hashed by identity: `chunk_layout` returns the same object again, and tables are cached by it.
     """
 
@@ -86,17 +87,24 @@ class ChunkLayout:
     stop: int
     layers: tuple[LayerRows, ...]
     total_bytes: int
+    has_last: bool = True
 
 
 @lru_cache(maxsize=1024)
 def chunk_layout(
-    plan: PDPlan, prompt_tokens: int, start: int = 0, stop: int | None = None, kv_heads: int | None = None
+    plan: PDPlan,
+    prompt_tokens: int,
+    start: int = 0,
+    stop: int | None = None,
+    kv_heads: int | None = None,
+    layers: range | None = None,
 ) -> ChunkLayout:
     """Lay out one chunk.
 
     Args:
         start, stop: absolute prompt positions, half-open; the whole prompt when left out.
         kv_heads: KV heads held by this rank; all of the model's when left out.
+        layers: the KV layers of decode whose rows it holds; all when left out.
 
     Raises:
         ValueError: the chunk does not lie inside the prompt.
@@ -105,9 +113,11 @@ def chunk_layout(
     stop = prompt_tokens if stop is None else stop
     if not 0 <= start <= stop <= prompt_tokens:
         raise ValueError(f"chunk [{start}, {stop}) does not lie in a prompt of {prompt_tokens} tokens")
-    model, offset, layers = plan.model, 0, list[LayerRows]()
+    model, offset, parts = plan.model, 0, list[LayerRows]()
     vectors = model.vectors(kv_heads)
     for layer, (source, send) in enumerate(zip(plan.layer_map, plan.kv, strict=True)):
+        if layers is not None and layer not in layers:
+            continue
         clipped = ((max(lo, start) - start, min(hi, stop) - start) for lo, hi in send.row_ranges(prompt_tokens))
         ranges = tuple((lo, hi) for lo, hi in clipped if lo < hi)
         rows = sum(hi - lo for lo, hi in ranges)
@@ -117,14 +127,15 @@ def chunk_layout(
         keys, values = _parts(codes, vectors, model.row_dtype, rows, first, offset)
         size = sum(part.bytes for part in (*keys, *values))
         positions = tuple((start + lo, start + hi) for lo, hi in ranges)
-        layers.append(
+        parts.append(
             LayerRows(
                 layer, source, ranges, positions, rows, send.wire_dtype, offset, size, keys, values,
                 plan.has_key_offset(layer),
             )
         )  # fmt: skip
         offset += size
-    return ChunkLayout(prompt_tokens, start, stop, tuple(layers), offset)
+    has_last = layers is None or len(plan.kv) - 1 in layers
+    return ChunkLayout(prompt_tokens, start, stop, tuple(parts), offset, has_last)
 
 
 def _parts(

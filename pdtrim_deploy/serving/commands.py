@@ -59,6 +59,7 @@ def worker_command(python: Path, worker: WorkerSpec, secret: Path | None = None)
         secret_file=None if secret is None else str(secret),
         transport=TransportOptions.model_validate(worker.transport),
         decode_pool=options.split_pool if worker.stage == "decode" else None,
+        send_by_layer=options.send_by_layer,
         engine=worker.engine.as_config() if worker.engine is not None else None,
     )
     override = config.override() | ({"architectures": [ENGINE_MODEL]} if worker.engine is not None else {})

@@ -43,6 +43,7 @@ class WorkerConfig(Frozen):
         secret_file: the secret that all workers of a cluster share.
         transport: sizes, deadlines and addresses of its transport.
         decode_pool: requests for which a decode worker sizes the pools of cut layers; None: `SplitPool.of_pool`.
+        send_by_layer: whether rows of finished layers leave while prefill's forward pass runs.
         engine: what computes its forward pass; None: SGLang's own model.
 
     """
@@ -50,6 +51,7 @@ class WorkerConfig(Frozen):
     secret_file: str | None = None
     transport: TransportOptions = TransportOptions.model_validate({})
     decode_pool: SplitPool | None = None
+    send_by_layer: bool = False
     engine: EngineConfig | None = None
 
     def override(self) -> dict[str, Any]:

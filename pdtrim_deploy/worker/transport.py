@@ -17,6 +17,7 @@ class TransportOptions(Frozen):
 
     staging_bytes: int | None = Field(None, ge=1 << 16, le=1 << 34)
     staging_slots: int | None = Field(None, ge=1, le=16)
+    part_bytes: int | None = Field(None, ge=1)
     connect_seconds: float | None = Field(None, gt=0, allow_inf_nan=False)
     stall_seconds: float | None = Field(None, gt=0, allow_inf_nan=False)
     connections: int | None = Field(None, ge=1)

@@ -137,9 +137,14 @@ class DecodeSide:
             raise ProtocolError(
                 f"chunk of KV heads {heads.start} to {heads.stop - 1}, this rank has {own.start} to {own.stop - 1}"
             )
-        layout = chunk_layout(self._plan, tokens, header.start, header.stop, len(heads))
+        if header.layers is not None and header.layers.stop > len(self._plan.kv):
+            raise ProtocolError(
+                f"chunk of layers {header.layers.start} to {header.layers.stop - 1}, the plan has {len(self._plan.kv)}"
+            )
+        layout = chunk_layout(self._plan, tokens, header.start, header.stop, len(heads), header.layers)
         aux_bytes = self._aux.total_bytes if header.last and header.aux_bytes else 0  # of several senders one brings it
-        payload_bytes = layout.total_bytes + self._pool.draft_bytes(header.start, header.stop)
+        draft_bytes = self._pool.draft_bytes(header.start, header.stop) if layout.has_last else 0
+        payload_bytes = layout.total_bytes + draft_bytes
         if (header.payload_bytes, header.aux_bytes) != (payload_bytes, aux_bytes):
             raise ProtocolError(
                 f"chunk of {header.payload_bytes} + {header.aux_bytes} bytes, "

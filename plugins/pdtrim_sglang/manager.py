@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from typing import Any
 
@@ -28,11 +29,14 @@ from pdtrim_sglang.requirements import (
     check_staging,
     check_window,
     check_windows,
+    layers_unheard,
     loaded_windows,
 )
 from pdtrim_sglang.rooms import AuxRows
 from pdtrim_sglang.transports import TransportConfig, transport_named
 from pdtrim_sglang.transports.handshake import Credentials
+
+logger = logging.getLogger("sglang.srt.pdtrim.manager")
 
 
 class PDTrimKVManager(CommonKVManager):
@@ -128,9 +132,18 @@ class PDTrimKVManager(CommonKVManager):
             self.prefill_side = PrefillSide(*side)
             if getattr(model, "packs_rows", False) and self.transport_config.device is None:
                 model.staging = self.prefill_side.stage_in_engine()
+            if config.send_by_layer:
+                self._send_by_layer(model)
         else:
             self.decode_side = DecodeSide(*side)
             self._start_heartbeat_checker_thread()
+
+    def _send_by_layer(self, model: Any) -> None:
+        if reason := layers_unheard(self.server_args, model):
+            logger.warning("pdtrim: rows leave when their forward pass has ended, not layer by layer: %s", reason)
+        else:
+            layerwise = self.prefill_side.send_by_layer()
+            logger.info("pdtrim: rows of finished layers leave in parts of %d bytes or more", layerwise.least_bytes)
 
     def try_ensure_parallel_info(self, bootstrap_addr: str) -> bool:
         """Called in decode until its first pairing with a prefill worker succeeds.

@@ -62,6 +62,11 @@ class TransferMetrics(HeldMetrics):
         self._draft = Histogram(
             "pdtrim_kv_draft_bytes", "Of the payload: KV of a draft model, native", buckets=[0.0, *sizes]
         )
+        self._early = Histogram(
+            "pdtrim_kv_early_bytes",
+            "Of the payload: sent before its forward pass had ended",
+            buckets=[0.0, *sizes],
+        )
         self._seconds = Histogram("pdtrim_kv_transfer_seconds", "First chunk queued to last chunk acknowledged")
         self._tokens = Histogram("pdtrim_kv_prompt_tokens", "Prompt tokens of a request", buckets=sizes)
         self._reused_tokens = Histogram(
@@ -81,6 +86,7 @@ class TransferMetrics(HeldMetrics):
         self._payload.observe(progress.payload_bytes)
         self._staged.observe(progress.staged_bytes)
         self._draft.observe(progress.draft_bytes)
+        self._early.observe(progress.early_bytes)
         self._wire.observe(progress.wire_bytes)
         self._dense.observe(dense_bytes)
         self._tokens.observe(progress.prompt_tokens)

@@ -13,6 +13,7 @@ from pdtrim_deploy.kvcache.checksum import checksum
 from pdtrim_deploy.kvcache.layout import ChunkLayout, chunk_layout
 from pdtrim_deploy.kvcache.pack import check, pack
 from pdtrim_deploy.plan import PDPlan
+from pdtrim_sglang.forward_pass import ForwardPass
 from pdtrim_sglang.pool import PoolView
 from pdtrim_sglang.rooms import AuxRows
 from pdtrim_sglang.staging import Span
@@ -28,6 +29,8 @@ class Chunk:
         events: device events after which `pages`, and the pages, may be read.
         span: where an engine has packed the rows already.
         heads: the KV heads to send, as the model counts them; all of this rank's when left out.
+        layers: the KV layers of decode whose rows to send; all when left out.
+        forward_pass: the pass that computes them, where they may leave before it has ended.
         carries_aux: whether the last chunk brings the request's aux row: of several senders the first one's does.
 
     """
@@ -43,6 +46,8 @@ class Chunk:
     events: tuple[Any, ...] = ()
     span: Span | None = None
     heads: range | None = None
+    layers: range | None = None
+    forward_pass: ForwardPass | None = None
     carries_aux: bool = True
 
 
@@ -96,8 +101,8 @@ class Packer:
             event.synchronize()
         out, device_sum, pieces = self._slots[slot], self._sums[slot], None
         pool = self._pool if chunk.heads is None else self._pool.of_heads(chunk.heads)
-        layout = chunk_layout(self._plan, chunk.prompt_tokens, chunk.start, chunk.stop, pool.kv_heads)
-        draft_bytes = pool.draft_bytes(chunk.start, chunk.stop)
+        layout = chunk_layout(self._plan, chunk.prompt_tokens, chunk.start, chunk.stop, pool.kv_heads, chunk.layers)
+        draft_bytes = pool.draft_bytes(chunk.start, chunk.stop) if layout.has_last else 0
         if chunk.span is not None and device_sum is None:
             first = pool.first_head - self._pool.first_head
             heads = None if pool is self._pool else slice(first, first + pool.kv_heads)
@@ -111,7 +116,7 @@ class Packer:
             )
             if not near:
                 out[: layout.total_bytes].copy_(packed, non_blocking=True)
-            if pool.draft is not None:
+            if pool.draft is not None and layout.has_last:
                 rest = out[layout.total_bytes :]
                 packed = pool.draft.pack(layout, slots, rest if near else None)
                 if not near:

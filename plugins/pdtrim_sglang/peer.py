@@ -213,7 +213,7 @@ class Peer:
             return
         header = ChunkHeader(
             self._digest, chunk.room, self._rank, chunk.prompt_tokens, chunk.start, chunk.stop,
-            len(packed.aux), size, chunk.last, packed.heads,
+            len(packed.aux), size, chunk.last, packed.heads, chunk.layers,
         )  # fmt: skip
         with self._lock:
             sent = self._unanswered.setdefault(chunk.room, _Unanswered())
@@ -230,6 +230,7 @@ class Peer:
             progress.payload_bytes += size
             progress.draft_bytes += packed.draft_bytes
             progress.staged_bytes += size if chunk.span is not None else 0
+            progress.early_bytes += size if chunk.forward_pass is not None and chunk.forward_pass.runs else 0
             complete = progress.complete
         if complete:
             self._arrived(chunk.room, progress)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 
 from sglang.srt.disaggregation.base.conn import KVPoll
@@ -12,6 +13,7 @@ from sglang.srt.disaggregation.common.conn import ABORT_TAG, AbortNotification
 from pdtrim_deploy.plan import PDPlan
 from pdtrim_sglang import vital
 from pdtrim_sglang.chunk_sizes import most_tokens
+from pdtrim_sglang.layerwise import LayerwiseSends
 from pdtrim_sglang.messages import Register, Room, parse
 from pdtrim_sglang.metrics import Held, TransferMetrics
 from pdtrim_sglang.pairing import Ranks, RoomInfo, disagreement, rejection
@@ -32,10 +34,12 @@ logger = logging.getLogger("sglang.srt.pdtrim.prefill")
 class PrefillSide:
     """The rooms and decode workers of this worker, its control channel, and what its scheduler calls.
 
-    `staging` is made when the worker's model is an engine that packs the rows to send (`stage_in_engine`).
+    `staging` is made when the worker's model is an engine that packs the rows to send (`stage_in_engine`), `layerwise`
+    when rows of finished layers are to leave during a forward pass (`send_by_layer`).
     """
 
     staging: Staging | None = None
+    layerwise: LayerwiseSends | None = None
 
     def __init__(
         self,
@@ -73,10 +77,23 @@ class PrefillSide:
         self.staging = Staging(self._plan, self._pool.kv_heads, keys.dtype, arena)
         return self.staging
 
+    def send_by_layer(self) -> LayerwiseSends:
+        """From now on parts of chunks leave while they are computed; called before the first request."""
+        sizes = self._config.part_bytes, self.max_chunk_tokens
+        self.layerwise = LayerwiseSends(self._plan, self._pool, *sizes, self._queue)
+        return self.layerwise
+
     def expect(self, rid: str, room: int, prompt_tokens: int) -> None:
         """SGLang's request `rid` will be computed here and sent to `room`."""
         if self.staging is not None:
             self.staging.expect(rid, room, prompt_tokens)
+        if self.layerwise is not None:
+            self.layerwise.expect(rid, room, prompt_tokens)
+
+    def ready(self, room: int, prefix_tokens: int) -> None:
+        """Decode waits for the rows of a request whose first `prefix_tokens` tokens it has."""
+        if self.layerwise is not None:
+            self.layerwise.ready(room, prefix_tokens)
 
     def sender_opened(self, room: int) -> RoomProgress:
         """The scheduler has a sender for this room; returns where its progress will be written."""
@@ -88,6 +105,8 @@ class PrefillSide:
         self.sessions.forget(room)
         if self.staging is not None:
             self.staging.forget(room)
+        if self.layerwise is not None:
+            self.layerwise.forget(room)
         self.rooms.released()
 
     def sender_aborted(self, room: int, opened: bool) -> None:
@@ -96,7 +115,15 @@ class PrefillSide:
         self.rooms.bury(room)
 
     def submit(self, chunk: Chunk) -> None:
-        """Queue a chunk; a failed or unknown room's chunk is dropped, as SGLang's own backends do."""
+        """Queue what has not left of a chunk; a failed or unknown room's is dropped, as SGLang's own backends do."""
+        if self.layerwise is not None:
+            self.layerwise.submit(chunk)
+        else:
+            self._queue(self._parts(chunk))
+
+    def _queue(self, parts: Sequence[Chunk]) -> None:
+        """Queue chunks of one room, in order."""
+        chunk = parts[-1]
         infos = self._manager.transfer_infos.get(chunk.room)
         if not infos or self._manager.request_status.get(chunk.room) in (None, KVPoll.Failed):
             return
@@ -107,7 +134,7 @@ class PrefillSide:
             return
         progress = self.rooms.progress(chunk.room)
         assert progress is not None  # its sender queues the chunk
-        parts, receivers = self._parts(chunk), [info for info in infos.values() if info.heads]
+        receivers = [info for info in infos.values() if info.heads]
         with progress.lock:  # all of them before the first is sent: none is the last one while others wait
             progress.queued += len(parts) * len(receivers)
         progress.reused_tokens = info.prefix_tokens

@@ -11,8 +11,9 @@ class RoomProgress:
     """How far one request's transfer from one rank of prefill is, to all ranks of decode that it sends to.
 
     Of the prompt's tokens, decode has the rows of the first `reused_tokens` from an earlier request. Times are of the
-    monotonic clock, in seconds. `last_sent` is when a last chunk had left: from then on its reply is waited for. `lock`
-    is over what peers count; a reply may overtake the return of its own send.
+    monotonic clock, in seconds. `early_bytes` had left before the forward pass that computed them had ended.
+    `last_sent` is when a last chunk had left: from then on its reply is waited for. `lock` is over what peers count; a
+    reply may overtake the return of its own send.
     """
 
     started: float | None = None
@@ -22,6 +23,7 @@ class RoomProgress:
     payload_bytes: int = 0
     staged_bytes: int = 0
     draft_bytes: int = 0
+    early_bytes: int = 0
     wire_bytes: int = 0
     prompt_tokens: int = 0
     reused_tokens: int = 0

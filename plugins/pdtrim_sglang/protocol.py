@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import xxhash
 
 MAGIC = b"PDTK"
-VERSION = 4  # 2: int4 of 4.25 bits; 3: k4v3, int3, their first row native; 4: a range of heads
-_HEADER = struct.Struct("<4sHHIHH32sQIIIIQ")
+VERSION = 5  # 2: int4 of 4.25 bits; 3: k4v3, int3, their first row native; 4: a range of heads; 5: of layers
+_HEADER = struct.Struct("<4sHHIHHHH32sQIIIIQ")
 _CHECKSUM = struct.Struct("<Q")
 HEADER_BYTES = _HEADER.size + _CHECKSUM.size
 _REPLY = struct.Struct("<4sHHQH")
@@ -38,6 +38,7 @@ class ChunkHeader:
         aux_bytes: length of the aux row (first token, its logprobs, room), 0 before the last chunk.
         payload_bytes: length of the packed rows.
         heads: the KV heads whose rows they are, as the model counts them.
+        layers: the KV layers of decode whose rows they are; None: all. On the wire none are all.
 
     """
 
@@ -51,32 +52,34 @@ class ChunkHeader:
     payload_bytes: int
     last: bool
     heads: range
+    layers: range | None = None
 
     def encode(self, body: Iterable[memoryview | bytes]) -> bytes:
         """Header bytes with the XXH3-64 checksum of header and body.
 
         A payload on a GPU stands in `body` by its own checksum, 8 bytes (`pdtrim_deploy.kvcache.checksum`).
         """
+        layers = self.layers or range(0)
         fixed = _HEADER.pack(
-            MAGIC, VERSION, _LAST if self.last else 0, self.rank, self.heads.start, len(self.heads), self.digest,
-            self.room, self.prompt_tokens, self.start, self.stop, self.aux_bytes, self.payload_bytes,
+            MAGIC, VERSION, _LAST if self.last else 0, self.rank, self.heads.start, len(self.heads), layers.start,
+            len(layers), self.digest, self.room, self.prompt_tokens, self.start, self.stop, self.aux_bytes,
+            self.payload_bytes,
         )  # fmt: skip
         return fixed + _CHECKSUM.pack(_checksum(fixed, body))
 
     @classmethod
     def decode(cls, data: bytes) -> ChunkHeader:
         """Parse `HEADER_BYTES`; ProtocolError when it is not a chunk header of this version."""
-        magic, version, flags, rank, head, heads, digest, room, tokens, start, stop, aux, payload = _HEADER.unpack_from(
-            data
-        )
+        magic, version, flags, rank, head, heads, layer, layers, digest, *rest = _HEADER.unpack_from(data)
         if magic != MAGIC:
             raise ProtocolError("not a pdtrim chunk: the peer speaks another protocol")
         if version != VERSION:
             raise ProtocolError(f"protocol version {version}, this worker speaks {VERSION}: upgrade both together")
+        room, tokens, start, stop, aux, payload = rest
         if not start <= stop <= tokens:
             raise ProtocolError(f"chunk [{start}, {stop}) does not lie in a prompt of {tokens} tokens")
-        held = range(head, head + heads)
-        return cls(digest, room, rank, tokens, start, stop, aux, payload, bool(flags & _LAST), held)
+        held, of = range(head, head + heads), range(layer, layer + layers) or None
+        return cls(digest, room, rank, tokens, start, stop, aux, payload, bool(flags & _LAST), held, of)
 
 
 def body_matches(header: bytes, body: Iterable[memoryview | bytes]) -> bool:

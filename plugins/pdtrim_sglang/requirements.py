@@ -92,6 +92,19 @@ def check_speculation(server_args: Any, plan: PDPlan | None) -> None:
         raise RuntimeError(f"pdtrim: an engine's graph verifies no drafted tokens: {without}, or without the engine")
 
 
+def layers_unheard(server_args: Any, model: Any) -> str:
+    """Why the plugin does not hear when a layer of prefill is computed, in one clause; empty where it does."""
+    from sglang.srt.model_executor.cuda_graph_config import Phase, check_cuda_graph_backend
+
+    if getattr(model, "packs_rows", False):
+        return "an engine packs the rows that it computes, and hands them over when its forward pass has ended"
+    if server_args.enable_two_batch_overlap:
+        return "with --enable-two-batch-overlap the halves of a batch are computed in turns"
+    if check_cuda_graph_backend(Phase.PREFILL, "full"):
+        return "a full graph of prefill calls no Python between layers (--cuda-graph-backend-prefill breakable does)"
+    return ""
+
+
 def check_draft_ranks(plan: PDPlan, ranks: int) -> None:
     """Raise RuntimeError where ranks hold copies of KV heads: one sends them for all, and not each its draft rows."""
     if ranks > (heads := plan.model.num_kv_heads):

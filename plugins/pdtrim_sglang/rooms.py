@@ -1,7 +1,8 @@
 """Requests that a decode worker waits for: where their rows go, how far they are, whether they may be written.
 
 Where prefill has more attention ranks than decode, several of them send one rank of decode the rows of some KV heads
-each: a room keeps how far each of them is. The request is ready when each has sent its last chunk.
+each: a room keeps how far each of them is, in each layer. The request is ready when each has sent its last chunk, which
+comes after all of its other rows.
 
 A room is closed before SGLang frees its pages, and a chunk is scattered under the room's lock only while it is open:
 so no late chunk ever writes into pages that belong to another request.
@@ -10,7 +11,7 @@ so no late chunk ever writes into pages that belong to another request.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from pdtrim_deploy.kvcache.layout import chunk_layout
 from pdtrim_deploy.kvcache.pack import unpack
 from pdtrim_deploy.plan import PDPlan
+from pdtrim_sglang.layer_positions import LayerPositions
 from pdtrim_sglang.pool import Destinations, PoolView, row_view
 from pdtrim_sglang.protocol import ChunkHeader
 
@@ -60,7 +62,7 @@ class DecodeRoom:
 
     `places` are there, and may be written, when the device events in `ready` have come. `senders` are the KV heads, as
     the model counts them, that each rank of prefill sends; the first of them also sends the aux row. `positions` are
-    the tokens up to which each has sent them.
+    the tokens up to which each that has sent some has sent each layer's.
     """
 
     room: int
@@ -70,33 +72,32 @@ class DecodeRoom:
     aux_index: int
     ready: tuple[Any, ...] = ()
     senders: Mapping[int, range] = field(kw_only=True)
-    positions: dict[int, int] = field(init=False)
+    positions: dict[int, LayerPositions] = field(init=False, default_factory=dict)
     open: bool = True
     lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def __post_init__(self) -> None:
-        self.positions = dict.fromkeys(self.senders, self.prefix_tokens)
 
     def take(
         self, plan: PDPlan, pool: PoolView, aux_rows: AuxRows, header: ChunkHeader, payload: Tensor, aux: memoryview
     ) -> str:
         """Scatter one chunk; returns why not, or nothing."""
         with self.lock:
-            if reason := self._refusal(header, aux_rows.total_bytes):
+            positions = self.positions.get(header.rank) or LayerPositions(len(plan.kv), self.prefix_tokens)
+            if reason := self._refusal(header, positions, aux_rows.total_bytes):
                 return reason
             span = slice(header.start - self.prefix_tokens, header.stop - self.prefix_tokens)
             pool = pool.of_heads(header.heads)
-            layout = chunk_layout(plan, header.prompt_tokens, header.start, header.stop, pool.kv_heads)
+            layout = chunk_layout(plan, header.prompt_tokens, header.start, header.stop, pool.kv_heads, header.layers)
             pool.after(*self.ready)
             try:
                 rows = near(payload, pool)
                 slots = self.places.slots[:, span]
                 unpack(layout, rows, pool.keys, pool.values, slots, pool.offsets, self.places.groups)
-                if pool.draft is not None:
+                if pool.draft is not None and layout.has_last:  # no layer is cut then, so there is one row of slots
                     pool.draft.unpack(layout, rows[layout.total_bytes :], slots[0])
             finally:  # also what failed half way writes no more when this returns, nor reads the payload
                 pool.wait()
-            self.positions[header.rank] = header.stop
+            positions.advance(header.layers or range(len(plan.kv)), header.stop)
+            self.positions[header.rank] = positions
             if header.last and self._brings_aux(header.rank):
                 aux_rows.write(self.aux_index, aux)
             return ""
@@ -104,8 +105,15 @@ class DecodeRoom:
     def _brings_aux(self, rank: int) -> bool:
         return rank == next(iter(self.senders))
 
-    def _refusal(self, header: ChunkHeader, aux_bytes: int) -> str:
-        """Why a chunk is not the next of its sender, or nothing; an aux row has `aux_bytes` bytes."""
+    def _refusal(self, header: ChunkHeader, positions: LayerPositions, aux_bytes: int) -> str:
+        """Why a chunk is not the next of its sender, whose rows came up to `positions`, or nothing.
+
+        An aux row has `aux_bytes` bytes.
+        """
+        every = range(len(positions))
+        layers = header.layers or every
+        before = positions.runs(range(layers.start))  # rows of these come before a last chunk
+        completes = header.stop == self.prompt_tokens and layers.stop == every.stop
         rank, heads, aux = header.rank, self.senders.get(header.rank), 0
         if header.last and self._brings_aux(rank):
             aux = aux_bytes
@@ -121,10 +129,12 @@ class DecodeRoom:
                 f"chunk of KV heads {header.heads.start} to {header.heads.stop - 1}; "
                 f"prefill rank {rank} is to send {heads.start} to {heads.stop - 1}"
             )
-        elif header.start != self.positions[rank]:
-            reason = f"chunk begins at token {header.start}, expected {self.positions[rank]}"
-        elif header.last != (header.stop == self.prompt_tokens):
+        elif (runs := positions.runs(layers)) != [(layers, header.start)]:
+            reason = f"chunk begins at token {header.start}, expected {_listed(runs)}"
+        elif header.last != completes:
             reason = f"chunk ends at token {header.stop} of {self.prompt_tokens} and last={header.last}"
+        elif header.last and any(at < self.prompt_tokens for _, at in before):
+            reason = f"the last chunk came before rows of other layers, which are there up to token {_listed(before)}"
         elif header.aux_bytes != aux:
             reason = f"prefill rank {rank} sends an aux row of {header.aux_bytes} bytes, expected {aux}"
         else:
@@ -135,3 +145,9 @@ class DecodeRoom:
         """Forbid further writes; waits for one that is under way."""
         with self.lock:
             self.open = False
+
+
+def _listed(runs: Sequence[tuple[range, int]]) -> str:
+    if len(runs) == 1:
+        return str(runs[0][1])
+    return ", ".join(f"{at} in layers {layers.start} to {layers.stop - 1}" for layers, at in runs)

@@ -44,6 +44,11 @@ class PDTrimKVSender(CommonKVSender):
         self._prefix_tokens = super().pop_decode_prefix_len()
         return self._prefix_tokens
 
+    def init(self, num_kv_indices: int, aux_index: int | None = None) -> None:
+        """Decode waits for `num_kv_indices` pages."""
+        super().init(num_kv_indices, aux_index)
+        self.kv_mgr.prefill_side.ready(self.bootstrap_room, self._prefix_tokens)
+
     def get_max_transfer_tokens(self) -> int:
         return self.kv_mgr.prefill_side.max_chunk_tokens
 

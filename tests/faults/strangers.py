@@ -57,7 +57,7 @@ U32, U64 = st.integers(0, 2**32 - 1), st.integers(0, 2**64 - 1)
 class Chunk:
     """A header that is mostly right; `payload` None: the plan's length, and a body; `sound`: its checksum is right.
 
-    `heads` are the first KV head and how many; None: those of the rank that is spoken to.
+    `heads` are the first KV head and how many; None: those of the rank that is spoken to. `layers` are likewise.
     """
 
     version: int
@@ -69,6 +69,7 @@ class Chunk:
     aux: int
     payload: int | None
     sound: bool
+    layers: tuple[int, int] = (0, 0)
 
     def encode(self, plan: PDPlan, own_heads: int, checksum: Callable[[bytes], int]) -> bytes:
         """Header, and the body that it announces if that is the plan's, to the first rank, which has `own_heads`."""
@@ -77,7 +78,7 @@ class Chunk:
         if payload is None:
             payload = chunk_layout(plan, tokens, start, stop, own_heads).total_bytes
         fixed = struct.pack(
-            HEADER, b"PDTK", self.version, self.flags, self.rank, *(self.heads or (0, own_heads)),
+            HEADER, b"PDTK", self.version, self.flags, self.rank, *(self.heads or (0, own_heads)), *self.layers,
             bytes.fromhex(plan.digest), self.room, tokens, start, stop, self.aux, payload,
         )  # fmt: skip
         body = os.urandom(payload + min(self.aux, 4096)) if self.payload is None else b""
@@ -95,6 +96,7 @@ CHUNK = st.builds(
     aux=st.one_of(st.just(0), st.just(0), st.integers(0, 300), U32),
     payload=st.one_of(st.none(), st.none(), st.integers(0, 5000), U64),
     sound=st.booleans(),
+    layers=st.one_of(*[st.just((0, 0))] * 7, st.tuples(st.integers(0, 9), st.integers(0, 9))),
 )
 FRAME = st.one_of(CHUNK, CHUNK, CHUNK, st.binary(min_size=1, max_size=200))
 

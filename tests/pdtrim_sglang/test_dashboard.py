@@ -20,7 +20,14 @@ def of_the_plugin() -> set[str]:
 
     metrics = TransferMetrics()
     progress = SimpleNamespace(
-        payload_bytes=1, staged_bytes=0, wire_bytes=2, prompt_tokens=3, seconds=0.1, reused_tokens=1, draft_bytes=0
+        payload_bytes=1,
+        staged_bytes=0,
+        wire_bytes=2,
+        prompt_tokens=3,
+        seconds=0.1,
+        reused_tokens=1,
+        draft_bytes=0,
+        early_bytes=0,
     )
     metrics.succeeded(progress, 4, 1)
     return set(re.findall(r"^(pdtrim_\w+)", generate_latest(REGISTRY).decode(), re.MULTILINE))

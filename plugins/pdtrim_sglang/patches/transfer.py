@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from pdtrim_sglang.patches import passes
+
 
 def backend_name(transport: str) -> str:
     """Value of `--disaggregation-transfer-backend` for a transport."""
@@ -50,9 +52,11 @@ def kv_class(original: Callable[..., Any], transfer_backend: Any, class_type: An
 def attach_pool(manager: Any, queue: Any) -> Any:
     attach = getattr(manager, "attach", None)
     if attach is not None:
-        model = queue.scheduler.tp_worker.model_runner.model
+        runner = queue.scheduler.tp_worker.model_runner
         draft_pool = queue.draft_token_to_kv_pool if manager.kv_args.num_draft_entries else None
-        attach(queue.token_to_kv_pool, model, draft_pool)
+        attach(queue.token_to_kv_pool, runner.model, draft_pool)
+        if (layerwise := getattr(getattr(manager, "prefill_side", None), "layerwise", None)) is not None:
+            passes.follow(runner, layerwise)
     return manager
 
 

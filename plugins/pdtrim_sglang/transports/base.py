@@ -30,6 +30,7 @@ class TransportConfig:
     Attributes:
         staging_bytes: capacity of one staging slot; longer chunks are cut by the scheduler.
         staging_slots: of each connection, at each end: one is packed or scattered while another one travels.
+        part_bytes: least bytes of a part that leaves while its forward pass runs (`layerwise.py`).
         connect_seconds: deadline to reach a decode worker, and again to know each other.
         stall_seconds: longest silence inside a frame, or between a request's last chunk and its reply.
         connections: most prefill workers that a server keeps at once, and most that have not shown yet who they are:
@@ -48,6 +49,7 @@ class TransportConfig:
 
     staging_bytes: int = 32 << 20
     staging_slots: int = 2
+    part_bytes: int = 1 << 20
     connect_seconds: float = 5.0
     stall_seconds: float = 30.0
     connections: int = 256
