@@ -167,8 +167,8 @@ def test_decodes_pool_is_that_of_whole_chunks(ends, prefix, hit, least, seed, ra
     dice = random.Random(seed)
     with pytest.MonkeyPatch.context() as patch:
         torch.manual_seed(0)
-        made = [World(patch, *ranks, prefix=prefix, config=replace(CONFIG, part_bytes=least)) for _ in range(2)]
-        plain, pair = made
+        worlds = [World(patch, *ranks, prefix=prefix, config=replace(CONFIG, part_bytes=least)) for _ in range(2)]
+        plain, pair = worlds
         pair.here, pair.there = plain.here, plain.there
         hit = min(max(hit, prefix), TOKENS - 2)
         hit -= hit % PAGE
@@ -197,7 +197,7 @@ def test_decodes_pool_is_that_of_whole_chunks(ends, prefix, hit, least, seed, ra
             assert sent(pair) == sent(plain)
             assert [rank.aux.read(0) for rank in pair.decode] == [AUX] * ranks[1]
         finally:
-            for opened in made:
+            for opened in worlds:
                 opened.close()
 
 
