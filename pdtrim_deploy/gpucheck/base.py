@@ -19,7 +19,8 @@ class Part:
         name: of the command line, and of its rows where it makes none itself.
         function: `module:function`, which yields rows and skips with a reason what it cannot do. It takes nothing, or
             SGLang's Python where the part serves.
-        seconds: its deadline.
+        seconds: what it may take where the time is short; parts that follow leave it more.
+        extra: whether other parts keep their time before it gets any.
         modules: what the Python that runs it must be able to import beside torch, which must see a CUDA device.
         serves: what SGLang's Python must be able to import; its torch must see the device then, not the part's own.
 
@@ -30,6 +31,7 @@ class Part:
     seconds: float
     modules: tuple[str, ...] = ()
     serves: tuple[str, ...] = ()
+    extra: bool = False
 
 
 def line(row: Row) -> str:

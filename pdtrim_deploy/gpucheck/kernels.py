@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pdtrim_deploy.gpucheck.row import Row
 from pdtrim_deploy.kvcache import torch_pack
+from pdtrim_deploy.kvcache.checksum import torch_checksum
 from pdtrim_deploy.kvcache.gpu.library import library
 from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
 from pdtrim_deploy.kvcache.layout import ChunkLayout, chunk_layout
@@ -36,13 +37,18 @@ from pdtrim_deploy.plan.wire import (
 
 DTYPES: tuple[NativeDtype, ...] = ("float32", "float16", "bfloat16")
 HEAD_DIMS = (64, 80, 96, 128, 256)
+USUAL_HEAD_DIMS = (128,)  # of pools that are not bfloat16: each further size costs a second or two of compilation
 LLAMA = (32, 8, 128)  # layers, KV heads and head size of Llama-3.1-8B
 TOKENS, REPEATS = 4096, 20
+CHECKSUM_BYTES = (1, 8, 4095, 32_768, 100_003, 8_000_005)
 Figure = dict[str, float | int | str]
 
 
 def kernel_rows(device: torch.device | None = None) -> Iterator[Row]:
-    """Rows one by one: bits of each wire dtype and pool dtype, then bandwidth and launches of each wire dtype."""
+    """Rows one by one: bandwidth and launches of each wire dtype, the checksum, then bits of each wire and pool dtype.
+
+    Bits come last, since they compile most: a kernel for each head size, pool dtype, wire dtype and direction.
+    """
     if device is None:
         if not torch.cuda.is_available():
             yield Row("kernels", "skipped", "torch sees no CUDA device")
@@ -52,13 +58,14 @@ def kernel_rows(device: torch.device | None = None) -> Iterator[Row]:
         yield Row("kernels", "skipped", "Triton is missing or cannot compile here; the log says why")
         return
     for wire in WIRE_DTYPES:
-        for dtype in (*DTYPES, *(FP8_ROWS if wire in SMALLER_THAN_FP8 else ())):
+        yield _row(f"kernels: bandwidth, {wire}", partial(bandwidth, device, wire))
+        yield _row(f"kernels: launches, {wire}", partial(launches, device, wire))
+    yield _row("kernels: checksum", partial(checksums, device))
+    for wire in WIRE_DTYPES:
+        for dtype in ("bfloat16", "float16", "float32", *(FP8_ROWS if wire in SMALLER_THAN_FP8 else ())):
             yield _row(f"kernels: bits, {wire} from {dtype}", partial(bits, device, wire, dtype))
     for latent in LATENT_SIDES:
         yield _row(f"kernels: bits, latents in {latent}", partial(latent_bits, device, latent))
-    for wire in WIRE_DTYPES:
-        yield _row(f"kernels: bandwidth, {wire}", partial(bandwidth, device, wire))
-        yield _row(f"kernels: launches, {wire}", partial(launches, device, wire))
 
 
 def _row(part: str, check: Callable[[], Figure]) -> Row:
@@ -74,14 +81,14 @@ def _row(part: str, check: Callable[[], Figure]) -> Row:
 
 
 def bits(device: torch.device, wire: WireDtype, dtype: NativeDtype | PoolDtype, tokens: int = 200) -> Figure:
-    """Packed bytes and unpacked pools of the kernels against torch's on the CPU, for all head sizes.
+    """Packed bytes and unpacked pools of the kernels against torch's on the CPU; all head sizes from bfloat16.
 
     Raises:
         AssertionError: some differ; the sentence has the head size, and whether torch's own on the device do too.
 
     """
     compared = 0
-    for head_dim in HEAD_DIMS:
+    for head_dim in HEAD_DIMS if dtype == "bfloat16" else USUAL_HEAD_DIMS:
         if head_dim % HEAD_DIM_MULTIPLE[wire]:
             continue
         plan, offsets = _plan(wire, (3, 3, head_dim), dtype, cut=True)
@@ -138,6 +145,22 @@ def latent_bits(device: torch.device, wire: WireDtype, tokens: int = 200) -> Fig
             raise AssertionError(f"{bad} of {len(packed)} packed bytes and {rest} unpacked values differ from torch's")
         compared += len(packed)
     return {"bytes_compared": compared, "bytes_different": 0}
+
+
+def checksums(device: torch.device, sizes: tuple[int, ...] = CHECKSUM_BYTES) -> Figure:
+    """The checksum's kernel against torch's on the CPU, over sizes that end within a word and within a block.
+
+    Raises:
+        AssertionError: they differ.
+
+    """
+    from pdtrim_deploy.kvcache.gpu.checksum import launched
+
+    for size in sizes:
+        data = torch.randint(256, (size,), dtype=torch.uint8, generator=torch.Generator().manual_seed(size))
+        expected, got = int(torch_checksum(data)), int(launched(data.to(device)))
+        assert got == expected, f"of {size} bytes the kernel computes {got:#x}, torch on the CPU {expected:#x}"
+    return {"bytes_compared": sum(sizes), "sizes": len(sizes)}
 
 
 def _parts(pools: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:

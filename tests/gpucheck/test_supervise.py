@@ -16,7 +16,7 @@ from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.gpucheck import check, command, supervise
 from pdtrim_deploy.gpucheck.base import Part, line, parse
 from pdtrim_deploy.gpucheck.check import LEAST_S
-from pdtrim_deploy.gpucheck.machine import Environment, choose
+from pdtrim_deploy.gpucheck.machine import PACKAGES, Environment, choose
 from pdtrim_deploy.gpucheck.registry import PARTS, parts_named
 from pdtrim_deploy.gpucheck.row import Row
 
@@ -116,6 +116,46 @@ def test_parts_share_one_budget():
     ]
 
 
+def test_the_parts_that_are_not_extra_fit_the_budget_and_run_first():
+    parts = list(PARTS.values())
+    assert sum(known.seconds for known in parts if not known.extra) <= check.BUDGET_S - 20  # Pythons are asked first
+    assert [known.extra for known in parts] == sorted(known.extra for known in parts)
+    main = {"kernels", "oracle", "served", "smollm2", "itl", "nixl", "mooncake", "tensorrt"}
+    assert {known.name for known in parts if not known.extra} == main
+
+
+@pytest.mark.parametrize(
+    ("seconds", "later", "given"),
+    [
+        (60, [part("well", 100)], 500),  # what later parts need is kept for them
+        (60, [part("well", 580)], 60),  # but its own seconds are its own
+        (60, [part("well", 100, extra=True), part("well", 100, modules=("onnx",))], 600),  # these keep nothing
+    ],
+)
+def test_a_part_gets_what_later_parts_leave(monkeypatch, seconds, later, given):
+    deadlines = []
+    monkeypatch.setattr(check, "run_part", lambda part, python, seconds, serve: deadlines.append(seconds) or [GOOD])
+    check.check([part("well", seconds), *later], OWN, None)
+    assert deadlines[0] == pytest.approx(given, abs=2)
+
+
+def test_parts_without_time_are_named(monkeypatch):
+    def slow(part, python, seconds, serve):
+        clock[0] += seconds
+        return [Row(part.name, "run")]
+
+    clock = [0.0]
+    monkeypatch.setattr(check, "run_part", slow)
+    monkeypatch.setattr(check.time, "monotonic", lambda: clock[0])
+    rows = check.check([*(p for p in PARTS.values())], ALL, ALL).rows
+    ended = {row.part: row.status for row in rows}
+    assert list(ended) == list(PARTS)
+    assert [name for name, status in ended.items() if status == "run"] == [
+        name for name, known in PARTS.items() if not known.extra
+    ]
+    assert all("no time was left; run it alone" in row.reason for row in rows if row.status == "skipped")
+
+
 def test_without_a_device_no_part_is_begun():
     blind = Environment(PYTHON, ("torch",))
     outcome = check.check([part("crashes"), part("well")], blind, blind)
@@ -124,6 +164,7 @@ def test_without_a_device_no_part_is_begun():
     assert not outcome.failed
 
 
+ALL = Environment(PYTHON, PACKAGES, {"torch": "2.9"}, GPU)
 SERVE = Environment(Path("serve"), ("torch", "sglang", "triton"), {"torch": "2.9"}, GPU)
 BLIND = Environment(Path("blind"), ("torch", "sglang", "triton", "nixl"), {"torch": "2.9+cpu"})
 
