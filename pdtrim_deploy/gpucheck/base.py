@@ -17,8 +17,8 @@ class Part:
 
     Attributes:
         name: of the command line, and of its rows where it makes none itself.
-        function: `module:function`, which yields rows and skips with a reason what it cannot do. It takes nothing, or
-            SGLang's Python where the part serves.
+        function: `module:function`, which lists checks and skips with a reason what cannot be done. It takes nothing,
+            or, where the part serves, SGLang's Python and a folder for what is built; nothing is built before a check.
         seconds: what it may take where the time is short; parts that follow leave it more.
         extra: whether other parts keep their time before it gets any.
         modules: what the Python that runs it must be able to import beside torch, which must see a CUDA device.
@@ -58,3 +58,16 @@ def parse(text: str) -> Row:
     ):
         raise ValueError("not a row: its figure is no mapping to numbers and words")
     return row
+
+
+def parse_names(text: str) -> list[str]:
+    """Names of a part's checks, from a line of JSON.
+
+    Raises:
+        ValueError: it is no list of them.
+
+    """
+    names = json.loads(text)
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError("no list of names")
+    return names

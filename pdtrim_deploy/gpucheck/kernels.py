@@ -1,6 +1,6 @@
 """Pack and unpack on a GPU: their bytes, their share of a copy's bandwidth, their launches.
 
-`kernel_rows()` is the whole part. It needs torch, triton and pydantic, no SGLang, no transformers and no network. By
+`kernel_checks()` is the whole part. It needs torch, triton and pydantic, no SGLang, no transformers and no network. By
 itself:
 
     python -m pdtrim_deploy.gpucheck.kernels
@@ -9,7 +9,7 @@ itself:
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pdtrim_deploy.gpucheck.row import Row
+from pdtrim_deploy.gpucheck.checks import Check, Figure, rows_of
 from pdtrim_deploy.kvcache import torch_pack
 from pdtrim_deploy.kvcache.checksum import torch_checksum
 from pdtrim_deploy.kvcache.gpu.library import library
@@ -41,40 +41,31 @@ USUAL_HEAD_DIMS = (128,)  # of pools that are not bfloat16: each further size co
 LLAMA = (32, 8, 128)  # layers, KV heads and head size of Llama-3.1-8B
 TOKENS, REPEATS = 4096, 20
 CHECKSUM_BYTES = (1, 8, 4095, 32_768, 100_003, 8_000_005)
-Figure = dict[str, float | int | str]
 
 
-def kernel_rows(device: torch.device | None = None) -> Iterator[Row]:
-    """Rows one by one: bandwidth and launches of each wire dtype, the checksum, then bits of each wire and pool dtype.
+def kernel_checks(device: torch.device | None = None) -> list[Check]:
+    """Bandwidth and launches of each wire dtype, the checksum, then bits of each wire and pool dtype.
 
     Bits come last, since they compile most: a kernel for each head size, pool dtype, wire dtype and direction.
     """
     if device is None:
         if not torch.cuda.is_available():
-            yield Row("kernels", "skipped", "torch sees no CUDA device")
-            return
+            return [Check("kernels", skip="torch sees no CUDA device")]
         device = torch.device("cuda", torch.cuda.current_device())
     if library() is None:
-        yield Row("kernels", "skipped", "Triton is missing or cannot compile here; the log says why")
-        return
+        return [Check("kernels", skip="Triton is missing or cannot compile here; the log says why")]
+    checks = []
     for wire in WIRE_DTYPES:
-        yield _row(f"kernels: bandwidth, {wire}", partial(bandwidth, device, wire))
-        yield _row(f"kernels: launches, {wire}", partial(launches, device, wire))
-    yield _row("kernels: checksum", partial(checksums, device))
+        checks.append(Check(f"kernels: bandwidth, {wire}", partial(bandwidth, device, wire), 5))
+        checks.append(Check(f"kernels: launches, {wire}", partial(launches, device, wire), 5))
+    checks.append(Check("kernels: checksum", partial(checksums, device), 3))
     for wire in WIRE_DTYPES:
         for dtype in ("bfloat16", "float16", "float32", *(FP8_ROWS if wire in SMALLER_THAN_FP8 else ())):
-            yield _row(f"kernels: bits, {wire} from {dtype}", partial(bits, device, wire, dtype))
+            seconds = 15 if dtype == "bfloat16" else 5
+            checks.append(Check(f"kernels: bits, {wire} from {dtype}", partial(bits, device, wire, dtype), seconds))
     for latent in LATENT_SIDES:
-        yield _row(f"kernels: bits, latents in {latent}", partial(latent_bits, device, latent))
-
-
-def _row(part: str, check: Callable[[], Figure]) -> Row:
-    """A check that raises has failed; AssertionError is its own sentence."""
-    try:
-        return Row(part, "run", figure=check())
-    except Exception as error:  # whatever it was: the other parts go on
-        name = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
-        return Row(part, "failed", (name + str(error)).strip().splitlines()[0][:300])
+        checks.append(Check(f"kernels: bits, latents in {latent}", partial(latent_bits, device, latent), 5))
+    return checks
 
 
 # --- bits -----------------------------------------------------------------------------------------------------------
@@ -329,7 +320,7 @@ def _llama(device: torch.device, wire: WireDtype, tokens: int) -> tuple[dict[str
 
 def main() -> None:
     """Print the rows."""
-    for row in kernel_rows():
+    for row in rows_of(kernel_checks()):
         print(asdict(row), flush=True)
 
 

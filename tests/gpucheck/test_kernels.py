@@ -9,6 +9,7 @@ import torch
 from torch.autograd import DeviceType
 
 from pdtrim_deploy.gpucheck import kernels
+from pdtrim_deploy.gpucheck.checks import rows_of
 from pdtrim_deploy.gpucheck.row import Row
 from pdtrim_deploy.kvcache import torch_pack
 
@@ -17,12 +18,12 @@ CPU = torch.device("cpu")
 
 def test_without_a_gpu_it_is_skipped(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert list(kernels.kernel_rows()) == [Row("kernels", "skipped", "torch sees no CUDA device")]
+    assert list(rows_of(kernels.kernel_checks())) == [Row("kernels", "skipped", "torch sees no CUDA device")]
 
 
 def test_without_triton_it_is_skipped(monkeypatch):
     monkeypatch.setattr(kernels, "library", lambda: None)
-    (row,) = kernels.kernel_rows(torch.device("cpu"))
+    (row,) = rows_of(kernels.kernel_checks(CPU))
     assert (row.status, "Triton" in row.reason) == ("skipped", True)
 
 
@@ -44,7 +45,7 @@ def test_a_check_that_raises_has_failed_and_the_others_go_on(monkeypatch, error,
     monkeypatch.setattr(kernels, "bandwidth", broken)
     monkeypatch.setattr(kernels, "launches", broken)
     monkeypatch.setattr(kernels, "checksums", broken)
-    rows = list(kernels.kernel_rows(torch.device("cpu")))
+    rows = list(rows_of(kernels.kernel_checks(CPU)))
     assert {(row.status, row.reason) for row in rows} == {("run", ""), ("failed", reason)}
     assert len({row.part for row in rows}) == len(rows) == 6 * 3 + 4 * 2 + 5 + 6 * 2 + 1
     assert all((row.figure is None) == (row.status == "failed") for row in rows)
@@ -53,9 +54,7 @@ def test_a_check_that_raises_has_failed_and_the_others_go_on(monkeypatch, error,
 def test_what_compiles_most_comes_last_and_compiles_no_more_than_it_needs(monkeypatch):
     """A deadline takes bits of rare pools, not bandwidth and launches."""
     monkeypatch.setattr(kernels, "library", lambda: True)
-    for name in ("bits", "latent_bits", "bandwidth", "launches", "checksums"):
-        monkeypatch.setattr(kernels, name, lambda *_: {})
-    names = [row.part.removeprefix("kernels: ").partition(",")[0] for row in kernels.kernel_rows(CPU)]
+    names = [check.name.removeprefix("kernels: ").partition(",")[0] for check in kernels.kernel_checks(CPU)]
     assert names == sorted(names, key=lambda name: name == "bits")
     assert set(names[: names.index("bits")]) == {"bandwidth", "launches", "checksum"}
 
