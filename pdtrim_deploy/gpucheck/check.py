@@ -87,7 +87,7 @@ def write(outcome: Outcome, command: str, file: Path) -> None:
 def _why_not(part: Part, own: Environment, serve: Environment | None) -> str:
     """Why this machine cannot run a part; empty when it can."""
     module = part.function.partition(":")[0]
-    if find_spec(module) is None:
+    if find_spec(module.partition(".")[0]) is None or find_spec(module) is None:
         return f"this version has no {module}"
     return choose(part, own, serve)[1]
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from functools import cache, partial
-from importlib.util import find_spec
 from pathlib import Path
 from shutil import which
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,9 +15,8 @@ from pdtrim_deploy.kvcache import torch_pack
 from pdtrim_deploy.kvcache.layout import chunk_layout
 from pdtrim_deploy.plan import KVSend, ModelShape, NativeDtype, PDPlan
 from pdtrim_deploy.plan.wire import WireDtype
-
-if TYPE_CHECKING:
-    from pdtrim_tensorrt.kernel import SendKernel
+from pdtrim_tensorrt.compile_kernels import compile_for_gpus
+from pdtrim_tensorrt.kernel import SendKernel
 
 DTYPES: tuple[NativeDtype, ...] = ("float32", "float16", "bfloat16")
 WIRES: tuple[WireDtype, ...] = ("native", "int8", "fp8")
@@ -28,15 +25,12 @@ SHAPE = (300, 8, 128)  # slots, KV heads, head size
 
 def cuda_pack_checks(device: torch.device | None = None, compiled: Callable[[Path], Path] | None = None) -> list[Check]:
     """Each pool dtype in each wire dtype; `compiled` makes the library in a folder, nvcc otherwise."""
-    skip = "" if find_spec("pdtrim_tensorrt") else "the plugin pdtrim_tensorrt is not installed: make setup"
+    skip = ""
     if compiled is None and not which("nvcc"):
         skip = "nvcc is not on PATH: install NVIDIA's CUDA toolkit, 13.0 or later"
 
     @cache
     def kernel() -> SendKernel:
-        from pdtrim_tensorrt.compile_kernels import compile_for_gpus
-        from pdtrim_tensorrt.kernel import SendKernel
-
         with tempfile.TemporaryDirectory() as folder:  # what is loaded stays
             return SendKernel(compiled(Path(folder)) if compiled else compile_for_gpus(Path(folder))[0])
 

@@ -4,9 +4,9 @@ import shutil
 
 import pytest
 import torch
+from pdtrim_tensorrt import gpu_check as cuda_pack
 from pdtrim_tensorrt.compile_kernels import compile_for_host
 
-from pdtrim_deploy.gpucheck import cuda_pack
 from pdtrim_deploy.gpucheck.checks import rows_of
 
 CPU = torch.device("cpu")
