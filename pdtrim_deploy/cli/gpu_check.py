@@ -23,7 +23,8 @@ def gpu_check(ctx: click.Context, out: Path, parts: tuple[str, ...], seconds: fl
 
     \b
     Each part runs in a process of its own with a deadline, and is skipped with the reason where something lacks:
-    SGLang, Triton, TensorRT, a transfer library. No network is needed. Where only torch, triton and pydantic are
+    SGLang, Triton, TensorRT, a transfer library, or time: main parts come first, and all need half an hour
+    (--seconds 1800). No network is needed. Where only torch, triton and pydantic are
     installed, `python -m pdtrim_deploy.gpucheck` does the same.
     Exit codes: 0 when nothing failed, 1 when a part failed, 2 without a CUDA device.
 

@@ -17,9 +17,10 @@ class Part:
 
     Attributes:
         name: of the command line, and of its rows where it makes none itself.
-        function: `module:function`, which yields rows and skips with a reason what it cannot do. It takes nothing, or
-            SGLang's Python where the part serves.
-        seconds: its deadline.
+        function: `module:function`, which lists checks and skips with a reason what cannot be done. It takes nothing,
+            or, where the part serves, SGLang's Python and a folder for what is built; nothing is built before a check.
+        seconds: what it may take where the time is short; parts that follow leave it more.
+        extra: whether other parts keep their time before it gets any.
         modules: what the Python that runs it must be able to import beside torch, which must see a CUDA device.
         serves: what SGLang's Python must be able to import; its torch must see the device then, not the part's own.
 
@@ -30,6 +31,7 @@ class Part:
     seconds: float
     modules: tuple[str, ...] = ()
     serves: tuple[str, ...] = ()
+    extra: bool = False
 
 
 def line(row: Row) -> str:
@@ -56,3 +58,16 @@ def parse(text: str) -> Row:
     ):
         raise ValueError("not a row: its figure is no mapping to numbers and words")
     return row
+
+
+def parse_names(text: str) -> list[str]:
+    """Names of a part's checks, from a line of JSON.
+
+    Raises:
+        ValueError: it is no list of them.
+
+    """
+    names = json.loads(text)
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError("no list of names")
+    return names

@@ -66,9 +66,10 @@ def check(
     environments = [environment for environment in (own, serve) if environment is not None]
     version, end = driver(), time.monotonic() + budget_s
     outcome = Outcome(environments, [], version)
-    for part in parts:
+    for place, part in enumerate(parts):
         say(f"{part.name} ...")
-        rows = _rows(part, own, serve, end) if outcome.device else [Row(part.name, "skipped", NO_DEVICE)]
+        kept = sum(later.seconds for later in parts[place + 1 :] if not (later.extra or _why_not(later, own, serve)))
+        rows = _rows(part, own, serve, end, kept) if outcome.device else [Row(part.name, "skipped", NO_DEVICE)]
         for row in rows:
             say("  ".join(filter(None, (row.status, row.part, row.reason, _words(row.figure)))))
         outcome = Outcome(environments, [*outcome.rows, *rows], version)
@@ -83,18 +84,25 @@ def write(outcome: Outcome, command: str, file: Path) -> None:
     os.replace(new, file)
 
 
-def _rows(part: Part, own: Environment, serve: Environment | None, end: float) -> Sequence[Row]:
+def _why_not(part: Part, own: Environment, serve: Environment | None) -> str:
+    """Why this machine cannot run a part; empty when it can."""
     module = part.function.partition(":")[0]
-    if find_spec(module) is None:
-        return [Row(part.name, "skipped", f"this version has no {module}")]
-    environment, why = choose(part, own, serve)
-    if environment is None:
+    if find_spec(module.partition(".")[0]) is None or find_spec(module) is None:
+        return f"this version has no {module}"
+    return choose(part, own, serve)[1]
+
+
+def _rows(part: Part, own: Environment, serve: Environment | None, end: float, kept: float) -> Sequence[Row]:
+    """`kept` seconds of what is left belong to parts that follow, unless this one would get less than its own."""
+    why = _why_not(part, own, serve)
+    environment, _ = choose(part, own, serve)
+    if why or environment is None:
         return [Row(part.name, "skipped", why)]
     left = end - time.monotonic()
     if left < LEAST_S:
         return [Row(part.name, "skipped", f"no time was left; run it alone: gpu-check --part {part.name}")]
     served = serve.python if serve is not None and part.serves else None
-    return run_part(part, environment.python, min(part.seconds, left), served)
+    return run_part(part, environment.python, min(left, max(part.seconds, left - kept)), served)
 
 
 def _words(figure: Mapping[str, float | int | str] | None) -> str:

@@ -1,6 +1,6 @@
 """Pack and unpack on a GPU: their bytes, their share of a copy's bandwidth, their launches.
 
-`kernel_rows()` is the whole part. It needs torch, triton and pydantic, no SGLang, no transformers and no network. By
+`kernel_checks()` is the whole part. It needs torch, triton and pydantic, no SGLang, no transformers and no network. By
 itself:
 
     python -m pdtrim_deploy.gpucheck.kernels
@@ -9,7 +9,7 @@ itself:
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pdtrim_deploy.gpucheck.row import Row
+from pdtrim_deploy.gpucheck.checks import Check, Figure, rows_of
 from pdtrim_deploy.kvcache import torch_pack
+from pdtrim_deploy.kvcache.checksum import torch_checksum
 from pdtrim_deploy.kvcache.gpu.library import library
 from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
 from pdtrim_deploy.kvcache.layout import ChunkLayout, chunk_layout
@@ -36,52 +37,49 @@ from pdtrim_deploy.plan.wire import (
 
 DTYPES: tuple[NativeDtype, ...] = ("float32", "float16", "bfloat16")
 HEAD_DIMS = (64, 80, 96, 128, 256)
+USUAL_HEAD_DIMS = (128,)  # of pools that are not bfloat16: each further size costs a second or two of compilation
 LLAMA = (32, 8, 128)  # layers, KV heads and head size of Llama-3.1-8B
 TOKENS, REPEATS = 4096, 20
-Figure = dict[str, float | int | str]
+CHECKSUM_BYTES = (1, 8, 4095, 32_768, 100_003, 8_000_005)
 
 
-def kernel_rows(device: torch.device | None = None) -> Iterator[Row]:
-    """Rows one by one: bits of each wire dtype and pool dtype, then bandwidth and launches of each wire dtype."""
+def kernel_checks(device: torch.device | None = None) -> list[Check]:
+    """Bandwidth and launches of each wire dtype, the checksum, then bits of each wire and pool dtype.
+
+    Bits come last, since they compile most: a kernel for each head size, pool dtype, wire dtype and direction.
+    """
     if device is None:
         if not torch.cuda.is_available():
-            yield Row("kernels", "skipped", "torch sees no CUDA device")
-            return
+            return [Check("kernels", skip="torch sees no CUDA device")]
         device = torch.device("cuda", torch.cuda.current_device())
     if library() is None:
-        yield Row("kernels", "skipped", "Triton is missing or cannot compile here; the log says why")
-        return
+        return [Check("kernels", skip="Triton is missing or cannot compile here; the log says why")]
+    checks = []
     for wire in WIRE_DTYPES:
-        for dtype in (*DTYPES, *(FP8_ROWS if wire in SMALLER_THAN_FP8 else ())):
-            yield _row(f"kernels: bits, {wire} from {dtype}", partial(bits, device, wire, dtype))
+        checks.append(Check(f"kernels: bandwidth, {wire}", partial(bandwidth, device, wire), 5))
+        checks.append(Check(f"kernels: launches, {wire}", partial(launches, device, wire), 5))
+    checks.append(Check("kernels: checksum", partial(checksums, device), 3))
+    for wire in WIRE_DTYPES:
+        for dtype in ("bfloat16", "float16", "float32", *(FP8_ROWS if wire in SMALLER_THAN_FP8 else ())):
+            seconds = 15 if dtype == "bfloat16" else 5
+            checks.append(Check(f"kernels: bits, {wire} from {dtype}", partial(bits, device, wire, dtype), seconds))
     for latent in LATENT_SIDES:
-        yield _row(f"kernels: bits, latents in {latent}", partial(latent_bits, device, latent))
-    for wire in WIRE_DTYPES:
-        yield _row(f"kernels: bandwidth, {wire}", partial(bandwidth, device, wire))
-        yield _row(f"kernels: launches, {wire}", partial(launches, device, wire))
-
-
-def _row(part: str, check: Callable[[], Figure]) -> Row:
-    """A check that raises has failed; AssertionError is its own sentence."""
-    try:
-        return Row(part, "run", figure=check())
-    except Exception as error:  # whatever it was: the other parts go on
-        name = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
-        return Row(part, "failed", (name + str(error)).strip().splitlines()[0][:300])
+        checks.append(Check(f"kernels: bits, latents in {latent}", partial(latent_bits, device, latent), 5))
+    return checks
 
 
 # --- bits -----------------------------------------------------------------------------------------------------------
 
 
 def bits(device: torch.device, wire: WireDtype, dtype: NativeDtype | PoolDtype, tokens: int = 200) -> Figure:
-    """Packed bytes and unpacked pools of the kernels against torch's on the CPU, for all head sizes.
+    """Packed bytes and unpacked pools of the kernels against torch's on the CPU; all head sizes from bfloat16.
 
     Raises:
         AssertionError: some differ; the sentence has the head size, and whether torch's own on the device do too.
 
     """
     compared = 0
-    for head_dim in HEAD_DIMS:
+    for head_dim in HEAD_DIMS if dtype == "bfloat16" else USUAL_HEAD_DIMS:
         if head_dim % HEAD_DIM_MULTIPLE[wire]:
             continue
         plan, offsets = _plan(wire, (3, 3, head_dim), dtype, cut=True)
@@ -138,6 +136,22 @@ def latent_bits(device: torch.device, wire: WireDtype, tokens: int = 200) -> Fig
             raise AssertionError(f"{bad} of {len(packed)} packed bytes and {rest} unpacked values differ from torch's")
         compared += len(packed)
     return {"bytes_compared": compared, "bytes_different": 0}
+
+
+def checksums(device: torch.device, sizes: tuple[int, ...] = CHECKSUM_BYTES) -> Figure:
+    """The checksum's kernel against torch's on the CPU, over sizes that end within a word and within a block.
+
+    Raises:
+        AssertionError: they differ.
+
+    """
+    from pdtrim_deploy.kvcache.gpu.checksum import launched
+
+    for size in sizes:
+        data = torch.randint(256, (size,), dtype=torch.uint8, generator=torch.Generator().manual_seed(size))
+        expected, got = int(torch_checksum(data)), int(launched(data.to(device)))
+        assert got == expected, f"of {size} bytes the kernel computes {got:#x}, torch on the CPU {expected:#x}"
+    return {"bytes_compared": sum(sizes), "sizes": len(sizes)}
 
 
 def _parts(pools: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -306,7 +320,7 @@ def _llama(device: torch.device, wire: WireDtype, tokens: int) -> tuple[dict[str
 
 def main() -> None:
     """Print the rows."""
-    for row in kernel_rows():
+    for row in rows_of(kernel_checks()):
         print(asdict(row), flush=True)
 
 

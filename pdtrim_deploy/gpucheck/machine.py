@@ -12,6 +12,7 @@ from pathlib import Path
 from pdtrim_deploy.gpucheck.base import Part
 
 PACKAGES = ("torch", "triton", "sglang", "transformers", "pydantic", "yaml", "nixl", "mooncake", "tensorrt", "onnx")
+_PROJECTS = {"yaml": "pyyaml", "mooncake": "mooncake-transfer-engine"}  # where a package is named unlike its module
 IMPORT_S = 180.0
 _SCRIPT = """
 import importlib.metadata, importlib.util, json, platform, sys
@@ -60,7 +61,10 @@ class Environment:
         if device and not self.device:
             return f"the torch of {self.python} ({self.versions.get('torch')}) sees no CUDA device"
         missing = [name for name in modules if name not in self.modules]
-        return f"{self.python} has no {', '.join(missing)}" if missing else ""
+        if not missing:
+            return ""
+        install = f"{self.python} -m pip install {' '.join(_PROJECTS.get(name, name) for name in missing)}"
+        return f"{self.python} has no {', '.join(missing)}; {install}"
 
 
 def choose(part: Part, own: Environment, serve: Environment | None) -> tuple[Environment | None, str]:
@@ -89,13 +93,23 @@ def capability() -> str:
     return _query("compute_cap")
 
 
+def gpus() -> int:
+    """Number of GPUs; 0 without nvidia-smi."""
+    return len(_lines("index"))
+
+
 def _query(field: str) -> str:
+    return next(iter(_lines(field)), "")
+
+
+def _lines(field: str) -> list[str]:
+    """A line of each GPU."""
     smi = shutil.which("nvidia-smi")
     if smi is None:
-        return ""
+        return []
     command = [smi, f"--query-gpu={field}", "--format=csv,noheader"]
     try:
         text = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
     except (subprocess.SubprocessError, OSError):
-        return ""
-    return text.splitlines()[0].strip() if text.strip() else ""
+        return []
+    return [line.strip() for line in text.splitlines() if line.strip()]

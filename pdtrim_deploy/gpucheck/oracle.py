@@ -5,14 +5,14 @@ As in a build on a GPU, the models are there and token ids on the host (`local/c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from pdtrim_deploy.gpucheck.row import Row
+from pdtrim_deploy.gpucheck.checks import Check, Figure
 from pdtrim_deploy.gpucheck.tiny import VOCABULARY, Size, tiny_model
 from pdtrim_deploy.models.oracle import PDOracle
 from pdtrim_deploy.models.surgery import keep_blocks
@@ -29,28 +29,27 @@ SIZE = Size()
 PROMPT, TOKENS, SEQUENCES = 96, 160, 8
 TOLERANCE = 1e-3  # nats, both in float32; a rounding that falls to the other side moves a quantised code by one
 QUANTISED_TOLERANCE = 2e-2
-Figure = dict[str, float | int | str]
 
 
-def oracle_rows(device: torch.device | None = None) -> Iterator[Row]:
-    """Rows one by one; `device` is the CUDA device otherwise."""
-    device = device or torch.device("cuda", torch.cuda.current_device())
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    ids = torch.randint(3, VOCABULARY, (SEQUENCES, TOKENS), generator=torch.Generator().manual_seed(1))
-    here, there = tiny_model(SIZE), tiny_model(SIZE).to(device)
-    yield _row("blockwise execution", partial(blockwise, here, there, ids))
-    for wire in WIRE_DTYPES:
-        yield _row(f"oracle, {wire}", partial(oracle, here, there, ids, wire))
-    yield _row("search", partial(search, here, there, ids))
+def oracle_checks(device: torch.device | None = None) -> list[Check]:
+    """The checks; `device` is the CUDA device otherwise. Models are there when the first runs."""
+
+    @cache
+    def models() -> tuple[CausalLM, CausalLM, Tensor]:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        ids = torch.randint(3, VOCABULARY, (SEQUENCES, TOKENS), generator=torch.Generator().manual_seed(1))
+        there = device or torch.device("cuda", torch.cuda.current_device())
+        return tiny_model(SIZE), tiny_model(SIZE).to(there), ids
+
+    return [
+        Check("oracle: blockwise execution", lambda: blockwise(*models())),
+        *(Check(f"oracle: oracle, {wire}", partial(_oracle_of, models, wire)) for wire in WIRE_DTYPES),
+        Check("oracle: search", lambda: search(*models())),
+    ]
 
 
-def _row(name: str, judge: Callable[[], Figure]) -> Row:
-    """A check that raises has failed, and the others go on."""
-    try:
-        return Row(f"oracle: {name}", "run", figure=judge())
-    except Exception as error:
-        kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
-        return Row(f"oracle: {name}", "failed", (kind + str(error)).strip().splitlines()[0][:300])
+def _oracle_of(models: Callable[[], tuple[CausalLM, CausalLM, Tensor]], wire: WireDtype) -> Figure:
+    return oracle(*models(), wire)
 
 
 def blockwise(here: CausalLM, there: CausalLM, ids: Tensor) -> Figure:

@@ -1,4 +1,8 @@
-"""The parts of the check, in the order in which they run: what needs least comes first."""
+"""The parts of the check, in the order in which they run: what needs least comes first, extra parts last.
+
+The seconds of all but the extra parts fit the check's budget together. They are planned for one H100: a pair starts in
+25 to 35 s, CUDA graphs included, and the kernels compile for a minute.
+"""
 
 from __future__ import annotations
 
@@ -7,21 +11,27 @@ from pdtrim_deploy.gpucheck.base import Part
 
 _HERE = "pdtrim_deploy.gpucheck"
 _OWN = ("transformers", "pydantic", "yaml")
+_SGLANG = ("sglang",)
 PARTS = {
     part.name: part
     for part in (
-        Part("kernels", f"{_HERE}.kernels:kernel_rows", 120, ("triton", "pydantic")),
-        Part("oracle", f"{_HERE}.oracle:oracle_rows", 150, _OWN),
-        Part("served", f"{_HERE}.served:attention_rows", 300, _OWN, ("sglang",)),
-        Part("fp8-pool", f"{_HERE}.served:fp8_pool_rows", 240, _OWN, ("sglang",)),
-        Part("windows", f"{_HERE}.served:window_rows", 240, _OWN, ("sglang",)),
-        Part("latents", f"{_HERE}.served:latent_rows", 240, _OWN, ("sglang",)),
-        Part("speculation", f"{_HERE}.served:speculation_rows", 240, _OWN, ("sglang",)),
-        Part("smollm2", f"{_HERE}.served:smollm2_rows", 180, _OWN, ("sglang",)),
-        Part("itl", f"{_HERE}.served:itl_rows", 180, _OWN, ("sglang",)),
-        Part("nixl", f"{_HERE}.served:nixl_rows", 120, _OWN, ("sglang", "nixl")),
-        Part("mooncake", f"{_HERE}.served:mooncake_rows", 120, _OWN, ("sglang", "mooncake")),
-        Part("tensorrt", f"{_HERE}.served:tensorrt_rows", 240, (*_OWN, "tensorrt", "onnx"), ("sglang", "tensorrt")),
+        Part("kernels", f"{_HERE}.kernels:kernel_checks", 80, ("triton", "pydantic")),
+        Part("oracle", f"{_HERE}.oracle:oracle_checks", 40, _OWN),
+        Part("served", f"{_HERE}.attention:attention_checks", 160, _OWN, _SGLANG),
+        Part("smollm2", f"{_HERE}.plans:smollm2_checks", 45, _OWN, _SGLANG),
+        Part("itl", f"{_HERE}.timed:itl_checks", 80, _OWN, _SGLANG),
+        Part("nixl", f"{_HERE}.timed:nixl_checks", 60, _OWN, (*_SGLANG, "nixl")),
+        Part("mooncake", f"{_HERE}.timed:mooncake_checks", 60, _OWN, (*_SGLANG, "mooncake")),
+        Part("tensorrt", f"{_HERE}.engines:tensorrt_checks", 50, (*_OWN, "tensorrt", "onnx"), (*_SGLANG, "tensorrt")),
+        Part("cuda-pack", "pdtrim_tensorrt.gpu_check:cuda_pack_checks", 90, ("pydantic",), extra=True),
+        Part("no-graphs", f"{_HERE}.attention:no_graphs_checks", 160, _OWN, _SGLANG, extra=True),
+        Part("plans", f"{_HERE}.plans:plan_checks", 160, _OWN, _SGLANG, extra=True),
+        Part("ranks", f"{_HERE}.options:rank_checks", 160, _OWN, _SGLANG, extra=True),
+        Part("fp8-pool", f"{_HERE}.pools:fp8_pool_checks", 200, _OWN, _SGLANG, extra=True),
+        Part("windows", f"{_HERE}.pools:window_checks", 120, _OWN, _SGLANG, extra=True),
+        Part("latents", f"{_HERE}.pools:latent_checks", 160, _OWN, _SGLANG, extra=True),
+        Part("speculation", f"{_HERE}.options:speculation_checks", 80, _OWN, _SGLANG, extra=True),
+        Part("cache", f"{_HERE}.options:cache_checks", 50, _OWN, _SGLANG, extra=True),
     )
 }
 

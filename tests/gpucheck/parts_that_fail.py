@@ -7,60 +7,98 @@ import sys
 import time
 from pathlib import Path
 
+from pdtrim_deploy.gpucheck.checks import Check
 from pdtrim_deploy.gpucheck.row import Row
 
 GOOD = Row("good", "run", figure={"gb_s": 1.5, "of": "a copy"})
 
 
+def then(*measures):
+    """A good check, these, and one more."""
+    checks = [Check("good", lambda: GOOD.figure)]
+    return [*checks, *(Check(measure.__name__, measure) for measure in measures), Check("last", lambda: GOOD.figure)]
+
+
 def well():
-    yield GOOD
+    return [Check("good", lambda: GOOD.figure)]
 
 
-def with_serve(python):
-    yield Row("served", "run", figure={"python": str(python)})
+def with_serve(python, folder):
+    return [Check("served", lambda: {"python": str(python), "empty": int(not os.listdir(folder))})]
 
 
 def crashes():
-    yield GOOD
-    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    def crash():
+        sys.stderr.write("RuntimeError: CUDA error: an illegal memory access was encountered\n")
+        sys.stderr.flush()
+        os._exit(1)
+
+    return then(crash)
 
 
 def hangs():
-    yield GOOD
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-    Path(os.environ["CHILD"]).write_text(str(child.pid))
-    time.sleep(600)
+    def hang():
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+        Path(os.environ["CHILD"]).write_text(str(child.pid))
+        time.sleep(600)
+
+    return then(hang)
 
 
 def hangs_deaf():
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    yield GOOD
-    time.sleep(600)
+    def hang():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        time.sleep(600)
+
+    return then(hang)
 
 
 def killed():
-    yield GOOD
-    os.kill(os.getpid(), signal.SIGKILL)
+    def kill():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    return then(kill)
 
 
 def exits():
-    yield GOOD
-    os._exit(3)
+    def leave():
+        os._exit(3)
+
+    return then(leave)
+
+
+def raises():
+    def fail():
+        raise RuntimeError("CUDA out of memory\nand a page of text")
+
+    return then(fail)
+
+
+def late():
+    return [*well(), Check("long", dict, seconds=500), Check("short", lambda: GOOD.figure)]
+
+
+def broken():
+    raise RuntimeError("no such device")
 
 
 def silent():
-    yield from ()
+    return []
 
 
 def prints():
     print("Traceback", "\x00\xff", "{}")
-    yield GOOD
+    return well()
 
 
 def garbage():
-    Path(sys.argv[2]).write_text('{"part": "good", "status": "run"}\n{"part": "x", "status": "flew"}\nnot json\n')
-    yield from ()
+    def write():
+        with Path(sys.argv[2]).open("a") as rows:
+            rows.write('{"part": "x", "status": "flew"}\nnot json\n')
+        return {}
+
+    return then(write)
 
 
 def odd_figure():
-    yield Row("odd", "run", figure={"error": [1, 2]})
+    return [Check("odd", lambda: {"error": [1, 2]})]

@@ -9,6 +9,7 @@ import torch
 from torch.autograd import DeviceType
 
 from pdtrim_deploy.gpucheck import kernels
+from pdtrim_deploy.gpucheck.checks import rows_of
 from pdtrim_deploy.gpucheck.row import Row
 from pdtrim_deploy.kvcache import torch_pack
 
@@ -17,12 +18,12 @@ CPU = torch.device("cpu")
 
 def test_without_a_gpu_it_is_skipped(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert list(kernels.kernel_rows()) == [Row("kernels", "skipped", "torch sees no CUDA device")]
+    assert list(rows_of(kernels.kernel_checks())) == [Row("kernels", "skipped", "torch sees no CUDA device")]
 
 
 def test_without_triton_it_is_skipped(monkeypatch):
     monkeypatch.setattr(kernels, "library", lambda: None)
-    (row,) = kernels.kernel_rows(torch.device("cpu"))
+    (row,) = rows_of(kernels.kernel_checks(CPU))
     assert (row.status, "Triton" in row.reason) == ("skipped", True)
 
 
@@ -43,10 +44,34 @@ def test_a_check_that_raises_has_failed_and_the_others_go_on(monkeypatch, error,
     monkeypatch.setattr(kernels, "latent_bits", lambda *_: {"bytes_different": 0})
     monkeypatch.setattr(kernels, "bandwidth", broken)
     monkeypatch.setattr(kernels, "launches", broken)
-    rows = list(kernels.kernel_rows(torch.device("cpu")))
+    monkeypatch.setattr(kernels, "checksums", broken)
+    rows = list(rows_of(kernels.kernel_checks(CPU)))
     assert {(row.status, row.reason) for row in rows} == {("run", ""), ("failed", reason)}
-    assert len({row.part for row in rows}) == len(rows) == 6 * 3 + 4 * 2 + 5 + 6 * 2
+    assert len({row.part for row in rows}) == len(rows) == 6 * 3 + 4 * 2 + 5 + 6 * 2 + 1
     assert all((row.figure is None) == (row.status == "failed") for row in rows)
+
+
+def test_what_compiles_most_comes_last_and_compiles_no_more_than_it_needs(monkeypatch):
+    """A deadline takes bits of rare pools, not bandwidth and launches."""
+    monkeypatch.setattr(kernels, "library", lambda: True)
+    names = [check.name.removeprefix("kernels: ").partition(",")[0] for check in kernels.kernel_checks(CPU)]
+    assert names == sorted(names, key=lambda name: name == "bits")
+    assert set(names[: names.index("bits")]) == {"bandwidth", "launches", "checksum"}
+
+
+@pytest.mark.parametrize(("dtype", "sizes"), [("bfloat16", {64, 80, 96, 128, 256}), ("float16", {128})])
+def test_all_head_sizes_are_compiled_from_bfloat16_alone(monkeypatch, dtype, sizes):
+    compiled = []
+
+    def on_device(device, layout, keys, values, here, offsets, packed):
+        compiled.append(keys[0].shape[-1])
+        pools = [torch.full_like(pool, -9) for pool in keys + values]
+        torch_pack.unpack(layout, packed, pools[:3], pools[3:], here, offsets)
+        return packed, pools
+
+    monkeypatch.setattr(kernels, "_on_device", on_device)
+    assert kernels.bits(CPU, "int8", dtype, tokens=90)["bytes_different"] == 0
+    assert set(compiled) == sizes
 
 
 def test_it_needs_neither_transformers_nor_a_cli():

@@ -5,6 +5,7 @@ import torch
 from pretended_devices import PretendedDevices
 
 from pdtrim_deploy.gpucheck import oracle
+from pdtrim_deploy.gpucheck.checks import rows_of
 from pdtrim_deploy.gpucheck.tiny import Size
 
 CPU = torch.device("cpu")
@@ -18,7 +19,7 @@ def small(monkeypatch):
 
 
 def test_the_same_device_agrees_with_itself():
-    rows = list(oracle.oracle_rows(CPU))
+    rows = list(rows_of(oracle.oracle_checks(CPU)))
     assert [(row.status, row.reason) for row in rows] == [("run", "")] * len(rows)
     assert [row.part for row in rows][:2] == ["oracle: blockwise execution", "oracle: oracle, native"]
     assert rows[-1].part == "oracle: search"
@@ -27,7 +28,7 @@ def test_the_same_device_agrees_with_itself():
 
 def test_a_pretended_gpu_agrees_with_the_cpu_to_the_bit():
     with PretendedDevices():
-        rows = list(oracle.oracle_rows(torch.device("cuda:0")))
+        rows = list(rows_of(oracle.oracle_checks(torch.device("cuda:0"))))
     assert [(row.status, row.reason) for row in rows] == [("run", "")] * len(rows)
     assert {row.figure["worst_error_nats"] for row in rows[1:-1]} == {0.0}
 
@@ -44,7 +45,7 @@ def test_a_device_that_computes_something_else_is_seen(monkeypatch):
         return model
 
     monkeypatch.setattr(oracle, "tiny_model", other)
-    rows = list(oracle.oracle_rows(CPU))
+    rows = list(rows_of(oracle.oracle_checks(CPU)))
     assert {row.status for row in rows[:-1]} == {"failed"}
     assert "worst error" in rows[0].reason
 

@@ -16,7 +16,7 @@ from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.gpucheck import check, command, supervise
 from pdtrim_deploy.gpucheck.base import Part, line, parse
 from pdtrim_deploy.gpucheck.check import LEAST_S
-from pdtrim_deploy.gpucheck.machine import Environment, choose
+from pdtrim_deploy.gpucheck.machine import PACKAGES, Environment, choose
 from pdtrim_deploy.gpucheck.registry import PARTS, parts_named
 from pdtrim_deploy.gpucheck.row import Row
 
@@ -50,19 +50,34 @@ def test_what_is_no_row_is_told_from_one(text):
 
 
 @pytest.mark.parametrize(
-    ("name", "reason"),
+    ("name", "check_name", "reason"),
     [
-        ("crashes", "ended with exit code 1: RuntimeError: CUDA error: an illegal memory access was encountered"),
-        ("killed", "ended by SIGKILL"),
-        ("exits", "ended with exit code 3"),
-        ("garbage", "line 2 of what it wrote cannot be read: not a row"),
+        ("crashes", "crash", "ended with exit code 1: RuntimeError: CUDA error: an illegal memory access was"),
+        ("killed", "kill", "ended by SIGKILL"),
+        ("exits", "leave", "ended with exit code 3"),
+        ("garbage", "write", "line 3 of what it wrote cannot be read: not a row"),
     ],
 )
-def test_what_ran_is_kept_and_the_rest_has_a_reason(name, reason):
-    first, last = supervise.run_part(part(name), PYTHON, 60)
-    assert (first.part, first.status) == ("good", "run")
-    assert (last.part, last.status) == (name, "failed")
-    assert last.reason.startswith(reason)
+def test_what_ran_is_kept_what_broke_has_failed_and_the_rest_is_named(name, check_name, reason):
+    first, broken, last = supervise.run_part(part(name), PYTHON, 60)
+    assert first == GOOD
+    assert (broken.part, broken.status) == (check_name, "failed")
+    assert broken.reason.startswith(reason)
+    assert last == Row("last", "skipped", supervise.NOT_BEGUN)
+
+
+def test_a_check_that_raises_has_failed_and_the_others_go_on():
+    assert supervise.run_part(part("raises"), PYTHON, 60) == [
+        GOOD,
+        Row("fail", "failed", "RuntimeError: CUDA out of memory"),
+        Row("last", "run", figure=GOOD.figure),
+    ]
+
+
+def test_a_check_that_needs_more_time_than_is_left_is_skipped_and_shorter_ones_go_on():
+    first, skipped, last = supervise.run_part(part("late"), PYTHON, 60)
+    assert (first, last.status) == (GOOD, "run")
+    assert skipped == Row("long", "skipped", "no time was left: it needs 500 s of its part's")
 
 
 def test_a_part_that_prints_anything_is_none_the_worse():
@@ -70,7 +85,12 @@ def test_a_part_that_prints_anything_is_none_the_worse():
 
 
 @pytest.mark.parametrize(
-    ("name", "reason"), [("silent", "ended without a row"), ("missing", "ended with exit code 1: AttributeError")]
+    ("name", "reason"),
+    [
+        ("silent", "ended without a row"),
+        ("missing", "ended with exit code 1: AttributeError"),
+        ("broken", "ended with exit code 1: RuntimeError: no such device"),
+    ],
 )
 def test_a_part_without_a_row_has_failed(name, reason):
     (row,) = supervise.run_part(part(name), PYTHON, 60)
@@ -85,13 +105,18 @@ def test_a_figure_that_is_none_is_refused():
 
 def test_sglangs_python_is_passed_on():
     (row,) = supervise.run_part(part("with_serve"), PYTHON, 60, Path("/serve/python"))
-    assert row.figure == {"python": "/serve/python"}
+    assert row.figure == {"python": "/serve/python", "empty": 1}
 
 
-@pytest.mark.parametrize("name", ["hangs", "hangs_deaf"])
-def test_a_part_that_hangs_ends_at_its_deadline_with_all_it_started(name, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("name", "status"), [("hangs", "failed"), ("hangs_deaf", "failed"), ("hangs", "skipped")])
+def test_a_part_that_hangs_ends_at_its_deadline_with_all_it_started(name, status, tmp_path, monkeypatch):
+    """A check that was stopped soon after it began has not failed: its part's time was over."""
     monkeypatch.setenv("CHILD", str(tmp_path / "pid"))
-    assert supervise.run_part(part(name), PYTHON, 15) == [GOOD, Row(name, "failed", "not done within 15 s")]
+    monkeypatch.setattr(supervise, "HUNG_S", 1.0 if status == "failed" else 90.0)
+    first, hung, last = supervise.run_part(part(name), PYTHON, 15)
+    assert (first, last) == (GOOD, Row("last", "skipped", supervise.NOT_BEGUN))
+    assert (hung.part, hung.status) == ("hang", status)
+    assert hung.reason.startswith("not done within 15 s" if status == "failed" else "its part's 15 s were over 1")
     if name == "hangs":
         time.sleep(0.2)
         child = Path(f"/proc/{(tmp_path / 'pid').read_text()}/stat")
@@ -103,10 +128,16 @@ def test_the_other_parts_go_on_and_what_is_there_is_written_after_each():
     parts = [part("crashes"), Part("none", "no_such_module:rows", 60), part("well")]
     outcome = check.check(parts, OWN, None, done=seen.append)
     kinds = [(row.part, row.status) for row in outcome.rows]
-    assert kinds == [("good", "run"), ("crashes", "failed"), ("none", "skipped"), ("good", "run")]
+    assert kinds == [
+        ("good", "run"),
+        ("crash", "failed"),
+        ("last", "skipped"),
+        ("none", "skipped"),
+        ("good", "run"),
+    ]
     assert outcome.failed
-    assert [len(early.rows) for early in seen] == [2, 3, 4]
-    assert outcome.rows[2].reason == "this version has no no_such_module"
+    assert [len(early.rows) for early in seen] == [3, 4, 5]
+    assert outcome.rows[3].reason == "this version has no no_such_module"
 
 
 def test_parts_share_one_budget():
@@ -114,6 +145,46 @@ def test_parts_share_one_budget():
     assert [(row.status, row.reason) for row in outcome.rows] == [
         ("skipped", "no time was left; run it alone: gpu-check --part well")
     ]
+
+
+def test_the_parts_that_are_not_extra_fit_the_budget_and_run_first():
+    parts = list(PARTS.values())
+    assert sum(known.seconds for known in parts if not known.extra) <= check.BUDGET_S - 20  # Pythons are asked first
+    assert [known.extra for known in parts] == sorted(known.extra for known in parts)
+    main = {"kernels", "oracle", "served", "smollm2", "itl", "nixl", "mooncake", "tensorrt"}
+    assert {known.name for known in parts if not known.extra} == main
+
+
+@pytest.mark.parametrize(
+    ("seconds", "later", "given"),
+    [
+        (60, [part("well", 100)], 500),  # what later parts need is kept for them
+        (60, [part("well", 580)], 60),  # but its own seconds are its own
+        (60, [part("well", 100, extra=True), part("well", 100, modules=("onnx",))], 600),  # these keep nothing
+    ],
+)
+def test_a_part_gets_what_later_parts_leave(monkeypatch, seconds, later, given):
+    deadlines = []
+    monkeypatch.setattr(check, "run_part", lambda part, python, seconds, serve: deadlines.append(seconds) or [GOOD])
+    check.check([part("well", seconds), *later], OWN, None)
+    assert deadlines[0] == pytest.approx(given, abs=2)
+
+
+def test_parts_without_time_are_named(monkeypatch):
+    def slow(part, python, seconds, serve):
+        clock[0] += seconds
+        return [Row(part.name, "run")]
+
+    clock = [0.0]
+    monkeypatch.setattr(check, "run_part", slow)
+    monkeypatch.setattr(check.time, "monotonic", lambda: clock[0])
+    rows = check.check([*(p for p in PARTS.values())], ALL, ALL).rows
+    ended = {row.part: row.status for row in rows}
+    assert list(ended) == list(PARTS)
+    assert [name for name, status in ended.items() if status == "run"] == [
+        name for name, known in PARTS.items() if not known.extra
+    ]
+    assert all("no time was left; run it alone" in row.reason for row in rows if row.status == "skipped")
 
 
 def test_without_a_device_no_part_is_begun():
@@ -124,6 +195,7 @@ def test_without_a_device_no_part_is_begun():
     assert not outcome.failed
 
 
+ALL = Environment(PYTHON, PACKAGES, {"torch": "2.9"}, GPU)
 SERVE = Environment(Path("serve"), ("torch", "sglang", "triton"), {"torch": "2.9"}, GPU)
 BLIND = Environment(Path("blind"), ("torch", "sglang", "triton", "nixl"), {"torch": "2.9+cpu"})
 
@@ -134,7 +206,8 @@ BLIND = Environment(Path("blind"), ("torch", "sglang", "triton", "nixl"), {"torc
         ({"modules": ("triton",)}, OWN, SERVE, OWN, ""),
         ({"modules": ("triton",)}, BLIND, SERVE, SERVE, ""),
         ({"modules": ("triton",)}, BLIND, None, None, r"the torch of blind \(2.9\+cpu\) sees no CUDA device"),
-        ({"modules": ("onnx",)}, OWN, None, None, "has no onnx"),
+        ({"modules": ("onnx",)}, OWN, None, None, "has no onnx; .*python.* -m pip install onnx"),
+        ({"modules": ("pydantic", "yaml")}, OWN, None, None, "pip install pydantic pyyaml"),
         ({}, Environment(Path("bare")), None, None, "bare has no torch"),
         ({"serves": ("sglang",)}, OWN, None, None, "no Python with SGLang was found"),
         ({"serves": ("sglang",)}, BLIND, SERVE, BLIND, ""),

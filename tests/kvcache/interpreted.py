@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pdtrim_deploy.gpucheck import kernels
 from pdtrim_deploy.kvcache import torch_pack
+from pdtrim_deploy.kvcache.checksum import torch_checksum
 from pdtrim_deploy.kvcache.gpu import move as gpu
 from pdtrim_deploy.kvcache.gpu.library import library
 from pdtrim_deploy.kvcache.layout import chunk_layout
@@ -269,7 +270,8 @@ def test_the_interpreter_counts_as_a_form():
     ("wire", "dtype"), [("native", "bfloat16"), ("fp8", "bfloat16"), ("k4v3", "bfloat16"), ("k4v3", "fp8_e4m3")]
 )
 def test_the_check_of_bits_on_a_gpu(wire, dtype, monkeypatch):
-    monkeypatch.setattr(kernels, "HEAD_DIMS", (96,))
+    for sizes in ("HEAD_DIMS", "USUAL_HEAD_DIMS"):
+        monkeypatch.setattr(kernels, sizes, (96,))
     figure = kernels.bits(CPU, wire, dtype, tokens=90)
     assert figure["bytes_compared"] > 3 * 90 * 96
     whole = gpu.move
@@ -283,6 +285,13 @@ def test_the_check_of_bits_on_a_gpu(wire, dtype, monkeypatch):
         monkeypatch.setattr(gpu, "move", lambda *a, pack, d=direction: (broken if pack == d else whole)(*a, pack=pack))
         with pytest.raises(AssertionError, match=r"head size 96, tokens 0 to 30: [01] of \d+ packed bytes and [01]"):
             kernels.bits(CPU, wire, dtype, tokens=90)
+
+
+def test_the_check_on_gpus_of_the_checksum_passes_here_and_sees_a_bit(monkeypatch):
+    assert kernels.checksums(CPU, (1, 4095, 70_001))["sizes"] == 3
+    monkeypatch.setattr(kernels, "torch_checksum", lambda data: torch_checksum(data) ^ 1)
+    with pytest.raises(AssertionError, match="of 4095 bytes the kernel computes 0x"):
+        kernels.checksums(CPU, (4095,))
 
 
 @pytest.mark.parametrize("wire", LATENT_SIDES)

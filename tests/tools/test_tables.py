@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from pdtrim_deploy.gpucheck.registry import PARTS
+
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {"machine": {"cpu": "A", "cores": 2}, "versions": {"torch": "2"}, "command": "make bench-wire"}
 
@@ -89,6 +91,27 @@ def test_what_ran_on_a_gpu_is_counted_and_named(tool, tmp_path):
     text = tool.written("<!-- gpuparts:begin -->\n<!-- gpuparts:end -->\n", tmp_path)
     assert "| kernels: bits, int4 | run | bytes different 0, gb s 1.23e+03 |" in text
     assert "| kernels: bits, int4 | failed | not done |" in text
+
+
+PARTS_PAGE = "<!-- gpucolumn:begin -->\n<!-- gpucolumn:end -->\n"
+
+
+def test_what_ran_of_a_part_is_read_from_its_rows_alone(tool, tmp_path):
+    assert "| pack / unpack in Triton | no |" in tool.written(PARTS_PAGE, tmp_path)
+    skipped = {"part": "ranks: TP 2 to 1", "status": "skipped", "reason": "needs 2 GPUs", "figure": None}
+    (tmp_path / "gpu-check.json").write_text(json.dumps(CHECK | {"rows": [*CHECK["rows"], skipped]}))
+    text = tool.written(PARTS_PAGE, tmp_path)
+    assert "| pack / unpack in Triton | 1 run, 1 failed, 1 skipped |" in text
+    assert "| unequal TP, copied heads, DP attention | no (needs 2 GPUs) |" in text
+    assert "| fp8 KV pools | no |" in text
+
+
+def test_every_part_of_the_check_has_a_line_and_every_line_a_part(tool):
+    prefixes = {prefix for some in tool.TABLES["gpucolumn"].render.__globals__["PREFIXES"].values() for prefix in some}
+    assert set(PARTS) <= prefixes
+    begins = {name.partition(":")[0] for name in prefixes} - set(PARTS)
+    assert begins == {"attention", "SmolLM2", "ITL", "TensorRT", "KV-only layers", "sublayers", "key offsets",
+                      "fp8 pool", "hierarchical cache", "CUDA pack"}  # fmt: skip
 
 
 OF_A_MODEL = (

@@ -25,6 +25,7 @@ TABLES = {
     "proof": Table(("served", "faults"), front.proof),
     "gpu": Table(("gpu-check",), gpu.gpu, optional=True),
     "gpuparts": Table(("gpu-check",), gpu.gpuparts, optional=True),
+    "gpucolumn": Table(("gpu-check",), gpu.gpucolumn, optional=True),
     "demo": Table(("demo",), demo.demo),
     "headline": Table(("headline",), demo.demo),
     "kv": Table(("kv",), kv.kv),

@@ -10,6 +10,29 @@ from tables.base import table
 Data = dict[str, Any]
 HOW = "`make gpu-check` runs there, in ten minutes, what the machine allows"
 
+# By part of the limits' list: how the names of the rows begin that run it; none: no row does.
+PREFIXES: dict[str, tuple[str, ...]] = {
+    "pruning, oracle": ("oracle",),
+    "pack / unpack in Triton": ("kernels",),
+    "decode attention of cut layers, with CUDA graphs and without": ("served", "attention", "no-graphs"),
+    "a served pair of a real model": ("smollm2", "SmolLM2"),
+    "time between tokens beside the dense plan": ("itl", "ITL"),
+    "transfer through NIXL": ("nixl",),
+    "transfer through Mooncake": ("mooncake",),
+    "TensorRT engines, executor tensorrt": ("tensorrt", "TensorRT"),
+    "KV-only layers under prefill's CUDA graphs": ("plans", "KV-only layers"),
+    "sublayers": ("plans", "sublayers"),
+    "key offsets": ("plans", "key offsets"),
+    "unequal TP, copied heads, DP attention": ("ranks",),
+    "fp8 KV pools": ("fp8-pool", "fp8 pool"),
+    "sliding windows": ("windows",),
+    "latents (MLA)": ("latents",),
+    "speculation without cut layers": ("speculation",),
+    "hierarchical cache on prefill": ("cache", "hierarchical cache"),
+    "CUDA kernel of the pack": ("cuda-pack", "CUDA pack"),
+    "FP8 weights, HiCache on decode, onnx and RTX targets, manifests": (),
+}
+
 
 def gpu(check: Data | None) -> str:
     """One sentence for the README."""
@@ -31,6 +54,27 @@ def gpuparts(check: Data | None) -> str:
     assert check is not None
     rows = [(row["part"], row["status"], row["reason"] or _figures(row["figure"] or {})) for row in check["rows"]]
     return f"{table(('part', 'status', 'reason or figures'), rows)}\n\n`{check['command']}` on {_where(check)}."
+
+
+def gpucolumn(check: Data | None) -> str:
+    """Part by part, whether it ran on a GPU: by the prefixes of its rows in gpu-check.json."""
+    rows = check["rows"] if check is not None and _ran(check) else []
+    lines = [
+        (
+            part,
+            _state([row for row in rows if row["part"].startswith(prefixes)]) if prefixes else "no: nothing checks it",
+        )
+        for part, prefixes in PREFIXES.items()
+    ]
+    return table(("part", "run on a GPU"), lines)
+
+
+def _state(rows: list[Data]) -> str:
+    """Of the rows of a part; no row, or only skipped ones: it has not run."""
+    counts = {status: sum(row["status"] == status for row in rows) for status in ("run", "failed", "skipped")}
+    if not counts["run"] + counts["failed"]:
+        return "no" + (f" ({rows[0]['reason']})" if rows else "")
+    return ", ".join(f"{count} {status}" for status, count in counts.items() if count)
 
 
 def _ran(check: Data | None) -> bool:

@@ -1,0 +1,49 @@
+"""Plans that change what workers compute or send: KV-only layers, sublayers, key offsets; and SmolLM2's own."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from pdtrim_deploy.bundle import Bundle
+from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.gpucheck.checks import Check, NotHere, sentence
+from pdtrim_deploy.gpucheck.pair import CUT, Pair, fidelity_check, lazily
+from pdtrim_deploy.local.cache import Cache
+from pdtrim_deploy.pipeline import build
+from pdtrim_deploy.recipe import Recipe
+from pdtrim_deploy.recipe.targets import TargetsSection
+
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"  # of a clone
+NO_PREFILL_GRAPHS = ("--cuda-graph-backend-prefill", "disabled")
+
+
+def smollm2_checks(serve: Path, folder: Path, pair: Pair | None = None) -> list[Check]:
+    """SmolLM2 pruned and quantised, as `serve` starts it, against the oracle; from the cache of models."""
+
+    def bundle() -> Bundle:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        try:
+            recipe = Recipe.load(RECIPES / "smollm2-quick.yaml").model_copy(update={"targets": TargetsSection()})
+            return build(recipe, folder / "bundle", Cache.default(), print)
+        except (UserError, OSError) as error:
+            raise NotHere(f"the model or its text is not here: {sentence(error)}") from None
+
+    return [fidelity_check("SmolLM2", bundle, pair or Pair(serve))]
+
+
+def plan_checks(serve: Path, folder: Path, pair: Pair | None = None) -> list[Check]:
+    """Tiny pairs against the oracle; KV-only layers with prefill's CUDA graphs first, then without."""
+    pair = pair or Pair(serve)
+    kv_only = lazily(folder / "kv-only", CUT, healing={"kv_only_blocks": 2, "sequences": 8, "length": 64})
+    fewer = {"prefill_attentions": 1, "decode_attentions": 2, "prefill_mlps": 1, "decode_mlps": 1}
+    whole = {"method": "none", "wire_dtype": "int8"}
+    sublayers = lazily(folder / "sublayers", whole, pruning={"method": "greedy"} | fewer)
+    offsets = lazily(folder / "offsets", {**CUT, "wire_dtype": "int4"})
+    return [
+        fidelity_check("KV-only layers: prefill's graphs", kv_only, pair),
+        fidelity_check("KV-only layers: no prefill graphs", kv_only, replace(pair, prefill_args=NO_PREFILL_GRAPHS)),
+        fidelity_check("sublayers", sublayers, pair),
+        fidelity_check("key offsets: int4", offsets, pair),
+    ]
