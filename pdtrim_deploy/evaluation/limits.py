@@ -7,7 +7,16 @@ from pathlib import Path
 
 from pdtrim_deploy.local.compute import Compute
 from pdtrim_deploy.models.config import read_config
-from pdtrim_deploy.models.footprint import LOGITS, Peak, can_stream, choose_limits, gb, read_bytes, weight_bytes
+from pdtrim_deploy.models.footprint import (
+    LOGITS,
+    Peak,
+    can_stream,
+    choose_limits,
+    gb,
+    read_ahead,
+    read_bytes,
+    weight_bytes,
+)
 from pdtrim_deploy.models.weights import ModelSizes
 from pdtrim_deploy.plan.wire import ITEM_BYTES
 
@@ -34,13 +43,16 @@ def fit_judging(groups: Sequence[Sequence[Path]], tokens: int, compute: Compute)
         weights = [
             sum(weight_bytes(config, compute.dtype, limited.blocks_in_memory) for config in group) for group in configs
         ]
+        ahead = 0.0
+        if limited.blocks_in_memory is not None:  # of each model
+            ahead = max(sum(read_ahead(config, limited) for config in group) for group in configs)
         rows = [max(2 * size.kv_width * size.blocks for size in group) for group in sizes]
         kv = [3 * item * tokens * row for row in rows]
         if limited.blocks_in_memory is not None:
             kv = [max(size, limited.states(STREAMED_KV)) for size in kv]
         running = max(tokens * (6 * size.hidden + 3 * size.inner) * item for group in sizes for size in group)
         peaks = [weight + held + running + LOGITS for weight, held in zip(weights, kv, strict=True)]
-        return Peak.of(limited, max(peaks), reading=read_bytes(configs[0][0]))
+        return Peak.of(limited, max(peaks) + ahead, reading=read_bytes(configs[0][0]) + ahead)
 
     def refused(least: Peak) -> str:
         names = " and ".join(str(folder) for folder in groups[0])

@@ -1,4 +1,7 @@
-"""Whole models where a command computes. No more of one is on the host than a block, unless it stays there."""
+"""Whole models where a command computes. No more of one is on the host than a block, unless it stays there.
+
+A model whose blocks are not known is there as a whole before it moves to GPUs.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pdtrim_deploy.local.compute import ON_CPU, Compute
 from pdtrim_deploy.models.checkpoint import Checkpoint, read_checkpoint
+from pdtrim_deploy.models.footprint import can_stream
 from pdtrim_deploy.models.loading import TORCH_DTYPES, cast_weights, load_model
+from pdtrim_deploy.models.placement import put
 from pdtrim_deploy.models.quantized.inputs import round_inputs
 from pdtrim_deploy.models.streaming import own_weights, stream_model
 
@@ -27,10 +34,24 @@ def load_on(checkpoint: Checkpoint, compute: Compute, note: Note = lambda _: Non
         return stream_model(checkpoint, compute.blocks_in_memory, compute, rounded)[0]
     if not compute.on_gpu:
         return cast_weights(load_model(checkpoint.path, rounded or compute.dtype), TORCH_DTYPES[compute.dtype])
+    if not can_stream(checkpoint.config):
+        whole = cast_weights(load_model(checkpoint.path, rounded or compute.dtype), TORCH_DTYPES[compute.dtype])
+        return _spread(whole, compute)
     model, _ = stream_model(checkpoint, 1, compute, rounded)
     for block, layer in enumerate(model.model.layers, 1):
         own_weights(layer)
         note(f"loading block {block}/{len(model.model.layers)}")
+    return model
+
+
+def _spread(model: Any, compute: Compute) -> Any:
+    """A model of the host, moved: blocks to their devices, all else to the first."""
+    home, layers = torch.device(compute.devices[0]), model.model.layers
+    for block, layer in enumerate(layers):
+        device = torch.device(compute.device_of(block, len(layers)))
+        put(layer.to(device), device)
+    for part in (*(part for part in model.model.children() if part is not layers), model.lm_head):
+        part.to(home)
     return model
 
 

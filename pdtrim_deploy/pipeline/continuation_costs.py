@@ -66,7 +66,7 @@ def _read(recipe: Recipe) -> Iterator[tuple[str, Text]]:
     if needed(recipe):
         yield "heal", fitted
     if kv.method not in FIXED_KV:
-        yield "select-kv", Text(kv.sequences, kv.prompt_tokens + kv.continuation_tokens, kv.prompt_tokens)
+        yield from (("select-kv", Text(kv.sequences, n + kv.continuation_tokens, n)) for n in kv.prompts)
     if healing.kv_steps:
         yield "heal-kv", Text(healing.sequences, kv.prompt_tokens + healing.length // 2, kv.prompt_tokens)
 

@@ -83,7 +83,7 @@ def card(plan: PDPlan, recipe: Recipe, stage: Stage, base: Provenance, healed: p
         f"{BEGIN}\n{NOT_MEASURED}\n{END}",
         "\n\n".join(TABLE),
         "## How it was made",
-        "\n".join(parts.provenance(recipe)),
+        "\n".join(parts.provenance(recipe, plan)),
         f"```\n{AGAIN}\n```",
         "## Serve",
         "```\npdtrim-deploy serve BUNDLE\n```",

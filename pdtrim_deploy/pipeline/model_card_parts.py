@@ -101,7 +101,7 @@ def _corpus(text: CalibrationSection) -> str:
     return f"{', '.join(parts)}{own}, seed {text.seed}"
 
 
-def provenance(recipe: Recipe) -> list[str]:
+def provenance(recipe: Recipe, plan: PDPlan) -> list[str]:
     """Text and seeds of each choice; all text is that of the calibration split of its corpus."""
     text, pruning, healing, kv = recipe.calibration, recipe.pruning, recipe.healing, recipe.kv
     lines = [f"- Recipe `{recipe.name}` (`recipe.yaml` in the bundle), digest `{recipe.digest}`"]
@@ -126,7 +126,7 @@ def provenance(recipe: Recipe) -> list[str]:
     if healing.kv_steps:
         length = kv.prompt_tokens + healing.length // 2
         lines.append(f"- Decode healed behind its KV on {healing.sequences} x {length} tokens of {corpus}")
-    if kv.measures_offsets:
+    if kv.measures_offsets and plan.model.rope_dim is None:
         lines.append(f"- Means of keys before RoPE measured on {kv.sequences} x {kv.prompt_tokens} tokens of {corpus}")
     if kv.method in FIXED_KV:
         return [*lines, f"- KV chosen by rule `{kv.method}`, on no text"]

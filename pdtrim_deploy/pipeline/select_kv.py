@@ -37,15 +37,16 @@ def select_kv(context: Context) -> set[str]:
     less in the file of key offsets, and what that does to them in reports/key-offsets.json, if any can be quantised.
     """
     section, plan = context.recipe.kv, heal.blocks_plan(context)
+    measures_offsets = section.measures_offsets and plan.model.rope_dim is None  # rope keys of latents have none
     if section.method in FIXED_KV:
         plan = plan.with_kv(fixed_rules(section, len(plan.kv)))
-    if section.method not in FIXED_KV or section.measures_offsets:
+    if section.method not in FIXED_KV or measures_offsets:
         plan = _looked_at(context, plan)
     sends = {block: send.model_dump() for block, send in zip(plan.decode_kv_blocks, plan.kv, strict=True)}
     sparse = [block for block, send in zip(plan.decode_kv_blocks, plan.kv, strict=True) if send.mode == "sparse"]
     write_json(context.out / KV, {"method": section.method, "sparse_blocks": sparse, "sends": sends})
     write_json(context.out / PLAN, plan.model_dump(mode="json"))
-    measured = {OFFSETS} if section.measures_offsets else set()
+    measured = {OFFSETS} if measures_offsets else set()
     measured |= {ATTENTION} if section.method not in FIXED_KV else set()
     return {KV, PLAN, *measured, *([KEY_OFFSETS] if plan.key_offsets else [])}
 

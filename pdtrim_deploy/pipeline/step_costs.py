@@ -12,6 +12,7 @@ from typing import Any
 
 from pdtrim_deploy.local.compute import Compute
 from pdtrim_deploy.models.families import family_of
+from pdtrim_deploy.models.families.latents import latent_sizes
 from pdtrim_deploy.models.footprint import LOGITS, PROGRAM, Peak, read_ahead, read_bytes, weight_bytes
 from pdtrim_deploy.models.weights import ModelSizes, one_expert, stored_bytes
 from pdtrim_deploy.pipeline.continuation_costs import ContinuationCost, continuation_costs
@@ -174,7 +175,7 @@ class _Costs:
 
     def _select_kv(self) -> StepCost:
         kv = self.recipe.kv
-        if kv.method in FIXED_KV and not kv.measures_offsets:
+        if kv.method in FIXED_KV and (not kv.measures_offsets or latent_sizes(self.config)):
             return self._step(0.0, flops=0.0)
         cost = selection_cost(self.config, kv, self.recipe.model.dtype, self.compute.states(STATES))
         running = self._running(1, kv.prompts[-1])

@@ -37,6 +37,7 @@ _TAKES: dict[str, tuple[str, ...]] = {
     "budget": ("reduction", "max_loss", "sparse_choices", "wire_choices", "recall", "longer_prompts"),
 }
 _LATER = {"share": 0, "longer_prompts": (), "pool_dtype": "native"}  # absent from recipes that have these values
+MOST_SHARE = 1000  # of SHARE_UNIT; of more, short prompts lose no row, and no check could see the cut
 _ALL_TAKE = ("method", "sequences", "prompt_tokens", "continuation_tokens", "key_offsets")
 
 
@@ -75,7 +76,7 @@ class KVSection(BaseModel):
     threshold: Annotated[float, Field(gt=0, le=1)] | None = None
     n_first: NonNegativeInt = 0
     n_last: NonNegativeInt = 0
-    share: Annotated[int, Field(ge=0, le=SHARE_UNIT - 1)] = 0
+    share: Annotated[int, Field(ge=0, le=MOST_SHARE)] = 0
     wire_dtype: WireDtype = "native"
     reduction: Annotated[float, Field(gt=1)] | None = None
     max_loss: Annotated[float, Field(gt=0)] | None = None
@@ -142,8 +143,10 @@ class KVSection(BaseModel):
                 raise ValueError("method is 'budget'; allowed with it: either reduction or max_loss")
             if any(first + last == 0 for first, last, *_ in self.sparse_choices):
                 raise ValueError("sparse_choices has a pair of zeros; allowed: n_first + n_last of at least 1")
-            if any(share >= SHARE_UNIT for _, _, *shares in self.sparse_choices for share in shares):
-                raise ValueError(f"sparse_choices has a share of the whole prompt; allowed: below {SHARE_UNIT}")
+            if any(share > MOST_SHARE for _, _, *shares in self.sparse_choices for share in shares):
+                raise ValueError(
+                    f"sparse_choices has a share of {SHARE_UNIT}ths above {MOST_SHARE}; allowed: at most {MOST_SHARE}"
+                )
         if any(shorter >= longer for shorter, longer in pairwise(self.prompts)):
             raise ValueError(
                 f"longer_prompts is {list(self.longer_prompts)}; allowed: lengths that ascend, each above prompt_tokens"

@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from pretended_devices import PretendedDevices
 
 from pdtrim_deploy.local.compute import Compute
 from pdtrim_deploy.models.checkpoint import read_checkpoint
 from pdtrim_deploy.models.on_devices import load_on, load_to_compute
+from pdtrim_deploy.models.oracle import PDOracle
 from pdtrim_deploy.models.streaming import keep_rows, stream_model
+from pdtrim_deploy.plan import PDPlan
 
 IN_16_BITS = Compute(("cpu",), "bfloat16")
 
@@ -44,3 +47,20 @@ def test_rows_of_rows(tiny_dir: Callable[[str], Path]) -> None:
     gate.register_forward_pre_hook(lambda module, _: kept.append(module.weight.detach().clone()))
     gate(torch.zeros(1, whole.config.hidden_size))
     assert torch.equal(kept[0], expected)
+
+
+@pytest.mark.parametrize("architecture", ["DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM", "MiniMaxM2ForCausalLM"])
+def test_a_model_whose_blocks_are_not_known_moves_as_a_whole(
+    architecture: str, tiny_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 0))  # transformers asks, for its experts
+    checkpoint, ids = read_checkpoint(tiny_dir(architecture)), torch.arange(3, 15)[None]
+    here, both = Compute(), Compute(("cuda:0", "cuda:1"))
+    runs = []
+    for compute in (here, both):
+        with PretendedDevices(), torch.no_grad():
+            model = load_on(checkpoint, compute)
+            runs.append(PDOracle(model, model, PDPlan.dense(checkpoint.shape())).prefill(ids).logits.cpu())
+            places = {str(layer.self_attn.o_proj.weight.device) for layer in model.model.layers}
+            assert places == ({"cpu"} if compute is here else {"cuda:0", "cuda:1"})
+    torch.testing.assert_close(*runs)

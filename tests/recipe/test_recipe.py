@@ -90,8 +90,8 @@ def load(tmp_path: Path, text: str, **units: str) -> Recipe:
             "kv: {method: budget, reduction: 2.0, sparse_choices: [4]}",
             "a list of 2 or 3, each an integer of at least 0",
         ),
-        ("kv: {method: budget, reduction: 2.0, sparse_choices: [[4, 8, 1024]]}", "whole prompt; allowed: below 1024"),
-        ("kv: {method: all, n_last: 4, share: 1024}", "kv.share is 1024; allowed: an integer from 0 to 1023"),
+        ("kv: {method: budget, reduction: 2.0, sparse_choices: [[4, 8, 1024]]}", "above 1000; allowed: at most 1000"),
+        ("kv: {method: all, n_last: 4, share: 1024}", "kv.share is 1024; allowed: an integer from 0 to 1000"),
         ("kv: {method: none, share: 64}", "which takes no share"),
         ("kv: {method: all, n_last: 4, longer_prompts: [2048]}", "which takes no longer_prompts"),
         (
