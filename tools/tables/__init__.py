@@ -21,7 +21,7 @@ class Table:
 
 
 TABLES = {
-    "switches": Table(("kv", "wire", "kvonly", "prefilltime", "pruning", "headline"), front.switches),
+    "switches": Table(("kv", "wire", "kvonly", "prefilltime", "heal", "headline"), front.switches),
     "proof": Table(("served", "faults"), front.proof),
     "gpu": Table(("gpu-check",), gpu.gpu, optional=True),
     "gpuparts": Table(("gpu-check",), gpu.gpuparts, optional=True),

@@ -11,7 +11,7 @@ HELD_OUT = 64  # tokens of each continuation of bench-kv
 Data = dict[str, Any]
 
 
-def switches(kv: Data, wire: Data, kvonly: Data, prefilltime: Data, pruning: Data, headline: Data) -> str:
+def switches(kv: Data, wire: Data, kvonly: Data, prefilltime: Data, heal: Data, headline: Data) -> str:
     """What each switch saves and costs on the model measured here."""
     rows = {(row["method"], row["asked"]): row for row in kv["rows"]}
     quantised, planned = rows["dense k4v3", None], rows["ours", 8]
@@ -24,13 +24,8 @@ def switches(kv: Data, wire: Data, kvonly: Data, prefilltime: Data, pruning: Dat
     )
     costs = [_rise(skipped, dense, corpus) for corpus in ("brown", "austen")]
     removed = len(headline["plan"]["decode_dropped"])
-    (unpruned,) = (row for row in pruning["rows"] if not row["removed"])
-    losses = {
-        row["method"]: row["brown_ppl"] / unpruned["brown_ppl"] - 1
-        for row in pruning["rows"]
-        if row["removed"] == removed
-    }
-    healed, refitted = (losses[name] for name in ("ours, no annealing, healed", "ours, no annealing"))
+    losses = {row["way"]: row["loss"] for row in heal["rows"]}
+    refitted, healed = (rise(losses[way], losses["dense"]) for way in ("unhealed", "logits, 1e-4"))
     body = [
         (
             "quantised wire, all rows, keys int4 and values int3: `kv: {method: none, wire_dtype: k4v3}`",
@@ -56,7 +51,7 @@ def switches(kv: Data, wire: Data, kvonly: Data, prefilltime: Data, pruning: Dat
             f"fewer decode blocks: {removed} of 30 removed (experimental): `pruning: {{method: greedy, ...}}`",
             f"{interval(headline['ratios'], 'output tokens/s')} times the output tokens/s, "
             "in one run with KV cut as well",
-            f"{healed:.0%} healed, {refitted:.0%} without; no error recorded",
+            f"{healed} healed for {heal['options']['minutes']:g} CPU minutes, {refitted} without (development text)",
             "[blocks](docs/benchmarks/blocks.md)",
         ),
     ]
