@@ -58,7 +58,7 @@ def run_part(part: Part, python: Path, seconds: float, serve: Path | None = None
     if not problem:
         return rows
     broken, *rest = names[len(rows) :] or [part.name]
-    if late and rows and ran < HUNG_S:
+    if late and names and ran < HUNG_S:
         problem = (
             f"its part's {seconds:.0f} s were over {ran:.0f} s after it began; run it: gpu-check --part {part.name}"
         )

@@ -31,8 +31,11 @@ def saved_step(file: Path) -> int:
     """Steps of decode's training that the file holds; 0 while there is none."""
     if not file.is_file():
         return 0
-    with safe_open(file, framework="pt") as tensors:
-        facts = json.loads(bytes(tensors.get_tensor("position").tolist()))
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            facts = json.loads(bytes(tensors.get_tensor("position").tolist()))
+    except (OSError, ValueError):  # the file was replaced between safetensors' two openings of it
+        return 0
     return int(facts["position"]["step"])
 
 

@@ -15,6 +15,7 @@ FULL = WorkerConfig(
     secret_file="/run/secret",
     transport=TransportOptions.model_validate({"stall_seconds": 3, "port": 5000}),
     decode_pool=SplitPool(isl=40, osl=8),
+    send_by_layer=True,
     engine=EngineConfig(executor="onnxruntime", path="/engines/decode", stage="decode"),
 )
 

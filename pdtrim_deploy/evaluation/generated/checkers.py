@@ -74,7 +74,7 @@ def json_keys(text: str, *keys: str) -> bool:
 
 def ends(text: str, phrase: str) -> bool:
     """The last thing in the text is `phrase`, in its very letters."""
-    return text.rstrip().endswith(phrase)
+    return text.rstrip("\"'*_” \n").endswith(phrase)
 
 
 def no_commas(text: str) -> bool:
@@ -83,7 +83,8 @@ def no_commas(text: str) -> bool:
 
 
 def _times(text: str, word: str) -> int:
-    return [part.lower() for part in _WORD.findall(text)].count(word.lower())
+    words = (part.lower().replace("’", "'") for part in _WORD.findall(text))
+    return sum(word.lower() in (part, part.removesuffix("'s")) for part in words)
 
 
 CHECKERS: dict[str, Callable[..., bool]] = {

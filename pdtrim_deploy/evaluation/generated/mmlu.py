@@ -22,9 +22,13 @@ from pdtrim_deploy.evaluation.generated.base import GeneratedTask, Question, Que
 SHA256 = "15886f4009c5c839bb852c3fbcc103858a1bc89a2bee51b46652693a182faecb"
 LETTERS = "ABCD"
 SUBJECTS = 57
-_MARKED = re.compile(r"(?i:answer)\W*(?:is\b|:)\W*(?:option\W*)?([A-D])(?![A-Za-z0-9])")
+_NAMED = r"(?i:answer|choice|option|letter)"
+_MARKED = re.compile(
+    rf"{_NAMED}\W*(?:\bis\b|:|\n)\W*?(?:{_NAMED}\W*)?(?:\(([a-d])\)|([A-D])(?![A-Za-z0-9'’]))"
+    rf"|(?<![A-Za-z0-9])([A-D])\W* is (?:the )?(?:right|correct)"
+)
 _BOXED = re.compile(r"\\boxed\{\W*(?:\\text\{)?\W*([A-Da-d])(?![A-Za-z0-9])")
-_ALONE = re.compile(r"\W*([A-Da-d])(?:[.):]|\*\*|\s*\n|\W*$)")
+_ALONE = re.compile(rf"\W*(?:{_NAMED}\W*)?([A-Da-d])(?:[.):]|\*\*|\s*\n|\s*[,;–—]|\s+-\s|\W*$)")
 
 
 def parse(file: Path) -> Iterator[Document]:
@@ -64,8 +68,8 @@ def load(setting: Setting) -> QuestionSet:
 def letter(text: str) -> str | None:
     """The letter that an answer gives: boxed, after the last `answer is` or `Answer:`, or at its beginning."""
     for pattern in (_BOXED, _MARKED):
-        if letters := pattern.findall(text):
-            return str(letters[-1]).upper()
+        if matches := [*pattern.finditer(text)]:
+            return str(matches[-1][matches[-1].lastindex or 0]).upper()
     alone = _ALONE.match(text)
     return None if alone is None else alone.group(1).upper()
 
