@@ -15,7 +15,7 @@ class Question:
     """`problem` is shown to the model; `expected` is what a grader compares; `check` is a task's own.
 
     `group` is what the question counts under beside the whole; `again` is the second turn of a conversation, whose
-    reply is graded.
+    reply is graded. Questions with the same `subject` are about one text: they are not independent.
     """
 
     id: str
@@ -24,6 +24,7 @@ class Question:
     check: Any = None
     group: str = ""
     again: str | None = None
+    subject: str | None = None
 
 
 @dataclass(frozen=True)

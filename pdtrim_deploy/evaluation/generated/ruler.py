@@ -48,7 +48,8 @@ def _questions(setting: Setting) -> Iterator[Question]:
             for place in PLACES:
                 group = f"{kind} {length} {place}"
                 problem, expected = message(hidden, place), ", ".join(hidden.expected)
-                yield Question(f"{group} {number}", problem, expected, hidden.expected, group)
+                text = f"{kind} {length} {number}"
+                yield Question(f"{group} {number}", problem, expected, hidden.expected, group, subject=text)
 
 
 def right(question: Question, text: str) -> bool:

@@ -132,7 +132,9 @@ def _judged(
     max_tokens: int,
 ) -> ServedTask:
     groups = tuple(question.group or "all" for question in questions)
-    results = [_measured(task.name, groups, reply) for reply in replies]
+    texts: dict[str, int] = {}
+    subjects = tuple(texts.setdefault(question.subject or question.id, len(texts)) for question in questions)
+    results = [_measured(task.name, groups, subjects, reply) for reply in replies]
     cut = [sum(answer.reason == "length" for answer in reply) for reply in replies]
     pair, count = results[0], len(replies[0])
     score = pair.mean("right")
@@ -154,8 +156,8 @@ def _judged(
     )
 
 
-def _measured(name: str, groups: tuple[str, ...], replies: Sequence[Answer]) -> Measured:
-    return Measured(name, groups, {"right": tuple(float(answer.right) for answer in replies)})
+def _measured(name: str, groups: tuple[str, ...], subjects: tuple[int, ...], replies: Sequence[Answer]) -> Measured:
+    return Measured(name, groups, {"right": tuple(float(answer.right) for answer in replies)}, subjects)
 
 
 def _by_group(results: Sequence[Measured]) -> tuple[GroupScore, ...]:

@@ -33,7 +33,8 @@ def _questions(setting: Setting) -> Iterator[Question]:
             asks = {"same": ("Once more: " + hidden.question, hidden.expected), "other": hidden.other}
             for name, (again, values) in asks.items():
                 group = f"{name} {length}"
-                yield Question(f"{group} {number}", _first(hidden), ", ".join(values), values, group, again)
+                expected, text = ", ".join(values), f"{length} {number}"
+                yield Question(f"{group} {number}", _first(hidden), expected, values, group, again, text)
 
 
 def _first(hidden: Hidden) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,10 @@ from answering import answering
 
 from pdtrim_deploy.errors import ServingError, UserError
 from pdtrim_deploy.evaluation.generated import TASKS
-from pdtrim_deploy.evaluation.generated.base import Question, QuestionSet, Setting
+from pdtrim_deploy.evaluation.generated.base import Answer, Question, QuestionSet, Setting
 from pdtrim_deploy.evaluation.generated.endpoint import Endpoint
 from pdtrim_deploy.evaluation.generated.lengths import check_contexts, choose
-from pdtrim_deploy.evaluation.generated.served import Pair
+from pdtrim_deploy.evaluation.generated.served import Pair, _judged
 from pdtrim_deploy.local.cache import Cache
 
 
@@ -51,6 +52,20 @@ def test_the_question_stands_last_and_first_over_the_same_text(setting: Setting)
         head, *context, tail = last.problem.split("\n\n")
         assert [head, tail, *context] == first.problem.split("\n\n")
         assert (last.expected, last.group.split()[-1], first.group.split()[-1]) == (first.expected, "last", "first")
+        assert last.subject == first.subject
+    assert len({question.subject for question in questions}) == len(questions) // 2
+
+
+def test_questions_about_one_text_count_as_one_in_errors(setting: Setting) -> None:
+    task, data = TASKS["ruler"], TASKS["ruler"].load(setting)
+    right = [place // 2 % 4 != 0 for place in range(80)]  # both questions about a text have the same end
+    replies = [[Answer("", "stop", 1, value) for value in side] for side in (right, [True] * 80)]
+    by_text = _judged(task, data, data.questions[:80], replies, {}, 128).difference_stderr
+    apart = replace(data, questions=tuple(replace(question, subject=None) for question in data.questions))
+    by_question = _judged(task, apart, apart.questions[:80], replies, {}, 128).difference_stderr
+    assert by_text is not None
+    assert by_question is not None
+    assert by_text / by_question == pytest.approx((79 / 39) ** 0.5)
 
 
 def test_answers_follow_from_the_texts(setting: Setting) -> None:
