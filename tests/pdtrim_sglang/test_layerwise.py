@@ -261,11 +261,6 @@ def test_a_decode_worker_that_dies_during_the_pass_fails_its_requests(world):
     side.layerwise.end()
     request.send(TOKENS)
     assert pair.wait(pair.prefill) == [KVPoll.Failed]
-    (peer,) = side.sessions._peers.values()
-    deadline = time.monotonic() + 10
-    while not peer.gone and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert peer.gone
     assert pair.decode[0].manager.request_status[1] != KVPoll.Success
 
 
