@@ -55,7 +55,7 @@ format: setup-build  ## let ruff rewrite the sources
 # All parts at once: a served test mostly waits for one process. 16 GB of memory at most; `make test-unit test-docs
 # test-serve` runs them one after the other. -O: each part with its own output, when it ends.
 test: setup setup-docs setup-evals  ## all tests: units, documentation, genuine SGLang workers and router on loopback
-	@echo "four parts at once, each shown when it ends, the longest after about 18 minutes on 2 cores" >&2
+	@echo "four parts at once, each shown when it ends, the longest after about 20 minutes on 2 cores" >&2
 	@$(MAKE) --no-print-directory -k -O -j 4 test-serve test-unit-build test-unit-serve test-docs
 
 # Both environments at once: the plugin's tests import SGLang for a long time on one core.
