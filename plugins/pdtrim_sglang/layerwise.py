@@ -26,7 +26,7 @@ from pdtrim_sglang.packing import Chunk
 from pdtrim_sglang.pool import PoolView
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Part:
     """Rows of `chunk.layers` up to `chunk.stop`, which are in the pool once prefill's KV layer `after` is computed.
 
@@ -35,6 +35,7 @@ class _Part:
 
     after: int
     chunk: Chunk
+    request: _Request
 
 
 @dataclass
@@ -145,7 +146,7 @@ class LayerwiseSends:
             request.room, pages(place, start, stop), start, request.prompt_tokens, start, stop, False, 0,
             forward_pass=self._pass,
         )  # fmt: skip
-        return [_Part(self._computed_after[layers[-1]], replace(chunk, layers=layers)) for layers in ranges]
+        return [_Part(self._computed_after[layers[-1]], replace(chunk, layers=layers), request) for layers in ranges]
 
     def _wait(self) -> None:
         while True:
@@ -158,7 +159,7 @@ class LayerwiseSends:
         for part in parts:
             with self._lock:
                 request = self._request(part.chunk.room)
-                if request is None or request.positions is None:
+                if request is not part.request or request.positions is None:  # a room number may be used again
                     continue
                 chunks, positions = list[Chunk](), request.positions
                 layers, stop = part.chunk.layers or range(0), part.chunk.stop

