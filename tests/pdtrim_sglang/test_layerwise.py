@@ -6,6 +6,7 @@ Genuine prefill and decode sides over TCP (rankpairs.py), a scheduler's chunks a
 import itertools
 import queue
 import random
+import re
 import time
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -22,6 +23,7 @@ from pdtrim_sglang.layerwise import LayerwiseSends, early_layers
 from pdtrim_sglang.packing import Chunk
 from pdtrim_sglang.patches.passes import follow
 from pdtrim_sglang.pool import PoolView
+from pdtrim_sglang.requirements import layers_unheard
 from rankpairs import AUX, CONFIG, PAGE, PLAN, TOKENS, World
 from sglang.srt.disaggregation.base.conn import KVPoll
 
@@ -321,6 +323,60 @@ def test_a_part_that_the_device_has_not_computed_leaves_with_the_chunk(monkeypat
         stream.done.put(None)
     time.sleep(0.05)
     assert queued.empty()
+
+
+def test_a_part_of_an_ended_request_is_not_sent_for_another_of_the_same_number(monkeypatch):
+    """The device computes it after the room was forgotten and opened again: its pages are the first request's."""
+    stream, queued = Stream(), queue.Queue()
+    on_device = [torch.zeros(64, 4, 64).as_subclass(type("Far", (torch.Tensor,), {"is_cpu": False}))] * LAYERS
+    monkeypatch.setattr(PoolView, "record_event", lambda _: stream.record_event())
+    sends = LayerwiseSends(DENSE, PoolView(on_device, on_device, PAGE), 1, TOKENS, queued.put)
+    sends.expect("a", 1, TOKENS)
+    sends.ready(1, 0)
+    sends.begin(["a"], [0], [TOKENS], lambda *_: "pages of a")
+    sends.computed(0)
+    sends.forget(1)
+    sends.expect("b", 1, TOKENS)
+    sends.ready(1, 0)
+    sends.begin(["b"], [0], [TOKENS], lambda *_: "pages of b")
+    sends.computed(1)
+    for _ in range(2):
+        stream.done.put(None)
+    parts = queued.get(timeout=10)
+    assert [(chunk.pages, chunk.layers) for chunk in parts] == [("pages of b", range(1))]
+
+
+def test_a_part_whose_sender_was_closed_meanwhile_is_dropped(world):
+    """The scheduler closes it between two steps of the thread that sends; an error there would end the worker."""
+    pair = world(1, 1)
+    pair.open()
+    request, side = Prefill(pair), pair.prefill[0].side
+    side.layerwise.begin(["r"], [0], [TOKENS], lambda _, start, stop: request.pages(1, start, stop))
+    side.rooms.sender_closed(1, opened=True)
+    side.layerwise.computed(0)
+    side.layerwise.end()
+    time.sleep(0.05)
+    assert not any(rows.any() for rows in pools(pair))
+
+
+@pytest.mark.parametrize(
+    ("changes", "packs_rows", "reason"),
+    [
+        ({}, False, ""),
+        ({"disable_radix_cache": False}, False, "the prefix cache may move a request's rows .*--disable-radix-cache"),
+        ({"enable_two_batch_overlap": True}, False, "with --enable-two-batch-overlap"),
+        ({"full_graph": True}, False, "a full graph of prefill calls no Python between layers"),
+        ({}, True, "an engine packs the rows that it computes"),
+    ],
+)
+def test_where_parts_may_leave_early(changes, packs_rows, reason, monkeypatch):
+    options = {"disable_radix_cache": True, "enable_two_batch_overlap": False, "full_graph": False} | changes
+    full = options.pop("full_graph")
+    monkeypatch.setattr(
+        "sglang.srt.model_executor.cuda_graph_config.check_cuda_graph_backend", lambda phase, backend: full
+    )
+    unheard = layers_unheard(SimpleNamespace(**options), SimpleNamespace(packs_rows=packs_rows))
+    assert re.match(reason, unheard) if reason else unheard == ""
 
 
 def test_positions_run_together_where_they_are_equal():
