@@ -63,7 +63,7 @@ def _worker(served: Served, options: Options, stage: Stage, first_gpu: int) -> d
     device = {"driver": "nvidia", "device_ids": ids, "capabilities": ["gpu"]}
     return {
         **_basics(options),
-        "command": worker_arguments(served, options, stage),
+        "command": [word.replace("$", "$$") for word in worker_arguments(served, options, stage)],  # no variables
         "environment": dict(WORKER_ENVIRONMENT),
         "volumes": [{"type": "bind", "source": options.bundle.place, "target": BUNDLE_MOUNT, "read_only": True}],
         "secrets": [SECRET_KEY],

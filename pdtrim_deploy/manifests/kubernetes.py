@@ -63,7 +63,7 @@ def _worker(served: Served, options: Options, stage: Stage) -> list[Manifest]:
     container = {
         "name": "sglang",
         "image": options.image,
-        "command": worker_arguments(served, options, stage),
+        "command": [word.replace("$(", "$$(") for word in worker_arguments(served, options, stage)],  # no variables
         "env": [
             *({"name": key, "value": value} for key, value in WORKER_ENVIRONMENT.items()),
             {"name": "SGLANG_HOST_IP", "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}},

@@ -22,6 +22,7 @@ from pdtrim_deploy.pipeline.family_fit import check_experts, check_family, check
 from pdtrim_deploy.pipeline.journal import Journal, chained_key, claim
 from pdtrim_deploy.pipeline.limits import fit_build
 from pdtrim_deploy.pipeline.stand_in import stand_in
+from pdtrim_deploy.pipeline.texts import check_longest
 from pdtrim_deploy.plan import STAGES, Stage
 from pdtrim_deploy.recipe import Recipe
 from pdtrim_deploy.recipe.kv import FIXED_KV
@@ -161,6 +162,8 @@ def build(
             context = Context(recipe, checkpoint, cache, out, note, workers, compute)
             journal, plan_steps = Journal(out), steps_of(recipe, checkpoint.fingerprint)
             finished = done_steps(plan_steps, journal)
+            if "select-kv" not in finished:
+                check_longest(context)
             journal.keep_only(finished)
             failures: dict[str, str] = {}
             for step in plan_steps:

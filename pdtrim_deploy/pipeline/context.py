@@ -95,9 +95,25 @@ class Context:
 
         Where the recipe wants the model's own words, they follow the first `prompt_tokens`, by default half of them.
         """
-        from pdtrim_deploy.evaluation import corpora
         from pdtrim_deploy.models.loading import load_tokenizer
         from pdtrim_deploy.pipeline.on_policy import Speaker, end_ids, with_continuations
+
+        drawn, missing = self.drawn(sequences, length, prompt_tokens)
+        if not missing:
+            return drawn
+        ends = end_ids(self.checkpoint.path, load_tokenizer(self.checkpoint.path))
+        speaker = Speaker(self.measured_model, lambda: self.model, ends, self.cache, self.out, self.note)
+        return with_continuations(speaker, self.recipe.calibration, drawn, missing)
+
+    def drawn(self, sequences: int, length: int, prompt_tokens: int | None = None) -> tuple[Any, int]:
+        """What `calibration` takes from the corpora, and how many tokens the model adds to each sequence.
+
+        Raises:
+            UserError: the corpora have not so many sequences of that length.
+
+        """
+        from pdtrim_deploy.evaluation import corpora
+        from pdtrim_deploy.models.loading import load_tokenizer
 
         section, tokenizer = self.recipe.calibration, load_tokenizer(self.checkpoint.path)
         parts = [
@@ -106,11 +122,9 @@ class Context:
         ]
         prompt = length // 2 if prompt_tokens is None else prompt_tokens
         if section.continuations == "text" or prompt >= length:
-            return corpora.mixed(parts, tokenizer, sequences, length, section.seed)
+            return corpora.mixed(parts, tokenizer, sequences, length, section.seed), 0
         prompts = corpora.mixed(parts, tokenizer, sequences, prompt, section.seed, draw=corpora.prompts)
-        ends = end_ids(self.checkpoint.path, tokenizer)
-        speaker = Speaker(self.measured_model, lambda: self.model, ends, self.cache, self.out, self.note)
-        return with_continuations(speaker, section, prompts, length - prompt)
+        return prompts, length - prompt
 
     def _documents(self, documents: tuple[Document, ...]) -> tuple[Document, ...]:
         """The same, of the lengths that the recipe draws them from."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 from typing import TYPE_CHECKING
 
+from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.pipeline.context import Context
+from pdtrim_deploy.recipe.kv import FIXED_KV
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,6 +38,17 @@ def taught(context: Context) -> Tensor:
 def judged(context: Context) -> Tensor:
     """What finalists are judged on: students have not seen it, nor, with as much text as by default, has the search."""
     return fitted(context)[-context.recipe.healing.judged :]
+
+
+def check_longest(context: Context) -> None:
+    """Refuse, with UserError, prompts longer than the corpora have: before the steps that come before KV is chosen."""
+    kv = context.recipe.kv
+    if kv.method not in FIXED_KV and kv.longer_prompts:
+        longest = kv.prompts[-1]
+        try:
+            context.drawn(kv.sequences, longest + kv.continuation_tokens, longest)
+        except UserError as error:
+            raise UserError(f"recipe {context.recipe.name}: kv.longer_prompts has {longest}, but {error}") from None
 
 
 def digest(ids: Tensor) -> str:

@@ -237,6 +237,14 @@ def test_each_stage_is_given_its_own_arguments_last() -> None:
             Options(**{name: ("--tp", "2")})
 
 
+def test_dollars_in_arguments_are_no_variables() -> None:
+    """Compose expands `$NAME` and `${NAME}` in commands, Kubernetes `$(NAME)`; both have a doubled dollar for itself."""
+    more = {"prefill_args": ("--log-requests-target", "/var/$HOST/$(POD)")}
+    services = compose(SERVED, Options(bundle=BundleAt("host", "/srv/b"), **more))["services"]
+    assert services["prefill-0"]["command"][-1] == "/var/$$HOST/$$(POD)"
+    assert container(objects(**more)["Deployment", "pdtrim-prefill"])["command"][-1] == "/var/$HOST/$$(POD)"
+
+
 def test_compose_gives_every_worker_gpus_of_its_own() -> None:
     rendered = compose(
         SERVED, Options(prefill=1, decode=2, tp_prefill=3, tp_decode=2, bundle=BundleAt("host", "/srv/b"))

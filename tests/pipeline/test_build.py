@@ -263,6 +263,22 @@ def test_another_budget_is_chosen_from_what_was_measured(recipe_file: RecipeFile
     assert others >= 1
 
 
+def test_prompts_longer_than_the_corpus_are_refused_before_the_first_step(
+    recipe_file: RecipeFile, tmp_path: Path, cache: Cache
+) -> None:
+    (tmp_path / "short").mkdir()
+    for number in range(12):
+        (tmp_path / "short" / f"{number}.txt").write_text("short text " * 20)
+    kv = {"method": "budget", "reduction": 2.0, "sequences": 2, "prompt_tokens": 24, "continuation_tokens": 8}
+    kv["sparse_choices"] = [[2, 6]]
+    text = {"corpus": f"dir:{tmp_path / 'short'}", "sequences": 2, "length": 32}
+    path, lines = recipe_file("long", calibration=text, kv=kv | {"longer_prompts": [900]}), list[str]()
+    with pytest.raises(UserError, match=r"recipe long: kv.longer_prompts has 900, but .* give 0 sequences of 908 tok"):
+        build(Recipe.load(path), tmp_path / "b", cache, lines.append)
+    assert not any("prefilled" in line for line in lines)
+    assert not (tmp_path / "b" / "prefill").exists()
+
+
 def test_force_makes_every_step_again(recipe_file: RecipeFile, tmp_path: Path, cache: Cache) -> None:
     make(recipe_file(), tmp_path / "b", cache)
     bundle, ran = make(recipe_file(), tmp_path / "b", cache, force=True)
