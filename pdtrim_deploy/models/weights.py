@@ -10,7 +10,6 @@ from typing import Any
 from pdtrim_deploy.models.families import attention_sizes, known_family
 from pdtrim_deploy.models.families.base import EXPERT
 from pdtrim_deploy.models.families.latents import attention_tensors, latent_sizes
-from pdtrim_deploy.plan import ExpertShape
 from pdtrim_deploy.plan.wire import ITEM_BYTES
 
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
@@ -51,9 +50,8 @@ class ModelSizes:
         hidden, inner, vocabulary = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
         blocks, (attention, kv_width) = config["num_hidden_layers"], _attention(config)
         mlps = [_mlp(config, block) for block in range(blocks)]
-        shape = _expert_shape(config)
-        expert = one_expert(config, blocks - 1) if shape else 0
-        active = attention + mlps[-1] - (expert * (shape.count - shape.top_k) if shape else 0)
+        experts = _experts(config)
+        active = attention + mlps[-1] - (experts.each * (experts.count - experts.top_k) if experts else 0)
         ends = (1 if config.get("tie_word_embeddings") else 2) * vocabulary * hidden
         return cls(
             blocks=blocks,
@@ -63,8 +61,8 @@ class ModelSizes:
             kv_width=kv_width,
             block=attention + mlps[-1],
             active=active,
-            expert_width=expert // (3 * hidden) if shape else inner,
-            expert_tokens=shape.top_k / shape.count if shape else 1.0,
+            expert_width=experts.each // (3 * hidden) if experts else inner,
+            expert_tokens=experts.top_k / experts.count if experts else 1.0,
             ends=ends,
             total=blocks * attention + sum(mlps) + ends,
         )
@@ -111,15 +109,39 @@ def _mlp(config: Mapping[str, Any], block: int) -> int:
     """Weights of a block's MLP, or of all its experts and their router."""
     hidden, family = config["hidden_size"], known_family((config.get("architectures") or [""])[0])
     if family.blocks is None:  # by the names that most have
-        experts = next((config[key] for key in _EXPERTS if config.get(key)), 1)
-        width = config.get("moe_intermediate_size", config["intermediate_size"]) if experts > 1 else None
-        return 3 * hidden * (width or config["intermediate_size"]) * experts
+        experts = _experts_by_name(config)
+        if experts is None or block < (config.get("first_k_dense_replace") or 0):
+            return int(3 * hidden * config["intermediate_size"])
+        return experts.each * (experts.count + (config.get("n_shared_experts") or 0)) + hidden * experts.count
     tensors = family.block_tensors(config, block).items()
     return sum(prod(shape) for name, shape in tensors if not name.startswith("self_attn.") and len(shape) > 1)
 
 
-def _expert_shape(config: Mapping[str, Any]) -> ExpertShape | None:
-    return known_family((config.get("architectures") or [""])[0]).expert_shape(config)
+@dataclass(frozen=True)
+class _Experts:
+    """Of a block: how many there are, how many a token is sent to, and weights of each."""
+
+    count: int
+    top_k: int
+    each: int
+
+
+def _experts(config: Mapping[str, Any]) -> _Experts | None:
+    shape = known_family((config.get("architectures") or [""])[0]).expert_shape(config)
+    if shape is None:
+        return _experts_by_name(config)
+    return _Experts(shape.count, shape.top_k, one_expert(config, config["num_hidden_layers"] - 1))
+
+
+def _experts_by_name(config: Mapping[str, Any]) -> _Experts | None:
+    """Of a family whose blocks are not known."""
+    if known_family((config.get("architectures") or [""])[0]).blocks is not None:
+        return None
+    count = next((config[key] for key in _EXPERTS if config.get(key)), 1)
+    if count == 1:
+        return None
+    width = config.get("moe_intermediate_size") or config["intermediate_size"]
+    return _Experts(count, config.get("num_experts_per_tok") or count, 3 * config["hidden_size"] * width)
 
 
 def one_expert(config: Mapping[str, Any], block: int) -> int:

@@ -238,7 +238,7 @@ def test_each_stage_is_given_its_own_arguments_last() -> None:
 
 
 def test_dollars_in_arguments_are_no_variables() -> None:
-    """Compose expands `$NAME` and `${NAME}` in commands, Kubernetes `$(NAME)`; both have a doubled dollar for itself."""
+    """Compose expands `$NAME` in commands, Kubernetes `$(NAME)`; a doubled dollar stands for itself in both."""
     more = {"prefill_args": ("--log-requests-target", "/var/$HOST/$(POD)")}
     services = compose(SERVED, Options(bundle=BundleAt("host", "/srv/b"), **more))["services"]
     assert services["prefill-0"]["command"][-1] == "/var/$$HOST/$$(POD)"

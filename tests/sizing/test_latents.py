@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from pdtrim_deploy.cli import main
+from pdtrim_deploy.models.weights import ModelSizes, _mlp
 
 LITE: dict[str, Any] = {
     "architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2", "num_hidden_layers": 27,
@@ -62,6 +63,18 @@ def test_a_published_config_is_priced_by_its_latents(config, layers, capsys, tmp
     assert (round(priced["reduction"], 2), round(priced["reduction_fp8"], 2)) == (3.39, 1.69)
     code, out, _ = run(capsys, *args)
     assert "a latent of 512 numbers and a rope key of 64, the same on every rank" in out
+
+
+@pytest.mark.parametrize(
+    ("config", "total", "active"), [(LITE, 15.7e9, 2.4e9), (V3 | {"n_shared_experts": 1}, 671e9, 37e9)]
+)
+def test_weights_are_as_many_as_published(config: dict[str, Any], total: float, active: float) -> None:
+    """Active ones are those of a token's forward pass; the embedding is a row of its matrix."""
+    sizes, first = ModelSizes.of(config), config["first_k_dense_replace"]
+    assert sizes.total == pytest.approx(total, rel=0.003)
+    attention = sizes.block - _mlp(config, sizes.blocks - 1)
+    dense = first * (attention + _mlp(config, 0))
+    assert (sizes.blocks - first) * sizes.active + dense + sizes.ends / 2 == pytest.approx(active, rel=0.03)
 
 
 @pytest.mark.parametrize(
