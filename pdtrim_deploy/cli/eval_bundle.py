@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pdtrim_deploy.evaluation.lm_harness import Harness
     from pdtrim_deploy.evaluation.lm_harness.scoring import HandOver
     from pdtrim_deploy.evaluation.quality import Quality
-    from pdtrim_deploy.evaluation.tasks.report import Figure, TasksReport
+    from pdtrim_deploy.evaluation.task_report import Figure, TasksReport
 
 
 def evaluate_bundle(
@@ -77,7 +77,7 @@ def evaluate_bundle(
             text, lines = quality.model_dump_json(indent=2), _perplexity(quality)
             kept = [quality.recovery] if quality.recovery else []
         else:
-            from pdtrim_deploy.evaluation.tasks.report import judge_tasks
+            from pdtrim_deploy.evaluation.judge_tasks import judge_tasks
 
             report = judge_tasks(opened, names, *common, items, progress.note, compute, harness)
             text, lines, kept = report.model_dump_json(indent=2), _figures(report), [*report.recovery]

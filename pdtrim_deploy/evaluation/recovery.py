@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pydantic import BaseModel, ConfigDict
 
 from pdtrim_deploy.errors import UserError
-from pdtrim_deploy.evaluation.tasks.base import Measured
+from pdtrim_deploy.evaluation.measured import Measured
 
 _LEADING = ("acc_norm", "acc", "accuracy", "exact", "prefix", "right", "exact_match", "nll")
 """The measure that stands for a task, the first of these that it has (`exact_match,FILTER` too); else its first."""

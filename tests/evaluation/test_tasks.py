@@ -8,9 +8,10 @@ from tinypd import BLOCKS, SPARSE, make_oracle, make_plan, text, tiny
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.evaluation import tasks
+from pdtrim_deploy.evaluation.measured import Measured
 from pdtrim_deploy.evaluation.perplexity import pd_perplexity
 from pdtrim_deploy.evaluation.tasks import agreement, choice, perplexity
-from pdtrim_deploy.evaluation.tasks.base import Measured, Part, Task
+from pdtrim_deploy.evaluation.tasks.base import Part, Task
 from pdtrim_deploy.evaluation.tasks.judge import greedy, judge
 from pdtrim_deploy.models.oracle import PDOracle
 from pdtrim_deploy.plan import KVSend

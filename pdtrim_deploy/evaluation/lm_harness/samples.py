@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from pdtrim_deploy.errors import UserError
-from pdtrim_deploy.evaluation.tasks.base import Measured
+from pdtrim_deploy.evaluation.measured import Measured
 
 _LIKELIHOODS = {"perplexity": "nll", "word_perplexity": "nll_word", "byte_perplexity": "nll_byte"}
 """Metrics that the harness turns into perplexities of all questions -> the NLL of a question, in nats a unit.

@@ -1,4 +1,4 @@
-"""rows.cpp and its headers as a shared library: compiled for this very CPU at first use, kept in the cache, loaded with ctypes.
+"""rows.cpp and its headers as a shared library, compiled for this very CPU at first use and kept in the cache.
 
 It knows nothing of Python or torch, so that both environments, and all workers, use one file.
 """
