@@ -119,7 +119,7 @@ def _error_of_ratio(dense: Measured, pd: Measured, measure: str) -> float:
     mean = dense.mean(measure)
     ratio = pd.mean(measure) / mean
     pairs = zip(pd.values[measure], dense.values[measure], strict=True)
-    moved = {"ratio": tuple((mine - ratio * theirs) / mean for mine, theirs in pairs)}
+    moved = {"ratio": tuple((score - ratio * base) / mean for score, base in pairs)}
     nothing = {"ratio": (0.0,) * len(dense.groups)}
     subjects = dense.subjects
     return (
