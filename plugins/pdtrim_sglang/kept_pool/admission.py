@@ -31,7 +31,7 @@ def _under_way(queue: Any) -> Iterator[Any]:
     scheduler, last = queue.scheduler, queue.scheduler.last_batch
     yield from scheduler.running_batch.reqs
     yield from (waiting.req for waiting in queue.transfer_queue.queue)
-    yield from (given.req for given in queue.queue if given.req.kv.holds_kv)  # those of this pass
+    yield from (entry.req for entry in queue.queue if entry.req.kv.holds_kv)  # those of this pass
     yield from scheduler.waiting_queue
     if last and last.forward_mode.is_prebuilt():  # of no queue until it is merged into the running batch
         yield from last.reqs

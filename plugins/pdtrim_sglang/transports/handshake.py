@@ -50,12 +50,12 @@ class Credentials:
 def welcome(connection: socket.socket, own: Credentials, seconds: float) -> None:
     """The decode side: check who has connected. HandshakeError when it may not send; it is told why."""
     deadline = time.monotonic() + seconds
-    mine = secrets.token_bytes(32)
-    _send(connection, _HELLO.pack(MAGIC, VERSION, mine), deadline)
-    magic, version, theirs, digest, proof = _PROOF.unpack(_exactly(connection, _PROOF.size, deadline))
+    nonce = secrets.token_bytes(32)
+    _send(connection, _HELLO.pack(MAGIC, VERSION, nonce), deadline)
+    magic, version, peer_nonce, digest, proof = _PROOF.unpack(_exactly(connection, _PROOF.size, deadline))
     if magic != MAGIC or version != VERSION:
         raise HandshakeError("it is no pdtrim prefill worker of this version")
-    nonces = mine + theirs
+    nonces = nonce + peer_nonce
     if not hmac.compare_digest(proof, own.proof(b"prefill", nonces, digest)):
         _send(connection, _VERDICT.pack(MAGIC, WRONG_SECRET, bytes(32)), deadline)
         raise HandshakeError("it does not have this cluster's secret")
@@ -68,13 +68,13 @@ def welcome(connection: socket.socket, own: Credentials, seconds: float) -> None
 def introduce(connection: socket.socket, own: Credentials, seconds: float) -> None:
     """The prefill side: be let in, and check whom the KV goes to. HandshakeError when one of both fails."""
     deadline = time.monotonic() + seconds
-    magic, version, theirs = _HELLO.unpack(_exactly(connection, _HELLO.size, deadline))
+    magic, version, peer_nonce = _HELLO.unpack(_exactly(connection, _HELLO.size, deadline))
     if magic != MAGIC or version != VERSION:
         raise HandshakeError("it is no pdtrim decode worker of this version")
-    mine = secrets.token_bytes(32)
-    nonces = theirs + mine
+    nonce = secrets.token_bytes(32)
+    nonces = peer_nonce + nonce
     proof = own.proof(b"prefill", nonces, own.digest)
-    _send(connection, _PROOF.pack(MAGIC, VERSION, mine, own.digest, proof), deadline)
+    _send(connection, _PROOF.pack(MAGIC, VERSION, nonce, own.digest, proof), deadline)
     magic, verdict, answer = _VERDICT.unpack(_exactly(connection, _VERDICT.size, deadline))
     if magic != MAGIC or verdict == WRONG_SECRET:
         raise HandshakeError("the two workers do not have the same secret; start all of a cluster with one secret file")
