@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from pdtrim_deploy.plan import STAGES, KVSend, PDPlan, Stage
@@ -46,12 +47,9 @@ def check_options(server_args: Any, kv_args: Any, plan: PDPlan | None, is_mla_ba
             "pdtrim: a streaming session would go on with the rows that decode computed for the last answer, which "
             "differ from prefill's: start decode without --enable-streaming-session"
         )
-    if server_args.disaggregation_decode_enable_radix_cache and any(send.mode != "full" for send in plan.kv):
-        raise RuntimeError(
-            "pdtrim: a plan with cut layers or windows leaves prompt rows out, so decode must not reuse them: start "
-            "without --disaggregation-decode-enable-radix-cache"
-        )
-    if not any(send.mode == "sparse" for send in plan.kv):
+    modes = {send.mode for send in plan.kv}
+    _check_reuse(server_args, modes)
+    if "sparse" not in modes:
         return
     if is_mla_backend:
         raise RuntimeError(
@@ -66,6 +64,20 @@ def check_options(server_args: Any, kv_args: Any, plan: PDPlan | None, is_mla_ba
         )
     if backend != "torch_native":  # SGLang itself turns graphs off
         _check_graphs(backend)
+
+
+def _check_reuse(server_args: Any, modes: Collection[str]) -> None:
+    """Of prompts whose rows decode has, where its layers have these modes."""
+    if server_args.disaggregation_decode_enable_radix_cache and "window" in modes:
+        raise RuntimeError(
+            "pdtrim: of layers with windows decode has the last rows of an earlier prompt, which are not those that a "
+            "longer one needs: start without --disaggregation-decode-enable-radix-cache"
+        )
+    if "sparse" in modes and server_args.enable_hierarchical_cache:
+        raise RuntimeError(
+            "pdtrim: SGLang's host pool holds a row of every layer for each token, and cut layers have slots of their "
+            "own: start decode without --enable-hierarchical-cache"
+        )
 
 
 def attention_backend(server_args: Any, stage: Stage) -> str | None:
@@ -98,9 +110,11 @@ def layers_unheard(server_args: Any, model: Any) -> str:
 
     if getattr(model, "packs_rows", False):
         return "an engine packs the rows that it computes, and hands them over when its forward pass has ended"
-    if not server_args.disable_radix_cache:  # it frees a request's own pages for equal ones before its chunk is sent
+    other_caches = ("radix_cache_backend", "enable_lmcache", "enable_flexkv", "enable_hierarchical_cache")
+    if not server_args.disable_radix_cache and any(getattr(server_args, option) for option in other_caches):
         return (
-            "the prefix cache may move a request's rows between its forward pass and its chunk (--disable-radix-cache)"
+            "a prefix cache that is not SGLang's own in device memory may move a request's rows between its forward "
+            "pass and its chunk (--disable-radix-cache)"
         )
     if server_args.enable_two_batch_overlap:
         return "with --enable-two-batch-overlap the halves of a batch are computed in turns"
