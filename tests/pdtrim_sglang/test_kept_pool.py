@@ -69,8 +69,8 @@ def test_each_kept_row_of_a_prompt_has_the_slot_of_its_place(tmp_path, page_size
         assert torch.equal(places.slots[0], slots)
         for own_slots, layer in zip(places.slots[1:], (0, 1, 2), strict=True):
             kept = [p for lo, hi in plan.kv[layer].row_ranges(prompt) for p in range(lo, hi)]
-            own = worker.pool.slots_of(layer, slots, row)
-            assert own_slots[kept].tolist() == own.tolist()
+            pool_slots = worker.pool.slots_of(layer, slots, row)
+            assert own_slots[kept].tolist() == pool_slots.tolist()
             assert (own_slots == 0).sum() == prompt - len(kept)
         worker.running.append(req)
         worker.finish(req)
