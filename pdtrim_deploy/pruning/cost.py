@@ -84,9 +84,9 @@ def search_cost(
         if not searched:
             continue
         search = (work or method.work)(blocks, before, after, pruning.steps) + sublayer_work(blocks - after, sublayers)
+        search = search if pruning.racing else search.unraced
         passes += method.passes(after - before + sublayers, pruning.steps, batches) + bool(prompt)
-        most += (search.most + prompt) * count
-        likely += (search.likely + prompt) * count
+        most, likely = most + (search.most + prompt) * count, likely + (search.likely + prompt) * count
         losses += search.losses * count
         flops += count * tokens * 2 * (search.likely * sizes.active + search.losses * sizes.vocabulary * sizes.hidden)
         flops += count * (length - tokens) * 2 * prompt * sizes.active

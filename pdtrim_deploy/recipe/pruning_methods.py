@@ -13,8 +13,8 @@ from dataclasses import dataclass
 # (prefill 0.16 for 2 rounds, decode 0.26 for 4), ANNEALED is assumed.
 RACED, ANNEALED = 0.22, 0.3
 _EVALUATED = (
-    "objective", "finalists", "memory_mb", "disk_mb", "prefill_attentions", "decode_attentions", "prefill_mlps",
-    "decode_mlps",
+    "objective", "racing", "finalists", "memory_mb", "disk_mb", "prefill_attentions", "decode_attentions",
+    "prefill_mlps", "decode_mlps",
 )  # fmt: skip
 
 
@@ -25,6 +25,11 @@ class Work:
     most: float
     likely: float
     losses: float
+
+    @property
+    def unraced(self) -> Work:
+        """Where no candidate leaves early."""
+        return Work(self.most, self.most, self.losses * self.most / self.likely)
 
     def __add__(self, other: Work) -> Work:
         """Both."""
