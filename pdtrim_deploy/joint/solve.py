@@ -139,7 +139,7 @@ def _within(model: FeatureQuadratic, space: Space, limits: Floats, choice: Ints)
         over = np.maximum(total - limits, 0.0) / scale
         if over.max(initial=0.0) <= _LEAST:
             return choice
-        after = total - space.costs[at, choice][:, None] + space.costs
+        after = np.where(space.allowed[..., None], total - space.costs[at, choice][:, None] + space.costs, total)
         gain = over.sum() - (np.maximum(after - limits, 0.0) / scale).sum(-1)
         helps = space.allowed & (gain > _LEAST)
         if not helps.any():
