@@ -34,9 +34,9 @@ from pdtrim_deploy.models.oracle import PrefillState, to_pool
 from pdtrim_deploy.models.sublayers import without_sublayer
 from pdtrim_deploy.plan import KVSend, Sublayer
 from pdtrim_deploy.plan.wire import WireDtype
+from pdtrim_deploy.recipe.kv_cost import DRAWS
+from pdtrim_deploy.recipe.target import MEASURED_AT_ONCE
 
-BATCH = 4  # sequences that are measured at a time: prefill's state before every block is kept of so many
-DRAWS = 32
 _VERSION = 1
 _LACKS: dict[str, Sublayer] = {"without_attention": "attention", "without_mlp": "mlp"}
 
@@ -71,7 +71,7 @@ class JointMeasure:
         options: Sequence[BlockChoice],
         progress: Progress,
         *,
-        batch: int = BATCH,
+        batch: int = MEASURED_AT_ONCE,
         draws: int = DRAWS,
     ) -> None:
         self.problem, self.options, self._progress = problem, tuple(options), progress

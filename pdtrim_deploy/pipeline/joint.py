@@ -10,7 +10,6 @@ from pdtrim_deploy.pipeline.chosen import PRUNING, TARGET
 from pdtrim_deploy.pipeline.context import Context, write_json
 from pdtrim_deploy.plan import KVSend, PDPlan
 from pdtrim_deploy.recipe import Recipe
-from pdtrim_deploy.recipe.target import goals_text
 
 if TYPE_CHECKING:
     from pdtrim_deploy.joint.choice import BlockChoice
@@ -42,17 +41,6 @@ def choose(context: Context) -> set[str]:
     write_json(context.out / PRUNING, _pruning(outcome.result.choices))
     write_json(context.out / TARGET, _report(recipe, table.tokens, outcome))
     return {PRUNING, TARGET}
-
-
-def target_line(recipe: Recipe, report: dict[str, Any]) -> str:
-    """For the model card: what was to be reached, what is, and what it costs before any healing."""
-    reached = goals_text({name: report["reached"][name] for name in ("ttft", "itl", "kv")})
-    line = (
-        f"- Actions of both stages and KV chosen together for {recipe.target}, by KL on {recipe.kv.sequences} x "
-        f"{recipe.kv.prompt_tokens + recipe.kv.continuation_tokens} tokens: computed {reached}, "
-        f"KL {report['kl']['measured']:.4f} nats a token before any healing"
-    )
-    return line + (f"; {report['sentence']}" if report["sentence"] else "")
 
 
 def _problem(context: Context) -> Problem:
