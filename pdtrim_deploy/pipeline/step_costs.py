@@ -187,6 +187,8 @@ class _Costs:
         kv = self.recipe.kv
         if kv.method in FIXED_KV and (not kv.measures_offsets or latent_sizes(self.config)):
             return self._step(0.0, flops=0.0)
+        if self.recipe.target is not None:  # rules are chosen already: where decode looks is all that is measured
+            kv = kv.model_copy(update={"method": "attention-mass"})
         cost = selection_cost(self.config, kv, self.recipe.model.dtype, self.compute.states(STATES))
         running = self._running(1, kv.prompts[-1])
         computing = self._weights() + max(cost.memory, running) + self._kept_experts() + self._healed()

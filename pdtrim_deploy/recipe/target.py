@@ -79,7 +79,7 @@ class TargetSection(_Section):
     @model_validator(mode="after")
     def _something_to_reach(self) -> TargetSection:
         if not self.goals:
-            raise ValueError("target names nothing to reach; allowed: at least one of itl, ttft, kv and loss")
+            raise ValueError("itl is missing, and so are ttft, kv and loss; allowed: at least one of them")
         return self
 
     @property
