@@ -113,7 +113,6 @@ class JointSearch:
             result = self._within(self._limits(goals, middle), 0)
             if result is not None and result.measured <= limit:
                 low, best = middle, result
-                self._context = result.choices if self.rounds else self._context
             else:
                 high = middle
         if best is None:

@@ -39,7 +39,8 @@ def joint_cost(sizes: ModelSizes, target: TargetSection, kv: KVSection, item: in
     half = sizes.blocks * (sizes.blocks + 1) / 2
     options = _ACTIONS * for_decode + rows + wires - 2
     about = half * (_ACTIONS * for_prefill * (prompts + tokens) + options * tokens) + sizes.blocks * (prompts + tokens)
-    passes = (1 + target.rounds) * about + (1 + _EXACT) * sizes.blocks * (prompts + tokens)
+    contexts = 1 + target.rounds * (1 if target.loss is None else 2)  # again about the answer that keeps the loss
+    passes = contexts * about + (1 + _EXACT) * sizes.blocks * (prompts + tokens)
     batch = min(MEASURED_AT_ONCE, kv.sequences)
     states = batch * (kv.prompt_tokens + kv.continuation_tokens) * (sizes.blocks + 1) * sizes.hidden * item
     row = 2 * sizes.kv_width * sizes.blocks

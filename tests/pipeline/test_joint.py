@@ -8,12 +8,15 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tinypd import make_plan
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.pipeline import build
 from pdtrim_deploy.pipeline.build import check_shared
 from pdtrim_deploy.pipeline.preview import preview
+from pdtrim_deploy.pipeline.stand_in import stand_in
+from pdtrim_deploy.plan import PDPlan
 from pdtrim_deploy.recipe import Recipe
 
 KV = {
@@ -82,6 +85,14 @@ def test_a_prefill_that_runs_blocks_for_their_kv_alone_is_built_and_refitted(
     alone = [block for block, action in enumerate(plan.prefill) if action.kind == "kv_only"]
     assert alone
     assert json.loads((bundle.reports_dir / "healing.json").read_text())["kv_only_blocks"] == alone
+
+
+def test_before_it_is_built_kv_is_as_small_as_the_target_has_it(recipe_of: Callable[..., Recipe]) -> None:
+    shape = PDPlan.dense(make_plan().model).model
+    assert stand_in(recipe_of(target={"kv": 3.0}), shape).reduction(24) >= 3.0
+    assert stand_in(recipe_of(target={"itl": 0.8}), shape).reduction(24) == 1.0
+    least = stand_in(recipe_of(target={"kv": 500.0}), shape)
+    assert {(send.n_first + send.n_last, send.wire_dtype) for send in least.kv} == {(6, "int8")}
 
 
 def test_ray_is_refused(recipe_of: Callable[..., Recipe]) -> None:
