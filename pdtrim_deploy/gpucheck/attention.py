@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from pdtrim_deploy.gpucheck.bundles import CUT, lazily
 from pdtrim_deploy.gpucheck.checks import Check
 from pdtrim_deploy.gpucheck.machine import capability
-from pdtrim_deploy.gpucheck.pair import CUT, Pair, fidelity_check, lazily
+from pdtrim_deploy.gpucheck.pair import Pair, fidelity_check
 from pdtrim_deploy.loadtest import Scenario
 
 CLIENTS = (1, 16)  # under which the time between tokens is taken

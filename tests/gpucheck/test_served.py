@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from pdtrim_deploy.gpucheck import attention, engines, options, pair, plans, pools, timed, tiny
+from pdtrim_deploy.gpucheck import attention, bundles, engines, options, pair, plans, pools, timed, tiny
 from pdtrim_deploy.gpucheck.checks import rows_of
 from pdtrim_deploy.gpucheck.registry import PARTS
 from pdtrim_deploy.loadtest.text import named
@@ -17,7 +17,7 @@ from pdtrim_deploy.serving import ServeEnvironment
 def judged(monkeypatch):
     """Bundles and pairs that would be served, and their loads; none is started."""
     served = []
-    monkeypatch.setattr(pair, "judged", lambda *given: served.append(given) or {})
+    monkeypatch.setattr(pair, "judged", lambda *given: served.append(given[:3]) or {})
     return served
 
 
@@ -36,7 +36,7 @@ def test_a_device_is_asked_for_the_attention_that_it_has(monkeypatch, tmp_path, 
 
 def test_each_backend_is_timed_while_its_pair_is_up(monkeypatch, tmp_path, judged):
     monkeypatch.setattr(attention, "capability", lambda: "9.0")
-    monkeypatch.setattr(pair, "tiny_bundle", lambda *_, **__: "bundle")
+    monkeypatch.setattr(bundles, "tiny_bundle", lambda *_, **__: "bundle")
     for part in (attention.attention_checks, attention.no_graphs_checks):
         assert {row.status for row in rows_of(part(tmp_path, tmp_path))} == {"run"}
     assert len(judged) == 5 + 4
@@ -85,7 +85,7 @@ def test_ranks_need_gpus_of_their_own(monkeypatch, tmp_path, count, skip):
 
 def test_ranks_are_unlike_copied_and_data_parallel(monkeypatch, tmp_path, judged):
     monkeypatch.setattr(options, "gpus", lambda: 2)
-    monkeypatch.setattr(pair, "tiny_bundle", lambda folder, kv, size: size.num_key_value_heads)
+    monkeypatch.setattr(bundles, "tiny_bundle", lambda folder, kv, size: size.num_key_value_heads)
     assert {row.status for row in rows_of(options.rank_checks(tmp_path, tmp_path))} == {"run"}
     ways = [(heads, way.tp_prefill, way.tp_decode, way.decode_args[:1]) for heads, way, _ in judged]
     assert ways == [(2, 2, 1, ()), (2, 1, 2, ()), (1, 2, 2, ()), (2, 1, 2, ("--enable-dp-attention",))]
