@@ -8,25 +8,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pdtrim_deploy.plan.blocks import Action, Distilled, Drop, Keep, KVOnly, Sublayer, WithoutAttention, WithoutMLP
     from pdtrim_deploy.plan.experts import BlockExperts, ExpertShape, KeptExperts
-    from pdtrim_deploy.plan.pd_plan import (
-        STAGES,
-        Action,
-        Distilled,
-        Drop,
-        Keep,
-        KeyOffsetsFile,
-        KVOnly,
-        KVSend,
-        ModelShape,
-        NativeDtype,
-        PDPlan,
-        Stage,
-        Sublayer,
-        WithoutAttention,
-        WithoutMLP,
-    )
+    from pdtrim_deploy.plan.kv import KeyOffsetsFile, KVSend
+    from pdtrim_deploy.plan.model_shape import ModelShape, NativeDtype
+    from pdtrim_deploy.plan.pd_plan import PDPlan
+    from pdtrim_deploy.plan.stage_blocks import STAGES, Stage
 
+_MODULES = ("blocks", "stage_blocks", "kv", "model_shape", "experts", "pd_plan")
 __all__ = [
     "STAGES",
     "Action",
@@ -50,8 +39,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = "experts" if "Expert" in name else "pd_plan"
-    value = globals()[name] = getattr(import_module(f"{__name__}.{module}"), name)
-    return value
+    if name in __all__:
+        for module in _MODULES:
+            if name in (known := vars(import_module(f"{__name__}.{module}"))):
+                globals()[name] = known[name]
+                return known[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
