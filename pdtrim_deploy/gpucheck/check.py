@@ -56,7 +56,7 @@ class Outcome:
 
 def check(
     parts: Sequence[Part],
-    own: Environment,
+    here: Environment,
     serve: Environment | None,
     *,
     end: float,
@@ -67,7 +67,7 @@ def check(
 
     `done` is called before the first and after each, with rows of all: of those to come that they were not begun.
     """
-    environments, version = [environment for environment in (own, serve) if environment is not None], driver()
+    environments, version = [environment for environment in (here, serve) if environment is not None], driver()
 
     def outcome(rows: Sequence[Row], later: Sequence[Part]) -> Outcome:
         return Outcome(environments, [*rows, *(Row(part.name, "skipped", STOPPED) for part in later)], version)
@@ -77,8 +77,10 @@ def check(
     for place, part in enumerate(parts):
         done(seen)
         say(f"{part.name} ...")
-        kept = sum(later.seconds for later in parts[place + 1 :] if not (later.extra or _why_not(later, own, serve)))
-        new = _rows(part, own, serve, end, kept) if seen.device else [Row(part.name, "skipped", _no_device(own, serve))]
+        kept = sum(later.seconds for later in parts[place + 1 :] if not (later.extra or _why_not(later, here, serve)))
+        new = (
+            _rows(part, here, serve, end, kept) if seen.device else [Row(part.name, "skipped", _no_device(here, serve))]
+        )
         for row in new:
             say("  ".join(filter(None, (row.status, row.part, row.reason, _words(row.figure)))))
         rows += new
@@ -94,27 +96,27 @@ def write(outcome: Outcome, command: str, file: Path) -> None:
     os.replace(new, file)
 
 
-def _why_not(part: Part, own: Environment, serve: Environment | None) -> str:
+def _why_not(part: Part, here: Environment, serve: Environment | None) -> str:
     """Why this machine cannot run a part; empty when it can."""
     module = part.function.partition(":")[0]
     if find_spec(module.partition(".")[0]) is None or find_spec(module) is None:
         return f"this version has no {module}"
-    return choose(part, own, serve)[1]
+    return choose(part, here, serve)[1]
 
 
-def _no_device(own: Environment, serve: Environment | None) -> str:
+def _no_device(here: Environment, serve: Environment | None) -> str:
     """A Python that could not say what it has may have had the device."""
-    problems = [environment.problem for environment in (own, serve) if environment is not None and environment.problem]
+    problems = [environment.problem for environment in (here, serve) if environment is not None and environment.problem]
     return "; ".join([NO_DEVICE, *problems])
 
 
-def _rows(part: Part, own: Environment, serve: Environment | None, end: float, kept: float) -> Sequence[Row]:
+def _rows(part: Part, here: Environment, serve: Environment | None, end: float, kept: float) -> Sequence[Row]:
     """`kept` seconds of what is left belong to parts that follow, unless this one would get less than its own.
 
     What a part that is stopped needs for its servers' end is left of the whole time.
     """
-    why = _why_not(part, own, serve)
-    environment, _ = choose(part, own, serve)
+    why = _why_not(part, here, serve)
+    environment, _ = choose(part, here, serve)
     if why or environment is None:
         return [Row(part.name, "skipped", why)]
     left = end - GRACE_S - time.monotonic()

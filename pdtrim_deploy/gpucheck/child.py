@@ -1,7 +1,7 @@
 """The process of a part: `python -m pdtrim_deploy.gpucheck.child MODULE:FUNCTION FILE SECONDS FIRST [PYTHON FOLDER]`.
 
 Its checks' names go into FILE, then a row of each from number FIRST on. PYTHON is SGLang's, and FOLDER is for what the
-part builds: the function's arguments, if they are given.
+part builds: the function's arguments, where they are there.
 """
 
 from __future__ import annotations

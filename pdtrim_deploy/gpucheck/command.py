@@ -32,9 +32,9 @@ def run(
     if out.is_dir() or not out.absolute().parent.is_dir():
         raise UserError(f"--out {out}: name a file in a folder that exists")
     add_plugins()
-    own, serve = _environments(serve_python)
+    here, serve = _environments(serve_python)
     with _ends_at_a_signal():
-        outcome = check(parts, own, serve, end=end, done=lambda seen: write(seen, typed, out), say=say)
+        outcome = check(parts, here, serve, end=end, done=lambda seen: write(seen, typed, out), say=say)
     if not outcome.device:
         raise UserError(
             f"{outcome.rows[0].reason}; run it on a machine with a GPU ({out} says that every part was skipped)"
@@ -47,8 +47,8 @@ def _environments(serve_python: Path | None) -> tuple[Environment, Environment |
     """Of the Python that runs, and of SGLang's; both answer at the same time."""
     pythons = [Path(sys.executable), *filter(None, [_serve(serve_python)])]
     with ThreadPoolExecutor(2) as pool:
-        own, *serve = pool.map(Environment.of, pythons)
-    return own, next(iter(serve), None)
+        here, *serve = pool.map(Environment.of, pythons)
+    return here, next(iter(serve), None)
 
 
 def _serve(python: Path | None) -> Path | None:

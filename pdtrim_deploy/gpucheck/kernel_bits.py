@@ -44,13 +44,13 @@ def bits(device: torch.device, wire: WireDtype, dtype: str, tokens: int = 200) -
             rest = sum(int((_as_words(a) != _as_words(b)).sum()) for a, b in zip(pools, moved, strict=True))
             if bad or rest:
                 there_keys, there_values = ([pool.to(device) for pool in side] for side in (keys, values))
-                own = torch_pack.pack(
+                by_torch = torch_pack.pack(
                     layout, there_keys, there_values, here.to(device), offsets=offsets.to(device)
                 ).cpu()
                 raise AssertionError(
                     f"head size {head_dim}, tokens {start} to {stop}: {bad} of {len(packed)} packed bytes and {rest} "
                     f"unpacked values differ from torch's on the CPU; of torch's own on the device "
-                    f"{int((packed != own).sum())} bytes"
+                    f"{int((packed != by_torch).sum())} bytes"
                 )
             compared += len(packed)
     return {"bytes_compared": compared, "bytes_different": 0}

@@ -78,7 +78,7 @@ class Environment:
         return f"{self.python} has no {', '.join(missing)}; {install}"
 
 
-def choose(part: Part, own: Environment, serve: Environment | None) -> tuple[Environment | None, str]:
+def choose(part: Part, here: Environment, serve: Environment | None) -> tuple[Environment | None, str]:
     """The Python that runs a part, or None and why there is none."""
     if part.serves:
         if serve is None:
@@ -86,7 +86,7 @@ def choose(part: Part, own: Environment, serve: Environment | None) -> tuple[Env
         if why := serve.lacks(part.serves, device=True):
             return None, why
     reasons = []
-    for environment in (own, serve):
+    for environment in (here, serve):
         if environment is not None:
             if not (why := environment.lacks(part.modules, device=not part.serves)):
                 return environment, ""

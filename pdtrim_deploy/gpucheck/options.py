@@ -62,23 +62,25 @@ def speculation_checks(serve: Path, folder: Path, pair: Pair | None = None) -> l
 def cache_checks(serve: Path, folder: Path, pair: Pair | None = None) -> list[Check]:
     """Prefix caches, against the oracle, before prompts are evicted and after: in host memory, and decode's own."""
     pair, bundle = pair or Pair(serve), lazily(folder, WHOLE)
-    ways = {
+    variants = {
         "hierarchical cache on prefill": replace(pair, prefill_args=HIERARCHICAL),
         "radix cache on decode": replace(pair, decode_args=RADIX),
         "hierarchical cache on decode": replace(pair, decode_args=(*RADIX, *HIERARCHICAL)),
     }
-    return [fidelity_check(name, bundle, way, between=EVICTING, seconds=45) for name, way in ways.items()]
+    return [fidelity_check(name, bundle, variant, between=EVICTING, seconds=45) for name, variant in variants.items()]
 
 
 def rank_checks(serve: Path, folder: Path, pair: Pair | None = None) -> list[Check]:
     """Attention divided among unlike numbers of ranks, against the oracle; ranks of a worker cannot share a GPU."""
     pair, count = pair or Pair(serve), gpus()
     usual, single = lazily(folder / "usual", WHOLE), lazily(folder / "single", WHOLE, tiny.Size(num_key_value_heads=1))
-    ways: dict[str, tuple[Callable[[], Bundle], Pair]] = {
+    variants: dict[str, tuple[Callable[[], Bundle], Pair]] = {
         "TP 2 to 1": (usual, replace(pair, tp_prefill=2)),
         "TP 1 to 2": (usual, replace(pair, tp_decode=2)),
         "copied heads, TP 2 to 2 of one KV head": (single, replace(pair, tp_prefill=2, tp_decode=2)),
         "DP attention on decode, TP 1 to 2": (usual, replace(pair, tp_decode=2, decode_args=DP_ATTENTION)),
     }
     skip = "" if count >= 2 else f"needs 2 GPUs, and this machine has {count}"
-    return [fidelity_check(f"ranks: {name}", bundle, way, skip=skip) for name, (bundle, way) in ways.items()]
+    return [
+        fidelity_check(f"ranks: {name}", bundle, variant, skip=skip) for name, (bundle, variant) in variants.items()
+    ]

@@ -46,7 +46,7 @@ def _transfer_checks(folder: Path, pair: Pair, library: str) -> list[Check]:
     k4v3 = lazily(folder / "k4v3", {"method": "none", "wire_dtype": "k4v3"}, WIDE)
     load = Scenario.closed(16, 1, (3000, 3000), (2, 2), warmup=2, deadline_s=120)
     ours = replace(pair, backend=f"pdtrim_{library}")
-    ways: Mapping[str, tuple[Callable[[], Bundle], Pair]] = {
+    variants: Mapping[str, tuple[Callable[[], Bundle], Pair]] = {
         f"stock {library}": (dense, replace(pair, backend=library)),
         **{
             f"pdtrim_{library}, k4v3, {slots} slots": (
@@ -57,8 +57,8 @@ def _transfer_checks(folder: Path, pair: Pair, library: str) -> list[Check]:
         "pdtrim_tcp, k4v3": (k4v3, pair),
     }  # fmt: skip
     return [
-        Check(f"{library}: 3,000 tokens by {name}", partial(_ttft, way, bundle, load), PAIR_S)
-        for name, (bundle, way) in ways.items()
+        Check(f"{library}: 3,000 tokens by {name}", partial(_ttft, variant, bundle, load), PAIR_S)
+        for name, (bundle, variant) in variants.items()
     ]
 
 

@@ -15,7 +15,9 @@ from pdtrim_deploy.serving import spec
 def judged(monkeypatch):
     """Bundles, pairs, and the load between two judgements; none is started."""
     served = []
-    monkeypatch.setattr(pair, "judged", lambda bundle, way, _, between: served.append((bundle, way, between)) or {})
+    monkeypatch.setattr(
+        pair, "judged", lambda bundle, variant, _, between: served.append((bundle, variant, between)) or {}
+    )
     return served
 
 
@@ -24,7 +26,7 @@ def test_workers_have_the_sizes_of_serve_pages_of_16_and_sends_by_layer(tmp_path
     assert {row.status for row in rows_of(options.worker_checks(tmp_path, tmp_path))} == {"run"}
     (bundle, usual, _), (_, pages, _), (_, by_layer, _) = judged
     assert {send.mode for send in bundle.plan.kv} == {"sparse"}
-    workers = {name: way.of(bundle).spec.workers[0].options for name, way in
+    workers = {name: variant.of(bundle).spec.workers[0].options for name, variant in
                (("usual", usual), ("pages", pages), ("by_layer", by_layer))}  # fmt: skip
     assert (workers["usual"].pool_tokens, workers["usual"].requests, workers["usual"].page_tokens) == (None, None, 64)
     assert (workers["pages"].pool_tokens, workers["pages"].page_tokens) == (8192, 16)
@@ -38,8 +40,8 @@ def test_caches_are_judged_before_and_after_an_eviction(tmp_path, judged, monkey
     assert [row.part for row in rows] == [
         "hierarchical cache on prefill", "radix cache on decode", "hierarchical cache on decode",
     ]  # fmt: skip
-    ways = [(way.prefill_args, way.decode_args) for _, way, _ in judged]
-    assert ways == [(options.HIERARCHICAL, ()), ((), options.RADIX), ((), (*options.RADIX, *options.HIERARCHICAL))]
+    variants = [(variant.prefill_args, variant.decode_args) for _, variant, _ in judged]
+    assert variants == [(options.HIERARCHICAL, ()), ((), options.RADIX), ((), (*options.RADIX, *options.HIERARCHICAL))]
     (between,) = {id(between): between for _, _, between in judged}.values()
     assert between.requests * between.input.tokens > spec.SMALL_POOL_TOKENS
 
@@ -82,7 +84,7 @@ def test_each_stage_of_a_mixture_has_fewer_experts(tmp_path, judged):
 def test_the_same_model_is_timed_under_each_plan_and_without_the_plugin(tmp_path, monkeypatch):
     monkeypatch.setattr(timed, "WIDE", tiny.Size())
     served = []
-    monkeypatch.setattr(timed, "_itl", lambda way, bundle, loads: served.append(bundle()) or {})
+    monkeypatch.setattr(timed, "_itl", lambda variant, bundle, loads: served.append(bundle()) or {})
     monkeypatch.setattr(timed, "_stock_itl", timed._itl)
     assert [row.part for row in rows_of(timed.itl_checks(tmp_path, tmp_path))] == [
         "ITL: cut plan", "ITL: dense plan", "ITL: SGLang alone, dense",
@@ -144,7 +146,7 @@ def test_sglang_alone_serves_on_the_cpu(monkeypatch, tmp_path):
 
     monkeypatch.setattr(timed, "WIDE", tiny.Size())
     monkeypatch.setattr(timed, "CLIENTS", (1,))
-    way = pair.Pair(ServeEnvironment.find().python, device="cpu")
-    (row,) = rows_of(timed.itl_checks(way.serve, tmp_path, way)[2:])
+    variant = pair.Pair(ServeEnvironment.find().python, device="cpu")
+    (row,) = rows_of(timed.itl_checks(variant.serve, tmp_path, variant)[2:])
     assert (row.status, row.reason) == ("run", "")
     assert row.figure["itl_ms_1_clients"] > 0

@@ -178,3 +178,38 @@ def test_wire_dtypes_of_a_file_that_names_no_model(tool):
 
 def test_the_front_page_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+SENTENCE = "Sublayers were <!-- ran: sublayers --><!-- end --> here.\n"
+
+
+@pytest.mark.parametrize(
+    ("rows", "state"),
+    [
+        ([], "**not run on a GPU**"),
+        ([("plans", "skipped")], "**not run on a GPU**"),
+        ([("sublayers", "run"), ("key offsets: int4", "failed")], "run on a GPU"),
+        ([("sublayers", "failed"), ("sublayers", "run")], "run on a GPU (**1 failed** of 2)"),
+    ],
+)
+def test_a_sentence_says_whether_its_subject_ran(tool, tmp_path, rows, state):
+    others = [ROW | {"part": part, "status": status} for part, status in rows]
+    (tmp_path / "gpu-check.json").write_text(json.dumps(CHECK | {"rows": [*CHECK["rows"], *others]}))
+    assert tool.written(SENTENCE, tmp_path) == SENTENCE.replace("--><!--", f"-->{state}<!--")
+    with pytest.raises(SystemExit, match="flux is no subject"):
+        tool.written("<!-- ran: flux --><!-- end -->", tmp_path)
+
+
+CLAIM = re.compile(r"(?i)(?<!what has )\bnot (?:yet )?run (?:yet )?on a gpu|no gpu has run|not run yet: ")
+WARNING = re.compile(r'!!! warning "Not run yet"\n(?:    .*\n)+')  # of pages of commands: tests/docs/test_docs.py
+
+
+def test_no_page_claims_by_hand_what_has_not_run_on_a_gpu(tool):
+    """Sentences between markers, and tables, are made from gpu-check.json."""
+    claims = []
+    for page in tool.pages():
+        text = WARNING.sub("", tool.RAN.sub("", page.read_text()))
+        for name in tool.names(text):
+            text = re.sub(rf"<!-- {name}:begin -->.*?<!-- {name}:end -->", "", text, flags=re.DOTALL)
+        claims += [f"{page.relative_to(ROOT)}: {hit[0]}" for hit in CLAIM.finditer(" ".join(text.split()))]
+    assert claims == [], "put <!-- ran: SUBJECT --><!-- end --> there, and run: make readme"

@@ -95,6 +95,22 @@ def gpucolumn(check: Data | None) -> str:
     return table(("part", "run on a GPU"), lines)
 
 
+def ran(check: Data | None, subject: str) -> str:
+    """Within a sentence, whether a subject ran: "**not run on a GPU**", "run on a GPU (2 failed of 5)".
+
+    Raises:
+        KeyError: there is no such subject.
+
+    """
+    of = SUBJECTS[subject]
+    rows = [row for row in check["rows"] if of.has(row["part"])] if check is not None and _ran(check) else []
+    counts = {status: sum(row["status"] == status for row in rows) for status in ("run", "failed")}
+    total = sum(counts.values())
+    if not total:
+        return "**not run on a GPU**"
+    return "run on a GPU" + (f" (**{counts['failed']} failed** of {total})" if counts["failed"] else "")
+
+
 def _state(rows: list[Data]) -> str:
     """Of the rows of a part; no row, or only skipped ones: it has not run."""
     counts = {status: sum(row["status"] == status for row in rows) for status in ("run", "failed", "skipped")}
