@@ -27,6 +27,7 @@ def bits(device: torch.device, wire: WireDtype, dtype: str, tokens: int = 200) -
         AssertionError: some differ; the sentence has the head size, and whether torch's own on the device do too.
 
     """
+    form()
     compared = 0
     for head_dim in HEAD_DIMS if dtype == "bfloat16" else USUAL_HEAD_DIMS:
         if head_dim % HEAD_DIM_MULTIPLE[wire]:
@@ -63,6 +64,7 @@ def latent_bits(device: torch.device, wire: WireDtype, tokens: int = 200) -> Fig
         AssertionError: some differ.
 
     """
+    form()
     plan = WirePlan(Shape(1, LATENT, "bfloat16", ROPE), (Rule(wire),) * 3)
     pools = odd_pools(3, tokens + 9, Shape(1, LATENT + ROPE, "bfloat16"), 0)
     slots = torch.randperm(tokens + 9, generator=torch.Generator().manual_seed(2))[:tokens]
@@ -90,6 +92,7 @@ def checksums(device: torch.device, sizes: tuple[int, ...] = CHECKSUM_BYTES) -> 
         AssertionError: they differ.
 
     """
+    form()
     from pdtrim_deploy.kvcache.gpu.checksum import launched
 
     for size in sizes:

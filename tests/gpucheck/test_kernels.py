@@ -1,12 +1,13 @@
 """The kernel part of the check on a GPU, where there is none; its bits run in tests/kvcache/interpreted.py."""
 
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.autograd import DeviceType
 
-from pdtrim_deploy.gpucheck import kernel_bits, kernel_speed, kernels
+from pdtrim_deploy.gpucheck import kernel_bits, kernel_inputs, kernel_speed, kernels
 from pdtrim_deploy.gpucheck.checks import rows_of
 from pdtrim_deploy.gpucheck.row import Row
 from pdtrim_deploy.kvcache import torch_pack
@@ -24,6 +25,32 @@ def test_without_triton_it_is_skipped(monkeypatch):
     assert list(rows_of(kernels.kernel_checks(CPU))) == [
         Row("kernels", "skipped", "Triton is not installed: pip install triton")
     ]
+
+
+@pytest.mark.parametrize(
+    ("knobs", "error", "reason"),
+    [
+        (True, RuntimeError("Failed to find C compiler"), "RuntimeError: Failed to find C compiler"),
+        (False, None, "Triton 3.1.0 is too old: it needs 3.4 or later"),
+    ],
+)
+def test_a_triton_that_cannot_compile_has_failed_in_one_row(monkeypatch, knobs, error, reason):
+    class Driver:
+        @property
+        def active(self):
+            raise error
+
+    triton = SimpleNamespace(__version__="3.1.0", runtime=SimpleNamespace(driver=Driver()))
+    if knobs:
+        triton.knobs = SimpleNamespace(runtime=SimpleNamespace(interpret=False))
+    monkeypatch.setitem(sys.modules, "triton", triton)
+    monkeypatch.setattr(kernels, "find_spec", bool)
+    monkeypatch.setattr(kernel_inputs, "library", lambda: None)
+    first, *others = rows_of(kernels.kernel_checks(CPU))
+    assert first == Row("kernels: Triton", "failed", reason)
+    assert {(row.status, row.reason) for row in others} == {
+        ("skipped", "Triton cannot run here: see the row kernels: Triton")
+    }
 
 
 @pytest.mark.parametrize(
@@ -69,6 +96,7 @@ def test_all_head_sizes_are_compiled_from_bfloat16_alone(monkeypatch, dtype, siz
         torch_pack.unpack(layout, packed, pools[:3], pools[3:], here, offsets)
         return packed, pools
 
+    monkeypatch.setattr(kernel_bits, "form", lambda: None)
     monkeypatch.setattr(kernel_bits, "_on_device", on_device)
     assert kernel_bits.bits(CPU, "int8", dtype, tokens=90)["bytes_different"] == 0
     assert set(compiled) == sizes

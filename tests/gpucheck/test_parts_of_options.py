@@ -137,16 +137,3 @@ def test_a_device_that_decides_otherwise_is_seen(monkeypatch, tmp_path):
     monkeypatch.setattr(builds, "build", lambda *_, **__: both.pop(0))
     with pytest.raises(AssertionError, match=r"the CPU decides prefill .* the device prefill"):
         builds.same_build("cpu")
-
-
-@pytest.mark.serve
-@pytest.mark.timeout(600)
-def test_sglang_alone_serves_on_the_cpu(monkeypatch, tmp_path):
-    from pdtrim_deploy.serving import ServeEnvironment
-
-    monkeypatch.setattr(timed, "WIDE", tiny.Size())
-    monkeypatch.setattr(timed, "CLIENTS", (1,))
-    variant = pair.Pair(ServeEnvironment.find().python, device="cpu")
-    (row,) = rows_of(timed.itl_checks(variant.serve, tmp_path, variant)[2:])
-    assert (row.status, row.reason) == ("run", "")
-    assert row.figure["itl_ms_1_clients"] > 0

@@ -138,11 +138,13 @@ class TestOnTheCPU:
         assert (row.status, row.reason) == ("run", "")
         assert row.figure["controls_told_apart"] == row.figure["controls"] > 2
 
-    def test_the_time_between_tokens_is_taken_of_both(self, pair, monkeypatch, tmp_path):
+    def test_the_time_between_tokens_is_taken_of_both_plans_and_of_sglang_alone(self, pair, monkeypatch, tmp_path):
         monkeypatch.setattr(timed, "WIDE", tiny.Size())
         monkeypatch.setattr(timed, "CLIENTS", (1, 2))
         rows = list(rows_of(timed.itl_checks(pair.serve, tmp_path, pair)))
-        assert [(row.part, row.status) for row in rows] == [("ITL: cut plan", "run"), ("ITL: dense plan", "run")]
+        assert [(row.part, row.status, row.reason) for row in rows] == [
+            (f"ITL: {name}", "run", "") for name in ("cut plan", "dense plan", "SGLang alone, dense")
+        ]
         for row in rows:
             assert sorted(row.figure) == [f"itl_ms_{n}_clients" for n in (1, 2)]
             assert all(value > 0 for value in row.figure.values())
