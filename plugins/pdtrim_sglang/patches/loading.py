@@ -2,7 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
+
+from pdtrim_sglang import sglang_host
+
+
+def take_any_scheme_on_cpu(original: Callable[..., bool], *args: Any, **kwargs: Any) -> bool:
+    """SGLang asks for a GPU's capability before it looks whether there is one."""
+    return sglang_host.server_arguments().device == "cpu" or original(*args, **kwargs)
+
+
+def compute_fp8_by_torch(model: Any, target_device: Any) -> None:
+    if target_device.type == "cpu":
+        from pdtrim_sglang.cpu.fp8_weights import compute_fp8_by_torch
+
+        compute_fp8_by_torch(model)
 
 
 def cut_planned_layers(loaded: Any, runner: Any) -> None:
