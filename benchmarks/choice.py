@@ -14,7 +14,8 @@ from typing import Any
 
 from __results import HERE, write
 
-from pdtrim_deploy.evaluation.tasks import Measured, Setting, choice
+from pdtrim_deploy.evaluation.measured import Measured
+from pdtrim_deploy.evaluation.tasks import Setting, choice
 from pdtrim_deploy.evaluation.tasks.social_iqa import load
 from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.models import DEFAULT_SOURCE, resolve

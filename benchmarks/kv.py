@@ -27,7 +27,8 @@ from torch import Tensor
 
 from pdtrim_deploy.evaluation.corpora import registry
 from pdtrim_deploy.evaluation.corpora.sampling import sequences
-from pdtrim_deploy.evaluation.tasks import Measured, Setting, agreement, choice, needle, perplexity
+from pdtrim_deploy.evaluation.measured import Measured
+from pdtrim_deploy.evaluation.tasks import Setting, agreement, choice, needle, perplexity
 from pdtrim_deploy.kvchoice import Problem
 from pdtrim_deploy.kvchoice.recall import with_recall
 from pdtrim_deploy.local.cache import Cache

@@ -24,9 +24,9 @@ from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.evaluation.corpora import registry
 from pdtrim_deploy.evaluation.corpora.sampling import sequences
 from pdtrim_deploy.evaluation.lm_harness import Harness
+from pdtrim_deploy.evaluation.measured import Measured
 from pdtrim_deploy.evaluation.perplexity import pd_perplexity
 from pdtrim_deploy.evaluation.recovery import Recovery
-from pdtrim_deploy.evaluation.tasks.base import Measured
 from pdtrim_deploy.kvchoice.offsets import measure
 from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.local.row_log import RowLog

@@ -139,11 +139,11 @@ def failures(runners: dict[str, Runner], tree: Path, tests: tuple[str, ...]) -> 
     """Tests of both environments that fail; an environment's runner is started when first needed."""
     serve = [test for test in tests if test.startswith(SERVE_TESTS)]
     failed = []
-    for name, mine in (("serve", serve), ("build", [test for test in tests if test not in serve])):
-        if mine:
+    for name, of_part in (("serve", serve), ("build", [test for test in tests if test not in serve])):
+        if of_part:
             if name not in runners:
                 runners[name] = Runner(name, tree)
-            failed += runners[name].failures(mine)
+            failed += runners[name].failures(of_part)
     return failed
 
 

@@ -140,10 +140,10 @@ class OnnxStage:
                 times.setdefault(event["args"]["op_name"], []).append(event["dur"] / 1e6)
         return times
 
-    def _buffer(self, name: str, given: Mapping[str, Tensor], feeds: Mapping[str, Tensor]) -> Tensor:
+    def _buffer(self, name: str, buffers: Mapping[str, Tensor], feeds: Mapping[str, Tensor]) -> Tensor:
         shape, dtype = self._outputs[name]
         expected = (2, len(feeds[f"send_{shape[1]}"]), int(shape[2]))
-        buffer = given.get(name)
+        buffer = buffers.get(name)
         if buffer is None:
             return torch.empty(expected, dtype=dtype)
         if buffer.dtype != dtype or buffer.numel() != np.prod(expected):
@@ -213,8 +213,8 @@ def _callback_library() -> str:
     attrs, more = dict.fromkeys(_ATTRIBUTES, d.dt_int64), {"num_heads": d.dt_int64, "scale": d.dt_float}
     tensors: dict[str, Any] = {"inputs": [d.dt_float] * 3, "outputs": [d.dt_float]}
     ours = {
-        onnx_op(op_type=f"pdtrim::{op}", attrs=given, **tensors)(_answer)._id
-        for op, given in (("PagedAttention", attrs | more), ("KVWrite", attrs))
+        onnx_op(op_type=f"pdtrim::{op}", attrs=attributes, **tensors)(_answer)._id
+        for op, attributes in (("PagedAttention", attrs | more), ("KVWrite", attrs))
     }
 
     def hook(number: int, feed: Sequence[np.ndarray], attributes: Mapping[str, Any]) -> tuple:

@@ -117,8 +117,10 @@ def compare(
         raise UserError(f"A and B are both {names[0]}; {advice}")
     slow = relayed_link(link) if link is not None else None
     pair = [
-        Target.of(target, executors, serve_python, allow_remote, slow, _transport(backend, given), beside=True)
-        for target, executors, backend, given in given_sides
+        Target.of(
+            target, executors, serve_python, allow_remote, slow, _transport(backend, transport_options), beside=True
+        )
+        for target, executors, backend, transport_options in given_sides
     ]
     scenario_json = scenario.model_dump(mode="json", exclude_none=True)
     if dry_run:

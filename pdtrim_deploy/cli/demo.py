@@ -84,9 +84,9 @@ def demo(
 
         print_preview(preview(recipe, out / "pruned", cache), out / "pruned", as_json)
         return
-    for given, read in ((pareto, read_pareto), (faults, read_faults)):
-        if given is not None:
-            read(given)  # a wrong file is said now, not after the load
+    for path, read in ((pareto, read_pareto), (faults, read_faults)):
+        if path is not None:
+            read(path)  # a wrong file is said now, not after the load
     require("demo", CheckContext(recipe, out, cache, serve_python))
     load = Scenario.closed(requests, concurrency, prompt_tokens, output_tokens, seed=seed)
     metrics = Demo(recipe, out, cache, load, command, progress.show, progress.note, rounds, serve_python, slow).run()

@@ -145,6 +145,6 @@ def _names(tasks: str | None) -> list[str]:
         raise UserError(LIKELIHOODS)
     for name in names:
         if name not in SERVED_TASKS:
-            given = f"{name!r} is no task of a URL" if name else "a URL needs tasks"
-            raise UserError(f"{given}; use --tasks with {', '.join(SERVED_TASKS)}, or name a bundle for the others")
+            problem = f"{name!r} is no task of a URL" if name else "a URL needs tasks"
+            raise UserError(f"{problem}; use --tasks with {', '.join(SERVED_TASKS)}, or name a bundle for the others")
     return names

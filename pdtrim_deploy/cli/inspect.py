@@ -62,9 +62,9 @@ def inspect(
     """
     source = _source(target)
     if source is None:
-        given = {"--corpus": corpus, "--sequences": sequences, "--threshold": threshold, "--picture": picture}
-        given |= {"--compute-dtype": compute_dtype}
-        _refuse(given, "a bundle", f"give a model, such as hf:{target}")
+        model_options = {"--corpus": corpus, "--sequences": sequences, "--threshold": threshold, "--picture": picture}
+        model_options |= {"--compute-dtype": compute_dtype}
+        _refuse(model_options, "a bundle", f"give a model, such as hf:{target}")
         _show_bundle(Path(target), prompt_tokens, as_json)
     else:
         _refuse({"--prompt-tokens": prompt_tokens}, "a model", "give a bundle")
@@ -81,8 +81,8 @@ def _source(target: str) -> str | None:
     return f"hf:{target}" if (folder / "config.json").is_file() and not bundle else None
 
 
-def _refuse(given: Mapping[str, object], kind: str, instead: str) -> None:
-    for name, value in given.items():
+def _refuse(options: Mapping[str, object], kind: str, instead: str) -> None:
+    for name, value in options.items():
         if value is not None:
             raise UserError(f"{name} does not apply to {kind}; leave it out, or {instead}")
 

@@ -88,9 +88,9 @@ def loadtest(
     from pdtrim_deploy.loadtest import LoadResult, Scenario, Workers, check_scenario, check_target, driver
 
     if scenario_file is not None:
-        given = [name for name in ADHOC if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE]
-        if given:
-            option_names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        adhoc = [name for name in ADHOC if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+        if adhoc:
+            option_names = ", ".join(f"--{name.replace('_', '-')}" for name in adhoc)
             raise UserError(
                 f"{option_names}: --scenario {scenario_file} sets that; change it there, or leave --scenario out"
             )

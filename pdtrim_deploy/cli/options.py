@@ -122,10 +122,10 @@ def device(command: Callable[..., Any]) -> Callable[..., Any]:
     """Three options, passed on as one argument `compute`."""
 
     @functools.wraps(command)
-    def wrapped(*args: Any, **given: Any) -> Any:
-        device, host, on_device = (given.pop(name) for name in ("device", "memory", "device_memory"))
+    def wrapped(*args: Any, **options: Any) -> Any:
+        device, host, on_device = (options.pop(name) for name in ("device", "memory", "device_memory"))
         compute = Compute.parse(device).within(host, on_device)
-        return command(*args, compute=compute, **given)
+        return command(*args, compute=compute, **options)
 
     size = Bytes()
     wrapped = click.option(
@@ -175,10 +175,10 @@ def executors(command: Callable[..., Any]) -> Callable[..., Any]:
     """Three options, passed on as one argument `executors`; None when none was given."""
 
     @functools.wraps(command)
-    def wrapped(*args: Any, **given: Any) -> Any:
-        both, prefill, decode = (given.pop(f"{stage}executor") for stage in ("", "prefill_", "decode_"))
+    def wrapped(*args: Any, **options: Any) -> Any:
+        both, prefill, decode = (options.pop(f"{stage}executor") for stage in ("", "prefill_", "decode_"))
         chosen = Executors(prefill or both or "torch", decode or both or "torch") if both or prefill or decode else None
-        return command(*args, executors=chosen, **given)
+        return command(*args, executors=chosen, **options)
 
     choice = click.Choice(EXECUTORS)
     for option, text in (

@@ -125,12 +125,12 @@ def workers_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Eight options, passed on as one argument `workers`."""
 
     @functools.wraps(command)
-    def wrapped(*args: Any, **given: Any) -> Any:
+    def wrapped(*args: Any, **arguments: Any) -> Any:
         names = ("files", "slo_ttft", "slo_itl", "rates_of", "link_each", "simulate", "requests", "seed")
         source = click.get_current_context().get_parameter_source
         typed = frozenset(name for name in names if source(name) is ParameterSource.COMMANDLINE)
-        worker_options = {name: given.pop(name) for name in names} | {"typed": typed}
-        return command(*args, workers=Workers(**worker_options), **given)
+        worker_options = {name: arguments.pop(name) for name in names} | {"typed": typed}
+        return command(*args, workers=Workers(**worker_options), **arguments)
 
     rates_help = (
         "How fast one worker is: YAML, or results of loadtest --json and YAML of limits. Counts workers; needs --rate "

@@ -58,8 +58,8 @@ class Target:
                     f"--link works with {Transport().backend}, not with {transport.backend}; leave one of them out"
                 )
             return cls(text, Bundle.open(Path(text)), executors, serve_python, link, transport, beside)
-        for what, given in (("an executor", executors), ("a link", link), ("a transport", transport)):
-            if given is not None:
+        for what, option in (("an executor", executors), ("a link", link), ("a transport", transport)):
+            if option is not None:
                 raise UserError(f"{what} is for bundles, but {text} already runs; leave one of them out")
         check_target(text, allow_remote)
         return cls(text, None, None, None)

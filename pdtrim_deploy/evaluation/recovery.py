@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pydantic import BaseModel, ConfigDict
 
 from pdtrim_deploy.errors import UserError
-from pdtrim_deploy.evaluation.tasks.base import Measured
+from pdtrim_deploy.evaluation.measured import Measured
 
 _LEADING = ("acc_norm", "acc", "accuracy", "exact", "prefix", "right", "exact_match", "nll")
 """The measure that stands for a task, the first of these that it has (`exact_match,FILTER` too); else its first."""
@@ -119,7 +119,7 @@ def _error_of_ratio(dense: Measured, pd: Measured, measure: str) -> float:
     mean = dense.mean(measure)
     ratio = pd.mean(measure) / mean
     pairs = zip(pd.values[measure], dense.values[measure], strict=True)
-    moved = {"ratio": tuple((mine - ratio * theirs) / mean for mine, theirs in pairs)}
+    moved = {"ratio": tuple((score - ratio * base) / mean for score, base in pairs)}
     nothing = {"ratio": (0.0,) * len(dense.groups)}
     subjects = dense.subjects
     return (

@@ -70,7 +70,7 @@ def attention_mass(
     done = 0
     for part in sequences.split(batch):
         state = oracle.prefill(part[:, :n])
-        with _watch(oracle.decode_model, add):
+        with watch_attention(oracle.decode_model, add):
             full.extend(part[:, n:-1], n, full.hand_over(state))
         done += len(part)
         progress(f"attention mass: {done}/{len(sequences)} sequences")
@@ -79,7 +79,7 @@ def attention_mass(
 
 
 @contextmanager
-def _watch(model: Any, see: Callable[[int, Tensor], None]) -> Iterator[None]:
+def watch_attention(model: Any, see: Callable[[int, Tensor], None]) -> Iterator[None]:
     """Call `see(layer, weights)` after each attention module; eager attention alone returns its weights."""
     usual = model.config._attn_implementation
     model.set_attn_implementation("eager")

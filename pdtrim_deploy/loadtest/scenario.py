@@ -48,10 +48,10 @@ class _Section(BaseModel):
 
     def _require(self, kind: str, allowed: set[str], optional: frozenset[str] = frozenset()) -> None:
         """Check that exactly the keys that `kind` needs are given; some are optional."""
-        given = {name for name in type(self).model_fields if name != "kind" and getattr(self, name) is not None}
-        for name in sorted(given - allowed):
+        present = {name for name in type(self).model_fields if name != "kind" and getattr(self, name) is not None}
+        for name in sorted(present - allowed):
             raise ValueError(f"kind is {kind!r}, which takes no {name}; allowed with it: {', '.join(sorted(allowed))}")
-        for name in sorted(allowed - optional - given):
+        for name in sorted(allowed - optional - present):
             raise ValueError(f"kind is {kind!r}, which needs {name}; allowed with it: {', '.join(sorted(allowed))}")
 
 
@@ -208,8 +208,8 @@ class Scenario(_Section):
         **more: object,
     ) -> Scenario:
         """A closed loop of so many requests; `more` are other keys of a scenario."""
-        given = {"name": "options", "requests": requests, "arrivals": Arrivals(clients=clients)} | more
-        return cls.model_validate(given | {"input": Lengths.between(*input), "output": Lengths.between(*output)})
+        keys = {"name": "options", "requests": requests, "arrivals": Arrivals(clients=clients)} | more
+        return cls.model_validate(keys | {"input": Lengths.between(*input), "output": Lengths.between(*output)})
 
     def warming(self) -> Scenario:
         """A closed loop of `warmup` requests (at least one) of these lengths, with texts that no load uses."""

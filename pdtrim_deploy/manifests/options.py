@@ -141,7 +141,7 @@ def worker_arguments(served: Served, options: Options, stage: Stage) -> list[str
     rdma: dict[str, object] = {"protocol": "rdma"} if options.rdma and options.transport == "pdtrim_mooncake" else {}
     transport = TransportOptions.model_validate(rdma | dict(options.transport_options))
     config = WorkerConfig(secret_file=f"{SECRET_FOLDER}/{SECRET_KEY}", transport=transport)
-    given: dict[str, object] = {
+    arguments: dict[str, object] = {
         "--model-path": f"{BUNDLE_MOUNT}/{stage}",
         "--served-model-name": served.name,
         "--weight-version": served.plan_digest,
@@ -156,9 +156,9 @@ def worker_arguments(served: Served, options: Options, stage: Stage) -> list[str
     }
     flags = ["--enable-metrics"]
     if stage == "prefill":
-        given["--disaggregation-bootstrap-port"] = BOOTSTRAP_PORT
-    given |= attention_arguments(stage, served.sparse) | pool_arguments(served.pool_dtype)
-    pairs = [str(part) for pair in given.items() for part in pair]
+        arguments["--disaggregation-bootstrap-port"] = BOOTSTRAP_PORT
+    arguments |= attention_arguments(stage, served.sparse) | pool_arguments(served.pool_dtype)
+    pairs = [str(part) for pair in arguments.items() for part in pair]
     more = options.prefill_args if stage == "prefill" else options.decode_args
     return ["python3", "-m", "sglang.launch_server", *pairs, *flags, *more]
 

@@ -82,6 +82,6 @@ def _draws(seed: int, start: int, count: int, tokens: int) -> Tensor:
 def end_ids(folder: Path, tokenizer: Any) -> list[int]:
     """Ids that end what the model says, by its tokenizer and its generation config."""
     file = folder / "generation_config.json"
-    given = json.loads(file.read_text()).get("eos_token_id") if file.exists() else None
-    ids = [*(given if isinstance(given, list) else [given]), tokenizer.eos_token_id]
+    eos = json.loads(file.read_text()).get("eos_token_id") if file.exists() else None
+    ids = [*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id]
     return sorted({number for number in ids if number is not None})

@@ -86,11 +86,11 @@ def _check_wire(recipe: Recipe, shape: ModelShape) -> None:
     key, choices = ("wire_choices", kv.wire_choices) if kv.method == "budget" else ("wire_dtype", (kv.wire_dtype,))
     fit = [wire for wire in WIRE_DTYPES if shape.suits(KVSend(wire_dtype=wire))]
     latent = "" if shape.rope_dim is None else f", a latent's, and its rope key's {shape.rope_dim}"
-    given = f"head size is {shape.head_dim}{latent}"
-    given += "" if shape.pool_dtype == "native" else f" and the KV pool {shape.pool_dtype}"
+    sizes = f"head size is {shape.head_dim}{latent}"
+    sizes += "" if shape.pool_dtype == "native" else f" and the KV pool {shape.pool_dtype}"
     if not set(choices) & set(fit):
         raise UserError(
-            f"recipe {recipe.name}: kv.{key} is {', '.join(choices)} but the model's {given}; "
+            f"recipe {recipe.name}: kv.{key} is {', '.join(choices)} but the model's {sizes}; "
             f"allowed with it: {', '.join(fit)}"
         )
 

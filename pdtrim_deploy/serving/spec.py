@@ -186,8 +186,8 @@ class ClusterSpec:
         if prefill < 1 or decode < 1:
             raise UserError(f"--prefill {prefill} --decode {decode}: each stage needs at least one worker")
         options, engines = options or WorkerOptions(), engines or {}
-        given = frozenset() if port is None else frozenset({require_free(port, "--port")})
-        ports = iter(free_ports(2 * prefill + decode + 2, taken=given))
+        taken = frozenset() if port is None else frozenset({require_free(port, "--port")})
+        ports = iter(free_ports(2 * prefill + decode + 2, taken=taken))
         models: dict[Stage, tuple[Path, int]] = {"prefill": (prefill_model, prefill), "decode": (decode_model, decode)}
         workers = [
             WorkerSpec(

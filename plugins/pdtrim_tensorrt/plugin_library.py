@@ -97,8 +97,8 @@ class PluginLibrary:
     def set_attention(self, attend: Callable[[AttentionCall], None]) -> None:
         """Use `attend` from now on. If it raises, the engine's enqueue fails and `self.error` has the exception."""
 
-        def called(_: int | None, given: ctypes._Pointer[_Call]) -> int:
-            values = {name: getattr(given.contents, name) for name in _CALL_FIELDS}
+        def called(_: int | None, call: ctypes._Pointer[_Call]) -> int:
+            values = {name: getattr(call.contents, name) for name in _CALL_FIELDS}
             pointers = {name: values[name] or 0 for name in ("q", "k", "v", "output", "stream")}  # ctypes: NULL is None
             try:
                 attend(AttentionCall(**values | pointers | {"dtype": NATIVE_DTYPES[values["dtype"]]}))

@@ -114,9 +114,9 @@ def _creator_class(trt: Any) -> type:
             )
             self._kind = kind
 
-        def create_plugin(self, name: str, given: Any, phase: Any) -> Any:
+        def create_plugin(self, name: str, attributes: Any, phase: Any) -> Any:
             names = {field.name for field in fields(self._kind)}
-            values = {field.name: _value(field) for field in given if field.name in names}
+            values = {field.name: _value(field) for field in attributes if field.name in names}
             if missing := sorted(names - values.keys()):
                 raise ValueError(f"{self._kind.op}: attribute {', '.join(missing)} is missing")
             return _plugin_class(trt)(self._kind(**values), phase == trt.TensorRTPhase.BUILD)
@@ -148,13 +148,15 @@ def _plugin_class(trt: Any) -> type:
             return [trt.DataType.INT8 if self._quantised() else inputs[0]]
 
         def get_output_shapes(self, inputs: Any, shape_inputs: Any, build: Any) -> list[Any]:
-            given = self.attributes
-            if not isinstance(given, SendAttributes):
+            attributes = self.attributes
+            if not isinstance(attributes, SendAttributes):
                 return [trt.DimsExprs(inputs[0])]
             rows = inputs[2][0]
             if not self._quantised():
                 return [trt.DimsExprs([build.constant(2), rows, inputs[0][1]])]
-            row = packed_bytes(given.wire_dtype, "bfloat16", given.num_kv_heads, given.head_dim, 1, first=False)
+            row = packed_bytes(
+                attributes.wire_dtype, "bfloat16", attributes.num_kv_heads, attributes.head_dim, 1, first=False
+            )
             return [trt.DimsExprs([build.operation(trt.DimensionOperation.PROD, rows, build.constant(row))])]
 
         def supports_format_combination(self, position: int, tensors: Any, num_inputs: int) -> bool:

@@ -53,8 +53,8 @@ def test_what_a_transport_cannot_be_told(
 
 def test_what_it_can_be_told(capsys: pytest.CaptureFixture[str], bundle: Path) -> None:
     pairs = ("stall_seconds=3", "announce=gateway:6000", "devices='2024-01-01'", "connections=8")
-    given = [word for pair in pairs for word in ("--transport-option", pair)]
-    code, out, _ = run(capsys, "serve", bundle, "--serve-python", sys.executable, "--dry-run", "--json", *given)
+    arguments = [word for pair in pairs for word in ("--transport-option", pair)]
+    code, out, _ = run(capsys, "serve", bundle, "--serve-python", sys.executable, "--dry-run", "--json", *arguments)
     words = json.loads(out)["decode-0"]
     told_worker = json.loads(words[words.index("--json-model-override-args") + 1])["pdtrim_transport"]
     expected = {"stall_seconds": 3, "announce": "gateway:6000", "devices": "2024-01-01", "connections": 8}

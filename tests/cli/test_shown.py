@@ -38,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_llama_dir: Path) -> Pa
     (at / "text").mkdir()
     for n in range(12):
         (at / "text" / f"{n}.txt").write_text("the quick brown fox jumps over the lazy dog " * 60)
-    mine = {
+    recipe = {
         "name": "mine",
         "model": {"source": f"hf:{tiny_llama_dir}"},
         "calibration": {"corpus": f"dir:{at / 'text'}", "sequences": 2, "length": 64},
@@ -46,14 +46,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_llama_dir: Path) -> Pa
         "pruning": {"method": "greedy", "prefill_blocks": 1, "decode_blocks": 2},
         "kv": {"method": "all", "n_first": 2, "n_last": 8},
     }
-    (at / "mine.yaml").write_text(yaml.safe_dump(mine))
-    theirs = {
+    (at / "mine.yaml").write_text(yaml.safe_dump(recipe))
+    llama = {
         "include": ["recipes/llama-3.1-8b-balanced.yaml"],
         "name": "llama-3.1-8b",
         "model": {"source": "hf:/models/Llama-3.1-8B"},
     }
-    (at / "llama.yaml").write_text(yaml.safe_dump(theirs))
-    build(Recipe.model_validate(mine), at / "out" / "bundle", Cache(at / "cache"))
+    (at / "llama.yaml").write_text(yaml.safe_dump(llama))
+    build(Recipe.model_validate(recipe), at / "out" / "bundle", Cache(at / "cache"))
     for name in ("dense", "pruned"):
         shutil.copytree(at / "out" / "bundle", at / "out" / "demo" / name)
     return at

@@ -9,7 +9,7 @@ import pytest
 from shown import ROOT
 
 PAGE = (ROOT / "docs" / "troubleshooting.md").read_text()
-THEIRS = "These come from SGLang or its router:"
+OF_SGLANG = "These come from SGLang or its router:"
 GAP = "\0"  # what differs from time to time, as `...` on the page
 
 
@@ -42,17 +42,17 @@ def absent(message: str, texts: str) -> list[str]:
     return [piece for piece in pieces if len(piece) > 5 and piece not in texts]
 
 
-@pytest.mark.parametrize("message", _messages(PAGE.partition(THEIRS)[0]))
+@pytest.mark.parametrize("message", _messages(PAGE.partition(OF_SGLANG)[0]))
 def test_a_message_of_ours_is_said_by_the_code(message: str) -> None:
     assert absent(message, OURS) == []
 
 
-@pytest.mark.parametrize("message", _messages(PAGE.partition(THEIRS)[2]))
+@pytest.mark.parametrize("message", _messages(PAGE.partition(OF_SGLANG)[2]))
 def test_a_message_of_others_was_seen(message: str) -> None:
     assert absent(message, SEEN) == []
 
 
 def test_both_kinds_are_there() -> None:
-    assert len(_messages(PAGE.partition(THEIRS)[0])) > 25
-    assert len(_messages(PAGE.partition(THEIRS)[2])) >= 5
+    assert len(_messages(PAGE.partition(OF_SGLANG)[0])) > 25
+    assert len(_messages(PAGE.partition(OF_SGLANG)[2])) >= 5
     assert absent("plans differ: prefill serves plan ..., decode is tired", OURS) == ["decode is tired"]

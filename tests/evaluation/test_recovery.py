@@ -6,9 +6,9 @@ from statistics import stdev
 import pytest
 
 from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.evaluation.measured import Measured
 from pdtrim_deploy.evaluation.recovery import Recovery, leading
 from pdtrim_deploy.evaluation.tasks import TASKS
-from pdtrim_deploy.evaluation.tasks.base import Measured
 from pdtrim_deploy.recipe import gates
 
 GROUPS = ("all",) * 4

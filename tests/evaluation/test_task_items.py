@@ -13,9 +13,9 @@ from tokenizers import processors
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.evaluation import tasks
 from pdtrim_deploy.evaluation.corpora import Document
+from pdtrim_deploy.evaluation.task_report import TaskFigures
 from pdtrim_deploy.evaluation.tasks import agreement, choice, needle, perplexity, social_iqa
 from pdtrim_deploy.evaluation.tasks.judge import Judgement
-from pdtrim_deploy.evaluation.tasks.report import TaskFigures
 from pdtrim_deploy.models.loading import load_model, load_tokenizer
 from pdtrim_deploy.models.oracle import PDOracle
 from pdtrim_deploy.plan import KVSend, ModelShape, PDPlan

@@ -8,9 +8,10 @@ from tinypd import BLOCKS, SPARSE, make_oracle, make_plan, text, tiny
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.evaluation import tasks
+from pdtrim_deploy.evaluation.measured import Measured
 from pdtrim_deploy.evaluation.perplexity import pd_perplexity
 from pdtrim_deploy.evaluation.tasks import agreement, choice, perplexity
-from pdtrim_deploy.evaluation.tasks.base import Measured, Part, Task
+from pdtrim_deploy.evaluation.tasks.base import Part, Task
 from pdtrim_deploy.evaluation.tasks.judge import greedy, judge
 from pdtrim_deploy.models.oracle import PDOracle
 from pdtrim_deploy.plan import KVSend
@@ -136,22 +137,22 @@ def test_the_perplexity_task_is_pd_perplexity_at_every_length():
 
 def test_pairs_are_compared_item_by_item():
     reference = Measured("t", ("a", "b", "a"), {"nll": (1.0, 5.0, 2.0)})
-    mine = Measured("t", ("a", "b", "a"), {"nll": (1.5, 5.0, 3.5)})
-    paired = mine.against(reference, "nll")
+    result = Measured("t", ("a", "b", "a"), {"nll": (1.5, 5.0, 3.5)})
+    paired = result.against(reference, "nll")
     assert paired.mean == pytest.approx(2 / 3)
     assert paired.stderr == pytest.approx(torch.tensor([0.5, 0.0, 1.5]).std().item() / math.sqrt(3))
-    assert mine.against(reference, "nll", "a").mean == pytest.approx(1.0)
-    assert math.isnan(mine.against(reference, "nll", "b").stderr)
-    assert mine.by_group("nll") == {"a": 2.5, "b": 5.0}
+    assert result.against(reference, "nll", "a").mean == pytest.approx(1.0)
+    assert math.isnan(result.against(reference, "nll", "b").stderr)
+    assert result.by_group("nll") == {"a": 2.5, "b": 5.0}
 
 
 def test_a_text_judged_several_times_is_evidence_once():
     none = Measured("t", ("a", "a", "b", "b"), {"nll": (0.0,) * 4}, (0, 1, 0, 1))
-    mine = Measured("t", ("a", "a", "b", "b"), {"nll": (1.0, 2.0, 3.0, 8.0)}, (0, 1, 0, 1))
-    both = mine.against(none, "nll")
+    result = Measured("t", ("a", "a", "b", "b"), {"nll": (1.0, 2.0, 3.0, 8.0)}, (0, 1, 0, 1))
+    both = result.against(none, "nll")
     assert (both.mean, both.count) == (3.5, 4)
     assert both.stderr == pytest.approx(torch.tensor([2.0, 5.0]).std().item() / math.sqrt(2))
-    assert mine.against(none, "nll", "a").stderr == pytest.approx(0.5)
+    assert result.against(none, "nll", "a").stderr == pytest.approx(0.5)
     lone = Measured("t", ("a", "b"), {"nll": (1.0, 2.0)}, (0, 0))
     assert math.isnan(lone.against(lone, "nll").stderr)
 

@@ -232,6 +232,15 @@ def test_processors_that_differ_share_no_library(cpuinfo, another, monkeypatch, 
     assert keys[0] == keys[2] != keys[1]
 
 
+def test_a_change_of_a_header_makes_another_library(monkeypatch, tmp_path):
+    for name, text in (("rows.cpp", '#include "row.h"'), ("row.h", "")):
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(cpu_library, "SOURCE", tmp_path / "rows.cpp")
+    before = cpu_library._key()
+    (tmp_path / "row.h").write_text("int more;")
+    assert cpu_library._key() != before
+
+
 @needs_compiler
 def test_what_the_compiler_says_is_passed_on(fresh, monkeypatch, caplog, tmp_path):
     broken = tmp_path / "rows.cpp"

@@ -55,11 +55,11 @@ def test_rows_of_a_pool_on_a_gpu_travel_through_host_memory(wire, dtype):
     there = pack(layout, [gpu(k) for k in keys], [gpu(v) for v in values], gpu(slots), offsets=offsets)
     assert there.device.type == "cuda", "without a buffer the bytes stay on the pool's device"
     for sent in (packed, there):
-        mine, theirs = ([torch.zeros_like(keys[0]) for _ in range(4)] for _ in range(2))
-        unpack(layout, known, theirs[:2], theirs[2:], slots, offsets)
-        moved = [gpu(pool) for pool in mine]
+        empty, expected = ([torch.zeros_like(keys[0]) for _ in range(4)] for _ in range(2))
+        unpack(layout, known, expected[:2], expected[2:], slots, offsets)
+        moved = [gpu(pool) for pool in empty]
         unpack(layout, sent, moved[:2], moved[2:], gpu(slots), offsets)
-        assert all(torch.equal(host(a), b) for a, b in zip(moved, theirs, strict=True))
+        assert all(torch.equal(host(a), b) for a, b in zip(moved, expected, strict=True))
 
 
 class Form:

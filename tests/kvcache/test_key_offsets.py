@@ -167,9 +167,9 @@ def test_the_rotation_is_the_models_own(kind):
     offsets, positions = KeyOffsets.make({0: mean}, frequencies, scaling), torch.arange(8192)
     ours = rotate(mean, *offsets.table(8192)[:8192][:, None].chunk(2, -1))
     angles = model.rotary_emb(torch.zeros(1), position_ids=positions[None])
-    theirs = apply_rotary_pos_emb(mean[None, :, None].expand(1, 2, 8192, 64), mean[None, :, None], *angles)[0][0]
+    expected = apply_rotary_pos_emb(mean[None, :, None].expand(1, 2, 8192, 64), mean[None, :, None], *angles)[0][0]
     assert not ours[0].any()  # of the sink
-    torch.testing.assert_close(ours.transpose(0, 1)[:, 1:], theirs[:, 1:], rtol=0, atol=2e-6 * scaling)
+    torch.testing.assert_close(ours.transpose(0, 1)[:, 1:], expected[:, 1:], rtol=0, atol=2e-6 * scaling)
 
 
 def test_other_kinds_of_rope_have_no_offsets():

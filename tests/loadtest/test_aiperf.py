@@ -125,9 +125,9 @@ def test_closed_loops_are_a_concurrency_and_open_ones_a_schedule(tmp_path: Path)
     ramp = Arrivals(kind="ramp", rate=1.0, to_rate=9.0)
     for arrivals in (POISSON.arrivals, ramp, Arrivals(kind="constant", rate=2.0)):
         scenario = POISSON.changed(arrivals=arrivals, duration_s=2.0, requests=None)
-        given, planned = options(scenario), tuple(jobs(scenario))
-        assert "--fixed-schedule" in given
-        assert "--concurrency" not in given
+        arguments, planned = options(scenario), tuple(jobs(scenario))
+        assert "--fixed-schedule" in arguments
+        assert "--concurrency" not in arguments
         shutil.rmtree(tmp_path / "hf", ignore_errors=True)
         write_requests(tmp_path, planned)
         rows = [json.loads(line) for line in (tmp_path / "requests.jsonl").read_text().splitlines()]
@@ -209,9 +209,9 @@ def test_both_drivers_send_the_same_requests_and_measure_the_same() -> None:
         seen[name] = sorted(texts)
         assert results[name].failures == {}
     assert seen["builtin"] == seen["aiperf"]
-    ours, theirs = results["builtin"], results["aiperf"]
-    assert sorted(theirs.prompt_tokens) == sorted(ours.prompt_tokens)
-    assert theirs.output_tokens == ours.output_tokens
+    builtin, aiperf = results["builtin"], results["aiperf"]
+    assert sorted(aiperf.prompt_tokens) == sorted(builtin.prompt_tokens)
+    assert aiperf.output_tokens == builtin.output_tokens
     for figure in ("ttft_ms", "itl_ms", "tpot_ms", "e2e_ms"):
-        assert getattr(theirs, figure).p50 == pytest.approx(getattr(ours, figure).p50, rel=0.2), figure
-    assert theirs.duration_s == pytest.approx(ours.duration_s, abs=0.3)
+        assert getattr(aiperf, figure).p50 == pytest.approx(getattr(builtin, figure).p50, rel=0.2), figure
+    assert aiperf.duration_s == pytest.approx(builtin.duration_s, abs=0.3)

@@ -106,9 +106,9 @@ def test_qwen2_s_tokenizer_is_that_of_transformers(tiny_dir, cache, tmp_path, ca
 
     model = load_model(tiny_dir("Qwen2ForCausalLM"))
     folder = resolve(f"gguf:{write_gguf(tmp_path / 'm.gguf', model, 'qwen2', spoil=spoil, pre='qwen2')}", cache).path
-    ours, theirs = Tokenizer.from_file(str(folder / "tokenizer.json")), Qwen2Tokenizer(vocab=vocab, merges=merges)
+    ours, expected = Tokenizer.from_file(str(folder / "tokenizer.json")), Qwen2Tokenizer(vocab=vocab, merges=merges)
     ids = [ours.encode(text, add_special_tokens=False).ids for text in texts]
-    assert ids == [theirs(text, add_special_tokens=False)["input_ids"] for text in texts]
+    assert ids == [expected(text, add_special_tokens=False)["input_ids"] for text in texts]
     undivided = [trained.encode(unicodedata.normalize("NFC", text)).ids for text in texts]
     assert sum(map(list.__ne__, ids, undivided)) > len(texts) // 2  # the pattern decides
 

@@ -149,7 +149,7 @@ def test_only_an_earlier_stage_is_replaced(tiny_llama_dir, cache, tmp_path, monk
     def fail(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pdtrim_deploy.models.surgery.shutil.copyfile", fail)
+    monkeypatch.setattr("shutil.copyfile", fail)
     with pytest.raises(KeyboardInterrupt):
         write_stage(checkpoint, tmp_path / "s", [0], "float32", {})
     assert [p.name for p in tmp_path.iterdir()] == ["s"]

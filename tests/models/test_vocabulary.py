@@ -62,5 +62,5 @@ def test_a_head_that_does_more_than_multiply_is_called() -> None:
     assert not in_pieces(torch.nn.Linear(4, 9))
     assert not in_pieces(head.to(torch.bfloat16))
     hooked = torch.nn.Linear(4, 9, bias=False)
-    hooked.register_forward_pre_hook(lambda _, given: (given[0] + 1,))
+    hooked.register_forward_pre_hook(lambda _, inputs: (inputs[0] + 1,))
     assert not in_pieces(hooked)

@@ -67,8 +67,8 @@ def test_every_weight_comes_back(architecture, kind, tiny_stages, tmp_path):
         ranks = [load_file(out / f"rank{rank}.safetensors") for rank in range(size)]
         codes = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}[kind]
         for layer in range(4):
-            for theirs, ours in HF.items():
-                name = f"transformer.layers.{layer}.{theirs}"
+            for trt_name, ours in HF.items():
+                name = f"transformer.layers.{layer}.{trt_name}"
                 assert ranks[0][f"{name}.weight"].dtype == codes
                 assert f"{name}.activation_scaling_factor" in ranks[0]
                 expected = torch.cat([source[f"model.layers.{layer}.{name_}.weight"] for name_ in ours])
@@ -86,9 +86,9 @@ def test_every_weight_comes_back(architecture, kind, tiny_stages, tmp_path):
                     [source[f"{name_}.bias"] for name_ in (f"{ours}.{side}" for side in HF["attention.qkv"])]
                 )
                 assert torch.equal(put_together(biases, f"{name}.attention.qkv"), expected.to(torch.bfloat16))
-        for theirs, name_ in (("vocab_embedding", "embed_tokens"), ("ln_f", "norm")):
-            got = [rank[f"transformer.{theirs}.weight"] for rank in ranks]
-            joined = torch.cat(got) if theirs == "vocab_embedding" and config["use_parallel_embedding"] else got[0]
+        for trt_name, name_ in (("vocab_embedding", "embed_tokens"), ("ln_f", "norm")):
+            got = [rank[f"transformer.{trt_name}.weight"] for rank in ranks]
+            joined = torch.cat(got) if trt_name == "vocab_embedding" and config["use_parallel_embedding"] else got[0]
             assert torch.equal(joined, source[f"model.{name_}.weight"].to(torch.bfloat16))
 
 

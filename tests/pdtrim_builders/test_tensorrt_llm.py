@@ -42,8 +42,8 @@ def undo_split(folder, kv_heads, vocabulary):
             out[name] = padded[:vocabulary]
         elif rest.startswith("attention.qkv."):
             kind = rest.rpartition(".")[2]
-            mine, each = HEADS // world, max(1, kv_heads // world)
-            heads = [rank[name].split([mine * DIM, each * DIM, each * DIM]) for rank in ranks]
+            rank_heads, each = HEADS // world, max(1, kv_heads // world)
+            heads = [rank[name].split([rank_heads * DIM, each * DIM, each * DIM]) for rank in ranks]
             out[f"{prefix}self_attn.q_proj.{kind}"] = torch.cat([q for q, _, _ in heads])
             held = max(1, world // kv_heads)  # ranks that hold the same KV head
             for place, side in ((1, "k"), (2, "v")):

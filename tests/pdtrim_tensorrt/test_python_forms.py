@@ -43,7 +43,7 @@ def trt():
     )
 
 
-def given(trt, attributes, integers="INT64"):
+def plugin_fields(trt, attributes, integers="INT64"):
     """As the parser hands attributes over, with one that is not ours."""
 
     def field(name, value):
@@ -57,7 +57,7 @@ def given(trt, attributes, integers="INT64"):
 
 def plugin(trt, op, attributes, integers="INT64", phase="BUILD"):
     register(trt)
-    return trt.registry["pdtrim", op].create_plugin("node", given(trt, attributes, integers), phase)
+    return trt.registry["pdtrim", op].create_plugin("node", plugin_fields(trt, attributes, integers), phase)
 
 
 @pytest.mark.parametrize("integers", ["INT32", "INT64"])
@@ -117,9 +117,9 @@ def test_refusals(trt):
         register(trt)
     create = trt.registry["pdtrim", "SparseKVSend"].create_plugin
     with pytest.raises(ValueError, match="wire_dtype int4 is none of native, int8, fp8"):
-        create("node", given(trt, SEND | {"wire_dtype": "int4"}), "BUILD")
+        create("node", plugin_fields(trt, SEND | {"wire_dtype": "int4"}), "BUILD")
     with pytest.raises(ValueError, match="even head_dim"):
-        create("node", given(trt, SEND | {"wire_dtype": "fp8", "head_dim": 7}), "BUILD")
+        create("node", plugin_fields(trt, SEND | {"wire_dtype": "fp8", "head_dim": 7}), "BUILD")
 
 
 def test_tensorrt_rtx_missing_is_one_sentence(tmp_path, monkeypatch):

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from pdtrim_deploy.bundle import Bundle
+from pdtrim_deploy.evaluation.judge_tasks import judge_tasks
 from pdtrim_deploy.evaluation.quality import judge_bundle
-from pdtrim_deploy.evaluation.tasks.report import judge_tasks
 from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.local.compute import Compute
 from pdtrim_deploy.models import streaming

@@ -17,8 +17,8 @@ from pdtrim_deploy.bundle import Bundle
 from pdtrim_deploy.evaluation.fidelity.cases import Group
 from pdtrim_deploy.evaluation.fidelity.check import FidelityResult, judge
 from pdtrim_deploy.evaluation.fidelity.client import Served
+from pdtrim_deploy.evaluation.judge_tasks import judge_tasks
 from pdtrim_deploy.evaluation.quality import judge_bundle
-from pdtrim_deploy.evaluation.tasks.report import judge_tasks
 from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
 from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.local.compute import ON_CPU, Compute

@@ -107,9 +107,9 @@ def test_the_bundle_is_what_was_healed_in_memory(
     cut = [keep_blocks(dense, plan.layers(stage)) for stage in STAGES]
     assert (from_disk - PDOracle(cut[0], cut[1], plan).logprobs(IDS[:24], IDS[24:])).abs().max() > 0.01
     for model, plain in zip(written, cut, strict=True):  # what makes K and V is the dense model's
-        for mine, theirs in zip(model.model.layers, plain.model.layers, strict=True):
-            kept = [name for name in mine.state_dict() if name.startswith(FROZEN)]
-            assert all(torch.equal(mine.state_dict()[name], theirs.state_dict()[name]) for name in kept)
+        for layer, plain_layer in zip(model.model.layers, plain.model.layers, strict=True):
+            kept = [name for name in layer.state_dict() if name.startswith(FROZEN)]
+            assert all(torch.equal(layer.state_dict()[name], plain_layer.state_dict()[name]) for name in kept)
     assert (IDS[None] == written[1].generate(IDS[None], max_new_tokens=3)[:, :40]).all()  # plain transformers runs it
     report = json.loads((bundle.path / heal.HEALING).read_text())
     assert report["students"]["1-2"]["error"] < report["students"]["1-2"]["error_drop"]

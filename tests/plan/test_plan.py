@@ -207,8 +207,8 @@ def test_key_offsets_are_part_of_the_plan():
         ({"sha256": "0" * 63}, "match pattern"),
     ],
 )
-def test_key_offsets_that_cannot_be_are_refused(given, sentence):
-    data = OLD.model_dump(mode="json") | {"key_offsets": OFFSETS.model_dump() | given}
+def test_key_offsets_that_cannot_be_are_refused(entry, sentence):
+    data = OLD.model_dump(mode="json") | {"key_offsets": OFFSETS.model_dump() | entry}
     with pytest.raises(UserError, match=sentence):
         PDPlan.parse(data, "x")
 

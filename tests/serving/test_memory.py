@@ -23,8 +23,8 @@ def model(tmp_path):
 
 
 def spec(model, prefill=1, decode=1, **options):
-    given = WorkerOptions(**{"device": "cpu", "dtype": "bfloat16"} | options)
-    return ClusterSpec.on_loopback(model, model, prefill=prefill, decode=decode, options=given, gpus=2)
+    worker_options = WorkerOptions(**{"device": "cpu", "dtype": "bfloat16"} | options)
+    return ClusterSpec.on_loopback(model, model, prefill=prefill, decode=decode, options=worker_options, gpus=2)
 
 
 def free(monkeypatch, size, nodes=1):
@@ -91,10 +91,10 @@ def test_the_refusal_names_the_sizes_and_starts_nothing(model, monkeypatch, tmp_
 
 def test_who_gives_a_fraction_is_not_refused_and_wins(model, monkeypatch):
     free(monkeypatch, 4e9)
-    for given in (("--mem-fraction-static", "0.9"), ("--mem-fraction-static=0.9",)):
-        workers = spec(model, extra_args=given).workers
+    for arguments in (("--mem-fraction-static", "0.9"), ("--mem-fraction-static=0.9",)):
+        workers = spec(model, extra_args=arguments).workers
         memory.require_memory(workers)
-        assert commands.worker_command(Path("python"), workers[0])[-len(given) :] == list(given)
+        assert commands.worker_command(Path("python"), workers[0])[-len(arguments) :] == list(arguments)
     memory.require_memory(spec(model, device="cuda").workers)
 
 

@@ -60,6 +60,20 @@ def packages(modules: Graph) -> Graph:
     return {name: others - {name} for name, others in rooms.items()}
 
 
+def siblings(modules: Graph, package: str) -> Graph:
+    """The same between modules and packages right below `package`; what lies in one of them counts as that."""
+
+    def child(module: str) -> str:
+        return ".".join(module.split(".")[: package.count(".") + 2])
+
+    rooms: Graph = {}
+    for module, others in modules.items():
+        if module.startswith(f"{package}."):
+            inside = {child(other) for other in others if other.startswith(f"{package}.")}
+            rooms.setdefault(child(module), set()).update(inside - {child(module)})
+    return rooms
+
+
 def circles(edges: Graph) -> list[list[str]]:
     """Groups of nodes that can reach each other, by names that reach each of them."""
     reach: dict[str, set[str]] = {}

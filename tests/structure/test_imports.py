@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from imports import HOMES, circles, graph, imported, packages, sources
+from imports import HOMES, circles, graph, imported, packages, siblings, sources
 
 MODULES = sources()
 GRAPH = graph(MODULES)
@@ -32,6 +32,11 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
 
 def test_no_packages_import_each_other_in_a_circle() -> None:
     assert circles(packages(GRAPH)) == []
+
+
+@pytest.mark.parametrize("package", sorted({name.rpartition(".")[0] for name in MODULES} - {""}))
+def test_what_lies_in_a_package_has_no_circle(package: str) -> None:
+    assert circles(siblings(GRAPH, package)) == []
 
 
 def test_the_root_of_the_core_holds_packages_and_errors() -> None:
@@ -69,3 +74,18 @@ def test_a_circle_is_seen_through_a_function(tmp_path: Path) -> None:
     (package / "c.py").write_text("import tangled.a\nname = 1\n")
     (package / "d.py").write_text("from tangled.c import name\n")
     assert circles(graph(sources({"tangled": tmp_path}))) == [["tangled.a", "tangled.b", "tangled.c"]]
+
+
+def test_a_circle_is_seen_between_a_package_and_its_neighbour(tmp_path: Path) -> None:
+    """No module here imports itself in the end."""
+    inner = tmp_path / "tangled" / "inner"
+    inner.mkdir(parents=True)
+    for folder in (inner, inner.parent):
+        (folder / "__init__.py").write_text("")
+    (inner / "low.py").write_text("name = 1\n")
+    (inner / "high.py").write_text("from tangled.beside import name\n")
+    (inner.parent / "beside.py").write_text("from tangled.inner.low import name\n")
+    modules = graph(sources({"tangled": tmp_path}))
+    assert circles(modules) == []
+    assert circles(siblings(modules, "tangled")) == [["tangled.beside", "tangled.inner"]]
+    assert circles(siblings(modules, "tangled.inner")) == []

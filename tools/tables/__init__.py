@@ -5,7 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tables import build, demo, front, gpu, heal, kv, latents, objective, pruning, quality, serving, shares
+from tables import (
+    build,
+    demo,
+    front,
+    generated,
+    gpu,
+    heal,
+    kv,
+    latents,
+    objective,
+    pruning,
+    quality,
+    requestrows,
+    serving,
+    shares,
+)
 
 
 @dataclass(frozen=True)
@@ -31,6 +46,8 @@ TABLES = {
     "kv": Table(("kv",), kv.kv),
     "kvlengths": Table(("kv",), kv.kvlengths),
     "shares": Table(("shares",), shares.shares, optional=True),
+    "requestrows": Table(("requestrows",), requestrows.requestrows, optional=True),
+    "generated": Table(("generated",), generated.generated, optional=True),
     "wire": Table(("wire",), kv.wire),
     "pack": Table(("pack",), kv.pack),
     "latents": Table(("latents",), latents.latents),

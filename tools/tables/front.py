@@ -25,7 +25,7 @@ def switches(kv: Data, wire: Data, kvonly: Data, prefilltime: Data, heal: Data, 
     costs = [_rise(skipped, dense, corpus) for corpus in ("brown", "austen")]
     removed = len(headline["plan"]["decode_dropped"])
     losses = {row["way"]: row["loss"] for row in heal["rows"]}
-    refitted, healed = (rise(losses[way], losses["dense"]) for way in ("unhealed", "logits, 1e-4"))
+    refitted, healed = (rise(losses[name], losses["dense"]) for name in ("unhealed", "logits, 1e-4"))
     body = [
         (
             "quantised wire, all rows, keys int4 and values int3: `kv: {method: none, wire_dtype: k4v3}`",

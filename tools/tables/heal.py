@@ -18,11 +18,11 @@ def heal(data: dict[str, Any] | None) -> str:
         return "Not measured yet: `make bench-heal`."
     rows = {row["way"]: row for row in data["rows"]}
     lines = []
-    for way, row in rows.items():
+    for name, row in rows.items():
         report = row.get("report")
         steps = ", ".join(f"{phase['steps']} {phase['loss']}" for phase in report["phases"]) if report else ""
         against = [_difference(row, rows.get(other)) for other in (_UNHEALED, _BEFORE)]
-        lines.append((way, steps, f"{fmean(row['kl']):.3f}", f"{fmean(row['loss']):.3f}", *against))
+        lines.append((name, steps, f"{fmean(row['kl']):.3f}", f"{fmean(row['loss']):.3f}", *against))
     options = data["options"]
     text = (
         "decode without 6 of 30 blocks, prefill without 2, refitted by least squares; trained for "

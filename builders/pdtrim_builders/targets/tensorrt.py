@@ -198,12 +198,12 @@ def _environment(flavour: Flavour, scratch: Path) -> Mapping[str, str]:
     return rtx_environment(scratch / "libraries")
 
 
-def _target(flavour: Flavour, options: type[TensorRTOptions]) -> Target:
-    def run(stage_dir: Path, out_dir: Path, given: Options) -> TargetResult:
-        assert isinstance(given, options)
-        return build(flavour, stage_dir, out_dir, given)
+def _target(flavour: Flavour, kind: type[TensorRTOptions]) -> Target:
+    def run(stage_dir: Path, out_dir: Path, options: Options) -> TargetResult:
+        assert isinstance(options, kind)
+        return build(flavour, stage_dir, out_dir, options)
 
-    return Target(flavour.name, options, run)
+    return Target(flavour.name, kind, run)
 
 
 RTX_FLAVOUR = Flavour(

@@ -63,11 +63,11 @@ def _documents(lines: list[str], path: Path, name: str) -> Iterator[Document]:
 
 def read(row: Any, name: str, where: str) -> Document:
     """The document of one object; UserError begins with `where`."""
-    given = [key for key in ("text", "messages") if isinstance(row, dict) and row.get(key) is not None]
-    if len(given) != 1:
-        what = "both text and messages" if given else "neither text nor messages"
+    keys = [key for key in ("text", "messages") if isinstance(row, dict) and row.get(key) is not None]
+    if len(keys) != 1:
+        what = "both text and messages" if keys else "neither text nor messages"
         raise UserError(f"{where} has {what}; {_ALLOWED}")
-    if given == ["text"]:
+    if keys == ["text"]:
         if not isinstance(row["text"], str):
             raise UserError(f"{where}: text is {type(row['text']).__name__}, not a string; {_ALLOWED}")
         return Document(name, row["text"], group=row["text"], line=where)

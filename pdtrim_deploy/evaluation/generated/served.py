@@ -15,8 +15,8 @@ from pdtrim_deploy.evaluation.generated.base import Answer, GeneratedTask, Quest
 from pdtrim_deploy.evaluation.generated.conversation import converse
 from pdtrim_deploy.evaluation.generated.pairing import mcnemar
 from pdtrim_deploy.evaluation.generated.sgl_eval import ask
+from pdtrim_deploy.evaluation.measured import Measured
 from pdtrim_deploy.evaluation.recovery import Recovery
-from pdtrim_deploy.evaluation.tasks.base import Measured
 
 
 class GroupScore(BaseModel):

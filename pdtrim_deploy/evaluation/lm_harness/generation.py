@@ -50,8 +50,8 @@ def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
     """Ids that end a text: the tokenizer's, the config's and those of the generation config."""
     ids = {tokenizer.eos_token_id}
     for config in (model.config, getattr(model, "generation_config", None)):
-        given = getattr(config, "eos_token_id", None)
-        ids |= set(given) if isinstance(given, list) else {given}
+        eos = getattr(config, "eos_token_id", None)
+        ids |= set(eos) if isinstance(eos, list) else {eos}
     return frozenset(ids - {None})
 
 

@@ -18,7 +18,7 @@ from pdtrim_deploy.evaluation.evals_environment import python
 from pdtrim_deploy.evaluation.lm_harness.answers import Answers
 from pdtrim_deploy.evaluation.lm_harness.samples import joined, measured
 from pdtrim_deploy.evaluation.lm_harness.scoring import HandOver
-from pdtrim_deploy.evaluation.tasks.base import Measured
+from pdtrim_deploy.evaluation.measured import Measured
 from pdtrim_deploy.local.job import last_line
 from pdtrim_deploy.models.oracle import PDOracle
 from pdtrim_deploy.recipe.gates import LM_EVAL

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from pdtrim_deploy.errors import UserError
-from pdtrim_deploy.evaluation.tasks.base import Measured
+from pdtrim_deploy.evaluation.measured import Measured
 
 _LIKELIHOODS = {"perplexity": "nll", "word_perplexity": "nll_word", "byte_perplexity": "nll_byte"}
 """Metrics that the harness turns into perplexities of all questions -> the NLL of a question, in nats a unit.
@@ -64,7 +64,11 @@ def joined(name: str, by_task: dict[str, Measured]) -> Measured:
     groups = tuple(task for task, result in by_task.items() for _ in result.groups)
     values = {m: tuple(v for result in results for v in result.values[m]) for m in measures}
     directions = {m: {result.higher_is_better.get(m) for result in results} for m in measures}
-    higher = {m: way for m, ways in directions.items() if len(ways) == 1 and (way := next(iter(ways))) is not None}
+    higher = {
+        m: direction
+        for m, states in directions.items()
+        if len(states) == 1 and (direction := next(iter(states))) is not None
+    }
     common = [m for m in measures if all(m in result.weights for result in results)]
     weights = {m: tuple(w for result in results for w in result.weights[m]) for m in common}
     return Measured(name, groups, values, higher_is_better=higher, weights=weights)

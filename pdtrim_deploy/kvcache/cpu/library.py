@@ -1,4 +1,4 @@
-"""rows.cpp as a shared library: compiled for this very CPU at first use, kept in the cache, loaded with ctypes.
+"""rows.cpp and its headers as a shared library, compiled for this very CPU at first use and kept in the cache.
 
 It knows nothing of Python or torch, so that both environments, and all workers, use one file.
 """
@@ -56,11 +56,12 @@ def compile_into(folder: Path) -> None:
 
 
 def _key() -> str:
-    """Source, options and what `-march=native` depends on."""
+    """Sources, options and what `-march=native` depends on."""
     cpu = [platform.machine(), *platform.libc_ver()]
     try:
         lines = CPUINFO.read_text().splitlines()
         cpu += [next((line for line in lines if line.startswith(key)), "") for key in _KINDS]
     except OSError:
         cpu.append(platform.processor())
-    return hashlib.sha256("\0".join((SOURCE.read_text(), *OPTIONS, *cpu)).encode()).hexdigest()[:32]
+    sources = [path.read_text() for path in (SOURCE, *sorted(SOURCE.parent.glob("*.h")))]
+    return hashlib.sha256("\0".join((*sources, *OPTIONS, *cpu)).encode()).hexdigest()[:32]

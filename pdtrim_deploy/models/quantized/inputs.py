@@ -7,18 +7,18 @@ from functools import partial
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from pdtrim_deploy.models.quantized.arithmetic import LARGEST
 from pdtrim_deploy.models.quantized.base import INPUT_SCALE, Quantized
-from pdtrim_deploy.models.reading import read_weights
 from pdtrim_deploy.models.tensors import TensorInfo
 
 _SMALLEST = 1e-10  # of a scale that is measured, as SGLang's kernels have it
 
 
 def round_inputs(model: Any, quantized: Quantized, tensors: Mapping[str, TensorInfo]) -> None:
-    """From now on layers of `model` whose weights are codes in `tensors` round what they are given.
+    """From now on layers of `model` whose weights are codes in `tensors` round their inputs.
 
     Experts, which transformers stacks, are left as they are.
     """
@@ -32,8 +32,8 @@ def round_inputs(model: Any, quantized: Quantized, tensors: Mapping[str, TensorI
             layer.register_forward_pre_hook(partial(_rounded, how))
 
 
-def _rounded(how: Callable[[Tensor], Tensor], _: Any, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (how(given[0]), *given[1:])
+def _rounded(how: Callable[[Tensor], Tensor], _: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (how(inputs[0]), *inputs[1:])
 
 
 def _rounding(quantized: Quantized, name: str, tensors: Mapping[str, TensorInfo]) -> Callable[[Tensor], Tensor] | None:
@@ -41,7 +41,9 @@ def _rounding(quantized: Quantized, name: str, tensors: Mapping[str, TensorInfo]
         place = f"{name.removesuffix('weight')}{INPUT_SCALE}"
         if place not in tensors:
             return None
-        return partial(_to_fp8, scale=read_weights(tensors, [place], torch.float32)[place].amax())
+        with safe_open(tensors[place].file, framework="pt") as shard:
+            scale = shard.get_tensor(place).float().amax()
+        return partial(_to_fp8, scale=scale)
     if quantized.inputs == "token":
         return by_token
     if quantized.inputs == "group":

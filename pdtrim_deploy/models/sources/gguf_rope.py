@@ -34,22 +34,22 @@ def rope_scaling(
 
     """
     prefix = f"{arch}.rope.scaling."
-    given = {name.removeprefix(prefix): value for name, value in meta.items() if name.startswith(prefix)}
-    kind = given.get("type", "none")
+    keys = {name.removeprefix(prefix): value for name, value in meta.items() if name.startswith(prefix)}
+    kind = keys.get("type", "none")
     if factors is not None:
         if kind not in ("none", "llama3"):
             raise UserError(
                 f"{path}: {FREQUENCIES} beside RoPE scaling {kind!r} is not known; give the HF folder as hf:DIR"
             )
-        return _llama3(factors, theta, given.get("original_context_length"), path)
+        return _llama3(factors, theta, keys.get("original_context_length"), path)
     if kind == "none":
         return None
-    if kind not in ("yarn", "linear") or (unknown := sorted(set(given) - set(_KNOWN))):
+    if kind not in ("yarn", "linear") or (unknown := sorted(set(keys) - set(_KNOWN))):
         what = f"RoPE scaling {kind!r}" + (f" with {', '.join(unknown)}" if kind in ("yarn", "linear") else "")
         raise UserError(f"{path}: {what} cannot be read back from GGUF exactly; give the HF folder as hf:DIR")
-    scaling = {"rope_type": kind, "factor": _number(given["factor"])}
+    scaling = {"rope_type": kind, "factor": _number(keys["factor"])}
     if kind == "yarn":
-        scaling["original_max_position_embeddings"] = int(given["original_context_length"])
+        scaling["original_max_position_embeddings"] = int(keys["original_context_length"])
     return scaling
 
 

@@ -85,9 +85,9 @@ def write_tokenizer(meta: dict[str, Any], out: Path, where: Path) -> None:
             # a piece is matched in text whose spaces are replaced
             tokenizer.add_tokens([tokenizers.AddedToken(token, normalized=pieces and not special, special=special)])
     named = {
-        f"{ours}_token": tokens[meta[f"tokenizer.ggml.{theirs}_token_id"]]
-        for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
-        if f"tokenizer.ggml.{theirs}_token_id" in meta
+        f"{name}_token": tokens[meta[f"tokenizer.ggml.{gguf_name}_token_id"]]
+        for name, gguf_name in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
+        if f"tokenizer.ggml.{gguf_name}_token_id" in meta
     }
     # Llama 3's files need not say so: llama.cpp takes it from the pre-tokenizer's name
     if meta.get("tokenizer.ggml.add_bos_token", pre == "llama-bpe"):

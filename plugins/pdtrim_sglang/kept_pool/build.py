@@ -13,7 +13,7 @@ from pdtrim_deploy.worker.decode_pool import SplitPool
 from pdtrim_sglang.kept_pool.pool import KeptKVPool
 from pdtrim_sglang.kept_pool.rule import kept_rules
 from pdtrim_sglang.plan_source import read_plan
-from pdtrim_sglang.requirements import check_speculation
+from pdtrim_sglang.speculation import check_speculation
 
 DECODE_POOL = key("decode_pool")
 BACKUPS = ("cpu_tensor", "none")  # of --disaggregation-decode-retraction-backup

@@ -110,4 +110,4 @@ class KeptKVPool(MHATokenToKVPool):
         current_platform.synchronize()
 
     def move_kv_cache(self, *_: Any, **__: Any) -> None:
-        raise NotImplementedError("pdtrim: speculative decoding is refused (pdtrim_sglang.requirements)")
+        raise NotImplementedError("pdtrim: speculative decoding is refused (pdtrim_sglang.speculation)")

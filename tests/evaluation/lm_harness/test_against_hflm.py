@@ -61,9 +61,9 @@ def reference(hflm: dict[str, dict[str, Any]]) -> dict[str, list[dict[str, Any]]
 
 def test_perplexity_a_word_is_the_harness_s_own(hflm: dict[str, dict[str, Any]]) -> None:
     result = measured("tiny_rolling", hflm["samples"]["tiny_rolling"])
-    theirs = hflm["results"]["tiny_rolling"]["word_perplexity,none"]
+    expected = hflm["results"]["tiny_rolling"]["word_perplexity,none"]
     assert len(set(result.weights["nll_word"])) == len(result.groups)  # texts of other lengths each
-    assert math.exp(result.mean("nll_word")) == pytest.approx(theirs, rel=1e-9)
+    assert math.exp(result.mean("nll_word")) == pytest.approx(expected, rel=1e-9)
 
 
 def oracle_of(folder: Path, send: KVSend) -> PDOracle:
@@ -104,13 +104,13 @@ def test_behind_a_plan_that_cuts_nothing_answers_are_those_of_the_harness(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     ours = answers(small, folder, tmp_path, monkeypatch, offline, hand_over=hand_over)
-    theirs = {task: responses(reference[task]) for task in TASKS}
-    for (mine,), (expected,) in zip(ours["tiny_choice"], theirs["tiny_choice"], strict=True):
-        assert float(mine[0]) == pytest.approx(float(expected[0]), abs=2e-4)
-        assert str(mine[1]) == str(expected[1])
-    for (mine,), (expected,) in zip(ours["tiny_rolling"], theirs["tiny_rolling"], strict=True):
-        assert float(mine) == pytest.approx(float(expected), abs=2e-3)
-    assert ours["tiny_text"] == theirs["tiny_text"]
+    harness = {task: responses(reference[task]) for task in TASKS}
+    for (answer,), (expected,) in zip(ours["tiny_choice"], harness["tiny_choice"], strict=True):
+        assert float(answer[0]) == pytest.approx(float(expected[0]), abs=2e-4)
+        assert str(answer[1]) == str(expected[1])
+    for (answer,), (expected,) in zip(ours["tiny_rolling"], harness["tiny_rolling"], strict=True):
+        assert float(answer) == pytest.approx(float(expected), abs=2e-3)
+    assert ours["tiny_text"] == harness["tiny_text"]
     assert len({text for (text,) in ours["tiny_text"]}) > 3
 
 
@@ -124,7 +124,7 @@ def test_a_plan_that_cuts_changes_answers_in_both_hand_overs(
 ) -> None:
     send = KVSend(mode="sparse", n_first=1, n_last=1)
     common = (small, folder, tmp_path, monkeypatch, offline)
-    served, decode = (answers(*common, send=send, hand_over=way, limit=3) for way in ("served", "decode"))
+    served, decode = (answers(*common, send=send, hand_over=hand_over, limit=3) for hand_over in ("served", "decode"))
     assert all(served[task] != decode[task] for task in TASKS)
     whole = responses(reference["tiny_choice"])
     for cut in (served, decode):

@@ -54,7 +54,9 @@ def test_the_direction_of_a_metric_is_kept_where_all_tasks_of_a_group_have_it() 
     result = measured("t", rows, {"ter": False, "perplexity": False, "f1": None})
     assert result.higher_is_better == {"ter,a": False, "ter,b": False}
     assert joined("g", {"t": result}).higher_is_better == result.higher_is_better
-    first, second = (measured("t", [sample(0, x=1.0, y=1.0)], {"x": True, "y": way}) for way in (True, False))
+    first, second = (
+        measured("t", [sample(0, x=1.0, y=1.0)], {"x": True, "y": direction}) for direction in (True, False)
+    )
     assert joined("g", {"a": first, "b": second}).higher_is_better == {"x": True}
 
 

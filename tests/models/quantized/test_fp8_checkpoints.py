@@ -106,9 +106,9 @@ def test_transformers_reads_the_same_weights(tiny_llama_dir, tmp_path):
     from transformers import AutoModelForCausalLM
 
     folder = write_fp8(tiny_llama_dir, tmp_path / "source", "fp8-block")
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+    state = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
     for name, weight in load_model(folder).state_dict().items():
-        assert torch.equal(theirs[name], weight), name
+        assert torch.equal(state[name], weight), name
 
 
 def test_scales_may_lie_in_another_shard(tiny_llama_dir, tmp_path, cache):

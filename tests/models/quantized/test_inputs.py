@@ -40,7 +40,7 @@ def test_a_stored_scale_is_the_layers(kind, tiny_llama_dir, tmp_path):
     states = torch.tensor([[0.26, -200.0] + [0.0] * 62])
     seen = []
     for module in (layer.up_proj, layer.down_proj):
-        module.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+        module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
         module(torch.cat([states, states], 1)[:, : module.in_features])
     assert seen[0][0, :2].tolist() == [0.25, -112.0]  # 1.04 becomes 1, and -800 becomes -448
     assert torch.equal(seen[1][0, :2], states[0, :2])  # the ignored module reads what it is given
@@ -49,5 +49,5 @@ def test_a_stored_scale_is_the_layers(kind, tiny_llama_dir, tmp_path):
 
 def test_weights_that_are_not_quantised_are_left_alone(tiny_llama_dir):
     ids = torch.arange(3, 33)[None]
-    with_inputs, without = (load_model(tiny_llama_dir, rounds_inputs=way)(ids).logits for way in (True, False))
+    with_inputs, without = (load_model(tiny_llama_dir, rounds_inputs=rounded)(ids).logits for rounded in (True, False))
     assert torch.equal(with_inputs, without)

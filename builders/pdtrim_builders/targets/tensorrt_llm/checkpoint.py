@@ -96,22 +96,22 @@ def _rank_tensors(stage: StageModel, dtype: str, rank: int, ranks: int) -> Itera
     yield "transformer.ln_f.weight", read("model.norm.weight")
     for layer in range(stage.layers):
         source, target = f"model.layers.{layer}.", f"transformer.layers.{layer}."
-        for ours, theirs in _NORMS.items():
-            if source + ours in stage.tensors:
-                yield target + theirs, read(source + ours)
+        for name, trt_name in _NORMS.items():
+            if source + name in stage.tensors:
+                yield target + trt_name, read(source + name)
         for kind in ("weight", "bias"):
             names = [f"{source}self_attn.{side}_proj.{kind}" for side in "qkv"]
             if names[0] in stage.tensors:
                 q, k, v = (read(name) for name in names)
                 k, v = (_shared(side, stage.kv_heads, ranks) for side in (k, v))
                 yield f"{target}attention.qkv.{kind}", torch.cat([part(side) for side in (q, k, v)])
-            for ours, theirs in _BY_OUTPUT.items():
-                if f"{source}{ours}.{kind}" in stage.tensors:
-                    yield f"{target}{theirs}.{kind}", part(read(f"{source}{ours}.{kind}"))
-            for ours, theirs in _BY_INPUT.items():
-                if f"{source}{ours}.{kind}" in stage.tensors:
-                    full = read(f"{source}{ours}.{kind}")  # a bias is added once, after the sum over ranks
-                    yield f"{target}{theirs}.{kind}", part(full, 1) if kind == "weight" else full
+            for name, trt_name in _BY_OUTPUT.items():
+                if f"{source}{name}.{kind}" in stage.tensors:
+                    yield f"{target}{trt_name}.{kind}", part(read(f"{source}{name}.{kind}"))
+            for name, trt_name in _BY_INPUT.items():
+                if f"{source}{name}.{kind}" in stage.tensors:
+                    full = read(f"{source}{name}.{kind}")  # a bias is added once, after the sum over ranks
+                    yield f"{target}{trt_name}.{kind}", part(full, 1) if kind == "weight" else full
 
 
 def _shared(side: Tensor, kv_heads: int, ranks: int) -> Tensor:

@@ -67,7 +67,7 @@ def write_quantised(
         from modelopt.torch import export, quantization
 
         config = copy.deepcopy(getattr(quantization, CONFIGS[kind]))
-        model = quantization.quantize(model, config, lambda given: [given(row[None]) for row in rows])
+        model = quantization.quantize(model, config, lambda module: [module(row[None]) for row in rows])
         after = _loss(model, rows)
         if not after < float("inf"):
             raise UserError(f"{stage.stage}: quantised to {kind} its loss on the calibration text is {after}")
@@ -92,13 +92,13 @@ def _complete(stage: StageModel, out: Path, dtype: str, size: int) -> None:
     if ranks != sorted(f"rank{rank}.safetensors" for rank in range(size)):
         raise UserError(f"modelopt wrote {', '.join(ranks) or 'nothing'} for tensor_parallel {size}")
     path = out / "config.json"
-    theirs: dict[str, Any] = json.loads(path.read_text())
-    ours = checkpoint_config(stage, dtype, size)
+    written: dict[str, Any] = json.loads(path.read_text())
+    expected = checkpoint_config(stage, dtype, size)
     for key in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size", "intermediate_size"):
-        if theirs[key] != ours[key]:
-            raise UserError(f"modelopt wrote {key} {theirs[key]}, the stage has {ours[key]}")
-    restored = {"architecture": ours["architecture"], "rotary_base": ours["rotary_base"]}
-    path.write_text(json.dumps(ours | theirs | restored, indent=2) + "\n")
+        if written[key] != expected[key]:
+            raise UserError(f"modelopt wrote {key} {written[key]}, the stage has {expected[key]}")
+    restored = {"architecture": expected["architecture"], "rotary_base": expected["rotary_base"]}
+    path.write_text(json.dumps(expected | written | restored, indent=2) + "\n")
 
 
 def _loss(model: Any, rows: Sequence[Tensor]) -> float:

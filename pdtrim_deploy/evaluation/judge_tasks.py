@@ -1,21 +1,19 @@
-"""What a bundle costs, task by task: the dense model and the bundle on the same items, compared in pairs."""
+"""The dense model and a bundle on the same items of tasks."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
-
-from pydantic import BaseModel, ConfigDict
 
 from pdtrim_deploy.bundle import Bundle
 from pdtrim_deploy.evaluation import corpora
 from pdtrim_deploy.evaluation.limits import STREAMED_KV, fit_judging
 from pdtrim_deploy.evaluation.lm_harness import Harness
-from pdtrim_deploy.evaluation.lm_harness.scoring import HandOver
+from pdtrim_deploy.evaluation.measured import Measured
 from pdtrim_deploy.evaluation.quality import source_of
 from pdtrim_deploy.evaluation.recovery import Recovery, check_gate
-from pdtrim_deploy.evaluation.tasks.base import KV_TOKENS, Measured, Setting
+from pdtrim_deploy.evaluation.task_report import TaskFigures, TasksReport
+from pdtrim_deploy.evaluation.tasks.base import KV_TOKENS, Setting
 from pdtrim_deploy.evaluation.tasks.registry import check, prepare
 from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
 from pdtrim_deploy.local.cache import Cache
@@ -23,74 +21,6 @@ from pdtrim_deploy.local.compute import ON_CPU, Compute
 from pdtrim_deploy.models.oracle import PDOracle
 from pdtrim_deploy.plan import STAGES, PDPlan
 from pdtrim_deploy.recipe import EvaluationSection
-
-
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Figure(_Frozen):
-    """Means over `items` items of one group (None: all); `difference` is PD minus dense, `stderr` its standard error.
-
-    `stderr` is None for a single text.
-    """
-
-    measure: str
-    group: str | None
-    items: int
-    dense: float
-    pd: float
-    difference: float
-    stderr: float | None
-
-
-class TaskFigures(_Frozen):
-    """One task; `dense` and `pd` hold each measure's value of every item, `groups` what the item counts under.
-
-    `weights` are the items' of those measures whose means are weighted, as lm-eval's by words.
-    """
-
-    task: str
-    figures: tuple[Figure, ...]
-    groups: tuple[str, ...]
-    dense: dict[str, tuple[float, ...]]
-    pd: dict[str, tuple[float, ...]]
-    weights: dict[str, tuple[float, ...]] = {}
-
-    @classmethod
-    def of(cls, dense: Measured, pd: Measured) -> TaskFigures:
-        """Every measure over all items and, where there are several, by group."""
-        groups: list[str | None] = list(dict.fromkeys(dense.groups))
-        reported = [None, *groups] if len(groups) > 1 else [None]
-        figures = [_figure(dense, pd, measure, group) for measure in dense.values for group in reported]
-        return cls(
-            task=dense.task,
-            figures=tuple(figures),
-            groups=dense.groups,
-            dense=dense.values,
-            pd=pd.values,
-            weights=dict(dense.weights),
-        )
-
-
-class TasksReport(_Frozen):
-    """All tasks asked for; the text is that of the corpus's final split, `corpus_sha256` names it.
-
-    `dtype`, `computed_in` and `device` are as in `Quality`; `hand_over` is what lm-eval's tasks were given, None for
-    their defaults.
-    """
-
-    plan_digest: str
-    corpus: str
-    corpus_sha256: str
-    seed: int
-    dtype: str
-    computed_in: str | None = None
-    device: str | None = None
-    hand_over: HandOver | None = None
-    tasks: tuple[TaskFigures, ...]
-    recovery: tuple[Recovery, ...] = ()
-    environment: dict[str, Any]
 
 
 def judge_tasks(
@@ -167,17 +97,4 @@ def judge_tasks(
         tasks=tuple(TaskFigures.of(*pair) for pair in zip(dense, pd, strict=True)),
         recovery=tuple(Recovery.of(*pair, bundle.recipe.quality) for pair in zip(dense, pd, strict=True)),
         environment=environment,
-    )
-
-
-def _figure(dense: Measured, pd: Measured, measure: str, group: str | None) -> Figure:
-    paired = pd.against(dense, measure, group)
-    return Figure(
-        measure=measure,
-        group=group,
-        items=paired.count,
-        dense=dense.mean(measure, group),
-        pd=pd.mean(measure, group),
-        difference=paired.mean,
-        stderr=None if math.isnan(paired.stderr) else paired.stderr,
     )

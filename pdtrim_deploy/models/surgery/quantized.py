@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors import safe_open
 from torch import Tensor
 
+from pdtrim_deploy.models.checkpoint import Checkpoint
 from pdtrim_deploy.models.quantized.arithmetic import quantize
 from pdtrim_deploy.models.quantized.module_lists import cut_settings
 from pdtrim_deploy.models.quantized.registry import MODELOPT_FILE, read_modelopt_file
-
-if TYPE_CHECKING:
-    from pdtrim_deploy.models.checkpoint import Checkpoint
 
 
 def quantize_like(checkpoint: Checkpoint, changed: Mapping[str, Tensor]) -> dict[str, Tensor]:
