@@ -93,7 +93,7 @@ def become(request: dict[str, Any]) -> None:
 
         leave_pinning_out()
     if "--speculative-algorithm" in request["arguments"]:
-        from speculation import compute_by_torch
+        from speculation_kernels import compute_by_torch
 
         compute_by_torch()
     del sys.modules[MODULE]

@@ -193,6 +193,13 @@ def test_a_grammar_goes_on_where_prefill_left_it(mixed_pair, path, grammar, form
     assert reason == "stop"
 
 
+def test_a_stop_string_may_begin_with_prefills_token(mixed_pair):
+    for stop, left in (("ab", ""), ("cd", "ab")):
+        body = {"model": "pdtrim", "prompt": "Give", "temperature": 0, "regex": "abcdef", "stop": stop}
+        (choice,) = httpx.post(f"{mixed_pair.url}/v1/completions", json=body, timeout=120).json()["choices"]
+        assert (choice["text"], choice["finish_reason"], choice["matched_stop"]) == (left, "stop", stop)
+
+
 @pytest.mark.parametrize(
     "format",
     [

@@ -1,6 +1,6 @@
 """Decode verifies drafted tokens under a plan without cut layers, in genuine workers: the oracle's tokens, faster.
 
-What SGLang lacks of kernels on a CPU is torch's (speculation.py); the transfer, the scheduler, drafts and pools are the
+What SGLang lacks of kernels on a CPU is torch's (speculation_kernels.py); transfer, scheduler, drafts and pools are the
 real ones.
 """
 

@@ -95,7 +95,7 @@ def test_products_are_the_oracles(kind, tiny_llama_dir, tmp_path):
 
 
 def test_of_fused_maps_the_largest_stored_scale_holds_and_each_has_its_own_weights():
-    """SGLang's kernels for GPUs round the input of q, k and v under one scale. Without a scale a shard has the first's."""
+    """SGLang's kernels for GPUs round the input of q, k and v under one scale; without one a shard has the first's."""
     layer = QKVParallelLinear(
         64, 16, 4, 2, bias=False, params_dtype=torch.bfloat16, parallel_group="replicated", prefix="q",
         quant_config=Fp8Config(is_checkpoint_fp8_serialized=True, activation_scheme="static"),

@@ -1,8 +1,8 @@
 """Layers with FP8 weights on a CPU, by torch: SGLang 0.5.23 has kernels for some formats, with Intel AMX alone.
 
 SGLang makes the parameters of such a layer and loads codes and scales into them. Then the weight becomes what they
-stand for, in float32, and each input is rounded to FP8 under a scale, as SGLang's kernels for GPUs round it. Experts are
-refused.
+stand for, in float32, and each input is rounded to FP8 under a scale, as SGLang's kernels for GPUs round it. Experts
+are refused.
 """
 
 from __future__ import annotations

@@ -7,6 +7,8 @@ verification and the pools are SGLang's; the kernels' results are those of its T
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -16,7 +18,10 @@ from torch.nn.functional import scaled_dot_product_attention
 
 def compute_by_torch() -> None:
     """From now on this process, and those that it forks, have the kernels."""
-    from sglang.kernels.ops.speculative import cache_locs, eagle, reconstruct_tree, spec_tree
+    missing = ModuleType("sgl_kernel.speculative")
+    missing.reconstruct_indices_from_tree_mask = links_of_mask  # type: ignore[attr-defined]
+    sys.modules[missing.__name__] = missing
+    from sglang.kernels.ops.speculative import cache_locs, eagle, spec_tree
     from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
     from sglang.srt.mem_cache import allocation, memory_pool
     from sglang.srt.speculative.draft_utils import DraftBackendFactory
@@ -25,7 +30,6 @@ def compute_by_torch() -> None:
     allocation.assign_req_to_token_pool_cpu = scatter_slots
     eagle.fill_accept_out_cache_loc_cpu = pack_accepted
     eagle.fill_bonus_tokens_cpu = last_accepted
-    reconstruct_tree.reconstruct_indices_from_tree_mask = links_of_mask
     spec_tree.sgl_build_tree_kernel_efficient_cpu = build_chain
     spec_tree.sgl_verify_tree_greedy_cpu = verify_greedily
     pool = memory_pool.MHATokenToKVPool
