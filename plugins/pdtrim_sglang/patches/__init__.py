@@ -36,7 +36,7 @@ def install() -> None:
     HookRegistry.register(hook_targets.NORMALISE, front_end.spread_samples, HookType.AFTER)
     HookRegistry.register(hook_targets.FRONT_END, front_end.check_front_end, HookType.AFTER)
     HookRegistry.register(hook_targets.SEND_METADATA, transfer.name_prompt_of_receiver, HookType.AROUND)
-    HookRegistry.register(hook_targets.SCHEME, loading.take_any_scheme_on_cpu, HookType.AROUND)
+    HookRegistry.register(hook_targets.SCHEME, loading.take_any_scheme_without_gpu, HookType.AROUND)
     HookRegistry.register(hook_targets.PROCESS_WEIGHTS, loading.compute_fp8_by_torch, HookType.BEFORE)
     HookRegistry.register(hook_targets.LOAD_MODEL, loading.cut_planned_layers, HookType.AFTER)
     HookRegistry.register(hook_targets.LOADED, loading.count_kv_layers, HookType.AFTER)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from pdtrim_sglang import sglang_host
+import torch
 
 
-def take_any_scheme_on_cpu(original: Callable[..., bool], *args: Any, **kwargs: Any) -> bool:
-    """SGLang asks for a GPU's capability before it looks whether there is one."""
-    return sglang_host.server_arguments().device == "cpu" or original(*args, **kwargs)
+def take_any_scheme_without_gpu(original: Callable[..., bool], *args: Any, **kwargs: Any) -> bool:
+    """Whether SGLang may load a scheme: it asks for a GPU's capability before it looks whether there is a GPU."""
+    return not torch.cuda.is_available() or original(*args, **kwargs)
 
 
 def compute_fp8_by_torch(model: Any, target_device: Any) -> None:
