@@ -3,19 +3,52 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
-VAGUE = {"one", "found", "asked", "said", "made", "wanted", "told", "around", "behind"}
+VAGUE = {"one", "found", "asked", "said", "made", "wanted", "told", "around", "behind", "arrival"}
+LATER = {"given", "own", "mine", "theirs", "way", "elsewhere"}
+# Files with names of LATER from before it was there: a file that is mended leaves the list.
+UNMENDED = {
+    "pdtrim_deploy/gpucheck/attention.py",
+    "pdtrim_deploy/gpucheck/check.py",
+    "pdtrim_deploy/gpucheck/child.py",
+    "pdtrim_deploy/gpucheck/command.py",
+    "pdtrim_deploy/gpucheck/kernels.py",
+    "pdtrim_deploy/gpucheck/machine.py",
+    "pdtrim_deploy/gpucheck/options.py",
+    "pdtrim_deploy/gpucheck/registry.py",
+    "pdtrim_deploy/gpucheck/timed.py",
+    "pdtrim_deploy/gpucheck/tiny.py",
+    "pdtrim_deploy/models/blockwise.py",
+    "pdtrim_deploy/pipeline/model_card_parts.py",
+    "pdtrim_deploy/pruning/search/race.py",
+    "pdtrim_deploy/recipe/recipe.py",
+    "pdtrim_deploy/report/html/collect.py",
+    "plugins/pdtrim_sglang/decode.py",
+    "plugins/pdtrim_sglang/manager.py",
+    "plugins/pdtrim_sglang/patches/memory.py",
+    "plugins/pdtrim_sglang/pool.py",
+    "tests/gpucheck/test_served.py",
+    "tests/gpucheck/test_supervise.py",
+    "tests/kvcache/interpreted.py",
+    "tests/pruning/test_race.py",
+    "tests/rankpairs.py",
+    "tests/recipe/test_recipe.py",
+    "tests/tinyfamilies.py",
+}
 FOLDERS = ("pdtrim_deploy", "builders", "plugins", "tools", "benchmarks", "tests")
 
 
 def names(tree: ast.AST) -> Iterator[tuple[str, int]]:
     """Variables, parameters, attributes, functions, classes and keyword arguments, with their lines."""
+    property_tests = {id(node) for decorator in ast.walk(tree) for node in _of_hypothesis(decorator)}
     for node in ast.walk(tree):
+        if id(node) in property_tests:
+            continue
         line = getattr(node, "lineno", 0)
         match node:
             case ast.FunctionDef(name=str(name)) | ast.AsyncFunctionDef(name=str(name)) | ast.ClassDef(name=str(name)):
@@ -32,9 +65,18 @@ def names(tree: ast.AST) -> Iterator[tuple[str, int]]:
                 yield name, line
 
 
-def vague(source: str) -> dict[str, int]:
+def _of_hypothesis(node: ast.AST) -> Iterator[ast.AST]:
+    """What names its decorator `given`: the import, and the decorators of a function."""
+    match node:
+        case ast.ImportFrom(module="hypothesis"):
+            yield from node.names
+        case ast.FunctionDef():
+            yield from (decorator.func for decorator in node.decorator_list if isinstance(decorator, ast.Call))
+
+
+def vague(source: str, words: Set[str] = VAGUE | LATER) -> dict[str, int]:
     """The vague names of a module, each with a line where it stands."""
-    return {name: line for name, line in names(ast.parse(source)) if name.lstrip("_").lower() in VAGUE}
+    return {name: line for name, line in names(ast.parse(source)) if name.lstrip("_").lower() in words}
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
@@ -42,8 +84,9 @@ def test_names_say_what_things_are(folder: str) -> None:
     files = sorted((ROOT / folder).rglob("*.py"))
     assert files
     for path in files:
-        bad = vague(path.read_text())
-        assert not bad, f"{path.relative_to(ROOT)}: {bad}; name the thing: request, result, response, config, layer"
+        file = str(path.relative_to(ROOT))
+        bad = vague(path.read_text(), VAGUE if file in UNMENDED else VAGUE | LATER)
+        assert not bad, f"{file}: {bad}; name the thing: request, result, response, config, layer"
 
 
 @pytest.mark.parametrize(
@@ -57,6 +100,9 @@ def test_names_say_what_things_are(folder: str) -> None:
         "call(said=1)",
         "from a import b as said",
         "[0 for one in ()]",
+        "def read(**given): ...",
+        "@given(1)\ndef read(own): ...",
+        "lambda mine: 0",
         "f'{made}'",
         "try: ...\nexcept OSError as behind: ...",
         "match x:\n    case [*around]: ...",
@@ -69,3 +115,4 @@ def test_a_vague_name_is_seen(source: str) -> None:
 def test_words_within_names_keys_and_text_are_free() -> None:
     assert not vague("kept_rows = {'found': 'one'}  # said")
     assert not vague("HookType.AROUND")
+    assert not vague("from hypothesis import given\n@given(1)\ndef test(): ...")
