@@ -28,10 +28,46 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
-from pdtrim_deploy.plan import PDPlan
 from pdtrim_deploy.plan.wire import SINK_ROWS, Code, Vectors, WireDtype, packed_row_bytes
+
+
+class RowShape(Protocol):
+    """What a layout must know of the model: `plan.ModelShape`, or a stand-in without pydantic."""
+
+    @property
+    def row_dtype(self) -> str: ...
+
+    def vectors(self, kv_heads: int | None = None) -> tuple[Vectors, Vectors]: ...
+
+    def codes(self, wire_dtype: WireDtype) -> tuple[Code, Code]: ...
+
+
+class RowRule(Protocol):
+    """What it must know of a layer: `plan.KVSend`."""
+
+    @property
+    def wire_dtype(self) -> WireDtype: ...
+
+    def row_ranges(self, prompt_tokens: int) -> tuple[tuple[int, int], ...]: ...
+
+
+class RowPlan(Protocol):
+    """What it must know of a plan: `plan.PDPlan`. Layouts are cached by it."""
+
+    @property
+    def model(self) -> RowShape: ...
+
+    @property
+    def kv(self) -> tuple[RowRule, ...]: ...
+
+    @property
+    def layer_map(self) -> tuple[int, ...]: ...
+
+    def has_key_offset(self, layer: int) -> bool: ...
+
+    def __hash__(self) -> int: ...
 
 
 class Part(NamedTuple):
@@ -95,7 +131,7 @@ class ChunkLayout:
 
 @lru_cache(maxsize=1024)
 def chunk_layout(
-    plan: PDPlan,
+    plan: RowPlan,
     prompt_tokens: int,
     start: int = 0,
     stop: int | None = None,
