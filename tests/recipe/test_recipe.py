@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import variants
 from hypothesis import strategies as st
 
 from pdtrim_deploy.errors import UserError
@@ -219,7 +219,7 @@ def test_includes_merge_in_order_and_own_keys_come_last(tmp_path: Path) -> None:
     assert recipe.kv == KVSection(method="all", n_first=1, n_last=9)
 
 
-@given(prefill=st.integers(0, 5), extra=st.integers(0, 5), n_last=st.integers(1, 99), source=st.text(min_size=1))
+@variants(prefill=st.integers(0, 5), extra=st.integers(0, 5), n_last=st.integers(1, 99), source=st.text(min_size=1))
 def test_resolved_yaml_is_the_same_recipe(prefill: int, extra: int, n_last: int, source: str) -> None:
     pruning = PruningSection(prefill_blocks=prefill, decode_blocks=prefill + extra)
     try:
@@ -264,11 +264,11 @@ def test_what_came_later_leaves_the_digest_of_recipes_without_it() -> None:
     assert {"objective", "decode_attentions", "prefill_mlps"} & set(dump["pruning"]) == set()
     assert "target" not in dump
     mixture = [{"corpus": "brown", "share": 1.0}, {"corpus": "code", "share": 2.0}]
-    given = [{"pruning": {"objective": "kl"}}, {"calibration": {"prompt_tokens": 200}}]
-    given += [{"calibration": {"continuations": "greedy"}}, {"calibration": {"mixture": mixture}}]
-    given += [{"calibration": {"lengths": "trace.jsonl"}}, {"pruning": {"decode_attentions": 1}}]
-    given += [{"target": {"itl": 0.8}}, {"target": {"itl": 0.8, "batch": 2}}]
-    recipes = [Recipe(name="a", model={"source": "pypi:x"}, **sections) for sections in given]
+    variants = [{"pruning": {"objective": "kl"}}, {"calibration": {"prompt_tokens": 200}}]
+    variants += [{"calibration": {"continuations": "greedy"}}, {"calibration": {"mixture": mixture}}]
+    variants += [{"calibration": {"lengths": "trace.jsonl"}}, {"pruning": {"decode_attentions": 1}}]
+    variants += [{"target": {"itl": 0.8}}, {"target": {"itl": 0.8, "batch": 2}}]
+    recipes = [Recipe(name="a", model={"source": "pypi:x"}, **sections) for sections in variants]
     assert len({recipe.digest for recipe in (*recipes, Recipe(name="a", model={"source": "pypi:x"}))}) == 9
     assert [Recipe.model_validate(recipe.model_dump(mode="json")) for recipe in recipes] == recipes
 
