@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import variants
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pdtrim_deploy.errors import UserError
@@ -219,7 +219,7 @@ def test_includes_merge_in_order_and_own_keys_come_last(tmp_path: Path) -> None:
     assert recipe.kv == KVSection(method="all", n_first=1, n_last=9)
 
 
-@variants(prefill=st.integers(0, 5), extra=st.integers(0, 5), n_last=st.integers(1, 99), source=st.text(min_size=1))
+@given(prefill=st.integers(0, 5), extra=st.integers(0, 5), n_last=st.integers(1, 99), source=st.text(min_size=1))
 def test_resolved_yaml_is_the_same_recipe(prefill: int, extra: int, n_last: int, source: str) -> None:
     pruning = PruningSection(prefill_blocks=prefill, decode_blocks=prefill + extra)
     try:
