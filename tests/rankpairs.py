@@ -124,9 +124,9 @@ class World:
 
     def pool(self, ranks, rank, rows):
         heads = held_heads(HEADS, ranks, rank)
-        own = [[t[:, heads.start : heads.stop].contiguous() for t in side] for side in rows]
+        halves = [[t[:, heads.start : heads.stop].contiguous() for t in side] for side in rows]
         offsets = None if self.offsets is None else self.offsets.heads(heads)
-        return PoolView(*own, PAGE, offsets=offsets, first_head=heads.start)
+        return PoolView(*halves, PAGE, offsets=offsets, first_head=heads.start)
 
     def aux(self, content):
         memory = (ctypes.c_ubyte * 12)(*content)

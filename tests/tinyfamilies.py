@@ -38,7 +38,7 @@ YARN = {
     "rope_type": "yarn", "rope_theta": 100.0, "factor": 16.0, "mscale": 0.7, "mscale_all_dim": 0.7,
     "original_max_position_embeddings": 64, "beta_fast": 32, "beta_slow": 1,
 }  # fmt: skip
-OWN = {
+BY_FAMILY = {
     "GraniteForCausalLM": {
         "embedding_multiplier": 3.0,
         "residual_multiplier": 0.4,
@@ -102,7 +102,7 @@ OWN = {
 
 def settings(architecture: str, changes: dict[str, object]) -> dict[str, object]:
     """Arguments of the family's config class."""
-    return SHARED | OWN.get(architecture, {}) | changes
+    return SHARED | BY_FAMILY.get(architecture, {}) | changes
 
 
 def taking(*features: Feature) -> list[str]:

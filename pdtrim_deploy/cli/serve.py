@@ -135,7 +135,7 @@ def serve(
         decode_args=decode_args,
     )
     worker_options = worker_options if device == "auto" else replace(worker_options, device=device)
-    elsewhere = dry_run and not gpu_count()  # the commands are for a host that has as many GPUs as they take
+    for_other_host = dry_run and not gpu_count()  # the commands are for a host that has as many GPUs as they take
     starting = cluster_of(
         opened,
         prefill=prefill,
@@ -148,7 +148,7 @@ def serve(
         start_timeout_s=start_timeout,
         environment=ServeEnvironment.find(serve_python),
         log_dir=log_dir or (Path() if dry_run else None),  # None makes a folder
-        gpus=prefill * tp_prefill + decode * tp_decode if elsewhere else None,
+        gpus=prefill * tp_prefill + decode * tp_decode if for_other_host else None,
         say=lambda sentence: click.echo(sentence, err=True),
     )
     if dry_run:

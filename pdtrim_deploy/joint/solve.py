@@ -66,8 +66,8 @@ class FeatureQuadratic:
         blocks = np.arange(len(linear))
         of_block = gram[blocks, :, blocks]  # [blocks, features, features]
         products = parts @ of_block @ parts.T
-        own = np.einsum("boo->bo", products)
-        self._distance = own[:, :, None] + own[:, None] - products - products.transpose(0, 2, 1)
+        squares = np.einsum("boo->bo", products)
+        self._distance = squares[:, :, None] + squares[:, None] - products - products.transpose(0, 2, 1)
 
     def harm(self, choice: Ints) -> float:
         """Nats a token."""

@@ -48,7 +48,7 @@ class KeyOffsets:
         self.means, self.frequencies, self.scaling, self.data = dict(means), frequencies, scaling, data
         self._tables = [torch.empty(0, 2 * len(frequencies))]  # all: a kernel of another stream may still read one
         self._lock = threading.Lock()
-        self._elsewhere: dict[torch.device, KeyOffsets] = {}
+        self._by_device: dict[torch.device, KeyOffsets] = {}
 
     @classmethod
     def make(cls, means: Mapping[int, Tensor], frequencies: Tensor, scaling: float) -> KeyOffsets:
@@ -116,10 +116,10 @@ class KeyOffsets:
         if device == self.device:
             return self
         with self._lock:
-            if device not in self._elsewhere:
+            if device not in self._by_device:
                 means = {layer: mean.to(device) for layer, mean in self.means.items()}
-                self._elsewhere[device] = KeyOffsets(means, self.frequencies, self.scaling, self.data)
-            return self._elsewhere[device]
+                self._by_device[device] = KeyOffsets(means, self.frequencies, self.scaling, self.data)
+            return self._by_device[device]
 
     def table(self, positions: int) -> Tensor:
         """float32 `[at least positions, head_dim]`: cosines, then sines, of each position's angles, times `scaling`.

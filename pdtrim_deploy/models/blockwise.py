@@ -91,17 +91,17 @@ class Span:
     positions: Tensor
     angles: dict[str | None, Angles]
     masks: dict[tuple[Ranges, int | None], Tensor] = field(default_factory=dict)
-    elsewhere: dict[torch.device, Span] = field(default_factory=dict, repr=False)
+    by_device: dict[torch.device, Span] = field(default_factory=dict, repr=False)
 
     def to(self, device: torch.device) -> Span:
         """The same on a device; moved once."""
         if device == self.positions.device:
             return self
-        if device not in self.elsewhere:
+        if device not in self.by_device:
             angles = {kind: _moved(part, device) for kind, part in self.angles.items()}
             moved = Span(self.start, self.stop, self.branches, self.positions.to(device), angles)
-            self.elsewhere[device] = moved
-        return self.elsewhere[device]
+            self.by_device[device] = moved
+        return self.by_device[device]
 
 
 class Blockwise:
@@ -212,9 +212,9 @@ class Blockwise:
         if window is None and len(keys) == span.branches == 1 and self.model.config._attn_implementation == "sdpa":
             return None  # square and causal: sdpa's own fast path
         if (keys, window) not in span.masks:
-            own, device = span.positions[0], span.positions.device
-            at = torch.cat([*(torch.arange(lo, hi, device=device) for lo, hi in keys[:-1]), own])
-            back = own[:, None] - at
+            queries, device = span.positions[0], span.positions.device
+            at = torch.cat([*(torch.arange(lo, hi, device=device) for lo, hi in keys[:-1]), queries])
+            back = queries[:, None] - at
             if span.branches > 1:
                 branch = torch.arange(tokens, device=device) // (tokens // span.branches)
                 back[:, -tokens:].masked_fill_(branch[:, None] != branch, -1)

@@ -97,8 +97,8 @@ def _corpus(text: CalibrationSection) -> str:
     """What calibration text is of, with its seed."""
     total = sum(part.share for part in text.shares)
     parts = [f"{part.share / total:.0%} `{part.corpus}`" for part in text.mixture] or [f"`{text.corpus}`"]
-    own = "" if text.continuations == "text" else f", continued by the dense model ({text.continuations})"
-    return f"{', '.join(parts)}{own}, seed {text.seed}"
+    continued = "" if text.continuations == "text" else f", continued by the dense model ({text.continuations})"
+    return f"{', '.join(parts)}{continued}, seed {text.seed}"
 
 
 def provenance(recipe: Recipe, plan: PDPlan) -> list[str]:

@@ -116,7 +116,7 @@ class CalibrationSection(_Section):
         return self
 
     @model_serializer(mode="wrap")
-    def _given(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _without_defaults(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Dump only what is not the default of keys that came later: older recipes keep their digest."""
         return {name: value for name, value in serialise(self).items() if value not in _LATER.get(name, ())}
 

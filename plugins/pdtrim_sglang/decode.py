@@ -134,10 +134,10 @@ class DecodeSide:
         tokens = header.prompt_tokens
         if tokens > self._pool.tokens:
             raise ProtocolError(f"a prompt of {tokens} tokens does not fit this worker's KV pool")
-        own, heads = self._pool.heads, header.heads
-        if not own.start <= heads.start < heads.stop <= own.stop:
+        held, heads = self._pool.heads, header.heads
+        if not held.start <= heads.start < heads.stop <= held.stop:
             raise ProtocolError(
-                f"chunk of KV heads {heads.start} to {heads.stop - 1}, this rank has {own.start} to {own.stop - 1}"
+                f"chunk of KV heads {heads.start} to {heads.stop - 1}, this rank has {held.start} to {held.stop - 1}"
             )
         if header.layers is not None and header.layers.stop > len(self._plan.kv):
             raise ProtocolError(

@@ -101,8 +101,8 @@ class PDTrimKVManager(CommonKVManager):
             self.plan = self.plan.with_windows(loaded_windows(model, len(view.keys)))
         check_fits(self.plan, stage, view.buffers, self.attn_tp_size)
         check_padding(self.plan, model.config)
-        own = held_heads(self.plan.model.num_kv_heads, *ranks)
-        offsets = None if self._offsets is None else self._offsets.heads(own)
+        heads = held_heads(self.plan.model.num_kv_heads, *ranks)
+        offsets = None if self._offsets is None else self._offsets.heads(heads)
         draft = None
         if draft_pool is not None:
             check_draft_ranks(self.plan, self.attn_tp_size)
@@ -110,7 +110,7 @@ class PDTrimKVManager(CommonKVManager):
             draft = DraftRows.of(
                 draft_pool, draft_view.keys, draft_view.values, view.tokens, latents=draft_view.latents
             )
-        view = replace(view, offsets=offsets, first_head=own.start, draft=draft)
+        view = replace(view, offsets=offsets, first_head=heads.start, draft=draft)
         if self.plan.model.windows or view.windowed is not None:
             check_windows(self.plan, stage, model, view, attention_backend(self.server_args, stage))
         elif self._given_plan:

@@ -238,9 +238,9 @@ class PoolView:
             return Destinations(slots[None])
         assert row is not None
         kept = self.cut.kept
-        own = [group.prompt_slots(row, len(slots)) for group in kept.groups]
+        by_group = [group.prompt_slots(row, len(slots)) for group in kept.groups]
         groups = tuple(kept.of_layer.get(layer, -1) + 1 for layer in layers)
-        return Destinations(torch.stack((slots, *own)), groups)
+        return Destinations(torch.stack((slots, *by_group)), groups)
 
 
 def row_view(pointer: int, length: int) -> memoryview:

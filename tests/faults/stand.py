@@ -293,8 +293,8 @@ def streaming(begun: Sequence[Ended]) -> bool:
 
 def short(reason: str) -> str:
     """A reason without rooms, ports and digests, so that like ones are counted together."""
-    own = reason.rpartition("KVTransferError(bootstrap_room=")[2]
-    return re.sub(r"^\d+\): |\b[0-9a-f]{12,}\b|\b\d{4,}\b", "", own)[:160]
+    text = reason.rpartition("KVTransferError(bootstrap_room=")[2]
+    return re.sub(r"^\d+\): |\b[0-9a-f]{12,}\b|\b\d{4,}\b", "", text)[:160]
 
 
 def neighbours(count: int) -> int:

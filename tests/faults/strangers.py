@@ -155,10 +155,10 @@ def to_port(port: int, data: bytes) -> None:
 def as_member(port: int, key: bytes, digest: bytes, data: bytes) -> tuple[bool, bytes]:
     """Introduce oneself rightly, then talk nonsense; whether one was let in, and what one was answered."""
     with socket.create_connection((HOST, port), timeout=5) as connection:
-        _, _, theirs = struct.unpack(HELLO, connection.recv(struct.calcsize(HELLO), socket.MSG_WAITALL))
-        mine = os.urandom(32)
-        proof = hmac.digest(key, b"prefill" + theirs + mine + digest, "sha256")
-        connection.sendall(struct.pack(PROOF, b"PDTA", 1, mine, digest, proof))
+        _, _, peer_nonce = struct.unpack(HELLO, connection.recv(struct.calcsize(HELLO), socket.MSG_WAITALL))
+        nonce = os.urandom(32)
+        proof = hmac.digest(key, b"prefill" + peer_nonce + nonce + digest, "sha256")
+        connection.sendall(struct.pack(PROOF, b"PDTA", 1, nonce, digest, proof))
         _, verdict, _ = struct.unpack(VERDICT, connection.recv(struct.calcsize(VERDICT), socket.MSG_WAITALL))
         answer = b""
         with contextlib.suppress(OSError):

@@ -56,13 +56,13 @@ def test_decode_killed_in_the_middle_of_streams_and_back_with_another_plan_behin
     ended = stand.while_sending(requests, lambda: stand.signal("decode", signal.SIGKILL), streaming)
     assert not stand.health("decode"), "a dead worker is healthy"
     assert any(outcome.how == "failed" and outcome.tokens for outcome in ended), "no stream was cut"
-    own = stand.worker("decode").spec
+    spec = stand.worker("decode").spec
     other = stand.stages["other"]
     with pytest.raises(ServingError, match="plans differ"):
-        stand.cluster.restart("decode-0", replace(own, model_path=other.folder / "decode"))
+        stand.cluster.restart("decode-0", replace(spec, model_path=other.folder / "decode"))
     refused = send(stand.url, draw(6, (2, 200), (2, 6), seed=7), DEADLINE_S)
     begun = time.monotonic()
-    stand.cluster.restart("decode-0", own)
+    stand.cluster.restart("decode-0", spec)
     stand.recover()
     stand.verdict("kill -9 decode in the middle of streams, restarted", ended, time.monotonic() - begun)
     row = stand.verdict("decode restarted with another plan", refused)

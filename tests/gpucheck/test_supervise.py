@@ -24,7 +24,7 @@ from pdtrim_deploy.gpucheck.row import Row
 
 PYTHON = Path(sys.executable)
 GPU = {"name": "a GPU", "count": 1, "capability": "9.0", "memory": 80 << 30}
-OWN = Environment(PYTHON, ("torch", "triton"), {"torch": "2.9", "python": "3.11"}, GPU)
+HERE = Environment(PYTHON, ("torch", "triton"), {"torch": "2.9", "python": "3.11"}, GPU)
 
 
 @pytest.fixture(autouse=True)
@@ -153,7 +153,7 @@ def test_a_check_that_hangs_ends_at_its_deadline_with_all_it_started(name, statu
 def test_the_other_parts_go_on_and_what_is_there_is_written_after_each():
     seen = []
     parts = [part("crashes"), Part("none", "no_such_module:rows", 60), part("well")]
-    outcome = check.check(parts, OWN, None, end=within(), done=seen.append)
+    outcome = check.check(parts, HERE, None, end=within(), done=seen.append)
     kinds = [(row.part, row.status) for row in outcome.rows]
     assert kinds == [
         ("good", "run"),
@@ -170,7 +170,7 @@ def test_the_other_parts_go_on_and_what_is_there_is_written_after_each():
 
 
 def test_parts_share_one_budget():
-    outcome = check.check([part("well")], OWN, None, end=within(check.GRACE_S + LEAST_S - 1))
+    outcome = check.check([part("well")], HERE, None, end=within(check.GRACE_S + LEAST_S - 1))
     assert [(row.status, row.reason) for row in outcome.rows] == [
         ("skipped", "no time was left; run it alone: gpu-check --part well")
     ]
@@ -185,18 +185,18 @@ def test_the_parts_that_are_not_extra_fit_the_budget_and_run_first():
 
 
 @pytest.mark.parametrize(
-    ("seconds", "later", "given"),
+    ("seconds", "later", "expected"),
     [
         (60, [part("well", 100)], 480),  # what later parts need is kept for them
         (60, [part("well", 580)], 60),  # but its own seconds are its own
         (60, [part("well", 100, extra=True), part("well", 100, modules=("onnx",))], 580),  # these keep nothing
     ],
 )
-def test_a_part_gets_what_later_parts_leave(monkeypatch, seconds, later, given):
+def test_a_part_gets_what_later_parts_leave(monkeypatch, seconds, later, expected):
     deadlines = []
     monkeypatch.setattr(check, "run_part", lambda part, python, seconds, serve: deadlines.append(seconds) or [GOOD])
-    check.check([part("well", seconds), *later], OWN, None, end=within())
-    assert deadlines[0] == pytest.approx(given, abs=2)
+    check.check([part("well", seconds), *later], HERE, None, end=within())
+    assert deadlines[0] == pytest.approx(expected, abs=2)
 
 
 def test_parts_without_time_are_named(monkeypatch):
@@ -230,23 +230,23 @@ BLIND = Environment(Path("blind"), ("torch", "sglang", "triton", "nixl"), {"torc
 
 
 @pytest.mark.parametrize(
-    ("wants", "own", "serve", "chosen", "why"),
+    ("wants", "here", "serve", "chosen", "why"),
     [
-        ({"modules": ("triton",)}, OWN, SERVE, OWN, ""),
+        ({"modules": ("triton",)}, HERE, SERVE, HERE, ""),
         ({"modules": ("triton",)}, BLIND, SERVE, SERVE, ""),
         ({"modules": ("triton",)}, BLIND, None, None, r"the torch of blind \(2.9\+cpu\) sees no CUDA device"),
-        ({"modules": ("onnx",)}, OWN, None, None, "has no onnx; .*python.* -m pip install onnx"),
+        ({"modules": ("onnx",)}, HERE, None, None, "has no onnx; .*python.* -m pip install onnx"),
         ({}, Environment(Path("ill"), problem="ill cannot say what it has"), None, None, "ill cannot say what it has"),
-        ({"modules": ("pydantic", "yaml")}, OWN, None, None, "pip install pydantic pyyaml"),
+        ({"modules": ("pydantic", "yaml")}, HERE, None, None, "pip install pydantic pyyaml"),
         ({}, Environment(Path("bare")), None, None, "bare has no torch"),
-        ({"serves": ("sglang",)}, OWN, None, None, "no Python with SGLang was found"),
+        ({"serves": ("sglang",)}, HERE, None, None, "no Python with SGLang was found"),
         ({"serves": ("sglang",)}, BLIND, SERVE, BLIND, ""),
-        ({"serves": ("sglang", "nixl")}, OWN, SERVE, None, "serve has no nixl"),
-        ({"serves": ("sglang",)}, OWN, BLIND, None, "sees no CUDA device"),
+        ({"serves": ("sglang", "nixl")}, HERE, SERVE, None, "serve has no nixl"),
+        ({"serves": ("sglang",)}, HERE, BLIND, None, "sees no CUDA device"),
     ],
 )  # fmt: skip
-def test_which_python_runs_a_part(wants, own, serve, chosen, why):
-    environment, reason = choose(part("well", **wants), own, serve)
+def test_which_python_runs_a_part(wants, here, serve, chosen, why):
+    environment, reason = choose(part("well", **wants), here, serve)
     assert environment is chosen
     assert re.search(why, reason) if why else reason == ""
 
@@ -273,7 +273,7 @@ def test_an_unknown_part_is_refused_with_the_valid_ones():
 @pytest.mark.parametrize(("names", "code"), [(("well",), 0), (("well", "crashes"), 1)])
 def test_the_command_writes_device_versions_and_rows(tmp_path, monkeypatch, names, code):
     monkeypatch.setattr(command, "parts_named", lambda _: [part(name) for name in names])
-    monkeypatch.setattr(command.Environment, "of", classmethod(lambda cls, python: OWN))
+    monkeypatch.setattr(command.Environment, "of", classmethod(lambda cls, python: HERE))
     out = tmp_path / "gpu-check.json"
     assert command.run(out, names, None, 600, "pdtrim-deploy gpu-check", lambda _: None) == code
     written = json.loads(out.read_text())

@@ -237,11 +237,11 @@ def test_a_chunk_is_one_launch_and_nothing_else(monkeypatch, dtype, pack):
     monkeypatch.setattr(gpu, "launch", lambda kernel, *rest, **known: launches.append(kernel))
     monkeypatch.setattr(gpu, "to_device", lambda runs, device: launches.append("table") or runs)
     prompt, groups = torch.arange(600).expand(4, -1).contiguous(), tuple(layer % 4 for layer in range(32))
-    for own, of_layers in ((slots, None), (prompt[:, 20:532], groups)):
+    for places, of_layers in ((slots, None), (prompt[:, 20:532], groups)):
         for copies in (["table"], []):  # a new chunk, and one whose table is there
             launches.clear()
             with Operations() as operations:
-                assert gpu.move(layout, packed, keys, values, own, offsets, of_layers, pack=pack)
+                assert gpu.move(layout, packed, keys, values, places, offsets, of_layers, pack=pack)
             assert launches == [*copies, gpu.pack_runs if pack else gpu.unpack_runs]
             assert operations.names == []
 

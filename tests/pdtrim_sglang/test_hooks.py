@@ -137,7 +137,7 @@ def cut(prefill, decode=None):
     return PDPlan(model=THREE, prefill=stages[0], decode=stages[1], kv=(KVSend(),) * kept)
 
 
-@pytest.mark.parametrize("given", [{"enable_lora": True}, {"lora_paths": ["a=b"]}])
+@pytest.mark.parametrize("changes", [{"enable_lora": True}, {"lora_paths": ["a=b"]}])
 @pytest.mark.parametrize("stage", ["prefill", "decode"])
 @pytest.mark.parametrize(
     ("plan", "sentence"),
@@ -153,10 +153,10 @@ def cut(prefill, decode=None):
         (cut("keep keep kv_only", "keep keep keep"), r"blocks of prefill \(2\), so an adapter"),
     ],
 )
-def test_adapters_of_the_unpruned_model_are_refused_where_layers_are_numbered_anew(given, stage, plan, sentence):
+def test_adapters_of_the_unpruned_model_are_refused_where_layers_are_numbered_anew(changes, stage, plan, sentence):
     from pdtrim_sglang.requirements import check_options
 
-    options = SimpleNamespace(**DECODE | given | {"disaggregation_mode": stage})
+    options = SimpleNamespace(**DECODE | changes | {"disaggregation_mode": stage})
     with pytest.raises(RuntimeError, match=sentence) if sentence else nullcontext():
         check_options(options, POOL, plan, False)
     vars(options).update(ENGINE)
@@ -190,11 +190,13 @@ def test_sglangs_own_digest_is_refused_where_both_pools_do_not_hold_the_same(sta
 
 @pytest.mark.parametrize("stage", ["prefill", "decode"])
 @pytest.mark.parametrize("plan", [None, DENSE, SPARSE])
-@pytest.mark.parametrize("given", [{"hicache_storage_backend": "file"}, {"enable_unified_cache_external_linker": True}])
-def test_storage_whose_keys_are_the_same_for_both_stages_is_refused(given, plan, stage):
+@pytest.mark.parametrize(
+    "changes", [{"hicache_storage_backend": "file"}, {"enable_unified_cache_external_linker": True}]
+)
+def test_storage_whose_keys_are_the_same_for_both_stages_is_refused(changes, plan, stage):
     from pdtrim_sglang.requirements import check_options
 
-    options = SimpleNamespace(**DECODE | given | {"disaggregation_mode": stage})
+    options = SimpleNamespace(**DECODE | changes | {"disaggregation_mode": stage})
     sentence = "start without --hicache-storage-backend and --enable-unified-cache-external-linker"
     with pytest.raises(RuntimeError, match=sentence) if plan else nullcontext():
         check_options(options, POOL, plan, False)

@@ -60,15 +60,15 @@ class Decode:
         req.lock = self.tree.lock(match.last_device_node)
         prefix = self.tree.prefix_device_indices(req)
         (row,) = self.requests.alloc([req])
-        length, given = len(prefix), len(req.origin_input_ids)
-        req.kv.kv_committed_len, req.kv.cache_protected_len = given, length
+        length, prompt_tokens = len(prefix), len(req.origin_input_ids)
+        req.kv.kv_committed_len, req.kv.cache_protected_len = prompt_tokens, length
         slots = alloc_for_decode_prealloc(
-            self.allocator, req=req, fill_len=given, delta_len=given - length, prefix_len=length,
+            self.allocator, req=req, fill_len=prompt_tokens, delta_len=prompt_tokens - length, prefix_len=length,
             total_prefix_len=length, prefix_indices=prefix, uses_swa_tail=False, swa_tail_len=0,
         )  # fmt: skip
         self.requests.write((row, slice(0, length)), prefix.int())
-        self.requests.write((row, slice(length, given)), slots.int())
-        req.full_untruncated_fill_ids, req.extend_end = req.origin_input_ids + req.output_ids, given
+        self.requests.write((row, slice(length, prompt_tokens)), slots.int())
+        req.full_untruncated_fill_ids, req.extend_end = req.origin_input_ids + req.output_ids, prompt_tokens
         return length
 
     def answer(self, req, tokens):
@@ -243,11 +243,11 @@ def test_prefills_cache_moves_pages_inside_our_lock_and_parts_have_the_new_ones(
         )
     )
     first, second = ([chunk for chunk in queued if chunk.room == ord(name)] for name in "ab")
-    own = [chunk.moving.pages.tolist() for chunk in (first[0], second[0])]
-    assert not set(own[0]) & set(own[1])
+    pages = [chunk.moving.pages.tolist() for chunk in (first[0], second[0])]
+    assert not set(pages[0]) & set(pages[1])
     free = prefill.allocator.available_size()
     for req in requests:
         checkpoint_kv_cache(req, prefill.tree)
     assert prefill.allocator.available_size() == free + PROMPT - PROMPT % 4
-    assert first[0].moving.pages.tolist() == own[0]
-    assert second[0].moving.pages.tolist() == [*own[0][:-1], own[1][-1]]  # the last page, not full, stays its own
+    assert first[0].moving.pages.tolist() == pages[0]
+    assert second[0].moving.pages.tolist() == [*pages[0][:-1], pages[1][-1]]  # the last page, not full, stays its own

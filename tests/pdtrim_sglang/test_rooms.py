@@ -234,10 +234,10 @@ def test_pools_on_gpus_and_staging_memory_on_the_host(plan, source, target, aux,
             body = memoryview(b"abcdefghIJKL") if header.last else memoryview(b"")
             assert room.take(plan, there, aux, header, payload, body) == ""
         assert [torch.equal(host(seen), host(there.keys[0])) for seen in waited] == [False, True]
-    mine, theirs = source.slots((3, 7, 2), TOKENS), target.slots((9, 1, 4), TOKENS)
-    assert torch.equal(host(there.keys[0])[theirs], source.keys[0][mine])
+    source_slots, target_slots = source.slots((3, 7, 2), TOKENS), target.slots((9, 1, 4), TOKENS)
+    assert torch.equal(host(there.keys[0])[target_slots], source.keys[0][source_slots])
     kept = [0, 1, 8, 9, 10]
-    assert torch.equal(host(there.values[1])[theirs[kept]], source.values[1][mine[kept]])
+    assert torch.equal(host(there.values[1])[target_slots[kept]], source.values[1][source_slots[kept]])
 
 
 class Streams:

@@ -63,8 +63,8 @@ def test_each_ranks_pool_is_that_of_like_ranks(world, prefill, decode, prefix):
     sent = [each.side.rooms._metrics.successes for each in ranks.prefill]
     times = max(1, decode // HEADS)  # a rank of decode that holds a copy of a head gets one of its own
     expected = PLAN.payload_bytes(TOKENS) - PLAN.reused_bytes(prefix)
-    assert sum(payload for own in sent for payload, _ in own) == times * expected
-    assert sum(dense for own in sent for _, dense in own) == times * PLAN.dense_bytes(TOKENS - prefix)
+    assert sum(payload for of_rank in sent for payload, _ in of_rank) == times * expected
+    assert sum(dense for of_rank in sent for _, dense in of_rank) == times * PLAN.dense_bytes(TOKENS - prefix)
     assert all(each.side.rooms._metrics.outcomes == ["success"] for each in ranks.prefill)
 
 

@@ -23,7 +23,7 @@ class Additive:
         self.effects, self.bonus, self.looks, self.block_forwards = effects, bonus or {}, [], 0
         generator = torch.Generator().manual_seed(0)
         self.shared = [3 * torch.rand(size, SCORED, generator=generator) for size in SIZES]
-        self.own = [noise * torch.randn(BLOCKS, size, SCORED, generator=generator) for size in SIZES]
+        self.noises = [noise * torch.randn(BLOCKS, size, SCORED, generator=generator) for size in SIZES]
 
     def evaluate(self, solutions, batch):
         self.looks.append(([solution.removed for solution in solutions], batch))
@@ -32,7 +32,7 @@ class Additive:
     def _losses(self, removed, batch):
         effect = sum(self.effects[b] for b in removed)
         effect += sum(value for both, value in self.bonus.items() if set(both) <= set(removed))
-        return self.shared[batch] + effect + sum(self.own[batch][b] for b in removed)
+        return self.shared[batch] + effect + sum(self.noises[batch][b] for b in removed)
 
     screen = evaluate
 
@@ -85,9 +85,9 @@ def test_who_lost_clearly_is_not_looked_at_again_and_who_may_win_is():
 def test_what_an_earlier_round_measured_on_other_text_counts():
     effects = [0.10, 0.20, 0.21, 0.22, 0.23, 0.24, *[2.0] * 10]
     evaluator = Additive(effects, noise=3.0)
-    evaluator.own = [noise - noise.mean((1, 2), keepdim=True) for noise in evaluator.own]
+    evaluator.noises = [noise - noise.mean((1, 2), keepdim=True) for noise in evaluator.noises]
     for batch, more in ((0, 0.1), (1, -0.1)):  # block 1 looks worse than four others on the first batch alone
-        evaluator.own[batch][1] += more
+        evaluator.noises[batch][1] += more
     result = run(evaluator, 2)
     assert result.removed == (0, 1)
     second = [solutions for solutions, batch in evaluator.looks if batch == 1 and len(solutions[-1]) == 2]

@@ -264,11 +264,11 @@ def test_what_came_later_leaves_the_digest_of_recipes_without_it() -> None:
     assert {"objective", "decode_attentions", "prefill_mlps"} & set(dump["pruning"]) == set()
     assert "target" not in dump
     mixture = [{"corpus": "brown", "share": 1.0}, {"corpus": "code", "share": 2.0}]
-    given = [{"pruning": {"objective": "kl"}}, {"calibration": {"prompt_tokens": 200}}]
-    given += [{"calibration": {"continuations": "greedy"}}, {"calibration": {"mixture": mixture}}]
-    given += [{"calibration": {"lengths": "trace.jsonl"}}, {"pruning": {"decode_attentions": 1}}]
-    given += [{"target": {"itl": 0.8}}, {"target": {"itl": 0.8, "batch": 2}}]
-    recipes = [Recipe(name="a", model={"source": "pypi:x"}, **sections) for sections in given]
+    variants = [{"pruning": {"objective": "kl"}}, {"calibration": {"prompt_tokens": 200}}]
+    variants += [{"calibration": {"continuations": "greedy"}}, {"calibration": {"mixture": mixture}}]
+    variants += [{"calibration": {"lengths": "trace.jsonl"}}, {"pruning": {"decode_attentions": 1}}]
+    variants += [{"target": {"itl": 0.8}}, {"target": {"itl": 0.8, "batch": 2}}]
+    recipes = [Recipe(name="a", model={"source": "pypi:x"}, **sections) for sections in variants]
     assert len({recipe.digest for recipe in (*recipes, Recipe(name="a", model={"source": "pypi:x"}))}) == 9
     assert [Recipe.model_validate(recipe.model_dump(mode="json")) for recipe in recipes] == recipes
 

@@ -66,7 +66,7 @@ class Losses:
 
     def minus(self, other: Losses) -> Losses:
         """Differences on the same text."""
-        units = tuple(mine - its for mine, its in zip(self.units, other.units, strict=True))
+        units = tuple(loss - other_loss for loss, other_loss in zip(self.units, other.units, strict=True))
         return Losses(self.total - other.total, self.count, units)
 
     def moved(self, nats: float) -> Losses:

@@ -77,8 +77,8 @@ class Findings:
         for name, report in loads.items():
             if not {"first", "second", "ratios", "load"} <= report.keys():
                 raise UserError(f"{name} is not a comparison; make one with: pdtrim-deploy compare A B --out {name}")
-        own = bundle.reports_dir / "faults.json"
-        faults = faults or (own if own.is_file() else None)
+        measured = bundle.reports_dir / "faults.json"
+        faults = faults or (measured if measured.is_file() else None)
         tried = read_faults(faults) if faults else None
         return cls(bundle, reports, loads, read_pareto(pareto) if pareto else None, tried)
 

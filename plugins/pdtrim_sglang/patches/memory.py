@@ -17,21 +17,21 @@ def choose_kv_dtype(original: Callable[..., Any], runner: Any) -> Any:
         return original(runner)
 
 
-def configure_pool(original: Callable[..., Any], configurator: Any, **given: Any) -> Any:
+def configure_pool(original: Callable[..., Any], configurator: Any, **arguments: Any) -> Any:
     from sglang.srt.mem_cache import kv_cache_configurator
 
     from pdtrim_sglang.cpu.fp8_pools import FP8, as_on_gpus
 
     if configurator.use_mla_backend or configurator.kv_cache_dtype not in FP8:
-        return original(configurator, **given)
+        return original(configurator, **arguments)
     with as_on_gpus(kv_cache_configurator):
-        return original(configurator, **given)
+        return original(configurator, **arguments)
 
 
-def kept_pool(original: Callable[..., Any], configurator: Any, *, mha_pool_class: Any, **given: Any) -> Any:
+def kept_pool(original: Callable[..., Any], configurator: Any, *, mha_pool_class: Any, **arguments: Any) -> Any:
     from pdtrim_sglang.kept_pool.build import pool_class
 
-    return original(configurator, mha_pool_class=pool_class(configurator, mha_pool_class, **given), **given)
+    return original(configurator, mha_pool_class=pool_class(configurator, mha_pool_class, **arguments), **arguments)
 
 
 def kept_cell_size(original: Callable[..., int], sizer: Any, configurator: Any, *args: Any, **kwargs: Any) -> int:
