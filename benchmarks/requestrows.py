@@ -54,6 +54,7 @@ def main() -> None:
         oracles[name, "first and last"] = cut
         for by in ("head", "layer"):
             oracles[name, f"SnapKV by {by}"] = SnapKV(cut, by, options.window)
+            oracles[name, f"SnapKV by {by}, ends kept"] = SnapKV(cut, by, options.window, ends=True)
 
     def note(line: str) -> None:
         print(f"{time.monotonic() - started:6.0f} s  {line}", flush=True)

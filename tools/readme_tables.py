@@ -1,6 +1,7 @@
 """Write the tables of README and docs from benchmarks/results/*.json.
 
-Tables are between `<!-- NAME:begin -->` and `<!-- NAME:end -->`.
+Tables are between `<!-- NAME:begin -->` and `<!-- NAME:end -->`. Between `<!-- ran: SUBJECT -->` and `<!-- end -->`
+stands whether a subject of gpu-check.json ran.
 
 .venv/build/bin/python tools/readme_tables.py                                   # what `make readme` runs
 .venv/build/bin/python tools/readme_tables.py --demo out/demo/report/metrics.json   # keep a demo's figures first
@@ -15,9 +16,11 @@ import shutil
 from pathlib import Path
 
 from tables import TABLES
+from tables.gpu import SUBJECTS, ran
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+RAN = re.compile(r"(<!-- ran: (.+?) -->).*?(<!-- end -->)", re.DOTALL)
 PICTURES = ("kv.svg", "pruning.svg")
 
 
@@ -38,7 +41,7 @@ def written(text: str, results: Path = RESULTS) -> str:
     """The page with every table made anew.
 
     Raises:
-        SystemExit: a marker without an end, an unknown table, or missing results.
+        SystemExit: a marker without an end, an unknown table or subject, or missing results.
 
     """
     for name in names(text):
@@ -54,20 +57,24 @@ def written(text: str, results: Path = RESULTS) -> str:
             raise SystemExit(f"{missing[0]} is not there; run: make bench-{missing[0].stem}")
         body = TABLES[name].render(*(None if path in missing else json.loads(path.read_text()) for path in sources))
         text = f"{before}<!-- {name}:begin -->\n{body}\n{end}{after}"
-    return text
+    if unknown := {marker[2] for marker in RAN.finditer(text)} - set(SUBJECTS):
+        raise SystemExit(f"{min(unknown)} is no subject of gpu-check.json; choose from {', '.join(SUBJECTS)}")
+    file = results / "gpu-check.json"
+    check = json.loads(file.read_text()) if file.exists() else None
+    return RAN.sub(lambda marker: f"{marker[1]}{ran(check, marker[2])}{marker[3]}", text)
 
 
 def main() -> None:
     """Rewrite README and docs in place."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("demo", "headline"):
+    for name in ("demo", "demolimited", "headline"):
         parser.add_argument(f"--{name}", type=Path, help=f"metrics.json to keep as benchmarks/results/{name}.json")
     for name, metrics in vars(parser.parse_args()).items():
         if metrics:
             shutil.copy(metrics, RESULTS / f"{name}.json")
     for page in pages():
         text = page.read_text()
-        if names(text):
+        if names(text) or RAN.search(text):
             page.write_text(written(text))
     for picture in PICTURES:
         shutil.copy(RESULTS / picture, ROOT / "docs" / "benchmarks" / picture)

@@ -3,6 +3,9 @@
 A row's score is the mean attention that the last `window` queries pay to it, smoothed over `smooth` neighbours
 (section 4.2's average pooling); the window's rows always stay. Published for each KV head by itself; one list for all
 heads of a layer is the form that a plan's wire could carry without gaps.
+
+With few rows a layer the window alone fills them, and the first rows, which every query leans on, are lost. With `ends`
+the first rows of the plan's rule always stay, and of the last ones at most half of the rule's: the rest is by score.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from pdtrim_deploy.plan import KVSend
 
 @dataclass(frozen=True)
 class ScoredState(PrefillState):
-    """`scores`: float32 by KV layer, `[batch, kv_heads, tokens]`; infinite for the window's rows."""
+    """`scores`: float32 by KV layer, `[batch, kv_heads, tokens]`."""
 
     scores: tuple[Tensor, ...] = ()
 
@@ -33,12 +36,15 @@ class SnapKV(PDOracle):
     Args:
         oracle: the stage models and the plan; both stages have the same blocks.
         by: "head", as published, or "layer".
+        ends: keep the first rows of the plan's rule, and half of its last ones.
 
     """
 
-    def __init__(self, oracle: PDOracle, by: str = "head", window: int = 32, smooth: int = 5) -> None:
+    def __init__(
+        self, oracle: PDOracle, by: str = "head", window: int = 32, smooth: int = 5, *, ends: bool = False
+    ) -> None:
         super().__init__(oracle.prefill_model, oracle.decode_model, oracle.plan)
-        self.by, self.window, self.smooth = by, window, smooth
+        self.by, self.window, self.smooth, self.ends = by, window, smooth, ends
         whole = (KVSend(wire_dtype=send.wire_dtype) for send in self.plan.kv)
         self._whole = oracle.with_kv(tuple(whole))
 
@@ -60,8 +66,7 @@ class SnapKV(PDOracle):
 
         def add(_layer: int, weights: Tensor) -> None:
             by_head = weights.mean(2).unflatten(1, (heads, -1)).mean(2)  # queries, then the queries of a KV head
-            smoothed = avg_pool1d(by_head[..., :before], self.smooth, 1, self.smooth // 2, count_include_pad=False)
-            scores.append(torch.cat([smoothed, torch.full_like(by_head[..., before:], torch.inf)], dim=-1))
+            scores.append(avg_pool1d(by_head, self.smooth, 1, self.smooth // 2, count_include_pad=False))
 
         with watch_attention(self.prefill_model, add):
             self.extend(prompts[:, before:], before, held)
@@ -73,12 +78,18 @@ class SnapKV(PDOracle):
         if not isinstance(state, ScoredState):
             raise TypeError("a state of `SnapKV.prefill` is needed: it has the scores")
         whole = zip(self._whole.hand_over(state), self.plan.kv, state.scores, strict=True)
-        return [self._cut(kv, send.rows(state.tokens), scores) for kv, send, scores in whole]
+        return [self._cut(kv, send, scores.clone()) for kv, send, scores in whole]
 
-    def _cut(self, kv: LayerKV, rows: int, scores: Tensor) -> LayerKV:
-        if rows == scores.shape[-1] or kv.keys is None or kv.values is None:
+    def _cut(self, kv: LayerKV, send: KVSend, scores: Tensor) -> LayerKV:
+        tokens = scores.shape[-1]
+        rows = send.rows(tokens)
+        if rows == tokens or kv.keys is None or kv.values is None:
             return kv
-        scores = scores if self.by == "head" else scores.mean(1, keepdim=True).expand_as(scores)
+        scores = scores if self.by == "head" else scores.mean(1, keepdim=True).expand_as(scores).clone()
+        last = min(self.window, send.n_last // 2) if self.ends else self.window
+        scores[..., tokens - last :] = torch.inf
+        if self.ends:
+            scores[..., : send.n_first] = torch.inf
         index = scores.topk(rows, dim=-1).indices.sort(-1).values[..., None].expand(-1, -1, -1, kv.keys.shape[-1])
         return LayerKV(kv.keys.gather(2, index), kv.values.gather(2, index), ((0, rows),))
 

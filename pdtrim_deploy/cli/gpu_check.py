@@ -22,10 +22,10 @@ def gpu_check(ctx: click.Context, out: Path, parts: tuple[str, ...], seconds: fl
     """Run on this machine's GPU what the README marks as not run on one, and write down what came of it.
 
     \b
-    Each part runs in a process of its own with a deadline, and is skipped with the reason where something lacks:
+    Each part runs in processes of its own with a deadline, and is skipped with the reason where something lacks:
     SGLang, Triton, TensorRT, a transfer library, or time: main parts come first, and all need half an hour
-    (--seconds 1800). No network is needed. Where only torch, triton and pydantic are
-    installed, `python -m pdtrim_deploy.gpucheck` does the same.
+    (--seconds 1800). No network is needed. Where nothing is installed but torch and triton, or torch and nvcc,
+    `python -m pdtrim_deploy.gpucheck` in a clone checks the kernels.
     Exit codes: 0 when nothing failed, 1 when a part failed, 2 without a CUDA device.
 
     \b

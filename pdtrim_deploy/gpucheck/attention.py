@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from pdtrim_deploy.gpucheck.bundles import CUT, lazily
 from pdtrim_deploy.gpucheck.checks import Check
 from pdtrim_deploy.gpucheck.machine import capability
-from pdtrim_deploy.gpucheck.pair import CUT, Pair, fidelity_check, lazily
+from pdtrim_deploy.gpucheck.pair import Pair, fidelity_check
 from pdtrim_deploy.loadtest import Scenario
 
 CLIENTS = (1, 16)  # under which the time between tokens is taken
@@ -35,9 +36,9 @@ def _checks(pair: Pair, folder: Path, *, graphs: bool) -> list[Check]:
         plain = not graphs or backend == "torch_native"
         if plain and graphs == (backend != "torch_native"):
             continue
-        way = replace(pair, decode_args=("--attention-backend", backend, *((NO_GRAPHS,) if plain else ())))
+        variant = replace(pair, decode_args=("--attention-backend", backend, *((NO_GRAPHS,) if plain else ())))
         skip = f"SGLang has no such attention for compute capability {device or 'unknown'}"
         name = f"attention: {backend}, {'no' if plain else 'full'} graphs"
         served = not capabilities or device in capabilities
-        checks.append(fidelity_check(name, bundle, way, loads=loads, skip="" if served else skip))
+        checks.append(fidelity_check(name, bundle, variant, loads=loads, skip="" if served else skip))
     return checks

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
+import sys
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import get_args, get_type_hints
 
 from pdtrim_deploy.gpucheck.row import Row
 
+DEVICE_LOST = 75  # exit code of a part's process that cannot use its GPU any more, and has a row of what broke it
+PLUGINS = Path(__file__).resolve().parents[2] / "plugins"  # of a clone
 STATUSES = get_args(get_type_hints(Row)["status"])
 
 
@@ -57,6 +62,8 @@ def parse(text: str) -> Row:
         isinstance(figure, dict) and all(isinstance(value, int | float | str) for value in figure.values())
     ):
         raise ValueError("not a row: its figure is no mapping to numbers and words")
+    if odd := [name for name, value in (figure or {}).items() if isinstance(value, float) and not math.isfinite(value)]:
+        raise ValueError(f"not a row: {odd[0]} is {(figure or {})[odd[0]]}")
     return row
 
 
@@ -71,3 +78,9 @@ def parse_names(text: str) -> list[str]:
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError("no list of names")
     return names
+
+
+def add_plugins() -> None:
+    """In a clone that is not installed, the TensorRT plugin can be imported too; it is last, so another one wins."""
+    if PLUGINS.is_dir() and str(PLUGINS) not in sys.path:
+        sys.path.append(str(PLUGINS))

@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from pdtrim_deploy import __version__
+from pdtrim_deploy.gpucheck.attempt import GRACE_S
 from pdtrim_deploy.gpucheck.base import Part
 from pdtrim_deploy.gpucheck.machine import Environment, choose, driver
 from pdtrim_deploy.gpucheck.row import Row
-from pdtrim_deploy.gpucheck.supervise import run_part
+from pdtrim_deploy.gpucheck.supervise import LEAST_S, run_part
 
 BUDGET_S = 600.0
-LEAST_S = 15.0  # a part with less time left is not begun
 NO_DEVICE = "no CUDA device: neither this Python's torch nor that of SGLang sees one"
+STOPPED = "not begun: the check was stopped before it"
 
 
 @dataclass(frozen=True)
@@ -55,50 +56,70 @@ class Outcome:
 
 def check(
     parts: Sequence[Part],
-    own: Environment,
+    here: Environment,
     serve: Environment | None,
     *,
-    budget_s: float = BUDGET_S,
+    end: float,
     done: Callable[[Outcome], None] = lambda outcome: None,
     say: Callable[[str], None] = lambda sentence: None,
 ) -> Outcome:
-    """Run `parts` within `budget_s` seconds; `done` is called with what there is after each."""
-    environments = [environment for environment in (own, serve) if environment is not None]
-    version, end = driver(), time.monotonic() + budget_s
-    outcome = Outcome(environments, [], version)
+    """Run `parts` until `end` on the monotonic clock.
+
+    `done` is called before the first and after each, with rows of all: of those to come that they were not begun.
+    """
+    environments, version = [environment for environment in (here, serve) if environment is not None], driver()
+
+    def outcome(rows: Sequence[Row], later: Sequence[Part]) -> Outcome:
+        return Outcome(environments, [*rows, *(Row(part.name, "skipped", STOPPED) for part in later)], version)
+
+    rows: list[Row] = []
+    seen = outcome(rows, parts)
     for place, part in enumerate(parts):
+        done(seen)
         say(f"{part.name} ...")
-        kept = sum(later.seconds for later in parts[place + 1 :] if not (later.extra or _why_not(later, own, serve)))
-        rows = _rows(part, own, serve, end, kept) if outcome.device else [Row(part.name, "skipped", NO_DEVICE)]
-        for row in rows:
+        kept = sum(later.seconds for later in parts[place + 1 :] if not (later.extra or _why_not(later, here, serve)))
+        new = (
+            _rows(part, here, serve, end, kept) if seen.device else [Row(part.name, "skipped", _no_device(here, serve))]
+        )
+        for row in new:
             say("  ".join(filter(None, (row.status, row.part, row.reason, _words(row.figure)))))
-        outcome = Outcome(environments, [*outcome.rows, *rows], version)
-        done(outcome)
-    return outcome
+        rows += new
+        seen = outcome(rows, parts[place + 1 :])
+    done(seen)
+    return seen
 
 
 def write(outcome: Outcome, command: str, file: Path) -> None:
     """Replace `file` at once."""
     new = file.with_name(f".{file.name}.new")
-    new.write_text(json.dumps(outcome.to_json(command), indent=1) + "\n")
+    new.write_text(json.dumps(outcome.to_json(command), indent=1, allow_nan=False) + "\n")
     os.replace(new, file)
 
 
-def _why_not(part: Part, own: Environment, serve: Environment | None) -> str:
+def _why_not(part: Part, here: Environment, serve: Environment | None) -> str:
     """Why this machine cannot run a part; empty when it can."""
     module = part.function.partition(":")[0]
     if find_spec(module.partition(".")[0]) is None or find_spec(module) is None:
         return f"this version has no {module}"
-    return choose(part, own, serve)[1]
+    return choose(part, here, serve)[1]
 
 
-def _rows(part: Part, own: Environment, serve: Environment | None, end: float, kept: float) -> Sequence[Row]:
-    """`kept` seconds of what is left belong to parts that follow, unless this one would get less than its own."""
-    why = _why_not(part, own, serve)
-    environment, _ = choose(part, own, serve)
+def _no_device(here: Environment, serve: Environment | None) -> str:
+    """A Python that could not say what it has may have had the device."""
+    problems = [environment.problem for environment in (here, serve) if environment is not None and environment.problem]
+    return "; ".join([NO_DEVICE, *problems])
+
+
+def _rows(part: Part, here: Environment, serve: Environment | None, end: float, kept: float) -> Sequence[Row]:
+    """`kept` seconds of what is left belong to parts that follow, unless this one would get less than its own.
+
+    What a part that is stopped needs for its servers' end is left of the whole time.
+    """
+    why = _why_not(part, here, serve)
+    environment, _ = choose(part, here, serve)
     if why or environment is None:
         return [Row(part.name, "skipped", why)]
-    left = end - time.monotonic()
+    left = end - GRACE_S - time.monotonic()
     if left < LEAST_S:
         return [Row(part.name, "skipped", f"no time was left; run it alone: gpu-check --part {part.name}")]
     served = serve.python if serve is not None and part.serves else None

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pdtrim_deploy.gpucheck.bundles import CUT, lazily
 from pdtrim_deploy.gpucheck.checks import Check, Figure
-from pdtrim_deploy.gpucheck.pair import CUT, Pair, fidelity_check, lazily
+from pdtrim_deploy.gpucheck.pair import Pair, fidelity_check
 from pdtrim_deploy.serving import Executors
 
 

@@ -13,7 +13,7 @@ from pdtrim_deploy.gpucheck.base import Part
 
 PACKAGES = ("torch", "triton", "sglang", "transformers", "pydantic", "yaml", "nixl", "mooncake", "tensorrt", "onnx")
 _PROJECTS = {"yaml": "pyyaml", "mooncake": "mooncake-transfer-engine"}  # where a package is named unlike its module
-IMPORT_S = 180.0
+IMPORT_S = 90.0
 _SCRIPT = """
 import importlib.metadata, importlib.util, json, platform, sys
 has = [name for name in sys.argv[1:] if importlib.util.find_spec(name)]
@@ -35,27 +35,38 @@ print(json.dumps({"modules": has, "versions": versions, "device": device}))
 
 @dataclass(frozen=True)
 class Environment:
-    """A Python: what it can import, in which versions, and the CUDA device that its torch sees (empty: none)."""
+    """A Python: what it can import, in which versions, and the CUDA device that its torch sees (empty: none).
+
+    `problem` says why it did not answer; empty when it did.
+    """
 
     python: Path
     modules: Sequence[str] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
     device: Mapping[str, str | int] = field(default_factory=dict)
+    problem: str = ""
 
     @classmethod
     def of(cls, python: Path, timeout_s: float = IMPORT_S) -> Environment:
-        """Asked of that Python; one that crashes or says nothing in time has nothing."""
+        """What that Python says; one that crashes or says nothing in time has nothing."""
         try:
             done = subprocess.run(
                 [python, "-c", _SCRIPT, *PACKAGES], capture_output=True, text=True, check=True, timeout=timeout_s
             )
             facts = json.loads(done.stdout.splitlines()[-1])
             return cls(python, facts["modules"], facts["versions"], facts["device"])
-        except (subprocess.SubprocessError, OSError, ValueError, IndexError, KeyError):
-            return cls(python)
+        except subprocess.TimeoutExpired:
+            return cls(python, problem=f"{python} did not say within {timeout_s:.0f} s what it has")
+        except subprocess.CalledProcessError as error:
+            last = (error.stderr.strip().splitlines() or [f"exit code {error.returncode}"])[-1][:200]
+            return cls(python, problem=f"{python} cannot say what it has: {last}")
+        except (OSError, ValueError, IndexError, KeyError) as error:
+            return cls(python, problem=f"{python} cannot say what it has: {type(error).__name__}")
 
     def lacks(self, modules: Sequence[str], device: bool) -> str:
         """Why it cannot do, in one sentence; empty when it can."""
+        if self.problem:
+            return self.problem
         if "torch" not in self.modules:
             return f"{self.python} has no torch"
         if device and not self.device:
@@ -67,7 +78,7 @@ class Environment:
         return f"{self.python} has no {', '.join(missing)}; {install}"
 
 
-def choose(part: Part, own: Environment, serve: Environment | None) -> tuple[Environment | None, str]:
+def choose(part: Part, here: Environment, serve: Environment | None) -> tuple[Environment | None, str]:
     """The Python that runs a part, or None and why there is none."""
     if part.serves:
         if serve is None:
@@ -75,7 +86,7 @@ def choose(part: Part, own: Environment, serve: Environment | None) -> tuple[Env
         if why := serve.lacks(part.serves, device=True):
             return None, why
     reasons = []
-    for environment in (own, serve):
+    for environment in (here, serve):
         if environment is not None:
             if not (why := environment.lacks(part.modules, device=not part.serves)):
                 return environment, ""

@@ -1,4 +1,4 @@
-"""Ways to serve a plan without cut layers: drafted tokens, a hierarchical cache, unlike numbers of ranks."""
+"""Options of workers: sizes, pages and sends; drafted tokens, prefix caches and unlike numbers of ranks."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from pathlib import Path
 
 from pdtrim_deploy.bundle import Bundle
 from pdtrim_deploy.gpucheck import tiny
+from pdtrim_deploy.gpucheck.bundles import CUT, lazily
 from pdtrim_deploy.gpucheck.checks import Check
 from pdtrim_deploy.gpucheck.machine import gpus
-from pdtrim_deploy.gpucheck.pair import Pair, fidelity_check, lazily
+from pdtrim_deploy.gpucheck.pair import Pair, fidelity_check
+from pdtrim_deploy.loadtest import Scenario
 
 WHOLE = {"method": "none", "wire_dtype": "int8"}
 # one branch, since SGLang verifies trees of more in pages of one token alone
@@ -19,7 +21,22 @@ EAGLE = (
     "--speculative-algorithm", "EAGLE", "--speculative-num-steps", "2", "--speculative-eagle-topk", "1",
     "--speculative-num-draft-tokens", "3", "--speculative-draft-model-path",
 )  # fmt: skip
+RADIX = ("--disaggregation-decode-enable-radix-cache",)
+HIERARCHICAL = ("--enable-hierarchical-cache", "--hicache-ratio", "4")
+# More than a small pool holds, less than it and the host: what was there before is in the host's memory afterwards.
+EVICTING = Scenario.closed(5, 1, (2000, 2000), (4, 4), warmup=0, deadline_s=120)
 DP_ATTENTION = ("--enable-dp-attention", "--dp-size", "2")
+
+
+def worker_checks(serve: Path, folder: Path, pair: Pair | None = None) -> list[Check]:
+    """Tiny pairs whose plan cuts every layer, against the oracle: as `serve` starts them, and with other options."""
+    pair, bundle = pair or Pair(serve), lazily(folder, CUT)
+    by_layer = replace(pair, send_by_layer=True, prefill_args=("--disable-radix-cache",))
+    return [
+        fidelity_check("workers: sizes that SGLang chooses", bundle, replace(pair, small=False), seconds=60),
+        fidelity_check("workers: pages of 16 tokens", bundle, replace(pair, page_size=16)),
+        fidelity_check("workers: rows sent by layer", bundle, by_layer),
+    ]
 
 
 def speculation_checks(serve: Path, folder: Path, pair: Pair | None = None) -> list[Check]:
@@ -43,20 +60,27 @@ def speculation_checks(serve: Path, folder: Path, pair: Pair | None = None) -> l
 
 
 def cache_checks(serve: Path, folder: Path, pair: Pair | None = None) -> list[Check]:
-    """Prefill with SGLang's hierarchical cache in host memory, against the oracle."""
-    way = replace(pair or Pair(serve), prefill_args=("--enable-hierarchical-cache",))
-    return [fidelity_check("hierarchical cache on prefill", lazily(folder, WHOLE), way)]
+    """Prefix caches, against the oracle, before prompts are evicted and after: in host memory, and decode's own."""
+    pair, bundle = pair or Pair(serve), lazily(folder, WHOLE)
+    variants = {
+        "hierarchical cache on prefill": replace(pair, prefill_args=HIERARCHICAL),
+        "radix cache on decode": replace(pair, decode_args=RADIX),
+        "hierarchical cache on decode": replace(pair, decode_args=(*RADIX, *HIERARCHICAL)),
+    }
+    return [fidelity_check(name, bundle, variant, between=EVICTING, seconds=45) for name, variant in variants.items()]
 
 
 def rank_checks(serve: Path, folder: Path, pair: Pair | None = None) -> list[Check]:
     """Attention divided among unlike numbers of ranks, against the oracle; ranks of a worker cannot share a GPU."""
     pair, count = pair or Pair(serve), gpus()
     usual, single = lazily(folder / "usual", WHOLE), lazily(folder / "single", WHOLE, tiny.Size(num_key_value_heads=1))
-    ways: dict[str, tuple[Callable[[], Bundle], Pair]] = {
+    variants: dict[str, tuple[Callable[[], Bundle], Pair]] = {
         "TP 2 to 1": (usual, replace(pair, tp_prefill=2)),
         "TP 1 to 2": (usual, replace(pair, tp_decode=2)),
         "copied heads, TP 2 to 2 of one KV head": (single, replace(pair, tp_prefill=2, tp_decode=2)),
         "DP attention on decode, TP 1 to 2": (usual, replace(pair, tp_decode=2, decode_args=DP_ATTENTION)),
     }
     skip = "" if count >= 2 else f"needs 2 GPUs, and this machine has {count}"
-    return [fidelity_check(f"ranks: {name}", bundle, way, skip=skip) for name, (bundle, way) in ways.items()]
+    return [
+        fidelity_check(f"ranks: {name}", bundle, variant, skip=skip) for name, (bundle, variant) in variants.items()
+    ]

@@ -4,28 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from pdtrim_deploy.bundle import Bundle
-from pdtrim_deploy.evaluation.fidelity import run_fidelity
-from pdtrim_deploy.gpucheck import tiny
+from pdtrim_deploy.evaluation.fidelity import FidelityResult, run_fidelity
 from pdtrim_deploy.gpucheck.checks import Check, Figure
 from pdtrim_deploy.loadtest import LoadResult, Scenario, driver
 from pdtrim_deploy.local.cache import Cache
-from pdtrim_deploy.pipeline import build
-from pdtrim_deploy.recipe import Recipe
 from pdtrim_deploy.serving import Cluster, Executors, ServeEnvironment, WorkerOptions, cluster_of
 
 PAIR_S = 30.0  # a pair's start on one H100, CUDA graphs included; with less time none is begun
-CUT: Mapping[str, Any] = {"method": "all", "n_first": 4, "n_last": 64}
 Loads = Mapping[int, Scenario]  # by clients
 
 
 @dataclass(frozen=True)
 class Pair:
-    """How a bundle is served; `device` is cuda but in tests."""
+    """How a bundle is served.
+
+    Attributes:
+        serve: SGLang's Python.
+        small: of pool and batches, which start fast and leave room on a shared GPU; else of the sizes that SGLang
+            chooses, as `serve` starts it.
+        page_size: tokens; None: the default.
+        device: cuda but in tests.
+
+    """
 
     serve: Path
     prefill_args: tuple[str, ...] = ()
@@ -36,11 +41,16 @@ class Pair:
     device: Literal["cpu", "cuda"] = "cuda"
     tp_prefill: int = 1
     tp_decode: int = 1
+    small: bool = True
+    page_size: int | None = None
+    send_by_layer: bool = False
 
     def of(self, bundle: Bundle) -> Cluster:
         """Not yet started."""
-        options = WorkerOptions.beside_others(
+        options = (WorkerOptions.beside_others if self.small else partial(WorkerOptions, share_gpus=True))(
             device=self.device,
+            page_size=self.page_size,
+            send_by_layer=self.send_by_layer,
             served_model_name=bundle.path.resolve().name,
             transfer_backend=self.backend,
             prefill_args=self.prefill_args,
@@ -59,53 +69,26 @@ class Pair:
         )
 
 
-def tiny_bundle(
-    folder: Path,
-    kv: Mapping[str, Any],
-    size: tiny.Size = tiny.Size(),  # noqa: B008
-    architecture: str = "LlamaForCausalLM",
-    **more: Any,
-) -> Bundle:
-    """A bundle of a random model and text of its own.
-
-    float16, since its roundings are an eighth of bfloat16's: behind those, one wrong row of a random model is not seen.
-    """
-    folder.mkdir(exist_ok=True)
-    corpus = f"dir:{tiny.text(folder / 'text')}"
-    recipe = {
-        "name": "tiny",
-        "model": {"source": f"hf:{tiny.save(folder / 'model', size, architecture)}", "dtype": "float16"},
-        "calibration": {"corpus": corpus, "sequences": 2, "length": 64},
-        "evaluation": {"corpus": corpus, "sequences": 2, "prompt_tokens": 64, "continuation_tokens": 16},
-        "pruning": {"method": "cosine", "prefill_blocks": 1, "decode_blocks": 2},
-        "kv": dict(kv),
-    }
-    build(Recipe.model_validate(recipe | more), folder / "bundle", Cache(folder / "cache"), print)
-    return Bundle.open(folder / "bundle")
-
-
-def lazily(folder: Path, kv: Mapping[str, Any], size: tiny.Size = tiny.Size(), **more: Any) -> Callable[[], Bundle]:  # noqa: B008
-    """`tiny_bundle`, built when it is first called for."""
-    return cache(partial(tiny_bundle, folder, kv, size, **more))
-
-
 def fidelity_check(name: str, bundle: Callable[[], Bundle], pair: Pair, **more: Any) -> Check:
     """A served pair against the oracle; `more` is Check's or `judged`'s."""
-    loads = more.pop("loads", {})
-    return Check(name, lambda: judged(bundle(), pair, loads), **({"seconds": PAIR_S} | more))
+    loads, between = more.pop("loads", {}), more.pop("between", None)
+    return Check(name, lambda: judged(bundle(), pair, loads, between), **({"seconds": PAIR_S} | more))
 
 
-def judged(bundle: Bundle, pair: Pair, loads: Loads) -> Figure:
+def judged(bundle: Bundle, pair: Pair, loads: Loads, between: Scenario | None = None) -> Figure:
     """Served log-probabilities against the oracle, and the median time between tokens under each load, ms.
+
+    After the load `between` the same prompts are judged again: what a cache held of them has been moved by then.
 
     Raises:
         AssertionError: they differ by more than rounding, or the check could not tell wrong plans apart.
 
     """
     with pair.of(bundle) as cluster:
-        result = run_fidelity(bundle, cluster.url, Cache.default(), progress=print)
-        if result.problems:
-            raise AssertionError("; ".join(result.problems))
+        result = _faithful(bundle, cluster)
+        if between is not None:
+            measured(cluster, {0: between})
+            result = _faithful(bundle, cluster)
         times = itl(measured(cluster, loads))
     return {
         "worst_error_nats": result.max_logprob_error,
@@ -116,8 +99,22 @@ def judged(bundle: Bundle, pair: Pair, loads: Loads) -> Figure:
     }
 
 
-def measured(cluster: Cluster, loads: Loads) -> dict[int, LoadResult]:
-    """What a cluster does under each load, one after another.
+def _faithful(bundle: Bundle, cluster: Cluster) -> FidelityResult:
+    result = run_fidelity(bundle, cluster.url, Cache.default(), progress=print)
+    if result.problems:
+        raise AssertionError("; ".join(result.problems))
+    return result
+
+
+class Server(Protocol):
+    """What answers at `url`: a cluster's router, or a worker."""
+
+    @property
+    def url(self) -> str: ...
+
+
+def measured(cluster: Server, loads: Loads) -> dict[int, LoadResult]:
+    """What a server does under each load, one after another.
 
     Raises:
         AssertionError: a request failed.

@@ -1,4 +1,4 @@
-"""Plans that change what workers compute or send: KV-only layers, sublayers, key offsets; and SmolLM2's own."""
+"""Plans that change what workers compute or send: KV-only layers, sublayers, experts, key offsets; SmolLM2's own."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from pathlib import Path
 
 from pdtrim_deploy.bundle import Bundle
 from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.gpucheck import tiny, tiny_fp8
+from pdtrim_deploy.gpucheck.bundles import CUT, lazily
 from pdtrim_deploy.gpucheck.checks import Check, NotHere, sentence
-from pdtrim_deploy.gpucheck.pair import CUT, Pair, fidelity_check, lazily
+from pdtrim_deploy.gpucheck.pair import Pair, fidelity_check
 from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.pipeline import build
 from pdtrim_deploy.recipe import Recipe
@@ -20,7 +22,7 @@ NO_PREFILL_GRAPHS = ("--cuda-graph-backend-prefill", "disabled")
 
 
 def smollm2_checks(serve: Path, folder: Path, pair: Pair | None = None) -> list[Check]:
-    """SmolLM2 pruned and quantised, as `serve` starts it, against the oracle; from the cache of models."""
+    """SmolLM2 pruned and quantised, against the oracle; from the cache of models."""
 
     def bundle() -> Bundle:
         os.environ["HF_HUB_OFFLINE"] = "1"
@@ -41,9 +43,20 @@ def plan_checks(serve: Path, folder: Path, pair: Pair | None = None) -> list[Che
     whole = {"method": "none", "wire_dtype": "int8"}
     sublayers = lazily(folder / "sublayers", whole, pruning={"method": "greedy"} | fewer)
     offsets = lazily(folder / "offsets", {**CUT, "wire_dtype": "int4"})
+    experts = {"method": "cosine", "prefill_blocks": 1, "decode_blocks": 2, "experts": {"prefill": 3, "decode": 2}}
+    mixture = lazily(folder / "mixture", CUT, architecture=tiny.MIXTURE, pruning=experts)
     return [
         fidelity_check("KV-only layers: prefill's graphs", kv_only, pair),
         fidelity_check("KV-only layers: no prefill graphs", kv_only, replace(pair, prefill_args=NO_PREFILL_GRAPHS)),
         fidelity_check("sublayers", sublayers, pair),
         fidelity_check("key offsets: int4", offsets, pair),
+        fidelity_check("experts: fewer in each stage", mixture, pair),
+    ]
+
+
+def fp8_weight_checks(serve: Path, folder: Path, pair: Pair | None = None) -> list[Check]:
+    """Stages whose weights are FP8, against the oracle, which rounds activations as SGLang does."""
+    return [
+        fidelity_check(f"FP8 weights: {kind}", lazily(folder / kind, CUT, fp8=kind, pruning={}), pair or Pair(serve))
+        for kind in tiny_fp8.FP8
     ]

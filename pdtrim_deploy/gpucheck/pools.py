@@ -7,8 +7,9 @@ from itertools import product
 from pathlib import Path
 
 from pdtrim_deploy.gpucheck import tiny
+from pdtrim_deploy.gpucheck.bundles import CUT, lazily
 from pdtrim_deploy.gpucheck.checks import Check
-from pdtrim_deploy.gpucheck.pair import CUT, Pair, fidelity_check, lazily
+from pdtrim_deploy.gpucheck.pair import Pair, fidelity_check
 from pdtrim_deploy.plan.wire import SMALLER_THAN_FP8
 
 

@@ -15,7 +15,7 @@ _SGLANG = ("sglang",)
 PARTS = {
     part.name: part
     for part in (
-        Part("kernels", f"{_HERE}.kernels:kernel_checks", 80, ("triton", "pydantic")),
+        Part("kernels", f"{_HERE}.kernels:kernel_checks", 80, ("triton",)),
         Part("oracle", f"{_HERE}.oracle:oracle_checks", 40, _OWN),
         Part("served", f"{_HERE}.attention:attention_checks", 160, _OWN, _SGLANG),
         Part("smollm2", f"{_HERE}.plans:smollm2_checks", 45, _OWN, _SGLANG),
@@ -23,15 +23,18 @@ PARTS = {
         Part("nixl", f"{_HERE}.timed:nixl_checks", 60, _OWN, (*_SGLANG, "nixl")),
         Part("mooncake", f"{_HERE}.timed:mooncake_checks", 60, _OWN, (*_SGLANG, "mooncake")),
         Part("tensorrt", f"{_HERE}.engines:tensorrt_checks", 50, (*_OWN, "tensorrt", "onnx"), (*_SGLANG, "tensorrt")),
-        Part("cuda-pack", "pdtrim_tensorrt.gpu_check:cuda_pack_checks", 90, ("pydantic",), extra=True),
+        Part("cuda-pack", "pdtrim_tensorrt.gpu_check:cuda_pack_checks", 90, extra=True),
+        Part("workers", f"{_HERE}.options:worker_checks", 140, _OWN, _SGLANG, extra=True),
+        Part("build", f"{_HERE}.builds:build_checks", 60, _OWN, extra=True),
         Part("no-graphs", f"{_HERE}.attention:no_graphs_checks", 160, _OWN, _SGLANG, extra=True),
-        Part("plans", f"{_HERE}.plans:plan_checks", 160, _OWN, _SGLANG, extra=True),
+        Part("plans", f"{_HERE}.plans:plan_checks", 190, _OWN, _SGLANG, extra=True),
         Part("ranks", f"{_HERE}.options:rank_checks", 160, _OWN, _SGLANG, extra=True),
         Part("fp8-pool", f"{_HERE}.pools:fp8_pool_checks", 200, _OWN, _SGLANG, extra=True),
+        Part("fp8-weights", f"{_HERE}.plans:fp8_weight_checks", 80, _OWN, _SGLANG, extra=True),
         Part("windows", f"{_HERE}.pools:window_checks", 120, _OWN, _SGLANG, extra=True),
         Part("latents", f"{_HERE}.pools:latent_checks", 160, _OWN, _SGLANG, extra=True),
         Part("speculation", f"{_HERE}.options:speculation_checks", 80, _OWN, _SGLANG, extra=True),
-        Part("cache", f"{_HERE}.options:cache_checks", 50, _OWN, _SGLANG, extra=True),
+        Part("cache", f"{_HERE}.options:cache_checks", 160, _OWN, _SGLANG, extra=True),
     )
 }
 

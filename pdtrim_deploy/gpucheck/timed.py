@@ -1,4 +1,4 @@
-"""What a user waits for: time between tokens beside the dense plan, and TTFT beside SGLang's own transfer."""
+"""What a user waits for: time between tokens beside SGLang alone, and TTFT beside SGLang's own transfer."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from pathlib import Path
 
 from pdtrim_deploy.bundle import Bundle
 from pdtrim_deploy.gpucheck import tiny
+from pdtrim_deploy.gpucheck.bundles import CUT, lazily
 from pdtrim_deploy.gpucheck.checks import Check, Figure
-from pdtrim_deploy.gpucheck.pair import CUT, PAIR_S, Loads, Pair, itl, lazily, measured
+from pdtrim_deploy.gpucheck.pair import PAIR_S, Loads, Pair, itl, measured
+from pdtrim_deploy.gpucheck.stock import STOCK_S, stock_server
 from pdtrim_deploy.loadtest import Scenario
 
 CLIENTS = (1, 16)
@@ -18,11 +20,14 @@ WIDE = tiny.Size(16, 1024, 4096, 16, 8)  # 0.25 billion parameters: large enough
 
 
 def itl_checks(serve: Path, folder: Path, pair: Pair | None = None) -> list[Check]:
-    """Time between tokens of a plan that cuts every layer, and of one that cuts none; the plugin serves both."""
+    """Time between tokens of one model: under a plan that cuts every layer, a dense plan, and SGLang without us."""
     loads = {n: Scenario.closed(4 * n, n, (256, 256), (64, 64), warmup=2, deadline_s=120) for n in CLIENTS}
+    cut, dense = (lazily(folder / kv["method"], kv, WIDE, pruning={}) for kv in (CUT, {"method": "none"}))
+    pair = pair or Pair(serve)
     return [
-        Check(f"ITL: {name} plan", partial(_itl, pair or Pair(serve), lazily(folder / name, kv, WIDE), loads), PAIR_S)
-        for name, kv in (("cut", CUT), ("dense", {"method": "none"}))
+        Check("ITL: cut plan", partial(_itl, pair, cut, loads), PAIR_S),
+        Check("ITL: dense plan", partial(_itl, pair, dense, loads), PAIR_S),
+        Check("ITL: SGLang alone, dense", partial(_stock_itl, pair, dense, loads), STOCK_S),
     ]
 
 
@@ -41,7 +46,7 @@ def _transfer_checks(folder: Path, pair: Pair, library: str) -> list[Check]:
     k4v3 = lazily(folder / "k4v3", {"method": "none", "wire_dtype": "k4v3"}, WIDE)
     load = Scenario.closed(16, 1, (3000, 3000), (2, 2), warmup=2, deadline_s=120)
     ours = replace(pair, backend=f"pdtrim_{library}")
-    ways: Mapping[str, tuple[Callable[[], Bundle], Pair]] = {
+    variants: Mapping[str, tuple[Callable[[], Bundle], Pair]] = {
         f"stock {library}": (dense, replace(pair, backend=library)),
         **{
             f"pdtrim_{library}, k4v3, {slots} slots": (
@@ -52,14 +57,19 @@ def _transfer_checks(folder: Path, pair: Pair, library: str) -> list[Check]:
         "pdtrim_tcp, k4v3": (k4v3, pair),
     }  # fmt: skip
     return [
-        Check(f"{library}: 3,000 tokens by {name}", partial(_ttft, way, bundle, load), PAIR_S)
-        for name, (bundle, way) in ways.items()
+        Check(f"{library}: 3,000 tokens by {name}", partial(_ttft, variant, bundle, load), PAIR_S)
+        for name, (bundle, variant) in variants.items()
     ]
 
 
 def _itl(pair: Pair, bundle: Callable[[], Bundle], loads: Loads) -> Figure:
     with pair.of(bundle()) as cluster:
         return itl(measured(cluster, loads))
+
+
+def _stock_itl(pair: Pair, bundle: Callable[[], Bundle], loads: Loads) -> Figure:
+    with stock_server(pair, bundle()) as server:
+        return itl(measured(server, loads))
 
 
 def _ttft(pair: Pair, bundle: Callable[[], Bundle], load: Scenario) -> Figure:

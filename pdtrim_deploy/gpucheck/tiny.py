@@ -34,6 +34,10 @@ WINDOWED: dict[str, dict[str, Any]] = {
     "GptOssForCausalLM": {"num_local_experts": 4, "num_experts_per_tok": 2},
 }  # fmt: skip
 """Models with windows of WINDOW tokens, by architecture: what their config says beside sizes."""
+MIXTURE = "Qwen3MoeForCausalLM"
+_MIXTURES: dict[str, dict[str, Any]] = {
+    MIXTURE: {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "norm_topk_prob": True}
+}
 _MLA: dict[str, Any] = {
     "num_key_value_heads": 4, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128,
     "n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1, "moe_intermediate_size": 128,
@@ -60,15 +64,13 @@ def tiny_model(size: Size = Size(), seed: int = 0, architecture: str = "LlamaFor
     import transformers
 
     model_class = getattr(transformers, architecture)
-    own = (
-        {"sliding_window": WINDOW, **WINDOWED[architecture]}
-        if architecture in WINDOWED
-        else LATENT.get(architecture, {})
-    )
+    settings = (_MIXTURES | LATENT).get(architecture, {})
+    if architecture in WINDOWED:
+        settings = {"sliding_window": WINDOW, **WINDOWED[architecture]}
     config = model_class.config_class(
         vocab_size=VOCABULARY, max_position_embeddings=4096, tie_word_embeddings=False,
         initializer_range=size.hidden_size**-0.5, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-        **(asdict(size) | own),
+        **(asdict(size) | settings),
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -111,7 +113,7 @@ def save_draft(folder: Path, size: Size = Size()) -> Path:
     hidden = size.hidden_size
     block |= {"fc.weight": torch.eye(hidden).repeat(1, 2).half(), "fc.bias": torch.zeros(hidden).half()}
     block["embed_tokens.weight"] = model.model.embed_tokens.weight.detach().half()
-    folder.mkdir()
+    folder.mkdir(parents=True)
     save_file(block, folder / "model.safetensors", metadata={"format": "pt"})
     config = model.config.to_dict() | {"architectures": ["LlamaForCausalLMEagle"], "dtype": "float16"}
     (folder / "config.json").write_text(json.dumps(config))
@@ -120,7 +122,7 @@ def save_draft(folder: Path, size: Size = Size()) -> Path:
 
 def text(folder: Path, documents: int = 24, words: int = 1500) -> Path:
     """A folder of text files of random words."""
-    folder.mkdir()
+    folder.mkdir(parents=True)
     chance = random.Random(0)
     syllables = [a + b for a in "bdfgklmnprst" for b in "aeiou"]
     vocabulary = ["".join(chance.choices(syllables, k=chance.randint(1, 4))) for _ in range(800)]

@@ -19,15 +19,16 @@ import hashlib
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.kvcache.layout import LayerRows, Part
-from pdtrim_deploy.plan import KeyOffsetsFile, PDPlan
-from pdtrim_deploy.plan.kv import KEY_OFFSETS
+
+if TYPE_CHECKING:
+    from pdtrim_deploy.plan import KeyOffsetsFile, PDPlan
 
 LEAST_POSITIONS = 1024
 
@@ -69,6 +70,8 @@ class KeyOffsets:
         """
         if plan.key_offsets is None:
             return None
+        from pdtrim_deploy.plan.kv import KEY_OFFSETS
+
         path, again = folder / KEY_OFFSETS, "copy it from the bundle that the plan is of, or build the bundle again"
         try:
             data = path.read_bytes()
@@ -92,6 +95,8 @@ class KeyOffsets:
     @property
     def file(self) -> KeyOffsetsFile:
         """How a plan names it."""
+        from pdtrim_deploy.plan import KeyOffsetsFile  # whoever has a plan has pydantic, which kernels do without
+
         return KeyOffsetsFile(sha256=hashlib.sha256(self.data).hexdigest(), layers=tuple(sorted(self.means)))
 
     @property

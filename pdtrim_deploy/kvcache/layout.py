@@ -19,16 +19,55 @@ every section may be viewed in its dtype, whatever the wire dtypes of the layers
 
 Rows are chosen by absolute prompt position, so chunked prefill, prefix-cache hits, page sizes and batches change
 nothing: the chunks of a prompt, however it is cut, carry exactly the rows of the whole. Pure arithmetic: no torch.
+
+Of an earlier prompt with the same first tokens decode may still have their rows in its full layers, so these travel
+from there on. A cut layer's rows are each request's alone, and all of them travel.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
-from pdtrim_deploy.plan import PDPlan
 from pdtrim_deploy.plan.wire import SINK_ROWS, Code, Vectors, WireDtype, packed_row_bytes
+
+
+class RowShape(Protocol):
+    """What a layout must know of the model: `plan.ModelShape`, or a stand-in without pydantic."""
+
+    @property
+    def row_dtype(self) -> str: ...
+
+    def vectors(self, kv_heads: int | None = None) -> tuple[Vectors, Vectors]: ...
+
+    def codes(self, wire_dtype: WireDtype) -> tuple[Code, Code]: ...
+
+
+class RowRule(Protocol):
+    """What it must know of a layer: `plan.KVSend`."""
+
+    @property
+    def wire_dtype(self) -> WireDtype: ...
+
+    def row_ranges(self, prompt_tokens: int) -> tuple[tuple[int, int], ...]: ...
+
+
+class RowPlan(Protocol):
+    """What it must know of a plan: `plan.PDPlan`. Layouts are cached by it."""
+
+    @property
+    def model(self) -> RowShape: ...
+
+    @property
+    def kv(self) -> tuple[RowRule, ...]: ...
+
+    @property
+    def layer_map(self) -> tuple[int, ...]: ...
+
+    def has_key_offset(self, layer: int) -> bool: ...
+
+    def __hash__(self) -> int: ...
 
 
 class Part(NamedTuple):
@@ -92,12 +131,13 @@ class ChunkLayout:
 
 @lru_cache(maxsize=1024)
 def chunk_layout(
-    plan: PDPlan,
+    plan: RowPlan,
     prompt_tokens: int,
     start: int = 0,
     stop: int | None = None,
     kv_heads: int | None = None,
     layers: range | None = None,
+    reused_tokens: int = 0,
 ) -> ChunkLayout:
     """Lay out one chunk.
 
@@ -105,6 +145,7 @@ def chunk_layout(
         start, stop: absolute prompt positions, half-open; the whole prompt when left out.
         kv_heads: KV heads held by this rank; all of the model's when left out.
         layers: the KV layers of decode whose rows it holds; all when left out.
+        reused_tokens: of the prompt's first tokens so many have their rows in decode's full layers already.
 
     Raises:
         ValueError: the chunk does not lie inside the prompt.
@@ -118,7 +159,8 @@ def chunk_layout(
     for layer, (source, send) in enumerate(zip(plan.layer_map, plan.kv, strict=True)):
         if layers is not None and layer not in layers:
             continue
-        clipped = ((max(lo, start) - start, min(hi, stop) - start) for lo, hi in send.row_ranges(prompt_tokens))
+        begin = max(start, reused_tokens) if send.mode == "full" else start
+        clipped = ((max(lo, begin) - start, min(hi, stop) - start) for lo, hi in send.row_ranges(prompt_tokens))
         ranges = tuple((lo, hi) for lo, hi in clipped if lo < hi)
         rows = sum(hi - lo for lo, hi in ranges)
         if not rows:

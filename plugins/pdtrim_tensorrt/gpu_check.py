@@ -1,4 +1,4 @@
-"""The CUDA kernel of the pack, compiled by nvcc here, against torch's bytes on the CPU."""
+"""The CUDA kernel of the pack, compiled by nvcc here, against torch's bytes on the CPU; torch and nvcc are enough."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from shutil import which
 import torch
 
 from pdtrim_deploy.gpucheck.checks import Check, Figure
+from pdtrim_deploy.gpucheck.wireplan import Rule, Shape, WirePlan
 from pdtrim_deploy.kvcache import torch_pack
 from pdtrim_deploy.kvcache.layout import chunk_layout
-from pdtrim_deploy.plan import KVSend, ModelShape, NativeDtype, PDPlan
 from pdtrim_deploy.plan.wire import WireDtype
 from pdtrim_tensorrt.compile_kernels import compile_for_gpus
 from pdtrim_tensorrt.kernel import SendKernel
 
-DTYPES: tuple[NativeDtype, ...] = ("float32", "float16", "bfloat16")
+DTYPES = ("float32", "float16", "bfloat16")
 WIRES: tuple[WireDtype, ...] = ("native", "int8", "fp8")
 SHAPE = (300, 8, 128)  # slots, KV heads, head size
 
@@ -41,9 +41,7 @@ def cuda_pack_checks(device: torch.device | None = None, compiled: Callable[[Pat
     ]
 
 
-def same_bytes(
-    kernel: Callable[[], SendKernel], device: torch.device | None, wire: WireDtype, dtype: NativeDtype
-) -> Figure:
+def same_bytes(kernel: Callable[[], SendKernel], device: torch.device | None, wire: WireDtype, dtype: str) -> Figure:
     """Rows of one layer in random order, heads of zeros and of large numbers among them.
 
     Raises:
@@ -51,10 +49,7 @@ def same_bytes(
 
     """
     slots, heads, head_dim = SHAPE
-    model = ModelShape(
-        architecture="X", fingerprint="check", num_blocks=1, num_kv_heads=heads, head_dim=head_dim, kv_dtype=dtype
-    )
-    plan, generator = PDPlan.dense(model).with_kv((KVSend(wire_dtype=wire),)), torch.Generator().manual_seed(3)
+    plan, generator = WirePlan(Shape(heads, head_dim, dtype), (Rule(wire),)), torch.Generator().manual_seed(3)
     keys, values = (torch.randn(SHAPE, generator=generator).to(getattr(torch, dtype)) for _ in range(2))
     keys[3, 0], values[5, heads - 1, 0] = 0, 2.0**15
     rows = torch.randperm(slots, generator=generator)[: slots - 9]

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 from pdtrim_deploy.gpucheck.checks import Check
 from pdtrim_deploy.gpucheck.row import Row
@@ -67,6 +68,31 @@ def exits():
     return then(leave)
 
 
+def leaves_early():
+    def leave():
+        raise SystemExit(0)
+
+    return then(leave)
+
+
+def loses_its_device():
+    """As after an illegal memory access: what follows fails in the same process, and runs in another."""
+    lost = []
+
+    def illegal():
+        lost.append(True)
+        needs_device()
+
+    def needs_device():
+        if lost:
+            raise RuntimeError("CUDA error: an illegal memory access")
+        return {}
+
+    cuda = SimpleNamespace(is_initialized=lambda: True, synchronize=needs_device)
+    sys.modules["torch"] = SimpleNamespace(cuda=cuda)
+    return then(illegal, needs_device)
+
+
 def raises():
     def fail():
         raise RuntimeError("CUDA out of memory\nand a page of text")
@@ -95,6 +121,15 @@ def garbage():
     def write():
         with Path(sys.argv[2]).open("a") as rows:
             rows.write('{"part": "x", "status": "flew"}\nnot json\n')
+        return {}
+
+    return then(write)
+
+
+def another():
+    def write():
+        with Path(sys.argv[2]).open("a") as rows:
+            rows.write('{"part": "good", "status": "run"}\n')
         return {}
 
     return then(write)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from pdtrim_deploy.gpucheck import attention, engines, options, pair, plans, pools, timed, tiny
+from pdtrim_deploy.gpucheck import attention, bundles, engines, options, pair, plans, pools, timed, tiny
 from pdtrim_deploy.gpucheck.checks import rows_of
 from pdtrim_deploy.gpucheck.registry import PARTS
 from pdtrim_deploy.loadtest.text import named
@@ -17,7 +17,7 @@ from pdtrim_deploy.serving import ServeEnvironment
 def judged(monkeypatch):
     """Bundles and pairs that would be served, and their loads; none is started."""
     served = []
-    monkeypatch.setattr(pair, "judged", lambda *given: served.append(given) or {})
+    monkeypatch.setattr(pair, "judged", lambda *arguments: served.append(arguments[:3]) or {})
     return served
 
 
@@ -36,14 +36,14 @@ def test_a_device_is_asked_for_the_attention_that_it_has(monkeypatch, tmp_path, 
 
 def test_each_backend_is_timed_while_its_pair_is_up(monkeypatch, tmp_path, judged):
     monkeypatch.setattr(attention, "capability", lambda: "9.0")
-    monkeypatch.setattr(pair, "tiny_bundle", lambda *_, **__: "bundle")
+    monkeypatch.setattr(bundles, "tiny_bundle", lambda *_, **__: "bundle")
     for part in (attention.attention_checks, attention.no_graphs_checks):
         assert {row.status for row in rows_of(part(tmp_path, tmp_path))} == {"run"}
     assert len(judged) == 5 + 4
-    for bundle, way, loads in judged:
+    for bundle, variant, loads in judged:
         assert (bundle, sorted(loads)) == ("bundle", [1, 16])
-        assert way.decode_args[0] == "--attention-backend"
-    plain = [way.decode_args[1] for _, way, _ in judged if "--disable-cuda-graph" in way.decode_args]
+        assert variant.decode_args[0] == "--attention-backend"
+    plain = [variant.decode_args[1] for _, variant, _ in judged if "--disable-cuda-graph" in variant.decode_args]
     assert plain == ["torch_native", "triton", "flashinfer", "fa3", "trtllm_mha"]
 
 
@@ -85,15 +85,15 @@ def test_ranks_need_gpus_of_their_own(monkeypatch, tmp_path, count, skip):
 
 def test_ranks_are_unlike_copied_and_data_parallel(monkeypatch, tmp_path, judged):
     monkeypatch.setattr(options, "gpus", lambda: 2)
-    monkeypatch.setattr(pair, "tiny_bundle", lambda folder, kv, size: size.num_key_value_heads)
+    monkeypatch.setattr(bundles, "tiny_bundle", lambda folder, kv, size: size.num_key_value_heads)
     assert {row.status for row in rows_of(options.rank_checks(tmp_path, tmp_path))} == {"run"}
-    ways = [(heads, way.tp_prefill, way.tp_decode, way.decode_args[:1]) for heads, way, _ in judged]
-    assert ways == [(2, 2, 1, ()), (2, 1, 2, ()), (1, 2, 2, ()), (2, 1, 2, ("--enable-dp-attention",))]
+    variants = [(heads, variant.tp_prefill, variant.tp_decode, variant.decode_args[:1]) for heads, variant, _ in judged]
+    assert variants == [(2, 2, 1, ()), (2, 1, 2, ()), (1, 2, 2, ()), (2, 1, 2, ("--enable-dp-attention",))]
 
 
 def test_plans_compute_less_and_move_keys(tmp_path, judged):
     assert {row.status for row in rows_of(plans.plan_checks(tmp_path, tmp_path))} == {"run"}
-    graphs, plain, sublayers, offsets = ((bundle.plan, way) for bundle, way, _ in judged)
+    graphs, plain, sublayers, offsets, _ = ((bundle.plan, variant) for bundle, variant, _ in judged)
     assert graphs[0] == plain[0]
     assert {block.kind for block in graphs[0].prefill} >= {"kv_only"}
     assert (graphs[1].prefill_args, plain[1].prefill_args) == ((), ("--cuda-graph-backend-prefill", "disabled"))
@@ -138,11 +138,13 @@ class TestOnTheCPU:
         assert (row.status, row.reason) == ("run", "")
         assert row.figure["controls_told_apart"] == row.figure["controls"] > 2
 
-    def test_the_time_between_tokens_is_taken_of_both(self, pair, monkeypatch, tmp_path):
+    def test_the_time_between_tokens_is_taken_of_both_plans_and_of_sglang_alone(self, pair, monkeypatch, tmp_path):
         monkeypatch.setattr(timed, "WIDE", tiny.Size())
         monkeypatch.setattr(timed, "CLIENTS", (1, 2))
         rows = list(rows_of(timed.itl_checks(pair.serve, tmp_path, pair)))
-        assert [(row.part, row.status) for row in rows] == [("ITL: cut plan", "run"), ("ITL: dense plan", "run")]
+        assert [(row.part, row.status, row.reason) for row in rows] == [
+            (f"ITL: {name}", "run", "") for name in ("cut plan", "dense plan", "SGLang alone, dense")
+        ]
         for row in rows:
             assert sorted(row.figure) == [f"itl_ms_{n}_clients" for n in (1, 2)]
             assert all(value > 0 for value in row.figure.values())
@@ -175,11 +177,11 @@ def test_windows_are_judged_in_the_pools_that_sglang_has(monkeypatch, tmp_path, 
     monkeypatch.setattr(tiny, "WINDOWED", {name: tiny.WINDOWED[name] for name in list(tiny.WINDOWED)[:1]})
     (row,) = rows_of(pools.window_checks(tmp_path, tmp_path))
     assert (row.status, row.reason) == ("run", "")
-    ((bundle, way, _),) = judged
+    ((bundle, variant, _),) = judged
     assert {send.mode for send in bundle.plan.kv} == {"window", "full"}
     assert {send.wire_dtype for send in bundle.plan.kv} == {"int8"}
-    assert way.device == "cuda"
-    assert way.prefill_args == way.decode_args == ()
+    assert variant.device == "cuda"
+    assert variant.prefill_args == variant.decode_args == ()
 
 
 def test_latents_are_judged_under_the_attention_that_sglang_takes(monkeypatch, tmp_path, judged):
@@ -188,7 +190,7 @@ def test_latents_are_judged_under_the_attention_that_sglang_takes(monkeypatch, t
     assert [(row.status, row.reason) for row in rows] == [("run", "")] * 2
     assert [(b.plan.model.head_dim, b.plan.model.rope_dim) for b, _, _ in judged] == [(512, 64)] * 2
     assert [{send.wire_dtype for send in b.plan.kv} for b, _, _ in judged] == [{"native"}, {"int4"}]
-    assert {way.decode_args for _, way, _ in judged} == {()}
+    assert {variant.decode_args for _, variant, _ in judged} == {()}
 
 
 def test_fp8_pools_are_judged_in_every_wire_dtype(monkeypatch, tmp_path, judged):
@@ -198,10 +200,3 @@ def test_fp8_pools_are_judged_in_every_wire_dtype(monkeypatch, tmp_path, judged)
     assert [plan.model.pool_dtype for plan in plans_judged] == ["fp8_e4m3"] * 4 + ["fp8_e5m2"]
     assert [plan.kv[0].wire_dtype for plan in plans_judged] == ["native", "int4", "k4v3", "int3", "native"]
     assert [plan.kv[0].mode for plan in plans_judged] == ["sparse", "full"] * 2 + ["sparse"]
-
-
-def test_fp8_pools_are_refused_on_a_cpu_by_a_sentence(tmp_path):
-    listed = pools.fp8_pool_checks(tmp_path, tmp_path, pair.Pair(tmp_path / "python", device="cpu"))
-    (row,) = rows_of(listed[:1])
-    assert row.status == "failed"
-    assert "which SGLang 0.5.23 has on a CPU with Intel AMX alone" in row.reason

@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from parts_that_fail import GOOD
 
 from pdtrim_deploy.errors import UserError
-from pdtrim_deploy.gpucheck import check, command, supervise
+from pdtrim_deploy.gpucheck import attempt, check, command, supervise
 from pdtrim_deploy.gpucheck.base import Part, line, parse
 from pdtrim_deploy.gpucheck.check import LEAST_S
 from pdtrim_deploy.gpucheck.machine import PACKAGES, Environment, choose
@@ -28,7 +30,11 @@ OWN = Environment(PYTHON, ("torch", "triton"), {"torch": "2.9", "python": "3.11"
 @pytest.fixture(autouse=True)
 def importable(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
-    monkeypatch.setattr(supervise, "GRACE_S", 1.0)
+    monkeypatch.setattr(attempt, "GRACE_S", 1.0)
+
+
+def within(seconds=600.0):
+    return time.monotonic() + seconds
 
 
 def part(name, seconds=60.0, **more):
@@ -42,7 +48,8 @@ def test_a_row_is_read_back(row):
 
 @pytest.mark.parametrize(
     "text", ["", "{}", "[1]", "3", '{"part": 1, "status": "run"}', '{"part": "x", "status": "flew"}', "\x00",
-             '{"part": "x", "status": "run", "more": 1}', '{"part": "x", "status": "run", "figure": [1]}'],
+             '{"part": "x", "status": "run", "more": 1}', '{"part": "x", "status": "run", "figure": {"a": NaN}}',
+             '{"part": "x", "status": "run", "figure": [1]}'],
 )  # fmt: skip
 def test_what_is_no_row_is_told_from_one(text):
     with pytest.raises(ValueError, match=r"not a row|Expecting|Invalid|argument"):
@@ -55,15 +62,30 @@ def test_what_is_no_row_is_told_from_one(text):
         ("crashes", "crash", "ended with exit code 1: RuntimeError: CUDA error: an illegal memory access was"),
         ("killed", "kill", "ended by SIGKILL"),
         ("exits", "leave", "ended with exit code 3"),
+        ("leaves_early", "leave", "ended with exit code 0 before this check was done"),
         ("garbage", "write", "line 3 of what it wrote cannot be read: not a row"),
+        ("another", "write", "line 3 of what it wrote cannot be read: a row of good, which is not the next check"),
     ],
 )
-def test_what_ran_is_kept_what_broke_has_failed_and_the_rest_is_named(name, check_name, reason):
+def test_what_ran_is_kept_what_broke_has_failed_and_another_process_does_the_rest(name, check_name, reason):
     first, broken, last = supervise.run_part(part(name), PYTHON, 60)
     assert first == GOOD
     assert (broken.part, broken.status) == (check_name, "failed")
     assert broken.reason.startswith(reason)
-    assert last == Row("last", "skipped", supervise.NOT_BEGUN)
+    assert last == Row("last", "run", figure=GOOD.figure)
+
+
+def test_without_time_for_another_process_the_rest_is_named(monkeypatch):
+    monkeypatch.setattr(supervise, "LEAST_S", 60.0)
+    assert supervise.run_part(part("crashes"), PYTHON, 50)[-1] == Row("last", "skipped", supervise.NOT_BEGUN)
+
+
+def test_a_lost_device_costs_one_check_and_a_new_process_goes_on():
+    first, broken, other, last = supervise.run_part(part("loses_its_device"), PYTHON, 60)
+    assert (first, last) == (GOOD, Row("last", "run", figure=GOOD.figure))
+    assert (broken.status, broken.reason) == ("failed", "RuntimeError: CUDA error: an illegal memory access")
+    assert (other.part, other.status) == ("needs_device", "run")
+    assert first.figure
 
 
 def test_a_check_that_raises_has_failed_and_the_others_go_on():
@@ -109,14 +131,19 @@ def test_sglangs_python_is_passed_on():
 
 
 @pytest.mark.parametrize(("name", "status"), [("hangs", "failed"), ("hangs_deaf", "failed"), ("hangs", "skipped")])
-def test_a_part_that_hangs_ends_at_its_deadline_with_all_it_started(name, status, tmp_path, monkeypatch):
-    """A check that was stopped soon after it began has not failed: its part's time was over."""
+def test_a_check_that_hangs_ends_at_its_deadline_with_all_it_started(name, status, tmp_path, monkeypatch):
+    """One that was stopped soon after it began has not failed: its part's time was over."""
     monkeypatch.setenv("CHILD", str(tmp_path / "pid"))
     monkeypatch.setattr(supervise, "HUNG_S", 1.0 if status == "failed" else 90.0)
-    first, hung, last = supervise.run_part(part(name), PYTHON, 15)
-    assert (first, last) == (GOOD, Row("last", "skipped", supervise.NOT_BEGUN))
-    assert (hung.part, hung.status) == ("hang", status)
-    assert hung.reason.startswith("not done within 15 s" if status == "failed" else "its part's 15 s were over 1")
+    monkeypatch.setattr(supervise, "LEAST_S", 1.0)
+    first, hung, last = supervise.run_part(part(name), PYTHON, 10)
+    assert (first, hung.part, hung.status) == (GOOD, "hang", status)
+    if status == "failed":  # its share of the time was over, and the rest of it is another's
+        assert re.match(r"not done within [1-5] s", hung.reason)
+        assert last == Row("last", "run", figure=GOOD.figure)
+    else:
+        assert re.match(r"its part's 10 s were over \d+ s after it began; run it: gpu-check --part", hung.reason)
+        assert last == Row("last", "skipped", supervise.NOT_BEGUN)
     if name == "hangs":
         time.sleep(0.2)
         child = Path(f"/proc/{(tmp_path / 'pid').read_text()}/stat")
@@ -126,22 +153,24 @@ def test_a_part_that_hangs_ends_at_its_deadline_with_all_it_started(name, status
 def test_the_other_parts_go_on_and_what_is_there_is_written_after_each():
     seen = []
     parts = [part("crashes"), Part("none", "no_such_module:rows", 60), part("well")]
-    outcome = check.check(parts, OWN, None, done=seen.append)
+    outcome = check.check(parts, OWN, None, end=within(), done=seen.append)
     kinds = [(row.part, row.status) for row in outcome.rows]
     assert kinds == [
         ("good", "run"),
         ("crash", "failed"),
-        ("last", "skipped"),
+        ("last", "run"),
         ("none", "skipped"),
         ("good", "run"),
     ]
     assert outcome.failed
-    assert [len(early.rows) for early in seen] == [3, 4, 5]
+    begun = [[row for row in early.rows if row.reason != check.STOPPED] for early in seen]
+    assert [len(rows) for rows in begun] == [0, 3, 4, 5]
+    assert [len(early.rows) - len(rows) for early, rows in zip(seen, begun, strict=True)] == [3, 2, 1, 0]
     assert outcome.rows[3].reason == "this version has no no_such_module"
 
 
 def test_parts_share_one_budget():
-    outcome = check.check([part("well")], OWN, None, budget_s=LEAST_S - 1)
+    outcome = check.check([part("well")], OWN, None, end=within(check.GRACE_S + LEAST_S - 1))
     assert [(row.status, row.reason) for row in outcome.rows] == [
         ("skipped", "no time was left; run it alone: gpu-check --part well")
     ]
@@ -158,15 +187,15 @@ def test_the_parts_that_are_not_extra_fit_the_budget_and_run_first():
 @pytest.mark.parametrize(
     ("seconds", "later", "given"),
     [
-        (60, [part("well", 100)], 500),  # what later parts need is kept for them
+        (60, [part("well", 100)], 480),  # what later parts need is kept for them
         (60, [part("well", 580)], 60),  # but its own seconds are its own
-        (60, [part("well", 100, extra=True), part("well", 100, modules=("onnx",))], 600),  # these keep nothing
+        (60, [part("well", 100, extra=True), part("well", 100, modules=("onnx",))], 580),  # these keep nothing
     ],
 )
 def test_a_part_gets_what_later_parts_leave(monkeypatch, seconds, later, given):
     deadlines = []
     monkeypatch.setattr(check, "run_part", lambda part, python, seconds, serve: deadlines.append(seconds) or [GOOD])
-    check.check([part("well", seconds), *later], OWN, None)
+    check.check([part("well", seconds), *later], OWN, None, end=within())
     assert deadlines[0] == pytest.approx(given, abs=2)
 
 
@@ -178,7 +207,7 @@ def test_parts_without_time_are_named(monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(check, "run_part", slow)
     monkeypatch.setattr(check.time, "monotonic", lambda: clock[0])
-    rows = check.check([*(p for p in PARTS.values())], ALL, ALL).rows
+    rows = check.check([*PARTS.values()], ALL, ALL, end=600.0).rows
     ended = {row.part: row.status for row in rows}
     assert list(ended) == list(PARTS)
     assert [name for name, status in ended.items() if status == "run"] == [
@@ -189,7 +218,7 @@ def test_parts_without_time_are_named(monkeypatch):
 
 def test_without_a_device_no_part_is_begun():
     blind = Environment(PYTHON, ("torch",))
-    outcome = check.check([part("crashes"), part("well")], blind, blind)
+    outcome = check.check([part("crashes"), part("well")], blind, blind, end=within())
     assert {(row.status, row.reason) for row in outcome.rows} == {("skipped", check.NO_DEVICE)}
     assert not outcome.device
     assert not outcome.failed
@@ -207,6 +236,7 @@ BLIND = Environment(Path("blind"), ("torch", "sglang", "triton", "nixl"), {"torc
         ({"modules": ("triton",)}, BLIND, SERVE, SERVE, ""),
         ({"modules": ("triton",)}, BLIND, None, None, r"the torch of blind \(2.9\+cpu\) sees no CUDA device"),
         ({"modules": ("onnx",)}, OWN, None, None, "has no onnx; .*python.* -m pip install onnx"),
+        ({}, Environment(Path("ill"), problem="ill cannot say what it has"), None, None, "ill cannot say what it has"),
         ({"modules": ("pydantic", "yaml")}, OWN, None, None, "pip install pydantic pyyaml"),
         ({}, Environment(Path("bare")), None, None, "bare has no torch"),
         ({"serves": ("sglang",)}, OWN, None, None, "no Python with SGLang was found"),
@@ -221,12 +251,17 @@ def test_which_python_runs_a_part(wants, own, serve, chosen, why):
     assert re.search(why, reason) if why else reason == ""
 
 
-def test_a_python_that_says_nothing_has_nothing(tmp_path):
-    for text in ("#!/bin/sh\nexit 1\n", "#!/bin/sh\necho nonsense\n", "#!/bin/sh\nsleep 60\n"):
+def test_a_python_that_says_nothing_has_nothing_and_the_reason_is_kept(tmp_path):
+    for text, problem in {
+        "exit 1": "cannot say what it has: exit code 1",
+        "echo libcuda.so is broken >&2; exit 1": "cannot say what it has: libcuda.so is broken",
+        "echo nonsense": "cannot say what it has: JSONDecodeError",
+        "sleep 60": "did not say within 1 s what it has",
+    }.items():
         python = tmp_path / "python"
-        python.write_text(text)
+        python.write_text(f"#!/bin/sh\n{text}\n")
         python.chmod(0o755)
-        assert Environment.of(python, timeout_s=1) == Environment(python)
+        assert Environment.of(python, timeout_s=1) == Environment(python, problem=f"{python} {problem}")
 
 
 def test_an_unknown_part_is_refused_with_the_valid_ones():
@@ -257,3 +292,27 @@ def test_on_a_machine_without_a_gpu_it_says_so_in_one_sentence_and_skips_everyth
     assert {row["status"] for row in rows} == {"skipped"}
     with pytest.raises(UserError, match=r"--out .*: name a file in a folder that exists"):
         command.run(tmp_path, (), None, 600, "x", lambda _: None)
+
+
+def test_a_check_that_is_stopped_leaves_a_whole_file_and_no_process(tmp_path):
+    """SIGTERM, as `timeout` sends it, in a part that hangs: what ran is there, and the parts to come are named."""
+    code = """
+import sys; from pathlib import Path; from test_supervise import OWN, command, part
+command.parts_named = lambda _: [part("well"), part("hangs"), part("prints")]
+command._environments = lambda _: (OWN, None)
+command.run(Path(sys.argv[1]), (), None, 600, "x", lambda text: print(text, flush=True))
+"""
+    out, pid = tmp_path / "x.json", tmp_path / "pid"
+    process = subprocess.Popen([PYTHON, "-c", code, out], env=os.environ | {"CHILD": str(pid)}, stdout=subprocess.PIPE)
+    deadline = within(60)
+    while not pid.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.terminate()
+    assert process.wait(20) == 128 + signal.SIGTERM
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["part"], row["status"], row["reason"]) for row in rows] == [
+        ("good", "run", ""), ("hangs", "skipped", check.STOPPED), ("prints", "skipped", check.STOPPED),
+    ]  # fmt: skip
+    child = Path(f"/proc/{pid.read_text()}/stat")
+    time.sleep(0.3)
+    assert not child.exists() or child.read_text().rpartition(")")[2].split()[0] == "Z"

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from packcases import DTYPES, cases, cuts, every_fp8_value, pools, random_offsets, shape, slots_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pdtrim_deploy.gpucheck import kernels
+from pdtrim_deploy.gpucheck import kernel_bits
 from pdtrim_deploy.kvcache import torch_pack
 from pdtrim_deploy.kvcache.checksum import torch_checksum
 from pdtrim_deploy.kvcache.gpu import move as gpu
@@ -271,8 +271,8 @@ def test_the_interpreter_counts_as_a_form():
 )
 def test_the_check_of_bits_on_a_gpu(wire, dtype, monkeypatch):
     for sizes in ("HEAD_DIMS", "USUAL_HEAD_DIMS"):
-        monkeypatch.setattr(kernels, sizes, (96,))
-    figure = kernels.bits(CPU, wire, dtype, tokens=90)
+        monkeypatch.setattr(kernel_bits, sizes, (96,))
+    figure = kernel_bits.bits(CPU, wire, dtype, tokens=90)
     assert figure["bytes_compared"] > 3 * 90 * 96
     whole = gpu.move
 
@@ -284,19 +284,19 @@ def test_the_check_of_bits_on_a_gpu(wire, dtype, monkeypatch):
     for direction in (True, False):
         monkeypatch.setattr(gpu, "move", lambda *a, pack, d=direction: (broken if pack == d else whole)(*a, pack=pack))
         with pytest.raises(AssertionError, match=r"head size 96, tokens 0 to 30: [01] of \d+ packed bytes and [01]"):
-            kernels.bits(CPU, wire, dtype, tokens=90)
+            kernel_bits.bits(CPU, wire, dtype, tokens=90)
 
 
 def test_the_check_on_gpus_of_the_checksum_passes_here_and_sees_a_bit(monkeypatch):
-    assert kernels.checksums(CPU, (1, 4095, 70_001))["sizes"] == 3
-    monkeypatch.setattr(kernels, "torch_checksum", lambda data: torch_checksum(data) ^ 1)
+    assert kernel_bits.checksums(CPU, (1, 4095, 70_001))["sizes"] == 3
+    monkeypatch.setattr(kernel_bits, "torch_checksum", lambda data: torch_checksum(data) ^ 1)
     with pytest.raises(AssertionError, match=r"of 4095 bytes the kernel computes -?0x"):
-        kernels.checksums(CPU, (4095,))
+        kernel_bits.checksums(CPU, (4095,))
 
 
 @pytest.mark.parametrize("wire", LATENT_SIDES)
 def test_the_check_on_gpus_of_latents_passes_here(wire):
-    figure = kernels.latent_bits(CPU, wire, tokens=40)
+    figure = kernel_bits.latent_bits(CPU, wire, tokens=40)
     assert figure["bytes_compared"] > 40 * 3 * 200
 
 
@@ -306,6 +306,6 @@ def test_the_check_on_gpus_of_latents_sees_a_byte(monkeypatch):
         result[-1] ^= 1
         return result
 
-    monkeypatch.setattr(kernels, "torch_pack", SimpleNamespace(pack=spoilt, unpack=torch_pack.unpack))
+    monkeypatch.setattr(kernel_bits, "torch_pack", SimpleNamespace(pack=spoilt, unpack=torch_pack.unpack))
     with pytest.raises(AssertionError, match=r"1 of \d+ packed bytes"):
-        kernels.latent_bits(CPU, "int8", tokens=40)
+        kernel_bits.latent_bits(CPU, "int8", tokens=40)

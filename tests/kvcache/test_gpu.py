@@ -1,5 +1,6 @@
 """The Triton form: its bytes in the interpreter (`interpreted.py`), its machine code for GPUs that are not here."""
 
+import json
 import os
 import re
 import subprocess
@@ -12,6 +13,7 @@ import torch
 
 triton = pytest.importorskip("triton", reason="triton comes with CUDA builds of torch: the serve environment has it")
 
+ROOT = Path(__file__).parents[2]
 ALL = ("native", "fp8", "int8", "int4", "int3")
 BFLOAT16 = torch.bfloat16
 
@@ -25,6 +27,23 @@ def test_bytes_equal_torchs_in_the_interpreter():
         env=env, capture_output=True, text=True, timeout=850, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+
+
+@pytest.mark.timeout(300)
+def test_the_part_of_gpu_check_needs_torch_and_triton_alone():
+    """Its rows from a process of its own, in which no other package can be imported (the interpreter needs numpy)."""
+    places = [str(ROOT / "tests" / "gpucheck" / "torch_alone"), str(Path(__file__).parent)]
+    code = (
+        "from pathlib import Path; import sys; from pdtrim_deploy.gpucheck import base, supervise\n"
+        "part = base.Part('kernels', 'few_kernels:checks', 200)\n"
+        "for row in supervise.run_part(part, Path(sys.executable), 200): print(base.line(row))"
+    )
+    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(places)}
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=250, check=False)
+    rows = [json.loads(line) for line in run.stdout.splitlines()]
+    assert [(row["status"], row["reason"]) for row in rows] == [("run", "")] * 4, run.stdout + run.stderr
+    assert rows[-1]["figure"]["bytes_different"] == 0
 
 
 def compiled(codes, dtype, dim, heads, capability, pack):

@@ -136,8 +136,8 @@ def close(answer, expected):
 def main(backend, steps):
     stand_in(backend)
     # 64 is the default; trtllm_mha takes none below 16, and Triton's kernels are slow in the interpreter.
-    pages = {"trtllm_mha": (16, 64), "triton": (1, 64)}.get(backend, (1, 64, 16))
-    for seed, page_size in enumerate(pages):
+    pages = {"trtllm_mha": {0: 16, 1: 64}, "triton": {0: 1, 1: 64, 3: 16}}.get(backend, {0: 1, 1: 64, 2: 16})
+    for seed, page_size in pages.items():
         torch.manual_seed(seed)
         folder, sizes = Path(tempfile.mkdtemp()), {"isl": 20, "osl": 10}
         worker = DecodeWorker(folder, PLAN, page_size, sizes, backend)

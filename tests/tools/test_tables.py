@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from pdtrim_deploy.gpucheck import attention, base, kernels
 from pdtrim_deploy.gpucheck.registry import PARTS
 
 ROOT = Path(__file__).parents[2]
@@ -103,15 +105,28 @@ def test_what_ran_of_a_part_is_read_from_its_rows_alone(tool, tmp_path):
     text = tool.written(PARTS_PAGE, tmp_path)
     assert "| pack / unpack in Triton | 1 run, 1 failed, 1 skipped |" in text
     assert "| unequal TP, copied heads, DP attention | no (needs 2 GPUs) |" in text
+    assert "| Ray workers of the search | no: " in text
     assert "| fp8 KV pools | no |" in text
 
 
-def test_every_part_of_the_check_has_a_line_and_every_line_a_part(tool):
-    prefixes = {prefix for some in tool.TABLES["gpucolumn"].render.__globals__["PREFIXES"].values() for prefix in some}
-    assert set(PARTS) <= prefixes
-    begins = {name.partition(":")[0] for name in prefixes} - set(PARTS)
-    assert begins == {"attention", "SmolLM2", "ITL", "TensorRT", "KV-only layers", "sublayers", "key offsets",
-                      "fp8 pool", "hierarchical cache", "CUDA pack"}  # fmt: skip
+def test_every_check_has_one_line_and_every_line_a_check(tool, monkeypatch, tmp_path):
+    """Of a machine on which each could run; and a part that was skipped as a whole counts in each of its lines."""
+    subjects = tool.TABLES["gpucolumn"].render.__globals__["SUBJECTS"]
+    assert {part for rows in subjects.values() for part in rows.parts} == set(PARTS)
+    monkeypatch.setattr(attention, "capability", lambda: "9.0")
+    monkeypatch.setattr(kernels, "find_spec", bool)
+    monkeypatch.syspath_prepend(str(base.PLUGINS))
+    names = set()
+    for part in PARTS.values():
+        module, _, function = part.function.partition(":")
+        listed = getattr(importlib.import_module(module), function)
+        arguments = (tmp_path, tmp_path) if part.serves else (torch.device("cpu"),) if part.name != "build" else ()
+        for check in listed(*arguments):
+            lines = [subject for subject, rows in subjects.items() if rows.has(check.name)]
+            assert len(lines) == 1, check.name
+            assert part.name in subjects[lines[0]].parts, check.name
+            names.update(lines)
+    assert names == set(subjects)
 
 
 OF_A_MODEL = (
@@ -163,3 +178,38 @@ def test_wire_dtypes_of_a_file_that_names_no_model(tool):
 
 def test_the_front_page_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+SENTENCE = "Sublayers were <!-- ran: sublayers --><!-- end --> here.\n"
+
+
+@pytest.mark.parametrize(
+    ("rows", "state"),
+    [
+        ([], "**not run on a GPU**"),
+        ([("plans", "skipped")], "**not run on a GPU**"),
+        ([("sublayers", "run"), ("key offsets: int4", "failed")], "run on a GPU"),
+        ([("sublayers", "failed"), ("sublayers", "run")], "run on a GPU (**1 failed** of 2)"),
+    ],
+)
+def test_a_sentence_says_whether_its_subject_ran(tool, tmp_path, rows, state):
+    others = [ROW | {"part": part, "status": status} for part, status in rows]
+    (tmp_path / "gpu-check.json").write_text(json.dumps(CHECK | {"rows": [*CHECK["rows"], *others]}))
+    assert tool.written(SENTENCE, tmp_path) == SENTENCE.replace("--><!--", f"-->{state}<!--")
+    with pytest.raises(SystemExit, match="flux is no subject"):
+        tool.written("<!-- ran: flux --><!-- end -->", tmp_path)
+
+
+CLAIM = re.compile(r"(?i)(?<!what has )\bnot (?:yet )?run (?:yet )?on a gpu|no gpu has run|not run yet: ")
+WARNING = re.compile(r'!!! warning "Not run yet"\n(?:    .*\n)+')  # of pages of commands: tests/docs/test_docs.py
+
+
+def test_no_page_claims_by_hand_what_has_not_run_on_a_gpu(tool):
+    """Sentences between markers, and tables, are made from gpu-check.json."""
+    claims = []
+    for page in tool.pages():
+        text = WARNING.sub("", tool.RAN.sub("", page.read_text()))
+        for name in tool.names(text):
+            text = re.sub(rf"<!-- {name}:begin -->.*?<!-- {name}:end -->", "", text, flags=re.DOTALL)
+        claims += [f"{page.relative_to(ROOT)}: {hit[0]}" for hit in CLAIM.finditer(" ".join(text.split()))]
+    assert claims == [], "put <!-- ran: SUBJECT --><!-- end --> there, and run: make readme"

@@ -3,34 +3,65 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from tables.base import table
 
 Data = dict[str, Any]
 HOW = "`make gpu-check` runs there, in ten minutes, what the machine allows"
 
-# By part of the limits' list: how the names of the rows begin that run it; none: no row does.
-PREFIXES: dict[str, tuple[str, ...]] = {
-    "pruning, oracle": ("oracle",),
-    "pack / unpack in Triton": ("kernels",),
-    "decode attention of cut layers, with CUDA graphs and without": ("served", "attention", "no-graphs"),
-    "a served pair of a real model": ("smollm2", "SmolLM2"),
-    "time between tokens beside the dense plan": ("itl", "ITL"),
-    "transfer through NIXL": ("nixl",),
-    "transfer through Mooncake": ("mooncake",),
-    "TensorRT engines, executor tensorrt": ("tensorrt", "TensorRT"),
-    "KV-only layers under prefill's CUDA graphs": ("plans", "KV-only layers"),
-    "sublayers": ("plans", "sublayers"),
-    "key offsets": ("plans", "key offsets"),
-    "unequal TP, copied heads, DP attention": ("ranks",),
-    "fp8 KV pools": ("fp8-pool", "fp8 pool"),
-    "sliding windows": ("windows",),
-    "latents (MLA)": ("latents",),
-    "speculation without cut layers": ("speculation",),
-    "hierarchical cache on prefill": ("cache", "hierarchical cache"),
-    "CUDA kernel of the pack": ("cuda-pack", "CUDA pack"),
-    "FP8 weights, HiCache on decode, onnx and RTX targets, manifests": (),
+
+class Rows(NamedTuple):
+    """Rows of the file that say of a subject whether it ran.
+
+    Attributes:
+        parts: of the check, each a row of its own where the whole part was skipped.
+        checks: how the names of its checks begin.
+
+    """
+
+    parts: tuple[str, ...]
+    checks: tuple[str, ...]
+
+    def has(self, name: str) -> bool:
+        """Whether a row of this name is among them."""
+        return name in self.parts or name.startswith(self.checks)
+
+
+SUBJECTS = {
+    "pruning, oracle": Rows(("oracle",), ("oracle:",)),
+    "`build --device`": Rows(("build",), ("build:",)),
+    "pack / unpack in Triton": Rows(("kernels",), ("kernels:",)),
+    "decode attention of cut layers, with CUDA graphs and without": Rows(("served", "no-graphs"), ("attention:",)),
+    "a served pair of a real model": Rows(("smollm2",), ("SmolLM2",)),
+    "time between tokens beside SGLang without the plugin": Rows(("itl",), ("ITL:",)),
+    "transfer through NIXL": Rows(("nixl",), ("nixl:",)),
+    "transfer through Mooncake": Rows(("mooncake",), ("mooncake:",)),
+    "TensorRT engines, executor tensorrt": Rows(("tensorrt",), ("TensorRT:",)),
+    "workers with the sizes that SGLang chooses": Rows(("workers",), ("workers: sizes",)),
+    "pages of 16 tokens": Rows(("workers",), ("workers: pages",)),
+    "rows sent by layer": Rows(("workers",), ("workers: rows",)),
+    "KV-only layers under prefill's CUDA graphs": Rows(("plans",), ("KV-only layers:",)),
+    "sublayers": Rows(("plans",), ("sublayers",)),
+    "key offsets": Rows(("plans",), ("key offsets:",)),
+    "mixtures with fewer experts": Rows(("plans",), ("experts:",)),
+    "unequal TP, copied heads, DP attention": Rows(("ranks",), ("ranks:",)),
+    "fp8 KV pools": Rows(("fp8-pool",), ("fp8 pool:",)),
+    "FP8 weights": Rows(("fp8-weights",), ("FP8 weights:",)),
+    "sliding windows": Rows(("windows",), ("windows:",)),
+    "latents (MLA)": Rows(("latents",), ("latents:",)),
+    "speculation without cut layers": Rows(("speculation",), ("speculation:",)),
+    "hierarchical cache on prefill": Rows(("cache",), ("hierarchical cache on prefill",)),
+    "radix cache on decode": Rows(("cache",), ("radix cache on decode",)),
+    "hierarchical cache on decode": Rows(("cache",), ("hierarchical cache on decode",)),
+    "CUDA kernel of the pack": Rows(("cuda-pack",), ("CUDA pack:",)),
+}
+# What no row can run, and why.
+NOT_OF_A_GPU = {
+    "targets onnx and tensorrt-rtx": "onnxruntime computes on the CPU; no executor runs engines of RTX",
+    "target tensorrt-llm": "our workers run none of its checkpoints",
+    "Kubernetes, Compose, Dockerfile": "they need a cluster, Docker and a network; a pair of the same options: workers",
+    "Ray workers of the search": "their students were not tried on several GPUs",
 }
 
 
@@ -57,16 +88,27 @@ def gpuparts(check: Data | None) -> str:
 
 
 def gpucolumn(check: Data | None) -> str:
-    """Part by part, whether it ran on a GPU: by the prefixes of its rows in gpu-check.json."""
+    """Part by part, whether it ran on a GPU: by its rows in gpu-check.json; and what no row can run."""
     rows = check["rows"] if check is not None and _ran(check) else []
-    lines = [
-        (
-            part,
-            _state([row for row in rows if row["part"].startswith(prefixes)]) if prefixes else "no: nothing checks it",
-        )
-        for part, prefixes in PREFIXES.items()
-    ]
+    lines = [(name, _state([row for row in rows if of.has(row["part"])])) for name, of in SUBJECTS.items()]
+    lines += [(name, f"no: {why}") for name, why in NOT_OF_A_GPU.items()]
     return table(("part", "run on a GPU"), lines)
+
+
+def ran(check: Data | None, subject: str) -> str:
+    """Within a sentence, whether a subject ran: "**not run on a GPU**", "run on a GPU (2 failed of 5)".
+
+    Raises:
+        KeyError: there is no such subject.
+
+    """
+    of = SUBJECTS[subject]
+    rows = [row for row in check["rows"] if of.has(row["part"])] if check is not None and _ran(check) else []
+    counts = {status: sum(row["status"] == status for row in rows) for status in ("run", "failed")}
+    total = sum(counts.values())
+    if not total:
+        return "**not run on a GPU**"
+    return "run on a GPU" + (f" (**{counts['failed']} failed** of {total})" if counts["failed"] else "")
 
 
 def _state(rows: list[Data]) -> str:
