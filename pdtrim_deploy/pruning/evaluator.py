@@ -67,6 +67,7 @@ class InProcess:
         self._states = HiddenStates(objective, memory, disk, folder)
         self._known = dict[tuple[Route, int, bool], Tensor]()
         self._samples = dict[int, VocabularySample | None]()
+        self._screened = dict[tuple[Route, int], Tensor]()  # last states, of which exact losses may be wanted soon
 
     @property
     def block_forwards(self) -> int:
@@ -79,6 +80,9 @@ class InProcess:
 
     def screen(self, solutions: Sequence[Solution], batch: int) -> list[Tensor]:
         """About these losses, for less; UserError when one is not a number."""
+        routes = {solution.route(self.blocks) for solution in solutions}
+        if batch:  # who is not here any more has lost
+            self._screened = {key: hidden for key, hidden in self._screened.items() if key[0] in routes}
         return self._losses(solutions, batch, screened=True)
 
     def _losses(self, solutions: Sequence[Solution], batch: int, screened: bool) -> list[Tensor]:
@@ -86,11 +90,15 @@ class InProcess:
         fresh = list(dict.fromkeys(route for route in routes if (route, batch, screened) not in self._known))
         start = self.objective.forced.route(self.blocks)
         first = [start] if screened and fresh and batch not in self._samples else []  # in the same pass over the blocks
-        states = self._states.final_states([*first, *fresh], batch)
-        for hidden in states[: len(first)]:
-            self._samples[batch] = self.objective.sample(batch, hidden)
+        run = [*first, *(route for route in fresh if (route, batch) not in self._screened)]
+        states = dict(zip(run, self._states.final_states(run, batch), strict=True))
+        for route in first:
+            self._samples[batch] = self.objective.sample(batch, states[route])
         sample = self._samples.get(batch) if screened else None
-        for route, hidden in zip(fresh, states[len(first) :], strict=True):
+        if sample is not None:
+            self._screened |= {(route, batch): states[route] for route in fresh if route in states}
+        for route in fresh:
+            hidden = states[route] if route in states else self._screened[route, batch]
             losses = self.objective.losses(batch, hidden, sample).cpu()
             if not bool(torch.isfinite(losses).all()):
                 raise UserError("the calibration loss is not a number; load the model in float32, check its weights")
@@ -101,6 +109,7 @@ class InProcess:
 
     def settle(self, solution: Solution) -> None:
         """Keep this solution's hidden states before all others."""
+        self._screened.clear()
         self._states.settle(solution.route(self.blocks))
 
 
