@@ -68,6 +68,11 @@ class ModelSizes:
         )
 
     @property
+    def has_experts(self) -> bool:
+        """Whether a token meets some of the last block's weights only."""
+        return self.active < self.block
+
+    @property
     def kv(self) -> int:
         """Weights of one block's K and V projections: all that is computed of a block that runs for its KV alone."""
         return 2 * self.hidden * self.kv_width
@@ -87,7 +92,7 @@ class ModelSizes:
 
 
 def stored_bytes(config: Mapping[str, Any], dtype: str, lost: int = 0) -> int:
-    """Of a checkpoint written in `dtype` without so many blocks, and of a worker that serves it.
+    """Of a checkpoint written in `dtype` without so many blocks, and of a worker that serves it on a GPU.
 
     Of FP8 weights a block's maps are codes of a byte each, and scales, below 1 %.
     """

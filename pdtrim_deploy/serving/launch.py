@@ -62,10 +62,10 @@ def cluster_of(
         )
     options = replace(options, sparse=any(send.mode == "sparse" for send in bundle.plan.kv))
     options = replace(options, pool_dtype=bundle.plan.model.pool_dtype, plan_digest=bundle.plan.digest)
-    if options.device == "cpu" and options.pool_dtype != "native":
+    if options.device == "cpu" and options.pool_dtype != "native" and bundle.plan.model.rope_dim is not None:
         raise UserError(
-            f"the plan's KV pool is {options.pool_dtype}, which SGLang 0.5.23 has on a CPU with Intel AMX alone, and "
-            "there with scales that no plan knows; serve this bundle on GPUs, or build it with kv.pool_dtype native"
+            f"the plan's KV pool is {options.pool_dtype}, which SGLang 0.5.23 has on a CPU for no model with latents "
+            "(MLA); serve this bundle on GPUs, or build it with kv.pool_dtype native"
         )
     require_weights(bundle.decode_dir, options.device)
     if options.split_pool is not None and not options.sparse:

@@ -6,21 +6,18 @@ import json
 from pathlib import Path
 
 from pdtrim_deploy.errors import UserError
-from pdtrim_deploy.local.processor import cpu_features
 from pdtrim_deploy.models.quantized import read_quantized
-
-_TILES = "amx_tile"
+from pdtrim_deploy.models.weights import ModelSizes
 
 
 def require_weights(stage_dir: Path, device: str) -> None:
-    """UserError: FP8 weights on a CPU, where SGLang 0.5.23 has them in blocks and with Intel AMX alone."""
+    """UserError: experts with FP8 weights on a CPU, where the plugin computes all other layers by torch."""
     if device != "cpu":
         return
-    quantized = read_quantized(stage_dir, json.loads((stage_dir / "config.json").read_text()))
-    if quantized is None:
-        return
-    if quantized.method != "fp8" or quantized.block is None or _TILES not in (cpu_features() or ()):
+    config = json.loads((stage_dir / "config.json").read_text())
+    quantized = read_quantized(stage_dir, config)
+    if quantized is not None and ModelSizes.of(config).has_experts:
         raise UserError(
-            f"the stages' weights are {quantized.label}, which SGLang 0.5.23 computes on GPUs, and on a CPU in the "
-            "blocks of fp8 format with Intel AMX alone; serve this bundle on GPUs, or build it from unquantised weights"
+            f"the stages' weights are {quantized.label}, and experts have them on GPUs alone; serve this bundle on "
+            "GPUs, or build it from unquantised weights"
         )

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pdtrim_deploy.models.weights import ModelSizes, stored_bytes
+from pdtrim_deploy.models.weights import ModelSizes
 from pdtrim_deploy.plan import NativeDtype
 from pdtrim_deploy.plan.wire import FP8_ROWS, ITEM_BYTES, PoolDtype
 
@@ -39,7 +39,9 @@ def worker_memory(
     requests: int = 16,
     pool_dtype: PoolDtype = "native",
 ) -> WorkerMemory:
-    """Of the model of `config` (config.json), served in `dtype`: weights have it that are no FP8, and a native KV pool.
+    """Of the model of `config` (config.json), served in `dtype`: its weights have it, and a native KV pool.
+
+    Blocks of FP8 weights are held in float32 (the plugin's cpu/fp8_weights.py).
 
     Args:
         pool_tokens: tokens that the KV pool is to hold.
@@ -49,9 +51,10 @@ def worker_memory(
 
     """
     sizes, tokens = ModelSizes.of(config), min(batch_tokens, pool_tokens)
+    block_dtype: NativeDtype = "float32" if config.get("quantization_config") else dtype
     return WorkerMemory(
         program=WORKER_PROGRAM,
-        weights=stored_bytes(config, dtype),
+        weights=sizes.ends * ITEM_BYTES[dtype] + (sizes.total - sizes.ends) * ITEM_BYTES[block_dtype],
         pool=pool_tokens * sizes.blocks * 2 * sizes.kv_width * ITEM_BYTES[FP8_ROWS.get(pool_dtype, dtype)],
         # of one block, and some of it in float32 whatever the dtype: residual, norm, attention; gate, up, product
         activations=4 * (tokens * (4 * sizes.hidden + 3 * sizes.inner) + 3 * requests * sizes.vocabulary),

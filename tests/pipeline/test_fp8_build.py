@@ -18,8 +18,6 @@ from pdtrim_deploy.pipeline import build
 from pdtrim_deploy.pipeline.preview import preview
 from pdtrim_deploy.plan import STAGES
 from pdtrim_deploy.recipe import Recipe
-from pdtrim_deploy.serving import WorkerOptions
-from pdtrim_deploy.serving.launch import cluster_of
 
 
 def recipe(source: Path, text: Path, **sections: object) -> Recipe:
@@ -109,13 +107,6 @@ def test_what_fp8_weights_cannot_have_is_refused(source: Path, text: Path, tmp_p
             with pytest.raises(UserError, match=words):
                 run(recipe(source, text, **sections), tmp_path / "out", cache)
             assert not (tmp_path / "out").exists()
-
-
-def test_a_cpu_serves_none(source: Path, text: Path, tmp_path: Path, cache: Cache) -> None:
-    plain = {"pruning": {"prefill_blocks": 0, "decode_blocks": 0}, "healing": {}}
-    bundle = build(recipe(source, text, **plain), tmp_path / "out", cache)
-    with pytest.raises(UserError, match=r"FP8 in compressed-tensors format .* which SGLang 0.5.23 computes on GPUs"):
-        cluster_of(bundle, options=WorkerOptions(device="cpu", dtype="bfloat16"))
 
 
 def test_config_alone_tells_sizes_and_refusals(source: Path, text: Path, tmp_path: Path, cache: Cache) -> None:

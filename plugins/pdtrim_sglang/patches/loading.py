@@ -2,7 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
+
+import torch
+
+
+def take_any_scheme_without_gpu(original: Callable[..., bool], *args: Any, **kwargs: Any) -> bool:
+    """Whether SGLang may load a scheme: it asks for a GPU's capability before it looks whether there is a GPU."""
+    return not torch.cuda.is_available() or original(*args, **kwargs)
+
+
+def compute_fp8_by_torch(model: Any, target_device: Any) -> None:
+    if target_device.type == "cpu":
+        from pdtrim_sglang.cpu.fp8_weights import compute_fp8_by_torch
+
+        compute_fp8_by_torch(model)
 
 
 def cut_planned_layers(loaded: Any, runner: Any) -> None:

@@ -8,6 +8,26 @@ from typing import Any
 from pdtrim_sglang.patches.transfer import prompt_tokens
 
 
+def choose_kv_dtype(original: Callable[..., Any], runner: Any) -> Any:
+    from sglang.srt.mem_cache import kv_cache_dtype
+
+    from pdtrim_sglang.cpu.fp8_pools import as_on_gpus
+
+    with as_on_gpus(kv_cache_dtype):
+        return original(runner)
+
+
+def configure_pool(original: Callable[..., Any], configurator: Any, **given: Any) -> Any:
+    from sglang.srt.mem_cache import kv_cache_configurator
+
+    from pdtrim_sglang.cpu.fp8_pools import FP8, as_on_gpus
+
+    if configurator.use_mla_backend or configurator.kv_cache_dtype not in FP8:
+        return original(configurator, **given)
+    with as_on_gpus(kv_cache_configurator):
+        return original(configurator, **given)
+
+
 def kept_pool(original: Callable[..., Any], configurator: Any, *, mha_pool_class: Any, **given: Any) -> Any:
     from pdtrim_sglang.kept_pool.build import pool_class
 

@@ -13,6 +13,7 @@ from pdtrim_deploy.models.loading import load_model
 from pdtrim_deploy.models.quantized import with_quantization
 from pdtrim_deploy.models.streaming import stream_model
 from pdtrim_deploy.models.surgery import write_stage
+from pdtrim_deploy.models.weights import ModelSizes, stored_bytes
 from pdtrim_deploy.worker.memory import worker_memory
 
 BLOCKS = [0, 2, 3, 5]
@@ -38,13 +39,15 @@ def test_is_read_as_the_weights_that_it_stands_for(folder, cache):
     assert not [name for name in checkpoint.tensors if name.endswith(("k_proj.k_scale", "v_proj.v_scale"))]
 
 
-def test_a_worker_is_priced_by_what_is_stored(folder, cache):
+def test_a_cpu_worker_is_priced_in_float32_and_one_on_a_gpu_by_what_is_stored(folder, cache):
     """One matrix of 42 is not quantised, and small blocks have many scales: both are left out."""
     config = with_quantization(folder, read_config(folder / "config.json"))
     stored = sum(info.nbytes for info in resolve(f"hf:{folder}", cache).tensors.values())
-    assert worker_memory(config, "float32", 64).weights == pytest.approx(stored, rel=0.15)
+    assert stored_bytes(config, "float32") == pytest.approx(stored, rel=0.15)
     plain = worker_memory(read_config(folder.with_name("source-float") / "config.json"), "float32", 64).weights
-    assert plain > 2 * stored
+    assert worker_memory(config, "float32", 64).weights == plain > 2 * stored
+    ends = ModelSizes.of(config).ends
+    assert worker_memory(config, "bfloat16", 64).weights == plain - 2 * ends
 
 
 def test_stages_keep_codes_and_scales_to_the_bit(folder, cache, tmp_path):
