@@ -38,6 +38,11 @@ class Rule:
     first: int = 0
     last: int = 0
 
+    @property
+    def mode(self) -> str:
+        """As `plan.KVSend` names it."""
+        return "sparse" if self.first + self.last else "full"
+
     def row_ranges(self, prompt_tokens: int) -> tuple[tuple[int, int], ...]:
         """Half-open ranges of prompt positions, ascending and disjoint."""
         if not self.first + self.last or self.first + self.last >= prompt_tokens:
