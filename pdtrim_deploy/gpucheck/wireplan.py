@@ -40,7 +40,7 @@ class Rule:
 
     @property
     def mode(self) -> str:
-        """As `plan.KVSend` names it."""
+        """As a plan's rule has it: `full` or `sparse`."""
         return "sparse" if self.first + self.last else "full"
 
     def row_ranges(self, prompt_tokens: int) -> tuple[tuple[int, int], ...]:

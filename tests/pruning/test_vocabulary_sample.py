@@ -73,8 +73,8 @@ def test_screening_runs_the_head_on_a_part_and_the_answer_is_exact(model, small,
     removed = Solution.of(stages.prefill.removed)
     exact = mean_loss(InProcess(NextTokenLoss(model, ids)), removed)
     assert stages.prefill.loss == pytest.approx(exact, abs=1e-6)
-    behind = InProcess(NextTokenLoss(model, ids, 40, removed))
-    assert stages.decode.loss == pytest.approx(mean_loss(behind, Solution.of(stages.decode.removed)), abs=1e-6)
+    decode = InProcess(NextTokenLoss(model, ids, 40, removed))
+    assert stages.decode.loss == pytest.approx(mean_loss(decode, Solution.of(stages.decode.removed)), abs=1e-6)
 
 
 def test_screened_losses_are_no_exact_ones(model, small):
