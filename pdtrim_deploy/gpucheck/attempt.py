@@ -79,7 +79,8 @@ def attempt(
 def _ending(code: int, rows: int, checks: int, log: Path) -> str:
     """What is wrong with how a process ended that has written `rows` for its `checks`; empty: nothing."""
     if code < 0:
-        return f"ended by {signal.Signals(-code).name}{_why(log)}"
+        memory = ", most likely for memory" if -code == signal.SIGKILL else ""
+        return f"ended by {signal.Signals(-code).name}{memory}{_why(log)}"
     if code == DEVICE_LOST and rows:
         return ""
     if code > 0:

@@ -123,7 +123,10 @@ def _rows(part: Part, here: Environment, serve: Environment | None, end: float, 
     if left < LEAST_S:
         return [Row(part.name, "skipped", f"no time was left; run it alone: gpu-check --part {part.name}")]
     served = serve.python if serve is not None and part.serves else None
-    return run_part(part, environment.python, min(left, max(part.seconds, left - kept)), served)
+    try:
+        return run_part(part, environment.python, min(left, max(part.seconds, left - kept)), served)
+    except OSError as error:  # no temporary folder, no space left, no such program
+        return [Row(part.name, "failed", f"no process of it could be run: {error}")]
 
 
 def _words(figure: Mapping[str, float | int | str] | None) -> str:

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -34,13 +35,20 @@ def run(
     add_plugins()
     here, serve = _environments(serve_python)
     with _ends_at_a_signal():
-        outcome = check(parts, here, serve, end=end, done=lambda seen: write(seen, typed, out), say=say)
+        outcome = check(parts, here, serve, end=end, done=partial(_write, typed, out), say=say)
     if not outcome.device:
         raise UserError(
             f"{outcome.rows[0].reason}; run it on a machine with a GPU ({out} says that every part was skipped)"
         )
     say(f"{out}: {', '.join(_counts(outcome))}")
     return 1 if outcome.failed else 0
+
+
+def _write(typed: str, out: Path, outcome: Outcome) -> None:
+    try:
+        write(outcome, typed, out)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written ({error.strerror}); name a file elsewhere") from None
 
 
 def _environments(serve_python: Path | None) -> tuple[Environment, Environment | None]:

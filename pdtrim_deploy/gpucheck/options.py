@@ -15,6 +15,7 @@ from pdtrim_deploy.gpucheck.pair import Pair, fidelity_check
 from pdtrim_deploy.loadtest import Scenario
 
 WHOLE = {"method": "none", "wire_dtype": "int8"}
+SOME_CUT = {"method": "attention-mass", "sparse_layers": 3, "n_first": 4, "n_last": 64}
 # one branch, since SGLang verifies trees of more in pages of one token alone
 NGRAM = ("--speculative-algorithm", "NGRAM", "--speculative-ngram-max-bfs-breadth", "1")
 EAGLE = (
@@ -31,11 +32,10 @@ DP_ATTENTION = ("--enable-dp-attention", "--dp-size", "2")
 def worker_checks(serve: Path, folder: Path, pair: Pair | None = None) -> list[Check]:
     """Tiny pairs whose plan cuts every layer, against the oracle: as `serve` starts them, and with other options."""
     pair, bundle = pair or Pair(serve), lazily(folder, CUT)
-    by_layer = replace(pair, send_by_layer=True, prefill_args=("--disable-radix-cache",))
     return [
         fidelity_check("workers: sizes that SGLang chooses", bundle, replace(pair, small=False), seconds=60),
         fidelity_check("workers: pages of 16 tokens", bundle, replace(pair, page_size=16)),
-        fidelity_check("workers: rows sent by layer", bundle, by_layer),
+        fidelity_check("workers: rows sent by layer", bundle, replace(pair, send_by_layer=True)),
     ]
 
 
@@ -61,13 +61,17 @@ def speculation_checks(serve: Path, folder: Path, pair: Pair | None = None) -> l
 
 def cache_checks(serve: Path, folder: Path, pair: Pair | None = None) -> list[Check]:
     """Prefix caches, against the oracle, before prompts are evicted and after: in host memory, and decode's own."""
-    pair, bundle = pair or Pair(serve), lazily(folder, WHOLE)
+    pair, whole, some = pair or Pair(serve), lazily(folder / "whole", WHOLE), lazily(folder / "some", SOME_CUT)
     variants = {
-        "hierarchical cache on prefill": replace(pair, prefill_args=HIERARCHICAL),
-        "radix cache on decode": replace(pair, decode_args=RADIX),
-        "hierarchical cache on decode": replace(pair, decode_args=(*RADIX, *HIERARCHICAL)),
+        "hierarchical cache on prefill": (whole, replace(pair, prefill_args=HIERARCHICAL)),
+        "radix cache on decode": (whole, replace(pair, decode_args=RADIX)),
+        "radix cache on decode, some layers cut": (some, replace(pair, decode_args=RADIX)),
+        "hierarchical cache on decode": (whole, replace(pair, decode_args=(*RADIX, *HIERARCHICAL))),
     }
-    return [fidelity_check(name, bundle, variant, between=EVICTING, seconds=45) for name, variant in variants.items()]
+    return [
+        fidelity_check(name, bundle, variant, between=EVICTING, seconds=45)
+        for name, (bundle, variant) in variants.items()
+    ]
 
 
 def rank_checks(serve: Path, folder: Path, pair: Pair | None = None) -> list[Check]:

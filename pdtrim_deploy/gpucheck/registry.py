@@ -34,7 +34,7 @@ PARTS = {
         Part("windows", f"{_HERE}.pools:window_checks", 120, _CORE, _SGLANG, extra=True),
         Part("latents", f"{_HERE}.pools:latent_checks", 160, _CORE, _SGLANG, extra=True),
         Part("speculation", f"{_HERE}.options:speculation_checks", 80, _CORE, _SGLANG, extra=True),
-        Part("cache", f"{_HERE}.options:cache_checks", 160, _CORE, _SGLANG, extra=True),
+        Part("cache", f"{_HERE}.options:cache_checks", 200, _CORE, _SGLANG, extra=True),
     )
 }
 

@@ -48,6 +48,9 @@ class RowRule(Protocol):
     """What it must know of a layer: `plan.KVSend`."""
 
     @property
+    def mode(self) -> str: ...
+
+    @property
     def wire_dtype(self) -> WireDtype: ...
 
     @property

@@ -31,19 +31,27 @@ def test_workers_have_the_sizes_of_serve_pages_of_16_and_sends_by_layer(tmp_path
     assert (workers["usual"].pool_tokens, workers["usual"].requests, workers["usual"].page_tokens) == (None, None, 64)
     assert (workers["pages"].pool_tokens, workers["pages"].page_tokens) == (8192, 16)
     assert workers["by_layer"].send_by_layer
-    assert "--disable-radix-cache" in workers["by_layer"].prefill_args
 
 
 def test_caches_are_judged_before_and_after_an_eviction(tmp_path, judged, monkeypatch):
-    monkeypatch.setattr(bundles, "tiny_bundle", lambda *_, **__: "bundle")
+    monkeypatch.setattr(bundles, "tiny_bundle", lambda folder, kv, *_, **__: kv["method"])
     rows = list(rows_of(options.cache_checks(tmp_path, tmp_path)))
     assert [row.part for row in rows] == [
-        "hierarchical cache on prefill", "radix cache on decode", "hierarchical cache on decode",
+        "hierarchical cache on prefill", "radix cache on decode", "radix cache on decode, some layers cut",
+        "hierarchical cache on decode",
     ]  # fmt: skip
-    variants = [(variant.prefill_args, variant.decode_args) for _, variant, _ in judged]
-    assert variants == [(options.HIERARCHICAL, ()), ((), options.RADIX), ((), (*options.RADIX, *options.HIERARCHICAL))]
+    variants = [(bundle, variant.prefill_args, variant.decode_args) for bundle, variant, _ in judged]
+    both = (*options.RADIX, *options.HIERARCHICAL)
+    assert variants == [
+        ("none", options.HIERARCHICAL, ()), ("none", (), options.RADIX), ("attention-mass", (), options.RADIX),
+        ("none", (), both),
+    ]  # fmt: skip
     (between,) = {id(between): between for _, _, between in judged}.values()
     assert between.requests * between.input.tokens > spec.SMALL_POOL_TOKENS
+
+
+def test_some_layers_of_a_plan_are_cut(tmp_path):
+    assert {send.mode for send in bundles.tiny_bundle(tmp_path, options.SOME_CUT).plan.kv} == {"full", "sparse"}
 
 
 def test_the_second_judgement_counts(tmp_path, monkeypatch):

@@ -60,7 +60,7 @@ def test_what_is_no_row_is_told_from_one(text):
     ("name", "check_name", "reason"),
     [
         ("crashes", "crash", "ended with exit code 1: RuntimeError: CUDA error: an illegal memory access was"),
-        ("killed", "kill", "ended by SIGKILL"),
+        ("killed", "kill", "ended by SIGKILL, most likely for memory"),
         ("exits", "leave", "ended with exit code 3"),
         ("leaves_early", "leave", "ended with exit code 0 before this check was done"),
         ("garbage", "write", "line 3 of what it wrote cannot be read: not a row"),
@@ -214,6 +214,24 @@ def test_parts_without_time_are_named(monkeypatch):
         name for name, known in PARTS.items() if not known.extra
     ]
     assert all("no time was left; run it alone" in row.reason for row in rows if row.status == "skipped")
+
+
+def test_a_part_whose_process_cannot_be_started_has_failed_and_the_others_go_on():
+    nowhere = Environment(Path("/nowhere/python"), ("torch", "triton", "onnx"), {}, GPU)
+    broken, good = check.check([part("well", modules=("onnx",)), part("well")], OWN, nowhere, end=within()).rows
+    assert (broken.part, broken.status, good) == ("well", "failed", GOOD)
+    assert "no process of it could be run: [Errno 2] No such file or directory: '/nowhere/python'" in broken.reason
+
+
+def test_a_file_that_cannot_be_written_is_one_sentence_before_a_part_begins(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(command, "parts_named", lambda _: [part("hangs")])
+    monkeypatch.setattr(command, "_environments", lambda _: (OWN, None))
+    monkeypatch.setattr(command, "write", full)
+    with pytest.raises(UserError, match=r"--out .*x.json: cannot be written \(No space left on device\)"):
+        command.run(tmp_path / "x.json", (), None, 600, "x", lambda _: None)
 
 
 def test_without_a_device_no_part_is_begun():

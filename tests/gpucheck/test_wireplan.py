@@ -19,7 +19,8 @@ def shape(**more):
 
 
 def layouts(plan):
-    return [(layout.layers, layout.total_bytes) for layout in (chunk_layout(plan, *chunk) for chunk in CHUNKS)]
+    chunks = [chunk_layout(plan, *chunk, reused_tokens=reused) for chunk in CHUNKS for reused in (0, 20)]
+    return [(layout.layers, layout.total_bytes) for layout in chunks]
 
 
 @pytest.mark.parametrize(("wire", "dtype"), POOLS)
