@@ -218,7 +218,7 @@ def test_parts_without_time_are_named(monkeypatch):
 
 def test_a_part_whose_process_cannot_be_started_has_failed_and_the_others_go_on():
     nowhere = Environment(Path("/nowhere/python"), ("torch", "triton", "onnx"), {}, GPU)
-    broken, good = check.check([part("well", modules=("onnx",)), part("well")], OWN, nowhere, end=within()).rows
+    broken, good = check.check([part("well", modules=("onnx",)), part("well")], HERE, nowhere, end=within()).rows
     assert (broken.part, broken.status, good) == ("well", "failed", GOOD)
     assert "no process of it could be run: [Errno 2] No such file or directory: '/nowhere/python'" in broken.reason
 
@@ -228,7 +228,7 @@ def test_a_file_that_cannot_be_written_is_one_sentence_before_a_part_begins(tmp_
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(command, "parts_named", lambda _: [part("hangs")])
-    monkeypatch.setattr(command, "_environments", lambda _: (OWN, None))
+    monkeypatch.setattr(command, "_environments", lambda _: (HERE, None))
     monkeypatch.setattr(command, "write", full)
     with pytest.raises(UserError, match=r"--out .*x.json: cannot be written \(No space left on device\)"):
         command.run(tmp_path / "x.json", (), None, 600, "x", lambda _: None)
@@ -315,9 +315,9 @@ def test_on_a_machine_without_a_gpu_it_says_so_in_one_sentence_and_skips_everyth
 def test_a_check_that_is_stopped_leaves_a_whole_file_and_no_process(tmp_path):
     """SIGTERM, as `timeout` sends it, in a part that hangs: what ran is there, and the parts to come are named."""
     code = """
-import sys; from pathlib import Path; from test_supervise import OWN, command, part
+import sys; from pathlib import Path; from test_supervise import HERE, command, part
 command.parts_named = lambda _: [part("well"), part("hangs"), part("prints")]
-command._environments = lambda _: (OWN, None)
+command._environments = lambda _: (HERE, None)
 command.run(Path(sys.argv[1]), (), None, 600, "x", lambda text: print(text, flush=True))
 """
     out, pid = tmp_path / "x.json", tmp_path / "pid"
