@@ -200,7 +200,10 @@ def test_a_sentence_says_whether_its_subject_ran(tool, tmp_path, rows, state):
         tool.written("<!-- ran: flux --><!-- end -->", tmp_path)
 
 
-CLAIM = re.compile(r"(?i)(?<!what has )\bnot (?:yet )?run (?:yet )?on a gpu|no gpu has run|not run yet: ")
+CLAIM = re.compile(
+    r"(?i)(?<!what has )\bnot (?:yet )?run (?:yet )?on a gpu|no gpu has run|nothing (?:of this )?has run on a gpu"
+    r"|not run yet: "
+)
 WARNING = re.compile(r'!!! warning "Not run yet"\n(?:    .*\n)+')  # of pages of commands: tests/docs/test_docs.py
 
 
