@@ -53,9 +53,6 @@ class RowRule(Protocol):
     @property
     def wire_dtype(self) -> WireDtype: ...
 
-    @property
-    def mode(self) -> str: ...
-
     def row_ranges(self, prompt_tokens: int) -> tuple[tuple[int, int], ...]: ...
 
 
