@@ -15,11 +15,11 @@ TEST_ENV = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} OMP_WAIT_POLICY=PASSIVE GOMP_S
 PYTEST = -m pytest --durations=5
 TEST_WORKERS ?= 2
 
-.PHONY: help setup setup-build setup-serve setup-docs setup-aiperf setup-evals lock lint format test test-unit test-unit-build test-unit-serve test-docs test-serve test-faults test-gpu-check coverage mutations soak demo headline plugin gpu-check docs deploy bench clean distclean
+.PHONY: help setup setup-build setup-serve setup-docs setup-aiperf setup-evals lock lint format test test-unit test-unit-build test-unit-serve test-docs test-serve test-faults test-gpu-check coverage mutations soak demo demo-limited headline plugin gpu-check docs deploy bench clean distclean
 .DEFAULT_GOAL := help
 
 help:  ## list these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup:  ## make .venv/build and .venv/serve from constraints/*.txt, if they do not stand yet
 	@$(PYTHON) tools/environment.py build serve
@@ -98,6 +98,9 @@ soak: setup  ## 2,000 requests, a fifth of them aborted: memory, pages and open 
 demo: setup  ## build, serve, check and load-test the pruned SmolLM2-135M; results in out/demo
 	$(BUILD)/pdtrim-deploy demo $(RECIPE) --out $(OUT) $(PAGE)
 
+demo-limited:  ## the demo with the instructions of an older CPU: AVX2, no AVX-512, no bfloat16; in out/demolimited
+	$(PYTHON) tools/limited_cpu.py $(MAKE) --no-print-directory demo OUT=out/demolimited
+
 headline: setup  ## the same with both of the paper's savings, healed: an hour on 2 cores; results in out/headline
 	$(BUILD)/pdtrim-deploy demo recipes/smollm2-headline.yaml --out out/headline $(HEADLINE) $(PAGE)
 
@@ -123,7 +126,7 @@ bench-%: setup
 	$(BUILD)/python benchmarks/$*.py
 
 readme: setup-build  ## write the tables of README and docs from benchmarks/results and, if there is one, the last demo
-	$(BUILD)/python tools/readme_tables.py $(addprefix --demo ,$(wildcard $(OUT)/report/metrics.json)) $(addprefix --headline ,$(wildcard out/headline/report/metrics.json))
+	$(BUILD)/python tools/readme_tables.py $(addprefix --demo ,$(wildcard $(OUT)/report/metrics.json)) $(addprefix --demolimited ,$(wildcard out/demolimited/report/metrics.json)) $(addprefix --headline ,$(wildcard out/headline/report/metrics.json))
 
 clean:  ## remove outputs and caches, keep the environments
 	rm -rf out dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

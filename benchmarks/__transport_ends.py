@@ -166,29 +166,29 @@ def send(world: World, arguments: list[str]) -> list[dict[str, Any]]:
         other.index_copy_(0, world.places, staging.view(torch.int64).view(world.rows, -1))
 
     other, staging = torch.zeros_like(world.pool), torch.zeros(world.total, dtype=torch.uint8)
-    ways: dict[str, Callable[[], None]] = {
+    moves: dict[str, Callable[[], None]] = {
         "memcpy": memcpy,
         "socket packed": over_socket("packed", lambda: [world.gather(staging)]),
         "socket scattered": over_socket("scattered", world.pieces),
     }
-    ways |= {f"{name} packed": over(name) for name in places["ports"]}
-    ways |= {f"{name} scattered": _scattered(name, world, places) for name in LIBRARIES if name in places["ports"]}
-    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    moves |= {f"{name} packed": over(name) for name in places["ports"]}
+    moves |= {f"{name} scattered": _scattered(name, world, places) for name in LIBRARIES if name in places["ports"]}
+    seconds: dict[str, list[float]] = {name: [] for name in moves}
     expected_sum = str(int(world.pool[world.places].sum()))
     for round_ in range(world.rounds + 1):  # the first one connects
-        for way, move in ways.items():
+        for name, move in moves.items():
             order("clear")
             begun = time.perf_counter()
             move()
             took = time.perf_counter() - begun
             if round_:
-                seconds[way].append(took)
-            assert way == "memcpy" or order("sum") == expected_sum, f"{way} did not move the rows"
+                seconds[name].append(took)
+            assert name == "memcpy" or order("sum") == expected_sum, f"{name} did not move the rows"
     child.kill()
-    rates = {way: [world.total / elapsed / 1e9 for elapsed in times] for way, times in seconds.items()}
+    rates = {name: [world.total / elapsed / 1e9 for elapsed in times] for name, times in seconds.items()}
     return [
-        {"way": way, "bytes": world.total, "median_gb_s": median(r), "least_gb_s": min(r), "most_gb_s": max(r)}
-        for way, r in rates.items()
+        {"way": name, "bytes": world.total, "median_gb_s": median(r), "least_gb_s": min(r), "most_gb_s": max(r)}
+        for name, r in rates.items()
     ]
 
 
@@ -197,12 +197,12 @@ def _scattered(name: str, world: World, places: dict[str, Any]) -> Callable[[], 
     writer = writer_of(name, "send", world)
     writer.register(world.pool.view(torch.uint8).view(-1))
     target = writer.reach(places[name].encode())
-    mine, theirs, sizes = world.addresses(), places["addresses"], [world.row_bytes] * world.rows
+    sources, targets, sizes = world.addresses(), places["addresses"], [world.row_bytes] * world.rows
 
     def nixl() -> None:
         agent = writer._agent
-        local = agent.get_xfer_descs([(at, world.row_bytes, 0) for at in mine], "DRAM")
-        remote = agent.get_xfer_descs([(at, world.row_bytes, 0) for at in theirs], "DRAM")
+        local = agent.get_xfer_descs([(at, world.row_bytes, 0) for at in sources], "DRAM")
+        remote = agent.get_xfer_descs([(at, world.row_bytes, 0) for at in targets], "DRAM")
         handle = agent.initialize_xfer("WRITE", local, remote, target[0], b"")
         state = agent.transfer(handle)
         while state == "PROC":
@@ -214,16 +214,16 @@ def _scattered(name: str, world: World, places: dict[str, Any]) -> Callable[[], 
     def mooncake() -> None:
         for at in range(0, world.rows, MOST_MOONCAKE):  # more at once fail over TCP (0.3.13.post1)
             part = slice(at, at + MOST_MOONCAKE)
-            assert writer._engine.batch_transfer_sync_write(target[0], mine[part], theirs[part], sizes[part]) == 0
+            assert writer._engine.batch_transfer_sync_write(target[0], sources[part], targets[part], sizes[part]) == 0
 
     return {"nixl": nixl, "mooncake": mooncake}[name]
 
 
 if __name__ == "__main__":
-    end, *given = sys.argv[1:]
-    world = World(end, *map(int, given))
+    end, *sizes = sys.argv[1:]
+    world = World(end, *map(int, sizes))
     if end == "receive":
         receive(world)
     else:
-        print(json.dumps(send(world, given)), flush=True)
+        print(json.dumps(send(world, sizes)), flush=True)
         os._exit(0)  # threads of Mooncake's engines may crash the interpreter's end

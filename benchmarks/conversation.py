@@ -5,6 +5,9 @@
 Two pairs of one bundle (SmolLM2, all rows in k4v3) are up at once and have the same conversations in turns, one turn at
 a time, KV over a relay on loopback that lets `--link` through. For each turn: the prompt, the bytes that prefill sent,
 TTFT. Bytes are counted by the prefill workers; without the cache they must be the plan's.
+
+`--scenario scenarios/agentic.yaml --pool 73728 --bundle DIR` has a scenario's conversations instead, with any bundle
+whose context holds them, cut layers or not; it writes nothing.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import argparse
 import os
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -31,6 +34,7 @@ from pdtrim_deploy.pipeline import build
 from pdtrim_deploy.plan.link import Link
 from pdtrim_deploy.recipe import Recipe
 from pdtrim_deploy.serving import WorkerOptions, cluster_of, throttled
+from pdtrim_deploy.serving.spec import SMALL_POOL_TOKENS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAIRS = {"whole": (), "reuse": ("--disaggregation-decode-enable-radix-cache",)}
@@ -73,6 +77,8 @@ def main() -> None:
     parser.add_argument("--system", type=int, default=400, help="tokens of the system prompt that all share")
     parser.add_argument("--input", type=int, default=250, help="tokens that each turn adds")
     parser.add_argument("--answer", type=int, default=24, help="tokens")
+    parser.add_argument("--scenario", type=Path, help="lengths and turns are its, instead of the options'")
+    parser.add_argument("--pool", type=int, default=SMALL_POOL_TOKENS, help="tokens of each worker's KV pool")
     parser.add_argument("--link", default="100Mbps")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -81,21 +87,19 @@ def main() -> None:
     for row in rows:
         print("turn {turn}: {prompt_tokens} tokens, {whole_bytes} -> {reuse_bytes} bytes".format(**row), end="")
         print(", TTFT {whole_ttft_ms:.0f} -> {reuse_ttft_ms:.0f} ms".format(**row))
-    if options.rounds >= LEAST_ROUNDS:
+    if options.rounds >= LEAST_ROUNDS and options.scenario is None:
         print(write("conversation", options, rows))
 
 
 def measure(bundle: Bundle, options: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for each turn, over all conversations."""
-    scenario = Scenario(
-        name="conversation", arrivals=Arrivals(clients=1), prefixes=Prefixes(tokens=options.system),
-        conversations=Conversations(turns=options.turns), input=Lengths(tokens=options.input),
-        output=Lengths(tokens=options.answer), requests=options.turns, warmup=0,
-    )  # fmt: skip
+    scenario = _scenario(options)
+    turns = scenario.requests or 0
     with ExitStack() as stack:
         pairs = {}
         for name, arguments in PAIRS.items():
-            cluster = cluster_of(bundle, options=WorkerOptions.beside_others(decode_args=arguments), say=print)
+            small = WorkerOptions.beside_others(decode_args=arguments)
+            cluster = cluster_of(bundle, options=replace(small, max_total_tokens=options.pool), say=print)
             stack.enter_context(throttled(cluster, Link.parse(options.link)))
             pairs[name] = Pair(cluster.url, Workers.of(cluster))
         for pair in pairs.values():  # the system prompt is in both caches of prefill before anything is measured
@@ -106,7 +110,21 @@ def measure(bundle: Bundle, options: argparse.Namespace) -> list[dict[str, Any]]
             for name in list(pairs) if number % 2 == 0 else list(pairs)[::-1]:
                 print(f"conversation {number + 1} of {options.rounds}, {name}")
                 pairs[name].converse(scenario.changed(seed=options.seed + number))
-    return [_row(bundle, turn, pairs, busy) for turn in range(options.turns)]
+    return [_row(bundle, turn, pairs, busy) for turn in range(turns)]
+
+
+def _scenario(options: argparse.Namespace) -> Scenario:
+    """One conversation, of one client."""
+    if options.scenario is not None:
+        scenario = Scenario.load(options.scenario)
+        if scenario.conversations is None:
+            raise SystemExit(f"{options.scenario} has no conversations; choose a scenario that has some")
+        return scenario.changed(arrivals=Arrivals(clients=1), requests=scenario.conversations.turns, warmup=0)
+    return Scenario(
+        name="conversation", arrivals=Arrivals(clients=1), prefixes=Prefixes(tokens=options.system),
+        conversations=Conversations(turns=options.turns), input=Lengths(tokens=options.input),
+        output=Lengths(tokens=options.answer), requests=options.turns, warmup=0,
+    )  # fmt: skip
 
 
 def _row(bundle: Bundle, turn: int, pairs: dict[str, Pair], busy: float) -> dict[str, Any]:

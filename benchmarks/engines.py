@@ -113,7 +113,7 @@ def _load(clusters: dict[str, Cluster], concurrency: int, options: argparse.Name
 
     def ratio(metric: str) -> dict[str, float]:
         medians = [[getattr(result, metric).p50 for result in by_pair[name]] for name in ("onnxruntime", "torch")]
-        ratios = sorted(ours / theirs for ours, theirs in zip(*medians, strict=True))
+        ratios = sorted(engine / eager for engine, eager in zip(*medians, strict=True))
         spread = {"median": statistics.median(ratios), "least": ratios[0], "most": ratios[-1]}
         return {key: round(value, 3) for key, value in spread.items()}
 

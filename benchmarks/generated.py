@@ -63,14 +63,14 @@ def main() -> None:
             serving = WorkerOptions(max_total_tokens=POOL_TOKENS, max_running_requests=REQUESTS)
             with cluster_of(bundle, options=serving, say=note) as cluster:
                 for task in missing:
-                    row = _asked(cluster.url, plan, task, options, note)
+                    row = _judged(cluster.url, plan, task, options, note)
                     log.append({"plan": plan, "task": task, **about, "machine": machine()["cpu"]} | row)
     rows = [log.find(plan=plan, task=task) for plan in PLANS for task in QUESTIONS]
     options.plans, options.tasks = [*PLANS], [*QUESTIONS]
     print(write("generated", options, [row for row in rows if row is not None]))
 
 
-def _asked(url: str, plan: str, name: str, options: argparse.Namespace, note: Any) -> dict[str, Any]:
+def _judged(url: str, plan: str, name: str, options: argparse.Namespace, note: Any) -> dict[str, Any]:
     """Which answers are right, their tokens, and how many were cut, with the questions' source."""
     task = TASKS[name]
     data = task.load(Setting(Cache.default(), note))

@@ -63,12 +63,12 @@ def main() -> None:
         print(f"{time.monotonic() - started:6.0f} s  {line}", flush=True)
 
     log = RowLog(PLACE / "rows.jsonl", [[name, getattr(options, name)] for name in _TEXT])
-    missing = [way for way in ("dense", "unhealed", *options.ways) if log.find(way=way) is None]
+    missing = [name for name in ("dense", "unhealed", *options.ways) if log.find(**{"way": name}) is None]
     if missing:
         bench = _Bench(options, note)
-        for way in missing:
-            log.append(bench.row(way))
-    rows = [row for way in ("dense", "unhealed", *WAYS) if (row := log.find(way=way))]
+        for name in missing:
+            log.append(bench.row(name))
+    rows = [row for name in ("dense", "unhealed", *WAYS) if (row := log.find(**{"way": name}))]
     options.ways = [row["way"] for row in rows]
     write("heal", options, rows)
 
@@ -95,20 +95,22 @@ class _Bench:
         plan = PDPlan(model=shape, prefill=actions["prefill"], decode=actions["decode"], kv=(KVSend(),) * kept)
         self._pair = self._refitted(StagePair(model, plan))
 
-    def row(self, way: str) -> dict[str, Any]:
-        """What a way did, and each judged sequence's KL and loss, nats a token; `unhealed` is the pair as it was."""
+    def row(self, name: str) -> dict[str, Any]:
+        """What healing did, and each judged sequence's KL and loss, nats a token; `unhealed` is the pair as it was."""
         options = self._options
-        if way in ("dense", "unhealed"):
-            pair = self._pair if way == "unhealed" else StagePair(self._pair.model, PDPlan.dense(self._pair.plan.model))
-            return {"way": way, "commit": commit()} | self._measures(pair)
+        if name in ("dense", "unhealed"):
+            pair = (
+                self._pair if name == "unhealed" else StagePair(self._pair.model, PDPlan.dense(self._pair.plan.model))
+            )
+            return {"way": name, "commit": commit()} | self._measures(pair)
         keys = {"decode_steps": 1_000_000, "minutes": options.minutes, "sweep": (1.0,)}
         keys |= {"batch": options.batch, "seed": options.seed}
-        section = HealingSection(**{**keys, **WAYS[way]})
-        about = f"{way}, {commit()}, {vars(options)}"
-        place = PLACE / f"{list(WAYS).index(way)}.safetensors"
+        section = HealingSection(**{**keys, **WAYS[name]})
+        about = f"{name}, {commit()}, {vars(options)}"
+        place = PLACE / f"{list(WAYS).index(name)}.safetensors"
         file = StateFile(place, about)
         healed = heal(self._pair, "decode", self._ids, section, self._note, file=file, clock=time.process_time)
-        row = {"way": way, "section": WAYS[way], "report": healed.report, "commit": commit()}
+        row = {"way": name, "section": WAYS[name], "report": healed.report, "commit": commit()}
         row |= self._measures(healed.pair)
         place.unlink(missing_ok=True)
         return row

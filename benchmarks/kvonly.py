@@ -29,7 +29,7 @@ from pdtrim_deploy.pruning.kv_only import fit, fit_kv_only, rank
 from pdtrim_deploy.pruning.pair import StagePair
 
 CORPORA = ("brown", "austen")
-OWN = ("self_attn.k_proj.weight", "self_attn.v_proj.weight")
+PROJECTIONS = ("self_attn.k_proj.weight", "self_attn.v_proj.weight")
 
 
 def main() -> None:
@@ -83,7 +83,7 @@ def main() -> None:
 def unfitted(pair: StagePair) -> StagePair:
     """The same blocks with the model's own K and V projections."""
     changed = {
-        block: {name: tensor for name, tensor in tensors.items() if name not in OWN}
+        block: {name: tensor for name, tensor in tensors.items() if name not in PROJECTIONS}
         for block, tensors in pair.changed["prefill"].items()
     }
     return replace(pair, changed={**pair.changed, "prefill": changed})

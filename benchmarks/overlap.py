@@ -114,9 +114,9 @@ def main() -> None:
                     for count in options.counts:
                         speed = Link.parse(link).bytes_per_s / options.shrink
                         ways = [steps_of(sizes, forward_s, count, by_layer) for by_layer in (False, True)]
-                        expected = [schedule(way, speed) for way in ways]
+                        expected = [schedule(steps, speed) for steps in ways]
                         rounds = options.rounds if expected[0] < options.driven_s else 0  # each has both ways
-                        driven = [[drive(way, speed) for way in ways] for _ in range(rounds)]
+                        driven = [[drive(steps, speed) for steps in ways] for _ in range(rounds)]
                         chunk, layer = map(median, zip(*driven, strict=True)) if driven else expected
                         savings = [1 - by_layer / by_chunk for by_chunk, by_layer in driven or [expected]]
                         row = {

@@ -27,8 +27,8 @@ def main() -> None:
     parser.add_argument("--serve-python", type=Path, help="a Python with SGLang and the libraries of all transports")
     options = parser.parse_args()
     python = ServeEnvironment.find(options.serve_python).python
-    given = [str(value) for value in (options.rows, options.row_bytes, options.rounds, options.seed)]
-    command = [python, HERE / "__transport_ends.py", "send", *given]
+    sizes = [str(value) for value in (options.rows, options.row_bytes, options.rounds, options.seed)]
+    command = [python, HERE / "__transport_ends.py", "send", *sizes]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, timeout=600)
     rows = json.loads(done.stdout.splitlines()[-1])
     for row in rows:

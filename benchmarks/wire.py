@@ -49,7 +49,7 @@ def main() -> None:
     )
     parser.add_argument("--model", action="append", choices=MODELS, help="measure it alone, others' rows stay")
     options = parser.parse_args()
-    sources, chosen = MODELS | dict(given.split("=", 1) for given in options.source), options.model or list(MODELS)
+    sources, chosen = MODELS | dict(source.split("=", 1) for source in options.source), options.model or list(MODELS)
     del options.source, options.model  # of this machine, of this run
     rows = [row for name in chosen for row in rows_of(name, sources[name], options)]
     rows += [row for row in read("wire", options) if row["model"] not in chosen]

@@ -89,9 +89,9 @@ def make_memory(folder, plan, page_size=1, sizes=None, tokens=TOKENS, **args):
         lambda _, mha_pool_class: mha_pool_class(tokens, **shape), configured, mha_pool_class=MHATokenToKVPool
     )
     requests = DecodeReqToTokenPool(REQUESTS, CONTEXT, "cpu", False, 0)
-    own = {"dtype": torch.float32, "device": "cpu", "kvcache": pool, "need_sort": True}
+    pool_options = {"dtype": torch.float32, "device": "cpu", "kvcache": pool, "need_sort": True}
     pool_sizes = (tokens,) if page_size == 1 else (tokens, page_size)
-    allocator = (TokenToKVPoolAllocator if page_size == 1 else PagedTokenToKVPoolAllocator)(*pool_sizes, **own)
+    allocator = (TokenToKVPoolAllocator if page_size == 1 else PagedTokenToKVPoolAllocator)(*pool_sizes, **pool_options)
     memory.bind_tables(allocator, configured, req_to_token_pool=requests)
     return requests, allocator
 
@@ -333,8 +333,8 @@ class Graph:
         self.captured = self._python_state()
 
     def _python_state(self):
-        own = [vars(group).copy() for group in self.worker.backend._groups]
-        return [each.forward_metadata for each in self.worker.backend.attn_backend_list], own
+        group_states = [vars(group).copy() for group in self.worker.backend._groups]
+        return [each.forward_metadata for each in self.worker.backend.attn_backend_list], group_states
 
     def replay(self, batch):
         """Attention of all layers for a batch of up to `size` requests; expected as `DecodeWorker.step`."""
@@ -346,18 +346,18 @@ class Graph:
         view.seq_lens_cpu = self.lengths.clone()
         view.seq_lens_sum = batch.seq_lens_sum + (self.size - n) * self.fill
         backend.init_forward_metadata_out_graph(view)
-        before, (metadata, own) = self._python_state(), self.captured
-        self._set(metadata, own)
+        before, (metadata, group_states) = self._python_state(), self.captured
+        self._set(metadata, group_states)
         backend.init_forward_metadata_in_graph(self.batch)
         q, k, v = worker.new_rows(self.size)
         answer = worker.attend(self.batch, q, k, v)[:, :n]
         self._set(*before)
         return answer, worker.expected(q[:, :n], k[:, :n], v[:, :n])
 
-    def _set(self, metadata, own):
+    def _set(self, metadata, group_states):
         for each, kept in zip(self.worker.backend.attn_backend_list, metadata, strict=True):
             each.forward_metadata = kept
-        for group, kept in zip(self.worker.backend._groups, own, strict=True):
+        for group, kept in zip(self.worker.backend._groups, group_states, strict=True):
             vars(group).update(kept)
 
 

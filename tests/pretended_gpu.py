@@ -50,13 +50,13 @@ class PretendedGPU(TorchFunctionMode):
 
 def with_current_devices(monkeypatch):
     """torch.cuda's current device and stream as on a machine with GPUs: one of each per thread. Returns them."""
-    own = threading.local()  # the device is 0 at first
+    thread = threading.local()  # the device is 0 at first
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: getattr(own, "device", 0))
-    monkeypatch.setattr(torch.cuda, "set_device", partial(setattr, own, "device"))
-    monkeypatch.setattr(torch.cuda, "Stream", lambda priority: (own.device, priority))
-    monkeypatch.setattr(torch.cuda, "set_stream", partial(setattr, own, "stream"))
-    return own
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: getattr(thread, "device", 0))
+    monkeypatch.setattr(torch.cuda, "set_device", partial(setattr, thread, "device"))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda priority: (thread.device, priority))
+    monkeypatch.setattr(torch.cuda, "set_stream", partial(setattr, thread, "stream"))
+    return thread
 
 
 def gpu(tensor):

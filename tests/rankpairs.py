@@ -106,7 +106,8 @@ class World:
         self.rows = [[torch.randn(SLOTS, HEADS, DIM, generator=generator).to(dtype) for _ in plan.kv] for _ in range(2)]
         self.plan, self.offsets = plan, OFFSETS if plan.key_offsets else None
         self.prefix, self.decode_ranks, self.prefill_ranks = prefix, decode_ranks, prefill_ranks
-        self.here, self.there = torch.randperm(SLOTS // PAGE)[:6], torch.randperm(SLOTS // PAGE)[:6]
+        self.start = plan.first_sent(prefix)
+        self.here, self.there = (1 + torch.randperm(SLOTS // PAGE - 1)[:6] for _ in range(2))  # page 0 is no request's
         self.memory, self.prefill, self.decode = [], [], []
         for rank in range(prefill_ranks):
             manager = Manager(prefill_ranks, rank, self)
@@ -149,10 +150,12 @@ class World:
         """What each rank of prefill's scheduler does, in an order of its own."""
         for place, prefill in enumerate(self.prefill):
             prefill.side.sender_opened(room)
-            ends = cuts if place % 2 else [self.prefix, *cuts[-1:]]
+            ends = cuts if place % 2 else [self.start, *cuts[-1:]]
             for start, stop in itertools.pairwise(ends):
                 pages = self.here[start // PAGE :].numpy()
-                prefill.side.submit(Chunk(room, pages, start, TOKENS, start, stop, stop == TOKENS, 0))
+                last = stop == TOKENS
+                chunk = Chunk(room, pages, start, TOKENS, start, stop, last, 0, reused_tokens=self.prefix)
+                prefill.side.submit(chunk)
 
     def wait(self, sides, room=1, seconds=10):
         deadline = time.monotonic() + seconds

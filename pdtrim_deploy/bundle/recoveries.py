@@ -76,9 +76,9 @@ def _of_plan(path: Path, plan_digest: str) -> dict[str, Any]:
 
 
 def _entries(report: dict[str, Any]) -> list[dict[str, Any]]:
-    own = report.get("recovery") or []
+    of_text = report.get("recovery") or []
     of_tasks = [task.get("recovery") for task in report.get("tasks", ()) if isinstance(task, dict)]
-    return [entry for entry in (*(own if isinstance(own, list) else [own]), *of_tasks) if entry]
+    return [entry for entry in (*(of_text if isinstance(of_text, list) else [of_text]), *of_tasks) if entry]
 
 
 def _row(entry: dict[str, Any], report: str) -> Row:

@@ -69,7 +69,7 @@ def evaluate_served(
         raise UserError("the recipe has gates for these tasks, over the dense model's score; give its URL: --against")
     files = [] if bundle is None else [options.writable(bundle.reports_dir / "served.json")]
     files += [] if out is None else [out]
-    own = None if questions is None else from_file(questions)
+    read_questions = None if questions is None else from_file(questions)
     pair = Pair(url, against, concurrency or CONCURRENCY, max_tokens, items)
     if dry_run:
         written = [str(file) for file in files]
@@ -84,7 +84,7 @@ def evaluate_served(
         for name in names:
             task = TASKS[name]
             setting = Setting(cache, progress.note, chosen, max_tokens or task.max_tokens, endpoints[0].prompt_tokens)
-            data = own if name == "gsm8k" and own is not None else task.load(setting)
+            data = read_questions if name == "gsm8k" and read_questions is not None else task.load(setting)
             answers = None if bundle is None else bundle.reports_dir / "served" / f"{name}.jsonl"
             judged.append(pair.judge(task, data, gates, answers, progress.note))
     report = ServedReport(

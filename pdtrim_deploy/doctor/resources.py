@@ -24,7 +24,7 @@ from pdtrim_deploy.serving.environment import gpu_count
 from pdtrim_deploy.worker.memory import worker_memory
 
 POOL_TOKENS = 8192  # what `serve` gives a worker by default
-_WHILE_IT_RUNS = ("prune", "experts", "heal", "select-kv", "heal-kv")  # whose files go with the step
+_WHILE_IT_RUNS = ("prune", "target", "experts", "heal", "select-kv", "heal-kv")  # whose files go with the step
 
 
 @dataclass(frozen=True)

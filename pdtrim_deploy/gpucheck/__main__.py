@@ -20,10 +20,10 @@ def main() -> int:
     parser.add_argument("--part", action="append", default=[], help=", ".join(PARTS))
     parser.add_argument("--serve-python", type=Path)
     parser.add_argument("--seconds", type=float, default=BUDGET_S)
-    given = parser.parse_args()
+    options = parser.parse_args()
     typed = shlex.join(["python", "-m", "pdtrim_deploy.gpucheck", *sys.argv[1:]])
     try:
-        return run(given.out, tuple(given.part), given.serve_python, given.seconds, typed, print)
+        return run(options.out, tuple(options.part), options.serve_python, options.seconds, typed, print)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2

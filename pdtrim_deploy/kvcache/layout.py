@@ -19,6 +19,9 @@ every section may be viewed in its dtype, whatever the wire dtypes of the layers
 
 Rows are chosen by absolute prompt position, so chunked prefill, prefix-cache hits, page sizes and batches change
 nothing: the chunks of a prompt, however it is cut, carry exactly the rows of the whole. Pure arithmetic: no torch.
+
+Of an earlier prompt with the same first tokens decode may still have their rows in its full layers, so these travel
+from there on. A cut layer's rows are each request's alone, and all of them travel.
 """
 
 from __future__ import annotations
@@ -98,6 +101,7 @@ def chunk_layout(
     stop: int | None = None,
     kv_heads: int | None = None,
     layers: range | None = None,
+    reused_tokens: int = 0,
 ) -> ChunkLayout:
     """Lay out one chunk.
 
@@ -105,6 +109,7 @@ def chunk_layout(
         start, stop: absolute prompt positions, half-open; the whole prompt when left out.
         kv_heads: KV heads held by this rank; all of the model's when left out.
         layers: the KV layers of decode whose rows it holds; all when left out.
+        reused_tokens: of the prompt's first tokens so many have their rows in decode's full layers already.
 
     Raises:
         ValueError: the chunk does not lie inside the prompt.
@@ -118,7 +123,8 @@ def chunk_layout(
     for layer, (source, send) in enumerate(zip(plan.layer_map, plan.kv, strict=True)):
         if layers is not None and layer not in layers:
             continue
-        clipped = ((max(lo, start) - start, min(hi, stop) - start) for lo, hi in send.row_ranges(prompt_tokens))
+        begin = max(start, reused_tokens) if send.mode == "full" else start
+        clipped = ((max(lo, begin) - start, min(hi, stop) - start) for lo, hi in send.row_ranges(prompt_tokens))
         ranges = tuple((lo, hi) for lo, hi in clipped if lo < hi)
         rows = sum(hi - lo for lo, hi in ranges)
         if not rows:

@@ -80,12 +80,12 @@ def _blocks(
     pages = max(1, BLOCK_VALUES // pool[0].numel() // PAGE_SIZES[0])
     step = pages * PAGE_SIZES[0] if slots.is_cpu else max(1, slots.shape[-1])
     for rows, group in zip(layout.layers, groups, strict=True):
-        own = slots[group] if slots.dim() > 1 else slots
+        of_group = slots[group] if slots.dim() > 1 else slots
         for side, parts in enumerate(rows.sides):
             for part in parts:
                 key = (group, rows.ranges, part.first, part.rows)
                 if key not in seen:
-                    picked = torch.cat([own[lo:hi] for lo, hi in rows.ranges])[part.first :][: part.rows]
+                    picked = torch.cat([of_group[lo:hi] for lo, hi in rows.ranges])[part.first :][: part.rows]
                     starts = range(0, len(picked), step)
                     pieces = zip(starts, picked.split(step), strict=True)
                     sizes = PAGE_SIZES if pool.is_contiguous() else ()

@@ -113,9 +113,9 @@ def _replay(trace: Trace, seed: int) -> Iterator[Job]:
         yield Job(row.at_ms / 1e3 / trace.speed, prompt, max(1, round(row.output_tokens * trace.scale)))
 
 
-def _shared(trace: Trace, ids: Sequence[int], length: int, own: str) -> str:
+def _shared(trace: Trace, ids: Sequence[int], length: int, label: str) -> str:
     """Text that begins with the blocks of `ids`; the rest is unique to the request."""
     words, block = max(1, round(length * trace.scale)), max(1, round(trace.block_tokens * trace.scale))
     parts = [named(f"block {id_}", min(block, words - n * block)) for n, id_ in enumerate(ids) if words > n * block]
     rest = words - block * len(ids)
-    return " ".join([*parts, named(f"own {own}", rest)] if rest > 0 else parts)
+    return " ".join([*parts, named(f"own {label}", rest)] if rest > 0 else parts)

@@ -147,7 +147,7 @@ def _router(served: Served, options: Options) -> list[Manifest]:
 
 def _network_policies(options: Options) -> list[Manifest]:
     """Workers talk to each other and the router, clients to the router alone; metrics to the monitoring namespace."""
-    own = {"podSelector": {"matchLabels": {APP: options.name}}}
+    pods = {"podSelector": {"matchLabels": {APP: options.name}}}
     monitoring = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": options.monitoring}}}
     dns = {"ports": [{"port": 53, "protocol": protocol} for protocol in ("UDP", "TCP")]}
     workers = {"matchExpressions": [{"key": ROLE, "operator": "In", "values": list(STAGES)}]}
@@ -155,8 +155,8 @@ def _network_policies(options: Options) -> list[Manifest]:
     spec_workers = {
         "podSelector": workers,
         "policyTypes": ["Ingress", "Egress"],
-        "ingress": [{"from": [own]}, {"from": [monitoring], "ports": [{"port": HTTP_PORT}]}],
-        "egress": [{"to": [own]}, dns],
+        "ingress": [{"from": [pods]}, {"from": [monitoring], "ports": [{"port": HTTP_PORT}]}],
+        "egress": [{"to": [pods]}, dns],
     }
     spec_router = {
         "podSelector": {"matchLabels": _labels(options, "router")},
@@ -165,7 +165,7 @@ def _network_policies(options: Options) -> list[Manifest]:
             {"ports": [{"port": ROUTER_PORT}]},
             {"from": [monitoring], "ports": [{"port": ROUTER_METRICS_PORT}]},
         ],
-        "egress": [{"to": [own]}, dns, {"ports": [{"port": 443}, {"port": 6443}]}],  # Kubernetes' own API
+        "egress": [{"to": [pods]}, dns, {"ports": [{"port": 443}, {"port": 6443}]}],  # Kubernetes' own API
     }
     kind = ("networking.k8s.io/v1", "NetworkPolicy")
     return [

@@ -44,8 +44,8 @@ class LatentCache:
         if latents is None:  # it has not mapped them yet: `keys` are latents, `values` rope keys
             rope, kept = self._keep(values[:, 0], keys[:, 0])
             return kept[:, None], rope[:, None]
-        own = keys[:, 0, :, attention.qk_nope_head_dim :]  # the same in all heads
-        rope, kept = self._keep(own, latents)
+        rotated = keys[:, 0, :, attention.qk_nope_head_dim :]  # the same in all heads
+        rope, kept = self._keep(rotated, latents)
         by_head = attention.kv_b_proj(kept).unflatten(-1, (keys.shape[1], -1)).transpose(1, 2)
         nope, expanded = by_head.split([attention.qk_nope_head_dim, attention.v_head_dim], -1)
         return torch.cat((nope, rope[:, None].expand(*nope.shape[:-1], -1)), -1), expanded

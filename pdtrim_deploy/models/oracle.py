@@ -123,7 +123,7 @@ class PDOracle:
             run.advance(kvs)
             for pool, kv in zip(pools, kvs, strict=True):
                 if kv.keys is not None and kv.values is not None:
-                    pool.append((_to_pool(kv.keys, dtype, home), _to_pool(kv.values, dtype, home)))
+                    pool.append((to_pool(kv.keys, dtype, home), to_pool(kv.values, dtype, home)))
         states = []
         for prompts, pool, hidden in zip(parts, pools, run.states, strict=True):
             keys, values = zip(*pool, strict=True)
@@ -218,7 +218,7 @@ def _top(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return top.indices.cpu(), top.values.cpu()
 
 
-def _to_pool(tensor: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+def to_pool(tensor: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     """`[batch, heads, tokens, dim]` -> `[batch * tokens, heads, dim]`."""
     return tensor.transpose(1, 2).flatten(0, 1).to(device, dtype).contiguous()
 

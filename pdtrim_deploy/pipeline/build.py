@@ -15,7 +15,7 @@ from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.local.compute import ON_CPU, Compute
 from pdtrim_deploy.models import resolve
-from pdtrim_deploy.pipeline import engines, experts, heal, heal_kv, sealing, select_kv, steps
+from pdtrim_deploy.pipeline import engines, experts, heal, heal_kv, joint, sealing, select_kv, steps
 from pdtrim_deploy.pipeline.chosen import EXPERTS
 from pdtrim_deploy.pipeline.context import Context, Note
 from pdtrim_deploy.pipeline.family_fit import check_experts, check_family, check_quantized
@@ -63,17 +63,21 @@ def steps_of(recipe: Recipe, fingerprint: str) -> tuple[BuildStep, ...]:
         text = [dump["healing"][name] for name in ("compensation", "sequences", "length")]
         chosen["judged"] = [*text, recipe.healing.enabled]
     prune = chained_key("", base | (chosen if recipe.pruning.decode_loses else {}))
+    first = BuildStep("prune", prune, steps.PRUNED, steps.prune)
+    if recipe.target is not None:
+        prune = chained_key("", base | {key: dump[key] for key in ("target", "kv", "calibration")})
+        first = BuildStep("target", prune, joint.CHOSEN, joint.choose)
     kept = chained_key(prune, experts.depends_on(dump)) if keeps_experts else prune
     healed = chained_key(kept, heal.depends_on(recipe)) if heal.needed(recipe) else kept
     reads = recipe.kv.method not in FIXED_KV or recipe.kv.measures_offsets
     kv = chained_key(healed, [dump["kv"], dump["calibration"] if reads else None])
     trained = [recipe.healing.decides(trains=True), dump["kv"], dump["calibration"]]
     decode = chained_key(kv, trained) if recipe.healing.kv_steps else kv
-    before_healing = "experts" if keeps_experts else "prune"
+    before_healing = "experts" if keeps_experts else first.name
     before_kv = "heal" if heal.needed(recipe) else before_healing
     before_decode = "heal-kv" if recipe.healing.kv_steps else "select-kv"
     return (
-        BuildStep("prune", prune, steps.PRUNED, steps.prune),
+        first,
         *([BuildStep("experts", kept, (EXPERTS,), experts.keep_experts, "prune")] if keeps_experts else []),
         *([BuildStep("heal", healed, (heal.HEALING,), heal.heal, before_healing)] if heal.needed(recipe) else []),
         BuildStep("select-kv", kv, select_kv.SELECTED, select_kv.select_kv, before_kv),
@@ -236,7 +240,7 @@ def _lengths(recipe: Recipe) -> Iterator[tuple[str, int]]:
         yield "calibration.length", recipe.calibration.length
     if healing.enabled:
         yield "healing.length", healing.length
-    if kv.method not in FIXED_KV:
+    if kv.method not in FIXED_KV or recipe.target is not None:
         name = "longer_prompts" if kv.longer_prompts else "prompt_tokens"
         yield f"kv.{name} + kv.continuation_tokens", kv.prompts[-1] + kv.continuation_tokens
     if healing.kv_steps:
@@ -246,6 +250,8 @@ def _lengths(recipe: Recipe) -> Iterator[tuple[str, int]]:
 
 def check_shared(recipe: Recipe) -> None:
     """Refuse for Ray's workers what bounds the memory of one process, and methods that ask nobody else."""
+    if recipe.target is not None:
+        raise UserError(f"recipe {recipe.name}: target is answered by one process alone; build without --workers")
     if recipe.pruning.decode_loses and recipe.pruning.method not in EVALUATED:
         raise UserError(
             f"recipe {recipe.name}: pruning.method is {recipe.pruning.method}, which one process searches alone; "

@@ -6,10 +6,10 @@ import json
 
 from pdtrim_deploy.bundle import REPORTS
 from pdtrim_deploy.pipeline.context import Context
-from pdtrim_deploy.plan import STAGES, KeptExperts, PDPlan
+from pdtrim_deploy.plan import STAGES, KeptExperts, KVSend, PDPlan
 from pdtrim_deploy.pruning.solution import Solution
 
-PRUNING, EXPERTS = f"{REPORTS}/pruning.json", f"{REPORTS}/experts.json"
+PRUNING, EXPERTS, TARGET = (f"{REPORTS}/{name}.json" for name in ("pruning", "experts", "target"))
 
 
 def chosen_blocks(context: Context) -> PDPlan:
@@ -26,3 +26,14 @@ def chosen(context: Context) -> PDPlan:
         return plan
     kept = json.loads((context.out / EXPERTS).read_text())["kept"]
     return plan if kept is None else plan.with_parts(experts=KeptExperts.model_validate(kept))
+
+
+def kv_only_blocks(context: Context) -> tuple[int, ...]:
+    """Blocks that prefill runs for their K and V alone, as a target's answer has it."""
+    return tuple(json.loads((context.out / PRUNING).read_text())["prefill"].get("kv_only", ()))
+
+
+def joint_rules(context: Context, plan: PDPlan) -> tuple[KVSend, ...]:
+    """How the prompt KV of each of decode's KV layers travels, as a target's answer has it."""
+    sends = json.loads((context.out / TARGET).read_text())["sends"]
+    return tuple(KVSend.model_validate(sends[str(block)]) for block in plan.decode_kv_blocks)

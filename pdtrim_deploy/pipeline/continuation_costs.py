@@ -57,6 +57,8 @@ def _read(recipe: Recipe) -> Iterator[tuple[str, Text]]:
     text, pruning, healing, kv = recipe.calibration, recipe.pruning, recipe.healing, recipe.kv
     searched = Text(text.sequences, text.length, text.prompt)
     fitted = Text(healing.sequences, healing.length, healing.length // 2) if healing.enabled else searched
+    if recipe.target is not None:
+        yield "target", Text(kv.sequences, kv.prompt_tokens + kv.continuation_tokens, kv.prompt_tokens)
     if pruning.decode_loses:
         yield "prune", searched
         if pruning.finalists or pruning.distil:

@@ -51,7 +51,7 @@ def check_family(recipe: Recipe, family: Family) -> None:
             f"recipe {recipe.name}: kv.method is {recipe.kv.method}, but of {family.architecture}, which keeps latents "
             "(MLA), all rows travel; allowed: none, with kv.wire_dtype int8, int4 or int3"
         )
-    for key, value, neutral, feature in _requests(recipe):
+    for key, value, neutral, feature in (*_of_target(recipe), *_requests(recipe)):
         if family.blocks is None:
             raise UserError(
                 f"recipe {recipe.name}: {key} is {value}, but of {family.architecture} the KV alone is known, not its "
@@ -87,6 +87,12 @@ def check_experts(recipe: Recipe, shape: ExpertShape | None) -> None:
             raise UserError(
                 f"recipe {recipe.name}: pruning.experts.{stage} is {getattr(section, stage):g}: {error}"
             ) from None
+
+
+def _of_target(recipe: Recipe) -> Iterator[tuple[str, object, str, Feature | None]]:
+    """As `_requests`: what a target's answer may have."""
+    features: tuple[Feature, ...] = ("sublayers", "kv_only_blocks")
+    return ((("target", str(recipe.target), "to leave it out", feature)) for feature in features if recipe.target)
 
 
 def _requests(recipe: Recipe) -> Iterator[tuple[str, object, str, Feature | None]]:

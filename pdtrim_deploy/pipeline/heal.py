@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from pdtrim_deploy.bundle import REPORTS, WORK, write_atomic
 from pdtrim_deploy.pipeline import texts
-from pdtrim_deploy.pipeline.chosen import chosen
+from pdtrim_deploy.pipeline.chosen import chosen, kv_only_blocks
 from pdtrim_deploy.pipeline.context import Context
 from pdtrim_deploy.plan import STAGES, KVOnly, PDPlan, Stage
 from pdtrim_deploy.recipe import Recipe
@@ -39,7 +39,7 @@ def needed(recipe: Recipe) -> bool:
     """Whether the recipe asks for other weights than the model's own."""
     pruning = recipe.pruning
     pruned = bool(pruning.decode_loses or pruning.experts) and (pruning.distil or recipe.healing.enabled)
-    return pruned or bool(recipe.healing.kv_only_blocks)
+    return pruned or bool(recipe.healing.kv_only_blocks) or recipe.target is not None
 
 
 def depends_on(recipe: Recipe) -> list[Any]:
@@ -109,6 +109,7 @@ def _key(context: Context) -> str:
     version = _KV_ONLY_VERSION if recipe.healing.kv_only_blocks else _VERSION
     parts = [version, plan.digest, recipe.students.model_dump(mode="json"), _section(recipe.healing), read]
     parts += [] if context.compute.dtype == "float32" else [context.compute.dtype]
+    parts += [] if recipe.target is None else [_KV_ONLY_VERSION, kv_only_blocks(context)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -140,7 +141,7 @@ def _make(context: Context, key: str) -> tuple[StagePair, dict[str, Any]]:
     from pdtrim_deploy.pruning.compensation import get_compensation
     from pdtrim_deploy.pruning.healing import StateFile
     from pdtrim_deploy.pruning.healing import heal as train
-    from pdtrim_deploy.pruning.kv_only import fit, make_kv_only
+    from pdtrim_deploy.pruning.kv_only import fit, fit_kv_only, make_kv_only
     from pdtrim_deploy.pruning.pair import StagePair
 
     section, ids = context.recipe.healing, texts.fitted(context)
@@ -148,6 +149,8 @@ def _make(context: Context, key: str) -> tuple[StagePair, dict[str, Any]]:
     pair, report = _with_students(context, StagePair(model, chosen(context)))
     if section.kv_only_blocks:
         pair = make_kv_only(pair, section.kv_only_blocks, ids, context.note)
+    elif context.recipe.target is not None and (alone := kv_only_blocks(context)):
+        pair = fit_kv_only(pair, alone, ids, context.note)
     report["kv_only_blocks"] = [pair.plan.prefill_layers[layer] for layer in pair.plan.kv_only_layers]
     for stage in STAGES:
         blocks_lost = any(action.kind != "keep" for action in pair.plan.actions(stage))
@@ -162,7 +165,11 @@ def _make(context: Context, key: str) -> tuple[StagePair, dict[str, Any]]:
             trained = train(pair, stage, ids, section, context.note, file=file)
             pair = trained.pair
             report["healing"][stage] = trained.report
-        if stage == "prefill" and section.kv_only_blocks and (section.compensation != "none" or section.prefill_steps):
+        if (
+            stage == "prefill"
+            and pair.plan.kv_only_layers
+            and (section.compensation != "none" or section.prefill_steps)
+        ):
             pair = fit(pair, ids, context.note)
     return pair, report
 

@@ -25,4 +25,7 @@ def heal_flops(recipe: Recipe, sizes: ModelSizes) -> float:
             flops += sizes.fit_flops * tokens * lost if healing.compensation == "least-squares" else 0
     if healing.kv_only_blocks:  # the pair without each candidate, from it to the end
         flops += sizes.active * tokens * sizes.blocks * (sizes.blocks + 1)
+    if recipe.target is not None:  # K and V of blocks that it may leave for these alone, behind both models
+        text = tokens if healing.enabled else recipe.calibration.sequences * recipe.calibration.length
+        flops += 4 * sizes.active * text * sizes.blocks
     return flops

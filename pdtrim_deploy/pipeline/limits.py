@@ -26,7 +26,8 @@ def fit_build(recipe: Recipe, config: Mapping[str, Any], compute: Compute, *, wo
     """
     compute = compute.with_dtype(recipe.model.measured_in)
     readable, speaks = can_stream(config), recipe.calibration.continuations != "text"
-    streams = readable and not speaks  # the model's own words are written by a whole model
+    # The model's own words are written by a whole model, and a target's effects are measured on one.
+    streams = readable and not speaks and recipe.target is None
     blocks, states = ModelSizes.of(config).blocks, max(recipe.pruning.memory_mb << 20, STATES)
 
     def needs(limited: Compute) -> Peak:
@@ -45,6 +46,8 @@ def fit_build(recipe: Recipe, config: Mapping[str, Any], compute: Compute, *, wo
         elif speaks:
             why = f", as calibration.continuations {recipe.calibration.continuations} holds the whole model"
             instead = "give more, or set calibration.continuations to text"
+        elif recipe.target is not None:
+            why, instead = ", as target measures the whole model", "give more, or leave target out"
         elif workers and host == "prune":
             why, instead = f", with {workers} of Ray's workers", "give more, or fewer workers"
         elif recipe.healing.gradient_steps:

@@ -106,6 +106,13 @@ def provenance(recipe: Recipe, plan: PDPlan) -> list[str]:
     text, pruning, healing, kv = recipe.calibration, recipe.pruning, recipe.healing, recipe.kv
     lines = [f"- Recipe `{recipe.name}` (`recipe.yaml` in the bundle), digest `{recipe.digest}`"]
     corpus = _corpus(text)
+    if recipe.target is not None:
+        lines.append(
+            f"- Actions of both stages and KV chosen together for {recipe.target}, by KL to the dense model on "
+            f"{kv.sequences} x {kv.prompt_tokens + kv.continuation_tokens} tokens of {corpus}; times are "
+            f"{'computed' if recipe.target.times is None else 'measured'}; `reports/target.json` in the bundle says "
+            "what was reached"
+        )
     if pruning.decode_loses:
         chosen = "Blocks and sublayers" if pruning.decode_sublayers else "Blocks"
         lines.append(
@@ -128,6 +135,8 @@ def provenance(recipe: Recipe, plan: PDPlan) -> list[str]:
         lines.append(f"- Decode healed behind its KV on {healing.sequences} x {length} tokens of {corpus}")
     if kv.measures_offsets and plan.model.rope_dim is None:
         lines.append(f"- Means of keys before RoPE measured on {kv.sequences} x {kv.prompt_tokens} tokens of {corpus}")
+    if recipe.target is not None:
+        return lines
     if kv.method in FIXED_KV:
         return [*lines, f"- KV chosen by rule `{kv.method}`, on no text"]
     sizes = " and ".join(f"{kv.sequences} x {prompt + kv.continuation_tokens}" for prompt in kv.prompts)

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from pdtrim_deploy.bundle import PLAN, REPORTS, WORK, write_atomic
+from pdtrim_deploy.bundle import PLAN, REPORTS, write_atomic
 from pdtrim_deploy.pipeline import heal
+from pdtrim_deploy.pipeline.chosen import joint_rules
 from pdtrim_deploy.pipeline.context import Context, write_json
+from pdtrim_deploy.pipeline.kv_problem import problem_of
 from pdtrim_deploy.pipeline.stand_in import fixed_rules
 from pdtrim_deploy.plan import KVSend, PDPlan
 from pdtrim_deploy.plan.kv import KEY_OFFSETS
 from pdtrim_deploy.recipe.kv import FIXED_KV, cut_to
-from pdtrim_deploy.recipe.kv_cost import STATES
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
     from pdtrim_deploy.kvchoice import Problem
-    from pdtrim_deploy.kvchoice.base import Memo
     from pdtrim_deploy.models.oracle import PDOracle
 
 KV, ATTENTION, OFFSETS = (f"{REPORTS}/{name}.json" for name in ("kv", "attention", "key-offsets"))
@@ -82,45 +77,12 @@ def _chosen(context: Context, oracle: PDOracle) -> tuple[KVSend, ...]:
     from pdtrim_deploy.kvchoice import get_selection
 
     section = context.recipe.kv
-    problem, *longer = (_problem(context, oracle, prompt_tokens) for prompt_tokens in section.prompts)
+    plan, weights = heal.blocks_plan(context), heal.weights(context)
+    problem, *longer = (problem_of(context, oracle, tokens, plan, weights) for tokens in section.prompts)
     write_json(context.out / ATTENTION, _attention(context, problem))
+    if context.recipe.target is not None:
+        return joint_rules(context, oracle.plan)
     return get_selection(section).choose(replace(problem, longer=tuple(longer)), context.note)
-
-
-def _problem(context: Context, oracle: PDOracle, prompt_tokens: int) -> Problem:
-    from pdtrim_deploy.kvchoice import Problem
-    from pdtrim_deploy.kvchoice.recall import with_recall
-
-    section, seed = context.recipe.kv, context.recipe.calibration.seed
-    text = context.calibration(section.sequences, prompt_tokens + section.continuation_tokens, prompt_tokens)
-    if section.recall:
-        text = with_recall(text, prompt_tokens, section.recall, seed)
-    kept, states = _kept(context, text, prompt_tokens, oracle.offsets), context.compute.states(STATES)
-    return Problem(oracle, text, prompt_tokens, seed, kept, context.out / WORK, state_bytes=states)
-
-
-_EFFECTS = 1  # version of what is kept
-
-
-def _kept(context: Context, text: Tensor, prompt_tokens: int, offsets: KeyOffsets | None) -> Memo:
-    """Keeps measured effects in the cache: the same blocks and text with another budget need no measuring."""
-    from safetensors.torch import load_file
-
-    from pdtrim_deploy.models.writer import save
-
-    plan = heal.blocks_plan(context)
-    about = [_EFFECTS, context.measured_model, plan.digest, heal.weights(context), prompt_tokens]
-    about += [context.recipe.calibration.seed, hashlib.sha256(text.numpy().tobytes()).hexdigest()]
-    about += [] if offsets is None else [offsets.file.sha256]
-
-    def kept(name: str, make: Callable[[], Tensor]) -> Tensor:
-        key = hashlib.sha256(json.dumps([*about, name]).encode()).hexdigest()
-        folder = context.cache.entry(
-            "kv-effects", key, lambda place: save({"kept": make()}, place / "kept.safetensors")
-        )
-        return load_file(folder / "kept.safetensors")["kept"]
-
-    return kept
 
 
 def _attention(context: Context, problem: Problem) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def stand_in(recipe: Recipe, shape: ModelShape, experts: ExpertShape | None = No
             staying[pruning.decode_attentions :][: pruning.decode_mlps],
         ),
     )
-    plan = plan.with_kv(_stand_in_rules(recipe.kv, plan))
+    plan = plan.with_kv(_target_rules(recipe, plan) if recipe.target else _stand_in_rules(recipe.kv, plan))
     return plan.with_parts(experts=_first_experts(recipe, plan, experts))
 
 
@@ -114,6 +114,21 @@ def actions(blocks: int, removed: Collection[int]) -> tuple[Action, ...]:
 def fixed_rules(section: KVSection, layers: int) -> tuple[KVSend, ...]:
     """The rules of a method that looks at no model; `PDPlan.with_kv` says what they mean for blocks with windows."""
     return ((_sparse if section.method == "all" else _full)(section),) * layers
+
+
+def _target_rules(recipe: Recipe, plan: PDPlan) -> tuple[KVSend, ...]:
+    """As small as the target has it, where all blocks stay; their least where it asks for more."""
+    section, target = recipe.kv, recipe.target
+    if section.method in FIXED_KV or target is None:
+        return fixed_rules(section, len(plan.kv))
+    if target.kv is None:
+        return (KVSend(),) * len(plan.kv)
+    try:
+        return _within(section, target.kv, plan)
+    except UserError:  # the target is lowered, or decode's attentions go: known once effects are measured
+        shape, tokens = plan.model, section.prompt_tokens
+        least = min(filter(shape.suits, section.options()), key=lambda send: _bytes(shape, send, tokens))
+        return (least,) * len(plan.kv)
 
 
 def _full(section: KVSection) -> KVSend:

@@ -18,6 +18,7 @@ from pdtrim_deploy.models.weights import ModelSizes, one_expert, stored_bytes
 from pdtrim_deploy.pipeline.continuation_costs import ContinuationCost, continuation_costs
 from pdtrim_deploy.pipeline.heal import needed
 from pdtrim_deploy.pipeline.heal_costs import fit_bytes, heal_flops
+from pdtrim_deploy.pipeline.joint_costs import joint_cost
 from pdtrim_deploy.pipeline.training_costs import TrainingCost, training_costs
 from pdtrim_deploy.plan import STAGES
 from pdtrim_deploy.plan.wire import ITEM_BYTES
@@ -93,7 +94,10 @@ class _Costs:
         recipe, costs = self.recipe, {"source": self._source()}
         if recipe.calibration.continuations != "text":
             self._weights(whole=True)  # it writes the text that the next steps read
-        costs["prune"] = self._prune()
+        if recipe.target is None:
+            costs["prune"] = self._prune()
+        else:
+            costs["target"] = self._target()
         if recipe.pruning.experts is not None:
             costs["experts"] = self._experts()
         if needed(recipe):
@@ -134,6 +138,12 @@ class _Costs:
         computing = self._weights() + kept + students + self._running(min(8, text.sequences), text.length)
         host = teacher + self.workers * (PROGRAM + cost.memory)
         return self._step(computing, host, cost.disk, cost.flops, cost.reads)
+
+    def _target(self) -> StepCost:
+        target, kv, sizes = self.recipe.target, self.recipe.kv, self.sizes
+        assert target is not None
+        cost = joint_cost(sizes, target, kv, self.item)
+        return self._step(self._weights(whole=True) + cost.memory, disk=cost.disk, flops=cost.flops)
 
     def _experts(self) -> StepCost:
         cost = expert_cost(self.config, self.recipe.pruning, self.recipe.calibration)
@@ -177,6 +187,8 @@ class _Costs:
         kv = self.recipe.kv
         if kv.method in FIXED_KV and (not kv.measures_offsets or latent_sizes(self.config)):
             return self._step(0.0, flops=0.0)
+        if self.recipe.target is not None:  # rules are chosen already: where decode looks is all that is measured
+            kv = kv.model_copy(update={"method": "attention-mass"})
         cost = selection_cost(self.config, kv, self.recipe.model.dtype, self.compute.states(STATES))
         running = self._running(1, kv.prompts[-1])
         computing = self._weights() + max(cost.memory, running) + self._kept_experts() + self._healed()

@@ -65,7 +65,7 @@ def _search(context: Context) -> tuple[StageRemovals, bool]:
         inputs = SearchInputs(
             model,
             ids,
-            get_search(section.method, Settings(section.seed, section.steps, section.minutes)),
+            get_search(section.method, Settings(section.seed, section.steps, section.minutes, section.racing)),
             pairs=candidates.distillation if section.distil else (),
             students=students,
             memory=context.compute.states(section.memory_mb << 20),

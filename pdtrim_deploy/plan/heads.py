@@ -45,11 +45,11 @@ def sent_heads(kv_heads: int, prefill_ranks: int, decode_ranks: int, decode_rank
 
     A rank of prefill whose heads are all copies of an earlier one's sends nothing, and is absent.
     """
-    own, shares = held_heads(kv_heads, decode_ranks, decode_rank), dict[int, range]()
-    missing = own.start
+    heads, shares = held_heads(kv_heads, decode_ranks, decode_rank), dict[int, range]()
+    missing = heads.start
     for rank in source_ranks(prefill_ranks, decode_ranks, decode_rank):
         held = held_heads(kv_heads, prefill_ranks, rank)
-        share = range(max(held.start, missing), min(held.stop, own.stop))
+        share = range(max(held.start, missing), min(held.stop, heads.stop))
         if share:
             shares[rank], missing = share, share.stop
     return shares

@@ -70,6 +70,18 @@ class KVRules(StageBlocks):
             raise ValueError("a prompt has at least one token")
         return sum(self.layer_bytes(layer, prompt_tokens) for layer in range(len(self.kv)))
 
+    def first_sent(self, reused_tokens: int) -> int:
+        """The first prompt token of which any row may travel, where decode's full layers have those before it.
+
+        A cut layer's rows travel for each request anew, from the prompt's first token on.
+        """
+        return 0 if any(send.mode == "sparse" for send in self.kv) else reused_tokens
+
+    def reused_bytes(self, reused_tokens: int) -> int:
+        """Bytes of packed KV that do not travel, since decode's full layers have the first tokens' rows."""
+        full = (layer for layer, send in enumerate(self.kv) if send.mode == "full")
+        return sum(self.layer_bytes(layer, reused_tokens) for layer in full) if reused_tokens else 0
+
     def layer_bytes(self, layer: int, prompt_tokens: int) -> int:
         """Exact bytes of K and V that travel for one KV layer of decode."""
         m, send = self.model, self.kv[layer]

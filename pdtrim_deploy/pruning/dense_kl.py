@@ -9,6 +9,7 @@ from pdtrim_deploy.models.blockwise import CausalLM
 from pdtrim_deploy.pruning.objective import NextTokenLoss, StudentLayers
 from pdtrim_deploy.pruning.solution import NOTHING, Solution
 from pdtrim_deploy.pruning.teacher import Teacher
+from pdtrim_deploy.pruning.vocabulary_sample import VocabularySample
 
 
 class DenseKL(NextTokenLoss):
@@ -38,6 +39,10 @@ class DenseKL(NextTokenLoss):
             teacher[end - len(part) : end, prompt_tokens:] for part, end in zip(self._parts, ends, strict=True)
         ]
 
-    def losses(self, batch: int, hidden: Tensor) -> Tensor:
+    def losses(self, batch: int, hidden: Tensor, sample: VocabularySample | None = None) -> Tensor:
         """float32 `[sequences, scored]`: KL in nats behind each token."""
+        assert sample is None, "all tokens but the teacher's are one here"
         return self._teachers[batch].divergence(self._runner, hidden)
+
+    def sample(self, batch: int, hidden: Tensor) -> None:
+        """No part of the vocabulary stands for all of it: what most tokens have together is compared itself."""

@@ -13,6 +13,7 @@ from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.pruning.hidden_states import HiddenStates, Route
 from pdtrim_deploy.pruning.objective import Objective
 from pdtrim_deploy.pruning.solution import Solution
+from pdtrim_deploy.pruning.vocabulary_sample import VocabularySample
 
 MEMORY = 1 << 30
 
@@ -41,6 +42,10 @@ class Evaluator(Protocol):
         """For each solution float32 `[sequences, scored]` on the host: losses on one batch; UserError: not a number."""
         ...
 
+    def screen(self, solutions: Sequence[Solution], batch: int) -> list[Tensor]:
+        """The same by a sample of the vocabulary, where the objective has one: to be compared with each other alone."""
+        ...
+
     def settle(self, solution: Solution) -> None:
         """A hint: the solutions to come are its neighbours."""
         ...
@@ -60,7 +65,8 @@ class InProcess:
     def __init__(self, objective: Objective, memory: int = MEMORY, disk: int = 0, folder: Path | None = None) -> None:
         self.objective, self.blocks, self.batches = objective, objective.blocks, objective.batches
         self._states = HiddenStates(objective, memory, disk, folder)
-        self._known = dict[tuple[Route, int], Tensor]()
+        self._known = dict[tuple[Route, int, bool], Tensor]()
+        self._samples = dict[int, VocabularySample | None]()
 
     @property
     def block_forwards(self) -> int:
@@ -69,14 +75,29 @@ class InProcess:
 
     def evaluate(self, solutions: Sequence[Solution], batch: int) -> list[Tensor]:
         """Losses on one batch; UserError when one is not a number."""
+        return self._losses(solutions, batch, screened=False)
+
+    def screen(self, solutions: Sequence[Solution], batch: int) -> list[Tensor]:
+        """About these losses, for less; UserError when one is not a number."""
+        return self._losses(solutions, batch, screened=True)
+
+    def _losses(self, solutions: Sequence[Solution], batch: int, screened: bool) -> list[Tensor]:
         routes = [solution.route(self.blocks) for solution in solutions]
-        fresh = list(dict.fromkeys(route for route in routes if (route, batch) not in self._known))
-        for route, hidden in zip(fresh, self._states.final_states(fresh, batch), strict=True):
-            losses = self.objective.losses(batch, hidden).cpu()
+        fresh = list(dict.fromkeys(route for route in routes if (route, batch, screened) not in self._known))
+        start = self.objective.forced.route(self.blocks)
+        first = [start] if screened and fresh and batch not in self._samples else []  # in the same pass over the blocks
+        states = self._states.final_states([*first, *fresh], batch)
+        for hidden in states[: len(first)]:
+            self._samples[batch] = self.objective.sample(batch, hidden)
+        sample = self._samples.get(batch) if screened else None
+        for route, hidden in zip(fresh, states[len(first) :], strict=True):
+            losses = self.objective.losses(batch, hidden, sample).cpu()
             if not bool(torch.isfinite(losses).all()):
                 raise UserError("the calibration loss is not a number; load the model in float32, check its weights")
-            self._known[route, batch] = losses
-        return [self._known[route, batch] for route in routes]
+            self._known[route, batch, screened] = losses
+            if screened and sample is None:
+                self._known[route, batch, False] = losses
+        return [self._known[route, batch, screened] for route in routes]
 
     def settle(self, solution: Solution) -> None:
         """Keep this solution's hidden states before all others."""

@@ -82,8 +82,8 @@ class Refit:
         """One batch: the layer's input and what should come out, both `[batch, tokens, hidden]`."""
         seen: list[Tensor] = []
 
-        def look(down: Any, given: tuple[Tensor]) -> None:
-            seen.append(given[0])
+        def look(down: Any, inputs: tuple[Tensor]) -> None:
+            seen.append(inputs[0])
             self._weight = down.weight.detach()  # a streamed model has it only now
 
         hook = self.down.register_forward_pre_hook(look)

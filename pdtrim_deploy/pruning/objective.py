@@ -13,16 +13,19 @@ from pdtrim_deploy.models.blockwise import Blockwise, CausalLM, LayerKV, Span
 from pdtrim_deploy.models.layer_run import LayerRun
 from pdtrim_deploy.models.sublayers import without_sublayer
 from pdtrim_deploy.pruning.solution import NOTHING, Op, Solution, missing_in
+from pdtrim_deploy.pruning.vocabulary_sample import VocabularySample
 
 
 class Objective(Protocol):
     """A calibration loss in `batches` parts. Hidden states are `[sequences, tokens, hidden]`.
 
     Attributes:
+        forced: what every solution loses.
         block_forwards: cost so far: blocks run, times sequences of the batch.
 
     """
 
+    forced: Solution
     blocks: int
     batches: int
     block_forwards: int
@@ -35,8 +38,15 @@ class Objective(Protocol):
         """Output of that block or student for that input, which is left unchanged."""
         ...
 
-    def losses(self, batch: int, hidden: Tensor) -> Tensor:
-        """float32 `[sequences, scored]`: loss in nats of each scored token, from the last block's output."""
+    def losses(self, batch: int, hidden: Tensor, sample: VocabularySample | None = None) -> Tensor:
+        """float32 `[sequences, scored]`: loss in nats of each scored token, from the last block's output.
+
+        About that, where a `sample` stands for the vocabulary.
+        """
+        ...
+
+    def sample(self, batch: int, hidden: Tensor) -> VocabularySample | None:
+        """What may stand for the vocabulary on a batch, by the last block's output without `forced`; None: nothing."""
         ...
 
 
@@ -83,7 +93,7 @@ class NextTokenLoss:
         self.blocks, self.block_forwards = len(self._runner.layers), 0
         first = 1 if ids.shape[1] - prompt_tokens - 1 >= _ENOUGH else 2
         self._parts = ids.split(_growing(len(ids), batch, first))
-        self._prompt_tokens, self._prefill, self.batches = prompt_tokens, prefill, len(self._parts)
+        self._prompt_tokens, self.forced, self.batches = prompt_tokens, prefill, len(self._parts)
 
     @cached_property
     def _batches(self) -> list[_Batch]:
@@ -101,7 +111,7 @@ class NextTokenLoss:
         if not self._prompt_tokens:
             return prompt_kv
         run = LayerRun(self._runner, [ids[:, : self._prompt_tokens] for ids in self._parts])
-        for op in self._prefill.route(self.blocks):
+        for op in self.forced.route(self.blocks):
             kvs = [LayerKV() for _ in self._parts]
             run.advance(kvs, layer=op[0], student=self._student(op))
             for held, kv, ids in zip(prompt_kv, kvs, self._parts, strict=True):
@@ -131,9 +141,16 @@ class NextTokenLoss:
         return self._students.layer((op[0], op[1]))
 
     @torch.no_grad()
-    def losses(self, batch: int, hidden: Tensor) -> Tensor:
-        """float32 `[sequences, scored]`: NLL of each scored token."""
-        return -self._runner.logprobs(hidden, self._batches[batch].targets)
+    def losses(self, batch: int, hidden: Tensor, sample: VocabularySample | None = None) -> Tensor:
+        """float32 `[sequences, scored]`: NLL of each scored token; about that, with a sample of the vocabulary."""
+        targets = self._batches[batch].targets
+        if sample is not None:
+            return -sample.logprobs(self._runner, hidden, targets)
+        return -self._runner.logprobs(hidden, targets)
+
+    def sample(self, batch: int, hidden: Tensor) -> VocabularySample | None:
+        """The batch's own tokens, those that are likely without `forced`, and some others."""
+        return VocabularySample.of(self._runner, hidden, self._batches[batch].targets)
 
 
 _ENOUGH = 225  # scored tokens that make 8 units of 32, the last perhaps shorter: enough for a race (`search.racing`)

@@ -139,7 +139,7 @@ class KVSection(BaseModel):
             either = " or a threshold" if "threshold" in takes else ""
             raise ValueError(f"method is {self.method!r}; allowed with it: sparse_layers of at least 1{either}")
         if self.method == "budget":
-            if (self.reduction is None) == (self.max_loss is None):
+            if self.reduction is not None and self.max_loss is not None:
                 raise ValueError("method is 'budget'; allowed with it: either reduction or max_loss")
             if any(first + last == 0 for first, last, *_ in self.sparse_choices):
                 raise ValueError("sparse_choices has a pair of zeros; allowed: n_first + n_last of at least 1")

@@ -42,6 +42,8 @@ class PruningSection(BaseModel):
             text's own next tokens, or `kl`, from the dense model's predictions to the pruned model's.
         distil: let annealing replace an adjacent pair by one student block, where that costs less.
         threshold: cosine above which a pair is in the distillation set; annealing may move such a pair by one block.
+        racing: let candidates leave the search early, by part of the text and of the vocabulary; false measures each
+            candidate of greedy, and each step of annealing, on all of both.
         steps, minutes: limits of annealing in each search; time counts from the search's first step, but never cuts
             short the greedy start or the judging of finalists. A run that time ends is not repeatable to the bit.
         seed: for `anneal`.
@@ -67,6 +69,7 @@ class PruningSection(BaseModel):
     decode_mlps: NonNegativeInt = 0
     distil: bool = False
     threshold: Annotated[float, Field(gt=-1, lt=1)] = 0.95
+    racing: bool = True
     steps: NonNegativeInt = 150
     minutes: Annotated[float, Field(gt=0)] | None = None
     seed: Seed = 0
@@ -79,7 +82,7 @@ class PruningSection(BaseModel):
     @model_serializer(mode="wrap")
     def _used(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Dump later keys only where they are not the default: older recipes keep their digest."""
-        defaults = {"objective": "loss", "experts": None, **dict.fromkeys(_SUBLAYERS, 0)}
+        defaults = {"objective": "loss", "racing": True, "experts": None, **dict.fromkeys(_SUBLAYERS, 0)}
         return {n: value for n, value in serialise(self).items() if n not in defaults or value != defaults[n]}
 
     @model_validator(mode="after")

@@ -13,22 +13,39 @@ from dataclasses import dataclass
 # (prefill 0.16 for 2 rounds, decode 0.26 for 4), ANNEALED is assumed.
 RACED, ANNEALED = 0.22, 0.3
 _EVALUATED = (
-    "objective", "finalists", "memory_mb", "disk_mb", "prefill_attentions", "decode_attentions", "prefill_mlps",
-    "decode_mlps",
+    "objective", "racing", "finalists", "memory_mb", "disk_mb", "prefill_attentions", "decode_attentions",
+    "prefill_mlps", "decode_mlps",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Work:
-    """Of one stage's search, for one sequence: block-forwards at most and likely, losses taken likely."""
+    """Of one stage's search, for one sequence.
+
+    Attributes:
+        most, likely: block-forwards.
+        losses: taken likely, exactly; screened: by a sample of the vocabulary, where the objective has one.
+
+    """
 
     most: float
     likely: float
     losses: float
+    screened: float = 0.0
+
+    @property
+    def unraced(self) -> Work:
+        """Where no candidate leaves early."""
+        return Work(self.most, self.most, (self.losses + self.screened) * self.most / self.likely)
 
     def __add__(self, other: Work) -> Work:
         """Both."""
-        return Work(self.most + other.most, self.likely + other.likely, self.losses + other.losses)
+        return Work(
+            self.most + other.most,
+            self.likely + other.likely,
+            self.losses + other.losses,
+            self.screened + other.screened,
+        )
 
 
 WorkEstimate = Callable[[int, int, int, int], Work]
@@ -61,23 +78,26 @@ class PruningMethod:
 
 
 def greedy_work(blocks: int, first: int, last: int, _: int) -> Work:
-    """Behind each candidate of each round, and one whole run of the winner."""
+    """Behind each candidate of each round, and one whole run of the start; the last two of a round exactly."""
     rounds = [blocks - gone for gone in range(first, last)]
     most = sum(left * (left - 1) / 2 for left in rounds)
-    return Work(most + blocks, RACED * most + blocks, RACED * sum(rounds) + len(rounds))
+    return Work(most + blocks, RACED * most + blocks, 2 * len(rounds) + 1, RACED * sum(rounds))
 
 
 def sublayer_work(layers: int, sublayers: int) -> Work:
     """Of greedy rounds for so many sublayers, each behind all candidates of `layers` layers, which all run on."""
     runs, candidates = sublayers * layers * (layers + 1) / 2, sublayers * layers
-    return Work(runs + sublayers * layers, RACED * runs + sublayers * layers, RACED * candidates + sublayers)
+    return Work(runs + sublayers * layers, RACED * runs + sublayers * layers, 2 * sublayers, RACED * candidates)
 
 
 def anneal_work(blocks: int, first: int, last: int, steps: int) -> Work:
     """A swap changes two places: of `left` layers two thirds lie behind the first of them, on average."""
     start, left = greedy_work(blocks, first, last, steps), blocks - last
     return Work(
-        start.most + steps * left, start.likely + ANNEALED * steps * left * 2 / 3, start.losses + ANNEALED * steps
+        start.most + steps * left,
+        start.likely + ANNEALED * steps * left * 2 / 3,
+        start.losses + ANNEALED * steps,
+        start.screened,
     )
 
 

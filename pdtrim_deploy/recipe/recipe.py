@@ -27,6 +27,7 @@ from pdtrim_deploy.recipe.healing import HealingSection, StudentsSection
 from pdtrim_deploy.recipe.kv import KVSection
 from pdtrim_deploy.recipe.pruning import PruningSection
 from pdtrim_deploy.recipe.seed import Seed
+from pdtrim_deploy.recipe.target import TargetSection, check_target
 from pdtrim_deploy.recipe.targets import TargetsSection
 from pdtrim_deploy.recipe.yaml_errors import sentence
 from pdtrim_deploy.recipe.yaml_units import Origins, compose
@@ -153,11 +154,13 @@ class Recipe(_Section):
     evaluation: EvaluationSection = EvaluationSection()
     quality: Gates = {}
     targets: TargetsSection = TargetsSection()
+    target: TargetSection | None = None
 
     @model_validator(mode="after")
     def _something_to_heal(self) -> Recipe:
         healing, pruning = self.healing, self.pruning
-        if healing.enabled and not (pruning.decode_loses or pruning.experts or healing.kv_only_blocks):
+        check_target(self.target, pruning, self.kv, healing)
+        if healing.enabled and not (self.target or pruning.decode_loses or pruning.experts or healing.kv_only_blocks):
             raise ValueError("healing is asked for but nothing is pruned; allowed: pruning.decode_blocks of at least 1")
         if healing.kv_steps and self.kv.method == "none" and self.kv.wire_dtype == "native":
             raise ValueError(
@@ -200,12 +203,14 @@ class Recipe(_Section):
                 f"fitted to"
             )
         experts = {stage: pruning.experts and getattr(pruning.experts, stage) for stage in STAGES}
-        if healing.prefill_steps and not (pruning.prefill_loses or experts["prefill"] or healing.kv_only_blocks):
+        if healing.prefill_steps and not (
+            self.target or pruning.prefill_loses or experts["prefill"] or healing.kv_only_blocks
+        ):
             raise ValueError(
                 f"healing.prefill_steps is {healing.prefill_steps} but prefill loses no block; allowed: 0, or "
                 f"pruning.prefill_blocks or healing.kv_only_blocks of at least 1"
             )
-        if healing.decode_steps and not (pruning.decode_loses or experts["decode"]):
+        if healing.decode_steps and not (self.target or pruning.decode_loses or experts["decode"]):
             raise ValueError(
                 f"healing.decode_steps is {healing.decode_steps} but decode loses no block; allowed: 0, or "
                 f"pruning.decode_blocks of at least 1"
@@ -227,8 +232,8 @@ class Recipe(_Section):
 
     @model_serializer(mode="wrap")
     def _with_gates(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Dump gates only where there are some: older recipes keep their digest."""
-        return {name: value for name, value in serialise(self).items() if name != "quality" or value}
+        """Dump gates and a target only where there are some: older recipes keep their digest."""
+        return {name: value for name, value in serialise(self).items() if name not in ("quality", "target") or value}
 
     @classmethod
     def load(cls, path: Path) -> Recipe:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt,
 Port = Annotated[int, Field(ge=1, le=65535)]
 # Not strict: YAML has lists where we keep tuples, reads 5e-5 as text, and 8.9 as a number.
 Tolerance = Annotated[float, Field(gt=0, strict=False)]
-_AS_TEXT = BeforeValidator(lambda given: str(given) if isinstance(given, float) else given)
+_AS_TEXT = BeforeValidator(lambda value: str(value) if isinstance(value, float) else value)
 ComputeCapability = Annotated[Literal["7.5", "8.0", "8.6", "8.9", "12.0", "12.1"], _AS_TEXT]
 Version = Annotated[Literal["1.2", "1.3"], _AS_TEXT]
 Quantisation = Literal["none", "fp8", "int8"]

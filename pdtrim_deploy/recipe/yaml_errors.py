@@ -11,7 +11,7 @@ def sentence(model: type[BaseModel], error: ValidationError, origins: Origins) -
     """The first error of a file that should be a `model`, as `file: key ...; allowed: ...`."""
     first = error.errors()[0]
     loc = tuple(str(part) for part in first["loc"])
-    key, where, given = ".".join(loc), origins.file_of(loc), first["input"]
+    key, where, value = ".".join(loc), origins.file_of(loc), first["input"]
     match first["type"]:
         case "extra_forbidden":
             return f"{where}: {key} is not a known key; allowed here: {', '.join(_keys_at(model, loc[:-1]))}"
@@ -20,12 +20,12 @@ def sentence(model: type[BaseModel], error: ValidationError, origins: Origins) -
         case "value_error":
             return f"{where}: {key + '.' if key else ''}{first['msg'].removeprefix('Value error, ')}"
         case "model_type":
-            return f"{where}: {key} is {given!r}; allowed: a mapping with {', '.join(_keys_at(model, loc))}"
+            return f"{where}: {key} is {value!r}; allowed: a mapping with {', '.join(_keys_at(model, loc))}"
         case "finite_number":
             finite = _allowed(model, loc).replace("a number", "a finite number", 1)
-            return f"{where}: {key} is {given}; allowed: {finite}"
+            return f"{where}: {key} is {value}; allowed: {finite}"
         case _:
-            return f"{where}: {key} is {given!r}; allowed: {_allowed(model, loc)}"
+            return f"{where}: {key} is {value!r}; allowed: {_allowed(model, loc)}"
 
 
 def _keys_at(model: type[BaseModel], loc: tuple[str, ...]) -> list[str]:

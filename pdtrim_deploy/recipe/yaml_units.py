@@ -31,12 +31,12 @@ class _Loader(yaml.SafeLoader):
         if node in self._merged:
             return
         self._merged.add(node)
-        own = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        written = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
         super().flatten_mapping(node)
-        keys = [self.construct_object(key, deep=True) for key in own]
+        keys = [self.construct_object(key, deep=True) for key in written]
         for n, key in enumerate(keys):
             if key in keys[:n]:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", own[n].start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", written[n].start_mark)
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         """Raise YAML's own kind of error for an invalid date or number, or a value that contradicts its tag.

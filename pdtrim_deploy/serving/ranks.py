@@ -59,10 +59,12 @@ def place(ranks: Sequence[int], gpus: int, share: bool = False) -> tuple[Placeme
         first += count
     most = max(sum(gpu in taken for taken in sets) for gpu in range(gpus))
     part = STATIC_SHARE / most
-    before = [max(sum(gpu in taken for taken in sets[:index]) for gpu in own) for index, own in enumerate(sets)]
+    before = [
+        max(sum(gpu in taken for taken in sets[:index]) for gpu in assigned) for index, assigned in enumerate(sets)
+    ]
     return tuple(
-        Placement(own.start, len(own), round(part / (1 - part * earlier), 2))
-        for own, earlier in zip(sets, before, strict=True)
+        Placement(assigned.start, len(assigned), round(part / (1 - part * earlier), 2))
+        for assigned, earlier in zip(sets, before, strict=True)
     )
 
 

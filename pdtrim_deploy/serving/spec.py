@@ -205,6 +205,8 @@ class ClusterSpec:
         if options.device == "cuda":
             ranks = [options.tp(worker.stage) for worker in workers]
             placements = place(ranks, gpu_count() if gpus is None else gpus, options.share_gpus)
-            workers = [replace(worker, placement=own) for worker, own in zip(workers, placements, strict=True)]
+            workers = [
+                replace(worker, placement=placement) for worker, placement in zip(workers, placements, strict=True)
+            ]
         router = RouterSpec(port or next(ports), next(ports), extra_args=router_args)
         return cls(tuple(workers), router, start_timeout_s)

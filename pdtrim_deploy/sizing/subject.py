@@ -89,6 +89,11 @@ def _of_recipe(recipe: Recipe, model: Sized | None) -> Subject:
         f"not built yet, priced by counts: prefill drops {recipe.pruning.prefill_blocks} and decode "
         f"{recipe.pruning.decode_blocks} of {sized.num_blocks} blocks, {caveat(recipe.kv, plan)}"
     )
+    if recipe.target is not None:
+        note = (
+            f"not built yet, priced with all blocks whole and KV as small as the target has it ({recipe.target}): "
+            "which actions reach it is known once effects are measured"
+        )
     lost = recipe.pruning
     sublayers = (
         f"without sublayers of further blocks: attention of {lost.prefill_attentions} and MLP of {lost.prefill_mlps} "

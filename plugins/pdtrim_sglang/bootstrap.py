@@ -75,8 +75,10 @@ class PDTrimBootstrapServer(CommonKVBootstrapServer):
     async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         if request.path == "/health":
             return await handler(request)
-        given = request.headers.get(HEADER)
-        if not given or not self._signature.matches(given, request.method, request.raw_path, await request.read()):
+        signature = request.headers.get(HEADER)
+        if not signature or not self._signature.matches(
+            signature, request.method, request.raw_path, await request.read()
+        ):
             return web.Response(text="not signed with this cluster's secret, for this worker's plan", status=403)
         try:
             return await handler(request)

@@ -7,6 +7,7 @@ from typing import Any
 
 from sglang.srt.disaggregation.base.conn import KVPoll
 from torch import Tensor
+from torch.nn.functional import pad
 
 from pdtrim_deploy.kvcache.layout import chunk_layout
 from pdtrim_deploy.plan import PDPlan
@@ -93,8 +94,9 @@ class DecodeSide:
         They are scattered once the device event `free` has come, when there is one. `row` is the request's in SGLang's
         `req_to_token`.
         """
-        places = self._pool.destinations(self._pool.slots(pages, prompt_tokens - prefix_tokens), row)
-        ready = free, self._pool.record_event()
+        start, slots = self._plan.first_sent(prefix_tokens), self._pool.slots(pages, prompt_tokens - prefix_tokens)
+        slots = pad(slots, (prefix_tokens - start, 0))  # reused rows of full layers are not written
+        places, ready = self._pool.destinations(slots, row), (free, self._pool.record_event())
         senders = self.senders(prefill_ranks)
         self._rooms[room] = DecodeRoom(room, prompt_tokens, prefix_tokens, places, aux_index, ready, senders=senders)
         self.connections_changed()
@@ -141,7 +143,8 @@ class DecodeSide:
             raise ProtocolError(
                 f"chunk of layers {header.layers.start} to {header.layers.stop - 1}, the plan has {len(self._plan.kv)}"
             )
-        layout = chunk_layout(self._plan, tokens, header.start, header.stop, len(heads), header.layers)
+        rows = len(heads), header.layers, header.reused_tokens
+        layout = chunk_layout(self._plan, tokens, header.start, header.stop, *rows)
         aux_bytes = self._aux.total_bytes if header.last and header.aux_bytes else 0  # of several senders one brings it
         draft_bytes = self._pool.draft_bytes(header.start, header.stop) if layout.has_last else 0
         payload_bytes = layout.total_bytes + draft_bytes

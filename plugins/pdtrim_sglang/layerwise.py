@@ -13,7 +13,8 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
 
@@ -24,6 +25,7 @@ from pdtrim_sglang.forward_pass import ForwardPass
 from pdtrim_sglang.layer_positions import LayerPositions
 from pdtrim_sglang.packing import Chunk
 from pdtrim_sglang.pool import PoolView
+from pdtrim_sglang.request_pages import RequestPages
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,11 +42,13 @@ class _Part:
 
 @dataclass
 class _Request:
-    """`positions` are there when decode waits for its rows."""
+    """`positions` are there when decode waits for its rows; its full layers have those of `reused_tokens` tokens."""
 
     room: int
     prompt_tokens: int
     positions: LayerPositions | None = None
+    reused_tokens: int = 0
+    pages: RequestPages = field(default_factory=RequestPages)
 
 
 class LayerwiseSends:
@@ -78,11 +82,12 @@ class LayerwiseSends:
         with self._lock:
             self._requests[rid], self._rids[room] = _Request(room, prompt_tokens), rid
 
-    def ready(self, room: int, prefix_tokens: int) -> None:
-        """Decode waits for the room's rows, and has those of its first `prefix_tokens` tokens."""
+    def ready(self, room: int, reused_tokens: int) -> None:
+        """Decode waits for the room's rows, and has those of its first tokens in full layers."""
         with self._lock:
             if (request := self._request(room)) is not None:
-                request.positions = LayerPositions(len(self._plan.kv), prefix_tokens)
+                request.positions = LayerPositions(len(self._plan.kv), self._plan.first_sent(reused_tokens))
+                request.reused_tokens = reused_tokens
 
     def forget(self, room: int) -> None:
         """Nothing more will be sent to `room`."""
@@ -103,6 +108,11 @@ class LayerwiseSends:
                 if request is not None and request.positions is not None:
                     parts += self._parts(request, request.positions.first, start + length, place, pages)
         self._due = deque(sorted(parts, key=lambda part: part.after))
+
+    def moving(self, rid: str, pages: Callable[[int, int], Any]) -> AbstractContextManager[None]:
+        """Inside, SGLang may exchange pages of request `rid`; then `pages(start, stop)` are those of its tokens."""
+        request = self._requests.get(rid)
+        return nullcontext() if request is None else request.pages.moving(pages, self._pool.record_event)
 
     def computed(self, layer: int) -> None:
         """K and V of prefill's KV layers up to `layer` are in the pool, on a GPU once its stream has come here."""
@@ -138,13 +148,14 @@ class LayerwiseSends:
         stop -= 0 if stop == request.prompt_tokens else stop % self._pool.page_size
         if not start < stop <= request.prompt_tokens:
             return []
-        layout = chunk_layout(self._plan, request.prompt_tokens, start, stop, self._pool.kv_heads)
+        rows = self._pool.kv_heads, None, request.reused_tokens
+        layout = chunk_layout(self._plan, request.prompt_tokens, start, stop, *rows)
         ranges = early_layers(layout, len(self._plan.kv), self.least_bytes)
         if not ranges:
             return []
         chunk = Chunk(
-            request.room, pages(place, start, stop), start, request.prompt_tokens, start, stop, False, 0,
-            forward_pass=self._pass,
+            request.room, None, start, request.prompt_tokens, start, stop, False, 0, forward_pass=self._pass,
+            reused_tokens=request.reused_tokens, moving=request.pages.add(start, stop, pages(place, start, stop)),
         )  # fmt: skip
         return [_Part(self._computed_after[layers[-1]], replace(chunk, layers=layers), request) for layers in ranges]
 

@@ -15,6 +15,7 @@ from pdtrim_deploy.kvcache.pack import check, pack
 from pdtrim_deploy.plan import PDPlan
 from pdtrim_sglang.forward_pass import ForwardPass
 from pdtrim_sglang.pool import PoolView
+from pdtrim_sglang.request_pages import MovingPages
 from pdtrim_sglang.rooms import AuxRows
 from pdtrim_sglang.staging import Span
 from pdtrim_sglang.transports.base import staging_buffer
@@ -26,11 +27,13 @@ class Chunk:
 
     Attributes:
         pages: int32, of this worker's pool; the first one begins with token `pages_start`.
+        moving: they instead, where SGLang may exchange them until they are read.
         events: device events after which `pages`, and the pages, may be read.
         span: where an engine has packed the rows already.
         heads: the KV heads to send, as the model counts them; all of this rank's when left out.
         layers: the KV layers of decode whose rows to send; all when left out.
         forward_pass: the pass that computes them, where they may leave before it has ended.
+        reused_tokens: of the prompt's first tokens, decode's full layers have the rows of so many.
         carries_aux: whether the last chunk brings the request's aux row: of several senders the first one's does.
 
     """
@@ -48,6 +51,8 @@ class Chunk:
     heads: range | None = None
     layers: range | None = None
     forward_pass: ForwardPass | None = None
+    reused_tokens: int = 0
+    moving: MovingPages | None = None
     carries_aux: bool = True
 
 
@@ -99,16 +104,27 @@ class Packer:
         """Pack a chunk whose room is live; a GPU may still be at it when this returns."""
         for event in chunk.events:
             event.synchronize()
+        if (moving := chunk.moving) is None:
+            return self._pack(queued_at, chunk, slot, chunk.pages)
+        with moving.lock:
+            self._pool.after(moving.known)
+            packed = self._pack(queued_at, chunk, slot, moving.pages)
+            if packed.event is not None:
+                packed.event.synchronize()
+            return packed
+
+    def _pack(self, queued_at: float, chunk: Chunk, slot: int, pages: Any) -> Packed:
         out, device_sum, pieces = self._slots[slot], self._sums[slot], None
         pool = self._pool if chunk.heads is None else self._pool.of_heads(chunk.heads)
-        layout = chunk_layout(self._plan, chunk.prompt_tokens, chunk.start, chunk.stop, pool.kv_heads, chunk.layers)
+        rows = chunk.layers, chunk.reused_tokens
+        layout = chunk_layout(self._plan, chunk.prompt_tokens, chunk.start, chunk.stop, pool.kv_heads, *rows)
         draft_bytes = pool.draft_bytes(chunk.start, chunk.stop) if layout.has_last else 0
         if chunk.span is not None and device_sum is None:
             first = pool.first_head - self._pool.first_head
             heads = None if pool is self._pool else slice(first, first + pool.kv_heads)
             pieces = chunk.span.payload(layout, out, pool.offsets, heads)
         else:
-            slots = pool.slots(chunk.pages, chunk.stop - chunk.pages_start)[chunk.start - chunk.pages_start :]
+            slots = pool.slots(pages, chunk.stop - chunk.pages_start)[chunk.start - chunk.pages_start :]
             near = device_sum is not None or pool.keys[0].is_cpu  # `out` is where the pool is
             places = pool.destinations(slots)
             packed = pack(

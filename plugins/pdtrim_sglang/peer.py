@@ -213,7 +213,7 @@ class Peer:
             return
         header = ChunkHeader(
             self._digest, chunk.room, self._rank, chunk.prompt_tokens, chunk.start, chunk.stop,
-            len(packed.aux), size, chunk.last, packed.heads, chunk.layers,
+            len(packed.aux), size, chunk.last, packed.heads, chunk.layers, chunk.reused_tokens,
         )  # fmt: skip
         with self._lock:
             sent = self._unanswered.setdefault(chunk.room, _Unanswered())

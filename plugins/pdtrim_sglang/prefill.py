@@ -90,10 +90,14 @@ class PrefillSide:
         if self.layerwise is not None:
             self.layerwise.expect(rid, room, prompt_tokens)
 
-    def ready(self, room: int, prefix_tokens: int) -> None:
-        """Decode waits for the rows of a request whose first `prefix_tokens` tokens it has."""
+    def first_sent(self, reused_tokens: int) -> int:
+        """The first token that is sent of a prompt, of whose first `reused_tokens` decode's full layers have rows."""
+        return self._plan.first_sent(reused_tokens)
+
+    def ready(self, room: int, reused_tokens: int) -> None:
+        """Decode waits for the rows of a request, and has those of so many tokens in its full layers."""
         if self.layerwise is not None:
-            self.layerwise.ready(room, prefix_tokens)
+            self.layerwise.ready(room, reused_tokens)
 
     def sender_opened(self, room: int) -> RoomProgress:
         """The scheduler has a sender for this room; returns where its progress will be written."""
@@ -138,7 +142,7 @@ class PrefillSide:
         receivers = [info for info in infos.values() if info.heads]
         with progress.lock:  # all of them before the first is sent: none is the last one while others wait
             progress.queued += len(parts) * len(receivers)
-        progress.reused_tokens = info.prefix_tokens
+        progress.reused_tokens = chunk.reused_tokens
         progress.started = progress.started or time.monotonic()
         for info in receivers:
             if reason := self.sessions.submit(info, parts):

@@ -125,7 +125,7 @@ class PrefillRooms:
         if heads:
             reused, of = progress.reused_tokens, self._plan.model.num_kv_heads
             dense = self._plan.dense_bytes(progress.prompt_tokens - reused)  # of all heads, as payload is of those sent
-            spared = self._plan.payload_bytes(reused) if reused else 0
+            spared = self._plan.reused_bytes(reused)
             draft = progress.draft_bytes  # native in both
             spared_draft = self._draft_token_bytes * reused
             self._metrics.succeeded(progress, dense * heads // of + draft, spared * heads // of + spared_draft)

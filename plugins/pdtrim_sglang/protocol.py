@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import xxhash
 
 MAGIC = b"PDTK"
-VERSION = 5  # 2: int4 of 4.25 bits; 3: k4v3, int3, their first row native; 4: a range of heads; 5: of layers
-_HEADER = struct.Struct("<4sHHIHHHH32sQIIIIQ")
+# 2: int4 of 4.25 bits; 3: k4v3, int3, their first row native; 4: a range of heads; 5: of layers; 6: reused tokens
+VERSION = 6
+_HEADER = struct.Struct("<4sHHIHHHH32sQIIIIIQ")
 _CHECKSUM = struct.Struct("<Q")
 HEADER_BYTES = _HEADER.size + _CHECKSUM.size
 _REPLY = struct.Struct("<4sHHQH")
@@ -39,6 +40,7 @@ class ChunkHeader:
         payload_bytes: length of the packed rows.
         heads: the KV heads whose rows they are, as the model counts them.
         layers: the KV layers of decode whose rows they are; None: all. On the wire none are all.
+        reused_tokens: of the prompt's first tokens, so many have no rows of full layers here: decode has them.
 
     """
 
@@ -53,6 +55,7 @@ class ChunkHeader:
     last: bool
     heads: range
     layers: range | None = None
+    reused_tokens: int = 0
 
     def encode(self, body: Iterable[memoryview | bytes]) -> bytes:
         """Header bytes with the XXH3-64 checksum of header and body.
@@ -62,8 +65,8 @@ class ChunkHeader:
         layers = self.layers or range(0)
         fixed = _HEADER.pack(
             MAGIC, VERSION, _LAST if self.last else 0, self.rank, self.heads.start, len(self.heads), layers.start,
-            len(layers), self.digest, self.room, self.prompt_tokens, self.start, self.stop, self.aux_bytes,
-            self.payload_bytes,
+            len(layers), self.digest, self.room, self.prompt_tokens, self.reused_tokens, self.start, self.stop,
+            self.aux_bytes, self.payload_bytes,
         )  # fmt: skip
         return fixed + _CHECKSUM.pack(_checksum(fixed, body))
 
@@ -75,11 +78,13 @@ class ChunkHeader:
             raise ProtocolError("not a pdtrim chunk: the peer speaks another protocol")
         if version != VERSION:
             raise ProtocolError(f"protocol version {version}, this worker speaks {VERSION}: upgrade both together")
-        room, tokens, start, stop, aux, payload = rest
+        room, tokens, reused, start, stop, aux, payload = rest
         if not start <= stop <= tokens:
             raise ProtocolError(f"chunk [{start}, {stop}) does not lie in a prompt of {tokens} tokens")
+        if reused > tokens:
+            raise ProtocolError(f"{reused} reused tokens of a prompt of {tokens}")
         held, of = range(head, head + heads), range(layer, layer + layers) or None
-        return cls(digest, room, rank, tokens, start, stop, aux, payload, bool(flags & _LAST), held, of)
+        return cls(digest, room, rank, tokens, start, stop, aux, payload, bool(flags & _LAST), held, of, reused)
 
 
 def body_matches(header: bytes, body: Iterable[memoryview | bytes]) -> bool:

@@ -58,8 +58,10 @@ def near(payload: Tensor, pool: PoolView) -> Tensor:
 
 @dataclass
 class DecodeRoom:
-    """One request's destination: slots `[prompt_tokens - prefix_tokens]` of all layers, and aux row `aux_index`.
+    """One request's destination: slots of all layers for tokens that prefill sends, and aux row `aux_index`.
 
+    Full layers have the rows of the first `reused_tokens` tokens from an earlier request; the plan says from which
+    token on that lets prefill send (`first_sent`).
     `places` are there, and may be written, when the device events in `ready` have come. `senders` are the KV heads, as
     the model counts them, that each rank of prefill sends; the first of them also sends the aux row. `positions` are
     the tokens up to which each that has sent some has sent each layer's.
@@ -67,7 +69,7 @@ class DecodeRoom:
 
     room: int
     prompt_tokens: int
-    prefix_tokens: int
+    reused_tokens: int
     places: Destinations
     aux_index: int
     ready: tuple[Any, ...] = ()
@@ -81,12 +83,14 @@ class DecodeRoom:
     ) -> str:
         """Scatter one chunk; returns why not, or nothing."""
         with self.lock:
-            positions = self.positions.get(header.rank) or LayerPositions(len(plan.kv), self.prefix_tokens)
+            start = plan.first_sent(self.reused_tokens)
+            positions = self.positions.get(header.rank) or LayerPositions(len(plan.kv), start)
             if reason := self._refusal(header, positions, aux_rows.total_bytes):
                 return reason
-            span = slice(header.start - self.prefix_tokens, header.stop - self.prefix_tokens)
+            span = slice(header.start - start, header.stop - start)
             pool = pool.of_heads(header.heads)
-            layout = chunk_layout(plan, header.prompt_tokens, header.start, header.stop, pool.kv_heads, header.layers)
+            extent = header.prompt_tokens, header.start, header.stop, pool.kv_heads, header.layers
+            layout = chunk_layout(plan, *extent, header.reused_tokens)
             pool.after(*self.ready)
             try:
                 rows = near(payload, pool)
@@ -121,6 +125,8 @@ class DecodeRoom:
             reason = "the request has ended on the decode side"
         elif header.prompt_tokens != self.prompt_tokens:
             reason = f"prefill says {header.prompt_tokens} prompt tokens, decode {self.prompt_tokens}"
+        elif header.reused_tokens != self.reused_tokens:
+            reason = f"prefill leaves out rows of {header.reused_tokens} tokens, decode has {self.reused_tokens}"
         elif heads is None:
             ranks = ", ".join(map(str, self.senders))
             reason = f"chunk of prefill rank {rank}; this rank of decode takes its KV from rank {ranks}"

@@ -24,7 +24,7 @@ class PDTrimKVSender(CommonKVSender):
 
     def __init__(self, mgr: Any, bootstrap_addr: str, bootstrap_room: int, *args: Any, **kwargs: Any) -> None:
         self._progress = mgr.prefill_side.sender_opened(bootstrap_room)
-        self._prefix_tokens = 0
+        self._start = self._reused_tokens = 0
         super().__init__(mgr, bootstrap_addr, bootstrap_room, *args, **kwargs)
 
     @property
@@ -41,13 +41,15 @@ class PDTrimKVSender(CommonKVSender):
         self.kv_mgr.prefill_side.expect(rid, self.bootstrap_room, prompt_tokens)
 
     def pop_decode_prefix_len(self) -> int:
-        self._prefix_tokens = super().pop_decode_prefix_len()
-        return self._prefix_tokens
+        """From which prompt token on SGLang is to hand over chunks: cut layers need earlier ones than full layers."""
+        self._reused_tokens = super().pop_decode_prefix_len()
+        self._start = self.kv_mgr.prefill_side.first_sent(self._reused_tokens)
+        return self._start
 
     def init(self, num_kv_indices: int, aux_index: int | None = None) -> None:
         """Decode waits for `num_kv_indices` pages."""
         super().init(num_kv_indices, aux_index)
-        self.kv_mgr.prefill_side.ready(self.bootstrap_room, self._prefix_tokens)
+        self.kv_mgr.prefill_side.ready(self.bootstrap_room, self._reused_tokens)
 
     def get_max_transfer_tokens(self) -> int:
         return self.kv_mgr.prefill_side.max_chunk_tokens
@@ -65,7 +67,7 @@ class PDTrimKVSender(CommonKVSender):
         pages, pages_slice, last, skip = self._prepare_send_indices(kv_indices)
         if skip or num_kv_tokens is None:
             return
-        start = self._prefix_tokens + pages_slice.start * self.kv_mgr.kv_args.page_size
+        start = self._start + pages_slice.start * self.kv_mgr.kv_args.page_size
         events = tuple(event for event in (self._early_send_wait_event, indices_event) if event is not None)
         self._early_send_wait_event = None
         self.kv_mgr.prefill_side.submit(
@@ -79,6 +81,7 @@ class PDTrimKVSender(CommonKVSender):
                 last=last,
                 aux_index=self.aux_index,
                 events=events,
+                reused_tokens=self._reused_tokens,
             )
         )
 

@@ -81,12 +81,12 @@ class Sessions:
 
     def submit(self, info: RoomInfo, parts: Iterable[Chunk]) -> str:
         """Queue a chunk's parts to one rank of decode; returns why not, or nothing."""
-        own = [replace(part, heads=info.heads, carries_aux=info.carries_aux) for part in parts]
+        with_heads = [replace(part, heads=info.heads, carries_aux=info.carries_aux) for part in parts]
         while not (reason := self.prepared(info.session)):
             with self._lock:
                 if (peer := self._peers.get(info.session)) is None:  # it was swept away just now
                     continue
-                for part in own:
+                for part in with_heads:
                     peer.submit(part)
                 return ""
         return reason

@@ -35,9 +35,9 @@ class Signature:
         digest = bytes(32) if reads else self.credentials.digest
         return hmac.digest(self._key, b"\0".join((method.encode(), target.encode(), digest + body)), "sha256").hex()
 
-    def matches(self, given: str, method: str, target: str, body: bytes) -> bool:
+    def matches(self, signature: str, method: str, target: str, body: bytes) -> bool:
         """Whether a member asks this."""
-        return hmac.compare_digest(given.encode(errors="replace"), self.of(method, target, body).encode())
+        return hmac.compare_digest(signature.encode(errors="replace"), self.of(method, target, body).encode())
 
     def __call__(self, request: Any) -> Any:
         """Sign a prepared request of `requests`."""

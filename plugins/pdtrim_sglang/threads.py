@@ -14,8 +14,8 @@ import torch
 HIGH = -1  # CUDA's priority of a stream; 0 is the usual one
 
 
-def start(name: str, run: Callable[..., None], *given: Any) -> threading.Thread:
-    """Call `run(*given)` in a thread of its own, which ends with the process at the latest.
+def start(name: str, run: Callable[..., None], *arguments: Any) -> threading.Thread:
+    """Call `run(*arguments)` in a thread of its own, which ends with the process at the latest.
 
     On a GPU it has a stream of its own, which goes before others: what moves rows neither waits for a forward pass nor
     for other threads. torch has few of them and hands them out in turn.
@@ -26,7 +26,7 @@ def start(name: str, run: Callable[..., None], *given: Any) -> threading.Thread:
         if device is not None:
             torch.cuda.set_device(device)
             torch.cuda.set_stream(torch.cuda.Stream(priority=HIGH))
-        run(*given)
+        run(*arguments)
 
     thread = threading.Thread(target=on_device, name=f"pdtrim {name}", daemon=True)
     thread.start()

@@ -117,8 +117,8 @@ def test_agreement_with_itself_is_whole_and_prefix_is_that_of_a_free_run():
     same, other = task.measure([dense, cut])
     assert same.values == {"top1": (1.0,) * 6, "prefix": (1.0,) * 6}
     for item, prompt in enumerate(prompts):
-        own = cut.greedy(prompt, 10)
-        shared = int((own == generated[item]).long().cumprod(0).sum())
+        free_run = cut.greedy(prompt, 10)
+        shared = int((free_run == generated[item]).long().cumprod(0).sum())
         assert other.values["prefix"][item] == pytest.approx(shared / 10)
         assert other.values["top1"][item] >= other.values["prefix"][item]
     assert other.mean("prefix") < 1

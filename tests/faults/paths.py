@@ -13,7 +13,10 @@ from pdtrim_deploy.serving import Engine
 
 @dataclass(frozen=True)
 class ServedPath:
-    """How a pair is served. `cut`: by a plan that leaves rows out; `engine`: prefill computes in onnxruntime."""
+    """How a pair is served. `cut`: by a plan that leaves rows out; `engine`: prefill computes in onnxruntime.
+
+    `by_layer`: rows of finished layers leave while prefill computes later ones.
+    """
 
     name: str
     cut: bool = True
@@ -22,6 +25,7 @@ class ServedPath:
     tp_decode: int = 1
     page_size: int | None = None
     decode_args: tuple[str, ...] = ()
+    by_layer: bool = False
 
     @property
     def reuses(self) -> bool:
@@ -37,6 +41,7 @@ PATHS = {
         ServedPath("TP 2 to 1", tp_prefill=2, page_size=16),
         ServedPath("TP 1 to 2", tp_decode=2, page_size=16),
         ServedPath("decode's radix cache", cut=False, page_size=16, decode_args=REUSE),
+        ServedPath("cut layers, decode's radix cache, sent by layer", page_size=16, decode_args=REUSE, by_layer=True),
     )
 }
 

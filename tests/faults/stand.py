@@ -100,12 +100,14 @@ class Stand:
             dtype="float32", chunked_prefill_size=CHUNK, threads=1, max_total_tokens=POOL_TOKENS,
             max_running_requests=16, transfer_backend=f"pdtrim_{transport}", tp_prefill=path.tp_prefill,
             tp_decode=path.tp_decode, page_size=path.page_size, decode_args=path.decode_args,
+            send_by_layer=path.by_layer,
         )  # fmt: skip
         spec = ClusterSpec.on_loopback(
             served.folder / "prefill", served.folder / "decode", options=options, start_timeout_s=600.0,
             router_args=("--health-check-interval-secs", "2", "--request-timeout-secs", str(ROUTER_S)),
         )  # fmt: skip
         transport_options = {"stall_seconds": STALL_S, "connect_seconds": 2.0, "staging_bytes": STAGING_BYTES}
+        transport_options |= {"part_bytes": 1} if path.by_layer else {}
         transport_options |= {"accept_unauthenticated": True} if transport == "mooncake" else {}
         place = {"port": listens, "announce": f"127.0.0.1:{announced}"}
         workers = [
@@ -220,7 +222,7 @@ class Stand:
         """Judge what was asked under the fault; then serve a healthy load, and look for what was left behind."""
         recovered = self.recover() if recovered_s is None else recovered_s
         hows = Counter(outcome.how for outcome in ended)
-        reused = self.reused()
+        reused, early = self.reused(), self.early()
         after = send(self.url, draw(12, (2, 400), (2, 12), len(self.rows)), DEADLINE_S)
         row = Row(
             fault=fault, sent=len(ended), **{how: hows[how] for how in ("answered", "aborted", "failed", "lost")},
@@ -240,6 +242,7 @@ class Stand:
         assert row.afterwards_answered == row.afterwards_sent, [outcome.reason for outcome in after if outcome.reason]
         assert not row.leaked, f"left behind after {fault}"
         assert self.reused() > reused or not self.path.reuses, "no prompt's rows were reused: this path was not taken"
+        assert self.early() > early or not self.path.by_layer, "no rows left early: this path was not taken"
         return row
 
     def while_sending(
@@ -266,6 +269,10 @@ class Stand:
     def reused(self) -> float:
         """Tokens whose rows were not sent so far, because decode had them."""
         return total(scrape(self.worker("prefill").metrics_url), "pdtrim_kv_reused_tokens_sum")
+
+    def early(self) -> float:
+        """Bytes that have left so far before their forward pass had ended."""
+        return total(scrape(self.worker("prefill").metrics_url), "pdtrim_kv_early_bytes_sum")
 
     def outcomes(self) -> Counter[str]:
         """How the transfers of prefill have ended so far; each of its ranks counts them."""

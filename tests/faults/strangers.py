@@ -58,6 +58,7 @@ class Chunk:
     """A header that is mostly right; `payload` None: the plan's length, and a body; `sound`: its checksum is right.
 
     `heads` are the first KV head and how many; None: those of the rank that is spoken to. `layers` are likewise.
+    `reused` are tokens whose rows decode has.
     """
 
     version: int
@@ -70,16 +71,17 @@ class Chunk:
     payload: int | None
     sound: bool
     layers: tuple[int, int] = (0, 0)
+    reused: int = 0
 
     def encode(self, plan: PDPlan, own_heads: int, checksum: Callable[[bytes], int]) -> bytes:
         """Header, and the body that it announces if that is the plan's, to the first rank, which has `own_heads`."""
         start, stop, tokens = self.extent
         payload = self.payload
         if payload is None:
-            payload = chunk_layout(plan, tokens, start, stop, own_heads).total_bytes
+            payload = chunk_layout(plan, tokens, start, stop, own_heads, reused_tokens=self.reused).total_bytes
         fixed = struct.pack(
             HEADER, b"PDTK", self.version, self.flags, self.rank, *(self.heads or (0, own_heads)), *self.layers,
-            bytes.fromhex(plan.digest), self.room, tokens, start, stop, self.aux, payload,
+            bytes.fromhex(plan.digest), self.room, tokens, self.reused, start, stop, self.aux, payload,
         )  # fmt: skip
         body = os.urandom(payload + min(self.aux, 4096)) if self.payload is None else b""
         return fixed + struct.pack("<Q", checksum(fixed + body) if self.sound else 1) + body
@@ -97,6 +99,7 @@ CHUNK = st.builds(
     payload=st.one_of(st.none(), st.none(), st.integers(0, 5000), U64),
     sound=st.booleans(),
     layers=st.one_of(*[st.just((0, 0))] * 7, st.tuples(st.integers(0, 9), st.integers(0, 9))),
+    reused=st.one_of(*[st.just(0)] * 3, st.integers(0, 300)),
 )
 FRAME = st.one_of(CHUNK, CHUNK, CHUNK, st.binary(min_size=1, max_size=200))
 

@@ -140,7 +140,7 @@ def shared_pair(shared_pairs):
 @pytest.fixture(scope="session")
 def serving(shared_pairs):
     """`serving(prefill_dir, decode_dir, **options)`: a context manager that yields a cluster of one's own."""
-    return shared_pairs.own
+    return shared_pairs.unshared
 
 
 @pytest.fixture

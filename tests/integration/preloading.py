@@ -56,11 +56,11 @@ def _read_by_imports(env: Mapping[str, str]) -> dict[str, str]:
 class _Server:
     def __init__(self, python: str, env: Mapping[str, str], log: Path) -> None:
         self.imported_under, self._codes, self._pids, self._rest = _read_by_imports(env), {}, [], b""
-        self._log, (self._channel, theirs) = log, socket.socketpair()
-        with theirs, log.open("ab") as output:
+        self._log, (self._channel, peer) = log, socket.socketpair()
+        with peer, log.open("ab") as output:
             self._popen = subprocess.Popen(
-                [python, str(PRELOADED), str(theirs.fileno())], env=dict(env) | {"TMPDIR": "/tmp"}, cwd=log.parent,
-                stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, pass_fds=[theirs.fileno()],
+                [python, str(PRELOADED), str(peer.fileno())], env=dict(env) | {"TMPDIR": "/tmp"}, cwd=log.parent,
+                stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, pass_fds=[peer.fileno()],
                 preexec_fn=dies_with(os.getpid()),  # noqa: PLW1509 (one system call, no lock)
             )  # fmt: skip
 

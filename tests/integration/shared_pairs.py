@@ -46,7 +46,7 @@ class SharedPairs:
         return entry[0]
 
     @contextlib.contextmanager
-    def own(self, prefill: Path, decode: Path, **options: Any) -> Iterator[Cluster]:
+    def unshared(self, prefill: Path, decode: Path, **options: Any) -> Iterator[Cluster]:
         """A cluster that nobody else gets; the shared ones end first, to leave it the memory."""
         self.close()
         with self._start(prefill, decode, **options) as cluster:

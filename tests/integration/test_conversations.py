@@ -1,7 +1,8 @@
 """Decode keeps the prompt rows of earlier turns, and each answer is still what the whole prompt's rows would give.
 
 The stages keep other blocks of a tiny Llama, and rows travel quantised: a row that decode has computed for its own
-answer is another one than prefill sends for the same token in the next turn.
+answer is another one than prefill sends for the same token in the next turn. Of a plan with cut layers the full ones
+keep rows; those of cut layers are sent for each turn.
 """
 
 import contextlib
@@ -18,7 +19,6 @@ from slowworker import scheduler, slowed
 from pdtrim_deploy.evaluation.fidelity import judge
 from pdtrim_deploy.evaluation.fidelity.cases import Group
 from pdtrim_deploy.evaluation.fidelity.client import Served
-from pdtrim_deploy.kvcache.layout import chunk_layout
 from pdtrim_deploy.models import open_checkpoint
 from pdtrim_deploy.models.loading import load_model
 from pdtrim_deploy.models.oracle import PDOracle
@@ -34,20 +34,29 @@ SYSTEM = random.Random("system").choices(range(3, VOCABULARY), k=5 * PAGE + 3)
 
 @dataclass(frozen=True)
 class Stages:
-    """Prefill without block 3, decode without blocks 1 and 3: all rows of four layers travel, each in its own dtype."""
+    """Prefill without block 3, decode without blocks 1 and 3: rows of four layers travel, each in its own dtype."""
 
     folder: Path
     plan: PDPlan
 
 
-@pytest.fixture(scope="module")
-def stages(tiny_model, cache, tmp_path_factory):
+UNCUT = tuple(KVSend(wire_dtype=wire) for wire in ("int8", "k4v3", "fp8", "native"))
+CUT = (
+    KVSend(wire_dtype="int8"), KVSend(mode="sparse", n_first=5, n_last=40, wire_dtype="k4v3"),
+    KVSend(mode="sparse", n_last=30, wire_dtype="fp8"), KVSend(),
+)  # fmt: skip
+
+
+CUT_ALONE = pytest.mark.parametrize("stages", [CUT], indirect=True, ids=["cut layers"])  # its full layers do it all
+
+
+@pytest.fixture(scope="module", params=[UNCUT, CUT], ids=["uncut", "cut layers"])
+def stages(request, tiny_model, cache, tmp_path_factory):
     folder = tmp_path_factory.mktemp("conversations")
     model = tiny_model(folder / "model", max_position_embeddings=2048, head_dim=32)
     checkpoint = open_checkpoint(model, cache)
     prefill, decode = (tuple(Drop() if block in gone else Keep() for block in range(6)) for gone in ((3,), (1, 3)))
-    kv = tuple(KVSend(wire_dtype=wire) for wire in ("int8", "k4v3", "fp8", "native"))
-    plan = PDPlan(model=checkpoint.shape("float32"), prefill=prefill, decode=decode, kv=kv)
+    plan = PDPlan(model=checkpoint.shape("float32"), prefill=prefill, decode=decode, kv=request.param)
     for stage in STAGES:
         write_stage(checkpoint, folder / stage, plan.layers(stage), "float32", plan.model_dump(mode="json"))
     return Stages(folder, plan)
@@ -147,7 +156,7 @@ def test_ten_turns_send_only_what_decode_lacks_and_are_the_oracles(pair, stages,
         prompt = talk.say()
         (answer,), (payload, reused, spared) = measured(pair, lambda prompt=prompt: ask(pair, prompt))
         assert reused == whole(earlier), "decode reuses the earlier prompt's whole pages, and none of its own answer"
-        assert payload == chunk_layout(stages.plan, len(prompt), whole(earlier)).total_bytes
+        assert spared == stages.plan.reused_bytes(whole(earlier))
         assert payload + spared == stages.plan.payload_bytes(len(prompt))
         talk.heard(answer)
         served.append(answer)
@@ -156,6 +165,7 @@ def test_ten_turns_send_only_what_decode_lacks_and_are_the_oracles(pair, stages,
     check(oracle, served)
 
 
+@CUT_ALONE
 def test_conversations_at_once_share_a_system_prompt(pair, oracle):
     talks, served = [Conversation(name) for name in "abc"], []
     with ThreadPoolExecutor(len(talks)) as pool:
@@ -167,16 +177,18 @@ def test_conversations_at_once_share_a_system_prompt(pair, oracle):
     check(oracle, served)
 
 
-def test_a_prompt_that_decode_has_whole_sends_no_row(pair, oracle):
+def test_of_a_prompt_that_decode_has_full_layers_send_no_row(pair, stages, oracle):
     prompt = random.Random("whole").choices(range(3, VOCABULARY), k=4 * PAGE)
     (first,) = ask(pair, prompt)
+    lacking = stages.plan.payload_bytes(len(prompt)) - stages.plan.reused_bytes(len(prompt))  # rows of cut layers
     (again,), (payload, reused, _) = measured(pair, lambda: ask(pair, prompt))
-    assert (payload, reused) == (0, len(prompt))
+    assert (payload, reused) == (lacking, len(prompt))
     samples, (payload, reused, _) = measured(pair, lambda: ask(pair, prompt, n=3), requests=3)
-    assert (payload, reused, len(samples)) == (0, 3 * len(prompt), 3)
+    assert (payload, reused, len(samples)) == (3 * lacking, 3 * len(prompt), 3)
     check(oracle, [first, again, *samples])
 
 
+@CUT_ALONE
 @pytest.mark.parametrize("events", [0, 3])
 def test_a_turn_goes_on_after_one_that_was_aborted(pair, oracle, events):
     talk = Conversation(f"aborted after {events}")
@@ -201,6 +213,7 @@ def aborted(pair):
     return sum(sample.value for sample in samples if sample.labels["outcome"] == "aborted")
 
 
+@CUT_ALONE
 def test_a_client_that_leaves_in_the_middle_of_a_long_prefill_leaves_nothing_behind(pair, oracle):
     """SGLang's prefill hears of it two seconds later: it is slowed down, so most chunks are still to come then."""
     talk = Conversation("left")
@@ -222,6 +235,7 @@ def test_a_client_that_leaves_in_the_middle_of_a_long_prefill_leaves_nothing_beh
     check(oracle, [answer, again, late])
 
 
+@CUT_ALONE
 def test_evicted_rows_are_sent_again(pair, stages, oracle):
     talk = Conversation("evicted")
     (answer,) = ask(pair, talk.say())
@@ -234,6 +248,7 @@ def test_evicted_rows_are_sent_again(pair, stages, oracle):
     check(oracle, [answer, again])
 
 
+@CUT_ALONE
 def test_decode_restarted_has_nothing_and_is_sent_all(pair, stages, oracle):
     talk = Conversation("restarted")
     (answer,) = ask(pair, talk.say())

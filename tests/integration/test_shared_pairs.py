@@ -61,7 +61,7 @@ def test_a_pair_that_another_test_broke_is_not_handed_out(pairs):
 def test_a_pair_of_ones_own_is_never_handed_out_and_has_the_memory(pairs, log):
     a = Path("a")
     shared = pairs.get(a, a)
-    with pairs.own(a, a) as own:
-        assert own is not shared
+    with pairs.unshared(a, a) as unshared:
+        assert unshared is not shared
         assert log == ["start a 1", "stop a 1", "start a 1"]
-        assert pairs.get(a, a) not in (own, shared)
+        assert pairs.get(a, a) not in (unshared, shared)

@@ -42,10 +42,10 @@ def test_each_layer_moves_by_the_slots_of_its_group(form, data, case, tokens, co
         decode_rows(layout, packed, *targets[1], order[part], offsets)
     for grouped, whole in zip(*targets, strict=True):
         for layer, (pool, rows) in enumerate(zip(grouped, whole, strict=True)):
-            own = to_slots[to_groups[layer]]
-            assert torch.equal(bits(pool[own]), bits(rows[:tokens]))
+            layer_slots = to_slots[to_groups[layer]]
+            assert torch.equal(bits(pool[layer_slots]), bits(rows[:tokens]))
             others = torch.ones(size, dtype=torch.bool)
-            others[own] = False
+            others[layer_slots] = False
             assert (pool[others] == UNTOUCHED).all()
 
 

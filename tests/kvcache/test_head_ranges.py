@@ -29,7 +29,9 @@ def test_ranks_with_other_heads_give_what_equal_ranks_give(form, data, case, tok
     source = [pools(len(plan.prefill_layers), size, plan.model, seed + side) for side in range(2)]
     from_slots, to_slots = data.draw(slots_of(size, tokens)), data.draw(slots_of(size, tokens))
     whole = [[torch.full_like(source[0][0], UNTOUCHED) for _ in plan.kv] for _ in range(2)]
-    own = [[[t[:, slice_of(held_heads(4, decode, rank))].clone() for t in s] for s in whole] for rank in range(decode)]
+    by_rank = [
+        [[t[:, slice_of(held_heads(4, decode, rank))].clone() for t in s] for s in whole] for rank in range(decode)
+    ]
     for start, stop in data.draw(cuts(tokens)):
         there, here, layout = from_slots[start:stop], to_slots[start:stop], chunk_layout(plan, tokens, start, stop)
         decode_rows(layout, encode(layout, *source, there, offsets=offsets), *whole, here, offsets)
@@ -39,7 +41,7 @@ def test_ranks_with_other_heads_give_what_equal_ranks_give(form, data, case, tok
             for sender, heads in sent_heads(4, prefill, decode, rank).items():
                 held = held_heads(4, prefill, sender)  # a pool of its own, and views of that
                 views = [[t[:, slice_of(held)].contiguous()[:, slice_of(heads, held.start)] for t in s] for s in source]
-                targets = [[t[:, slice_of(heads, first)] for t in s] for s in own[rank]]
+                targets = [[t[:, slice_of(heads, first)] for t in s] for s in by_rank[rank]]
                 part, means = chunk_layout(plan, tokens, start, stop, len(heads)), offsets and offsets.heads(heads)
                 packed = encode(part, *views, there, offsets=means)
                 decode_rows(part, packed, *targets, here, means)
@@ -47,7 +49,7 @@ def test_ranks_with_other_heads_give_what_equal_ranks_give(form, data, case, tok
         assert sent == layout.total_bytes * max(1, decode // 4)
     for rank in range(decode):
         for side in range(2):
-            for got, expected in zip(own[rank][side], whole[side], strict=True):
+            for got, expected in zip(by_rank[rank][side], whole[side], strict=True):
                 assert torch.equal(bits(got), bits(expected[:, slice_of(held_heads(4, decode, rank))]))
 
 

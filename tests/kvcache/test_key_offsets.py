@@ -89,9 +89,9 @@ def test_each_rank_takes_the_offsets_of_its_heads(form):
     keys = torch.randn(TOKENS, 4, 64)
     whole = sent(plan, keys, offsets, *form)
     for rank in range(2):
-        heads, own = slice(2 * rank, 2 * rank + 2), offsets.heads(range(2 * rank, 2 * rank + 2))
+        heads, rank_offsets = slice(2 * rank, 2 * rank + 2), offsets.heads(range(2 * rank, 2 * rank + 2))
         part = plan.model_copy(update={"model": shape(1, 2, 64)})
-        assert torch.equal(sent(part, keys[:, heads].contiguous(), own, *form), whole[:, heads])
+        assert torch.equal(sent(part, keys[:, heads].contiguous(), rank_offsets, *form), whole[:, heads])
 
 
 @pytest.mark.parametrize("form", [pack, torch_pack.pack])

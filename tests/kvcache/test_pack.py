@@ -230,12 +230,12 @@ def test_an_odd_sized_head_cannot_be_quantised():
 def test_a_rank_with_one_of_two_heads_sends_its_half_of_the_bytes(wire):
     plan = PDPlan.dense(shape(1, 2, 64)).with_kv((KVSend(wire_dtype=wire),))
     pool, slots = [torch.randn(8, 2, 64, generator=torch.Generator().manual_seed(0))], torch.arange(5)
-    whole, own = chunk_layout(plan, 5), chunk_layout(plan, 5, kv_heads=1)
-    assert 2 * own.total_bytes == whole.total_bytes == plan.payload_bytes(5)
+    whole, half = chunk_layout(plan, 5), chunk_layout(plan, 5, kv_heads=1)
+    assert 2 * half.total_bytes == whole.total_bytes == plan.payload_bytes(5)
     expected, got = [torch.zeros(8, 2, 64)], [torch.zeros(8, 1, 64)]
     unpack(whole, pack(whole, pool, pool, slots), expected, expected, slots)
     second = [pool[0][:, 1:]]
-    unpack(own, pack(own, second, second, slots), got, got, slots)
+    unpack(half, pack(half, second, second, slots), got, got, slots)
     assert torch.equal(got[0], expected[0][:, 1:])
 
 

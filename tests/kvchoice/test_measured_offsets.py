@@ -85,7 +85,7 @@ def test_an_oracle_has_the_offsets_of_its_plan_and_no_others(model, measured):
         PDOracle(model, model, oracle.plan, measured.offsets)
 
 
-class Given:
+class FixedKeys:
     """An oracle's prefill that makes given keys `[sequences, layers, tokens, heads, dim]`, RoPE included."""
 
     def __init__(self, model, keys):
@@ -104,7 +104,7 @@ def test_heads_without_a_constant_have_none_and_layers_of_such_heads_are_left_ou
     turned = rotate(constant, *rotary.table(LONG)[:LONG].chunk(2, -1))
     keys[:, 2, :, 1] += turned
     keys[:, 4, :, 0, 3] = torch.nan
-    offsets = measure(Given(model, keys), text(20, LONG), silent).offsets
+    offsets = measure(FixedKeys(model, keys), text(20, LONG), silent).offsets
     assert offsets.file.layers == (2,)
     assert not offsets.means[2][0].any()
     torch.testing.assert_close(offsets.means[2][1], constant, rtol=0, atol=0.3)
@@ -112,4 +112,4 @@ def test_heads_without_a_constant_have_none_and_layers_of_such_heads_are_left_ou
 
 def test_a_model_whose_keys_hold_no_constant_has_no_offsets():
     keys = torch.randn(20, BLOCKS, LONG, KV_HEADS, DIM, generator=torch.Generator().manual_seed(0))
-    assert measure(Given(tiny("Llama"), keys), text(20, LONG), silent).offsets is None
+    assert measure(FixedKeys(tiny("Llama"), keys), text(20, LONG), silent).offsets is None

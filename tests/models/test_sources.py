@@ -336,7 +336,7 @@ def test_load_refuses_other_shapes(copy):
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_resolve_is_cheap_the_second_time(tiny_model, tmp_path, monkeypatch, tied):
-    own, folder = Cache(tmp_path / "cache"), tiny_model(tmp_path / "model", tie_word_embeddings=tied)
-    first = resolve(f"hf:{folder}", own)
+    cache, folder = Cache(tmp_path / "cache"), tiny_model(tmp_path / "model", tie_word_embeddings=tied)
+    first = resolve(f"hf:{folder}", cache)
     monkeypatch.setattr("pdtrim_deploy.models.checkpoint.tensor_digests", None)
-    assert resolve(f"hf:{folder}", own) == first
+    assert resolve(f"hf:{folder}", cache) == first

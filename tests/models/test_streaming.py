@@ -108,8 +108,8 @@ def test_all_of_the_text_goes_through_a_block_before_the_next_one_is_read(checkp
 def test_a_module_replaced_by_hand_keeps_its_weights(checkpoint):
     model, _ = stream_model(checkpoint, 1)
     layer = model.model.layers[3].mlp.down_proj
-    own = torch.nn.Parameter(torch.zeros(layer.weight.shape), requires_grad=False)
-    layer._parameters["weight"] = own
+    parameter = torch.nn.Parameter(torch.zeros(layer.weight.shape), requires_grad=False)
+    layer._parameters["weight"] = parameter
     with torch.no_grad():
         model(text(1, 4))
-    assert layer.weight is own
+    assert layer.weight is parameter

@@ -83,12 +83,12 @@ def zero(layer, sublayer):
 def test_the_oracle_skips_what_the_plan_says_and_reads_no_kv_for_it():
     model, plan = tinypd.tiny("Llama"), pd_plan()
     # as stages come from disk: all is there, and o_proj and down_proj are zero
-    own = [keep_blocks(model, plan.layers(stage)) for stage in ("prefill", "decode")]
-    for stage, cut in zip(("prefill", "decode"), own, strict=True):
+    stages = [keep_blocks(model, plan.layers(stage)) for stage in ("prefill", "decode")]
+    for stage, cut in zip(("prefill", "decode"), stages, strict=True):
         for block, sublayer in plan.missing(stage).items():
             zero(cut.model.layers[plan.layers(stage).index(block)], sublayer)
     text = tinypd.text(2, 24)
-    oracle = PDOracle(*own, plan)
+    oracle = PDOracle(*stages, plan)
     state = oracle.prefill(text[:, :14])
     assert len(state.keys) == 3  # blocks 0, 1 and 3: 2 is dropped, 4 has no attention
     assert plan.layer_map == (1, 2)
@@ -98,7 +98,7 @@ def test_the_oracle_skips_what_the_plan_says_and_reads_no_kv_for_it():
 
     # The same with all blocks and all KV in place: what has zeros needs no rows, so garbage in them changes nothing.
     whole = PDPlan.dense(plan.model).with_kv((KVSend(wire_dtype="int8"),) * 5)
-    full = [keep_blocks(model, range(5)) for _ in own]
+    full = [keep_blocks(model, range(5)) for _ in stages]
     for stage, cut in zip(("prefill", "decode"), full, strict=True):
         gone = dict.fromkeys(plan.dropped(stage), ("attention", "mlp"))
         gone |= {block: (sublayer,) for block, sublayer in plan.missing(stage).items()}

@@ -35,6 +35,7 @@ def test_the_plans_lengths_are_admitted(side):
     ("changes", "sentence"),
     [
         ({"digest": bytes(32)}, "this worker serves"),
+        ({"reused_tokens": 2}, rf"chunk of {PAYLOAD_BYTES} \+ 12 bytes, the plan says {PAYLOAD_BYTES * 3 // 5} \+ 12"),
         ({"aux_bytes": AUX_BYTES + 1}, rf"{PAYLOAD_BYTES} \+ 13 bytes, the plan says {PAYLOAD_BYTES} \+ 12"),
         ({"heads": range(1, 2)}, "chunk of KV heads 1 to 1, this rank has 0 to 0"),
         ({"heads": range(2)}, "chunk of KV heads 0 to 1, this rank has 0 to 0"),

@@ -45,21 +45,21 @@ def test_sglang_refuses_what_we_say_is_wrong(monkeypatch):
     monkeypatch.setattr(sglang_host, "server_arguments", lambda: SimpleNamespace(disaggregation_mode="decode"))
     manager = SimpleNamespace(model_config=SimpleNamespace(vocab_size=512))
     request = GenerateReqInput(input_ids=[5], sampling_params={}, top_logprobs_num=0, logprob_start_len=-1)
-    front_end.refuse_request(lambda *given: None, manager, request, [5])
+    front_end.refuse_request(lambda *arguments: None, manager, request, [5])
     with pytest.raises(ValueError, match="embeddings are not supported"):
-        front_end.refuse_request(lambda *given: None, manager, request, None)
+        front_end.refuse_request(lambda *arguments: None, manager, request, None)
     with pytest.raises(ValueError, match="valid ids are"):
-        front_end.refuse_request(lambda *given: None, manager, request, [512])
+        front_end.refuse_request(lambda *arguments: None, manager, request, [512])
     request.top_logprobs_num = 129
     with pytest.raises(ValueError, match="129 top logprobs"):
-        front_end.refuse_request(lambda *given: None, manager, request, [5])
+        front_end.refuse_request(lambda *arguments: None, manager, request, [5])
     request.top_logprobs_num, request.sampling_params = 0, {"stop_regex": ["a+", "((("]}
     with pytest.raises(ValueError, match=r"'\(\(\(' is no regular expression"):
-        front_end.refuse_request(lambda *given: None, manager, request, [5])
+        front_end.refuse_request(lambda *arguments: None, manager, request, [5])
     body = SimpleNamespace(echo=True, logprobs=1)
     for mode, says in (("prefill", "echo with logprobs"), ("decode", "echo with logprobs"), ("null", "")):
         monkeypatch.setattr(
             sglang_host, "server_arguments", lambda mode=mode: SimpleNamespace(disaggregation_mode=mode)
         )
-        assert says in (front_end.refuse_completion(lambda *given: None, None, body) or "")
-        assert front_end.refuse_completion(lambda *given: "its own", None, body) == "its own"
+        assert says in (front_end.refuse_completion(lambda *arguments: None, None, body) or "")
+        assert front_end.refuse_completion(lambda *arguments: "its own", None, body) == "its own"

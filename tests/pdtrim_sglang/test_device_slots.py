@@ -200,12 +200,12 @@ def ends(pretended):
     """ends(sender's config, receiver's): a channel, its writer, what was delivered, and what the channel heard."""
     opened = []
 
-    def connect(ours, theirs):
+    def connect(sender, receiver):
         writer, delivered, events = Memory(), [], queue.Queue()
         transport = Transport(OneSided(lambda *_: writer))
-        server = transport.server("127.0.0.1", handler(delivered), theirs)
+        server = transport.server("127.0.0.1", handler(delivered), receiver)
         listener = SimpleNamespace(on_reply=events.put, on_lost=events.put)
-        channel = transport.channel(server.host, server.port, listener, ours)
+        channel = transport.channel(server.host, server.port, listener, sender)
         opened.extend((channel, server))
         return channel, writer, delivered, events
 
@@ -233,11 +233,11 @@ def test_rows_go_from_gpu_to_gpu_and_the_aux_row_by_the_host(ends):
 
 
 def test_both_ends_have_their_slots_alike_or_say_so(ends):
-    for ours, theirs, words in (
+    for sender, receiver, words in (
         (ON_GPU, CONFIG, "its staging slots are in host memory, this worker's in a GPU's memory"),
         (CONFIG, ON_GPU, "its staging slots are in a GPU's memory, this worker's in host memory"),
     ):
-        channel, *_ = ends(ours, theirs)
+        channel, *_ = ends(sender, receiver)
         with pytest.raises(UnreachableError, match=f"cannot reach decode worker .*{words}; start both workers with"):
             channel.connect()
 

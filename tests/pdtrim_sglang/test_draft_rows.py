@@ -85,8 +85,8 @@ def test_draft_rows_arrive_to_the_bit_and_the_others_as_without_them(world, rank
         assert set(each.wait(each.prefill + each.decode)) == {KVPoll.Success}, [d.manager.reasons for d in each.decode]
     here, there = slots_of(pair.here, prefix), slots_of(pair.there, prefix)
     for rank in range(ranks):
-        mine, theirs = pair.prefill[rank].pool.draft, pair.decode[rank].pool.draft
-        for sent, got in zip(mine.keys + mine.values, theirs.keys + theirs.values, strict=True):
+        source, target = pair.prefill[rank].pool.draft, pair.decode[rank].pool.draft
+        for sent, got in zip(source.keys + source.values, target.keys + target.values, strict=True):
             assert sent[here].any()
             assert torch.equal(got[there], sent[here])
             others = torch.ones(SLOTS, dtype=torch.bool)

@@ -314,9 +314,9 @@ def test_executors_are_found_by_name_and_refused_in_one_sentence(tmp_path):
             load("tensorrt")
 
 
-@pytest.mark.parametrize("given", [{"executor": "onnxruntime"}, {"executor": "x", "path": "p", "stage": "both"}])
-def test_a_worker_told_of_no_valid_engine_says_how_to_start_it(given):
-    config = SimpleNamespace(pdtrim_engine=given)
+@pytest.mark.parametrize("engine", [{"executor": "onnxruntime"}, {"executor": "x", "path": "p", "stage": "both"}])
+def test_a_worker_told_of_no_valid_engine_says_how_to_start_it(engine):
+    config = SimpleNamespace(pdtrim_engine=engine)
     with pytest.raises(RuntimeError, match=r"pdtrim_engine.* in --json-model-override-args.*with pdtrim-deploy serve"):
         WorkerConfig.of_model(config)
 

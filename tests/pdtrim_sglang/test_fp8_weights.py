@@ -57,9 +57,9 @@ def test_compressed_tensors_reads_the_same_weights(kind, tiny_llama_dir, tmp_pat
     folder = write_fp8(tiny_llama_dir, tmp_path / "source", kind)
     model, ids = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), torch.arange(3, 33)[None]
     expected = model(ids).logits  # their weights are decompressed when they are first used
-    theirs = model.state_dict()
+    state = model.state_dict()
     for name, weight in load_model(folder).state_dict().items():
-        assert torch.equal(theirs[name], weight), name
+        assert torch.equal(state[name], weight), name
     # they round each token's input to FP8 as well
     error = (load_model(folder, rounds_inputs=True)(ids).logits - expected).abs().max()
     assert error <= 1e-3 * expected.abs().max()

@@ -22,11 +22,11 @@ CASES = [
 def test_slices_are_those_of_sglang(heads, prefill, decode):
     """SGLang lets each copy of a head be sent to one place; here the first copy is."""
     for rank in range(decode):
-        own, shares, places = held_heads(heads, decode, rank), sent_heads(heads, prefill, decode, rank), {}
+        rank_heads, shares, places = held_heads(heads, decode, rank), sent_heads(heads, prefill, decode, rank), {}
         for source in source_ranks(prefill, decode, rank):
             start, count, place, _ = compute_head_slice_params(prefill, decode, source, rank, heads)
             first = held_heads(heads, prefill, source).start + start
-            assert own.start + place == first
+            assert rank_heads.start + place == first
             if (place, count) in places.values():
                 assert source not in shares
             else:

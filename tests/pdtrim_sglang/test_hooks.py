@@ -21,9 +21,9 @@ PLAIN = {
     "enable_unified_cache_external_linker": False,
 }  # fmt: skip
 DECODE = PLAIN | {
-    "disaggregation_mode": "decode", "disaggregation_decode_enable_radix_cache": False,
+    "disaggregation_mode": "decode", "disaggregation_decode_enable_radix_cache": True,
     "disaggregation_decode_enable_offload_kvcache": False, "enable_streaming_session": False,
-    "attention_backend": "torch_native", "decode_attention_backend": None,
+    "attention_backend": "torch_native", "decode_attention_backend": None, "enable_hierarchical_cache": False,
 }  # fmt: skip
 
 
@@ -85,7 +85,7 @@ def test_backends_are_ours_where_a_layer_is_cut_and_only_there(registry, monkeyp
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"disaggregation_decode_enable_radix_cache": True}, "--disaggregation-decode-enable-radix-cache"),
+        ({"enable_hierarchical_cache": True}, "a row of every layer .* without --enable-hierarchical-cache"),
         ({"disaggregation_decode_enable_offload_kvcache": True}, "--disaggregation-decode-enable-offload-kvcache"),
         ({"enable_streaming_session": True}, "without --enable-streaming-session"),
         (

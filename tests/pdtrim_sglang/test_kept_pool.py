@@ -69,8 +69,8 @@ def test_each_kept_row_of_a_prompt_has_the_slot_of_its_place(tmp_path, page_size
         assert torch.equal(places.slots[0], slots)
         for own_slots, layer in zip(places.slots[1:], (0, 1, 2), strict=True):
             kept = [p for lo, hi in plan.kv[layer].row_ranges(prompt) for p in range(lo, hi)]
-            own = worker.pool.slots_of(layer, slots, row)
-            assert own_slots[kept].tolist() == own.tolist()
+            pool_slots = worker.pool.slots_of(layer, slots, row)
+            assert own_slots[kept].tolist() == pool_slots.tolist()
             assert (own_slots == 0).sum() == prompt - len(kept)
         worker.running.append(req)
         worker.finish(req)
@@ -202,15 +202,17 @@ def test_sglang_is_told_what_a_token_costs_and_which_pool_to_make(tmp_path):
     pools = configurator(tmp_path, PLAN, {"isl": 40, "osl": 8}, disaggregation_decode_retraction_backup=None)
     assert memory.kept_cell_size(lambda *_: single, None, pools, 3) == ROW_BYTES * 2 + ROW_BYTES * 12 // 48
     before = get_disagg().disaggregation_decode_retraction_backup
-    given = memory.kept_pool(lambda _, **given: given, pools, mha_pool_class=MHATokenToKVPool, max_total_num_tokens=5)
-    assert given["mha_pool_class"].func is KeptKVPool
-    assert given["max_total_num_tokens"] == 5
+    arguments = memory.kept_pool(
+        lambda _, **arguments: arguments, pools, mha_pool_class=MHATokenToKVPool, max_total_num_tokens=5
+    )
+    assert arguments["mha_pool_class"].func is KeptKVPool
+    assert arguments["max_total_num_tokens"] == 5
     assert (before, get_disagg().disaggregation_decode_retraction_backup) == (None, "cpu_tensor")
     for plan, args in ((make_plan([KVSend()]), {}), (PLAN, {"disaggregation_mode": "prefill"})):
         plain = configurator(tmp_path, plan, **args)
         assert memory.kept_cell_size(lambda *_: single, None, plain, 3) == single
-        given = memory.kept_pool(lambda _, **given: given, plain, mha_pool_class=MHATokenToKVPool)
-        assert given == {"mha_pool_class": MHATokenToKVPool}
+        arguments = memory.kept_pool(lambda _, **arguments: arguments, plain, mha_pool_class=MHATokenToKVPool)
+        assert arguments == {"mha_pool_class": MHATokenToKVPool}
 
 
 @pytest.mark.parametrize(

@@ -255,7 +255,7 @@ def test_the_rows_written_are_those_that_sglangs_attention_hands_its_backend(gra
         pool.set_kv_buffer(layer, forward_batch.out_cache_loc, k.view(-1, HEADS, DIM), v.view(-1, HEADS, DIM))
         return q
 
-    given, seen = rows(5), batch(5, real, mode=ForwardMode[mode])
+    inputs, seen = rows(5), batch(5, real, mode=ForwardMode[mode])
     written = []
     for attends in (genuine, WriteKV(genuine)):
         pool = Pool()
@@ -264,7 +264,7 @@ def test_the_rows_written_are_those_that_sglangs_attention_hands_its_backend(gra
             if graph:
                 scopes.enter_context(set_forward_batch(seen))
                 scopes.enter_context(prefill_graph_scope(full_graph=False))
-            attends(*given, seen)
+            attends(*inputs, seen)
         written.append([(slots, keys.tolist(), values.tolist()) for _, slots, keys, values in pool.written])
     assert written[0] == written[1]
 

@@ -174,7 +174,7 @@ def test_other_pools_of_latents_are_refused():
 
 def test_layers_of_latents_are_not_cut():
     options, arguments = SimpleNamespace(**DECODE), SimpleNamespace(state_types=[], page_size=1)
-    options.disaggregation_decode_enable_radix_cache = False
+    options.enable_hierarchical_cache = False
     check_options(options, arguments, DENSE, True)
     cut = DENSE.with_kv((KVSend(mode="sparse", n_last=4),) * LAYERS)
     with pytest.raises(RuntimeError, match=r"cuts layers of a model with latents \(MLA\).* kv.method none"):

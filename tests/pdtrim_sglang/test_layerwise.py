@@ -7,6 +7,7 @@ import itertools
 import queue
 import random
 import re
+import threading
 import time
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -18,13 +19,14 @@ pytest.importorskip("sglang", reason="needs the serve environment")
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pdtrim_sglang import layerwise as layerwise_room
+from pdtrim_sglang import packing
 from pdtrim_sglang.layer_positions import LayerPositions
 from pdtrim_sglang.layerwise import LayerwiseSends, early_layers
-from pdtrim_sglang.packing import Chunk
+from pdtrim_sglang.packing import Chunk, Packer
 from pdtrim_sglang.patches.passes import follow
 from pdtrim_sglang.pool import PoolView
 from pdtrim_sglang.requirements import layers_unheard
-from rankpairs import AUX, CONFIG, PAGE, PLAN, TOKENS, World
+from rankpairs import AUX, CONFIG, PAGE, PLAN, SLOTS, TOKENS, World
 from sglang.srt.disaggregation.base.conn import KVPoll
 
 from pdtrim_deploy.kvcache.layout import chunk_layout
@@ -38,7 +40,7 @@ class Prefill:
     """What SGLang's scheduler and its forward passes do with one request, on each rank alike."""
 
     def __init__(self, world, room=1):
-        self.world, self.room, self.at = world, room, world.prefix
+        self.world, self.room, self.at = world, room, world.start
         for rank in world.prefill:
             rank.side.sender_opened(room)
             if rank.side.layerwise is not None:
@@ -46,7 +48,9 @@ class Prefill:
                 rank.side.ready(room, world.prefix)
 
     def chunk(self, start, stop):
-        return Chunk(self.room, self.world.here[start // PAGE :].numpy(), start, TOKENS, start, stop, stop == TOKENS, 0)
+        pages, last = self.world.here[start // PAGE :].numpy(), stop == TOKENS
+        reused = self.world.prefix
+        return Chunk(self.room, pages, start, TOKENS, start, stop, last, 0, reused_tokens=reused)
 
     def send(self, stop):
         """SGLang's chunk behind a pass; the tail of a page waits for the next one."""
@@ -68,6 +72,19 @@ class Prefill:
     def pages(self, place, start, stop):
         assert place == 1
         return self.world.here[start // PAGE : -(-stop // PAGE)].int()
+
+    def move(self):
+        """What SGLang's radix cache does with pages of tokens that are in no chunk: others with equal rows follow."""
+        here, first = self.world.here, self.at // PAGE
+        free = sorted(set(range(1, SLOTS // PAGE)) - set(here.tolist()))
+        old, new = here[first:], torch.tensor(free[: len(here) - first])
+        for rank in self.world.prefill:
+            with rank.side.layerwise.moving("r", lambda *tokens: self.pages(1, *tokens)):
+                self.world.here = torch.cat((here[:first], new))
+                for rows in (*rank.pool.keys, *rank.pool.values):
+                    paged = rows.view(-1, PAGE, *rows.shape[1:])
+                    paged[new] = paged[old]
+                    paged[old] = float("nan")
 
 
 @pytest.fixture
@@ -160,9 +177,10 @@ def test_rows_of_finished_layers_have_arrived_before_the_pass_ends(world):
     seed=st.integers(0, 1 << 16),
     ranks=st.sampled_from([(1, 1), (1, 1), (2, 1), (1, 2)]),
     late=st.booleans(),
+    moves=st.booleans(),
 )
-def test_decodes_pool_is_that_of_whole_chunks(ends, prefix, hit, least, seed, ranks, late):
-    """Over chunks, prefix hits at either end, sizes of parts, ranks, layers that nobody hears of, and late scheduling.
+def test_decodes_pool_is_that_of_whole_chunks(ends, prefix, hit, least, seed, ranks, late, moves):
+    """Over chunks, prefix hits at either end, sizes of parts, ranks, unheard layers, late scheduling, moved pages.
 
     `late`: the next pass is under way when a chunk is handed over, as with SGLang's overlapped scheduler.
     """
@@ -185,6 +203,8 @@ def test_decodes_pool_is_that_of_whole_chunks(ends, prefix, hit, least, seed, ra
         for start, stop in itertools.pairwise([hit, *cuts]):
             heard = sorted(dice.sample(range(LAYERS), dice.randint(0, LAYERS)))
             request.compute(start, stop, heard)
+            if moves:
+                request.move()
             if pending is not None:
                 request.send(pending)
             pending = stop
@@ -343,7 +363,62 @@ def test_a_part_of_an_ended_request_is_not_sent_for_another_of_the_same_number(m
     for _ in range(2):
         stream.done.put(None)
     parts = queued.get(timeout=10)
-    assert [(chunk.pages, chunk.layers) for chunk in parts] == [("pages of b", range(1))]
+    assert [(chunk.moving.pages, chunk.layers) for chunk in parts] == [("pages of b", range(1))]
+
+
+@pytest.fixture
+def gate(monkeypatch):
+    """Packs nothing between `closed` and `opened`; `at` says that a pack has read its pages, or is to."""
+    gate = SimpleNamespace(at=queue.Queue(), opened=threading.Event())
+
+    def put_in(target, name):
+        genuine = getattr(target, name)
+
+        def waiting(*arguments, **options):
+            gate.at.put(name)
+            assert gate.opened.wait(10)
+            return genuine(*arguments, **options)
+
+        monkeypatch.setattr(target, name, waiting)
+
+    gate.put_in = put_in
+    return gate
+
+
+def test_a_part_that_waits_is_packed_from_where_its_rows_have_moved(world, gate):
+    gate.put_in(Packer, "pack")
+    pair = world(1, 1, plan=DENSE)
+    pair.open()
+    rows, here = [[t.clone() for t in side] for side in pair.rows], pair.here
+    request = Prefill(pair)
+    request.compute(0, TOKENS)
+    assert gate.at.get(timeout=10) == "pack"
+    request.move()
+    gate.opened.set()
+    request.send(TOKENS)
+    arrived(pair)
+    at, there = (pair.decode[0].pool.slots(pages.numpy(), TOKENS) for pages in (here, pair.there))
+    for layer in range(LAYERS):
+        assert torch.equal(pair.decode[0].pool.keys[layer][there], rows[0][layer][at])
+        assert torch.equal(pair.decode[0].pool.values[layer][there], rows[1][layer][at])
+
+
+def test_pages_do_not_move_while_a_part_is_packed_from_them(world, gate):
+    gate.put_in(packing, "pack")
+    pair = world(1, 1, plan=DENSE)
+    pair.open()
+    request, moved = Prefill(pair), threading.Event()
+    request.compute(0, TOKENS)
+    assert gate.at.get(timeout=10) == "pack"
+    moving = threading.Thread(target=lambda: (request.move(), moved.set()))
+    moving.start()
+    assert not moved.wait(0.2)
+    gate.opened.set()
+    moving.join(timeout=10)
+    assert moved.is_set()
+    request.send(TOKENS)
+    arrived(pair)
+    assert not any(rows.isnan().any() for rows in pools(pair))
 
 
 def test_a_part_whose_sender_was_closed_meanwhile_is_dropped(world):
@@ -363,14 +438,19 @@ def test_a_part_whose_sender_was_closed_meanwhile_is_dropped(world):
     ("changes", "packs_rows", "reason"),
     [
         ({}, False, ""),
-        ({"disable_radix_cache": False}, False, "the prefix cache may move a request's rows .*--disable-radix-cache"),
+        ({"disable_radix_cache": False}, False, ""),
+        ({"enable_lmcache": True}, False, ""),
+        ({"disable_radix_cache": False, "enable_lmcache": True}, False, "a prefix cache that is not SGLang's own"),
+        ({"disable_radix_cache": False, "enable_hierarchical_cache": True}, False, "a prefix cache that is not"),
         ({"enable_two_batch_overlap": True}, False, "with --enable-two-batch-overlap"),
         ({"full_graph": True}, False, "a full graph of prefill calls no Python between layers"),
         ({}, True, "an engine packs the rows that it computes"),
     ],
 )
 def test_where_parts_may_leave_early(changes, packs_rows, reason, monkeypatch):
-    options = {"disable_radix_cache": True, "enable_two_batch_overlap": False, "full_graph": False} | changes
+    caches = {"radix_cache_backend": None, "enable_lmcache": False, "enable_flexkv": False}
+    caches |= {"disable_radix_cache": True, "enable_hierarchical_cache": False}
+    options = caches | {"enable_two_batch_overlap": False, "full_graph": False} | changes
     full = options.pop("full_graph")
     monkeypatch.setattr(
         "sglang.srt.model_executor.cuda_graph_config.check_cuda_graph_backend", lambda phase, backend: full
@@ -409,6 +489,7 @@ def test_a_model_runner_is_followed_layer_by_layer():
         begin=lambda rids, starts, lengths, pages: heard.append((rids, starts, lengths, pages(1, 4, 9).tolist())),
         computed=heard.append,
         end=lambda: heard.append("end"),
+        moving=lambda rid, pages: (rid, pages(4, 9).tolist()),
     )
 
     def forward(batch):
@@ -421,10 +502,13 @@ def test_a_model_runner_is_followed_layer_by_layer():
         token_to_kv_pool_allocator=SimpleNamespace(page_size=4, translate_kv_indices_for_transfer=lambda at: at + 4),
         req_to_token_pool=SimpleNamespace(req_to_token=table),
     )  # fmt: skip
-    follow(runner, sends)
+    tree = SimpleNamespace()
+    follow(runner, tree, sends)
     batch = Batch(["a", "b"], [0, 4], [3, 5], torch.tensor([3, 2]))
     assert runner.forward(batch) == "logits"
     assert heard == [(["a", "b"], [0, 4], [3, 5], [(24 + 4 + 4) // 4, (24 + 8 + 4) // 4]), 0, 1, "end"]
+    moved = SimpleNamespace(rid="c", kv=SimpleNamespace(req_pool_idx=1))
+    assert tree.pdtrim_moving(moved) == ("c", [(12 + 4 + 4) // 4, (12 + 8 + 4) // 4])
     heard.clear()
     runner.forward(replace(batch, extends=False))
     runner.forward(replace(batch, rids=None))

@@ -116,7 +116,7 @@ def test_pages_that_come_later_are_waited_for(world):
     sender = object.__new__(PDTrimKVSender)
     sender.bootstrap_room, sender.prompt_tokens, sender.aux_index = 1, TOKENS, 0
     sender.conclude_state = sender._early_send_wait_event = None
-    sender.curr_idx, sender.num_kv_indices, sender._prefix_tokens = 0, len(PAGES), 0
+    sender.curr_idx, sender.num_kv_indices, sender._start, sender._reused_tokens = 0, len(PAGES), 0, 0
     sender.kv_mgr = SimpleNamespace(
         kv_shard_size=1, enable_all_cp_ranks_for_transfer=False, is_dummy_cp_rank=False,
         kv_args=SimpleNamespace(page_size=PAGE), prefill_side=SimpleNamespace(submit=peer.submit),

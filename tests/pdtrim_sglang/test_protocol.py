@@ -20,6 +20,7 @@ def headers(draw):
         prompt_tokens=tokens,
         start=start,
         stop=stop,
+        reused_tokens=draw(st.integers(0, tokens)),
         aux_bytes=draw(U32),
         payload_bytes=draw(st.integers(0, 2**63 - 1)),
         last=draw(st.booleans()),

@@ -7,10 +7,14 @@ import pytest
 
 pytest.importorskip("sglang", reason="needs the serve environment")
 
-from decodeworker import make_memory, make_plan, sglang
+import torch
+from decodeworker import DIM, KV_HEADS, make_memory, make_plan, sglang, sparse
 
+from pdtrim_deploy.kvcache.layout import chunk_layout
+from pdtrim_deploy.kvcache.pack import pack
 from pdtrim_deploy.plan import KVSend
 
+INT8 = (KVSend(wire_dtype="int8"),)
 PROMPT, NEW = 21, 12  # tokens; a second turn on top fits the context of 64
 
 
@@ -23,13 +27,14 @@ def _sglang():
 class Decode:
     """A decode worker's tree after `keep_received_rows_only` has seen it."""
 
-    def __init__(self, folder, page_size, serves_plan=True):
+    def __init__(self, folder, page_size, serves_plan=True, sends=INT8):
         from pdtrim_sglang.patches.reuse import keep_received_rows_only
         from sglang.srt.mem_cache.cache_init_params import CacheInitParams
         from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
         from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
-        self.requests, self.allocator = make_memory(folder, make_plan([KVSend(wire_dtype="int8")]), page_size)
+        self.plan = make_plan(sends)
+        self.requests, self.allocator = make_memory(folder, self.plan, page_size)
         params = CacheInitParams(
             disable=False, req_to_token_pool=self.requests, token_to_kv_pool_allocator=self.allocator,
             page_size=page_size, tree_components=(ComponentType.FULL,),
@@ -147,3 +152,102 @@ def test_another_kind_of_tree_is_refused_where_there_is_a_plan():
         keep_received_rows_only(planned, queue)
     Other.disable = True
     assert keep_received_rows_only(planned, queue) is planned
+
+
+def transfer(decode, req, reused, keys, values):
+    """What prefill sends of the request's prompt, as a decode worker takes it in; returns the bytes."""
+    from pdtrim_sglang.decode import DecodeSide
+    from pdtrim_sglang.pool import PoolView
+    from pdtrim_sglang.protocol import ChunkHeader
+
+    n, row, page_size, plan = len(req.origin_input_ids), req.kv.req_pool_idx, decode.allocator.page_size, decode.plan
+    view = PoolView.of(decode.allocator.get_kvcache())
+    side = SimpleNamespace(
+        _plan=plan, _pool=view, _rooms={}, connections_changed=lambda: None, senders=lambda _: {0: view.heads}
+    )
+    pages = decode.requests.req_to_token[row, reused:n:page_size] // page_size
+    DecodeSide.open_room(side, 1, n, reused, pages.numpy(), 0, row=row, prefill_ranks=1)
+    aux, start, sent = SimpleNamespace(total_bytes=0, write=lambda *_: None), plan.first_sent(reused), 0
+    middle = (start + n) // 2
+    for lo, hi in ((start, middle), (middle, n)):
+        layout = chunk_layout(plan, n, lo, hi, reused_tokens=reused)
+        packed = pack(layout, keys, values, torch.arange(lo, hi))
+        header = ChunkHeader(bytes(32), 1, 0, n, lo, hi, 0, len(packed), hi == n, view.heads, None, reused)
+        assert side._rooms[1].take(plan, view, aux, header, packed, memoryview(b"")) == ""
+        sent += len(packed)
+    return sent
+
+
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_full_layers_are_reused_and_cut_layers_are_each_requests_own(tmp_path, page_size):
+    """Three requests with the same first tokens at once; one cut layer keeps 3 + 8 rows of each, the other 5."""
+    from sglang.srt.mem_cache.common import checkpoint_kv_cache
+
+    decode = Decode(tmp_path, page_size, sends=(KVSend(), sparse(3, 8), KVSend(), sparse(0, 5)))
+    pool = decode.allocator.get_kvcache()
+    prompts = [list(range(PROMPT)), [*range(PROMPT), *range(200, 220)], [*range(PROMPT), *range(300, 309)]]
+    rows = torch.randn(2, 4, 400, KV_HEADS, DIM)  # of each token of the vocabulary, wherever it stands
+    whole, under_way = PROMPT - PROMPT % page_size, []
+    for prompt in prompts:
+        req = decode.request(prompt)
+        reused = decode.receive(req)
+        assert reused == (whole if under_way else 0)
+        pool.kept.admit(req.kv.req_pool_idx, len(prompt), len(prompt))
+        keys, values = rows[:, :, prompt]
+        sent = transfer(decode, req, reused, list(keys), list(values))
+        assert sent == decode.plan.payload_bytes(len(prompt)) - decode.plan.reused_bytes(reused)
+        checkpoint_kv_cache(req, decode.tree)
+        under_way.append((req, keys, values))
+    for req, keys, values in under_way:  # the later ones have not written where the earlier ones read
+        row, n = req.kv.req_pool_idx, len(req.origin_input_ids)
+        for layer, send in enumerate(decode.plan.kv):
+            at = pool.slots_of(layer, decode.requests.req_to_token[row, :n].long(), row)
+            positions = torch.cat([torch.arange(*span) for span in send.row_ranges(n)])
+            assert torch.equal(pool.k_buffer[layer][at], keys[layer][positions])
+            assert torch.equal(pool.v_buffer[layer][at], values[layer][positions])
+    for req, _, _ in under_way:
+        decode.answer(req, [100, 101])
+    assert pool.kept.leaks() == []
+
+
+def test_prefills_cache_moves_pages_inside_our_lock_and_parts_have_the_new_ones(tmp_path):
+    """Two requests with the same tokens were computed at once: the second one's pages are freed for the first one's."""
+    from pdtrim_sglang.layerwise import LayerwiseSends
+    from pdtrim_sglang.patches.passes import follow
+    from pdtrim_sglang.pool import PoolView
+    from sglang.srt.mem_cache.common import checkpoint_kv_cache
+
+    prefill, queued = Decode(tmp_path, 4, serves_plan=False, sends=(KVSend(),) * 3), []
+    view = PoolView.of(prefill.allocator.get_kvcache())
+    sends = LayerwiseSends(prefill.plan, view, 1, 64, queued.extend)
+    runner = SimpleNamespace(
+        forward=lambda batch: sends.computed(0), attn_backend=SimpleNamespace(forward=None),
+        token_to_kv_pool_allocator=prefill.allocator, req_to_token_pool=prefill.requests,
+    )  # fmt: skip
+    follow(runner, prefill.tree, sends)
+    prompt, requests = list(range(PROMPT)), []
+    for name in "ab":
+        requests.append(req := prefill.request(prompt))
+        req.rid = name
+        assert prefill.receive(req) == 0
+        sends.expect(name, ord(name), PROMPT)
+        sends.ready(ord(name), 0)
+    rows = torch.tensor([req.kv.req_pool_idx for req in requests])
+    runner.forward(
+        SimpleNamespace(
+            forward_mode=SimpleNamespace(is_extend=lambda: True),
+            rids=["a", "b"],
+            req_pool_indices=rows,
+            extend_prefix_lens_cpu=[0, 0],
+            extend_seq_lens_cpu=[PROMPT, PROMPT],
+        )
+    )
+    first, second = ([chunk for chunk in queued if chunk.room == ord(name)] for name in "ab")
+    own = [chunk.moving.pages.tolist() for chunk in (first[0], second[0])]
+    assert not set(own[0]) & set(own[1])
+    free = prefill.allocator.available_size()
+    for req in requests:
+        checkpoint_kv_cache(req, prefill.tree)
+    assert prefill.allocator.available_size() == free + PROMPT - PROMPT % 4
+    assert first[0].moving.pages.tolist() == own[0]
+    assert second[0].moving.pages.tolist() == [*own[0][:-1], own[1][-1]]  # the last page, not full, stays its own

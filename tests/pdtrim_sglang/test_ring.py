@@ -212,9 +212,9 @@ def test_rows_arrive_whatever_the_device_does_first(monkeypatch, name, slots, se
     assert owner.failed == []
     kept = [slice(None), [*range(20), *range(TOKENS - 40, TOKENS)]]
     for room, (layer, rows) in product(range(2), enumerate(kept)):
-        mine, theirs = token_slots(here[room], TOKENS)[rows], token_slots(there[room], TOKENS)[rows]
-        assert torch.equal(host(target.keys[layer])[theirs], host(source.keys[layer])[mine])
-        assert torch.equal(host(target.values[layer])[theirs], host(source.values[layer])[mine])
+        source_slots, target_slots = token_slots(here[room], TOKENS)[rows], token_slots(there[room], TOKENS)[rows]
+        assert torch.equal(host(target.keys[layer])[target_slots], host(source.keys[layer])[source_slots])
+        assert torch.equal(host(target.values[layer])[target_slots], host(source.values[layer])[source_slots])
     peer.close()
     server.close()
 

@@ -50,7 +50,7 @@ def aux():
 
 
 def send(plan, source, start, stop, pages=(3, 7, 2), **changes):
-    layout = chunk_layout(plan, TOKENS, start, stop)
+    layout = chunk_layout(plan, TOKENS, start, stop, reused_tokens=changes.get("reused_tokens", 0))
     slots = source.slots(pages, TOKENS)[start:stop]
     fields = {
         "digest": bytes.fromhex(plan.digest), "room": 5, "rank": 0, "prompt_tokens": TOKENS, "start": start,
@@ -183,15 +183,34 @@ def test_a_closed_room_is_never_written(plan, source, target, aux):
 
 
 def test_a_request_with_a_decode_prefix_starts_behind_it(plan, source, target, aux):
+    plan = plan.with_kv((KVSend(),) * 2)
     room = DecodeRoom(5, TOKENS, 4, target.destinations(target.slots((1, 4), TOKENS - 4)), 0, senders=ALONE)
-    header, payload = send(plan, source, 4, TOKENS)
+    header, payload = send(plan, source, 4, TOKENS, reused_tokens=4)
     assert room.take(plan, target, aux, header, payload, memoryview(bytes(12))) == ""
     assert torch.equal(target.keys[0][target.slots((1, 4), 7)], source.keys[0][source.slots((7, 2), 7)])
 
 
+def test_behind_a_decode_prefix_a_cut_layer_gets_all_that_it_keeps(plan, source, target, aux):
+    places = target.destinations(target.slots((9, 1, 4), TOKENS))
+    room = DecodeRoom(5, TOKENS, 4, places, 0, senders=ALONE)
+    header, payload = send(plan, source, 4, TOKENS, reused_tokens=4)
+    body = memoryview(bytes(12))
+    assert room.take(plan, target, aux, header, payload, body) == "chunk begins at token 4, expected 0"
+    header, payload = send(plan, source, 0, TOKENS)
+    assert room.take(plan, target, aux, header, payload, body) == "prefill leaves out rows of 0 tokens, decode has 4"
+    header, payload = send(plan, source, 0, TOKENS, reused_tokens=4)
+    assert room.take(plan, target, aux, header, payload, body) == ""
+    here, there = source.slots((3, 7, 2), TOKENS), target.slots((9, 1, 4), TOKENS)
+    assert torch.equal(target.keys[0][there[4:]], source.keys[0][here[4:]])
+    assert not target.keys[0][there[:4]].any()
+    kept = [0, 1, 8, 9, 10]
+    assert torch.equal(target.values[1][there[kept]], source.values[1][here[kept]])
+
+
 def test_a_prompt_that_decode_has_whole_brings_its_metadata_row_alone(plan, source, target, aux):
+    plan = plan.with_kv((KVSend(),) * 2)
     room = DecodeRoom(5, TOKENS, TOKENS, target.destinations(target.slots((), 0)), 1, senders=ALONE)
-    header, payload = send(plan, source, TOKENS, TOKENS)
+    header, payload = send(plan, source, TOKENS, TOKENS, reused_tokens=TOKENS)
     assert len(payload) == 0
     assert room.take(plan, target, aux, header, payload, memoryview(b"abcdefghIJKL")) == ""
     assert aux.read(1) == b"abcdefghIJKL"
@@ -253,7 +272,9 @@ def test_rows_are_scattered_when_the_scheduler_has_made_their_slots(plan, source
     monkeypatch.setattr(rooms, "unpack", lambda *_: streams.calls.append("scattered"))
     with PretendedGPU():
         there = PoolView([gpu(k) for k in target.keys], [gpu(v) for v in target.values], PAGE)
-        side = SimpleNamespace(_pool=there, _rooms={}, connections_changed=lambda: None, senders=lambda _: ALONE)
+        side = SimpleNamespace(
+            _plan=plan, _pool=there, _rooms={}, connections_changed=lambda: None, senders=lambda _: ALONE
+        )
         DecodeSide.open_room(side, 5, TOKENS, 0, (9, 1, 4), 1, "forward done", prefill_ranks=1)
         header, payload = send(plan, source, 0, TOKENS)
 

@@ -63,14 +63,14 @@ def test_samples_stand_prompt_by_prompt_each_in_its_own_room(body, prompts, room
 
 
 def test_what_the_client_gives_prompt_by_prompt_stays_with_its_prompt():
-    given = normalised(
+    batch = normalised(
         input_ids=[[1, 2], [3]], rid=["x", "y"], bootstrap_room=[5, 9], extra_key=["k", "l"],
         sampling_params=[{"n": 2, "top_k": 4}, {"n": 2, "top_k": 8}],
     )  # fmt: skip
-    assert given.rid == ["x_0", "x_1", "y_0", "y_1"]
-    assert [request.input_ids for request in requests(given)] == [[1, 2], [1, 2], [3], [3]]
-    assert [request.extra_key for request in requests(given)] == ["k", "k", "l", "l"]
-    assert [request.sampling_params["top_k"] for request in requests(given)] == [4, 4, 8, 8]
+    assert batch.rid == ["x_0", "x_1", "y_0", "y_1"]
+    assert [request.input_ids for request in requests(batch)] == [[1, 2], [1, 2], [3], [3]]
+    assert [request.extra_key for request in requests(batch)] == ["k", "k", "l", "l"]
+    assert [request.sampling_params["top_k"] for request in requests(batch)] == [4, 4, 8, 8]
 
 
 @pytest.mark.parametrize(

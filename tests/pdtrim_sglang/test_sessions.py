@@ -146,7 +146,9 @@ def test_decode_workers_that_restart_for_ever_are_forgotten_and_one_that_asks_is
 def test_what_a_decode_worker_needs_is_made_and_connected_when_it_registers(side, monkeypatch):
     """Memory is pinned and registered for it, which takes tens of milliseconds: not on the scheduler's thread."""
     threads, make = queue.Queue(), prefill.Peer
-    monkeypatch.setattr(prefill, "Peer", lambda *given: (threads.put(threading.current_thread().name), make(*given))[1])
+    monkeypatch.setattr(
+        prefill, "Peer", lambda *arguments: (threads.put(threading.current_thread().name), make(*arguments))[1]
+    )
     server = transport_named("tcp").server("127.0.0.1", Handler(), CONFIG)
     session = f"{server.host}:{server.port}"
     side.hear(register(session))

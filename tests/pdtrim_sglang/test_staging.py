@@ -57,8 +57,9 @@ def cuts(total, points):
     forwards=st.lists(st.integers(0, 40), max_size=4),
     chunks=st.lists(st.integers(0, 40), max_size=4),
     cached=st.integers(0, 10),
+    share=st.sampled_from([0, 0, 1, 3, 4]),  # of the prompt, in quarters, that decode has in full layers
 )
-def test_spans_and_pool_together_send_what_pack_would(sends, prompts, forwards, chunks, cached):
+def test_spans_and_pool_together_send_what_pack_would(sends, prompts, forwards, chunks, cached, share):
     plan = make_plan(sends)
     offsets = random_offsets(plan.model, [0, 2])
     plan = plan.with_key_offsets(offsets.file)
@@ -66,7 +67,7 @@ def test_spans_and_pool_together_send_what_pack_would(sends, prompts, forwards, 
     kv = [torch.randn(BLOCKS, 2, tokens, HEADS, DIM) for tokens in prompts]
     for room, tokens in enumerate(prompts):
         staging.expect(f"r{room}", room, tokens)
-    prefix = [min(cached, tokens - 1) for tokens in prompts]
+    prefix, reused = [min(cached, tokens - 1) for tokens in prompts], [tokens * share // 4 for tokens in prompts]
     passes = [[(lo, hi) for lo, hi in cuts(n, forwards) if hi > p] for n, p in zip(prompts, prefix, strict=True)]
     for step in range(max(map(len, passes))):  # a batch of the next part of every prompt that has one
         parts = [(room, *spans[step]) for room, spans in enumerate(passes) if step < len(spans)]
@@ -84,7 +85,7 @@ def test_spans_and_pool_together_send_what_pack_would(sends, prompts, forwards, 
         keys, values = ([kv[room][block, side] for block in range(BLOCKS)] for side in range(2))
         for lo, hi in cuts(tokens, chunks):
             for start, stop, span in staging.cut(room, lo, hi):
-                layout = chunk_layout(plan, tokens, start, stop)
+                layout = chunk_layout(plan, tokens, start, stop, reused_tokens=reused[room])
                 expected = pack(layout, keys, values, torch.arange(start, stop), offsets=offsets)
                 if span is None:
                     assert not layout.total_bytes or start < prefix[room]
@@ -96,7 +97,8 @@ def test_spans_and_pool_together_send_what_pack_would(sends, prompts, forwards, 
             span = None
         staging.forget(room)
     assert covered or not any(
-        chunk_layout(plan, tokens, start, tokens).total_bytes for tokens, start in zip(prompts, prefix, strict=True)
+        chunk_layout(plan, tokens, start, tokens, reused_tokens=has).total_bytes
+        for tokens, start, has in zip(prompts, prefix, reused, strict=True)
     )
     assert staging._arena.used_bytes == 0
 

@@ -23,7 +23,7 @@ SHAPE = ModelShape(architecture="X", fingerprint="f", num_blocks=1, num_kv_heads
 
 def test_a_chunk_is_packed_sent_and_taken_in_on_the_workers_gpu(monkeypatch):
     """The genuine sender, TCP channel and server of a worker with `--base-gpu-id 1`."""
-    own = with_current_devices(monkeypatch)
+    thread = with_current_devices(monkeypatch)
     torch.cuda.set_device(1)
     used, answered = {}, queue.Queue()
 
@@ -34,21 +34,21 @@ def test_a_chunk_is_packed_sent_and_taken_in_on_the_workers_gpu(monkeypatch):
             return lambda *_: None
 
         def deliver(self, header, payload, aux):
-            used["taken in"] = torch.cuda.current_device(), own.stream
+            used["taken in"] = torch.cuda.current_device(), thread.stream
             return Reply(header.room)
 
         def is_live(self, room):
             return True
 
         def progress(self, room):
-            used.setdefault("waited for", (torch.cuda.current_device(), own.stream))
+            used.setdefault("waited for", (torch.cuda.current_device(), thread.stream))
             return self.room
 
         def arrived(self, room):
             answered.put(None)
 
     def pack(*_):
-        used["packed"] = torch.cuda.current_device(), own.stream
+        used["packed"] = torch.cuda.current_device(), thread.stream
 
     monkeypatch.setattr(packing, "pack", pack)
     transport = transport_named("tcp")

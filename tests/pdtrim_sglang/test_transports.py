@@ -241,8 +241,8 @@ def test_what_a_worker_is_told_of_its_transport():
     assert transport_config("") == TransportConfig(credentials=credentials)
     options = {"stall_seconds": 3, "port": 5000, "announce": "gateway:6000"}
     config = transport_config(json.dumps({"pdtrim_secret_file": "x", "pdtrim_transport": options}))
-    given = config.stall_seconds, config.port, config.announce, config.credentials
-    assert given == (3, 5000, "gateway:6000", credentials)
+    values = config.stall_seconds, config.port, config.announce, config.credentials
+    assert values == (3, 5000, "gateway:6000", credentials)
     far = [{"announce": place} for place in ("no port", "gateway:70000", "gateway:0", f"{'g' * 128}:6000")]
     for wrong in ({"stall": 3}, {"stall_seconds": 0}, *far, {"port": 70000}):
         with pytest.raises(RuntimeError, match=rf"pdtrim_transport.{next(iter(wrong))} in .*valid: accept_unauth"):

@@ -20,8 +20,6 @@ from rankpairs import AUX, DIM, HEADS, PAGE, PLAN, TOKENS, World
 from sglang.srt.disaggregation.base.conn import KVPoll
 from sglang.srt.disaggregation.common.conn import ABORT_TAG
 
-from pdtrim_deploy.kvcache.layout import chunk_layout
-
 RANKS = [(1, 1), (2, 1), (1, 2), (4, 2), (2, 4), (8, 4), (4, 8), (8, 1), (1, 8), (8, 8)]
 
 
@@ -42,7 +40,7 @@ def world(monkeypatch):
 def whole(world):
     """The pools of one rank of decode that has all heads."""
     world.open()
-    world.send([world.prefix, TOKENS])
+    world.send([world.start, TOKENS])
     assert set(world.wait(world.prefill + world.decode)) == {KVPoll.Success}
     return world.decode[0].pool
 
@@ -53,7 +51,7 @@ def test_each_ranks_pool_is_that_of_like_ranks(world, prefill, decode, prefix):
     reference = whole(world(1, 1, prefix=prefix))
     ranks = world(prefill, decode, prefix=prefix)
     ranks.open()
-    ranks.send([prefix, 12, 16, TOKENS])
+    ranks.send([ranks.start, 12, 16, TOKENS])
     assert set(ranks.wait(ranks.prefill + ranks.decode)) == {KVPoll.Success}, [d.manager.reasons for d in ranks.decode]
     for rank in ranks.decode:
         for side, expected in zip((rank.pool.keys, rank.pool.values), (reference.keys, reference.values), strict=True):
@@ -64,7 +62,7 @@ def test_each_ranks_pool_is_that_of_like_ranks(world, prefill, decode, prefix):
         assert rank.aux.read(0) == AUX
     sent = [each.side.rooms._metrics.successes for each in ranks.prefill]
     times = max(1, decode // HEADS)  # a rank of decode that holds a copy of a head gets one of its own
-    expected = chunk_layout(PLAN, TOKENS, prefix, TOKENS).total_bytes
+    expected = PLAN.payload_bytes(TOKENS) - PLAN.reused_bytes(prefix)
     assert sum(payload for own in sent for payload, _ in own) == times * expected
     assert sum(dense for own in sent for _, dense in own) == times * PLAN.dense_bytes(TOKENS - prefix)
     assert all(each.side.rooms._metrics.outcomes == ["success"] for each in ranks.prefill)

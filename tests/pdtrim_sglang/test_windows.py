@@ -64,7 +64,7 @@ def test_decode_reuses_no_prompt_whose_windows_alone_were_sent():
 
     options, arguments = SimpleNamespace(**DECODE), SimpleNamespace(state_types=[], page_size=1)
     check_options(options, arguments, PDPlan.dense(SHAPE.with_windows(())), False)
-    with pytest.raises(RuntimeError, match=r"with cut layers or windows .*--disaggregation-decode-enable-radix-cache"):
+    with pytest.raises(RuntimeError, match=r"layers with windows .*--disaggregation-decode-enable-radix-cache"):
         check_options(options, arguments, PLAN, False)
 
 

@@ -44,7 +44,9 @@ def test_ranks_hold_all_heads_evenly(heads, ranks):
         assert ranks % heads
         return
     held = [held_heads(heads, ranks, rank) for rank in range(ranks)]
-    assert sorted(head for own in held for head in own) == sorted(list(range(heads)) * max(1, ranks // heads))
+    assert sorted(head for heads_of_rank in held for head in heads_of_rank) == sorted(
+        list(range(heads)) * max(1, ranks // heads)
+    )
 
 
 def test_what_cannot_be_divided_is_named():

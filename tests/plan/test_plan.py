@@ -198,7 +198,7 @@ def test_key_offsets_are_part_of_the_plan():
 
 
 @pytest.mark.parametrize(
-    ("given", "sentence"),
+    ("entry", "sentence"),
     [
         ({"layers": (0, 3)}, "key_offsets names layer 3, decode has layers 0 to 2"),
         ({"layers": (2, 1)}, "must ascend"),

@@ -54,7 +54,9 @@ def test_side_by_side_is_one_after_the_other_with_less_work(stage, method, monke
     plans = [make_plan((2,), lost) if stage == "decode" else make_plan(lost, lost) for lost in gone]
     pairs, mend = [StagePair(model, plan) for plan in plans], get_compensation(method)
     block = Blockwise.block
-    monkeypatch.setattr(Blockwise, "block", lambda self, *given: (ran.append(self.model), block(self, *given))[1])
+    monkeypatch.setattr(
+        Blockwise, "block", lambda self, *arguments: (ran.append(self.model), block(self, *arguments))[1]
+    )
     alone = [mend.compensate(pair, stage, ids, QUIET) for pair in pairs]
     apart, _ = len(ran), ran.clear()
     together = mend.compensate_all(pairs, stage, ids, QUIET)

@@ -54,6 +54,34 @@ def test_no_search_spends_more_than_foretold(method):
     assert 0 < spent(result.prefill, result.decode) <= foretold(model, method, 1, 3, 6, 20).most
 
 
+@pytest.mark.parametrize("method", ["greedy", "anneal"])
+def test_a_search_without_racing_is_priced(method):
+    model, ids = tiny("Llama"), text(6, 20)
+    steps = {"steps": 20} if method == "anneal" else {}
+    result = stages_of(model, ids, 1, 3, method=method, settings=Settings(0, 20, racing=False))
+    sizes, calibration = model.config.to_dict(), CalibrationSection(sequences=6, length=20)
+    section = PruningSection(method=method, prefill_blocks=1, decode_blocks=3, **steps)
+    raced, whole = (
+        search_cost(sizes, section.model_copy(update={"racing": racing}), calibration) for racing in (True, False)
+    )
+    assert spent(result.prefill, result.decode) <= whole.most == whole.likely == raced.most > raced.likely
+    assert whole.heads > raced.heads
+
+
+def test_the_head_is_priced_by_the_part_of_the_vocabulary_that_runs():
+    sizes, calibration = tiny("Llama").config.to_dict(), CalibrationSection(sequences=6, length=20)
+    small, large = (
+        {
+            objective: search_cost(
+                sizes | {"vocab_size": vocabulary}, PruningSection(decode_blocks=3, objective=objective), calibration
+            ).heads
+            for objective in ("loss", "kl")
+        }
+        for vocabulary in (5_000, 500_000)
+    )
+    assert small["loss"] == small["kl"] == large["kl"] > large["loss"] >= 6 * (2 * 3 + 1)
+
+
 @pytest.mark.parametrize("stages", [(0, 2), (1, 3), (2, 2)])
 @pytest.mark.parametrize("method", ["greedy", "anneal"])
 def test_finalists_are_priced(method, stages, monkeypatch):

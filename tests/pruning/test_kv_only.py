@@ -30,10 +30,10 @@ def kv_of(model, ids):
 def test_the_first_is_exact_and_those_behind_come_nearer(family):
     """Blocks 2 and 3 given up: block 2 still reads the dense state, block 3 reads x_2 in the place of x_3."""
     model, fresh = tiny(family), text(4, 24, seed=3)
-    given = _given_up(pair_of(model, (), ()), {2, 3})
-    fitted = fit(given, text(64, 24), QUIET)
+    pair = _given_up(pair_of(model, (), ()), {2, 3})
+    fitted = fit(pair, text(64, 24), QUIET)
     (dense, _), (before, hidden), (after, _) = (
-        kv_of(m, fresh) for m in (model, given.stage("prefill"), fitted.stage("prefill"))
+        kv_of(m, fresh) for m in (model, pair.stage("prefill"), fitted.stage("prefill"))
     )
     assert torch.equal(after[2].keys, dense[2].keys)
     assert torch.equal(after[2].values, dense[2].values)

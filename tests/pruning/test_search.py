@@ -8,11 +8,12 @@ from tinypd import BLOCKS, make_oracle, make_plan, text, tiny
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.pruning.objective import NextTokenLoss
 from pdtrim_deploy.pruning.redundancy import redundancy
-from pdtrim_deploy.pruning.search import Problem, get_search
+from pdtrim_deploy.pruning.search import Problem, Settings, get_search
 from pdtrim_deploy.pruning.search.greedy import Greedy
 from pdtrim_deploy.pruning.search.racing import surely_above
 from pdtrim_deploy.pruning.search.trajectory import Trajectory
 from pdtrim_deploy.pruning.solution import Solution
+from pdtrim_deploy.recipe.pruning import PruningSection
 from pdtrim_deploy.recipe.pruning_methods import METHODS
 
 
@@ -87,6 +88,17 @@ def test_racing_agrees_and_runs_less(model, ids):
     assert raced.removed == exact.removed
     assert raced.trajectory[-1].loss == pytest.approx(exact.trajectory[-1].loss, abs=1e-5)
     assert raced.trajectory[-1].block_forwards < exact.trajectory[-1].block_forwards
+
+
+@pytest.mark.parametrize("name", ["greedy", "anneal"])
+def test_racing_may_be_turned_off(name):
+    searches = [get_search(name, Settings(racing=racing)) for racing in (True, False)]
+    assert searches[0].race_z is not None
+    assert searches[1].race_z is None
+    assert repr(searches[0]) != repr(searches[1])  # of which a search's log is
+    recipes = [PruningSection(method=name, decode_blocks=2, racing=racing) for racing in (True, False)]
+    assert "racing" not in recipes[0].model_dump()  # such recipes keep their digests
+    assert recipes[1].model_dump()["racing"] is False
 
 
 def test_racing_keeps_what_noise_could_explain():

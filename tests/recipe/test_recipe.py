@@ -57,6 +57,28 @@ def load(tmp_path: Path, text: str, **units: str) -> Recipe:
         ("kv: {method: all, n_last: 4, sparse_layers: 4}", "takes no sparse_layers; allowed with it: n_first, n_last"),
         ("kv: {method: budget}", "method is 'budget'; allowed with it: either reduction or max_loss"),
         ("kv: {method: budget, reduction: 2.0, max_loss: 0.1}", "either reduction or max_loss"),
+        ("target: {}", "r.yaml: target.itl is missing, and so are ttft, kv and loss; allowed: at least one"),
+        ("target: {itl: 1.2}", "r.yaml: target.itl is 1.2; allowed: a number above 0 and up to 1"),
+        ("target: {loss: 1.0}", "r.yaml: target.loss is 1.0; allowed: a number above 1"),
+        ("target: {kv: 4.95}", "target.kv is 4.95 but kv.method is 'none'; allowed with it: budget, whose"),
+        ("target: {itl: 0.8, osl: 4}", "target.osl is not a known key; allowed here: itl, ttft, kv, loss, isl, batch"),
+        (
+            "target: {itl: 0.8}\npruning: {decode_blocks: 2}",
+            "pruning.decode_blocks is given but target chooses what is lost; allowed with target: no pruning.decode_bl",
+        ),
+        (
+            "target: {kv: 4.0}\nkv: {method: budget, reduction: 4.0}",
+            "kv.reduction is given but target chooses what is lost",
+        ),
+        (
+            "target: {itl: 0.8}\nkv: {method: attention-mass, sparse_layers: 2, n_first: 4}",
+            "kv.method is 'attention-mass'; allowed with target: budget, or none where all rows travel",
+        ),
+        ("target: {itl: 0.8}\npruning: {blocks_in_memory: 2}", "which target does not take: it measures the whole"),
+        (
+            "target: {itl: 0.8, times: {prefill: {attention: 1, mlp: 2, kv_only: 1}}}",
+            "target.times.prefill.rest is missing; allowed: a number of at least 0",
+        ),
         ("kv: {method: budget, reduction: 1.0}", "kv.reduction is 1.0; allowed: a number above 1"),
         ("healing: {learning_rate: .inf}", "healing.learning_rate is inf; allowed: a finite number above 0"),
         ("students: {minutes: .nan}", "students.minutes is nan; allowed: a finite number above 0"),
@@ -240,12 +262,14 @@ def test_what_came_later_leaves_the_digest_of_recipes_without_it() -> None:
     dump = Recipe(name="a", model={"source": "pypi:x"}).model_dump(mode="json")
     assert set(dump["calibration"]) == {"corpus", "sequences", "length", "seed"}
     assert {"objective", "decode_attentions", "prefill_mlps"} & set(dump["pruning"]) == set()
+    assert "target" not in dump
     mixture = [{"corpus": "brown", "share": 1.0}, {"corpus": "code", "share": 2.0}]
     given = [{"pruning": {"objective": "kl"}}, {"calibration": {"prompt_tokens": 200}}]
     given += [{"calibration": {"continuations": "greedy"}}, {"calibration": {"mixture": mixture}}]
     given += [{"calibration": {"lengths": "trace.jsonl"}}, {"pruning": {"decode_attentions": 1}}]
+    given += [{"target": {"itl": 0.8}}, {"target": {"itl": 0.8, "batch": 2}}]
     recipes = [Recipe(name="a", model={"source": "pypi:x"}, **sections) for sections in given]
-    assert len({recipe.digest for recipe in (*recipes, Recipe(name="a", model={"source": "pypi:x"}))}) == 7
+    assert len({recipe.digest for recipe in (*recipes, Recipe(name="a", model={"source": "pypi:x"}))}) == 9
     assert [Recipe.model_validate(recipe.model_dump(mode="json")) for recipe in recipes] == recipes
 
 

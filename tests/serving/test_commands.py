@@ -155,8 +155,8 @@ def test_extra_arguments_come_last_and_so_win():
 def test_arguments_of_a_stage_come_after_those_of_both_and_reach_no_other():
     arguments = {"extra_args": ("--a", "1"), "prefill_args": ("--b", "2"), "decode_args": ("--c", "3")}
     for worker in spec(device="cpu", **arguments).workers:
-        own = ["--b", "2"] if worker.stage == "prefill" else ["--c", "3"]
-        assert commands.worker_command(PYTHON, worker)[-4:] == ["--a", "1", *own]
+        stage_args = ["--b", "2"] if worker.stage == "prefill" else ["--c", "3"]
+        assert commands.worker_command(PYTHON, worker)[-4:] == ["--a", "1", *stage_args]
 
 
 def test_the_environment_is_the_workers_own(monkeypatch, tmp_path):

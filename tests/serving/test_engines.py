@@ -80,7 +80,7 @@ def test_the_worker_is_told_its_model_class_and_engine(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("given", "chosen"),
+    ("arguments", "chosen"),
     [
         ([], None),
         (["--executor", "onnxruntime"], Executors("onnxruntime", "onnxruntime")),
@@ -88,7 +88,7 @@ def test_the_worker_is_told_its_model_class_and_engine(tmp_path):
         (["--executor", "onnxruntime", "--decode-executor", "torch"], Executors("onnxruntime", "torch")),
     ],
 )
-def test_the_options_name_one_executor_or_one_a_stage(given, chosen):
+def test_the_options_name_one_executor_or_one_a_stage(arguments, chosen):
     seen = []
 
     @click.command()
@@ -96,7 +96,7 @@ def test_the_options_name_one_executor_or_one_a_stage(given, chosen):
     def command(executors):
         seen.append(executors)
 
-    assert CliRunner().invoke(command, given).exit_code == 0
+    assert CliRunner().invoke(command, arguments).exit_code == 0
     assert seen == [chosen]
 
 

@@ -42,6 +42,7 @@ TABLES = {
     "gpuparts": Table(("gpu-check",), gpu.gpuparts, optional=True),
     "gpucolumn": Table(("gpu-check",), gpu.gpucolumn, optional=True),
     "demo": Table(("demo",), demo.demo),
+    "demolimited": Table(("demolimited",), demo.demolimited, optional=True),
     "headline": Table(("headline",), demo.demo),
     "kv": Table(("kv",), kv.kv),
     "kvlengths": Table(("kv",), kv.kvlengths),

@@ -17,8 +17,8 @@ def build(data: dict[str, Any] | None) -> str:
     before, rows = data["options"]["before"], data["rows"]
     lines = []
     for model in dict.fromkeys(row["model"] for row in rows):
-        own = [row for row in rows if row["model"] == model]
-        sides = [[row for row in own if (row["commit"] == before) is earlier] for earlier in (True, False)]
+        of_model = [row for row in rows if row["model"] == model]
+        sides = [[row for row in of_model if (row["commit"] == before) is earlier] for earlier in (True, False)]
         steps = dict.fromkeys(row["step"] for side in sides for row in side)
         each = {step: [[row for row in side if row["step"] == step] for side in sides] for step in steps}
         same = "same plan" if len({row["plan"] for side in sides for row in side}) == 1 else "other plan"

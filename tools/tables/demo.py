@@ -48,6 +48,11 @@ def demo(data: dict[str, Any]) -> str:
     return table(("", "dense", "pruned"), rows) + where(data["environment"], "computed in float32", *times)
 
 
+def demolimited(data: dict[str, Any] | None) -> str:
+    """The same of `make demo-limited`."""
+    return "Not measured yet: `make demo-limited`." if data is None else demo(data)
+
+
 def _time(ratios: list[dict[str, Any]], name: str) -> str:
     """With its interval; an interval that holds 1 is a tie."""
     (figure,) = (row for row in ratios if row["figure"] == name)

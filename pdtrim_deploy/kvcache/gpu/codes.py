@@ -75,11 +75,11 @@ def offset_of(mean, turns, inside, channel, DIM: tl.constexpr):
     lower = (channel < HALF)[None, :]
     partner = tl.where(channel < HALF, channel + HALF, channel - HALF)[None, :]
     angle = tl.where(channel < HALF, channel, channel - HALF)[None, :]
-    own = tl.load(mean[:, None] + channel[None, :], mask=inside, other=0.0)
+    centre = tl.load(mean[:, None] + channel[None, :], mask=inside, other=0.0)
     other = tl.load(mean[:, None] + partner, mask=inside, other=0.0)
     cosine = tl.load(turns[:, None] + angle, mask=inside, other=0.0)
     sine = tl.load(turns[:, None] + HALF + angle, mask=inside, other=0.0)
-    return own * cosine + tl.where(lower, -other, other) * sine
+    return centre * cosine + tl.where(lower, -other, other) * sine
 
 
 # --- int8 and fp8 ---------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ class Quadratic:
     def __init__(self, error: float, linear: Floats, gram: Floats) -> None:
         self.error, self.linear, self.gram = error, linear, gram
         self.layers, self.options = linear.shape
-        self.own = np.einsum("lolo->lo", gram)
+        self.squares = np.einsum("lolo->lo", gram)
 
     def harm(self, choice: Ints) -> float:
         """Nats a token."""
@@ -35,7 +35,7 @@ class Quadratic:
     def single(self, choice: Ints) -> Floats:
         """`[layers, options]`: what changing one layer adds to the harm."""
         at, slope = np.arange(self.layers), self.slope(choice)
-        length = self.own + self.own[at, choice][:, None] - 2 * self._with_chosen(choice)
+        length = self.squares + self.squares[at, choice][:, None] - 2 * self._with_chosen(choice)
         return slope - slope[at, choice][:, None] + length / 2
 
     def cross(self, choice: Ints) -> Floats:
@@ -74,7 +74,7 @@ def solve(model: Quadratic, costs: Ints, budget: int, kicks: int = 30, seed: int
 
 def _greedy(model: Quadratic, costs: Ints, budget: int) -> Ints:
     """Start with each layer's least harmful option; make the change with least harm per byte saved until it fits."""
-    return _fit(model, costs, budget, model.own.argmin(1))
+    return _fit(model, costs, budget, model.squares.argmin(1))
 
 
 def _fit(model: Quadratic, costs: Ints, budget: int, choice: Ints) -> Ints:

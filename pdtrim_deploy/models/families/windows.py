@@ -48,9 +48,9 @@ class Windows(BaseModel):
         if not isinstance(kinds, list) or not all(isinstance(kind, str) for kind in kinds):
             raise UserError(f"{where}: key layer_types is {kinds!r}; it must be a list of {FULL} and {WINDOWED}")
         if len(kinds) != blocks or set(kinds) - {WINDOWED, FULL}:
-            given = ", ".join(sorted(map(str, set(kinds))))
+            types = ", ".join(sorted(map(str, set(kinds))))
             raise UserError(
-                f"{where}: key layer_types has {len(kinds)} entries of {given}; it must have one of {FULL}, {WINDOWED} "
+                f"{where}: key layer_types has {len(kinds)} entries of {types}; it must have one of {FULL}, {WINDOWED} "
                 f"for each of {blocks} blocks"
             )
         if WINDOWED not in kinds:

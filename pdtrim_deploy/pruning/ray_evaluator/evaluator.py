@@ -41,12 +41,19 @@ class OnRay:
 
     def evaluate(self, solutions: Sequence[Solution], batch: int) -> list[Tensor]:
         """Losses on one batch, in the order asked; UserError when one is not a number."""
+        return self._losses(solutions, batch, screened=False)
+
+    def screen(self, solutions: Sequence[Solution], batch: int) -> list[Tensor]:
+        """About these losses, for less: each worker samples the vocabulary as this process would."""
+        return self._losses(solutions, batch, screened=True)
+
+    def _losses(self, solutions: Sequence[Solution], batch: int, screened: bool) -> list[Tensor]:
         shares: list[list[int]] = [[] for _ in self._actors]
         for index, solution in enumerate(solutions):
             shares[self._place.setdefault(solution, len(self._place) % self.workers)].append(index)
         pending = {
             number: actor.evaluate.remote(
-                part := [solutions[i] for i in shares[number]], batch, self._new(number, part)
+                part := [solutions[i] for i in shares[number]], batch, self._new(number, part), screened
             )
             for number, actor in enumerate(self._actors)
             if shares[number]

@@ -71,10 +71,13 @@ class Worker:
         self._inside = InProcess(objective, work.memory)
         return self._inside.block_forwards
 
-    def evaluate(self, solutions: list[Solution], batch: int, more: Layers) -> tuple[list[Any], int]:
+    def evaluate(
+        self, solutions: list[Solution], batch: int, more: Layers, screened: bool = False
+    ) -> tuple[list[Any], int]:
         """(float32 arrays, block-forwards so far); `more` are students yet unknown."""
         self._students.add(more)
-        return [losses.numpy() for losses in self._inside.evaluate(solutions, batch)], self._inside.block_forwards
+        evaluate = self._inside.screen if screened else self._inside.evaluate
+        return [losses.numpy() for losses in evaluate(solutions, batch)], self._inside.block_forwards
 
     def settle(self, solution: Solution) -> int:
         """As `Evaluator.settle`; block-forwards so far."""

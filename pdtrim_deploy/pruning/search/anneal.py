@@ -121,7 +121,7 @@ class Anneal:
 
 def search(settings: Settings) -> Anneal:
     """As a recipe asks for it."""
-    return Anneal(settings)
+    return Anneal(settings) if settings.racing else Anneal(settings, race_z=None)
 
 
 class _State:

@@ -30,12 +30,14 @@ class Settings:
         seed: of what is drawn; equal seeds give equal answers.
         steps: proposals of an annealed search.
         minutes: an annealed search ends earlier when so much time has passed (the answer then depends on the machine).
+        racing: candidates leave early (`racing`); otherwise each is measured on all of the text.
 
     """
 
     seed: int = 0
     steps: int = 150
     minutes: float | None = field(default=None, repr=False)  # says only where the search ends
+    racing: bool = True
 
 
 DEFAULTS = Settings()

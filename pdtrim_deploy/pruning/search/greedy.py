@@ -11,7 +11,7 @@ from time import monotonic
 
 from pdtrim_deploy.pruning.evaluator import mean_loss
 from pdtrim_deploy.pruning.search.base import Problem, Progress, SearchResult, Settings, Step, time_left
-from pdtrim_deploy.pruning.search.race import Losses, Race
+from pdtrim_deploy.pruning.search.race import ByBatch, Race
 from pdtrim_deploy.pruning.units import name_of
 
 
@@ -32,7 +32,7 @@ class Greedy:
     def run(self, problem: Problem, progress: Progress) -> SearchResult:
         """Remove one block a round; ties (`race.TIE`) go to the earlier. UserError when the loss is not a number."""
         evaluator, log = problem.evaluator, problem.trajectory
-        removed, steps, known = tuple[int, ...](), list[Step](), dict[int, Losses]()
+        removed, steps, known = tuple[int, ...](), list[Step](), dict[int, ByBatch]()
         began, here = monotonic(), 0  # rounds made in this run: those read take no time
         total = problem.counts.total
         while problem.forced.saved + len(removed) < total:
@@ -54,6 +54,6 @@ class Greedy:
         return SearchResult((*problem.forced.removed, *removed), tuple(steps), problem.forced.distilled)
 
 
-def search(_: Settings) -> Greedy:
+def search(settings: Settings) -> Greedy:
     """As a recipe asks for it."""
-    return Greedy()
+    return Greedy() if settings.racing else Greedy(race_z=None)

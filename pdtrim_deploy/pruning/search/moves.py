@@ -109,7 +109,7 @@ class Moves:
         evaluator = self._problem.evaluator
         candidates = [unit_of(kind, block) for block in self._problem.candidates]
         evaluator.settle(self._problem.forced)
-        alone = evaluator.evaluate([self._problem.without((block,)) for block in candidates], 0)
+        alone = evaluator.screen([self._problem.without((block,)) for block in candidates], 0)
         means = [float(losses.double().mean()) for losses in alone]
         least = min(means)
         return {

@@ -1,24 +1,33 @@
-"""One round of greedy: which block, gone too, costs the least? Asked of as little text and as few blocks as will do.
+"""One round of greedy: which block, gone too, costs the least? Little text and few blocks answer that.
 
-Three rules keep it cheap; with `z` None none of them holds, and the answer is the argmin, within `TIE`.
+Rules keep a round cheap; with `z` None none of them holds, and the answer is the argmin, within `TIE`.
 
-Lazy. A candidate's loss increase on the first batch is remembered from the round that measured it last. It is not
-measured again while that is surely above (`racing`, paired by token) what the best of this round's first few costs.
-This takes for granted that effects do not fall as more blocks go: a heuristic (they mostly grow, but a block that
-worked on what a removed one made may lose its use), so the best few are measured anew in every round, and everyone
-near them.
+Forecast. By block and batch the loss increase is remembered from the round that measured it last. As soon as a block is
+measured again on a batch, what is remembered of the other batches moves by as much as this batch did on average.
+Blocks are compared by these forecasts, on the batches that both have: so a look at little text ranks blocks as if they
+had been measured on all that earlier rounds measured. What is measured replaces its forecast.
+
+Lazy. The best few by forecast are measured on the first batch, then others: all whose forecast is below the best of
+these, and the next ones unless they are surely above it (`racing`, paired by token), up to one in `2**REMEMBERED` of
+all candidates. This takes for granted that effects do not fall as more blocks go: a heuristic (they mostly grow, but a
+block that worked on what a removed block wrote may lose its use).
 
 Racing. After each batch a candidate leaves that is surely above the leader on the same tokens.
 
+Sampling. These looks take losses by a sample of the vocabulary (`vocabulary_sample`), where the objective has one; the
+exact losses of the best two on all of the text decide.
+
 Halving (Karnin et al., 2013). After batch k at most one in 2^(k+1) of all candidates stays, the best, but never fewer
-than two. As batches double, each costs about as much as the first at most, whatever the noise.
+than two; where all were remembered, one in 2^(k+1+REMEMBERED). As batches double, each costs about as much as the first
+at most, whatever the noise.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -27,6 +36,7 @@ from pdtrim_deploy.pruning.search.base import Problem, Progress
 from pdtrim_deploy.pruning.search.racing import unit_means, units_surely_above
 
 FEW = 4
+REMEMBERED = 1  # halvings that what earlier rounds measured stands for
 TIE = 1e-6  # nats a token: float32 sums in another order, on another device, differ by less than this
 _LEAST = 2
 _STANDS = -1  # the solution as it stands, before this round
@@ -59,17 +69,23 @@ class Losses:
         units = tuple(mine - its for mine, its in zip(self.units, other.units, strict=True))
         return Losses(self.total - other.total, self.count, units)
 
-    def surely_above(self, other: Losses, z: float | None) -> bool:
-        """On the same text, by more than `z` standard errors of the paired difference."""
-        excess = self.minus(other)
-        return units_surely_above(excess.mean, torch.tensor(excess.units, dtype=torch.float64), 0, z)
+    def moved(self, nats: float) -> Losses:
+        """Each token's loss higher by `nats`."""
+        return Losses(self.total + nats * self.count, self.count, tuple(unit + nats for unit in self.units))
+
+    def surely_above(self, z: float | None) -> bool:
+        """Whether these differences are above 0 by more than `z` standard errors of their mean."""
+        return units_surely_above(self.mean, torch.tensor(self.units, dtype=torch.float64), 0, z)
+
+
+ByBatch: TypeAlias = dict[int, Losses]
 
 
 class Race:
     """Of the blocks that may go next, when `removed` are gone.
 
     Args:
-        known: by block, its loss increase on the first batch as last measured; brought up to date.
+        known: by block and batch its loss increase as last measured or forecast; brought up to date.
         z: see `racing`.
 
     """
@@ -78,53 +94,81 @@ class Race:
         self,
         problem: Problem,
         removed: tuple[int, ...],
-        known: dict[int, Losses],
+        known: dict[int, ByBatch],
         z: float | None,
         label: str,
         progress: Progress,
     ) -> None:
         self._problem, self._known, self._z, self._label, self._progress = problem, known, z, label, progress
-        left = problem.open_units(removed)
-        self._solutions = {block: problem.without((*removed, block)) for block in left}
+        self._left = problem.open_units(removed)
+        self._solutions = {block: problem.without((*removed, block)) for block in self._left}
         self._solutions[_STANDS] = problem.without(removed)
-        self._left, self._losses = left, dict.fromkeys(self._solutions, Losses())
+        self._losses: dict[int, ByBatch] = {block: {} for block in self._solutions}
 
     def winner(self) -> int:
         """Of blocks within `TIE` of the best the earliest. Each look is written down: a stopped race goes on there."""
         running = self._enter()
         for batch in range(self._problem.evaluator.batches):
             if batch:
-                self._look(running, batch)
-            running.sort(key=self._rank(running))
-            leader = self._losses[running[0]]
+                self._look([_STANDS, *running], batch)
+            running = self._ranked(running)
             if self._z is not None:
-                running = running[: max(_LEAST, math.ceil(len(self._left) / 2 ** (batch + 1)))]
-            running = [block for block in running if not self._losses[block].surely_above(leader, self._z)]
+                running = [block for at, block in enumerate(running) if at < self._quota(block, batch + 1)]
+            running = [block for block in running if not self._excess(block, running[0]).surely_above(self._z)]
             if len(running) == 1:
                 break
-        return running[0]
+        self._known |= {block: self._forecast(block) for block in self._left if self._losses[block]}
+        return self._best_of(running[:_LEAST]) if self._z is not None and len(running) > 1 else running[0]
 
-    def _rank(self, blocks: list[int]) -> Callable[[int], tuple[float, int]]:
-        """A sorting key: by loss, but all that tie with the best by their place."""
-        best = min(self._losses[block].mean for block in blocks)
-        means = {block: self._losses[block].mean for block in blocks}
-        return lambda block: (best if means[block] <= best + TIE else means[block], block)
+    def _best_of(self, blocks: list[int]) -> int:
+        """By exact losses on all of the text."""
+        for batch in range(self._problem.evaluator.batches):
+            self._look(blocks, batch, exact=True)
+        return self._ranked(blocks)[0]
+
+    def _quota(self, block: int, batches: int) -> int:
+        """How many stay of those that are ranked as this one is, when so many batches were measured in this round."""
+        halvings = batches + (REMEMBERED if len(self._forecast(block)) > batches else 0)
+        return max(_LEAST, math.ceil(len(self._left) / 2**halvings))
+
+    def _ranked(self, blocks: list[int]) -> list[int]:
+        """By loss, but all that tie with the best by their place."""
+        if not blocks:
+            return []
+        widest = min(blocks, key=lambda block: (-_joined(self._forecast(block)).count, block))
+        excess = {block: self._excess(block, widest).mean for block in blocks}
+        tied = min(excess.values()) + TIE
+        return sorted(blocks, key=lambda block: (max(excess[block], tied), block))
 
     def _enter(self) -> list[int]:
-        """Whoever is not surely out by what was known before, measured on the first batch."""
-        ranked = sorted((b for b in self._left if b in self._known), key=lambda b: (self._known[b].mean, b))
+        """Blocks measured on the first batch: unknown ones, the best few, and those that may be better than they."""
+        ranked = self._ranked([block for block in self._left if block in self._known])
         few = [block for block in self._left if block not in self._known] + ranked[:FEW]
         self._look([_STANDS, *few], 0)
-        best = min((self._increase(block) for block in few), key=lambda increase: increase.mean)
-        more = [b for b in ranked[FEW:] if not self._known[b].surely_above(best, self._z)]
+        best, more = self._ranked(few)[0], list[int]()
+        for at, block in enumerate(ranked[FEW:], FEW):
+            excess = self._excess(block, best)
+            near = at < self._quota(block, 0) and not excess.surely_above(self._z)
+            if self._z is None or near or excess.mean < 0:
+                more.append(block)
         self._look(more, 0)
-        self._known |= {block: self._increase(block) for block in (*few, *more)}
         return [*few, *more]
 
-    def _increase(self, block: int) -> Losses:
-        return self._losses[block].minus(self._losses[_STANDS])
+    def _excess(self, block: int, other: int) -> Losses:
+        """Forecast increase above the other's, on the batches of which both have any."""
+        ours, others = self._forecast(block), self._forecast(other)
+        both = ours.keys() & others.keys()
+        return _joined({batch: ours[batch].minus(others[batch]) for batch in both})
 
-    def _look(self, blocks: list[int], batch: int) -> None:
+    def _forecast(self, block: int) -> ByBatch:
+        """By batch the increase that was measured in this round, or that of an earlier one, moved as those were."""
+        measured = {batch: losses.minus(self._losses[_STANDS][batch]) for batch, losses in self._losses[block].items()}
+        known = self._known.get(block, {})
+        both = measured.keys() & known.keys()
+        moved = _joined({batch: measured[batch].minus(known[batch]) for batch in both})
+        return {batch: losses.moved(moved.mean if both else 0.0) for batch, losses in known.items()} | measured
+
+    def _look(self, blocks: list[int], batch: int, exact: bool = False) -> None:
         if not blocks:
             return
         problem, log = self._problem, self._problem.trajectory
@@ -132,9 +176,16 @@ class Race:
         if row is None:
             here = f"batch {batch + 1}/{problem.evaluator.batches}"
             self._progress(f"{self._label}: {sum(b >= 0 for b in blocks)} of {len(self._left)} candidates, {here}")
-            fresh = problem.evaluator.evaluate([self._solutions[block] for block in blocks], batch)
+            exact = exact or self._z is None
+            losses_of = problem.evaluator.evaluate if exact else problem.evaluator.screen
+            fresh = losses_of([self._solutions[block] for block in blocks], batch)
             losses = [Losses.of(values) for values in fresh]
             row = {"race": [(b, *vars(of_block).values()) for b, of_block in zip(blocks, losses, strict=True)]}
             log.append(**row, block_forwards=problem.spent)
-        for block, *more in row["race"]:
-            self._losses[block] = self._losses[block].and_(Losses(*more))
+        for block, *values in row["race"]:
+            self._losses[block][batch] = Losses(*values)
+
+
+def _joined(parts: ByBatch) -> Losses:
+    """Of the text of all batches."""
+    return reduce(Losses.and_, (parts[batch] for batch in sorted(parts)), Losses())

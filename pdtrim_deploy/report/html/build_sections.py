@@ -13,6 +13,36 @@ from pdtrim_deploy.report.html.markup import Markup, join, table, tag
 from pdtrim_deploy.report.html.model_pictures import attention_picture, redundancy_picture
 
 
+def target(findings: Findings) -> Markup | None:
+    """What was to be reached by one budget, and what is."""
+    report = findings.reports.get("target")
+    if report is None:
+        return None
+    labels = {
+        "ttft": "prefill's time, share of the whole model's", "itl": "a decode step's time, share",
+        "kv": "dense over planned KV bytes", "loss": "perplexity, ratio, by measured KL before healing",
+    }  # fmt: skip
+    rows = [
+        (label, *(number(report[column].get(name), 3) for column in ("target", "taken", "reached")))
+        for name, label in labels.items()
+    ]
+    at, kl = report["counted_at"], report["kl"]
+    requests = f"{at['batch']} request{'s' * (at['batch'] > 1)}"
+    text = (
+        f"Times are {at['times']}, for prompts of {at['isl']} tokens and {requests} "
+        f"in a decode step. KL of the choice: {kl['predicted']:.4f} nats a token predicted, {kl['measured']:.4f} "
+        "measured."
+    )
+    parts = [table(("what", "target", "taken", "reached"), rows), tag("p", text)]
+    if report["sentence"]:
+        parts.append(tag("p", report["sentence"]))
+    counts = [
+        (kind["prefill"].replace("_", " "), kind["decode"].replace("_", " "), kind["count"])
+        for kind in report["blocks"]
+    ]
+    return join([*parts, table(("prefill", "decode", "blocks"), counts), built(findings)])
+
+
 def search(findings: Findings) -> Markup | None:
     """How the blocks were chosen."""
     parts = []

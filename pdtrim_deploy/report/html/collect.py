@@ -17,7 +17,7 @@ from pdtrim_deploy.report.html.fault_table import KEYS as FAULT_KEYS
 # Report of a bundle -> the command that makes it.
 REPORTS = {
     **dict.fromkeys(
-        ("pruning", "kv", "candidates", "attention", "healing", "healing-kv"),
+        ("pruning", "target", "kv", "candidates", "attention", "healing", "healing-kv"),
         "pdtrim-deploy build BUNDLE/recipe.yaml --out BUNDLE",
     ),
     "eval": "pdtrim-deploy eval BUNDLE",
@@ -96,7 +96,7 @@ class Findings:
             "compare",
             *(() if recipe.pruning.decode_loses else ("candidates",)),
             *(("attention",) if recipe.kv.method in FIXED_KV else ()),
-            *("healing", "healing-kv"),  # where they were asked for the build left them
+            *("healing", "healing-kv", "target"),  # where they were asked for the build left them
         }
         lacks = {n: c for n, c in REPORTS.items() if n not in self.reports and n not in idle}
         if not self.comparisons and not self.reports.get("metrics"):

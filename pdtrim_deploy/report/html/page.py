@@ -14,6 +14,7 @@ SECTIONS = {
     "Load": load_sections.load,
     "Workers for a rate": load_sections.workers,
     "Quality for each byte": quality_sections.pareto,
+    "Target": build_sections.target,
     "Search": build_sections.search,
     "What was mended": build_sections.mended,
     "Where decode looks": build_sections.attention,

@@ -69,13 +69,13 @@ class KeptBackend(AttentionBackend):
         self._kept, self._whole = pool.kept, make(runner)
         self._groups = []
         for place, group in enumerate(pool.kept.groups):
-            own = group_runner(runner, group)
-            self._groups.append(_GroupAttention(place, group, make(own), own.kv_index_translator))
+            of_group = group_runner(runner, group)
+            self._groups.append(_GroupAttention(place, group, make(of_group), of_group.kv_index_translator))
         logger.info(
             "pdtrim: %s for whole layers, and one for each of %d groups of cut layers",
             type(self._whole).__name__, len(self._groups),
         )  # fmt: skip
-        self.attn_backend_list = [self._whole, *(own.backend for own in self._groups)]
+        self.attn_backend_list = [self._whole, *(attention.backend for attention in self._groups)]
         for name, value in vars(AttentionBackend).items():  # what a backend says of itself, to whoever asks the class
             if not (name.startswith("_") or callable(value) or isinstance(value, property) or name in vars(self)):
                 setattr(self, name, getattr(self._whole, name))
@@ -93,27 +93,27 @@ class KeptBackend(AttentionBackend):
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
         self._whole.init_cuda_graph_state(max_bs, max_num_tokens)
-        for own in self._groups:
-            own.backend.init_cuda_graph_state(max_bs, max_num_tokens)
-            own.graph = torch.zeros(2, max_bs, dtype=torch.int64, device=own.group.device)
+        for attention in self._groups:
+            attention.backend.init_cuda_graph_state(max_bs, max_num_tokens)
+            attention.graph = torch.zeros(2, max_bs, dtype=torch.int64, device=attention.group.device)
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
         self._whole.init_forward_metadata(forward_batch)
-        for own in self._groups:
-            own.batch = None
+        for attention in self._groups:
+            attention.batch = None
             if forward_batch.forward_mode.is_decode_or_idle():
-                own.backend.init_forward_metadata(own.see(forward_batch, self._kept, fixed=False))
+                attention.backend.init_forward_metadata(attention.see(forward_batch, self._kept, fixed=False))
 
     def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
         self._whole.init_forward_metadata_out_graph(forward_batch, in_capture)
-        for own in self._groups:
-            view = own.see(forward_batch, self._kept, fixed=True)
-            own.backend.init_forward_metadata_out_graph(view, in_capture)
+        for attention in self._groups:
+            view = attention.see(forward_batch, self._kept, fixed=True)
+            attention.backend.init_forward_metadata_out_graph(view, in_capture)
 
     def init_forward_metadata_in_graph(self, forward_batch: Any) -> None:
         self._whole.init_forward_metadata_in_graph(forward_batch)
-        for own in self._groups:
-            own.backend.init_forward_metadata_in_graph(own.batch)
+        for attention in self._groups:
+            attention.backend.init_forward_metadata_in_graph(attention.batch)
 
     def on_after_cuda_graph_warmup(self) -> None:
         for backend in self.attn_backend_list or ():
@@ -145,5 +145,5 @@ class KeptBackend(AttentionBackend):
             raise RuntimeError(
                 "pdtrim: this model writes K and V past the attention backend: serve a plan without cuts"
             )
-        own = self._groups[place]
-        return own.backend, own.batch
+        attention = self._groups[place]
+        return attention.backend, attention.batch

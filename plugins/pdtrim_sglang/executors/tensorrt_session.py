@@ -96,8 +96,8 @@ def device_view(device: torch.device) -> View:
     return view
 
 
-def _dtype(given: Any) -> torch.dtype:
-    name = str(given).rsplit(".", 1)[-1]
+def _dtype(dtype: Any) -> torch.dtype:
+    name = str(dtype).rsplit(".", 1)[-1]
     if name not in _NAMES:
         raise RuntimeError(f"pdtrim: the engine has a tensor of {name}; use an engine of pdtrim-deploy build")
     return _NAMES[name]

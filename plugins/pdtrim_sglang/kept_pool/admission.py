@@ -13,12 +13,12 @@ from typing import Any
 def has_room(queue: Any, req: Any, prompt_tokens: int, generated: int = 0) -> bool:
     """Whether `req`, which waits in `queue` with `generated` tokens, can be given pages; asked again later when not."""
     kept = queue.token_to_kv_pool_allocator.get_kvcache().kept
-    own = kept.pages_for(prompt_tokens, generated + _growth(queue, req))
+    needed = kept.pages_for(prompt_tokens, generated + _growth(queue, req))
     under_way = list(_under_way(queue))
     if not under_way:  # one that would need more than there is goes alone, and ends where there is no more
-        own = [min(pages, group.pages) for pages, group in zip(own, kept.groups, strict=True)]
+        needed = [min(pages, group.pages) for pages, group in zip(needed, kept.groups, strict=True)]
     others = sum(-(-_growth(queue, other) // kept.page_size) for other in under_way)
-    return all(group.free_pages >= pages + others for group, pages in zip(kept.groups, own, strict=True))
+    return all(group.free_pages >= pages + others for group, pages in zip(kept.groups, needed, strict=True))
 
 
 def _growth(queue: Any, req: Any) -> int:
@@ -31,7 +31,7 @@ def _under_way(queue: Any) -> Iterator[Any]:
     scheduler, last = queue.scheduler, queue.scheduler.last_batch
     yield from scheduler.running_batch.reqs
     yield from (waiting.req for waiting in queue.transfer_queue.queue)
-    yield from (given.req for given in queue.queue if given.req.kv.holds_kv)  # those of this pass
+    yield from (entry.req for entry in queue.queue if entry.req.kv.holds_kv)  # those of this pass
     yield from scheduler.waiting_queue
     if last and last.forward_mode.is_prebuilt():  # of no queue until it is merged into the running batch
         yield from last.reqs

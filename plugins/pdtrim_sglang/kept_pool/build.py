@@ -44,12 +44,12 @@ def planned(configurator: Any) -> tuple[PDPlan, SplitPool] | None:
     return plan, split or SplitPool.of_pool(args.max_total_tokens)
 
 
-def pool_class(configurator: Any, stock: Any, **given: Any) -> Any:
-    """What to make of SGLang's `mha_pool_class`; `given` are the other arguments of `_build_mha_kv_pool`."""
+def pool_class(configurator: Any, stock: Any, **arguments: Any) -> Any:
+    """What to make of SGLang's `mha_pool_class`; `arguments` are the others of `_build_mha_kv_pool`."""
     cut = planned(configurator)
     if cut is None:
         return stock
-    if stock is not MHATokenToKVPool or given.get("quant_method") is not None:
+    if stock is not MHATokenToKVPool or arguments.get("quant_method") is not None:
         raise RuntimeError(
             "pdtrim: cut layers need SGLang's plain multi-head KV pool: start decode without KV-layout options"
         )

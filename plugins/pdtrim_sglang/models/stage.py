@@ -84,7 +84,7 @@ class PDTrimStageForCausalLM(nn.Module):
         """The LM head, or the embedding it is tied to, which the engine then shares; and the engine itself."""
         head, tied = self.lm_head.weight, self.config.tie_word_embeddings
         name = "model.embed_tokens.weight" if tied else "lm_head.weight"
-        weight = next((tensor for given, tensor in weights if given == name), None)
+        weight = next((tensor for key, tensor in weights if key == name), None)
         if weight is None:
             raise RuntimeError(f"pdtrim: the checkpoint has no {name}; build the bundle again")
         getattr(head, "weight_loader", default_weight_loader)(head, weight)

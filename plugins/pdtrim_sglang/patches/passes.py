@@ -1,15 +1,19 @@
-"""A prefill worker's forward passes, followed layer by layer: only where rows are to leave during them."""
+"""A prefill worker's forward passes, followed layer by layer: only where rows are to leave during them.
+
+Its radix cache is followed too, which may give a request other pages before its chunk is handed over.
+"""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pdtrim_sglang.layerwise import LayerwiseSends
 
 
-def follow(runner: Any, layerwise: LayerwiseSends) -> None:
-    """Tell `layerwise` of each forward pass of SGLang's ModelRunner, and of each attention in it.
+def follow(runner: Any, tree: Any, layerwise: LayerwiseSends) -> None:
+    """Tell `layerwise` of each forward pass of SGLang's ModelRunner, of each attention in it, and of moved pages.
 
     An attention's backend is called outside of any graph, also where SGLang replays the rest of a layer from breakable
     ones; the batch that it is given then names no requests. A layer that is there for its K and V alone has no
@@ -18,14 +22,17 @@ def follow(runner: Any, layerwise: LayerwiseSends) -> None:
     forward, attend, allocator = runner.forward, runner.attn_backend.forward, runner.token_to_kv_pool_allocator
     page_size, table = allocator.page_size, runner.req_to_token_pool
 
+    def pages_of(row: Any, start: int, stop: int) -> Any:
+        slots = table.req_to_token[row, start:stop:page_size].flatten()
+        return allocator.translate_kv_indices_for_transfer(slots) // page_size
+
     def followed(batch: Any, *args: Any, **kwargs: Any) -> Any:
         if not batch.forward_mode.is_extend() or not batch.rids:
             return forward(batch, *args, **kwargs)
 
         def pages(place: int, start: int, stop: int) -> Any:
             row = batch.req_pool_indices[place : place + 1]  # on the device, which nobody waits for
-            slots = allocator.translate_kv_indices_for_transfer(table.req_to_token[row, start:stop:page_size][0])
-            return slots // page_size
+            return pages_of(row, start, stop)
 
         layerwise.begin(batch.rids, batch.extend_prefix_lens_cpu, batch.extend_seq_lens_cpu, pages)
         try:
@@ -38,4 +45,7 @@ def follow(runner: Any, layerwise: LayerwiseSends) -> None:
         layerwise.computed(layer.layer_id)
         return result
 
-    runner.forward, runner.attn_backend.forward = followed, attended
+    def moving(req: Any) -> AbstractContextManager[None]:
+        return layerwise.moving(req.rid, lambda *tokens: pages_of(req.kv.req_pool_idx, *tokens))
+
+    runner.forward, runner.attn_backend.forward, tree.pdtrim_moving = followed, attended, moving

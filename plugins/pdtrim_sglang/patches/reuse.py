@@ -1,13 +1,16 @@
-"""Hooks around decode's radix cache, which may keep rows that prefill has sent, and never rows that decode computed.
+"""Hooks around radix caches: decode's may keep rows that prefill has sent, and never rows that decode computed.
 
 SGLang inserts a request's prompt when its transfer is complete, and prompt and answer when it ends. Under a plan the
 answer's rows come from another model than prefill's, or have not been quantised, so the next turn's prefill would send
 other ones. The prompt's rows depend on the tokens before them alone: they are what prefill would send again.
+
+Prefill's may exchange a request's pages when it inserts them: rows that leave layer by layer are read before or after.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 from pdtrim_sglang.patches.transfer import prompt_tokens
@@ -17,7 +20,7 @@ def keep_received_rows_only(manager: Any, queue: Any) -> Any:
     """Called when a decode worker has its KV manager.
 
     Raises:
-        RuntimeError: its prefix cache is another one than SGLang's own, and would not ask `insert_received_rows`.
+        RuntimeError: its prefix cache is another one than SGLang's own, and would not ask `insert_rows`.
 
     """
     from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
@@ -35,8 +38,10 @@ def keep_received_rows_only(manager: Any, queue: Any) -> Any:
     return manager
 
 
-def insert_received_rows(original: Callable[..., None], tree: Any, req: Any, *, up_to: int, **others: Any) -> None:
-    """Insert the request's first `up_to` tokens, without those that decode has generated."""
+def insert_rows(original: Callable[..., None], tree: Any, req: Any, *, up_to: int, **others: Any) -> None:
+    """Insert the request's first `up_to` tokens, on decode without those that it has generated."""
     if getattr(tree, "pdtrim_received_only", False):
         up_to = min(up_to, prompt_tokens(req))
-    original(tree, req, up_to=up_to, **others)
+    moving = getattr(tree, "pdtrim_moving", None)
+    with nullcontext() if moving is None else moving(req):
+        original(tree, req, up_to=up_to, **others)

@@ -56,7 +56,7 @@ def attach_pool(manager: Any, queue: Any) -> Any:
         draft_pool = queue.draft_token_to_kv_pool if manager.kv_args.num_draft_entries else None
         attach(queue.token_to_kv_pool, runner.model, draft_pool)
         if (layerwise := getattr(getattr(manager, "prefill_side", None), "layerwise", None)) is not None:
-            passes.follow(runner, layerwise)
+            passes.follow(runner, queue.scheduler.tree_cache, layerwise)
     return manager
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from pdtrim_deploy.plan import PDPlan, Stage
@@ -23,12 +24,9 @@ def check_decode(server_args: Any, plan: PDPlan, is_mla_backend: bool) -> None:
             "pdtrim: a streaming session would go on with the rows that decode computed for the last answer, which "
             "differ from prefill's: start decode without --enable-streaming-session"
         )
-    if server_args.disaggregation_decode_enable_radix_cache and any(send.mode != "full" for send in plan.kv):
-        raise RuntimeError(
-            "pdtrim: a plan with cut layers or windows leaves prompt rows out, so decode must not reuse them: start "
-            "without --disaggregation-decode-enable-radix-cache"
-        )
-    if not any(send.mode == "sparse" for send in plan.kv):
+    modes = {send.mode for send in plan.kv}
+    _check_reuse(server_args, modes)
+    if "sparse" not in modes:
         return
     if is_mla_backend:
         raise RuntimeError(
@@ -49,6 +47,20 @@ def attention_backend(server_args: Any, stage: Stage) -> str | None:
     """SGLang's name of the attention of a stage."""
     backend: str | None = getattr(server_args, f"{stage}_attention_backend") or server_args.attention_backend
     return backend
+
+
+def _check_reuse(server_args: Any, modes: Collection[str]) -> None:
+    """Of prompts whose rows decode has, where its layers have these modes."""
+    if server_args.disaggregation_decode_enable_radix_cache and "window" in modes:
+        raise RuntimeError(
+            "pdtrim: of layers with windows decode has the last rows of an earlier prompt, which are not those that a "
+            "longer one needs: start without --disaggregation-decode-enable-radix-cache"
+        )
+    if "sparse" in modes and server_args.enable_hierarchical_cache:
+        raise RuntimeError(
+            "pdtrim: SGLang's host pool holds a row of every layer for each token, and cut layers have slots of their "
+            "own: start decode without --enable-hierarchical-cache"
+        )
 
 
 def _check_graphs(backend: str) -> None:

@@ -11,9 +11,11 @@ def layers_unheard(server_args: Any, model: Any) -> str:
 
     if getattr(model, "packs_rows", False):
         return "an engine packs the rows that it computes, and hands them over when its forward pass has ended"
-    if not server_args.disable_radix_cache:  # it frees a request's own pages for equal ones before its chunk is sent
+    other_caches = ("radix_cache_backend", "enable_lmcache", "enable_flexkv", "enable_hierarchical_cache")
+    if not server_args.disable_radix_cache and any(getattr(server_args, option) for option in other_caches):
         return (
-            "the prefix cache may move a request's rows between its forward pass and its chunk (--disable-radix-cache)"
+            "a prefix cache that is not SGLang's own in device memory may move a request's rows between its forward "
+            "pass and its chunk (--disable-radix-cache)"
         )
     if server_args.enable_two_batch_overlap:
         return "with --enable-two-batch-overlap the halves of a batch are computed in turns"

@@ -49,7 +49,7 @@ class Span:
         """
         if self.event is not None:
             self.event.synchronize()
-        layers = [self._as_pool(rows, layout.start) for rows in layout.layers]
+        layers = [self._as_pool(rows) for rows in layout.layers]
         if heads is not None or not self.block.bytes.is_cpu:
             self._pack(layout, layers, out, offsets, heads or slice(None))
             return None
@@ -64,10 +64,10 @@ class Span:
         self._pack(layout, [rows for rows in layers if rows.wire_dtype != "native"], out, offsets)
         return pieces.views()
 
-    def _as_pool(self, rows: LayerRows, start: int) -> LayerRows:
-        """A layer's rows of a chunk that begins with token `start`, as rows of the span instead of the pool."""
-        place = self._places[rows.decode_layer]
-        first = _rows_below(self.layout.layers[place], start - self.layout.start)
+    def _as_pool(self, rows: LayerRows) -> LayerRows:
+        """A layer's rows of a chunk, as rows of the span instead of the pool."""
+        place, token = self._places[rows.decode_layer], rows.positions[0][0]
+        first = _rows_below(self.layout.layers[place], token - self.layout.start)
         return replace(rows, prefill_layer=place, ranges=((first, first + rows.rows),))
 
     def _pack(

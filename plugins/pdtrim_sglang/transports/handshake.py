@@ -47,38 +47,38 @@ class Credentials:
         return hmac.digest(self._key, side + nonces + digest, "sha256")
 
 
-def welcome(connection: socket.socket, own: Credentials, seconds: float) -> None:
+def welcome(connection: socket.socket, credentials: Credentials, seconds: float) -> None:
     """The decode side: check who has connected. HandshakeError when it may not send; it is told why."""
     deadline = time.monotonic() + seconds
-    mine = secrets.token_bytes(32)
-    _send(connection, _HELLO.pack(MAGIC, VERSION, mine), deadline)
-    magic, version, theirs, digest, proof = _PROOF.unpack(_exactly(connection, _PROOF.size, deadline))
+    nonce = secrets.token_bytes(32)
+    _send(connection, _HELLO.pack(MAGIC, VERSION, nonce), deadline)
+    magic, version, peer_nonce, digest, proof = _PROOF.unpack(_exactly(connection, _PROOF.size, deadline))
     if magic != MAGIC or version != VERSION:
         raise HandshakeError("it is no pdtrim prefill worker of this version")
-    nonces = mine + theirs
-    if not hmac.compare_digest(proof, own.proof(b"prefill", nonces, digest)):
+    nonces = nonce + peer_nonce
+    if not hmac.compare_digest(proof, credentials.proof(b"prefill", nonces, digest)):
         _send(connection, _VERDICT.pack(MAGIC, WRONG_SECRET, bytes(32)), deadline)
         raise HandshakeError("it does not have this cluster's secret")
-    verdict = WELCOME if digest == own.digest else WRONG_PLAN
-    _send(connection, _VERDICT.pack(MAGIC, verdict, own.proof(b"decode", nonces, digest)), deadline)
+    verdict = WELCOME if digest == credentials.digest else WRONG_PLAN
+    _send(connection, _VERDICT.pack(MAGIC, verdict, credentials.proof(b"decode", nonces, digest)), deadline)
     if verdict != WELCOME:
-        raise HandshakeError(f"it serves plan {digest.hex()}, this worker {own.digest.hex()}")
+        raise HandshakeError(f"it serves plan {digest.hex()}, this worker {credentials.digest.hex()}")
 
 
-def introduce(connection: socket.socket, own: Credentials, seconds: float) -> None:
+def introduce(connection: socket.socket, credentials: Credentials, seconds: float) -> None:
     """The prefill side: be let in, and check whom the KV goes to. HandshakeError when one of both fails."""
     deadline = time.monotonic() + seconds
-    magic, version, theirs = _HELLO.unpack(_exactly(connection, _HELLO.size, deadline))
+    magic, version, peer_nonce = _HELLO.unpack(_exactly(connection, _HELLO.size, deadline))
     if magic != MAGIC or version != VERSION:
         raise HandshakeError("it is no pdtrim decode worker of this version")
-    mine = secrets.token_bytes(32)
-    nonces = theirs + mine
-    proof = own.proof(b"prefill", nonces, own.digest)
-    _send(connection, _PROOF.pack(MAGIC, VERSION, mine, own.digest, proof), deadline)
+    nonce = secrets.token_bytes(32)
+    nonces = peer_nonce + nonce
+    proof = credentials.proof(b"prefill", nonces, credentials.digest)
+    _send(connection, _PROOF.pack(MAGIC, VERSION, nonce, credentials.digest, proof), deadline)
     magic, verdict, answer = _VERDICT.unpack(_exactly(connection, _VERDICT.size, deadline))
     if magic != MAGIC or verdict == WRONG_SECRET:
         raise HandshakeError("the two workers do not have the same secret; start all of a cluster with one secret file")
-    if not hmac.compare_digest(answer, own.proof(b"decode", nonces, own.digest)):
+    if not hmac.compare_digest(answer, credentials.proof(b"decode", nonces, credentials.digest)):
         raise HandshakeError("it does not have this cluster's secret")
     if verdict != WELCOME:
         raise HandshakeError("it serves another plan; start both workers from one bundle")

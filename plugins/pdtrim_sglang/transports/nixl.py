@@ -72,8 +72,8 @@ class NixlWriter(Writer):
         deadline, handle = time.monotonic() + seconds, None
         try:
             with self._lock:
-                here, own = _memory(source)
-                local = self._agent.get_xfer_descs([(source.data_ptr(), size, own)], here)
+                here, device = _memory(source)
+                local = self._agent.get_xfer_descs([(source.data_ptr(), size, device)], here)
                 remote = self._agent.get_xfer_descs([(address, size, number)], there)
                 handle = self._agent.initialize_xfer("WRITE", local, remote, agent, b"")
                 state = self._agent.transfer(handle)

@@ -153,9 +153,11 @@ class OneSidedSendMover(SendMover):
         if magic != MAGIC or version != VERSION or not count:
             raise OSError(ANOTHER)
         if on_device != self.on_device:
-            theirs, ours = (("a GPU's memory" if on_gpu else "host memory") for on_gpu in (on_device, self.on_device))
+            peer_memory, memory = (
+                ("a GPU's memory" if on_gpu else "host memory") for on_gpu in (on_device, self.on_device)
+            )
             raise OSError(
-                f"its staging slots are in {theirs}, this worker's in {ours}; start both workers with one "
+                f"its staging slots are in {peer_memory}, this worker's in {memory}; start both workers with one "
                 "--transport-option slots=host, or slots=device where both have a GPU"
             )
         try:

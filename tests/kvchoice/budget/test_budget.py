@@ -119,9 +119,9 @@ def test_effects_foretell_the_divergence_of_small_changes_and_add_up_about_any_c
     context = (OPTIONS[5], OPTIONS[9], OPTIONS[0], OPTIONS[1])
     about = measure.about(context)
     for layer, send in enumerate(context):
-        own = OPTIONS.index(send)
-        assert not about.gram[layer, own].any()
-        assert about.linear[layer, own] == 0
+        sent = OPTIONS.index(send)
+        assert not about.gram[layer, sent].any()
+        assert about.linear[layer, sent] == 0
     matrix = about.gram.reshape(48, 48)
     assert torch.allclose(matrix, matrix.T)
     assert torch.linalg.eigvalsh(matrix).min() > -1e-6
