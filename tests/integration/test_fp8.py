@@ -10,25 +10,26 @@ from tinyfp8 import write_fp8
 from tinytext import write_words
 
 from pdtrim_deploy.evaluation.fidelity import run_fidelity
+from pdtrim_deploy.gpucheck import tiny
 from pdtrim_deploy.pipeline import build
 from pdtrim_deploy.recipe import Recipe
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(900)]
 
 
-CUT = {"method": "all", "n_first": 4, "n_last": 24, "wire_dtype": "int8"}
+CUT = {"method": "all", "n_first": 4, "n_last": 24, "wire_dtype": "int8", "key_offsets": False}
 
 
 @pytest.mark.parametrize(
     ("kind", "kv"),
     [
-        ("compressed-channel", CUT),
-        ("fp8-block", {"method": "none", "wire_dtype": "int4", "pool_dtype": "fp8_e4m3"}),
+        ("compressed-block", CUT),
+        ("fp8-tensor", {"method": "none", "wire_dtype": "int4", "pool_dtype": "fp8_e4m3"}),
         ("modelopt", CUT | {"wire_dtype": "native", "pool_dtype": "fp8_e5m2"}),
     ],
 )
-def test_served_tokens_are_the_oracles(kind, kv, tiny_llama_dir, serving, cache, tmp_path):
-    source = write_fp8(tiny_llama_dir, tmp_path / "source", kind, torch.bfloat16)
+def test_served_tokens_are_the_oracles(kind, kv, serving, cache, tmp_path):
+    source = write_fp8(tiny.save(tmp_path / "model"), tmp_path / "source", kind, torch.bfloat16)
     corpus = {"corpus": f"dir:{write_words(tmp_path / 'text', files=60)}", "sequences": 2}
     data = {
         "name": "fp8",
