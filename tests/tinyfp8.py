@@ -38,6 +38,8 @@ def _blocks(weight):
 def _group(strategy, **more):
     weights = {"num_bits": 8, "type": "float", "strategy": strategy, "symmetric": True, "dynamic": False, **more}
     inputs = {"num_bits": 8, "type": "float", "strategy": "token", "symmetric": True, "dynamic": True}
+    if strategy == "block":
+        inputs |= {"strategy": "group", "group_size": BLOCK[1]}
     return {"targets": ["Linear"], "weights": weights, "input_activations": inputs, "output_activations": None}
 
 

@@ -36,6 +36,8 @@ class CompressedTensors:
         block, rounding = blocks.pop(), inputs.pop()
         if rounding == "group" and block is None:
             raise UnsupportedScheme("activations in groups beside weights that are not in blocks")
+        if rounding == "token" and block is not None:
+            rounding = "group"  # beside blocks SGLang rounds by groups, whatever the settings say
         return Quantized(self.method, "weight_scale", section, block, inputs=rounding)
 
     def _inputs(self, scheme: Mapping[str, Any]) -> Literal["token", "group", "stored"] | None:
