@@ -25,6 +25,7 @@ class SearchCost:
     Attributes:
         weights: bytes of the dense model in float32 that are in memory at a time.
         states: bytes of hidden states kept in memory, at most; `states_wanted` is what one whole model's would take.
+        screened: bytes of the last states of candidates whose exact losses may be wanted.
         disk: bytes of hidden states kept in files, at most, those that students are fitted to among them.
         prompt_kv: bytes of the calibration prompts' K and V that decode's search reads.
         fitted: bytes of normal equations and new maps, where students are made or finalists refitted.
@@ -39,6 +40,7 @@ class SearchCost:
     weights: int
     states: int
     states_wanted: int
+    screened: int
     disk: int
     prompt_kv: int
     fitted: int
@@ -51,7 +53,7 @@ class SearchCost:
     @property
     def memory(self) -> int:
         """Bytes at most, besides the program and what runs at the moment."""
-        return self.weights + self.states + self.prompt_kv + self.fitted
+        return self.weights + self.states + self.screened + self.prompt_kv + self.fitted
 
 
 def search_cost(
@@ -121,6 +123,7 @@ def search_cost(
         weights=(min(blocks, pruning.blocks_in_memory or blocks) * sizes.block + sizes.ends) * _FLOAT,
         states=states,
         states_wanted=blocks * state,
+        screened=round(_screened(pruning, sizes, count) * state / count),
         disk=disk + (_hidden_files(sizes, *_student_text(pruning, text, healing)) if pruning.distil else 0),
         prompt_kv=2 * blocks * count * text.prompt * sizes.kv_width * _FLOAT,
         fitted=fitted_bytes(sizes, pruning, refits) if refits or pruning.distil else 0,
@@ -138,6 +141,15 @@ def _with_heads(work: Work, pruning: PruningSection, vocabulary: int) -> Work:
         return work.unraced
     share = 1.0 if pruning.objective == "kl" else min(1.0, _SAMPLE / vocabulary)
     return Work(work.most, work.likely, work.losses + share * work.screened)
+
+
+def _screened(pruning: PruningSection, sizes: ModelSizes, sequences: int) -> int:
+    """Sequences whose last states are kept: the number halves as the text doubles, down to the best two and the start.
+
+    None where all losses are exact.
+    """
+    exact = pruning.objective == "kl" or not pruning.racing or sizes.vocabulary < 2 * _SAMPLE
+    return 0 if exact or not METHODS[pruning.method].evaluated else max(sizes.blocks + 1, 3 * sequences)
 
 
 def streamed(pruning: PruningSection, blocks: int) -> bool:

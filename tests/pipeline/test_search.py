@@ -98,9 +98,9 @@ def test_blocks_by_kl_behind_longer_prompts_are_searched_and_judged_so(
     scored: list[int] = []
     really = DenseKL.losses
 
-    def losses(self: DenseKL, batch: int, hidden: Tensor) -> Tensor:
+    def losses(self: DenseKL, batch: int, hidden: Tensor, sample: None = None) -> Tensor:
         scored.append(hidden.shape[1])
-        return really(self, batch, hidden)
+        return really(self, batch, hidden, sample)
 
     def first(problem: Problem, *_: object) -> Solution:
         return problem.without(problem.candidates[: problem.remove - problem.forced.saved])
