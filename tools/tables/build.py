@@ -27,10 +27,11 @@ def build(data: dict[str, Any] | None) -> str:
                 lines.append((f"{model} ({precision(model)})", step, *_cells(parts)))
         lines.append((f"{model} ({precision(model)})", f"all, {same}", *_cells(sides)))
     options = data["options"]
+    rounds = "one build each" if options["rounds"] == 1 else f"medians of {options['rounds']} builds"
     text = (
         f"greedy search on {options['sequences']} x {options['length']} tokens of Brown's calibration split; KV budget "
         f"of 4.95 on {options['kv_sequences']} sequences; `{before}` / `{data['commit']}`, in turns; "
-        f"{'one build each' if options['rounds'] == 1 else 'medians of %d builds' % options['rounds']}; peak memory is this process' resident bytes; block-runs count calls of a block, "
+        f"{rounds}; peak memory is this process' resident bytes; block-runs count calls of a block, "
         "whatever the batch"
     )
     head = ("model", "step", "seconds", "CPU-seconds", "peak MB", "block-runs")
