@@ -21,7 +21,7 @@ from pdtrim_deploy.pruning.solution import Solution
 from pdtrim_deploy.pruning.teacher import Teacher
 from pdtrim_deploy.pruning.units import Counts
 
-_VERSION = 5  # of how searches go; rows of another are thrown away
+_VERSION = 6  # of how searches go; rows of another are thrown away
 
 
 class EvaluatorFactory(Protocol):

@@ -8,7 +8,7 @@ import torch
 
 from pdtrim_deploy.pruning.search import Problem, Trajectory
 from pdtrim_deploy.pruning.search.greedy import Greedy
-from pdtrim_deploy.pruning.search.race import FEW
+from pdtrim_deploy.pruning.search.race import FEW, Losses, Race
 from pdtrim_deploy.pruning.solution import Solution
 
 BLOCKS, SIZES, SCORED = 16, (2, 2, 4, 8), 128
@@ -82,17 +82,23 @@ def test_who_lost_clearly_is_not_looked_at_again_and_who_may_win_is():
     assert run(evaluator, 2).removed[1] > 5
 
 
-def test_what_an_earlier_round_measured_on_other_text_counts():
-    effects = [0.10, 0.20, 0.21, 0.22, 0.23, 0.24, *[2.0] * 10]
-    evaluator = Additive(effects, noise=3.0)
+@pytest.mark.parametrize("batches", [1, len(SIZES)])
+def test_what_an_earlier_round_measured_on_other_text_counts(batches):
+    """Block 3 is not surely worse than block 0 on the first batch, but it is on all of the text."""
+    evaluator = Additive([0.1, *[0.7] * 3, *[3.0] * 12], noise=3.0)
     evaluator.noises = [noise - noise.mean((1, 2), keepdim=True) for noise in evaluator.noises]
-    for batch, more in ((0, 0.1), (1, -0.1)):  # block 1 looks worse than four others on the first batch alone
-        evaluator.noises[batch][1] += more
-    result = run(evaluator, 2)
-    assert result.removed == (0, 1)
-    second = [solutions for solutions, batch in evaluator.looks if batch == 1 and len(solutions[-1]) == 2]
-    assert len(second[0]) <= 1 + 4  # as it stands, and no more than by what was measured before would stay at all
-    assert result.trajectory[-1].loss == pytest.approx(float(torch.cat(evaluator.shared).double().mean()) + 0.3)
+
+    def losses(*removed):
+        return {batch: Losses.of(evaluator._losses(removed, batch)) for batch in range(batches)}
+
+    start = losses()
+    known = {
+        block: {batch: after.minus(start[batch]) for batch, after in losses(block).items()} for block in range(BLOCKS)
+    }
+    problem = Problem(None, None, evaluator, 1, evaluator=evaluator)
+    assert Race(problem, (), known, 3.0, "", lambda _: None).winner() == 0
+    later = {gone for solutions, batch in evaluator.looks if batch for gone in solutions}
+    assert ((3,) in later) == (batches == 1)
 
 
 @pytest.mark.parametrize(("noise", "same", "worse"), [(0.2, 12, 0.0), (1.0, 9, 0.01)])
