@@ -134,7 +134,8 @@ def test_a_search_bounded_in_memory_needs_no_more(tmp_path: Path) -> None:
 
     block, ends, prompt = 0.218, 2 * 128256 * 4096 / 1e9, 2 * 32 * 16 * 128 * 1024 * 4 / 1e9
     batch = (8 * 256 * (6 * 4096 + 3 * 14336) * 4 + 3 * 4 * (1 << 24)) / 1e9  # values of a block, and logits
-    whole_model, running = 1.1 * 8.03 * 4, 0.537 + prompt + batch
+    screened = 3 * 16 * 256 * 4096 * 4 / 1e9  # last states of candidates whose exact losses may be wanted
+    whole_model, running = 1.1 * 8.03 * 4, 0.537 + prompt + batch + screened
     bounded = 4 * (ends + 2 * block) + 14336 * 4096 * 4 / 1e9  # with the tensor that is being read
     assert step_gb("prune", "") == pytest.approx(whole_model + running, rel=0.01)
     assert step_gb("prune") == pytest.approx(bounded + running, rel=0.01)
@@ -173,8 +174,8 @@ def test_states_training_and_workers_are_counted(tmp_path: Path) -> None:
 
     weights, block, prompt = 8.03e9 * 4, 0.218e9 * 4, 2 * 32 * 64 * 1024 * 1024 * 4
     large = needs(", memory_mb: 20000, disk_mb: 10000")
-    batch = 8 * 2048 * (6 * 4096 + 3 * 14336) * 4 + 3 * 4 * (1 << 24)
-    assert large.build == pytest.approx(PROGRAM + 1.1 * weights + (20000 << 20) + prompt + batch, rel=0.01)
+    batch, screened = 8 * 2048 * (6 * 4096 + 3 * 14336) * 4 + 3 * 4 * (1 << 24), 3 * 64 * 2048 * 4096 * 4
+    assert large.build == pytest.approx(PROGRAM + 1.1 * weights + (20000 << 20) + prompt + batch + screened, rel=0.01)
     assert large.steps["prune"].disk - needs(", memory_mb: 20000").steps["prune"].disk == 10000 << 20
     healed = needs(more="healing: {decode_steps: 5}\n")
     optimised, tokens = 4 * 28 * (block - 4 * 2 * 4096 * 1024), 4 * 128  # K and V stay; the prompts' half is prefill's

@@ -118,7 +118,7 @@ def test_effects_read_a_block_once_for_all_options_that_fit_side_by_side(
     together = built(recipe, tmp_path / "together", Compute(blocks_in_memory=1))
     reads = sum(blocks.reads for blocks in readers)
     readers.clear()
-    monkeypatch.setattr("pdtrim_deploy.pipeline.select_kv.STATES", 1)
+    monkeypatch.setattr("pdtrim_deploy.pipeline.kv_problem.STATES", 1)
     assert built(recipe, tmp_path / "alone", Compute(blocks_in_memory=1)) == together
     assert sum(blocks.reads for blocks in readers) >= reads + 14  # 6 + 5 + ... + 1 in the place of 6, less a hit
 
