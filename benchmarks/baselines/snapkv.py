@@ -87,7 +87,7 @@ class SnapKV(PDOracle):
             return kv
         scores = scores if self.by == "head" else scores.mean(1, keepdim=True).expand_as(scores).clone()
         last = min(self.window, send.n_last // 2) if self.ends else self.window
-        scores[..., tokens - last :] = torch.inf
+        scores[..., tokens - last :] = 2.0 + torch.arange(last)  # above all means of attention, the newest first
         if self.ends:
             scores[..., : send.n_first] = torch.inf
         index = scores.topk(rows, dim=-1).indices.sort(-1).values[..., None].expand(-1, -1, -1, kv.keys.shape[-1])

@@ -59,4 +59,4 @@ def _row(check: Check) -> Row:
 def sentence(error: Exception) -> str:
     """The first line of an error; errors that are sentences themselves go without their kind."""
     kind = "" if isinstance(error, AssertionError | UserError) else f"{type(error).__name__}: "
-    return (kind + str(error)).strip().splitlines()[0][:300]
+    return ((kind + str(error)).strip() or type(error).__name__).splitlines()[0][:300]

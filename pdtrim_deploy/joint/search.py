@@ -86,10 +86,12 @@ class JointSearch:
             share, result = self._nearest(reach, limit)
             if target.goals.keys() - {"loss"}:
                 sentences.append(f"{short}: {share:.0%} of each saving is taken")
+        if result.measured > limit:
+            sentences.append("no choice has so small a loss, not even with nothing left out")
         taken = {name: 1 - share * (1 - value) for name, value in reach.items()}
         taken = {name: 1 / value if name == "kv" else value for name, value in taken.items()}
         if target.loss is not None:
-            taken["loss"] = target.loss
+            taken["loss"] = max(target.loss, result.loss)
         if sentences:
             sentences.append(f"the plan is made for {goals_text(taken)} in place of {target}")
         return Outcome(result, taken, "; ".join(sentences))
@@ -116,7 +118,7 @@ class JointSearch:
             else:
                 high = middle
         if best is None:
-            choices = self.measure.dense
+            choices = (self.measure.options[0],) * len(self.measure.dense)  # whole, in the first rule that is allowed
             best = JointResult(choices, self.table.ratios(choices), 0.0, self.measure.divergence(choices))
         elif (again := self._within(self._limits(goals, low), self.rounds)) and again.measured < best.measured:
             best = again

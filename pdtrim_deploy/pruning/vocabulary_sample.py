@@ -46,13 +46,13 @@ class VocabularySample:
         certain[targets.flatten().to(runner.home)] = True
         for part in hidden.flatten(0, 1).split(runner.logits_step):
             certain[runner.logits(part).topk(LIKELY).indices.flatten()] = True
-        others = certain.logical_not().nonzero()[:, 0]
-        stride = max(1, len(others) // OTHERS)
-        kept = others[stride // 2 :: stride]
-        if 2 * (int(certain.sum()) + len(kept)) > head.out_features:
+        others, stride = int(certain.logical_not().sum()), head.out_features // OTHERS
+        grid = torch.arange(stride // 2, head.out_features, stride, device=runner.home)
+        kept = grid[~certain[grid]]  # of fixed places: a token more or less that is certain moves no other
+        if not len(kept) or 2 * (head.out_features - others + len(kept)) > head.out_features:
             return None
         weights = torch.zeros(head.out_features, device=runner.home)
-        weights[kept] = torch.tensor(len(others) / len(kept)).log()
+        weights[kept] = torch.tensor(others / len(kept)).log()
         certain[kept] = True
         tokens = certain.nonzero()[:, 0]
         return cls(tokens, weights[tokens])

@@ -11,7 +11,7 @@ from pdtrim_deploy.recipe.kv import KVSection
 from pdtrim_deploy.recipe.pruning import PruningSection
 
 MEASURED_AT_ONCE = 4  # sequences: prefill's state before every block is kept of so many
-_Part = Annotated[float, Field(ge=0)]
+_Part = Annotated[float, Field(ge=0, le=1e15)]
 _Share = Annotated[float, Field(gt=0, le=1)]
 
 
