@@ -442,6 +442,7 @@ def test_a_part_whose_sender_was_closed_meanwhile_is_dropped(world):
         ({"enable_lmcache": True}, False, ""),
         ({"disable_radix_cache": False, "enable_lmcache": True}, False, "a prefix cache that is not SGLang's own"),
         ({"disable_radix_cache": False, "enable_hierarchical_cache": True}, False, "a prefix cache that is not"),
+        ({"disable_radix_cache": False, "enable_unified_cache_external_linker": True}, False, "a prefix cache that is"),
         ({"enable_two_batch_overlap": True}, False, "with --enable-two-batch-overlap"),
         ({"full_graph": True}, False, "a full graph of prefill calls no Python between layers"),
         ({}, True, "an engine packs the rows that it computes"),
@@ -450,6 +451,7 @@ def test_a_part_whose_sender_was_closed_meanwhile_is_dropped(world):
 def test_where_parts_may_leave_early(changes, packs_rows, reason, monkeypatch):
     caches = {"radix_cache_backend": None, "enable_lmcache": False, "enable_flexkv": False}
     caches |= {"disable_radix_cache": True, "enable_hierarchical_cache": False}
+    caches |= {"enable_unified_cache_external_linker": False}
     options = caches | {"enable_two_batch_overlap": False, "full_graph": False} | changes
     full = options.pop("full_graph")
     monkeypatch.setattr(

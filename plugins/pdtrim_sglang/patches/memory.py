@@ -10,19 +10,23 @@ from pdtrim_sglang.patches.transfer import prompt_tokens
 
 def choose_kv_dtype(original: Callable[..., Any], runner: Any) -> Any:
     from sglang.srt.mem_cache import kv_cache_dtype
+    from sglang.srt.utils import cpu_has_amx_support
 
     from pdtrim_sglang.cpu.fp8_pools import as_on_gpus
 
+    if cpu_has_amx_support():  # there SGLang has pools and kernels of its own
+        return original(runner)
     with as_on_gpus(kv_cache_dtype):
         return original(runner)
 
 
 def configure_pool(original: Callable[..., Any], configurator: Any, **arguments: Any) -> Any:
     from sglang.srt.mem_cache import kv_cache_configurator
+    from sglang.srt.utils import cpu_has_amx_support
 
     from pdtrim_sglang.cpu.fp8_pools import FP8, as_on_gpus
 
-    if configurator.use_mla_backend or configurator.kv_cache_dtype not in FP8:
+    if cpu_has_amx_support() or configurator.use_mla_backend or configurator.kv_cache_dtype not in FP8:
         return original(configurator, **arguments)
     with as_on_gpus(kv_cache_configurator):
         return original(configurator, **arguments)

@@ -11,7 +11,10 @@ def layers_unheard(server_args: Any, model: Any) -> str:
 
     if getattr(model, "packs_rows", False):
         return "an engine packs the rows that it computes, and hands them over when its forward pass has ended"
-    other_caches = ("radix_cache_backend", "enable_lmcache", "enable_flexkv", "enable_hierarchical_cache")
+    other_caches = (
+        "radix_cache_backend", "enable_lmcache", "enable_flexkv", "enable_hierarchical_cache",
+        "enable_unified_cache_external_linker",
+    )  # fmt: skip
     if not server_args.disable_radix_cache and any(getattr(server_args, option) for option in other_caches):
         return (
             "a prefix cache that is not SGLang's own in device memory may move a request's rows between its forward "
