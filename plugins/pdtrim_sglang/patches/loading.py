@@ -14,7 +14,7 @@ def take_any_scheme_without_gpu(original: Callable[..., bool], *args: Any, **kwa
 
 
 def compute_fp8_by_torch(model: Any, target_device: Any) -> None:
-    from sglang.srt.utils import cpu_has_amx_support
+    from sglang.srt.utils.common import cpu_has_amx_support
 
     if target_device.type == "cpu" and not cpu_has_amx_support():  # there SGLang has kernels for FP8
         from pdtrim_sglang.cpu.fp8_weights import compute_fp8_by_torch

@@ -10,7 +10,7 @@ from pdtrim_sglang.patches.transfer import prompt_tokens
 
 def choose_kv_dtype(original: Callable[..., Any], runner: Any) -> Any:
     from sglang.srt.mem_cache import kv_cache_dtype
-    from sglang.srt.utils import cpu_has_amx_support
+    from sglang.srt.utils.common import cpu_has_amx_support
 
     from pdtrim_sglang.cpu.fp8_pools import as_on_gpus
 
@@ -22,7 +22,7 @@ def choose_kv_dtype(original: Callable[..., Any], runner: Any) -> Any:
 
 def configure_pool(original: Callable[..., Any], configurator: Any, **arguments: Any) -> Any:
     from sglang.srt.mem_cache import kv_cache_configurator
-    from sglang.srt.utils import cpu_has_amx_support
+    from sglang.srt.utils.common import cpu_has_amx_support
 
     from pdtrim_sglang.cpu.fp8_pools import FP8, as_on_gpus
 
