@@ -26,7 +26,7 @@ from pdtrim_deploy.pipeline.texts import check_longest
 from pdtrim_deploy.plan import STAGES, Stage
 from pdtrim_deploy.recipe import Recipe
 from pdtrim_deploy.recipe.kv import FIXED_KV
-from pdtrim_deploy.recipe.pruning_methods import EVALUATED
+from pdtrim_deploy.recipe.pruning_methods import EVALUATED, SEARCH_VERSION
 from pdtrim_deploy.recipe.targets import Target
 
 if TYPE_CHECKING:
@@ -59,6 +59,8 @@ def steps_of(recipe: Recipe, fingerprint: str) -> tuple[BuildStep, ...]:
     base |= {} if recipe.model.measured_in == "float32" else {"measured_in": recipe.model.measured_in}
     chosen = {key: dump[key] for key in ("calibration", "pruning", *(["students"] if recipe.pruning.distil else []))}
     chosen["pruning"] = {key: value for key, value in dump["pruning"].items() if key != "experts"}
+    if recipe.pruning.method in EVALUATED:
+        chosen["search"] = SEARCH_VERSION
     if recipe.pruning.finalists or recipe.pruning.distil:  # students learn from part of this text
         text = [dump["healing"][name] for name in ("compensation", "sequences", "length")]
         chosen["judged"] = [*text, recipe.healing.enabled]

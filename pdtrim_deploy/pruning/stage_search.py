@@ -20,8 +20,7 @@ from pdtrim_deploy.pruning.search_logs import finalists_log, search_log
 from pdtrim_deploy.pruning.solution import Solution
 from pdtrim_deploy.pruning.teacher import Teacher
 from pdtrim_deploy.pruning.units import Counts
-
-_VERSION = 6  # of how searches go; rows of another are thrown away
+from pdtrim_deploy.recipe.pruning_methods import SEARCH_VERSION
 
 
 class EvaluatorFactory(Protocol):
@@ -78,7 +77,7 @@ class SearchInputs:
     def key(self) -> list[object]:
         """All that a search's answer depends on besides its own question, as JSON."""
         text = hashlib.sha256(f"{tuple(self.ids.shape)}".encode() + self.ids.numpy().tobytes()).hexdigest()
-        key = [_VERSION, self.about, text, repr(self.search), sorted(self.protected), self.pairs]
+        key = [SEARCH_VERSION, self.about, text, repr(self.search), sorted(self.protected), self.pairs]
         return key if self.teacher is None else [*key, "kl"]
 
     def objective(self, prompt_tokens: int, forced: Solution, charged: bool) -> NextTokenLoss:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+SEARCH_VERSION = 7  # of how searches go: logs, and steps of a build, that another version made are made again
+
 # Share of the work that early stopping leaves; not a promise. RACED was measured on SmolLM2-135M with 16 x 256 tokens
 # (prefill 0.16 for 2 rounds, decode 0.26 for 4), ANNEALED is assumed.
 RACED, ANNEALED = 0.22, 0.3

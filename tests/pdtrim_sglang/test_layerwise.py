@@ -28,6 +28,7 @@ from pdtrim_sglang.pool import PoolView
 from pdtrim_sglang.requirements import layers_unheard
 from rankpairs import AUX, CONFIG, PAGE, PLAN, SLOTS, TOKENS, World
 from sglang.srt.disaggregation.base.conn import KVPoll
+from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
 from pdtrim_deploy.kvcache.layout import chunk_layout
 from pdtrim_deploy.plan import KVSend
@@ -504,7 +505,10 @@ def test_a_model_runner_is_followed_layer_by_layer():
         token_to_kv_pool_allocator=SimpleNamespace(page_size=4, translate_kv_indices_for_transfer=lambda at: at + 4),
         req_to_token_pool=SimpleNamespace(req_to_token=table),
     )  # fmt: skip
-    tree = SimpleNamespace()
+    tree = UnifiedRadixCache.__new__(UnifiedRadixCache)
+    tree.disable = False
+    with pytest.raises(RuntimeError, match="SimpleNamespace may move rows that leave by layer"):
+        follow(runner, SimpleNamespace(disable=False), sends)
     follow(runner, tree, sends)
     batch = Batch(["a", "b"], [0, 4], [3, 5], torch.tensor([3, 2]))
     assert runner.forward(batch) == "logits"

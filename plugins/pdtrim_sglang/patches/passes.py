@@ -18,7 +18,18 @@ def follow(runner: Any, tree: Any, layerwise: LayerwiseSends) -> None:
     An attention's backend is called outside of any graph, also where SGLang replays the rest of a layer from breakable
     ones; the batch that it is given then names no requests. A layer that is there for its K and V alone has no
     attention: its rows count as computed with the next one that has.
+
+    Raises:
+        RuntimeError: the prefix cache is another one than SGLang's own, and would not tell of moved pages.
+
     """
+    from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+
+    if not tree.disable and not isinstance(tree, UnifiedRadixCache):
+        raise RuntimeError(
+            f"pdtrim: {type(tree).__name__} may move rows that leave by layer, and does not say so: start prefill with "
+            "--disable-radix-cache, or serve without --send-by-layer"
+        )
     forward, attend, allocator = runner.forward, runner.attn_backend.forward, runner.token_to_kv_pool_allocator
     page_size, table = allocator.page_size, runner.req_to_token_pool
 
@@ -48,4 +59,6 @@ def follow(runner: Any, tree: Any, layerwise: LayerwiseSends) -> None:
     def moving(req: Any) -> AbstractContextManager[None]:
         return layerwise.moving(req.rid, lambda *tokens: pages_of(req.kv.req_pool_idx, *tokens))
 
-    runner.forward, runner.attn_backend.forward, tree.pdtrim_moving = followed, attended, moving
+    runner.forward, runner.attn_backend.forward = followed, attended
+    if not tree.disable:  # else no page ever moves
+        tree.pdtrim_moving = moving
