@@ -173,10 +173,14 @@ def test_missing_parts(tmp_path: Path, text: str, says: str) -> None:
     assert says in str(caught.value)
 
 
-def test_missing_file_and_binary_file(tmp_path: Path) -> None:
+def test_missing_file_folder_and_binary_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"^{tmp_path} is a folder; name a recipe file$"):
+        Recipe.load(tmp_path)
     with pytest.raises(UserError, match="no such recipe file"):
         Recipe.load(tmp_path / "gone.yaml")
     (tmp_path / "x.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match=f"is a folder; name a recipe file, such as {tmp_path / 'x.yaml'}$"):
+        Recipe.load(tmp_path)
     with pytest.raises(UserError, match="not a text file"):
         Recipe.load(tmp_path / "x.yaml")
 
