@@ -284,12 +284,12 @@ def test_what_came_later_leaves_the_digest_of_recipes_without_it() -> None:
         ("smollm2-demo", "1d1905f510c2"),
         ("smollm2-dense", "5579346657d1"),
         ("smollm2-headline", "6c12d408b12e"),
-        ("qwen3-30b-a3b-experts", "bcc02a69c1cb"),
+        ("qwen3-30b-a3b-experts", "30736d85a37f"),
         ("llama-3.1-8b-pruned", "d1effbd1a9cb"),
     ],
 )
 def test_shipped_recipes_keep_their_digests(name: str, digest: str) -> None:
-    """As they were before healing had a method, rates to try and gradient checkpointing."""
+    """As they were before healing had a method, rates to try and gradient checkpointing; Qwen3: since it has a mixture."""
     assert Recipe.load(RECIPES / f"{name}.yaml").digest.startswith(digest)
 
 
