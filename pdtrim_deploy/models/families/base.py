@@ -125,6 +125,7 @@ class Family(_Data):
         blocks: None where its KV alone is known: a model of it is planned, transferred, served and judged uncut.
         windows: of blocks that attend to a window of tokens; None where no block does, as far as workers serve it.
         latents: of attention that keeps latents (MLA) in SGLang, whose modules are DeepSeek's; None of any other.
+        sinks: whether each head of attention has a sink, a logit without a value.
 
     """
 
@@ -133,6 +134,7 @@ class Family(_Data):
     blocks: Blocks | None = None
     windows: Windows | None = None
     latents: Latents | None = None
+    sinks: bool = False
 
     @property
     def takes_windows(self) -> bool:
