@@ -63,17 +63,9 @@ def load_model(
         raise UserError(f"{path}: tensor {sorted(info['missing_keys'])[0]} is missing; get the model again")
     if family.latents:
         as_sglang(model)
-    if family.sinks:
-        _round_sinks(model)
     if quantized is not None and rounds_inputs:
         round_inputs(model, quantized, read_tensor_index(path))
     return model.eval().requires_grad_(False)
-
-
-def _round_sinks(model: Any) -> None:
-    """To bfloat16, in which SGLang 0.5.23 holds them whatever the model's dtype (models/gpt_oss.py)."""
-    for layer in model.model.layers:
-        layer.self_attn.sinks.data = layer.self_attn.sinks.data.bfloat16().to(model.dtype)
 
 
 def _by_index(path: Path) -> dict[str, torch.Tensor] | None:

@@ -8,15 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.models import FAMILIES
-from pdtrim_deploy.models.families import known_family
 from pdtrim_deploy.models.shape import read_sized, shipped
 from pdtrim_deploy.plan.wire import WIRE_DTYPES
-from pdtrim_deploy.sizing import subjects
+from pdtrim_deploy.sizing import Link, Traffic, price, subjects
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 CONFIG: dict[str, Any] = {
@@ -49,13 +47,7 @@ def write_recipe(folder: Path, name: str = "asked", source: str = "hf:nowhere", 
 @pytest.mark.parametrize("name", shipped())
 def test_shipped_sizes_make_the_published_number_of_parameters(name: str) -> None:
     c = json.loads(shipped()[name].read_text())
-    if family := FAMILIES.get(c["architectures"][0]):
-        shapes = list(family.required_tensors(c).values())
-    else:  # its blocks are not known: transformers' own modules, without weights
-        model_class = known_family(c["architectures"][0]).model_class
-        with torch.device("meta"):
-            model = model_class._from_config(model_class.config_class.from_dict(c))
-        shapes = [tuple(parameter.shape) for parameter in model.parameters()]
+    shapes = FAMILIES[c["architectures"][0]].required_tensors(c).values()
     assert sum(math.prod(shape) for shape in shapes) == c["_facts"]["parameters"]
     assert c["_facts"]["checked_against"]
 
@@ -183,7 +175,8 @@ def test_a_model_of_which_the_kv_alone_is_known_is_priced_and_its_pruning_refuse
 
 
 def test_a_window_that_is_shorter_than_the_context_is_priced_of_known_families(tmp_path: Path) -> None:
-    oss = write_config(tmp_path / "oss", architectures=["GptOssForCausalLM"], sliding_window=128)
+    experts = {"num_local_experts": 8, "num_experts_per_tok": 2}
+    oss = write_config(tmp_path / "oss", architectures=["GptOssForCausalLM"], sliding_window=128, **experts)
     (subject,) = subjects([str(oss)])
     row = 2 * 2 * 32 * 2
     assert subject.plan.dense_bytes(600) == 3 * row * (600 + 127)
@@ -200,3 +193,12 @@ def test_gpt_oss_120b_is_priced_beside_a_dense_model_whose_windows_travel_alone(
     assert subject.plan.dense_bytes(8192) == 18 * row * (8192 + 127)
     assert [send.mode for send in subject.plan.kv].count("window") == 18
     assert subject.plan.reduction(512) >= 4.95
+
+
+@pytest.mark.parametrize("model", ["glm-4.5-air", "gpt-oss-120b", "llama-3.3-70b", "qwen3-30b-a3b", "qwen3-32b"])
+def test_recipes_by_config_are_priced_beside_bfloat16_and_fp8_pools(model: str) -> None:
+    (subject,) = subjects([str(RECIPES / f"{model}-balanced.yaml")])
+    result = price(subject.plan, Traffic(isl=8192, osl=1024, link=Link(100e9)))
+    assert result.dense.request_bytes == 2 * result.dense_fp8.request_bytes
+    assert result.reduction == 2 * result.reduction_fp8
+    assert result.reduction >= 4.95

@@ -39,7 +39,7 @@ class Experts(_Data):
         count: key of config.json, or several (`a|b`): experts of a block.
         tensors: on disk, in the place of the block's `mlp`.
         stacked: by transformers' name of a parameter: what it stacks on disk, along a new first axis by expert; where
-            two are given, an expert's are put one behind the other.
+            two are given, an expert's are put one behind the other. A tensor of all experts is its own.
         dense_blocks: key of config.json: so many first blocks have the `mlp` instead. None: no block has.
         top_k: key of config.json: experts that a token is sent to.
         groups, top_groups: keys of config.json: equal parts that the router first chooses among, and how many of these
