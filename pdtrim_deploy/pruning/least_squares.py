@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pdtrim_deploy.models.blockwise import Blockwise, LayerKV, Span
+from pdtrim_deploy.models.blockwise import Blockwise
+from pdtrim_deploy.models.layer_kv import LayerKV, Span
 
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Penalties tried, in units of the mean squared activation times the number of tokens."""
