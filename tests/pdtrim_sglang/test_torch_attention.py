@@ -32,8 +32,8 @@ def server():
 
 def transformers_attention(query, keys, values, window, sinks):
     """Of the last tokens of a text: query `[queries, heads, dim]`; keys, values `[tokens, kv_heads, dim]`."""
-    behind = torch.arange(len(keys) - len(query), len(keys))[:, None] - torch.arange(len(keys))
-    seen = (behind >= 0) & ((behind <= window) | (window == -1))
+    distance = torch.arange(len(keys) - len(query), len(keys))[:, None] - torch.arange(len(keys))
+    seen = (distance >= 0) & ((distance <= window) | (window == -1))
     mask = torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)[None, None]
     module = SimpleNamespace(num_key_value_groups=HEADS // KV_HEADS, sinks=sinks, training=False)
     heads_first = (rows.transpose(0, 1)[None] for rows in (query, keys, values))
@@ -103,7 +103,7 @@ class Worker:
             out_cache_loc=torch.cat(slots), encoder_lens=None,
         )  # fmt: skip
         self.backend.init_forward_metadata(batch)
-        answers, wanted = [], []
+        answers, expected = [], []
         rows = torch.randn(2, len(LAYERS), new, KV_HEADS, DIM)
         for row, part in enumerate(rows.split(counts, 2)):
             self.texts[row] = torch.cat((self.texts[row], part), 2)
@@ -116,8 +116,8 @@ class Worker:
                 transformers_attention(part, *text[:, layer], window, OFF if sinks is None else sinks)
                 for part, text in of_each
             ]
-            wanted.append(torch.cat(outputs).flatten(1))
-        return answers, wanted
+            expected.append(torch.cat(outputs).flatten(1))
+        return answers, expected
 
 
 @pytest.mark.parametrize("sinks", [None, torch.linspace(-2, 3, HEADS)], ids=["no sinks", "sinks"])

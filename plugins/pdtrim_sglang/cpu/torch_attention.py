@@ -79,10 +79,10 @@ def attend(
 
     """
     at = torch.arange(len(keys) - len(query), len(keys)).unsqueeze(1)
-    behind = at - torch.arange(len(keys))
-    mask = behind >= 0
+    distance = at - torch.arange(len(keys))
+    mask = distance >= 0
     if window is not None and window >= 0:
-        mask &= behind <= window
+        mask &= distance <= window
     if sinks is not None:
         mask = pad(mask, (0, 1), value=True)
         query = torch.cat((query, (sinks.float() / scaling).to(query.dtype).expand(len(query), -1)[..., None]), -1)
