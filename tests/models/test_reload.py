@@ -1,8 +1,6 @@
 """Stages of models that are easily read otherwise, reloaded by transformers of both environments."""
 
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -88,17 +86,18 @@ def test_a_stage_is_the_same_model_in_both_environments(source, cache, tmp_path)
 
 @pytest.mark.serve
 def test_stages_of_every_family_are_the_same_models_in_both_environments(tiny_dir, cache, tmp_path, record_property):
-    """Plain transformers in both; where a family's blocks are not known, its stages have all."""
+    """Plain transformers where it serves; where a family's blocks are not known, its stages have all.
+
+    Of latents transformers 5.14 leaves out a factor that 5.19 and SGLang have: `load_model` puts it in.
+    """
     stages = {name: tmp_path / name for name in {**FAMILIES, **WINDOWED, **LATENT}}
     for name, stage in stages.items():
         blocks = BLOCKS if name in FAMILIES else range(6)
         write_stage(resolve(f"hf:{tiny_dir(name)}", cache), stage, list(blocks), "float32", {"stage": "decode"})
-    built, served = (
-        plain_logits(python, *stages.values()) for python in (Path(sys.executable), ServeEnvironment.find().python)
-    )
-    for name in stages:
+    served = plain_logits(ServeEnvironment.find().python, *stages.values())
+    for name, stage in stages.items():
         torch.testing.assert_close(
-            served[name], built[name], rtol=1e-4, atol=1e-4, msg=lambda text, name=name: name + text
+            served[name], logits(load_model(stage)), rtol=1e-4, atol=1e-4, msg=lambda text, name=name: name + text
         )
         record_property("family", (name, "reload", "yes"))
 
