@@ -2,7 +2,8 @@
 
     plan.json  recipe.yaml  prefill/  decode/  engines/TARGET/STAGE/  reports/  manifest.json  COMPLETE
 
-and the file of key offsets, if the plan has any; both stages contain it too.
+and the file of key offsets, if the plan has any; both stages contain it too. A unified plan has one checkpoint, model/,
+in the place of prefill/ and decode/, and no engines.
 
 `manifest.json` is written next to last and has size and SHA-256 of every file before it; `COMPLETE` is written last
 and has the manifest's SHA-256. The manifest covers neither what later commands add to `reports/` (eval.json, ...) nor
@@ -24,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pdtrim_deploy.bundle.engine import TargetResult
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.local.cache import file_sha256
-from pdtrim_deploy.plan import STAGES, PDPlan, Stage
+from pdtrim_deploy.plan import STAGES, UNIFIED, PDPlan, Stage
 from pdtrim_deploy.recipe import Recipe
 from pdtrim_deploy.recipe.targets import TARGETS
 
@@ -32,7 +33,7 @@ MANIFEST, COMPLETE, PLAN, RECIPE, REPORTS = "manifest.json", "COMPLETE", "plan.j
 ENGINES = "engines"
 CARD = "README.md"  # of a stage checkpoint
 WORK = ".build"  # only while a build runs
-UNSEALED = {MANIFEST, COMPLETE, *(f"{stage}/{CARD}" for stage in STAGES)}
+UNSEALED = {MANIFEST, COMPLETE, *(f"{folder}/{CARD}" for folder in (*STAGES, UNIFIED))}
 
 
 class _Frozen(BaseModel):
@@ -98,8 +99,13 @@ class Bundle:
         return self.path / REPORTS
 
     def stage_dir(self, stage: Stage) -> Path:
-        """HF checkpoint of `stage`."""
-        return self.path / stage
+        """HF checkpoint of `stage`; of a unified plan the same for both."""
+        return self.path / self.plan.folder(stage)
+
+    @property
+    def checkpoints(self) -> list[Path]:
+        """All HF checkpoints, prefill first."""
+        return [self.path / folder for folder in self.plan.checkpoints]
 
     @property
     def engines(self) -> dict[str, TargetResult]:
@@ -146,7 +152,8 @@ class Bundle:
         if manifest is None:
             raise UserError(f"{path}: not a complete bundle; finish it with: pdtrim-deploy build RECIPE --out {path}")
         plan, recipe = PDPlan.load(path / PLAN), Recipe.load(path / RECIPE)
-        digests = {MANIFEST: manifest.plan_digest} | {f"{s}/config.json": _plan_digest_in(path / s) for s in STAGES}
+        digests = {MANIFEST: manifest.plan_digest}
+        digests |= {f"{folder}/config.json": _plan_digest_in(path / folder) for folder in plan.checkpoints}
         for name, digest in digests.items():
             if digest != plan.digest:
                 raise UserError(
