@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,17 @@ import yaml
 from tinyfamilies import taking
 
 from pdtrim_deploy.bundle import Bundle
-from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.cli import main
 from pdtrim_deploy.evaluation.quality import judge_bundle
 from pdtrim_deploy.evaluation.stage_models import oracle_of
 from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.local.compute import ON_CPU
 from pdtrim_deploy.pipeline import build
+from pdtrim_deploy.pipeline.preview import preview
 from pdtrim_deploy.plan import KVSend
 from pdtrim_deploy.recipe import Recipe
-from pdtrim_deploy.sizing import subjects
+from pdtrim_deploy.report.html import Findings, page
+from pdtrim_deploy.report.tables import plan_table
 
 IDS = torch.arange(3, 43)
 PRUNED = {"method": "greedy", "prefill_blocks": 2, "decode_blocks": 2}
@@ -138,7 +141,39 @@ def test_its_card_says_that_it_stands_alone(recipe_of: Callable[..., Recipe], tm
     assert not [word for word in ("SECRET", "Prompt KV", "disaggregation", "KV chosen") if word in card]
 
 
-def test_what_prices_a_pair_refuses_it(recipe_of: Callable[..., Recipe], tmp_path: Path, cache: Cache) -> None:
-    recipe_of()
-    with pytest.raises(UserError, match="whole is one model for both stages, whose KV takes no link"):
-        subjects([str(tmp_path / "recipe.yaml")])
+def test_pages_and_tables_name_no_bytes_that_travel(
+    recipe_of: Callable[..., Recipe], tmp_path: Path, cache: Cache
+) -> None:
+    bundle = build(recipe_of(), tmp_path / "b", cache)
+    text = str(page(Findings.of(bundle), "report"))
+    assert "One model for both stages: no KV travels" in text
+    assert "fewer KV bytes" not in text
+    assert str(plan_table(bundle.plan, 24).caption).endswith("one model for both stages, no KV travels")
+    foreseen = preview(bundle.recipe, tmp_path / "other", cache)
+    assert foreseen.stage_bytes is not None
+    weights = bundle.path / "model" / "model.safetensors"
+    assert 0 < weights.stat().st_size - foreseen.stage_bytes["model"] < 8192  # the file's header
+    assert [name for name in foreseen.steps if name in ("model", "prefill", "decode")] == ["model"]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("plan", "RECIPE"), "whole is one model for both stages, whose KV takes no link"),
+        (("plan", "BUNDLE"), "is one model for both stages, whose KV takes no link"),
+        (("demo", "RECIPE", "--out", "demo"), "asks for one model for both stages, but the demo measures a pair's KV"),
+        (("deploy", "render", "BUNDLE", "--dry-run"), "is one model for both stages: run"),
+        (("compare", "BUNDLE", "BUNDLE2", "--link", "1Mbps"), "--link is for KV between two stages"),
+    ],
+)
+def test_commands_about_two_stages_refuse_it(
+    words: tuple[str, ...], says: str, recipe_of: Callable[..., Recipe], tmp_path: Path, cache: Cache,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    bundle = build(recipe_of(), tmp_path / "b", cache)
+    shutil.copytree(bundle.path, tmp_path / "c")
+    places = {"RECIPE": tmp_path / "recipe.yaml", "BUNDLE": bundle.path, "BUNDLE2": tmp_path / "c"}
+    with pytest.raises(SystemExit) as ended:
+        main([str(places.get(word, word)) for word in words])
+    assert ended.value.code == 2
+    assert says in " ".join(capsys.readouterr().err.split())
