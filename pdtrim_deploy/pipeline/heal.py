@@ -79,7 +79,7 @@ def changed(context: Context) -> Changed:
     from pdtrim_deploy.models.block_tensors import read_blocks
 
     folder = _entry(context, json.loads((context.out / HEALING).read_text())["weights"])
-    tensors = {stage: read_blocks(folder / f"{stage}.safetensors") for stage in _made(context)}
+    tensors = {stage: read_blocks(folder / f"{stage}.safetensors") for stage in _mended_stages(context)}
     return {stage: tensors.get(stage, tensors["prefill"]) for stage in STAGES}
 
 
@@ -119,7 +119,7 @@ def _entry(context: Context, key: str) -> Path:
         from pdtrim_deploy.models.block_tensors import save_blocks
 
         pair, report = _make(context, key)
-        for stage in _made(context):
+        for stage in _mended_stages(context):
             save_blocks(pair.changed.get(stage, {}), folder / f"{stage}.safetensors")
         (folder / "report.json").write_text(json.dumps(report, indent=2))
 
@@ -129,7 +129,7 @@ def _entry(context: Context, key: str) -> Path:
     return entry
 
 
-def _made(context: Context) -> tuple[Stage, ...]:
+def _mended_stages(context: Context) -> tuple[Stage, ...]:
     """Stages whose weights this step makes: one model is mended as prefill is, over whole texts."""
     return ("prefill",) if context.recipe.stages == "unified" else STAGES
 
@@ -158,7 +158,7 @@ def _make(context: Context, key: str) -> tuple[StagePair, dict[str, Any]]:
     elif context.recipe.target is not None and (alone := kv_only_blocks(context)):
         pair = fit_kv_only(pair, alone, ids, context.note)
     report["kv_only_blocks"] = [pair.plan.prefill_layers[layer] for layer in pair.plan.kv_only_layers]
-    for stage in _made(context):
+    for stage in _mended_stages(context):
         blocks_lost = any(action.kind != "keep" for action in pair.plan.actions(stage))
         if not blocks_lost and not pair.plan.kept_experts(stage):
             continue  # nothing was lost

@@ -36,7 +36,7 @@ def problem_of(model, forced=(), **more):
 @pytest.mark.parametrize("forced", [(), (1,)])
 @pytest.mark.parametrize("favourite", ONE_SHOT)
 def test_their_choices_are_judged_and_may_win(model, favourite, forced):
-    problem, said = problem_of(model, forced), list[str]()
+    problem, lines = problem_of(model, forced), list[str]()
     chosen = {name: search.run(problem, quiet).solution for name, search in BASELINES.items()}
     result = Greedy().run(problem, quiet)
 
@@ -46,9 +46,9 @@ def test_their_choices_are_judged_and_may_win(model, favourite, forced):
         return [float(solution != chosen[favourite]) for solution in solutions]
 
     final_round = FinalRound(judge, 1, BASELINES)
-    ranked, cost = judge_finalists("prefill", problem, result, final_round, Trajectory(), said.append)
+    ranked, cost = judge_finalists("prefill", problem, result, final_round, Trajectory(), lines.append)
     assert ranked[0].solution == chosen[favourite]
-    assert [line for line in said if line == f"{favourite} would remove {chosen[favourite].label}"]
+    assert [line for line in lines if line == f"{favourite} would remove {chosen[favourite].label}"]
     assert cost.block_forwards >= 2 * BLOCKS * len(problem.ids), "each runs the dense model once"
 
 
@@ -60,11 +60,11 @@ def test_without_them_nobody_else_is_judged(model):
 
 def test_a_method_that_has_no_answer_here_is_passed_over(model):
     """No two adjacent blocks may go."""
-    problem, said = problem_of(model, protected=frozenset({1, 3})), list[str]()
+    problem, lines = problem_of(model, protected=frozenset({1, 3})), list[str]()
     result = Greedy().run(problem, quiet)
     everybody = FinalRound(lambda *a: [0.0] * len(a[2]), 1, {"streamline": get_search("streamline")})
-    assert judge_finalists("prefill", problem, result, everybody, Trajectory(), said.append)[0] == ()
-    assert any(line.startswith("streamline: no 2 adjacent blocks may go") for line in said)
+    assert judge_finalists("prefill", problem, result, everybody, Trajectory(), lines.append)[0] == ()
+    assert any(line.startswith("streamline: no 2 adjacent blocks may go") for line in lines)
 
 
 @pytest.mark.parametrize("method", METHODS)
