@@ -297,7 +297,7 @@ def test_workers_of_one_model_are_placed_as_others():
 
 
 @pytest.mark.parametrize(
-    ("unified", "asked", "says"),
+    ("unified", "chosen", "says"),
     [
         (False, {"workers": 2}, "--workers 2: .* is a pair; say --prefill and --decode instead"),
         (True, {"stages": (2, 1)}, r"leave out --prefill and --decode \(say --workers\)"),
@@ -309,10 +309,10 @@ def test_workers_of_one_model_are_placed_as_others():
         (True, {"workers": 3, "options": {"tp_decode": 2, "tp_prefill": 2}}, None),
     ],
 )
-def test_a_bundle_takes_the_options_of_its_kind(unified, asked, says, tmp_path):
+def test_a_bundle_takes_the_options_of_its_kind(unified, chosen, says, tmp_path):
     bundle = make_bundle(tmp_path / "b")
     whole = PDPlan.uncut(bundle.plan.model, bundle.plan.prefill, bundle.plan.decode).with_parts(unified=unified)
-    question = {"workers": 1, "stages": (1, 1), "options": {}, "executors": Executors(), "transport": {}} | asked
+    question = {"workers": 1, "stages": (1, 1), "options": {}, "executors": Executors(), "transport": {}} | chosen
     question["options"] = WorkerOptions(device="cpu", **question["options"])
     refused = pytest.raises(UserError, match=says) if says else contextlib.nullcontext()
     with refused:
