@@ -75,7 +75,7 @@ def build(
         recipe = recipe.changed("command line", "model", compute_dtype=compute_dtype)
     shared = workers > 1 or bool(ray_address or worker_gpus)
     if shared:
-        from pdtrim_deploy.pipeline.build import check_shared
+        from pdtrim_deploy.pipeline.recipe_fit import check_shared
 
         check_shared(recipe)
     if dry_run:

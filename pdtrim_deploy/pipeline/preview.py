@@ -19,14 +19,16 @@ from pdtrim_deploy.models.families import family_of
 from pdtrim_deploy.models.quantized import read_quantized
 from pdtrim_deploy.models.shape import shape_of, shipped_for
 from pdtrim_deploy.models.weights import ModelSizes
-from pdtrim_deploy.pipeline.build import check_fits, done_steps, steps_of
+from pdtrim_deploy.pipeline.build_steps import done_steps, steps_of
 from pdtrim_deploy.pipeline.family_fit import check_experts, check_family, check_quantized
 from pdtrim_deploy.pipeline.fit_tokens import fit_sentence
 from pdtrim_deploy.pipeline.journal import Journal, refuse_strangers
 from pdtrim_deploy.pipeline.limits import fit_build
+from pdtrim_deploy.pipeline.recipe_fit import check_fits
 from pdtrim_deploy.pipeline.sealing import is_sealed
 from pdtrim_deploy.pipeline.stand_in import stand_in
-from pdtrim_deploy.pipeline.step_costs import StepCost, limited_recipe, step_costs
+from pdtrim_deploy.pipeline.step_cost import StepCost
+from pdtrim_deploy.pipeline.step_costs import limited_recipe, step_costs
 from pdtrim_deploy.plan import PDPlan, Stage
 from pdtrim_deploy.plan.wire import ITEM_BYTES
 from pdtrim_deploy.pruning.cost import SearchCost, search_cost

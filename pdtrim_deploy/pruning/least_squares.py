@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pdtrim_deploy.models.blockwise import Blockwise, LayerKV, Span
+from pdtrim_deploy.models.blockwise import Blockwise
+from pdtrim_deploy.models.layer_kv import LayerKV, Span
 from pdtrim_deploy.pruning.low_rank import TOKENS_A_FEATURE, Equations, low_rank_change, most_rank
 
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)

@@ -13,8 +13,8 @@ from pdtrim_deploy.local.paths import expanded
 from pdtrim_deploy.models.expert_savings import experts_sentence
 from pdtrim_deploy.models.families import known_family
 from pdtrim_deploy.models.shape import Sized, config_of, find_config, read_sized, shipped, shipped_for
-from pdtrim_deploy.pipeline.build import check_fits
 from pdtrim_deploy.pipeline.family_fit import check_experts, check_family
+from pdtrim_deploy.pipeline.recipe_fit import check_fits
 from pdtrim_deploy.pipeline.stand_in import caveat, stand_in
 from pdtrim_deploy.plan import PDPlan
 from pdtrim_deploy.plan.blocks import SUBLAYER_SHARES

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from pdtrim_deploy.models.blockwise import Blockwise, LayerKV
+from pdtrim_deploy.models.blockwise import Blockwise
+from pdtrim_deploy.models.layer_kv import LayerKV
 from pdtrim_deploy.models.layer_run import LayerRun
 from pdtrim_deploy.plan import Stage
 from pdtrim_deploy.pruning.pair import StagePair
