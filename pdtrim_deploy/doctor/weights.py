@@ -26,8 +26,9 @@ class Weights:
         kind, _, place = context.recipe.model.source.partition(":")
         if kind not in ("hf", "gguf"):
             return
+        written = expanded(place)
         try:
-            path = resolved(expanded(place))
+            path = resolved(written)
             if (config := path / "config.json").is_file() and (quantized := read_quantized(path, read_config(config))):
                 yield Finding(group="recipe", name="weights", status="ok", detail=quantized.label)
             if kind == "hf":
