@@ -33,6 +33,7 @@ PARTS = {
         Part("fp8-weights", f"{_HERE}.plans:fp8_weight_checks", 80, _CORE, _SGLANG, extra=True),
         Part("windows", f"{_HERE}.pools:window_checks", 120, _CORE, _SGLANG, extra=True),
         Part("latents", f"{_HERE}.pools:latent_checks", 160, _CORE, _SGLANG, extra=True),
+        Part("states", f"{_HERE}.pools:state_checks", 160, _CORE, _SGLANG, extra=True),
         Part("speculation", f"{_HERE}.options:speculation_checks", 80, _CORE, _SGLANG, extra=True),
         Part("cache", f"{_HERE}.options:cache_checks", 200, _CORE, _SGLANG, extra=True),
     )

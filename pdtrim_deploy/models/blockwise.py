@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from pdtrim_deploy.models.latents import keeps_latents, latent_cache
+from pdtrim_deploy.models.linear_attention import State, keeps_state, run_layer
 from pdtrim_deploy.models.placement import device_of
 from pdtrim_deploy.models.sublayers import has_attention
 from pdtrim_deploy.models.vocabulary import in_pieces, token_logprobs
@@ -48,6 +49,8 @@ class LayerKV:
         ranges: absolute positions of those tokens.
         pool: dtype that rows are rounded to as they are written, before attention reads them, by torch's conversion as
             in SGLang's fp8 pools without scales; None: as the layer computed them.
+        state: of a layer with linear attention, which has no keys and values (`models/linear_attention.py`); None when
+            nothing is held yet.
 
     """
 
@@ -55,6 +58,7 @@ class LayerKV:
     values: Tensor | None = None
     ranges: Ranges = ()
     pool: torch.dtype | None = None
+    state: State | None = None
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Append what the layer computed; called by the attention module."""
@@ -68,13 +72,15 @@ class LayerKV:
         return self.keys, self.values
 
     def fork(self) -> LayerKV:
-        """The same K and V, to be extended on its own."""
-        return LayerKV(self.keys, self.values, self.ranges, self.pool)
+        """The same K and V, or state, to be extended on its own."""
+        return LayerKV(self.keys, self.values, self.ranges, self.pool, self.state)
 
     def move(self, device: torch.device) -> None:
         """To the device of the layer that reads it."""
         if self.keys is not None and self.values is not None:
             self.keys, self.values = self.keys.to(device), self.values.to(device)
+        if self.state is not None:
+            self.state = self.state[0].to(device), self.state[1].to(device)
 
 
 @dataclass(frozen=True)
@@ -108,7 +114,8 @@ class Blockwise:
     """The modules of one model, callable one by one. Hidden states are `[batch, tokens, hidden]`.
 
     Attributes:
-        kv_layers: layers that hold K and V, ascending: all but those without attention.
+        kv_layers: layers that hold K and V, ascending: all but those without attention, or with a linear one.
+        state_layers: layers with linear attention, ascending.
 
     """
 
@@ -116,9 +123,10 @@ class Blockwise:
         self.model = model
         self.layers = list(model.model.layers)
         self.kv_layers = [at for at, layer in enumerate(self.layers) if has_attention(layer)]
+        self.state_layers = [at for at, layer in enumerate(self.layers) if keeps_state(layer)]
         self.devices = [device_of(layer) for layer in self.layers]
         self.home: torch.device = model.model.norm.weight.device
-        self.windows = [_window(layer.self_attn) for layer in self.layers]
+        self.windows = [None if keeps_state(layer) else _window(layer.self_attn) for layer in self.layers]
         self._kinds = _rope_kinds(model)
         self._embedded = getattr(model.config, "embedding_multiplier", None)  # Granite's
         self.logits_scaling = getattr(model.config, "logits_scaling", None)
@@ -156,6 +164,9 @@ class Blockwise:
         kv.move(device)
         kv.ranges = (*kv.ranges, (span.start, span.stop))
         module: Any = student or self.layers[layer]
+        if keeps_state(module):
+            out, kv.state = run_layer(module, hidden, kv.state, span.branches)
+            return out
         latents = keeps_latents(getattr(module, "self_attn", None))
         with latent_cache(module.self_attn, kv) if latents else nullcontext(kv) as cache:
             return module(
@@ -168,8 +179,8 @@ class Blockwise:
             )
 
     def by_layer(self, held: Iterable[LayerKV]) -> list[LayerKV]:
-        """What each layer reads, of what each KV layer holds; nothing where there is no attention."""
-        of_layer = dict(zip(self.kv_layers, held, strict=True))
+        """What each layer reads, of what each KV layer, then each that keeps a state, holds; others hold nothing."""
+        of_layer = dict(zip((*self.kv_layers, *self.state_layers), held, strict=True))
         return [of_layer.get(layer) or LayerKV() for layer in range(len(self.layers))]
 
     def logits(self, hidden: Tensor) -> Tensor:

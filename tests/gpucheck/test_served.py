@@ -193,6 +193,16 @@ def test_latents_are_judged_under_the_attention_that_sglang_takes(monkeypatch, t
     assert {variant.decode_args for _, variant, _ in judged} == {()}
 
 
+def test_states_are_judged_beside_native_and_quantised_rows(monkeypatch, tmp_path, judged):
+    rows = list(rows_of(pools.state_checks(tmp_path, tmp_path)))
+    assert [(row.status, row.reason) for row in rows] == [("run", "")] * 4
+    assert [b.plan.model.architecture for b, _, _ in judged] == [name for name in tiny.STATEFUL for _ in range(2)]
+    assert [b.plan.decode_kv_blocks for b, _, _ in judged] == [(3, 7)] * 4
+    assert [{send.wire_dtype for send in b.plan.kv} for b, _, _ in judged] == [{"native"}, {"k4v3"}] * 2
+    assert all(b.plan.model.states for b, _, _ in judged)
+    assert {variant.decode_args for _, variant, _ in judged} == {()}
+
+
 def test_fp8_pools_are_judged_in_every_wire_dtype(monkeypatch, tmp_path, judged):
     rows = list(rows_of(pools.fp8_pool_checks(tmp_path, tmp_path)))
     assert [row.status for row in rows] == ["run"] * 5

@@ -50,6 +50,7 @@ SUBJECTS = {
     "FP8 weights": Rows(("fp8-weights",), ("FP8 weights:",)),
     "sliding windows": Rows(("windows",), ("windows:",)),
     "latents (MLA)": Rows(("latents",), ("latents:",)),
+    "states of linear attention": Rows(("states",), ("states:",)),
     "speculation without cut layers": Rows(("speculation",), ("speculation:",)),
     "hierarchical cache on prefill": Rows(("cache",), ("hierarchical cache on prefill",)),
     "radix cache on decode": Rows(("cache",), ("radix cache on decode",)),
