@@ -132,7 +132,7 @@ def test_wrong_states_are_told_apart_and_rounding_is_not(dense):
     state, tokens = dense.prefill(ids[:, :132]), ids[0, 132:]
     right, shaken = score_shaken(dense, state, tokens, seed=1)
     noise = float((shaken - right).abs().max())
-    assert 0 < noise < 1e-3
+    assert 0 < noise < 1e-2
     wrong = wrong_oracles(dense, 132)
     assert {"convolution a token old", "states one layer off", "first row missing", "last row missing"} <= wrong.keys()
     for name, oracle in wrong.items():
