@@ -43,9 +43,9 @@ class StateCache:
         """What the call has left behind."""
         return self._cache.conv_states[0], self._cache.recurrent_states[0]
 
-    def has_previous_state(self, layer_idx: int) -> bool:
+    def has_previous_state(self, layer_idx: int, state_idx: int = 0) -> bool:
         """Whether there is a state to go on from."""
-        return bool(self.layers[layer_idx].has_previous_state[0])
+        return bool(self.layers[layer_idx].has_previous_state[state_idx])
 
     def update_conv_state(self, conv_states: Tensor, layer_idx: int, **options: Any) -> Tensor:
         """As transformers' `Cache.update_conv_state`."""

@@ -27,6 +27,12 @@ from sglang.srt.disaggregation.base.conn import KVPoll
 from sglang.srt.disaggregation.utils import setup_state_kv_args
 from sglang.srt.mem_cache.memory_pool import HybridLinearKVPool, HybridReqToTokenPool, MambaPool
 
+from pdtrim_deploy.local.cache import Cache
+from pdtrim_deploy.models import resolve
+from pdtrim_deploy.models.checkpoint import read_checkpoint
+from pdtrim_deploy.models.loading import load_model
+from pdtrim_deploy.models.oracle import PDOracle
+from pdtrim_deploy.models.surgery import write_stage
 from pdtrim_deploy.plan import KVSend, LinearStates, ModelShape, PDPlan
 
 HEADS, DIM, KV_LAYERS, REQUESTS = 4, 64, (2, 5), 6
@@ -347,3 +353,42 @@ def test_a_pool_with_other_states_beside_is_refused():
     pool.enable_linear_replayssm = True
     with pytest.raises(RuntimeError, match="start without --enable-linear-replayssm"):
         StateSlots.of(pool)
+
+
+@pytest.mark.parametrize("architecture", ["Qwen3NextForCausalLM", "Qwen3_5ForCausalLM"])
+def test_sglang_reads_of_a_stage_what_the_plan_says(architecture, tiny_dir, tmp_path, monkeypatch):
+    """Kinds of blocks, rotation, and the pool of states, by its own config class."""
+    from sglang.srt.configs import qwen3_next
+    from sglang.srt.utils.hf_transformers import get_config
+
+    cache = Cache(tmp_path / "cache")
+    write_stage(resolve(f"hf:{tiny_dir(architecture)}", cache), tmp_path / "s", range(6), "bfloat16", {})
+    shape = read_checkpoint(tmp_path / "s").shape()
+    monkeypatch.setattr(qwen3_next, "get_parallel", lambda: SimpleNamespace(attn_tp_size=1))
+    monkeypatch.setattr(qwen3_next, "linear_attn_tp_size", lambda: 1)
+    config = get_config(str(tmp_path / "s"), trust_remote_code=False)
+    assert isinstance(config, qwen3_next.Qwen3NextConfig)
+    assert tuple(config.full_attention_layer_ids) == shape.kv_blocks
+    assert (config.rope_theta, config.partial_rotary_factor) == (100.0, 0.5)
+    params = config.mamba2_cache_params
+    assert tuple(params.layers) == shape.states.blocks
+    pool = MambaPool(size=2, spec_state_size=2, cache_params=params, mamba_layer_ids=params.layers, device="cpu")
+    check_state_pool(PDPlan.dense(shape), StateSlots.of(pool), 1)
+
+
+@pytest.mark.parametrize("architecture", ["Qwen3NextForCausalLM", "Qwen3_5ForCausalLM"])
+def test_the_oracle_is_transformers_own_forward_pass_in_this_environment_too(architecture, tiny_dir):
+    folder = tiny_dir(architecture)
+    model, shape = load_model(folder), read_checkpoint(folder).shape()
+    exact = shape.model_copy(update={"states": shape.states.model_copy(update={"conv_dtype": "float32"})})
+    oracle, ids = PDOracle(model, model, PDPlan.dense(exact)), torch.arange(3, 3 + TOKENS)[None]
+    with torch.no_grad():
+        logits = model(ids, use_cache=False).logits.log_softmax(-1)
+    expected = logits[:, :-1].gather(2, ids[:, 1:, None])[0, :, 0]
+    for prompt in (1, 3, TOKENS - 6):
+        scores = oracle.logprobs(ids[0, :prompt], ids[0, prompt:])
+        torch.testing.assert_close(scores, expected[prompt - 1 :], atol=1e-3, rtol=0)
+    greedy = oracle.greedy(ids[0, :9], 5)
+    with torch.no_grad():
+        again = model(torch.cat((ids[0, :9], greedy))[None], use_cache=False).logits[0, 8:-1].argmax(-1)
+    assert torch.equal(greedy, again)
