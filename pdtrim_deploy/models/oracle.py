@@ -19,7 +19,8 @@ from torch import Tensor
 from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
 from pdtrim_deploy.kvcache.layout import chunk_layout
 from pdtrim_deploy.kvcache.pack import pack, unpack
-from pdtrim_deploy.models.blockwise import Blockwise, CausalLM, LayerKV
+from pdtrim_deploy.models.blockwise import Blockwise, CausalLM
+from pdtrim_deploy.models.layer_kv import LayerKV
 from pdtrim_deploy.models.layer_run import LayerRun
 from pdtrim_deploy.models.linear_attention import State, from_pool
 from pdtrim_deploy.models.linear_attention import to_pool as state_to_pool

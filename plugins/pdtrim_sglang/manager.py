@@ -102,7 +102,7 @@ class PDTrimKVManager(CommonKVManager):
             self.plan = self.plan.with_windows(loaded_windows(model, len(view.keys)))
         check_fits(self.plan, stage, view.buffers, self.attn_tp_size)
         check_padding(self.plan, model.config)
-        check_state_pool(self.plan, view.states, self.attn_tp_size, draft=draft_pool is not None)
+        check_state_pool(self.plan, view.states, self.attn_tp_size)
         heads = held_heads(self.plan.model.num_kv_heads, *ranks)
         offsets = None if self._offsets is None else self._offsets.heads(heads)
         draft = None

@@ -306,6 +306,8 @@ def test_a_bundle_with_states_is_served_and_what_would_be_wrong_is_refused():
         check_options(options(disaggregation_decode_enable_radix_cache=True), mamba, PLAN, False)
     with pytest.raises(RuntimeError, match="cuts layers of a model with linear attention"):
         check_options(options(), mamba, PLAN.with_kv((KVSend(mode="sparse", n_last=4),) * 2), False)
+    with pytest.raises(RuntimeError, match=r"goes back to earlier states of linear attention.*--speculative-algorithm"):
+        check_options(options(speculative_algorithm="NGRAM"), mamba, PLAN, False)
     plain = PDPlan.dense(SHAPE.model_copy(update={"states": None}))
     for plan in (None, plain):
         with pytest.raises(RuntimeError, match=r"sent of a bundle of a known family alone.*\(mamba\)"):
@@ -331,8 +333,6 @@ def test_another_pool_than_the_plans_is_refused():
     ):
         with pytest.raises(RuntimeError, match=words):
             check_state_pool(plan, there, ranks)
-    with pytest.raises(RuntimeError, match="start without --speculative-algorithm"):
-        check_state_pool(PLAN, slots, 1, draft=True)
 
 
 def test_states_are_sent_between_equal_numbers_of_ranks_and_hold_up_no_layers():

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from pdtrim_deploy.models.blockwise import CausalLM, LayerKV
+from pdtrim_deploy.models.blockwise import CausalLM
 from pdtrim_deploy.models.experts import routers
+from pdtrim_deploy.models.layer_kv import LayerKV
 from pdtrim_deploy.models.linear_attention import State
 from pdtrim_deploy.models.oracle import PDOracle, PrefillState
 from pdtrim_deploy.models.surgery import keep_blocks

@@ -28,6 +28,11 @@ def check_states_served(server_args: Any, kinds: Sequence[str], plan: PDPlan | N
             "pdtrim: the plan cuts layers of a model with linear attention, which is not known to work: build the "
             "bundle with kv.method none"
         )
+    if server_args.speculative_algorithm is not None:
+        raise RuntimeError(
+            "pdtrim: speculation goes back to earlier states of linear attention, which was not tried beside states "
+            "that were sent: start without --speculative-algorithm"
+        )
     if server_args.disaggregation_mode == "decode" and server_args.disaggregation_decode_enable_radix_cache:
         raise RuntimeError(
             "pdtrim: decode's radix cache would go on from states behind whole answers, whose prompts were computed by "
@@ -35,8 +40,8 @@ def check_states_served(server_args: Any, kinds: Sequence[str], plan: PDPlan | N
         )
 
 
-def check_state_pool(plan: PDPlan, slots: StateSlots | None, ranks: int, *, draft: bool = False) -> None:
-    """Raise RuntimeError when a worker's pool of states is not the one that the plan describes; `draft`: one runs."""
+def check_state_pool(plan: PDPlan, slots: StateSlots | None, ranks: int) -> None:
+    """Raise RuntimeError when a worker's pool of states is not the one that the plan describes."""
     if plan.model.states is None:
         if slots is not None:
             raise RuntimeError("pdtrim: this model keeps states, and the plan has none: serve the bundle's checkpoint")
@@ -45,10 +50,6 @@ def check_state_pool(plan: PDPlan, slots: StateSlots | None, ranks: int, *, draf
         raise RuntimeError(
             "pdtrim: the plan sends states of linear attention, and this worker has no pool of them: serve the "
             "bundle's checkpoint with SGLang's own model class"
-        )
-    if draft:
-        raise RuntimeError(
-            "pdtrim: states that speculation goes back to are not sent: start without --speculative-algorithm"
         )
     check_states(plan.model.states, slots, ranks)
 
