@@ -71,6 +71,8 @@ def kv(plan: PDPlan, recipe: Recipe) -> str:
     cut = f"{len(sparse)} of {len(plan.kv)} decode layers get the first and last prompt tokens alone"
     if windows := sum(send.mode == "window" for send in plan.kv):
         cut = f"{windows} get the rows that their sliding windows read, {cut}"
+    if (states := plan.model.states) is not None:
+        cut = f"{len(states.blocks)} blocks keep a state in the place of KV, sent as it is, {cut}"
     wires = Counter(plan.model.row_dtype if send.wire_dtype == "native" else send.wire_dtype for send in plan.kv)
     return (
         f"{cut}{f' (blocks {_list(sparse)})' if sparse else ''}; sent as "
