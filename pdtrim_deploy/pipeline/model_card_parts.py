@@ -155,7 +155,7 @@ def provenance(recipe: Recipe, plan: PDPlan) -> list[str]:
     if healing.kv_steps:
         length = kv.prompt_tokens + healing.length // 2
         lines.append(f"- Decode healed behind its KV on {healing.sequences} x {length} tokens of {corpus}")
-    if kv.measures_offsets and plan.model.rope_dim is None:
+    if kv.measures_offsets and plan.model.offsets_keys:
         lines.append(f"- Means of keys before RoPE measured on {kv.sequences} x {kv.prompt_tokens} tokens of {corpus}")
     if recipe.target is not None or plan.unified:
         return lines

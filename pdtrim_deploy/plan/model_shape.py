@@ -99,6 +99,11 @@ class ModelShape(Frozen):
         """Bytes of a request's states, whatever the length of its prompt; 0 where no block keeps one."""
         return 0 if self.states is None else self.states.bytes
 
+    @property
+    def offsets_keys(self) -> bool:
+        """Whether keys may travel less a constant: no latents, nor keys that RoPE rotates a part of (Qwen3-Next)."""
+        return self.rope_dim is None and self.states is None
+
     def vectors(self, kv_heads: int | None = None) -> tuple[Vectors, Vectors]:
         """What a token's K and V consist of in a layer, or its rope key and latent, of a rank with `kv_heads` heads."""
         if self.rope_dim is not None:

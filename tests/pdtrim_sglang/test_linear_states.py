@@ -14,8 +14,9 @@ import torch
 pytest.importorskip("sglang", reason="needs the serve environment")
 
 from decodeoptions import DECODE
+from pdtrim_sglang.messages import parse
 from pdtrim_sglang.packing import Chunk
-from pdtrim_sglang.pairing import unlike_state_ranks
+from pdtrim_sglang.pairing import Ranks, rejection, unlike_state_ranks
 from pdtrim_sglang.plan_source import check_fits
 from pdtrim_sglang.pool import PoolView
 from pdtrim_sglang.protocol import ChunkHeader, ProtocolError
@@ -392,3 +393,14 @@ def test_the_oracle_is_transformers_own_forward_pass_in_this_environment_too(arc
     with torch.no_grad():
         again = model(torch.cat((ids[0, :9], greedy))[None], use_cache=False).logits[0, 8:-1].argmax(-1)
     assert torch.equal(greedy, again)
+
+
+def test_a_decode_worker_with_another_number_of_ranks_is_refused(monkeypatch):
+    pair = world(monkeypatch, 2)
+    try:
+        register, aux = parse(pair.decode[0].side.register_message()), pair.decode[0].aux
+        assert rejection(register, PLAN, Ranks(2, 0, HEADS), aux) == ""
+        reason = rejection(register.model_copy(update={"tp_size": 1}), PLAN, Ranks(2, 0, HEADS), aux)
+        assert "prefill has 2 attention ranks and decode 1, and states of linear attention are sent" in reason
+    finally:
+        pair.close()
