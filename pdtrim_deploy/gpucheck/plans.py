@@ -22,12 +22,14 @@ NO_PREFILL_GRAPHS = ("--cuda-graph-backend-prefill", "disabled")
 
 
 def smollm2_checks(serve: Path, folder: Path, pair: Pair | None = None) -> list[Check]:
-    """SmolLM2 pruned and quantised, against the oracle; from the cache of models."""
+    """SmolLM2 pruned and quantised, in the dtype of a GPU, against the oracle; from the cache of models."""
 
     def bundle() -> Bundle:
         os.environ["HF_HUB_OFFLINE"] = "1"
         try:
-            recipe = Recipe.load(RECIPES / "smollm2-quick.yaml").model_copy(update={"targets": TargetsSection()})
+            recipe = Recipe.load(RECIPES / "smollm2-quick.yaml")
+            model = recipe.model.model_copy(update={"dtype": "bfloat16"})
+            recipe = recipe.model_copy(update={"targets": TargetsSection(), "model": model})
             return build(recipe, folder / "bundle", Cache.default(), print)
         except (UserError, OSError) as error:
             raise NotHere(f"the model or its text is not here: {sentence(error)}") from None
@@ -45,12 +47,14 @@ def plan_checks(serve: Path, folder: Path, pair: Pair | None = None) -> list[Che
     offsets = lazily(folder / "offsets", {**CUT, "wire_dtype": "int4"})
     experts = {"method": "cosine", "prefill_blocks": 1, "decode_blocks": 2, "experts": {"prefill": 3, "decode": 2}}
     mixture = lazily(folder / "mixture", CUT, architecture=tiny.MIXTURE, pruning=experts)
+    bfloat16 = lazily(folder / "bfloat16", CUT, architecture=tiny.MIXTURE, pruning={}, dtype="bfloat16")
     return [
         fidelity_check("KV-only layers: prefill's graphs", kv_only, pair),
         fidelity_check("KV-only layers: no prefill graphs", kv_only, replace(pair, prefill_args=NO_PREFILL_GRAPHS)),
         fidelity_check("sublayers", sublayers, pair),
         fidelity_check("key offsets: int4", offsets, pair),
         fidelity_check("experts: fewer in each stage", mixture, pair),
+        fidelity_check("experts: bfloat16", bfloat16, pair),  # whose RoPE would store K and V in SGLang
     ]
 
 
