@@ -54,7 +54,7 @@ def plan_checks(serve: Path, folder: Path, pair: Pair | None = None) -> list[Che
         fidelity_check("sublayers", sublayers, pair),
         fidelity_check("key offsets: int4", offsets, pair),
         fidelity_check("experts: fewer in each stage", mixture, pair),
-        fidelity_check("experts: bfloat16", bfloat16, pair),  # whose RoPE would store K and V in SGLang
+        fidelity_check("bfloat16: mixture, layers cut", bfloat16, pair),  # whose RoPE would store K and V in SGLang
     ]
 
 

@@ -18,9 +18,9 @@ def bundle(tmp_path, monkeypatch):
     for engine in ENGINES:
         (path / engine).mkdir(parents=True)
     engines = dict.fromkeys(ENGINES)
-    made = SimpleNamespace(path=path, engines=engines, manifest=SimpleNamespace(engines=engines))
-    monkeypatch.setattr(bundles, "tiny_bundle", lambda *_, **__: made)
-    return made
+    bundle = SimpleNamespace(path=path, engines=engines, manifest=SimpleNamespace(engines=engines))
+    monkeypatch.setattr(bundles, "tiny_bundle", lambda *_, **__: bundle)
+    return bundle
 
 
 @pytest.fixture
