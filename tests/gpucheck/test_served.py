@@ -78,6 +78,14 @@ def test_a_model_that_is_not_here_is_skipped(monkeypatch, tmp_path):
     assert row.reason.startswith("the model or its text is not here: ")
 
 
+@pytest.mark.parametrize(("device", "dtype"), [("cuda", "bfloat16"), ("cpu", "float32")])
+def test_smollm2_is_in_a_dtype_that_its_device_attends_in(monkeypatch, tmp_path, judged, device, dtype):
+    monkeypatch.setattr(plans, "build", lambda recipe, *_: recipe)
+    (row,) = rows_of(plans.smollm2_checks(tmp_path, tmp_path, pair.Pair(tmp_path, device=device)))
+    assert row.status == "run"
+    assert judged[0][0].model.dtype == dtype
+
+
 @pytest.mark.parametrize(("count", "skip"), [(1, "needs 2 GPUs, and this machine has 1"), (2, "")])
 def test_ranks_need_gpus_of_their_own(monkeypatch, tmp_path, count, skip):
     monkeypatch.setattr(options, "gpus", lambda: count)
