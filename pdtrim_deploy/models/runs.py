@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from pdtrim_deploy.errors import UserError
-from pdtrim_deploy.models.blockwise import Blockwise, LayerKV
+from pdtrim_deploy.models.blockwise import Blockwise
+from pdtrim_deploy.models.layer_kv import LayerKV
 from pdtrim_deploy.plan.wire import Vectors
 
 MODULES = ("model.embed_tokens", "model.layers", "model.norm", "model.rotary_emb", "lm_head")

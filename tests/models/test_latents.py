@@ -11,10 +11,10 @@ from tinyfamilies import LATENTS, YARN
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.models import resolve
-from pdtrim_deploy.models.blockwise import LayerKV
 from pdtrim_deploy.models.checkpoint import read_checkpoint
 from pdtrim_deploy.models.config import read_config
 from pdtrim_deploy.models.families import LATENT
+from pdtrim_deploy.models.layer_kv import LayerKV
 from pdtrim_deploy.models.loading import check_loads, load_model
 from pdtrim_deploy.models.oracle import PDOracle
 from pdtrim_deploy.models.runs import check_runs

@@ -15,7 +15,8 @@ from pdtrim_deploy.models.config import read_config
 from pdtrim_deploy.models.footprint import PROGRAM, fit_one_model
 from pdtrim_deploy.models.shape import config_of
 from pdtrim_deploy.pipeline.limits import fit_build, highest
-from pdtrim_deploy.pipeline.step_costs import StepCost, step_costs
+from pdtrim_deploy.pipeline.step_cost import StepCost
+from pdtrim_deploy.pipeline.step_costs import step_costs
 from pdtrim_deploy.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[2]
