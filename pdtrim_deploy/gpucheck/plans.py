@@ -50,6 +50,7 @@ def plan_checks(serve: Path, folder: Path, pair: Pair | None = None) -> list[Che
     experts = {"method": "cosine", "prefill_blocks": 1, "decode_blocks": 2, "experts": {"prefill": 3, "decode": 2}}
     mixture = lazily(folder / "mixture", CUT, architecture=tiny.MIXTURE, pruning=experts)
     bfloat16 = lazily(folder / "bfloat16", CUT, architecture=tiny.MIXTURE, pruning={}, dtype="bfloat16")
+    float32 = lazily(folder / "float32", CUT, pruning={}, dtype="float32")
     return [
         fidelity_check("KV-only layers: prefill's graphs", kv_only, pair),
         fidelity_check("KV-only layers: no prefill graphs", kv_only, replace(pair, prefill_args=NO_PREFILL_GRAPHS)),
@@ -57,6 +58,7 @@ def plan_checks(serve: Path, folder: Path, pair: Pair | None = None) -> list[Che
         fidelity_check("key offsets: int4", offsets, pair),
         fidelity_check("experts: fewer in each stage", mixture, pair),
         fidelity_check("bfloat16: mixture, layers cut", bfloat16, pair),  # whose RoPE would store K and V in SGLang
+        fidelity_check("float32: layers cut", float32, pair),
     ]
 
 

@@ -102,7 +102,7 @@ def test_ranks_are_unlike_copied_and_data_parallel(monkeypatch, tmp_path, judged
 
 def test_plans_compute_less_and_move_keys(tmp_path, judged):
     assert {row.status for row in rows_of(plans.plan_checks(tmp_path, tmp_path))} == {"run"}
-    graphs, plain, sublayers, offsets, _, bfloat16 = ((bundle.plan, variant) for bundle, variant, _ in judged)
+    graphs, plain, sublayers, offsets, _, bfloat16, float32 = ((bundle.plan, variant) for bundle, variant, _ in judged)
     assert graphs[0] == plain[0]
     assert {block.kind for block in graphs[0].prefill} >= {"kv_only"}
     assert (graphs[1].prefill_args, plain[1].prefill_args) == ((), ("--cuda-graph-backend-prefill", "disabled"))
@@ -110,6 +110,7 @@ def test_plans_compute_less_and_move_keys(tmp_path, judged):
     assert offsets[0].key_offsets
     assert bfloat16[0].model.kv_dtype == "bfloat16"
     assert {send.mode for send in bfloat16[0].kv} == {"sparse"}
+    assert float32[0].model.kv_dtype == "float32"
     assert {send.mode for send in offsets[0].kv} == {"sparse"}
 
 
