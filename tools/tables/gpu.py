@@ -45,6 +45,8 @@ SUBJECTS = {
     "sublayers": Rows(("plans",), ("sublayers",)),
     "key offsets": Rows(("plans",), ("key offsets:",)),
     "mixtures with fewer experts": Rows(("plans",), ("experts:",)),
+    "bfloat16 mixtures with cut layers": Rows(("plans",), ("bfloat16:",)),
+    "float32": Rows(("plans",), ("float32:",)),
     "unequal TP, copied heads, DP attention": Rows(("ranks",), ("ranks:",)),
     "fp8 KV pools": Rows(("fp8-pool",), ("fp8 pool:",)),
     "FP8 weights": Rows(("fp8-weights",), ("FP8 weights:",)),
