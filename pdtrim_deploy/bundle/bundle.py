@@ -2,8 +2,8 @@
 
     plan.json  recipe.yaml  prefill/  decode/  engines/TARGET/STAGE/  reports/  manifest.json  COMPLETE
 
-and the file of key offsets, if the plan has any; both stages contain it too.
-`bundle.manifest` says how the two last are written.
+and the file of key offsets, if the plan has any; both stages contain it too. A unified plan has one checkpoint, model/,
+in the place of prefill/ and decode/, and no engines. `bundle.manifest` says how the two last are written.
 """
 
 from __future__ import annotations
@@ -57,8 +57,13 @@ class Bundle:
         return self.path / REPORTS
 
     def stage_dir(self, stage: Stage) -> Path:
-        """HF checkpoint of `stage`."""
-        return self.path / stage
+        """HF checkpoint of `stage`; of a unified plan the same for both."""
+        return self.path / self.plan.folder(stage)
+
+    @property
+    def checkpoints(self) -> list[Path]:
+        """All HF checkpoints, prefill first."""
+        return [self.path / folder for folder in self.plan.checkpoints]
 
     @property
     def engines(self) -> dict[str, TargetResult]:
@@ -105,7 +110,8 @@ class Bundle:
         if manifest is None:
             raise UserError(f"{path}: not a complete bundle; finish it with: pdtrim-deploy build RECIPE --out {path}")
         plan, recipe = PDPlan.load(path / PLAN), Recipe.load(path / RECIPE)
-        digests = {MANIFEST: manifest.plan_digest} | {f"{s}/config.json": _plan_digest_in(path / s) for s in STAGES}
+        digests = {MANIFEST: manifest.plan_digest}
+        digests |= {f"{folder}/config.json": _plan_digest_in(path / folder) for folder in plan.checkpoints}
         for name, digest in digests.items():
             if digest != plan.digest:
                 raise UserError(

@@ -12,7 +12,7 @@ from pdtrim_deploy.pipeline import engines, experts, heal, heal_kv, joint, selec
 from pdtrim_deploy.pipeline.chosen import EXPERTS
 from pdtrim_deploy.pipeline.context import Context
 from pdtrim_deploy.pipeline.journal import Journal, chained_key
-from pdtrim_deploy.plan import STAGES, Stage
+from pdtrim_deploy.plan import STAGES, UNIFIED, Stage
 from pdtrim_deploy.recipe import Recipe
 from pdtrim_deploy.recipe.kv import FIXED_KV
 from pdtrim_deploy.recipe.pruning_methods import EVALUATED, SEARCH_VERSION
@@ -40,13 +40,15 @@ def steps_of(recipe: Recipe, fingerprint: str) -> tuple[BuildStep, ...]:
     dump, keeps_experts = recipe.model_dump(mode="json"), recipe.pruning.experts is not None
     base = {"pdtrim-deploy": __version__, "model": fingerprint, "dtype": recipe.model.dtype}
     base |= {} if recipe.model.measured_in == "float32" else {"measured_in": recipe.model.measured_in}
+    base |= {} if recipe.stages == "pair" else {"stages": recipe.stages}
     chosen = {key: dump[key] for key in ("calibration", "pruning", *(["students"] if recipe.pruning.distil else []))}
     chosen["pruning"] = {key: value for key, value in dump["pruning"].items() if key != "experts"}
     if recipe.pruning.method in EVALUATED:
         chosen["search"] = SEARCH_VERSION
     if recipe.pruning.finalists or recipe.pruning.distil:  # students learn from part of this text
         text = [dump["healing"][name] for name in ("compensation", "sequences", "length")]
-        chosen["judged"] = [*text, recipe.healing.enabled]
+        rules = {name: dump["healing"][name] for name in ("fit", "prompt_share") if name in dump["healing"]}
+        chosen["judged"] = [*text, recipe.healing.enabled, *([rules] if rules and recipe.pruning.finalists else [])]
     prune = chained_key("", base | (chosen if recipe.pruning.decode_loses else {}))
     first = BuildStep("prune", prune, steps.PRUNED, steps.prune)
     if recipe.target is not None:
@@ -71,8 +73,11 @@ def steps_of(recipe: Recipe, fingerprint: str) -> tuple[BuildStep, ...]:
             if recipe.healing.kv_steps
             else []
         ),
-        _stage_step("prefill", kv, "select-kv"),
-        _stage_step("decode", decode, before_decode),
+        *(
+            [_stage_step("prefill", kv, "select-kv", UNIFIED)]
+            if recipe.stages == "unified"
+            else [_stage_step("prefill", kv, "select-kv"), _stage_step("decode", decode, before_decode)]
+        ),
         *(
             _engine_step(
                 target, stage, section, chained_key(decode if stage == "decode" else kv, stage), dump["calibration"]
@@ -83,8 +88,10 @@ def steps_of(recipe: Recipe, fingerprint: str) -> tuple[BuildStep, ...]:
     )
 
 
-def _stage_step(stage: Stage, before: str, after: str) -> BuildStep:
-    return BuildStep(stage, chained_key(before, stage), (stage,), lambda c: steps.write_stage(c, stage), after)
+def _stage_step(stage: Stage, before: str, after: str, folder: str | None = None) -> BuildStep:
+    """Writes the stage's checkpoint into `folder`, by default the stage's name."""
+    name = folder or stage
+    return BuildStep(name, chained_key(before, name), (name,), lambda c: steps.write_stage(c, stage), after)
 
 
 def _engine_step(target: str, stage: Stage, section: Target, stage_key: str, calibration: object) -> BuildStep:

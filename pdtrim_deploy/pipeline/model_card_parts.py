@@ -15,6 +15,26 @@ from pdtrim_deploy.serving.gpu_defaults import PAGE_TOKENS, attention_arguments,
 Healed = Mapping[Stage, Sequence[Mapping[str, Any]]]
 
 
+def standing(plan: PDPlan, stage: Stage, version: str) -> str:
+    """Whether the checkpoint answers on its own, and why not."""
+    if plan.unified:
+        return (
+            f"A whole model that prefills and decodes, made by pdtrim-deploy {version} with plan `{plan.digest}`. It "
+            "answers on its own, in any engine that runs its architecture."
+        )
+    text = (
+        f"One half of a pair, made by pdtrim-deploy {version}. It answers nobody on its own: the other half stands "
+        f"beside it in the bundle, and both carry plan `{plan.digest}`."
+    )
+    if stage == "prefill" or all(action.kind == "keep" for action in plan.decode):
+        return text
+    return (
+        f"{text} Its blocks were chosen, and any weights fitted, for the tokens behind a prompt that the other half "
+        "has read. Loaded as a whole model it reads prompts by itself, for which it was not made: what it loses then "
+        "can be many times what the pair loses, and says nothing about the pair."
+    )
+
+
 def blocks(plan: PDPlan, stage: Stage) -> str:
     """Which blocks of the base model the stage runs."""
     actions, dropped = plan.actions(stage), plan.dropped(stage)
@@ -135,7 +155,7 @@ def provenance(recipe: Recipe, plan: PDPlan) -> list[str]:
         lines.append(f"- Decode healed behind its KV on {healing.sequences} x {length} tokens of {corpus}")
     if kv.measures_offsets and plan.model.rope_dim is None:
         lines.append(f"- Means of keys before RoPE measured on {kv.sequences} x {kv.prompt_tokens} tokens of {corpus}")
-    if recipe.target is not None:
+    if recipe.target is not None or plan.unified:
         return lines
     if kv.method in FIXED_KV:
         return [*lines, f"- KV chosen by rule `{kv.method}`, on no text"]
@@ -145,6 +165,11 @@ def provenance(recipe: Recipe, plan: PDPlan) -> list[str]:
 
 def launch(plan: PDPlan, recipe: Recipe, stage: Stage) -> str:
     """The stage's worker in the user's own SGLang 0.5.23, on a GPU."""
+    if plan.unified:
+        return (
+            "SGLANG_PLUGINS=pdtrim python -m sglang.launch_server --model-path BUNDLE/"
+            f"{plan.folder(stage)} --dtype {recipe.model.dtype}"
+        )
     lines = [
         f"SGLANG_PLUGINS=pdtrim python -m sglang.launch_server --model-path BUNDLE/{stage}",
         f"--dtype {recipe.model.dtype} --disaggregation-mode {stage} --disaggregation-transfer-backend pdtrim_tcp",

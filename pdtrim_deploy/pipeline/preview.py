@@ -21,6 +21,7 @@ from pdtrim_deploy.models.shape import shape_of, shipped_for
 from pdtrim_deploy.models.weights import ModelSizes
 from pdtrim_deploy.pipeline.build_steps import done_steps, steps_of
 from pdtrim_deploy.pipeline.family_fit import check_experts, check_family, check_quantized
+from pdtrim_deploy.pipeline.fit_tokens import fit_sentence
 from pdtrim_deploy.pipeline.journal import Journal, refuse_strangers
 from pdtrim_deploy.pipeline.limits import fit_build
 from pdtrim_deploy.pipeline.recipe_fit import check_fits
@@ -28,7 +29,7 @@ from pdtrim_deploy.pipeline.sealing import is_sealed
 from pdtrim_deploy.pipeline.stand_in import stand_in
 from pdtrim_deploy.pipeline.step_cost import StepCost
 from pdtrim_deploy.pipeline.step_costs import limited_recipe, step_costs
-from pdtrim_deploy.plan import STAGES, PDPlan, Stage
+from pdtrim_deploy.plan import PDPlan, Stage
 from pdtrim_deploy.plan.wire import ITEM_BYTES
 from pdtrim_deploy.pruning.cost import SearchCost, search_cost
 from pdtrim_deploy.pruning.expert_cost import ExpertCost, expert_cost
@@ -43,7 +44,7 @@ class Preview:
     """`steps` -> done already?; sizes in bytes, None while the source is not in the cache.
 
     Attributes:
-        stage_bytes: weights of each stage checkpoint.
+        stage_bytes: weights of each checkpoint, by its folder.
         planned_bytes, dense_bytes, dense_fp8_bytes: KV of one request of `prompt_tokens`: as `stand_in` has it, of the
             unpruned model from the plan's own kind of pool, and from one of fp8.
         search: what choosing the blocks costs; None when none is to be chosen, or nothing is known of the model.
@@ -53,6 +54,7 @@ class Preview:
         costs: of each step; None where nothing is known of the model.
         speed: operations a second at which this device multiplies matrices of the model's size just now.
         limits: what the allowed memory asks for, a sentence.
+        fit: whether text is too short for least squares, a sentence.
         missing: why the sizes are not known, a sentence.
 
     """
@@ -60,7 +62,7 @@ class Preview:
     recipe: Recipe
     steps: dict[str, bool]
     prompt_tokens: int
-    stage_bytes: dict[Stage, int] | None
+    stage_bytes: dict[str, int] | None
     planned_bytes: int | None
     dense_bytes: int | None
     dense_fp8_bytes: int | None
@@ -72,6 +74,7 @@ class Preview:
     costs: Mapping[str, StepCost] | None = None
     speed: float | None = None
     limits: str | None = None
+    fit: str | None = None
 
     def seconds(self, step: str) -> float | None:
         """Of a step, at `speed`; None where its operations are not known, such as those of engines."""
@@ -116,7 +119,7 @@ def preview(recipe: Recipe, out: Path, cache: Cache, compute: Compute = ON_CPU) 
         name: (info.nbytes if checkpoint.keeps_dtype(name) else info.elements * item, (*info.shape, 1)[0])
         for name, info in checkpoint.tensors.items()
     }
-    sizes = {stage: _stage_bytes(tensors, checkpoint.family, plan, stage) for stage in STAGES}
+    sizes = {name: _stage_bytes(tensors, checkpoint.family, plan, stage) for name, stage in plan.checkpoints.items()}
     done = {step for step, is_done in steps.items() if is_done}
     costs = _costs(recipe, checkpoint.config, compute, done)
     return Preview(recipe, steps, prompt_tokens, sizes, *_sent(plan, prompt_tokens), **costs)
@@ -139,6 +142,7 @@ def _costs(recipe: Recipe, config: dict[str, Any], compute: Compute, done: Colle
         "costs": step_costs(recipe, config, limited),
         "speed": speed,
         "limits": limits,
+        "fit": fit_sentence(recipe, ModelSizes.of(config)),
     }
 
 
@@ -165,7 +169,8 @@ def _unseen(recipe: Recipe, config: dict[str, Any] | None, missing: str, compute
         name: (prod(shape) * (1 if quantized and _is_linear(name, shape) else item), shape[0])
         for name, shape in shapes.items()
     }
-    sizes = {stage: _stage_bytes(tensors, family, plan, stage) for stage in STAGES} if tensors else None
+    stages = plan.checkpoints if tensors else {}
+    sizes = {name: _stage_bytes(tensors, family, plan, stage) for name, stage in stages.items()} or None
     costs = _costs(recipe, config, compute, ())
     return Preview(recipe, steps, tokens, sizes, *_sent(plan, tokens), missing=missing, **costs)
 

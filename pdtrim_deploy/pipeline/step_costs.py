@@ -21,7 +21,7 @@ from pdtrim_deploy.pipeline.heal_costs import fit_bytes, heal_flops
 from pdtrim_deploy.pipeline.joint_costs import joint_cost
 from pdtrim_deploy.pipeline.step_cost import StepCost
 from pdtrim_deploy.pipeline.training_costs import TrainingCost, training_costs
-from pdtrim_deploy.plan import STAGES
+from pdtrim_deploy.plan import STAGES, UNIFIED
 from pdtrim_deploy.plan.wire import ITEM_BYTES
 from pdtrim_deploy.pruning.cost import block_bytes, search_cost
 from pdtrim_deploy.pruning.expert_cost import expert_cost
@@ -77,7 +77,7 @@ class _Costs:
         for step, spoken in continuation_costs(recipe, self.sizes, self.item).items():
             costs[step] = self._continued(costs[step], spoken)
         self.loaded = 0.0
-        for stage in STAGES:
+        for stage in (UNIFIED,) if recipe.stages == "unified" else STAGES:
             lost = recipe.pruning.prefill_blocks if stage == "prefill" else recipe.pruning.decode_blocks
             size = self._stored(lost)
             peak = Peak.of(self.compute, 0.0, min(SHARD, size) + self._healed())

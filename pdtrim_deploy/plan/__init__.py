@@ -12,12 +12,13 @@ if TYPE_CHECKING:
     from pdtrim_deploy.plan.experts import BlockExperts, ExpertShape, KeptExperts
     from pdtrim_deploy.plan.kv import KeyOffsetsFile, KVSend
     from pdtrim_deploy.plan.model_shape import ModelShape, NativeDtype
-    from pdtrim_deploy.plan.pd_plan import PDPlan
+    from pdtrim_deploy.plan.pd_plan import UNIFIED, PDPlan
     from pdtrim_deploy.plan.stage_blocks import STAGES, Stage
 
 _MODULES = ("blocks", "stage_blocks", "kv", "model_shape", "experts", "pd_plan")
 __all__ = [
     "STAGES",
+    "UNIFIED",
     "Action",
     "BlockExperts",
     "Distilled",

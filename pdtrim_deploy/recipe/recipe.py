@@ -29,6 +29,7 @@ from pdtrim_deploy.recipe.section import Section
 from pdtrim_deploy.recipe.seed import Seed
 from pdtrim_deploy.recipe.target import TargetSection, check_target
 from pdtrim_deploy.recipe.targets import TargetsSection
+from pdtrim_deploy.recipe.unified import Stages, check_unified
 from pdtrim_deploy.recipe.yaml_errors import sentence
 from pdtrim_deploy.recipe.yaml_units import Origins, compose
 
@@ -62,12 +63,16 @@ class EvaluationSection(Section):
 
 
 class Recipe(Section):
-    """The specification of one bundle. Equal recipes have equal digests, however they were composed."""
+    """The specification of one bundle. Equal recipes have equal digests, however they were composed.
+
+    `stages: unified` asks for one model that does both stages, for SGLang without disaggregation.
+    """
 
     name: Annotated[
         str, Field(pattern=r"^[a-z0-9][a-z0-9.-]*$", description="lower-case letters, digits, dots and dashes")
     ]
     model: ModelSection
+    stages: Stages = "pair"
     calibration: CalibrationSection = CalibrationSection()
     pruning: PruningSection = PruningSection()
     students: StudentsSection = StudentsSection()
@@ -77,6 +82,12 @@ class Recipe(Section):
     quality: Gates = Field({})
     targets: TargetsSection = TargetsSection()
     target: TargetSection | None = None
+
+    @model_validator(mode="after")
+    def _stages_fit(self) -> Recipe:
+        if self.stages == "unified":
+            check_unified(self.pruning, self.healing, self.kv, self.targets, target=self.target is not None)
+        return self
 
     @model_validator(mode="after")
     def _something_to_heal(self) -> Recipe:
@@ -154,8 +165,9 @@ class Recipe(Section):
 
     @model_serializer(mode="wrap")
     def _with_gates(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Dump gates and a target only where there are some: older recipes keep their digest."""
-        return {name: value for name, value in serialise(self).items() if name not in ("quality", "target") or value}
+        """Dump gates, a target and `stages` only where they are not the default: older recipes keep their digest."""
+        later: dict[str, Any] = {"quality": {}, "target": None, "stages": "pair"}
+        return {name: value for name, value in serialise(self).items() if name not in later or value != later[name]}
 
     @classmethod
     def load(cls, path: Path) -> Recipe:

@@ -14,7 +14,7 @@ from pdtrim_deploy.plan import PDPlan
 
 
 def plan_table(plan: PDPlan, prompt_tokens: int) -> Table:
-    """Block by block: what each stage does, and the KV rows and bytes that travel for one prompt."""
+    """Block by block: what each stage does, and the KV rows and bytes that travel (unified: stay) for one prompt."""
     table = Table(
         "block", "prefill", "decode", "KV", "rows", "bytes", title=f"plan {plan.digest[:12]} at {prompt_tokens} tokens"
     )
@@ -29,7 +29,9 @@ def plan_table(plan: PDPlan, prompt_tokens: int) -> Table:
             less = ", keys less their mean" if plan.has_key_offset(layer_of[block]) else ""
             cells += [f"{send.row_names}, {send.wire_dtype}{less}", str(send.rows(prompt_tokens)), f"{size:,}"]
         table.add_row(*cells)
-    table.caption = f"{plan.payload_bytes(prompt_tokens):,} bytes a request: {plan.reductions(prompt_tokens)}"
+    kv = f"{plan.payload_bytes(prompt_tokens):,} bytes a request"
+    more = "one model for both stages, no KV travels" if plan.unified else plan.reductions(prompt_tokens)
+    table.caption = f"{kv}: {more}"
     return table
 
 

@@ -42,12 +42,13 @@ def worker_command(python: Path, worker: WorkerSpec, secret: Path | None = None)
         "--served-model-name": options.served_model_name,
         "--host": HOST,
         "--port": worker.port,
-        "--disaggregation-mode": worker.stage,
-        "--disaggregation-transfer-backend": options.transfer_backend,
         "--page-size": options.page_tokens,
         "--dtype": options.dtype,
         "--device": options.device,
     }
+    if worker.stage != "unified":
+        arguments["--disaggregation-mode"] = worker.stage
+        arguments["--disaggregation-transfer-backend"] = options.transfer_backend
     limits = {
         "--max-total-tokens": options.pool_tokens,
         "--max-running-requests": options.requests,
@@ -55,14 +56,7 @@ def worker_command(python: Path, worker: WorkerSpec, secret: Path | None = None)
         "--weight-version": options.plan_digest,
     }
     arguments |= engine_limits(worker.engine) | {name: limit for name, limit in limits.items() if limit is not None}
-    config = WorkerConfig(
-        secret_file=None if secret is None else str(secret),
-        transport=TransportOptions.model_validate(worker.transport),
-        decode_pool=options.split_pool if worker.stage == "decode" else None,
-        send_by_layer=options.send_by_layer,
-        engine=worker.engine.as_config() if worker.engine is not None else None,
-    )
-    override = config.override() | ({"architectures": [ENGINE_MODEL]} if worker.engine is not None else {})
+    override = _override(worker, secret)
     if override:
         arguments[ARGUMENT] = json.dumps(override)
     if worker.bootstrap_port is not None:
@@ -90,6 +84,21 @@ def worker_command(python: Path, worker: WorkerSpec, secret: Path | None = None)
             flags.append("--disable-prefill-cuda-graph")
     pairs = [str(part) for pair in arguments.items() for part in pair]
     return [str(python), "-m", "sglang.launch_server", *pairs, *flags, *options.arguments(worker.stage)]
+
+
+def _override(worker: WorkerSpec, secret: Path | None) -> dict[str, object]:
+    """What the worker is told through config.json: how KV travels, and its engine; without KV transfer nothing."""
+    if worker.stage == "unified":
+        return {}
+    options = worker.options
+    config = WorkerConfig(
+        secret_file=None if secret is None else str(secret),
+        transport=TransportOptions.model_validate(worker.transport),
+        decode_pool=options.split_pool if worker.stage == "decode" else None,
+        send_by_layer=options.send_by_layer,
+        engine=worker.engine.as_config() if worker.engine is not None else None,
+    )
+    return config.override() | ({"architectures": [ENGINE_MODEL]} if worker.engine is not None else {})
 
 
 def write_secret(folder: Path) -> Path:
@@ -125,7 +134,11 @@ def worker_environment(python: Path, worker: WorkerSpec, workers: int, temporary
 def router_command(python: Path, cluster: ClusterSpec) -> list[str]:
     """The router's program over all workers of the cluster."""
     router = cluster.router
-    command = [str(python), "-c", ROUTER, "--pd-disaggregation"]
+    command = [str(python), "-c", ROUTER]
+    if cluster.unified:
+        command += ["--worker-urls", *(worker.url for worker in cluster.unified)]
+    else:
+        command += ["--pd-disaggregation"]
     for worker in cluster.prefill:
         command += ["--prefill", worker.url, str(worker.bootstrap_port)]
     for worker in cluster.decode:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pdtrim_deploy.plan import Stage
 from pdtrim_deploy.plan.wire import PoolDtype
 
 # One for both stages, since pages that differ end the decode worker at its first request. SGLang's choice for prefill
@@ -13,7 +12,7 @@ CUT_LAYER_BACKEND = "triton"
 NO_WINDOW_POOL = "--disable-hybrid-swa-memory"
 
 
-def attention_arguments(stage: Stage, sparse: bool) -> dict[str, object]:
+def attention_arguments(stage: str, sparse: bool) -> dict[str, object]:
     """Prefill has all rows of every layer, so SGLang chooses its attention, as it does where a plan cuts no layer."""
     return {"--attention-backend": CUT_LAYER_BACKEND} if sparse and stage == "decode" else {}
 
