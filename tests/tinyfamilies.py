@@ -73,11 +73,21 @@ BY_FAMILY = {
             "full_attention": {"rope_type": "default", "rope_theta": 100.0},
         },
     },
+    # YaRN as in the published models, whose ends of the ramp are not rounded (truncate).
     "GptOssForCausalLM": {
         "sliding_window": WINDOW,
+        "intermediate_size": 32,
         "num_local_experts": 4,
         "num_experts_per_tok": 2,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 100.0,
+            "factor": 16.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 64,
+        },
     },
     "DeepseekV2ForCausalLM": LATENTS
     | {"q_lora_rank": None, "topk_method": "greedy", "n_group": 1, "topk_group": 1, "rope_parameters": YARN},

@@ -74,7 +74,11 @@ def tiny_model(size: Size = Size(), seed: int = 0, architecture: str = "LlamaFor
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return model_class(config).eval()
+        model = model_class(config).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("sinks"):  # SGLang holds them in bfloat16, whatever the model's dtype
+            parameter.data = parameter.data.bfloat16().float()
+    return model
 
 
 def save(folder: Path, size: Size = Size(), architecture: str = "LlamaForCausalLM") -> Path:

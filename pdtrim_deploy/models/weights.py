@@ -152,6 +152,8 @@ def _experts_by_name(config: Mapping[str, Any]) -> _Experts | None:
 def one_expert(config: Mapping[str, Any], block: int) -> int:
     """Weights of one expert."""
     family = known_family((config.get("architectures") or [""])[0])
-    experts = family.blocks.experts.tensors if family.blocks and family.blocks.experts else {}
-    first = {name.replace(EXPERT, "0") for name in experts if EXPERT in name}
-    return sum(prod(shape) for name, shape in family.block_tensors(config, block).items() if name in first)
+    experts = family.blocks.experts if family.blocks else None
+    parts = {name for names in experts.stacked.values() for name in names} if experts else set()
+    tensors = family.block_tensors(config, block)
+    shapes = [tensors[name.replace(EXPERT, "0")][EXPERT not in name :] for name in parts]
+    return sum(map(prod, shapes))

@@ -63,11 +63,12 @@ def worker_command(python: Path, worker: WorkerSpec, secret: Path | None = None)
         arguments["--disaggregation-bootstrap-port"] = worker.bootstrap_port
     arguments |= pool_arguments(options.pool_dtype)
     flags = ["--enable-metrics"] if options.enable_metrics else []
-    # Cut layers have no slots beside SGLang's pool of windows, and torch_native misreads it (docs/sglang-versions.md).
-    if options.device == "cpu" or (options.sparse and worker.stage == "decode"):
+    if options.sparse and worker.stage == "decode":  # cut layers have no slots beside SGLang's pool of windows
         flags.append(NO_WINDOW_POOL)
     if options.device == "cpu":
-        arguments |= {"--attention-backend": "torch_native", FRACTION: static_fraction(worker)}
+        arguments[FRACTION] = static_fraction(worker)
+        if not options.sinks:
+            arguments["--attention-backend"] = "torch_native"
         flags += ["--disable-overlap-schedule", "--sleep-on-idle"]
         if (ranks := options.tp(worker.stage)) > 1:
             arguments["--tp-size"] = ranks

@@ -12,6 +12,7 @@ from typing import Any
 from pdtrim_deploy.bundle import Bundle
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.local.processor import compute_dtype
+from pdtrim_deploy.models.families import known_family
 from pdtrim_deploy.plan import STAGES
 from pdtrim_deploy.plan.link import Link
 from pdtrim_deploy.serving.cluster import Cluster
@@ -65,6 +66,7 @@ def cluster_of(
             f"as long as in {fast} (a bundle built with model.dtype {fast} takes twice the memory)"
         )
     options = replace(options, sparse=any(send.mode == "sparse" for send in bundle.plan.kv))
+    options = replace(options, sinks=known_family(bundle.plan.model.architecture).sinks)
     options = replace(options, pool_dtype=bundle.plan.model.pool_dtype, plan_digest=bundle.plan.digest)
     if options.device == "cpu" and options.pool_dtype != "native" and bundle.plan.model.rope_dim is not None:
         raise UserError(

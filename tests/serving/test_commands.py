@@ -105,10 +105,16 @@ def test_gpu_workers_get_none_of_the_cpu_options_and_gpus_of_their_own():
 
 
 @pytest.mark.parametrize(("device", "sparse"), [("cpu", False), ("cpu", True), ("cuda", False), ("cuda", True)])
-def test_windows_have_no_pool_of_their_own_where_it_would_be_misread_or_layers_are_cut(device, sparse):
+def test_windows_have_no_pool_of_their_own_where_layers_are_cut(device, sparse):
     for worker in spec(device=device, sparse=sparse).workers:
-        none = device == "cpu" or (sparse and worker.stage == "decode")
+        none = sparse and worker.stage == "decode"
         assert ("--disable-hybrid-swa-memory" in commands.worker_command(PYTHON, worker)) == none
+
+
+def test_where_attention_has_sinks_sglang_chooses_its_attention_on_a_cpu():
+    """It refuses torch_native by name, and takes it where it chooses without AMX."""
+    for worker in spec(device="cpu", sinks=True).workers:
+        assert "--attention-backend" not in commands.worker_command(PYTHON, worker)
 
 
 def test_limits_that_were_chosen_are_those_of_gpu_workers_too():

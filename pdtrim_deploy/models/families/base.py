@@ -39,7 +39,7 @@ class Experts(_Data):
         count: key of config.json, or several (`a|b`): experts of a block.
         tensors: on disk, in the place of the block's `mlp`.
         stacked: by transformers' name of a parameter: what it stacks on disk, along a new first axis by expert; where
-            two are given, an expert's are put one behind the other.
+            two are given, an expert's are put one behind the other. A tensor of all experts is its own.
         dense_blocks: key of config.json: so many first blocks have the `mlp` instead. None: no block has.
         top_k: key of config.json: experts that a token is sent to.
         groups, top_groups: keys of config.json: equal parts that the router first chooses among, and how many of these
@@ -125,6 +125,7 @@ class Family(_Data):
         blocks: None where its KV alone is known: a model of it is planned, transferred, served and judged uncut.
         windows: of blocks that attend to a window of tokens; None where no block does, as far as workers serve it.
         latents: of attention that keeps latents (MLA) in SGLang, whose modules are DeepSeek's; None of any other.
+        sinks: whether each head of attention has a sink, a logit without a value.
 
     """
 
@@ -133,6 +134,7 @@ class Family(_Data):
     blocks: Blocks | None = None
     windows: Windows | None = None
     latents: Latents | None = None
+    sinks: bool = False
 
     @property
     def takes_windows(self) -> bool:
