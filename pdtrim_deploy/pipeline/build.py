@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from pdtrim_deploy.bundle import Bundle
 from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.local.allocator import give_back
 from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.local.compute import ON_CPU, Compute
 from pdtrim_deploy.models import resolve
@@ -16,11 +17,11 @@ from pdtrim_deploy.pipeline import sealing
 from pdtrim_deploy.pipeline.build_steps import done_steps, steps_of
 from pdtrim_deploy.pipeline.context import Context, Note
 from pdtrim_deploy.pipeline.family_fit import check_experts, check_family, check_quantized
-from pdtrim_deploy.pipeline.journal import Journal, claim
+from pdtrim_deploy.pipeline.journal import Journal, claim, refuse_strangers
 from pdtrim_deploy.pipeline.limits import fit_build
 from pdtrim_deploy.pipeline.recipe_fit import check_fits, check_shared
 from pdtrim_deploy.pipeline.stand_in import stand_in
-from pdtrim_deploy.pipeline.texts import check_longest
+from pdtrim_deploy.pipeline.texts import check_texts
 from pdtrim_deploy.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ def build(
 
     if workers is not None:
         check_shared(recipe)
+    refuse_strangers(out)  # before a source is converted; `claim` looks again
     with show("source", False):
         checkpoint = resolve(recipe.model.source, cache, note)
         check_family(recipe, checkpoint.family)
@@ -77,14 +79,15 @@ def build(
             context = Context(recipe, checkpoint, cache, out, note, workers, compute)
             journal, plan_steps = Journal(out), steps_of(recipe, checkpoint.fingerprint)
             finished = done_steps(plan_steps, journal)
-            if "select-kv" not in finished:
-                check_longest(context)
+            check_texts(context, finished)
             journal.keep_only(finished)
             failures: dict[str, str] = {}
             for step in plan_steps:
                 if step.target in failures:  # in its prefill: half a pair serves nobody
                     continue
                 done = step.name in finished
+                if not done:
+                    give_back()
                 with show(step.name, done):
                     if not done:
                         try:
@@ -97,6 +100,7 @@ def build(
                                 raise
                             failures[step.target] = str(error)
             sealed = sealing.is_sealed(out, recipe, journal.steps)
+            give_back()
             with show("seal", sealed):
                 if not sealed:
                     sealing.seal_bundle(context, journal.steps, failures)

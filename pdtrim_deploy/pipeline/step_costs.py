@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from pdtrim_deploy.bundle import ENGINES, engine_folder
 from pdtrim_deploy.local.compute import Compute
 from pdtrim_deploy.models.families import family_of, known_family
 from pdtrim_deploy.models.families.latents import latent_sizes
@@ -81,13 +82,14 @@ class _Costs:
             lost = recipe.pruning.prefill_blocks if stage == "prefill" else recipe.pruning.decode_blocks
             size = self._stored(lost)
             peak = Peak.of(self.compute, 0.0, min(SHARD, size) + self._healed())
-            costs[stage] = StepCost(peak, size)
+            costs[stage] = StepCost(peak, size, written=size)
         for target in recipe.targets.requested:
             for stage in STAGES:
                 engine = self.sizes.total * 4.0  # built in a process that holds it three times
                 peak = Peak.of(self.compute, 0.0, PROGRAM + 3 * engine)
-                costs[f"engines/{target}/{stage}"] = StepCost(peak, engine)
-        costs["seal"] = StepCost(Peak.of(self.compute, 0.0))
+                costs[engine_folder(target, stage)] = StepCost(peak, engine)
+        files = sum(cost.disk for name, cost in costs.items() if cost.written or name.startswith(f"{ENGINES}/"))
+        costs["seal"] = StepCost(Peak.of(self.compute, 0.0), hashed=files)
         return costs
 
     def _source(self) -> StepCost:
