@@ -8,6 +8,7 @@ from pdtrim_deploy.bundle import Bundle
 from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
 from pdtrim_deploy.local.compute import Compute
 from pdtrim_deploy.models.oracle import PDOracle
+from pdtrim_deploy.plan import STAGES
 
 
 def oracle_of(
@@ -22,8 +23,8 @@ def oracle_of(
 
     plan, dtype = bundle.plan, bundle.plan.model.kv_dtype
     models = {
-        folder: load_to_compute(folder, bundle.path / folder, dtype, note, compute, rounds_inputs=rounds_inputs)
-        for folder in plan.checkpoints
+        folder: load_to_compute(name, bundle.path / folder, dtype, note, compute, rounds_inputs=rounds_inputs)
+        for folder, name in zip(plan.checkpoints, ("unified",) if plan.unified else STAGES, strict=True)
     }
     prefill, decode = models[plan.folder("prefill")], models[plan.folder("decode")]
     return PDOracle(prefill, decode, plan.with_parts(unified=False), KeyOffsets.read(bundle.prefill_dir, plan))

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from pdtrim_deploy.models.latents import keeps_latents, latent_cache
 from pdtrim_deploy.models.layer_kv import LayerKV, Ranges, Span
+from pdtrim_deploy.models.linear_attention import keeps_state, run_layer
 from pdtrim_deploy.models.placement import device_of
 from pdtrim_deploy.models.sublayers import has_attention
 from pdtrim_deploy.models.vocabulary import in_pieces, token_logprobs
@@ -34,7 +35,8 @@ class Blockwise:
     """The modules of one model, callable one by one. Hidden states are `[batch, tokens, hidden]`.
 
     Attributes:
-        kv_layers: layers that hold K and V, ascending: all but those without attention.
+        kv_layers: layers that hold K and V, ascending: all but those without attention, or with a linear one.
+        state_layers: layers with linear attention, ascending.
 
     """
 
@@ -42,9 +44,10 @@ class Blockwise:
         self.model = model
         self.layers = list(model.model.layers)
         self.kv_layers = [at for at, layer in enumerate(self.layers) if has_attention(layer)]
+        self.state_layers = [at for at, layer in enumerate(self.layers) if keeps_state(layer)]
         self.devices = [device_of(layer) for layer in self.layers]
         self.home: torch.device = model.model.norm.weight.device
-        self.windows = [_window(layer.self_attn) for layer in self.layers]
+        self.windows = [None if keeps_state(layer) else _window(layer.self_attn) for layer in self.layers]
         self._kinds = _rope_kinds(model)
         self._embedded = getattr(model.config, "embedding_multiplier", None)  # Granite's
         self.logits_scaling = getattr(model.config, "logits_scaling", None)
@@ -82,6 +85,9 @@ class Blockwise:
         kv.move(device)
         kv.ranges = (*kv.ranges, (span.start, span.stop))
         module: Any = student or self.layers[layer]
+        if keeps_state(module):
+            out, kv.state = run_layer(module, hidden, kv.state, span.branches)
+            return out
         latents = keeps_latents(getattr(module, "self_attn", None))
         with latent_cache(module.self_attn, kv) if latents else nullcontext(kv) as cache:
             return module(
@@ -94,8 +100,8 @@ class Blockwise:
             )
 
     def by_layer(self, held: Iterable[LayerKV]) -> list[LayerKV]:
-        """What each layer reads, of what each KV layer holds; nothing where there is no attention."""
-        of_layer = dict(zip(self.kv_layers, held, strict=True))
+        """What each layer reads, of what each KV layer, then each that keeps a state, holds; others hold nothing."""
+        of_layer = dict(zip((*self.kv_layers, *self.state_layers), held, strict=True))
         return [of_layer.get(layer) or LayerKV() for layer in range(len(self.layers))]
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from pdtrim_deploy.models.linear_attention import State
+
 Angles: TypeAlias = "tuple[Tensor, ...] | Tensor"
 """Cosines and sines of RoPE, or both as one complex tensor (DeepSeek-V2's)."""
 
@@ -27,6 +29,8 @@ class LayerKV:
         ranges: absolute positions of those tokens.
         pool: dtype that rows are rounded to as they are written, before attention reads them, by torch's conversion as
             in SGLang's fp8 pools without scales; None: as the layer computed them.
+        state: of a layer with linear attention, which has no keys and values (`models/linear_attention.py`); None when
+            nothing is held yet.
 
     """
 
@@ -34,6 +38,7 @@ class LayerKV:
     values: Tensor | None = None
     ranges: Ranges = ()
     pool: torch.dtype | None = None
+    state: State | None = None
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Append what the layer computed; called by the attention module."""
@@ -47,13 +52,15 @@ class LayerKV:
         return self.keys, self.values
 
     def fork(self) -> LayerKV:
-        """The same K and V, to be extended on its own."""
-        return LayerKV(self.keys, self.values, self.ranges, self.pool)
+        """The same K and V, or state, to be extended on its own."""
+        return LayerKV(self.keys, self.values, self.ranges, self.pool, self.state)
 
     def move(self, device: torch.device) -> None:
         """To the device of the layer that reads it."""
         if self.keys is not None and self.values is not None:
             self.keys, self.values = self.keys.to(device), self.values.to(device)
+        if self.state is not None:
+            self.state = self.state[0].to(device), self.state[1].to(device)
 
 
 @dataclass(frozen=True)

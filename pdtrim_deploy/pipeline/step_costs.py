@@ -12,7 +12,7 @@ from typing import Any
 
 from pdtrim_deploy.bundle import ENGINES, engine_folder
 from pdtrim_deploy.local.compute import Compute
-from pdtrim_deploy.models.families import family_of
+from pdtrim_deploy.models.families import family_of, known_family
 from pdtrim_deploy.models.families.latents import latent_sizes
 from pdtrim_deploy.models.footprint import LOGITS, PROGRAM, Peak, read_ahead, read_bytes, weight_bytes
 from pdtrim_deploy.models.weights import ModelSizes, one_expert, stored_bytes
@@ -156,7 +156,8 @@ class _Costs:
 
     def _select_kv(self) -> StepCost:
         kv = self.recipe.kv
-        if kv.method in FIXED_KV and (not kv.measures_offsets or latent_sizes(self.config)):
+        linear = known_family((self.config.get("architectures") or [""])[0]).linear_attention
+        if kv.method in FIXED_KV and (not kv.measures_offsets or latent_sizes(self.config) or linear):
             return self._step(0.0, flops=0.0)
         if self.recipe.target is not None:  # rules are chosen already: where decode looks is all that is measured
             kv = kv.model_copy(update={"method": "attention-mass"})

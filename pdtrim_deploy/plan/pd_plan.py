@@ -143,5 +143,5 @@ class PDPlan(KVRules):
     @classmethod
     def uncut(cls, model: ModelShape, prefill: tuple[Action, ...], decode: tuple[Action, ...]) -> PDPlan:
         """Stages that run these blocks, and are sent every row that decode reads."""
-        kv = tuple(model.rule(block, KVSend()) for block in kv_blocks_of(decode))
+        kv = tuple(model.rule(block, KVSend()) for block in kv_blocks_of(model, decode))
         return cls(model=model, prefill=prefill, decode=decode, kv=kv)

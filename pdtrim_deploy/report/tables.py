@@ -28,6 +28,8 @@ def plan_table(plan: PDPlan, prompt_tokens: int) -> Table:
             size = plan.layer_bytes(layer_of[block], prompt_tokens)
             less = ", keys less their mean" if plan.has_key_offset(layer_of[block]) else ""
             cells += [f"{send.row_names}, {send.wire_dtype}{less}", str(send.rows(prompt_tokens)), f"{size:,}"]
+        elif plan.model.states and block in plan.model.states.blocks:
+            cells += ["a state, native", "", f"{plan.model.state_bytes // len(plan.model.states.blocks):,}"]
         table.add_row(*cells)
     kv = f"{plan.payload_bytes(prompt_tokens):,} bytes a request"
     more = "one model for both stages, no KV travels" if plan.unified else plan.reductions(prompt_tokens)

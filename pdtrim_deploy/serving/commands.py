@@ -11,7 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pdtrim_deploy.serving.engines import engine_limits
-from pdtrim_deploy.serving.gpu_defaults import NO_WINDOW_POOL, attention_arguments, pool_arguments
+from pdtrim_deploy.serving.gpu_defaults import (
+    NO_WINDOW_POOL,
+    attention_arguments,
+    pool_arguments,
+    precision_environment,
+)
 from pdtrim_deploy.serving.memory import FRACTION, static_fraction
 from pdtrim_deploy.serving.ports import HOST
 from pdtrim_deploy.serving.spec import ClusterSpec, WorkerSpec
@@ -79,7 +84,7 @@ def worker_command(python: Path, worker: WorkerSpec, secret: Path | None = None)
             arguments |= {"--base-gpu-id": placement.first, "--tp-size": placement.ranks}
             if placement.memory_fraction is not None:
                 arguments[FRACTION] = placement.memory_fraction
-        arguments |= attention_arguments(worker.stage, options.sparse)
+        arguments |= attention_arguments(worker.stage, options.sparse, options.dtype)
         if worker.executor == "tensorrt" and worker.stage == "prefill":  # SGLang's breaks would end its capture midway
             flags.append("--disable-prefill-cuda-graph")
     pairs = [str(part) for pair in arguments.items() for part in pair]
@@ -128,6 +133,8 @@ def worker_environment(python: Path, worker: WorkerSpec, workers: int, temporary
         if (ranks := worker.options.tp(worker.stage)) > 1:
             chosen["SGLANG_NCCL_SO_PATH"] = os.devnull  # NCCL needs GPUs; without it SGLang's ranks speak by gloo
             chosen["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join([",".join(map(str, cores))] * ranks)
+    else:
+        chosen |= precision_environment(worker.options.dtype)
     return _base(python, os.environ, temporary) | chosen
 
 

@@ -73,6 +73,11 @@ def cluster_of(
             f"the plan's KV pool is {options.pool_dtype}, which SGLang 0.5.23 has on a CPU for no model with latents "
             "(MLA); serve this bundle on GPUs, or build it with kv.pool_dtype native"
         )
+    if options.device == "cpu" and bundle.plan.model.states is not None:
+        raise UserError(
+            f"{bundle.plan.model.architecture} has linear attention, which SGLang 0.5.23 computes on a CPU with "
+            "kernels of its own (sgl_kernel) that are not published; serve this bundle on GPUs, eval judges it here"
+        )
     chosen = executors or Executors()
     require_kind(bundle, workers, (prefill, decode), options, chosen, transport or {})
     require_weights(bundle.decode_dir, options.device)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tinyexperts
 import torch
 import yaml
 from tinyfamilies import taking
@@ -95,6 +96,21 @@ def test_sublayers_go_from_the_one_model(recipe_of: Callable[..., Recipe], tmp_p
     bundle = build(recipe, tmp_path / "b", cache)
     assert sorted(bundle.plan.missing("prefill").values()) == ["attention", "mlp"]
     assert bundle.plan.missing("prefill") == bundle.plan.missing("decode")
+    expected = logprobs(bundle.prefill_dir, IDS, 24)
+    oracle = oracle_of(bundle, lambda _: None, ON_CPU)
+    torch.testing.assert_close(oracle.logprobs(IDS[:24], IDS[24:]), expected, rtol=0, atol=2e-5)
+
+
+def test_experts_go_from_the_one_model(
+    recipe_of: Callable[..., Recipe], tiny_model: Callable[..., Path], tmp_path: Path, cache: Cache
+) -> None:
+    name = "Qwen3MoeForCausalLM"
+    source = tiny_model(tmp_path / "model", name, **tinyexperts.settings(name))
+    pruning = {"method": "cosine", "prefill_blocks": 1, "decode_blocks": 1}
+    pruning |= {"experts": {"prefill": 4, "decode": 4, "shared": True}}
+    bundle = build(recipe_of(pruning=pruning, model={"source": f"hf:{source}"}), tmp_path / "b", cache)
+    assert bundle.plan.experts is not None
+    assert bundle.plan.experts.prefill == bundle.plan.experts.decode
     expected = logprobs(bundle.prefill_dir, IDS, 24)
     oracle = oracle_of(bundle, lambda _: None, ON_CPU)
     torch.testing.assert_close(oracle.logprobs(IDS[:24], IDS[24:]), expected, rtol=0, atol=2e-5)

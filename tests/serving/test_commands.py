@@ -143,6 +143,12 @@ def test_on_a_gpu_decode_of_a_sparse_plan_alone_gets_triton_and_keeps_its_graphs
             assert value(command, "--attention-backend") == "triton"
 
 
+@pytest.mark.parametrize(("dtype", "precision"), [("float32", "ieee"), ("bfloat16", None)])
+def test_triton_multiplies_float32_in_float32(tmp_path, dtype, precision):
+    for worker in spec(device="cuda", dtype=dtype).workers:
+        assert commands.worker_environment(PYTHON, worker, 3, tmp_path).get("TRITON_F32_DEFAULT") == precision
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_sizes_of_pools_are_for_decode_alone(device):
     for worker in spec(device=device, sparse=True, split_pool=SplitPool(isl=40, osl=8)).workers:
