@@ -106,11 +106,11 @@ class Packer:
             event.synchronize()
         if (moving := chunk.moving) is None:
             return self._pack(queued_at, chunk, slot, chunk.pages)
-        with moving.lock:
+        with moving.request.reading() as readers:
             self._pool.after(moving.known)
             packed = self._pack(queued_at, chunk, slot, moving.pages)
             if packed.event is not None:
-                packed.event.synchronize()
+                readers.append(packed.event)
             return packed
 
     def _pack(self, queued_at: float, chunk: Chunk, slot: int, pages: Any) -> Packed:
