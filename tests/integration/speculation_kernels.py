@@ -27,12 +27,14 @@ def compute_by_torch() -> None:
     from sglang.srt.speculative.draft_utils import DraftBackendFactory
 
     cache_locs.assign_extend_cache_locs_cpu = gather_slots
+    cache_locs.assign_draft_cache_locs_contiguous_cpu = gather_draft_slots
     allocation.assign_req_to_token_pool_cpu = scatter_slots
     eagle.fill_accept_out_cache_loc_cpu = pack_accepted
     eagle.fill_bonus_tokens_cpu = last_accepted
     spec_tree.sgl_build_tree_kernel_efficient_cpu = build_chain
     spec_tree.sgl_verify_tree_greedy_cpu = verify_greedily
     pool = memory_pool.MHATokenToKVPool
+    pool._init_kv_copy_and_warmup = lambda self: None
     pool._move_kv_cache_impl = lambda self, target, source: memory_pool.move_kv_cache_native(
         self.k_buffer, self.v_buffer, target, source
     )
@@ -72,6 +74,13 @@ def gather_slots(rows: Tensor, table: Tensor, start: Tensor, stop: Tensor, out: 
     slots = [table[row, a:b] for row, a, b in zip(rows.tolist(), start.tolist(), stop.tolist(), strict=True)]
     packed = torch.cat(slots)
     out[: len(packed)] = packed
+
+
+def gather_draft_slots(
+    rows: Tensor, table: Tensor, start: Tensor, out: Tensor, width: int, topk: int, count: int
+) -> None:
+    """The `topk * count` slots of each row from `start` on."""
+    gather_slots(rows, table, start, start + topk * count, out, width)
 
 
 def scatter_slots(rows: Tensor, table: Tensor, start: Tensor, stop: Tensor, slots: Tensor, width: int) -> None:

@@ -66,12 +66,14 @@ def repeatable(oracle):
     raise AssertionError("no such prompt")
 
 
-@pytest.mark.parametrize("penalty", ["frequency_penalty", "presence_penalty"])
-def test_decodes_first_token_is_penalised_for_prefills(mixed_pair, repeatable, penalty):
-    """A negative penalty draws it again. Later tokens tell nothing: SGLang's scheduler counts some a step late."""
+@pytest.mark.parametrize(
+    ("penalty", "value"), [("frequency_penalty", -2.0), ("presence_penalty", -2.0), ("repetition_penalty", 0.01)]
+)
+def test_decodes_first_token_is_penalised_for_prefills(mixed_pair, repeatable, penalty, value):
+    """A penalty that favours draws it again. Later tokens tell nothing: SGLang's scheduler counts some a step late."""
     first, second = tokens_of(generate(mixed_pair, repeatable, max_new_tokens=2)).tolist()
     assert second != first
-    assert tokens_of(generate(mixed_pair, repeatable, max_new_tokens=2, **{penalty: -2.0})).tolist() == [first, first]
+    assert tokens_of(generate(mixed_pair, repeatable, max_new_tokens=2, **{penalty: value})).tolist() == [first, first]
 
 
 def test_a_bias_holds_on_both_workers(mixed_pair):
@@ -110,14 +112,6 @@ def test_likely_tokens_alone_are_drawn(mixed_pair, oracle, option):
         assert short_of_the_best(oracle_logprobs(oracle, tokens), tokens).max() > TOLERANCE, "nothing was drawn"
 
 
-def test_a_repetition_penalty_counts_the_prompt_on_both_workers(mixed_pair):
-    """Below 1 it favours what was said: each token is one of the prompt, or of the answer so far."""
-    prompt = list(range(40, 340))
-    assert set(tokens_of(generate(mixed_pair, prompt)).tolist()) - set(prompt)
-    tokens = tokens_of(generate(mixed_pair, prompt, repetition_penalty=0.01)).tolist()
-    assert set(tokens) <= set(prompt)
-
-
 def test_a_seed_is_taken_and_draws_as_without(mixed_pair):
     """SGLang draws by a request's seed with `--enable-deterministic-inference` alone, which no CPU backend has."""
     drawn = {tuple(tokens_of(generate(mixed_pair, temperature=3.0, sampling_seed=7)).tolist()) for _ in range(3)}
@@ -138,6 +132,37 @@ def test_logprobs_of_a_prompt_are_prefills(mixed_pair, oracle):
         assert [token for _, token, *_ in rows] == PROMPT[start + 1 :]
         scored = torch.tensor([logprob for logprob, *_ in rows])
         assert (scored - expected[start:]).abs().max() < TOLERANCE
+
+
+def test_top_logprobs_are_the_oracles_on_both_workers(mixed_pair, oracle):
+    """Prefill's for the first token, decode's for the others; OpenAI's forms have as many."""
+    sampling = {"max_new_tokens": NEW, "temperature": 0, "ignore_eos": True}
+    body = {"input_ids": PROMPT, "sampling_params": sampling, "return_logprob": True, "top_logprobs_num": 5}
+    answer = httpx.post(f"{mixed_pair.url}/generate", json=body, timeout=120).json()
+    served = torch.tensor([[row[0] for row in rows] for rows in answer["meta_info"]["output_top_logprobs"]])
+    _, ranked = oracle.top_logprobs(torch.tensor(PROMPT), tokens_of(answer), 5)
+    assert served.shape == (NEW, 5)
+    assert (served - ranked).abs().max() < TOLERANCE
+    options = {"logprobs": True, "top_logprobs": 3, "max_tokens": NEW, "ignore_eos": True}
+    (choice,) = chat(mixed_pair, [{"role": "user", "content": "Give a"}], **options).json()["choices"]
+    tokens = choice["logprobs"]["content"]
+    assert [len(token["top_logprobs"]) for token in tokens] == [3] * NEW
+    assert all(token["logprob"] == token["top_logprobs"][0]["logprob"] for token in tokens)
+
+
+@pytest.mark.parametrize("path", ["completions", "chat/completions"])
+def test_a_stream_ends_with_the_usage_of_both_workers(mixed_pair, path):
+    prompt = {"prompt": "Give"} if path == "completions" else {"messages": [{"role": "user", "content": "Give"}]}
+    body = {"model": "pdtrim", "max_tokens": NEW, "temperature": 0, "ignore_eos": True} | prompt
+    plain = httpx.post(f"{mixed_pair.url}/v1/{path}", json=body, timeout=120).json()["usage"]
+    assert plain["completion_tokens"] == NEW
+    streamed = body | {"stream": True, "stream_options": {"include_usage": True}}
+    with httpx.stream("POST", f"{mixed_pair.url}/v1/{path}", json=streamed, timeout=120) as reply:
+        *_, last, done = (line for line in reply.iter_lines() if line.startswith("data:"))
+    event = json.loads(last.removeprefix("data:"))
+    assert (event["choices"], done) == ([], "data: [DONE]")
+    names = ("prompt_tokens", "completion_tokens", "total_tokens")
+    assert [event["usage"][name] for name in names] == [plain[name] for name in names]
 
 
 def test_a_stop_token_ends_where_it_may(mixed_pair):
@@ -172,7 +197,6 @@ GRAMMARS = [  # path, fields that ask for a grammar, what the text must be
         '"(ab|cd)"',
     ),
     ("v1/completions", {"response_format": TAGGED}, '<f>"(ab|cd)"</f>'),
-    ("v1/chat/completions", {"response_format": TAGGED}, '<f>"(ab|cd)"</f>'),
 ]
 
 

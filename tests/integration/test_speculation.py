@@ -24,7 +24,7 @@ EAGLE = (
 @pytest.fixture(scope="module")
 def bundle(tiny_model, cache, tmp_path_factory):
     folder = tmp_path_factory.mktemp("drafted")
-    corpus = {"corpus": f"dir:{write_words(folder / 'text', files=60)}", "sequences": 2}
+    corpus = {"corpus": f"dir:{write_words(folder / 'text', files=60, words=1600)}", "sequences": 2}
     data = {
         "name": "drafted",
         "model": {"source": f"hf:{tiny_model(folder / 'model')}"},

@@ -1,0 +1,16 @@
+"""Hooks around drafted tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+
+def begin_ngram(original: Callable[..., Any], algorithm: Any, batch: Any, last_tokens: Any, relay: Any) -> Any:
+    """What decode's drafts of requests that come from prefill start from."""
+    if not algorithm.is_ngram():
+        return original(algorithm, batch, last_tokens, relay)
+    from pdtrim_sglang.ngram import first_draft_input
+    from pdtrim_sglang.sglang_host import server_arguments
+
+    return first_draft_input(batch, relay, server_arguments().speculative_num_draft_tokens)
