@@ -23,6 +23,7 @@ PLAIN = {
 DECODE = PLAIN | {
     "disaggregation_mode": "decode", "disaggregation_decode_enable_radix_cache": True,
     "disaggregation_decode_enable_offload_kvcache": False, "enable_streaming_session": False,
+    "enable_dp_attention": False, "device": "cpu",
     "attention_backend": "torch_native", "decode_attention_backend": None, "enable_hierarchical_cache": False,
 }  # fmt: skip
 
@@ -86,6 +87,7 @@ def test_backends_are_ours_where_a_layer_is_cut_and_only_there(registry, monkeyp
     ("options", "sentence"),
     [
         ({"enable_hierarchical_cache": True}, "a row of every layer .* without --enable-hierarchical-cache"),
+        ({"enable_dp_attention": True}, "with DP attention .* start without --enable-dp-attention"),
         ({"disaggregation_decode_enable_offload_kvcache": True}, "--disaggregation-decode-enable-offload-kvcache"),
         ({"enable_streaming_session": True}, "without --enable-streaming-session"),
         (

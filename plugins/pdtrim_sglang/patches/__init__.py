@@ -40,7 +40,6 @@ def install() -> None:
     HookRegistry.register(hook_targets.SCHEME, loading.take_any_scheme_without_gpu, HookType.AROUND)
     HookRegistry.register(hook_targets.PROCESS_WEIGHTS, loading.compute_fp8_by_torch, HookType.BEFORE)
     HookRegistry.register(hook_targets.LOAD_MODEL, loading.cut_planned_layers, HookType.AFTER)
-    HookRegistry.register(hook_targets.LOAD_MODEL, loading.pad_batches_on_cpu, HookType.AFTER)
     HookRegistry.register(hook_targets.LOADED, loading.count_kv_layers, HookType.AFTER)
     HookRegistry.register(hook_targets.VALIDATE, front_end.refuse_request, HookType.AROUND)
     HookRegistry.register(hook_targets.VALIDATE_COMPLETION, front_end.refuse_completion, HookType.AROUND)

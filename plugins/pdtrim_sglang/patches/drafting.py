@@ -10,7 +10,8 @@ def begin_ngram(original: Callable[..., Any], algorithm: Any, batch: Any, last_t
     """What decode's drafts of requests that come from prefill start from."""
     if not algorithm.is_ngram():
         return original(algorithm, batch, last_tokens, relay)
-    from pdtrim_sglang.ngram import first_draft_input
-    from pdtrim_sglang.sglang_host import server_arguments
+    from sglang.srt.runtime_context import get_spec
 
-    return first_draft_input(batch, relay, server_arguments().speculative_num_draft_tokens)
+    from pdtrim_sglang.ngram import first_draft_input
+
+    return first_draft_input(batch, relay, get_spec().speculative_num_draft_tokens)

@@ -32,13 +32,6 @@ def cut_planned_layers(loaded: Any, runner: Any) -> None:
     read_latents_on_torch_native(runner)
 
 
-def pad_batches_on_cpu(_: Any, runner: Any) -> None:
-    if runner.device == "cpu":
-        from pdtrim_sglang.cpu.dp_attention import pad_batches_of_torch_native
-
-        pad_batches_of_torch_native()
-
-
 def count_kv_layers(_: Any, runner: Any) -> None:
     from pdtrim_sglang.sublayers import count_kv_layers
 
