@@ -18,12 +18,11 @@ PLAIN = {
     "quantization_param_path": None, "enable_custom_logit_processor": False,
     "enable_lora": None, "lora_paths": None, "json_model_override_args": "{}",
     "disaggregation_enable_kv_checksum": False, "hicache_storage_backend": None,
-    "enable_unified_cache_external_linker": False,
+    "enable_unified_cache_external_linker": False, "enable_dp_attention": False, "device": "cpu",
 }  # fmt: skip
 DECODE = PLAIN | {
     "disaggregation_mode": "decode", "disaggregation_decode_enable_radix_cache": True,
     "disaggregation_decode_enable_offload_kvcache": False, "enable_streaming_session": False,
-    "enable_dp_attention": False, "device": "cpu",
     "attention_backend": "torch_native", "decode_attention_backend": None, "enable_hierarchical_cache": False,
 }  # fmt: skip
 
