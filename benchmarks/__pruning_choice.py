@@ -125,6 +125,7 @@ def _searched(setup: Setup, method: Method, removed: int, seed: int) -> Choice:
     if method.search == "sleb-cached":
         protected = frozenset({0, setup.shape.num_blocks - 1})  # as SLEB has it
     steps = f"-{setup.steps}" if method.search == "anneal" else ""
+    baselines = {name: get_search(name) for name in method.baselines}
     inputs = SearchInputs(
         setup.model,
         setup.ids,
@@ -134,7 +135,7 @@ def _searched(setup: Setup, method: Method, removed: int, seed: int) -> Choice:
         students=setup.students if method.distil else None,
         folder=setup.folder / f"{method.search}{'-distil' * method.distil}{steps}-{removed}-{seed}",
         about=about,
-        final_round=FinalRound(_judge(setup, method), method.finalists) if method.finalists else None,
+        final_round=FinalRound(_judge(setup, method), method.finalists, baselines) if method.finalists else None,
     )
     removals = choose_stages(inputs, prefill_blocks(removed), removed, progress=setup.note)
     cost = removals.prefill.cost + removals.decode.cost

@@ -15,7 +15,7 @@ class Method:
         published: count the block-forwards of a search that keeps nothing: by the formula of `baselines`, which a
             test holds exact; its answer is the cached one's.
         seeded: whether seeds change it.
-        finalists: judged again with that compensation, which decides.
+        finalists: judged again with that compensation, which decides; baselines: methods whose choices are judged too.
         trained: whether gradients are taken; the others are compared among themselves.
         sizes: numbers of blocks that it is asked for, of those that decode loses, by default.
         layer: LLM-Streamline's: the block in front of each removed window is taught to stand for both.
@@ -27,6 +27,7 @@ class Method:
     distil: bool = False
     compensation: str = "none"
     finalists: int = 0
+    baselines: tuple[str, ...] = ()
     healed: bool = False
     layer: bool = False
     published: bool = False
@@ -40,7 +41,8 @@ class Method:
     @property
     def choosing(self) -> tuple[object, ...]:
         """What a choice of blocks depends on: methods that have it in common choose alike."""
-        return self.search, self.distil, self.finalists, self.compensation if self.finalists else "none"
+        judged_by = self.compensation if self.finalists else "none"
+        return self.search, self.distil, self.finalists, judged_by, *([self.baselines] if self.baselines else [])
 
     @property
     def treatment(self) -> tuple[str, bool, bool]:
@@ -55,14 +57,19 @@ METHODS = {
     "ShortGPT": Method("cosine"),
     "Shortened LLaMA": Method("perplexity"),
     "LLM-Streamline, no layer": Method("streamline"),
-    "ShortGPT, refitted": Method("cosine", compensation="least-squares", sizes=_PARTS),
-    "LLM-Streamline, no layer, refitted": Method("streamline", compensation="least-squares", sizes=_PARTS),
+    "ShortGPT, refitted": Method("cosine", compensation="least-squares"),
+    "LLM-Streamline, no layer, refitted": Method("streamline", compensation="least-squares"),
+    "ShortGPT, healed": Method("cosine", compensation="least-squares", healed=True),
+    "LLM-Streamline, no layer, healed": Method("streamline", compensation="least-squares", healed=True),
     "SLEB, cached": Method("sleb-cached"),
     "SLEB": Method("sleb-cached", published=True),
     "ours": _OURS,
     # each without one thing
     "ours, no D": replace(_OURS, distil=False, sizes=_PARTS),
     "ours, no annealing": Method("greedy", compensation="least-squares", finalists=2),
+    "ours, no annealing, baselines": Method(
+        "greedy", compensation="least-squares", finalists=2, baselines=("streamline", "cosine")
+    ),
     "ours, no compensation": replace(_OURS, compensation="none", finalists=0, sizes=_PARTS),
     "ours, greedy": Method("greedy"),  # without any of the three
     "ours, greedy, rescaled": Method("greedy", compensation="norm", sizes=_PARTS),  # Prune&Comp instead of the refit

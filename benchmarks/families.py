@@ -25,7 +25,11 @@ RUNS = (
         "tests/pipeline/test_experts.py",
         "tests/pdtrim_builders/test_onnx.py",
     ),
-    ("serve", "tests/integration/test_families.py"),
+    (
+        "serve",
+        "tests/integration/test_families.py",
+        "tests/models/test_reload.py::test_stages_of_every_family_are_the_same_models_in_both_environments",
+    ),
 )
 
 

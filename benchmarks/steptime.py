@@ -18,7 +18,8 @@ from __results import write
 
 from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.models import DEFAULT_SOURCE, resolve
-from pdtrim_deploy.models.blockwise import Blockwise, LayerKV
+from pdtrim_deploy.models.blockwise import Blockwise
+from pdtrim_deploy.models.layer_kv import LayerKV
 from pdtrim_deploy.models.loading import load_model
 from pdtrim_deploy.models.surgery import keep_blocks
 

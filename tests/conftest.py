@@ -94,6 +94,8 @@ def make_tiny(folder: Path, architecture: str = "LlamaForCausalLM", seed: int = 
         for name, parameter in model.named_parameters():
             if name.endswith("bias") or "norm" in name:  # random too: ones and zeros would hide a swap
                 parameter.data += 0.1 * torch.randn_like(parameter)
+            if name.endswith("sinks"):  # SGLang holds them in bfloat16
+                parameter.data = parameter.data.bfloat16().float()
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 buffer.data += 0.1 * torch.randn_like(buffer)

@@ -283,12 +283,19 @@ class DecodeWorker:
                     out[layer, i, head] = weights @ values[:, group]
         return out.flatten(2)
 
-    def finish(self, req, retract=False):
-        """The request ends; or it is retracted, and keeps its rows on the host."""
+    def finish(self, req, retract=False, in_flight=False):
+        """The request ends; or it is retracted, and keeps its rows on the host.
+
+        `in_flight`: the forward pass of its newest token is under way (SGLang's overlap scheduling). Nobody reads its
+        result, and SGLang saves the tokens before it.
+        """
         row = req.kv.req_pool_idx
         slots = self.requests.req_to_token[row, : req.length].long()
+        if in_flight:
+            req.keys, req.values = req.keys[:, :-1], req.values[:, :-1]
+            req.output_ids.pop()
         if retract:
-            req.host_copy = self.allocator.get_cpu_copy(slots, req_pool_index=row)
+            req.host_copy = self.allocator.get_cpu_copy(slots[: req.length], req_pool_index=row)
         self.allocator.free(slots)
         self.requests.free(req)
         self.running.remove(req)
@@ -389,7 +396,8 @@ def history(worker, chance, steps, compare, graph=None):
             worker.finish(chance.choice(worker.running))
         elif act == "retract" and worker.running:
             retracted.append(chance.choice(worker.running))
-            worker.finish(retracted[-1], retract=True)
+            in_flight = bool(retracted[-1].output_ids) and chance.random() < 0.5
+            worker.finish(retracted[-1], retract=True, in_flight=in_flight)
         elif act == "resume" and retracted and fits and worker.resume(retracted[0]):
             retracted.pop(0)
         check_slots(worker)

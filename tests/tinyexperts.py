@@ -11,6 +11,8 @@ from pdtrim_deploy.models import FAMILIES
 from pdtrim_deploy.models.loading import load_model
 
 MOE = tuple(name for name, family in FAMILIES.items() if family.blocks.experts)
+GATE = dict.fromkeys(MOE, "mlp.gate") | {"GptOssForCausalLM": "mlp.router"}
+"""transformers' name of the router."""
 USED = {"prompt": (0, 2), "answer": (4, 6)}
 """By kind of token: the experts that it needs. All its tokens are sent to `POPULAR` too, which puts out nothing."""
 POPULAR = {"prompt": 1, "answer": 5}
@@ -46,10 +48,14 @@ def divide(folder: Path) -> None:
             if "down_proj" in name:
                 parameter.mul_(0.1)
         if hasattr(layer.mlp, "experts"):
-            layer.mlp.gate.weight.copy_(rows)
-            layer.mlp.experts.down_proj[[POPULAR["prompt"], POPULAR["answer"]]] = 0.0
-            if hasattr(layer.mlp.gate, "e_score_correction_bias"):
-                layer.mlp.gate.e_score_correction_bias.zero_()
+            gate = layer.get_submodule(GATE[type(model).__name__])
+            gate.weight.copy_(rows)
+            for name, parameter in layer.mlp.experts.named_parameters():
+                if name.startswith("down_proj"):
+                    parameter[[POPULAR["prompt"], POPULAR["answer"]]] = 0.0
+            for name, parameter in (*gate.named_parameters(), *gate.named_buffers()):
+                if name.endswith("bias"):  # or e_score_correction_bias
+                    parameter.zero_()
     model.save_pretrained(folder)
 
 

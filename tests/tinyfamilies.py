@@ -33,6 +33,16 @@ LATENTS = {
     "first_k_dense_replace": 2,
     "routed_scaling_factor": 1.5,
 }
+# Two blocks of six attend to all tokens; three heads of values share keys, and no two sizes are alike.
+LINEAR = {
+    "full_attention_interval": 3,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12,
+    "linear_conv_kernel_dim": 4,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5},
+}
 # Turns within a few tokens, and by YaRN, whose factor on scores transformers' DeepSeek-V2 leaves out.
 YARN = {
     "rope_type": "yarn", "rope_theta": 100.0, "factor": 16.0, "mscale": 0.7, "mscale_all_dim": 0.7,
@@ -73,11 +83,21 @@ BY_FAMILY = {
             "full_attention": {"rope_type": "default", "rope_theta": 100.0},
         },
     },
+    # YaRN as in the published models, whose ends of the ramp are not rounded (truncate).
     "GptOssForCausalLM": {
         "sliding_window": WINDOW,
+        "intermediate_size": 32,
         "num_local_experts": 4,
         "num_experts_per_tok": 2,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 100.0,
+            "factor": 16.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 64,
+        },
     },
     "DeepseekV2ForCausalLM": LATENTS
     | {"q_lora_rank": None, "topk_method": "greedy", "n_group": 1, "topk_group": 1, "rope_parameters": YARN},
@@ -87,6 +107,21 @@ BY_FAMILY = {
         "q_lora_rank": 24,
         "first_k_dense_replace": 1,
         "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
+    },
+    "Qwen3NextForCausalLM": LINEAR
+    | {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32,
+    },
+    "Qwen3_5ForCausalLM": LINEAR,
+    "Qwen3_5MoeForCausalLM": LINEAR
+    | {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32,
     },
     "Glm4MoeForCausalLM": {
         "n_routed_experts": 4,

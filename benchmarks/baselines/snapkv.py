@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool1d
 
 from pdtrim_deploy.kvchoice.attention_mass import watch_attention
-from pdtrim_deploy.models.blockwise import LayerKV
+from pdtrim_deploy.models.layer_kv import LayerKV
 from pdtrim_deploy.models.oracle import PDOracle, PrefillState
 from pdtrim_deploy.plan import KVSend
 

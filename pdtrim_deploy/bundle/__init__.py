@@ -1,6 +1,7 @@
 """The bundle that a build writes: manifest and digests, its engines, and where it was built."""
 
-from pdtrim_deploy.bundle.bundle import (
+from pdtrim_deploy.bundle.bundle import Bundle, engine_folder
+from pdtrim_deploy.bundle.manifest import (
     CARD,
     COMPLETE,
     ENGINES,
@@ -10,16 +11,14 @@ from pdtrim_deploy.bundle.bundle import (
     REPORTS,
     UNSEALED,
     WORK,
-    Bundle,
     Entry,
     Manifest,
     Step,
-    engine_folder,
     entries,
     read_seal,
     seal,
-    write_atomic,
 )
+from pdtrim_deploy.local.atomic import write_atomic
 
 __all__ = [
     "CARD",

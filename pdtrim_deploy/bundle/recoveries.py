@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pdtrim_deploy.bundle.bundle import write_atomic
+from pdtrim_deploy.local.atomic import write_atomic
 
 KEPT = "recoveries.json"
 SOURCES = ("eval", "tasks", "served")

@@ -75,7 +75,7 @@ def build(
         recipe = recipe.changed("command line", "model", compute_dtype=compute_dtype)
     shared = workers > 1 or bool(ray_address or worker_gpus)
     if shared:
-        from pdtrim_deploy.pipeline.build import check_shared
+        from pdtrim_deploy.pipeline.recipe_fit import check_shared
 
         check_shared(recipe)
     if dry_run:
@@ -112,10 +112,15 @@ def build(
             )
         )
     else:
+        from pdtrim_deploy.models.config import read_config
+        from pdtrim_deploy.models.weights import ModelSizes
         from pdtrim_deploy.pipeline.engines import summary
+        from pdtrim_deploy.pipeline.fit_tokens import fit_sentence
 
         for engine in bundle.engines.values():
             click.echo(f"{out}: {summary(engine)}")
+        if short := fit_sentence(recipe, ModelSizes.of(read_config(bundle.decode_dir / "config.json"))):
+            click.echo(f"{out}: {short}")
         click.echo(f"{out}: plan {bundle.plan.digest}")
         click.echo(f"next: pdtrim-deploy inspect {out}; pdtrim-deploy eval {out}; pdtrim-deploy serve {out}")
     for failure in bundle.manifest.failures.values():
@@ -156,6 +161,8 @@ def print_preview(preview: Preview, out: Path, as_json: bool) -> None:
             f"  experts    ranked in about {_duration(preview.experts_seconds)} at this machine's speed; "
             f"{ranking.memory / 1e9:,.2f} GB of weights" + (f"; {_reads(ranking.reads)}" if ranking.reads else "")
         )
+    if preview.fit is not None:
+        click.echo(f"  {preview.fit}")
     planned, dense, fp8 = preview.planned_bytes, preview.dense_bytes, preview.dense_fp8_bytes
     if preview.missing is not None:
         click.echo(f"  {preview.missing}")
@@ -164,6 +171,9 @@ def print_preview(preview: Preview, out: Path, as_json: bool) -> None:
         return
     for stage, size in preview.stage_bytes.items():
         click.echo(f"  {stage:<10} {size / 1e6:,.1f} MB of weights")
+    if preview.recipe.stages == "unified":
+        click.echo("  one model for both stages: no KV travels")
+        return
     click.echo(
         f"  KV of a request of {preview.prompt_tokens} tokens: {planned:,} bytes, dense {dense:,} "
         f"({dense / planned:.2f}x), dense from an fp8 pool {fp8:,} ({fp8 / planned:.2f}x)"

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from pdtrim_deploy.cli import options
+from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.recipe.bounds import MOST_ROUNDS
 from pdtrim_deploy.recipe.seed import MOST_SEED
@@ -78,6 +79,11 @@ def demo(
     check_dealt(requests, rounds)
     slow = None if link == "none" else relayed_link(link, MOST_BITS_PER_S / 2)  # twice that for a float32 pool
     recipe, progress = Recipe.load(recipe_file), Progress()
+    if recipe.stages == "unified":
+        raise UserError(
+            f"{recipe_file} asks for one model for both stages, but the demo measures a pair's KV; build it, and "
+            "`compare` it with another bundle"
+        )
     if dry_run:
         from pdtrim_deploy.cli.build import print_preview
         from pdtrim_deploy.pipeline.preview import preview

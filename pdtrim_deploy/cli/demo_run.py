@@ -30,11 +30,9 @@ from pdtrim_deploy.report.metrics import (
     LoadFigures,
     MemoryFigures,
     Metrics,
-    PlanFigures,
     QualityFigures,
-    TransferFigures,
-    from_bfloat16,
 )
+from pdtrim_deploy.report.plan_figures import PlanFigures, TransferFigures, from_bfloat16
 from pdtrim_deploy.serving import Cluster, ServeEnvironment, WorkerOptions, cluster_of, throttled
 from pdtrim_deploy.serving.metrics import scrape, total
 from pdtrim_deploy.worker.decode_pool import SplitPool

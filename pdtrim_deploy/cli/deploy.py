@@ -100,6 +100,11 @@ def render(
     if (out is None) != dry_run:
         raise UserError("say where the files go, --out FOLDER, or --dry-run to have them printed")
     opened = Bundle.open(bundle)
+    if opened.plan.unified:
+        raise UserError(
+            f"{bundle} is one model for both stages: run {opened.prefill_dir} as any model in SGLang; manifests are "
+            "rendered for pairs"
+        )
     require_ranks(opened.plan, tp_prefill, tp_decode)
     chosen = Options(
         name=name,

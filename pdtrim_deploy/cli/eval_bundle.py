@@ -45,7 +45,6 @@ def evaluate_bundle(
     from pdtrim_deploy.cli.progress import Progress
     from pdtrim_deploy.doctor import CheckContext, require
     from pdtrim_deploy.pipeline.model_card import refresh_cards, refresh_recoveries
-    from pdtrim_deploy.plan import STAGES
 
     _check(tasks, items, sequences)
     opened, progress = Bundle.open(bundle), Progress()
@@ -59,8 +58,8 @@ def evaluate_bundle(
     dtype, chosen_dtype = str(opened.recipe.model.dtype), compute_dtype or opened.recipe.model.compute_dtype
     compute = compute.with_dtype(chosen_dtype) if chosen_dtype else compute.fast(dtype)
     path = options.writable(opened.reports_dir / ("eval.json" if tasks is None else "tasks.json"))
-    for stage in STAGES:
-        options.writable(opened.stage_dir(stage) / CARD)
+    for checkpoint in opened.checkpoints:
+        options.writable(checkpoint / CARD)
     if dry_run:
         planned: dict[str, object] = {"source": opened.recipe.model.source, "plan": opened.plan.digest}
         planned |= {"evaluation": evaluation.model_dump(mode="json"), "written": str(path)}

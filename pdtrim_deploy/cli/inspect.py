@@ -143,7 +143,7 @@ def _show_bundle(bundle: Path, prompt_tokens: int | None, as_json: bool) -> None
         sizes = {
             "prompt_tokens": tokens, "dense": plan.dense_bytes(tokens), "planned": plan.payload_bytes(tokens),
             "dense_fp8": plan.dense_bytes(tokens, "fp8_e4m3"),
-            "dense_every_row": plan.dense_bytes(tokens, every_row=True),
+            "dense_every_row": plan.dense_bytes(tokens, every_row=True), "states": plan.model.state_bytes,
         }  # fmt: skip
         data = {"digest": plan.digest, "weights": weights, "plan": plan.model_dump(mode="json"), "bytes": sizes}
         data["steps"] = {n: s.seconds for n, s in opened.manifest.steps.items()}
@@ -158,6 +158,7 @@ def _show_bundle(bundle: Path, prompt_tokens: int | None, as_json: bool) -> None
     from pdtrim_deploy.cli.screen import console
     from pdtrim_deploy.models.expert_savings import experts_sentence
     from pdtrim_deploy.models.latent_rows import latents_sentence
+    from pdtrim_deploy.models.state_bytes import states_sentence
     from pdtrim_deploy.models.window_savings import windows_sentence
     from pdtrim_deploy.report.engine_table import engine_notes, engine_table
     from pdtrim_deploy.report.tables import plan_table
@@ -166,8 +167,9 @@ def _show_bundle(bundle: Path, prompt_tokens: int | None, as_json: bool) -> None
     config = json.loads((opened.decode_dir / "config.json").read_text())
     if sentence := experts_sentence(plan, config, quantised=stored_weights(opened.decode_dir) is not None):
         click.echo(sentence)
-    if sentence := windows_sentence(plan, tokens) or latents_sentence(plan):
-        click.echo(sentence)
+    for sentence in (windows_sentence(plan, tokens), latents_sentence(plan), states_sentence(plan, tokens)):
+        if sentence:
+            click.echo(sentence)
     click.echo(f"weights: {weights}")
     if opened.engines:
         console().print(engine_table(opened.engines.values()))

@@ -64,6 +64,7 @@ def plan(
       pdtrim-deploy plan llama-3.1-8b --rates rates.yaml --rate 20 --slo-ttft 1s --slo-itl 30ms --simulate
     """
     from pdtrim_deploy.models.latent_rows import latents_sentence
+    from pdtrim_deploy.models.state_bytes import states_sentence
     from pdtrim_deploy.models.window_savings import windows_sentence
     from pdtrim_deploy.sizing import Link, Traffic, price, subjects
 
@@ -106,7 +107,8 @@ def plan(
     for sentence in traffic.assumptions():
         click.echo(f"assumed: {sentence}")
     for subject in all_subjects:
-        sentences = windows_sentence(subject.plan, isl), latents_sentence(subject.plan)
+        plan = subject.plan
+        sentences = windows_sentence(plan, isl), latents_sentence(plan), states_sentence(plan, isl)
         for note in (*subject.notes, *filter(None, sentences)):
             click.echo(f"{subject.name}: {note}")
     if rates and goal:

@@ -28,6 +28,9 @@ from pdtrim_deploy.worker.decode_pool import SplitPool
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--prefill", type=options.some_workers, default=1, show_default=True, help="Prefill workers.")
 @click.option("--decode", type=options.some_workers, default=1, show_default=True, help="Decode workers.")
+@click.option(
+    "--workers", type=options.some_workers, default=1, show_default=True, help="Workers of one model for both stages."
+)
 @click.option("--tp-prefill", type=click.IntRange(1), default=1, show_default=True, help="GPUs of a prefill worker.")
 @click.option("--tp-decode", type=click.IntRange(1), default=1, show_default=True, help="GPUs of a decode worker.")
 @click.option("--share-gpus", is_flag=True, help="Let several workers take one GPU where there are too few.")
@@ -74,6 +77,7 @@ def serve(
     bundle: Path,
     prefill: int,
     decode: int,
+    workers: int,
     tp_prefill: int,
     tp_decode: int,
     share_gpus: bool,
@@ -101,6 +105,8 @@ def serve(
     as_json: bool,
 ) -> None:
     """Serve BUNDLE: SGLang prefill and decode workers behind the router, until Ctrl-C or until one dies.
+
+    A bundle of one model for both stages (`stages: unified`) is served by workers without disaggregation.
 
     \b
     /v1/chat/completions, /v1/completions and /generate answer at the printed router address.
@@ -140,6 +146,7 @@ def serve(
         opened,
         prefill=prefill,
         decode=decode,
+        workers=workers,
         port=port,
         options=worker_options,
         executors=executors,
@@ -148,7 +155,7 @@ def serve(
         start_timeout_s=start_timeout,
         environment=ServeEnvironment.find(serve_python),
         log_dir=log_dir or (Path() if dry_run else None),  # None makes a folder
-        gpus=prefill * tp_prefill + decode * tp_decode if for_other_host else None,
+        gpus=(workers + prefill) * tp_prefill + decode * tp_decode if for_other_host else None,
         say=lambda sentence: click.echo(sentence, err=True),
     )
     if dry_run:

@@ -73,6 +73,10 @@ class Target:
     def check(self) -> None:
         """Check serve environment, engine and transport before anything is started."""
         if self.bundle is not None:
+            if self.link is not None and self.bundle.plan.unified:
+                raise UserError(
+                    f"--link is for KV between two stages, and {self.text} is one model for both; leave it out"
+                )
             require("serve", CheckContext(serve_python=self.serve_python))
             self.described()
 

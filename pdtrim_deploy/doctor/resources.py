@@ -17,7 +17,8 @@ from pdtrim_deploy.models.quantized import with_quantization
 from pdtrim_deploy.models.shape import config_of
 from pdtrim_deploy.models.weights import ModelSizes
 from pdtrim_deploy.pipeline.limits import fit_build, highest
-from pdtrim_deploy.pipeline.step_costs import StepCost, step_costs
+from pdtrim_deploy.pipeline.step_cost import StepCost
+from pdtrim_deploy.pipeline.step_costs import step_costs
 from pdtrim_deploy.plan.wire import ITEM_BYTES
 from pdtrim_deploy.recipe import Recipe
 from pdtrim_deploy.serving.environment import gpu_count

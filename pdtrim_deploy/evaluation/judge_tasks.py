@@ -12,14 +12,14 @@ from pdtrim_deploy.evaluation.lm_harness import Harness
 from pdtrim_deploy.evaluation.measured import Measured
 from pdtrim_deploy.evaluation.quality import source_of
 from pdtrim_deploy.evaluation.recovery import Recovery, check_gate
+from pdtrim_deploy.evaluation.stage_models import oracle_of
 from pdtrim_deploy.evaluation.task_report import TaskFigures, TasksReport
 from pdtrim_deploy.evaluation.tasks.base import KV_TOKENS, Setting
 from pdtrim_deploy.evaluation.tasks.registry import check, prepare
-from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
 from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.local.compute import ON_CPU, Compute
 from pdtrim_deploy.models.oracle import PDOracle
-from pdtrim_deploy.plan import STAGES, PDPlan
+from pdtrim_deploy.plan import PDPlan
 from pdtrim_deploy.recipe import EvaluationSection
 
 
@@ -59,7 +59,7 @@ def judge_tasks(
     section, dtype, plan = section or bundle.recipe.evaluation, bundle.recipe.model.dtype, bundle.plan
     compute = ON_CPU.fast(dtype) if compute is None else compute
     source = source_of(bundle, cache, note)
-    compute = fit_judging(([bundle.prefill_dir, bundle.decode_dir], [source.path]), KV_TOKENS, compute)
+    compute = fit_judging((bundle.checkpoints, [source.path]), KV_TOKENS, compute)
     corpus = corpora.load(section.corpus, cache, note)
     model = load_to_compute("dense", source.path, dtype, note, compute)
     whole = PDOracle(model, model, PDPlan.dense(plan.model))
@@ -82,9 +82,7 @@ def judge_tasks(
     for result in dense:
         check_gate(result, bundle.recipe.quality)
     del model, whole, setting
-    prefill, decode = (load_to_compute(stage, bundle.stage_dir(stage), dtype, note, compute) for stage in STAGES)
-    stages = PDOracle(prefill, decode, plan, KeyOffsets.read(bundle.prefill_dir, plan))
-    pd = measured("PD", stages)
+    pd = measured("PD", oracle_of(bundle, note, compute))
     return TasksReport(
         plan_digest=plan.digest,
         corpus=section.corpus,

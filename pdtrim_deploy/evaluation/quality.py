@@ -14,7 +14,7 @@ from pdtrim_deploy.evaluation.limits import STREAMED_KV, fit_judging
 from pdtrim_deploy.evaluation.measured import Measured
 from pdtrim_deploy.evaluation.perplexity import BATCH, Perplexity, pd_perplexity
 from pdtrim_deploy.evaluation.recovery import Recovery
-from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
+from pdtrim_deploy.evaluation.stage_models import oracle_of
 from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.local.compute import ON_CPU, Compute
 from pdtrim_deploy.models.oracle import PDOracle
@@ -100,8 +100,9 @@ def judge_bundle(
     section, dtype, plan = section or bundle.recipe.evaluation, bundle.recipe.model.dtype, bundle.plan
     compute = ON_CPU.fast(dtype) if compute is None else compute
     source = source_of(bundle, cache, note)
-    models = ([bundle.prefill_dir, bundle.decode_dir], [source.path])
-    compute = fit_judging(models, BATCH * (section.prompt_tokens + section.continuation_tokens), compute)
+    compute = fit_judging(
+        (bundle.checkpoints, [source.path]), BATCH * (section.prompt_tokens + section.continuation_tokens), compute
+    )
     corpus = corpora.load(section.corpus, cache, note)
     ids = corpora.sequences(
         corpus.split("final"),
@@ -117,10 +118,7 @@ def judge_bundle(
             oracle, ids, section.prompt_tokens, progress=lambda line: note(f"{name} {line}"), kv_bytes=kv_bytes
         )
 
-    folders = (bundle.prefill_dir, bundle.decode_dir)
-    stages = [load_to_compute(folder.name, folder, dtype, note, compute) for folder in folders]
-    pd = score("PD", PDOracle(stages[0], stages[1], plan, KeyOffsets.read(bundle.prefill_dir, plan)))
-    del stages
+    pd = score("PD", oracle_of(bundle, note, compute))
     whole = load_to_compute("dense", source.path, dtype, note, compute)
     dense = score("dense", PDOracle(whole, whole, PDPlan.dense(plan.model)))
     return Quality(

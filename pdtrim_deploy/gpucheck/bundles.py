@@ -23,17 +23,21 @@ def tiny_bundle(
     size: tiny.Size = tiny.Size(),  # noqa: B008
     architecture: str = "LlamaForCausalLM",
     fp8: str | None = None,
+    dtype: str = "float16",
     **more: Any,
 ) -> Bundle:
     """A bundle of a random model and text of its own; `fp8` is a format of tiny_fp8.FP8 that its weights are in.
 
-    float16, since its roundings are an eighth of bfloat16's: behind those, one wrong row of a random model is not seen.
+    float16 where nothing depends on it, since its roundings are an eighth of bfloat16's: behind those, one wrong row of
+    a random model is not seen.
     """
     folder.mkdir(exist_ok=True)
     model = tiny.save(folder / "model", size, architecture)
     if fp8 is not None:
         to_fp8(model, fp8)
-    build(tiny_recipe(folder, model, kv=dict(kv), **more), folder / "bundle", Cache(folder / "cache"), print)
+    recipe = tiny_recipe(folder, model, kv=dict(kv), **more)
+    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"dtype": dtype})})
+    build(recipe, folder / "bundle", Cache(folder / "cache"), print)
     return Bundle.open(folder / "bundle")
 
 

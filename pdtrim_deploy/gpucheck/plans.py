@@ -22,17 +22,21 @@ NO_PREFILL_GRAPHS = ("--cuda-graph-backend-prefill", "disabled")
 
 
 def smollm2_checks(serve: Path, folder: Path, pair: Pair | None = None) -> list[Check]:
-    """SmolLM2 pruned and quantised, against the oracle; from the cache of models."""
+    """SmolLM2 pruned and quantised, on a GPU in bfloat16, against the oracle; from the cache of models."""
+    pair = pair or Pair(serve)
 
     def bundle() -> Bundle:
         os.environ["HF_HUB_OFFLINE"] = "1"
         try:
-            recipe = Recipe.load(RECIPES / "smollm2-quick.yaml").model_copy(update={"targets": TargetsSection()})
+            recipe = Recipe.load(RECIPES / "smollm2-quick.yaml")
+            dtype = "bfloat16" if pair.device == "cuda" else recipe.model.dtype
+            model = recipe.model.model_copy(update={"dtype": dtype})
+            recipe = recipe.model_copy(update={"targets": TargetsSection(), "model": model})
             return build(recipe, folder / "bundle", Cache.default(), print)
         except (UserError, OSError) as error:
             raise NotHere(f"the model or its text is not here: {sentence(error)}") from None
 
-    return [fidelity_check("SmolLM2", bundle, pair or Pair(serve))]
+    return [fidelity_check("SmolLM2", bundle, pair)]
 
 
 def plan_checks(serve: Path, folder: Path, pair: Pair | None = None) -> list[Check]:
@@ -45,12 +49,16 @@ def plan_checks(serve: Path, folder: Path, pair: Pair | None = None) -> list[Che
     offsets = lazily(folder / "offsets", {**CUT, "wire_dtype": "int4"})
     experts = {"method": "cosine", "prefill_blocks": 1, "decode_blocks": 2, "experts": {"prefill": 3, "decode": 2}}
     mixture = lazily(folder / "mixture", CUT, architecture=tiny.MIXTURE, pruning=experts)
+    bfloat16 = lazily(folder / "bfloat16", CUT, architecture=tiny.MIXTURE, pruning={}, dtype="bfloat16")
+    float32 = lazily(folder / "float32", CUT, pruning={}, dtype="float32")
     return [
         fidelity_check("KV-only layers: prefill's graphs", kv_only, pair),
         fidelity_check("KV-only layers: no prefill graphs", kv_only, replace(pair, prefill_args=NO_PREFILL_GRAPHS)),
         fidelity_check("sublayers", sublayers, pair),
         fidelity_check("key offsets: int4", offsets, pair),
         fidelity_check("experts: fewer in each stage", mixture, pair),
+        fidelity_check("bfloat16: mixture, layers cut", bfloat16, pair),  # whose RoPE would store K and V in SGLang
+        fidelity_check("float32: layers cut", float32, pair),
     ]
 
 

@@ -1,4 +1,4 @@
-"""Pools and models that are not the usual: fp8 rows, sliding windows, latents."""
+"""Pools and models that are not the usual: fp8 rows, sliding windows, latents, states of linear attention."""
 
 from __future__ import annotations
 
@@ -56,4 +56,21 @@ def latent_checks(serve: Path, folder: Path, pair: Pair | None = None) -> list[C
             pair or Pair(serve),
         )
         for architecture, wire in product(tiny.LATENT, ("native", "int4"))
+    ]
+
+
+def state_checks(serve: Path, folder: Path, pair: Pair | None = None) -> list[Check]:
+    """Models with linear attention, whose states travel natively beside quantised rows, against the oracle."""
+    return [
+        fidelity_check(
+            f"states: {architecture.removesuffix('ForCausalLM')}, {wire}",
+            lazily(
+                folder / f"{architecture}-{wire}",
+                {"method": "none", "wire_dtype": wire},
+                architecture=architecture,
+                pruning={},
+            ),
+            pair or Pair(serve),
+        )
+        for architecture, wire in product(tiny.STATEFUL, ("native", "k4v3"))
     ]

@@ -53,6 +53,23 @@ LATENT: dict[str, dict[str, Any]] = {
 }
 """The same of models with latents; sizes of heads are DeepSeek's own, for which SGLang's backends have kernels."""
 
+STATEFUL: dict[str, dict[str, Any]] = {
+    "Qwen3NextForCausalLM": {
+        "full_attention_interval": 4, "linear_num_key_heads": 4, "linear_num_value_heads": 8,
+        "linear_key_head_dim": 128, "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4, "num_experts": 8,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 128, "shared_expert_intermediate_size": 128,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
+    },
+    "Qwen3_5ForCausalLM": {
+        "full_attention_interval": 4, "linear_num_key_heads": 4, "linear_num_value_heads": 8,
+        "linear_key_head_dim": 128, "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4,
+        "rope_parameters": {
+            "rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25, "mrope_section": [4, 2, 2],
+        },
+    },
+}  # fmt: skip
+"""The same of models with linear attention; sizes of its heads are Qwen3-Next's own."""
+
 
 def tiny_model(size: Size = Size(), seed: int = 0, architecture: str = "LlamaForCausalLM") -> Any:
     """In memory, float32, on the CPU.
@@ -64,7 +81,7 @@ def tiny_model(size: Size = Size(), seed: int = 0, architecture: str = "LlamaFor
     import transformers
 
     model_class = getattr(transformers, architecture)
-    settings = (_MIXTURES | LATENT).get(architecture, {})
+    settings = (_MIXTURES | LATENT | STATEFUL).get(architecture, {})
     if architecture in WINDOWED:
         settings = {"sliding_window": WINDOW, **WINDOWED[architecture]}
     config = model_class.config_class(
@@ -74,7 +91,11 @@ def tiny_model(size: Size = Size(), seed: int = 0, architecture: str = "LlamaFor
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return model_class(config).eval()
+        model = model_class(config).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("sinks"):  # SGLang holds them in bfloat16, whatever the model's dtype
+            parameter.data = parameter.data.bfloat16().float()
+    return model
 
 
 def save(folder: Path, size: Size = Size(), architecture: str = "LlamaForCausalLM") -> Path:

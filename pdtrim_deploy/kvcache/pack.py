@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pdtrim_deploy.kvcache import torch_pack
+from pdtrim_deploy.kvcache.checksum import checksum
 from pdtrim_deploy.kvcache.cpu import library as cpu
 from pdtrim_deploy.kvcache.cpu import move as cpu_move
 from pdtrim_deploy.kvcache.gpu import library as gpu
@@ -126,6 +127,7 @@ def prepare(
     for start, stop in ((0, tokens), (middle, middle + 1)):  # in a prompt's middle whole layers travel alone
         layout = chunk_layout(plan, tokens, start, stop, pool.shape[1])
         packed = pack(layout, of_k, of_v, slots[start:stop], offsets=offsets)
+        checksum(packed)  # of slots in a GPU's memory
         unpack(layout, packed, of_k, of_v, slots[start:stop], offsets)
 
 

@@ -84,14 +84,15 @@ class WorkerFigures(BaseModel):
 
 @dataclass(frozen=True)
 class Workers:
-    """The /metrics URLs of all workers of a pair."""
+    """The /metrics URLs of all workers; `transfers`: KV goes from some of them to others."""
 
     urls: tuple[str, ...]
+    transfers: bool = True
 
     @classmethod
     def of(cls, cluster: Cluster) -> Workers:
         """The workers of a running cluster."""
-        return cls(tuple(worker.metrics_url for worker in cluster.workers))
+        return cls(tuple(worker.metrics_url for worker in cluster.workers), transfers=not cluster.spec.unified)
 
     def read(self) -> Mapping[Key, float]:
         """The current value of every counter, summed over the workers.
@@ -123,7 +124,7 @@ class Workers:
         deadline = time.monotonic() + SETTLE_S
         while True:
             added = {key: value - before.get(key, 0.0) for key, value in self.read().items()}
-            if _transfers(added) >= ended_well or time.monotonic() > deadline:
+            if not self.transfers or _transfers(added) >= ended_well or time.monotonic() > deadline:
                 return added
             time.sleep(0.2)
 

@@ -13,10 +13,10 @@ from pdtrim_deploy.manifests.options import (
     ROUTER_ARGUMENTS,
     ROUTER_PORT,
     SECRET_KEY,
-    WORKER_ENVIRONMENT,
     Options,
     Served,
     worker_arguments,
+    worker_environment,
 )
 from pdtrim_deploy.plan import STAGES, Stage
 
@@ -64,7 +64,7 @@ def _worker(served: Served, options: Options, stage: Stage, first_gpu: int) -> d
     return {
         **_basics(options),
         "command": [word.replace("$", "$$") for word in worker_arguments(served, options, stage)],  # no variables
-        "environment": dict(WORKER_ENVIRONMENT),
+        "environment": worker_environment(served),
         "volumes": [{"type": "bind", "source": options.bundle.place, "target": BUNDLE_MOUNT, "read_only": True}],
         "secrets": [SECRET_KEY],
         "shm_size": "8gb",

@@ -19,10 +19,10 @@ from pdtrim_deploy.manifests.options import (
     SECRET_FOLDER,
     SECRET_KEY,
     USER_ID,
-    WORKER_ENVIRONMENT,
     Options,
     Served,
     worker_arguments,
+    worker_environment,
 )
 from pdtrim_deploy.plan import STAGES, Stage
 
@@ -65,7 +65,7 @@ def _worker(served: Served, options: Options, stage: Stage) -> list[Manifest]:
         "image": options.image,
         "command": [word.replace("$(", "$$(") for word in worker_arguments(served, options, stage)],  # no variables
         "env": [
-            *({"name": key, "value": value} for key, value in WORKER_ENVIRONMENT.items()),
+            *({"name": key, "value": value} for key, value in worker_environment(served).items()),
             {"name": "SGLANG_HOST_IP", "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}},
         ],
         "ports": ports,

@@ -12,7 +12,7 @@ from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.plan import PDPlan, Stage
 from pdtrim_deploy.plan.wire import PoolDtype
 from pdtrim_deploy.serving.commands import ROUTER_HEALTH
-from pdtrim_deploy.serving.gpu_defaults import PAGE_TOKENS, attention_arguments, pool_arguments
+from pdtrim_deploy.serving.gpu_defaults import PAGE_TOKENS, attention_arguments, pool_arguments, precision_environment
 from pdtrim_deploy.serving.ranks import require_arguments
 from pdtrim_deploy.serving.transports import LIBRARIES
 from pdtrim_deploy.worker.config import ARGUMENT, WorkerConfig
@@ -157,13 +157,17 @@ def worker_arguments(served: Served, options: Options, stage: Stage) -> list[str
     flags = ["--enable-metrics"]
     if stage == "prefill":
         arguments["--disaggregation-bootstrap-port"] = BOOTSTRAP_PORT
-    arguments |= attention_arguments(stage, served.sparse) | pool_arguments(served.pool_dtype)
+    arguments |= attention_arguments(stage, served.sparse, served.dtype) | pool_arguments(served.pool_dtype)
     pairs = [str(part) for pair in arguments.items() for part in pair]
     more = options.prefill_args if stage == "prefill" else options.decode_args
     return ["python3", "-m", "sglang.launch_server", *pairs, *flags, *more]
 
 
-WORKER_ENVIRONMENT = {"SGLANG_PLUGINS": "pdtrim", "HF_HUB_OFFLINE": "1", "HOME": "/tmp"}
+def worker_environment(served: Served) -> dict[str, str]:
+    """Of a worker's container."""
+    return {"SGLANG_PLUGINS": "pdtrim", "HF_HUB_OFFLINE": "1", "HOME": "/tmp"} | precision_environment(served.dtype)
+
+
 ROUTER_ARGUMENTS = [
     "python3", "-m", "sglang_router.launch_router", "--pd-disaggregation",
     "--host", "0.0.0.0", "--port", str(ROUTER_PORT),

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from pdtrim_deploy.models.latents import keeps_latents, latent_cache
+from pdtrim_deploy.models.layer_kv import LayerKV, Ranges, Span
+from pdtrim_deploy.models.linear_attention import keeps_state, run_layer
 from pdtrim_deploy.models.placement import device_of
 from pdtrim_deploy.models.sublayers import has_attention
 from pdtrim_deploy.models.vocabulary import in_pieces, token_logprobs
@@ -27,88 +28,15 @@ from pdtrim_deploy.models.vocabulary import in_pieces, token_logprobs
 CausalLM: TypeAlias = Any
 """A transformers `*ForCausalLM` built as Llama's is, in eval mode."""
 
-Angles: TypeAlias = "tuple[Tensor, ...] | Tensor"
-"""Cosines and sines of RoPE, or both as one complex tensor (DeepSeek-V2's)."""
-
-Ranges: TypeAlias = tuple[tuple[int, int], ...]
-"""Half-open ranges of absolute positions, ascending and disjoint."""
-
 _LOGITS_AT_ONCE = 1 << 24
-
-
-@dataclass
-class LayerKV:
-    """K and V that one layer holds, and where their tokens stand. Stands in for transformers' `Cache`.
-
-    `update` makes new tensors and never writes into old ones, so a prompt's K and V may be shared.
-
-    Attributes:
-        keys, values: `[batch, kv_heads, tokens, head_dim]`, K after RoPE; None when nothing is held yet. Of a layer
-            with latents (MLA) rope keys and latents, as `models/latents.py` says.
-        ranges: absolute positions of those tokens.
-        pool: dtype that rows are rounded to as they are written, before attention reads them, by torch's conversion as
-            in SGLang's fp8 pools without scales; None: as the layer computed them.
-
-    """
-
-    keys: Tensor | None = None
-    values: Tensor | None = None
-    ranges: Ranges = ()
-    pool: torch.dtype | None = None
-
-    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Append what the layer computed; called by the attention module."""
-        if self.pool is not None:
-            keys, values = (side.to(self.pool).to(side.dtype) for side in (keys, values))
-        if self.keys is None or self.values is None:
-            self.keys, self.values = keys, values
-        else:
-            self.keys = torch.cat((self.keys, keys), dim=-2)
-            self.values = torch.cat((self.values, values), dim=-2)
-        return self.keys, self.values
-
-    def fork(self) -> LayerKV:
-        """The same K and V, to be extended on its own."""
-        return LayerKV(self.keys, self.values, self.ranges, self.pool)
-
-    def move(self, device: torch.device) -> None:
-        """To the device of the layer that reads it."""
-        if self.keys is not None and self.values is not None:
-            self.keys, self.values = self.keys.to(device), self.values.to(device)
-
-
-@dataclass(frozen=True)
-class Span:
-    """Tokens `[start, stop)` of a sequence, with what every block needs to know of their positions.
-
-    With several `branches` they are as many alternatives of equal length side by side, each at `start`. `angles` are
-    those of RoPE by kind of layer, or of all layers under None.
-    """
-
-    start: int
-    stop: int
-    branches: int
-    positions: Tensor
-    angles: dict[str | None, Angles]
-    masks: dict[tuple[Ranges, int | None], Tensor] = field(default_factory=dict)
-    by_device: dict[torch.device, Span] = field(default_factory=dict, repr=False)
-
-    def to(self, device: torch.device) -> Span:
-        """The same on a device; moved once."""
-        if device == self.positions.device:
-            return self
-        if device not in self.by_device:
-            angles = {kind: _moved(part, device) for kind, part in self.angles.items()}
-            moved = Span(self.start, self.stop, self.branches, self.positions.to(device), angles)
-            self.by_device[device] = moved
-        return self.by_device[device]
 
 
 class Blockwise:
     """The modules of one model, callable one by one. Hidden states are `[batch, tokens, hidden]`.
 
     Attributes:
-        kv_layers: layers that hold K and V, ascending: all but those without attention.
+        kv_layers: layers that hold K and V, ascending: all but those without attention, or with a linear one.
+        state_layers: layers with linear attention, ascending.
 
     """
 
@@ -116,9 +44,10 @@ class Blockwise:
         self.model = model
         self.layers = list(model.model.layers)
         self.kv_layers = [at for at, layer in enumerate(self.layers) if has_attention(layer)]
+        self.state_layers = [at for at, layer in enumerate(self.layers) if keeps_state(layer)]
         self.devices = [device_of(layer) for layer in self.layers]
         self.home: torch.device = model.model.norm.weight.device
-        self.windows = [_window(layer.self_attn) for layer in self.layers]
+        self.windows = [None if keeps_state(layer) else _window(layer.self_attn) for layer in self.layers]
         self._kinds = _rope_kinds(model)
         self._embedded = getattr(model.config, "embedding_multiplier", None)  # Granite's
         self.logits_scaling = getattr(model.config, "logits_scaling", None)
@@ -156,6 +85,9 @@ class Blockwise:
         kv.move(device)
         kv.ranges = (*kv.ranges, (span.start, span.stop))
         module: Any = student or self.layers[layer]
+        if keeps_state(module):
+            out, kv.state = run_layer(module, hidden, kv.state, span.branches)
+            return out
         latents = keeps_latents(getattr(module, "self_attn", None))
         with latent_cache(module.self_attn, kv) if latents else nullcontext(kv) as cache:
             return module(
@@ -168,8 +100,8 @@ class Blockwise:
             )
 
     def by_layer(self, held: Iterable[LayerKV]) -> list[LayerKV]:
-        """What each layer reads, of what each KV layer holds; nothing where there is no attention."""
-        of_layer = dict(zip(self.kv_layers, held, strict=True))
+        """What each layer reads, of what each KV layer, then each that keeps a state, holds; others hold nothing."""
+        of_layer = dict(zip((*self.kv_layers, *self.state_layers), held, strict=True))
         return [of_layer.get(layer) or LayerKV() for layer in range(len(self.layers))]
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -228,10 +160,6 @@ def pick(logits: Tensor, targets: Tensor) -> Tensor:
     """float32 `[...]`: log-softmax of `logits[..., vocabulary]` at `targets[...]`, on the device of the logits."""
     logits, targets = logits.float(), targets.to(logits.device)
     return logits.gather(-1, targets[..., None]).squeeze(-1) - logits.logsumexp(-1)
-
-
-def _moved(angles: Angles, device: torch.device) -> Angles:
-    return angles.to(device) if isinstance(angles, Tensor) else tuple(part.to(device) for part in angles)
 
 
 def _rope_kinds(model: CausalLM) -> list[str | None]:

@@ -7,7 +7,8 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-from pdtrim_deploy.models.blockwise import Blockwise, CausalLM, LayerKV
+from pdtrim_deploy.models.blockwise import Blockwise, CausalLM
+from pdtrim_deploy.models.layer_kv import LayerKV
 
 
 @torch.no_grad()

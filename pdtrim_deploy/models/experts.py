@@ -60,8 +60,7 @@ def parameters_by_expert(family: Family, config: Mapping[str, Any], block: int) 
     if family.blocks is None or family.blocks.experts is None or family.is_dense(config, block):
         return
     names = DiskNames(family, config, block)
-    yield from family.blocks.experts.stacked
-    yield from map(names.parameter, family.expert_rows)
+    yield from dict.fromkeys((*family.blocks.experts.stacked, *map(names.parameter, family.expert_rows)))
 
 
 def routers(model: Any, block: int) -> Iterator[tuple[str, Tensor]]:

@@ -7,7 +7,8 @@ from copy import copy
 
 from torch import Tensor, nn
 
-from pdtrim_deploy.models.blockwise import Blockwise, LayerKV
+from pdtrim_deploy.models.blockwise import Blockwise
+from pdtrim_deploy.models.layer_kv import LayerKV
 
 
 class LayerRun:

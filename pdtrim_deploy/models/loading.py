@@ -119,7 +119,7 @@ def check_loads(checkpoint: Checkpoint, cache: Cache | None = None) -> None:
 
     Not every step of a build loads the model; but what is wrong with it is to be said before the first one. A model of
     which the KV alone is known is loaded and run on a few tokens, once for all builds that share the `cache`; one with
-    latents is not: its families are known, and its attention's tensors are held to its config.
+    latents or linear attention is not: its families are known, and its attention's tensors are held to its config.
     """
     from transformers import GenerationConfig
 
@@ -132,14 +132,15 @@ def check_loads(checkpoint: Checkpoint, cache: Cache | None = None) -> None:
             GenerationConfig.from_pretrained(path, local_files_only=True)
     if checkpoint.family.blocks is None:
         check_modules(empty, str(path))
-    if checkpoint.family.blocks is None and not checkpoint.family.latents:  # these may be too large to be run here
+    known = checkpoint.family.latents or checkpoint.family.linear_attention  # these may be too large to be run here
+    if checkpoint.family.blocks is None and not known:
         _check_runs_once(checkpoint, cache)
     load_tokenizer(path)
 
 
 def _check_runs_once(checkpoint: Checkpoint, cache: Cache | None) -> None:
     def run(entry: Path | None) -> None:
-        check_runs(load_model(checkpoint.path), checkpoint.shape().vectors(), str(checkpoint.path))
+        check_runs(load_model(checkpoint.path), checkpoint.shape(), str(checkpoint.path))
 
     if cache is None:
         run(None)

@@ -2,7 +2,8 @@
 
 The prefill model runs the prompt; its KV goes through the real pack -> bytes -> unpack; the decode model
 continues at the original positions. In a sparse layer decode attends to the first, last and generated tokens, in one
-with a window to the last, in a full layer to all. Where pools are fp8, attention of both stages reads rows as they were
+with a window to the last, in a full layer to all; a layer with linear attention goes on from the
+state that prefill has left. Where pools are fp8, attention of both stages reads rows as they were
 rounded, its own tokens' among them, and queries are not rounded: so do SGLang's torch_native, and its Triton in decode.
 The oracle is the judge of pruning, and the reference that served logprobs must match.
 """
@@ -18,8 +19,11 @@ from torch import Tensor
 from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
 from pdtrim_deploy.kvcache.layout import chunk_layout
 from pdtrim_deploy.kvcache.pack import pack, unpack
-from pdtrim_deploy.models.blockwise import Blockwise, CausalLM, LayerKV
+from pdtrim_deploy.models.blockwise import Blockwise, CausalLM
+from pdtrim_deploy.models.layer_kv import LayerKV
 from pdtrim_deploy.models.layer_run import LayerRun
+from pdtrim_deploy.models.linear_attention import State, from_pool
+from pdtrim_deploy.models.linear_attention import to_pool as state_to_pool
 from pdtrim_deploy.models.pd_run import continuation_logprobs
 from pdtrim_deploy.models.sublayers import skip_sublayers
 from pdtrim_deploy.plan import STAGES, KVSend, PDPlan
@@ -34,6 +38,7 @@ class PrefillState:
             `plan.model.vectors` says), the pool's dtype, all on the device of the LM head; token `t` of prompt `b` lies
             in slot `b * tokens + t`.
         logits: `[batch, vocabulary]` after the last prompt token.
+        states: of each layer with linear attention what SGLang's pool holds of it, as `linear_attention.to_pool` says.
 
     """
 
@@ -42,12 +47,14 @@ class PrefillState:
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
     logits: Tensor
+    states: tuple[State, ...] = ()
 
     def sequence(self, at: int) -> PrefillState:
         """That of prompt `at` alone; shares memory."""
         slots = slice(at * self.tokens, (at + 1) * self.tokens)
         keys, values = (tuple(pool[slots] for pool in pools) for pools in (self.keys, self.values))
-        return PrefillState(1, self.tokens, keys, values, self.logits[at : at + 1])
+        states = tuple((conv[at : at + 1], recurrent[at : at + 1]) for conv, recurrent in self.states)
+        return PrefillState(1, self.tokens, keys, values, self.logits[at : at + 1], states)
 
 
 class PDOracle:
@@ -117,23 +124,30 @@ class PDOracle:
         """`prefill` of each of `parts`, to the bit; all go through a block before any goes through the next."""
         dtype, home = getattr(torch, self.plan.model.row_dtype), self._prefill.home
         pools: list[list[tuple[Tensor, Tensor]]] = [[] for _ in parts]
+        kept: list[list[State]] = [[] for _ in parts]
         run = LayerRun(self._prefill, parts)
         while run.running:
             kvs = [LayerKV(pool=self.fp8_pool) for _ in parts]
             run.advance(kvs)
-            for pool, kv in zip(pools, kvs, strict=True):
+            for pool, states, kv in zip(pools, kept, kvs, strict=True):
+                if kv.state is not None and self.plan.model.states is not None:
+                    states.append(state_to_pool(kv.state, self.plan.model.states, home))
                 if kv.keys is not None and kv.values is not None:
                     pool.append((to_pool(kv.keys, dtype, home), to_pool(kv.values, dtype, home)))
-        states = []
-        for prompts, pool, hidden in zip(parts, pools, run.states, strict=True):
+        left = []
+        for prompts, pool, states, hidden in zip(parts, pools, kept, run.states, strict=True):
             keys, values = zip(*pool, strict=True)
+            logits = self._prefill.logits(hidden[:, -1])
             batch, tokens = prompts.shape
-            states.append(PrefillState(batch, tokens, keys, values, self._prefill.logits(hidden[:, -1])))
-        return states
+            left.append(PrefillState(batch, tokens, keys, values, logits, tuple(states)))
+        return left
 
     @torch.no_grad()
     def hand_over(self, state: PrefillState) -> list[LayerKV]:
-        """What each KV layer of decode holds after the transfer: exactly the rows that were sent."""
+        """What each KV layer of decode holds after the transfer: exactly the rows that were sent.
+
+        Behind them stands what each layer with linear attention holds.
+        """
         keys, values = (
             [torch.full_like(pools[source], torch.nan) for source in self.plan.layer_map]  # a row not sent shows
             for pools in (state.keys, state.values)
@@ -147,7 +161,7 @@ class PDOracle:
             ranges = send.row_ranges(state.tokens)
             rows_k, rows_v = (_rows(side, state.batch, ranges, dtype) for side in (k, v))
             held.append(LayerKV(rows_k, rows_v, ranges, pool))
-        return held
+        return held + [LayerKV(state=from_pool(kept, dtype)) for kept in state.states]
 
     @torch.no_grad()
     def extend(self, ids: Tensor, start: int, held: list[LayerKV], branches: int = 1) -> Tensor:

@@ -10,6 +10,7 @@ _OUTPUTS = (
     "mlp.down_proj.weight",
     "mlp.down_proj.bias",
     "mlp.experts.down_proj",
+    "mlp.experts.down_proj_bias",
     "mlp.shared_experts.down_proj.weight",
 )
 

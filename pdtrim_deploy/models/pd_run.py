@@ -8,7 +8,8 @@ from copy import copy
 import torch
 from torch import Tensor
 
-from pdtrim_deploy.models.blockwise import Blockwise, LayerKV, pick
+from pdtrim_deploy.models.blockwise import Blockwise, pick
+from pdtrim_deploy.models.layer_kv import LayerKV
 from pdtrim_deploy.models.layer_run import LayerRun
 
 

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 
 from pdtrim_deploy.errors import UserError
-from pdtrim_deploy.models.blockwise import Blockwise, LayerKV
-from pdtrim_deploy.plan.wire import Vectors
+from pdtrim_deploy.models.blockwise import Blockwise
+from pdtrim_deploy.models.layer_kv import LayerKV
+from pdtrim_deploy.models.linear_attention import State, to_pool
+from pdtrim_deploy.plan import LinearStates, ModelShape
 
 MODULES = ("model.embed_tokens", "model.layers", "model.norm", "model.rotary_emb", "lm_head")
 PROMPT, TOKENS = 9, 14
@@ -32,8 +34,8 @@ def check_modules(model: Any, where: str) -> None:
 
 
 @torch.no_grad()
-def check_runs(model: Any, vectors: tuple[Vectors, Vectors], where: str) -> None:
-    """Raise UserError where blocks one by one are not the model, or a token's K and V in a block not `vectors`."""
+def check_runs(model: Any, shape: ModelShape, where: str) -> None:
+    """Raise UserError where blocks one by one are not the model, or hold other K and V, or states, than `shape`'s."""
     refused = f"{where}: architecture {type(model).__name__} is not supported"
     ids = torch.arange(3, 3 + TOKENS)[None] % model.config.vocab_size
     try:
@@ -42,7 +44,11 @@ def check_runs(model: Any, vectors: tuple[Vectors, Vectors], where: str) -> None
     except Exception as error:  # whatever its modules raise when they are called as Llama's
         reason = str(error).partition("\n")[0]
         raise UserError(f"{refused}: its blocks do not run one by one ({type(error).__name__}: {reason})") from error
+    vectors, states = shape.vectors(), shape.states
     for layer, kv in enumerate(held):
+        if states is not None and layer in states.blocks and kv.state is not None:
+            _check_state(kv.state, states, f"{refused}: layer {layer}")
+            continue
         shapes = [tuple(side.shape) if side is not None else () for side in (kv.keys, kv.values)]
         if shapes != [(1, heads, TOKENS, dim) for heads, dim in vectors]:
             sizes = dict.fromkeys(f"{heads} heads x {dim}" for heads, dim in vectors)
@@ -55,6 +61,15 @@ def check_runs(model: Any, vectors: tuple[Vectors, Vectors], where: str) -> None
         raise UserError(
             f"{refused}: run block by block its logits differ by {apart:.1g} of the largest from those of its own "
             "forward pass, which does more between blocks than Llama's"
+        )
+
+
+def _check_state(state: State, states: LinearStates, refused: str) -> None:
+    conv, recurrent = (tuple(side.shape[1:]) for side in to_pool(state, states, state[0].device))
+    if (conv, recurrent) != (states.conv_shape(), states.recurrent_shape()):
+        raise UserError(
+            f"{refused} keeps a state of {conv} and {recurrent}, by config.json of {states.conv_shape()} and "
+            f"{states.recurrent_shape()}"
         )
 
 

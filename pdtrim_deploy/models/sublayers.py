@@ -39,8 +39,8 @@ class NoMLP(nn.Module):
 
 
 def has_attention(layer: nn.Module) -> bool:
-    """Whether a decoder layer holds K and V."""
-    return not isinstance(layer.self_attn, NoAttention)
+    """Whether a decoder layer holds K and V; one with linear attention has no `self_attn`."""
+    return not isinstance(getattr(layer, "self_attn", None), NoAttention | None)
 
 
 def has_mlp(layer: nn.Module) -> bool:

@@ -49,6 +49,7 @@ class ModelSizes:
         """`config` is config.json's."""
         hidden, inner, vocabulary = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
         blocks, (attention, kv_width) = config["num_hidden_layers"], _attention(config)
+        attentions = _attentions(config, attention)
         mlps = [_mlp(config, block) for block in range(blocks)]
         experts = _experts(config)
         active = attention + mlps[-1] - (experts.each * (experts.count - experts.top_k) if experts else 0)
@@ -64,7 +65,7 @@ class ModelSizes:
             expert_width=experts.each // (3 * hidden) if experts else inner,
             expert_tokens=experts.top_k / experts.count if experts else 1.0,
             ends=ends,
-            total=blocks * attention + sum(mlps) + ends,
+            total=attentions + sum(mlps) + ends,
         )
 
     @property
@@ -105,9 +106,20 @@ def _attention(config: Mapping[str, Any]) -> tuple[int, int]:
     """Weights of a block's attention, and `kv_width`."""
     heads, kv_heads, head = attention_sizes(config)
     if (latents := latent_sizes(config)) is None:
-        return 2 * config["hidden_size"] * head * (heads + kv_heads), kv_heads * head
+        gates = heads if known_family((config.get("architectures") or [""])[0]).linear_attention else 0  # of its output
+        return config["hidden_size"] * head * (2 * (heads + kv_heads) + gates), kv_heads * head
     weights = sum(prod(shape) for shape in attention_tensors(config).values() if len(shape) > 1)
     return weights, (latents.latent + latents.rope) // 2
+
+
+def _attentions(config: Mapping[str, Any], attention: int) -> int:
+    """Weights of all blocks' attentions, of which one that attends to all tokens has so many."""
+    blocks = config["num_hidden_layers"]
+    linear = known_family((config.get("architectures") or [""])[0]).linear_attention
+    if linear is None:
+        return int(blocks * attention)
+    others = len(linear.states(config).blocks)
+    return int((blocks - others) * attention + others * linear.linear_weights(config))
 
 
 def _mlp(config: Mapping[str, Any], block: int) -> int:
@@ -117,7 +129,9 @@ def _mlp(config: Mapping[str, Any], block: int) -> int:
         experts = _experts_by_name(config)
         if experts is None or block < (config.get("first_k_dense_replace") or 0):
             return int(3 * hidden * config["intermediate_size"])
-        return experts.each * (experts.count + (config.get("n_shared_experts") or 0)) + hidden * experts.count
+        shared = experts.each * (config.get("n_shared_experts") or 0)
+        shared += 3 * hidden * (config.get("shared_expert_intermediate_size") or 0)
+        return experts.each * experts.count + shared + hidden * experts.count
     tensors = family.block_tensors(config, block).items()
     return sum(prod(shape) for name, shape in tensors if not name.startswith("self_attn.") and len(shape) > 1)
 
@@ -152,6 +166,8 @@ def _experts_by_name(config: Mapping[str, Any]) -> _Experts | None:
 def one_expert(config: Mapping[str, Any], block: int) -> int:
     """Weights of one expert."""
     family = known_family((config.get("architectures") or [""])[0])
-    experts = family.blocks.experts.tensors if family.blocks and family.blocks.experts else {}
-    first = {name.replace(EXPERT, "0") for name in experts if EXPERT in name}
-    return sum(prod(shape) for name, shape in family.block_tensors(config, block).items() if name in first)
+    experts = family.blocks.experts if family.blocks else None
+    parts = {name for names in experts.stacked.values() for name in names} if experts else set()
+    tensors = family.block_tensors(config, block)
+    shapes = [tensors[name.replace(EXPERT, "0")][EXPERT not in name :] for name in parts]
+    return sum(map(prod, shapes))

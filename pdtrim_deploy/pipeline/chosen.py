@@ -16,7 +16,8 @@ def chosen_blocks(context: Context) -> PDPlan:
     """What each stage runs, with all experts."""
     report, shape = json.loads((context.out / PRUNING).read_text()), context.shape
     prefill, decode = (Solution.parse(report[stage]) for stage in STAGES)
-    return PDPlan.uncut(shape, prefill.actions(shape.num_blocks), decode.actions(shape.num_blocks))
+    plan = PDPlan.uncut(shape, prefill.actions(shape.num_blocks), decode.actions(shape.num_blocks))
+    return plan.with_parts(unified=context.recipe.stages == "unified")
 
 
 def chosen(context: Context) -> PDPlan:

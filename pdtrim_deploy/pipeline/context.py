@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pdtrim_deploy.bundle import PLAN, write_atomic
+from pdtrim_deploy.local.allocator import give_back
 from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.local.compute import ON_CPU, Compute
 from pdtrim_deploy.local.paths import expanded
@@ -68,7 +68,7 @@ class Context:
     def forget_model(self) -> None:
         """Give its memory back, where it was loaded; whoever asks for it again loads it again."""
         if vars(self).pop("model", None) is not None:
-            gc.collect()  # a model's modules refer to one another
+            give_back()  # a model's modules refer to one another
 
     @property
     def blocks_in_memory(self) -> int | None:

@@ -51,6 +51,11 @@ def check_family(recipe: Recipe, family: Family) -> None:
             f"recipe {recipe.name}: kv.method is {recipe.kv.method}, but of {family.architecture}, which keeps latents "
             "(MLA), all rows travel; allowed: none, with kv.wire_dtype int8, int4 or int3"
         )
+    if family.linear_attention and recipe.kv.method != "none":
+        raise UserError(
+            f"recipe {recipe.name}: kv.method is {recipe.kv.method}, but of {family.architecture}, whose other layers "
+            "keep a state, all rows of KV travel; allowed: none, with any kv.wire_dtype"
+        )
     for key, value, neutral, feature in (*_of_target(recipe), *_requests(recipe)):
         if family.blocks is None:
             raise UserError(

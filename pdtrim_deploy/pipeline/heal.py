@@ -79,7 +79,8 @@ def changed(context: Context) -> Changed:
     from pdtrim_deploy.models.block_tensors import read_blocks
 
     folder = _entry(context, json.loads((context.out / HEALING).read_text())["weights"])
-    return {stage: read_blocks(folder / f"{stage}.safetensors") for stage in STAGES}
+    tensors = {stage: read_blocks(folder / f"{stage}.safetensors") for stage in _mended_stages(context)}
+    return {stage: tensors.get(stage, tensors["prefill"]) for stage in STAGES}
 
 
 def weights(context: Context) -> str | None:
@@ -118,7 +119,7 @@ def _entry(context: Context, key: str) -> Path:
         from pdtrim_deploy.models.block_tensors import save_blocks
 
         pair, report = _make(context, key)
-        for stage in STAGES:
+        for stage in _mended_stages(context):
             save_blocks(pair.changed.get(stage, {}), folder / f"{stage}.safetensors")
         (folder / "report.json").write_text(json.dumps(report, indent=2))
 
@@ -126,6 +127,11 @@ def _entry(context: Context, key: str) -> Path:
     for stage in STAGES:
         training_file(context, stage).unlink(missing_ok=True)
     return entry
+
+
+def _mended_stages(context: Context) -> tuple[Stage, ...]:
+    """Stages whose weights this step makes: one model is mended as prefill is, over whole texts."""
+    return ("prefill",) if context.recipe.stages == "unified" else STAGES
 
 
 def training_file(context: Context, name: str) -> Path:
@@ -138,7 +144,7 @@ def _make(context: Context, key: str) -> tuple[StagePair, dict[str, Any]]:
 
     K and V of blocks that are there for them alone are fitted again once prefill's hidden states are what they will be.
     """
-    from pdtrim_deploy.pruning.compensation import get_compensation
+    from pdtrim_deploy.pruning.compensation import FitRules, get_compensation
     from pdtrim_deploy.pruning.healing import StateFile
     from pdtrim_deploy.pruning.healing import heal as train
     from pdtrim_deploy.pruning.kv_only import fit, fit_kv_only, make_kv_only
@@ -152,12 +158,13 @@ def _make(context: Context, key: str) -> tuple[StagePair, dict[str, Any]]:
     elif context.recipe.target is not None and (alone := kv_only_blocks(context)):
         pair = fit_kv_only(pair, alone, ids, context.note)
     report["kv_only_blocks"] = [pair.plan.prefill_layers[layer] for layer in pair.plan.kv_only_layers]
-    for stage in STAGES:
+    for stage in _mended_stages(context):
         blocks_lost = any(action.kind != "keep" for action in pair.plan.actions(stage))
         if not blocks_lost and not pair.plan.kept_experts(stage):
             continue  # nothing was lost
         if blocks_lost and section.compensation != "none" and _helps(context, pair, stage, ids, report):
-            pair = get_compensation(section.compensation).compensate(pair, stage, ids, context.note)
+            mend = get_compensation(section.compensation, FitRules.of(section)).compensate
+            pair = mend(pair, stage, ids, context.note)
         if section.steps_of(stage):
             file = StateFile(training_file(context, stage), key)
             if stage == "prefill" and file.load() is None:

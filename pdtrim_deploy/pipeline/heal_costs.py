@@ -18,11 +18,13 @@ def heal_flops(recipe: Recipe, sizes: ModelSizes) -> float:
     """Likely operations of compensation and KV-only blocks (`training_costs`: of training)."""
     pruning, healing = recipe.pruning, recipe.healing
     tokens, flops = healing.sequences * healing.length, 0.0
-    stages = ((pruning.prefill_blocks, pruning.prefill_loses), (pruning.decode_blocks, pruning.decode_loses))
-    for removed, lost in stages:
+    stages = [(pruning.prefill_blocks, pruning.prefill_loses), (pruning.decode_blocks, pruning.decode_loses)]
+    for removed, lost in stages[:1] if recipe.stages == "unified" else stages:
         if lost and healing.compensation != "none":
             flops += 2 * sizes.active * tokens * (sizes.blocks + 3 * (sizes.blocks - removed))
             flops += sizes.fit_flops * tokens * lost if healing.compensation == "least-squares" else 0
+    if healing.prompt_share and pruning.decode_loses:  # decode reads the prompts too
+        flops += 2 * sizes.active * tokens * (sizes.blocks - pruning.decode_blocks)
     if healing.kv_only_blocks:  # the pair without each candidate, from it to the end
         flops += sizes.active * tokens * sizes.blocks * (sizes.blocks + 1)
     if recipe.target is not None:  # K and V of blocks that it may leave for these alone, behind both models

@@ -9,7 +9,8 @@ from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.local.compute import Compute
 from pdtrim_deploy.models.footprint import Peak, can_stream, choose_limits, gb
 from pdtrim_deploy.models.weights import ModelSizes
-from pdtrim_deploy.pipeline.step_costs import StepCost, step_costs
+from pdtrim_deploy.pipeline.step_cost import StepCost
+from pdtrim_deploy.pipeline.step_costs import step_costs
 from pdtrim_deploy.recipe import Recipe
 from pdtrim_deploy.recipe.kv_cost import STATES
 

@@ -1,4 +1,4 @@
-"""The README.md of each stage checkpoint: what it was made from, what it lacks, what that cost, how to serve it.
+"""The README.md of each checkpoint: what it was made from, what it lacks, what that cost, how to serve it.
 
 Cards are not sealed: `pdtrim-deploy eval` writes the measured loss into them.
 """
@@ -16,7 +16,7 @@ from pdtrim_deploy.bundle import CARD, REPORTS, write_atomic
 from pdtrim_deploy.bundle.recoveries import HEAD, keep_recoveries, recoveries
 from pdtrim_deploy.models.provenance import Provenance
 from pdtrim_deploy.pipeline import model_card_parts as parts
-from pdtrim_deploy.plan import STAGES, PDPlan, Stage
+from pdtrim_deploy.plan import STAGES, UNIFIED, PDPlan, Stage
 from pdtrim_deploy.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -25,19 +25,28 @@ if TYPE_CHECKING:
 BEGIN, END = "<!-- loss:begin -->", "<!-- loss:end -->"
 TABLE = ("<!-- recovery:begin -->", "<!-- recovery:end -->")
 NOT_MEASURED = "Not measured yet: run `pdtrim-deploy eval` on the bundle."
+SECRET = (
+    "SECRET is a file that all workers of the pair are given; `openssl rand -hex 32` makes one. On a cluster: "
+    "`pdtrim-deploy deploy render BUNDLE`."
+)
 AGAIN = """pdtrim-deploy build BUNDLE/recipe.yaml --out AGAIN
 pdtrim-deploy eval BUNDLE
 pdtrim-deploy verify BUNDLE"""
 
 
-def write_cards(out: Path, plan: PDPlan, recipe: Recipe, base: Provenance, healed: parts.Healed) -> None:
-    """A card for each stage checkpoint of the bundle at `out`; `healed` is what `pipeline.heal_kv.healed` says."""
-    for stage in STAGES:
-        write_atomic(out / stage / CARD, card(plan, recipe, stage, base, healed))
+def write_cards(
+    out: Path, plan: PDPlan, recipe: Recipe, base: Provenance, healed: parts.Healed, short: str | None = None
+) -> None:
+    """A card for each checkpoint of the bundle at `out`.
+
+    `healed` is what `pipeline.heal_kv.healed` says, `short` what `pipeline.fit_tokens` does of text that is too short.
+    """
+    for folder, stage in plan.checkpoints.items():
+        write_atomic(out / folder / CARD, card(plan, recipe, stage, base, healed, short))
 
 
 def refresh_cards(bundle: Path, quality: Quality) -> None:
-    """Put the measured loss into both cards, where there are cards."""
+    """Put the measured loss into all cards, where there are cards."""
     _refresh(bundle, (BEGIN, END), measured(quality))
 
 
@@ -50,9 +59,9 @@ def refresh_recoveries(bundle: Path, plan_digest: str, gates: Mapping[str, float
 
 
 def _refresh(bundle: Path, marks: tuple[str, str], text: str) -> None:
-    """Put `text` between the marks of both cards."""
-    for stage in STAGES:
-        path = bundle / stage / CARD
+    """Put `text` between the marks of all cards."""
+    for folder in (*STAGES, UNIFIED):
+        path = bundle / folder / CARD
         if path.is_file():
             before, begin, rest = path.read_text().partition(marks[0])
             _, end, after = rest.partition(marks[1])
@@ -60,23 +69,25 @@ def _refresh(bundle: Path, marks: tuple[str, str], text: str) -> None:
                 write_atomic(path, f"{before}{begin}\n{text}\n{end}{after}")
 
 
-def card(plan: PDPlan, recipe: Recipe, stage: Stage, base: Provenance, healed: parts.Healed) -> str:
+def card(
+    plan: PDPlan, recipe: Recipe, stage: Stage, base: Provenance, healed: parts.Healed, short: str | None = None
+) -> str:
     """The card's text."""
     front: dict[str, Any] = {"base_model": base.hub_name} if base.hub_name else {}
     front |= base.licence | {"pipeline_tag": "text-generation", "library_name": "sglang"}
-    front |= {"tags": ["pdtrim", "prefill-decode-disaggregation", stage]}
+    front |= {"tags": ["pdtrim", *([] if plan.unified else ["prefill-decode-disaggregation", stage])]}
     what = [
         f"- Base model: `{recipe.model.source}` ({plan.model.architecture}, fingerprint `{plan.model.fingerprint}`)",
         f"- Dtype: {recipe.model.dtype}",
         f"- Blocks: {parts.blocks(plan, stage)}",
         *parts.experts(plan, recipe, stage),
         *parts.changed(plan, recipe, stage, healed),
-        f"- Prompt KV from prefill to decode: {parts.kv(plan, recipe)}",
+        *([f"- Short text: {short}"] if short else []),
+        *([] if plan.unified else [f"- Prompt KV from prefill to decode: {parts.kv(plan, recipe)}"]),
     ]
     sections = [
-        f"# {recipe.name}: {stage} stage",
-        f"One half of a pair, made by pdtrim-deploy {__version__}. It answers nobody on its own: the other half stands "
-        f"beside it in the bundle, and both carry plan `{plan.digest}`.",
+        f"# {recipe.name}: {'one model for both stages' if plan.unified else f'{stage} stage'}",
+        parts.standing(plan, stage, __version__),
         "## What it is",
         "\n".join(what),
         "## What that costs",
@@ -87,10 +98,10 @@ def card(plan: PDPlan, recipe: Recipe, stage: Stage, base: Provenance, healed: p
         f"```\n{AGAIN}\n```",
         "## Serve",
         "```\npdtrim-deploy serve BUNDLE\n```",
-        "or, in your own SGLang on GPUs with pdtrim-deploy installed, behind sglang-router:",
+        "or, in your own SGLang on GPUs with pdtrim-deploy installed"
+        + (":" if plan.unified else ", behind sglang-router:"),
         f"```\n{parts.launch(plan, recipe, stage)}\n```",
-        "SECRET is a file that all workers of the pair are given; `openssl rand -hex 32` makes one. On a cluster: "
-        "`pdtrim-deploy deploy render BUNDLE`.",
+        *([] if plan.unified else [SECRET]),
         "## Licence",
         parts.licence(base),
     ]

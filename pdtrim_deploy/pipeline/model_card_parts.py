@@ -10,9 +10,29 @@ from pdtrim_deploy.models.provenance import Provenance
 from pdtrim_deploy.plan import PDPlan, Stage
 from pdtrim_deploy.recipe import CalibrationSection, Recipe
 from pdtrim_deploy.recipe.kv import FIXED_KV
-from pdtrim_deploy.serving.gpu_defaults import PAGE_TOKENS, attention_arguments, pool_arguments
+from pdtrim_deploy.serving.gpu_defaults import PAGE_TOKENS, attention_arguments, pool_arguments, precision_environment
 
 Healed = Mapping[Stage, Sequence[Mapping[str, Any]]]
+
+
+def standing(plan: PDPlan, stage: Stage, version: str) -> str:
+    """Whether the checkpoint answers on its own, and why not."""
+    if plan.unified:
+        return (
+            f"A whole model that prefills and decodes, made by pdtrim-deploy {version} with plan `{plan.digest}`. It "
+            "answers on its own, in any engine that runs its architecture."
+        )
+    text = (
+        f"One half of a pair, made by pdtrim-deploy {version}. It answers nobody on its own: the other half stands "
+        f"beside it in the bundle, and both carry plan `{plan.digest}`."
+    )
+    if stage == "prefill" or all(action.kind == "keep" for action in plan.decode):
+        return text
+    return (
+        f"{text} Its blocks were chosen, and any weights fitted, for the tokens behind a prompt that the other half "
+        "has read. Loaded as a whole model it reads prompts by itself, for which it was not made: what it loses then "
+        "can be many times what the pair loses, and says nothing about the pair."
+    )
 
 
 def blocks(plan: PDPlan, stage: Stage) -> str:
@@ -51,6 +71,8 @@ def kv(plan: PDPlan, recipe: Recipe) -> str:
     cut = f"{len(sparse)} of {len(plan.kv)} decode layers get the first and last prompt tokens alone"
     if windows := sum(send.mode == "window" for send in plan.kv):
         cut = f"{windows} get the rows that their sliding windows read, {cut}"
+    if (states := plan.model.states) is not None:
+        cut = f"{len(states.blocks)} blocks keep a state in the place of KV, sent as it is, {cut}"
     wires = Counter(plan.model.row_dtype if send.wire_dtype == "native" else send.wire_dtype for send in plan.kv)
     return (
         f"{cut}{f' (blocks {_list(sparse)})' if sparse else ''}; sent as "
@@ -133,9 +155,9 @@ def provenance(recipe: Recipe, plan: PDPlan) -> list[str]:
     if healing.kv_steps:
         length = kv.prompt_tokens + healing.length // 2
         lines.append(f"- Decode healed behind its KV on {healing.sequences} x {length} tokens of {corpus}")
-    if kv.measures_offsets and plan.model.rope_dim is None:
+    if kv.measures_offsets and plan.model.offsets_keys:
         lines.append(f"- Means of keys before RoPE measured on {kv.sequences} x {kv.prompt_tokens} tokens of {corpus}")
-    if recipe.target is not None:
+    if recipe.target is not None or plan.unified:
         return lines
     if kv.method in FIXED_KV:
         return [*lines, f"- KV chosen by rule `{kv.method}`, on no text"]
@@ -145,12 +167,21 @@ def provenance(recipe: Recipe, plan: PDPlan) -> list[str]:
 
 def launch(plan: PDPlan, recipe: Recipe, stage: Stage) -> str:
     """The stage's worker in the user's own SGLang 0.5.23, on a GPU."""
+    environment = {"SGLANG_PLUGINS": "pdtrim"} | precision_environment(recipe.model.dtype)
+    variables = " ".join(f"{name}={value}" for name, value in environment.items())
+    attention = attention_arguments(stage, any(s.mode == "sparse" for s in plan.kv), recipe.model.dtype)
+    if plan.unified:
+        options = "".join(f" {option} {value}" for option, value in attention.items())
+        return (
+            f"{variables} python -m sglang.launch_server --model-path BUNDLE/{plan.folder(stage)} "
+            f"--dtype {recipe.model.dtype}{options}"
+        )
     lines = [
-        f"SGLANG_PLUGINS=pdtrim python -m sglang.launch_server --model-path BUNDLE/{stage}",
+        f"{variables} python -m sglang.launch_server --model-path BUNDLE/{stage}",
         f"--dtype {recipe.model.dtype} --disaggregation-mode {stage} --disaggregation-transfer-backend pdtrim_tcp",
         """--json-model-override-args '{"pdtrim_secret_file": "SECRET"}'""",
     ]
-    arguments = {"--page-size": PAGE_TOKENS} | attention_arguments(stage, any(s.mode == "sparse" for s in plan.kv))
+    arguments = {"--page-size": PAGE_TOKENS} | attention
     arguments |= pool_arguments(plan.model.pool_dtype)
     lines.append(" ".join(f"{option} {value}" for option, value in arguments.items()))
     return " \\\n    ".join(lines)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -19,14 +21,19 @@ from pdtrim_deploy.models.families import family_of
 from pdtrim_deploy.models.quantized import read_quantized
 from pdtrim_deploy.models.shape import shape_of, shipped_for
 from pdtrim_deploy.models.weights import ModelSizes
-from pdtrim_deploy.pipeline.build import check_fits, done_steps, steps_of
+from pdtrim_deploy.pipeline.build_steps import done_steps, steps_of
+from pdtrim_deploy.pipeline.context import Context
 from pdtrim_deploy.pipeline.family_fit import check_experts, check_family, check_quantized
+from pdtrim_deploy.pipeline.fit_tokens import fit_sentence
 from pdtrim_deploy.pipeline.journal import Journal, refuse_strangers
 from pdtrim_deploy.pipeline.limits import fit_build
+from pdtrim_deploy.pipeline.recipe_fit import check_fits
 from pdtrim_deploy.pipeline.sealing import is_sealed
 from pdtrim_deploy.pipeline.stand_in import stand_in
-from pdtrim_deploy.pipeline.step_costs import StepCost, limited_recipe, step_costs
-from pdtrim_deploy.plan import STAGES, PDPlan, Stage
+from pdtrim_deploy.pipeline.step_cost import StepCost
+from pdtrim_deploy.pipeline.step_costs import limited_recipe, step_costs
+from pdtrim_deploy.pipeline.texts import check_files, check_texts
+from pdtrim_deploy.plan import PDPlan, Stage
 from pdtrim_deploy.plan.wire import ITEM_BYTES
 from pdtrim_deploy.pruning.cost import SearchCost, search_cost
 from pdtrim_deploy.pruning.expert_cost import ExpertCost, expert_cost
@@ -41,7 +48,7 @@ class Preview:
     """`steps` -> done already?; sizes in bytes, None while the source is not in the cache.
 
     Attributes:
-        stage_bytes: weights of each stage checkpoint.
+        stage_bytes: weights of each checkpoint, by its folder.
         planned_bytes, dense_bytes, dense_fp8_bytes: KV of one request of `prompt_tokens`: as `stand_in` has it, of the
             unpruned model from the plan's own kind of pool, and from one of fp8.
         search: what choosing the blocks costs; None when none is to be chosen, or nothing is known of the model.
@@ -51,6 +58,8 @@ class Preview:
         costs: of each step; None where nothing is known of the model.
         speed: operations a second at which this device multiplies matrices of the model's size just now.
         limits: what the allowed memory asks for, a sentence.
+        hashed: bytes a second of which this machine makes SHA-256 just now.
+        fit: whether text is too short for least squares, a sentence.
         missing: why the sizes are not known, a sentence.
 
     """
@@ -58,7 +67,7 @@ class Preview:
     recipe: Recipe
     steps: dict[str, bool]
     prompt_tokens: int
-    stage_bytes: dict[Stage, int] | None
+    stage_bytes: dict[str, int] | None
     planned_bytes: int | None
     dense_bytes: int | None
     dense_fp8_bytes: int | None
@@ -70,11 +79,13 @@ class Preview:
     costs: Mapping[str, StepCost] | None = None
     speed: float | None = None
     limits: str | None = None
+    hashed: float | None = None
+    fit: str | None = None
 
     def seconds(self, step: str) -> float | None:
         """Of a step, at `speed`; None where its operations are not known, such as those of engines."""
         cost = (self.costs or {}).get(step)
-        return None if cost is None or self.speed is None else cost.seconds(self.speed)
+        return None if cost is None or self.speed is None else cost.seconds(self.speed, self.hashed)
 
 
 def preview(recipe: Recipe, out: Path, cache: Cache, compute: Compute = ON_CPU) -> Preview:
@@ -83,11 +94,12 @@ def preview(recipe: Recipe, out: Path, cache: Cache, compute: Compute = ON_CPU) 
     Of a model whose config.json alone is here, in its folder or among the facts that we ship, the steps are priced.
 
     Raises:
-        UserError: bad source, `out` holds something else, or the recipe asks for more than the model has, or than the
-            memory that `compute` allows.
+        UserError: bad source, text that cannot be read or is too little, `out` holds something else, or the recipe asks
+            for more than the model has, or than the memory that `compute` allows.
 
     """
     refuse_strangers(out)
+    check_files(recipe, cache)
     prompt_tokens = recipe.evaluation.prompt_tokens
     try:
         checkpoint = resolve(recipe.model.source, _Peek(cache.root))
@@ -106,6 +118,7 @@ def preview(recipe: Recipe, out: Path, cache: Cache, compute: Compute = ON_CPU) 
     journal = Journal(out)
     build_steps = steps_of(recipe, checkpoint.fingerprint)
     done = done_steps(build_steps, journal)
+    _check_texts(Context(recipe, checkpoint, _Peek(cache.root), out, lambda _: None), done)
     steps = {"source": True} | {step.name: step.name in done for step in build_steps}
     steps["seal"] = all(steps.values()) and is_sealed(out, recipe, journal.steps)
     plan = stand_in(recipe, checkpoint.shape(recipe.model.dtype), experts)
@@ -114,10 +127,18 @@ def preview(recipe: Recipe, out: Path, cache: Cache, compute: Compute = ON_CPU) 
         name: (info.nbytes if checkpoint.keeps_dtype(name) else info.elements * item, (*info.shape, 1)[0])
         for name, info in checkpoint.tensors.items()
     }
-    sizes = {stage: _stage_bytes(tensors, checkpoint.family, plan, stage) for stage in STAGES}
+    sizes = {name: _stage_bytes(tensors, checkpoint.family, plan, stage) for name, stage in plan.checkpoints.items()}
     done = {step for step, is_done in steps.items() if is_done}
     costs = _costs(recipe, checkpoint.config, compute, done)
     return Preview(recipe, steps, prompt_tokens, sizes, *_sent(plan, prompt_tokens), **costs)
+
+
+def _check_texts(context: Context, done: Collection[str]) -> None:
+    """`check_texts`, where all corpora are here: nothing is fetched."""
+    if any(part.corpus.startswith("hub:") for part in context.recipe.calibration.shares):
+        return
+    with suppress(_NotCached):
+        check_texts(context, done)
 
 
 def _costs(recipe: Recipe, config: dict[str, Any], compute: Compute, done: Collection[str]) -> dict[str, Any]:
@@ -137,6 +158,8 @@ def _costs(recipe: Recipe, config: dict[str, Any], compute: Compute, done: Colle
         "costs": step_costs(recipe, config, limited),
         "speed": speed,
         "limits": limits,
+        "hashed": _hash_rate(),
+        "fit": fit_sentence(recipe, ModelSizes.of(config)),
     }
 
 
@@ -163,7 +186,8 @@ def _unseen(recipe: Recipe, config: dict[str, Any] | None, missing: str, compute
         name: (prod(shape) * (1 if quantized and _is_linear(name, shape) else item), shape[0])
         for name, shape in shapes.items()
     }
-    sizes = {stage: _stage_bytes(tensors, family, plan, stage) for stage in STAGES} if tensors else None
+    stages = plan.checkpoints if tensors else {}
+    sizes = {name: _stage_bytes(tensors, family, plan, stage) for name, stage in stages.items()} or None
     costs = _costs(recipe, config, compute, ())
     return Preview(recipe, steps, tokens, sizes, *_sent(plan, tokens), missing=missing, **costs)
 
@@ -202,6 +226,14 @@ def _speed(hidden: int, intermediate: int, tokens: int, device: str = "cpu") -> 
         float((left @ right)[0, 0])  # a GPU is waited for
         times += 1
     return 2 * tokens * hidden * intermediate * times / (time.perf_counter() - began)
+
+
+def _hash_rate() -> float:
+    """Bytes a second, in a tenth of a second or less."""
+    block = bytes(1 << 24)
+    began = time.perf_counter()
+    hashlib.sha256(block)
+    return len(block) / (time.perf_counter() - began)
 
 
 class _NotCached(Exception):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -26,10 +27,12 @@ from pdtrim_deploy.bundle import (
 from pdtrim_deploy.bundle.environment import machine, versions
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.models.provenance import Provenance
+from pdtrim_deploy.models.weights import ModelSizes
 from pdtrim_deploy.pipeline import engines, heal_kv
 from pdtrim_deploy.pipeline.context import Context
+from pdtrim_deploy.pipeline.fit_tokens import fit_sentence
 from pdtrim_deploy.pipeline.model_card import refresh_cards, refresh_recoveries, write_cards
-from pdtrim_deploy.plan import STAGES
+from pdtrim_deploy.plan import STAGES, UNIFIED
 from pdtrim_deploy.recipe import Recipe
 
 EVAL = "eval.json"
@@ -46,14 +49,17 @@ def is_sealed(out: Path, recipe: Recipe, steps: Mapping[str, Step]) -> bool:
 
 
 def seal_bundle(context: Context, steps: dict[str, Step], failures: dict[str, str]) -> None:
-    """Drop engines and reports of an earlier bundle, write the resolved recipe, the cards, the manifest, the marker."""
+    """Drop what is left of an earlier bundle, write the resolved recipe, the cards, the manifest, the marker."""
     recipe, out = context.recipe, context.out
     (out / COMPLETE).unlink(missing_ok=True)
     built = [name for name in steps if name.startswith(f"{ENGINES}/")]
     engines.keep_only(out, built)
+    for folder in {*STAGES, UNIFIED} - context.plan.checkpoints.keys():
+        shutil.rmtree(out / folder, ignore_errors=True)
     write_atomic(out / RECIPE, recipe.to_yaml())
     base = Provenance.read(context.checkpoint.path, recipe.model.source)
-    write_cards(out, context.plan, recipe, base, heal_kv.healed(context))
+    short = fit_sentence(recipe, ModelSizes.of(context.checkpoint.config))
+    write_cards(out, context.plan, recipe, base, heal_kv.healed(context), short)
     files = entries(out, {name for step in steps.values() for name in step.sizes}, context.note)
     _drop_reports(out, files)
     _say_loss(out, context.plan.digest, recipe.quality)
@@ -81,7 +87,7 @@ def _drop_reports(out: Path, files: Mapping[str, Entry]) -> None:
         name = f"{REPORTS}/{report.name}"
         if name in files or (report.is_dir() and not report.is_symlink()):
             continue
-        on = (PLAN, *STAGES) if report.name in OF_STAGES else (PLAN, *STAGES, ENGINES)
+        on = (PLAN, *STAGES, UNIFIED) if report.name in OF_STAGES else (PLAN, *STAGES, UNIFIED, ENGINES)
         measured = {n: entry for n, entry in before.items() if n.partition("/")[0] in on}
         if not measured or name in before or not measured.items() <= files.items():
             report.unlink()

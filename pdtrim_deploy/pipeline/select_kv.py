@@ -32,7 +32,7 @@ def select_kv(context: Context) -> set[str]:
     less in the file of key offsets, and what that does to them in reports/key-offsets.json, if any can be quantised.
     """
     section, plan = context.recipe.kv, heal.blocks_plan(context)
-    measures_offsets = section.measures_offsets and plan.model.rope_dim is None  # rope keys of latents have none
+    measures_offsets = section.measures_offsets and plan.model.offsets_keys
     if section.method in FIXED_KV:
         plan = plan.with_kv(fixed_rules(section, len(plan.kv)))
     if section.method not in FIXED_KV or measures_offsets:

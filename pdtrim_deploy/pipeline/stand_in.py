@@ -54,7 +54,8 @@ def stand_in(recipe: Recipe, shape: ModelShape, experts: ExpertShape | None = No
         ),
     )
     plan = plan.with_kv(_target_rules(recipe, plan) if recipe.target else _stand_in_rules(recipe.kv, plan))
-    return plan.with_parts(experts=_first_experts(recipe, plan, experts))
+    plan = plan.with_parts(experts=_first_experts(recipe, plan, experts))
+    return plan.with_parts(unified=recipe.stages == "unified")
 
 
 def _without_sublayers(

@@ -7,11 +7,12 @@ are not counted.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
+from pdtrim_deploy.bundle import ENGINES, engine_folder
 from pdtrim_deploy.local.compute import Compute
-from pdtrim_deploy.models.families import family_of
+from pdtrim_deploy.models.families import family_of, known_family
 from pdtrim_deploy.models.families.latents import latent_sizes
 from pdtrim_deploy.models.footprint import LOGITS, PROGRAM, Peak, read_ahead, read_bytes, weight_bytes
 from pdtrim_deploy.models.weights import ModelSizes, one_expert, stored_bytes
@@ -19,8 +20,9 @@ from pdtrim_deploy.pipeline.continuation_costs import ContinuationCost, continua
 from pdtrim_deploy.pipeline.heal import needed
 from pdtrim_deploy.pipeline.heal_costs import fit_bytes, heal_flops
 from pdtrim_deploy.pipeline.joint_costs import joint_cost
+from pdtrim_deploy.pipeline.step_cost import StepCost
 from pdtrim_deploy.pipeline.training_costs import TrainingCost, training_costs
-from pdtrim_deploy.plan import STAGES
+from pdtrim_deploy.plan import STAGES, UNIFIED
 from pdtrim_deploy.plan.wire import ITEM_BYTES
 from pdtrim_deploy.pruning.cost import block_bytes, search_cost
 from pdtrim_deploy.pruning.expert_cost import expert_cost
@@ -31,38 +33,6 @@ from pdtrim_deploy.recipe.kv_cost import STATES, kv_flops, selection_cost
 _RANKED = 4  # sequences that candidates for KV alone are ranked on at a time
 SHARD = 4e9  # of a stage, as `models.writer` cuts it
 _TEACHER = 8 * 64 + 4  # bytes that KL keeps of the dense model's predictions at a position
-
-
-@dataclass(frozen=True)
-class StepCost:
-    """Of one step.
-
-    Attributes:
-        peak: bytes of memory at a time.
-        disk: bytes of files that it leaves or has while it runs.
-        flops: operations, likely, besides those of `trainings`; None where nobody knows.
-        trainings: by gradients, each for `minutes` at most.
-        reads: bytes read from the checkpoint, where blocks are read as they run, at most.
-
-    """
-
-    peak: Peak
-    disk: float = 0.0
-    flops: float | None = None
-    reads: float = 0.0
-    trainings: tuple[TrainingCost, ...] = ()
-    minutes: float | None = None
-
-    @property
-    def operations(self) -> float | None:
-        """All of them, if there is no limit of time."""
-        return None if self.flops is None else self.flops + sum(training.flops for training in self.trainings)
-
-    def seconds(self, speed: float) -> float | None:
-        """At `speed` operations a second."""
-        if self.flops is None:
-            return None
-        return self.flops / speed + sum(training.seconds(speed, self.minutes) for training in self.trainings)
 
 
 def step_costs(recipe: Recipe, config: Mapping[str, Any], compute: Compute, workers: int = 0) -> dict[str, StepCost]:
@@ -108,17 +78,18 @@ class _Costs:
         for step, spoken in continuation_costs(recipe, self.sizes, self.item).items():
             costs[step] = self._continued(costs[step], spoken)
         self.loaded = 0.0
-        for stage in STAGES:
+        for stage in (UNIFIED,) if recipe.stages == "unified" else STAGES:
             lost = recipe.pruning.prefill_blocks if stage == "prefill" else recipe.pruning.decode_blocks
             size = self._stored(lost)
             peak = Peak.of(self.compute, 0.0, min(SHARD, size) + self._healed())
-            costs[stage] = StepCost(peak, size)
+            costs[stage] = StepCost(peak, size, written=size)
         for target in recipe.targets.requested:
             for stage in STAGES:
                 engine = self.sizes.total * 4.0  # built in a process that holds it three times
                 peak = Peak.of(self.compute, 0.0, PROGRAM + 3 * engine)
-                costs[f"engines/{target}/{stage}"] = StepCost(peak, engine)
-        costs["seal"] = StepCost(Peak.of(self.compute, 0.0))
+                costs[engine_folder(target, stage)] = StepCost(peak, engine)
+        files = sum(cost.disk for name, cost in costs.items() if cost.written or name.startswith(f"{ENGINES}/"))
+        costs["seal"] = StepCost(Peak.of(self.compute, 0.0), hashed=files)
         return costs
 
     def _source(self) -> StepCost:
@@ -128,7 +99,7 @@ class _Costs:
 
     def _prune(self) -> StepCost:
         recipe, sizes = self.recipe, self.sizes
-        cost = search_cost(self.config, recipe.pruning, recipe.calibration, recipe.healing)
+        cost = self._searched()
         if cost is None:
             return self._step(0.0, flops=0.0)
         text = recipe.calibration
@@ -185,7 +156,8 @@ class _Costs:
 
     def _select_kv(self) -> StepCost:
         kv = self.recipe.kv
-        if kv.method in FIXED_KV and (not kv.measures_offsets or latent_sizes(self.config)):
+        linear = known_family((self.config.get("architectures") or [""])[0]).linear_attention
+        if kv.method in FIXED_KV and (not kv.measures_offsets or latent_sizes(self.config) or linear):
             return self._step(0.0, flops=0.0)
         if self.recipe.target is not None:  # rules are chosen already: where decode looks is all that is measured
             kv = kv.model_copy(update={"method": "attention-mass"})

@@ -60,7 +60,10 @@ def _search(context: Context) -> tuple[StageRemovals, bool]:
     candidates = find(model, ids, section.threshold, context.note)
     write_json(context.out / CANDIDATES, asdict(candidates))
     students, about = _students(context, model) if section.distil else (None, None)
-    final_round = FinalRound(_judge(context, model, students, about), section.finalists) if section.finalists else None
+    final_round = None
+    if section.finalists:
+        baselines = {name: get_search(name) for name in section.baselines}
+        final_round = FinalRound(_judge(context, model, students, about), section.finalists, baselines)
     with _evaluator_factory(context) as evaluator_factory:
         inputs = SearchInputs(
             model,
@@ -123,14 +126,19 @@ def _finalist_report(finalist: Finalist, decode_losses: Mapping[Solution, float]
 def _judge(context: Context, model: Any, students: Any, about: Any) -> Judge:
     """Judges a search's finalists, compensated as they will be; its losses stand in reports/judged.jsonl."""
     from pdtrim_deploy.pruning.cached_judge import CachedJudge
+    from pdtrim_deploy.pruning.compensation import FitRules
     from pdtrim_deploy.pruning.refit_judge import RefitJudge
 
     section, ids = context.recipe.healing, texts.judged(context)
+    rules = FitRules.of(section)
     together = 1 if context.bounded else None
     teacher = _teacher(context, model, ids)
-    judge = RefitJudge(model, context.shape, ids, section.compensation, students, context.note, together, teacher)
+    judge = RefitJudge(
+        model, context.shape, ids, section.compensation, students, context.note, together, teacher, rules
+    )
     key = [_JUDGE, context.measured_model, section.compensation, texts.digest(ids), about]
     key += [] if teacher is None else ["kl"]
+    key += [] if rules == FitRules() else [asdict(rules)]
     return CachedJudge(judge, context.out / JUDGED, key)
 
 
@@ -171,9 +179,10 @@ def write_stage(context: Context, stage: Stage) -> set[str]:
     context.forget_model()
     quantized = context.checkpoint.quantized
     context.note(f"writing {len(blocks)} blocks" + (f", {quantized.label}" if quantized else ""))
+    folder = plan.folder(stage)
     write(
         context.checkpoint,
-        context.out / stage,
+        context.out / folder,
         blocks,
         context.recipe.model.dtype,
         plan.model_dump(mode="json"),
@@ -183,4 +192,4 @@ def write_stage(context: Context, stage: Stage) -> set[str]:
         files=[context.out / KEY_OFFSETS] if plan.key_offsets else [],
         note=context.note,
     )
-    return {stage}
+    return {folder}

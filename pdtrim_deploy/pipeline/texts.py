@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.pipeline.context import Context
+from pdtrim_deploy.recipe import Recipe
 from pdtrim_deploy.recipe.kv import FIXED_KV
 
 if TYPE_CHECKING:
@@ -40,15 +43,54 @@ def judged(context: Context) -> Tensor:
     return fitted(context)[-context.recipe.healing.judged :]
 
 
-def check_longest(context: Context) -> None:
-    """Refuse, with UserError, prompts longer than the corpora have: before the steps that come before KV is chosen."""
-    kv = context.recipe.kv
-    if kv.method not in FIXED_KV and kv.longer_prompts:
-        longest = kv.prompts[-1]
+def check_files(recipe: Recipe, cache: Cache) -> None:
+    """Refuse, with UserError, calibration text of the user's own files that cannot be read or divided."""
+    from pdtrim_deploy.evaluation import corpora
+
+    for part in recipe.calibration.shares:
+        if part.corpus.partition(":")[0] in corpora.OF_FILES:
+            corpora.load(part.corpus, cache).split("calibration")
+
+
+def check_texts(context: Context, done: Collection[str] = ()) -> None:
+    """Draw all text that the steps which are not `done` read, without what the model writes itself.
+
+    Raises:
+        UserError: the corpora cannot be had, or have too little of it; names the option that asks for it.
+
+    """
+    for (sequences, length, prompt), option in _needed(context, done).items():
         try:
-            context.drawn(kv.sequences, longest + kv.continuation_tokens, longest)
+            context.drawn(sequences, length, prompt)
         except UserError as error:
-            raise UserError(f"recipe {context.recipe.name}: kv.longer_prompts has {longest}, but {error}") from None
+            raise UserError(f"recipe {context.recipe.name}: {option}: {error}") from None
+
+
+_Drawn = tuple[int, int, int | None]  # sequences, tokens of each, and of its prompt (None: half)
+
+
+def _needed(context: Context, done: Collection[str]) -> dict[_Drawn, str]:
+    """What is drawn, and the option of the recipe that asks for it."""
+    recipe, needed = context.recipe, dict[_Drawn, str]()
+    text, healing, kv, pruning = recipe.calibration, recipe.healing, recipe.kv, recipe.pruning
+    searched = pruning.decode_loses and recipe.target is None
+    if (searched and "prune" not in done) or (pruning.experts and "experts" not in done):
+        needed[text.sequences, text.length, text.prompt] = "calibration"
+    fitted = searched and (pruning.finalists or pruning.distil) and "prune" not in done
+    if healing.enabled and (fitted or "heal" not in done):
+        needed.setdefault((healing.sequences, healing.length, None), "healing")
+    if "select-kv" not in done:
+        if kv.method not in FIXED_KV:
+            for tokens in kv.prompts:
+                option = f"kv.longer_prompts has {tokens}" if tokens != kv.prompt_tokens else "kv"
+                needed.setdefault((kv.sequences, tokens + kv.continuation_tokens, tokens), option)
+        if kv.measures_offsets and context.shape.rope_dim is None:  # rope keys of latents have none
+            tokens = min(kv.prompt_tokens, context.checkpoint.facts.max_positions)
+            needed.setdefault((kv.sequences, tokens, tokens), "kv")
+    if healing.kv_steps and "heal-kv" not in done:
+        prompt = kv.prompt_tokens
+        needed.setdefault((healing.sequences, prompt + healing.length // 2, prompt), "healing.kv_steps")
+    return needed
 
 
 def digest(ids: Tensor) -> str:

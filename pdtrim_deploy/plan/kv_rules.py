@@ -65,7 +65,11 @@ class KVRules(StageBlocks):
         return self
 
     def payload_bytes(self, prompt_tokens: int) -> int:
-        """Exact bytes of packed KV that one request of `prompt_tokens` sends (no header, no aux row)."""
+        """Exact bytes that one request of `prompt_tokens` sends: packed KV, and states (no header, no aux row)."""
+        return self.kv_bytes(prompt_tokens) + self.model.state_bytes
+
+    def kv_bytes(self, prompt_tokens: int) -> int:
+        """The same of packed KV alone."""
         if prompt_tokens < 1:
             raise ValueError("a prompt has at least one token")
         return sum(self.layer_bytes(layer, prompt_tokens) for layer in range(len(self.kv)))
@@ -102,11 +106,11 @@ class KVRules(StageBlocks):
         """Bytes that the unpruned model would send for the same prompt, from the plan's own kind of pool or another.
 
         Of blocks with windows it sends what decode reads, as SGLang does where it has a pool of windows; with
-        `every_row` all rows, as SGLang does where it has none.
+        `every_row` all rows, as SGLang does where it has none. States are part of it, as they are of what is planned.
         """
         m = self.model if pool_dtype is None else self.model.with_pool(pool_dtype)
-        reads = (prompt_tokens if every_row else m.rule(b, KVSend()).rows(prompt_tokens) for b in range(m.num_blocks))
-        return m.packed_bytes("native", sum(reads), first=False)
+        reads = (prompt_tokens if every_row else m.rule(b, KVSend()).rows(prompt_tokens) for b in m.kv_blocks)
+        return m.packed_bytes("native", sum(reads), first=False) + m.state_bytes
 
     def reduction(self, prompt_tokens: int, pool_dtype: PoolDtype | None = None) -> float:
         """Dense bytes, of the plan's own kind of pool or another, over planned bytes."""

@@ -8,6 +8,7 @@ from pydantic import Field, PositiveInt, SerializerFunctionWrapHandler, model_se
 
 from pdtrim_deploy.plan.blocks import Frozen
 from pdtrim_deploy.plan.kv import KVSend
+from pdtrim_deploy.plan.linear_states import LinearStates
 from pdtrim_deploy.plan.wire import (
     FP8_ROWS,
     HEAD_DIM_MULTIPLE,
@@ -48,12 +49,13 @@ class ModelShape(Frozen):
     pool_dtype: PoolDtype = "native"
     windows: tuple[Window | None, ...] = ()
     rope_dim: PositiveInt | None = None
+    states: LinearStates | None = None
 
     @model_serializer(mode="wrap")
     def _without_native(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Plans of native pools, of models without windows or latents, read as they did before there were others."""
+        """Plans of native pools, without windows, latents or states, read as they did before there were others."""
         absent = {"pool_dtype": self.pool_dtype == "native", "windows": not self.windows}
-        absent["rope_dim"] = self.rope_dim is None
+        absent |= {"rope_dim": self.rope_dim is None, "states": self.states is None}
         return {key: value for key, value in serialise(self).items() if not absent.get(key)}
 
     @model_validator(mode="after")
@@ -73,6 +75,34 @@ class ModelShape(Frozen):
         if self.rope_dim % 2 or self.head_dim % 2:
             raise ValueError(f"a latent of {self.head_dim} and a rope key of {self.rope_dim} do not travel in halves")
         return self
+
+    @model_validator(mode="after")
+    def _states_of_blocks(self) -> ModelShape:
+        if self.states is None:
+            return self
+        if self.windows or self.rope_dim is not None:
+            raise ValueError("a model with linear attention has neither windows nor latents")
+        if self.states.blocks[-1] >= self.num_blocks:
+            raise ValueError(f"block {self.states.blocks[-1]} has a state, the model {self.num_blocks} blocks")
+        if len(self.states.blocks) == self.num_blocks:
+            raise ValueError("every block has a state, so that there is no KV to plan")
+        return self
+
+    @property
+    def kv_blocks(self) -> tuple[int, ...]:
+        """Blocks of the unpruned model that have K and V, ascending: all but those that keep a state."""
+        stateful = () if self.states is None else self.states.blocks
+        return tuple(block for block in range(self.num_blocks) if block not in stateful)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of a request's states, whatever the length of its prompt; 0 where no block keeps one."""
+        return 0 if self.states is None else self.states.bytes
+
+    @property
+    def offsets_keys(self) -> bool:
+        """Whether keys may travel less a constant: no latents, nor keys that RoPE rotates a part of (Qwen3-Next)."""
+        return self.rope_dim is None and self.states is None
 
     def vectors(self, kv_heads: int | None = None) -> tuple[Vectors, Vectors]:
         """What a token's K and V consist of in a layer, or its rope key and latent, of a rank with `kv_heads` heads."""

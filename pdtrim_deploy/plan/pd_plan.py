@@ -22,22 +22,28 @@ from pdtrim_deploy.plan.kv_rules import KVRules
 from pdtrim_deploy.plan.model_shape import ModelShape
 from pdtrim_deploy.plan.stage_blocks import STAGES, Stage, kv_blocks_of
 
+UNIFIED = "model"
+"""Folder of the only checkpoint of a unified plan."""
+
 
 class PDPlan(KVRules):
     """The one contract between building and serving.
 
     Attributes:
         experts: which experts each stage keeps, where one has fewer than the model; absent from JSON when none.
+        unified: both stages are one model in one checkpoint, which prefills and decodes in the same worker, so that no
+            KV travels; absent from JSON when false.
 
     """
 
     experts: KeptExperts | None = None
+    unified: bool = False
 
     @model_serializer(mode="wrap")
     def _without_none(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Plans without key offsets, or with all experts, read as they did before there were others."""
-        later = ("key_offsets", "experts")
-        return {key: value for key, value in serialise(self).items() if key not in later or value is not None}
+        """Plans without key offsets, with all experts, or of a pair read as they did before there were others."""
+        later = {"key_offsets": None, "experts": None, "unified": False}
+        return {key: value for key, value in serialise(self).items() if key not in later or value != later[key]}
 
     @model_validator(mode="after")
     def _experts_of_layers(self) -> PDPlan:
@@ -45,6 +51,31 @@ class PDPlan(KVRules):
             for stage in STAGES:
                 self.experts.check_layers(stage, self.layers(stage))
         return self
+
+    @model_validator(mode="after")
+    def _one_model(self) -> PDPlan:
+        if not self.unified:
+            return self
+        for block, (before, after) in enumerate(zip(self.prefill, self.decode, strict=True)):
+            if before != after:
+                raise ValueError(f"block {block} is {before.kind} in prefill and {after.kind} in decode of one model")
+        if self.experts is not None and self.experts.prefill != self.experts.decode:
+            raise ValueError("prefill and decode keep other experts of one model")
+        for block, send in zip(self.decode_kv_blocks, self.kv, strict=True):
+            if send != self.model.rule(block, KVSend()) or self.model.pool_dtype != "native":
+                raise ValueError(f"block {block}: KV is cut or quantised, but that of one model goes nowhere")
+        if self.key_offsets is not None:
+            raise ValueError("key_offsets are of keys on a wire, but KV of one model goes nowhere")
+        return self
+
+    @property
+    def checkpoints(self) -> dict[str, Stage]:
+        """The checkpoints' folders in a bundle, and the stage whose blocks each has: one of a unified plan."""
+        return {UNIFIED: "prefill"} if self.unified else {stage: stage for stage in STAGES}
+
+    def folder(self, stage: Stage) -> str:
+        """The folder of the checkpoint that runs `stage`."""
+        return UNIFIED if self.unified else stage
 
     def kept_experts(self, stage: Stage) -> dict[int, tuple[int, ...]]:
         """By block, the experts that the stage keeps; empty where it keeps all."""
@@ -112,5 +143,5 @@ class PDPlan(KVRules):
     @classmethod
     def uncut(cls, model: ModelShape, prefill: tuple[Action, ...], decode: tuple[Action, ...]) -> PDPlan:
         """Stages that run these blocks, and are sent every row that decode reads."""
-        kv = tuple(model.rule(block, KVSend()) for block in kv_blocks_of(decode))
+        kv = tuple(model.rule(block, KVSend()) for block in kv_blocks_of(model, decode))
         return cls(model=model, prefill=prefill, decode=decode, kv=kv)

@@ -2,7 +2,8 @@
 
 Blocks are always named by their index in the original model. A *layer* is a block's place in a stage model:
 layer `j` of the decode model is block `decode_layers[j]`. A *KV layer* is a layer's place among those of its stage
-that have K and V, which is its place in the stage's KV pool: all but those without attention.
+that have K and V, which is its place in the stage's KV pool: all but those without attention, and those whose attention
+is linear and keeps a state instead.
 """
 
 from __future__ import annotations
@@ -52,6 +53,11 @@ class StageBlocks(Frozen):
                 raise ValueError(f"{stage} keeps no block")
         for block, (before, after) in enumerate(zip(self.prefill, self.decode, strict=True)):
             check_kv_of(block, before, after)
+        changed = [block for block, action in enumerate(self.decode) if action.kind != "keep"]
+        if self.model.states and changed:
+            raise ValueError(f"decode does not keep block {changed[0]} of a model with linear attention")
+        if self.model.states and self.prefill != self.decode:
+            raise ValueError("prefill and decode of a model with linear attention run the same blocks")
         if not self.decode_kv_blocks:
             raise ValueError("decode keeps no attention, so that it could not see the prompt")
         for block in self.decode_kv_blocks:
@@ -68,8 +74,8 @@ class StageBlocks(Frozen):
         return _layers(self.actions(stage))
 
     def kv_blocks(self, stage: Stage) -> tuple[int, ...]:
-        """Blocks of the stage's KV layers: all that it runs but those without attention."""
-        return kv_blocks_of(self.actions(stage))
+        """Blocks of the stage's KV layers: all that it runs but those without attention, or with a linear one."""
+        return kv_blocks_of(self.model, self.actions(stage))
 
     def missing(self, stage: Stage) -> dict[int, Sublayer]:
         """By block, the sublayer that the stage runs it without; empty where it runs blocks whole."""
@@ -151,6 +157,7 @@ def _layers(actions: tuple[Action, ...]) -> tuple[int, ...]:
     )
 
 
-def kv_blocks_of(actions: tuple[Action, ...]) -> tuple[int, ...]:
-    """Blocks of a stage's model that have K and V."""
-    return tuple(block for block in _layers(actions) if actions[block].kind != "without_attention")
+def kv_blocks_of(model: ModelShape, actions: tuple[Action, ...]) -> tuple[int, ...]:
+    """Blocks of a stage of the model that have K and V."""
+    keeps_kv = set(model.kv_blocks)
+    return tuple(b for b in _layers(actions) if b in keeps_kv and actions[b].kind != "without_attention")

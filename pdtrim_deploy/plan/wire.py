@@ -45,7 +45,6 @@ ITEM_BYTES = {
     "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1, "int8": 1, "uint8": 1,
 }  # fmt: skip
 PoolDtype = Literal["native", "fp8_e4m3", "fp8_e5m2"]  # native: the dtype that the model computes in
-POOL_DTYPES: tuple[PoolDtype, ...] = get_args(PoolDtype)
 FP8_ROWS: dict[PoolDtype, str] = {"fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}  # torch's names
 SMALLER_THAN_FP8: tuple[WireDtype, ...] = ("native", "int4", "k4v3", "int3")
 ROTATED_GROUP = 64

@@ -96,13 +96,15 @@ def search_cost(
     refits = False
     if healing is not None and pruning.finalists:
         judging, refits = JudgingCost.of(blocks, pruning, count, healing), healing.compensation == "least-squares"
-        more = judging.judged + judging.windows
+        more = judging.judged + judging.windows + judging.ranking
         most, likely = most + more, likely + more
-        passes += judging.judged / (blocks * healing.judged) + judging.windows / blocks
-        flops += 2 * sizes.active * (judging.judged * healing.length + judging.windows * length)
+        passes += (
+            judging.judged / (blocks * healing.judged) + judging.windows / blocks + judging.ranking / blocks / count
+        )
+        flops += 2 * sizes.active * (judging.judged * healing.length + (judging.windows + judging.ranking) * length)
         flops += sizes.fit_flops * judging.refitted_tokens
         # Decode is searched once more where finalists gave prefill another answer: seldom, so it is not likely work.
-        if prefill_searched and decode_searched and pruning.finalists > 1:
+        if prefill_searched and decode_searched and pruning.judged > 1:
             again = method.work(blocks, first, last, pruning.steps) + sublayer_work(blocks - last, halves[1])
             most += (again.most + blocks - first) * count
             most += judging.judged_again
@@ -121,7 +123,7 @@ def search_cost(
         states, disk = (last + 1 if method.window else 2) * state, 0
     return SearchCost(
         weights=(min(blocks, pruning.blocks_in_memory or blocks) * sizes.block + sizes.ends) * _FLOAT,
-        states=states,
+        states=states + _window_states(pruning) * state,
         states_wanted=blocks * state,
         screened=round(_screened(pruning, sizes, count) * state / count),
         disk=disk + (_hidden_files(sizes, *_student_text(pruning, text, healing)) if pruning.distil else 0),
@@ -152,6 +154,11 @@ def _screened(pruning: PruningSection, sizes: ModelSizes, sequences: int) -> int
     return 0 if exact or not METHODS[pruning.method].evaluated else max(sizes.blocks + 1, 3 * sequences)
 
 
+def _window_states(pruning: PruningSection) -> int:
+    """States between layers that a baseline compares, while the search's own are kept."""
+    return pruning.decode_blocks + 1 if any(METHODS[name].window for name in pruning.baselines) else 0
+
+
 def streamed(pruning: PruningSection, blocks: int) -> bool:
     """Whether blocks come from the checkpoint as they run."""
     return pruning.blocks_in_memory is not None and pruning.blocks_in_memory < blocks
@@ -178,7 +185,7 @@ def fitted_bytes(sizes: ModelSizes, pruning: PruningSection, refits: bool) -> in
     Of the latter there is at most one a block, of each of the finalists that are compensated side by side; in front of
     decode's finalists, prefill's from either half of the text too.
     """
-    held = max(1, pruning.finalists) if pruning.blocks_in_memory is None else 1
+    held = max(1, pruning.judged) if pruning.blocks_in_memory is None else 1
     if pruning.finalists and all(pruning.searches):
         held += 2
     maps = held * sizes.blocks * sizes.inner * sizes.hidden if refits else 0

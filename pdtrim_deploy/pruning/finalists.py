@@ -2,14 +2,15 @@
 
 A search weighs blocks as they are. Once what is left is compensated, another solution may be the better one: one gap
 is closed more easily than three. So the search's answer, where it began, the best run of adjacent blocks (where whole
-blocks go alone) and the next best that it took are judged by a `Judge`, and the best of them is the answer.
+blocks go alone) and the next best that it took are judged by a `Judge`, and the best of them is the answer. What
+methods choose that measure no loss may be judged beside them, so that the answer is no worse than theirs.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from statistics import fmean
 from typing import Any, Protocol
@@ -17,7 +18,7 @@ from typing import Any, Protocol
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.plan import Stage
 from pdtrim_deploy.pruning.evaluator import Evaluator, mean_loss
-from pdtrim_deploy.pruning.search import Cost, Problem, SearchResult, Trajectory
+from pdtrim_deploy.pruning.search import NO_COST, Cost, Problem, Search, SearchResult, Trajectory
 from pdtrim_deploy.pruning.solution import Solution
 
 
@@ -29,10 +30,11 @@ class Judge(Protocol):
 
 @dataclass(frozen=True)
 class FinalRound:
-    """A judge, and how many solutions of each search it judges."""
+    """A judge, how many solutions of each search it judges, and by name the methods whose choices it judges besides."""
 
     judge: Judge
     count: int
+    baselines: Mapping[str, Search] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -60,9 +62,10 @@ def judge_finalists(
     evaluated = _Evaluated(problem.evaluator, log)
     windows = [] if problem.sublayers.total else [_window(problem, evaluated)]
     ranked = (result.solution, *result.others[:1], *windows, *result.others[1:])
-    solutions = [*dict.fromkeys(ranked)][: final_round.count]
+    chosen, spent = _by_baselines(problem, final_round.baselines, progress)
+    solutions = [*dict.fromkeys([*[*dict.fromkeys(ranked)][: final_round.count], *chosen])]
     if len(solutions) == 1:
-        return (), evaluated.cost
+        return (), evaluated.cost + spent
     losses = evaluated.row("finalists", lambda: [mean_loss(problem.evaluator, solution) for solution in solutions])
     judged = list(final_round.judge(stage, problem.forced, solutions))
     if not all(map(math.isfinite, judged)):
@@ -71,7 +74,24 @@ def judge_finalists(
     finalists = [Finalist(*row) for row in zip(solutions, losses, judged, strict=True)]
     for finalist in finalists:
         progress(f"finalist {finalist.solution.label}: loss {finalist.loss:.4f}, compensated {finalist.judged:.4f}")
-    return tuple(sorted(finalists, key=lambda finalist: finalist.judged)), evaluated.cost
+    return tuple(sorted(finalists, key=lambda finalist: finalist.judged)), evaluated.cost + spent
+
+
+def _by_baselines(
+    problem: Problem, baselines: Mapping[str, Search], progress: Callable[[str], None]
+) -> tuple[list[Solution], Cost]:
+    """What they choose, and at what cost; a method that finds nothing here, such as no window, is passed over."""
+    solutions, cost = list[Solution](), NO_COST
+    for name, search in baselines.items():
+        try:
+            result = search.run(problem, progress)
+        except UserError as error:
+            progress(f"{name}: {error}")
+            continue
+        progress(f"{name} would remove {result.solution.label}")
+        solutions.append(result.solution)
+        cost += result.cost
+    return solutions, cost
 
 
 class _Evaluated:

@@ -16,6 +16,7 @@ class JudgingCost:
 
     Attributes:
         windows: block-forwards of looking for the best runs of adjacent blocks, at most.
+        ranking: of the dense model's runs by which baselines choose.
         judged: block-forwards of compensating and judging, at most.
         judged_again: of judging decode's once more, behind where prefill's search began.
         refitted_tokens: layers refitted, times tokens that each is refitted on, at most.
@@ -23,6 +24,7 @@ class JudgingCost:
     """
 
     windows: int
+    ranking: int
     judged: int
     judged_again: int
     refitted_tokens: int
@@ -32,11 +34,12 @@ class JudgingCost:
         """Of a model of so many blocks whose search has `sequences` sequences of text."""
         lost, twice = (pruning.prefill_blocks, pruning.decode_blocks), healing.compensation == "norm"
         together = (pruning.blocks_in_memory or blocks) >= blocks
-        count, texts, searches = pruning.finalists, healing.judged, pruning.searches
+        count, texts, searches = pruning.judged, healing.judged, pruning.searches
         windows = 0 if pruning.decode_sublayers else _windows(blocks, *lost, sequences)
         judged = partial(judged_forwards, blocks, *lost, texts, twice=twice, searches=searches)
         return cls(
             windows=windows,
+            ranking=len(pruning.baselines) * sum(searches) * blocks * sequences,
             judged=judged(count, count, together=together),
             judged_again=windows + judged(0, count, together=False),
             refitted_tokens=texts * _refitted(blocks, pruning, healing.length)
@@ -94,7 +97,7 @@ def _refitted(blocks: int, pruning: PruningSection, length: int) -> int:
     first, last, total = pruning.prefill_blocks, pruning.decode_blocks, 0
     prefill_searched, decode_searched = pruning.searches
     if prefill_searched:
-        total += pruning.finalists * (blocks - first) * length
+        total += pruning.judged * (blocks - first) * length
     if decode_searched:
-        total += prefill_searched * (blocks - first) * length + pruning.finalists * (blocks - last) * (length // 2)
+        total += prefill_searched * (blocks - first) * length + pruning.judged * (blocks - last) * (length // 2)
     return total

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pdtrim_deploy.models.blockwise import Blockwise, LayerKV, Span
+from pdtrim_deploy.models.blockwise import Blockwise
+from pdtrim_deploy.models.layer_kv import LayerKV, Span
+from pdtrim_deploy.pruning.low_rank import TOKENS_A_FEATURE, Equations, low_rank_change, most_rank
 
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Penalties tried, in units of the mean squared activation times the number of tokens."""
@@ -29,39 +31,38 @@ class Ridge:
         # [fit, check]: what the penalty is chosen on is not what is fitted
         self.gram = [torch.zeros(features, features, dtype=torch.float64, device=device) for _ in range(2)]
         self.cross = [torch.zeros(features, outputs, dtype=torch.float64, device=device) for _ in range(2)]
-        self.error, self.tokens = [0.0, 0.0], [0, 0]
+        self.error, self.tokens = [0.0, 0.0], [0.0, 0.0]
 
-    def add(self, features: Tensor, missing: Tensor, check: bool) -> None:
-        """`[tokens, in]` and what its map falls short of, `[tokens, out]`, both weighted."""
-        features, missing = features.float(), missing.float()
+    def add(self, features: Tensor, missing: Tensor, check: bool, share: float = 1.0) -> None:
+        """`[tokens, in]` and what its map falls short of, `[tokens, out]`, both weighted; each token counts `share`."""
+        features, missing = (rows.float() if share == 1 else share**0.5 * rows.float() for rows in (features, missing))
         self.gram[check] += features.T @ features  # a batch in float32, their sum in float64
         self.cross[check] += features.T @ missing
         self.error[check] += float(missing.double().square().sum())
-        self.tokens[check] += len(missing)
+        self.tokens[check] += share * len(missing)
 
-    def solve(self, weight: Tensor) -> tuple[Tensor, float, float]:
+    def solve(self, weight: Tensor, *, falls_back: bool = False) -> tuple[Tensor, float, float]:
         """The new weight `[out, in]` for `weight`, and the mean squared error on checked tokens before and after.
 
-        It is `weight` itself when no penalty lowers that error, and when the errors are not numbers.
+        It is `weight` itself when no penalty lowers that error, and when the errors are not numbers. Where it
+        `falls_back`, fewer than `TOKENS_A_FEATURE` tokens a feature change it by a diagonal and a low rank alone.
         """
         before = best = self.error[1] / self.tokens[1]
         ridge = 0.0
         if not math.isfinite(before + self.error[0]):
             return weight, math.nan, math.nan
+        fit, check = (Equations(*part) for part in zip(self.gram, self.cross, self.error, strict=True))
+        tokens, (outputs, features) = sum(self.tokens), weight.shape
+        if falls_back and tokens < TOKENS_A_FEATURE * features:
+            rank = most_rank(int(tokens), features, outputs)
+            change, error = low_rank_change(fit, check, weight, rank, RIDGES)
+            return weight + change.T.to(weight.dtype), before, error / self.tokens[1]
         for penalty in RIDGES:
-            change = self._solve(self.gram[0], self.cross[0], penalty)
-            lowered = 2 * (change * self.cross[1]).sum() - (change * (self.gram[1] @ change)).sum()
-            if (after := (self.error[1] - float(lowered)) / self.tokens[1]) < best:
+            if (after := check.after(fit.ridge(penalty)).error / self.tokens[1]) < best:
                 best, ridge = after, penalty
         if ridge:
-            change = self._solve(self.gram[0] + self.gram[1], self.cross[0] + self.cross[1], ridge)
-            weight = weight + change.T.to(weight.dtype)
+            weight = weight + (fit + check).ridge(ridge).T.to(weight.dtype)
         return weight, before, best
-
-    @staticmethod
-    def _solve(gram: Tensor, cross: Tensor, penalty: float) -> Tensor:
-        regular = gram + penalty * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-        return torch.cholesky_solve(cross, torch.linalg.cholesky(regular))
 
 
 class Refit:
@@ -78,8 +79,20 @@ class Refit:
         self.ridge = Ridge(self.down.in_features, self.down.out_features, runner.devices[layer])
 
     @torch.no_grad()
-    def add(self, hidden: Tensor, span: Span, target: Tensor, check: bool, kv: LayerKV | None = None) -> None:
-        """One batch: the layer's input and what should come out, both `[batch, tokens, hidden]`."""
+    def add(
+        self,
+        hidden: Tensor,
+        span: Span,
+        target: Tensor,
+        check: bool,
+        kv: LayerKV | None = None,
+        *,
+        share: float = 1.0,
+    ) -> None:
+        """One batch: the layer's input and what should come out, both `[batch, tokens, hidden]`.
+
+        Each of its tokens counts `share`.
+        """
         seen: list[Tensor] = []
 
         def look(down: Any, inputs: tuple[Tensor]) -> None:
@@ -93,11 +106,11 @@ class Refit:
             hook.remove()
         target = target.to(out.device)
         weight = target.flatten(0, 1).norm(dim=-1, keepdim=True).reciprocal()
-        self.ridge.add(seen[0].flatten(0, 1) * weight, (target - out).flatten(0, 1) * weight, check)
+        self.ridge.add(seen[0].flatten(0, 1) * weight, (target - out).flatten(0, 1) * weight, check, share)
 
-    def solve(self) -> tuple[Tensor, float, float]:
+    def solve(self, *, falls_back: bool = False) -> tuple[Tensor, float, float]:
         """As `Ridge.solve`."""
-        return self.ridge.solve(self._weight)
+        return self.ridge.solve(self._weight, falls_back=falls_back)
 
 
 def set_down(layer: Any, weight: Tensor) -> None:

@@ -9,7 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from pdtrim_deploy.models.blockwise import Blockwise, CausalLM, LayerKV, Span
+from pdtrim_deploy.models.blockwise import Blockwise, CausalLM
+from pdtrim_deploy.models.layer_kv import LayerKV, Span
 from pdtrim_deploy.models.layer_run import LayerRun
 from pdtrim_deploy.models.sublayers import without_sublayer
 from pdtrim_deploy.pruning.solution import NOTHING, Op, Solution, missing_in

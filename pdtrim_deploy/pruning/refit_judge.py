@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pdtrim_deploy.models.blockwise import CausalLM
 from pdtrim_deploy.plan import ModelShape, PDPlan, Stage
-from pdtrim_deploy.pruning.compensation import get_compensation
+from pdtrim_deploy.pruning.compensation import WHOLE_MAPS, FitRules, get_compensation
 from pdtrim_deploy.pruning.compensation.held_out import held_out
 from pdtrim_deploy.pruning.pair import StagePair
 from pdtrim_deploy.pruning.pd_loss import pd_kl, pd_loss, prefill_kl, prefill_loss
@@ -38,6 +38,7 @@ class RefitJudge:
         together: solutions compensated side by side, which runs what is around them once for all, and holds what each
             changes; None: all.
         teacher: the dense model's predictions on `ids`, where KL to them is judged; None: NLL of the text.
+        rules: of least squares.
 
     """
 
@@ -49,6 +50,7 @@ class RefitJudge:
     note: Callable[[str], None] = lambda _: None
     together: int | None = None
     teacher: Teacher | None = None
+    rules: FitRules = WHOLE_MAPS
 
     def __call__(self, stage: Stage, prefill: Solution, solutions: Sequence[Solution]) -> Iterator[float]:
         """Mean loss of each, nats a token: of all tokens for prefill, of those behind the prompt for decode."""
@@ -110,7 +112,7 @@ class RefitJudge:
         """All lose as many blocks, or none loses anything."""
         if method == "none" or all(action.kind == "keep" for action in pairs[0].plan.actions(stage)):
             return pairs
-        return get_compensation(method).compensate_all(pairs, stage, ids, lambda _: None)
+        return get_compensation(method, self.rules).compensate_all(pairs, stage, ids, lambda _: None)
 
     def _pair(self, prefill: Solution, decode: Solution) -> StagePair:
         """Both stages, with students and no more."""

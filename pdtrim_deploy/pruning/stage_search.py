@@ -204,6 +204,7 @@ def search_stage(
     if inputs.final_round is None:
         return StageSearch(forced, result, (), result.cost)
     solutions = [vars(solution) for solution in (result.solution, *result.others)]
-    log = inputs.trajectory(finalists_log(name), *question, inputs.final_round.count, solutions)
+    baselines = [[*inputs.final_round.baselines]] if inputs.final_round.baselines else []
+    log = inputs.trajectory(finalists_log(name), *question, inputs.final_round.count, *baselines, solutions)
     finalists, judging = judge_finalists(stage, problem, result, inputs.final_round, log, progress)
     return StageSearch(forced, result, finalists, result.cost + judging)

@@ -71,6 +71,10 @@ class HealingSection(_Section):
         kv_only_blocks: blocks of which prefill computes only K and V while decode keeps them, chosen by measured loss.
         compensation: without gradients: `norm` rescales (Prune&Comp) each stage whose loss on held-out text falls,
             `least-squares` refits MLP outputs.
+        fit: of least squares: `full` refits whole maps, `auto` only with ten tokens of `sequences` x `length` a feature
+            or more (decode has half of them); with fewer it changes them by a diagonal and a low rank.
+        prompt_share: of least squares: what a prompt position counts in decode's fit, of a token that decode serves.
+            There decode reads the prompt as a whole model does, which it never does in a pair.
         prefill_steps, decode_steps: steps of training by gradients, at most; 0 is off.
         kv_steps: steps of the same for decode, after KV is chosen, on prompt KV as it will arrive.
         minutes: time limit for each of these three, over all interruptions; a run that it ends is not repeatable to the
@@ -93,6 +97,8 @@ class HealingSection(_Section):
 
     kv_only_blocks: NonNegativeInt = 0
     compensation: CompensationMethod = "none"
+    fit: Literal["full", "auto"] = "full"
+    prompt_share: Annotated[float, Field(ge=0, le=1)] = 0.0
     prefill_steps: NonNegativeInt = 0
     decode_steps: NonNegativeInt = 0
     kv_steps: NonNegativeInt = 0
@@ -111,7 +117,7 @@ class HealingSection(_Section):
     @model_serializer(mode="wrap")
     def _used(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Dump later keys only where they are not the default: older recipes keep their digest."""
-        later = (*_TRAINS, "gradient_checkpointing")
+        later = (*_TRAINS, "gradient_checkpointing", "fit", "prompt_share")
         fields = type(self).model_fields
         return {
             n: value for n, value in serialise(self).items() if n not in later or getattr(self, n) != fields[n].default
@@ -120,6 +126,12 @@ class HealingSection(_Section):
     @model_validator(mode="after")
     def _meaningful(self) -> HealingSection:
         trains = self.gradient_steps
+        if self.compensation != "least-squares" and (self.fit != "full" or self.prompt_share):
+            name = "fit" if self.fit != "full" else "prompt_share"
+            raise ValueError(
+                f"{name} is {getattr(self, name)} but compensation is {self.compensation}; "
+                "allowed with it: least-squares"
+            )
         if self.minutes is not None and not trains:
             raise ValueError(
                 f"minutes is {self.minutes:g} but no steps are asked for; "

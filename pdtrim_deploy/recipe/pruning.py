@@ -18,7 +18,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from pdtrim_deploy.recipe.experts import ExpertsSection
-from pdtrim_deploy.recipe.pruning_methods import METHODS
+from pdtrim_deploy.recipe.pruning_methods import METHODS, ONE_SHOT
 from pdtrim_deploy.recipe.seed import Seed
 
 _SUBLAYERS = ("prefill_attentions", "decode_attentions", "prefill_mlps", "decode_mlps")
@@ -49,6 +49,8 @@ class PruningSection(BaseModel):
         seed: for `anneal`.
         finalists: number of solutions (the search's result, the greedy start, the cheapest run of adjacent blocks, the
             best others that annealing accepted) that are compensated and judged again; 0: take the search's result.
+        baselines: methods that search by no loss, whose choices are compensated and judged beside the finalists, so
+            that the result is no worse than any of theirs in the judge's eyes.
         memory_mb: limit of hidden states in memory while `anneal` or `greedy` searches; disk_mb: limit of further ones
             in mapped files in the bundle.
         blocks_in_memory: blocks whose weights are in memory at a time in every step but training by gradients; others
@@ -74,6 +76,7 @@ class PruningSection(BaseModel):
     minutes: Annotated[float, Field(gt=0)] | None = None
     seed: Seed = 0
     finalists: NonNegativeInt = 0
+    baselines: Annotated[tuple[str, ...], Field(strict=False)] = ()
     memory_mb: PositiveInt = 1024
     disk_mb: NonNegativeInt = 0
     blocks_in_memory: PositiveInt | None = None
@@ -82,8 +85,11 @@ class PruningSection(BaseModel):
     @model_serializer(mode="wrap")
     def _used(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Dump later keys only where they are not the default: older recipes keep their digest."""
-        defaults = {"objective": "loss", "racing": True, "experts": None, **dict.fromkeys(_SUBLAYERS, 0)}
-        return {n: value for n, value in serialise(self).items() if n not in defaults or value != defaults[n]}
+        defaults = {"objective": "loss", "racing": True, "experts": None, "baselines": ()}
+        defaults |= dict.fromkeys(_SUBLAYERS, 0)
+        return {
+            n: value for n, value in serialise(self).items() if n not in defaults or getattr(self, n) != defaults[n]
+        }
 
     @model_validator(mode="after")
     def _nested(self) -> PruningSection:
@@ -112,6 +118,25 @@ class PruningSection(BaseModel):
                 known = ", ".join((*_ANY[1:], *options))
                 raise ValueError(f"method is {self.method}, which takes no {name}; allowed with it: {known}")
         return self
+
+    @model_validator(mode="after")
+    def _baselines_fit(self) -> PruningSection:
+        if not self.baselines:
+            return self
+        if unknown := [name for name in self.baselines if name not in ONE_SHOT]:
+            raise ValueError(f"baselines names {unknown[0]!r}; allowed: {', '.join(ONE_SHOT)}")
+        if len({*self.baselines}) < len(self.baselines):
+            raise ValueError(f"baselines is {list(self.baselines)}; allowed: each of {', '.join(ONE_SHOT)} once")
+        if not self.finalists:
+            raise ValueError("baselines is given but finalists is 0; allowed with it: at least 1, to be judged beside")
+        if self.decode_sublayers:
+            raise ValueError("baselines is given but sublayers are to go; allowed with it: whole blocks alone")
+        return self
+
+    @property
+    def judged(self) -> int:
+        """Solutions of each search that are compensated and judged, at most."""
+        return self.finalists + len(self.baselines)
 
     @property
     def prefill_sublayers(self) -> int:

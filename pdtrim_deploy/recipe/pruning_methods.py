@@ -16,7 +16,7 @@ SEARCH_VERSION = 7  # of how searches go: logs, and steps of a build, that anoth
 RACED, ANNEALED = 0.22, 0.3
 _EVALUATED = (
     "objective", "racing", "finalists", "memory_mb", "disk_mb", "prefill_attentions", "decode_attentions",
-    "prefill_mlps", "decode_mlps",
+    "prefill_mlps", "decode_mlps", "baselines",
 )  # fmt: skip
 
 
@@ -130,3 +130,5 @@ METHODS: dict[str, PruningMethod] = {
     "streamline": PruningMethod(one_pass_work, one_pass, window=True),
 }
 EVALUATED = tuple(name for name, method in METHODS.items() if method.evaluated)
+ONE_SHOT = tuple(name for name, method in METHODS.items() if not method.evaluated)
+"""Rank blocks by the dense model's hidden states, measure no loss, and take whole blocks alone."""

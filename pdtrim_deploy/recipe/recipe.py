@@ -6,12 +6,10 @@ import hashlib
 import json
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any
 
 import yaml
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     PositiveInt,
     SerializerFunctionWrapHandler,
@@ -22,30 +20,21 @@ from pydantic import (
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.plan import STAGES, NativeDtype
+from pdtrim_deploy.recipe.calibration import CalibrationSection, Corpus
 from pdtrim_deploy.recipe.gates import Gates
 from pdtrim_deploy.recipe.healing import HealingSection, StudentsSection
 from pdtrim_deploy.recipe.kv import KVSection
 from pdtrim_deploy.recipe.pruning import PruningSection
+from pdtrim_deploy.recipe.section import Section
 from pdtrim_deploy.recipe.seed import Seed
 from pdtrim_deploy.recipe.target import TargetSection, check_target
 from pdtrim_deploy.recipe.targets import TargetsSection
+from pdtrim_deploy.recipe.unified import Stages, check_unified
 from pdtrim_deploy.recipe.yaml_errors import sentence
 from pdtrim_deploy.recipe.yaml_units import Origins, compose
 
-Corpus = Annotated[
-    str,
-    Field(
-        pattern=r"^(brown|austen|code|questions|recall|(dir|file|jsonl|hub):.+)$",
-        description="brown, austen, code, questions, recall, dir:PATH, file:PATH, jsonl:PATH or hub:OWNER/NAME/FILE",
-    ),
-]
 
-
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class ModelSection(_Section):
+class ModelSection(Section):
     """Where the checkpoint comes from, and the dtype it is evaluated, written and served in.
 
     `compute_dtype` is what a build measures and fits in, float32 when left out, and what `eval` computes in, `dtype`
@@ -63,73 +52,7 @@ class ModelSection(_Section):
         return self.compute_dtype or "float32"
 
 
-class CorpusShare(_Section):
-    """A corpus of a mixture; shares are weights, of any sum."""
-
-    corpus: Corpus
-    share: Annotated[float, Field(gt=0)]
-
-
-class CalibrationSection(_Section):
-    """Text that decides what is removed: `sequences` x `length` tokens of the calibration split.
-
-    Attributes:
-        mixture: several corpora and their shares, in place of `corpus`.
-        continuations: `text` reads on where a prompt ends; `greedy` and `sampled` put the dense model's own words
-            behind prompts (a conversation is cut off before its last answer), the likeliest or drawn by `seed`.
-        lengths: a trace of a load test; text that is no conversation is cut to the prompt lengths of its requests, and
-            a sequence holds as many requests as it has room for.
-        prompt_tokens: length of the prompts that decode's blocks are searched behind; half of `length` when left out.
-
-    """
-
-    AT_ONCE: ClassVar[int] = 8  # prompts that the model goes on from side by side
-
-    corpus: Corpus = "brown"
-    sequences: PositiveInt = 16
-    mixture: Annotated[tuple[CorpusShare, ...], Field(strict=False)] = ()
-    continuations: Literal["text", "greedy", "sampled"] = "text"
-    lengths: str | None = None
-    length: Annotated[int, Field(ge=16)] = 256
-    prompt_tokens: PositiveInt | None = None
-    seed: Seed = 0
-
-    @property
-    def shares(self) -> tuple[CorpusShare, ...]:
-        """All corpora; a single one as the whole."""
-        return self.mixture or (CorpusShare(corpus=self.corpus, share=1.0),)
-
-    @property
-    def prompt(self) -> int:
-        """Tokens of the prompts."""
-        return self.length // 2 if self.prompt_tokens is None else self.prompt_tokens
-
-    @model_validator(mode="after")
-    def _something_scored(self) -> CalibrationSection:
-        if self.prompt > self.length - 2:
-            raise ValueError(
-                f"prompt_tokens is {self.prompt_tokens} but length is {self.length}; allowed: at most "
-                f"{self.length - 2}, since decode is scored on the tokens after the prompt's next one"
-            )
-        if self.continuations != "text" and self.prompt < 2:
-            raise ValueError("prompt_tokens is 1; allowed with continuations: at least 2, which the model goes on from")
-        return self
-
-    @model_serializer(mode="wrap")
-    def _without_defaults(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Dump only what is not the default of keys that came later: older recipes keep their digest."""
-        return {name: value for name, value in serialise(self).items() if value not in _LATER.get(name, ())}
-
-
-_LATER: dict[str, tuple[Any, ...]] = {
-    "prompt_tokens": (None,),
-    "mixture": ((), []),
-    "lengths": (None,),
-    "continuations": ("text",),
-}
-
-
-class EvaluationSection(_Section):
+class EvaluationSection(Section):
     """Held-out text (the final split) that the bundle is judged on."""
 
     corpus: Corpus = "brown"
@@ -139,22 +62,32 @@ class EvaluationSection(_Section):
     seed: Seed = 0
 
 
-class Recipe(_Section):
-    """The specification of one bundle. Equal recipes have equal digests, however they were composed."""
+class Recipe(Section):
+    """The specification of one bundle. Equal recipes have equal digests, however they were composed.
+
+    `stages: unified` asks for one model that does both stages, for SGLang without disaggregation.
+    """
 
     name: Annotated[
         str, Field(pattern=r"^[a-z0-9][a-z0-9.-]*$", description="lower-case letters, digits, dots and dashes")
     ]
     model: ModelSection
+    stages: Stages = "pair"
     calibration: CalibrationSection = CalibrationSection()
     pruning: PruningSection = PruningSection()
     students: StudentsSection = StudentsSection()
     healing: HealingSection = HealingSection()
     kv: KVSection = KVSection()
     evaluation: EvaluationSection = EvaluationSection()
-    quality: Gates = {}
+    quality: Gates = Field({})
     targets: TargetsSection = TargetsSection()
     target: TargetSection | None = None
+
+    @model_validator(mode="after")
+    def _stages_fit(self) -> Recipe:
+        if self.stages == "unified":
+            check_unified(self.pruning, self.healing, self.kv, self.targets, target=self.target is not None)
+        return self
 
     @model_validator(mode="after")
     def _something_to_heal(self) -> Recipe:
@@ -232,8 +165,9 @@ class Recipe(_Section):
 
     @model_serializer(mode="wrap")
     def _with_gates(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Dump gates and a target only where there are some: older recipes keep their digest."""
-        return {name: value for name, value in serialise(self).items() if name not in ("quality", "target") or value}
+        """Dump gates, a target and `stages` only where they are not the default: older recipes keep their digest."""
+        later: dict[str, Any] = {"quality": {}, "target": None, "stages": "pair"}
+        return {name: value for name, value in serialise(self).items() if name not in later or value != later[name]}
 
     @classmethod
     def load(cls, path: Path) -> Recipe:

@@ -99,8 +99,11 @@ def _merge(into: dict[str, Any], data: dict[str, Any], origins: Origins, path: P
 def _read(path: Path, kind: str) -> dict[str, Any]:
     try:
         data = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (FileNotFoundError, IsADirectoryError):
+    except FileNotFoundError:
         raise UserError(f"{path}: no such {kind} file; check the path") from None
+    except IsADirectoryError:
+        file = next((f", such as {file}" for file in sorted(path.glob("*.yaml"))), "")
+        raise UserError(f"{path} is a folder; name a {kind} file{file}") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: not a text file; a {kind} is YAML in UTF-8") from None
     except RecursionError:

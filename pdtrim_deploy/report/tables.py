@@ -11,11 +11,10 @@ from pdtrim_deploy.loadtest.base import LoadResult
 from pdtrim_deploy.loadtest.rounds import Ratio
 from pdtrim_deploy.loadtest.workers import Histogram
 from pdtrim_deploy.plan import PDPlan
-from pdtrim_deploy.report.metrics import Metrics
 
 
 def plan_table(plan: PDPlan, prompt_tokens: int) -> Table:
-    """Block by block: what each stage does, and the KV rows and bytes that travel for one prompt."""
+    """Block by block: what each stage does, and the KV rows and bytes that travel (unified: stay) for one prompt."""
     table = Table(
         "block", "prefill", "decode", "KV", "rows", "bytes", title=f"plan {plan.digest[:12]} at {prompt_tokens} tokens"
     )
@@ -29,8 +28,12 @@ def plan_table(plan: PDPlan, prompt_tokens: int) -> Table:
             size = plan.layer_bytes(layer_of[block], prompt_tokens)
             less = ", keys less their mean" if plan.has_key_offset(layer_of[block]) else ""
             cells += [f"{send.row_names}, {send.wire_dtype}{less}", str(send.rows(prompt_tokens)), f"{size:,}"]
+        elif plan.model.states and block in plan.model.states.blocks:
+            cells += ["a state, native", "", f"{plan.model.state_bytes // len(plan.model.states.blocks):,}"]
         table.add_row(*cells)
-    table.caption = f"{plan.payload_bytes(prompt_tokens):,} bytes a request: {plan.reductions(prompt_tokens)}"
+    kv = f"{plan.payload_bytes(prompt_tokens):,} bytes a request"
+    more = "one model for both stages, no KV travels" if plan.unified else plan.reductions(prompt_tokens)
+    table.caption = f"{kv}: {more}"
     return table
 
 
@@ -85,30 +88,3 @@ def _times(histogram: Histogram | None) -> str:
         if histogram is None
         else f"{histogram.mean_ms:.0f} / {'-' if histogram.p95_ms is None else f'{histogram.p95_ms:.0f}'}"
     )
-
-
-def metrics_table(metrics: Metrics) -> Table:
-    """The figures of a demo on one screen."""
-    plan, transfer, quality, fidelity = metrics.plan, metrics.transfer, metrics.quality, metrics.fidelity
-    table = Table("figure", "value", title=f"plan {plan.digest[:12]}", show_lines=False)
-    rows = {
-        "blocks": f"{plan.blocks}, prefill drops {plan.prefill_dropped}, decode drops {plan.decode_dropped}"
-        + (f", pairs distilled {plan.prefill_pairs} and {plan.decode_pairs}" if plan.decode_pairs else ""),
-        "KV": f"{plan.sparse_layers} layers cut to first {plan.n_first} + last {plan.n_last}"
-        + (f", at least {plan.share} 1024ths of the prompt" if plan.share else "")
-        + f", wire {plan.wire_dtype}",
-        "KV bytes a request": (
-            f"dense {transfer.dense_bytes:,.0f}, planned {transfer.planned_bytes:,.0f}, "
-            f"measured {transfer.measured_bytes:,.0f} ({transfer.requests} requests of "
-            f"{transfer.prompt_tokens:.0f} tokens, {'exact' if transfer.exact else 'NOT EXACT'}): "
-            f"{transfer.reduction:.2f}x less"
-        ),
-        "perplexity": f"dense {quality.dense_ppl:.2f}, PD {quality.pd_ppl:.2f}, ratio {quality.ratio:.4f}",
-        "fidelity": (
-            f"{fidelity.requests} requests, largest logprob error {fidelity.max_logprob_error:.2e} nats, "
-            f"{fidelity.controls_detected} of {fidelity.controls} wrong plans told apart"
-        ),
-    }
-    for label, text in rows.items():
-        table.add_row(label, text)
-    return table

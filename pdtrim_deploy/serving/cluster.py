@@ -196,8 +196,8 @@ class Cluster:
             self._in_time(deadline, f"{pair.name} gave no token", self._processes[decode.name])
 
     def _probe_router(self, deadline: float) -> None:
-        """As many real requests as the longer stage has workers: round robin reaches each of them."""
-        for _ in range(max(len(self.spec.prefill), len(self.spec.decode))):
+        """As many real requests as the role with most workers has: round robin reaches each of them."""
+        for _ in range(max(len(self.spec.prefill), len(self.spec.decode), len(self.spec.unified))):
             left = max(1.0, deadline - time.monotonic())
             while (bad := probe.complaint(self.url, left)) is not None:  # it registers its workers meanwhile
                 self.check()

@@ -11,7 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pdtrim_deploy.serving.engines import engine_limits
-from pdtrim_deploy.serving.gpu_defaults import NO_WINDOW_POOL, attention_arguments, pool_arguments
+from pdtrim_deploy.serving.gpu_defaults import (
+    NO_WINDOW_POOL,
+    attention_arguments,
+    pool_arguments,
+    precision_environment,
+)
 from pdtrim_deploy.serving.memory import FRACTION, static_fraction
 from pdtrim_deploy.serving.ports import HOST
 from pdtrim_deploy.serving.spec import ClusterSpec, WorkerSpec
@@ -42,12 +47,13 @@ def worker_command(python: Path, worker: WorkerSpec, secret: Path | None = None)
         "--served-model-name": options.served_model_name,
         "--host": HOST,
         "--port": worker.port,
-        "--disaggregation-mode": worker.stage,
-        "--disaggregation-transfer-backend": options.transfer_backend,
         "--page-size": options.page_tokens,
         "--dtype": options.dtype,
         "--device": options.device,
     }
+    if worker.stage != "unified":
+        arguments["--disaggregation-mode"] = worker.stage
+        arguments["--disaggregation-transfer-backend"] = options.transfer_backend
     limits = {
         "--max-total-tokens": options.pool_tokens,
         "--max-running-requests": options.requests,
@@ -55,25 +61,19 @@ def worker_command(python: Path, worker: WorkerSpec, secret: Path | None = None)
         "--weight-version": options.plan_digest,
     }
     arguments |= engine_limits(worker.engine) | {name: limit for name, limit in limits.items() if limit is not None}
-    config = WorkerConfig(
-        secret_file=None if secret is None else str(secret),
-        transport=TransportOptions.model_validate(worker.transport),
-        decode_pool=options.split_pool if worker.stage == "decode" else None,
-        send_by_layer=options.send_by_layer,
-        engine=worker.engine.as_config() if worker.engine is not None else None,
-    )
-    override = config.override() | ({"architectures": [ENGINE_MODEL]} if worker.engine is not None else {})
+    override = _override(worker, secret)
     if override:
         arguments[ARGUMENT] = json.dumps(override)
     if worker.bootstrap_port is not None:
         arguments["--disaggregation-bootstrap-port"] = worker.bootstrap_port
     arguments |= pool_arguments(options.pool_dtype)
     flags = ["--enable-metrics"] if options.enable_metrics else []
-    # Cut layers have no slots beside SGLang's pool of windows, and torch_native misreads it (docs/sglang-versions.md).
-    if options.device == "cpu" or (options.sparse and worker.stage == "decode"):
+    if options.sparse and worker.stage == "decode":  # cut layers have no slots beside SGLang's pool of windows
         flags.append(NO_WINDOW_POOL)
     if options.device == "cpu":
-        arguments |= {"--attention-backend": "torch_native", FRACTION: static_fraction(worker)}
+        arguments[FRACTION] = static_fraction(worker)
+        if not options.sinks:
+            arguments["--attention-backend"] = "torch_native"
         flags += ["--disable-overlap-schedule", "--sleep-on-idle"]
         if (ranks := options.tp(worker.stage)) > 1:
             arguments["--tp-size"] = ranks
@@ -84,11 +84,26 @@ def worker_command(python: Path, worker: WorkerSpec, secret: Path | None = None)
             arguments |= {"--base-gpu-id": placement.first, "--tp-size": placement.ranks}
             if placement.memory_fraction is not None:
                 arguments[FRACTION] = placement.memory_fraction
-        arguments |= attention_arguments(worker.stage, options.sparse)
+        arguments |= attention_arguments(worker.stage, options.sparse, options.dtype)
         if worker.executor == "tensorrt" and worker.stage == "prefill":  # SGLang's breaks would end its capture midway
             flags.append("--disable-prefill-cuda-graph")
     pairs = [str(part) for pair in arguments.items() for part in pair]
     return [str(python), "-m", "sglang.launch_server", *pairs, *flags, *options.arguments(worker.stage)]
+
+
+def _override(worker: WorkerSpec, secret: Path | None) -> dict[str, object]:
+    """What the worker is told through config.json: how KV travels, and its engine; without KV transfer nothing."""
+    if worker.stage == "unified":
+        return {}
+    options = worker.options
+    config = WorkerConfig(
+        secret_file=None if secret is None else str(secret),
+        transport=TransportOptions.model_validate(worker.transport),
+        decode_pool=options.split_pool if worker.stage == "decode" else None,
+        send_by_layer=options.send_by_layer,
+        engine=worker.engine.as_config() if worker.engine is not None else None,
+    )
+    return config.override() | ({"architectures": [ENGINE_MODEL]} if worker.engine is not None else {})
 
 
 def write_secret(folder: Path) -> Path:
@@ -118,13 +133,19 @@ def worker_environment(python: Path, worker: WorkerSpec, workers: int, temporary
         if (ranks := worker.options.tp(worker.stage)) > 1:
             chosen["SGLANG_NCCL_SO_PATH"] = os.devnull  # NCCL needs GPUs; without it SGLang's ranks speak by gloo
             chosen["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join([",".join(map(str, cores))] * ranks)
+    else:
+        chosen |= precision_environment(worker.options.dtype)
     return _base(python, os.environ, temporary) | chosen
 
 
 def router_command(python: Path, cluster: ClusterSpec) -> list[str]:
     """The router's program over all workers of the cluster."""
     router = cluster.router
-    command = [str(python), "-c", ROUTER, "--pd-disaggregation"]
+    command = [str(python), "-c", ROUTER]
+    if cluster.unified:
+        command += ["--worker-urls", *(worker.url for worker in cluster.unified)]
+    else:
+        command += ["--pd-disaggregation"]
     for worker in cluster.prefill:
         command += ["--prefill", worker.url, str(worker.bootstrap_port)]
     for worker in cluster.decode:

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from pdtrim_deploy.plan import Stage
 from pdtrim_deploy.plan.wire import PoolDtype
 
 # One for both stages, since pages that differ end the decode worker at its first request. SGLang's choice for prefill
 # on sm_100, trtllm_mha, takes 16, 32, 64 or 128 tokens and makes 64 of others; fa3, Triton and FlashInfer take all.
 PAGE_TOKENS = 64
-# The attention that knows layers whose rows are cut, under CUDA graphs. Not run on a GPU yet.
-CUT_LAYER_BACKEND = "triton"
+# The attention that knows layers whose rows are cut, under CUDA graphs, and takes float32. Not run on a GPU yet.
+GENERAL_BACKEND = "triton"
 NO_WINDOW_POOL = "--disable-hybrid-swa-memory"
 
 
-def attention_arguments(stage: Stage, sparse: bool) -> dict[str, object]:
-    """Prefill has all rows of every layer, so SGLang chooses its attention, as it does where a plan cuts no layer."""
-    return {"--attention-backend": CUT_LAYER_BACKEND} if sparse and stage == "decode" else {}
+def attention_arguments(stage: str, sparse: bool, dtype: str) -> dict[str, object]:
+    """Prefill has all rows of every layer, so SGLang chooses its attention, as it does where a plan cuts no layer.
+
+    Not in float32: SGLang 0.5.23 would choose fa3, trtllm_mha or FlashInfer, whose kernels take 16 bits and fewer.
+    """
+    return {"--attention-backend": GENERAL_BACKEND} if dtype == "float32" or (sparse and stage == "decode") else {}
+
+
+def precision_environment(dtype: str) -> dict[str, str]:
+    """So that Triton multiplies float32 in float32 and not in TF32, which has the mantissa of float16."""
+    return {"TRITON_F32_DEFAULT": "ieee"} if dtype == "float32" else {}
 
 
 def pool_arguments(pool_dtype: PoolDtype) -> dict[str, object]:

@@ -12,11 +12,13 @@ from typing import Any
 from pdtrim_deploy.bundle import Bundle
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.local.processor import compute_dtype
+from pdtrim_deploy.models.families import known_family
 from pdtrim_deploy.plan import STAGES
 from pdtrim_deploy.plan.link import Link
 from pdtrim_deploy.serving.cluster import Cluster
 from pdtrim_deploy.serving.engines import Executors, find_engine, require_batches
 from pdtrim_deploy.serving.environment import ServeEnvironment
+from pdtrim_deploy.serving.one_model import require_kind
 from pdtrim_deploy.serving.ports import HOST, free_ports
 from pdtrim_deploy.serving.ranks import require_arguments, require_ranks
 from pdtrim_deploy.serving.relay import Throttle
@@ -30,6 +32,7 @@ def cluster_of(
     *,
     prefill: int = 1,
     decode: int = 1,
+    workers: int = 1,
     port: int | None = None,
     options: WorkerOptions | None = None,
     executors: Executors | None = None,
@@ -42,6 +45,8 @@ def cluster_of(
     say: Callable[[str], None] = lambda sentence: None,
 ) -> Cluster:
     """The bundle's cluster, not yet started; without `log_dir` its logs go to a new temporary folder.
+
+    `prefill` and `decode` workers of a pair, `workers` of one model for both stages.
 
     `gpus` is how many GPUs there are for it; None: those of this machine.
 
@@ -61,12 +66,20 @@ def cluster_of(
             f"as long as in {fast} (a bundle built with model.dtype {fast} takes twice the memory)"
         )
     options = replace(options, sparse=any(send.mode == "sparse" for send in bundle.plan.kv))
+    options = replace(options, sinks=known_family(bundle.plan.model.architecture).sinks)
     options = replace(options, pool_dtype=bundle.plan.model.pool_dtype, plan_digest=bundle.plan.digest)
     if options.device == "cpu" and options.pool_dtype != "native" and bundle.plan.model.rope_dim is not None:
         raise UserError(
             f"the plan's KV pool is {options.pool_dtype}, which SGLang 0.5.23 has on a CPU for no model with latents "
             "(MLA); serve this bundle on GPUs, or build it with kv.pool_dtype native"
         )
+    if options.device == "cpu" and bundle.plan.model.states is not None:
+        raise UserError(
+            f"{bundle.plan.model.architecture} has linear attention, which SGLang 0.5.23 computes on a CPU with "
+            "kernels of its own (sgl_kernel) that are not published; serve this bundle on GPUs, eval judges it here"
+        )
+    chosen = executors or Executors()
+    require_kind(bundle, workers, (prefill, decode), options, chosen, transport or {})
     require_weights(bundle.decode_dir, options.device)
     if options.split_pool is not None and not options.sparse:
         raise UserError("--split-decode-pool: this plan has no sparse layers to split off; leave it out")
@@ -74,8 +87,12 @@ def cluster_of(
     require_arguments(options.extra_args, "--worker-args")
     require_arguments(options.prefill_args, "--prefill-args")
     require_arguments(options.decode_args, "--decode-args")
+    shared: dict[str, Any] = {"port": port, "options": options, "router_args": router_args, "gpus": gpus}
+    shared["start_timeout_s"] = start_timeout_s
+    if bundle.plan.unified:
+        spec = ClusterSpec.of_one_model(bundle.prefill_dir, workers=workers, **shared)
+        return Cluster(spec, environment, log_dir or _log_folder(), say)
     require_transport(environment, options.transfer_backend, transport or {}, options.device)
-    chosen = executors or Executors()
     engines = {stage: find_engine(bundle, stage, chosen.of(stage), options.device) for stage in STAGES}
     for stage, engine in engines.items():
         require_batches(engine, options.chunked_prefill_size, options.requests, options.tp(stage))
@@ -84,15 +101,15 @@ def cluster_of(
         bundle.decode_dir,
         prefill=prefill,
         decode=decode,
-        port=port,
-        options=options,
         engines=engines,
-        router_args=router_args,
-        start_timeout_s=start_timeout_s,
-        gpus=gpus,
+        **shared,
     )
     spec = replace(spec, workers=tuple(replace(worker, transport=transport or {}) for worker in spec.workers))
-    return Cluster(spec, environment, log_dir or Path(tempfile.mkdtemp(prefix="pdtrim-serve-")), say)
+    return Cluster(spec, environment, log_dir or _log_folder(), say)
+
+
+def _log_folder() -> Path:
+    return Path(tempfile.mkdtemp(prefix="pdtrim-serve-"))
 
 
 @contextlib.contextmanager
@@ -102,9 +119,11 @@ def throttled(cluster: Cluster, link: Link) -> Iterator[Cluster]:
     The link is a relay on loopback: it holds bytes back as `link` would; its way back and the control channel are free.
 
     Raises:
-        UserError: decode has several ranks, each of which listens at a port of its own.
+        UserError: decode has several ranks, each of which listens at a port of its own; no KV travels.
 
     """
+    if cluster.spec.unified:
+        raise UserError("--link limits the KV between two stages, and one model for both sends none: leave it out")
     (decode,), spec = cluster.spec.decode, cluster.spec
     if decode.options.tp_decode > 1:
         raise UserError(

@@ -33,7 +33,7 @@ def memory_of(worker: WorkerSpec) -> WorkerMemory | None:
     dtype: NativeDtype = next((known for known in get_args(NativeDtype) if known == options.dtype), "float32")
     tokens, requests = options.pool_tokens or 0, options.requests or 0
     prefill_batch = CHUNK_TOKENS if chunk is None else chunk if chunk > 0 else tokens
-    batch = prefill_batch if worker.stage == "prefill" else requests
+    batch = requests if worker.stage == "decode" else prefill_batch
     return worker_memory(config, dtype, tokens, batch_tokens=batch, requests=requests, pool_dtype=options.pool_dtype)
 
 

@@ -81,6 +81,14 @@ def require_ranks(plan: PDPlan, prefill: int, decode: int, device: str = "cuda")
             raise UserError(f"{option} {ranks}: {reason}; use one of {valid}{more}")
     if reason := unpairable(prefill, decode):
         raise UserError(f"--tp-prefill {prefill} --tp-decode {decode}: {reason}; give a multiple")
+    if (states := plan.model.states) is not None:
+        if prefill != decode:
+            raise UserError(
+                f"--tp-prefill {prefill} --tp-decode {decode}: states of linear attention are sent between equal "
+                "numbers of ranks alone; give both one number"
+            )
+        if reason := states.indivisible(prefill):
+            raise UserError(f"--tp-prefill {prefill}: {reason}; give a number that divides both")
 
 
 def require_arguments(arguments: Sequence[str], option: str) -> None:

@@ -17,6 +17,8 @@ from pdtrim_deploy.serving.ranks import Placement, place
 from pdtrim_deploy.worker.decode_pool import SplitPool
 
 Stage = Literal["prefill", "decode"]
+Role = Literal["prefill", "decode", "unified"]
+"""What a worker does: one stage, or both, as SGLang does without disaggregation."""
 Device = Literal["cpu", "cuda"]
 SMALL_POOL_TOKENS, SMALL_REQUESTS = 8192, 16  # on a CPU, and where several pairs share GPUs
 
@@ -28,8 +30,9 @@ class WorkerOptions:
     `page_size` (tokens a KV page), `max_total_tokens` (KV pool, tokens) and `max_running_requests` are None for the
     device's default: see `page_tokens`, `pool_tokens`, `requests`. `threads` are OpenMP threads a worker (CPU only;
     None: the cores divided among the workers). `sparse` says that decode has sparse layers, `split_pool` for which
-    requests their pools are sized. `send_by_layer`: rows of finished layers leave while prefill computes later ones.
-    `tp_prefill` and `tp_decode` are tensor-parallel ranks of a worker; `share_gpus`
+    requests their pools are sized. `sinks`: attention has sinks; then SGLang refuses torch_native by name, and on a CPU
+    without AMX chooses it all the same. `send_by_layer`: rows of finished layers leave while prefill computes later
+    ones. `tp_prefill` and `tp_decode` are tensor-parallel ranks of a worker; `share_gpus`
     lets several workers take one GPU where there are too few. Every answer names `plan_digest`, where it is
     given, as the version of the weights. `extra_args`, then those of the stage, go to `sglang.launch_server` last: they
     win over anything chosen here.
@@ -47,6 +50,7 @@ class WorkerOptions:
     enable_metrics: bool = True
     threads: int | None = None
     sparse: bool = False
+    sinks: bool = False
     split_pool: SplitPool | None = None
     send_by_layer: bool = False
     tp_prefill: int = 1
@@ -77,24 +81,24 @@ class WorkerOptions:
         """Requests that run at the same time in a worker; None: SGLang decides."""
         return self.max_running_requests or (SMALL_REQUESTS if self.device == "cpu" else None)
 
-    def tp(self, stage: Stage) -> int:
-        """Tensor-parallel ranks of a worker of `stage`."""
-        return self.tp_prefill if stage == "prefill" else self.tp_decode
+    def tp(self, role: Role) -> int:
+        """Tensor-parallel ranks of a worker; of one that does both stages they are prefill's."""
+        return self.tp_decode if role == "decode" else self.tp_prefill
 
-    def arguments(self, stage: Stage) -> tuple[str, ...]:
+    def arguments(self, role: Role) -> tuple[str, ...]:
         """The caller's own for `sglang.launch_server`, the stage's after those of both."""
-        return (*self.extra_args, *(self.prefill_args if stage == "prefill" else self.decode_args))
+        return (*self.extra_args, *{"prefill": self.prefill_args, "decode": self.decode_args}.get(role, ()))
 
 
 @dataclass(frozen=True)
 class WorkerSpec:
-    """One SGLang worker. `index` counts within its stage; `placement` says which GPUs are its, None on a CPU.
+    """One SGLang worker. `index` counts within its role, `stage`; `placement` says which GPUs are its, None on a CPU.
 
     `engine` computes its forward pass; None: SGLang's own torch model does. `transport` holds what its transport is
     told beside its name (`pdtrim_deploy.worker.transport`): sizes, deadlines, addresses.
     """
 
-    stage: Stage
+    stage: Role
     index: int
     model_path: Path
     port: int
@@ -106,7 +110,7 @@ class WorkerSpec:
 
     @property
     def name(self) -> str:
-        """`prefill-0`, `decode-1`."""
+        """`prefill-0`, `decode-1`, `unified-0`."""
         return f"{self.stage}-{self.index}"
 
     @property
@@ -160,6 +164,11 @@ class ClusterSpec:
         """The decode workers."""
         return tuple(worker for worker in self.workers if worker.stage == "decode")
 
+    @property
+    def unified(self) -> tuple[WorkerSpec, ...]:
+        """The workers that do both stages; where there are any, there are no others."""
+        return tuple(worker for worker in self.workers if worker.stage == "unified")
+
     @classmethod
     def on_loopback(
         cls,
@@ -185,10 +194,46 @@ class ClusterSpec:
         """
         if prefill < 1 or decode < 1:
             raise UserError(f"--prefill {prefill} --decode {decode}: each stage needs at least one worker")
-        options, engines = options or WorkerOptions(), engines or {}
+        models: dict[Role, tuple[Path, int]] = {"prefill": (prefill_model, prefill), "decode": (decode_model, decode)}
+        return cls._of(models, port, options or WorkerOptions(), engines or {}, router_args, start_timeout_s, gpus)
+
+    @classmethod
+    def of_one_model(
+        cls,
+        model: Path,
+        *,
+        workers: int = 1,
+        port: int | None = None,
+        options: WorkerOptions | None = None,
+        router_args: tuple[str, ...] = (),
+        start_timeout_s: float = 600.0,
+        gpus: int | None = None,
+    ) -> ClusterSpec:
+        """`workers` that do both stages, without disaggregation, behind a router; the rest is as `on_loopback`'s.
+
+        Raises:
+            UserError: no worker, `port` is taken, or there are too few GPUs.
+
+        """
+        if workers < 1:
+            raise UserError(f"--workers {workers}: at least one is needed")
+        models: dict[Role, tuple[Path, int]] = {"unified": (model, workers)}
+        return cls._of(models, port, options or WorkerOptions(), {}, router_args, start_timeout_s, gpus)
+
+    @classmethod
+    def _of(
+        cls,
+        models: Mapping[Role, tuple[Path, int]],
+        port: int | None,
+        options: WorkerOptions,
+        engines: Mapping[Stage, Engine | None],
+        router_args: tuple[str, ...],
+        start_timeout_s: float,
+        gpus: int | None,
+    ) -> ClusterSpec:
+        """So many workers of each model on free ports of this machine, in this order."""
         taken = frozenset() if port is None else frozenset({require_free(port, "--port")})
-        ports = iter(free_ports(2 * prefill + decode + 2, taken=taken))
-        models: dict[Stage, tuple[Path, int]] = {"prefill": (prefill_model, prefill), "decode": (decode_model, decode)}
+        ports = iter(free_ports(2 * sum(count for _, count in models.values()) + 2, taken=taken))
         workers = [
             WorkerSpec(
                 stage,
@@ -197,7 +242,7 @@ class ClusterSpec:
                 next(ports),
                 next(ports) if stage == "prefill" else None,
                 options,
-                engines.get(stage),
+                None if stage == "unified" else engines.get(stage),
             )
             for stage, (model, count) in models.items()
             for index in range(count)

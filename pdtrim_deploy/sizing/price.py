@@ -55,7 +55,8 @@ class Side(_Frozen):
     """One request, dense or planned; None where an input is missing.
 
     Attributes:
-        request_bytes: packed KV that travels.
+        request_bytes: packed KV that travels, and the states of blocks with linear attention.
+        state_bytes: the latter alone, in each of the three sums.
         transfer_s, prefill_s: seconds; `transfer_share_of_ttft` is transfer over their sum.
         decode_pool_bytes: KV of one request if every decode layer held all its rows.
         two_pool_bytes: the same with sparse layers in pools of only the rows they read, as they are served.
@@ -66,6 +67,7 @@ class Side(_Frozen):
     """
 
     request_bytes: int
+    state_bytes: int = 0
     transfer_s: float
     prefill_s: float | None
     transfer_share_of_ttft: float | None
@@ -112,16 +114,22 @@ def _side(plan: PDPlan, traffic: Traffic) -> Side:
     max_rate = traffic.max_utilisation * link.bytes_per_s / size
     return Side(
         request_bytes=size,
+        state_bytes=plan.model.state_bytes,
         transfer_s=transfer,
         prefill_s=prefill,
         transfer_share_of_ttft=None if prefill is None else transfer / (prefill + transfer),
-        decode_pool_bytes=request_bytes(plan.model, (KVSend(),) * len(plan.kv), traffic.isl, traffic.osl),
-        two_pool_bytes=request_bytes(plan.model, plan.kv, traffic.isl, traffic.osl),
+        decode_pool_bytes=_held_bytes(plan, (KVSend(),) * len(plan.kv), traffic),
+        two_pool_bytes=_held_bytes(plan, plan.kv, traffic),
         max_rate=max_rate,
         utilisation=None if rate is None else rate * transfer,
         fits=None if rate is None else rate <= max_rate,
         link_bits_per_s_needed=None if rate is None else rate * size * 8 / traffic.max_utilisation,
     )
+
+
+def _held_bytes(plan: PDPlan, kv: tuple[KVSend, ...], traffic: Traffic) -> int:
+    """What decode holds of a request: KV by `kv`, and states."""
+    return request_bytes(plan.model, kv, traffic.isl, traffic.osl) + plan.model.state_bytes
 
 
 def _prefill_s(plan: PDPlan, traffic: Traffic) -> float | None:

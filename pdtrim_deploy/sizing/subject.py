@@ -13,8 +13,8 @@ from pdtrim_deploy.local.paths import expanded
 from pdtrim_deploy.models.expert_savings import experts_sentence
 from pdtrim_deploy.models.families import known_family
 from pdtrim_deploy.models.shape import Sized, config_of, find_config, read_sized, shipped, shipped_for
-from pdtrim_deploy.pipeline.build import check_fits
 from pdtrim_deploy.pipeline.family_fit import check_experts, check_family
+from pdtrim_deploy.pipeline.recipe_fit import check_fits
 from pdtrim_deploy.pipeline.stand_in import caveat, stand_in
 from pdtrim_deploy.plan import PDPlan
 from pdtrim_deploy.plan.blocks import SUBLAYER_SHARES
@@ -85,6 +85,7 @@ def _of_recipe(recipe: Recipe, model: Sized | None) -> Subject:
     check_experts(recipe, sized.experts)
     check_fits(recipe, sized.num_blocks, sized.max_positions)
     plan = stand_in(recipe, sized.shape(recipe.model.dtype), sized.experts)
+    _check_pair(recipe.name, plan)
     note = (
         f"not built yet, priced by counts: prefill drops {recipe.pruning.prefill_blocks} and decode "
         f"{recipe.pruning.decode_blocks} of {sized.num_blocks} blocks, {caveat(recipe.kv, plan)}"
@@ -112,11 +113,20 @@ def _of_recipe(recipe: Recipe, model: Sized | None) -> Subject:
 
 def _of_bundle(path: Path) -> Subject:
     bundle = Bundle.open(path)
+    _check_pair(str(path), bundle.plan)
     config = json.loads((bundle.decode_dir / "config.json").read_text())
     source = bundle.recipe.model.source
     known = shipped_for(source)
     model = known.stem if known else source.rpartition("/")[2]
     return Subject(path.resolve().name, "bundle", model, bundle.plan, config["max_position_embeddings"])
+
+
+def _check_pair(name: str, plan: PDPlan) -> None:
+    if plan.unified:
+        raise UserError(
+            f"{name} is one model for both stages, whose KV takes no link: `plan` prices pairs; see "
+            "`pdtrim-deploy build --dry-run` for what it weighs"
+        )
 
 
 def _of_config(sized: Sized) -> Subject:

@@ -20,7 +20,7 @@ def most_bytes(plan: PDPlan, tokens: int, kv_heads: int) -> int:
     plan = _of_long_prompts(plan)
     windows = {send.n_first + send.n_last for send in plan.kv if send.mode != "full"}
     prompts = {tokens} | {window for window in windows if window < tokens}
-    return max(map(plan.payload_bytes, prompts)) * kv_heads // plan.model.num_kv_heads
+    return max(map(plan.kv_bytes, prompts)) * kv_heads // plan.model.num_kv_heads
 
 
 @lru_cache

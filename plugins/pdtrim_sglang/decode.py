@@ -87,18 +87,20 @@ class DecodeSide:
         row: int | None = None,
         *,
         prefill_ranks: int,
+        state_slot: int | None = None,
     ) -> None:
         """Accept chunks for a request whose destination `pages` (int32) SGLang has just allocated.
 
         Attention has `prefill_ranks` ranks in the prefill worker, or in its data-parallel group, that computes it.
         They are scattered once the device event `free` has come, when there is one. `row` is the request's in SGLang's
-        `req_to_token`.
+        `req_to_token`, `state_slot` its slot in the pool of states.
         """
         start, slots = self._plan.first_sent(prefix_tokens), self._pool.slots(pages, prompt_tokens - prefix_tokens)
         slots = pad(slots, (prefix_tokens - start, 0))  # reused rows of full layers are not written
         places, ready = self._pool.destinations(slots, row), (free, self._pool.record_event())
         senders = self.senders(prefill_ranks)
-        self._rooms[room] = DecodeRoom(room, prompt_tokens, prefix_tokens, places, aux_index, ready, senders=senders)
+        request = room, prompt_tokens, prefix_tokens, places, aux_index, ready
+        self._rooms[room] = DecodeRoom(*request, senders=senders, state_slot=state_slot)
         self.connections_changed()
 
     def pair(self, prefill_ranks: int) -> int:
@@ -139,6 +141,12 @@ class DecodeSide:
             raise ProtocolError(
                 f"chunk of KV heads {heads.start} to {heads.stop - 1}, this rank has {held.start} to {held.stop - 1}"
             )
+        states = self._pool.states
+        if header.states is not None and (states is None or header.states.stop > states.layers):
+            raise ProtocolError(
+                f"states of layers {header.states.start} to {header.states.stop - 1}, this worker has "
+                f"{0 if states is None else states.layers}"
+            )
         if header.layers is not None and header.layers.stop > len(self._plan.kv):
             raise ProtocolError(
                 f"chunk of layers {header.layers.start} to {header.layers.stop - 1}, the plan has {len(self._plan.kv)}"
@@ -148,6 +156,8 @@ class DecodeSide:
         aux_bytes = self._aux.total_bytes if header.last and header.aux_bytes else 0  # of several senders one brings it
         draft_bytes = self._pool.draft_bytes(header.start, header.stop) if layout.has_last else 0
         payload_bytes = layout.total_bytes + draft_bytes
+        if header.states is not None and states is not None:
+            payload_bytes = len(header.states) * states.layer_bytes
         if (header.payload_bytes, header.aux_bytes) != (payload_bytes, aux_bytes):
             raise ProtocolError(
                 f"chunk of {header.payload_bytes} + {header.aux_bytes} bytes, "

@@ -26,6 +26,7 @@ NEXT_STEP, LONGEST, LEAKS = (
 CHECKPOINT = "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.checkpoint_into_tree"
 FIRST_DRAFT = "sglang.srt.speculative.spec_info.SpeculativeAlgorithm.build_disagg_draft_input"
 SEND_METADATA = f"{DISAGGREGATION}.decode.DecodePreallocQueue._send_kv_metadata"
+FUSED_STORE = "sglang.srt.models.utils.enable_fused_set_kv_buffer"
 PROCESS_WEIGHTS = "sglang.srt.model_loader.loader.DefaultModelLoader.postprocess_weights"
 SCHEME = (
     "sglang.srt.layers.quantization.compressed_tensors.compressed_tensors.CompressedTensorsConfig."
@@ -36,6 +37,7 @@ LOAD_MODEL, LOADED = f"{RUNNER}.load_model", f"{RUNNER}.maybe_apply_post_load_mo
 CONFIGURATOR = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator"
 KV_DTYPE, CONFIGURE = f"{RUNNER}.configure_kv_cache_dtype", f"{CONFIGURATOR}.configure"
 KV_POOL, ALLOCATOR = f"{CONFIGURATOR}._build_mha_kv_pool", f"{CONFIGURATOR}._build_token_to_kv_pool_allocator"
+BUDGET = f"{CONFIGURATOR}.config_from_budget"
 NORMALISE = "sglang.srt.managers.io_struct.GenerateReqInput.normalize_batch_and_arguments"
 FRONT_END = "sglang.srt.managers.tokenizer_manager.TokenizerManager.init_disaggregation"
 CELL_SIZE = "sglang.srt.model_executor.pool_configurator.DefaultPoolConfigurator._compute_cell_size"
@@ -47,7 +49,7 @@ TARGETS = (
     GET_KV_CLASS, CREATE_SENDER, PREFILL_MANAGER, DECODE_MANAGER, PRE_ALLOC, ADMISSION, READMISSION, SEND_METADATA,
     EXTEND, RELEASE, CLEAR, NEXT_STEP, LONGEST, LEAKS, KV_POOL, ALLOCATOR, CELL_SIZE, LOAD_MODEL, LOADED, NORMALISE,
     FRONT_END, VALIDATE, VALIDATE_COMPLETION, SCHEDULERS, DETOKENIZERS, CHECKPOINT, PROCESS_WEIGHTS, SCHEME,
-    KV_DTYPE, CONFIGURE, FIRST_DRAFT,
+    KV_DTYPE, CONFIGURE, BUDGET, FUSED_STORE, FIRST_DRAFT,
 )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from pdtrim_sglang import hook_targets, identity, sglang_host
 from pdtrim_sglang.control import protect
 from pdtrim_sglang.decode import DecodeSide
 from pdtrim_sglang.draft import DraftRows
-from pdtrim_sglang.pairing import unlike_draft_ranks, unlike_ranks
+from pdtrim_sglang.pairing import unlike_draft_ranks, unlike_ranks, unlike_state_ranks
 from pdtrim_sglang.plan_source import check_fits, check_padding, dense_plan, read_offsets, read_plan
 from pdtrim_sglang.pool import PoolView
 from pdtrim_sglang.prefill import PrefillSide
@@ -27,6 +27,7 @@ from pdtrim_sglang.requirements import (
     check_draft_ranks,
     check_options,
     check_staging,
+    check_state_pool,
     check_window,
     check_windows,
     layers_unheard,
@@ -101,6 +102,7 @@ class PDTrimKVManager(CommonKVManager):
             self.plan = self.plan.with_windows(loaded_windows(model, len(view.keys)))
         check_fits(self.plan, stage, view.buffers, self.attn_tp_size)
         check_padding(self.plan, model.config)
+        check_state_pool(self.plan, view.states, self.attn_tp_size)
         heads = held_heads(self.plan.model.num_kv_heads, *ranks)
         offsets = None if self._offsets is None else self._offsets.heads(heads)
         draft = None
@@ -139,7 +141,7 @@ class PDTrimKVManager(CommonKVManager):
             self._start_heartbeat_checker_thread()
 
     def _send_by_layer(self, model: Any) -> None:
-        if reason := layers_unheard(self.server_args, model):
+        if reason := layers_unheard(self.server_args, model, self.plan):
             logger.warning("pdtrim: rows leave when their forward pass has ended, not layer by layer: %s", reason)
         else:
             layerwise = self.prefill_side.send_by_layer()
@@ -159,6 +161,7 @@ class PDTrimKVManager(CommonKVManager):
             info = self.prefill_info_table[bootstrap_addr]
             ranks = info.attn_tp_size, self.attn_tp_size
             reason = unlike_ranks(*ranks) or (unlike_draft_ranks(*ranks) if self._sends_draft else "")
+            reason = reason or (unlike_state_ranks(*ranks) if self.plan.model.states else "")
             if reason:
                 raise RuntimeError(f"pdtrim: cannot decode for the prefill worker at {bootstrap_addr}: {reason}")
             # SGLang has each rank of prefill send its copy of a head; here the first of them does.

@@ -55,12 +55,15 @@ class TransferMetrics(HeldMetrics):
 
         super().__init__()
         sizes = [float(1 << n) for n in range(10, 37, 2)]
-        self._payload = Histogram("pdtrim_kv_payload_bytes", "Packed KV bytes sent for a request", buckets=sizes)
+        self._payload = Histogram("pdtrim_kv_payload_bytes", "Packed KV, and states, sent for a request", buckets=sizes)
         self._wire = Histogram("pdtrim_kv_wire_bytes", "All bytes sent for a request, headers and aux", buckets=sizes)
         self._dense = Histogram("pdtrim_kv_dense_bytes", "Bytes the unpruned model would have sent", buckets=sizes)
         self._staged = Histogram("pdtrim_kv_staged_bytes", "Of the payload: packed by the engine itself", buckets=sizes)
         self._draft = Histogram(
             "pdtrim_kv_draft_bytes", "Of the payload: KV of a draft model, native", buckets=[0.0, *sizes]
+        )
+        self._states = Histogram(
+            "pdtrim_kv_state_bytes", "Of the payload: states of linear attention, native", buckets=[0.0, *sizes]
         )
         self._early = Histogram(
             "pdtrim_kv_early_bytes",
@@ -86,6 +89,7 @@ class TransferMetrics(HeldMetrics):
         self._payload.observe(progress.payload_bytes)
         self._staged.observe(progress.staged_bytes)
         self._draft.observe(progress.draft_bytes)
+        self._states.observe(progress.state_bytes)
         self._early.observe(progress.early_bytes)
         self._wire.observe(progress.wire_bytes)
         self._dense.observe(dense_bytes)

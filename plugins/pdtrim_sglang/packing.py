@@ -34,6 +34,7 @@ class Chunk:
         layers: the KV layers of decode whose rows to send; all when left out.
         forward_pass: the pass that computes them, where they may leave before it has ended.
         reused_tokens: of the prompt's first tokens, decode's full layers have the rows of so many.
+        states: of the layers with linear attention so many, whose states to send and no rows: those in `state_slot`.
         carries_aux: whether the last chunk brings the request's aux row: of several senders the first one's does.
 
     """
@@ -54,6 +55,8 @@ class Chunk:
     reused_tokens: int = 0
     moving: MovingPages | None = None
     carries_aux: bool = True
+    states: range | None = None
+    state_slot: int | None = None
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,8 @@ class Packed:
     They are of KV heads `heads`.
     `queued_at` is when the scheduler queued it, in seconds of the monotonic clock.
     `device_sum` is the checksum of bytes in a slot on a GPU, int64 `[1]` on the host; it is there with `event`, too.
-    `draft_bytes` are those of a draft model's rows, which stand behind the others.
+    `draft_bytes` are those of a draft model's rows, which stand behind the others, `state_bytes` those of states, which
+    stand alone.
     """
 
     queued_at: float
@@ -77,11 +81,12 @@ class Packed:
     device: torch.device
     device_sum: Tensor | None = None
     draft_bytes: int = 0
+    state_bytes: int = 0
 
     @property
     def payload_bytes(self) -> int:
-        """Of all rows."""
-        return self.layout.total_bytes + self.draft_bytes
+        """Of all rows, or of states."""
+        return self.layout.total_bytes + self.draft_bytes + self.state_bytes
 
     def wait(self) -> None:
         """Until the bytes are there. IndexError: a slot lay outside its pool."""
@@ -104,6 +109,8 @@ class Packer:
         """Pack a chunk whose room is live; a GPU may still be at it when this returns."""
         for event in chunk.events:
             event.synchronize()
+        if chunk.states is not None:
+            return self._pack_states(queued_at, chunk, slot, chunk.states)
         if (moving := chunk.moving) is None:
             return self._pack(queued_at, chunk, slot, chunk.pages)
         with moving.request.reading() as readers:
@@ -112,6 +119,25 @@ class Packer:
             if packed.event is not None:
                 readers.append(packed.event)
             return packed
+
+    def _aux_row(self, chunk: Chunk) -> bytes:
+        return self._aux.read(chunk.aux_index) if chunk.last and chunk.carries_aux else b""
+
+    def _pack_states(self, queued_at: float, chunk: Chunk, slot: int, layers: range) -> Packed:
+        pool = self._pool if chunk.heads is None else self._pool.of_heads(chunk.heads)
+        out, device_sum, states = self._slots[slot], self._sums[slot], self._pool.states
+        assert states is not None
+        assert chunk.state_slot is not None
+        packed = states.pack(layers, chunk.state_slot)
+        out[: len(packed)].copy_(packed, non_blocking=True)
+        if device_sum is not None:
+            device_sum.copy_(checksum(out[: len(packed)]), non_blocking=True)
+        layout = chunk_layout(self._plan, chunk.prompt_tokens, chunk.start, chunk.stop, pool.kv_heads)
+        aux = self._aux_row(chunk)
+        event, device = pool.record_event(), pool.keys[0].device
+        return Packed(
+            queued_at, chunk, layout, pool.heads, slot, None, aux, event, device, device_sum, state_bytes=len(packed)
+        )
 
     def _pack(self, queued_at: float, chunk: Chunk, slot: int, pages: Any) -> Packed:
         out, device_sum, pieces = self._slots[slot], self._sums[slot], None
@@ -139,6 +165,6 @@ class Packer:
                     rest[: len(packed)].copy_(packed, non_blocking=True)
             if device_sum is not None:
                 device_sum.copy_(checksum(out[: layout.total_bytes + draft_bytes]), non_blocking=True)
-        aux = self._aux.read(chunk.aux_index) if chunk.last and chunk.carries_aux else b""
+        aux = self._aux_row(chunk)
         event, device = pool.record_event(), pool.keys[0].device
         return Packed(queued_at, chunk, layout, pool.heads, slot, pieces, aux, event, device, device_sum, draft_bytes)

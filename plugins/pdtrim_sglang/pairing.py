@@ -78,6 +78,16 @@ def unlike_draft_ranks(prefill_tp: int, decode_tp: int) -> str:
     )
 
 
+def unlike_state_ranks(prefill_tp: int, decode_tp: int) -> str:
+    """Why ranks that send states of linear attention cannot be paired, in one sentence; empty when they can."""
+    if prefill_tp == decode_tp:
+        return ""
+    return (
+        f"prefill has {prefill_tp} attention ranks and decode {decode_tp}, and states of linear attention are sent "
+        "between equal numbers alone: start both workers with one --tp-size"
+    )
+
+
 def rejection(message: Register, plan: PDPlan, ranks: Ranks, aux: AuxRows, draft: DraftRows | None = None) -> str:
     """Why the decode worker that sent `message` cannot be served from here, in one sentence; empty when it can.
 
@@ -93,6 +103,8 @@ def rejection(message: Register, plan: PDPlan, ranks: Ranks, aux: AuxRows, draft
     unlike = unlike_ranks(ranks.size, message.tp_size) or indivisible(ranks.kv_heads, message.tp_size)
     if draft is not None:
         unlike = unlike or unlike_draft_ranks(ranks.size, message.tp_size)
+    if plan.model.states is not None:
+        unlike = unlike or unlike_state_ranks(ranks.size, message.tp_size)
     if unlike:
         return unlike
     size, rank = message.tp_size, message.tp_rank

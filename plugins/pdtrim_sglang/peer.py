@@ -213,7 +213,7 @@ class Peer:
             return
         header = ChunkHeader(
             self._digest, chunk.room, self._rank, chunk.prompt_tokens, chunk.start, chunk.stop,
-            len(packed.aux), size, chunk.last, packed.heads, chunk.layers, chunk.reused_tokens,
+            len(packed.aux), size, chunk.last, packed.heads, chunk.layers, chunk.reused_tokens, chunk.states,
         )  # fmt: skip
         with self._lock:
             sent = self._unanswered.setdefault(chunk.room, _Unanswered())
@@ -229,6 +229,7 @@ class Peer:
             progress.wire_bytes += wire_bytes
             progress.payload_bytes += size
             progress.draft_bytes += packed.draft_bytes
+            progress.state_bytes += packed.state_bytes
             progress.staged_bytes += size if chunk.span is not None else 0
             progress.early_bytes += size if chunk.forward_pass is not None and chunk.forward_pass.runs else 0
             complete = progress.complete

@@ -16,6 +16,7 @@ from pdtrim_deploy.kvcache.pack import check, prepare
 from pdtrim_deploy.plan import PDPlan
 from pdtrim_sglang import threads
 from pdtrim_sglang.draft import DraftRows, wire_digest
+from pdtrim_sglang.state_slots import StateSlots
 
 if TYPE_CHECKING:
     from pdtrim_sglang.kept_pool.pool import KeptKVPool
@@ -65,7 +66,8 @@ class PoolView:
     With `latents` they are `[slots, 2, rope / 2]` and `[slots, 2, latent / 2]`, which count as one KV head.
     `cut` is SGLang's pool when its cut layers have slots of their own, `offsets` the plan's of these KV heads, and
     `first_head` the first of them, as the model counts. `draft` is the KV of a draft model, where one runs, and
-    `windowed` says where the rows of layers with windows are, where SGLang has them in a pool of their own.
+    `windowed` says where the rows of layers with windows are, where SGLang has them in a pool of their own. `states`
+    are those of layers with linear attention, which have no rows.
     """
 
     keys: list[Tensor]
@@ -77,23 +79,28 @@ class PoolView:
     draft: DraftRows | None = None
     windowed: WindowSlots | None = None
     latents: bool = False
+    states: StateSlots | None = None
     _parts: dict[range, PoolView] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def of(cls, pool: Any) -> PoolView:
         """View of SGLang's MHATokenToKVPool or MLATokenToKVPool (0.5.23), or of two of the former in its SWAKVPool.
 
+        Of its HybridLinearKVPool, a view of the former, and of its MambaPool.
+
         Raises:
             RuntimeError: another kind of pool (hybrid, HND, with scales), which the wire format does not know.
 
         """
-        from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
+        from sglang.srt.mem_cache.memory_pool import HybridLinearKVPool, MHATokenToKVPool, MLATokenToKVPool
         from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 
         from pdtrim_sglang.kept_pool.pool import KeptKVPool
 
         if type(pool) is SWAKVPool:
             return cls._of_windows(pool)
+        if type(pool) is HybridLinearKVPool and not pool.use_mla:
+            return replace(cls.of(pool.full_kv_pool), states=StateSlots.of(pool.mamba_pool))
         if type(pool) is MLATokenToKVPool and not pool.use_dsa:
             return cls._of_latents(pool)
         plain = type(pool) in (MHATokenToKVPool, KeptKVPool) and not (pool.use_hnd or pool.is_quantized_kv_cache)

@@ -127,6 +127,7 @@ class PrefillSide:
 
     def _queue(self, parts: Sequence[Chunk]) -> None:
         """Queue chunks of one room, in order."""
+        parts = self._with_states(parts)
         chunk = parts[-1]
         infos = self._manager.transfer_infos.get(chunk.room)
         if not infos or self._manager.request_status.get(chunk.room) in (None, KVPoll.Failed):
@@ -150,6 +151,16 @@ class PrefillSide:
                 return
         if chunk.last and not receivers:  # another rank sends its copy of the heads
             self.rooms.arrived(chunk.room)
+
+    def _with_states(self, parts: Sequence[Chunk]) -> Sequence[Chunk]:
+        """The chunks, and behind a prompt's last rows its states, which complete the request."""
+        end, states = parts[-1], self._pool.states
+        if states is None or not end.last:
+            return parts
+        ranges = list(states.parts(self._config.staging_bytes))
+        rows = [*parts[:-1], replace(end, last=False)]
+        rest = replace(end, start=end.prompt_tokens, stop=end.prompt_tokens, layers=None, span=None, moving=None)
+        return rows + [replace(rest, states=layers, last=layers is ranges[-1]) for layers in ranges]
 
     def stalled(self, room: int, reason: str) -> None:
         """Decode has been silent for too long: end the request, and the connections on which it was waited for."""

@@ -124,11 +124,14 @@ class PrefillRooms:
         heads = sum(len(info.heads) for info in self._manager.transfer_infos.get(room, {}).values())
         if heads:
             reused, of = progress.reused_tokens, self._plan.model.num_kv_heads
-            dense = self._plan.dense_bytes(progress.prompt_tokens - reused)  # of all heads, as payload is of those sent
+            states = self._plan.model.state_bytes
+            dense = (
+                self._plan.dense_bytes(progress.prompt_tokens - reused) - states
+            )  # of all heads, payload of those sent
             spared = self._plan.reused_bytes(reused)
-            draft = progress.draft_bytes  # native in both
+            native = progress.draft_bytes + progress.state_bytes  # in both
             spared_draft = self._draft_token_bytes * reused
-            self._metrics.succeeded(progress, dense * heads // of + draft, spared * heads // of + spared_draft)
+            self._metrics.succeeded(progress, dense * heads // of + native, spared * heads // of + spared_draft)
         else:
             self._metrics.ended("success")
         # decode knows already: it scattered the last chunk

@@ -23,6 +23,7 @@ class RoomProgress:
     payload_bytes: int = 0
     staged_bytes: int = 0
     draft_bytes: int = 0
+    state_bytes: int = 0
     early_bytes: int = 0
     wire_bytes: int = 0
     prompt_tokens: int = 0

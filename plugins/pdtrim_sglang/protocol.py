@@ -12,15 +12,16 @@ from dataclasses import dataclass
 import xxhash
 
 MAGIC = b"PDTK"
-# 2: int4 of 4.25 bits; 3: k4v3, int3, their first row native; 4: a range of heads; 5: of layers; 6: reused tokens
-VERSION = 6
+# 2: int4 of 4.25 bits; 3: k4v3, int3, their first row native; 4: a range of heads; 5: of layers; 6: reused tokens;
+# 7: states
+VERSION = 7
 _HEADER = struct.Struct("<4sHHIHHHH32sQIIIIIQ")
 _CHECKSUM = struct.Struct("<Q")
 HEADER_BYTES = _HEADER.size + _CHECKSUM.size
 _REPLY = struct.Struct("<4sHHQH")
 REPLY_BYTES = _REPLY.size
 MAX_REASON_BYTES = 2048
-_LAST = 1
+_LAST, _STATES = 1, 2
 
 
 class ProtocolError(Exception):
@@ -41,6 +42,8 @@ class ChunkHeader:
         heads: the KV heads whose rows they are, as the model counts them.
         layers: the KV layers of decode whose rows they are; None: all. On the wire none are all.
         reused_tokens: of the prompt's first tokens, so many have no rows of full layers here: decode has them.
+        states: the chunk has no rows, but what these of the layers with linear attention keep behind the prompt; they
+            stand on the wire in the place of `layers`, which are then None.
 
     """
 
@@ -56,15 +59,17 @@ class ChunkHeader:
     heads: range
     layers: range | None = None
     reused_tokens: int = 0
+    states: range | None = None
 
     def encode(self, body: Iterable[memoryview | bytes]) -> bytes:
         """Header bytes with the XXH3-64 checksum of header and body.
 
         A payload on a GPU stands in `body` by its own checksum, 8 bytes (`pdtrim_deploy.kvcache.checksum`).
         """
-        layers = self.layers or range(0)
+        layers = self.states or self.layers or range(0)
+        flags = (_LAST if self.last else 0) | (_STATES if self.states else 0)
         fixed = _HEADER.pack(
-            MAGIC, VERSION, _LAST if self.last else 0, self.rank, self.heads.start, len(self.heads), layers.start,
+            MAGIC, VERSION, flags, self.rank, self.heads.start, len(self.heads), layers.start,
             len(layers), self.digest, self.room, self.prompt_tokens, self.reused_tokens, self.start, self.stop,
             self.aux_bytes, self.payload_bytes,
         )  # fmt: skip
@@ -84,7 +89,11 @@ class ChunkHeader:
         if reused > tokens:
             raise ProtocolError(f"{reused} reused tokens of a prompt of {tokens}")
         held, of = range(head, head + heads), range(layer, layer + layers) or None
-        return cls(digest, room, rank, tokens, start, stop, aux, payload, bool(flags & _LAST), held, of, reused)
+        states = of if flags & _STATES else None
+        if flags & _STATES and (states is None or start != tokens):
+            raise ProtocolError(f"states of {layers} layers at token {start} of a prompt of {tokens} tokens")
+        rows, last = None if states else of, bool(flags & _LAST)
+        return cls(digest, room, rank, tokens, start, stop, aux, payload, last, held, rows, reused, states)
 
 
 def body_matches(header: bytes, body: Iterable[memoryview | bytes]) -> bool:

@@ -8,6 +8,7 @@ from sglang.srt.disaggregation.base.conn import KVPoll
 from sglang.srt.disaggregation.common.conn import CommonKVReceiver
 
 from pdtrim_sglang.manager import PDTrimKVManager
+from pdtrim_sglang.state_slots import state_slot
 
 
 class PDTrimKVReceiver(CommonKVReceiver):
@@ -35,7 +36,9 @@ class PDTrimKVReceiver(CommonKVReceiver):
         assert aux_index is not None
         request = self.bootstrap_room, self.prompt_tokens, prefix, kv_indices, aux_index
         ranks = self.prefill_info.attn_tp_size
-        self.kv_mgr.decode_side.open_room(*request, self.forward_done, self.row, prefill_ranks=ranks)
+        self.kv_mgr.decode_side.open_room(
+            *request, self.forward_done, self.row, prefill_ranks=ranks, state_slot=state_slot(state_indices)
+        )
         self.kv_mgr.prompts_announced[self.bootstrap_room] = self.prompt_tokens
         super().send_metadata(kv_indices, aux_index, state_indices, decode_prefix_len, **options)
         self.kv_mgr.prompts_announced.pop(self.bootstrap_room, None)

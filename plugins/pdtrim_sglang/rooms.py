@@ -64,7 +64,8 @@ class DecodeRoom:
     token on that lets prefill send (`first_sent`).
     `places` are there, and may be written, when the device events in `ready` have come. `senders` are the KV heads, as
     the model counts them, that each rank of prefill sends; the first of them also sends the aux row. `positions` are
-    the tokens up to which each that has sent some has sent each layer's.
+    the tokens up to which each that has sent some has sent each layer's. Of a model with linear attention `state_slot`
+    is the request's in the pool of states, and `states` how many layers' have come.
     """
 
     room: int
@@ -74,7 +75,9 @@ class DecodeRoom:
     aux_index: int
     ready: tuple[Any, ...] = ()
     senders: Mapping[int, range] = field(kw_only=True)
+    state_slot: int | None = None
     positions: dict[int, LayerPositions] = field(init=False, default_factory=dict)
+    states: int = field(init=False, default=0)
     open: bool = True
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -85,8 +88,14 @@ class DecodeRoom:
         with self.lock:
             start = plan.first_sent(self.reused_tokens)
             positions = self.positions.get(header.rank) or LayerPositions(len(plan.kv), start)
-            if reason := self._refusal(header, positions, aux_rows.total_bytes):
+            layers = 0 if pool.states is None else pool.states.layers
+            if reason := self._refusal(header, positions, aux_rows.total_bytes, layers):
                 return reason
+            if header.states is not None:
+                self._take_states(pool, header.states, payload)
+                if header.last and self._brings_aux(header.rank):
+                    aux_rows.write(self.aux_index, aux)
+                return ""
             span = slice(header.start - start, header.stop - start)
             pool = pool.of_heads(header.heads)
             extent = header.prompt_tokens, header.start, header.stop, pool.kv_heads, header.layers
@@ -106,18 +115,30 @@ class DecodeRoom:
                 aux_rows.write(self.aux_index, aux)
             return ""
 
+    def _take_states(self, pool: PoolView, layers: range, payload: Tensor) -> None:
+        assert pool.states is not None
+        assert self.state_slot is not None
+        pool.after(*self.ready)
+        try:
+            pool.states.unpack(layers, self.state_slot, near(payload, pool))
+        finally:
+            pool.wait()
+        self.states = layers.stop
+
     def _brings_aux(self, rank: int) -> bool:
         return rank == next(iter(self.senders))
 
-    def _refusal(self, header: ChunkHeader, positions: LayerPositions, aux_bytes: int) -> str:
+    def _refusal(self, header: ChunkHeader, positions: LayerPositions, aux_bytes: int, state_layers: int) -> str:
         """Why a chunk is not the next of its sender, whose rows came up to `positions`, or nothing.
 
-        An aux row has `aux_bytes` bytes.
+        An aux row has `aux_bytes` bytes, and `state_layers` layers keep a state.
         """
         every = range(len(positions))
         layers = header.layers or every
         before = positions.runs(range(layers.start))  # rows of these come before a last chunk
-        completes = header.stop == self.prompt_tokens and layers.stop == every.stop
+        completes = header.stop == self.prompt_tokens and layers.stop == every.stop and not state_layers
+        if header.states is not None:  # which come behind all rows
+            before, completes = positions.runs(every), header.states.stop == state_layers
         rank, heads, aux = header.rank, self.senders.get(header.rank), 0
         if header.last and self._brings_aux(rank):
             aux = aux_bytes
@@ -139,13 +160,18 @@ class DecodeRoom:
             reason = f"chunk begins at token {header.start}, expected {_listed(runs)}"
         elif header.last != completes:
             reason = f"chunk ends at token {header.stop} of {self.prompt_tokens} and last={header.last}"
-        elif header.last and any(at < self.prompt_tokens for _, at in before):
+        elif (header.last or header.states) and any(at < self.prompt_tokens for _, at in before):
             reason = f"the last chunk came before rows of other layers, which are there up to token {_listed(before)}"
         elif header.aux_bytes != aux:
             reason = f"prefill rank {rank} sends an aux row of {header.aux_bytes} bytes, expected {aux}"
         else:
-            reason = ""
+            reason = self._state_refusal(header.states) if header.states is not None else ""
         return reason
+
+    def _state_refusal(self, layers: range) -> str:
+        if layers.start != self.states:
+            return f"states of layers {layers.start} to {layers.stop - 1}, expected {self.states}"
+        return "decode has no slot for this request's states" if self.state_slot is None else ""
 
     def close(self) -> None:
         """Forbid further writes; waits for one that is under way."""

@@ -10,6 +10,7 @@ from sglang.srt.disaggregation.common.conn import CommonKVSender
 
 from pdtrim_sglang.manager import PDTrimKVManager
 from pdtrim_sglang.peer import Chunk
+from pdtrim_sglang.state_slots import state_slot
 
 
 class PDTrimKVSender(CommonKVSender):
@@ -82,6 +83,7 @@ class PDTrimKVSender(CommonKVSender):
                 aux_index=self.aux_index,
                 events=events,
                 reused_tokens=self._reused_tokens,
+                state_slot=state_slot(state_indices) if last else None,
             )
         )
 

@@ -23,12 +23,17 @@ logger = logging.getLogger("sglang.srt.pdtrim.sublayers")
 
 
 def stage_plan(runner: Any) -> tuple[PDPlan, Stage] | None:
-    """The plan and the stage of a ModelRunner's model; None for a draft model, or one without a plan."""
-    stage = runner.server_args.disaggregation_mode
-    if stage not in ("prefill", "decode") or getattr(runner, "is_draft_worker", False):
+    """The plan and the stage of a ModelRunner's model; None for a draft model, or one without a plan.
+
+    A worker without disaggregation runs the one model of a unified plan, which is either stage.
+    """
+    mode = runner.server_args.disaggregation_mode
+    if getattr(runner, "is_draft_worker", False):
         return None
     plan = read_plan(runner.model_config.model_path)
-    return None if plan is None else (plan, stage)
+    if plan is None or (mode == "null" and not plan.unified):
+        return None
+    return plan, "decode" if mode == "decode" else "prefill"
 
 
 def cut_sublayers(runner: Any) -> None:

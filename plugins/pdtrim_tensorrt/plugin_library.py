@@ -18,11 +18,12 @@ from pdtrim_tensorrt.kernel import NATIVE_DTYPES
 SOURCES = Path(__file__).parent / "library"
 
 
-def build_library(tensorrt_root: Path, folder: Path, on_host: bool = False) -> Path:
+def build_library(tensorrt_root: Path, folder: Path, on_host: bool = False, architectures: str | None = None) -> Path:
     """Build the library in `folder`.
 
     Args:
         tensorrt_root: its include/ has NvInfer.h.
+        architectures: of GPUs, as CMake names them; `native`: of this machine's. sm_80, 90, 100 and 120 if None.
         on_host: with the kernel compiled for the CPU, to drive the plugins in a test.
 
     Raises:
@@ -32,6 +33,8 @@ def build_library(tensorrt_root: Path, folder: Path, on_host: bool = False) -> P
     if not shutil.which("cmake"):
         raise UserError("building the TensorRT plugin library needs cmake and nvcc on PATH")
     configure = ["cmake", "-S", str(SOURCES), "-B", str(folder), f"-DTENSORRT_ROOT={tensorrt_root.absolute()}"]
+    if architectures is not None:
+        configure.append(f"-DPDTRIM_ARCHITECTURES={architectures}")
     for command in ([*configure, f"-DPDTRIM_ON_HOST={'ON' if on_host else 'OFF'}"], ["cmake", "--build", str(folder)]):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:

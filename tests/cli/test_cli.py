@@ -285,7 +285,7 @@ def test_a_full_disk_is_one_sentence(
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device", "somewhere")
 
-    monkeypatch.setattr("pdtrim_deploy.bundle.bundle.os.fsync", full)
+    monkeypatch.setattr("pdtrim_deploy.local.atomic.os.fsync", full)
     code, _, err = run(capsys, "build", recipe_file, "--out", tmp_path / "b", "--cache-dir", tmp_path / "c")
     assert code == 2
     assert "No space left on device" in err.splitlines()[-1]

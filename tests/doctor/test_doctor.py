@@ -200,12 +200,13 @@ def test_states_training_and_workers_are_counted(tmp_path: Path) -> None:
     ],
 )
 def test_a_package_that_the_recipe_wants_is_needed(
-    package: str, recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    package: str, recipe: str, tmp_path: Path, tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(packages, "installed", lambda name: None if name == package else installed(name))
     plain, wants = tmp_path / "plain.yaml", tmp_path / "wants.yaml"
-    plain.write_text(f"name: r\nmodel: {{source: 'hf:{tmp_path}'}}\ntargets: {{tensorrt-llm: {{quantisation: fp8}}}}\n")
-    wants.write_text("name: r\n" + ("" if "model" in recipe else f"model: {{source: 'hf:{tmp_path}'}}\n") + recipe)
+    model = f"name: r\nmodel: {{source: 'hf:{tiny_llama_dir}'}}\n"
+    plain.write_text(f"{model}targets: {{tensorrt-llm: {{quantisation: fp8}}}}\n")
+    wants.write_text(("name: r\n" if "model" in recipe else model) + recipe)
     require("build", CheckContext(Recipe.load(plain), tmp_path))
     require("eval", CheckContext(Recipe.load(wants)))
     with pytest.raises(UserError, match=rf"cannot build: {package}: not installed \(.*Fix it with: (make|pip)"):
@@ -313,23 +314,44 @@ def test_every_lack_has_a_mend_and_the_exit_code_follows(
 
 
 @pytest.mark.parametrize(
-    ("method", "status", "words"),
+    ("method", "name", "status", "words"),
     [
-        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "ok", "FP8 in fp8 format"),
-        ({"quant_method": "gptq", "bits": 4}, "missing", "weights quantised by gptq are not read"),
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "weights", "ok", "FP8 in fp8 format"),
+        ({"quant_method": "gptq", "bits": 4}, "model", "missing", "weights quantised by gptq are not read"),
     ],
 )
 def test_the_format_of_quantised_weights_is_named(
-    method: dict[str, object], status: str, words: str, tiny_llama_dir: Path, tmp_path: Path
+    method: dict[str, object], name: str, status: str, words: str, tiny_llama_dir: Path, tmp_path: Path
 ) -> None:
     config = json.loads((tiny_llama_dir / "config.json").read_text()) | {"quantization_config": method}
     (tmp_path / "config.json").write_text(json.dumps(config))
     recipe = Recipe.model_validate({"name": "q", "model": {"source": f"hf:{tmp_path}"}})
-    finding = named(list(Weights().look(CheckContext(recipe=recipe, out=tmp_path))), "weights")
+    finding = named(list(Weights().look(CheckContext(recipe=recipe, out=tmp_path))), name)
     assert finding.status == status
     assert words in finding.detail
     unquantised = Recipe.model_validate({"name": "q", "model": {"source": f"hf:{tiny_llama_dir}"}})
-    assert not list(Weights().look(CheckContext(recipe=unquantised, out=tmp_path)))
+    (line,) = Weights().look(CheckContext(recipe=unquantised, out=tmp_path))
+    assert (line.name, line.status) == ("model", "ok")
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("hf:{}/gone", "gone: no such folder"),
+        ("hf:{}", "config.json"),
+        ("gguf:{}/gone.gguf", "gone.gguf: no such file"),
+    ],
+)
+def test_a_model_that_is_not_there_is_missing(
+    source: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(f"name: r\nmodel: {{source: '{source.format(tmp_path)}'}}\n")
+    (line,) = Weights().look(CheckContext(recipe=Recipe.load(recipe)))
+    assert (line.name, line.status) == ("model", "missing")
+    assert words in line.detail
+    code, out = run(capsys, "doctor", recipe, "--for", "build", "--out", tmp_path / "b")
+    assert (code, out.splitlines()[-1].partition(",")[0]) == (1, "build: cannot run")
 
 
 def test_the_main_process_imports_nothing_heavy() -> None:

@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import pytest
+from pdtrim_tensorrt.engine_check import tensorrt_checks
 from safetensors.torch import load_file
 
-from pdtrim_deploy.gpucheck import attention, bundles, engines, options, pair, plans, pools, timed, tiny
+from pdtrim_deploy.gpucheck import attention, bundles, options, pair, plans, pools, timed, tiny
 from pdtrim_deploy.gpucheck.checks import rows_of
 from pdtrim_deploy.gpucheck.registry import PARTS
 from pdtrim_deploy.loadtest.text import named
@@ -53,7 +54,7 @@ def test_a_part_has_time_to_begin_its_checks(monkeypatch, tmp_path, device):
     monkeypatch.setattr(attention, "capability", lambda: device)
     for name, part in {
         "served": attention.attention_checks, "smollm2": plans.smollm2_checks, "itl": timed.itl_checks,
-        "nixl": timed.nixl_checks, "mooncake": timed.mooncake_checks, "tensorrt": engines.tensorrt_checks,
+        "nixl": timed.nixl_checks, "mooncake": timed.mooncake_checks, "tensorrt": tensorrt_checks,
     }.items():  # fmt: skip
         needed = [check.seconds for check in part(tmp_path, tmp_path) if not check.skip]
         least = needed[:2] if name in ("nixl", "mooncake") else needed  # stock and ours; the rest where time is left
@@ -77,6 +78,14 @@ def test_a_model_that_is_not_here_is_skipped(monkeypatch, tmp_path):
     assert row.reason.startswith("the model or its text is not here: ")
 
 
+@pytest.mark.parametrize(("device", "dtype"), [("cuda", "bfloat16"), ("cpu", "float32")])
+def test_smollm2_is_in_a_dtype_that_its_device_attends_in(monkeypatch, tmp_path, judged, device, dtype):
+    monkeypatch.setattr(plans, "build", lambda recipe, *_: recipe)
+    (row,) = rows_of(plans.smollm2_checks(tmp_path, tmp_path, pair.Pair(tmp_path, device=device)))
+    assert row.status == "run"
+    assert judged[0][0].model.dtype == dtype
+
+
 @pytest.mark.parametrize(("count", "skip"), [(1, "needs 2 GPUs, and this machine has 1"), (2, "")])
 def test_ranks_need_gpus_of_their_own(monkeypatch, tmp_path, count, skip):
     monkeypatch.setattr(options, "gpus", lambda: count)
@@ -93,12 +102,15 @@ def test_ranks_are_unlike_copied_and_data_parallel(monkeypatch, tmp_path, judged
 
 def test_plans_compute_less_and_move_keys(tmp_path, judged):
     assert {row.status for row in rows_of(plans.plan_checks(tmp_path, tmp_path))} == {"run"}
-    graphs, plain, sublayers, offsets, _ = ((bundle.plan, variant) for bundle, variant, _ in judged)
+    graphs, plain, sublayers, offsets, _, bfloat16, float32 = ((bundle.plan, variant) for bundle, variant, _ in judged)
     assert graphs[0] == plain[0]
     assert {block.kind for block in graphs[0].prefill} >= {"kv_only"}
     assert (graphs[1].prefill_args, plain[1].prefill_args) == ((), ("--cuda-graph-backend-prefill", "disabled"))
     assert {block.kind for block in sublayers[0].decode} >= {"without_attention", "without_mlp"}
     assert offsets[0].key_offsets
+    assert bfloat16[0].model.kv_dtype == "bfloat16"
+    assert {send.mode for send in bfloat16[0].kv} == {"sparse"}
+    assert float32[0].model.kv_dtype == "float32"
     assert {send.mode for send in offsets[0].kv} == {"sparse"}
 
 
@@ -190,6 +202,16 @@ def test_latents_are_judged_under_the_attention_that_sglang_takes(monkeypatch, t
     assert [(row.status, row.reason) for row in rows] == [("run", "")] * 2
     assert [(b.plan.model.head_dim, b.plan.model.rope_dim) for b, _, _ in judged] == [(512, 64)] * 2
     assert [{send.wire_dtype for send in b.plan.kv} for b, _, _ in judged] == [{"native"}, {"int4"}]
+    assert {variant.decode_args for _, variant, _ in judged} == {()}
+
+
+def test_states_are_judged_beside_native_and_quantised_rows(monkeypatch, tmp_path, judged):
+    rows = list(rows_of(pools.state_checks(tmp_path, tmp_path)))
+    assert [(row.status, row.reason) for row in rows] == [("run", "")] * 4
+    assert [b.plan.model.architecture for b, _, _ in judged] == [name for name in tiny.STATEFUL for _ in range(2)]
+    assert [b.plan.decode_kv_blocks for b, _, _ in judged] == [(3, 7)] * 4
+    assert [{send.wire_dtype for send in b.plan.kv} for b, _, _ in judged] == [{"native"}, {"k4v3"}] * 2
+    assert all(b.plan.model.states for b, _, _ in judged)
     assert {variant.decode_args for _, variant, _ in judged} == {()}
 
 

@@ -12,9 +12,12 @@ from pdtrim_deploy.recipe import Recipe
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(900)]
 
-WINDOWS = ("Gemma3ForCausalLM", "MellumForCausalLM")
+SINKS = "GptOssForCausalLM"
+WINDOWS = ("Gemma3ForCausalLM", "MellumForCausalLM", SINKS)
 LATENTS = ("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM")
 SERVED = ("Qwen3MoeForCausalLM", "Phi3ForCausalLM", "Gemma3ForCausalLM", "DeepseekV2ForCausalLM")
+CUT = {"method": "all", "n_first": 4, "n_last": 24, "wire_dtype": "int8"}
+UNCUT = {"method": "none", "wire_dtype": "int4"}
 
 
 @pytest.fixture(scope="module")
@@ -22,30 +25,51 @@ def text(tmp_path_factory):
     return write_words(tmp_path_factory.mktemp("text"), files=60)
 
 
-@pytest.mark.some_families(SERVED, [*FAMILIES, "ArceeForCausalLM", "MellumForCausalLM", *LATENTS])
-def test_served_tokens_are_the_oracles(architecture, text, tiny_model, serving, cache, tmp_path, record_property):
+@pytest.fixture
+def served(text, tiny_model, serving, cache, tmp_path):
+    """`served(architecture, kv, pruning)`: the bundle, what `fidelity` says of a pair, and prefill's log."""
+
+    def serve(architecture, kv, pruning, **config):
+        corpus = {"corpus": f"dir:{text}", "sequences": 2}
+        source = tiny_model(tmp_path / "model", architecture, **config)
+        data = {
+            "name": "family",
+            "model": {"source": f"hf:{source}"},
+            "calibration": corpus | {"length": 120},
+            "pruning": pruning,
+            "kv": kv,
+            "evaluation": corpus | {"prompt_tokens": 120, "continuation_tokens": 8},
+        }
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(data))
+        bundle = build(Recipe.load(tmp_path / "recipe.yaml"), tmp_path / "bundle", cache)
+        sparse = any(send.mode == "sparse" for send in bundle.plan.kv)
+        options = {"dtype": "float32", "sparse": sparse, "sinks": architecture == SINKS}
+        with serving(bundle.prefill_dir, bundle.decode_dir, **options) as pair:
+            result = run_fidelity(bundle, pair.url, cache, new_tokens=8)
+            logs = [worker.log.read_text() for worker in pair.workers]
+        assert result.max_logprob_error <= result.tolerance, result.rows
+        assert all(result.controls_detected.values()), result.controls
+        return bundle, result, logs
+
+    return serve
+
+
+@pytest.mark.some_families(SERVED, [*FAMILIES, "ArceeForCausalLM", "MellumForCausalLM", SINKS, *LATENTS])
+def test_served_tokens_are_the_oracles(architecture, served, record_property):
     """Blocks are dropped where they are known, experts where there are any; KV is quantised, and cut (latents not)."""
-    corpus = {"corpus": f"dir:{text}", "sequences": 2}
     cut = {"method": "cosine", "prefill_blocks": 1, "decode_blocks": 2} if architecture in FAMILIES else {}
     experts = architecture in tinyexperts.MOE
-    source = tiny_model(tmp_path / "model", architecture, **(tinyexperts.settings(architecture) if experts else {}))
-    cut |= {"experts": {"prefill": 6, "decode": 4}} if experts else {}
-    kv = {"method": "all", "n_first": 4, "n_last": 24, "wire_dtype": "int8"}
-    data = {
-        "name": "family",
-        "model": {"source": f"hf:{source}"},
-        "calibration": corpus | {"length": 120},
-        "pruning": cut,
-        "kv": {"method": "none", "wire_dtype": "int4"} if architecture in LATENTS else kv,
-        "evaluation": corpus | {"prompt_tokens": 120, "continuation_tokens": 8},
-    }
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(data))
-    bundle = build(Recipe.load(tmp_path / "recipe.yaml"), tmp_path / "bundle", cache)
+    config = tinyexperts.settings(architecture) if experts else {}
+    pruning = cut | ({"experts": {"prefill": 6, "decode": 4}} if experts else {})
+    bundle, result, _ = served(architecture, UNCUT if architecture in LATENTS else CUT, pruning, **config)
     assert len(bundle.plan.decode_layers) == (4 if cut else 6)
-    with serving(bundle.prefill_dir, bundle.decode_dir, dtype="float32") as pair:
-        result = run_fidelity(bundle, pair.url, cache, new_tokens=8)
-    assert result.max_logprob_error <= result.tolerance, result.rows
-    assert all(result.controls_detected.values()), result.controls
     assert ("window - 1" in result.controls) == (architecture in WINDOWS)
     assert ("experts one number off" in result.controls) == experts
     record_property("family", (architecture, "served", f"off by {result.max_logprob_error:.1e} nats at most"))
+
+
+def test_windows_and_sinks_in_sglangs_pools_of_windows_on_both_ends(served):
+    """gpt-oss uncut: windowed layers have slots of their own in both workers, and their windows alone travel."""
+    _, result, logs = served(SINKS, UNCUT | {"wire_dtype": "int8"}, {})
+    assert "window - 1" in result.controls
+    assert all("SWAKVPool" in log for log in logs)

@@ -64,6 +64,22 @@ def test_the_kernel_in_tritons_interpreter():
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
 
 
+def test_chunks_of_all_sizes_have_one_kernel():
+    """Which Triton would otherwise compile anew for sizes that 16 divides, while a request waits."""
+    pytest.importorskip("triton", reason="triton comes with CUDA builds of torch: the serve environment has it")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    from pdtrim_deploy.kvcache.gpu.checksum import BLOCK, add_words
+
+    backend = make_backend(GPUTarget("cuda", 90, 32))
+    bound = create_function_from_signature(add_words.signature, add_words.params, backend)
+    data, total = torch.zeros(64, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64)
+    kinds = {str(bound(data, size, total, block=BLOCK)[1]) for size in (1, 7, 16, 1000, 1 << 20)}
+    assert len(kinds) == 1
+
+
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_machine_code(capability, tmp_path, monkeypatch):
     """Words are loaded whole, nothing is spilt, one addition a program."""

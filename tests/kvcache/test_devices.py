@@ -100,10 +100,13 @@ def test_a_gpu_is_given_to_the_triton_form(form):
 
 
 @pytest.mark.parametrize("cut", [{}, {"mode": "sparse", "n_first": 4, "n_last": 8}])
-def test_kernels_are_made_ready_for_a_plan_without_touching_the_pool(form, cut):
+def test_kernels_are_made_ready_for_a_plan_without_touching_the_pool(form, monkeypatch, cut):
     sends = (KVSend(wire_dtype="fp8"), KVSend(wire_dtype="k4v3", **cut))
     plan = PDPlan.dense(shape(2, 2, 32)).with_kv(sends)
     offsets, pool = random_offsets(plan.model, [1]), gpu(torch.full((SIZE, 2, 32), 7.0))
+    summed = []
+    monkeypatch.setattr("pdtrim_deploy.kvcache.pack.checksum", lambda packed: summed.append(packed.is_cuda))
     prepare(plan.with_key_offsets(offsets.file), pool, offsets)
     assert form.calls == ["pack", "unpack"] * 2
+    assert summed == [True] * 2
     assert (host(pool) == 7).all()

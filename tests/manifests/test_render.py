@@ -67,6 +67,18 @@ def test_only_sparse_plans_choose_decodes_attention() -> None:
     assert "--attention-backend" not in container(objects()["Deployment", "pdtrim-prefill"])["command"]
 
 
+@pytest.mark.parametrize(("dtype", "precision"), [("float32", "ieee"), ("bfloat16", None)])
+def test_float32_is_multiplied_in_float32(dtype: str, precision: str | None) -> None:
+    served = Served("m", "ab" * 32, dtype, sparse=False)
+    services = compose(served, Options(bundle=BundleAt("host", "/srv/b")))["services"]
+    for stage in STAGES:
+        pod = container(objects(served)["Deployment", f"pdtrim-{stage}"])
+        variables = {variable["name"]: variable.get("value") for variable in pod["env"]}
+        assert variables.get("TRITON_F32_DEFAULT") == precision
+        assert services[f"{stage}-0"]["environment"].get("TRITON_F32_DEFAULT") == precision
+        assert ("--attention-backend" in pod["command"]) == (dtype == "float32")
+
+
 def test_both_stages_have_the_pages_that_every_gpu_can_use() -> None:
     for stage in STAGES:
         assert option(container(objects()["Deployment", f"pdtrim-{stage}"])["command"], "--page-size") == "64"

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
+from tinyexperts import GATE
 from tinyfp8 import write_fp8
 
 from pdtrim_deploy.errors import UserError
@@ -38,12 +39,13 @@ def cut_by_hand(dense, experts):
     config.num_hidden_layers, config.num_local_experts = len(BLOCKS), 3
     if hasattr(config, "first_k_dense_replace"):
         config.first_k_dense_replace = sum(block < DENSE for block in BLOCKS)
-    config.layer_types = None
+    kinds = getattr(config, "layer_types", None)
+    config.layer_types = kinds and [kinds[block] for block in BLOCKS]
     small = type(dense)(config).eval()
     state = {name: t for name, t in dense.state_dict().items() if ".layers." not in name}
     for layer, block in enumerate(BLOCKS):
         for name, tensor in dense.model.layers[block].state_dict().items():
-            by_expert = ".experts." in f".{name}" or "mlp.gate." in name
+            by_expert = ".experts." in f".{name}" or GATE[type(dense).__name__] in name
             state[f"model.layers.{layer}.{name}"] = tensor[list(experts[block])] if by_expert else tensor
     small.load_state_dict(state)
     return small
@@ -82,7 +84,7 @@ def test_experts_of_streamed_blocks(architecture, tiny_dir, cache):
     assert torch.equal(logits(streamed), whole)
     assert len(blocks.alive) == 2
     x = torch.randn(1, 7, 64)
-    assert torch.equal(whole_block(cut, 3).mlp(x), resident.model.layers[3].mlp(x))
+    torch.testing.assert_close(whole_block(cut, 3).mlp(x), resident.model.layers[3].mlp(x), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("architecture", MOE)
@@ -91,7 +93,8 @@ def test_replaced_tensors_are_of_the_kept_experts(architecture, tiny_dir, cache,
     source, experts = tiny_dir(architecture), kept(architecture)
     dense = load_model(source)
     layer = keep_blocks(dense, BLOCKS, experts=experts).model.layers[2]
-    changes = {name: layer.get_parameter(name) * 0.5 for name in ("mlp.gate.weight", "mlp.experts.gate_up_proj")}
+    gate = f"{GATE[architecture]}.weight"
+    changes = {name: layer.get_parameter(name) * 0.5 for name in (gate, "mlp.experts.gate_up_proj")}
     cut = keep_blocks(dense, BLOCKS, {3: changes}, experts)
     stage = tmp_path / "s"
     write_stage(
@@ -99,14 +102,14 @@ def test_replaced_tensors_are_of_the_kept_experts(architecture, tiny_dir, cache,
     )
     assert torch.equal(logits(load_model(stage)), logits(cut))
     assert (logits(cut) - logits(keep_blocks(dense, BLOCKS, experts=experts))).abs().max() > 0.01
-    whole = {3: {"mlp.gate.weight": dense.model.layers[3].mlp.gate.weight}}
+    whole = {3: {gate: dense.model.layers[3].get_parameter(gate)}}
     for attempt in (
         lambda: keep_blocks(dense, BLOCKS, whole, experts),
         lambda: write_stage(
             resolve(f"hf:{source}", cache), stage, BLOCKS, "float32", {}, replacements=whole, experts=experts
         ),
     ):
-        with pytest.raises(UserError, match=r"mlp.gate.weight: shape \(4, 64\), the block has \(3, 64\)"):
+        with pytest.raises(UserError, match=rf"{gate}: shape \(4, 64\), the block has \(3, 64\)"):
             attempt()
 
 

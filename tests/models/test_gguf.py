@@ -343,7 +343,8 @@ def test_pip_failure_is_one_sentence(cache, monkeypatch):
     [
         ("gemma2", "its layers have sliding windows, and are not read from GGUF"),
         ("deepseek2", "its attention keeps latents .MLA., whose maps are not read from GGUF; give the HF folder"),
-        ("qwen3next", "it is a hybrid"),
+        ("qwen3next", "its linear attention is not read from GGUF; give the HF folder"),
+        ("rwkv7", "it is a hybrid"),
         ("qwen3moe", "its experts are not read from GGUF; give the HF folder"),
         ("t5", "an encoder-decoder"),
         ("tomorrow", "its tensors have no place in a HF checkpoint that is known"),

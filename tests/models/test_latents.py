@@ -11,10 +11,10 @@ from tinyfamilies import LATENTS, YARN
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.models import resolve
-from pdtrim_deploy.models.blockwise import LayerKV
 from pdtrim_deploy.models.checkpoint import read_checkpoint
 from pdtrim_deploy.models.config import read_config
 from pdtrim_deploy.models.families import LATENT
+from pdtrim_deploy.models.layer_kv import LayerKV
 from pdtrim_deploy.models.loading import check_loads, load_model
 from pdtrim_deploy.models.oracle import PDOracle
 from pdtrim_deploy.models.runs import check_runs
@@ -108,7 +108,7 @@ def test_yarn_scales_scores_as_sglang_does(tiny_model, tmp_path):
 @pytest.mark.parametrize("architecture", LATENT)
 def test_blocks_one_by_one_are_the_model_and_a_build_need_not_run_them(architecture, tiny_dir, monkeypatch):
     checkpoint = read_checkpoint(tiny_dir(architecture))
-    check_runs(load_model(checkpoint.path), checkpoint.shape().vectors(), "here")
+    check_runs(load_model(checkpoint.path), checkpoint.shape(), "here")
     monkeypatch.setattr("pdtrim_deploy.models.loading.load_model", None)  # of 671B weights, say
     check_loads(checkpoint)
 
@@ -117,7 +117,7 @@ def test_heads_in_the_place_of_latents_are_not_the_plans(tiny_dir, monkeypatch):
     checkpoint = read_checkpoint(tiny_dir("DeepseekV2ForCausalLM"))
     monkeypatch.setattr("pdtrim_deploy.models.blockwise.keeps_latents", lambda _: False)
     with pytest.raises(UserError, match=r"layer 0 holds KV of .* not one row .* 2 heads x 8 and 2 heads x 32"):
-        check_runs(load_model(checkpoint.path), checkpoint.shape().vectors(), "here")
+        check_runs(load_model(checkpoint.path), checkpoint.shape(), "here")
 
 
 @pytest.mark.parametrize(

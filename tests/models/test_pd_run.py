@@ -4,7 +4,8 @@ import pytest
 import torch
 from tinypd import FAMILIES, make_oracle, make_plan, text, tiny
 
-from pdtrim_deploy.models.blockwise import Blockwise, LayerKV
+from pdtrim_deploy.models.blockwise import Blockwise
+from pdtrim_deploy.models.layer_kv import LayerKV
 from pdtrim_deploy.models.layer_run import LayerRun
 from pdtrim_deploy.models.pd_run import PDRun, mean_nll, sequence_nll
 

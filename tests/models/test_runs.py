@@ -9,10 +9,10 @@ import torch
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.models import FAMILIES, resolve
+from pdtrim_deploy.models.checkpoint import read_checkpoint
 from pdtrim_deploy.models.loading import check_loads, load_model
 from pdtrim_deploy.models.runs import check_runs
 from pdtrim_deploy.models.surgery import write_stage
-from pdtrim_deploy.plan.wire import Vectors
 
 KNOWN_KV = ("ArceeForCausalLM", "SeedOssForCausalLM", "OlmoeForCausalLM", "StableLmForCausalLM", "MiniMaxM2ForCausalLM")
 IDS = torch.arange(3, 43)[None]
@@ -64,11 +64,12 @@ def test_a_class_that_transformers_has_not_is_refused(tiny_model, cache, tmp_pat
 
 
 def test_kv_of_another_shape_than_the_config_tells_is_refused(tiny_dir):
-    model = load_model(tiny_dir("ArceeForCausalLM"))
+    model, known = load_model(tiny_dir("ArceeForCausalLM")), read_checkpoint(tiny_dir("ArceeForCausalLM")).shape()
+    shape = known.model_copy(update={"num_kv_heads": 4})
     with pytest.raises(
         UserError, match=r"layer 0 holds KV of \(1, 2, 14, 16\) for 14 tokens, not one row .* 4 heads x 16"
     ):
-        check_runs(model, (Vectors(4, 16), Vectors(4, 16)), "here")
+        check_runs(model, shape, "here")
 
 
 def test_a_missing_tensor_is_refused_though_no_file_names_it(tiny_model, cache, tmp_path):

@@ -55,11 +55,11 @@ def test_with_another_rule_the_answer_is_another(tmp_path):
 
 
 def test_an_uncut_plan_has_sglangs_own_pool_and_backend(tmp_path):
-    from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+    from pdtrim_sglang.cpu.torch_attention import TorchAttention
     from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
     worker = DecodeWorker(tmp_path, make_plan([KVSend(), KVSend(wire_dtype="int8")]))
-    assert type(worker.backend) is TorchNativeAttnBackend
+    assert type(worker.backend) is TorchAttention  # torch_native with what it lacks, which no layer here asks for
     assert type(worker.pool) is MHATokenToKVPool
 
 

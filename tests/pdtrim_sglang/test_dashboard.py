@@ -27,6 +27,7 @@ def of_the_plugin() -> set[str]:
         seconds=0.1,
         reused_tokens=1,
         draft_bytes=0,
+        state_bytes=0,
         early_bytes=0,
     )
     metrics.succeeded(progress, 4, 1)

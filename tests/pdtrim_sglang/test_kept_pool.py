@@ -174,6 +174,37 @@ def test_a_burst_is_admitted_as_far_as_its_answers_fit(tmp_path):
     assert admitted == 3  # 4 a prompt, 6 an answer, of 32
 
 
+@pytest.mark.parametrize("page_size", [1, 4])
+@pytest.mark.parametrize("tokens", [1, 2, 5])
+def test_a_request_retracted_while_its_newest_token_is_computed_resumes_before_it(tmp_path, page_size, tokens):
+    """As with overlap scheduling: SGLang saves and allocates anew the tokens before those under way."""
+    worker = DecodeWorker(tmp_path, PLAN, page_size)
+    retracted, other = request(20), request(9)
+    assert all(worker.admit(req) for req in (retracted, other))
+    for _ in range(tokens):
+        worker.step()
+    worker.finish(retracted, retract=True, in_flight=True)
+    assert retracted.length == 20 + tokens - 1
+    worker.step()  # into the slots that it had, perhaps
+    assert worker.resume(retracted)
+    for _ in range(2):
+        torch.testing.assert_close(*worker.step(), rtol=1e-5, atol=1e-6)
+
+
+def test_rows_are_copied_to_the_host_when_the_passes_before_have_written_them(tmp_path, monkeypatch):
+    from pdtrim_sglang.kept_pool import pool as module
+
+    worker = DecodeWorker(tmp_path, PLAN)
+    req = request(9)
+    assert worker.admit(req)
+    for buffer in worker.pool.k_buffer:
+        buffer.zero_()
+    written = SimpleNamespace(synchronize=lambda: [buffer.fill_(7) for buffer in worker.pool.k_buffer])
+    monkeypatch.setattr(module, "current_platform", written)
+    worker.finish(req, retract=True)
+    assert all((keys == 7).all() for keys, _ in req.host_copy)
+
+
 def test_a_request_that_needs_more_than_there_is_goes_alone(tmp_path):
     worker = DecodeWorker(tmp_path, PLAN, 1, {"isl": 125, "osl": 3})  # 14 slots
     queue = worker.queue
@@ -213,6 +244,46 @@ def test_sglang_is_told_what_a_token_costs_and_which_pool_to_make(tmp_path):
         assert memory.kept_cell_size(lambda *_: single, None, plain, 3) == single
         arguments = memory.kept_pool(lambda _, **arguments: arguments, plain, mha_pool_class=MHATokenToKVPool)
         assert arguments == {"mha_pool_class": MHATokenToKVPool}
+
+
+@pytest.mark.parametrize("page_size", [1, 4])
+def test_the_pool_leaves_room_for_the_tables_of_cut_layers(tmp_path, monkeypatch, page_size):
+    from pdtrim_sglang.kept_pool import tables
+    from pdtrim_sglang.patches import memory
+    from sglang.srt.model_executor.cuda_graph_config import CudaGraphConfig, PhaseConfig
+
+    plan = make_plan([sparse(4, 0), sparse(40, 0), sparse(4, 0), KVSend()])
+    requests, allocator = make_memory(tmp_path, plan, page_size, SHORT)
+    groups = allocator.get_kvcache().kept.groups
+    rows, longest = requests.req_to_token.shape
+    worker = configurator(tmp_path, plan, SHORT)
+    vars(worker).update(
+        device="cuda", pool_page_size=page_size, resolve_max_num_reqs=lambda tokens: rows - 3,
+        model_config=SimpleNamespace(context_len=longest - 4),
+    )  # fmt: skip
+    graphs = CudaGraphConfig(decode=PhaseConfig(backend="disabled", max_bs=16))
+    execution = SimpleNamespace(graph=SimpleNamespace(cuda_graph_config=graphs))
+    monkeypatch.setattr(tables, "get_exec", lambda: execution)
+    monkeypatch.setattr(tables, "get_disagg", lambda: SimpleNamespace(disaggregation_decode_extra_slots=2))
+    monkeypatch.setattr(tables, "get_req_to_token_extra_context_len", lambda: 4)
+    held = sum(group.table.nbytes + group.hidden.nbytes for group in groups)
+    assert tables.table_bytes(worker, TOKENS) == held > 0
+    graphs.decode.backend = "full"
+    indices = 8 * 16 * sum(group.table.shape[1] for group in groups)
+    assert tables.table_bytes(worker, TOKENS) == held + indices
+
+    budgets = []
+
+    def sized(_, budget, *, cap_tokens):
+        budgets.append((budget, cap_tokens))
+        return SimpleNamespace(max_total_num_tokens=TOKENS)
+
+    memory.pool_beside_tables(sized, worker, 10**6, cap_tokens=9)
+    assert budgets == [(10**6, 9), (10**6 - held - indices, 9)]
+    worker.device = "cpu"
+    memory.pool_beside_tables(sized, worker, 10**6, cap_tokens=9)
+    memory.pool_beside_tables(sized, configurator(tmp_path, make_plan([KVSend()])), 10**6, cap_tokens=9)
+    assert [budget for budget, _ in budgets[2:]] == [10**6] * 2
 
 
 @pytest.mark.parametrize(

@@ -49,13 +49,13 @@ def model(tmp_path):
     return tmp_path
 
 
-def commands(source: str, model: Path, sparse: bool) -> dict[str, list[str]]:
+def commands(source: str, model: Path, sparse: bool, dtype: str = "bfloat16") -> dict[str, list[str]]:
     """Arguments of `sglang.launch_server`, by stage."""
     if source == "serve":
-        options = WorkerOptions(device="cuda", dtype="bfloat16", sparse=sparse, tp_prefill=2, tp_decode=2)
+        options = WorkerOptions(device="cuda", dtype=dtype, sparse=sparse, tp_prefill=2, tp_decode=2)
         workers = ClusterSpec.on_loopback(model, model, options=options, gpus=4).workers
         return {worker.stage: worker_command(Path("python"), worker)[3:] for worker in workers}
-    served = Served("m", "ab" * 32, "bfloat16", sparse)
+    served = Served("m", "ab" * 32, dtype, sparse)
     rendered = {
         stage: worker_arguments(served, Options(tp_prefill=2, tp_decode=2), stage)[3:]
         for stage in ("prefill", "decode")
@@ -91,6 +91,16 @@ def test_gpu_workers_get_the_attention_graphs_and_pages_that_they_should(gpu, mo
     assert prefill.tp_size == decode.tp_size == 2
     for stage in stages.values():
         assert (stage.max_total_tokens, stage.max_running_requests) == (None, None)
+
+
+@pytest.mark.parametrize("source", ["serve", "manifests"])
+@pytest.mark.parametrize("sparse", [True, False])
+def test_float32_has_an_attention_that_computes_in_it(gpu, model, source, sparse):
+    """fa3 and trtllm_mha, which SGLang would take, have no kernels for it."""
+    from sglang.srt.arg_groups.overrides import attention_backends_of
+
+    for words in commands(source, model, sparse, "float32").values():
+        assert attention_backends_of(resolved(words)) == ("triton", "triton")
 
 
 def test_a_page_of_one_token_would_differ_between_the_stages_of_a_b200(gpu, model):

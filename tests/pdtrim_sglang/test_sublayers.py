@@ -98,6 +98,16 @@ def test_a_layer_for_its_kv_alone_writes_to_its_new_number(runner):
     assert (write.layer_id, write.attention.layer_id) == (2, 2)
 
 
+def test_a_worker_of_one_model_is_cut_without_disaggregation(runner, tmp_path):
+    config = json.loads((tmp_path / "config.json").read_text())
+    plan = PDPlan.parse(config["pdtrim"], "config.json")
+    whole = PDPlan.uncut(plan.model, plan.decode, plan.decode).with_parts(unified=True)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"pdtrim": whole.model_dump(mode="json")}))
+    decode = ([0, 1, 2], [True, True, False, False, False], [False, False, False, True, False], 3)
+    runner.server_args.disaggregation_mode = "null"
+    assert after_loading(runner) == decode
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -13,7 +13,7 @@ from pdtrim_deploy.evaluation.judge_tasks import judge_tasks
 from pdtrim_deploy.evaluation.quality import judge_bundle
 from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.local.compute import Compute
-from pdtrim_deploy.models import streaming
+from pdtrim_deploy.models import block_store
 from pdtrim_deploy.models.config import read_config
 from pdtrim_deploy.models.on_devices import load_to_compute
 from pdtrim_deploy.pipeline import build
@@ -48,14 +48,14 @@ def recipe_of(folder: Path, text: Path, method: str, **sections: object) -> Reci
 def resident(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many blocks each reader had after each fetch; models that are loaded whole are refused."""
     counts: list[int] = []
-    fetch = streaming.Blocks.__getitem__
+    fetch = block_store.Blocks.__getitem__
 
-    def counted(blocks: streaming.Blocks, block: int) -> dict[str, torch.Tensor]:
+    def counted(blocks: block_store.Blocks, block: int) -> dict[str, torch.Tensor]:
         tensors = fetch(blocks, block)
         counts.append(len(blocks.alive))
         return tensors
 
-    monkeypatch.setattr(streaming.Blocks, "__getitem__", counted)
+    monkeypatch.setattr(block_store.Blocks, "__getitem__", counted)
     return counts
 
 
@@ -106,14 +106,14 @@ def test_effects_read_a_block_once_for_all_options_that_fit_side_by_side(
     tmp_path: Path, tiny_llama_dir: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fewer side by side: the same bundle, more reads."""
-    readers: list[streaming.Blocks] = []
-    init = streaming.Blocks.__init__
+    readers: list[block_store.Blocks] = []
+    init = block_store.Blocks.__init__
 
-    def kept(blocks: streaming.Blocks, *args: object) -> None:
+    def kept(blocks: block_store.Blocks, *args: object) -> None:
         init(blocks, *args)  # type: ignore[arg-type]
         readers.append(blocks)
 
-    monkeypatch.setattr(streaming.Blocks, "__init__", kept)
+    monkeypatch.setattr(block_store.Blocks, "__init__", kept)
     recipe = recipe_of(tiny_llama_dir, text, "budget")
     together = built(recipe, tmp_path / "together", Compute(blocks_in_memory=1))
     reads = sum(blocks.reads for blocks in readers)

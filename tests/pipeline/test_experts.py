@@ -16,7 +16,7 @@ from pdtrim_deploy.models.loading import load_model
 from pdtrim_deploy.models.oracle import PDOracle
 from pdtrim_deploy.models.surgery import keep_blocks
 from pdtrim_deploy.pipeline import build
-from pdtrim_deploy.pipeline.build import steps_of
+from pdtrim_deploy.pipeline.build_steps import steps_of
 from pdtrim_deploy.pipeline.preview import preview
 from pdtrim_deploy.plan import STAGES
 from pdtrim_deploy.recipe import Recipe

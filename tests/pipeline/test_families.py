@@ -12,7 +12,7 @@ from tinyfamilies import taking
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
 from pdtrim_deploy.models import FAMILIES
-from pdtrim_deploy.models.families import LATENT, WINDOWED, known_family
+from pdtrim_deploy.models.families import LATENT, STATEFUL, WINDOWED, known_family
 from pdtrim_deploy.models.loading import load_model
 from pdtrim_deploy.models.oracle import PDOracle
 from pdtrim_deploy.models.surgery import keep_blocks
@@ -24,6 +24,7 @@ from pdtrim_deploy.pruning.students.regression import FROZEN
 from pdtrim_deploy.recipe import Recipe
 
 KV_ALONE = "ArceeForCausalLM"
+UNCUT = LATENT | STATEFUL
 
 
 @pytest.fixture
@@ -45,16 +46,16 @@ def recipe(tmp_path, text):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("architecture", [*FAMILIES, KV_ALONE, *sorted((WINDOWED | LATENT).keys() - FAMILIES.keys())])
+@pytest.mark.parametrize("architecture", [*FAMILIES, KV_ALONE, *sorted((WINDOWED | UNCUT).keys() - FAMILIES.keys())])
 def test_recipe_to_oracle(architecture, recipe, tiny_dir, tmp_path, cache, record_property):
     """What the written pair computes is what the plan does to the dense model's modules."""
     cut = {"method": "greedy", "prefill_blocks": 1, "decode_blocks": 2} if architecture in FAMILIES else {}
-    uncut = {"kv": {"method": "none", "wire_dtype": "int4"}} if architecture in LATENT else {}
+    uncut = {"kv": {"method": "none", "wire_dtype": "int4"}} if architecture in UNCUT else {}
     bundle = build(recipe(tiny_dir(architecture), pruning=cut, **uncut), tmp_path / "b", cache)
     plan, dense = bundle.plan, load_model(tiny_dir(architecture))
     assert plan.model.architecture == architecture
     assert [len(plan.prefill_layers), len(plan.decode_layers)] == ([5, 4] if cut else [6, 6])
-    assert plan.reduction(24) > 1.9
+    assert (plan.dense_bytes(24) - plan.model.state_bytes) / plan.kv_bytes(24) > 1.9
     offsets = KeyOffsets.read(bundle.path / "decode", plan)
     written = PDOracle(*(load_model(bundle.path / stage) for stage in STAGES), plan, offsets)
     surgery = PDOracle(*(keep_blocks(dense, plan.layers(stage)) for stage in STAGES), plan, offsets)
@@ -122,6 +123,20 @@ def test_rows_of_latents_are_not_cut_and_their_blocks_not_pruned(architecture, r
     assert not (tmp_path / "b").exists()
 
 
+@pytest.mark.parametrize("architecture", STATEFUL)
+def test_rows_beside_linear_attention_are_not_cut_and_its_blocks_not_pruned(
+    architecture, recipe, tiny_dir, tmp_path, cache
+):
+    with pytest.raises(
+        UserError, match=rf"kv.method is budget, but of {architecture}, whose other layers keep a state"
+    ):
+        build(recipe(tiny_dir(architecture)), tmp_path / "b", cache)
+    uncut = {"kv": {"method": "none", "wire_dtype": "int4"}}
+    with pytest.raises(UserError, match=rf"of {architecture} the KV alone is known, not its blocks"):
+        build(recipe(tiny_dir(architecture), pruning=CUT, **uncut), tmp_path / "b", cache)
+    assert not (tmp_path / "b").exists()
+
+
 def test_a_family_that_nobody_wrote_a_file_of_is_no_error_by_itself():
     assert known_family(KV_ALONE).blocks is None
 
@@ -133,7 +148,7 @@ TRAINED = ("GraniteForCausalLM", "Olmo2ForCausalLM")
 def test_what_was_trained_is_what_was_written_and_k_and_v_are_the_dense_models(
     architecture, recipe, tiny_dir, tmp_path, cache, record_property
 ):
-    healing = {"decode_steps": 4, "batch": 4, "sequences": 16, "length": 32, "learning_rate": 2e-4}
+    healing = {"decode_steps": 8, "batch": 4, "sequences": 16, "length": 32, "learning_rate": 2e-4}
     if architecture in taking("norm"):
         healing["compensation"] = "norm"
     request = recipe(tiny_dir(architecture), pruning=CUT, healing=healing, kv={"method": "none"})

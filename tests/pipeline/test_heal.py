@@ -21,7 +21,7 @@ from pdtrim_deploy.models.loading import load_model
 from pdtrim_deploy.models.oracle import PDOracle
 from pdtrim_deploy.models.surgery import keep_blocks
 from pdtrim_deploy.pipeline import build, chosen, heal, heal_kv, texts
-from pdtrim_deploy.pipeline.build import steps_of
+from pdtrim_deploy.pipeline.build_steps import steps_of
 from pdtrim_deploy.pipeline.context import Context
 from pdtrim_deploy.plan import STAGES, Distilled, Drop, KVOnly, Stage
 from pdtrim_deploy.pruning.compensation.held_out import HeldOut

@@ -13,8 +13,8 @@ from tinypd import make_plan
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.pipeline import build
-from pdtrim_deploy.pipeline.build import check_shared
 from pdtrim_deploy.pipeline.preview import preview
+from pdtrim_deploy.pipeline.recipe_fit import check_shared
 from pdtrim_deploy.pipeline.stand_in import stand_in
 from pdtrim_deploy.plan import PDPlan
 from pdtrim_deploy.recipe import Recipe

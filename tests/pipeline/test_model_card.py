@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from pdtrim_deploy.bundle import UNSEALED
-from pdtrim_deploy.manifests.options import Options, Served, worker_arguments
+from pdtrim_deploy.manifests.options import Options, Served, worker_arguments, worker_environment
 from pdtrim_deploy.models.provenance import Provenance
 from pdtrim_deploy.pipeline import model_card
 from pdtrim_deploy.plan import Drop, Keep, KVOnly, KVSend, ModelShape, PDPlan, Stage
@@ -116,7 +116,11 @@ def test_a_worker_is_started_as_our_own_are(stage: Stage, written: Path) -> None
     """Each argument that the manifests give on which the pair's answers depend, and no other."""
     command = re.search(r"SGLANG_PLUGINS=.*?(?=\n```)", (written / stage / "README.md").read_text(), re.DOTALL)
     arguments = shlex.split(command[0].replace("\\\n", " "))
-    ours = worker_arguments(Served.of("r", PLAN), Options(), stage)
+    served = Served.of("r", PLAN)
+    ours = worker_arguments(served, Options(), stage)
+    variables = {word for word in arguments if re.fullmatch(r"[A-Z0-9_]+=\S+", word)}
+    assert variables == {"SGLANG_PLUGINS=pdtrim", "TRITON_F32_DEFAULT=ieee"}
+    assert variables <= {"=".join(variable) for variable in worker_environment(served).items()}
     needed = (
         "--dtype",
         "--disaggregation-mode",

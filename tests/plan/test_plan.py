@@ -219,3 +219,28 @@ def test_equal_plans_are_one_key() -> None:
     assert other is not plan
     assert {plan: 1}[other] == 1
     assert hash(plan) != hash(plan.with_kv((KVSend(wire_dtype="int8"),) * len(plan.kv)))
+
+
+def test_one_model_runs_the_same_blocks_in_both_stages():
+    pair = plan(prefill="k-kkmk", decode="k-kkmk", kv=(KVSend(),) * 4)
+    unified = pair.with_parts(unified=True)
+    assert (pair.checkpoints, pair.folder("decode")) == ({"prefill": "prefill", "decode": "decode"}, "decode")
+    assert (unified.checkpoints, unified.folder("decode")) == ({"model": "prefill"}, "model")
+    assert "unified" not in pair.model_dump(mode="json")
+    assert unified.digest != pair.digest
+    assert PDPlan.parse(json.loads(unified.canonical_json()), "here") == unified
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"decode": "kk-kkk"}, "block 2 is keep in prefill and drop in decode of one model"),
+        ({"prefill": "kkkokk", "decode": "kkkkkk"}, "block 3 is kv_only in prefill and keep in decode of one model"),
+        ({"kv": (KVSend(), KVSend(mode="sparse", n_last=4), *[KVSend()] * 4)}, "block 1: KV is cut or quantised"),
+        ({"kv": (*[KVSend()] * 5, KVSend(wire_dtype="int8"))}, "block 5: KV is cut or quantised"),
+        ({"key_offsets": KeyOffsetsFile(sha256="0" * 64, layers=(0,))}, "key_offsets are of keys on a wire"),
+    ],
+)
+def test_what_takes_two_models_is_refused(changes, says):
+    with pytest.raises(ValidationError, match=says):
+        plan(**changes, unified=True)

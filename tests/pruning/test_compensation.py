@@ -6,7 +6,8 @@ from stagepairs import kl, pair_of
 from tinypd import BLOCKS, FAMILIES, make_plan, text, tiny
 
 from pdtrim_deploy.errors import UserError
-from pdtrim_deploy.models.blockwise import Blockwise, LayerKV
+from pdtrim_deploy.models.blockwise import Blockwise
+from pdtrim_deploy.models.layer_kv import LayerKV
 from pdtrim_deploy.plan import Distilled, Drop, Keep, PDPlan
 from pdtrim_deploy.pruning.compensation import COMPENSATIONS, get_compensation
 from pdtrim_deploy.pruning.compensation.held_out import held_out

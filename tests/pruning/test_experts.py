@@ -139,6 +139,16 @@ def test_a_streamed_model_gives_the_same_sets(each):
     assert len(blocks.alive) == 2
 
 
+def put_out(experts, expert, state):
+    """By the weights of one expert; gpt-oss's have biases, and gate and up in turn."""
+    if not hasattr(experts, "down_proj_bias"):
+        gate, up = (experts.gate_up_proj[expert] @ state).chunk(2)
+        return experts.down_proj[expert] @ (torch.nn.functional.silu(gate) * up)
+    gate, up = (state @ experts.gate_up_proj[expert] + experts.gate_up_proj_bias[expert]).view(-1, 2).T
+    inside = gate.clamp(max=7) * torch.sigmoid(1.702 * gate.clamp(max=7)) * (up.clamp(-7, 7) + 1)
+    return inside @ experts.down_proj[expert] + experts.down_proj_bias[expert]
+
+
 @torch.no_grad()
 def test_what_is_measured_is_what_experts_put_out(each):
     """Against the weights, one token and expert after another."""
@@ -153,8 +163,7 @@ def test_what_is_measured_is_what_experts_put_out(each):
     expected = ExpertUse.none(8)
     for state, experts, shares in zip(hidden, chosen, weights, strict=True):
         for expert, share in zip(experts.tolist(), shares.tolist(), strict=True):
-            gate, up = (mlp.experts.gate_up_proj[expert] @ state).chunk(2)
-            output = mlp.experts.down_proj[expert] @ (torch.nn.functional.silu(gate) * up)
+            output = put_out(mlp.experts, expert, state)
             expected.tokens[expert] += 1
             expected.weighted_norms[expert] += share * output.norm()
     assert torch.equal(meters[4].use.tokens, expected.tokens)

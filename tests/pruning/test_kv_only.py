@@ -6,7 +6,8 @@ from stagepairs import kl, pair_of
 from tinypd import FAMILIES, text, tiny
 
 from pdtrim_deploy.errors import UserError
-from pdtrim_deploy.models.blockwise import Blockwise, LayerKV
+from pdtrim_deploy.models.blockwise import Blockwise
+from pdtrim_deploy.models.layer_kv import LayerKV
 from pdtrim_deploy.pruning.compensation import get_compensation
 from pdtrim_deploy.pruning.healing import heal
 from pdtrim_deploy.pruning.kv_only import _given_up, candidates, fit, make_kv_only, rank

@@ -52,6 +52,52 @@ def load(tmp_path: Path, text: str, **units: str) -> Recipe:
             "pruning: {prefill_blocks: 3, decode_blocks: 2}",
             "r.yaml: pruning.prefill_blocks is 3 but decode_blocks is 2",
         ),
+        (
+            "stages: unified\npruning: {decode_blocks: 2}",
+            "r.yaml: stages is unified but pruning.prefill_blocks is 0 and decode_blocks is 2; allowed: the same",
+        ),
+        (
+            "stages: unified\npruning: {decode_mlps: 1}",
+            "stages is unified but pruning.prefill_mlps is 0 and",
+        ),
+        ("stages: unified\nkv: {wire_dtype: int4}", "stages is unified but kv has method none, wire_dtype int4"),
+        ("stages: unified\nkv: {method: all, n_last: 4}", "stages is unified but kv has method all, wire_dtype native"),
+        ("stages: unified\nhealing: {kv_only_blocks: 2}", "stages is unified but healing.kv_only_blocks is 2; allowed"),
+        ("stages: unified\ntargets: {onnx: {}}", "stages is unified but targets is given; allowed: neither"),
+        ("stages: unified\ntarget: {itl: 0.9}", "stages is unified but target is given; allowed: neither"),
+        (
+            "stages: unified\npruning: {experts: {prefill: 4, decode: 4}}",
+            "stages is unified but pruning.experts.shared is false; allowed: true",
+        ),
+        ("stages: both", "r.yaml: stages is 'both'; allowed: pair, unified"),
+        (
+            "pruning: {decode_blocks: 1, baselines: [cosine]}",
+            "r.yaml: pruning.baselines is given but finalists is 0; allowed with it: at least 1",
+        ),
+        (
+            "pruning: {decode_blocks: 1, finalists: 2, baselines: [greedy]}",
+            "r.yaml: pruning.baselines names 'greedy'; allowed: cosine, streamline",
+        ),
+        (
+            "pruning: {decode_blocks: 1, finalists: 2, baselines: [cosine, cosine]}",
+            "r.yaml: pruning.baselines is ['cosine', 'cosine']; allowed: each of cosine, streamline once",
+        ),
+        (
+            "pruning: {decode_blocks: 1, decode_mlps: 1, finalists: 2, baselines: [cosine]}",
+            "r.yaml: pruning.baselines is given but sublayers are to go",
+        ),
+        (
+            "pruning: {method: cosine, decode_blocks: 1, baselines: [streamline]}",
+            "r.yaml: pruning.method is cosine, which takes no baselines",
+        ),
+        (
+            "pruning: {decode_blocks: 1}\nhealing: {fit: auto}",
+            "r.yaml: healing.fit is auto but compensation is none; allowed with it: least-squares",
+        ),
+        (
+            "pruning: {decode_blocks: 1}\nhealing: {compensation: norm, prompt_share: 0.1}",
+            "r.yaml: healing.prompt_share is 0.1 but compensation is norm; allowed with it: least-squares",
+        ),
         ("kv: {sparse_layers: 2}", "r.yaml: kv.method is 'none', which takes no sparse_layers; allowed with it"),
         ("kv: {method: attention-mass, n_last: 4}", "allowed with it: sparse_layers of at least 1"),
         ("kv: {method: all, n_last: 4, sparse_layers: 4}", "takes no sparse_layers; allowed with it: n_first, n_last"),
@@ -173,10 +219,14 @@ def test_missing_parts(tmp_path: Path, text: str, says: str) -> None:
     assert says in str(caught.value)
 
 
-def test_missing_file_and_binary_file(tmp_path: Path) -> None:
+def test_missing_file_folder_and_binary_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"^{tmp_path} is a folder; name a recipe file$"):
+        Recipe.load(tmp_path)
     with pytest.raises(UserError, match="no such recipe file"):
         Recipe.load(tmp_path / "gone.yaml")
     (tmp_path / "x.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match=f"is a folder; name a recipe file, such as {tmp_path / 'x.yaml'}$"):
+        Recipe.load(tmp_path)
     with pytest.raises(UserError, match="not a text file"):
         Recipe.load(tmp_path / "x.yaml")
 
@@ -261,15 +311,21 @@ def test_what_came_later_leaves_the_digest_of_recipes_without_it() -> None:
     """Bundles of earlier versions are still those of their recipes."""
     dump = Recipe(name="a", model={"source": "pypi:x"}).model_dump(mode="json")
     assert set(dump["calibration"]) == {"corpus", "sequences", "length", "seed"}
-    assert {"objective", "decode_attentions", "prefill_mlps"} & set(dump["pruning"]) == set()
-    assert "target" not in dump
+    assert {"objective", "decode_attentions", "prefill_mlps", "baselines"} & set(dump["pruning"]) == set()
+    assert {"target", "stages"} & set(dump) == set()
     mixture = [{"corpus": "brown", "share": 1.0}, {"corpus": "code", "share": 2.0}]
     variants = [{"pruning": {"objective": "kl"}}, {"calibration": {"prompt_tokens": 200}}]
     variants += [{"calibration": {"continuations": "greedy"}}, {"calibration": {"mixture": mixture}}]
     variants += [{"calibration": {"lengths": "trace.jsonl"}}, {"pruning": {"decode_attentions": 1}}]
-    variants += [{"target": {"itl": 0.8}}, {"target": {"itl": 0.8, "batch": 2}}]
+    variants += [
+        {
+            "pruning": {"decode_blocks": 1, "finalists": 1, "baselines": ["cosine"]},
+            "healing": {"compensation": "norm"},
+        }
+    ]
+    variants += [{"target": {"itl": 0.8}}, {"target": {"itl": 0.8, "batch": 2}}, {"stages": "unified"}]
     recipes = [Recipe(name="a", model={"source": "pypi:x"}, **sections) for sections in variants]
-    assert len({recipe.digest for recipe in (*recipes, Recipe(name="a", model={"source": "pypi:x"}))}) == 9
+    assert len({recipe.digest for recipe in (*recipes, Recipe(name="a", model={"source": "pypi:x"}))}) == 11
     assert [Recipe.model_validate(recipe.model_dump(mode="json")) for recipe in recipes] == recipes
 
 
@@ -280,12 +336,12 @@ def test_what_came_later_leaves_the_digest_of_recipes_without_it() -> None:
         ("smollm2-demo", "1d1905f510c2"),
         ("smollm2-dense", "5579346657d1"),
         ("smollm2-headline", "6c12d408b12e"),
-        ("qwen3-30b-a3b-experts", "bcc02a69c1cb"),
+        ("qwen3-30b-a3b-experts", "30736d85a37f"),
         ("llama-3.1-8b-pruned", "d1effbd1a9cb"),
     ],
 )
 def test_shipped_recipes_keep_their_digests(name: str, digest: str) -> None:
-    """As they were before healing had a method, rates to try and gradient checkpointing."""
+    """As they were before healing had a method, rates to try and gradient checkpointing; Qwen3's since its mixture."""
     assert Recipe.load(RECIPES / f"{name}.yaml").digest.startswith(digest)
 
 

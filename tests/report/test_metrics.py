@@ -7,15 +7,8 @@ from pdtrim_deploy.evaluation.quality import Quality, Score
 from pdtrim_deploy.loadtest import LoadResult, LoadRun, Outcome
 from pdtrim_deploy.plan import Drop, Keep, KVSend, ModelShape, PDPlan
 from pdtrim_deploy.recipe import EvaluationSection
-from pdtrim_deploy.report.metrics import (
-    FidelityFigures,
-    LoadFigures,
-    Metrics,
-    PlanFigures,
-    QualityFigures,
-    TransferFigures,
-    from_bfloat16,
-)
+from pdtrim_deploy.report.metrics import FidelityFigures, LoadFigures, Metrics, QualityFigures
+from pdtrim_deploy.report.plan_figures import PlanFigures, TransferFigures, from_bfloat16
 from pdtrim_deploy.report.tables import load_table, plan_table
 
 SHAPE = ModelShape(

@@ -1,5 +1,6 @@
 """Command lines, ports, finding SGLang, metrics: the parts that need no process."""
 
+import contextlib
 import json
 import os
 import socket
@@ -8,10 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from bare_bundle import make_bundle
 
 from pdtrim_deploy.errors import UserError
-from pdtrim_deploy.serving import ClusterSpec, ServeEnvironment, WorkerOptions, commands, environment
+from pdtrim_deploy.plan import PDPlan
+from pdtrim_deploy.serving import ClusterSpec, Executors, ServeEnvironment, WorkerOptions, commands, environment
 from pdtrim_deploy.serving.metrics import Sample, parse, total
+from pdtrim_deploy.serving.one_model import require_kind
 from pdtrim_deploy.serving.ports import free_ports
 from pdtrim_deploy.serving.transports import require_transport
 from pdtrim_deploy.worker.decode_pool import SplitPool
@@ -101,10 +105,16 @@ def test_gpu_workers_get_none_of_the_cpu_options_and_gpus_of_their_own():
 
 
 @pytest.mark.parametrize(("device", "sparse"), [("cpu", False), ("cpu", True), ("cuda", False), ("cuda", True)])
-def test_windows_have_no_pool_of_their_own_where_it_would_be_misread_or_layers_are_cut(device, sparse):
+def test_windows_have_no_pool_of_their_own_where_layers_are_cut(device, sparse):
     for worker in spec(device=device, sparse=sparse).workers:
-        none = device == "cpu" or (sparse and worker.stage == "decode")
+        none = sparse and worker.stage == "decode"
         assert ("--disable-hybrid-swa-memory" in commands.worker_command(PYTHON, worker)) == none
+
+
+def test_where_attention_has_sinks_sglang_chooses_its_attention_on_a_cpu():
+    """It refuses torch_native by name, and takes it where it chooses without AMX."""
+    for worker in spec(device="cpu", sinks=True).workers:
+        assert "--attention-backend" not in commands.worker_command(PYTHON, worker)
 
 
 def test_limits_that_were_chosen_are_those_of_gpu_workers_too():
@@ -131,6 +141,12 @@ def test_on_a_gpu_decode_of_a_sparse_plan_alone_gets_triton_and_keeps_its_graphs
         assert ("--attention-backend" in command) == (worker.stage == "decode")
         if worker.stage == "decode":
             assert value(command, "--attention-backend") == "triton"
+
+
+@pytest.mark.parametrize(("dtype", "precision"), [("float32", "ieee"), ("bfloat16", None)])
+def test_triton_multiplies_float32_in_float32(tmp_path, dtype, precision):
+    for worker in spec(device="cuda", dtype=dtype).workers:
+        assert commands.worker_environment(PYTHON, worker, 3, tmp_path).get("TRITON_F32_DEFAULT") == precision
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -263,3 +279,53 @@ def test_both_stages_get_the_plans_kv_pool(pool):
         assert ("--kv-cache-dtype" in command) == (pool != "native")
         if pool != "native":
             assert value(command, "--kv-cache-dtype") == pool
+
+
+def one_model(workers=2, gpus=4, **options):
+    return ClusterSpec.of_one_model(Path("model"), workers=workers, options=WorkerOptions(**options), gpus=gpus)
+
+
+def test_workers_of_one_model_are_plain_sglang_behind_a_router_of_plain_workers(tmp_path):
+    cluster = one_model(device="cpu", extra_args=("--log-level", "info"), plan_digest="d" * 64)
+    assert [worker.name for worker in cluster.workers] == ["unified-0", "unified-1"]
+    for worker in cluster.workers:
+        command = commands.worker_command(PYTHON, worker, tmp_path / "secret")
+        assert not [word for word in command if "disaggregation" in word or word == "--json-model-override-args"]
+        assert value(command, "--weight-version") == "d" * 64
+        assert command[-2:] == ["--log-level", "info"]
+    router = commands.router_command(PYTHON, cluster)
+    first = router.index("--worker-urls") + 1
+    assert router[first : first + 2] == [worker.url for worker in cluster.workers]
+    assert not {"--pd-disaggregation", "--prefill", "--decode"} & set(router)
+
+
+def test_workers_of_one_model_are_placed_as_others():
+    cluster = one_model(device="cuda", tp_prefill=2, tp_decode=2)
+    assert [worker.placement.gpus for worker in cluster.workers] == [range(2), range(2, 4)]
+    with pytest.raises(UserError, match="2 workers of 2, 2 ranks need 4 GPUs"):
+        one_model(device="cuda", tp_prefill=2, tp_decode=2, gpus=3)
+    with pytest.raises(UserError, match="--workers 0: at least one"):
+        one_model(workers=0, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("unified", "chosen", "says"),
+    [
+        (False, {"workers": 2}, "--workers 2: .* is a pair; say --prefill and --decode instead"),
+        (True, {"stages": (2, 1)}, r"leave out --prefill and --decode \(say --workers\)"),
+        (True, {"executors": Executors("onnxruntime")}, "leave out executors"),
+        (True, {"transport": {"port": 4}}, "leave out --transport"),
+        (True, {"options": {"transfer_backend": "nixl", "send_by_layer": True}}, "--transport, --send-by-layer"),
+        (True, {"options": {"decode_args": ("--x",)}}, r"--prefill-args and --decode-args \(say --worker-args\)"),
+        (True, {"options": {"tp_decode": 2}}, "--tp-prefill 1 --tp-decode 2: .* give the same number"),
+        (True, {"workers": 3, "options": {"tp_decode": 2, "tp_prefill": 2}}, None),
+    ],
+)
+def test_a_bundle_takes_the_options_of_its_kind(unified, chosen, says, tmp_path):
+    bundle = make_bundle(tmp_path / "b")
+    whole = PDPlan.uncut(bundle.plan.model, bundle.plan.prefill, bundle.plan.decode).with_parts(unified=unified)
+    question = {"workers": 1, "stages": (1, 1), "options": {}, "executors": Executors(), "transport": {}} | chosen
+    question["options"] = WorkerOptions(device="cpu", **question["options"])
+    refused = pytest.raises(UserError, match=says) if says else contextlib.nullcontext()
+    with refused:
+        require_kind(replace(bundle, plan=whole), *question.values())

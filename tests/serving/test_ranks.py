@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pdtrim_deploy.errors import UserError
-from pdtrim_deploy.plan import ModelShape, PDPlan
+from pdtrim_deploy.plan import LinearStates, ModelShape, PDPlan
 from pdtrim_deploy.serving.ranks import STATIC_SHARE, place, require_arguments, require_ranks
 
 SHAPE = {"architecture": "LlamaForCausalLM", "fingerprint": "f", "num_blocks": 2, "head_dim": 16, "kv_dtype": "float32"}
@@ -67,6 +67,17 @@ def test_two_workers_on_one_gpu_take_equal_parts_of_it():
 def test_ranks_that_cannot_be_served_are_refused(heads, prefill, decode, says):
     with pytest.raises(UserError, match=says):
         require_ranks(plan(heads), prefill, decode)
+
+
+def test_states_of_linear_attention_need_equal_ranks_that_divide_their_heads():
+    states = LinearStates(blocks=(0,), key_heads=4, key_dim=8, value_heads=8, value_dim=8, conv_columns=3)
+    model = plan().model.model_copy(update={"states": states, "num_blocks": 2})
+    hybrid = PDPlan.dense(model)
+    require_ranks(hybrid, 4, 4)
+    with pytest.raises(UserError, match=r"--tp-prefill 4 --tp-decode 2: .*between equal numbers of ranks alone"):
+        require_ranks(hybrid, 4, 2)
+    with pytest.raises(UserError, match="--tp-prefill 8: 4 key heads and 8 value heads cannot be divided among 8"):
+        require_ranks(hybrid, 8, 8)
 
 
 def test_on_a_cpu_heads_that_sglang_would_pad_are_refused():

@@ -7,7 +7,7 @@ from typing import Any
 
 from tables.base import table, where
 
-COLUMNS = ("plan", "kv", "prune", "experts", "heal", "served", "engine")
+COLUMNS = ("plan", "kv", "prune", "experts", "heal", "reload", "served", "engine")
 
 
 def families(data: Mapping[str, Any]) -> str:

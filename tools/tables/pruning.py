@@ -25,9 +25,12 @@ NAMES = {
     "LLM-Streamline, no layer, refitted": (REFIT, "window + refit"),
     "ShortGPT, refitted": (REFIT, "cosine + refit"),
     "ours, no annealing": (REFIT, "**greedy + refit**"),
+    "ours, no annealing, baselines": (REFIT, "**greedy, window or cosine, by the judge, + refit**"),
     "ours, no D": (REFIT, "**annealing + refit**"),
     "ours": (REFIT, "**annealing + pairs + refit**"),
     "LLM-Streamline": (TRAINED, "window + one trained layer (LLM-Streamline)"),
+    "LLM-Streamline, no layer, healed": (TRAINED, "window + refit + 30 steps"),
+    "ShortGPT, healed": (TRAINED, "cosine + refit + 30 steps"),
     "ours, no annealing, healed": (TRAINED, "**greedy + refit + 30 steps**"),
     "ours, healed": (TRAINED, "**annealing + pairs + refit + 30 steps**"),
 }

@@ -128,6 +128,29 @@ def conversation(data: dict[str, Any] | None) -> str:
     return table(head, rows) + where(data["environment"], caption)
 
 
+def bylayer(data: dict[str, Any] | None) -> str:
+    """TTFT with rows sent by layer over TTFT without, beside the most that it could save."""
+    if data is None:
+        return "Not measured yet: `make bench-bylayer`."
+    rows = [
+        (
+            row["wire"], f"{row['prompt_tokens']:,}", f"{row['ttft_ms']:,.0f}", f"{row['transfer_ms']:,.0f}",
+            f"{row['layered_ttft_ms']:,.0f}", ratio(row, "ratio", "low", "high"), f"{row['predicted']:.2f}",
+            f"{row['early_bytes'] / row['bytes']:.0%}",
+        )
+        for row in data["rows"]
+    ]  # fmt: skip
+    head = ("wire dtype", "prompt tokens, one chunk", "TTFT, ms", "of it transfer, ms", "TTFT by layer, ms",
+            "ratio (95% interval)", "at best", "bytes that left early")  # fmt: skip
+    options = data["options"]
+    caption = (
+        f"computed in float32; means over {options['rounds']} rounds of 2 requests, one at a time, over a link "
+        f"of {options['link']}; at best: the shorter of transfer and all else costs no time; load average "
+        f"{max(row['load_average'] for row in data['rows'])}"
+    )
+    return table(head, rows) + where(data["environment"], caption)
+
+
 def simulation(data: dict[str, Any]) -> str:
     """Error of the simulation against the measured pair, by load."""
     rows = [r for r in data["rows"] if r.get("used")]

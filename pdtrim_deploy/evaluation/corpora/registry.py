@@ -26,6 +26,7 @@ CORPORA: dict[str, CorpusKind] = {
     "hub": HubFile(),
 }
 DEFAULT_CORPUS = "brown"
+OF_FILES = ("dir", "file", "jsonl")  # kinds that a user has on this machine
 
 
 def load(name: str, cache: Cache, log: Log = lambda _: None) -> Corpus:

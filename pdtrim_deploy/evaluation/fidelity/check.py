@@ -23,11 +23,10 @@ from pdtrim_deploy.evaluation.fidelity.client import Served, ask
 from pdtrim_deploy.evaluation.fidelity.controls import wrong_oracles
 from pdtrim_deploy.evaluation.fidelity.sensitivity import NOISE, score_shaken
 from pdtrim_deploy.evaluation.limits import fit_judging
-from pdtrim_deploy.kvcache.key_offsets import KeyOffsets
+from pdtrim_deploy.evaluation.stage_models import oracle_of
 from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.local.compute import Compute
 from pdtrim_deploy.models.oracle import PDOracle
-from pdtrim_deploy.plan import STAGES
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25, "float16": 0.05}  # nats; 16-bit sums differ by their order
 TYPICAL = 0.25  # of that
@@ -144,7 +143,6 @@ def run_fidelity(
     """
     from pdtrim_deploy.evaluation import corpora
     from pdtrim_deploy.models.loading import load_tokenizer
-    from pdtrim_deploy.models.on_devices import load_to_compute
 
     count, length = text_needed(bundle.plan)
     documents = corpora.load(bundle.recipe.evaluation.corpus, cache).split("final")
@@ -154,16 +152,10 @@ def run_fidelity(
         progress(f"fidelity: {group.name}, {len(group.prompts)} prompts {group.how}")
         served += [(group, row) for row in ask(base_url, group, new_tokens, deadline_s)]
     progress("fidelity: scoring the served tokens with the oracle")
-    dtype = bundle.plan.model.kv_dtype
     if compute is not None:
         most = max(len(row.prompt) for _, row in served)
-        compute = fit_judging([[bundle.prefill_dir, bundle.decode_dir]], most, compute)
-    prefill, decode = (
-        load_to_compute(stage, bundle.stage_dir(stage), dtype, progress, compute, rounds_inputs=True)
-        for stage in STAGES
-    )
-    oracle = PDOracle(prefill, decode, bundle.plan, KeyOffsets.read(bundle.prefill_dir, bundle.plan))
-    return judge(oracle, served, progress)
+        compute = fit_judging([bundle.checkpoints], most, compute)
+    return judge(oracle_of(bundle, progress, compute, rounds_inputs=True), served, progress)
 
 
 def judge(

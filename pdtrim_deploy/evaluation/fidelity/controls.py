@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 from pdtrim_deploy.models.blockwise import CausalLM
 from pdtrim_deploy.models.experts import routers
-from pdtrim_deploy.models.oracle import PDOracle
+from pdtrim_deploy.models.layer_kv import LayerKV
+from pdtrim_deploy.models.linear_attention import State
+from pdtrim_deploy.models.oracle import PDOracle, PrefillState
 from pdtrim_deploy.models.surgery import keep_blocks
 from pdtrim_deploy.plan import KVSend, PDPlan, WithoutMLP
 
@@ -18,6 +23,10 @@ def wrong_oracles(oracle: PDOracle, prompt_tokens: int) -> dict[str, PDOracle]:
     if plan.model.windows:
         less = (None if window is None else max(2, window - 1) for window in plan.model.windows)
         oracles["window - 1"] = oracle.with_windows(tuple(less))
+    if plan.model.states is not None:
+        oracles["convolution a token old"] = WrongStates(oracle, _a_token_old)
+        if len(plan.model.states.blocks) > 1:
+            oracles["states one layer off"] = WrongStates(oracle, lambda states: states[-1:] + states[:-1])
     if any(map(plan.has_key_offset, range(len(plan.kv)))):
         oracles["no key offsets"] = oracle.with_offsets(None)
     if plan.missing("decode") and (whole := [b for b, action in enumerate(plan.decode) if action.kind == "keep"]):
@@ -30,6 +39,23 @@ def wrong_oracles(oracle: PDOracle, prompt_tokens: int) -> dict[str, PDOracle]:
             oracle.prefill_model, _misnumbered(oracle.decode_model), plan, oracle.offsets
         )
     return oracles
+
+
+class WrongStates(PDOracle):
+    """The plan's oracle, but for the states that decode goes on from."""
+
+    def __init__(self, oracle: PDOracle, change: Callable[[tuple[State, ...]], tuple[State, ...]]) -> None:
+        super().__init__(oracle.prefill_model, oracle.decode_model, oracle.plan, oracle.offsets)
+        self._change = change
+
+    def hand_over(self, state: PrefillState) -> list[LayerKV]:
+        """As `PDOracle.hand_over`, of changed states."""
+        return super().hand_over(replace(state, states=self._change(state.states)))
+
+
+def _a_token_old(states: tuple[State, ...]) -> tuple[State, ...]:
+    """Convolutions that have not seen the prompt's last token."""
+    return tuple((conv.roll(1, -1), recurrent) for conv, recurrent in states)
 
 
 def controls(plan: PDPlan, prompt_tokens: int) -> dict[str, Sends]:

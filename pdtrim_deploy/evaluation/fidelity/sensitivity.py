@@ -27,13 +27,17 @@ def score_shaken(oracle: PDOracle, state: PrefillState, tokens: Tensor, seed: in
     generator = torch.Generator().manual_seed(seed)
     noise = NOISE[oracle.plan.model.kv_dtype]
     keys, values = (tuple(_shaken(pool, noise, generator) for pool in side) for side in (state.keys, state.values))
-    copies = PrefillState(1 + DRAWS, state.tokens, keys, values, state.logits.expand(1 + DRAWS, -1))
+    states = tuple((_shaken(conv, noise, generator), _shaken(last, noise, generator)) for conv, last in state.states)
+    copies = PrefillState(1 + DRAWS, state.tokens, keys, values, state.logits.expand(1 + DRAWS, -1), states)
     scored = oracle.score(copies, tokens.expand(1 + DRAWS, -1))
     return scored[0], scored[1:]
 
 
 def _shaken(pool: Tensor, noise: float, generator: torch.Generator) -> Tensor:
-    """`[tokens, heads, dim]` -> itself, then `DRAWS` noisy copies, `[(1 + DRAWS) * tokens, heads, dim]`."""
+    """`[tokens, heads, dim]` -> itself, then `DRAWS` noisy copies, `[(1 + DRAWS) * tokens, heads, dim]`.
+
+    Of a state, `[1, ..]`, likewise.
+    """
     size = pool.float().pow(2).mean(-1, keepdim=True).sqrt().mul_(noise)
     drawn = torch.randn(DRAWS, *pool.shape, generator=generator).to(pool.device).mul_(size).add_(pool.float())
     if pool.dtype in FP8:

@@ -18,7 +18,7 @@ def _mix(words, places):
     return mixed ^ ((mixed >> 31) & 0x1FFFFFFFF)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size"])  # each chunk has its own: compiled once
 def add_words(data, size, total, block: tl.constexpr):
     """Add this program's words to `total`; the first program adds the last, incomplete one too."""
     whole = size // 8

@@ -11,8 +11,6 @@ context's rows): rows and dtypes are measured separately, not every pair of them
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -21,11 +19,12 @@ import torch
 from torch import Tensor
 
 from pdtrim_deploy.kvchoice.base import Problem, Progress
+from pdtrim_deploy.kvchoice.budget.decode_batch import DecodeBatch
+from pdtrim_deploy.kvchoice.budget.option_parts import OptionParts
 from pdtrim_deploy.kvchoice.budget.probe import Probe
-from pdtrim_deploy.kvchoice.budget.prompt_kv import PromptKV
-from pdtrim_deploy.models.blockwise import LayerKV, Span
+from pdtrim_deploy.kvchoice.budget.products import effect_products, remembered, summed_kl
+from pdtrim_deploy.models.layer_kv import Span
 from pdtrim_deploy.plan import KVSend
-from pdtrim_deploy.plan.wire import WireDtype
 from pdtrim_deploy.recipe.kv_cost import BATCH, DRAWS, SIDE_BY_SIDE
 
 
@@ -61,9 +60,7 @@ class Measure:
         self, problem: Problem, options: Sequence[KVSend], progress: Progress, *, batch: int = BATCH, draws: int = DRAWS
     ) -> None:
         self.problem, self.options, self._progress = problem, tuple(options), progress
-        self._rows = list(dict.fromkeys(map(_rows_of, self.options)))
-        self._dtypes: list[WireDtype] = list(dict.fromkeys(o.wire_dtype for o in self.options))
-        self._sizes = [batch, draws]
+        self._parts, self._sizes = OptionParts.of(self.options), [batch, draws]
         self._known: dict[tuple[KVSend, ...], Effects] = {}
         self._spans: dict[int, Span] = {}
         parts = enumerate(problem.sequences.split(batch), problem.seed)
@@ -72,21 +69,11 @@ class Measure:
     @torch.no_grad()
     def divergence(self, plan: tuple[KVSend, ...]) -> float:
         """KL(dense || plan), nats a token, exact."""
-        total, tokens = 0.0, 0
-        step = self.problem.oracle.decode.logits_step
-        for part in self._batches:
-            hidden = self._forward(part, plan)[-1]
-            for expected, row in zip(part.reference, hidden, strict=True):
-                total += sum(map(self._kl, expected.split(step), row.split(step)))
-                tokens += len(row)
-        return total / tokens
-
-    def _kl(self, expected: Tensor, hidden: Tensor) -> float:
-        """KL in nats, summed over last states `[tokens, hidden]` of the dense plan and of another."""
-        log_probs, reference = (
-            self.problem.oracle.decode.logits(h).float().log_softmax(-1) for h in (hidden, expected)
-        )
-        return float((reference.exp() * (reference - log_probs)).sum(dtype=torch.float64))
+        total = 0.0
+        for batch in self._batches:
+            for expected, row in zip(batch.reference, batch.forward(plan)[-1], strict=True):
+                total += summed_kl(self.problem.oracle.decode, expected, row)
+        return total / sum(batch.tokens for batch in self._batches)
 
     def about(self, context: tuple[KVSend, ...]) -> Effects:
         """Effects of every option of every layer, with the other layers as in `context`; measured once per context."""
@@ -95,13 +82,11 @@ class Measure:
         return self._known[context]
 
     def _measured(self, context: tuple[KVSend, ...]) -> Effects:
-        layers, kinds = len(context), len(self._rows) + len(self._dtypes)
-        products = self._products(context)
+        layers, products = len(context), self._products(context)
         # option = its rows + its dtype; the context's own rows and dtype are no change
-        parts = torch.zeros(len(self.options), kinds, dtype=torch.float64)
+        parts = torch.zeros(len(self.options), len(self._parts), dtype=torch.float64)
         for at, option in enumerate(self.options):
-            parts[at, self._rows.index(_rows_of(option))] = 1
-            parts[at, len(self._rows) + self._dtypes.index(option.wire_dtype)] = 1
+            parts[at, list(self._parts.places(option))] = 1
         effects = torch.block_diag(*[parts] * layers)
         gram = (effects @ products[1:, 1:] @ effects.T).view(layers, len(self.options), layers, len(self.options))
         linear = (effects @ products[1:, 0]).view(layers, len(self.options))
@@ -109,75 +94,41 @@ class Measure:
 
     def _products(self, context: tuple[KVSend, ...]) -> Tensor:
         """Gram matrix, float64, of the context's error and each layer's rows and dtypes; stored in `memo`."""
-        if self.problem.memo is None:
-            return self._multiplied(context)
-        rows = [[send.mode, send.n_first, send.n_last, *[send.share] * bool(send.share)] for send in self._rows]
-        key = [rows, self._dtypes, [send.model_dump() for send in context], self._sizes]
-        name = hashlib.sha256(json.dumps(key).encode()).hexdigest()
-        return self.problem.memo(name, lambda: self._multiplied(context))
+        rows = [[send.mode, send.n_first, send.n_last, *[send.share] * bool(send.share)] for send in self._parts.rows]
+        key = [rows, self._parts.dtypes, [send.model_dump() for send in context], self._sizes]
+        return remembered(self.problem, key, lambda: self._multiplied(context))
 
     @torch.no_grad()
     def _multiplied(self, context: tuple[KVSend, ...]) -> Tensor:
-        layers, kinds = len(context), len(self._rows) + len(self._dtypes)
-        products = torch.zeros(1 + layers * kinds, 1 + layers * kinds, dtype=torch.float64)
-        tokens = 0
-        for number, part in enumerate(self._batches, 1):
-            changes = self._changes(part, context, f"effects, batch {number}/{len(self._batches)}")
-            products += (changes @ changes.T).double().cpu()
-            tokens += part.reference.shape[0] * part.reference.shape[1]
-        return products / tokens
+        count = len(self._batches)
+        return effect_products(
+            (self._changes(batch, context, f"effects, batch {number}/{count}"), batch.tokens)
+            for number, batch in enumerate(self._batches, 1)
+        )
 
     @torch.no_grad()
-    def _prepare(self, ids: Tensor, seed: int) -> _Batch:
-        oracle, n = self.problem.oracle, self.problem.prompt_tokens
-        dtypes = tuple(dict.fromkeys(("native", *self._dtypes)))
-        prompt_kv = PromptKV(oracle, oracle.prefill(ids[:, :n]), dtypes, self.problem.work)
-        hidden, span = oracle.decode.embed(ids[:, n:-1], n)
-        for layer in range(oracle.decode.kv_layers[0]):
-            hidden = oracle.decode.block(layer, hidden, span)
-        part = _Batch(prompt_kv, hidden, span, hidden, seed)
-        part.reference = self._forward(part, (KVSend(),) * self.problem.layers)[-1]
+    def _prepare(self, ids: Tensor, seed: int) -> DecodeBatch:
+        batch = DecodeBatch(self.problem, ids, seed, self._parts.dtypes, self._spans)
         self._progress(f"prefilled {len(ids)} sequences")
-        return part
+        return batch
 
-    def _forward(self, part: _Batch, plan: Sequence[KVSend]) -> list[Tensor]:
-        """The input of each KV layer, then the output of the last layer."""
-        outputs = [part.hidden]
-        for layer, send in enumerate(plan):
-            outputs.append(self._through(layer, outputs[-1], part.span, self._kv(part, layer, send)))
-        return outputs
-
-    def _through(self, layer: int, hidden: Tensor, span: Span, kv: LayerKV) -> Tensor:
-        """Through a KV layer, and those without attention that follow it."""
-        decode = self.problem.oracle.decode
-        first, stop = [*decode.kv_layers, len(decode.layers)][layer : layer + 2]
-        hidden = decode.block(first, hidden, span, kv)
-        for after in range(first + 1, stop):
-            hidden = decode.block(after, hidden, span)
-        return hidden
-
-    def _kv(self, part: _Batch, layer: int, send: KVSend) -> LayerKV:
-        ranges = self.problem.rule(layer, send).row_ranges(self.problem.prompt_tokens)
-        return part.prompt_kv.read(send.wire_dtype, layer, ranges)
-
-    def _changes(self, part: _Batch, context: tuple[KVSend, ...], name: str) -> Tensor:
+    def _changes(self, batch: DecodeBatch, context: tuple[KVSend, ...], name: str) -> Tensor:
         """float32 `[1 + layers * (rows + dtypes), coordinates]`: the context's error, then the effects."""
-        probe = Probe(self.problem.oracle.decode, part.reference, self._sizes[1], part.seed)
-        inputs = self._forward(part, context)
+        probe = Probe(self.problem.oracle.decode, batch.reference, self._sizes[1], batch.seed)
+        inputs = batch.forward(context)
         error = probe.change(inputs[-1])
-        kinds = len(self._rows) + len(self._dtypes)
-        changes = torch.zeros(1 + len(context) * kinds, len(error), device=error.device)
+        changes = torch.zeros(1 + len(context) * len(self._parts), len(error), device=error.device)
         changes[0] = error
         depth, done = len(context), 0
-        total = sum(len(self._options_about(context, layer)) * (depth - layer) for layer in range(depth))
+        total = sum(len(self._others(context, layer)) * (depth - layer) for layer in range(depth))
 
         def ran(alternatives: int) -> None:
             nonlocal done
             done += alternatives
             self._progress(f"{name}: alternatives through a layer: {done}/{total}")
 
-        for layers in self._together(context, part.hidden):
-            for row, hidden in self._branches(part, context, inputs, layers, ran):
+        for layers in self._together(context, batch.hidden):
+            for row, hidden in self._branches(batch, context, inputs, layers, ran):
                 changes[row] = probe.change(hidden) - error
         return changes
 
@@ -186,16 +137,16 @@ class Measure:
         states = max(1, self.problem.state_bytes // (hidden.numel() * hidden.element_size()))
         start = 0
         while start < len(context):
-            stop, count = start + 1, len(self._options_about(context, start))
-            while stop < len(context) and count + len(self._options_about(context, stop)) <= states:
-                count += len(self._options_about(context, stop))
+            stop, count = start + 1, len(self._others(context, start))
+            while stop < len(context) and count + len(self._others(context, stop)) <= states:
+                count += len(self._others(context, stop))
                 stop += 1
             yield range(start, stop)
             start = stop
 
     def _branches(
         self,
-        part: _Batch,
+        batch: DecodeBatch,
         context: tuple[KVSend, ...],
         inputs: Sequence[Tensor],
         layers: range,
@@ -207,47 +158,26 @@ class Measure:
         are alternatives of one text (`Blockwise.embed`), so some share a call: less than half the time of one by one.
         `ran` hears how many went through a layer.
         """
-        kinds, decode = len(self._rows) + len(self._dtypes), self.problem.oracle.decode
+        kinds, decode = len(self._parts), self.problem.oracle.decode
         branches: dict[int, Tensor] = {}
         for layer in range(layers.start, len(context)):
-            context_kv = self._kv(part, layer, context[layer])
+            context_kv = batch.kv(layer, context[layer])
             context_kv.move(decode.devices[decode.kv_layers[layer]])
-            most = max(1, SIDE_BY_SIDE // part.hidden.shape[1])
+            most = max(1, SIDE_BY_SIDE // batch.hidden.shape[1])
             for rows in _groups(list(branches), most, kinds):
                 hidden = torch.cat([branches[row] for row in rows], dim=1)
-                hidden = self._through(layer, hidden, self._span_of(len(rows), part), context_kv.fork())
+                hidden = batch.through(layer, hidden, context_kv.fork(), len(rows))
                 branches |= zip(rows, hidden.chunk(len(rows), dim=1), strict=True)
             if layer in layers:
-                for at, option in self._options_about(context, layer):
-                    kv = self._kv(part, layer, option)
-                    branches[1 + layer * kinds + at] = self._through(layer, inputs[layer], part.span, kv)
+                for at, option in self._others(context, layer):
+                    kv = batch.kv(layer, option)
+                    branches[1 + layer * kinds + at] = batch.through(layer, inputs[layer], kv)
             ran(len(branches))
         yield from branches.items()
 
-    def _span_of(self, branches: int, part: _Batch) -> Span:
-        """Of so many alternatives side by side; the same for all batches, and computed once."""
-        if branches not in self._spans:
-            like = part.hidden.repeat(1, branches, 1)
-            self._spans[branches] = self.problem.oracle.decode.span(like, part.span.start, branches)
-        return self._spans[branches]
-
-    def _options_about(self, context: Sequence[KVSend], layer: int) -> list[tuple[int, KVSend]]:
-        """Other rows, then other dtypes, than a layer has in the context; each with its place among both."""
-        send, rule = context[layer], self.problem.rule
-        dtypes = enumerate(self._dtypes, len(self._rows))
-        rows = enumerate(self._rows)
-        options = [(at, row.model_copy(update={"wire_dtype": send.wire_dtype})) for at, row in rows]
-        options += [(at, send.model_copy(update={"wire_dtype": dtype})) for at, dtype in dtypes]
-        return [(at, option) for at, option in options if rule(layer, option) != rule(layer, send)]
-
-
-@dataclass
-class _Batch:
-    prompt_kv: PromptKV
-    hidden: Tensor
-    span: Span
-    reference: Tensor
-    seed: int
+    def _others(self, context: Sequence[KVSend], layer: int) -> list[tuple[int, KVSend]]:
+        """What a layer may be sent besides what it is in the context."""
+        return self._parts.others(self.problem, layer, context[layer])
 
 
 def _groups(rows: list[int], size: int, kinds: int) -> list[list[int]]:
@@ -257,8 +187,3 @@ def _groups(rows: list[int], size: int, kinds: int) -> list[list[int]]:
     """
     layers = [list(of_layer) for _, of_layer in groupby(rows, lambda row: (row - 1) // kinds)]
     return [layer[start : start + size] for layer in layers for start in range(0, len(layer), size)]
-
-
-def _rows_of(send: KVSend) -> KVSend:
-    """The rows of an option, whatever its wire dtype."""
-    return send.model_copy(update={"wire_dtype": "native"})

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pdtrim_deploy.errors import UserError
-from pdtrim_deploy.models.blockwise import LayerKV, Ranges
+from pdtrim_deploy.models.layer_kv import LayerKV, Ranges
 from pdtrim_deploy.models.oracle import PDOracle, PrefillState
 from pdtrim_deploy.plan import KVSend
 from pdtrim_deploy.plan.wire import WireDtype

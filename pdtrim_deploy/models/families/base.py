@@ -10,9 +10,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.models.families.latents import attention_tensors
+from pdtrim_deploy.models.families.linear_attention import LinearAttention
 from pdtrim_deploy.models.families.sizes import axis_size, axis_sizes, axis_terms, count_of
 from pdtrim_deploy.models.families.windows import Windows
-from pdtrim_deploy.plan import ExpertShape
+from pdtrim_deploy.plan import ExpertShape, LinearStates
 
 EXPERT = "{expert}"
 EXPERTS = "experts"  # the size that is the number of experts
@@ -39,7 +40,7 @@ class Experts(_Data):
         count: key of config.json, or several (`a|b`): experts of a block.
         tensors: on disk, in the place of the block's `mlp`.
         stacked: by transformers' name of a parameter: what it stacks on disk, along a new first axis by expert; where
-            two are given, an expert's are put one behind the other.
+            two are given, an expert's are put one behind the other. A tensor of all experts is its own.
         dense_blocks: key of config.json: so many first blocks have the `mlp` instead. None: no block has.
         top_k: key of config.json: experts that a token is sent to.
         groups, top_groups: keys of config.json: equal parts that the router first chooses among, and how many of these
@@ -125,6 +126,8 @@ class Family(_Data):
         blocks: None where its KV alone is known: a model of it is planned, transferred, served and judged uncut.
         windows: of blocks that attend to a window of tokens; None where no block does, as far as workers serve it.
         latents: of attention that keeps latents (MLA) in SGLang, whose modules are DeepSeek's; None of any other.
+        linear_attention: of blocks that keep a state instead of KV, whose modules are Qwen3-Next's; None of any other.
+        sinks: whether each head of attention has a sink, a logit without a value.
 
     """
 
@@ -133,6 +136,8 @@ class Family(_Data):
     blocks: Blocks | None = None
     windows: Windows | None = None
     latents: Latents | None = None
+    linear_attention: LinearAttention | None = None
+    sinks: bool = False
 
     @property
     def takes_windows(self) -> bool:
@@ -142,6 +147,10 @@ class Family(_Data):
     def block_windows(self, config: Mapping[str, Any], where: str = "config.json") -> tuple[int | None, ...]:
         """As `Windows.of_blocks`; empty where the family has none."""
         return self.windows.of_blocks(config, where) if self.windows else ()
+
+    def linear_states(self, config: Mapping[str, Any], where: str = "config.json") -> LinearStates | None:
+        """As `LinearAttention.states`; None where the family has none."""
+        return self.linear_attention.states(config, where) if self.linear_attention else None
 
     def expert_shape(self, config: Mapping[str, Any]) -> ExpertShape | None:
         """What a plan must know of the experts; None where the family has none, or its blocks are not known.
@@ -184,6 +193,8 @@ class Family(_Data):
     def block_tensors(self, config: Mapping[str, Any], block: int) -> dict[str, tuple[int, ...]]:
         """Names within the block, on disk, and shapes; of the attention alone, or empty, where blocks are not known."""
         if (known := self.blocks) is None:
+            if self.linear_attention:
+                return self.linear_attention.tensors(config, block)
             return attention_tensors(config) if self.latents else {}
         sizes = axis_sizes(config, known.sizes)
         named = known.common | _joined(tensors for key, tensors in known.where.items() if config.get(key))
@@ -231,6 +242,8 @@ class Family(_Data):
             full, _MTP, None
         ):  # layers for speculation, numbered behind the last, are not copied
             cut[_MTP] = 0
+        if self.linear_attention:
+            cut |= self.linear_attention.stage_config(full)
         return cut | known.stage_config | (self.latents.implied if self.latents else {})
 
     def keeps_dtype(self, name: str) -> bool:

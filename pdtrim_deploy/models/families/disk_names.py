@@ -28,7 +28,8 @@ class DiskNames:
     ) -> None:
         experts = family.blocks.experts if family.blocks and not family.is_dense(config, block) else None
         self._numbers = (range(count_of(config, experts.count)) if kept is None else kept) if experts else ()
-        self._stacked = experts.stacked if experts else {}
+        parts = experts.stacked if experts else {}
+        self._stacked = {parameter: names for parameter, names in parts.items() if EXPERT in names[0]}
         self._renamed = family.blocks.renamed if family.blocks else {}
         self._parameter = {name: parameter for parameter in self._stacked for name in self.of(parameter)}
 

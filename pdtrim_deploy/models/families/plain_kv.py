@@ -37,7 +37,7 @@ _STATE = (
     "full_attn_idxs",
     "conv_L_cache",
 )
-_HYBRID = "it is a hybrid: some of its layers keep a state instead of KV ({}), which is not sent yet"
+_HYBRID = "it is a hybrid: some of its layers keep a state instead of KV ({}), which is sent of known families alone"
 _REASONS: tuple[tuple[tuple[str, ...], str], ...] = (
     (_PARTS, "it is multimodal (key {}); give the folder of its language model alone"),
     (
@@ -74,38 +74,46 @@ _WINDOWS_OFF = {"qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "smollm3"}
 
 
 def check_plain(
-    config: Mapping[str, Any], where: str, *, takes_windows: bool = False, takes_latents: bool = False
+    config: Mapping[str, Any],
+    where: str,
+    *,
+    takes_windows: bool = False,
+    takes_latents: bool = False,
+    takes_states: bool = False,
 ) -> None:
     """Refuse other KV.
 
     Args:
         takes_windows: the family sends its windows, or its workers refuse texts that are longer.
         takes_latents: the family sends its latents.
+        takes_states: the family sends the states of its layers with linear attention.
 
     Raises:
         UserError: one sentence: the architecture, what its KV is, and what would be missing for it.
 
     """
-    for reason in _reasons(config, takes_windows, takes_latents):
+    for reason in _reasons(config, takes_windows, takes_latents, takes_states):
         named = config.get("architectures") or [config.get("model_type")]
         raise UserError(f"{where}: architecture {named[0]} is not supported: {reason}")
 
 
-def _reasons(config: Mapping[str, Any], takes_windows: bool, takes_latents: bool) -> Iterator[str]:
+def _reasons(config: Mapping[str, Any], takes_windows: bool, takes_latents: bool, takes_states: bool) -> Iterator[str]:
     if has_latents(config) and not takes_latents:
         yield _LATENTS
     for keys, reason in _REASONS:
+        if takes_states and keys is _STATE:
+            continue
         if key := next((key for key in keys if config.get(key)), None):
             yield reason.format(key)
-    yield from _of_layers(config, _layer_types(config), takes_windows)
+    yield from _of_layers(config, _layer_types(config), takes_windows, takes_states)
     yield from () if takes_latents else _of_heads(config)
     rope = {**_mapping(config.get("rope_scaling")), **_mapping(config.get("rope_parameters"))}
     if (kind := rope.get("rope_type") or rope.get("type")) in ("longrope", "su"):
         yield f"the angles of its RoPE ({kind}) depend on a text's length, so that prefill's keys would not be decode's"
 
 
-def _of_layers(config: Mapping[str, Any], kinds: set[str], takes_windows: bool) -> Iterator[str]:
-    if states := sorted(kinds & _STATE_LAYERS):
+def _of_layers(config: Mapping[str, Any], kinds: set[str], takes_windows: bool, takes_states: bool) -> Iterator[str]:
+    if states := sorted(kinds & _STATE_LAYERS - ({"linear_attention"} if takes_states else set())):
         yield _HYBRID.format(f"layer_types has {states[0]}")
     if config.get("attention_chunk_size") and (not kinds or "chunked_attention" in kinds):
         yield "some of its layers attend within chunks (key attention_chunk_size), whose KV is not planned yet"

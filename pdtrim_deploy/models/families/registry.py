@@ -38,6 +38,8 @@ LATENT: dict[str, Family] = {name: family for name, family in _FILES.items() if 
 """Families with latent attention."""
 WINDOWED: dict[str, Family] = {name: family for name, family in _FILES.items() if family.windows}
 """Families with sliding windows that are sent."""
+STATEFUL: dict[str, Family] = {name: family for name, family in _FILES.items() if family.linear_attention}
+"""Families with linear attention, whose states are sent."""
 
 
 def known_family(architecture: str) -> Family:
@@ -54,13 +56,15 @@ def family_of(config: Mapping[str, Any], where: str) -> Family:
     """
     named = config.get("architectures") or [f"none (model_type {config.get('model_type')!r})"]
     family = known_family(named[0])
-    check_plain(config, where, takes_windows=family.takes_windows, takes_latents=family.latents is not None)
+    takes = {"takes_latents": family.latents is not None, "takes_states": family.linear_attention is not None}
+    check_plain(config, where, takes_windows=family.takes_windows, **takes)
     if not CAUSAL_LM.fullmatch(named[0]):
         raise UserError(
             f"{where}: architecture {named[0]} is not supported: it is no causal LM; give a *ForCausalLM whose KV is "
             f"plain; blocks can be cut of {', '.join(FAMILIES)}"
         )
     family.block_windows(config, where)
+    family.linear_states(config, where)
     if family.latents and latent_sizes(config) is None:
         raise UserError(f"{where}: key {LATENT_KEY} is missing, which {named[0]} has; get the model again")
     experts = family.blocks.experts if family.blocks else None

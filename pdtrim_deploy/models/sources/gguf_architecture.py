@@ -20,13 +20,15 @@ ARCHITECTURES = {
 }
 _WINDOWS = "its layers have sliding windows, and are not read from GGUF; give the HF folder as hf:DIR"
 _LATENT = "its attention keeps latents (MLA), whose maps are not read from GGUF; give the HF folder as hf:DIR"
+_LINEAR = "its linear attention is not read from GGUF; give the HF folder as hf:DIR"
 _HYBRID = "it is a hybrid: some of its layers keep a state instead of KV, which is not sent yet"
 _EXPERTS = "its experts are not read from GGUF; give the HF folder as hf:DIR"
 _REASONS = {
     **dict.fromkeys(("gemma2", "gemma3n", "gpt-oss", "cohere2", "exaone4", "olmo3"), _WINDOWS),
     **dict.fromkeys(("deepseek2", "minicpm3", "plm"), _LATENT),
     **dict.fromkeys(("mamba", "mamba2", "jamba", "falcon-h1", "nemotron_h", "granitehybrid", "lfm2"), _HYBRID),
-    **dict.fromkeys(("qwen3next", "qwen35", "qwen35moe", "kimi-linear", "plamo2", "rwkv6", "rwkv7"), _HYBRID),
+    **dict.fromkeys(("qwen3next", "qwen35", "qwen35moe"), _LINEAR),
+    **dict.fromkeys(("kimi-linear", "plamo2", "rwkv6", "rwkv7"), _HYBRID),
     **dict.fromkeys(("qwen2moe", "qwen3moe", "glm4moe", "olmoe", "minimax-m2"), _EXPERTS),
     **dict.fromkeys(("t5", "t5encoder"), "it is an encoder-decoder; give a decoder-only model"),
     **dict.fromkeys(("qwen2vl", "qwen3vl"), "it is multimodal; give a language model alone"),

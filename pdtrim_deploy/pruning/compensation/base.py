@@ -3,14 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
 from pdtrim_deploy.plan import Stage
 from pdtrim_deploy.pruning.pair import StagePair
+from pdtrim_deploy.recipe.healing import HealingSection
 
 Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class FitRules:
+    """How least squares fit.
+
+    Attributes:
+        falls_back: with fewer than ten tokens a feature they change a map by a diagonal and a low rank alone.
+        prompt_share: what a prompt position, read by decode as a whole model reads it, counts in decode's fit.
+
+    """
+
+    falls_back: bool = False
+    prompt_share: float = 0.0
+
+    @classmethod
+    def of(cls, section: HealingSection) -> FitRules:
+        """As a recipe has them."""
+        return cls(section.fit == "auto", section.prompt_share)
+
+
+WHOLE_MAPS = FitRules()
 
 
 class Compensation(Protocol):

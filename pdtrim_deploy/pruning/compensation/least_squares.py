@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from pdtrim_deploy.errors import UserError
-from pdtrim_deploy.models.blockwise import Blockwise, LayerKV
+from pdtrim_deploy.models.blockwise import Blockwise
+from pdtrim_deploy.models.layer_kv import LayerKV
 from pdtrim_deploy.models.layer_run import LayerRun
 from pdtrim_deploy.plan import Stage
-from pdtrim_deploy.pruning.compensation.base import Progress
+from pdtrim_deploy.pruning.compensation.base import WHOLE_MAPS, FitRules, Progress
 from pdtrim_deploy.pruning.compensation.target_states import TargetStates
 from pdtrim_deploy.pruning.least_squares import Refit, set_down
 from pdtrim_deploy.pruning.pair import StagePair
@@ -25,11 +26,12 @@ class LeastSquares:
 
     Args:
         least_gain: the layer in front of a gap is refitted, and those behind it while the error falls by this share.
+        rules: whether text that is too short is fitted by a low rank, and what decode is fitted to of prompts.
 
     """
 
-    def __init__(self, least_gain: float = 0.02) -> None:
-        self.least_gain = least_gain
+    def __init__(self, least_gain: float = 0.02, rules: FitRules = WHOLE_MAPS) -> None:
+        self.least_gain, self.rules = least_gain, rules
 
     def compensate(self, pair: StagePair, stage: Stage, ids: Tensor, progress: Progress) -> StagePair:
         """Targets are `x_next` of the dense model for the same tokens. UserError when an error is not a number."""
@@ -41,7 +43,7 @@ class LeastSquares:
     ) -> list[StagePair]:
         """The same for pairs of one prefill stage, or, for `stage` prefill, any: what surrounds them is run once."""
         targets = TargetStates(pairs[0], stage, ids)
-        fits = [_Fit(pair, stage, targets, self.least_gain, progress) for pair in pairs]
+        fits = [_Fit(pair, stage, targets, self.least_gain, self.rules, progress) for pair in pairs]
         while targets.depth < targets.blocks:
             targets.advance()
             for fit in fits:
@@ -54,13 +56,15 @@ class _Fit:
     """One stage on its way through the depths of the dense model."""
 
     def __init__(
-        self, pair: StagePair, stage: Stage, targets: TargetStates, least_gain: float, progress: Progress
-    ) -> None:
+        self, pair: StagePair, stage: Stage, targets: TargetStates, least_gain: float, rules: FitRules,
+        progress: Progress,
+    ) -> None:  # fmt: skip
         self._pair, self._stage, self._targets, self._progress = pair, stage, targets, progress
-        self._sources, self._least_gain = pair.plan.kv_sources, least_gain
+        self._sources, self._least_gain, self._rules = pair.plan.kv_sources, least_gain, rules
         self._missing = pair.plan.missing(stage)
         self._layers, self._spans = pair.plan.layers(stage), pair.spans(stage)
         self._run = LayerRun(Blockwise(pair.stage(stage)), targets.parts, targets.prompt)
+        self._alone = LayerRun(self._run.runner, targets.prompts if rules.prompt_share else ())
         self._going = self._layers[0] != 0  # whether errors come from before
         self.changed: dict[int, dict[str, Tensor]] = {}
 
@@ -82,6 +86,7 @@ class _Fit:
             self._refit(block)
         self._going = self._going or lost
         self._run.advance([self._kv(batch) for batch in range(len(self._run.states))])
+        self._alone.advance()
 
     def _refit(self, block: int) -> None:
         run, batches = self._run, len(self._run.states)
@@ -89,7 +94,10 @@ class _Fit:
         for batch, (x, span) in enumerate(zip(run.states, run.spans, strict=True)):
             check = (batches - 1 - batch) % _CHECKED == 0 and batches > 1
             refit.add(x, span, self._targets.target(batch), check=check, kv=self._kv(batch))
-        weight, before, error = refit.solve()
+        for batch, (x, span) in enumerate(zip(self._alone.states, self._alone.spans, strict=True)):
+            share = self._rules.prompt_share
+            refit.add(x, span, self._targets.prompt_target(batch), check=False, share=share)
+        weight, before, error = refit.solve(falls_back=self._rules.falls_back)
         if not math.isfinite(error):
             raise UserError(f"{self._stage} block {block}: its error is {error}; load the model in float32")
         self._progress(f"{self._stage} block {block}: relative squared error {before:.4f} -> {error:.4f}")

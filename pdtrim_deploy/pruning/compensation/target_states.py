@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from pdtrim_deploy.models.blockwise import Blockwise, LayerKV
+from pdtrim_deploy.models.blockwise import Blockwise
+from pdtrim_deploy.models.layer_kv import LayerKV
 from pdtrim_deploy.models.layer_run import LayerRun
 from pdtrim_deploy.plan import Stage
 from pdtrim_deploy.pruning.pair import StagePair
@@ -17,7 +18,7 @@ class TargetStates:
 
     Attributes:
         parts: what the stage reads of each batch, int64 `[batch, tokens]`: of decode what is behind the prompt.
-        prompt: tokens of the prompt, T / 2 for decode, 0 for prefill.
+        prompt: tokens of the prompt, T / 2 for decode, 0 for prefill; prompts: they, of each batch, for decode.
         blocks: of the dense model.
 
     """
@@ -28,8 +29,8 @@ class TargetStates:
         self.parts = [part[:, self.prompt :] for part in parts]
         self.blocks = pair.plan.model.num_blocks
         self._dense = LayerRun(Blockwise(pair.model), parts)
-        prompts = [part[:, : self.prompt] for part in parts] if self.prompt else []
-        self._prefill = LayerRun(Blockwise(pair.stage("prefill")), prompts)
+        self.prompts = [part[:, : self.prompt] for part in parts] if self.prompt else []
+        self._prefill = LayerRun(Blockwise(pair.stage("prefill")), self.prompts)
         self._held: dict[int, list[LayerKV]] = {}
 
     @property
@@ -44,6 +45,10 @@ class TargetStates:
     def target(self, batch: int) -> Tensor:
         """Input of block `depth`, `[batch, tokens, hidden]`, of the tokens that the stage reads."""
         return self._dense.states[batch][:, self.prompt :]
+
+    def prompt_target(self, batch: int) -> Tensor:
+        """The same of the prompt's tokens."""
+        return self._dense.states[batch][:, : self.prompt]
 
     def kv(self, layer: int, batch: int) -> LayerKV:
         """The prompt's KV of that layer of prefill, to be extended."""

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from pdtrim_deploy.models.blockwise import Blockwise, CausalLM, LayerKV, Span
+from pdtrim_deploy.models.blockwise import Blockwise, CausalLM
+from pdtrim_deploy.models.layer_kv import LayerKV, Span
 from pdtrim_deploy.models.layer_run import LayerRun
 from pdtrim_deploy.plan import Stage
 from pdtrim_deploy.pruning.pair import StagePair

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pdtrim_deploy.models.blockwise import Blockwise, CausalLM, Span
+from pdtrim_deploy.models.blockwise import Blockwise, CausalLM
+from pdtrim_deploy.models.layer_kv import Span
 
 
 class HiddenFiles:

@@ -14,7 +14,7 @@ def plan_picture(plan: PDPlan, tokens: int) -> Markup:
     """Kept, dropped, distilled and KV-only blocks of both stages; KV as full or sparse, rows, wire dtype and bytes."""
     blocks = plan.model.num_blocks
     layer_of = {block: layer for layer, block in enumerate(plan.decode_kv_blocks)}
-    most = plan.dense_bytes(tokens, every_row=True) / blocks
+    most = (plan.dense_bytes(tokens, every_row=True) - plan.model.state_bytes) / len(plan.model.kv_blocks)
     parts: list[Markup] = []
     for stage in STAGES:
         top = ROWS[stage]

@@ -16,15 +16,19 @@ from pdtrim_deploy.report.html.plan_picture import plan_picture
 def headline(findings: Findings) -> Markup:
     """The main figures, each with its subject."""
     plan, tokens = findings.bundle.plan, findings.bundle.recipe.evaluation.prompt_tokens
-    cards = [
+    sent = [
         (
             f"{plan.reduction(tokens, 'native'):.2f}x",
             f"fewer KV bytes a request than from a {plan.model.kv_dtype} pool "
             f"({plan.reduction(tokens, 'fp8_e4m3'):.2f}x than from one of fp8), at {tokens} prompt tokens",
-        ),
+        )
+    ]
+    layers = len(plan.prefill_layers), len(plan.decode_layers)
+    cards = [
+        *([] if plan.unified else sent),
         (
-            f"{len(plan.prefill_layers)} + {len(plan.decode_layers)}",
-            f"of {plan.model.num_blocks} blocks run in prefill + decode",
+            str(layers[0]) if plan.unified else f"{layers[0]} + {layers[1]}",
+            f"of {plan.model.num_blocks} blocks run in {'one model' if plan.unified else 'prefill + decode'}",
         ),
     ]
     if judged := findings.reports.get("eval"):
@@ -44,6 +48,8 @@ def plan(findings: Findings) -> Markup:
         f"{chosen.reductions(tokens)}. Chosen by {findings.bundle.recipe.pruning.method} (blocks) and "
         f"{findings.bundle.recipe.kv.method} (KV)."
     )
+    if chosen.unified:
+        text = f"One model for both stages: no KV travels. Blocks chosen by {findings.bundle.recipe.pruning.method}."
     more = []
     if chosen.experts is not None:
         stage = findings.bundle.decode_dir

@@ -28,10 +28,25 @@ class KeptFactory:
         return KeptBackend(runner, self.original)
 
 
+@dataclass(frozen=True)
+class TorchFactory:
+    """Of torch_native: on a CPU with sinks and SGLang's pool of windows, `original` on other devices."""
+
+    original: Callable[[Any], Any]
+
+    def __call__(self, runner: Any) -> Any:
+        if runner.device != "cpu":
+            return self.original(runner)
+        from pdtrim_sglang.cpu.torch_attention import TorchAttention
+
+        return TorchAttention(runner)
+
+
 def replace_attention_backends() -> None:
     """Put a `KeptFactory` around each of SGLang's own factories that it knows."""
     from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 
     for name in ATTENTION:
-        if not isinstance(ATTENTION_BACKENDS[name], KeptFactory):
-            ATTENTION_BACKENDS[name] = KeptFactory(name, ATTENTION_BACKENDS[name])
+        if not isinstance(original := ATTENTION_BACKENDS[name], KeptFactory):
+            make = TorchFactory(original) if name == "torch_native" else original
+            ATTENTION_BACKENDS[name] = KeptFactory(name, make)

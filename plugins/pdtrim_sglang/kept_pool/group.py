@@ -11,6 +11,11 @@ from torch import Tensor
 from pdtrim_sglang.kept_pool.rule import KeptRule
 
 
+def table_width(slots: int, longest: int, page_size: int) -> int:
+    """Slots, in whole pages, that a request can hold of `slots` when texts have up to `longest` tokens."""
+    return -(-min(longest, slots) // page_size) * page_size
+
+
 class KeptGroup:
     """Pages 1 to `pages` of `page_size` slots; page 0 takes what SGLang writes for padding.
 
@@ -40,8 +45,8 @@ class KeptGroup:
 
     def bind(self, requests: int, longest: int) -> None:
         """Make the table, for rows 0 to `requests` - 1 and texts of up to `longest` tokens."""
-        self._row_pages = -(-min(longest, self.size) // self.page_size)
-        self.table = torch.zeros(requests, self._row_pages * self.page_size, dtype=torch.int32, device=self.device)
+        width = table_width(self.size, longest, self.page_size)
+        self.table = torch.zeros(requests, width, dtype=torch.int32, device=self.device)
         self.hidden = torch.zeros(requests, dtype=torch.int64, device=self.device)
         self.clear()
 
@@ -57,7 +62,7 @@ class KeptGroup:
     def extend(self, rows: Tensor, places: Tensor) -> None:
         """Give each of `rows` one page more, as its page number `places`; both int64 `[n]`, on the device."""
         slots = self._slots_of(self._take(len(rows)))
-        self.table.view(len(self.table), self._row_pages, self.page_size)[rows, places] = slots
+        self.table.view(len(self.table), -1, self.page_size)[rows, places] = slots
 
     def release(self, row: int, pages: int) -> None:
         """Take all `pages` of a request back. Its table stays as it is until the row is given out again."""

@@ -95,9 +95,9 @@ class KeptGroups:
                 group.release(row, pages)
         self._held[:, row] = 0
 
-    def held_slots(self, place: int, row: int) -> Tensor:
-        """int64 `[kept]`: the slots of all rows of a request in group `place`."""
-        return self.groups[place].table[row, : self._kept[place, row]].long()
+    def held_slots(self, place: int, row: int, tokens: int) -> Tensor:
+        """int64 `[kept]`: the slots in group `place` of what a request keeps of its first `tokens`, prompt included."""
+        return self.groups[place].table[row, : tokens - self._hidden[place, row]].long()
 
     def missing(self, requests: list[int]) -> bool:
         """Whether one token more of each of the requests, named by their rows, does not fit; `extend` then raises."""

@@ -59,9 +59,9 @@ class KeptKVPool(MHATokenToKVPool):
         )  # fmt: skip
 
     def slots_of(self, layer: int, slots: Tensor, row: int) -> Tensor:
-        """Where a request's tokens lie in a layer: SGLang's `slots` of all of them, or what a cut layer keeps."""
+        """Where a request's first tokens lie in a layer: SGLang's `slots` of them, or those that a cut layer keeps."""
         place = self.kept.of_layer.get(layer)
-        return slots if place is None else self.kept.held_slots(place, row)
+        return slots if place is None else self.kept.held_slots(place, row, len(slots))
 
     def _rows(self, layer: int) -> int:
         place = self.kept.of_layer.get(layer)
@@ -93,8 +93,13 @@ class KeptKVPool(MHATokenToKVPool):
         )
 
     def get_cpu_copy(self, indices: Tensor, mamba_indices: Any = None, req_pool_index: int | None = None) -> list[Any]:
-        """K and V of every layer of the request of row `req_pool_index`, on the host, when it is retracted."""
+        """K and V of every layer of the request of row `req_pool_index`, on the host, when it is retracted.
+
+        `indices` are SGLang's slots of the tokens that it will resume with (`Req.offload_kv_cache`): without the newest
+        where a forward pass that writes it is under way.
+        """
         assert req_pool_index is not None
+        current_platform.synchronize()  # as SGLang's own: earlier passes may still write
         places = [self.slots_of(layer, indices, req_pool_index) for layer in range(self.layer_num)]
         rows = zip(self.k_buffer, self.v_buffer, places, strict=True)
         return [tuple(buffer[slots].cpu() for buffer in (k, v)) for k, v, slots in rows]

@@ -44,6 +44,17 @@ def kept_cell_size(original: Callable[..., int], sizer: Any, configurator: Any, 
     return token_bytes(configurator, original(sizer, configurator, *args, **kwargs))
 
 
+def pool_beside_tables(
+    original: Callable[..., Any], configurator: Any, budget_bytes: int, *args: Any, **others: Any
+) -> Any:
+    """The sizes of what is left of a budget when cut layers have their tables, which no larger pool needs less of."""
+    from pdtrim_sglang.kept_pool.tables import table_bytes
+
+    config = original(configurator, budget_bytes, *args, **others)
+    taken = table_bytes(configurator, config.max_total_num_tokens)
+    return original(configurator, max(0, budget_bytes - taken), *args, **others) if taken else config
+
+
 def bind_tables(allocator: Any, configurator: Any, *, req_to_token_pool: Any, **_: Any) -> None:
     """The tables have a row for each of SGLang's, whose pool of requests tells them what becomes of it."""
     kept = _kept(allocator)
@@ -137,3 +148,13 @@ def leaks(violations: list[str], allocator: Any) -> list[str]:
     """SGLang asks when no request is left, and then every page must be free."""
     kept = _kept(allocator)
     return violations if kept is None else [*violations, *kept.leaks()]
+
+
+def may_store_with_rope(original: Callable[..., bool], forward_batch: Any) -> bool:
+    """Whether the kernel of a model's RoPE may store K and V, as SGLang lets it in bfloat16 on CUDA.
+
+    It stores them at SGLang's slots, which are no slots of cut layers: there the attention backend stores.
+    """
+    from sglang.srt.model_executor.forward_context import get_token_to_kv_pool
+
+    return getattr(get_token_to_kv_pool(), "kept", None) is None and original(forward_batch)

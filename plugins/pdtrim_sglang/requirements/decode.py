@@ -44,8 +44,11 @@ def check_decode(server_args: Any, plan: PDPlan, is_mla_backend: bool) -> None:
 
 
 def attention_backend(server_args: Any, stage: Stage) -> str | None:
-    """SGLang's name of the attention of a stage."""
-    backend: str | None = getattr(server_args, f"{stage}_attention_backend") or server_args.attention_backend
+    """SGLang's name of the attention of a stage: what it was told, or what it has chosen."""
+    from sglang.srt.arg_groups.model_override_base import resolved_view
+
+    view = resolved_view(server_args)
+    backend: str | None = getattr(view, f"{stage}_attention_backend") or view.attention_backend
     return backend
 
 

@@ -7,13 +7,13 @@ from typing import Any
 from pdtrim_deploy.plan import STAGES, KVSend, PDPlan
 from pdtrim_deploy.worker.config import WorkerConfig
 from pdtrim_sglang.requirements.decode import check_decode
+from pdtrim_sglang.requirements.states import check_states_served
 from pdtrim_sglang.speculation import check_speculation
 
 
 def check_options(server_args: Any, kv_args: Any, plan: PDPlan | None, is_mla_backend: bool) -> None:
     """Raise RuntimeError for the first option that this plugin cannot serve correctly."""
-    if any(kind.value != "swa" for kind in kv_args.state_types):
-        raise RuntimeError("pdtrim: only models whose layers all have KV can be served (no SSM state, no index)")
+    check_states_served(server_args, [kind.value for kind in kv_args.state_types], plan)
     if server_args.pp_size > 1:
         raise RuntimeError("pdtrim: pipeline parallelism is not supported: start with --pp-size 1")
     check_speculation(server_args, plan)

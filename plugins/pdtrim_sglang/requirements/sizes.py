@@ -21,10 +21,15 @@ def check_draft_ranks(plan: PDPlan, ranks: int) -> None:
 
 
 def check_staging(plan: PDPlan, pool: PoolView, staging_bytes: int) -> None:
-    """Raise RuntimeError when a page, the least that is sent of a prompt, does not fit the staging buffer."""
+    """Raise RuntimeError when a page, or a layer's state, the least that is sent, does not fit the staging buffer."""
     page = most_bytes(plan, pool.page_size, pool.kv_heads) + pool.draft_bytes(0, pool.page_size)
     if page > staging_bytes:
         raise RuntimeError(
             f"pdtrim: staging_bytes {staging_bytes} hold no page of {pool.page_size} tokens of this model: give "
             f"{page} at least, to all workers, or start them with a smaller --page-size"
+        )
+    if pool.states is not None and pool.states.layer_bytes > staging_bytes:
+        raise RuntimeError(
+            f"pdtrim: staging_bytes {staging_bytes} hold no layer's state of this model: give "
+            f"{pool.states.layer_bytes} at least, to all workers"
         )

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 def check_windows(plan: PDPlan, stage: Stage, model: Any, pool: PoolView, backend: str | None = None) -> None:
     """Raise RuntimeError when layers of the loaded model attend to other windows than the plan's model."""
-    if pool.windowed is not None and backend == "torch_native":
+    if pool.windowed is not None and backend == "torch_native" and pool.windowed.of_slot.device.type != "cpu":
         raise RuntimeError(
             "pdtrim: attention backend torch_native reads SGLang's pool of windows by slots of whole layers, which are "
             "other rows: start with --disable-hybrid-swa-memory"

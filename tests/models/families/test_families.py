@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -63,7 +64,8 @@ def test_experts_come_from_disk_and_go_back(architecture, tiny_dir, cache, tmp_p
     cut = keep_blocks(dense, BLOCKS, {3: down})
     assert torch.equal(logits(load_model(tmp_path / "s")), logits(cut))
     assert (logits(cut) - logits(keep_blocks(dense, BLOCKS))).abs().max() > 0.01
-    with pytest.raises(UserError, match=r"mlp.experts.down_proj: shape \(1, 2\), the block has \(4, 64, 32\)"):
+    shape = re.escape(str(tuple(dense.model.layers[5].mlp.experts.down_proj.shape)))
+    with pytest.raises(UserError, match=rf"mlp.experts.down_proj: shape \(1, 2\), the block has {shape}"):
         write_stage(
             checkpoint, tmp_path / "t", BLOCKS, "float32", {}, replacements={3: {next(iter(down)): IDS[:1, :2]}}
         )
@@ -83,7 +85,7 @@ def test_blocks_of_experts_stream(architecture, tiny_dir, cache):
     assert torch.equal(logits(model), logits(dense))
     assert len(blocks.alive) == 2
     x = torch.randn(1, 7, 64)
-    assert torch.equal(whole_block(model, 4).mlp(x), dense.model.layers[4].mlp(x))
+    torch.testing.assert_close(whole_block(model, 4).mlp(x), dense.model.layers[4].mlp(x), rtol=0, atol=0)
 
 
 def test_a_routers_correction_is_never_rounded(tiny_dir, cache, tmp_path):
@@ -163,10 +165,10 @@ def test_a_family_file_that_is_wrong_names_the_key(text, words, tmp_path):
         read_family(tmp_path / "x.yaml")
 
 
-def test_every_stacked_part_is_of_one_expert():
+def test_every_stacked_part_is_of_one_expert_or_the_parameter_itself():
     for family in FAMILIES.values():
-        for parts in family.blocks.experts.stacked.values() if family.blocks.experts else ():
-            assert all(EXPERT in part for part in parts)
+        for parameter, parts in family.blocks.experts.stacked.items() if family.blocks.experts else ():
+            assert all(EXPERT in part for part in parts) or parts == (parameter,)
 
 
 @pytest.mark.parametrize(

@@ -36,9 +36,13 @@ REFUSED = {
         r"one latent row a token \(multi-head latent attention, key kv_lora_rank\).* of known families alone",
     ),
     "glm-5": ({"architectures": ["GlmMoeDsaForCausalLM"], "index_topk": 2048}, "an index beside K and V"),
-    "qwen3-next": (
-        {"architectures": ["Qwen3NextForCausalLM"], "linear_num_key_heads": 16},
-        "a hybrid: some of its layers keep a state instead of KV .key linear_num_key_heads",
+    "kimi-linear": (
+        {"architectures": ["KimiLinearForCausalLM"], "linear_attn_config": {"num_heads": 32}},
+        "a hybrid: some of its layers keep a state instead of KV .key linear_attn_config.*sent of known families alone",
+    ),
+    "qwen3.5 with vision": (
+        {"architectures": ["Qwen3_5ForConditionalGeneration"], "text_config": {"linear_num_key_heads": 16}},
+        "it is multimodal .key text_config.; give the folder of its language model alone",
     ),
     "lfm2": ({"architectures": ["Lfm2ForCausalLM"], "layer_types": ["conv", "full_attention"]}, "layer_types has conv"),
     "nemotron-h": ({"architectures": ["NemotronHForCausalLM"], "hybrid_override_pattern": "M-M*"}, "a hybrid"),

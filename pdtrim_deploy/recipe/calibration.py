@@ -1,0 +1,83 @@
+"""The recipe's section on the text that decides what is removed."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, PositiveInt, SerializerFunctionWrapHandler, model_serializer, model_validator
+
+from pdtrim_deploy.recipe.section import Section
+from pdtrim_deploy.recipe.seed import Seed
+
+Corpus = Annotated[
+    str,
+    Field(
+        pattern=r"^(brown|austen|code|questions|recall|(dir|file|jsonl|hub):.+)$",
+        description="brown, austen, code, questions, recall, dir:PATH, file:PATH, jsonl:PATH or hub:OWNER/NAME/FILE",
+    ),
+]
+
+_LATER: dict[str, tuple[Any, ...]] = {
+    "prompt_tokens": (None,),
+    "mixture": ((), []),
+    "lengths": (None,),
+    "continuations": ("text",),
+}
+
+
+class CorpusShare(Section):
+    """A corpus of a mixture; shares are weights, of any sum."""
+
+    corpus: Corpus
+    share: Annotated[float, Field(gt=0)]
+
+
+class CalibrationSection(Section):
+    """Text that decides what is removed: `sequences` x `length` tokens of the calibration split.
+
+    Attributes:
+        mixture: several corpora and their shares, in place of `corpus`.
+        continuations: `text` reads on where a prompt ends; `greedy` and `sampled` put the dense model's own words
+            behind prompts (a conversation is cut off before its last answer), the likeliest or drawn by `seed`.
+        lengths: a trace of a load test; text that is no conversation is cut to the prompt lengths of its requests, and
+            a sequence holds as many requests as it has room for.
+        prompt_tokens: length of the prompts that decode's blocks are searched behind; half of `length` when left out.
+
+    """
+
+    AT_ONCE: ClassVar[int] = 8  # prompts that the model goes on from side by side
+
+    corpus: Corpus = "brown"
+    sequences: PositiveInt = 16
+    mixture: Annotated[tuple[CorpusShare, ...], Field(strict=False)] = ()
+    continuations: Literal["text", "greedy", "sampled"] = "text"
+    lengths: str | None = None
+    length: Annotated[int, Field(ge=16)] = 256
+    prompt_tokens: PositiveInt | None = None
+    seed: Seed = 0
+
+    @property
+    def shares(self) -> tuple[CorpusShare, ...]:
+        """All corpora; a single one as the whole."""
+        return self.mixture or (CorpusShare(corpus=self.corpus, share=1.0),)
+
+    @property
+    def prompt(self) -> int:
+        """Tokens of the prompts."""
+        return self.length // 2 if self.prompt_tokens is None else self.prompt_tokens
+
+    @model_validator(mode="after")
+    def _something_scored(self) -> CalibrationSection:
+        if self.prompt > self.length - 2:
+            raise ValueError(
+                f"prompt_tokens is {self.prompt_tokens} but length is {self.length}; allowed: at most "
+                f"{self.length - 2}, since decode is scored on the tokens after the prompt's next one"
+            )
+        if self.continuations != "text" and self.prompt < 2:
+            raise ValueError("prompt_tokens is 1; allowed with continuations: at least 2, which the model goes on from")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Dump only what is not the default of keys that came later: older recipes keep their digest."""
+        return {name: value for name, value in serialise(self).items() if value not in _LATER.get(name, ())}
