@@ -112,7 +112,7 @@ class LayerwiseSends:
     def moving(self, rid: str, pages: Callable[[int, int], Any]) -> AbstractContextManager[None]:
         """Inside, SGLang may exchange pages of request `rid`; then `pages(start, stop)` are those of its tokens."""
         request = self._requests.get(rid)
-        return nullcontext() if request is None else request.pages.moving(pages, self._pool.record_event)
+        return nullcontext() if request is None else request.pages.moving(pages, self._pool)
 
     def computed(self, layer: int) -> None:
         """K and V of prefill's KV layers up to `layer` are in the pool, on a GPU once its stream has come here."""

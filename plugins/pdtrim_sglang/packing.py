@@ -113,11 +113,11 @@ class Packer:
             return self._pack_states(queued_at, chunk, slot, chunk.states)
         if (moving := chunk.moving) is None:
             return self._pack(queued_at, chunk, slot, chunk.pages)
-        with moving.lock:
+        with moving.request.reading() as readers:
             self._pool.after(moving.known)
             packed = self._pack(queued_at, chunk, slot, moving.pages)
             if packed.event is not None:
-                packed.event.synchronize()
+                readers.append(packed.event)
             return packed
 
     def _aux_row(self, chunk: Chunk) -> bytes:

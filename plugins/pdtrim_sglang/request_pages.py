@@ -3,7 +3,8 @@
 Between a forward pass and its chunk, prefill's radix cache exchanges a request's pages for those of another request
 with the same tokens, if that one has put its into the cache before; the request's own are then free, and soon written
 to by others. Rows of finished layers leave earlier, and may wait for their turn: they are read from the pages that hold
-them when they are packed, and as long as one is being packed SGLang waits with the exchange.
+them when they are packed. SGLang waits with the exchange while one is being packed; on a GPU only until the packing is
+queued, and what its stream does after the exchange waits there for the packing.
 """
 
 from __future__ import annotations
@@ -13,38 +14,56 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakSet
+
+from pdtrim_sglang.pool import PoolView
 
 
 @dataclass(eq=False)
 class MovingPages:
-    """Pages, int32, of tokens `[start, stop)`: to be read under `lock`, once the device event `known` has come."""
+    """Pages, int32, of tokens `[start, stop)`: to be read inside `request.reading`, after the device event `known`."""
 
     start: int
     stop: int
     pages: Any
-    lock: threading.Lock
+    request: RequestPages
     known: Any = None
 
 
 @dataclass(eq=False)
 class RequestPages:
-    """Those of one request, a part for each of its forward passes."""
+    """Those of one request, a part for each of its forward passes, as long as a chunk refers to it.
+
+    Attributes:
+        readers: device events, each behind a packing that reads the pages as they were before the next exchange.
+
+    """
 
     lock: threading.Lock = field(default_factory=threading.Lock)
-    parts: list[MovingPages] = field(default_factory=list)
+    parts: WeakSet[MovingPages] = field(default_factory=WeakSet)
+    readers: list[Any] = field(default_factory=list)
 
     def add(self, start: int, stop: int, pages: Any) -> MovingPages:
         """A forward pass computes the last of tokens `[start, stop)`."""
-        self.parts.append(part := MovingPages(start, stop, pages, self.lock))
+        self.parts.add(part := MovingPages(start, stop, pages, self))
         return part
 
     @contextmanager
-    def moving(self, pages: Callable[[int, int], Any], event: Callable[[], Any]) -> Iterator[None]:
-        """Inside, SGLang may exchange pages; then `pages(start, stop)` are those of tokens, once `event()` has come."""
+    def reading(self) -> Iterator[list[Any]]:
+        """Inside, pages are not exchanged. Who reads on beyond it, on a device, appends the event of its end."""
         with self.lock:
+            yield self.readers
+
+    @contextmanager
+    def moving(self, pages: Callable[[int, int], Any], pool: PoolView) -> Iterator[None]:
+        """Inside, SGLang may exchange pages of `pool` on this thread's stream; then `pages(start, stop)` are those."""
+        with self.lock:
+            pool.after(*self.readers)
+            self.readers.clear()
             yield
-            for part in self.parts:
+            parts = list(self.parts)
+            for part in parts:
                 part.pages = pages(part.start, part.stop)
-            known = event()
-            for part in self.parts:
+            known = pool.record_event()
+            for part in parts:
                 part.known = known

@@ -92,6 +92,10 @@ def become(request: dict[str, Any]) -> None:
         from unpinned import leave_pinning_out
 
         leave_pinning_out()
+    if "--speculative-algorithm" in request["arguments"]:
+        from speculation_kernels import compute_by_torch
+
+        compute_by_torch()
     del sys.modules[MODULE]
     sys.argv = [MODULE, *request["arguments"]]
     runpy.run_module(MODULE, run_name="__main__", alter_sys=True)

@@ -15,11 +15,12 @@ pytestmark = [pytest.mark.serve, pytest.mark.model, pytest.mark.timeout(900), py
 
 
 @pytest.fixture
-def short_pair(serving, tiny_bundle):
+def short_pair(serving, tiny_bundle, request):
     """2,048 tokens in whole layers, 217 in cut ones, which SGLang fills: it reserves four tokens of an answer."""
     options = {"max_total_tokens": 2048, "split_pool": SplitPool(isl=400, osl=16), "dtype": "float32", "sparse": True}
     arguments = ("--num-reserved-decode-tokens", "4", "--enable-priority-scheduling")
-    with serving(tiny_bundle.prefill_dir, tiny_bundle.decode_dir, extra_args=arguments, **options) as pair:
+    options |= {"extra_args": arguments, "decode_args": getattr(request, "param", ())}
+    with serving(tiny_bundle.prefill_dir, tiny_bundle.decode_dir, **options) as pair:
         yield pair
 
 
@@ -31,6 +32,9 @@ def answer(pair, prompt, priority=0, tokens=70):
     return reply.json()["output_ids"]
 
 
+@pytest.mark.parametrize(
+    "short_pair", [(), ("--disaggregation-decode-enable-radix-cache",)], ids=["", "decode's radix cache"], indirect=True
+)
 def test_answers_are_those_of_requests_that_had_room(short_pair):
     prompts = [list(range(start, start + length)) for start, length in ((100, 40), (300, 77), (500, 9), (700, 120))]
     alone = [answer(short_pair, prompt) for prompt in prompts]

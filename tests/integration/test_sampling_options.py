@@ -4,6 +4,7 @@ Tokens of a request with penalties or a bias are held against the PD oracle's lo
 """
 
 import json
+import re
 
 import httpx
 import pytest
@@ -65,12 +66,14 @@ def repeatable(oracle):
     raise AssertionError("no such prompt")
 
 
-@pytest.mark.parametrize("penalty", ["frequency_penalty", "presence_penalty"])
-def test_decodes_first_token_is_penalised_for_prefills(mixed_pair, repeatable, penalty):
-    """A negative penalty draws it again. Later tokens tell nothing: SGLang's scheduler counts some a step late."""
+@pytest.mark.parametrize(
+    ("penalty", "value"), [("frequency_penalty", -2.0), ("presence_penalty", -2.0), ("repetition_penalty", 0.01)]
+)
+def test_decodes_first_token_is_penalised_for_prefills(mixed_pair, repeatable, penalty, value):
+    """A penalty that favours draws it again. Later tokens tell nothing: SGLang's scheduler counts some a step late."""
     first, second = tokens_of(generate(mixed_pair, repeatable, max_new_tokens=2)).tolist()
     assert second != first
-    assert tokens_of(generate(mixed_pair, repeatable, max_new_tokens=2, **{penalty: -2.0})).tolist() == [first, first]
+    assert tokens_of(generate(mixed_pair, repeatable, max_new_tokens=2, **{penalty: value})).tolist() == [first, first]
 
 
 def test_a_bias_holds_on_both_workers(mixed_pair):
@@ -95,6 +98,73 @@ def test_top_k_draws_from_the_oracles_likeliest(mixed_pair, oracle):
         assert short_of_the_best(logprobs, tokens).max() > TOLERANCE, "nothing was drawn"
 
 
+@pytest.mark.parametrize("option", [{"top_p": 0.3}, {"min_p": 0.6}], ids=lambda option: next(iter(option)))
+def test_likely_tokens_alone_are_drawn(mixed_pair, oracle, option):
+    """At temperature 3 others would be: the draws of both workers are held against the oracle's probabilities."""
+    for _ in range(3):
+        tokens = tokens_of(generate(mixed_pair, temperature=3.0, **option))
+        probabilities = (oracle_logprobs(oracle, tokens) / 3).softmax(1)
+        drawn = probabilities.gather(1, tokens[:, None])
+        if "top_p" in option:  # what lies before it in the order of probability
+            assert ((probabilities * (probabilities > drawn)).sum(1) < option["top_p"] + TOLERANCE).all()
+        else:
+            assert (drawn[:, 0] > option["min_p"] * probabilities.max(1).values - TOLERANCE).all()
+        assert short_of_the_best(oracle_logprobs(oracle, tokens), tokens).max() > TOLERANCE, "nothing was drawn"
+
+
+def test_a_seed_is_taken_and_draws_as_without(mixed_pair):
+    """SGLang draws by a request's seed with `--enable-deterministic-inference` alone, which no CPU backend has."""
+    drawn = {tuple(tokens_of(generate(mixed_pair, temperature=3.0, sampling_seed=7)).tolist()) for _ in range(3)}
+    assert len(drawn) == 3
+
+
+def test_logprobs_of_a_prompt_are_prefills(mixed_pair, oracle):
+    """Of all its tokens but the first, and of those behind `logprob_start_len` alone."""
+    with torch.no_grad():
+        logits = oracle.prefill_model(torch.tensor([PROMPT])).logits[0]
+    expected = logits.log_softmax(1)[:-1].gather(1, torch.tensor(PROMPT[1:])[:, None])[:, 0]
+    for start in (0, 70):
+        body = {"input_ids": PROMPT, "sampling_params": {"max_new_tokens": 2}, "return_logprob": True}
+        body["logprob_start_len"] = start
+        answer = httpx.post(f"{mixed_pair.url}/generate", json=body, timeout=120).json()
+        (first, token, *_), *rows = answer["meta_info"]["input_token_logprobs"]
+        assert (first, token) == (None, PROMPT[start])
+        assert [token for _, token, *_ in rows] == PROMPT[start + 1 :]
+        scored = torch.tensor([logprob for logprob, *_ in rows])
+        assert (scored - expected[start:]).abs().max() < TOLERANCE
+
+
+def test_top_logprobs_are_the_oracles_on_both_workers(mixed_pair, oracle):
+    """Prefill's for the first token, decode's for the others; OpenAI's forms have as many."""
+    sampling = {"max_new_tokens": NEW, "temperature": 0, "ignore_eos": True}
+    body = {"input_ids": PROMPT, "sampling_params": sampling, "return_logprob": True, "top_logprobs_num": 5}
+    answer = httpx.post(f"{mixed_pair.url}/generate", json=body, timeout=120).json()
+    served = torch.tensor([[row[0] for row in rows] for rows in answer["meta_info"]["output_top_logprobs"]])
+    _, ranked = oracle.top_logprobs(torch.tensor(PROMPT), tokens_of(answer), 5)
+    assert served.shape == (NEW, 5)
+    assert (served - ranked).abs().max() < TOLERANCE
+    options = {"logprobs": True, "top_logprobs": 3, "max_tokens": NEW, "ignore_eos": True}
+    (choice,) = chat(mixed_pair, [{"role": "user", "content": "Give a"}], **options).json()["choices"]
+    tokens = choice["logprobs"]["content"]
+    assert [len(token["top_logprobs"]) for token in tokens] == [3] * NEW
+    assert all(token["logprob"] == token["top_logprobs"][0]["logprob"] for token in tokens)
+
+
+@pytest.mark.parametrize("path", ["completions", "chat/completions"])
+def test_a_stream_ends_with_the_usage_of_both_workers(mixed_pair, path):
+    prompt = {"prompt": "Give"} if path == "completions" else {"messages": [{"role": "user", "content": "Give"}]}
+    body = {"model": "pdtrim", "max_tokens": NEW, "temperature": 0, "ignore_eos": True} | prompt
+    plain = httpx.post(f"{mixed_pair.url}/v1/{path}", json=body, timeout=120).json()["usage"]
+    assert plain["completion_tokens"] == NEW
+    streamed = body | {"stream": True, "stream_options": {"include_usage": True}}
+    with httpx.stream("POST", f"{mixed_pair.url}/v1/{path}", json=streamed, timeout=120) as reply:
+        *_, last, done = (line for line in reply.iter_lines() if line.startswith("data:"))
+    event = json.loads(last.removeprefix("data:"))
+    assert (event["choices"], done) == ([], "data: [DONE]")
+    names = ("prompt_tokens", "completion_tokens", "total_tokens")
+    assert [event["usage"][name] for name in names] == [plain[name] for name in names]
+
+
 def test_a_stop_token_ends_where_it_may(mixed_pair):
     plain = tokens_of(generate(mixed_pair)).tolist()
     for at in (0, 4):  # prefill's token, and one of decode's
@@ -106,15 +176,52 @@ def test_a_stop_token_ends_where_it_may(mixed_pair):
     assert not set(tokens_of(least)[:5].tolist()) & set(plain[:3])
 
 
-@pytest.mark.parametrize("path", ["completions", "chat/completions"])
-def test_a_grammar_goes_on_where_prefill_left_it(mixed_pair, path):
-    prompt = {"prompt": "Give a"} if path == "completions" else {"messages": [{"role": "user", "content": "Give a"}]}
-    grammar = {"ebnf": 'root ::= "{" "\\"a\\": " ("1" | "22") "}"'}
-    body = {"model": "pdtrim", "max_tokens": 40, "temperature": 0} | prompt | grammar
-    (choice,) = httpx.post(f"{mixed_pair.url}/v1/{path}", json=body, timeout=120).json()["choices"]
+WORDS = {"enum": ["ab", "cd"]}
+SEQUENCE = [
+    {"type": "const_string", "value": "<f>"},
+    {"type": "json_schema", "json_schema": WORDS},
+    {"type": "const_string", "value": "</f>"},
+]
+TAGGED = {"type": "structural_tag", "format": {"type": "sequence", "elements": SEQUENCE}}
+GRAMMARS = [  # path, fields that ask for a grammar, what the text must be
+    ("v1/completions", {"ebnf": 'root ::= "{" "\\"a\\": " ("1" | "22") "}"'}, r'\{"a": (1|22)}'),
+    ("v1/chat/completions", {"ebnf": 'root ::= "{" "\\"a\\": " ("1" | "22") "}"'}, r'\{"a": (1|22)}'),
+    ("v1/completions", {"regex": "[b-d]{5}x"}, "[b-d]{5}x"),
+    ("v1/chat/completions", {"regex": "[b-d]{5}x"}, "[b-d]{5}x"),
+    ("generate", {"regex": "[b-d]{5}x"}, "[b-d]{5}x"),
+    ("generate", {"json_schema": json.dumps(WORDS)}, '"(ab|cd)"'),
+    ("v1/completions", {"json_schema": json.dumps(WORDS)}, '"(ab|cd)"'),
+    (
+        "v1/chat/completions",
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": WORDS}}},
+        '"(ab|cd)"',
+    ),
+    ("v1/completions", {"response_format": TAGGED}, '<f>"(ab|cd)"</f>'),
+]
+
+
+@pytest.mark.parametrize(("path", "grammar", "form"), GRAMMARS)
+def test_a_grammar_goes_on_where_prefill_left_it(mixed_pair, path, grammar, form):
+    if path == "generate":
+        body = {"text": "Give a", "sampling_params": {"max_new_tokens": 40, "temperature": 0} | grammar}
+    else:
+        prompt = {"messages": [{"role": "user", "content": "Give a"}]} if "chat" in path else {"prompt": "Give a"}
+        body = {"model": "pdtrim", "max_tokens": 40, "temperature": 0} | prompt | grammar
+    response = httpx.post(f"{mixed_pair.url}/{path}", json=body, timeout=120)
+    assert response.status_code == 200, response.text
+    answer = response.json()
+    (choice,) = answer.get("choices", [answer])
     text = choice["message"]["content"] if "message" in choice else choice["text"]
-    assert json.loads(text)["a"] in (1, 22)
-    assert choice["finish_reason"] == "stop"
+    assert re.fullmatch(form, text)
+    reason = choice["finish_reason"] if path != "generate" else choice["meta_info"]["finish_reason"]["type"]
+    assert reason == "stop"
+
+
+def test_a_stop_string_may_begin_with_prefills_token(mixed_pair):
+    for stop, left in (("ab", ""), ("cd", "ab")):
+        body = {"model": "pdtrim", "prompt": "Give", "temperature": 0, "regex": "abcdef", "stop": stop}
+        (choice,) = httpx.post(f"{mixed_pair.url}/v1/completions", json=body, timeout=120).json()["choices"]
+        assert (choice["text"], choice["finish_reason"], choice["matched_stop"]) == (left, "stop", stop)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Faults of the bytes between fp8 pools, at the plugin's seams: SGLang serves no such pool on this CPU.
+"""Faults of the bytes between fp8 pools, at the plugin's seams.
 
 Genuine prefill and decode sides over TCP, of unlike numbers of ranks too (rankpairs.py), with a relay before each rank
 of decode. Whatever happens on the way, each byte of decode's pools is prefill's, as a healthy transfer brings it, or

@@ -15,7 +15,8 @@ from sglang.srt.layers.linear import MergedColumnParallelLinear, QKVParallelLine
 from sglang.srt.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
 from sglang.srt.layers.quantization.fp8 import Fp8Config
 from sglang.srt.layers.quantization.modelopt_quant import ModelOptFp8Config
-from tinyfp8 import KINDS, write_fp8
+from sglang.srt.model_loader.loader import DefaultModelLoader
+from tinyfp8 import BLOCK, KINDS, write_fp8
 
 from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.models import resolve
@@ -114,6 +115,44 @@ def test_of_fused_maps_the_largest_stored_scale_holds_and_each_has_its_own_weigh
     assert torch.equal(layer.weight, codes.float() * scales[:, None])
     states = torch.full((1, 64), 1.07)
     assert torch.equal(product(layer, states), torch.ones(1, 64) * 1.125 @ layer.weight.T)  # codes of 1 are 0.125 apart
+
+
+def test_other_weights_can_be_loaded_into_a_layer_in_use(tiny_llama_dir, tmp_path):
+    """As SGLang's weight updates do it: restored, loaded, processed; one that fails on the way is begun again."""
+    source = write_fp8(tiny_llama_dir, tmp_path / "source", "fp8-block")
+    stored, name = load_file(source / "model.safetensors"), "model.layers.0.mlp"
+    quant_config = Fp8Config.from_config(json.loads((source / "config.json").read_text())["quantization_config"])
+    states, products = torch.randn(5, 64), []
+    others = {key: rows.roll(1 if key.endswith("scale_inv") else BLOCK[0], 0) for key, rows in stored.items()}
+    layer, parts = layers_of(quant_config, "model.layers.0")[name]
+    model, cpu = torch.nn.ModuleList([layer]), torch.device("cpu")
+    for weights in (stored, others, stored):
+        for _ in range(2):
+            DefaultModelLoader.restore_weights_before_loading(model, cpu)
+        load(layer, name, parts, weights)
+        loading.compute_fp8_by_torch(model, cpu)
+        DefaultModelLoader.postprocess_weights(model, cpu)
+        products.append(product(layer, states))
+    first, second, third = products
+    assert torch.equal(first, third)
+    assert torch.equal(second[:, :128], torch.roll(first[:, :128], BLOCK[0], 1))
+    assert not torch.equal(first, second)
+
+
+def test_weights_in_16_bits_are_quantised_while_they_are_loaded():
+    """`--quantization fp8` of an unquantised stage: rows of weights and inputs are rounded under own scales."""
+    layer, _ = layers_of(Fp8Config(activation_scheme="dynamic"), "model.layers.0")["model.layers.0.mlp"]
+    weight, states = torch.randn(256, 64).bfloat16(), torch.randn(5, 64)
+    layer.weight.data.copy_(weight)
+    compute_fp8_by_torch(torch.nn.ModuleList([layer]))
+    layer.quant_method.process_weights_after_loading(layer)
+
+    def rounded(rows):
+        scale = rows.abs().amax(1, keepdim=True) / 448
+        return (rows / scale).to(torch.float8_e4m3fn).float() * scale
+
+    torch.testing.assert_close(product(layer, states), rounded(states) @ rounded(weight.float()).T, rtol=0, atol=1e-5)
+    assert (product(layer, states) - rounded(states) @ weight.float().T).abs().max() > 1e-3
 
 
 def test_experts_in_fp8_are_refused():

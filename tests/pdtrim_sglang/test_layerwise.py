@@ -422,6 +422,58 @@ def test_pages_do_not_move_while_a_part_is_packed_from_them(world, gate):
     assert not any(rows.isnan().any() for rows in pools(pair))
 
 
+def test_on_a_device_the_exchange_is_ordered_behind_the_packing_and_waits_for_none(world, monkeypatch):
+    """A device that packs when it is told to: the scheduler goes on at once, its stream comes behind the packing."""
+    packed, ended, waited_for = threading.Event(), [], []
+
+    class End:
+        def __init__(self):
+            ended.append(self)
+
+        def synchronize(self):
+            assert packed.wait(10)
+
+    pack = Packer._pack
+    monkeypatch.setattr(Packer, "_pack", lambda *of_chunk: replace(pack(*of_chunk), event=End()))
+    monkeypatch.setattr(PoolView, "after", lambda _, *events: waited_for.extend(filter(None, events)))
+    pair = world(1, 1, plan=DENSE)
+    pair.open()
+    request = Prefill(pair)
+    request.compute(0, TOKENS)
+    deadline = time.monotonic() + 10
+    while not ended and time.monotonic() < deadline:
+        time.sleep(0.01)
+    request.move()
+    assert not packed.is_set()
+    assert waited_for == ended[: len(waited_for)] != []
+    count = len(waited_for)
+    packed.set()
+    request.send(TOKENS)
+    arrived(pair)
+    request.move()
+    assert set(waited_for[count:]) <= set(ended[count:]), "an earlier packing is waited for again"
+
+
+def test_pages_of_parts_that_have_left_are_not_read_again(world):
+    pair = world(1, 1, plan=DENSE)
+    pair.open()
+    request, side, read = Prefill(pair), pair.prefill[0].side, []
+    cuts = (0, *range(2 * PAGE, TOKENS, 2 * PAGE), TOKENS)
+    for start, stop in itertools.pairwise(cuts):
+        request.compute(start, stop)
+        request.send(stop)
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:  # until the thread that sends has let go of the last one
+            read.clear()
+            with side.layerwise.moving("r", lambda *tokens: read.append(tokens) or request.pages(1, *tokens)):
+                pass
+            if not read:
+                break
+            time.sleep(0.01)
+        assert not read
+    arrived(pair)
+
+
 def test_a_part_whose_sender_was_closed_meanwhile_is_dropped(world):
     """The scheduler closes it between two steps of the thread that sends; an error there would end the worker."""
     pair = world(1, 1)

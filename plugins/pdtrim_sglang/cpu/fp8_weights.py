@@ -8,7 +8,7 @@ are refused.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -26,19 +26,35 @@ class TorchFp8Linear:
     Attributes:
         block: rows and columns of the weight that share a scale; None: a shard, or a row does.
         rounds: whether inputs are rounded.
+        quantises: whether weights are read in 16 bits and rounded here, each row under a scale, as SGLang does on GPUs.
+        loads: the method that has made the parameters, which SGLang's loaders ask how to fill them.
 
     """
 
     block: tuple[int, int] | None
     rounds: bool
+    quantises: bool = False
+    loads: Any = None
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Make `layer.weight` float32 `[out, in]`, and drop the scales of weights."""
-        name = "weight_scale_inv" if hasattr(layer, "weight_scale_inv") else "weight_scale"
-        scales = _spread(getattr(layer, name).data.float(), layer.weight.shape, layer.logical_widths, self.block)
-        layer.weight = nn.Parameter(layer.weight.data.float() * scales, requires_grad=False)
-        delattr(layer, name)
+        """Make `layer.weight` float32 `[out, in]`, and put what was loaded aside."""
+        layer.pdtrim_loaded = {"weight": layer.weight}
+        weight = layer.weight.data.float()
+        if self.quantises:
+            weight = by_row(weight)
+        else:
+            name = "weight_scale_inv" if hasattr(layer, "weight_scale_inv") else "weight_scale"
+            layer.pdtrim_loaded[name] = getattr(layer, name)
+            weight *= _spread(getattr(layer, name).data.float(), weight.shape, layer.logical_widths, self.block)
+            delattr(layer, name)
+        layer.weight = nn.Parameter(weight, requires_grad=False)
         layer.pdtrim_round = self._rounding(getattr(layer, "input_scale", None))
+
+    def restore_weights_before_loading(self, layer: Any) -> None:
+        """Give the layer back what SGLang's loaders fill when weights are updated."""
+        for name, parameter in vars(layer).pop("pdtrim_loaded", {}).items():
+            setattr(layer, name, parameter)
+        layer.quant_method = self.loads
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`[..., out]` in the dtype of `x` `[..., in]`."""
@@ -60,17 +76,29 @@ def compute_fp8_by_torch(model: Any) -> None:
         RuntimeError: it has experts in FP8, or weights quantised otherwise, which nothing computes on a CPU.
 
     """
+    from sglang.srt.layers.quantization.base_config import QuantizeMethodBase
+
+    QuantizeMethodBase.register(TorchFp8Linear)  # SGLang restores weights of its own methods alone
     for name, module in model.named_modules():
-        weights = [part.dtype for part in module.parameters(recurse=False)]
-        if torch.float8_e4m3fn not in weights:
+        if isinstance(getattr(module, "quant_method", None), TorchFp8Linear):  # its weights are updated
             continue
         method = _method(module)
+        if method is None and not _has_fp8(module):
+            continue
         if method is None:
             raise RuntimeError(
                 f"pdtrim: {name} has FP8 weights by {type(module.quant_method).__name__}, which nothing computes on a "
                 "CPU: serve this bundle on GPUs"
             )
-        module.quant_method = method
+        module.quant_method = replace(method, loads=module.quant_method)
+
+
+def _has_fp8(layer: Any) -> bool:
+    """Whether weights are in FP8, or experts' weights are to be."""
+    from sglang.srt.layers.quantization.fp8 import Fp8MoEMethod
+
+    codes = any(part.dtype == torch.float8_e4m3fn for part in layer.parameters(recurse=False))
+    return codes or isinstance(getattr(layer, "quant_method", None), Fp8MoEMethod)
 
 
 def _method(layer: Any) -> TorchFp8Linear | None:
@@ -82,12 +110,13 @@ def _method(layer: Any) -> TorchFp8Linear | None:
     from sglang.srt.layers.quantization.fp8 import Fp8LinearMethod
     from sglang.srt.layers.quantization.modelopt_quant import ModelOptFp8LinearMethod
 
-    method = getattr(layer, "scheme", None) or layer.quant_method
+    method = getattr(layer, "scheme", None) or getattr(layer, "quant_method", None)
     if isinstance(method, CompressedTensorsW8A16Fp8):
         return TorchFp8Linear(None, rounds=False)
     if isinstance(method, (Fp8LinearMethod, CompressedTensorsW8A8Fp8)):
         block = method.weight_block_size
-        return TorchFp8Linear(None if block is None else (block[0], block[1]), rounds=True)
+        quantises = not getattr(method, "is_checkpoint_fp8_serialized", True)
+        return TorchFp8Linear(None if block is None else (block[0], block[1]), rounds=True, quantises=quantises)
     return TorchFp8Linear(None, rounds=True) if isinstance(method, ModelOptFp8LinearMethod) else None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pdtrim_sglang import hook_targets
 from pdtrim_sglang.attention.factory import replace_attention_backends
-from pdtrim_sglang.patches import front_end, loading, memory, processes, reuse, transfer
+from pdtrim_sglang.patches import drafting, front_end, loading, memory, processes, reuse, transfer
 
 
 def install() -> None:
@@ -38,6 +38,7 @@ def install() -> None:
     HookRegistry.register(hook_targets.NORMALISE, front_end.spread_samples, HookType.AFTER)
     HookRegistry.register(hook_targets.FRONT_END, front_end.check_front_end, HookType.AFTER)
     HookRegistry.register(hook_targets.SEND_METADATA, transfer.name_prompt_of_receiver, HookType.AROUND)
+    HookRegistry.register(hook_targets.FIRST_DRAFT, drafting.begin_ngram, HookType.AROUND)
     HookRegistry.register(hook_targets.SCHEME, loading.take_any_scheme_without_gpu, HookType.AROUND)
     HookRegistry.register(hook_targets.PROCESS_WEIGHTS, loading.compute_fp8_by_torch, HookType.BEFORE)
     HookRegistry.register(hook_targets.LOAD_MODEL, loading.cut_planned_layers, HookType.AFTER)
