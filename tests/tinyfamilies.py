@@ -19,6 +19,7 @@ SHARED = {
     "pad_token_id": 0,
 }
 WINDOW = 11
+EXPERTS_ALONE = ("Qwen3_5MoeForCausalLM",)  # their config classes have no width of a dense MLP
 LATENTS = {
     "num_key_value_heads": 4,
     "head_dim": 16,
@@ -137,7 +138,12 @@ BY_FAMILY = {
 
 def settings(architecture: str, changes: dict[str, object]) -> dict[str, object]:
     """Arguments of the family's config class."""
-    return SHARED | BY_FAMILY.get(architecture, {}) | changes
+    shared = {
+        key: value
+        for key, value in SHARED.items()
+        if not (key == "intermediate_size" and architecture in EXPERTS_ALONE)
+    }
+    return shared | BY_FAMILY.get(architecture, {}) | changes
 
 
 def taking(*features: Feature) -> list[str]:

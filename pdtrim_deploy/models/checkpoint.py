@@ -14,6 +14,7 @@ from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.models.config import read_config
 from pdtrim_deploy.models.families import FAMILIES, Family, attention_sizes, family_of
 from pdtrim_deploy.models.families.latents import latent_sizes
+from pdtrim_deploy.models.families.sizes import mlp_width
 from pdtrim_deploy.models.quantized import Quantized, read_quantized
 from pdtrim_deploy.models.quantized.base import is_kv_scale
 from pdtrim_deploy.models.quantized.module_lists import cut_settings
@@ -98,7 +99,7 @@ class Checkpoint:
             num_kv_heads=kv_heads,
             head_dim=head_dim,
             hidden_size=c["hidden_size"],
-            intermediate_size=c["intermediate_size"],
+            intermediate_size=mlp_width(c),
             vocab_size=c["vocab_size"],
             max_positions=c["max_position_embeddings"],
             dtype=DTYPES[self.tensors["model.embed_tokens.weight"].dtype],  # type: ignore[arg-type]

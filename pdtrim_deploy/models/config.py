@@ -11,7 +11,6 @@ from pdtrim_deploy.models.families import FAMILIES, attention_sizes, family_of
 
 _NEEDED = (
     "hidden_size",
-    "intermediate_size",
     "num_attention_heads",
     "num_hidden_layers",
     "vocab_size",
@@ -38,7 +37,8 @@ def read_config(path: Path) -> dict[str, Any]:
     named = config.get("architectures")
     if named is not None and not (isinstance(named, list) and all(isinstance(name, str) for name in named)):
         raise UserError(f'{path}: key architectures is {named!r}; it must be a list such as ["LlamaForCausalLM"]')
-    missing = [key for key in _NEEDED if config.get(key) is None]
+    needed = [*_NEEDED, _mlp_key(config)]
+    missing = [key for key in needed if config.get(key) is None]
     if named and family_of(config, str(path.parent)).blocks is None and missing:
         raise UserError(
             f"{path.parent}: architecture {named[0]} is not supported: its config.json has no {missing[0]}, without "
@@ -46,7 +46,7 @@ def read_config(path: Path) -> dict[str, Any]:
         )
     if missing:
         raise UserError(f"{path}: key {missing[0]} is missing; get the model again")
-    for key in (*_NEEDED, "num_key_value_heads", "head_dim"):
+    for key in (*needed, "num_key_value_heads", "head_dim"):
         if config.get(key) is not None:
             _check_positive(key, config[key], path)
     _check_positive("head_dim", attention_sizes(config)[2], path)
@@ -54,6 +54,12 @@ def read_config(path: Path) -> dict[str, Any]:
         if not isinstance(config.get(key) or {}, dict):
             raise UserError(f"{path}: key {key} is {config[key]!r}; it must be an object of keys and values, or null")
     return config
+
+
+def _mlp_key(config: dict[str, Any]) -> str:
+    """The key of an MLP's width: of a model whose blocks all have experts (Qwen3.5-MoE), that of an expert's may do."""
+    alone = config.get("moe_intermediate_size") is not None and not config.get("first_k_dense_replace")
+    return "moe_intermediate_size" if alone and config.get("intermediate_size") is None else "intermediate_size"
 
 
 def _check_positive(key: str, value: object, path: Path) -> None:

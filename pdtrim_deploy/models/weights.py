@@ -10,6 +10,7 @@ from typing import Any
 from pdtrim_deploy.models.families import attention_sizes, known_family
 from pdtrim_deploy.models.families.base import EXPERT
 from pdtrim_deploy.models.families.latents import attention_tensors, latent_sizes
+from pdtrim_deploy.models.families.sizes import mlp_width
 from pdtrim_deploy.plan.wire import ITEM_BYTES
 
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
@@ -47,7 +48,7 @@ class ModelSizes:
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> ModelSizes:
         """`config` is config.json's."""
-        hidden, inner, vocabulary = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+        hidden, inner, vocabulary = config["hidden_size"], mlp_width(config), config["vocab_size"]
         blocks, (attention, kv_width) = config["num_hidden_layers"], _attention(config)
         attentions = _attentions(config, attention)
         mlps = [_mlp(config, block) for block in range(blocks)]
@@ -128,7 +129,7 @@ def _mlp(config: Mapping[str, Any], block: int) -> int:
     if family.blocks is None:  # by the names that most have
         experts = _experts_by_name(config)
         if experts is None or block < (config.get("first_k_dense_replace") or 0):
-            return int(3 * hidden * config["intermediate_size"])
+            return int(3 * hidden * mlp_width(config))
         shared = experts.each * (config.get("n_shared_experts") or 0)
         shared += 3 * hidden * (config.get("shared_expert_intermediate_size") or 0)
         return experts.each * experts.count + shared + hidden * experts.count
@@ -159,7 +160,7 @@ def _experts_by_name(config: Mapping[str, Any]) -> _Experts | None:
     count = next((config[key] for key in _EXPERTS if config.get(key)), 1)
     if count == 1:
         return None
-    width = config.get("moe_intermediate_size") or config["intermediate_size"]
+    width = config.get("moe_intermediate_size") or mlp_width(config)
     return _Experts(count, config.get("num_experts_per_tok") or count, 3 * config["hidden_size"] * width)
 
 

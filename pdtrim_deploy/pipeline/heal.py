@@ -37,9 +37,7 @@ Changed = Mapping[Stage, "BlockTensors"]
 
 def needed(recipe: Recipe) -> bool:
     """Whether the recipe asks for other weights than the model's own."""
-    pruning = recipe.pruning
-    pruned = bool(pruning.decode_loses or pruning.experts) and (pruning.distil or recipe.healing.enabled)
-    return pruned or bool(recipe.healing.kv_only_blocks) or recipe.target is not None
+    return recipe.changes_weights
 
 
 def depends_on(recipe: Recipe) -> list[Any]:

@@ -51,7 +51,7 @@ def _problem(context: Context) -> Problem:
 
     recipe, plan = context.recipe, PDPlan.dense(context.shape)
     oracle = PDOracle(context.model, context.model, plan)
-    if recipe.kv.measures_offsets:
+    if recipe.kv.measures_offsets and plan.model.offsets_keys:
         tokens = recipe.kv.prompt_tokens
         text = context.calibration(recipe.kv.sequences, tokens, tokens)
         oracle = oracle.with_offsets(measure(oracle, text, context.note).offsets)

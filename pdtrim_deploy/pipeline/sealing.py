@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
@@ -55,7 +56,8 @@ def seal_bundle(context: Context, steps: dict[str, Step], failures: dict[str, st
     built = [name for name in steps if name.startswith(f"{ENGINES}/")]
     engines.keep_only(out, built)
     for folder in {*STAGES, UNIFIED} - context.plan.checkpoints.keys():
-        shutil.rmtree(out / folder, ignore_errors=True)
+        if _was_built(out, folder):  # else it is the user's own
+            shutil.rmtree(out / folder, ignore_errors=True)
     write_atomic(out / RECIPE, recipe.to_yaml())
     base = Provenance.read(context.checkpoint.path, recipe.model.source)
     short = fit_sentence(recipe, ModelSizes.of(context.checkpoint.config))
@@ -77,12 +79,25 @@ def seal_bundle(context: Context, steps: dict[str, Step], failures: dict[str, st
     seal(out, manifest)
 
 
+def _was_built(out: Path, folder: str) -> bool:
+    """Whether a stage's folder is of an earlier build: the last seal has its step, or its config.json a plan."""
+    before = _last_seal(out)
+    if before is not None and folder in before.steps:
+        return True
+    try:
+        config = json.loads((out / folder / "config.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(config, dict) and "pdtrim" in config
+
+
 def _drop_reports(out: Path, files: Mapping[str, Entry]) -> None:
     """Remove reports that are not among `files`, unless they are of the same plan and weights, byte for byte.
 
     That is more than the plan's digest, which healed weights do not change. Folders are somebody's own.
     """
-    before = _earlier(out)
+    last = _last_seal(out)
+    before = last.files if last else {}
     for report in (out / REPORTS).glob("*"):
         name = f"{REPORTS}/{report.name}"
         if name in files or (report.is_dir() and not report.is_symlink()):
@@ -93,12 +108,12 @@ def _drop_reports(out: Path, files: Mapping[str, Entry]) -> None:
             report.unlink()
 
 
-def _earlier(out: Path) -> Mapping[str, Entry]:
-    """What the last seal was of, COMPLETE or not any more."""
+def _last_seal(out: Path) -> Manifest | None:
+    """COMPLETE or not any more."""
     try:
-        return Manifest.model_validate_json((out / MANIFEST).read_bytes()).files
+        return Manifest.model_validate_json((out / MANIFEST).read_bytes())
     except (FileNotFoundError, ValidationError):
-        return {}
+        return None
 
 
 def _say_loss(out: Path, plan_digest: str, gates: Mapping[str, float]) -> None:

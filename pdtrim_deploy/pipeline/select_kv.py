@@ -52,7 +52,7 @@ def _looked_at(context: Context, plan: PDPlan) -> PDPlan:
 
     pair = heal.stage_pair(context, bounded=True)
     oracle = PDOracle(pair.stage("prefill"), pair.stage("decode"), plan)
-    if context.recipe.kv.measures_offsets:
+    if context.recipe.kv.measures_offsets and plan.model.offsets_keys:
         oracle = oracle.with_offsets(_offsets(context, oracle))
     if context.recipe.kv.method not in FIXED_KV:
         oracle = oracle.with_kv(_chosen(context, oracle))

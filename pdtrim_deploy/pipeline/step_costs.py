@@ -161,7 +161,7 @@ class _Costs:
             return self._step(0.0, flops=0.0)
         if self.recipe.target is not None:  # rules are chosen already: where decode looks is all that is measured
             kv = kv.model_copy(update={"method": "attention-mass"})
-        cost = selection_cost(self.config, kv, self.recipe.model.dtype, self.compute.states(STATES))
+        cost = selection_cost(self.config, self.sizes, kv, self.recipe.model.dtype, self.compute.states(STATES))
         running = self._running(1, kv.prompts[-1])
         computing = self._weights() + max(cost.memory, running) + self._kept_experts() + self._healed()
         flops, passes = kv_flops(kv, self.sizes, self.compute.states(STATES))

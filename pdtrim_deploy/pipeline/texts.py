@@ -79,12 +79,18 @@ def _needed(context: Context, done: Collection[str]) -> dict[_Drawn, str]:
     fitted = searched and (pruning.finalists or pruning.distil) and "prune" not in done
     if healing.enabled and (fitted or "heal" not in done):
         needed.setdefault((healing.sequences, healing.length, None), "healing")
-    if "select-kv" not in done:
-        if kv.method not in FIXED_KV:
+    if recipe.changes_weights and not healing.enabled and "heal" not in done:  # `fitted` is that then
+        needed[text.sequences, text.length, text.prompt] = "calibration"
+    chooses, answers = "select-kv" not in done, recipe.target is not None and "target" not in done
+    if answers:
+        tokens = kv.prompt_tokens
+        needed.setdefault((kv.sequences, tokens + kv.continuation_tokens, tokens), "kv")
+    if chooses or answers:
+        if chooses and kv.method not in FIXED_KV:
             for tokens in kv.prompts:
                 option = f"kv.longer_prompts has {tokens}" if tokens != kv.prompt_tokens else "kv"
                 needed.setdefault((kv.sequences, tokens + kv.continuation_tokens, tokens), option)
-        if kv.measures_offsets and context.shape.rope_dim is None:  # rope keys of latents have none
+        if kv.measures_offsets and context.shape.offsets_keys:
             tokens = min(kv.prompt_tokens, context.checkpoint.facts.max_positions)
             needed.setdefault((kv.sequences, tokens, tokens), "kv")
     if healing.kv_steps and "heal-kv" not in done:

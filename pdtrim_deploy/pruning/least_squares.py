@@ -41,11 +41,14 @@ class Ridge:
         self.error[check] += float(missing.double().square().sum())
         self.tokens[check] += share * len(missing)
 
-    def solve(self, weight: Tensor, *, falls_back: bool = False) -> tuple[Tensor, float, float]:
+    def solve(
+        self, weight: Tensor, *, falls_back: bool = False, text_share: float = 1.0
+    ) -> tuple[Tensor, float, float]:
         """The new weight `[out, in]` for `weight`, and the mean squared error on checked tokens before and after.
 
         It is `weight` itself when no penalty lowers that error, and when the errors are not numbers. Where it
-        `falls_back`, fewer than `TOKENS_A_FEATURE` tokens a feature change it by a diagonal and a low rank alone.
+        `falls_back`, fewer than `TOKENS_A_FEATURE` tokens a feature, of the text of which this is a `text_share`,
+        change it by a diagonal and a low rank alone.
         """
         before = best = self.error[1] / self.tokens[1]
         ridge = 0.0
@@ -53,7 +56,7 @@ class Ridge:
             return weight, math.nan, math.nan
         fit, check = (Equations(*part) for part in zip(self.gram, self.cross, self.error, strict=True))
         tokens, (outputs, features) = sum(self.tokens), weight.shape
-        if falls_back and tokens < TOKENS_A_FEATURE * features:
+        if falls_back and tokens < text_share * TOKENS_A_FEATURE * features:
             rank = most_rank(int(tokens), features, outputs)
             change, error = low_rank_change(fit, check, weight, rank, RIDGES)
             return weight + change.T.to(weight.dtype), before, error / self.tokens[1]
@@ -108,9 +111,9 @@ class Refit:
         weight = target.flatten(0, 1).norm(dim=-1, keepdim=True).reciprocal()
         self.ridge.add(seen[0].flatten(0, 1) * weight, (target - out).flatten(0, 1) * weight, check, share)
 
-    def solve(self, *, falls_back: bool = False) -> tuple[Tensor, float, float]:
+    def solve(self, *, falls_back: bool = False, text_share: float = 1.0) -> tuple[Tensor, float, float]:
         """As `Ridge.solve`."""
-        return self.ridge.solve(self._weight, falls_back=falls_back)
+        return self.ridge.solve(self._weight, falls_back=falls_back, text_share=text_share)
 
 
 def set_down(layer: Any, weight: Tensor) -> None:

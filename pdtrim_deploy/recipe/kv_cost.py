@@ -31,7 +31,7 @@ class SelectionCost:
 
 
 def selection_cost(
-    config: Mapping[str, Any], kv: KVSection, kv_dtype: NativeDtype, states: int = STATES
+    config: Mapping[str, Any], sizes: ModelSizes, kv: KVSection, kv_dtype: NativeDtype, states: int = STATES
 ) -> SelectionCost:
     """Cost of the step `select-kv`; `kv_dtype` is a native pool's. Memory does not grow with the sequences.
 
@@ -46,7 +46,7 @@ def selection_cost(
     measured = kv.method in ("budget", "measured-harm")
     batch, prompt = min(BATCH if measured else 4, kv.sequences), kv.prompts[-1]
     row = 2 * kv_width  # K and V of a token in one layer
-    block = hidden * 6 + config["intermediate_size"] * 3 + heads * width * 3  # values of a token while it is computed
+    block = hidden * 6 + sizes.inner * 3 + heads * width * 3  # values of a token while it is computed
     prefill = batch * prompt * (blocks * row * item + _FLOAT * (block + row))
     if not measured:
         return SelectionCost(prefill)

@@ -83,6 +83,13 @@ class Recipe(Section):
     targets: TargetsSection = TargetsSection()
     target: TargetSection | None = None
 
+    @property
+    def changes_weights(self) -> bool:
+        """Whether stages have other weights than the model's own: students, compensated, healed or fitted ones."""
+        pruned = bool(self.pruning.decode_loses or self.pruning.experts)
+        fitted = bool(self.healing.kv_only_blocks) or self.target is not None
+        return fitted or (pruned and (self.pruning.distil or self.healing.enabled))
+
     @model_validator(mode="after")
     def _stages_fit(self) -> Recipe:
         if self.stages == "unified":

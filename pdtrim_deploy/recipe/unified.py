@@ -33,7 +33,9 @@ def check_unified(
             f"stages is unified but kv has method {kv.method}, wire_dtype {kv.wire_dtype}, pool_dtype {kv.pool_dtype}; "
             "allowed: none and native, since the KV of one model goes nowhere"
         )
-    if names := [name for name in ("kv_only_blocks", "decode_steps", "prompt_share") if getattr(healing, name)]:
+    if names := [
+        name for name in ("kv_only_blocks", "decode_steps", "kv_steps", "prompt_share") if getattr(healing, name)
+    ]:
         raise ValueError(
             f"stages is unified but healing.{names[0]} is {getattr(healing, names[0])}; allowed: 0 (the one model is "
             "mended over whole texts, trained by prefill_steps, and runs all its blocks in both stages)"

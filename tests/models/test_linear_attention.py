@@ -20,6 +20,7 @@ from pdtrim_deploy.models.families import STATEFUL
 from pdtrim_deploy.models.loading import check_loads, load_model
 from pdtrim_deploy.models.oracle import PDOracle
 from pdtrim_deploy.models.runs import check_runs
+from pdtrim_deploy.models.shape import read_sized
 from pdtrim_deploy.models.surgery import write_stage
 from pdtrim_deploy.models.weights import ModelSizes
 from pdtrim_deploy.plan import KVSend, PDPlan
@@ -177,6 +178,23 @@ def test_a_stage_says_in_sglangs_words_which_blocks_are_linear_and_what_turns(ar
     assert config["layer_types"] == source["layer_types"]
     keys = ("full_attention_interval", "partial_rotary_factor", "rope_theta")
     assert [config[key] for key in keys] == [3, 0.5, 100.0]
+
+
+def test_a_stock_config_without_a_width_of_a_dense_mlp_is_read(tmp_path):
+    """Qwen3.5-MoE's class has none: every block has experts, and a token meets eight of them and the shared one."""
+    from transformers import Qwen3_5MoeTextConfig
+
+    config = Qwen3_5MoeTextConfig(architectures=["Qwen3_5MoeForCausalLM"], dtype="bfloat16")
+    config.save_pretrained(tmp_path)
+    assert "intermediate_size" not in json.loads((tmp_path / "config.json").read_text())
+    sizes = ModelSizes.of(read_config(tmp_path / "config.json"))
+    assert (sizes.inner, sizes.expert_width) == (9 * 512, 512)
+    assert 34e9 < sizes.total < 35.5e9  # Qwen3.5-35B-A3B
+    assert read_sized(tmp_path / "config.json").num_blocks == 40
+    for changes in ({"moe_intermediate_size": None}, {"first_k_dense_replace": 1}):
+        (tmp_path / "config.json").write_text(json.dumps(config.to_dict() | changes))
+        with pytest.raises(UserError, match="no intermediate_size"):
+            read_config(tmp_path / "config.json")
 
 
 @pytest.mark.parametrize("architecture", STATEFUL)

@@ -325,6 +325,48 @@ def test_what_follows_the_choice_of_kv_makes_nothing_before_it_again(recipe_of: 
     assert {name for name in without if without[name] != other[name]} == {"heal", "select-kv", "prefill", "decode"}
 
 
+@pytest.mark.parametrize(
+    ("section", "change"),
+    [("healing", {"fit": "auto"}), ("healing", {"prompt_share": 0.5}), ("pruning", {"baselines": ["cosine"]})],
+    ids=["fit", "prompt_share", "baselines"],
+)
+def test_what_finalists_are_judged_by_makes_the_search_again(
+    recipe_of: Callable[..., Recipe], section: str, change: dict
+) -> None:
+    pruning = {"method": "anneal", "prefill_blocks": 1, "decode_blocks": 2, "finalists": 2}
+    healing = {"compensation": "least-squares", "sequences": 12, "length": 32}
+
+    def keys(**changes: dict) -> dict[str, str]:
+        sections = {"pruning": pruning | changes.get("pruning", {}), "healing": healing | changes.get("healing", {})}
+        return {step.name: step.key for step in steps_of(recipe_of(**sections), "model")}
+
+    before, after = keys(), keys(**{section: change})
+    assert before == keys()
+    assert [name for name in before if before[name] != after[name]] == [
+        "prune",
+        "heal",
+        "select-kv",
+        "prefill",
+        "decode",
+    ]
+
+
+@pytest.mark.parametrize("change", [{"fit": "auto"}, {"prompt_share": 0.5}], ids=["fit", "prompt_share"])
+def test_a_build_fits_again_by_other_rules_of_least_squares(
+    recipe_of: Callable[..., Recipe], tmp_path: Path, cache: Cache, change: dict
+) -> None:
+    pruning = {"method": "anneal", "prefill_blocks": 1, "decode_blocks": 2, "distil": True}
+    healing = {"compensation": "least-squares", "sequences": 8, "length": 32}
+
+    def weights(**rules: object) -> str:
+        bundle = build(recipe_of(pruning=pruning, healing=healing | rules), tmp_path / "b", cache)
+        return json.loads((bundle.reports_dir / "healing.json").read_text())["weights"]
+
+    before = weights()
+    assert weights() == before
+    assert weights(**change) != before
+
+
 def test_recipes_without_it_have_no_such_step(recipe_of: Callable[..., Recipe], tmp_path: Path, cache: Cache) -> None:
     plain = recipe_of(pruning={"prefill_blocks": 1, "decode_blocks": 2}, healing={})
     assert not heal.needed(plain)

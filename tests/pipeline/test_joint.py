@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from tinypd import make_plan
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.pipeline import build
+from pdtrim_deploy.pipeline.context import Context
 from pdtrim_deploy.pipeline.preview import preview
 from pdtrim_deploy.pipeline.recipe_fit import check_shared
 from pdtrim_deploy.pipeline.stand_in import stand_in
@@ -93,6 +95,48 @@ def test_before_it_is_built_kv_is_as_small_as_the_target_has_it(recipe_of: Calla
     assert stand_in(recipe_of(target={"itl": 0.8}), shape).reduction(24) == 1.0
     least = stand_in(recipe_of(target={"kv": 500.0}), shape)
     assert {(send.n_first + send.n_last, send.wire_dtype) for send in least.kv} == {(6, "int8")}
+
+
+@pytest.mark.parametrize(
+    ("kv", "option"),
+    [({"method": "none"}, "kv"), ({"method": "none", "wire_dtype": "int8"}, "kv")],
+    ids=["whole", "with key offsets"],
+)
+def test_text_of_the_target_and_of_the_fit_is_drawn_before_the_first_step(
+    recipe_of: Callable[..., Recipe],
+    tmp_path: Path,
+    cache: Cache,
+    monkeypatch: pytest.MonkeyPatch,
+    kv: dict,
+    option: str,
+) -> None:
+    """Whatever a step draws was drawn by the check; and what the check draws, some step reads."""
+    kv |= {"sequences": 3, "prompt_tokens": 24, "continuation_tokens": 8}
+    drawn: list[tuple[int, int, int | None]] = []
+    real = Context.drawn
+
+    def look(self: Context, sequences: int, length: int, prompt: int | None = None) -> tuple[object, int]:
+        drawn.append((sequences, length, length // 2 if prompt is None else prompt))
+        return real(self, sequences, length, prompt)
+
+    monkeypatch.setattr(Context, "drawn", look)
+    recipe = recipe_of(target={"itl": 0.85, "rounds": 0}, kv=kv)
+
+    def stop(*_: object) -> None:
+        raise UserError("the first step begins")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("pdtrim_deploy.pipeline.joint.choose", stop)
+        with pytest.raises(UserError, match="the first step begins"):
+            build(recipe, tmp_path / "stopped", cache)
+    checked = {*drawn}
+    drawn.clear()
+    monkeypatch.setattr(sys.modules[build.__module__], "check_texts", lambda *_: None)
+    build(recipe, tmp_path / "b", cache)
+    assert {*drawn} == checked
+    short = recipe_of(target={"itl": 0.85}, kv=kv | {"sequences": 10**6})
+    with pytest.raises(UserError, match=f"recipe tiny: {option}: "):
+        preview(short, tmp_path / "c", cache)
 
 
 def test_ray_is_refused(recipe_of: Callable[..., Recipe]) -> None:

@@ -16,6 +16,7 @@ from tinyfamilies import taking
 
 from pdtrim_deploy.bundle import Bundle
 from pdtrim_deploy.cli import main
+from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.evaluation.quality import judge_bundle
 from pdtrim_deploy.evaluation.stage_models import oracle_of
 from pdtrim_deploy.local.cache import Cache
@@ -147,6 +148,30 @@ def test_a_pair_that_becomes_one_model_leaves_nothing_behind(
     assert names(unified) == sorted({*pair} - {"prefill", "decode"} | {"model"})
     assert unified.verify() == []
     assert names(build(recipe_of(stages="pair"), tmp_path / "b", cache)) == pair
+
+
+def test_a_folder_of_the_users_own_in_a_pair_stays(
+    recipe_of: Callable[..., Recipe], tmp_path: Path, cache: Cache
+) -> None:
+    pair = build(recipe_of(stages="pair"), tmp_path / "b", cache)
+    (pair.path / "model").mkdir()
+    (pair.path / "model" / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    (pair.path / "model" / "notes.txt").write_text("weeks of work")
+    build(recipe_of(stages="pair", pruning={}), tmp_path / "b", cache)
+    assert (pair.path / "model" / "notes.txt").read_text() == "weeks of work"
+    with pytest.raises(UserError, match="exists and is no stage checkpoint"):
+        build(recipe_of(), tmp_path / "b", cache)
+    build(recipe_of(stages="pair"), tmp_path / "b", cache)
+    assert (pair.path / "model" / "notes.txt").read_text() == "weeks of work"
+
+
+@pytest.mark.parametrize("damage", ["manifest.json", "config.json"])
+def test_a_stage_of_an_earlier_build_goes_though_part_of_it_is_damaged(
+    recipe_of: Callable[..., Recipe], tmp_path: Path, cache: Cache, damage: str
+) -> None:
+    bundle = build(recipe_of(), tmp_path / "b", cache)
+    (bundle.path / ("manifest.json" if damage == "manifest.json" else "model/config.json")).unlink()
+    assert not (build(recipe_of(stages="pair"), tmp_path / "b", cache).path / "model").exists()
 
 
 def test_its_card_says_that_it_stands_alone(recipe_of: Callable[..., Recipe], tmp_path: Path, cache: Cache) -> None:

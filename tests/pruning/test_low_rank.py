@@ -13,6 +13,7 @@ from pdtrim_deploy.pruning.low_rank import TOKENS_A_FEATURE, Equations, low_rank
 from pdtrim_deploy.pruning.pair import StagePair
 from pdtrim_deploy.pruning.pd_loss import pd_loss
 from pdtrim_deploy.recipe import Recipe
+from pdtrim_deploy.recipe.healing import HealingSection
 
 IN, OUT = 24, 16
 
@@ -135,6 +136,51 @@ def test_prompt_positions_make_decode_a_better_whole_model():
         assert torch.equal(tensors["mlp.down_proj.weight"], same[1].changed["prefill"][block]["mlp.down_proj.weight"])
 
 
+def test_a_judge_of_a_part_of_the_text_falls_back_where_the_build_does():
+    model, ids = tiny("Llama"), text(8, 64)
+    pair = StagePair(model, make_plan((), (1, 3)))
+
+    def weights(ids, rules):
+        changed = get_compensation("least-squares", rules).compensate(pair, "decode", ids, lambda _: None).changed
+        return torch.cat([tensors["mlp.down_proj.weight"].flatten() for tensors in changed["decode"].values()])
+
+    features = model.config.intermediate_size
+    enough = -(-TOKENS_A_FEATURE * features // 32)  # sequences of 32 tokens behind their prompts
+    assert 32 * len(ids) < TOKENS_A_FEATURE * features
+    section = {"compensation": "least-squares", "fit": "auto", "length": 64}
+    short, long = (FitRules.of(HealingSection(**section, sequences=sequences)) for sequences in (enough - 1, enough))
+    assert torch.equal(weights(ids, long), weights(ids, FitRules()))
+    assert torch.equal(weights(ids, short), weights(ids, FitRules(falls_back=True)))
+    assert not torch.equal(weights(ids, short), weights(ids, long))
+
+
+@pytest.mark.parametrize("healing", [{}, {"prompt_share": 0.25}], ids=["behind prompts", "with prompts"])
+@pytest.mark.parametrize("target", [None, {"itl": 0.8}, {"ttft": 0.8}], ids=["blocks", "itl", "ttft"])
+def test_the_tokens_that_a_recipe_is_told_of_are_those_that_are_fitted(monkeypatch, healing, target):
+    model, ids, fed = tiny("Llama"), text(8, 33), []
+
+    class Counted(Ridge):
+        def solve(self, *args, **kwargs):
+            fed.append(sum(self.tokens))
+            return super().solve(*args, **kwargs)
+
+    monkeypatch.setattr("pdtrim_deploy.pruning.least_squares.Ridge", Counted)
+    section = {"compensation": "least-squares", "sequences": 8, "length": 33} | healing
+    pruning = {} if target else {"decode_blocks": 2}
+    recipe = Recipe(name="a", model={"source": "pypi:x"}, pruning=pruning, healing=section, target=target)
+    stage = "prefill" if target == {"ttft": 0.8} else "decode"
+    lost = ((1, 3), (1, 3)) if stage == "prefill" else ((), (1, 3))
+    method = get_compensation("least-squares", FitRules.of(recipe.healing))
+    method.compensate(StagePair(model, make_plan(*lost)), stage, ids, lambda _: None)
+
+    class Sizes:
+        inner = model.config.intermediate_size
+
+    sentence = fit_tokens.fit_sentence(recipe, Sizes())
+    assert f"least squares have {fed[0]:,.0f} tokens" in sentence
+    assert sentence.startswith("decode's") == (stage == "decode")
+
+
 def test_a_recipe_says_when_its_text_is_short():
     class Sizes:
         inner = 1536
@@ -151,3 +197,5 @@ def test_a_recipe_says_when_its_text_is_short():
     assert sentence(sequences=120) is None
     assert sentence(sequences=119, fit="auto").endswith("so each map is changed by a diagonal and a low rank alone")
     assert sentence(compensation="norm", sequences=16) is None
+    assert sentence(sequences=60, prompt_share=1.0) is None
+    assert "15,104 tokens (a prompt's count 1 each) for 1,536" in sentence(sequences=59, prompt_share=1.0)

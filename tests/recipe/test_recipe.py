@@ -63,6 +63,7 @@ def load(tmp_path: Path, text: str, **units: str) -> Recipe:
         ("stages: unified\nkv: {wire_dtype: int4}", "stages is unified but kv has method none, wire_dtype int4"),
         ("stages: unified\nkv: {method: all, n_last: 4}", "stages is unified but kv has method all, wire_dtype native"),
         ("stages: unified\nhealing: {kv_only_blocks: 2}", "stages is unified but healing.kv_only_blocks is 2; allowed"),
+        ("stages: unified\nhealing: {kv_steps: 2}", "stages is unified but healing.kv_steps is 2; allowed: 0"),
         ("stages: unified\ntargets: {onnx: {}}", "stages is unified but targets is given; allowed: neither"),
         ("stages: unified\ntarget: {itl: 0.9}", "stages is unified but target is given; allowed: neither"),
         (

@@ -21,11 +21,19 @@ def attention_sizes(config: Mapping[str, Any]) -> tuple[int, int, int]:
     return heads, config.get("num_key_value_heads") or heads, config.get("head_dim") or config["hidden_size"] // heads
 
 
+def mlp_width(config: Mapping[str, Any]) -> int:
+    """Width of an MLP between its maps; of models whose blocks all have experts and no such key, what a token meets."""
+    if config.get("intermediate_size") is not None:
+        return int(config["intermediate_size"])
+    width, top_k = config["moe_intermediate_size"], config.get("num_experts_per_tok") or 1
+    return int(width * top_k + (config.get("shared_expert_intermediate_size") or 0))
+
+
 def axis_sizes(config: Mapping[str, Any], named: Mapping[str, str]) -> dict[str, int]:
     """Sizes by name: those that every family has, and `named` (name -> key of config.json)."""
     heads, kv_heads, head = attention_sizes(config)
     widths = {"q": heads * head, "kv": kv_heads * head, "head": head}
-    widths |= {key: config[f"{key}_size"] for key in ("hidden", "intermediate", "vocab")}
+    widths |= {"hidden": config["hidden_size"], "intermediate": mlp_width(config), "vocab": config["vocab_size"]}
     return widths | {name: count_of(config, key) for name, key in named.items()}
 
 

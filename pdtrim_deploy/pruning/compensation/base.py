@@ -22,16 +22,20 @@ class FitRules:
     Attributes:
         falls_back: with fewer than ten tokens a feature they change a map by a diagonal and a low rank alone.
         prompt_share: what a prompt position, read by decode as a whole model reads it, counts in decode's fit.
+        sequences: of the text that a build fits, which decides on the fall-back: a judge that fits a part of it falls
+            back where the build does. None: the text at hand decides.
 
     """
 
     falls_back: bool = False
     prompt_share: float = 0.0
+    sequences: int | None = None
 
     @classmethod
     def of(cls, section: HealingSection) -> FitRules:
         """As a recipe has them."""
-        return cls(section.fit == "auto", section.prompt_share)
+        falls_back = section.fit == "auto"
+        return cls(falls_back, section.prompt_share, section.sequences if falls_back else None)
 
 
 WHOLE_MAPS = FitRules()

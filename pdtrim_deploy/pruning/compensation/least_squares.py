@@ -43,7 +43,8 @@ class LeastSquares:
     ) -> list[StagePair]:
         """The same for pairs of one prefill stage, or, for `stage` prefill, any: what surrounds them is run once."""
         targets = TargetStates(pairs[0], stage, ids)
-        fits = [_Fit(pair, stage, targets, self.least_gain, self.rules, progress) for pair in pairs]
+        text_share = 1.0 if self.rules.sequences is None else len(ids) / self.rules.sequences
+        fits = [_Fit(pair, stage, targets, self.least_gain, self.rules, text_share, progress) for pair in pairs]
         while targets.depth < targets.blocks:
             targets.advance()
             for fit in fits:
@@ -57,10 +58,11 @@ class _Fit:
 
     def __init__(
         self, pair: StagePair, stage: Stage, targets: TargetStates, least_gain: float, rules: FitRules,
-        progress: Progress,
+        text_share: float, progress: Progress,
     ) -> None:  # fmt: skip
         self._pair, self._stage, self._targets, self._progress = pair, stage, targets, progress
         self._sources, self._least_gain, self._rules = pair.plan.kv_sources, least_gain, rules
+        self._text_share = text_share
         self._missing = pair.plan.missing(stage)
         self._layers, self._spans = pair.plan.layers(stage), pair.spans(stage)
         self._run = LayerRun(Blockwise(pair.stage(stage)), targets.parts, targets.prompt)
@@ -97,7 +99,7 @@ class _Fit:
         for batch, (x, span) in enumerate(zip(self._alone.states, self._alone.spans, strict=True)):
             share = self._rules.prompt_share
             refit.add(x, span, self._targets.prompt_target(batch), check=False, share=share)
-        weight, before, error = refit.solve(falls_back=self._rules.falls_back)
+        weight, before, error = refit.solve(falls_back=self._rules.falls_back, text_share=self._text_share)
         if not math.isfinite(error):
             raise UserError(f"{self._stage} block {block}: its error is {error}; load the model in float32")
         self._progress(f"{self._stage} block {block}: relative squared error {before:.4f} -> {error:.4f}")
