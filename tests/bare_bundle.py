@@ -10,9 +10,10 @@ from pdtrim_deploy.plan import STAGES, Drop, Keep, KVSend, ModelShape, PDPlan
 from pdtrim_deploy.recipe import Recipe
 
 
-def make_bundle(path: Path, source: str = "hf:some/tiny") -> Bundle:
+def make_bundle(path: Path, source: str = "hf:some/tiny", architecture: str = "X") -> Bundle:
     """Four blocks, the last one dropped, two layers sparse; the model is `source`."""
-    shape = ModelShape(architecture="X", fingerprint="f", num_blocks=4, num_kv_heads=2, head_dim=8, kv_dtype="float32")
+    sizes = {"num_blocks": 4, "num_kv_heads": 2, "head_dim": 8, "kv_dtype": "float32"}
+    shape = ModelShape(architecture=architecture, fingerprint="f", **sizes)
     sparse = KVSend(mode="sparse", n_first=1, n_last=2)
     keep = (Keep(),) * 3 + (Drop(),)
     plan = PDPlan(model=shape, prefill=keep, decode=keep, kv=(KVSend(), sparse, sparse))

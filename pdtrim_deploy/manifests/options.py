@@ -12,7 +12,13 @@ from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.plan import PDPlan, Stage
 from pdtrim_deploy.plan.wire import PoolDtype
 from pdtrim_deploy.serving.commands import ROUTER_HEALTH
-from pdtrim_deploy.serving.gpu_defaults import PAGE_TOKENS, attention_arguments, pool_arguments, precision_environment
+from pdtrim_deploy.serving.gpu_defaults import (
+    PAGE_TOKENS,
+    attention_arguments,
+    pool_arguments,
+    precision_environment,
+    window_flags,
+)
 from pdtrim_deploy.serving.ranks import require_arguments
 from pdtrim_deploy.serving.transports import LIBRARIES
 from pdtrim_deploy.worker.config import ARGUMENT, WorkerConfig
@@ -154,7 +160,7 @@ def worker_arguments(served: Served, options: Options, stage: Stage) -> list[str
         "--disaggregation-transfer-backend": options.transport,
         ARGUMENT: json.dumps(config.override()),
     }
-    flags = ["--enable-metrics"]
+    flags = ["--enable-metrics", *window_flags(stage, served.sparse)]
     if stage == "prefill":
         arguments["--disaggregation-bootstrap-port"] = BOOTSTRAP_PORT
     arguments |= attention_arguments(stage, served.sparse, served.dtype) | pool_arguments(served.pool_dtype)

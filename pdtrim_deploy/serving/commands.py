@@ -13,9 +13,11 @@ from pathlib import Path
 from pdtrim_deploy.serving.engines import engine_limits
 from pdtrim_deploy.serving.gpu_defaults import (
     NO_WINDOW_POOL,
+    WINDOW_POOL_SHARE,
     attention_arguments,
     pool_arguments,
     precision_environment,
+    window_flags,
 )
 from pdtrim_deploy.serving.memory import FRACTION, static_fraction
 from pdtrim_deploy.serving.ports import HOST
@@ -68,8 +70,7 @@ def worker_command(python: Path, worker: WorkerSpec, secret: Path | None = None)
         arguments["--disaggregation-bootstrap-port"] = worker.bootstrap_port
     arguments |= pool_arguments(options.pool_dtype)
     flags = ["--enable-metrics"] if options.enable_metrics else []
-    if options.sparse and worker.stage == "decode":  # cut layers have no slots beside SGLang's pool of windows
-        flags.append(NO_WINDOW_POOL)
+    flags += window_flags(worker.stage, options.sparse) or _cpu_window_flags(worker)
     if options.device == "cpu":
         arguments[FRACTION] = static_fraction(worker)
         if not options.sinks:
@@ -89,6 +90,17 @@ def worker_command(python: Path, worker: WorkerSpec, secret: Path | None = None)
             flags.append("--disable-prefill-cuda-graph")
     pairs = [str(part) for pair in arguments.items() for part in pair]
     return [str(python), "-m", "sglang.launch_server", *pairs, *flags, *options.arguments(worker.stage)]
+
+
+def _cpu_window_flags(worker: WorkerSpec) -> list[str]:
+    """No pool of windows on a CPU, unless a caller's argument says how large it is.
+
+    SGLang gives it 0.8 of the tokens, and with pages of one token decode admits prompts up to that alone
+    (disaggregation/decode.py, `_uses_swa_tail_prealloc`); a pool of one window does not start.
+    """
+    options = worker.options
+    sized = any(argument.split("=")[0] == WINDOW_POOL_SHARE for argument in options.arguments(worker.stage))
+    return [NO_WINDOW_POOL] if options.device == "cpu" and not sized else []
 
 
 def _override(worker: WorkerSpec, secret: Path | None) -> dict[str, object]:

@@ -9,7 +9,7 @@ from pdtrim_deploy.plan.wire import PoolDtype
 PAGE_TOKENS = 64
 # The attention that knows layers whose rows are cut, under CUDA graphs, and takes float32. Not run on a GPU yet.
 GENERAL_BACKEND = "triton"
-NO_WINDOW_POOL = "--disable-hybrid-swa-memory"
+NO_WINDOW_POOL, WINDOW_POOL_SHARE = "--disable-hybrid-swa-memory", "--swa-full-tokens-ratio"
 
 
 def attention_arguments(stage: str, sparse: bool, dtype: str) -> dict[str, object]:
@@ -18,6 +18,11 @@ def attention_arguments(stage: str, sparse: bool, dtype: str) -> dict[str, objec
     Not in float32: SGLang 0.5.23 would choose fa3, trtllm_mha or FlashInfer, whose kernels take 16 bits and fewer.
     """
     return {"--attention-backend": GENERAL_BACKEND} if dtype == "float32" or (sparse and stage == "decode") else {}
+
+
+def window_flags(stage: str, sparse: bool) -> list[str]:
+    """Cut layers have no slots beside SGLang's pool of windows: decode does without it."""
+    return [NO_WINDOW_POOL] if sparse and stage == "decode" else []
 
 
 def precision_environment(dtype: str) -> dict[str, str]:

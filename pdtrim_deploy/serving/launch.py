@@ -22,6 +22,7 @@ from pdtrim_deploy.serving.one_model import require_kind
 from pdtrim_deploy.serving.ports import HOST, free_ports
 from pdtrim_deploy.serving.ranks import require_arguments, require_ranks
 from pdtrim_deploy.serving.relay import Throttle
+from pdtrim_deploy.serving.sinks import require_torch_attention
 from pdtrim_deploy.serving.spec import ClusterSpec, WorkerOptions
 from pdtrim_deploy.serving.transports import require_transport
 from pdtrim_deploy.serving.weights import require_weights
@@ -53,7 +54,7 @@ def cluster_of(
     Raises:
         UserError: no SGLang found, no worker of a stage, `port` is taken, the bundle lacks an executor's engine, or
             the transport's library is not there, or decode's pool is to be split with no sparse layer; ranks that
-            cannot be served, too few GPUs for them, or weights that the device does not compute with.
+            cannot be served, too few GPUs for them, or weights or an attention that the device does not compute.
 
     """
     environment = environment or ServeEnvironment.find()
@@ -78,6 +79,8 @@ def cluster_of(
             f"{bundle.plan.model.architecture} has linear attention, which SGLang 0.5.23 computes on a CPU with "
             "kernels of its own (sgl_kernel) that are not published; serve this bundle on GPUs, eval judges it here"
         )
+    if options.device == "cpu" and options.sinks:
+        require_torch_attention(environment, bundle.plan.model.architecture)
     chosen = executors or Executors()
     require_kind(bundle, workers, (prefill, decode), options, chosen, transport or {})
     require_weights(bundle.decode_dir, options.device)

@@ -153,9 +153,15 @@ class PrefillSide:
             self.rooms.arrived(chunk.room)
 
     def _with_states(self, parts: Sequence[Chunk]) -> Sequence[Chunk]:
-        """The chunks, and behind a prompt's last rows its states, which complete the request."""
+        """The chunks, and behind a prompt's last rows its states, which complete the request.
+
+        The room fails where SGLang has named no slot of them.
+        """
         end, states = parts[-1], self._pool.states
         if states is None or not end.last:
+            return parts
+        if end.state_slot is None:
+            self.rooms.fail(end.room, "prefill has no slot for this request's states")
             return parts
         ranges = list(states.parts(self._config.staging_bytes))
         rows = [*parts[:-1], replace(end, last=False)]

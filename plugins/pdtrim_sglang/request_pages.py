@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakSet
+from weakref import ref
 
 from pdtrim_sglang.pool import PoolView
 
@@ -34,18 +34,23 @@ class MovingPages:
 class RequestPages:
     """Those of one request, a part for each of its forward passes, as long as a chunk refers to it.
 
+    Threads that pack drop the last reference to a part at any time. So `parts` are references without callbacks: the
+    list changes under the lock alone.
+
     Attributes:
         readers: device events, each behind a packing that reads the pages as they were before the next exchange.
 
     """
 
     lock: threading.Lock = field(default_factory=threading.Lock)
-    parts: WeakSet[MovingPages] = field(default_factory=WeakSet)
+    parts: list[ref[MovingPages]] = field(default_factory=list)
     readers: list[Any] = field(default_factory=list)
 
     def add(self, start: int, stop: int, pages: Any) -> MovingPages:
         """A forward pass computes the last of tokens `[start, stop)`."""
-        self.parts.add(part := MovingPages(start, stop, pages, self))
+        part = MovingPages(start, stop, pages, self)
+        with self.lock:
+            self.parts = [ref(part), *map(ref, self._held())]
         return part
 
     @contextmanager
@@ -61,9 +66,13 @@ class RequestPages:
             pool.after(*self.readers)
             self.readers.clear()
             yield
-            parts = list(self.parts)
+            parts = self._held()
             for part in parts:
                 part.pages = pages(part.start, part.stop)
             known = pool.record_event()
             for part in parts:
                 part.known = known
+
+    def _held(self) -> list[MovingPages]:
+        """The parts that a chunk refers to."""
+        return [part for part in (each() for each in self.parts) if part is not None]

@@ -211,7 +211,7 @@ def test_states_are_judged_beside_native_and_quantised_rows(monkeypatch, tmp_pat
     assert [b.plan.model.architecture for b, _, _ in judged] == [name for name in tiny.STATEFUL for _ in range(2)]
     assert [b.plan.decode_kv_blocks for b, _, _ in judged] == [(3, 7)] * 4
     assert [{send.wire_dtype for send in b.plan.kv} for b, _, _ in judged] == [{"native"}, {"k4v3"}] * 2
-    assert all(b.plan.model.states for b, _, _ in judged)
+    assert {(b.plan.model.states.conv_dtype, b.plan.model.kv_dtype) for b, _, _ in judged} == {("bfloat16",) * 2}
     assert {variant.decode_args for _, variant, _ in judged} == {()}
 
 

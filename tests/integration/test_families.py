@@ -29,7 +29,7 @@ def text(tmp_path_factory):
 def served(text, tiny_model, serving, cache, tmp_path):
     """`served(architecture, kv, pruning)`: the bundle, what `fidelity` says of a pair, and prefill's log."""
 
-    def serve(architecture, kv, pruning, **config):
+    def serve(architecture, kv, pruning, worker_args=(), **config):
         corpus = {"corpus": f"dir:{text}", "sequences": 2}
         source = tiny_model(tmp_path / "model", architecture, **config)
         data = {
@@ -43,7 +43,7 @@ def served(text, tiny_model, serving, cache, tmp_path):
         (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(data))
         bundle = build(Recipe.load(tmp_path / "recipe.yaml"), tmp_path / "bundle", cache)
         sparse = any(send.mode == "sparse" for send in bundle.plan.kv)
-        options = {"dtype": "float32", "sparse": sparse, "sinks": architecture == SINKS}
+        options = {"dtype": "float32", "sparse": sparse, "sinks": architecture == SINKS, "extra_args": worker_args}
         with serving(bundle.prefill_dir, bundle.decode_dir, **options) as pair:
             result = run_fidelity(bundle, pair.url, cache, new_tokens=8)
             logs = [worker.log.read_text() for worker in pair.workers]
@@ -70,6 +70,6 @@ def test_served_tokens_are_the_oracles(architecture, served, record_property):
 
 def test_windows_and_sinks_in_sglangs_pools_of_windows_on_both_ends(served):
     """gpt-oss uncut: windowed layers have slots of their own in both workers, and their windows alone travel."""
-    _, result, logs = served(SINKS, UNCUT | {"wire_dtype": "int8"}, {})
+    _, result, logs = served(SINKS, UNCUT | {"wire_dtype": "int8"}, {}, ("--swa-full-tokens-ratio", "1"))
     assert "window - 1" in result.controls
     assert all("SWAKVPool" in log for log in logs)

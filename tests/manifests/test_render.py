@@ -64,7 +64,9 @@ def test_only_sparse_plans_choose_decodes_attention() -> None:
     assert option(sparse, "--attention-backend") == "triton"
     assert "--disable-cuda-graph" not in sparse
     assert "--attention-backend" not in dense
-    assert "--attention-backend" not in container(objects()["Deployment", "pdtrim-prefill"])["command"]
+    prefill = container(objects()["Deployment", "pdtrim-prefill"])["command"]
+    assert "--attention-backend" not in prefill
+    assert ["--disable-hybrid-swa-memory" in command for command in (sparse, dense, prefill)] == [True, False, False]
 
 
 @pytest.mark.parametrize(("dtype", "precision"), [("float32", "ieee"), ("bfloat16", None)])

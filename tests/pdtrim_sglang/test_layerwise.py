@@ -7,8 +7,10 @@ import itertools
 import queue
 import random
 import re
+import sys
 import threading
 import time
+import weakref
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
@@ -25,6 +27,7 @@ from pdtrim_sglang.layerwise import LayerwiseSends, early_layers
 from pdtrim_sglang.packing import Chunk, Packer
 from pdtrim_sglang.patches.passes import follow
 from pdtrim_sglang.pool import PoolView
+from pdtrim_sglang.request_pages import RequestPages
 from pdtrim_sglang.requirements import layers_unheard
 from rankpairs import AUX, CONFIG, PAGE, PLAN, SLOTS, TOKENS, World
 from sglang.srt.disaggregation.base.conn import KVPoll
@@ -571,3 +574,63 @@ def test_a_model_runner_is_followed_layer_by_layer():
     runner.forward(replace(batch, extends=False))
     runner.forward(replace(batch, rids=None))
     assert "end" not in heard
+
+
+@pytest.fixture
+def hasty():
+    """Threads take turns a thousand times as often as usual."""
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(usual)
+
+
+def test_pages_move_while_packing_threads_drop_the_last_reference_to_parts(hasty):
+    """Parts that a chunk refers to follow, the others are forgotten, and nothing ends the scheduler's thread."""
+    request, packed = RequestPages(), queue.SimpleQueue()
+    view = SimpleNamespace(after=lambda *_: None, record_event=lambda: "moved")
+    held = [request.add(at, at + 1, "old") for at in range(3)]
+
+    def pack():
+        while packed.get() is not None:
+            pass
+
+    threads = [threading.Thread(target=pack) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        for at in range(3, 6000):
+            packed.put(request.add(at, at + 1, "old"))
+            if at % 3 == 0:
+                with request.moving(lambda start, _: f"new {start}", view):
+                    pass
+    finally:
+        for _ in threads:
+            packed.put(None)
+        for thread in threads:
+            thread.join(10)
+    assert [(part.pages, part.known) for part in held] == [(f"new {at}", "moved") for at in range(3)]
+    last = request.add(6000, 6001, "old")
+    assert len(request.parts) == 4
+    # Nothing of a part's is called in the thread that drops it, amid what the scheduler's thread does.
+    assert all(each.__callback__ is None for part in (*held, last) for each in weakref.getweakrefs(part))
+
+
+def test_a_pass_adds_no_part_amid_an_exchange():
+    """It would keep the pages from before it."""
+    request, adding = RequestPages(), threading.Event()
+    view = SimpleNamespace(after=lambda *_: None, record_event=lambda: None)
+    parts = queue.SimpleQueue()
+
+    def begin():
+        adding.set()
+        parts.put(request.add(0, 4, "old"))
+
+    thread = threading.Thread(target=begin)
+    with request.moving(lambda *_: "new", view):
+        thread.start()
+        assert adding.wait(10)
+        with pytest.raises(queue.Empty):
+            parts.get(timeout=0.2)
+    assert parts.get(timeout=10).start == 0
+    thread.join(10)

@@ -169,7 +169,7 @@ class StateWorld(World):
             side._handle(decode.side.register_message())
             side._handle(decode.side.room_message(room, TOKENS, 0, 1))
 
-    def send(self, cuts, room=1):
+    def send(self, cuts, room=1, slot: int | None = HERE):
         for prefill in self.prefill:
             prefill.side.sender_opened(room)
             for start, stop in itertools.pairwise(cuts):
@@ -177,7 +177,7 @@ class StateWorld(World):
                 prefill.side.submit(
                     Chunk(
                         room, self.here[start // PAGE :].numpy(), start, TOKENS, start, stop, last, 0,
-                        state_slot=self.HERE if last else None,
+                        state_slot=slot if last else None,
                     )
                 )  # fmt: skip
 
@@ -224,6 +224,21 @@ def test_a_request_without_a_slot_fails_alone(monkeypatch):
         pair.open(2)
         pair.send([0, TOKENS], 2)
         assert set(pair.wait(pair.decode, 2)) == {KVPoll.Success}
+    finally:
+        pair.close()
+
+
+def test_a_request_whose_prefill_names_no_slot_fails_alone(monkeypatch):
+    """With its reason on both sides, and before the packer: the next request comes over."""
+    pair = world(monkeypatch)
+    try:
+        pair.open(1)
+        pair.send([0, TOKENS], 1, slot=None)
+        assert set(pair.wait(pair.prefill, 1)) == {KVPoll.Failed}
+        assert pair.prefill[0].manager.reasons[1] == "prefill has no slot for this request's states"
+        pair.open(2)
+        pair.send([0, TOKENS], 2)
+        assert set(pair.wait(pair.prefill + pair.decode, 2)) == {KVPoll.Success}
     finally:
         pair.close()
 

@@ -104,11 +104,20 @@ def test_gpu_workers_get_none_of_the_cpu_options_and_gpus_of_their_own():
     assert [value(command, "--base-gpu-id") for command in commands_of] == ["0", "2", "4"]
 
 
-@pytest.mark.parametrize(("device", "sparse"), [("cpu", False), ("cpu", True), ("cuda", False), ("cuda", True)])
-def test_windows_have_no_pool_of_their_own_where_layers_are_cut(device, sparse):
-    for worker in spec(device=device, sparse=sparse).workers:
-        none = sparse and worker.stage == "decode"
-        assert ("--disable-hybrid-swa-memory" in commands.worker_command(PYTHON, worker)) == none
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("sized", [(), ("--swa-full-tokens-ratio", "1"), ("--swa-full-tokens-ratio=0.5",)])
+def test_windows_have_no_pool_of_their_own_where_layers_are_cut_nor_on_a_cpu_unless_sized(device, sparse, sized):
+    """With pages of one token, as on a CPU, SGLang's decode takes prompts of 0.8 of the pool alone beside one."""
+    for worker in spec(device=device, sparse=sparse, extra_args=sized).workers:
+        none = (sparse and worker.stage == "decode") or (device == "cpu" and not sized)
+        assert commands.worker_command(PYTHON, worker).count("--disable-hybrid-swa-memory") == none
+
+
+def test_a_pool_of_windows_sized_for_one_stage_is_that_stages():
+    for worker in spec(device="cpu", prefill_args=("--swa-full-tokens-ratio", "1")).workers:
+        command = commands.worker_command(PYTHON, worker)
+        assert ("--disable-hybrid-swa-memory" in command) == (worker.stage == "decode")
 
 
 def test_where_attention_has_sinks_sglang_chooses_its_attention_on_a_cpu():
