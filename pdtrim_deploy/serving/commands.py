@@ -96,7 +96,7 @@ def _cpu_window_flags(worker: WorkerSpec) -> list[str]:
     """No pool of windows on a CPU, unless a caller's argument says how large it is.
 
     It is smaller than the KV pool (by a ratio, or for the windows of all requests), and with pages of one token decode
-    admits prompts up to the smaller (disaggregation/decode.py, `_uses_swa_tail_prealloc`); one of a window ends a worker.
+    admits prompts up to the smaller (disaggregation/decode.py, `_uses_swa_tail_prealloc`); one window ends it.
     """
     options = worker.options
     sized = any(argument.split("=")[0] == WINDOW_POOL_SHARE for argument in options.arguments(worker.stage))
