@@ -95,8 +95,8 @@ def worker_command(python: Path, worker: WorkerSpec, secret: Path | None = None)
 def _cpu_window_flags(worker: WorkerSpec) -> list[str]:
     """No pool of windows on a CPU, unless a caller's argument says how large it is.
 
-    SGLang gives it 0.8 of the tokens, and with pages of one token decode admits prompts up to that alone
-    (disaggregation/decode.py, `_uses_swa_tail_prealloc`); a pool of one window does not start.
+    It is smaller than the KV pool (by a ratio, or for the windows of all requests), and with pages of one token decode
+    admits prompts up to the smaller (disaggregation/decode.py, `_uses_swa_tail_prealloc`); one window ends it.
     """
     options = worker.options
     sized = any(argument.split("=")[0] == WINDOW_POOL_SHARE for argument in options.arguments(worker.stage))

@@ -29,7 +29,7 @@ def text(tmp_path_factory):
 def served(text, tiny_model, serving, cache, tmp_path):
     """`served(architecture, kv, pruning)`: the bundle, what `fidelity` says of a pair, and prefill's log."""
 
-    def serve(architecture, kv, pruning, worker_args=(), **config):
+    def serve(architecture, kv, pruning, worker_args=(), pool_tokens=None, **config):
         corpus = {"corpus": f"dir:{text}", "sequences": 2}
         source = tiny_model(tmp_path / "model", architecture, **config)
         data = {
@@ -44,6 +44,7 @@ def served(text, tiny_model, serving, cache, tmp_path):
         bundle = build(Recipe.load(tmp_path / "recipe.yaml"), tmp_path / "bundle", cache)
         sparse = any(send.mode == "sparse" for send in bundle.plan.kv)
         options = {"dtype": "float32", "sparse": sparse, "sinks": architecture == SINKS, "extra_args": worker_args}
+        options["max_total_tokens"] = pool_tokens
         with serving(bundle.prefill_dir, bundle.decode_dir, **options) as pair:
             result = run_fidelity(bundle, pair.url, cache, new_tokens=8)
             logs = [worker.log.read_text() for worker in pair.workers]
@@ -73,3 +74,10 @@ def test_windows_and_sinks_in_sglangs_pools_of_windows_on_both_ends(served):
     _, result, logs = served(SINKS, UNCUT | {"wire_dtype": "int8"}, {}, ("--swa-full-tokens-ratio", "1"))
     assert "window - 1" in result.controls
     assert all("SWAKVPool" in log for log in logs)
+
+
+def test_prompts_may_fill_the_kv_pool_of_a_model_with_windows(served):
+    """Prompts of 511 tokens on a CPU, into 600, of which SGLang's pool of windows has a part."""
+    config = tinyexperts.settings("MellumForCausalLM")
+    _, _, logs = served("MellumForCausalLM", UNCUT | {"wire_dtype": "int8"}, {}, pool_tokens=600, **config)
+    assert not any("SWAKVPool" in log for log in logs)

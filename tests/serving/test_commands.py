@@ -108,7 +108,7 @@ def test_gpu_workers_get_none_of_the_cpu_options_and_gpus_of_their_own():
 @pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize("sized", [(), ("--swa-full-tokens-ratio", "1"), ("--swa-full-tokens-ratio=0.5",)])
 def test_windows_have_no_pool_of_their_own_where_layers_are_cut_nor_on_a_cpu_unless_sized(device, sparse, sized):
-    """With pages of one token, as on a CPU, SGLang's decode takes prompts of 0.8 of the pool alone beside one."""
+    """With pages of one token, as on a CPU, SGLang's decode takes no prompts longer than a pool of windows."""
     for worker in spec(device=device, sparse=sparse, extra_args=sized).workers:
         none = (sparse and worker.stage == "decode") or (device == "cpu" and not sized)
         assert commands.worker_command(PYTHON, worker).count("--disable-hybrid-swa-memory") == none
