@@ -28,7 +28,8 @@ def generated(data: dict[str, Any] | None) -> str:
     return table(head, lines) + where(
         data["environment"],
         f"{MODEL}-Instruct, weights dequantised from a {precision(MODEL)} file, in float32",
-        "one greedy answer of each question through SGLang's workers and router; bytes at 512 prompt tokens against a bfloat16 pool; ± is the "
+        "one greedy answer of each question through SGLang's workers and router; bytes at 512 prompt tokens, against a "
+        "bfloat16 pool; ± is the "
         f"paired standard error; cut: answers that ran into {options['max_tokens']} tokens",
         model="",
     )
