@@ -124,10 +124,8 @@ class PrefillRooms:
         heads = sum(len(info.heads) for info in self._manager.transfer_infos.get(room, {}).values())
         if heads:
             reused, of = progress.reused_tokens, self._plan.model.num_kv_heads
-            states = self._plan.model.state_bytes
-            dense = (
-                self._plan.dense_bytes(progress.prompt_tokens - reused) - states
-            )  # of all heads, payload of those sent
+            # of all heads, payload is of those sent; states, in both, are added below
+            dense = self._plan.dense_bytes(progress.prompt_tokens - reused) - self._plan.model.state_bytes
             spared = self._plan.reused_bytes(reused)
             native = progress.draft_bytes + progress.state_bytes  # in both
             spared_draft = self._draft_token_bytes * reused

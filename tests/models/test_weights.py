@@ -32,7 +32,3 @@ def test_a_block_for_its_kv_alone_is_no_more_work_than_plans_count():
     shares = {name: sizes.kv / sizes.block for name, sizes in dense.items()}
     assert 0 < len(shares) < len(shipped())
     assert 0.01 < min(shares.values()) <= max(shares.values()) <= KV_ONLY_SHARE, shares
-
-
-def sized(path):
-    return ModelSizes.of(read_config(path))

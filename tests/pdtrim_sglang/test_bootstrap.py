@@ -225,8 +225,8 @@ def test_decode_ends_at_its_first_sight_of_a_prefill_worker_of_ranks_that_cannot
         pp_size=1, pp_rank=0, attn_cp_rank=0, is_mla_backend=False, is_hybrid_mla_backend=False, attn_tp_rank=0,
         enable_all_cp_ranks_for_transfer=False, decode_side=object.__new__(DecodeSide),
     )  # fmt: skip
-    model = SimpleNamespace(num_kv_heads=4)
-    decode.decode_side._manager, decode.decode_side._plan = decode, SimpleNamespace(model=model)
+    decode.plan = SimpleNamespace(model=SimpleNamespace(num_kv_heads=4, states=None))
+    decode.decode_side._manager, decode.decode_side._plan = decode, decode.plan
     decode.decode_side._pool = SimpleNamespace(prepare=lambda *_: None)
     ranks = f"{sizes['attn_tp_size']} ranks in prefill, among {decode_tp} in decode"
     sentence = f"prefill worker at {place}: attention is divided among {ranks}, .*--tp-size"

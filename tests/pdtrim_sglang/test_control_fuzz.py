@@ -14,6 +14,7 @@ from pdtrim_sglang.messages import REGISTER, ROOM, Register, Room
 from pdtrim_sglang.pairing import Ranks
 from pdtrim_sglang.prefill import PrefillSide
 from pdtrim_sglang.prefill_rooms import PrefillRooms
+from pdtrim_sglang.progress import RoomProgress
 from pdtrim_sglang.protocol import VERSION
 from pdtrim_sglang.rooms import AuxRows
 from pdtrim_sglang.sessions import Sessions
@@ -222,7 +223,7 @@ def test_a_rank_counts_what_its_own_heads_would_have_sent():
     """The ranks' counters add up, as their payloads do."""
     plan = PDPlan.dense(PLAN.model.model_copy(update={"num_kv_heads": 4}))
     side = prefill(Manager(), plan)
-    side.rooms._progress[7] = SimpleNamespace(prompt_tokens=3, reused_tokens=1, draft_bytes=0)
+    side.rooms._progress[7] = RoomProgress(prompt_tokens=3, reused_tokens=1)
     side._manager.transfer_infos[7] = {"s": SimpleNamespace(heads=range(1, 2))}
     side._manager.conclude_transfer = lambda **_: None
     side._manager.request_status[7] = KVPoll.WaitingForInput
@@ -233,7 +234,7 @@ def test_a_rank_counts_what_its_own_heads_would_have_sent():
 @pytest.mark.parametrize("reused", [0, 2, 3])
 def test_a_drafts_rows_that_decode_had_are_counted_also_if_it_had_all(reused):
     side = prefill(Manager(), PDPlan.dense(PLAN.model), draft_token_bytes=100)
-    side.rooms._progress[7] = SimpleNamespace(prompt_tokens=3, reused_tokens=reused, draft_bytes=100 * (3 - reused))
+    side.rooms._progress[7] = RoomProgress(prompt_tokens=3, reused_tokens=reused, draft_bytes=100 * (3 - reused))
     side._manager.transfer_infos[7] = {"s": SimpleNamespace(heads=range(PLAN.model.num_kv_heads))}
     side._manager.conclude_transfer = lambda **_: None
     side._manager.request_status[7] = KVPoll.WaitingForInput
