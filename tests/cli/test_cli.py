@@ -375,7 +375,7 @@ def test_build_verify_inspect_eval(capsys: pytest.CaptureFixture[str], bundle_di
     row = 2 * 16 * 4  # KV heads x head size x float32
     dense = 6 * 2 * 100 * row
     sizes = {"prompt_tokens": 100, "dense": dense, "dense_every_row": dense, "dense_fp8": dense // 4}
-    assert seen["bytes"] == sizes | {"planned": 4 * 2 * 10 * row}
+    assert seen["bytes"] == sizes | {"planned": 4 * 2 * 10 * row, "states": 0}
     _, out, _ = run(capsys, "inspect", bundle_dir)
     assert out.count("first 2 + last 8") == 4
     code, out, _ = run(capsys, "eval", bundle_dir, "--seed", 3, "--cache-dir", cache.root, "--json")

@@ -57,10 +57,10 @@ def test_what_waits_for_room_goes_by_priority(short_pair, priorities):
         ended.append(name)
 
     with ThreadPoolExecutor(3) as pool:
-        runs = [pool.submit(run, "blocks", 1500, 9, 120)]
-        time.sleep(0.5)
-        runs.append(pool.submit(run, 0, 1200, priorities[0], 4))
+        runs = [pool.submit(run, "blocks", 1500, 9, 170)]
         time.sleep(0.3)
+        runs.append(pool.submit(run, 0, 1200, priorities[0], 4))
+        time.sleep(0.1)
         runs.append(pool.submit(run, 1, 1201, priorities[1], 4))
     assert [run.result() for run in runs] == [None] * 3
     assert ended == ["blocks", *sorted((0, 1), key=lambda place: -priorities[place])]

@@ -45,7 +45,7 @@ def cut_by_hand(dense, experts):
     state = {name: t for name, t in dense.state_dict().items() if ".layers." not in name}
     for layer, block in enumerate(BLOCKS):
         for name, tensor in dense.model.layers[block].state_dict().items():
-            by_expert = ".experts." in f".{name}" or GATE[type(dense).__name__] in name
+            by_expert = ".experts." in f".{name}" or name.startswith(f"{GATE[type(dense).__name__]}.")
             state[f"model.layers.{layer}.{name}"] = tensor[list(experts[block])] if by_expert else tensor
     small.load_state_dict(state)
     return small

@@ -24,8 +24,9 @@ def by_hand(model, blocks):
     hidden = model.model.embed_tokens(ids) * getattr(model.config, "embedding_multiplier", 1)  # Granite's
     positions = torch.arange(20)[None]
     for block in blocks:
-        kind = model.config.layer_types[block] if model.config.model_type.startswith("gemma3") else None
-        rope = model.model.rotary_emb(hidden, positions, *([kind] if kind else []))  # Gemma-3's goes by kind
+        kind = kinds[block] if (kinds := getattr(model.config, "layer_types", None)) else None
+        by_kind = model.config.model_type.startswith("gemma3")
+        rope = model.model.rotary_emb(hidden, positions, *([kind] if by_kind else []))
         mask = torch.full((20, 20), float("-inf")).triu(1)
         if kind == "sliding_attention":
             mask += torch.full((20, 20), float("-inf")).tril(-model.config.sliding_window)

@@ -83,6 +83,6 @@ def test_a_closed_relay_is_gone(end):
 
 def test_a_link_to_several_ranks_of_decode_is_refused_before_anything_starts():
     decode = SimpleNamespace(options=WorkerOptions(device="cpu", tp_decode=2))
-    cluster = SimpleNamespace(spec=SimpleNamespace(decode=(decode,)))
+    cluster = SimpleNamespace(spec=SimpleNamespace(decode=(decode,), unified=False))
     with pytest.raises(UserError, match="--link limits KV to one rank of decode, not to 2"), throttled(cluster, None):
         pass
