@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 from contextlib import suppress
+from pathlib import Path
+
+SMALL = 1_000_000_000
+"""Resident bytes below which a process has little to give back, and collecting takes longer than a small step."""
 
 
 def give_back() -> None:
@@ -13,6 +18,16 @@ def give_back() -> None:
     By itself it keeps them for the next tensor, and a step would seem to take what an earlier one did. With another C
     library the pages stay: malloc_trim(3) is GNU's.
     """
+    if _resident() < SMALL:
+        return
     gc.collect()
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def _resident() -> int:
+    """Bytes of memory that this process holds (Linux); elsewhere as if it were large."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return SMALL
