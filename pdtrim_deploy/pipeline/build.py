@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from pdtrim_deploy.bundle import Bundle
 from pdtrim_deploy.errors import UserError
-from pdtrim_deploy.local.allocator import give_back
 from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.local.compute import ON_CPU, Compute
 from pdtrim_deploy.models import resolve
@@ -87,7 +86,7 @@ def build(
                     continue
                 done = step.name in finished
                 if not done:
-                    give_back()
+                    context.give_back()
                 with show(step.name, done):
                     if not done:
                         try:
@@ -100,7 +99,7 @@ def build(
                                 raise
                             failures[step.target] = str(error)
             sealed = sealing.is_sealed(out, recipe, journal.steps)
-            give_back()
+            context.give_back()
             with show("seal", sealed):
                 if not sealed:
                     sealing.seal_bundle(context, journal.steps, failures)

@@ -68,7 +68,16 @@ class Context:
     def forget_model(self) -> None:
         """Give its memory back, where it was loaded; whoever asks for it again loads it again."""
         if vars(self).pop("model", None) is not None:
-            give_back()  # a model's modules refer to one another
+            self.give_back()  # a model's modules refer to one another
+
+    def give_back(self) -> None:
+        """Give back the memory that earlier steps have freed."""
+        give_back(self._weights)
+
+    @cached_property
+    def _weights(self) -> int:
+        """Bytes of the source's weights, as they lie on disk."""
+        return sum(file.stat().st_size for file in self.checkpoint.path.glob("*.safetensors"))
 
     @property
     def blocks_in_memory(self) -> int | None:
