@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from pdtrim_deploy.gpucheck import tiny
 from pdtrim_deploy.gpucheck.bundles import CUT, lazily
@@ -44,19 +46,7 @@ def window_checks(serve: Path, folder: Path, pair: Pair | None = None) -> list[C
 
 def latent_checks(serve: Path, folder: Path, pair: Pair | None = None) -> list[Check]:
     """Models with latents (MLA), under the attention that SGLang takes for them, against the oracle."""
-    return [
-        fidelity_check(
-            f"latents: {architecture.removesuffix('ForCausalLM')}, {wire}",
-            lazily(
-                folder / f"{architecture}-{wire}",
-                {"method": "none", "wire_dtype": wire},
-                architecture=architecture,
-                pruning={},
-            ),
-            pair or Pair(serve),
-        )
-        for architecture, wire in product(tiny.LATENT, ("native", "int4"))
-    ]
+    return _uncut_checks("latents", product(tiny.LATENT, ("native", "int4")), folder, pair or Pair(serve))
 
 
 def state_checks(serve: Path, folder: Path, pair: Pair | None = None) -> list[Check]:
@@ -64,17 +54,25 @@ def state_checks(serve: Path, folder: Path, pair: Pair | None = None) -> list[Ch
 
     In bfloat16, as SGLang's pool of convolution columns: there it rounds no column that decode writes.
     """
+    cases = product(tiny.STATEFUL, ("native", "k4v3"))
+    return _uncut_checks("states", cases, folder, pair or Pair(serve), dtype="bfloat16")
+
+
+def _uncut_checks(
+    subject: str, cases: Iterable[tuple[str, str]], folder: Path, pair: Pair, **options: Any
+) -> list[Check]:
+    """Of each architecture and wire dtype: all blocks and all rows, by `options` of its tiny bundle."""
     return [
         fidelity_check(
-            f"states: {architecture.removesuffix('ForCausalLM')}, {wire}",
+            f"{subject}: {architecture.removesuffix('ForCausalLM')}, {wire}",
             lazily(
                 folder / f"{architecture}-{wire}",
                 {"method": "none", "wire_dtype": wire},
                 architecture=architecture,
                 pruning={},
-                dtype="bfloat16",
+                **options,
             ),
-            pair or Pair(serve),
+            pair,
         )
-        for architecture, wire in product(tiny.STATEFUL, ("native", "k4v3"))
+        for architecture, wire in cases
     ]

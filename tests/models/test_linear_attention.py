@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from randomtext import plain, text
 from safetensors.torch import load_file, save_file
 from tinyfamilies import LINEAR
 
@@ -38,17 +39,6 @@ def dense(request, tiny_dir):
     assert (shape.states.blocks, shape.kv_blocks) == (BLOCKS, (2, 5))
     exact = shape.model_copy(update={"states": shape.states.model_copy(update={"conv_dtype": "float32"})})
     return PDOracle(model, model, PDPlan.dense(exact))
-
-
-def text(batch, tokens, seed=0):
-    return torch.randint(3, 259, (batch, tokens), generator=torch.Generator().manual_seed(seed))
-
-
-@torch.no_grad()
-def plain(oracle, ids):
-    """Log-probability of each token but the first, by transformers' own forward pass."""
-    logits = oracle.prefill_model(ids, use_cache=False).logits.log_softmax(-1)
-    return logits[:, :-1].gather(2, ids[:, 1:, None])[..., 0]
 
 
 @pytest.mark.parametrize("prompt", [1, 2, 3, 4, PROMPT, 70])

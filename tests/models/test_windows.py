@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from randomtext import plain, text
 from tinyfamilies import WINDOW
 
 from pdtrim_deploy.errors import UserError
@@ -25,17 +26,6 @@ def dense(request, tiny_dir):
     model, shape = load_model(folder), read_checkpoint(folder).shape()
     assert set(shape.windows) == {WINDOW, None}
     return PDOracle(model, model, PDPlan.dense(shape))
-
-
-def text(batch, tokens, seed=0):
-    return torch.randint(3, 259, (batch, tokens), generator=torch.Generator().manual_seed(seed))
-
-
-@torch.no_grad()
-def plain(oracle, ids):
-    """Log-probability of each token but the first, by transformers' own forward pass."""
-    logits = oracle.prefill_model(ids, use_cache=False).logits.log_softmax(-1)
-    return logits[:, :-1].gather(2, ids[:, 1:, None])[..., 0]
 
 
 @pytest.mark.parametrize("prompt", [1, WINDOW - 2, WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW + 3])
