@@ -18,7 +18,6 @@ from pdtrim_deploy.bundle.manifest import (
     read_seal,
     seal,
 )
-from pdtrim_deploy.local.atomic import write_atomic
 
 __all__ = [
     "CARD",
@@ -38,5 +37,4 @@ __all__ = [
     "entries",
     "read_seal",
     "seal",
-    "write_atomic",
 ]

@@ -93,13 +93,13 @@ def compare(
       pdtrim-deploy compare out/bundle out/bundle --b-transport pdtrim_nixl
       pdtrim-deploy compare out/demo/dense out/demo/pruned --link 100Mbps
     """
-    from pdtrim_deploy.bundle import write_atomic
     from pdtrim_deploy.bundle.environment import environment
     from pdtrim_deploy.cli.progress import Progress
     from pdtrim_deploy.cli.screen import console
     from pdtrim_deploy.cli.target import Target
     from pdtrim_deploy.loadtest import Scenario, check_scenario, driver
     from pdtrim_deploy.loadtest.rounds import Comparison, Side, check_rounds, interleave, repeats
+    from pdtrim_deploy.local.atomic import write_atomic
     from pdtrim_deploy.report.tables import ratio_table
     from pdtrim_deploy.serving.relay import relayed_link
 

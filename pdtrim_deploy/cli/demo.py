@@ -64,13 +64,14 @@ def demo(
       pdtrim-deploy demo recipes/smollm2-demo.yaml --out out/demo
       pdtrim-deploy demo recipes/smollm2-quick.yaml --out out/quick --requests 8 --json
     """
-    from pdtrim_deploy.bundle import Bundle, write_atomic
+    from pdtrim_deploy.bundle import Bundle
     from pdtrim_deploy.cli.demo_run import Demo
     from pdtrim_deploy.cli.progress import Progress
     from pdtrim_deploy.cli.screen import console
     from pdtrim_deploy.doctor import CheckContext, require
     from pdtrim_deploy.loadtest import Scenario
     from pdtrim_deploy.loadtest.rounds import check_dealt
+    from pdtrim_deploy.local.atomic import write_atomic
     from pdtrim_deploy.recipe import Recipe
     from pdtrim_deploy.report.html import Findings, page, read_faults, read_pareto
     from pdtrim_deploy.report.savings import savings_table

@@ -13,11 +13,12 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from pdtrim_deploy.bundle import Bundle, write_atomic
+from pdtrim_deploy.bundle import Bundle
 from pdtrim_deploy.bundle.environment import environment, versions_of
 from pdtrim_deploy.loadtest import LoadResult, Scenario, Workers, driver
 from pdtrim_deploy.loadtest.rounds import Rounds, Side, interleave, shares
 from pdtrim_deploy.loadtest.scenario import Lengths
+from pdtrim_deploy.local.atomic import write_atomic
 from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.pipeline import Note, build
 from pdtrim_deploy.pipeline.model_card import refresh_cards

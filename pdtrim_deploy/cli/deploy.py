@@ -91,7 +91,8 @@ def render(
     """
     import yaml
 
-    from pdtrim_deploy.bundle import Bundle, write_atomic
+    from pdtrim_deploy.bundle import Bundle
+    from pdtrim_deploy.local.atomic import write_atomic
     from pdtrim_deploy.manifests import BundleAt, Options, Served, compose, kubernetes
     from pdtrim_deploy.manifests.kubernetes import secret_name
     from pdtrim_deploy.manifests.options import IMAGE

@@ -39,11 +39,12 @@ def evaluate_bundle(
     as_json: bool,
 ) -> None:
     """What `eval` does with a bundle; SystemExit(1) when a gate is not kept."""
-    from pdtrim_deploy.bundle import CARD, Bundle, write_atomic
+    from pdtrim_deploy.bundle import CARD, Bundle
     from pdtrim_deploy.bundle.environment import environment
     from pdtrim_deploy.cli.dry_run import say
     from pdtrim_deploy.cli.progress import Progress
     from pdtrim_deploy.doctor import CheckContext, require
+    from pdtrim_deploy.local.atomic import write_atomic
     from pdtrim_deploy.pipeline.model_card import refresh_cards, refresh_recoveries
 
     _check(tasks, items, sequences)

@@ -43,7 +43,7 @@ def evaluate_served(
     as_json: bool,
 ) -> None:
     """What `eval` does with a URL; SystemExit(1) when a gate is not kept."""
-    from pdtrim_deploy.bundle import Bundle, write_atomic
+    from pdtrim_deploy.bundle import Bundle
     from pdtrim_deploy.bundle.environment import environment
     from pdtrim_deploy.cli.dry_run import say
     from pdtrim_deploy.cli.progress import Progress
@@ -54,6 +54,7 @@ def evaluate_served(
     from pdtrim_deploy.evaluation.generated.lengths import check_contexts, choose
     from pdtrim_deploy.evaluation.generated.served import Pair, ServedReport
     from pdtrim_deploy.loadtest import check_target
+    from pdtrim_deploy.local.atomic import write_atomic
     from pdtrim_deploy.pipeline.model_card import refresh_recoveries
 
     names = _names(tasks)

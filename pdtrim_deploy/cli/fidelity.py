@@ -56,10 +56,11 @@ def fidelity(
       pdtrim-deploy fidelity out/bundle --prefill-executor onnxruntime
       pdtrim-deploy fidelity out/bundle http://127.0.0.1:8000 --json
     """
-    from pdtrim_deploy.bundle import Bundle, write_atomic
+    from pdtrim_deploy.bundle import Bundle
     from pdtrim_deploy.bundle.environment import environment
     from pdtrim_deploy.doctor import CheckContext, require
     from pdtrim_deploy.loadtest import check_target
+    from pdtrim_deploy.local.atomic import write_atomic
     from pdtrim_deploy.serving import ServeEnvironment, cluster_of
 
     if url:

@@ -114,7 +114,7 @@ def _show_model(
     model = load_on(checkpoint, compute, note)
     candidates: Candidates = find(model, ids, THRESHOLD if threshold is None else threshold, note)
     if picture is not None:
-        from pdtrim_deploy.bundle import write_atomic
+        from pdtrim_deploy.local.atomic import write_atomic
 
         write_atomic(picture, candidates_picture(candidates, source))
     if as_json:

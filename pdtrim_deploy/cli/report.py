@@ -37,7 +37,8 @@ def report(
       pdtrim-deploy report out/demo/pruned
       pdtrim-deploy report out/bundle --compare compare.json --pareto benchmarks/results/kv.json --out page.html
     """
-    from pdtrim_deploy.bundle import Bundle, write_atomic
+    from pdtrim_deploy.bundle import Bundle
+    from pdtrim_deploy.local.atomic import write_atomic
     from pdtrim_deploy.report.html import Findings, page
 
     opened = Bundle.open(bundle)

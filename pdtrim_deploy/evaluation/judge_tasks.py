@@ -7,12 +7,12 @@ from typing import Any
 
 from pdtrim_deploy.bundle import Bundle
 from pdtrim_deploy.evaluation import corpora
+from pdtrim_deploy.evaluation.bundle_oracle import oracle_of
 from pdtrim_deploy.evaluation.limits import STREAMED_KV, fit_judging
 from pdtrim_deploy.evaluation.lm_harness import Harness
 from pdtrim_deploy.evaluation.measured import Measured
 from pdtrim_deploy.evaluation.quality import source_of
 from pdtrim_deploy.evaluation.recovery import Recovery, check_gate
-from pdtrim_deploy.evaluation.stage_models import oracle_of
 from pdtrim_deploy.evaluation.task_report import TaskFigures, TasksReport
 from pdtrim_deploy.evaluation.tasks.base import KV_TOKENS, Setting
 from pdtrim_deploy.evaluation.tasks.registry import check, prepare

@@ -10,11 +10,11 @@ from pydantic import BaseModel, ConfigDict
 from pdtrim_deploy.bundle import Bundle
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.evaluation import corpora
+from pdtrim_deploy.evaluation.bundle_oracle import oracle_of
 from pdtrim_deploy.evaluation.limits import STREAMED_KV, fit_judging
 from pdtrim_deploy.evaluation.measured import Measured
 from pdtrim_deploy.evaluation.perplexity import BATCH, Perplexity, pd_perplexity
 from pdtrim_deploy.evaluation.recovery import Recovery
-from pdtrim_deploy.evaluation.stage_models import oracle_of
 from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.local.compute import ON_CPU, Compute
 from pdtrim_deploy.models.oracle import PDOracle

@@ -9,8 +9,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pdtrim_deploy.bundle import PLAN, write_atomic
+from pdtrim_deploy.bundle import PLAN
 from pdtrim_deploy.local.allocator import give_back
+from pdtrim_deploy.local.atomic import write_atomic
 from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.local.compute import ON_CPU, Compute
 from pdtrim_deploy.local.paths import expanded

@@ -7,8 +7,7 @@ import math
 from pdtrim_deploy.models.weights import ModelSizes
 from pdtrim_deploy.pipeline.heal import needed
 from pdtrim_deploy.recipe import Recipe
-
-TOKENS_A_FEATURE = 10  # a test holds it to `pruning.low_rank`'s
+from pdtrim_deploy.recipe.healing import TOKENS_A_FEATURE
 
 
 def fit_sentence(recipe: Recipe, sizes: ModelSizes) -> str | None:

@@ -13,7 +13,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pdtrim_deploy.bundle import REPORTS, WORK, write_atomic
+from pdtrim_deploy.bundle import REPORTS, WORK
+from pdtrim_deploy.local.atomic import write_atomic
 from pdtrim_deploy.pipeline import texts
 from pdtrim_deploy.pipeline.chosen import chosen, kv_only_blocks
 from pdtrim_deploy.pipeline.context import Context

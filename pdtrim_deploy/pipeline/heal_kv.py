@@ -10,7 +10,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pdtrim_deploy.bundle import REPORTS, write_atomic
+from pdtrim_deploy.bundle import REPORTS
+from pdtrim_deploy.local.atomic import write_atomic
 from pdtrim_deploy.pipeline import heal
 from pdtrim_deploy.pipeline.context import Context
 from pdtrim_deploy.plan import STAGES, Stage

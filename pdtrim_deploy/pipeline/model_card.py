@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from pdtrim_deploy import __version__
-from pdtrim_deploy.bundle import CARD, REPORTS, write_atomic
+from pdtrim_deploy.bundle import CARD, REPORTS
 from pdtrim_deploy.bundle.recoveries import HEAD, keep_recoveries, recoveries
+from pdtrim_deploy.local.atomic import write_atomic
 from pdtrim_deploy.models.provenance import Provenance
 from pdtrim_deploy.pipeline import model_card_parts as parts
 from pdtrim_deploy.plan import STAGES, UNIFIED, PDPlan, Stage

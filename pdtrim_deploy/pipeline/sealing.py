@@ -23,10 +23,10 @@ from pdtrim_deploy.bundle import (
     entries,
     read_seal,
     seal,
-    write_atomic,
 )
 from pdtrim_deploy.bundle.environment import machine, versions
 from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.local.atomic import write_atomic
 from pdtrim_deploy.models.provenance import Provenance
 from pdtrim_deploy.models.weights import ModelSizes
 from pdtrim_deploy.pipeline import engines, heal_kv

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from pdtrim_deploy.bundle import PLAN, REPORTS, write_atomic
+from pdtrim_deploy.bundle import PLAN, REPORTS
+from pdtrim_deploy.local.atomic import write_atomic
 from pdtrim_deploy.pipeline import heal
 from pdtrim_deploy.pipeline.chosen import joint_rules
 from pdtrim_deploy.pipeline.context import Context, write_json

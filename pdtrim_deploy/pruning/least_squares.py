@@ -15,7 +15,8 @@ from torch import Tensor
 
 from pdtrim_deploy.models.blockwise import Blockwise
 from pdtrim_deploy.models.layer_kv import LayerKV, Span
-from pdtrim_deploy.pruning.low_rank import TOKENS_A_FEATURE, Equations, low_rank_change, most_rank
+from pdtrim_deploy.pruning.low_rank import Equations, low_rank_change, most_rank
+from pdtrim_deploy.recipe.healing import TOKENS_A_FEATURE
 
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Penalties tried, in units of the mean squared activation times the number of tokens."""

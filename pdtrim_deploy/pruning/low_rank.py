@@ -13,8 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-TOKENS_A_FEATURE = 10
-"""Fewer tokens than this for each unknown of an output fit the text and not the task."""
+from pdtrim_deploy.recipe.healing import TOKENS_A_FEATURE
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from pdtrim_deploy.recipe.section import Section
 from pdtrim_deploy.recipe.seed import Seed
 
 # Names of a registry that needs torch to import; a test checks that they are equal.
@@ -15,7 +16,7 @@ EXPERT_CRITERIA: tuple[str, ...] = get_args(ExpertCriterion)
 _Keep = Annotated[float, Field(gt=0)]
 
 
-class ExpertsSection(BaseModel):
+class ExpertsSection(Section):
     """Experts that each block of a mixture of experts keeps, by stage.
 
     They are ranked on the text of `calibration`: for prefill on the prompts; for decode on what follows them, read with
@@ -29,8 +30,6 @@ class ExpertsSection(BaseModel):
         seed: for `random`.
 
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     prefill: _Keep | None = None
     decode: _Keep | None = None

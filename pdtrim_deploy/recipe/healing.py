@@ -5,8 +5,6 @@ from __future__ import annotations
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     NonNegativeInt,
     PositiveInt,
@@ -16,6 +14,7 @@ from pydantic import (
 )
 
 from pdtrim_deploy.plan import Stage
+from pdtrim_deploy.recipe.section import Section
 from pdtrim_deploy.recipe.seed import Seed
 
 # Names of a registry that needs torch to import; a test checks that they are equal.
@@ -23,15 +22,13 @@ CompensationMethod = Literal["none", "norm", "least-squares"]
 TrainingMethod = Literal["full", "lora"]
 COMPENSATION_METHODS: tuple[str, ...] = get_args(CompensationMethod)
 
+TOKENS_A_FEATURE = 10
+"""Of text, for each unknown of an output that least squares fit: with fewer, other text may lose."""
 _TRAINS = ("method", "lora_rank", "regression", "sweep")  # keys that mean nothing without training by gradients
 _Minutes = Annotated[float, Field(gt=0)]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class StudentsSection(_Section):
+class StudentsSection(Section):
     """How the student block of a distilled pair is fitted.
 
     Its text is that of `healing` without the sequences that finalists are judged on; that of `calibration` if `healing`
@@ -57,7 +54,7 @@ class StudentsSection(_Section):
         return self
 
 
-class HealingSection(_Section):
+class HealingSection(Section):
     """Changes to a stage's weights after its blocks are chosen; prefill first, then decode on prefill's KV.
 
     Text is `sequences` x `length` tokens of the calibration corpus; for decode the first half is the prompt. (For
@@ -72,7 +69,8 @@ class HealingSection(_Section):
         compensation: without gradients: `norm` rescales (Prune&Comp) each stage whose loss on held-out text falls,
             `least-squares` refits MLP outputs.
         fit: of least squares: `full` refits whole maps, `auto` only with ten tokens of `sequences` x `length` a feature
-            or more (decode has half of them); with fewer it changes them by a diagonal and a low rank.
+            or more (decode has half of them, and its share of prompts); with fewer it changes them by a diagonal and a
+            low rank.
         prompt_share: of least squares: what a prompt position counts in decode's fit, of a token that decode serves.
             There decode reads the prompt as a whole model does, which it never does in a pair.
         prefill_steps, decode_steps: steps of training by gradients, at most; 0 is off.

@@ -6,8 +6,6 @@ from itertools import pairwise
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     NonNegativeInt,
     PositiveInt,
@@ -19,6 +17,7 @@ from pydantic import (
 from pdtrim_deploy.plan.kv import SHARE_UNIT, KVSend
 from pdtrim_deploy.plan.wire import SIDES, SMALLER_THAN_FP8, PoolDtype, WireDtype
 from pdtrim_deploy.recipe.recall_bounds import fits
+from pdtrim_deploy.recipe.section import Section
 
 # Names of a registry that needs torch to import; a test checks that they are equal.
 KVMethod = Literal["none", "all", "random", "attention-mass", "simlayerkv", "measured-harm", "budget"]
@@ -44,7 +43,7 @@ _ALL_TAKE = ("method", "sequences", "prompt_tokens", "continuation_tokens", "key
 _Rows = Annotated[tuple[NonNegativeInt, ...], Field(strict=False, min_length=2, max_length=3)]
 
 
-class KVSection(BaseModel):
+class KVSection(Section):
     """Which decode layers get only the first and last prompt tokens' KV, and the dtypes on the wire.
 
     Chosen on `sequences` of calibration text, each a prompt and its continuation.
@@ -68,8 +67,6 @@ class KVSection(BaseModel):
             chosen on rows that such pools hold.
 
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     method: KVMethod = "none"
     sparse_layers: NonNegativeInt = 0

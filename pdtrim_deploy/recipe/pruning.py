@@ -6,8 +6,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
-    ConfigDict,
     Field,
     NonNegativeInt,
     PositiveInt,
@@ -19,6 +17,7 @@ from pydantic_core import PydanticCustomError
 
 from pdtrim_deploy.recipe.experts import ExpertsSection
 from pdtrim_deploy.recipe.pruning_methods import METHODS, ONE_SHOT
+from pdtrim_deploy.recipe.section import Section
 from pdtrim_deploy.recipe.seed import Seed
 
 _SUBLAYERS = ("prefill_attentions", "decode_attentions", "prefill_mlps", "decode_mlps")
@@ -31,7 +30,7 @@ def _registered(name: str) -> str:
     return name
 
 
-class PruningSection(BaseModel):
+class PruningSection(Section):
     """How many blocks each stage loses (decode loses all that prefill loses), and the method that chooses them.
 
     Attributes:
@@ -58,8 +57,6 @@ class PruningSection(BaseModel):
         experts: experts that the remaining blocks keep; all when left out.
 
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     method: Annotated[str, AfterValidator(_registered), Field(json_schema_extra={"enum": [*METHODS]})] = "greedy"
     objective: Literal["loss", "kl"] = "loss"

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
 from pdtrim_deploy.recipe.healing import HealingSection
 from pdtrim_deploy.recipe.kv import KVSection
 from pdtrim_deploy.recipe.pruning import PruningSection
+from pdtrim_deploy.recipe.section import Section
 
 MEASURED_AT_ONCE = 4  # sequences: prefill's state before every block is kept of so many
 _Part = Annotated[float, Field(ge=0, le=1e15)]
 _Share = Annotated[float, Field(gt=0, le=1)]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class PrefillTimes(_Section):
+class PrefillTimes(Section):
     """Measured parts of a prefill: of one block its attention, its MLP, and its K and V alone; `rest` of all else."""
 
     attention: _Part
@@ -28,7 +25,7 @@ class PrefillTimes(_Section):
     rest: _Part
 
 
-class DecodeTimes(_Section):
+class DecodeTimes(Section):
     """Measured parts of a decode step: of one block its attention without the reads of KV, its MLP, and those reads."""
 
     attention: _Part
@@ -37,7 +34,7 @@ class DecodeTimes(_Section):
     rest: _Part
 
 
-class TimesSection(_Section):
+class TimesSection(Section):
     """A measured cost table, at `isl` and `batch`; any unit, the same within a stage."""
 
     prefill: PrefillTimes
@@ -52,7 +49,7 @@ class TimesSection(_Section):
         return self
 
 
-class TargetSection(_Section):
+class TargetSection(Section):
     """One budget: the actions of both stages and the rows and dtypes of every layer are chosen together to meet it.
 
     Attributes:

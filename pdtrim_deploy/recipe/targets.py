@@ -9,7 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, model_serializer, model_validator
+from pydantic import BeforeValidator, Field, PositiveInt, model_serializer, model_validator
+
+from pdtrim_deploy.recipe.section import Section
 
 Port = Annotated[int, Field(ge=1, le=65535)]
 # Not strict: YAML has lists where we keep tuples, reads 5e-5 as text, and 8.9 as a number.
@@ -18,12 +20,6 @@ _AS_TEXT = BeforeValidator(lambda value: str(value) if isinstance(value, float) 
 ComputeCapability = Annotated[Literal["7.5", "8.0", "8.6", "8.9", "12.0", "12.1"], _AS_TEXT]
 Version = Annotated[Literal["1.2", "1.3"], _AS_TEXT]
 Quantisation = Literal["none", "fp8", "int8"]
-
-
-class Section(BaseModel):
-    """A mapping of the recipe: frozen, strict, no unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Target(Section):

@@ -8,9 +8,9 @@ from pathlib import Path
 from statistics import stdev
 from typing import TYPE_CHECKING, Any
 
-from pdtrim_deploy.bundle import write_atomic
 from pdtrim_deploy.loadtest.base import LoadResult
 from pdtrim_deploy.loadtest.rounds import Ratio
+from pdtrim_deploy.local.atomic import write_atomic
 from pdtrim_deploy.report.plan_figures import FrozenFigures, PlanFigures, TransferFigures
 
 if TYPE_CHECKING:

@@ -89,7 +89,7 @@ class PoolView:
         Of its HybridLinearKVPool, a view of the former, and of its MambaPool.
 
         Raises:
-            RuntimeError: another kind of pool (hybrid, HND, with scales), which the wire format does not know.
+            RuntimeError: another kind of pool (another hybrid, HND, with scales), which the wire format does not know.
 
         """
         from sglang.srt.mem_cache.memory_pool import HybridLinearKVPool, MHATokenToKVPool, MLATokenToKVPool

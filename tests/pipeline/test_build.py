@@ -19,8 +19,9 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from pdtrim_deploy.bundle import Bundle, write_atomic
+from pdtrim_deploy.bundle import Bundle
 from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.local.atomic import write_atomic
 from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.pipeline import build
 from pdtrim_deploy.pipeline.journal import Journal

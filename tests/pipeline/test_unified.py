@@ -17,8 +17,8 @@ from tinyfamilies import taking
 from pdtrim_deploy.bundle import Bundle
 from pdtrim_deploy.cli import main
 from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.evaluation.bundle_oracle import oracle_of
 from pdtrim_deploy.evaluation.quality import judge_bundle
-from pdtrim_deploy.evaluation.stage_models import oracle_of
 from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.local.compute import ON_CPU
 from pdtrim_deploy.pipeline import build

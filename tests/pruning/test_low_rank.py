@@ -9,11 +9,11 @@ from pdtrim_deploy.models.layer_run import LayerRun
 from pdtrim_deploy.pipeline import fit_tokens
 from pdtrim_deploy.pruning.compensation import FitRules, get_compensation
 from pdtrim_deploy.pruning.least_squares import RIDGES, Ridge
-from pdtrim_deploy.pruning.low_rank import TOKENS_A_FEATURE, Equations, low_rank_change, most_rank, parts
+from pdtrim_deploy.pruning.low_rank import Equations, low_rank_change, most_rank, parts
 from pdtrim_deploy.pruning.pair import StagePair
 from pdtrim_deploy.pruning.pd_loss import pd_loss
 from pdtrim_deploy.recipe import Recipe
-from pdtrim_deploy.recipe.healing import HealingSection
+from pdtrim_deploy.recipe.healing import TOKENS_A_FEATURE, HealingSection
 
 IN, OUT = 24, 16
 
@@ -191,7 +191,6 @@ def test_a_recipe_says_when_its_text_is_short():
         recipe = Recipe(name="a", model={"source": "pypi:x"}, pruning=pruning, healing=section)
         return fit_tokens.fit_sentence(recipe, Sizes())
 
-    assert fit_tokens.TOKENS_A_FEATURE == TOKENS_A_FEATURE
     assert "decode's least squares have 2,048 tokens for 1,536 features of a map, 1.3 a" in sentence(sequences=16)
     assert "healing.sequences of 120" in sentence(sequences=16)
     assert sentence(sequences=120) is None

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 
 from pdtrim_deploy.bundle import Bundle
+from pdtrim_deploy.evaluation.bundle_oracle import oracle_of
 from pdtrim_deploy.evaluation.fidelity.cases import Group, groups, text_needed
 from pdtrim_deploy.evaluation.fidelity.client import Served, ask
 from pdtrim_deploy.evaluation.fidelity.controls import wrong_oracles
 from pdtrim_deploy.evaluation.fidelity.sensitivity import NOISE, score_shaken
 from pdtrim_deploy.evaluation.limits import fit_judging
-from pdtrim_deploy.evaluation.stage_models import oracle_of
 from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.local.compute import Compute
 from pdtrim_deploy.models.oracle import PDOracle

@@ -21,7 +21,9 @@ ARCHITECTURES = {
 _WINDOWS = "its layers have sliding windows, and are not read from GGUF; give the HF folder as hf:DIR"
 _LATENT = "its attention keeps latents (MLA), whose maps are not read from GGUF; give the HF folder as hf:DIR"
 _LINEAR = "its linear attention is not read from GGUF; give the HF folder as hf:DIR"
-_HYBRID = "it is a hybrid: some of its layers keep a state instead of KV, which is not sent yet"
+_HYBRID = (
+    "it is a hybrid: some of its layers keep a state instead of KV, which is sent of HF folders of known families alone"
+)
 _EXPERTS = "its experts are not read from GGUF; give the HF folder as hf:DIR"
 _REASONS = {
     **dict.fromkeys(("gemma2", "gemma3n", "gpt-oss", "cohere2", "exaone4", "olmo3"), _WINDOWS),
