@@ -1,6 +1,7 @@
 """What methods choose that measure no loss, judged beside the finalists of a search that does."""
 
 import pytest
+import torch
 from searches import stages_of
 from tinypd import BLOCKS, make_plan, text, tiny
 
