@@ -167,7 +167,9 @@ def provenance(recipe: Recipe, plan: PDPlan) -> list[str]:
 
 def launch(plan: PDPlan, recipe: Recipe, stage: Stage) -> str:
     """The stage's worker in the user's own SGLang 0.5.23, on a GPU."""
-    environment = {"SGLANG_PLUGINS": "pdtrim"} | precision_environment(recipe.model.dtype)
+    environment = {"SGLANG_PLUGINS": "pdtrim"} | precision_environment(
+        recipe.model.dtype, states=plan.model.states is not None
+    )
     variables = " ".join(f"{name}={value}" for name, value in environment.items())
     attention = attention_arguments(stage, any(s.mode == "sparse" for s in plan.kv), recipe.model.dtype)
     if plan.unified:

@@ -17,6 +17,7 @@ from pdtrim_deploy.serving.gpu_defaults import (
     attention_arguments,
     pool_arguments,
     precision_environment,
+    state_environment,
     window_flags,
 )
 from pdtrim_deploy.serving.memory import FRACTION, static_fraction
@@ -142,11 +143,13 @@ def worker_environment(python: Path, worker: WorkerSpec, workers: int, temporary
             "OMP_WAIT_POLICY": "PASSIVE",
             "GOMP_SPINCOUNT": "0",
         }
+        if worker.options.states:
+            chosen |= state_environment(worker.options.dtype)
         if (ranks := worker.options.tp(worker.stage)) > 1:
             chosen["SGLANG_NCCL_SO_PATH"] = os.devnull  # NCCL needs GPUs; without it SGLang's ranks speak by gloo
             chosen["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join([",".join(map(str, cores))] * ranks)
     else:
-        chosen |= precision_environment(worker.options.dtype)
+        chosen |= precision_environment(worker.options.dtype, states=worker.options.states)
     return _base(python, os.environ, temporary) | chosen
 
 

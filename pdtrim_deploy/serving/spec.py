@@ -31,10 +31,10 @@ class WorkerOptions:
     device's default: see `page_tokens`, `pool_tokens`, `requests`. `threads` are OpenMP threads a worker (CPU only;
     None: the cores divided among the workers). `sparse` says that decode has sparse layers, `split_pool` for which
     requests their pools are sized. `sinks`: attention has sinks; then SGLang refuses torch_native by name, and on a CPU
-    without AMX chooses it all the same. `send_by_layer`: rows of finished layers leave while prefill computes later
-    ones. `tp_prefill` and `tp_decode` are tensor-parallel ranks of a worker; `share_gpus`
-    lets several workers take one GPU where there are too few. Every answer names `plan_digest`, where it is
-    given, as the version of the weights. `extra_args`, then those of the stage, go to `sglang.launch_server` last: they
+    without AMX chooses it all the same. `states`: some layers have linear attention. `send_by_layer`: rows of finished
+    layers leave while prefill computes later ones. `tp_prefill` and `tp_decode` are tensor-parallel ranks of a worker;
+    `share_gpus` lets several workers take one GPU where there are too few. Every answer names `plan_digest`, where it
+    is given, as the version of the weights. `extra_args`, then those of the stage, go to `sglang.launch_server` last: they
     win over anything chosen here.
     """
 
@@ -51,6 +51,7 @@ class WorkerOptions:
     threads: int | None = None
     sparse: bool = False
     sinks: bool = False
+    states: bool = False
     split_pool: SplitPool | None = None
     send_by_layer: bool = False
     tp_prefill: int = 1

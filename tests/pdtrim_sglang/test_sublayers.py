@@ -16,7 +16,7 @@ from sglang.srt.layers.layernorm import RMSNorm
 from sglang.srt.model_executor.model_runner_components.layer_setup import ModelLayerInfo
 from sglang.srt.plugins.hook_registry import HookRegistry
 
-from pdtrim_deploy.plan import Keep, KVOnly, KVSend, ModelShape, PDPlan, WithoutAttention, WithoutMLP
+from pdtrim_deploy.plan import Keep, KVOnly, KVSend, LinearStates, ModelShape, PDPlan, WithoutAttention, WithoutMLP
 
 HIDDEN = 24
 SHAPE = ModelShape(architecture="X", fingerprint="f", num_blocks=5, num_kv_heads=2, head_dim=4, kv_dtype="float32")
@@ -139,6 +139,15 @@ def test_an_engines_stage_has_a_pool_of_kv_layers_too(runner):
     loading.cut_planned_layers(None, runner)
     loading.count_kv_layers(None, runner)
     assert runner.layer_info.num_effective_layers == 3
+
+
+def test_beside_linear_attention_sglang_counts_kv_layers_itself(runner, tmp_path):
+    """Among all layers: of fewer it would find no layer with KV, and make none a pool."""
+    states = LinearStates(blocks=(0, 1, 2, 4), key_heads=1, key_dim=2, value_heads=1, value_dim=2, conv_columns=3)
+    plan = PDPlan.dense(SHAPE.model_copy(update={"states": states}))
+    (tmp_path / "config.json").write_text(json.dumps({"pdtrim": plan.model_dump(mode="json")}))
+    loading.count_kv_layers(None, runner)
+    assert (runner.layer_info.num_effective_layers, runner.layer_info.end_layer) == (5, 5)
 
 
 @pytest.mark.parametrize("experts", [False, True])
