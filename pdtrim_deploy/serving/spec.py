@@ -34,8 +34,8 @@ class WorkerOptions:
     without AMX chooses it all the same. `states`: some layers have linear attention. `send_by_layer`: rows of finished
     layers leave while prefill computes later ones. `tp_prefill` and `tp_decode` are tensor-parallel ranks of a worker;
     `share_gpus` lets several workers take one GPU where there are too few. Every answer names `plan_digest`, where it
-    is given, as the version of the weights. `extra_args`, then those of the stage, go to `sglang.launch_server` last: they
-    win over anything chosen here.
+    is given, as the version of the weights. `extra_args`, then those of the stage, go to `sglang.launch_server` last:
+    they win over anything chosen here.
     """
 
     device: Device = field(default_factory=lambda: "cuda" if gpu_count() else "cpu")
