@@ -2,11 +2,11 @@
 
 `make bench-launches`. Counted on meta tensors: no GPU, nothing computed. What a worker does is counted, all of it: on
 prefill `Packer.pack`, which brings the chunk's slots to the GPU, packs there, and copies to a slot on the host; on
-decode `DecodeRoom.take`, of a payload that lies on the host. A launch is each Triton kernel, and each operation of torch
-on the GPU that is no view; a copy is one between host and GPU, which its copy engine does; a sync is each operation after
-which the host goes on only when the GPU is done: a value read back, or a copy between host and device that is not
-asynchronous. The wait at a chunk's end, of `take` for its stream and of the sender for its event, is not among them.
-Chunks are new: of one that was moved before the Triton form has its table on the GPU already, a copy less.
+decode `DecodeRoom.take`, of a payload that lies on the host. A launch is each Triton kernel, and each operation of
+torch on the GPU that is no view; a copy is one between host and GPU, which its copy engine does; a sync is each
+operation after which the host goes on only when the GPU is done: a value read back, or a copy between host and device
+that is not asynchronous. The wait at a chunk's end, of `take` for its stream and of the sender for its event, is not
+among them. Chunks are new: of one that was moved before the Triton form has its table on the GPU already, a copy less.
 """
 
 from __future__ import annotations
