@@ -34,15 +34,15 @@ class Clocks:
     def learn(self, actor: str, known: Clock) -> None:
         """The actor has waited for what has this clock."""
         with self._lock:
-            own = self._clocks.setdefault(actor, {})
+            clock = self._clocks.setdefault(actor, {})
             for other, time in known.items():
-                own[other] = max(own.get(other, 0), time)
+                clock[other] = max(clock.get(other, 0), time)
 
     def access(self, actor: str, reads: Iterable[Hashable] = (), writes: Iterable[Hashable] = ()) -> None:
-        """The actor reads and writes places; each access is an event of its own."""
+        """The actor reads and writes places; each access is a tick of its clock."""
         with self._lock:
-            own = self._clocks.setdefault(actor, {})
-            own[actor] = time = own.get(actor, 0) + 1
+            clock = self._clocks.setdefault(actor, {})
+            clock[actor] = time = clock.get(actor, 0) + 1
             for place in reads:
                 self._after("reads", actor, place, self._written.get(place))
                 self._read.setdefault(place, {})[actor] = time

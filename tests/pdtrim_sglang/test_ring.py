@@ -227,7 +227,7 @@ def with_clocks(monkeypatch, clocks):
     semaphore = clocked(clocks, ClockedSemaphore)
     monkeypatch.setattr(one_sided, "threading", SimpleNamespace(Semaphore=semaphore, Lock=threading.Lock))
 
-    def around(owner, name, before=lambda *_: None, after=lambda *_: None):
+    def wrap(owner, name, before=lambda *_: None, after=lambda *_: None):
         genuine = getattr(owner, name)
 
         def wrapped(*arguments):
@@ -241,12 +241,12 @@ def with_clocks(monkeypatch, clocks):
     def reads(*tensors):
         clocks.access(thread(), places(tensors))
 
-    around(tcp.InlineSendMover, "move", before=lambda mover, slot, *_: reads(mover.slots[slot]))
-    around(peer, "as_bytes", before=reads)
+    wrap(tcp.InlineSendMover, "move", before=lambda mover, slot, *_: reads(mover.slots[slot]))
+    wrap(peer, "as_bytes", before=reads)
     for link in (tcp._InlineLink, one_sided._Written):
-        around(link, "read", lambda *_: clocks.learn(thread(), clocks.now("wire")), partial(landed, clocks))
-    around(server._Member, "_take", after=lambda *_: clocks.learn("replies", clocks.now(thread())))
-    around(channel.Reply, "decode_fixed", after=lambda *_: clocks.learn(thread(), clocks.now("replies")))
+        wrap(link, "read", lambda *_: clocks.learn(thread(), clocks.now("wire")), partial(landed, clocks))
+    wrap(server._Member, "_take", after=lambda *_: clocks.learn("replies", clocks.now(thread())))
+    wrap(channel.Reply, "decode_fixed", after=lambda *_: clocks.learn(thread(), clocks.now("replies")))
 
 
 def landed(clocks, link, payload, _):

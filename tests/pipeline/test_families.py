@@ -109,7 +109,7 @@ def test_pruning_and_healing_need_known_blocks(sections, recipe, tiny_dir, tmp_p
     assert not (tmp_path / "b").exists()
 
 
-@pytest.mark.parametrize("architecture", [*sorted(set(FAMILIES) - set(taking("engines"))), KV_ALONE, *UNCUT])
+@pytest.mark.parametrize("architecture", [*sorted({*FAMILIES, *WINDOWED, *UNCUT} - set(taking("engines"))), KV_ALONE])
 def test_engines_need_a_known_graph(architecture, recipe, tiny_dir, tmp_path, cache, record_property):
     """Before a stage is written; by the dry run too."""
     request = recipe(tiny_dir(architecture), targets={"onnx": {}}, kv={"method": "none"})

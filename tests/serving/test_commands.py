@@ -159,6 +159,16 @@ def test_triton_multiplies_float32_in_float32(tmp_path, dtype, precision):
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize(("dtype", "states", "columns"), [
+    ("float32", True, "float32"), ("float16", True, "float16"), ("bfloat16", True, None), ("float32", False, None),
+])  # fmt: skip
+def test_convolutions_are_in_the_models_dtype(tmp_path, device, dtype, states, columns):
+    for worker in spec(device=device, dtype=dtype, states=states).workers:
+        variables = commands.worker_environment(PYTHON, worker, 3, tmp_path)
+        assert variables.get("SGLANG_MAMBA_CONV_DTYPE") == columns
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_sizes_of_pools_are_for_decode_alone(device):
     for worker in spec(device=device, sparse=True, split_pool=SplitPool(isl=40, osl=8)).workers:
         command = commands.worker_command(PYTHON, worker)
