@@ -71,6 +71,7 @@ TABLES = {
     "faults": Table(("faults",), serving.faults),
     "overlap": Table(("overlap",), serving.overlap),
     "conversation": Table(("conversation",), serving.conversation, optional=True),
+    "agentic": Table(("agentic",), serving.agentic, optional=True),
     "bylayer": Table(("bylayer",), serving.bylayer, optional=True),
     "smallchunks": Table(("overlap",), serving.smallchunks),
     "simulation": Table(("simulation",), serving.simulation),
