@@ -333,7 +333,7 @@ def test_what_came_later_leaves_the_digest_of_recipes_without_it() -> None:
 @pytest.mark.parametrize(
     ("name", "digest"),
     [
-        ("smollm2-balanced", ""),
+        ("smollm2-balanced", "0e05d2e227da"),
         ("smollm2-demo", "1d1905f510c2"),
         ("smollm2-dense", "5579346657d1"),
         ("smollm2-headline", "6c12d408b12e"),
