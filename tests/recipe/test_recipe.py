@@ -342,7 +342,7 @@ def test_what_came_later_leaves_the_digest_of_recipes_without_it() -> None:
     ],
 )
 def test_shipped_recipes_keep_their_digests(name: str, digest: str) -> None:
-    """As they were before healing had a method, rates to try and gradient checkpointing; Qwen3's since its mixture, balanced's its gates."""
+    """As before healing had a method, rates to try, checkpointing; later for Qwen3's mixture and balanced's gates."""
     assert Recipe.load(RECIPES / f"{name}.yaml").digest.startswith(digest)
 
 
