@@ -27,12 +27,13 @@ from pdtrim_deploy.evaluation.corpora import registry
 from pdtrim_deploy.evaluation.corpora.sampling import sequences
 from pdtrim_deploy.evaluation.lm_harness import Harness
 from pdtrim_deploy.evaluation.measured import Measured
-from pdtrim_deploy.evaluation.perplexity import pd_perplexity
+from pdtrim_deploy.evaluation.perplexity import BATCH
 from pdtrim_deploy.evaluation.recovery import Recovery
 from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.local.row_log import RowLog
 from pdtrim_deploy.models.loading import load_tokenizer
-from pdtrim_deploy.models.oracle import PDOracle
+from pdtrim_deploy.models.oracle import PDOracle, PrefillState
+from pdtrim_deploy.models.pd_run import sequence_nll
 
 DOMAINS = {"prose": "brown", "dialogue": "agents", "code": "code"}
 PLACE = HERE.parent / "out" / "bench-quality"
@@ -65,9 +66,10 @@ def main() -> None:
         for part in dict.fromkeys(part for part, _ in missing):
             there = [row for row in _newest(log) if (row["model"], row["part"]) == (name, part)]
             check_commits([*there, {"commit": now}])
+        prompts: dict[str, list[PrefillState]] = {}
         for plan in dict.fromkeys(plan for _, plan in missing):
             with built(name, plan, PLACE / name, note) as bundle:
-                bench = _Bench(name, plan, bundle, text, note)
+                bench = _Bench(name, plan, bundle, text, prompts if set(PLANS[plan]) == {"kv"} else {}, note)
                 for part in (part for part, of_plan in missing if of_plan == plan):
                     log.append(bench.row(part, options.items))
     options.models, options.plans, options.parts, options.items = [*MODELS], [*PLANS], [*DOMAINS, *TASKS], None
@@ -146,7 +148,17 @@ class _Bench:
         documents = registry.load(DOMAINS[part], self._cache, self._note).split("final")
         length = self._text["prompt"] + self._text["continuation"]
         ids = sequences(documents, self._tokenizer, self._text["sequences"], length, 0)
-        values = pd_perplexity(self._oracle, ids, self._text["prompt"]).per_sequence
+        before, behind = (
+            side.split(BATCH) for side in ids.split((self._text["prompt"], self._text["continuation"]), 1)
+        )
+        if part not in self._prompts:
+            self._prompts[part] = [self._oracle.prefill(prompts) for prompts in before]
+        states = self._prompts[part]
+        values = tuple(
+            value
+            for state, continuations in zip(states, behind, strict=True)
+            for value in sequence_nll(self._oracle.score(state, continuations)).tolist()
+        )
         return Measured(part, ("all",) * len(values), {"nll": values}), True
 
     def _task(self, part: str, items: int | None) -> tuple[Measured, bool]:
