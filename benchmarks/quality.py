@@ -127,9 +127,18 @@ def _newest(log: RowLog) -> list[dict[str, Any]]:
 
 
 class _Bench:
-    """One model behind one plan."""
+    """One model behind one plan. `prompts`: by domain, what prefill made of its texts, for all plans of this prefill."""
 
-    def __init__(self, name: str, plan: str, bundle: Bundle, text: dict[str, int], note: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        name: str,
+        plan: str,
+        bundle: Bundle,
+        text: dict[str, int],
+        prompts: dict[str, list[PrefillState]],
+        note: Callable[[str], None],
+    ) -> None:
+        self._prompts = prompts
         self._name, self._plan, self._text, self._note, self._cache = name, plan, text, note, Cache.default()
         self._oracle, self._tokenizer = oracle_of(bundle, note, None), load_tokenizer(bundle.prefill_dir)
         self._tasks, self._commit = write_tasks(PLACE / "tasks", self._cache), commit()

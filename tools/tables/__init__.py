@@ -36,7 +36,7 @@ class Table:
 
 
 TABLES = {
-    "switches": Table(("kv", "wire", "kvonly", "prefilltime", "heal", "headline"), front.switches),
+    "switches": Table(("kv", "wire", "kvonly", "prefilltime", "heal", "headline", "generated"), front.switches),
     "proof": Table(("served", "faults"), front.proof),
     "gpu": Table(("gpu-check",), gpu.gpu, optional=True),
     "gpuparts": Table(("gpu-check",), gpu.gpuparts, optional=True),
