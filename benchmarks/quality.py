@@ -127,7 +127,7 @@ def _newest(log: RowLog) -> list[dict[str, Any]]:
 
 
 class _Bench:
-    """One model behind one plan. `prompts`: by domain, what prefill made of its texts, for all plans of this prefill."""
+    """One model behind one plan. `prompts`: by domain, what prefill made of its texts, for plans of this prefill."""
 
     def __init__(
         self,
