@@ -36,7 +36,7 @@ def compute_by_torch() -> None:
     operators.fused_sigmoid_mul_cpu = let_through  # this and the next three are Qwen3.5's
     operators.fused_qk_gemma_rmsnorm_cpu = norm_both
     operators.fused_qk_gemma_rmsnorm_with_gate_cpu = norm_both_beside_gate
-    operators.fused_qkvzba_split_reshape_cat_contiguous_cpu = None  # of one, two or four value heads a key head
+    operators.fused_qkvzba_split_reshape_cat_contiguous_cpu = split
     from sglang.kernels.ops.attention.fla import fused_norm_gate, layernorm_gated
     from sglang.srt.models import qwen2_moe
 
@@ -79,6 +79,13 @@ def let_through(x: Tensor, gate: Tensor) -> None:
 def add_gated(hidden: Tensor, weight: Tensor, shared: Tensor, out: Tensor) -> None:
     """The shared expert's output, by how much its gate lets through: `[tokens, hidden]` all but `weight`."""
     out += (hidden.float() @ weight.float()).sigmoid()[:, None] * shared
+
+
+def split(qkvz: Tensor, ba: Tensor, key_heads: int, heads: int, k: int, v: int) -> tuple[Tensor, ...]:
+    """Of projections `[tokens, ..]`: channels, `z` `[tokens, heads, v]`, and `b` and `a` `[tokens, heads]`."""
+    channels, z = qkvz.split([2 * key_heads * k + heads * v, heads * v], -1)
+    b, a = ba.chunk(2, -1)
+    return channels.contiguous(), z.unflatten(-1, (heads, v)).contiguous(), b.contiguous(), a.contiguous()
 
 
 def convolve(
