@@ -280,6 +280,7 @@ def test_what_a_text_model_cannot_do_is_a_4xx_and_the_next_request_is_served(mix
         "custom_logit_processor": '{"callable": "8004"}',
         "return_hidden_states": True,
         "session_params": {"id": "abc"},
+        "input_embeds": [[0.0] * 64] * 4,
     }
     for name, value in fields.items():
         body = {"input_ids": PROMPT, "sampling_params": {"max_new_tokens": 2}, name: value}
