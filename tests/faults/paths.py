@@ -64,8 +64,7 @@ def tiny_stages(model: Path, folder: Path, cache, path: ServedPath, n_last: int)
     prefill, decode = (tuple(Drop() if block in gone else Keep() for block in range(6)) for gone in ((3,), (1, 3)))
     if path.cut:
         sparse = KVSend(mode="sparse", n_first=4, n_last=n_last)
-        wire = "native" if path.pool_dtype == "native" else "int4"
-        kv = (KVSend(), sparse, sparse.model_copy(update={"n_last": 9, "wire_dtype": wire}), sparse)
+        kv = (KVSend(), sparse, sparse.model_copy(update={"n_last": 9}), sparse)
     else:
         kv = tuple(KVSend(wire_dtype=wire) for wire in ("int8", "native", "fp8", "native" if n_last % 2 else "int8"))
     shape = checkpoint.shape("float32").with_pool(path.pool_dtype)
