@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
     from pdtrim_deploy.models.oracle import PDOracle
 
-# Nats, in float32. In an fp8 pool the last bit of a sum decides beside the boundary of two codes: of 96 requests oracles in
-# float32 and float64 differ by up to 0.01; where a page of 16 tokens is another's, by 0.14 and more.
+# Nats, in float32. Beside the boundary of two codes of an fp8 pool the last bit of a sum decides: of 96 requests
+# oracles in float32 and float64 differ by up to 0.01; where a page of 16 tokens is another's, by 0.14 and more.
 TOLERANCE, FP8_TOLERANCE = 1e-3, 0.04
 
 
