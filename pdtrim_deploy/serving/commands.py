@@ -76,6 +76,8 @@ def worker_command(python: Path, worker: WorkerSpec, secret: Path | None = None)
         if not options.sinks:
             arguments["--attention-backend"] = "torch_native"
         flags += ["--disable-overlap-schedule", "--sleep-on-idle"]
+        if "--enable-dp-attention" in options.arguments(worker.role):  # SGLang has that exchange on GPUs alone
+            flags.append("--no-enable-tp-lm-head-all-to-all")
         if (ranks := options.tp(worker.role)) > 1:
             arguments["--tp-size"] = ranks
         if worker.role == "decode" and not options.sparse:  # the default backs up KV through CUDA streams

@@ -20,8 +20,6 @@ from pdtrim_deploy.recipe import Recipe
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(900)]
 OPTIONS = {"dtype": "float32", "page_size": 16, "chunked_prefill_size": 64}
-# by default SGLang exchanges logits by an operation that it has on GPUs alone
-GATHERED = (*DP_ATTENTION, "--no-enable-tp-lm-head-all-to-all")
 LENGTHS = (1, 40, 97, 333)
 
 
@@ -52,8 +50,8 @@ def generate(pair, tokens, new_tokens=8):
 @pytest.mark.parametrize(
     "ranks",
     [
-        {"tp_prefill": 2, "tp_decode": 2, "decode_args": GATHERED},
-        {"tp_prefill": 2, "tp_decode": 1, "prefill_args": GATHERED},
+        {"tp_prefill": 2, "tp_decode": 2, "decode_args": DP_ATTENTION},
+        {"tp_prefill": 2, "tp_decode": 1, "prefill_args": DP_ATTENTION},
     ],
     ids=["decode", "prefill"],
 )
@@ -81,6 +79,6 @@ def test_a_model_that_knows_no_dp_attention_is_refused(serving, tiny_dir):
     model = tiny_dir("LlamaForCausalLM")
     with (
         pytest.raises(ServingError, match=r"LlamaForCausalLM sums over ranks .*: start without --enable-dp-attention"),
-        serving(model, model, tp_decode=2, decode_args=GATHERED, **OPTIONS),
+        serving(model, model, tp_decode=2, decode_args=DP_ATTENTION, **OPTIONS),
     ):
         pass

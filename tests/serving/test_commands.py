@@ -184,6 +184,13 @@ def test_arguments_of_a_stage_come_after_those_of_both_and_reach_no_other():
         assert commands.worker_command(PYTHON, worker)[-4:] == ["--a", "1", *stage_args]
 
 
+@pytest.mark.parametrize(("device", "gathered"), [("cpu", ["decode"]), ("cuda", [])])
+def test_on_a_cpu_ranks_of_dp_attention_gather_logits(device, gathered):
+    workers = spec(device=device, decode_args=("--enable-dp-attention", "--dp-size", "2")).workers
+    flag = "--no-enable-tp-lm-head-all-to-all"
+    assert [worker.role for worker in workers if flag in commands.worker_command(PYTHON, worker)] == gathered
+
+
 def test_the_environment_is_the_workers_own(monkeypatch, tmp_path):
     monkeypatch.setenv("PYTHONPATH", "/build/only")
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
