@@ -2,7 +2,7 @@
 
 SGLang 0.5.23 takes --enable-dp-attention with any model. But attention of some (models/llama.py, qwen2.py, glm4.py,
 mixtral.py, gemma3_causal.py, granite.py, olmo2.py) divides heads among all ranks of tensor parallelism and sums over
-them, as if they had the same requests: text is wrong where their batches are of one size, and ranks end where not.
+them, as if they had the same requests: text is wrong, and a rank that has none ends.
 """
 
 from __future__ import annotations
