@@ -7,7 +7,7 @@ from stagepairs import kl, pair_of
 from tinypd import text, tiny
 
 from pdtrim_deploy.errors import UserError
-from pdtrim_deploy.pruning.healing import StateFile, heal, stage_reader
+from pdtrim_deploy.pruning.healing import StateFile, heal
 from pdtrim_deploy.pruning.healing.losses import HiddenLoss, LogitLoss
 from pdtrim_deploy.pruning.healing.paired import PairedTest, Split
 from pdtrim_deploy.pruning.healing.stage_reader import StageReader
@@ -172,7 +172,7 @@ def test_logits_exist_for_few_tokens_at_a_time(recomputes, monkeypatch):
     assert value == pytest.approx(kl(pair, "prefill", ids), rel=1e-4)
     whole = [p.grad.clone() for p in weights.masters]
     vocabulary = model.lm_head.out_features
-    monkeypatch.setattr(stage_reader, "_LOGITS_AT_ONCE", 5 * vocabulary)
+    monkeypatch.setattr(reader, "_LOGITS_AT_ONCE", 5 * vocabulary)
     for head in (model.lm_head, pair.model.lm_head):
         head.register_forward_hook(lambda _, __, out: rows.append(out.shape[:-1].numel()))
     for p in weights.masters:
