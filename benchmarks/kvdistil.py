@@ -67,7 +67,7 @@ def main() -> None:
         if log.find(**key) is None:
             bench = bench or _Bench(options, note)
             log.append(key | bench.row(key))
-    write("kvdistil", options, [row for key in keys if (row := log.find(**key))])
+        write("kvdistil", options, [row for key in keys if (row := log.find(**key))])
 
 
 class _Bench:
