@@ -1,10 +1,11 @@
 """Prefill blocks run for K and V alone: least squares, and training through decode behind it -> results/kvdistil.json.
 
-`make bench-kvdistil`. SmolLM2-135M, dequantised from Q4_1, in float32; decode whole, KV whole. The blocks whose absence
-alone costs least run for their K and V alone: those of results/kvonly.json, which are chosen in the same way, where it
-has as many. Least squares fits these and the layers around the gaps. Then prefill is trained by what decode predicts behind its KV, as `healing.prefill_steps` does, from the same weights. All of it on
-calibration text of Brown. Each pair is judged through both stages, sequence by sequence, on development text of Brown,
-or with `--split final` on its final text, and on Jane Austen. What is stopped goes on where it was.
+`make bench-kvdistil`. SmolLM2-135M, dequantised from Q4_1, in float32; decode whole, KV whole. The blocks whose
+absence alone costs least run for their K and V alone: those of results/kvonly.json, which are chosen in the same way,
+where it has as many. Least squares fits these and the layers around the gaps. Then prefill is trained by what decode
+predicts behind its KV, as `healing.prefill_steps` does, from the same weights. All of it on calibration text of
+Brown. Each pair is judged through both stages, sequence by sequence, on development text of Brown, or with `--split
+final` on its final text, and on Jane Austen. What is stopped goes on where it was.
 """
 
 from __future__ import annotations
