@@ -18,13 +18,12 @@ def trained_model(pair: StagePair, stage: Stage) -> CausalLM:
 def learnt(pair: StagePair, stage: Stage, model: CausalLM) -> list[tuple[str, ...]]:
     """By layer of `model`, the stage's: names within it. What K and V are made with stays the dense model's.
 
-    In a stage with blocks that run for their K and V alone these learn nothing else, and layers that end where the
-    dense model's do learn nothing, but for the last of them in front of the first gap.
+    In a stage with blocks that run for their K and V alone these learn nothing but that, and the layers up to the first
+    that differs from the dense model learn nothing, but for the last of them.
     """
     blocks, names = pair.plan.layers(stage), list[tuple[str, ...]]()
     alone = [not pair.adds(stage, block) for block in blocks]
-    gaps = [number for number, (stop, after) in enumerate(pair.spans(stage)) if stop != after]
-    first = max(0, gaps[0] - 1) if any(alone) else 0
+    first = max(0, _first_changed(pair, stage) - 1) if any(alone) else 0
     for number, (layer, for_kv) in enumerate(zip(model.model.layers, alone, strict=True)):
         if number < first:
             names.append(())
@@ -33,3 +32,13 @@ def learnt(pair: StagePair, stage: Stage, model: CausalLM) -> list[tuple[str, ..
         else:
             names.append(tuple(trainable(layer)))
     return names
+
+
+def _first_changed(pair: StagePair, stage: Stage) -> int:
+    """The first layer that does, or that is followed by, what the dense model does not."""
+    if pair.plan.kept_experts(stage) or pair.plan.layers(stage)[0] > 0:
+        return 0
+    actions, layers = pair.plan.actions(stage), zip(pair.plan.layers(stage), pair.spans(stage), strict=True)
+    return next(
+        number for number, (block, (stop, after)) in enumerate(layers) if stop != after or actions[block].kind != "keep"
+    )
