@@ -173,7 +173,7 @@ def test_logits_exist_for_few_tokens_at_a_time(recomputes, monkeypatch):
     assert value == pytest.approx(kl(pair, "prefill", ids), rel=1e-4)
     whole = [p.grad.clone() for p in weights.masters]
     vocabulary = model.lm_head.out_features
-    monkeypatch.setattr(reader, "_LOGITS_AT_ONCE", 5 * vocabulary)
+    monkeypatch.setattr("pdtrim_deploy.pruning.healing.reader._LOGITS_AT_ONCE", 5 * vocabulary)
     for head in (model.lm_head, pair.model.lm_head):
         head.register_forward_hook(lambda _, __, out: rows.append(out.shape[:-1].numel()))
     for p in weights.masters:

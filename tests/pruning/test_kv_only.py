@@ -110,9 +110,9 @@ def served_kl(pair, ids):
     oracle = PDOracle(pair.stage("prefill"), pair.stage("decode"), pair.plan)
     state = oracle.prefill(ids[:, :half])
     decode = oracle.decode.logits(oracle.extend(ids[:, half:-1], half, oracle.hand_over(state)))
-    said = torch.cat((state.logits[:, None], decode), 1).log_softmax(-1)
+    served = torch.cat((state.logits[:, None], decode), 1).log_softmax(-1)
     meant = pair.model(ids[:, :-1]).logits[:, half - 1 :].log_softmax(-1)
-    return float((meant.exp() * (meant - said)).sum(-1).mean())
+    return float((meant.exp() * (meant - served)).sum(-1).mean())
 
 
 @pytest.mark.parametrize(("family", "method"), [*((family, "full") for family in FAMILIES), ("Llama", "lora")])
