@@ -37,7 +37,7 @@ class Table:
 
 
 TABLES = {
-    "switches": Table(("kv", "wire", "kvonly", "prefilltime", "heal", "headline"), front.switches),
+    "switches": Table(("kv", "wire", "kvdistil", "prefilltime", "heal", "headline"), front.switches),
     "proof": Table(("served", "faults"), front.proof),
     "gpu": Table(("gpu-check",), gpu.gpu, optional=True),
     "gpuparts": Table(("gpu-check",), gpu.gpuparts, optional=True),
