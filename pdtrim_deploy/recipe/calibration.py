@@ -13,7 +13,8 @@ Corpus = Annotated[
     str,
     Field(
         pattern=r"^(brown|austen|code|questions|recall|(dir|file|jsonl|hub):.+)$",
-        description="brown, austen, code, questions, recall, dir:PATH, file:PATH, jsonl:PATH or hub:OWNER/NAME/FILE",
+        description="brown, austen, code, questions, agents, recall, dir:PATH, file:PATH, jsonl:PATH or "
+        "hub:OWNER/NAME/FILE",
     ),
 ]
 
