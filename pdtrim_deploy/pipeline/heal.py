@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 HEALING = f"{REPORTS}/healing.json"
 _VERSION = 3  # of how weights are made
-_KV_ONLY_VERSION = 4  # the same where some blocks run for their K and V alone
-_PAIR_VERSION = 5  # the same where they are trained
+_KV_ONLY_VERSION = 5  # the same where some blocks run for their K and V alone
+_PAIR_VERSION = 6  # the same where they are trained
 _TRAINING = 1  # version of training by gradients
 
 Changed = Mapping[Stage, "BlockTensors"]

@@ -69,6 +69,8 @@ def test_it_gives_up_what_costs_least_and_all_else_stays():
     assert double.plan.decode == pair.plan.decode
     worst = max(candidates(pair.plan), key=lambda block: kl(_given_up(pair, {block}), "decode", ids))
     assert worst not in double.plan.kv_only_layers
+    more = make_kv_only(pair, 2, torch.cat((ids, text(16, 24, seed=9))))  # 16 sequences choose
+    assert more.plan == double.plan
     with pytest.raises(UserError, match="kv_only_blocks is 5 but only 4 blocks are kept by both"):
         make_kv_only(pair, 5, ids)
 
