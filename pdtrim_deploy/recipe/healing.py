@@ -67,8 +67,8 @@ class HealingSection(Section):
     clearly better.
 
     Attributes:
-        kv_only_blocks: blocks of which prefill computes only K and V while decode keeps them, chosen by measured loss on
-            16 sequences at most. `prefill_steps` then train prefill by what decode predicts behind its KV.
+        kv_only_blocks: blocks of which prefill computes only K and V while decode keeps them, chosen by measured loss
+            on 16 sequences at most. `prefill_steps` then train prefill by what decode predicts behind its KV.
         compensation: without gradients: `norm` rescales (Prune&Comp) each stage whose loss on held-out text falls,
             `least-squares` refits MLP outputs.
         fit: of least squares: `full` refits whole maps, `auto` only with ten tokens of `sequences` x `length` a feature
