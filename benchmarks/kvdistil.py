@@ -4,8 +4,8 @@
 absence alone costs least run for their K and V alone: those of results/kvonly.json, which are chosen in the same way,
 where it has as many. Least squares fits these and the layers around the gaps. Then prefill is trained by what decode
 predicts behind its KV, as `healing.prefill_steps` does, from the same weights. All of it on calibration text of
-Brown. Each pair is judged through both stages, sequence by sequence, on development text of Brown, or with `--split
-final` on its final text, and on Jane Austen. What is stopped goes on where it was.
+Brown. Each pair is judged through both stages, sequence by sequence, on final text of Brown and of Jane Austen, or
+with `--split development` on development text. What is stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ _ABOUT = ("ranked", "refitted", "fitted", "length", "judged", "split", "seed")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--blocks", type=int, nargs="+", default=[8, 12, 16])
-    parser.add_argument("--steps", type=int, default=64, help="of training; 0: least squares alone")
-    parser.add_argument("--learning-rate", type=float, default=1e-4)
+    parser.add_argument("--blocks", type=int, nargs="+", default=[8])
+    parser.add_argument("--steps", type=int, default=48, help="of training; 0: least squares alone")
+    parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--batch", type=int, default=4, help="sequences in a step")
     parser.add_argument("--ranked", type=int, default=16, help="sequences that blocks are chosen on")
-    parser.add_argument("--refitted", type=int, default=32, help="sequences that least squares fits on")
+    parser.add_argument("--refitted", type=int, default=16, help="sequences that least squares fits on")
     parser.add_argument("--fitted", type=int, default=128, help="sequences that are trained on and held out")
     parser.add_argument("--length", type=int, default=256, help="tokens of each; half is prompt")
     parser.add_argument("--judged", type=int, default=24, help="sequences of each corpus")
-    parser.add_argument("--split", choices=("development", "final"), default="development")
+    parser.add_argument("--split", choices=("development", "final"), default="final")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     started = time.monotonic()
