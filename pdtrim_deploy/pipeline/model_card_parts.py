@@ -88,15 +88,16 @@ def changed(plan: PDPlan, recipe: Recipe, stage: Stage, healed: Healed) -> list[
     done = ["students of distilled pairs"] * any(action.kind == "distilled" for action in actions)
     if recipe.healing.compensation != "none" and any(action.kind != "keep" for action in actions):
         done.append(f"compensation {recipe.healing.compensation}")
+    alone = any(action.kind == "kv_only" for action in actions)
     for report in (report for report in healed.get(stage, ()) if report["kept"]):
         steps = f"{report['steps']} steps of distillation from the base model"
+        steps += " by what the pair predicts" * alone
         steps += " behind prompt KV as it arrives" * report["kv"]
         done.append(
             f"{steps} (KL {report['before']:.4f} to {report['after']:.4f} nats a token on held-out calibration text, "
             f"difference {report['difference']:+.4f} ± {report['stderr']:.4f}, paired by "
             f"{report['sequences']} sequences)"
         )
-    alone = any(action.kind == "kv_only" for action in actions)
     done += ["K and V of the blocks that run for these alone, refitted"] * alone
     if not done:
         return []
