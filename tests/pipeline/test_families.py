@@ -161,7 +161,7 @@ TRAINED = ("GraniteForCausalLM", "Olmo2ForCausalLM")
 def test_what_was_trained_is_what_was_written_and_k_and_v_are_the_dense_models(
     architecture, recipe, tiny_dir, tmp_path, cache, record_property
 ):
-    healing = {"decode_steps": 8, "batch": 4, "sequences": 16, "length": 32, "learning_rate": 2e-4}
+    healing = {"decode_steps": 24, "batch": 4, "sequences": 64, "length": 32, "learning_rate": 2e-4}
     if architecture in taking("norm"):
         healing["compensation"] = "norm"
     request = recipe(tiny_dir(architecture), pruning=CUT, healing=healing, kv={"method": "none"})
