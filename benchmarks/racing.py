@@ -3,7 +3,8 @@
 `make bench-racing`. Both searches see the same calibration text (Brown), a draw a seed; prefill loses some blocks
 and decode some more behind it, as in a build. Each choice is then measured in full: its exact objective on that text,
 and the loss of development text, by the pruned pair, sequence by sequence, so that differences are paired. Nothing is
-refitted. Each row is written down when it is made, searches go on where they were stopped.
+refitted. Each row is written down when it is made, and searches go on where they were stopped; `--models` and `--seeds`
+choose what a run does, the table has all rows.
 """
 
 from __future__ import annotations
@@ -50,9 +51,9 @@ def main() -> None:
         for racing in missing:
             assert bench is not None
             log.append(bench.row(seed, racing=racing))
-    cases = product(options.models, options.seeds, (True, False))
-    rows = [log.find(model=model, seed=seed, racing=racing) for model, seed, racing in cases]
-    print(write("racing", options, [row for row in rows if row is not None]))
+    rows = sorted(log.rows, key=lambda row: ([*MODELS].index(row["model"]), row["seed"], not row["racing"]))
+    options.models, options.seeds = [*MODELS], sorted({row["seed"] for row in rows})
+    print(write("racing", options, rows))
 
 
 class _Bench:

@@ -10,11 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from time import monotonic
 from typing import Any
 
 from torch import Tensor
 
+from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.local.allocator import trim
+from pdtrim_deploy.models.mapped import mapped
 from pdtrim_deploy.plan import Stage
 from pdtrim_deploy.pruning.healing.losses import HiddenLoss, LogitLoss
 from pdtrim_deploy.pruning.healing.paired import PairedTest, Split
@@ -59,11 +63,16 @@ def heal(
     prompt_kv: PromptKV | None = None,
     file: StateFile | None = None,
     clock: Callable[[], float] = monotonic,
+    folder: Path | None = None,
 ) -> Healed:
     """`pair` with `stage` trained on text `ids`, int64 `[S, T]`: all steps asked for, or until time is up.
 
     With a `prompt_kv` these are `kv_steps` of decode; without, decode's prompts are T / 2 long and their KV is whole.
     What `file` has of the same training is not done again; `clock` gives the seconds that `minutes` limits.
+
+    With a `folder` the memory is bounded: what additions of low rank are merged into lies in mapped files there, and
+    layers are run again for their gradients, so of a streamed model no more than two blocks are there at a time beside
+    those that it may keep.
 
     Raises:
         UserError: peft is wanted and not installed; a loss that is not a number; a full disk.
@@ -78,11 +87,11 @@ def heal(
     model, layers = pair.stage(stage), pair.plan.layers(stage)
     learns = [pair.adds(stage, block) for block in layers]
     weights: Weights = (
-        LoraWeights(model, layers, learns, section.lora_rank, section.seed)
+        LoraWeights(model, layers, learns, section.lora_rank, section.seed, _keep_in(folder))
         if section.method == "lora"
         else FullWeights(model, layers, learns)
     )
-    reader = StageReader(pair, stage, model, prompt_kv, section.gradient_checkpointing)
+    reader = StageReader(pair, stage, model, prompt_kv, section.gradient_checkpointing or folder is not None)
     losses = HiddenLoss(reader, learns), LogitLoss(reader)
     trainer = Trainer(stage, weights, reader, losses, text, steps, section, file or StateFile(), note, clock)
     training = trainer.train()
@@ -93,6 +102,20 @@ def heal(
         f"{test.difference:+.4f} ± {test.stderr:.4f}" + ("" if test.kept else ": not clearly better, not kept")
     )
     return Healed(healed if test.kept else pair, test, training)
+
+
+def _keep_in(folder: Path | None) -> Callable[[Tensor], Tensor]:
+    def keep(merged: Tensor) -> Tensor:
+        trim()  # of earlier ones
+        try:
+            return mapped(merged, folder)
+        except OSError as error:
+            raise UserError(
+                f"no room for healed weights in {folder} ({error.strerror}); free some space and run the same command "
+                "again: training goes on where it was"
+            ) from error
+
+    return keep if folder is not None else lambda merged: merged
 
 
 def _divergences(
