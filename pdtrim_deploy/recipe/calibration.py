@@ -12,8 +12,9 @@ from pdtrim_deploy.recipe.seed import Seed
 Corpus = Annotated[
     str,
     Field(
-        pattern=r"^(brown|austen|code|questions|recall|(dir|file|jsonl|hub):.+)$",
-        description="brown, austen, code, questions, recall, dir:PATH, file:PATH, jsonl:PATH or hub:OWNER/NAME/FILE",
+        pattern=r"^(brown|austen|code|questions|recall|(dir|file|jsonl|parquet|hub):.+)$",
+        description="brown, austen, code, questions, recall, dir:PATH, file:PATH, jsonl:PATH, parquet:PATH or "
+        "hub:OWNER/NAME/FILE",
     ),
 ]
 
