@@ -155,7 +155,7 @@ class _Costs:
             self._weights(whole=bool(trainings) and not self._trains_streamed) + max(peaks),
             disk=max(files),
             flops=flops,
-            reads=self._passes(4.0 * self.sizes.blocks + sum(training.block_reads for training in trainings)),
+            reads=self._passes(4.0 * self.sizes.blocks + sum(t.block_reads for t in trainings) * self._missing),
         )
         return replace(step, trainings=tuple(trainings), minutes=self.recipe.healing.minutes)
 
@@ -207,6 +207,12 @@ class _Costs:
         """Bytes of one block's values while a batch goes through it, and of a slice of logits."""
         values = sequences * tokens * (6 * self.sizes.hidden + 3 * min(self.sizes.inner, self.sizes.expert_width * 8))
         return values * self.item + min(LOGITS, 3 * 4 * sequences * tokens * self.sizes.vocabulary)
+
+    @property
+    def _missing(self) -> float:
+        """Share of blocks that are read anew when the model runs once more, at most (`models.block_store`)."""
+        blocks, held = self.sizes.blocks, self.compute.blocks_in_memory or self.sizes.blocks
+        return min(1.0, (blocks - held + 2) / blocks)
 
     def _passes(self, block_reads: float) -> float:
         return block_reads * block_bytes(self.config)
