@@ -17,6 +17,7 @@ from pdtrim_deploy.models.families.latents import latent_sizes
 from pdtrim_deploy.models.footprint import LOGITS, PROGRAM, Peak, read_ahead, read_bytes, weight_bytes
 from pdtrim_deploy.models.weights import ModelSizes, one_expert, stored_bytes
 from pdtrim_deploy.pipeline.continuation_costs import ContinuationCost, continuation_costs
+from pdtrim_deploy.pipeline.engine_costs import engine_memory
 from pdtrim_deploy.pipeline.heal import needed
 from pdtrim_deploy.pipeline.heal_costs import fit_bytes, heal_flops
 from pdtrim_deploy.pipeline.joint_costs import joint_cost
@@ -84,11 +85,10 @@ class _Costs:
             size = self._stored(lost)
             peak = Peak.of(self.compute, 0.0, min(SHARD, size) + self._healed())
             costs[stage] = StepCost(peak, size, written=size)
-        for target in recipe.targets.requested:
-            for stage in STAGES:
-                engine = self.sizes.total * 4.0  # built in a process that holds it three times
-                peak = Peak.of(self.compute, 0.0, PROGRAM + 3 * engine)
-                costs[engine_folder(target, stage)] = StepCost(peak, engine)
+        for target, section in recipe.targets.requested.items():
+            for stage in STAGES:  # in a process of its own
+                peak = Peak.of(self.compute, 0.0, engine_memory(section, self.sizes, recipe.model.dtype))
+                costs[engine_folder(target, stage)] = StepCost(peak, self.sizes.total * 4.0)
         files = sum(cost.disk for name, cost in costs.items() if cost.written or name.startswith(f"{ENGINES}/"))
         costs["seal"] = StepCost(Peak.of(self.compute, 0.0), hashed=files)
         return costs

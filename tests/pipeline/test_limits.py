@@ -102,7 +102,10 @@ def test_a_target_is_priced_block_by_block() -> None:
 
 def test_engines_are_named_where_they_are_too_large() -> None:
     recipe, config = recipe_and_config("llama-3.1-8b-balanced")
-    recipe = recipe.changed("test", "targets", onnx={})
+    streamed = recipe.changed("test", "targets", onnx={"dtype": "float32"})
+    costs = step_costs(streamed, config, fit_build(streamed, config, Compute(host_bytes=24 * GB)))
+    assert costs["engines/onnx/prefill"].peak.host < 10 * GB
+    recipe = recipe.changed("test", "targets", onnx={"dtype": "float32", "weights": "int8"})
     with pytest.raises(UserError, match=r"\(step engines/onnx/prefill\), as the builder of .* leave that target out"):
         fit_build(recipe, config, Compute(host_bytes=24 * GB))
 
