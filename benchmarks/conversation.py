@@ -5,14 +5,12 @@
 Two pairs of one bundle (SmolLM2, all rows in k4v3) are up at once and have the same conversations in turns, one turn at
 a time, KV over a relay on loopback that lets `--link` through. For each turn: the prompt, the bytes that prefill sent,
 TTFT. Bytes are counted by the prefill workers; without the cache they must be the plan's.
-
-`--scenario scenarios/agentic.yaml --pool 73728 --bundle DIR` has a scenario's conversations instead, with any bundle
-whose context holds them, cut layers or not; it writes nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import time
 from contextlib import ExitStack
@@ -37,6 +35,7 @@ from pdtrim_deploy.serving import WorkerOptions, cluster_of, throttled
 from pdtrim_deploy.serving.spec import SMALL_POOL_TOKENS
 
 ROOT = Path(__file__).resolve().parent.parent
+OUT = ROOT / "out" / "bench-conversation"
 PAIRS = {"whole": (), "reuse": ("--disaggregation-decode-enable-radix-cache",)}
 
 
@@ -69,7 +68,6 @@ class Pair:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bundle", help="by default SmolLM2 without cuts is built")
     parser.add_argument(
         "--rounds", type=int, default=6, help=f"conversations; fewer than {LEAST_ROUNDS} are a trial: nothing written"
     )
@@ -77,29 +75,22 @@ def main() -> None:
     parser.add_argument("--system", type=int, default=400, help="tokens of the system prompt that all share")
     parser.add_argument("--input", type=int, default=250, help="tokens that each turn adds")
     parser.add_argument("--answer", type=int, default=24, help="tokens")
-    parser.add_argument("--scenario", type=Path, help="lengths and turns are its, instead of the options'")
-    parser.add_argument("--pool", type=int, default=SMALL_POOL_TOKENS, help="tokens of each worker's KV pool")
     parser.add_argument("--link", default="100Mbps")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    bundle = Bundle.open(Path(options.bundle)) if options.bundle else _built()
-    rows = measure(bundle, options)
-    for row in rows:
-        print("turn {turn}: {prompt_tokens} tokens, {whole_bytes} -> {reuse_bytes} bytes".format(**row), end="")
-        print(", TTFT {whole_ttft_ms:.0f} -> {reuse_ttft_ms:.0f} ms".format(**row))
-    if options.rounds >= LEAST_ROUNDS and options.scenario is None:
+    rows = measure(uniform("smollm2", OUT), _scenario(options), SMALL_POOL_TOKENS, options)
+    if options.rounds >= LEAST_ROUNDS:
         print(write("conversation", options, rows))
 
 
-def measure(bundle: Bundle, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row for each turn, over all conversations."""
-    scenario = _scenario(options)
+def measure(bundle: Bundle, scenario: Scenario, pool: int, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row for each turn of `scenario`, one conversation, over `options.rounds` of them; `pool`: tokens of each."""
     turns = scenario.requests or 0
     with ExitStack() as stack:
         pairs = {}
         for name, arguments in PAIRS.items():
             small = WorkerOptions.beside_others(decode_args=arguments)
-            cluster = cluster_of(bundle, options=replace(small, max_total_tokens=options.pool), say=print)
+            cluster = cluster_of(bundle, options=replace(small, max_total_tokens=pool), say=print)
             stack.enter_context(throttled(cluster, Link.parse(options.link)))
             pairs[name] = Pair(cluster.url, Workers.of(cluster))
         for pair in pairs.values():  # the system prompt is in both caches of prefill before anything is measured
@@ -110,16 +101,15 @@ def measure(bundle: Bundle, options: argparse.Namespace) -> list[dict[str, Any]]
             for name in list(pairs) if number % 2 == 0 else list(pairs)[::-1]:
                 print(f"conversation {number + 1} of {options.rounds}, {name}")
                 pairs[name].converse(scenario.changed(seed=options.seed + number))
-    return [_row(bundle, turn, pairs, busy) for turn in range(turns)]
+    rows = [_row(bundle, turn, pairs, busy) for turn in range(turns)]
+    for row in rows:
+        print("turn {turn}: {prompt_tokens} tokens, {whole_bytes} -> {reuse_bytes} bytes".format(**row), end="")
+        print(", TTFT {whole_ttft_ms:.0f} -> {reuse_ttft_ms:.0f} ms".format(**row))
+    return rows
 
 
 def _scenario(options: argparse.Namespace) -> Scenario:
     """One conversation, of one client."""
-    if options.scenario is not None:
-        scenario = Scenario.load(options.scenario)
-        if scenario.conversations is None:
-            raise SystemExit(f"{options.scenario} has no conversations; choose a scenario that has some")
-        return scenario.changed(arrivals=Arrivals(clients=1), requests=scenario.conversations.turns, warmup=0)
     return Scenario(
         name="conversation", arrivals=Arrivals(clients=1), prefixes=Prefixes(tokens=options.system),
         conversations=Conversations(turns=options.turns), input=Lengths(tokens=options.input),
@@ -147,10 +137,13 @@ def _row(bundle: Bundle, turn: int, pairs: dict[str, Pair], busy: float) -> dict
     } | ratio.model_dump()
 
 
-def _built() -> Bundle:
-    dense = Recipe.load(ROOT / "recipes" / "smollm2-dense.yaml")
-    recipe = dense.changed("benchmarks/conversation.py", "kv", wire_dtype="k4v3")
-    return build(recipe, ROOT / "out" / "bench-conversation", Cache.default(), print)
+def uniform(model: str, folder: Path) -> Bundle:
+    """All rows of a model of recipes/units in k4v3."""
+    units, file = ROOT / "recipes" / "units", folder.with_suffix(".yaml")
+    parts = [str(units / name) for name in (f"model/{model}.yaml", "calibration/brown.yaml", "kv/k4v3.yaml")]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({"include": parts, "name": folder.name}))
+    return build(Recipe.load(file), folder, Cache.default(), print)
 
 
 if __name__ == "__main__":

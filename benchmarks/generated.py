@@ -30,6 +30,7 @@ from pdtrim_deploy.serving import WorkerOptions, cluster_of
 DENSE, ASKED_AT = "dense", 512
 PLANS: dict[str, dict[str, Any]] = {
     DENSE: {"method": "none"},
+    "uniform int4": {"method": "none", "wire_dtype": "int4"},
     "uniform k4v3": {"method": "none", "wire_dtype": "k4v3"},
     "uniform k4v3, keys whole": {"method": "none", "wire_dtype": "k4v3", "key_offsets": False},
     "budget 4.95x": {"method": "budget", "reduction": 4.95, "prompt_tokens": ASKED_AT},

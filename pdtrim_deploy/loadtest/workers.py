@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pdtrim_deploy.serving import Cluster
 
 SETTLE_S = 10.0
-SIZES = ("payload_bytes", "wire_bytes", "dense_bytes", "reused_bytes")
+SIZES = ("payload_bytes", "wire_bytes", "dense_bytes", "reused_bytes", "early_bytes")
 KV = {name: f"pdtrim_kv_{name}" for name in (*SIZES, "transfer_seconds")}
 OUTCOMES = "pdtrim_kv_requests_total"
 # SGLang 0.5.23, srt/observability/metrics_collector.py: the wait before a worker's first forward pass, by engine_type
@@ -46,6 +46,7 @@ class WorkerFigures(BaseModel):
         requests: transfers that succeeded; outcomes: the number of all transfers by outcome.
         payload_bytes, wire_bytes, dense_bytes: of successful transfers: packed KV, all bytes sent, bytes of dense KV.
         reused_bytes: packed KV that was not sent, since decode had it from an earlier request.
+        early_bytes: of the payload: sent before the forward pass that computes it had ended.
         transfer: from the first chunk's queueing to the last one's acknowledgement.
         queues: how long requests waited for prefill (`prefill_queue`) and, once their KV was there, for decode
             (`decode_queue`), and SGLang's stages of a request, by name. Health checks of the router count too.
@@ -60,6 +61,7 @@ class WorkerFigures(BaseModel):
     wire_bytes: int
     dense_bytes: int
     reused_bytes: int = 0
+    early_bytes: int = 0
     transfer: Histogram | None
     queues: dict[str, Histogram]
 
@@ -69,7 +71,7 @@ class WorkerFigures(BaseModel):
         queues = {f"{kind}_queue": _histogram(QUEUE, kind, added) for kind in _kinds(QUEUE, added)}
         queues |= {stage: _histogram(STAGES, stage, added) for stage in _kinds(STAGES, added)}
         outcomes = {at: int(count) for (name, at), count in sorted(added.items()) if name == OUTCOMES}
-        payload, wire, dense, reused = (int(added.get((f"{KV[name]}_sum", ""), 0)) for name in SIZES)
+        payload, wire, dense, reused, early = (int(added.get((f"{KV[name]}_sum", ""), 0)) for name in SIZES)
         return cls(
             requests=_transfers(added),
             outcomes={at: count for at, count in outcomes.items() if count},
@@ -77,6 +79,7 @@ class WorkerFigures(BaseModel):
             wire_bytes=wire,
             dense_bytes=dense,
             reused_bytes=reused,
+            early_bytes=early,
             transfer=_histogram(KV["transfer_seconds"], "", added),
             queues={at: histogram for at, histogram in queues.items() if histogram is not None},
         )

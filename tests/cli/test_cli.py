@@ -389,7 +389,10 @@ def test_build_verify_inspect_eval(capsys: pytest.CaptureFixture[str], bundle_di
     assert report["environment"]["command"].startswith(f"pdtrim-deploy eval {bundle_dir} --seed 3")
     code, _, err = run(capsys, "eval", bundle_dir, "--corpus", "news", "--cache-dir", cache.root)
     assert code == 2
-    assert "command line: evaluation.corpus is 'news'; allowed: brown, austen, code, questions, recall, dir:PATH" in err
+    assert (
+        "command line: evaluation.corpus is 'news'; allowed: brown, austen, code, questions, agents, recall, dir:PATH"
+        in err
+    )
     card = (bundle_dir / "decode" / "README.md").read_text()
     assert f"ratio {report['ratio']:.4f}" in card
     assert digest in card

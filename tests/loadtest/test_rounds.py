@@ -97,6 +97,7 @@ def test_what_workers_counted() -> None:
     added = {
         ("pdtrim_kv_payload_bytes_sum", ""): 400.0,
         ("pdtrim_kv_payload_bytes_count", ""): 4.0,
+        ("pdtrim_kv_early_bytes_sum", ""): 100.0,
         ("pdtrim_kv_requests_total", "success"): 4.0,
         ("pdtrim_kv_requests_total", "failed"): 0.0,
         (f"{seconds}_count", ""): 4.0,
@@ -109,7 +110,8 @@ def test_what_workers_counted() -> None:
         (f"{stage}_bucket", "decode_waiting:0.1"): 2.0,
     }
     figures = WorkerFigures.of(added)
-    assert (figures.requests, figures.payload_bytes, figures.outcomes) == (4, 400, {"success": 4})
+    assert (figures.requests, figures.payload_bytes, figures.early_bytes) == (4, 400, 100)
+    assert figures.outcomes == {"success": 4}
     assert figures.transfer is not None
     assert (figures.transfer.mean_ms, figures.transfer.p50_ms, figures.transfer.p95_ms) == (500, 500, 950)
     assert list(figures.queues) == ["decode_waiting"]

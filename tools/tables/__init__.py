@@ -37,7 +37,7 @@ class Table:
 
 
 TABLES = {
-    "switches": Table(("kv", "wire", "kvonly", "prefilltime", "heal", "headline"), front.switches),
+    "switches": Table(("kv", "wire", "kvonly", "prefilltime", "heal", "headline", "generated"), front.switches),
     "proof": Table(("served", "faults"), front.proof),
     "gpu": Table(("gpu-check",), gpu.gpu, optional=True),
     "gpuparts": Table(("gpu-check",), gpu.gpuparts, optional=True),
@@ -73,6 +73,7 @@ TABLES = {
     "faults": Table(("faults",), serving.faults),
     "overlap": Table(("overlap",), serving.overlap),
     "conversation": Table(("conversation",), serving.conversation, optional=True),
+    "agentic": Table(("agentic",), serving.agentic, optional=True),
     "bylayer": Table(("bylayer",), serving.bylayer, optional=True),
     "smallchunks": Table(("overlap",), serving.smallchunks),
     "simulation": Table(("simulation",), serving.simulation),

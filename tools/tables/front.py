@@ -11,10 +11,13 @@ HELD_OUT = 64  # tokens of each continuation of bench-kv
 Data = dict[str, Any]
 
 
-def switches(kv: Data, wire: Data, kvonly: Data, prefilltime: Data, heal: Data, headline: Data) -> str:
+_UNIFORM = {"int4": "all rows in int4", "k4v3": "keys int4 and values int3"}
+
+
+def switches(kv: Data, wire: Data, kvonly: Data, prefilltime: Data, heal: Data, headline: Data, generated: Data) -> str:
     """What each switch saves and costs on the model measured here."""
     rows = {(row["method"], row["asked"]): row for row in kv["rows"]}
-    quantised, planned = rows["dense k4v3", None], rows["ours", 8]
+    planned = rows["ours", 8]
     lengths = planned["reduction_by_prompt"]
     alone = max(row["alone"] for row in prefilltime["rows"])
     (faster,) = (row["faster"] for row in prefilltime["rows"] if row["alone"] == alone)
@@ -27,12 +30,7 @@ def switches(kv: Data, wire: Data, kvonly: Data, prefilltime: Data, heal: Data, 
     losses = {row["way"]: row["loss"] for row in heal["rows"]}
     refitted, healed = (rise(losses[name], losses["dense"]) for name in ("unhealed", "logits, 1e-4"))
     body = [
-        (
-            "quantised wire, all rows, keys int4 and values int3: `kv: {method: none, wire_dtype: k4v3}`",
-            f"{quantised['reduction']:.1f}x KV bytes",
-            _quantised(quantised, wire),
-            "[kv](docs/benchmarks/kv.md)",
-        ),
+        *(_uniform(dtype, rows[f"dense {dtype}", None], wire, generated) for dtype in _UNIFORM),
         (
             "budget plan, here 8x; a solver picks rows and dtype of each layer: `kv: {method: budget, reduction: 8}`",
             f"{lengths['512']:.1f}x KV bytes at 512 prompt tokens "
@@ -93,12 +91,22 @@ def _by_prompt(row: Data, tokens: str) -> str:
     return f"{row['ppl_ratio_by_prompt'][tokens] - 1:.0%}"
 
 
-def _quantised(kv: Data, wire: Data) -> str:
-    """The loss of a uniform wire dtype on each model of bench-wire; of bench-kv, where that has no errors."""
-    rows = uniform(wire["rows"], "k4v3")
-    if not all("error" in row for row in rows.values()):
-        return _loss(kv)
-    return ", ".join(f"{row['ratio'] - 1:.1%} ± {row['error']:.1%} on {name}" for name, row in rows.items())
+def _uniform(dtype: str, kv: Data, wire: Data, generated: Data) -> tuple[str, str, str, str]:
+    """The row of a uniform wire dtype: losses on each model of bench-wire, or bench-kv's; answers that were right."""
+    losses = uniform(wire["rows"], dtype)
+    cost = ", ".join(f"{row['ratio'] - 1:.1%} ± {row['error']:.1%} on {name}" for name, row in losses.items())
+    right = {
+        row["plan"].removeprefix("uniform "): row["right"] for row in generated["rows"] if row["task"] == "humaneval"
+    }
+    if dtype in right:
+        answers = right[dtype]
+        cost += f", which solves {sum(answers)} of HumanEval's {len(answers)} problems, dense {sum(right['dense'])}"
+    return (
+        f"quantised wire, {_UNIFORM[dtype]}: `kv: {{method: none, wire_dtype: {dtype}}}`",
+        f"{kv['reduction']:.1f}x KV bytes",
+        cost,
+        "[kv](docs/benchmarks/kv.md)",
+    )
 
 
 def proof(served: Data, faults: Data) -> str:

@@ -8,7 +8,7 @@ from tables.base import precision, table, where
 
 _PARTS = {
     "prose": "perplexity, prose (Brown)",
-    "novels": "perplexity, novels (Austen)",
+    "dialogue": "perplexity, agents' conversations",
     "code": "perplexity, code",
     "hellaswag": "HellaSwag, acc_norm",
     "gsm8k": "GSM8K, 5 shots",
@@ -29,9 +29,9 @@ def quality(data: dict[str, Any] | None) -> str:
         lines.append((name, _PARTS[row["part"]], row["plan"], reduction, row["n"], *scores, _recovery(row), source))
     options = data["options"]
     text = (
-        f"on the PD oracle in float32 with a bfloat16 pool; bytes at {options['prompt']} prompt tokens; perplexity of "
-        f"{options['continuation']} tokens behind {options['prompt']}-token prompts; recovery is the plan's score over "
-        "dense's, of perplexity the ratio, ± its paired standard error"
+        f"on the PD oracle in float32; bytes, against a bfloat16 pool, at {options['prompt']} prompt tokens; "
+        f"perplexity of {options['continuation']} tokens behind {options['prompt']}-token prompts; recovery is the "
+        "plan's score over dense's, of perplexity the ratio, ± its paired standard error"
     )
     head = ("model", "measured on", "plan", "KV bytes saved", "n", "dense", "plan's", "recovery", "commit, machine")
     return table(head, lines) + where(data["environment"], text, model="")

