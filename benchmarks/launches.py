@@ -2,11 +2,11 @@
 
 `make bench-launches`. Counted on meta tensors: no GPU, nothing computed. What a worker does is counted, all of it: on
 prefill `Packer.pack`, which brings the chunk's slots to the GPU, packs there, and copies to a slot on the host; on
-decode `DecodeRoom.take`, of a payload that lies on the host. A launch is each operation of torch on the GPU that is no
-view, copies among them, and each Triton kernel; a sync is each operation after which the host goes on only when the
-GPU is done: a value read back, or a copy between host and device that is not asynchronous. The wait at a chunk's end,
-of `take` for its stream and of the sender for its event, is not among them. Chunks are new: of one that was moved
-before the Triton form has its table on the GPU already, a launch less.
+decode `DecodeRoom.take`, of a payload that lies on the host. A launch is each Triton kernel, and each operation of
+torch on the GPU that is no view; a copy is one between host and GPU, which its copy engine does; a sync is each
+operation after which the host goes on only when the GPU is done: a value read back, or a copy between host and device
+that is not asynchronous. The wait at a chunk's end, of `take` for its stream and of the sender for its event, is not
+among them. Chunks are new: of one that was moved before the Triton form has its table on the GPU already, a copy less.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ AUX = AuxRows((), ())
 
 
 class Counted(TorchDispatchMode):
-    """Launches and syncs while it is active."""
+    """Launches, copies and syncs while it is active."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.launches = self.syncs = 0
+        self.launches = self.copies = self.syncs = 0
         self.kernels: list[Any] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -57,8 +57,10 @@ class Counted(TorchDispatchMode):
         devices = {tensor.device.type for tensor in tensors}
         if func.is_view or func._schema.name.startswith("aten::empty") or DEVICE.type not in devices:
             return result
-        self.launches += 1
-        waits = len(devices) > 1 and not (kwargs.get("non_blocking") or any(value is True for value in args))
+        between = len(devices) > 1
+        self.launches += not between
+        self.copies += between
+        waits = between and not (kwargs.get("non_blocking") or any(value is True for value in args))
         self.syncs += waits or func._schema.name in READS
         return result
 
@@ -75,7 +77,9 @@ def counted(move: Callable[[], object]) -> Counted:
     numbers = [*new.call_args_list, *converted.call_args_list]
     counter.kernels = [call.args[0] for call in launch.call_args_list]
     counter.launches += len(counter.kernels)
-    counter.syncs += sum(call.kwargs.get("device") == DEVICE for call in numbers)
+    uploads = sum(call.kwargs.get("device") == DEVICE for call in numbers)
+    counter.copies += uploads
+    counter.syncs += uploads
     return counter
 
 
@@ -124,7 +128,7 @@ def row(wire: str, plan: PDPlan, offsets: KeyOffsets, triton: bool) -> dict[str,
     return {
         "wire": wire, "plan": plan_name(plan), "form": "triton" if triton else "torch",
         "pack_launches": steps[0].launches, "unpack_launches": steps[1].launches,
-        "syncs": sum(step.syncs for step in steps),
+        "pack_copies": steps[0].copies, "unpack_copies": steps[1].copies, "syncs": sum(step.syncs for step in steps),
     }  # fmt: skip
 
 

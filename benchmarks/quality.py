@@ -157,16 +157,14 @@ class _Bench:
         documents = registry.load(DOMAINS[part], self._cache, self._note).split("final")
         length = self._text["prompt"] + self._text["continuation"]
         ids = sequences(documents, self._tokenizer, self._text["sequences"], length, 0)
-        before, behind = (
-            side.split(BATCH) for side in ids.split((self._text["prompt"], self._text["continuation"]), 1)
-        )
+        lengths = self._text["prompt"], self._text["continuation"]
+        prompts, continuations = (side.split(BATCH) for side in ids.split(lengths, 1))
         if part not in self._prompts:
-            self._prompts[part] = [self._oracle.prefill(prompts) for prompts in before]
-        states = self._prompts[part]
+            self._prompts[part] = [self._oracle.prefill(batch) for batch in prompts]
         values = tuple(
             value
-            for state, continuations in zip(states, behind, strict=True)
-            for value in sequence_nll(self._oracle.score(state, continuations)).tolist()
+            for state, batch in zip(self._prompts[part], continuations, strict=True)
+            for value in sequence_nll(self._oracle.score(state, batch)).tolist()
         )
         return Measured(part, ("all",) * len(values), {"nll": values}), True
 

@@ -7,5 +7,4 @@ DECODE = {
     "enable_unified_cache_external_linker": False, "disaggregation_mode": "decode",
     "disaggregation_decode_enable_radix_cache": True, "disaggregation_decode_enable_offload_kvcache": False,
     "enable_streaming_session": False, "enable_custom_logit_processor": False,
-    "enable_dp_attention": False, "device": "cpu",
 }  # fmt: skip

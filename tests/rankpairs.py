@@ -59,9 +59,9 @@ class Manager:
 
     local_ip, bootstrap_timeout = "127.0.0.1", 60
 
-    def __init__(self, size, rank, world):
+    def __init__(self, size, rank, world, port=0):
         self.attn_tp_size, self.attn_tp_rank, self.prefill_rank, self.world = size, rank, rank, world
-        self.rank_port = 1 + rank
+        self.rank_port = port or 1 + rank
         self.transfer_infos, self.request_status, self.req_to_decode_prefix_len = {}, {}, {}
         self.failure_records, self.reasons, self.required, self.responses = {}, {}, 0, set()
         self.changed = queue.Queue()
@@ -94,9 +94,12 @@ class Manager:
 
 
 class World:
-    """A prefill worker of `prefill_ranks` ranks and a decode worker of `decode_ranks`, one prompt's rows in each."""
+    """A prefill worker of `prefill_ranks` ranks and a decode worker of `decode_ranks`, one prompt's rows in each.
 
-    def __init__(self, monkeypatch, prefill_ranks, decode_ranks, prefix=0, plan=PLAN, config=CONFIG):
+    With DP attention decode has `groups` of so many ranks, each with requests of its own.
+    """
+
+    def __init__(self, monkeypatch, prefill_ranks, decode_ranks, prefix=0, plan=PLAN, config=CONFIG, groups=1):
         start = vital.start  # a control channel's messages are handed over by the test
         monkeypatch.setattr(vital, "start", lambda name, run: name == "control channel" or start(name, run))
         monkeypatch.setattr(prefill_room, "TransferMetrics", lambda: Nothing([]))
@@ -114,8 +117,8 @@ class World:
             pool, aux = self.pool(prefill_ranks, rank, self.rows), self.aux(AUX)
             side = prefill_room.PrefillSide(manager, plan, pool, aux, "tcp", config)
             self.prefill.append(SimpleNamespace(manager=manager, side=side, pool=pool))
-        for rank in range(decode_ranks):
-            manager = Manager(decode_ranks, rank, self)
+        for _, rank in itertools.product(range(groups), range(decode_ranks)):
+            manager = Manager(decode_ranks, rank, self, port=1 + len(self.decode))
             blank = [[torch.zeros_like(t) for t in side] for side in self.rows]
             pool, aux = self.pool(decode_ranks, rank, blank), self.aux(bytes(12))
             side = decode_room.DecodeSide(manager, plan, pool, aux, "tcp", config)
@@ -133,9 +136,13 @@ class World:
         self.memory.append(memory)
         return AuxRows((ctypes.addressof(memory),), (12,))
 
-    def open(self, room=1, decode_ranks=None):
+    def group(self, number):
+        """Ranks of a group of decode."""
+        return self.decode[number * self.decode_ranks : (number + 1) * self.decode_ranks]
+
+    def open(self, room=1, decode_ranks=None, group=0):
         """What decode's receivers do: they open their rooms, register, and announce the request."""
-        for rank, decode in enumerate(self.decode):
+        for rank, decode in enumerate(self.group(group)):
             decode.manager.request_status[room] = KVPoll.WaitingForInput
             pages = self.there[self.prefix // PAGE :].numpy()
             decode.side.open_room(room, TOKENS, self.prefix, pages, 0, prefill_ranks=self.prefill_ranks)
@@ -146,13 +153,14 @@ class World:
                     destinations = max(1, self.decode_ranks // self.prefill_ranks)
                     side._handle(decode.side.room_message(room, TOKENS, self.prefix, destinations))
 
-    def send(self, cuts, room=1):
-        """What each rank of prefill's scheduler does, in an order of its own."""
+    def send(self, cuts, room=1, here=None):
+        """What each rank of prefill's scheduler does, in an order of its own; `here` are the prompt's pages."""
+        here = self.here if here is None else here
         for place, prefill in enumerate(self.prefill):
             prefill.side.sender_opened(room)
             ends = cuts if place % 2 else [self.start, *cuts[-1:]]
             for start, stop in itertools.pairwise(ends):
-                pages = self.here[start // PAGE :].numpy()
+                pages = here[start // PAGE :].numpy()
                 last = stop == TOKENS
                 chunk = Chunk(room, pages, start, TOKENS, start, stop, last, 0, reused_tokens=self.prefix)
                 prefill.side.submit(chunk)

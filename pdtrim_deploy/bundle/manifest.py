@@ -19,13 +19,13 @@ from pdtrim_deploy.bundle.engine import TargetResult
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.local.atomic import write_atomic
 from pdtrim_deploy.local.cache import file_sha256
-from pdtrim_deploy.plan import STAGES, UNIFIED
+from pdtrim_deploy.plan import CHECKPOINTS
 
 MANIFEST, COMPLETE, PLAN, RECIPE, REPORTS = "manifest.json", "COMPLETE", "plan.json", "recipe.yaml", "reports"
 ENGINES = "engines"
 CARD = "README.md"  # of a stage checkpoint
 WORK = ".build"  # only while a build runs
-UNSEALED = {MANIFEST, COMPLETE, *(f"{folder}/{CARD}" for folder in (*STAGES, UNIFIED))}
+UNSEALED = {MANIFEST, COMPLETE, *(f"{folder}/{CARD}" for folder in CHECKPOINTS)}
 
 
 class _Frozen(BaseModel):

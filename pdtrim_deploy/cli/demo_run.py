@@ -136,7 +136,7 @@ class Demo:
             f"{stage}_weights": sum(file.stat().st_size for file in bundle.stage_dir(stage).glob("*.safetensors"))
             for stage in STAGES
         }
-        (decode,) = (worker for worker in cluster.workers if worker.spec.stage == "decode")
+        (decode,) = (worker for worker in cluster.workers if worker.spec.role == "decode")
         exported = scrape(decode.metrics_url)
         pool, tokens = total(exported, POOL_GB) * 2**30, total(exported, POOL_TOKENS)
         request = _longest(self.load.input) + _longest(self.load.output)

@@ -183,7 +183,7 @@ def endpoints(cluster: Cluster, bundle: Bundle) -> dict[str, object]:
         "workers": [
             {
                 "name": worker.spec.name,
-                "stage": worker.spec.stage,
+                "stage": worker.spec.role,
                 "executor": worker.spec.executor,
                 "url": worker.spec.url,
                 "metrics": worker.metrics_url,

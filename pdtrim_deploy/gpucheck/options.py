@@ -78,11 +78,12 @@ def rank_checks(serve: Path, folder: Path, pair: Pair | None = None) -> list[Che
     """Attention divided among unlike numbers of ranks, against the oracle; ranks of a worker cannot share a GPU."""
     pair, count = pair or Pair(serve), gpus()
     usual, single = lazily(folder / "usual", WHOLE), lazily(folder / "single", WHOLE, tiny.Size(num_key_value_heads=1))
+    grouped = lazily(folder / "grouped", WHOLE, architecture="Qwen3ForCausalLM")  # SGLang's Llama knows no DP attention
     variants: dict[str, tuple[Callable[[], Bundle], Pair]] = {
         "TP 2 to 1": (usual, replace(pair, tp_prefill=2)),
         "TP 1 to 2": (usual, replace(pair, tp_decode=2)),
         "copied heads, TP 2 to 2 of one KV head": (single, replace(pair, tp_prefill=2, tp_decode=2)),
-        "DP attention on decode, TP 1 to 2": (usual, replace(pair, tp_decode=2, decode_args=DP_ATTENTION)),
+        "DP attention on decode, TP 1 to 2": (grouped, replace(pair, tp_decode=2, decode_args=DP_ATTENTION)),
     }
     skip = "" if count >= 2 else f"needs 2 GPUs, and this machine has {count}"
     return [

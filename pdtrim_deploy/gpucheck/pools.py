@@ -50,12 +50,12 @@ def latent_checks(serve: Path, folder: Path, pair: Pair | None = None) -> list[C
 
 
 def state_checks(serve: Path, folder: Path, pair: Pair | None = None) -> list[Check]:
-    """Models with linear attention, whose states travel natively beside quantised rows, against the oracle.
+    """Models with linear attention, whose states travel natively beside native rows, against the oracle.
 
-    In bfloat16, as SGLang's pool of convolution columns: there it rounds no column that decode writes.
+    In float16 and of few blocks: behind roundings of bfloat16, or of quantised rows, one wrong row is not seen here.
     """
-    cases = product(tiny.STATEFUL, ("native", "k4v3"))
-    return _uncut_checks("states", cases, folder, pair or Pair(serve), dtype="bfloat16")
+    cases, size = product(tiny.STATEFUL, ("native",)), tiny.Size(num_hidden_layers=4)
+    return _uncut_checks("states", cases, folder, pair or Pair(serve), size=size)
 
 
 def _uncut_checks(

@@ -38,7 +38,7 @@ def stock_server(pair: Pair, bundle: Bundle) -> Iterator[StockServer]:
         ServingError: it ended, or was not ready in time.
 
     """
-    worker = next(spec for spec in pair.of(bundle).spec.workers if spec.stage == "prefill")
+    worker = next(spec for spec in pair.of(bundle).spec.workers if spec.role == "prefill")
     with tempfile.TemporaryDirectory(prefix="pdtrim-stock-", ignore_cleanup_errors=True) as folder:
         environment = worker_environment(pair.serve, worker, 1, Path(folder)) | {"SGLANG_PLUGINS": "none"}
         command = stock_command(worker_command(pair.serve, worker))

@@ -55,20 +55,24 @@ LATENT: dict[str, dict[str, Any]] = {
 
 STATEFUL: dict[str, dict[str, Any]] = {
     "Qwen3NextForCausalLM": {
-        "full_attention_interval": 4, "linear_num_key_heads": 4, "linear_num_value_heads": 8,
-        "linear_key_head_dim": 128, "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4, "num_experts": 8,
+        "full_attention_interval": 2, "linear_num_key_heads": 4, "linear_num_value_heads": 8,
+        "linear_key_head_dim": 128, "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4, "num_experts": 2,
         "num_experts_per_tok": 2, "moe_intermediate_size": 128, "shared_expert_intermediate_size": 128,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
     },
     "Qwen3_5ForCausalLM": {
-        "full_attention_interval": 4, "linear_num_key_heads": 4, "linear_num_value_heads": 8,
+        "full_attention_interval": 2, "linear_num_key_heads": 4, "linear_num_value_heads": 8,
         "linear_key_head_dim": 128, "linear_value_head_dim": 128, "linear_conv_kernel_dim": 4,
         "rope_parameters": {
             "rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25, "mrope_section": [4, 2, 2],
         },
     },
 }  # fmt: skip
-"""The same of models with linear attention; sizes of its heads are Qwen3-Next's own."""
+"""The same of models with linear attention; sizes of its heads are Qwen3-Next's own.
+
+All experts run, since a rounding that chose another one would be larger than a wrong row.
+"""
+ROWS_BESIDE_STATES = 8.0  # attention's output, so that a row of a random model is noticed beside a layer's state
 
 
 def tiny_model(size: Size = Size(), seed: int = 0, architecture: str = "LlamaForCausalLM") -> Any:
@@ -93,6 +97,8 @@ def tiny_model(size: Size = Size(), seed: int = 0, architecture: str = "LlamaFor
         torch.manual_seed(seed)
         model = model_class(config).eval()
     for name, parameter in model.named_parameters():
+        if architecture in STATEFUL and name.endswith("self_attn.o_proj.weight"):
+            parameter.data *= ROWS_BESIDE_STATES
         if name.endswith("sinks"):  # SGLang holds them in bfloat16, whatever the model's dtype
             parameter.data = parameter.data.bfloat16().float()
     return model

@@ -73,12 +73,14 @@ class Served:
     dtype: str
     sparse: bool
     pool_dtype: PoolDtype = "native"
+    states: bool = False
 
     @classmethod
     def of(cls, name: str, plan: PDPlan) -> Served:
         """`name` is the model's name for clients."""
         sparse = any(send.mode == "sparse" for send in plan.kv)
-        return cls(name, plan.digest, plan.model.kv_dtype, sparse, plan.model.pool_dtype)
+        model = plan.model
+        return cls(name, plan.digest, model.kv_dtype, sparse, model.pool_dtype, model.states is not None)
 
     @property
     def plan(self) -> str:
@@ -171,7 +173,8 @@ def worker_arguments(served: Served, options: Options, stage: Stage) -> list[str
 
 def worker_environment(served: Served) -> dict[str, str]:
     """Of a worker's container."""
-    return {"SGLANG_PLUGINS": "pdtrim", "HF_HUB_OFFLINE": "1", "HOME": "/tmp"} | precision_environment(served.dtype)
+    precision = precision_environment(served.dtype, states=served.states)
+    return {"SGLANG_PLUGINS": "pdtrim", "HF_HUB_OFFLINE": "1", "HOME": "/tmp"} | precision
 
 
 ROUTER_ARGUMENTS = [

@@ -117,7 +117,7 @@ class Checkpoint:
             kv_dtype=kv_dtype or f.dtype,
             windows=self.family.block_windows(self.config),
             rope_dim=latents.rope if (latents := latent_sizes(self.config)) else None,
-            states=self.family.linear_states(self.config),
+            states=self.family.linear_states(self.config, dtype=kv_dtype or f.dtype),
         )
 
 

@@ -59,7 +59,7 @@ def shape_of(config: Mapping[str, Any], label: str, kv_dtype: NativeDtype) -> Mo
         kv_dtype=kv_dtype,
         windows=known_family(config["architectures"][0]).block_windows(config),
         rope_dim=latents.rope if (latents := latent_sizes(config)) else None,
-        states=known_family(config["architectures"][0]).linear_states(config),
+        states=known_family(config["architectures"][0]).linear_states(config, dtype=kv_dtype),
     )
 
 

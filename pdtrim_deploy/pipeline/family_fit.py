@@ -35,7 +35,7 @@ def check_quantized(recipe: Recipe, quantized: Quantized | None) -> None:
 
 
 def check_family(recipe: Recipe, family: Family) -> None:
-    """Refuse what needs blocks where they are not known, and what the family's file refuses.
+    """Refuse what needs blocks, or a graph, where they are not known, and what the family's file refuses.
 
     Raises:
         UserError: the recipe's key, why, and what is allowed.
@@ -55,6 +55,11 @@ def check_family(recipe: Recipe, family: Family) -> None:
         raise UserError(
             f"recipe {recipe.name}: kv.method is {recipe.kv.method}, but of {family.architecture}, whose other layers "
             "keep a state, all rows of KV travel; allowed: none, with any kv.wire_dtype"
+        )
+    if recipe.targets.requested and (reason := family.no_engine) is not None:
+        raise UserError(
+            f"recipe {recipe.name}: targets has {', '.join(recipe.targets.requested)}, but {family.architecture} has "
+            f"no engine: {reason}; leave targets out, SGLang's own model serves it"
         )
     for key, value, neutral, feature in (*_of_target(recipe), *_requests(recipe)):
         if family.blocks is None:

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
 HEALING = f"{REPORTS}/healing.json"
 _VERSION = 3  # of how weights are made
-_KV_ONLY_VERSION = 4  # the same where some blocks run for their K and V alone
+_KV_ONLY_VERSION = 5  # the same where some blocks run for their K and V alone
+_PAIR_VERSION = 6  # the same where they are trained
 _TRAINING = 1  # version of training by gradients
 
 Changed = Mapping[Stage, "BlockTensors"]
@@ -117,10 +118,11 @@ def stage_pair(context: Context, plan: PDPlan | None = None, bounded: bool = Fal
 def _key(context: Context) -> str:
     plan, recipe = chosen(context), context.recipe
     read = [texts.digest(text(context)) for text in (texts.taught, texts.fitted)]
-    version = _KV_ONLY_VERSION if recipe.healing.kv_only_blocks else _VERSION
+    trained = _PAIR_VERSION if recipe.healing.prefill_steps else _KV_ONLY_VERSION
+    version = trained if recipe.healing.kv_only_blocks else _VERSION
     parts = [version, plan.digest, recipe.students.model_dump(mode="json"), _section(recipe.healing), read]
     parts += [] if context.compute.dtype == "float32" else [context.compute.dtype]
-    parts += [] if recipe.target is None else [_KV_ONLY_VERSION, kv_only_blocks(context)]
+    parts += [] if recipe.target is None else [trained, kv_only_blocks(context)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -152,7 +154,7 @@ def training_file(context: Context, name: str) -> Path:
 def _make(context: Context, key: str) -> tuple[StagePair, dict[str, Any]]:
     """Students first; then compensation and healing of prefill; then those of decode, behind it.
 
-    K and V of blocks that are there for them alone are fitted again once prefill's hidden states are what they will be.
+    K and V of blocks that are there for them alone are fitted again behind compensation, then trained with the rest.
     """
     from pdtrim_deploy.pruning.compensation import FitRules, get_compensation
     from pdtrim_deploy.pruning.healing import StateFile
@@ -175,6 +177,8 @@ def _make(context: Context, key: str) -> tuple[StagePair, dict[str, Any]]:
         if blocks_lost and section.compensation != "none" and _helps(context, pair, stage, ids, report):
             mend = get_compensation(section.compensation, FitRules.of(section)).compensate
             pair = mend(pair, stage, ids, context.note)
+            if stage == "prefill" and pair.plan.kv_only_layers:
+                pair = fit(pair, ids, context.note)
         if section.steps_of(stage):
             file = StateFile(training_file(context, stage), key)
             if stage == "prefill" and file.load() is None:
@@ -182,12 +186,6 @@ def _make(context: Context, key: str) -> tuple[StagePair, dict[str, Any]]:
             trained = train(pair, stage, ids, section, context.note, file=file, folder=training_folder(context))
             pair = trained.pair
             report["healing"][stage] = trained.report
-        if (
-            stage == "prefill"
-            and pair.plan.kv_only_layers
-            and (section.compensation != "none" or section.prefill_steps)
-        ):
-            pair = fit(pair, ids, context.note)
     return pair, report
 
 

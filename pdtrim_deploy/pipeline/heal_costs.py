@@ -6,6 +6,7 @@ from pdtrim_deploy.models.weights import ModelSizes
 from pdtrim_deploy.pipeline.heal import needed
 from pdtrim_deploy.pruning.cost import fitted_bytes
 from pdtrim_deploy.recipe import Recipe
+from pdtrim_deploy.recipe.healing import RANKED
 
 
 def fit_bytes(recipe: Recipe, sizes: ModelSizes) -> int:
@@ -26,7 +27,8 @@ def heal_flops(recipe: Recipe, sizes: ModelSizes) -> float:
     if healing.prompt_share and pruning.decode_loses:  # decode reads the prompts too
         flops += 2 * sizes.active * tokens * (sizes.blocks - pruning.decode_blocks)
     if healing.kv_only_blocks:  # the pair without each candidate, from it to the end
-        flops += sizes.active * tokens * sizes.blocks * (sizes.blocks + 1)
+        ranked = min(RANKED, healing.sequences) * healing.length
+        flops += sizes.active * ranked * sizes.blocks * (sizes.blocks + 1)
     if recipe.target is not None:  # K and V of blocks that it may leave for these alone, behind both models
         text = tokens if healing.enabled else recipe.calibration.sequences * recipe.calibration.length
         flops += 4 * sizes.active * text * sizes.blocks

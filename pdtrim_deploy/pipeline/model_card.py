@@ -17,7 +17,7 @@ from pdtrim_deploy.bundle.recoveries import HEAD, keep_recoveries, recoveries
 from pdtrim_deploy.local.atomic import write_atomic
 from pdtrim_deploy.models.provenance import Provenance
 from pdtrim_deploy.pipeline import model_card_parts as parts
-from pdtrim_deploy.plan import STAGES, UNIFIED, PDPlan, Stage
+from pdtrim_deploy.plan import CHECKPOINTS, PDPlan, Stage
 from pdtrim_deploy.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def refresh_recoveries(bundle: Path, plan_digest: str, gates: Mapping[str, float
 
 def _refresh(bundle: Path, marks: tuple[str, str], text: str) -> None:
     """Put `text` between the marks of all cards."""
-    for folder in (*STAGES, UNIFIED):
+    for folder in CHECKPOINTS:
         path = bundle / folder / CARD
         if path.is_file():
             before, begin, rest = path.read_text().partition(marks[0])

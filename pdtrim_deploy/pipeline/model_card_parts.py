@@ -88,15 +88,16 @@ def changed(plan: PDPlan, recipe: Recipe, stage: Stage, healed: Healed) -> list[
     done = ["students of distilled pairs"] * any(action.kind == "distilled" for action in actions)
     if recipe.healing.compensation != "none" and any(action.kind != "keep" for action in actions):
         done.append(f"compensation {recipe.healing.compensation}")
+    alone = any(action.kind == "kv_only" for action in actions)
     for report in (report for report in healed.get(stage, ()) if report["kept"]):
         steps = f"{report['steps']} steps of distillation from the base model"
+        steps += " by what the pair predicts" * alone
         steps += " behind prompt KV as it arrives" * report["kv"]
         done.append(
             f"{steps} (KL {report['before']:.4f} to {report['after']:.4f} nats a token on held-out calibration text, "
             f"difference {report['difference']:+.4f} ± {report['stderr']:.4f}, paired by "
             f"{report['sequences']} sequences)"
         )
-    alone = any(action.kind == "kv_only" for action in actions)
     done += ["K and V of the blocks that run for these alone, refitted"] * alone
     if not done:
         return []
@@ -167,7 +168,9 @@ def provenance(recipe: Recipe, plan: PDPlan) -> list[str]:
 
 def launch(plan: PDPlan, recipe: Recipe, stage: Stage) -> str:
     """The stage's worker in the user's own SGLang 0.5.23, on a GPU."""
-    environment = {"SGLANG_PLUGINS": "pdtrim"} | precision_environment(recipe.model.dtype)
+    environment = {"SGLANG_PLUGINS": "pdtrim"} | precision_environment(
+        recipe.model.dtype, states=plan.model.states is not None
+    )
     variables = " ".join(f"{name}={value}" for name, value in environment.items())
     attention = attention_arguments(stage, any(s.mode == "sparse" for s in plan.kv), recipe.model.dtype)
     if plan.unified:

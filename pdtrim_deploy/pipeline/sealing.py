@@ -33,7 +33,7 @@ from pdtrim_deploy.pipeline import engines, heal_kv
 from pdtrim_deploy.pipeline.context import Context
 from pdtrim_deploy.pipeline.fit_tokens import fit_sentence
 from pdtrim_deploy.pipeline.model_card import refresh_cards, refresh_recoveries, write_cards
-from pdtrim_deploy.plan import STAGES, UNIFIED
+from pdtrim_deploy.plan import CHECKPOINTS
 from pdtrim_deploy.recipe import Recipe
 
 EVAL = "eval.json"
@@ -55,7 +55,7 @@ def seal_bundle(context: Context, steps: dict[str, Step], failures: dict[str, st
     (out / COMPLETE).unlink(missing_ok=True)
     built = [name for name in steps if name.startswith(f"{ENGINES}/")]
     engines.keep_only(out, built)
-    for folder in {*STAGES, UNIFIED} - context.plan.checkpoints.keys():
+    for folder in set(CHECKPOINTS) - context.plan.checkpoints.keys():
         if _was_built(out, folder):  # else it is the user's own
             shutil.rmtree(out / folder, ignore_errors=True)
     write_atomic(out / RECIPE, recipe.to_yaml())
@@ -102,7 +102,7 @@ def _drop_reports(out: Path, files: Mapping[str, Entry]) -> None:
         name = f"{REPORTS}/{report.name}"
         if name in files or (report.is_dir() and not report.is_symlink()):
             continue
-        on = (PLAN, *STAGES, UNIFIED) if report.name in OF_STAGES else (PLAN, *STAGES, UNIFIED, ENGINES)
+        on = (PLAN, *CHECKPOINTS, *([] if report.name in OF_STAGES else [ENGINES]))
         measured = {n: entry for n, entry in before.items() if n.partition("/")[0] in on}
         if not measured or name in before or not measured.items() <= files.items():
             report.unlink()

@@ -59,40 +59,55 @@ def training_costs(
     `streams`: weights come from the checkpoint as they run, and trained ones lie in mapped files.
     """
     healing, pruning, blocks = recipe.healing, recipe.pruning, config["num_hidden_layers"]
+    before, after = blocks - pruning.prefill_blocks, blocks - pruning.decode_blocks
+    half, alone = healing.length // 2, healing.kv_only_blocks
     if behind_kv:
-        text = (recipe.kv.prompt_tokens, healing.length // 2)
-        stages = [(healing.kv_steps, pruning.decode_blocks, text)]
+        stages = [_Stage(healing.kv_steps, after, (recipe.kv.prompt_tokens, half))]
     else:
-        half = healing.length // 2
+        halves = (half, healing.length - half)
+        text, reader = (halves, after) if alone else ((0, healing.length), 0)
         stages = [
-            (healing.prefill_steps, pruning.prefill_blocks, (0, healing.length)),
-            (healing.decode_steps, pruning.decode_blocks, (half, healing.length - half)),
+            _Stage(healing.prefill_steps, before, text, alone, reader),
+            _Stage(healing.decode_steps, after, halves),
         ]
     item = ITEM_BYTES[recipe.model.measured_in]
-    trained = [(steps, blocks - lost, text) for steps, lost, text in stages if steps]
-    return [_cost(healing, config, item, *stage, streams) for stage in trained]
+    return [_cost(healing, config, item, stage, streams) for stage in stages if stage.steps]
 
 
-def _cost(
-    healing: HealingSection,
-    config: Mapping[str, Any],
-    item: int,
-    steps: int,
-    blocks: int,
-    text: tuple[int, int],
-    streams: bool,
-) -> TrainingCost:
-    """Of `steps` steps of a stage of `blocks` blocks; `text`: tokens of a prompt, and behind it."""
+@dataclass(frozen=True)
+class _Stage:
+    """A stage that is trained.
+
+    Attributes:
+        blocks: that it runs.
+        text: tokens of a prompt, and behind it.
+        alone: of its blocks, those that run for their K and V alone.
+        reader: blocks of decode through which gradients come to such a stage; 0 for others.
+
+    """
+
+    steps: int
+    blocks: int
+    text: tuple[int, int]
+    alone: int = 0
+    reader: int = 0
+
+
+def _cost(healing: HealingSection, config: Mapping[str, Any], item: int, stage: _Stage, streams: bool) -> TrainingCost:
     sizes, (heads, _, head) = ModelSizes.of(config), attention_sizes(config)
-    prompts, tokens = (healing.batch * length for length in text)
+    prompts, tokens = (healing.batch * length for length in stage.text)
+    steps, blocks, reader = stage.steps, stage.blocks - stage.alone, stage.reader
     trials = len(healing.sweep) * (steps // healing.SHORT) if healing.tries(steps) else 0
     recomputes = healing.gradient_checkpointing or streams
-    # forwards and twice as much backwards; the dense model reads the prompt too, and prefill makes its KV
-    stage = (4 if recomputes else 3) * tokens * blocks
-    flops = 2 * sizes.active * ((prompts + tokens) * sizes.blocks + prompts * blocks + stage)
+    # forwards and twice as much backwards; the dense model reads the prompt too, and prefill makes its KV. Where
+    # gradients come through decode, its weights have none.
+    trained = 3 * prompts * blocks + 2 * tokens * reader if reader else (prompts + 3 * tokens) * blocks
+    trained += (prompts * blocks + tokens * reader if reader else tokens * blocks) if recomputes else 0
+    flops = 2 * sizes.active * ((prompts + tokens) * sizes.blocks + trained)
     query, inner = heads * head, min(sizes.inner, 8 * sizes.expert_width)
-    weights = (sizes.block - sizes.kv) * blocks  # what K and V are made with is frozen
-    changed = _additions(healing.lora_rank, sizes, query) * blocks if healing.method == "lora" else weights
+    weights = (sizes.block - sizes.kv) * blocks + sizes.kv * stage.alone  # what K and V are made with is frozen
+    added = _additions(healing.lora_rank, sizes, query) * stage.blocks
+    changed = added if healing.method == "lora" else weights
     # itself, its gradient and two means; a copy in 16 bits and its gradient, or where an addition began
     optimised = (16 if healing.method == "full" and item == _FLOAT else 20) * changed
     merged = item * weights if healing.method == "lora" else 0
@@ -100,12 +115,14 @@ def _cost(
         merged = 3 * _FLOAT * sizes.hidden * max(inner, sizes.hidden)
     # what one token leaves in a block until its gradients come
     values = 5 * sizes.hidden + 3 * query + 2 * sizes.kv_width + 3 * inner
-    held = blocks * sizes.hidden + values if recomputes else blocks * values
-    running = item * (tokens * held + 2 * prompts * sizes.kv_width * blocks)
-    # gradients hold the weights of their block, whether others have come in its place or not
-    running += 2 * item * sizes.block if streams else 0
+    held = [n * sizes.hidden + values if recomputes else n * values for n in (blocks, reader)]
+    kept = prompts * held[0] + tokens * held[1] if reader else tokens * held[0]
+    running = item * (kept + 2 * prompts * sizes.kv_width * stage.blocks)
+    # gradients hold the weights of their block, and of decode's that reads it, whether others have come or not
+    running += (3 if reader else 2) * item * sizes.block if streams else 0
     # the dense model, the stage, the stage again for its gradients, and prefill where decode reads its KV
-    reads = (steps + trials) * (sizes.blocks + (3 if prompts else 2) * blocks) if streams else 0
+    runs = 2 * (blocks + reader) if reader else (3 if prompts else 2) * blocks
+    reads = (steps + trials) * (sizes.blocks + runs) if streams else 0
     logits = min(_LOGITS, 6 * _FLOAT * tokens * sizes.vocabulary)
     return TrainingCost(
         flops=flops * (steps + trials),

@@ -13,11 +13,12 @@ if TYPE_CHECKING:
     from pdtrim_deploy.plan.kv import KeyOffsetsFile, KVSend
     from pdtrim_deploy.plan.linear_states import LinearStates
     from pdtrim_deploy.plan.model_shape import ModelShape, NativeDtype
-    from pdtrim_deploy.plan.pd_plan import UNIFIED, PDPlan
+    from pdtrim_deploy.plan.pd_plan import CHECKPOINTS, UNIFIED, PDPlan
     from pdtrim_deploy.plan.stage_blocks import STAGES, Stage
 
 _MODULES = ("blocks", "stage_blocks", "kv", "linear_states", "model_shape", "experts", "pd_plan")
 __all__ = [
+    "CHECKPOINTS",
     "STAGES",
     "UNIFIED",
     "Action",

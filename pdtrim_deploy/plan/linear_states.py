@@ -29,7 +29,7 @@ class LinearStates(Frozen):
         blocks: that have a state and no KV, ascending.
         key_heads, key_dim, value_heads, value_dim: heads of the linear attention and their sizes.
         conv_columns: tokens whose input the convolution reads again: one less than its kernel.
-        conv_dtype, recurrent_dtype: of both tensors in SGLang's pool.
+        conv_dtype, recurrent_dtype: of both tensors in SGLang's pool; the former is that of the model's own states.
 
     """
 

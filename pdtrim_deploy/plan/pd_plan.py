@@ -24,6 +24,8 @@ from pdtrim_deploy.plan.stage_blocks import STAGES, Stage, kv_blocks_of
 
 UNIFIED = "model"
 """Folder of the only checkpoint of a unified plan."""
+CHECKPOINTS: tuple[str, ...] = (*STAGES, UNIFIED)
+"""All folders that a bundle may have a checkpoint in; a plan has those of its `checkpoints`."""
 
 
 class PDPlan(KVRules):

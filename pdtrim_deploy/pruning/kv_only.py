@@ -26,12 +26,15 @@ from pdtrim_deploy.pruning.compensation.base import Progress
 from pdtrim_deploy.pruning.least_squares import Ridge
 from pdtrim_deploy.pruning.pair import StagePair
 from pdtrim_deploy.pruning.pd_loss import BATCH, pd_run
+from pdtrim_deploy.recipe.healing import RANKED
 
 _CHECKED = 8  # one batch in so many chooses the penalty
 
 
 def make_kv_only(pair: StagePair, blocks: int, ids: Tensor, progress: Progress = lambda _: None) -> StagePair:
     """Give `blocks` more blocks of prefill up, but for their KV: the first of `rank`; then fit K and V on `ids`.
+
+    The first `RANKED` sequences rank.
 
     Raises:
         UserError: there are not so many blocks that both stages keep; a loss that is not a number.
@@ -42,7 +45,7 @@ def make_kv_only(pair: StagePair, blocks: int, ids: Tensor, progress: Progress =
         raise UserError(
             f"healing.kv_only_blocks is {blocks} but only {len(open_to)} blocks are kept by both stages; ask for fewer"
         )
-    return fit_kv_only(pair, rank(pair, ids, progress)[:blocks], ids, progress)
+    return fit_kv_only(pair, rank(pair, ids[:RANKED], progress)[:blocks], ids, progress)
 
 
 @torch.no_grad()

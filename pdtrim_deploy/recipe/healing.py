@@ -24,6 +24,8 @@ COMPENSATION_METHODS: tuple[str, ...] = get_args(CompensationMethod)
 
 TOKENS_A_FEATURE = 10
 """Of text, for each unknown of an output that least squares fit: with fewer, other text may lose."""
+RANKED = 16
+"""Sequences of the text, at most, that choose KV-only blocks: each costs half a run of the pair for each block."""
 _TRAINS = ("method", "lora_rank", "regression", "sweep")  # keys that mean nothing without training by gradients
 _Minutes = Annotated[float, Field(gt=0)]
 
@@ -65,7 +67,8 @@ class HealingSection(Section):
     clearly better.
 
     Attributes:
-        kv_only_blocks: blocks of which prefill computes only K and V while decode keeps them, chosen by measured loss.
+        kv_only_blocks: blocks of which prefill computes only K and V while decode keeps them, chosen by measured loss
+            on 16 sequences at most. `prefill_steps` then train prefill by what decode predicts behind its KV.
         compensation: without gradients: `norm` rescales (Prune&Comp) each stage whose loss on held-out text falls,
             `least-squares` refits MLP outputs.
         fit: of least squares: `full` refits whole maps, `auto` only with ten tokens of `sequences` x `length` a feature

@@ -17,6 +17,7 @@ from pdtrim_deploy.serving.gpu_defaults import (
     attention_arguments,
     pool_arguments,
     precision_environment,
+    state_environment,
     window_flags,
 )
 from pdtrim_deploy.serving.memory import FRACTION, static_fraction
@@ -53,8 +54,8 @@ def worker_command(python: Path, worker: WorkerSpec, secret: Path | None = None)
         "--dtype": options.dtype,
         "--device": options.device,
     }
-    if worker.stage != "unified":
-        arguments["--disaggregation-mode"] = worker.stage
+    if worker.role != "unified":
+        arguments["--disaggregation-mode"] = worker.role
         arguments["--disaggregation-transfer-backend"] = options.transfer_backend
     limits = {
         "--max-total-tokens": options.pool_tokens,
@@ -70,26 +71,28 @@ def worker_command(python: Path, worker: WorkerSpec, secret: Path | None = None)
         arguments["--disaggregation-bootstrap-port"] = worker.bootstrap_port
     arguments |= pool_arguments(options.pool_dtype)
     flags = ["--enable-metrics"] if options.enable_metrics else []
-    flags += window_flags(worker.stage, options.sparse) or _cpu_window_flags(worker)
+    flags += window_flags(worker.role, options.sparse) or _cpu_window_flags(worker)
     if options.device == "cpu":
         arguments[FRACTION] = static_fraction(worker)
         if not options.sinks:
             arguments["--attention-backend"] = "torch_native"
         flags += ["--disable-overlap-schedule", "--sleep-on-idle"]
-        if (ranks := options.tp(worker.stage)) > 1:
+        if "--enable-dp-attention" in options.arguments(worker.role):  # SGLang has that exchange on GPUs alone
+            flags.append("--no-enable-tp-lm-head-all-to-all")
+        if (ranks := options.tp(worker.role)) > 1:
             arguments["--tp-size"] = ranks
-        if worker.stage == "decode" and not options.sparse:  # the default backs up KV through CUDA streams
+        if worker.role == "decode" and not options.sparse:  # the default backs up KV through CUDA streams
             arguments["--disaggregation-decode-retraction-backup"] = "none"
     else:
         if (placement := worker.placement) is not None:
             arguments |= {"--base-gpu-id": placement.first, "--tp-size": placement.ranks}
             if placement.memory_fraction is not None:
                 arguments[FRACTION] = placement.memory_fraction
-        arguments |= attention_arguments(worker.stage, options.sparse, options.dtype)
-        if worker.executor == "tensorrt" and worker.stage == "prefill":  # SGLang's breaks would end its capture midway
+        arguments |= attention_arguments(worker.role, options.sparse, options.dtype)
+        if worker.executor == "tensorrt" and worker.role == "prefill":  # SGLang's breaks would end its capture midway
             flags.append("--disable-prefill-cuda-graph")
     pairs = [str(part) for pair in arguments.items() for part in pair]
-    return [str(python), "-m", "sglang.launch_server", *pairs, *flags, *options.arguments(worker.stage)]
+    return [str(python), "-m", "sglang.launch_server", *pairs, *flags, *options.arguments(worker.role)]
 
 
 def _cpu_window_flags(worker: WorkerSpec) -> list[str]:
@@ -99,19 +102,19 @@ def _cpu_window_flags(worker: WorkerSpec) -> list[str]:
     admits prompts up to the smaller (disaggregation/decode.py, `_uses_swa_tail_prealloc`); one window ends it.
     """
     options = worker.options
-    sized = any(argument.split("=")[0] == WINDOW_POOL_SHARE for argument in options.arguments(worker.stage))
+    sized = any(argument.split("=")[0] == WINDOW_POOL_SHARE for argument in options.arguments(worker.role))
     return [NO_WINDOW_POOL] if options.device == "cpu" and not sized else []
 
 
 def _override(worker: WorkerSpec, secret: Path | None) -> dict[str, object]:
     """What the worker is told through config.json: how KV travels, and its engine; without KV transfer nothing."""
-    if worker.stage == "unified":
+    if worker.role == "unified":
         return {}
     options = worker.options
     config = WorkerConfig(
         secret_file=None if secret is None else str(secret),
         transport=TransportOptions.model_validate(worker.transport),
-        decode_pool=options.split_pool if worker.stage == "decode" else None,
+        decode_pool=options.split_pool if worker.role == "decode" else None,
         send_by_layer=options.send_by_layer,
         engine=worker.engine.as_config() if worker.engine is not None else None,
     )
@@ -142,11 +145,13 @@ def worker_environment(python: Path, worker: WorkerSpec, workers: int, temporary
             "OMP_WAIT_POLICY": "PASSIVE",
             "GOMP_SPINCOUNT": "0",
         }
-        if (ranks := worker.options.tp(worker.stage)) > 1:
+        if worker.options.states:
+            chosen |= state_environment(worker.options.dtype)
+        if (ranks := worker.options.tp(worker.role)) > 1:
             chosen["SGLANG_NCCL_SO_PATH"] = os.devnull  # NCCL needs GPUs; without it SGLang's ranks speak by gloo
             chosen["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join([",".join(map(str, cores))] * ranks)
     else:
-        chosen |= precision_environment(worker.options.dtype)
+        chosen |= precision_environment(worker.options.dtype, states=worker.options.states)
     return _base(python, os.environ, temporary) | chosen
 
 

@@ -25,9 +25,18 @@ def window_flags(stage: str, sparse: bool) -> list[str]:
     return [NO_WINDOW_POOL] if sparse and stage == "decode" else []
 
 
-def precision_environment(dtype: str) -> dict[str, str]:
-    """So that Triton multiplies float32 in float32 and not in TF32, which has the mantissa of float16."""
-    return {"TRITON_F32_DEFAULT": "ieee"} if dtype == "float32" else {}
+def precision_environment(dtype: str, *, states: bool) -> dict[str, str]:
+    """So that Triton multiplies float32 in float32 and not in TF32, which has the mantissa of float16.
+
+    Of a model with `states` see `state_environment`.
+    """
+    precise = {"TRITON_F32_DEFAULT": "ieee"} if dtype == "float32" else {}
+    return precise | (state_environment(dtype) if states else {})
+
+
+def state_environment(dtype: str) -> dict[str, str]:
+    """The convolution's columns of linear attention in the model's dtype; SGLang rounds all to bfloat16 else."""
+    return {} if dtype == "bfloat16" else {"SGLANG_MAMBA_CONV_DTYPE": dtype}
 
 
 def pool_arguments(pool_dtype: PoolDtype) -> dict[str, object]:

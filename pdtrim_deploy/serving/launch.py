@@ -68,6 +68,7 @@ def cluster_of(
         )
     options = replace(options, sparse=any(send.mode == "sparse" for send in bundle.plan.kv))
     options = replace(options, sinks=known_family(bundle.plan.model.architecture).sinks)
+    options = replace(options, states=bundle.plan.model.states is not None)
     options = replace(options, pool_dtype=bundle.plan.model.pool_dtype, plan_digest=bundle.plan.digest)
     if options.device == "cpu" and options.pool_dtype != "native" and bundle.plan.model.rope_dim is not None:
         raise UserError(

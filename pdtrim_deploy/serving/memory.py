@@ -33,7 +33,7 @@ def memory_of(worker: WorkerSpec) -> WorkerMemory | None:
     dtype: NativeDtype = next((known for known in get_args(NativeDtype) if known == options.dtype), "float32")
     tokens, requests = options.pool_tokens or 0, options.requests or 0
     prefill_batch = CHUNK_TOKENS if chunk is None else chunk if chunk > 0 else tokens
-    batch = requests if worker.stage == "decode" else prefill_batch
+    batch = requests if worker.role == "decode" else prefill_batch
     return worker_memory(config, dtype, tokens, batch_tokens=batch, requests=requests, pool_dtype=options.pool_dtype)
 
 
@@ -50,7 +50,7 @@ def require_memory(workers: Sequence[WorkerSpec]) -> None:
     """UserError: `workers` do not fit together into what is free; not asked of those that are told a fraction."""
     nodes, sizes = numa_nodes(), dict[str, WorkerMemory]()
     for worker in workers:
-        fraction_given = any(word.split("=")[0] == FRACTION for word in worker.options.arguments(worker.stage))
+        fraction_given = any(word.split("=")[0] == FRACTION for word in worker.options.arguments(worker.role))
         size = memory_of(worker) if worker.options.device == "cpu" and not fraction_given else None
         if size is not None:
             sizes[worker.name] = size

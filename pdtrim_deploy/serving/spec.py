@@ -31,11 +31,11 @@ class WorkerOptions:
     device's default: see `page_tokens`, `pool_tokens`, `requests`. `threads` are OpenMP threads a worker (CPU only;
     None: the cores divided among the workers). `sparse` says that decode has sparse layers, `split_pool` for which
     requests their pools are sized. `sinks`: attention has sinks; then SGLang refuses torch_native by name, and on a CPU
-    without AMX chooses it all the same. `send_by_layer`: rows of finished layers leave while prefill computes later
-    ones. `tp_prefill` and `tp_decode` are tensor-parallel ranks of a worker; `share_gpus`
-    lets several workers take one GPU where there are too few. Every answer names `plan_digest`, where it is
-    given, as the version of the weights. `extra_args`, then those of the stage, go to `sglang.launch_server` last: they
-    win over anything chosen here.
+    without AMX chooses it all the same. `states`: some layers have linear attention. `send_by_layer`: rows of finished
+    layers leave while prefill computes later ones. `tp_prefill` and `tp_decode` are tensor-parallel ranks of a worker;
+    `share_gpus` lets several workers take one GPU where there are too few. Every answer names `plan_digest`, where it
+    is given, as the version of the weights. `extra_args`, then those of the stage, go to `sglang.launch_server` last:
+    they win over anything chosen here.
     """
 
     device: Device = field(default_factory=lambda: "cuda" if gpu_count() else "cpu")
@@ -51,6 +51,7 @@ class WorkerOptions:
     threads: int | None = None
     sparse: bool = False
     sinks: bool = False
+    states: bool = False
     split_pool: SplitPool | None = None
     send_by_layer: bool = False
     tp_prefill: int = 1
@@ -92,13 +93,13 @@ class WorkerOptions:
 
 @dataclass(frozen=True)
 class WorkerSpec:
-    """One SGLang worker. `index` counts within its role, `stage`; `placement` says which GPUs are its, None on a CPU.
+    """One SGLang worker. `index` counts within its `role`; `placement` says which GPUs are its, None on a CPU.
 
     `engine` computes its forward pass; None: SGLang's own torch model does. `transport` holds what its transport is
     told beside its name (`pdtrim_deploy.worker.transport`): sizes, deadlines, addresses.
     """
 
-    stage: Role
+    role: Role
     index: int
     model_path: Path
     port: int
@@ -111,7 +112,7 @@ class WorkerSpec:
     @property
     def name(self) -> str:
         """`prefill-0`, `decode-1`, `unified-0`."""
-        return f"{self.stage}-{self.index}"
+        return f"{self.role}-{self.index}"
 
     @property
     def executor(self) -> Executor:
@@ -157,17 +158,17 @@ class ClusterSpec:
     @property
     def prefill(self) -> tuple[WorkerSpec, ...]:
         """The prefill workers."""
-        return tuple(worker for worker in self.workers if worker.stage == "prefill")
+        return tuple(worker for worker in self.workers if worker.role == "prefill")
 
     @property
     def decode(self) -> tuple[WorkerSpec, ...]:
         """The decode workers."""
-        return tuple(worker for worker in self.workers if worker.stage == "decode")
+        return tuple(worker for worker in self.workers if worker.role == "decode")
 
     @property
     def unified(self) -> tuple[WorkerSpec, ...]:
         """The workers that do both stages; where there are any, there are no others."""
-        return tuple(worker for worker in self.workers if worker.stage == "unified")
+        return tuple(worker for worker in self.workers if worker.role == "unified")
 
     @classmethod
     def on_loopback(
@@ -236,19 +237,19 @@ class ClusterSpec:
         ports = iter(free_ports(2 * sum(count for _, count in models.values()) + 2, taken=taken))
         workers = [
             WorkerSpec(
-                stage,
+                role,
                 index,
                 model.resolve(),
                 next(ports),
-                next(ports) if stage == "prefill" else None,
+                next(ports) if role == "prefill" else None,
                 options,
-                None if stage == "unified" else engines.get(stage),
+                None if role == "unified" else engines.get(role),
             )
-            for stage, (model, count) in models.items()
+            for role, (model, count) in models.items()
             for index in range(count)
         ]
         if options.device == "cuda":
-            ranks = [options.tp(worker.stage) for worker in workers]
+            ranks = [options.tp(worker.role) for worker in workers]
             placements = place(ranks, gpu_count() if gpus is None else gpus, options.share_gpus)
             workers = [
                 replace(worker, placement=placement) for worker, placement in zip(workers, placements, strict=True)

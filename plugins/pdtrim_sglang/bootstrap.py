@@ -46,7 +46,9 @@ class Registration(BaseModel):
 
     @model_validator(mode="after")
     def _ranks_lie_below_sizes(self) -> Registration:
-        if any(getattr(self, f"{kind}_rank") >= getattr(self, f"{kind}_size") for kind in KINDS):
+        """With DP attention the system's size is 1, and SGLang gives attention's rank as the system's too."""
+        kinds = [kind for kind in KINDS if kind != "system_dp" or self.system_dp_size > 1]
+        if any(getattr(self, f"{kind}_rank") >= getattr(self, f"{kind}_size") for kind in kinds):
             raise ValueError("a rank is not one of its group")
         return self
 

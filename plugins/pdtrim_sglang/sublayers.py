@@ -76,10 +76,15 @@ def cut_sublayers(runner: Any) -> None:
 
 
 def count_kv_layers(runner: Any) -> None:
-    """Have SGLang make pools of as many layers as the plan gives the stage KV layers: of an engine's stage too."""
+    """Have SGLang make pools of as many layers as the plan gives the stage KV layers: of an engine's stage too.
+
+    Beside layers with linear attention it counts KV layers itself, among all of the model's.
+    """
     if (known := stage_plan(runner)) is None or runner.server_args.pp_size > 1:
         return
     plan, stage = known
+    if plan.model.states is not None:
+        return
     info, count = runner.layer_info, len(plan.kv_blocks(stage))
     if info.num_effective_layers == len(plan.layers(stage)) != count:
         runner.layer_info = msgspec.structs.replace(

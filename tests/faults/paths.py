@@ -8,6 +8,7 @@ from pathlib import Path
 from pdtrim_deploy.models import open_checkpoint
 from pdtrim_deploy.models.surgery import write_stage
 from pdtrim_deploy.plan import STAGES, Drop, Keep, KVSend, PDPlan
+from pdtrim_deploy.plan.wire import PoolDtype
 from pdtrim_deploy.serving import Engine
 
 
@@ -26,6 +27,7 @@ class ServedPath:
     page_size: int | None = None
     decode_args: tuple[str, ...] = ()
     by_layer: bool = False
+    pool_dtype: PoolDtype = "native"
 
     @property
     def reuses(self) -> bool:
@@ -42,6 +44,7 @@ PATHS = {
         ServedPath("TP 1 to 2", tp_decode=2, page_size=16),
         ServedPath("decode's radix cache", cut=False, page_size=16, decode_args=REUSE),
         ServedPath("cut layers, decode's radix cache, sent by layer", page_size=16, decode_args=REUSE, by_layer=True),
+        ServedPath("cut layers, an fp8 pool", page_size=16, pool_dtype="fp8_e4m3"),
     )
 }
 
@@ -64,7 +67,8 @@ def tiny_stages(model: Path, folder: Path, cache, path: ServedPath, n_last: int)
         kv = (KVSend(), sparse, sparse.model_copy(update={"n_last": 9}), sparse)
     else:
         kv = tuple(KVSend(wire_dtype=wire) for wire in ("int8", "native", "fp8", "native" if n_last % 2 else "int8"))
-    plan = PDPlan(model=checkpoint.shape("float32"), prefill=prefill, decode=decode, kv=kv)
+    shape = checkpoint.shape("float32").with_pool(path.pool_dtype)
+    plan = PDPlan(model=shape, prefill=prefill, decode=decode, kv=kv)
     for stage in STAGES:
         write_stage(checkpoint, folder / stage, plan.layers(stage), "float32", plan.model_dump(mode="json"))
     if not path.engine:

@@ -100,7 +100,7 @@ class Stand:
             dtype="float32", chunked_prefill_size=CHUNK, threads=1, max_total_tokens=POOL_TOKENS,
             max_running_requests=16, transfer_backend=f"pdtrim_{transport}", tp_prefill=path.tp_prefill,
             tp_decode=path.tp_decode, page_size=path.page_size, decode_args=path.decode_args,
-            send_by_layer=path.by_layer,
+            send_by_layer=path.by_layer, pool_dtype=path.pool_dtype,
         )  # fmt: skip
         spec = ClusterSpec.on_loopback(
             served.folder / "prefill", served.folder / "decode", options=options, start_timeout_s=600.0,
@@ -112,7 +112,7 @@ class Stand:
         place = {"port": listens, "announce": f"127.0.0.1:{announced}"}
         workers = [
             replace(w, engine=served.engine, transport=transport_options)
-            if w.stage == "prefill"
+            if w.role == "prefill"
             else replace(w, transport=transport_options | place)
             for w in spec.workers
         ]
@@ -141,7 +141,7 @@ class Stand:
 
     def worker(self, stage: str):
         """The running worker of a stage."""
-        return next(worker for worker in self.cluster.workers if worker.spec.stage == stage)
+        return next(worker for worker in self.cluster.workers if worker.spec.role == stage)
 
     def signal(self, stage: str, what: int) -> None:
         """To all processes of a worker, as a container's end does it."""

@@ -94,7 +94,7 @@ def test_ranks_need_gpus_of_their_own(monkeypatch, tmp_path, count, skip):
 
 def test_ranks_are_unlike_copied_and_data_parallel(monkeypatch, tmp_path, judged):
     monkeypatch.setattr(options, "gpus", lambda: 2)
-    monkeypatch.setattr(bundles, "tiny_bundle", lambda folder, kv, size: size.num_key_value_heads)
+    monkeypatch.setattr(bundles, "tiny_bundle", lambda folder, kv, size, **_: size.num_key_value_heads)
     assert {row.status for row in rows_of(options.rank_checks(tmp_path, tmp_path))} == {"run"}
     variants = [(heads, variant.tp_prefill, variant.tp_decode, variant.decode_args[:1]) for heads, variant, _ in judged]
     assert variants == [(2, 2, 1, ()), (2, 1, 2, ()), (1, 2, 2, ()), (2, 1, 2, ("--enable-dp-attention",))]
@@ -205,13 +205,13 @@ def test_latents_are_judged_under_the_attention_that_sglang_takes(monkeypatch, t
     assert {variant.decode_args for _, variant, _ in judged} == {()}
 
 
-def test_states_are_judged_beside_native_and_quantised_rows(monkeypatch, tmp_path, judged):
+def test_states_are_judged_beside_native_rows(monkeypatch, tmp_path, judged):
     rows = list(rows_of(pools.state_checks(tmp_path, tmp_path)))
-    assert [(row.status, row.reason) for row in rows] == [("run", "")] * 4
-    assert [b.plan.model.architecture for b, _, _ in judged] == [name for name in tiny.STATEFUL for _ in range(2)]
-    assert [b.plan.decode_kv_blocks for b, _, _ in judged] == [(3, 7)] * 4
-    assert [{send.wire_dtype for send in b.plan.kv} for b, _, _ in judged] == [{"native"}, {"k4v3"}] * 2
-    assert {(b.plan.model.states.conv_dtype, b.plan.model.kv_dtype) for b, _, _ in judged} == {("bfloat16",) * 2}
+    assert [(row.status, row.reason) for row in rows] == [("run", "")] * 2
+    assert [b.plan.model.architecture for b, _, _ in judged] == list(tiny.STATEFUL)
+    assert [b.plan.decode_kv_blocks for b, _, _ in judged] == [(1, 3)] * 2
+    assert {send.wire_dtype for b, _, _ in judged for send in b.plan.kv} == {"native"}
+    assert {(b.plan.model.states.conv_dtype, b.plan.model.kv_dtype) for b, _, _ in judged} == {("float16",) * 2}
     assert {variant.decode_args for _, variant, _ in judged} == {()}
 
 

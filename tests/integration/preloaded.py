@@ -92,6 +92,10 @@ def become(request: dict[str, Any]) -> None:
         from unpinned import leave_pinning_out
 
         leave_pinning_out()
+    if has_linear_attention(request["arguments"]):
+        import linear_attention_kernels
+
+        linear_attention_kernels.compute_by_torch()
     if "--speculative-algorithm" in request["arguments"]:
         from speculation_kernels import compute_by_torch
 
@@ -99,6 +103,13 @@ def become(request: dict[str, Any]) -> None:
     del sys.modules[MODULE]
     sys.argv = [MODULE, *request["arguments"]]
     runpy.run_module(MODULE, run_name="__main__", alter_sys=True)
+
+
+def has_linear_attention(arguments: list[str]) -> bool:
+    """Whether the worker's model has layers with gated delta nets."""
+    folder = arguments[arguments.index("--model-path") + 1]
+    with open(os.path.join(folder, "config.json")) as file:
+        return "linear_attention" in (json.load(file).get("layer_types") or ())
 
 
 if __name__ == "__main__":

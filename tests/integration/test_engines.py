@@ -107,7 +107,7 @@ def test_onnxruntime_in_one_stage_only(tiny, stage, tmp_path):
     page = 16 if stage == "prefill" else 1  # decode in torch on pages larger than a token, in one pool
     options = WorkerOptions(dtype="float32", page_size=page, chunked_prefill_size=64, threads=1)
     spec = ClusterSpec.on_loopback(folder / "prefill", folder / "decode", prefill=1, decode=1, options=options)
-    workers = tuple(replace(w, engine=engines[stage] if w.stage == stage else None) for w in spec.workers)
+    workers = tuple(replace(w, engine=engines[stage] if w.role == stage else None) for w in spec.workers)
     with Cluster(replace(spec, workers=workers), ServeEnvironment.find(), tmp_path) as cluster:
         served = [(group, answer) for group in groups(plan, texts) for answer in ask(cluster.url, group, 6, 120)]
         (staged,) = sums(cluster.workers[0], "pdtrim_kv_staged_bytes_sum")

@@ -13,9 +13,10 @@ from pdtrim_deploy.recipe import Recipe
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(900)]
 
 SINKS = "GptOssForCausalLM"
+STATES = ("Qwen3NextForCausalLM", "Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM")
 WINDOWS = ("Gemma3ForCausalLM", "MellumForCausalLM", SINKS)
 LATENTS = ("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM")
-SERVED = ("Qwen3MoeForCausalLM", "Phi3ForCausalLM", "Gemma3ForCausalLM", "DeepseekV2ForCausalLM")
+SERVED = ("Qwen3MoeForCausalLM", "Phi3ForCausalLM", "Gemma3ForCausalLM", "DeepseekV2ForCausalLM", STATES[0])
 CUT = {"method": "all", "n_first": 4, "n_last": 24, "wire_dtype": "int8"}
 UNCUT = {"method": "none", "wire_dtype": "int4"}
 
@@ -44,7 +45,7 @@ def served(text, tiny_model, serving, cache, tmp_path):
         bundle = build(Recipe.load(tmp_path / "recipe.yaml"), tmp_path / "bundle", cache)
         sparse = any(send.mode == "sparse" for send in bundle.plan.kv)
         options = {"dtype": "float32", "sparse": sparse, "sinks": architecture == SINKS, "extra_args": worker_args}
-        options["max_total_tokens"] = pool_tokens
+        options |= {"max_total_tokens": pool_tokens, "states": architecture in STATES}
         with serving(bundle.prefill_dir, bundle.decode_dir, **options) as pair:
             result = run_fidelity(bundle, pair.url, cache, new_tokens=8)
             logs = [worker.log.read_text() for worker in pair.workers]
@@ -55,17 +56,21 @@ def served(text, tiny_model, serving, cache, tmp_path):
     return serve
 
 
-@pytest.mark.some_families(SERVED, [*FAMILIES, "ArceeForCausalLM", "MellumForCausalLM", SINKS, *LATENTS])
+@pytest.mark.some_families(SERVED, [*FAMILIES, "ArceeForCausalLM", "MellumForCausalLM", *LATENTS, *STATES])
 def test_served_tokens_are_the_oracles(architecture, served, record_property):
-    """Blocks are dropped where they are known, experts where there are any; KV is quantised, and cut (latents not)."""
+    """Blocks are dropped where they are known, experts where there are any; KV is quantised, and cut.
+
+    Not of latents, nor beside linear attention, whose kernels are torch's here (linear_attention_kernels.py).
+    """
     cut = {"method": "cosine", "prefill_blocks": 1, "decode_blocks": 2} if architecture in FAMILIES else {}
     experts = architecture in tinyexperts.MOE
     config = tinyexperts.settings(architecture) if experts else {}
     pruning = cut | ({"experts": {"prefill": 6, "decode": 4}} if experts else {})
-    bundle, result, _ = served(architecture, UNCUT if architecture in LATENTS else CUT, pruning, **config)
+    bundle, result, _ = served(architecture, UNCUT if architecture in LATENTS + STATES else CUT, pruning, **config)
     assert len(bundle.plan.decode_layers) == (4 if cut else 6)
     assert ("window - 1" in result.controls) == (architecture in WINDOWS)
     assert ("experts one number off" in result.controls) == experts
+    assert ("convolution a token old" in result.controls) == (architecture in STATES)
     record_property("family", (architecture, "served", f"off by {result.max_logprob_error:.1e} nats at most"))
 
 

@@ -4,11 +4,13 @@ SGLang reads codes and scales, and keeps rows in fp8. What multiplies them is to
 (`pdtrim_sglang/cpu`).
 """
 
+import itertools
 import shutil
 
 import httpx
 import pytest
 import torch
+from bundle_variants import variant
 from safetensors.torch import load_file, save_file
 from tinyfp8 import SQUARE, write_fp8
 from tinytext import write_words
@@ -16,6 +18,7 @@ from tinytext import write_words
 from pdtrim_deploy.evaluation.fidelity import run_fidelity
 from pdtrim_deploy.gpucheck import tiny
 from pdtrim_deploy.pipeline import build
+from pdtrim_deploy.plan.wire import SMALLER_THAN_FP8
 from pdtrim_deploy.recipe import Recipe
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(900)]
@@ -55,10 +58,14 @@ def built(cache, tmp_path):
         ("fp8-tensor", "float16", FEW | E4M3),
         ("", "float32", MORE | E5M2),
     ],
-    ids=["weights", "weights and an e4m3 pool", "an e5m2 pool read in int4"],
+    ids=["weights", "weights and an e4m3 pool", "an e5m2 pool read in each wire dtype"],
 )
 def test_served_tokens_are_the_oracles(built, serving, cache, kind, dtype, kv):
     bundle = built(kind, dtype, kv)
+    if not kind:
+        wires = zip(bundle.plan.kv, itertools.cycle(SMALLER_THAN_FP8))
+        rules = [send.model_copy(update={"wire_dtype": wire}) for send, wire in wires]
+        bundle = variant(bundle, rules, bundle.path.with_name("each"))
     with serving(bundle.prefill_dir, bundle.decode_dir, dtype=dtype, pool_dtype=bundle.plan.model.pool_dtype) as pair:
         result = run_fidelity(bundle, pair.url, cache, new_tokens=8)
         print(result.to_json() | {"rows": ()})

@@ -86,7 +86,7 @@ def test_a_real_pair_serves_until_one_of_its_schedulers_is_killed(cluster, stock
     counted = {"stream": True, "stream_options": {"include_usage": True}}
     assert streamed(f"{cluster.url}/v1/chat/completions", chat | counted) == 4
 
-    decode = next(worker for worker in cluster.workers if worker.spec.stage == "decode")
+    decode = next(worker for worker in cluster.workers if worker.spec.role == "decode")
     assert total(scrape(decode.metrics_url), "sglang:generation_tokens_total") >= 8
 
     processes = sorted(session_members(decode.pid))

@@ -19,6 +19,7 @@ def short_pair(serving, tiny_bundle, request):
     """2,048 tokens in whole layers, 217 in cut ones, which SGLang fills: it reserves four tokens of an answer."""
     options = {"max_total_tokens": 2048, "split_pool": SplitPool(isl=400, osl=16), "dtype": "float32", "sparse": True}
     arguments = ("--num-reserved-decode-tokens", "4", "--enable-priority-scheduling")
+    arguments += ("--load-snapshot-publish-interval", "1")  # of steps: for `wait_until`
     options |= {"extra_args": arguments, "decode_args": getattr(request, "param", ())}
     with serving(tiny_bundle.prefill_dir, tiny_bundle.decode_dir, **options) as pair:
         yield pair
@@ -47,6 +48,18 @@ def test_answers_are_those_of_requests_that_had_room(short_pair):
     assert together == alone
 
 
+def wait_until(pair, **counts):
+    """Decode's scheduler writes, after each step, how many requests run and how many wait for room."""
+    url, deadline = f"{pair.workers[1].spec.url}/v1/loads", time.monotonic() + 60
+    while True:
+        (load,) = httpx.get(url, timeout=10).json()["loads"]
+        now = {"running": load["num_running_reqs"], "waiting": load["disaggregation"]["decode_prealloc_queue_reqs"]}
+        if now == counts:
+            return
+        assert time.monotonic() < deadline, now
+        time.sleep(0.005)
+
+
 @pytest.mark.parametrize("priorities", [(0, 5), (5, 0)], ids=["the later is urgent", "the earlier is urgent"])
 def test_what_waits_for_room_goes_by_priority(short_pair, priorities):
     """A request has nearly all of decode's tokens; two that need more than the rest wait, and only one fits then."""
@@ -58,9 +71,10 @@ def test_what_waits_for_room_goes_by_priority(short_pair, priorities):
 
     with ThreadPoolExecutor(3) as pool:
         runs = [pool.submit(run, "blocks", 1500, 9, 170)]
-        time.sleep(0.3)
+        wait_until(short_pair, running=1, waiting=0)
         runs.append(pool.submit(run, 0, 1200, priorities[0], 4))
-        time.sleep(0.1)
+        wait_until(short_pair, running=1, waiting=1)
         runs.append(pool.submit(run, 1, 1201, priorities[1], 4))
+        wait_until(short_pair, running=1, waiting=2)
     assert [run.result() for run in runs] == [None] * 3
     assert ended == ["blocks", *sorted((0, 1), key=lambda place: -priorities[place])]

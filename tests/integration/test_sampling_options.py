@@ -285,4 +285,11 @@ def test_what_a_text_model_cannot_do_is_a_4xx_and_the_next_request_is_served(mix
         body = {"input_ids": PROMPT, "sampling_params": {"max_new_tokens": 2}, name: value}
         assert httpx.post(f"{mixed_pair.url}/generate", json=body, timeout=120).status_code == 400, name
     assert httpx.post(f"{mixed_pair.url}/open_session", json={}, timeout=120).status_code == 404
+    embedded = {"input_embeds": [[0.0] * 64] * 4, "sampling_params": {"max_new_tokens": NEW, "temperature": 0}}
+    answers = [
+        httpx.post(f"{mixed_pair.url}/generate", json=embedded | prompt, timeout=120)
+        for prompt in ({}, {"input_ids": PROMPT, "return_logprob": True})
+    ]
+    assert 400 <= answers[0].status_code < 500
+    assert tokens_of(answers[1].json()).tolist() == plain  # the router drops the field
     assert tokens_of(generate(mixed_pair)).tolist() == plain

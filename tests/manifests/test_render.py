@@ -81,6 +81,15 @@ def test_float32_is_multiplied_in_float32(dtype: str, precision: str | None) -> 
         assert ("--attention-backend" in pod["command"]) == (dtype == "float32")
 
 
+def test_convolutions_are_in_the_models_dtype() -> None:
+    """Of models with linear attention, which SGLang would have in bfloat16."""
+    for dtype, states, columns in (("float16", True, "float16"), ("bfloat16", True, None), ("float16", False, None)):
+        served = Served("m", "ab" * 32, dtype, sparse=False, states=states)
+        pod = container(objects(served)["Deployment", "pdtrim-decode"])
+        variables = {variable["name"]: variable.get("value") for variable in pod["env"]}
+        assert variables.get("SGLANG_MAMBA_CONV_DTYPE") == columns
+
+
 def test_both_stages_have_the_pages_that_every_gpu_can_use() -> None:
     for stage in STAGES:
         assert option(container(objects()["Deployment", f"pdtrim-{stage}"])["command"], "--page-size") == "64"

@@ -94,7 +94,8 @@ def test_a_rank_outside_of_its_group_or_of_another_group_is_not_counted(monkeypa
     async def conversation(ask):
         assert (await ask("PUT", "/route", two))[0] == 200
         for wrong in ({"attn_tp_rank": 7, "attn_tp_size": 1}, {"attn_tp_rank": 2}, {"pp_rank": 1}, {"attn_dp_rank": 1},
-                      {"attn_tp_rank": 7, "attn_tp_size": 8}, {"attn_dp_rank": 1, "attn_dp_size": 2}):  # fmt: skip
+                      {"attn_tp_rank": 7, "attn_tp_size": 8}, {"attn_dp_rank": 1, "attn_dp_size": 2},
+                      {"system_dp_rank": 2, "system_dp_size": 2}):  # fmt: skip
             assert (await ask("PUT", "/route", two | wrong))[0] == 400
         assert (await ask("GET", READY))[0] == 503
         assert (await ask("PUT", "/route", two | {"attn_tp_rank": 1}))[0] == 200
@@ -216,7 +217,8 @@ def test_decode_ends_at_its_first_sight_of_a_prefill_worker_of_ranks_that_cannot
     server, place = listening(monkeypatch, tmp_path)
     sizes = {"attn_tp_size": 1, "attn_dp_size": 1} | prefill
     for tp, dp in itertools.product(range(sizes["attn_tp_size"]), range(sizes["attn_dp_size"])):
-        row = RANK | sizes | {"attn_tp_rank": tp, "attn_dp_rank": dp, "rank_port": 5000 + 8 * dp + tp}
+        group = {"attn_dp_rank": dp, "system_dp_rank": dp}  # as SGLang says of DP attention
+        row = RANK | sizes | group | {"attn_tp_rank": tp, "rank_port": 5000 + 8 * dp + tp}
         conn.CommonKVManager._register_topology_row(None, f"http://{place}/route", row)
     decode = object.__new__(PDTrimKVManager)
     vars(decode).update(

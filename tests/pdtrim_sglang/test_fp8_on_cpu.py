@@ -139,10 +139,12 @@ def test_other_weights_can_be_loaded_into_a_layer_in_use(tiny_llama_dir, tmp_pat
     assert not torch.equal(first, second)
 
 
-def test_weights_in_16_bits_are_quantised_while_they_are_loaded():
+@pytest.mark.parametrize("place", range(4), ids=["qkv", "o", "gate and up", "down"])
+def test_weights_in_16_bits_are_quantised_while_they_are_loaded(place):
     """`--quantization fp8` of an unquantised stage: rows of weights and inputs are rounded under own scales."""
-    layer, _ = layers_of(Fp8Config(activation_scheme="dynamic"), "model.layers.0")["model.layers.0.mlp"]
-    weight, states = torch.randn(256, 64).bfloat16(), torch.randn(5, 64)
+    layer, _ = list(layers_of(Fp8Config(activation_scheme="dynamic"), "model.layers.0").values())[place]
+    weight = torch.randn(layer.weight.shape).bfloat16()
+    states = torch.randn(5, weight.shape[1])
     layer.weight.data.copy_(weight)
     compute_fp8_by_torch(torch.nn.ModuleList([layer]))
     layer.quant_method.process_weights_after_loading(layer)

@@ -18,7 +18,7 @@ PLAIN = {
     "quantization_param_path": None, "enable_custom_logit_processor": False,
     "enable_lora": None, "lora_paths": None, "json_model_override_args": "{}",
     "disaggregation_enable_kv_checksum": False, "hicache_storage_backend": None,
-    "enable_unified_cache_external_linker": False, "enable_dp_attention": False, "device": "cpu",
+    "enable_unified_cache_external_linker": False,
 }  # fmt: skip
 DECODE = PLAIN | {
     "disaggregation_mode": "decode", "disaggregation_decode_enable_radix_cache": True,
@@ -86,7 +86,6 @@ def test_backends_are_ours_where_a_layer_is_cut_and_only_there(registry, monkeyp
     ("options", "sentence"),
     [
         ({"enable_hierarchical_cache": True}, "a row of every layer .* without --enable-hierarchical-cache"),
-        ({"enable_dp_attention": True}, "with DP attention .* start without --enable-dp-attention"),
         ({"disaggregation_decode_enable_offload_kvcache": True}, "--disaggregation-decode-enable-offload-kvcache"),
         ({"enable_streaming_session": True}, "without --enable-streaming-session"),
         (

@@ -54,7 +54,7 @@ def commands(source: str, model: Path, sparse: bool, dtype: str = "bfloat16") ->
     if source == "serve":
         options = WorkerOptions(device="cuda", dtype=dtype, sparse=sparse, tp_prefill=2, tp_decode=2)
         workers = ClusterSpec.on_loopback(model, model, options=options, gpus=4).workers
-        return {worker.stage: worker_command(Path("python"), worker)[3:] for worker in workers}
+        return {worker.role: worker_command(Path("python"), worker)[3:] for worker in workers}
     served = Served("m", "ab" * 32, dtype, sparse)
     rendered = {
         stage: worker_arguments(served, Options(tp_prefill=2, tp_decode=2), stage)[3:]

@@ -1,7 +1,7 @@
 """The ring of staging slots: packing, travel and scattering overlap, and no slot is used for two chunks at once.
 
 Genuine Peer, channel, server, DecodeRoom and PoolView. Where an order is checked, a device does its work as late as it
-may, or at random moments: what is not waited for is then not there.
+may, or at random moments: what is not waited for is then not there. Vector clocks find what luck would hide.
 """
 
 import queue
@@ -10,22 +10,35 @@ import socket
 import threading
 import time
 from collections import defaultdict
+from dataclasses import replace
+from functools import partial
 from itertools import product
 from types import SimpleNamespace
 
 import pytest
 import torch
+from happensbefore import ClockedQueue, ClockedSemaphore, Clocks, clocked, stream, thread
 from memory_writer import Memory
 
 pytest.importorskip("sglang", reason="needs the serve environment")
-from pdtrim_sglang import packing, rooms
+from pdtrim_sglang import packing, peer, rooms
 from pdtrim_sglang.decode import DecodeSide
 from pdtrim_sglang.peer import Chunk, Peer
 from pdtrim_sglang.pool import PoolView
 from pdtrim_sglang.progress import RoomProgress
 from pdtrim_sglang.protocol import ChunkHeader, Reply
 from pdtrim_sglang.rooms import AuxRows
-from pdtrim_sglang.transports import Transport, TransportConfig, one_sided, ring, sums, transport_named
+from pdtrim_sglang.transports import (
+    Transport,
+    TransportConfig,
+    channel,
+    one_sided,
+    ring,
+    server,
+    sums,
+    tcp,
+    transport_named,
+)
 from pdtrim_sglang.transports.one_sided import OneSided
 from pretended_gpu import GPU, OnGPU, host
 
@@ -83,23 +96,29 @@ def chunks(room, pages):
 
 
 class Streams:
-    """A device whose streams are queues: an operation is done when somebody must wait for it, or at random before."""
+    """A device whose streams are queues: an operation is done when somebody must wait for it, or at random before.
+
+    What an operation reads and writes is told to `clocks`, with all that it waits for.
+    """
 
     def __init__(self, seed):
-        self._dice, self._lock = random.Random(seed), threading.RLock()
+        self._dice, self._lock, self.clocks = random.Random(seed), threading.RLock(), Clocks()
         self._operations, self._done = defaultdict(list), defaultdict(int)  # of each stream: a thread has one
 
     def current_stream(self, device=None):
-        name = threading.current_thread().name
+        name = stream()
         return SimpleNamespace(
-            synchronize=lambda: self.finish(name, self.launched(name)),
+            synchronize=lambda: self._event(name).synchronize(),
             record_event=lambda: self._event(name),
-            wait_event=lambda event: self.launch(event.synchronize),
+            wait_event=self._wait,
         )
 
-    def launch(self, operation):
+    def launch(self, operation, reads=(), writes=()):
+        """`reads` and `writes` are tensors: memory, of which each is a place, or rows of a pool."""
         with self._lock:
-            self._operations[threading.current_thread().name].append(operation)
+            self.clocks.learn(stream(), self.clocks.now(thread()))
+            self.clocks.access(stream(), places(reads), places(writes))
+            self._operations[stream()].append(operation)
             for name in list(self._operations):
                 if self._dice.random() < 0.3:
                     self.finish(name, self._dice.randint(0, self.launched(name)))
@@ -116,14 +135,38 @@ class Streams:
                 operation()
 
     def _event(self, name):
-        count = self.launched(name)
-        return SimpleNamespace(synchronize=lambda: self.finish(name, count))
+        self.clocks.learn(name, self.clocks.now(thread()))
+        count, known = self.launched(name), self.clocks.now(name)
+
+        def synchronize():
+            self.finish(name, count)
+            self.clocks.learn(thread(), known)
+
+        return SimpleNamespace(synchronize=synchronize, finish=lambda: self.finish(name, count), known=known)
+
+    def _wait(self, event):
+        self.clocks.learn(stream(), event.known)
+        self.launch(event.finish)
+
+
+def places(tensors):
+    """Of memory, what it is a view of; of (pool tensor, slots), each row."""
+    named = []
+    for tensor in tensors:
+        pool, slots = tensor if isinstance(tensor, tuple) else (tensor, None)
+        start = host(pool).untyped_storage().data_ptr()
+        named += [start] if slots is None else [(start, slot) for slot in host(slots).flatten().tolist()]
+    return named
+
+
+def rows_of(keys, values, slots):
+    return [(side, slots) for side in (*keys, *values)]
 
 
 def on_streams(monkeypatch, device):
     """Packing, copies and scattering become operations of the calling thread's stream."""
     monkeypatch.setattr(torch, "get_device_module", lambda _: device)
-    copy = OnGPU.__torch_function__
+    copy, kept = OnGPU.__torch_function__, []
 
     def later(cls, func, types, args=(), kwargs=None):
         if func is torch.Tensor.item:  # the host waits for the stream
@@ -131,7 +174,7 @@ def on_streams(monkeypatch, device):
             return host(args[0]).item()
         if func is torch.Tensor.copy_ and (kwargs or {}).get("non_blocking"):
             into, source = host(args[0]), args[1]
-            device.launch(lambda: into.copy_(host(source)))
+            device.launch(lambda: into.copy_(host(source)), [source], [into])
             return into
         return copy.__func__(cls, func, types, args, kwargs)
 
@@ -140,26 +183,29 @@ def on_streams(monkeypatch, device):
     def packed(layout, keys, values, slots, out=None, offsets=None, groups=None):
         result = torch.zeros(layout.total_bytes, dtype=torch.uint8) if out is None else host(out[: layout.total_bytes])
         slots = host(slots)
-        device.launch(lambda: pack(layout, [*map(host, keys)], [*map(host, values)], slots, result))
+        move = partial(pack, layout, [*map(host, keys)], [*map(host, values)], slots, result)
+        device.launch(move, rows_of(keys, values, slots), [result])
         return gpu_view(result)
 
     def scattered(layout, payload, keys, values, slots, offsets=None, groups=None):
-        device.launch(lambda: unpack(layout, host(payload), [*map(host, keys)], [*map(host, values)], host(slots)))
+        move = partial(unpack, layout, host(payload), [*map(host, keys)], [*map(host, values)], host(slots))
+        device.launch(move, [payload], rows_of(keys, values, slots))
 
     def near(payload, pool):
         if payload.is_cuda:
             return payload
         landed = torch.zeros_like(payload)
-        device.launch(lambda: landed.copy_(payload))
+        device.launch(lambda: landed.copy_(payload), [payload], [landed])
         return gpu_view(landed)
 
     def summed(data):
         total = torch.zeros(1, dtype=torch.int64)
-        device.launch(lambda: total.copy_(torch_checksum(host(data))))
+        device.launch(lambda: total.copy_(torch_checksum(host(data))), [data], [total])
         return gpu_view(total)
 
     def buffer(size, on_gpu=None):
         memory = torch.zeros(size, dtype=torch.uint8)
+        kept.append(memory)  # an address has one meaning
         return gpu_view(memory) if on_gpu else memory
 
     for module, name, form in (
@@ -174,13 +220,61 @@ def on_streams(monkeypatch, device):
     monkeypatch.setattr(rooms, "near", near)
 
 
+def with_clocks(monkeypatch, clocks):
+    """What threads of a worker tell each other, and what they read and write themselves, is told to `clocks`."""
+    for module in (peer, ring, server):
+        monkeypatch.setattr(module, "queue", SimpleNamespace(SimpleQueue=clocked(clocks, ClockedQueue)))
+    semaphore = clocked(clocks, ClockedSemaphore)
+    monkeypatch.setattr(one_sided, "threading", SimpleNamespace(Semaphore=semaphore, Lock=threading.Lock))
+
+    def wrap(owner, name, before=lambda *_: None, after=lambda *_: None):
+        genuine = getattr(owner, name)
+
+        def wrapped(*arguments):
+            before(*arguments)
+            result = genuine(*arguments)
+            after(*arguments)
+            return result
+
+        monkeypatch.setattr(owner, name, wrapped)
+
+    def reads(*tensors):
+        clocks.access(thread(), places(tensors))
+
+    wrap(tcp.InlineSendMover, "move", before=lambda mover, slot, *_: reads(mover.slots[slot]))
+    wrap(peer, "as_bytes", before=reads)
+    for link in (tcp._InlineLink, one_sided._Written):
+        wrap(link, "read", lambda *_: clocks.learn(thread(), clocks.now("wire")), partial(landed, clocks))
+    wrap(server._Member, "_take", after=lambda *_: clocks.learn("replies", clocks.now(thread())))
+    wrap(channel.Reply, "decode_fixed", after=lambda *_: clocks.learn(thread(), clocks.now("replies")))
+
+
+def landed(clocks, link, payload, _):
+    """The reading thread has filled a payload on the host."""
+    if payload.is_cpu:
+        clocks.access(thread(), (), places([payload]))
+
+
+class ClockedMemory(Memory):
+    """Whoever writes into a place reads the slot that the payload lies in."""
+
+    def __init__(self, clocks):
+        super().__init__()
+        self.clocks = clocks
+
+    def write(self, source, size, target, seconds):
+        self.clocks.access(thread(), places([source]), places([target]))
+        super().write(source, size, target, seconds)
+        self.clocks.learn("wire", self.clocks.now(thread()))
+
+
 def gpu_view(tensor):
     """The same memory, on the pretended GPU."""
     return tensor.as_subclass(OnGPU)
 
 
-def transports():
-    memory = Memory()
+def transports(clocks):
+    memory = ClockedMemory(clocks)
     return {"tcp": transport_named("tcp"), "one-sided": Transport(OneSided(lambda *_: memory))}
 
 
@@ -189,34 +283,54 @@ def transports():
 @pytest.mark.parametrize("seed", range(4))
 def test_rows_arrive_whatever_the_device_does_first(monkeypatch, name, slots, seed):
     torch.manual_seed(seed)
-    on_streams(monkeypatch, Streams(seed))
+    device = Streams(seed)
+    clocks = device.clocks
+    on_streams(monkeypatch, device)
+    with_clocks(monkeypatch, clocks)
     monkeypatch.setattr(PoolView, "slots", lambda pool, pages, tokens: gpu_view(token_slots(pages, tokens)))
-    source, target = (
+    computed, source, target = (
         PoolView(*([gpu_view(fill(2 * TOKENS, HEADS, DIM)) for _ in range(2)] for _ in range(2)), PAGE)
-        for fill in (torch.randn, torch.zeros)
+        for fill in (torch.randn, torch.zeros, torch.zeros)
     )
+
+    def write_on_sglangs_stream(pool, slots, rows):
+        """What another stream, this thread's, writes into rows of a pool; its event."""
+        for into, rows_of_layer in zip((*pool.keys, *pool.values), rows, strict=True):
+            device.launch(partial(host(into).__setitem__, slots, rows_of_layer), writes=[(into, slots)])
+        return device.current_stream().record_event()
+
     on_gpu = GPU if "GPU" in name else None
     config = TransportConfig(staging_bytes=1 << 16, staging_slots=slots, device=on_gpu)
-    side, owner, transport = decode_side(target), Owner(), transports()[name.partition(",")[0]]
-    server = transport.server("127.0.0.1", side, config)
-    peer = Peer("127.0.0.1", server.port, transport.channel, config, owner, PLAN, source, AuxRows((), ()), 0)
+    side, owner, transport = decode_side(target), Owner(), transports(clocks)[name.partition(",")[0]]
+    owner.done = ClockedQueue(clocks)
+    receiver = transport.server("127.0.0.1", side, config)
+    sender = Peer("127.0.0.1", receiver.port, transport.channel, config, owner, PLAN, source, AuxRows((), ()), 0)
     here, there = (torch.randperm(2 * TOKENS // PAGE).view(2, -1) for _ in range(2))  # pages of two rooms
     for room in range(2):
         owner.rooms[room] = RoomProgress(queued=CHUNKS, started=time.monotonic())
-        places = target.destinations(target.slots(there[room], TOKENS))
-        side._rooms[room] = rooms.DecodeRoom(room, TOKENS, 0, places, 0, senders={0: target.heads})
+        owner.rooms[room].lock = ClockedSemaphore(clocks)
+        slots = token_slots(there[room], TOKENS)
+        garbage = torch.full((4, TOKENS, HEADS, DIM), 1e9)  # of the pages' last owner
+        ready = write_on_sglangs_stream(target, slots, garbage)
+        destinations = target.destinations(target.slots(there[room], TOKENS))
+        side._rooms[room] = rooms.DecodeRoom(room, TOKENS, 0, destinations, 0, (ready,), senders={0: target.heads})
     for chunks_of_both in zip(chunks(0, here[0]), chunks(1, here[1]), strict=True):
         for chunk in chunks_of_both:
-            peer.submit(chunk)
+            slots = token_slots(chunk.pages, CHUNK)
+            rows = [host(side)[slots] for side in (*computed.keys, *computed.values)]
+            sender.submit(replace(chunk, events=(write_on_sglangs_stream(source, slots, rows),)))
     assert {owner.done.get(timeout=20) for _ in range(2)} == {0, 1}
     assert owner.failed == []
+    for room in range(2):  # decode's attention reads them
+        clocks.access(thread(), places(rows_of(target.keys, target.values, token_slots(there[room], TOKENS))))
+    assert clocks.races == []
     kept = [slice(None), [*range(20), *range(TOKENS - 40, TOKENS)]]
     for room, (layer, rows) in product(range(2), enumerate(kept)):
         source_slots, target_slots = token_slots(here[room], TOKENS)[rows], token_slots(there[room], TOKENS)[rows]
-        assert torch.equal(host(target.keys[layer])[target_slots], host(source.keys[layer])[source_slots])
-        assert torch.equal(host(target.values[layer])[target_slots], host(source.values[layer])[source_slots])
-    peer.close()
-    server.close()
+        assert torch.equal(host(target.keys[layer])[target_slots], host(computed.keys[layer])[source_slots])
+        assert torch.equal(host(target.values[layer])[target_slots], host(computed.values[layer])[source_slots])
+    sender.close()
+    receiver.close()
 
 
 def token_slots(pages, tokens):

@@ -16,7 +16,7 @@ from sglang.srt.layers.layernorm import RMSNorm
 from sglang.srt.model_executor.model_runner_components.layer_setup import ModelLayerInfo
 from sglang.srt.plugins.hook_registry import HookRegistry
 
-from pdtrim_deploy.plan import Keep, KVOnly, KVSend, ModelShape, PDPlan, WithoutAttention, WithoutMLP
+from pdtrim_deploy.plan import Keep, KVOnly, KVSend, LinearStates, ModelShape, PDPlan, WithoutAttention, WithoutMLP
 
 HIDDEN = 24
 SHAPE = ModelShape(architecture="X", fingerprint="f", num_blocks=5, num_kv_heads=2, head_dim=4, kv_dtype="float32")
@@ -141,6 +141,15 @@ def test_an_engines_stage_has_a_pool_of_kv_layers_too(runner):
     assert runner.layer_info.num_effective_layers == 3
 
 
+def test_beside_linear_attention_sglang_counts_kv_layers_itself(runner, tmp_path):
+    """Among all layers: of fewer it would find no layer with KV, and make none a pool."""
+    states = LinearStates(blocks=(0, 1, 2, 4), key_heads=1, key_dim=2, value_heads=1, value_dim=2, conv_columns=3)
+    plan = PDPlan.dense(SHAPE.model_copy(update={"states": states}))
+    (tmp_path / "config.json").write_text(json.dumps({"pdtrim": plan.model_dump(mode="json")}))
+    loading.count_kv_layers(None, runner)
+    assert (runner.layer_info.num_effective_layers, runner.layer_info.end_layer) == (5, 5)
+
+
 @pytest.mark.parametrize("experts", [False, True])
 def test_what_is_cut_adds_nothing_and_is_freed_at_once(experts):
     layer = Layer(0, experts)
@@ -162,6 +171,6 @@ def test_sglang_is_hooked_between_its_layers_and_its_pool():
     from sglang.srt.plugins import load_plugins
 
     load_plugins()
-    (taken,) = HookRegistry._hooks[hook_targets.LOADED]
+    taken, _ = HookRegistry._hooks[hook_targets.LOADED]
     assert taken[1] is loading.count_kv_layers
     assert hook_targets.LOADED in hook_targets.TARGETS

@@ -109,6 +109,19 @@ def test_pruning_and_healing_need_known_blocks(sections, recipe, tiny_dir, tmp_p
     assert not (tmp_path / "b").exists()
 
 
+@pytest.mark.parametrize("architecture", [*sorted({*FAMILIES, *WINDOWED, *UNCUT} - set(taking("engines"))), KV_ALONE])
+def test_engines_need_a_known_graph(architecture, recipe, tiny_dir, tmp_path, cache, record_property):
+    """Before a stage is written; by the dry run too."""
+    request = recipe(tiny_dir(architecture), targets={"onnx": {}}, kv={"method": "none"})
+    words = rf"recipe asked: targets has onnx, but {architecture} has no engine: .*; leave targets out"
+    with pytest.raises(UserError, match=words):
+        build(request, tmp_path / "b", cache)
+    with pytest.raises(UserError, match=words):
+        preview(request, tmp_path / "b", cache)
+    assert not (tmp_path / "b").exists()
+    record_property("family", (architecture, "engine", "refused"))
+
+
 @pytest.mark.parametrize("architecture", LATENT)
 def test_rows_of_latents_are_not_cut_and_their_blocks_not_pruned(architecture, recipe, tiny_dir, tmp_path, cache):
     with pytest.raises(

@@ -28,7 +28,9 @@ from pdtrim_deploy.pruning.compensation.held_out import HeldOut
 from pdtrim_deploy.pruning.compensation.norm import Norm
 from pdtrim_deploy.pruning.kv_only import fit
 from pdtrim_deploy.pruning.pair import StagePair
+from pdtrim_deploy.pruning.pd_loss import pd_kl
 from pdtrim_deploy.pruning.students.regression import FROZEN
+from pdtrim_deploy.pruning.teacher import Teacher
 from pdtrim_deploy.recipe import Recipe
 
 CHOSEN = {
@@ -145,6 +147,38 @@ def test_prefill_may_give_up_a_block_that_decode_keeps(
     card = (bundle.prefill_dir / "README.md").read_text()
     assert f"for their K and V alone: {block}" in card
     assert "refitted; what makes K and V of all other blocks are as there" in card
+
+
+def test_kv_only_blocks_are_trained_by_what_the_pair_predicts(
+    recipe_of: Callable[..., Recipe], tmp_path: Path, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Decode is whole; the checkpoints have what training came to, which is not fitted again."""
+    for stage in STAGES:
+        monkeypatch.setitem(CHOSEN, stage, {"removed": [], "pairs": []})
+    healing = {key: HEALING[key] for key in ("compensation", "batch", "length", "sweep")}
+    healing |= {"kv_only_blocks": 2, "sequences": 128}
+    sections = {"kv": {"method": "all", "n_last": 8}, "pruning": {}}
+    fitted = build(recipe_of(healing=healing, **sections), tmp_path / "a", cache)
+    recipe = recipe_of(healing=healing | {"prefill_steps": 60, "learning_rate": 3e-3, "batch": 8}, **sections)
+    bundle = build(recipe, tmp_path / "b", cache)
+    assert bundle.plan == fitted.plan
+    report = json.loads((bundle.path / heal.HEALING).read_text())["healing"]["prefill"]
+    assert report["kept"]
+    context = context_of(recipe, bundle, cache)
+    judged = context.calibration(128, 32)[-16:]
+    teacher = Teacher.of(context.model, judged, top=10**6)  # all tokens
+    losses = [pd_kl(heal.stage_pair(context_of(b.recipe, b, cache)), judged, teacher) for b in (fitted, bundle)]
+    assert losses == pytest.approx([report["before"], report["after"]], rel=1e-3)
+    state, changed = load_model(bundle.prefill_dir).model.layers.state_dict(), heal.changed(context)["prefill"]
+    for layer in bundle.plan.kv_only_layers:
+        assert not state[f"{layer}.mlp.down_proj.weight"].any()
+        for name in ("input_layernorm", "self_attn.k_proj", "self_attn.v_proj"):
+            assert torch.equal(state[f"{layer}.{name}.weight"], changed[layer][f"{name}.weight"])
+    assert "60 steps of distillation from the base model by what the pair predicts" in (
+        (bundle.prefill_dir / "README.md").read_text()
+    )
+    same = [(b.path / "decode" / "model.safetensors").read_bytes() for b in (fitted, bundle)]
+    assert same[0] == same[1]
 
 
 @pytest.mark.parametrize("pruned", [True, False])

@@ -81,8 +81,9 @@ def test_memory_of_each_step_of_real_models(source: str, tmp_path: Path) -> None
     [
         {"prefill_steps": 2, "decode_steps": 2},  # the second has Adam's means beside its gradients
         {"decode_steps": 2, "gradient_checkpointing": "true", "method": "lora"},
+        {"prefill_steps": 2, "kv_only_blocks": 2},  # gradients come through decode
     ],
-    ids=["both stages, all weights", "LoRA, layers run again"],
+    ids=["both stages, all weights", "LoRA, layers run again", "K and V alone, through the pair"],
 )
 def test_memory_of_training(
     healing: dict[str, object], tmp_path: Path, tiny_model: Callable[..., Path], text: Path

@@ -7,7 +7,8 @@ from stagepairs import kl, pair_of
 from tinypd import text, tiny
 
 from pdtrim_deploy.errors import UserError
-from pdtrim_deploy.pruning.healing import StateFile, heal, stage_reader
+from pdtrim_deploy.pruning.healing import StateFile, heal
+from pdtrim_deploy.pruning.healing.learnt import learnt
 from pdtrim_deploy.pruning.healing.losses import HiddenLoss, LogitLoss
 from pdtrim_deploy.pruning.healing.paired import PairedTest, Split
 from pdtrim_deploy.pruning.healing.stage_reader import StageReader
@@ -138,7 +139,7 @@ def test_hidden_states_are_fitted_layer_by_layer():
     """The loss is that of what transformers' own layers give; no gradient leaves its layer."""
     pair, ids = pair_of(tiny("Llama"), prefill=(2,), decode=(2,)), text(2, 16)
     model, outputs = pair.stage("prefill"), {}
-    weights = FullWeights(model, pair.plan.layers("prefill"), [True] * 4)
+    weights = FullWeights(model, pair.plan.layers("prefill"), learnt(pair, "prefill", model))
     for name, layers in (("dense", pair.model.model.layers), ("stage", model.model.layers)):
         for number, layer in enumerate(layers):
             layer.register_forward_hook(lambda _, __, out, key=(name, number): outputs.update({key: out.detach()}))
@@ -166,13 +167,13 @@ def test_hidden_states_are_fitted_layer_by_layer():
 def test_logits_exist_for_few_tokens_at_a_time(recomputes, monkeypatch):
     pair, ids = pair_of(tiny("Llama")), text(2, 24)
     model, rows = pair.stage("prefill"), []
-    weights = FullWeights(model, pair.plan.layers("prefill"), [True] * len(model.model.layers))
+    weights = FullWeights(model, pair.plan.layers("prefill"), learnt(pair, "prefill", model))
     reader = StageReader(pair, "prefill", model, None, recomputes)
     value = LogitLoss(reader).backward(ids)
     assert value == pytest.approx(kl(pair, "prefill", ids), rel=1e-4)
     whole = [p.grad.clone() for p in weights.masters]
     vocabulary = model.lm_head.out_features
-    monkeypatch.setattr(stage_reader, "_LOGITS_AT_ONCE", 5 * vocabulary)
+    monkeypatch.setattr("pdtrim_deploy.pruning.healing.reader._LOGITS_AT_ONCE", 5 * vocabulary)
     for head in (model.lm_head, pair.model.lm_head):
         head.register_forward_hook(lambda _, __, out: rows.append(out.shape[:-1].numel()))
     for p in weights.masters:
@@ -190,7 +191,7 @@ def test_logits_exist_for_few_tokens_at_a_time(recomputes, monkeypatch):
 def test_layers_run_again_for_their_gradients_if_their_values_are_not_kept(recomputes):
     pair, ids, runs = pair_of(tiny("Llama")), text(2, 24), []
     model = pair.stage("prefill")
-    FullWeights(model, pair.plan.layers("prefill"), [True] * len(model.model.layers))
+    FullWeights(model, pair.plan.layers("prefill"), learnt(pair, "prefill", model))
     for layer in model.model.layers:
         layer.register_forward_pre_hook(lambda *_: runs.append(1))  # the second run ends before the layer does
     LogitLoss(StageReader(pair, "prefill", model, None, recomputes)).backward(ids)
@@ -257,7 +258,7 @@ def test_small_changes_are_not_lost_in_16_bits(method, monkeypatch, trained):
     assert {tensor.dtype for tensor in weights_of(trained[0]).values()} == {torch.bfloat16}
     if method == "full":
         stage = pair.stage("decode")
-        weights = FullWeights(stage, pair.plan.layers("decode"), [True] * 3)
+        weights = FullWeights(stage, pair.plan.layers("decode"), learnt(pair, "decode", stage))
         name = "mlp.up_proj.weight"
         start = weights.tensors()[4][name].clone()
         for _ in range(64):  # each too small for bfloat16

@@ -8,12 +8,19 @@ from tinypd import FAMILIES, text, tiny
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.models.blockwise import Blockwise
 from pdtrim_deploy.models.layer_kv import LayerKV
+from pdtrim_deploy.models.oracle import PDOracle
 from pdtrim_deploy.pruning.compensation import get_compensation
 from pdtrim_deploy.pruning.healing import heal
-from pdtrim_deploy.pruning.kv_only import _given_up, candidates, fit, make_kv_only, rank
+from pdtrim_deploy.pruning.healing.learnt import learnt, trained_model
+from pdtrim_deploy.pruning.healing.losses import LogitLoss
+from pdtrim_deploy.pruning.healing.pair_reader import PairReader
+from pdtrim_deploy.pruning.healing.weights import FullWeights
+from pdtrim_deploy.pruning.kv_only import _given_up, candidates, fit, fit_kv_only, make_kv_only, rank
 from pdtrim_deploy.pruning.pd_loss import pd_loss
+from pdtrim_deploy.pruning.students.regression import FROZEN
 from pdtrim_deploy.recipe.healing import HealingSection
 
+ZEROS = {"self_attn.o_proj.weight", "mlp.down_proj.weight"}
 QUIET = lambda _: None  # noqa: E731
 
 
@@ -62,6 +69,8 @@ def test_it_gives_up_what_costs_least_and_all_else_stays():
     assert double.plan.decode == pair.plan.decode
     worst = max(candidates(pair.plan), key=lambda block: kl(_given_up(pair, {block}), "decode", ids))
     assert worst not in double.plan.kv_only_layers
+    more = make_kv_only(pair, 2, torch.cat((ids, text(16, 24, seed=9))))  # 16 sequences choose
+    assert more.plan == double.plan
     with pytest.raises(UserError, match="kv_only_blocks is 5 but only 4 blocks are kept by both"):
         make_kv_only(pair, 5, ids)
 
@@ -88,10 +97,57 @@ def test_a_loss_that_is_not_a_number():
 def test_neither_compensation_nor_healing_wakes_them():
     ids = text(16, 24)
     pair = make_kv_only(pair_of(tiny("Qwen3"), (), (4,)), 2, ids)
-    alone = [pair.plan.prefill_layers[layer] for layer in pair.plan.kv_only_layers]
     pair = get_compensation("least-squares").compensate(pair, "prefill", ids, QUIET)
     pair = heal(pair, "prefill", ids, HealingSection(prefill_steps=3, batch=2, learning_rate=1e-3)).pair
-    for block in alone:
-        changed = pair.changed["prefill"][block]
-        assert set(changed) == {f"self_attn.{n}_proj.weight" for n in "okv"} | {"mlp.down_proj.weight"}
-        assert changed["self_attn.o_proj.weight"].abs().sum() == changed["mlp.down_proj.weight"].abs().sum() == 0
+    for layer in pair.plan.kv_only_layers:
+        changed = pair.changed["prefill"][pair.plan.prefill_layers[layer]]
+        assert all(name.startswith(FROZEN) for name in set(changed) - ZEROS)
+        assert not any(changed[name].any() for name in ZEROS)
+
+
+@torch.no_grad()
+def served_kl(pair, ids):
+    """KL from the dense model of what a pair says: prefill's first token, then decode's; nats a token."""
+    half = ids.shape[1] // 2
+    oracle = PDOracle(pair.stage("prefill"), pair.stage("decode"), pair.plan)
+    state = oracle.prefill(ids[:, :half])
+    decode = oracle.decode.logits(oracle.extend(ids[:, half:-1], half, oracle.hand_over(state)))
+    served = torch.cat((state.logits[:, None], decode), 1).log_softmax(-1)
+    meant = pair.model(ids[:, :-1]).logits[:, half - 1 :].log_softmax(-1)
+    return float((meant.exp() * (meant - served)).sum(-1).mean())
+
+
+@pytest.mark.parametrize(("family", "method"), [*((family, "full") for family in FAMILIES), ("Llama", "lora")])
+def test_prefill_learns_by_what_decode_reads_of_it(family, method):
+    """K and V of the two blocks learn with what is left of prefill; what is exact and decode stay."""
+    model, ids, fresh = tiny(family), text(96, 24), text(16, 24, seed=5)
+    pair = fit_kv_only(pair_of(model, (), (4,)), {2, 3}, ids)
+    section = HealingSection(prefill_steps=40, learning_rate=2e-3, sweep=(1.0,), batch=8, method=method)
+    done = heal(pair, "prefill", ids, section)
+    assert done.kept
+    assert done.test.before == pytest.approx(served_kl(pair, ids[-12:]), rel=1e-4)
+    assert done.test.after == pytest.approx(served_kl(done.pair, ids[-12:]), rel=1e-4)
+    assert served_kl(done.pair, fresh) < served_kl(pair, fresh)
+    assert done.pair.changed.keys() == {"prefill"}
+    before, after = pair.changed["prefill"], done.pair.changed["prefill"]
+    assert min(after) == 1  # block 0 is exact, and not the last in front of the gap
+    for block in (2, 3):
+        trained = {name for name, tensor in after[block].items() if tensor is not before[block].get(name)}
+        assert {"self_attn.k_proj.weight", "self_attn.v_proj.weight"} <= trained
+        assert all(name.startswith(FROZEN) for name in trained)
+    for block in (1, 4):
+        assert "mlp.down_proj.weight" in after[block]
+        assert not any(name.startswith(FROZEN) for name in after[block])
+
+
+def test_gradients_are_the_same_with_layers_run_again():
+    pair, ids = fit_kv_only(pair_of(tiny("Llama"), (), (4,)), {2, 3}, text(16, 24)), text(2, 24)
+    gradients = []
+    for recomputes in (False, True):
+        model = trained_model(pair, "prefill")
+        weights = FullWeights(model, pair.plan.prefill_layers, learnt(pair, "prefill", model))
+        LogitLoss(PairReader(pair, model, 12, recomputes)).backward(ids)
+        gradients.append([master.grad for master in weights.masters])
+    assert all(gradient.any() for gradient in gradients[0])
+    for plain, again in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, again)

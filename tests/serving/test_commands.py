@@ -68,7 +68,7 @@ def test_free_ports_passes_over_taken_ones():
 
 @pytest.mark.parametrize("stage", ["prefill", "decode"])
 def test_a_cpu_worker_sleeps_when_idle_and_listens_on_loopback_only(stage):
-    worker = next(w for w in spec(device="cpu").workers if w.stage == stage)
+    worker = next(w for w in spec(device="cpu").workers if w.role == stage)
     command = commands.worker_command(PYTHON, worker)
     assert command[:3] == [str(PYTHON), "-m", "sglang.launch_server"]
     assert value(command, "--host") == "127.0.0.1"
@@ -110,14 +110,14 @@ def test_gpu_workers_get_none_of_the_cpu_options_and_gpus_of_their_own():
 def test_windows_have_no_pool_of_their_own_where_layers_are_cut_nor_on_a_cpu_unless_sized(device, sparse, sized):
     """With pages of one token, as on a CPU, SGLang's decode takes no prompts longer than a pool of windows."""
     for worker in spec(device=device, sparse=sparse, extra_args=sized).workers:
-        none = (sparse and worker.stage == "decode") or (device == "cpu" and not sized)
+        none = (sparse and worker.role == "decode") or (device == "cpu" and not sized)
         assert commands.worker_command(PYTHON, worker).count("--disable-hybrid-swa-memory") == none
 
 
 def test_a_pool_of_windows_sized_for_one_stage_is_that_stages():
     for worker in spec(device="cpu", prefill_args=("--swa-full-tokens-ratio", "1")).workers:
         command = commands.worker_command(PYTHON, worker)
-        assert ("--disable-hybrid-swa-memory" in command) == (worker.stage == "decode")
+        assert ("--disable-hybrid-swa-memory" in command) == (worker.role == "decode")
 
 
 def test_where_attention_has_sinks_sglang_chooses_its_attention_on_a_cpu():
@@ -147,8 +147,8 @@ def test_on_a_gpu_decode_of_a_sparse_plan_alone_gets_triton_and_keeps_its_graphs
     for worker in spec(device="cuda", sparse=True).workers:
         command = commands.worker_command(PYTHON, worker)
         assert "--disable-cuda-graph" not in command
-        assert ("--attention-backend" in command) == (worker.stage == "decode")
-        if worker.stage == "decode":
+        assert ("--attention-backend" in command) == (worker.role == "decode")
+        if worker.role == "decode":
             assert value(command, "--attention-backend") == "triton"
 
 
@@ -159,10 +159,20 @@ def test_triton_multiplies_float32_in_float32(tmp_path, dtype, precision):
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize(("dtype", "states", "columns"), [
+    ("float32", True, "float32"), ("float16", True, "float16"), ("bfloat16", True, None), ("float32", False, None),
+])  # fmt: skip
+def test_convolutions_are_in_the_models_dtype(tmp_path, device, dtype, states, columns):
+    for worker in spec(device=device, dtype=dtype, states=states).workers:
+        variables = commands.worker_environment(PYTHON, worker, 3, tmp_path)
+        assert variables.get("SGLANG_MAMBA_CONV_DTYPE") == columns
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_sizes_of_pools_are_for_decode_alone(device):
     for worker in spec(device=device, sparse=True, split_pool=SplitPool(isl=40, osl=8)).workers:
         command = commands.worker_command(PYTHON, worker)
-        if worker.stage == "decode":
+        if worker.role == "decode":
             assert json.loads(value(command, "--json-model-override-args")) == {
                 "pdtrim_decode_pool": {"isl": 40, "osl": 8}
             }
@@ -180,8 +190,15 @@ def test_extra_arguments_come_last_and_so_win():
 def test_arguments_of_a_stage_come_after_those_of_both_and_reach_no_other():
     arguments = {"extra_args": ("--a", "1"), "prefill_args": ("--b", "2"), "decode_args": ("--c", "3")}
     for worker in spec(device="cpu", **arguments).workers:
-        stage_args = ["--b", "2"] if worker.stage == "prefill" else ["--c", "3"]
+        stage_args = ["--b", "2"] if worker.role == "prefill" else ["--c", "3"]
         assert commands.worker_command(PYTHON, worker)[-4:] == ["--a", "1", *stage_args]
+
+
+@pytest.mark.parametrize(("device", "gathered"), [("cpu", ["decode"]), ("cuda", [])])
+def test_on_a_cpu_ranks_of_dp_attention_gather_logits(device, gathered):
+    workers = spec(device=device, decode_args=("--enable-dp-attention", "--dp-size", "2")).workers
+    flag = "--no-enable-tp-lm-head-all-to-all"
+    assert [worker.role for worker in workers if flag in commands.worker_command(PYTHON, worker)] == gathered
 
 
 def test_the_environment_is_the_workers_own(monkeypatch, tmp_path):

@@ -70,10 +70,8 @@ def test_the_worker_is_told_its_model_class_and_engine(tmp_path):
     for worker in spec.workers:
         command = commands.worker_command(PYTHON, worker)
         env = commands.worker_environment(PYTHON, worker, 2, tmp_path)
-        assert ("--json-model-override-args" in command) == (worker.stage == "decode")
-        assert env.get("SGLANG_EXTERNAL_MODEL_PACKAGE") == (
-            "pdtrim_sglang.models" if worker.stage == "decode" else None
-        )
+        assert ("--json-model-override-args" in command) == (worker.role == "decode")
+        assert env.get("SGLANG_EXTERNAL_MODEL_PACKAGE") == ("pdtrim_sglang.models" if worker.role == "decode" else None)
     override = json.loads(command[command.index("--json-model-override-args") + 1])
     assert override["architectures"] == ["PDTrimStageForCausalLM"]
     assert override["pdtrim_engine"] == {"executor": "onnxruntime", "stage": "decode", "path": str(tmp_path.resolve())}
@@ -122,7 +120,7 @@ def test_a_tensorrt_worker_gets_no_batch_that_its_engine_cannot_take_and_prefill
         workers = ClusterSpec.on_loopback(model, model, options=options, engines={stage: engine}, gpus=2).workers
         for worker in workers:
             command = commands.worker_command(PYTHON, worker)
-            computed = worker.stage == stage
+            computed = worker.role == stage
             assert ("--disable-prefill-cuda-graph" in command) == (computed and stage == "prefill")
             if computed and stage == "prefill":
                 assert command[command.index("--chunked-prefill-size") + 1] == str(chosen or 1024)

@@ -182,6 +182,22 @@ def test_wire_dtypes_of_a_file_that_names_no_model(tool):
     assert "offsets" not in text
 
 
+def test_what_training_leaves_of_kv_only_blocks(tool):
+    """Rises over dense of both corpora, and the trained pair over the fitted one, paired by sequence."""
+    losses = {"dense": 3.0, "least squares": 3.05, "trained": 3.02}
+    rows = [
+        {"what": what, "blocks": 8, "training": {"batch": 4}, "report": {"steps": 10, "kept": True}}
+        | {f"{corpus}_nll": [loss, loss + 0.1] for corpus in ("brown", "austen")}
+        for what, loss in losses.items()
+    ]
+    options = {"refitted": 32, "fitted": 64, "length": 256, "judged": 2, "split": "final", "seed": 0}
+    text = tool.TABLES["kvdistil"].render({"environment": ENVIRONMENT, "options": options, "rows": rows})
+    rises, ratio = "5.1% ± 0.0% / 5.1% ± 0.0% | 2.0% ± 0.0% / 2.0% ± 0.0%", "0.970 ± 0.000 / 0.970 ± 0.000"
+    assert f"| 8 | {rises} | {ratio} | 10, 10,240 |" in text
+    text = tool.TABLES["kvdistil"].render({"environment": ENVIRONMENT, "options": options, "rows": rows[:2]})
+    assert "| 8 | 5.1% ± 0.0% / 5.1% ± 0.0% |  |  |  |" in text
+
+
 def test_the_front_page_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 

@@ -13,6 +13,7 @@ from tables import (
     gpu,
     heal,
     kv,
+    kvdistil,
     latents,
     objective,
     pruning,
@@ -37,7 +38,7 @@ class Table:
 
 
 TABLES = {
-    "switches": Table(("kv", "wire", "kvonly", "prefilltime", "heal", "headline", "generated"), front.switches),
+    "switches": Table(("kv", "wire", "kvdistil", "prefilltime", "heal", "headline", "generated"), front.switches),
     "proof": Table(("served", "faults"), front.proof),
     "gpu": Table(("gpu-check",), gpu.gpu, optional=True),
     "gpuparts": Table(("gpu-check",), gpu.gpuparts, optional=True),
@@ -64,6 +65,7 @@ TABLES = {
     "build": Table(("build",), build.build, optional=True),
     "steptime": Table(("steptime",), pruning.steptime),
     "kvonly": Table(("kvonly",), pruning.kvonly),
+    "kvdistil": Table(("kvdistil",), kvdistil.kvdistil, optional=True),
     "prefilltime": Table(("prefilltime",), pruning.prefilltime),
     "quality": Table(("quality",), quality.quality),
     "served": Table(("served",), serving.served),

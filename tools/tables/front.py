@@ -14,18 +14,25 @@ Data = dict[str, Any]
 _UNIFORM = {"int4": "all rows in int4", "k4v3": "keys int4 and values int3"}
 
 
-def switches(kv: Data, wire: Data, kvonly: Data, prefilltime: Data, heal: Data, headline: Data, generated: Data) -> str:
+def switches(
+    kv: Data, wire: Data, kvdistil: Data, prefilltime: Data, heal: Data, headline: Data, generated: Data
+) -> str:
     """What each switch saves and costs on the model measured here."""
     rows = {(row["method"], row["asked"]): row for row in kv["rows"]}
     planned = rows["ours", 8]
     lengths = planned["reduction_by_prompt"]
     alone = max(row["alone"] for row in prefilltime["rows"])
     (faster,) = (row["faster"] for row in prefilltime["rows"] if row["alone"] == alone)
-    (dense,) = (row for row in kvonly["rows"] if row["what"] == "dense")
-    (skipped,) = (
-        row for row in kvonly["rows"] if (row["blocks"], row["what"]) == (alone, "K and V alone, refitted, gaps too")
+    (dense,) = (row for row in kvdistil["rows"] if row["what"] == "dense")
+    fitted, trained = (
+        next(row for row in kvdistil["rows"] if (row.get("blocks"), row["what"]) == (alone, what))
+        for what in ("least squares", "trained")
     )
-    costs = [_rise(skipped, dense, corpus) for corpus in ("brown", "austen")]
+    untrained, costs = (
+        [rise(row[f"{corpus}_nll"], dense[f"{corpus}_nll"]) for corpus in ("brown", "austen")]
+        for row in (fitted, trained)
+    )
+    steps = trained["report"]["steps"]
     removed = len(headline["plan"]["decode_dropped"])
     losses = {row["way"]: row["loss"] for row in heal["rows"]}
     refitted, healed = (rise(losses[name], losses["dense"]) for name in ("unhealed", "logits, 1e-4"))
@@ -40,9 +47,10 @@ def switches(kv: Data, wire: Data, kvonly: Data, prefilltime: Data, heal: Data, 
             "[kv](docs/benchmarks/kv.md)",
         ),
         (
-            f"KV-only prefill: {alone} of 30 blocks compute K and V alone: `healing: {{kv_only_blocks: {alone}}}`",
+            f"KV-only prefill: {alone} of 30 blocks compute K and V alone, prefill is trained for {steps} steps: "
+            f"`healing: {{kv_only_blocks: {alone}, prefill_steps: {steps}, ...}}`",
             f"prefill {faster['median']:.2f}x faster (5% - 95% of rounds: {faster['low']:.2f}-{faster['high']:.2f})",
-            f"{costs[0]} on Brown, {costs[1]} on Austen",
+            f"{costs[0]} on Brown, {costs[1]} on Austen; untrained {untrained[0]}, {untrained[1]}",
             "[blocks](docs/benchmarks/blocks.md)",
         ),
         (
@@ -62,13 +70,6 @@ def switches(kv: Data, wire: Data, kvonly: Data, prefilltime: Data, heal: Data, 
         f"Model: {weights()}, computed in float32{_more(wire)}."
     )
     return table(("switch", "saves", "costs", "measured"), body) + caption
-
-
-def _rise(row: Data, dense: Data, corpus: str) -> str:
-    """Of perplexity; without an error where the benchmark recorded none."""
-    if f"{corpus}_nll" in row:
-        return rise(row[f"{corpus}_nll"], dense[f"{corpus}_nll"])
-    return f"{row[f'{corpus}_ppl'] / dense[f'{corpus}_ppl'] - 1:.1%} (no error recorded)"
 
 
 def _tokens(wire: Data) -> int:

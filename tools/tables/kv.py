@@ -128,9 +128,9 @@ def launches(data: dict[str, Any]) -> str:
     rows = []
     for plan, wire in dict.fromkeys(key[:2] for key in by_form):
         before, after = (by_form[plan, wire, form] for form in ("torch", "triton"))
-        counts = ("pack_launches", "unpack_launches", "syncs")
+        counts = ("pack_launches", "unpack_launches", "pack_copies", "unpack_copies", "syncs")
         rows.append((plan, wire, *(f"{before[count]:,} -> {after[count]}" for count in counts)))
-    head = ("plan", "wire dtype", "pack", "unpack", "waits for the GPU")
+    head = ("plan", "wire dtype", "launches of pack", "of unpack", "copies at pack", "at unpack", "waits for the GPU")
     chunk = "a new chunk of 512 tokens of Llama-3.1-8B, keys less their offsets; torch's own operations -> Triton"
     return table(head, rows) + where(data["environment"], chunk, "counted on meta tensors", model="")
 

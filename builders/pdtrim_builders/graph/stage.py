@@ -167,5 +167,5 @@ def read_stage(stage_dir: Path, stage: Stage | None = None) -> StageModel:
 
 def _check_graph(config: Mapping[str, Any], stage_dir: Path) -> None:
     family = family_of(config, str(stage_dir))
-    if (reason := family.refusal("engines") if family.blocks else "its blocks are not known") is not None:
+    if (reason := family.no_engine) is not None:
         raise UserError(f"{stage_dir}: {family.architecture} has no engine: {reason}; serve it by SGLang's own model")

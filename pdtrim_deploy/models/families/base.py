@@ -14,6 +14,7 @@ from pdtrim_deploy.models.families.linear_attention import LinearAttention
 from pdtrim_deploy.models.families.sizes import axis_size, axis_sizes, axis_terms, count_of
 from pdtrim_deploy.models.families.windows import Windows
 from pdtrim_deploy.plan import ExpertShape, LinearStates
+from pdtrim_deploy.plan.linear_states import StateDtype
 
 EXPERT = "{expert}"
 EXPERTS = "experts"  # the size that is the number of experts
@@ -148,9 +149,11 @@ class Family(_Data):
         """As `Windows.of_blocks`; empty where the family has none."""
         return self.windows.of_blocks(config, where) if self.windows else ()
 
-    def linear_states(self, config: Mapping[str, Any], where: str = "config.json") -> LinearStates | None:
+    def linear_states(
+        self, config: Mapping[str, Any], where: str = "config.json", dtype: StateDtype = "bfloat16"
+    ) -> LinearStates | None:
         """As `LinearAttention.states`; None where the family has none."""
-        return self.linear_attention.states(config, where) if self.linear_attention else None
+        return self.linear_attention.states(config, where, dtype) if self.linear_attention else None
 
     def expert_shape(self, config: Mapping[str, Any]) -> ExpertShape | None:
         """What a plan must know of the experts; None where the family has none, or its blocks are not known.
@@ -249,6 +252,11 @@ class Family(_Data):
     def keeps_dtype(self, name: str) -> bool:
         """Whether a tensor is never cast: a router's correction, where nobody has said."""
         return name.endswith(_EXACT if self.blocks is None else self.blocks.exact)
+
+    @property
+    def no_engine(self) -> str | None:
+        """Why no graph, and so no engine of any target, computes its stages; None: one does."""
+        return "its blocks are not known" if self.blocks is None else self.refusal("engines")
 
     def refusal(self, feature: Feature) -> str | None:
         """Why a recipe of this family may not ask for `feature`; None: it may."""

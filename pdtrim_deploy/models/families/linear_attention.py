@@ -30,8 +30,10 @@ class LinearAttention(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    def states(self, config: Mapping[str, Any], where: str = "config.json") -> LinearStates:
-        """The blocks with linear attention, and what each keeps.
+    def states(
+        self, config: Mapping[str, Any], where: str = "config.json", dtype: StateDtype = "bfloat16"
+    ) -> LinearStates:
+        """The blocks with linear attention, and what each keeps, of a model that is served in `dtype`.
 
         Raises:
             UserError: config.json names other kinds of blocks, in another order than SGLang reads, or senseless sizes.
@@ -58,6 +60,7 @@ class LinearAttention(BaseModel):
             value_heads=sizes[_VALUE_HEADS],
             value_dim=sizes["linear_value_head_dim"],
             conv_columns=sizes[_KERNEL] - 1,
+            conv_dtype=dtype,
             recurrent_dtype=recurrent,
         )
 

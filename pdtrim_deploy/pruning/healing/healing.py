@@ -1,9 +1,10 @@
 """Healing of one stage: train what is left of it to predict what the dense model does, and keep that if it helps.
 
-Prefill is healed as a whole model. Decode is healed as it serves: on what follows a prompt whose KV the pruned (and
-healed) prefill made; whole KV, or as a plan sends it, once there is one. What K and V are made with is frozen in both
-stages, so the one's KV stays the other's; so are embeddings, final norm and LM head, which both share with the dense
-model.
+Prefill is healed as a whole model, or, where some of its blocks run for their KV alone, by what decode predicts behind
+its KV. Decode is healed as it serves: on what follows a prompt whose KV the pruned (and healed) prefill made; whole KV,
+or as a plan sends it, once there is one. What K and V are made with is frozen in both stages, but in blocks that run
+for their KV alone, so the one's KV stays the other's; so are embeddings, final norm and LM head, which both share with
+the dense model.
 """
 
 from __future__ import annotations
@@ -18,10 +19,14 @@ from torch import Tensor
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.local.allocator import trim
+from pdtrim_deploy.models.blockwise import CausalLM
 from pdtrim_deploy.models.mapped import mapped
 from pdtrim_deploy.plan import Stage
+from pdtrim_deploy.pruning.healing.learnt import learnt, trained_model
 from pdtrim_deploy.pruning.healing.losses import HiddenLoss, LogitLoss
+from pdtrim_deploy.pruning.healing.pair_reader import PairReader
 from pdtrim_deploy.pruning.healing.paired import PairedTest, Split
+from pdtrim_deploy.pruning.healing.reader import Reader
 from pdtrim_deploy.pruning.healing.stage_reader import PrefillKV, PromptKV, StageReader
 from pdtrim_deploy.pruning.healing.state import StateFile
 from pdtrim_deploy.pruning.healing.training import Trainer
@@ -67,7 +72,7 @@ def heal(
 ) -> Healed:
     """`pair` with `stage` trained on text `ids`, int64 `[S, T]`: all steps asked for, or until time is up.
 
-    With a `prompt_kv` these are `kv_steps` of decode; without, decode's prompts are T / 2 long and their KV is whole.
+    With a `prompt_kv` these are `kv_steps` of decode; without, prompts are T / 2 long and their KV is whole.
     What `file` has of the same training is not done again; `clock` gives the seconds that `minutes` limits.
 
     With a `folder` the memory is bounded: what additions of low rank are merged into lies in mapped files there, and
@@ -83,20 +88,23 @@ def heal(
         prompt_kv = PromptKV(ids.shape[1] // 2, PrefillKV(pair.stage("prefill"), pair.plan.layer_map))
     text = Split.of(ids, chooses=section.tries(steps) or section.regression > 0)
     note(f"healing {stage}: KL from the dense model on {len(text.judged)} held-out sequences")
-    before = _divergences(pair, stage, text.judged, section, prompt_kv)
-    model, layers = pair.stage(stage), pair.plan.layers(stage)
-    learns = [pair.adds(stage, block) for block in layers]
+    before = _reader(pair, stage, ids, prompt_kv).divergences(text.judged, section.batch)
+    model, layers = trained_model(pair, stage), pair.plan.layers(stage)
+    names = learnt(pair, stage, model)
     weights: Weights = (
-        LoraWeights(model, layers, learns, section.lora_rank, section.seed, _keep_in(folder))
+        LoraWeights(model, layers, names, section.lora_rank, section.seed, _keep_in(folder))
         if section.method == "lora"
-        else FullWeights(model, layers, learns)
+        else FullWeights(model, layers, names)
     )
-    reader = StageReader(pair, stage, model, prompt_kv, section.gradient_checkpointing or folder is not None)
-    losses = HiddenLoss(reader, learns), LogitLoss(reader)
+    recomputes = section.gradient_checkpointing or folder is not None
+    reader = _reader(pair, stage, ids, prompt_kv, model, recomputes)
+    learns = [bool(of_layer) and pair.adds(stage, block) for of_layer, block in zip(names, layers, strict=True)]
+    losses = HiddenLoss(StageReader(pair, stage, model, prompt_kv, recomputes), learns), LogitLoss(reader)
     trainer = Trainer(stage, weights, reader, losses, text, steps, section, file or StateFile(), note, clock)
     training = trainer.train()
     healed = pair.with_changes(stage, weights.tensors())
-    test = PairedTest.of(before, _divergences(healed, stage, text.judged, section, prompt_kv))
+    after = _reader(healed, stage, ids, prompt_kv).divergences(text.judged, section.batch)
+    test = PairedTest.of(before, after)
     note(
         f"healing {stage}: KL from the dense model {test.before:.4f} -> {test.after:.4f} nats, difference "
         f"{test.difference:+.4f} ± {test.stderr:.4f}" + ("" if test.kept else ": not clearly better, not kept")
@@ -118,8 +126,16 @@ def _keep_in(folder: Path | None) -> Callable[[Tensor], Tensor]:
     return keep if folder is not None else lambda merged: merged
 
 
-def _divergences(
-    pair: StagePair, stage: Stage, ids: Tensor, section: HealingSection, prompt_kv: PromptKV | None
-) -> Tensor:
-    """As `StageReader.divergences`, of the stage as `pair` has it: with the weights that would be written."""
-    return StageReader(pair, stage, pair.stage(stage), prompt_kv).divergences(ids, section.batch)
+def _reader(
+    pair: StagePair,
+    stage: Stage,
+    ids: Tensor,
+    prompt_kv: PromptKV | None,
+    model: CausalLM | None = None,
+    recomputes: bool = False,
+) -> Reader:
+    """Of `model`, by default the stage as `pair` has it: with the weights that would be written."""
+    model = model or trained_model(pair, stage)
+    if stage == "prefill" and pair.plan.kv_only_layers:
+        return PairReader(pair, model, ids.shape[1] // 2, recomputes)
+    return StageReader(pair, stage, model, prompt_kv, recomputes)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pdtrim_deploy.models.layer_run import LayerRun
+from pdtrim_deploy.pruning.healing.reader import Reader
 from pdtrim_deploy.pruning.healing.stage_reader import StageReader
 
 
@@ -67,7 +68,7 @@ class LogitLoss:
 
     name = "logits"
 
-    def __init__(self, reader: StageReader) -> None:
+    def __init__(self, reader: Reader) -> None:
         self._reader = reader
 
     def backward(self, ids: Tensor) -> float:

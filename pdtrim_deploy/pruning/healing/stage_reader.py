@@ -1,4 +1,4 @@
-"""A stage and the dense model over the same text, as PD serves it: what both losses of healing compare.
+"""A stage over text, as PD serves it.
 
 Prefill reads text as a whole model does. Decode reads what follows a prompt, whose KV it is handed; the dense model
 reads prompt and all with its own KV.
@@ -17,9 +17,8 @@ from pdtrim_deploy.models.blockwise import Blockwise, CausalLM
 from pdtrim_deploy.models.layer_kv import LayerKV, Span
 from pdtrim_deploy.models.layer_run import LayerRun
 from pdtrim_deploy.plan import Stage
+from pdtrim_deploy.pruning.healing.reader import Reader
 from pdtrim_deploy.pruning.pair import StagePair
-
-_LOGITS_AT_ONCE = 1 << 23  # elements; half a dozen float32 tensors of that size exist at a time
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class PrefillKV:
         return [kvs[source] for source in self._sources]
 
 
-class StageReader:
+class StageReader(Reader):
     """Hidden states and divergences of `stage`, whose weights are those of `model`.
 
     Args:
@@ -59,7 +58,7 @@ class StageReader:
     def __init__(
         self, pair: StagePair, stage: Stage, model: CausalLM, prompt_kv: PromptKV | None, recomputes: bool = False
     ) -> None:
-        self.dense, self.runner = Blockwise(pair.model), Blockwise(model)
+        super().__init__(pair.model, model)
         self.spans, self._prompt_kv, self._recomputes = pair.spans(stage), prompt_kv, recomputes
         self.prompt = prompt_kv.prompt_tokens if prompt_kv else 0
 
@@ -74,7 +73,7 @@ class StageReader:
         return self.runner.block(number, hidden, span, held[number].fork() if held else None)
 
     def hidden(self, ids: Tensor) -> Tensor:
-        """What the stage's last layer gives, `[batch, T - prompt, hidden]`."""
+        """As in `Reader`: of what follows the prompt, `[batch, T - prompt, hidden]`."""
         state, span, held = self.begin(ids)
         for number in range(len(self.runner.layers)):
             if self._recomputes and torch.is_grad_enabled():
@@ -87,31 +86,6 @@ class StageReader:
 
     @torch.no_grad()
     def dense_hidden(self, ids: Tensor) -> Tensor:
-        """What the dense model's last block gives for the same tokens."""
+        """As in `Reader`."""
         (hidden,) = LayerRun(self.dense, [ids]).finish()
         return hidden[:, self.prompt :]
-
-    def pieces(self, tokens: int) -> list[slice]:
-        """Parts of so many tokens whose logits may exist at a time."""
-        rows = max(1, _LOGITS_AT_ONCE // self.runner.model.lm_head.out_features)
-        return [slice(start, start + rows) for start in range(0, tokens, rows)]
-
-    def kl(self, hidden: Tensor, dense_hidden: Tensor) -> Tensor:
-        """KL divergence of the stage's next-token distribution from the dense model's, float32 `[tokens]`, in nats.
-
-        Both are last hidden states, `[tokens, hidden]`.
-        """
-        with torch.no_grad():
-            dense = self.dense.logits(dense_hidden).float().log_softmax(-1)
-        ours = self.runner.logits(hidden).float().log_softmax(-1)
-        return (dense.exp() * (dense - ours)).sum(-1)
-
-    @torch.no_grad()
-    def divergences(self, ids: Tensor, batch: int) -> Tensor:
-        """float64 `[S]` on the host: each sequence's mean KL divergence from the dense model, in nats a token."""
-        means = []
-        for part in ids.split(batch):
-            hidden, dense = self.hidden(part).flatten(0, 1), self.dense_hidden(part).flatten(0, 1)
-            kl = torch.cat([self.kl(hidden[piece], dense[piece]).cpu() for piece in self.pieces(len(hidden))])
-            means.append(kl.double().view(len(part), -1).mean(1))
-        return torch.cat(means)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.pruning.healing.losses import Loss
 from pdtrim_deploy.pruning.healing.paired import Split
-from pdtrim_deploy.pruning.healing.stage_reader import StageReader
+from pdtrim_deploy.pruning.healing.reader import Reader
 from pdtrim_deploy.pruning.healing.state import Position, StateFile
 from pdtrim_deploy.pruning.healing.weights import Weights
 from pdtrim_deploy.recipe.healing import HealingSection
@@ -47,7 +47,7 @@ class Trainer:
     """
 
     def __init__(
-        self, stage: str, weights: Weights, reader: StageReader, losses: tuple[Loss, Loss], text: Split,
+        self, stage: str, weights: Weights, reader: Reader, losses: tuple[Loss, Loss], text: Split,
         steps: int, section: HealingSection, file: StateFile, note: Note, clock: Clock = monotonic,
     ) -> None:  # fmt: skip
         self._stage, self._weights, self._reader, self._losses, self._text = stage, weights, reader, losses, text

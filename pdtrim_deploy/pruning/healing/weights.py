@@ -1,4 +1,4 @@
-"""What is trained: every weight that K and V are not made with, or low-rank additions to them (LoRA, by peft).
+"""What is trained: weights of the layers named, or low-rank additions to their matrices (LoRA, by peft).
 
 Either way the optimiser has float32 tensors, whatever the stage computes in: small changes would be lost in 16 bits.
 """
@@ -18,7 +18,9 @@ from pdtrim_deploy.models.block_tensors import BlockTensors
 from pdtrim_deploy.models.blockwise import CausalLM
 from pdtrim_deploy.models.placement import device_of
 from pdtrim_deploy.models.streaming import weight_of
-from pdtrim_deploy.pruning.students.regression import trainable
+
+Names = Sequence[str]
+"""Tensors of one layer, by their name within it."""
 
 
 class Weights(Protocol):
@@ -44,19 +46,20 @@ class Weights(Protocol):
 
 
 class FullWeights:
-    """All weights that may be trained; the stage has its own copies, and shares the rest with the dense model.
+    """Those weights themselves; the stage has its own copies, and shares the rest with the dense model.
 
     Args:
-        blocks, learns: by layer of `model`: its number in the dense model, and whether it is trained.
+        blocks, learnt: by layer of `model`: its number in the dense model, and names of the tensors that are trained.
 
     """
 
-    def __init__(self, model: CausalLM, blocks: Sequence[int], learns: Sequence[bool]) -> None:
+    def __init__(self, model: CausalLM, blocks: Sequence[int], learnt: Sequence[Names]) -> None:
         self._names: list[tuple[int, str]] = []
         self._origins: list[Tensor] = []
         self._working: list[nn.Parameter] = []
-        for block, layer, trains in zip(blocks, model.model.layers, learns, strict=True):
-            for name, origin in trainable(layer).items() if trains else ():
+        for block, layer, names in zip(blocks, model.model.layers, learnt, strict=True):
+            for name in names:
+                origin = layer.get_parameter(name)
                 owner, _, leaf = name.rpartition(".")
                 working = nn.Parameter(origin.detach().clone())
                 layer.get_submodule(owner)._parameters[leaf] = working
@@ -94,7 +97,7 @@ class FullWeights:
 
 
 class LoraWeights:
-    """Additions of low rank to each matrix that may be trained; the matrices themselves stay the dense model's.
+    """Additions of low rank to each of these matrices, which stay as they are.
 
     Args:
         model: of a streamed one (`models.streaming`) the matrices come from the checkpoint when their layers run.
@@ -107,17 +110,17 @@ class LoraWeights:
         self,
         model: CausalLM,
         blocks: Sequence[int],
-        learns: Sequence[bool],
+        learnt: Sequence[Names],
         rank: int,
         seed: int,
         keep: Callable[[Tensor], Tensor] = lambda merged: merged,
     ) -> None:
         peft = _peft()
         linears, stacked = list[str](), list[str]()
-        for number, (layer, trains) in enumerate(zip(model.model.layers, learns, strict=True)):
-            for name, parameter in trainable(layer).items() if trains else ():
+        for number, (layer, names) in enumerate(zip(model.model.layers, learnt, strict=True)):
+            for name in names:
                 owner, _, leaf = name.rpartition(".")
-                if parameter.dim() < 2:
+                if layer.get_parameter(name).dim() < 2:
                     continue  # norms and biases have no rank
                 if leaf == "weight" and isinstance(layer.get_submodule(owner), nn.Linear):
                     linears.append(f"layers.{number}.{owner}")

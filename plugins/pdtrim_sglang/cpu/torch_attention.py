@@ -1,4 +1,5 @@
-"""torch_native on a CPU with what SGLang 0.5.23's lacks: sinks, and reads of its pool of windows by that pool's slots.
+"""torch_native on a CPU with what SGLang 0.5.23's lacks: sinks, reads of its pool of windows by that pool's slots, and
+the length of what pads a batch under DP attention.
 
 A sink is one more logit of a head, which takes part in the softmax and brings no value. Here it is one more key:
 queries, keys and values get a channel, in which a query has its head's sink, tokens' keys have 0, and the sink's key
@@ -19,6 +20,10 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 class TorchAttention(TorchNativeAttnBackend):
     """For decoders: a query attends to itself and to tokens before it, in layers with a window to so many of them."""
+
+    def get_cpu_graph_seq_len_fill_value(self) -> int:
+        """Tokens of a request that only pads a batch to another rank's; as SGLang's backend for AMX says."""
+        return 1
 
     def forward_extend(
         self, q: Tensor, k: Tensor, v: Tensor, layer: Any, forward_batch: Any, save_kv_cache: bool = True,

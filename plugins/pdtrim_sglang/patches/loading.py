@@ -36,3 +36,9 @@ def count_kv_layers(_: Any, runner: Any) -> None:
     from pdtrim_sglang.sublayers import count_kv_layers
 
     count_kv_layers(runner)
+
+
+def check_dp_attention(_: Any, runner: Any) -> None:
+    from pdtrim_sglang.requirements import check_dp_attention
+
+    check_dp_attention(runner)

@@ -21,11 +21,6 @@ def check_options(server_args: Any, kv_args: Any, plan: PDPlan | None, is_mla_ba
         if getattr(server_args, option) > 1:
             name = "--" + option.replace("_", "-")
             raise RuntimeError(f"pdtrim: context parallelism is not supported: start with {name} 1")
-    if server_args.enable_dp_attention and server_args.device == "cpu":
-        raise RuntimeError(
-            "pdtrim: with DP attention SGLang 0.5.23 ends, or serves other text, on a CPU: start without "
-            "--enable-dp-attention there"
-        )
     _check_scales(server_args)
     _check_front_end(server_args)
     _check_lora(server_args, plan)

@@ -1,0 +1,44 @@
+"""Which tensors of a stage's layers are trained."""
+
+from __future__ import annotations
+
+from pdtrim_deploy.models.blockwise import CausalLM
+from pdtrim_deploy.models.sublayers import skip_sublayers
+from pdtrim_deploy.plan import Stage
+from pdtrim_deploy.pruning.pair import StagePair
+from pdtrim_deploy.pruning.students.regression import FROZEN, trainable
+
+
+def trained_model(pair: StagePair, stage: Stage) -> CausalLM:
+    """The stage's model; blocks that run for their K and V alone have no MLP, whose output would be zero."""
+    layers, alone = pair.plan.layers(stage), [b for b in pair.plan.layers(stage) if not pair.adds(stage, b)]
+    return skip_sublayers(pair.stage(stage), layers, dict.fromkeys(alone, "mlp"))
+
+
+def learnt(pair: StagePair, stage: Stage, model: CausalLM) -> list[tuple[str, ...]]:
+    """By layer of `model`, the stage's: names within it. What K and V are made with stays the dense model's.
+
+    In a stage with blocks that run for their K and V alone these learn nothing but that, and the layers up to the first
+    that differs from the dense model learn nothing, but for the last of them.
+    """
+    blocks, names = pair.plan.layers(stage), list[tuple[str, ...]]()
+    alone = [not pair.adds(stage, block) for block in blocks]
+    first = max(0, _first_changed(pair, stage) - 1) if any(alone) else 0
+    for number, (layer, for_kv) in enumerate(zip(model.model.layers, alone, strict=True)):
+        if number < first:
+            names.append(())
+        elif for_kv:
+            names.append(tuple(name for name, _ in layer.named_parameters() if name.startswith(FROZEN)))
+        else:
+            names.append(tuple(trainable(layer)))
+    return names
+
+
+def _first_changed(pair: StagePair, stage: Stage) -> int:
+    """The first layer that does, or that is followed by, what the dense model does not."""
+    if pair.plan.kept_experts(stage) or pair.plan.layers(stage)[0] > 0:
+        return 0
+    actions, layers = pair.plan.actions(stage), zip(pair.plan.layers(stage), pair.spans(stage), strict=True)
+    return next(
+        number for number, (block, (stop, after)) in enumerate(layers) if stop != after or actions[block].kind != "keep"
+    )

@@ -1,0 +1,84 @@
+"""Ranks divide requests among each other (DP attention), in decode or in prefill: the oracle's tokens, on a CPU.
+
+Of a tiny Qwen3, whose plan has all wire dtypes and cut layers: SGLang 0.5.23's Llama and Qwen2 know no DP attention
+(`requirements/dp_attention.py`), and are refused. Whole heads are in each rank, so each sends or takes all of a
+request's rows.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+from bundle_variants import mixed, variant
+from tinytext import write_words
+
+from pdtrim_deploy.errors import ServingError
+from pdtrim_deploy.evaluation.fidelity import run_fidelity
+from pdtrim_deploy.gpucheck.options import DP_ATTENTION
+from pdtrim_deploy.pipeline import build
+from pdtrim_deploy.recipe import Recipe
+
+pytestmark = [pytest.mark.serve, pytest.mark.timeout(900)]
+OPTIONS = {"dtype": "float32", "page_size": 16, "chunked_prefill_size": 64}
+LENGTHS = (1, 40, 97, 333)
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_model, cache, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("grouped")
+    corpus = {"corpus": f"dir:{write_words(folder / 'text', files=60, words=1600)}", "sequences": 2}
+    model = tiny_model(folder / "model", "Qwen3ForCausalLM", num_hidden_layers=8, head_dim=32)
+    data = {
+        "name": "grouped",
+        "model": {"source": f"hf:{model}"},
+        "calibration": corpus | {"length": 120},
+        "pruning": {"method": "cosine", "prefill_blocks": 1, "decode_blocks": 2},
+        "kv": {"method": "all", "n_first": 4, "n_last": 24},
+        "evaluation": corpus | {"prompt_tokens": 120, "continuation_tokens": 8},
+    }
+    whole = build(Recipe.model_validate(data), folder / "bundle", cache)
+    return variant(whole, mixed(whole), folder / "mixed")
+
+
+def generate(pair, tokens, new_tokens=8):
+    sampling = {"max_new_tokens": new_tokens, "temperature": 0, "ignore_eos": True}
+    response = httpx.post(f"{pair.url}/generate", json={"input_ids": tokens, "sampling_params": sampling}, timeout=120)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+@pytest.mark.parametrize(
+    "ranks",
+    [
+        {"tp_prefill": 2, "tp_decode": 2, "decode_args": DP_ATTENTION},
+        {"tp_prefill": 2, "tp_decode": 1, "prefill_args": DP_ATTENTION},
+    ],
+    ids=["decode", "prefill"],
+)
+def test_served_tokens_are_the_oracles_and_bytes_the_arithmetics(bundle, serving, transfers, cache, ranks):
+    plan = bundle.plan
+    with serving(bundle.prefill_dir, bundle.decode_dir, **ranks, **OPTIONS) as pair:
+        result = run_fidelity(bundle, pair.url, cache, new_tokens=8)
+        assert result.passed, result.problems
+        prompts = [[3 + (7 * place + length) % 250 for place in range(length)] for length in LENGTHS]
+        before = transfers(pair)
+        alone = [generate(pair, prompt)["output_ids"] for prompt in prompts]
+        after = transfers(pair)
+        # together in both ranks, whose batches have unlike sizes
+        with ThreadPoolExecutor(8) as threads:
+            answers = list(threads.map(lambda prompt: generate(pair, prompt), prompts * 4))
+        assert [answer["output_ids"] for answer in answers] == alone * 4
+        if "decode_args" in ranks:
+            assert {answer["meta_info"]["dp_rank"] for answer in answers} == {0, 1}
+    moved = {name: after[name] - before[name] for name in after}
+    assert moved["payload"] == sum(map(plan.payload_bytes, LENGTHS))
+    assert moved["dense"] == sum(map(plan.dense_bytes, LENGTHS))
+
+
+def test_a_model_that_knows_no_dp_attention_is_refused(serving, tiny_dir):
+    model = tiny_dir("LlamaForCausalLM")
+    with (
+        pytest.raises(ServingError, match=r"LlamaForCausalLM sums over ranks .*: start without --enable-dp-attention"),
+        serving(model, model, tp_decode=2, decode_args=DP_ATTENTION, **OPTIONS),
+    ):
+        pass
