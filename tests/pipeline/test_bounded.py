@@ -104,14 +104,23 @@ def test_kv_only_blocks_are_ranked_and_fitted_as_on_the_whole_model(
     assert max(resident) == 2
 
 
+@pytest.mark.parametrize("kv_only", [0, 2])
 def test_additions_of_low_rank_are_trained_as_on_the_whole_model(
-    tmp_path: Path, tiny_dir: Callable[[str], Path], text: Path, monkeypatch: pytest.MonkeyPatch, resident: list[int]
+    kv_only: int,
+    tmp_path: Path,
+    tiny_dir: Callable[[str], Path],
+    text: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    resident: list[int],
 ) -> None:
-    """Both stages, then decode behind the KV that arrives: the same weights, which differ from the model's."""
+    """Both stages, then decode behind the KV that arrives: the same weights, which differ from the model's.
+
+    With KV-only blocks gradients come to prefill through decode.
+    """
     healing = {
         "method": "lora", "lora_rank": 4, "prefill_steps": 8, "decode_steps": 8, "kv_steps": 8, "regression": 0.5,
         "learning_rate": 0.02, "sweep": [1.0], "batch": 4, "sequences": 16, "length": 48,
-        "compensation": "least-squares",
+        "compensation": "least-squares", "kv_only_blocks": kv_only,
     }  # fmt: skip
     sections = {"pruning": {"method": "greedy", "prefill_blocks": 1, "decode_blocks": 2}, "healing": healing}
     recipe = recipe_of(tiny_dir("Qwen2ForCausalLM"), text, "measured-harm", **sections)
