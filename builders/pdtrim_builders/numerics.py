@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,9 @@ from pdtrim_builders.runtime_onnx import OnnxStage
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.kvcache.layout import chunk_layout
 from pdtrim_deploy.kvcache.pack import pack
+from pdtrim_deploy.models.checkpoint import read_checkpoint
 from pdtrim_deploy.models.loading import load_model, load_tokenizer
+from pdtrim_deploy.models.streaming import stream_model
 from pdtrim_deploy.plan import PDPlan
 
 # Accepted relative errors, two to three times the worst measured on SmolLM2-135M: 2e-5, 8e-3, 0.22.
@@ -42,8 +45,11 @@ def check_numerics(
     Raises UserError: an error above `tolerance`, or a result that is not finite; a prompt without tokens.
     """
     rounded = dtype == "bfloat16"
-    tokenizer, model = load_tokenizer(stage.path), load_model(stage.path, dtype if rounded else "float32").float()
-    engine, measured, tokens = OnnxStage(widened(graph) if rounded else graph, threads=threads), _Errors(), 0
+    tokenizer = load_tokenizer(stage.path)
+    large = graph.with_name(graph.name + ".data").exists()
+    model = _reference(stage, dtype if rounded else None, large=large)
+    engine = OnnxStage(widened(graph) if rounded else graph, threads=threads, mapped=large)
+    measured, tokens = _Errors(), 0
     longest = min(MOST_TOKENS, stage.positions)
     for prompt in prompts or PROMPTS:
         ids = torch.tensor(tokenizer(prompt)["input_ids"][:longest], dtype=torch.int64)
@@ -67,6 +73,13 @@ def check_numerics(
                 f"({measured.absolute[name]:.2g} absolute), tolerance {tolerance:g}; do not serve this graph"
             )
     return result
+
+
+def _reference(stage: StageModel, rounded: str | None, *, large: bool) -> Any:
+    """The model of transformers in float32, its weights `rounded` first; a large one a block at a time."""
+    if large:
+        return stream_model(read_checkpoint(stage.path), 1, rounded=rounded)[0]
+    return load_model(stage.path, rounded or "float32").float()
 
 
 def send_rows(stage: StageModel, prompt_tokens: int) -> dict[str, Tensor]:

@@ -49,6 +49,8 @@ class OnnxStage:
             run: causal attention among the tokens of one prompt.
         threads: onnxruntime's intra-op threads.
         shared: weights by name that the caller holds anyway (`embed_tokens`), used in place and not loaded again.
+        mapped: weights stay in the pages of the graph's own file, at their place: no copies of them are packed, or cast
+            once for all. For a graph that is checked, not served: it is slower.
         profile: prefix of the file where onnxruntime writes the times of every node; `node_times` ends and reads it.
 
     Raises:
@@ -63,8 +65,13 @@ class OnnxStage:
         threads: int = 1,
         shared: Mapping[str, Tensor] | None = None,
         profile: Path | None = None,
+        mapped: bool = False,
     ) -> None:
         options = onnxruntime.SessionOptions()
+        if mapped:
+            options.add_session_config_entry("session.disable_prepacking", "1")
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+            options.enable_cpu_mem_arena = False
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
         options.log_severity_level = 3
         self._shared = {  # references: onnxruntime reads this memory without owning it

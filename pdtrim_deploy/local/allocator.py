@@ -11,10 +11,7 @@ SMALL = 64_000_000
 
 
 def give_back(weights: int) -> None:
-    """Collect what refers to itself; then have glibc return the pages of its heaps that nothing lies on.
-
-    By itself it keeps them for the next tensor, and a step would seem to take what an earlier one did. With another C
-    library the pages stay: malloc_trim(3) is GNU's.
+    """Collect what refers to itself; then `trim`.
 
     Args:
         weights: bytes of the model that steps work on.
@@ -23,5 +20,14 @@ def give_back(weights: int) -> None:
     if weights < SMALL:
         return
     gc.collect()
+    trim()
+
+
+def trim() -> None:
+    """Have glibc return the pages of its heaps that nothing lies on.
+
+    By itself it keeps them for the next tensor, and a step would seem to take what an earlier one did. With another C
+    library the pages stay: malloc_trim(3) is GNU's.
+    """
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)

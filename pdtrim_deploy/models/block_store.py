@@ -21,7 +21,9 @@ _HOST = torch.device("cpu")
 class Blocks:
     """Tensors of a checkpoint's blocks by their name within the block, `most` blocks in memory at a time.
 
-    On GPUs one more is read while another computes (`prefetch`).
+    Room is made by the block that is needed last, if blocks follow one another as they did the last time: of a model
+    that runs from end to end again and again all but one of them stay. On GPUs one more is read while another computes
+    (`prefetch`).
 
     Attributes:
         reads: blocks read so far, but for those read ahead in vain.
@@ -34,20 +36,32 @@ class Blocks:
         self._most, self._compute, self._count = most, compute, checkpoint.facts.num_blocks
         self._reader = _Reader(checkpoint, TORCH_DTYPES[compute.dtype], rounded)
         self.alive, self.reads, self._uploads = OrderedDict[int, dict[str, Tensor]](), 0, Uploads()
+        self._last, self._follower = -1, dict[int, int]()
         self.prefetch = Prefetch(self._reader.read, self._count)
         self.reads_ahead = compute.on_gpu
 
     def __getitem__(self, block: int) -> dict[str, Tensor]:
+        if block != self._last:
+            self._follower[self._last] = block
+            self._last = block
         if block in self.alive:
             self.alive.move_to_end(block)
         else:
             while len(self.alive) >= self._most:
-                self.alive.popitem(last=False)
+                del self.alive[self._needed_last(block)]
             self.alive[block] = self._fetch(block)
             self.reads += 1
         if self.reads_ahead:
             self.prefetch.begin(block, self.alive)
         return self.alive[block]
+
+    def _needed_last(self, block: int) -> int:
+        """Of those in memory, behind `block`; the least recently used of those that none is foreseen to need."""
+        waits, coming = dict[int, int](), self._follower.get(block, block)
+        while coming != block and coming not in waits:
+            waits[coming] = len(waits)
+            coming = self._follower.get(coming, block)
+        return max(self.alive, key=lambda other: waits.get(other, self._count))
 
     def _fetch(self, block: int) -> dict[str, Tensor]:
         """On its device: there tensor by tensor, unless the whole block was read ahead."""

@@ -10,7 +10,7 @@ tensor and fails, unless it asks `whole_block` for a copy.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -108,28 +108,51 @@ def keep_rows(module: nn.Module, leaf: str, rows: Sequence[int]) -> None:
     shape = (len(rows), *parameter.shape[1:])
     kept = parameter.new_empty(shape) if parameter.is_meta else parameter.detach()[list(rows)]
     module._parameters[leaf] = nn.Parameter(kept, requires_grad=parameter.requires_grad)
+    _change(module, lambda fetch: fetch.with_rows(leaf, rows))
+
+
+def replace_streamed(module: nn.Module, leaf: str, tensor: Tensor) -> None:
+    """Let `module` have `tensor` in place of its parameter whenever that is fetched, on the block's device.
+
+    Hooks of the module change, as by `keep_rows`.
+    """
+    _change(module, lambda fetch: fetch.with_tensor(leaf, tensor))
+
+
+def _change(module: nn.Module, change: Callable[[_Fetch], _Fetch]) -> None:
     for hooks in (module._forward_pre_hooks, module._forward_hooks):
         for handle, hook in list(hooks.items()):
             if isinstance(fetch := getattr(hook, "__self__", None), _Fetch):
-                hooks[handle] = getattr(fetch.with_rows(leaf, rows), hook.__name__)
+                hooks[handle] = getattr(change(fetch), hook.__name__)
 
 
 class _Fetch:
     """Lets a module, and copies of it that share its hooks, have its weights while it is called.
 
-    `rows` gives, by parameter, the rows that it has; of others it has all.
+    `rows` gives, by parameter, the rows that it has; of others it has all. `replaced` gives whole parameters that are
+    not the checkpoint's.
     """
 
     def __init__(
-        self, blocks: Blocks, block: int, names: dict[str, str], rows: Mapping[str, Sequence[int]] | None = None
+        self,
+        blocks: Blocks,
+        block: int,
+        names: dict[str, str],
+        rows: Mapping[str, Sequence[int]] | None = None,
+        replaced: Mapping[str, Tensor] | None = None,
     ) -> None:
-        self._blocks, self._block, self._names, self._rows = blocks, block, names, rows or {}
+        self._blocks, self._block, self._names = blocks, block, names
+        self._rows, self._replaced = rows or {}, replaced or {}
 
     def with_rows(self, leaf: str, rows: Sequence[int]) -> _Fetch:
         """`rows` of those that it has already."""
         if (before := self._rows.get(leaf)) is not None:
             rows = [before[row] for row in rows]
-        return _Fetch(self._blocks, self._block, self._names, {**self._rows, leaf: rows})
+        return _Fetch(self._blocks, self._block, self._names, {**self._rows, leaf: rows}, self._replaced)
+
+    def with_tensor(self, leaf: str, tensor: Tensor) -> _Fetch:
+        """`tensor` as that parameter."""
+        return _Fetch(self._blocks, self._block, self._names, self._rows, {**self._replaced, leaf: tensor})
 
     def __deepcopy__(self, _: Any) -> _Fetch:
         return self  # copies read from the same place
@@ -148,11 +171,13 @@ class _Fetch:
             module._parameters[leaf] = nn.Parameter(self._tensor(leaf).clone(), requires_grad=False)
 
     def _tensor(self, leaf: str) -> Tensor:
+        if (replaced := self._replaced.get(leaf)) is not None:
+            return replaced.to(self._blocks.device(self._block))
         tensor = self._blocks[self._block][self._names[leaf]]
         return tensor[list(self._rows[leaf])] if leaf in self._rows else tensor
 
     def _empty(self, module: nn.Module) -> dict[str, nn.Parameter]:
-        """Its weights that are not there; others were replaced: a student's, a healed one."""
+        """Its weights that are not there; others stay: a copy's own."""
         parameters = {leaf: module._parameters[leaf] for leaf in self._names}
         return {leaf: weight for leaf, weight in parameters.items() if weight is not None and weight.is_meta}
 

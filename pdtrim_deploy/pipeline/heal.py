@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from pdtrim_deploy.bundle import REPORTS, WORK
 from pdtrim_deploy.local.atomic import write_atomic
+from pdtrim_deploy.models.weights import ModelSizes
 from pdtrim_deploy.pipeline import texts
 from pdtrim_deploy.pipeline.chosen import chosen, kv_only_blocks
 from pdtrim_deploy.pipeline.context import Context
+from pdtrim_deploy.pipeline.training_costs import holds_model
 from pdtrim_deploy.plan import STAGES, KVOnly, PDPlan, Stage
 from pdtrim_deploy.recipe import Recipe
 from pdtrim_deploy.recipe.healing import HealingSection
@@ -93,6 +95,15 @@ def healed(context: Context) -> dict[Stage, dict[str, Any]]:
     return json.loads((context.out / HEALING).read_text())["healing"] if needed(context.recipe) else {}
 
 
+def _holds_model(context: Context) -> bool:
+    return holds_model(context.recipe, ModelSizes.of(context.checkpoint.config))
+
+
+def training_folder(context: Context) -> Path | None:
+    """Where trained weights lie in mapped files, where training streams a model whose blocks are bounded; else None."""
+    return context.out / WORK if context.bounded and not _holds_model(context) else None
+
+
 def stage_pair(context: Context, plan: PDPlan | None = None, bounded: bool = False) -> StagePair:
     """Both stages as this step leaves them, with the plan's KV rules, or all KV whole.
 
@@ -152,7 +163,7 @@ def _make(context: Context, key: str) -> tuple[StagePair, dict[str, Any]]:
     from pdtrim_deploy.pruning.pair import StagePair
 
     section, ids = context.recipe.healing, texts.fitted(context)
-    model = context.model if section.trains else context.streamed_model
+    model = context.model if section.trains and _holds_model(context) else context.streamed_model
     pair, report = _with_students(context, StagePair(model, chosen(context)))
     if section.kv_only_blocks:
         pair = make_kv_only(pair, section.kv_only_blocks, ids, context.note)
@@ -172,7 +183,7 @@ def _make(context: Context, key: str) -> tuple[StagePair, dict[str, Any]]:
             file = StateFile(training_file(context, stage), key)
             if stage == "prefill" and file.load() is None:
                 training_file(context, "decode").unlink(missing_ok=True)  # it is about another prefill's KV
-            trained = train(pair, stage, ids, section, context.note, file=file)
+            trained = train(pair, stage, ids, section, context.note, file=file, folder=training_folder(context))
             pair = trained.pair
             report["healing"][stage] = trained.report
     return pair, report

@@ -90,12 +90,14 @@ def _entry(context: Context, key: str) -> Path:
         from pdtrim_deploy.pruning.healing import PromptKV, StateFile
         from pdtrim_deploy.pruning.healing import heal as train
 
-        pair = heal.stage_pair(context, context.plan)
+        mapped_in = heal.training_folder(context)
+        pair = heal.stage_pair(context, context.plan, bounded=mapped_in is not None)
         prefill, decode = (pair.stage(stage) for stage in STAGES)
         oracle = PDOracle(prefill, decode, context.plan, KeyOffsets.read(context.out, context.plan))
         prompt_kv = PromptKV(context.recipe.kv.prompt_tokens, lambda prompts: oracle.hand_over(oracle.prefill(prompts)))
         file = StateFile(heal.training_file(context, "kv"), key)
-        trained = train(pair, "decode", _text(context), context.recipe.healing, context.note, prompt_kv, file)
+        section, ids = context.recipe.healing, _text(context)
+        trained = train(pair, "decode", ids, section, context.note, prompt_kv, file, folder=mapped_in)
         save_blocks(trained.pair.changed.get("decode", {}) if trained.kept else {}, folder / "decode.safetensors")
         (folder / "report.json").write_text(json.dumps(trained.report, indent=2))
 

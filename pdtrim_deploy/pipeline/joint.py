@@ -50,7 +50,8 @@ def _problem(context: Context) -> Problem:
     from pdtrim_deploy.pipeline.kv_problem import problem_of
 
     recipe, plan = context.recipe, PDPlan.dense(context.shape)
-    oracle = PDOracle(context.model, context.model, plan)
+    model = context.streamed_model
+    oracle = PDOracle(model, model, plan)
     if recipe.kv.measures_offsets and plan.model.offsets_keys:
         tokens = recipe.kv.prompt_tokens
         text = context.calibration(recipe.kv.sequences, tokens, tokens)

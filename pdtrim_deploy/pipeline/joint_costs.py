@@ -18,11 +18,12 @@ _EXACT = 12  # answers whose KL is measured, likely
 
 @dataclass(frozen=True)
 class JointCost:
-    """Bytes of memory besides the weights, bytes of files, operations."""
+    """Bytes of memory besides the weights, bytes of files, operations; blocks read, where they come and go."""
 
     memory: float
     disk: float
     flops: float
+    block_reads: float
 
 
 def joint_cost(sizes: ModelSizes, target: TargetSection, kv: KVSection, item: int) -> JointCost:
@@ -51,4 +52,8 @@ def joint_cost(sizes: ModelSizes, target: TargetSection, kv: KVSection, item: in
     probe = _FLOAT * positions * DRAWS * sizes.hidden
     logits = min(LOGITS, 3 * _FLOAT * positions * sizes.vocabulary)
     disk = batch * kv.prompt_tokens * row * item * wires
-    return JointCost(states + held + changes + products + probe + logits, disk, 2.0 * sizes.active * passes)
+    memory = states + held + changes + products + probe + logits
+    # an action of prefill runs both stages from its block on, any other option decode alone; each batch by itself
+    each = half * (2 * _ACTIONS * for_prefill + options) + 2 * sizes.blocks
+    reads = -(-kv.sequences // batch) * (contexts * each + 2 * (1 + _EXACT) * sizes.blocks)
+    return JointCost(memory, disk, 2.0 * sizes.active * passes, reads)

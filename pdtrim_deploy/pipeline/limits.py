@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from pdtrim_deploy.bundle import ENGINES
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.local.compute import Compute
 from pdtrim_deploy.models.footprint import Peak, can_stream, choose_limits, gb
 from pdtrim_deploy.models.weights import ModelSizes
+from pdtrim_deploy.pipeline.heal_costs import fit_bytes
 from pdtrim_deploy.pipeline.step_cost import StepCost
 from pdtrim_deploy.pipeline.step_costs import step_costs
+from pdtrim_deploy.pipeline.training_costs import holds_model
 from pdtrim_deploy.recipe import Recipe
 from pdtrim_deploy.recipe.kv_cost import STATES
 
@@ -27,9 +30,9 @@ def fit_build(recipe: Recipe, config: Mapping[str, Any], compute: Compute, *, wo
     """
     compute = compute.with_dtype(recipe.model.measured_in)
     readable, speaks = can_stream(config), recipe.calibration.continuations != "text"
-    # The model's own words are written by a whole model, and a target's effects are measured on one.
-    streams = readable and not speaks and recipe.target is None
-    blocks, states = ModelSizes.of(config).blocks, max(recipe.pruning.memory_mb << 20, STATES)
+    streams = readable and not speaks  # the model's own words are written by a whole model
+    sizes = ModelSizes.of(config)
+    blocks, states = sizes.blocks, max(recipe.pruning.memory_mb << 20, STATES)
 
     def needs(limited: Compute) -> Peak:
         return highest(step_costs(recipe, config, limited, workers or 0))
@@ -41,19 +44,28 @@ def fit_build(recipe: Recipe, config: Mapping[str, Any], compute: Compute, *, wo
         parts = [f"{gb(least.host)} of host memory (step {host})"] if _short(least.host, compute.host_bytes) else []
         if _short(least.device, compute.device_bytes):
             parts.append(f"{gb(least.device)} of device memory (step {device})")
+        short = {host} if _short(least.host, compute.host_bytes) else set()
+        short |= {device} if _short(least.device, compute.device_bytes) else set()
         why, instead = "", "give more"
         if not readable:
             why = f", as blocks of {config['architectures'][0]} cannot be read as they run"
         elif speaks:
             why = f", as calibration.continuations {recipe.calibration.continuations} holds the whole model"
             instead = "give more, or set calibration.continuations to text"
-        elif recipe.target is not None:
-            why, instead = ", as target measures the whole model", "give more, or leave target out"
         elif workers and host == "prune":
             why, instead = f", with {workers} of Ray's workers", "give more, or fewer workers"
-        elif recipe.healing.gradient_steps:
-            why = ", as training by gradients holds the whole model"
-            instead = "give more, or leave healing's steps out"
+        elif holds_model(recipe, sizes):
+            why, instead = ", as training by gradients holds the whole model", "give more, or leave healing's steps out"
+            if recipe.healing.method == "full" and not sizes.has_experts:
+                instead = "give more, or set healing.method to lora, which streams it"
+        elif "heal" in short and recipe.healing.compensation == "least-squares":
+            why = f", as least squares over {sizes.inner} features take {gb(fit_bytes(recipe, sizes))}"
+            instead = "give more, or set healing.compensation to norm, or lower healing.sequences"
+        elif short & {"heal", "heal-kv"} and recipe.healing.gradient_steps:
+            instead = "give more, or lower healing.batch or healing.length"
+        elif engines := sorted(name for name in short if name.startswith(f"{ENGINES}/")):
+            why = f", as the builder of {engines[0]} holds its weights"
+            instead = "give more, or leave that target out and build it on a larger machine"
         return f"recipe {recipe.name} needs at least {' and '.join(parts)}{why}, and {_allowed(compute)}; {instead}"
 
     limited = choose_limits(compute, blocks, states, needs, refused, streams)

@@ -1,7 +1,7 @@
 """What each step of a build takes, before a weight is read: memory, files and operations. No torch.
 
 Memory is that of this process and of the builders that it starts; files that the operating system keeps in spare memory
-are not counted.
+are not counted, nor are those mapped files whose pages it may take back.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from pdtrim_deploy.models.families.latents import latent_sizes
 from pdtrim_deploy.models.footprint import LOGITS, PROGRAM, Peak, read_ahead, read_bytes, weight_bytes
 from pdtrim_deploy.models.weights import ModelSizes, one_expert, stored_bytes
 from pdtrim_deploy.pipeline.continuation_costs import ContinuationCost, continuation_costs
+from pdtrim_deploy.pipeline.engine_costs import engine_memory
 from pdtrim_deploy.pipeline.heal import needed
 from pdtrim_deploy.pipeline.heal_costs import fit_bytes, heal_flops
 from pdtrim_deploy.pipeline.joint_costs import joint_cost
 from pdtrim_deploy.pipeline.step_cost import StepCost
-from pdtrim_deploy.pipeline.training_costs import TrainingCost, training_costs
+from pdtrim_deploy.pipeline.training_costs import TrainingCost, holds_model, training_costs
 from pdtrim_deploy.plan import STAGES, UNIFIED
 from pdtrim_deploy.plan.wire import ITEM_BYTES
 from pdtrim_deploy.pruning.cost import block_bytes, search_cost
@@ -74,7 +75,8 @@ class _Costs:
             costs["heal"] = self._heal()
         costs["select-kv"] = self._select_kv()
         if recipe.healing.kv_steps:
-            costs["heal-kv"] = self._trained(training_costs(recipe, self.config, behind_kv=True), self._healed())
+            trainings = training_costs(recipe, self.config, behind_kv=True, streams=self._trains_streamed)
+            costs["heal-kv"] = self._trained(trainings, self._healed())
         for step, spoken in continuation_costs(recipe, self.sizes, self.item).items():
             costs[step] = self._continued(costs[step], spoken)
         self.loaded = 0.0
@@ -83,11 +85,10 @@ class _Costs:
             size = self._stored(lost)
             peak = Peak.of(self.compute, 0.0, min(SHARD, size) + self._healed())
             costs[stage] = StepCost(peak, size, written=size)
-        for target in recipe.targets.requested:
-            for stage in STAGES:
-                engine = self.sizes.total * 4.0  # built in a process that holds it three times
-                peak = Peak.of(self.compute, 0.0, PROGRAM + 3 * engine)
-                costs[engine_folder(target, stage)] = StepCost(peak, engine)
+        for target, section in recipe.targets.requested.items():
+            for stage in STAGES:  # in a process of its own
+                peak = Peak.of(self.compute, 0.0, engine_memory(section, self.sizes, recipe.model.dtype))
+                costs[engine_folder(target, stage)] = StepCost(peak, self.sizes.total * 4.0)
         files = sum(cost.disk for name, cost in costs.items() if cost.written or name.startswith(f"{ENGINES}/"))
         costs["seal"] = StepCost(Peak.of(self.compute, 0.0), hashed=files)
         return costs
@@ -114,7 +115,9 @@ class _Costs:
         target, kv, sizes = self.recipe.target, self.recipe.kv, self.sizes
         assert target is not None
         cost = joint_cost(sizes, target, kv, self.item)
-        return self._step(self._weights(whole=True) + cost.memory, disk=cost.disk, flops=cost.flops)
+        return self._step(
+            self._weights() + cost.memory, disk=cost.disk, flops=cost.flops, reads=self._passes(cost.block_reads)
+        )
 
     def _experts(self) -> StepCost:
         cost = expert_cost(self.config, self.recipe.pruning, self.recipe.calibration)
@@ -134,7 +137,8 @@ class _Costs:
         running = self._running(min(8, healing.sequences), healing.length)
         disk = search.disk if (search := self._searched()) and recipe.pruning.distil else 0.0
         fitting = fit_bytes(recipe, sizes) + states + alone + student + running
-        return self._trained(training_costs(recipe, self.config), 0.0, fitting, disk, heal_flops(recipe, sizes))
+        trainings = training_costs(recipe, self.config, streams=self._trains_streamed)
+        return self._trained(trainings, 0.0, fitting, disk, heal_flops(recipe, sizes))
 
     def _trained(
         self, trainings: list[TrainingCost], changed: float, fitting: float = 0.0, disk: float = 0.0, flops: float = 0.0
@@ -144,13 +148,14 @@ class _Costs:
         for training in trainings:
             peaks.append(changed + training.memory)
             files.append(saved + 2 * training.files)  # the old one and the new
-            changed, saved = changed + training.left, saved + training.files
-        files.append(saved + sum(training.left for training in trainings))  # what was saved goes after the cache has it
+            changed, saved = changed + training.left, saved + training.files + training.mapped
+        # what was saved, or is mapped, goes after the cache has it
+        files.append(saved + sum(training.left + training.mapped for training in trainings))
         step = self._step(
-            self._weights(whole=bool(trainings)) + max(peaks),
+            self._weights(whole=bool(trainings) and not self._trains_streamed) + max(peaks),
             disk=max(files),
             flops=flops,
-            reads=self._passes(4.0 * self.sizes.blocks),
+            reads=self._passes(4.0 * self.sizes.blocks + sum(t.block_reads for t in trainings) * self._missing),
         )
         return replace(step, trainings=tuple(trainings), minutes=self.recipe.healing.minutes)
 
@@ -186,6 +191,10 @@ class _Costs:
     def _streams(self) -> bool:
         return self.compute.streams(self.sizes.blocks)
 
+    @property
+    def _trains_streamed(self) -> bool:
+        return self._streams and not holds_model(self.recipe, self.sizes)
+
     def _weights(self, whole: bool = False) -> float:
         """Bytes of the model; a whole one stays in memory until the build ends."""
         bounded = None if whole else self.compute.blocks_in_memory
@@ -199,6 +208,12 @@ class _Costs:
         values = sequences * tokens * (6 * self.sizes.hidden + 3 * min(self.sizes.inner, self.sizes.expert_width * 8))
         return values * self.item + min(LOGITS, 3 * 4 * sequences * tokens * self.sizes.vocabulary)
 
+    @property
+    def _missing(self) -> float:
+        """Share of blocks that are read anew when the model runs once more, at most (`models.block_store`)."""
+        blocks, held = self.sizes.blocks, self.compute.blocks_in_memory or self.sizes.blocks
+        return min(1.0, (blocks - held + 2) / blocks)
+
     def _passes(self, block_reads: float) -> float:
         return block_reads * block_bytes(self.config)
 
@@ -207,10 +222,15 @@ class _Costs:
         return float(stored_bytes(self.config, self.recipe.model.dtype, lost))
 
     def _healed(self) -> float:
-        """Bytes of the tensors that differ from the model's, of one stage."""
+        """Bytes of the tensors that differ from the model's, of one stage.
+
+        They lie in mapped files; where blocks come and go, those of one block count.
+        """
         if not needed(self.recipe):
             return 0.0
         sizes = self.sizes
+        if self._streams:
+            return float(self.item * sizes.block)
         trained = sizes.block * sizes.blocks if self.recipe.healing.gradient_steps else 0
         refitted = sizes.inner * sizes.hidden * self.recipe.pruning.decode_blocks
         return float(self.item * max(trained, refitted))

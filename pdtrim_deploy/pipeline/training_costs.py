@@ -26,6 +26,8 @@ class TrainingCost:
         memory: bytes beside the whole model's.
         left: of these, bytes that stay until the step ends: the trained weights.
         files: bytes of what is saved to go on from; twice while it is replaced.
+        block_reads: blocks read from the checkpoint, where they come and go.
+        mapped: bytes of files that trained weights lie in until the step ends, where they are not `left` in memory.
 
     """
 
@@ -33,14 +35,29 @@ class TrainingCost:
     memory: float
     left: float
     files: float
+    block_reads: float = 0.0
+    mapped: float = 0.0
 
     def seconds(self, speed: float, minutes: float | None) -> float:
         """At `speed` operations a second, within the recipe's `minutes`."""
         return min([self.flops / speed] + ([] if minutes is None else [60 * minutes]))
 
 
-def training_costs(recipe: Recipe, config: Mapping[str, Any], *, behind_kv: bool = False) -> list[TrainingCost]:
-    """Of the stages trained before KV is chosen, prefill first; or of decode behind the KV that arrives."""
+def holds_model(recipe: Recipe, sizes: ModelSizes) -> bool:
+    """Whether training by gradients, if the recipe has any, needs the whole model.
+
+    Additions of low rank do not, but for stacked experts: what they are added to comes and goes.
+    """
+    return bool(recipe.healing.gradient_steps) and (recipe.healing.method == "full" or sizes.has_experts)
+
+
+def training_costs(
+    recipe: Recipe, config: Mapping[str, Any], *, behind_kv: bool = False, streams: bool = False
+) -> list[TrainingCost]:
+    """Of the stages trained before KV is chosen, prefill first; or of decode behind the KV that arrives.
+
+    `streams`: weights come from the checkpoint as they run, and trained ones lie in mapped files.
+    """
     healing, pruning, blocks = recipe.healing, recipe.pruning, config["num_hidden_layers"]
     before, after = blocks - pruning.prefill_blocks, blocks - pruning.decode_blocks
     half, alone = healing.length // 2, healing.kv_only_blocks
@@ -54,7 +71,7 @@ def training_costs(recipe: Recipe, config: Mapping[str, Any], *, behind_kv: bool
             _Stage(healing.decode_steps, after, halves),
         ]
     item = ITEM_BYTES[recipe.model.measured_in]
-    return [_cost(healing, config, item, stage) for stage in stages if stage.steps]
+    return [_cost(healing, config, item, stage, streams) for stage in stages if stage.steps]
 
 
 @dataclass(frozen=True)
@@ -76,14 +93,16 @@ class _Stage:
     reader: int = 0
 
 
-def _cost(healing: HealingSection, config: Mapping[str, Any], item: int, stage: _Stage) -> TrainingCost:
+def _cost(healing: HealingSection, config: Mapping[str, Any], item: int, stage: _Stage, streams: bool) -> TrainingCost:
     sizes, (heads, _, head) = ModelSizes.of(config), attention_sizes(config)
     prompts, tokens = (healing.batch * length for length in stage.text)
     steps, blocks, reader = stage.steps, stage.blocks - stage.alone, stage.reader
     trials = len(healing.sweep) * (steps // healing.SHORT) if healing.tries(steps) else 0
+    recomputes = healing.gradient_checkpointing or streams
     # forwards and twice as much backwards; the dense model reads the prompt too, and prefill makes its KV. Where
     # gradients come through decode, its weights have none.
     trained = 3 * prompts * blocks + 2 * tokens * reader if reader else (prompts + 3 * tokens) * blocks
+    trained += (prompts * blocks + tokens * reader if reader else tokens * blocks) if recomputes else 0
     flops = 2 * sizes.active * ((prompts + tokens) * sizes.blocks + trained)
     query, inner = heads * head, min(sizes.inner, 8 * sizes.expert_width)
     weights = (sizes.block - sizes.kv) * blocks + sizes.kv * stage.alone  # what K and V are made with is frozen
@@ -92,17 +111,26 @@ def _cost(healing: HealingSection, config: Mapping[str, Any], item: int, stage: 
     # itself, its gradient and two means; a copy in 16 bits and its gradient, or where an addition began
     optimised = (16 if healing.method == "full" and item == _FLOAT else 20) * changed
     merged = item * weights if healing.method == "lora" else 0
+    if streams:  # one matrix in float32, what is added to it, and the sum
+        merged = 3 * _FLOAT * sizes.hidden * max(inner, sizes.hidden)
     # what one token leaves in a block until its gradients come
     values = 5 * sizes.hidden + 3 * query + 2 * sizes.kv_width + 3 * inner
-    held = [n * sizes.hidden + values if healing.gradient_checkpointing else n * values for n in (blocks, reader)]
+    held = [n * sizes.hidden + values if recomputes else n * values for n in (blocks, reader)]
     kept = prompts * held[0] + tokens * held[1] if reader else tokens * held[0]
     running = item * (kept + 2 * prompts * sizes.kv_width * stage.blocks)
+    # gradients hold the weights of their block, and of decode's that reads it, whether others have come or not
+    running += (3 if reader else 2) * item * sizes.block if streams else 0
+    # the dense model, the stage, the stage again for its gradients, and prefill where decode reads its KV
+    runs = 2 * (blocks + reader) if reader else (3 if prompts else 2) * blocks
+    reads = (steps + trials) * (sizes.blocks + runs) if streams else 0
     logits = min(_LOGITS, 6 * _FLOAT * tokens * sizes.vocabulary)
     return TrainingCost(
         flops=flops * (steps + trials),
         memory=optimised + max(merged, running + logits),
-        left=float(item * weights),
+        left=0.0 if streams else float(item * weights),
         files=float(_SAVED * changed),
+        block_reads=float(reads),
+        mapped=float(item * weights) if streams else 0.0,
     )
 
 

@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
-import torch
 from torch import Tensor
 
 from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.models.mapped import mapped
 from pdtrim_deploy.pruning.objective import Objective
 from pdtrim_deploy.pruning.solution import Op
 
@@ -124,11 +124,7 @@ class _Shelf:
 
 
 class _Files(_Shelf):
-    """States in files, mapped on the host: their pages go when memory is short.
-
-    A file loses its name as soon as it is mapped, so it goes with the process; and nothing holds it open, for there may
-    be more states than a process may have open files.
-    """
+    """States in mapped files (`mapped`)."""
 
     def __init__(self, limit: int, folder: Path | None) -> None:
         super().__init__(limit)
@@ -136,12 +132,7 @@ class _Files(_Shelf):
 
     def store(self, hidden: Tensor) -> Tensor:
         try:
-            with tempfile.NamedTemporaryFile(dir=self._folder) as file:
-                # A full disk shows here, and not when a page is touched.
-                file.write(hidden.cpu().contiguous().view(torch.uint8).numpy().data)
-                file.flush()
-                flat = torch.from_file(file.name, shared=False, size=hidden.numel(), dtype=hidden.dtype)
-                return flat.view(hidden.shape)
+            return mapped(hidden, self._folder)
         except OSError as error:
             raise UserError(
                 f"no room for hidden states in {self._folder or tempfile.gettempdir()} ({error.strerror}); free some "

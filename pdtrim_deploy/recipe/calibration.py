@@ -12,8 +12,8 @@ from pdtrim_deploy.recipe.seed import Seed
 Corpus = Annotated[
     str,
     Field(
-        pattern=r"^(brown|austen|code|questions|recall|(dir|file|jsonl|hub):.+)$",
-        description="brown, austen, code, questions, agents, recall, dir:PATH, file:PATH, jsonl:PATH or "
+        pattern=r"^(brown|austen|code|questions|agents|recall|(dir|file|jsonl|parquet|hub):.+)$",
+        description="brown, austen, code, questions, agents, recall, dir:PATH, file:PATH, jsonl:PATH, parquet:PATH or "
         "hub:OWNER/NAME/FILE",
     ),
 ]

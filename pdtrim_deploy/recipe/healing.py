@@ -81,7 +81,8 @@ class HealingSection(Section):
         minutes: time limit for each of these three, over all interruptions; a run that it ends is not repeatable to the
             bit.
         method: `full` trains all weights that K and V are not made with; `lora` trains additions of rank `lora_rank`
-            to the matrices among them, which are merged in the end: less memory, and less is learnt.
+            to the matrices among them, which are merged in the end: less memory (and blocks may come and go while it
+            trains), and less is learnt.
         regression: share of the steps, and of the minutes, that fits hidden states, layer by layer; the rest is for
             logits. 0: logits alone.
         learning_rate: multiplied by each factor of `sweep` in a short run (a twentieth of the steps, and of the
@@ -180,7 +181,7 @@ class HealingSection(Section):
 
     @property
     def trains(self) -> bool:
-        """Whether gradients, which need the whole model in memory, run before KV is chosen."""
+        """Whether training by gradients runs before KV is chosen."""
         return bool(self.prefill_steps or self.decode_steps)
 
     @property

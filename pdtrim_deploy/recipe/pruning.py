@@ -52,7 +52,7 @@ class PruningSection(Section):
             that the result is no worse than any of theirs in the judge's eyes.
         memory_mb: limit of hidden states in memory while `anneal` or `greedy` searches; disk_mb: limit of further ones
             in mapped files in the bundle.
-        blocks_in_memory: blocks whose weights are in memory at a time in every step but training by gradients; others
+        blocks_in_memory: blocks whose weights are in memory at a time in every step but `healing.method: full`; others
             are read from the checkpoint when they run. The result is the same. All blocks when left out.
         experts: experts that the remaining blocks keep; all when left out.
 

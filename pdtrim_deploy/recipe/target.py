@@ -113,10 +113,10 @@ def check_target(target: TargetSection | None, pruning: PruningSection, kv: KVSe
     for name, value in chosen.items():
         if value:
             raise ValueError(f"{name} is given but target chooses what is lost; allowed with target: no {name}")
-    if pruning.distil or pruning.finalists or pruning.blocks_in_memory is not None:
+    if pruning.distil or pruning.finalists:
         raise ValueError(
-            "pruning has distil, finalists or blocks_in_memory, which target does not take: it measures the whole "
-            "model in memory, and makes no students; leave them out"
+            "pruning has distil or finalists, which target does not take: it makes no students, and compensates "
+            "nothing while it chooses; leave them out"
         )
     if kv.method not in ("none", "budget"):
         raise ValueError(f"kv.method is {kv.method!r}; allowed with target: budget, or none where all rows travel")

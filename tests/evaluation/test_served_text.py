@@ -259,8 +259,8 @@ def test_a_file_of_a_data_set_on_a_hub(cache, monkeypatch):
         server.shutdown()
     with pytest.raises(UserError, match=r"^hub:some/other/a.jsonl: the hub gave no such file \([^\n]*jsonl:PATH$"):
         kind.load("some/other/a.jsonl", cache, print)
-    for place in ("some/set/data.parquet", "some/set/a.jsonl@../../x", "some/set/a.jsonl@refs/../../x"):
-        with pytest.raises(UserError, match=r"give hub:OWNER/NAME/FILE\.jsonl\[@REVISION\]"):
+    for place in ("some/set/data.csv", "some/set/a.jsonl@../../x", "some/set/a.jsonl@refs/../../x"):
+        with pytest.raises(UserError, match=r"give hub:OWNER/NAME/FILE\[@REVISION\]"):
             kind.load(place, cache, print)
 
 

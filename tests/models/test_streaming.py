@@ -86,6 +86,17 @@ def test_a_search_finds_the_same_and_reads_each_block_once_for_all_candidates(ch
     assert sorted(tmp_path.glob("*")) == sorted(tmp_path.glob("search-*.jsonl"))  # files of states have no name
 
 
+def test_a_model_that_runs_again_and_again_is_read_for_what_has_no_room(checkpoint):
+    """Of six blocks five stay but for one a run, forwards, and forwards and backwards; of half of them three."""
+    forwards, backwards = [*range(6)], [*reversed(range(6))]
+    for most, order, once in ((5, forwards, 1.5), (3, forwards, 4.5), (5, forwards + backwards, 3), (3, [2, 3, 4], 0)):
+        _, blocks = stream_model(checkpoint, most)
+        for block in order * 8:
+            assert blocks[block]
+            assert len(blocks.alive) <= most
+        assert blocks.reads <= 6 + 8 * once
+
+
 def test_all_of_the_text_goes_through_a_block_before_the_next_one_is_read(checkpoint, tmp_path):
     """Of an 8B model each pass over the text is sixteen gigabytes of reading."""
     ids, count = text(9, 12), len(load_model(checkpoint.path).model.layers)

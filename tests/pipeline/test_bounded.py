@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -100,6 +102,59 @@ def test_kv_only_blocks_are_ranked_and_fitted_as_on_the_whole_model(
     no_whole_model(monkeypatch)
     assert built(recipe, tmp_path / "bounded", BOUNDED) == whole
     assert max(resident) == 2
+
+
+@pytest.mark.parametrize("kv_only", [0, 2])
+def test_additions_of_low_rank_are_trained_as_on_the_whole_model(
+    kv_only: int,
+    tmp_path: Path,
+    tiny_dir: Callable[[str], Path],
+    text: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    resident: list[int],
+) -> None:
+    """Both stages, then decode behind the KV that arrives: the same weights, which differ from the model's.
+
+    With KV-only blocks gradients come to prefill through decode.
+    """
+    healing = {
+        "method": "lora", "lora_rank": 4, "prefill_steps": 8, "decode_steps": 8, "kv_steps": 8, "regression": 0.5,
+        "learning_rate": 0.02, "sweep": [1.0], "batch": 4, "sequences": 16, "length": 48,
+        "compensation": "least-squares", "kv_only_blocks": kv_only,
+    }  # fmt: skip
+    sections = {"pruning": {"method": "greedy", "prefill_blocks": 1, "decode_blocks": 2}, "healing": healing}
+    recipe = recipe_of(tiny_dir("Qwen2ForCausalLM"), text, "measured-harm", **sections)
+    whole = built(recipe, tmp_path / "whole", Compute())
+    assert not resident
+    no_whole_model(monkeypatch)
+    assert built(recipe, tmp_path / "bounded", BOUNDED) == whole
+    assert max(resident) == 2
+    trained = [_trained(tmp_path / name) for name in ("whole", "bounded")]
+    assert trained[0] == trained[1]
+    assert any(figures["kept"] for figures in trained[1])
+
+
+def _trained(bundle: Path) -> list[dict[str, Any]]:
+    """Figures of each training, without its time."""
+    first, last = (json.loads((bundle / "reports" / f"{name}.json").read_text()) for name in ("healing", "healing-kv"))
+    names = ("steps", "before", "after", "kept")
+    return [{name: figures[name] for name in names} for figures in (*first["healing"].values(), last)]
+
+
+def test_a_target_is_answered_as_on_the_whole_model(
+    tmp_path: Path, tiny_llama_dir: Path, text: Path, monkeypatch: pytest.MonkeyPatch, resident: list[int]
+) -> None:
+    kv = {"method": "budget", **METHODS["budget"]}
+    del kv["reduction"]
+    target = {"itl": 0.85, "ttft": 0.85, "kv": 3.0, "rounds": 1}
+    recipe = recipe_of(tiny_llama_dir, text, "budget", kv=kv, target=target)
+    whole = built(recipe, tmp_path / "whole", Compute())
+    assert not resident
+    no_whole_model(monkeypatch)
+    assert built(recipe, tmp_path / "bounded", BOUNDED) == whole
+    assert max(resident) == 2
+    files = [tmp_path / name / "reports" / "target.json" for name in ("whole", "bounded")]
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def test_effects_read_a_block_once_for_all_options_that_fit_side_by_side(

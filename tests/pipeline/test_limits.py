@@ -56,6 +56,60 @@ def test_sizes_of_production_fit_a_host_and_one_gpu(name: str, host: int, device
         fit_build(recipe, config, Compute(("cuda:0",), device_bytes=4 * GB))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("name", "host", "device"), [("llama-3.1-8b-healed", 24, 24), ("llama-3.3-70b-balanced", 128, 80)]
+)
+def test_healing_by_additions_of_low_rank_fits_them_too(name: str, host: int, device: int, dtype: str) -> None:
+    """Both stages, and decode behind the KV that arrives; by all weights it is refused, with what to do."""
+    recipe, config = recipe_and_config(name)
+    pruning = {"method": "greedy", "prefill_blocks": 2, "decode_blocks": 8}
+    recipe = recipe.changed("test", "pruning", **pruning).changed("test", "model", compute_dtype=dtype)
+    trained = recipe_and_config("llama-3.1-8b-healed")[0].healing.model_dump(mode="json") | {"kv_steps": 200}
+    healed = recipe.changed("test", "healing", **trained)
+    gpu = Compute(("cuda:0",), host_bytes=host * GB, device_bytes=device * GB)
+    costs = step_costs(healed, config, fit_build(healed, config, gpu))
+    assert highest(costs).device <= device * GB
+    assert highest(costs).host <= host * GB
+    assert {"heal", "heal-kv"} <= costs.keys()
+    assert min(costs[step].reads for step in ("heal", "heal-kv")) > 1e12  # blocks come and go at each step
+    whole = healed.changed("test", "healing", method="full")
+    with pytest.raises(UserError, match=r"training by gradients holds the whole model, .* set healing.method to lora"):
+        fit_build(whole, config, gpu)
+
+
+def test_what_training_that_streams_can_do_without_is_named() -> None:
+    recipe, config = recipe_and_config("llama-3.1-8b-healed")
+    long = recipe.changed("test", "healing", length=8192, batch=64)
+    with pytest.raises(UserError, match=r"\(step heal\), and .*; give more, or lower healing.batch or healing.length$"):
+        fit_build(long, config, Compute(("cuda:0",), device_bytes=24 * GB))
+    refit = recipe.changed("test", "healing", compensation="least-squares", sequences=64)
+    with pytest.raises(UserError, match=r"as least squares over 14336 features take .* healing.compensation to norm"):
+        fit_build(refit, config, Compute(("cuda:0",), device_bytes=12 * GB))
+
+
+def test_a_target_is_priced_block_by_block() -> None:
+    recipe, config = recipe_and_config("llama-3.1-8b-balanced")
+    data = recipe.model_dump(mode="json")
+    data["kv"].pop("reduction")
+    recipe = Recipe.model_validate(data | {"target": {"itl": 0.8, "kv": 4.0}})
+    limited = fit_build(recipe, config, Compute(host_bytes=24 * GB))
+    cost = step_costs(recipe, config, limited)["target"]
+    assert limited.streams(32)
+    assert cost.peak.host <= 24 * GB
+    assert cost.reads > 1e12
+
+
+def test_engines_are_named_where_they_are_too_large() -> None:
+    recipe, config = recipe_and_config("llama-3.1-8b-balanced")
+    streamed = recipe.changed("test", "targets", onnx={"dtype": "float32"})
+    costs = step_costs(streamed, config, fit_build(streamed, config, Compute(host_bytes=24 * GB)))
+    assert costs["engines/onnx/prefill"].peak.host < 10 * GB
+    recipe = recipe.changed("test", "targets", onnx={"dtype": "float32", "weights": "int8"})
+    with pytest.raises(UserError, match=r"\(step engines/onnx/prefill\), as the builder of .* leave that target out"):
+        fit_build(recipe, config, Compute(host_bytes=24 * GB))
+
+
 def test_kept_experts_of_streamed_blocks_are_not_counted_twice() -> None:
     recipe, config = recipe_and_config("qwen3-30b-a3b-experts")
     limited = Compute(blocks_in_memory=1)

@@ -16,6 +16,7 @@ from pdtrim_deploy.local.compute import Compute
 from pdtrim_deploy.models import DEFAULT_SOURCE, resolve
 from pdtrim_deploy.models.config import read_config
 from pdtrim_deploy.models.footprint import PROGRAM
+from pdtrim_deploy.models.weights import ModelSizes
 from pdtrim_deploy.pipeline.step_costs import step_costs
 from pdtrim_deploy.recipe import Recipe
 
@@ -99,6 +100,30 @@ def test_memory_of_training(
     measured = built(file, tmp_path)["heal"]
     costs = step_costs(Recipe.load(file), read_config(folder / "config.json"), Compute())
     assert costs["heal"].peak.host == pytest.approx(measured, rel=0.2)
+
+
+def test_memory_of_additions_of_low_rank_to_streamed_blocks(
+    tmp_path: Path, tiny_model: Callable[..., Path], text: Path
+) -> None:
+    """All blocks are trained, and written; of no step's memory they are a part."""
+    folder, file = tiny_model(tmp_path / "m", **SIZES), tmp_path / "r.yaml"
+    file.write_text(
+        f"name: r\nmodel: {{source: 'hf:{folder}', dtype: float32}}\n"
+        f"calibration: {{corpus: 'dir:{text}', sequences: 2, length: 48}}\n"
+        "pruning: {method: cosine, prefill_blocks: 1, decode_blocks: 1}\n"
+        "healing: {method: lora, prefill_steps: 2, decode_steps: 2, regression: 0.5, sequences: 8, length: 64}\n"
+        "kv: {method: measured-harm, sparse_layers: 2, n_first: 2, n_last: 8, sequences: 2, prompt_tokens: 64, "
+        "continuation_tokens: 8}\n"
+    )
+    config = read_config(folder / "config.json")
+    trained = 4.0 * (ModelSizes.of(config).block * 5)
+    whole, streamed = (step_costs(Recipe.load(file), config, Compute(blocks_in_memory=n)) for n in (None, 1))
+    measured = built(file, tmp_path, "1", "unmapped")
+    assert streamed["heal"].peak.host == pytest.approx(measured["heal"], rel=0.2)
+    for step in ("select-kv", "prefill", "decode"):
+        assert measured[step] < 1.2 * streamed[step].peak.host, step
+    assert measured["heal"] < whole["heal"].peak.host - 2 * trained
+    assert streamed["heal"].disk > 2 * trained
 
 
 def built(recipe: Path, folder: Path, *limits: str, cache: Path | None = None) -> dict[str, int]:

@@ -121,7 +121,7 @@ def load(tmp_path: Path, text: str, **units: str) -> Recipe:
             "target: {itl: 0.8}\nkv: {method: attention-mass, sparse_layers: 2, n_first: 4}",
             "kv.method is 'attention-mass'; allowed with target: budget, or none where all rows travel",
         ),
-        ("target: {itl: 0.8}\npruning: {blocks_in_memory: 2}", "which target does not take: it measures the whole"),
+        ("target: {itl: 0.8}\npruning: {finalists: 2}", "pruning has distil or finalists, which target does not take"),
         (
             "target: {itl: 0.8, times: {prefill: {attention: 1, mlp: 2, kv_only: 1}}}",
             "target.times.prefill.rest is missing; allowed: a number of at least 0",

@@ -33,23 +33,28 @@ class JSONLines:
         return documents(path, path.name)
 
 
-def documents(path: Path, name: str) -> tuple[Document, ...]:
-    """Of the lines of a file; what is wrong with one is said of `path`, ids begin with `name`."""
+def documents(path: Path, name: str, line: str = "") -> tuple[Document, ...]:
+    """Of the lines of a file; ids begin with `name`.
+
+    What is wrong with one is said of `line` and its number: by default of a line of `path`.
+    """
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError:
         raise UserError(f"{path}: not UTF-8 text; convert it") from None
-    read_documents = tuple(_documents(lines, path, name))
+    line = line or f"{path}: line"
+    read_documents = tuple(_documents(lines, line, name))
     if not read_documents:
-        raise UserError(f"{path}: no line has text in it; {_ALLOWED}")
+        source, _, kind = line.rpartition(": ")
+        raise UserError(f"{source}: no {kind} has text in it; {_ALLOWED}")
     return read_documents
 
 
-def _documents(lines: list[str], path: Path, name: str) -> Iterator[Document]:
+def _documents(lines: list[str], kind: str, name: str) -> Iterator[Document]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        where = f"{path}: line {number}"
+        where = f"{kind} {number}"
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):

@@ -10,6 +10,7 @@ from pdtrim_deploy.evaluation.corpora.brown import BROWN
 from pdtrim_deploy.evaluation.corpora.code import CODE
 from pdtrim_deploy.evaluation.corpora.hub import HubFile
 from pdtrim_deploy.evaluation.corpora.json_lines import JSONLines
+from pdtrim_deploy.evaluation.corpora.parquet import ParquetFile
 from pdtrim_deploy.evaluation.corpora.questions import QUESTIONS
 from pdtrim_deploy.evaluation.corpora.recall import Recall
 from pdtrim_deploy.evaluation.corpora.text_files import TextDirectory, TextFile
@@ -25,10 +26,11 @@ CORPORA: dict[str, CorpusKind] = {
     "dir": TextDirectory(),
     "file": TextFile(),
     "jsonl": JSONLines(),
+    "parquet": ParquetFile(),
     "hub": HubFile(),
 }
 DEFAULT_CORPUS = "brown"
-OF_FILES = ("dir", "file", "jsonl")  # kinds that a user has on this machine
+OF_FILES = ("dir", "file", "jsonl", "parquet")  # kinds that a user has on this machine
 
 
 def load(name: str, cache: Cache, log: Log = lambda _: None) -> Corpus:

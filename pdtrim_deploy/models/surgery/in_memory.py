@@ -19,6 +19,7 @@ from pdtrim_deploy.models.experts import (
 )
 from pdtrim_deploy.models.families import known_family
 from pdtrim_deploy.models.placement import device_of
+from pdtrim_deploy.models.streaming import replace_streamed
 from pdtrim_deploy.models.sublayers import check_missing, skip_sublayers
 from pdtrim_deploy.models.surgery.checks import LAYERS, Replacements, check_blocks, check_shape
 from pdtrim_deploy.plan import Sublayer
@@ -69,6 +70,9 @@ def _replace(layer: nn.Module, prefix: str, name: str, tensor: torch.Tensor) -> 
     old = dict(layer.named_parameters()).get(name)
     check_shape(prefix + name, tensor, None if old is None else tuple(old.shape))
     assert old is not None
+    if old.is_meta:
+        replace_streamed(layer.get_submodule(owner), leaf, tensor.to(old.dtype))
+        return
     layer.get_submodule(owner)._parameters[leaf] = nn.Parameter(
         tensor.to(device_of(layer), old.dtype), requires_grad=False
     )

@@ -11,12 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from time import monotonic
 from typing import Any
 
 from torch import Tensor
 
+from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.local.allocator import trim
 from pdtrim_deploy.models.blockwise import CausalLM
+from pdtrim_deploy.models.mapped import mapped
 from pdtrim_deploy.plan import Stage
 from pdtrim_deploy.pruning.healing.learnt import learnt, trained_model
 from pdtrim_deploy.pruning.healing.losses import HiddenLoss, LogitLoss
@@ -64,11 +68,16 @@ def heal(
     prompt_kv: PromptKV | None = None,
     file: StateFile | None = None,
     clock: Callable[[], float] = monotonic,
+    folder: Path | None = None,
 ) -> Healed:
     """`pair` with `stage` trained on text `ids`, int64 `[S, T]`: all steps asked for, or until time is up.
 
     With a `prompt_kv` these are `kv_steps` of decode; without, prompts are T / 2 long and their KV is whole.
     What `file` has of the same training is not done again; `clock` gives the seconds that `minutes` limits.
+
+    With a `folder` the memory is bounded: what additions of low rank are merged into lies in mapped files there, and
+    layers are run again for their gradients, so of a streamed model no more than two blocks are there at a time beside
+    those that it may keep.
 
     Raises:
         UserError: peft is wanted and not installed; a loss that is not a number; a full disk.
@@ -83,11 +92,11 @@ def heal(
     model, layers = trained_model(pair, stage), pair.plan.layers(stage)
     names = learnt(pair, stage, model)
     weights: Weights = (
-        LoraWeights(model, layers, names, section.lora_rank, section.seed)
+        LoraWeights(model, layers, names, section.lora_rank, section.seed, _keep_in(folder))
         if section.method == "lora"
         else FullWeights(model, layers, names)
     )
-    recomputes = section.gradient_checkpointing
+    recomputes = section.gradient_checkpointing or folder is not None
     reader = _reader(pair, stage, ids, prompt_kv, model, recomputes)
     learns = [bool(of_layer) and pair.adds(stage, block) for of_layer, block in zip(names, layers, strict=True)]
     losses = HiddenLoss(StageReader(pair, stage, model, prompt_kv, recomputes), learns), LogitLoss(reader)
@@ -101,6 +110,20 @@ def heal(
         f"{test.difference:+.4f} ± {test.stderr:.4f}" + ("" if test.kept else ": not clearly better, not kept")
     )
     return Healed(healed if test.kept else pair, test, training)
+
+
+def _keep_in(folder: Path | None) -> Callable[[Tensor], Tensor]:
+    def keep(merged: Tensor) -> Tensor:
+        trim()  # of earlier ones
+        try:
+            return mapped(merged, folder)
+        except OSError as error:
+            raise UserError(
+                f"no room for healed weights in {folder} ({error.strerror}); free some space and run the same command "
+                "again: training goes on where it was"
+            ) from error
+
+    return keep if folder is not None else lambda merged: merged
 
 
 def _reader(

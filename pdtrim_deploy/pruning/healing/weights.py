@@ -6,7 +6,8 @@ Either way the optimiser has float32 tensors, whatever the stage computes in: sm
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.models.block_tensors import BlockTensors
 from pdtrim_deploy.models.blockwise import CausalLM
+from pdtrim_deploy.models.placement import device_of
+from pdtrim_deploy.models.streaming import weight_of
 
 Names = Sequence[str]
 """Tensors of one layer, by their name within it."""
@@ -97,11 +100,21 @@ class LoraWeights:
     """Additions of low rank to each of these matrices, which stay as they are.
 
     Args:
+        model: of a streamed one (`models.streaming`) the matrices come from the checkpoint when their layers run.
         rank, seed: of the additions; the seed draws their first factor, the second begins at 0.
+        keep: what becomes of each merged matrix, such as `mapped`; by default it stays in memory, where its layer is.
 
     """
 
-    def __init__(self, model: CausalLM, blocks: Sequence[int], learnt: Sequence[Names], rank: int, seed: int) -> None:
+    def __init__(
+        self,
+        model: CausalLM,
+        blocks: Sequence[int],
+        learnt: Sequence[Names],
+        rank: int,
+        seed: int,
+        keep: Callable[[Tensor], Tensor] = lambda merged: merged,
+    ) -> None:
         peft = _peft()
         linears, stacked = list[str](), list[str]()
         for number, (layer, names) in enumerate(zip(model.model.layers, learnt, strict=True)):
@@ -116,7 +129,7 @@ class LoraWeights:
         config = peft.LoraConfig(
             r=rank, lora_alpha=2 * rank, target_modules=linears, target_parameters=stacked or None, bias="none"
         )
-        with torch.random.fork_rng(), warnings.catch_warnings():
+        with torch.random.fork_rng(), warnings.catch_warnings(), _without_meta(model.model, linears):
             warnings.simplefilter("ignore")  # parameters of experts are said to be experimental
             torch.manual_seed(seed)
             peft.inject_adapter_in_model(config, model.model)
@@ -125,7 +138,7 @@ class LoraWeights:
         for master in self.masters:
             if master.dtype != torch.float32:
                 master.data = master.data.float()
-        self._origins = [p.detach().clone() for p in self.masters]
+        self._origins, self._keep = [p.detach().clone() for p in self.masters], keep
 
     def pull(self) -> None:
         """Nothing: the additions are trained themselves."""
@@ -148,9 +161,33 @@ class LoraWeights:
                 if hasattr(module, "get_delta_weight"):
                     leaf = getattr(module, "parameter_name", "weight")
                     base = getattr(module.get_base_layer(), leaf)
-                    merged = base.float() + module.get_delta_weight("default").float()
-                    blocks.setdefault(block, {})[_plain(f"{name}.{leaf}")] = merged.to(base.dtype)
+                    whole = weight_of(module.get_base_layer()) if base.is_meta else base
+                    merged = whole.float() + module.get_delta_weight("default").float()
+                    blocks.setdefault(block, {})[_plain(f"{name}.{leaf}")] = self._keep(merged.to(base.dtype))
         return blocks
+
+
+@contextmanager
+def _without_meta(model: nn.Module, linears: Sequence[str]) -> Iterator[None]:
+    """Linear maps whose weights are not there have one number, seen at every place, on their layer's device meanwhile.
+
+    peft puts additions where the weights are, and draws nothing for those on the meta device.
+    """
+    named = [(name, model.get_submodule(name)) for name in linears]
+    absent = {module: weight for _, module in named if (weight := module.get_parameter("weight")).is_meta}
+    for name, module in named:
+        if module not in absent:
+            continue
+        weight = absent[module]
+        _, number, *_ = name.split(".")
+        device = device_of(model.get_submodule(f"layers.{number}"))
+        stand_in = torch.empty(1, dtype=weight.dtype, device=device).expand(weight.shape)
+        module._parameters["weight"] = nn.Parameter(stand_in, requires_grad=False)
+    try:
+        yield
+    finally:
+        for module, weight in absent.items():
+            module._parameters["weight"] = weight
 
 
 def _plain(name: str) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.local.cache import Cache
 from pdtrim_deploy.models.blockwise import CausalLM
+from pdtrim_deploy.models.streaming import own_weights
 from pdtrim_deploy.models.surgery import keep_blocks
 from pdtrim_deploy.models.writer import save
 from pdtrim_deploy.pruning.students.regression import TrainedStudent, teach
@@ -93,7 +94,7 @@ class Students:
 
         folder = cache.entry("students", f"{self._digest}-{pair[0]}", make)
         cut = keep_blocks(self.model, [pair[0]], {pair[0]: load_file(folder / WEIGHTS)})
-        return cut.model.layers[0], json.loads((folder / LESSON).read_text())
+        return own_weights(cut.model.layers[0]), json.loads((folder / LESSON).read_text())
 
     def _teach(self, pair: Pair) -> TrainedStudent:
         if self._states is None:
