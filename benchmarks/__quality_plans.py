@@ -23,8 +23,9 @@ _BLOCKS = {
 }
 
 
-def _budget(reduction: float) -> dict[str, Any]:
-    return {"kv": {"method": "budget", "reduction": reduction, "prompt_tokens": 448}}
+def _budget(saved: float) -> dict[str, Any]:
+    """`saved` times fewer bytes than a bfloat16 pool's; a recipe's reduction is of its own pool, here float32."""
+    return {"kv": {"method": "budget", "reduction": 2 * saved, "prompt_tokens": 448}}
 
 
 def _uniform(wire: str) -> dict[str, Any]:
@@ -41,6 +42,8 @@ PLANS: dict[str, dict[str, Any]] = {
     "uniform k4v3": _uniform("k4v3"),
     "uniform int3": _uniform("int3"),
     "StreamingLLM 4 + 334, int4": _streaming(334, "int4"),
+    "budget 2.5x": _budget(2.475),
+    "budget 4x": _budget(4.0),
     "budget 4.95x": _budget(4.95),
     "StreamingLLM 4 + 64, k4v3": _streaming(64, "k4v3"),
     "budget 8x": _budget(8.0),

@@ -25,7 +25,7 @@ def quality(data: dict[str, Any] | None) -> str:
         scores = (form.format(row["dense"]), form.format(row["score"]))
         name = f"{row['model']} ({precision(row['model'])})"
         source = f"{row['commit']}, {row['machine']}"
-        reduction = f"{row['reduction']:.1f}x"
+        reduction = f"{row['reduction']:.2f}x"
         lines.append((name, _PARTS[row["part"]], row["plan"], reduction, row["n"], *scores, _recovery(row), source))
     options = data["options"]
     text = (
