@@ -21,7 +21,7 @@ from pdtrim_deploy.serving.process import ServerProcess
 
 _READ_LATER = {
     "TMPDIR", "PYTEST_CURRENT_TEST", "SGLANG_EXTERNAL_MODEL_PACKAGE", "SGLANG_CPU_OMP_THREADS_BIND",
-    "SGLANG_NCCL_SO_PATH",
+    "SGLANG_NCCL_SO_PATH", "SGLANG_MAMBA_CONV_DTYPE",
 }  # fmt: skip
 PRELOADED = Path(__file__).with_name("preloaded.py")
 
