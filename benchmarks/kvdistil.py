@@ -69,7 +69,7 @@ def main() -> None:
         if log.find(**key) is None:
             bench = bench or _Bench(options, note)
             log.append(key | bench.row(key))
-        write("kvdistil", options, [row for key in keys if (row := log.find(**key))])
+    write("kvdistil", options, [row for key in keys if (row := log.find(**key))])
 
 
 class _Bench:
@@ -115,14 +115,15 @@ class _Bench:
             place = PLACE / f"trained-{blocks}-{options.steps}-{options.learning_rate:g}-{options.batch}.safetensors"
             about = f"{commit()}, {[getattr(options, name) for name in _ABOUT if name not in ('judged', 'split')]}"
             done = place.with_suffix(".blocks")
-            if not done.exists():
+            reports = RowLog(place.with_suffix(".jsonl"), about)
+            if not (done.exists() and reports.rows):
                 file = StateFile(place, about)
                 healed = heal(pair, "prefill", self._ids, section, self._note, file=file, clock=time.process_time)
-                RowLog(place.with_suffix(".jsonl"), about).append(healed.report)
                 save_blocks(healed.pair.changed["prefill"], done.with_suffix(".part"))
                 done.with_suffix(".part").rename(done)
+                reports.append(healed.report)
                 place.unlink(missing_ok=True)
-            row["report"] = RowLog(place.with_suffix(".jsonl"), about).rows[-1]
+            row["report"] = reports.rows[-1]
             pair = pair.with_changes("prefill", read_blocks(done))
         return row | self._losses(pair)
 

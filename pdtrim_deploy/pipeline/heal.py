@@ -47,7 +47,13 @@ def needed(recipe: Recipe) -> bool:
 def depends_on(recipe: Recipe) -> list[Any]:
     """What the step depends on besides the one before."""
     dump = recipe.model_dump(mode="json")
-    return [dump["students"], _section(recipe.healing), dump["calibration"]]
+    alone = [_version(recipe)] if recipe.healing.kv_only_blocks else []  # other recipes' keys are older than versions
+    return [dump["students"], _section(recipe.healing), dump["calibration"], *alone]
+
+
+def _version(recipe: Recipe) -> int:
+    """Of how weights are made where some blocks run for their K and V alone."""
+    return _PAIR_VERSION if recipe.healing.prefill_steps else _KV_ONLY_VERSION
 
 
 def _section(section: HealingSection) -> dict[str, Any]:
@@ -118,11 +124,10 @@ def stage_pair(context: Context, plan: PDPlan | None = None, bounded: bool = Fal
 def _key(context: Context) -> str:
     plan, recipe = chosen(context), context.recipe
     read = [texts.digest(text(context)) for text in (texts.taught, texts.fitted)]
-    trained = _PAIR_VERSION if recipe.healing.prefill_steps else _KV_ONLY_VERSION
-    version = trained if recipe.healing.kv_only_blocks else _VERSION
+    version = _version(recipe) if recipe.healing.kv_only_blocks else _VERSION
     parts = [version, plan.digest, recipe.students.model_dump(mode="json"), _section(recipe.healing), read]
     parts += [] if context.compute.dtype == "float32" else [context.compute.dtype]
-    parts += [] if recipe.target is None else [trained, kv_only_blocks(context)]
+    parts += [] if recipe.target is None else [_version(recipe), kv_only_blocks(context)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

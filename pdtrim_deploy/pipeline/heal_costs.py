@@ -19,7 +19,8 @@ def heal_flops(recipe: Recipe, sizes: ModelSizes) -> float:
     """Likely operations of compensation and KV-only blocks (`training_costs`: of training)."""
     pruning, healing = recipe.pruning, recipe.healing
     tokens, flops = healing.sequences * healing.length, 0.0
-    stages = [(pruning.prefill_blocks, pruning.prefill_loses), (pruning.decode_blocks, pruning.decode_loses)]
+    prefill_loses = pruning.prefill_loses or healing.kv_only_blocks
+    stages = [(pruning.prefill_blocks, prefill_loses), (pruning.decode_blocks, pruning.decode_loses)]
     for removed, lost in stages[:1] if recipe.stages == "unified" else stages:
         if lost and healing.compensation != "none":
             flops += 2 * sizes.active * tokens * (sizes.blocks + 3 * (sizes.blocks - removed))
@@ -29,6 +30,8 @@ def heal_flops(recipe: Recipe, sizes: ModelSizes) -> float:
     if healing.kv_only_blocks:  # the pair without each candidate, from it to the end
         ranked = min(RANKED, healing.sequences) * healing.length
         flops += sizes.active * ranked * sizes.blocks * (sizes.blocks + 1)
+        fits = 1 if healing.compensation == "none" else 2
+        flops += fits * 4 * sizes.active * tokens * sizes.blocks  # of their K and V, behind both models
     if recipe.target is not None:  # K and V of blocks that it may leave for these alone, behind both models
         text = tokens if healing.enabled else recipe.calibration.sequences * recipe.calibration.length
         flops += 4 * sizes.active * text * sizes.blocks

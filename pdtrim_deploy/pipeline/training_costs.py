@@ -13,7 +13,7 @@ from pdtrim_deploy.recipe import Recipe
 from pdtrim_deploy.recipe.healing import HealingSection
 
 _FLOAT = 4
-_LOGITS = 6 * _FLOAT * (1 << 23)  # bytes of a slice of logits and what KL makes of them (`healing.stage_reader`)
+_LOGITS = 6 * _FLOAT * (1 << 23)  # bytes of a slice of logits and what KL makes of them (`healing.reader`)
 _SAVED = 3 * _FLOAT  # bytes a number that the optimiser changes: itself and Adam's two means
 
 

@@ -24,9 +24,11 @@ def kvdistil(data: dict[str, Any] | None) -> str:
         line = (blocks, _rises(before, dense), _rises(after, dense), _ratios(after, before), _steps(after, data))
         lines.append(line)
     options = data["options"]
+    held_out = {row["report"]["sequences"] for row in trained.values()}
+    learnt = options["fitted"] - max(held_out, default=0)
     text = (
         f"least squares on {options['refitted']} x {options['length']} tokens of Brown's calibration split, training "
-        f"on {options['fitted']}; judged on {options['judged']} x {options['length'] // 2} tokens of Brown's and "
+        f"on {learnt}; judged on {options['judged']} x {options['length'] // 2} tokens of Brown's and "
         f"Austen's {options['split']} split behind as many of prompt; perplexity, ± one paired standard error"
     )
     head = ("blocks of 30", "least squares", "trained behind it", "trained / least squares", "steps, tokens")

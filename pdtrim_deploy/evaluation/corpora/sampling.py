@@ -92,7 +92,7 @@ def _windows(document: Document, tokenizer: Any, length: int, shift: float) -> I
 def _packed(documents: Sequence[Document], tokenizer: Any, length: int) -> Iterator[list[int]]:
     """Windows filled with documents one behind the other; the last one's rest is left out, but for long documents.
 
-    What a long document has left makes windows of its own once all have had a first one.
+    What long documents have left makes windows of its own once all have had a first one: one of each in turn.
     """
     end, window, rests = _end(tokenizer), list[int](), list[list[int]]()
     for document in documents:
@@ -103,6 +103,7 @@ def _packed(documents: Sequence[Document], tokenizer: Any, length: int) -> Itera
             yield window
             window = []
             rests.append(ids[taken:])
-    for rest in rests:
-        for start in range(0, len(rest) - length + 1, length):
-            yield rest[start : start + length]
+    for start in range(0, max(map(len, rests), default=0), length):
+        for rest in rests:
+            if start + length <= len(rest):
+                yield rest[start : start + length]

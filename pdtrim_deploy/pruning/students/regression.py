@@ -24,7 +24,7 @@ from pdtrim_deploy.pruning.least_squares import Refit, set_down
 from pdtrim_deploy.recipe.healing import StudentsSection
 
 FROZEN = ("input_layernorm.", "self_attn.k_proj.", "self_attn.v_proj.", "self_attn.k_norm.")
-"""Starts of the names of tensors that K and V are made with; no training may touch them."""
+"""Starts of the names of tensors that K and V are made with; training touches them in KV-only blocks alone."""
 
 _CHECKED = 8  # one sequence in so many is kept from fitting, for choosing
 
