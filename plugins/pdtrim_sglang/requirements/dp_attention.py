@@ -1,9 +1,10 @@
 """DP attention: groups of ranks divide requests among each other, and ranks of a group the heads of their requests.
 
-SGLang 0.5.23 takes --attn-dp-size (once --enable-dp-attention) with any model. But attention of some (models/llama.py, qwen2.py, glm4.py,
-mixtral.py, gemma3_causal.py, granite.py, olmo2.py) divides heads among all ranks of tensor parallelism and sums over
-them, as if they had the same requests: text is wrong, and a rank that has none ends. So do models that SGLang runs
-through transformers (models/transformers.py), whose attentions are in a dict and no part of the module.
+SGLang 0.5.23 takes --attn-dp-size (once --enable-dp-attention) with any model. But attention of some (models/llama.py,
+qwen2.py, glm4.py, mixtral.py, gemma3_causal.py, granite.py, olmo2.py) divides heads among all ranks of tensor
+parallelism and sums over them, as if they had the same requests: text is wrong, and a rank that has none ends. So do
+models that SGLang runs through transformers (models/transformers.py), whose attentions are in a dict and no part of the
+module.
 """
 
 from __future__ import annotations
