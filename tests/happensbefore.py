@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections import deque
 from collections.abc import Hashable, Iterable
 from typing import Any
 
@@ -78,18 +79,23 @@ class ClockedQueue:
 
 
 class ClockedSemaphore:
-    """A threading.Semaphore that also tells who acquires it what those knew who have released it; of 1, a lock."""
+    """A threading.Semaphore that also tells who acquires it what its permit's releaser knew; of 1, a lock.
+
+    Permits are taken in the order of their release; nobody has released the first `count`.
+    """
 
     def __init__(self, clocks: Clocks, count: int = 1) -> None:
-        self._clocks, self._semaphore, self._known = clocks, threading.Semaphore(count), f"semaphore {id(self)}"
+        self._clocks, self._semaphore = clocks, threading.Semaphore(count)
+        self._permits = deque[Clock]({} for _ in range(count))
 
     def acquire(self, timeout: float | None = None) -> bool:
         acquired = self._semaphore.acquire(timeout=timeout)
-        self._clocks.learn(thread(), self._clocks.now(self._known))
+        if acquired:
+            self._clocks.learn(thread(), self._permits.popleft())
         return acquired
 
     def release(self) -> None:
-        self._clocks.learn(self._known, self._clocks.now(thread()))
+        self._permits.append(self._clocks.now(thread()))
         self._semaphore.release()
 
     def __enter__(self) -> None:

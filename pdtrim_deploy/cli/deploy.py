@@ -96,7 +96,8 @@ def render(
     from pdtrim_deploy.manifests import BundleAt, Options, Served, compose, kubernetes
     from pdtrim_deploy.manifests.kubernetes import secret_name
     from pdtrim_deploy.manifests.options import IMAGE
-    from pdtrim_deploy.serving.ranks import require_ranks
+    from pdtrim_deploy.serving.linear_attention import require_linear_attention
+    from pdtrim_deploy.serving.ranks import attention_groups, require_ranks
 
     if (out is None) != dry_run:
         raise UserError("say where the files go, --out FOLDER, or --dry-run to have them printed")
@@ -106,7 +107,9 @@ def render(
             f"{bundle} is one model for both stages: run {opened.prefill_dir} as any model in SGLang; manifests are "
             "rendered for pairs"
         )
-    require_ranks(opened.plan, tp_prefill, tp_decode)
+    require_linear_attention(opened.plan.model, opened.plan.model.kv_dtype)
+    groups = attention_groups(prefill_args), attention_groups(decode_args)
+    require_ranks(opened.plan, tp_prefill, tp_decode, groups=groups)
     chosen = Options(
         name=name,
         prefill=prefill,

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.plan import PDPlan, Stage
+from pdtrim_deploy.plan.linear_states import StateDtype
 from pdtrim_deploy.plan.wire import PoolDtype
 from pdtrim_deploy.serving.commands import ROUTER_HEALTH
 from pdtrim_deploy.serving.gpu_defaults import (
@@ -73,14 +74,14 @@ class Served:
     dtype: str
     sparse: bool
     pool_dtype: PoolDtype = "native"
-    states: bool = False
+    conv_dtype: StateDtype | None = None
 
     @classmethod
     def of(cls, name: str, plan: PDPlan) -> Served:
         """`name` is the model's name for clients."""
         sparse = any(send.mode == "sparse" for send in plan.kv)
         model = plan.model
-        return cls(name, plan.digest, model.kv_dtype, sparse, model.pool_dtype, model.states is not None)
+        return cls(name, plan.digest, model.kv_dtype, sparse, model.pool_dtype, model.conv_dtype)
 
     @property
     def plan(self) -> str:
@@ -173,7 +174,7 @@ def worker_arguments(served: Served, options: Options, stage: Stage) -> list[str
 
 def worker_environment(served: Served) -> dict[str, str]:
     """Of a worker's container."""
-    precision = precision_environment(served.dtype, states=served.states)
+    precision = precision_environment(served.dtype, served.conv_dtype)
     return {"SGLANG_PLUGINS": "pdtrim", "HF_HUB_OFFLINE": "1", "HOME": "/tmp"} | precision
 
 

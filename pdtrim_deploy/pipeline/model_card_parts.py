@@ -168,9 +168,7 @@ def provenance(recipe: Recipe, plan: PDPlan) -> list[str]:
 
 def launch(plan: PDPlan, recipe: Recipe, stage: Stage) -> str:
     """The stage's worker in the user's own SGLang 0.5.23, on a GPU."""
-    environment = {"SGLANG_PLUGINS": "pdtrim"} | precision_environment(
-        recipe.model.dtype, states=plan.model.states is not None
-    )
+    environment = {"SGLANG_PLUGINS": "pdtrim"} | precision_environment(recipe.model.dtype, plan.model.conv_dtype)
     variables = " ".join(f"{name}={value}" for name, value in environment.items())
     attention = attention_arguments(stage, any(s.mode == "sparse" for s in plan.kv), recipe.model.dtype)
     if plan.unified:

@@ -8,7 +8,7 @@ from pydantic import Field, PositiveInt, SerializerFunctionWrapHandler, model_se
 
 from pdtrim_deploy.plan.blocks import Frozen
 from pdtrim_deploy.plan.kv import KVSend
-from pdtrim_deploy.plan.linear_states import LinearStates
+from pdtrim_deploy.plan.linear_states import LinearStates, StateDtype
 from pdtrim_deploy.plan.wire import (
     FP8_ROWS,
     HEAD_DIM_MULTIPLE,
@@ -98,6 +98,11 @@ class ModelShape(Frozen):
     def state_bytes(self) -> int:
         """Bytes of a request's states, whatever the length of its prompt; 0 where no block keeps one."""
         return 0 if self.states is None else self.states.bytes
+
+    @property
+    def conv_dtype(self) -> StateDtype | None:
+        """Of the convolution's states; None of a model that has none."""
+        return None if self.states is None else self.states.conv_dtype
 
     @property
     def offsets_keys(self) -> bool:

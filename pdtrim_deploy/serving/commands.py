@@ -22,6 +22,7 @@ from pdtrim_deploy.serving.gpu_defaults import (
 )
 from pdtrim_deploy.serving.memory import FRACTION, static_fraction
 from pdtrim_deploy.serving.ports import HOST
+from pdtrim_deploy.serving.ranks import attention_groups
 from pdtrim_deploy.serving.spec import ClusterSpec, WorkerSpec
 from pdtrim_deploy.worker.config import ARGUMENT, WorkerConfig
 from pdtrim_deploy.worker.transport import TransportOptions
@@ -77,7 +78,7 @@ def worker_command(python: Path, worker: WorkerSpec, secret: Path | None = None)
         if not options.sinks:
             arguments["--attention-backend"] = "torch_native"
         flags += ["--disable-overlap-schedule", "--sleep-on-idle"]
-        if "--enable-dp-attention" in options.arguments(worker.role):  # SGLang has that exchange on GPUs alone
+        if attention_groups(options.arguments(worker.role)) > 1:  # SGLang has that exchange on GPUs alone
             flags.append("--no-enable-tp-lm-head-all-to-all")
         if (ranks := options.tp(worker.role)) > 1:
             arguments["--tp-size"] = ranks
@@ -145,13 +146,12 @@ def worker_environment(python: Path, worker: WorkerSpec, workers: int, temporary
             "OMP_WAIT_POLICY": "PASSIVE",
             "GOMP_SPINCOUNT": "0",
         }
-        if worker.options.states:
-            chosen |= state_environment(worker.options.dtype)
+        chosen |= state_environment(worker.options.conv_dtype)
         if (ranks := worker.options.tp(worker.role)) > 1:
             chosen["SGLANG_NCCL_SO_PATH"] = os.devnull  # NCCL needs GPUs; without it SGLang's ranks speak by gloo
             chosen["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join([",".join(map(str, cores))] * ranks)
     else:
-        chosen |= precision_environment(worker.options.dtype, states=worker.options.states)
+        chosen |= precision_environment(worker.options.dtype, worker.options.conv_dtype)
     return _base(python, os.environ, temporary) | chosen
 
 

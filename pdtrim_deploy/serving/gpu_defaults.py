@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pdtrim_deploy.plan.linear_states import StateDtype
 from pdtrim_deploy.plan.wire import PoolDtype
 
 # One for both stages, since pages that differ end the decode worker at its first request. SGLang's choice for prefill
@@ -25,18 +26,18 @@ def window_flags(stage: str, sparse: bool) -> list[str]:
     return [NO_WINDOW_POOL] if sparse and stage == "decode" else []
 
 
-def precision_environment(dtype: str, *, states: bool) -> dict[str, str]:
+def precision_environment(dtype: str, conv_dtype: StateDtype | None) -> dict[str, str]:
     """So that Triton multiplies float32 in float32 and not in TF32, which has the mantissa of float16.
 
-    Of a model with `states` see `state_environment`.
+    Of a model with states, which have a `conv_dtype`, see `state_environment`.
     """
     precise = {"TRITON_F32_DEFAULT": "ieee"} if dtype == "float32" else {}
-    return precise | (state_environment(dtype) if states else {})
+    return precise | state_environment(conv_dtype)
 
 
-def state_environment(dtype: str) -> dict[str, str]:
-    """The convolution's columns of linear attention in the model's dtype; SGLang rounds all to bfloat16 else."""
-    return {} if dtype == "bfloat16" else {"SGLANG_MAMBA_CONV_DTYPE": dtype}
+def state_environment(conv_dtype: StateDtype | None) -> dict[str, str]:
+    """The convolution's columns of linear attention in the plan's dtype; SGLang's own choice is bfloat16."""
+    return {} if conv_dtype is None or conv_dtype == "bfloat16" else {"SGLANG_MAMBA_CONV_DTYPE": conv_dtype}
 
 
 def pool_arguments(pool_dtype: PoolDtype) -> dict[str, object]:

@@ -18,9 +18,10 @@ from pdtrim_deploy.plan.link import Link
 from pdtrim_deploy.serving.cluster import Cluster
 from pdtrim_deploy.serving.engines import Executors, find_engine, require_batches
 from pdtrim_deploy.serving.environment import ServeEnvironment
+from pdtrim_deploy.serving.linear_attention import require_linear_attention
 from pdtrim_deploy.serving.one_model import require_kind
 from pdtrim_deploy.serving.ports import HOST, free_ports
-from pdtrim_deploy.serving.ranks import require_arguments, require_ranks
+from pdtrim_deploy.serving.ranks import attention_groups, require_arguments, require_ranks
 from pdtrim_deploy.serving.relay import Throttle
 from pdtrim_deploy.serving.sinks import require_torch_attention
 from pdtrim_deploy.serving.spec import ClusterSpec, WorkerOptions
@@ -68,18 +69,14 @@ def cluster_of(
         )
     options = replace(options, sparse=any(send.mode == "sparse" for send in bundle.plan.kv))
     options = replace(options, sinks=known_family(bundle.plan.model.architecture).sinks)
-    options = replace(options, states=bundle.plan.model.states is not None)
+    options = replace(options, conv_dtype=bundle.plan.model.conv_dtype)
     options = replace(options, pool_dtype=bundle.plan.model.pool_dtype, plan_digest=bundle.plan.digest)
     if options.device == "cpu" and options.pool_dtype != "native" and bundle.plan.model.rope_dim is not None:
         raise UserError(
             f"the plan's KV pool is {options.pool_dtype}, which SGLang 0.5.23 has on a CPU for no model with latents "
             "(MLA); serve this bundle on GPUs, or build it with kv.pool_dtype native"
         )
-    if options.device == "cpu" and bundle.plan.model.states is not None:
-        raise UserError(
-            f"{bundle.plan.model.architecture} has linear attention, which SGLang 0.5.23 computes on a CPU with "
-            "kernels of its own (sgl_kernel) that are not published; serve this bundle on GPUs, eval judges it here"
-        )
+    require_linear_attention(bundle.plan.model, options.dtype, options.device)
     if options.device == "cpu" and options.sinks:
         require_torch_attention(environment, bundle.plan.model.architecture)
     chosen = executors or Executors()
@@ -87,7 +84,9 @@ def cluster_of(
     require_weights(bundle.decode_dir, options.device)
     if options.split_pool is not None and not options.sparse:
         raise UserError("--split-decode-pool: this plan has no sparse layers to split off; leave it out")
-    require_ranks(bundle.plan, options.tp_prefill, options.tp_decode, options.device)
+    stage_args = [options.extra_args if bundle.plan.unified else options.arguments(stage) for stage in STAGES]
+    groups = attention_groups(stage_args[0]), attention_groups(stage_args[1])
+    require_ranks(bundle.plan, options.tp_prefill, options.tp_decode, options.device, groups)
     require_arguments(options.extra_args, "--worker-args")
     require_arguments(options.prefill_args, "--prefill-args")
     require_arguments(options.decode_args, "--decode-args")

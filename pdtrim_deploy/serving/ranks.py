@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +14,10 @@ from pdtrim_deploy.plan.heads import indivisible, unpairable
 STATIC_SHARE = 0.85  # of a GPU's memory: weights and KV of all workers on it; the rest is for batches and CUDA graphs
 # SGLang's own options for what decides here; its parser takes `--tp` for `--tp-size`.
 _TP = re.compile(r"--(tp|tp-size|tensor-parallel-size)(=.*)?")
-_DP = re.compile(r"--(dp|dp-size|data-parallel-size)(=.*)?")
+_PARSER = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+_PARSER.add_argument("--attn-dp-size", "--attn-dp", "--attention-data-parallel-size", type=int, default=1)
+_PARSER.add_argument("--dp-size", "--dp", "--data-parallel-size", type=int, default=1)
+_PARSER.add_argument("--enable-dp-attention", action="store_true")
 
 
 @dataclass(frozen=True)
@@ -68,27 +72,62 @@ def place(ranks: Sequence[int], gpus: int, share: bool = False) -> tuple[Placeme
     )
 
 
-def require_ranks(plan: PDPlan, prefill: int, decode: int, device: str = "cuda") -> None:
-    """UserError: a number of ranks that SGLang or the plugin cannot serve, known before any worker starts."""
-    heads = plan.model.num_kv_heads
-    for option, ranks in (("--tp-prefill", prefill), ("--tp-decode", decode)):
-        reason = indivisible(heads, ranks)
+def attention_groups(arguments: Sequence[str]) -> int:
+    """Groups of ranks among which DP attention divides requests, by `arguments` of SGLang; 1: there is none.
+
+    Raises:
+        UserError: an option that is no number.
+
+    """
+    return _data_parallel(arguments)[1]
+
+
+def _data_parallel(arguments: Sequence[str]) -> tuple[int, int]:
+    """Replicas, and groups of DP attention in each.
+
+    `--dp-size N --enable-dp-attention` is SGLang 0.5.23's deprecated spelling (arg_groups/parallel_hook.py).
+    """
+    try:
+        known, _ = _PARSER.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise UserError(f"arguments of SGLang: {error}; give a number of groups") from None
+    deprecated = known.enable_dp_attention and known.attn_dp_size == 1
+    replicas, groups = (1, known.dp_size) if deprecated else (known.dp_size, known.attn_dp_size)
+    return max(1, replicas), max(1, groups)
+
+
+def require_ranks(
+    plan: PDPlan, prefill: int, decode: int, device: str = "cuda", groups: tuple[int, int] = (1, 1)
+) -> None:
+    """UserError: a number of ranks that SGLang or the plugin cannot serve, known before any worker starts.
+
+    `groups` are prefill's and decode's `attention_groups`: heads and states are divided among the ranks of a group.
+    """
+    heads, sizes = plan.model.num_kv_heads, f"--tp-prefill {prefill} --tp-decode {decode}"
+    for option, ranks, count in (("--tp-prefill", prefill, groups[0]), ("--tp-decode", decode, groups[1])):
+        if ranks % count:
+            raise UserError(f"{option} {ranks}: --attn-dp-size {count} divides these ranks; give a multiple of {count}")
+        reason = indivisible(heads, ranks // count)
         if device == "cpu" and heads % ranks:
             reason = f"SGLang pads {heads} KV heads for {ranks} ranks on a CPU, and the plan does not know such heads"
         if reason:
-            valid = ", ".join(str(count) for count in range(1, heads + 1) if heads % count == 0)
-            more = "" if device == "cpu" else f", or a multiple of {heads}"
+            step = 1 if device == "cpu" else count
+            valid = ", ".join(str(divisor * step) for divisor in range(1, heads + 1) if heads % divisor == 0)
+            more = "" if device == "cpu" else f", or a multiple of {heads * step}"
             raise UserError(f"{option} {ranks}: {reason}; use one of {valid}{more}")
+    if groups != (1, 1):
+        sizes += f", divided by --attn-dp-size {groups[0]} and {groups[1]}"
+    prefill, decode = prefill // groups[0], decode // groups[1]
     if reason := unpairable(prefill, decode):
-        raise UserError(f"--tp-prefill {prefill} --tp-decode {decode}: {reason}; give a multiple")
+        raise UserError(f"{sizes}: {reason}; give a multiple")
     if (states := plan.model.states) is not None:
         if prefill != decode:
             raise UserError(
-                f"--tp-prefill {prefill} --tp-decode {decode}: states of linear attention are sent between equal "
-                "numbers of ranks alone; give both one number"
+                f"{sizes}: states of linear attention are sent between equal numbers of ranks alone; give both one "
+                "number"
             )
         if reason := states.indivisible(prefill):
-            raise UserError(f"--tp-prefill {prefill}: {reason}; give a number that divides both")
+            raise UserError(f"{sizes}: {reason}; give a number that divides both")
 
 
 def require_arguments(arguments: Sequence[str], option: str) -> None:
@@ -96,8 +135,8 @@ def require_arguments(arguments: Sequence[str], option: str) -> None:
     for word in arguments:
         if _TP.fullmatch(word):
             raise UserError(f"{option} has {word}: say --tp-prefill and --tp-decode instead, which place the ranks")
-        if _DP.fullmatch(word) and "--enable-dp-attention" not in arguments:
-            raise UserError(f"{option} has {word}: start more workers instead, --prefill and --decode")
+    if (replicas := _data_parallel(arguments)[0]) > 1:
+        raise UserError(f"{option} has --dp-size {replicas}: start more workers instead, --prefill and --decode")
 
 
 def _gpus(count: int) -> str:

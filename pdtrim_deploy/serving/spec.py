@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pdtrim_deploy.errors import UserError
+from pdtrim_deploy.plan.linear_states import StateDtype
 from pdtrim_deploy.plan.wire import PoolDtype
 from pdtrim_deploy.serving.engines import Engine, Executor
 from pdtrim_deploy.serving.environment import gpu_count
@@ -31,7 +32,7 @@ class WorkerOptions:
     device's default: see `page_tokens`, `pool_tokens`, `requests`. `threads` are OpenMP threads a worker (CPU only;
     None: the cores divided among the workers). `sparse` says that decode has sparse layers, `split_pool` for which
     requests their pools are sized. `sinks`: attention has sinks; then SGLang refuses torch_native by name, and on a CPU
-    without AMX chooses it all the same. `states`: some layers have linear attention. `send_by_layer`: rows of finished
+    without AMX chooses it all the same. `conv_dtype`: of linear attention's states. `send_by_layer`: rows of finished
     layers leave while prefill computes later ones. `tp_prefill` and `tp_decode` are tensor-parallel ranks of a worker;
     `share_gpus` lets several workers take one GPU where there are too few. Every answer names `plan_digest`, where it
     is given, as the version of the weights. `extra_args`, then those of the stage, go to `sglang.launch_server` last:
@@ -51,7 +52,7 @@ class WorkerOptions:
     threads: int | None = None
     sparse: bool = False
     sinks: bool = False
-    states: bool = False
+    conv_dtype: StateDtype | None = None
     split_pool: SplitPool | None = None
     send_by_layer: bool = False
     tp_prefill: int = 1

@@ -74,7 +74,7 @@ class PDTrimKVManager(CommonKVManager):
     @property
     def worker_rank(self) -> int:
         """Rank of this process in its worker, over all of its data-parallel groups."""
-        group = max(self.attn_dp_rank, self.system_dp_rank)  # one of them where data parallelism is on, else both are 0
+        group = max(self.attn_dp_rank, self.system_dp_rank)  # equal under DP attention, else one is 0
         return int(group * self.attn_tp_size + self.attn_tp_rank)
 
     @property

@@ -12,6 +12,8 @@ from pdtrim_sglang.messages import Register, Room
 from pdtrim_sglang.protocol import VERSION
 from pdtrim_sglang.rooms import AuxRows
 
+_ATTENTION_RANKS = "--tp-size (with DP attention divided by --attn-dp-size)"
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -63,8 +65,7 @@ def unlike_ranks(prefill_tp: int, decode_tp: int) -> str:
     """Why ranks of these attention TP sizes cannot be paired, in one sentence; empty when they can."""
     reason = unpairable(prefill_tp, decode_tp)
     return reason and (
-        f"{reason}: choose --tp-size (with --enable-dp-attention divided by --dp-size) of one worker as a multiple of "
-        "the other's"
+        f"{reason}: choose {_ATTENTION_RANKS} of one worker as a multiple of the other's"
     )
 
 
@@ -74,7 +75,7 @@ def unlike_draft_ranks(prefill_tp: int, decode_tp: int) -> str:
         return ""
     return (
         f"prefill has {prefill_tp} attention ranks and decode {decode_tp}, and a draft model's KV is sent between "
-        "equal numbers alone: start both workers with one --tp-size, or without --speculative-algorithm"
+        f"equal numbers alone: start both workers with one {_ATTENTION_RANKS}, or without --speculative-algorithm"
     )
 
 
@@ -84,7 +85,7 @@ def unlike_state_ranks(prefill_tp: int, decode_tp: int) -> str:
         return ""
     return (
         f"prefill has {prefill_tp} attention ranks and decode {decode_tp}, and states of linear attention are sent "
-        "between equal numbers alone: start both workers with one --tp-size"
+        f"between equal numbers alone: start both workers with one {_ATTENTION_RANKS}"
     )
 
 

@@ -94,10 +94,18 @@ def test_ranks_need_gpus_of_their_own(monkeypatch, tmp_path, count, skip):
 
 def test_ranks_are_unlike_copied_and_data_parallel(monkeypatch, tmp_path, judged):
     monkeypatch.setattr(options, "gpus", lambda: 2)
-    monkeypatch.setattr(bundles, "tiny_bundle", lambda folder, kv, size, **_: size.num_key_value_heads)
+    monkeypatch.setattr(bundles, "tiny_bundle", lambda folder, kv, size, **more: (size, more.get("architecture")))
     assert {row.status for row in rows_of(options.rank_checks(tmp_path, tmp_path))} == {"run"}
-    variants = [(heads, variant.tp_prefill, variant.tp_decode, variant.decode_args[:1]) for heads, variant, _ in judged]
-    assert variants == [(2, 2, 1, ()), (2, 1, 2, ()), (1, 2, 2, ()), (2, 1, 2, ("--enable-dp-attention",))]
+    variants = [
+        (size.num_key_value_heads, architecture, variant.tp_prefill, variant.tp_decode, variant.decode_args)
+        for (size, architecture), variant, _ in judged
+    ]
+    assert variants == [
+        (2, None, 2, 1, ()),
+        (2, None, 1, 2, ()),
+        (1, None, 2, 2, ()),
+        (2, "Qwen3ForCausalLM", 1, 2, options.DP_ATTENTION),
+    ]
 
 
 def test_plans_compute_less_and_move_keys(tmp_path, judged):

@@ -78,7 +78,7 @@ def test_served_tokens_are_the_oracles_and_bytes_the_arithmetics(bundle, serving
 def test_a_model_that_knows_no_dp_attention_is_refused(serving, tiny_dir):
     model = tiny_dir("LlamaForCausalLM")
     with (
-        pytest.raises(ServingError, match=r"LlamaForCausalLM sums over ranks .*: start without --enable-dp-attention"),
+        pytest.raises(ServingError, match=r"LlamaForCausalLM sums over ranks .*: start without --attn-dp-size"),
         serving(model, model, tp_decode=2, decode_args=DP_ATTENTION, **OPTIONS),
     ):
         pass

@@ -45,7 +45,7 @@ def served(text, tiny_model, serving, cache, tmp_path):
         bundle = build(Recipe.load(tmp_path / "recipe.yaml"), tmp_path / "bundle", cache)
         sparse = any(send.mode == "sparse" for send in bundle.plan.kv)
         options = {"dtype": "float32", "sparse": sparse, "sinks": architecture == SINKS, "extra_args": worker_args}
-        options |= {"max_total_tokens": pool_tokens, "states": architecture in STATES}
+        options |= {"max_total_tokens": pool_tokens, "conv_dtype": bundle.plan.model.conv_dtype}
         with serving(bundle.prefill_dir, bundle.decode_dir, **options) as pair:
             result = run_fidelity(bundle, pair.url, cache, new_tokens=8)
             logs = [worker.log.read_text() for worker in pair.workers]

@@ -12,7 +12,7 @@ import yaml
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.manifests import BundleAt, Options, Served, compose, kubernetes
 from pdtrim_deploy.manifests.dashboard import PANELS
-from pdtrim_deploy.plan import STAGES
+from pdtrim_deploy.plan import STAGES, LinearStates, ModelShape, PDPlan
 
 ROOT = Path(__file__).parents[2]
 SERVED = Served("m", "ab" * 32, "bfloat16", sparse=True)
@@ -81,10 +81,15 @@ def test_float32_is_multiplied_in_float32(dtype: str, precision: str | None) -> 
         assert ("--attention-backend" in pod["command"]) == (dtype == "float32")
 
 
-def test_convolutions_are_in_the_models_dtype() -> None:
+def test_convolutions_are_in_the_plans_dtype() -> None:
     """Of models with linear attention, which SGLang would have in bfloat16."""
-    for dtype, states, columns in (("float16", True, "float16"), ("bfloat16", True, None), ("float16", False, None)):
-        served = Served("m", "ab" * 32, dtype, sparse=False, states=states)
+    states = LinearStates(blocks=(0,), key_heads=4, key_dim=8, value_heads=8, value_dim=8, conv_columns=3)
+    shape = ModelShape(
+        architecture="X", fingerprint="f", num_blocks=2, num_kv_heads=2, head_dim=8, kv_dtype="float16", states=states
+    )
+    for conv_dtype, columns in (("float16", "float16"), ("bfloat16", None)):
+        kept = states.model_copy(update={"conv_dtype": conv_dtype})
+        served = Served.of("m", PDPlan.dense(shape.model_copy(update={"states": kept})))
         pod = container(objects(served)["Deployment", "pdtrim-decode"])
         variables = {variable["name"]: variable.get("value") for variable in pod["env"]}
         assert variables.get("SGLANG_MAMBA_CONV_DTYPE") == columns

@@ -97,7 +97,7 @@ def test_heads_are_divided_within_a_group(tp, dp):
     for rank in range(tp):
         worker = object.__new__(PDTrimKVManager)
         worker.attn_tp_rank, worker.attn_tp_size, worker.attn_dp_rank, _ = compute_dp_attention_world_info(rank, tp, dp)
-        worker.system_dp_rank = 0
+        worker.system_dp_rank = worker.attn_dp_rank  # as SGLang's DataParallelController counts them
         places.append(worker.worker_rank)
         heads.setdefault(worker.attn_dp_rank, []).extend(held_heads(HEADS, worker.attn_tp_size, worker.attn_tp_rank))
     assert places == list(range(tp))
@@ -113,6 +113,14 @@ class Attentions(nn.Module):
         self.layers = nn.ModuleList(RadixAttention(count, 16, 1.0, 1, layer) for layer, count in enumerate(heads))
 
 
+class Unregistered(nn.Module):
+    """As SGLang's models/transformers.py keeps them: `modules()` has none."""
+
+    def __init__(self, *heads):
+        super().__init__()
+        self.attention_instances = dict(enumerate(Attentions(*heads).layers))
+
+
 @pytest.mark.parametrize(
     ("groups", "heads", "known"),
     [(1, (2, 2), True), (2, (4, 4), True), (2, (2, 2), False), (2, (4, 2), False), (4, (8, 8), True)],
@@ -123,7 +131,9 @@ def test_models_whose_attention_sums_over_other_requests_are_refused(monkeypatch
         dp_attention, "get_parallel", lambda: SimpleNamespace(attn_dp_size=groups, attn_tp_size=4 // groups)
     )
     model_config = SimpleNamespace(num_attention_heads=8)
-    runner = SimpleNamespace(model=Attentions(*heads), model_config=model_config, is_draft_worker=False)
-    sentence = "attention of SGLang 0.5.23's Attentions sums over ranks .* start without --enable-dp-attention"
-    with nullcontext() if known else pytest.raises(RuntimeError, match=sentence):
-        loading.check_dp_attention(None, runner)
+    models = {Attentions(*heads): known, Unregistered(*heads): groups == 1}
+    for model, passes in models.items():
+        runner = SimpleNamespace(model=model, model_config=model_config, is_draft_worker=False)
+        sentence = f"0.5.23's {type(model).__name__} sums over ranks .* start without --attn-dp-size"
+        with nullcontext() if passes else pytest.raises(RuntimeError, match=sentence):
+            loading.check_dp_attention(None, runner)

@@ -118,7 +118,7 @@ def test_numbers_of_ranks_that_would_mix_draft_rows_up_are_refused(world):
     assert not rejection(parsed, UNCUT, Ranks(2, 0, HEADS), AuxRows((0,), (12,)), pair.prefill[0].pool.draft)
     refused = rejection(parsed, UNCUT, Ranks(1, 0, HEADS), AuxRows((0,), (12,)), pair.prefill[0].pool.draft)
     assert refused == unlike_draft_ranks(1, 2) != ""
-    assert "start both workers with one --tp-size" in refused
+    assert "start both workers with one --tp-size (with DP attention divided by --attn-dp-size)" in refused
     check_draft_ranks(UNCUT, HEADS)
     with pytest.raises(RuntimeError, match=r"as the model has KV heads at most, 4: start with --tp-size 4"):
         check_draft_ranks(UNCUT, 2 * HEADS)

@@ -9,7 +9,7 @@ import random
 import socket
 import threading
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -245,8 +245,9 @@ def with_clocks(monkeypatch, clocks):
     wrap(peer, "as_bytes", before=reads)
     for link in (tcp._InlineLink, one_sided._Written):
         wrap(link, "read", lambda *_: clocks.learn(thread(), clocks.now("wire")), partial(landed, clocks))
-    wrap(server._Member, "_take", after=lambda *_: clocks.learn("replies", clocks.now(thread())))
-    wrap(channel.Reply, "decode_fixed", after=lambda *_: clocks.learn(thread(), clocks.now("replies")))
+    replies = deque()  # under way on the test's only connection: what is known of each
+    wrap(server._Member, "_take", after=lambda *_: replies.append(clocks.now(thread())))
+    wrap(channel.Reply, "decode_fixed", after=lambda *_: clocks.learn(thread(), replies.popleft()))
 
 
 def landed(clocks, link, payload, _):

@@ -159,11 +159,12 @@ def test_triton_multiplies_float32_in_float32(tmp_path, dtype, precision):
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize(("dtype", "states", "columns"), [
-    ("float32", True, "float32"), ("float16", True, "float16"), ("bfloat16", True, None), ("float32", False, None),
+@pytest.mark.parametrize(("dtype", "conv_dtype", "columns"), [
+    ("float32", "float32", "float32"), ("float16", "float16", "float16"), ("bfloat16", "bfloat16", None),
+    ("float16", "bfloat16", None), ("float32", None, None),
 ])  # fmt: skip
-def test_convolutions_are_in_the_models_dtype(tmp_path, device, dtype, states, columns):
-    for worker in spec(device=device, dtype=dtype, states=states).workers:
+def test_convolutions_are_in_the_plans_dtype(tmp_path, device, dtype, conv_dtype, columns):
+    for worker in spec(device=device, dtype=dtype, conv_dtype=conv_dtype).workers:
         variables = commands.worker_environment(PYTHON, worker, 3, tmp_path)
         assert variables.get("SGLANG_MAMBA_CONV_DTYPE") == columns
 
@@ -194,9 +195,23 @@ def test_arguments_of_a_stage_come_after_those_of_both_and_reach_no_other():
         assert commands.worker_command(PYTHON, worker)[-4:] == ["--a", "1", *stage_args]
 
 
-@pytest.mark.parametrize(("device", "gathered"), [("cpu", ["decode"]), ("cuda", [])])
-def test_on_a_cpu_ranks_of_dp_attention_gather_logits(device, gathered):
-    workers = spec(device=device, decode_args=("--enable-dp-attention", "--dp-size", "2")).workers
+DP_ATTENTION = [
+    "--enable-dp-attention --dp-size 2", "--dp-size=2 --enable-dp-attention", "--attn-dp-size 2", "--attn-dp-size=2",
+    "--attention-data-parallel-size 2", "--enable-dp-attention --attn-dp-size 2",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("device", "words", "gathered"),
+    [
+        *(("cpu", words, ["decode"]) for words in DP_ATTENTION),
+        ("cuda", DP_ATTENTION[0], []),
+        ("cpu", "--attn-dp-size 1", []),
+        ("cpu", "--enable-dp-attention-local-control-broadcast --dp-size 1", []),
+    ],
+)
+def test_on_a_cpu_ranks_of_dp_attention_gather_logits(device, words, gathered):
+    workers = spec(device=device, decode_args=tuple(words.split())).workers
     flag = "--no-enable-tp-lm-head-all-to-all"
     assert [worker.role for worker in workers if flag in commands.worker_command(PYTHON, worker)] == gathered
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from pdtrim_deploy.errors import UserError
 from pdtrim_deploy.plan import LinearStates, ModelShape, PDPlan
-from pdtrim_deploy.serving.ranks import STATIC_SHARE, place, require_arguments, require_ranks
+from pdtrim_deploy.serving.ranks import STATIC_SHARE, attention_groups, place, require_arguments, require_ranks
 
 SHAPE = {"architecture": "LlamaForCausalLM", "fingerprint": "f", "num_blocks": 2, "head_dim": 16, "kv_dtype": "float32"}
 RANKS = st.lists(st.integers(1, 8), min_size=2, max_size=9)
@@ -14,6 +14,11 @@ RANKS = st.lists(st.integers(1, 8), min_size=2, max_size=9)
 
 def plan(heads=8):
     return PDPlan.dense(ModelShape(num_kv_heads=heads, **SHAPE))
+
+
+def hybrid():
+    states = LinearStates(blocks=(0,), key_heads=4, key_dim=8, value_heads=8, value_dim=8, conv_columns=3)
+    return PDPlan.dense(plan().model.model_copy(update={"states": states, "num_blocks": 2}))
 
 
 @given(ranks=RANKS, spare=st.integers(0, 5), share=st.booleans())
@@ -70,14 +75,11 @@ def test_ranks_that_cannot_be_served_are_refused(heads, prefill, decode, says):
 
 
 def test_states_of_linear_attention_need_equal_ranks_that_divide_their_heads():
-    states = LinearStates(blocks=(0,), key_heads=4, key_dim=8, value_heads=8, value_dim=8, conv_columns=3)
-    model = plan().model.model_copy(update={"states": states, "num_blocks": 2})
-    hybrid = PDPlan.dense(model)
-    require_ranks(hybrid, 4, 4)
+    require_ranks(hybrid(), 4, 4)
     with pytest.raises(UserError, match=r"--tp-prefill 4 --tp-decode 2: .*between equal numbers of ranks alone"):
-        require_ranks(hybrid, 4, 2)
-    with pytest.raises(UserError, match="--tp-prefill 8: 4 key heads and 8 value heads cannot be divided among 8"):
-        require_ranks(hybrid, 8, 8)
+        require_ranks(hybrid(), 4, 2)
+    with pytest.raises(UserError, match="--tp-prefill 8 --tp-decode 8: 4 key heads and 8 value heads cannot be divided among 8"):
+        require_ranks(hybrid(), 8, 8)
 
 
 def test_on_a_cpu_heads_that_sglang_would_pad_are_refused():
@@ -97,5 +99,34 @@ def test_arguments_that_would_place_ranks_behind_our_back_are_refused(word):
         require_arguments(("--log-level", "info", word, "2"), "--decode-args")
 
 
-def test_data_parallel_attention_takes_no_gpus_of_its_own():
-    require_arguments(("--enable-dp-attention", "--dp-size", "2", "--tp-probe"), "--worker-args")
+@pytest.mark.parametrize("words", ["--enable-dp-attention --dp-size 2 --tp-probe", "--attn-dp-size 2"])
+def test_data_parallel_attention_takes_no_gpus_of_its_own(words):
+    require_arguments(words.split(), "--worker-args")
+    assert attention_groups(words.split()) == 2
+
+
+def test_replicas_beside_data_parallel_attention_are_refused():
+    with pytest.raises(UserError, match="--worker-args has --dp-size 3: start more workers"):
+        require_arguments(("--attn-dp-size", "2", "--enable-dp-attention", "--dp-size", "3"), "--worker-args")
+
+
+def test_groups_that_are_no_number_are_refused():
+    with pytest.raises(UserError, match=r"--attn-dp-size.*invalid int value: 'two'; give a number of groups"):
+        attention_groups(("--attn-dp-size", "two"))
+
+
+def test_heads_and_states_are_divided_among_ranks_of_a_group():
+    require_ranks(hybrid(), 1, 2, groups=(1, 2))
+    require_ranks(hybrid(), 2, 2, groups=(2, 2))
+    sizes = "--tp-prefill 2 --tp-decode 2, divided by --attn-dp-size 1 and 2"
+    with pytest.raises(UserError, match=f"{sizes}: states of linear attention are sent between equal numbers"):
+        require_ranks(hybrid(), 2, 2, groups=(1, 2))
+    require_ranks(plan(2), 3, 3, groups=(3, 3))  # whole heads in each rank
+    with pytest.raises(UserError, match="among 4 ranks in prefill, among 6 in decode"):
+        require_ranks(plan(12), 4, 12, groups=(1, 2))
+    with pytest.raises(UserError, match="--tp-decode 2: --attn-dp-size 4 divides these ranks; give a multiple of 4"):
+        require_ranks(plan(), 1, 2, groups=(1, 4))
+    with pytest.raises(UserError, match=r"--tp-decode 12: .*; use one of 4, 8, 16, 32, or a multiple of 32"):
+        require_ranks(plan(), 1, 12, groups=(1, 4))
+    with pytest.raises(UserError, match="SGLang pads 8 KV heads for 16 ranks on a CPU"):
+        require_ranks(plan(), 8, 16, "cpu", groups=(1, 2))

@@ -1,8 +1,10 @@
 """DP attention: groups of ranks divide requests among each other, and ranks of a group the heads of their requests.
 
-SGLang 0.5.23 takes --enable-dp-attention with any model. But attention of some (models/llama.py, qwen2.py, glm4.py,
-mixtral.py, gemma3_causal.py, granite.py, olmo2.py) divides heads among all ranks of tensor parallelism and sums over
-them, as if they had the same requests: text is wrong, and a rank that has none ends.
+SGLang 0.5.23 takes --attn-dp-size (once --enable-dp-attention) with any model. But attention of some (models/llama.py,
+qwen2.py, glm4.py, mixtral.py, gemma3_causal.py, granite.py, olmo2.py) divides heads among all ranks of tensor
+parallelism and sums over them, as if they had the same requests: text is wrong, and a rank that has none ends. So do
+models that SGLang runs through transformers (models/transformers.py), whose attentions are in a dict and no part of the
+module.
 """
 
 from __future__ import annotations
@@ -25,8 +27,8 @@ def check_dp_attention(runner: Any) -> None:
         return
     heads = runner.model_config.num_attention_heads // parallel.attn_tp_size
     attentions = [module for module in runner.model.modules() if isinstance(module, RadixAttention)]
-    if any(attention.tp_q_head_num != heads for attention in attentions):
+    if not attentions or any(attention.tp_q_head_num != heads for attention in attentions):
         raise RuntimeError(
             f"pdtrim: attention of SGLang 0.5.23's {type(runner.model).__name__} sums over ranks that have other "
-            "requests, so text would be wrong with DP attention: start without --enable-dp-attention and --dp-size"
+            "requests, so text would be wrong with DP attention: start without --attn-dp-size (or --enable-dp-attention)"
         )
