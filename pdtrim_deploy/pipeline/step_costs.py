@@ -87,7 +87,8 @@ class _Costs:
             costs[stage] = StepCost(peak, size, written=size)
         for target, section in recipe.targets.requested.items():
             for stage in STAGES:  # in a process of its own
-                peak = Peak.of(self.compute, 0.0, engine_memory(section, self.sizes, recipe.model.dtype))
+                lost = recipe.pruning.decode_blocks  # prefill loses no more
+                peak = Peak.of(self.compute, 0.0, engine_memory(section, self.sizes, recipe.model.dtype, lost))
                 costs[engine_folder(target, stage)] = StepCost(peak, self.sizes.total * 4.0)
         files = sum(cost.disk for name, cost in costs.items() if cost.written or name.startswith(f"{ENGINES}/"))
         costs["seal"] = StepCost(Peak.of(self.compute, 0.0), hashed=files)

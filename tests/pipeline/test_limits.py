@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,13 @@ from pdtrim_deploy.local.compute import Compute
 from pdtrim_deploy.models.config import read_config
 from pdtrim_deploy.models.footprint import PROGRAM, fit_one_model
 from pdtrim_deploy.models.shape import config_of
+from pdtrim_deploy.models.weights import ModelSizes
+from pdtrim_deploy.pipeline.engine_costs import EXTERNAL, engine_memory
 from pdtrim_deploy.pipeline.limits import fit_build, highest
 from pdtrim_deploy.pipeline.step_cost import StepCost
 from pdtrim_deploy.pipeline.step_costs import step_costs
 from pdtrim_deploy.recipe import Recipe
+from pdtrim_deploy.recipe.targets import OnnxTarget
 
 ROOT = Path(__file__).resolve().parents[2]
 GB = 10**9
@@ -108,6 +112,29 @@ def test_engines_are_named_where_they_are_too_large() -> None:
     recipe = recipe.changed("test", "targets", onnx={"dtype": "float32", "weights": "int8"})
     with pytest.raises(UserError, match=r"\(step engines/onnx/prefill\), as the builder of .* leave that target out"):
         fit_build(recipe, config, Compute(host_bytes=24 * GB))
+
+
+def test_of_two_causes_that_of_the_step_which_does_not_fit_is_named() -> None:
+    recipe, config = recipe_and_config("llama-3.1-8b-healed")
+    gpu = Compute(("cuda:0",), device_bytes=400 * GB)
+    trained = recipe.changed("test", "healing", method="full")
+    engine = trained.changed("test", "targets", onnx={"dtype": "float32", "weights": "int8"})
+    with pytest.raises(UserError, match=r"\(step engines/onnx/prefill\), as the builder of .* leave that target out"):
+        fit_build(engine, config, replace(gpu, host_bytes=64 * GB))
+    with pytest.raises(UserError, match=r"\(step (prefill|decode)\), and --memory is 6.0 GB and .*; give more$"):
+        fit_build(trained, config, replace(gpu, host_bytes=6 * GB))
+    refit = recipe.changed("test", "healing", compensation="least-squares", sequences=64, length=8192, batch=64)
+    with pytest.raises(UserError, match=r"\(step heal\), and .*; give more, or lower healing.batch or healing.length$"):
+        fit_build(refit, config, Compute(("cuda:0",), device_bytes=24 * GB))
+
+
+def test_a_graph_is_priced_as_its_smallest_stage_is_built() -> None:
+    recipe, config = recipe_and_config("llama-3.1-8b-balanced")
+    sizes, section = ModelSizes.of(config | {"tie_word_embeddings": True}), OnnxTarget(dtype="float16")
+    least = next(lost for lost in range(sizes.blocks) if 2 * (sizes.total - lost * sizes.block) <= EXTERNAL)
+    prices = [engine_memory(section, sizes, "bfloat16", lost) for lost in (0, least - 1, least)]
+    assert prices[0] == prices[1] < 10 * GB
+    assert prices[2] > 12 * sizes.total
 
 
 def test_kept_experts_of_streamed_blocks_are_not_counted_twice() -> None:
