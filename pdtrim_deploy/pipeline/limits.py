@@ -48,7 +48,8 @@ def fit_build(recipe: Recipe, config: Mapping[str, Any], compute: Compute, *, wo
         short = {host} if _short(least.host, compute.host_bytes) else set()
         short |= {device} if _short(least.device, compute.device_bytes) else set()
         trains = bool(short & {"heal", "heal-kv"})
-        fitted, trained = fit_bytes(limited_recipe(recipe, tightest), sizes), training_costs(recipe, config, streams=True)
+        fitted = fit_bytes(limited_recipe(recipe, tightest), sizes)
+        trained = training_costs(recipe, config, streams=True)
         fits = "heal" in short and fitted > max((training.memory for training in trained), default=0.0)
         why, instead = "", "give more"
         if engines := sorted(name for name in short if name.startswith(f"{ENGINES}/")):

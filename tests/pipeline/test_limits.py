@@ -20,6 +20,7 @@ from pdtrim_deploy.pipeline.engine_costs import EXTERNAL, engine_memory
 from pdtrim_deploy.pipeline.limits import fit_build, highest
 from pdtrim_deploy.pipeline.step_cost import StepCost
 from pdtrim_deploy.pipeline.step_costs import step_costs
+from pdtrim_deploy.pruning.cost import block_bytes
 from pdtrim_deploy.recipe import Recipe
 from pdtrim_deploy.recipe.targets import OnnxTarget
 
@@ -197,6 +198,27 @@ def test_training_is_priced_by_its_method_its_stages_and_its_minutes() -> None:
     kv = step_costs(recipe.changed("test", "healing", kv_steps=100), config, Compute())["heal-kv"]
     assert kv.operations > 0
     assert kv.peak.host > full.peak.host - 10e9
+
+
+def test_what_was_fitted_or_healed_before_is_priced_in_training() -> None:
+    recipe, config = recipe_and_config("llama-3.1-8b-healed")
+    recipe = recipe.changed("test", "model", compute_dtype="bfloat16")
+    sizes, gpu = ModelSizes.of(config), Compute(("cuda:0",), blocks_in_memory=4).with_dtype("bfloat16")
+
+    def cost(**healing: object) -> StepCost:
+        return step_costs(recipe.changed("test", "healing", **healing), config, gpu)["heal"]
+
+    behind, first = cost(), cost(prefill_steps=0)
+    alone = cost(decode_steps=0)
+    runs = recipe.healing.decode_steps * 1.15  # three rates, a twentieth of the steps each
+    trained = 2 * (sizes.block - sizes.kv) * (sizes.blocks - recipe.pruning.prefill_blocks)
+    shared = 4 * sizes.blocks * block_bytes(config)  # passes of the step, whatever is trained
+    assert behind.reads - first.reads - alone.reads + shared == pytest.approx(runs * trained, rel=0.01)
+    at_length = {"length": 2048, "batch": 64, "sequences": 64, "prefill_steps": 0}  # the training is the peak
+    refitted = cost(**at_length, compensation="least-squares").peak.device - cost(**at_length).peak.device
+    assert refitted == pytest.approx(2 * sizes.blocks * sizes.inner * sizes.hidden)
+    projected = cost(**at_length, kv_only_blocks=4).peak.device - cost(**at_length).peak.device
+    assert projected == pytest.approx(2 * 4 * (sizes.kv + sizes.hidden * (sizes.hidden + sizes.inner)))
 
 
 def test_judging_and_inspecting_choose_blocks_too(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
